@@ -1,0 +1,16 @@
+"""Fused kernels for vision token reduction: tensors in, tensors out."""
+
+from elip_kernels.cls_attention import (
+    cls_attend_from_tokens,
+    cls_attention,
+    cls_attention_from_tokens,
+)
+from elip_kernels.reduce import ReductionInfo, reduce
+
+__all__ = [
+    "ReductionInfo",
+    "cls_attend_from_tokens",
+    "cls_attention",
+    "cls_attention_from_tokens",
+    "reduce",
+]

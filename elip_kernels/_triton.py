@@ -1,0 +1,25 @@
+"""`triton` and `tl`, or a stand-in that leaves the kernel files importable where triton is absent.
+
+Without triton no kernel is ever launched: the launchers ask `HAS_TRITON` and take the PyTorch form.
+"""
+
+from importlib.util import find_spec
+from typing import Any
+
+HAS_TRITON = find_spec("triton") is not None
+
+
+class _Absent:
+    """Answers every attribute with a function that hands its first argument back."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda first=None, *args, **kwargs: first
+
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+else:
+    triton = tl = _Absent()
+
+__all__ = ["HAS_TRITON", "tl", "triton"]

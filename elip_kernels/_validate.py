@@ -1,0 +1,122 @@
+"""Checks of the public functions. An error says argument, expected, got, and what to do."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def describe(value: Any) -> str:
+    """What a reader needs to know of `value`: shape, dtype and device of a tensor, or its repr."""
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {value.dtype} on {value.device}".replace("torch.", "")
+    return f"{value!r} ({type(value).__name__})"
+
+
+def message(argument: str, expected: str, got: Any, remedy: str = "") -> str:
+    """The one form of every error of this package."""
+    got = got if isinstance(got, str) else describe(got)
+    return f"{argument}: expected {expected}, got {got}" + (f"; {remedy}" if remedy else "")
+
+
+def check_tensor(argument: str, value: Any, shape: str, ndim: int | tuple[int, ...]) -> None:
+    """A floating-point tensor with `ndim` dimensions; `shape` is how the message names them."""
+    if not isinstance(value, Tensor):
+        raise TypeError(message(argument, f"a tensor {shape}", value))
+    if value.dim() not in (ndim if isinstance(ndim, tuple) else (ndim,)):
+        raise ValueError(message(argument, f"a tensor {shape}", value))
+    if value.dtype not in FLOATS:
+        raise TypeError(
+            message(argument, "fp32, bf16, fp16 or fp64", value, f"cast it: {argument}.float()")
+        )
+
+
+def check_device(argument: str, value: Tensor, reference: str, other: Tensor) -> None:
+    """`value` lies on the device of `other`, which the message calls `reference`."""
+    if value.device != other.device:
+        raise ValueError(
+            message(argument, f"a tensor on {other.device}, as {reference}", value, "move it there")
+        )
+
+
+def check_shape(argument: str, value: Tensor, shape: tuple[int, ...], names: str) -> None:
+    """`value` has exactly `shape`; `names` is how the message spells it."""
+    if tuple(value.shape) != shape:
+        raise ValueError(message(argument, f"{names} = {shape}", value))
+
+
+def check_heads(num_heads: int, width: int) -> None:
+    """`num_heads` divides the `width` of the query projection."""
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int):
+        raise TypeError(message("num_heads", "an int", num_heads))
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(message("num_heads", f"a divisor of H*d = {width}", num_heads))
+
+
+def check_mask(mask: Tensor | None, shape: tuple[int, int], reference: str, other: Tensor) -> None:
+    """None, or bool (B, N) beside `other`."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(message("mask", "a bool tensor (B, N), True = real", mask))
+    check_shape("mask", mask, shape, "(B, N)")
+    check_device("mask", mask, reference, other)
+
+
+def check_flags(**flags: bool) -> None:
+    """Every argument is a bool."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(message(name, "True or False", flag))
+
+
+def reduce_arguments(
+    tokens: Tensor, attn: Tensor, keep: int | float, mask: Tensor | None, num_prefix_tokens: int
+) -> tuple[Tensor, int]:
+    """Check every argument -> (scores (B, N-p) without gradient, keep as an int)."""
+    check_tensor("tokens", tokens, "(B, N, D)", 3)
+    B, N, _ = tokens.shape
+    if isinstance(num_prefix_tokens, bool) or not isinstance(num_prefix_tokens, int):
+        raise TypeError(message("num_prefix_tokens", "an int", num_prefix_tokens))
+    if not 0 <= num_prefix_tokens < N:
+        expected = f"0 <= num_prefix_tokens < N = {N}"
+        raise ValueError(message("num_prefix_tokens", expected, num_prefix_tokens))
+    candidates = N - num_prefix_tokens
+    check_tensor("attn", attn, "(B, N-p), (B, N), (B, H, N) or (B, H, N, N)", (2, 3, 4))
+    check_device("attn", attn, "tokens", tokens)
+    scores = _candidate_scores(attn, B, N, num_prefix_tokens)
+    if isinstance(keep, bool) or not isinstance(keep, (int, float, torch.SymInt)):
+        raise TypeError(message("keep", "an int, or a float ratio in (0, 1]", keep))
+    if isinstance(keep, float):
+        if not 0.0 < keep <= 1.0:
+            raise ValueError(message("keep", "a ratio in (0, 1]", keep, "an int counts tokens"))
+        keep = max(1, int(keep * candidates))
+    if not 1 <= keep <= candidates:
+        remedy = f"there are N - num_prefix_tokens = {candidates} candidates"
+        raise ValueError(message("keep", f"1 <= keep <= {candidates}", keep, remedy))
+    check_mask(mask, (B, N), "tokens", tokens)
+    return scores, keep
+
+
+def _candidate_scores(attn: Tensor, B: int, N: int, num_prefix_tokens: int) -> Tensor:
+    """Scores, rows or a map -> (B, N-p), averaged over heads, without gradient."""
+    attn = attn.detach()
+    if attn.dim() == 2:
+        allowed = ((B, N - num_prefix_tokens), (B, N))
+        if tuple(attn.shape) not in allowed:
+            expected = f"(B, N-p) = {allowed[0]} or (B, N) = {allowed[1]}"
+            raise ValueError(message("attn", expected, attn))
+        return attn if attn.shape[1] == N - num_prefix_tokens else attn[:, num_prefix_tokens:]
+    heads = attn.shape[1]
+    if attn.dim() == 3:
+        check_shape("attn", attn, (B, heads, N), "(B, H, N)")
+    else:
+        check_shape("attn", attn, (B, heads, N, N), "(B, H, N, N)")
+        if num_prefix_tokens == 0:
+            remedy = "pass scores (B, N) instead"
+            raise ValueError(message("attn", "no map where there is no CLS token", attn, remedy))
+        attn = attn[:, :, 0]
+    dtype = torch.float64 if attn.dtype == torch.float64 else torch.float32
+    return attn[..., num_prefix_tokens:].mean(1, dtype=dtype)

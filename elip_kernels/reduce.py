@@ -1,0 +1,402 @@
+"""Keep the K most attended tokens in image order and merge the others into one, in one pass.
+
+    tokens x (B, N, D), p prefix tokens first; scores a (B, N-p); K kept candidates
+    kept    = the K largest a, ascending; ties: the lower index; NaN after all numbers, padding last
+    w_n     = a_n / (sum of dropped a + 1e-6) for dropped n, 0 where a_n is not finite
+    out     = [x_prefix, x_kept, sum_n w_n x_n]                                  (B, p+K+1, D)
+    grad_x_n = grad_out[slot_n] for kept and prefix tokens, w_n * grad_out[p+K] for the others
+
+The scores get no gradient. Sums are fp32 (fp64 if an input is fp64), kept rows are bit-exact.
+Traffic: every program reads N scores and moves its slice of D once: x in, out out, nothing twice.
+Source: ELIP, Eq. 3 and 4; EViT's unnormalised weights with `normalize=False`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from elip_kernels import launch
+from elip_kernels._triton import HAS_TRITON, tl, triton
+from elip_kernels._validate import check_flags, reduce_arguments
+from elip_kernels.select import kth_largest, order_key, output_slots
+
+EPSILON = 1e-6  # added to the dropped mass before dividing by it (Eq. 4)
+
+
+class ReductionInfo(NamedTuple):
+    """What `reduce` kept and how it merged.
+
+    kept: (B, K) int64, positions in `tokens`, ascending (padding that fills slots comes last).
+    weights: (B, N) fp32, zero at kept and prefix tokens, and everywhere without merging.
+    mask: (B, p+K+1) bool, True where an output token is real; None when no mask was given.
+    """
+
+    kept: Tensor
+    weights: Tensor
+    mask: Tensor | None
+
+
+def reduce(
+    tokens: Tensor,
+    attn: Tensor,
+    keep: int | float,
+    *,
+    merge: bool = True,
+    normalize: bool = True,
+    mask: Tensor | None = None,
+    num_prefix_tokens: int = 1,
+    return_info: bool = False,
+) -> Tensor | tuple[Tensor, ReductionInfo]:
+    """Keep the `keep` most attended tokens in image order, merge the rest into one (ELIP, Eq. 3-4).
+
+    Args:
+        tokens: (B, N, D), fp32, bf16, fp16 or fp64. Gradients reach tokens only.
+        attn: scores (B, N-p) or (B, N); or attention rows (B, H, N) or a whole map (B, H, N, N),
+            whose CLS row is averaged over heads. Any of the same dtypes.
+        keep: int, candidates to keep; or float ratio r in (0, 1] of the N-p candidates,
+            max(1, int(r * (N-p))). Keeping all returns `tokens` itself.
+        merge: append the weighted sum of the dropped tokens.
+        normalize: divide its weights by their sum + 1e-6.
+        mask: (B, N) bool, True = real. Padding is neither kept nor merged while real tokens
+            remain, and fills the last slots where there are fewer real ones than `keep`.
+        num_prefix_tokens: p, tokens that always stay, first.
+        return_info: also return a `ReductionInfo`.
+
+    Returns:
+        (B, p+keep+1, D), or (B, p+keep, D) without merging, in the dtype of `tokens`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected, what came, what to do.
+    """
+    scores, keep = reduce_arguments(tokens, attn, keep, mask, num_prefix_tokens)
+    check_flags(merge=merge, normalize=normalize, return_info=return_info)
+    if keep == scores.shape[1]:
+        return (tokens, _keep_all_info(tokens, mask, num_prefix_tokens)) if return_info else tokens
+    out, kept, weights, _ = _reduce_op(
+        tokens, scores, mask, keep, num_prefix_tokens, merge, normalize
+    )
+    if not return_info:
+        return out
+    return out, ReductionInfo(kept, weights, _output_mask(mask, kept, num_prefix_tokens, merge))
+
+
+def _output_mask(
+    mask: Tensor | None, kept: Tensor, num_prefix_tokens: int, merge: bool
+) -> Tensor | None:
+    """True where an output token is real; the merged one is, if a real token was dropped."""
+    if mask is None:
+        return None
+    parts = [mask[:, :num_prefix_tokens], mask.gather(1, kept)]
+    if merge:
+        parts.append(mask[:, num_prefix_tokens:].sum(1, keepdim=True) > kept.shape[1])
+    return torch.cat(parts, dim=1)
+
+
+def _keep_all_info(tokens: Tensor, mask: Tensor | None, num_prefix_tokens: int) -> ReductionInfo:
+    B, N, _ = tokens.shape
+    kept = torch.arange(num_prefix_tokens, N, device=tokens.device).expand(B, -1)
+    return ReductionInfo(kept, tokens.new_zeros(B, N, dtype=torch.float32), mask)
+
+
+def reduce_reference(
+    tokens: Tensor,
+    scores: Tensor,
+    mask: Tensor | None,
+    keep: int,
+    num_prefix_tokens: int,
+    merge: bool,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The specification -> out (B, R, D), kept (B, K), weights (B, N), slots (B, N) int32."""
+    B, N, _ = tokens.shape
+    p, first_dropped = num_prefix_tokens, num_prefix_tokens + keep
+    real = None if mask is None else mask[:, p:]
+    scores = scores.to(_accumulator(tokens, scores))
+    order = _order_key(scores, real).sort(dim=1, descending=True, stable=True).indices
+    kept, dropped = order[:, :keep], order[:, keep:]
+    if real is not None:  # padding fills the last slots
+        kept = kept + N * ~real.gather(1, kept)
+    kept = kept.sort(dim=1).values % N + p
+    weights = scores.new_zeros(B, N)
+    prefix = torch.arange(p, device=tokens.device).expand(B, p)
+    rows = torch.cat([prefix, kept, prefix.new_zeros(B, int(merge))], dim=1)
+    out = _take_rows(tokens, rows)
+    if merge:
+        weight = scores.gather(1, dropped).nan_to_num(0.0, 0.0, 0.0)
+        if real is not None:
+            weight = weight * real.gather(1, dropped)
+        if normalize:
+            weight = weight / (weight.sum(1, keepdim=True) + EPSILON)
+        weights.scatter_(1, dropped + p, weight)
+        others = _take_rows(tokens, dropped + p).to(weight.dtype)
+        others = others.masked_fill_(weight[..., None] == 0, 0.0)
+        out[:, -1] = torch.bmm(weight[:, None], others)[:, 0].to(out.dtype)
+    slots = torch.full((B, N), first_dropped, dtype=torch.int32, device=tokens.device)
+    order = torch.arange(first_dropped, dtype=torch.int32, device=tokens.device)
+    slots.scatter_(1, rows[:, :first_dropped], order.expand(B, -1))
+    return out, kept, weights, slots
+
+
+def _accumulator(tokens: Tensor, scores: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(tokens.dtype, scores.dtype), torch.float32)
+
+
+def _order_key(scores: Tensor, real: Tensor | None) -> Tensor:
+    """Integers in the order of selection: numbers, then NaN, then padding."""
+    integer = torch.int64 if scores.dtype == torch.float64 else torch.int32
+    bits = (scores + 0.0).view(integer)
+    lowest = torch.iinfo(integer).min
+    key = torch.where(bits < 0, bits ^ torch.iinfo(integer).max, bits)
+    key = key.masked_fill(scores.isnan(), lowest + 1)
+    return key if real is None else key.masked_fill(~real, lowest)
+
+
+def _take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """x (B, N, D), rows (B, R) -> (B, R, D), one pass."""
+    B, N, D = x.shape
+    flat = rows + torch.arange(B, device=x.device)[:, None] * N
+    return x.reshape(B * N, D).index_select(0, flat.view(-1)).view(*rows.shape, D)
+
+
+def reduce_backward_reference(
+    grad_out: Tensor, slots: Tensor, weights: Tensor, merge: bool
+) -> Tensor:
+    """grad_out (B, R, D) -> grad_tokens (B, N, D)."""
+    num_copied = grad_out.shape[1] - int(merge)
+    is_copied = slots < num_copied
+    scale = weights.masked_fill(is_copied, 1.0)[..., None]
+    rows = _take_rows(grad_out, slots.clamp(max=grad_out.shape[1] - 1).long())
+    return (rows.to(scale.dtype) * scale).to(grad_out.dtype)
+
+
+@triton.jit
+def _reduce_fwd_kernel(
+    tokens_ptr, scores_ptr, mask_ptr, out_ptr, kept_ptr, weights_ptr, slots_ptr,
+    stride_tb, stride_tn, stride_sb, stride_mb, N, K, D,
+    P: tl.constexpr, MERGE: tl.constexpr, NORMALIZE: tl.constexpr, HAS_MASK: tl.constexpr,
+    EPSILON: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program per (image, slice of D); each derives the selection anew from the N-P scores."""
+    pid_b = tl.program_id(0).to(tl.int64)
+    pid_d = tl.program_id(1)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_n = offs_n < N - P
+    mask_d = offs_d < D
+    tokens_ptr += pid_b * stride_tb
+    out_ptr += pid_b * (P + K + MERGE) * D
+    x = tl.load(
+        tokens_ptr + (P + offs_n)[:, None] * stride_tn + offs_d[None, :],
+        mask=mask_n[:, None] & mask_d[None, :],
+        other=0.0,
+    )  # [BLOCK_N, BLOCK_D]
+
+    score = tl.load(scores_ptr + pid_b * stride_sb + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    is_real = mask_n
+    if HAS_MASK:
+        real = tl.load(mask_ptr + pid_b * stride_mb + P + offs_n, mask=mask_n, other=0)
+        is_real = mask_n & (real != 0)
+    key = order_key(score, is_real, mask_n)  # [BLOCK_N]
+    is_kept, slot = output_slots(key, kth_largest(key, K), K)
+    weight = tl.zeros([BLOCK_N], tl.float32)
+    if MERGE:
+        is_merged = is_real & (tl.abs(score) < float("inf")) & (is_kept == 0)
+        weight = tl.where(is_merged, score, 0.0)
+        if NORMALIZE:
+            weight = weight / (tl.sum(weight, 0) + EPSILON)
+
+    if pid_d == 0:
+        row = pid_b * N + P + offs_n
+        tl.store(kept_ptr + pid_b * K + slot, (P + offs_n).to(tl.int64), mask=is_kept)
+        tl.store(weights_ptr + row, weight, mask=mask_n)
+        tl.store(slots_ptr + row, P + tl.where(is_kept, slot, K), mask=mask_n)
+    for i in tl.static_range(P):
+        prefix = tl.load(tokens_ptr + i * stride_tn + offs_d, mask=mask_d)
+        tl.store(out_ptr + i * D + offs_d, prefix, mask=mask_d)
+        if pid_d == 0:
+            tl.store(weights_ptr + pid_b * N + i, 0.0)
+            tl.store(slots_ptr + pid_b * N + i, i)
+    tl.store(
+        out_ptr + (P + slot)[:, None] * D + offs_d[None, :],
+        x,
+        mask=is_kept[:, None] & mask_d[None, :],
+    )
+    if MERGE:
+        share = tl.where((weight != 0)[:, None], x.to(tl.float32) * weight[:, None], 0.0)
+        merged = tl.sum(share, 0)  # [BLOCK_D]
+        tl.store(out_ptr + (P + K) * D + offs_d, merged.to(x.dtype), mask=mask_d)
+
+
+@triton.jit
+def _reduce_bwd_kernel(
+    grad_out_ptr, slots_ptr, weights_ptr, grad_ptr, N, R, D,
+    MERGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program per (image, BLOCK_N tokens, slice of D); a row is written once, no atomics."""
+    pid_b = tl.program_id(0).to(tl.int64)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_n = offs_n < N
+    mask_d = offs_d < D
+    slot = tl.load(slots_ptr + pid_b * N + offs_n, mask=mask_n, other=0)
+    weight = tl.load(weights_ptr + pid_b * N + offs_n, mask=mask_n, other=0.0)
+    is_copied = slot < R - MERGE
+    g = tl.load(
+        grad_out_ptr + pid_b * R * D + slot[:, None] * D + offs_d[None, :],
+        mask=(mask_n & (slot < R))[:, None] & mask_d[None, :],
+        other=0.0,
+    )  # [BLOCK_N, BLOCK_D]
+    scaled = g.to(tl.float32) * tl.where(is_copied, 1.0, weight)[:, None]
+    tl.store(
+        grad_ptr + pid_b * N * D + offs_n[:, None] * D + offs_d[None, :],
+        scaled.to(g.dtype),
+        mask=mask_n[:, None] & mask_d[None, :],
+    )
+
+
+def _reduce_fwd(
+    tokens: Tensor,
+    scores: Tensor,
+    mask: Tensor | None,
+    keep: int,
+    num_prefix_tokens: int,
+    merge: bool,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Allocate, read launch.py, launch."""
+    B, N, D = tokens.shape
+    if tokens.stride(2) != 1 or tokens.stride(1) * N >= 2**31:
+        tokens = tokens.contiguous()
+    scores = scores if scores.stride(1) == 1 else scores.contiguous()
+    mask = mask if mask is None or mask.stride(1) == 1 else mask.contiguous()
+    out = tokens.new_empty(B, num_prefix_tokens + keep + merge, D)
+    kept = tokens.new_empty(B, keep, dtype=torch.int64)
+    weights = tokens.new_empty(B, N, dtype=torch.float32)
+    slots = tokens.new_empty(B, N, dtype=torch.int32)
+    block_n, block_d, num_warps = launch.reduce_forward(
+        N - num_prefix_tokens, tokens.element_size()
+    )
+    if tokens.numel() == 0:
+        return out, kept, weights, slots
+    with launch.on_device(tokens):
+        _reduce_fwd_kernel[(B, triton.cdiv(D, block_d))](
+            *(tokens, scores, mask, out, kept, weights, slots),
+            *(tokens.stride(0), tokens.stride(1), scores.stride(0)),
+            *(0 if mask is None else mask.stride(0), N, keep, D),
+            P=num_prefix_tokens,
+            MERGE=merge,
+            NORMALIZE=normalize,
+            HAS_MASK=mask is not None,
+            EPSILON=EPSILON,
+            BLOCK_N=block_n,
+            BLOCK_D=block_d,
+            num_warps=num_warps,
+        )
+    return out, kept, weights, slots
+
+
+def _reduce_bwd(grad_out: Tensor, slots: Tensor, weights: Tensor, merge: bool) -> Tensor:
+    """Allocate, read launch.py, launch."""
+    grad_out = grad_out.contiguous()
+    (B, R, D), N = grad_out.shape, slots.shape[1]
+    grad = grad_out.new_empty(B, N, D)
+    block_n, block_d, num_warps = launch.reduce_backward(grad_out.element_size())
+    if grad.numel() == 0:
+        return grad
+    with launch.on_device(grad_out):
+        _reduce_bwd_kernel[(B, triton.cdiv(N, block_n), triton.cdiv(D, block_d))](
+            *(grad_out, slots, weights, grad, N, R, D),
+            MERGE=merge,
+            BLOCK_N=block_n,
+            BLOCK_D=block_d,
+            num_warps=num_warps,
+        )
+    return grad
+
+
+@torch.library.custom_op("elip::reduce", mutates_args=())
+def _reduce_op(
+    tokens: Tensor,
+    scores: Tensor,
+    mask: Tensor | None,
+    keep: int,
+    num_prefix_tokens: int,
+    merge: bool,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast(tokens.device.type, enabled=False):
+        return reduce_reference(tokens, scores, mask, keep, num_prefix_tokens, merge, normalize)
+
+
+@torch.library.custom_op("elip::reduce_backward", mutates_args=())
+def _reduce_backward_op(grad_out: Tensor, slots: Tensor, weights: Tensor, merge: bool) -> Tensor:
+    with torch.autocast(grad_out.device.type, enabled=False):
+        return reduce_backward_reference(grad_out, slots, weights, merge)
+
+
+@_reduce_op.register_fake
+def _(tokens, scores, mask, keep, num_prefix_tokens, merge, normalize):
+    B, N, D = tokens.shape
+    return (
+        tokens.new_empty(B, num_prefix_tokens + keep + int(merge), D),
+        tokens.new_empty(B, keep, dtype=torch.int64),
+        tokens.new_empty(B, N, dtype=_accumulator(tokens, scores)),
+        tokens.new_empty(B, N, dtype=torch.int32),
+    )
+
+
+@_reduce_backward_op.register_fake
+def _(grad_out, slots, weights, merge):
+    B, _, D = grad_out.shape
+    return grad_out.new_empty(B, slots.shape[1], D)
+
+
+def _runs_kernel(*tensors: Tensor, num_tokens: int) -> bool:
+    """Triton takes it: there is one, no fp64, and an image's candidates fit one program."""
+    has_fp64 = any(t.dtype == torch.float64 for t in tensors)
+    return HAS_TRITON and not has_fp64 and num_tokens <= launch.MAX_TOKENS
+
+
+@_reduce_op.register_kernel("cuda")
+def _reduce_cuda(tokens, scores, mask, keep, num_prefix_tokens, merge, normalize):
+    fits = _runs_kernel(tokens, scores, num_tokens=tokens.shape[1])
+    run = _reduce_fwd if fits else reduce_reference
+    return run(tokens, scores, mask, keep, num_prefix_tokens, merge, normalize)
+
+
+@_reduce_backward_op.register_kernel("cuda")
+def _reduce_backward_cuda(grad_out, slots, weights, merge):
+    fits = _runs_kernel(grad_out, weights, num_tokens=slots.shape[1])
+    return (_reduce_bwd if fits else reduce_backward_reference)(grad_out, slots, weights, merge)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    _, kept, weights, slots = output
+    ctx.mark_non_differentiable(kept, weights, slots)
+    ctx.save_for_backward(slots, weights)
+    ctx.merge = inputs[5]
+
+
+def _backward(ctx, grad_out, *_):
+    return _reduce_backward_op(grad_out, *ctx.saved_tensors, ctx.merge), *[None] * 6
+
+
+_reduce_op.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+@register_flop_formula(torch.ops.elip.reduce)
+def _reduce_flops(
+    tokens_shape, scores_shape, mask_shape, keep, *args, out_shape=None, **kwargs
+) -> int:
+    """A multiply and an add for each element of a dropped token."""
+    B, candidates = scores_shape
+    return 2 * B * (candidates - keep) * tokens_shape[2]
+
+
+@register_flop_formula(torch.ops.elip.reduce_backward)
+def _reduce_backward_flops(grad_out_shape, slots_shape, *args, out_shape=None, **kwargs) -> int:
+    """A multiply for each element of a dropped token."""
+    B, R, D = grad_out_shape
+    return B * (slots_shape[1] + 1 - R) * D

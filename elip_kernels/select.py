@@ -1,0 +1,52 @@
+"""Device functions shared by the kernels: order keys, k-th largest, output slots.
+
+A score becomes a uint32 key whose order is the order of selection: larger floats first, -0.0 as
++0.0, NaN after every number, padding after NaN, lanes beyond the last candidate never. The K-th
+largest key is found by bisection on the keys; what equals it is taken from the lowest index on.
+One packed cumulative sum then gives every kept candidate its output slot, in image order.
+"""
+
+from elip_kernels._triton import tl, triton
+
+OUTSIDE_KEY = tl.constexpr(0)
+PADDING_KEY = tl.constexpr(1)
+NAN_KEY = tl.constexpr(2)
+
+
+@triton.jit
+def order_key(score, is_real, is_inside):
+    """score fp32, is_real and is_inside bool [BLOCK_N] -> uint32 [BLOCK_N]."""
+    bits = tl.where(score == 0, 0.0, score).to(tl.uint32, bitcast=True)
+    key = tl.where(bits >> 31 == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+    key = tl.where(score != score, NAN_KEY, key)
+    key = tl.where(is_real, key, PADDING_KEY)
+    return tl.where(is_inside, key, OUTSIDE_KEY)
+
+
+@triton.jit
+def kth_largest(key, K):
+    """The K-th largest of the keys [BLOCK_N]; stops early once exactly K keys reach the middle."""
+    hi = tl.max(key, 0)
+    lo = tl.min(tl.where(key == OUTSIDE_KEY, hi, key), 0)
+    while lo < hi:
+        mid = lo + ((hi - lo) >> 1) + 1
+        count = tl.sum((key >= mid).to(tl.int32), 0)
+        lo = tl.where(count >= K, mid, lo)
+        hi = tl.where(count == K, mid, tl.where(count > K, hi, mid - 1))
+    return lo
+
+
+@triton.jit
+def output_slots(key, threshold, K):
+    """-> (is_kept bool, slot int32) [BLOCK_N]: image order; kept padding fills the last slots."""
+    above = (key > threshold).to(tl.int32)
+    equal = (key == threshold).to(tl.int32)
+    packed = above | (equal << 16)
+    before = tl.cumsum(packed, 0) - packed
+    above_before = before & 0xFFFF
+    equal_before = before >> 16
+    quota = K - tl.sum(above, 0)
+    is_kept = (above == 1) | ((equal == 1) & (equal_before < quota))
+    in_order = above_before + tl.minimum(equal_before, quota)
+    padding_last = tl.where(equal == 1, K - quota + equal_before, above_before)
+    return is_kept, tl.where(threshold == PADDING_KEY, padding_last, in_order)
