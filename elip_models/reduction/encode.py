@@ -1,0 +1,73 @@
+"""encode_image: the loop over a tower's blocks, with a reduction before each stage's first."""
+
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from elip_models.reduction.patch import is_reduced
+from elip_models.reduction.schedule import Schedule
+from elip_models.reduction.stage import ElipSettings, StageInfo, reduce_stage, warn_if_slower
+from elip_models.towers import as_tower
+
+
+def encode_image(
+    model: nn.Module,
+    images: Tensor,
+    text_cls: Tensor | None = None,
+    *,
+    schedule: Schedule | str,
+    scorer: str | int = "exact",
+    fusion: float = 0.8,
+    guidance_norm: Literal["none", "match"] = "none",
+    without_text: Literal["dense", "vision"] = "dense",
+    merge: bool = True,
+    return_info: bool = False,
+) -> Tensor | tuple[Tensor, list[StageInfo]]:
+    """Run an image tower with text-guided token reduction (ELIP, Algorithm 1).
+
+    Args:
+        model: an image model that a tower of `elip_models.towers` reads, e.g. from timm.
+        images: (B, 3, H, W).
+        text_cls: (B, D), the text encoder's CLS output in the tower's width D; detached here.
+        schedule: as '2(100%) 2(90%) 6(65%) 2(40%)'; its layers add up to the tower's depth.
+        scorer: 'official', 'exact', 'cls', 'last', or m: m-1 whole layers, then the m-th's row.
+        fusion: lam of Eq. 1; 1 is vision-only, 0 text-only.
+        guidance_norm: 'match' rescales text_cls to the norm of the image's CLS token.
+        without_text: what to do where text_cls is None: 'dense' reduces nothing, 'vision' reduces
+            by the image alone.
+        merge: append the merged token.
+        return_info: also return a `StageInfo` for every stage.
+
+    Returns:
+        (B, K+2, D) after the tower's final norm, before pooling (K+1 without merging).
+
+    Raises:
+        TypeError: a model that cannot be reduced, with the reason.
+        ValueError: bad arguments, or a model that `reduce_` has already changed.
+    """
+    if is_reduced(model):
+        raise ValueError(
+            "model: expected one that reduce_ has not changed, since it would reduce twice, got a "
+            "reduced one; call the model itself, or unreduce_ it first"
+        )
+    tower = as_tower(model)
+    settings = ElipSettings(schedule, scorer, fusion, guidance_norm, without_text, merge)
+    settings.schedule.check_depth(tower.depth)
+    stages = {}
+    if settings.reduces(text_cls):
+        stages = {stage.first: stage for stage in settings.schedule.stages(tower.num_patches)}
+        warn_if_slower(tower, settings)
+    if text_cls is not None:
+        text_cls = text_cls.detach()
+    tokens, infos = tower.embed(images), []
+    for i, block in enumerate(tower.blocks):
+        if i in stages:
+            tokens, info = reduce_stage(tower, stages[i], tokens, text_cls, settings)
+            infos.append(info)
+        if tower.checkpointing and tower.model.training:
+            tokens = checkpoint(block, tokens, use_reentrant=False)
+        else:
+            tokens = block(tokens)
+    tokens = tower.finish(tokens)
+    return (tokens, infos) if return_info else tokens

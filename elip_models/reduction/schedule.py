@@ -1,0 +1,139 @@
+"""Schedules: which blocks run on which share of the patches, as the paper's Table 8 writes them.
+
+`2(100%) 2(90%) 6(65%) 2(40%)` is twelve layers in four groups; a reduction stands before the first
+layer of every group below 100%. Ratios are of the first patch count: K = int(N0 * ratio).
+"""
+
+import re
+from dataclasses import dataclass, replace
+
+GROUP = re.compile(r"(\d+)\((\d+(?:\.\d+)?)%\)")
+FORM = "groups 'layers(ratio%)' as in '2(100%) 2(90%) 6(65%) 2(40%)'"
+PRESETS = {
+    "clip": "2(100%) 2(90%) 6(65%) 2(40%)",
+    "albef": "2(100%) 2(90%) 6(65%) 2(40%)",
+    "blip": "2(100%) 2(90%) 6(65%) 2(40%)",
+    "meter": "2(100%) 2(90%) 5(70%) 2(45%)",
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One reduction: before block `first` (0-based) keep `keep` patches for `layers` blocks."""
+
+    first: int
+    layers: int
+    keep: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Groups of (layers, ratio of the first patch count).
+
+    count_cls: ratios are of patches and CLS together, as in the official CLIP code.
+
+    Raises:
+        ValueError: no group, a group of no layer, a ratio outside (0, 1], or ratios that rise.
+    """
+
+    groups: tuple[tuple[int, float], ...]
+    count_cls: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.groups:
+            raise ValueError(f"schedule: expected {FORM}, got no group")
+        previous = 1.0
+        for layers, ratio in self.groups:
+            if layers < 1 or not 0.0 < ratio <= 1.0:
+                raise ValueError(
+                    "schedule: expected at least one layer and a ratio in (0%, 100%] in each "
+                    f"group, got {_format(layers, ratio)} in '{self}'"
+                )
+            if ratio > previous:
+                raise ValueError(
+                    "schedule: expected ratios that never rise, since dropped tokens do not come "
+                    f"back, got {_format(layers, ratio)} after {previous:.0%} in '{self}'"
+                )
+            previous = ratio
+
+    @classmethod
+    def parse(cls, text: "str | Schedule", *, count_cls: bool = False) -> "Schedule":
+        """The schedule that `text` writes, or presets by model name: clip, albef, blip, meter.
+
+        Raises:
+            TypeError: not a string (or a Schedule, which is returned as it is).
+            ValueError: a string of another form, or see `Schedule`.
+        """
+        if isinstance(text, Schedule):
+            return text
+        if not isinstance(text, str):
+            raise TypeError(f"schedule: expected {FORM}, got {text!r} ({type(text).__name__})")
+        words = PRESETS.get(text.strip().lower(), text).split()
+        matches = [GROUP.fullmatch(word) for word in words]
+        if not words or None in matches:
+            raise ValueError(f"schedule: expected {FORM} or one of {sorted(PRESETS)}, got {text!r}")
+        groups = tuple((int(m[1]), float(m[2]) / 100) for m in matches if m)
+        return cls(groups, count_cls)
+
+    def __str__(self) -> str:
+        return " ".join(_format(layers, ratio) for layers, ratio in self.groups)
+
+    @property
+    def depth(self) -> int:
+        """Layers in all."""
+        return sum(layers for layers, _ in self.groups)
+
+    def stages(self, num_patches: int) -> tuple[Stage, ...]:
+        """The reductions for a tower of `num_patches` patches; none for groups of 100%.
+
+        Raises:
+            ValueError: a ratio that keeps no patch.
+        """
+        stages, first = [], 0
+        for layers, ratio in self.groups:
+            if ratio < 1.0:
+                keep = int((num_patches + self.count_cls) * ratio)
+                if not 1 <= keep <= num_patches:
+                    raise ValueError(
+                        f"schedule: expected 1 to {num_patches} kept patches of {num_patches}, got "
+                        f"{keep} from {_format(layers, ratio)}"
+                    )
+                stages.append(Stage(first, layers, keep))
+            first += layers
+        return tuple(stages)
+
+    def keep_counts(self, num_patches: int) -> list[int]:
+        """Kept patches of each reduction: [230, 166, 102] of 256 for the paper's schedule."""
+        return [stage.keep for stage in self.stages(num_patches)]
+
+    def tokens_per_layer(self, num_patches: int, *, merge: bool = True) -> list[int]:
+        """Tokens that enter each layer, CLS and merged token included."""
+        tokens = [num_patches + 1] * self.depth
+        for stage in self.stages(num_patches):
+            reduced = min(stage.keep + 1 + merge, tokens[stage.first])
+            tokens[stage.first :] = [reduced] * (self.depth - stage.first)
+        return tokens
+
+    def scaled(self, depth: int) -> "Schedule":
+        """The same ratios over `depth` layers, at least one in each group."""
+        sizes, done = [], 0.0
+        for layers, _ in self.groups:
+            start, done = round(done), done + layers * depth / self.depth
+            sizes.append(max(1, round(done) - start))
+        while sum(sizes) > max(depth, len(sizes)):
+            sizes[sizes.index(max(sizes))] -= 1
+        return replace(
+            self, groups=tuple((n, r) for n, (_, r) in zip(sizes, self.groups, strict=True))
+        )
+
+    def check_depth(self, depth: int) -> None:
+        """Raises ValueError where the layers do not add up to `depth`, with the scaled string."""
+        if self.depth != depth:
+            raise ValueError(
+                f"schedule: expected {depth} layers, as the tower has, got {self.depth} in "
+                f"'{self}'; scaled to the tower: '{self.scaled(depth)}'"
+            )
+
+
+def _format(layers: int, ratio: float) -> str:
+    return f"{layers}({ratio * 100:.6g}%)"

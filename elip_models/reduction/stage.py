@@ -1,0 +1,274 @@
+"""One stage boundary, once: fuse the text into CLS, score, reduce (ELIP, Eq. 1-4).
+
+    x~_cls = lam * x_cls + (1 - lam) * t_cls                                               Eq. 1
+    a      = CLS attention row of the stage's last layer, by the scorer, without gradient  Eq. 2
+    x      = [x_cls, x_kept, sum_dropped w x]                        elip_kernels.reduce, Eq. 3-4
+
+`encode_image` and the hooks of `reduce_` both call `reduce_stage` and nothing else.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+import elip_kernels
+from elip_kernels import ReductionInfo
+from elip_models.reduction.schedule import Schedule, Stage
+from elip_models.towers import Tower
+
+
+class StageInfo(NamedTuple):
+    """What one stage did: its place, what was kept and merged, and the attention row (B, N)."""
+
+    stage: Stage
+    reduction: ReductionInfo
+    attention: Tensor
+
+
+class Scorer(NamedTuple):
+    """A way to get the attention row that selects.
+
+    row: (tower, stage, tokens (B, N, D), fused cls (B, D)) -> (B, N), column 0 is CLS.
+    layers: how many whole layers it runs on the stage's tokens, of the stage's number of layers.
+    """
+
+    row: Callable[[Tower, Stage, Tensor, Tensor], Tensor]
+    layers: Callable[[int], int]
+
+
+def _with_cls(tokens: Tensor, cls: Tensor) -> Tensor:
+    return torch.cat([cls[:, None], tokens[:, 1:]], dim=1)
+
+
+def _official(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
+    """All layers whole, the last with its N x N map, its output thrown away."""
+    last = stage.first + stage.layers - 1
+    tokens = _with_cls(tokens, cls)
+    for i in range(stage.first, last):
+        tokens = tower.blocks[i](tokens)
+    row = tower.attention_map(last, tokens)[:, :, 0].mean(1)
+    tower.mlp(last, tower.attend(last, tokens))
+    return row
+
+
+def _exact(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
+    """All layers but the last, then only the CLS row of the last."""
+    return _after(stage.layers)(tower, stage, tokens, cls)
+
+
+def _after(layer: int) -> Callable[[Tower, Stage, Tensor, Tensor], Tensor]:
+    """The CLS row of the stage's `layer`-th layer (from 1), after the whole layers before it."""
+
+    def row(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
+        target = stage.first + layer - 1
+        if layer > 1:
+            tokens = _with_cls(tokens, cls)
+            for i in range(stage.first, target):
+                tokens = tower.blocks[i](tokens)
+            cls = tokens[:, 0]
+        return tower.cls_attention(target, tokens, cls)
+
+    return row
+
+
+def _cls(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
+    """CLS alone goes through the layers, attending to the tokens as they entered the stage."""
+    last = stage.first + stage.layers - 1
+    for i in range(stage.first, last):
+        cls = tower.cls_block(i, tokens, cls)
+    return tower.cls_attention(last, tokens, cls)
+
+
+def _last(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
+    """The last layer's CLS row, from the tokens as they entered the stage: no layer runs."""
+    return tower.cls_attention(stage.first + stage.layers - 1, tokens, cls)
+
+
+SCORERS: dict[str, Scorer] = {
+    "official": Scorer(_official, lambda layers: layers),
+    "exact": Scorer(_exact, lambda layers: layers - 1),
+    "cls": Scorer(_cls, lambda layers: 0),
+    "last": Scorer(_last, lambda layers: 0),
+}
+
+
+def get_scorer(name: str | int) -> Scorer:
+    """The scorer of a name in `SCORERS`, or of m: m-1 whole layers, then the m-th layer's row."""
+    if isinstance(name, int):
+        return Scorer(_after(name), lambda layers: name - 1)
+    return SCORERS[name]
+
+
+@dataclass(frozen=True)
+class ElipSettings:
+    """How ELIP reduces a tower; the arguments of `encode_image` and `reduce_` of the same names.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected, what came.
+    """
+
+    schedule: Schedule
+    scorer: str | int = "exact"
+    fusion: float = 0.8
+    guidance_norm: Literal["none", "match"] = "none"
+    without_text: Literal["dense", "vision"] = "dense"
+    merge: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "schedule", Schedule.parse(self.schedule))
+        scorer = self.scorer
+        if isinstance(scorer, bool) or not (scorer in SCORERS or isinstance(scorer, int)):
+            raise ValueError(f"scorer: expected one of {list(SCORERS)} or an int, got {scorer!r}")
+        shortest = min((n for n, ratio in self.schedule.groups if ratio < 1), default=None)
+        if isinstance(scorer, int) and not 1 <= scorer <= (shortest or scorer):
+            raise ValueError(
+                f"scorer: expected 1 <= m <= {shortest}, the layers of the shortest stage of "
+                f"'{self.schedule}', got {scorer}"
+            )
+        fusion = self.fusion
+        if isinstance(fusion, bool) or not isinstance(fusion, (int, float)):
+            raise TypeError(f"fusion: expected a float in [0, 1], got {fusion!r}")
+        if not 0.0 <= fusion <= 1.0:
+            raise ValueError(f"fusion: expected a float in [0, 1], got {fusion!r}")
+        for name, allowed in (
+            ("guidance_norm", ("none", "match")),
+            ("without_text", ("dense", "vision")),
+            ("merge", (True, False)),
+        ):
+            if not any(getattr(self, name) is a or getattr(self, name) == a for a in allowed):
+                raise ValueError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
+
+    def reduces(self, text_cls: Tensor | None) -> bool:
+        """Whether a forward with this guidance reduces; warns once where it does not."""
+        if text_cls is not None or self.fusion == 1.0 or self.without_text == "vision":
+            return True
+        if not torch.compiler.is_compiling():
+            _warn_once(
+                "no text guidance was given, so nothing is reduced (without_text='dense'); "
+                "pass text_cls, or without_text='vision' for vision-only reduction"
+            )
+        return False
+
+    def inference_cost(self, tower: Tower) -> float:
+        """Forward multiply-adds of the blocks, scorer included, relative to the dense tower."""
+        dense = _blocks_cost(tower, tower.num_patches + 1) * tower.depth
+        tokens = self.schedule.tokens_per_layer(tower.num_patches, merge=self.merge)
+        cost = sum(_blocks_cost(tower, n) for n in tokens)
+        layers = get_scorer(self.scorer).layers
+        for stage in self.schedule.stages(tower.num_patches):
+            entering = tokens[stage.first - 1] if stage.first else tower.num_patches + 1
+            cost += layers(stage.layers) * _blocks_cost(tower, entering)
+        return cost / dense
+
+
+def _blocks_cost(tower: Tower, tokens: int) -> float:
+    """Multiply-adds of one block: projections, MLP, attention."""
+    return tokens * tower.width * ((4 + 2 * tower.mlp_ratio) * tower.width + 2 * tokens)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
+
+
+def warn_if_slower(tower: Tower, settings: ElipSettings) -> None:
+    """In eval mode, say once that the scorer costs more than the reduction saves."""
+    if tower.model.training or torch.compiler.is_compiling():
+        return
+    cost = settings.inference_cost(tower)
+    if cost > 1.0:
+        _warn_once(
+            f"scorer={settings.scorer!r} makes inference cost {cost:.2f} times the dense tower "
+            "(FLOPs of the blocks); scorer='last' costs less than dense"
+        )
+
+
+def check_text(text_cls: Tensor, tokens: Tensor) -> None:
+    """Raises where the guidance is not one vector of the tower's width for each image."""
+    if not isinstance(text_cls, Tensor):
+        raise TypeError(f"text_cls: expected a tensor (B, D), got {type(text_cls).__name__}")
+    B, _, D = tokens.shape
+    if text_cls.dim() == 2 and text_cls.shape[1] != D:
+        raise ValueError(
+            f"text_cls: expected width {D}, the tower's, got {text_cls.shape[1]}; project it first "
+            "(CLIP maps it back by the transposed image projection: text_features @ proj.T)"
+        )
+    if text_cls.dim() != 2 or text_cls.shape[0] != B:
+        raise ValueError(
+            f"text_cls: expected one vector for each image, {(B, D)}, got {tuple(text_cls.shape)}"
+        )
+
+
+def fuse(cls: Tensor, text_cls: Tensor | None, settings: ElipSettings) -> Tensor:
+    """Eq. 1: cls (B, D), text_cls (B, D) or None -> the fused CLS token (B, D)."""
+    if text_cls is None or settings.fusion == 1.0:
+        return cls
+    text = text_cls.to(cls.dtype)
+    if settings.guidance_norm == "match":
+        norm = text.norm(dim=1, keepdim=True).clamp_min(torch.finfo(text.dtype).tiny)
+        text = text * (cls.norm(dim=1, keepdim=True) / norm)
+    return settings.fusion * cls + (1.0 - settings.fusion) * text
+
+
+@contextmanager
+def _isolated_rng(tower: Tower, tokens: Tensor) -> Iterator[None]:
+    """Random numbers drawn inside leave the state as it was: a replayed stage draws the same."""
+    if not tower.model.training or torch.compiler.is_compiling():
+        yield
+        return
+    devices = [tokens.device] if tokens.is_cuda else []
+    with torch.random.fork_rng(devices):
+        yield
+
+
+def _uncached_autocast(device: str) -> torch.autocast | nullcontext:
+    """The autocast of the caller, without its cache.
+
+    Weights cast here, without gradient, must not be handed to the training pass that follows.
+    """
+    if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False)
+
+
+def score_stage(
+    tower: Tower, stage: Stage, tokens: Tensor, text_cls: Tensor | None, settings: ElipSettings
+) -> Tensor:
+    """Eq. 2: the attention row (B, N) that selects, without gradient; column 0 is CLS."""
+    if text_cls is not None:
+        check_text(text_cls, tokens)
+    with torch.no_grad(), _isolated_rng(tower, tokens), _uncached_autocast(tokens.device.type):
+        cls = fuse(tokens[:, 0], text_cls, settings)
+        return get_scorer(settings.scorer).row(tower, stage, tokens, cls)
+
+
+def reduce_stage(
+    tower: Tower,
+    stage: Stage,
+    tokens: Tensor,
+    text_cls: Tensor | None,
+    settings: ElipSettings,
+    attention: Tensor | None = None,
+) -> tuple[Tensor, StageInfo]:
+    """Fuse, score, reduce.
+
+    Args:
+        tokens: (B, N, D) that enter block `stage.first`.
+        text_cls: (B, D), the text's CLS vector in the tower's width, or None: vision only.
+        attention: (B, N), the row of an earlier run, replayed instead of scoring.
+
+    Returns:
+        (B, keep+2, D), or keep+1 without merging, and the `StageInfo`.
+    """
+    if attention is None:
+        attention = score_stage(tower, stage, tokens, text_cls, settings)
+    tokens, info = elip_kernels.reduce(
+        tokens, attention, stage.keep, merge=settings.merge, return_info=True
+    )
+    return tokens, StageInfo(stage, info, attention)

@@ -1,0 +1,64 @@
+"""Image towers seen as embed, blocks, attend, mlp, cls_attention, finish.
+
+A tower reads a model's own modules and adds nothing to it. `as_tower` finds the one that fits.
+"""
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+class Tower(Protocol):
+    """What the reduction needs of an image model; tokens are (B, N, D) with CLS first."""
+
+    model: nn.Module
+    blocks: nn.Sequential
+    width: int
+    depth: int
+    num_patches: int
+    mlp_ratio: float
+    side_doors: tuple[str, ...]
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> tokens: everything before block 0."""
+
+    def attend(self, i: int, tokens: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Block i's attention half, residual included."""
+
+    def mlp(self, i: int, tokens: Tensor) -> Tensor:
+        """Block i's MLP half, residual included."""
+
+    def attention_map(self, i: int, tokens: Tensor) -> Tensor:
+        """Block i's whole softmax map (B, H, N, N), as the official code computes it."""
+
+    def cls_attention(self, i: int, tokens: Tensor, cls: Tensor) -> Tensor:
+        """Block i's CLS row (B, N), head mean, with `cls` (B, D) in place of token 0."""
+
+    def cls_block(self, i: int, tokens: Tensor, cls: Tensor) -> Tensor:
+        """`cls` (B, D) through block i alone, attending to `tokens` -> (B, D)."""
+
+    def finish(self, tokens: Tensor) -> Tensor:
+        """The final norm, before pooling."""
+
+    @property
+    def checkpointing(self) -> bool:
+        """The model asks for activation checkpointing."""
+
+
+def as_tower(model: nn.Module) -> Tower:
+    """The tower of an image model.
+
+    Raises:
+        TypeError: not a model that a tower reads, or a variant of one that it does not: why.
+        ImportError: timm is missing.
+    """
+    try:
+        from elip_models.towers.timm import TimmTower
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"elip_models needs {error.name}: pip install 'elip-kernels[models]'"
+        ) from error
+    reason = TimmTower.refuses(model)
+    if reason is not None:
+        raise TypeError(f"model: expected a timm VisionTransformer that can be reduced: {reason}")
+    return TimmTower(model)
