@@ -1,7 +1,18 @@
 """Text-guided vision token reduction for image-text models, and the models that train with it."""
 
+from typing import Any
+
 from elip_models.reduction.encode import encode_image
 from elip_models.reduction.patch import guidance, reduce_, unreduce_
 from elip_models.reduction.schedule import Schedule
 
-__all__ = ["Schedule", "encode_image", "guidance", "reduce_", "unreduce_"]
+__all__ = ["Schedule", "create_model", "encode_image", "guidance", "reduce_", "unreduce_"]
+
+
+def __getattr__(name: str) -> Any:
+    """`create_model` on first use: it brings timm and transformers in."""
+    if name == "create_model":
+        from elip_models.registry import create_model
+
+        return create_model
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

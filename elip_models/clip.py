@@ -1,0 +1,253 @@
+"""CLIP with a text-guided, token-reduced image tower.
+
+Text first: f_text = normalise(W_t text[EOS]); the guidance of the image tower is f_text mapped back
+to the vision width by the transposed image projection, t = f_text @ W_i, detached. Then
+f_image = normalise(W_i image[CLS]), and the contrastive loss of the pairs (ITC).
+Source: CLIP (Radford et al., 2021); ELIP, section 3 and its official CLIP code.
+"""
+
+import json
+import math
+import os
+import tempfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from elip_models.modules.losses import contrastive_loss
+from elip_models.modules.text import CLIPTextTower
+from elip_models.reduction.encode import encode_image
+from elip_models.reduction.schedule import Schedule
+from elip_models.reduction.stage import ElipSettings, StageInfo
+from elip_models.towers import Tower, as_tower
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """Hyper-parameters of a CLIP model.
+
+    schedule: '2(100%) 2(90%) 6(65%) 2(40%)', or None for a dense image tower.
+    count_cls: keep ratios count CLS among the patches, as the official CLIP code.
+    scorer, fusion, guidance_norm, without_text, merge: see `elip_models.encode_image`.
+    gather: where negatives come from, see `contrastive_loss`.
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    vision_width: int = 768
+    vision_depth: int = 12
+    vision_heads: int = 12
+    text_width: int = 512
+    text_depth: int = 12
+    text_heads: int = 8
+    vocab_size: int = 49408
+    context_length: int = 77
+    eos_token_id: int = 49407
+    pad_token_id: int = 0
+    embed_dim: int = 512
+    drop_path: float = 0.0
+    temperature: float = 0.07
+    schedule: str | None = None
+    count_cls: bool = False
+    scorer: str | int = "exact"
+    fusion: float = 0.8
+    guidance_norm: Literal["none", "match"] = "none"
+    without_text: Literal["dense", "vision"] = "dense"
+    merge: bool = True
+    gather: Literal["local", "global"] = "local"
+
+    def __post_init__(self) -> None:
+        for width, heads in (("vision_width", "vision_heads"), ("text_width", "text_heads")):
+            if getattr(self, width) % getattr(self, heads):
+                raise ValueError(
+                    f"{heads}: expected a divisor of {width} = {getattr(self, width)}, got "
+                    f"{getattr(self, heads)}"
+                )
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size: expected a multiple of patch_size = {self.patch_size}, got "
+                f"{self.image_size}"
+            )
+        if self.gather not in ("local", "global"):
+            raise ValueError(f"gather: expected 'local' or 'global', got {self.gather!r}")
+        self.reduction.schedule.check_depth(self.vision_depth)
+
+    @property
+    def reduction(self) -> ElipSettings:
+        """The settings of the image tower's reduction."""
+        text = self.schedule or f"{self.vision_depth}(100%)"
+        schedule = Schedule.parse(text, count_cls=self.count_cls)
+        names = ("scorer", "fusion", "guidance_norm", "without_text", "merge")
+        return ElipSettings(schedule, **{name: getattr(self, name) for name in names})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "CLIPConfig":
+        """Raises ValueError for a name that is none of the fields."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(values.keys() - set(known))
+        if unknown:
+            raise ValueError(f"config: expected names among {known}, got {unknown}")
+        return cls(**values)
+
+
+@dataclass
+class CLIPOutput:
+    """loss: scalar. image_features, text_features: (B, E), normalised."""
+
+    loss: Tensor
+    image_features: Tensor
+    text_features: Tensor
+
+
+class CLIP(nn.Module):
+    """Image tower from timm, text tower from transformers, a projection each, a temperature."""
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual = VisionTransformer(
+            img_size=config.image_size,
+            patch_size=config.patch_size,
+            embed_dim=config.vision_width,
+            depth=config.vision_depth,
+            num_heads=config.vision_heads,
+            drop_path_rate=config.drop_path,
+            pre_norm=True,
+            norm_layer=nn.LayerNorm,
+            num_classes=0,
+        )
+        self.text = CLIPTextTower(
+            width=config.text_width,
+            depth=config.text_depth,
+            heads=config.text_heads,
+            vocab_size=config.vocab_size,
+            context_length=config.context_length,
+            eos_token_id=config.eos_token_id,
+            pad_token_id=config.pad_token_id,
+        )
+        self.image_projection = nn.Linear(config.vision_width, config.embed_dim, bias=False)
+        self.text_projection = nn.Linear(config.text_width, config.embed_dim, bias=False)
+        for projection in (self.image_projection, self.text_projection):
+            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
+
+    @property
+    def tower(self) -> Tower:
+        """The image tower as the reduction sees it."""
+        return as_tower(self.visual)
+
+    def guidance(self, text_features: Tensor) -> Tensor:
+        """f_text (B, E) mapped back to the vision width, (B, D), detached."""
+        return (text_features @ self.image_projection.weight.to(text_features.dtype)).detach()
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """input_ids, attention_mask (B, L) -> (B, E), normalised."""
+        return F.normalize(self.text_projection(self.text(input_ids, attention_mask)), dim=-1)
+
+    def encode_tokens(
+        self, images: Tensor, text_features: Tensor | None = None, *, return_info: bool = False
+    ) -> Tensor | tuple[Tensor, list[StageInfo]]:
+        """images (B, 3, H, W) -> tokens (B, K+2, D) of the image tower; see `encode_image`."""
+        text_cls = None if text_features is None else self.guidance(text_features)
+        settings = vars(self.config.reduction)
+        return encode_image(self.visual, images, text_cls, return_info=return_info, **settings)
+
+    def encode_image(
+        self, images: Tensor, text_features: Tensor | None = None, *, reduce: bool = True
+    ) -> Tensor:
+        """Image features.
+
+        Args:
+            images: (B, 3, H, W).
+            text_features: (B, E), normalised, which guide the reduction; without them the image
+                tower does what `config.without_text` says.
+            reduce: False runs the dense tower.
+
+        Returns:
+            (B, E), normalised.
+        """
+        if reduce:
+            tokens = self.encode_tokens(images, text_features)
+        else:
+            dense = f"{self.config.vision_depth}(100%)"
+            tokens = encode_image(self.visual, images, schedule=dense, without_text="vision")
+        return F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
+
+    def forward(
+        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> CLIPOutput:
+        """images (B, 3, H, W), input_ids and attention_mask (B, L): row i of each is one pair."""
+        text_features = self.encode_text(input_ids, attention_mask)
+        image_features = self.encode_image(images, text_features)
+        scale = self.logit_scale.exp()
+        gather = self.config.gather
+        loss = contrastive_loss(image_features, text_features, scale, gather=gather)
+        return CLIPOutput(loss, image_features, text_features)
+
+    @torch.no_grad()
+    def clamp_temperature_(self) -> None:
+        """Keep the temperature at 0.01 or above, as CLIP does after each step."""
+        self.logit_scale.clamp_(0, math.log(100))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in backward instead of saving their activations."""
+        self.visual.set_grad_checkpointing(enable)
+        self.text.set_grad_checkpointing(enable)
+
+    def save_pretrained(self, folder: str | os.PathLike, tokenizer: Any = None) -> Path:
+        """Write model.safetensors, config.json and the tokenizer; each file whole or not at all."""
+        from safetensors.torch import save
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: w.detach().cpu().contiguous() for name, w in self.state_dict().items()}
+        _write(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
+        config = {"model": "clip", **asdict(self.config)}
+        _write(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        return folder
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> "CLIP":
+        """The model that `save_pretrained` wrote, from a local folder or a hub repository's name.
+
+        Raises:
+            FileNotFoundError: the folder lacks config.json or model.safetensors.
+            ValueError: a config of another model, or weights that do not fit it.
+        """
+        from safetensors.torch import load_file
+
+        path = Path(folder)
+        if not path.is_dir() and not path.is_absolute() and str(folder).count("/") == 1:
+            from huggingface_hub import snapshot_download
+
+            path = Path(snapshot_download(str(folder)))
+        for name in ("config.json", "model.safetensors"):
+            if not (path / name).is_file():
+                raise FileNotFoundError(
+                    f"folder: expected config.json and model.safetensors, as save_pretrained "
+                    f"writes them, got no {name} in {path}"
+                )
+        config = json.loads((path / "config.json").read_text())
+        if config.pop("model", None) != "clip":
+            raise ValueError(f"folder: expected a CLIP config, got another in {path}")
+        model = cls(CLIPConfig.from_dict(config))
+        try:
+            model.load_state_dict(load_file(path / "model.safetensors"))
+        except RuntimeError as error:
+            raise ValueError(
+                f"folder: expected weights that fit {path}/config.json: {error}"
+            ) from error
+        return model
+
+
+def _write(path: Path, content: bytes) -> None:
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(content)
+    os.replace(file.name, path)

@@ -1,0 +1,36 @@
+"""Tiny towers that the tests share."""
+
+from functools import partial
+
+import timm
+import torch
+
+SCHEDULE = "1(100%) 2(80%) 2(50%) 1(30%)"
+WIDTH = 32
+
+
+def plain_vit(**options):
+    """Six layers, 36 patches, width 32."""
+    defaults = dict(
+        img_size=48, patch_size=8, embed_dim=WIDTH, depth=6, num_heads=2, mlp_ratio=2, num_classes=5
+    )
+    return timm.models.VisionTransformer(**(defaults | options))
+
+
+def clip_vit(**options):
+    """The CLIP form: pre-norm, no patch bias, QuickGELU, LayerScale, another eps."""
+    return plain_vit(
+        pre_norm=True,
+        norm_layer=partial(torch.nn.LayerNorm, eps=1e-5),
+        act_layer="quick_gelu",
+        init_values=0.3,
+        **options,
+    )
+
+
+def images(batch=2):
+    return torch.randn(batch, 3, 48, 48)
+
+
+def text(batch=2):
+    return torch.randn(batch, WIDTH)
