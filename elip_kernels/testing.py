@@ -1,0 +1,191 @@
+"""Cases, inputs, the interpreter seam, the compile report: what can be shown without a GPU.
+
+The interpreter (TRITON_INTERPRET=1, set before triton is imported) runs a kernel on CPU tensors;
+`kernels_on_cpu` registers the launchers for them and counts the launches. `compile_kernel` compiles
+for an architecture that need not be there and reads registers, stack and vector width off the code.
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import elip_kernels.reduce  # noqa: F401  (the module; its function has the same name)
+from elip_kernels import launch
+from elip_kernels._triton import triton
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of `reduce`; its id reads as shapes."""
+
+    B: int
+    N: int
+    D: int
+    K: int
+    dtype: torch.dtype = torch.float32
+    num_prefix_tokens: int = 1
+
+    def __str__(self) -> str:
+        dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+        return f"B{self.B}-N{self.N}-D{self.D}-K{self.K}-{dtype.get(self.dtype, 'fp64')}"
+
+    def inputs(self, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """tokens (B, N, D) ~ N(0, 1), scores (B, N-p): a softmax row without CLS."""
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randn(self.B, self.N, self.D, generator=generator).to(self.dtype)
+        logits = torch.randn(self.B, self.N, generator=generator)
+        return tokens, logits.softmax(-1)[:, self.num_prefix_tokens :]
+
+
+REAL_SHAPES = [(257, 230), (257, 166), (257, 102), (197, 176), (197, 127), (197, 78), (50, 32)]
+UGLY_SHAPES = [(38, 1), (38, 36), (18, 9), (3, 1), (65, 64)]
+
+
+def cases(B: int, D: int, dtypes: tuple[torch.dtype, ...]) -> list[Case]:
+    """The real shapes and a few ugly ones: N odd, K = 1, K = N - 2."""
+    shapes = REAL_SHAPES + UGLY_SHAPES
+    return [Case(B, N, D, K, dtype) for dtype in dtypes for N, K in shapes if K < N - 1]
+
+
+@contextmanager
+def kernels_on_cpu() -> Iterator[Counter]:
+    """Inside, CPU tensors go to the Triton launchers; yields the launches by op.
+
+    Raises:
+        RuntimeError: the kernels were not decorated for the interpreter.
+    """
+    if not triton.knobs.runtime.interpret:
+        raise RuntimeError("set TRITON_INTERPRET=1 before importing elip_kernels")
+    module = _module("reduce")
+    launches: Counter = Counter()
+
+    def counted(op: Any, run: Any) -> None:
+        def kernel(*args: Any) -> Any:
+            launches[op._qualname] += 1
+            return run(*args)
+
+        op.register_kernel("cpu", kernel)
+        stack.callback(op.register_kernel, "cpu", op._init_fn)
+
+    with ExitStack() as stack:
+        counted(module._reduce_op, module._reduce_cuda)
+        counted(module._reduce_backward_op, module._reduce_backward_cuda)
+        yield launches
+
+
+def _module(name: str) -> Any:
+    import sys
+
+    return sys.modules[f"elip_kernels.{name}"]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiled code of one kernel says; bytes for stack, local and shared memory."""
+
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    instructions: Counter
+
+    def share_128(self, kind: str) -> tuple[int, int]:
+        """(128-bit accesses, all) among global loads ('LDG') or stores ('STG')."""
+        mine = {name: n for name, n in self.instructions.items() if name.split(".")[0] == kind}
+        return sum(n for name, n in mine.items() if name.endswith(".128")), sum(mine.values())
+
+
+def compile_kernel(
+    kernel: Any, signature: dict[str, str], constants: dict[str, Any], *, arch: int, num_warps: int
+) -> Compiled:
+    """Compile for an NVIDIA `arch` (80, 90, 100) without a GPU.
+
+    Args:
+        kernel: a `@triton.jit` function, not decorated for the interpreter.
+        signature: type of each run-time argument; ':16' marks divisibility, pointers have it.
+        constants: the constexpr arguments.
+        arch: compute capability times ten.
+        num_warps: of the launch.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = list(kernel.arg_names)
+    types = {n: "constexpr" if n in constants else signature[n].split(":")[0] for n in names}
+    aligned = [n for n in names if n in signature and signature[n].startswith("*")]
+    aligned += [n for n in names if signature.get(n, "").endswith(":16")]
+    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attrs)
+    options = {"num_warps": num_warps, "enable_fp_fusion": True}
+    code = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return _read_cubin(code.asm["cubin"], code.metadata.shared)
+
+
+def _read_cubin(cubin: bytes, shared: int) -> Compiled:
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
+
+    def run(*command: str) -> str:
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=True
+        ).stdout
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = run(str(tools / "cuobjdump"), "--dump-resource-usage", file.name)
+        sass = run(str(tools / "nvdisasm"), "-c", file.name)
+    found = re.search(r"REG:(\d+)\s+STACK:(\d+)\s+SHARED:\d+\s+LOCAL:(\d+)", usage)
+    if found is None:
+        raise ValueError(f"cuobjdump: expected a resource usage line, got {usage!r}")
+    registers, stack, local = map(int, found.groups())
+    code = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.M)
+    return Compiled(registers, stack, local, shared, Counter(map(_short, code)))
+
+
+def _short(instruction: str) -> str:
+    """LDG.E.128.CONSTANT -> LDG.128; other instructions by their first word."""
+    name = instruction.split(".")[0]
+    width = next((w for w in instruction.split(".") if w in ("64", "128")), "")
+    return f"{name}.{width}" if name in ("LDG", "STG") and width else name
+
+
+def compile_reduce(
+    arch: int, *, candidates: int, dtype: str, has_mask: bool = False, merge: bool = True
+) -> tuple[Compiled, Compiled]:
+    """`reduce` forward and backward as launched for `candidates` patches of 'bf16' or 'fp32'."""
+    module, size = _module("reduce"), 4 if dtype == "fp32" else 2
+    tokens, ints = f"*{dtype}", {"N": "i32", "K": "i32", "D": "i32:16", "R": "i32"}
+    block_n, block_d, num_warps = launch.reduce_forward(candidates, size)
+    forward = compile_kernel(
+        module._reduce_fwd_kernel,
+        {"tokens_ptr": tokens, "scores_ptr": "*fp32", "out_ptr": tokens, "kept_ptr": "*i64"}
+        | {"weights_ptr": "*fp32", "slots_ptr": "*i32", "mask_ptr": "*i1"}
+        | {"stride_tb": "i32:16", "stride_tn": "i32:16", "stride_sb": "i32", "stride_mb": "i32"}
+        | ints,
+        {"P": 1, "MERGE": merge, "NORMALIZE": True, "HAS_MASK": has_mask, "EPSILON": 1e-6}
+        | {"BLOCK_N": block_n, "BLOCK_D": block_d}
+        | ({} if has_mask else {"mask_ptr": None}),
+        arch=arch,
+        num_warps=num_warps,
+    )
+    block_n, block_d, num_warps = launch.reduce_backward(size)
+    backward = compile_kernel(
+        module._reduce_bwd_kernel,
+        {"grad_out_ptr": tokens, "slots_ptr": "*i32", "weights_ptr": "*fp32", "grad_ptr": tokens}
+        | ints,
+        {"MERGE": merge, "BLOCK_N": block_n, "BLOCK_D": block_d},
+        arch=arch,
+        num_warps=num_warps,
+    )
+    return forward, backward

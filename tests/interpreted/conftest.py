@@ -1,0 +1,17 @@
+"""Collected only where TRITON_INTERPRET=1; tests/test_interpreter.py runs these in a process."""
+
+import os
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture
+def launches():
+    """CPU tensors go to the Triton kernels inside; counts the launches by op."""
+    from elip_kernels.testing import kernels_on_cpu
+
+    with kernels_on_cpu() as counter:
+        yield counter

@@ -1,0 +1,151 @@
+"""The reduce kernels, run by the interpreter, against the PyTorch form in fp64."""
+
+import pytest
+import torch
+
+import elip_kernels
+from elip_kernels.testing import Case, cases
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INF, NAN = float("inf"), float("nan")
+
+
+def in_fp64(tokens, scores, keep, grad_out, **options):
+    """-> out, info, gradient of the PyTorch form in fp64 (fp64 never goes to a kernel)."""
+    tokens = tokens.detach().double().requires_grad_()
+    out, info = elip_kernels.reduce(tokens, scores.double(), keep, return_info=True, **options)
+    out.backward(grad_out.double())
+    return out.detach(), info, tokens.grad
+
+
+def check(launches, tokens, scores, keep, **options):
+    """Forward and backward of the kernel: copies bit by bit, sums as well as the dtype allows."""
+    before = dict(launches)
+    leaf = tokens.detach().requires_grad_()
+    out, info = elip_kernels.reduce(leaf, scores, keep, return_info=True, **options)
+    grad_out = torch.randn(out.shape).to(out.dtype)
+    out.backward(grad_out)
+    assert launches["elip::reduce"] == before.get("elip::reduce", 0) + 1
+    assert launches["elip::reduce_backward"] == before.get("elip::reduce_backward", 0) + 1
+
+    expected, exact, grad = in_fp64(tokens, scores, keep, grad_out, **options)
+    assert torch.equal(info.kept, exact.kept)
+    assert torch.allclose(info.weights.double(), exact.weights, atol=1e-6, rtol=0)
+    copied = out.shape[1] - options.get("merge", True)
+    assert torch.equal(out[:, :copied], expected[:, :copied].to(out.dtype))
+    # The interpreter truncates where the hardware rounds to bf16: one ulp instead of half.
+    ulp = torch.finfo(out.dtype).eps
+    bound = 1e-6 + 2 * ulp * expected.abs()
+    assert ((out.double() - expected).abs() <= bound).all()
+    assert ((leaf.grad.double() - grad).abs() <= 1e-6 + 2 * ulp * grad.abs()).all()
+    return out, info
+
+
+@pytest.mark.parametrize("case", cases(2, 40, DTYPES), ids=str)
+def test_kernel_agrees_with_fp64(launches, case):
+    tokens, scores = case.inputs()
+    check(launches, tokens, scores, case.K)
+
+
+@pytest.mark.parametrize("D", [1, 63, 64, 96, 130])
+def test_any_width(launches, D):
+    tokens, scores = Case(2, 19, D, 7, torch.bfloat16).inputs()
+    check(launches, tokens, scores, 7)
+
+
+@pytest.mark.parametrize("options", [{"merge": False}, {"normalize": False}], ids=str)
+def test_pruning_and_unnormalised_weights(launches, options):
+    tokens, scores = Case(3, 50, 24, 20).inputs()
+    check(launches, tokens, scores, 20, **options)
+
+
+@pytest.mark.parametrize("num_prefix_tokens", [0, 1, 2, 5])
+def test_prefix_tokens_stay_first(launches, num_prefix_tokens):
+    case = Case(2, 30, 24, 9, num_prefix_tokens=num_prefix_tokens)
+    tokens, scores = case.inputs()
+    out, _ = check(launches, tokens, scores, 9, num_prefix_tokens=num_prefix_tokens)
+    assert torch.equal(out[:, :num_prefix_tokens], tokens[:, :num_prefix_tokens])
+
+
+@pytest.mark.parametrize("keep", range(1, 12))
+def test_special_scores_rank_as_the_specification(launches, keep):
+    scores = torch.tensor(
+        [
+            [0.0, -0.0, NAN, INF, -INF, 1.0, 1.0, 1e-42, -NAN, -1.0, 0.0, 9e2],
+            [NAN] * 12,
+            [-0.0, 0.0] * 6,
+            [INF, -INF] * 6,
+        ]
+    )
+    tokens = torch.randn(4, 13, 8)
+    out, _ = check(launches, tokens, scores, keep, normalize=False)
+    assert out[:, :-1].isfinite().all()
+
+
+def test_kept_tokens_never_touch_the_merged_one(launches):
+    tokens, scores = Case(1, 10, 8, 3).inputs()
+    tokens[0, 1 + scores[0].argmax()] = NAN
+    out, _ = elip_kernels.reduce(tokens, scores, 3, return_info=True)
+    assert launches["elip::reduce"] == 1
+    assert out[:, -1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("keep", [1, 5, 12, 17])
+def test_masks(launches, keep, dtype):
+    tokens, scores = Case(4, 19, 24, keep, dtype).inputs()
+    real = torch.rand(4, 19) > torch.tensor([0.2, 0.5, 0.8, 1.0])[:, None]
+    real[:, 0] = True
+    scores[0, 3] = NAN
+    _, info = check(launches, tokens, scores, keep, mask=real)
+    taken = real.gather(1, info.kept)
+    assert torch.equal(taken.sum(1), real[:, 1:].sum(1).clamp(max=keep))
+    assert not (taken[:, 1:] & ~taken[:, :-1]).any()  # padding fills the last slots
+    assert torch.equal(info.mask[:, 1:-1], taken)
+    assert torch.equal(info.mask[:, -1], real[:, 1:].sum(1) > keep)
+
+
+@pytest.mark.parametrize("layout", ["LND", "sliced", "every second", "expanded"])
+def test_strided_inputs(launches, layout):
+    tokens, scores = Case(3, 20, 32, 8).inputs()
+    if layout == "LND":
+        tokens = tokens.transpose(0, 1).contiguous().transpose(0, 1)
+    elif layout == "sliced":
+        tokens = torch.randn(3, 25, 40)[:, 3:23, 5:37]
+        scores = torch.rand(3, 60)[:, 1:58:3]
+    elif layout == "every second":
+        tokens = torch.randn(3, 20, 64)[..., ::2]
+    else:
+        tokens = tokens[:1].expand(3, -1, -1)
+    check(launches, tokens, scores, 8)
+
+
+def test_empty_batch_launches_nothing():
+    tokens = torch.randn(0, 20, 8, requires_grad=True)
+    from elip_kernels.testing import kernels_on_cpu
+
+    with kernels_on_cpu():
+        out = elip_kernels.reduce(tokens, torch.rand(0, 19), 5)
+        out.sum().backward()
+    assert out.shape == (0, 7, 8)
+    assert tokens.grad.shape == tokens.shape
+
+
+def test_no_output_is_left_unwritten(launches, poisoned_memory):
+    tokens, scores = Case(2, 35, 72, 11).inputs()
+    tokens.requires_grad_()
+    out, info = elip_kernels.reduce(tokens, scores, 11, return_info=True)
+    out.sum().backward()
+    assert launches["elip::reduce"] == 1
+    assert out.isfinite().all()
+    assert info.weights.isfinite().all()
+    assert ((info.kept > 0) & (info.kept < 35)).all()
+    assert tokens.grad.isfinite().all()
+
+
+def test_fp64_and_long_inputs_take_the_pytorch_form(launches):
+    elip_kernels.reduce(torch.randn(1, 9, 4, dtype=torch.float64), torch.rand(1, 8), 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("elip_kernels.launch.MAX_TOKENS", 8)
+        elip_kernels.reduce(torch.randn(1, 9, 4), torch.rand(1, 8), 3)
+    assert launches["elip::reduce"] == 2  # dispatched, and handed on

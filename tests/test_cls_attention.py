@@ -1,0 +1,143 @@
+"""The CLS row and the CLS output against the block that they are read from."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+import elip_kernels
+
+B, N, D, H = 2, 37, 48, 4
+
+
+def block(dtype=torch.float64, affine=True, bias=True):
+    """Random arguments of a pre-norm block, as the public functions name them."""
+
+    def random(*shape):
+        return torch.randn(*shape, dtype=torch.float64).to(dtype)
+
+    norm = {
+        "norm_weight": random(D) if affine else None,
+        "norm_bias": random(D) if affine else None,
+    }
+    weights = {"q_weight": random(D, D) / 7, "q_bias": random(D) if bias else None}
+    return norm | weights | {"k_weight": random(D, D) / 7, "num_heads": H, "eps": 1e-6}
+
+
+def attention(tokens, cls, arguments, k_bias, v_weight, v_bias):
+    """The block's attention, all of it -> (CLS row, CLS output)."""
+    tokens = torch.cat([cls[:, None], tokens[:, 1:]], dim=1)
+    norm_weight, norm_bias = arguments["norm_weight"], arguments["norm_bias"]
+    x = F.layer_norm(tokens, (D,), norm_weight, norm_bias, arguments["eps"])
+    projections = ("q_weight", "q_bias"), ("k_weight", None)
+    q, k = (F.linear(x, arguments[w], b and arguments[b]) for w, b in projections)
+    q, k, v = (
+        t.unflatten(-1, (H, -1)).transpose(1, 2)
+        for t in (q, k + k_bias, F.linear(x, v_weight, v_bias))
+    )
+    rows = (q @ k.mT * (D // H) ** -0.5).softmax(-1)
+    return rows[:, :, 0].mean(1), (rows @ v)[:, :, 0].flatten(1)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_absorbed_forms_equal_the_block(affine, bias):
+    tokens, cls = torch.randn(B, N, D).double(), torch.randn(B, D).double()
+    arguments = block(affine=affine, bias=bias)
+    v_weight, v_bias = torch.randn(D, D).double(), torch.randn(D).double() if bias else None
+    k_bias = torch.randn(D).double()  # cancels
+    row, out = attention(tokens, cls, arguments, k_bias, v_weight, v_bias)
+    got = elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)
+    torch.testing.assert_close(got, row, atol=1e-12, rtol=0)
+    got = elip_kernels.cls_attend_from_tokens(
+        tokens, cls, v_weight=v_weight, v_bias=v_bias, **arguments
+    )
+    torch.testing.assert_close(got, out, atol=1e-11, rtol=0)
+
+
+def test_generic_row_equals_softmax():
+    q, k = torch.randn(B, H, 12).double(), torch.randn(B, H, N, 12).double()
+    mask = torch.rand(B, N) > 0.4
+    scores = torch.einsum("bhd,bhnd->bhn", q, k) * 0.3
+    expected = scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1).mean(1)
+    got = elip_kernels.cls_attention(q, k, scale=0.3, mask=mask)
+    torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
+    assert not got[~mask].any()
+
+
+BUDGET = {torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 2e-4}
+
+
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+def test_rows_are_fp32_and_as_exact_as_their_inputs(dtype):
+    tokens, cls = torch.randn(B, N, D).to(dtype), torch.randn(B, D).to(dtype)
+    arguments = block(dtype)
+    exact = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    expected = elip_kernels.cls_attention_from_tokens(tokens.double(), cls.double(), **exact)
+    got = elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)
+    assert got.dtype == torch.float32
+    assert (got - expected).abs().max() / expected.max() <= BUDGET[dtype]
+    torch.testing.assert_close(got.sum(1), torch.ones(B))
+
+
+def test_no_gradient_passes():
+    tokens = torch.randn(B, N, D, requires_grad=True)
+    arguments = block(torch.float32)
+    arguments["q_weight"].requires_grad_()
+    row = elip_kernels.cls_attention_from_tokens(tokens, tokens[:, 0], **arguments)
+    q = torch.randn(B, H, 12, requires_grad=True)
+    assert not row.requires_grad
+    assert not elip_kernels.cls_attention(q, torch.randn(B, H, N, 12)).requires_grad
+
+
+def test_autocast_does_not_cast():
+    tokens, cls, arguments = torch.randn(B, N, D), torch.randn(B, D), block(torch.float32)
+    plain = elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)
+    assert torch.equal(plain, mixed)
+
+
+CALLS = {
+    "cls_attention": lambda: (torch.randn(B, H, 12), torch.randn(B, H, N, 12), None, 0.3),
+    "cls_attention_from_tokens": lambda: (
+        torch.randn(B, N, D),
+        torch.randn(B, D),
+        torch.randn(B, H, D),
+        1e-6,
+    ),
+}
+CALLS["cls_attend_from_tokens"] = CALLS["cls_attention_from_tokens"]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck(name):
+    first, *others = CALLS[name]()
+    opcheck(getattr(torch.ops.elip, name).default, (first.requires_grad_(), *others))
+
+
+def test_compiles_whole_and_exports():
+    class Rows(torch.nn.Module):
+        def forward(self, tokens, cls):
+            row = elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)
+            out = elip_kernels.cls_attend_from_tokens(tokens, cls, **value, **arguments)
+            return row, out
+
+    arguments = block(torch.float32)
+    value = {"v_weight": torch.randn(D, D), "v_bias": torch.randn(D)}
+    tokens, cls = torch.randn(B, N, D), torch.randn(B, D)
+    expected = Rows()(tokens, cls)
+    torch._dynamo.reset()
+    got = torch.compile(Rows(), fullgraph=True, backend="aot_eager")(tokens, cls)
+    torch.testing.assert_close(got, expected)
+    program = torch.export.export(Rows(), (tokens, cls))
+    torch.testing.assert_close(program.module()(tokens, cls), expected)
+
+
+def test_flops_have_no_key_projection_of_the_tokens():
+    tokens, cls, arguments = torch.randn(B, N, D), torch.randn(B, D), block(torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)
+    rows, projections = 2 * B * H * N * D, 2 * B * D * D * 2
+    assert counter.get_total_flops() == rows + projections
