@@ -14,7 +14,11 @@ def plain_vit(**options):
     defaults = dict(
         img_size=48, patch_size=8, embed_dim=WIDTH, depth=6, num_heads=2, mlp_ratio=2, num_classes=5
     )
-    return timm.models.VisionTransformer(**(defaults | options))
+    model = timm.models.VisionTransformer(**(defaults | options))
+    for weight in model.parameters():
+        if weight.dim() == 2:  # blocks that matter, unlike those of a fresh model
+            torch.nn.init.normal_(weight, std=0.2)
+    return model
 
 
 def clip_vit(**options):

@@ -40,6 +40,7 @@ class _Forward:
     tokens: weakref.ref
     cls: Tensor
     attention: Tensor | None
+    replays: int = 0
 
 
 class _Replay:
@@ -48,7 +49,7 @@ class _Replay:
     Activation checkpointing runs a block again during backward. The stage must then select what it
     selected: guidance may be gone, and scoring again would cost a second dry run. A recomputation
     is matched to its pass by the input's storage, which checkpointing of single blocks keeps;
-    otherwise by the nearest CLS tokens, the latest pass first.
+    otherwise by the nearest CLS tokens, then the fewest replays, then the latest pass.
     """
 
     def __init__(self) -> None:
@@ -76,10 +77,13 @@ class _Replay:
                 "a block of a reduced model was recomputed in backward, but its forward is not "
                 f"among the last {UNCLAIMED}; run backward sooner, or checkpoint single blocks"
             )
-        if len(similar) == 1:
-            return similar[0].attention
-        distances = torch.stack([(forward.cls - cls).abs().max() for forward in similar])
-        return similar[int(distances.argmin())].attention
+        forward = similar[0]
+        if len(similar) > 1:
+            distances = torch.stack([(f.cls - cls).abs().max() for f in similar]).tolist()
+            order = zip(distances, (f.replays for f in similar), range(len(similar)), strict=True)
+            forward = similar[min(order)[2]]
+        forward.replays += 1
+        return forward.attention
 
 
 class StageHook:

@@ -1,0 +1,344 @@
+"""reduce_, unreduce_ and guidance on a timm model that somebody else owns."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import timm
+import torch
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+import elip_models
+from elip_models.reduction import stage
+from tests.towers import SCHEDULE, WIDTH, clip_vit, images, plain_vit, text
+
+SCORERS = ["official", "exact", "cls", "last", 1]
+
+
+@pytest.fixture(params=[plain_vit, clip_vit], ids=["plain", "clip"])
+def model(request):
+    return request.param()
+
+
+def gradients(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal_gradients(got, expected, **tolerance):
+    assert got.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(
+            got[name], expected[name], **(tolerance or {"rtol": 0, "atol": 0})
+        )
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_empty_schedule_is_the_untouched_model(model, mode):
+    getattr(model, mode)()
+    x = images()
+    expected, keys = model(x), list(model.state_dict())
+    reduced = elip_models.reduce_(model, schedule="6(100%)")
+    assert reduced is model
+    assert torch.equal(model(x), expected)
+    assert list(model.state_dict()) == keys
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_patched_model_equals_encode_image(model, scorer):
+    x, t = images(), text()
+    tokens = elip_models.encode_image(model, x, t, schedule=SCHEDULE, scorer=scorer)
+    assert tokens.shape == (2, 10 + 2, WIDTH)
+    keys = list(model.state_dict())
+    elip_models.reduce_(model, schedule=SCHEDULE, scorer=scorer)
+    with elip_models.guidance(model, t):
+        assert torch.equal(model(x), model.forward_head(tokens))
+    assert list(model.state_dict()) == keys
+
+
+def test_unreduce_restores_the_model(model):
+    x = images()
+    before, attributes = model(x), set(vars(model))
+    elip_models.reduce_(model, schedule=SCHEDULE)
+    assert not torch.equal(model(x), before)
+    elip_models.unreduce_(model)
+    assert torch.equal(model(x), before)
+    assert set(vars(model)) == attributes
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert model.forward_intermediates(x, intermediates_only=True)
+
+
+def test_second_call_replaces_the_settings(model):
+    elip_models.reduce_(model, schedule="2(100%) 4(30%)", scorer="exact")
+    elip_models.reduce_(model, schedule=SCHEDULE, fusion=0.5)
+    x, t = images(), text()
+    with elip_models.guidance(model, t):
+        got = model(x)
+    elip_models.unreduce_(model)
+    tokens = elip_models.encode_image(model, x, t, schedule=SCHEDULE, scorer="last", fusion=0.5)
+    assert torch.equal(got, model.forward_head(tokens))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_copies_are_independent_and_can_be_undone(model, how):
+    x, t = images(), text()
+    dense = model(x)
+    elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact")
+    with elip_models.guidance(model, t):
+        expected = model(x)
+        if how == "deepcopy":
+            other = copy.deepcopy(model)
+        elif how == "pickle":
+            other = pickle.loads(pickle.dumps(model))
+        else:
+            buffer = io.BytesIO()
+            torch.save(model, buffer)
+            buffer.seek(0)
+            other = torch.load(buffer, weights_only=False)
+    with elip_models.guidance(other, t):
+        assert torch.equal(other(x), expected)
+        model.zero_grad()
+        other(x).sum().backward()
+    assert not gradients(model)
+    elip_models.unreduce_(other)
+    assert torch.equal(other(x), dense)
+    with elip_models.guidance(model, t):
+        assert torch.equal(model(x), expected)
+
+
+def test_the_dry_run_does_not_reduce_again(model):
+    calls = []
+    block = model.blocks[3]  # first of its stage; scored by a dry run through itself
+    block.register_forward_hook(lambda m, args, out: calls.append(out.shape[1]))
+    elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact")
+    model(images())
+    assert calls == [30, 20]  # the dry run on what enters the stage, then the reduced tokens
+
+
+def test_encode_image_refuses_a_reduced_model(model):
+    elip_models.reduce_(model, schedule=SCHEDULE)
+    with pytest.raises(ValueError, match="unreduce_"):
+        elip_models.encode_image(model, images(), schedule=SCHEDULE)
+
+
+@pytest.mark.parametrize("name", ["forward_intermediates", "get_intermediate_layers"])
+def test_side_doors_are_refused(model, name):
+    elip_models.reduce_(model, schedule=SCHEDULE)
+    with pytest.raises(ValueError, match=f"{name}.*unreduce_"):
+        getattr(model, name)(images())
+    elip_models.unreduce_(model)
+    assert getattr(model, name)(images()) is not None
+
+
+def test_attention_masks_are_refused(model):
+    elip_models.reduce_(model, schedule=SCHEDULE)
+    with pytest.raises(ValueError, match="attn_mask"):
+        model(images(), is_causal=True)
+
+
+def grads_of(model, x, t, wrap=lambda m: m):
+    """Gradients of one step; backward runs after the guidance context has ended."""
+    model.zero_grad()
+    torch.manual_seed(7)
+    with elip_models.guidance(model, t):
+        out = wrap(model)(x)
+    out.square().sum().backward()
+    return gradients(model)
+
+
+def reentrant(model):
+    def forward(x):
+        x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+        for block in model.blocks:
+            x = checkpoint(block, x, use_reentrant=True)
+        return model.forward_head(model.norm(x))
+
+    return forward
+
+
+def segments(model):
+    def forward(x):
+        x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+        x = checkpoint_sequential(model.blocks, 2, x, use_reentrant=False)
+        return model.forward_head(model.norm(x))
+
+    return forward
+
+
+def timm_checkpointing(model):
+    model.set_grad_checkpointing()
+    return model
+
+
+@pytest.mark.parametrize("scorer", ["exact", "last"])
+@pytest.mark.parametrize("wrap", [reentrant, segments, timm_checkpointing])
+def test_checkpointing_replays_the_selection(wrap, scorer):
+    model = clip_vit(proj_drop_rate=0.2, attn_drop_rate=0.1, drop_path_rate=0.2)
+    elip_models.reduce_(model, schedule=SCHEDULE, scorer=scorer)
+    x, t = images(3), text(3)
+    expected = grads_of(model, x, t)
+    rows = []
+    tower_row = stage.get_scorer(scorer).row
+
+    def counted(*args):
+        rows.append(args)
+        return tower_row(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "get_scorer", lambda name: stage.Scorer(counted, lambda n: 0))
+        got = grads_of(model, x, t, wrap)
+    assert len(rows) == 3  # once a stage: nothing is scored again in backward
+    assert_equal_gradients(got, expected)
+
+
+@pytest.mark.parametrize("wrap", [reentrant, segments, timm_checkpointing])
+def test_checkpointing_with_several_forwards_before_backward(wrap):
+    model = clip_vit()
+    elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact", fusion=0.2)
+    x, texts = images(3), [text(3) for _ in range(3)]
+    expected = [grads_of(model, x, t) for t in texts]
+    total = {n: sum(g[n] for g in expected) for n in expected[0]}
+    forward = wrap(model)
+    loss = 0.0
+    model.zero_grad()
+    for t in texts:
+        with elip_models.guidance(model, t):
+            loss = loss + forward(x).square().sum()
+    with torch.no_grad():
+        model(images(3))
+    loss.backward()
+    largest = max(g.abs().max().item() for g in total.values())
+    assert_equal_gradients(gradients(model), total, rtol=0, atol=1e-5 * largest)
+    mixed_up = {n: 3 * g for n, g in expected[-1].items()}
+    assert max((mixed_up[n] - g).abs().max() for n, g in total.items()) > 1e-2 * largest
+
+
+def test_inference_keeps_nothing(model):
+    elip_models.reduce_(model, schedule=SCHEDULE)
+    hook = next(iter(model.blocks[1]._forward_pre_hooks.values()))
+    model.eval()
+    with torch.no_grad():
+        model(images())
+    assert not hook.replay.forwards
+    for _ in range(40):
+        model(images())
+    assert len(hook.replay.forwards) <= 17
+
+
+def test_bf16_autocast_gives_every_weight_its_gradient(model):
+    """A weight cast in the dry run, without gradient, must not serve the training pass."""
+    x, t = images(), text()
+    elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact")
+    with torch.autocast("cpu", torch.bfloat16), elip_models.guidance(model, t):
+        loss = model(x).square().sum()
+    loss.backward()
+    missing = [n for n, p in model.named_parameters() if p.grad is None]
+    assert not missing
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_compiles_whole_forward_and_backward(scorer):
+    torch._dynamo.reset()
+    model = clip_vit()
+    elip_models.reduce_(model, schedule=SCHEDULE, scorer=scorer)
+    x, t = images(), text()
+    expected = grads_of(model, x, t)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for guide in (t, text(), t):
+        with elip_models.guidance(compiled, guide):
+            out = compiled(x)
+    model.zero_grad()
+    out.square().sum().backward()
+    assert_equal_gradients(gradients(model), expected, rtol=1e-4, atol=1e-5)
+    with elip_models.guidance(model, t):
+        torch.testing.assert_close(out, model(x))
+
+
+def test_compiles_with_inductor_and_autocast():
+    torch._dynamo.reset()
+    model = plain_vit(depth=3)
+    elip_models.reduce_(model, schedule="1(100%) 2(50%)", scorer="exact")
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16), elip_models.guidance(compiled, text()):
+        loss = compiled(images()).square().sum()
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("how", [torch.compile, lambda m: (m.compile(), m)[1]])
+def test_a_compiled_model_is_refused(model, how):
+    compiled = how(model)
+    for change in (lambda m: elip_models.reduce_(m, schedule=SCHEDULE), elip_models.unreduce_):
+        with pytest.raises(TypeError, match="then compile"):
+            change(compiled)
+
+
+def test_guidance_is_scoped_and_nests(model):
+    elip_models.reduce_(model, schedule=SCHEDULE, without_text="vision")
+    model.eval()
+    x, a, b = images(), text(), text()
+    plain = model(x)
+    with elip_models.guidance(model, a):
+        guided = model(x)
+        with elip_models.guidance(model, b):
+            model(x)
+        assert torch.equal(model(x), guided)
+    assert torch.equal(model(x), plain)
+    with pytest.raises(ZeroDivisionError), elip_models.guidance(model, a):
+        raise ZeroDivisionError
+    assert torch.equal(model(x), plain)
+
+
+def test_without_text_dense_reduces_nothing_and_says_so_once(model):
+    stage._warn_once.cache_clear()
+    x = images()
+    dense = model(x)
+    elip_models.reduce_(model, schedule=SCHEDULE, without_text="dense")
+    with pytest.warns(UserWarning, match="nothing is reduced"):
+        assert torch.equal(model(x), dense)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x)
+
+
+def test_a_scorer_that_does_not_pay_in_eval_mode_warns_once_with_the_ratio(model):
+    stage._warn_once.cache_clear()
+    elip_models.reduce_(model, schedule="1(100%) 1(90%) 4(80%)", scorer="exact")
+    model.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(images())
+    model.eval()
+    with pytest.warns(UserWarning, match=r"cost 1\.\d\d times"):
+        model(images())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(images())
+        elip_models.reduce_(model, schedule="1(100%) 1(90%) 4(80%)", scorer="last")
+        model(images())
+
+
+REFUSED = {
+    "register tokens": lambda: plain_vit(reg_tokens=2),
+    "distillation token": lambda: timm.create_model("deit_tiny_distilled_patch16_224"),
+    "'avg'": lambda: plain_vit(global_pool="avg"),
+    "'map'": lambda: plain_vit(global_pool="map"),
+    "no CLS": lambda: plain_vit(class_token=False, global_pool=""),
+    "patch dropout": lambda: plain_vit(patch_drop_rate=0.5),
+    "queries and keys": lambda: plain_vit(qk_norm=True),
+    "parallel": lambda: plain_vit(block_fn=timm.models.vision_transformer.ParallelScalingBlock),
+    "post-norm": lambda: plain_vit(block_fn=timm.models.vision_transformer.ResPostBlock),
+    "rotary": lambda: timm.create_model("vit_small_patch16_rope_224", depth=1),
+    "dynamic_img_size": lambda: plain_vit(dynamic_img_size=True),
+    "RmsNorm": lambda: plain_vit(norm_layer=timm.layers.RmsNorm),
+    "ResNet": lambda: timm.create_model("resnet10t"),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_unsupported_models_are_refused_with_the_reason(reason):
+    model = REFUSED[reason]()
+    with pytest.raises(TypeError, match=reason):
+        elip_models.reduce_(model, schedule="6(100%)")
+    assert not any(m._forward_pre_hooks for m in model.modules())
