@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from elip_models.modules.losses import contrastive_loss
 from elip_models.modules.text import CLIPTextTower
-from elip_models.reduction.encode import encode_image
+from elip_models.reduction.encode import run_tower
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.stage import ElipSettings, StageInfo
-from elip_models.towers import Tower, as_tower
+from elip_models.towers import as_tower
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,8 @@ class CLIP(nn.Module):
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
         self.config = config
+        self.reduction = config.reduction
+        self.dense = ElipSettings(f"{config.vision_depth}(100%)", without_text="vision")
         self.visual = VisionTransformer(
             img_size=config.image_size,
             patch_size=config.patch_size,
@@ -121,6 +123,7 @@ class CLIP(nn.Module):
             norm_layer=nn.LayerNorm,
             num_classes=0,
         )
+        self.tower = as_tower(self.visual)
         self.text = CLIPTextTower(
             width=config.text_width,
             depth=config.text_depth,
@@ -136,11 +139,6 @@ class CLIP(nn.Module):
             nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
 
-    @property
-    def tower(self) -> Tower:
-        """The image tower as the reduction sees it."""
-        return as_tower(self.visual)
-
     def guidance(self, text_features: Tensor) -> Tensor:
         """f_text (B, E) mapped back to the vision width, (B, D), detached."""
         return (text_features @ self.image_projection.weight.to(text_features.dtype)).detach()
@@ -154,8 +152,8 @@ class CLIP(nn.Module):
     ) -> Tensor | tuple[Tensor, list[StageInfo]]:
         """images (B, 3, H, W) -> tokens (B, K+2, D) of the image tower; see `encode_image`."""
         text_cls = None if text_features is None else self.guidance(text_features)
-        settings = vars(self.config.reduction)
-        return encode_image(self.visual, images, text_cls, return_info=return_info, **settings)
+        tokens, infos = run_tower(self.tower, images, text_cls, self.reduction)
+        return (tokens, infos) if return_info else tokens
 
     def encode_image(
         self, images: Tensor, text_features: Tensor | None = None, *, reduce: bool = True
@@ -174,8 +172,7 @@ class CLIP(nn.Module):
         if reduce:
             tokens = self.encode_tokens(images, text_features)
         else:
-            dense = f"{self.config.vision_depth}(100%)"
-            tokens = encode_image(self.visual, images, schedule=dense, without_text="vision")
+            tokens, _ = run_tower(self.tower, images, None, self.dense)
         return F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
 
     def forward(

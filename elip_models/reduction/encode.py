@@ -7,8 +7,14 @@ from torch.utils.checkpoint import checkpoint
 
 from elip_models.reduction.patch import is_reduced
 from elip_models.reduction.schedule import Schedule
-from elip_models.reduction.stage import ElipSettings, StageInfo, reduce_stage, warn_if_slower
-from elip_models.towers import as_tower
+from elip_models.reduction.stage import (
+    ElipSettings,
+    StageInfo,
+    check_text,
+    reduce_stage,
+    warn_if_slower,
+)
+from elip_models.towers import Tower, as_tower
 
 
 def encode_image(
@@ -46,14 +52,24 @@ def encode_image(
         TypeError: a model that cannot be reduced, with the reason.
         ValueError: bad arguments, or a model that `reduce_` has already changed.
     """
-    if is_reduced(model):
+    tower = as_tower(model)
+    settings = ElipSettings(schedule, scorer, fusion, guidance_norm, without_text, merge)
+    settings.schedule.check_depth(tower.depth)
+    if text_cls is not None:
+        check_text(text_cls, (images.shape[0], tower.width))
+    tokens, infos = run_tower(tower, images, text_cls, settings)
+    return (tokens, infos) if return_info else tokens
+
+
+def run_tower(
+    tower: Tower, images: Tensor, text_cls: Tensor | None, settings: ElipSettings
+) -> tuple[Tensor, list[StageInfo]]:
+    """`encode_image` for arguments that have been checked, once and for all calls."""
+    if is_reduced(tower.blocks):
         raise ValueError(
             "model: expected one that reduce_ has not changed, since it would reduce twice, got a "
             "reduced one; call the model itself, or unreduce_ it first"
         )
-    tower = as_tower(model)
-    settings = ElipSettings(schedule, scorer, fusion, guidance_norm, without_text, merge)
-    settings.schedule.check_depth(tower.depth)
     stages = {}
     if settings.reduces(text_cls):
         stages = {stage.first: stage for stage in settings.schedule.stages(tower.num_patches)}
@@ -69,5 +85,4 @@ def encode_image(
             tokens = checkpoint(block, tokens, use_reentrant=False)
         else:
             tokens = block(tokens)
-    tokens = tower.finish(tokens)
-    return (tokens, infos) if return_info else tokens
+    return tower.finish(tokens), infos

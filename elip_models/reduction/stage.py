@@ -15,6 +15,7 @@ from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import elip_kernels
@@ -123,7 +124,7 @@ class ElipSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", Schedule.parse(self.schedule))
         scorer = self.scorer
-        if isinstance(scorer, bool) or not (scorer in SCORERS or isinstance(scorer, int)):
+        if isinstance(scorer, bool) or not (isinstance(scorer, int) or scorer in SCORERS):
             raise ValueError(f"scorer: expected one of {list(SCORERS)} or an int, got {scorer!r}")
         shortest = min((n for n, ratio in self.schedule.groups if ratio < 1), default=None)
         if isinstance(scorer, int) and not 1 <= scorer <= (shortest or scorer):
@@ -189,19 +190,15 @@ def warn_if_slower(tower: Tower, settings: ElipSettings) -> None:
         )
 
 
-def check_text(text_cls: Tensor, tokens: Tensor) -> None:
-    """Raises where the guidance is not one vector of the tower's width for each image."""
+def check_text(text_cls: Tensor, expected: tuple[int, int]) -> None:
+    """Raises where the guidance is not one vector of the tower's width for each image, (B, D)."""
     if not isinstance(text_cls, Tensor):
         raise TypeError(f"text_cls: expected a tensor (B, D), got {type(text_cls).__name__}")
-    B, _, D = tokens.shape
-    if text_cls.dim() == 2 and text_cls.shape[1] != D:
+    if tuple(text_cls.shape) != expected:
         raise ValueError(
-            f"text_cls: expected width {D}, the tower's, got {text_cls.shape[1]}; project it first "
-            "(CLIP maps it back by the transposed image projection: text_features @ proj.T)"
-        )
-    if text_cls.dim() != 2 or text_cls.shape[0] != B:
-        raise ValueError(
-            f"text_cls: expected one vector for each image, {(B, D)}, got {tuple(text_cls.shape)}"
+            f"text_cls: expected (B, D) = {expected}, a vector of the tower's width for each image, "
+            f"got {tuple(text_cls.shape)}; project another width first (CLIP maps it back by the "
+            "transposed image projection: text_features @ proj.T)"
         )
 
 
@@ -211,8 +208,7 @@ def fuse(cls: Tensor, text_cls: Tensor | None, settings: ElipSettings) -> Tensor
         return cls
     text = text_cls.to(cls.dtype)
     if settings.guidance_norm == "match":
-        norm = text.norm(dim=1, keepdim=True).clamp_min(torch.finfo(text.dtype).tiny)
-        text = text * (cls.norm(dim=1, keepdim=True) / norm)
+        text = F.normalize(text, dim=1) * cls.norm(dim=1, keepdim=True)
     return settings.fusion * cls + (1.0 - settings.fusion) * text
 
 
@@ -230,7 +226,8 @@ def _isolated_rng(tower: Tower, tokens: Tensor) -> Iterator[None]:
 def _uncached_autocast(device: str) -> torch.autocast | nullcontext:
     """The autocast of the caller, without its cache.
 
-    Weights cast here, without gradient, must not be handed to the training pass that follows.
+    Some releases of torch would hand a weight that was cast here, without gradient, to the training
+    pass that follows.
     """
     if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device):
         return nullcontext()
@@ -242,7 +239,7 @@ def score_stage(
 ) -> Tensor:
     """Eq. 2: the attention row (B, N) that selects, without gradient; column 0 is CLS."""
     if text_cls is not None:
-        check_text(text_cls, tokens)
+        check_text(text_cls, (tokens.shape[0], tokens.shape[2]))
     with torch.no_grad(), _isolated_rng(tower, tokens), _uncached_autocast(tokens.device.type):
         cls = fuse(tokens[:, 0], text_cls, settings)
         return get_scorer(settings.scorer).row(tower, stage, tokens, cls)

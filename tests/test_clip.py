@@ -1,0 +1,225 @@
+"""CLIP: both towers, the loss on one and two processes, saving and loading."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import elip_models
+from elip_models.clip import CLIP, CLIPConfig
+from elip_models.modules.losses import contrastive_loss
+from elip_models.registry import list_models
+
+TINY = {
+    "image_size": 32,
+    "vision_width": 24,
+    "vision_heads": 2,
+    "text_width": 16,
+    "text_heads": 2,
+    "text_depth": 1,
+    "vocab_size": 64,
+    "context_length": 8,
+    "embed_dim": 12,
+}
+
+
+def tiny(name="elip_clip_tiny", **overrides):
+    return elip_models.create_model(name, **(TINY | overrides))
+
+
+def batch(B=4):
+    input_ids = torch.randint(3, 64, (B, 8))
+    input_ids[:, 5] = 2
+    mask = torch.ones_like(input_ids)
+    mask[:, 6:] = 0
+    return {"images": torch.randn(B, 3, 32, 32), "input_ids": input_ids, "attention_mask": mask}
+
+
+def test_text_guides_the_image_tower_through_the_transposed_projection():
+    model, inputs = tiny(fusion=0.3), batch()
+    out = model(**inputs)
+    text = F.normalize(model.encode_text(inputs["input_ids"], inputs["attention_mask"]), dim=-1)
+    tokens = elip_models.encode_image(
+        model.visual,
+        inputs["images"],
+        text @ model.image_projection.weight,
+        schedule="2(100%) 2(90%) 6(65%) 2(40%)",
+        fusion=0.3,
+    )
+    assert tokens.shape[1] == 6 + 2
+    features = F.normalize(tokens[:, 0] @ model.image_projection.weight.T, dim=-1)
+    torch.testing.assert_close(out.image_features, features)
+    torch.testing.assert_close(out.text_features, text)
+
+
+def test_loss_is_symmetric_cross_entropy():
+    out = tiny()(**batch())
+    logits = out.image_features @ out.text_features.T / 0.07
+    labels = torch.arange(4)
+    expected = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    torch.testing.assert_close(out.loss, expected)
+
+
+def test_every_parameter_trains():
+    model = tiny()
+    model(**batch()).loss.backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None]
+
+
+def test_text_is_read_at_its_end_whatever_pads_it():
+    model, inputs = tiny().eval(), batch()
+    features = model.encode_text(inputs["input_ids"], inputs["attention_mask"])
+    other = inputs["input_ids"].clone()
+    other[:, 6:] = 1
+    torch.testing.assert_close(model.encode_text(other, inputs["attention_mask"]), features)
+    other[:, 4] = 63 - other[:, 4]
+    assert not torch.allclose(model.encode_text(other, inputs["attention_mask"]), features)
+
+
+def test_images_alone_are_dense_unless_asked():
+    model, x = tiny().eval(), torch.randn(2, 3, 32, 32)
+    dense = model.encode_image(x, reduce=False)
+    with pytest.warns(UserWarning, match="nothing is reduced"):
+        elip_models.reduction.stage._warn_once.cache_clear()
+        assert torch.equal(model.encode_image(x), dense)
+    vision = CLIP(dataclasses.replace(model.config, without_text="vision")).eval()
+    vision.load_state_dict(model.state_dict())
+    assert not torch.equal(vision.encode_image(x), dense)
+
+
+def test_dense_name_is_the_same_model_without_reduction():
+    model = tiny("clip_tiny").eval()
+    x, t = torch.randn(2, 3, 32, 32), F.normalize(torch.randn(2, 12), dim=-1)
+    assert torch.equal(model.encode_image(x, t), model.encode_image(x, reduce=False))
+
+
+@pytest.mark.parametrize("name", ["clip_vit_s16", "clip_vit_b16"])
+def test_the_papers_models_have_the_papers_sizes(name):
+    with torch.device("meta"):
+        model = elip_models.create_model(f"elip_{name}")
+    width, heads = {"clip_vit_s16": (384, 6), "clip_vit_b16": (768, 12)}[name]
+    assert model.visual.embed_dim == width
+    assert model.visual.blocks[0].attn.num_heads == heads
+    assert model.tower.num_patches == 196
+    assert model.config.reduction.schedule.keep_counts(196) == [176, 127, 78]
+
+
+def test_save_and_load(tmp_path):
+    model = tiny(scorer="last", count_cls=True).eval()
+    model.save_pretrained(tmp_path / "model")
+    loaded = CLIP.from_pretrained(tmp_path / "model").eval()
+    assert loaded.config == model.config
+    inputs = batch()
+    assert torch.equal(loaded(**inputs).loss, model(**inputs).loss)
+    again = elip_models.create_model("clip_tiny", tmp_path / "model", scorer="exact")
+    assert again.config.schedule is None
+    assert again.config.scorer == "exact"
+    assert torch.equal(again.visual.pos_embed, model.visual.pos_embed)
+
+
+def test_loading_says_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        CLIP.from_pretrained(tmp_path)
+    tiny().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+        CLIP.from_pretrained(tmp_path)
+    tiny(embed_dim=8).save_pretrained(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace('"embed_dim": 8', '"embed_dim": 12'))
+    with pytest.raises(ValueError, match="weights that fit"):
+        CLIP.from_pretrained(tmp_path)
+
+
+def test_temperature_is_clamped():
+    model = tiny()
+    model.logit_scale.data.fill_(9.0)
+    model.clamp_temperature_()
+    assert model.logit_scale.item() == pytest.approx(math.log(100))
+
+
+def test_checkpointing_gives_the_same_gradients():
+    model, inputs = tiny(), batch()
+    grads = []
+    for enable in (False, True):
+        model.zero_grad()
+        model.set_grad_checkpointing(enable)
+        model(**inputs).loss.backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_compiles_whole():
+    torch._dynamo.reset()
+    model, inputs = tiny(), batch()
+    expected = model(**inputs).loss
+    got = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs).loss
+    torch.testing.assert_close(got, expected)
+
+
+BAD = [
+    ({"name": "elip_clip_tniy"}, "did you mean 'elip_clip_tiny'"),
+    ({"name": "clip_tiny", "pretrained": True}, "no weights are published"),
+    ({"name": "clip_tiny", "vision_widht": 3}, "vision_widht"),
+    ({"name": "clip_tiny", "vision_heads": 5}, "vision_heads: expected a divisor"),
+    ({"name": "clip_tiny", "image_size": 60}, "image_size: expected a multiple"),
+    ({"name": "clip_tiny", "gather": "all"}, "gather: expected"),
+    ({"name": "elip_clip_tiny", "vision_depth": 6}, r"expected 6 layers.*'1\(100%\)"),
+    ({"name": "elip_clip_tiny", "scorer": "lats"}, "scorer: expected"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[m for _, m in BAD])
+def test_bad_names_and_settings(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        elip_models.create_model(**arguments)
+
+
+def test_list_models():
+    assert set(list_models()) >= {"elip_clip_vit_s16", "elip_clip_vit_b16", "clip_tiny"}
+    assert CLIPConfig().schedule is None
+
+
+def _gathered(rank, port, images, texts, queue):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
+    results = {}
+    for gather in ("local", "global"):
+        mine = [t.chunk(2)[rank].clone().requires_grad_() for t in (images, texts)]
+        scale = torch.tensor(10.0, requires_grad=True)
+        loss = contrastive_loss(*mine, scale, gather=gather)
+        loss.backward()
+        grads = [t.grad / 2 for t in (*mine, scale)]  # data parallelism averages over ranks
+        results[gather] = [t.detach().tolist() for t in (loss, *grads)]
+    queue.put((rank, results))
+    torch.distributed.destroy_process_group()
+
+
+def test_global_gather_on_two_processes_is_one_process_with_the_whole_batch(free_port):
+    images, texts = (F.normalize(torch.randn(6, 5), dim=-1) for _ in range(2))
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    arguments = [(rank, free_port, images, texts, queue) for rank in range(2)]
+    workers = [context.Process(target=_gathered, args=a) for a in arguments]
+    for worker in workers:
+        worker.start()
+    results = dict(queue.get(timeout=120) for _ in workers)
+    for worker in workers:
+        worker.join()
+
+    whole = [t.clone().requires_grad_() for t in (images, texts)]
+    scale = torch.tensor(10.0, requires_grad=True)
+    loss = contrastive_loss(*whole, scale)
+    loss.backward()
+    ranks = [results[r]["global"] for r in range(2)]
+    assert sum(r[0] for r in ranks) / 2 == pytest.approx(loss.item(), abs=1e-6)
+    assert sum(r[3] for r in ranks) == pytest.approx(scale.grad.item(), abs=1e-6)
+    for i, tensor in ((1, whole[0]), (2, whole[1])):
+        got = torch.tensor(ranks[0][i] + ranks[1][i])
+        torch.testing.assert_close(got, tensor.grad, atol=1e-6, rtol=0)
+    for rank in range(2):
+        local = contrastive_loss(images.chunk(2)[rank], texts.chunk(2)[rank], scale)
+        assert results[rank]["local"][0] == pytest.approx(local.item(), abs=1e-6)
