@@ -196,7 +196,7 @@ def check_text(text_cls: Tensor, expected: tuple[int, int]) -> None:
         raise TypeError(f"text_cls: expected a tensor (B, D), got {type(text_cls).__name__}")
     if tuple(text_cls.shape) != expected:
         raise ValueError(
-            f"text_cls: expected (B, D) = {expected}, a vector of the tower's width for each image, "
+            f"text_cls: expected (B, D) = {expected}, one vector of the tower's width an image, "
             f"got {tuple(text_cls.shape)}; project another width first (CLIP maps it back by the "
             "transposed image projection: text_features @ proj.T)"
         )

@@ -1,0 +1,123 @@
+"""English captions of emoji scenes: one sentence a template, every one true of the scene."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from .world import Group, Scene
+
+PLACES: dict[str, tuple[int, int, str]] = {
+    "top left": (-1, -1, "at the top left"),
+    "top": (0, -1, "at the top"),
+    "top right": (1, -1, "at the top right"),
+    "left": (-1, 0, "on the left"),
+    "centre": (0, 0, "in the centre"),
+    "right": (1, 0, "on the right"),
+    "bottom left": (-1, 1, "at the bottom left"),
+    "bottom": (0, 1, "at the bottom"),
+    "bottom right": (1, 1, "at the bottom right"),
+}
+"""Place -> column (left to right), row (top to bottom), phrase."""
+
+_NUMBERS = {2: "two", 3: "three"}
+_IRREGULAR_PLURALS = {
+    "fish": "fish",
+    "maple leaf": "maple leaves",
+    "mouse": "mice",
+    "sheep": "sheep",
+    "tomato": "tomatoes",
+}
+_A_BEFORE_VOWEL = ("uni",)
+_AN_BEFORE_CONSONANT = ("hour",)
+
+
+def with_article(name: str) -> str:
+    """ "dog" -> "a dog", "owl" -> "an owl"."""
+    vowel = name[0] in "aeiou" and not name.startswith(_A_BEFORE_VOWEL)
+    return f"an {name}" if vowel or name.startswith(_AN_BEFORE_CONSONANT) else f"a {name}"
+
+
+def plural(name: str) -> str:
+    """ "dog" -> "dogs", "strawberry" -> "strawberries", "mouse" -> "mice"."""
+    if name in _IRREGULAR_PLURALS:
+        return _IRREGULAR_PLURALS[name]
+    if name.endswith("y") and name[-2] not in "aeiou":
+        return f"{name[:-1]}ies"
+    return f"{name}es" if name.endswith(("s", "x", "ch", "sh")) else f"{name}s"
+
+
+def counted(group: Group) -> str:
+    """ "a dog", "three dogs"."""
+    if group.count == 1:
+        return with_article(group.name)
+    return f"{_NUMBERS[group.count]} {plural(group.name)}"
+
+
+def relation(first: Group, second: Group) -> str:
+    """Where `first` is, seen from `second`: "to the left of", "to the right of", "above", "below".
+
+    The axis on which their places are further apart decides; left and right win a tie. All copies
+    of `first` then lie on that side of all copies of `second`.
+    """
+    column, row, _ = PLACES[first.place]
+    other_column, other_row, _ = PLACES[second.place]
+    if abs(column - other_column) >= abs(row - other_row):
+        return "to the left of" if column < other_column else "to the right of"
+    return "above" if row < other_row else "below"
+
+
+def _placed(group: Group) -> str:
+    return f"{counted(group)} {PLACES[group.place][2]}"
+
+
+def _enumerate(phrases: Sequence[str]) -> str:
+    """ "a, b and c"."""
+    return " and ".join(filter(None, (", ".join(phrases[:-1]), phrases[-1])))
+
+
+def _everything(scene: Scene, groups: Sequence[Group]) -> str:
+    placed = _enumerate([_placed(group) for group in groups])
+    return f"{placed} on {with_article(scene.background)} background"
+
+
+def _background_first(scene: Scene, groups: Sequence[Group]) -> str:
+    placed = _enumerate([_placed(group) for group in groups[:2]])
+    return f"{with_article(scene.background)} background with {placed}"
+
+
+def _inventory(scene: Scene, groups: Sequence[Group]) -> str:
+    objects = _enumerate([counted(group) for group in groups])
+    return f"{with_article(scene.background)} picture of {objects}"
+
+
+def _places_first(scene: Scene, groups: Sequence[Group]) -> str:
+    clauses = (
+        f"{PLACES[group.place][2]} there {'is' if group.count == 1 else 'are'} {counted(group)}"
+        for group in groups[:2]
+    )
+    return " and ".join(clauses)
+
+
+def _relative(scene: Scene, groups: Sequence[Group]) -> str:
+    first, second = groups[:2]
+    related = f"{counted(first)} {relation(first, second)} {counted(second)}"
+    return f"{related}, all on {scene.background}"
+
+
+TEMPLATES: tuple[Callable[[Scene, Sequence[Group]], str], ...] = (
+    _everything,
+    _background_first,
+    _inventory,
+    _places_first,
+    _relative,
+)
+"""Each takes a scene and its groups in the order to name them; some name only the first two."""
+
+
+def describe(scene: Scene, rng: np.random.Generator) -> tuple[str, ...]:
+    """One caption a template, each naming the groups in an order of its own."""
+    captions = []
+    for template in TEMPLATES:
+        order = rng.permutation(len(scene.groups))
+        captions.append(template(scene, [scene.groups[i] for i in order]))
+    return tuple(captions)

@@ -1,0 +1,91 @@
+"""ALBEF JSON lists: [{"image": path, "caption": text or texts, "image_id": optional}, ...]."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checks import check_index, existing_files, extra
+from .sample import Sample, SampleError, clean_captions, decode_image
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_EXPECTED = 'a list of {"image": path, "caption": text or list of texts}'
+
+
+class JsonSource:
+    """A `Source` over one or several ALBEF lists.
+
+    Image paths are relative to `image_root`, or to the folder of the list that names them. A
+    sample's id is its "image_id", or the image path where it has none. A missing or damaged image
+    and an empty caption are a SampleError of that sample. Raises FileNotFoundError for a missing
+    list, ValueError for a file that is not such a list.
+    """
+
+    def __init__(
+        self, paths: str | Path | Sequence[str | Path], *, image_root: str | Path | None = None
+    ) -> None:
+        if not isinstance(image_root, str | Path | None):
+            raise TypeError(f"image_root: expected a folder or None, got {image_root!r}")
+        self._index = _build_index(existing_files("paths", paths), image_root)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: int) -> Sample:
+        check_index(index, len(self))
+        row = self._index[index]
+        name = f"{row['entry']} {row['image']}"
+        if not row["captions"]:
+            raise SampleError(name, "no caption")
+        image = decode_image(Path(row["folder"], row["image"]), name)
+        return Sample(image, tuple(row["captions"]), row["id"])
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions alone, no image decoded. Empty where the sample has none."""
+        check_index(index, len(self))
+        return tuple(self._index[index]["captions"])
+
+
+def _build_index(files: list[Path], image_root: str | Path | None) -> "Dataset":
+    """Arrow table, one row an entry: folder, image, captions, id, entry ("list.json[3]")."""
+    with extra("train", "JsonSource"):
+        from datasets import Dataset, Features, Value
+
+    columns: dict[str, list[Any]] = {
+        name: [] for name in ("folder", "image", "captions", "id", "entry")
+    }
+    for file in files:
+        folder = str(file.parent if image_root is None else image_root)
+        for number, (image, captions, sample_id) in enumerate(_entries(file)):
+            columns["folder"].append(folder)
+            columns["image"].append(image)
+            columns["captions"].append(captions)
+            columns["id"].append(sample_id)
+            columns["entry"].append(f"{file.name}[{number}]")
+    text = Value("string")
+    features = Features({name: [text] if name == "captions" else text for name in columns})
+    return Dataset.from_dict(columns, features=features)
+
+
+def _entries(file: Path) -> Iterator[tuple[str, list[str], str]]:
+    """The (image, captions, id) of every entry; ValueError names the first that is malformed."""
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: expected {_EXPECTED}, got no valid JSON: {error}") from error
+    if not isinstance(entries, list):
+        raise ValueError(f"{file}: expected {_EXPECTED}, got a {type(entries).__name__}")
+    for number, entry in enumerate(entries):
+        where = f"{file}[{number}]"
+        if not isinstance(entry, dict) or not {"image", "caption"} <= entry.keys():
+            raise ValueError(f"{where}: expected the keys image and caption, got {entry!r:.200}")
+        image = entry["image"]
+        if not isinstance(image, str):
+            raise ValueError(f"{where}: image: expected a path, got {image!r}")
+        try:
+            captions = clean_captions(entry["caption"])
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        yield image, captions, str(entry.get("image_id", image))

@@ -1,0 +1,334 @@
+"""Batches whose content depends on (seed, epoch, offset) alone, so that a run resumes exactly.
+
+The order of an epoch is a permutation of (seed, epoch); the caption and the crop of a sample are a
+function of (seed, epoch, index). Neither the number of workers nor the moment of a restart changes
+a batch. A sample that cannot be read is replaced, counted and reported.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .checks import check_callable, check_int, check_not_empty, check_share
+from .sample import Sample, SampleError, Source
+from .skips import DataError, SkipReport, check_source
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "DataError",
+    "EpochSampler",
+    "EvaluationBatch",
+    "ImageTextDataset",
+    "SkipReport",
+    "check_source",
+    "evaluation_batches",
+    "train_loader",
+]
+
+# A share of unreadable samples that no limit could allow, long before the whole source is tried.
+_MAX_REPLACEMENTS = 1000
+_GOLDEN_RATIO = 0.6180339887
+
+
+class ImageTextDataset(Dataset):
+    """A source as training samples, indexed by (epoch, index).
+
+    A sample is {"images": (3, S, S), "input_ids": (L,), "attention_mask": (L,), "skipped": [(id,
+    reason)]}, L = `context_length`, int64, padded to it or truncated. "skipped" names the sample
+    that was drawn where it could not be read and another took its place.
+    `transform` may use torch's CPU generator; its state outside is untouched. Raises DataError
+    where no sample can be read.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Callable[["Image.Image"], Tensor],
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        context_length: int,
+        seed: int,
+        max_bad_share: float = 0.05,
+    ) -> None:
+        check_not_empty("source", source)
+        check_callable("transform", transform)
+        check_callable("tokenizer", tokenizer)
+        check_int("context_length", context_length, 3)
+        check_int("seed", seed, 0)
+        check_share("max_bad_share", max_bad_share)
+        if tokenizer.pad_token_id is None:
+            raise ValueError("tokenizer: expected one with a pad token; use load_tokenizer")
+        self.source = source
+        self.transform = transform
+        self.tokenizer = tokenizer
+        self.context_length = context_length
+        self.seed = seed
+        self.max_bad_share = max_bad_share
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, position: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = position
+        sample, skipped = self._read(index)
+        rng = np.random.default_rng((self.seed, epoch, index))
+        caption = sample.captions[rng.integers(len(sample.captions))]
+        with torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed, which would reseed the accelerators of this process too.
+            torch.default_generator.manual_seed(int(rng.integers(2**63)))
+            image = self.transform(sample.image)
+        text = self.tokenizer(
+            caption,
+            padding="max_length",
+            truncation=True,
+            max_length=self.context_length,
+            return_attention_mask=True,
+        )
+        return {
+            "images": image,
+            "input_ids": torch.tensor(text["input_ids"]),
+            "attention_mask": torch.tensor(text["attention_mask"]),
+            "skipped": skipped,
+        }
+
+    def skip_report(self) -> SkipReport:
+        """A fresh report for this dataset's batches, with its limit."""
+        return SkipReport(self.max_bad_share, length=len(self))
+
+    def _read(self, index: int) -> tuple[Sample, list[tuple[str, str]]]:
+        """The sample, or the first readable one of a fixed order that begins at `index`.
+
+        Only the sample at `index` is reported: the others are when they are drawn themselves, so
+        that the share of reported samples is the share of unreadable ones.
+        """
+        skipped: list[tuple[str, str]] = []
+        for candidate in _replacements(index, len(self)):
+            try:
+                return self.source[candidate], skipped[:1]
+            except SampleError as error:
+                skipped.append((error.id, error.reason))
+        report = SkipReport(0.0)
+        report.record(skipped, len(skipped))
+        raise DataError(f"no readable sample: {report.summary()}")
+
+
+def _replacements(index: int, length: int) -> Iterator[int]:
+    """`index`, then others spread over the source, each once: neighbours are often bad together."""
+    stride = max(1, round(length * _GOLDEN_RATIO))
+    while math.gcd(stride, length) != 1:
+        stride += 1
+    for step in range(min(length, _MAX_REPLACEMENTS)):
+        yield (index + step * stride) % length
+
+
+class EpochSampler(Sampler[list[tuple[int, int]]]):
+    """Endless batches of (epoch, index) for one rank.
+
+    `batch_size` is that of one rank. A global batch is `world_size` of them, consecutive in the
+    epoch's permutation of `length` samples; rank r takes the r-th. The last, incomplete global
+    batch of an epoch is dropped. Raises TypeError or ValueError for an argument out of range.
+    """
+
+    def __init__(
+        self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        check_int("length", length, 1)
+        check_int("batch_size", batch_size, 1)
+        check_int("seed", seed, 0)
+        check_int("rank", rank, 0)
+        check_int("world_size", world_size, 1)
+        if rank >= world_size:
+            raise ValueError(f"rank: expected less than world_size = {world_size}, got {rank}")
+        if batch_size * world_size > length:
+            raise ValueError(
+                f"batch_size: expected at most {length // world_size} a rank ({length} samples, "
+                f"{world_size} ranks), got {batch_size}"
+            )
+        self.length = length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.offset = 0
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return self.length // (self.batch_size * self.world_size)
+
+    def set_position(self, epoch: int, offset: int) -> None:
+        """The next iterator begins at batch `offset` of `epoch`.
+
+        `offset` may equal `batches_per_epoch`, which is the beginning of the next epoch: after a
+        batch with epoch e and offset o was consumed, resume with `set_position(e, o + 1)`.
+        """
+        check_int("epoch", epoch, 0)
+        check_int("offset", offset, 0)
+        if offset > self.batches_per_epoch:
+            raise ValueError(
+                f"offset: expected at most batches_per_epoch = {self.batches_per_epoch}, "
+                f"got {offset}; the data or the batch size is not that of the saved run"
+            )
+        self.epoch, self.offset = divmod(
+            epoch * self.batches_per_epoch + offset, self.batches_per_epoch
+        )
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, offset = self.epoch, self.offset
+        while True:
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+            for batch in range(offset, self.batches_per_epoch):
+                start = (batch * self.world_size + self.rank) * self.batch_size
+                yield [(epoch, int(index)) for index in order[start : start + self.batch_size]]
+            epoch, offset = epoch + 1, 0
+
+
+class _ErrorsAsSamples(Dataset):
+    """Returns a DataError as the sample: raised in a worker, it would reach the user as the text of
+    that worker's traceback."""
+
+    def __init__(self, dataset: ImageTextDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, position: tuple[int, int]) -> dict[str, Any] | DataError:
+        try:
+            return self.dataset[position]
+        except DataError as error:
+            return error
+
+
+class _TrainLoader(DataLoader):
+    """Adds to each batch the "epoch" and "offset" it has, whatever the workers have prefetched."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        sampler = self.batch_sampler
+        start = sampler.epoch * sampler.batches_per_epoch + sampler.offset
+        for step, batch in enumerate(super().__iter__(), start):
+            if isinstance(batch, DataError):
+                raise batch
+            epoch, offset = divmod(step, sampler.batches_per_epoch)
+            yield {**batch, "epoch": epoch, "offset": offset}
+
+
+def train_loader(dataset: ImageTextDataset, sampler: EpochSampler, num_workers: int) -> DataLoader:
+    """Endless batches over epochs, from the sampler's position at the time of `iter()`.
+
+    A batch is {"images": (B, 3, S, S), "input_ids": (B, L), "attention_mask": (B, L), "skipped":
+    [(id, reason)] of the whole batch, "epoch": int, "offset": int}. `num_workers` changes no batch.
+    """
+    check_int("num_workers", num_workers, 0)
+    if sampler.length != len(dataset):
+        raise ValueError(
+            f"sampler: expected one of length {len(dataset)}, as the dataset, got {sampler.length}"
+        )
+    return _TrainLoader(
+        _ErrorsAsSamples(dataset),
+        batch_sampler=sampler,
+        collate_fn=_collate,
+        **_worker_options(num_workers),
+    )
+
+
+def _worker_options(num_workers: int) -> dict[str, Any]:
+    """What every loader here passes to DataLoader."""
+    if num_workers:
+        # A fork after parallel tokenisation makes the tokenizer warn in every worker otherwise.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return {
+        "num_workers": num_workers,
+        "pin_memory": torch.cuda.is_available(),
+        # The loader draws a seed for its workers: not from the global generator, which a resumed
+        # run restores.
+        "generator": torch.Generator(),
+    }
+
+
+def _collate(samples: Sequence[dict[str, Any] | DataError]) -> dict[str, Any] | DataError:
+    """One batch, or the first error among the samples."""
+    for sample in samples:
+        if isinstance(sample, DataError):
+            return sample
+    batch: dict[str, Any] = {
+        name: torch.stack([sample[name] for sample in samples])
+        for name in ("images", "input_ids", "attention_mask")
+    }
+    batch["skipped"] = [skip for sample in samples for skip in sample["skipped"]]
+    return batch
+
+
+class EvaluationBatch(NamedTuple):
+    """Images (B, 3, S, S) in the order of the source, with the id and all captions of each."""
+
+    images: Tensor
+    ids: list[str]
+    captions: list[tuple[str, ...]]
+
+
+def evaluation_batches(
+    source: Source,
+    transform: Callable[["Image.Image"], Tensor],
+    batch_size: int,
+    *,
+    report: SkipReport | None = None,
+    num_workers: int = 0,
+) -> Iterator[EvaluationBatch]:
+    """Every readable sample once, in order; the last batch may be smaller.
+
+    Samples that cannot be read are left out and counted in `report`, which raises DataError above
+    its limit (default: 5%). DataError also where none can be read.
+    """
+    check_not_empty("source", source)
+    check_callable("transform", transform)
+    check_int("batch_size", batch_size, 1)
+    check_int("num_workers", num_workers, 0)
+    report = SkipReport(length=len(source)) if report is None else report
+    loader = DataLoader(
+        _EvaluationDataset(source, transform),
+        batch_size=batch_size,
+        collate_fn=list,
+        **_worker_options(num_workers),
+    )
+    return _readable_batches(loader, report)
+
+
+class _EvaluationDataset(Dataset):
+    """Samples as (image tensor, id, captions), or as the SampleError."""
+
+    def __init__(self, source: Source, transform: Callable[["Image.Image"], Tensor]) -> None:
+        self.source = source
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str, tuple[str, ...]] | SampleError:
+        try:
+            sample = self.source[index]
+        except SampleError as error:
+            return error
+        return self.transform(sample.image), sample.id, sample.captions
+
+
+def _readable_batches(
+    loader: Iterable[list[tuple[Tensor, str, tuple[str, ...]] | SampleError]], report: SkipReport
+) -> Iterator[EvaluationBatch]:
+    found = False
+    for rows in loader:
+        errors = [row for row in rows if isinstance(row, SampleError)]
+        readable = [row for row in rows if not isinstance(row, SampleError)]
+        report.update([(error.id, error.reason) for error in errors], len(rows))
+        if readable:
+            found = True
+            images, ids, captions = zip(*readable, strict=True)
+            yield EvaluationBatch(torch.stack(images), list(ids), list(captions))
+    if not found:
+        raise DataError(f"no readable sample: {report.summary()}")

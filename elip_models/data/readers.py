@@ -1,0 +1,101 @@
+"""The sources of data, and `open_source`, which opens what one line names."""
+
+import glob
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from .checks import check_int
+from .json_source import JsonSource
+from .sample import Sample, SampleError, Source
+from .scenes import EmojiScenes
+from .shard_source import ShardSource
+
+__all__ = ["JsonSource", "Sample", "SampleError", "ShardSource", "Source", "open_source"]
+
+_BUILT_IN = "emoji_scenes"
+_FORMS = (
+    '"emoji_scenes:seed=0,size=50000", "list.json", "train-*.tar", "train-{0000..0003}.tar", '
+    "a folder of tars, or a comma separated list of paths of one kind"
+)
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+def open_source(spec: str, *, image_size: int) -> Source:
+    """Open the data that `spec` names.
+
+    The forms: "emoji_scenes:seed=0,size=50000" (drawn at `image_size`), "list.json",
+    "train-*.tar", "train-{0000..0003}.tar", a folder of tars, or several of these paths, separated
+    by commas, all JSON or all tar. Stored images keep the size they have.
+    Raises TypeError or ValueError for a malformed spec, FileNotFoundError where it matches no file.
+    """
+    check_int("image_size", image_size, 1)
+    if not isinstance(spec, str):
+        raise TypeError(f"spec: expected a text such as {_FORMS}, got {spec!r}")
+    name, _, options = spec.partition(":")
+    if name.strip() == _BUILT_IN:
+        return EmojiScenes(**_parse_options(spec, options), image_size=image_size)
+    files = [file for part in spec.split(",") if part.strip() for file in _expand(part.strip())]
+    if not files:
+        raise ValueError(f"spec: expected {_FORMS}, got {spec!r}")
+    kinds = {file.suffix.lower() for file in files}
+    if kinds == {".json"}:
+        return JsonSource(files)
+    if kinds == {".tar"}:
+        return ShardSource(files)
+    raise ValueError(
+        f"spec: expected files that are all .json or all .tar, got {sorted(kinds)} in {spec!r}"
+    )
+
+
+def _parse_options(spec: str, options: str) -> dict[str, int]:
+    """ "seed=0,size=100" -> {"seed": 0, "size": 100}; `size` is required."""
+    parsed = {}
+    for option in filter(None, options.split(",")):
+        name, _, value = (part.strip() for part in option.partition("="))
+        if name not in ("seed", "size"):
+            raise ValueError(f"spec: expected the options seed and size, got {name!r} in {spec!r}")
+        if not value.isdecimal():
+            raise ValueError(f"spec: {name}: expected an int of 0 or more, got {value!r}")
+        parsed[name] = int(value)
+    if "size" not in parsed:
+        raise ValueError(
+            f"spec: expected a size, got {spec!r}; write {_BUILT_IN}:seed=0,size=50000"
+        )
+    return parsed
+
+
+def _expand(path: str) -> list[Path]:
+    """A path, range, glob or folder -> the files it names, in order; at least one."""
+    plain = Path(path).expanduser()
+    if plain.is_file():
+        return [plain]
+    if plain.is_dir():
+        files = sorted(plain.glob("*.tar"))
+        if not files:
+            raise FileNotFoundError(f"spec: expected a folder of .tar files, got none in {path!r}")
+        return files
+    files = []
+    for name in _expand_ranges(str(plain)):
+        matches = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
+        if not matches or not Path(matches[0]).is_file():
+            raise FileNotFoundError(
+                f"spec: expected an existing file, got {name!r}; the working folder is {Path.cwd()}"
+            )
+        files += [Path(match) for match in matches]
+    return files
+
+
+def _expand_ranges(path: str) -> Iterator[str]:
+    """ "a-{08..10}.tar" -> "a-08.tar", "a-09.tar", "a-10.tar", as the shell does."""
+    found = _RANGE.search(path)
+    if found is None:
+        yield path
+        return
+    first, last = found.groups()
+    if int(first) > int(last):
+        raise ValueError(f"spec: expected a rising range, got {found.group()!r} in {path!r}")
+    for number in range(int(first), int(last) + 1):
+        rest = path[found.end() :]
+        for tail in _expand_ranges(rest):
+            yield f"{path[: found.start()]}{number:0{len(first)}d}{tail}"

@@ -1,0 +1,163 @@
+"""WebDataset tar shards, read as a map-style index: image members by offset."""
+
+import io
+import json
+import os
+import tarfile
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from .checks import check_index, existing_files, extra
+from .sample import Sample, SampleError, clean_captions, decode_image
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_IMAGE_EXTENSIONS = ("jpeg", "jpg", "png", "webp")
+_TEXT_EXTENSIONS = ("json", "txt")
+_MAX_OPEN_SHARDS = 64
+
+
+class ShardSource:
+    """A `Source` over uncompressed WebDataset shards.
+
+    Members with one name up to the first dot are one sample: an image (png, jpg, jpeg or webp),
+    and its captions in a .json ("captions" or "caption"), a .txt, or both. A sample's id is
+    "shard:key". A sample without an image, with a damaged one, or without a caption is a
+    SampleError when read. Building the index reads every shard's headers and captions once. Safe
+    in forked and spawned workers. Raises FileNotFoundError for a missing shard, ValueError for a
+    file that is no tar.
+    """
+
+    def __init__(self, paths: str | Path | Sequence[str | Path]) -> None:
+        self._shards = existing_files("paths", paths)
+        self._index = _build_index(self._shards)
+        self._files = _OpenFiles()
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: int) -> Sample:
+        check_index(index, len(self))
+        row = self._index[index]
+        shard = self._shards[row["shard"]]
+        sample_id = f"{shard.name}:{row['key']}"
+        problem = row["problem"] or ("" if row["captions"] else "no caption")
+        if problem:
+            raise SampleError(sample_id, problem)
+        try:
+            data = self._files.read(shard, row["offset"], row["size"])
+        except OSError as error:
+            raise SampleError(sample_id, f"cannot read {shard}: {error}") from error
+        image = decode_image(io.BytesIO(data), sample_id)
+        return Sample(image, tuple(row["captions"]), sample_id)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions alone, no image decoded. Empty where the sample has none."""
+        check_index(index, len(self))
+        return tuple(self._index[index]["captions"])
+
+
+class _OpenFiles:
+    """Read-only handles of this process, the least recently used closed first.
+
+    A forked child shares file positions with its parent, so a handle is used only in the process
+    that opened it; a pickled copy starts with none.
+    """
+
+    def __init__(self) -> None:
+        self._handles: OrderedDict[tuple[int, Path], BinaryIO] = OrderedDict()
+
+    def __reduce__(self) -> tuple[type["_OpenFiles"], tuple[()]]:
+        return _OpenFiles, ()
+
+    def read(self, path: Path, offset: int, size: int) -> bytes:
+        key = (os.getpid(), path)
+        handle = self._handles.pop(key, None) or path.open("rb")
+        self._handles[key] = handle
+        if len(self._handles) > _MAX_OPEN_SHARDS:
+            self._handles.popitem(last=False)[1].close()
+        handle.seek(offset)
+        return handle.read(size)
+
+
+def _build_index(shards: list[Path]) -> "Dataset":
+    """Arrow table, one row a sample: shard, key, offset and size of the image, captions, problem
+    (why it cannot be read, or "")."""
+    with extra("train", "ShardSource"):
+        from datasets import Dataset, Features, Value
+
+    features = Features(
+        {
+            "shard": Value("int32"),
+            "key": Value("string"),
+            "offset": Value("int64"),
+            "size": Value("int64"),
+            "captions": [Value("string")],
+            "problem": Value("string"),
+        }
+    )
+    columns: dict[str, list[Any]] = {name: [] for name in features}
+    for number, shard in enumerate(shards):
+        for row in _rows(shard):
+            columns["shard"].append(number)
+            for name, value in row.items():
+                columns[name].append(value)
+    return Dataset.from_dict(columns, features=features)
+
+
+def _rows(shard: Path) -> Iterator[dict[str, Any]]:
+    """One row a key, in the order of first appearance."""
+    images: dict[str, tarfile.TarInfo] = {}
+    texts: dict[str, dict[str, bytes]] = {}
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                key, extension = _split_name(member.name)
+                if not member.isfile() or extension not in _IMAGE_EXTENSIONS + _TEXT_EXTENSIONS:
+                    continue
+                texts.setdefault(key, {})
+                if extension in _IMAGE_EXTENSIONS:
+                    images[key] = member
+                else:
+                    texts[key][extension] = tar.extractfile(member).read()
+    except tarfile.TarError as error:
+        raise ValueError(
+            f"{shard}: expected a whole, uncompressed tar, got a file that does not read as one "
+            f"({error}); decompress it or build it again"
+        ) from error
+    for key, members in texts.items():
+        captions, problem = _parse_captions(members)
+        image = images.get(key)
+        yield {
+            "key": key,
+            "offset": image.offset_data if image else 0,
+            "size": image.size if image else 0,
+            "captions": captions,
+            "problem": problem if image else "no image member",
+        }
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """ "folder/a.b.png" -> ("folder/a", "b.png"), the extension in lower case."""
+    folder, slash, file = name.rpartition("/")
+    stem, _, extension = file.partition(".")
+    return folder + slash + stem, extension.lower()
+
+
+def _parse_captions(members: dict[str, bytes]) -> tuple[list[str], str]:
+    """Captions of the json, then of the txt, each once -> (captions, what is wrong with them)."""
+    captions: list[str] = []
+    try:
+        if "json" in members:
+            content = json.loads(members["json"])
+            if not isinstance(content, dict):
+                raise ValueError(f"json: expected an object, got {content!r:.100}")
+            captions += clean_captions(content.get("captions", content.get("caption")))
+        if "txt" in members:
+            captions += clean_captions(members["txt"].decode())
+    except ValueError as error:
+        return [], f"captions not readable: {error}"
+    return list(dict.fromkeys(captions)), ""

@@ -1,0 +1,117 @@
+"""A tokenizer that needs no download, trained on the captions; or any other, by folder or name."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .checks import check_int, extra
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+# In the order of their ids. The first two serve BERT-like and autoregressive models alike.
+_SPECIAL_TOKENS = {
+    "pad_token": "[PAD]",
+    "bos_token": "[CLS]",
+    "eos_token": "[SEP]",
+    "unk_token": "[UNK]",
+    "mask_token": "[MASK]",
+}
+_BYTES = 256
+MIN_VOCAB_SIZE = len(_SPECIAL_TOKENS) + _BYTES
+"""The special tokens and one token a byte."""
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
+    """Train a lower-casing byte-level BPE: a text -> [CLS] tokens [SEP].
+
+    [CLS] is both `cls_token` and `bos_token`, [SEP] both `sep_token` and `eos_token`; [PAD] has id
+    0. Any text is encodable. The same captions in the same order give the same tokenizer, with at
+    most `vocab_size` tokens. Raises TypeError or ValueError for captions that are no texts or none
+    at all, and for a `vocab_size` below `MIN_VOCAB_SIZE`.
+    """
+    with extra("train", "train_tokenizer"):
+        from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+        from transformers import PreTrainedTokenizerFast
+    check_int("vocab_size", vocab_size, MIN_VOCAB_SIZE)
+    model = Tokenizer(models.BPE(unk_token=_SPECIAL_TOKENS["unk_token"]))
+    model.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(_SPECIAL_TOKENS.values()),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    model.train_from_iterator(_checked(captions), trainer)
+    model.post_processor = _wrap_in_cls_and_sep(model)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model,
+        cls_token=_SPECIAL_TOKENS["bos_token"],
+        sep_token=_SPECIAL_TOKENS["eos_token"],
+        **_SPECIAL_TOKENS,
+    )
+
+
+def load_tokenizer(name_or_path: str | Path) -> "PreTrainedTokenizerBase":
+    """Load a tokenizer from a local folder or, by name, from the hub's cache or the hub.
+
+    Where it has no eos token its sep token becomes that, as for BERT; where it has no pad token,
+    its eos token. Raises FileNotFoundError where there is none to load, ValueError for one without
+    an end token, or that does not put it after a text (a model pools the text there).
+    """
+    if not isinstance(name_or_path, str | Path):
+        raise TypeError(f"name_or_path: expected a folder or a name, got {name_or_path!r}")
+    with extra("models", "load_tokenizer"):
+        from transformers import AutoTokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"name_or_path: expected a folder with a saved tokenizer or a name on the hub, "
+            f"got {str(name_or_path)!r}: {error}"
+        ) from error
+    if tokenizer.eos_token is None and tokenizer.sep_token is not None:
+        tokenizer.eos_token = tokenizer.sep_token
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "name_or_path: expected a tokenizer with an eos or sep token, "
+            f"got {str(name_or_path)!r} without; set its eos_token and save it again"
+        )
+    if tokenizer("a").input_ids[-1] != tokenizer.eos_token_id:
+        raise ValueError(
+            f"name_or_path: expected a tokenizer that ends a text with {tokenizer.eos_token!r}, "
+            f"got {str(name_or_path)!r}, which does not; add a post-processor and save it again"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _wrap_in_cls_and_sep(model: "Tokenizer") -> "TemplateProcessing":
+    """The post-processor: [CLS] text [SEP], and [CLS] text [SEP] other text [SEP] for a pair."""
+    from tokenizers.processors import TemplateProcessing
+
+    begin, end = _SPECIAL_TOKENS["bos_token"], _SPECIAL_TOKENS["eos_token"]
+    return TemplateProcessing(
+        single=f"{begin} $A {end}",
+        pair=f"{begin} $A {end} $B:1 {end}:1",
+        special_tokens=[(token, model.token_to_id(token)) for token in (begin, end)],
+    )
+
+
+def _checked(captions: Iterable[str]) -> Iterator[str]:
+    """The captions, each checked as it passes."""
+    if isinstance(captions, str):
+        raise TypeError(f"captions: expected several texts, got the single text {captions!r:.100}")
+    number = 0
+    for caption in captions:
+        if not isinstance(caption, str):
+            raise TypeError(f"captions: expected texts, got {caption!r:.100}")
+        number += 1
+        yield caption
+    if number == 0:
+        raise ValueError("captions: expected at least one text, got none")

@@ -1,0 +1,176 @@
+"""The world of EmojiScenes as data: emoji, colours, places, and scenes made of them.
+
+Every position is a fraction of the image, so a scene has no size. OpenMoji's font draws all emoji
+named here; the names are Unicode's.
+"""
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+_CHARACTERS = (
+    "🐶🐱🐭🐰🦊🐻🐼🐨🐯🦁🐮🐷🐸🐵🐧🦆🦉🐴🦄🐝🦋🐌🐢🐍🐙🦀🐳🦈🐊🐘🐪🦒🦘🐑🦜🦩🦚🦔🐉🐟"
+    "🍎🍏🍐🍋🍌🍉🍓🍑🍍🍅🍆🥑🥕🍄🥐🥨🍔🌭🌮🥚🍩🍪🎂🧁🍭"
+    "🚗🚕🚌🚒🚑🚜🚲🚀✈🚁⛵🚂🛸⚓"
+    "☂🔑🎸🎺👑🔔📷📺💡⏳🎈🪁🏆⚽🪑🎩🧲💣✏🧸🏠⛺🎃🔋"
+    "☁🌈⭐💚💙💜💀👻🤖🌵🌻🌷🌲🌴🍁⚙🏰"
+)
+_UNNEEDED_WORDS = re.compile(
+    r"^(black|white medium|electric|european|birthday|steam|spouting|dromedary) "
+    r"| (face|building)$| with .*$"
+)
+
+
+def _short_name(character: str) -> str:
+    """The Unicode name without the words that nobody says: "dog face" -> "dog"."""
+    return _UNNEEDED_WORDS.sub("", unicodedata.name(character).lower())
+
+
+EMOJI: dict[str, str] = {_short_name(character): character for character in _CHARACTERS}
+"""Name -> the single code point that the font draws."""
+
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "white": (255, 255, 255),
+    "gray": (165, 165, 165),
+    "red": (233, 102, 92),
+    "orange": (250, 172, 88),
+    "yellow": (252, 234, 130),
+    "green": (128, 196, 122),
+    "blue": (112, 170, 236),
+    "purple": (178, 138, 218),
+}
+"""Name -> RGB; light enough for the glyphs' black outlines."""
+
+MAX_COUNT = 3
+"""The most copies of one emoji in a group."""
+
+GROUP_NUMBERS = (2, 3, 4)
+"""How many groups a scene may have."""
+
+
+class Box(NamedTuple):
+    """A rectangle in fractions of the image."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+
+
+_CORNERS = {
+    "top left": Box(0, 0, 1 / 2, 1 / 2),
+    "top right": Box(1 / 2, 0, 1 / 2, 1 / 2),
+    "bottom left": Box(0, 1 / 2, 1 / 2, 1 / 2),
+    "bottom right": Box(1 / 2, 1 / 2, 1 / 2, 1 / 2),
+}
+_HALVES = {
+    "left": Box(0, 0, 1 / 2, 1),
+    "right": Box(1 / 2, 0, 1 / 2, 1),
+    "top": Box(0, 0, 1, 1 / 2),
+    "bottom": Box(0, 1 / 2, 1, 1 / 2),
+}
+
+
+def _half_and_corners(half: str, opposite: str) -> dict[str, Box]:
+    corners = {place: box for place, box in _CORNERS.items() if opposite in place.split()}
+    return {half: _HALVES[half], **corners}
+
+
+LAYOUTS: tuple[dict[str, Box], ...] = (
+    _CORNERS,
+    {place: _HALVES[place] for place in ("left", "right")},
+    {place: _HALVES[place] for place in ("top", "bottom")},
+    _half_and_corners("left", "right"),
+    _half_and_corners("right", "left"),
+    _half_and_corners("top", "bottom"),
+    _half_and_corners("bottom", "top"),
+    {place: Box(i / 3, 0, 1 / 3, 1) for i, place in enumerate(("left", "centre", "right"))},
+    {place: Box(0, i / 3, 1, 1 / 3) for i, place in enumerate(("top", "centre", "bottom"))},
+)
+"""Places that fill the image without overlapping; a scene uses some places of one layout."""
+
+# Slots (left, top, side) in a square box, in fractions of it, by count.
+_SQUARE_SLOTS = {
+    1: ((0, 0, 1),),
+    2: ((0, 0, 0.54), (0.46, 0.46, 0.54)),
+    3: ((0.25, 0, 0.5), (0, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+# Glyph side as a share of its slot. A few values only, so that the glyph cache stays small.
+_FILLS = (0.80, 0.88, 0.96)
+
+
+class Copy(NamedTuple):
+    """One drawn emoji: its centre and its longer side, in fractions of the image."""
+
+    x: float
+    y: float
+    size: float
+
+
+@dataclass(frozen=True)
+class Group:
+    """`count` copies of the emoji `name` at `place`. No two groups of a scene share either."""
+
+    name: str
+    place: str
+    copies: tuple[Copy, ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.copies)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A `background` colour by name, and 2 to 4 groups of emoji."""
+
+    background: str
+    groups: tuple[Group, ...]
+
+
+def sample_scene(rng: np.random.Generator) -> Scene:
+    """Draw a scene: background, layout, and for each place used an emoji and a count."""
+    background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
+    number = GROUP_NUMBERS[rng.integers(len(GROUP_NUMBERS))]
+    layouts = [layout for layout in LAYOUTS if len(layout) >= number]
+    layout = layouts[rng.integers(len(layouts))]
+    places = [list(layout)[i] for i in rng.permutation(len(layout))[:number]]
+    names = [list(EMOJI)[i] for i in rng.choice(len(EMOJI), size=number, replace=False)]
+    counts = rng.integers(1, MAX_COUNT + 1, size=number)
+    groups = (
+        Group(name, place, _place_copies(layout[place], int(count), rng))
+        for name, place, count in zip(names, places, counts, strict=True)
+    )
+    return Scene(background, tuple(groups))
+
+
+def _slots(box: Box, count: int) -> list[Box]:
+    """`count` equal squares inside the box: a fixed figure, or a row along its longer side."""
+    if box.width == box.height:
+        return [
+            Box(box.left + left * box.width, box.top + top * box.width, *(2 * (side * box.width,)))
+            for left, top, side in _SQUARE_SLOTS[count]
+        ]
+    side = min(box.width, box.height, max(box.width, box.height) / count)
+    centres = [(i + 0.5) / count for i in range(count)]
+    along, across = ((x, 0.5) for x in centres), ((0.5, y) for y in centres)
+    return [
+        Box(box.left + x * box.width - side / 2, box.top + y * box.height - side / 2, side, side)
+        for x, y in (along if box.width > box.height else across)
+    ]
+
+
+def _place_copies(box: Box, count: int, rng: np.random.Generator) -> tuple[Copy, ...]:
+    """One copy a slot, all of one size, each moved at random within its slot."""
+    fill = _FILLS[rng.integers(len(_FILLS))]
+    moves = rng.uniform(-0.5, 0.5, size=(count, 2)).tolist()
+    copies = []
+    for slot, (dx, dy) in zip(_slots(box, count), moves, strict=True):
+        slack = (1 - fill) * slot.width
+        x = slot.left + slot.width / 2 + dx * slack
+        y = slot.top + slot.height / 2 + dy * slack
+        copies.append(Copy(x, y, fill * slot.width))
+    return tuple(copies)

@@ -1,0 +1,520 @@
+"""Loading: batches depend on (seed, epoch, offset) alone, bad samples are replaced and counted."""
+
+import itertools
+import math
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from elip_models.data import (
+    DataError,
+    EmojiScenes,
+    EpochSampler,
+    ImageTextDataset,
+    Sample,
+    SampleError,
+    SkipReport,
+    check_source,
+    evaluation_batches,
+    image_transform,
+    load_tokenizer,
+    train_loader,
+    train_tokenizer,
+)
+from elip_models.data.loader import _replacements
+from elip_models.data.tokenizer import MIN_VOCAB_SIZE
+
+SIZE, BATCH, LENGTH = 16, 4, 22
+TENSORS = ("images", "input_ids", "attention_mask")
+
+
+class DamagedSource:
+    """A tiny source whose samples at the indices `bad` cannot be read."""
+
+    def __init__(self, length: int, bad: set[int]) -> None:
+        self.length = length
+        self.bad = bad
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Sample:
+        if index in self.bad:
+            raise SampleError(f"sample {index}", "corrupt")
+        image = Image.new("RGB", (4, 4), (index % 256, 0, 0))
+        return Sample(image, self.captions(index), f"sample {index}")
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return (f"caption {index}",)
+
+
+@pytest.fixture(scope="module")
+def captions() -> list[str]:
+    source = EmojiScenes(100, seed=1)
+    return [text for index in range(100) for text in source.captions(index)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(captions):
+    return train_tokenizer(captions, 600)
+
+
+@pytest.fixture
+def dataset(tokenizer) -> ImageTextDataset:
+    return make_dataset(EmojiScenes(LENGTH, seed=4, image_size=SIZE), tokenizer)
+
+
+def make_dataset(source, tokenizer, **options) -> ImageTextDataset:
+    transform = image_transform(SIZE, train=True, scale=(0.5, 1.0))
+    return ImageTextDataset(
+        source, transform, tokenizer, **{"context_length": 24, "seed": 0, **options}
+    )
+
+
+def take(dataset, sampler, count, num_workers=0) -> list[dict]:
+    return list(itertools.islice(train_loader(dataset, sampler, num_workers), count))
+
+
+def assert_same_batches(first: list[dict], second: list[dict]) -> None:
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in TENSORS)
+        assert all(a[name] == b[name] for name in a.keys() - set(TENSORS))
+
+
+# Batches
+
+
+def test_a_batch_has_the_documented_shapes(dataset):
+    (batch,) = take(dataset, EpochSampler(LENGTH, BATCH, 0), 1)
+    assert batch["images"].shape == (BATCH, 3, SIZE, SIZE)
+    assert batch["images"].dtype == torch.float32
+    for name in ("input_ids", "attention_mask"):
+        assert batch[name].shape == (BATCH, 24) and batch[name].dtype == torch.int64
+    assert (batch["skipped"], batch["epoch"], batch["offset"]) == ([], 0, 0)
+
+
+def test_text_is_padded_or_truncated_and_keeps_its_end(dataset, tokenizer):
+    (batch,) = take(dataset, EpochSampler(LENGTH, BATCH, 0), 1)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    assert (ids[:, 0] == tokenizer.bos_token_id).all()
+    assert (ids.gather(1, mask.sum(1, keepdim=True) - 1) == tokenizer.eos_token_id).all()
+    assert (ids[mask == 0] == tokenizer.pad_token_id).all()
+
+
+def test_the_same_position_gives_the_same_sample_and_another_epoch_another(dataset):
+    assert torch.equal(dataset[0, 3]["images"], dataset[0, 3]["images"])
+    assert not torch.equal(dataset[0, 3]["images"], dataset[1, 3]["images"])
+    texts = {tuple(dataset[epoch, 3]["input_ids"].tolist()) for epoch in range(40)}
+    assert len(texts) == 5
+
+
+def test_a_pickled_dataset_gives_the_same_samples(dataset):
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert all(torch.equal(copy[1, 3][name], dataset[1, 3][name]) for name in TENSORS)
+
+
+def test_reading_leaves_the_global_generator_alone(dataset):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    take(dataset, EpochSampler(LENGTH, BATCH, 0), 2)
+    assert torch.equal(torch.get_rng_state(), before)
+    take(dataset, EpochSampler(LENGTH, BATCH, 0), 2, num_workers=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_number_of_workers_changes_no_batch(tokenizer):
+    dataset = make_dataset(DamagedSource(LENGTH, {2, 9}), tokenizer)
+    batches = [take(dataset, EpochSampler(LENGTH, BATCH, 0), 8, workers) for workers in (0, 2)]
+    assert_same_batches(*batches)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resuming_gives_the_remaining_batches(dataset, num_workers):
+    batches = take(dataset, EpochSampler(LENGTH, BATCH, 0), 12)
+    for consumed in (3, 5, 7):
+        last = batches[consumed - 1]
+        sampler = EpochSampler(LENGTH, BATCH, 0)
+        sampler.set_position(last["epoch"], last["offset"] + 1)
+        assert_same_batches(take(dataset, sampler, 12 - consumed, num_workers), batches[consumed:])
+        if num_workers:
+            return
+
+
+def test_positions_count_over_epochs(dataset):
+    batches = take(dataset, EpochSampler(LENGTH, BATCH, 0), 11)
+    assert LENGTH // BATCH == 5
+    assert [(b["epoch"], b["offset"]) for b in batches] == [divmod(step, 5) for step in range(11)]
+
+
+# Sampler
+
+
+def epochs_of(sampler: EpochSampler, epochs: int) -> list[list[tuple[int, int]]]:
+    return list(itertools.islice(sampler, epochs * sampler.batches_per_epoch))
+
+
+def test_an_epoch_is_a_permutation_without_its_incomplete_batch():
+    sampler = EpochSampler(LENGTH, BATCH, seed=1)
+    batches = epochs_of(sampler, 2)
+    orders = [[i for b in batches for e, i in b if e == epoch] for epoch in (0, 1)]
+    for order in orders:
+        assert len(order) == len(set(order)) == 20 and set(order) <= set(range(LENGTH))
+    assert orders[0] != orders[1]
+    assert batches == epochs_of(EpochSampler(LENGTH, BATCH, seed=1), 2)
+    assert batches != epochs_of(EpochSampler(LENGTH, BATCH, seed=2), 2)
+
+
+def test_ranks_partition_the_global_batch():
+    whole = epochs_of(EpochSampler(LENGTH, 2 * BATCH, seed=1), 3)
+    ranks = [epochs_of(EpochSampler(LENGTH, BATCH, 1, rank, 2), 3) for rank in (0, 1)]
+    assert [first + second for first, second in zip(*ranks, strict=True)] == whole
+
+
+def test_the_end_of_an_epoch_is_the_beginning_of_the_next():
+    sampler = EpochSampler(LENGTH, BATCH, 0)
+    sampler.set_position(2, sampler.batches_per_epoch)
+    assert (sampler.epoch, sampler.offset) == (3, 0)
+    assert next(iter(sampler))[0][0] == 3
+
+
+# Bad samples
+
+
+def test_a_bad_sample_is_replaced_and_reported(tokenizer):
+    bad = {3, 4, 5}
+    dataset = make_dataset(DamagedSource(20, bad), tokenizer)
+    batches = take(dataset, EpochSampler(20, BATCH, 0), 5)
+    assert all(len(batch["images"]) == BATCH for batch in batches)
+    skipped = [skip for batch in batches for skip in batch["skipped"]]
+    assert sorted(skipped) == [(f"sample {index}", "corrupt") for index in sorted(bad)]
+    again = dataset[0, 3]
+    assert torch.equal(again["images"], dataset[0, 3]["images"])
+    assert again["skipped"] == [("sample 3", "corrupt")]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 10, 97, 100])
+def test_replacements_try_every_sample_once_beginning_with_the_drawn_one(length):
+    for index in {0, length // 2, length - 1}:
+        order = list(_replacements(index, length))
+        assert order[0] == index and sorted(order) == list(range(length))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_source_without_a_readable_sample_is_a_data_error(tokenizer, num_workers):
+    dataset = make_dataset(DamagedSource(8, set(range(8))), tokenizer)
+    with pytest.raises(DataError, match=r"^no readable sample: 8 of 8 .*sample \d \(corrupt\)"):
+        take(dataset, EpochSampler(8, BATCH, 0), 1, num_workers)
+
+
+def test_too_large_a_share_stops_the_run_and_names_examples(tokenizer):
+    dataset = make_dataset(DamagedSource(400, set(range(0, 400, 10))), tokenizer)
+    report, seen = dataset.skip_report(), 0
+    with pytest.raises(DataError) as caught:
+        for batch in train_loader(dataset, EpochSampler(400, 20, 0), 0):
+            seen += 20
+            report.update(batch["skipped"], 20)
+    assert seen == 100
+    message = str(caught.value)
+    assert "of 100 samples" in message and message.count("(corrupt)") == 5
+    assert message.endswith(
+        "At most 5.0% may be unreadable; repair the data, or raise data.max_bad_share."
+    )
+
+
+def test_a_share_within_the_limit_goes_on_for_epochs(tokenizer):
+    dataset = make_dataset(DamagedSource(200, set(range(8))), tokenizer)
+    report = dataset.skip_report()
+    for batch in take(dataset, EpochSampler(200, 20, 0), 30):
+        report.update(batch["skipped"], 20)
+    assert (report.seen, len(report.reasons), report.share) == (600, 8, 8 / 200)
+
+
+def test_a_small_source_is_judged_after_one_epoch():
+    report = SkipReport(0.1, length=10)
+    report.update([("a", "corrupt"), ("b", "missing")], 9)
+    with pytest.raises(DataError, match=r"2 of 10 samples \(20\.0%\) .*: a \(corrupt\); b \(mi"):
+        report.update([], 1)
+
+
+def test_an_id_is_counted_once():
+    report = SkipReport()
+    for _ in range(3):
+        report.update([("a", "corrupt")], 50)
+    assert report.summary() == "1 of 150 samples (0.7%) could not be read: a (corrupt)."
+
+
+def test_check_source_reads_everything_and_judges_nothing():
+    report = check_source(DamagedSource(12, set(range(6))))
+    assert report.summary() == (
+        "6 of 12 samples (50.0%) could not be read, among them: "
+        + "; ".join(f"sample {index} (corrupt)" for index in range(5))
+        + "."
+    )
+    assert check_source(DamagedSource(12, {7}), limit=7).reasons == {}
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_evaluation_yields_readable_samples_in_order(num_workers):
+    source = DamagedSource(10, {0, 1, 2, 6})
+    report = SkipReport(0.5, length=10)
+    batches = list(
+        evaluation_batches(
+            source, image_transform(SIZE, train=False), 3, report=report, num_workers=num_workers
+        )
+    )
+    good = [index for index in range(10) if index not in source.bad]
+    assert [sample_id for batch in batches for sample_id in batch.ids] == [
+        f"sample {index}" for index in good
+    ]
+    assert [texts for batch in batches for texts in batch.captions] == [
+        (f"caption {index}",) for index in good
+    ]
+    assert all(batch.images.shape == (len(batch.ids), 3, SIZE, SIZE) for batch in batches)
+    assert (report.seen, len(report.reasons)) == (10, 4)
+
+
+def test_evaluation_stops_where_too_much_is_bad():
+    transform = image_transform(SIZE, train=False)
+    with pytest.raises(DataError, match=r"At most 5\.0%"):
+        list(evaluation_batches(DamagedSource(10, {1}), transform, 3))
+    with pytest.raises(DataError, match="no readable sample: 2 of 2"):
+        list(evaluation_batches(DamagedSource(2, {0, 1}), transform, 3, report=SkipReport(1.0)))
+
+
+# Transforms
+
+
+def test_evaluation_resizes_and_crops_the_centre():
+    image = Image.new("RGB", (60, 20), "black")
+    image.paste("white", (20, 0, 40, 20))
+    tensor = image_transform(8, train=False, mean=(0, 0, 0), std=(1, 1, 1))(image)
+    assert type(tensor) is Tensor and tensor.shape == (3, 8, 8) and tensor.dtype == torch.float32
+    assert (tensor[:, :, 1:-1] > 0.99).all()
+
+
+def test_training_never_mirrors_left_and_right():
+    image = Image.new("RGB", (32, 32), "black")
+    image.paste("white", (0, 0, 16, 32))
+    transform = image_transform(32, train=True)
+    for _ in range(50):
+        tensor = transform(image)
+        assert tensor[:, :, 0].min() > tensor[:, :, -1].max()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"image_size": 0}, ValueError, "image_size: expected at least 1, got 0"),
+        ({"image_size": 8.0}, TypeError, r"image_size: expected an int, got 8\.0"),
+        ({"train": 1}, TypeError, "train: expected True or False, got 1"),
+        ({"mean": 0.5}, TypeError, r"mean: expected 3 numbers, got 0\.5"),
+        ({"mean": (0.5,)}, ValueError, r"mean: expected 3 numbers, got \(0\.5,\)"),
+        ({"std": (1, 1, "1")}, TypeError, r"std: expected 3 numbers, got \(1, 1, '1'\)"),
+        ({"std": (1, 1, 0)}, ValueError, r"std: expected values above 0, got \(1, 1, 0\)"),
+        ({"scale": (0.9, 0.5)}, ValueError, "scale: expected 0 < least <= most <= 1, got"),
+        ({"scale": 0.9}, TypeError, r"scale: expected 2 numbers, got 0\.9"),
+    ],
+)
+def test_bad_transform_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        image_transform(**{"image_size": 8, "train": True, **arguments})
+
+
+# Tokenizer
+
+
+def test_tokenizer_round_trip(tokenizer, captions, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded(captions[:50]).input_ids == tokenizer(captions[:50]).input_ids
+    assert loaded.all_special_tokens == tokenizer.all_special_tokens
+    names = ("pad", "bos", "eos", "unk", "cls", "sep", "mask")
+    tokens = {name: getattr(loaded, f"{name}_token") for name in names}
+    assert tokens == {
+        "pad": "[PAD]",
+        "bos": "[CLS]",
+        "eos": "[SEP]",
+        "unk": "[UNK]",
+        "cls": "[CLS]",
+        "sep": "[SEP]",
+        "mask": "[MASK]",
+    }
+    assert loaded.pad_token_id == 0
+
+
+def test_tokenizer_lower_cases_and_encodes_any_text(tokenizer):
+    ids = tokenizer("Two DOGS, café 🐶").input_ids
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids, skip_special_tokens=True).strip() == "two dogs, café 🐶"
+    assert tokenizer("a", "b").input_ids.count(tokenizer.sep_token_id) == 2
+
+
+def test_training_a_tokenizer_is_deterministic_and_keeps_to_the_size(tokenizer, captions):
+    again = train_tokenizer(iter(captions), 600)
+    assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    assert len(tokenizer) <= 600
+    assert len(train_tokenizer(captions, MIN_VOCAB_SIZE)) == MIN_VOCAB_SIZE
+
+
+@pytest.mark.parametrize(
+    ("captions", "vocab_size", "error", "message"),
+    [
+        (["a"], MIN_VOCAB_SIZE - 1, ValueError, "vocab_size: expected at least 261, got 260"),
+        (["a"], "300", TypeError, "vocab_size: expected an int, got '300'"),
+        ("a dog", 300, TypeError, "captions: expected several texts, got the single text 'a dog'"),
+        (["a", 3], 300, TypeError, "captions: expected texts, got 3"),
+        ([], 300, ValueError, "captions: expected at least one text, got none"),
+    ],
+)
+def test_bad_tokenizer_training(captions, vocab_size, error, message):
+    with pytest.raises(error, match=message):
+        train_tokenizer(captions, vocab_size)
+
+
+def save_variant(tokenizer, folder: Path, *, post_processor: bool = True, **tokens: str) -> Path:
+    """The tokenizer with only `tokens` as its special tokens."""
+    from tokenizers import Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    model = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    if not post_processor:
+        model.post_processor = processors.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=model, **tokens).save_pretrained(folder)
+    return folder
+
+
+def test_a_loaded_tokenizer_gets_the_end_and_pad_tokens_it_lacks(tokenizer, tmp_path):
+    bert = load_tokenizer(save_variant(tokenizer, tmp_path / "a", sep_token="[SEP]"))
+    assert (bert.eos_token, bert.pad_token) == ("[SEP]", "[SEP]")
+    clip = load_tokenizer(save_variant(tokenizer, tmp_path / "b", eos_token="[SEP]"))
+    assert clip.pad_token_id == clip.eos_token_id
+
+
+def test_tokenizers_that_cannot_serve_are_refused(tokenizer, tmp_path):
+    with pytest.raises(TypeError, match="name_or_path: expected a folder or a name, got 3"):
+        load_tokenizer(3)
+    with pytest.raises(FileNotFoundError, match=r"name_or_path: expected a folder .*got '.*none'"):
+        load_tokenizer(tmp_path / "none")
+    endless = save_variant(tokenizer, tmp_path / "a", pad_token="[PAD]")
+    with pytest.raises(ValueError, match="expected a tokenizer with an eos or sep token, got"):
+        load_tokenizer(endless)
+    bare = save_variant(tokenizer, tmp_path / "b", post_processor=False, eos_token="[SEP]")
+    with pytest.raises(ValueError, match=r"expected a tokenizer that ends a text with '\[SEP\]'"):
+        load_tokenizer(bare)
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"length": 0}, ValueError, "length: expected at least 1, got 0"),
+        ({"batch_size": 0}, ValueError, "batch_size: expected at least 1, got 0"),
+        ({"batch_size": 11}, ValueError, r"batch_size: expected at most 10 a rank \(10 samples"),
+        ({"batch_size": 6, "world_size": 2}, ValueError, "expected at most 5 a rank .*, got 6"),
+        ({"seed": -1}, ValueError, "seed: expected at least 0, got -1"),
+        ({"rank": 1}, ValueError, "rank: expected less than world_size = 1, got 1"),
+        ({"world_size": 1.0}, TypeError, r"world_size: expected an int, got 1\.0"),
+    ],
+)
+def test_bad_sampler_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        EpochSampler(**{"length": 10, "batch_size": 2, "seed": 0, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("epoch", "offset", "error", "message"),
+    [
+        (-1, 0, ValueError, "epoch: expected at least 0, got -1"),
+        (0, 1.5, TypeError, r"offset: expected an int, got 1\.5"),
+        (0, 6, ValueError, "offset: expected at most batches_per_epoch = 5, got 6; the data or"),
+    ],
+)
+def test_bad_positions(epoch, offset, error, message):
+    with pytest.raises(error, match=message):
+        EpochSampler(10, 2, 0).set_position(epoch, offset)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"source": DamagedSource(0, set())}, ValueError, "source: expected at least one sample"),
+        ({"transform": None}, TypeError, "transform: expected a function, got None"),
+        ({"tokenizer": "clip"}, TypeError, "tokenizer: expected a function, got 'clip'"),
+        ({"context_length": 2}, ValueError, "context_length: expected at least 3, got 2"),
+        ({"seed": None}, TypeError, "seed: expected an int, got None"),
+        ({"max_bad_share": 5}, ValueError, r"max_bad_share: expected a number in \[0, 1\], got 5"),
+        ({"max_bad_share": "1"}, TypeError, r"max_bad_share: expected a number .*, got '1'"),
+        ({"max_bad_share": math.nan}, ValueError, "max_bad_share: expected a number .*, got nan"),
+    ],
+)
+def test_bad_dataset_arguments(arguments, error, message, tokenizer):
+    defaults = {
+        "source": DamagedSource(4, set()),
+        "transform": image_transform(SIZE, train=True),
+        "tokenizer": tokenizer,
+        "context_length": 8,
+        "seed": 0,
+    }
+    options = {**defaults, **arguments}
+    positional = [options.pop(name) for name in ("source", "transform", "tokenizer")]
+    with pytest.raises(error, match=message):
+        ImageTextDataset(*positional, **options)
+
+
+def test_a_tokenizer_without_pad_token_is_refused(tokenizer, tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(ValueError, match="tokenizer: expected one with a pad token; use load_tok"):
+        make_dataset(DamagedSource(4, set()), bare)
+
+
+def test_bad_loader_arguments(dataset):
+    sampler = EpochSampler(LENGTH, BATCH, 0)
+    with pytest.raises(ValueError, match="num_workers: expected at least 0, got -1"):
+        train_loader(dataset, sampler, -1)
+    with pytest.raises(ValueError, match="sampler: expected one of length 22, as the dataset, got"):
+        train_loader(dataset, EpochSampler(LENGTH - 1, BATCH, 0), 0)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: SkipReport(2), ValueError, r"max_bad_share: expected a number in \[0, 1\], got 2"),
+        (lambda: SkipReport(length=-1), ValueError, "length: expected at least 0, got -1"),
+        (
+            lambda: check_source(DamagedSource(1, set()), limit=0),
+            ValueError,
+            "limit: expected at least 1, got 0",
+        ),
+        (
+            lambda: evaluation_batches(DamagedSource(0, set()), image_transform, 1),
+            ValueError,
+            "source: expected at least one sample, got none",
+        ),
+        (
+            lambda: evaluation_batches(DamagedSource(1, set()), None, 1),
+            TypeError,
+            "transform: expected a function, got None",
+        ),
+        (
+            lambda: evaluation_batches(DamagedSource(1, set()), image_transform, 0),
+            ValueError,
+            "batch_size: expected at least 1, got 0",
+        ),
+    ],
+)
+def test_bad_report_and_evaluation_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
