@@ -52,6 +52,11 @@ def create_model(name: str, pretrained: bool | str | os.PathLike = False, **over
         close = difflib.get_close_matches(str(name), list_models(), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"name: expected one of {list_models()}, got {name!r}{hint}")
+    if not isinstance(pretrained, (bool, str, os.PathLike)):
+        raise TypeError(
+            "pretrained: expected False, or a folder or hub repository written by save_pretrained, "
+            f"got {pretrained!r}"
+        )
     if pretrained is True:
         raise ValueError(
             "pretrained: expected False, or a folder or hub repository written by save_pretrained, "

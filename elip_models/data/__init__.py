@@ -1,22 +1,22 @@
 """Data: sources of images with captions, transforms, tokenizers and resumable loaders."""
 
-from .checks import extra
+from elip_models.data.checks import extra
 
 with extra("train", "elip_models.data"):
-    from .loader import (
+    from elip_models.data.loader import (
         EpochSampler,
         EvaluationBatch,
         ImageTextDataset,
         evaluation_batches,
         train_loader,
     )
-    from .readers import JsonSource, ShardSource, open_source
-    from .sample import Sample, SampleError, Source
-    from .scenes import EmojiScenes, render
-    from .skips import DataError, SkipReport, check_source
-    from .tokenizer import load_tokenizer, train_tokenizer
-    from .transforms import CLIP_MEAN, CLIP_STD, image_transform
-    from .world import BACKGROUNDS, EMOJI, Group, Scene
+    from elip_models.data.readers import JsonSource, ShardSource, open_source
+    from elip_models.data.sample import Sample, SampleError, Source
+    from elip_models.data.scenes import EmojiScenes, render
+    from elip_models.data.skips import DataError, SkipReport, check_source
+    from elip_models.data.tokenizer import load_tokenizer, tokenize, train_tokenizer
+    from elip_models.data.transforms import CLIP_MEAN, CLIP_STD, image_transform
+    from elip_models.data.world import BACKGROUNDS, EMOJI, Group, Scene
 
 __all__ = [
     "BACKGROUNDS",
@@ -42,6 +42,7 @@ __all__ = [
     "load_tokenizer",
     "open_source",
     "render",
+    "tokenize",
     "train_loader",
     "train_tokenizer",
 ]

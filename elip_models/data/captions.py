@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .world import Group, Scene
+from elip_models.data.world import Group, Scene
 
 PLACES: dict[str, tuple[int, int, str]] = {
     "top left": (-1, -1, "at the top left"),

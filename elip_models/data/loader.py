@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .checks import check_callable, check_int, check_not_empty, check_share
-from .sample import Sample, SampleError, Source
-from .skips import DataError, SkipReport, check_source
+from elip_models.data.checks import check_callable, check_int, check_not_empty, check_share
+from elip_models.data.sample import Sample, SampleError, Source
+from elip_models.data.skips import DataError, SkipReport, check_source
+from elip_models.data.tokenizer import tokenize
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -86,19 +87,9 @@ class ImageTextDataset(Dataset):
             # Not torch.manual_seed, which would reseed the accelerators of this process too.
             torch.default_generator.manual_seed(int(rng.integers(2**63)))
             image = self.transform(sample.image)
-        text = self.tokenizer(
-            caption,
-            padding="max_length",
-            truncation=True,
-            max_length=self.context_length,
-            return_attention_mask=True,
-        )
-        return {
-            "images": image,
-            "input_ids": torch.tensor(text["input_ids"]),
-            "attention_mask": torch.tensor(text["attention_mask"]),
-            "skipped": skipped,
-        }
+        text = tokenize(self.tokenizer, [caption], self.context_length)
+        text = {name: ids[0] for name, ids in text.items()}
+        return {"images": image, **text, "skipped": skipped}
 
     def skip_report(self) -> SkipReport:
         """A fresh report for this dataset's batches, with its limit."""

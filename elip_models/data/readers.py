@@ -5,11 +5,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from .checks import check_int
-from .json_source import JsonSource
-from .sample import Sample, SampleError, Source
-from .scenes import EmojiScenes
-from .shard_source import ShardSource
+from elip_models.data.checks import check_int
+from elip_models.data.json_source import JsonSource
+from elip_models.data.sample import Sample, SampleError, Source
+from elip_models.data.scenes import EmojiScenes
+from elip_models.data.shard_source import ShardSource
 
 __all__ = ["JsonSource", "Sample", "SampleError", "ShardSource", "Source", "open_source"]
 

@@ -9,10 +9,10 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .captions import describe
-from .checks import check_index, check_int, extra
-from .sample import Sample
-from .world import BACKGROUNDS, EMOJI, Scene, sample_scene
+from elip_models.data.captions import describe
+from elip_models.data.checks import check_index, check_int, extra
+from elip_models.data.sample import Sample
+from elip_models.data.world import BACKGROUNDS, EMOJI, Scene, sample_scene
 
 _GLYPH_CACHE = 4096
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from .checks import check_index, existing_files, extra
-from .sample import Sample, SampleError, clean_captions, decode_image
+from elip_models.data.checks import check_index, existing_files, extra
+from elip_models.data.sample import Sample, SampleError, clean_captions, decode_image
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from .checks import check_int, check_share
-from .sample import SampleError, Source
+from elip_models.data.checks import check_int, check_share
+from elip_models.data.sample import SampleError, Source
 
 DEFAULT_MAX_BAD_SHARE = 0.05
 

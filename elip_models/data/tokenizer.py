@@ -1,10 +1,12 @@
 """A tokenizer that needs no download, trained on the captions; or any other, by folder or name."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .checks import check_int, extra
+from torch import Tensor
+
+from elip_models.data.checks import check_int, extra
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -89,6 +91,21 @@ def load_tokenizer(name_or_path: str | Path) -> "PreTrainedTokenizerBase":
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def tokenize(
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], context_length: int
+) -> dict[str, Tensor]:
+    """Texts -> {"input_ids", "attention_mask"}, both (B, context_length) int64, padded or cut."""
+    encoded = tokenizer(
+        list(texts),
+        padding="max_length",
+        truncation=True,
+        max_length=context_length,
+        return_attention_mask=True,
+        return_tensors="pt",
+    )
+    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 
 def _wrap_in_cls_and_sep(model: "Tokenizer") -> "TemplateProcessing":

@@ -55,8 +55,11 @@ def encode_image(
     tower = as_tower(model)
     settings = ElipSettings(schedule, scorer, fusion, guidance_norm, without_text, merge)
     settings.schedule.check_depth(tower.depth)
+    if not isinstance(return_info, bool):
+        raise TypeError(f"return_info: expected True or False, got {return_info!r}")
+    _check_images(images, tower)
     if text_cls is not None:
-        check_text(text_cls, (images.shape[0], tower.width))
+        check_text(text_cls, (images.shape[0], tower.width), images.device)
     tokens, infos = run_tower(tower, images, text_cls, settings)
     return (tokens, infos) if return_info else tokens
 
@@ -86,3 +89,15 @@ def run_tower(
         else:
             tokens = block(tokens)
     return tower.finish(tokens), infos
+
+
+def _check_images(images: Tensor, tower: Tower) -> None:
+    weight = next(tower.model.parameters())
+    expected = f"a floating-point tensor (B, {', '.join(map(str, tower.image_shape))})"
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"images: expected {expected}, got {got}; scale pixels to floats first")
+    if images.dim() != 4 or tuple(images.shape[1:]) != tower.image_shape:
+        raise ValueError(f"images: expected {expected}, got {tuple(images.shape)}")
+    if images.device != weight.device:
+        raise ValueError(f"images: expected them on {weight.device}, got {images.device}")

@@ -40,6 +40,8 @@ class Schedule:
     count_cls: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.count_cls, bool):
+            raise TypeError(f"count_cls: expected True or False, got {self.count_cls!r}")
         if not self.groups:
             raise ValueError(f"schedule: expected {FORM}, got no group")
         previous = 1.0

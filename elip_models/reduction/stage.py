@@ -190,7 +190,7 @@ def warn_if_slower(tower: Tower, settings: ElipSettings) -> None:
         )
 
 
-def check_text(text_cls: Tensor, expected: tuple[int, int]) -> None:
+def check_text(text_cls: Tensor, expected: tuple[int, int], device: torch.device) -> None:
     """Raises where the guidance is not one vector of the tower's width for each image, (B, D)."""
     if not isinstance(text_cls, Tensor):
         raise TypeError(f"text_cls: expected a tensor (B, D), got {type(text_cls).__name__}")
@@ -200,6 +200,8 @@ def check_text(text_cls: Tensor, expected: tuple[int, int]) -> None:
             f"got {tuple(text_cls.shape)}; project another width first (CLIP maps it back by the "
             "transposed image projection: text_features @ proj.T)"
         )
+    if text_cls.device != device:
+        raise ValueError(f"text_cls: expected it on {device}, got {text_cls.device}")
 
 
 def fuse(cls: Tensor, text_cls: Tensor | None, settings: ElipSettings) -> Tensor:
@@ -239,7 +241,7 @@ def score_stage(
 ) -> Tensor:
     """Eq. 2: the attention row (B, N) that selects, without gradient; column 0 is CLS."""
     if text_cls is not None:
-        check_text(text_cls, (tokens.shape[0], tokens.shape[2]))
+        check_text(text_cls, (tokens.shape[0], tokens.shape[2]), tokens.device)
     with torch.no_grad(), _isolated_rng(tower, tokens), _uncached_autocast(tokens.device.type):
         cls = fuse(tokens[:, 0], text_cls, settings)
         return get_scorer(settings.scorer).row(tower, stage, tokens, cls)

@@ -16,6 +16,7 @@ class Tower(Protocol):
     width: int
     depth: int
     num_patches: int
+    image_shape: tuple[int, int, int]
     mlp_ratio: float
     side_doors: tuple[str, ...]
 
@@ -60,5 +61,8 @@ def as_tower(model: nn.Module) -> Tower:
         ) from error
     reason = TimmTower.refuses(model)
     if reason is not None:
-        raise TypeError(f"model: expected a timm VisionTransformer that can be reduced: {reason}")
+        raise TypeError(
+            "model: expected a timm VisionTransformer that can be reduced, got "
+            f"{type(model).__name__}: {reason}"
+        )
     return TimmTower(model)

@@ -28,13 +28,16 @@ class TimmTower:
         self.width = model.embed_dim
         self.depth = len(model.blocks)
         self.num_patches = model.patch_embed.num_patches
+        self.image_shape = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
         self.mlp_ratio = model.blocks[0].mlp.fc1.out_features / self.width
 
     @staticmethod
     def refuses(model: nn.Module) -> str | None:
         """Why the model cannot be a tower, in one sentence, or None."""
         if not isinstance(model, vit.VisionTransformer):
-            return f"{type(model).__name__} is another architecture (rotary, windowed, not timm ..)"
+            return (
+                f"{type(model).__name__} is another architecture (rotary, windowed, or not of timm)"
+            )
         if model.num_reg_tokens:
             return f"it has {model.num_reg_tokens} register tokens, and only CLS may be a prefix"
         if not model.has_class_token:

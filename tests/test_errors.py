@@ -1,0 +1,223 @@
+"""Bad input: each argument of each public function says its name, what was expected, what came."""
+
+import inspect
+import re
+
+import pytest
+import timm
+import torch
+
+import elip_kernels
+import elip_models
+from elip_models.reduction.patch import is_reduced
+from tests.towers import SCHEDULE, WIDTH, images, plain_vit, text
+
+B, N, D, H = 2, 10, 8, 2
+META = {"device": "meta"}
+
+
+def good_reduce():
+    return {"tokens": torch.randn(B, N, D), "attn": torch.rand(B, N - 1), "keep": 4}
+
+
+def good_cls_attention():
+    return {"q": torch.randn(B, H, 4), "k": torch.randn(B, H, N, 4)}
+
+
+def good_from_tokens():
+    return {
+        "tokens": torch.randn(B, N, D),
+        "cls": torch.randn(B, D),
+        "norm_weight": torch.ones(D),
+        "norm_bias": torch.zeros(D),
+        "eps": 1e-6,
+        "q_weight": torch.randn(D, D),
+        "q_bias": torch.randn(D),
+        "k_weight": torch.randn(D, D),
+        "num_heads": H,
+    }
+
+
+def good_attend():
+    return good_from_tokens() | {"v_weight": torch.randn(D, D), "v_bias": torch.randn(D)}
+
+
+def good_encode():
+    return {"model": plain_vit(), "images": images(), "text_cls": text(), "schedule": SCHEDULE}
+
+
+def good_patch():
+    return {"model": plain_vit(), "schedule": SCHEDULE}
+
+
+def good_guidance():
+    return {"model": elip_models.reduce_(**good_patch()), "text_cls": text()}
+
+
+def guidance(**arguments):
+    with elip_models.guidance(**arguments):
+        pass
+
+
+matrix = [
+    None,
+    torch.randn(D),
+    torch.randn(D, D + 1),
+    torch.ones(D, D).long(),
+    torch.randn(D, D, **META),
+]
+vector = [3.0, torch.randn(1, D), torch.randn(D + 1), torch.ones(D).long(), torch.randn(D, **META)]
+flag = [1, None, "yes"]
+absorbed = {
+    "tokens": [None, torch.randn(N, D), torch.ones(B, N, D).long()],
+    "cls": [None, torch.randn(D), torch.randn(B, D + 1), torch.randn(B, D, **META)],
+    "norm_weight": vector,
+    "norm_bias": vector,
+    "eps": [None, 1, -1e-6],
+    "q_weight": matrix,
+    "q_bias": vector,
+    "k_weight": matrix,
+    "num_heads": [None, True, 0, 3, 2.0],
+    "scale": ["small", True],
+}
+settings = {
+    "schedule": [None, 12, "12 layers", "2(100%) 2(40%)", "2(40%) 4(60%)"],
+    "scorer": ["lats", None, True, 0, 3, 1.5],
+    "fusion": [None, "0.8", True, -0.1, 1.1],
+    "guidance_norm": ["l2", None],
+    "without_text": ["skip", None],
+    "merge": [None, "yes", 2],
+}
+models = [None, "vit", torch.nn.Linear(3, 3), plain_vit(global_pool="avg")]
+text_cls = [
+    [0.0] * WIDTH,
+    torch.randn(WIDTH),
+    torch.randn(2, WIDTH + 1),
+    torch.randn(2, WIDTH, **META),
+]
+
+TABLE = {
+    elip_kernels.reduce: (
+        good_reduce,
+        {
+            "tokens": [None, [[1.0]], torch.randn(N, D), torch.ones(B, N, D).long()],
+            "attn": [
+                *(None, torch.rand(B), torch.rand(B, N + 1), torch.rand(B, H, N - 1)),
+                *(torch.rand(B, H, N, N - 1), torch.ones(B, N).long(), torch.rand(B, N, **META)),
+            ],
+            "keep": [None, True, "4", 0, -1, N, 0.0, 1.5, float("nan")],
+            "merge": flag,
+            "normalize": flag,
+            "mask": [
+                *([True] * N, torch.ones(B, N), torch.ones(B, N - 1).bool()),
+                torch.ones(B, N, **META).bool(),
+            ],
+            "num_prefix_tokens": [None, True, 1.0, -1, N],
+            "return_info": flag,
+        },
+    ),
+    elip_kernels.cls_attention: (
+        good_cls_attention,
+        {
+            "q": [None, torch.randn(B, 4), torch.ones(B, H, 4).long()],
+            "k": [
+                *(None, torch.randn(B, N, 4), torch.randn(B, H, N, 5), torch.randn(B, 3, N, 4)),
+                *(torch.randn(B, H, N, 4).double(), torch.randn(B, H, N, 4, **META)),
+            ],
+            "scale": ["small", True],
+            "mask": [
+                *([True] * N, torch.ones(B, N), torch.ones(B, N - 1).bool()),
+                torch.ones(B, N, **META).bool(),
+            ],
+        },
+    ),
+    elip_kernels.cls_attention_from_tokens: (good_from_tokens, absorbed),
+    elip_kernels.cls_attend_from_tokens: (
+        good_attend,
+        absorbed | {"v_weight": matrix, "v_bias": vector},
+    ),
+    elip_models.encode_image: (
+        good_encode,
+        settings
+        | {
+            "model": models,
+            "images": [
+                *(None, torch.randn(3, 48, 48), torch.randn(2, 3, 32, 32)),
+                *(torch.ones(2, 3, 48, 48).byte(), torch.randn(2, 3, 48, 48, **META)),
+            ],
+            "text_cls": text_cls,
+            "return_info": flag,
+        },
+    ),
+    elip_models.reduce_: (good_patch, settings | {"model": models, "strategy": ["tome", None]}),
+    elip_models.unreduce_: (good_patch, {"model": [None, "vit"]}),
+    elip_models.guidance: (
+        good_guidance,
+        {"model": [None, plain_vit()], "text_cls": [None, *text_cls[:3]]},
+    ),
+    elip_models.create_model: (
+        lambda: {"name": "clip_tiny"},
+        {
+            "name": [None, "clip", "elip_clip_tniy"],
+            "pretrained": [True, "no/such/folder", 3],
+            "overrides": [{"widht": 3}, {"vision_heads": 7}, {"schedule": "3(100%)"}],
+        },
+    ),
+    elip_models.Schedule.parse: (
+        lambda: {"text": SCHEDULE},
+        {"text": [None, 12, "", "2(100)"], "count_cls": [None, 1]},
+    ),
+}
+ALIASES = {"text": "schedule", "pretrained": "(pretrained|folder)", "overrides": r"\w+"}
+CASES = [
+    pytest.param(function, good, argument, value, id=f"{function.__name__}-{argument}-{i}")
+    for function, (good, table) in TABLE.items()
+    for argument, values in table.items()
+    for i, value in enumerate(values)
+]
+
+
+@pytest.mark.parametrize(("function", "good", "argument", "value"), CASES)
+def test_a_bad_argument_is_named_with_what_was_expected_and_got(function, good, argument, value):
+    arguments = good()
+    if function is elip_models.unreduce_:
+        arguments.pop("schedule")
+    arguments |= value if argument == "overrides" else {argument: value}
+    call = guidance if function is elip_models.guidance else function
+    message = rf"^{ALIASES.get(argument, argument)}: expected .*(got|:) "
+    with pytest.raises((TypeError, ValueError, FileNotFoundError)) as error:
+        call(**arguments)
+    assert re.search(message, str(error.value), re.S), str(error.value)
+
+
+@pytest.mark.parametrize("function", TABLE, ids=lambda f: f.__name__)
+def test_the_table_knows_every_argument(function):
+    arguments = inspect.signature(function).parameters
+    assert set(TABLE[function][1]) == set(arguments)
+
+
+@pytest.mark.parametrize("function", TABLE, ids=lambda f: f.__name__)
+def test_good_arguments_pass(function):
+    arguments = TABLE[function][0]()
+    if function is elip_models.unreduce_:
+        arguments.pop("schedule")
+    (guidance if function is elip_models.guidance else function)(**arguments)
+
+
+def test_every_public_function_is_in_the_table():
+    public = {getattr(elip_kernels, n) for n in elip_kernels.__all__}
+    public |= {getattr(elip_models, n) for n in elip_models.__all__}
+    functions = {f for f in public if inspect.isfunction(f)}
+    assert functions <= set(TABLE)
+
+
+def test_a_refused_call_leaves_the_model_as_it_was():
+    model = elip_models.reduce_(plain_vit(), schedule=SCHEDULE)
+    hooks = [list(m._forward_pre_hooks) for m in model.modules()]
+    with pytest.raises(ValueError, match="scorer"):
+        elip_models.reduce_(model, schedule=SCHEDULE, scorer="none")
+    assert [list(m._forward_pre_hooks) for m in model.modules()] == hooks
+    fresh = timm.create_model("vit_tiny_patch16_224")
+    with pytest.raises(ValueError, match="12 layers"):
+        elip_models.reduce_(fresh, schedule=SCHEDULE)
+    assert not is_reduced(fresh)
