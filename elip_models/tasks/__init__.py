@@ -1,0 +1,1 @@
+"""Downstream tasks: how a trained model is scored."""

@@ -1,0 +1,273 @@
+"""Image-text retrieval: recall@k both ways, over several captions an image.
+
+Image to text is right at k when any caption of the image is among the k most similar texts, text to
+image when the caption's own image is among the k most similar images. A tie is decided against the
+model: candidates as similar as the right one rank before it, so a model that says the same of
+everything scores zero. Images are encoded without text: none sees its own caption.
+"""
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from elip_models.data import (
+    SkipReport,
+    Source,
+    evaluation_batches,
+    image_transform,
+    tokenize,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from elip_models.data import EvaluationBatch
+
+KS = (1, 5, 10)
+TIE_TOLERANCE = 1e-6
+"""Similarities closer than this are a tie: the rounding of a matrix product must not decide."""
+
+
+@dataclass(frozen=True)
+class RetrievalScores:
+    """How well a model ranks a set of images and captions.
+
+    Args:
+        recalls: Recall in [0, 1] by name: "image_to_text_r1", .., "text_to_image_r10".
+        chance: Same names, the expected recall of a random ranking.
+        num_images: Images ranked.
+        num_texts: Captions ranked.
+        num_skipped: Samples that could not be read.
+    """
+
+    recalls: dict[str, float]
+    chance: dict[str, float]
+    num_images: int
+    num_texts: int
+    num_skipped: int = 0
+
+    def summary(self) -> str:
+        """R@1 both ways, in words."""
+        names = {"image to text": "image_to_text_r1", "text to image": "text_to_image_r1"}
+        return "R@1 " + ", ".join(f"{way} {self.recalls[key]:.1%}" for way, key in names.items())
+
+
+def recall_at_k(
+    similarity: Tensor, text_to_image: Tensor, ks: Sequence[int] = KS
+) -> dict[str, float]:
+    """Recall@k both ways of a whole similarity matrix.
+
+    Args:
+        similarity: (num_images, num_texts).
+        text_to_image: (num_texts,) integer, the row of the image that each text describes.
+        ks: Cut-offs.
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: the shapes do not belong together, an image has no text, or a number below 1.
+    """
+    _check_matrix("similarity", similarity)
+    num_images, num_texts = similarity.shape
+    _check_index(text_to_image, num_images, num_texts)
+    _check_positive("ks", *ks)
+    image_ids = torch.arange(num_images, device=similarity.device)
+    relevant = image_ids[:, None] == text_to_image[None, :]
+    return _recalls(_ranks(similarity, relevant), _ranks(similarity.T, relevant.T), ks)
+
+
+def recall_of_features(
+    image_features: Tensor,
+    text_features: Tensor,
+    text_to_image: Tensor,
+    *,
+    ks: Sequence[int] = KS,
+    chunk_size: int = 1024,
+) -> dict[str, float]:
+    """`recall_at_k` of `image_features @ text_features.T`, `chunk_size` queries at a time.
+
+    Args:
+        image_features: (num_images, E).
+        text_features: (num_texts, E).
+        text_to_image: (num_texts,) integer.
+        ks: Cut-offs.
+        chunk_size: Rows of the similarity matrix that exist at once.
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: the shapes do not belong together, an image has no text, or a number below 1.
+    """
+    _check_matrix("image_features", image_features)
+    _check_matrix("text_features", text_features, width=image_features.shape[1])
+    num_images, num_texts = len(image_features), len(text_features)
+    _check_index(text_to_image, num_images, num_texts)
+    _check_positive("ks", *ks)
+    _check_positive("chunk_size", chunk_size)
+    image_ids = torch.arange(num_images, device=text_to_image.device)
+
+    def ranks(queries: Tensor, candidates: Tensor, query_ids: Tensor, ids: Tensor) -> Tensor:
+        chunks = zip(queries.split(chunk_size), query_ids.split(chunk_size), strict=True)
+        with torch.autocast(queries.device.type, enabled=False):
+            return torch.cat(
+                [_ranks(query @ candidates.T, own[:, None] == ids) for query, own in chunks]
+            )
+
+    return _recalls(
+        ranks(image_features, text_features, image_ids, text_to_image),
+        ranks(text_features, image_features, text_to_image, image_ids),
+        ks,
+    )
+
+
+def chance_level(
+    text_to_image: Tensor, num_images: int, ks: Sequence[int] = KS
+) -> dict[str, float]:
+    """Expected recalls of a random ranking, with the names of `recall_at_k`.
+
+    An image with c of the T texts is found at k with probability 1 - C(T-c, k) / C(T, k).
+    """
+    num_texts = len(text_to_image)
+    counts = torch.bincount(text_to_image.cpu(), minlength=num_images).tolist()
+    chance = {}
+    for k in ks:
+        ways = math.comb(num_texts, k)
+        missed = sum(math.comb(num_texts - count, k) / ways if ways else 0.0 for count in counts)
+        chance[f"image_to_text_r{k}"] = 1.0 - missed / num_images
+    return chance | {f"text_to_image_r{k}": min(1.0, k / num_images) for k in ks}
+
+
+def evaluate_retrieval(
+    model: nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    source: Source,
+    *,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    max_bad_share: float = 0.05,
+) -> RetrievalScores:
+    """Encodes each image without text and each caption alone, and ranks them against each other.
+
+    The model is put in eval mode and back; the state of the random generators is untouched.
+
+    Args:
+        model: Has `encode_image(images)`, `encode_text(input_ids, attention_mask)` and a
+            `config` with `image_size` and `context_length`.
+        tokenizer: Of the model.
+        source: Images with one or several captions each.
+        batch_size: Images, and captions, a forward pass.
+        num_workers: Loader processes; 0 loads here.
+        max_bad_share: A larger share of unreadable samples is an error.
+
+    Raises:
+        DataError: too many samples cannot be read, or all.
+    """
+    report = SkipReport(max_bad_share, length=len(source))
+    transform = image_transform(model.config.image_size, train=False)
+    batches = evaluation_batches(
+        source, transform, batch_size, report=report, num_workers=num_workers
+    )
+    was_training = model.training
+    model.eval()
+    try:
+        image_features, captions = _encode_images(model, batches)
+        texts = [text for several in captions for text in several]
+        text_features = _encode_texts(model, tokenizer, texts, batch_size)
+    finally:
+        model.train(was_training)
+    owners = [image for image, several in enumerate(captions) for _ in several]
+    text_to_image = torch.tensor(owners, device=image_features.device)
+    return RetrievalScores(
+        recalls=recall_of_features(image_features, text_features, text_to_image),
+        chance=chance_level(text_to_image, len(captions)),
+        num_images=len(captions),
+        num_texts=len(texts),
+        num_skipped=len(report.reasons),
+    )
+
+
+@torch.no_grad()
+def _encode_images(
+    model: nn.Module, batches: Iterable["EvaluationBatch"]
+) -> tuple[Tensor, list[tuple[str, ...]]]:
+    """Returns features (num_images, E) fp32 and the captions of each image."""
+    device = next(model.parameters()).device
+    features, captions = [], []
+    with warnings.catch_warnings():
+        # Models warn where they get no text to reduce by; here that is meant.
+        warnings.filterwarnings("ignore", message="no text guidance")
+        for batch in batches:
+            features.append(model.encode_image(batch.images.to(device)).float())
+            captions.extend(batch.captions)
+    return torch.cat(features), captions
+
+
+@torch.no_grad()
+def _encode_texts(
+    model: nn.Module, tokenizer: "PreTrainedTokenizerBase", texts: list[str], batch_size: int
+) -> Tensor:
+    """Returns features (num_texts, E) fp32."""
+    device = next(model.parameters()).device
+    features = []
+    for start in range(0, len(texts), batch_size):
+        chunk = texts[start : start + batch_size]
+        tokens = tokenize(tokenizer, chunk, model.config.context_length)
+        tokens = {name: ids.to(device) for name, ids in tokens.items()}
+        features.append(model.encode_text(**tokens).float())
+    return torch.cat(features)
+
+
+def _ranks(similarity: Tensor, relevant: Tensor) -> Tensor:
+    """Candidates that rank before the best relevant one, a tie or a NaN counted as before.
+
+    Args:
+        similarity: (Q, C).
+        relevant: (Q, C) bool, at least one a row.
+
+    Returns:
+        (Q,) int64; 0 means the best candidate is relevant.
+    """
+    best = similarity.masked_fill(~relevant, -math.inf).amax(dim=1, keepdim=True)
+    behind = similarity < best - TIE_TOLERANCE
+    return (~behind & ~relevant).sum(dim=1)
+
+
+def _recalls(image_ranks: Tensor, text_ranks: Tensor, ks: Sequence[int]) -> dict[str, float]:
+    ranks = {"image_to_text": image_ranks, "text_to_image": text_ranks}
+    return {
+        f"{way}_r{k}": (rank < k).double().mean().item() for way, rank in ranks.items() for k in ks
+    }
+
+
+def _check_matrix(name: str, value: Tensor, width: int | None = None) -> None:
+    kind = getattr(value, "dtype", type(value).__name__)
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {kind}")
+    if value.ndim != 2 or width not in (None, value.shape[1]):
+        expected = f"(.., {width})" if width else "two dimensions"
+        raise ValueError(f"{name}: expected {expected}, got {tuple(value.shape)}")
+
+
+def _check_index(text_to_image: Tensor, num_images: int, num_texts: int) -> None:
+    name, kind = "text_to_image", getattr(text_to_image, "dtype", type(text_to_image).__name__)
+    if kind not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected an int32 or int64 tensor, got {kind}")
+    if text_to_image.shape != (num_texts,):
+        raise ValueError(f"{name}: expected ({num_texts},), got {tuple(text_to_image.shape)}")
+    found = sorted(set(text_to_image.tolist()))
+    if num_images == 0 or found != list(range(num_images)):
+        raise ValueError(
+            f"{name}: expected at least one text for each of the {num_images} images and none for "
+            f"another, got texts for {len(found)} images, {', '.join(map(str, found[:5]))} .."
+        )
+
+
+def _check_positive(name: str, *values: int) -> None:
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected an int, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")

@@ -1,0 +1,56 @@
+"""A training run of a second: a reduced CLIP of three layers on a few built-in scenes."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from elip_models.config import RunConfig, load_recipe
+
+TINY = (
+    "model.overrides={vision_width: 32, vision_heads: 2, text_width: 32, text_depth: 1,"
+    " text_heads: 2, embed_dim: 32, image_size: 32, vision_depth: 3,"
+    " schedule: '1(100%) 1(75%) 1(50%)'}",
+    "data.train=emoji_scenes:seed=0,size=48",
+    "data.eval=emoji_scenes:seed=1,size=10",
+    "data.vocab_size=300",
+    "data.context_length=24",
+    "optim.batch_size=8",
+    "optim.steps=4",
+    "optim.warmup_steps=1",
+    "log_every=1",
+    "eval_every=0",
+    "checkpoint_every=100",
+    "trackers=[]",
+    "report=[]",
+)
+
+
+def tiny_arguments(folder: Path, *overrides: str) -> list[str]:
+    """Arguments of `elip` for a tiny run in `folder`."""
+    return ["train", "clip_tiny", *TINY, f"output_dir={folder}", *overrides]
+
+
+def tiny_config(folder: Path, *overrides: str) -> RunConfig:
+    """The same as a config."""
+    return load_recipe("clip_tiny", [*TINY, f"output_dir={folder}", *overrides])
+
+
+def logged(folder: Path, *keys: str) -> list[dict]:
+    """Rows of the log that hold the first of `keys`, with these keys only."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: row[key] for key in keys} for row in rows if keys[0] in row]
+
+
+@contextmanager
+def own_process() -> Iterator[None]:
+    """One thread, which is fastest here, and accelerate as in a process that has not used it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
