@@ -129,7 +129,9 @@ def check_data(
     table.add_row("data", escape(spec))
     table.add_row("samples", f"{report.seen} of {len(source)} read")
     table.add_row("unreadable", f"{len(report.reasons)} ({report.share:.1%})")
-    table.add_row("captions", f"{len(captions)}, {len(captions) / report.seen:.2f} a sample")
+    table.add_row(
+        "captions", f"{len(captions)}, {len(captions) / max(1, report.seen):.2f} a sample"
+    )
     table.add_row("words a caption", f"{statistics.mean(words):.1f}, at most {max(words)}")
     console.print(table)
     if report.reasons:

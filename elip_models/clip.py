@@ -123,6 +123,7 @@ class CLIP(nn.Module):
             norm_layer=nn.LayerNorm,
             num_classes=0,
         )
+        _init_visual(self.visual)
         self.tower = as_tower(self.visual)
         self.text = CLIPTextTower(
             width=config.text_width,
@@ -242,6 +243,19 @@ class CLIP(nn.Module):
                 f"folder: expected weights that fit {path}/config.json: {error}"
             ) from error
         return model
+
+
+@torch.no_grad()
+def _init_visual(visual: VisionTransformer) -> None:
+    """CLIP's initialisation of the image tower, as its text tower has it: by width and depth."""
+    width, depth = visual.embed_dim, len(visual.blocks)
+    for table in (visual.cls_token, visual.pos_embed):
+        nn.init.normal_(table, std=width**-0.5)
+    for block in visual.blocks:
+        nn.init.normal_(block.attn.qkv.weight, std=width**-0.5)
+        nn.init.normal_(block.mlp.fc1.weight, std=(2 * width) ** -0.5)
+        for output in (block.attn.proj, block.mlp.fc2):
+            nn.init.normal_(output.weight, std=(2 * width * depth) ** -0.5)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -88,17 +88,6 @@ class TowerCost:
     inference: float
     saved: float
 
-    @property
-    def verdict(self) -> str:
-        """What the ratios say in words."""
-        words = []
-        for name in ("training", "inference"):
-            ratio = getattr(self, name)
-            words.append(
-                f"{name}: {'no gain' if ratio > NO_GAIN else f'{1 - ratio:.0%} less time'}"
-            )
-        return ", ".join(words)
-
 
 def profile_tower(
     model: nn.Module,

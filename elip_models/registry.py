@@ -16,15 +16,15 @@ CONFIGS: dict[str, CLIPConfig] = {
     "clip_tiny": CLIPConfig(
         image_size=64,
         patch_size=8,
-        vision_width=96,
-        vision_heads=3,
-        text_width=96,
-        text_depth=4,
-        text_heads=3,
+        vision_width=64,
+        vision_heads=2,
+        text_width=64,
+        text_depth=3,
+        text_heads=2,
         vocab_size=1024,
         context_length=32,
         eos_token_id=2,
-        embed_dim=96,
+        embed_dim=64,
     ),
 }
 PREFIX = "elip_"

@@ -52,7 +52,7 @@ def draw_survivors(
     widths = [1.0] * (columns - 1) + [1.5]
     grid = figure.subplots(len(images), columns, squeeze=False, width_ratios=widths)
     kept = [f"{int(alive[0].sum())} of {alive.shape[1]} patches" for alive in survivors]
-    for axis, title in zip(grid[0], ["image", *kept, "caption"], strict=True):
+    for axis, title in zip(grid[0], ["image", *kept], strict=False):
         axis.set_title(title, fontsize=9)
     for axis in grid.flat:
         axis.set_axis_off()

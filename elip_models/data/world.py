@@ -12,11 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 _CHARACTERS = (
-    "🐶🐱🐭🐰🦊🐻🐼🐨🐯🦁🐮🐷🐸🐵🐧🦆🦉🐴🦄🐝🦋🐌🐢🐍🐙🦀🐳🦈🐊🐘🐪🦒🦘🐑🦜🦩🦚🦔🐉🐟"
-    "🍎🍏🍐🍋🍌🍉🍓🍑🍍🍅🍆🥑🥕🍄🥐🥨🍔🌭🌮🥚🍩🍪🎂🧁🍭"
-    "🚗🚕🚌🚒🚑🚜🚲🚀✈🚁⛵🚂🛸⚓"
-    "☂🔑🎸🎺👑🔔📷📺💡⏳🎈🪁🏆⚽🪑🎩🧲💣✏🧸🏠⛺🎃🔋"
-    "☁🌈⭐💚💙💜💀👻🤖🌵🌻🌷🌲🌴🍁⚙🏰"
+    "🐶🐭🦊🐼🐯🐮🐸🐧🦉🦄🦋🐢🐙🐳🐊🐪🦘🦜🦚🐉"
+    "🍎🍐🍌🍓🍍🍆🥕🥐🍔🌮🍩🎂🍭🚕🚒🚜🚀🚁🚂⚓"
+    "🔑🎺🔔📺⏳🪁⚽🎩💣🧸⛺🔋🌈💚💜👻🌵🌷🌴⚙"
 )
 _UNNEEDED_WORDS = re.compile(
     r"^(black|white medium|electric|european|birthday|steam|spouting|dromedary) "
@@ -44,10 +42,10 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 }
 """Name -> RGB; light enough for the glyphs' black outlines."""
 
-MAX_COUNT = 3
-"""The most copies of one emoji in a group."""
+COUNTS = {1: 0.6, 2: 0.25, 3: 0.15}
+"""Copies of one emoji in a group -> how often; few copies are large ones."""
 
-GROUP_NUMBERS = (2, 3, 4)
+GROUP_NUMBERS = (2, 3)
 """How many groups a scene may have."""
 
 
@@ -125,7 +123,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Scene:
-    """A `background` colour by name, and 2 to 4 groups of emoji."""
+    """A `background` colour by name, and two or three groups of emoji."""
 
     background: str
     groups: tuple[Group, ...]
@@ -139,7 +137,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     layout = layouts[rng.integers(len(layouts))]
     places = [list(layout)[i] for i in rng.permutation(len(layout))[:number]]
     names = [list(EMOJI)[i] for i in rng.choice(len(EMOJI), size=number, replace=False)]
-    counts = rng.integers(1, MAX_COUNT + 1, size=number)
+    counts = rng.choice(list(COUNTS), p=list(COUNTS.values()), size=number)
     groups = (
         Group(name, place, _place_copies(layout[place], int(count), rng))
         for name, place, count in zip(names, places, counts, strict=True)
