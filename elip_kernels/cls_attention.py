@@ -17,14 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from elip_kernels._validate import (
-    check_device,
-    check_heads,
-    check_mask,
-    check_shape,
-    check_tensor,
-    message,
-)
+from elip_kernels import launch
+from elip_kernels._triton import tl, triton
+from elip_kernels._validate import check_device, check_mask, check_shape, check_tensor, message
+from elip_kernels.absorbed import absorbed_query, accumulator, check_absorbed, check_scale
 
 
 def cls_attention(
@@ -52,7 +48,7 @@ def cls_attention(
     if k.dtype != q.dtype:
         raise TypeError(message("k", f"the dtype of q, {q.dtype}", k, "cast one of them"))
     check_mask(mask, (B, k.shape[2]), "q", q)
-    return _cls_attention_op(q.detach(), k.detach(), mask, _scale(scale, d))
+    return _cls_attention_op(q.detach(), k.detach(), mask, check_scale(scale, d))
 
 
 def cls_attention_from_tokens(
@@ -87,9 +83,9 @@ def cls_attention_from_tokens(
     """
     norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
     matrices = {"q_weight": q_weight, "k_weight": k_weight}
-    scale = _check_absorbed(tokens, cls, eps, num_heads, scale, norm, matrices, {"q_bias": q_bias})
+    scale = check_absorbed(tokens, cls, eps, num_heads, scale, norm, matrices, {"q_bias": q_bias})
     with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-        query = _absorbed_query(cls, norm, eps, q_weight, q_bias, k_weight, num_heads, scale)
+        query = absorbed_query(cls, norm, eps, q_weight, q_bias, k_weight, num_heads, scale)
         return _from_tokens_op(tokens.detach(), cls.detach(), query, eps)
 
 
@@ -122,9 +118,9 @@ def cls_attend_from_tokens(
     norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
     matrices = {"q_weight": q_weight, "k_weight": k_weight, "v_weight": v_weight}
     biases = {"q_bias": q_bias, "v_bias": v_bias}
-    scale = _check_absorbed(tokens, cls, eps, num_heads, scale, norm, matrices, biases)
+    scale = check_absorbed(tokens, cls, eps, num_heads, scale, norm, matrices, biases)
     with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-        query = _absorbed_query(cls, norm, eps, q_weight, q_bias, k_weight, num_heads, scale)
+        query = absorbed_query(cls, norm, eps, q_weight, q_bias, k_weight, num_heads, scale)
         mixed = _attend_op(tokens.detach(), cls.detach(), query, eps)  # (B, H, D)
         if norm_weight is not None:
             mixed = mixed * norm_weight
@@ -135,76 +131,9 @@ def cls_attend_from_tokens(
         return (out if v_bias is None else out + v_bias).to(tokens.dtype)
 
 
-def _check_absorbed(
-    tokens: Tensor,
-    cls: Tensor,
-    eps: float,
-    num_heads: int,
-    scale: float | None,
-    norm: dict[str, Tensor | None],
-    matrices: dict[str, Tensor],
-    biases: dict[str, Tensor | None],
-) -> float:
-    """Check the arguments of the absorbed forms -> scale."""
-    check_tensor("tokens", tokens, "(B, N, D)", 3)
-    B, _, D = tokens.shape
-    check_tensor("cls", cls, "(B, D)", 2)
-    check_shape("cls", cls, (B, D), "(B, D)")
-    if not isinstance(eps, float) or eps < 0:
-        raise TypeError(message("eps", "a float, at least 0", eps))
-    check_tensor("q_weight", matrices["q_weight"], "(H*d, D)", 2)
-    width = matrices["q_weight"].shape[0]
-    check_heads(num_heads, width)
-    expected = {name: ((width, D), "(H*d, D)") for name in matrices}
-    expected |= {name: ((D,), "(D,)") for name in norm}
-    expected |= {name: ((width,), "(H*d,)") for name in biases}
-    for name, value in (matrices | norm | biases).items():
-        if value is None and name not in matrices:
-            continue
-        shape, names = expected[name]
-        check_tensor(name, value, names, len(shape))
-        check_shape(name, value, shape, names)
-    for name, value in ({"cls": cls} | matrices | norm | biases).items():
-        if value is not None:
-            check_device(name, value, "tokens", tokens)
-    return _scale(scale, width // num_heads)
-
-
-def _scale(scale: float | None, head_dim: int) -> float:
-    if scale is None:
-        return head_dim**-0.5
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(message("scale", "a float or None", scale))
-    return float(scale)
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _absorbed_query(
-    cls: Tensor,
-    norm: dict[str, Tensor | None],
-    eps: float,
-    q_weight: Tensor,
-    q_bias: Tensor | None,
-    k_weight: Tensor,
-    num_heads: int,
-    scale: float,
-) -> Tensor:
-    """u (B, H, D) of the formula above: query, key projection and norm weight as one vector."""
-    (B, D), dtype = cls.shape, _accumulator(cls.dtype)
-    gamma, beta, q_bias = [None if t is None else t.to(dtype) for t in (*norm.values(), q_bias)]
-    normed = F.layer_norm(cls.to(dtype), (D,), gamma, beta, eps)
-    query = F.linear(normed, q_weight.to(dtype), q_bias).view(B, num_heads, -1)
-    key = k_weight.to(dtype).view(num_heads, -1, D)
-    absorbed = torch.einsum("bhd,hdc->bhc", query * scale, key)
-    return absorbed if gamma is None else absorbed * gamma
-
-
 def cls_attention_reference(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """The specification of `cls_attention`."""
-    dtype = _accumulator(q.dtype)
+    dtype = accumulator(q.dtype)
     scores = torch.matmul(k.to(dtype), q.to(dtype)[..., None])[..., 0] * scale  # (B, H, N)
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None], float("-inf"))
@@ -219,6 +148,171 @@ def absorbed_reference(
     normed = F.layer_norm(tokens.to(query.dtype), (D,), eps=eps)
     normed[:, 0] = F.layer_norm(cls.to(query.dtype), (D,), eps=eps)
     return normed, torch.bmm(query, normed.mT).softmax(-1)
+
+
+@triton.jit
+def absorbed_row(
+    tokens_ptr, query_ptr, rest_ptr, cls_score_ptr, stride_tn, N, D, H, eps,
+    HAS_REST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One image's head mean of softmax rows -> (patches [BLOCK_N], CLS scalar), fp32.
+
+    u is centred, so the mean of x drops out of u . z and only rstd is left. Where x has two bytes,
+    u comes as query + rest of that type: two products into one fp32 accumulator.
+    """
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_h = tl.arange(0, BLOCK_H)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_n = offs_n < N - 1
+    mask_h = offs_h < H
+    score = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
+    mean = tl.zeros([BLOCK_N], tl.float32)
+    squares = tl.zeros([BLOCK_N], tl.float32)
+    for k in range(0, D, BLOCK_K):
+        mask_k = k + offs_k < D
+        x = tl.load(
+            tokens_ptr + (1 + offs_n)[:, None] * stride_tn + (k + offs_k)[None, :],
+            mask=mask_n[:, None] & mask_k[None, :],
+            other=0.0,
+        )  # [BLOCK_N, BLOCK_K]
+        offs_u = offs_h[:, None] * D + (k + offs_k)[None, :]
+        mask_u = mask_h[:, None] & mask_k[None, :]
+        u = tl.load(query_ptr + offs_u, mask=mask_u, other=0.0)  # [BLOCK_H, BLOCK_K]
+        wide = x.to(tl.float32)
+        left = wide if WIDEN else x
+        right = u.to(tl.float32) if WIDEN else u
+        score = tl.dot(left, tl.trans(right), score, input_precision=PRECISION)
+        if HAS_REST:
+            rest = tl.load(rest_ptr + offs_u, mask=mask_u, other=0.0)
+            rest = rest.to(tl.float32) if WIDEN else rest
+            score = tl.dot(left, tl.trans(rest), score, input_precision=PRECISION)
+        # Chan's update of the mean and of the sum of squared deviations
+        width = tl.minimum(D - k, BLOCK_K) * 1.0
+        part = tl.sum(wide, 1) / width
+        deviation = tl.where(mask_k[None, :], wide - part[:, None], 0.0)
+        shift = part - mean
+        share = width / (k + width)
+        squares += tl.sum(deviation * deviation, 1) + shift * shift * (k * share)
+        mean += shift * share
+    rstd = 1.0 / tl.sqrt(squares / D + eps)
+    score = tl.where(mask_n[:, None], score * rstd[:, None], float("-inf"))
+    cls_score = tl.load(cls_score_ptr + offs_h, mask=mask_h, other=0.0)
+    top = tl.maximum(tl.max(score, 0), cls_score)
+    weight = tl.exp(score - top[None, :])
+    cls_weight = tl.exp(cls_score - top)
+    share = tl.where(mask_h, 1.0 / ((tl.sum(weight, 0) + cls_weight) * H), 0.0)
+    return tl.sum(weight * share[None, :], 1), tl.sum(cls_weight * share, 0)
+
+
+@triton.jit
+def _from_tokens_kernel(
+    tokens_ptr, query_ptr, rest_ptr, cls_score_ptr, out_ptr, stride_tb, stride_tn, N, D, H, eps,
+    HAS_REST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program an image: x and u are read once, the row is written once."""
+    pid_b = tl.program_id(0).to(tl.int64)
+    row, cls_row = absorbed_row(
+        tokens_ptr + pid_b * stride_tb, query_ptr + pid_b * H * D, rest_ptr + pid_b * H * D,
+        cls_score_ptr + pid_b * H, stride_tn, N, D, H, eps,
+        HAS_REST, WIDEN, PRECISION, BLOCK_N, BLOCK_H, BLOCK_K,
+    )  # fmt: skip
+    offs_n = tl.arange(0, BLOCK_N)
+    tl.store(out_ptr + pid_b * N + 1 + offs_n, row, mask=offs_n < N - 1)
+    tl.store(out_ptr + pid_b * N, cls_row)
+
+
+@triton.jit
+def _cls_attention_kernel(
+    q_ptr, k_ptr, mask_ptr, out_ptr, stride_qb, stride_qh, stride_kb, stride_kh, stride_kn,
+    stride_mb, scale, N, H, D, HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program an image; head by head, k is read once."""
+    pid_b = tl.program_id(0).to(tl.int64)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_n = offs_n < N
+    is_open = mask_n
+    if HAS_MASK:
+        allowed = tl.load(mask_ptr + pid_b * stride_mb + offs_n, mask=mask_n, other=0)
+        is_open = mask_n & (allowed != 0)
+    row = tl.zeros([BLOCK_N], tl.float32)
+    for h in range(0, H):
+        score = tl.zeros([BLOCK_N], tl.float32)
+        for d in range(0, D, BLOCK_D):
+            mask_d = d + offs_d < D
+            q = tl.load(
+                q_ptr + pid_b * stride_qb + h * stride_qh + d + offs_d, mask=mask_d, other=0.0
+            )
+            k = tl.load(
+                k_ptr
+                + pid_b * stride_kb
+                + h * stride_kh
+                + offs_n[:, None] * stride_kn
+                + (d + offs_d)[None, :],
+                mask=mask_n[:, None] & mask_d[None, :],
+                other=0.0,
+            )  # [BLOCK_N, BLOCK_D]
+            score += tl.sum(k.to(tl.float32) * q.to(tl.float32)[None, :], 1)
+        score = tl.where(is_open, score * scale, float("-inf"))
+        weight = tl.exp(score - tl.max(score, 0))
+        row += weight / (tl.sum(weight, 0) * H)
+    tl.store(out_ptr + pid_b * N + offs_n, row, mask=mask_n)
+
+
+def absorbed_operands(
+    tokens: Tensor, cls: Tensor, query: Tensor, eps: float
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """u centred, as query + rest in the dtype of `tokens` (no rest for fp32), and CLS's scores."""
+    normed = F.layer_norm(cls.to(query.dtype), cls.shape[1:], eps=eps)
+    cls_score = torch.bmm(query, normed[..., None])[..., 0].contiguous()
+    centred = (query - query.mean(-1, keepdim=True)).contiguous()
+    if tokens.dtype == torch.float32:
+        return centred, None, cls_score
+    rounded = centred.to(tokens.dtype)
+    return rounded, (centred - rounded.float()).to(tokens.dtype), cls_score
+
+
+def _from_tokens(tokens: Tensor, cls: Tensor, query: Tensor, eps: float) -> Tensor:
+    """Allocate, read launch.py, launch."""
+    (B, N, D), H = tokens.shape, query.shape[1]
+    tokens = launch.addressable(tokens)
+    out = tokens.new_empty(B, N, dtype=torch.float32)
+    if B == 0:
+        return out
+    rounded, rest, cls_score = absorbed_operands(tokens, cls, query, eps)
+    settings = launch.score(N - 1, H, tokens)
+    with launch.on_device(tokens):
+        _from_tokens_kernel[(B,)](
+            *(tokens, rounded, rounded if rest is None else rest, cls_score, out),
+            *(tokens.stride(0), tokens.stride(1), N, D, H, eps),
+            HAS_REST=rest is not None,
+            **settings,
+        )
+    return out
+
+
+def _cls_attention(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Allocate, read launch.py, launch."""
+    B, H, N, d = k.shape
+    q = q if q.stride(2) == 1 else q.contiguous()
+    k = k if k.stride(3) == 1 and k.stride(2) * N < 2**31 else k.contiguous()
+    mask = mask if mask is None or mask.stride(1) == 1 else mask.contiguous()
+    out = k.new_empty(B, N, dtype=torch.float32)
+    if out.numel() == 0:
+        return out
+    block_n, block_d, num_warps = launch.cls_attention(N)
+    with launch.on_device(k):
+        _cls_attention_kernel[(B,)](
+            *(q, k, mask, out, q.stride(0), q.stride(1), *k.stride()[:3]),
+            *(0 if mask is None else mask.stride(0), scale, N, H, d),
+            HAS_MASK=mask is not None,
+            BLOCK_N=block_n,
+            BLOCK_D=block_d,
+            num_warps=num_warps,
+        )
+    return out
 
 
 @torch.library.custom_op("elip::cls_attention", mutates_args=())
@@ -242,7 +336,7 @@ def _attend_op(tokens: Tensor, cls: Tensor, query: Tensor, eps: float) -> Tensor
 
 @_cls_attention_op.register_fake
 def _(q, k, mask, scale):
-    return k.new_empty(k.shape[0], k.shape[2], dtype=_accumulator(k.dtype))
+    return k.new_empty(k.shape[0], k.shape[2], dtype=accumulator(k.dtype))
 
 
 @_from_tokens_op.register_fake
@@ -253,6 +347,23 @@ def _(tokens, cls, query, eps):
 @_attend_op.register_fake
 def _(tokens, cls, query, eps):
     return torch.empty_like(query)
+
+
+@_cls_attention_op.register_kernel("cuda")
+def _cls_attention_cuda(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    fits = launch.runs_kernel(q, k, num_tokens=k.shape[2])
+    return (_cls_attention if fits else cls_attention_reference)(q, k, mask, scale)
+
+
+@_from_tokens_op.register_kernel("cuda")
+def _from_tokens_cuda(tokens: Tensor, cls: Tensor, query: Tensor, eps: float) -> Tensor:
+    fits = launch.runs_kernel(tokens, query, num_tokens=tokens.shape[1])
+    if fits and launch.runs_score(tokens, query.shape[1]):
+        return _from_tokens(tokens, cls, query, eps)
+    return absorbed_reference(tokens, cls, query, eps)[1].mean(1)
+
+
+KERNELS = ((_cls_attention_op, _cls_attention_cuda), (_from_tokens_op, _from_tokens_cuda))
 
 
 def _no_gradient(ctx, *grads: Tensor) -> tuple[None, ...]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from elip_kernels import launch
-from elip_kernels._triton import HAS_TRITON, tl, triton
+from elip_kernels._triton import tl, triton
 from elip_kernels._validate import check_flags, reduce_arguments
 from elip_kernels.select import kth_largest, order_key, output_slots
 
@@ -267,8 +267,7 @@ def _reduce_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Allocate, read launch.py, launch."""
     B, N, D = tokens.shape
-    if tokens.stride(2) != 1 or tokens.stride(1) * N >= 2**31:
-        tokens = tokens.contiguous()
+    tokens = launch.addressable(tokens)
     scores = scores if scores.stride(1) == 1 else scores.contiguous()
     mask = mask if mask is None or mask.stride(1) == 1 else mask.contiguous()
     out = tokens.new_empty(B, num_prefix_tokens + keep + merge, D)
@@ -353,23 +352,20 @@ def _(grad_out, slots, weights, merge):
     return grad_out.new_empty(B, slots.shape[1], D)
 
 
-def _runs_kernel(*tensors: Tensor, num_tokens: int) -> bool:
-    """Triton takes it: there is one, no fp64, and an image's candidates fit one program."""
-    has_fp64 = any(t.dtype == torch.float64 for t in tensors)
-    return HAS_TRITON and not has_fp64 and num_tokens <= launch.MAX_TOKENS
-
-
 @_reduce_op.register_kernel("cuda")
 def _reduce_cuda(tokens, scores, mask, keep, num_prefix_tokens, merge, normalize):
-    fits = _runs_kernel(tokens, scores, num_tokens=tokens.shape[1])
+    fits = launch.runs_kernel(tokens, scores, num_tokens=tokens.shape[1])
     run = _reduce_fwd if fits else reduce_reference
     return run(tokens, scores, mask, keep, num_prefix_tokens, merge, normalize)
 
 
 @_reduce_backward_op.register_kernel("cuda")
 def _reduce_backward_cuda(grad_out, slots, weights, merge):
-    fits = _runs_kernel(grad_out, weights, num_tokens=slots.shape[1])
+    fits = launch.runs_kernel(grad_out, weights, num_tokens=slots.shape[1])
     return (_reduce_bwd if fits else reduce_backward_reference)(grad_out, slots, weights, merge)
+
+
+KERNELS = ((_reduce_op, _reduce_cuda), (_reduce_backward_op, _reduce_backward_cuda))
 
 
 def _save_for_backward(ctx, inputs, output) -> None:

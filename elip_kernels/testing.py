@@ -66,7 +66,6 @@ def kernels_on_cpu() -> Iterator[Counter]:
     """
     if not triton.knobs.runtime.interpret:
         raise RuntimeError("set TRITON_INTERPRET=1 before importing elip_kernels")
-    module = _module("reduce")
     launches: Counter = Counter()
 
     def counted(op: Any, run: Any) -> None:
@@ -78,8 +77,9 @@ def kernels_on_cpu() -> Iterator[Counter]:
         stack.callback(op.register_kernel, "cpu", op._init_fn)
 
     with ExitStack() as stack:
-        counted(module._reduce_op, module._reduce_cuda)
-        counted(module._reduce_backward_op, module._reduce_backward_cuda)
+        for name in ("reduce", "cls_attention"):
+            for op, run in _module(name).KERNELS:
+                counted(op, run)
         yield launches
 
 
@@ -106,7 +106,13 @@ class Compiled:
 
 
 def compile_kernel(
-    kernel: Any, signature: dict[str, str], constants: dict[str, Any], *, arch: int, num_warps: int
+    kernel: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    *,
+    arch: int,
+    num_warps: int,
+    num_stages: int = 3,
 ) -> Compiled:
     """Compile for an NVIDIA `arch` (80, 90, 100) without a GPU.
 
@@ -115,7 +121,7 @@ def compile_kernel(
         signature: type of each run-time argument; ':16' marks divisibility, pointers have it.
         constants: the constexpr arguments.
         arch: compute capability times ten.
-        num_warps: of the launch.
+        num_warps, num_stages: of the launch.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -126,7 +132,7 @@ def compile_kernel(
     aligned += [n for n in names if signature.get(n, "").endswith(":16")]
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attrs)
-    options = {"num_warps": num_warps, "enable_fp_fusion": True}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     code = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     return _read_cubin(code.asm["cubin"], code.metadata.shared)
 
@@ -189,3 +195,36 @@ def compile_reduce(
         num_warps=num_warps,
     )
     return forward, backward
+
+
+def compile_rows(
+    arch: int, *, num_tokens: int, heads: int, dtype: str
+) -> tuple[Compiled, Compiled]:
+    """The absorbed and the generic CLS row as launched for tokens of 'bf16' or 'fp32'."""
+    module, tokens = _module("cls_attention"), f"*{dtype}"
+    example = torch.empty(0, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16)
+    ints = {"N": "i32", "D": "i32:16", "H": "i32"}
+    settings = launch.score(num_tokens - 1, heads, example) | {"HAS_REST": dtype != "fp32"}
+    options = {name: settings.pop(name) for name in ("num_warps", "num_stages")}
+    absorbed = compile_kernel(
+        module._from_tokens_kernel,
+        {"tokens_ptr": tokens, "query_ptr": tokens, "rest_ptr": tokens, "cls_score_ptr": "*fp32"}
+        | {"out_ptr": "*fp32", "stride_tb": "i32:16", "stride_tn": "i32:16", "eps": "fp32"}
+        | ints,
+        settings,
+        arch=arch,
+        **options,
+    )
+    block_n, block_d, num_warps = launch.cls_attention(num_tokens)
+    strides = ("stride_qb", "stride_qh", "stride_kb", "stride_kh", "stride_kn")
+    generic = compile_kernel(
+        module._cls_attention_kernel,
+        {"q_ptr": tokens, "k_ptr": tokens, "out_ptr": "*fp32", "scale": "fp32"}
+        | {"stride_mb": "i32"}
+        | dict.fromkeys(strides, "i32:16")
+        | ints,
+        {"mask_ptr": None, "HAS_MASK": False, "BLOCK_N": block_n, "BLOCK_D": block_d},
+        arch=arch,
+        num_warps=num_warps,
+    )
+    return absorbed, generic

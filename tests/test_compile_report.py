@@ -7,7 +7,7 @@ from elip_kernels._triton import HAS_TRITON
 if not HAS_TRITON:
     pytest.skip("triton is absent", allow_module_level=True)
 
-from elip_kernels.testing import compile_reduce
+from elip_kernels.testing import compile_reduce, compile_rows
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -25,3 +25,14 @@ def test_reduce_compiles_for_sm90_without_a_spill(candidates, dtype):
 def test_masked_pruning_compiles_everywhere(arch):
     forward, _ = compile_reduce(arch, candidates=256, dtype="bf16", has_mask=True, merge=False)
     assert forward.stack == forward.local == 0
+
+
+ROWS = [(197, "bf16"), (257, "fp32"), (577, "bf16")]
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(("num_tokens", "dtype"), ROWS)
+def test_rows_compile_without_a_spill(num_tokens, dtype, arch):
+    for code in compile_rows(arch, num_tokens=num_tokens, heads=12, dtype=dtype):
+        assert code.stack == code.local == 0
+        assert code.shared <= 227 * 1024

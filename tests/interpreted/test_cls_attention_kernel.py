@@ -1,0 +1,106 @@
+"""The CLS row kernels, run by the interpreter, against the PyTorch form in fp64."""
+
+import pytest
+import torch
+
+import elip_kernels
+
+BUDGET = {torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 2e-4}
+SHAPES = [
+    (2, 197, 64, 2),
+    (2, 257, 40, 4),
+    (1, 50, 33, 3),
+    (2, 2, 32, 1),
+    (1, 20, 96, 24),
+    (3, 17, 1, 1),
+]
+
+
+def block(D, H, dtype, offset=0.0):
+    """Arguments of the absorbed row; tokens with a mean far from zero for `offset`."""
+    width = H * 8
+    arguments = {
+        "norm_weight": torch.randn(D),
+        "norm_bias": torch.randn(D),
+        "q_weight": torch.randn(width, D) / D**0.5,
+        "q_bias": torch.randn(width),
+        "k_weight": torch.randn(width, D) / D**0.5,
+    }
+    return {n: v.to(dtype) for n, v in arguments.items()} | {"num_heads": H, "eps": 1e-6}
+
+
+def error(got, exact):
+    """Largest error over the largest entry."""
+    return ((got - exact).abs().max() / exact.max()).item()
+
+
+def in_fp64(tokens, cls, arguments):
+    wide = {n: v.double() if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
+    return elip_kernels.cls_attention_from_tokens(tokens.double(), cls.double(), **wide)
+
+
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids="B{0[0]}-N{0[1]}-D{0[2]}-H{0[3]}".format)
+def test_absorbed_row_agrees_with_fp64(launches, shape, dtype):
+    B, N, D, H = shape
+    tokens, cls = torch.randn(B, N, D).to(dtype), torch.randn(B, D).to(dtype)
+    arguments = block(D, H, dtype)
+    got = elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)
+    assert launches["elip::cls_attention_from_tokens"] == 1
+    assert got.dtype == torch.float32
+    assert error(got, in_fp64(tokens, cls, arguments)) <= BUDGET[dtype]
+
+
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+def test_a_mean_far_from_zero_does_not_cancel(launches, dtype):
+    tokens, cls = (30 + torch.randn(2, 40, 64)).to(dtype), torch.randn(2, 64).to(dtype)
+    arguments = block(64, 2, dtype)
+    got = elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)
+    exact = in_fp64(tokens, cls, arguments)
+    eager = 2 * error(_eager(tokens, cls, arguments), exact)
+    assert error(got, exact) <= max(eager, BUDGET[dtype])
+
+
+def _eager(tokens, cls, arguments):
+    """The row as a block computes it, in the dtype of the tokens."""
+    x = torch.cat([cls[:, None], tokens[:, 1:]], dim=1)
+    norm = (arguments["norm_weight"], arguments["norm_bias"])
+    x = torch.nn.functional.layer_norm(x, x.shape[2:], *norm, arguments["eps"])
+    q = torch.nn.functional.linear(x[:, 0], arguments["q_weight"], arguments["q_bias"])
+    k = torch.nn.functional.linear(x, arguments["k_weight"])
+    q, k = (t.unflatten(-1, (arguments["num_heads"], -1)) for t in (q, k))
+    return (torch.einsum("bhd,bnhd->bhn", q, k) * q.shape[-1] ** -0.5).float().softmax(-1).mean(1)
+
+
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("d", [32, 37, 64])
+def test_generic_row_agrees_with_fp64(launches, d, masked, dtype):
+    q, k = torch.randn(2, 3, d).to(dtype), torch.randn(2, 3, 45, d).to(dtype)
+    mask = torch.rand(2, 45) > 0.3 if masked else None
+    got = elip_kernels.cls_attention(q, k, mask=mask)
+    exact = elip_kernels.cls_attention(q.double(), k.double(), mask=mask)
+    assert launches["elip::cls_attention"] == 2  # the fp64 one is handed on
+    assert error(got, exact) <= BUDGET[dtype]
+
+
+def test_strided_inputs(launches, poisoned_memory):
+    qkv = torch.randn(2, 19, 3, 4, 16).permute(2, 0, 3, 1, 4)
+    got = elip_kernels.cls_attention(qkv[0][:, :, 0], qkv[1])
+    exact = elip_kernels.cls_attention(qkv[0][:, :, 0].double(), qkv[1].double())
+    assert error(got, exact) <= 1e-5
+    tokens, cls = torch.randn(19, 2, 48).transpose(0, 1), torch.randn(2, 48)
+    arguments = block(48, 2, torch.float32)
+    got = elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)
+    assert error(got, in_fp64(tokens, cls, arguments)) <= 1e-5
+    assert launches["elip::cls_attention_from_tokens"] >= 1
+
+
+def test_empty_batch(launches):
+    arguments = block(32, 2, torch.float32)
+    row = elip_kernels.cls_attention_from_tokens(
+        torch.randn(0, 9, 32), torch.randn(0, 32), **arguments
+    )
+    assert row.shape == (0, 9)
+    assert elip_kernels.cls_attention(torch.randn(0, 2, 8), torch.randn(0, 2, 9, 8)).shape == (0, 9)
+    assert launches["elip::cls_attention"] == 1
