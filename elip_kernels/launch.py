@@ -30,7 +30,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def reduce_forward(candidates: int, element_size: int) -> Launch:
-    """256 candidates: 8 warps hold the tile in 32 registers a thread; beyond 512, half a line."""
+    """256 candidates: 8 warps, 64 registers, 32 of them for the tile; beyond 512, half a line."""
     block_n = max(16, next_power_of_2(candidates))
     line = 128 if block_n <= 512 else 64
     return Launch(block_n, line // element_size, 4 if block_n <= 128 else 8)

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 from elip_kernels import launch
 from elip_kernels._triton import tl, triton
 from elip_kernels._validate import check_flags, reduce_arguments
-from elip_kernels.select import kth_largest, order_key, output_slots
+from elip_kernels.select import kth_largest, order_key, output_slots, zero_rows
 
 EPSILON = 1e-6  # added to the dropped mass before dividing by it (Eq. 4)
 
@@ -224,7 +224,7 @@ def _reduce_fwd_kernel(
         mask=is_kept[:, None] & mask_d[None, :],
     )
     if MERGE:
-        share = tl.where((weight != 0)[:, None], x.to(tl.float32) * weight[:, None], 0.0)
+        share = zero_rows(x, weight != 0).to(tl.float32) * weight[:, None]
         merged = tl.sum(share, 0)  # [BLOCK_D]
         tl.store(out_ptr + (P + K) * D + offs_d, merged.to(x.dtype), mask=mask_d)
 

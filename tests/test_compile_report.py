@@ -13,7 +13,11 @@ from elip_kernels.testing import compile_reduce, compile_rows
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("candidates", [196, 256])
 def test_reduce_compiles_for_sm90_without_a_spill(candidates, dtype):
-    for code in compile_reduce(90, candidates=candidates, dtype=dtype):
+    codes = compile_reduce(90, candidates=candidates, dtype=dtype)
+    assert codes[0].registers <= 64
+    assert codes[1].registers <= 40
+    assert codes[1].shared == 0
+    for code in codes:
         assert code.stack == 0
         assert code.local == 0
         assert not code.instructions["LDL"] + code.instructions["STL"]
