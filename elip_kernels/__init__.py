@@ -6,6 +6,7 @@ from elip_kernels.cls_attention import (
     cls_attention_from_tokens,
 )
 from elip_kernels.reduce import ReductionInfo, reduce
+from elip_kernels.score_reduce import score_reduce
 
 __all__ = [
     "ReductionInfo",
@@ -13,4 +14,5 @@ __all__ = [
     "cls_attention",
     "cls_attention_from_tokens",
     "reduce",
+    "score_reduce",
 ]

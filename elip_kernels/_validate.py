@@ -72,6 +72,21 @@ def check_flags(**flags: bool) -> None:
             raise TypeError(message(name, "True or False", flag))
 
 
+def check_keep(keep: int | float, candidates: int, *, all_allowed: bool = True) -> int:
+    """A count, or a ratio of `candidates` -> a count; fewer than all where all are not allowed."""
+    if isinstance(keep, bool) or not isinstance(keep, (int, float, torch.SymInt)):
+        raise TypeError(message("keep", "an int, or a float ratio in (0, 1]", keep))
+    if isinstance(keep, float):
+        if not 0.0 < keep <= 1.0:
+            raise ValueError(message("keep", "a ratio in (0, 1]", keep, "an int counts tokens"))
+        keep = max(1, int(keep * candidates))
+    most = candidates if all_allowed else candidates - 1
+    if not 1 <= keep <= most:
+        remedy = f"there are {candidates} candidates"
+        raise ValueError(message("keep", f"1 <= keep <= {most}", keep, remedy))
+    return keep
+
+
 def reduce_arguments(
     tokens: Tensor, attn: Tensor, keep: int | float, mask: Tensor | None, num_prefix_tokens: int
 ) -> tuple[Tensor, int]:
@@ -87,15 +102,7 @@ def reduce_arguments(
     check_tensor("attn", attn, "(B, N-p), (B, N), (B, H, N) or (B, H, N, N)", (2, 3, 4))
     check_device("attn", attn, "tokens", tokens)
     scores = _candidate_scores(attn, B, N, num_prefix_tokens)
-    if isinstance(keep, bool) or not isinstance(keep, (int, float, torch.SymInt)):
-        raise TypeError(message("keep", "an int, or a float ratio in (0, 1]", keep))
-    if isinstance(keep, float):
-        if not 0.0 < keep <= 1.0:
-            raise ValueError(message("keep", "a ratio in (0, 1]", keep, "an int counts tokens"))
-        keep = max(1, int(keep * candidates))
-    if not 1 <= keep <= candidates:
-        remedy = f"there are N - num_prefix_tokens = {candidates} candidates"
-        raise ValueError(message("keep", f"1 <= keep <= {candidates}", keep, remedy))
+    keep = check_keep(keep, candidates)
     check_mask(mask, (B, N), "tokens", tokens)
     return scores, keep
 

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 from elip_kernels import launch
 from elip_kernels._triton import tl, triton
 from elip_kernels._validate import check_flags, reduce_arguments
-from elip_kernels.select import kth_largest, order_key, output_slots, zero_rows
+from elip_kernels.select import move_tile, select_and_weigh, store_selection
 
 EPSILON = 1e-6  # added to the dropped mass before dividing by it (Eq. 4)
 
@@ -198,35 +198,14 @@ def _reduce_fwd_kernel(
     if HAS_MASK:
         real = tl.load(mask_ptr + pid_b * stride_mb + P + offs_n, mask=mask_n, other=0)
         is_real = mask_n & (real != 0)
-    key = order_key(score, is_real, mask_n)  # [BLOCK_N]
-    is_kept, slot = output_slots(key, kth_largest(key, K), K)
-    weight = tl.zeros([BLOCK_N], tl.float32)
-    if MERGE:
-        is_merged = is_real & (tl.abs(score) < float("inf")) & (is_kept == 0)
-        weight = tl.where(is_merged, score, 0.0)
-        if NORMALIZE:
-            weight = weight / (tl.sum(weight, 0) + EPSILON)
-
+    is_kept, slot, weight = select_and_weigh(score, is_real, mask_n, K, MERGE, NORMALIZE, EPSILON)
     if pid_d == 0:
-        row = pid_b * N + P + offs_n
-        tl.store(kept_ptr + pid_b * K + slot, (P + offs_n).to(tl.int64), mask=is_kept)
-        tl.store(weights_ptr + row, weight, mask=mask_n)
-        tl.store(slots_ptr + row, P + tl.where(is_kept, slot, K), mask=mask_n)
-    for i in tl.static_range(P):
-        prefix = tl.load(tokens_ptr + i * stride_tn + offs_d, mask=mask_d)
-        tl.store(out_ptr + i * D + offs_d, prefix, mask=mask_d)
-        if pid_d == 0:
-            tl.store(weights_ptr + pid_b * N + i, 0.0)
-            tl.store(slots_ptr + pid_b * N + i, i)
-    tl.store(
-        out_ptr + (P + slot)[:, None] * D + offs_d[None, :],
-        x,
-        mask=is_kept[:, None] & mask_d[None, :],
+        store_selection(
+            kept_ptr, weights_ptr, slots_ptr, is_kept, slot, weight, offs_n, mask_n, pid_b, N, K, P
+        )
+    move_tile(
+        tokens_ptr, out_ptr, x, is_kept, slot, weight, stride_tn, offs_d, mask_d, K, D, P, MERGE
     )
-    if MERGE:
-        share = zero_rows(x, weight != 0).to(tl.float32) * weight[:, None]
-        merged = tl.sum(share, 0)  # [BLOCK_D]
-        tl.store(out_ptr + (P + K) * D + offs_d, merged.to(x.dtype), mask=mask_d)
 
 
 @triton.jit
@@ -256,6 +235,24 @@ def _reduce_bwd_kernel(
     )
 
 
+def empty_outputs(
+    tokens: Tensor,
+    keep: int,
+    num_prefix_tokens: int,
+    merge: bool,
+    *,
+    weights: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out (B, R, D), kept (B, K), weights (B, N), slots (B, N), unwritten."""
+    B, N, D = tokens.shape
+    return (
+        tokens.new_empty(B, num_prefix_tokens + keep + int(merge), D),
+        tokens.new_empty(B, keep, dtype=torch.int64),
+        tokens.new_empty(B, N, dtype=weights),
+        tokens.new_empty(B, N, dtype=torch.int32),
+    )
+
+
 def _reduce_fwd(
     tokens: Tensor,
     scores: Tensor,
@@ -270,10 +267,7 @@ def _reduce_fwd(
     tokens = launch.addressable(tokens)
     scores = scores if scores.stride(1) == 1 else scores.contiguous()
     mask = mask if mask is None or mask.stride(1) == 1 else mask.contiguous()
-    out = tokens.new_empty(B, num_prefix_tokens + keep + merge, D)
-    kept = tokens.new_empty(B, keep, dtype=torch.int64)
-    weights = tokens.new_empty(B, N, dtype=torch.float32)
-    slots = tokens.new_empty(B, N, dtype=torch.int32)
+    out, kept, weights, slots = empty_outputs(tokens, keep, num_prefix_tokens, merge)
     block_n, block_d, num_warps = launch.reduce_forward(
         N - num_prefix_tokens, tokens.element_size()
     )
@@ -337,13 +331,8 @@ def _reduce_backward_op(grad_out: Tensor, slots: Tensor, weights: Tensor, merge:
 
 @_reduce_op.register_fake
 def _(tokens, scores, mask, keep, num_prefix_tokens, merge, normalize):
-    B, N, D = tokens.shape
-    return (
-        tokens.new_empty(B, num_prefix_tokens + keep + int(merge), D),
-        tokens.new_empty(B, keep, dtype=torch.int64),
-        tokens.new_empty(B, N, dtype=_accumulator(tokens, scores)),
-        tokens.new_empty(B, N, dtype=torch.int32),
-    )
+    weights = _accumulator(tokens, scores)
+    return empty_outputs(tokens, keep, num_prefix_tokens, merge, weights=weights)
 
 
 @_reduce_backward_op.register_fake

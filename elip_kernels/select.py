@@ -1,4 +1,4 @@
-"""Device functions shared by the kernels: order keys, k-th largest, output slots.
+"""Device functions shared by the kernels: order keys, k-th largest, output slots, movement.
 
 A score becomes a uint32 key whose order is the order of selection: larger floats first, -0.0 as
 +0.0, NaN after every number, padding after NaN, lanes beyond the last candidate never. The K-th
@@ -61,3 +61,55 @@ def zero_rows(x, is_read):
     integer: tl.constexpr = tl.int16 if x.dtype.primitive_bitwidth == 16 else tl.int32
     bits = tl.where(is_read, -1, 0).to(integer)
     return (x.to(integer, bitcast=True) & bits[:, None]).to(x.dtype, bitcast=True)
+
+
+@triton.jit
+def select_and_weigh(
+    score, is_real, is_inside, K,
+    MERGE: tl.constexpr, NORMALIZE: tl.constexpr, EPSILON: tl.constexpr,
+):  # fmt: skip
+    """Eq. 3-4 on the scores [BLOCK_N] -> (is_kept, slot, weight); weights are zero at kept ones."""
+    key = order_key(score, is_real, is_inside)
+    is_kept, slot = output_slots(key, kth_largest(key, K), K)
+    weight = tl.zeros_like(score)
+    if MERGE:
+        is_merged = is_inside & is_real & (tl.abs(score) < float("inf")) & (is_kept == 0)
+        weight = tl.where(is_merged, score, 0.0)
+        if NORMALIZE:
+            weight = weight / (tl.sum(weight, 0) + EPSILON)
+    return is_kept, slot, weight
+
+
+@triton.jit
+def store_selection(
+    kept_ptr, weights_ptr, slots_ptr, is_kept, slot, weight, offs_n, mask_n, pid_b, N, K,
+    P: tl.constexpr,
+):  # fmt: skip
+    """One image's kept positions, weights and output rows, prefix tokens included."""
+    row = pid_b * N + P + offs_n
+    tl.store(kept_ptr + pid_b * K + slot, (P + offs_n).to(tl.int64), mask=is_kept)
+    tl.store(weights_ptr + row, weight, mask=mask_n)
+    tl.store(slots_ptr + row, P + tl.where(is_kept, slot, K), mask=mask_n)
+    for i in tl.static_range(P):
+        tl.store(weights_ptr + pid_b * N + i, 0.0)
+        tl.store(slots_ptr + pid_b * N + i, i)
+
+
+@triton.jit
+def move_tile(
+    tokens_ptr, out_ptr, x, is_kept, slot, weight, stride_tn, offs_d, mask_d, K, D,
+    P: tl.constexpr, MERGE: tl.constexpr,
+):  # fmt: skip
+    """x [BLOCK_N, BLOCK_D], an image's candidates, to their rows; prefix tokens; the merged one."""
+    for i in tl.static_range(P):
+        prefix = tl.load(tokens_ptr + i * stride_tn + offs_d, mask=mask_d)
+        tl.store(out_ptr + i * D + offs_d, prefix, mask=mask_d)
+    tl.store(
+        out_ptr + (P + slot)[:, None] * D + offs_d[None, :],
+        x,
+        mask=is_kept[:, None] & mask_d[None, :],
+    )
+    if MERGE:
+        share = zero_rows(x, weight != 0).to(tl.float32) * weight[:, None]
+        merged = tl.sum(share, 0)  # [BLOCK_D]
+        tl.store(out_ptr + (P + K) * D + offs_d, merged.to(x.dtype), mask=mask_d)

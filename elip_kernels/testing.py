@@ -77,7 +77,7 @@ def kernels_on_cpu() -> Iterator[Counter]:
         stack.callback(op.register_kernel, "cpu", op._init_fn)
 
     with ExitStack() as stack:
-        for name in ("reduce", "cls_attention"):
+        for name in ("reduce", "cls_attention", "score_reduce"):
             for op, run in _module(name).KERNELS:
                 counted(op, run)
         yield launches
@@ -228,3 +228,33 @@ def compile_rows(
         num_warps=num_warps,
     )
     return absorbed, generic
+
+
+def compile_score_reduce(
+    arch: int, *, num_tokens: int, heads: int, dtype: str
+) -> tuple[Compiled, Compiled]:
+    """The two kernels of `score_reduce` as launched for tokens of 'bf16' or 'fp32'."""
+    module, tokens = _module("score_reduce"), f"*{dtype}"
+    example = torch.empty(0, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16)
+    outputs = {"weights_ptr": "*fp32", "slots_ptr": "*i32", "stride_tb": "i32:16"}
+    outputs |= {"stride_tn": "i32:16", "N": "i32", "K": "i32", "D": "i32:16"}
+    settings = launch.score(num_tokens - 1, heads, example) | {"HAS_REST": dtype != "fp32"}
+    options = {name: settings.pop(name) for name in ("num_warps", "num_stages")}
+    select = compile_kernel(
+        module._score_select_kernel,
+        {"tokens_ptr": tokens, "query_ptr": tokens, "rest_ptr": tokens, "cls_score_ptr": "*fp32"}
+        | {"row_ptr": "*fp32", "kept_ptr": "*i64", "H": "i32", "eps": "fp32"}
+        | outputs,
+        settings | {"MERGE": True, "NORMALIZE": True, "EPSILON": 1e-6},
+        arch=arch,
+        **options,
+    )
+    block_n, block_d, num_warps = launch.reduce_forward(num_tokens - 1, example.element_size())
+    move = compile_kernel(
+        module._move_kernel,
+        {"tokens_ptr": tokens, "out_ptr": tokens} | outputs,
+        {"MERGE": True, "BLOCK_N": block_n, "BLOCK_D": block_d},
+        arch=arch,
+        num_warps=num_warps,
+    )
+    return select, move

@@ -7,7 +7,7 @@ from elip_kernels._triton import HAS_TRITON
 if not HAS_TRITON:
     pytest.skip("triton is absent", allow_module_level=True)
 
-from elip_kernels.testing import compile_reduce, compile_rows
+from elip_kernels.testing import compile_reduce, compile_rows, compile_score_reduce
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -36,7 +36,8 @@ ROWS = [(197, "bf16"), (257, "fp32"), (577, "bf16")]
 
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize(("num_tokens", "dtype"), ROWS)
-def test_rows_compile_without_a_spill(num_tokens, dtype, arch):
-    for code in compile_rows(arch, num_tokens=num_tokens, heads=12, dtype=dtype):
+@pytest.mark.parametrize("compiled", [compile_rows, compile_score_reduce])
+def test_rows_and_boundaries_compile_without_a_spill(compiled, num_tokens, dtype, arch):
+    for code in compiled(arch, num_tokens=num_tokens, heads=12, dtype=dtype):
         assert code.stack == code.local == 0
         assert code.shared <= 227 * 1024

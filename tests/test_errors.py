@@ -132,6 +132,12 @@ TABLE = {
         },
     ),
     elip_kernels.cls_attention_from_tokens: (good_from_tokens, absorbed),
+    elip_kernels.score_reduce: (
+        lambda: good_from_tokens() | {"keep": 4},
+        absorbed
+        | dict.fromkeys(["merge", "normalize", "return_info"], flag)
+        | {"keep": [None, True, "4", 0, N - 1, 0.0, 1.0]},
+    ),
     elip_kernels.cls_attend_from_tokens: (
         good_attend,
         absorbed | {"v_weight": matrix, "v_bias": vector},

@@ -37,10 +37,13 @@ class Scorer(NamedTuple):
 
     row: (tower, stage, tokens (B, N, D), fused cls (B, D)) -> (B, N), column 0 is CLS.
     layers: how many whole layers it runs on the stage's tokens, of the stage's number of layers.
+    reads: the layer whose row it reads from the tokens as they enter, where it does no more: the
+        boundary is then one op.
     """
 
     row: Callable[[Tower, Stage, Tensor, Tensor], Tensor]
     layers: Callable[[int], int]
+    reads: Callable[[Stage], int] | None = None
 
 
 def _with_cls(tokens: Tensor, cls: Tensor) -> Tensor:
@@ -95,7 +98,7 @@ SCORERS: dict[str, Scorer] = {
     "official": Scorer(_official, lambda layers: layers),
     "exact": Scorer(_exact, lambda layers: layers - 1),
     "cls": Scorer(_cls, lambda layers: 0),
-    "last": Scorer(_last, lambda layers: 0),
+    "last": Scorer(_last, lambda layers: 0, lambda stage: stage.first + stage.layers - 1),
 }
 
 
@@ -240,11 +243,16 @@ def score_stage(
     tower: Tower, stage: Stage, tokens: Tensor, text_cls: Tensor | None, settings: ElipSettings
 ) -> Tensor:
     """Eq. 2: the attention row (B, N) that selects, without gradient; column 0 is CLS."""
+    cls = _fused_cls(tokens, text_cls, settings)
+    with torch.no_grad(), _isolated_rng(tower, tokens), _uncached_autocast(tokens.device.type):
+        return get_scorer(settings.scorer).row(tower, stage, tokens, cls)
+
+
+@torch.no_grad()
+def _fused_cls(tokens: Tensor, text_cls: Tensor | None, settings: ElipSettings) -> Tensor:
     if text_cls is not None:
         check_text(text_cls, (tokens.shape[0], tokens.shape[2]), tokens.device)
-    with torch.no_grad(), _isolated_rng(tower, tokens), _uncached_autocast(tokens.device.type):
-        cls = fuse(tokens[:, 0], text_cls, settings)
-        return get_scorer(settings.scorer).row(tower, stage, tokens, cls)
+    return fuse(tokens[:, 0], text_cls, settings)
 
 
 def reduce_stage(
@@ -265,6 +273,13 @@ def reduce_stage(
     Returns:
         (B, keep+2, D), or keep+1 without merging, and the `StageInfo`.
     """
+    reads = get_scorer(settings.scorer).reads
+    if attention is None and reads is not None and stage.keep < tokens.shape[1] - 1:
+        cls = _fused_cls(tokens, text_cls, settings)
+        tokens, info, attention = tower.score_reduce(
+            reads(stage), tokens, cls, stage.keep, merge=settings.merge
+        )
+        return tokens, StageInfo(stage, info, attention)
     if attention is None:
         attention = score_stage(tower, stage, tokens, text_cls, settings)
     tokens, info = elip_kernels.reduce(

@@ -7,6 +7,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from elip_kernels import ReductionInfo
+
 
 class Tower(Protocol):
     """What the reduction needs of an image model; tokens are (B, N, D) with CLS first."""
@@ -34,6 +36,11 @@ class Tower(Protocol):
 
     def cls_attention(self, i: int, tokens: Tensor, cls: Tensor) -> Tensor:
         """Block i's CLS row (B, N), head mean, with `cls` (B, D) in place of token 0."""
+
+    def score_reduce(
+        self, i: int, tokens: Tensor, cls: Tensor, keep: int, *, merge: bool
+    ) -> tuple[Tensor, ReductionInfo, Tensor]:
+        """Block i's CLS row selects among `tokens` -> reduced tokens, what was kept, the row."""
 
     def cls_block(self, i: int, tokens: Tensor, cls: Tensor) -> Tensor:
         """`cls` (B, D) through block i alone, attending to `tokens` -> (B, D)."""

@@ -9,7 +9,12 @@ from timm.layers import Attention
 from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
-from elip_kernels import cls_attend_from_tokens, cls_attention_from_tokens
+from elip_kernels import (
+    ReductionInfo,
+    cls_attend_from_tokens,
+    cls_attention_from_tokens,
+    score_reduce,
+)
 
 
 class TimmTower:
@@ -78,6 +83,12 @@ class TimmTower:
 
     def cls_attention(self, i: int, tokens: Tensor, cls: Tensor) -> Tensor:
         return cls_attention_from_tokens(tokens, cls, **_query_and_key(self.blocks[i]))
+
+    def score_reduce(
+        self, i: int, tokens: Tensor, cls: Tensor, keep: int, *, merge: bool
+    ) -> tuple[Tensor, ReductionInfo, Tensor]:
+        block = _query_and_key(self.blocks[i])
+        return score_reduce(tokens, cls, keep, merge=merge, return_info=True, **block)
 
     def cls_block(self, i: int, tokens: Tensor, cls: Tensor) -> Tensor:
         block = self.blocks[i]

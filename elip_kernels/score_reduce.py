@@ -1,0 +1,216 @@
+"""A whole stage boundary of scorer `last` in two launches: the CLS row selects, then tokens move.
+
+    a    = the CLS row of a pre-norm block, absorbed, with `cls` in place of token 0    (B, N)
+    out  = reduce(tokens, a, K): [x_cls, x_kept, merged]                                (B, K+2, D)
+
+The first kernel reads the tokens once and ends in the selection; the second moves each slice of D
+once, to rows that the first wrote. `tokens` and the fused `cls` come apart, so nothing is copied to
+put one into the other: x_cls of the output is the token's own. Gradients reach `tokens` through the
+movement, as in `reduce`; the row gets none.
+Source: ELIP, Eq. 2-4, the last layer's row read from the tokens as they enter the stage.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from elip_kernels import launch
+from elip_kernels._triton import tl, triton
+from elip_kernels._validate import check_flags, check_keep
+from elip_kernels.absorbed import absorbed_query, check_absorbed
+from elip_kernels.cls_attention import absorbed_operands, absorbed_reference, absorbed_row
+from elip_kernels.reduce import (
+    EPSILON,
+    ReductionInfo,
+    _reduce_backward_op,
+    empty_outputs,
+    reduce_reference,
+)
+from elip_kernels.select import move_tile, select_and_weigh, store_selection
+
+
+def score_reduce(
+    tokens: Tensor,
+    cls: Tensor,
+    keep: int | float,
+    *,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    k_weight: Tensor,
+    num_heads: int,
+    scale: float | None = None,
+    merge: bool = True,
+    normalize: bool = True,
+    return_info: bool = False,
+) -> Tensor | tuple[Tensor, ReductionInfo, Tensor]:
+    """Score the patches by a block's CLS row, keep the best, merge the rest.
+
+    Args:
+        tokens: (B, N, D), before the block's norm; row 0 is CLS.
+        cls: (B, D), the fused CLS token that scores.
+        keep: int, patches to keep, fewer than N-1; or float ratio in (0, 1).
+        norm_weight, .., scale: see `cls_attention_from_tokens`.
+        merge, normalize: see `reduce`.
+        return_info: also return the `ReductionInfo` and the attention row (B, N).
+
+    Returns:
+        (B, keep+2, D), or (B, keep+1, D) without merging, in the dtype of `tokens`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected, what came.
+    """
+    norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    matrices = {"q_weight": q_weight, "k_weight": k_weight}
+    scale = check_absorbed(tokens, cls, eps, num_heads, scale, norm, matrices, {"q_bias": q_bias})
+    keep = check_keep(keep, tokens.shape[1] - 1, all_allowed=False)
+    check_flags(merge=merge, normalize=normalize, return_info=return_info)
+    with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+        query = absorbed_query(cls, norm, eps, q_weight, q_bias, k_weight, num_heads, scale)
+    out, kept, weights, _, row = _score_reduce_op(
+        tokens, cls.detach(), query, eps, keep, merge, normalize
+    )
+    return (out, ReductionInfo(kept, weights, None), row) if return_info else out
+
+
+def score_reduce_reference(
+    tokens: Tensor, cls: Tensor, query: Tensor, eps: float, keep: int, merge: bool, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The specification -> out, kept, weights, slots as `reduce`, and the row (B, N)."""
+    row = absorbed_reference(tokens, cls, query, eps)[1].mean(1)
+    return *reduce_reference(tokens, row[:, 1:], None, keep, 1, merge, normalize), row
+
+
+@triton.jit
+def _score_select_kernel(
+    tokens_ptr, query_ptr, rest_ptr, cls_score_ptr, row_ptr, kept_ptr, weights_ptr, slots_ptr,
+    stride_tb, stride_tn, N, K, D, H, eps,
+    MERGE: tl.constexpr, NORMALIZE: tl.constexpr, EPSILON: tl.constexpr,
+    HAS_REST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program an image: the row, and from it kept positions, weights and output rows."""
+    pid_b = tl.program_id(0).to(tl.int64)
+    row, cls_row = absorbed_row(
+        tokens_ptr + pid_b * stride_tb, query_ptr + pid_b * H * D, rest_ptr + pid_b * H * D,
+        cls_score_ptr + pid_b * H, stride_tn, N, D, H, eps,
+        HAS_REST, WIDEN, PRECISION, BLOCK_N, BLOCK_H, BLOCK_K,
+    )  # fmt: skip
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N - 1
+    tl.store(row_ptr + pid_b * N + 1 + offs_n, row, mask=mask_n)
+    tl.store(row_ptr + pid_b * N, cls_row)
+    is_kept, slot, weight = select_and_weigh(row, mask_n, mask_n, K, MERGE, NORMALIZE, EPSILON)
+    store_selection(
+        kept_ptr, weights_ptr, slots_ptr, is_kept, slot, weight, offs_n, mask_n, pid_b, N, K, 1
+    )
+
+
+@triton.jit
+def _move_kernel(
+    tokens_ptr, weights_ptr, slots_ptr, out_ptr, stride_tb, stride_tn, N, K, D,
+    MERGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program per (image, slice of D): tokens to the rows that were selected before."""
+    pid_b = tl.program_id(0).to(tl.int64)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_n = offs_n < N - 1
+    mask_d = offs_d < D
+    tokens_ptr += pid_b * stride_tb
+    out_ptr += pid_b * (1 + K + MERGE) * D
+    x = tl.load(
+        tokens_ptr + (1 + offs_n)[:, None] * stride_tn + offs_d[None, :],
+        mask=mask_n[:, None] & mask_d[None, :],
+        other=0.0,
+    )  # [BLOCK_N, BLOCK_D]
+    slot = tl.load(slots_ptr + pid_b * N + 1 + offs_n, mask=mask_n, other=0) - 1
+    weight = tl.load(weights_ptr + pid_b * N + 1 + offs_n, mask=mask_n, other=0.0)
+    is_kept = mask_n & (slot < K)
+    move_tile(
+        tokens_ptr, out_ptr, x, is_kept, slot, weight, stride_tn, offs_d, mask_d, K, D, 1, MERGE
+    )
+
+
+def _score_reduce(
+    tokens: Tensor, cls: Tensor, query: Tensor, eps: float, keep: int, merge: bool, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Allocate, read launch.py, launch twice."""
+    (B, N, D), H = tokens.shape, query.shape[1]
+    tokens = launch.addressable(tokens)
+    out, kept, weights, slots = empty_outputs(tokens, keep, 1, merge)
+    row = tokens.new_empty(B, N, dtype=torch.float32)
+    if tokens.numel() == 0:
+        return out, kept, weights, slots, row
+    rounded, rest, cls_score = absorbed_operands(tokens, cls, query, eps)
+    strides = (tokens.stride(0), tokens.stride(1))
+    block_n, block_d, num_warps = launch.reduce_forward(N - 1, tokens.element_size())
+    with launch.on_device(tokens):
+        _score_select_kernel[(B,)](
+            *(tokens, rounded, rounded if rest is None else rest, cls_score, row),
+            *(kept, weights, slots, *strides, N, keep, D, H, eps),
+            MERGE=merge,
+            NORMALIZE=normalize,
+            EPSILON=EPSILON,
+            HAS_REST=rest is not None,
+            **launch.score(N - 1, H, tokens),
+        )
+        _move_kernel[(B, triton.cdiv(D, block_d))](
+            *(tokens, weights, slots, out, *strides, N, keep, D),
+            MERGE=merge,
+            BLOCK_N=block_n,
+            BLOCK_D=block_d,
+            num_warps=num_warps,
+        )
+    return out, kept, weights, slots, row
+
+
+@torch.library.custom_op("elip::score_reduce", mutates_args=())
+def _score_reduce_op(
+    tokens: Tensor, cls: Tensor, query: Tensor, eps: float, keep: int, merge: bool, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast(tokens.device.type, enabled=False):
+        return score_reduce_reference(tokens, cls, query, eps, keep, merge, normalize)
+
+
+@_score_reduce_op.register_fake
+def _(tokens, cls, query, eps, keep, merge, normalize):
+    row = query.new_empty(tokens.shape[:2])
+    return *empty_outputs(tokens, keep, 1, merge, weights=query.dtype), row
+
+
+@_score_reduce_op.register_kernel("cuda")
+def _score_reduce_cuda(tokens, cls, query, eps, keep, merge, normalize):
+    fits = launch.runs_kernel(tokens, query, num_tokens=tokens.shape[1])
+    run = score_reduce_reference
+    if fits and launch.runs_score(tokens, query.shape[1]):
+        run = _score_reduce
+    return run(tokens, cls, query, eps, keep, merge, normalize)
+
+
+KERNELS = ((_score_reduce_op, _score_reduce_cuda),)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    _, kept, weights, slots, row = output
+    ctx.mark_non_differentiable(kept, weights, slots, row)
+    ctx.save_for_backward(slots, weights)
+    ctx.merge = inputs[5]
+
+
+def _backward(ctx, grad_out, *_):
+    return _reduce_backward_op(grad_out, *ctx.saved_tensors, ctx.merge), *[None] * 6
+
+
+_score_reduce_op.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+@register_flop_formula(torch.ops.elip.score_reduce)
+def _score_reduce_flops(
+    tokens_shape, cls_shape, query_shape, eps, keep, *args, out_shape=None, **kwargs
+) -> int:
+    """2 B H N D for the row, 2 for each element of a dropped token."""
+    B, N, D = tokens_shape
+    return 2 * B * D * (query_shape[1] * N + N - 1 - keep)

@@ -1,0 +1,50 @@
+"""The two kernels of score_reduce, run by the interpreter, against the PyTorch form in fp64."""
+
+import pytest
+import torch
+
+import elip_kernels
+from tests.interpreted.test_cls_attention_kernel import BUDGET, block, error
+
+SHAPES = [(2, 257, 64, 2, 166), (2, 197, 40, 3, 78), (1, 50, 33, 4, 1), (2, 18, 96, 12, 15)]
+
+
+def in_fp64(tokens, cls, keep, arguments, **options):
+    wide = {n: v.double() if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
+    return elip_kernels.score_reduce(
+        tokens.double(), cls.double(), keep, return_info=True, **wide, **options
+    )
+
+
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids="B{0[0]}-N{0[1]}-D{0[2]}-H{0[3]}-K{0[4]}".format)
+def test_two_kernels_agree_with_fp64(launches, poisoned_memory, shape, merge, dtype):
+    B, N, D, H, keep = shape
+    tokens, cls = torch.randn(B, N, D).to(dtype).requires_grad_(), torch.randn(B, D).to(dtype)
+    arguments = block(D, H, dtype)
+    out, info, row = elip_kernels.score_reduce(
+        tokens, cls, keep, merge=merge, return_info=True, **arguments
+    )
+    assert launches["elip::score_reduce"] == 1
+    _, _, exact_row = in_fp64(tokens, cls, keep, arguments, merge=merge)
+    assert error(row, exact_row) <= BUDGET[dtype]
+    # Given this row, selection and movement are those of the specification.
+    expected, exact = elip_kernels.reduce(
+        tokens.detach().double(), row.double(), keep, merge=merge, return_info=True
+    )
+    assert torch.equal(info.kept, exact.kept)
+    torch.testing.assert_close(info.weights.double(), exact.weights, atol=1e-6, rtol=0)
+    ulp = torch.finfo(dtype).eps
+    assert torch.equal(out[:, : keep + 1], expected[:, : keep + 1].to(dtype))
+    assert ((out.double() - expected).abs() <= 1e-6 + 2 * ulp * expected.abs()).all()
+    out.sum().backward()
+    assert launches["elip::reduce_backward"] == 1
+    assert tokens.grad.isfinite().all()
+
+
+def test_empty_batch(launches):
+    arguments = block(32, 2, torch.float32)
+    out = elip_kernels.score_reduce(torch.randn(0, 9, 32), torch.randn(0, 32), 3, **arguments)
+    assert out.shape == (0, 5, 32)
+    assert launches["elip::score_reduce"] == 1

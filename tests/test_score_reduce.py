@@ -1,0 +1,107 @@
+"""score_reduce: the row and the reduction as one op, and what a stage boundary costs with it."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import elip_kernels
+import elip_models
+from tests.towers import SCHEDULE, clip_vit, images, text
+
+B, N, D, H, K = 2, 21, 24, 3, 8
+
+
+def block(dtype=torch.float32):
+    arguments = {
+        "norm_weight": torch.randn(D),
+        "norm_bias": torch.randn(D),
+        "q_weight": torch.randn(D, D) / 5,
+        "q_bias": torch.randn(D),
+        "k_weight": torch.randn(D, D) / 5,
+    }
+    return {n: v.to(dtype) for n, v in arguments.items()} | {"num_heads": H, "eps": 1e-6}
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("keep", [1, K, N - 2, 0.4])
+def test_is_the_row_and_then_reduce(keep, merge):
+    tokens, cls, arguments = torch.randn(B, N, D), torch.randn(B, D), block()
+    row = elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)
+    ours, theirs = (tokens.clone().requires_grad_() for _ in range(2))
+    expected, info = elip_kernels.reduce(theirs, row, keep, merge=merge, return_info=True)
+    got, got_info, got_row = elip_kernels.score_reduce(
+        ours, cls, keep, merge=merge, return_info=True, **arguments
+    )
+    assert torch.equal(got, expected)
+    assert torch.equal(got_row, row)
+    assert torch.equal(got_info.kept, info.kept)
+    assert torch.equal(got_info.weights, info.weights)
+    grad = torch.randn_like(got)
+    got.backward(grad)
+    expected.backward(grad)
+    assert torch.equal(ours.grad, theirs.grad)
+    assert not got_row.requires_grad
+
+
+def arguments_of_the_op(dtype=torch.float32):
+    tokens = torch.randn(B, N, D, dtype=dtype, requires_grad=True)
+    cls, query = torch.randn(B, D, dtype=dtype), torch.randn(B, H, D, dtype=dtype)
+    return tokens, cls, query, 1e-6, K, True, True
+
+
+def test_opcheck_and_gradcheck():
+    opcheck(torch.ops.elip.score_reduce.default, arguments_of_the_op())
+    tokens, *others = arguments_of_the_op(torch.float64)
+    # The row depends on the tokens, but passes no gradient: hold it by a large margin.
+    others[1] = others[1] * 0
+
+    def out(t):
+        return torch.ops.elip.score_reduce(t, *others)[0]
+
+    assert torch.autograd.gradcheck(out, (tokens,))
+
+
+def test_compiles_whole_and_exports():
+    class Boundary(torch.nn.Module):
+        def forward(self, tokens, cls):
+            return elip_kernels.score_reduce(tokens, cls, K, **arguments)
+
+    arguments, tokens, cls = block(), torch.randn(B, N, D), torch.randn(B, D)
+    expected = Boundary()(tokens, cls)
+    torch._dynamo.reset()
+    compiled = torch.compile(Boundary(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(tokens, cls), expected)
+    program = torch.export.export(Boundary(), (tokens, cls))
+    torch.testing.assert_close(program.module()(tokens, cls), expected)
+
+
+def test_flops():
+    tokens, cls = torch.randn(B, N, D), torch.randn(B, D)
+    with FlopCounterMode(display=False) as counter:
+        elip_kernels.score_reduce(tokens, cls, K, **block())
+    assert counter.get_flop_counts()["Global"][torch.ops.elip.score_reduce] == 2 * B * D * (
+        H * N + N - 1 - K
+    )
+
+
+class CountOps(TorchDispatchMode):
+    """Calls of this project's ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "elip":
+            self.calls[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_stage_boundary_of_last_is_one_op():
+    with CountOps() as counter:
+        elip_models.encode_image(clip_vit(), images(), text(), schedule=SCHEDULE, scorer="last")
+    assert counter.calls == {"elip::score_reduce": 3}
