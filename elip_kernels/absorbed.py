@@ -77,4 +77,4 @@ def absorbed_query(
     query = query.view(B, num_heads, q_weight.shape[0] // num_heads)
     key = k_weight.to(dtype).view(num_heads, -1, D)
     absorbed = torch.einsum("bhd,hdc->bhc", query * scale, key)
-    return absorbed if gamma is None else absorbed * gamma
+    return (absorbed if gamma is None else absorbed * gamma).contiguous()

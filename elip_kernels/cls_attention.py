@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from elip_kernels import launch
+from elip_kernels._autocast import without_autocast
 from elip_kernels._triton import tl, triton
 from elip_kernels._validate import check_device, check_mask, check_shape, check_tensor, message
 from elip_kernels.absorbed import absorbed_query, accumulator, check_absorbed, check_scale
@@ -85,6 +86,7 @@ def cls_attention_from_tokens(
     matrices = {"q_weight": q_weight, "k_weight": k_weight}
     scale = check_absorbed(tokens, cls, eps, num_heads, scale, norm, matrices, {"q_bias": q_bias})
     with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+        cls = cls.to(accumulator(tokens.dtype))
         query = absorbed_query(cls, norm, eps, q_weight, q_bias, k_weight, num_heads, scale)
         return _from_tokens_op(tokens.detach(), cls.detach(), query, eps)
 
@@ -120,6 +122,7 @@ def cls_attend_from_tokens(
     biases = {"q_bias": q_bias, "v_bias": v_bias}
     scale = check_absorbed(tokens, cls, eps, num_heads, scale, norm, matrices, biases)
     with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+        cls = cls.to(accumulator(tokens.dtype))
         query = absorbed_query(cls, norm, eps, q_weight, q_bias, k_weight, num_heads, scale)
         mixed = _attend_op(tokens.detach(), cls.detach(), query, eps)  # (B, H, D)
         if norm_weight is not None:
@@ -267,7 +270,7 @@ def absorbed_operands(
     """u centred, as query + rest in the dtype of `tokens` (no rest for fp32), and CLS's scores."""
     normed = F.layer_norm(cls.to(query.dtype), cls.shape[1:], eps=eps)
     cls_score = torch.bmm(query, normed[..., None])[..., 0].contiguous()
-    centred = (query - query.mean(-1, keepdim=True)).contiguous()
+    centred = query - query.mean(-1, keepdim=True)
     if tokens.dtype == torch.float32:
         return centred, None, cls_score
     rounded = centred.to(tokens.dtype)
@@ -316,22 +319,22 @@ def _cls_attention(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> T
 
 
 @torch.library.custom_op("elip::cls_attention", mutates_args=())
+@without_autocast
 def _cls_attention_op(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    with torch.autocast(q.device.type, enabled=False):
-        return cls_attention_reference(q, k, mask, scale)
+    return cls_attention_reference(q, k, mask, scale)
 
 
 @torch.library.custom_op("elip::cls_attention_from_tokens", mutates_args=())
+@without_autocast
 def _from_tokens_op(tokens: Tensor, cls: Tensor, query: Tensor, eps: float) -> Tensor:
-    with torch.autocast(tokens.device.type, enabled=False):
-        return absorbed_reference(tokens, cls, query, eps)[1].mean(1)
+    return absorbed_reference(tokens, cls, query, eps)[1].mean(1)
 
 
 @torch.library.custom_op("elip::cls_attend_from_tokens", mutates_args=())
+@without_autocast
 def _attend_op(tokens: Tensor, cls: Tensor, query: Tensor, eps: float) -> Tensor:
-    with torch.autocast(tokens.device.type, enabled=False):
-        normed, rows = absorbed_reference(tokens, cls, query, eps)
-        return torch.bmm(rows, normed)
+    normed, rows = absorbed_reference(tokens, cls, query, eps)
+    return torch.bmm(rows, normed)
 
 
 @_cls_attention_op.register_fake
@@ -346,16 +349,18 @@ def _(tokens, cls, query, eps):
 
 @_attend_op.register_fake
 def _(tokens, cls, query, eps):
-    return torch.empty_like(query)
+    return query.new_empty(query.shape)
 
 
 @_cls_attention_op.register_kernel("cuda")
+@without_autocast
 def _cls_attention_cuda(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     fits = launch.runs_kernel(q, k, num_tokens=k.shape[2])
     return (_cls_attention if fits else cls_attention_reference)(q, k, mask, scale)
 
 
 @_from_tokens_op.register_kernel("cuda")
+@without_autocast
 def _from_tokens_cuda(tokens: Tensor, cls: Tensor, query: Tensor, eps: float) -> Tensor:
     fits = launch.runs_kernel(tokens, query, num_tokens=tokens.shape[1])
     if fits and launch.runs_score(tokens, query.shape[1]):

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from elip_kernels import launch
+from elip_kernels._autocast import without_autocast
 from elip_kernels._triton import tl, triton
 from elip_kernels._validate import check_flags, reduce_arguments
 from elip_kernels.select import move_tile, select_and_weigh, store_selection
@@ -310,6 +311,7 @@ def _reduce_bwd(grad_out: Tensor, slots: Tensor, weights: Tensor, merge: bool) -
 
 
 @torch.library.custom_op("elip::reduce", mutates_args=())
+@without_autocast
 def _reduce_op(
     tokens: Tensor,
     scores: Tensor,
@@ -319,14 +321,13 @@ def _reduce_op(
     merge: bool,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(tokens.device.type, enabled=False):
-        return reduce_reference(tokens, scores, mask, keep, num_prefix_tokens, merge, normalize)
+    return reduce_reference(tokens, scores, mask, keep, num_prefix_tokens, merge, normalize)
 
 
 @torch.library.custom_op("elip::reduce_backward", mutates_args=())
+@without_autocast
 def _reduce_backward_op(grad_out: Tensor, slots: Tensor, weights: Tensor, merge: bool) -> Tensor:
-    with torch.autocast(grad_out.device.type, enabled=False):
-        return reduce_backward_reference(grad_out, slots, weights, merge)
+    return reduce_backward_reference(grad_out, slots, weights, merge)
 
 
 @_reduce_op.register_fake
@@ -342,6 +343,7 @@ def _(grad_out, slots, weights, merge):
 
 
 @_reduce_op.register_kernel("cuda")
+@without_autocast
 def _reduce_cuda(tokens, scores, mask, keep, num_prefix_tokens, merge, normalize):
     fits = launch.runs_kernel(tokens, scores, num_tokens=tokens.shape[1])
     run = _reduce_fwd if fits else reduce_reference
@@ -349,6 +351,7 @@ def _reduce_cuda(tokens, scores, mask, keep, num_prefix_tokens, merge, normalize
 
 
 @_reduce_backward_op.register_kernel("cuda")
+@without_autocast
 def _reduce_backward_cuda(grad_out, slots, weights, merge):
     fits = launch.runs_kernel(grad_out, weights, num_tokens=slots.shape[1])
     return (_reduce_bwd if fits else reduce_backward_reference)(grad_out, slots, weights, merge)

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from elip_kernels import launch
+from elip_kernels._autocast import without_autocast
 from elip_kernels._triton import tl, triton
 from elip_kernels._validate import check_flags, check_keep
-from elip_kernels.absorbed import absorbed_query, check_absorbed
+from elip_kernels.absorbed import absorbed_query, accumulator, check_absorbed
 from elip_kernels.cls_attention import absorbed_operands, absorbed_reference, absorbed_row
 from elip_kernels.reduce import (
     EPSILON,
@@ -68,6 +69,7 @@ def score_reduce(
     keep = check_keep(keep, tokens.shape[1] - 1, all_allowed=False)
     check_flags(merge=merge, normalize=normalize, return_info=return_info)
     with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+        cls = cls.to(accumulator(tokens.dtype))
         query = absorbed_query(cls, norm, eps, q_weight, q_bias, k_weight, num_heads, scale)
     out, kept, weights, _, row = _score_reduce_op(
         tokens, cls.detach(), query, eps, keep, merge, normalize
@@ -168,11 +170,11 @@ def _score_reduce(
 
 
 @torch.library.custom_op("elip::score_reduce", mutates_args=())
+@without_autocast
 def _score_reduce_op(
     tokens: Tensor, cls: Tensor, query: Tensor, eps: float, keep: int, merge: bool, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(tokens.device.type, enabled=False):
-        return score_reduce_reference(tokens, cls, query, eps, keep, merge, normalize)
+    return score_reduce_reference(tokens, cls, query, eps, keep, merge, normalize)
 
 
 @_score_reduce_op.register_fake
@@ -182,6 +184,7 @@ def _(tokens, cls, query, eps, keep, merge, normalize):
 
 
 @_score_reduce_op.register_kernel("cuda")
+@without_autocast
 def _score_reduce_cuda(tokens, cls, query, eps, keep, merge, normalize):
     fits = launch.runs_kernel(tokens, query, num_tokens=tokens.shape[1])
     run = score_reduce_reference

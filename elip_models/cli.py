@@ -86,9 +86,12 @@ def eval_retrieval(
     ],
     batch_size: Annotated[int, typer.Option(min=1, help="Images a forward pass.")] = 64,
     num_workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 0,
+    max_bad_share: Annotated[float, typer.Option(min=0, max=1, help="Unreadable at most.")] = 0.05,
     output: Annotated[Path | None, typer.Option(help="Write the scores here, as JSON.")] = None,
 ) -> None:
     """Recall@1/5/10 from image to text and from text to image."""
+    if output is not None and not output.parent.is_dir():
+        raise ConfigError(f"--output: expected a file in an existing folder, got {output}")
     import torch
 
     from elip_models.clip import CLIP
@@ -102,7 +105,12 @@ def eval_retrieval(
     with blame("--data"):
         source = open_source(data, image_size=clip.config.image_size)
     scores = evaluate_retrieval(
-        clip, tokenizer, source, batch_size=batch_size, num_workers=num_workers
+        clip,
+        tokenizer,
+        source,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        max_bad_share=max_bad_share,
     )
     Console().print(scores_table(scores))
     if output is not None:

@@ -62,6 +62,24 @@ class CLIPConfig:
     gather: Literal["local", "global"] = "local"
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" or field.type is int:
+                least = 0 if field.name.endswith("token_id") else 1
+                if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                    raise ValueError(
+                        f"{field.name}: expected an int from {least} on, got {value!r}"
+                    )
+        for name, low, high in (("temperature", 1e-4, 1e4), ("drop_path", 0.0, 0.99)):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not low <= value <= high:
+                raise ValueError(f"{name}: expected a float in [{low}, {high}], got {value!r}")
+        for name in ("eos_token_id", "pad_token_id"):
+            if getattr(self, name) >= self.vocab_size:
+                raise ValueError(
+                    f"{name}: expected one below vocab_size = {self.vocab_size}, got "
+                    f"{getattr(self, name)}"
+                )
         for width, heads in (("vision_width", "vision_heads"), ("text_width", "text_heads")):
             if getattr(self, width) % getattr(self, heads):
                 raise ValueError(
@@ -213,7 +231,7 @@ class CLIP(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> "CLIP":
-        """The model that `save_pretrained` wrote, from a local folder or a hub repository's name.
+        """The model that `save_pretrained` wrote, from a local folder.
 
         Raises:
             FileNotFoundError: the folder lacks config.json or model.safetensors.
@@ -222,10 +240,6 @@ class CLIP(nn.Module):
         from safetensors.torch import load_file
 
         path = Path(folder)
-        if not path.is_dir() and not path.is_absolute() and str(folder).count("/") == 1:
-            from huggingface_hub import snapshot_download
-
-            path = Path(snapshot_download(str(folder)))
         for name in ("config.json", "model.safetensors"):
             if not (path / name).is_file():
                 raise FileNotFoundError(

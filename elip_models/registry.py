@@ -40,8 +40,9 @@ def create_model(name: str, pretrained: bool | str | os.PathLike = False, **over
 
     Args:
         name: as `list_models` gives them; 'elip_' adds the paper's schedule.
-        pretrained: False for random weights, or the folder or hub repository that
-            `save_pretrained` filled; its own config then holds, and `overrides` change it.
+        pretrained: False for random weights, or the folder that
+            `save_pretrained` filled; then its own sizes hold, whatever the name says, and its own
+            schedule, unless it has none (the paper's) or the name is without 'elip_' (dense).
         overrides: fields of `CLIPConfig`.
 
     Raises:
@@ -54,12 +55,12 @@ def create_model(name: str, pretrained: bool | str | os.PathLike = False, **over
         raise ValueError(f"name: expected one of {list_models()}, got {name!r}{hint}")
     if not isinstance(pretrained, (bool, str, os.PathLike)):
         raise TypeError(
-            "pretrained: expected False, or a folder or hub repository written by save_pretrained, "
+            "pretrained: expected False, or a folder written by save_pretrained, "
             f"got {pretrained!r}"
         )
     if pretrained is True:
         raise ValueError(
-            "pretrained: expected False, or a folder or hub repository written by save_pretrained, "
+            "pretrained: expected False, or a folder written by save_pretrained, "
             "got True; no weights are published under these names"
         )
     config = CONFIGS[name.removeprefix(PREFIX)]
@@ -67,7 +68,8 @@ def create_model(name: str, pretrained: bool | str | os.PathLike = False, **over
         config = replace(config, schedule=PRESETS["clip"])
     trained = CLIP.from_pretrained(pretrained) if pretrained else None
     if trained is not None:
-        config = replace(trained.config, schedule=config.schedule)
+        own = trained.config.schedule if name.startswith(PREFIX) else None
+        config = replace(trained.config, schedule=own or config.schedule)
     config = CLIPConfig.from_dict(vars(config) | overrides)
     model = CLIP(config)
     if trained is not None:

@@ -18,6 +18,7 @@ from elip_models.clip import CLIP
 from elip_models.data import (
     CLIP_MEAN,
     CLIP_STD,
+    SkipReport,
     Source,
     evaluation_batches,
     image_transform,
@@ -65,7 +66,9 @@ class Reporter:
         survivors = [s.cpu() for s in surviving_patches(infos, self.model.tower.num_patches)]
         mean, std = (torch.tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
         pixels = (images.cpu() * std + mean).clamp(0, 1)
-        return draw_survivors(pixels, captions, survivors, self.output_dir / "kept_tokens.png")
+        titles = [f"stage {i}: {info.stage.keep} kept" for i, info in enumerate(infos, 2)]
+        path = self.output_dir / "kept_tokens.png"
+        return draw_survivors(pixels, captions, survivors, path, titles=titles)
 
     def timing(self, console: Console, *, rounds: int = 10) -> Path:
         """Time ViT-S/16 at 224 px with every scorer; print, and write `timing.json`."""
@@ -101,7 +104,8 @@ class Reporter:
         """The first `count` readable samples -> images, captions, guidance (B, D)."""
         config = self.model.config
         transform = image_transform(config.image_size, train=False)
-        batch = next(evaluation_batches(self.source, transform, count))
+        report = SkipReport(1.0, length=len(self.source))  # training and evaluation have judged
+        batch = next(evaluation_batches(self.source, transform, count, report=report))
         captions = [several[0] for several in batch.captions]
         text = tokenize(self.tokenizer, captions, config.context_length)
         text = {name: ids.to(self.device) for name, ids in text.items()}

@@ -54,9 +54,19 @@ class RunFolder:
                 f"{self.path} cannot be resumed with another recipe: {'; '.join(conflicts)}"
             )
 
+    def prepare(self) -> None:
+        """Makes the folder; what a start that failed left in it goes."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainingError(
+                f"output_dir: expected a folder that can be made, got {self.path}: {error}"
+            ) from error
+        if not self.recipe.exists():
+            shutil.rmtree(self.tokenizer, ignore_errors=True)
+
     def claim(self, config: RunConfig) -> None:
-        """Makes the folder and writes the recipe."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Writes the recipe: from here on the folder holds a run."""
         save_recipe(config, self.recipe)
 
     def save_tokenizer(self, save: Callable[[Path], Any]) -> None:

@@ -107,9 +107,12 @@ class Trainer:
         self.scores: RetrievalScores | None = None
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            self.folder.claim(config)
+            self.folder.prepare()
+        self.accelerator.wait_for_everyone()
         self._build_data()
         self._build_model()
+        if self.accelerator.is_main_process:
+            self.folder.claim(config)
         self._restore(self.folder.latest_checkpoint() if resume else None)
 
     def run(self) -> TrainResult:

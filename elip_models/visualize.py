@@ -28,7 +28,12 @@ def surviving_patches(infos: Sequence[StageInfo], num_patches: int) -> list[Tens
 
 
 def draw_survivors(
-    images: Tensor, captions: Sequence[str], survivors: Sequence[Tensor], path: Path
+    images: Tensor,
+    captions: Sequence[str],
+    survivors: Sequence[Tensor],
+    path: Path,
+    *,
+    titles: Sequence[str],
 ) -> Path:
     """Write a PNG: one row an image, with the input, what each stage keeps, and the caption.
 
@@ -37,6 +42,7 @@ def draw_survivors(
         captions: one for each image.
         survivors: for each stage (B, num_patches) bool, of a square grid of patches.
         path: of the PNG.
+        titles: one for each stage.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -51,8 +57,7 @@ def draw_survivors(
     figure = Figure(figsize=(1.7 * columns + 0.8, 1.85 * len(images)), layout="constrained")
     widths = [1.0] * (columns - 1) + [1.5]
     grid = figure.subplots(len(images), columns, squeeze=False, width_ratios=widths)
-    kept = [f"{int(alive[0].sum())} of {alive.shape[1]} patches" for alive in survivors]
-    for axis, title in zip(grid[0], ["image", *kept], strict=False):
+    for axis, title in zip(grid[0], ["image", *titles], strict=False):
         axis.set_title(title, fontsize=9)
     for axis in grid.flat:
         axis.set_axis_off()

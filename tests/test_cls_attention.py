@@ -7,6 +7,7 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import elip_kernels
+from elip_kernels.absorbed import absorbed_query
 
 B, N, D, H = 2, 37, 48, 4
 
@@ -109,6 +110,15 @@ CALLS = {
     ),
 }
 CALLS["cls_attend_from_tokens"] = CALLS["cls_attention_from_tokens"]
+
+
+def test_opcheck_with_the_query_that_a_block_makes():
+    tokens, cls, arguments = torch.randn(B, N, D), torch.randn(B, D), block(torch.float32)
+    norm = {n: arguments[n] for n in ("norm_weight", "norm_bias")}
+    projections = [arguments[n] for n in ("q_weight", "q_bias", "k_weight")]
+    query = absorbed_query(cls, norm, 1e-6, *projections, H, 0.3)
+    for op in (torch.ops.elip.cls_attention_from_tokens, torch.ops.elip.cls_attend_from_tokens):
+        opcheck(op.default, (tokens, cls, query, 1e-6))
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -223,7 +223,7 @@ def test_too_large_a_share_stops_the_run_and_names_examples(tokenizer):
     message = str(caught.value)
     assert "of 100 samples" in message and message.count("(corrupt)") == 5
     assert message.endswith(
-        "At most 5.0% may be unreadable; repair the data, or raise data.max_bad_share."
+        "At most 5.0% may be unreadable; repair the data, or raise max_bad_share."
     )
 
 

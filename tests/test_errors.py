@@ -82,11 +82,11 @@ absorbed = {
 }
 settings = {
     "schedule": [None, 12, "12 layers", "2(100%) 2(40%)", "2(40%) 4(60%)"],
-    "scorer": ["lats", None, True, 0, 3, 1.5],
+    "scorer": ["lats", None, True, 0, 3, 1.5, ["last"]],
     "fusion": [None, "0.8", True, -0.1, 1.1],
     "guidance_norm": ["l2", None],
     "without_text": ["skip", None],
-    "merge": [None, "yes", 2],
+    "merge": [None, "yes", 1],
 }
 models = [None, "vit", torch.nn.Linear(3, 3), plain_vit(global_pool="avg")]
 text_cls = [
@@ -166,7 +166,12 @@ TABLE = {
         {
             "name": [None, "clip", "elip_clip_tniy"],
             "pretrained": [True, "no/such/folder", 3],
-            "overrides": [{"widht": 3}, {"vision_heads": 7}, {"schedule": "3(100%)"}],
+            "overrides": [
+                *({"widht": 3}, {"vision_heads": 7}, {"schedule": "3(100%)"}, {"patch_size": 0}),
+                *({"vision_width": "abc"}, {"temperature": 0}, {"temperature": -1}),
+                *({"drop_path": 2.0}, {"embed_dim": 0}, {"eos_token_id": 5000}, {"gather": "no"}),
+                *({"scorer": ["last"]}, {"merge": 1}, {"vision_heads": 0}, {"count_cls": 1}),
+            ],
         },
     ),
     elip_models.Schedule.parse: (
@@ -190,7 +195,7 @@ def test_a_bad_argument_is_named_with_what_was_expected_and_got(function, good, 
         arguments.pop("schedule")
     arguments |= value if argument == "overrides" else {argument: value}
     call = guidance if function is elip_models.guidance else function
-    message = rf"^{ALIASES.get(argument, argument)}: expected .*(got|:) "
+    message = rf"^{ALIASES.get(argument, argument)}: expected .*got "
     with pytest.raises((TypeError, ValueError, FileNotFoundError)) as error:
         call(**arguments)
     assert re.search(message, str(error.value), re.S), str(error.value)

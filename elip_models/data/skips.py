@@ -50,7 +50,7 @@ class SkipReport:
         if self.seen >= judged_from and self.share > self.max_bad_share:
             raise DataError(
                 f"{self.summary()} At most {self.max_bad_share:.1%} may be unreadable; "
-                "repair the data, or raise data.max_bad_share."
+                "repair the data, or raise max_bad_share."
             )
 
     def record(self, skipped: Iterable[tuple[str, str]], seen: int) -> None:

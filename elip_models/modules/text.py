@@ -50,10 +50,11 @@ class CLIPTextTower(nn.Module):
         """
         hidden = self.transformer(input_ids, attention_mask=attention_mask).last_hidden_state
         is_eos = input_ids == self.eos_token_id
-        length = torch.full_like(input_ids[:, 0], input_ids.shape[1])
+        places = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         if attention_mask is not None:
-            length = attention_mask.sum(1)
-        position = torch.where(is_eos.any(1), is_eos.int().argmax(1), length - 1)
+            is_eos = is_eos & (attention_mask != 0)
+            places = places * (attention_mask != 0)
+        position = torch.where(is_eos.any(1), is_eos.int().argmax(1), places.amax(1))
         return hidden[torch.arange(hidden.shape[0], device=hidden.device), position]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -93,11 +93,11 @@ def run_tower(
 
 def _check_images(images: Tensor, tower: Tower) -> None:
     weight = next(tower.model.parameters())
-    expected = f"a floating-point tensor (B, {', '.join(map(str, tower.image_shape))})"
+    expected = f"a floating-point tensor (B, 3, {tower.image_size[0]}, {tower.image_size[1]})"
     if not isinstance(images, Tensor) or not images.is_floating_point():
         got = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"images: expected {expected}, got {got}; scale pixels to floats first")
-    if images.dim() != 4 or tuple(images.shape[1:]) != tower.image_shape:
+    if images.dim() != 4 or tuple(images.shape[2:]) != tower.image_size:
         raise ValueError(f"images: expected {expected}, got {tuple(images.shape)}")
     if images.device != weight.device:
         raise ValueError(f"images: expected them on {weight.device}, got {images.device}")

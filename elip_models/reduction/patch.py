@@ -5,12 +5,11 @@ state_dict keys and the model's own forward stay. All state is plain attributes 
 so that it follows the model through deepcopy and pickle and is an ordinary guard for the compiler.
 """
 
-import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from elip_models.reduction.stage import ElipSettings, reduce_stage, warn_if_slow
 from elip_models.towers import Tower, as_tower
 
 STRATEGIES = ("elip",)
-UNCLAIMED = 16  # forwards whose input nobody holds any more, and which may still be recomputed
+MAX_PASSES = 64  # forwards of a stage that may still wait for their backward
 
 
 @dataclass
@@ -32,58 +31,59 @@ class _Shared:
     text_cls: Tensor | None = None
     scoring: bool = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy made inside `guidance` is not guided."""
+        return {**vars(self), "text_cls": None, "scoring": False}
 
-@dataclass
-class _Forward:
-    """One pass through a stage, kept for its recomputation under activation checkpointing."""
 
-    tokens: weakref.ref
-    cls: Tensor
+class _Pass(NamedTuple):
+    """One forward through a stage: when, in autograd's count, and the row that selected."""
+
+    number: int
+    with_grad: bool
     attention: Tensor | None
-    replays: int = 0
 
 
 class _Replay:
-    """The selections of passes whose backward has not run yet.
+    """The rows of the latest passes, so that a recomputation selects what its forward selected.
 
-    Activation checkpointing runs a block again during backward. The stage must then select what it
-    selected: guidance may be gone, and scoring again would cost a second dry run. A recomputation
-    is matched to its pass by the input's storage, which checkpointing of single blocks keeps;
-    otherwise by the nearest CLS tokens, then the fewest replays, then the latest pass.
+    Activation checkpointing runs a block again during backward. Guidance may be gone by then, and
+    scoring again would cost a second dry run. Autograd numbers its nodes in the order of the
+    forward, so the node that asks for the recomputation tells which pass it belongs to:
+
+        non-re-entrant  it stands in the pass, behind the stage: the latest pass before the node
+        re-entrant      it is the checkpoint itself, made before the pass ran without gradient: the
+                        first pass behind the node
     """
 
     def __init__(self) -> None:
-        self.forwards: deque[_Forward] = deque()
+        self.passes: deque[_Pass] = deque()
+        self.forgotten = -1  # the latest number that had to go
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"forwards": deque()}
+        return {"passes": deque(), "forgotten": -1}
 
-    def remember(self, tokens: Tensor, attention: Tensor | None) -> None:
-        unclaimed = [forward for forward in self.forwards if forward.tokens() is None]
-        for forward in unclaimed[:-UNCLAIMED]:
-            self.forwards.remove(forward)
-        cls = tokens[:, 0].detach().clone()
-        self.forwards.append(_Forward(weakref.ref(tokens), cls, attention))
+    def remember(self, attention: Tensor | None) -> None:
+        number, with_grad = torch.autograd._get_sequence_nr(), torch.is_grad_enabled()
+        self.passes.append(_Pass(number, with_grad, attention))
+        if len(self.passes) > MAX_PASSES:
+            self.forgotten = self.passes.popleft().number
 
-    def recall(self, tokens: Tensor) -> Tensor | None:
-        for forward in reversed(self.forwards):
-            held = forward.tokens()
-            if held is not None and held.data_ptr() == tokens.data_ptr():
-                return forward.attention
-        cls = tokens[:, 0].detach()
-        similar = [f for f in reversed(self.forwards) if f.cls.shape == cls.shape]
-        if not similar:
+    def recall(self) -> Tensor | None:
+        node = torch._C._current_autograd_node()
+        number = node._sequence_nr()
+        if "CheckpointFunction" in node.name():
+            found = [p for p in self.passes if not p.with_grad and p.number > number][:1]
+            known = number >= self.forgotten
+        else:
+            found = [p for p in self.passes if p.with_grad and p.number <= number][-1:]
+            known = True
+        if not found or not known:
             raise RuntimeError(
                 "a block of a reduced model was recomputed in backward, but its forward is not "
-                f"among the last {UNCLAIMED}; run backward sooner, or checkpoint single blocks"
+                f"among the last {MAX_PASSES}; run backward sooner"
             )
-        forward = similar[0]
-        if len(similar) > 1:
-            distances = torch.stack([(f.cls - cls).abs().max() for f in similar]).tolist()
-            order = zip(distances, (f.replays for f in similar), range(len(similar)), strict=True)
-            forward = similar[min(order)[2]]
-        forward.replays += 1
-        return forward.attention
+        return found[0].attention
 
 
 class StageHook:
@@ -100,13 +100,15 @@ class StageHook:
         shared = self.shared
         if shared.scoring:  # the dry run passes through this very block
             return None
+        if torch.compiler.is_compiling() and block._compiled_call_impl is not None:
+            return _outside_the_graph(self, block, args, kwargs)
         if kwargs.get("attn_mask") is not None or kwargs.get("is_causal"):
             raise ValueError("attn_mask: expected none on a reduced model, whose tokens change")
         tokens = args[0]
         if torch.compiler.is_compiling():
             attention = None
         elif torch._C._current_graph_task_id() != -1:  # inside backward: a recomputation
-            attention = self.replay.recall(tokens)
+            attention = self.replay.recall()
             if attention is None:
                 return None
         else:
@@ -114,9 +116,8 @@ class StageHook:
             if self.stage == shared.settings.schedule.stages(shared.tower.num_patches)[0]:
                 warn_if_slower(shared.tower, shared.settings)
         if attention is None and not shared.settings.reduces(shared.text_cls):
-            self._remember(tokens, None)
+            self._remember(None)
             return None
-        entered = tokens
         shared.scoring = True
         try:
             tokens, info = reduce_stage(
@@ -125,15 +126,23 @@ class StageHook:
         finally:
             shared.scoring = False
         if attention is None:
-            self._remember(entered, info.attention)
+            self._remember(info.attention)
         return (tokens, *args[1:]), kwargs
 
-    def _remember(self, tokens: Tensor, attention: Tensor | None) -> None:
-        """Only where a backward may follow; inference keeps nothing."""
-        if torch.compiler.is_compiling():
-            return
-        if torch.is_grad_enabled() or tokens.requires_grad or self.shared.tower.model.training:
-            self.replay.remember(tokens, attention)
+    def _remember(self, attention: Tensor | None) -> None:
+        if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
+            self.replay.remember(attention)
+
+
+@torch.compiler.disable
+def _outside_the_graph(
+    hook: StageHook, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """In a block that is compiled by itself the hook runs eagerly, so that it can replay.
+
+    In the graph it would score again when the block is recomputed, without the guidance.
+    """
+    return hook(block, args, kwargs)
 
 
 class _Refusal:
@@ -224,8 +233,8 @@ def guidance(model: nn.Module, text_cls: Tensor) -> Iterator[None]:
     """
     if not is_reduced(model):
         raise ValueError("model: expected one that reduce_ has changed, got one without reduction")
-    if not isinstance(text_cls, Tensor):
-        raise TypeError(f"text_cls: expected a tensor (B, D), got {type(text_cls).__name__}")
+    if not isinstance(text_cls, Tensor) or not text_cls.is_floating_point():
+        raise TypeError(f"text_cls: expected a floating-point tensor (B, D), got {text_cls!r:.80}")
     shared = {id(hook.shared): hook.shared for hook in _hooks(model)}.values()
     for state in shared:
         if text_cls.dim() != 2 or text_cls.shape[1] != state.tower.width:

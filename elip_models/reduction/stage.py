@@ -127,10 +127,12 @@ class ElipSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", Schedule.parse(self.schedule))
         scorer = self.scorer
-        if isinstance(scorer, bool) or not (isinstance(scorer, int) or scorer in SCORERS):
+        is_name = isinstance(scorer, str) and scorer in SCORERS
+        if isinstance(scorer, bool) or not (is_name or isinstance(scorer, int)):
             raise ValueError(f"scorer: expected one of {list(SCORERS)} or an int, got {scorer!r}")
-        shortest = min((n for n, ratio in self.schedule.groups if ratio < 1), default=None)
-        if isinstance(scorer, int) and not 1 <= scorer <= (shortest or scorer):
+        lengths = [layers for layers, ratio in self.schedule.groups if ratio < 1]
+        shortest = min(lengths) if lengths else self.schedule.depth
+        if isinstance(scorer, int) and not 1 <= scorer <= shortest:
             raise ValueError(
                 f"scorer: expected 1 <= m <= {shortest}, the layers of the shortest stage of "
                 f"'{self.schedule}', got {scorer}"
@@ -140,13 +142,12 @@ class ElipSettings:
             raise TypeError(f"fusion: expected a float in [0, 1], got {fusion!r}")
         if not 0.0 <= fusion <= 1.0:
             raise ValueError(f"fusion: expected a float in [0, 1], got {fusion!r}")
-        for name, allowed in (
-            ("guidance_norm", ("none", "match")),
-            ("without_text", ("dense", "vision")),
-            ("merge", (True, False)),
-        ):
-            if not any(getattr(self, name) is a or getattr(self, name) == a for a in allowed):
-                raise ValueError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
+        if not isinstance(self.merge, bool):
+            raise TypeError(f"merge: expected True or False, got {self.merge!r}")
+        allowed = {"guidance_norm": ("none", "match"), "without_text": ("dense", "vision")}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}: expected one of {values}, got {getattr(self, name)!r}")
 
     def reduces(self, text_cls: Tensor | None) -> bool:
         """Whether a forward with this guidance reduces; warns once where it does not."""
@@ -195,8 +196,8 @@ def warn_if_slower(tower: Tower, settings: ElipSettings) -> None:
 
 def check_text(text_cls: Tensor, expected: tuple[int, int], device: torch.device) -> None:
     """Raises where the guidance is not one vector of the tower's width for each image, (B, D)."""
-    if not isinstance(text_cls, Tensor):
-        raise TypeError(f"text_cls: expected a tensor (B, D), got {type(text_cls).__name__}")
+    if not isinstance(text_cls, Tensor) or not text_cls.is_floating_point():
+        raise TypeError(f"text_cls: expected a floating-point tensor (B, D), got {text_cls!r:.80}")
     if tuple(text_cls.shape) != expected:
         raise ValueError(
             f"text_cls: expected (B, D) = {expected}, one vector of the tower's width an image, "

@@ -18,7 +18,7 @@ class Tower(Protocol):
     width: int
     depth: int
     num_patches: int
-    image_shape: tuple[int, int, int]
+    image_size: tuple[int, int]
     mlp_ratio: float
     side_doors: tuple[str, ...]
 

@@ -25,6 +25,7 @@ class TimmTower:
         "get_intermediate_layers",
         "prune_intermediate_layers",
         "set_input_size",
+        "reset_classifier",
     )
 
     def __init__(self, model: vit.VisionTransformer) -> None:
@@ -33,7 +34,7 @@ class TimmTower:
         self.width = model.embed_dim
         self.depth = len(model.blocks)
         self.num_patches = model.patch_embed.num_patches
-        self.image_shape = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+        self.image_size = tuple(model.patch_embed.img_size)
         self.mlp_ratio = model.blocks[0].mlp.fc1.out_features / self.width
 
     @staticmethod
@@ -41,7 +42,8 @@ class TimmTower:
         """Why the model cannot be a tower, in one sentence, or None."""
         if not isinstance(model, vit.VisionTransformer):
             return (
-                f"{type(model).__name__} is another architecture (rotary, windowed, or not of timm)"
+                f"{type(model).__name__} is another architecture (rotary, windowed) or a wrapper, "
+                "whose image model is to be passed instead"
             )
         if model.num_reg_tokens:
             return f"it has {model.num_reg_tokens} register tokens, and only CLS may be a prefix"
@@ -92,7 +94,7 @@ class TimmTower:
 
     def cls_block(self, i: int, tokens: Tensor, cls: Tensor) -> Tensor:
         block = self.blocks[i]
-        attn, width = block.attn, block.attn.attn_dim
+        attn, width = block.attn, _attention_width(block)
         value = {"v_weight": attn.qkv.weight[2 * width :], "v_bias": _rows(attn.qkv.bias, 2, width)}
         out = cls_attend_from_tokens(tokens, cls, **_query_and_key(block), **value)[:, None]
         out = attn.proj_drop(attn.proj(attn.norm(out)))
@@ -121,13 +123,17 @@ def _refuses_block(block: nn.Module) -> str | None:
     return None
 
 
+def _attention_width(block: vit.Block) -> int:
+    return block.attn.num_heads * block.attn.head_dim
+
+
 def _rows(bias: Tensor | None, part: int, width: int) -> Tensor | None:
     return None if bias is None else bias[part * width : (part + 1) * width]
 
 
 def _query_and_key(block: vit.Block) -> dict[str, Tensor | float | int | None]:
     """What the absorbed CLS row reads of a block, as the kernels name it."""
-    attn, norm, width = block.attn, block.norm1, block.attn.attn_dim
+    attn, norm, width = block.attn, block.norm1, _attention_width(block)
     return {
         "norm_weight": norm.weight,
         "norm_bias": norm.bias,
