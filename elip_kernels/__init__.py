@@ -1,5 +1,6 @@
 """Fused kernels for vision token reduction: tensors in, tensors out."""
 
+from elip_kernels.bipartite import BipartiteInfo, bipartite_merge, unmerge
 from elip_kernels.cls_attention import (
     cls_attend_from_tokens,
     cls_attention,
@@ -9,10 +10,13 @@ from elip_kernels.reduce import ReductionInfo, reduce
 from elip_kernels.score_reduce import score_reduce
 
 __all__ = [
+    "BipartiteInfo",
     "ReductionInfo",
+    "bipartite_merge",
     "cls_attend_from_tokens",
     "cls_attention",
     "cls_attention_from_tokens",
     "reduce",
     "score_reduce",
+    "unmerge",
 ]

@@ -73,6 +73,20 @@ def cls_attention(num_tokens: int) -> Launch:
     return Launch(block_n, 32, 4 if block_n <= 256 else 8)
 
 
+def bipartite_match(channels: int, element_size: int) -> tuple[int, int, int, int]:
+    """BLOCK_A, BLOCK_B, BLOCK_C, warps: four programs an image at N = 257. 96 registers with
+    64 two-byte channels, where 64 x 64 tokens take 174; 84 with 16 of fp32, which has no tensor
+    cores in full precision."""
+    block_c = min(64 if element_size == 2 else 16, next_power_of_2(channels))
+    return 32, 32, max(16, block_c), 4
+
+
+def bipartite_merge(num_a: int, element_size: int) -> tuple[int, int, int, int]:
+    """BLOCK_A, BLOCK_R, BLOCK_D, warps: 16 rows of 512 bytes, so that reading N slots is little
+    beside them; both tiles, rows x A and rows x D, stay in registers (8 warps, at most 106)."""
+    return max(16, next_power_of_2(num_a)), 16, 512 // element_size, 8
+
+
 def runs_kernel(*tensors: Tensor, num_tokens: int) -> bool:
     """Triton takes it: there is one, no fp64, and an image's candidates fit one program."""
     has_fp64 = any(t.dtype == torch.float64 for t in tensors)

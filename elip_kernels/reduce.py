@@ -169,7 +169,7 @@ def reduce_backward_reference(
     is_copied = slots < num_copied
     scale = weights.masked_fill(is_copied, 1.0)[..., None]
     rows = _take_rows(grad_out, slots.clamp(max=grad_out.shape[1] - 1).long())
-    return (rows.to(scale.dtype) * scale).to(grad_out.dtype)
+    return rows.to(scale.dtype).mul_(scale).to(grad_out.dtype)
 
 
 @triton.jit

@@ -77,7 +77,7 @@ def kernels_on_cpu() -> Iterator[Counter]:
         stack.callback(op.register_kernel, "cpu", op._init_fn)
 
     with ExitStack() as stack:
-        for name in ("reduce", "cls_attention", "score_reduce"):
+        for name in ("reduce", "cls_attention", "score_reduce", "bipartite"):
             for op, run in _module(name).KERNELS:
                 counted(op, run)
         yield launches

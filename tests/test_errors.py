@@ -42,6 +42,12 @@ def good_attend():
     return good_from_tokens() | {"v_weight": torch.randn(D, D), "v_bias": torch.randn(D)}
 
 
+def good_unmerge():
+    tokens, metric = torch.randn(2, 13, 6), torch.randn(2, 13, 8)
+    merged, _, info = elip_kernels.bipartite_merge(tokens, metric, 4, return_info=True)
+    return {"merged": merged, "info": info}
+
+
 def good_encode():
     return {"model": plain_vit(), "images": images(), "text_cls": text(), "schedule": SCHEDULE}
 
@@ -132,6 +138,31 @@ TABLE = {
         },
     ),
     elip_kernels.cls_attention_from_tokens: (good_from_tokens, absorbed),
+    elip_kernels.bipartite_merge: (
+        lambda: {"tokens": torch.randn(2, 13, 6), "metric": torch.randn(2, 13, 8), "r": 4},
+        {
+            "tokens": [None, [[1.0]], torch.randn(13, 6), torch.ones(2, 13, 6).long()],
+            "metric": [
+                *(None, torch.randn(2, 13), torch.randn(2, 12, 8), torch.ones(2, 13, 8).long()),
+                torch.randn(2, 13, 8, **META),
+            ],
+            "r": [None, True, 2.0, "4", -1],
+            "size": [
+                *([1.0] * 13, torch.ones(13), torch.ones(2, 12), torch.ones(2, 13, 2)),
+                *(
+                    torch.ones(2, 13).bfloat16(),
+                    torch.ones(2, 13).long(),
+                    torch.ones(2, 13, **META),
+                ),
+            ],
+            "num_prefix_tokens": [None, True, 1.0, -1, 2],
+            "return_info": [1, None, "yes"],
+        },
+    ),
+    elip_kernels.unmerge: (
+        good_unmerge,
+        {"merged": [None, torch.randn(9, 6), torch.randn(2, 8, 6)], "info": [None, 4]},
+    ),
     elip_kernels.score_reduce: (
         lambda: good_from_tokens() | {"keep": 4},
         absorbed

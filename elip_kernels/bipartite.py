@@ -1,0 +1,299 @@
+"""Merge the r most alike pairs of tokens: bipartite soft matching and a size-weighted mean.
+
+    unit    = metric / |metric| in fp32;  A = tokens 0, 2, 4 ..;  B = tokens 1, 3, 5 ..
+    best_a  = max_b unit_a . unit_b;  partner_a = its arg-max        ties: the lower index
+    merged  = the r tokens of A with the largest best                ties: the lower index
+    rows    = [A without merged, ascending; all of B], N - r of them; slot_n = row of token n
+    S_i     = sum of size_n over slot_n = i;  w_n = size_n / S_(slot_n)
+    out_i   = sum of w_n x_n over slot_n = i                         (B, N-r, D), sizes S (B, N-r)
+    grad_x_n = w_n grad_out_(slot_n)
+
+The class token is in A and never merges. A metric with NaN, or whose squared norm is no normal
+number, has no direction: it ranks last, as source and as partner. No gradient to metric and sizes.
+Sums are fp32 (fp64 for fp64); a row of one token is exact, its w being 1. The kernels never write
+the similarities, 2 B ceil(N/2) floor(N/2) C operations in tiles, and read every token once, for the
+row that it belongs to: nothing is added atomically and a run repeats bit by bit.
+Source: Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023, section 3.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from elip_kernels import launch
+from elip_kernels._autocast import without_autocast
+from elip_kernels._validate import check_device, check_flags, check_shape, check_tensor, message
+from elip_kernels.absorbed import accumulator
+from elip_kernels.bipartite_kernels import SMALLEST_SQUARE, match, merge_bwd, merge_fwd
+
+
+class BipartiteInfo(NamedTuple):
+    """Where each token went.
+
+    slots: (B, N) int32, the output row that each input token is part of.
+    num_rows: output rows, N - r.
+    """
+
+    slots: Tensor
+    num_rows: int
+
+
+def bipartite_merge(
+    tokens: Tensor,
+    metric: Tensor,
+    r: int,
+    *,
+    size: Tensor | None = None,
+    num_prefix_tokens: int = 1,
+    return_info: bool = False,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, BipartiteInfo]:
+    """Merge r tokens into their most similar partners (ToMe's step).
+
+    Args:
+        tokens: (B, N, D), fp32, bf16, fp16 or fp64. Gradients reach tokens only.
+        metric: (B, N, C), what similarity is measured on, such as the head mean of the keys.
+        r: tokens to merge away, at most half of those that may be: min(r, (N-p) // 2).
+            Without any, `tokens` itself is returned.
+        size: (B, N) or (B, N, 1) fp32 or fp64, positive: how many tokens each stands for;
+            None means one each.
+        num_prefix_tokens: p, 0 or 1: the class token, first, which is never merged.
+        return_info: also return a `BipartiteInfo`.
+
+    Returns:
+        merged (B, N-r, D) in the dtype of `tokens`: the unmerged even tokens, then the odd ones;
+        size (B, N-r) fp32 (fp64 for fp64 tokens).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected, what came, what to do.
+    """
+    size = _check_arguments(tokens, metric, r, size, num_prefix_tokens)
+    check_flags(return_info=return_info)
+    B, N, _ = tokens.shape
+    r = min(r, max(0, N - num_prefix_tokens) // 2)
+    if r == 0:
+        merged = tokens
+        slots = torch.arange(N, dtype=torch.int32, device=tokens.device).expand(B, -1)
+        size = tokens.new_ones(B, N, dtype=accumulator(tokens.dtype)) if size is None else size
+    else:
+        slots = _match_op(metric.detach(), r, num_prefix_tokens)
+        merged, size = _merge_op(tokens, size, slots, N - r)
+    return (merged, size, BipartiteInfo(slots, N - r)) if return_info else (merged, size)
+
+
+def unmerge(merged: Tensor, info: BipartiteInfo) -> Tensor:
+    """Give every token the row that it went into: merged (B, N-r, D) -> (B, N, D)."""
+    _check_info(info=info)
+    check_tensor("merged", merged, "(B, N-r, D)", 3)
+    B, D = info.slots.shape[0], merged.shape[2]
+    check_shape("merged", merged, (B, info.num_rows, D), "(B, N-r, D)")
+    check_device("merged", merged, "info.slots", info.slots)
+    return _take_rows(merged, info.slots)
+
+
+def source_matrix(info: BipartiteInfo) -> Tensor:
+    """(B, N-r, N) bool: True where the input token is part of the output row."""
+    _check_info(info=info)
+    rows = torch.arange(info.num_rows, device=info.slots.device)
+    return info.slots[:, None, :] == rows[None, :, None]
+
+
+def compose(first: BipartiteInfo, then: BipartiteInfo) -> BipartiteInfo:
+    """One step that does both: where the tokens of `first` are after `then`."""
+    _check_info(first=first, then=then)
+    shape = (first.slots.shape[0], first.num_rows)
+    check_shape("then", then.slots, shape, "slots (B, rows of first)")
+    return BipartiteInfo(then.slots.gather(1, first.slots.long()), then.num_rows)
+
+
+def _check_info(**infos: BipartiteInfo) -> None:
+    """Every argument is a `BipartiteInfo`."""
+    for name, info in infos.items():
+        if not isinstance(info, BipartiteInfo):
+            raise TypeError(message(name, "the BipartiteInfo that bipartite_merge returns", info))
+
+
+def _check_arguments(
+    tokens: Tensor, metric: Tensor, r: int, size: Tensor | None, num_prefix_tokens: int
+) -> Tensor | None:
+    """Check every argument -> size (B, N) in the accumulator's dtype, without gradient."""
+    check_tensor("tokens", tokens, "(B, N, D)", 3)
+    B, N, _ = tokens.shape
+    check_tensor("metric", metric, "(B, N, C)", 3)
+    check_shape("metric", metric, (B, N, metric.shape[2]), "(B, N, C)")
+    check_device("metric", metric, "tokens", tokens)
+    if isinstance(r, bool) or not isinstance(r, (int, torch.SymInt)):
+        raise TypeError(message("r", "an int, the number of tokens to merge away", r))
+    if r < 0:
+        raise ValueError(message("r", "r >= 0", r))
+    if isinstance(num_prefix_tokens, bool) or not isinstance(num_prefix_tokens, int):
+        raise TypeError(message("num_prefix_tokens", "0 or 1", num_prefix_tokens))
+    if num_prefix_tokens not in (0, 1):
+        remedy = "only a class token, first, can be protected"
+        raise ValueError(message("num_prefix_tokens", "0 or 1", num_prefix_tokens, remedy))
+    if size is None:
+        return None
+    check_tensor("size", size, "(B, N) or (B, N, 1)", (2, 3))
+    if size.dtype not in (torch.float32, torch.float64):
+        raise TypeError(message("size", "fp32 or fp64", size, "cast it: size.float()"))
+    shape = (B, N, 1)[: size.dim()]
+    check_shape("size", size, shape, "(B, N) or (B, N, 1)")
+    check_device("size", size, "tokens", tokens)
+    return size.detach().reshape(B, N).to(accumulator(tokens.dtype))
+
+
+def match_reference(metric: Tensor, r: int, num_prefix_tokens: int) -> Tensor:
+    """The specification of the matching -> slots (B, N) int32."""
+    B, N, _ = metric.shape
+    num_a, first_b = (N + 1) // 2, (N + 1) // 2 - r
+    metric = metric.to(accumulator(metric.dtype))
+    square = metric.square().sum(2, keepdim=True)
+    has_direction = (square >= SMALLEST_SQUARE) & square.isfinite()
+    unit = torch.where(has_direction, metric * square.rsqrt(), float("nan"))
+    similarity = unit[:, ::2] @ unit[:, 1::2].mT  # (B, ceil(N/2), floor(N/2))
+    best, partner = similarity.masked_fill(similarity.isnan(), float("-inf")).max(2)
+    order = best[:, num_prefix_tokens:].sort(dim=1, descending=True, stable=True).indices
+    is_merged = torch.zeros(B, num_a, dtype=torch.bool, device=metric.device)
+    is_merged.scatter_(1, order[:, :r] + num_prefix_tokens, True)
+    rows = torch.arange(num_a, device=metric.device)
+    slots = torch.empty(B, N, dtype=torch.int32, device=metric.device)
+    slots[:, ::2] = torch.where(is_merged, first_b + partner, rows - is_merged.cumsum(1))
+    slots[:, 1::2] = first_b + rows[: N // 2]
+    return slots
+
+
+def merge_reference(
+    tokens: Tensor, size: Tensor | None, slots: Tensor, num_rows: int
+) -> tuple[Tensor, Tensor]:
+    """The specification of the merge -> out (B, R, D), its sizes (B, R)."""
+    (B, N, D), rows = tokens.shape, _flat_rows(slots, num_rows)
+    if size is None:
+        size = tokens.new_ones(B, N, dtype=accumulator(tokens.dtype))
+    out_size = size.new_zeros(B * num_rows).index_add_(0, rows, size.reshape(-1))
+    weight = size / out_size.index_select(0, rows).view(B, N)
+    weighted = (tokens * weight[..., None]).reshape(B * N, D)
+    out = size.new_zeros(B * num_rows, D).index_add_(0, rows, weighted)
+    return out.to(tokens.dtype).view(B, num_rows, D), out_size.view(B, num_rows)
+
+
+def merge_backward_reference(
+    grad_out: Tensor, size: Tensor | None, out_size: Tensor, slots: Tensor
+) -> Tensor:
+    """grad_out (B, R, D) -> grad_tokens (B, N, D)."""
+    total = _take_rows(out_size[..., None], slots)
+    weight = total.reciprocal() if size is None else size[..., None] / total
+    grad = _take_rows(grad_out, slots).to(weight.dtype)
+    return grad.mul_(weight).to(grad_out.dtype)
+
+
+def _flat_rows(slots: Tensor, num_rows: int) -> Tensor:
+    """slots (B, N) -> (B*N,) int64, rows of all images counted through."""
+    first = torch.arange(slots.shape[0], device=slots.device)[:, None] * num_rows
+    return (slots + first).view(-1)
+
+
+def _take_rows(x: Tensor, slots: Tensor) -> Tensor:
+    """x (B, R, D), slots (B, N) -> (B, N, D), one pass."""
+    B, R, D = x.shape
+    return x.reshape(B * R, D).index_select(0, _flat_rows(slots, R)).view(*slots.shape, D)
+
+
+@torch.library.custom_op("elip::bipartite_match", mutates_args=())
+@without_autocast
+def _match_op(metric: Tensor, r: int, num_prefix_tokens: int) -> Tensor:
+    return match_reference(metric, r, num_prefix_tokens)
+
+
+@torch.library.custom_op("elip::bipartite_merge", mutates_args=())
+@without_autocast
+def _merge_op(
+    tokens: Tensor, size: Tensor | None, slots: Tensor, num_rows: int
+) -> tuple[Tensor, Tensor]:
+    return merge_reference(tokens, size, slots, num_rows)
+
+
+@torch.library.custom_op("elip::bipartite_merge_backward", mutates_args=())
+@without_autocast
+def _merge_backward_op(
+    grad_out: Tensor, size: Tensor | None, out_size: Tensor, slots: Tensor
+) -> Tensor:
+    return merge_backward_reference(grad_out, size, out_size, slots)
+
+
+@_match_op.register_fake
+def _(metric, r, num_prefix_tokens):
+    return metric.new_empty(metric.shape[:2], dtype=torch.int32)
+
+
+@_merge_op.register_fake
+def _(tokens, size, slots, num_rows):
+    B, _, D = tokens.shape
+    sums = accumulator(tokens.dtype)
+    return tokens.new_empty(B, num_rows, D), tokens.new_empty(B, num_rows, dtype=sums)
+
+
+@_merge_backward_op.register_fake
+def _(grad_out, size, out_size, slots):
+    return grad_out.new_empty(*slots.shape, grad_out.shape[2])
+
+
+@_match_op.register_kernel("cuda")
+@without_autocast
+def _match_cuda(metric, r, num_prefix_tokens):
+    fits = launch.runs_kernel(metric, num_tokens=metric.shape[1])
+    return (match if fits else match_reference)(metric, r, num_prefix_tokens)
+
+
+@_merge_op.register_kernel("cuda")
+@without_autocast
+def _merge_cuda(tokens, size, slots, num_rows):
+    fits = launch.runs_kernel(tokens, num_tokens=slots.shape[1])
+    return (merge_fwd if fits else merge_reference)(tokens, size, slots, num_rows)
+
+
+@_merge_backward_op.register_kernel("cuda")
+@without_autocast
+def _merge_backward_cuda(grad_out, size, out_size, slots):
+    fits = launch.runs_kernel(grad_out, num_tokens=slots.shape[1])
+    return (merge_bwd if fits else merge_backward_reference)(grad_out, size, out_size, slots)
+
+
+KERNELS = (
+    (_match_op, _match_cuda),
+    (_merge_op, _merge_cuda),
+    (_merge_backward_op, _merge_backward_cuda),
+)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    _, size, slots, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(size, output[1], slots)
+
+
+def _backward(ctx, grad_out, _):
+    return _merge_backward_op(grad_out, *ctx.saved_tensors), None, None, None
+
+
+_merge_op.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+@register_flop_formula(torch.ops.elip.bipartite_match)
+def _match_flops(metric_shape, *args, out_shape=None, **kwargs) -> int:
+    """A multiply and an add for each channel of each pair."""
+    B, N, C = metric_shape
+    return 2 * B * ((N + 1) // 2) * (N // 2) * C
+
+
+@register_flop_formula(torch.ops.elip.bipartite_merge)
+def _merge_flops(tokens_shape, *args, out_shape=None, **kwargs) -> int:
+    """A multiply and an add for each element of a token."""
+    B, N, D = tokens_shape
+    return 2 * B * N * D
+
+
+@register_flop_formula(torch.ops.elip.bipartite_merge_backward)
+def _merge_backward_flops(grad_shape, size_shape, out_size_shape, slots_shape, *args, **kw) -> int:
+    """A multiply for each element of a token."""
+    return grad_shape[2] * slots_shape[0] * slots_shape[1]

@@ -1,0 +1,268 @@
+"""The Triton kernels of `bipartite.py`, which holds the mathematics, and their launchers.
+
+    match      (image, tile of A): products with tiles of B, running arg-max -> best, partner
+               (image): the r best of A -> slots, the output row of every token
+    merge_fwd  (image, 16 output rows, slice of D): a row looks its sources up in the slots of A
+               and gathers them one after the other, so nothing is added atomically
+    merge_bwd  (image, 32 tokens, slice of D): a token gathers its row
+
+Traffic: each program of `match` reads its tile of A and all of B (from L2 after the first);
+`merge_fwd` reads every token once, and the ceil(N/2) slots and sizes of A with every tile.
+"""
+
+import torch
+from torch import Tensor
+
+from elip_kernels import launch
+from elip_kernels._triton import tl, triton
+from elip_kernels.select import kth_largest, order_key, output_slots
+
+SMALLEST_SQUARE = torch.finfo(torch.float32).tiny  # a smaller squared norm gives no direction
+
+
+@triton.jit
+def _inverse_norm(square, SMALLEST_SQUARE: tl.constexpr):
+    """1 / sqrt(square), NaN where there is no direction."""
+    has_direction = (square >= SMALLEST_SQUARE) & (square < float("inf"))
+    return tl.where(has_direction, tl.rsqrt(square), float("nan"))
+
+
+@triton.jit
+def _match_kernel(
+    metric_ptr, best_ptr, partner_ptr, stride_mb, stride_mn, N, C,
+    SMALLEST_SQUARE: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program per (image, BLOCK_A tokens of A): products with tiles of B, running arg-max."""
+    pid_b = tl.program_id(0).to(tl.int64)
+    metric_ptr += pid_b * stride_mb
+    num_a = (N + 1) // 2
+    num_b = N // 2
+    offs_a = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
+    mask_a = offs_a < num_a
+    square_a = tl.zeros([BLOCK_A], tl.float32)
+    best = tl.full([BLOCK_A], float("-inf"), tl.float32)
+    partner = tl.zeros([BLOCK_A], tl.int32)
+    for start_b in range(0, num_b, BLOCK_B):
+        offs_b = start_b + tl.arange(0, BLOCK_B)
+        mask_b = offs_b < num_b
+        square_a = tl.zeros([BLOCK_A], tl.float32)
+        square_b = tl.zeros([BLOCK_B], tl.float32)
+        product = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
+        for start_c in range(0, C, BLOCK_C):
+            offs_c = start_c + tl.arange(0, BLOCK_C)
+            mask_c = offs_c < C
+            a = tl.load(
+                metric_ptr + (2 * offs_a)[:, None] * stride_mn + offs_c[None, :],
+                mask=mask_a[:, None] & mask_c[None, :],
+                other=0.0,
+            )  # [BLOCK_A, BLOCK_C]
+            b = tl.load(
+                metric_ptr + (2 * offs_b + 1)[:, None] * stride_mn + offs_c[None, :],
+                mask=mask_b[:, None] & mask_c[None, :],
+                other=0.0,
+            )  # [BLOCK_B, BLOCK_C]
+            wide_a = a.to(tl.float32)
+            wide_b = b.to(tl.float32)
+            square_a += tl.sum(wide_a * wide_a, 1)
+            square_b += tl.sum(wide_b * wide_b, 1)
+            if WIDEN:  # the interpreter multiplies the bits of bf16 as integers
+                a = wide_a
+                b = wide_b
+            product = tl.dot(a, tl.trans(b), product, input_precision="ieee")
+        similarity = product * _inverse_norm(square_b, SMALLEST_SQUARE)[None, :]
+        is_number = mask_b[None, :] & (similarity == similarity)
+        similarity = tl.where(is_number, similarity, float("-inf"))
+        tile_best, tile_partner = tl.max(similarity, 1, return_indices=True)
+        is_better = tile_best > best
+        best = tl.where(is_better, tile_best, best)
+        partner = tl.where(is_better, start_b + tile_partner, partner)
+    best = best * _inverse_norm(square_a, SMALLEST_SQUARE)
+    has_direction = best == best
+    row = pid_b * num_a + offs_a
+    tl.store(best_ptr + row, tl.where(has_direction, best, float("-inf")), mask=mask_a)
+    tl.store(partner_ptr + row, tl.where(has_direction, partner, 0), mask=mask_a)
+
+
+@triton.jit
+def _slots_kernel(
+    best_ptr, partner_ptr, slots_ptr, N, R,
+    P: tl.constexpr, BLOCK_A: tl.constexpr,
+):  # fmt: skip
+    """One program per image: the R best of A, and the output row of every token."""
+    pid_b = tl.program_id(0).to(tl.int64)
+    num_a = (N + 1) // 2
+    first_b = num_a - R
+    offs_a = tl.arange(0, BLOCK_A)
+    mask_a = offs_a < num_a
+    is_candidate = mask_a & (offs_a >= P)
+    best = tl.load(best_ptr + pid_b * num_a + offs_a, mask=mask_a, other=0.0)
+    partner = tl.load(partner_ptr + pid_b * num_a + offs_a, mask=mask_a, other=0)
+    key = order_key(best, is_candidate, is_candidate)  # [BLOCK_A]
+    is_merged, merged_before = output_slots(key, kth_largest(key, R), R)
+    slot = tl.where(is_merged, first_b + partner, offs_a - merged_before)
+    slots_ptr += pid_b * N + 2 * offs_a
+    tl.store(slots_ptr, slot, mask=mask_a)
+    tl.store(slots_ptr + 1, first_b + offs_a, mask=2 * offs_a + 1 < N)
+
+
+@triton.jit
+def _merge_fwd_kernel(
+    tokens_ptr, size_ptr, slots_ptr, out_ptr, out_size_ptr, stride_tb, stride_tn, N, R, D,
+    HAS_SIZE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program per (image, BLOCK_R output rows, slice of D): each row gathers its sources."""
+    pid_b = tl.program_id(0).to(tl.int64)
+    tokens_ptr += pid_b * stride_tb
+    if HAS_SIZE:
+        size_ptr += pid_b * N
+    offs_a = tl.arange(0, BLOCK_A)
+    offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_a = 2 * offs_a < N
+    mask_r = offs_r < R
+    mask_d = offs_d < D
+    slot = tl.load(slots_ptr + pid_b * N + 2 * offs_a, mask=mask_a, other=-1)
+    size_a = tl.full([BLOCK_A], 1.0, tl.float32)
+    if HAS_SIZE:
+        size_a = tl.load(size_ptr + 2 * offs_a, mask=mask_a, other=1.0)
+    is_source = slot[None, :] == offs_r[:, None]  # [BLOCK_R, BLOCK_A]
+
+    odd = 2 * (offs_r - (R - N // 2)) + 1  # the token of B whose row this is
+    has_odd = mask_r & (odd > 0)
+    size_odd = tl.where(has_odd, 1.0, 0.0)
+    if HAS_SIZE:
+        size_odd = tl.load(size_ptr + odd, mask=has_odd, other=0.0)
+    total = size_odd + tl.sum(tl.where(is_source, size_a[None, :], 0.0), 1)
+    divisor = tl.where(mask_r, total, 1.0)
+    x = tl.load(
+        tokens_ptr + odd[:, None] * stride_tn + offs_d[None, :],
+        mask=has_odd[:, None] & mask_d[None, :],
+        other=0.0,
+    )  # [BLOCK_R, BLOCK_D]
+    merged = x.to(tl.float32) * tl.div_rn(size_odd, divisor)[:, None]
+
+    source = tl.min(tl.where(is_source, offs_a[None, :], BLOCK_A), 1)  # [BLOCK_R]
+    while tl.min(source, 0) < BLOCK_A:
+        has_source = source < BLOCK_A
+        size_source = tl.where(has_source, 1.0, 0.0)
+        if HAS_SIZE:
+            size_source = tl.load(size_ptr + 2 * source, mask=has_source, other=0.0)
+        x = tl.load(
+            tokens_ptr + (2 * source)[:, None] * stride_tn + offs_d[None, :],
+            mask=has_source[:, None] & mask_d[None, :],
+            other=0.0,
+        )  # [BLOCK_R, BLOCK_D]
+        merged += x.to(tl.float32) * tl.div_rn(size_source, divisor)[:, None]
+        is_later = is_source & (offs_a[None, :] > source[:, None])
+        source = tl.min(tl.where(is_later, offs_a[None, :], BLOCK_A), 1)
+
+    tl.store(
+        out_ptr + (pid_b * R + offs_r)[:, None] * D + offs_d[None, :],
+        merged.to(out_ptr.dtype.element_ty),
+        mask=mask_r[:, None] & mask_d[None, :],
+    )
+    if tl.program_id(2) == 0:
+        tl.store(out_size_ptr + pid_b * R + offs_r, total, mask=mask_r)
+
+
+@triton.jit
+def _merge_bwd_kernel(
+    grad_out_ptr, size_ptr, out_size_ptr, slots_ptr, grad_ptr, N, R, D,
+    HAS_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program per (image, BLOCK_N tokens, slice of D): every token gathers its row."""
+    pid_b = tl.program_id(0).to(tl.int64)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_n = offs_n < N
+    mask_nd = mask_n[:, None] & (offs_d < D)[None, :]
+    slot = tl.load(slots_ptr + pid_b * N + offs_n, mask=mask_n, other=0)
+    total = tl.load(out_size_ptr + pid_b * R + slot, mask=mask_n, other=1.0)
+    size = tl.full([BLOCK_N], 1.0, tl.float32)
+    if HAS_SIZE:
+        size = tl.load(size_ptr + pid_b * N + offs_n, mask=mask_n, other=0.0)
+    g = tl.load(
+        grad_out_ptr + (pid_b * R + slot)[:, None] * D + offs_d[None, :], mask=mask_nd, other=0.0
+    )  # [BLOCK_N, BLOCK_D]
+    scaled = g.to(tl.float32) * tl.div_rn(size, total)[:, None]
+    tl.store(
+        grad_ptr + (pid_b * N + offs_n)[:, None] * D + offs_d[None, :],
+        scaled.to(g.dtype),
+        mask=mask_nd,
+    )
+
+
+def match(metric: Tensor, r: int, num_prefix_tokens: int) -> Tensor:
+    """Allocate, read the launch table, launch: scores and partners, then slots."""
+    B, N, C = metric.shape
+    metric = launch.addressable(metric)
+    num_a = (N + 1) // 2
+    best = metric.new_empty(B, num_a, dtype=torch.float32)
+    partner = metric.new_empty(B, num_a, dtype=torch.int32)
+    slots = metric.new_empty(B, N, dtype=torch.int32)
+    block_a, block_b, block_c, num_warps = launch.bipartite_match(C, metric.element_size())
+    if B == 0:
+        return slots
+    with launch.on_device(metric):
+        _match_kernel[(B, triton.cdiv(num_a, block_a))](
+            *(metric, best, partner, metric.stride(0), metric.stride(1), N, C),
+            SMALLEST_SQUARE=SMALLEST_SQUARE,
+            WIDEN=triton.knobs.runtime.interpret,
+            BLOCK_A=block_a,
+            BLOCK_B=block_b,
+            BLOCK_C=block_c,
+            num_warps=num_warps,
+        )
+        block_a = max(16, launch.next_power_of_2(num_a))
+        _slots_kernel[(B,)](
+            *(best, partner, slots, N, r), P=num_prefix_tokens, BLOCK_A=block_a, num_warps=4
+        )
+    return slots
+
+
+def merge_fwd(
+    tokens: Tensor, size: Tensor | None, slots: Tensor, num_rows: int
+) -> tuple[Tensor, Tensor]:
+    """Allocate, read the launch table, launch."""
+    B, N, D = tokens.shape
+    tokens = launch.addressable(tokens)
+    size = None if size is None else size.contiguous()
+    out = tokens.new_empty(B, num_rows, D)
+    out_size = tokens.new_empty(B, num_rows, dtype=torch.float32)
+    num_a = (N + 1) // 2
+    block_a, block_r, block_d, num_warps = launch.bipartite_merge(num_a, tokens.element_size())
+    if B == 0:
+        return out, out_size
+    with launch.on_device(tokens):
+        grid = (B, triton.cdiv(num_rows, block_r), max(1, triton.cdiv(D, block_d)))
+        _merge_fwd_kernel[grid](
+            *(tokens, size, slots, out, out_size, tokens.stride(0), tokens.stride(1)),
+            *(N, num_rows, D),
+            HAS_SIZE=size is not None,
+            BLOCK_A=block_a,
+            BLOCK_R=block_r,
+            BLOCK_D=block_d,
+            num_warps=num_warps,
+        )
+    return out, out_size
+
+
+def merge_bwd(grad_out: Tensor, size: Tensor | None, out_size: Tensor, slots: Tensor) -> Tensor:
+    """Allocate, read launch.py, launch."""
+    grad_out = grad_out.contiguous()
+    size = None if size is None else size.contiguous()
+    (B, R, D), N = grad_out.shape, slots.shape[1]
+    grad = grad_out.new_empty(B, N, D)
+    block_n, block_d, num_warps = launch.reduce_backward(grad_out.element_size())
+    if grad.numel() == 0:
+        return grad
+    with launch.on_device(grad_out):
+        _merge_bwd_kernel[(B, triton.cdiv(N, block_n), triton.cdiv(D, block_d))](
+            *(grad_out, size, out_size, slots, grad, N, R, D),
+            HAS_SIZE=size is not None,
+            BLOCK_N=block_n,
+            BLOCK_D=block_d,
+            num_warps=num_warps,
+        )
+    return grad

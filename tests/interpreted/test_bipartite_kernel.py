@@ -1,0 +1,177 @@
+"""The bipartite_merge kernels, run by the interpreter, against the PyTorch form in fp64."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+import elip_kernels.bipartite as bipartite
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NAN, INF = float("nan"), float("inf")
+ALL_OPS = [f"elip::bipartite_{name}" for name in ("match", "merge", "merge_backward")]
+SHAPES = [(197, 16), (257, 128), (50, 24), (38, 1), (9, 4), (3, 1), (2, 1)]  # N, r
+
+
+def inputs(B, N, D=40, C=24, dtype=torch.float32):
+    """tokens, metric, size; every token stands for 1 to 5."""
+    size = torch.randint(1, 6, (B, N)).float()
+    return torch.randn(B, N, D).to(dtype), torch.randn(B, N, C).to(dtype), size
+
+
+def check(launches, tokens, metric, r, size=None, num_prefix_tokens=1):
+    """Forward and backward: slots equal, rows of one token bit by bit, the others within an ulp."""
+    options = {"num_prefix_tokens": num_prefix_tokens, "return_info": True}
+    before = launches.copy()
+    leaf = tokens.detach().requires_grad_()
+    out, out_size, info = bipartite.bipartite_merge(leaf, metric, r, size=size, **options)
+    grad_out = torch.randn(out.shape).to(out.dtype)
+    out.backward(grad_out)
+    assert launches - before == Counter(ALL_OPS)
+
+    exact = tokens.detach().double().requires_grad_()
+    double = None if size is None else size.double()
+    expected, expected_size, expected_info = bipartite.bipartite_merge(
+        exact, metric.double(), r, size=double, **options
+    )
+    expected.backward(grad_out.double())
+    assert torch.equal(info.slots, expected_info.slots)
+    torch.testing.assert_close(out_size.double(), expected_size, atol=0, rtol=1e-6)
+    # The interpreter truncates where the hardware rounds to bf16: one ulp instead of half.
+    ulp = torch.finfo(out.dtype).eps
+    alone = bipartite.source_matrix(info).sum(2) == 1
+    assert torch.equal(out[alone], expected[alone].to(out.dtype))
+    for got, right in ((out, expected), (leaf.grad, exact.grad)):
+        assert ((got.double() - right).abs() <= 1e-6 + 2 * ulp * right.abs()).all()
+    return out, info
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("N", "r"), SHAPES)
+def test_kernel_agrees_with_fp64(launches, N, r, dtype):
+    tokens, metric, size = inputs(2, N, dtype=dtype)
+    check(launches, tokens, metric, r, size, num_prefix_tokens=int(N > 2))
+
+
+@pytest.mark.parametrize("p", [0, 1])
+@pytest.mark.parametrize("N", [16, 17])
+def test_every_r_with_and_without_a_class_token(launches, N, p):
+    tokens, metric, _ = inputs(2, N)
+    for r in range(1, (N - p) // 2 + 1):
+        check(launches, tokens, metric, r, num_prefix_tokens=p)
+
+
+@pytest.mark.parametrize(("D", "C"), [(1, 1), (63, 64), (130, 65), (300, 200)])
+def test_any_width(launches, D, C):
+    tokens, metric, size = inputs(2, 21, D, C, torch.bfloat16)
+    metric = metric if C > 1 else metric.sign()
+    check(launches, tokens, metric, 7, size)
+
+
+def test_the_longest_image_and_a_metric_of_another_dtype(launches):
+    tokens, metric, size = inputs(1, 1025, 8, 16)
+    check(launches, tokens.bfloat16(), metric, 512, size)
+    check(launches, tokens[:, :70], metric[:, :70].half(), 30)
+
+
+@pytest.mark.parametrize("r", [1, 4, 9])
+def test_ties_go_to_the_lower_index(launches, r):
+    metric = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1]])[torch.randint(2, (3, 20))]
+    metric[0] = 1.0
+    tokens = torch.randn(3, 20, 8)
+    check(launches, tokens, metric, r)
+    check(launches, tokens, metric.bfloat16(), r)
+    _, info = check(launches, tokens, torch.ones(3, 20, 4), r)
+    assert (info.slots[:, 2 : 2 * r + 2 : 2] == 10 - r).all()
+
+
+@pytest.mark.parametrize("bad", [NAN, 0.0, INF])
+@pytest.mark.parametrize("r", [1, 5, 9])
+def test_a_metric_without_direction_ranks_last(launches, r, bad):
+    tokens, metric, size = inputs(3, 19)
+    metric[0, 1] = metric[0, 6] = metric[0, 7] = bad
+    metric[1, ::2] = bad
+    metric[2, 1::2] = bad
+    check(launches, tokens, metric, r, size)
+
+
+def test_a_token_touches_its_own_row_only(launches):
+    tokens, metric, size = inputs(1, 19)
+    tokens[0, 4] = NAN
+    tokens[0, 7] = INF
+    merged, _, info = bipartite.bipartite_merge(tokens, metric, 6, size=size, return_info=True)
+    finite = torch.ones(13, dtype=torch.bool)
+    finite[info.slots[0, [4, 7]].long()] = False
+    assert merged[0, finite].isfinite().all()
+    assert not merged[0, ~finite].isfinite().any()
+    assert launches["elip::bipartite_merge"] == 1
+
+
+def test_all_merge_into_one(launches):
+    tokens, metric, size = inputs(2, 41)
+    metric[:, 11] = metric.mean(1)
+    metric[:, 1::2] = -metric[:, 11:12]
+    metric[:, 11] *= -1
+    metric[:, ::2] = metric[:, 11:12] + 0.1 * metric[:, ::2]
+    _, info = check(launches, tokens, metric, 20, size)
+    assert (info.slots[:, 2::2] == info.slots[:, 11:12]).all()
+
+
+@pytest.mark.parametrize("layout", ["LND", "sliced", "every second", "expanded"])
+def test_strided_inputs(launches, layout):
+    tokens, metric, size = inputs(3, 20, 32, 16)
+    if layout == "LND":
+        tokens = tokens.transpose(0, 1).contiguous().transpose(0, 1)
+        metric = metric.transpose(0, 1).contiguous().transpose(0, 1)
+    elif layout == "sliced":
+        tokens, metric = (
+            torch.randn(3, 25, 40)[:, 3:23, 5:37],
+            torch.randn(3, 25, 40)[:, 2:22, 9:25],
+        )
+        size = torch.rand(3, 60)[:, 1:60:3] + 1
+    elif layout == "every second":
+        tokens, metric = torch.randn(3, 20, 64)[..., ::2], torch.randn(3, 20, 32)[..., ::2]
+    else:
+        tokens, metric = tokens[:1].expand(3, -1, -1), metric[:1].expand(3, -1, -1)
+        size = size[:1].expand(3, -1)
+    check(launches, tokens, metric, 8, size)
+
+
+def test_empty_batch_launches_nothing(launches):
+    tokens = torch.randn(0, 20, 8, requires_grad=True)
+    merged, size = bipartite.bipartite_merge(tokens, torch.randn(0, 20, 4), 5)
+    merged.sum().backward()
+    assert merged.shape == (0, 15, 8) and size.shape == (0, 15)
+    assert tokens.grad.shape == tokens.shape
+
+
+def test_no_output_is_left_unwritten_and_runs_repeat(launches, poisoned_memory):
+    tokens, metric, size = inputs(2, 35, 72)
+    runs = []
+    for _ in range(2):
+        leaf = tokens.detach().requires_grad_()
+        merged, sizes, info = bipartite.bipartite_merge(
+            leaf, metric, 11, size=size, return_info=True
+        )
+        merged.square().sum().backward()
+        runs.append((merged.detach(), sizes, info.slots, leaf.grad))
+    assert all(map(torch.equal, *runs))
+    assert merged.isfinite().all() and leaf.grad.isfinite().all()
+    assert (sizes.sum(1) == size.sum(1)).all()
+    assert ((info.slots >= 0) & (info.slots < 24)).all()
+    assert launches["elip::bipartite_merge_backward"] == 2
+
+
+def test_fp64_and_long_inputs_take_the_pytorch_form(launches, monkeypatch):
+    def refuse(*args):
+        raise AssertionError("launched")
+
+    for name in ("match", "merge_fwd", "merge_bwd"):
+        monkeypatch.setattr(bipartite, name, refuse)
+    tokens, metric, size = inputs(1, 9)
+    leaf = tokens.double().requires_grad_()
+    bipartite.bipartite_merge(leaf, metric.double(), 3, size=size)[0].sum().backward()
+    monkeypatch.setattr("elip_kernels.launch.MAX_TOKENS", 8)
+    leaf = tokens.requires_grad_()
+    bipartite.bipartite_merge(leaf, metric, 3)[0].sum().backward()
+    assert launches == Counter(dict.fromkeys(ALL_OPS, 2))  # dispatched, and handed on
