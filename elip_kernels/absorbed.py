@@ -78,3 +78,16 @@ def absorbed_query(
     key = k_weight.to(dtype).view(num_heads, -1, D)
     absorbed = torch.einsum("bhd,hdc->bhc", query * scale, key)
     return (absorbed if gamma is None else absorbed * gamma).contiguous()
+
+
+def absorbed_operands(
+    tokens: Tensor, cls: Tensor, query: Tensor, eps: float
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """u centred, as query + rest in the dtype of `tokens` (no rest for fp32), and CLS's scores."""
+    normed = F.layer_norm(cls.to(query.dtype), cls.shape[1:], eps=eps)
+    cls_score = torch.bmm(query, normed[..., None])[..., 0].contiguous()
+    centred = query - query.mean(-1, keepdim=True)
+    if tokens.dtype == torch.float32:
+        return centred, None, cls_score
+    rounded = centred.to(tokens.dtype)
+    return rounded, (centred - rounded.float()).to(tokens.dtype), cls_score

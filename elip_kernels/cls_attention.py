@@ -21,7 +21,13 @@ from elip_kernels import launch
 from elip_kernels._autocast import without_autocast
 from elip_kernels._triton import tl, triton
 from elip_kernels._validate import check_device, check_mask, check_shape, check_tensor, message
-from elip_kernels.absorbed import absorbed_query, accumulator, check_absorbed, check_scale
+from elip_kernels.absorbed import (
+    absorbed_operands,
+    absorbed_query,
+    accumulator,
+    check_absorbed,
+    check_scale,
+)
 
 
 def cls_attention(
@@ -262,19 +268,6 @@ def _cls_attention_kernel(
         weight = tl.exp(score - tl.max(score, 0))
         row += weight / (tl.sum(weight, 0) * H)
     tl.store(out_ptr + pid_b * N + offs_n, row, mask=mask_n)
-
-
-def absorbed_operands(
-    tokens: Tensor, cls: Tensor, query: Tensor, eps: float
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """u centred, as query + rest in the dtype of `tokens` (no rest for fp32), and CLS's scores."""
-    normed = F.layer_norm(cls.to(query.dtype), cls.shape[1:], eps=eps)
-    cls_score = torch.bmm(query, normed[..., None])[..., 0].contiguous()
-    centred = query - query.mean(-1, keepdim=True)
-    if tokens.dtype == torch.float32:
-        return centred, None, cls_score
-    rounded = centred.to(tokens.dtype)
-    return rounded, (centred - rounded.float()).to(tokens.dtype), cls_score
 
 
 def _from_tokens(tokens: Tensor, cls: Tensor, query: Tensor, eps: float) -> Tensor:

@@ -18,8 +18,13 @@ from elip_kernels import launch
 from elip_kernels._autocast import without_autocast
 from elip_kernels._triton import tl, triton
 from elip_kernels._validate import check_flags, check_keep
-from elip_kernels.absorbed import absorbed_query, accumulator, check_absorbed
-from elip_kernels.cls_attention import absorbed_operands, absorbed_reference, absorbed_row
+from elip_kernels.absorbed import (
+    absorbed_operands,
+    absorbed_query,
+    accumulator,
+    check_absorbed,
+)
+from elip_kernels.cls_attention import absorbed_reference, absorbed_row
 from elip_kernels.reduce import (
     EPSILON,
     ReductionInfo,

@@ -12,7 +12,11 @@ __all__ = ["Schedule", "create_model", "encode_image", "guidance", "reduce_", "u
 def __getattr__(name: str) -> Any:
     """`create_model` on first use: it brings timm and transformers in."""
     if name == "create_model":
-        from elip_models.registry import create_model
-
+        try:
+            from elip_models.registry import create_model
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f"create_model needs {error.name}: pip install 'elip-kernels[models]'"
+            ) from error
         return create_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,6 +5,8 @@ from functools import partial
 import timm
 import torch
 
+import elip_models
+
 SCHEDULE = "1(100%) 2(80%) 2(50%) 1(30%)"
 WIDTH = 32
 
@@ -38,3 +40,25 @@ def images(batch=2):
 
 def text(batch=2):
     return torch.randn(batch, WIDTH)
+
+
+def gradients(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal_gradients(got, expected, **tolerance):
+    assert got.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(
+            got[name], expected[name], **(tolerance or {"rtol": 0, "atol": 0})
+        )
+
+
+def gradients_of_a_step(model, x, t, wrap=lambda m: m):
+    """Gradients of one step; backward runs after the guidance context has ended."""
+    model.zero_grad()
+    torch.manual_seed(7)
+    with elip_models.guidance(model, t):
+        out = wrap(model)(x)
+    out.square().sum().backward()
+    return gradients(model)

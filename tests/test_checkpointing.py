@@ -1,0 +1,139 @@
+"""Activation checkpointing of a reduced model: what was selected is replayed, not scored again."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+import elip_models
+from elip_models.reduction import stage
+from elip_models.reduction.patch import MAX_PASSES
+from tests.towers import (
+    SCHEDULE,
+    assert_equal_gradients,
+    clip_vit,
+    gradients,
+    gradients_of_a_step,
+    images,
+    text,
+)
+
+
+def reentrant(model):
+    def forward(x):
+        x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+        for block in model.blocks:
+            x = checkpoint(block, x, use_reentrant=True)
+        return model.forward_head(model.norm(x))
+
+    return forward
+
+
+def segments(model):
+    def forward(x):
+        x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+        x = checkpoint_sequential(model.blocks, 2, x, use_reentrant=False)
+        return model.forward_head(model.norm(x))
+
+    return forward
+
+
+def timm_checkpointing(model):
+    model.set_grad_checkpointing()
+    return model
+
+
+@pytest.mark.parametrize("scorer", ["exact", "last"])
+@pytest.mark.parametrize("wrap", [reentrant, segments, timm_checkpointing])
+def test_checkpointing_replays_the_selection(wrap, scorer):
+    model = clip_vit(proj_drop_rate=0.2, attn_drop_rate=0.1, drop_path_rate=0.2)
+    elip_models.reduce_(model, schedule=SCHEDULE, scorer=scorer)
+    x, t = images(3), text(3)
+    expected = gradients_of_a_step(model, x, t)
+    rows = []
+    tower_row = stage.get_scorer(scorer).row
+
+    def counted(*args):
+        rows.append(args)
+        return tower_row(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "get_scorer", lambda name: stage.Scorer(counted, lambda n: 0))
+        got = gradients_of_a_step(model, x, t, wrap)
+    assert len(rows) == 3  # once a stage: nothing is scored again in backward
+    assert_equal_gradients(got, expected)
+
+
+def checkpointed(use_reentrant):
+    def forward(model, x):
+        return checkpoint(model, x, use_reentrant=use_reentrant)
+
+    return forward
+
+
+def sequential(model, x):
+    x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+    x = checkpoint_sequential(model.blocks, 2, x, use_reentrant=False)
+    return model.forward_head(model.norm(x))
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("order", ["first in, first out", "last in, first out"])
+@pytest.mark.parametrize(
+    "forward", [checkpointed(True), checkpointed(False), sequential], ids=["re", "non-re", "seq"]
+)
+def test_a_recomputation_finds_its_own_pass(forward, order, mode):
+    """The same images under other texts, and a pass without gradient in between."""
+    model = getattr(clip_vit(), mode)()
+    elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact", fusion=0.2)
+    x, texts = images(3).requires_grad_(), [text(3) for _ in range(3)]
+    expected = [gradients_of_a_step(model, x, t) for t in texts]
+    losses = []
+    for t in texts:
+        with elip_models.guidance(model, t):
+            losses.append(forward(model, x).square().sum())
+        with elip_models.guidance(model, text(3)), torch.no_grad():
+            model(x)
+    indices = range(3) if order.startswith("first") else reversed(range(3))
+    for i in indices:
+        model.zero_grad()
+        losses[i].backward()
+        assert_equal_gradients(gradients(model), expected[i], rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_compiled_one_by_one_replay_too():
+    """Once compiled: torch itself refuses the recomputation of a block that it first compiles."""
+    torch._dynamo.reset()
+    model = clip_vit()
+    elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact", fusion=0.2)
+    x, t = images(3), text(3)
+    expected = gradients_of_a_step(model, x, t)
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    assert_equal_gradients(gradients_of_a_step(model, x, t), expected, rtol=1e-4, atol=1e-4)
+    got = gradients_of_a_step(model, x, t, timm_checkpointing)
+    assert_equal_gradients(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_memory_of_passes_is_bounded_and_inference_has_none():
+    model = clip_vit()
+    elip_models.reduce_(model, schedule=SCHEDULE)
+    hook = next(iter(model.blocks[1]._forward_pre_hooks.values()))
+    model.eval()
+    with torch.inference_mode():
+        model(images())
+    assert not hook.replay.passes
+    for _ in range(MAX_PASSES + 5):
+        model(images(1))
+    assert len(hook.replay.passes) == MAX_PASSES
+
+
+def test_a_pass_that_was_forgotten_is_an_error():
+    model = clip_vit()
+    elip_models.reduce_(model, schedule=SCHEDULE)
+    x = images(1).requires_grad_()
+    for use_reentrant in (True, False):
+        loss = checkpoint(model, x, use_reentrant=use_reentrant).sum()
+        for _ in range(MAX_PASSES + 1):
+            checkpoint(model, x, use_reentrant=use_reentrant)
+        with pytest.raises(RuntimeError, match="run backward sooner"):
+            loss.backward()
