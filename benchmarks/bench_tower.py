@@ -7,8 +7,9 @@ import torch
 
 import elip_models
 from elip_models.profile import profile_tower
+from elip_models.reduction.schedule import PRESETS
 
-SCHEDULE = "2(100%) 2(90%) 6(65%) 2(40%)"
+SCHEDULE = PRESETS["albef"]
 
 
 def check_parity(model, images, text):

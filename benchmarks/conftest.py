@@ -5,6 +5,8 @@ import platform
 import pytest
 import torch
 
+from elip_models.profile import NO_GAIN
+
 REPORTS = pytest.StashKey[list]()
 
 
@@ -39,5 +41,5 @@ def pytest_terminal_summary(terminalreporter, config):
     for name, ratios in rows:
         terminalreporter.write_line(name)
         for label, ratio in ratios.items():
-            verdict = "  no gain" if ratio > 0.97 and ratio != 1.0 else ""
+            verdict = "  no gain" if ratio > NO_GAIN and ratio != 1.0 else ""
             terminalreporter.write_line(f"  {label:<32}{ratio:8.3f}{verdict}")

@@ -61,7 +61,7 @@ def opened(spec: object) -> Source:
     return open_source(str(spec), image_size=16)
 
 
-# The dataset in shared/
+# The emoji shards and lists
 
 
 @needs_emoji_data

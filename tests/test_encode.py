@@ -48,8 +48,6 @@ def test_scorers_by_their_definition(scorer):
     scorer = 2 if scorer == "2-layer stages" else scorer
     schedule = "2(100%) 4(50%)"
     model, x, t = clip_vit(), images(), text()
-    tokens = elip_models.encode_image(model, x, schedule="6(100%)")
-    del tokens
     y = model.norm_pre(model._pos_embed(model.patch_embed(x)))
     y = model.blocks[1](model.blocks[0](y))
     entering = y.clone()
