@@ -66,3 +66,20 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def captions() -> list[str]:
+    """All captions of a hundred scenes."""
+    from elip_models.data import EmojiScenes
+
+    source = EmojiScenes(100, seed=1)
+    return [text for index in range(100) for text in source.captions(index)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(captions):
+    """A tokenizer trained on `captions`."""
+    from elip_models.data import train_tokenizer
+
+    return train_tokenizer(captions, 600)

@@ -1,0 +1,133 @@
+"""Preparation of a sample: image transforms and tokenizers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from elip_models.data import image_transform, load_tokenizer, train_tokenizer
+from elip_models.data.tokenizer import MIN_VOCAB_SIZE
+
+
+def test_evaluation_resizes_and_crops_the_centre():
+    image = Image.new("RGB", (60, 20), "black")
+    image.paste("white", (20, 0, 40, 20))
+    tensor = image_transform(8, train=False, mean=(0, 0, 0), std=(1, 1, 1))(image)
+    assert type(tensor) is Tensor and tensor.shape == (3, 8, 8) and tensor.dtype == torch.float32
+    assert (tensor[:, :, 1:-1] > 0.99).all()
+
+
+def test_training_never_mirrors_left_and_right():
+    image = Image.new("RGB", (32, 32), "black")
+    image.paste("white", (0, 0, 16, 32))
+    transform = image_transform(32, train=True)
+    for _ in range(50):
+        tensor = transform(image)
+        assert tensor[:, :, 0].min() > tensor[:, :, -1].max()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"image_size": 0}, ValueError, "image_size: expected at least 1, got 0"),
+        ({"image_size": 8.0}, TypeError, r"image_size: expected an int, got 8\.0"),
+        ({"train": 1}, TypeError, "train: expected True or False, got 1"),
+        ({"mean": 0.5}, TypeError, r"mean: expected 3 numbers, got 0\.5"),
+        ({"mean": (0.5,)}, ValueError, r"mean: expected 3 numbers, got \(0\.5,\)"),
+        ({"std": (1, 1, "1")}, TypeError, r"std: expected 3 numbers, got \(1, 1, '1'\)"),
+        ({"std": (1, 1, 0)}, ValueError, r"std: expected values above 0, got \(1, 1, 0\)"),
+        ({"scale": (0.9, 0.5)}, ValueError, "scale: expected 0 < least <= most <= 1, got"),
+        ({"scale": 0.9}, TypeError, r"scale: expected 2 numbers, got 0\.9"),
+    ],
+)
+def test_bad_transform_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        image_transform(**{"image_size": 8, "train": True, **arguments})
+
+
+# Tokenizer
+
+
+def test_tokenizer_round_trip(tokenizer, captions, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded(captions[:50]).input_ids == tokenizer(captions[:50]).input_ids
+    assert loaded.all_special_tokens == tokenizer.all_special_tokens
+    names = ("pad", "bos", "eos", "unk", "cls", "sep", "mask")
+    tokens = {name: getattr(loaded, f"{name}_token") for name in names}
+    assert tokens == {
+        "pad": "[PAD]",
+        "bos": "[CLS]",
+        "eos": "[SEP]",
+        "unk": "[UNK]",
+        "cls": "[CLS]",
+        "sep": "[SEP]",
+        "mask": "[MASK]",
+    }
+    assert loaded.pad_token_id == 0
+
+
+def test_tokenizer_lower_cases_and_encodes_any_text(tokenizer):
+    ids = tokenizer("Two DOGS, café 🐶").input_ids
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids, skip_special_tokens=True).strip() == "two dogs, café 🐶"
+    assert tokenizer("a", "b").input_ids.count(tokenizer.sep_token_id) == 2
+
+
+def test_training_a_tokenizer_is_deterministic_and_keeps_to_the_size(tokenizer, captions):
+    again = train_tokenizer(iter(captions), 600)
+    assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    assert len(tokenizer) <= 600
+    assert len(train_tokenizer(captions, MIN_VOCAB_SIZE)) == MIN_VOCAB_SIZE
+
+
+@pytest.mark.parametrize(
+    ("captions", "vocab_size", "error", "message"),
+    [
+        (["a"], MIN_VOCAB_SIZE - 1, ValueError, "vocab_size: expected at least 261, got 260"),
+        (["a"], "300", TypeError, "vocab_size: expected an int, got '300'"),
+        ("a dog", 300, TypeError, "captions: expected several texts, got the single text 'a dog'"),
+        (["a", 3], 300, TypeError, "captions: expected texts, got 3"),
+        ([], 300, ValueError, "captions: expected at least one text, got none"),
+    ],
+)
+def test_bad_tokenizer_training(captions, vocab_size, error, message):
+    with pytest.raises(error, match=message):
+        train_tokenizer(captions, vocab_size)
+
+
+def save_variant(tokenizer, folder: Path, *, post_processor: bool = True, **tokens: str) -> Path:
+    """The tokenizer with only `tokens` as its special tokens."""
+    from tokenizers import Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    model = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    if not post_processor:
+        model.post_processor = processors.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=model, **tokens).save_pretrained(folder)
+    return folder
+
+
+def test_a_loaded_tokenizer_gets_the_end_and_pad_tokens_it_lacks(tokenizer, tmp_path):
+    bert = load_tokenizer(save_variant(tokenizer, tmp_path / "a", sep_token="[SEP]"))
+    assert (bert.eos_token, bert.pad_token) == ("[SEP]", "[SEP]")
+    clip = load_tokenizer(save_variant(tokenizer, tmp_path / "b", eos_token="[SEP]"))
+    assert clip.pad_token_id == clip.eos_token_id
+
+
+def test_tokenizers_that_cannot_serve_are_refused(tokenizer, tmp_path):
+    with pytest.raises(TypeError, match="name_or_path: expected a folder or a name, got 3"):
+        load_tokenizer(3)
+    with pytest.raises(FileNotFoundError, match=r"name_or_path: expected a folder .*got '.*none'"):
+        load_tokenizer(tmp_path / "none")
+    endless = save_variant(tokenizer, tmp_path / "a", pad_token="[PAD]")
+    with pytest.raises(ValueError, match="expected a tokenizer with an eos or sep token, got"):
+        load_tokenizer(endless)
+    bare = save_variant(tokenizer, tmp_path / "b", post_processor=False, eos_token="[SEP]")
+    with pytest.raises(ValueError, match=r"expected a tokenizer that ends a text with '\[SEP\]'"):
+        load_tokenizer(bare)
+
+
+# Arguments
