@@ -27,6 +27,7 @@ from elip_kernels._autocast import without_autocast
 from elip_kernels._validate import check_device, check_flags, check_shape, check_tensor, message
 from elip_kernels.absorbed import accumulator
 from elip_kernels.bipartite_kernels import SMALLEST_SQUARE, match, merge_bwd, merge_fwd
+from elip_kernels.rows import flat_rows, sum_rows, take_rows
 
 
 class BipartiteInfo(NamedTuple):
@@ -89,7 +90,7 @@ def unmerge(merged: Tensor, info: BipartiteInfo) -> Tensor:
     B, D = info.slots.shape[0], merged.shape[2]
     check_shape("merged", merged, (B, info.num_rows, D), "(B, N-r, D)")
     check_device("merged", merged, "info.slots", info.slots)
-    return _take_rows(merged, info.slots)
+    return take_rows(merged, info.slots)
 
 
 def source_matrix(info: BipartiteInfo) -> Tensor:
@@ -167,7 +168,7 @@ def merge_reference(
     tokens: Tensor, size: Tensor | None, slots: Tensor, num_rows: int
 ) -> tuple[Tensor, Tensor]:
     """The specification of the merge -> out (B, R, D), its sizes (B, R)."""
-    (B, N, D), rows = tokens.shape, _flat_rows(slots, num_rows)
+    (B, N, D), rows = tokens.shape, flat_rows(slots, num_rows)
     if size is None:
         size = tokens.new_ones(B, N, dtype=accumulator(tokens.dtype))
     out_size = size.new_zeros(B * num_rows).index_add_(0, rows, size.reshape(-1))
@@ -181,22 +182,9 @@ def merge_backward_reference(
     grad_out: Tensor, size: Tensor | None, out_size: Tensor, slots: Tensor
 ) -> Tensor:
     """grad_out (B, R, D) -> grad_tokens (B, N, D)."""
-    total = _take_rows(out_size[..., None], slots)
-    weight = total.reciprocal() if size is None else size[..., None] / total
-    grad = _take_rows(grad_out, slots).to(weight.dtype)
-    return grad.mul_(weight).to(grad_out.dtype)
-
-
-def _flat_rows(slots: Tensor, num_rows: int) -> Tensor:
-    """slots (B, N) -> (B*N,) int64, rows of all images counted through."""
-    first = torch.arange(slots.shape[0], device=slots.device)[:, None] * num_rows
-    return (slots + first).view(-1)
-
-
-def _take_rows(x: Tensor, slots: Tensor) -> Tensor:
-    """x (B, R, D), slots (B, N) -> (B, N, D), one pass."""
-    B, R, D = x.shape
-    return x.reshape(B * R, D).index_select(0, _flat_rows(slots, R)).view(*slots.shape, D)
+    total = out_size.gather(1, slots.long())
+    weight = total.reciprocal() if size is None else size / total
+    return sum_rows(grad_out, slots[..., None], weight[..., None])
 
 
 @torch.library.custom_op("elip::bipartite_match", mutates_args=())

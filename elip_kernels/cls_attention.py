@@ -24,6 +24,7 @@ from elip_kernels._validate import check_device, check_mask, check_shape, check_
 from elip_kernels.absorbed import (
     absorbed_operands,
     absorbed_query,
+    absorbed_row,
     accumulator,
     check_absorbed,
     check_scale,
@@ -157,61 +158,6 @@ def absorbed_reference(
     normed = F.layer_norm(tokens.to(query.dtype), (D,), eps=eps)
     normed[:, 0] = F.layer_norm(cls.to(query.dtype), (D,), eps=eps)
     return normed, torch.bmm(query, normed.mT).softmax(-1)
-
-
-@triton.jit
-def absorbed_row(
-    tokens_ptr, query_ptr, rest_ptr, cls_score_ptr, stride_tn, N, D, H, eps,
-    HAS_REST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """One image's head mean of softmax rows -> (patches [BLOCK_N], CLS scalar), fp32.
-
-    u is centred, so the mean of x drops out of u . z and only rstd is left. Where x has two bytes,
-    u comes as query + rest of that type: two products into one fp32 accumulator.
-    """
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_h = tl.arange(0, BLOCK_H)
-    offs_k = tl.arange(0, BLOCK_K)
-    mask_n = offs_n < N - 1
-    mask_h = offs_h < H
-    score = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
-    mean = tl.zeros([BLOCK_N], tl.float32)
-    squares = tl.zeros([BLOCK_N], tl.float32)
-    for k in range(0, D, BLOCK_K):
-        mask_k = k + offs_k < D
-        x = tl.load(
-            tokens_ptr + (1 + offs_n)[:, None] * stride_tn + (k + offs_k)[None, :],
-            mask=mask_n[:, None] & mask_k[None, :],
-            other=0.0,
-        )  # [BLOCK_N, BLOCK_K]
-        offs_u = offs_h[:, None] * D + (k + offs_k)[None, :]
-        mask_u = mask_h[:, None] & mask_k[None, :]
-        u = tl.load(query_ptr + offs_u, mask=mask_u, other=0.0)  # [BLOCK_H, BLOCK_K]
-        wide = x.to(tl.float32)
-        left = wide if WIDEN else x
-        right = u.to(tl.float32) if WIDEN else u
-        score = tl.dot(left, tl.trans(right), score, input_precision=PRECISION)
-        if HAS_REST:
-            rest = tl.load(rest_ptr + offs_u, mask=mask_u, other=0.0)
-            rest = rest.to(tl.float32) if WIDEN else rest
-            score = tl.dot(left, tl.trans(rest), score, input_precision=PRECISION)
-        # Chan's update of the mean and of the sum of squared deviations
-        width = tl.minimum(D - k, BLOCK_K) * 1.0
-        part = tl.sum(wide, 1) / width
-        deviation = tl.where(mask_k[None, :], wide - part[:, None], 0.0)
-        shift = part - mean
-        share = width / (k + width)
-        squares += tl.sum(deviation * deviation, 1) + shift * shift * (k * share)
-        mean += shift * share
-    rstd = 1.0 / tl.sqrt(squares / D + eps)
-    score = tl.where(mask_n[:, None], score * rstd[:, None], float("-inf"))
-    cls_score = tl.load(cls_score_ptr + offs_h, mask=mask_h, other=0.0)
-    top = tl.maximum(tl.max(score, 0), cls_score)
-    weight = tl.exp(score - top[None, :])
-    cls_weight = tl.exp(cls_score - top)
-    share = tl.where(mask_h, 1.0 / ((tl.sum(weight, 0) + cls_weight) * H), 0.0)
-    return tl.sum(weight * share[None, :], 1), tl.sum(cls_weight * share, 0)
 
 
 @triton.jit

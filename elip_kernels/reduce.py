@@ -21,6 +21,7 @@ from elip_kernels import launch
 from elip_kernels._autocast import without_autocast
 from elip_kernels._triton import tl, triton
 from elip_kernels._validate import check_flags, reduce_arguments
+from elip_kernels.rows import merge_rows, sum_rows, take_rows
 from elip_kernels.select import move_tile, select_and_weigh, store_selection
 
 EPSILON = 1e-6  # added to the dropped mass before dividing by it (Eq. 4)
@@ -123,7 +124,7 @@ def reduce_reference(
     weights = scores.new_zeros(B, N)
     prefix = torch.arange(p, device=tokens.device).expand(B, p)
     rows = torch.cat([prefix, kept, prefix.new_zeros(B, int(merge))], dim=1)
-    out = _take_rows(tokens, rows)
+    out = take_rows(tokens, rows)
     if merge:
         weight = scores.gather(1, dropped).nan_to_num(0.0, 0.0, 0.0)
         if real is not None:
@@ -131,9 +132,7 @@ def reduce_reference(
         if normalize:
             weight = weight / (weight.sum(1, keepdim=True) + EPSILON)
         weights.scatter_(1, dropped + p, weight)
-        others = _take_rows(tokens, dropped + p).to(weight.dtype)
-        others = others.masked_fill_(weight[..., None] == 0, 0.0)
-        out[:, -1] = torch.bmm(weight[:, None], others)[:, 0].to(out.dtype)
+        out[:, -1] = merge_rows(tokens, dropped + p, weight)
     slots = torch.full((B, N), first_dropped, dtype=torch.int32, device=tokens.device)
     order = torch.arange(first_dropped, dtype=torch.int32, device=tokens.device)
     slots.scatter_(1, rows[:, :first_dropped], order.expand(B, -1))
@@ -154,22 +153,14 @@ def _order_key(scores: Tensor, real: Tensor | None) -> Tensor:
     return key if real is None else key.masked_fill(~real, lowest)
 
 
-def _take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """x (B, N, D), rows (B, R) -> (B, R, D), one pass."""
-    B, N, D = x.shape
-    flat = rows + torch.arange(B, device=x.device)[:, None] * N
-    return x.reshape(B * N, D).index_select(0, flat.view(-1)).view(*rows.shape, D)
-
-
 def reduce_backward_reference(
     grad_out: Tensor, slots: Tensor, weights: Tensor, merge: bool
 ) -> Tensor:
     """grad_out (B, R, D) -> grad_tokens (B, N, D)."""
     num_copied = grad_out.shape[1] - int(merge)
-    is_copied = slots < num_copied
-    scale = weights.masked_fill(is_copied, 1.0)[..., None]
-    rows = _take_rows(grad_out, slots.clamp(max=grad_out.shape[1] - 1).long())
-    return rows.to(scale.dtype).mul_(scale).to(grad_out.dtype)
+    scale = weights.masked_fill(slots < num_copied, 1.0)[..., None]
+    rows = slots.clamp(max=grad_out.shape[1] - 1).long()
+    return sum_rows(grad_out, rows[..., None], scale)
 
 
 @triton.jit

@@ -21,10 +21,11 @@ from elip_kernels._validate import check_flags, check_keep
 from elip_kernels.absorbed import (
     absorbed_operands,
     absorbed_query,
+    absorbed_row,
     accumulator,
     check_absorbed,
 )
-from elip_kernels.cls_attention import absorbed_reference, absorbed_row
+from elip_kernels.cls_attention import absorbed_reference
 from elip_kernels.reduce import (
     EPSILON,
     ReductionInfo,

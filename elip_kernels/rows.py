@@ -1,0 +1,36 @@
+"""Rows of a batch by index, in PyTorch: what the reference forms move tokens with."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def flat_rows(rows: Tensor, N: int) -> Tensor:
+    """rows (B, ...) of N rows an image -> (B * ...,), rows of all images counted through."""
+    first = torch.arange(rows.shape[0], device=rows.device) * N
+    return (rows + first.view(-1, *[1] * (rows.dim() - 1))).view(-1)
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """x (B, N, D), rows (B, R) -> (B, R, D), one pass."""
+    B, N, D = x.shape
+    return x.reshape(B * N, D).index_select(0, flat_rows(rows, N)).view(*rows.shape, D)
+
+
+def sum_rows(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+    """x (B, N, D), rows and weight (B, G, M) -> (B, G, D), summed in the dtype of `weight`."""
+    (B, N, D), (_, G, M) = x.shape, rows.shape
+    sums = F.embedding_bag(
+        flat_rows(rows, N).view(B * G, M),
+        x.reshape(B * N, D).to(weight.dtype),
+        per_sample_weights=weight.reshape(B * G, M),
+        mode="sum",
+    )
+    return sums.view(B, G, D).to(x.dtype)
+
+
+def merge_rows(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+    """x (B, N, D), rows and weight (B, M) -> (B, D); rows of weight zero are not read."""
+    heaviest = rows.gather(1, weight.abs().argmax(1, keepdim=True))
+    merged = sum_rows(x, rows.where(weight != 0, heaviest)[:, None], weight[:, None])[:, 0]
+    return merged.masked_fill_((weight == 0).all(1, keepdim=True), 0.0)
