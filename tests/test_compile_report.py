@@ -7,7 +7,7 @@ from elip_kernels._triton import HAS_TRITON
 if not HAS_TRITON:
     pytest.skip("triton is absent", allow_module_level=True)
 
-from elip_kernels.testing import compile_reduce, compile_rows, compile_score_reduce
+from elip_kernels.testing.compile import compile_reduce, compile_rows, compile_score_reduce
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

@@ -1,92 +1,19 @@
-"""Cases, inputs, the interpreter seam, the compile report: what can be shown without a GPU.
-
-The interpreter (TRITON_INTERPRET=1, set before triton is imported) runs a kernel on CPU tensors;
-`kernels_on_cpu` registers the launchers for them and counts the launches. `compile_kernel` compiles
-for an architecture that need not be there and reads registers, stack and vector width off the code.
-"""
+"""Compile a kernel for an architecture that need not be there, and read what its code says."""
 
 import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-import elip_kernels.reduce  # noqa: F401  (the module; its function has the same name)
 from elip_kernels import launch
 from elip_kernels._triton import triton
-
-
-@dataclass(frozen=True)
-class Case:
-    """One shape of `reduce`; its id reads as shapes."""
-
-    B: int
-    N: int
-    D: int
-    K: int
-    dtype: torch.dtype = torch.float32
-    num_prefix_tokens: int = 1
-
-    def __str__(self) -> str:
-        dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-        return f"B{self.B}-N{self.N}-D{self.D}-K{self.K}-{dtype.get(self.dtype, 'fp64')}"
-
-    def inputs(self, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """tokens (B, N, D) ~ N(0, 1), scores (B, N-p): a softmax row without CLS."""
-        generator = torch.Generator().manual_seed(seed)
-        tokens = torch.randn(self.B, self.N, self.D, generator=generator).to(self.dtype)
-        logits = torch.randn(self.B, self.N, generator=generator)
-        return tokens, logits.softmax(-1)[:, self.num_prefix_tokens :]
-
-
-REAL_SHAPES = [(257, 230), (257, 166), (257, 102), (197, 176), (197, 127), (197, 78), (50, 32)]
-UGLY_SHAPES = [(38, 1), (38, 36), (18, 9), (3, 1), (65, 64)]
-
-
-def cases(B: int, D: int, dtypes: tuple[torch.dtype, ...]) -> list[Case]:
-    """The real shapes and a few ugly ones: N odd, K = 1, K = N - 2."""
-    shapes = REAL_SHAPES + UGLY_SHAPES
-    return [Case(B, N, D, K, dtype) for dtype in dtypes for N, K in shapes if K < N - 1]
-
-
-@contextmanager
-def kernels_on_cpu() -> Iterator[Counter]:
-    """Inside, CPU tensors go to the Triton launchers; yields the launches by op.
-
-    Raises:
-        RuntimeError: the kernels were not decorated for the interpreter.
-    """
-    if not triton.knobs.runtime.interpret:
-        raise RuntimeError("set TRITON_INTERPRET=1 before importing elip_kernels")
-    launches: Counter = Counter()
-
-    def counted(op: Any, run: Any) -> None:
-        def kernel(*args: Any) -> Any:
-            launches[op._qualname] += 1
-            return run(*args)
-
-        op.register_kernel("cpu", kernel)
-        stack.callback(op.register_kernel, "cpu", op._init_fn)
-
-    with ExitStack() as stack:
-        for name in ("reduce", "cls_attention", "score_reduce", "bipartite"):
-            for op, run in _module(name).KERNELS:
-                counted(op, run)
-        yield launches
-
-
-def _module(name: str) -> Any:
-    import sys
-
-    return sys.modules[f"elip_kernels.{name}"]
+from elip_kernels.testing import _module
 
 
 @dataclass(frozen=True)
