@@ -314,7 +314,7 @@ SM90 = [(90, dtype, num_tokens) for dtype in ("bf16", "fp32") for num_tokens in 
 @pytest.mark.parametrize(("arch", "dtype", "num_tokens"), [*SM90, (80, "fp32", 257)])
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_compile_without_a_spill(name, arch, dtype, num_tokens):
-    from elip_kernels.testing import compile_kernel
+    from elip_kernels.testing.compile import compile_kernel
 
     signature, constants, num_warps = kernel_arguments(name, dtype, num_tokens)
     code = compile_kernel(
@@ -327,7 +327,7 @@ def test_kernels_compile_without_a_spill(name, arch, dtype, num_tokens):
 
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so there is nothing to compile")
 def test_kernels_compile_for_one_pair_and_without_sizes():
-    from elip_kernels.testing import compile_kernel
+    from elip_kernels.testing.compile import compile_kernel
 
     without_size = {"HAS_SIZE": False, "size_ptr": None}
     variants = dict(zip(KERNELS, ({}, {"R": 1}, without_size, without_size), strict=True))
