@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elip_kernels import launch
 from elip_kernels._triton import tl, triton
 from elip_kernels._validate import check_device, check_heads, check_shape, check_tensor, message
 
@@ -95,21 +96,18 @@ def absorbed_operands(
 
 
 @triton.jit
-def absorbed_row(
-    tokens_ptr, query_ptr, rest_ptr, cls_score_ptr, stride_tn, N, D, H, eps,
+def patch_scores(
+    tokens_ptr, query_ptr, rest_ptr, stride_tn, offs_n, N, D, H, eps,
     HAS_REST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One image's head mean of softmax rows -> (patches [BLOCK_N], CLS scalar), fp32.
+    """Scores u_h . z of an image's patches `offs_n`, counted from 0 -> [BLOCK_N, BLOCK_H] fp32.
 
     u is centred, so the mean of x drops out of u . z and only rstd is left. Where x has two bytes,
     u comes as query + rest of that type: two products into one fp32 accumulator.
     """
-    offs_n = tl.arange(0, BLOCK_N)
     offs_h = tl.arange(0, BLOCK_H)
     offs_k = tl.arange(0, BLOCK_K)
-    mask_n = offs_n < N - 1
-    mask_h = offs_h < H
     score = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
     mean = tl.zeros([BLOCK_N], tl.float32)
     squares = tl.zeros([BLOCK_N], tl.float32)
@@ -117,11 +115,11 @@ def absorbed_row(
         mask_k = k + offs_k < D
         x = tl.load(
             tokens_ptr + (1 + offs_n)[:, None] * stride_tn + (k + offs_k)[None, :],
-            mask=mask_n[:, None] & mask_k[None, :],
+            mask=(offs_n < N - 1)[:, None] & mask_k[None, :],
             other=0.0,
         )  # [BLOCK_N, BLOCK_K]
         offs_u = offs_h[:, None] * D + (k + offs_k)[None, :]
-        mask_u = mask_h[:, None] & mask_k[None, :]
+        mask_u = (offs_h < H)[:, None] & mask_k[None, :]
         u = tl.load(query_ptr + offs_u, mask=mask_u, other=0.0)  # [BLOCK_H, BLOCK_K]
         wide = x.to(tl.float32)
         left = wide if WIDEN else x
@@ -139,11 +137,114 @@ def absorbed_row(
         share = width / (k + width)
         squares += tl.sum(deviation * deviation, 1) + shift * shift * (k * share)
         mean += shift * share
-    rstd = 1.0 / tl.sqrt(squares / D + eps)
-    score = tl.where(mask_n[:, None], score * rstd[:, None], float("-inf"))
+    return score * (1.0 / tl.sqrt(squares / D + eps))[:, None]
+
+
+@triton.jit
+def head_mean(score, mask_n, cls_score_ptr, H, BLOCK_H: tl.constexpr):
+    """Scores [BLOCK_N, BLOCK_H] and those of CLS (H,) -> row (patches [BLOCK_N], CLS scalar)."""
+    offs_h = tl.arange(0, BLOCK_H)
+    mask_h = offs_h < H
+    score = tl.where(mask_n[:, None], score, float("-inf"))
     cls_score = tl.load(cls_score_ptr + offs_h, mask=mask_h, other=0.0)
     top = tl.maximum(tl.max(score, 0), cls_score)
     weight = tl.exp(score - top[None, :])
     cls_weight = tl.exp(cls_score - top)
     share = tl.where(mask_h, 1.0 / ((tl.sum(weight, 0) + cls_weight) * H), 0.0)
     return tl.sum(weight * share[None, :], 1), tl.sum(cls_weight * share, 0)
+
+
+@triton.jit
+def store_row(row_ptr, row, cls_row, offs_n, mask_n):
+    """An image's row (N,), CLS first."""
+    tl.store(row_ptr + 1 + offs_n, row, mask=mask_n)
+    tl.store(row_ptr, cls_row)
+
+
+@triton.jit
+def absorbed_row(
+    tokens_ptr, query_ptr, rest_ptr, cls_score_ptr, stride_tn, N, D, H, eps,
+    HAS_REST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """All of an image's patches in one program -> head mean of its softmax rows, as `head_mean`."""
+    offs_n = tl.arange(0, BLOCK_N)
+    score = patch_scores(
+        tokens_ptr, query_ptr, rest_ptr, stride_tn, offs_n, N, D, H, eps,
+        HAS_REST, WIDEN, PRECISION, BLOCK_N, BLOCK_H, BLOCK_K,
+    )  # fmt: skip
+    return head_mean(score, offs_n < N - 1, cls_score_ptr, H, BLOCK_H)
+
+
+@triton.jit
+def scores_kernel(
+    tokens_ptr, query_ptr, rest_ptr, scores_ptr, tops_ptr, totals_ptr, stride_tb, stride_tn,
+    N, D, H, eps,
+    HAS_REST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program per (image, tile of patches): their scores, and each head's maximum and sum."""
+    pid_b = tl.program_id(0).to(tl.int64)
+    pid_t = tl.program_id(1)
+    offs_n = pid_t * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_h = tl.arange(0, BLOCK_H)
+    mask_n = offs_n < N - 1
+    mask_h = offs_h < H
+    score = patch_scores(
+        tokens_ptr + pid_b * stride_tb, query_ptr + pid_b * H * D, rest_ptr + pid_b * H * D,
+        stride_tn, offs_n, N, D, H, eps,
+        HAS_REST, WIDEN, PRECISION, BLOCK_N, BLOCK_H, BLOCK_K,
+    )  # fmt: skip
+    score = tl.where(mask_n[:, None], score, float("-inf"))
+    top = tl.max(score, 0)
+    offs_t = (pid_b * H + offs_h) * tl.num_programs(1) + pid_t
+    tl.store(tops_ptr + offs_t, top, mask=mask_h)
+    tl.store(totals_ptr + offs_t, tl.sum(tl.exp(score - top[None, :]), 0), mask=mask_h)
+    tl.store(
+        scores_ptr + (pid_b * H + offs_h)[None, :] * (N - 1) + offs_n[:, None],
+        score,
+        mask=mask_n[:, None] & mask_h[None, :],
+    )
+
+
+@triton.jit
+def row_of_scores(
+    scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, pid_b, N, H, T,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """What `scores_kernel` wrote of T tiles -> (patches [BLOCK_N], CLS scalar), as `head_mean`."""
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_t = tl.arange(0, BLOCK_T)
+    mask_n = offs_n < N - 1
+    mask_t = offs_t < T
+    row = tl.zeros([BLOCK_N], tl.float32)
+    cls_row = 0.0
+    for h in range(0, H):
+        head = pid_b * H + h
+        score = tl.load(scores_ptr + head * (N - 1) + offs_n, mask=mask_n, other=float("-inf"))
+        tops = tl.load(tops_ptr + head * T + offs_t, mask=mask_t, other=float("-inf"))
+        totals = tl.load(totals_ptr + head * T + offs_t, mask=mask_t, other=0.0)
+        cls_score = tl.load(cls_score_ptr + head)
+        top = tl.maximum(tl.max(tops, 0), cls_score)
+        cls_weight = tl.exp(cls_score - top)
+        share = 1.0 / ((tl.sum(totals * tl.exp(tops - top), 0) + cls_weight) * H)
+        row += tl.exp(score - top) * share
+        cls_row += cls_weight * share
+    return row, cls_row
+
+
+def score_tiles(
+    tokens: Tensor, query: Tensor, rest: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch `scores_kernel` -> scores (B, H, N-1), tops and totals (B, H, T) of the T tiles."""
+    (B, N, D), H = tokens.shape, query.shape[1]
+    settings = launch.score_tiles(H, tokens)
+    T = triton.cdiv(N - 1, settings["BLOCK_N"])
+    scores = tokens.new_empty(B, H, N - 1, dtype=torch.float32)
+    tops, totals = scores.new_empty(2, B, H, T)
+    scores_kernel[(B, T)](
+        *(tokens, query, query if rest is None else rest, scores, tops, totals),
+        *(tokens.stride(0), tokens.stride(1), N, D, H, eps),
+        **settings,
+    )
+    return scores, tops, totals

@@ -28,6 +28,9 @@ from elip_kernels.absorbed import (
     accumulator,
     check_absorbed,
     check_scale,
+    row_of_scores,
+    score_tiles,
+    store_row,
 )
 
 
@@ -174,8 +177,21 @@ def _from_tokens_kernel(
         HAS_REST, WIDEN, PRECISION, BLOCK_N, BLOCK_H, BLOCK_K,
     )  # fmt: skip
     offs_n = tl.arange(0, BLOCK_N)
-    tl.store(out_ptr + pid_b * N + 1 + offs_n, row, mask=offs_n < N - 1)
-    tl.store(out_ptr + pid_b * N, cls_row)
+    store_row(out_ptr + pid_b * N, row, cls_row, offs_n, offs_n < N - 1)
+
+
+@triton.jit
+def _row_kernel(
+    scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, out_ptr, N, H, T,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """One program an image: the row from the scores of its tiles."""
+    pid_b = tl.program_id(0).to(tl.int64)
+    row, cls_row = row_of_scores(
+        scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, pid_b, N, H, T, BLOCK_N, BLOCK_T
+    )
+    offs_n = tl.arange(0, BLOCK_N)
+    store_row(out_ptr + pid_b * N, row, cls_row, offs_n, offs_n < N - 1)
 
 
 @triton.jit
@@ -224,14 +240,23 @@ def _from_tokens(tokens: Tensor, cls: Tensor, query: Tensor, eps: float) -> Tens
     if B == 0:
         return out
     rounded, rest, cls_score = absorbed_operands(tokens, cls, query, eps)
-    settings = launch.score(N - 1, H, tokens)
     with launch.on_device(tokens):
-        _from_tokens_kernel[(B,)](
-            *(tokens, rounded, rounded if rest is None else rest, cls_score, out),
-            *(tokens.stride(0), tokens.stride(1), N, D, H, eps),
-            HAS_REST=rest is not None,
-            **settings,
-        )
+        if launch.splits_score(H, tokens):
+            parts = score_tiles(tokens, rounded, rest, eps)
+            T = parts[1].shape[2]
+            block_n, block_t, num_warps = launch.row_of_scores(N - 1, T)
+            _row_kernel[(B,)](
+                *(*parts, cls_score, out, N, H, T),
+                BLOCK_N=block_n,
+                BLOCK_T=block_t,
+                num_warps=num_warps,
+            )
+        else:
+            _from_tokens_kernel[(B,)](
+                *(tokens, rounded, rounded if rest is None else rest, cls_score, out),
+                *(tokens.stride(0), tokens.stride(1), N, D, H, eps),
+                **launch.score(H, tokens),
+            )
     return out
 
 
@@ -301,8 +326,7 @@ def _cls_attention_cuda(q: Tensor, k: Tensor, mask: Tensor | None, scale: float)
 @_from_tokens_op.register_kernel("cuda")
 @without_autocast
 def _from_tokens_cuda(tokens: Tensor, cls: Tensor, query: Tensor, eps: float) -> Tensor:
-    fits = launch.runs_kernel(tokens, query, num_tokens=tokens.shape[1])
-    if fits and launch.runs_score(tokens, query.shape[1]):
+    if launch.runs_kernel(tokens, query, num_tokens=tokens.shape[1]):
         return _from_tokens(tokens, cls, query, eps)
     return absorbed_reference(tokens, cls, query, eps)[1].mean(1)
 

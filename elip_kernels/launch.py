@@ -30,10 +30,11 @@ def next_power_of_2(n: int) -> int:
 
 
 def reduce_forward(candidates: int, element_size: int) -> Launch:
-    """256 candidates: 8 warps, 64 registers, 32 of them for the tile; beyond 512, half a line."""
+    """A line of every candidate: 64 registers with 8 warps at 256, 126 with 16 warps at 1,024."""
     block_n = max(16, next_power_of_2(candidates))
-    line = 128 if block_n <= 512 else 64
-    return Launch(block_n, line // element_size, 4 if block_n <= 128 else 8)
+    return Launch(
+        block_n, 128 // element_size, 4 if block_n <= 128 else 8 if block_n <= 256 else 16
+    )
 
 
 def reduce_backward(element_size: int) -> Launch:
@@ -41,30 +42,56 @@ def reduce_backward(element_size: int) -> Launch:
     return Launch(32, 256 // element_size, 8)
 
 
-def score(candidates: int, heads: int, tokens: Tensor) -> dict[str, Any]:
-    """The absorbed row: all candidates of an image in one program, D in steps of BLOCK_K.
-
-    256 candidates in bf16: 91 registers with 8 warps and four stages of loads; 512: 105 with 16
-    warps; 1,024: 106 with steps of 16. fp32 at 256: 120 with steps of 16. ROCm takes three stages,
-    since four do not compile. The interpreter's products are wrong in bf16, so there all is fp32.
-    """
-    block_n, hip = max(16, next_power_of_2(candidates)), torch.version.hip is not None
-    interpreted, wide = triton.knobs.runtime.interpret, tokens.dtype == torch.float32
+def _dot(heads: int, tokens: Tensor) -> dict[str, Any]:
+    """What both forms of the absorbed row share. ROCm compiles no tf32x3; the interpreter's
+    products are wrong in bf16, so there all is fp32."""
+    hip, interpreted = torch.version.hip is not None, triton.knobs.runtime.interpret
+    wide = tokens.dtype == torch.float32
     return {
+        "HAS_REST": not wide,
         "WIDEN": interpreted,
         "PRECISION": "tf32x3" if wide and not hip and not interpreted else "ieee",
-        "BLOCK_N": block_n,
         "BLOCK_H": max(16, next_power_of_2(heads)),
+    }
+
+
+def score(heads: int, tokens: Tensor) -> dict[str, Any]:
+    """The absorbed row of large batches: an image in one program, BLOCK_K features a step.
+
+    53 registers at 256 candidates in bf16 with 16 warps, where 8 take 108; 116 at 1,024. Four
+    stages of loads, three where they fill shared memory, and on ROCm, which does not compile four.
+    """
+    block_n = max(16, next_power_of_2(tokens.shape[1] - 1))
+    wide, hip = tokens.dtype == torch.float32, torch.version.hip is not None
+    return _dot(heads, tokens) | {
+        "BLOCK_N": block_n,
         "BLOCK_K": 16 if wide or block_n > 512 else 32,
-        "num_warps": 4 if block_n <= 128 else 8 if block_n <= 256 else 16,
+        "num_warps": 4 if block_n <= 64 else 8 if block_n <= 128 else 16,
         "num_stages": 3 if wide or hip or block_n > 256 else 4,
     }
 
 
-def runs_score(tokens: Tensor, heads: int) -> bool:
-    """The absorbed row fits registers: up to 256 candidates in fp32, 1,024 in two-byte types."""
-    most = 257 if tokens.dtype == torch.float32 else MAX_TOKENS
-    return tokens.shape[1] <= most and heads <= 32
+def splits_score(heads: int, tokens: Tensor) -> bool:
+    """Tiles of patches instead: under 96 images a program each leaves most of 132 SMs idle; fp32
+    beyond 256 candidates and more than 16 heads spill as one program."""
+    B, N, _ = tokens.shape
+    return B < 96 or heads > 16 or (tokens.dtype == torch.float32 and N > 257)
+
+
+def score_tiles(heads: int, tokens: Tensor) -> dict[str, Any]:
+    """64 patches, a line of each a step: 72 registers in bf16, 96 in fp32 with three products."""
+    return _dot(heads, tokens) | {
+        "BLOCK_N": 64,
+        "BLOCK_K": 128 // tokens.element_size(),
+        "num_warps": 4,
+        "num_stages": 3,
+    }
+
+
+def row_of_scores(candidates: int, tiles: int) -> tuple[int, int, int]:
+    """BLOCK_N, BLOCK_T, warps: one vector a head, 32 registers."""
+    block_n = max(16, next_power_of_2(candidates))
+    return block_n, next_power_of_2(tiles), 4 if block_n <= 256 else 8
 
 
 def cls_attention(num_tokens: int) -> Launch:

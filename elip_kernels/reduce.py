@@ -22,7 +22,7 @@ from elip_kernels._autocast import without_autocast
 from elip_kernels._triton import tl, triton
 from elip_kernels._validate import check_flags, reduce_arguments
 from elip_kernels.rows import merge_rows, sum_rows, take_rows
-from elip_kernels.select import move_tile, select_and_weigh, store_selection
+from elip_kernels.select import load_tile, move_tile, select_and_weigh, store_selection
 
 EPSILON = 1e-6  # added to the dropped mass before dividing by it (Eq. 4)
 
@@ -179,12 +179,8 @@ def _reduce_fwd_kernel(
     mask_d = offs_d < D
     tokens_ptr += pid_b * stride_tb
     out_ptr += pid_b * (P + K + MERGE) * D
-    x = tl.load(
-        tokens_ptr + (P + offs_n)[:, None] * stride_tn + offs_d[None, :],
-        mask=mask_n[:, None] & mask_d[None, :],
-        other=0.0,
-    )  # [BLOCK_N, BLOCK_D]
-
+    if MERGE:  # every row is needed: its load runs while the selection is made
+        x = load_tile(tokens_ptr, stride_tn, offs_n, offs_d, mask_n, mask_d, P)
     score = tl.load(scores_ptr + pid_b * stride_sb + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     is_real = mask_n
     if HAS_MASK:
@@ -195,6 +191,8 @@ def _reduce_fwd_kernel(
         store_selection(
             kept_ptr, weights_ptr, slots_ptr, is_kept, slot, weight, offs_n, mask_n, pid_b, N, K, P
         )
+    if not MERGE:
+        x = load_tile(tokens_ptr, stride_tn, offs_n, offs_d, is_kept, mask_d, P)
     move_tile(
         tokens_ptr, out_ptr, x, is_kept, slot, weight, stride_tn, offs_d, mask_d, K, D, P, MERGE
     )
@@ -212,8 +210,10 @@ def _reduce_bwd_kernel(
     mask_n = offs_n < N
     mask_d = offs_d < D
     slot = tl.load(slots_ptr + pid_b * N + offs_n, mask=mask_n, other=0)
-    weight = tl.load(weights_ptr + pid_b * N + offs_n, mask=mask_n, other=0.0)
     is_copied = slot < R - MERGE
+    weight = tl.zeros([BLOCK_N], tl.float32)
+    if MERGE:
+        weight = tl.load(weights_ptr + pid_b * N + offs_n, mask=mask_n, other=0.0)
     g = tl.load(
         grad_out_ptr + pid_b * R * D + slot[:, None] * D + offs_d[None, :],
         mask=(mask_n & (slot < R))[:, None] & mask_d[None, :],

@@ -4,7 +4,9 @@
     out  = reduce(tokens, a, K): [x_cls, x_kept, merged]                                (B, K+2, D)
 
 The first kernel reads the tokens once and ends in the selection; the second moves each slice of D
-once, to rows that the first wrote. `tokens` and the fused `cls` come apart, so nothing is copied to
+once, to rows that the first wrote. Small batches score tiles of patches instead, so that all SMs
+have work, and each program of the second launch derives the selection anew from those scores: 4 HN
+bytes beside its slice. `tokens` and the fused `cls` come apart, so nothing is copied to
 put one into the other: x_cls of the output is the token's own. Gradients reach `tokens` through the
 movement, as in `reduce`; the row gets none.
 Source: ELIP, Eq. 2-4, the last layer's row read from the tokens as they enter the stage.
@@ -24,6 +26,9 @@ from elip_kernels.absorbed import (
     absorbed_row,
     accumulator,
     check_absorbed,
+    row_of_scores,
+    score_tiles,
+    store_row,
 )
 from elip_kernels.cls_attention import absorbed_reference
 from elip_kernels.reduce import (
@@ -33,7 +38,7 @@ from elip_kernels.reduce import (
     empty_outputs,
     reduce_reference,
 )
-from elip_kernels.select import move_tile, select_and_weigh, store_selection
+from elip_kernels.select import load_tile, move_tile, select_and_weigh, store_selection
 
 
 def score_reduce(
@@ -108,8 +113,7 @@ def _score_select_kernel(
     )  # fmt: skip
     offs_n = tl.arange(0, BLOCK_N)
     mask_n = offs_n < N - 1
-    tl.store(row_ptr + pid_b * N + 1 + offs_n, row, mask=mask_n)
-    tl.store(row_ptr + pid_b * N, cls_row)
+    store_row(row_ptr + pid_b * N, row, cls_row, offs_n, mask_n)
     is_kept, slot, weight = select_and_weigh(row, mask_n, mask_n, K, MERGE, NORMALIZE, EPSILON)
     store_selection(
         kept_ptr, weights_ptr, slots_ptr, is_kept, slot, weight, offs_n, mask_n, pid_b, N, K, 1
@@ -118,7 +122,7 @@ def _score_select_kernel(
 
 @triton.jit
 def _move_kernel(
-    tokens_ptr, weights_ptr, slots_ptr, out_ptr, stride_tb, stride_tn, N, K, D,
+    tokens_ptr, out_ptr, weights_ptr, slots_ptr, stride_tb, stride_tn, N, K, D,
     MERGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program per (image, slice of D): tokens to the rows that were selected before."""
@@ -129,14 +133,48 @@ def _move_kernel(
     mask_d = offs_d < D
     tokens_ptr += pid_b * stride_tb
     out_ptr += pid_b * (1 + K + MERGE) * D
-    x = tl.load(
-        tokens_ptr + (1 + offs_n)[:, None] * stride_tn + offs_d[None, :],
-        mask=mask_n[:, None] & mask_d[None, :],
-        other=0.0,
-    )  # [BLOCK_N, BLOCK_D]
+    if MERGE:
+        x = load_tile(tokens_ptr, stride_tn, offs_n, offs_d, mask_n, mask_d, 1)
     slot = tl.load(slots_ptr + pid_b * N + 1 + offs_n, mask=mask_n, other=0) - 1
-    weight = tl.load(weights_ptr + pid_b * N + 1 + offs_n, mask=mask_n, other=0.0)
     is_kept = mask_n & (slot < K)
+    weight = tl.zeros([BLOCK_N], tl.float32)
+    if MERGE:
+        weight = tl.load(weights_ptr + pid_b * N + 1 + offs_n, mask=mask_n, other=0.0)
+    else:
+        x = load_tile(tokens_ptr, stride_tn, offs_n, offs_d, is_kept, mask_d, 1)
+    move_tile(
+        tokens_ptr, out_ptr, x, is_kept, slot, weight, stride_tn, offs_d, mask_d, K, D, 1, MERGE
+    )
+
+
+@triton.jit
+def _select_move_kernel(
+    scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, tokens_ptr, out_ptr, row_ptr, kept_ptr,
+    weights_ptr, slots_ptr, stride_tb, stride_tn, N, K, D, H, T,
+    MERGE: tl.constexpr, NORMALIZE: tl.constexpr, EPSILON: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program per (image, slice of D); each derives row and selection anew from the scores."""
+    pid_b = tl.program_id(0).to(tl.int64)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_n = offs_n < N - 1
+    mask_d = offs_d < D
+    tokens_ptr += pid_b * stride_tb
+    out_ptr += pid_b * (1 + K + MERGE) * D
+    if MERGE:
+        x = load_tile(tokens_ptr, stride_tn, offs_n, offs_d, mask_n, mask_d, 1)
+    row, cls_row = row_of_scores(
+        scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, pid_b, N, H, T, BLOCK_N, BLOCK_T
+    )
+    is_kept, slot, weight = select_and_weigh(row, mask_n, mask_n, K, MERGE, NORMALIZE, EPSILON)
+    if tl.program_id(1) == 0:
+        store_row(row_ptr + pid_b * N, row, cls_row, offs_n, mask_n)
+        store_selection(
+            kept_ptr, weights_ptr, slots_ptr, is_kept, slot, weight, offs_n, mask_n, pid_b, N, K, 1
+        )
+    if not MERGE:
+        x = load_tile(tokens_ptr, stride_tn, offs_n, offs_d, is_kept, mask_d, 1)
     move_tile(
         tokens_ptr, out_ptr, x, is_kept, slot, weight, stride_tn, offs_d, mask_d, K, D, 1, MERGE
     )
@@ -152,26 +190,32 @@ def _score_reduce(
     row = tokens.new_empty(B, N, dtype=torch.float32)
     if tokens.numel() == 0:
         return out, kept, weights, slots, row
-    rounded, rest, cls_score = absorbed_operands(tokens, cls, query, eps)
+    query, rest, cls_score = absorbed_operands(tokens, cls, query, eps)
     strides = (tokens.stride(0), tokens.stride(1))
     block_n, block_d, num_warps = launch.reduce_forward(N - 1, tokens.element_size())
+    move = {"MERGE": merge, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": num_warps}
+    select = {"NORMALIZE": normalize, "EPSILON": EPSILON}
+    slices = (B, triton.cdiv(D, block_d))
     with launch.on_device(tokens):
-        _score_select_kernel[(B,)](
-            *(tokens, rounded, rounded if rest is None else rest, cls_score, row),
-            *(kept, weights, slots, *strides, N, keep, D, H, eps),
-            MERGE=merge,
-            NORMALIZE=normalize,
-            EPSILON=EPSILON,
-            HAS_REST=rest is not None,
-            **launch.score(N - 1, H, tokens),
-        )
-        _move_kernel[(B, triton.cdiv(D, block_d))](
-            *(tokens, weights, slots, out, *strides, N, keep, D),
-            MERGE=merge,
-            BLOCK_N=block_n,
-            BLOCK_D=block_d,
-            num_warps=num_warps,
-        )
+        if launch.splits_score(H, tokens):
+            parts = score_tiles(tokens, query, rest, eps)
+            T = parts[1].shape[2]
+            _select_move_kernel[slices](
+                *(*parts, cls_score, tokens, out, row, kept, weights, slots),
+                *(*strides, N, keep, D, H, T),
+                **select,
+                BLOCK_T=launch.next_power_of_2(T),
+                **move,
+            )
+        else:
+            _score_select_kernel[(B,)](
+                *(tokens, query, query if rest is None else rest, cls_score),
+                *(row, kept, weights, slots, *strides, N, keep, D, H, eps),
+                MERGE=merge,
+                **select,
+                **launch.score(H, tokens),
+            )
+            _move_kernel[slices](tokens, out, weights, slots, *strides, N, keep, D, **move)
     return out, kept, weights, slots, row
 
 
@@ -193,9 +237,7 @@ def _(tokens, cls, query, eps, keep, merge, normalize):
 @without_autocast
 def _score_reduce_cuda(tokens, cls, query, eps, keep, merge, normalize):
     fits = launch.runs_kernel(tokens, query, num_tokens=tokens.shape[1])
-    run = score_reduce_reference
-    if fits and launch.runs_score(tokens, query.shape[1]):
-        run = _score_reduce
+    run = _score_reduce if fits else score_reduce_reference
     return run(tokens, cls, query, eps, keep, merge, normalize)
 
 

@@ -96,6 +96,16 @@ def store_selection(
 
 
 @triton.jit
+def load_tile(tokens_ptr, stride_tn, offs_n, offs_d, mask_n, mask_d, P: tl.constexpr):
+    """x [BLOCK_N, BLOCK_D]: candidates `offs_n`, counted from 0, of an image; 0 where masked."""
+    return tl.load(
+        tokens_ptr + (P + offs_n)[:, None] * stride_tn + offs_d[None, :],
+        mask=mask_n[:, None] & mask_d[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
 def move_tile(
     tokens_ptr, out_ptr, x, is_kept, slot, weight, stride_tn, offs_d, mask_d, K, D,
     P: tl.constexpr, MERGE: tl.constexpr,
