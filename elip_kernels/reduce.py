@@ -14,6 +14,7 @@ Source: ELIP, Eq. 3 and 4; EViT's unnormalised weights with `normalize=False`.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -116,23 +117,24 @@ def reduce_reference(
     p, first_dropped = num_prefix_tokens, num_prefix_tokens + keep
     real = None if mask is None else mask[:, p:]
     scores = scores.to(_accumulator(tokens, scores))
-    order = _order_key(scores, real).sort(dim=1, descending=True, stable=True).indices
+    order = _order(scores, real)
     kept, dropped = order[:, :keep], order[:, keep:]
     if real is not None:  # padding fills the last slots
         kept = kept + N * ~real.gather(1, kept)
     kept = kept.sort(dim=1).values % N + p
-    weights = scores.new_zeros(B, N)
-    prefix = torch.arange(p, device=tokens.device).expand(B, p)
-    rows = torch.cat([prefix, kept, prefix.new_zeros(B, int(merge))], dim=1)
-    out = take_rows(tokens, rows)
+    rows = F.pad(kept, (p, int(merge)))  # token 0 where another prefix or the merged token goes
+    if p > 1:
+        rows[:, :p] = torch.arange(p, device=rows.device)
+    out, weights = take_rows(tokens, rows), scores.new_zeros(B, N)
     if merge:
         weight = scores.gather(1, dropped).nan_to_num(0.0, 0.0, 0.0)
         if real is not None:
             weight = weight * real.gather(1, dropped)
         if normalize:
             weight = weight / (weight.sum(1, keepdim=True) + EPSILON)
-        weights.scatter_(1, dropped + p, weight)
-        out[:, -1] = merge_rows(tokens, dropped + p, weight)
+        dropped = dropped + p
+        weights.scatter_(1, dropped, weight)
+        out[:, -1] = merge_rows(tokens, dropped, weight)
     slots = torch.full((B, N), first_dropped, dtype=torch.int32, device=tokens.device)
     order = torch.arange(first_dropped, dtype=torch.int32, device=tokens.device)
     slots.scatter_(1, rows[:, :first_dropped], order.expand(B, -1))
@@ -143,14 +145,14 @@ def _accumulator(tokens: Tensor, scores: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(tokens.dtype, scores.dtype), torch.float32)
 
 
-def _order_key(scores: Tensor, real: Tensor | None) -> Tensor:
-    """Integers in the order of selection: numbers, then NaN, then padding."""
-    integer = torch.int64 if scores.dtype == torch.float64 else torch.int32
-    bits = (scores + 0.0).view(integer)
-    lowest = torch.iinfo(integer).min
-    key = torch.where(bits < 0, bits ^ torch.iinfo(integer).max, bits)
-    key = key.masked_fill(scores.isnan(), lowest + 1)
-    return key if real is None else key.masked_fill(~real, lowest)
+def _order(scores: Tensor, real: Tensor | None) -> Tensor:
+    """(B, N-p) indices in the order of selection: numbers, then NaN, then padding."""
+    cost = 0.0 - scores  # one zero, and NaN sorts last
+    if real is None:
+        return cost.sort(dim=1, stable=True).indices
+    order = cost.masked_fill_(~real, 0.0).sort(dim=1, stable=True).indices
+    padding = (~real.gather(1, order)).to(torch.uint8)
+    return order.gather(1, padding.sort(dim=1, stable=True).indices)
 
 
 def reduce_backward_reference(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 def flat_rows(rows: Tensor, N: int) -> Tensor:
     """rows (B, ...) of N rows an image -> (B * ...,), rows of all images counted through."""
-    first = torch.arange(rows.shape[0], device=rows.device) * N
+    first = torch.arange(0, rows.shape[0] * N, N, device=rows.device)
     return (rows + first.view(-1, *[1] * (rows.dim() - 1))).view(-1)
 
 
@@ -31,6 +31,7 @@ def sum_rows(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
 
 def merge_rows(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     """x (B, N, D), rows and weight (B, M) -> (B, D); rows of weight zero are not read."""
-    heaviest = rows.gather(1, weight.abs().argmax(1, keepdim=True))
-    merged = sum_rows(x, rows.where(weight != 0, heaviest)[:, None], weight[:, None])[:, 0]
-    return merged.masked_fill_((weight == 0).all(1, keepdim=True), 0.0)
+    top = weight.abs().max(1, keepdim=True)
+    rows = rows.where(weight != 0, rows.gather(1, top.indices))
+    merged = sum_rows(x, rows[:, None], weight[:, None])[:, 0]
+    return merged.masked_fill_(top.values == 0, 0.0)
