@@ -1,11 +1,8 @@
 """Fused kernels for vision token reduction: tensors in, tensors out."""
 
 from elip_kernels.bipartite import BipartiteInfo, bipartite_merge, unmerge
-from elip_kernels.cls_attention import (
-    cls_attend_from_tokens,
-    cls_attention,
-    cls_attention_from_tokens,
-)
+from elip_kernels.cls_attend import cls_attend_from_tokens
+from elip_kernels.cls_attention import cls_attention, cls_attention_from_tokens
 from elip_kernels.reduce import ReductionInfo, reduce
 from elip_kernels.score_reduce import score_reduce
 

@@ -10,10 +10,10 @@ HAS_TRITON = find_spec("triton") is not None
 
 
 class _Absent:
-    """Answers every attribute with a function that hands its first argument back."""
+    """Answers every attribute with a function that hands a function back, as a decorator does."""
 
     def __getattr__(self, name: str) -> Any:
-        return lambda first=None, *args, **kwargs: first
+        return lambda first=None, *args, **kwargs: first or (lambda function: function)
 
 
 if HAS_TRITON:

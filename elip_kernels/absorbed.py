@@ -103,14 +103,16 @@ def patch_scores(
 ):  # fmt: skip
     """Scores u_h . z of an image's patches `offs_n`, counted from 0 -> [BLOCK_N, BLOCK_H] fp32.
 
-    u is centred, so the mean of x drops out of u . z and only rstd is left. Where x has two bytes,
-    u comes as query + rest of that type: two products into one fp32 accumulator.
+    u is centred, so x enters as it is; what the rounding of u left of its sum takes the mean back
+    out. Where x has two bytes, u comes as query + rest of that type: two products into one fp32
+    accumulator.
     """
     offs_h = tl.arange(0, BLOCK_H)
     offs_k = tl.arange(0, BLOCK_K)
     score = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
     mean = tl.zeros([BLOCK_N], tl.float32)
     squares = tl.zeros([BLOCK_N], tl.float32)
+    sum_u = tl.zeros([BLOCK_H], tl.float32)
     for k in range(0, D, BLOCK_K):
         mask_k = k + offs_k < D
         x = tl.load(
@@ -124,9 +126,11 @@ def patch_scores(
         wide = x.to(tl.float32)
         left = wide if WIDEN else x
         right = u.to(tl.float32) if WIDEN else u
+        sum_u += tl.sum(u.to(tl.float32), 1)
         score = tl.dot(left, tl.trans(right), score, input_precision=PRECISION)
         if HAS_REST:
             rest = tl.load(rest_ptr + offs_u, mask=mask_u, other=0.0)
+            sum_u += tl.sum(rest.to(tl.float32), 1)
             rest = rest.to(tl.float32) if WIDEN else rest
             score = tl.dot(left, tl.trans(rest), score, input_precision=PRECISION)
         # Chan's update of the mean and of the sum of squared deviations
@@ -137,6 +141,7 @@ def patch_scores(
         share = width / (k + width)
         squares += tl.sum(deviation * deviation, 1) + shift * shift * (k * share)
         mean += shift * share
+    score -= mean[:, None] * sum_u[None, :]
     return score * (1.0 / tl.sqrt(squares / D + eps))[:, None]
 
 
@@ -176,7 +181,7 @@ def absorbed_row(
     return head_mean(score, offs_n < N - 1, cls_score_ptr, H, BLOCK_H)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def scores_kernel(
     tokens_ptr, query_ptr, rest_ptr, scores_ptr, tops_ptr, totals_ptr, stride_tb, stride_tn,
     N, D, H, eps,

@@ -27,7 +27,7 @@ def _inverse_norm(square, SMALLEST_SQUARE: tl.constexpr):
     return tl.where(has_direction, tl.rsqrt(square), float("nan"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _match_kernel(
     metric_ptr, best_ptr, partner_ptr, stride_mb, stride_mn, N, C,
     SMALLEST_SQUARE: tl.constexpr, WIDEN: tl.constexpr,
@@ -84,7 +84,7 @@ def _match_kernel(
     tl.store(partner_ptr + row, tl.where(has_direction, partner, 0), mask=mask_a)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "R"])
 def _slots_kernel(
     best_ptr, partner_ptr, slots_ptr, N, R,
     P: tl.constexpr, BLOCK_A: tl.constexpr,
@@ -106,7 +106,7 @@ def _slots_kernel(
     tl.store(slots_ptr + 1, first_b + offs_a, mask=2 * offs_a + 1 < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "R"])
 def _merge_fwd_kernel(
     tokens_ptr, size_ptr, slots_ptr, out_ptr, out_size_ptr, stride_tb, stride_tn, N, R, D,
     HAS_SIZE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -166,7 +166,7 @@ def _merge_fwd_kernel(
         tl.store(out_size_ptr + pid_b * R + offs_r, total, mask=mask_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "R"])
 def _merge_bwd_kernel(
     grad_out_ptr, size_ptr, out_size_ptr, slots_ptr, grad_ptr, N, R, D,
     HAS_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,

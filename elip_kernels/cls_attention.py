@@ -1,14 +1,13 @@
-"""The CLS row of attention, and the CLS token's attention output, without an N x N map.
+"""The CLS row of attention, without an N x N map.
 
     generic:   a = mean_h softmax_n(scale * q_h . k_h,n)                q (B, H, d), k (B, H, N, d)
     absorbed:  z = (x - mean) * rstd of the tokens, row 0 made from `cls`;   q = W_q LN(cls) + b_q
                u_h = gamma * (W_k,h^T q_h) * scale;   s_h(n) = u_h . z_n                  (B, H, N)
                a = mean_h softmax_n(s_h)                                                  (B, N)
-    output:    o_h = W_v,h (gamma * sum_n softmax_n(s_h) z_n + beta) + b_v,h              (B, H*d)
 
-What beta and the key bias add to s_h is the same for every n and cancels in the softmax. Neither
-key nor value projection touches the N tokens: N*D*H multiply-adds instead of N*D*D. Rows are fp32
-(fp64 for fp64 tokens). No gradient: a row selects, it is not trained through.
+What beta and the key bias add to s_h is the same for every n and cancels in the softmax. The key
+projection does not touch the N tokens: N*D*H multiply-adds instead of N*D*D. Rows are fp32 (fp64
+for fp64 tokens). No gradient: a row selects, it is not trained through.
 Source: ELIP, Eq. 2; the absorption is associativity.
 """
 
@@ -101,49 +100,6 @@ def cls_attention_from_tokens(
         return _from_tokens_op(tokens.detach(), cls.detach(), query, eps)
 
 
-def cls_attend_from_tokens(
-    tokens: Tensor,
-    cls: Tensor,
-    *,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    q_weight: Tensor,
-    q_bias: Tensor | None,
-    k_weight: Tensor,
-    v_weight: Tensor,
-    v_bias: Tensor | None,
-    num_heads: int,
-    scale: float | None = None,
-) -> Tensor:
-    """The CLS token's attention output in a pre-norm block, before the output projection.
-
-    Args:
-        v_weight, v_bias: (H*d, D) and (H*d,) or None; the others as `cls_attention_from_tokens`.
-
-    Returns:
-        (B, H*d) in the dtype of `tokens`, without gradient.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected, what came.
-    """
-    norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
-    matrices = {"q_weight": q_weight, "k_weight": k_weight, "v_weight": v_weight}
-    biases = {"q_bias": q_bias, "v_bias": v_bias}
-    scale = check_absorbed(tokens, cls, eps, num_heads, scale, norm, matrices, biases)
-    with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-        cls = cls.to(accumulator(tokens.dtype))
-        query = absorbed_query(cls, norm, eps, q_weight, q_bias, k_weight, num_heads, scale)
-        mixed = _attend_op(tokens.detach(), cls.detach(), query, eps)  # (B, H, D)
-        if norm_weight is not None:
-            mixed = mixed * norm_weight
-        if norm_bias is not None:
-            mixed = mixed + norm_bias
-        value = v_weight.to(mixed.dtype).view(num_heads, -1, tokens.shape[2])
-        out = torch.einsum("bhc,hdc->bhd", mixed, value).flatten(1)
-        return (out if v_bias is None else out + v_bias).to(tokens.dtype)
-
-
 def cls_attention_reference(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """The specification of `cls_attention`."""
     dtype = accumulator(q.dtype)
@@ -163,7 +119,7 @@ def absorbed_reference(
     return normed, torch.bmm(query, normed.mT).softmax(-1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _from_tokens_kernel(
     tokens_ptr, query_ptr, rest_ptr, cls_score_ptr, out_ptr, stride_tb, stride_tn, N, D, H, eps,
     HAS_REST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -180,7 +136,7 @@ def _from_tokens_kernel(
     store_row(out_ptr + pid_b * N, row, cls_row, offs_n, offs_n < N - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T"])
 def _row_kernel(
     scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, out_ptr, N, H, T,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -194,7 +150,7 @@ def _row_kernel(
     store_row(out_ptr + pid_b * N, row, cls_row, offs_n, offs_n < N - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _cls_attention_kernel(
     q_ptr, k_ptr, mask_ptr, out_ptr, stride_qb, stride_qh, stride_kb, stride_kh, stride_kn,
     stride_mb, scale, N, H, D, HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -211,15 +167,16 @@ def _cls_attention_kernel(
     row = tl.zeros([BLOCK_N], tl.float32)
     for h in range(0, H):
         score = tl.zeros([BLOCK_N], tl.float32)
+        head = tl.cast(h, tl.int64)
         for d in range(0, D, BLOCK_D):
             mask_d = d + offs_d < D
             q = tl.load(
-                q_ptr + pid_b * stride_qb + h * stride_qh + d + offs_d, mask=mask_d, other=0.0
+                q_ptr + pid_b * stride_qb + head * stride_qh + d + offs_d, mask=mask_d, other=0.0
             )
             k = tl.load(
                 k_ptr
                 + pid_b * stride_kb
-                + h * stride_kh
+                + head * stride_kh
                 + offs_n[:, None] * stride_kn
                 + (d + offs_d)[None, :],
                 mask=mask_n[:, None] & mask_d[None, :],
@@ -269,7 +226,7 @@ def _cls_attention(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> T
     out = k.new_empty(B, N, dtype=torch.float32)
     if out.numel() == 0:
         return out
-    block_n, block_d, num_warps = launch.cls_attention(N)
+    block_n, block_d, num_warps = launch.cls_attention(N, k.element_size())
     with launch.on_device(k):
         _cls_attention_kernel[(B,)](
             *(q, k, mask, out, q.stride(0), q.stride(1), *k.stride()[:3]),
@@ -294,13 +251,6 @@ def _from_tokens_op(tokens: Tensor, cls: Tensor, query: Tensor, eps: float) -> T
     return absorbed_reference(tokens, cls, query, eps)[1].mean(1)
 
 
-@torch.library.custom_op("elip::cls_attend_from_tokens", mutates_args=())
-@without_autocast
-def _attend_op(tokens: Tensor, cls: Tensor, query: Tensor, eps: float) -> Tensor:
-    normed, rows = absorbed_reference(tokens, cls, query, eps)
-    return torch.bmm(rows, normed)
-
-
 @_cls_attention_op.register_fake
 def _(q, k, mask, scale):
     return k.new_empty(k.shape[0], k.shape[2], dtype=accumulator(k.dtype))
@@ -309,11 +259,6 @@ def _(q, k, mask, scale):
 @_from_tokens_op.register_fake
 def _(tokens, cls, query, eps):
     return query.new_empty(tokens.shape[:2])
-
-
-@_attend_op.register_fake
-def _(tokens, cls, query, eps):
-    return query.new_empty(query.shape)
 
 
 @_cls_attention_op.register_kernel("cuda")
@@ -334,16 +279,18 @@ def _from_tokens_cuda(tokens: Tensor, cls: Tensor, query: Tensor, eps: float) ->
 KERNELS = ((_cls_attention_op, _cls_attention_cuda), (_from_tokens_op, _from_tokens_cuda))
 
 
-def _no_gradient(ctx, *grads: Tensor) -> tuple[None, ...]:
+def no_gradient(ctx, *grads: Tensor) -> tuple[None, ...]:
+    """Backward of the ops that select or infer, of four arguments each."""
     return (None,) * 4
 
 
-def _mark_row(ctx, inputs, output: Tensor) -> None:
+def mark_output(ctx, inputs, output: Tensor) -> None:
+    """Its set-up: the output asks for no gradient."""
     ctx.mark_non_differentiable(output)
 
 
-for _op in (_cls_attention_op, _from_tokens_op, _attend_op):
-    _op.register_autograd(_no_gradient, setup_context=_mark_row)
+for _op in (_cls_attention_op, _from_tokens_op):
+    _op.register_autograd(no_gradient, setup_context=mark_output)
 
 
 @register_flop_formula(torch.ops.elip.cls_attention)
@@ -357,9 +304,3 @@ def _cls_attention_flops(q_shape, k_shape, *args, out_shape=None, **kwargs) -> i
 def _from_tokens_flops(tokens_shape, cls_shape, query_shape, *args, out_shape=None, **kw) -> int:
     """2 B H N D."""
     return 2 * tokens_shape[1] * query_shape[0] * query_shape[1] * query_shape[2]
-
-
-@register_flop_formula(torch.ops.elip.cls_attend_from_tokens)
-def _attend_flops(tokens_shape, cls_shape, query_shape, *args, out_shape=None, **kw) -> int:
-    """4 B H N D: scores and weighted sum."""
-    return 2 * _from_tokens_flops(tokens_shape, cls_shape, query_shape)

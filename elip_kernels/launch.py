@@ -58,7 +58,7 @@ def _dot(heads: int, tokens: Tensor) -> dict[str, Any]:
 def score(heads: int, tokens: Tensor) -> dict[str, Any]:
     """The absorbed row of large batches: an image in one program, BLOCK_K features a step.
 
-    53 registers at 256 candidates in bf16 with 16 warps, where 8 take 108; 116 at 1,024. Four
+    56 registers at 256 candidates in bf16 with 16 warps, where 8 take 108; 115 at 1,024. Four
     stages of loads, three where they fill shared memory, and on ROCm, which does not compile four.
     """
     block_n = max(16, next_power_of_2(tokens.shape[1] - 1))
@@ -79,7 +79,7 @@ def splits_score(heads: int, tokens: Tensor) -> bool:
 
 
 def score_tiles(heads: int, tokens: Tensor) -> dict[str, Any]:
-    """64 patches, a line of each a step: 72 registers in bf16, 96 in fp32 with three products."""
+    """64 patches, a line of each a step: 72 registers in bf16, 103 in fp32 with three products."""
     return _dot(heads, tokens) | {
         "BLOCK_N": 64,
         "BLOCK_K": 128 // tokens.element_size(),
@@ -94,10 +94,34 @@ def row_of_scores(candidates: int, tiles: int) -> tuple[int, int, int]:
     return block_n, next_power_of_2(tiles), 4 if block_n <= 256 else 8
 
 
-def cls_attention(num_tokens: int) -> Launch:
-    """The generic row: a head's keys in steps of 32 features."""
+def cls_attention(num_tokens: int, element_size: int) -> Launch:
+    """The generic row: 64 bytes of each of a head's keys a step. 64 registers at N = 257 and 101 at
+    577 with 16 warps, where 8 warps spill in fp32."""
     block_n = max(16, next_power_of_2(num_tokens))
-    return Launch(block_n, 32, 4 if block_n <= 256 else 8)
+    return Launch(block_n, 64 // element_size, min(16, max(4, block_n // 32)))
+
+
+def cls_attend(tokens: Tensor) -> dict[str, Any]:
+    """All features of a tile of tokens in slices of 64, for 16 heads: 128 registers in bf16 at
+    D = 768 with a warp a slice, 252 in fp32 with 8 warps. The loop fetches its next tile itself.
+    """
+    wide, slices = tokens.dtype == torch.float32, next_power_of_2(triton.cdiv(tokens.shape[2], 64))
+    return _dot(16, tokens) | {
+        "BLOCK_N": 8 if wide else 16,
+        "BLOCK_D": 64 * slices,
+        "SLICES": slices,
+        "num_warps": min(slices, 8) if wide else slices,
+        "num_stages": 1,
+    }
+
+
+def runs_cls_attend(tokens: Tensor) -> bool:
+    """1,024 features fit registers, on ROCm not in fp32; and a device's shared memory, which NVIDIA
+    takes 128 bytes a feature of, 192 in fp32: at D = 768 an H100 has both, an A100 the first."""
+    wide, width = tokens.dtype == torch.float32, cls_attend(tokens)["BLOCK_D"]
+    if width > 1024 or torch.version.hip is not None:
+        return width <= 1024 and not wide
+    return width * (192 if wide else 128) <= shared_memory(tokens)
 
 
 def bipartite_match(channels: int, element_size: int) -> tuple[int, int, int, int]:
@@ -118,6 +142,13 @@ def runs_kernel(*tensors: Tensor, num_tokens: int) -> bool:
     """Triton takes it: there is one, no fp64, and an image's candidates fit one program."""
     has_fp64 = any(t.dtype == torch.float64 for t in tensors)
     return HAS_TRITON and not has_fp64 and num_tokens <= MAX_TOKENS
+
+
+def shared_memory(tensor: Tensor) -> int:
+    """Bytes that a program may have on the tensor's device, an NVIDIA one; else no limit."""
+    if not tensor.is_cuda:
+        return 2**31
+    return torch.cuda.get_device_properties(tensor.device).shared_memory_per_block_optin
 
 
 def addressable(tokens: Tensor) -> Tensor:

@@ -165,7 +165,7 @@ def reduce_backward_reference(
     return sum_rows(grad_out, rows[..., None], scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "K"])
 def _reduce_fwd_kernel(
     tokens_ptr, scores_ptr, mask_ptr, out_ptr, kept_ptr, weights_ptr, slots_ptr,
     stride_tb, stride_tn, stride_sb, stride_mb, N, K, D,
@@ -200,7 +200,7 @@ def _reduce_fwd_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "R"])
 def _reduce_bwd_kernel(
     grad_out_ptr, slots_ptr, weights_ptr, grad_ptr, N, R, D,
     MERGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -369,15 +369,17 @@ _reduce_op.register_autograd(_backward, setup_context=_save_for_backward)
 
 @register_flop_formula(torch.ops.elip.reduce)
 def _reduce_flops(
-    tokens_shape, scores_shape, mask_shape, keep, *args, out_shape=None, **kwargs
+    tokens_shape, scores_shape, mask_shape, keep, prefix, merge, *args, out_shape=None, **kwargs
 ) -> int:
-    """A multiply and an add for each element of a dropped token."""
+    """A multiply and an add for each element of a dropped token that is merged."""
     B, candidates = scores_shape
-    return 2 * B * (candidates - keep) * tokens_shape[2]
+    return 2 * B * (candidates - keep) * tokens_shape[2] * merge
 
 
 @register_flop_formula(torch.ops.elip.reduce_backward)
-def _reduce_backward_flops(grad_out_shape, slots_shape, *args, out_shape=None, **kwargs) -> int:
-    """A multiply for each element of a dropped token."""
+def _reduce_backward_flops(
+    grad_out_shape, slots_shape, weights_shape, merge, *args, out_shape=None, **kwargs
+) -> int:
+    """A multiply for each element of a dropped token that was merged."""
     B, R, D = grad_out_shape
-    return B * (slots_shape[1] + 1 - R) * D
+    return B * (slots_shape[1] + 1 - R) * D * merge

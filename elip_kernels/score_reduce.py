@@ -96,7 +96,7 @@ def score_reduce_reference(
     return *reduce_reference(tokens, row[:, 1:], None, keep, 1, merge, normalize), row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "K"])
 def _score_select_kernel(
     tokens_ptr, query_ptr, rest_ptr, cls_score_ptr, row_ptr, kept_ptr, weights_ptr, slots_ptr,
     stride_tb, stride_tn, N, K, D, H, eps,
@@ -120,7 +120,7 @@ def _score_select_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "K"])
 def _move_kernel(
     tokens_ptr, out_ptr, weights_ptr, slots_ptr, stride_tb, stride_tn, N, K, D,
     MERGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -147,7 +147,7 @@ def _move_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "K", "T"])
 def _select_move_kernel(
     scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, tokens_ptr, out_ptr, row_ptr, kept_ptr,
     weights_ptr, slots_ptr, stride_tb, stride_tn, N, K, D, H, T,
@@ -184,39 +184,61 @@ def _score_reduce(
     tokens: Tensor, cls: Tensor, query: Tensor, eps: float, keep: int, merge: bool, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Allocate, read launch.py, launch twice."""
-    (B, N, D), H = tokens.shape, query.shape[1]
+    (B, N, _), H = tokens.shape, query.shape[1]
     tokens = launch.addressable(tokens)
     out, kept, weights, slots = empty_outputs(tokens, keep, 1, merge)
     row = tokens.new_empty(B, N, dtype=torch.float32)
-    if tokens.numel() == 0:
-        return out, kept, weights, slots, row
-    query, rest, cls_score = absorbed_operands(tokens, cls, query, eps)
+    outputs = out, kept, weights, slots, row
+    if tokens.numel() > 0:
+        operands = absorbed_operands(tokens, cls, query, eps)
+        flags = {"MERGE": merge, "NORMALIZE": normalize, "EPSILON": EPSILON}
+        run = _score_tiles_then_move if launch.splits_score(H, tokens) else _select_then_move
+        with launch.on_device(tokens):
+            run(tokens, operands, outputs, eps, keep, flags)
+    return outputs
+
+
+def _select_then_move(
+    tokens: Tensor, operands: tuple, outputs: tuple, eps: float, keep: int, flags: dict
+) -> None:
+    """Large batches: one program an image scores and selects."""
+    (B, N, D), (query, rest, cls_score) = tokens.shape, operands
+    (out, kept, weights, slots, row), H = outputs, query.shape[1]
     strides = (tokens.stride(0), tokens.stride(1))
+    _score_select_kernel[(B,)](
+        *(tokens, query, query if rest is None else rest, cls_score, row, kept, weights, slots),
+        *(*strides, N, keep, D, H, eps),
+        **flags,
+        **launch.score(H, tokens),
+    )
     block_n, block_d, num_warps = launch.reduce_forward(N - 1, tokens.element_size())
-    move = {"MERGE": merge, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": num_warps}
-    select = {"NORMALIZE": normalize, "EPSILON": EPSILON}
-    slices = (B, triton.cdiv(D, block_d))
-    with launch.on_device(tokens):
-        if launch.splits_score(H, tokens):
-            parts = score_tiles(tokens, query, rest, eps)
-            T = parts[1].shape[2]
-            _select_move_kernel[slices](
-                *(*parts, cls_score, tokens, out, row, kept, weights, slots),
-                *(*strides, N, keep, D, H, T),
-                **select,
-                BLOCK_T=launch.next_power_of_2(T),
-                **move,
-            )
-        else:
-            _score_select_kernel[(B,)](
-                *(tokens, query, query if rest is None else rest, cls_score),
-                *(row, kept, weights, slots, *strides, N, keep, D, H, eps),
-                MERGE=merge,
-                **select,
-                **launch.score(H, tokens),
-            )
-            _move_kernel[slices](tokens, out, weights, slots, *strides, N, keep, D, **move)
-    return out, kept, weights, slots, row
+    _move_kernel[(B, triton.cdiv(D, block_d))](
+        *(tokens, out, weights, slots, *strides, N, keep, D),
+        MERGE=flags["MERGE"],
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        num_warps=num_warps,
+    )
+
+
+def _score_tiles_then_move(
+    tokens: Tensor, operands: tuple, outputs: tuple, eps: float, keep: int, flags: dict
+) -> None:
+    """Small batches: a program for every tile of patches, then one for every slice of D."""
+    (B, N, D), (query, rest, cls_score) = tokens.shape, operands
+    (out, kept, weights, slots, row), H = outputs, query.shape[1]
+    scores, tops, totals = score_tiles(tokens, query, rest, eps)
+    block_n, block_d, num_warps = launch.reduce_forward(N - 1, tokens.element_size())
+    T = tops.shape[2]
+    _select_move_kernel[(B, triton.cdiv(D, block_d))](
+        *(scores, tops, totals, cls_score, tokens, out, row, kept, weights, slots),
+        *(tokens.stride(0), tokens.stride(1), N, keep, D, H, T),
+        **flags,
+        BLOCK_N=block_n,
+        BLOCK_T=launch.next_power_of_2(T),
+        BLOCK_D=block_d,
+        num_warps=num_warps,
+    )
 
 
 @torch.library.custom_op("elip::score_reduce", mutates_args=())
@@ -260,8 +282,8 @@ _score_reduce_op.register_autograd(_backward, setup_context=_save_for_backward)
 
 @register_flop_formula(torch.ops.elip.score_reduce)
 def _score_reduce_flops(
-    tokens_shape, cls_shape, query_shape, eps, keep, *args, out_shape=None, **kwargs
+    tokens_shape, cls_shape, query_shape, eps, keep, merge, *args, out_shape=None, **kwargs
 ) -> int:
-    """2 B H N D for the row, 2 for each element of a dropped token."""
+    """2 B H N D for the row, 2 for each element of a dropped token that is merged."""
     B, N, D = tokens_shape
-    return 2 * B * D * (query_shape[1] * N + N - 1 - keep)
+    return 2 * B * D * (query_shape[1] * N + (N - 1 - keep) * merge)

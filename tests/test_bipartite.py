@@ -5,9 +5,6 @@ import torch
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-import elip_kernels.bipartite_kernels as kernels
-from elip_kernels import launch
-from elip_kernels._triton import HAS_TRITON
 from elip_kernels.bipartite import bipartite_merge, compose, source_matrix, unmerge
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -275,66 +272,3 @@ def test_helpers_name_bad_arguments():
                 call(bad)
         with pytest.raises(TypeError, match=r"(?s)^first: expected .* got "):
             compose(bad, info)
-
-
-SCALARS = {"N": "i32", "C": "i32:16", "R": "i32", "D": "i32:16"}
-
-
-def kernel_arguments(name, dtype, num_tokens):
-    """Signature, constants and warps of one kernel as launched for ViT-B and 64 channels."""
-    size, num_a = 4 if dtype == "fp32" else 2, (num_tokens + 1) // 2
-    values, strides = f"*{dtype}", dict.fromkeys(("stride_tb", "stride_tn"), "i32:16")
-    sizes = {"size_ptr": "*fp32", "slots_ptr": "*i32", "out_size_ptr": "*fp32"}
-    if name == "_match_kernel":
-        *blocks, num_warps = launch.bipartite_match(64, size)
-        signature = {"metric_ptr": values, "best_ptr": "*fp32", "partner_ptr": "*i32"}
-        signature |= {"stride_mb": "i32:16", "stride_mn": "i32:16"}
-        constants = dict(zip(("BLOCK_A", "BLOCK_B", "BLOCK_C"), blocks, strict=True))
-        constants |= {"SMALLEST_SQUARE": kernels.SMALLEST_SQUARE, "WIDEN": False}
-    elif name == "_slots_kernel":
-        signature = {"best_ptr": "*fp32", "partner_ptr": "*i32", "slots_ptr": "*i32"}
-        constants, num_warps = {"P": 1, "BLOCK_A": launch.bipartite_merge(num_a, 2)[0]}, 4
-    elif name == "_merge_fwd_kernel":
-        *blocks, num_warps = launch.bipartite_merge(num_a, size)
-        signature = {"tokens_ptr": values, "out_ptr": values} | sizes | strides
-        constants = dict(zip(("BLOCK_A", "BLOCK_R", "BLOCK_D"), blocks, strict=True))
-        constants |= {"HAS_SIZE": True}
-    else:
-        block_n, block_d, num_warps = launch.reduce_backward(size)
-        signature = {"grad_out_ptr": values, "grad_ptr": values} | sizes
-        constants = {"HAS_SIZE": True, "BLOCK_N": block_n, "BLOCK_D": block_d}
-    return signature | SCALARS, constants, num_warps
-
-
-KERNELS = ["_match_kernel", "_slots_kernel", "_merge_fwd_kernel", "_merge_bwd_kernel"]
-SM90 = [(90, dtype, num_tokens) for dtype in ("bf16", "fp32") for num_tokens in (197, 577)]
-
-
-@pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so there is nothing to compile")
-@pytest.mark.parametrize(("arch", "dtype", "num_tokens"), [*SM90, (80, "fp32", 257)])
-@pytest.mark.parametrize("name", KERNELS)
-def test_kernels_compile_without_a_spill(name, arch, dtype, num_tokens):
-    from elip_kernels.testing.compile import compile_kernel
-
-    signature, constants, num_warps = kernel_arguments(name, dtype, num_tokens)
-    code = compile_kernel(
-        getattr(kernels, name), signature, constants, arch=arch, num_warps=num_warps
-    )
-    assert code.stack == code.local == 0
-    assert not code.instructions["LDL"] + code.instructions["STL"]
-    assert code.registers <= (40 if name == "_merge_bwd_kernel" else 128)
-
-
-@pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so there is nothing to compile")
-def test_kernels_compile_for_one_pair_and_without_sizes():
-    from elip_kernels.testing.compile import compile_kernel
-
-    without_size = {"HAS_SIZE": False, "size_ptr": None}
-    variants = dict(zip(KERNELS, ({}, {"R": 1}, without_size, without_size), strict=True))
-    for name, variant in variants.items():
-        signature, constants, num_warps = kernel_arguments(name, "fp16", 197)
-        signature = {k: v for k, v in signature.items() if k not in variant}
-        code = compile_kernel(
-            getattr(kernels, name), signature, constants | variant, arch=90, num_warps=num_warps
-        )
-        assert code.stack == code.local == 0

@@ -1,43 +1,284 @@
-"""The kernels compile ahead of time, without a GPU and without a spill."""
+"""What the launchers launch compiles ahead of time, without a GPU: registers, spills, widths."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
 
 import pytest
+import torch
 
-from elip_kernels._triton import HAS_TRITON
+import elip_kernels
+from elip_kernels._triton import HAS_TRITON, tl, triton
 
 if not HAS_TRITON:
-    pytest.skip("triton is absent", allow_module_level=True)
+    pytest.skip("triton is absent, so there is nothing to compile", allow_module_level=True)
 
-from elip_kernels.testing.compile import compile_reduce, compile_rows, compile_score_reduce
+from elip_kernels.testing import report
+from elip_kernels.testing.calls import BATCHES, CALLS, REAL_CASES
+from elip_kernels.testing.compile import (
+    ARCHITECTURES,
+    compile_kernel,
+    compile_launch,
+    recorded_launches,
+    warps_at_once,
+)
 
-
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("candidates", [196, 256])
-def test_reduce_compiles_for_sm90_without_a_spill(candidates, dtype):
-    codes = compile_reduce(90, candidates=candidates, dtype=dtype)
-    assert codes[0].registers <= 64
-    assert codes[1].registers <= 40
-    assert codes[1].shared == 0
-    for code in codes:
-        assert code.stack == 0
-        assert code.local == 0
-        assert not code.instructions["LDL"] + code.instructions["STL"]
-        wide, loads = code.share_128("LDG")
-        assert 0 < wide <= loads
+KEEP = dict(REAL_CASES)
+SIZE = {"bf16": 2, "fp32": 4}
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_masked_pruning_compiles_everywhere(arch):
-    forward, _ = compile_reduce(arch, candidates=256, dtype="bf16", has_mask=True, merge=False)
-    assert forward.stack == forward.local == 0
+@cache
+def compiled(call, N, dtype, arch=90, B=BATCHES[0]):
+    """name -> (launch, code) of every kernel that a call launches."""
+    launches = report.recorded_call(call, B, N, KEEP[N], dtype, arch)
+    return {launch.name: (launch, compile_launch(launch, arch)) for launch in launches}
 
 
-ROWS = [(197, "bf16"), (257, "fp32"), (577, "bf16")]
+def is_clean(code):
+    return code.stack == code.local == code.spills == 0 and code.occupancy[0] > 0
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize(("num_tokens", "dtype"), ROWS)
-@pytest.mark.parametrize("compiled", [compile_rows, compile_score_reduce])
-def test_rows_and_boundaries_compile_without_a_spill(compiled, num_tokens, dtype, arch):
-    for code in compiled(arch, num_tokens=num_tokens, heads=12, dtype=dtype):
-        assert code.stack == code.local == 0
-        assert code.shared <= 227 * 1024
+def moves_wide(code, tile):
+    """Every byte of the tile is loaded and stored by accesses of at least 128 bits (sm_90)."""
+    return min(code.wide_bytes()) * 32 * code.num_warps >= tile
+
+
+@pytest.mark.parametrize("dtype", SIZE)
+@pytest.mark.parametrize(("N", "registers"), [(197, 64), (257, 64), (577, 128)])
+def test_reduce_stays_in_registers_and_moves_by_128_bits(N, registers, dtype):
+    launch, code = compiled("reduce", N, dtype)["_reduce_fwd_kernel"]
+    assert is_clean(code)
+    assert code.registers <= registers
+    assert moves_wide(code, (N - 1) * launch.arguments["BLOCK_D"] * SIZE[dtype])
+
+
+@pytest.mark.parametrize("dtype", SIZE)
+def test_reduce_backward_fills_the_machine_without_shared_memory(dtype):
+    launch, code = compiled("reduce", 257, dtype)["_reduce_bwd_kernel"]
+    assert is_clean(code)
+    assert code.registers <= 40
+    assert code.shared == 0
+    assert code.occupancy[0] >= 48
+    block_n, block_d = launch.arguments["BLOCK_N"], launch.arguments["BLOCK_D"]
+    assert moves_wide(code, block_n * block_d * SIZE[dtype])
+
+
+def loads_wide(code, tile):
+    """As `moves_wide`, of what a loop loads: a tile in each of its stages."""
+    return code.wide_bytes()[0] * 32 * code.num_warps >= code.num_stages * tile
+
+
+@pytest.mark.parametrize(("N", "registers"), [(197, 72), (257, 72), (577, 128)])
+def test_many_images_score_and_move_by_128_bits(N, registers):
+    codes = compiled("score_reduce", N, "bf16", B=128)
+    launch, code = codes["_score_select_kernel"]
+    assert is_clean(code)
+    assert code.registers <= registers
+    assert loads_wide(code, (N - 1) * launch.arguments["BLOCK_K"] * 2)
+    launch, code = codes["_move_kernel"]
+    assert is_clean(code)
+    assert code.registers <= (64 if N <= 257 else 128)
+    assert moves_wide(code, (N - 1) * launch.arguments["BLOCK_D"] * 2)
+
+
+@pytest.mark.parametrize(("N", "registers"), [(257, 64), (577, 128)])
+def test_few_images_score_and_move_by_128_bits(N, registers):
+    codes = compiled("score_reduce", N, "bf16")
+    launch, code = codes["scores_kernel"]
+    assert is_clean(code)
+    assert code.registers <= 80
+    assert loads_wide(code, launch.arguments["BLOCK_N"] * launch.arguments["BLOCK_K"] * 2)
+    launch, code = codes["_select_move_kernel"]
+    assert is_clean(code)
+    assert code.registers <= registers
+    assert moves_wide(code, (N - 1) * launch.arguments["BLOCK_D"] * 2)
+
+
+@pytest.mark.parametrize("dtype", SIZE)
+def test_bipartite_merge_stays_in_registers(dtype):
+    for name, (_, code) in compiled("bipartite_merge", 577, dtype).items():
+        assert is_clean(code), name
+        assert code.registers <= (40 if name == "_merge_bwd_kernel" else 128), name
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("call", CALLS)
+def test_every_kernel_compiles_everywhere_without_a_spill(call, arch):
+    for B in BATCHES:
+        codes = compiled(call, 257, "bf16", arch, B)
+        assert codes
+        for name, (_, code) in codes.items():
+            assert is_clean(code), (name, code)
+
+
+@pytest.mark.parametrize("arch", [90, "gfx942"])
+def test_other_variants_compile_without_a_spill(arch):
+    tokens = torch.randn(2, 197, 768).half()
+    mask, size = torch.ones(2, 197, dtype=torch.bool), torch.ones(2, 197)
+    q, k = torch.randn(2, 12, 64).half(), torch.randn(2, 12, 197, 64).half()
+    with recorded_launches(arch) as launches:
+        elip_kernels.reduce(tokens, torch.rand(2, 197), 176, merge=False, mask=mask)
+        elip_kernels.reduce(tokens, torch.rand(2, 195), 1, normalize=False, num_prefix_tokens=2)
+        elip_kernels.cls_attention(q, k, mask=mask)
+        elip_kernels.bipartite_merge(tokens, k[:, 0], 1)
+        elip_kernels.bipartite_merge(tokens, k[:, 0], 16, size=size, num_prefix_tokens=0)
+    assert len(launches) == 9
+    for launch in launches:
+        assert is_clean(compile_launch(launch, arch)), launch.name
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared", "num_warps", "occupancy"),
+    [
+        (90, 64, 2048, 8, (32, "registers")),
+        (90, 65, 2048, 8, (24, "registers")),
+        (80, 255, 0, 4, (8, "registers")),
+        (80, 32, 81 * 1024, 8, (16, "shared")),
+        (80, 32, 82 * 1024, 8, (8, "shared")),
+        (100, 32, 227 * 1024, 8, (8, "shared")),
+        (100, 32, 228 * 1024, 8, (0, "shared")),
+        (90, 16, 0, 1, (32, "blocks")),
+        (90, 32, 0, 8, (64, "warps")),
+        ("gfx942", 64, 0, 4, (32, "warps")),
+        ("gfx942", 65, 0, 4, (28, "registers")),
+        ("gfx942", 128, 0, 8, (16, "registers")),
+        ("gfx942", 32, 40 * 1024, 8, (8, "shared")),
+    ],
+)
+def test_occupancy(arch, registers, shared, num_warps, occupancy):
+    assert warps_at_once(arch, registers, shared, num_warps) == occupancy
+
+
+@triton.jit
+def _copy_kernel(x_ptr, y_ptr, stride, n, scale, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs * stride, mask=offs < n)
+    tl.store(y_ptr + offs * stride, x * scale, mask=offs < n)
+
+
+def copy(x, stride=1, n=1008):
+    with recorded_launches(90) as launches:
+        _copy_kernel[(1,)](x, torch.empty(2048), stride, n, 0.5, BLOCK=1024, num_warps=4)
+    return launches[0]
+
+
+def test_a_launch_specialises_on_alignment_divisibility_and_one():
+    x = torch.empty(2048)
+    assert compile_launch(copy(x), 90).wide_share() == 1
+    for changed in (copy(x[1:]), copy(x, n=1007), copy(x, stride=3)):
+        assert compile_launch(changed, 90).wide_share() < 1
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_types_alone_give_the_code_of_the_launch(arch):
+    pointers = {"x_ptr": "*fp32", "y_ptr": "*fp32"}
+    code = compile_kernel(
+        _copy_kernel,
+        pointers | {"n": "i32:16", "scale": "fp32"},
+        {"stride": 1, "BLOCK": 1024},
+        arch=arch,
+        num_warps=4,
+    )
+    launched = compile_launch(copy(torch.empty(2048)), arch)
+    assert launched.loads == code.loads and launched.stores == code.stores
+    assert code.wide_bytes() == ((16, 16) if arch == "gfx942" else (32, 32))
+    assert code.loads.total() > 0 and is_clean(code)
+
+
+def test_launches_are_recorded_as_they_were_made():
+    forward, backward = report.recorded_call("reduce", 2, 257, 166, "bf16", 90)
+    assert (forward.name, forward.grid) == ("_reduce_fwd_kernel", (2, 12))
+    assert (backward.name, backward.grid) == ("_reduce_bwd_kernel", (2, 9, 6))
+    expected = {"N": 257, "K": 166, "D": 768, "stride_tb": 257 * 768, "MERGE": True}
+    assert expected.items() <= forward.arguments.items()
+    assert forward.arguments["tokens_ptr"].dtype == torch.bfloat16
+    assert forward.arguments["mask_ptr"] is None
+    assert list(forward.arguments) == forward.kernel.arg_names
+
+
+def test_an_architecture_gets_its_own_configuration():
+    hip = torch.version.hip
+    for dtype, arch, precision, num_stages in (
+        ("bf16", 90, "ieee", 4),
+        ("fp32", 90, "tf32x3", 3),
+        ("bf16", "gfx942", "ieee", 3),
+        ("fp32", "gfx942", "ieee", 3),
+    ):
+        select, *_ = report.recorded_call("score_reduce", BATCHES[1], 257, 166, dtype, arch)
+        assert select.name == "_score_select_kernel"
+        assert select.arguments["PRECISION"] == precision
+        assert select.options["num_stages"] == num_stages
+    assert torch.version.hip == hip
+
+
+def test_what_does_not_fit_shared_memory_takes_the_pytorch_form():
+    assert not report.recorded_call("cls_attend_from_tokens", 2, 257, 166, "fp32", 80)
+    assert report.recorded_call("cls_attend_from_tokens", 2, 257, 166, "fp32", 90)
+
+
+def test_an_unknown_architecture_is_named():
+    with (
+        pytest.raises(ValueError, match=r"^arch: expected one of .*gfx942.*, got 'sm_90'"),
+        recorded_launches("sm_90"),
+    ):
+        pass
+
+
+def test_outside_the_recorder_the_reference_runs():
+    tokens, row = torch.randn(2, 9, 4), torch.rand(2, 9)
+    with recorded_launches(90) as launches:
+        elip_kernels.reduce(tokens, row, 3)
+    assert len(launches) == 1
+    kept = elip_kernels.reduce(tokens, row, 3, merge=False)
+    assert len(launches) == 1
+    assert torch.equal(kept[:, 0], tokens[:, 0])
+
+
+def test_the_command_writes_a_table_and_json(tmp_path):
+    path = tmp_path / "report.json"
+    command = [sys.executable, "-m", "elip_kernels.testing", "report"]
+    command += ["--arch", "90", "--only", "reduce", "--json", str(path)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert run.returncode == 0, run.stdout + run.stderr
+    document = json.loads(path.read_text())
+    assert document["triton"] == triton.__version__
+    rows = {(row["kernel"], row["N"], row["dtype"], row["arch"]): row for row in document["rows"]}
+    assert len(rows) == len(document["rows"]) == 2 * len(REAL_CASES) * len(SIZE)
+    for (kernel, N, dtype, _), row in rows.items():
+        _, code = compiled("reduce", N, dtype)[kernel]
+        assert (row["registers"], row["shared"]) == (code.registers, code.shared)
+        assert [row["occupancy"], row["limit"]] == list(code.occupancy)
+    assert len(run.stdout.splitlines()) == 2 + len(rows)
+
+
+def refuse(launch, arch):
+    raise RuntimeError("error: one\n\n  PassManager::run failed\n")
+
+
+def crash(job):
+    os._exit(1)
+
+
+def test_what_does_not_compile_is_a_row(monkeypatch):
+    job = report.Job("reduce", 2, 197, 127, "bf16", 90, 0)
+    monkeypatch.setattr(report, "compile_launch", refuse)
+    refused = report._compile(job)
+    assert refused == {"error": "RuntimeError: PassManager::run failed"}
+    monkeypatch.setattr(report, "_compile", crash)
+    assert report._compile_apart(job) == {"error": "the compiler crashed"}
+    header, line = report.table([{"kernel": "_reduce_fwd_kernel", "N": 197} | refused]).splitlines()
+    assert header.split() == list(report.COLUMNS)
+    assert line.endswith("-  RuntimeError: PassManager::run failed")
+
+
+@pytest.mark.parametrize(("rows", "status"), [([{"kernel": "a"}], 0), ([{"error": "no"}], 1)])
+def test_a_failure_is_the_exit_status(monkeypatch, capsys, rows, status):
+    from elip_kernels.testing import __main__ as command
+
+    monkeypatch.setattr(command, "report", lambda archs, calls: rows)
+    monkeypatch.setattr(sys, "argv", ["elip_kernels.testing", "report", "--arch", "80"])
+    assert command.main() == status
+    assert triton.__version__ in capsys.readouterr().out

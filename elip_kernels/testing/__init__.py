@@ -59,6 +59,13 @@ def kernels_on_cpu() -> Iterator[Counter]:
     """
     if not triton.knobs.runtime.interpret:
         raise RuntimeError("set TRITON_INTERPRET=1 before importing elip_kernels")
+    with launchers_on_cpu() as launches:
+        yield launches
+
+
+@contextmanager
+def launchers_on_cpu() -> Iterator[Counter]:
+    """Inside, CPU tensors take the way of CUDA tensors, whatever a launch then does there."""
     launches: Counter = Counter()
 
     def counted(op: Any, run: Any) -> None:
@@ -70,7 +77,7 @@ def kernels_on_cpu() -> Iterator[Counter]:
         stack.callback(op.register_kernel, "cpu", op._init_fn)
 
     with ExitStack() as stack:
-        for name in ("reduce", "cls_attention", "score_reduce", "bipartite"):
+        for name in ("reduce", "cls_attention", "cls_attend", "score_reduce", "bipartite"):
             for op, run in _module(name).KERNELS:
                 counted(op, run)
         yield launches

@@ -1,35 +1,139 @@
-"""Compile a kernel for an architecture that need not be there, and read what its code says."""
+"""Compile what an op launches, for an architecture that need not be there, and read the code.
+
+    recorded_launches(arch)         launchers run on CPU tensors and keep every launch; none runs
+    compile_launch(recorded, arch)  the same launch through Triton's own warm-up: it specialises on
+                                    the arguments as it would there, no signature is written by hand
+    Compiled                        registers, spills, shared memory, occupancy, access widths
+
+An architecture is 80, 90 or 100 (compute capability times ten) or "gfx942".
+"""
 
 import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from elip_kernels import launch
 from elip_kernels._triton import triton
-from elip_kernels.testing import _module
+from elip_kernels._validate import message
+from elip_kernels.testing import launchers_on_cpu
+
+Arch = int | str
+# Shared memory of an SM, LDS of a CU, in bytes; a block on an SM has 1 KB of it less.
+SHARED_MEMORY = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024, "gfx942": 64 * 1024}
+BLOCK_OVERHEAD = 1024
+ARCHITECTURES: tuple[Arch, ...] = tuple(SHARED_MEMORY)
+
+
+@dataclass(frozen=True)
+class RecordedLaunch:
+    """One `kernel[grid](*args, **options)`."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Of the kernel."""
+        return self.kernel.__name__
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Every argument by the kernel's name for it, constexprs included."""
+        given = {name: v for name, v in self.options.items() if name in self.kernel.arg_names}
+        return dict(zip(self.kernel.arg_names, self.args, strict=False)) | given
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiled code of one kernel says; bytes for stack, local and shared memory."""
+    """What the compiled code of one kernel says.
 
+    registers: of a thread; on AMD all vector registers, accumulation registers included.
+    stack, local, shared: bytes of memory, the first two of a thread; stack is AMD's scratch.
+    spills: instructions that reach local memory; on AMD spilled registers.
+    occupancy: warps that an SM or CU holds at once, and what limits it.
+    instructions: count of each mnemonic, as the code lists them: a loop's body counts once.
+    loads, stores: count of global accesses of each width in bits.
+    """
+
+    num_warps: int
+    num_stages: int
     registers: int
     stack: int
     local: int
+    spills: int
     shared: int
-    instructions: Counter
+    occupancy: tuple[int, str]
+    instructions: Counter[str]
+    loads: Counter[int]
+    stores: Counter[int]
 
-    def share_128(self, kind: str) -> tuple[int, int]:
-        """(128-bit accesses, all) among global loads ('LDG') or stores ('STG')."""
-        mine = {name: n for name, n in self.instructions.items() if name.split(".")[0] == kind}
-        return sum(n for name, n in mine.items() if name.endswith(".128")), sum(mine.values())
+    def wide_bytes(self) -> tuple[int, int]:
+        """Bytes that a thread loads and stores by accesses of 128 bits or more."""
+        loads, stores = (
+            sum(bits // 8 * n for bits, n in accesses.items() if bits >= 128)
+            for accesses in (self.loads, self.stores)
+        )
+        return loads, stores
+
+    def wide_share(self) -> float:
+        """Part of all bytes loaded and stored that moves by accesses of 128 bits or more."""
+        total = sum(bits // 8 * n for bits, n in (self.loads + self.stores).items())
+        return sum(self.wide_bytes()) / total if total else 1.0
+
+
+@contextmanager
+def recorded_launches(arch: Arch) -> Iterator[list[RecordedLaunch]]:
+    """Inside, ops on CPU tensors are launched as on `arch`; yields the launches, which do not run.
+
+    Outputs stay unwritten. Launchers that ask for ROCm or shared memory get the answer of `arch`.
+
+    Raises:
+        RuntimeError: the kernels were decorated for the interpreter.
+    """
+    from triton.runtime.jit import JITFunction
+
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("unset TRITON_INTERPRET before importing elip_kernels")
+    launches: list[RecordedLaunch] = []
+
+    def record(
+        kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any
+    ) -> None:
+        launches.append(RecordedLaunch(kernel, grid, args, options))
+
+    rocm, most = "rocm" if _is_amd(arch) else None, SHARED_MEMORY[arch] - BLOCK_OVERHEAD
+    with (
+        patch.object(JITFunction, "run", record),
+        patch.object(torch.version, "hip", rocm),
+        patch.object(launch, "shared_memory", lambda tensor: most),
+        launchers_on_cpu(),
+    ):
+        yield launches
+
+
+def compile_launch(recorded: RecordedLaunch, arch: Arch) -> Compiled:
+    """Compile a recorded launch for `arch`, specialised as Triton's launch itself does."""
+    absent = SimpleNamespace(
+        get_current_target=lambda: _target(arch),
+        get_current_device=lambda: arch,
+        get_current_stream=lambda device: 0,
+    )
+    with patch.object(triton.runtime.driver, "_active", absent):
+        code = recorded.kernel.warmup(*recorded.args, grid=recorded.grid, **recorded.options)
+    return _read(code, arch)
 
 
 def compile_kernel(
@@ -37,20 +141,19 @@ def compile_kernel(
     signature: dict[str, str],
     constants: dict[str, Any],
     *,
-    arch: int,
+    arch: Arch,
     num_warps: int,
     num_stages: int = 3,
 ) -> Compiled:
-    """Compile for an NVIDIA `arch` (80, 90, 100) without a GPU.
+    """Compile a kernel from types alone.
 
     Args:
         kernel: a `@triton.jit` function, not decorated for the interpreter.
         signature: type of each run-time argument; ':16' marks divisibility, pointers have it.
         constants: the constexpr arguments.
-        arch: compute capability times ten.
+        arch: see `ARCHITECTURES`.
         num_warps, num_stages: of the launch.
     """
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     names = list(kernel.arg_names)
@@ -60,11 +163,30 @@ def compile_kernel(
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attrs)
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    code = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return _read_cubin(code.asm["cubin"], code.metadata.shared)
+    return _read(triton.compile(source, target=_target(arch), options=options), arch)
 
 
-def _read_cubin(cubin: bytes, shared: int) -> Compiled:
+def _is_amd(arch: Arch) -> bool:
+    if arch not in ARCHITECTURES:
+        raise ValueError(message("arch", f"one of {ARCHITECTURES}", repr(arch)))
+    return isinstance(arch, str)
+
+
+def _target(arch: Arch) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget("hip", arch, 64) if _is_amd(arch) else GPUTarget("cuda", arch, 32)
+
+
+def _read(code: Any, arch: Arch) -> Compiled:
+    """What Triton's compiled kernel says."""
+    asm, shared, num_warps = code.asm, code.metadata.shared, code.metadata.num_warps
+    facts = _read_amdgcn(asm["amdgcn"]) if _is_amd(arch) else _read_cubin(asm["cubin"])
+    facts["occupancy"] = warps_at_once(arch, facts["registers"], shared, num_warps)
+    return Compiled(num_warps, code.metadata.num_stages, shared=shared, **facts)
+
+
+def _read_cubin(cubin: bytes) -> dict[str, Any]:
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
 
@@ -83,105 +205,72 @@ def _read_cubin(cubin: bytes, shared: int) -> Compiled:
         raise ValueError(f"cuobjdump: expected a resource usage line, got {usage!r}")
     registers, stack, local = map(int, found.groups())
     code = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.M)
-    return Compiled(registers, stack, local, shared, Counter(map(_short, code)))
+    words = [instruction.split(".") for instruction in code if instruction != "NOP"]
+    mnemonics = Counter(word[0] for word in words)
+    return {
+        "registers": registers,
+        "stack": stack,
+        "local": local,
+        "spills": mnemonics["LDL"] + mnemonics["STL"],
+        "instructions": mnemonics,
+        "loads": Counter(_sass_bits(w) for w in words if w[0] in ("LDG", "LDGSTS")),
+        "stores": Counter(_sass_bits(w) for w in words if w[0] == "STG"),
+    }
 
 
-def _short(instruction: str) -> str:
-    """LDG.E.128.CONSTANT -> LDG.128; other instructions by their first word."""
-    name = instruction.split(".")[0]
-    width = next((w for w in instruction.split(".") if w in ("64", "128")), "")
-    return f"{name}.{width}" if name in ("LDG", "STG") and width else name
-
-
-def compile_reduce(
-    arch: int, *, candidates: int, dtype: str, has_mask: bool = False, merge: bool = True
-) -> tuple[Compiled, Compiled]:
-    """`reduce` forward and backward as launched for `candidates` patches of 'bf16' or 'fp32'."""
-    module, size = _module("reduce"), 4 if dtype == "fp32" else 2
-    tokens, ints = f"*{dtype}", {"N": "i32", "K": "i32", "D": "i32:16", "R": "i32"}
-    block_n, block_d, num_warps = launch.reduce_forward(candidates, size)
-    forward = compile_kernel(
-        module._reduce_fwd_kernel,
-        {"tokens_ptr": tokens, "scores_ptr": "*fp32", "out_ptr": tokens, "kept_ptr": "*i64"}
-        | {"weights_ptr": "*fp32", "slots_ptr": "*i32", "mask_ptr": "*i1"}
-        | {"stride_tb": "i32:16", "stride_tn": "i32:16", "stride_sb": "i32", "stride_mb": "i32"}
-        | ints,
-        {"P": 1, "MERGE": merge, "NORMALIZE": True, "HAS_MASK": has_mask, "EPSILON": 1e-6}
-        | {"BLOCK_N": block_n, "BLOCK_D": block_d}
-        | ({} if has_mask else {"mask_ptr": None}),
-        arch=arch,
-        num_warps=num_warps,
+def _sass_bits(words: list[str]) -> int:
+    """LDG.E.128.CONSTANT -> 128, LDG.E.U16 -> 16; 32 where nothing is said."""
+    return next(
+        (int(w.lstrip("US")) for w in words if re.fullmatch(r"[US]?(8|16|64|128|256)", w)), 32
     )
-    block_n, block_d, num_warps = launch.reduce_backward(size)
-    backward = compile_kernel(
-        module._reduce_bwd_kernel,
-        {"grad_out_ptr": tokens, "slots_ptr": "*i32", "weights_ptr": "*fp32", "grad_ptr": tokens}
-        | ints,
-        {"MERGE": merge, "BLOCK_N": block_n, "BLOCK_D": block_d},
-        arch=arch,
-        num_warps=num_warps,
-    )
-    return forward, backward
 
 
-def compile_rows(
-    arch: int, *, num_tokens: int, heads: int, dtype: str
-) -> tuple[Compiled, Compiled]:
-    """The absorbed and the generic CLS row as launched for tokens of 'bf16' or 'fp32'."""
-    module, tokens = _module("cls_attention"), f"*{dtype}"
-    example = torch.empty(0, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16)
-    ints = {"N": "i32", "D": "i32:16", "H": "i32"}
-    settings = launch.score(num_tokens - 1, heads, example) | {"HAS_REST": dtype != "fp32"}
-    options = {name: settings.pop(name) for name in ("num_warps", "num_stages")}
-    absorbed = compile_kernel(
-        module._from_tokens_kernel,
-        {"tokens_ptr": tokens, "query_ptr": tokens, "rest_ptr": tokens, "cls_score_ptr": "*fp32"}
-        | {"out_ptr": "*fp32", "stride_tb": "i32:16", "stride_tn": "i32:16", "eps": "fp32"}
-        | ints,
-        settings,
-        arch=arch,
-        **options,
-    )
-    block_n, block_d, num_warps = launch.cls_attention(num_tokens)
-    strides = ("stride_qb", "stride_qh", "stride_kb", "stride_kh", "stride_kn")
-    generic = compile_kernel(
-        module._cls_attention_kernel,
-        {"q_ptr": tokens, "k_ptr": tokens, "out_ptr": "*fp32", "scale": "fp32"}
-        | {"stride_mb": "i32"}
-        | dict.fromkeys(strides, "i32:16")
-        | ints,
-        {"mask_ptr": None, "HAS_MASK": False, "BLOCK_N": block_n, "BLOCK_D": block_d},
-        arch=arch,
-        num_warps=num_warps,
-    )
-    return absorbed, generic
+GCN_BITS = {"byte": 8, "short": 16, "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
 
 
-def compile_score_reduce(
-    arch: int, *, num_tokens: int, heads: int, dtype: str
-) -> tuple[Compiled, Compiled]:
-    """The two kernels of `score_reduce` as launched for tokens of 'bf16' or 'fp32'."""
-    module, tokens = _module("score_reduce"), f"*{dtype}"
-    example = torch.empty(0, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16)
-    outputs = {"weights_ptr": "*fp32", "slots_ptr": "*i32", "stride_tb": "i32:16"}
-    outputs |= {"stride_tn": "i32:16", "N": "i32", "K": "i32", "D": "i32:16"}
-    settings = launch.score(num_tokens - 1, heads, example) | {"HAS_REST": dtype != "fp32"}
-    options = {name: settings.pop(name) for name in ("num_warps", "num_stages")}
-    select = compile_kernel(
-        module._score_select_kernel,
-        {"tokens_ptr": tokens, "query_ptr": tokens, "rest_ptr": tokens, "cls_score_ptr": "*fp32"}
-        | {"row_ptr": "*fp32", "kept_ptr": "*i64", "H": "i32", "eps": "fp32"}
-        | outputs,
-        settings | {"MERGE": True, "NORMALIZE": True, "EPSILON": 1e-6},
-        arch=arch,
-        **options,
-    )
-    block_n, block_d, num_warps = launch.reduce_forward(num_tokens - 1, example.element_size())
-    move = compile_kernel(
-        module._move_kernel,
-        {"tokens_ptr": tokens, "out_ptr": tokens} | outputs,
-        {"MERGE": True, "BLOCK_N": block_n, "BLOCK_D": block_d},
-        arch=arch,
-        num_warps=num_warps,
-    )
-    return select, move
+def _read_amdgcn(assembly: str) -> dict[str, Any]:
+    def said(key: str) -> int:
+        found = re.search(rf"^\s*\.{key}:\s*(\d+)", assembly, re.M)
+        if found is None:
+            raise ValueError(f"amdgcn: expected .{key} in the metadata, got none")
+        return int(found[1])
+
+    def accesses(kind: str) -> Counter[int]:
+        pattern = rf"^\s+(?:global|buffer|flat)_{kind}_(?:lds_)?[us]?(byte|short|dword(?:x\d)?)"
+        return Counter(GCN_BITS[width] for width in re.findall(pattern, assembly, re.M))
+
+    mnemonics = Counter(re.findall(r"^\s+((?:v|s|ds|global|buffer|flat)_\w+)", assembly, re.M))
+    del mnemonics["s_nop"]
+    return {
+        "registers": said("vgpr_count"),
+        "stack": said("private_segment_fixed_size"),
+        "local": 0,
+        "spills": said("vgpr_spill_count") + said("sgpr_spill_count"),
+        "instructions": mnemonics,
+        "loads": accesses("load"),
+        "stores": accesses("store"),
+    }
+
+
+def warps_at_once(arch: Arch, registers: int, shared: int, num_warps: int) -> tuple[int, str]:
+    """Warps of an SM or CU that run blocks of `num_warps`, and the scarcest of what limits them.
+
+    NVIDIA: 64 warps and 32 blocks; 4 x 16,384 registers, given by 256 to a warp; shared memory by
+    128 bytes, 1 KB a block of it for the system. CDNA3: 4 x 8 waves, 16 workgroups; 4 x 512
+    vector registers a lane, given by 8 to a wave; 64 KB of LDS.
+    """
+    if _is_amd(arch):
+        warps, blocks, memory = 32, 16, SHARED_MEMORY[arch] // max(1, shared)
+        by_registers = 4 * (512 // _round_up(registers, 8))
+    else:
+        warps, blocks = 64, 32
+        memory = SHARED_MEMORY[arch] // _round_up(shared + BLOCK_OVERHEAD, 128)
+        by_registers = 4 * (16384 // _round_up(registers * 32, 256))
+    limits = {"warps": warps // num_warps, "blocks": blocks}
+    limits |= {"registers": by_registers // num_warps, "shared": memory}
+    limit = min(limits, key=limits.__getitem__)
+    return limits[limit] * num_warps, limit
+
+
+def _round_up(n: int, unit: int) -> int:
+    return max(1, -(-n // unit)) * unit

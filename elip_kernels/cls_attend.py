@@ -1,0 +1,222 @@
+"""The CLS token's attention output in a pre-norm block: no product with every token's key or value.
+
+    z    = (x - mean) * rstd of the tokens, row 0 made from `cls`                        (B, N, D)
+    u_h  = gamma * (W_k,h^T q_h) * scale,  q = W_q LN(cls) + b_q;   s_h(n) = u_h . z_n   (B, H, N)
+    m_h  = sum_n softmax_n(s_h) z_n                                                      (B, H, D)
+    o_h  = W_v,h (gamma * m_h + beta) + b_v,h                                            (B, H*d)
+
+The op is m, in fp32; the projections around it see one token an image. The kernel reads x once,
+tile by tile of whole tokens, with a running softmax that CLS begins:
+
+    p_h(n) = exp(s_h(n) - top_h)                           top: the maximum so far, of CLS at first
+    m_h    = (p_h(cls) z_cls + sum_n p rstd x - sum_n p rstd mean) / (p_h(cls) + sum_n p)
+
+so that x enters both products as it is: s needs no mean, since u is centred. Where x has two bytes,
+u and p rstd come as rounded + rest of that type. No gradient: inference and scoring only. More than
+16 heads read x once for each 16; features that do not fit registers take the PyTorch form.
+Source: associativity, and the running softmax of Milakov and Gimelshein (2018).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from elip_kernels import launch
+from elip_kernels._autocast import without_autocast
+from elip_kernels._triton import tl, triton
+from elip_kernels.absorbed import absorbed_operands, absorbed_query, accumulator, check_absorbed
+from elip_kernels.cls_attention import absorbed_reference, mark_output, no_gradient
+
+
+def cls_attend_from_tokens(
+    tokens: Tensor,
+    cls: Tensor,
+    *,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    num_heads: int,
+    scale: float | None = None,
+) -> Tensor:
+    """The CLS token's attention output in a pre-norm block, before the output projection.
+
+    Args:
+        v_weight, v_bias: (H*d, D) and (H*d,) or None; the others as `cls_attention_from_tokens`.
+
+    Returns:
+        (B, H*d) in the dtype of `tokens`, without gradient.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected, what came.
+    """
+    norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    matrices = {"q_weight": q_weight, "k_weight": k_weight, "v_weight": v_weight}
+    biases = {"q_bias": q_bias, "v_bias": v_bias}
+    scale = check_absorbed(tokens, cls, eps, num_heads, scale, norm, matrices, biases)
+    with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+        cls = cls.to(accumulator(tokens.dtype))
+        query = absorbed_query(cls, norm, eps, q_weight, q_bias, k_weight, num_heads, scale)
+        mixed = _attend_op(tokens.detach(), cls.detach(), query, eps)  # (B, H, D)
+        if norm_weight is not None:
+            mixed = mixed * norm_weight
+        if norm_bias is not None:
+            mixed = mixed + norm_bias
+        value = v_weight.to(mixed.dtype).view(num_heads, -1, tokens.shape[2])
+        out = torch.einsum("bhc,hdc->bhd", mixed, value).flatten(1)
+        return (out if v_bias is None else out + v_bias).to(tokens.dtype)
+
+
+def attend_reference(tokens: Tensor, cls: Tensor, query: Tensor, eps: float) -> Tensor:
+    """The specification: m (B, H, D) of the formula above."""
+    normed, rows = absorbed_reference(tokens, cls, query, eps)
+    return torch.bmm(rows, normed)
+
+
+@triton.jit
+def _load_tile(tokens_ptr, first, N, D, stride_tn, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Tokens `first`, .. of an image [BLOCK_N, BLOCK_D], zero beyond N and D."""
+    offs_n = first + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = (offs_n < N)[:, None] & (offs_d < D)[None, :]
+    return tl.load(tokens_ptr + offs_n[:, None] * stride_tn + offs_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _mean_and_rstd(x, D, eps, BLOCK_D: tl.constexpr):
+    """LayerNorm's two numbers of each row of x."""
+    x = x.to(tl.float32)
+    mean = tl.sum(x, 1) * (1.0 / D)
+    deviation = tl.where((tl.arange(0, BLOCK_D) < D)[None, :], x - mean[:, None], 0.0)
+    return mean, tl.rsqrt(tl.sum(deviation * deviation, 1) * (1.0 / D) + eps)
+
+
+@triton.jit
+def _slices(x, SLICES: tl.constexpr, WIDEN: tl.constexpr):
+    """[R, D] -> [SLICES, R, D / SLICES]: a batch of products, a slice of the features a warp."""
+    x = x.to(tl.float32) if WIDEN else x
+    return tl.permute(tl.reshape(x, x.shape[0], SLICES, x.shape[1] // SLICES), 1, 0, 2)
+
+
+@triton.jit
+def _for_all(weight, SLICES: tl.constexpr, WIDEN: tl.constexpr):
+    """[H, N] -> [SLICES, H, N]: the same weights for every slice of the features."""
+    weight = weight.to(tl.float32) if WIDEN else weight
+    return tl.broadcast_to(weight[None], SLICES, weight.shape[0], weight.shape[1])
+
+
+@triton.jit
+def _multiply(left, rest, right, acc, HAS_REST: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + (left + rest) @ right, batched."""
+    acc = tl.dot(left, right, acc, input_precision=PRECISION)
+    if HAS_REST:
+        acc = tl.dot(rest, right, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["N"])
+def _attend_kernel(
+    tokens_ptr, query_ptr, rest_ptr, cls_score_ptr, cls_ptr, out_ptr, stride_tb, stride_tn,
+    N, D, H, eps, HAS_REST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
+    """One program per (image, BLOCK_H heads): tile by tile of whole tokens, the next under way."""
+    pid_b = tl.program_id(0).to(tl.int64)
+    tokens_ptr += pid_b * stride_tb
+    query_ptr += pid_b * H * D
+    rest_ptr += pid_b * H * D
+    out_ptr += pid_b * H * D
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    offs_u = offs_h[:, None] * D + offs_d[None, :]
+    mask_u = (offs_h < H)[:, None] & mask_d[None, :]
+    u = _slices(tl.load(query_ptr + offs_u, mask=mask_u, other=0.0), SLICES, WIDEN)  # [S, H, D/S]
+    rest = _slices(tl.load(rest_ptr + offs_u, mask=mask_u, other=0.0), SLICES, WIDEN)
+    # CLS comes first: weight 1, its z as it is
+    cls = tl.load(cls_ptr + pid_b * D + offs_d, mask=mask_d, other=0.0)
+    acc = tl.zeros([SLICES, BLOCK_H, BLOCK_D // SLICES], tl.float32)
+    acc += _slices(cls[None, :], SLICES, WIDEN)
+    top = tl.load(cls_score_ptr + pid_b * H + offs_h, mask=offs_h < H, other=0.0)  # [H]
+    total = tl.full([BLOCK_H], 1.0, tl.float32)
+    shift = tl.zeros([BLOCK_H], tl.float32)
+    x = _load_tile(tokens_ptr, 1, N, D, stride_tn, BLOCK_N, BLOCK_D)
+    for n in range(1, N, BLOCK_N):
+        mean, rstd = _mean_and_rstd(x, D, eps, BLOCK_D)
+        mask_n = n + offs_n < N
+        rstd = tl.where(mask_n, rstd, 0.0)  # of nothing it is infinite where eps is 0
+        tile = _slices(x, SLICES, WIDEN)  # [S, N, D/S]
+        score = tl.zeros([SLICES, BLOCK_H, BLOCK_N], tl.float32)
+        score = _multiply(u, rest, tl.trans(tile, 0, 2, 1), score, HAS_REST, PRECISION)
+        x = _load_tile(tokens_ptr, n + BLOCK_N, N, D, stride_tn, BLOCK_N, BLOCK_D)
+        score = tl.where(mask_n[None, :], tl.sum(score, 0) * rstd[None, :], float("-inf"))  # [H, N]
+        above = tl.maximum(top, tl.max(score, 1))
+        decay = tl.exp(top - above)
+        top = above
+        weight = tl.exp(score - top[:, None])
+        total = total * decay + tl.sum(weight, 1)
+        weight *= rstd[None, :]
+        shift = shift * decay + tl.sum(weight * mean[None, :], 1)
+        rounded = weight.to(x.dtype)
+        beyond = _for_all((weight - rounded.to(tl.float32)).to(x.dtype), SLICES, WIDEN)
+        rounded = _for_all(rounded, SLICES, WIDEN)
+        acc = _multiply(rounded, beyond, tile, acc * decay[None, :, None], HAS_REST, PRECISION)
+    out = (acc - shift[None, :, None]) * (1.0 / total)[None, :, None]
+    tl.store(out_ptr + _slices(offs_u, SLICES, False), out, mask=_slices(mask_u, SLICES, False))
+
+
+def _attend(tokens: Tensor, cls: Tensor, query: Tensor, eps: float) -> Tensor:
+    """Allocate, read launch.py, launch."""
+    (B, _, D), H = tokens.shape, query.shape[1]
+    tokens = launch.addressable(tokens)
+    out = query.new_empty(B, H, D)
+    if out.numel() == 0:
+        return out
+    rounded, rest, cls_score = absorbed_operands(tokens, cls, query, eps)
+    normed = F.layer_norm(cls, (D,), eps=eps)
+    settings = launch.cls_attend(tokens)
+    with launch.on_device(tokens):
+        _attend_kernel[(B, triton.cdiv(H, settings["BLOCK_H"]))](
+            *(tokens, rounded, rounded if rest is None else rest, cls_score, normed, out),
+            *(tokens.stride(0), tokens.stride(1), tokens.shape[1], D, H, eps),
+            **settings,
+        )
+    return out
+
+
+@torch.library.custom_op("elip::cls_attend_from_tokens", mutates_args=())
+@without_autocast
+def _attend_op(tokens: Tensor, cls: Tensor, query: Tensor, eps: float) -> Tensor:
+    return attend_reference(tokens, cls, query, eps)
+
+
+@_attend_op.register_fake
+def _(tokens, cls, query, eps):
+    return query.new_empty(query.shape)
+
+
+@_attend_op.register_kernel("cuda")
+@without_autocast
+def _attend_cuda(tokens: Tensor, cls: Tensor, query: Tensor, eps: float) -> Tensor:
+    fits = launch.runs_kernel(tokens, query, num_tokens=tokens.shape[1])
+    if fits and launch.runs_cls_attend(tokens):
+        return _attend(tokens, cls, query, eps)
+    return attend_reference(tokens, cls, query, eps)
+
+
+KERNELS = ((_attend_op, _attend_cuda),)
+
+_attend_op.register_autograd(no_gradient, setup_context=mark_output)
+
+
+@register_flop_formula(torch.ops.elip.cls_attend_from_tokens)
+def _attend_flops(tokens_shape, cls_shape, query_shape, *args, out_shape=None, **kwargs) -> int:
+    """4 B H N D: scores and weighted sum."""
+    B, H, D = query_shape
+    return 4 * B * H * tokens_shape[1] * D

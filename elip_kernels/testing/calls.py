@@ -1,0 +1,74 @@
+"""Every public op by name, called as models call it: what reports and tests run.
+
+A call is forward, and backward where there is one, on CPU tensors of N(0, 1): B images, all alike,
+of N tokens, D wide, of which K stay; H heads.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import elip_kernels
+
+Call = Callable[[int, int, int, int, int, torch.dtype], None]
+
+# (N, K) of images of 224/16, 224/14 and 336/14 when 65% of the patches stay.
+REAL_CASES = ((197, 127), (257, 166), (577, 374))
+BATCHES = (2, 128)  # few images may take other kernels than many
+
+
+def _tokens(B: int, N: int, D: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(N, D).to(dtype).repeat(B, 1, 1).requires_grad_()
+
+
+def _block(D: int, H: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Parameters of a pre-norm block's norm, query and key."""
+    matrices = {name: torch.randn(D, D).to(dtype) / D**0.5 for name in ("q_weight", "k_weight")}
+    vectors = {name: torch.randn(D).to(dtype) for name in ("norm_weight", "norm_bias", "q_bias")}
+    return matrices | vectors | {"eps": 1e-6, "num_heads": H}
+
+
+def _reduce(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> None:
+    row = torch.randn(B, N).softmax(-1)
+    out = elip_kernels.reduce(_tokens(B, N, D, dtype), row, K)
+    out.backward(torch.ones_like(out))
+
+
+def _score_reduce(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> None:
+    cls = torch.randn(B, D).to(dtype)
+    out = elip_kernels.score_reduce(_tokens(B, N, D, dtype), cls, K, **_block(D, H, dtype))
+    out.backward(torch.ones_like(out))
+
+
+def _cls_attention(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> None:
+    q, k = torch.randn(B, H, D // H), torch.randn(H, N, D // H).repeat(B, 1, 1, 1)
+    elip_kernels.cls_attention(q.to(dtype), k.to(dtype))
+
+
+def _from_tokens(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> None:
+    tokens, cls = _tokens(B, N, D, dtype), torch.randn(B, D).to(dtype)
+    elip_kernels.cls_attention_from_tokens(tokens, cls, **_block(D, H, dtype))
+
+
+def _attend_from_tokens(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> None:
+    tokens, cls = _tokens(B, N, D, dtype), torch.randn(B, D).to(dtype)
+    value = {"v_weight": torch.randn(D, D).to(dtype) / D**0.5, "v_bias": torch.randn(D).to(dtype)}
+    elip_kernels.cls_attend_from_tokens(tokens, cls, **_block(D, H, dtype), **value)
+
+
+def _bipartite_merge(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> None:
+    metric, size = torch.randn(B, N, D // H).to(dtype), torch.randint(1, 6, (B, N)).float()
+    merged, _ = elip_kernels.bipartite_merge(_tokens(B, N, D, dtype), metric, N - K, size=size)
+    merged.backward(torch.ones_like(merged))
+
+
+CALLS: dict[str, Call] = {
+    "reduce": _reduce,
+    "score_reduce": _score_reduce,
+    "cls_attention": _cls_attention,
+    "cls_attention_from_tokens": _from_tokens,
+    "cls_attend_from_tokens": _attend_from_tokens,
+    "bipartite_merge": _bipartite_merge,
+}

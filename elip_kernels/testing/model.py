@@ -1,0 +1,283 @@
+"""The least that an op must do: bytes across the memory, tensor by tensor, and operations.
+
+Counted is what a launch reads and writes, each byte once, under the names of the kernel's pointers:
+inputs, outputs, and what one launch leaves for the next or for the backward pass. Rows on which
+no output depends are not: the CLS row that `cls` replaces, dropped tokens when nothing merges.
+Not counted is what PyTorch prepares from the CLS token alone (query, rest, cls_score), beyond
+reading it. Scores, rows, weights and sizes are fp32, slots int32, kept positions int64.
+
+An op of several launches is their sum: `score_reduce` reads the tokens twice, once to score and
+once to move, since an image's tokens do not fit one program. `split` is the form of small batches:
+tiles of patches are scored, and the next launch reads their scores. Where a tiling lets programs
+read the same bytes, `tiled` counts what each of them reads, as launched: from L2 after the first.
+Operations are those of the op's FLOP formula, a multiply and an add being two.
+"""
+
+from collections import Counter
+from math import ceil
+from typing import NamedTuple
+
+import torch
+
+from elip_kernels import launch
+
+FP32 = INT32 = 4
+INT64 = 8
+
+
+class Work(NamedTuple):
+    """Bytes read and written by tensor, and operations."""
+
+    read: dict[str, int]
+    written: dict[str, int]
+    operations: int
+
+    @property
+    def bytes(self) -> int:
+        """All that crosses the memory."""
+        return sum(self.read.values()) + sum(self.written.values())
+
+
+def together(*launches: Work) -> Work:
+    """The work of launches that follow one another."""
+    read, written = Counter(), Counter()
+    for work in launches:
+        read.update(work.read)
+        written.update(work.written)
+    return Work(dict(read), dict(written), sum(work.operations for work in launches))
+
+
+def reduce(
+    B: int,
+    N: int,
+    D: int,
+    K: int,
+    dtype: torch.dtype,
+    *,
+    num_prefix_tokens: int = 1,
+    merge: bool = True,
+) -> Work:
+    """Without merging, only the tokens that stay are needed."""
+    p, size = num_prefix_tokens, dtype.itemsize
+    rows = N if merge else p + K
+    read = {"tokens": B * rows * D * size, "scores": B * (N - p) * FP32}
+    written = {"out": B * (p + K + merge) * D * size, **_selection(B, N, K)}
+    return Work(read, written, 2 * B * (N - p - K) * D * merge)
+
+
+def reduce_backward(
+    B: int,
+    N: int,
+    D: int,
+    K: int,
+    dtype: torch.dtype,
+    *,
+    num_prefix_tokens: int = 1,
+    merge: bool = True,
+) -> Work:
+    """A weight is needed only where there is a merged row to take it of."""
+    p, size = num_prefix_tokens, dtype.itemsize
+    read = {"grad_out": B * (p + K + merge) * D * size, "slots": B * N * INT32}
+    if merge:
+        read["weights"] = B * N * FP32
+    return Work(read, {"grad": B * N * D * size}, B * (N - p - K) * D * merge)
+
+
+def cls_attention(B: int, H: int, N: int, d: int, dtype: torch.dtype) -> Work:
+    """q and k in, a row out."""
+    size = dtype.itemsize
+    read = {"q": B * H * d * size, "k": B * H * N * d * size}
+    return Work(read, {"out": B * N * FP32}, 2 * B * H * N * d)
+
+
+def cls_attention_from_tokens(
+    B: int, N: int, D: int, H: int, dtype: torch.dtype, *, split: bool = False
+) -> Work:
+    """Patches and the absorbed query in, a row out; `split`: `score_tiles`, then `row`."""
+    if split:
+        return together(score_tiles(B, N, D, H, dtype), row(B, N, D, H, dtype))
+    read = _patches(B, N, D, H, dtype) | {"cls_score": B * H * FP32}
+    return Work(read, {"out": B * N * FP32}, 2 * B * H * N * D)
+
+
+def cls_attend_from_tokens(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> Work:
+    """Patches, the absorbed query and CLS normalised in, a sum of normalised tokens a head out."""
+    read = _patches(B, N, D, H, dtype) | {"cls_score": B * H * FP32, "cls": B * D * FP32}
+    return Work(read, {"out": B * H * D * FP32}, 4 * B * H * N * D)
+
+
+def score_reduce(
+    B: int,
+    N: int,
+    D: int,
+    K: int,
+    H: int,
+    dtype: torch.dtype,
+    *,
+    merge: bool = True,
+    split: bool = False,
+) -> Work:
+    """`score_select`, then `move`; `split`: `score_tiles`, then `select_move`."""
+    if split:
+        first = score_tiles(B, N, D, H, dtype)
+        return together(first, select_move(B, N, D, K, H, dtype, merge=merge))
+    first = score_select(B, N, D, K, H, dtype)
+    return together(first, move(B, N, D, K, dtype, merge=merge))
+
+
+def score_select(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> Work:
+    """The row and what it selects."""
+    scored = cls_attention_from_tokens(B, N, D, H, dtype)
+    return scored._replace(written={"row": scored.written["out"], **_selection(B, N, K)})
+
+
+def move(B: int, N: int, D: int, K: int, dtype: torch.dtype, *, merge: bool = True) -> Work:
+    """Tokens to the rows that were selected."""
+    moved = _moved(B, N, D, K, dtype, merge)
+    moved.read["slots"] = B * (N - 1) * INT32
+    if merge:
+        moved.read["weights"] = B * (N - 1) * FP32
+    return moved
+
+
+def score_tiles(B: int, N: int, D: int, H: int, dtype: torch.dtype, *, tiled: bool = False) -> Work:
+    """Scores of the patches, and each tile's maximum and sum. `tiled`: each tile reads u."""
+    tiles, read = _tiles(B, N, D, H, dtype), _patches(B, N, D, H, dtype)
+    repeats = tiles if tiled else 1
+    read = {name: n * (1 if name == "tokens" else repeats) for name, n in read.items()}
+    return Work(read, _scores(B, N, H, tiles), 2 * B * H * (N - 1) * D)
+
+
+def row(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> Work:
+    """The row from the scores of the tiles; CLS's own scores were made with the query."""
+    read = _scores(B, N, H, _tiles(B, N, D, H, dtype)) | {"cls_score": B * H * FP32}
+    return Work(read, {"out": B * N * FP32}, 2 * B * H * D)
+
+
+def select_move(
+    B: int,
+    N: int,
+    D: int,
+    K: int,
+    H: int,
+    dtype: torch.dtype,
+    *,
+    merge: bool = True,
+    tiled: bool = False,
+) -> Work:
+    """Row and selection from the scores, and tokens to their rows. `tiled`: each slice of D reads
+    the scores."""
+    block_d = launch.reduce_forward(N - 1, dtype.itemsize).block_d
+    slices = ceil(D / block_d) if tiled else 1
+    scores, moved = row(B, N, D, H, dtype), _moved(B, N, D, K, dtype, merge)
+    read = {name: n * slices for name, n in scores.read.items()} | moved.read
+    written = {"row": scores.written["out"], **_selection(B, N, K), **moved.written}
+    return Work(read, written, scores.operations + moved.operations)
+
+
+def bipartite_merge(
+    B: int, N: int, D: int, C: int, r: int, dtype: torch.dtype, *, has_size: bool = False
+) -> Work:
+    """The three launches: `bipartite_match`, `bipartite_slots`, `bipartite_gather`."""
+    return together(
+        bipartite_match(B, N, C, dtype),
+        bipartite_slots(B, N),
+        bipartite_gather(B, N, D, r, dtype, has_size=has_size),
+    )
+
+
+def bipartite_match(B: int, N: int, C: int, dtype: torch.dtype, *, tiled: bool = False) -> Work:
+    """Scores and partners of A. `tiled`: each tile of A reads all of B."""
+    size, num_a, num_b = dtype.itemsize, (N + 1) // 2, N // 2
+    tiles = ceil(num_a / launch.bipartite_match(C, size)[0]) if tiled else 1
+    read = {"metric": B * (num_a + tiles * num_b) * C * size}
+    written = {"best": B * num_a * FP32, "partner": B * num_a * INT32}
+    return Work(read, written, 2 * B * num_a * num_b * C)
+
+
+def bipartite_slots(B: int, N: int) -> Work:
+    """The output row of every token."""
+    num_a = (N + 1) // 2
+    read = {"best": B * num_a * FP32, "partner": B * num_a * INT32}
+    return Work(read, {"slots": B * N * INT32}, 0)
+
+
+def bipartite_gather(
+    B: int,
+    N: int,
+    D: int,
+    r: int,
+    dtype: torch.dtype,
+    *,
+    has_size: bool = False,
+    tiled: bool = False,
+) -> Work:
+    """Tokens to their rows; the rows of B follow from N and r, so only A's slots are read.
+
+    `tiled`: every tile of every slice of D looks through A's slots and sizes.
+    """
+    size, num_a = dtype.itemsize, (N + 1) // 2
+    _, block_r, block_d, _ = launch.bipartite_merge(num_a, size)
+    slices = ceil(D / block_d) if tiled else 1
+    tiles = slices * ceil((N - r) / block_r) if tiled else 1
+    read = {"tokens": B * N * D * size, "slots": B * tiles * num_a * INT32}
+    if has_size:
+        read["size"] = B * (tiles * num_a + slices * (N // 2)) * FP32
+    written = {"out": B * (N - r) * D * size, "out_size": B * (N - r) * FP32}
+    return Work(read, written, 2 * B * N * D)
+
+
+def bipartite_merge_backward(
+    B: int,
+    N: int,
+    D: int,
+    r: int,
+    dtype: torch.dtype,
+    *,
+    has_size: bool = False,
+    tiled: bool = False,
+) -> Work:
+    """Every token takes its row's gradient.
+
+    `tiled`: at most a row for every token, since a row's sources may lie in as many tiles, and the
+    small tensors with every slice of D.
+    """
+    size, rows = dtype.itemsize, N if tiled else N - r
+    slices = ceil(D / launch.reduce_backward(size).block_d) if tiled else 1
+    read = {"grad_out": B * rows * D * size, "out_size": B * slices * rows * FP32}
+    read["slots"] = B * slices * N * INT32
+    if has_size:
+        read["size"] = B * slices * N * FP32
+    return Work(read, {"grad": B * N * D * size}, B * N * D)
+
+
+def _patches(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> dict[str, int]:
+    """What scoring reads; u comes in two parts where tokens have two bytes."""
+    size = dtype.itemsize
+    read = {"tokens": B * (N - 1) * D * size, "query": B * H * D * size}
+    return read | ({} if dtype == torch.float32 else {"rest": B * H * D * size})
+
+
+def _tiles(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> int:
+    """Tiles of patches an image."""
+    tokens = torch.empty(B, N, D, dtype=dtype, device="meta")
+    return ceil((N - 1) / launch.score_tiles(H, tokens)["BLOCK_N"])
+
+
+def _scores(B: int, N: int, H: int, tiles: int) -> dict[str, int]:
+    """What the tiles leave behind."""
+    totals = B * H * tiles * FP32
+    return {"scores": B * H * (N - 1) * FP32, "tops": totals, "totals": totals}
+
+
+def _moved(B: int, N: int, D: int, K: int, dtype: torch.dtype, merge: bool) -> Work:
+    """Tokens in and out, CLS first."""
+    row_size = B * D * dtype.itemsize
+    read = {"tokens": (N if merge else K + 1) * row_size}
+    written = {"out": (K + 1 + merge) * row_size}
+    return Work(read, written, 2 * B * (N - 1 - K) * D * merge)
+
+
+def _selection(B: int, N: int, K: int) -> dict[str, int]:
+    """What a selection leaves behind."""
+    return {"kept": B * K * INT64, "weights": B * N * FP32, "slots": B * N * INT32}

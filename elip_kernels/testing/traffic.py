@@ -1,0 +1,195 @@
+"""Counts, byte by byte, what kernels read and write while the interpreter runs them.
+
+    with traffic() as launches:
+        elip_kernels.reduce(tokens, scores, 166)
+    launches[0].loads["tokens"].unique
+
+A tensor goes by the name of the pointer that the kernel takes it as, without `_ptr`: outputs that
+a launcher allocates are covered like inputs. An active lane outside every tensor of its launch
+raises. Seen are the accesses of the source: how wide they come out is for the compile report.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+
+@dataclass
+class Access:
+    """Bytes of one tensor that a launch loads, or that it stores.
+
+    requested: by all active lanes, every time.
+    per_program: distinct ones within each program, summed: what comes from L2 or further away.
+    unique: distinct ones within the launch: what must come from memory.
+    """
+
+    requested: int = 0
+    per_program: int = 0
+    unique: int = 0
+
+
+@dataclass
+class Launch:
+    """What one launch touched, by tensor."""
+
+    kernel: str
+    programs: int = 0
+    loads: dict[str, Access] = field(default_factory=dict)
+    stores: dict[str, Access] = field(default_factory=dict)
+
+    @property
+    def per_program(self) -> int:
+        """Bytes that each program touches, loads and stores, summed over the programs."""
+        accesses = (*self.loads.values(), *self.stores.values())
+        return sum(access.per_program for access in accesses)
+
+
+class Memory:
+    """Stands in for the interpreter's memory: `visit(kind, pointers, mask)` sees every load and
+    store first, and says which pointers to use. Atomics are refused."""
+
+    def __init__(self, memory: Any, visit: Callable[[str, np.ndarray, np.ndarray], np.ndarray]):
+        self._memory, self._visit = memory, visit
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._memory, name)
+
+    def load(self, pointers: np.ndarray, mask: np.ndarray, other: np.ndarray, dtype: Any) -> Any:
+        return self._memory.load(self._visit("load", pointers, mask), mask, other, dtype)
+
+    def store(self, pointers: np.ndarray, value: np.ndarray, mask: np.ndarray) -> Any:
+        return self._memory.store(self._visit("store", pointers, mask), value, mask)
+
+    def atomic_rmw(self, *args: Any) -> Any:
+        raise NotImplementedError("an atomic operation: only loads and stores are counted")
+
+    atomic_cas = atomic_rmw
+
+
+@contextmanager
+def traffic() -> Iterator[list[Launch]]:
+    """Inside, every launch appends a `Launch` to the list that is yielded.
+
+    Raises:
+        IndexError: naming kernel and tensor, where an active lane is outside every tensor.
+    """
+    from triton.runtime import interpreter
+
+    launches: list[Launch] = []
+    counter: _Counter
+    execute = interpreter.GridExecutor.__call__
+    move_on = interpreter.InterpreterBuilder.set_grid_idx
+
+    def counted(executor: Any, *args: Any, **kwargs: Any) -> None:
+        nonlocal counter
+        counter = _Counter(executor.fn.__name__, tensor_arguments(executor.fn, args, kwargs))
+        launches.append(counter.launch)
+        try:
+            execute(executor, *args, **kwargs)
+        except interpreter.InterpreterError as error:
+            raise _root(error) from None
+        counter.end_program()
+        counter.end_launch()
+
+    def next_program(builder: Any, *index: int) -> None:
+        counter.end_program()
+        counter.launch.programs += 1
+        move_on(builder, *index)
+
+    memory = Memory(interpreter._interpreter, lambda *access: counter.visit(*access))
+    with (
+        patch.object(interpreter, "_interpreter", memory),
+        patch.object(interpreter.GridExecutor, "__call__", counted),
+        patch.object(interpreter.InterpreterBuilder, "set_grid_idx", next_program),
+    ):
+        yield launches
+
+
+def tensor_arguments(
+    kernel: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """The tensors of a launch by the name of their pointer, without `_ptr`."""
+    parameters = inspect.signature(kernel).parameters
+    bound = dict(zip(parameters, args, strict=False)) | kwargs
+    tensors = {n: v for n, v in bound.items() if n in parameters and torch.is_tensor(v)}
+    return {name.removesuffix("_ptr"): tensor for name, tensor in tensors.items()}
+
+
+def _root(error: BaseException) -> BaseException:
+    """What the interpreter wrapped, once a device function."""
+    return error if error.__cause__ is None else _root(error.__cause__)
+
+
+class _Span:
+    """The addresses of one tensor, and which of its elements were touched."""
+
+    def __init__(self, tensor: torch.Tensor):
+        last = sum(
+            (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        )
+        self.start, self.itemsize = tensor.data_ptr(), tensor.element_size()
+        self.length = last + 1 if tensor.numel() else 0
+        positions = torch.arange(self.length).as_strided(tensor.shape, tensor.stride())
+        self.is_element = np.zeros(self.length, bool)
+        self.is_element[positions.numpy()] = True
+        self.touched: dict[str, np.ndarray] = {}  # by kind, in the launch
+        self.current: dict[str, np.ndarray] = {}  # by kind, in the program
+
+    def inside(self, pointers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """-> (bool of each pointer: is it an element's, the elements of those)."""
+        offset = pointers.astype(np.int64) - self.start
+        element = offset // self.itemsize
+        mine = (offset >= 0) & (element < self.length) & (offset % self.itemsize == 0)
+        mine[mine] = self.is_element[element[mine]]
+        return mine, element[mine]
+
+
+class _Counter:
+    """Counts one launch."""
+
+    def __init__(self, kernel: str, tensors: dict[str, torch.Tensor]):
+        self.launch = Launch(kernel)
+        self.spans = {name: _Span(tensor) for name, tensor in tensors.items()}
+
+    def visit(self, kind: str, pointers: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Attribute every active lane to a tensor, or raise."""
+        lanes = np.asarray(pointers)[np.broadcast_to(mask, np.shape(pointers)).astype(bool)]
+        for name, span in self.spans.items():
+            mine, elements = span.inside(lanes)
+            if elements.size:
+                self._access(kind, name).requested += elements.size * span.itemsize
+                empty = np.zeros(span.length, bool)
+                span.current.setdefault(kind, empty)[elements] = True
+                lanes = lanes[~mine]
+        if lanes.size:
+            raise IndexError(self._outside(kind, lanes))
+        return pointers
+
+    def end_program(self) -> None:
+        """Add what the program touched to what the launch did."""
+        for name, span in self.spans.items():
+            for kind, touched in span.current.items():
+                self._access(kind, name).per_program += int(touched.sum()) * span.itemsize
+                span.touched[kind] = span.touched.get(kind, False) | touched
+            span.current = {}
+
+    def end_launch(self) -> None:
+        for name, span in self.spans.items():
+            for kind, touched in span.touched.items():
+                self._access(kind, name).unique = int(touched.sum()) * span.itemsize
+
+    def _access(self, kind: str, name: str) -> Access:
+        accesses = self.launch.loads if kind == "load" else self.launch.stores
+        return accesses.setdefault(name, Access())
+
+    def _outside(self, kind: str, lanes: np.ndarray) -> str:
+        below = {n: int(lanes[0]) - s.start for n, s in self.spans.items() if s.start <= lanes[0]}
+        name = min(below, key=lambda n: below[n], default=None)
+        where = "" if name is None else f", the first {below[name]} bytes after the start of {name}"
+        return f"{self.launch.kernel}: {kind} of {lanes.size} lanes outside every tensor{where}"

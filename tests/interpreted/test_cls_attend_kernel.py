@@ -1,0 +1,164 @@
+"""The CLS output kernel, run by the interpreter, against the PyTorch form in fp64."""
+
+import pytest
+import torch
+
+import elip_kernels
+from elip_kernels import cls_attend
+from tests.interpreted.test_cls_attention_kernel import BUDGET
+
+SHAPES = [  # B, N, D, H, d
+    (2, 197, 192, 3, 64),
+    (1, 257, 40, 4, 32),
+    (1, 50, 33, 3, 32),
+    (2, 2, 32, 1, 32),
+    (2, 17, 100, 5, 48),
+    (1, 20, 96, 24, 32),
+    (1, 33, 512, 16, 32),
+    (1, 1025, 64, 4, 128),
+]
+NAME = "elip::cls_attend_from_tokens"
+
+
+def block(D, H, d, dtype):
+    """Random arguments of a pre-norm block."""
+
+    def random(*shape):
+        return (torch.randn(*shape) / shape[-1] ** 0.5).to(dtype)
+
+    matrices = {f"{name}_weight": random(H * d, D) for name in "qkv"}
+    biases = {"q_bias": random(H * d), "v_bias": random(H * d)}
+    norm = {"norm_weight": 1 + random(D), "norm_bias": random(D)}
+    return norm | matrices | biases | {"num_heads": H, "eps": 1e-6}
+
+
+def tokens_and_cls(B, N, D, dtype, offset=0.0):
+    return (offset + torch.randn(B, N, D)).to(dtype), torch.randn(B, D).to(dtype)
+
+
+def wide(arguments):
+    return {n: v.double() if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
+
+
+def in_fp64(tokens, cls, arguments):
+    return elip_kernels.cls_attend_from_tokens(tokens.double(), cls.double(), **wide(arguments))
+
+
+def error(got, exact):
+    """Largest error over the largest entry."""
+    return ((got - exact).abs().max() / exact.abs().max()).item()
+
+
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids="B{0[0]}-N{0[1]}-D{0[2]}-H{0[3]}-d{0[4]}".format)
+def test_output_agrees_with_fp64(launches, poisoned_memory, shape, dtype):
+    B, N, D, H, d = shape
+    (tokens, cls), arguments = tokens_and_cls(B, N, D, dtype), block(D, H, d, dtype)
+    got = elip_kernels.cls_attend_from_tokens(tokens, cls, **arguments)
+    assert launches[NAME] == 1
+    assert got.dtype == dtype
+    rounding = torch.finfo(dtype).eps / 2 if dtype != torch.float32 else 0.0
+    assert error(got, in_fp64(tokens, cls, arguments)) <= BUDGET[dtype] + rounding
+
+
+def mixed(tokens, cls, query, eps=1e-6):
+    return torch.ops.elip.cls_attend_from_tokens(tokens, cls, query, eps)
+
+
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+def test_weighted_sum_is_fp32_and_within_its_budget(launches, poisoned_memory, dtype):
+    """What the op itself returns, before any rounding to the dtype of the tokens."""
+    tokens, cls = tokens_and_cls(2, 197, 768, dtype)
+    query = torch.randn(2, 12, 768) / 768**0.5
+    got = mixed(tokens, cls.float(), query)
+    assert launches[NAME] == 1
+    assert got.dtype == torch.float32
+    assert error(got, mixed(tokens.double(), cls.double(), query.double())) <= BUDGET[dtype]
+
+
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+@pytest.mark.parametrize("sharpness", [0.0, 1.0, 40.0])
+def test_flat_and_sharp_rows(launches, dtype, sharpness):
+    """A tile with a far higher score rescales all before it; a score's error grows with it."""
+    tokens, cls = tokens_and_cls(2, 70, 64, dtype)
+    query = sharpness * torch.randn(2, 4, 64) / 8
+    got = mixed(tokens, cls.float(), query)
+    exact = mixed(tokens.double(), cls.double(), query.double())
+    assert launches[NAME] == 2  # the fp64 one is handed on
+    assert error(got, exact) <= max(1.0, sharpness) * BUDGET[dtype]
+
+
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+def test_a_mean_far_from_zero_is_taken_out_again(launches, dtype):
+    tokens, cls = tokens_and_cls(2, 40, 64, dtype, offset=30.0)
+    query = torch.randn(2, 4, 64) / 8
+    got = mixed(tokens, cls.float(), query)
+    assert launches[NAME] == 1
+    z = torch.nn.functional.layer_norm(tokens, (64,), eps=1e-6)
+    z[:, 0] = torch.nn.functional.layer_norm(cls, (64,), eps=1e-6)
+    eager = (query.to(dtype) @ z.mT).softmax(-1) @ z
+    exact = mixed(tokens.double(), cls.double(), query.double())
+    assert error(got, exact) <= max(2 * error(eager, exact), BUDGET[dtype])
+
+
+def test_token_without_variance_and_no_eps_beyond_the_last(launches):
+    """Rows that pad the last tile do not turn into NaN, even where eps is 0."""
+    tokens, cls = tokens_and_cls(1, 11, 32, torch.float32)
+    query = torch.randn(1, 2, 32)
+    got = mixed(tokens, cls, query, 0.0)
+    assert launches[NAME] == 1
+    assert error(got, mixed(tokens.double(), cls.double(), query.double(), 0.0)) <= 1e-5
+
+
+def test_strided_tokens(launches, poisoned_memory):
+    arguments = block(48, 2, 32, torch.float32)
+    for tokens in (
+        torch.randn(19, 2, 48).transpose(0, 1),
+        torch.randn(2, 19, 96)[:, :, ::2],
+        torch.randn(2, 38, 48)[:, ::2],
+    ):
+        cls = tokens[:, 0]
+        got = elip_kernels.cls_attend_from_tokens(tokens, cls, **arguments)
+        assert error(got, in_fp64(tokens, cls, arguments)) <= 1e-5
+    assert launches[NAME] == 6
+
+
+def test_empty_batch_and_tokens_that_are_cls_alone(launches):
+    arguments = block(32, 2, 32, torch.float32)
+    got = elip_kernels.cls_attend_from_tokens(
+        torch.randn(0, 9, 32), torch.randn(0, 32), **arguments
+    )
+    assert got.shape == (0, 64)
+    tokens, cls = tokens_and_cls(2, 1, 32, torch.float32)
+    got = elip_kernels.cls_attend_from_tokens(tokens, cls, **arguments)
+    assert error(got, in_fp64(tokens, cls, arguments)) <= 1e-5
+    assert launches[NAME] == 3
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "kernel"),
+    [
+        (1024, torch.bfloat16, True),
+        (1025, torch.bfloat16, False),
+        (768, torch.float32, True),
+        (1536, torch.float32, False),
+    ],
+    ids=str,
+)
+def test_features_that_do_not_fit_take_the_pytorch_form(
+    launches, monkeypatch, width, dtype, kernel
+):
+    tokens, cls = tokens_and_cls(1, 5, width, dtype)
+    query = torch.randn(1, 3, width) / width**0.5
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return launcher(*args)
+
+    launcher = cls_attend._attend
+    monkeypatch.setattr(cls_attend, "_attend", counted)
+    got = mixed(tokens, cls.float(), query)
+    assert launches[NAME] == 1
+    assert bool(calls) == kernel
+    assert error(got, mixed(tokens.double(), cls.double(), query.double())) <= BUDGET[dtype]
