@@ -1,0 +1,13 @@
+"""How many cases `test_randomised.py` draws: a sample in the suite, many when asked.
+
+As a plugin, so that the profile is known when the option is read:
+
+    TRITON_INTERPRET=1 python -m pytest -p tests.interpreted.profiles --hypothesis-profile full \\
+        --hypothesis-show-statistics tests/interpreted/test_randomised.py
+"""
+
+from hypothesis import settings
+
+settings.register_profile("sample", max_examples=12, derandomize=True, deadline=None, database=None)
+settings.register_profile("full", settings.get_profile("sample"), max_examples=100)
+settings.load_profile("sample")

@@ -1,0 +1,238 @@
+"""Offsets beyond 2^31 elements, without the memory: the last image of an enormous batch.
+
+Tensors of the batch have a shape and an address, but hold only their last image: `LastImage` runs
+the last image's programs, and sends every access that falls on its rows there. An access that falls
+anywhere else raises. What is computed must equal what the same image gives in a batch of one.
+"""
+
+from contextlib import ExitStack
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+
+from elip_kernels import launch
+from elip_kernels.testing import _module
+from elip_kernels.testing.traffic import Memory
+
+B = 2**31 - 1  # every tensor of two or more elements an image passes 2^31
+N, D, H, K = 19, 24, 2, 7
+
+
+class LastImage:
+    """Inside, kernels run on meta tensors (B, ...), of which the last image has memory."""
+
+    def __init__(self):
+        self.images = {}  # by batch: the last image (1, ...)
+        self.placed = []  # (address of the batch, tensor of the batch, its last image)
+
+    def batch_of(self, image):
+        """A tensor (B, ...) on meta whose last image is `image` (1, ...)."""
+        shape, stride = (B, *image.shape[1:]), image.stride()
+        batch = torch.empty_strided(shape, stride, dtype=image.dtype, device="meta")
+        self.place(batch, image)
+        return batch
+
+    def image_of(self, batch):
+        """The last image (1, ...), which is made of zeros if the launcher allocated the batch."""
+        if _key(batch) not in self.images:
+            self.place(batch, torch.zeros(1, *batch.shape[1:], dtype=batch.dtype))
+        return self.images[_key(batch)]
+
+    def place(self, batch, image):
+        self.images[_key(batch)] = image
+        self.placed.append(((len(self.placed) + 1) << 50, batch, image))
+
+    def pointer(self, argument):
+        """What the interpreter takes for a pointer."""
+        if not torch.is_tensor(argument):
+            return argument
+        image = self.image_of(argument)
+        start = next(start for start, _, i in self.placed if i is image)
+        return SimpleNamespace(dtype=argument.dtype, data_ptr=lambda: start)
+
+    def visit(self, kind, pointers, mask):
+        """Addresses of the last image to its memory."""
+        lanes = np.broadcast_to(mask, pointers.shape).astype(bool)
+        real, is_found = pointers.copy(), ~lanes
+        for start, batch, image in self.placed:
+            first = start + (len(batch) - 1) * batch.stride(0) * batch.element_size()
+            offset = (pointers.astype(np.int64) - first) // batch.element_size()
+            is_mine, element = _elements(offset, batch, image)
+            is_mine &= lanes
+            address = image.data_ptr() + element * batch.element_size()
+            real[is_mine] = address[is_mine].astype(np.uint64)
+            is_found |= is_mine
+        if not is_found.all():
+            raise IndexError(f"{kind} of {(~is_found).sum()} lanes outside the last image")
+        return real
+
+    def __enter__(self):
+        executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
+        execute, move_on = executor.__call__, builder.set_grid_idx
+
+        def last_programs(self, *args, **kwargs):
+            images, *rest = self.grid
+            self.grid = (1, *rest)
+
+            def move_to_last(builder, x, y, z):
+                move_on(builder, x, y, z)
+                builder.grid_idx = (images - 1, y, z)
+
+            with patch.object(builder, "set_grid_idx", move_to_last):
+                execute(self, *args, **kwargs)
+
+        def to_pointers(executor, args, kwargs):
+            return [self.pointer(a) for a in args], {n: self.pointer(v) for n, v in kwargs.items()}
+
+        memory = Memory(interpreter._interpreter, self.visit)
+        with ExitStack() as stack:
+            stack.enter_context(patch.object(interpreter, "_interpreter", memory))
+            stack.enter_context(patch.object(executor, "__call__", last_programs))
+            stack.enter_context(patch.object(executor, "_init_args_hst", to_pointers))
+            stack.enter_context(patch.object(executor, "_restore_args_dev", lambda *args: None))
+            self.stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error):
+        self.stack.close()
+
+
+def _key(batch):
+    """What tells tensors of a batch apart, views of one storage too."""
+    return batch.untyped_storage()._cdata, batch.storage_offset()
+
+
+def _elements(offset, batch, image):
+    """Offsets from the first element of the last image -> (is it one of its, offset in `image`)."""
+    is_mine, element = offset >= 0, np.zeros_like(offset)
+    sizes = zip(batch.shape[1:], batch.stride()[1:], image.stride()[1:], strict=True)
+    for size, stride, image_stride in sorted(sizes, key=lambda dim: -dim[1]):
+        index, offset = np.divmod(offset, stride)
+        is_mine &= index < size
+        element += index * image_stride
+    return is_mine & (offset == 0), element
+
+
+def check(launcher, *arguments):
+    """The last image of an enormous batch gives what it gives alone."""
+    expected = launcher(*arguments)
+    with LastImage() as last:
+        batches = [last.batch_of(a) if torch.is_tensor(a) else a for a in arguments]
+        got = launcher(*batches)
+    single = torch.is_tensor(got)
+    got, expected = ([got], [expected]) if single else (got, expected)
+    for batch, right in zip(got, expected, strict=True):
+        assert batch.shape == (B, *right.shape[1:]) and batch.numel() > 2**31
+        assert torch.equal(last.image_of(batch), right)
+
+
+@pytest.fixture
+def scored():
+    """tokens (1, N, D), scores (1, N-1)."""
+    return torch.randn(1, N, D), torch.rand(1, N - 1)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_reduce(scored, masked):
+    mask = torch.rand(1, N) > 0.3 if masked else None
+    check(_module("reduce")._reduce_fwd, *scored, mask, K, 1, True, True)
+
+
+def test_reduce_of_strided_tokens(scored):
+    tokens = torch.randn(1, N, 2 * D)[..., :D]
+    check(_module("reduce")._reduce_fwd, tokens, scored[1], None, K, 2, True, False)
+
+
+def test_reduce_backward(scored):
+    module = _module("reduce")
+    _, _, weights, slots = module._reduce_fwd(*scored, None, K, 1, True, True)
+    check(module._reduce_bwd, torch.randn(1, K + 2, D), slots, weights, True)
+
+
+def test_generic_row():
+    q, k = torch.randn(1, H, D), torch.randn(1, H, N, D)
+    check(_module("cls_attention")._cls_attention, q, k, torch.rand(1, N) > 0.3, 0.5)
+
+
+def test_generic_row_of_keys_head_by_head():
+    """(H, B, N, d): a head is less than 2^31 elements, three are more."""
+    images = 2**31 // (N * D)
+    q, k = torch.randn(1, 4, D), torch.randn(1, 4, N, D)
+    launcher = _module("cls_attention")._cls_attention
+    with LastImage() as last:
+        layout = torch.empty(4, images, N, D, device="meta").transpose(0, 1)
+        last.place(layout, k)
+        batch = torch.empty(images, 4, D, device="meta")
+        last.place(batch, q)
+        row = launcher(batch, layout, None, 0.5)
+    assert torch.equal(last.image_of(row), launcher(q, k, None, 0.5))
+
+
+# What PyTorch makes of query and CLS is zero on meta tensors, so both are zero here too.
+ABSORBED = (torch.zeros(1, D), torch.zeros(1, H, D), 1e-6)
+
+
+def test_row_from_tokens(scored, score_form):
+    check(_module("cls_attention")._from_tokens, scored[0].bfloat16(), *ABSORBED)
+
+
+def test_attention_output(scored):
+    check(_module("cls_attend")._attend, scored[0].bfloat16(), *ABSORBED)
+
+
+def test_score_reduce(scored, score_form):
+    check(_module("score_reduce")._score_reduce, scored[0].bfloat16(), *ABSORBED, K, True, True)
+
+
+def test_bipartite_match(scored):
+    check(_module("bipartite").match, torch.randn(1, N, 8), 5, 1)
+
+
+@pytest.mark.parametrize("has_size", [False, True])
+def test_bipartite_merge_and_backward(scored, has_size):
+    module = _module("bipartite")
+    slots = module.match(torch.randn(1, N, 8), 5, 1)
+    size = torch.rand(1, N) + 1 if has_size else None
+    check(module.merge_fwd, scored[0], size, slots, N - 5)
+    _, out_size = module.merge_fwd(scored[0], size, slots, N - 5)
+    check(module.merge_bwd, torch.randn(1, N - 5, D), size, out_size, slots)
+
+
+@triton.jit
+def _copy_kernel(
+    x_ptr, out_ptr, N, WIDE: tl.constexpr, TOO_MANY: tl.constexpr, BLOCK: tl.constexpr
+):
+    pid_b = tl.program_id(0)
+    if WIDE:
+        pid_b = pid_b.to(tl.int64)
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + pid_b * N + offs, mask=offs < N)
+    tl.store(out_ptr + pid_b * N + offs, x, mask=offs < N + TOO_MANY)
+
+
+def _copy(x, wide, too_many):
+    out = torch.empty_like(x)
+    _copy_kernel[(len(x),)](x, out, x.shape[1], WIDE=wide, TOO_MANY=too_many, BLOCK=32)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("wide", "too_many", "found"),
+    [(False, 0, "outside the last image|overflow"), (True, 1, "store of 1 lanes outside")],
+)
+def test_int32_offsets_and_other_rows_are_found(wide, too_many, found):
+    image = torch.rand(1, 19)
+    check(_copy, image, True, 0)
+    with pytest.raises(interpreter.InterpreterError, match=found):
+        check(_copy, image, wide, too_many)
+
+
+def test_token_strides_that_pass_int32_take_a_copy():
+    tokens = torch.empty(N, B, D, device="meta").transpose(0, 1)
+    assert launch.addressable(tokens).is_contiguous()

@@ -1,0 +1,244 @@
+"""Random cases of every op, forward and backward: the kernels against the PyTorch form in fp64.
+
+The suite runs a sample; `profiles.py` says how to run many. The draws repeat from run to run.
+"""
+
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+import elip_kernels
+import tests.interpreted.profiles  # noqa: F401
+from elip_kernels import launch
+from elip_kernels.testing import kernels_on_cpu
+from tests.interpreted import test_bipartite_kernel as bipartite
+from tests.interpreted import test_reduce_kernel as reduce
+from tests.interpreted.test_cls_attention_kernel import BUDGET, block, error, in_fp64
+
+INF, NAN = float("inf"), float("nan")
+SPECIAL = torch.tensor([NAN, -NAN, INF, -INF, 0.0, -0.0, 1e-42, -1e-39, 6e-8, 1e-3, 1e-2])
+
+few = st.integers(2, 70)
+tokens_of_an_image = st.one_of(few, few, few, st.integers(71, 300))
+shares = st.floats(0, 1)
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+layouts = st.sampled_from(["contiguous", "LND", "sliced", "every second", "expanded"])
+heads = st.integers(1, 24)
+seeds = st.integers(0, 2**31)
+shapes = st.fixed_dictionaries(
+    {"B": st.integers(1, 3), "N": tokens_of_an_image, "D": st.integers(1, 96)}
+)
+
+
+@pytest.fixture(scope="module")
+def launches():
+    with kernels_on_cpu() as counter:
+        yield counter
+
+
+def part(share, most):
+    """1 .. most."""
+    return 1 + round(share * (most - 1))
+
+
+@contextmanager
+def split(is_split):
+    """Inside, the form of the absorbed row that is asked for, whatever the batch."""
+    with patch.object(launch, "splits_score", lambda heads, tokens: is_split):
+        yield
+
+
+def laid_out(layout, B, N, D, dtype):
+    """(B, N, D) of N(0, 1) in that layout."""
+    if layout == "LND":
+        return torch.randn(N, B, D).to(dtype).transpose(0, 1)
+    if layout == "sliced":
+        return torch.randn(B, N + 3, D + 5).to(dtype)[:, 2 : N + 2, 3 : D + 3]
+    if layout == "every second":
+        return torch.randn(B, N, 2 * D).to(dtype)[..., ::2]
+    if layout == "expanded":
+        return torch.randn(1, N, D).to(dtype).expand(B, -1, -1)
+    return torch.randn(B, N, D).to(dtype)
+
+
+def scores_of(kind, B, C):
+    """(B, C), so small that the weights of a merged row add up to about one at most."""
+    if kind == "row":
+        return torch.randn(B, C).softmax(1)
+    if kind == "signed":
+        return torch.randn(B, C) / C
+    if kind == "ties":
+        return torch.randint(3, (B, C)) / C
+    return SPECIAL[torch.randint(len(SPECIAL), (B, C))]
+
+
+def check_moved(launches, out, tokens, leaf, scores, keep, **options):
+    """`out` is what `reduce` makes of these scores in fp64, and so is the gradient of `leaf`."""
+    grad_out = torch.randn(out.shape).to(out.dtype)
+    before = launches["elip::reduce_backward"]
+    out.backward(grad_out)
+    assert launches["elip::reduce_backward"] == before + 1
+    expected, exact, grad = reduce.in_fp64(tokens, scores, keep, grad_out, **options)
+    copied = out.shape[1] - options["merge"]
+    assert torch.equal(out[:, :copied], expected[:, :copied].to(out.dtype))
+    ulp = torch.finfo(out.dtype).eps  # the interpreter truncates to bf16
+    for got, right in ((out, expected), (leaf.grad, grad)):
+        assert ((got.double() - right).abs() <= 1e-6 + 2 * ulp * right.abs()).all()
+    return exact
+
+
+@given(
+    shape=shapes,
+    share=shares,
+    dtype=dtypes,
+    score_dtype=dtypes,
+    layout=layouts,
+    kind=st.sampled_from(["row", "signed", "ties", "specials"]),
+    real=st.sampled_from([None, 0.0, 0.2, 0.6, 0.95]),
+    num_prefix_tokens=st.integers(0, 3),
+    merge=st.booleans(),
+    normalize=st.booleans(),
+    seed=seeds,
+)
+def test_reduce(
+    launches, shape, share, dtype, score_dtype, layout, kind, real, num_prefix_tokens, seed, **flags
+):
+    torch.manual_seed(seed)
+    p, B = num_prefix_tokens, shape["B"]
+    shape["N"] += p
+    scores = scores_of(kind, B, shape["N"] - p).to(score_dtype)
+    if flags["normalize"] and kind == "signed":
+        scores = scores.abs()
+    mask = None if real is None else torch.rand(B, shape["N"]) < real
+    tokens = laid_out(layout, **shape, dtype=dtype)
+    keep = part(share, shape["N"] - p - 1)
+    reduce.check(launches, tokens, scores, keep, mask=mask, num_prefix_tokens=p, **flags)
+
+
+@given(
+    B=st.integers(1, 3),
+    H=heads,
+    N=few,
+    d=st.integers(1, 96),
+    dtype=dtypes,
+    scale=st.sampled_from([None, 0.05, 1.0]),
+    is_open=st.sampled_from([None, 0.1, 0.7]),
+    packed=st.booleans(),
+    seed=seeds,
+)
+def test_generic_row(launches, B, H, N, d, dtype, scale, is_open, packed, seed):
+    torch.manual_seed(seed)
+    q, k = torch.randn(B, H, d).to(dtype), torch.randn(B, H, N, d).to(dtype)
+    if packed:  # as a projection to q, k and v leaves them
+        q, k, _ = torch.randn(B, N, 3, H, d).to(dtype).permute(2, 0, 3, 1, 4)
+        q = q[:, :, 0]
+    mask = None if is_open is None else torch.rand(B, N) < is_open
+    before = launches["elip::cls_attention"]
+    got = elip_kernels.cls_attention(q, k, scale=scale, mask=mask)
+    exact = elip_kernels.cls_attention(q.double(), k.double(), scale=scale, mask=mask)
+    assert launches["elip::cls_attention"] == before + 2  # the fp64 one is handed on
+    closed = torch.zeros(B, dtype=torch.bool) if mask is None else ~mask.any(1)
+    assert got[closed].isnan().all() and exact[closed].isnan().all()
+    if not closed.all():
+        assert error(got[~closed], exact[~closed]) <= BUDGET[dtype]
+
+
+@given(shape=shapes, H=heads, dtype=dtypes, layout=layouts, is_split=st.booleans(), seed=seeds)
+def test_row_from_tokens(launches, shape, H, dtype, layout, is_split, seed):
+    torch.manual_seed(seed)
+    tokens = laid_out(layout, **shape, dtype=dtype)
+    cls, arguments = torch.randn(shape["B"], shape["D"]).to(dtype), block(shape["D"], H, dtype)
+    before = launches["elip::cls_attention_from_tokens"]
+    with split(is_split):
+        got = elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)
+    assert launches["elip::cls_attention_from_tokens"] == before + 1
+    assert error(got, in_fp64(tokens, cls, arguments)) <= BUDGET[dtype]
+
+
+@given(shape=shapes, H=heads, dtype=dtypes, layout=layouts, biased=st.booleans(), seed=seeds)
+def test_attention_output(launches, shape, H, dtype, layout, biased, seed):
+    torch.manual_seed(seed)
+    tokens, D = laid_out(layout, **shape, dtype=dtype), shape["D"]
+    cls, arguments = torch.randn(shape["B"], D).to(dtype), block(D, H, dtype)
+    arguments["v_weight"] = (torch.randn(H * 8, D) / D**0.5).to(dtype)
+    arguments["v_bias"] = torch.randn(H * 8).to(dtype) if biased else None
+    before = launches["elip::cls_attend_from_tokens"]
+    got = elip_kernels.cls_attend_from_tokens(tokens, cls, **arguments)
+    assert launches["elip::cls_attend_from_tokens"] == before + 1
+    wide = {n: v.double() if torch.is_tensor(v) else v for n, v in arguments.items()}
+    exact = elip_kernels.cls_attend_from_tokens(tokens.double(), cls.double(), **wide)
+    rounding = torch.finfo(dtype).eps * exact.abs()
+    assert ((got - exact).abs() <= BUDGET[dtype] * exact.abs().max() + rounding).all()
+
+
+@given(
+    shape=shapes,
+    share=shares,
+    H=heads,
+    dtype=dtypes,
+    layout=layouts,
+    merge=st.booleans(),
+    normalize=st.booleans(),
+    is_split=st.booleans(),
+    seed=seeds,
+)
+def test_score_reduce(launches, shape, share, H, dtype, layout, is_split, seed, **flags):
+    torch.manual_seed(seed)
+    shape["N"] += 1
+    tokens = laid_out(layout, **shape, dtype=dtype)
+    cls, arguments = torch.randn(shape["B"], shape["D"]).to(dtype), block(shape["D"], H, dtype)
+    leaf, keep = tokens.detach().requires_grad_(), part(share, shape["N"] - 2)
+    before = launches["elip::score_reduce"]
+    with split(is_split):
+        out, info, row = elip_kernels.score_reduce(
+            leaf, cls, keep, return_info=True, **flags, **arguments
+        )
+    assert launches["elip::score_reduce"] == before + 1
+    assert error(row, in_fp64(tokens, cls, arguments)) <= BUDGET[dtype]
+    exact = check_moved(launches, out, tokens, leaf, row, keep, **flags)
+    assert torch.equal(info.kept, exact.kept)
+    assert torch.allclose(info.weights.double(), exact.weights, atol=1e-6, rtol=0)
+
+
+def is_clear(metric, r, p):
+    """No two similarities that decide are so close that rounding could swap them."""
+    unit = torch.nn.functional.normalize(metric.double(), dim=-1)
+    best = (unit[:, ::2] @ unit[:, 1::2].mT).topk(min(2, unit.shape[1] // 2), dim=2).values
+    ranked = best[:, p:, 0].sort(1, descending=True).values
+    gaps = [best[..., :-1] - best[..., 1:], ranked[:, r - 1 : r] - ranked[:, r : r + 1]]
+    return all((gap > 1e-5).all() for gap in gaps)
+
+
+@given(
+    shape=shapes,
+    C=st.integers(4, 80),
+    share=shares,
+    dtype=dtypes,
+    metric_dtype=dtypes,
+    layout=layouts,
+    kind=st.sampled_from(["normal", "ties", "some without direction"]),
+    has_size=st.booleans(),
+    p=st.integers(0, 1),
+    seed=seeds,
+)
+def test_bipartite_merge(
+    launches, shape, C, share, dtype, metric_dtype, layout, kind, has_size, p, seed
+):
+    torch.manual_seed(seed)
+    shape["N"] += p
+    B, N = shape["B"], shape["N"]
+    r = part(share, (N - p) // 2)
+    metric = laid_out(layout, B, N, C, metric_dtype)
+    if kind == "ties":
+        metric = torch.randint(2, (B, N, 4)).to(metric_dtype) * 2 - 1
+    else:
+        assume(is_clear(metric, r, p))
+    if kind == "some without direction":
+        metric = metric.masked_fill(torch.rand(B, N, 1) < 0.2, [NAN, 0.0, INF][seed % 3])
+    size = torch.randint(1, 6, (B, N)).float() if has_size else None
+    tokens = laid_out(layout, **shape, dtype=dtype)
+    bipartite.check(launches, tokens, metric, r, size, p)

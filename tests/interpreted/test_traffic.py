@@ -1,0 +1,250 @@
+"""The kernels move each byte once: what the interpreter counts against the analytic model."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch.utils.flop_counter import FlopCounterMode
+
+import elip_kernels
+from elip_kernels import launch
+from elip_kernels.testing import Case, model
+from elip_kernels.testing.traffic import traffic
+from tests.interpreted.test_bipartite_kernel import inputs
+from tests.interpreted.test_cls_attention_kernel import block
+
+bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+REAL = [(3, 257, 768, 166, bf16), (1, 197, 384, 78, fp32)]
+SMALL = [(2, 38, 40, 1, fp32), (2, 67, 130, 63, bf16), (3, 18, 1, 9, fp16), (1, 4, 33, 1, bf16)]
+MOST = 1.05  # bytes that the programs touch, over the least
+H, C = 12, 40  # heads; channels of the metric
+
+
+def run_reduce(B, N, D, K, dtype, masked=False, **options):
+    tokens, scores = Case(B, N, D, K, dtype, options.get("num_prefix_tokens", 1)).inputs()
+    mask = torch.rand(B, N) > 0.3 if masked else None
+    out = elip_kernels.reduce(tokens.requires_grad_(), scores, K, mask=mask, **options)
+    out.sum().backward()
+
+
+def reduce_works(*case, tiled=False, masked=False, normalize=True, **options):
+    forward = model.reduce(*case, **options)
+    if masked:
+        forward.read["mask"] = case[0] * (case[1] - options.get("num_prefix_tokens", 1))
+    return [forward, model.reduce_backward(*case, **options)]
+
+
+def absorbed(B, N, D, dtype, **more):
+    """Arguments of the absorbed forms."""
+    tokens, cls = torch.randn(B, N, D).to(dtype).requires_grad_(), torch.randn(B, D).to(dtype)
+    return {"tokens": tokens, "cls": cls} | block(D, H, dtype) | more
+
+
+def is_split(B, N, D, dtype):
+    return launch.splits_score(H, torch.empty(B, N, D, dtype=dtype, device="meta"))
+
+
+def run_score_reduce(B, N, D, K, dtype, **options):
+    out = elip_kernels.score_reduce(**absorbed(B, N, D, dtype, keep=K, **options))
+    out.sum().backward()
+
+
+def score_reduce_works(B, N, D, K, dtype, tiled=False, **options):
+    backward = model.reduce_backward(B, N, D, K, dtype, **options)
+    if is_split(B, N, D, dtype):
+        second = model.select_move(B, N, D, K, H, dtype, tiled=tiled, **options)
+        return [model.score_tiles(B, N, D, H, dtype, tiled=tiled), second, backward]
+    first = model.score_select(B, N, D, K, H, dtype)
+    return [first, model.move(B, N, D, K, dtype, **options), backward]
+
+
+def run_row_from_tokens(B, N, D, K, dtype):
+    elip_kernels.cls_attention_from_tokens(**absorbed(B, N, D, dtype))
+
+
+def row_from_tokens_works(B, N, D, K, dtype, tiled=False):
+    if is_split(B, N, D, dtype):
+        first = model.score_tiles(B, N, D, H, dtype, tiled=tiled)
+        return [first, model.row(B, N, D, H, dtype)]
+    return [model.cls_attention_from_tokens(B, N, D, H, dtype)]
+
+
+def run_attend(B, N, D, K, dtype):
+    value = {"v_weight": torch.randn(H * 8, D).to(dtype), "v_bias": None}
+    elip_kernels.cls_attend_from_tokens(**absorbed(B, N, D, dtype, **value))
+
+
+def attend_works(B, N, D, K, dtype, tiled=False):
+    return [model.cls_attend_from_tokens(B, N, D, H, dtype)]
+
+
+def run_generic_row(B, N, D, K, dtype):
+    q, k = torch.randn(B, 3, D // 3 + 1).to(dtype), torch.randn(B, 3, N, D // 3 + 1).to(dtype)
+    elip_kernels.cls_attention(q, k)
+
+
+def generic_row_works(B, N, D, K, dtype, tiled=False):
+    return [model.cls_attention(B, 3, N, D // 3 + 1, dtype)]
+
+
+def run_bipartite(B, N, D, K, dtype, has_size=True):
+    tokens, metric, size = inputs(B, N, D, C, dtype)
+    size = size if has_size else None
+    out, _ = elip_kernels.bipartite_merge(tokens.requires_grad_(), metric, K, size=size)
+    out.sum().backward()
+
+
+def bipartite_works(B, N, D, K, dtype, has_size=True, tiled=False):
+    r, options = min(K, (N - 1) // 2), {"has_size": has_size, "tiled": tiled}
+    return [
+        model.bipartite_match(B, N, C, dtype, tiled=tiled),
+        model.bipartite_slots(B, N),
+        model.bipartite_gather(B, N, D, r, dtype, **options),
+        model.bipartite_merge_backward(B, N, D, r, dtype, **options),
+    ]
+
+
+OPS = {
+    "reduce": (run_reduce, reduce_works),
+    "generic_row": (run_generic_row, generic_row_works),
+    "attend": (run_attend, attend_works),
+    "bipartite": (run_bipartite, bipartite_works),
+    "score_reduce": (run_score_reduce, score_reduce_works),
+    "row_from_tokens": (run_row_from_tokens, row_from_tokens_works),
+}
+SPLIT = ["score_reduce", "row_from_tokens"]
+
+
+def check(op, case, **options):
+    """Every byte that must move does, no other one, none is stored twice -> launches, works."""
+    run, works = OPS[op]
+    with traffic() as launches:
+        run(*case, **options)
+    least = works(*case, **options)
+    for launched, work in zip(launches, least, strict=True):
+        assert {name: access.unique for name, access in launched.loads.items()} == work.read
+        assert {name: access.unique for name, access in launched.stores.items()} == work.written
+        assert {name: access.requested for name, access in launched.stores.items()} == work.written
+    return launches, least
+
+
+@pytest.fixture
+def one_program_an_image(monkeypatch):
+    monkeypatch.setattr(launch, "splits_score", lambda heads, tokens: False)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("op", [op for op in OPS if op not in SPLIT])
+def test_each_byte_moves_once(launches, op, case):
+    check(op, case)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("op", SPLIT)
+def test_each_byte_moves_once_in_both_forms(launches, score_form, op, case):
+    check(op, case)
+
+
+@pytest.mark.parametrize("case", REAL, ids=str)
+@pytest.mark.parametrize("op", [op for op in OPS if op != "bipartite"])
+def test_programs_touch_little_more_than_they_must(launches, one_program_an_image, op, case):
+    for launched, work in zip(*check(op, case), strict=True):
+        assert launched.per_program <= MOST * work.bytes, launched
+
+
+@pytest.mark.parametrize("op", ["bipartite", *SPLIT])
+def test_programs_touch_what_the_tiling_implies(launches, op):
+    case = (1, 257, 768, 64, bf16)
+    launched, _ = check(op, case)
+    for seen, most in zip(launched, OPS[op][1](*case, tiled=True), strict=True):
+        if seen.kernel == "_merge_bwd_kernel":  # a row's sources may share a tile
+            assert seen.per_program <= most.bytes
+        elif seen.kernel == "_reduce_bwd_kernel":
+            assert seen.per_program <= MOST * most.bytes
+        else:
+            assert seen.per_program == most.bytes
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"masked": True},
+        {"normalize": False},
+        {"num_prefix_tokens": 0},
+        {"num_prefix_tokens": 3, "masked": True},
+        {"merge": False},
+    ],
+    ids=str,
+)
+def test_options_of_reduce(launches, options):
+    check("reduce", (2, 21, 70, 8, fp32), **options)
+
+
+def test_score_reduce_without_merging(launches, score_form):
+    check("score_reduce", (2, 21, 70, 8, bf16), merge=False)
+
+
+def test_bipartite_without_sizes(launches):
+    check("bipartite", (2, 21, 70, 8, bf16), has_size=False)
+
+
+def flops(op, *case, **options):
+    """What PyTorch counts for the ops of a call."""
+    with FlopCounterMode(display=False) as counter:
+        OPS[op][0](*case, **options)
+    return sum(n for op, n in counter.get_flop_counts()["Global"].items() if "elip" in str(op))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_operations_are_those_of_the_flop_formulas(op):
+    case = (2, 21, 36, 8, fp32)
+    assert sum(work.operations for work in OPS[op][1](*case)) == flops(op, *case) > 0
+
+
+@pytest.mark.parametrize("op", ["reduce", "score_reduce"])
+def test_pruning_alone_multiplies_nothing(op):
+    case = (2, 21, 36, 8, fp32)
+    works = OPS[op][1](*case, merge=False)
+    assert sum(work.operations for work in works) == flops(op, *case, merge=False)
+
+
+def test_the_work_of_an_op_is_that_of_its_launches(score_form):
+    (B, N, D, K, dtype), split = REAL[0], score_form == "tiles of patches"
+    launches = score_reduce_works(B, N, D, K, dtype)[:2]
+    assert model.score_reduce(B, N, D, K, H, dtype, split=split) == model.together(*launches)
+
+
+@triton.jit
+def _copy_kernel(x_ptr, out_ptr, N, TOO_MANY: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < N + TOO_MANY)
+    tl.store(out_ptr + offs, x, mask=offs < N)
+
+
+@pytest.fixture
+def x_and_out():
+    """Two vectors that nothing borders on."""
+    memory = torch.zeros(100)
+    return memory[10:29], memory[50:69]
+
+
+def test_every_access_is_counted(x_and_out):
+    with traffic() as seen:
+        _copy_kernel[(2,)](*x_and_out, 19, TOO_MANY=0, BLOCK=32)
+    load, store = seen[0].loads["x"], seen[0].stores["out"]
+    assert (seen[0].kernel, seen[0].programs, seen[0].per_program) == ("_copy_kernel", 2, 4 * 76)
+    assert load == store and (load.requested, load.per_program, load.unique) == (152, 152, 76)
+
+
+def test_an_off_by_one_mask_is_found(x_and_out):
+    x, out = x_and_out
+    where = "_copy_kernel: load of 1 lanes outside every tensor, the first 76 bytes after the .* x"
+    with traffic(), pytest.raises(IndexError, match=where):
+        _copy_kernel[(1,)](x, out, 19, TOO_MANY=1, BLOCK=32)
+    _copy_kernel[(1,)](x, out, 19, TOO_MANY=1, BLOCK=32)  # unnoticed outside
+
+
+def test_gaps_of_a_strided_tensor_are_outside(x_and_out):
+    x, out = x_and_out
+    with traffic(), pytest.raises(IndexError, match="load of 9 lanes"):
+        _copy_kernel[(1,)](x[::2], out, 19, TOO_MANY=0, BLOCK=32)

@@ -1,0 +1,86 @@
+"""No op looks at its data, so none waits for the device: on fake tensors, which have none, all run.
+
+A fake tensor raises where the host asks for a value (`item`, `bool`) or for a shape that depends
+on values (`nonzero`, a boolean index). The public functions run whole, with autograd; then each op
+that they called runs in all its forms, the launchers included, whose launches do nothing here.
+"""
+
+import pytest
+import torch
+from torch._library.custom_ops import OPDEFS
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from elip_kernels._triton import HAS_TRITON
+from elip_kernels.testing.calls import CALLS
+
+LOOKED = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+class Calls(TorchDispatchMode):
+    """Keeps the name and the arguments of every call of an op of ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "elip":
+            self.seen.append((func.name().removesuffix(".default"), args))
+        return func(*args, **(kwargs or {}))
+
+
+def run(name, dtype):
+    """Forward, and backward where there is one -> the calls of ops."""
+    with Calls() as calls:
+        CALLS[name](2, 19, 24, 12, 3, dtype)
+    assert calls.seen
+    return calls.seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_public_functions_do_not_look(name, dtype):
+    with FakeTensorMode():
+        fake = run(name, dtype)
+    assert [op for op, _ in fake] == [op for op, _ in run(name, dtype)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_launchers_and_pytorch_forms_do_not_look(name, dtype, monkeypatch):
+    launched = []
+    if HAS_TRITON:
+        from triton.runtime import JITFunction
+
+        monkeypatch.setattr(JITFunction, "run", lambda self, *args, **kw: launched.append(self))
+    for op, arguments in run(name, dtype):
+        forms = OPDEFS[op]._backend_fns.values()
+        assert forms
+        for form in forms:
+            with FakeTensorMode() as mode:
+                form(*tree_map_only(torch.Tensor, mode.from_tensor, arguments))
+    assert bool(launched) == (HAS_TRITON and dtype != torch.float64)
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool((x > 0).any()),
+        lambda x: x.tolist(),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.unique(),
+        lambda x: x.repeat_interleave(x.long()),
+    ],
+)
+def test_a_look_is_found(look):
+    look(torch.ones(3))
+    with FakeTensorMode(), pytest.raises(LOOKED):
+        look(torch.ones(3))
