@@ -177,7 +177,7 @@ class CLIP(nn.Module):
     def encode_image(
         self, images: Tensor, text_features: Tensor | None = None, *, reduce: bool = True
     ) -> Tensor:
-        """Image features.
+        """Image features. Without gradient, in eval mode, the last block runs for CLS alone.
 
         Args:
             images: (B, 3, H, W).
@@ -188,10 +188,9 @@ class CLIP(nn.Module):
         Returns:
             (B, E), normalised.
         """
-        if reduce:
-            tokens = self.encode_tokens(images, text_features)
-        else:
-            tokens, _ = run_tower(self.tower, images, None, self.dense)
+        text_cls = self.guidance(text_features) if reduce and text_features is not None else None
+        settings = self.reduction if reduce else self.dense
+        tokens, _ = run_tower(self.tower, images, text_cls, settings, cls_only=True)
         return F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
 
     def forward(

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -12,6 +13,7 @@ from elip_models.reduction.stage import (
     StageInfo,
     check_text,
     reduce_stage,
+    stages_of,
     warn_if_slower,
 )
 from elip_models.towers import Tower, as_tower
@@ -65,17 +67,27 @@ def encode_image(
 
 
 def run_tower(
-    tower: Tower, images: Tensor, text_cls: Tensor | None, settings: ElipSettings
+    tower: Tower,
+    images: Tensor,
+    text_cls: Tensor | None,
+    settings: ElipSettings,
+    *,
+    cls_only: bool = False,
 ) -> tuple[Tensor, list[StageInfo]]:
-    """`encode_image` for arguments that have been checked, once and for all calls."""
+    """`encode_image` for arguments that have been checked, once and for all calls.
+
+    cls_only: the caller reads token 0 alone. Without gradient, and where nothing watches the last
+    block, that block then runs for this token only, which is exact: the tokens are (B, 1, D).
+    """
     if is_reduced(tower.blocks):
         raise ValueError(
             "model: expected one that reduce_ has not changed, since it would reduce twice, got a "
             "reduced one; call the model itself, or unreduce_ it first"
         )
+    cls_only = cls_only and not torch.is_grad_enabled() and tower.is_plain(tower.depth - 1)
     stages = {}
     if settings.reduces(text_cls):
-        stages = {stage.first: stage for stage in settings.schedule.stages(tower.num_patches)}
+        stages = {s.first: s for s in stages_of(settings.schedule, tower.num_patches)}
         warn_if_slower(tower, settings)
     if text_cls is not None:
         text_cls = text_cls.detach()
@@ -84,7 +96,9 @@ def run_tower(
         if i in stages:
             tokens, info = reduce_stage(tower, stages[i], tokens, text_cls, settings)
             infos.append(info)
-        if tower.checkpointing and tower.model.training:
+        if cls_only and i == tower.depth - 1:
+            tokens = tower.cls_block(i, tokens, tokens[:, 0])[:, None]
+        elif tower.checkpointing and tower.model.training:
             tokens = checkpoint(block, tokens, use_reentrant=False)
         else:
             tokens = block(tokens)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from elip_models.reduction.schedule import Schedule, Stage
-from elip_models.reduction.stage import ElipSettings, reduce_stage, warn_if_slower
+from elip_models.reduction.stage import ElipSettings, reduce_stage, stages_of, warn_if_slower
 from elip_models.towers import Tower, as_tower
 
 STRATEGIES = ("elip",)
@@ -113,7 +113,7 @@ class StageHook:
                 return None
         else:
             attention = None
-            if self.stage == shared.settings.schedule.stages(shared.tower.num_patches)[0]:
+            if self.stage == stages_of(shared.settings.schedule, shared.tower.num_patches)[0]:
                 warn_if_slower(shared.tower, shared.settings)
         if attention is None and not shared.settings.reduces(shared.text_cls):
             self._remember(None)
@@ -172,6 +172,8 @@ def reduce_(
     """Make an image model drop and merge tokens by `schedule`, in place; returns the model.
 
     Parameters, state_dict keys and the call stay the same. A second call replaces the settings.
+    The last block runs for all tokens, since the model's own forward may read them; CLIP's image
+    tower in inference runs it for CLS alone.
     Guidance, where there is any, comes by `with guidance(model, text_cls):` around the forward.
 
     Args:

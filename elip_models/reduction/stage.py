@@ -11,8 +11,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
-from typing import Literal, NamedTuple
+from functools import cache, wraps
+from typing import Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ import elip_kernels
 from elip_kernels import ReductionInfo
 from elip_models.reduction.schedule import Schedule, Stage
 from elip_models.towers import Tower
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class StageInfo(NamedTuple):
@@ -162,19 +165,50 @@ class ElipSettings:
 
     def inference_cost(self, tower: Tower) -> float:
         """Forward multiply-adds of the blocks, scorer included, relative to the dense tower."""
-        dense = _blocks_cost(tower, tower.num_patches + 1) * tower.depth
-        tokens = self.schedule.tokens_per_layer(tower.num_patches, merge=self.merge)
-        cost = sum(_blocks_cost(tower, n) for n in tokens)
-        layers = get_scorer(self.scorer).layers
-        for stage in self.schedule.stages(tower.num_patches):
-            entering = tokens[stage.first - 1] if stage.first else tower.num_patches + 1
-            cost += layers(stage.layers) * _blocks_cost(tower, entering)
-        return cost / dense
+        scorer = get_scorer(self.scorer)
+        stages = stages_of(self.schedule, tower.num_patches)
+        scored = tuple(scorer.layers(stage.layers) for stage in stages)
+        shape = (tower.num_patches, tower.width, tower.mlp_ratio)
+        return _inference_cost(self.schedule, self.merge, scored, *shape)
 
 
-def _blocks_cost(tower: Tower, tokens: int) -> float:
-    """Multiply-adds of one block: projections, MLP, attention."""
-    return tokens * tower.width * ((4 + 2 * tower.mlp_ratio) * tower.width + 2 * tokens)
+def _once(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, run once for equal arguments; the compiler, which warns of caches, traces it."""
+    cached = cache(function)
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        return (function if torch.compiler.is_compiling() else cached)(*args, **kwargs)
+
+    return run
+
+
+@_once
+def stages_of(schedule: Schedule, num_patches: int) -> tuple[Stage, ...]:
+    """`schedule.stages`, worked out once and not in every forward."""
+    return schedule.stages(num_patches)
+
+
+@_once
+def _inference_cost(
+    schedule: Schedule,
+    merge: bool,
+    scored: tuple[int, ...],
+    num_patches: int,
+    width: int,
+    mlp_ratio: float,
+) -> float:
+    """`scored`: the layers that the scorer runs on what enters each stage."""
+
+    def block(tokens: int) -> float:
+        """Multiply-adds of one block: projections, MLP, attention."""
+        return tokens * width * ((4 + 2 * mlp_ratio) * width + 2 * tokens)
+
+    tokens = schedule.tokens_per_layer(num_patches, merge=merge)
+    cost = sum(map(block, tokens))
+    for stage, layers in zip(schedule.stages(num_patches), scored, strict=True):
+        cost += layers * block(tokens[stage.first - 1] if stage.first else num_patches + 1)
+    return cost / (block(num_patches + 1) * schedule.depth)
 
 
 @cache

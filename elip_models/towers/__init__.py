@@ -45,6 +45,9 @@ class Tower(Protocol):
     def cls_block(self, i: int, tokens: Tensor, cls: Tensor) -> Tensor:
         """`cls` (B, D) through block i alone, attending to `tokens` -> (B, D)."""
 
+    def is_plain(self, i: int) -> bool:
+        """Block i runs its own parts in eval mode and nothing else: `cls_block` is exact for it."""
+
     def finish(self, tokens: Tensor) -> Tensor:
         """The final norm, before pooling."""
 

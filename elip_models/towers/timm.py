@@ -101,6 +101,15 @@ class TimmTower:
         cls = cls[:, None] + block.drop_path1(block.ls1(out))
         return self.mlp(i, cls)[:, 0]
 
+    def is_plain(self, i: int) -> bool:
+        block = self.blocks[i]
+        return (
+            type(block) is vit.Block
+            and type(block.attn) is Attention
+            and _refuses_block(block) is None
+            and not any(_is_observed(module) for module in block.modules())
+        )
+
     def finish(self, tokens: Tensor) -> Tensor:
         return self.model.norm(tokens)
 
@@ -121,6 +130,12 @@ def _refuses_block(block: nn.Module) -> str | None:
             "the CLS row needs nn.Linear after LayerNorm (merge adapters first)"
         )
     return None
+
+
+def _is_observed(module: nn.Module) -> bool:
+    """A hook or a replaced forward sees its calls, or it is in training mode."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks) or module.training or "forward" in vars(module)
 
 
 def _attention_width(block: vit.Block) -> int:
