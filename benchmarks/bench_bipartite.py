@@ -1,20 +1,24 @@
-"""bipartite_merge, forward and backward, against a good eager form and a copy."""
+"""bipartite_merge, forward, backward and both, against a good eager form, compiled, and a copy."""
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.cases import described, sweep
+from benchmarks.comparison import compare
+from benchmarks.parity import OURS, in_fp64, on_device, parity, with_compiled, with_gradient
 from elip_kernels.bipartite import bipartite_merge
-from elip_models.profile import ratios_to, time_side_by_side
+from elip_kernels.testing import model
 
-SHAPES = [(64, 197, 768, 16), (64, 257, 768, 64), (1, 257, 768, 16)]
 CHANNELS = 64  # the metric is the head mean of the keys
+MERGED = 16
+FIRST = 8  # images that are held to fp64
 
 
 def eager_merge(tokens: Tensor, metric: Tensor, r: int, size: Tensor) -> tuple[Tensor, Tensor]:
     """The same by argsort, gather and scatter_add, sizes as one more channel."""
     with torch.no_grad():
-        unit = torch.nn.functional.normalize(metric.float(), dim=-1)
+        unit = torch.nn.functional.normalize(metric.to(size.dtype), dim=-1)
         similarity = torch.bmm(unit[:, ::2], unit[:, 1::2].mT)
         similarity[:, 0] = -torch.inf
         best, partner = similarity.max(dim=-1)
@@ -28,31 +32,34 @@ def eager_merge(tokens: Tensor, metric: Tensor, r: int, size: Tensor) -> tuple[T
     sums = torch.cat([tokens * size[..., None], size[..., None]], dim=2)
     even, odd = sums[:, ::2], sums[:, 1::2]
     sums = torch.cat([even.gather(1, stays), odd.scatter_add(1, into, even.gather(1, goes))], dim=1)
-    return sums[..., :-1] / sums[..., -1:], sums[..., -1]
+    return (sums[..., :-1] / sums[..., -1:]).to(tokens.dtype), sums[..., -1]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids="B{0[0]}-N{0[1]}-D{0[2]}-r{0[3]}".format)
-@pytest.mark.parametrize("direction", ["forward", "training"])
-def test_bipartite_merge(benchmark, report, device, direction, shape):
-    B, N, D, r = shape
-    tokens = torch.randn(B, N, D, device=device, requires_grad=direction == "training")
-    metric = torch.randn(B, N, CHANNELS, device=device)
-    size = torch.randint(1, 5, (B, N), device=device).float()
-    grad = torch.randn(B, N - r, D, device=device)
+def work_of(case, direction):
+    shape = (case.B, case.N, case.D)
+    forward = model.bipartite_merge(*shape, CHANNELS, MERGED, case.dtype, has_size=True)
+    backward = model.bipartite_merge_backward(*shape, MERGED, case.dtype, has_size=True)
+    works = {"forward": forward, "backward": backward}
+    return works[direction] if direction in works else model.together(*works.values())
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "training"])
+@pytest.mark.parametrize("case", sweep(), ids=str)
+def test_bipartite_merge(record, rounds, case, direction):
+    tokens, metric = case.inputs()[0], torch.randn(case.B, case.N, CHANNELS).to(case.dtype)
+    inputs = [tokens, metric, torch.randint(1, 5, (case.B, case.N)).float()]
+    if direction != "forward":
+        tokens.requires_grad_()
+        inputs.append(torch.randn(case.B, case.N - MERGED, case.D).to(case.dtype))
+    inputs = on_device(inputs)
     forms = {
-        "eager": lambda: eager_merge(tokens, metric, r, size),
-        "bipartite_merge": lambda: bipartite_merge(tokens, metric, r, size=size),
+        "eager": lambda tokens, metric, size: eager_merge(tokens, metric, MERGED, size),
+        OURS: lambda tokens, metric, size: bipartite_merge(tokens, metric, MERGED, size=size),
     }
-    for got, expected in zip(*(form() for form in forms.values()), strict=True):
-        torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
-
-    def run(form):
-        merged, _ = form()
-        if direction == "training":
-            torch.autograd.grad(merged, tokens, grad)
-
-    steps = {name: (lambda form=form: run(form)) for name, form in forms.items()}
-    steps["copy of the output"] = lambda: grad.clone()
-    times = time_side_by_side(steps, device=device, rounds=15)
-    report(ratios_to("eager", times), shape=list(shape), direction=direction)
-    benchmark.pedantic(run, (forms["bipartite_merge"],), rounds=3, warmup_rounds=1)
+    exact = with_gradient(forms["eager"], *in_fp64(inputs, FIRST))
+    forms, left_out = with_compiled(forms, direction)
+    held = parity(exact, {name: with_gradient(form, *inputs) for name, form in forms.items()})
+    work = work_of(case, direction)
+    facts, step = compare(forms, inputs, work, direction=direction, rounds=rounds)
+    facts |= described(case, r=MERGED, C=CHANNELS)
+    record(step, **facts, op="bipartite_merge", parity=held, left_out=left_out)

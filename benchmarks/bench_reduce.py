@@ -1,34 +1,45 @@
-"""reduce, forward and backward, against the official algorithm, a good eager form, and a copy."""
+"""reduce against the official algorithm, a good eager form, that form compiled, and a copy."""
 
 import pytest
 import torch
 
 import elip_kernels
+from benchmarks.cases import cases, described
+from benchmarks.comparison import compare
 from benchmarks.official_reduce import eager_reduce, official_reduce
-from elip_models.profile import ratios_to, time_side_by_side
+from benchmarks.parity import OURS, in_fp64, on_device, parity, with_compiled, with_gradient
+from elip_kernels.testing import model
 
-SHAPES = [(64, 257, 768, 166), (64, 197, 768, 127), (1, 257, 768, 166)]
+FUNCTIONS = {"official": official_reduce, "eager": eager_reduce, OURS: elip_kernels.reduce}
+FIRST = 8  # images that are held to fp64
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids="B{0[0]}-N{0[1]}-D{0[2]}-K{0[3]}".format)
-@pytest.mark.parametrize("direction", ["forward", "training"])
-def test_reduce(benchmark, report, device, direction, shape):
-    B, N, D, K = shape
-    tokens = torch.randn(B, N, D, device=device, requires_grad=direction == "training")
-    scores = torch.randn(B, N - 1, device=device).softmax(-1)
-    grad = torch.randn(B, K + 2, D, device=device)
-    forms = {"official": official_reduce, "eager": eager_reduce, "reduce": elip_kernels.reduce}
-    outputs = {name: form(tokens, scores, K) for name, form in forms.items()}
-    for name, output in outputs.items():
-        torch.testing.assert_close(output, outputs["official"], atol=1e-5, rtol=0, msg=name)
+def forms_of(keep):
+    """name -> form: (tokens, scores) -> (output,)."""
 
-    def run(form):
-        out = form(tokens, scores, K)
-        if direction == "training":
-            torch.autograd.grad(out, tokens, grad)
+    def form(function):
+        return lambda tokens, scores: (function(tokens, scores, keep),)
 
-    steps = {name: (lambda form=form: run(form)) for name, form in forms.items()}
-    steps["copy of the output"] = lambda: grad.clone()
-    times = time_side_by_side(steps, device=device, rounds=15)
-    report(ratios_to("official", times), shape=list(shape), direction=direction)
-    benchmark.pedantic(run, (elip_kernels.reduce,), rounds=3, warmup_rounds=1)
+    return {name: form(function) for name, function in FUNCTIONS.items()}
+
+
+def work_of(case, direction):
+    shape = (case.B, case.N, case.D, case.K, case.dtype)
+    works = {"forward": model.reduce(*shape), "backward": model.reduce_backward(*shape)}
+    return works[direction] if direction in works else model.together(*works.values())
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "training"])
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_reduce(record, rounds, case, direction):
+    inputs = list(case.inputs())
+    if direction != "forward":
+        inputs[0].requires_grad_()
+        inputs.append(torch.randn(case.B, case.K + 2, case.D).to(case.dtype))
+    inputs, forms = on_device(inputs), forms_of(case.K)
+    exact = with_gradient(forms["official"], *in_fp64(inputs, FIRST))
+    forms, left_out = with_compiled(forms, direction)
+    held = parity(exact, {name: with_gradient(form, *inputs) for name, form in forms.items()})
+    work = work_of(case, direction)
+    facts, step = compare(forms, inputs, work, direction=direction, rounds=rounds)
+    record(step, **facts, op="reduce", **described(case), parity=held, left_out=left_out)

@@ -1,48 +1,96 @@
-"""A ViT-B/16 tower at 256 px: training, inference and saved bytes against timm's dense tower."""
+"""Towers in training and inference: time, memory and FLOPs of every scorer against the dense one.
+
+Parity: the dense loop is bit by bit timm's own forward, and every scorer's row of the first stage
+is as near to fp64 as the official one's, from the same tokens.
+"""
 
 import warnings
+from dataclasses import replace
+from functools import partial
+from statistics import median
 
+import pytest
 import timm
 import torch
 
 import elip_models
-from elip_models.profile import profile_tower
+from benchmarks.cases import DEVICE, DTYPE_NAMES, ON_GPU, tower_cases
+from benchmarks.parity import judged, relative_error
+from elip_models.profile import (
+    count_flops,
+    forward_steps,
+    peak_bytes,
+    ratios_to,
+    saved_bytes,
+    time_side_by_side,
+    train_step,
+)
 from elip_models.reduction.schedule import PRESETS
+from elip_models.reduction.stage import SCORERS, ElipSettings, score_stage
+from elip_models.towers import as_tower
 
 SCHEDULE = PRESETS["albef"]
 
 
-def check_parity(model, images, text):
-    """The dense loop is timm's own forward, and `exact` keeps what `official` keeps."""
-    dense = elip_models.encode_image(model, images, text, schedule="12(100%)")
-    assert torch.equal(dense, model.forward_features(images))
-    runs = [
-        elip_models.encode_image(
-            model, images, text, schedule=SCHEDULE, scorer=scorer, return_info=True
-        )
-        for scorer in ("official", "exact")
-    ]
-    torch.testing.assert_close(runs[0][0], runs[1][0], atol=1e-4, rtol=0)
-    for official, exact in zip(runs[0][1], runs[1][1], strict=True):
-        assert torch.equal(official.reduction.kept, exact.reduction.kept)
+@torch.no_grad()
+def held_to_fp64(model, image, text):
+    """Parity of `model`, which comes back as it was."""
+    tower, settings = as_tower(model), ElipSettings(SCHEDULE)
+    dense = elip_models.encode_image(model, image, text, schedule=f"{tower.depth}(100%)")
+    assert torch.equal(dense, model.forward_features(image))
+    stage = settings.schedule.stages(tower.num_patches)[0]
+    tokens = tower.embed(image)
+    for block in tower.blocks[: stage.first]:
+        tokens = block(tokens)
+
+    def rows(dtype):
+        model.to(dtype)
+        inputs = (tower, stage, tokens.to(dtype), text.to(dtype))
+        return {name: score_stage(*inputs, replace(settings, scorer=name)) for name in SCORERS}
+
+    exact, found = rows(torch.float64), rows(image.dtype)
+    errors = {name: relative_error(found[name], exact[name]) for name in SCORERS}
+    return judged(errors, ours=[name for name in SCORERS if name != "official"])
 
 
-def test_vit_b16_at_256(benchmark, report, device):
+def memory_of(model, step):
+    """Bytes of a call: the peak on a GPU, what autograd saves for backward on a CPU."""
+    if ON_GPU:
+        return peak_bytes(step, DEVICE)
+    with saved_bytes(model.parameters()) as count:
+        step()
+    return count()
+
+
+@pytest.mark.parametrize("mode", ["training", "inference"])
+@pytest.mark.parametrize("case", tower_cases(), ids=str)
+def test_tower(record, rounds, case, mode):
     warnings.filterwarnings("ignore", message="scorer=")
-    torch.manual_seed(0)
-    model = timm.create_model("vit_base_patch16_224", img_size=256, num_classes=0).to(device)
-    batch_size = 4 if device.type == "cpu" else 64
-    images = torch.randn(batch_size, 3, 256, 256, device=device)
-    with torch.no_grad():
-        check_parity(model, images, torch.randn(batch_size, 768, device=device))
-    costs = profile_tower(
-        model, schedule=SCHEDULE, batch_size=batch_size, image_size=256, rounds=10
-    )
-    ratios = {
-        f"{cost.scorer}, {kind}": getattr(cost, kind)
-        for kind in ("training", "inference", "saved")
-        for cost in costs
-    }
-    report(ratios, shape=[batch_size, 3, 256, 256], schedule=SCHEDULE)
-    with torch.inference_mode():
-        benchmark.pedantic(model.forward_features, (images,), rounds=2)
+    model = timm.create_model(case.name, img_size=case.size, num_classes=0)
+    model = model.to(DEVICE, case.dtype).eval()
+    random = {"device": DEVICE, "dtype": case.dtype}
+    image = torch.randn(1, 3, case.size, case.size, **random)
+    held = held_to_fp64(model, image, torch.randn(1, model.embed_dim, **random))
+    plan = {"schedule": SCHEDULE, "batch_size": case.B, "image_size": case.size}
+    steps = forward_steps(model, **plan)
+    if mode == "training":
+        model.train()
+        steps = {name: partial(train_step, model, step) for name, step in steps.items()}
+    with torch.inference_mode(mode == "inference"):
+        times = time_side_by_side(steps, device=DEVICE, rounds=rounds)
+        flops = {name: count_flops(step) for name, step in steps.items()}
+        memory = {name: memory_of(model, step) for name, step in steps.items()}
+        record(
+            steps["last"],
+            op=case.name,
+            direction=mode,
+            rounds=rounds,
+            ratios={name: ratios_to("dense", times)[name] for name in SCORERS},
+            milliseconds={name: 1e3 * median(values) for name, values in times.items()},
+            flops=flops,
+            memory=memory,
+            schedule=SCHEDULE,
+            shape={"B": case.B, "image": case.size},
+            dtype=DTYPE_NAMES[case.dtype],
+            parity=held,
+        )

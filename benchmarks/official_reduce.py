@@ -5,6 +5,7 @@ summed in a second loop, and the pieces are stacked and concatenated. Gradients 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -17,7 +18,7 @@ def official_reduce(tokens: Tensor, attn: Tensor, keep: int) -> Tensor:
         weights = scores[:, keep:] / (scores[:, keep:].sum(dim=-1, keepdim=True) + 1e-6)
         dropped = order[:, keep:] + 1
     merged = [
-        (x[index] * weight[:, None]).sum(dim=0, keepdim=True)
+        (x[index] * weight[:, None]).sum(dim=0, keepdim=True).to(x.dtype)
         for x, index, weight in zip(tokens, dropped, weights, strict=True)
     ]
     stays = [x[index] for x, index in zip(tokens, kept, strict=True)]
@@ -25,11 +26,14 @@ def official_reduce(tokens: Tensor, attn: Tensor, keep: int) -> Tensor:
 
 
 def eager_reduce(tokens: Tensor, attn: Tensor, keep: int) -> Tensor:
-    """The same without a loop: topk, gather, one batched product. A good eager form."""
+    """The same without a loop: topk, index_select, one batched product. A good eager form."""
+    B, N, D = tokens.shape
     with torch.no_grad():
-        kept = attn.topk(keep, dim=-1).indices.sort(dim=-1).values
+        kept = attn.topk(keep, dim=-1, sorted=False).indices.sort(dim=-1).values
         weights = attn.scatter(1, kept, 0.0)
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-6)
-        index = (kept + 1)[..., None].expand(-1, -1, tokens.shape[2])
-    merged = torch.bmm(weights[:, None], tokens[:, 1:])
-    return torch.cat([tokens[:, :1], tokens.gather(1, index), merged], dim=1)
+        first = N * torch.arange(B, device=tokens.device)[:, None]
+        rows = (F.pad(kept + 1, (1, 0)) + first).flatten()
+    stays = tokens.flatten(0, 1).index_select(0, rows).view(B, keep + 1, D)
+    merged = torch.bmm(weights[:, None].to(tokens.dtype), tokens[:, 1:])
+    return torch.cat([stays, merged], dim=1)

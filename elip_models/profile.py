@@ -4,7 +4,7 @@ Times are ratios against the dense tower, measured in interleaved rounds of one 
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,6 +12,8 @@ from statistics import median
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import elip_kernels
 from elip_models.reduction.encode import encode_image
@@ -25,34 +27,68 @@ from elip_models.reduction.stage import (
 from elip_models.towers import as_tower
 
 NO_GAIN = 0.97  # a time ratio above this is called no gain
+LEAST_SECONDS = 2e-3  # of one measurement: a shorter step is called several times in a row
 
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device's queue, where it has one."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+Step = Callable[[], object]
 
 
 def time_side_by_side(
-    steps: dict[str, Callable[[], object]], *, device: torch.device, rounds: int = 10
+    steps: dict[str, Step], *, device: torch.device, rounds: int = 10
 ) -> dict[str, list[float]]:
-    """Seconds of each step in each of `rounds` rounds, after one round of warm-up.
+    """Seconds a call of each step in each of `rounds` rounds, after a warm-up.
 
     The steps of a round run one after the other, so that whatever slows the machine for a while
     slows all of them; the order turns by one step a round.
     """
     names = list(steps)
-    for name in names:
-        steps[name]()
+    calls = {name: _calls(step, device) for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in names}
     for r in range(rounds):
         for name in names[r % len(names) :] + names[: r % len(names)]:
-            synchronize(device)
-            start = time.perf_counter()
-            steps[name]()
-            synchronize(device)
-            times[name].append(time.perf_counter() - start)
+            times[name].append(_seconds(steps[name], calls[name], device))
     return times
+
+
+def _calls(step: Step, device: torch.device) -> int:
+    """Warm the step up -> how often one measurement calls it."""
+    seconds = _seconds(step, 1, device)
+    if seconds < 100 * LEAST_SECONDS:  # else even a slow first call is a long one
+        seconds = _seconds(step, 1, device)
+    return max(1, min(1000, int(LEAST_SECONDS / seconds)))
+
+
+def _seconds(step: Step, calls: int, device: torch.device) -> float:
+    """Seconds a call, by the device's own clock where it has one."""
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+    start = time.perf_counter()
+    for _ in range(calls):
+        step()
+    seconds = time.perf_counter() - start
+    if device.type == "cuda":
+        end.record()
+        end.synchronize()
+        seconds = begin.elapsed_time(end) / 1e3
+    return seconds / calls
+
+
+def graphed(prepare: Callable[[], Step]) -> Step:
+    """The step that `prepare` returns as a CUDA graph: its launches alone, without Python.
+
+    `prepare` runs on the stream of the capture, so that a step may be the backward pass of a
+    forward pass in `prepare`.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step = prepare()
+        for _ in range(3):
+            step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        step()
+    return graph.replay
 
 
 def ratios_to(baseline: str, times: dict[str, list[float]]) -> dict[str, float]:
@@ -64,19 +100,34 @@ def ratios_to(baseline: str, times: dict[str, list[float]]) -> dict[str, float]:
 
 
 @contextmanager
-def saved_bytes(model: nn.Module) -> Iterator[Callable[[], int]]:
-    """Bytes that autograd saves for backward inside; each storage once, parameters aside."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+def saved_bytes(parameters: Iterable[Tensor] = ()) -> Iterator[Callable[[], int]]:
+    """Bytes that autograd saves for backward inside; each storage once, `parameters` aside."""
+    known = {p.untyped_storage().data_ptr() for p in parameters}
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
+        if storage.data_ptr() not in known:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield lambda: sum(storages.values())
+
+
+def peak_bytes(step: Step, device: torch.device) -> int:
+    """The most CUDA memory that a call takes beyond what is allocated before it."""
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def count_flops(step: Step) -> int:
+    """Floating-point operations of a call, by the formula of each op; attention as two products."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        step()
+    return counter.get_total_flops()
 
 
 @dataclass(frozen=True)
@@ -109,37 +160,53 @@ def profile_tower(
     Returns:
         A row for 'dense' and one for each scorer, in this order.
     """
+    infer = forward_steps(
+        model, schedule=schedule, batch_size=batch_size, image_size=image_size, scorers=scorers
+    )
+    train = {name: partial(train_step, model, step) for name, step in infer.items()}
+    device = next(model.parameters()).device
+    was_training, saved = model.training, {}
+    model.train()
+    for name, step in infer.items():
+        with saved_bytes(model.parameters()) as count:
+            step()
+        saved[name] = count()
+    training = ratios_to("dense", time_side_by_side(train, device=device, rounds=rounds))
+    model.eval()
+    with torch.inference_mode():
+        inference = ratios_to("dense", time_side_by_side(infer, device=device, rounds=rounds))
+    model.train(was_training)
+    return [TowerCost(n, training[n], inference[n], saved[n] / saved["dense"]) for n in infer]
+
+
+def forward_steps(
+    model: nn.Module,
+    *,
+    schedule: Schedule | str,
+    batch_size: int,
+    image_size: int,
+    scorers: tuple[str, ...] = tuple(SCORERS),
+) -> dict[str, Callable[[], Tensor]]:
+    """A forward pass for 'dense' and for each scorer, all of the same random images and text.
+
+    See `profile_tower` for the arguments. Each step returns the CLS output (B, D).
+    """
     tower, weight = as_tower(model), next(model.parameters())
     random = {"device": weight.device, "dtype": weight.dtype}
     images = torch.randn(batch_size, 3, image_size, image_size, **random)
     text = torch.randn(batch_size, tower.width, **random)
 
-    def infer(scorer: str) -> Tensor:
-        if scorer == "dense":
-            plan = {"schedule": f"{tower.depth}(100%)"}
-        else:
-            plan = {"schedule": schedule, "scorer": scorer}
+    def infer(**plan: Schedule | str) -> Tensor:
         return encode_image(model, images, text, **plan)[:, 0]
 
-    def train(scorer: str) -> None:
-        infer(scorer).square().sum().backward()
-        model.zero_grad(set_to_none=True)
+    steps = {"dense": partial(infer, schedule=f"{tower.depth}(100%)")}
+    return steps | {name: partial(infer, schedule=schedule, scorer=name) for name in scorers}
 
-    def measure(step: Callable[[str], object]) -> dict[str, float]:
-        steps = {name: partial(step, name) for name in names}
-        return ratios_to("dense", time_side_by_side(steps, device=weight.device, rounds=rounds))
 
-    names, was_training = ("dense", *scorers), model.training
-    saved = {}
-    for name in names:
-        with saved_bytes(model) as count:
-            infer(name)
-        saved[name] = count()
-    training = measure(train)
-    with torch.inference_mode():
-        inference = measure(infer)
-    model.train(was_training)
-    return [TowerCost(n, training[n], inference[n], saved[n] / saved["dense"]) for n in names]
+def train_step(model: nn.Module, forward: Callable[[], Tensor]) -> None:
+    """Forward and backward, without an optimiser."""
+    forward().square().sum().backward()
+    model.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()

@@ -1,0 +1,113 @@
+"""The CLS row, its attention output and a whole stage boundary, against what they replace."""
+
+from functools import partial
+
+import pytest
+import torch
+
+import elip_kernels
+from benchmarks.cases import DEVICE, HEADS, described, sweep
+from benchmarks.comparison import compare
+from benchmarks.eager_rows import (
+    EPS,
+    attention_row,
+    eager_output,
+    eager_row,
+    official_output,
+    official_row,
+    parameters,
+)
+from benchmarks.official_reduce import eager_reduce, official_reduce
+from benchmarks.parity import OURS, in_fp64, on_device, parity, with_compiled
+from elip_kernels.testing import model
+
+FIRST = 4  # images that are held to fp64
+
+
+def tupled(function, **arguments):
+    """A form of one output."""
+    return lambda *inputs: (function(*inputs, **arguments),)
+
+
+def absorbed(p, *more):
+    """Arguments of the absorbed forms."""
+    names = ("norm_weight", "norm_bias", "q_weight", "q_bias", "k_weight", *more)
+    return {name: p[name] for name in names} | {"eps": EPS, "num_heads": HEADS}
+
+
+def row_forms(p, case):
+    ours = tupled(elip_kernels.cls_attention_from_tokens, **absorbed(p))
+    return {"official": tupled(official_row, p=p), "eager": tupled(eager_row, p=p), OURS: ours}
+
+
+def output_forms(p, case):
+    ours = tupled(elip_kernels.cls_attend_from_tokens, **absorbed(p, "v_weight", "v_bias"))
+    return {
+        "official": tupled(official_output, p=p),
+        "eager": tupled(eager_output, p=p),
+        OURS: ours,
+    }
+
+
+def boundary_forms(p, case):
+    """(row, reduced tokens)."""
+
+    def of(score, reduce, tokens, cls):
+        row = score(tokens, cls, p)
+        return row, reduce(tokens, row[:, 1:], case.K)
+
+    def ours(tokens, cls):
+        out, _, row = elip_kernels.score_reduce(
+            tokens, cls, case.K, **absorbed(p), return_info=True
+        )
+        return row, out
+
+    official = partial(of, official_row, official_reduce)
+    return {"official": official, "eager": partial(of, eager_row, eager_reduce), OURS: ours}
+
+
+OPS = {
+    "cls_attention_from_tokens": (row_forms, model.cls_attention_from_tokens),
+    "cls_attend_from_tokens": (output_forms, model.cls_attend_from_tokens),
+    "score_reduce": (boundary_forms, model.score_reduce),
+}
+
+
+@pytest.mark.parametrize("case", sweep(), ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_from_tokens(record, rounds, op, case):
+    make, work = OPS[op]
+    p = parameters(case.D, case.dtype, DEVICE)
+    tokens, cls = case.inputs()[0], torch.randn(case.B, case.D).to(case.dtype)
+    inputs = on_device((tokens, cls))
+    precise = make({name: value.double() for name, value in p.items()}, case)["official"]
+    exact = precise(*in_fp64(inputs, FIRST))[:1]
+    forms, left_out = with_compiled(make(p, case))
+    outputs = {name: form(*inputs) for name, form in forms.items()}
+    held = parity(exact, {name: output[:1] for name, output in outputs.items()})
+    if op == "score_reduce":  # what a row selects: rows of two bytes tie, ours does not
+        row, out = outputs[OURS]
+        moved = official_reduce(inputs[0].double(), row[:, 1:].double(), case.K)
+        same = eager_reduce(inputs[0], row[:, 1:], case.K)
+        parity((moved,), {"eager": (same,), OURS: (out,)})
+    shape = (case.B, case.N, case.D, *([case.K] if op == "score_reduce" else []), HEADS)
+    facts, step = compare(
+        forms, inputs, work(*shape, case.dtype), direction="forward", rounds=rounds
+    )
+    facts |= described(case, **({} if op == "score_reduce" else {"H": HEADS}))
+    record(step, **facts, op=op, parity=held, left_out=left_out)
+
+
+@pytest.mark.parametrize("case", sweep(), ids=str)
+def test_cls_attention(record, rounds, case):
+    B, N, d = case.B, case.N, case.D // HEADS
+    q, k = torch.randn(B, HEADS, d), torch.randn(B, HEADS, N, d)
+    inputs = on_device((q.to(case.dtype), k.to(case.dtype)))
+    forms = {"eager": tupled(attention_row), OURS: tupled(elip_kernels.cls_attention)}
+    exact = forms["eager"](*in_fp64(inputs, FIRST))
+    forms, left_out = with_compiled(forms)
+    held = parity(exact, {name: form(*inputs) for name, form in forms.items()})
+    work = model.cls_attention(B, HEADS, N, d, case.dtype)
+    facts, step = compare(forms, inputs, work, direction="forward", rounds=rounds)
+    facts |= described(case, H=HEADS)
+    record(step, **facts, op="cls_attention", parity=held, left_out=left_out)

@@ -1,0 +1,78 @@
+"""The shapes that are timed on this class of device, and copies of inputs that leave its caches."""
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elip_kernels.testing import REAL_SHAPES, Case
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+BATCHES = (1, 16, 64, 256) if ON_GPU else (1, 8, 64)
+WIDTH, HEADS = 768, 12
+SWEEP = (257, WIDTH, 166)  # N, D and K of the cases that go through batches and dtypes
+FURTHER = ((197, 127), (50, 32))
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+MAIN_DTYPE, OTHER_DTYPE = reversed(DTYPE_NAMES) if ON_GPU else DTYPE_NAMES
+
+
+def sweep() -> list[Case]:
+    """One shape at every batch, and once in the other dtype."""
+    main = [Case(B, *SWEEP, MAIN_DTYPE) for B in BATCHES]
+    return [*main, Case(BATCHES[-2], *SWEEP, OTHER_DTYPE)]
+
+
+def cases() -> list[Case]:
+    """The sweep, and further real shapes at batch 64."""
+    further = [shape for shape in REAL_SHAPES if shape in FURTHER]
+    return sweep() + [Case(64, N, WIDTH, K, MAIN_DTYPE) for N, K in further]
+
+
+def described(case: Case, **more: int) -> dict[str, Any]:
+    """Shape and dtype of a case for the JSON; `more` takes the place of K."""
+    names = "BND" if more else "BNDK"
+    shape = {name: getattr(case, name) for name in names} | more
+    return {"shape": shape, "dtype": DTYPE_NAMES[case.dtype]}
+
+
+@dataclass(frozen=True)
+class TowerCase:
+    """A timm tower on B images of `size` pixels a side."""
+
+    name: str
+    size: int
+    B: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        short = self.name.removeprefix("vit_").removesuffix("_patch16_224")
+        return f"{short}-{self.size}px-B{self.B}-{DTYPE_NAMES[self.dtype]}"
+
+
+def tower_cases() -> list[TowerCase]:
+    """ViT-B/16 at 256 px, as in ALBEF, and ViT-S/16 at 224 px, as in the small CLIP."""
+    base, small = ("vit_base_patch16_224", 256), ("vit_small_patch16_224", 224)
+    if ON_GPU:
+        sizes = [*((B, MAIN_DTYPE) for B in BATCHES), (64, OTHER_DTYPE)]
+        return [TowerCase(*tower, *size) for tower in (base, small) for size in sizes]
+    light = [TowerCase(*small, B, dtype) for dtype in DTYPE_NAMES for B in (1, 4)]
+    return [TowerCase(*base, 1, MAIN_DTYPE), *light]
+
+
+def copies(inputs: tuple[Tensor, ...], nbytes: int) -> list[tuple[Tensor, ...]]:
+    """`inputs`, on a GPU as many times as twice its L2 holds: none is found in the cache again.
+
+    nbytes: what one call reads and writes.
+    """
+    count = 1
+    if ON_GPU:
+        count = max(1, ceil(2 * torch.cuda.get_device_properties(DEVICE).L2_cache_size / nbytes))
+    more = [tuple(_again(tensor) for tensor in inputs) for _ in range(count - 1)]
+    return [inputs, *more]
+
+
+def _again(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)

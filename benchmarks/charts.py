@@ -1,0 +1,102 @@
+"""The charts of one device as SVG: readable on light and on dark pages."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from benchmarks.measured import Results
+from benchmarks.parity import OURS
+from benchmarks.tables import tower
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+GREY = "#808080"
+FORMS = {  # form or scorer: colour, marker
+    "official": ("#d55e00", "s"),
+    "eager": ("#e69f00", "^"),
+    "exact": ("#e69f00", "^"),
+    "compiled": ("#56b4e9", "v"),
+    "cls": ("#56b4e9", "v"),
+    OURS: ("#009e73", "o"),
+    "last": ("#009e73", "o"),
+}
+GREYS = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "elip",
+    "savefig.transparent": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "font.size": 9,
+    **dict.fromkeys(GREYS, GREY),
+}
+
+Rows = dict[str, dict[str, float]]
+
+
+def draw(results: Results, folder: Path) -> None:
+    """Write <slug>-towers.svg and <slug>-ops.svg, those that there is something to show of."""
+    folder.mkdir(exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        for kind, panels_of in (("towers", tower_panels), ("ops", op_panels)):
+            panels = panels_of(results.entries)
+            if panels:
+                figure = plot(panels, f"{kind} on {results.machine['device']}")
+                path = folder / f"{results.slug}-{kind}.svg"
+                figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+                plt.close(figure)
+
+
+def tower_panels(entries: list[dict[str, Any]]) -> dict[str, Rows]:
+    """Time relative to dense, training beside inference."""
+    panels: dict[str, Rows] = {}
+    for entry in entries:
+        if "flops" in entry:
+            rows = panels.setdefault(f"{entry['direction']} time, dense = 1", {})
+            rows[tower(entry)] = entry["ratios"]
+    return panels
+
+
+def op_panels(entries: list[dict[str, Any]]) -> dict[str, Rows]:
+    """Each op at its largest: time over that of copying the bytes that it must move."""
+    largest: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        name = f"{entry['op']} {entry.get('direction')}"
+        if "possible" in entry and entry["bytes"] > largest.get(name, {"bytes": 0})["bytes"]:
+            largest[name] = entry
+    rows = {
+        name: {form: 1 / share for form, share in entry["possible"].items() if form in FORMS}
+        for name, entry in largest.items()
+    }
+    return {"time, copy of the bytes that the op must move = 1": rows} if rows else {}
+
+
+def plot(panels: dict[str, Rows], title: str) -> plt.Figure:
+    """A marker for each form in a row for each case; panels side by side share the cases."""
+    count = max(map(len, panels.values()))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(9, 1.1 + 0.3 * count), sharex=True, sharey=True, squeeze=False
+    )
+    for axis, (label, rows) in zip(axes[0], panels.items(), strict=True):
+        values = [value for row in rows.values() for value in row.values()]
+        for form, (colour, marker) in FORMS.items():
+            points = [(row[form], i) for i, row in enumerate(rows.values()) if form in row]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker, color=colour, label=form)
+        axis.axvline(1.0, color=GREY, linewidth=1)
+        axis.grid(axis="y", color=GREY, alpha=0.3)
+        axis.set_xlabel(label)
+        axis.set_yticks(range(len(rows)), list(rows))
+        if max(values) > 4:
+            axis.set_xscale("log")
+            axis.xaxis.set_major_formatter("{x:g}")
+    axes[0, 0].invert_yaxis()
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.55 / figure.get_figheight()))
+    figure.suptitle(title, color=GREY, fontsize=10)
+    below = (0.5, 1 - 0.25 / figure.get_figheight())
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="upper center", bbox_to_anchor=below, ncols=5, frameon=False)
+    return figure

@@ -1,0 +1,97 @@
+"""Forms of one op timed side by side with a copy of as many bytes as the op must move.
+
+ratio    = our time over that of another form, median over the rounds
+possible = time of the copy over that of a form; the bytes are those of the analytic model
+"""
+
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.cases import DEVICE, ON_GPU, copies
+from benchmarks.parity import OURS, Form, Tensors, with_gradient
+from elip_kernels.testing.model import Work
+from elip_models.profile import (
+    Step,
+    graphed,
+    peak_bytes,
+    ratios_to,
+    saved_bytes,
+    time_side_by_side,
+)
+
+
+def compare(
+    forms: dict[str, Form], inputs: Tensors, work: Work, *, direction: str, rounds: int
+) -> tuple[dict[str, Any], Step]:
+    """Time forms side by side.
+
+    Args:
+        forms: by name; ours is `OURS`.
+        inputs: of the forms; beyond the forward direction the gradient of the output comes last.
+        work: of this direction.
+        direction: forward, backward or training, which is both.
+        rounds: interleaved.
+
+    Returns:
+        What goes into the JSON, and our step.
+    """
+    sets = copies(inputs, work.bytes)
+    prepared = {name: partial(_prepare, form, direction, sets) for name, form in forms.items()}
+    prepared["copy"] = partial(_prepare_copy, work.bytes // 2, len(sets))
+    steps = {name: graphed(make) if ON_GPU else make() for name, make in prepared.items()}
+    times = time_side_by_side(steps, device=DEVICE, rounds=rounds)
+    times = {name: [t / len(sets) for t in values] for name, values in times.items()}
+    facts = {
+        "direction": direction,
+        "rounds": rounds,
+        "milliseconds": {name: 1e3 * median(values) for name, values in times.items()},
+        "ratios": {name: ratios_to(name, times)[OURS] for name in forms if name != OURS},
+        "possible": {name: 1 / ratio for name, ratio in ratios_to("copy", times).items()},
+        "copy_gb_per_second": work.bytes / median(times["copy"]) / 1e9,
+        "bytes": work.bytes,
+        "operations": work.operations,
+        "memory": {name: _memory(form, direction, inputs) for name, form in forms.items()},
+    }
+    return facts, steps[OURS]
+
+
+def _prepare(form: Form, direction: str, sets: list[Tensors]) -> Step:
+    """One call of `form` for each set of inputs."""
+    if direction == "backward":
+        graphs = [(form(*inputs)[0], inputs[0], grad) for *inputs, grad in sets]
+
+        def backward() -> None:
+            for out, tokens, grad in graphs:
+                torch.autograd.grad(out, tokens, grad, retain_graph=True)
+
+        return backward
+
+    def call() -> None:
+        for inputs in sets:
+            with_gradient(form, *inputs)
+
+    return call
+
+
+def _prepare_copy(nbytes: int, count: int) -> Step:
+    """A copy between buffers that exist: nothing is allocated, so no page is new."""
+    sources = [torch.zeros(nbytes // 4, device=DEVICE) for _ in range(count)]
+    targets = [torch.zeros_like(source) for source in sources]
+
+    def copy() -> None:
+        for source, target in zip(sources, targets, strict=True):
+            target.copy_(source)
+
+    return copy
+
+
+def _memory(form: Form, direction: str, inputs: Tensors) -> int:
+    """Bytes beyond the inputs: the peak on a GPU, on a CPU what autograd saves for backward."""
+    if ON_GPU:
+        return peak_bytes(_prepare(form, direction, [inputs]), DEVICE)
+    with saved_bytes() as count:
+        with_gradient(form, *inputs)
+    return count()

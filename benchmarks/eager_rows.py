@@ -1,0 +1,74 @@
+"""The CLS row and its output as a block computes them: what the absorbed forms replace.
+
+official: LayerNorm, the whole qkv projection, the whole N x N map, of which the CLS row is taken.
+eager: LayerNorm, the projections that the CLS query needs, its row alone.
+tokens (B, N, D) enter the block, cls (B, D) stands in for row 0, p are the block's parameters.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.cases import HEADS
+
+EPS = 1e-6
+
+Parameters = dict[str, Tensor]
+
+
+def parameters(D: int, dtype: torch.dtype, device: torch.device) -> Parameters:
+    """LayerNorm and qkv of a block, seeded, under the names of the absorbed forms."""
+    generator = torch.Generator().manual_seed(0)
+    p = {f"{n}_weight": torch.randn(D, D, generator=generator) * D**-0.5 for n in "qkv"}
+    p |= {f"{n}_bias": torch.randn(D, generator=generator) * 0.1 for n in ("norm", *"qkv")}
+    p["norm_weight"] = 1.0 + torch.randn(D, generator=generator) * 0.1
+    return {name: value.to(device, dtype) for name, value in p.items()}
+
+
+def official_row(tokens: Tensor, cls: Tensor, p: Parameters) -> Tensor:
+    """The head mean of the CLS row, (B, N)."""
+    return _official_map(tokens, cls, p)[0][:, :, 0].mean(1)
+
+
+def official_output(tokens: Tensor, cls: Tensor, p: Parameters) -> Tensor:
+    """The CLS token's attention output before the block's output projection, (B, D)."""
+    attention, v = _official_map(tokens, cls, p)
+    return (attention @ v).transpose(1, 2).flatten(2)[:, 0]
+
+
+def eager_row(tokens: Tensor, cls: Tensor, p: Parameters) -> Tensor:
+    """As `official_row`."""
+    normed = _normed(tokens, cls, p)
+    return attention_row(_project(normed[:, :1], "q", p)[:, :, 0], _project(normed, "k", p))
+
+
+def eager_output(tokens: Tensor, cls: Tensor, p: Parameters) -> Tensor:
+    """As `official_output`."""
+    normed = _normed(tokens, cls, p)
+    q, k, v = _project(normed[:, :1], "q", p), _project(normed, "k", p), _project(normed, "v", p)
+    return F.scaled_dot_product_attention(q, k, v).flatten(1)
+
+
+def attention_row(q: Tensor, k: Tensor) -> Tensor:
+    """q (B, H, d), k (B, H, N, d) -> (B, N), the head mean of the softmax row."""
+    scores = torch.matmul(k, q[..., None])[..., 0] * q.shape[2] ** -0.5
+    return scores.softmax(-1).mean(1)
+
+
+def _normed(tokens: Tensor, cls: Tensor, p: Parameters) -> Tensor:
+    tokens = torch.cat([cls[:, None], tokens[:, 1:]], dim=1)
+    return F.layer_norm(tokens, tokens.shape[2:], p["norm_weight"], p["norm_bias"], EPS)
+
+
+def _project(x: Tensor, name: str, p: Parameters) -> Tensor:
+    """(B, N, D) -> (B, H, N, d)."""
+    projected = F.linear(x, p[f"{name}_weight"], p[f"{name}_bias"])
+    return projected.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+
+def _official_map(tokens: Tensor, cls: Tensor, p: Parameters) -> tuple[Tensor, Tensor]:
+    """The softmax map (B, H, N, N) and the values (B, H, N, d)."""
+    weight, bias = (torch.cat([p[f"{n}_{kind}"] for n in "qkv"]) for kind in ("weight", "bias"))
+    qkv = F.linear(_normed(tokens, cls, p), weight, bias).unflatten(-1, (3, HEADS, -1))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    return torch.matmul(q * q.shape[-1] ** -0.5, k.mT).softmax(-1), v

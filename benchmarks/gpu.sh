@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# What only a GPU can show, without a network or an installation, each in less than nine minutes.
+#   benchmarks/gpu.sh tests   tests/gpu; GOLDEN=FOLDER names the golden tensors
+#   benchmarks/gpu.sh tune    the numbers of elip_kernels/launch.py, tried against each other
+#   benchmarks/gpu.sh bench   benchmarks/ against the official algorithm, eager forms and a copy
+# Results go to $OUT, or to benchmarks/results/<device>.
+set -euo pipefail
+out=${OUT:+$(realpath -m "$OUT")}
+golden=${GOLDEN:+$(realpath -m "$GOLDEN")}
+cd "$(dirname "$0")/.."
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1
+
+refuse() {
+  echo "benchmarks/gpu.sh: $1" >&2
+  exit 1
+}
+
+case "${1:-}" in
+  tests | tune | bench) ;;
+  *) refuse "expected tests, tune or bench, got '${1:-}'" ;;
+esac
+device=$(python3 -c 'import torch; print(torch.cuda.get_device_name())' 2>/dev/null) ||
+  refuse "expected PyTorch and a CUDA or ROCm device, got none; run it on a machine with a GPU"
+slug=$(tr '[:upper:] ' '[:lower:]-' <<<"$device" | tr -cd 'a-z0-9-')
+out=${out:-benchmarks/results/$slug}
+mkdir -p "$out"
+
+# An interrupt, so that what is done by then is still reported.
+limited() {
+  timeout --signal=INT --kill-after=15 520 python3 "$@" 2>&1 | tee "$log"
+}
+
+log=$out/$1.txt
+case $1 in
+  tests)
+    limited -m pytest -p no:cacheprovider -m gpu --durations=20 \
+      ${golden:+--golden "$golden"} tests/gpu
+    ;;
+  tune)
+    limited -m benchmarks.tune --out "$out/tune.json" --seconds 440
+    ;;
+  bench)
+    limited -m pytest -p no:cacheprovider benchmarks/ --benchmark-only \
+      --benchmark-json="$out/bench.json"
+    ;;
+esac

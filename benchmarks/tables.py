@@ -1,0 +1,112 @@
+"""The README's tables of one device in Markdown: "no gain" stands where there is none."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.measured import Results
+from benchmarks.parity import OURS
+from elip_models.profile import NO_GAIN
+
+OTHERS = ("official", "eager", "compiled")
+
+Entry = dict[str, Any]
+
+
+def device_tables(results: Results) -> str:
+    """Device and versions, the towers, and the ops folded away."""
+    machine = results.machine
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    about = f"CPU threads: {machine['threads']}; {versions}; commit {results.commit}."
+    towers = [entry for entry in results.entries if "flops" in entry]
+    ops = [entry for entry in results.entries if "possible" in entry]
+    parts = [f"### {machine['device']}", about]
+    if towers:
+        parts += [chart(results, "towers", "times relative to dense"), *tower_table(towers)]
+    if ops:
+        parts += [chart(results, "ops", "times over that of a copy"), *op_table(ops)]
+    added = [entry for entry in results.entries if "overhead_microseconds" in entry]
+    if added:
+        parts.append(overhead(added))
+    return "\n\n".join(parts)
+
+
+def chart(results: Results, kind: str, title: str) -> str:
+    """The picture that `charts.draw` makes."""
+    return f"![{kind} on {results.machine['device']}: {title}](docs/{results.slug}-{kind}.svg)"
+
+
+def tower_table(entries: list[Entry]) -> list[str]:
+    """Each cell: time relative to dense, and FLOPs relative to dense in brackets."""
+    scorers = list(entries[0]["ratios"])
+    rows = []
+    for entry in entries:
+        flops, memory = entry["flops"], entry["memory"]
+        cells = [
+            f"{ratio(entry['ratios'][name])} ({flops[name] / flops['dense']:.2f})"
+            for name in scorers
+        ]
+        bytes_left = f"{memory['last'] / memory['dense']:.2f}" if memory["dense"] else "–"
+        dense = milliseconds(entry["milliseconds"]["dense"])
+        rows.append([tower(entry), entry["direction"], dense, *cells, bytes_left])
+    header = ["tower, batch, dtype", "mode", "dense, ms", *scorers, "memory, `last`"]
+    note = (
+        "Time relative to the dense tower by scorer (FLOPs in brackets, the scorer's included); "
+        "memory is the peak on a GPU, on a CPU what autograd saves for backward."
+    )
+    return [note, table(header, rows, left=2)]
+
+
+def op_table(entries: list[Entry]) -> list[str]:
+    """Folded away: it is long."""
+    rows = []
+    for entry in entries:
+        ratios = [ratio(entry["ratios"].get(name)) for name in OTHERS]
+        possible = f"{100 * entry['possible'][OURS]:.0f}%"
+        ours = milliseconds(entry["milliseconds"][OURS])
+        name = f"`{entry['op']}` {entry['direction']}"
+        rows.append([name, sizes(entry), ours, *ratios, possible])
+    header = ["op", "shape", "ours, ms", *(f"vs {name}" for name in OTHERS), "of possible"]
+    note = (
+        "Our time over that of the official algorithm, of a good eager form, and of that form "
+        "under `torch.compile`. Possible is a copy of the bytes that the op must move, between "
+        "buffers that exist."
+    )
+    reasons = {reason for entry in entries for reason in entry["left_out"].items()}
+    absent = [f"Where – stands, {name} was not measured: {why}." for name, why in sorted(reasons)]
+    folded = "<details><summary>Every op, side by side</summary>"
+    return [folded, note, table(header, rows, left=2), *absent, "</details>"]
+
+
+def overhead(entries: list[Entry]) -> str:
+    """One sentence."""
+    added = ", ".join(f"{e['op']} {e['overhead_microseconds']:.0f} µs" for e in entries)
+    return f"What a public call adds to the body of its op: {added}."
+
+
+def tower(entry: Entry) -> str:
+    """As 'vit_base_patch16 256 px, 4, fp32'."""
+    name = entry["op"].removesuffix("_224")
+    return f"{name} {entry['shape']['image']} px, {entry['shape']['B']}, {entry['dtype']}"
+
+
+def sizes(entry: Entry) -> str:
+    """As 'B64 N257 D768 K166 fp32'."""
+    return " ".join([*(f"{name}{size}" for name, size in entry["shape"].items()), entry["dtype"]])
+
+
+def milliseconds(value: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def ratio(value: float | None) -> str:
+    """Two digits, and what is no gain says so."""
+    if value is None:
+        return "–"
+    return f"{value:.2f}" + (" no gain" if value > NO_GAIN else "")
+
+
+def table(header: Sequence[str], rows: list[list[str]], *, left: int) -> str:
+    """Markdown; the first `left` columns to the left, numbers to the right."""
+    rule = ["---"] * left + ["--:"] * (len(header) - left)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *rows])

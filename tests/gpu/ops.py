@@ -1,0 +1,166 @@
+"""Every public op as a function of tensors alone, and inputs for it as a ViT-B makes them.
+
+What is counted (kept tokens, merged pairs) follows from the rows of `grad_out`, so that one set of
+tensors is a whole call: to move to a device, to widen to fp64, or to keep still for a CUDA graph.
+"""
+
+import sys
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+
+import elip_kernels
+
+WIDTH, HEADS = 768, 12
+REAL = (197, 257, 577)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Op(NamedTuple):
+    """inputs(B, N, dtype) -> tensors on the CPU;
+    run(*inputs) -> every output, and last the gradient of the tokens where they have one."""
+
+    inputs: Any
+    run: Any
+
+
+def reduce_inputs(B, N, dtype, D=WIDTH, keep=0.65):
+    """tokens, scores, grad_out."""
+    K = max(1, int(keep * (N - 1)))
+    tokens, grad_out = torch.randn(B, N, D), torch.randn(B, K + 2, D)
+    return tokens.to(dtype), torch.randn(B, N).softmax(1)[:, 1:], grad_out.to(dtype)
+
+
+def reduce(tokens, scores, grad_out, **options):
+    """-> out, kept, weights, gradient."""
+    leaf = tokens.detach().requires_grad_()
+    rest = options.get("num_prefix_tokens", 1) + options.get("merge", True)
+    keep = grad_out.shape[1] - rest
+    out, info = elip_kernels.reduce(leaf, scores, keep, return_info=True, **options)
+    (gradient,) = torch.autograd.grad(out, leaf, grad_out)
+    return out.detach(), info.kept, info.weights, gradient
+
+
+def block_inputs(B, N, dtype, D=WIDTH, mean=0.0):
+    """tokens, cls, and of a pre-norm block: norm_weight, norm_bias, q_weight, q_bias, k_weight."""
+    tokens, cls = mean + torch.randn(B, N, D), torch.randn(B, D)
+    norm = 1 + 0.1 * torch.randn(D), torch.randn(D)
+    query = torch.randn(D, D) / D**0.5, torch.randn(D)
+    key = torch.randn(D, D) / D**0.5
+    return [t.to(dtype) for t in (tokens, cls, *norm, *query, key)]
+
+
+def named(norm_weight, norm_bias, q_weight, q_bias, k_weight, num_heads=None):
+    """The block's parameters by the names of the public functions; heads of 64 if not said."""
+    num_heads = num_heads or len(q_weight) // 64
+    norm = {"norm_weight": norm_weight, "norm_bias": norm_bias, "eps": 1e-6}
+    query = {"q_weight": q_weight, "q_bias": q_bias}
+    return norm | query | {"k_weight": k_weight, "num_heads": num_heads}
+
+
+def row_from_tokens(tokens, cls, *block, H=None):
+    """-> row."""
+    return (elip_kernels.cls_attention_from_tokens(tokens, cls, **named(*block, H)),)
+
+
+def attend_inputs(B, N, dtype, D=None, mean=0.0):
+    """As `block_inputs`, and v_weight, v_bias; in fp32 a ViT-S, whose width the kernel takes."""
+    D = D or (384 if dtype == torch.float32 else WIDTH)
+    value = torch.randn(D, D) / D**0.5, torch.randn(D)
+    return [*block_inputs(B, N, dtype, D, mean), *(t.to(dtype) for t in value)]
+
+
+def attend_from_tokens(tokens, cls, *block, H=None):
+    """-> out."""
+    *block, v_weight, v_bias = block
+    value = {"v_weight": v_weight, "v_bias": v_bias}
+    return (elip_kernels.cls_attend_from_tokens(tokens, cls, **named(*block, H), **value),)
+
+
+def score_reduce_inputs(B, N, dtype, D=WIDTH):
+    """As `block_inputs`, and grad_out."""
+    grad_out = torch.randn(B, int(0.65 * (N - 1)) + 2, D)
+    return [*block_inputs(B, N, dtype, D), grad_out.to(dtype)]
+
+
+def score_reduce(tokens, cls, *block, H=None):
+    """-> out, kept, weights, row, gradient."""
+    *block, grad_out = block
+    leaf, keep = tokens.detach().requires_grad_(), grad_out.shape[1] - 2
+    out, info, row = elip_kernels.score_reduce(
+        leaf, cls, keep, return_info=True, **named(*block, H)
+    )
+    (gradient,) = torch.autograd.grad(out, leaf, grad_out)
+    return out.detach(), info.kept, info.weights, row, gradient
+
+
+def row_inputs(B, N, dtype, H=HEADS, d=WIDTH // HEADS):
+    """q, k."""
+    return torch.randn(B, H, d).to(dtype), torch.randn(B, H, N, d).to(dtype)
+
+
+def row(q, k, mask=None):
+    """-> row."""
+    return (elip_kernels.cls_attention(q, k, mask=mask),)
+
+
+def bipartite_inputs(B, N, dtype, D=WIDTH, C=WIDTH // HEADS, r=0.25):
+    """tokens, metric, size, grad_out; every token stands for 1 to 5."""
+    rows = N - max(1, int(r * N))
+    tokens, metric, grad_out = torch.randn(B, N, D), torch.randn(B, N, C), torch.randn(B, rows, D)
+    size = torch.randint(1, 6, (B, N)).float()
+    return tokens.to(dtype), metric.to(dtype), size, grad_out.to(dtype)
+
+
+def bipartite_merge(tokens, metric, size, grad_out):
+    """-> merged, sizes, slots, gradient."""
+    leaf = tokens.detach().requires_grad_()
+    merged, sizes, info = elip_kernels.bipartite_merge(
+        leaf, metric, tokens.shape[1] - grad_out.shape[1], size=size, return_info=True
+    )
+    (gradient,) = torch.autograd.grad(merged, leaf, grad_out)
+    return merged.detach(), sizes, info.slots, gradient
+
+
+OPS = {
+    "reduce": Op(reduce_inputs, reduce),
+    "cls_attention": Op(row_inputs, row),
+    "cls_attention_from_tokens": Op(block_inputs, row_from_tokens),
+    "cls_attend_from_tokens": Op(attend_inputs, attend_from_tokens),
+    "score_reduce": Op(score_reduce_inputs, score_reduce),
+    "bipartite_merge": Op(bipartite_inputs, bipartite_merge),
+}
+
+
+@contextmanager
+def kernels_alone():
+    """Inside, a PyTorch form that is called raises."""
+    refusal = AssertionError("a PyTorch form ran where a kernel was expected")
+    files = [module for name, module in sys.modules.items() if name.startswith("elip_kernels.")]
+    with ExitStack() as stack:
+        for file in files:
+            for name in [name for name in vars(file) if name.endswith("_reference")]:
+                stack.enter_context(patch.object(file, name, side_effect=refusal))
+        yield
+
+
+def on(device, tensors):
+    """The tensors there; None stays."""
+    return [None if t is None else t.to(device) for t in tensors]
+
+
+def widened(tensors):
+    """Floating-point tensors in fp64: no kernel takes those."""
+    return [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
+
+
+def assert_alike(got, expected):
+    """Integers equal; floats but for what another order of a cuBLAS sum does."""
+    for ours, theirs in zip(got, expected, strict=True):
+        if not ours.is_floating_point():
+            assert torch.equal(ours, theirs)
+            continue
+        rtol = max(1e-5, 2 * torch.finfo(ours.dtype).eps)
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=rtol)

@@ -1,0 +1,259 @@
+"""Every op on the device against its PyTorch form in fp64 on the CPU, at real and at ugly shapes.
+
+Budgets: kept rows bit by bit; attention rows by the largest error over the largest entry; merged
+rows absolute on N(0, 1) inputs, and half an ulp where they are rounded to two bytes.
+"""
+
+import pytest
+import torch
+
+from elip_kernels import launch
+from elip_kernels.bipartite import BipartiteInfo, source_matrix
+from elip_kernels.testing import Case, cases
+from tests.gpu import ops
+from tests.gpu.ops import DTYPES, REAL, kernels_alone, on, widened
+
+pytestmark = pytest.mark.gpu
+ROW_BUDGET = {torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 2e-4}
+NAN, INF = float("nan"), float("inf")
+LONG = [Case(2, N, 768, K, dtype) for dtype in DTYPES for N, K in ((577, 374), (1025, 512))]
+ROW_SHAPES = [(4, 50, 384, 6), (2, 257, 1024, 16), (2, 2, 64, 1), (3, 20, 96, 24), (2, 130, 33, 3)]
+ROW_SHAPES += [(B, N, ops.WIDTH, ops.HEADS) for B in (4, 96) for N in REAL]
+shape_id = "B{0[0]}-N{0[1]}-D{0[2]}-H{0[3]}".format
+
+
+def assert_rounded(got, exact):
+    """1e-6, and half an ulp of the dtype that the result was rounded to."""
+    half_ulp = 0.0 if got.dtype == torch.float32 else torch.finfo(got.dtype).eps / 2
+    error = (got.cpu().double() - exact).abs()
+    assert (error <= 1e-6 + half_ulp * exact.abs()).all(), error.max()
+
+
+def row_error(got, exact):
+    return ((got.cpu().double() - exact).abs().max() / exact.max()).item()
+
+
+def check_reduce(device, inputs, mask=None, **options):
+    """Forward and backward against fp64 -> the outputs, on the CPU."""
+    there = None if mask is None else mask.to(device)
+    with kernels_alone():
+        got = ops.reduce(*on(device, inputs), mask=there, **options)
+    out, kept, weights, gradient = got
+    exact, exact_kept, exact_weights, exact_gradient = ops.reduce(
+        *widened(inputs), mask=mask, **options
+    )
+    assert torch.equal(kept.cpu(), exact_kept)
+    assert_rounded(weights, exact_weights)
+    copied = out.shape[1] - options.get("merge", True)
+    assert torch.equal(out[:, :copied].cpu(), exact[:, :copied].to(out.dtype))
+    assert_rounded(out, exact)
+    assert_rounded(gradient, exact_gradient)
+    return on("cpu", got)
+
+
+@pytest.mark.parametrize("case", [*cases(4, 768, DTYPES), *LONG], ids=str)
+def test_reduce(device, launches, case):
+    grad_out = torch.randn(case.B, case.K + 2, case.D).to(case.dtype)
+    check_reduce(device, (*case.inputs(), grad_out))
+    assert launches.total() == 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("D", [1, 63, 64, 96, 130, 1024])
+def test_reduce_of_any_width(device, launches, D, dtype):
+    check_reduce(device, ops.reduce_inputs(3, 99, dtype, D))
+    assert launches.total() == 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{"merge": False}, {"normalize": False}], ids=str)
+def test_pruning_and_unnormalised_weights(device, options, dtype):
+    check_reduce(device, ops.reduce_inputs(4, 257, dtype), **options)
+
+
+@pytest.mark.parametrize("num_prefix_tokens", [0, 2, 5])
+def test_prefix_tokens_stay_first(device, num_prefix_tokens):
+    tokens, _, grad_out = ops.reduce_inputs(4, 201, torch.bfloat16)
+    scores = torch.rand(4, 201 - num_prefix_tokens)
+    inputs = (tokens, scores, grad_out)
+    out, *_ = check_reduce(device, inputs, num_prefix_tokens=num_prefix_tokens)
+    assert torch.equal(out[:, :num_prefix_tokens], tokens[:, :num_prefix_tokens])
+
+
+@pytest.mark.parametrize("keep", range(1, 12))
+def test_special_scores_rank_as_the_specification(device, keep):
+    row = [0.0, -0.0, NAN, INF, -INF, 1.0, 1.0, 1e-42, -NAN, -1.0, 0.0, 9e2]
+    scores = torch.tensor([row, [NAN] * 12, [-0.0, 0.0] * 6, [INF, -INF] * 6, [0.125] * 12])
+    inputs = (torch.randn(5, 13, 768), scores, torch.randn(5, keep + 2, 768))
+    got = ops.reduce(*on(device, inputs), normalize=False)
+    exact = ops.reduce(*widened(inputs), normalize=False)
+    assert torch.equal(got[1].cpu(), exact[1])
+    assert torch.equal(got[0][:, :-1].cpu(), inputs[0].gather(1, _rows(exact[1], 768)))
+    for ours, theirs in zip(got, exact, strict=True):  # scores reach 900, and so do sums of them
+        torch.testing.assert_close(ours.cpu().double(), theirs.double(), atol=1e-6, rtol=1e-6)
+
+
+def _rows(kept, D):
+    """Positions of the copied rows, CLS included, for `gather`."""
+    return torch.nn.functional.pad(kept, (1, 0))[..., None].expand(-1, -1, D)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("keep", [0.05, 0.5, 0.95])
+def test_masks(device, keep, dtype):
+    inputs = ops.reduce_inputs(4, 197, dtype, keep=keep)
+    real = torch.rand(4, 197) > torch.tensor([0.2, 0.5, 0.8, 1.0])[:, None]
+    real[:, 0] = True
+    inputs[0][~real] = NAN
+    inputs[1][0, 3] = NAN
+    K = inputs[2].shape[1] - 2
+    got = ops.reduce(*on(device, inputs), mask=real.to(device))
+    exact = ops.reduce(*widened(inputs), mask=real)
+    assert torch.equal(got[1].cpu(), exact[1])
+    for ours, theirs in ((got[0][:, -1], exact[0][:, -1]), (got[3], exact[3])):
+        assert_rounded(ours, theirs)
+    taken = real.gather(1, got[1].cpu())
+    assert torch.equal(taken.sum(1), real[:, 1:].sum(1).clamp(max=K))
+
+
+@pytest.mark.parametrize("layout", ["LND", "sliced", "every second", "expanded"])
+def test_strided_inputs(device, launches, layout):
+    tokens, scores, grad_out = on(device, ops.reduce_inputs(3, 99, torch.bfloat16))
+    if layout == "LND":
+        tokens = tokens.transpose(0, 1).contiguous().transpose(0, 1)
+        grad_out = grad_out[:1].expand(3, -1, -1)
+    elif layout == "sliced":  # rows that no 16-byte access fits
+        tokens = torch.randn(3, 109, 781, device=device).bfloat16()[:, 3:102, 5:773]
+        scores = torch.rand(3, 300, device=device)[:, 1:295:3]
+    elif layout == "every second":
+        tokens = torch.randn(3, 99, 1536, device=device).bfloat16()[..., ::2]
+    else:
+        tokens = tokens[:1].expand(3, -1, -1)
+    got = ops.reduce(tokens, scores, grad_out)
+    expected = ops.reduce(tokens.contiguous(), scores.contiguous(), grad_out.contiguous())
+    assert all(map(torch.equal, got, expected))
+    assert launches.total() == 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ROW_SHAPES, ids=shape_id)
+def test_absorbed_row(device, launches, shape, dtype):
+    B, N, D, H = shape
+    inputs = ops.block_inputs(B, N, dtype, D)
+    (got,) = ops.row_from_tokens(*on(device, inputs), H=H)
+    (exact,) = ops.row_from_tokens(*widened(inputs), H=H)
+    assert got.dtype == torch.float32
+    assert row_error(got, exact) <= ROW_BUDGET[dtype]
+    assert launches
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_mean_far_from_zero_does_not_cancel(device, launches, dtype):
+    inputs = ops.block_inputs(2, 197, dtype, mean=30.0)
+    (got,) = ops.row_from_tokens(*on(device, inputs))
+    (exact,) = ops.row_from_tokens(*widened(inputs))
+    eager = row_error(_eager_row(*inputs), exact)
+    assert row_error(got, exact) <= max(2 * eager, ROW_BUDGET[dtype])
+    assert launches
+
+
+def _eager_row(tokens, cls, norm_weight, norm_bias, q_weight, q_bias, k_weight):
+    """The row as a block computes it, in the dtype of the tokens."""
+    x = torch.cat([cls[:, None], tokens[:, 1:]], dim=1)
+    x = torch.nn.functional.layer_norm(x, x.shape[2:], norm_weight, norm_bias, 1e-6)
+    q = torch.nn.functional.linear(x[:, 0], q_weight, q_bias).unflatten(-1, (ops.HEADS, -1))
+    k = torch.nn.functional.linear(x, k_weight).unflatten(-1, (ops.HEADS, -1))
+    scores = torch.einsum("bhd,bnhd->bhn", q, k) * q.shape[-1] ** -0.5
+    return scores.float().softmax(-1).mean(1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("N", "d"), [*((N, 64) for N in REAL), (45, 37), (1025, 80), (1, 16)])
+def test_generic_row(device, launches, N, d, masked, dtype):
+    q, k = ops.row_inputs(3, N, dtype, 12, d)
+    mask = torch.rand(3, N) > 0.3 if masked else None
+    if masked:
+        mask[:, 0] = True
+    (got,) = ops.row(*on(device, (q, k, mask)))
+    (exact,) = ops.row(q.double(), k.double(), mask)
+    assert got.dtype == torch.float32
+    assert row_error(got, exact) <= ROW_BUDGET[dtype]
+    assert launches.total() == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ROW_SHAPES, ids=shape_id)
+def test_attention_output_of_cls(device, launches, shape, dtype):
+    B, N, D, H = shape
+    inputs = ops.attend_inputs(B, N, dtype, D)
+    (got,) = ops.attend_from_tokens(*on(device, inputs), H=H)
+    (form,) = ops.attend_from_tokens(*inputs, H=H)  # the PyTorch form in this dtype
+    (exact,) = ops.attend_from_tokens(*widened(inputs), H=H)
+    assert got.dtype == dtype
+    assert row_error(got, exact) <= max(2 * row_error(form, exact), ROW_BUDGET[dtype])
+    assert bool(launches) == launch.runs_cls_attend(inputs[0].to(device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [s for s in ROW_SHAPES if s[1] > 2], ids=shape_id)
+def test_score_reduce(device, launches, shape, dtype):
+    B, N, D, H = shape
+    inputs = ops.score_reduce_inputs(B, N, dtype, D)
+    out, kept, weights, row, gradient = ops.score_reduce(*on(device, inputs), H=H)
+    assert launches.total() == 3  # two, and the backward of `reduce`
+    (exact_row,) = ops.row_from_tokens(*widened(inputs[:-1]), H=H)
+    assert row_error(row, exact_row) <= ROW_BUDGET[dtype]
+    # Given this row, selection, movement and gradient are those of `reduce`.
+    exact, exact_kept, exact_weights, exact_gradient = ops.reduce(
+        inputs[0].double(), row.cpu().double()[:, 1:], inputs[-1].double()
+    )
+    assert torch.equal(kept.cpu(), exact_kept)
+    assert torch.equal(out[:, :-1].cpu(), exact[:, :-1].to(dtype))
+    for ours, theirs in ((weights, exact_weights), (out, exact), (gradient, exact_gradient)):
+        assert_rounded(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("N", "r"), [*((N, 0.25) for N in REAL), (50, 0.48), (1025, 0.49), (3, 0)])
+def test_bipartite_merge(device, launches, N, r, dtype):
+    inputs = ops.bipartite_inputs(4, N, dtype, r=r)
+    merged, sizes, slots, gradient = ops.bipartite_merge(*on(device, inputs))
+    exact, exact_sizes, exact_slots, exact_gradient = ops.bipartite_merge(*widened(inputs))
+    assert torch.equal(slots.cpu(), exact_slots)
+    assert torch.equal(sizes.cpu().double(), exact_sizes)  # small integers
+    alone = source_matrix(BipartiteInfo(exact_slots, exact.shape[1])).sum(2) == 1
+    assert torch.equal(merged.cpu()[alone], exact[alone].to(dtype))
+    assert_rounded(merged, exact)
+    assert_rounded(gradient, exact_gradient)
+    assert launches.total() == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "N1100"])
+@pytest.mark.parametrize("name", ops.OPS)
+def test_fp64_and_long_inputs_take_the_pytorch_form(device, launches, name, dtype):
+    op, N = ops.OPS[name], 60 if dtype == torch.float64 else 1100
+    inputs = op.inputs(2, N, dtype)
+    got, expected = op.run(*on(device, inputs)), op.run(*inputs)
+    assert not launches
+    ops.assert_alike(on("cpu", got), expected)
+
+
+@pytest.mark.parametrize("name", ops.OPS)
+def test_empty_batch(device, launches, name):
+    op = ops.OPS[name]
+    empty = [t if t.shape[0] == ops.WIDTH else t[:0] for t in op.inputs(1, 20, torch.bfloat16)]
+    shapes = [tuple(t.shape) for t in op.run(*empty)]
+    assert [tuple(t.shape) for t in op.run(*on(device, empty))] == shapes
+    assert not launches
+
+
+@pytest.mark.parametrize("name", ops.OPS)
+def test_autocast_changes_nothing(device, name):
+    op = ops.OPS[name]
+    inputs = on(device, op.inputs(4, 197, torch.float32))
+    plain = op.run(*inputs)
+    with torch.autocast("cuda", torch.bfloat16):
+        mixed = op.run(*inputs)
+    assert [t.dtype for t in mixed] == [t.dtype for t in plain]
+    ops.assert_alike(mixed, plain)

@@ -1,0 +1,201 @@
+"""Towers and official tensors on the device: what is selected, what is learnt, what is captured."""
+
+import warnings
+from collections import Counter
+
+import pytest
+import timm
+import torch
+
+import elip_kernels
+import elip_models
+from elip_kernels import launch
+from tests.gpu.ops import kernels_alone, on
+from tests.gpu.test_device import captured
+from tests.test_golden import REDUCE_CASES, tower
+
+pytestmark = pytest.mark.gpu
+SCHEDULE = "2(100%) 2(90%) 6(65%) 2(40%)"
+
+
+@pytest.fixture(autouse=True)
+def _full_precision():
+    """Convolutions in fp32, as matrix products are; a scorer may cost more than it saves here."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="scorer=")
+        yield
+
+
+def vit(**options):
+    """ViT-S/16 whose attention is no longer the even one of a fresh model."""
+    model = timm.create_model("vit_small_patch16_224", pretrained=False, num_classes=10, **options)
+    for block in model.blocks:
+        torch.nn.init.normal_(block.attn.qkv.weight, std=0.05)
+    return model
+
+
+def images_and_text(model, batch=16):
+    return torch.randn(batch, 3, *model.patch_embed.img_size), torch.randn(batch, model.embed_dim)
+
+
+@pytest.mark.parametrize("scorer", ["exact", "last"])
+def test_selection_of_a_tower_is_that_of_the_cpu_up_to_ties(device, launches, scorer):
+    model = vit().eval()
+    inputs, options = images_and_text(model), {"schedule": SCHEDULE, "scorer": scorer}
+    with torch.no_grad():
+        _, exact = elip_models.encode_image(
+            model.double(), *(t.double() for t in inputs), return_info=True, **options
+        )
+    with torch.no_grad(), kernels_alone():
+        _, infos = elip_models.encode_image(
+            model.float().to(device), *on(device, inputs), return_info=True, **options
+        )
+    alike = torch.ones(len(inputs[0]), dtype=torch.bool)  # images that agreed so far
+    for got, right in zip(infos, exact, strict=True):
+        row, exact_row = got.attention.cpu().double()[alike], right.attention[alike]
+        error = (row - exact_row).abs().max()
+        assert error <= 1e-5 * exact_row.max()
+        kept, exact_kept = got.reduction.kept.cpu()[alike], right.reduction.kept[alike]
+        least = exact_row.gather(1, exact_kept).amin(1, keepdim=True)
+        assert (exact_row.gather(1, kept) >= least - 2 * error).all()
+        alike[alike.clone()] = (kept == exact_kept).all(1)
+    assert alike.sum() >= len(alike) // 2
+    assert launches
+
+
+def step(model, device):
+    """-> loss and gradients of one step on fixed images."""
+    torch.manual_seed(0)
+    images, text = on(device, images_and_text(model))
+    model.zero_grad()
+    with elip_models.guidance(model, text):
+        loss = model(images).square().mean()
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("scorer", ["exact", "last"])
+def test_gradients_of_a_tower_are_those_of_the_pytorch_form(device, launches, monkeypatch, scorer):
+    model = vit().to(device)
+    elip_models.reduce_(model, schedule=SCHEDULE, scorer=scorer)
+    loss, gradients = step(model, device)
+    ran = Counter(launches)
+    monkeypatch.setattr(launch, "runs_kernel", lambda *tensors, num_tokens: False)
+    expected_loss, expected = step(model, device)
+    assert ran["_reduce_bwd_kernel"] == 3 and launches == ran  # the second step launched nothing
+    torch.testing.assert_close(loss, expected_loss)
+    largest = max(g.abs().max() for g in expected.values())
+    for name, gradient in gradients.items():
+        bound = 1e-4 * max(expected[name].abs().max(), 1e-3 * largest)
+        assert (gradient - expected[name]).abs().max() <= bound, name
+
+
+@pytest.mark.parametrize("scorer", ["exact", "last"])
+def test_a_tower_trains_under_autocast(device, launches, scorer):
+    model = vit().to(device)
+    elip_models.reduce_(model, schedule=SCHEDULE, scorer=scorer)
+    images, text = on(device, images_and_text(model))
+    labels = torch.arange(len(images), device=device) % 10
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    losses = []
+    for _ in range(20):
+        with torch.autocast(device.type, torch.bfloat16), elip_models.guidance(model, text):
+            loss = torch.nn.functional.cross_entropy(model(images).float(), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert launches["_reduce_bwd_kernel"] == 3 * 20
+
+
+@pytest.mark.parametrize("scorer", ["exact", "cls", "last"])
+def test_a_graph_of_a_whole_tower_replays_on_new_images(device, scorer):
+    model = vit().eval().to(device)
+
+    def run(images, text):
+        tokens = elip_models.encode_image(
+            model, images, text, schedule=SCHEDULE, scorer=scorer, return_info=False
+        )
+        return (model.forward_head(tokens),)
+
+    with torch.no_grad():
+        still = on(device, images_and_text(model))
+        graph, outputs = captured(run, still)
+        for t, new in zip(still, images_and_text(model), strict=True):
+            t.copy_(new)
+        graph.replay()
+        torch.testing.assert_close(outputs, run(*still), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("key", sorted(set(REDUCE_CASES) - {"14_keep_more_than_n"}))
+def test_reduce_reproduces_the_official_statements(device, golden, key):
+    case = golden("elip_reduce_only")
+    keep = next(c["keep"] for c in case.meta["cases"] if c["key"] == f"{key}/")
+    case = case.under(f"{key}/")
+
+    def recorded(name):
+        """fp32 accumulation before the as-run one, stable order before the unstable."""
+        return next(case[n] for n in (f"{name}_f32_stable", f"{name}_stable", name) if n in case)
+
+    tokens = case["tokens"].to(device).requires_grad_()
+    out, info = elip_kernels.reduce(tokens, case["attn"].to(device), keep, return_info=True)
+    if keep == tokens.shape[1] - 1:  # the official code appends a zero token here
+        assert out is tokens
+        return
+    (gradient,) = torch.autograd.grad(out, tokens, case["upstream"].to(device, out.dtype))
+    assert torch.equal(info.kept.cpu(), recorded("keep_idx")[:, 1:].long())
+    ulp = torch.finfo(out.dtype).eps if out.dtype == torch.bfloat16 else 2e-7
+    for got, right in ((out, recorded("out")), (gradient, recorded("grad_tokens"))):
+        assert ((got.cpu() - right).abs() <= ulp * right.abs().clamp_min(1.0)).all()
+
+
+@pytest.mark.parametrize("scorer", ["official", "exact"])
+@pytest.mark.parametrize("name", ["elip_albef", "elip_blip"])
+def test_a_tower_reproduces_official_albef_and_blip(device, golden, launches, name, scorer):
+    case = golden(name)
+    model = tower(case)
+    model.load_state_dict(case.under("sd/"))
+    model.to(device)
+    image, text = on(device, (case["image"], case["text_cls"]))
+    tokens, infos = elip_models.encode_image(
+        model, image, text, schedule=SCHEDULE, scorer=scorer, return_info=True
+    )
+    for s, info in enumerate(infos):
+        assert torch.equal(info.reduction.kept.cpu(), case[f"stage{s}/keep_idx"][:, 1:].long())
+        right = case[f"stage{s}/cls_attn"]
+        error = (info.attention[:, 1:].cpu() - right).abs().max()
+        assert error <= 1e-5 * right.max()
+    torch.testing.assert_close(tokens.cpu(), case["out"], atol=1e-5, rtol=1e-5)
+    (tokens * case["upstream/out"].to(device)).sum().backward()
+    expected = case.under("grad/")
+    largest = max(g.abs().max() for g in expected.values())
+    for parameter, p in model.named_parameters():
+        right = expected[parameter]
+        bound = 2e-5 * max(right.abs().max(), 1e-3 * largest)
+        assert (p.grad.cpu().reshape(right.shape) - right).abs().max() <= bound, parameter
+    assert launches["_reduce_fwd_kernel"] == launches["_reduce_bwd_kernel"] == 3
+
+
+@pytest.mark.parametrize("k", [0, 1, 2, 3, 6])
+def test_bipartite_merge_reproduces_official_tome(device, golden, k):
+    case = golden("tome_functions")
+    meta, case = case.meta["cases"][k], case.under(f"fn{k}/")
+    p, (B, N, D) = int(meta["class_token"]), case["x"].shape
+    x, metric, size = on(device, (case["x"], case["metric"], case["size"]))
+    merged, sizes, info = elip_kernels.bipartite_merge(
+        x, metric, meta["r_requested"], size=size, num_prefix_tokens=p, return_info=True
+    )
+    slots, sources = info.slots.cpu(), 2 * case["src_idx"].long()
+    first_b = meta["N_out"] - N // 2
+    assert torch.equal(slots.gather(1, sources) - first_b, case["dst_idx"])
+    # Theirs are in score order without a class token; ours always ascend.
+    order = case["unm_idx"].argsort(1).long()
+    order = torch.cat([order, torch.arange(order.shape[1], meta["N_out"]).expand(B, -1)], dim=1)
+    right = case["merged"].gather(1, order[..., None].expand(-1, -1, D))
+    torch.testing.assert_close(merged.cpu(), right, atol=1e-6, rtol=1e-6)
+    right = case["size_out"].gather(1, order[..., None])
+    assert torch.equal(sizes.cpu()[..., None], right)
+    restored = elip_kernels.unmerge(merged, info).cpu()
+    torch.testing.assert_close(restored, case["unmerged"], atol=1e-6, rtol=1e-6)
