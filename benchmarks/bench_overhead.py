@@ -8,17 +8,21 @@ import torch
 import elip_kernels
 from benchmarks.cases import DEVICE, ON_GPU
 from benchmarks.parity import OURS, parity
-from elip_kernels.cls_attention import _cls_attention_cuda, cls_attention_reference
-from elip_kernels.reduce import _reduce_cuda, reduce_reference
+from elip_kernels._operator import OPERATORS
 from elip_models.profile import ratios_to, time_side_by_side
 
 SHAPE = {"B": 1, "N": 17, "D": 16}  # so small that the body takes little more than its calls
 
 
+def body_of(name):
+    """What the op runs here."""
+    return OPERATORS[name].on_device if ON_GPU else OPERATORS[name].reference
+
+
 def reduce_calls():
     tokens = torch.randn(*SHAPE.values(), device=DEVICE)
     scores = torch.rand(1, 16, device=DEVICE)
-    body = _reduce_cuda if ON_GPU else reduce_reference
+    body = body_of("reduce")
     return {
         "body": lambda: body(tokens, scores, None, 8, 1, True, True)[0],
         OURS: lambda: elip_kernels.reduce(tokens, scores, 8),
@@ -27,7 +31,7 @@ def reduce_calls():
 
 def cls_attention_calls():
     q, k = torch.randn(1, 2, 8, device=DEVICE), torch.randn(1, 2, 17, 8, device=DEVICE)
-    body = _cls_attention_cuda if ON_GPU else cls_attention_reference
+    body = body_of("cls_attention")
     return {
         "body": lambda: body(q, k, None, 8**-0.5),
         OURS: lambda: elip_kernels.cls_attention(q, k),

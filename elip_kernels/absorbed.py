@@ -126,13 +126,14 @@ def patch_scores(
         wide = x.to(tl.float32)
         left = wide if WIDEN else x
         right = u.to(tl.float32) if WIDEN else u
-        sum_u += tl.sum(u.to(tl.float32), 1)
+        whole = u.to(tl.float32)
         score = tl.dot(left, tl.trans(right), score, input_precision=PRECISION)
         if HAS_REST:
             rest = tl.load(rest_ptr + offs_u, mask=mask_u, other=0.0)
-            sum_u += tl.sum(rest.to(tl.float32), 1)
+            whole += rest.to(tl.float32)
             rest = rest.to(tl.float32) if WIDEN else rest
             score = tl.dot(left, tl.trans(rest), score, input_precision=PRECISION)
+        sum_u += tl.sum(whole, 1)
         # Chan's update of the mean and of the sum of squared deviations
         width = tl.minimum(D - k, BLOCK_K) * 1.0
         part = tl.sum(wide, 1) / width
@@ -222,14 +223,17 @@ def row_of_scores(
     offs_t = tl.arange(0, BLOCK_T)
     mask_n = offs_n < N - 1
     mask_t = offs_t < T
+    scores_ptr += pid_b * H * (N - 1)
+    tops_ptr += pid_b * H * T
+    totals_ptr += pid_b * H * T
+    cls_score_ptr += pid_b * H
     row = tl.zeros([BLOCK_N], tl.float32)
     cls_row = 0.0
     for h in range(0, H):
-        head = pid_b * H + h
-        score = tl.load(scores_ptr + head * (N - 1) + offs_n, mask=mask_n, other=float("-inf"))
-        tops = tl.load(tops_ptr + head * T + offs_t, mask=mask_t, other=float("-inf"))
-        totals = tl.load(totals_ptr + head * T + offs_t, mask=mask_t, other=0.0)
-        cls_score = tl.load(cls_score_ptr + head)
+        score = tl.load(scores_ptr + h * (N - 1) + offs_n, mask=mask_n, other=float("-inf"))
+        tops = tl.load(tops_ptr + h * T + offs_t, mask=mask_t, other=float("-inf"))
+        totals = tl.load(totals_ptr + h * T + offs_t, mask=mask_t, other=0.0)
+        cls_score = tl.load(cls_score_ptr + h)
         top = tl.maximum(tl.max(tops, 0), cls_score)
         cls_weight = tl.exp(cls_score - top)
         share = 1.0 / ((tl.sum(totals * tl.exp(tops - top), 0) + cls_weight) * H)

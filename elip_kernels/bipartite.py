@@ -20,10 +20,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from elip_kernels import launch
-from elip_kernels._autocast import without_autocast
+from elip_kernels._operator import Operator
 from elip_kernels._validate import check_device, check_flags, check_shape, check_tensor, message
 from elip_kernels.absorbed import accumulator
 from elip_kernels.bipartite_kernels import SMALLEST_SQUARE, match, merge_bwd, merge_fwd
@@ -187,71 +186,16 @@ def merge_backward_reference(
     return sum_rows(grad_out, slots[..., None], weight[..., None])
 
 
-@torch.library.custom_op("elip::bipartite_match", mutates_args=())
-@without_autocast
-def _match_op(metric: Tensor, r: int, num_prefix_tokens: int) -> Tensor:
-    return match_reference(metric, r, num_prefix_tokens)
+def _match_flops(metric_shape, *args, **kwargs) -> int:
+    """A multiply and an add for each channel of each pair."""
+    B, N, C = metric_shape
+    return 2 * B * ((N + 1) // 2) * (N // 2) * C
 
 
-@torch.library.custom_op("elip::bipartite_merge", mutates_args=())
-@without_autocast
-def _merge_op(
-    tokens: Tensor, size: Tensor | None, slots: Tensor, num_rows: int
-) -> tuple[Tensor, Tensor]:
-    return merge_reference(tokens, size, slots, num_rows)
-
-
-@torch.library.custom_op("elip::bipartite_merge_backward", mutates_args=())
-@without_autocast
-def _merge_backward_op(
-    grad_out: Tensor, size: Tensor | None, out_size: Tensor, slots: Tensor
-) -> Tensor:
-    return merge_backward_reference(grad_out, size, out_size, slots)
-
-
-@_match_op.register_fake
-def _(metric, r, num_prefix_tokens):
-    return metric.new_empty(metric.shape[:2], dtype=torch.int32)
-
-
-@_merge_op.register_fake
-def _(tokens, size, slots, num_rows):
+def _merge_fake(tokens, size, slots, num_rows):
     B, _, D = tokens.shape
     sums = accumulator(tokens.dtype)
     return tokens.new_empty(B, num_rows, D), tokens.new_empty(B, num_rows, dtype=sums)
-
-
-@_merge_backward_op.register_fake
-def _(grad_out, size, out_size, slots):
-    return grad_out.new_empty(*slots.shape, grad_out.shape[2])
-
-
-@_match_op.register_kernel("cuda")
-@without_autocast
-def _match_cuda(metric, r, num_prefix_tokens):
-    fits = launch.runs_kernel(metric, num_tokens=metric.shape[1])
-    return (match if fits else match_reference)(metric, r, num_prefix_tokens)
-
-
-@_merge_op.register_kernel("cuda")
-@without_autocast
-def _merge_cuda(tokens, size, slots, num_rows):
-    fits = launch.runs_kernel(tokens, num_tokens=slots.shape[1])
-    return (merge_fwd if fits else merge_reference)(tokens, size, slots, num_rows)
-
-
-@_merge_backward_op.register_kernel("cuda")
-@without_autocast
-def _merge_backward_cuda(grad_out, size, out_size, slots):
-    fits = launch.runs_kernel(grad_out, num_tokens=slots.shape[1])
-    return (merge_bwd if fits else merge_backward_reference)(grad_out, size, out_size, slots)
-
-
-KERNELS = (
-    (_match_op, _match_cuda),
-    (_merge_op, _merge_cuda),
-    (_merge_backward_op, _merge_backward_cuda),
-)
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
@@ -264,24 +208,44 @@ def _backward(ctx, grad_out, _):
     return _merge_backward_op(grad_out, *ctx.saved_tensors), None, None, None
 
 
-_merge_op.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-@register_flop_formula(torch.ops.elip.bipartite_match)
-def _match_flops(metric_shape, *args, out_shape=None, **kwargs) -> int:
-    """A multiply and an add for each channel of each pair."""
-    B, N, C = metric_shape
-    return 2 * B * ((N + 1) // 2) * (N // 2) * C
-
-
-@register_flop_formula(torch.ops.elip.bipartite_merge)
-def _merge_flops(tokens_shape, *args, out_shape=None, **kwargs) -> int:
+def _merge_flops(tokens_shape, *args, **kwargs) -> int:
     """A multiply and an add for each element of a token."""
     B, N, D = tokens_shape
     return 2 * B * N * D
 
 
-@register_flop_formula(torch.ops.elip.bipartite_merge_backward)
-def _merge_backward_flops(grad_shape, size_shape, out_size_shape, slots_shape, *args, **kw) -> int:
+def _merge_backward_flops(grad_shape, size_shape, out_size_shape, slots_shape, **kwargs) -> int:
     """A multiply for each element of a token."""
     return grad_shape[2] * slots_shape[0] * slots_shape[1]
+
+
+_match_op = Operator(
+    "bipartite_match",
+    match_reference,
+    launcher=match,
+    fits=lambda metric, *_: launch.runs_kernel(metric, num_tokens=metric.shape[1]),
+    fake=lambda metric, *_: metric.new_empty(metric.shape[:2], dtype=torch.int32),
+    flops=_match_flops,
+)
+_merge_op = Operator(
+    "bipartite_merge",
+    merge_reference,
+    launcher=merge_fwd,
+    fits=lambda tokens, size, slots, _: launch.runs_kernel(tokens, num_tokens=slots.shape[1]),
+    fake=_merge_fake,
+    flops=_merge_flops,
+    backward=_backward,
+    save=_save_for_backward,
+)
+_merge_backward_op = Operator(
+    "bipartite_merge_backward",
+    merge_backward_reference,
+    launcher=merge_bwd,
+    fits=lambda grad_out, size, out_size, slots: launch.runs_kernel(
+        grad_out, num_tokens=slots.shape[1]
+    ),
+    fake=lambda grad_out, size, out_size, slots: grad_out.new_empty(
+        *slots.shape, grad_out.shape[2]
+    ),
+    flops=_merge_backward_flops,
+)

@@ -9,24 +9,24 @@ The op is m, in fp32; the projections around it see one token an image. The kern
 tile by tile of whole tokens, with a running softmax that CLS begins:
 
     p_h(n) = exp(s_h(n) - top_h)                           top: the maximum so far, of CLS at first
-    m_h    = (p_h(cls) z_cls + sum_n p rstd x - sum_n p rstd mean) / (p_h(cls) + sum_n p)
+    y_h    = p_h(cls) z_cls + sum_n p rstd x,  m_h = (y_h - mean of y_h) / (p_h(cls) + sum_n p)
 
-so that x enters both products as it is: s needs no mean, since u is centred. Where x has two bytes,
-u and p rstd come as rounded + rest of that type. No gradient: inference and scoring only. More than
-16 heads read x once for each 16; features that do not fit registers take the PyTorch form.
+so that x of two bytes enters both products as it is: s needs no mean, since u is centred, and what
+y has of it is the same in all features, since z has none. There u and p rstd come as rounded + rest
+of x's type; in fp32 x is centred first. No gradient: inference and scoring only. More than 16 heads
+read x once for each 16; features that do not fit registers take the PyTorch form.
 Source: associativity, and the running softmax of Milakov and Gimelshein (2018).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from elip_kernels import launch
-from elip_kernels._autocast import without_autocast
+from elip_kernels._operator import Operator
 from elip_kernels._triton import tl, triton
 from elip_kernels.absorbed import absorbed_operands, absorbed_query, accumulator, check_absorbed
-from elip_kernels.cls_attention import absorbed_reference, mark_output, no_gradient
+from elip_kernels.cls_attention import absorbed_reference
 
 
 def cls_attend_from_tokens(
@@ -88,12 +88,11 @@ def _load_tile(tokens_ptr, first, N, D, stride_tn, BLOCK_N: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def _mean_and_rstd(x, D, eps, BLOCK_D: tl.constexpr):
-    """LayerNorm's two numbers of each row of x."""
+def _centred(x, D, BLOCK_D: tl.constexpr):
+    """x less the mean of its rows, fp32, zero beyond D."""
     x = x.to(tl.float32)
     mean = tl.sum(x, 1) * (1.0 / D)
-    deviation = tl.where((tl.arange(0, BLOCK_D) < D)[None, :], x - mean[:, None], 0.0)
-    return mean, tl.rsqrt(tl.sum(deviation * deviation, 1) * (1.0 / D) + eps)
+    return tl.where((tl.arange(0, BLOCK_D) < D)[None, :], x - mean[:, None], 0.0)
 
 
 @triton.jit
@@ -145,13 +144,16 @@ def _attend_kernel(
     acc += _slices(cls[None, :], SLICES, WIDEN)
     top = tl.load(cls_score_ptr + pid_b * H + offs_h, mask=offs_h < H, other=0.0)  # [H]
     total = tl.full([BLOCK_H], 1.0, tl.float32)
-    shift = tl.zeros([BLOCK_H], tl.float32)
     x = _load_tile(tokens_ptr, 1, N, D, stride_tn, BLOCK_N, BLOCK_D)
     for n in range(1, N, BLOCK_N):
-        mean, rstd = _mean_and_rstd(x, D, eps, BLOCK_D)
         mask_n = n + offs_n < N
+        if HAS_REST:
+            tile = _slices(x, SLICES, WIDEN)  # [S, N, D/S]
+        centred = _centred(x, D, BLOCK_D)
+        rstd = tl.rsqrt(tl.sum(centred * centred, 1) * (1.0 / D) + eps)
         rstd = tl.where(mask_n, rstd, 0.0)  # of nothing it is infinite where eps is 0
-        tile = _slices(x, SLICES, WIDEN)  # [S, N, D/S]
+        if not HAS_REST:
+            tile = _slices(centred, SLICES, WIDEN)
         score = tl.zeros([SLICES, BLOCK_H, BLOCK_N], tl.float32)
         score = _multiply(u, rest, tl.trans(tile, 0, 2, 1), score, HAS_REST, PRECISION)
         x = _load_tile(tokens_ptr, n + BLOCK_N, N, D, stride_tn, BLOCK_N, BLOCK_D)
@@ -162,13 +164,16 @@ def _attend_kernel(
         weight = tl.exp(score - top[:, None])
         total = total * decay + tl.sum(weight, 1)
         weight *= rstd[None, :]
-        shift = shift * decay + tl.sum(weight * mean[None, :], 1)
         rounded = weight.to(x.dtype)
         beyond = _for_all((weight - rounded.to(tl.float32)).to(x.dtype), SLICES, WIDEN)
         rounded = _for_all(rounded, SLICES, WIDEN)
         acc = _multiply(rounded, beyond, tile, acc * decay[None, :, None], HAS_REST, PRECISION)
-    out = (acc - shift[None, :, None]) * (1.0 / total)[None, :, None]
-    tl.store(out_ptr + _slices(offs_u, SLICES, False), out, mask=_slices(mask_u, SLICES, False))
+    mean = tl.sum(tl.sum(acc, 2), 0) / D  # [H]
+    out = (acc - mean[None, :, None]) * (1.0 / total)[None, :, None]
+    WIDTH: tl.constexpr = BLOCK_D // SLICES
+    offs_d = tl.arange(0, SLICES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]  # [S, D/S]
+    mask = (offs_h < H)[None, :, None] & (offs_d < D)[:, None, :]
+    tl.store(out_ptr + offs_h[None, :, None] * D + offs_d[:, None, :], out, mask=mask)
 
 
 def _attend(tokens: Tensor, cls: Tensor, query: Tensor, eps: float) -> Tensor:
@@ -190,33 +195,22 @@ def _attend(tokens: Tensor, cls: Tensor, query: Tensor, eps: float) -> Tensor:
     return out
 
 
-@torch.library.custom_op("elip::cls_attend_from_tokens", mutates_args=())
-@without_autocast
-def _attend_op(tokens: Tensor, cls: Tensor, query: Tensor, eps: float) -> Tensor:
-    return attend_reference(tokens, cls, query, eps)
-
-
-@_attend_op.register_fake
-def _(tokens, cls, query, eps):
-    return query.new_empty(query.shape)
-
-
-@_attend_op.register_kernel("cuda")
-@without_autocast
-def _attend_cuda(tokens: Tensor, cls: Tensor, query: Tensor, eps: float) -> Tensor:
+def _fits(tokens: Tensor, cls: Tensor, query: Tensor, eps: float) -> bool:
     fits = launch.runs_kernel(tokens, query, num_tokens=tokens.shape[1])
-    if fits and launch.runs_cls_attend(tokens):
-        return _attend(tokens, cls, query, eps)
-    return attend_reference(tokens, cls, query, eps)
+    return fits and launch.runs_cls_attend(tokens)
 
 
-KERNELS = ((_attend_op, _attend_cuda),)
-
-_attend_op.register_autograd(no_gradient, setup_context=mark_output)
-
-
-@register_flop_formula(torch.ops.elip.cls_attend_from_tokens)
-def _attend_flops(tokens_shape, cls_shape, query_shape, *args, out_shape=None, **kwargs) -> int:
+def _flops(tokens_shape, cls_shape, query_shape, *args, **kwargs) -> int:
     """4 B H N D: scores and weighted sum."""
     B, H, D = query_shape
     return 4 * B * H * tokens_shape[1] * D
+
+
+_attend_op = Operator(
+    "cls_attend_from_tokens",
+    attend_reference,
+    launcher=_attend,
+    fits=_fits,
+    fake=lambda tokens, cls, query, eps: query.new_empty(query.shape),
+    flops=_flops,
+)

@@ -14,10 +14,9 @@ Source: ELIP, Eq. 2; the absorption is associativity.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from elip_kernels import launch
-from elip_kernels._autocast import without_autocast
+from elip_kernels._operator import Operator
 from elip_kernels._triton import tl, triton
 from elip_kernels._validate import check_device, check_mask, check_shape, check_tensor, message
 from elip_kernels.absorbed import (
@@ -117,6 +116,11 @@ def absorbed_reference(
     normed = F.layer_norm(tokens.to(query.dtype), (D,), eps=eps)
     normed[:, 0] = F.layer_norm(cls.to(query.dtype), (D,), eps=eps)
     return normed, torch.bmm(query, normed.mT).softmax(-1)
+
+
+def from_tokens_reference(tokens: Tensor, cls: Tensor, query: Tensor, eps: float) -> Tensor:
+    """The specification of `cls_attention_from_tokens` -> (B, N)."""
+    return absorbed_reference(tokens, cls, query, eps)[1].mean(1)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -239,68 +243,33 @@ def _cls_attention(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> T
     return out
 
 
-@torch.library.custom_op("elip::cls_attention", mutates_args=())
-@without_autocast
-def _cls_attention_op(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    return cls_attention_reference(q, k, mask, scale)
-
-
-@torch.library.custom_op("elip::cls_attention_from_tokens", mutates_args=())
-@without_autocast
-def _from_tokens_op(tokens: Tensor, cls: Tensor, query: Tensor, eps: float) -> Tensor:
-    return absorbed_reference(tokens, cls, query, eps)[1].mean(1)
-
-
-@_cls_attention_op.register_fake
-def _(q, k, mask, scale):
-    return k.new_empty(k.shape[0], k.shape[2], dtype=accumulator(k.dtype))
-
-
-@_from_tokens_op.register_fake
-def _(tokens, cls, query, eps):
-    return query.new_empty(tokens.shape[:2])
-
-
-@_cls_attention_op.register_kernel("cuda")
-@without_autocast
-def _cls_attention_cuda(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    fits = launch.runs_kernel(q, k, num_tokens=k.shape[2])
-    return (_cls_attention if fits else cls_attention_reference)(q, k, mask, scale)
-
-
-@_from_tokens_op.register_kernel("cuda")
-@without_autocast
-def _from_tokens_cuda(tokens: Tensor, cls: Tensor, query: Tensor, eps: float) -> Tensor:
-    if launch.runs_kernel(tokens, query, num_tokens=tokens.shape[1]):
-        return _from_tokens(tokens, cls, query, eps)
-    return absorbed_reference(tokens, cls, query, eps)[1].mean(1)
-
-
-KERNELS = ((_cls_attention_op, _cls_attention_cuda), (_from_tokens_op, _from_tokens_cuda))
-
-
-def no_gradient(ctx, *grads: Tensor) -> tuple[None, ...]:
-    """Backward of the ops that select or infer, of four arguments each."""
-    return (None,) * 4
-
-
-def mark_output(ctx, inputs, output: Tensor) -> None:
-    """Its set-up: the output asks for no gradient."""
-    ctx.mark_non_differentiable(output)
-
-
-for _op in (_cls_attention_op, _from_tokens_op):
-    _op.register_autograd(no_gradient, setup_context=mark_output)
-
-
-@register_flop_formula(torch.ops.elip.cls_attention)
-def _cls_attention_flops(q_shape, k_shape, *args, out_shape=None, **kwargs) -> int:
+def _flops(q_shape, k_shape, *args, **kwargs) -> int:
     """2 B H N d."""
     B, H, N, d = k_shape
     return 2 * B * H * N * d
 
 
-@register_flop_formula(torch.ops.elip.cls_attention_from_tokens)
-def _from_tokens_flops(tokens_shape, cls_shape, query_shape, *args, out_shape=None, **kw) -> int:
+def _from_tokens_flops(tokens_shape, cls_shape, query_shape, *args, **kwargs) -> int:
     """2 B H N D."""
-    return 2 * tokens_shape[1] * query_shape[0] * query_shape[1] * query_shape[2]
+    B, H, D = query_shape
+    return 2 * B * H * tokens_shape[1] * D
+
+
+_cls_attention_op = Operator(
+    "cls_attention",
+    cls_attention_reference,
+    launcher=_cls_attention,
+    fits=lambda q, k, *_: launch.runs_kernel(q, k, num_tokens=k.shape[2]),
+    fake=lambda q, k, mask, scale: k.new_empty(k.shape[0], k.shape[2], dtype=accumulator(k.dtype)),
+    flops=_flops,
+)
+_from_tokens_op = Operator(
+    "cls_attention_from_tokens",
+    from_tokens_reference,
+    launcher=_from_tokens,
+    fits=lambda tokens, cls, query, eps: launch.runs_kernel(
+        tokens, query, num_tokens=tokens.shape[1]
+    ),
+    fake=lambda tokens, cls, query, eps: query.new_empty(tokens.shape[:2]),
+    flops=_from_tokens_flops,
+)

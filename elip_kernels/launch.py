@@ -58,7 +58,7 @@ def _dot(heads: int, tokens: Tensor) -> dict[str, Any]:
 def score(heads: int, tokens: Tensor) -> dict[str, Any]:
     """The absorbed row of large batches: an image in one program, BLOCK_K features a step.
 
-    56 registers at 256 candidates in bf16 with 16 warps, where 8 take 108; 115 at 1,024. Four
+    55 registers at 256 candidates in bf16 with 16 warps, where 8 take 108; 122 at 1,024. Four
     stages of loads, three where they fill shared memory, and on ROCm, which does not compile four.
     """
     block_n = max(16, next_power_of_2(tokens.shape[1] - 1))
@@ -79,7 +79,7 @@ def splits_score(heads: int, tokens: Tensor) -> bool:
 
 
 def score_tiles(heads: int, tokens: Tensor) -> dict[str, Any]:
-    """64 patches, a line of each a step: 72 registers in bf16, 103 in fp32 with three products."""
+    """64 patches, a line of each a step: 72 registers in bf16, 110 in fp32 with three products."""
     return _dot(heads, tokens) | {
         "BLOCK_N": 64,
         "BLOCK_K": 128 // tokens.element_size(),
@@ -102,26 +102,27 @@ def cls_attention(num_tokens: int, element_size: int) -> Launch:
 
 
 def cls_attend(tokens: Tensor) -> dict[str, Any]:
-    """All features of a tile of tokens in slices of 64, for 16 heads: 128 registers in bf16 at
-    D = 768 with a warp a slice, 252 in fp32 with 8 warps. The loop fetches its next tile itself.
+    """All features of 16 tokens in slices of 64, a warp each, for 16 heads: 127 registers in bf16
+    at D = 768, 230 in fp32 at 384. The loop fetches its next tile itself.
     """
-    wide, slices = tokens.dtype == torch.float32, next_power_of_2(triton.cdiv(tokens.shape[2], 64))
+    slices = next_power_of_2(triton.cdiv(tokens.shape[2], 64))
     return _dot(16, tokens) | {
-        "BLOCK_N": 8 if wide else 16,
+        "BLOCK_N": 16,
         "BLOCK_D": 64 * slices,
         "SLICES": slices,
-        "num_warps": min(slices, 8) if wide else slices,
+        "num_warps": slices,
         "num_stages": 1,
     }
 
 
 def runs_cls_attend(tokens: Tensor) -> bool:
-    """1,024 features fit registers, on ROCm not in fp32; and a device's shared memory, which NVIDIA
-    takes 128 bytes a feature of, 192 in fp32: at D = 768 an H100 has both, an A100 the first."""
+    """1,024 features of two bytes fit registers, 512 of fp32, on ROCm none; and a device's shared
+    memory, of which NVIDIA's take 64 bytes for each byte of a token."""
     wide, width = tokens.dtype == torch.float32, cls_attend(tokens)["BLOCK_D"]
-    if width > 1024 or torch.version.hip is not None:
+    if torch.version.hip is not None:
         return width <= 1024 and not wide
-    return width * (192 if wide else 128) <= shared_memory(tokens)
+    row = width * tokens.element_size()
+    return row <= 2048 and 64 * row <= shared_memory(tokens)
 
 
 def bipartite_match(channels: int, element_size: int) -> tuple[int, int, int, int]:

@@ -16,10 +16,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from elip_kernels import launch
-from elip_kernels._autocast import without_autocast
+from elip_kernels._operator import Operator
 from elip_kernels._triton import tl, triton
 from elip_kernels._validate import check_flags, reduce_arguments
 from elip_kernels.rows import merge_rows, sum_rows, take_rows
@@ -303,54 +302,9 @@ def _reduce_bwd(grad_out: Tensor, slots: Tensor, weights: Tensor, merge: bool) -
     return grad
 
 
-@torch.library.custom_op("elip::reduce", mutates_args=())
-@without_autocast
-def _reduce_op(
-    tokens: Tensor,
-    scores: Tensor,
-    mask: Tensor | None,
-    keep: int,
-    num_prefix_tokens: int,
-    merge: bool,
-    normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return reduce_reference(tokens, scores, mask, keep, num_prefix_tokens, merge, normalize)
-
-
-@torch.library.custom_op("elip::reduce_backward", mutates_args=())
-@without_autocast
-def _reduce_backward_op(grad_out: Tensor, slots: Tensor, weights: Tensor, merge: bool) -> Tensor:
-    return reduce_backward_reference(grad_out, slots, weights, merge)
-
-
-@_reduce_op.register_fake
-def _(tokens, scores, mask, keep, num_prefix_tokens, merge, normalize):
+def _fake(tokens, scores, mask, keep, num_prefix_tokens, merge, normalize):
     weights = _accumulator(tokens, scores)
     return empty_outputs(tokens, keep, num_prefix_tokens, merge, weights=weights)
-
-
-@_reduce_backward_op.register_fake
-def _(grad_out, slots, weights, merge):
-    B, _, D = grad_out.shape
-    return grad_out.new_empty(B, slots.shape[1], D)
-
-
-@_reduce_op.register_kernel("cuda")
-@without_autocast
-def _reduce_cuda(tokens, scores, mask, keep, num_prefix_tokens, merge, normalize):
-    fits = launch.runs_kernel(tokens, scores, num_tokens=tokens.shape[1])
-    run = _reduce_fwd if fits else reduce_reference
-    return run(tokens, scores, mask, keep, num_prefix_tokens, merge, normalize)
-
-
-@_reduce_backward_op.register_kernel("cuda")
-@without_autocast
-def _reduce_backward_cuda(grad_out, slots, weights, merge):
-    fits = launch.runs_kernel(grad_out, weights, num_tokens=slots.shape[1])
-    return (_reduce_bwd if fits else reduce_backward_reference)(grad_out, slots, weights, merge)
-
-
-KERNELS = ((_reduce_op, _reduce_cuda), (_reduce_backward_op, _reduce_backward_cuda))
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
@@ -361,25 +315,42 @@ def _save_for_backward(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_out, *_):
-    return _reduce_backward_op(grad_out, *ctx.saved_tensors, ctx.merge), *[None] * 6
+    return reduce_backward_op(grad_out, *ctx.saved_tensors, ctx.merge), *[None] * 6
 
 
-_reduce_op.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-@register_flop_formula(torch.ops.elip.reduce)
-def _reduce_flops(
-    tokens_shape, scores_shape, mask_shape, keep, prefix, merge, *args, out_shape=None, **kwargs
-) -> int:
+def _flops(tokens_shape, scores_shape, mask_shape, keep, p, merge, *args, **kwargs) -> int:
     """A multiply and an add for each element of a dropped token that is merged."""
     B, candidates = scores_shape
     return 2 * B * (candidates - keep) * tokens_shape[2] * merge
 
 
-@register_flop_formula(torch.ops.elip.reduce_backward)
-def _reduce_backward_flops(
-    grad_out_shape, slots_shape, weights_shape, merge, *args, out_shape=None, **kwargs
-) -> int:
+def _backward_fake(grad_out, slots, weights, merge):
+    return grad_out.new_empty(*slots.shape, grad_out.shape[2])
+
+
+def _backward_flops(grad_out_shape, slots_shape, weights_shape, merge, *args, **kwargs) -> int:
     """A multiply for each element of a dropped token that was merged."""
     B, R, D = grad_out_shape
     return B * (slots_shape[1] + 1 - R) * D * merge
+
+
+_reduce_op = Operator(
+    "reduce",
+    reduce_reference,
+    launcher=_reduce_fwd,
+    fits=lambda tokens, scores, *_: launch.runs_kernel(tokens, scores, num_tokens=tokens.shape[1]),
+    fake=_fake,
+    flops=_flops,
+    backward=_backward,
+    save=_save_for_backward,
+)
+reduce_backward_op = Operator(
+    "reduce_backward",
+    reduce_backward_reference,
+    launcher=_reduce_bwd,
+    fits=lambda grad_out, slots, weights, merge: launch.runs_kernel(
+        grad_out, weights, num_tokens=slots.shape[1]
+    ),
+    fake=_backward_fake,
+    flops=_backward_flops,
+)

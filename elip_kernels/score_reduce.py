@@ -14,10 +14,9 @@ Source: ELIP, Eq. 2-4, the last layer's row read from the tokens as they enter t
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from elip_kernels import launch
-from elip_kernels._autocast import without_autocast
+from elip_kernels._operator import Operator
 from elip_kernels._triton import tl, triton
 from elip_kernels._validate import check_flags, check_keep
 from elip_kernels.absorbed import (
@@ -34,8 +33,8 @@ from elip_kernels.cls_attention import absorbed_reference
 from elip_kernels.reduce import (
     EPSILON,
     ReductionInfo,
-    _reduce_backward_op,
     empty_outputs,
+    reduce_backward_op,
     reduce_reference,
 )
 from elip_kernels.select import load_tile, move_tile, select_and_weigh, store_selection
@@ -167,9 +166,10 @@ def _select_move_kernel(
     row, cls_row = row_of_scores(
         scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, pid_b, N, H, T, BLOCK_N, BLOCK_T
     )
-    is_kept, slot, weight = select_and_weigh(row, mask_n, mask_n, K, MERGE, NORMALIZE, EPSILON)
     if tl.program_id(1) == 0:
         store_row(row_ptr + pid_b * N, row, cls_row, offs_n, mask_n)
+    is_kept, slot, weight = select_and_weigh(row, mask_n, mask_n, K, MERGE, NORMALIZE, EPSILON)
+    if tl.program_id(1) == 0:
         store_selection(
             kept_ptr, weights_ptr, slots_ptr, is_kept, slot, weight, offs_n, mask_n, pid_b, N, K, 1
         )
@@ -241,29 +241,9 @@ def _score_tiles_then_move(
     )
 
 
-@torch.library.custom_op("elip::score_reduce", mutates_args=())
-@without_autocast
-def _score_reduce_op(
-    tokens: Tensor, cls: Tensor, query: Tensor, eps: float, keep: int, merge: bool, normalize: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return score_reduce_reference(tokens, cls, query, eps, keep, merge, normalize)
-
-
-@_score_reduce_op.register_fake
-def _(tokens, cls, query, eps, keep, merge, normalize):
+def _fake(tokens, cls, query, eps, keep, merge, normalize):
     row = query.new_empty(tokens.shape[:2])
     return *empty_outputs(tokens, keep, 1, merge, weights=query.dtype), row
-
-
-@_score_reduce_op.register_kernel("cuda")
-@without_autocast
-def _score_reduce_cuda(tokens, cls, query, eps, keep, merge, normalize):
-    fits = launch.runs_kernel(tokens, query, num_tokens=tokens.shape[1])
-    run = _score_reduce if fits else score_reduce_reference
-    return run(tokens, cls, query, eps, keep, merge, normalize)
-
-
-KERNELS = ((_score_reduce_op, _score_reduce_cuda),)
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
@@ -274,16 +254,24 @@ def _save_for_backward(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_out, *_):
-    return _reduce_backward_op(grad_out, *ctx.saved_tensors, ctx.merge), *[None] * 6
+    return reduce_backward_op(grad_out, *ctx.saved_tensors, ctx.merge), *[None] * 6
 
 
-_score_reduce_op.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-@register_flop_formula(torch.ops.elip.score_reduce)
-def _score_reduce_flops(
-    tokens_shape, cls_shape, query_shape, eps, keep, merge, *args, out_shape=None, **kwargs
-) -> int:
+def _flops(tokens_shape, cls_shape, query_shape, eps, keep, merge, *args, **kwargs) -> int:
     """2 B H N D for the row, 2 for each element of a dropped token that is merged."""
     B, N, D = tokens_shape
     return 2 * B * D * (query_shape[1] * N + (N - 1 - keep) * merge)
+
+
+_score_reduce_op = Operator(
+    "score_reduce",
+    score_reduce_reference,
+    launcher=_score_reduce,
+    fits=lambda tokens, cls, query, *_: launch.runs_kernel(
+        tokens, query, num_tokens=tokens.shape[1]
+    ),
+    fake=_fake,
+    flops=_flops,
+    backward=_backward,
+    save=_save_for_backward,
+)

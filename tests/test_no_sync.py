@@ -7,7 +7,6 @@ that they called runs in all its forms, the launchers included, whose launches d
 
 import pytest
 import torch
-from torch._library.custom_ops import OPDEFS
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -16,6 +15,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from elip_kernels._operator import OPERATORS
 from elip_kernels._triton import HAS_TRITON
 from elip_kernels.testing.calls import CALLS
 
@@ -60,9 +60,8 @@ def test_launchers_and_pytorch_forms_do_not_look(name, dtype, monkeypatch):
 
         monkeypatch.setattr(JITFunction, "run", lambda self, *args, **kw: launched.append(self))
     for op, arguments in run(name, dtype):
-        forms = OPDEFS[op]._backend_fns.values()
-        assert forms
-        for form in forms:
+        operator = OPERATORS[op.removeprefix("elip::")]
+        for form in (operator.reference, operator.on_device):
             with FakeTensorMode() as mode:
                 form(*tree_map_only(torch.Tensor, mode.from_tensor, arguments))
     assert bool(launched) == (HAS_TRITON and dtype != torch.float64)

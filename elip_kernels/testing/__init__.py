@@ -5,15 +5,17 @@ The interpreter (TRITON_INTERPRET=1, set before triton is imported) runs a kerne
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import elip_kernels.reduce  # noqa: F401  (the module; its function has the same name)
+import elip_kernels  # noqa: F401  (its operators)
+from elip_kernels._autocast import without_autocast
+from elip_kernels._operator import OPERATORS, Operator
 from elip_kernels._triton import triton
 
 
@@ -68,22 +70,14 @@ def launchers_on_cpu() -> Iterator[Counter]:
     """Inside, CPU tensors take the way of CUDA tensors, whatever a launch then does there."""
     launches: Counter = Counter()
 
-    def counted(op: Any, run: Any) -> None:
-        def kernel(*args: Any) -> Any:
-            launches[op._qualname] += 1
-            return run(*args)
+    def counted(operator: Operator) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            launches[f"elip::{operator.name}"] += 1
+            return operator.on_device(*args)
 
-        op.register_kernel("cpu", kernel)
-        stack.callback(op.register_kernel, "cpu", op._init_fn)
+        return without_autocast(run)
 
-    with ExitStack() as stack:
-        for name in ("reduce", "cls_attention", "cls_attend", "score_reduce", "bipartite"):
-            for op, run in _module(name).KERNELS:
-                counted(op, run)
+    with torch.library._scoped_library("elip", "IMPL") as library:
+        for operator in OPERATORS.values():
+            library.impl(operator.name, counted(operator), "CPU")
         yield launches
-
-
-def _module(name: str) -> Any:
-    import sys
-
-    return sys.modules[f"elip_kernels.{name}"]

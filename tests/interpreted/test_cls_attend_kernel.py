@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import elip_kernels
-from elip_kernels import cls_attend
+from elip_kernels._operator import OPERATORS
 from tests.interpreted.test_cls_attention_kernel import BUDGET
 
 SHAPES = [  # B, N, D, H, d
@@ -140,8 +140,8 @@ def test_empty_batch_and_tokens_that_are_cls_alone(launches):
     [
         (1024, torch.bfloat16, True),
         (1025, torch.bfloat16, False),
-        (768, torch.float32, True),
-        (1536, torch.float32, False),
+        (512, torch.float32, True),
+        (513, torch.float32, False),
     ],
     ids=str,
 )
@@ -156,8 +156,9 @@ def test_features_that_do_not_fit_take_the_pytorch_form(
         calls.append(args)
         return launcher(*args)
 
-    launcher = cls_attend._attend
-    monkeypatch.setattr(cls_attend, "_attend", counted)
+    operator = OPERATORS[NAME.removeprefix("elip::")]
+    launcher = operator.launcher
+    monkeypatch.setattr(operator, "launcher", counted)
     got = mixed(tokens, cls.float(), query)
     assert launches[NAME] == 1
     assert bool(calls) == kernel

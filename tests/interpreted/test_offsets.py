@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from elip_kernels import launch
-from elip_kernels.testing import _module
+from elip_kernels._operator import OPERATORS
 from elip_kernels.testing.traffic import Memory
 
 B = 2**31 - 1  # every tensor of two or more elements an image passes 2^31
@@ -119,12 +119,17 @@ def _elements(offset, batch, image):
     return is_mine & (offset == 0), element
 
 
-def check(launcher, *arguments):
+def launcher(name):
+    """What launches the kernels of an op."""
+    return OPERATORS[name].launcher
+
+
+def check(run, *arguments):
     """The last image of an enormous batch gives what it gives alone."""
-    expected = launcher(*arguments)
+    expected = run(*arguments)
     with LastImage() as last:
         batches = [last.batch_of(a) if torch.is_tensor(a) else a for a in arguments]
-        got = launcher(*batches)
+        got = run(*batches)
     single = torch.is_tensor(got)
     got, expected = ([got], [expected]) if single else (got, expected)
     for batch, right in zip(got, expected, strict=True):
@@ -141,37 +146,36 @@ def scored():
 @pytest.mark.parametrize("masked", [False, True])
 def test_reduce(scored, masked):
     mask = torch.rand(1, N) > 0.3 if masked else None
-    check(_module("reduce")._reduce_fwd, *scored, mask, K, 1, True, True)
+    check(launcher("reduce"), *scored, mask, K, 1, True, True)
 
 
 def test_reduce_of_strided_tokens(scored):
     tokens = torch.randn(1, N, 2 * D)[..., :D]
-    check(_module("reduce")._reduce_fwd, tokens, scored[1], None, K, 2, True, False)
+    check(launcher("reduce"), tokens, scored[1], None, K, 2, True, False)
 
 
 def test_reduce_backward(scored):
-    module = _module("reduce")
-    _, _, weights, slots = module._reduce_fwd(*scored, None, K, 1, True, True)
-    check(module._reduce_bwd, torch.randn(1, K + 2, D), slots, weights, True)
+    _, _, weights, slots = launcher("reduce")(*scored, None, K, 1, True, True)
+    check(launcher("reduce_backward"), torch.randn(1, K + 2, D), slots, weights, True)
 
 
 def test_generic_row():
     q, k = torch.randn(1, H, D), torch.randn(1, H, N, D)
-    check(_module("cls_attention")._cls_attention, q, k, torch.rand(1, N) > 0.3, 0.5)
+    check(launcher("cls_attention"), q, k, torch.rand(1, N) > 0.3, 0.5)
 
 
 def test_generic_row_of_keys_head_by_head():
     """(H, B, N, d): a head is less than 2^31 elements, three are more."""
     images = 2**31 // (N * D)
     q, k = torch.randn(1, 4, D), torch.randn(1, 4, N, D)
-    launcher = _module("cls_attention")._cls_attention
+    run = launcher("cls_attention")
     with LastImage() as last:
         layout = torch.empty(4, images, N, D, device="meta").transpose(0, 1)
         last.place(layout, k)
         batch = torch.empty(images, 4, D, device="meta")
         last.place(batch, q)
-        row = launcher(batch, layout, None, 0.5)
-    assert torch.equal(last.image_of(row), launcher(q, k, None, 0.5))
+        row = run(batch, layout, None, 0.5)
+    assert torch.equal(last.image_of(row), run(q, k, None, 0.5))
 
 
 # What PyTorch makes of query and CLS is zero on meta tensors, so both are zero here too.
@@ -179,29 +183,29 @@ ABSORBED = (torch.zeros(1, D), torch.zeros(1, H, D), 1e-6)
 
 
 def test_row_from_tokens(scored, score_form):
-    check(_module("cls_attention")._from_tokens, scored[0].bfloat16(), *ABSORBED)
+    check(launcher("cls_attention_from_tokens"), scored[0].bfloat16(), *ABSORBED)
 
 
 def test_attention_output(scored):
-    check(_module("cls_attend")._attend, scored[0].bfloat16(), *ABSORBED)
+    check(launcher("cls_attend_from_tokens"), scored[0].bfloat16(), *ABSORBED)
 
 
 def test_score_reduce(scored, score_form):
-    check(_module("score_reduce")._score_reduce, scored[0].bfloat16(), *ABSORBED, K, True, True)
+    check(launcher("score_reduce"), scored[0].bfloat16(), *ABSORBED, K, True, True)
 
 
 def test_bipartite_match(scored):
-    check(_module("bipartite").match, torch.randn(1, N, 8), 5, 1)
+    check(launcher("bipartite_match"), torch.randn(1, N, 8), 5, 1)
 
 
 @pytest.mark.parametrize("has_size", [False, True])
 def test_bipartite_merge_and_backward(scored, has_size):
-    module = _module("bipartite")
-    slots = module.match(torch.randn(1, N, 8), 5, 1)
+    merge = launcher("bipartite_merge")
+    slots = launcher("bipartite_match")(torch.randn(1, N, 8), 5, 1)
     size = torch.rand(1, N) + 1 if has_size else None
-    check(module.merge_fwd, scored[0], size, slots, N - 5)
-    _, out_size = module.merge_fwd(scored[0], size, slots, N - 5)
-    check(module.merge_bwd, torch.randn(1, N - 5, D), size, out_size, slots)
+    check(merge, scored[0], size, slots, N - 5)
+    _, out_size = merge(scored[0], size, slots, N - 5)
+    check(launcher("bipartite_merge_backward"), torch.randn(1, N - 5, D), size, out_size, slots)
 
 
 @triton.jit
