@@ -95,10 +95,11 @@ def row_of_scores(candidates: int, tiles: int) -> tuple[int, int, int]:
 
 
 def cls_attention(num_tokens: int, element_size: int) -> Launch:
-    """The generic row: 64 bytes of each of a head's keys a step. 64 registers at N = 257 and 101 at
-    577 with 16 warps, where 8 warps spill in fp32."""
+    """The generic row: 64 bytes of each of a head's keys a step, 32 beyond 1,024 keys. 64 registers
+    at N = 257 and 101 at 577 with 16 warps, where 8 warps spill in fp32."""
     block_n = max(16, next_power_of_2(num_tokens))
-    return Launch(block_n, 64 // element_size, min(16, max(4, block_n // 32)))
+    step = 64 if block_n <= 1024 else 32
+    return Launch(block_n, step // element_size, min(16, max(4, block_n // 32)))
 
 
 def cls_attend(tokens: Tensor) -> dict[str, Any]:

@@ -119,6 +119,15 @@ def test_every_kernel_compiles_everywhere_without_a_spill(call, arch):
                 assert is_clean(code), (name, code)
 
 
+@pytest.mark.parametrize("call", ["cls_attention", "cls_attention_from_tokens", "score_reduce"])
+def test_the_largest_image_compiles_without_a_spill(call, monkeypatch):
+    monkeypatch.setattr(report, "WIDTH", 1536)
+    monkeypatch.setattr(report, "HEADS", 24)
+    for B in BATCHES:
+        for launch in report.recorded_call(call, B, 1025, 400, "bf16", 90):
+            assert is_clean(compile_launch(launch, 90)), launch.name
+
+
 @pytest.mark.parametrize("arch", [90, "gfx942"])
 def test_other_variants_compile_without_a_spill(arch):
     tokens = torch.randn(2, 197, 768).half()

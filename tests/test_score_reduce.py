@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import elip_kernels
 import elip_models
+from elip_kernels._triton import HAS_TRITON
 from tests.towers import SCHEDULE, clip_vit, images, text
 
 B, N, D, H, K = 2, 21, 24, 3, 8
@@ -70,11 +71,14 @@ def test_compiles_whole_and_exports():
         def forward(self, tokens, cls):
             return elip_kernels.score_reduce(tokens, cls, K, **arguments)
 
-    arguments, tokens, cls = block(), torch.randn(B, N, D), torch.randn(B, D)
-    expected = Boundary()(tokens, cls)
+    arguments, tokens, cls = block(), torch.randn(B, N, D).requires_grad_(), torch.randn(B, D)
+    expected, grad_out = Boundary()(tokens, cls), torch.randn(B, K + 2, D)
+    (expected_grad,) = torch.autograd.grad(expected, tokens, grad_out)
     torch._dynamo.reset()
-    compiled = torch.compile(Boundary(), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(tokens, cls), expected)
+    out = torch.compile(Boundary(), fullgraph=True, backend="aot_eager")(tokens, cls)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(torch.autograd.grad(out, tokens, grad_out)[0], expected_grad)
+    tokens, expected = tokens.detach(), expected.detach()
     program = torch.export.export(Boundary(), (tokens, cls))
     torch.testing.assert_close(program.module()(tokens, cls), expected)
 
@@ -105,3 +109,17 @@ def test_a_stage_boundary_of_last_is_one_op():
     with CountOps() as counter:
         elip_models.encode_image(clip_vit(), images(), text(), schedule=SCHEDULE, scorer="last")
     assert counter.calls == {"elip::score_reduce": 3}
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so nothing is launched")
+@pytest.mark.parametrize("batch", [2, 96])
+def test_a_stage_boundary_of_last_launches_two_kernels(batch):
+    from elip_kernels.testing.compile import recorded_launches
+
+    arguments = {"schedule": SCHEDULE, "scorer": "last"}
+    with recorded_launches(90) as launches, CountOps() as counter:
+        elip_models.encode_image(clip_vit(), images(batch), text(batch), **arguments)
+    assert counter.calls == {"elip::score_reduce": 3}
+    first = "scores_kernel" if batch == 2 else "_score_select_kernel"
+    second = "_select_move_kernel" if batch == 2 else "_move_kernel"
+    assert [launch.name for launch in launches] == [first, second] * 3
