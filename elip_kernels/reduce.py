@@ -113,45 +113,56 @@ def reduce_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The specification -> out (B, R, D), kept (B, K), weights (B, N), slots (B, N) int32."""
     B, N, _ = tokens.shape
-    p, first_dropped = num_prefix_tokens, num_prefix_tokens + keep
-    real = None if mask is None else mask[:, p:]
+    first_dropped = num_prefix_tokens + keep
+    real = None if mask is None else mask[:, num_prefix_tokens:]
     scores = scores.to(_accumulator(tokens, scores))
-    order = _order(scores, real)
-    kept, dropped = order[:, :keep], order[:, keep:]
-    if real is not None:  # padding fills the last slots
-        kept = kept + N * ~real.gather(1, kept)
-    kept = kept.sort(dim=1).values % N + p
-    rows = F.pad(kept, (p, int(merge)))  # token 0 where another prefix or the merged token goes
-    if p > 1:
-        rows[:, :p] = torch.arange(p, device=rows.device)
-    out, weights = take_rows(tokens, rows), scores.new_zeros(B, N)
+    place = F.pad(_places(scores, real, keep) + num_prefix_tokens, (num_prefix_tokens, 0))
+    index = torch.arange(N, device=tokens.device)
+    place[:, :num_prefix_tokens] = index[:num_prefix_tokens]
+    order = torch.empty_like(place).scatter_(1, place, index.expand(B, -1))
+    # The row of the merged token is read as one more token's, and then overwritten.
+    out, weights = take_rows(tokens, order[:, : first_dropped + int(merge)]), scores.new_zeros(B, N)
     if merge:
-        weight = scores.gather(1, dropped).nan_to_num(0.0, 0.0, 0.0)
-        if real is not None:
-            weight = weight * real.gather(1, dropped)
+        dropped = order[:, first_dropped:]
+        weight = scores.gather(1, dropped - num_prefix_tokens).nan_to_num(0.0, 0.0, 0.0)
+        if mask is not None:
+            weight = weight * mask.gather(1, dropped)
         if normalize:
             weight = weight / (weight.sum(1, keepdim=True) + EPSILON)
-        dropped = dropped + p
         weights.scatter_(1, dropped, weight)
         out[:, -1] = merge_rows(tokens, dropped, weight)
-    slots = torch.full((B, N), first_dropped, dtype=torch.int32, device=tokens.device)
-    order = torch.arange(first_dropped, dtype=torch.int32, device=tokens.device)
-    slots.scatter_(1, rows[:, :first_dropped], order.expand(B, -1))
-    return out, kept, weights, slots
+    kept = order[:, num_prefix_tokens:first_dropped].contiguous()
+    return out, kept, weights, place.clamp(max=first_dropped).int()
 
 
 def _accumulator(tokens: Tensor, scores: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(tokens.dtype, scores.dtype), torch.float32)
 
 
-def _order(scores: Tensor, real: Tensor | None) -> Tensor:
-    """(B, N-p) indices in the order of selection: numbers, then NaN, then padding."""
-    cost = 0.0 - scores  # one zero, and NaN sorts last
-    if real is None:
-        return cost.sort(dim=1, stable=True).indices
-    order = cost.masked_fill_(~real, 0.0).sort(dim=1, stable=True).indices
-    padding = (~real.gather(1, order)).to(torch.uint8)
-    return order.gather(1, padding.sort(dim=1, stable=True).indices)
+def _places(scores: Tensor, real: Tensor | None, keep: int) -> Tensor:
+    """(B, N-p): the output rows of those that are kept, 0 .. K-1, then places of the others; each
+    in image order, but padding that is kept comes last of those."""
+    key = _key(scores, real)
+    last = key.topk(keep, dim=1, sorted=False).values.amin(1, keepdim=True)  # that is kept
+    above, equal = key > last, key == last
+    is_kept = above | (equal & (equal.cumsum(1) <= keep - above.sum(1, keepdim=True)))
+    count = is_kept.cumsum(1)
+    others = torch.arange(keep, keep + scores.shape[1], device=scores.device) - count
+    if real is not None:
+        fills = is_kept & ~real
+        filled = fills.cumsum(1)
+        count = torch.where(fills, keep - filled[:, -1:] + filled, count - filled)
+    return torch.where(is_kept, count - 1, others)
+
+
+def _key(scores: Tensor, real: Tensor | None) -> Tensor:
+    """Integers (B, N-p) in the order of selection: numbers above NaN above padding."""
+    bits = torch.int32 if scores.dtype == torch.float32 else torch.int64
+    least, most = torch.iinfo(bits).min, torch.iinfo(bits).max
+    key = (scores + 0.0).view(bits)  # one zero
+    key = torch.where(key < 0, key ^ most, key)  # ascends with the number
+    key = key.masked_fill(scores.isnan(), least + 1)
+    return key if real is None else key.masked_fill(~real, least)
 
 
 def reduce_backward_reference(
