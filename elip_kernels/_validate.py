@@ -33,6 +33,13 @@ def check_tensor(argument: str, value: Any, shape: str, ndim: int | tuple[int, .
         )
 
 
+def check_tokens(tokens: Any, least: int = 1) -> None:
+    """Tokens (B, N, D) with N at least `least`, D at least 1."""
+    check_tensor("tokens", tokens, "(B, N, D)", 3)
+    if tokens.shape[1] < least or tokens.shape[2] < 1:
+        raise ValueError(message("tokens", f"(B, N, D) with N >= {least} and D >= 1", tokens))
+
+
 def check_device(argument: str, value: Tensor, reference: str, other: Tensor) -> None:
     """`value` lies on the device of `other`, which the message calls `reference`."""
     if value.device != other.device:
@@ -51,7 +58,7 @@ def check_heads(num_heads: int, width: int) -> None:
     """`num_heads` divides the `width` of the query projection."""
     if isinstance(num_heads, bool) or not isinstance(num_heads, int):
         raise TypeError(message("num_heads", "an int", num_heads))
-    if num_heads < 1 or width % num_heads:
+    if width < 1 or num_heads < 1 or width % num_heads:
         raise ValueError(message("num_heads", f"a divisor of H*d = {width}", num_heads))
 
 
@@ -76,22 +83,23 @@ def check_keep(keep: int | float, candidates: int, *, all_allowed: bool = True) 
     """A count, or a ratio of `candidates` -> a count; fewer than all where all are not allowed."""
     if isinstance(keep, bool) or not isinstance(keep, (int, float, torch.SymInt)):
         raise TypeError(message("keep", "an int, or a float ratio in (0, 1]", keep))
+    count = keep
     if isinstance(keep, float):
         if not 0.0 < keep <= 1.0:
             raise ValueError(message("keep", "a ratio in (0, 1]", keep, "an int counts tokens"))
-        keep = max(1, int(keep * candidates))
+        count = max(1, int(keep * candidates))
     most = candidates if all_allowed else candidates - 1
-    if not 1 <= keep <= most:
+    if not 1 <= count <= most:
         remedy = f"there are {candidates} candidates"
-        raise ValueError(message("keep", f"1 <= keep <= {most}", keep, remedy))
-    return keep
+        raise ValueError(message("keep", f"1 to {most} candidates kept", keep, remedy))
+    return count
 
 
 def reduce_arguments(
     tokens: Tensor, attn: Tensor, keep: int | float, mask: Tensor | None, num_prefix_tokens: int
 ) -> tuple[Tensor, int]:
     """Check every argument -> (scores (B, N-p) without gradient, keep as an int)."""
-    check_tensor("tokens", tokens, "(B, N, D)", 3)
+    check_tokens(tokens)
     B, N, _ = tokens.shape
     if isinstance(num_prefix_tokens, bool) or not isinstance(num_prefix_tokens, int):
         raise TypeError(message("num_prefix_tokens", "an int", num_prefix_tokens))

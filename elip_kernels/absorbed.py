@@ -1,6 +1,9 @@
 """What the absorbed forms share: checks, the query u made from the CLS token alone, the row.
 
 u_h = gamma * (W_k,h^T q_h) * scale,  q = W_q LN(cls) + b_q;  the score of a token is u_h . z_n
+
+z has no mean, so u needs none: it is centred by centring the rows of W_k gamma, D x D numbers where
+u has B H D. Its products follow `torch.set_float32_matmul_precision`.
 """
 
 import torch
@@ -9,7 +12,14 @@ from torch import Tensor
 
 from elip_kernels import launch
 from elip_kernels._triton import tl, triton
-from elip_kernels._validate import check_device, check_heads, check_shape, check_tensor, message
+from elip_kernels._validate import (
+    check_device,
+    check_heads,
+    check_shape,
+    check_tensor,
+    check_tokens,
+    message,
+)
 
 
 def check_absorbed(
@@ -21,14 +31,18 @@ def check_absorbed(
     norm: dict[str, Tensor | None],
     matrices: dict[str, Tensor],
     biases: dict[str, Tensor | None],
+    *,
+    least: int = 1,
 ) -> float:
-    """Check the arguments of the absorbed forms -> scale."""
-    check_tensor("tokens", tokens, "(B, N, D)", 3)
+    """Check the arguments of the absorbed forms -> scale; `least` tokens, CLS included."""
+    check_tokens(tokens, least)
     B, _, D = tokens.shape
     check_tensor("cls", cls, "(B, D)", 2)
     check_shape("cls", cls, (B, D), "(B, D)")
-    if not isinstance(eps, float) or eps < 0:
+    if not isinstance(eps, float):
         raise TypeError(message("eps", "a float, at least 0", eps))
+    if not eps >= 0:
+        raise ValueError(message("eps", "a float, at least 0", eps))
     check_tensor("q_weight", matrices["q_weight"], "(H*d, D)", 2)
     width = matrices["q_weight"].shape[0]
     check_heads(num_heads, width)
@@ -71,46 +85,50 @@ def absorbed_query(
     num_heads: int,
     scale: float,
 ) -> Tensor:
-    """u (B, H, D) of the formula above: query, key projection and norm weight as one vector."""
+    """u (B, H, D) of the formula above, centred; of any strides, its features side by side."""
     (B, D), dtype = cls.shape, accumulator(cls.dtype)
     gamma, beta, q_bias = [None if t is None else t.to(dtype) for t in (*norm.values(), q_bias)]
     normed = F.layer_norm(cls.to(dtype), (D,), gamma, beta, eps)
-    query = F.linear(normed, q_weight.to(dtype), q_bias)
-    query = query.view(B, num_heads, q_weight.shape[0] // num_heads)
-    key = k_weight.to(dtype).view(num_heads, -1, D)
-    absorbed = torch.einsum("bhd,hdc->bhc", query * scale, key)
-    return (absorbed if gamma is None else absorbed * gamma).contiguous()
+    query = F.linear(normed, q_weight.to(dtype), q_bias) * scale
+    key = (k_weight if gamma is None else k_weight * gamma).to(dtype)
+    key = key - key.mean(1, keepdim=True)
+    heads = (num_heads, q_weight.shape[0] // num_heads)
+    return torch.einsum("bhd,hdc->bhc", query.view(B, *heads), key.view(*heads, D))
 
 
 def absorbed_operands(
     tokens: Tensor, cls: Tensor, query: Tensor, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """u centred, as query + rest in the dtype of `tokens` (no rest for fp32), and CLS's scores."""
+    """u as query + rest in the dtype of `tokens` (no rest for fp32), and CLS's scores (B, H)."""
     normed = F.layer_norm(cls.to(query.dtype), cls.shape[1:], eps=eps)
     cls_score = torch.bmm(query, normed[..., None])[..., 0].contiguous()
-    centred = query - query.mean(-1, keepdim=True)
+    if query.stride(2) != 1 or query.stride(1) * query.shape[1] >= 2**31:
+        query = query.contiguous()
     if tokens.dtype == torch.float32:
-        return centred, None, cls_score
-    rounded = centred.to(tokens.dtype)
-    return rounded, (centred - rounded.float()).to(tokens.dtype), cls_score
+        return query, None, cls_score
+    rounded = query.to(tokens.dtype)
+    return rounded, torch.sub(query, rounded, out=torch.empty_like(rounded)), cls_score
 
 
 @triton.jit
 def patch_scores(
-    tokens_ptr, query_ptr, rest_ptr, stride_tn, offs_n, N, D, H, eps,
+    tokens_ptr, query_ptr, rest_ptr, stride_tn, stride_uh, offs_n, N, D, H, eps,
     HAS_REST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Scores u_h . z of an image's patches `offs_n`, counted from 0 -> [BLOCK_N, BLOCK_H] fp32.
 
-    u is centred, so x enters as it is; what the rounding of u left of its sum takes the mean back
-    out. Where x has two bytes, u comes as query + rest of that type: two products into one fp32
-    accumulator.
+    u is centred, so x enters as it is; what its rounding left of its sum takes the mean back out.
+    Where x has two bytes, u comes as query + rest of that type: two products into one fp32
+    accumulator. Moments are those of x - pivot, the mean of a token's first BLOCK_K: no further
+    from its mean than sqrt(D / BLOCK_K) standard deviations, so that little cancels. The scores of
+    fp32 are those of x - pivot too, and from fp16's the pivot is taken as they grow.
     """
     offs_h = tl.arange(0, BLOCK_H)
     offs_k = tl.arange(0, BLOCK_K)
     score = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
-    mean = tl.zeros([BLOCK_N], tl.float32)
+    pivot = tl.zeros([BLOCK_N], tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
     squares = tl.zeros([BLOCK_N], tl.float32)
     sum_u = tl.zeros([BLOCK_H], tl.float32)
     for k in range(0, D, BLOCK_K):
@@ -120,11 +138,16 @@ def patch_scores(
             mask=(offs_n < N - 1)[:, None] & mask_k[None, :],
             other=0.0,
         )  # [BLOCK_N, BLOCK_K]
-        offs_u = offs_h[:, None] * D + (k + offs_k)[None, :]
+        offs_u = offs_h[:, None] * stride_uh + (k + offs_k)[None, :]
         mask_u = (offs_h < H)[:, None] & mask_k[None, :]
         u = tl.load(query_ptr + offs_u, mask=mask_u, other=0.0)  # [BLOCK_H, BLOCK_K]
         wide = x.to(tl.float32)
-        left = wide if WIDEN else x
+        pivot = tl.where(k == 0, tl.sum(wide, 1) / tl.minimum(D, BLOCK_K), pivot)
+        shifted = tl.where(mask_k[None, :], wide - pivot[:, None], 0.0)
+        total += tl.sum(shifted, 1)
+        squares += tl.sum(shifted * shifted, 1)
+        left = x if HAS_REST else shifted
+        left = left.to(tl.float32) if WIDEN else left
         right = u.to(tl.float32) if WIDEN else u
         whole = u.to(tl.float32)
         score = tl.dot(left, tl.trans(right), score, input_precision=PRECISION)
@@ -133,17 +156,16 @@ def patch_scores(
             whole += rest.to(tl.float32)
             rest = rest.to(tl.float32) if WIDEN else rest
             score = tl.dot(left, tl.trans(rest), score, input_precision=PRECISION)
-        sum_u += tl.sum(whole, 1)
-        # Chan's update of the mean and of the sum of squared deviations
-        width = tl.minimum(D - k, BLOCK_K) * 1.0
-        part = tl.sum(wide, 1) / width
-        deviation = tl.where(mask_k[None, :], wide - part[:, None], 0.0)
-        shift = part - mean
-        share = width / (k + width)
-        squares += tl.sum(deviation * deviation, 1) + shift * shift * (k * share)
-        mean += shift * share
+        part_u = tl.sum(whole, 1)
+        sum_u += part_u
+        if tokens_ptr.dtype.element_ty == tl.float16:
+            score -= pivot[:, None] * part_u[None, :]
+    mean = total / D
+    rstd = 1.0 / tl.sqrt(tl.maximum(squares / D - mean * mean, 0.0) + eps)
+    if tokens_ptr.dtype.element_ty == tl.bfloat16:
+        mean += pivot
     score -= mean[:, None] * sum_u[None, :]
-    return score * (1.0 / tl.sqrt(squares / D + eps))[:, None]
+    return score * rstd[:, None]
 
 
 @triton.jit
@@ -169,14 +191,14 @@ def store_row(row_ptr, row, cls_row, offs_n, mask_n):
 
 @triton.jit
 def absorbed_row(
-    tokens_ptr, query_ptr, rest_ptr, cls_score_ptr, stride_tn, N, D, H, eps,
+    tokens_ptr, query_ptr, rest_ptr, cls_score_ptr, stride_tn, stride_uh, N, D, H, eps,
     HAS_REST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """All of an image's patches in one program -> head mean of its softmax rows, as `head_mean`."""
     offs_n = tl.arange(0, BLOCK_N)
     score = patch_scores(
-        tokens_ptr, query_ptr, rest_ptr, stride_tn, offs_n, N, D, H, eps,
+        tokens_ptr, query_ptr, rest_ptr, stride_tn, stride_uh, offs_n, N, D, H, eps,
         HAS_REST, WIDEN, PRECISION, BLOCK_N, BLOCK_H, BLOCK_K,
     )  # fmt: skip
     return head_mean(score, offs_n < N - 1, cls_score_ptr, H, BLOCK_H)
@@ -185,7 +207,7 @@ def absorbed_row(
 @triton.jit(do_not_specialize=["N"])
 def scores_kernel(
     tokens_ptr, query_ptr, rest_ptr, scores_ptr, tops_ptr, totals_ptr, stride_tb, stride_tn,
-    N, D, H, eps,
+    stride_ub, stride_uh, N, D, H, eps,
     HAS_REST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -197,8 +219,8 @@ def scores_kernel(
     mask_n = offs_n < N - 1
     mask_h = offs_h < H
     score = patch_scores(
-        tokens_ptr + pid_b * stride_tb, query_ptr + pid_b * H * D, rest_ptr + pid_b * H * D,
-        stride_tn, offs_n, N, D, H, eps,
+        tokens_ptr + pid_b * stride_tb, query_ptr + pid_b * stride_ub, rest_ptr + pid_b * stride_ub,
+        stride_tn, stride_uh, offs_n, N, D, H, eps,
         HAS_REST, WIDEN, PRECISION, BLOCK_N, BLOCK_H, BLOCK_K,
     )  # fmt: skip
     score = tl.where(mask_n[:, None], score, float("-inf"))
@@ -253,7 +275,7 @@ def score_tiles(
     tops, totals = scores.new_empty(2, B, H, T)
     scores_kernel[(B, T)](
         *(tokens, query, query if rest is None else rest, scores, tops, totals),
-        *(tokens.stride(0), tokens.stride(1), N, D, H, eps),
+        *(*tokens.stride()[:2], *query.stride()[:2], N, D, H, eps),
         **settings,
     )
     return scores, tops, totals

@@ -8,8 +8,9 @@
     out_i   = sum of w_n x_n over slot_n = i                         (B, N-r, D), sizes S (B, N-r)
     grad_x_n = w_n grad_out_(slot_n)
 
-The class token is in A and never merges. A metric with NaN, or whose squared norm is no normal
-number, has no direction: it ranks last, as source and as partner. No gradient to metric and sizes.
+Ties are those of the computed values. The class token is in A and never merges. A metric with NaN,
+or whose squared norm is no normal number, has no direction: it ranks last, as source and as
+partner. No gradient to metric and sizes.
 Sums are fp32 (fp64 for fp64); a row of one token is exact, its w being 1. The kernels never write
 the similarities, 2 B ceil(N/2) floor(N/2) C operations in tiles, and read every token once, for the
 row that it belongs to: nothing is added atomically and a run repeats bit by bit.
@@ -23,10 +24,17 @@ from torch import Tensor
 
 from elip_kernels import launch
 from elip_kernels._operator import Operator
-from elip_kernels._validate import check_device, check_flags, check_shape, check_tensor, message
+from elip_kernels._validate import (
+    check_device,
+    check_flags,
+    check_shape,
+    check_tensor,
+    check_tokens,
+    message,
+)
 from elip_kernels.absorbed import accumulator
 from elip_kernels.bipartite_kernels import SMALLEST_SQUARE, match, merge_bwd, merge_fwd
-from elip_kernels.rows import flat_rows, sum_rows, take_rows
+from elip_kernels.rows import add_rows, flat_rows, sum_rows, take_rows
 
 
 class BipartiteInfo(NamedTuple):
@@ -118,7 +126,7 @@ def _check_arguments(
     tokens: Tensor, metric: Tensor, r: int, size: Tensor | None, num_prefix_tokens: int
 ) -> Tensor | None:
     """Check every argument -> size (B, N) in the accumulator's dtype, without gradient."""
-    check_tensor("tokens", tokens, "(B, N, D)", 3)
+    check_tokens(tokens)
     B, N, _ = tokens.shape
     check_tensor("metric", metric, "(B, N, C)", 3)
     check_shape("metric", metric, (B, N, metric.shape[2]), "(B, N, C)")
@@ -181,9 +189,13 @@ def merge_backward_reference(
     grad_out: Tensor, size: Tensor | None, out_size: Tensor, slots: Tensor
 ) -> Tensor:
     """grad_out (B, R, D) -> grad_tokens (B, N, D)."""
+    return sum_rows(grad_out, slots[..., None], _shares(size, out_size, slots)[..., None])
+
+
+def _shares(size: Tensor | None, out_size: Tensor, slots: Tensor) -> Tensor:
+    """w (B, N): each token's share of its row."""
     total = out_size.gather(1, slots.long())
-    weight = total.reciprocal() if size is None else size / total
-    return sum_rows(grad_out, slots[..., None], weight[..., None])
+    return total.reciprocal() if size is None else size / total
 
 
 def _match_flops(metric_shape, *args, **kwargs) -> int:
@@ -208,6 +220,17 @@ def _backward(ctx, grad_out, _):
     return _merge_backward_op(grad_out, *ctx.saved_tensors), None, None, None
 
 
+def _save_shares(ctx, inputs, output) -> None:
+    ctx.R = inputs[0].shape[1]
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _backward_of_backward(ctx, grad):
+    """Linear in grad_out: the merge of `grad` by the same rows and shares."""
+    slots = ctx.saved_tensors[2]
+    return add_rows(grad, slots, _shares(*ctx.saved_tensors), ctx.R), None, None, None
+
+
 def _merge_flops(tokens_shape, *args, **kwargs) -> int:
     """A multiply and an add for each element of a token."""
     B, N, D = tokens_shape
@@ -223,7 +246,7 @@ _match_op = Operator(
     "bipartite_match",
     match_reference,
     launcher=match,
-    fits=lambda metric, *_: launch.runs_kernel(metric, num_tokens=metric.shape[1]),
+    fits=lambda metric, *_: launch.runs_kernel(metric, candidates=metric.shape[1] - 1),
     fake=lambda metric, *_: metric.new_empty(metric.shape[:2], dtype=torch.int32),
     flops=_match_flops,
 )
@@ -231,7 +254,7 @@ _merge_op = Operator(
     "bipartite_merge",
     merge_reference,
     launcher=merge_fwd,
-    fits=lambda tokens, size, slots, _: launch.runs_kernel(tokens, num_tokens=slots.shape[1]),
+    fits=lambda tokens, size, slots, _: launch.runs_kernel(tokens, candidates=slots.shape[1] - 1),
     fake=_merge_fake,
     flops=_merge_flops,
     backward=_backward,
@@ -242,10 +265,12 @@ _merge_backward_op = Operator(
     merge_backward_reference,
     launcher=merge_bwd,
     fits=lambda grad_out, size, out_size, slots: launch.runs_kernel(
-        grad_out, num_tokens=slots.shape[1]
+        grad_out, candidates=slots.shape[1] - 1
     ),
     fake=lambda grad_out, size, out_size, slots: grad_out.new_empty(
         *slots.shape, grad_out.shape[2]
     ),
     flops=_merge_backward_flops,
+    backward=_backward_of_backward,
+    save=_save_shares,
 )

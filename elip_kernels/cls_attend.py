@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elip_kernels import launch
+from elip_kernels._autocast import no_autocast
 from elip_kernels._operator import Operator
 from elip_kernels._triton import tl, triton
 from elip_kernels.absorbed import absorbed_operands, absorbed_query, accumulator, check_absorbed
@@ -59,7 +60,7 @@ def cls_attend_from_tokens(
     matrices = {"q_weight": q_weight, "k_weight": k_weight, "v_weight": v_weight}
     biases = {"q_bias": q_bias, "v_bias": v_bias}
     scale = check_absorbed(tokens, cls, eps, num_heads, scale, norm, matrices, biases)
-    with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+    with torch.no_grad(), no_autocast(tokens):
         cls = cls.to(accumulator(tokens.dtype))
         query = absorbed_query(cls, norm, eps, q_weight, q_bias, k_weight, num_heads, scale)
         mixed = _attend_op(tokens.detach(), cls.detach(), query, eps)  # (B, H, D)
@@ -121,20 +122,21 @@ def _multiply(left, rest, right, acc, HAS_REST: tl.constexpr, PRECISION: tl.cons
 @triton.jit(do_not_specialize=["N"])
 def _attend_kernel(
     tokens_ptr, query_ptr, rest_ptr, cls_score_ptr, cls_ptr, out_ptr, stride_tb, stride_tn,
-    N, D, H, eps, HAS_REST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    stride_ub, stride_uh, N, D, H, eps,
+    HAS_REST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """One program per (image, BLOCK_H heads): tile by tile of whole tokens, the next under way."""
     pid_b = tl.program_id(0).to(tl.int64)
     tokens_ptr += pid_b * stride_tb
-    query_ptr += pid_b * H * D
-    rest_ptr += pid_b * H * D
+    query_ptr += pid_b * stride_ub
+    rest_ptr += pid_b * stride_ub
     out_ptr += pid_b * H * D
     offs_n = tl.arange(0, BLOCK_N)
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
-    offs_u = offs_h[:, None] * D + offs_d[None, :]
+    offs_u = offs_h[:, None] * stride_uh + offs_d[None, :]
     mask_u = (offs_h < H)[:, None] & mask_d[None, :]
     u = _slices(tl.load(query_ptr + offs_u, mask=mask_u, other=0.0), SLICES, WIDEN)  # [S, H, D/S]
     rest = _slices(tl.load(rest_ptr + offs_u, mask=mask_u, other=0.0), SLICES, WIDEN)
@@ -164,6 +166,8 @@ def _attend_kernel(
         weight = tl.exp(score - top[:, None])
         total = total * decay + tl.sum(weight, 1)
         weight *= rstd[None, :]
+        if x.dtype == tl.float16:  # a token without variance, whose z is 0: no infinity times 0
+            weight = tl.minimum(weight, 65504.0)
         rounded = weight.to(x.dtype)
         beyond = _for_all((weight - rounded.to(tl.float32)).to(x.dtype), SLICES, WIDEN)
         rounded = _for_all(rounded, SLICES, WIDEN)
@@ -183,20 +187,21 @@ def _attend(tokens: Tensor, cls: Tensor, query: Tensor, eps: float) -> Tensor:
     out = query.new_empty(B, H, D)
     if out.numel() == 0:
         return out
+    query = query - query.mean(-1, keepdim=True)  # the kernel relies on it, whoever calls the op
     rounded, rest, cls_score = absorbed_operands(tokens, cls, query, eps)
     normed = F.layer_norm(cls, (D,), eps=eps)
     settings = launch.cls_attend(tokens)
     with launch.on_device(tokens):
         _attend_kernel[(B, triton.cdiv(H, settings["BLOCK_H"]))](
             *(tokens, rounded, rounded if rest is None else rest, cls_score, normed, out),
-            *(tokens.stride(0), tokens.stride(1), tokens.shape[1], D, H, eps),
+            *(*tokens.stride()[:2], *rounded.stride()[:2], tokens.shape[1], D, H, eps),
             **settings,
         )
     return out
 
 
 def _fits(tokens: Tensor, cls: Tensor, query: Tensor, eps: float) -> bool:
-    fits = launch.runs_kernel(tokens, query, num_tokens=tokens.shape[1])
+    fits = launch.runs_kernel(tokens, query, candidates=tokens.shape[1] - 1)
     return fits and launch.runs_cls_attend(tokens)
 
 

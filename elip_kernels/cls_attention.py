@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elip_kernels import launch
+from elip_kernels._autocast import no_autocast
 from elip_kernels._operator import Operator
 from elip_kernels._triton import tl, triton
 from elip_kernels._validate import check_device, check_mask, check_shape, check_tensor, message
@@ -52,6 +53,8 @@ def cls_attention(
     check_tensor("q", q, "(B, H, d)", 3)
     check_tensor("k", k, "(B, H, N, d)", 4)
     B, H, d = q.shape
+    if H == 0 or d == 0:
+        raise ValueError(message("q", "(B, H, d) with H and d at least 1", q))
     check_shape("k", k, (B, H, k.shape[2], d), "(B, H, N, d)")
     check_device("k", k, "q", q)
     if k.dtype != q.dtype:
@@ -93,7 +96,7 @@ def cls_attention_from_tokens(
     norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
     matrices = {"q_weight": q_weight, "k_weight": k_weight}
     scale = check_absorbed(tokens, cls, eps, num_heads, scale, norm, matrices, {"q_bias": q_bias})
-    with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+    with torch.no_grad(), no_autocast(tokens):
         cls = cls.to(accumulator(tokens.dtype))
         query = absorbed_query(cls, norm, eps, q_weight, q_bias, k_weight, num_heads, scale)
         return _from_tokens_op(tokens.detach(), cls.detach(), query, eps)
@@ -125,15 +128,16 @@ def from_tokens_reference(tokens: Tensor, cls: Tensor, query: Tensor, eps: float
 
 @triton.jit(do_not_specialize=["N"])
 def _from_tokens_kernel(
-    tokens_ptr, query_ptr, rest_ptr, cls_score_ptr, out_ptr, stride_tb, stride_tn, N, D, H, eps,
+    tokens_ptr, query_ptr, rest_ptr, cls_score_ptr, out_ptr, stride_tb, stride_tn,
+    stride_ub, stride_uh, N, D, H, eps,
     HAS_REST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program an image: x and u are read once, the row is written once."""
     pid_b = tl.program_id(0).to(tl.int64)
     row, cls_row = absorbed_row(
-        tokens_ptr + pid_b * stride_tb, query_ptr + pid_b * H * D, rest_ptr + pid_b * H * D,
-        cls_score_ptr + pid_b * H, stride_tn, N, D, H, eps,
+        tokens_ptr + pid_b * stride_tb, query_ptr + pid_b * stride_ub, rest_ptr + pid_b * stride_ub,
+        cls_score_ptr + pid_b * H, stride_tn, stride_uh, N, D, H, eps,
         HAS_REST, WIDEN, PRECISION, BLOCK_N, BLOCK_H, BLOCK_K,
     )  # fmt: skip
     offs_n = tl.arange(0, BLOCK_N)
@@ -215,7 +219,7 @@ def _from_tokens(tokens: Tensor, cls: Tensor, query: Tensor, eps: float) -> Tens
         else:
             _from_tokens_kernel[(B,)](
                 *(tokens, rounded, rounded if rest is None else rest, cls_score, out),
-                *(tokens.stride(0), tokens.stride(1), N, D, H, eps),
+                *(*tokens.stride()[:2], *rounded.stride()[:2], N, D, H, eps),
                 **launch.score(H, tokens),
             )
     return out
@@ -259,7 +263,7 @@ _cls_attention_op = Operator(
     "cls_attention",
     cls_attention_reference,
     launcher=_cls_attention,
-    fits=lambda q, k, *_: launch.runs_kernel(q, k, num_tokens=k.shape[2]),
+    fits=lambda q, k, *_: launch.runs_kernel(q, k, candidates=k.shape[2] - 1),
     fake=lambda q, k, mask, scale: k.new_empty(k.shape[0], k.shape[2], dtype=accumulator(k.dtype)),
     flops=_flops,
 )
@@ -268,7 +272,7 @@ _from_tokens_op = Operator(
     from_tokens_reference,
     launcher=_from_tokens,
     fits=lambda tokens, cls, query, eps: launch.runs_kernel(
-        tokens, query, num_tokens=tokens.shape[1]
+        tokens, query, candidates=tokens.shape[1] - 1
     ),
     fake=lambda tokens, cls, query, eps: query.new_empty(tokens.shape[:2]),
     flops=_from_tokens_flops,

@@ -1,6 +1,6 @@
 """Block sizes and warps: the only hardware numbers.
 
-Static figures are those of sm_90 in the compile report, without a spill.
+Static figures are those of sm_90 in the compile report, without a spill there.
 
 A row of a slice of D is one cache line, 128 bytes: BLOCK_D 64 for two-byte types, 32 for fp32.
 """
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from elip_kernels._triton import HAS_TRITON, triton
 
-MAX_TOKENS = 1025  # one program holds an image's candidates: 1,024 and one prefix token
+MAX_CANDIDATES = 1024  # one program holds an image's candidates
+MAX_PREFIX_TOKENS = 16  # a copy of each is in the code
 
 
 class Launch(NamedTuple):
@@ -58,14 +59,15 @@ def _dot(heads: int, tokens: Tensor) -> dict[str, Any]:
 def score(heads: int, tokens: Tensor) -> dict[str, Any]:
     """The absorbed row of large batches: an image in one program, BLOCK_K features a step.
 
-    55 registers at 256 candidates in bf16 with 16 warps, where 8 take 108; 122 at 1,024. Four
-    stages of loads, three where they fill shared memory, and on ROCm, which does not compile four.
+    49 registers at 256 candidates in bf16 with 16 warps, where 8 take 108; 97 at 1,024. 16
+    features a step hold fp16 at 55, where 32 take 76. Four stages of loads, three where they fill
+    shared memory, and on ROCm, which does not compile four.
     """
     block_n = max(16, next_power_of_2(tokens.shape[1] - 1))
     wide, hip = tokens.dtype == torch.float32, torch.version.hip is not None
     return _dot(heads, tokens) | {
         "BLOCK_N": block_n,
-        "BLOCK_K": 16 if wide or block_n > 512 else 32,
+        "BLOCK_K": 32 if tokens.dtype == torch.bfloat16 and block_n <= 512 else 16,
         "num_warps": 4 if block_n <= 64 else 8 if block_n <= 128 else 16,
         "num_stages": 3 if wide or hip or block_n > 256 else 4,
     }
@@ -73,17 +75,18 @@ def score(heads: int, tokens: Tensor) -> dict[str, Any]:
 
 def splits_score(heads: int, tokens: Tensor) -> bool:
     """Tiles of patches instead: under 96 images a program each leaves most of 132 SMs idle; fp32
-    beyond 256 candidates and more than 16 heads spill as one program."""
+    and fp16 beyond 256 candidates, and more than 16 heads, spill as one program."""
     B, N, _ = tokens.shape
-    return B < 96 or heads > 16 or (tokens.dtype == torch.float32 and N > 257)
+    return B < 96 or heads > 16 or (tokens.dtype != torch.bfloat16 and N > 257)
 
 
 def score_tiles(heads: int, tokens: Tensor) -> dict[str, Any]:
-    """64 patches, a line of each a step: 72 registers in bf16, 110 in fp32 with three products."""
+    """64 patches, a line of each a step: 50 registers in bf16 on 8 warps, 68 in fp32 with three
+    products; with more than 16 heads 8 warps spill."""
     return _dot(heads, tokens) | {
         "BLOCK_N": 64,
         "BLOCK_K": 128 // tokens.element_size(),
-        "num_warps": 4,
+        "num_warps": 8 if heads <= 16 else 4,
         "num_stages": 3,
     }
 
@@ -104,9 +107,10 @@ def cls_attention(num_tokens: int, element_size: int) -> Launch:
 
 def cls_attend(tokens: Tensor) -> dict[str, Any]:
     """All features of 16 tokens in slices of 64, a warp each, for 16 heads: 127 registers in bf16
-    at D = 768, 230 in fp32 at 384. The loop fetches its next tile itself.
+    at D = 768, 230 in fp32 at 384, where one warp alone spills. The loop fetches its next tile.
     """
     slices = next_power_of_2(triton.cdiv(tokens.shape[2], 64))
+    slices = max(slices, 2 if tokens.dtype == torch.float32 else 1)
     return _dot(16, tokens) | {
         "BLOCK_N": 16,
         "BLOCK_D": 64 * slices,
@@ -140,10 +144,11 @@ def bipartite_merge(num_a: int, element_size: int) -> tuple[int, int, int, int]:
     return max(16, next_power_of_2(num_a)), 16, 512 // element_size, 8
 
 
-def runs_kernel(*tensors: Tensor, num_tokens: int) -> bool:
+def runs_kernel(*tensors: Tensor, candidates: int, num_prefix_tokens: int = 1) -> bool:
     """Triton takes it: there is one, no fp64, and an image's candidates fit one program."""
     has_fp64 = any(t.dtype == torch.float64 for t in tensors)
-    return HAS_TRITON and not has_fp64 and num_tokens <= MAX_TOKENS
+    fits = candidates <= MAX_CANDIDATES and num_prefix_tokens <= MAX_PREFIX_TOKENS
+    return HAS_TRITON and not has_fp64 and fits
 
 
 def shared_memory(tensor: Tensor) -> int:

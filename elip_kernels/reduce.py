@@ -21,7 +21,7 @@ from elip_kernels import launch
 from elip_kernels._operator import Operator
 from elip_kernels._triton import tl, triton
 from elip_kernels._validate import check_flags, reduce_arguments
-from elip_kernels.rows import merge_rows, sum_rows, take_rows
+from elip_kernels.rows import add_rows, merge_rows, sum_rows, take_rows
 from elip_kernels.select import load_tile, move_tile, select_and_weigh, store_selection
 
 EPSILON = 1e-6  # added to the dropped mass before dividing by it (Eq. 4)
@@ -30,8 +30,10 @@ EPSILON = 1e-6  # added to the dropped mass before dividing by it (Eq. 4)
 class ReductionInfo(NamedTuple):
     """What `reduce` kept and how it merged.
 
-    kept: (B, K) int64, positions in `tokens`, ascending (padding that fills slots comes last).
-    weights: (B, N) fp32, zero at kept and prefix tokens, and everywhere without merging.
+    kept: (B, K) int64, positions in `tokens`, ascending; padding that fills slots comes last, but
+        stays in its place where all are kept.
+    weights: (B, N) fp32 (fp64 if an input is), zero at kept and prefix tokens, and everywhere
+        without merging.
     mask: (B, p+K+1) bool, True where an output token is real; None when no mask was given.
     """
 
@@ -56,7 +58,8 @@ def reduce(
     Args:
         tokens: (B, N, D), fp32, bf16, fp16 or fp64. Gradients reach tokens only.
         attn: scores (B, N-p) or (B, N); or attention rows (B, H, N) or a whole map (B, H, N, N),
-            whose CLS row is averaged over heads. Any of the same dtypes.
+            whose CLS row is averaged over heads. Any of the same dtypes. Merging takes them as
+            masses, not negative.
         keep: int, candidates to keep; or float ratio r in (0, 1] of the N-p candidates,
             max(1, int(r * (N-p))). Keeping all returns `tokens` itself.
         merge: append the weighted sum of the dropped tokens.
@@ -75,7 +78,8 @@ def reduce(
     scores, keep = reduce_arguments(tokens, attn, keep, mask, num_prefix_tokens)
     check_flags(merge=merge, normalize=normalize, return_info=return_info)
     if keep == scores.shape[1]:
-        return (tokens, _keep_all_info(tokens, mask, num_prefix_tokens)) if return_info else tokens
+        info = _keep_all_info(tokens, scores, mask, num_prefix_tokens) if return_info else None
+        return (tokens, info) if return_info else tokens
     out, kept, weights, _ = _reduce_op(
         tokens, scores, mask, keep, num_prefix_tokens, merge, normalize
     )
@@ -96,10 +100,12 @@ def _output_mask(
     return torch.cat(parts, dim=1)
 
 
-def _keep_all_info(tokens: Tensor, mask: Tensor | None, num_prefix_tokens: int) -> ReductionInfo:
+def _keep_all_info(
+    tokens: Tensor, scores: Tensor, mask: Tensor | None, num_prefix_tokens: int
+) -> ReductionInfo:
     B, N, _ = tokens.shape
     kept = torch.arange(num_prefix_tokens, N, device=tokens.device).expand(B, -1)
-    return ReductionInfo(kept, tokens.new_zeros(B, N, dtype=torch.float32), mask)
+    return ReductionInfo(kept, tokens.new_zeros(B, N, dtype=_accumulator(tokens, scores)), mask)
 
 
 def reduce_reference(
@@ -169,10 +175,16 @@ def reduce_backward_reference(
     grad_out: Tensor, slots: Tensor, weights: Tensor, merge: bool
 ) -> Tensor:
     """grad_out (B, R, D) -> grad_tokens (B, N, D)."""
-    num_copied = grad_out.shape[1] - int(merge)
-    scale = weights.masked_fill(slots < num_copied, 1.0)[..., None]
-    rows = slots.clamp(max=grad_out.shape[1] - 1).long()
-    return sum_rows(grad_out, rows[..., None], scale)
+    R = grad_out.shape[1]
+    rows, scale = _movement(slots, weights, R, merge)
+    grad = sum_rows(grad_out, rows[..., None], scale[..., None])
+    return grad if merge else grad.masked_fill_((slots == R)[..., None], 0.0)
+
+
+def _movement(slots: Tensor, weights: Tensor, R: int, merge: bool) -> tuple[Tensor, Tensor]:
+    """The row (B, N) that each token goes to, of R, and its factor: 0 where it is dropped."""
+    scale = weights.masked_fill(slots < R - int(merge), 1.0)
+    return slots.clamp(max=R - 1).long(), scale
 
 
 @triton.jit(do_not_specialize=["N", "K"])
@@ -329,6 +341,18 @@ def _backward(ctx, grad_out, *_):
     return reduce_backward_op(grad_out, *ctx.saved_tensors, ctx.merge), *[None] * 6
 
 
+def _save_movement(ctx, inputs, output) -> None:
+    grad_out, slots, weights, ctx.merge = inputs
+    ctx.R = grad_out.shape[1]
+    ctx.save_for_backward(slots, weights)
+
+
+def _backward_of_backward(ctx, grad):
+    """Linear in grad_out: the tokens' movement by the same rows and weights."""
+    rows, scale = _movement(*ctx.saved_tensors, ctx.R, ctx.merge)
+    return add_rows(grad, rows, scale, ctx.R), None, None, None
+
+
 def _flops(tokens_shape, scores_shape, mask_shape, keep, p, merge, *args, **kwargs) -> int:
     """A multiply and an add for each element of a dropped token that is merged."""
     B, candidates = scores_shape
@@ -349,7 +373,9 @@ _reduce_op = Operator(
     "reduce",
     reduce_reference,
     launcher=_reduce_fwd,
-    fits=lambda tokens, scores, *_: launch.runs_kernel(tokens, scores, num_tokens=tokens.shape[1]),
+    fits=lambda tokens, scores, mask, keep, num_prefix_tokens, *_: launch.runs_kernel(
+        tokens, scores, candidates=scores.shape[1], num_prefix_tokens=num_prefix_tokens
+    ),
     fake=_fake,
     flops=_flops,
     backward=_backward,
@@ -360,8 +386,10 @@ reduce_backward_op = Operator(
     reduce_backward_reference,
     launcher=_reduce_bwd,
     fits=lambda grad_out, slots, weights, merge: launch.runs_kernel(
-        grad_out, weights, num_tokens=slots.shape[1]
+        grad_out, weights, candidates=slots.shape[1] - 1
     ),
     fake=_backward_fake,
     flops=_backward_flops,
+    backward=_backward_of_backward,
+    save=_save_movement,
 )

@@ -29,6 +29,14 @@ def sum_rows(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     return sums.view(B, G, D).to(x.dtype)
 
 
+def add_rows(x: Tensor, rows: Tensor, weight: Tensor, R: int) -> Tensor:
+    """x (B, N, D) times weight (B, N), added up by rows (B, N) -> (B, R, D)."""
+    B, _, D = x.shape
+    weighted = (x * weight[..., None]).reshape(-1, D)
+    sums = weighted.new_zeros(B * R, D).index_add(0, flat_rows(rows, R), weighted)
+    return sums.view(B, R, D).to(x.dtype)
+
+
 def merge_rows(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     """x (B, N, D), rows and weight (B, M) -> (B, D); rows of weight zero are not read."""
     top = weight.abs().max(1, keepdim=True)

@@ -1,8 +1,9 @@
-"""A whole stage boundary of scorer `last` in two launches: the CLS row selects, then tokens move.
+"""A whole stage boundary of scorer `last`, two kernels: the CLS row selects, then tokens move.
 
     a    = the CLS row of a pre-norm block, absorbed, with `cls` in place of token 0    (B, N)
     out  = reduce(tokens, a, K): [x_cls, x_kept, merged]                                (B, K+2, D)
 
+Before them PyTorch makes the query u from the CLS token alone, B H D numbers (`absorbed.py`).
 The first kernel reads the tokens once and ends in the selection; the second moves each slice of D
 once, to rows that the first wrote. Small batches score tiles of patches instead, so that all SMs
 have work, and each program of the second launch derives the selection anew from those scores: 4 HN
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from elip_kernels import launch
+from elip_kernels._autocast import no_autocast
 from elip_kernels._operator import Operator
 from elip_kernels._triton import tl, triton
 from elip_kernels._validate import check_flags, check_keep
@@ -75,10 +77,11 @@ def score_reduce(
     """
     norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
     matrices = {"q_weight": q_weight, "k_weight": k_weight}
-    scale = check_absorbed(tokens, cls, eps, num_heads, scale, norm, matrices, {"q_bias": q_bias})
+    biases = {"q_bias": q_bias}
+    scale = check_absorbed(tokens, cls, eps, num_heads, scale, norm, matrices, biases, least=3)
     keep = check_keep(keep, tokens.shape[1] - 1, all_allowed=False)
     check_flags(merge=merge, normalize=normalize, return_info=return_info)
-    with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+    with torch.no_grad(), no_autocast(tokens):
         cls = cls.to(accumulator(tokens.dtype))
         query = absorbed_query(cls, norm, eps, q_weight, q_bias, k_weight, num_heads, scale)
     out, kept, weights, _, row = _score_reduce_op(
@@ -98,7 +101,7 @@ def score_reduce_reference(
 @triton.jit(do_not_specialize=["N", "K"])
 def _score_select_kernel(
     tokens_ptr, query_ptr, rest_ptr, cls_score_ptr, row_ptr, kept_ptr, weights_ptr, slots_ptr,
-    stride_tb, stride_tn, N, K, D, H, eps,
+    stride_tb, stride_tn, stride_ub, stride_uh, N, K, D, H, eps,
     MERGE: tl.constexpr, NORMALIZE: tl.constexpr, EPSILON: tl.constexpr,
     HAS_REST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -106,8 +109,8 @@ def _score_select_kernel(
     """One program an image: the row, and from it kept positions, weights and output rows."""
     pid_b = tl.program_id(0).to(tl.int64)
     row, cls_row = absorbed_row(
-        tokens_ptr + pid_b * stride_tb, query_ptr + pid_b * H * D, rest_ptr + pid_b * H * D,
-        cls_score_ptr + pid_b * H, stride_tn, N, D, H, eps,
+        tokens_ptr + pid_b * stride_tb, query_ptr + pid_b * stride_ub, rest_ptr + pid_b * stride_ub,
+        cls_score_ptr + pid_b * H, stride_tn, stride_uh, N, D, H, eps,
         HAS_REST, WIDEN, PRECISION, BLOCK_N, BLOCK_H, BLOCK_K,
     )  # fmt: skip
     offs_n = tl.arange(0, BLOCK_N)
@@ -207,7 +210,7 @@ def _select_then_move(
     strides = (tokens.stride(0), tokens.stride(1))
     _score_select_kernel[(B,)](
         *(tokens, query, query if rest is None else rest, cls_score, row, kept, weights, slots),
-        *(*strides, N, keep, D, H, eps),
+        *(*strides, *query.stride()[:2], N, keep, D, H, eps),
         **flags,
         **launch.score(H, tokens),
     )
@@ -268,7 +271,7 @@ _score_reduce_op = Operator(
     score_reduce_reference,
     launcher=_score_reduce,
     fits=lambda tokens, cls, query, *_: launch.runs_kernel(
-        tokens, query, num_tokens=tokens.shape[1]
+        tokens, query, candidates=tokens.shape[1] - 1
     ),
     fake=_fake,
     flops=_flops,

@@ -183,6 +183,15 @@ def test_gradcheck_in_fp64(with_size):
     )
 
 
+@pytest.mark.parametrize("with_size", [True, False])
+def test_a_gradient_of_the_gradient(with_size):
+    tokens, metric, size = inputs(dtype=torch.float64)
+    size = size.double() + 0.25 if with_size else None
+    assert torch.autograd.gradgradcheck(
+        lambda t: bipartite_merge(t, metric, 5, size=size)[0].square(), (tokens.requires_grad_(),)
+    )
+
+
 def test_gradient_reaches_tokens_only():
     leaves = [t.requires_grad_() for t in inputs()]
     tokens, metric, size = leaves

@@ -137,3 +137,10 @@ def test_flops_have_no_key_projection_of_the_tokens():
         elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)
     rows, projections = 2 * B * H * N * D, 2 * B * D * D * 2
     assert counter.get_total_flops() == rows + projections
+
+
+def test_meta_tensors_have_shapes():
+    arguments = {n: v.to("meta") if torch.is_tensor(v) else v for n, v in block().items()}
+    tokens, cls = torch.empty(B, N, D, device="meta"), torch.empty(B, D, device="meta")
+    assert elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments).shape == (B, N)
+    assert elip_kernels.score_reduce(tokens, cls, 4, **arguments).shape == (B, 6, D)

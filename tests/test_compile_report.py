@@ -137,9 +137,13 @@ def test_other_variants_compile_without_a_spill(arch):
         elip_kernels.reduce(tokens, torch.rand(2, 197), 176, merge=False, mask=mask)
         elip_kernels.reduce(tokens, torch.rand(2, 195), 1, normalize=False, num_prefix_tokens=2)
         elip_kernels.cls_attention(q, k, mask=mask)
+        if arch == 90:  # ROCm takes the PyTorch form
+            CALLS["cls_attend_from_tokens"](2, 197, 64, 100, 2, torch.float32)
+        for N, dtype in ((577, torch.float16), (197, torch.float16), (197, torch.float32)):
+            CALLS["cls_attention_from_tokens"](128, N, 768, 100, 12, dtype)
         elip_kernels.bipartite_merge(tokens, k[:, 0], 1)
         elip_kernels.bipartite_merge(tokens, k[:, 0], 16, size=size, num_prefix_tokens=0)
-    assert len(launches) == 9
+    assert len(launches) == 13 + (arch == 90)
     for launch in launches:
         assert is_clean(compile_launch(launch, arch)), launch.name
 

@@ -75,11 +75,14 @@ matrix = [
 vector = [3.0, torch.randn(1, D), torch.randn(D + 1), torch.ones(D).long(), torch.randn(D, **META)]
 flag = [1, None, "yes"]
 absorbed = {
-    "tokens": [None, torch.randn(N, D), torch.ones(B, N, D).long()],
+    "tokens": [
+        *(None, torch.randn(N, D), torch.ones(B, N, D).long()),
+        *(torch.randn(B, 0, D), torch.randn(B, N, 0)),
+    ],
     "cls": [None, torch.randn(D), torch.randn(B, D + 1), torch.randn(B, D, **META)],
     "norm_weight": vector,
     "norm_bias": vector,
-    "eps": [None, 1, -1e-6],
+    "eps": [None, 1, -1e-6, float("nan")],
     "q_weight": matrix,
     "q_bias": vector,
     "k_weight": matrix,
@@ -106,7 +109,10 @@ TABLE = {
     elip_kernels.reduce: (
         good_reduce,
         {
-            "tokens": [None, [[1.0]], torch.randn(N, D), torch.ones(B, N, D).long()],
+            "tokens": [
+                *(None, [[1.0]], torch.randn(N, D), torch.ones(B, N, D).long()),
+                *(torch.randn(B, N, 0), torch.randn(B, 0, D)),
+            ],
             "attn": [
                 *(None, torch.rand(B), torch.rand(B, N + 1), torch.rand(B, H, N - 1)),
                 *(torch.rand(B, H, N, N - 1), torch.ones(B, N).long(), torch.rand(B, N, **META)),
@@ -125,7 +131,10 @@ TABLE = {
     elip_kernels.cls_attention: (
         good_cls_attention,
         {
-            "q": [None, torch.randn(B, 4), torch.ones(B, H, 4).long()],
+            "q": [
+                *(None, torch.randn(B, 4), torch.ones(B, H, 4).long()),
+                *(torch.randn(B, 0, 4), torch.randn(B, H, 0)),
+            ],
             "k": [
                 *(None, torch.randn(B, N, 4), torch.randn(B, H, N, 5), torch.randn(B, 3, N, 4)),
                 *(torch.randn(B, H, N, 4).double(), torch.randn(B, H, N, 4, **META)),

@@ -6,6 +6,7 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import elip_kernels
+from elip_kernels._operator import OPERATORS
 from elip_kernels.testing import Case, cases
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -80,6 +81,42 @@ def test_gradcheck_in_fp64(merge):
     assert torch.autograd.gradcheck(
         lambda t: elip_kernels.reduce(t, scores, 3, merge=merge, mask=real), (tokens,)
     )
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_gradient_of_the_gradient(merge):
+    tokens = torch.randn(2, 9, 4, dtype=torch.float64, requires_grad=True)
+    scores = torch.rand(2, 8, dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(
+        lambda t: elip_kernels.reduce(t, scores, 3, merge=merge).square(), (tokens,)
+    )
+
+
+def test_dropped_tokens_get_no_gradient_without_merging_whatever_comes_back():
+    tokens, scores = Case(1, 6, 2, 2).inputs()
+    out, info = elip_kernels.reduce(
+        tokens.requires_grad_(), scores, 2, merge=False, return_info=True
+    )
+    out.backward(torch.full_like(out, float("inf")))
+    expected = torch.zeros(1, 6)
+    expected[:, 0] = float("inf")
+    expected.scatter_(1, info.kept, float("inf"))
+    assert torch.equal(tokens.grad, expected[..., None].expand(-1, -1, 2))
+
+
+def test_weights_are_fp64_wherever_an_input_is():
+    tokens, scores = torch.randn(2, 6, 2, dtype=torch.float64), torch.rand(2, 5)
+    for keep in (3, 5):
+        _, info = elip_kernels.reduce(tokens, scores, keep, return_info=True)
+        assert info.weights.dtype == torch.float64
+
+
+@pytest.mark.parametrize(("p", "N", "fits"), [(0, 1025, False), (1, 1025, True), (5, 1029, True)])
+def test_the_kernel_takes_1024_candidates(p, N, fits):
+    tokens, scores = torch.empty(1, N, 4), torch.empty(1, N - p)
+    operator = OPERATORS["reduce"]
+    assert operator.fits(tokens, scores, None, 3, p, True, True) is fits
+    assert not operator.fits(tokens[:, :40], scores[:, :20], None, 3, 20, True, True)
 
 
 @pytest.mark.parametrize("masked", [False, True])

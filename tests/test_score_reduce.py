@@ -64,6 +64,7 @@ def test_opcheck_and_gradcheck():
         return torch.ops.elip.score_reduce(t, *others)[0]
 
     assert torch.autograd.gradcheck(out, (tokens,))
+    assert torch.autograd.gradgradcheck(lambda t: out(t).square(), (tokens,))
 
 
 def test_compiles_whole_and_exports():

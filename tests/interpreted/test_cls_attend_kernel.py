@@ -101,6 +101,18 @@ def test_a_mean_far_from_zero_is_taken_out_again(launches, dtype):
     assert error(got, exact) <= max(2 * error(eager, exact), BUDGET[dtype])
 
 
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+def test_zero_token_and_an_eps_beyond_half_precision(launches, dtype):
+    """1 / sqrt(eps) is more than fp16 holds; a merged token of no mass is zero."""
+    tokens, cls = tokens_and_cls(1, 20, 64, dtype)
+    tokens[:, [3, 19]] = 0.0
+    query = torch.randn(1, 4, 64) / 8
+    got = mixed(tokens, cls.float(), query, 1e-12)
+    assert launches[NAME] == 1
+    exact = mixed(tokens.double(), cls.double(), query.double(), 1e-12)
+    assert error(got, exact) <= BUDGET[dtype]
+
+
 def test_token_without_variance_and_no_eps_beyond_the_last(launches):
     """Rows that pad the last tile do not turn into NaN, even where eps is 0."""
     tokens, cls = tokens_and_cls(1, 11, 32, torch.float32)
