@@ -73,7 +73,19 @@ def _seconds(step: Step, calls: int, device: torch.device) -> float:
     return seconds / calls
 
 
-def graphed(prepare: Callable[[], Step]) -> Step:
+@dataclass(frozen=True)
+class Graphed:
+    """A CUDA graph as a step. A graph knows addresses alone: the step that it records stays with
+    it, and with the step every tensor that lies there."""
+
+    graph: torch.cuda.CUDAGraph
+    step: Step
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def graphed(prepare: Callable[[], Step]) -> Graphed:
     """The step that `prepare` returns as a CUDA graph: its launches alone, without Python.
 
     `prepare` runs on the stream of the capture, so that a step may be the backward pass of a
@@ -88,7 +100,7 @@ def graphed(prepare: Callable[[], Step]) -> Step:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         step()
-    return graph.replay
+    return Graphed(graph, step)
 
 
 def ratios_to(baseline: str, times: dict[str, list[float]]) -> dict[str, float]:
