@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from torch._inductor.cudagraph_trees import get_manager
 from torch.library import opcheck
 
 import elip_kernels
@@ -59,7 +62,7 @@ def score_reduced(tokens, cls, *block, keep):
 
 @pytest.mark.parametrize("boundary", [reduced, score_reduced])
 def test_compiles_whole_and_once_for_all_batches_and_counts(device, launches, boundary):
-    compiles = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    compiles = CompileCounterWithBackend("inductor")
     compiled = torch.compile(boundary, fullgraph=True, backend=compiles, dynamic=True)
     for B, keep in ((8, 127), (16, 78), (24, 176)):
         tokens, *others = on(device, ops.block_inputs(B, 197, torch.bfloat16))
@@ -75,8 +78,12 @@ def test_compiles_whole_and_once_for_all_batches_and_counts(device, launches, bo
 
 def test_a_graph_of_the_compiler_replays(device):
     compiled = torch.compile(reduced, fullgraph=True, mode="reduce-overhead")
+    counters.clear()
     with torch.no_grad():
         for _ in range(4):
             inputs = on(device, ops.block_inputs(8, 197, torch.bfloat16))
             got, expected = compiled(*inputs, keep=127), reduced(*inputs, keep=127)
             ops.assert_alike((got,), (expected,))
+    manager = get_manager(device.index, create_if_none_exists=False)
+    assert manager is not None and any(manager.get_roots()), "no graph was recorded"
+    assert counters["inductor"]["cudagraph_skips"] == 0

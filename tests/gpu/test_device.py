@@ -69,7 +69,7 @@ def test_no_op_waits_for_the_device(device, name):
     assert_alike(outputs, expected)
 
 
-@pytest.mark.parametrize(("B", "dtype"), KINDS[:2])
+@every_kind
 @every_op
 def test_a_graph_replays_forward_and_backward_on_new_inputs(device, name, B, dtype):
     run, still = OPS[name].run, inputs_of(name, device, B, dtype=dtype)
@@ -115,6 +115,7 @@ def test_launches_go_to_the_device_of_the_tensors(device, name):
 def test_the_last_image_beyond_2_31_elements(device, name):
     one = inputs_of(name, device, B=1, N=577)
     largest = max(t.nbytes for t in one) * LARGE_BATCH
+    torch.cuda.empty_cache()  # what earlier tests left counts as free
     free = torch.cuda.mem_get_info(device)[0]
     if free < 5 * largest:
         pytest.skip(f"takes {5 * largest / 2**30:.0f} GiB of memory, {free / 2**30:.0f} are free")
