@@ -12,7 +12,7 @@ from elip_kernels.testing import model
 
 CHANNELS = 64  # the metric is the head mean of the keys
 MERGED = 16
-FIRST = 8  # images that are held to fp64
+IMAGES = 8  # that are held to fp64, the first and the last
 
 
 def eager_merge(tokens: Tensor, metric: Tensor, r: int, size: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,8 +56,8 @@ def test_bipartite_merge(record, rounds, case, direction):
         "eager": lambda tokens, metric, size: eager_merge(tokens, metric, MERGED, size),
         OURS: lambda tokens, metric, size: bipartite_merge(tokens, metric, MERGED, size=size),
     }
-    exact = with_gradient(forms["eager"], *in_fp64(inputs, FIRST))
-    forms, left_out = with_compiled(forms, direction)
+    exact = with_gradient(forms["eager"], *in_fp64(inputs, IMAGES))
+    forms, left_out = with_compiled(forms, case, inputs)
     held = parity(exact, {name: with_gradient(form, *inputs) for name, form in forms.items()})
     work = work_of(case, direction)
     facts, step = compare(forms, inputs, work, direction=direction, rounds=rounds)

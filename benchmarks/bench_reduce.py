@@ -11,7 +11,7 @@ from benchmarks.parity import OURS, in_fp64, on_device, parity, with_compiled, w
 from elip_kernels.testing import model
 
 FUNCTIONS = {"official": official_reduce, "eager": eager_reduce, OURS: elip_kernels.reduce}
-FIRST = 8  # images that are held to fp64
+IMAGES = 8  # that are held to fp64, the first and the last
 
 
 def forms_of(keep):
@@ -37,8 +37,8 @@ def test_reduce(record, rounds, case, direction):
         inputs[0].requires_grad_()
         inputs.append(torch.randn(case.B, case.K + 2, case.D).to(case.dtype))
     inputs, forms = on_device(inputs), forms_of(case.K)
-    exact = with_gradient(forms["official"], *in_fp64(inputs, FIRST))
-    forms, left_out = with_compiled(forms, direction)
+    exact = with_gradient(forms["official"], *in_fp64(inputs, IMAGES))
+    forms, left_out = with_compiled(forms, case, inputs)
     held = parity(exact, {name: with_gradient(form, *inputs) for name, form in forms.items()})
     work = work_of(case, direction)
     facts, step = compare(forms, inputs, work, direction=direction, rounds=rounds)

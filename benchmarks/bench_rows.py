@@ -21,7 +21,7 @@ from benchmarks.official_reduce import eager_reduce, official_reduce
 from benchmarks.parity import OURS, in_fp64, on_device, parity, with_compiled
 from elip_kernels.testing import model
 
-FIRST = 4  # images that are held to fp64
+IMAGES = 4  # that are held to fp64, the first and the last
 
 
 def tupled(function, **arguments):
@@ -81,8 +81,8 @@ def test_from_tokens(record, rounds, op, case):
     tokens, cls = case.inputs()[0], torch.randn(case.B, case.D).to(case.dtype)
     inputs = on_device((tokens, cls))
     precise = make({name: value.double() for name, value in p.items()}, case)["official"]
-    exact = precise(*in_fp64(inputs, FIRST))[:1]
-    forms, left_out = with_compiled(make(p, case))
+    exact = precise(*in_fp64(inputs, IMAGES))[:1]
+    forms, left_out = with_compiled(make(p, case), case, inputs)
     outputs = {name: form(*inputs) for name, form in forms.items()}
     held = parity(exact, {name: output[:1] for name, output in outputs.items()})
     if op == "score_reduce":  # what a row selects: rows of two bytes tie, ours does not
@@ -104,8 +104,8 @@ def test_cls_attention(record, rounds, case):
     q, k = torch.randn(B, HEADS, d), torch.randn(B, HEADS, N, d)
     inputs = on_device((q.to(case.dtype), k.to(case.dtype)))
     forms = {"eager": tupled(attention_row), OURS: tupled(elip_kernels.cls_attention)}
-    exact = forms["eager"](*in_fp64(inputs, FIRST))
-    forms, left_out = with_compiled(forms)
+    exact = forms["eager"](*in_fp64(inputs, IMAGES))
+    forms, left_out = with_compiled(forms, case, inputs)
     held = parity(exact, {name: form(*inputs) for name, form in forms.items()})
     work = model.cls_attention(B, HEADS, N, d, case.dtype)
     facts, step = compare(forms, inputs, work, direction="forward", rounds=rounds)

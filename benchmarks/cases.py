@@ -1,5 +1,6 @@
 """The shapes that are timed on this class of device, and copies of inputs that leave its caches."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -17,6 +18,7 @@ SWEEP = (257, WIDTH, 166)  # N, D and K of the cases that go through batches and
 FURTHER = ((197, 127), (50, 32))
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 MAIN_DTYPE, OTHER_DTYPE = reversed(DTYPE_NAMES) if ON_GPU else DTYPE_NAMES
+COMPILED = [Case(B, *SWEEP, MAIN_DTYPE) for B in BATCHES[-2:]]  # compiling takes long
 
 
 def sweep() -> list[Case]:
@@ -62,14 +64,15 @@ def tower_cases() -> list[TowerCase]:
     return [TowerCase(*base, 1, MAIN_DTYPE), *light]
 
 
-def copies(inputs: tuple[Tensor, ...], nbytes: int) -> list[tuple[Tensor, ...]]:
-    """`inputs`, on a GPU as many times as twice its L2 holds: none is found in the cache again.
+def copies(inputs: tuple[Tensor, ...], read: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """`inputs`, on a GPU in so many sets that none is found in its cache again.
 
-    nbytes: what one call reads and writes.
+    read: those that a call reads; over all sets they are twice what the L2 holds.
     """
     count = 1
     if ON_GPU:
-        count = max(1, ceil(2 * torch.cuda.get_device_properties(DEVICE).L2_cache_size / nbytes))
+        cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size
+        count = ceil(2 * cache / sum(tensor.nbytes for tensor in read))
     more = [tuple(_again(tensor) for tensor in inputs) for _ in range(count - 1)]
     return [inputs, *more]
 

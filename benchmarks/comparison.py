@@ -4,14 +4,17 @@ ratio    = our time over that of another form, median over the rounds
 possible = time of the copy over that of a form; the bytes are those of the analytic model
 """
 
+from contextlib import ExitStack
 from functools import partial
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from benchmarks.cases import DEVICE, ON_GPU, copies
 from benchmarks.parity import OURS, Form, Tensors, with_gradient
+from elip_kernels._operator import OPERATORS
 from elip_kernels.testing.model import Work
 from elip_models.profile import (
     Step,
@@ -38,7 +41,7 @@ def compare(
     Returns:
         What goes into the JSON, and our step.
     """
-    sets = copies(inputs, work.bytes)
+    sets = copies(inputs, inputs[-1:] if direction == "backward" else inputs)
     prepared = {name: partial(_prepare, form, direction, sets) for name, form in forms.items()}
     prepared["copy"] = partial(_prepare_copy, work.bytes // 2, len(sets))
     steps = {name: graphed(make) if ON_GPU else make() for name, make in prepared.items()}
@@ -46,6 +49,7 @@ def compare(
     times = {name: [t / len(sets) for t in values] for name, values in times.items()}
     facts = {
         "direction": direction,
+        "kernels": runs_kernels(forms[OURS], inputs),
         "rounds": rounds,
         "milliseconds": {name: 1e3 * median(values) for name, values in times.items()},
         "ratios": {name: ratios_to(name, times)[OURS] for name in forms if name != OURS},
@@ -59,19 +63,17 @@ def compare(
 
 
 def _prepare(form: Form, direction: str, sets: list[Tensors]) -> Step:
-    """One call of `form` for each set of inputs."""
+    """One call of `form` for each set of inputs; every output stands until the last is done."""
     if direction == "backward":
         graphs = [(form(*inputs)[0], inputs[0], grad) for *inputs, grad in sets]
 
-        def backward() -> None:
-            for out, tokens, grad in graphs:
-                torch.autograd.grad(out, tokens, grad, retain_graph=True)
+        def backward() -> list[Tensors]:
+            return [torch.autograd.grad(*each, retain_graph=True) for each in graphs]
 
         return backward
 
-    def call() -> None:
-        for inputs in sets:
-            with_gradient(form, *inputs)
+    def call() -> list[Tensors]:
+        return [with_gradient(form, *inputs) for inputs in sets]
 
     return call
 
@@ -86,6 +88,18 @@ def _prepare_copy(nbytes: int, count: int) -> Step:
             target.copy_(source)
 
     return copy
+
+
+def runs_kernels(ours: Form, inputs: Tensors) -> bool:
+    """Whether a call launches this project's kernels and runs no PyTorch form in place of one."""
+    operators = OPERATORS.values()
+    with ExitStack() as stack:
+        launchers, references = (
+            [stack.enter_context(patch.object(o, form, wraps=getattr(o, form))) for o in operators]
+            for form in ("launcher", "reference")
+        )
+        with_gradient(ours, *inputs)
+    return any(each.called for each in launchers) and not any(each.called for each in references)
 
 
 def _memory(form: Form, direction: str, inputs: Tensors) -> int:

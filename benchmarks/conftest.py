@@ -1,18 +1,14 @@
 """Device, versions and results of every benchmark: into the JSON, and as a table at the end."""
 
-import os
-import platform
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
-
-import cpuinfo
 import pytest
 import torch
 
-from benchmarks.cases import DEVICE, ON_GPU
+from benchmarks.cases import ON_GPU
+from benchmarks.machine import commit, machine
 from elip_models.profile import NO_GAIN
 
 REPORTS = pytest.StashKey[list]()
+PLANNED, PASSED, FAILED = (pytest.StashKey[list]() for _ in range(3))
 
 
 def pytest_addoption(parser):
@@ -53,24 +49,17 @@ def rounded(value):
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-@cache
-def machine():
-    """Device and versions: all that is said of the machine."""
-    cpu = cpuinfo.get_cpu_info().get("brand_raw", platform.machine())
-    return {
-        "device": torch.cuda.get_device_name(DEVICE)
-        if ON_GPU
-        else f"{cpu}, {os.cpu_count()} cores",
-        "threads": torch.get_num_threads(),
-        "versions": {name: _version(name) for name in ("torch", "triton", "timm")},
-    }
+def pytest_collection_finish(session):
+    session.config.stash[PLANNED] = [item.nodeid for item in session.items]
 
 
-def _version(package):
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "absent"
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    report = yield
+    if report.failed or report.when == "call":
+        key = PASSED if report.passed else FAILED
+        item.config.stash.setdefault(key, []).append(item.nodeid)
+    return report
 
 
 def pytest_benchmark_generate_machine_info(config):
@@ -78,12 +67,19 @@ def pytest_benchmark_generate_machine_info(config):
 
 
 def pytest_benchmark_update_commit_info(config, commit_info):
-    for name in commit_info.keys() - {"id", "dirty"}:
-        del commit_info[name]
+    commit_info.clear()
+    commit_info.update(commit())
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """Keep what was measured side by side; the runner's own figures only in short."""
+    """Keep what was measured side by side; the runner's own figures only in short; and what was to
+    run but failed, or was not come to."""
+    planned, passed, failed = (set(config.stash.get(k, [])) for k in (PLANNED, PASSED, FAILED))
+    output_json["run"] = {
+        "planned": len(planned),
+        "failed": sorted(failed),
+        "missing": sorted(planned - passed - failed),
+    }
     output_json["benchmarks"] = [
         {
             "name": entry["name"],

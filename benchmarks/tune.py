@@ -4,17 +4,21 @@
 
 A candidate is what a function of the table answers, with some fields changed. Its results must be
 those of the table before it is timed. It is timed beside the table's own numbers and a copy, in
-interleaved rounds: CUDA-graph replays that go through sets of inputs and outputs, together more
-than twice the L2, so that a call finds nothing there. Rates are the bytes that the op must move.
+interleaved rounds: CUDA-graph replays that go through sets of inputs, together twice the L2, and
+their outputs, so that a call finds nothing there. Rates are the bytes that the op must move.
+Candidates are compiled in processes side by side, before those of a shape are timed.
 """
 
 import argparse
 import json
-import platform
+import multiprocessing
+import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
@@ -27,6 +31,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import DEVICE, DTYPE_NAMES, HEADS, ON_GPU, WIDTH, copies
+from benchmarks.machine import commit, machine
 from elip_kernels import launch
 from elip_kernels._triton import HAS_TRITON, triton
 from elip_kernels.testing import model
@@ -34,6 +39,7 @@ from elip_models.profile import NO_GAIN, graphed, ratios_to, time_side_by_side
 
 CHANNELS = WIDTH // HEADS
 REFUSALS = (triton.errors.TritonError,) if HAS_TRITON else ()
+FATAL = re.compile("CUDA error|HIP error|illegal (memory|instruction)|misaligned|launch failure")
 Number = int | float
 
 
@@ -94,7 +100,7 @@ SWEEPS = (
     Sweep("bipartite_merge", "bipartite_merge", {1: (0.5, 1.0, 2.0), 2: (0.5, 1.0), 3: (4, 8)}),
     Sweep("bipartite_merge_backward", "reduce_backward", ROWS),
 )
-SIZES = ((64, 257), (256, 257), (16, 257), (1, 257), (64, 577), (256, 577), (64, 197), (256, 197))
+SIZES = ((256, 257), (256, 197), (64, 257), (16, 257), (1, 257), (64, 197), (64, 577), (256, 577))
 SHAPES = (
     *(Shape(B, N, torch.bfloat16) for B, N in SIZES),
     *(Shape(64, N, torch.float32) for N in (257, 577)),
@@ -231,10 +237,11 @@ def copied(nbytes: int, count: int) -> Callable[[], object]:
     return graphed(lambda: copy) if ON_GPU else copy
 
 
-def rotated(op: str, args: tuple[Any, ...], nbytes: int) -> list[tuple[Any, ...]]:
+def rotated(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     """Sets of arguments, their tensors copied."""
     is_tensor = [isinstance(value, Tensor) for value in args]
-    sets = copies(tuple(a for a, is_one in zip(args, is_tensor, strict=True) if is_one), nbytes)
+    read = tuple(a for a, is_one in zip(args, is_tensor, strict=True) if is_one)
+    sets = copies(read, read)
     filled = []
     for tensors in sets:
         left = iter(tensors)
@@ -254,7 +261,7 @@ def run(sweep: Sweep, shape: Shape, rounds: int) -> dict[str, Any]:
         right = results(sweep.op, args)
     if ON_GPU and not answers:
         return result
-    sets = rotated(sweep.op, args, nbytes)
+    sets = rotated(args)
     steps = {"table": prepared(sweep.op, sets), "copy": copied(nbytes, len(sets))}
     for changes in sweep.candidates():
         entry: dict[str, Any] = {"changes": {str(name): n for name, n in changes.items()}}
@@ -266,6 +273,8 @@ def run(sweep: Sweep, shape: Shape, rounds: int) -> dict[str, Any]:
         except AssertionError as error:
             entry["wrong"] = str(error)
         except (RuntimeError, *REFUSALS) as error:  # does not compile, or does not fit
+            if FATAL.search(str(error)):
+                raise RuntimeError(f"{sweep.op} ({sweep.table}) {shape}: {changes}") from error
             entry["left_out"] = f"{type(error).__name__}: {error}".splitlines()[0]
         else:
             times = time_side_by_side(steps, device=DEVICE, rounds=rounds)
@@ -297,25 +306,61 @@ def said(result: dict[str, Any]) -> str:
     )
 
 
+def precompile(pool: Executor, sweeps: Sequence[Sweep], shape: Shape, *, seconds: float) -> None:
+    """Run every candidate once in other processes, for at most so long: what Triton compiles there
+    lies on disk for `run`, which meets the same errors, so they are dropped here."""
+    with suppress(BrokenExecutor):
+        tries = [
+            pool.submit(attempt, sweep, shape, changes)
+            for sweep in sweeps
+            for changes in sweep.candidates()
+        ]
+        for late in wait(tries, timeout=max(0.0, seconds)).not_done:
+            late.cancel()
+
+
+def attempt(sweep: Sweep, shape: Shape, changes: dict[str | int, Number]) -> None:
+    """One call with a candidate's numbers."""
+    args = arguments(sweep.op, shape)
+    with answering(sweep.table, changes):
+        results(sweep.op, args)
+
+
+def processes() -> AbstractContextManager[Executor | None]:
+    """One for each core but one; none without a GPU, where nothing is compiled."""
+    if not ON_GPU:
+        return nullcontext()
+    count = max(1, (os.cpu_count() or 2) - 1)
+    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+
+
 def tune(
     sweeps: Sequence[Sweep], shapes: Sequence[Shape], out: Path, *, rounds: int, seconds: float
 ) -> bool:
     """Every sweep on every shape, as long as there is time, into a JSON file that is whole after
     each -> whether all candidates gave the table's results."""
-    start, done, left = time.monotonic(), [], []
-    machine = {"device": torch.cuda.get_device_name(DEVICE) if ON_GPU else platform.machine()}
-    machine |= {"torch": torch.__version__, "triton": triton.__version__ if HAS_TRITON else None}
-    for shape, sweep in product(shapes, sweeps):
-        if time.monotonic() - start > seconds:
-            left.append(f"{sweep.op} ({sweep.table}) {shape}")
-        else:
-            torch.manual_seed(0)
-            done.append(run(sweep, shape, rounds))
-            sys.stdout.write(said(done[-1]) + "\n")
-            sys.stdout.flush()
-        document = machine | {"rounds": rounds, "results": done, "left_for_want_of_time": left}
-        out.write_text(json.dumps(document, indent=1) + "\n")
+    end, done, left = time.monotonic() + seconds, [], []
+    document = machine() | {"commit": commit(), "rounds": rounds}
+    document |= {"results": done, "left_for_want_of_time": left}
+    with processes() as pool:
+        for shape, sweep in product(shapes, sweeps):
+            if pool is not None and sweep is sweeps[0]:
+                precompile(pool, sweeps, shape, seconds=end - time.monotonic())
+            if time.monotonic() > end:
+                left.append(f"{sweep.op} ({sweep.table}) {shape}")
+            else:
+                torch.manual_seed(0)
+                done.append(run(sweep, shape, rounds))
+                tell(said(done[-1]))
+            out.write_text(json.dumps(document, indent=1) + "\n")
+    for name in left:
+        tell(f"left out for want of time: {name}")
     return not any("wrong" in entry for result in done for entry in result["candidates"])
+
+
+def tell(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 compiler takes what would be tried."""
 
 import json
+from concurrent.futures import BrokenExecutor, Future
 from contextlib import contextmanager
 
 import pytest
@@ -45,14 +46,16 @@ def test_every_sweep_runs_and_the_file_is_whole(tmp_path, capsys):
         (entry,) = result["candidates"]
         assert entry["candidate_us"] > 0 and entry["of_table"] > 0 and entry["of_copy"] > 0
     assert document["left_for_want_of_time"] == []
+    assert {"device", "versions", "commit"} <= document.keys()
     assert len(capsys.readouterr().out.splitlines()) == len(few)
 
 
-def test_without_time_left_a_sweep_is_named(tmp_path):
+def test_without_time_left_a_sweep_is_named(tmp_path, capsys):
     out = tmp_path / "tune.json"
     assert tune.tune(SWEEPS[:1], [SMALL], out, rounds=1, seconds=0)
     left = json.loads(out.read_text())["left_for_want_of_time"]
     assert left == ["reduce (reduce_forward) B2-N18-fp32"]
+    assert capsys.readouterr().out == f"left out for want of time: {left[0]}\n"
 
 
 @pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: f"{sweep.op}-{sweep.table}")
@@ -88,6 +91,62 @@ def test_what_a_compiler_refuses_is_left_out(monkeypatch, tmp_path, capsys):
     assert "nothing to time" in capsys.readouterr().out
     (result,) = json.loads((tmp_path / "tune.json").read_text())["results"]
     assert result["candidates"][0]["left_out"] == "RuntimeError: PassManager::run failed"
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["CUDA error: unspecified launch failure", "an illegal memory access was encountered"],
+)
+def test_an_error_that_loses_the_device_ends_the_sweep(monkeypatch, tmp_path, message):
+    @contextmanager
+    def failing(table, changes):
+        if changes:
+            raise RuntimeError(message)
+        yield []
+
+    monkeypatch.setattr(tune, "answering", failing)
+    one = Sweep("reduce", "reduce_forward", {"num_warps": (4,)})
+    with pytest.raises(RuntimeError, match=r"reduce \(reduce_forward\) B2-N18-fp32: .*num_warps"):
+        tune.tune([one], [SMALL], tmp_path / "tune.json", rounds=1, seconds=60)
+
+
+class Elsewhere:
+    """An executor that runs at once; after `lives` calls it is broken."""
+
+    def __init__(self, lives):
+        self.lives, self.done = lives, []
+
+    def submit(self, call, *args):
+        if len(self.done) == self.lives:
+            raise BrokenExecutor
+        future = Future()
+        try:
+            future.set_result(call(*args))
+        except RuntimeError as error:
+            future.set_exception(error)
+        self.done.append((args, future))
+        return future
+
+
+@pytest.mark.parametrize("lives", [99, 1])
+def test_candidates_are_compiled_elsewhere_before_they_are_timed(monkeypatch, lives):
+    seen, right = [], tune.results
+
+    def watched(op, args):
+        seen.append(launch.reduce_forward(17, 4).num_warps)
+        if seen[-1] == 8:
+            raise RuntimeError("does not fit")
+        return right(op, args)
+
+    monkeypatch.setattr(tune, "results", watched)
+    sweep, pool = Sweep("reduce", "reduce_forward", {"num_warps": (4, 8, 16)}), Elsewhere(lives)
+    tune.precompile(pool, [sweep], SMALL, seconds=60)
+    assert seen == [4, 8, 16][:lives]
+    assert [future.exception() is None for _, future in pool.done] == [True, False, True][:lives]
+
+
+def test_the_shapes_that_matter_most_come_first():
+    assert list(map(str, tune.SHAPES[:3])) == ["B256-N257-bf16", "B256-N197-bf16", "B64-N257-bf16"]
 
 
 def test_the_command_wants_a_gpu_and_known_ops(tmp_path, capsys, monkeypatch):

@@ -1,0 +1,58 @@
+"""What every result says of where it comes from: device, versions, commit."""
+
+import os
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import cpuinfo
+import torch
+
+from benchmarks.cases import DEVICE, ON_GPU
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = "benchmarks/results"  # a run writes there: that changes nothing of what it measures
+
+
+@cache
+def machine() -> dict[str, Any]:
+    """Device and versions: all that is said of the machine."""
+    cpu = cpuinfo.get_cpu_info().get("brand_raw", platform.machine())
+    return {
+        "device": torch.cuda.get_device_name(DEVICE)
+        if ON_GPU
+        else f"{cpu}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "versions": {name: _version(name) for name in ("torch", "triton", "timm")},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+@cache
+def commit() -> dict[str, Any]:
+    """id and dirty; empty where nobody knows.
+
+    $COMMIT says it where the tree came without .git: a hash, and '-dirty' if there were changes.
+    """
+    said = os.environ.get("COMMIT")
+    if said:
+        return {"id": said.removesuffix("-dirty"), "dirty": said.endswith("-dirty")}
+    try:
+        changes = _git("status", "--porcelain", "--untracked-files=no", "--", f":!{RESULTS}")
+        return {"id": _git("rev-parse", "HEAD"), "dirty": bool(changes)}
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+
+
+def _git(*words: str) -> str:
+    command = ("git", "-C", str(ROOT), *words)
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
