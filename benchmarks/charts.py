@@ -37,17 +37,20 @@ STYLE = {
 Rows = dict[str, dict[str, float]]
 
 
-def draw(results: Results, folder: Path) -> None:
+def draw(results: Results, folder: Path) -> list[Path]:
     """Write <slug>-towers.svg and <slug>-ops.svg, those that there is something to show of."""
     folder.mkdir(exist_ok=True)
+    paths = []
     with matplotlib.rc_context(STYLE):
         for kind, panels_of in (("towers", tower_panels), ("ops", op_panels)):
             panels = panels_of(results.entries)
             if panels:
                 figure = plot(panels, f"{kind} on {results.machine['device']}")
-                path = folder / f"{results.slug}-{kind}.svg"
-                figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+                paths.append(folder / f"{results.slug}-{kind}.svg")
+                metadata = {"Date": None, "Creator": None}  # the same from the same results
+                figure.savefig(paths[-1], bbox_inches="tight", metadata=metadata)
                 plt.close(figure)
+    return paths
 
 
 def tower_panels(entries: list[dict[str, Any]]) -> dict[str, Rows]:

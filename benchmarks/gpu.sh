@@ -2,8 +2,10 @@
 # What only a GPU can show, without a network or an installation, each in less than nine minutes.
 #   benchmarks/gpu.sh tests   tests/gpu; GOLDEN=FOLDER names the golden tensors
 #   benchmarks/gpu.sh tune    the numbers of elip_kernels/launch.py, tried against each other
-#   benchmarks/gpu.sh bench   benchmarks/ against the official algorithm, eager forms and a copy
-# Results go to $OUT, or to benchmarks/results/<device>.
+#   benchmarks/gpu.sh bench   benchmarks/ against the official algorithm, eager forms and a copy;
+#                             bench tower, or another NAME, runs bench_NAME.py alone
+# Results go to $OUT, or to benchmarks/results/<device>. Where the tree came without .git,
+# COMMIT=$(git rev-parse HEAD) says what is measured.
 set -euo pipefail
 out=${OUT:+$(realpath -m "$OUT")}
 golden=${GOLDEN:+$(realpath -m "$GOLDEN")}
@@ -16,7 +18,11 @@ refuse() {
 }
 
 case "${1:-}" in
-  tests | tune | bench) ;;
+  tests) ;;
+  tune | bench)
+    [[ -n ${COMMIT:-} ]] || git rev-parse --quiet --verify HEAD >/dev/null 2>&1 ||
+      refuse "expected the commit that is measured in COMMIT, as there is no .git; got none"
+    ;;
   *) refuse "expected tests, tune or bench, got '${1:-}'" ;;
 esac
 device=$(python3 -c 'import torch; print(torch.cuda.get_device_name())' 2>/dev/null) ||
@@ -27,7 +33,7 @@ mkdir -p "$out"
 
 # An interrupt, so that what is done by then is still reported.
 limited() {
-  timeout --signal=INT --kill-after=15 520 python3 "$@" 2>&1 | tee "$log"
+  timeout --signal=INT --kill-after=15 500 python3 "$@" 2>&1 | tee "$log"
 }
 
 log=$out/$1.txt
@@ -40,7 +46,10 @@ case $1 in
     limited -m benchmarks.tune --out "$out/tune.json" --seconds 440
     ;;
   bench)
-    limited -m pytest -p no:cacheprovider benchmarks/ --benchmark-only \
-      --benchmark-json="$out/bench.json"
+    files=(benchmarks/bench_tower.py benchmarks/bench_[!t]*.py) # the towers say most
+    [[ -z ${2:-} ]] || files=("benchmarks/bench_$2.py")
+    json=$out/bench${2:+_$2}.json
+    rm -f "$json"
+    limited -m pytest -p no:cacheprovider "${files[@]}" --benchmark-only --benchmark-json="$json"
     ;;
 esac

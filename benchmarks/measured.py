@@ -40,6 +40,9 @@ def _read_device(folder: Path) -> Results:
             content = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise Refused(f"{path}: expected JSON: {error}") from None
+        reason = unfinished(content)
+        if reason is not None:
+            raise Refused(f"{path}: {reason}")
         sources.append((content["machine_info"], content["commit_info"]))
         for benchmark in content["benchmarks"]:
             reason = refusal(benchmark["extra_info"])
@@ -50,7 +53,21 @@ def _read_device(folder: Path) -> Results:
         raise Refused(f"{folder}: expected one device, its versions and one commit, got several")
     machine, commit = sources[0]
     changed = " and local changes" if commit.get("dirty") else ""
-    return Results(folder.name, machine, f"{commit.get('id', 'unknown')[:7]}{changed}", entries)
+    return Results(folder.name, machine, f"{commit['id'][:7]}{changed}", entries)
+
+
+def unfinished(content: dict[str, Any]) -> str | None:
+    """Why a file may not be shown, or None."""
+    if not content["commit_info"].get("id"):
+        return "expected the commit that was measured, got none: set COMMIT where there is no .git"
+    run = content.get("run")
+    if run is None:
+        return "expected 'run', which says what was to be measured, got none"
+    for what in ("failed", "missing"):
+        if run[what]:
+            names = ", ".join(run[what][:3])
+            return f"{len(run[what])} of {run['planned']} benchmarks {what}: {names}"
+    return None
 
 
 def refusal(entry: dict[str, Any]) -> str | None:

@@ -3,15 +3,17 @@
     python -m benchmarks.plot [--results DIR] [--readme README.md] [--check]
 
 Reads DIR/<device>/bench*.json as `pytest benchmarks/ --benchmark-only --benchmark-json=FILE` wrote
-them. Results whose parity failed or was not checked, or of fewer than ten rounds, are refused, and
-nothing is written.
+them. Results whose parity failed or was not checked, of a run that failed or stopped early, of no
+known commit, or of fewer than ten rounds, are refused, and nothing is written.
 """
 
 import argparse
 import re
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from benchmarks.charts import draw
 from benchmarks.measured import Refused, Results, read_results
 from benchmarks.tables import device_tables
 
@@ -29,8 +31,19 @@ def readme_with(readme: str, results: list[Results]) -> str:
     return pattern.sub(lambda _: f"{BEGIN}\n\n{block}\n\n{END}", readme, count=1)
 
 
+def stale_charts(results: list[Results], docs: Path) -> list[Path]:
+    """The charts of `results` that are not in `docs`, or not as they are drawn now."""
+    with TemporaryDirectory() as folder:
+        drawn = [path for device in results for path in draw(device, Path(folder))]
+        return [docs / path.name for path in drawn if not _same(path, docs / path.name)]
+
+
+def _same(drawn: Path, kept: Path) -> bool:
+    return kept.is_file() and kept.read_bytes() == drawn.read_bytes()
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0, or 1 where results are refused or, with --check, the README is stale."""
+    """Exit status: 0, or 1 where results are refused or, with --check, something is stale."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
@@ -43,14 +56,14 @@ def main(arguments: list[str] | None = None) -> int:
     except Refused as reason:
         sys.stderr.write(f"refused: {reason}\n")
         return 1
+    docs = options.readme.parent / "docs"
     if options.check:
-        if wanted != current:
-            sys.stderr.write(f"{options.readme}: stale; run python -m benchmarks.plot\n")
-        return int(wanted != current)
-    from benchmarks.charts import draw
-
+        stale = [options.readme] * (wanted != current) + stale_charts(results, docs)
+        for path in stale:
+            sys.stderr.write(f"{path}: missing or stale; run python -m benchmarks.plot\n")
+        return int(bool(stale))
     for device in results:
-        draw(device, options.readme.parent / "docs")
+        draw(device, docs)
     options.readme.write_text(wanted, encoding="utf-8")
     return 0
 

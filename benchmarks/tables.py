@@ -58,12 +58,13 @@ def tower_table(entries: list[Entry]) -> list[str]:
 
 def op_table(entries: list[Entry]) -> list[str]:
     """Folded away: it is long."""
-    rows = []
+    rows, some = [], any(entry["kernels"] for entry in entries)
     for entry in entries:
         ratios = [ratio(entry["ratios"].get(name)) for name in OTHERS]
         possible = f"{100 * entry['possible'][OURS]:.0f}%"
         ours = milliseconds(entry["milliseconds"][OURS])
-        name = f"`{entry['op']}` {entry['direction']}"
+        form = " (PyTorch form)" if some and not entry["kernels"] else ""
+        name = f"`{entry['op']}` {entry['direction']}{form}"
         rows.append([name, sizes(entry), ours, *ratios, possible])
     header = ["op", "shape", "ours, ms", *(f"vs {name}" for name in OTHERS), "of possible"]
     note = (
@@ -71,6 +72,8 @@ def op_table(entries: list[Entry]) -> list[str]:
         "under `torch.compile`. Possible is a copy of the bytes that the op must move, between "
         "buffers that exist."
     )
+    if not some:
+        note += " Ours is the PyTorch form of each op: no kernel runs here."
     reasons = {reason for entry in entries for reason in entry["left_out"].items()}
     absent = [f"Where – stands, {name} was not measured: {why}." for name, why in sorted(reasons)]
     folded = "<details><summary>Every op, side by side</summary>"

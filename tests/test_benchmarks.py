@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.parity import judged, parity
+from benchmarks.machine import commit
 from benchmarks.plot import BEGIN, END, main
 from elip_models.profile import count_flops
 
@@ -28,6 +29,7 @@ def entries():
         "ratios": {"official": 0.5, "eager": 1.0},
         "possible": {"official": 0.25, "eager": 0.5, "elip_kernels": 0.5, "copy": 1.0},
         "bytes": 1000,
+        "kernels": False,
         "left_out": {"compiled": "no compiler"},
         "shape": {"B": 64, "N": 257, "D": 768, "K": 166},
     }
@@ -45,18 +47,20 @@ def entries():
 
 @pytest.fixture
 def page(tmp_path):
-    """page(entries) -> arguments of plot.py for a README and these results of one device."""
+    """page(entries, **changes to the file) -> arguments of plot.py for a README and these results
+    of one device."""
 
-    def write(entries):
+    def write(entries, **changes):
         folder = tmp_path / "results" / "some-cpu"
         folder.mkdir(parents=True)
         machine = {"device": "Some CPU, 2 cores", "threads": 2, "versions": {"torch": "2.13.0"}}
         content = {
             "machine_info": machine,
             "commit_info": {"id": "0123456789", "dirty": False},
+            "run": {"planned": len(entries), "failed": [], "missing": []},
             "benchmarks": [{"name": entry["op"], "extra_info": entry} for entry in entries],
         }
-        (folder / "bench.json").write_text(json.dumps(content))
+        (folder / "bench.json").write_text(json.dumps(content | changes))
         readme = tmp_path / "README.md"
         readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
         return ["--results", str(folder.parent), "--readme", str(readme)]
@@ -77,12 +81,50 @@ def test_tables_and_charts_come_from_the_json(page, tmp_path):
         "| `reduce` forward | B64 N257 D768 K166 fp32 | 2 | 0.50 | 1.00 no gain | – | 50% |",
         "| vit_base_patch16 256 px, 4, fp32 | training | 1674 | 0.73 (0.71) | 0.69 |",
         "compiled was not measured: no compiler.",
+        "no kernel runs here",
         "reduce 21 µs",
     ):
         assert part in text, part
     for name in ("some-cpu-towers.svg", "some-cpu-ops.svg"):
         assert f"(docs/{name})" in text
         assert "</svg>" in (tmp_path / "docs" / name).read_text()
+
+
+def test_an_op_that_ran_its_pytorch_form_says_so_beside_kernels(page, tmp_path):
+    op, *_ = entries()
+    assert main(page([op, op | {"dtype": "bf16", "kernels": True}])) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert "| `reduce` forward (PyTorch form) | B64 N257 D768 K166 fp32 |" in text
+    assert "| `reduce` forward | B64 N257 D768 K166 bf16 |" in text
+    assert "no kernel runs here" not in text
+
+
+def test_a_chart_that_is_missing_or_stale_is_found(page, tmp_path, capsys):
+    arguments = page(entries())
+    assert main(arguments) == 0
+    chart = tmp_path / "docs" / "some-cpu-ops.svg"
+    kept = chart.read_text()
+    for spoil in (chart.unlink, lambda: chart.write_text(kept.replace("eager", "other"))):
+        spoil()
+        assert main([*arguments, "--check"]) == 1
+        assert f"{chart}: missing or stale" in capsys.readouterr().err
+    chart.write_text(kept)
+    assert main([*arguments, "--check"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"run": {"planned": 9, "failed": ["test_a"], "missing": []}}, "1 of 9 benchmarks failed"),
+        ({"run": {"planned": 9, "failed": [], "missing": ["b", "c"]}}, "missing: b, c"),
+        ({"run": None}, "expected 'run'"),
+        ({"commit_info": {}}, "expected the commit"),
+    ],
+)
+def test_refuses_a_run_that_is_not_whole(page, tmp_path, capsys, change, reason):
+    assert main(page(entries(), **change)) == 1
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "docs").exists()
 
 
 @pytest.mark.parametrize(
@@ -117,44 +159,97 @@ def test_committed_readme_shows_the_committed_results():
     assert main(["--check"]) == 0
 
 
-def test_parity_is_twice_the_error_of_what_is_replaced():
-    exact, near, far = (torch.full((3,), x, dtype=torch.float64) for x in (1.0, 1.001, 1.003))
-    assert parity((exact,), {"eager": (near,), "elip_kernels": (near,)})["passed"]
-    with pytest.raises(AssertionError, match="parity"):
-        parity((exact,), {"eager": (near,), "elip_kernels": (far,)})
-    with pytest.raises(AssertionError, match="parity"):
-        judged({"official": 0.0, "last": 1e-3}, ours=["last"])
-
-
 def test_flops_count_attention_on_every_device():
     q = torch.randn(2, 3, 5, 4)
     assert count_flops(lambda: F.scaled_dot_product_attention(q, q, q)) == 2 * 2 * 2 * 3 * 5 * 5 * 4
 
 
-def test_a_benchmark_records_parity_and_nothing_private(tmp_path, capsys):
-    path = tmp_path / "device" / "bench.json"
-    path.parent.mkdir()
-    command = [sys.executable, "-m", "pytest", "benchmarks/bench_reduce.py", "--rounds", "1"]
-    command += ["--benchmark-json", str(path), "-k", "B1- and training", "-p", "no:cacheprovider"]
-    run = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"CXX": "no-such-compiler"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    content = json.loads(path.read_text())
+def test_the_commit_is_what_is_said_or_what_git_says(monkeypatch):
+    monkeypatch.setenv("COMMIT", "0123456789-dirty")
+    assert commit.__wrapped__() == {"id": "0123456789", "dirty": True}
+    monkeypatch.setenv("COMMIT", "")
+    monkeypatch.setenv("GIT_DIR", "/nowhere")
+    assert commit.__wrapped__() == {}
+    monkeypatch.setenv("PATH", "")
+    assert commit.__wrapped__() == {}
+
+
+@pytest.fixture
+def measure(tmp_path):
+    """measure(*words of pytest) -> its exit status and the JSON that it wrote."""
+
+    def run(*words):
+        path = tmp_path / "device" / "bench.json"
+        path.parent.mkdir()
+        command = [sys.executable, "-m", "pytest", *words, "-p", "no:cacheprovider"]
+        more = {"CXX": "no-such-compiler", "COMMIT": "0123456789", "PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(
+            [*command, "--benchmark-json", str(path)],
+            cwd=ROOT,
+            env=os.environ | more,
+            capture_output=True,
+            text=True,
+        )
+        assert path.exists(), done.stdout + done.stderr
+        return done.returncode, json.loads(path.read_text())
+
+    return run
+
+
+def refused(folder, capsys):
+    """What plot.py says of the results in a folder."""
+    readme = folder / "README.md"
+    readme.write_text(f"{BEGIN}{END}")
+    assert main(["--results", str(folder), "--readme", str(readme)]) == 1
+    return capsys.readouterr().err
+
+
+def test_a_benchmark_records_parity_and_nothing_private(measure, tmp_path, capsys):
+    words = ("benchmarks/bench_reduce.py", "--rounds", "1", "-k", "B1- and training")
+    status, content = measure(*words)
+    assert status == 0
     assert content["machine_info"].keys() == {"device", "threads", "versions"}
-    assert content["commit_info"].keys() <= {"id", "dirty"}
+    assert content["commit_info"] == {"id": "0123456789", "dirty": False}
+    assert content["run"] == {"planned": 1, "failed": [], "missing": []}
     (benchmark,) = content["benchmarks"]
     facts = benchmark["extra_info"]
     assert facts["parity"]["passed"] and facts["ratios"].keys() == {"official", "eager"}
     assert "no-such-compiler" in facts["left_out"]["compiled"]
-    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["versions"]["torch"] == version("torch")
     assert facts["possible"]["elip_kernels"] > 0
-    assert facts["bytes"] > 0
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{BEGIN}{END}")
-    assert main(["--results", str(tmp_path), "--readme", str(readme)]) == 1
-    assert "rounds" in capsys.readouterr().err
+    assert facts["bytes"] > 0 and facts["kernels"] == torch.cuda.is_available()
+    assert "rounds" in refused(tmp_path, capsys)
+
+
+SPOILS = """
+import elip_kernels, pytest
+own = elip_kernels.reduce
+elip_kernels.reduce = lambda *args, **options: own(*args, **options) + 1
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    items.append(items.pop(0))
+
+def pytest_runtest_setup(item):
+    if item.name == "test_overhead[STOPS_AT]":
+        raise KeyboardInterrupt
+"""
+
+
+@pytest.mark.parametrize(
+    ("stops_at", "failed", "missing"), [("", ["reduce"], []), ("reduce", [], ["reduce"])]
+)
+def test_a_run_that_failed_or_was_stopped_is_refused(
+    measure, tmp_path, capsys, stops_at, failed, missing
+):
+    (tmp_path / "spoils.py").write_text(SPOILS.replace("STOPS_AT", stops_at))
+    status, content = measure("benchmarks/bench_overhead.py", "-p", "spoils")
+    assert status != 0
+    name = "benchmarks/bench_overhead.py::test_overhead[{}]".format
+    assert content["run"] == {
+        "planned": 2,
+        "failed": [name(op) for op in failed],
+        "missing": [name(op) for op in missing],
+    }
+    assert [each["name"] for each in content["benchmarks"]] == ["test_overhead[cls_attention]"]
+    assert "1 of 2 benchmarks" in refused(tmp_path, capsys)
