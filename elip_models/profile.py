@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import elip_kernels
 from elip_models.reduction.encode import encode_image
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.stage import (
@@ -24,7 +23,7 @@ from elip_models.reduction.stage import (
     reduce_stage,
     score_stage,
 )
-from elip_models.towers import as_tower
+from elip_models.towers import Tower, as_tower
 
 NO_GAIN = 0.97  # a time ratio above this is called no gain
 LEAST_SECONDS = 2e-3  # of one measurement: a shorter step is called several times in a row
@@ -242,29 +241,29 @@ def scorer_agreement(
     tower, tokens = as_tower(model), as_tower(model).embed(images)
     stages = {stage.first: stage for stage in settings.schedule.stages(tower.num_patches)}
     shares: dict[str, list[float]] = {name: [] for name in (*scorers, "chance")}
-    for i, block in enumerate(tower.blocks):
+    for i in range(tower.depth):
         if i in stages:
             dropped = {}
             for name in scorers:
                 row = score_stage(
                     tower, stages[i], tokens, text_cls, replace(settings, scorer=name)
                 )
-                dropped[name] = _dropped(tokens, row, stages[i].keep)
+                dropped[name] = _dropped(tower, tokens, row, stages[i].keep)
             exact = replace(settings, scorer="exact")
             entered = tokens
             tokens, info = reduce_stage(tower, stages[i], tokens, text_cls, exact)
-            reference = _dropped(entered, info.attention, stages[i].keep)
+            reference = _dropped(tower, entered, info.attention, stages[i].keep)
             for name in scorers:
                 shares[name].append(((dropped[name] & reference).sum() / reference.sum()).item())
-            candidates = entered.shape[1] - 1
+            candidates = entered.shape[1] - tower.num_prefix_tokens
             shares["chance"].append((candidates - stages[i].keep) / candidates)
-        tokens = block(tokens)
+        tokens = tower.block(i, tokens)
     return shares
 
 
-def _dropped(tokens: Tensor, attention: Tensor, keep: int) -> Tensor:
+def _dropped(tower: Tower, tokens: Tensor, attention: Tensor, keep: int) -> Tensor:
     """(B, N) bool: the tokens that this attention row drops."""
-    _, info = elip_kernels.reduce(tokens, attention, keep, return_info=True)
+    _, info = tower.reduce(tokens, attention, keep, merge=False)
     dropped = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    dropped[:, 0] = False
+    dropped[:, : tower.num_prefix_tokens] = False
     return dropped.scatter_(1, info.kept, False)

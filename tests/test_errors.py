@@ -195,7 +195,10 @@ TABLE = {
             "return_info": flag,
         },
     ),
-    elip_models.reduce_: (good_patch, settings | {"model": models, "strategy": ["tome", None]}),
+    elip_models.reduce_: (
+        good_patch,
+        settings | {"model": models, "strategy": ["tome", None], "without_text": ["skip", 1]},
+    ),
     elip_models.unreduce_: (good_patch, {"model": [None, "vit"]}),
     elip_models.guidance: (
         good_guidance,

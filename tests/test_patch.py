@@ -257,13 +257,10 @@ def test_a_scorer_that_does_not_pay_in_eval_mode_warns_once_with_the_ratio(model
 
 
 REFUSED = {
-    "register tokens": lambda: plain_vit(reg_tokens=2),
-    "distillation token": lambda: timm.create_model("deit_tiny_distilled_patch16_224"),
     "'avg'": lambda: plain_vit(global_pool="avg"),
     "'map'": lambda: plain_vit(global_pool="map"),
     "no CLS": lambda: plain_vit(class_token=False, global_pool=""),
     "patch dropout": lambda: plain_vit(patch_drop_rate=0.5),
-    "queries and keys": lambda: plain_vit(qk_norm=True),
     "parallel": lambda: plain_vit(block_fn=timm.models.vision_transformer.ParallelScalingBlock),
     "post-norm": lambda: plain_vit(block_fn=timm.models.vision_transformer.ResPostBlock),
     "rotary": lambda: timm.create_model("vit_small_patch16_rope_224", depth=1),

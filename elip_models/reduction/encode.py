@@ -92,16 +92,16 @@ def run_tower(
     if text_cls is not None:
         text_cls = text_cls.detach()
     tokens, infos = tower.embed(images), []
-    for i, block in enumerate(tower.blocks):
+    for i in range(tower.depth):
         if i in stages:
             tokens, info = reduce_stage(tower, stages[i], tokens, text_cls, settings)
             infos.append(info)
         if cls_only and i == tower.depth - 1:
             tokens = tower.cls_block(i, tokens, tokens[:, 0])[:, None]
         elif tower.checkpointing and tower.model.training:
-            tokens = checkpoint(block, tokens, use_reentrant=False)
+            tokens = checkpoint(tower.block, i, tokens, use_reentrant=False)
         else:
-            tokens = block(tokens)
+            tokens = tower.block(i, tokens)
     return tower.finish(tokens), infos
 
 

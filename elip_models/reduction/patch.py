@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from elip_models.reduction.schedule import Schedule, Stage
 from elip_models.reduction.stage import ElipSettings, reduce_stage, stages_of, warn_if_slower
-from elip_models.towers import Tower, as_tower
+from elip_models.towers import Pair, Tower, as_pair, as_tower
 
 STRATEGIES = ("elip",)
 MAX_PASSES = 64  # forwards of a stage that may still wait for their backward
@@ -89,9 +89,10 @@ class _Replay:
 class StageHook:
     """The forward pre-hook on a stage's first block: reduces the tokens that enter it."""
 
-    def __init__(self, shared: _Shared, stage: Stage) -> None:
+    def __init__(self, shared: _Shared, stage: Stage, num_tokens: int) -> None:
         self.shared = shared
         self.stage = stage
+        self.num_tokens = num_tokens  # that enter
         self.replay = _Replay()
 
     def __call__(
@@ -102,8 +103,7 @@ class StageHook:
             return None
         if torch.compiler.is_compiling() and block._compiled_call_impl is not None:
             return _outside_the_graph(self, block, args, kwargs)
-        if kwargs.get("attn_mask") is not None or kwargs.get("is_causal"):
-            raise ValueError("attn_mask: expected none on a reduced model, whose tokens change")
+        _refuse_masks(args, kwargs)
         tokens = args[0]
         if torch.compiler.is_compiling():
             attention = None
@@ -118,6 +118,11 @@ class StageHook:
         if attention is None and not shared.settings.reduces(shared.text_cls):
             self._remember(None)
             return None
+        if tokens.shape[1] != self.num_tokens:
+            raise ValueError(
+                f"images: expected {self.num_tokens} tokens before block {self.stage.first}, those "
+                f"of images {shared.tower.image_size}, got {tokens.shape[1]}; resize the images"
+            )
         shared.scoring = True
         try:
             tokens, info = reduce_stage(
@@ -134,6 +139,12 @@ class StageHook:
             self.replay.remember(attention)
 
 
+def _refuse_masks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    masks = (*args[1:], *(kwargs.get(name) for name in ("attn_mask", "attention_mask")))
+    if any(mask is not None for mask in masks) or kwargs.get("is_causal"):
+        raise ValueError("attn_mask: expected none on a reduced model, whose tokens change")
+
+
 @torch.compiler.disable
 def _outside_the_graph(
     hook: StageHook, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -143,6 +154,29 @@ def _outside_the_graph(
     In the graph it would score again when the block is recomputed, without the guidance.
     """
     return hook(block, args, kwargs)
+
+
+class TextFirst:
+    """Both hooks on a whole model's forward: its text becomes the guidance of its image tower.
+
+    The text is encoded without gradient, once more than the forward itself does.
+    """
+
+    def __init__(self, shared: _Shared, pair: Pair) -> None:
+        self.shared = shared
+        self.pair = pair
+        self.is_ours = False
+
+    def __call__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any
+    ) -> None:
+        if output:
+            self.shared.text_cls = None if self.is_ours else self.shared.text_cls
+            self.is_ours = False
+        elif self.shared.text_cls is None:
+            with torch.no_grad():
+                self.shared.text_cls = self.pair.text_cls(*args, **kwargs)
+            self.is_ours = True
 
 
 class _Refusal:
@@ -166,7 +200,7 @@ def reduce_(
     scorer: str | int = "last",
     fusion: float = 0.8,
     guidance_norm: Literal["none", "match"] = "none",
-    without_text: Literal["dense", "vision"] = "vision",
+    without_text: Literal["dense", "vision"] | None = None,
     merge: bool = True,
 ) -> nn.Module:
     """Make an image model drop and merge tokens by `schedule`, in place; returns the model.
@@ -174,14 +208,18 @@ def reduce_(
     Parameters, state_dict keys and the call stay the same. A second call replaces the settings.
     The last block runs for all tokens, since the model's own forward may read them; CLIP's image
     tower in inference runs it for CLS alone.
-    Guidance, where there is any, comes by `with guidance(model, text_cls):` around the forward.
+    Guidance, where there is any, comes by `with guidance(model, text_cls):` around the forward. A
+    whole language-image model guides itself: its forward encodes the text first, without gradient,
+    and again as it always did.
 
     Args:
-        model: a timm VisionTransformer with CLS pooling.
+        model: an image model of timm, open_clip or transformers with a CLS token; or a whole
+            open_clip CLIP, transformers CLIPModel or BlipForImageTextRetrieval.
         schedule: as '2(100%) 2(90%) 6(65%) 2(40%)'; its layers add up to the model's depth.
         strategy: 'elip'.
         scorer, fusion, guidance_norm, without_text, merge: see `encode_image`. The scorer defaults
-            to 'last', which runs no layer twice.
+            to 'last', which runs no layer twice; without_text to 'vision' for an image model, to
+            'dense' for a whole one, where images without text stay as they were.
 
     Raises:
         TypeError: a model that cannot be reduced, or a compiled one, with the reason.
@@ -190,18 +228,36 @@ def reduce_(
     _refuse_compiled(model, "reduce_")
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: expected one of {STRATEGIES}, got {strategy!r}")
+    pair = as_pair(model)
+    if without_text is None:
+        without_text = "vision" if pair is None else "dense"
     settings = ElipSettings(schedule, scorer, fusion, guidance_norm, without_text, merge)
-    tower = as_tower(model)
+    tower = as_tower(model if pair is None else pair.image_model)
     settings.schedule.check_depth(tower.depth)
     stages = settings.schedule.stages(tower.num_patches)
     unreduce_(model)
+    if not stages:
+        return model
     shared = _Shared(tower, settings)
+    tokens = settings.schedule.tokens_per_layer(
+        tower.num_patches, merge=merge, num_prefix_tokens=tower.num_prefix_tokens
+    )
     for stage in stages:
-        hook = StageHook(shared, stage)
+        entering = tokens[stage.first - 1] if stage.first else tower.num_tokens
+        hook = StageHook(shared, stage, entering)
         tower.blocks[stage.first].register_forward_pre_hook(hook, with_kwargs=True)
-    for name in tower.side_doors if stages else ():
-        setattr(model, name, _Refusal(name))
+    _refuse_side_doors(tower)
+    if pair is not None:
+        text_first = TextFirst(shared, pair)
+        model.register_forward_pre_hook(text_first, with_kwargs=True)
+        model.register_forward_hook(text_first, with_kwargs=True, always_call=True)
+        _refuse_side_doors(pair)
     return model
+
+
+def _refuse_side_doors(adapter: Tower | Pair) -> None:
+    for name in adapter.side_doors:
+        setattr(adapter.model, name, _Refusal(name))
 
 
 def unreduce_(model: nn.Module) -> nn.Module:
@@ -209,9 +265,14 @@ def unreduce_(model: nn.Module) -> nn.Module:
     _refuse_compiled(model, "unreduce_")
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, StageHook):
+            if isinstance(hook, (StageHook, TextFirst)):
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, TextFirst):
+                del module._forward_hooks[key]
+                module._forward_hooks_with_kwargs.pop(key, None)
+                module._forward_hooks_always_called.pop(key, None)
         for name, value in list(vars(module).items()):
             if isinstance(value, _Refusal):
                 delattr(module, name)

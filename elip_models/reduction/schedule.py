@@ -108,11 +108,13 @@ class Schedule:
         """Kept patches of each reduction: [230, 166, 102] of 256 for the paper's schedule."""
         return [stage.keep for stage in self.stages(num_patches)]
 
-    def tokens_per_layer(self, num_patches: int, *, merge: bool = True) -> list[int]:
-        """Tokens that enter each layer, CLS and merged token included."""
-        tokens = [num_patches + 1] * self.depth
+    def tokens_per_layer(
+        self, num_patches: int, *, merge: bool = True, num_prefix_tokens: int = 1
+    ) -> list[int]:
+        """Tokens that enter each layer, prefix tokens (CLS) and merged token included."""
+        tokens = [num_patches + num_prefix_tokens] * self.depth
         for stage in self.stages(num_patches):
-            reduced = min(stage.keep + 1 + merge, tokens[stage.first])
+            reduced = min(stage.keep + num_prefix_tokens + merge, tokens[stage.first])
             tokens[stage.first :] = [reduced] * (self.depth - stage.first)
         return tokens
 

@@ -18,10 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import elip_kernels
 from elip_kernels import ReductionInfo
 from elip_models.reduction.schedule import Schedule, Stage
-from elip_models.towers import Tower
+from elip_models.towers import Tower, with_cls
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -49,16 +48,12 @@ class Scorer(NamedTuple):
     reads: Callable[[Stage], int] | None = None
 
 
-def _with_cls(tokens: Tensor, cls: Tensor) -> Tensor:
-    return torch.cat([cls[:, None], tokens[:, 1:]], dim=1)
-
-
 def _official(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
     """All layers whole, the last with its N x N map, its output thrown away."""
     last = stage.first + stage.layers - 1
-    tokens = _with_cls(tokens, cls)
+    tokens = with_cls(tokens, cls)
     for i in range(stage.first, last):
-        tokens = tower.blocks[i](tokens)
+        tokens = tower.block(i, tokens)
     row = tower.attention_map(last, tokens)[:, :, 0].mean(1)
     tower.mlp(last, tower.attend(last, tokens))
     return row
@@ -75,9 +70,9 @@ def _after(layer: int) -> Callable[[Tower, Stage, Tensor, Tensor], Tensor]:
     def row(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
         target = stage.first + layer - 1
         if layer > 1:
-            tokens = _with_cls(tokens, cls)
+            tokens = with_cls(tokens, cls)
             for i in range(stage.first, target):
-                tokens = tower.blocks[i](tokens)
+                tokens = tower.block(i, tokens)
             cls = tokens[:, 0]
         return tower.cls_attention(target, tokens, cls)
 
@@ -168,7 +163,7 @@ class ElipSettings:
         scorer = get_scorer(self.scorer)
         stages = stages_of(self.schedule, tower.num_patches)
         scored = tuple(scorer.layers(stage.layers) for stage in stages)
-        shape = (tower.num_patches, tower.width, tower.mlp_ratio)
+        shape = (tower.num_patches, tower.num_prefix_tokens, tower.width, tower.mlp_ratio)
         return _inference_cost(self.schedule, self.merge, scored, *shape)
 
 
@@ -195,6 +190,7 @@ def _inference_cost(
     merge: bool,
     scored: tuple[int, ...],
     num_patches: int,
+    num_prefix_tokens: int,
     width: int,
     mlp_ratio: float,
 ) -> float:
@@ -204,11 +200,14 @@ def _inference_cost(
         """Multiply-adds of one block: projections, MLP, attention."""
         return tokens * width * ((4 + 2 * mlp_ratio) * width + 2 * tokens)
 
-    tokens = schedule.tokens_per_layer(num_patches, merge=merge)
+    dense = num_patches + num_prefix_tokens
+    tokens = schedule.tokens_per_layer(
+        num_patches, merge=merge, num_prefix_tokens=num_prefix_tokens
+    )
     cost = sum(map(block, tokens))
     for stage, layers in zip(schedule.stages(num_patches), scored, strict=True):
-        cost += layers * block(tokens[stage.first - 1] if stage.first else num_patches + 1)
-    return cost / (block(num_patches + 1) * schedule.depth)
+        cost += layers * block(tokens[stage.first - 1] if stage.first else dense)
+    return cost / (block(dense) * schedule.depth)
 
 
 @cache
@@ -309,7 +308,11 @@ def reduce_stage(
         (B, keep+2, D), or keep+1 without merging, and the `StageInfo`.
     """
     reads = get_scorer(settings.scorer).reads
-    if attention is None and reads is not None and stage.keep < tokens.shape[1] - 1:
+    if (
+        attention is None
+        and reads is not None
+        and stage.keep < tokens.shape[1] - tower.num_prefix_tokens
+    ):
         cls = _fused_cls(tokens, text_cls, settings)
         tokens, info, attention = tower.score_reduce(
             reads(stage), tokens, cls, stage.keep, merge=settings.merge
@@ -317,7 +320,5 @@ def reduce_stage(
         return tokens, StageInfo(stage, info, attention)
     if attention is None:
         attention = score_stage(tower, stage, tokens, text_cls, settings)
-    tokens, info = elip_kernels.reduce(
-        tokens, attention, stage.keep, merge=settings.merge, return_info=True
-    )
+    tokens, info = tower.reduce(tokens, attention, stage.keep, merge=settings.merge)
     return tokens, StageInfo(stage, info, attention)

@@ -1,59 +1,33 @@
-"""Image towers seen as embed, blocks, attend, mlp, cls_attention, finish.
+"""Image towers: other libraries' models seen as embed, blocks, attend, mlp, cls_attention, finish.
 
-A tower reads a model's own modules and adds nothing to it. `as_tower` finds the one that fits.
+A tower reads a model's own modules and adds nothing to it. `as_tower` finds the one that fits;
+`as_pair` knows whole language-image models, whose text then guides their own image tower.
 """
 
-from typing import Protocol
+from importlib import import_module
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
-from elip_kernels import ReductionInfo
+from elip_models.towers.tower import Pair, Projections, Tower, with_cls
+
+__all__ = ["Pair", "Projections", "Tower", "as_pair", "as_tower", "with_cls"]
 
 
-class Tower(Protocol):
-    """What the reduction needs of an image model; tokens are (B, N, D) with CLS first."""
+class Adapter(NamedTuple):
+    """Where the classes of a library are read: the file here, and the extra that installs it."""
 
-    model: nn.Module
-    blocks: nn.Sequential
-    width: int
-    depth: int
-    num_patches: int
-    image_size: tuple[int, int]
-    mlp_ratio: float
-    side_doors: tuple[str, ...]
+    file: str
+    tower: str
+    pair: str | None
+    extra: str
 
-    def embed(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> tokens: everything before block 0."""
 
-    def attend(self, i: int, tokens: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Block i's attention half, residual included."""
-
-    def mlp(self, i: int, tokens: Tensor) -> Tensor:
-        """Block i's MLP half, residual included."""
-
-    def attention_map(self, i: int, tokens: Tensor) -> Tensor:
-        """Block i's whole softmax map (B, H, N, N), as the official code computes it."""
-
-    def cls_attention(self, i: int, tokens: Tensor, cls: Tensor) -> Tensor:
-        """Block i's CLS row (B, N), head mean, with `cls` (B, D) in place of token 0."""
-
-    def score_reduce(
-        self, i: int, tokens: Tensor, cls: Tensor, keep: int, *, merge: bool
-    ) -> tuple[Tensor, ReductionInfo, Tensor]:
-        """Block i's CLS row selects among `tokens` -> reduced tokens, what was kept, the row."""
-
-    def cls_block(self, i: int, tokens: Tensor, cls: Tensor) -> Tensor:
-        """`cls` (B, D) through block i alone, attending to `tokens` -> (B, D)."""
-
-    def is_plain(self, i: int) -> bool:
-        """Block i runs its own parts in eval mode and nothing else: `cls_block` is exact for it."""
-
-    def finish(self, tokens: Tensor) -> Tensor:
-        """The final norm, before pooling."""
-
-    @property
-    def checkpointing(self) -> bool:
-        """The model asks for activation checkpointing."""
+ADAPTERS = {
+    "timm": Adapter("timm", "TimmTower", None, "models"),
+    "open_clip": Adapter("open_clip", "OpenClipTower", "OpenClipPair", "open-clip"),
+    "transformers": Adapter("hf", "HFTower", "HFPair", "models"),
+}
 
 
 def as_tower(model: nn.Module) -> Tower:
@@ -61,18 +35,57 @@ def as_tower(model: nn.Module) -> Tower:
 
     Raises:
         TypeError: not a model that a tower reads, or a variant of one that it does not: why.
-        ImportError: timm is missing.
+        ImportError: a library is missing.
     """
-    try:
-        from elip_models.towers.timm import TimmTower
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"elip_models needs {error.name}: pip install 'elip-kernels[models]'"
-        ) from error
-    reason = TimmTower.refuses(model)
+    library = _library(model)
+    if library is None:
+        raise TypeError(
+            f"model: expected an image model of {', '.join(ADAPTERS)}, got "
+            f"{type(model).__name__}; of a wrapper, pass the image model inside"
+        )
+    tower = _load(library, ADAPTERS[library].tower)
+    reason = tower.refuses(model)
     if reason is not None:
         raise TypeError(
-            "model: expected a timm VisionTransformer that can be reduced, got "
+            f"model: expected an image model of {library} that can be reduced, got "
             f"{type(model).__name__}: {reason}"
         )
-    return TimmTower(model)
+    return tower(model)
+
+
+def as_pair(model: nn.Module) -> Pair | None:
+    """The whole language-image model as a pair, or None where it is an image model alone.
+
+    Raises:
+        TypeError: a pair whose text cannot guide its images: why.
+    """
+    library = _library(model)
+    if library is None or ADAPTERS[library].pair is None:
+        return None
+    adapter = _load(library, ADAPTERS[library].pair)
+    if not adapter.accepts(model):
+        return None
+    pair = adapter(model)
+    reason = pair.refuses()
+    if reason is not None:
+        raise TypeError(
+            f"model: expected one whose text can guide its images, got {type(model).__name__}: "
+            f"{reason}"
+        )
+    return pair
+
+
+def _library(model: nn.Module) -> str | None:
+    """Which of the libraries the model's class, or one that it derives from, belongs to."""
+    roots = (cls.__module__.split(".")[0] for cls in type(model).__mro__)
+    return next((root for root in roots if root in ADAPTERS), None)
+
+
+def _load(library: str, name: str) -> Any:
+    adapter = ADAPTERS[library]
+    try:
+        return getattr(import_module(f"elip_models.towers.{adapter.file}"), name)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"elip_models needs {error.name}: pip install 'elip-kernels[{adapter.extra}]'"
+        ) from error

@@ -1,0 +1,196 @@
+"""Vision transformers of Hugging Face transformers as towers, and two whole models as pairs.
+
+CLIP's, ViT's, DeiT's (a distillation token beside CLS) and BLIP's: embeddings, a list of layers of
+two halves, a last norm. BLIP's own forward attends eagerly; `attend` here runs on SDPA.
+"""
+
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import BlipForImageTextRetrieval, CLIPModel
+
+from elip_models.towers.tower import Pair, Projections, Tower, is_observed
+
+IDENTITY = nn.Identity()
+
+
+class Names(NamedTuple):
+    """What a layer calls its parts, and its model the last norm."""
+
+    attn: str
+    out: str
+    norm1: str
+    norm2: str
+    norm: str
+
+
+LAYERS = {
+    "CLIPEncoderLayer": Names(
+        "self_attn", "out_proj", "layer_norm1", "layer_norm2", "post_layernorm"
+    ),
+    "BlipEncoderLayer": Names(
+        "self_attn", "projection", "layer_norm1", "layer_norm2", "post_layernorm"
+    ),
+    "ViTLayer": Names("attention", "o_proj", "layernorm_before", "layernorm_after", "layernorm"),
+    "DeiTLayer": Names("attention", "o_proj", "layernorm_before", "layernorm_after", "layernorm"),
+}
+
+
+class HFTower(Tower):
+    """The vision transformer inside a transformers model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.trunk, self.blocks = _trunk(model)
+        self.names = LAYERS[type(self.blocks[0]).__name__]
+        config = self.trunk.config
+        self.width = config.hidden_size
+        self.depth = len(self.blocks)
+        self.image_size = _pair(config.image_size)
+        (height, width), (rows, columns) = self.image_size, _pair(config.patch_size)
+        self.num_patches = (height // rows) * (width // columns)
+        self.num_prefix_tokens = 2 if hasattr(self.trunk.embeddings, "distillation_token") else 1
+        self.mlp_ratio = config.intermediate_size / self.width
+
+    @staticmethod
+    def refuses(model: nn.Module) -> str | None:
+        found = _trunk(model)
+        if found is None:
+            return (
+                f"{type(model).__name__} has no layers of {', '.join(LAYERS)}; a tower without CLS "
+                "(SigLIP) has no token to score with"
+            )
+        _, layers = found
+        names = LAYERS[type(layers[0]).__name__]
+        attn = getattr(layers[0], names.attn)
+        parts = ("qkv",) if hasattr(attn, "qkv") else ("q_proj", "k_proj", "v_proj")
+        for layer in layers:
+            attn = getattr(layer, names.attn)
+            if not all(type(getattr(attn, part, None)) is nn.Linear for part in parts):
+                return (
+                    f"a layer's attention has no {', '.join(parts)} that are nn.Linear (merge "
+                    "adapters first, or take a later transformers)"
+                )
+        return None
+
+    @property
+    def checkpointing(self) -> bool:
+        return False  # the layers do it themselves
+
+    def embed(self, images: Tensor) -> Tensor:
+        return _part(self.trunk, "pre_layrnorm")(self.trunk.embeddings(images))
+
+    def block(self, i: int, tokens: Tensor) -> Tensor:
+        return self.blocks[i](tokens, attention_mask=None)
+
+    def qkv(self, i: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        attn, x = self._attention(i), getattr(self.blocks[i], self.names.norm1)(tokens)
+        if hasattr(attn, "qkv"):
+            parts = attn.qkv(x).chunk(3, -1)
+        else:
+            parts = (attn.q_proj(x), attn.k_proj(x), attn.v_proj(x))
+        q, k, v = (y.unflatten(2, (self._heads, -1)).transpose(1, 2) for y in parts)
+        return q, k, v
+
+    def projections(self, i: int) -> Projections:
+        attn = self._attention(i)
+        if hasattr(attn, "qkv"):
+            weights, biases = attn.qkv.weight.chunk(3), attn.qkv.bias.chunk(3)
+        else:
+            linears = (attn.q_proj, attn.k_proj, attn.v_proj)
+            weights, biases = [m.weight for m in linears], [m.bias for m in linears]
+        parts = (part for pair in zip(weights, biases, strict=True) for part in pair)
+        norm, scale = getattr(self.blocks[i], self.names.norm1), self._head_dim**-0.5
+        return Projections(norm, *parts, self._heads, scale)
+
+    def attention_dropout(self, i: int) -> float:
+        attn = self._attention(i)
+        if not attn.training:
+            return 0.0
+        rate = getattr(attn, "attention_dropout", None) or getattr(attn, "dropout", 0.0)
+        return rate.p if isinstance(rate, nn.Dropout) else rate
+
+    def project(self, i: int, attended: Tensor) -> Tensor:
+        out = getattr(self._attention(i), self.names.out)(attended)
+        return _part(self.blocks[i], "dropout")(out)
+
+    def mlp(self, i: int, tokens: Tensor) -> Tensor:
+        block = self.blocks[i]
+        out = block.mlp(getattr(block, self.names.norm2)(tokens))
+        return tokens + _part(block, "dropout")(out)
+
+    def is_plain(self, i: int) -> bool:
+        modules = list(self.blocks[i].modules())
+        known = all(type(m).__module__.split(".")[0] in ("torch", "transformers") for m in modules)
+        return known and not any(is_observed(module) for module in modules)
+
+    def finish(self, tokens: Tensor) -> Tensor:
+        return getattr(self.trunk, self.names.norm)(tokens)
+
+    def _attention(self, i: int) -> nn.Module:
+        return getattr(self.blocks[i], self.names.attn)
+
+    @property
+    def _heads(self) -> int:
+        return self.trunk.config.num_attention_heads
+
+    @property
+    def _head_dim(self) -> int:
+        return self._attention(0).head_dim
+
+
+class HFPair(Pair):
+    """CLIPModel, guided by its text features; BlipForImageTextRetrieval, by BERT's CLS output."""
+
+    def __init__(self, model: CLIPModel | BlipForImageTextRetrieval) -> None:
+        self.model = model
+        self.image_model = model.vision_model
+
+    @staticmethod
+    def accepts(model: nn.Module) -> bool:
+        return isinstance(model, (CLIPModel, BlipForImageTextRetrieval))
+
+    def refuses(self) -> str | None:
+        if isinstance(self.model, CLIPModel):
+            return None
+        config = self.model.config
+        text, vision = config.text_config.hidden_size, config.vision_config.hidden_size
+        return None if text == vision else f"its text is {text} wide, its image tower {vision}"
+
+    def text_cls(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor | None:
+        if input_ids is None or pixel_values is None:
+            return None
+        model, is_clip = self.model, isinstance(self.model, CLIPModel)
+        mask = kwargs.get("attention_mask", args[0 if is_clip else 1] if len(args) > 1 else None)
+        if is_clip:
+            text = model.get_text_features(input_ids=input_ids, attention_mask=mask).pooler_output
+            return F.normalize(text, dim=-1) @ model.visual_projection.weight
+        return model.text_encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state[:, 0]
+
+
+def _trunk(model: nn.Module) -> tuple[nn.Module, nn.ModuleList] | None:
+    """The module that holds embeddings and layers of an image tower, and the layers."""
+    for module in model.modules():
+        if not hasattr(module, "embeddings") or not hasattr(module, "config"):
+            continue
+        layers = getattr(getattr(module, "encoder", module), "layers", None)
+        is_image = hasattr(module.config, "patch_size")
+        if is_image and isinstance(layers, nn.ModuleList) and type(layers[0]).__name__ in LAYERS:
+            return module, layers
+    return None
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _part(module: nn.Module, name: str) -> nn.Module:
+    """A part that only some models have; the identity for the others."""
+    return getattr(module, name, IDENTITY)

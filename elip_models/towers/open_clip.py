@@ -1,0 +1,144 @@
+"""open_clip's VisionTransformer as a tower, and its CLIP as a pair of towers.
+
+Uses _embeds, transformer.resblocks (ln_1, attn, ls_1 and the second half alike), ln_post, proj.
+Attention is nn.MultiheadAttention or open_clip's own of the same parameter names: what a block has
+decides, not the version.
+"""
+
+from typing import Any
+
+import torch.nn.functional as F
+from open_clip import CLIP, CustomTextCLIP
+from open_clip.transformer import PatchDropout, VisionTransformer
+from torch import Tensor, nn
+
+from elip_models.towers.tower import Pair, Projections, Tower, is_observed
+
+LIBRARIES = ("torch", "open_clip")  # whose attention is read; a wrapper's is not
+IDENTITY = nn.Identity()
+
+
+class OpenClipTower(Tower):
+    """An open_clip VisionTransformer with CLS pooling (or none)."""
+
+    side_doors = ("forward_intermediates", "prune_intermediate_layers")
+
+    def __init__(self, model: VisionTransformer) -> None:
+        self.model = model
+        self.blocks = model.transformer.resblocks
+        self.width = model.transformer.width
+        self.depth = len(self.blocks)
+        self.num_patches = model.grid_size[0] * model.grid_size[1]
+        self.image_size = tuple(model.image_size)
+        self.mlp_ratio = self.blocks[0].mlp.c_fc.out_features / self.width
+
+    @staticmethod
+    def refuses(model: nn.Module) -> str | None:
+        if not isinstance(model, VisionTransformer):
+            return "its image tower is not open_clip's VisionTransformer; pass a timm trunk itself"
+        if model.attn_pool is not None:
+            return "it pools by attention over the patches, which dropped tokens would change"
+        if model.pool_type not in ("tok", "none"):
+            return f"it pools by {model.pool_type!r}, which dropped tokens would change"
+        if isinstance(model.patch_dropout, PatchDropout) and model.patch_dropout.prob > 0:
+            return "it has patch dropout of its own, so patches have no position"
+        if not model.transformer.batch_first:
+            return "its blocks take (N, B, D) tokens (batch_first=False)"
+        reasons = (_refuses_block(block) for block in model.transformer.resblocks)
+        return next((reason for reason in reasons if reason is not None), None)
+
+    @property
+    def checkpointing(self) -> bool:
+        return self.model.transformer.grad_checkpointing
+
+    def embed(self, images: Tensor) -> Tensor:
+        return self.model._embeds(images)
+
+    def qkv(self, i: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        block = self.blocks[i]
+        attn = block.attn
+        qkv = F.linear(block.ln_1(tokens), attn.in_proj_weight, attn.in_proj_bias)
+        q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return _part(attn, "ln_q")(q), _part(attn, "ln_k")(k), v
+
+    def projections(self, i: int) -> Projections:
+        block = self.blocks[i]
+        attn = block.attn
+        weights = attn.in_proj_weight.chunk(3)
+        biases = (None,) * 3 if attn.in_proj_bias is None else attn.in_proj_bias.chunk(3)
+        parts = (part for pair in zip(weights, biases, strict=True) for part in pair)
+        norms = (_part(attn, name) for name in ("ln_q", "ln_k"))
+        norms = (None if isinstance(norm, nn.Identity) else norm for norm in norms)
+        scale = (self.width // attn.num_heads) ** -0.5
+        return Projections(block.ln_1, *parts, attn.num_heads, scale, *norms)
+
+    def attention_dropout(self, i: int) -> float:
+        attn = self.blocks[i].attn
+        if not attn.training:
+            return 0.0
+        return attn.dropout if isinstance(attn, nn.MultiheadAttention) else attn.attn_drop.p
+
+    def project(self, i: int, attended: Tensor) -> Tensor:
+        block = self.blocks[i]
+        out = block.attn.out_proj(_part(block.attn, "ln_inner")(attended))
+        return block.ls_1(_part(block, "ln_attn")(_part(block.attn, "out_drop")(out)))
+
+    def mlp(self, i: int, tokens: Tensor) -> Tensor:
+        block = self.blocks[i]
+        return tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
+
+    def is_plain(self, i: int) -> bool:
+        block = self.blocks[i]
+        known = all(type(m).__module__.split(".")[0] in LIBRARIES for m in block.modules())
+        observed = any(is_observed(module) for module in block.modules())
+        return known and not observed and _refuses_block(block) is None
+
+    def finish(self, tokens: Tensor) -> Tensor:
+        return self.model.ln_post(tokens)
+
+
+class OpenClipPair(Pair):
+    """A whole open_clip CLIP: its text features guide its image tower."""
+
+    side_doors = ("forward_intermediates",)
+
+    def __init__(self, model: CLIP | CustomTextCLIP) -> None:
+        self.model = model
+        self.image_model = model.visual
+
+    @staticmethod
+    def accepts(model: nn.Module) -> bool:
+        return isinstance(model, (CLIP, CustomTextCLIP))
+
+    def refuses(self) -> str | None:
+        proj = getattr(self.image_model, "proj", None)
+        return None if proj is not None else "its image tower has no projection to go back through"
+
+    def text_cls(self, image: Tensor | None = None, text: Any = None) -> Tensor | None:
+        if image is None or text is None:
+            return None
+        return self.model.encode_text(text, normalize=True) @ self.image_model.proj.T
+
+
+def _part(module: nn.Module, name: str) -> nn.Module:
+    """A part that only some blocks have; the identity for the others."""
+    return getattr(module, name, IDENTITY)
+
+
+def _refuses_block(block: nn.Module) -> str | None:
+    attn = block.attn
+    if getattr(block, "ln_1_kv", None) is not None:
+        return "its blocks attend to other tokens than their own"
+    if type(attn).__module__.split(".")[0] not in LIBRARIES:
+        return f"its attention is {type(attn).__name__}, a wrapper (merge adapters first)"
+    if getattr(attn, "in_proj_weight", None) is None:
+        return f"its attention ({type(attn).__name__}) has no in_proj_weight of q, k and v together"
+    if getattr(attn, "logit_scale", None) is not None:
+        return "it attends by scaled cosine, whose scale is learned"
+    if getattr(attn, "head_scale", None) is not None:
+        return "it scales the output of each head"
+    if not isinstance(block.ln_1, nn.LayerNorm):
+        return (
+            f"a block begins with a {type(block.ln_1).__name__} where the CLS row needs LayerNorm"
+        )
+    return None

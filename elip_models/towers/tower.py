@@ -1,0 +1,232 @@
+"""An image tower of pre-norm blocks: what an adapter says of a library's model, and what follows.
+
+    block:  x = x + project(attention(norm(x)));  x = mlp(x)        tokens x (B, N, D), CLS first
+
+An adapter names the parts of a block; the CLS row, the boundary of a stage, and CLS's own way
+through a block are worked out of them here, once for all libraries.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import elip_kernels
+from elip_kernels import ReductionInfo
+
+
+class Projections(NamedTuple):
+    """What a block's attention reads before the softmax; weights are (D, D), as nn.Linear has them.
+
+    q_norm, k_norm: of each head's queries and keys. With them the key projection stays where it is.
+    """
+
+    norm: nn.LayerNorm
+    q_weight: Tensor
+    q_bias: Tensor | None
+    k_weight: Tensor
+    k_bias: Tensor | None
+    v_weight: Tensor
+    v_bias: Tensor | None
+    num_heads: int
+    scale: float
+    q_norm: nn.Module | None = None
+    k_norm: nn.Module | None = None
+
+    @property
+    def can_be_absorbed(self) -> bool:
+        """The key and value projections fold into the query: no product over all tokens."""
+        return self.q_norm is None and self.k_norm is None
+
+    def absorbed(self) -> dict[str, Tensor | float | int | None]:
+        """The arguments of `cls_attention_from_tokens`."""
+        return {
+            "norm_weight": self.norm.weight,
+            "norm_bias": self.norm.bias,
+            "eps": self.norm.eps,
+            "q_weight": self.q_weight,
+            "q_bias": self.q_bias,
+            "k_weight": self.k_weight,
+            "num_heads": self.num_heads,
+            "scale": self.scale,
+        }
+
+
+class Tower:
+    """What the reduction needs of an image model; tokens are (B, N, D) with CLS first.
+
+    An adapter sets these, and defines the methods that raise NotImplementedError here.
+
+    model, blocks: the library's own modules; a block maps tokens to tokens.
+    width, depth, num_patches, image_size (H, W), mlp_ratio: sizes.
+    num_prefix_tokens: tokens that always stay, first; CLS is number 0.
+    side_doors: methods of the model that would return nonsense on a reduced one.
+    """
+
+    model: nn.Module
+    blocks: nn.Sequential | nn.ModuleList
+    width: int
+    depth: int
+    num_patches: int
+    image_size: tuple[int, int]
+    mlp_ratio: float
+    num_prefix_tokens: int = 1
+    side_doors: tuple[str, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that enter block 0."""
+        return self.num_patches + self.num_prefix_tokens
+
+    @staticmethod
+    def refuses(model: nn.Module) -> str | None:
+        """Why the model cannot be a tower, in one sentence, or None."""
+        raise NotImplementedError
+
+    @property
+    def checkpointing(self) -> bool:
+        """The model asks for activation checkpointing of its blocks, and does it in its forward."""
+        raise NotImplementedError
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> tokens: everything before block 0."""
+        raise NotImplementedError
+
+    def qkv(self, i: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Block i's queries, keys and values (B, H, N, d) of tokens before its norm."""
+        raise NotImplementedError
+
+    def projections(self, i: int) -> Projections:
+        """The parts of block i that make `qkv`."""
+        raise NotImplementedError
+
+    def attention_dropout(self, i: int) -> float:
+        """The rate that block i drops attention weights with, now."""
+        raise NotImplementedError
+
+    def project(self, i: int, attended: Tensor) -> Tensor:
+        """What block i makes of its attention's output (B, N, D) and adds to the tokens."""
+        raise NotImplementedError
+
+    def mlp(self, i: int, tokens: Tensor) -> Tensor:
+        """Block i's MLP half, residual included."""
+        raise NotImplementedError
+
+    def is_plain(self, i: int) -> bool:
+        """Block i runs its own parts in eval mode and nothing else: `cls_block` is exact for it."""
+        raise NotImplementedError
+
+    def finish(self, tokens: Tensor) -> Tensor:
+        """The final norm, before pooling."""
+        raise NotImplementedError
+
+    def block(self, i: int, tokens: Tensor) -> Tensor:
+        """Block i, whole, by its own forward."""
+        return self.blocks[i](tokens)
+
+    def attend(self, i: int, tokens: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Block i's attention half, residual included; bias is added to the scores."""
+        q, k, v = self.qkv(i, tokens)
+        dropout, scale = self.attention_dropout(i), self.projections(i).scale
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale
+        )
+        return tokens + self.project(i, attended.transpose(1, 2).flatten(2))
+
+    def attention_map(self, i: int, tokens: Tensor) -> Tensor:
+        """Block i's whole softmax map (B, H, N, N), as the official code computes it."""
+        q, k, _ = self.qkv(i, tokens)
+        return torch.matmul(q * self.projections(i).scale, k.mT).softmax(-1)
+
+    def cls_attention(self, i: int, tokens: Tensor, cls: Tensor) -> Tensor:
+        """Block i's CLS row (B, N), head mean, with `cls` (B, D) in place of token 0."""
+        parts = self.projections(i)
+        if parts.can_be_absorbed:
+            return elip_kernels.cls_attention_from_tokens(tokens, cls, **parts.absorbed())
+        x = parts.norm(with_cls(tokens, cls))
+        q = F.linear(x[:, :1], parts.q_weight, parts.q_bias)
+        k = F.linear(x, parts.k_weight, parts.k_bias)
+        q, k = (y.unflatten(2, (parts.num_heads, -1)).transpose(1, 2) for y in (q, k))
+        q, k = parts.q_norm(q)[:, :, 0], parts.k_norm(k)
+        return elip_kernels.cls_attention(q, k.to(q.dtype), scale=parts.scale)
+
+    def score_reduce(
+        self, i: int, tokens: Tensor, cls: Tensor, keep: int, *, merge: bool
+    ) -> tuple[Tensor, ReductionInfo, Tensor]:
+        """Block i's CLS row selects among `tokens` -> reduced tokens, what was kept, the row."""
+        parts = self.projections(i)
+        if parts.can_be_absorbed and self.num_prefix_tokens == 1:
+            return elip_kernels.score_reduce(
+                tokens, cls, keep, merge=merge, return_info=True, **parts.absorbed()
+            )
+        row = self.cls_attention(i, tokens, cls)
+        return *self.reduce(tokens, row, keep, merge=merge), row
+
+    def reduce(
+        self, tokens: Tensor, row: Tensor, keep: int, *, merge: bool
+    ) -> tuple[Tensor, ReductionInfo]:
+        """`elip_kernels.reduce` by a row (B, N) of scores, the prefix tokens' aside."""
+        return elip_kernels.reduce(
+            tokens,
+            row,
+            keep,
+            merge=merge,
+            num_prefix_tokens=self.num_prefix_tokens,
+            return_info=True,
+        )
+
+    def cls_block(self, i: int, tokens: Tensor, cls: Tensor) -> Tensor:
+        """`cls` (B, D) through block i alone, attending to `tokens` -> (B, D)."""
+        parts = self.projections(i)
+        if parts.can_be_absorbed:
+            value = {"v_weight": parts.v_weight, "v_bias": parts.v_bias}
+            attended = elip_kernels.cls_attend_from_tokens(tokens, cls, **parts.absorbed(), **value)
+        else:
+            q, k, v = self.qkv(i, with_cls(tokens, cls))
+            row = F.scaled_dot_product_attention(q[:, :, :1], k, v, scale=parts.scale)
+            attended = row.flatten(1)
+        cls = cls[:, None] + self.project(i, attended[:, None])
+        return self.mlp(i, cls)[:, 0]
+
+
+def with_cls(tokens: Tensor, cls: Tensor) -> Tensor:
+    """`tokens` (B, N, D) with `cls` (B, D) in place of token 0."""
+    return torch.cat([cls[:, None], tokens[:, 1:]], dim=1)
+
+
+def is_observed(module: nn.Module) -> bool:
+    """A hook or a replaced forward sees the module's calls, or it is in training mode."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks) or module.training or "forward" in vars(module)
+
+
+class Pair:
+    """A language-image model whose own forward takes images and text, image tower first or last.
+
+    An adapter sets these, and defines the methods that raise NotImplementedError here.
+
+    model, image_model: the whole model, and the one inside it that a tower reads.
+    side_doors: methods of the model that would return nonsense on a reduced one.
+    """
+
+    model: nn.Module
+    image_model: nn.Module
+    side_doors: tuple[str, ...] = ()
+
+    def __init__(self, model: nn.Module) -> None:
+        raise NotImplementedError
+
+    @staticmethod
+    def accepts(model: nn.Module) -> bool:
+        """The model is one of those that the adapter knows."""
+        raise NotImplementedError
+
+    def refuses(self) -> str | None:
+        """Why its text cannot guide its images, in one sentence, or None."""
+        raise NotImplementedError
+
+    def text_cls(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        """The guidance (B, D) in the image tower's width, from the arguments of the model's
+        forward; None where they lack images or text."""
+        raise NotImplementedError
