@@ -28,9 +28,9 @@ def sweep() -> list[Case]:
 
 
 def cases() -> list[Case]:
-    """The sweep, and further real shapes at batch 64."""
+    """The sweep, and further real shapes at the largest batch."""
     further = [shape for shape in REAL_SHAPES if shape in FURTHER]
-    return sweep() + [Case(64, N, WIDTH, K, MAIN_DTYPE) for N, K in further]
+    return sweep() + [Case(BATCHES[-1], N, WIDTH, K, MAIN_DTYPE) for N, K in further]
 
 
 def described(case: Case, **more: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from elip_models.reduction.stage import StageInfo
@@ -17,11 +18,13 @@ def surviving_patches(infos: Sequence[StageInfo], num_patches: int) -> list[Tens
     survivors: list[Tensor] = []
     if not infos:
         return survivors
-    B = infos[0].attention.shape[0]
-    patch = torch.arange(-1, num_patches, device=infos[0].attention.device).expand(B, -1)
-    merged = patch.new_full((B, 1), -1)  # a merged token, like CLS, is no single patch
-    for info in infos:
-        patch = torch.cat([merged, patch.gather(1, info.reduction.kept), merged], dim=1)
+    B, num_tokens = infos[0].attention.shape
+    p = num_tokens - num_patches  # prefix tokens, no patches
+    patch = torch.arange(-p, num_patches, device=infos[0].attention.device).clamp(min=-1)
+    patch = patch.expand(B, -1)
+    for info in infos:  # a merged token is no single patch either
+        kept = patch.gather(1, info.reduction.kept)
+        patch = F.pad(kept, (p, 1), value=-1)
         alive = torch.zeros(B, num_patches + 1, dtype=torch.bool, device=patch.device)
         survivors.append(alive.scatter_(1, patch + 1, True)[:, 1:])
     return survivors
