@@ -165,7 +165,7 @@ def test_compiles_whole(model):
     x, tokens = images(), ids()
     elip_models.reduce_(model, schedule=SCHEDULE)
     expected = run(model, x, tokens)
-    got = run(torch.compile(model, backend="aot_eager"), x, tokens)
+    got = run(torch.compile(model, fullgraph=True, backend="aot_eager"), x, tokens)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 

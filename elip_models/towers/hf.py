@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BlipForImageTextRetrieval, CLIPModel
 
-from elip_models.towers.tower import Pair, Projections, Tower, is_observed
-
-IDENTITY = nn.Identity()
+from elip_models.towers.tower import Pair, Projections, Tower, is_observed, optional
 
 
 class Names(NamedTuple):
@@ -79,7 +77,7 @@ class HFTower(Tower):
         return False  # the layers do it themselves
 
     def embed(self, images: Tensor) -> Tensor:
-        return _part(self.trunk, "pre_layrnorm")(self.trunk.embeddings(images))
+        return optional(self.trunk, "pre_layrnorm")(self.trunk.embeddings(images))
 
     def block(self, i: int, tokens: Tensor) -> Tensor:
         return self.blocks[i](tokens, attention_mask=None)
@@ -113,12 +111,12 @@ class HFTower(Tower):
 
     def project(self, i: int, attended: Tensor) -> Tensor:
         out = getattr(self._attention(i), self.names.out)(attended)
-        return _part(self.blocks[i], "dropout")(out)
+        return optional(self.blocks[i], "dropout")(out)
 
     def mlp(self, i: int, tokens: Tensor) -> Tensor:
         block = self.blocks[i]
         out = block.mlp(getattr(block, self.names.norm2)(tokens))
-        return tokens + _part(block, "dropout")(out)
+        return tokens + optional(block, "dropout")(out)
 
     def is_plain(self, i: int) -> bool:
         modules = list(self.blocks[i].modules())
@@ -189,8 +187,3 @@ def _trunk(model: nn.Module) -> tuple[nn.Module, nn.ModuleList] | None:
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
-
-
-def _part(module: nn.Module, name: str) -> nn.Module:
-    """A part that only some models have; the identity for the others."""
-    return getattr(module, name, IDENTITY)

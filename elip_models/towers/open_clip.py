@@ -12,10 +12,9 @@ from open_clip import CLIP, CustomTextCLIP
 from open_clip.transformer import PatchDropout, VisionTransformer
 from torch import Tensor, nn
 
-from elip_models.towers.tower import Pair, Projections, Tower, is_observed
+from elip_models.towers.tower import Pair, Projections, Tower, is_observed, optional
 
 LIBRARIES = ("torch", "open_clip")  # whose attention is read; a wrapper's is not
-IDENTITY = nn.Identity()
 
 
 class OpenClipTower(Tower):
@@ -59,7 +58,7 @@ class OpenClipTower(Tower):
         attn = block.attn
         qkv = F.linear(block.ln_1(tokens), attn.in_proj_weight, attn.in_proj_bias)
         q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return _part(attn, "ln_q")(q), _part(attn, "ln_k")(k), v
+        return optional(attn, "ln_q")(q), optional(attn, "ln_k")(k), v
 
     def projections(self, i: int) -> Projections:
         block = self.blocks[i]
@@ -67,7 +66,7 @@ class OpenClipTower(Tower):
         weights = attn.in_proj_weight.chunk(3)
         biases = (None,) * 3 if attn.in_proj_bias is None else attn.in_proj_bias.chunk(3)
         parts = (part for pair in zip(weights, biases, strict=True) for part in pair)
-        norms = (_part(attn, name) for name in ("ln_q", "ln_k"))
+        norms = (optional(attn, name) for name in ("ln_q", "ln_k"))
         norms = (None if isinstance(norm, nn.Identity) else norm for norm in norms)
         scale = (self.width // attn.num_heads) ** -0.5
         return Projections(block.ln_1, *parts, attn.num_heads, scale, *norms)
@@ -80,8 +79,8 @@ class OpenClipTower(Tower):
 
     def project(self, i: int, attended: Tensor) -> Tensor:
         block = self.blocks[i]
-        out = block.attn.out_proj(_part(block.attn, "ln_inner")(attended))
-        return block.ls_1(_part(block, "ln_attn")(_part(block.attn, "out_drop")(out)))
+        out = block.attn.out_proj(optional(block.attn, "ln_inner")(attended))
+        return block.ls_1(optional(block, "ln_attn")(optional(block.attn, "out_drop")(out)))
 
     def mlp(self, i: int, tokens: Tensor) -> Tensor:
         block = self.blocks[i]
@@ -118,11 +117,6 @@ class OpenClipPair(Pair):
         if image is None or text is None:
             return None
         return self.model.encode_text(text, normalize=True) @ self.image_model.proj.T
-
-
-def _part(module: nn.Module, name: str) -> nn.Module:
-    """A part that only some blocks have; the identity for the others."""
-    return getattr(module, name, IDENTITY)
 
 
 def _refuses_block(block: nn.Module) -> str | None:

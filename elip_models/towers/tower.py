@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import elip_kernels
 from elip_kernels import ReductionInfo
 
+IDENTITY = nn.Identity()
+
 
 class Projections(NamedTuple):
     """What a block's attention reads before the softmax; weights are (D, D), as nn.Linear has them.
@@ -193,6 +195,11 @@ class Tower:
 def with_cls(tokens: Tensor, cls: Tensor) -> Tensor:
     """`tokens` (B, N, D) with `cls` (B, D) in place of token 0."""
     return torch.cat([cls[:, None], tokens[:, 1:]], dim=1)
+
+
+def optional(module: nn.Module, name: str) -> nn.Module:
+    """A part that only some models have; the identity for the others."""
+    return getattr(module, name, IDENTITY)
 
 
 def is_observed(module: nn.Module) -> bool:
