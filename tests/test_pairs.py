@@ -11,6 +11,7 @@ import transformers
 
 import elip_models
 from elip_models.reduction.patch import is_reduced
+from elip_models.towers import as_pair
 from tests.towers import SCHEDULE, WIDTH, gradients, images
 
 VISION = {"image_size": 48, "patch_size": 8}
@@ -131,6 +132,17 @@ def test_guidance_ends_with_the_forward(model):
     again = image_model(model)(x)  # images alone stay dense
     first = dense if torch.is_tensor(dense) else dense.last_hidden_state
     assert torch.equal(again if torch.is_tensor(again) else again.last_hidden_state, first)
+
+
+@pytest.mark.parametrize(("make", "further"), [(hf_clip, ()), (hf_blip, (True,))])
+def test_a_mask_counts_by_position_and_by_name(make, further):
+    model, x, tokens = make().eval(), images(), ids()
+    mask = torch.ones_like(tokens)
+    mask[:, 4:7] = 0
+    pair = as_pair(model)
+    by_name = pair.text_cls(tokens, x, attention_mask=mask)
+    assert torch.equal(pair.text_cls(tokens, x, *further, mask), by_name)
+    assert not torch.allclose(pair.text_cls(tokens, x), by_name)
 
 
 def test_given_guidance_comes_before_the_models_own(model):

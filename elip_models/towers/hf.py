@@ -166,7 +166,8 @@ class HFPair(Pair):
         if input_ids is None or pixel_values is None:
             return None
         model, is_clip = self.model, isinstance(self.model, CLIPModel)
-        mask = kwargs.get("attention_mask", args[0 if is_clip else 1] if len(args) > 1 else None)
+        place = 0 if is_clip else 1  # among the further arguments; BLIP's use_itm_head comes first
+        mask = args[place] if len(args) > place else kwargs.get("attention_mask")
         if is_clip:
             text = model.get_text_features(input_ids=input_ids, attention_mask=mask).pooler_output
             return F.normalize(text, dim=-1) @ model.visual_projection.weight
