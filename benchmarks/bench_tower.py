@@ -26,7 +26,8 @@ from elip_models.profile import (
     train_step,
 )
 from elip_models.reduction.schedule import PRESETS
-from elip_models.reduction.stage import SCORERS, ElipSettings, score_stage
+from elip_models.reduction.scorers import SCORERS
+from elip_models.reduction.stage import Elip
 from elip_models.towers import as_tower
 
 SCHEDULE = PRESETS["albef"]
@@ -35,7 +36,7 @@ SCHEDULE = PRESETS["albef"]
 @torch.no_grad()
 def held_to_fp64(model, image, text):
     """Parity of `model`, which comes back as it was."""
-    tower, settings = as_tower(model), ElipSettings(SCHEDULE)
+    tower, settings = as_tower(model), Elip(SCHEDULE)
     dense = elip_models.encode_image(model, image, text, schedule=f"{tower.depth}(100%)")
     assert torch.equal(dense, model.forward_features(image))
     stage = settings.schedule.stages(tower.num_patches)[0]
@@ -46,7 +47,7 @@ def held_to_fp64(model, image, text):
     def rows(dtype):
         model.to(dtype)
         inputs = (tower, stage, tokens.to(dtype), text.to(dtype))
-        return {name: score_stage(*inputs, replace(settings, scorer=name)) for name in SCORERS}
+        return {name: replace(settings, scorer=name).score(*inputs) for name in SCORERS}
 
     exact, found = rows(torch.float64), rows(image.dtype)
     errors = {name: relative_error(found[name], exact[name]) for name in SCORERS}

@@ -23,7 +23,7 @@ from elip_models.modules.losses import contrastive_loss
 from elip_models.modules.text import CLIPTextTower
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.schedule import Schedule
-from elip_models.reduction.stage import ElipSettings, StageInfo
+from elip_models.reduction.stage import Elip, StageInfo
 from elip_models.towers import as_tower
 
 
@@ -96,12 +96,12 @@ class CLIPConfig:
         self.reduction.schedule.check_depth(self.vision_depth)
 
     @property
-    def reduction(self) -> ElipSettings:
+    def reduction(self) -> Elip:
         """The settings of the image tower's reduction."""
         text = self.schedule or f"{self.vision_depth}(100%)"
         schedule = Schedule.parse(text, count_cls=self.count_cls)
         names = ("scorer", "fusion", "guidance_norm", "without_text", "merge")
-        return ElipSettings(schedule, **{name: getattr(self, name) for name in names})
+        return Elip(schedule, **{name: getattr(self, name) for name in names})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "CLIPConfig":
@@ -129,7 +129,7 @@ class CLIP(nn.Module):
         super().__init__()
         self.config = config
         self.reduction = config.reduction
-        self.dense = ElipSettings(f"{config.vision_depth}(100%)", without_text="vision")
+        self.dense = Elip(f"{config.vision_depth}(100%)", without_text="vision")
         self.visual = VisionTransformer(
             img_size=config.image_size,
             patch_size=config.patch_size,

@@ -17,12 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from elip_models.reduction.encode import encode_image
 from elip_models.reduction.schedule import Schedule
-from elip_models.reduction.stage import (
-    SCORERS,
-    ElipSettings,
-    reduce_stage,
-    score_stage,
-)
+from elip_models.reduction.scorers import SCORERS
+from elip_models.reduction.stage import Elip
+from elip_models.reduction.strategy import Context
 from elip_models.towers import Tower, as_tower
 
 NO_GAIN = 0.97  # a time ratio above this is called no gain
@@ -225,7 +222,7 @@ def scorer_agreement(
     model: nn.Module,
     images: Tensor,
     text_cls: Tensor | None,
-    settings: ElipSettings,
+    settings: Elip,
     scorers: tuple[str, ...] = ("official", "cls", "last"),
 ) -> dict[str, list[float]]:
     """Share of the tokens that `exact` drops which each scorer drops too, by stage.
@@ -245,13 +242,12 @@ def scorer_agreement(
         if i in stages:
             dropped = {}
             for name in scorers:
-                row = score_stage(
-                    tower, stages[i], tokens, text_cls, replace(settings, scorer=name)
-                )
+                scorer = replace(settings, scorer=name)
+                row = scorer.score(tower, stages[i], tokens, text_cls)
                 dropped[name] = _dropped(tower, tokens, row, stages[i].keep)
             exact = replace(settings, scorer="exact")
             entered = tokens
-            tokens, info = reduce_stage(tower, stages[i], tokens, text_cls, exact)
+            tokens, info = exact.step(tower, stages[i], tokens, Context(text_cls))
             reference = _dropped(tower, entered, info.attention, stages[i].keep)
             for name in scorers:
                 shares[name].append(((dropped[name] & reference).sum() / reference.sum()).item())

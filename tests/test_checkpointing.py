@@ -5,8 +5,8 @@ import torch
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import elip_models
-from elip_models.reduction import stage
-from elip_models.reduction.patch import MAX_PASSES
+from elip_models.reduction import scorers, stage
+from elip_models.reduction.replay import MAX_PASSES
 from tests.towers import (
     SCHEDULE,
     assert_equal_gradients,
@@ -50,14 +50,15 @@ def test_checkpointing_replays_the_selection(wrap, scorer):
     x, t = images(3), text(3)
     expected = gradients_of_a_step(model, x, t)
     rows = []
-    tower_row = stage.get_scorer(scorer).row
+    tower_row = scorers.get_scorer(scorer).row
 
     def counted(*args):
         rows.append(args)
         return tower_row(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "get_scorer", lambda name: stage.Scorer(counted, lambda n: 0))
+        for module in (scorers, stage):
+            patch.setattr(module, "get_scorer", lambda name: scorers.Scorer(counted, lambda n: 0))
         got = gradients_of_a_step(model, x, t, wrap)
     assert len(rows) == 3  # once a stage: nothing is scored again in backward
     assert_equal_gradients(got, expected)

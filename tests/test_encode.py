@@ -5,7 +5,7 @@ import timm
 import torch
 
 import elip_models
-from elip_models.reduction import stage
+from elip_models.reduction import flops, stage
 from tests.towers import SCHEDULE, WIDTH, clip_vit, images, plain_vit, text
 
 PAPER = "2(100%) 2(90%) 6(65%) 2(40%)"
@@ -100,13 +100,13 @@ def test_fusion_one_is_vision_only_and_needs_no_text():
 
 def test_fusion_zero_is_text_only():
     cls, t = torch.randn(2, WIDTH), text()
-    settings = stage.ElipSettings(SCHEDULE, fusion=0.0)
+    settings = stage.Elip(SCHEDULE, fusion=0.0)
     assert torch.equal(stage.fuse(cls, t, settings), t)
 
 
 def test_guidance_norm_match_rescales_the_text_to_the_cls_norm():
     cls, t = torch.randn(2, WIDTH), 1e-3 * text()
-    settings = stage.ElipSettings(SCHEDULE, guidance_norm="match")
+    settings = stage.Elip(SCHEDULE, guidance_norm="match")
     scaled = t * cls.norm(dim=1, keepdim=True) / t.norm(dim=1, keepdim=True)
     torch.testing.assert_close(stage.fuse(cls, t, settings), 0.8 * cls + 0.2 * scaled)
     assert stage.fuse(cls, torch.zeros_like(t), settings).isfinite().all()
@@ -135,7 +135,7 @@ def test_checkpointing_does_not_change_gradients():
 def test_inference_cost_counts_the_scorer():
     tower = elip_models.towers.as_tower(timm.create_model("vit_base_patch16_224", img_size=256))
     costs = {
-        name: stage.ElipSettings(PAPER, scorer=name).inference_cost(tower)
+        name: flops.inference_ratio(stage.Elip(PAPER, scorer=name), tower.size)
         for name in ("official", "exact", "last")
     }
     assert costs["official"] > costs["exact"] > 1.0 > costs["last"]

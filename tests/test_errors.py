@@ -91,11 +91,12 @@ absorbed = {
 }
 settings = {
     "schedule": [None, 12, "12 layers", "2(100%) 2(40%)", "2(40%) 4(60%)"],
-    "scorer": ["lats", None, True, 0, 3, 1.5, ["last"]],
-    "fusion": [None, "0.8", True, -0.1, 1.1],
-    "guidance_norm": ["l2", None],
-    "without_text": ["skip", None],
-    "merge": [None, "yes", 1],
+    "strategy": [None, "tomee", 3, ["tome"]],
+    "scorer": ["lats", True, 0, 3, 1.5, ["last"]],
+    "fusion": ["0.8", True, -0.1, 1.1],
+    "guidance_norm": ["l2", 2],
+    "without_text": ["skip", 1],
+    "merge": ["yes", 1],
 }
 models = [None, "vit", torch.nn.Linear(3, 3), plain_vit(global_pool="avg")]
 text_cls = [
@@ -197,7 +198,7 @@ TABLE = {
     ),
     elip_models.reduce_: (
         good_patch,
-        settings | {"model": models, "strategy": ["tome", None], "without_text": ["skip", 1]},
+        settings | {"model": models},
     ),
     elip_models.unreduce_: (good_patch, {"model": [None, "vit"]}),
     elip_models.guidance: (

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import elip_models
 from elip_models.reduction.encode import run_tower
-from elip_models.reduction.stage import ElipSettings
+from elip_models.reduction.stage import Elip
 from elip_models.towers import as_tower
 from tests.test_clip import tiny
 from tests.towers import SCHEDULE, clip_vit, images, plain_vit, text
@@ -56,9 +56,9 @@ TOWERS = {
 def test_is_exact(make, schedule):
     """The last stage of SCHEDULE begins at the last block: it reduces first."""
     model, x = make().eval(), images(3)
-    all_tokens, alone, infos = both(model, ElipSettings(schedule), x, text(3))
+    all_tokens, alone, infos = both(model, Elip(schedule), x, text(3))
     torch.testing.assert_close(alone, all_tokens, atol=1e-5, rtol=1e-5)
-    assert len(infos) == len(ElipSettings(schedule).schedule.stages(36))
+    assert len(infos) == len(Elip(schedule).schedule.stages(36))
 
 
 @torch.no_grad()
@@ -66,8 +66,8 @@ def test_is_exact(make, schedule):
 def test_is_exact_in_other_dtypes(dtype):
     """No further from fp64 than the whole block is; CLS's own way rounds less."""
     model, x = clip_vit().eval().to(dtype), images(4).to(dtype)
-    all_tokens, alone, _ = both(model, ElipSettings(DENSE), x, text(4))
-    exact, _, _ = both(model.double(), ElipSettings(DENSE), x.double(), text(4))
+    all_tokens, alone, _ = both(model, Elip(DENSE), x, text(4))
+    exact, _, _ = both(model.double(), Elip(DENSE), x.double(), text(4))
     assert alone.dtype == dtype
     budget = max(1e-12, 1.5 * (all_tokens - exact).abs().max().item())
     assert (alone - exact).abs().max().item() <= budget

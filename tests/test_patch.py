@@ -10,7 +10,7 @@ import timm
 import torch
 
 import elip_models
-from elip_models.reduction import stage
+from elip_models.reduction import once
 from tests.towers import (
     SCHEDULE,
     WIDTH,
@@ -228,7 +228,7 @@ def test_guidance_is_scoped_and_nests(model):
 
 
 def test_without_text_dense_reduces_nothing_and_says_so_once(model):
-    stage._warn_once.cache_clear()
+    once.warn_once.cache_clear()
     x = images()
     dense = model(x)
     elip_models.reduce_(model, schedule=SCHEDULE, without_text="dense")
@@ -240,7 +240,7 @@ def test_without_text_dense_reduces_nothing_and_says_so_once(model):
 
 
 def test_a_scorer_that_does_not_pay_in_eval_mode_warns_once_with_the_ratio(model):
-    stage._warn_once.cache_clear()
+    once.warn_once.cache_clear()
     elip_models.reduce_(model, schedule="1(100%) 1(90%) 4(80%)", scorer="exact")
     model.train()
     with warnings.catch_warnings():

@@ -333,4 +333,7 @@ def test_open_clip_tower_reproduces_official_openclip(golden, scorer):
     torch.testing.assert_close(pooled, case["out_pooled"], atol=1e-5, rtol=0)
     loss = (pooled * case["upstream/out_pooled"]).sum()
     (loss + (tokens[:, 1:] * case["upstream/out_tokens"]).sum()).backward()
-    check_gradients({n: p.grad for n, p in model.named_parameters()} | {"image": image.grad}, case)
+    check_gradients(
+        {n: p.grad for n, p in model.named_parameters()} | {"image": image.grad},
+        case.under("grad/"),
+    )

@@ -1,5 +1,6 @@
-"""encode_image: the loop over a tower's blocks, with a reduction before each stage's first."""
+"""encode_image: the loop over a tower's blocks, with a strategy's steps in it."""
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -8,11 +9,13 @@ from torch.utils.checkpoint import checkpoint
 
 from elip_models.reduction.patch import is_reduced
 from elip_models.reduction.schedule import Schedule
-from elip_models.reduction.stage import (
-    ElipSettings,
+from elip_models.reduction.stage import check_text
+from elip_models.reduction.strategies import get_strategy
+from elip_models.reduction.strategy import (
+    Context,
     StageInfo,
-    check_text,
-    reduce_stage,
+    Strategy,
+    plainly,
     stages_of,
     warn_if_slower,
 )
@@ -24,28 +27,32 @@ def encode_image(
     images: Tensor,
     text_cls: Tensor | None = None,
     *,
-    schedule: Schedule | str,
-    scorer: str | int = "exact",
-    fusion: float = 0.8,
-    guidance_norm: Literal["none", "match"] = "none",
-    without_text: Literal["dense", "vision"] = "dense",
-    merge: bool = True,
+    schedule: Schedule | str | None = None,
+    strategy: str | Strategy = "elip",
+    scorer: str | int | None = None,
+    fusion: float | None = None,
+    guidance_norm: Literal["none", "match"] | None = None,
+    without_text: Literal["dense", "vision"] | None = None,
+    merge: bool | None = None,
     return_info: bool = False,
 ) -> Tensor | tuple[Tensor, list[StageInfo]]:
-    """Run an image tower with text-guided token reduction (ELIP, Algorithm 1).
+    """Run an image tower with token reduction, by default ELIP's (Algorithm 1).
 
     Args:
         model: an image model that a tower of `elip_models.towers` reads, e.g. from timm.
         images: (B, 3, H, W).
         text_cls: (B, D), the text encoder's CLS output in the tower's width D; detached here.
+            Strategies that no text guides do not read it.
         schedule: as '2(100%) 2(90%) 6(65%) 2(40%)'; its layers add up to the tower's depth.
-        scorer: 'official', 'exact', 'cls', 'last', or m: m-1 whole layers, then the m-th's row.
-        fusion: lam of Eq. 1; 1 is vision-only, 0 text-only.
-        guidance_norm: 'match' rescales text_cls to the norm of the image's CLS token.
-        without_text: what to do where text_cls is None: 'dense' reduces nothing, 'vision' reduces
-            by the image alone.
-        merge: append the merged token.
-        return_info: also return a `StageInfo` for every stage.
+        strategy: a name in `elip_models.STRATEGIES`, or an instance, which then holds all options.
+        scorer: 'official', 'exact' (the default), 'cls', 'last', or m: m-1 whole layers, then the
+            m-th's row.
+        fusion: lam of Eq. 1, 0.8; 1 is vision-only, 0 text-only.
+        guidance_norm: 'match' rescales text_cls to the norm of the image's CLS token; 'none'.
+        without_text: what to do where text_cls is None: 'dense' reduces nothing, 'vision' by
+            the image alone.
+        merge: append the merged token; True.
+        return_info: also return a `StageInfo` for every step.
 
     Returns:
         (B, K+2, D) after the tower's final norm, before pooling (K+1 without merging).
@@ -55,14 +62,22 @@ def encode_image(
         ValueError: bad arguments, or a model that `reduce_` has already changed.
     """
     tower = as_tower(model)
-    settings = ElipSettings(schedule, scorer, fusion, guidance_norm, without_text, merge)
-    settings.schedule.check_depth(tower.depth)
+    plan = get_strategy(
+        strategy,
+        schedule=schedule,
+        scorer=scorer,
+        fusion=fusion,
+        guidance_norm=guidance_norm,
+        without_text=without_text,
+        merge=merge,
+    )
+    plan.check(tower)
     if not isinstance(return_info, bool):
         raise TypeError(f"return_info: expected True or False, got {return_info!r}")
     _check_images(images, tower)
     if text_cls is not None:
         check_text(text_cls, (images.shape[0], tower.width), images.device)
-    tokens, infos = run_tower(tower, images, text_cls, settings)
+    tokens, infos = run_tower(tower, images, text_cls, plan)
     return (tokens, infos) if return_info else tokens
 
 
@@ -70,7 +85,7 @@ def run_tower(
     tower: Tower,
     images: Tensor,
     text_cls: Tensor | None,
-    settings: ElipSettings,
+    strategy: Strategy,
     *,
     cls_only: bool = False,
 ) -> tuple[Tensor, list[StageInfo]]:
@@ -84,24 +99,28 @@ def run_tower(
             "model: expected one that reduce_ has not changed, since it would reduce twice, got a "
             "reduced one; call the model itself, or unreduce_ it first"
         )
-    cls_only = cls_only and not torch.is_grad_enabled() and tower.is_plain(tower.depth - 1)
-    stages = {}
-    if settings.reduces(text_cls):
-        stages = {s.first: s for s in stages_of(settings.schedule, tower.num_patches)}
-        warn_if_slower(tower, settings)
-    if text_cls is not None:
-        text_cls = text_cls.detach()
-    tokens, infos = tower.embed(images), []
+    last, training = tower.depth - 1, tower.model.training
+    cls_only = cls_only and not torch.is_grad_enabled() and tower.is_plain(last)
+    steps = {}
+    if strategy.reduces(text_cls, training):
+        steps = {stage.first: stage for stage in stages_of(strategy, tower.size)}
+        warn_if_slower(tower, strategy)
+    run = plainly
+    if tower.checkpointing and training:
+        run = partial(checkpoint, use_reentrant=False)
+    context = Context(None if text_cls is None else text_cls.detach(), run=run)
+    tokens, infos = strategy.embed(tower, images), []
     for i in range(tower.depth):
-        if i in stages:
-            tokens, info = reduce_stage(tower, stages[i], tokens, text_cls, settings)
+        if i in steps:
+            tokens, info = strategy.step(tower, steps[i], tokens, context)
+            context = context._replace(before=info)
             infos.append(info)
-        if cls_only and i == tower.depth - 1:
+        if i in steps and strategy.takes_block:
+            continue
+        if cls_only and i == last:
             tokens = tower.cls_block(i, tokens, tokens[:, 0])[:, None]
-        elif tower.checkpointing and tower.model.training:
-            tokens = checkpoint(tower.block, i, tokens, use_reentrant=False)
         else:
-            tokens = tower.block(i, tokens)
+            tokens = run(tower.block, i, tokens)
     return tower.finish(tokens), infos
 
 

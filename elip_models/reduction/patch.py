@@ -1,145 +1,128 @@
 """reduce_, unreduce_, guidance: token reduction for a model somebody else owns.
 
-`reduce_` adds one forward pre-hook to the first block of each stage, and nothing else: parameters,
-state_dict keys and the model's own forward stay. All state is plain attributes of the hook objects,
-so that it follows the model through deepcopy and pickle and is an ordinary guard for the compiler.
+`reduce_` adds one forward pre-hook to each block that a strategy's step stands before, or gives the
+block whose place it takes another forward: parameters and state_dict keys stay. All state is plain
+attributes of these objects, so that it follows the model through deepcopy and pickle and is an
+ordinary guard for the compiler.
 """
 
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from elip_models.reduction.replay import Replay
 from elip_models.reduction.schedule import Schedule, Stage
-from elip_models.reduction.stage import ElipSettings, reduce_stage, stages_of, warn_if_slower
+from elip_models.reduction.strategies import get_strategy
+from elip_models.reduction.strategy import Context, StageInfo, Strategy, stages_of, warn_if_slower
 from elip_models.towers import Pair, Tower, as_pair, as_tower
 
-STRATEGIES = ("elip",)
-MAX_PASSES = 64  # forwards of a stage that may still wait for their backward
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 
 
 @dataclass
 class _Shared:
-    """What the hooks of one model share."""
+    """What the hooks of one model share; before: what the latest step of this forward did."""
 
     tower: Tower
-    settings: ElipSettings
+    strategy: Strategy
     text_cls: Tensor | None = None
+    before: StageInfo | None = None
     scoring: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy made inside `guidance` is not guided."""
-        return {**vars(self), "text_cls": None, "scoring": False}
-
-
-class _Pass(NamedTuple):
-    """One forward through a stage: when, in autograd's count, and the row that selected."""
-
-    number: int
-    with_grad: bool
-    attention: Tensor | None
-
-
-class _Replay:
-    """The rows of the latest passes, so that a recomputation selects what its forward selected.
-
-    Activation checkpointing runs a block again during backward. Guidance may be gone by then, and
-    scoring again would cost a second dry run. Autograd numbers its nodes in the order of the
-    forward, so the node that asks for the recomputation tells which pass it belongs to:
-
-        non-re-entrant  it stands in the pass, behind the stage: the latest pass before the node
-        re-entrant      it is the checkpoint itself, made before the pass ran without gradient: the
-                        first pass behind the node
-    """
-
-    def __init__(self) -> None:
-        self.passes: deque[_Pass] = deque()
-        self.forgotten = -1  # the latest number that had to go
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"passes": deque(), "forgotten": -1}
-
-    def remember(self, attention: Tensor | None) -> None:
-        number, with_grad = torch.autograd._get_sequence_nr(), torch.is_grad_enabled()
-        self.passes.append(_Pass(number, with_grad, attention))
-        if len(self.passes) > MAX_PASSES:
-            self.forgotten = self.passes.popleft().number
-
-    def recall(self) -> Tensor | None:
-        node = torch._C._current_autograd_node()
-        number = node._sequence_nr()
-        if "CheckpointFunction" in node.name():
-            found = [p for p in self.passes if not p.with_grad and p.number > number][:1]
-            known = number >= self.forgotten
-        else:
-            found = [p for p in self.passes if p.with_grad and p.number <= number][-1:]
-            known = True
-        if not found or not known:
-            raise RuntimeError(
-                "a block of a reduced model was recomputed in backward, but its forward is not "
-                f"among the last {MAX_PASSES}; run backward sooner"
-            )
-        return found[0].attention
+        return {**vars(self), "text_cls": None, "before": None, "scoring": False}
 
 
 class StageHook:
-    """The forward pre-hook on a stage's first block: reduces the tokens that enter it."""
+    """The forward pre-hook on a block that a step stands before, or the forward of one whose place
+    it takes: reduces the tokens that enter."""
 
     def __init__(self, shared: _Shared, stage: Stage, num_tokens: int) -> None:
         self.shared = shared
         self.stage = stage
         self.num_tokens = num_tokens  # that enter
-        self.replay = _Replay()
+        stages = stages_of(shared.strategy, shared.tower.size)
+        self.is_first, self.is_last = stage == stages[0], stage == stages[-1]
+        self.replay = Replay()
 
-    def __call__(
-        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        shared = self.shared
-        if shared.scoring:  # the dry run passes through this very block
+    def __call__(self, block: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        """As a pre-hook: the arguments of the block, with fewer tokens."""
+        if self.shared.scoring:  # the dry run passes through this very block
             return None
+        tokens = self.reduce(block, args, kwargs)
+        return None if tokens is None else ((tokens, *args[1:]), kwargs)
+
+    def reduce(self, block: nn.Module, args: Args, kwargs: Kwargs) -> Tensor | None:
+        """What the step makes of the tokens, or None where it does nothing."""
         if torch.compiler.is_compiling() and block._compiled_call_impl is not None:
             return _outside_the_graph(self, block, args, kwargs)
         _refuse_masks(args, kwargs)
-        tokens = args[0]
-        if torch.compiler.is_compiling():
-            attention = None
-        elif torch._C._current_graph_task_id() != -1:  # inside backward: a recomputation
-            attention = self.replay.recall()
-            if attention is None:
-                return None
+        shared, strategy = self.shared, self.shared.strategy
+        recomputed = not torch.compiler.is_compiling() and _is_in_backward()
+        if recomputed:
+            _, _, before, replay = self.replay.recall()
+            reduces = replay is not None
         else:
-            attention = None
-            if self.stage == stages_of(shared.settings.schedule, shared.tower.num_patches)[0]:
-                warn_if_slower(shared.tower, shared.settings)
-        if attention is None and not shared.settings.reduces(shared.text_cls):
-            self._remember(None)
+            before, replay = None if self.is_first else shared.before, None
+            reduces = strategy.reduces(shared.text_cls, shared.tower.model.training)
+            if self.is_first and reduces:
+                warn_if_slower(shared.tower, strategy)
+        if not reduces:
+            self._remember(recomputed, before, None)
             return None
+        self._check(args[0])
+        shared.scoring = True
+        try:
+            context = Context(shared.text_cls, before, replay)
+            tokens, info = strategy.step(shared.tower, self.stage, args[0], context)
+        finally:
+            shared.scoring = False
+        self._remember(recomputed, before, info)
+        return tokens
+
+    def _check(self, tokens: Tensor) -> None:
         if tokens.shape[1] != self.num_tokens:
             raise ValueError(
                 f"images: expected {self.num_tokens} tokens before block {self.stage.first}, those "
-                f"of images {shared.tower.image_size}, got {tokens.shape[1]}; resize the images"
+                f"of images {self.shared.tower.image_size}, got {tokens.shape[1]}; resize the "
+                "images"
             )
-        shared.scoring = True
-        try:
-            tokens, info = reduce_stage(
-                shared.tower, self.stage, tokens, shared.text_cls, shared.settings, attention
-            )
-        finally:
-            shared.scoring = False
-        if attention is None:
-            self._remember(info.attention)
-        return (tokens, *args[1:]), kwargs
 
-    def _remember(self, attention: Tensor | None) -> None:
+    def _remember(self, recomputed: bool, before: StageInfo | None, info: StageInfo | None) -> None:
+        if recomputed:
+            return
+        if self.shared.strategy.takes_block:
+            self.shared.before = None if self.is_last else info
         if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
-            self.replay.remember(attention)
+            self.replay.remember(before, info)
 
 
-def _refuse_masks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+class BlockForward:
+    """Stands in for the forward of a block whose place a step takes."""
+
+    def __init__(self, hook: StageHook) -> None:
+        self.hook = hook
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        block = self.hook.shared.tower.blocks[self.hook.stage.first]
+        if not self.hook.shared.scoring:
+            tokens = self.hook.reduce(block, args, kwargs)
+            if tokens is not None:
+                return tokens
+        return type(block).forward(block, *args, **kwargs)
+
+
+def _is_in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _refuse_masks(args: Args, kwargs: Kwargs) -> None:
     masks = (*args[1:], *(kwargs.get(name) for name in ("attn_mask", "attention_mask")))
     if any(mask is not None for mask in masks) or kwargs.get("is_causal"):
         raise ValueError("attn_mask: expected none on a reduced model, whose tokens change")
@@ -147,13 +130,13 @@ def _refuse_masks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 @torch.compiler.disable
 def _outside_the_graph(
-    hook: StageHook, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """In a block that is compiled by itself the hook runs eagerly, so that it can replay.
+    hook: StageHook, block: nn.Module, args: Args, kwargs: Kwargs
+) -> Tensor | None:
+    """In a block that is compiled by itself the step runs eagerly, so that it can replay.
 
     In the graph it would score again when the block is recomputed, without the guidance.
     """
-    return hook(block, args, kwargs)
+    return hook.reduce(block, args, kwargs)
 
 
 class TextFirst:
@@ -167,9 +150,7 @@ class TextFirst:
         self.pair = pair
         self.is_ours = False
 
-    def __call__(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any
-    ) -> None:
+    def __call__(self, model: nn.Module, args: Args, kwargs: Kwargs, *output: Any) -> None:
         if output:
             self.shared.text_cls = None if self.is_ours else self.shared.text_cls
             self.is_ours = False
@@ -195,15 +176,15 @@ class _Refusal:
 def reduce_(
     model: nn.Module,
     *,
-    schedule: Schedule | str,
-    strategy: str = "elip",
-    scorer: str | int = "last",
-    fusion: float = 0.8,
-    guidance_norm: Literal["none", "match"] = "none",
+    schedule: Schedule | str | None = None,
+    strategy: str | Strategy = "elip",
+    scorer: str | int | None = None,
+    fusion: float | None = None,
+    guidance_norm: Literal["none", "match"] | None = None,
     without_text: Literal["dense", "vision"] | None = None,
-    merge: bool = True,
+    merge: bool | None = None,
 ) -> nn.Module:
-    """Make an image model drop and merge tokens by `schedule`, in place; returns the model.
+    """Make an image model drop and merge tokens, in place; returns the model.
 
     Parameters, state_dict keys and the call stay the same. A second call replaces the settings.
     The last block runs for all tokens, since the model's own forward may read them; CLIP's image
@@ -216,7 +197,7 @@ def reduce_(
         model: an image model of timm, open_clip or transformers with a CLS token; or a whole
             open_clip CLIP, transformers CLIPModel or BlipForImageTextRetrieval.
         schedule: as '2(100%) 2(90%) 6(65%) 2(40%)'; its layers add up to the model's depth.
-        strategy: 'elip'.
+        strategy: a name in `elip_models.STRATEGIES`, or an instance, which then holds all options.
         scorer, fusion, guidance_norm, without_text, merge: see `encode_image`. The scorer defaults
             to 'last', which runs no layer twice; without_text to 'vision' for an image model, to
             'dense' for a whole one, where images without text stay as they were.
@@ -226,33 +207,61 @@ def reduce_(
         ValueError: bad arguments.
     """
     _refuse_compiled(model, "reduce_")
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy: expected one of {STRATEGIES}, got {strategy!r}")
     pair = as_pair(model)
-    if without_text is None:
+    if strategy == "elip":
+        scorer = "last" if scorer is None else scorer
+    if strategy in ("elip", "trips") and without_text is None:
         without_text = "vision" if pair is None else "dense"
-    settings = ElipSettings(schedule, scorer, fusion, guidance_norm, without_text, merge)
-    tower = as_tower(model if pair is None else pair.image_model)
-    settings.schedule.check_depth(tower.depth)
-    stages = settings.schedule.stages(tower.num_patches)
-    unreduce_(model)
-    if not stages:
-        return model
-    shared = _Shared(tower, settings)
-    tokens = settings.schedule.tokens_per_layer(
-        tower.num_patches, merge=merge, num_prefix_tokens=tower.num_prefix_tokens
+    plan = get_strategy(
+        strategy,
+        schedule=schedule,
+        scorer=scorer,
+        fusion=fusion,
+        guidance_norm=guidance_norm,
+        without_text=without_text,
+        merge=merge,
     )
-    for stage in stages:
-        entering = tokens[stage.first - 1] if stage.first else tower.num_tokens
-        hook = StageHook(shared, stage, entering)
-        tower.blocks[stage.first].register_forward_pre_hook(hook, with_kwargs=True)
-    _refuse_side_doors(tower)
-    if pair is not None:
-        text_first = TextFirst(shared, pair)
-        model.register_forward_pre_hook(text_first, with_kwargs=True)
-        model.register_forward_hook(text_first, with_kwargs=True, always_call=True)
-        _refuse_side_doors(pair)
+    tower = as_tower(model if pair is None else pair.image_model)
+    plan.check(tower)
+    if _reduces_by(model, plan, guides_itself=pair is not None and plan.is_guided):
+        return model  # nothing changes, not even for a compiler that has seen it
+    unreduce_(model)
+    _install(_Shared(tower, plan), pair)
     return model
+
+
+def _install(shared: _Shared, pair: Pair | None) -> None:
+    tower, strategy = shared.tower, shared.strategy
+    stages, counts = stages_of(strategy, tower.size), strategy.token_counts(tower.size)
+    if not stages:
+        return
+    for stage in stages:
+        block = tower.blocks[stage.first]
+        entering = counts[stage.first - 1].mlp if stage.first else tower.num_tokens
+        hook = StageHook(shared, stage, entering)
+        if not strategy.takes_block:
+            block.register_forward_pre_hook(hook, with_kwargs=True)
+            continue
+        if "forward" in vars(block):
+            raise TypeError(
+                f"model: expected blocks that run their own forward, got block {stage.first} whose "
+                f"forward was replaced, which {strategy.name} would bypass"
+            )
+        block.forward = BlockForward(hook)
+    _refuse_side_doors(tower)
+    if pair is not None and strategy.is_guided:
+        text_first = TextFirst(shared, pair)
+        pair.model.register_forward_pre_hook(text_first, with_kwargs=True)
+        pair.model.register_forward_hook(text_first, with_kwargs=True, always_call=True)
+    if pair is not None:
+        _refuse_side_doors(pair)
+
+
+def _reduces_by(model: nn.Module, strategy: Strategy, *, guides_itself: bool) -> bool:
+    """Whether `reduce_` has changed the model so already."""
+    found = any(isinstance(hook, TextFirst) for hook in model._forward_pre_hooks.values())
+    same = any(hook.shared.strategy == strategy for hook in _hooks(model))
+    return same and found == guides_itself
 
 
 def _refuse_side_doors(adapter: Tower | Pair) -> None:
@@ -274,7 +283,7 @@ def unreduce_(model: nn.Module) -> nn.Module:
                 module._forward_hooks_with_kwargs.pop(key, None)
                 module._forward_hooks_always_called.pop(key, None)
         for name, value in list(vars(module).items()):
-            if isinstance(value, _Refusal):
+            if isinstance(value, (_Refusal, BlockForward)):
                 delattr(module, name)
     return model
 
@@ -320,6 +329,9 @@ def _hooks(model: nn.Module) -> Iterator[StageHook]:
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, StageHook):
                 yield hook
+        forward = vars(module).get("forward")
+        if isinstance(forward, BlockForward):
+            yield forward.hook
 
 
 def _refuse_compiled(model: nn.Module, name: str) -> None:

@@ -130,6 +130,13 @@ class Schedule:
             self, groups=tuple((n, r) for n, (_, r) in zip(sizes, self.groups, strict=True))
         )
 
+    def at_strength(self, num_patches: int, strength: float) -> "Schedule":
+        """The same form with more or less dropped: nothing at 0, all but a patch or so at 1."""
+        lowest = min(ratio for _, ratio in self.groups)
+        most = 0.0 if lowest == 1.0 else (1 - 1.5 / num_patches) / (1 - lowest)
+        groups = tuple((n, 1 - strength * most * (1 - ratio)) for n, ratio in self.groups)
+        return replace(self, groups=groups)
+
     def check_depth(self, depth: int) -> None:
         """Raises ValueError where the layers do not add up to `depth`, with the scaled string."""
         if self.depth != depth:

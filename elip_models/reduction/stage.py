@@ -1,119 +1,83 @@
-"""One stage boundary, once: fuse the text into CLS, score, reduce (ELIP, Eq. 1-4).
+"""ELIP, one stage boundary: fuse the text into CLS, score, reduce (Eq. 1-4).
 
-    x~_cls = lam * x_cls + (1 - lam) * t_cls                                               Eq. 1
-    a      = CLS attention row of the stage's last layer, by the scorer, without gradient  Eq. 2
-    x      = [x_cls, x_kept, sum_dropped w x]                        elip_kernels.reduce, Eq. 3-4
-
-`encode_image` and the hooks of `reduce_` both call `reduce_stage` and nothing else.
+x~_cls = lam * x_cls + (1 - lam) * t_cls                                               Eq. 1
+a      = CLS attention row of the stage's last layer, by the scorer, without gradient  Eq. 2
+x      = [x_cls, x_kept, sum_dropped w x]                        elip_kernels.reduce, Eq. 3-4
 """
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import cache, wraps
-from typing import Literal, NamedTuple, ParamSpec, TypeVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elip_kernels import ReductionInfo
+from elip_models.reduction.once import warn_once
 from elip_models.reduction.schedule import Schedule, Stage
-from elip_models.towers import Tower, with_cls
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-class StageInfo(NamedTuple):
-    """What one stage did: its place, what was kept and merged, and the attention row (B, N)."""
-
-    stage: Stage
-    reduction: ReductionInfo
-    attention: Tensor
+from elip_models.reduction.scorers import SCORERS, get_scorer, score
+from elip_models.reduction.strategy import Context, Layer, StageInfo, Strategy
+from elip_models.towers import Size, Tower
 
 
-class Scorer(NamedTuple):
-    """A way to get the attention row that selects.
+class Staged(Strategy):
+    """A strategy that reduces by a schedule, before the first block of each stage."""
 
-    row: (tower, stage, tokens (B, N, D), fused cls (B, D)) -> (B, N), column 0 is CLS.
-    layers: how many whole layers it runs on the stage's tokens, of the stage's number of layers.
-    reads: the layer whose row it reads from the tokens as they enter, where it does no more: the
-        boundary is then one op.
-    """
+    schedule: Schedule
+    merge: bool
 
-    row: Callable[[Tower, Stage, Tensor, Tensor], Tensor]
-    layers: Callable[[int], int]
-    reads: Callable[[Stage], int] | None = None
+    def refuses(self, tower: Tower) -> str | None:
+        self.schedule.check_depth(tower.depth)
+        return None
 
+    def stages(self, size: Size) -> tuple[Stage, ...]:
+        return self.schedule.stages(size.num_patches)
 
-def _official(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
-    """All layers whole, the last with its N x N map, its output thrown away."""
-    last = stage.first + stage.layers - 1
-    tokens = with_cls(tokens, cls)
-    for i in range(stage.first, last):
-        tokens = tower.block(i, tokens)
-    row = tower.attention_map(last, tokens)[:, :, 0].mean(1)
-    tower.mlp(last, tower.attend(last, tokens))
-    return row
+    def token_counts(self, size: Size) -> tuple[Layer, ...]:
+        tokens = self.schedule.tokens_per_layer(
+            size.num_patches, merge=self.merge, num_prefix_tokens=size.num_prefix_tokens
+        )
+        return tuple(Layer(n, n) for n in tokens)
 
+    def entering(self, size: Size) -> list[int]:
+        """Tokens that enter each stage's reduction."""
+        counts = self.token_counts(size)
+        firsts = [stage.first for stage in self.stages(size)]
+        return [counts[i - 1].mlp if i else size.num_tokens for i in firsts]
 
-def _exact(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
-    """All layers but the last, then only the CLS row of the last."""
-    return _after(stage.layers)(tower, stage, tokens, cls)
+    def score(self, tower: Tower, stage: Stage, tokens: Tensor, text: Tensor | None) -> Tensor:
+        """The row (B, N) that selects, without gradient; prefix tokens' columns are not read."""
+        raise NotImplementedError
 
+    def step(
+        self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
+    ) -> tuple[Tensor, StageInfo]:
+        if context.replay is not None:
+            row = context.replay.attention
+        else:
+            row = self.score(tower, stage, tokens, context.text_cls)
+        tokens, info = tower.reduce(tokens, row, stage.keep, merge=self.merge)
+        return tokens, StageInfo(stage, info, row)
 
-def _after(layer: int) -> Callable[[Tower, Stage, Tensor, Tensor], Tensor]:
-    """The CLS row of the stage's `layer`-th layer (from 1), after the whole layers before it."""
-
-    def row(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
-        target = stage.first + layer - 1
-        if layer > 1:
-            tokens = with_cls(tokens, cls)
-            for i in range(stage.first, target):
-                tokens = tower.block(i, tokens)
-            cls = tokens[:, 0]
-        return tower.cls_attention(target, tokens, cls)
-
-    return row
-
-
-def _cls(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
-    """CLS alone goes through the layers, attending to the tokens as they entered the stage."""
-    last = stage.first + stage.layers - 1
-    for i in range(stage.first, last):
-        cls = tower.cls_block(i, tokens, cls)
-    return tower.cls_attention(last, tokens, cls)
-
-
-def _last(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
-    """The last layer's CLS row, from the tokens as they entered the stage: no layer runs."""
-    return tower.cls_attention(stage.first + stage.layers - 1, tokens, cls)
-
-
-SCORERS: dict[str, Scorer] = {
-    "official": Scorer(_official, lambda layers: layers),
-    "exact": Scorer(_exact, lambda layers: layers - 1),
-    "cls": Scorer(_cls, lambda layers: 0),
-    "last": Scorer(_last, lambda layers: 0, lambda stage: stage.first + stage.layers - 1),
-}
-
-
-def get_scorer(name: str | int) -> Scorer:
-    """The scorer of a name in `SCORERS`, or of m: m-1 whole layers, then the m-th layer's row."""
-    if isinstance(name, int):
-        return Scorer(_after(name), lambda layers: name - 1)
-    return SCORERS[name]
+    def at_strength(self, size: Size, strength: float) -> Strategy:
+        return replace(self, schedule=self.schedule.at_strength(size.num_patches, strength))
 
 
 @dataclass(frozen=True)
-class ElipSettings:
-    """How ELIP reduces a tower; the arguments of `encode_image` and `reduce_` of the same names.
+class Elip(Staged):
+    """Text-guided dropping and merging in stages (ELIP, Algorithm 1).
+
+    schedule: as '2(100%) 2(90%) 6(65%) 2(40%)'; its layers add up to the tower's depth.
+    scorer: 'official', 'exact', 'cls', 'last', or m: m-1 whole layers, then the m-th's row.
+    fusion: lam of Eq. 1; 1 is vision-only, 0 text-only.
+    guidance_norm: 'match' rescales the text to the norm of the image's CLS token.
+    without_text: 'dense' reduces nothing where no text is given, 'vision' by the image alone.
+    merge: append the merged token.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected, what came.
     """
+
+    name: ClassVar[str] = "elip"
 
     schedule: Schedule
     scorer: str | int = "exact"
@@ -124,17 +88,7 @@ class ElipSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", Schedule.parse(self.schedule))
-        scorer = self.scorer
-        is_name = isinstance(scorer, str) and scorer in SCORERS
-        if isinstance(scorer, bool) or not (is_name or isinstance(scorer, int)):
-            raise ValueError(f"scorer: expected one of {list(SCORERS)} or an int, got {scorer!r}")
-        lengths = [layers for layers, ratio in self.schedule.groups if ratio < 1]
-        shortest = min(lengths) if lengths else self.schedule.depth
-        if isinstance(scorer, int) and not 1 <= scorer <= shortest:
-            raise ValueError(
-                f"scorer: expected 1 <= m <= {shortest}, the layers of the shortest stage of "
-                f"'{self.schedule}', got {scorer}"
-            )
+        self._check_scorer()
         fusion = self.fusion
         if isinstance(fusion, bool) or not isinstance(fusion, (int, float)):
             raise TypeError(f"fusion: expected a float in [0, 1], got {fusion!r}")
@@ -147,84 +101,57 @@ class ElipSettings:
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}: expected one of {values}, got {getattr(self, name)!r}")
 
-    def reduces(self, text_cls: Tensor | None) -> bool:
+    def _check_scorer(self) -> None:
+        scorer = self.scorer
+        is_name = isinstance(scorer, str) and scorer in SCORERS
+        if isinstance(scorer, bool) or not (is_name or isinstance(scorer, int)):
+            raise ValueError(f"scorer: expected one of {list(SCORERS)} or an int, got {scorer!r}")
+        lengths = [layers for layers, ratio in self.schedule.groups if ratio < 1]
+        shortest = min(lengths) if lengths else self.schedule.depth
+        if isinstance(scorer, int) and not 1 <= scorer <= shortest:
+            raise ValueError(
+                f"scorer: expected 1 <= m <= {shortest}, the layers of the shortest stage of "
+                f"'{self.schedule}', got {scorer}"
+            )
+
+    @property
+    def is_guided(self) -> bool:
+        return self.fusion < 1.0
+
+    def reduces(self, text_cls: Tensor | None, training: bool = False) -> bool:
         """Whether a forward with this guidance reduces; warns once where it does not."""
         if text_cls is not None or self.fusion == 1.0 or self.without_text == "vision":
             return True
         if not torch.compiler.is_compiling():
-            _warn_once(
+            warn_once(
                 "no text guidance was given, so nothing is reduced (without_text='dense'); "
                 "pass text_cls, or without_text='vision' for vision-only reduction"
             )
         return False
 
-    def inference_cost(self, tower: Tower) -> float:
-        """Forward multiply-adds of the blocks, scorer included, relative to the dense tower."""
-        scorer = get_scorer(self.scorer)
-        stages = stages_of(self.schedule, tower.num_patches)
-        scored = tuple(scorer.layers(stage.layers) for stage in stages)
-        shape = (tower.num_patches, tower.num_prefix_tokens, tower.width, tower.mlp_ratio)
-        return _inference_cost(self.schedule, self.merge, scored, *shape)
+    def scoring_flops(self, size: Size) -> int:
+        scorer, total = get_scorer(self.scorer), 0
+        for stage, tokens in zip(self.stages(size), self.entering(size), strict=True):
+            total += scorer.layers(stage.layers) * size.block_flops(tokens, tokens)
+            total += scorer.rows(stage.layers) * size.row_flops(tokens)
+        return total
 
+    def score(self, tower: Tower, stage: Stage, tokens: Tensor, text: Tensor | None) -> Tensor:
+        return score(self.scorer, tower, stage, tokens, fused_cls(tokens, text, self))
 
-def _once(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, run once for equal arguments; the compiler, which warns of caches, traces it."""
-    cached = cache(function)
-
-    @wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        return (function if torch.compiler.is_compiling() else cached)(*args, **kwargs)
-
-    return run
-
-
-@_once
-def stages_of(schedule: Schedule, num_patches: int) -> tuple[Stage, ...]:
-    """`schedule.stages`, worked out once and not in every forward."""
-    return schedule.stages(num_patches)
-
-
-@_once
-def _inference_cost(
-    schedule: Schedule,
-    merge: bool,
-    scored: tuple[int, ...],
-    num_patches: int,
-    num_prefix_tokens: int,
-    width: int,
-    mlp_ratio: float,
-) -> float:
-    """`scored`: the layers that the scorer runs on what enters each stage."""
-
-    def block(tokens: int) -> float:
-        """Multiply-adds of one block: projections, MLP, attention."""
-        return tokens * width * ((4 + 2 * mlp_ratio) * width + 2 * tokens)
-
-    dense = num_patches + num_prefix_tokens
-    tokens = schedule.tokens_per_layer(
-        num_patches, merge=merge, num_prefix_tokens=num_prefix_tokens
-    )
-    cost = sum(map(block, tokens))
-    for stage, layers in zip(schedule.stages(num_patches), scored, strict=True):
-        cost += layers * block(tokens[stage.first - 1] if stage.first else dense)
-    return cost / (block(dense) * schedule.depth)
-
-
-@cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=3)
-
-
-def warn_if_slower(tower: Tower, settings: ElipSettings) -> None:
-    """In eval mode, say once that the scorer costs more than the reduction saves."""
-    if tower.model.training or torch.compiler.is_compiling():
-        return
-    cost = settings.inference_cost(tower)
-    if cost > 1.0:
-        _warn_once(
-            f"scorer={settings.scorer!r} makes inference cost {cost:.2f} times the dense tower "
-            "(FLOPs of the blocks); scorer='last' costs less than dense"
+    def step(
+        self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
+    ) -> tuple[Tensor, StageInfo]:
+        """Fuse, score, reduce; one op where the scorer reads the tokens as they enter."""
+        reads = get_scorer(self.scorer).reads
+        drops = stage.keep < tokens.shape[1] - tower.num_prefix_tokens
+        if context.replay is not None or reads is None or not drops:
+            return super().step(tower, stage, tokens, context)
+        cls = fused_cls(tokens, context.text_cls, self)
+        tokens, info, row = tower.score_reduce(
+            reads(stage), tokens, cls, stage.keep, merge=self.merge
         )
+        return tokens, StageInfo(stage, info, row)
 
 
 def check_text(text_cls: Tensor, expected: tuple[int, int], device: torch.device) -> None:
@@ -241,7 +168,7 @@ def check_text(text_cls: Tensor, expected: tuple[int, int], device: torch.device
         raise ValueError(f"text_cls: expected it on {device}, got {text_cls.device}")
 
 
-def fuse(cls: Tensor, text_cls: Tensor | None, settings: ElipSettings) -> Tensor:
+def fuse(cls: Tensor, text_cls: Tensor | None, settings: Elip) -> Tensor:
     """Eq. 1: cls (B, D), text_cls (B, D) or None -> the fused CLS token (B, D)."""
     if text_cls is None or settings.fusion == 1.0:
         return cls
@@ -251,74 +178,9 @@ def fuse(cls: Tensor, text_cls: Tensor | None, settings: ElipSettings) -> Tensor
     return settings.fusion * cls + (1.0 - settings.fusion) * text
 
 
-@contextmanager
-def _isolated_rng(tower: Tower, tokens: Tensor) -> Iterator[None]:
-    """Random numbers drawn inside leave the state as it was: a replayed stage draws the same."""
-    if not tower.model.training or torch.compiler.is_compiling():
-        yield
-        return
-    devices = [tokens.device] if tokens.is_cuda else []
-    with torch.random.fork_rng(devices):
-        yield
-
-
-def _uncached_autocast(device: str) -> torch.autocast | nullcontext:
-    """The autocast of the caller, without its cache.
-
-    Some releases of torch would hand a weight that was cast here, without gradient, to the training
-    pass that follows.
-    """
-    if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False)
-
-
-def score_stage(
-    tower: Tower, stage: Stage, tokens: Tensor, text_cls: Tensor | None, settings: ElipSettings
-) -> Tensor:
-    """Eq. 2: the attention row (B, N) that selects, without gradient; column 0 is CLS."""
-    cls = _fused_cls(tokens, text_cls, settings)
-    with torch.no_grad(), _isolated_rng(tower, tokens), _uncached_autocast(tokens.device.type):
-        return get_scorer(settings.scorer).row(tower, stage, tokens, cls)
-
-
 @torch.no_grad()
-def _fused_cls(tokens: Tensor, text_cls: Tensor | None, settings: ElipSettings) -> Tensor:
+def fused_cls(tokens: Tensor, text_cls: Tensor | None, settings: Elip) -> Tensor:
+    """`fuse` of token 0, for a text that is checked here."""
     if text_cls is not None:
         check_text(text_cls, (tokens.shape[0], tokens.shape[2]), tokens.device)
     return fuse(tokens[:, 0], text_cls, settings)
-
-
-def reduce_stage(
-    tower: Tower,
-    stage: Stage,
-    tokens: Tensor,
-    text_cls: Tensor | None,
-    settings: ElipSettings,
-    attention: Tensor | None = None,
-) -> tuple[Tensor, StageInfo]:
-    """Fuse, score, reduce.
-
-    Args:
-        tokens: (B, N, D) that enter block `stage.first`.
-        text_cls: (B, D), the text's CLS vector in the tower's width, or None: vision only.
-        attention: (B, N), the row of an earlier run, replayed instead of scoring.
-
-    Returns:
-        (B, keep+2, D), or keep+1 without merging, and the `StageInfo`.
-    """
-    reads = get_scorer(settings.scorer).reads
-    if (
-        attention is None
-        and reads is not None
-        and stage.keep < tokens.shape[1] - tower.num_prefix_tokens
-    ):
-        cls = _fused_cls(tokens, text_cls, settings)
-        tokens, info, attention = tower.score_reduce(
-            reads(stage), tokens, cls, stage.keep, merge=settings.merge
-        )
-        return tokens, StageInfo(stage, info, attention)
-    if attention is None:
-        attention = score_stage(tower, stage, tokens, text_cls, settings)
-    tokens, info = tower.reduce(tokens, attention, stage.keep, merge=settings.merge)
-    return tokens, StageInfo(stage, info, attention)

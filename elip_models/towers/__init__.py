@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from elip_models.towers.tower import Pair, Projections, Tower, with_cls
+from elip_models.towers.tower import Pair, Projections, Size, Tower, with_cls
 
-__all__ = ["Pair", "Projections", "Tower", "as_pair", "as_tower", "with_cls"]
+__all__ = ["Pair", "Projections", "Size", "Tower", "as_pair", "as_tower", "with_cls"]
 
 
 class Adapter(NamedTuple):

@@ -45,6 +45,7 @@ class HFTower(Tower):
         config = self.trunk.config
         self.width = config.hidden_size
         self.depth = len(self.blocks)
+        self.num_heads = config.num_attention_heads
         self.image_size = _pair(config.image_size)
         (height, width), (rows, columns) = self.image_size, _pair(config.patch_size)
         self.num_patches = (height // rows) * (width // columns)
@@ -88,7 +89,7 @@ class HFTower(Tower):
             parts = attn.qkv(x).chunk(3, -1)
         else:
             parts = (attn.q_proj(x), attn.k_proj(x), attn.v_proj(x))
-        q, k, v = (y.unflatten(2, (self._heads, -1)).transpose(1, 2) for y in parts)
+        q, k, v = (y.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for y in parts)
         return q, k, v
 
     def projections(self, i: int) -> Projections:
@@ -100,7 +101,7 @@ class HFTower(Tower):
             weights, biases = [m.weight for m in linears], [m.bias for m in linears]
         parts = (part for pair in zip(weights, biases, strict=True) for part in pair)
         norm, scale = getattr(self.blocks[i], self.names.norm1), self._head_dim**-0.5
-        return Projections(norm, *parts, self._heads, scale)
+        return Projections(norm, *parts, self.num_heads, scale)
 
     def attention_dropout(self, i: int) -> float:
         attn = self._attention(i)
@@ -128,10 +129,6 @@ class HFTower(Tower):
 
     def _attention(self, i: int) -> nn.Module:
         return getattr(self.blocks[i], self.names.attn)
-
-    @property
-    def _heads(self) -> int:
-        return self.trunk.config.num_attention_heads
 
     @property
     def _head_dim(self) -> int:

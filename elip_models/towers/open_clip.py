@@ -27,6 +27,7 @@ class OpenClipTower(Tower):
         self.blocks = model.transformer.resblocks
         self.width = model.transformer.width
         self.depth = len(self.blocks)
+        self.num_heads = self.blocks[0].attn.num_heads
         self.num_patches = model.grid_size[0] * model.grid_size[1]
         self.image_size = tuple(model.image_size)
         self.mlp_ratio = self.blocks[0].mlp.c_fc.out_features / self.width

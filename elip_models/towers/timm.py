@@ -28,6 +28,7 @@ class TimmTower(Tower):
         self.blocks = model.blocks
         self.width = model.embed_dim
         self.depth = len(model.blocks)
+        self.num_heads = model.blocks[0].attn.num_heads
         self.num_patches = model.patch_embed.num_patches
         self.num_prefix_tokens = model.num_prefix_tokens
         self.image_size = tuple(model.patch_embed.img_size)

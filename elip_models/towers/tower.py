@@ -16,6 +16,7 @@ import elip_kernels
 from elip_kernels import ReductionInfo
 
 IDENTITY = nn.Identity()
+QKV = tuple[Tensor, Tensor, Tensor]
 
 
 class Projections(NamedTuple):
@@ -55,13 +56,43 @@ class Projections(NamedTuple):
         }
 
 
+class Size(NamedTuple):
+    """What FLOPs and token counts depend on; hidden is the MLP's width, heads the attention's."""
+
+    num_patches: int
+    num_prefix_tokens: int
+    patch_values: int
+    width: int
+    hidden: int
+    heads: int
+    depth: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that enter block 0."""
+        return self.num_patches + self.num_prefix_tokens
+
+    def embed_flops(self) -> int:
+        """Of the patch embedding of one image."""
+        return 2 * self.num_patches * self.patch_values * self.width
+
+    def block_flops(self, attention: int, mlp: int) -> int:
+        """Of one block's forward, for `attention` tokens in its first half, `mlp` in the other."""
+        D = self.width
+        return 4 * attention * D * (2 * D + attention) + 4 * mlp * D * self.hidden
+
+    def row_flops(self, tokens: int) -> int:
+        """Of one CLS row, absorbed."""
+        return 2 * tokens * self.width * self.heads
+
+
 class Tower:
     """What the reduction needs of an image model; tokens are (B, N, D) with CLS first.
 
     An adapter sets these, and defines the methods that raise NotImplementedError here.
 
     model, blocks: the library's own modules; a block maps tokens to tokens.
-    width, depth, num_patches, image_size (H, W), mlp_ratio: sizes.
+    width, depth, num_heads, num_patches, image_size (H, W), mlp_ratio: sizes.
     num_prefix_tokens: tokens that always stay, first; CLS is number 0.
     side_doors: methods of the model that would return nonsense on a reduced one.
     """
@@ -70,6 +101,7 @@ class Tower:
     blocks: nn.Sequential | nn.ModuleList
     width: int
     depth: int
+    num_heads: int
     num_patches: int
     image_size: tuple[int, int]
     mlp_ratio: float
@@ -80,6 +112,20 @@ class Tower:
     def num_tokens(self) -> int:
         """Tokens that enter block 0."""
         return self.num_patches + self.num_prefix_tokens
+
+    @property
+    def size(self) -> Size:
+        """The sizes as plain numbers."""
+        height, width = self.image_size
+        return Size(
+            self.num_patches,
+            self.num_prefix_tokens,
+            3 * height * width // self.num_patches,
+            self.width,
+            round(self.mlp_ratio * self.width),
+            self.num_heads,
+            self.depth,
+        )
 
     @staticmethod
     def refuses(model: nn.Module) -> str | None:
@@ -95,7 +141,7 @@ class Tower:
         """(B, 3, H, W) -> tokens: everything before block 0."""
         raise NotImplementedError
 
-    def qkv(self, i: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, i: int, tokens: Tensor) -> QKV:
         """Block i's queries, keys and values (B, H, N, d) of tokens before its norm."""
         raise NotImplementedError
 
@@ -127,18 +173,23 @@ class Tower:
         """Block i, whole, by its own forward."""
         return self.blocks[i](tokens)
 
-    def attend(self, i: int, tokens: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Block i's attention half, residual included; bias is added to the scores."""
-        q, k, v = self.qkv(i, tokens)
+    def attend(
+        self, i: int, tokens: Tensor, bias: Tensor | None = None, *, qkv: QKV | None = None
+    ) -> Tensor:
+        """Block i's attention half, residual included.
+
+        bias is added to the scores; qkv, where the caller has made them, are not made again.
+        """
+        q, k, v = self.qkv(i, tokens) if qkv is None else qkv
         dropout, scale = self.attention_dropout(i), self.projections(i).scale
         attended = F.scaled_dot_product_attention(
             q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale
         )
         return tokens + self.project(i, attended.transpose(1, 2).flatten(2))
 
-    def attention_map(self, i: int, tokens: Tensor) -> Tensor:
+    def attention_map(self, i: int, tokens: Tensor, *, qkv: QKV | None = None) -> Tensor:
         """Block i's whole softmax map (B, H, N, N), as the official code computes it."""
-        q, k, _ = self.qkv(i, tokens)
+        q, k, _ = self.qkv(i, tokens) if qkv is None else qkv
         return torch.matmul(q * self.projections(i).scale, k.mT).softmax(-1)
 
     def cls_attention(self, i: int, tokens: Tensor, cls: Tensor) -> Tensor:

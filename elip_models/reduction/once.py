@@ -1,0 +1,28 @@
+"""Work and warnings that one forward does and the next need not repeat."""
+
+import warnings
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def once(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, run once for equal arguments; the compiler, which warns of caches, traces it."""
+    cached = cache(function)
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        return (function if torch.compiler.is_compiling() else cached)(*args, **kwargs)
+
+    return run
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Warn, unless the same was said before."""
+    warnings.warn(message, stacklevel=3)

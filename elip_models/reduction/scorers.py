@@ -1,0 +1,120 @@
+"""Where the attention row of a stage comes from (ELIP, Eq. 2): a table of small functions.
+
+A scorer is (tower, stage, tokens, fused cls) -> row, and its cost. A new one is ten lines here.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from elip_models.reduction.schedule import Stage
+from elip_models.towers import Tower, with_cls
+
+
+class Scorer(NamedTuple):
+    """A way to get the attention row that selects.
+
+    row: (tower, stage, tokens (B, N, D), fused cls (B, D)) -> (B, N), column 0 is CLS.
+    layers: how many whole layers it runs on the stage's tokens, of the stage's number of layers.
+    rows: how often CLS alone attends to these tokens, likewise.
+    reads: the layer whose row it reads from the tokens as they enter, where it does no more: the
+        boundary is then one op.
+    """
+
+    row: Callable[[Tower, Stage, Tensor, Tensor], Tensor]
+    layers: Callable[[int], int]
+    rows: Callable[[int], int] = lambda layers: 1
+    reads: Callable[[Stage], int] | None = None
+
+
+def _official(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
+    """All layers whole, the last with its N x N map, its output thrown away."""
+    last = stage.first + stage.layers - 1
+    tokens = with_cls(tokens, cls)
+    for i in range(stage.first, last):
+        tokens = tower.block(i, tokens)
+    qkv = tower.qkv(last, tokens)
+    attention = tower.attention_map(last, tokens, qkv=qkv)
+    attended = (attention @ qkv[2]).transpose(1, 2).flatten(2)
+    tower.mlp(last, tokens + tower.project(last, attended))
+    return attention[:, :, 0].mean(1)
+
+
+def _exact(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
+    """All layers but the last, then only the CLS row of the last."""
+    return _after(stage.layers)(tower, stage, tokens, cls)
+
+
+def _after(layer: int) -> Callable[[Tower, Stage, Tensor, Tensor], Tensor]:
+    """The CLS row of the stage's `layer`-th layer (from 1), after the whole layers before it."""
+
+    def row(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
+        target = stage.first + layer - 1
+        if layer > 1:
+            tokens = with_cls(tokens, cls)
+            for i in range(stage.first, target):
+                tokens = tower.block(i, tokens)
+            cls = tokens[:, 0]
+        return tower.cls_attention(target, tokens, cls)
+
+    return row
+
+
+def _cls(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
+    """CLS alone goes through the layers, attending to the tokens as they entered the stage."""
+    last = stage.first + stage.layers - 1
+    for i in range(stage.first, last):
+        cls = tower.cls_block(i, tokens, cls)
+    return tower.cls_attention(last, tokens, cls)
+
+
+def _last(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
+    """The last layer's CLS row, from the tokens as they entered the stage: no layer runs."""
+    return tower.cls_attention(stage.first + stage.layers - 1, tokens, cls)
+
+
+SCORERS: dict[str, Scorer] = {
+    "official": Scorer(_official, layers=lambda layers: layers, rows=lambda layers: 0),
+    "exact": Scorer(_exact, layers=lambda layers: layers - 1),
+    "cls": Scorer(_cls, layers=lambda layers: 0, rows=lambda layers: 2 * layers - 1),
+    "last": Scorer(_last, layers=lambda layers: 0, reads=lambda s: s.first + s.layers - 1),
+}
+
+
+def get_scorer(name: str | int) -> Scorer:
+    """The scorer of a name in `SCORERS`, or of m: m-1 whole layers, then the m-th layer's row."""
+    if isinstance(name, int):
+        return Scorer(_after(name), lambda layers: name - 1)
+    return SCORERS[name]
+
+
+@torch.no_grad()
+def score(scorer: str | int, tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
+    """The attention row (B, N) of a stage, by the scorer; column 0 is CLS. Without gradient."""
+    with _isolated_rng(tower, tokens), _uncached_autocast(tokens.device.type):
+        return get_scorer(scorer).row(tower, stage, tokens, cls)
+
+
+@contextmanager
+def _isolated_rng(tower: Tower, tokens: Tensor) -> Iterator[None]:
+    """Random numbers drawn inside leave the state as it was: a replayed stage draws the same."""
+    if not tower.model.training or torch.compiler.is_compiling():
+        yield
+        return
+    devices = [tokens.device] if tokens.is_cuda else []
+    with torch.random.fork_rng(devices):
+        yield
+
+
+def _uncached_autocast(device: str) -> torch.autocast | nullcontext:
+    """The autocast of the caller, without its cache.
+
+    Some releases of torch would hand a weight that was cast here, without gradient, to the training
+    pass that follows.
+    """
+    if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False)

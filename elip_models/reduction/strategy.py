@@ -1,0 +1,172 @@
+"""What every reduction strategy is: frozen data that says where it acts and what it does there.
+
+A step either stands before a block, which then runs as it is, or takes a block's place, because it
+acts between its attention and its MLP. The loop of `encode_image` and the hooks of `reduce_` know
+no more of a strategy than this.
+"""
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from elip_kernels import BipartiteInfo, ReductionInfo
+from elip_models.reduction import flops
+from elip_models.reduction.once import once, warn_once
+from elip_models.reduction.schedule import Stage
+from elip_models.towers import Size, Tower, as_pair, as_tower
+
+R = TypeVar("R")
+
+
+class StageInfo(NamedTuple):
+    """What one step did.
+
+    stage: its place. reduction: which tokens were kept, and how the others were merged.
+    attention: (B, N) the row that selected, prefix tokens included; None where none did.
+    sizes: (B, N) how many patches each token stands for, where the strategy counts them.
+    """
+
+    stage: Stage
+    reduction: ReductionInfo | BipartiteInfo
+    attention: Tensor | None = None
+    sizes: Tensor | None = None
+
+
+class Layer(NamedTuple):
+    """Tokens in a block: those that go through its attention, and through its MLP."""
+
+    attention: int
+    mlp: int
+
+
+def plainly(function: Callable[..., R], *args: Any) -> R:
+    """`function(*args)`: a part of a block that is not checkpointed."""
+    return function(*args)
+
+
+class Context(NamedTuple):
+    """What a step knows besides its tokens.
+
+    text_cls: (B, D) guidance, detached, or None.
+    before: what the step before did in this forward.
+    replay: what this step did in the forward that is recomputed now.
+    run: calls a part of a block, checkpointed or not.
+    """
+
+    text_cls: Tensor | None = None
+    before: StageInfo | None = None
+    replay: StageInfo | None = None
+    run: Callable[..., Any] = plainly
+
+
+class Strategy:
+    """How tokens leave a tower. Subclasses are frozen dataclasses, and define what raises here.
+
+    name: in `STRATEGIES`.
+    takes_block: its steps take a block's place; else they stand before it.
+    is_guided: text changes what it does.
+    """
+
+    name: ClassVar[str]
+    takes_block: ClassVar[bool] = False
+    is_guided: bool = False
+
+    def refuses(self, tower: Tower) -> str | None:
+        """Why this tower cannot be reduced so, in one sentence, or None."""
+        return None
+
+    def check(self, tower: Tower) -> None:
+        """Raises where the tower cannot be reduced so, or the settings do not fit it: why."""
+        reason = self.refuses(tower)
+        if reason is not None:
+            raise TypeError(
+                f"strategy: expected one that fits the model, got {self.name}: {reason}"
+            )
+        self.stages(tower.size)
+
+    def stages(self, size: Size) -> tuple[Stage, ...]:
+        """Where it acts, in the order of the blocks; at most one step a block.
+
+        Raises:
+            ValueError: settings that do not fit the tower.
+        """
+        raise NotImplementedError
+
+    def token_counts(self, size: Size) -> tuple[Layer, ...]:
+        """Tokens in each block."""
+        raise NotImplementedError
+
+    def scoring_flops(self, size: Size) -> int:
+        """What it computes to choose tokens, without gradient, beyond the blocks; of one image."""
+        return 0
+
+    def embed_flops(self, size: Size) -> int:
+        """Of the patch embedding of one image."""
+        return size.embed_flops()
+
+    def reduces(self, text_cls: Tensor | None, training: bool) -> bool:
+        """Whether a forward with this guidance, in this mode, reduces."""
+        return True
+
+    def embed(self, tower: Tower, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) -> tokens (B, N, D) before block 0."""
+        return tower.embed(images)
+
+    def step(
+        self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
+    ) -> tuple[Tensor, StageInfo]:
+        """The tokens before block `stage.first`, reduced; or after it, if it takes its place."""
+        raise NotImplementedError
+
+    def at_strength(self, size: Size, strength: float) -> Self:
+        """The same strategy, reducing nothing (0) to as much as it can (1); more never costs more.
+
+        `at_flops` searches here.
+        """
+        raise NotImplementedError
+
+    def at_flops(self, model: nn.Module | Tower, ratio: float) -> Self:
+        """The same strategy at the setting whose training FLOPs are `ratio` of the dense tower's.
+
+        Args:
+            model: an image model, or a whole one, whose image tower counts; or a tower.
+            ratio: of forward and backward, scorer included, in (0, 1]; met within 1%.
+
+        Raises:
+            ValueError: a ratio that the strategy cannot reach, with the nearest that it can.
+        """
+        return flops.nearest(self, tower_of(model).size, ratio)
+
+    def __str__(self) -> str:
+        values = (f"{field.name}={getattr(self, field.name)!r}" for field in fields(self))
+        return f"{self.name}({', '.join(values)})"
+
+
+@once
+def stages_of(strategy: Strategy, size: Size) -> tuple[Stage, ...]:
+    """`strategy.stages`, worked out once and not in every forward."""
+    return strategy.stages(size)
+
+
+def tower_of(model: nn.Module | Tower) -> Tower:
+    """The tower of an image model, or of the image model inside a whole one."""
+    if isinstance(model, Tower):
+        return model
+    pair = as_pair(model)
+    return as_tower(model if pair is None else pair.image_model)
+
+
+def warn_if_slower(tower: Tower, strategy: Strategy) -> None:
+    """In eval mode, say once that choosing the tokens costs more than dropping them saves."""
+    if tower.model.training or torch.compiler.is_compiling():
+        return
+    cost = flops.inference_ratio(strategy, tower.size)
+    if cost > 1.0:
+        scorer = getattr(strategy, "scorer", strategy.name)
+        warn_once(
+            f"scorer={scorer!r} makes inference cost {cost:.2f} times the dense tower "
+            "(FLOPs of the blocks); scorer='last' costs less than dense"
+        )
