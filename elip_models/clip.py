@@ -2,7 +2,9 @@
 
 Text first: f_text = normalise(W_t text[EOS]); the guidance of the image tower is f_text mapped back
 to the vision width by the transposed image projection, t = f_text @ W_i, detached. Then
-f_image = normalise(W_i image[CLS]), and the contrastive loss of the pairs (ITC).
+f_image = normalise(W_i image[CLS]), and the contrastive loss of the pairs (ITC). Where the image
+guides the dropping of text tokens ('learned'), its dense feature comes before all that, and is
+mapped back likewise, f_image @ W_t.
 Source: CLIP (Radford et al., 2021); ELIP, section 3 and its official CLIP code.
 """
 
@@ -10,7 +12,9 @@ import json
 import math
 import os
 import tempfile
+import warnings
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +27,9 @@ from elip_models.modules.losses import contrastive_loss
 from elip_models.modules.text import CLIPTextTower
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.schedule import Schedule
-from elip_models.reduction.stage import Elip, StageInfo
+from elip_models.reduction.stage import Elip
+from elip_models.reduction.strategy import StageInfo
+from elip_models.reduction.text import TEXT_STRATEGIES, TextReduction
 from elip_models.towers import as_tower
 
 
@@ -35,6 +41,8 @@ class CLIPConfig:
     count_cls: keep ratios count CLS among the patches, as the official CLIP code.
     scorer, fusion, guidance_norm, without_text, merge: see `elip_models.encode_image`.
     gather: where negatives come from, see `contrastive_loss`.
+    text_reduction: 'random', 'post' or 'learned' drops text tokens, see `TextReduction`; or None.
+    text_drop: share of a text's tokens that it drops.
     """
 
     image_size: int = 224
@@ -60,6 +68,8 @@ class CLIPConfig:
     without_text: Literal["dense", "vision"] = "dense"
     merge: bool = True
     gather: Literal["local", "global"] = "local"
+    text_reduction: Literal["random", "post", "learned"] | None = None
+    text_drop: float = 0.4
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -70,7 +80,8 @@ class CLIPConfig:
                     raise ValueError(
                         f"{field.name}: expected an int from {least} on, got {value!r}"
                     )
-        for name, low, high in (("temperature", 1e-4, 1e4), ("drop_path", 0.0, 0.99)):
+        intervals = {"temperature": (1e-4, 1e4), "drop_path": (0.0, 0.99), "text_drop": (0.0, 0.99)}
+        for name, (low, high) in intervals.items():
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not low <= value <= high:
                 raise ValueError(f"{name}: expected a float in [{low}, {high}], got {value!r}")
@@ -93,6 +104,11 @@ class CLIPConfig:
             )
         if self.gather not in ("local", "global"):
             raise ValueError(f"gather: expected 'local' or 'global', got {self.gather!r}")
+        if self.text_reduction not in (None, *TEXT_STRATEGIES):
+            raise ValueError(
+                f"text_reduction: expected None or one of {', '.join(TEXT_STRATEGIES)}, got "
+                f"{self.text_reduction!r}"
+            )
         self.reduction.schedule.check_depth(self.vision_depth)
 
     @property
@@ -102,6 +118,11 @@ class CLIPConfig:
         schedule = Schedule.parse(text, count_cls=self.count_cls)
         names = ("scorer", "fusion", "guidance_norm", "without_text", "merge")
         return Elip(schedule, **{name: getattr(self, name) for name in names})
+
+    @property
+    def text_token_reduction(self) -> TextReduction | None:
+        """The settings of the text tower's reduction; None where it has none."""
+        return self.text_reduction and TextReduction(self.text_reduction, self.text_drop)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "CLIPConfig":
@@ -151,6 +172,7 @@ class CLIP(nn.Module):
             context_length=config.context_length,
             eos_token_id=config.eos_token_id,
             pad_token_id=config.pad_token_id,
+            reduction=config.text_token_reduction,
         )
         self.image_projection = nn.Linear(config.vision_width, config.embed_dim, bias=False)
         self.text_projection = nn.Linear(config.text_width, config.embed_dim, bias=False)
@@ -162,9 +184,37 @@ class CLIP(nn.Module):
         """f_text (B, E) mapped back to the vision width, (B, D), detached."""
         return (text_features @ self.image_projection.weight.to(text_features.dtype)).detach()
 
-    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """input_ids, attention_mask (B, L) -> (B, E), normalised."""
-        return F.normalize(self.text_projection(self.text(input_ids, attention_mask)), dim=-1)
+    def encode_text(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        image_features: Tensor | None = None,
+        reduce: bool = True,
+    ) -> Tensor:
+        """Text features.
+
+        Args:
+            input_ids, attention_mask: (B, L), 1 = real.
+            image_features: (B, E), normalised, which guide text_reduction='learned'; without them
+                it drops nothing, with a warning, as images without text reduce nothing. No other
+                strategy reads them.
+            reduce: False keeps all text tokens.
+
+        Returns:
+            (B, E), normalised.
+        """
+        image_cls = None
+        if reduce and self.config.text_reduction == "learned":
+            if image_features is None:
+                reduce = False
+                if not torch.compiler.is_compiling():
+                    _warn_unguided()
+            else:
+                weight = self.text_projection.weight
+                image_cls = (image_features @ weight.to(image_features.dtype)).detach()
+        hidden = self.text(input_ids, attention_mask, image_cls=image_cls, reduce=reduce)
+        return F.normalize(self.text_projection(hidden), dim=-1)
 
     def encode_tokens(
         self, images: Tensor, text_features: Tensor | None = None, *, return_info: bool = False
@@ -196,13 +246,28 @@ class CLIP(nn.Module):
     def forward(
         self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> CLIPOutput:
-        """images (B, 3, H, W), input_ids and attention_mask (B, L): row i of each is one pair."""
-        text_features = self.encode_text(input_ids, attention_mask)
+        """images (B, 3, H, W), input_ids and attention_mask (B, L): row i of each is one pair.
+
+        text_reduction='learned' adds a dense forward pass of the image tower, without gradient, for
+        the text needs the image before it can guide it: about ten times the multiply-adds that
+        training ViT-B/16 saves in the text tower.
+        """
+        dense_features = None
+        if self.config.text_reduction == "learned":
+            dense_features = self._dense_features(images)
+        text_features = self.encode_text(input_ids, attention_mask, image_features=dense_features)
         image_features = self.encode_image(images, text_features)
         scale = self.logit_scale.exp()
         gather = self.config.gather
         loss = contrastive_loss(image_features, text_features, scale, gather=gather)
         return CLIPOutput(loss, image_features, text_features)
+
+    @torch.no_grad()
+    def _dense_features(self, images: Tensor) -> Tensor:
+        features = self.encode_image(images, reduce=False)
+        if not torch.compiler.is_compiling():
+            torch.clear_autocast_cache()  # or some releases train with weights cast in here
+        return features
 
     @torch.no_grad()
     def clamp_temperature_(self) -> None:
@@ -256,6 +321,15 @@ class CLIP(nn.Module):
                 f"folder: expected weights that fit {path}/config.json: {error}"
             ) from error
         return model
+
+
+@cache
+def _warn_unguided() -> None:
+    warnings.warn(
+        "no image guidance was given, so no text token is dropped (text_reduction='learned'); "
+        "pass image_features, or reduce=False to mean it",
+        stacklevel=3,
+    )
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elip_models.reduction.stage import StageInfo
+from elip_models.reduction.strategy import StageInfo
 
 DIM = 0.15  # what is left of a dropped patch's colour, on white
 

@@ -3,12 +3,14 @@
 Image to text is right at k when any caption of the image is among the k most similar texts, text to
 image when the caption's own image is among the k most similar images. A tie is decided against the
 model: candidates as similar as the right one rank before it, so a model that says the same of
-everything scores zero. Images are encoded without text: none sees its own caption.
+everything scores zero. Images are encoded without text, texts without image: none sees its own
+caption, and text reduction that an image would guide drops nothing.
 """
 
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -212,12 +214,22 @@ def _encode_texts(
     """Returns features (num_texts, E) fp32."""
     device = next(model.parameters()).device
     features = []
-    for start in range(0, len(texts), batch_size):
-        chunk = texts[start : start + batch_size]
-        tokens = tokenize(tokenizer, chunk, model.config.context_length)
-        tokens = {name: ids.to(device) for name, ids in tokens.items()}
-        features.append(model.encode_text(**tokens).float())
+    with warnings.catch_warnings(), _isolated_rng(device):
+        # Models warn where they get no image to drop text tokens by; here that is meant.
+        warnings.filterwarnings("ignore", message="no image guidance")
+        for start in range(0, len(texts), batch_size):
+            chunk = texts[start : start + batch_size]
+            tokens = tokenize(tokenizer, chunk, model.config.context_length)
+            tokens = {name: ids.to(device) for name, ids in tokens.items()}
+            features.append(model.encode_text(**tokens).float())
     return torch.cat(features)
+
+
+def _isolated_rng(device: torch.device) -> AbstractContextManager[None]:
+    """Random numbers drawn inside, as text reduction may, leave the generators as they were."""
+    if device.type == "cpu":
+        return torch.random.fork_rng([])
+    return torch.random.fork_rng([device], device_type=device.type)
 
 
 def _ranks(similarity: Tensor, relevant: Tensor) -> Tensor:

@@ -1,0 +1,146 @@
+"""Text tokens dropped half way through a text tower, padding aware.
+
+    n real tokens of a text: n - int(drop * n) stay, in their order, the anchor among them
+    L tokens of a batch:     K = L - int(drop * L) slots, enough for any text; spare ones are masked
+
+The anchor is the token a text is read at: BERT's [CLS], CLIP's end of text. Nothing is merged.
+Source: ELIP, section 4.4.1, which drops 40% in the second half of the layers.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+import elip_kernels
+
+TextStrategy = Literal["random", "post", "learned"]
+TEXT_STRATEGIES: tuple[str, ...] = get_args(TextStrategy)
+
+
+class ReducedText(NamedTuple):
+    """What stays of a batch of texts.
+
+    tokens: (B, K, D); slots that a text does not need hold some of its other tokens, last.
+    mask: (B, K) bool, True = kept, False = such a slot.
+    anchor: (B,) int64, where the anchor is now.
+    kept: (B, K) int64, positions in the input; ascending where `mask` is True.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    anchor: Tensor
+    kept: Tensor
+
+
+@dataclass(frozen=True)
+class TextReduction:
+    """Which text tokens are dropped, and how many.
+
+    strategy: 'random' draws them from torch's generator; 'post' drops the last ones; 'learned' the
+        ones with the least score, which the caller gives. Of 'learned' the paper says only that the
+        vision encoder's [CLS] features guide it. Our reading: the score of a token is the attention
+        that the vision CLS pays it, where it is the query of the first layer after the reduction
+        in place of the anchor: `elip_kernels.cls_attention`.
+    drop: share of a text's real tokens, in [0, 1).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected, what came.
+    """
+
+    strategy: TextStrategy
+    drop: float = 0.4
+
+    def __post_init__(self) -> None:
+        if self.strategy not in TEXT_STRATEGIES:
+            raise ValueError(
+                f"strategy: expected one of {', '.join(TEXT_STRATEGIES)}, got {self.strategy!r}; "
+                "leave the reduction out to keep all text tokens"
+            )
+        if isinstance(self.drop, bool) or not isinstance(self.drop, (int, float)):
+            raise TypeError(f"drop: expected a share in [0, 1), such as 0.4, got {self.drop!r}")
+        if not 0.0 <= self.drop < 1.0:
+            raise ValueError(f"drop: expected a share in [0, 1), such as 0.4, got {self.drop!r}")
+
+    def __call__(
+        self, tokens: Tensor, mask: Tensor, anchor: Tensor | int, scores: Tensor | None = None
+    ) -> ReducedText:
+        """Drop tokens; nothing waits for the device, and no shape depends on values.
+
+        Args:
+            tokens: (B, L, D), floating point; gradients reach the kept ones.
+            mask: (B, L) bool, True = real. The anchor counts as real.
+            anchor: (B,) int64, or an int for all texts: the position of the token that stays.
+            scores: (B, L), for 'learned' only. Ties: the lower index stays; NaN goes first.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected, what came, what to do.
+        """
+        _check(tokens, mask, anchor, scores, self.strategy)
+        B, L, _ = tokens.shape
+        if isinstance(anchor, int):
+            anchor = torch.full((B,), anchor, device=tokens.device)
+        anchor = anchor[:, None]
+        mask = mask.scatter(1, anchor, True)
+        stays = self._stays(mask, anchor, scores)
+        reduced, info = elip_kernels.reduce(
+            tokens,
+            stays.float(),
+            L - int(self.drop * L),
+            merge=False,
+            mask=stays,
+            num_prefix_tokens=0,
+            return_info=True,
+        )
+        place = (info.kept == anchor).int().argmax(1)
+        return ReducedText(reduced, info.mask, place, info.kept)
+
+    def _stays(self, mask: Tensor, anchor: Tensor, scores: Tensor | None) -> Tensor:
+        """(B, L) bool: each text's n - int(drop * n) first tokens by anchor, key and position."""
+        key = self._key(mask, scores).masked_fill(~mask, -torch.inf).scatter(1, anchor, torch.inf)
+        order = key.argsort(dim=1, descending=True, stable=True)
+        n = mask.sum(1, keepdim=True)
+        count = n - (n.double() * self.drop).long()
+        first = torch.arange(mask.shape[1], device=mask.device) < count
+        return torch.zeros_like(mask).scatter(1, order, first)
+
+    def _key(self, mask: Tensor, scores: Tensor | None) -> Tensor:
+        """(B, L) finite floats: the smallest go first."""
+        if self.strategy == "random":
+            return torch.rand(mask.shape, device=mask.device)
+        if self.strategy == "post":
+            return -torch.arange(mask.shape[1], device=mask.device).float().expand(mask.shape)
+        least, most = torch.finfo(scores.dtype).min, torch.finfo(scores.dtype).max
+        return scores.detach().nan_to_num(least, most, least)
+
+
+def _check(tokens: Any, mask: Any, anchor: Any, scores: Any, strategy: str) -> None:
+    """What `reduce` does not check: mask, anchor and scores fit the tokens."""
+    if not isinstance(tokens, Tensor) or tokens.dim() != 3:
+        raise TypeError(f"tokens: expected a tensor (B, L, D), got {_describe(tokens)}")
+    B, L, _ = tokens.shape
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (B, L):
+        raise ValueError(
+            f"mask: expected a bool tensor (B, L) = {(B, L)}, True = real, got {_describe(mask)}"
+        )
+    if isinstance(anchor, int) and not isinstance(anchor, bool):
+        if not 0 <= anchor < L:
+            raise ValueError(f"anchor: expected a position from 0 to {L - 1}, got {anchor}")
+    elif not isinstance(anchor, Tensor) or anchor.dtype != torch.int64 or anchor.shape != (B,):
+        raise ValueError(
+            f"anchor: expected an int, or an int64 tensor (B,) = ({B},), got {_describe(anchor)}"
+        )
+    if strategy != "learned":
+        return
+    if not isinstance(scores, Tensor) or not scores.is_floating_point():
+        raise TypeError(
+            f"scores: expected a floating-point tensor (B, L) = {(B, L)} for strategy='learned', "
+            f"got {_describe(scores)}; elip_kernels.cls_attention makes them of the vision CLS"
+        )
+    if scores.shape != (B, L):
+        raise ValueError(f"scores: expected (B, L) = {(B, L)}, got {_describe(scores)}")
+
+
+def _describe(value: Any) -> str:
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else f"{value!r:.80}"
