@@ -1,9 +1,10 @@
 """Fused kernels for vision token reduction: tensors in, tensors out."""
 
-from elip_kernels.bipartite import BipartiteInfo, bipartite_merge, unmerge
+from elip_kernels.bipartite import bipartite_merge, merge_by
 from elip_kernels.cls_attend import cls_attend_from_tokens
 from elip_kernels.cls_attention import cls_attention, cls_attention_from_tokens
-from elip_kernels.reduce import ReductionInfo, reduce
+from elip_kernels.info import BipartiteInfo, ReductionInfo, unmerge
+from elip_kernels.reduce import reduce
 from elip_kernels.score_reduce import score_reduce
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "cls_attend_from_tokens",
     "cls_attention",
     "cls_attention_from_tokens",
+    "merge_by",
     "reduce",
     "score_reduce",
     "unmerge",

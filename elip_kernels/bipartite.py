@@ -17,8 +17,6 @@ row that it belongs to: nothing is added atomically and a run repeats bit by bit
 Source: Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023, section 3.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -34,18 +32,8 @@ from elip_kernels._validate import (
 )
 from elip_kernels.absorbed import accumulator
 from elip_kernels.bipartite_kernels import SMALLEST_SQUARE, match, merge_bwd, merge_fwd
-from elip_kernels.rows import add_rows, flat_rows, sum_rows, take_rows
-
-
-class BipartiteInfo(NamedTuple):
-    """Where each token went.
-
-    slots: (B, N) int32, the output row that each input token is part of.
-    num_rows: output rows, N - r.
-    """
-
-    slots: Tensor
-    num_rows: int
+from elip_kernels.info import BipartiteInfo, check_step
+from elip_kernels.rows import add_rows, flat_rows, sum_rows
 
 
 def bipartite_merge(
@@ -81,45 +69,45 @@ def bipartite_merge(
     B, N, _ = tokens.shape
     r = min(r, max(0, N - num_prefix_tokens) // 2)
     if r == 0:
-        merged = tokens
         slots = torch.arange(N, dtype=torch.int32, device=tokens.device).expand(B, -1)
-        size = tokens.new_ones(B, N, dtype=accumulator(tokens.dtype)) if size is None else size
     else:
         slots = _match_op(metric.detach(), r, num_prefix_tokens)
-        merged, size = _merge_op(tokens, size, slots, N - r)
-    return (merged, size, BipartiteInfo(slots, N - r)) if return_info else (merged, size)
+    info = BipartiteInfo(slots, N - r)
+    merged, size = _merged(tokens, size, info)
+    return (merged, size, info) if return_info else (merged, size)
 
 
-def unmerge(merged: Tensor, info: BipartiteInfo) -> Tensor:
-    """Give every token the row that it went into: merged (B, N-r, D) -> (B, N, D)."""
-    _check_info(info=info)
-    check_tensor("merged", merged, "(B, N-r, D)", 3)
-    B, D = info.slots.shape[0], merged.shape[2]
-    check_shape("merged", merged, (B, info.num_rows, D), "(B, N-r, D)")
-    check_device("merged", merged, "info.slots", info.slots)
-    return take_rows(merged, info.slots)
+def merge_by(
+    tokens: Tensor, info: BipartiteInfo, size: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Merge other tokens by a match already made: positions beside features, a recomputation.
+
+    Args:
+        tokens: (B, N, D), fp32, bf16, fp16 or fp64. Gradients reach tokens only.
+        info: of the `bipartite_merge` that matched N tokens, one step.
+        size: (B, N) or (B, N, 1) fp32 or fp64, positive; None means one each.
+
+    Returns:
+        merged (B, N-r, D) in the dtype of `tokens`, size (B, N-r), as `bipartite_merge`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected, what came, what to do.
+    """
+    check_tokens(tokens)
+    check_step(info)
+    check_shape("tokens", tokens, (*info.slots.shape, tokens.shape[2]), "(B, N, D)")
+    check_device("tokens", tokens, "info.slots", info.slots)
+    return _merged(tokens, _check_size(size, tokens), info)
 
 
-def source_matrix(info: BipartiteInfo) -> Tensor:
-    """(B, N-r, N) bool: True where the input token is part of the output row."""
-    _check_info(info=info)
-    rows = torch.arange(info.num_rows, device=info.slots.device)
-    return info.slots[:, None, :] == rows[None, :, None]
-
-
-def compose(first: BipartiteInfo, then: BipartiteInfo) -> BipartiteInfo:
-    """One step that does both: where the tokens of `first` are after `then`."""
-    _check_info(first=first, then=then)
-    shape = (first.slots.shape[0], first.num_rows)
-    check_shape("then", then.slots, shape, "slots (B, rows of first)")
-    return BipartiteInfo(then.slots.gather(1, first.slots.long()), then.num_rows)
-
-
-def _check_info(**infos: BipartiteInfo) -> None:
-    """Every argument is a `BipartiteInfo`."""
-    for name, info in infos.items():
-        if not isinstance(info, BipartiteInfo):
-            raise TypeError(message(name, "the BipartiteInfo that bipartite_merge returns", info))
+def _merged(tokens: Tensor, size: Tensor | None, info: BipartiteInfo) -> tuple[Tensor, Tensor]:
+    """Tokens and sizes after the step; `tokens` itself where nothing is merged."""
+    B, N, _ = tokens.shape
+    if info.num_rows != N:
+        return _merge_op(tokens, size, info.slots, info.num_rows)
+    if size is None:
+        size = tokens.new_ones(B, N, dtype=accumulator(tokens.dtype))
+    return tokens, size
 
 
 def _check_arguments(
@@ -140,8 +128,14 @@ def _check_arguments(
     if num_prefix_tokens not in (0, 1):
         remedy = "only a class token, first, can be protected"
         raise ValueError(message("num_prefix_tokens", "0 or 1", num_prefix_tokens, remedy))
+    return _check_size(size, tokens)
+
+
+def _check_size(size: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """Sizes (B, N) in the accumulator's dtype, without gradient; None stays None."""
     if size is None:
         return None
+    B, N, _ = tokens.shape
     check_tensor("size", size, "(B, N) or (B, N, 1)", (2, 3))
     if size.dtype not in (torch.float32, torch.float64):
         raise TypeError(message("size", "fp32 or fp64", size, "cast it: size.float()"))

@@ -11,8 +11,6 @@ Traffic: every program reads N scores and moves its slice of D once: x in, out o
 Source: ELIP, Eq. 3 and 4; EViT's unnormalised weights with `normalize=False`.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,25 +19,11 @@ from elip_kernels import launch
 from elip_kernels._operator import Operator
 from elip_kernels._triton import tl, triton
 from elip_kernels._validate import check_flags, reduce_arguments
+from elip_kernels.info import ReductionInfo
 from elip_kernels.rows import add_rows, merge_rows, sum_rows, take_rows
 from elip_kernels.select import load_tile, move_tile, select_and_weigh, store_selection
 
 EPSILON = 1e-6  # added to the dropped mass before dividing by it (Eq. 4)
-
-
-class ReductionInfo(NamedTuple):
-    """What `reduce` kept and how it merged.
-
-    kept: (B, K) int64, positions in `tokens`, ascending; padding that fills slots comes last, but
-        stays in its place where all are kept.
-    weights: (B, N) fp32 (fp64 if an input is), zero at kept and prefix tokens, and everywhere
-        without merging.
-    mask: (B, p+K+1) bool, True where an output token is real; None when no mask was given.
-    """
-
-    kept: Tensor
-    weights: Tensor
-    mask: Tensor | None
 
 
 def reduce(
@@ -85,7 +69,8 @@ def reduce(
     )
     if not return_info:
         return out
-    return out, ReductionInfo(kept, weights, _output_mask(mask, kept, num_prefix_tokens, merge))
+    mask = _output_mask(mask, kept, num_prefix_tokens, merge)
+    return out, ReductionInfo(kept, weights, mask, num_prefix_tokens, merge)
 
 
 def _output_mask(
@@ -105,7 +90,8 @@ def _keep_all_info(
 ) -> ReductionInfo:
     B, N, _ = tokens.shape
     kept = torch.arange(num_prefix_tokens, N, device=tokens.device).expand(B, -1)
-    return ReductionInfo(kept, tokens.new_zeros(B, N, dtype=_accumulator(tokens, scores)), mask)
+    weights = tokens.new_zeros(B, N, dtype=_accumulator(tokens, scores))
+    return ReductionInfo(kept, weights, mask, num_prefix_tokens, merged=False)
 
 
 def reduce_reference(

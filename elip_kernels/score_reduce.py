@@ -32,9 +32,9 @@ from elip_kernels.absorbed import (
     store_row,
 )
 from elip_kernels.cls_attention import absorbed_reference
+from elip_kernels.info import ReductionInfo
 from elip_kernels.reduce import (
     EPSILON,
-    ReductionInfo,
     empty_outputs,
     reduce_backward_op,
     reduce_reference,
@@ -87,7 +87,7 @@ def score_reduce(
     out, kept, weights, _, row = _score_reduce_op(
         tokens, cls.detach(), query, eps, keep, merge, normalize
     )
-    return (out, ReductionInfo(kept, weights, None), row) if return_info else out
+    return (out, ReductionInfo(kept, weights, None, 1, merge), row) if return_info else out
 
 
 def score_reduce_reference(

@@ -5,7 +5,8 @@ import torch
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from elip_kernels.bipartite import bipartite_merge, compose, source_matrix, unmerge
+from elip_kernels.bipartite import bipartite_merge
+from elip_kernels.info import compose, source_matrix, unmerge
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Cases 4 and 5 of the golden tensors protect a distillation token, which this op does not.

@@ -48,6 +48,10 @@ def good_unmerge():
     return {"merged": merged, "info": info}
 
 
+def good_merge_by():
+    return {"tokens": torch.randn(2, 13, 6), "info": good_unmerge()["info"]}
+
+
 def good_encode():
     return {"model": plain_vit(), "images": images(), "text_cls": text(), "schedule": SCHEDULE}
 
@@ -171,7 +175,21 @@ TABLE = {
     ),
     elip_kernels.unmerge: (
         good_unmerge,
-        {"merged": [None, torch.randn(9, 6), torch.randn(2, 8, 6)], "info": [None, 4]},
+        {
+            "merged": [None, torch.randn(9, 6), torch.randn(2, 8, 6)],
+            "info": [None, 4, torch.ones(2, 9, 13), torch.ones(9, 13).bool()],
+        },
+    ),
+    elip_kernels.merge_by: (
+        good_merge_by,
+        {
+            "tokens": [
+                *(None, torch.randn(13, 6), torch.randn(2, 12, 6), torch.randn(3, 13, 6)),
+                *(torch.ones(2, 13, 6).long(), torch.randn(2, 13, 6, **META)),
+            ],
+            "info": [None, torch.zeros(2, 13)],
+            "size": [[1.0] * 13, torch.ones(2, 12), torch.ones(2, 13).long()],
+        },
     ),
     elip_kernels.score_reduce: (
         lambda: good_from_tokens() | {"keep": 4},

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from elip_kernels import launch
-from elip_kernels.bipartite import BipartiteInfo, source_matrix
+from elip_kernels.info import BipartiteInfo, source_matrix
 from elip_kernels.testing import Case, cases
 from tests.gpu import ops
 from tests.gpu.ops import DTYPES, REAL, kernels_alone, on, widened

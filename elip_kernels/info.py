@@ -1,0 +1,140 @@
+"""Where each token went: what `reduce` and `bipartite_merge` say of a step, and how steps chain.
+
+A source map (B, T, N) is True where output token t holds input token n. One step's map is T x N;
+maps chain over steps by "holds something that held", so that T tokens now are traced to N patches.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from elip_kernels._validate import check_device, check_shape, check_tensor, message
+from elip_kernels.rows import take_rows
+
+
+class ReductionInfo(NamedTuple):
+    """What `reduce` kept and how it merged.
+
+    kept: (B, K) int64, positions in `tokens`, ascending; padding that fills slots comes last, but
+        stays in its place where all are kept.
+    weights: (B, N) fp32 (fp64 if an input is), zero at kept and prefix tokens, and everywhere
+        without merging.
+    mask: (B, p+K+1) bool, True where an output token is real; None when no mask was given.
+    num_prefix_tokens: p, tokens that stay, first.
+    merged: the last output token is the merged one; it holds all that were dropped.
+    """
+
+    kept: Tensor
+    weights: Tensor
+    mask: Tensor | None
+    num_prefix_tokens: int = 1
+    merged: bool = True
+
+    def source_map(self, earlier: Tensor | None = None) -> Tensor:
+        """The tokens that each output token holds: prefix, kept in the order of `kept`, merged.
+
+        Dropped padding counts to the merged token, though it has no weight.
+
+        Args:
+            earlier: (B, N, P) bool, the map of the steps before, whose tokens were reduced here.
+
+        Returns:
+            (B, T, N) bool, or (B, T, P) where an earlier map is given.
+        """
+        B, N = self.weights.shape
+        index = torch.arange(N, device=self.kept.device)
+        prefix = index[: self.num_prefix_tokens].expand(B, -1)
+        source = torch.cat([prefix, self.kept], dim=1)[..., None] == index
+        if self.merged:
+            source = torch.cat([source, ~source.any(1, keepdim=True)], dim=1)
+        return _chained(source, earlier)
+
+
+class BipartiteInfo(NamedTuple):
+    """Where each token went.
+
+    slots: (B, N) int32, the output row that each input token is part of.
+    num_rows: output rows, N - r.
+    composed: it stands for several steps.
+    """
+
+    slots: Tensor
+    num_rows: int
+    composed: bool = False
+
+    def source_map(self, earlier: Tensor | None = None) -> Tensor:
+        """`source_matrix` (B, N-r, N), or chained to an earlier map (B, N, P): (B, N-r, P)."""
+        return _chained(source_matrix(self), earlier)
+
+
+def unmerge(merged: Tensor, info: BipartiteInfo | ReductionInfo | Tensor) -> Tensor:
+    """Give every token the row that it went into, zeros where it was dropped without merging.
+
+    Args:
+        merged: (B, T, D), rows after the reduction.
+        info: what the reduction returned; or the source map (B, T, N) bool of one or several.
+
+    Returns:
+        (B, N, D).
+    """
+    if isinstance(info, ReductionInfo):
+        info = info.source_map()
+    check_tensor("merged", merged, "(B, T, D)", 3)
+    D = merged.shape[2]
+    if not isinstance(info, Tensor):
+        _check_info(info=info)
+        shape = (info.slots.shape[0], info.num_rows, D)
+        check_shape("merged", merged, shape, "(B, N-r, D)")
+        check_device("merged", merged, "info.slots", info.slots)
+        return take_rows(merged, info.slots)
+    if info.dtype != torch.bool or info.dim() != 3:
+        raise TypeError(message("info", "a source map (B, T, N) bool", info))
+    check_shape("merged", merged, (*info.shape[:2], D), "(B, T, D)")
+    check_device("merged", merged, "info", info)
+    holds, rows = info.to(torch.uint8).max(1)
+    return take_rows(merged, rows).masked_fill((holds == 0)[..., None], 0.0)
+
+
+def source_matrix(info: BipartiteInfo) -> Tensor:
+    """(B, N-r, N) bool: True where the input token is part of the output row."""
+    _check_info(info=info)
+    rows = torch.arange(info.num_rows, device=info.slots.device)
+    return info.slots[:, None, :] == rows[None, :, None]
+
+
+def compose(first: BipartiteInfo, then: BipartiteInfo) -> BipartiteInfo:
+    """One step that does both: where the tokens of `first` are after `then`."""
+    _check_info(first=first, then=then)
+    shape = (first.slots.shape[0], first.num_rows)
+    check_shape("then", then.slots, shape, "slots (B, rows of first)")
+    return BipartiteInfo(then.slots.gather(1, first.slots.long()), then.num_rows, composed=True)
+
+
+def check_step(info: BipartiteInfo) -> None:
+    """The match of a single step, as `bipartite_merge` made it."""
+    _check_info(info=info)
+    if info.composed:
+        raise ValueError(
+            message("info", "one step of bipartite_merge", "several, composed", "merge by each")
+        )
+
+
+def _check_info(**infos: BipartiteInfo) -> None:
+    """Every argument is a `BipartiteInfo`."""
+    for name, info in infos.items():
+        if not isinstance(info, BipartiteInfo):
+            raise TypeError(message(name, "the BipartiteInfo that bipartite_merge returns", info))
+
+
+def _chained(source: Tensor, earlier: Tensor | None) -> Tensor:
+    """source (B, T, N) after earlier (B, N, P) -> (B, T, P), all bool."""
+    if earlier is None:
+        return source
+    expected = f"a source map (B, N, P) bool with (B, N) = {tuple(source.shape[::2])}"
+    if not isinstance(earlier, Tensor) or earlier.dtype != torch.bool:
+        raise TypeError(message("earlier", expected, earlier))
+    if earlier.dim() != 3 or earlier.shape[:2] != source.shape[::2]:
+        raise ValueError(message("earlier", expected, earlier))
+    check_device("earlier", earlier, "the info", source)
+    return torch.matmul(source.float(), earlier.float()) > 0
