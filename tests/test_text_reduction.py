@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import elip_models
 from elip_models import clip
-from elip_models.reduction.text import STRATEGIES, TextReduction
+from elip_models.reduction.text import TEXT_STRATEGIES, TextReduction
 from elip_models.tasks.retrieval import evaluate_retrieval
 from elip_models.train import train
 from tests.tiny_run import own_process, tiny_config
@@ -44,7 +44,7 @@ def oracle(mask, anchor, key, drop):
 
 @pytest.mark.parametrize("drop", [0.0, 0.05, 0.4, 0.99])
 @pytest.mark.parametrize("anchor", ["first", "last"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", TEXT_STRATEGIES)
 def test_drops_what_a_loop_over_texts_drops(strategy, anchor, drop):
     tokens, mask, places, scores = texts(anchor)
     torch.manual_seed(7)
@@ -86,7 +86,7 @@ def test_gradients_reach_the_kept_tokens_only():
     assert scores.grad is None
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", TEXT_STRATEGIES)
 def test_compiles_whole_for_any_length(strategy):
     torch._dynamo.reset()
     tokens, mask, places, scores = texts("first")
@@ -242,7 +242,7 @@ def test_learned_says_what_guidance_it_needs():
         model.text(*text, image_cls=torch.zeros(4, 12))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", TEXT_STRATEGIES)
 def test_clip_learns_and_checkpointing_gives_the_same_gradients(strategy):
     model, inputs = tiny(strategy), batch()
     grads = []
