@@ -53,9 +53,10 @@ def _official(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor
     last = stage.first + stage.layers - 1
     tokens = with_cls(tokens, cls)
     for i in range(stage.first, last):
-        tokens = tower.block(i, tokens)
-    row = tower.attention_map(last, tokens)[:, :, 0].mean(1)
-    tower.mlp(last, tower.attend(last, tokens))
+        tokens = tower.dry_block(i, tokens)
+    with tower.gathered(last, tokens) as (tokens,):
+        row = tower.attention_map(last, tokens)[:, :, 0].mean(1)
+        tower.mlp(last, tower.attend(last, tokens))
     return row
 
 
@@ -72,7 +73,7 @@ def _after(layer: int) -> Callable[[Tower, Stage, Tensor, Tensor], Tensor]:
         if layer > 1:
             tokens = with_cls(tokens, cls)
             for i in range(stage.first, target):
-                tokens = tower.block(i, tokens)
+                tokens = tower.dry_block(i, tokens)
             cls = tokens[:, 0]
         return tower.cls_attention(target, tokens, cls)
 

@@ -1,0 +1,47 @@
+"""Two processes: FSDP2 and DDP give what one process gives. The cases run in one pair of them."""
+
+import pytest
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+import elip_models
+from tests import fsdp_cases, two_processes
+from tests.towers import SCHEDULE, images, plain_vit
+
+
+@pytest.fixture(scope="module")
+def fsdp(tmp_path_factory):
+    return two_processes.run("tests.fsdp_cases", tmp_path_factory.mktemp("fsdp"))
+
+
+@pytest.mark.parametrize("case", fsdp_cases.CASES)
+def test_fsdp_equals_the_unsharded_model(fsdp, case):
+    assert not fsdp[case], fsdp[case]
+
+
+def fsdp1(module):
+    """FSDP1's wrapper, which cannot be built without an accelerator."""
+    wrapper = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    nn.Module.__init__(wrapper)
+    wrapper._fsdp_wrapped_module = module
+    return wrapper
+
+
+@pytest.mark.parametrize("where", ["root", "block"])
+@pytest.mark.parametrize("function", [elip_models.reduce_, elip_models.encode_image])
+def test_fsdp1_is_refused(function, where):
+    model = plain_vit()
+    if where == "root":
+        model = fsdp1(model)
+    else:
+        model.blocks[2] = fsdp1(model.blocks[2])
+    given = {} if function is elip_models.reduce_ else {"images": images()}
+    with pytest.raises(TypeError, match=r"FullyShardedDataParallel.*fully_shard"):
+        function(model, schedule=SCHEDULE, **given)
+
+
+def test_fsdp1_is_refused_after_reduce_too():
+    model = elip_models.reduce_(plain_vit(), schedule=SCHEDULE)
+    model.blocks[2] = fsdp1(model.blocks[2])
+    with pytest.raises(TypeError, match=r"FullyShardedDataParallel.*fully_shard"):
+        model(images())
