@@ -5,18 +5,21 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 import elip_models
-from tests import fsdp_cases, two_processes
+from tests import ddp_cases, fsdp_cases, two_processes
 from tests.towers import SCHEDULE, images, plain_vit
+
+CASES = [*ddp_cases.CASES, *fsdp_cases.CASES]
 
 
 @pytest.fixture(scope="module")
-def fsdp(tmp_path_factory):
-    return two_processes.run("tests.fsdp_cases", tmp_path_factory.mktemp("fsdp"))
+def failed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two_processes")
+    return two_processes.run(["tests.ddp_cases", "tests.fsdp_cases"], folder)
 
 
-@pytest.mark.parametrize("case", fsdp_cases.CASES)
-def test_fsdp_equals_the_unsharded_model(fsdp, case):
-    assert not fsdp[case], fsdp[case]
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_give_what_one_gives(failed, case):
+    assert not failed[case], failed[case]
 
 
 def fsdp1(module):

@@ -13,7 +13,7 @@ NOT_RUN = "not run: a case before it failed"
 def run(cases, folder):
     """case -> what went wrong in either process, '' where nothing did.
 
-    cases: name of a module that has `CASES`, name -> function of the rank.
+    cases: names of modules that have `CASES`, name -> function of the rank.
     """
     mp.spawn(_work, args=(cases, str(folder)), nprocs=2)
     first, second = (torch.load(folder / f"{rank}.pt") for rank in range(2))
@@ -31,7 +31,7 @@ def _work(rank, cases, folder):
         world_size=2,
         timeout=datetime.timedelta(seconds=20),
     )
-    cases = import_module(cases).CASES
+    cases = {name: case for m in cases for name, case in import_module(m).CASES.items()}
     failed = dict.fromkeys(cases, NOT_RUN)
     for name, case in cases.items():
         torch.manual_seed(0)
