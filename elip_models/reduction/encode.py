@@ -19,7 +19,7 @@ from elip_models.reduction.strategy import (
     stages_of,
     warn_if_slower,
 )
-from elip_models.towers import Tower, as_tower
+from elip_models.towers import Tower, as_tower, in_forward
 
 
 def encode_image(
@@ -81,6 +81,7 @@ def encode_image(
     return (tokens, infos) if return_info else tokens
 
 
+@in_forward
 def run_tower(
     tower: Tower,
     images: Tensor,

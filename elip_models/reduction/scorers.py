@@ -35,11 +35,12 @@ def _official(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor
     last = stage.first + stage.layers - 1
     tokens = with_cls(tokens, cls)
     for i in range(stage.first, last):
-        tokens = tower.block(i, tokens)
-    qkv = tower.qkv(last, tokens)
-    attention = tower.attention_map(last, tokens, qkv=qkv)
-    attended = (attention @ qkv[2]).transpose(1, 2).flatten(2)
-    tower.mlp(last, tokens + tower.project(last, attended))
+        tokens = tower.dry_block(i, tokens)
+    with tower.gathered(last, tokens) as (tokens,):
+        qkv = tower.qkv(last, tokens)
+        attention = tower.attention_map(last, tokens, qkv=qkv)
+        attended = (attention @ qkv[2]).transpose(1, 2).flatten(2)
+        tower.mlp(last, tokens + tower.project(last, attended))
     return attention[:, :, 0].mean(1)
 
 
@@ -56,7 +57,7 @@ def _after(layer: int) -> Callable[[Tower, Stage, Tensor, Tensor], Tensor]:
         if layer > 1:
             tokens = with_cls(tokens, cls)
             for i in range(stage.first, target):
-                tokens = tower.block(i, tokens)
+                tokens = tower.dry_block(i, tokens)
             cls = tokens[:, 0]
         return tower.cls_attention(target, tokens, cls)
 

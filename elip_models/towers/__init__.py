@@ -9,9 +9,19 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from elip_models.towers.tower import Pair, Projections, Size, Tower, with_cls
+from elip_models.towers.sharded import refuses_sharding
+from elip_models.towers.tower import Pair, Projections, Size, Tower, in_forward, with_cls
 
-__all__ = ["Pair", "Projections", "Size", "Tower", "as_pair", "as_tower", "with_cls"]
+__all__ = [
+    "Pair",
+    "Projections",
+    "Size",
+    "Tower",
+    "as_pair",
+    "as_tower",
+    "in_forward",
+    "with_cls",
+]
 
 
 class Adapter(NamedTuple):
@@ -37,6 +47,7 @@ def as_tower(model: nn.Module) -> Tower:
         TypeError: not a model that a tower reads, or a variant of one that it does not: why.
         ImportError: a library is missing.
     """
+    _check_sharding(model)
     library = _library(model)
     if library is None:
         raise TypeError(
@@ -59,6 +70,7 @@ def as_pair(model: nn.Module) -> Pair | None:
     Raises:
         TypeError: a pair whose text cannot guide its images: why.
     """
+    _check_sharding(model)
     library = _library(model)
     if library is None or ADAPTERS[library].pair is None:
         return None
@@ -73,6 +85,14 @@ def as_pair(model: nn.Module) -> Pair | None:
             f"{reason}"
         )
     return pair
+
+
+def _check_sharding(model: nn.Module) -> None:
+    reason = refuses_sharding(model) if isinstance(model, nn.Module) else None
+    if reason is not None:
+        raise TypeError(
+            f"model: expected one that can be reduced, got {type(model).__name__}: {reason}"
+        )
 
 
 def _library(model: nn.Module) -> str | None:

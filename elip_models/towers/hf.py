@@ -4,12 +4,14 @@ CLIP's, ViT's, DeiT's (a distillation token beside CLS) and BLIP's: embeddings, 
 two halves, a last norm. BLIP's own forward attends eagerly; `attend` here runs on SDPA.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BlipForImageTextRetrieval, CLIPModel
 
+from elip_models.towers.sharded import library_class
 from elip_models.towers.tower import Pair, Projections, Tower, is_observed, optional
 
 
@@ -41,7 +43,7 @@ class HFTower(Tower):
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.trunk, self.blocks = _trunk(model)
-        self.names = LAYERS[type(self.blocks[0]).__name__]
+        self.names = LAYERS[library_class(self.blocks[0]).__name__]
         config = self.trunk.config
         self.width = config.hidden_size
         self.depth = len(self.blocks)
@@ -61,7 +63,7 @@ class HFTower(Tower):
                 "(SigLIP) has no token to score with"
             )
         _, layers = found
-        names = LAYERS[type(layers[0]).__name__]
+        names = LAYERS[library_class(layers[0]).__name__]
         attn = getattr(layers[0], names.attn)
         parts = ("qkv",) if hasattr(attn, "qkv") else ("q_proj", "k_proj", "v_proj")
         for layer in layers:
@@ -80,8 +82,8 @@ class HFTower(Tower):
     def embed(self, images: Tensor) -> Tensor:
         return optional(self.trunk, "pre_layrnorm")(self.trunk.embeddings(images))
 
-    def block(self, i: int, tokens: Tensor) -> Tensor:
-        return self.blocks[i](tokens, attention_mask=None)
+    def call(self, block: Callable[..., Tensor], tokens: Tensor) -> Tensor:
+        return block(tokens, attention_mask=None)
 
     def qkv(self, i: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attn, x = self._attention(i), getattr(self.blocks[i], self.names.norm1)(tokens)
@@ -178,9 +180,13 @@ def _trunk(model: nn.Module) -> tuple[nn.Module, nn.ModuleList] | None:
             continue
         layers = getattr(getattr(module, "encoder", module), "layers", None)
         is_image = hasattr(module.config, "patch_size")
-        if is_image and isinstance(layers, nn.ModuleList) and type(layers[0]).__name__ in LAYERS:
+        if is_image and _is_known(layers):
             return module, layers
     return None
+
+
+def _is_known(layers: nn.Module | None) -> bool:
+    return isinstance(layers, nn.ModuleList) and library_class(layers[0]).__name__ in LAYERS
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

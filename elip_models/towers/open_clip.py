@@ -12,6 +12,7 @@ from open_clip import CLIP, CustomTextCLIP
 from open_clip.transformer import PatchDropout, VisionTransformer
 from torch import Tensor, nn
 
+from elip_models.towers.sharded import gathered
 from elip_models.towers.tower import Pair, Projections, Tower, is_observed, optional
 
 LIBRARIES = ("torch", "open_clip")  # whose attention is read; a wrapper's is not
@@ -117,7 +118,9 @@ class OpenClipPair(Pair):
     def text_cls(self, image: Tensor | None = None, text: Any = None) -> Tensor | None:
         if image is None or text is None:
             return None
-        return self.model.encode_text(text, normalize=True) @ self.image_model.proj.T
+        features = self.model.encode_text(text, normalize=True)
+        with gathered(self.image_model, features) as (features,):
+            return features @ self.image_model.proj.T
 
 
 def _refuses_block(block: nn.Module) -> str | None:

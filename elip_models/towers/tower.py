@@ -6,7 +6,10 @@ An adapter names the parts of a block; the CLS row, the boundary of a stage, and
 through a block are worked out of them here, once for all libraries.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import wraps
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,10 @@ from torch import Tensor, nn
 
 import elip_kernels
 from elip_kernels import ReductionInfo
+from elip_models.towers.sharded import as_forward, gathered, is_sharded
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 IDENTITY = nn.Identity()
 QKV = tuple[Tensor, Tensor, Tensor]
@@ -95,6 +102,9 @@ class Tower:
     width, depth, num_heads, num_patches, image_size (H, W), mlp_ratio: sizes.
     num_prefix_tokens: tokens that always stay, first; CLS is number 0.
     side_doors: methods of the model that would return nonsense on a reduced one.
+
+    `qkv`, `projections`, `project`, `mlp` and what is made of them read block i's parameters where
+    they are, so a caller outside block i's forward calls them inside `gathered(i)`.
     """
 
     model: nn.Module
@@ -171,7 +181,23 @@ class Tower:
 
     def block(self, i: int, tokens: Tensor) -> Tensor:
         """Block i, whole, by its own forward."""
-        return self.blocks[i](tokens)
+        return self.call(self.blocks[i], tokens)
+
+    def call(self, block: Callable[..., Tensor], tokens: Tensor) -> Tensor:
+        """A block, or the forward of one, as the library's model calls it."""
+        return block(tokens)
+
+    def gathered(self, i: int, *tensors: Tensor) -> AbstractContextManager[tuple[Tensor, ...]]:
+        """Inside, block i's parameters are whole, also where it is sharded; yields `tensors`."""
+        return gathered(self.blocks[i], *tensors)
+
+    def dry_block(self, i: int, tokens: Tensor) -> Tensor:
+        """Block i, whole, without gradient, and without the hooks that shard it: they would free
+        its parameters within its own forward, and prefetch for a backward that never comes."""
+        if not is_sharded(self.blocks[i]):
+            return self.block(i, tokens)
+        with self.gathered(i, tokens) as (tokens,):
+            return self.call(self.blocks[i].forward, tokens)
 
     def attend(
         self, i: int, tokens: Tensor, bias: Tensor | None = None, *, qkv: QKV | None = None
@@ -194,26 +220,29 @@ class Tower:
 
     def cls_attention(self, i: int, tokens: Tensor, cls: Tensor) -> Tensor:
         """Block i's CLS row (B, N), head mean, with `cls` (B, D) in place of token 0."""
-        parts = self.projections(i)
-        if parts.can_be_absorbed:
-            return elip_kernels.cls_attention_from_tokens(tokens, cls, **parts.absorbed())
-        x = parts.norm(with_cls(tokens, cls))
-        q = F.linear(x[:, :1], parts.q_weight, parts.q_bias)
-        k = F.linear(x, parts.k_weight, parts.k_bias)
-        q, k = (y.unflatten(2, (parts.num_heads, -1)).transpose(1, 2) for y in (q, k))
-        q, k = parts.q_norm(q)[:, :, 0], parts.k_norm(k)
-        return elip_kernels.cls_attention(q, k.to(q.dtype), scale=parts.scale)
+        with self.gathered(i, tokens, cls) as (tokens, cls):
+            parts = self.projections(i)
+            if parts.can_be_absorbed:
+                return elip_kernels.cls_attention_from_tokens(tokens, cls, **parts.absorbed())
+            x = parts.norm(with_cls(tokens, cls))
+            q = F.linear(x[:, :1], parts.q_weight, parts.q_bias)
+            k = F.linear(x, parts.k_weight, parts.k_bias)
+            q, k = (y.unflatten(2, (parts.num_heads, -1)).transpose(1, 2) for y in (q, k))
+            q, k = parts.q_norm(q)[:, :, 0], parts.k_norm(k)
+            return elip_kernels.cls_attention(q, k.to(q.dtype), scale=parts.scale)
 
     def score_reduce(
         self, i: int, tokens: Tensor, cls: Tensor, keep: int, *, merge: bool
     ) -> tuple[Tensor, ReductionInfo, Tensor]:
         """Block i's CLS row selects among `tokens` -> reduced tokens, what was kept, the row."""
-        parts = self.projections(i)
-        if parts.can_be_absorbed and self.num_prefix_tokens == 1:
-            return elip_kernels.score_reduce(
-                tokens, cls, keep, merge=merge, return_info=True, **parts.absorbed()
-            )
-        row = self.cls_attention(i, tokens, cls)
+        with self.gathered(i, tokens, cls) as (tokens, cls):
+            parts = self.projections(i)
+            if parts.can_be_absorbed and self.num_prefix_tokens == 1:
+                return elip_kernels.score_reduce(
+                    tokens, cls, keep, merge=merge, return_info=True, **parts.absorbed()
+                )
+        with torch.no_grad():
+            row = self.cls_attention(i, tokens, cls)
         return *self.reduce(tokens, row, keep, merge=merge), row
 
     def reduce(
@@ -231,21 +260,43 @@ class Tower:
 
     def cls_block(self, i: int, tokens: Tensor, cls: Tensor) -> Tensor:
         """`cls` (B, D) through block i alone, attending to `tokens` -> (B, D)."""
-        parts = self.projections(i)
-        if parts.can_be_absorbed:
-            value = {"v_weight": parts.v_weight, "v_bias": parts.v_bias}
-            attended = elip_kernels.cls_attend_from_tokens(tokens, cls, **parts.absorbed(), **value)
-        else:
-            q, k, v = self.qkv(i, with_cls(tokens, cls))
-            row = F.scaled_dot_product_attention(q[:, :, :1], k, v, scale=parts.scale)
-            attended = row.flatten(1)
-        cls = cls[:, None] + self.project(i, attended[:, None])
-        return self.mlp(i, cls)[:, 0]
+        with self.gathered(i, tokens, cls) as (tokens, cls):
+            parts = self.projections(i)
+            if parts.can_be_absorbed:
+                arguments = parts.absorbed() | {"v_weight": parts.v_weight, "v_bias": parts.v_bias}
+                attended = elip_kernels.cls_attend_from_tokens(tokens, cls, **arguments)
+            else:
+                q, k, v = self.qkv(i, with_cls(tokens, cls))
+                row = F.scaled_dot_product_attention(q[:, :, :1], k, v, scale=parts.scale)
+                attended = row.flatten(1)
+            cls = cls[:, None] + self.project(i, attended[:, None])
+            return self.mlp(i, cls)[:, 0]
 
 
 def with_cls(tokens: Tensor, cls: Tensor) -> Tensor:
     """`tokens` (B, N, D) with `cls` (B, D) in place of token 0."""
     return torch.cat([cls[:, None], tokens[:, 1:]], dim=1)
+
+
+def in_forward(
+    run: Callable[Concatenate["Tower", Tensor, P], tuple[Tensor, R]],
+) -> Callable[Concatenate["Tower", Tensor, P], tuple[Tensor, R]]:
+    """`run(tower, images, ..) -> (tokens, more)` in place of the forward of the tower's model."""
+
+    @wraps(run)
+    def run_in_forward(
+        tower: Tower, images: Tensor, *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[Tensor, R]:
+        more = []
+
+        def forward(images: Tensor) -> Tensor:
+            tokens, rest = run(tower, images, *args, **kwargs)
+            more.append(rest)
+            return tokens
+
+        return as_forward(tower.model, forward, images), more[0]
+
+    return run_in_forward
 
 
 def optional(module: nn.Module, name: str) -> nn.Module:

@@ -1,0 +1,50 @@
+"""DistributedDataParallel, half of the batch each, against one process with the whole of it."""
+
+import copy
+from functools import partial
+
+import open_clip
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import elip_models
+from tests.fsdp_cases import CLOSE, half, open_clip_pair
+from tests.towers import SCHEDULE, assert_equal_gradients, clip_vit, gradients, images, text
+
+
+def tower(rank, scorer):
+    """Guided from outside: the gradients are the mean of what the halves give."""
+    model, x, t = clip_vit().double(), images(4).double(), text(4).double()
+    elip_models.reduce_(model, schedule=SCHEDULE, scorer=scorer, fusion=0.3)
+    with elip_models.guidance(model, t):
+        expected = model(x)
+    expected.square().sum(1).mean().backward()
+    wrapped = DistributedDataParallel(copy.deepcopy(model))
+    wrapped.zero_grad()
+    for _ in range(2):
+        with elip_models.guidance(wrapped, half(rank, t)):
+            out = wrapped(half(rank, x))
+        wrapped.zero_grad()
+        out.square().sum(1).mean().backward()
+        torch.testing.assert_close(out, half(rank, expected))
+        assert_equal_gradients(gradients(wrapped.module), gradients(model), **CLOSE)
+
+
+def contrastive(rank, local_loss, scorer="last"):
+    """A whole CLIP guides itself; open_clip's own loss gathers features with gradient."""
+    model, x = open_clip_pair().double(), images(4).double()
+    words = torch.randint(1, 49, (4, 8))
+    elip_models.reduce_(model, schedule=SCHEDULE, scorer=scorer)
+    other = copy.deepcopy(model)
+    open_clip.ClipLoss()(*model(x, words)).backward()
+    loss = open_clip.ClipLoss(local_loss=local_loss, gather_with_grad=True, rank=rank, world_size=2)
+    wrapped = DistributedDataParallel(other)
+    loss(*wrapped(half(rank, x), half(rank, words))).backward()
+    assert_equal_gradients(gradients(other), gradients(model), **CLOSE)
+
+
+CASES = {
+    **{f"timm tower, {scorer}": partial(tower, scorer=scorer) for scorer in ("exact", "last")},
+    "open_clip, loss over all": partial(contrastive, local_loss=False),
+    "open_clip, loss of each": partial(contrastive, local_loss=True, scorer="exact"),
+}

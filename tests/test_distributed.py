@@ -1,0 +1,50 @@
+"""Two processes: FSDP2 and DDP give what one process gives. The cases run in one pair of them."""
+
+import pytest
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+import elip_models
+from tests import ddp_cases, fsdp_cases, two_processes
+from tests.towers import SCHEDULE, images, plain_vit
+
+CASES = [*ddp_cases.CASES, *fsdp_cases.CASES]
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two_processes")
+    return two_processes.run(["tests.ddp_cases", "tests.fsdp_cases"], folder)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_give_what_one_gives(failed, case):
+    assert not failed[case], failed[case]
+
+
+def fsdp1(module):
+    """FSDP1's wrapper, which cannot be built without an accelerator."""
+    wrapper = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    nn.Module.__init__(wrapper)
+    wrapper._fsdp_wrapped_module = module
+    return wrapper
+
+
+@pytest.mark.parametrize("where", ["root", "block"])
+@pytest.mark.parametrize("function", [elip_models.reduce_, elip_models.encode_image])
+def test_fsdp1_is_refused(function, where):
+    model = plain_vit()
+    if where == "root":
+        model = fsdp1(model)
+    else:
+        model.blocks[2] = fsdp1(model.blocks[2])
+    given = {} if function is elip_models.reduce_ else {"images": images()}
+    with pytest.raises(TypeError, match=r"FullyShardedDataParallel.*fully_shard"):
+        function(model, schedule=SCHEDULE, **given)
+
+
+def test_fsdp1_is_refused_after_reduce_too():
+    model = elip_models.reduce_(plain_vit(), schedule=SCHEDULE)
+    model.blocks[2] = fsdp1(model.blocks[2])
+    with pytest.raises(TypeError, match=r"FullyShardedDataParallel.*fully_shard"):
+        model(images())
