@@ -36,14 +36,14 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "voc
 class Guided:
     """A model that reduces its images, in eval mode.
 
-    spec: of `open_model`.
+    name: for titles.
     image_model, tower: of the images.
     settings: of the reduction.
     guide: the model's own text guidance, or None: vision only.
     mean, std: (3, 1, 1), what the model's images are normalised by.
     """
 
-    spec: str
+    name: str
     image_model: nn.Module
     tower: Tower
     settings: ElipSettings
@@ -86,7 +86,7 @@ class Guided:
     def __str__(self) -> str:
         s = self.settings
         how = "vision only" if self.guide is None else f"text-guided, fusion {s.fusion:g}"
-        return f"{self.spec}\n{s.schedule}, scorer {s.scorer}, {how}"
+        return f"{self.name}\n{s.schedule}, scorer {s.scorer}, {how}"
 
 
 def open_guided(
@@ -119,7 +119,8 @@ def open_guided(
         guide = _our_guide(model, spec)
     elif settings.fusion < 1.0 and pair is not None:
         guide = _pair_guide(pair, spec)
-    return Guided(spec, image_model, tower, settings, guide, mean, std)
+    name = spec if pretrained else f"{spec} (random weights)"
+    return Guided(name, image_model, tower, settings, guide, mean, std)
 
 
 def _settings(model: nn.Module, tower: Tower, given: dict[str, Any]) -> ElipSettings:

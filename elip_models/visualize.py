@@ -109,7 +109,7 @@ def draw_pictures(guided: "Guided", shown: "Shown", path: Path) -> tuple[Path, P
     draw_reduction(pixels, captions, infos, path, grid=patch_grid(tower), title=str(guided))
     masses = concentration(tower, images)
     second = path.with_stem(f"{path.stem}_concentration")
-    title = f"{guided.spec}\nCLS attention of the dense tower, heads averaged, {len(shown)} images"
+    title = f"{guided.name}\nCLS attention of the dense tower, heads averaged, {len(shown)} images"
     return path, draw_concentration(masses, second, title=title)
 
 

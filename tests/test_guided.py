@@ -162,7 +162,9 @@ def test_the_command_draws_two_pictures(tmp_path, tokenizer, files, capsys):
 
 
 def test_samples_that_cannot_be_read_are_passed_over(files, tmp_path):
-    tower = open_guided("clip_tiny", pretrained=False, fusion=1.0).tower
+    guided = open_guided("clip_tiny", pretrained=False, fusion=1.0)
+    assert str(guided).startswith("clip_tiny (random weights)\n")
+    tower = guided.tower
     entries = [{"image": "gone.png", "caption": "a"}, {"image": "b.png", "caption": ["b", "c"]}]
     (tmp_path / "list.json").write_text(json.dumps(entries))
     [(image, caption)] = read_source(str(tmp_path / "list.json"), 4, tower)
