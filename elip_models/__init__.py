@@ -2,11 +2,31 @@
 
 from typing import Any
 
+from elip_models.reduction.adaptive import Adaptive
 from elip_models.reduction.encode import encode_image
+from elip_models.reduction.inside import EViT, ToMe
 from elip_models.reduction.patch import guidance, reduce_, unreduce_
 from elip_models.reduction.schedule import Schedule
+from elip_models.reduction.stage import Elip
+from elip_models.reduction.strategies import STRATEGIES, PatchDropout, Random, Resize, Trips
 
-__all__ = ["Schedule", "create_model", "encode_image", "guidance", "reduce_", "unreduce_"]
+__all__ = [
+    "STRATEGIES",
+    "Adaptive",
+    "EViT",
+    "Elip",
+    "PatchDropout",
+    "Random",
+    "Resize",
+    "Schedule",
+    "ToMe",
+    "Trips",
+    "create_model",
+    "encode_image",
+    "guidance",
+    "reduce_",
+    "unreduce_",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,5 @@
-"""The command line: `elip train RECIPE [key=value ...]`, `elip eval retrieval`, `elip data check`.
+"""The command line: `elip train RECIPE [key=value ...]`, `elip eval retrieval`, `elip visualize`,
+`elip data check`.
 
 What the user can mend is one line on standard error and exit status 2, a bug is a traceback.
 """
@@ -115,6 +116,42 @@ def eval_retrieval(
     Console().print(scores_table(scores))
     if output is not None:
         output.write_text(json.dumps(asdict(scores), indent=2) + "\n", encoding="utf-8")
+
+
+@app.command()
+def visualize(
+    model: Annotated[
+        str,
+        typer.Option(help="Saved folder, timm:NAME, open_clip:NAME/TAG, hf:NAME or our own NAME."),
+    ],
+    image: Annotated[list[Path] | None, typer.Option(help="An image; repeat for several.")] = None,
+    caption: Annotated[list[str] | None, typer.Option(help="Of the image, in order.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Instead: JSON list, tar shards or emoji_scenes:size=500.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, max=64, help="Samples of --data.")] = 4,
+    output: Annotated[Path, typer.Option(help="PNG to write.")] = Path("kept.png"),
+    schedule: Annotated[str | None, typer.Option(help="Such as '2(100%) 10(50%)'.")] = None,
+    scorer: Annotated[str | None, typer.Option(help="official, exact, cls, last, 1, ..")] = None,
+    fusion: Annotated[float | None, typer.Option(help="1 is vision only, 0 text only.")] = None,
+    pretrained: Annotated[bool, typer.Option(help="Load the model's weights.")] = True,
+) -> None:
+    """Draw the patches that survive each stage, the CLS attention, and how concentrated it is."""
+    if bool(image) == (data is not None):
+        raise ConfigError("--image: expected images with captions, or else --data, not both")
+    if output.suffix != ".png" or not output.parent.is_dir():
+        raise ConfigError(f"--output: expected a .png in an existing folder, got {output}")
+    from elip_models.guided import open_guided, read_pairs, read_source
+    from elip_models.visualize import draw_pictures
+
+    pairs = read_pairs(image, caption or []) if image else None
+    number = int(scorer) if scorer is not None and scorer.isdecimal() else scorer
+    guided = open_guided(
+        model, pretrained=pretrained, schedule=schedule, scorer=number, fusion=fusion
+    )
+    shown = read_source(data, count, guided.tower) if pairs is None else pairs
+    for path in draw_pictures(guided, shown, output):
+        Console().print(escape(str(path)), soft_wrap=True)
 
 
 @data_app.command("check")

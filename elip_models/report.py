@@ -1,9 +1,7 @@
 """What follows a training run: time gained beside agreement of the scorers, and a picture."""
 
 import json
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +25,7 @@ from elip_models.data import (
 from elip_models.profile import NO_GAIN, TowerCost, profile_tower, scorer_agreement
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.schedule import PRESETS, Schedule
-from elip_models.visualize import draw_survivors, surviving_patches
+from elip_models.visualize import deliberately_slow, draw_reduction, patch_grid
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,16 +57,15 @@ class Reporter:
             self.settings = replace(self.settings, schedule=schedule)
 
     def picture(self, count: int = 5) -> Path:
-        """Write `kept_tokens.png`: the patches that survive each stage, beside the caption."""
+        """Write `kept_tokens.png`: what survives each stage, the CLS attention, the caption."""
         images, captions, guidance = self._guided(count)
-        with torch.no_grad(), _deliberately_slow():
-            _, infos = run_tower(self.model.tower, images, guidance, self.settings)
-        survivors = [s.cpu() for s in surviving_patches(infos, self.model.tower.num_patches)]
+        tower = self.model.tower
+        with torch.no_grad(), deliberately_slow():
+            _, infos = run_tower(tower, images, guidance, self.settings)
         mean, std = (torch.tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
         pixels = (images.cpu() * std + mean).clamp(0, 1)
-        titles = [f"stage {i}: {info.stage.keep} kept" for i, info in enumerate(infos, 2)]
         path = self.output_dir / "kept_tokens.png"
-        return draw_survivors(pixels, captions, survivors, path, titles=titles)
+        return draw_reduction(pixels, captions, infos, path, grid=patch_grid(tower))
 
     def timing(self, console: Console, *, rounds: int = 10) -> Path:
         """Time ViT-S/16 at 224 px with every scorer; print, and write `timing.json`."""
@@ -80,7 +77,7 @@ class Reporter:
         )
         shape = {"batch_size": 64 if on_gpu else 4, "image_size": 224}
         status = "timing ViT-S/16 at 224 px, dense and with each scorer, side by side"
-        with console.status(status), _deliberately_slow():
+        with console.status(status), deliberately_slow():
             costs = profile_tower(
                 tower.to(self.device), schedule=PRESETS["clip"], rounds=rounds, **shape
             )
@@ -111,14 +108,6 @@ class Reporter:
         text = {name: ids.to(self.device) for name, ids in text.items()}
         guidance = self.model.guidance(self.model.encode_text(**text))
         return batch.images.to(self.device), captions, guidance
-
-
-@contextmanager
-def _deliberately_slow() -> Iterator[None]:
-    """Scorers that cost more than they save are run on purpose: no warning."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="scorer=")
-        yield
 
 
 def _timing_table(

@@ -1,11 +1,28 @@
 """The strategies behind one interface: against the official tensors, in a model, at equal FLOPs."""
 
+import copy
+import pickle
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import elip_models
-from elip_models.reduction.inside import EViT, ToMe
+from elip_models import Adaptive, Elip, EViT, PatchDropout, Random, Resize, ToMe, Trips
+from elip_models.towers import as_tower
 from tests.test_golden import check_gradients, tower
+from tests.test_pairs import ids, open_clip_pair
+from tests.test_towers import TOWERS, open_clip_vit, output
+from tests.towers import (
+    SCHEDULE,
+    WIDTH,
+    assert_equal_gradients,
+    clip_vit,
+    images,
+    plain_vit,
+    text,
+)
 
 
 def evit_case(golden):
@@ -65,3 +82,273 @@ def test_tome_reproduces_the_official_run(golden, prefix):
     torch.testing.assert_close(logits, case[f"{prefix}logits"], atol=1e-5, rtol=0)
     torch.testing.assert_close(infos[-1].sizes, case[f"{prefix}size_final"].flatten(1))
     check_gradients(grads, case.under(f"{prefix}grad/"))
+
+
+STRATEGIES = {
+    "elip": Elip(SCHEDULE, scorer="exact"),
+    "evit": EViT(0.7, layers=(1, 3)),
+    "evit every layer": EViT(0.8, layers="all", attention_gradient=False),
+    "tome": ToMe(4),
+    "tome list": ToMe((0, 5, 0, 3, 2, 20), proportional=False),
+    "trips": Trips(SCHEDULE),
+    "patch_dropout": PatchDropout(0.5),
+    "random": Random(SCHEDULE),
+    "resize": Resize(32),
+    "adaptive": Adaptive(SCHEDULE, keep_mass=0.5),
+}
+LIBRARIES = ["timm", "open_clip", "HF CLIP", "HF BLIP"]
+strategies = pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
+
+
+def test_every_strategy_is_tested():
+    assert {s.name for s in STRATEGIES.values()} == set(elip_models.STRATEGIES)
+
+
+def patched(model, strategy, x, t, call=None):
+    """The model's output under `reduce_`; random draws are those of seed 1."""
+    elip_models.reduce_(model, strategy=strategy)
+    torch.manual_seed(1)
+    with elip_models.guidance(model, t):
+        return output(model if call is None else call, x)
+
+
+@strategies
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_patched_model_equals_encode_image(library, strategy):
+    model, x, t = TOWERS[library](), images(), text()
+    model.train()
+    dense, keys, tower = output(model, x), list(model.state_dict()), as_tower(model)
+    torch.manual_seed(1)
+    tokens, infos = elip_models.encode_image(model, x, t, strategy=strategy, return_info=True)
+    counts = strategy.token_counts(tower.size)
+    assert tokens.shape == (2, counts[-1].mlp, WIDTH)
+    assert len(infos) <= len(strategy.stages(tower.size))
+    seen = []
+    handle = tower.blocks[-1].register_forward_hook(lambda m, args, out: seen.append(out))
+    reduced = patched(model, strategy, x, t)
+    handle.remove()
+    assert torch.equal(tower.finish(seen[-1]), tokens)
+    assert not torch.allclose(reduced, dense)
+    assert list(model.state_dict()) == keys
+    reduced.square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    elip_models.unreduce_(model)
+    assert torch.equal(output(model, x), dense)
+
+
+@strategies
+def test_every_block_sees_the_tokens_that_the_counts_say(strategy):
+    model, x, t = plain_vit(), images(), text()
+    seen = {}
+    for i, block in enumerate(model.blocks):
+        for half in ("norm1", "norm2"):
+            getattr(block, half).register_forward_hook(
+                lambda m, args, out, at=(i, half): seen.update({at: out.shape[1]})
+            )
+    patched(model, replace(strategy, scorer="last") if strategy.name == "elip" else strategy, x, t)
+    expected = strategy.token_counts(as_tower(model).size)
+    assert [(seen[i, "norm1"], seen[i, "norm2"]) for i in range(6)] == list(expected)
+
+
+@strategies
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_reduce_and_can_be_undone(strategy, how):
+    model, x, t = open_clip_vit(), images(), text()
+    dense = output(model, x)
+    expected = patched(model, strategy, x, t)
+    other = how(model)
+    torch.manual_seed(1)
+    with elip_models.guidance(other, t):
+        assert torch.equal(output(other, x), expected)
+    assert torch.equal(output(elip_models.unreduce_(other), x), dense)
+
+
+@strategies
+@pytest.mark.parametrize("library", ["timm", "open_clip", "HF CLIP"])
+def test_compiles_whole_forward_and_backward(library, strategy):
+    torch._dynamo.reset()
+    model, x, t = TOWERS[library](), images(), text()
+    expected = patched(model, strategy, x, t)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    got = patched(model, strategy, x, t, compiled)
+    if strategy.name not in ("random", "patch_dropout"):  # whose draws are the compiler's own
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    got.square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@strategies
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_recomputed_block_does_what_its_forward_did(strategy, use_reentrant):
+    model, x, t = clip_vit(proj_drop_rate=0.2, drop_path_rate=0.1), images(3), text(3)
+
+    def checkpointed(x):
+        x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+        for block in model.blocks:
+            x = checkpoint(block, x, use_reentrant=use_reentrant)
+        return model.forward_head(model.norm(x))
+
+    gradients = []
+    for call in (model, checkpointed):
+        model.zero_grad()
+        patched(model, strategy, x, t, call).square().sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    assert_equal_gradients(*gradients)
+
+
+@strategies
+def test_encode_image_checkpoints_without_choosing_again(strategy):
+    model, x, t = clip_vit(proj_drop_rate=0.2, num_classes=0), images(), text()
+    gradients = []
+    for enable in (False, True):
+        model.zero_grad()
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(3)
+        elip_models.encode_image(model, x, t, strategy=strategy).square().sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    assert_equal_gradients(*gradients)
+
+
+def test_a_whole_model_encodes_text_first_only_for_strategies_that_read_it():
+    model = open_clip_pair()
+    calls = []
+    model.transformer.register_forward_hook(lambda *args: calls.append(1))
+    x, tokens = images(), ids(2)
+    for strategy in STRATEGIES.values():
+        calls.clear()
+        elip_models.reduce_(model, strategy=strategy)(x, tokens)
+        assert len(calls) == 1 + strategy.is_guided, strategy
+
+
+def test_the_same_strategy_again_changes_nothing():
+    model, dropout = plain_vit(), PatchDropout(0.5, until=3)
+    hooks = []
+    for step in range(5):
+        elip_models.reduce_(model, strategy=dropout.at(step))
+        hooks.append(list(model.blocks[0]._forward_pre_hooks.values()))
+    assert hooks[0] == hooks[1] == hooks[2] and len(hooks[0]) == 1
+    assert hooks[3] == hooks[4] == []
+
+
+def test_patch_dropout_is_dense_in_evaluation():
+    model, x = plain_vit().eval(), images()
+    dense = model(x)
+    elip_models.reduce_(model, strategy=PatchDropout(0.5))
+    assert torch.equal(model(x), dense)
+
+
+def test_random_keeps_other_patches_each_time_and_averages_the_others():
+    model, x = plain_vit(), images(16)
+    strategy = Random("3(100%) 3(50%)")
+    runs = [
+        elip_models.encode_image(model, x, strategy=strategy, return_info=True)[1][0].reduction
+        for _ in range(2)
+    ]
+    assert not torch.equal(runs[0].kept, runs[1].kept)
+    assert not torch.equal(runs[0].kept[0], runs[0].kept[1])
+    weights = runs[0].weights
+    torch.testing.assert_close(weights[weights > 0], torch.full((16 * 18,), 1 / 18))
+
+
+def test_adaptive_keeps_the_least_patches_that_hold_the_mass():
+    model, x, t = plain_vit(), images(8), text(8)
+    strategy = Adaptive("3(100%) 3(50%)", keep_mass=0.3)
+    _, (info,) = elip_models.encode_image(model, x, t, strategy=strategy, return_info=True)
+    kept = 0
+    for b in range(8):
+        row = info.attention[b, 1:]
+        order = row.argsort(descending=True)
+        k = 1
+        while row[order[:k]].sum() < 0.3 * row.sum() and k < 18:
+            k += 1
+        real = info.reduction.mask[b, 1:-1]
+        assert real.sum() == k
+        assert info.reduction.kept[b][real].tolist() == sorted((order[:k] + 1).tolist())
+        kept += k
+    assert info.mean_keep == kept / 8
+    assert 0 < kept < 8 * 18
+
+
+def test_adaptive_padding_changes_nothing():
+    """An image alone, under a schedule that keeps just what it keeps, gives the same CLS token."""
+    model, x, t = plain_vit(), images(1), text(1)
+    adaptive = Adaptive("3(100%) 3(50%)", keep_mass=0.3)
+    tokens, (info,) = elip_models.encode_image(model, x, t, strategy=adaptive, return_info=True)
+    kept = int(info.mean_keep)
+    exact = Elip(f"3(100%) 3({100 * (kept + 0.5) / 36}%)", scorer="last")
+    expected = elip_models.encode_image(model, x, t, strategy=exact)
+    assert expected.shape[1] == kept + 2 < tokens.shape[1]
+    torch.testing.assert_close(tokens[:, 0], expected[:, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_with_all_the_mass_adaptive_is_elip():
+    model, x, t = clip_vit(), images(), text()
+    adaptive = elip_models.encode_image(model, x, t, strategy=Adaptive(SCHEDULE, keep_mass=1.0))
+    expected = elip_models.encode_image(model, x, t, strategy=Elip(SCHEDULE, scorer="last"))
+    torch.testing.assert_close(adaptive, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_resize_to_the_same_size_is_the_dense_model(library):
+    model, x = TOWERS[library]().eval(), images()
+    dense = output(model, x)
+    elip_models.reduce_(model, strategy=Resize(48))
+    torch.testing.assert_close(output(model, x), dense, atol=1e-5, rtol=1e-5)
+
+
+def test_resize_agrees_with_timms_own_interpolation():
+    model, x = plain_vit().eval(), images()
+    other = copy.deepcopy(model)
+    other.set_input_size(32)
+    smaller = torch.nn.functional.interpolate(x, (32, 32), mode="bicubic", antialias=True)
+    tokens = elip_models.encode_image(model, x, strategy=Resize(32))
+    torch.testing.assert_close(tokens, other.forward_features(smaller), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EViT(0.0), "keep_rate: expected a float in"),
+        (lambda: EViT(True), "keep_rate: expected a float in"),
+        (lambda: EViT(layers=(3, 1)), "layers: expected rising"),
+        (lambda: EViT(layers=()), "layers: expected rising"),
+        (lambda: ToMe(-1), "r: expected an int from 0"),
+        (lambda: ToMe(True), "r: expected an int from 0"),
+        (lambda: PatchDropout(1.5), "keep: expected a float in"),
+        (lambda: PatchDropout(0.5, until=-1), "until: expected a step"),
+        (lambda: Resize(0), "size: expected pixels"),
+        (lambda: Adaptive(SCHEDULE, keep_mass=0), "keep_mass: expected a float in"),
+        (lambda: Adaptive(SCHEDULE, scorer="exact"), "scorer: expected 'last'"),
+        (lambda: Random("6"), "schedule: expected groups"),
+        (lambda: elip_models.reduce_(plain_vit(), strategy=ToMe((1, 2))), "r: expected 6 numbers"),
+        (
+            lambda: elip_models.reduce_(plain_vit(), strategy=EViT(layers=(9,))),
+            "layers: .* below 6",
+        ),
+        (lambda: elip_models.reduce_(plain_vit(), strategy=Resize(30)), "size: .* multiple"),
+        (lambda: elip_models.reduce_(plain_vit(), strategy="random"), "schedule: expected one"),
+        (
+            lambda: elip_models.reduce_(plain_vit(), strategy="tome", fusion=0.5),
+            "fusion: expected none with strategy='tome', which takes r, proportional, got 0.5",
+        ),
+        (
+            lambda: elip_models.reduce_(plain_vit(), strategy=ToMe(4), schedule=SCHEDULE),
+            r"schedule: expected it in the strategy, tome\(",
+        ),
+        (
+            lambda: elip_models.reduce_(plain_vit(reg_tokens=2), strategy=ToMe(4)),
+            "strategy: expected one for this model, got 'tome': of its 3 prefix tokens",
+        ),
+    ],
+)
+def test_a_bad_setting_is_named(make, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        make()
+
+
+def test_a_replaced_forward_is_not_bypassed():
+    model = plain_vit()
+    model.blocks[2].forward = model.blocks[2].forward
+    with pytest.raises(TypeError, match="Blocks that run their own forward"):
+        elip_models.reduce_(model, strategy="tome")
+    assert not any("forward" in vars(block) for block in model.blocks[:2])

@@ -95,7 +95,7 @@ def run_tower(
     cls_only: the caller reads token 0 alone. Without gradient, and where nothing watches the last
     block, that block then runs for this token only, which is exact: the tokens are (B, 1, D).
     """
-    if is_reduced(tower.blocks):
+    if is_reduced(tower.model):
         raise ValueError(
             "model: expected one that reduce_ has not changed, since it would reduce twice, got a "
             "reduced one; call the model itself, or unreduce_ it first"
@@ -113,9 +113,12 @@ def run_tower(
     tokens, infos = strategy.embed(tower, images), []
     for i in range(tower.depth):
         if i in steps:
-            tokens, info = strategy.step(tower, steps[i], tokens, context)
+            step = partial(strategy.step, tower, steps[i], context=context)
+            run_step = partial(tower.in_block, i) if strategy.takes_block else plainly
+            tokens, info = run_step(step, tokens)
+            if info is not context.before:
+                infos.append(info)
             context = context._replace(before=info)
-            infos.append(info)
         if i in steps and strategy.takes_block:
             continue
         if cls_only and i == last:

@@ -94,8 +94,8 @@ class EViT(Strategy):
         merged = fused.to(tokens.dtype)[:, None] @ patches
         tokens = torch.cat([tokens[:, :p], kept, merged.to(tokens.dtype)], dim=1)
         weights = torch.cat([torch.zeros_like(row[:, :p]), fused], dim=1).detach()
-        info = StageInfo(stage, ReductionInfo(chosen + p, weights, None), row.detach())
-        return context.run(tower.mlp, i, tokens), info
+        reduction = ReductionInfo(chosen + p, weights, None, p)
+        return context.run(tower.mlp, i, tokens), StageInfo(stage, reduction, row.detach())
 
     def _attend(self, tower: Tower, i: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Block i's attention half, and its CLS row (B, N), head mean."""

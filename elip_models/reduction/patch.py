@@ -108,14 +108,28 @@ class BlockForward:
 
     def __init__(self, hook: StageHook) -> None:
         self.hook = hook
+        self.shared = hook.shared
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        block = self.hook.shared.tower.blocks[self.hook.stage.first]
-        if not self.hook.shared.scoring:
+        block = self.shared.tower.blocks[self.hook.stage.first]
+        if not self.shared.scoring:
             tokens = self.hook.reduce(block, args, kwargs)
             if tokens is not None:
                 return tokens
         return type(block).forward(block, *args, **kwargs)
+
+
+class Entrance:
+    """Stands in for what makes tokens of images; `passes_on` where a later part does it all."""
+
+    def __init__(self, shared: _Shared, *, passes_on: bool) -> None:
+        self.shared = shared
+        self.passes_on = passes_on
+
+    def __call__(self, images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.passes_on:
+            return images
+        return self.shared.strategy.patchify(self.shared.tower, images)
 
 
 def _is_in_backward() -> bool:
@@ -208,9 +222,9 @@ def reduce_(
     """
     _refuse_compiled(model, "reduce_")
     pair = as_pair(model)
-    if strategy == "elip":
-        scorer = "last" if scorer is None else scorer
-    if strategy in ("elip", "trips") and without_text is None:
+    if strategy == "elip" and scorer is None:
+        scorer = "last"
+    if strategy in ("elip", "trips", "adaptive") and without_text is None:
         without_text = "vision" if pair is None else "dense"
     plan = get_strategy(
         strategy,
@@ -226,28 +240,42 @@ def reduce_(
     if _reduces_by(model, plan, guides_itself=pair is not None and plan.is_guided):
         return model  # nothing changes, not even for a compiler that has seen it
     unreduce_(model)
+    _refuse_replaced(tower, plan)
     _install(_Shared(tower, plan), pair)
     return model
+
+
+def _refuse_replaced(tower: Tower, strategy: Strategy) -> None:
+    """A block's forward that somebody has replaced would be bypassed."""
+    owners = [(tower.blocks[stage.first], "forward") for stage in stages_of(strategy, tower.size)]
+    taken = owners if strategy.takes_block else []
+    taken = taken + (tower.entrance if strategy.changes_embedding else [])
+    for owner, name in taken:
+        if name in vars(owner):
+            raise TypeError(
+                f"model: expected {type(owner).__name__}s that run their own {name}, got one whose "
+                f"{name} was replaced, which {strategy.name!r} would bypass"
+            )
 
 
 def _install(shared: _Shared, pair: Pair | None) -> None:
     tower, strategy = shared.tower, shared.strategy
     stages, counts = stages_of(strategy, tower.size), strategy.token_counts(tower.size)
-    if not stages:
+    if not stages and not strategy.changes_embedding:
         return
+    if strategy.changes_embedding:
+        *first, (owner, name) = tower.entrance
+        setattr(owner, name, Entrance(shared, passes_on=False))
+        for owner, name in first:
+            setattr(owner, name, Entrance(shared, passes_on=True))
     for stage in stages:
         block = tower.blocks[stage.first]
         entering = counts[stage.first - 1].mlp if stage.first else tower.num_tokens
         hook = StageHook(shared, stage, entering)
-        if not strategy.takes_block:
+        if strategy.takes_block:
+            block.forward = BlockForward(hook)
+        else:
             block.register_forward_pre_hook(hook, with_kwargs=True)
-            continue
-        if "forward" in vars(block):
-            raise TypeError(
-                f"model: expected blocks that run their own forward, got block {stage.first} whose "
-                f"forward was replaced, which {strategy.name} would bypass"
-            )
-        block.forward = BlockForward(hook)
     _refuse_side_doors(tower)
     if pair is not None and strategy.is_guided:
         text_first = TextFirst(shared, pair)
@@ -283,7 +311,7 @@ def unreduce_(model: nn.Module) -> nn.Module:
                 module._forward_hooks_with_kwargs.pop(key, None)
                 module._forward_hooks_always_called.pop(key, None)
         for name, value in list(vars(module).items()):
-            if isinstance(value, (_Refusal, BlockForward)):
+            if isinstance(value, (_Refusal, BlockForward, Entrance)):
                 delattr(module, name)
     return model
 
@@ -324,14 +352,14 @@ def guidance(model: nn.Module, text_cls: Tensor) -> Iterator[None]:
             state.text_cls = text
 
 
-def _hooks(model: nn.Module) -> Iterator[StageHook]:
+def _hooks(model: nn.Module) -> Iterator[StageHook | BlockForward | Entrance]:
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, StageHook):
                 yield hook
-        forward = vars(module).get("forward")
-        if isinstance(forward, BlockForward):
-            yield forward.hook
+        for value in vars(module).values():
+            if isinstance(value, (BlockForward, Entrance)):
+                yield value
 
 
 def _refuse_compiled(model: nn.Module, name: str) -> None:

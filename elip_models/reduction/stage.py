@@ -29,8 +29,12 @@ class Staged(Strategy):
         self.schedule.check_depth(tower.depth)
         return None
 
-    def stages(self, size: Size) -> tuple[Stage, ...]:
+    def reductions(self, size: Size) -> tuple[Stage, ...]:
+        """The schedule's stages."""
         return self.schedule.stages(size.num_patches)
+
+    def stages(self, size: Size) -> tuple[Stage, ...]:
+        return self.reductions(size)
 
     def token_counts(self, size: Size) -> tuple[Layer, ...]:
         tokens = self.schedule.tokens_per_layer(
@@ -41,7 +45,7 @@ class Staged(Strategy):
     def entering(self, size: Size) -> list[int]:
         """Tokens that enter each stage's reduction."""
         counts = self.token_counts(size)
-        firsts = [stage.first for stage in self.stages(size)]
+        firsts = [stage.first for stage in self.reductions(size)]
         return [counts[i - 1].mlp if i else size.num_tokens for i in firsts]
 
     def score(self, tower: Tower, stage: Stage, tokens: Tensor, text: Tensor | None) -> Tensor:
@@ -131,7 +135,7 @@ class Elip(Staged):
 
     def scoring_flops(self, size: Size) -> int:
         scorer, total = get_scorer(self.scorer), 0
-        for stage, tokens in zip(self.stages(size), self.entering(size), strict=True):
+        for stage, tokens in zip(self.reductions(size), self.entering(size), strict=True):
             total += scorer.layers(stage.layers) * size.block_flops(tokens, tokens)
             total += scorer.rows(stage.layers) * size.row_flops(tokens)
         return total

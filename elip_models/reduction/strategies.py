@@ -8,12 +8,15 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from elip_models.reduction.adaptive import Adaptive
+from elip_models.reduction.flops import nearest
 from elip_models.reduction.inside import EViT, ToMe, check_share
 from elip_models.reduction.schedule import PRESETS, Schedule, Stage
 from elip_models.reduction.stage import Elip, Staged
-from elip_models.reduction.strategy import Layer, Strategy
+from elip_models.reduction.strategy import Context, Layer, StageInfo, Strategy, tower_of
 from elip_models.towers import Size, Tower
 
 
@@ -31,8 +34,27 @@ class Trips(Elip):
     fusion: float = 0.0
 
 
+class Drawn(Staged):
+    """A schedule whose patches are drawn at random."""
+
+    @torch.no_grad()
+    def score(self, tower: Tower, stage: Stage, tokens: Tensor, text: Tensor | None) -> Tensor:
+        """A row (B, N): 2 for `stage.keep` patches, 1 for the others, which so merge evenly."""
+        B, N, _ = tokens.shape
+        p = tower.num_prefix_tokens
+        drawn = torch.rand(B, N - p, device=tokens.device).topk(stage.keep, dim=1).indices
+        return torch.ones(B, N, device=tokens.device).scatter(1, drawn + p, 2.0)
+
+    def step(
+        self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
+    ) -> tuple[Tensor, StageInfo]:
+        if context.replay is not None:  # its forward drew here: dropout that follows must agree
+            self.score(tower, stage, tokens, None)
+        return super().step(tower, stage, tokens, context)
+
+
 @dataclass(frozen=True)
-class Random(Staged):
+class Random(Drawn):
     """ELIP's schedule with patches kept at random and the others averaged: the control.
 
     schedule, merge: as of `Elip`.
@@ -46,12 +68,9 @@ class Random(Staged):
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", Schedule.parse(self.schedule))
 
-    def score(self, tower: Tower, stage: Stage, tokens: Tensor, text: Tensor | None) -> Tensor:
-        return random_row(tokens, stage.keep, tower.num_prefix_tokens)
-
 
 @dataclass(frozen=True)
-class PatchDropout(Staged):
+class PatchDropout(Drawn):
     """Drop patches at random before block 0, in training alone (FLIP, Li et al., CVPR 2023).
 
     keep: share of the patches that stay, in (0, 1].
@@ -92,24 +111,72 @@ class PatchDropout(Staged):
     def reduces(self, text_cls: Tensor | None, training: bool) -> bool:
         return training
 
-    def score(self, tower: Tower, stage: Stage, tokens: Tensor, text: Tensor | None) -> Tensor:
-        return random_row(tokens, stage.keep, tower.num_prefix_tokens)
-
     def at_strength(self, size: Size, strength: float) -> Strategy:
         return replace(self, keep=1 - strength * (1 - 1.5 / size.num_patches))
 
 
-@torch.no_grad()
-def random_row(tokens: Tensor, keep: int, num_prefix_tokens: int) -> Tensor:
-    """A row (B, N) of scores: 2 for `keep` patches drawn at random, 1 for the others."""
-    B, N, _ = tokens.shape
-    drawn = torch.rand(B, N - num_prefix_tokens, device=tokens.device)
-    chosen = drawn.topk(keep, dim=1).indices
-    return torch.ones(B, N, device=tokens.device).scatter(1, chosen + num_prefix_tokens, 2.0)
+@dataclass(frozen=True)
+class Resize(Strategy):
+    """A smaller image through the dense tower, positions interpolated: the plainest saving.
+
+    size: pixels of the image's height, a multiple of the patch; its width shrinks alike.
+    """
+
+    name: ClassVar[str] = "resize"
+    changes_embedding: ClassVar[bool] = True
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if type(self.size) is not int or self.size < 1:
+            raise ValueError(f"size: expected pixels from 1 on, got {self.size!r}")
+
+    def pixels(self, size: Size) -> tuple[int, int]:
+        """(h, w) of the images that the tower sees."""
+        (height, width), patch = size.image, size.patch
+        if self.size % patch or self.size > height:
+            raise ValueError(
+                f"size: expected a multiple of the patch, {patch}, up to {height}, the image's "
+                f"height, got {self.size}"
+            )
+        return self.size, max(patch, round(self.size * width / height / patch) * patch)
+
+    def refuses(self, tower: Tower) -> str | None:
+        return tower.refuses_resizing()
+
+    def stages(self, size: Size) -> tuple[Stage, ...]:
+        self.pixels(size)
+        return ()
+
+    def token_counts(self, size: Size) -> tuple[Layer, ...]:
+        height, width = self.pixels(size)
+        tokens = size.num_prefix_tokens + (height // size.patch) * (width // size.patch)
+        return (Layer(tokens, tokens),) * size.depth
+
+    def embed_flops(self, size: Size) -> int:
+        return size._replace(image=self.pixels(size)).embed_flops()
+
+    def patchify(self, tower: Tower, images: Tensor) -> Tensor:
+        """What the tower's entrance makes of the images, smaller."""
+        smaller = self.pixels(tower.size)
+        return tower.patchify(F.interpolate(images, size=smaller, mode="bicubic", antialias=True))
+
+    def embed(self, tower: Tower, images: Tensor) -> Tensor:
+        return tower.enter(self.patchify(tower, images))
+
+    def at_strength(self, size: Size, strength: float) -> Strategy:
+        rows = size.image[0] // size.patch
+        return replace(self, size=size.patch * (rows - round(strength * (rows - 1))))
+
+    def at_flops(self, model: nn.Module | Tower, ratio: float) -> "Resize":
+        """The size whose training FLOPs are nearest to `ratio` of dense; whole patches seldom
+        meet it exactly."""
+        return nearest(self, tower_of(model).size, ratio, exactly=False)
 
 
 STRATEGIES: dict[str, type[Strategy]] = {
-    strategy.name: strategy for strategy in (Elip, EViT, ToMe, Trips, PatchDropout, Random)
+    strategy.name: strategy
+    for strategy in (Elip, EViT, ToMe, Trips, PatchDropout, Random, Resize, Adaptive)
 }
 
 
@@ -147,9 +214,12 @@ def get_strategy(strategy: str | Strategy, **options: Any) -> Strategy:
     return cls(**given)
 
 
-def default_strategy(name: str, depth: int) -> Strategy:
-    """The strategy as its paper runs it; ELIP's schedule scaled to the tower's depth."""
+def default_strategy(name: str, size: Size) -> Strategy:
+    """The strategy as its paper runs it: ELIP's schedule scaled to the tower's depth; for `resize`,
+    three quarters of the image's height."""
     cls = STRATEGIES[name]
+    if cls is Resize:
+        return cls(size.patch * round(0.75 * size.image[0] / size.patch))
     if "schedule" not in [field.name for field in fields(cls)]:
         return cls()
-    return cls(schedule=Schedule.parse(PRESETS["albef"]).scaled(depth))
+    return cls(schedule=Schedule.parse(PRESETS["albef"]).scaled(size.depth))

@@ -34,6 +34,15 @@ class StageInfo(NamedTuple):
     attention: Tensor | None = None
     sizes: Tensor | None = None
 
+    @property
+    def mean_keep(self) -> Tensor | int:
+        """Kept patches of an image, on average: a scalar where images keep different numbers."""
+        mask = getattr(self.reduction, "mask", None)
+        if mask is None:
+            return self.stage.keep
+        p = self.reduction.num_prefix_tokens
+        return mask[:, p : p + self.stage.keep].sum(1, dtype=torch.float32).mean()
+
 
 class Layer(NamedTuple):
     """Tokens in a block: those that go through its attention, and through its MLP."""
@@ -67,11 +76,13 @@ class Strategy:
 
     name: in `STRATEGIES`.
     takes_block: its steps take a block's place; else they stand before it.
+    changes_embedding: it takes the place of what makes tokens of images, by its `patchify`.
     is_guided: text changes what it does.
     """
 
     name: ClassVar[str]
     takes_block: ClassVar[bool] = False
+    changes_embedding: ClassVar[bool] = False
     is_guided: bool = False
 
     def refuses(self, tower: Tower) -> str | None:
@@ -82,9 +93,7 @@ class Strategy:
         """Raises where the tower cannot be reduced so, or the settings do not fit it: why."""
         reason = self.refuses(tower)
         if reason is not None:
-            raise TypeError(
-                f"strategy: expected one that fits the model, got {self.name}: {reason}"
-            )
+            raise TypeError(f"strategy: expected one for this model, got {self.name!r}: {reason}")
         self.stages(tower.size)
 
     def stages(self, size: Size) -> tuple[Stage, ...]:

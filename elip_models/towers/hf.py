@@ -79,8 +79,19 @@ class HFTower(Tower):
     def checkpointing(self) -> bool:
         return False  # the layers do it themselves
 
+    @property
+    def entrance(self) -> list[tuple[nn.Module, str]]:
+        return [(self.trunk.embeddings, "forward")]
+
+    def patchify(self, images: Tensor) -> Tensor:
+        embeddings = self.trunk.embeddings
+        return type(embeddings).forward(embeddings, images, interpolate_pos_encoding=True)
+
+    def enter(self, tokens: Tensor) -> Tensor:
+        return optional(self.trunk, "pre_layrnorm")(tokens)
+
     def embed(self, images: Tensor) -> Tensor:
-        return optional(self.trunk, "pre_layrnorm")(self.trunk.embeddings(images))
+        return self.enter(self.trunk.embeddings(images))
 
     def call(self, block: Callable[..., Tensor], tokens: Tensor) -> Tensor:
         return block(tokens, attention_mask=None)

@@ -7,13 +7,21 @@ decides, not the version.
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from open_clip import CLIP, CustomTextCLIP
 from open_clip.transformer import PatchDropout, VisionTransformer
 from torch import Tensor, nn
 
 from elip_models.towers.sharded import gathered
-from elip_models.towers.tower import Pair, Projections, Tower, is_observed, optional
+from elip_models.towers.tower import (
+    Pair,
+    Projections,
+    Tower,
+    interpolated,
+    is_observed,
+    optional,
+)
 
 LIBRARIES = ("torch", "open_clip")  # whose attention is read; a wrapper's is not
 
@@ -51,6 +59,22 @@ class OpenClipTower(Tower):
     @property
     def checkpointing(self) -> bool:
         return self.model.transformer.grad_checkpointing
+
+    @property
+    def entrance(self) -> list[tuple[nn.Module, str]]:
+        return [(self.model, "_embeds")]
+
+    def patchify(self, images: Tensor) -> Tensor:
+        model = self.model
+        patches = model.conv1(images)
+        grid = tuple(patches.shape[2:])
+        cls = model.class_embedding.to(patches.dtype).expand(len(images), 1, -1)
+        tokens = torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1)
+        positions = interpolated(model.positional_embedding, model.grid_size, grid, 1)
+        return model.ln_pre(tokens + positions.to(tokens.dtype))
+
+    def enter(self, tokens: Tensor) -> Tensor:
+        return tokens
 
     def embed(self, images: Tensor) -> Tensor:
         return self.model._embeds(images)

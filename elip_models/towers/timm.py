@@ -4,11 +4,12 @@ Uses patch_embed, _pos_embed, patch_drop, norm_pre, blocks (norm1, attn, ls1, dr
 second half alike) and norm.
 """
 
+import torch
 from timm.layers import Attention
 from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
-from elip_models.towers.tower import Projections, Tower, is_observed
+from elip_models.towers.tower import Projections, Tower, interpolated, is_observed
 
 
 class TimmTower(Tower):
@@ -56,9 +57,32 @@ class TimmTower(Tower):
     def checkpointing(self) -> bool:
         return self.model.grad_checkpointing
 
-    def embed(self, images: Tensor) -> Tensor:
+    @property
+    def entrance(self) -> list[tuple[nn.Module, str]]:
+        return [(self.model.patch_embed, "forward"), (self.model, "_pos_embed")]
+
+    def patchify(self, images: Tensor) -> Tensor:
         model = self.model
-        return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+        patches = model.patch_embed.proj(images)
+        grid = tuple(patches.shape[2:])
+        tokens = model.patch_embed.norm(patches.flatten(2).transpose(1, 2))
+        p = 0 if model.no_embed_class else self.num_prefix_tokens
+        positions = 0.0
+        if model.pos_embed is not None:
+            positions = interpolated(model.pos_embed[0], model.patch_embed.grid_size, grid, p)
+        first = [t for t in (model.cls_token, model.reg_token) if t is not None]
+        first = [t.expand(len(images), -1, -1) for t in first]
+        if model.no_embed_class:
+            tokens = torch.cat([*first, tokens + positions], dim=1)
+        else:
+            tokens = torch.cat([*first, tokens], dim=1) + positions
+        return model.pos_drop(tokens)
+
+    def enter(self, tokens: Tensor) -> Tensor:
+        return self.model.norm_pre(self.model.patch_drop(tokens))
+
+    def embed(self, images: Tensor) -> Tensor:
+        return self.enter(self.model._pos_embed(self.model.patch_embed(images)))
 
     def qkv(self, i: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         block = self.blocks[i]

@@ -6,6 +6,7 @@ An adapter names the parts of a block; the CLS row, the boundary of a stage, and
 through a block are worked out of them here, once for all libraries.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import wraps
@@ -64,11 +65,11 @@ class Projections(NamedTuple):
 
 
 class Size(NamedTuple):
-    """What FLOPs and token counts depend on; hidden is the MLP's width, heads the attention's."""
+    """What FLOPs and token counts depend on; image is (H, W), hidden the MLP's width."""
 
+    image: tuple[int, int]
     num_patches: int
     num_prefix_tokens: int
-    patch_values: int
     width: int
     hidden: int
     heads: int
@@ -79,9 +80,15 @@ class Size(NamedTuple):
         """Tokens that enter block 0."""
         return self.num_patches + self.num_prefix_tokens
 
+    @property
+    def patch(self) -> int:
+        """Pixels of a square patch's side."""
+        return math.isqrt(self.image[0] * self.image[1] // self.num_patches)
+
     def embed_flops(self) -> int:
-        """Of the patch embedding of one image."""
-        return 2 * self.num_patches * self.patch_values * self.width
+        """Of the patch embedding of one image: every pixel of three channels meets its weights."""
+        height, width = self.image
+        return 2 * 3 * height * width * self.width
 
     def block_flops(self, attention: int, mlp: int) -> int:
         """Of one block's forward, for `attention` tokens in its first half, `mlp` in the other."""
@@ -126,11 +133,10 @@ class Tower:
     @property
     def size(self) -> Size:
         """The sizes as plain numbers."""
-        height, width = self.image_size
         return Size(
+            self.image_size,
             self.num_patches,
             self.num_prefix_tokens,
-            3 * height * width // self.num_patches,
             self.width,
             round(self.mlp_ratio * self.width),
             self.num_heads,
@@ -145,6 +151,24 @@ class Tower:
     @property
     def checkpointing(self) -> bool:
         """The model asks for activation checkpointing of its blocks, and does it in its forward."""
+        raise NotImplementedError
+
+    @property
+    def entrance(self) -> list[tuple[nn.Module, str]]:
+        """The methods that make tokens of images, owner and name, in the order of their calls."""
+        raise NotImplementedError
+
+    def refuses_resizing(self) -> str | None:
+        """Why images of another size cannot go in, in one sentence, or None."""
+        return None
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """What the entrance makes of images (B, 3, h, w) of any size in whole patches; positions
+        are interpolated."""
+        raise NotImplementedError
+
+    def enter(self, tokens: Tensor) -> Tensor:
+        """What stands between the entrance and block 0."""
         raise NotImplementedError
 
     def embed(self, images: Tensor) -> Tensor:
@@ -187,6 +211,12 @@ class Tower:
         """A block, or the forward of one, as the library's model calls it."""
         return block(tokens)
 
+    def in_block(
+        self, i: int, step: Callable[[Tensor], tuple[Tensor, R]], tokens: Tensor
+    ) -> tuple[Tensor, R]:
+        """`step(tokens) -> (tokens, more)` in place of block i's forward, with gradient."""
+        return in_place_of(self.blocks[i], step, tokens)
+
     def gathered(self, i: int, *tensors: Tensor) -> AbstractContextManager[tuple[Tensor, ...]]:
         """Inside, block i's parameters are whole, also where it is sharded; yields `tensors`."""
         return gathered(self.blocks[i], *tensors)
@@ -218,18 +248,23 @@ class Tower:
         q, k, _ = self.qkv(i, tokens) if qkv is None else qkv
         return torch.matmul(q * self.projections(i).scale, k.mT).softmax(-1)
 
-    def cls_attention(self, i: int, tokens: Tensor, cls: Tensor) -> Tensor:
-        """Block i's CLS row (B, N), head mean, with `cls` (B, D) in place of token 0."""
+    def cls_attention(
+        self, i: int, tokens: Tensor, cls: Tensor, *, mask: Tensor | None = None
+    ) -> Tensor:
+        """Block i's CLS row (B, N), head mean, with `cls` (B, D) in place of token 0.
+
+        mask: (B, N) bool, True where a token is real.
+        """
         with self.gathered(i, tokens, cls) as (tokens, cls):
             parts = self.projections(i)
-            if parts.can_be_absorbed:
+            if parts.can_be_absorbed and mask is None:
                 return elip_kernels.cls_attention_from_tokens(tokens, cls, **parts.absorbed())
             x = parts.norm(with_cls(tokens, cls))
             q = F.linear(x[:, :1], parts.q_weight, parts.q_bias)
             k = F.linear(x, parts.k_weight, parts.k_bias)
             q, k = (y.unflatten(2, (parts.num_heads, -1)).transpose(1, 2) for y in (q, k))
-            q, k = parts.q_norm(q)[:, :, 0], parts.k_norm(k)
-            return elip_kernels.cls_attention(q, k.to(q.dtype), scale=parts.scale)
+            q, k = (parts.q_norm or IDENTITY)(q)[:, :, 0], (parts.k_norm or IDENTITY)(k)
+            return elip_kernels.cls_attention(q, k.to(q.dtype), scale=parts.scale, mask=mask)
 
     def score_reduce(
         self, i: int, tokens: Tensor, cls: Tensor, keep: int, *, merge: bool
@@ -273,6 +308,17 @@ class Tower:
             return self.mlp(i, cls)[:, 0]
 
 
+def interpolated(positions: Tensor, grid: tuple[int, int], to: tuple[int, int], p: int) -> Tensor:
+    """Position embeddings (p + rows * columns, D) of a grid -> of another; those of p prefix tokens
+    stay."""
+    if grid == to:
+        return positions
+    table = positions[p:].float().unflatten(0, grid).permute(2, 0, 1)[None]
+    table = F.interpolate(table, size=to, mode="bicubic", antialias=True, align_corners=False)
+    table = table[0].flatten(1).T.to(positions.dtype)
+    return torch.cat([positions[:p], table])
+
+
 def with_cls(tokens: Tensor, cls: Tensor) -> Tensor:
     """`tokens` (B, N, D) with `cls` (B, D) in place of token 0."""
     return torch.cat([cls[:, None], tokens[:, 1:]], dim=1)
@@ -287,16 +333,23 @@ def in_forward(
     def run_in_forward(
         tower: Tower, images: Tensor, *args: P.args, **kwargs: P.kwargs
     ) -> tuple[Tensor, R]:
-        more = []
-
-        def forward(images: Tensor) -> Tensor:
-            tokens, rest = run(tower, images, *args, **kwargs)
-            more.append(rest)
-            return tokens
-
-        return as_forward(tower.model, forward, images), more[0]
+        return in_place_of(tower.model, lambda x: run(tower, x, *args, **kwargs), images)
 
     return run_in_forward
+
+
+def in_place_of(
+    module: nn.Module, step: Callable[[Tensor], tuple[Tensor, R]], tokens: Tensor
+) -> tuple[Tensor, R]:
+    """`step(tokens) -> (tokens, more)` in place of the module's forward, with gradient."""
+    more = []
+
+    def forward(tokens: Tensor) -> Tensor:
+        tokens, rest = step(tokens)
+        more.append(rest)
+        return tokens
+
+    return as_forward(module, forward, tokens), more[0]
 
 
 def optional(module: nn.Module, name: str) -> nn.Module:
