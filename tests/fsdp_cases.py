@@ -34,16 +34,27 @@ def half(rank, batch):
     return batch[2 * rank : 2 * rank + 2]
 
 
-def whole(p):
-    """The mean of both processes' gradients."""
-    if isinstance(p.grad, DTensor):
-        return p.grad.full_tensor()
-    torch.distributed.all_reduce(p.grad)
-    return p.grad / 2
+def shard_of(value):
+    """What this process holds of a tensor, sharded or not."""
+    if isinstance(value, DTensor):
+        return value.to_local()
+    rank, shards = torch.distributed.get_rank(), value.chunk(2)
+    return shards[rank] if rank < len(shards) else value[:0]
+
+
+def mean_gradients(model):
+    """In place, as FSDP leaves them."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    if not any(isinstance(grad, DTensor) for grad in grads):
+        mean = torch.cat([grad.flatten() for grad in grads]) / 2
+        torch.distributed.all_reduce(mean)
+        for grad, part in zip(grads, mean.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
 def step(model, forward):
-    """`forward()`, the tokens after the last block, the mean gradient of every parameter."""
+    """`forward()`, the tokens after the last block, this process's shard of the mean gradients."""
     tokens = []
     handle = blocks(model)[-1].register_forward_hook(lambda m, a, out: tokens.append(out))
     model.zero_grad()
@@ -51,7 +62,7 @@ def step(model, forward):
     out = forward()
     handle.remove()
     out.square().sum().backward()
-    grads = {n: whole(p) for n, p in model.named_parameters() if p.grad is not None}
+    grads = {name: shard_of(grad) for name, grad in mean_gradients(model).items()}
     model.zero_grad()
     return {"output": out.detach(), "tokens": tokens[-1].detach()} | grads
 
@@ -116,15 +127,25 @@ def encode_image(rank, make=clip_vit, **settings):
     assert_sharded(sharded)
 
 
-def without_gradient(rank):
+def without_gradient(rank, scorer):
+    """And no block is whole while another one runs."""
     model, (x, t) = clip_vit().double().eval(), inputs(rank)
     sharded = copy.deepcopy(model)
     for m in (model, sharded):
-        elip_models.reduce_(m, schedule=SCHEDULE, scorer="exact")
+        elip_models.reduce_(m, schedule=SCHEDULE, scorer=scorer)
     shard(sharded)
+    whole = []
+    for block in sharded.blocks:
+        block.mlp.register_forward_pre_hook(lambda *_: whole.append(number_gathered(sharded)))
     with torch.no_grad():
-        for _ in range(2):
-            torch.testing.assert_close(guided(sharded, x, t), guided(model, x, t), **CLOSE)
+        torch.testing.assert_close(guided(sharded, x, t), guided(model, x, t), **CLOSE)
+    assert max(whole) <= 2  # the first block of a stage, and one that its hook scores by
+    assert sum(n > 1 for n in whole) == (2 if scorer == "official" else 0)
+    assert_sharded(sharded)
+
+
+def number_gathered(model):
+    return sum(not isinstance(block.norm1.weight, DTensor) for block in model.blocks)
 
 
 def undone(rank):
@@ -136,7 +157,7 @@ def undone(rank):
 
 
 def optimized(rank):
-    """Three steps of AdamW, then the whole state dict is the unsharded model's."""
+    """Three steps of AdamW, then the state dicts are the same."""
     model, (x, t) = clip_vit().double(), inputs(rank)
     sharded = copy.deepcopy(model)
     for m in (model, sharded):
@@ -147,12 +168,10 @@ def optimized(rank):
         for _ in range(3):
             optimizer.zero_grad()
             guided(m, x, t).square().mean().backward()
-            if m is model:
-                for p in m.parameters():
-                    p.grad = whole(p)
+            mean_gradients(m)
             optimizer.step()
-    for name, value in sharded.state_dict().items():
-        torch.testing.assert_close(value.full_tensor(), model.state_dict()[name], **CLOSE)
+    states = (m.state_dict() for m in (sharded, model))
+    assert_same(*({name: shard_of(value) for name, value in state.items()} for state in states))
 
 
 def mixed_precision(rank, forward, blocks_alone=False):
@@ -180,6 +199,17 @@ def checkpointed(make):
     model = make()
     model.set_grad_checkpointing()
     return model
+
+
+def own_clip(rank):
+    """A model of this package, whose own forward runs its tower; without a root in the middle."""
+    model = elip_models.create_model("elip_clip_tiny", image_size=48, vocab_size=50).double()
+    sharded, (x, _) = copy.deepcopy(model), inputs(rank)
+    shard(sharded, {"ignored_params": {sharded.logit_scale}})
+    words = half(rank, torch.randint(1, 49, (4, 8)))
+    expected = step(model, lambda: model(x, words).image_features)
+    for _ in range(2):
+        assert_same(step(sharded, lambda: sharded(x, words).image_features), expected)
 
 
 def dropping():
@@ -238,10 +268,14 @@ CASES = {
     "checkpointing in encode_image": partial(
         encode_image, make=lambda: checkpointed(dropping), scorer="exact"
     ),
-    "without gradient": without_gradient,
+    **{
+        f"without gradient {scorer}": partial(without_gradient, scorer=scorer)
+        for scorer in ("official", "last")
+    },
     "unreduce_": undone,
     "optimizer and state dict": optimized,
     "a whole open_clip CLIP": partial(patched, make=open_clip_pair, run=paired, scorer="cls"),
+    "a CLIP of this package": own_clip,
     "HF CLIP": partial(patched, make=hf_clip, order="fully_shard", scorer="official"),
     "bf16": partial(mixed_precision, forward=guided),
     "bf16 blocks": partial(mixed_precision, forward=guided, blocks_alone=True),

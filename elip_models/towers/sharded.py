@@ -6,6 +6,7 @@ either order of `fully_shard` and `reduce_`, and frees them in a forward hook. E
     in `gathered(module)`       they are read without gradient, and FSDP's record is left alone
     by `as_forward(module, f)`  f runs in place of the module's forward, with gradient
 
+A block that is read for a score is gathered once more than without, unless it is the current one.
 Only public methods of torch.distributed.fsdp are used. FSDP1 has none that fit, and is refused.
 """
 

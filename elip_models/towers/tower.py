@@ -276,8 +276,8 @@ class Tower:
                 return elip_kernels.score_reduce(
                     tokens, cls, keep, merge=merge, return_info=True, **parts.absorbed()
                 )
-        with torch.no_grad():
-            row = self.cls_attention(i, tokens, cls)
+            with torch.no_grad():
+                row = self.cls_attention(i, tokens, cls)
         return *self.reduce(tokens, row, keep, merge=merge), row
 
     def reduce(
