@@ -13,6 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import elip_models
+from elip_models import Adaptive, EViT, PatchDropout, Random, Resize, ToMe
 from elip_models.towers import as_tower
 from tests.towers import WIDTH, clip_vit, images, plain_vit, text
 
@@ -64,7 +65,7 @@ def step(model, forward):
     out.square().sum().backward()
     grads = {name: shard_of(grad) for name, grad in mean_gradients(model).items()}
     model.zero_grad()
-    return {"output": out.detach(), "tokens": tokens[-1].detach()} | grads
+    return {"output": out.detach(), "tokens": (tokens or [out])[-1].detach()} | grads
 
 
 def blocks(model):
@@ -96,7 +97,8 @@ def guided(model, x, t):
 
 
 def patched(rank, make=clip_vit, order="reduce_", run=guided, sharding=None, **settings):
-    settings = {"schedule": SCHEDULE, "scorer": "exact"} | settings
+    if "strategy" not in settings:
+        settings = {"schedule": SCHEDULE, "scorer": "exact"} | settings
     model, (x, t) = make().double(), inputs(rank)
     sharded = copy.deepcopy(model)
     elip_models.reduce_(model, **settings)
@@ -113,7 +115,8 @@ def patched(rank, make=clip_vit, order="reduce_", run=guided, sharding=None, **s
 
 
 def encode_image(rank, make=clip_vit, **settings):
-    settings = {"schedule": SCHEDULE} | settings
+    if "strategy" not in settings:
+        settings = {"schedule": SCHEDULE} | settings
     model, (x, t) = make().double(), inputs(rank)
     sharded = shard(copy.deepcopy(model))
     run = partial(elip_models.encode_image, images=x, text_cls=t, **settings)
@@ -121,7 +124,7 @@ def encode_image(rank, make=clip_vit, **settings):
     kept = []
     for m in (sharded, model):
         torch.manual_seed(5)
-        kept.append([info.reduction.kept for info in run(m, return_info=True)[1]])
+        kept.append([info.reduction.source_map() for info in run(m, return_info=True)[1]])
     assert all(map(torch.equal, *kept))
     assert_same(step(sharded, lambda: sharded(x)), step(model, lambda: model(x)))
     assert_sharded(sharded)
@@ -247,7 +250,19 @@ def part_of_a_sharded_model(rank):
         raise AssertionError("it was taken")
 
 
+STRATEGIES = {
+    "evit": EViT(0.7, layers=(1, 3)),
+    "evit without gradient": EViT(0.7, layers=(1, 3), attention_gradient=False),
+    "tome": ToMe(4),
+    "patch_dropout": PatchDropout(0.5),
+    "random": Random(SCHEDULE),
+    "resize": Resize(32),
+    "adaptive": Adaptive(SCHEDULE, keep_mass=0.5),
+}
+
 CASES = {
+    **{f"patched {name}": partial(patched, strategy=s) for name, s in STRATEGIES.items()},
+    **{f"encode_image {name}": partial(encode_image, strategy=s) for name, s in STRATEGIES.items()},
     **{f"patched {scorer}": partial(patched, scorer=scorer) for scorer in SCORERS},
     **{
         f"sharded first {scorer}": partial(patched, scorer=scorer, order="fully_shard")
