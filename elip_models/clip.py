@@ -13,7 +13,7 @@ import math
 import os
 import tempfile
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from elip_models.modules.losses import contrastive_loss
 from elip_models.modules.text import CLIPTextTower
 from elip_models.reduction.encode import run_tower
-from elip_models.reduction.schedule import Schedule
+from elip_models.reduction.schedule import PRESETS, Schedule
 from elip_models.reduction.stage import Elip
-from elip_models.reduction.strategy import StageInfo
+from elip_models.reduction.strategies import PatchDropout, get_strategy
+from elip_models.reduction.strategy import StageInfo, Strategy
 from elip_models.reduction.text import TEXT_STRATEGIES, TextReduction
 from elip_models.towers import as_tower
 
@@ -41,6 +42,8 @@ class CLIPConfig:
     count_cls: keep ratios count CLS among the patches, as the official CLIP code.
     scorer, fusion, guidance_norm, without_text, merge: see `elip_models.encode_image`.
     gather: where negatives come from, see `contrastive_loss`.
+    strategy, strategy_options: another way to reduce, such as 'tome' and {'r': 13}; the fields of
+        'elip' stand here, and of them the others take the schedule alone.
     text_reduction: 'random', 'post' or 'learned' drops text tokens, see `TextReduction`; or None.
     text_drop: share of a text's tokens that it drops.
     """
@@ -68,6 +71,8 @@ class CLIPConfig:
     without_text: Literal["dense", "vision"] = "dense"
     merge: bool = True
     gather: Literal["local", "global"] = "local"
+    strategy: str = "elip"
+    strategy_options: dict[str, Any] | None = None
     text_reduction: Literal["random", "post", "learned"] | None = None
     text_drop: float = 0.4
 
@@ -109,13 +114,23 @@ class CLIPConfig:
                 f"text_reduction: expected None or one of {', '.join(TEXT_STRATEGIES)}, got "
                 f"{self.text_reduction!r}"
             )
-        self.reduction.schedule.check_depth(self.vision_depth)
+        if self.schedule is not None:
+            Schedule.parse(self.schedule).check_depth(self.vision_depth)
+        if self.strategy == "elip" and self.strategy_options is not None:
+            raise ValueError(
+                "strategy_options: expected None with strategy='elip', whose options are fields of "
+                f"their own, got {self.strategy_options!r}"
+            )
+        _ = self.reduction  # raises what is wrong with it
 
     @property
-    def reduction(self) -> Elip:
-        """The settings of the image tower's reduction."""
+    def reduction(self) -> Strategy:
+        """How the image tower is reduced."""
         text = self.schedule or f"{self.vision_depth}(100%)"
         schedule = Schedule.parse(text, count_cls=self.count_cls)
+        if self.strategy != "elip":
+            own = {"schedule": schedule} if self.schedule else {}
+            return get_strategy(self.strategy, **own, **(self.strategy_options or {}))
         names = ("scorer", "fusion", "guidance_norm", "without_text", "merge")
         return Elip(schedule, **{name: getattr(self, name) for name in names})
 
@@ -164,6 +179,7 @@ class CLIP(nn.Module):
         )
         _init_visual(self.visual)
         self.tower = as_tower(self.visual)
+        self.reduction.check(self.tower)
         self.text = CLIPTextTower(
             width=config.text_width,
             depth=config.text_depth,
@@ -269,6 +285,11 @@ class CLIP(nn.Module):
             torch.clear_autocast_cache()  # or some releases train with weights cast in here
         return features
 
+    def begin_step(self, step: int) -> None:
+        """Before step `step` of training, from 0: patch dropout may end here."""
+        if isinstance(self.config.reduction, PatchDropout):
+            self.reduction = self.config.reduction.at(step)
+
     @torch.no_grad()
     def clamp_temperature_(self) -> None:
         """Keep the temperature at 0.01 or above, as CLIP does after each step."""
@@ -330,6 +351,16 @@ def _warn_unguided() -> None:
         "pass image_features, or reduce=False to mean it",
         stacklevel=3,
     )
+
+
+def elip_settings(model: CLIP) -> Elip:
+    """How a model's tower is reduced by ELIP; by the paper's schedule where it is dense or reduces
+    in another way."""
+    settings, depth = model.reduction, model.config.vision_depth
+    paper = Schedule.parse(PRESETS["clip"]).scaled(depth)
+    if not isinstance(settings, Elip):
+        return Elip(paper)
+    return settings if model.config.schedule else replace(settings, schedule=paper)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from elip_models.clip import CLIP
+from elip_models.clip import CLIP, elip_settings
 from elip_models.config import ConfigError, blame
 from elip_models.data import SampleError, Source, load_tokenizer, open_source, tokenize
 from elip_models.data.sample import decode_image
@@ -128,9 +128,7 @@ def _settings(model: nn.Module, tower: Tower, given: dict[str, Any]) -> Elip:
     """The model's own settings or the paper's, changed by what was given, checked."""
     settings = Elip(Schedule.parse(PRESETS["clip"]).scaled(tower.depth))
     if isinstance(model, CLIP):
-        own = model.config.schedule is not None
-        schedule = model.reduction.schedule if own else settings.schedule
-        settings = replace(model.reduction, schedule=schedule)
+        settings = elip_settings(model)
     try:
         settings = replace(settings, **given)
         settings.schedule.check_depth(tower.depth)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from rich.table import Table
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from elip_models.clip import CLIP
+from elip_models.clip import CLIP, elip_settings
 from elip_models.data import (
     CLIP_MEAN,
     CLIP_STD,
@@ -24,7 +24,7 @@ from elip_models.data import (
 )
 from elip_models.profile import NO_GAIN, TowerCost, profile_tower, scorer_agreement
 from elip_models.reduction.encode import run_tower
-from elip_models.reduction.schedule import PRESETS, Schedule
+from elip_models.reduction.schedule import PRESETS
 from elip_models.visualize import deliberately_slow, draw_reduction, patch_grid
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 class Reporter:
     """Reports on a trained CLIP and samples it has not seen.
 
-    A dense CLIP is shown as the paper's schedule would reduce it.
+    A CLIP that is dense or reduces in another way is shown as the paper would reduce it.
 
     Args:
         model: trained, in eval mode.
@@ -51,10 +51,7 @@ class Reporter:
         self.source = source
         self.output_dir = output_dir
         self.device = model.logit_scale.device
-        self.settings = model.reduction
-        if model.config.schedule is None:
-            schedule = Schedule.parse(PRESETS["clip"]).scaled(model.config.vision_depth)
-            self.settings = replace(self.settings, schedule=schedule)
+        self.settings = elip_settings(model)
 
     def picture(self, count: int = 5) -> Path:
         """Write `kept_tokens.png`: what survives each stage, the CLS attention, the caption."""

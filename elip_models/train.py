@@ -93,8 +93,8 @@ def train(
 class Trainer:
     """One run: opens the data, builds the model, restores a checkpoint, trains, saves.
 
-    Of the model it asks `model(**batch).loss`, `clamp_temperature_()`, `set_grad_checkpointing()`,
-    `logit_scale` and `save_pretrained()`.
+    Of the model it asks `model(**batch).loss`, `begin_step()`, `clamp_temperature_()`,
+    `set_grad_checkpointing()`, `logit_scale` and `save_pretrained()`.
     """
 
     def __init__(self, config: RunConfig, *, resume: bool, console: Console) -> None:
@@ -231,6 +231,7 @@ class Trainer:
 
     def _train_step(self) -> None:
         """One optimiser step over `grad_accumulation` batches."""
+        self.bare_model.begin_step(self.step)
         optim, accelerator = self.config.optim, self.accelerator
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
@@ -238,11 +239,8 @@ class Trainer:
         for _ in range(optim.grad_accumulation):
             batch = next(self.batches)
             self.skips.update(batch["skipped"], len(batch["images"]))
-            tensors = {
-                name: value.to(accelerator.device, non_blocking=True)
-                for name, value in batch.items()
-                if isinstance(value, Tensor)
-            }
+            tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+            tensors = {n: t.to(accelerator.device, non_blocking=True) for n, t in tensors.items()}
             with accelerator.accumulate(self.model):
                 loss = self.model(**tensors).loss
                 accelerator.backward(loss)

@@ -223,3 +223,61 @@ def test_global_gather_on_two_processes_is_one_process_with_the_whole_batch(free
     for rank in range(2):
         local = contrastive_loss(images.chunk(2)[rank], texts.chunk(2)[rank], scale)
         assert results[rank]["local"][0] == pytest.approx(local.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [
+        ("evit", {"keep_rate": 0.5}),
+        ("tome", {"r": 1}),
+        ("random", None),
+        ("trips", {"guidance_norm": "match"}),
+        ("patch_dropout", {"keep": 0.5}),
+        ("resize", {"size": 16}),
+        ("adaptive", {"keep_mass": 0.5}),
+    ],
+)
+def test_every_strategy_trains_saves_and_loads(strategy, options, tmp_path):
+    staged = strategy in ("random", "trips", "adaptive")
+    name = "elip_clip_tiny" if staged else "clip_tiny"
+    model, inputs = tiny(name, strategy=strategy, strategy_options=options), batch()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for step in range(8):
+        model.begin_step(step)
+        loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    other = CLIP.from_pretrained(model.save_pretrained(tmp_path)).eval()
+    torch.manual_seed(1)
+    expected = model.eval()(**inputs)
+    torch.manual_seed(1)
+    assert torch.equal(other(**inputs).image_features, expected.image_features)
+
+
+def test_patch_dropout_ends_at_its_step():
+    options = {"keep": 0.5, "until": 2}
+    model = tiny("clip_tiny", strategy="patch_dropout", strategy_options=options)
+    tokens = []
+    model.visual.blocks[0].register_forward_hook(lambda m, args, out: tokens.append(out.shape[1]))
+    for step in range(4):
+        model.begin_step(step)
+        model(**batch())
+    assert tokens == [9, 9, 17, 17]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"strategy": "tomee"}, "strategy: expected one of"),
+        ({"strategy": "tome"}, "schedule: expected none with strategy='tome'"),
+        ({"strategy_options": {"r": 2}}, "strategy_options: expected None"),
+        ({"strategy": "random", "strategy_options": {"r": 2}}, "r: expected none"),
+    ],
+)
+def test_a_bad_strategy_is_named(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**overrides)
