@@ -138,8 +138,8 @@ class ToMe(Strategy):
             object.__setattr__(self, "r", tuple(self.r))
 
     def refuses(self, tower: Tower) -> str | None:
-        p = tower.num_prefix_tokens
-        return None if p <= 1 else f"of its {p} prefix tokens ToMe protects the class token alone"
+        several = tower.num_prefix_tokens > 1
+        return "of its prefix tokens ToMe protects the class token alone" if several else None
 
     def _each(self, size: Size) -> tuple[int, ...]:
         each = self.r if isinstance(self.r, tuple) else (self.r,) * size.depth

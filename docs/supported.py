@@ -1,0 +1,144 @@
+"""Write the README's table of models, strategies and refusals, as the code itself answers.
+
+    python docs/supported.py             # rewrite the block between the two markers
+    python docs/supported.py --check     # exit status 1 where it is stale
+
+Models are built on the meta device by their library's own names; each is asked of each strategy.
+"""
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+import transformers
+from torch import nn
+
+from elip_models.reduction.strategies import STRATEGIES, default_strategy
+from elip_models.towers import as_pair, as_tower
+from elip_models.zoo import open_model
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- supported:begin -->", "<!-- supported:end -->"
+
+
+def named(spec: str) -> Callable[[], nn.Module]:
+    """A model that its library knows by name."""
+    return lambda: open_model(spec, pretrained=False)
+
+
+def configured(model: str, config: str) -> Callable[[], nn.Module]:
+    """A model of transformers with the defaults of its config."""
+    return lambda: getattr(transformers, model)(getattr(transformers, config)())
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "timm ViT (`vit_base_patch16_224`)": named("timm:vit_base_patch16_224"),
+    "timm CLIP ViT (`vit_base_patch16_clip_224`)": named("timm:vit_base_patch16_clip_224"),
+    "timm DeiT, distilled": named("timm:deit_base_distilled_patch16_224"),
+    "timm ViT with registers (DINOv2)": named("timm:vit_base_patch14_reg4_dinov2"),
+    "timm ViT with q/k norm": lambda: timm.models.VisionTransformer(qk_norm=True),
+    "timm EVA-02 (rotary)": named("timm:eva02_base_patch14_224"),
+    "timm ViT, average pooling": named("timm:vit_base_patch16_rpn_224"),
+    "timm SigLIP (map pooling)": named("timm:vit_base_patch16_siglip_224"),
+    "timm ViT, parallel blocks": named("timm:vit_small_patch16_18x2_224"),
+    "timm Swin": named("timm:swin_base_patch4_window7_224"),
+    "open_clip CLIP, whole (`ViT-B-16`)": named("open_clip:ViT-B-16"),
+    "open_clip image tower": lambda: open_model("open_clip:ViT-B-16", pretrained=False).visual,
+    "open_clip CoCa": named("open_clip:coca_ViT-B-32"),
+    "open_clip SigLIP, EVA, ConvNeXt (timm trunks)": named("open_clip:ViT-B-16-SigLIP"),
+    "open_clip ResNet": lambda: open_model("open_clip:RN50", pretrained=False).visual,
+    "transformers `CLIPModel`, whole": configured("CLIPModel", "CLIPConfig"),
+    "transformers `CLIPVisionModel`": configured("CLIPVisionModel", "CLIPVisionConfig"),
+    "transformers `ViTModel`": configured("ViTModel", "ViTConfig"),
+    "transformers `DeiTModel`": configured("DeiTModel", "DeiTConfig"),
+    "transformers `BlipVisionModel`": configured("BlipVisionModel", "BlipVisionConfig"),
+    "transformers `BlipForImageTextRetrieval`, whole": configured(
+        "BlipForImageTextRetrieval", "BlipConfig"
+    ),
+    "transformers `SiglipModel`, whole": configured("SiglipModel", "SiglipConfig"),
+    "transformers `SiglipVisionModel`": configured("SiglipVisionModel", "SiglipVisionConfig"),
+    "transformers DINOv2": configured("Dinov2Model", "Dinov2Config"),
+    "transformers Swin": configured("SwinModel", "SwinConfig"),
+}
+
+
+def ask(model: nn.Module) -> dict[str, str | None]:
+    """Why not, for each strategy; None where it works.
+
+    Raises:
+        TypeError: no strategy works, with the reason.
+    """
+    pair = as_pair(model)
+    tower = as_tower(model if pair is None else pair.image_model)
+    answers: dict[str, str | None] = {}
+    for name in STRATEGIES:
+        try:
+            default_strategy(name, tower.size).check(tower)
+            answers[name] = None
+        except (TypeError, ValueError) as error:
+            answers[name] = _reason(error, name)
+    return answers
+
+
+def _reason(error: Exception, name: str) -> str:
+    """What an error says after 'got NAME: '."""
+    return re.sub(rf"^.*? got '?{name}'?: ", "", str(error))
+
+
+def block() -> str:
+    """The table, and the refusals below it."""
+    lines = [
+        f"| model | {' | '.join(f'`{name}`' for name in STRATEGIES)} |",
+        f"| --- |{' :-: |' * len(STRATEGIES)}",
+    ]
+    notes, refused = [], []
+    for label, make in MODELS.items():
+        with torch.device("meta"):
+            model = make()
+        try:
+            answers = ask(model)
+        except TypeError as error:
+            refused.append(f"- {label}: {_reason(error, type(model).__name__)}.")
+            continue
+        cells = []
+        for name, reason in answers.items():
+            note = f"`{name}`: {reason}."
+            if reason is not None and note not in notes:
+                notes.append(note)
+            cells.append("yes" if reason is None else f"no ({notes.index(note) + 1})")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    numbered = [f"{i}. {note}" for i, note in enumerate(notes, 1)]
+    refusals = ["Refused, in the words of the error:", "", *refused]
+    return "\n".join([*lines, "", *numbered, "", *refusals])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status 1 where the README is stale under --check."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    parser.add_argument("--readme", type=Path, default=README)
+    options = parser.parse_args(arguments)
+    logging.disable(logging.WARNING)  # of weights that are not loaded
+    current = options.readme.read_text(encoding="utf-8")
+    pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
+    text = block()
+    wanted = pattern.sub(lambda _: f"{BEGIN}\n\n{text}\n\n{END}", current, count=1)
+    if f"{BEGIN}\n\n{text}\n\n{END}" not in wanted:
+        sys.stderr.write(f"{options.readme}: expected {BEGIN} and {END} in it, got neither\n")
+        return 1
+    if wanted == current:
+        return 0
+    if options.check:
+        sys.stderr.write("the table of supported models is stale: run python docs/supported.py\n")
+        return 1
+    options.readme.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
