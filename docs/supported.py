@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
     parser.add_argument("--readme", type=Path, default=README)
     options = parser.parse_args(arguments)
-    logging.disable(logging.WARNING)  # of weights that are not loaded
+    logging.getLogger().setLevel(logging.ERROR)  # no word of weights that are not loaded
     current = options.readme.read_text(encoding="utf-8")
     pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
     text = block()
