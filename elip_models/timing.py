@@ -1,28 +1,18 @@
-"""What a reduction costs and gains on this machine: step times side by side, and agreement.
-
-Times are ratios against the dense tower, measured in interleaved rounds of one process; medians.
-"""
+"""Tools to measure steps: times side by side, CUDA graphs, memory, FLOPs."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from statistics import median
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from elip_models.reduction.encode import encode_image
-from elip_models.reduction.schedule import Schedule
-from elip_models.reduction.scorers import SCORERS
-from elip_models.reduction.stage import Elip
-from elip_models.reduction.strategy import Context
-from elip_models.towers import Tower, as_tower
-
-NO_GAIN = 0.97  # a time ratio above this is called no gain
+NO_GAIN = 0.97  # a time ratio that is not below this is called no gain
 LEAST_SECONDS = 2e-3  # of one measurement: a shorter step is called several times in a row
 
 Step = Callable[[], object]
@@ -138,128 +128,18 @@ def count_flops(step: Step) -> int:
     return counter.get_total_flops()
 
 
-@dataclass(frozen=True)
-class TowerCost:
-    """One row of `profile_tower`: time and saved bytes, relative to the dense tower of the run."""
+class FlopCount(NamedTuple):
+    """Floating-point operations of a step."""
 
-    scorer: str
-    training: float
-    inference: float
-    saved: float
+    forward: int
+    backward: int
 
 
-def profile_tower(
-    model: nn.Module,
-    *,
-    schedule: Schedule | str,
-    batch_size: int,
-    image_size: int,
-    scorers: tuple[str, ...] = tuple(SCORERS),
-    rounds: int = 10,
-) -> list[TowerCost]:
-    """Time forward with backward, and inference, of a tower dense and with each scorer.
-
-    Args:
-        model: an image model that a tower reads, on the device and in the dtype to measure.
-        schedule: of the reduction.
-        batch_size, image_size: of the random images.
-        rounds: interleaved rounds; medians of the ratios are reported.
-
-    Returns:
-        A row for 'dense' and one for each scorer, in this order.
-    """
-    infer = forward_steps(
-        model, schedule=schedule, batch_size=batch_size, image_size=image_size, scorers=scorers
-    )
-    train = {name: partial(train_step, model, step) for name, step in infer.items()}
-    device = next(model.parameters()).device
-    was_training, saved = model.training, {}
-    model.train()
-    for name, step in infer.items():
-        with saved_bytes(model.parameters()) as count:
-            step()
-        saved[name] = count()
-    training = ratios_to("dense", time_side_by_side(train, device=device, rounds=rounds))
-    model.eval()
-    with torch.inference_mode():
-        inference = ratios_to("dense", time_side_by_side(infer, device=device, rounds=rounds))
-    model.train(was_training)
-    return [TowerCost(n, training[n], inference[n], saved[n] / saved["dense"]) for n in infer]
-
-
-def forward_steps(
-    model: nn.Module,
-    *,
-    schedule: Schedule | str,
-    batch_size: int,
-    image_size: int,
-    scorers: tuple[str, ...] = tuple(SCORERS),
-) -> dict[str, Callable[[], Tensor]]:
-    """A forward pass for 'dense' and for each scorer, all of the same random images and text.
-
-    See `profile_tower` for the arguments. Each step returns the CLS output (B, D).
-    """
-    tower, weight = as_tower(model), next(model.parameters())
-    random = {"device": weight.device, "dtype": weight.dtype}
-    images = torch.randn(batch_size, 3, image_size, image_size, **random)
-    text = torch.randn(batch_size, tower.width, **random)
-
-    def infer(**plan: Schedule | str) -> Tensor:
-        return encode_image(model, images, text, **plan)[:, 0]
-
-    steps = {"dense": partial(infer, schedule=f"{tower.depth}(100%)")}
-    return steps | {name: partial(infer, schedule=schedule, scorer=name) for name in scorers}
-
-
-def train_step(model: nn.Module, forward: Callable[[], Tensor]) -> None:
-    """Forward and backward, without an optimiser."""
-    forward().square().sum().backward()
-    model.zero_grad(set_to_none=True)
-
-
-@torch.no_grad()
-def scorer_agreement(
-    model: nn.Module,
-    images: Tensor,
-    text_cls: Tensor | None,
-    settings: Elip,
-    scorers: tuple[str, ...] = ("official", "cls", "last"),
-) -> dict[str, list[float]]:
-    """Share of the tokens that `exact` drops which each scorer drops too, by stage.
-
-    All scorers see the tokens that `exact` lets through. 'chance' is what a random choice shares.
-
-    Args:
-        model: an image model that a tower reads.
-        images: (B, 3, H, W).
-        text_cls: (B, D), the guidance in the tower's width, or None: vision only.
-        settings: of the reduction; its scorer is not used.
-    """
-    tower, tokens = as_tower(model), as_tower(model).embed(images)
-    stages = {stage.first: stage for stage in settings.schedule.stages(tower.num_patches)}
-    shares: dict[str, list[float]] = {name: [] for name in (*scorers, "chance")}
-    for i in range(tower.depth):
-        if i in stages:
-            dropped = {}
-            for name in scorers:
-                scorer = replace(settings, scorer=name)
-                row = scorer.score(tower, stages[i], tokens, text_cls)
-                dropped[name] = _dropped(tower, tokens, row, stages[i].keep)
-            exact = replace(settings, scorer="exact")
-            entered = tokens
-            tokens, info = exact.step(tower, stages[i], tokens, Context(text_cls))
-            reference = _dropped(tower, entered, info.attention, stages[i].keep)
-            for name in scorers:
-                shares[name].append(((dropped[name] & reference).sum() / reference.sum()).item())
-            candidates = entered.shape[1] - tower.num_prefix_tokens
-            shares["chance"].append((candidates - stages[i].keep) / candidates)
-        tokens = tower.block(i, tokens)
-    return shares
-
-
-def _dropped(tower: Tower, tokens: Tensor, attention: Tensor, keep: int) -> Tensor:
-    """(B, N) bool: the tokens that this attention row drops."""
-    _, info = tower.reduce(tokens, attention, keep, merge=False)
-    dropped = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    dropped[:, : tower.num_prefix_tokens] = False
-    return dropped.scatter_(1, info.kept, False)
+def count_step(forward: Callable[[], Tensor], *, backward: bool) -> FlopCount:
+    """`count_flops` of a forward and, apart from it, of the backward of its output's squares."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        output = forward()
+        ahead = counter.get_total_flops()
+        if backward:
+            output.square().sum().backward()
+    return FlopCount(ahead, counter.get_total_flops() - ahead)
