@@ -16,18 +16,17 @@ import torch
 import elip_models
 from benchmarks.cases import DEVICE, DTYPE_NAMES, ON_GPU, tower_cases
 from benchmarks.parity import judged, relative_error
-from elip_models.profile import (
+from elip_models.reduction.schedule import PRESETS
+from elip_models.reduction.scorers import SCORERS
+from elip_models.reduction.stage import Elip
+from elip_models.subject import Subject
+from elip_models.timing import (
     count_flops,
-    forward_steps,
     peak_bytes,
     ratios_to,
     saved_bytes,
     time_side_by_side,
-    train_step,
 )
-from elip_models.reduction.schedule import PRESETS
-from elip_models.reduction.scorers import SCORERS
-from elip_models.reduction.stage import Elip
 from elip_models.towers import as_tower
 
 SCHEDULE = PRESETS["albef"]
@@ -72,11 +71,12 @@ def test_tower(record, rounds, case, mode):
     random = {"device": DEVICE, "dtype": case.dtype}
     image = torch.randn(1, 3, case.size, case.size, **random)
     held = held_to_fp64(model, image, torch.randn(1, model.embed_dim, **random))
-    plan = {"schedule": SCHEDULE, "batch_size": case.B, "image_size": case.size}
-    steps = forward_steps(model, **plan)
+    subject = Subject(model, case.B)
+    plans = {"dense": None} | {name: Elip(SCHEDULE, scorer=name) for name in SCORERS}
+    steps = {name: subject.forward(plan) for name, plan in plans.items()}
     if mode == "training":
         model.train()
-        steps = {name: partial(train_step, model, step) for name, step in steps.items()}
+        steps = {name: partial(subject.train_step, step) for name, step in steps.items()}
     with torch.inference_mode(mode == "inference"):
         times = time_side_by_side(steps, device=DEVICE, rounds=rounds)
         flops = {name: count_flops(step) for name, step in steps.items()}

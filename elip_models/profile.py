@@ -1,265 +1,209 @@
-"""What a reduction costs and gains on this machine: step times side by side, and agreement.
+"""What token reduction costs and gains: one row for each model, strategy, batch and mode.
 
-Times are ratios against the dense tower, measured in interleaved rounds of one process; medians.
+FLOPs are counted, op by op, on the meta device: forward and backward of one image (or pair), the
+scorer and a second text pass included, attention as its two products. Times are ratios against the
+dense model, interleaved rounds of one process, medians. Memory is the peak of a step on a GPU; on a
+CPU the bytes that autograd saves for backward, parameters aside.
 """
 
-import time
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from statistics import median
+from statistics import fmean, median
+from typing import Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
-from elip_models.reduction.encode import encode_image
-from elip_models.reduction.schedule import Schedule
-from elip_models.reduction.scorers import SCORERS
-from elip_models.reduction.stage import Elip
-from elip_models.reduction.strategy import Context
-from elip_models.towers import Tower, as_tower
+from elip_models.reduction.strategy import Layer, Strategy
+from elip_models.subject import Forward, Subject
+from elip_models.timing import (
+    NO_GAIN,
+    FlopCount,
+    count_step,
+    peak_bytes,
+    ratios_to,
+    saved_bytes,
+    time_side_by_side,
+)
 
-NO_GAIN = 0.97  # a time ratio above this is called no gain
-LEAST_SECONDS = 2e-3  # of one measurement: a shorter step is called several times in a row
-
-Step = Callable[[], object]
-
-
-def time_side_by_side(
-    steps: dict[str, Step], *, device: torch.device, rounds: int = 10
-) -> dict[str, list[float]]:
-    """Seconds a call of each step in each of `rounds` rounds, after a warm-up.
-
-    The steps of a round run one after the other, so that whatever slows the machine for a while
-    slows all of them; the order turns by one step a round.
-    """
-    names = list(steps)
-    calls = {name: _calls(step, device) for name, step in steps.items()}
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for r in range(rounds):
-        for name in names[r % len(names) :] + names[: r % len(names)]:
-            times[name].append(_seconds(steps[name], calls[name], device))
-    return times
-
-
-def _calls(step: Step, device: torch.device) -> int:
-    """Warm the step up -> how often one measurement calls it."""
-    seconds = _seconds(step, 1, device)
-    if seconds < 100 * LEAST_SECONDS:  # else even a slow first call is a long one
-        seconds = _seconds(step, 1, device)
-    return max(1, min(1000, int(LEAST_SECONDS / seconds)))
-
-
-def _seconds(step: Step, calls: int, device: torch.device) -> float:
-    """Seconds a call, by the device's own clock where it has one."""
-    if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-    start = time.perf_counter()
-    for _ in range(calls):
-        step()
-    seconds = time.perf_counter() - start
-    if device.type == "cuda":
-        end.record()
-        end.synchronize()
-        seconds = begin.elapsed_time(end) / 1e3
-    return seconds / calls
+Mode = Literal["training", "inference"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+DENSE = "dense"
 
 
 @dataclass(frozen=True)
-class Graphed:
-    """A CUDA graph as a step. A graph knows addresses alone: the step that it records stays with
-    it, and with the step every tensor that lies there."""
+class Row:
+    """One line of the table.
 
-    graph: torch.cuda.CUDAGraph
-    step: Step
-
-    def __call__(self) -> None:
-        self.graph.replay()
-
-
-def graphed(prepare: Callable[[], Step]) -> Graphed:
-    """The step that `prepare` returns as a CUDA graph: its launches alone, without Python.
-
-    `prepare` runs on the stream of the capture, so that a step may be the backward pass of a
-    forward pass in `prepare`.
+    model, strategy: names; settings: of the strategy, in full.
+    step: 'image tower' or 'whole model', what FLOPs, time and memory are of.
+    tokens: (attention, MLP) tokens of each block of the image tower.
+    retained: their mean over the layers, against dense.
+    forward_flops, backward_flops: of one image or pair; backward is 0 in inference.
+    flops_ratio, time_ratio, memory_ratio: against the dense row; None where not measured.
+    seconds: of a step, median. memory: bytes of a step.
+    verdict: 'no gain' where the time ratio is not below `NO_GAIN`, else empty.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step = prepare()
-        for _ in range(3):
-            step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        step()
-    return Graphed(graph, step)
+
+    model: str
+    strategy: str
+    settings: str
+    step: str
+    mode: Mode
+    batch_size: int
+    image_size: tuple[int, int]
+    tokens: tuple[Layer, ...]
+    retained: float
+    forward_flops: float
+    backward_flops: float
+    flops_ratio: float
+    seconds: float | None = None
+    time_ratio: float | None = None
+    memory: int | None = None
+    memory_ratio: float | None = None
+    verdict: str = ""
 
 
-def ratios_to(baseline: str, times: dict[str, list[float]]) -> dict[str, float]:
-    """Median over rounds of each step's time over the baseline's of the same round."""
+class Measured(NamedTuple):
+    """Of one step: seconds and bytes, alone and against dense; no bytes in inference on a CPU."""
+
+    seconds: float
+    time_ratio: float
+    memory: int | None
+    memory_ratio: float | None
+
+
+def profile_model(
+    name: str,
+    model: nn.Module,
+    strategies: Mapping[str, Strategy],
+    *,
+    batch_size: int = 8,
+    modes: Sequence[Mode] = MODES,
+    rounds: int | None = 10,
+) -> list[Row]:
+    """Rows of one model at one batch size: dense, then each strategy, for each mode.
+
+    Args:
+        name: of the model in the rows.
+        model: an image model that a tower reads, or a whole language-image model, on the device
+            and in the dtype to measure; on 'meta' nothing can be timed.
+        strategies: by the name of their rows.
+        batch_size: of random images, and texts.
+        modes: of 'training' (forward and backward, no optimiser) and 'inference'.
+        rounds: interleaved, of the timing; None counts tokens and FLOPs alone.
+
+    Raises:
+        TypeError, ValueError: a model that cannot be reduced, or a strategy that does not fit it.
+    """
+    subject = Subject(model, batch_size)
+    plans: dict[str, Strategy | None] = {DENSE: None, **strategies}
+    rows = []
+    for mode in modes:
+        counts = count(subject, plans, mode)
+        measured = None if rounds is None else measure(subject, plans, mode, rounds=rounds)
+        for label, plan in plans.items():
+            tokens = tokens_of(subject, plan, mode)
+            flops, dense = counts[label], counts[DENSE]
+            figures = {} if measured is None else measured[label]._asdict()
+            rows.append(
+                Row(
+                    model=name,
+                    strategy=label,
+                    settings="" if plan is None else str(plan),
+                    step=subject.step,
+                    mode=mode,
+                    batch_size=batch_size,
+                    image_size=subject.tower.image_size,
+                    tokens=tokens,
+                    retained=fmean(map(fmean, tokens)) / subject.tower.num_tokens,
+                    forward_flops=flops.forward / batch_size,
+                    backward_flops=flops.backward / batch_size,
+                    flops_ratio=sum(flops) / sum(dense),
+                    verdict=verdict(plan, figures.get("time_ratio")),
+                    **figures,
+                )
+            )
+    return rows
+
+
+def tokens_of(subject: Subject, strategy: Strategy | None, mode: Mode) -> tuple[Layer, ...]:
+    """Tokens in each block of the image tower."""
+    size = subject.tower.size
+    if strategy is None or not strategy.reduces(subject.text, mode == "training"):
+        return (Layer(size.num_tokens, size.num_tokens),) * size.depth
+    return strategy.token_counts(size)
+
+
+def verdict(strategy: Strategy | None, time_ratio: float | None) -> str:
+    """The last column."""
+    slow = strategy is not None and time_ratio is not None and not time_ratio < NO_GAIN
+    return "no gain" if slow else ""
+
+
+def count(
+    subject: Subject, plans: Mapping[str, Strategy | None], mode: Mode
+) -> dict[str, FlopCount]:
+    """FLOPs of a step of each plan, on the meta device."""
+    twin = subject.on_meta()
+    with in_mode(twin, mode), twin.traced():
+        return {
+            name: count_step(twin.forward(plan), backward=mode == "training")
+            for name, plan in plans.items()
+        }
+
+
+def measure(
+    subject: Subject, plans: Mapping[str, Strategy | None], mode: Mode, *, rounds: int = 10
+) -> dict[str, Measured]:
+    """Time and memory of a step of each plan; one is `DENSE`.
+
+    Raises:
+        ValueError: a model on the meta device.
+    """
+    if subject.device.type == "meta":
+        raise ValueError("model: expected one with weights to time, got one on the meta device")
+    with in_mode(subject, mode):
+        forwards = {name: subject.forward(plan) for name, plan in plans.items()}
+        steps = forwards
+        if mode == "training":
+            steps = {name: partial(subject.train_step, step) for name, step in forwards.items()}
+        times = time_side_by_side(steps, device=subject.device, rounds=rounds)
+        ratios = ratios_to(DENSE, times)
+        if subject.device.type == "cuda":
+            memory = {name: peak_bytes(step, subject.device) for name, step in steps.items()}
+        elif mode == "training":
+            memory = {name: _saved(subject, step) for name, step in forwards.items()}
+        else:
+            memory = {}
     return {
-        name: median(t / base for t, base in zip(values, times[baseline], strict=True))
-        for name, values in times.items()
+        name: Measured(
+            median(times[name]),
+            ratios[name],
+            memory.get(name),
+            memory[name] / memory[DENSE] if memory else None,
+        )
+        for name in plans
     }
 
 
+def _saved(subject: Subject, forward: Forward) -> int:
+    with saved_bytes(subject.model.parameters()) as saved:
+        forward()
+    return saved()
+
+
 @contextmanager
-def saved_bytes(parameters: Iterable[Tensor] = ()) -> Iterator[Callable[[], int]]:
-    """Bytes that autograd saves for backward inside; each storage once, `parameters` aside."""
-    known = {p.untyped_storage().data_ptr() for p in parameters}
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield lambda: sum(storages.values())
-
-
-def peak_bytes(step: Step, device: torch.device) -> int:
-    """The most CUDA memory that a call takes beyond what is allocated before it."""
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    step()
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def count_flops(step: Step) -> int:
-    """Floating-point operations of a call, by the formula of each op; attention as two products."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        step()
-    return counter.get_total_flops()
-
-
-@dataclass(frozen=True)
-class TowerCost:
-    """One row of `profile_tower`: time and saved bytes, relative to the dense tower of the run."""
-
-    scorer: str
-    training: float
-    inference: float
-    saved: float
-
-
-def profile_tower(
-    model: nn.Module,
-    *,
-    schedule: Schedule | str,
-    batch_size: int,
-    image_size: int,
-    scorers: tuple[str, ...] = tuple(SCORERS),
-    rounds: int = 10,
-) -> list[TowerCost]:
-    """Time forward with backward, and inference, of a tower dense and with each scorer.
-
-    Args:
-        model: an image model that a tower reads, on the device and in the dtype to measure.
-        schedule: of the reduction.
-        batch_size, image_size: of the random images.
-        rounds: interleaved rounds; medians of the ratios are reported.
-
-    Returns:
-        A row for 'dense' and one for each scorer, in this order.
-    """
-    infer = forward_steps(
-        model, schedule=schedule, batch_size=batch_size, image_size=image_size, scorers=scorers
-    )
-    train = {name: partial(train_step, model, step) for name, step in infer.items()}
-    device = next(model.parameters()).device
-    was_training, saved = model.training, {}
-    model.train()
-    for name, step in infer.items():
-        with saved_bytes(model.parameters()) as count:
-            step()
-        saved[name] = count()
-    training = ratios_to("dense", time_side_by_side(train, device=device, rounds=rounds))
-    model.eval()
-    with torch.inference_mode():
-        inference = ratios_to("dense", time_side_by_side(infer, device=device, rounds=rounds))
-    model.train(was_training)
-    return [TowerCost(n, training[n], inference[n], saved[n] / saved["dense"]) for n in infer]
-
-
-def forward_steps(
-    model: nn.Module,
-    *,
-    schedule: Schedule | str,
-    batch_size: int,
-    image_size: int,
-    scorers: tuple[str, ...] = tuple(SCORERS),
-) -> dict[str, Callable[[], Tensor]]:
-    """A forward pass for 'dense' and for each scorer, all of the same random images and text.
-
-    See `profile_tower` for the arguments. Each step returns the CLS output (B, D).
-    """
-    tower, weight = as_tower(model), next(model.parameters())
-    random = {"device": weight.device, "dtype": weight.dtype}
-    images = torch.randn(batch_size, 3, image_size, image_size, **random)
-    text = torch.randn(batch_size, tower.width, **random)
-
-    def infer(**plan: Schedule | str) -> Tensor:
-        return encode_image(model, images, text, **plan)[:, 0]
-
-    steps = {"dense": partial(infer, schedule=f"{tower.depth}(100%)")}
-    return steps | {name: partial(infer, schedule=schedule, scorer=name) for name in scorers}
-
-
-def train_step(model: nn.Module, forward: Callable[[], Tensor]) -> None:
-    """Forward and backward, without an optimiser."""
-    forward().square().sum().backward()
-    model.zero_grad(set_to_none=True)
-
-
-@torch.no_grad()
-def scorer_agreement(
-    model: nn.Module,
-    images: Tensor,
-    text_cls: Tensor | None,
-    settings: Elip,
-    scorers: tuple[str, ...] = ("official", "cls", "last"),
-) -> dict[str, list[float]]:
-    """Share of the tokens that `exact` drops which each scorer drops too, by stage.
-
-    All scorers see the tokens that `exact` lets through. 'chance' is what a random choice shares.
-
-    Args:
-        model: an image model that a tower reads.
-        images: (B, 3, H, W).
-        text_cls: (B, D), the guidance in the tower's width, or None: vision only.
-        settings: of the reduction; its scorer is not used.
-    """
-    tower, tokens = as_tower(model), as_tower(model).embed(images)
-    stages = {stage.first: stage for stage in settings.schedule.stages(tower.num_patches)}
-    shares: dict[str, list[float]] = {name: [] for name in (*scorers, "chance")}
-    for i in range(tower.depth):
-        if i in stages:
-            dropped = {}
-            for name in scorers:
-                scorer = replace(settings, scorer=name)
-                row = scorer.score(tower, stages[i], tokens, text_cls)
-                dropped[name] = _dropped(tower, tokens, row, stages[i].keep)
-            exact = replace(settings, scorer="exact")
-            entered = tokens
-            tokens, info = exact.step(tower, stages[i], tokens, Context(text_cls))
-            reference = _dropped(tower, entered, info.attention, stages[i].keep)
-            for name in scorers:
-                shares[name].append(((dropped[name] & reference).sum() / reference.sum()).item())
-            candidates = entered.shape[1] - tower.num_prefix_tokens
-            shares["chance"].append((candidates - stages[i].keep) / candidates)
-        tokens = tower.block(i, tokens)
-    return shares
-
-
-def _dropped(tower: Tower, tokens: Tensor, attention: Tensor, keep: int) -> Tensor:
-    """(B, N) bool: the tokens that this attention row drops."""
-    _, info = tower.reduce(tokens, attention, keep, merge=False)
-    dropped = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    dropped[:, : tower.num_prefix_tokens] = False
-    return dropped.scatter_(1, info.kept, False)
+def in_mode(subject: Subject, mode: Mode) -> Iterator[None]:
+    """Inside, the model trains or infers; scorers that are slow on purpose do not warn."""
+    was_training = subject.model.training
+    subject.model.train(mode == "training")
+    try:
+        with warnings.catch_warnings(), torch.inference_mode(mode == "inference"):
+            warnings.filterwarnings("ignore", message="scorer=")
+            yield
+    finally:
+        subject.model.train(was_training)

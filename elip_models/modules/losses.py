@@ -4,6 +4,7 @@ Contrastive loss (CLIP, ALBEF's ITC): mean of the cross entropies of image-to-te
 similarities, s * f_image @ f_text.T, where pairs share a row.
 """
 
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -44,7 +45,8 @@ def contrastive_loss(
         rank = dist.get_rank()
         all_images, all_texts = gather_with_gradient(images), gather_with_gradient(texts)
     labels = torch.arange(B, device=images.device) + rank * B
-    with torch.autocast(images.device.type, enabled=False):
+    device = images.device.type
+    with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
         image_to_text = F.cross_entropy(scale.float() * images @ all_texts.T, labels)
         text_to_image = F.cross_entropy(scale.float() * texts @ all_images.T, labels)
     return (image_to_text + text_to_image) / 2

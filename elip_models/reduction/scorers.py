@@ -116,6 +116,6 @@ def _uncached_autocast(device: str) -> torch.autocast | nullcontext:
     Some releases of torch would hand a weight that was cast here, without gradient, to the training
     pass that follows.
     """
-    if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device):
+    if torch.compiler.is_compiling() or device == "meta" or not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False)

@@ -1,0 +1,145 @@
+"""Tools to measure steps: times side by side, CUDA graphs, memory, FLOPs."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+NO_GAIN = 0.97  # a time ratio that is not below this is called no gain
+LEAST_SECONDS = 2e-3  # of one measurement: a shorter step is called several times in a row
+
+Step = Callable[[], object]
+
+
+def time_side_by_side(
+    steps: dict[str, Step], *, device: torch.device, rounds: int = 10
+) -> dict[str, list[float]]:
+    """Seconds a call of each step in each of `rounds` rounds, after a warm-up.
+
+    The steps of a round run one after the other, so that whatever slows the machine for a while
+    slows all of them; the order turns by one step a round.
+    """
+    names = list(steps)
+    calls = {name: _calls(step, device) for name, step in steps.items()}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for r in range(rounds):
+        for name in names[r % len(names) :] + names[: r % len(names)]:
+            times[name].append(_seconds(steps[name], calls[name], device))
+    return times
+
+
+def _calls(step: Step, device: torch.device) -> int:
+    """Warm the step up -> how often one measurement calls it."""
+    seconds = _seconds(step, 1, device)
+    if seconds < 100 * LEAST_SECONDS:  # else even a slow first call is a long one
+        seconds = _seconds(step, 1, device)
+    return max(1, min(1000, int(LEAST_SECONDS / seconds)))
+
+
+def _seconds(step: Step, calls: int, device: torch.device) -> float:
+    """Seconds a call, by the device's own clock where it has one."""
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+    start = time.perf_counter()
+    for _ in range(calls):
+        step()
+    seconds = time.perf_counter() - start
+    if device.type == "cuda":
+        end.record()
+        end.synchronize()
+        seconds = begin.elapsed_time(end) / 1e3
+    return seconds / calls
+
+
+@dataclass(frozen=True)
+class Graphed:
+    """A CUDA graph as a step. A graph knows addresses alone: the step that it records stays with
+    it, and with the step every tensor that lies there."""
+
+    graph: torch.cuda.CUDAGraph
+    step: Step
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def graphed(prepare: Callable[[], Step]) -> Graphed:
+    """The step that `prepare` returns as a CUDA graph: its launches alone, without Python.
+
+    `prepare` runs on the stream of the capture, so that a step may be the backward pass of a
+    forward pass in `prepare`.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step = prepare()
+        for _ in range(3):
+            step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        step()
+    return Graphed(graph, step)
+
+
+def ratios_to(baseline: str, times: dict[str, list[float]]) -> dict[str, float]:
+    """Median over rounds of each step's time over the baseline's of the same round."""
+    return {
+        name: median(t / base for t, base in zip(values, times[baseline], strict=True))
+        for name, values in times.items()
+    }
+
+
+@contextmanager
+def saved_bytes(parameters: Iterable[Tensor] = ()) -> Iterator[Callable[[], int]]:
+    """Bytes that autograd saves for backward inside; each storage once, `parameters` aside."""
+    known = {p.untyped_storage().data_ptr() for p in parameters}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield lambda: sum(storages.values())
+
+
+def peak_bytes(step: Step, device: torch.device) -> int:
+    """The most CUDA memory that a call takes beyond what is allocated before it."""
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def count_flops(step: Step) -> int:
+    """Floating-point operations of a call, by the formula of each op; attention as two products."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        step()
+    return counter.get_total_flops()
+
+
+class FlopCount(NamedTuple):
+    """Floating-point operations of a step."""
+
+    forward: int
+    backward: int
+
+
+def count_step(forward: Callable[[], Tensor], *, backward: bool) -> FlopCount:
+    """`count_flops` of a forward and, apart from it, of the backward of its output's squares."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        output = forward()
+        ahead = counter.get_total_flops()
+        if backward:
+            output.square().sum().backward()
+    return FlopCount(ahead, counter.get_total_flops() - ahead)
