@@ -55,7 +55,8 @@ def encode_image(
         return_info: also return a `StageInfo` for every step.
 
     Returns:
-        (B, K+2, D) after the tower's final norm, before pooling (K+1 without merging).
+        (B, K+2, D) after the tower's final norm, before pooling (K+1 without merging); one token
+        less of a tower without CLS.
 
     Raises:
         TypeError: a model that cannot be reduced, with the reason.

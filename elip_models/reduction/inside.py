@@ -53,6 +53,9 @@ class EViT(Strategy):
             )
         object.__setattr__(self, "layers", tuple(at))
 
+    def refuses(self, tower: Tower) -> str | None:
+        return None if tower.has_cls else "the tower has no CLS token whose row keeps and fuses"
+
     def stages(self, size: Size) -> tuple[Stage, ...]:
         depth, candidates, stages = size.depth, size.num_patches, []
         at = self.layers

@@ -194,13 +194,14 @@ def reduce_(
     and again as it always did.
 
     Args:
-        model: an image model of timm, open_clip or transformers with a CLS token; or a whole
-            open_clip CLIP, transformers CLIPModel or BlipForImageTextRetrieval.
+        model: an image model of timm, open_clip or transformers with a CLS token, or SigLIP's; or
+            a whole open_clip CLIP, transformers CLIPModel, SiglipModel or
+            BlipForImageTextRetrieval.
         schedule: as '2(100%) 2(90%) 6(65%) 2(40%)'; its layers add up to the model's depth.
         strategy: a name in `elip_models.STRATEGIES`, or an instance, which then holds all options.
         scorer, fusion, guidance_norm, without_text, merge: see `encode_image`. The scorer defaults
             to 'last', which runs no layer twice; without_text to 'vision' for an image model, to
-            'dense' for a whole one, where images without text stay as they were.
+            'dense' for a whole one and for SigLIP's, where images without text stay as they were.
 
     Raises:
         TypeError: a model that cannot be reduced, or a compiled one, with the reason.
@@ -208,10 +209,11 @@ def reduce_(
     """
     _refuse_compiled(model, "reduce_")
     pair = as_pair(model)
+    tower = as_tower(model if pair is None else pair.image_model)
     if strategy == "elip":
         scorer = "last" if scorer is None else scorer
     if strategy in ("elip", "trips") and without_text is None:
-        without_text = "vision" if pair is None else "dense"
+        without_text = "vision" if pair is None and tower.has_cls else "dense"
     plan = get_strategy(
         strategy,
         schedule=schedule,
@@ -221,7 +223,6 @@ def reduce_(
         without_text=without_text,
         merge=merge,
     )
-    tower = as_tower(model if pair is None else pair.image_model)
     plan.check(tower)
     if _reduces_by(model, plan, guides_itself=pair is not None and plan.is_guided):
         return model  # nothing changes, not even for a compiler that has seen it

@@ -2,6 +2,10 @@
 
     block:  x = x + project(attention(norm(x)));  x = mlp(x)        tokens x (B, N, D), CLS first
 
+A tower without CLS has only patches, and a query from outside reads its row from them:
+
+    a = mean_h softmax_n(q_h(norm(t)) . k_h(norm(x_n)))             t (B, D), a (B, N)
+
 An adapter names the parts of a block; the CLS row, the boundary of a stage, and CLS's own way
 through a block are worked out of them here, once for all libraries.
 """
@@ -64,7 +68,10 @@ class Projections(NamedTuple):
 
 
 class Size(NamedTuple):
-    """What FLOPs and token counts depend on; hidden is the MLP's width, heads the attention's."""
+    """What FLOPs and token counts depend on; hidden is the MLP's width, heads the attention's.
+
+    absorbs_keys: a row needs no key projection of the tokens.
+    """
 
     num_patches: int
     num_prefix_tokens: int
@@ -73,6 +80,7 @@ class Size(NamedTuple):
     hidden: int
     heads: int
     depth: int
+    absorbs_keys: bool = True
 
     @property
     def num_tokens(self) -> int:
@@ -89,8 +97,8 @@ class Size(NamedTuple):
         return 4 * attention * D * (2 * D + attention) + 4 * mlp * D * self.hidden
 
     def row_flops(self, tokens: int) -> int:
-        """Of one CLS row, absorbed."""
-        return 2 * tokens * self.width * self.heads
+        """Of one CLS row."""
+        return 2 * tokens * self.width * (self.heads if self.absorbs_keys else self.width + 1)
 
 
 class Tower:
@@ -100,7 +108,8 @@ class Tower:
 
     model, blocks: the library's own modules; a block maps tokens to tokens.
     width, depth, num_heads, num_patches, image_size (H, W), mlp_ratio: sizes.
-    num_prefix_tokens: tokens that always stay, first; CLS is number 0.
+    num_prefix_tokens: tokens that always stay, first; CLS is number 0. None: a tower without CLS.
+    absorbs_keys: a row is read without a key projection of the tokens.
     side_doors: methods of the model that would return nonsense on a reduced one.
 
     `qkv`, `projections`, `project`, `mlp` and what is made of them read block i's parameters where
@@ -116,7 +125,13 @@ class Tower:
     image_size: tuple[int, int]
     mlp_ratio: float
     num_prefix_tokens: int = 1
+    absorbs_keys: bool = True
     side_doors: tuple[str, ...] = ()
+
+    @property
+    def has_cls(self) -> bool:
+        """Token 0 is CLS, which scores; else a text from outside does."""
+        return self.num_prefix_tokens > 0
 
     @property
     def num_tokens(self) -> int:
@@ -135,6 +150,7 @@ class Tower:
             round(self.mlp_ratio * self.width),
             self.num_heads,
             self.depth,
+            self.absorbs_keys,
         )
 
     @staticmethod
@@ -219,16 +235,20 @@ class Tower:
         return torch.matmul(q * self.projections(i).scale, k.mT).softmax(-1)
 
     def cls_attention(self, i: int, tokens: Tensor, cls: Tensor) -> Tensor:
-        """Block i's CLS row (B, N), head mean, with `cls` (B, D) in place of token 0."""
+        """Block i's CLS row (B, N), head mean, with `cls` (B, D) in place of token 0.
+
+        Of a tower without CLS, `cls` is the query alone, and the row one of the N tokens.
+        """
         with self.gathered(i, tokens, cls) as (tokens, cls):
             parts = self.projections(i)
-            if parts.can_be_absorbed:
+            if self.has_cls and parts.can_be_absorbed:
                 return elip_kernels.cls_attention_from_tokens(tokens, cls, **parts.absorbed())
-            x = parts.norm(with_cls(tokens, cls))
-            q = F.linear(x[:, :1], parts.q_weight, parts.q_bias)
+            x = parts.norm(with_cls(tokens, cls) if self.has_cls else tokens)
+            q = x[:, :1] if self.has_cls else parts.norm(cls[:, None])
+            q = F.linear(q, parts.q_weight, parts.q_bias)
             k = F.linear(x, parts.k_weight, parts.k_bias)
             q, k = (y.unflatten(2, (parts.num_heads, -1)).transpose(1, 2) for y in (q, k))
-            q, k = parts.q_norm(q)[:, :, 0], parts.k_norm(k)
+            q, k = (parts.q_norm or IDENTITY)(q)[:, :, 0], (parts.k_norm or IDENTITY)(k)
             return elip_kernels.cls_attention(q, k.to(q.dtype), scale=parts.scale)
 
     def score_reduce(
