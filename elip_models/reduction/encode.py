@@ -17,6 +17,7 @@ from elip_models.reduction.strategy import (
     Strategy,
     plainly,
     stages_of,
+    take_step,
     warn_if_slower,
 )
 from elip_models.towers import Tower, as_tower, in_forward
@@ -112,10 +113,11 @@ def run_tower(
         run = partial(checkpoint, use_reentrant=False)
     context = Context(None if text_cls is None else text_cls.detach(), run=run)
     tokens, infos = strategy.embed(tower, images), []
+    tower = tower.at(None)
     for i in range(tower.depth):
         if i in steps:
-            tokens, info = strategy.step(tower, steps[i], tokens, context)
-            context = context._replace(before=info)
+            tokens, info = take_step(strategy, tower, steps[i], tokens, context)
+            context, tower = context._replace(before=info), tower.at(info.places)
             infos.append(info)
         if i in steps and strategy.takes_block:
             continue

@@ -142,6 +142,8 @@ class ToMe(Strategy):
 
     def refuses(self, tower: Tower) -> str | None:
         p = tower.num_prefix_tokens
+        if tower.is_rotary:
+            return "a pair that ToMe merges stands at two places, and a rotary block needs one"
         return None if p <= 1 else f"of its {p} prefix tokens ToMe protects the class token alone"
 
     def _each(self, size: Size) -> tuple[int, ...]:

@@ -14,10 +14,18 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-from elip_models.reduction.replay import Replay
+from elip_models.reduction.places import PlacesHook, follow_places
+from elip_models.reduction.replay import Replay, is_recomputed
 from elip_models.reduction.schedule import Schedule, Stage
 from elip_models.reduction.strategies import get_strategy
-from elip_models.reduction.strategy import Context, StageInfo, Strategy, stages_of, warn_if_slower
+from elip_models.reduction.strategy import (
+    Context,
+    StageInfo,
+    Strategy,
+    stages_of,
+    take_step,
+    warn_if_slower,
+)
 from elip_models.towers import Pair, Tower, as_pair, as_tower
 
 Args = tuple[Any, ...]
@@ -64,7 +72,7 @@ class StageHook:
             return _outside_the_graph(self, block, args, kwargs)
         _refuse_masks(args, kwargs)
         shared, strategy = self.shared, self.shared.strategy
-        recomputed = not torch.compiler.is_compiling() and _is_in_backward()
+        recomputed = not torch.compiler.is_compiling() and is_recomputed()
         if recomputed:
             _, _, before, replay = self.replay.recall()
             reduces = replay is not None
@@ -80,7 +88,7 @@ class StageHook:
         shared.scoring = True
         try:
             context = Context(shared.text_cls, before, replay)
-            tokens, info = strategy.step(shared.tower, self.stage, args[0], context)
+            tokens, info = take_step(strategy, shared.tower, self.stage, args[0], context)
         finally:
             shared.scoring = False
         self._remember(recomputed, before, info)
@@ -97,8 +105,9 @@ class StageHook:
     def _remember(self, recomputed: bool, before: StageInfo | None, info: StageInfo | None) -> None:
         if recomputed:
             return
-        if self.shared.strategy.takes_block:
-            self.shared.before = None if self.is_last else info
+        is_rotary = self.shared.tower.is_rotary
+        if self.shared.strategy.takes_block or is_rotary:
+            self.shared.before = None if self.is_last and not is_rotary else info
         if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
             self.replay.remember(before, info)
 
@@ -116,10 +125,6 @@ class BlockForward:
             if tokens is not None:
                 return tokens
         return type(block).forward(block, *args, **kwargs)
-
-
-def _is_in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 def _refuse_masks(args: Args, kwargs: Kwargs) -> None:
@@ -249,6 +254,7 @@ def _install(shared: _Shared, pair: Pair | None) -> None:
                 f"forward was replaced, which {strategy.name} would bypass"
             )
         block.forward = BlockForward(hook)
+    follow_places(shared, stages[0].first + strategy.takes_block)
     _refuse_side_doors(tower)
     if pair is not None and strategy.is_guided:
         text_first = TextFirst(shared, pair)
@@ -275,11 +281,11 @@ def unreduce_(model: nn.Module) -> nn.Module:
     _refuse_compiled(model, "unreduce_")
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, (StageHook, TextFirst)):
+            if isinstance(hook, (StageHook, TextFirst, PlacesHook)):
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
         for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, TextFirst):
+            if isinstance(hook, (TextFirst, PlacesHook)):
                 del module._forward_hooks[key]
                 module._forward_hooks_with_kwargs.pop(key, None)
                 module._forward_hooks_always_called.pop(key, None)

@@ -5,7 +5,6 @@ list of layers of two halves, a last norm. BLIP's own forward attends eagerly; `
 SDPA. SigLIP pools by a probe that attends to all tokens: to the kept and the merged one.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from transformers import (
 )
 
 from elip_models.towers.sharded import library_class
-from elip_models.towers.tower import Pair, Projections, Tower, is_observed, optional
+from elip_models.towers.tower import Block, Pair, Projections, Tower, is_observed, optional
 
 
 class Names(NamedTuple):
@@ -96,7 +95,7 @@ class HFTower(Tower):
     def embed(self, images: Tensor) -> Tensor:
         return optional(self.trunk, "pre_layrnorm")(self.trunk.embeddings(images))
 
-    def call(self, block: Callable[..., Tensor], tokens: Tensor) -> Tensor:
+    def call(self, i: int, block: Block, tokens: Tensor) -> Tensor:
         return block(tokens, attention_mask=None)
 
     def qkv(self, i: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,14 +13,14 @@ through a block are worked out of them here, once for all libraries.
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import wraps
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import elip_kernels
-from elip_kernels import ReductionInfo
+from elip_kernels import BipartiteInfo, ReductionInfo
 from elip_models.towers.sharded import as_forward, gathered, is_sharded
 
 P = ParamSpec("P")
@@ -28,6 +28,7 @@ R = TypeVar("R")
 
 IDENTITY = nn.Identity()
 QKV = tuple[Tensor, Tensor, Tensor]
+Block = Callable[..., Tensor]
 
 
 class Projections(NamedTuple):
@@ -110,6 +111,7 @@ class Tower:
     width, depth, num_heads, num_patches, image_size (H, W), mlp_ratio: sizes.
     num_prefix_tokens: tokens that always stay, first; CLS is number 0. None: a tower without CLS.
     absorbs_keys: a row is read without a key projection of the tokens.
+    is_rotary: blocks rotate each token by its place in the image, which then follows the token.
     side_doors: methods of the model that would return nonsense on a reduced one.
 
     `qkv`, `projections`, `project`, `mlp` and what is made of them read block i's parameters where
@@ -126,6 +128,7 @@ class Tower:
     mlp_ratio: float
     num_prefix_tokens: int = 1
     absorbs_keys: bool = True
+    is_rotary: bool = False
     side_doors: tuple[str, ...] = ()
 
     @property
@@ -154,6 +157,11 @@ class Tower:
         )
 
     @staticmethod
+    def accepts(model: nn.Module) -> bool:
+        """The model is one of those that the adapter is to judge, where a library has several."""
+        return True
+
+    @staticmethod
     def refuses(model: nn.Module) -> str | None:
         """Why the model cannot be a tower, in one sentence, or None."""
         raise NotImplementedError
@@ -162,6 +170,21 @@ class Tower:
     def checkpointing(self) -> bool:
         """The model asks for activation checkpointing of its blocks, and does it in its forward."""
         raise NotImplementedError
+
+    def at(self, places: Tensor | None) -> Self:
+        """The tower for tokens that stand at these places of the image; None: all, in order.
+
+        Only a rotary tower tells them apart.
+        """
+        return self
+
+    def places_after(self, reduction: ReductionInfo | BipartiteInfo) -> Tensor | None:
+        """Where the tokens stand that a reduction leaves, or None where nothing reads it."""
+        return None
+
+    def turned(self, i: int, heads: Tensor) -> Tensor:
+        """Block i's queries or keys (B, H, N, d), each rotated by its token's place."""
+        return heads
 
     def embed(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> tokens: everything before block 0."""
@@ -197,10 +220,10 @@ class Tower:
 
     def block(self, i: int, tokens: Tensor) -> Tensor:
         """Block i, whole, by its own forward."""
-        return self.call(self.blocks[i], tokens)
+        return self.call(i, self.blocks[i], tokens)
 
-    def call(self, block: Callable[..., Tensor], tokens: Tensor) -> Tensor:
-        """A block, or the forward of one, as the library's model calls it."""
+    def call(self, i: int, block: Block, tokens: Tensor) -> Tensor:
+        """Block i, or its forward alone, as the library's model calls it."""
         return block(tokens)
 
     def gathered(self, i: int, *tensors: Tensor) -> AbstractContextManager[tuple[Tensor, ...]]:
@@ -213,7 +236,7 @@ class Tower:
         if not is_sharded(self.blocks[i]):
             return self.block(i, tokens)
         with self.gathered(i, tokens) as (tokens,):
-            return self.call(self.blocks[i].forward, tokens)
+            return self.call(i, self.blocks[i].forward, tokens)
 
     def attend(
         self, i: int, tokens: Tensor, bias: Tensor | None = None, *, qkv: QKV | None = None
@@ -241,7 +264,7 @@ class Tower:
         """
         with self.gathered(i, tokens, cls) as (tokens, cls):
             parts = self.projections(i)
-            if self.has_cls and parts.can_be_absorbed:
+            if self.absorbs_keys and parts.can_be_absorbed:
                 return elip_kernels.cls_attention_from_tokens(tokens, cls, **parts.absorbed())
             x = parts.norm(with_cls(tokens, cls) if self.has_cls else tokens)
             q = x[:, :1] if self.has_cls else parts.norm(cls[:, None])
@@ -249,6 +272,7 @@ class Tower:
             k = F.linear(x, parts.k_weight, parts.k_bias)
             q, k = (y.unflatten(2, (parts.num_heads, -1)).transpose(1, 2) for y in (q, k))
             q, k = (parts.q_norm or IDENTITY)(q)[:, :, 0], (parts.k_norm or IDENTITY)(k)
+            k = self.turned(i, k)
             return elip_kernels.cls_attention(q, k.to(q.dtype), scale=parts.scale)
 
     def score_reduce(
@@ -257,7 +281,8 @@ class Tower:
         """Block i's CLS row selects among `tokens` -> reduced tokens, what was kept, the row."""
         with self.gathered(i, tokens, cls) as (tokens, cls):
             parts = self.projections(i)
-            if parts.can_be_absorbed and self.num_prefix_tokens == 1:
+            absorbs = self.absorbs_keys and parts.can_be_absorbed
+            if absorbs and self.num_prefix_tokens == 1:
                 return elip_kernels.score_reduce(
                     tokens, cls, keep, merge=merge, return_info=True, **parts.absorbed()
                 )
@@ -282,7 +307,7 @@ class Tower:
         """`cls` (B, D) through block i alone, attending to `tokens` -> (B, D)."""
         with self.gathered(i, tokens, cls) as (tokens, cls):
             parts = self.projections(i)
-            if parts.can_be_absorbed:
+            if self.absorbs_keys and parts.can_be_absorbed:
                 arguments = parts.absorbed() | {"v_weight": parts.v_weight, "v_bias": parts.v_bias}
                 attended = elip_kernels.cls_attend_from_tokens(tokens, cls, **arguments)
             else:
