@@ -50,6 +50,14 @@ def hf_blip():
     return model
 
 
+def hf_siglip():
+    text = HF_TEXT | {"max_position_embeddings": 8, "projection_size": WIDTH}
+    vision = {name: v for name, v in HF_VISION.items() if name != "vocab_size"}
+    return transformers.SiglipModel(
+        transformers.SiglipConfig(text_config=text, vision_config=vision)
+    )
+
+
 def ids(batch=2):
     tokens = torch.randint(1, 49, (batch, 8))
     tokens[:, -1] = 49
@@ -62,6 +70,8 @@ def guidance_of(model, tokens):
         if isinstance(model, transformers.CLIPModel):
             text = F.normalize(model.get_text_features(tokens).pooler_output, dim=-1)
             return text @ model.visual_projection.weight
+        if isinstance(model, transformers.SiglipModel):
+            return model.get_text_features(tokens).pooler_output
         if isinstance(model, transformers.BlipForImageTextRetrieval):
             return model.text_encoder(tokens).last_hidden_state[:, 0]
         return model.encode_text(tokens, normalize=True) @ model.visual.proj.T
@@ -83,6 +93,7 @@ PAIRS = {
     "open_clip custom text": lambda: open_clip_pair(custom_text=True),
     "HF CLIP": hf_clip,
     "HF BLIP": hf_blip,
+    "HF SigLIP": hf_siglip,
 }
 
 

@@ -284,7 +284,11 @@ REFUSED = {
     "patch dropout": lambda: open_clip_vit(patch_dropout=0.5),
     "scaled cosine": lambda: open_clip_vit(scaled_cosine_attn=True),
     "output of each head": lambda: open_clip_vit(scale_heads=True),
-    "without CLS": lambda: transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**HF)),
+    "padded patches": lambda: transformers.Siglip2VisionModel(
+        transformers.Siglip2VisionConfig(
+            **{name: value for name, value in HF.items() if name != "image_size"}
+        )
+    ),
     "has no layers of": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**HF)),
 }
 

@@ -81,7 +81,7 @@ class Adaptive(Elip):
         self, tower: Tower, stage: Stage, tokens: Tensor, text: Tensor | None, mask: Tensor | None
     ) -> Tensor:
         """The CLS row (B, N) of the stage's last layer; padding gets none of it."""
-        cls = fused_cls(tokens, text, self)
+        cls = fused_cls(tower, tokens, text, self)
         return tower.cls_attention(stage.first + stage.layers - 1, tokens, cls, mask=mask)
 
     def _reduce(

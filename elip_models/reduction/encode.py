@@ -17,6 +17,7 @@ from elip_models.reduction.strategy import (
     Strategy,
     plainly,
     stages_of,
+    take_step,
     warn_if_slower,
 )
 from elip_models.towers import Tower, as_tower, in_forward
@@ -55,7 +56,8 @@ def encode_image(
         return_info: also return a `StageInfo` for every step.
 
     Returns:
-        (B, K+2, D) after the tower's final norm, before pooling (K+1 without merging).
+        (B, K+2, D) after the tower's final norm, before pooling (K+1 without merging); one token
+        less of a tower without CLS.
 
     Raises:
         TypeError: a model that cannot be reduced, with the reason.
@@ -111,14 +113,15 @@ def run_tower(
         run = partial(checkpoint, use_reentrant=False)
     context = Context(None if text_cls is None else text_cls.detach(), run=run)
     tokens, infos = strategy.embed(tower, images), []
+    tower = tower.at(None)
     for i in range(tower.depth):
         if i in steps:
-            step = partial(strategy.step, tower, steps[i], context=context)
+            step = partial(take_step, strategy, tower, steps[i], context=context)
             run_step = partial(tower.in_block, i) if strategy.takes_block else plainly
             tokens, info = run_step(step, tokens)
             if info is not context.before:
                 infos.append(info)
-            context = context._replace(before=info)
+            context, tower = context._replace(before=info), tower.at(info.places)
         if i in steps and strategy.takes_block:
             continue
         if cls_only and i == last:

@@ -53,6 +53,9 @@ class EViT(Strategy):
             )
         object.__setattr__(self, "layers", tuple(at))
 
+    def refuses(self, tower: Tower) -> str | None:
+        return None if tower.has_cls else "the tower has no CLS token whose row keeps and fuses"
+
     def stages(self, size: Size) -> tuple[Stage, ...]:
         depth, candidates, stages = size.depth, size.num_patches, []
         at = self.layers
@@ -138,6 +141,8 @@ class ToMe(Strategy):
             object.__setattr__(self, "r", tuple(self.r))
 
     def refuses(self, tower: Tower) -> str | None:
+        if tower.is_rotary:
+            return "a pair that ToMe merges stands at two places, and a rotary block needs one"
         several = tower.num_prefix_tokens > 1
         return "of its prefix tokens ToMe protects the class token alone" if several else None
 

@@ -14,10 +14,18 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-from elip_models.reduction.replay import Replay
+from elip_models.reduction.places import PlacesHook, follow_places
+from elip_models.reduction.replay import Replay, is_recomputed
 from elip_models.reduction.schedule import Schedule, Stage
 from elip_models.reduction.strategies import get_strategy
-from elip_models.reduction.strategy import Context, StageInfo, Strategy, stages_of, warn_if_slower
+from elip_models.reduction.strategy import (
+    Context,
+    StageInfo,
+    Strategy,
+    stages_of,
+    take_step,
+    warn_if_slower,
+)
 from elip_models.towers import Pair, Tower, as_pair, as_tower
 
 Args = tuple[Any, ...]
@@ -64,7 +72,7 @@ class StageHook:
             return _outside_the_graph(self, block, args, kwargs)
         _refuse_masks(args, kwargs)
         shared, strategy = self.shared, self.shared.strategy
-        recomputed = not torch.compiler.is_compiling() and _is_in_backward()
+        recomputed = not torch.compiler.is_compiling() and is_recomputed()
         if recomputed:
             _, _, before, replay = self.replay.recall()
             reduces = replay is not None
@@ -80,7 +88,7 @@ class StageHook:
         shared.scoring = True
         try:
             context = Context(shared.text_cls, before, replay)
-            tokens, info = strategy.step(shared.tower, self.stage, args[0], context)
+            tokens, info = take_step(strategy, shared.tower, self.stage, args[0], context)
         finally:
             shared.scoring = False
         self._remember(recomputed, before, info)
@@ -97,8 +105,9 @@ class StageHook:
     def _remember(self, recomputed: bool, before: StageInfo | None, info: StageInfo | None) -> None:
         if recomputed:
             return
-        if self.shared.strategy.takes_block:
-            self.shared.before = None if self.is_last else info
+        is_rotary = self.shared.tower.is_rotary
+        if self.shared.strategy.takes_block or is_rotary:
+            self.shared.before = None if self.is_last and not is_rotary else info
         if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
             self.replay.remember(before, info)
 
@@ -130,10 +139,6 @@ class Entrance:
         if self.passes_on:
             return images
         return self.shared.strategy.patchify(self.shared.tower, images)
-
-
-def _is_in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 def _refuse_masks(args: Args, kwargs: Kwargs) -> None:
@@ -208,13 +213,14 @@ def reduce_(
     and again as it always did.
 
     Args:
-        model: an image model of timm, open_clip or transformers with a CLS token; or a whole
-            open_clip CLIP, transformers CLIPModel or BlipForImageTextRetrieval.
+        model: an image model of timm, open_clip or transformers with a CLS token, or SigLIP's; or
+            a whole open_clip CLIP, transformers CLIPModel, SiglipModel or
+            BlipForImageTextRetrieval.
         schedule: as '2(100%) 2(90%) 6(65%) 2(40%)'; its layers add up to the model's depth.
         strategy: a name in `elip_models.STRATEGIES`, or an instance, which then holds all options.
         scorer, fusion, guidance_norm, without_text, merge: see `encode_image`. The scorer defaults
             to 'last', which runs no layer twice; without_text to 'vision' for an image model, to
-            'dense' for a whole one, where images without text stay as they were.
+            'dense' for a whole one and for SigLIP's, where images without text stay as they were.
 
     Raises:
         TypeError: a model that cannot be reduced, or a compiled one, with the reason.
@@ -222,10 +228,11 @@ def reduce_(
     """
     _refuse_compiled(model, "reduce_")
     pair = as_pair(model)
+    tower = as_tower(model if pair is None else pair.image_model)
     if strategy == "elip" and scorer is None:
         scorer = "last"
     if strategy in ("elip", "trips", "adaptive") and without_text is None:
-        without_text = "vision" if pair is None else "dense"
+        without_text = "vision" if pair is None and tower.has_cls else "dense"
     plan = get_strategy(
         strategy,
         schedule=schedule,
@@ -235,7 +242,6 @@ def reduce_(
         without_text=without_text,
         merge=merge,
     )
-    tower = as_tower(model if pair is None else pair.image_model)
     plan.check(tower)
     if _reduces_by(model, plan, guides_itself=pair is not None and plan.is_guided):
         return model  # nothing changes, not even for a compiler that has seen it
@@ -276,6 +282,8 @@ def _install(shared: _Shared, pair: Pair | None) -> None:
             block.forward = BlockForward(hook)
         else:
             block.register_forward_pre_hook(hook, with_kwargs=True)
+    if stages:
+        follow_places(shared, stages[0].first + strategy.takes_block)
     _refuse_side_doors(tower)
     if pair is not None and strategy.is_guided:
         text_first = TextFirst(shared, pair)
@@ -302,11 +310,11 @@ def unreduce_(model: nn.Module) -> nn.Module:
     _refuse_compiled(model, "unreduce_")
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, (StageHook, TextFirst)):
+            if isinstance(hook, (StageHook, TextFirst, PlacesHook)):
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
         for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, TextFirst):
+            if isinstance(hook, (TextFirst, PlacesHook)):
                 del module._forward_hooks[key]
                 module._forward_hooks_with_kwargs.pop(key, None)
                 module._forward_hooks_always_called.pop(key, None)

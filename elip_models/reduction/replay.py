@@ -60,3 +60,8 @@ class Replay:
                 f"among the last {MAX_PASSES}; run backward sooner"
             )
         return found[0]
+
+
+def is_recomputed() -> bool:
+    """Whether a forward that runs now is one of activation checkpointing, within a backward."""
+    return torch._C._current_graph_task_id() != -1

@@ -1,6 +1,7 @@
 """Where the attention row of a stage comes from (ELIP, Eq. 2): a table of small functions.
 
 A scorer is (tower, stage, tokens, fused cls) -> row, and its cost. A new one is ten lines here.
+In a tower without CLS the text stands in for the fused cls, and is no token of any layer.
 """
 
 from collections.abc import Callable, Iterator
@@ -50,15 +51,16 @@ def _exact(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
 
 
 def _after(layer: int) -> Callable[[Tower, Stage, Tensor, Tensor], Tensor]:
-    """The CLS row of the stage's `layer`-th layer (from 1), after the whole layers before it."""
+    """The CLS row of the stage's `layer`-th layer (from 1), after the whole layers before it; of a
+    tower without CLS, the text's row."""
 
     def row(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
         target = stage.first + layer - 1
         if layer > 1:
-            tokens = with_cls(tokens, cls)
+            tokens = with_cls(tokens, cls) if tower.has_cls else tokens
             for i in range(stage.first, target):
                 tokens = tower.dry_block(i, tokens)
-            cls = tokens[:, 0]
+            cls = tokens[:, 0] if tower.has_cls else cls
         return tower.cls_attention(target, tokens, cls)
 
     return row

@@ -3,6 +3,10 @@
 x~_cls = lam * x_cls + (1 - lam) * t_cls                                               Eq. 1
 a      = CLS attention row of the stage's last layer, by the scorer, without gradient  Eq. 2
 x      = [x_cls, x_kept, sum_dropped w x]                        elip_kernels.reduce, Eq. 3-4
+
+A tower without CLS (SigLIP) is not the paper's: it has nothing to fuse with, so the text alone is
+the query of Eq. 2, as with lam = 0, in the space of the tokens that a layer reads. Selection and
+merging are the paper's. Without text nothing can score, and the tower stays dense.
 """
 
 from dataclasses import dataclass, replace
@@ -122,6 +126,25 @@ class Elip(Staged):
     def is_guided(self) -> bool:
         return self.fusion < 1.0
 
+    def refuses(self, tower: Tower) -> str | None:
+        reason = super().refuses(tower)
+        return reason if tower.has_cls else reason or self._refuses_without_cls()
+
+    def _refuses_without_cls(self) -> str | None:
+        if self.fusion == 1.0 or self.without_text == "vision":
+            return (
+                "the tower has no CLS token, so a text alone can score its patches "
+                "(without_text='dense', fusion below 1)"
+            )
+        if self.scorer in ("official", "cls"):
+            return (
+                f"scorer={self.scorer!r} takes a CLS token through the layers, and the tower has "
+                "none; 'last', 'exact' and an int read the text's row from the patches"
+            )
+        if self.guidance_norm == "match":
+            return "guidance_norm='match' needs the norm of a CLS token, and the tower has none"
+        return None
+
     def reduces(self, text_cls: Tensor | None, training: bool = False) -> bool:
         """Whether a forward with this guidance reduces; warns once where it does not."""
         if text_cls is not None or self.fusion == 1.0 or self.without_text == "vision":
@@ -141,7 +164,7 @@ class Elip(Staged):
         return total
 
     def score(self, tower: Tower, stage: Stage, tokens: Tensor, text: Tensor | None) -> Tensor:
-        return score(self.scorer, tower, stage, tokens, fused_cls(tokens, text, self))
+        return score(self.scorer, tower, stage, tokens, fused_cls(tower, tokens, text, self))
 
     def step(
         self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
@@ -151,7 +174,7 @@ class Elip(Staged):
         drops = stage.keep < tokens.shape[1] - tower.num_prefix_tokens
         if context.replay is not None or reads is None or not drops:
             return super().step(tower, stage, tokens, context)
-        cls = fused_cls(tokens, context.text_cls, self)
+        cls = fused_cls(tower, tokens, context.text_cls, self)
         tokens, info, row = tower.score_reduce(
             reads(stage), tokens, cls, stage.keep, merge=self.merge
         )
@@ -183,8 +206,8 @@ def fuse(cls: Tensor, text_cls: Tensor | None, settings: Elip) -> Tensor:
 
 
 @torch.no_grad()
-def fused_cls(tokens: Tensor, text_cls: Tensor | None, settings: Elip) -> Tensor:
-    """`fuse` of token 0, for a text that is checked here."""
+def fused_cls(tower: Tower, tokens: Tensor, text_cls: Tensor | None, settings: Elip) -> Tensor:
+    """`fuse` of token 0, for a text that is checked here; without CLS the text itself."""
     if text_cls is not None:
         check_text(text_cls, (tokens.shape[0], tokens.shape[2]), tokens.device)
-    return fuse(tokens[:, 0], text_cls, settings)
+    return fuse(tokens[:, 0], text_cls, settings) if tower.has_cls else text_cls.to(tokens.dtype)

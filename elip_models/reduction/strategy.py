@@ -27,12 +27,14 @@ class StageInfo(NamedTuple):
     stage: its place. reduction: which tokens were kept, and how the others were merged.
     attention: (B, N) the row that selected, prefix tokens included; None where none did.
     sizes: (B, N) how many patches each token stands for, where the strategy counts them.
+    places: (B, N-p) the patch that each token which leaves stands at, where the tower reads it.
     """
 
     stage: Stage
     reduction: ReductionInfo | BipartiteInfo
     attention: Tensor | None = None
     sizes: Tensor | None = None
+    places: Tensor | None = None
 
     @property
     def mean_keep(self) -> Tensor | int:
@@ -152,6 +154,17 @@ class Strategy:
     def __str__(self) -> str:
         values = (f"{field.name}={getattr(self, field.name)!r}" for field in fields(self))
         return f"{self.name}({', '.join(values)})"
+
+
+def take_step(
+    strategy: Strategy, tower: Tower, stage: Stage, tokens: Tensor, context: Context
+) -> tuple[Tensor, StageInfo]:
+    """`strategy.step` for tokens that stand where the step before has left them."""
+    tower = tower.at(None if context.before is None else context.before.places)
+    tokens, info = strategy.step(tower, stage, tokens, context)
+    if info is context.before:  # nothing has moved
+        return tokens, info
+    return tokens, info._replace(places=tower.places_after(info.reduction))
 
 
 @once

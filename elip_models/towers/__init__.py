@@ -25,18 +25,20 @@ __all__ = [
 
 
 class Adapter(NamedTuple):
-    """Where the classes of a library are read: the file here, and the extra that installs it."""
+    """Where the classes of a library are read, as file and class: towers, of which the first that
+    accepts a model judges it, and the pair; and the extra that installs the library."""
 
-    file: str
-    tower: str
-    pair: str | None
+    towers: tuple[tuple[str, str], ...]
+    pair: tuple[str, str] | None
     extra: str
 
 
 ADAPTERS = {
-    "timm": Adapter("timm", "TimmTower", None, "models"),
-    "open_clip": Adapter("open_clip", "OpenClipTower", "OpenClipPair", "open-clip"),
-    "transformers": Adapter("hf", "HFTower", "HFPair", "models"),
+    "timm": Adapter((("eva", "EvaTower"), ("timm", "TimmTower")), None, "models"),
+    "open_clip": Adapter(
+        (("open_clip", "OpenClipTower"),), ("open_clip", "OpenClipPair"), "open-clip"
+    ),
+    "transformers": Adapter((("hf", "HFTower"),), ("hf", "HFPair"), "models"),
 }
 
 
@@ -54,7 +56,8 @@ def as_tower(model: nn.Module) -> Tower:
             f"model: expected an image model of {', '.join(ADAPTERS)}, got "
             f"{type(model).__name__}; of a wrapper, pass the image model inside"
         )
-    tower = _load(library, ADAPTERS[library].tower)
+    towers = (_load(library, name) for name in ADAPTERS[library].towers)
+    tower = next(tower for tower in towers if tower.accepts(model))
     reason = tower.refuses(model)
     if reason is not None:
         raise TypeError(
@@ -101,11 +104,11 @@ def _library(model: nn.Module) -> str | None:
     return next((root for root in roots if root in ADAPTERS), None)
 
 
-def _load(library: str, name: str) -> Any:
-    adapter = ADAPTERS[library]
+def _load(library: str, name: tuple[str, str]) -> Any:
+    file, cls = name
     try:
-        return getattr(import_module(f"elip_models.towers.{adapter.file}"), name)
+        return getattr(import_module(f"elip_models.towers.{file}"), cls)
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"elip_models needs {error.name}: pip install 'elip-kernels[{adapter.extra}]'"
+            f"elip_models needs {error.name}: pip install 'elip-kernels[{ADAPTERS[library].extra}]'"
         ) from error

@@ -1,18 +1,23 @@
-"""Vision transformers of Hugging Face transformers as towers, and two whole models as pairs.
+"""Vision transformers of Hugging Face transformers as towers, and three whole models as pairs.
 
-CLIP's, ViT's, DeiT's (a distillation token beside CLS) and BLIP's: embeddings, a list of layers of
-two halves, a last norm. BLIP's own forward attends eagerly; `attend` here runs on SDPA.
+CLIP's, ViT's, DeiT's (a distillation token beside CLS), BLIP's and SigLIP's (no CLS): embeddings, a
+list of layers of two halves, a last norm. BLIP's own forward attends eagerly; `attend` here runs on
+SDPA. SigLIP pools by a probe that attends to all tokens: to the kept and the merged one.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BlipForImageTextRetrieval, CLIPModel
+from transformers import (
+    BlipForImageTextRetrieval,
+    CLIPModel,
+    SiglipForImageClassification,
+    SiglipModel,
+)
 
 from elip_models.towers.sharded import library_class
-from elip_models.towers.tower import Pair, Projections, Tower, is_observed, optional
+from elip_models.towers.tower import Block, Pair, Projections, Tower, is_observed, optional
 
 
 class Names(NamedTuple):
@@ -32,6 +37,9 @@ LAYERS = {
     "BlipEncoderLayer": Names(
         "self_attn", "projection", "layer_norm1", "layer_norm2", "post_layernorm"
     ),
+    "SiglipEncoderLayer": Names(
+        "self_attn", "out_proj", "layer_norm1", "layer_norm2", "post_layernorm"
+    ),
     "ViTLayer": Names("attention", "o_proj", "layernorm_before", "layernorm_after", "layernorm"),
     "DeiTLayer": Names("attention", "o_proj", "layernorm_before", "layernorm_after", "layernorm"),
 }
@@ -43,7 +51,8 @@ class HFTower(Tower):
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.trunk, self.blocks = _trunk(model)
-        self.names = LAYERS[library_class(self.blocks[0]).__name__]
+        layer = library_class(self.blocks[0]).__name__
+        self.names = LAYERS[layer]
         config = self.trunk.config
         self.width = config.hidden_size
         self.depth = len(self.blocks)
@@ -52,6 +61,8 @@ class HFTower(Tower):
         (height, width), (rows, columns) = self.image_size, _pair(config.patch_size)
         self.num_patches = (height // rows) * (width // columns)
         self.num_prefix_tokens = 2 if hasattr(self.trunk.embeddings, "distillation_token") else 1
+        if layer == "SiglipEncoderLayer":
+            self.num_prefix_tokens, self.absorbs_keys = 0, False
         self.mlp_ratio = config.intermediate_size / self.width
 
     @staticmethod
@@ -59,9 +70,11 @@ class HFTower(Tower):
         found = _trunk(model)
         if found is None:
             return (
-                f"{type(model).__name__} has no layers of {', '.join(LAYERS)}; a tower without CLS "
-                "(SigLIP) has no token to score with"
+                f"{type(model).__name__} has no layers of {', '.join(LAYERS)}; Siglip2 takes "
+                "padded patches with a mask, which would not follow the tokens"
             )
+        if isinstance(model, SiglipForImageClassification):
+            return "it averages its tokens, which dropped tokens would change"
         _, layers = found
         names = LAYERS[library_class(layers[0]).__name__]
         attn = getattr(layers[0], names.attn)
@@ -93,7 +106,7 @@ class HFTower(Tower):
     def embed(self, images: Tensor) -> Tensor:
         return self.enter(self.trunk.embeddings(images))
 
-    def call(self, block: Callable[..., Tensor], tokens: Tensor) -> Tensor:
+    def call(self, i: int, block: Block, tokens: Tensor) -> Tensor:
         return block(tokens, attention_mask=None)
 
     def qkv(self, i: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,21 +162,27 @@ class HFTower(Tower):
 
 
 class HFPair(Pair):
-    """CLIPModel, guided by its text features; BlipForImageTextRetrieval, by BERT's CLS output."""
+    """CLIPModel, guided by its text features, as SiglipModel, whose own are as wide as its image
+    tower; BlipForImageTextRetrieval, by BERT's CLS output.
 
-    def __init__(self, model: CLIPModel | BlipForImageTextRetrieval) -> None:
+    SigLIP's text feature is that of the last token, which may be padding: its processor pads to the
+    full length, as in training.
+    """
+
+    def __init__(self, model: CLIPModel | SiglipModel | BlipForImageTextRetrieval) -> None:
         self.model = model
         self.image_model = model.vision_model
 
     @staticmethod
     def accepts(model: nn.Module) -> bool:
-        return isinstance(model, (CLIPModel, BlipForImageTextRetrieval))
+        return isinstance(model, (CLIPModel, SiglipModel, BlipForImageTextRetrieval))
 
     def refuses(self) -> str | None:
         if isinstance(self.model, CLIPModel):
             return None
-        config = self.model.config
-        text, vision = config.text_config.hidden_size, config.vision_config.hidden_size
+        config, is_siglip = self.model.config, isinstance(self.model, SiglipModel)
+        text, vision = config.text_config, config.vision_config.hidden_size
+        text = text.projection_size if is_siglip else text.hidden_size
         return None if text == vision else f"its text is {text} wide, its image tower {vision}"
 
     def text_cls(
@@ -175,13 +194,16 @@ class HFPair(Pair):
     ) -> Tensor | None:
         if input_ids is None or pixel_values is None:
             return None
-        model, is_clip = self.model, isinstance(self.model, CLIPModel)
-        place = 0 if is_clip else 1  # among the further arguments; BLIP's use_itm_head comes first
+        model, is_blip = self.model, isinstance(self.model, BlipForImageTextRetrieval)
+        place = 1 if is_blip else 0  # among the further arguments; BLIP's use_itm_head comes first
         mask = args[place] if len(args) > place else kwargs.get("attention_mask")
-        if is_clip:
-            text = model.get_text_features(input_ids=input_ids, attention_mask=mask).pooler_output
-            return F.normalize(text, dim=-1) @ model.visual_projection.weight
-        return model.text_encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state[:, 0]
+        if is_blip:
+            text = model.text_encoder(input_ids=input_ids, attention_mask=mask)
+            return text.last_hidden_state[:, 0]
+        text = model.get_text_features(input_ids=input_ids, attention_mask=mask).pooler_output
+        if isinstance(model, SiglipModel):
+            return text
+        return F.normalize(text, dim=-1) @ model.visual_projection.weight
 
 
 def _trunk(model: nn.Module) -> tuple[nn.Module, nn.ModuleList] | None:

@@ -39,19 +39,15 @@ class TimmTower(Tower):
     def refuses(model: nn.Module) -> str | None:
         if not isinstance(model, vit.VisionTransformer):
             return (
-                f"{type(model).__name__} is another architecture (rotary, windowed) or a wrapper, "
-                "whose image model is to be passed instead"
+                f"{type(model).__name__} is another architecture (windowed, hierarchical) or a "
+                "wrapper, whose image model is to be passed instead"
             )
         if not model.has_class_token:
             return "it has no CLS token to score with"
-        if model.global_pool not in ("token", ""):
-            return f"it pools by {model.global_pool!r}, which dropped tokens would change"
         if getattr(model.patch_drop, "prob", 0.0) > 0:
             return "it has patch dropout of its own (patch_drop_rate), so patches have no position"
-        if model.dynamic_img_size:
-            return "its number of patches changes from call to call (dynamic_img_size)"
         reasons = (_refuses_block(block) for block in model.blocks)
-        return next((reason for reason in reasons if reason is not None), None)
+        return refuses_tokens(model) or next((r for r in reasons if r is not None), None)
 
     @property
     def checkpointing(self) -> bool:
@@ -124,6 +120,15 @@ class TimmTower(Tower):
 
     def finish(self, tokens: Tensor) -> Tensor:
         return self.model.norm(tokens)
+
+
+def refuses_tokens(model: nn.Module) -> str | None:
+    """Why a model of timm needs all of its tokens, in one sentence, or None."""
+    if model.global_pool not in ("token", ""):
+        return f"it pools by {model.global_pool!r}, which dropped tokens would change"
+    if model.dynamic_img_size:
+        return "its number of patches changes from call to call (dynamic_img_size)"
+    return None
 
 
 def _refuses_block(block: nn.Module) -> str | None:

@@ -2,6 +2,10 @@
 
     block:  x = x + project(attention(norm(x)));  x = mlp(x)        tokens x (B, N, D), CLS first
 
+A tower without CLS has only patches, and a query from outside reads its row from them:
+
+    a = mean_h softmax_n(q_h(norm(t)) . k_h(norm(x_n)))             t (B, D), a (B, N)
+
 An adapter names the parts of a block; the CLS row, the boundary of a stage, and CLS's own way
 through a block are worked out of them here, once for all libraries.
 """
@@ -10,14 +14,14 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import wraps
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import elip_kernels
-from elip_kernels import ReductionInfo
+from elip_kernels import BipartiteInfo, ReductionInfo
 from elip_models.towers.sharded import as_forward, gathered, is_sharded
 
 P = ParamSpec("P")
@@ -25,6 +29,7 @@ R = TypeVar("R")
 
 IDENTITY = nn.Identity()
 QKV = tuple[Tensor, Tensor, Tensor]
+Block = Callable[..., Tensor]
 
 
 class Projections(NamedTuple):
@@ -65,7 +70,10 @@ class Projections(NamedTuple):
 
 
 class Size(NamedTuple):
-    """What FLOPs and token counts depend on; image is (H, W), hidden the MLP's width."""
+    """What FLOPs and token counts depend on; image is (H, W), hidden the MLP's width.
+
+    absorbs_keys: a row needs no key projection of the tokens.
+    """
 
     image: tuple[int, int]
     num_patches: int
@@ -74,6 +82,7 @@ class Size(NamedTuple):
     hidden: int
     heads: int
     depth: int
+    absorbs_keys: bool = True
 
     @property
     def num_tokens(self) -> int:
@@ -96,8 +105,8 @@ class Size(NamedTuple):
         return 4 * attention * D * (2 * D + attention) + 4 * mlp * D * self.hidden
 
     def row_flops(self, tokens: int) -> int:
-        """Of one CLS row, absorbed."""
-        return 2 * tokens * self.width * self.heads
+        """Of one CLS row."""
+        return 2 * tokens * self.width * (self.heads if self.absorbs_keys else self.width + 1)
 
 
 class Tower:
@@ -107,7 +116,9 @@ class Tower:
 
     model, blocks: the library's own modules; a block maps tokens to tokens.
     width, depth, num_heads, num_patches, image_size (H, W), mlp_ratio: sizes.
-    num_prefix_tokens: tokens that always stay, first; CLS is number 0.
+    num_prefix_tokens: tokens that always stay, first; CLS is number 0. None: a tower without CLS.
+    absorbs_keys: a row is read without a key projection of the tokens.
+    is_rotary: blocks rotate each token by its place in the image, which then follows the token.
     side_doors: methods of the model that would return nonsense on a reduced one.
 
     `qkv`, `projections`, `project`, `mlp` and what is made of them read block i's parameters where
@@ -123,7 +134,14 @@ class Tower:
     image_size: tuple[int, int]
     mlp_ratio: float
     num_prefix_tokens: int = 1
+    absorbs_keys: bool = True
+    is_rotary: bool = False
     side_doors: tuple[str, ...] = ()
+
+    @property
+    def has_cls(self) -> bool:
+        """Token 0 is CLS, which scores; else a text from outside does."""
+        return self.num_prefix_tokens > 0
 
     @property
     def num_tokens(self) -> int:
@@ -141,7 +159,13 @@ class Tower:
             round(self.mlp_ratio * self.width),
             self.num_heads,
             self.depth,
+            self.absorbs_keys,
         )
+
+    @staticmethod
+    def accepts(model: nn.Module) -> bool:
+        """The model is one of those that the adapter is to judge, where a library has several."""
+        return True
 
     @staticmethod
     def refuses(model: nn.Module) -> str | None:
@@ -170,6 +194,21 @@ class Tower:
     def enter(self, tokens: Tensor) -> Tensor:
         """What stands between the entrance and block 0."""
         raise NotImplementedError
+
+    def at(self, places: Tensor | None) -> Self:
+        """The tower for tokens that stand at these places of the image; None: all, in order.
+
+        Only a rotary tower tells them apart.
+        """
+        return self
+
+    def places_after(self, reduction: ReductionInfo | BipartiteInfo) -> Tensor | None:
+        """Where the tokens stand that a reduction leaves, or None where nothing reads it."""
+        return None
+
+    def turned(self, i: int, heads: Tensor) -> Tensor:
+        """Block i's queries or keys (B, H, N, d), each rotated by its token's place."""
+        return heads
 
     def embed(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> tokens: everything before block 0."""
@@ -205,10 +244,10 @@ class Tower:
 
     def block(self, i: int, tokens: Tensor) -> Tensor:
         """Block i, whole, by its own forward."""
-        return self.call(self.blocks[i], tokens)
+        return self.call(i, self.blocks[i], tokens)
 
-    def call(self, block: Callable[..., Tensor], tokens: Tensor) -> Tensor:
-        """A block, or the forward of one, as the library's model calls it."""
+    def call(self, i: int, block: Block, tokens: Tensor) -> Tensor:
+        """Block i, or its forward alone, as the library's model calls it."""
         return block(tokens)
 
     def in_block(
@@ -227,7 +266,7 @@ class Tower:
         if not is_sharded(self.blocks[i]):
             return self.block(i, tokens)
         with self.gathered(i, tokens) as (tokens,):
-            return self.call(self.blocks[i].forward, tokens)
+            return self.call(i, self.blocks[i].forward, tokens)
 
     def attend(
         self, i: int, tokens: Tensor, bias: Tensor | None = None, *, qkv: QKV | None = None
@@ -253,17 +292,20 @@ class Tower:
     ) -> Tensor:
         """Block i's CLS row (B, N), head mean, with `cls` (B, D) in place of token 0.
 
+        Of a tower without CLS, `cls` is the query alone, and the row one of the N tokens.
         mask: (B, N) bool, True where a token is real.
         """
         with self.gathered(i, tokens, cls) as (tokens, cls):
             parts = self.projections(i)
-            if parts.can_be_absorbed and mask is None:
+            if self.absorbs_keys and parts.can_be_absorbed and mask is None:
                 return elip_kernels.cls_attention_from_tokens(tokens, cls, **parts.absorbed())
-            x = parts.norm(with_cls(tokens, cls))
-            q = F.linear(x[:, :1], parts.q_weight, parts.q_bias)
+            x = parts.norm(with_cls(tokens, cls) if self.has_cls else tokens)
+            q = x[:, :1] if self.has_cls else parts.norm(cls[:, None])
+            q = F.linear(q, parts.q_weight, parts.q_bias)
             k = F.linear(x, parts.k_weight, parts.k_bias)
             q, k = (y.unflatten(2, (parts.num_heads, -1)).transpose(1, 2) for y in (q, k))
             q, k = (parts.q_norm or IDENTITY)(q)[:, :, 0], (parts.k_norm or IDENTITY)(k)
+            k = self.turned(i, k)
             return elip_kernels.cls_attention(q, k.to(q.dtype), scale=parts.scale, mask=mask)
 
     def score_reduce(
@@ -272,7 +314,8 @@ class Tower:
         """Block i's CLS row selects among `tokens` -> reduced tokens, what was kept, the row."""
         with self.gathered(i, tokens, cls) as (tokens, cls):
             parts = self.projections(i)
-            if parts.can_be_absorbed and self.num_prefix_tokens == 1:
+            absorbs = self.absorbs_keys and parts.can_be_absorbed
+            if absorbs and self.num_prefix_tokens == 1:
                 return elip_kernels.score_reduce(
                     tokens, cls, keep, merge=merge, return_info=True, **parts.absorbed()
                 )
@@ -297,7 +340,7 @@ class Tower:
         """`cls` (B, D) through block i alone, attending to `tokens` -> (B, D)."""
         with self.gathered(i, tokens, cls) as (tokens, cls):
             parts = self.projections(i)
-            if parts.can_be_absorbed:
+            if self.absorbs_keys and parts.can_be_absorbed:
                 arguments = parts.absorbed() | {"v_weight": parts.v_weight, "v_bias": parts.v_bias}
                 attended = elip_kernels.cls_attend_from_tokens(tokens, cls, **arguments)
             else:

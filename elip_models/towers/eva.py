@@ -1,0 +1,193 @@
+"""timm's Eva as a tower: EVA, EVA-02, the rotary ViTs (`vit_*_rope`), DINOv3 pooled by its CLS.
+
+Uses patch_embed, _pos_embed, norm_pre, rope, blocks (norm1, attn, gamma_1, drop_path1 and the
+second half alike) and norm. With r_n the rotation of the place in the image that token n stands at:
+
+    q_n, k_n = r_n q_norm(W_q norm(x_n)), r_n k_norm(W_k norm(x_n))      r = 1 for prefix tokens
+
+A kept token keeps its own rotation through all later blocks. A merged token stands at no place: its
+rotation is the identity (sin 0, cos 1), as of CLS. The row takes the generic form, since a rotated
+key has no absorbed projection.
+"""
+
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from timm.layers import AttentionRope, apply_rot_embed_cat
+from timm.models.eva import Eva, EvaAttention, EvaBlock
+from torch import Tensor, nn
+
+from elip_kernels import ReductionInfo
+from elip_models.towers.timm import refuses_tokens
+from elip_models.towers.tower import Block, Projections, Tower, is_observed
+
+
+class EvaTower(Tower):
+    """A timm Eva with CLS pooling (or none) and pre-norm blocks; CLS and register tokens stay.
+
+    places: (B, N-p) the patch that each of the tokens stands at, `num_patches` for a merged one;
+        None where they are all patches in order.
+    """
+
+    absorbs_keys = False
+    side_doors = (
+        "forward_intermediates",
+        "prune_intermediate_layers",
+        "set_input_size",
+        "reset_classifier",
+    )
+
+    def __init__(
+        self, model: Eva, places: Tensor | None = None, ropes: Tensor | None = None
+    ) -> None:
+        self.model = model
+        self.blocks = model.blocks
+        self.width = model.embed_dim
+        self.depth = len(model.blocks)
+        self.num_heads = model.blocks[0].attn.num_heads
+        self.num_patches = model.patch_embed.num_patches
+        self.num_prefix_tokens = model.num_prefix_tokens
+        self.image_size = tuple(model.patch_embed.img_size)
+        linears = (m for m in model.blocks[0].mlp.modules() if isinstance(m, nn.Linear))
+        self.mlp_ratio = sum(m.weight.numel() for m in linears) / (2 * self.width**2)
+        self.is_rotary = model.rope is not None
+        self.places = places
+        self.ropes = ropes  # of all patches, where they were made already
+
+    @staticmethod
+    def accepts(model: nn.Module) -> bool:
+        return isinstance(model, Eva)
+
+    @staticmethod
+    def refuses(model: nn.Module) -> str | None:
+        if model.cls_token is None:
+            return "it has no CLS token to score with"
+        if model.patch_drop is not None:
+            return "it has patch dropout of its own (patch_drop_rate), so patches have no position"
+        if getattr(model.rope, "aug_active", False):
+            return "it draws its rotations anew in every training step (coordinate augmentation)"
+        reasons = (_refuses_block(block) for block in model.blocks)
+        return refuses_tokens(model) or next((r for r in reasons if r is not None), None)
+
+    @property
+    def checkpointing(self) -> bool:
+        return self.model.grad_checkpointing
+
+    def at(self, places: Tensor | None) -> Self:
+        return EvaTower(self.model, places, self._ropes()) if self.is_rotary else self
+
+    def places_after(self, reduction: ReductionInfo) -> Tensor | None:
+        if not self.is_rotary:
+            return None
+        kept, places = reduction.kept - self.num_prefix_tokens, self.places
+        places = kept if places is None else places.gather(1, kept)
+        return F.pad(places, (0, 1), value=self.num_patches) if reduction.merged else places
+
+    def placed(self, rope: Tensor, places: Tensor) -> Tensor:
+        """rope (N0, 2d) or (H, N0, 2d) of all patches -> (B, 1 or H, N-p, 2d) at `places`."""
+        rope = rope[None] if rope.dim() == 2 else rope
+        merged = rope.new_zeros(rope.shape[-1])
+        merged[rope.shape[-1] // 2 :] = 1  # sin 0, cos 1
+        table = torch.cat([rope, merged.expand(rope.shape[0], 1, -1)], dim=1)
+        return table[:, places].transpose(0, 1)
+
+    def refuses_resizing(self) -> str | None:
+        return "its rotations are those of one image size"
+
+    def embed(self, images: Tensor) -> Tensor:
+        tokens, _ = self.model._pos_embed(self.model.patch_embed(images))
+        return self.model.norm_pre(tokens)
+
+    def call(self, i: int, block: Block, tokens: Tensor) -> Tensor:
+        return block(tokens, rope=self._rope(i))
+
+    def turned(self, i: int, heads: Tensor) -> Tensor:
+        rope, p = self._rope(i), self.num_prefix_tokens
+        if rope is None:
+            return heads
+        half = getattr(self.blocks[i].attn, "rotate_half", False)
+        turned = apply_rot_embed_cat(heads[:, :, p:], rope, half=half)
+        return torch.cat([heads[:, :, :p], turned], dim=2)
+
+    def qkv(self, i: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        parts, attn = self.projections(i), self.blocks[i].attn
+        x = parts.norm(tokens)
+        linears = (
+            (parts.q_weight, parts.q_bias),
+            (parts.k_weight, parts.k_bias),
+            (parts.v_weight, parts.v_bias),
+        )
+        each = (F.linear(x, *linear).unflatten(2, (parts.num_heads, -1)) for linear in linears)
+        q, k, v = (y.transpose(1, 2) for y in each)
+        q, k = self.turned(i, attn.q_norm(q)), self.turned(i, attn.k_norm(k))
+        return q.type_as(v), k.type_as(v), v
+
+    def projections(self, i: int) -> Projections:
+        block = self.blocks[i]
+        attn = block.attn
+        if attn.qkv is None:
+            linears = (attn.q_proj, attn.k_proj, attn.v_proj)
+            weights, biases = [m.weight for m in linears], [m.bias for m in linears]
+        elif isinstance(attn, EvaAttention):
+            weights, biases = attn.qkv.weight.chunk(3), (attn.q_bias, attn.k_bias, attn.v_bias)
+        else:
+            weights, bias = attn.qkv.weight.chunk(3), attn.qkv.bias
+            biases = (None,) * 3 if bias is None else bias.chunk(3)
+        parts = (part for pair in zip(weights, biases, strict=True) for part in pair)
+        return Projections(
+            block.norm1, *parts, attn.num_heads, attn.scale, attn.q_norm, attn.k_norm
+        )
+
+    def attention_dropout(self, i: int) -> float:
+        attn = self.blocks[i].attn
+        return attn.attn_drop.p if attn.training else 0.0
+
+    def project(self, i: int, attended: Tensor) -> Tensor:
+        block = self.blocks[i]
+        attn = block.attn
+        out = attn.proj_drop(attn.proj(attn.norm(attended)))
+        return block.drop_path1(out if block.gamma_1 is None else block.gamma_1 * out)
+
+    def mlp(self, i: int, tokens: Tensor) -> Tensor:
+        block = self.blocks[i]
+        out = block.mlp(block.norm2(tokens))
+        return tokens + block.drop_path2(out if block.gamma_2 is None else block.gamma_2 * out)
+
+    def is_plain(self, i: int) -> bool:
+        block = self.blocks[i]
+        observed = any(is_observed(module) for module in block.modules())
+        return _refuses_block(block) is None and not observed
+
+    def finish(self, tokens: Tensor) -> Tensor:
+        return self.model.norm(tokens)
+
+    def _ropes(self) -> Tensor:
+        """Of all patches: (N0, 2d), or (depth, H, N0, 2d) where each block has its own."""
+        rope = self.model.rope
+        grid = None if hasattr(rope, "feat_shape") else self.model.patch_embed.grid_size
+        return rope.get_embed(shape=grid)
+
+    def _rope(self, i: int) -> Tensor | None:
+        """What block i rotates these tokens by."""
+        if not self.is_rotary:
+            return None
+        ropes = self._ropes() if self.ropes is None else self.ropes
+        rope = ropes[i] if self.model.rope_mixed else ropes
+        return rope if self.places is None else self.placed(rope, self.places)
+
+
+def _refuses_block(block: nn.Module) -> str | None:
+    attn = block.attn
+    if type(block) is not EvaBlock:
+        return f"its blocks are {type(block).__name__} (post-norm), not pre-norm EvaBlock"
+    if type(attn) not in (EvaAttention, AttentionRope):
+        return f"its attention is {type(attn).__name__}, a wrapper (merge adapters first)"
+    if attn.gate is not None:
+        return "it gates its attention output"
+    if getattr(attn, "num_kv_groups", 1) > 1:
+        return "several heads share a key (grouped-query attention)"
+    projections = (attn.qkv,) if attn.qkv is not None else (attn.q_proj, attn.k_proj, attn.v_proj)
+    if any(type(part) is not nn.Linear for part in projections):
+        return "a block's projections are not nn.Linear (merge adapters first)"
+    return None
