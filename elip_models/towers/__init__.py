@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from elip_models.towers.pair import Pair
 from elip_models.towers.sharded import refuses_sharding
-from elip_models.towers.tower import Pair, Projections, Size, Tower, in_forward, with_cls
+from elip_models.towers.size import Size
+from elip_models.towers.tower import Projections, Tower, in_forward, with_cls
 
 __all__ = [
     "Pair",

@@ -16,8 +16,9 @@ from transformers import (
     SiglipModel,
 )
 
+from elip_models.towers.pair import Pair
 from elip_models.towers.sharded import library_class
-from elip_models.towers.tower import Block, Pair, Projections, Tower, is_observed, optional
+from elip_models.towers.tower import Block, Projections, Tower, is_observed, optional
 
 
 class Names(NamedTuple):

@@ -13,9 +13,9 @@ from open_clip import CLIP, CustomTextCLIP
 from open_clip.transformer import PatchDropout, VisionTransformer
 from torch import Tensor, nn
 
+from elip_models.towers.pair import Pair
 from elip_models.towers.sharded import gathered
 from elip_models.towers.tower import (
-    Pair,
     Projections,
     Tower,
     interpolated,

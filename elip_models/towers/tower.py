@@ -10,11 +10,10 @@ An adapter names the parts of a block; the CLS row, the boundary of a stage, and
 through a block are worked out of them here, once for all libraries.
 """
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import wraps
-from typing import Any, Concatenate, NamedTuple, ParamSpec, Self, TypeVar
+from typing import Concatenate, NamedTuple, ParamSpec, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 import elip_kernels
 from elip_kernels import BipartiteInfo, ReductionInfo
 from elip_models.towers.sharded import as_forward, gathered, is_sharded
+from elip_models.towers.size import Size
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -67,46 +67,6 @@ class Projections(NamedTuple):
             "num_heads": self.num_heads,
             "scale": self.scale,
         }
-
-
-class Size(NamedTuple):
-    """What FLOPs and token counts depend on; image is (H, W), hidden the MLP's width.
-
-    absorbs_keys: a row needs no key projection of the tokens.
-    """
-
-    image: tuple[int, int]
-    num_patches: int
-    num_prefix_tokens: int
-    width: int
-    hidden: int
-    heads: int
-    depth: int
-    absorbs_keys: bool = True
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that enter block 0."""
-        return self.num_patches + self.num_prefix_tokens
-
-    @property
-    def patch(self) -> int:
-        """Pixels of a square patch's side."""
-        return math.isqrt(self.image[0] * self.image[1] // self.num_patches)
-
-    def embed_flops(self) -> int:
-        """Of the patch embedding of one image: every pixel of three channels meets its weights."""
-        height, width = self.image
-        return 2 * 3 * height * width * self.width
-
-    def block_flops(self, attention: int, mlp: int) -> int:
-        """Of one block's forward, for `attention` tokens in its first half, `mlp` in the other."""
-        D = self.width
-        return 4 * attention * D * (2 * D + attention) + 4 * mlp * D * self.hidden
-
-    def row_flops(self, tokens: int) -> int:
-        """Of one CLS row."""
-        return 2 * tokens * self.width * (self.heads if self.absorbs_keys else self.width + 1)
 
 
 class Tower:
@@ -404,34 +364,3 @@ def is_observed(module: nn.Module) -> bool:
     """A hook or a replaced forward sees the module's calls, or it is in training mode."""
     hooks = module._forward_hooks or module._forward_pre_hooks
     return bool(hooks) or module.training or "forward" in vars(module)
-
-
-class Pair:
-    """A language-image model whose own forward takes images and text, image tower first or last.
-
-    An adapter sets these, and defines the methods that raise NotImplementedError here.
-
-    model, image_model: the whole model, and the one inside it that a tower reads.
-    side_doors: methods of the model that would return nonsense on a reduced one.
-    """
-
-    model: nn.Module
-    image_model: nn.Module
-    side_doors: tuple[str, ...] = ()
-
-    def __init__(self, model: nn.Module) -> None:
-        raise NotImplementedError
-
-    @staticmethod
-    def accepts(model: nn.Module) -> bool:
-        """The model is one of those that the adapter knows."""
-        raise NotImplementedError
-
-    def refuses(self) -> str | None:
-        """Why its text cannot guide its images, in one sentence, or None."""
-        raise NotImplementedError
-
-    def text_cls(self, *args: Any, **kwargs: Any) -> Tensor | None:
-        """The guidance (B, D) in the image tower's width, from the arguments of the model's
-        forward; None where they lack images or text."""
-        raise NotImplementedError
