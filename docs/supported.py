@@ -42,7 +42,11 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "timm DeiT, distilled": named("timm:deit_base_distilled_patch16_224"),
     "timm ViT with registers (DINOv2)": named("timm:vit_base_patch14_reg4_dinov2"),
     "timm ViT with q/k norm": lambda: timm.models.VisionTransformer(qk_norm=True),
-    "timm EVA-02 (rotary)": named("timm:eva02_base_patch14_224"),
+    "timm EVA-02 of CLIP (rotary)": named("timm:eva02_base_patch16_clip_224"),
+    "timm rotary ViT (`vit_small_patch16_rope_224`)": lambda: timm.create_model(
+        "vit_small_patch16_rope_224", global_pool="token"
+    ),
+    "timm EVA-02, average pooling": named("timm:eva02_base_patch14_224"),
     "timm ViT, average pooling": named("timm:vit_base_patch16_rpn_224"),
     "timm SigLIP (map pooling)": named("timm:vit_base_patch16_siglip_224"),
     "timm ViT, parallel blocks": named("timm:vit_small_patch16_18x2_224"),
@@ -62,6 +66,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     ),
     "transformers `SiglipModel`, whole": configured("SiglipModel", "SiglipConfig"),
     "transformers `SiglipVisionModel`": configured("SiglipVisionModel", "SiglipVisionConfig"),
+    "transformers Siglip2": configured("Siglip2VisionModel", "Siglip2VisionConfig"),
     "transformers DINOv2": configured("Dinov2Model", "Dinov2Config"),
     "transformers Swin": configured("SwinModel", "SwinConfig"),
 }

@@ -9,6 +9,7 @@ from elip_models.reduction.patch import guidance, reduce_, unreduce_
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.stage import Elip
 from elip_models.reduction.strategies import STRATEGIES, PatchDropout, Random, Resize, Trips
+from elip_models.towers.sdpa import use_sdpa_
 
 __all__ = [
     "STRATEGIES",
@@ -26,6 +27,7 @@ __all__ = [
     "guidance",
     "reduce_",
     "unreduce_",
+    "use_sdpa_",
 ]
 
 

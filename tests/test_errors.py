@@ -6,6 +6,7 @@ import re
 import pytest
 import timm
 import torch
+from transformers import BlipVisionConfig, BlipVisionModel
 
 import elip_kernels
 import elip_models
@@ -219,6 +220,10 @@ TABLE = {
         settings | {"model": models},
     ),
     elip_models.unreduce_: (good_patch, {"model": [None, "vit"]}),
+    elip_models.use_sdpa_: (
+        lambda: {"model": BlipVisionModel(BlipVisionConfig(num_hidden_layers=1))},
+        {"model": [None, "vit", plain_vit()], "enabled": flag},
+    ),
     elip_models.guidance: (
         good_guidance,
         {"model": [None, plain_vit()], "text_cls": [None, *text_cls[:3]]},

@@ -263,7 +263,7 @@ REFUSED = {
     "patch dropout": lambda: plain_vit(patch_drop_rate=0.5),
     "parallel": lambda: plain_vit(block_fn=timm.models.vision_transformer.ParallelScalingBlock),
     "post-norm": lambda: plain_vit(block_fn=timm.models.vision_transformer.ResPostBlock),
-    "rotary": lambda: timm.create_model("vit_small_patch16_rope_224", depth=1),
+    "windowed": lambda: timm.create_model("swin_tiny_patch4_window7_224"),
     "dynamic_img_size": lambda: plain_vit(dynamic_img_size=True),
     "RmsNorm": lambda: plain_vit(norm_layer=timm.layers.RmsNorm),
     "ResNet": lambda: timm.create_model("resnet10t"),

@@ -12,7 +12,15 @@ import elip_kernels
 import elip_models
 from elip_models.towers import as_tower
 from tests.test_towers import enlarged
-from tests.towers import SCHEDULE, WIDTH, assert_equal_gradients, gradients_of_a_step, images, text
+from tests.towers import (
+    SCHEDULE,
+    WIDTH,
+    assert_equal_gradients,
+    gradients,
+    gradients_of_a_step,
+    images,
+    text,
+)
 
 EVA02 = {
     "img_size": 48,
@@ -65,20 +73,10 @@ def test_empty_schedule_is_the_untouched_model(model, mode):
 @torch.no_grad()
 def test_parts_add_up_to_the_block(model):
     tower, close = as_tower(model), {"atol": 2e-5, "rtol": 2e-5}
-    tokens = tower.embed(images())
     places = torch.stack([torch.randperm(36)[:20].sort().values for _ in range(2)])
     places[:, -1] = 36  # a merged token
-    p = tower.num_prefix_tokens
-    tokens = torch.cat(
-        [
-            tokens[:, :p],
-            tokens[:, p:].gather(1, places[..., None].clamp(max=35).expand(-1, -1, WIDTH)),
-        ],
-        1,
-    )
-    for at in (None, places):
-        x = tower.embed(images()) if at is None else tokens
-        bound = tower.at(at)
+    for at, n in ((None, tower.num_tokens), (places, tower.num_prefix_tokens + 20)):
+        x, bound = tower.embed(images())[:, :n], tower.at(at)
         for i in range(tower.depth):
             whole = bound.block(i, x)
             assert tower.is_plain(i)
@@ -200,6 +198,24 @@ def test_checkpointing_replays_the_places(model, strategy):
     model.set_grad_checkpointing(True)
     got = gradients_of_a_step(model, x, t)
     assert_equal_gradients(got, expected, atol=1e-5, rtol=1e-4)
+    elip_models.unreduce_(model)
+    model.zero_grad()
+    tokens = elip_models.encode_image(model, x, t, strategy=strategy, **options)
+    model.forward_head(tokens).square().sum().backward()
+    assert_equal_gradients(gradients(model), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_blocks_compiled_one_by_one_replay_the_places_too():
+    torch._dynamo.reset()
+    model, x, t = eva(depth=4).train(), images(), text()
+    elip_models.reduce_(model, schedule="1(100%) 3(50%)", scorer="exact")
+    expected = gradients_of_a_step(model, x, t)
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        got = gradients_of_a_step(model, x, t)
+        assert_equal_gradients(got, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_two_forwards_may_wait_for_one_backward():

@@ -13,6 +13,8 @@ from elip_models import Adaptive, Elip, EViT, PatchDropout, Random, Resize, ToMe
 from elip_models.towers import as_tower
 from tests.test_golden import check_gradients, tower
 from tests.test_pairs import ids, open_clip_pair
+from tests.test_rotary import eva
+from tests.test_siglip import siglip_vision
 from tests.test_towers import TOWERS, open_clip_vit, output
 from tests.towers import (
     SCHEDULE,
@@ -97,6 +99,8 @@ STRATEGIES = {
     "adaptive": Adaptive(SCHEDULE, keep_mass=0.5),
 }
 LIBRARIES = ["timm", "open_clip", "HF CLIP", "HF BLIP"]
+OTHERS = {"HF SigLIP": siglip_vision, "rotary": lambda: eva(qk_norm=True)}
+EVERY_TOWER = TOWERS | OTHERS
 strategies = pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
 
 
@@ -112,10 +116,20 @@ def patched(model, strategy, x, t, call=None):
         return output(model if call is None else call, x)
 
 
-@strategies
-@pytest.mark.parametrize("library", LIBRARIES)
-def test_a_patched_model_equals_encode_image(library, strategy):
-    model, x, t = TOWERS[library](), images(), text()
+REFUSED = {("HF SigLIP", "evit"), ("HF SigLIP", "evit every layer"), ("rotary", "resize")}
+REFUSED |= {("rotary", "tome"), ("rotary", "tome list")}
+PAIRS = [(library, name) for library in [*LIBRARIES, *OTHERS] for name in STRATEGIES]
+
+
+@pytest.mark.parametrize(("library", "name"), sorted(REFUSED))
+def test_what_a_tower_does_not_support_is_refused(library, name):
+    with pytest.raises(TypeError, match=f"got '{STRATEGIES[name].name}': "):
+        elip_models.reduce_(EVERY_TOWER[library](), strategy=STRATEGIES[name])
+
+
+@pytest.mark.parametrize(("library", "name"), [p for p in PAIRS if p not in REFUSED])
+def test_a_patched_model_equals_encode_image(library, name):
+    model, strategy, x, t = EVERY_TOWER[library](), STRATEGIES[name], images(), text()
     model.train()
     dense, keys, tower = output(model, x), list(model.state_dict()), as_tower(model)
     torch.manual_seed(1)

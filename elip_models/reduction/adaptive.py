@@ -70,6 +70,7 @@ class Adaptive(Elip):
             else:
                 row = context.replay.attention
             tokens, reduction = self._reduce(tower, stage.keep, tokens, row)
+            tower = tower.at(tower.places_after(reduction))
             info = StageInfo(stage, reduction, row)
         bias = torch.zeros_like(info.reduction.mask, dtype=tokens.dtype)
         bias = bias.masked_fill(~info.reduction.mask, float("-inf"))[:, None, None]

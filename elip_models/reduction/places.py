@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from elip_models.reduction.replay import Replay, is_recomputed
+from elip_models.reduction.strategy import StageInfo
 
 if TYPE_CHECKING:
     from elip_models.reduction.patch import _Shared
@@ -33,29 +34,23 @@ class PlacesHook:
         if output:
             shared.before = None
             return None
-        if torch.compiler.is_compiling() and block._compiled_call_impl is not None:
-            places = _outside_the_graph(self)
-        else:
-            places = self.places()
-        if places is None:
+        whole = torch.compiler.is_compiling() and block._compiled_call_impl is None
+        before = shared.before if whole else self.recall()
+        if before is None:
             return None
-        return args, kwargs | {"rope": shared.tower.placed(kwargs["rope"], places)}
+        return args, shared.tower.moved(kwargs, before.places)
 
-    def places(self) -> Tensor | None:
-        """(B, N-p) of the tokens that enter the block, or None where nothing was reduced."""
-        if not torch.compiler.is_compiling() and is_recomputed():
-            before = self.replay.recall().before
-        else:
-            before = self.shared.before
-            if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
-                self.replay.remember(before, None)
-        return None if before is None else before.places
+    @torch.compiler.disable
+    def recall(self) -> StageInfo | None:
+        """What the step before did, or did in the forward that is recomputed; None for nothing.
 
-
-@torch.compiler.disable
-def _outside_the_graph(hook: PlacesHook) -> Tensor | None:
-    """In a block that is compiled by itself the places are looked up eagerly, as its step is."""
-    return hook.places()
+        In a block that is compiled by itself it is looked up outside the graph, as its step is.
+        """
+        if is_recomputed():
+            return self.replay.recall().before
+        if not torch.is_inference_mode_enabled():
+            self.replay.remember(self.shared.before, None)
+        return self.shared.before
 
 
 def follow_places(shared: "_Shared", first: int) -> None:

@@ -10,7 +10,7 @@ rotation is the identity (sin 0, cos 1), as of CLS. The row takes the generic fo
 key has no absorbed projection.
 """
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +83,9 @@ class EvaTower(Tower):
         kept, places = reduction.kept - self.num_prefix_tokens, self.places
         places = kept if places is None else places.gather(1, kept)
         return F.pad(places, (0, 1), value=self.num_patches) if reduction.merged else places
+
+    def moved(self, kwargs: dict[str, Any], places: Tensor) -> dict[str, Any]:
+        return kwargs | {"rope": self.placed(kwargs["rope"], places)}
 
     def placed(self, rope: Tensor, places: Tensor) -> Tensor:
         """rope (N0, 2d) or (H, N0, 2d) of all patches -> (B, 1 or H, N-p, 2d) at `places`."""

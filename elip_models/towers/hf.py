@@ -70,10 +70,9 @@ class HFTower(Tower):
     def refuses(model: nn.Module) -> str | None:
         found = _trunk(model)
         if found is None:
-            return (
-                f"{type(model).__name__} has no layers of {', '.join(LAYERS)}; Siglip2 takes "
-                "padded patches with a mask, which would not follow the tokens"
-            )
+            if type(model).__name__.startswith("Siglip2"):
+                return "it takes padded patches with a mask, which would not follow the tokens"
+            return f"{type(model).__name__} has no layers of {', '.join(LAYERS)}"
         if isinstance(model, SiglipForImageClassification):
             return "it averages its tokens, which dropped tokens would change"
         _, layers = found

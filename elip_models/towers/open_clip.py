@@ -44,7 +44,10 @@ class OpenClipTower(Tower):
     @staticmethod
     def refuses(model: nn.Module) -> str | None:
         if not isinstance(model, VisionTransformer):
-            return "its image tower is not open_clip's VisionTransformer; pass a timm trunk itself"
+            return (
+                f"its image tower is a {type(model).__name__} and not open_clip's "
+                "VisionTransformer; of a timm trunk pass the trunk itself"
+            )
         if model.attn_pool is not None:
             return "it pools by attention over the patches, which dropped tokens would change"
         if model.pool_type not in ("tok", "none"):

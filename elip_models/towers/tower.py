@@ -13,7 +13,7 @@ through a block are worked out of them here, once for all libraries.
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import wraps
-from typing import Concatenate, NamedTuple, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -165,6 +165,10 @@ class Tower:
     def places_after(self, reduction: ReductionInfo | BipartiteInfo) -> Tensor | None:
         """Where the tokens stand that a reduction leaves, or None where nothing reads it."""
         return None
+
+    def moved(self, kwargs: dict[str, Any], places: Tensor) -> dict[str, Any]:
+        """What the model calls a block by besides all tokens, for those that stand at `places`."""
+        return kwargs
 
     def turned(self, i: int, heads: Tensor) -> Tensor:
         """Block i's queries or keys (B, H, N, d), each rotated by its token's place."""

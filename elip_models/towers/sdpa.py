@@ -1,0 +1,65 @@
+"""use_sdpa_: fused attention for the vision layers of transformers' BLIP, which attend eagerly.
+
+    softmax(scale * q k^T) v  by scaled_dot_product_attention, of the layer's own qkv and projection
+
+Every other tower here picks its attention by its library's own switch; BLIP's has none.
+"""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elip_models.towers.sharded import library_class
+
+
+class SdpaForward:
+    """Stands in for the forward of a BlipAttention; the attention map that it returns is None."""
+
+    def __init__(self, attn: nn.Module) -> None:
+        self.attn = attn
+
+    def __call__(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+        """hidden_states (B, N, D) -> (B, N, D)."""
+        attn = self.attn
+        if kwargs.get("attention_mask") is not None:
+            raise ValueError("attention_mask: expected none, as BLIP's vision layers have none")
+        qkv = attn.qkv(hidden_states).unflatten(-1, (3, attn.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        dropout = attn.dropout.p if attn.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=attn.scale)
+        return attn.projection(out.transpose(1, 2).flatten(2)), None
+
+
+def use_sdpa_(model: nn.Module, enabled: bool = True) -> nn.Module:
+    """Give BLIP's vision layers fused attention, in place; returns the model.
+
+    Parameters and state_dict keys stay; outputs agree up to rounding, and attention dropout draws
+    other numbers. Maps (`output_attentions`) become None. Call it before torch.compile.
+
+    Args:
+        model: one of transformers with BlipAttention inside.
+        enabled: False gives the layers their own forward back.
+
+    Raises:
+        TypeError: a model without such layers, or whose layers have another forward already.
+    """
+    if not isinstance(enabled, bool):
+        raise TypeError(f"enabled: expected True or False, got {enabled!r}")
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    layers = [m for m in modules if library_class(m).__name__ == "BlipAttention"]
+    if not layers:
+        raise TypeError(
+            "model: expected one with BLIP's vision layers of transformers, got "
+            f"{type(model).__name__}; other models choose their attention themselves "
+            "(attn_implementation='sdpa')"
+        )
+    for attn in layers:
+        replaced = vars(attn).get("forward")
+        if replaced is not None and not isinstance(replaced, SdpaForward):
+            raise TypeError("model: expected layers that run their own forward, got a replaced one")
+        if enabled:
+            attn.forward = SdpaForward(attn)
+        elif replaced is not None:
+            del attn.forward
+    return model
