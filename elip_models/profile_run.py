@@ -148,7 +148,7 @@ def _fitting(
     subject = Subject(model, 1)
     for spec in settings.strategies:
         try:
-            strategy = spec.build(tower.depth, settings.schedule)
+            strategy = spec.build(tower.size, settings.schedule)
             if settings.flops is not None:
                 strategy = strategy.at_flops(tower, settings.flops)
             subject.forward(strategy)

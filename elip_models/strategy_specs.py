@@ -14,14 +14,16 @@ from typing import Any
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import STRATEGIES, default_strategy
 from elip_models.reduction.strategy import Strategy
+from elip_models.towers import Size
 
 SETTING = re.compile(r",\s*(?=\w+\s*=)")  # the commas that begin another setting
+VIT_B16 = Size((224, 224), 196, 1, 768, 3072, 12, 12)
 WORDS = {"true": True, "false": False, "none": None}
 
 
 @dataclass(frozen=True)
 class StrategySpec:
-    """A strategy whose schedule, where none is written, waits for a tower's depth."""
+    """A strategy whose settings, where none are written, wait for the size of a tower."""
 
     text: str
     name: str
@@ -46,12 +48,12 @@ class StrategySpec:
         spec.build()
         return spec
 
-    def build(self, depth: int = 12, schedule: str | None = None) -> Strategy:
-        """The strategy for a tower of `depth` blocks.
+    def build(self, size: Size = VIT_B16, schedule: str | None = None) -> Strategy:
+        """The strategy for a tower of that size.
 
         schedule: where the text has none; None is ELIP's, scaled to the depth.
         """
-        base, settings = default_strategy(self.name, depth), dict(self.settings)
+        base, settings = default_strategy(self.name, size), dict(self.settings)
         if schedule is not None and "schedule" in _kinds(self.name):
             settings = {"schedule": Schedule.parse(schedule)} | settings
         return replace(base, **settings)

@@ -13,9 +13,10 @@ from elip_models.profile import profile_model, tokens_of, verdict
 from elip_models.profile_run import runs
 from elip_models.reduction.inside import EViT, ToMe
 from elip_models.reduction.patch import is_reduced
+from elip_models.reduction.stage import Elip
 from elip_models.reduction.strategies import STRATEGIES, PatchDropout, default_strategy
 from elip_models.report import _timing_table, scorer_costs
-from elip_models.strategy_specs import StrategySpec
+from elip_models.strategy_specs import VIT_B16, StrategySpec
 from elip_models.subject import Subject, _inputs
 from elip_models.timing import FlopCount, count_step
 from elip_models.towers import as_pair
@@ -80,7 +81,7 @@ def test_a_timed_run_prints_ratios(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_whole_model_counts_its_second_text_pass(name):
-    model, plans = PAIRS[name](), {"evit": EViT(), "elip": default_strategy("elip", 6)}
+    model, plans = PAIRS[name](), {"evit": EViT(), "elip": Elip(SCHEDULE)}
     options = {"batch_size": 2, "modes": ["inference"], "rounds": None}
     whole = profile_model(name, model, plans, **options)
     image = profile_model(name, as_pair(model).image_model, plans, **options)
@@ -139,7 +140,7 @@ def test_nothing_is_timed_on_the_meta_device():
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_name_is_the_strategy_of_its_paper(name):
-    assert StrategySpec.parse(name).build(12) == default_strategy(name, 12)
+    assert StrategySpec.parse(name).build(VIT_B16) == default_strategy(name, VIT_B16)
 
 
 def test_settings_of_a_strategy():
@@ -147,8 +148,11 @@ def test_settings_of_a_strategy():
     assert StrategySpec.parse("evit:layers=3,6,9,keep_rate=0.5").build() == EViT(0.5, (3, 6, 9))
     assert StrategySpec.parse("evit:layers=all").build().layers == "all"
     spec = StrategySpec.parse(f"elip: scorer=2, schedule={SCHEDULE.replace('1(30%)', '2(30%)')}")
-    assert str(spec.build(depth=6, schedule="6(100%)").schedule).endswith("2(30%)")
-    assert str(StrategySpec.parse("elip").build(6, "2(100%) 4(50%)").schedule) == "2(100%) 4(50%)"
+    assert str(spec.build(schedule="6(100%)").schedule).endswith("2(30%)")
+    assert (
+        str(StrategySpec.parse("elip").build(VIT_B16, "2(100%) 4(50%)").schedule)
+        == "2(100%) 4(50%)"
+    )
 
 
 @pytest.mark.parametrize(
