@@ -1,5 +1,5 @@
 """The command line: `elip train RECIPE [key=value ...]`, `elip eval retrieval`, `elip visualize`,
-`elip data check`.
+`elip profile`, `elip data check`.
 
 What the user can mend is one line on standard error and exit status 2, a bug is a traceback.
 """
@@ -152,6 +152,42 @@ def visualize(
     shown = read_source(data, count, guided.tower) if pairs is None else pairs
     for path in draw_pictures(guided, shown, output):
         Console().print(escape(str(path)), soft_wrap=True)
+
+
+@app.command()
+def profile(
+    model: Annotated[
+        list[str] | None, typer.Option(help="timm:NAME, open_clip:NAME, elip_clip_vit_b16, ..")
+    ] = None,
+    strategy: Annotated[
+        list[str] | None, typer.Option(help="Such as evit, tome:r=13, elip:scorer=last; or all.")
+    ] = None,
+    schedule: Annotated[str | None, typer.Option(help="Of strategies that say none.")] = None,
+    flops: Annotated[
+        float | None, typer.Option(help="Share of dense training FLOPs that all are set to.")
+    ] = None,
+    batch_size: Annotated[list[int], typer.Option(min=1)] = [8],  # noqa: B006, typer copies it
+    mode: Annotated[str, typer.Option(help="training, inference or both.")] = "both",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved, of the timing.")] = 10,
+    flops_only: Annotated[bool, typer.Option(help="No timing, no memory: meta device.")] = False,
+    paper: Annotated[bool, typer.Option(help="The FLOPs of the paper's CLIP models.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Write the table here, as JSON.")] = None,
+) -> None:
+    """Tokens, FLOPs, time and memory of models under token reduction, against dense."""
+    from elip_models.profile_run import print_profile, settings_of
+
+    settings = settings_of(
+        models=model or (),
+        strategies=strategy or (),
+        schedule=schedule,
+        flops=flops,
+        batch_sizes=batch_size,
+        mode=mode,
+        dtype=dtype,
+        rounds=None if flops_only else rounds,
+    )
+    print_profile(settings, paper=paper, output=output, console=Console())
 
 
 @data_app.command("check")

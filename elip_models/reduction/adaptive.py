@@ -59,6 +59,11 @@ class Adaptive(Elip):
             stages.append(reductions.get(i, Stage(i, 0, stages[-1].keep)))
         return tuple(stages)
 
+    def scoring_flops(self, size: Size) -> int:
+        """All rows but the first mask padding, so that they project every key."""
+        keys = sum(2 * tokens * size.width**2 for tokens in self.entering(size)[1:])
+        return super().scoring_flops(size) + keys
+
     def step(
         self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
     ) -> tuple[Tensor, StageInfo]:

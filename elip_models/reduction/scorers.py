@@ -21,6 +21,7 @@ class Scorer(NamedTuple):
     row: (tower, stage, tokens (B, N, D), fused cls (B, D)) -> (B, N), column 0 is CLS.
     layers: how many whole layers it runs on the stage's tokens, of the stage's number of layers.
     rows: how often CLS alone attends to these tokens, likewise.
+    cls_blocks: how many layers CLS goes through alone, its attention to the tokens aside, likewise.
     reads: the layer whose row it reads from the tokens as they enter, where it does no more: the
         boundary is then one op.
     """
@@ -28,6 +29,7 @@ class Scorer(NamedTuple):
     row: Callable[[Tower, Stage, Tensor, Tensor], Tensor]
     layers: Callable[[int], int]
     rows: Callable[[int], int] = lambda layers: 1
+    cls_blocks: Callable[[int], int] = lambda layers: 0
     reads: Callable[[Stage], int] | None = None
 
 
@@ -82,7 +84,12 @@ def _last(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
 SCORERS: dict[str, Scorer] = {
     "official": Scorer(_official, layers=lambda layers: layers, rows=lambda layers: 0),
     "exact": Scorer(_exact, layers=lambda layers: layers - 1),
-    "cls": Scorer(_cls, layers=lambda layers: 0, rows=lambda layers: 2 * layers - 1),
+    "cls": Scorer(
+        _cls,
+        layers=lambda layers: 0,
+        rows=lambda layers: 2 * layers - 1,
+        cls_blocks=lambda layers: layers - 1,
+    ),
     "last": Scorer(_last, layers=lambda layers: 0, reads=lambda s: s.first + s.layers - 1),
 }
 

@@ -161,6 +161,7 @@ class Elip(Staged):
         for stage, tokens in zip(self.reductions(size), self.entering(size), strict=True):
             total += scorer.layers(stage.layers) * size.block_flops(tokens, tokens)
             total += scorer.rows(stage.layers) * size.row_flops(tokens)
+            total += scorer.cls_blocks(stage.layers) * size.block_flops(1, 1)
         return total
 
     def score(self, tower: Tower, stage: Stage, tokens: Tensor, text: Tensor | None) -> Tensor:

@@ -1,0 +1,89 @@
+"""FLOPs worked out from token counts against FLOPs counted op by op, on the meta device.
+
+Both of every strategy in the registry, so that a new one is held to it.
+"""
+
+from dataclasses import replace
+from functools import cache
+
+import open_clip
+import pytest
+import timm
+import torch
+import transformers
+
+from elip_models.profile import count
+from elip_models.reduction.flops import dense_flops, strategy_flops, training_ratio
+from elip_models.reduction.inside import EViT
+from elip_models.reduction.scorers import SCORERS
+from elip_models.reduction.strategies import STRATEGIES, default_strategy
+from elip_models.strategy_specs import VIT_B16
+from elip_models.subject import Subject
+
+CASES = {name: default_strategy(name, VIT_B16) for name in STRATEGIES}
+CASES |= {f"elip-{s}": replace(CASES["elip"], scorer=s) for s in (*SCORERS, 1, 2)}
+CASES |= {"evit-all": EViT(layers="all")}
+AT_FLOPS = [*STRATEGIES, "elip-official", "elip-last"]
+STRENGTHS = [k / 500 for k in range(501)]
+VIT = "timm-ViT-B-16"
+MODELS = {
+    VIT: lambda: timm.create_model("vit_base_patch16_224", num_classes=0),
+    "open_clip-ViT-B-16": lambda: open_clip.create_model("ViT-B-16", device="meta").visual,
+    "transformers-CLIP-B-32": lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig()),
+}
+TRAINING = "training"
+
+
+@cache
+def subject(name):
+    with torch.device("meta"):
+        return Subject(MODELS[name](), 1)
+
+
+@cache
+def counted_dense(name):
+    return count(subject(name), {"dense": None}, TRAINING)["dense"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_worked_out_and_counted_flops_of_a_dense_tower_agree(model):
+    worked_out, counted = dense_flops(subject(model).tower.size), counted_dense(model)
+    assert worked_out.forward == pytest.approx(counted.forward, rel=0.01)
+    assert worked_out.training == pytest.approx(sum(counted), rel=0.01)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("case", CASES)
+def test_worked_out_and_counted_flops_agree(model, case):
+    worked_out = strategy_flops(CASES[case], subject(model).tower.size)
+    counted = count(subject(model), {case: CASES[case]}, TRAINING)[case]
+    assert worked_out.forward == pytest.approx(counted.forward, rel=0.01)
+    assert worked_out.training == pytest.approx(sum(counted), rel=0.01)
+    assert sum(counted) < sum(counted_dense(model))
+
+
+@pytest.mark.parametrize("ratio", [0.9, 0.75, 0.6])
+@pytest.mark.parametrize("case", AT_FLOPS)
+def test_at_flops_sets_the_counted_flops(case, ratio):
+    tower = subject(VIT).tower
+    reach = [training_ratio(CASES[case].at_strength(tower.size, s), tower.size) for s in STRENGTHS]
+    nearest = min(reach, key=lambda reached: abs(reached - ratio))
+    if abs(nearest / ratio - 1) > 0.01 and CASES[case].name != "resize":
+        with pytest.raises(ValueError, match=f"nearest is {nearest:.4f}"):
+            CASES[case].at_flops(tower, ratio)
+        return
+    expected = nearest if CASES[case].name == "resize" else ratio  # in whole patches alone
+    counted = count(subject(VIT), {case: CASES[case].at_flops(tower, ratio)}, TRAINING)[case]
+    assert sum(counted) / sum(counted_dense(VIT)) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(("scorer", "floor"), [("official", 0.7345), ("exact", 0.6724)])
+def test_a_scoring_pass_has_a_floor(scorer, floor):
+    plan = replace(CASES["elip"], scorer=scorer)
+    with pytest.raises(ValueError, match=f"nearest is {floor}"):
+        plan.at_flops(subject(VIT).tower, 0.6)
+
+
+def test_images_take_no_gradient_in_a_training_step():
+    embed, dense = subject(VIT).tower.size.embed_flops(), counted_dense(VIT)
+    assert dense.backward / dense.forward == pytest.approx(2 - embed / dense.forward, rel=1e-3)

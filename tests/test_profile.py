@@ -1,0 +1,238 @@
+"""`elip profile`: counted without memory, timed on tiny models, strategies read from text."""
+
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from timm.models.vision_transformer import VisionTransformer
+
+from elip_models.paper_flops import EVITS, PAPER, UNSCORED, Reading, conclusions, readings
+from elip_models.profile import profile_model, tokens_of, verdict
+from elip_models.profile_run import runs
+from elip_models.reduction.inside import EViT, ToMe
+from elip_models.reduction.patch import is_reduced
+from elip_models.reduction.stage import Elip
+from elip_models.reduction.strategies import STRATEGIES, PatchDropout, default_strategy
+from elip_models.report import _timing_table, scorer_costs
+from elip_models.strategy_specs import VIT_B16, StrategySpec
+from elip_models.subject import Subject, _inputs
+from elip_models.timing import FlopCount, count_step
+from elip_models.towers import as_pair
+from elip_models.zoo import open_model
+from tests.test_cli import elip
+from tests.test_pairs import hf_blip, hf_clip, open_clip_pair
+from tests.towers import SCHEDULE, plain_vit
+
+PAIRS = {"open_clip": open_clip_pair, "CLIPModel": hf_clip, "Blip": hf_blip}
+
+
+def tiny_clip():
+    return open_model("clip_tiny", pretrained=False)
+
+
+def test_flops_only_of_two_models_as_json(tmp_path, capsys):
+    output = tmp_path / "table.json"
+    models = ("--model", "timm:vit_base_patch16_224", "--model", "clip_tiny")
+    strategies = ("--strategy", "elip", "--strategy", "tome:r=4")
+    options = ("--flops-only", "--output", output, "--batch-size", 2, "--mode", "both")
+    assert elip("profile", *models, *strategies, *options) == 0
+    printed = capsys.readouterr().out
+    for text in ("vit_base_patch16_224", "2×197 2×178 6×129 2×80", "image tower or whole model"):
+        assert text in printed
+    found = json.loads(output.read_text())
+    assert found["device"] == "meta" and found["left_out"] == []
+    rows = {(r["model"], r["mode"], r["strategy"]): r for r in found["rows"]}
+    assert len(rows) == len(found["rows"]) == 2 * 2 * 3
+    row = rows["timm:vit_base_patch16_224", "training", "elip"]
+    assert row["tokens"][2] == [178, 178]
+    assert row["retained"] == pytest.approx((2 * 197 + 2 * 178 + 6 * 129 + 2 * 80) / 12 / 197)
+    assert row["flops_ratio"] == pytest.approx(0.877, abs=0.001)
+    assert row["backward_flops"] == pytest.approx(49.466e9, rel=1e-4)
+    assert row["seconds"] is row["time_ratio"] is row["memory"] is None
+    assert "scorer='exact'" in row["settings"]
+    assert rows["clip_tiny", "inference", "dense"]["backward_flops"] == 0
+
+
+def test_equal_cost_leaves_out_what_cannot_reach_it(tmp_path, capsys):
+    output = tmp_path / "table.json"
+    strategies = ("--strategy", "elip:scorer=official", "--strategy", "evit")
+    options = ("--flops-only", "--output", output, "--mode", "training", "--flops", 0.6)
+    assert elip("profile", "--model", "timm:vit_tiny_patch16_224", *strategies, *options) == 0
+    assert "the nearest is 0.7" in capsys.readouterr().out
+    found = json.loads(output.read_text())
+    assert [row["strategy"] for row in found["rows"]] == ["dense", "evit"]
+    assert found["rows"][1]["flops_ratio"] == pytest.approx(0.6, rel=0.01)
+    assert [each["strategy"] for each in found["left_out"]] == ["elip:scorer=official"]
+
+
+def test_a_timed_run_prints_ratios(tmp_path, capsys):
+    output = tmp_path / "table.json"
+    options = ("--strategy", "elip:scorer=last", "--rounds", 1, "--batch-size", 1)
+    assert elip("profile", "--model", "clip_tiny", *options, "--output", output) == 0
+    assert "bytes saved for backward" in capsys.readouterr().out
+    dense, reduced, *inference = json.loads(output.read_text())["rows"]
+    assert dense["time_ratio"] == dense["memory_ratio"] == 1 and dense["verdict"] == ""
+    assert reduced["seconds"] > 0
+    assert reduced["memory_ratio"] == reduced["memory"] / dense["memory"] < 1
+    assert [row["memory"] for row in inference] == [None, None]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_whole_model_counts_its_second_text_pass(name):
+    model, plans = PAIRS[name](), {"evit": EViT(), "elip": Elip(SCHEDULE)}
+    options = {"batch_size": 2, "modes": ["inference"], "rounds": None}
+    whole = profile_model(name, model, plans, **options)
+    image = profile_model(name, as_pair(model).image_model, plans, **options)
+    assert {row.step for row in whole} == {"whole model"}
+    dense, evit, elip_ = (
+        w.forward_flops - i.forward_flops for w, i in zip(whole, image, strict=True)
+    )
+    twin = Subject(model, 2).on_meta()
+    inputs = _inputs(twin.model, twin.images, twin.text)
+    with twin.traced():
+        again = count_step(lambda: as_pair(twin.model).text_cls(**inputs), backward=False)
+    text_pass = again.forward / 2
+    if name == "Blip":  # whose text attends to fewer image tokens
+        assert evit < dense and evit < elip_ < evit + 1.1 * text_pass
+    else:
+        assert elip_ - dense == pytest.approx(text_pass)
+        assert evit == pytest.approx(dense)
+
+
+def test_training_a_whole_model_leaves_it_as_it_was():
+    model = open_clip_pair().eval()
+    weights = {name: id(weight) for name, weight in model.named_parameters()}
+    rows = profile_model("pair", model, {"tome": ToMe(r=3)}, batch_size=2, rounds=1)
+    assert all(row.time_ratio is not None for row in rows)
+    assert {name: id(weight) for name, weight in model.named_parameters()} == weights
+    assert not is_reduced(model) and not model.training
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_our_clip_keeps_its_own_reduction():
+    model = tiny_clip()
+    settings = model.reduction
+    dense, tome = profile_model("tiny", model, {"tome": ToMe(r=3)}, modes=["training"], rounds=None)
+    assert model.reduction is settings and not model.training
+    assert dense.tokens[0] == (65, 65) and tome.tokens[0] == (65, 62)
+
+
+def test_patch_dropout_keeps_all_patches_in_inference():
+    subject = Subject(plain_vit(), 1)
+    assert tokens_of(subject, PatchDropout(), "training")[0] == (19, 19)
+    assert tokens_of(subject, PatchDropout(), "inference")[0] == (37, 37)
+
+
+@pytest.mark.parametrize(("ratio", "said"), [(0.969, ""), (0.97, "no gain"), (1.4, "no gain")])
+def test_no_gain_where_the_time_is_not_below_the_bar(ratio, said):
+    assert verdict(ToMe(), ratio) == said
+    assert verdict(None, ratio) == verdict(ToMe(), None) == ""
+
+
+def test_nothing_is_timed_on_the_meta_device():
+    with torch.device("meta"):
+        model = plain_vit()
+    with pytest.raises(ValueError, match="meta device"):
+        profile_model("vit", model, {}, rounds=1)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_name_is_the_strategy_of_its_paper(name):
+    assert StrategySpec.parse(name).build(VIT_B16) == default_strategy(name, VIT_B16)
+
+
+def test_settings_of_a_strategy():
+    assert StrategySpec.parse("tome:r=13,proportional=false").build() == ToMe(13, False)
+    assert StrategySpec.parse("evit:layers=3,6,9,keep_rate=0.5").build() == EViT(0.5, (3, 6, 9))
+    assert StrategySpec.parse("evit:layers=all").build().layers == "all"
+    spec = StrategySpec.parse(f"elip: scorer=2, schedule={SCHEDULE.replace('1(30%)', '2(30%)')}")
+    assert str(spec.build(schedule="6(100%)").schedule).endswith("2(30%)")
+    assert (
+        str(StrategySpec.parse("elip").build(VIT_B16, "2(100%) 4(50%)").schedule)
+        == "2(100%) 4(50%)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tom", "expected NAME or NAME:key=value"),
+        ("tome:", "expected settings key=value"),
+        ("tome:r", "expected settings key=value"),
+        ("tome:r=1,r=2", "expected 'r' once"),
+        ("tome:keep=1", "expected a setting of 'tome', one of r, proportional"),
+        ("tome:r=1-2", "r: expected a number"),
+        ("tome:r=1.5", "r: expected an int from 0 on"),
+        ("tome:r=none", "r: expected an int from 0 on"),
+        ("elip:scorer=fast", "scorer: expected one of"),
+        ("elip:merge=1", "merge: expected true or false"),
+        ("elip:schedule=12(50)", "schedule: expected groups"),
+    ],
+)
+def test_a_strategy_that_there_is_not(text, message, capsys):
+    with pytest.raises(ValueError) as error:
+        StrategySpec.parse(text)
+    assert message in str(error.value)
+    assert elip("profile", "--model", "clip_tiny", "--strategy", text) == 2
+    assert capsys.readouterr().err.startswith(f"error: --strategy: {str(error.value)[:40]}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--model: expected one or more"),
+        (("--model", "nosuch"), "--model: spec: expected"),
+        (("--model", "clip_tiny", "--dtype", "fp8"), "--dtype: expected one of fp32"),
+        (("--model", "clip_tiny", "--mode", "eval"), "--mode: expected training"),
+        (("--model", "clip_tiny", "--flops", 1.5), "--flops: expected a share"),
+        (("--model", "clip_tiny", "--schedule", "12"), "--schedule: schedule: expected groups"),
+        (("--model", "clip_tiny", "--output", "missing/x.json"), "--output: expected a file"),
+    ],
+)
+def test_an_option_that_cannot_be(arguments, message, capsys):
+    assert elip("profile", *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_runs_of_token_counts():
+    assert runs([197, 197, 178]) == "2×197 1×178"
+    assert runs(range(9, 0, -1)) == "9 8 .. 1"
+
+
+def test_the_table_of_a_training_run():
+    tower = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, num_heads=2, num_classes=0, pre_norm=True
+    )
+    costs = scorer_costs(Subject(tower, 1), rounds=1)
+    assert [cost.scorer for cost in costs] == ["dense", "official", "exact", "cls", "last"]
+    assert costs[0].training == costs[0].inference == costs[0].memory == 1
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(_timing_table(costs, {"chance": [0.5], "last": [0.75]}, 1, "saved bytes"))
+    assert "saved bytes" in console.export_text()
+
+
+def made_up_counts():
+    """The paper's own figures as if counted, for 500 pairs, the scoring pass twice the tower."""
+    counts = {}
+    for name, (dense, elip_, evit) in PAPER.items():
+        both = {"dense": dense, UNSCORED: elip_, EVITS[0]: evit, EVITS[1]: dense * 0.9}
+        both |= {f"ELIP, {scorer}": 2 * dense for scorer in ("last", "exact", "official")}
+        for towers, scale in (("both towers", 1), ("image tower", 0.5)):
+            flops = {m: int(scale * v * 2e9 / 3) for m, v in both.items()}
+            flops["dense"] += 1 if towers == "both towers" else int(dense * 1e9)
+            counts[name, towers] = {m: FlopCount(f, 2 * f) for m, f in flops.items()}
+    return counts
+
+
+def test_the_reading_that_explains_the_paper_is_found():
+    found = readings(made_up_counts())
+    best = found[0]
+    assert isinstance(best, Reading)
+    assert (best.towers, best.elip, best.evit) == ("both towers", UNSCORED, EVITS[0])
+    assert best.worst < 1e-6
+    assert best.images in (pytest.approx(500, rel=1e-6), pytest.approx(1500, rel=1e-6))
+    lines = conclusions(made_up_counts(), found)
+    assert "does not count the scoring pass" in lines[0]
+    assert "Not explained" in lines[-1]
