@@ -18,10 +18,13 @@ def device_tables(results: Results) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     about = f"CPU threads: {machine['threads']}; {versions}; commit {results.commit}."
     towers = [entry for entry in results.entries if "flops" in entry]
+    compared = [entry for entry in results.entries if "strategies" in entry]
     ops = [entry for entry in results.entries if "possible" in entry]
     parts = [f"### {machine['device']}", about]
     if towers:
         parts += [chart(results, "towers", "times relative to dense"), *tower_table(towers)]
+    if compared:
+        parts += strategy_table(compared)
     if ops:
         parts += [chart(results, "ops", "times over that of a copy"), *op_table(ops)]
     added = [entry for entry in results.entries if "overhead_microseconds" in entry]
@@ -53,6 +56,25 @@ def tower_table(entries: list[Entry]) -> list[str]:
         "Time relative to the dense tower by scorer (FLOPs in brackets, the scorer's included); "
         "memory is the peak on a GPU, on a CPU what autograd saves for backward."
     )
+    return [note, table(header, rows, left=2)]
+
+
+def strategy_table(entries: list[Entry]) -> list[str]:
+    """Each cell: time relative to dense, and counted FLOPs relative to dense in brackets."""
+    names, rows = list(entries[0]["ratios"]), []
+    for entry in entries:
+        flops = entry["strategy_flops"]
+        cells = [f"{ratio(entry['ratios'][name])} ({flops[name]:.2f})" for name in names]
+        dense = milliseconds(entry["milliseconds"]["dense"])
+        rows.append([tower(entry), entry["direction"], dense, *cells])
+    settings = ", ".join(f"`{each}`" for each in entries[0]["strategies"].values())
+    note = (
+        f"Strategies at equal FLOPs: {entries[0]['share']:.3f} of a dense training step each, "
+        "`resize` as near as whole patches come, at batch 1 and at the largest batch whose "
+        "benchmark fits two minutes. `patch_dropout` sees all patches in inference; `adaptive` "
+        f"masks what it drops beyond the schedule and saves no more than `elip`. As set: {settings}."
+    )
+    header = ["tower, batch, dtype", "mode", "dense, ms", *names]
     return [note, table(header, rows, left=2)]
 
 

@@ -42,7 +42,17 @@ def entries():
         "memory": {"dense": 100, "last": 69},
         "shape": {"B": 4, "image": 256},
     }
-    return [op, tower, held | {"op": "reduce", "overhead_microseconds": 21.4}]
+    strategies = held | {
+        "op": "vit_small_patch16_224",
+        "direction": "inference",
+        "milliseconds": {"dense": 63.2, "tome": 50.0, "resize": 62.0},
+        "ratios": {"tome": 0.791, "resize": 0.981},
+        "strategies": {"tome": "tome(r=13)", "resize": "resize(size=176)"},
+        "strategy_flops": {"dense": 1.0, "tome": 0.702, "resize": 0.61},
+        "share": 0.702,
+        "shape": {"B": 1, "image": 224},
+    }
+    return [op, tower, strategies, held | {"op": "reduce", "overhead_microseconds": 21.4}]
 
 
 @pytest.fixture
@@ -80,6 +90,9 @@ def test_tables_and_charts_come_from_the_json(page, tmp_path):
         "CPU threads: 2; torch 2.13.0; commit 0123456.",
         "| `reduce` forward | B64 N257 D768 K166 fp32 | 2 | 0.50 | 1.00 no gain | – | 50% |",
         "| vit_base_patch16 256 px, 4, fp32 | training | 1674 | 0.73 (0.71) | 0.69 |",
+        "| vit_small_patch16 224 px, 1, fp32 | inference | 63.2 | 0.79 (0.70) | 0.98 no gain (0.61) |",
+        "0.702 of a dense training step each",
+        "`tome(r=13)`",
         "compiled was not measured: no compiler.",
         "no kernel runs here",
         "reduce 21 µs",

@@ -156,10 +156,13 @@ class Resize(Strategy):
     def embed_flops(self, size: Size) -> int:
         return size._replace(image=self.pixels(size)).embed_flops()
 
+    def smaller(self, tower: Tower, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) -> (B, 3, h, w)."""
+        return F.interpolate(images, self.pixels(tower.size), mode="bicubic", antialias=True)
+
     def patchify(self, tower: Tower, images: Tensor) -> Tensor:
         """What the tower's entrance makes of the images, smaller."""
-        smaller = self.pixels(tower.size)
-        return tower.patchify(F.interpolate(images, size=smaller, mode="bicubic", antialias=True))
+        return tower.patchify(self.smaller(tower, images))
 
     def embed(self, tower: Tower, images: Tensor) -> Tensor:
         return tower.enter(self.patchify(tower, images))

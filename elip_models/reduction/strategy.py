@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from elip_kernels import BipartiteInfo, ReductionInfo
 from elip_models.reduction import flops
 from elip_models.reduction.once import once, warn_once
-from elip_models.reduction.schedule import Stage
+from elip_models.reduction.schedule import Schedule, Stage
 from elip_models.towers import Size, Tower, as_pair, as_tower
 
 R = TypeVar("R")
@@ -152,8 +152,18 @@ class Strategy:
         return flops.nearest(self, tower_of(model).size, ratio)
 
     def __str__(self) -> str:
-        values = (f"{field.name}={getattr(self, field.name)!r}" for field in fields(self))
-        return f"{self.name}({', '.join(values)})"
+        """Its name and the settings that are not the default."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed = (f.name for f in fields(self) if f.default != values[f.name])
+        said = (f"{name}={_short(values[name])}" for name in changed)
+        return f"{self.name}({', '.join(said)})"
+
+
+def _short(value: Any) -> str:
+    """A setting as its class takes it; shares to four digits."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return repr(str(value) if isinstance(value, (str, Schedule)) else value)
 
 
 def take_step(

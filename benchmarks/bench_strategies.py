@@ -1,0 +1,113 @@
+"""Every strategy at equal training FLOPs, dense beside them: a training step and inference.
+
+The share of the dense FLOPs is what ELIP's own schedule leaves with the scorer 'last'; the others
+are set to it by `at_flops`, `resize` to the nearest size. Batch 1, and the largest power of two
+whose benchmark fits two minutes.
+
+Parity: each strategy's tokens, in the dtype that is timed, against fp64 tokens of which the same
+were kept and merged, of the same small image for `resize`; at most twice as far off as dense.
+"""
+
+import pytest
+import timm
+import torch
+
+from benchmarks.cases import DEVICE, DTYPE_NAMES, MAIN_DTYPE, ON_GPU
+from benchmarks.parity import judged, relative_error
+from elip_models.profile import DENSE, count, in_mode, measure
+from elip_models.reduction.flops import training_ratio
+from elip_models.reduction.schedule import PRESETS
+from elip_models.reduction.stage import Elip
+from elip_models.reduction.strategies import STRATEGIES, default_strategy
+from elip_models.reduction.strategy import Context, take_step
+from elip_models.subject import Subject
+from elip_models.timing import time_side_by_side
+from elip_models.towers import as_tower
+
+NAME, SIZE = ("vit_base_patch16_224" if ON_GPU else "vit_small_patch16_224"), 224
+SECONDS, LARGEST = 120, 256
+
+
+def strategies_at_equal_flops(tower):
+    """By name, and the share of the dense training FLOPs."""
+    own = Elip(PRESETS["clip"], scorer="last")
+    share = training_ratio(own, tower.size)
+    plans = {name: default_strategy(name, tower.size) for name in STRATEGIES}
+    plans["elip"] = own
+    return {name: plan.at_flops(tower, share) for name, plan in plans.items()}, share
+
+
+def run(tower, image, text, strategy, replays=()):
+    """Tokens and what each step did; with `replays` each step does what it did there."""
+    steps = {stage.first: stage for stage in strategy.stages(tower.size)}
+    context, infos, tokens = Context(text), [], tower.enter(tower.patchify(image))
+    for i in range(tower.depth):
+        if i in steps:
+            replay = replays[len(infos)] if replays else None
+            context = context._replace(replay=replay)
+            tokens, info = take_step(strategy, tower, steps[i], tokens, context)
+            infos.append(info)
+            context = context._replace(before=info)
+        if i not in steps or not strategy.takes_block:
+            tokens = tower.block(i, tokens)
+    return tower.finish(tokens), infos
+
+
+@torch.no_grad()
+def held_to_fp64(model, strategies):
+    """Parity of `model`, which comes back as it was."""
+    tower, dtype = as_tower(model), next(model.parameters()).dtype
+    image = torch.randn(1, 3, SIZE, SIZE, device=DEVICE, dtype=dtype)
+    text = torch.randn(1, tower.width, device=DEVICE, dtype=dtype)
+    plans = {DENSE: Elip(f"{tower.depth}(100%)"), **strategies}
+    images = {name: image for name in plans} | {"resize": plans["resize"].smaller(tower, image)}
+    found = {name: run(tower, images[name], text, plan) for name, plan in plans.items()}
+    model.double()
+    errors = {}
+    for name, (tokens, infos) in found.items():
+        exact, _ = run(tower, images[name].double(), text.double(), plans[name], infos)
+        errors[name] = relative_error(tokens, exact)
+    model.to(dtype)
+    return judged(errors, ours=list(strategies))
+
+
+def largest_batch(model, mode, count, rounds):
+    """The largest power of two at which `count` strategies take two minutes; dense is the guide."""
+    subject = Subject(model, 1)
+    with in_mode(subject, mode):
+        forward = subject.forward(None)
+        step = (lambda: subject.train_step(forward)) if mode == "training" else forward
+        seconds = min(time_side_by_side({DENSE: step}, device=DEVICE, rounds=3)[DENSE])
+    batch = 1
+    while batch < LARGEST and 2 * batch * seconds * count * (rounds + 3) < SECONDS:
+        batch *= 2
+    return batch
+
+
+@pytest.mark.parametrize("batch", ["B1", "largest"])
+@pytest.mark.parametrize("mode", ["training", "inference"])
+def test_strategies(record, rounds, mode, batch):
+    model = timm.create_model(NAME, num_classes=0).to(DEVICE, MAIN_DTYPE).eval()
+    strategies, share = strategies_at_equal_flops(as_tower(model))
+    held = held_to_fp64(model, strategies)
+    plans = {DENSE: None, **strategies}
+    B = 1 if batch == "B1" else largest_batch(model, mode, len(plans), rounds)
+    subject = Subject(model, B)
+    measured = measure(subject, plans, mode, rounds=rounds)
+    flops = {name: sum(each) for name, each in count(subject, plans, mode).items()}
+    with in_mode(subject, mode):
+        record(
+            subject.forward(strategies["elip"]),
+            op=NAME,
+            direction=mode,
+            rounds=rounds,
+            ratios={name: measured[name].time_ratio for name in strategies},
+            milliseconds={name: 1e3 * each.seconds for name, each in measured.items()},
+            strategies={name: str(plan) for name, plan in strategies.items()},
+            strategy_flops={name: each / flops[DENSE] for name, each in flops.items()},
+            share=share,
+            memory={name: each.memory for name, each in measured.items()},
+            shape={"B": B, "image": SIZE},
+            dtype=DTYPE_NAMES[MAIN_DTYPE],
+            parity=held,
+        )
