@@ -72,7 +72,7 @@ def strategy_table(entries: list[Entry]) -> list[str]:
         f"Strategies at equal FLOPs: {entries[0]['share']:.3f} of a dense training step each, "
         "`resize` as near as whole patches come, at batch 1 and at the largest batch whose "
         "benchmark fits two minutes. `patch_dropout` sees all patches in inference; `adaptive` "
-        f"masks what it drops beyond the schedule and saves no more than `elip`. As set: {settings}."
+        f"masks what it drops beyond the schedule and saves no more than `elip`. Set: {settings}."
     )
     header = ["tower, batch, dtype", "mode", "dense, ms", *names]
     return [note, table(header, rows, left=2)]

@@ -152,10 +152,8 @@ class Strategy:
         return flops.nearest(self, tower_of(model).size, ratio)
 
     def __str__(self) -> str:
-        """Its name and the settings that are not the default."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed = (f.name for f in fields(self) if f.default != values[f.name])
-        said = (f"{name}={_short(values[name])}" for name in changed)
+        """Its name and its settings."""
+        said = (f"{field.name}={_short(getattr(self, field.name))}" for field in fields(self))
         return f"{self.name}({', '.join(said)})"
 
 
