@@ -160,7 +160,8 @@ def profile(
         list[str] | None, typer.Option(help="timm:NAME, open_clip:NAME, elip_clip_vit_b16, ..")
     ] = None,
     strategy: Annotated[
-        list[str] | None, typer.Option(help="Such as evit, tome:r=13, elip:scorer=last; or all.")
+        list[str] | None,
+        typer.Option(help="Such as evit, tome:r=13, elip:scorer=last; default all."),
     ] = None,
     schedule: Annotated[str | None, typer.Option(help="Of strategies that say none.")] = None,
     flops: Annotated[
@@ -170,8 +171,12 @@ def profile(
     mode: Annotated[str, typer.Option(help="training, inference or both.")] = "both",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved, of the timing.")] = 10,
-    flops_only: Annotated[bool, typer.Option(help="No timing, no memory: meta device.")] = False,
-    paper: Annotated[bool, typer.Option(help="The FLOPs of the paper's CLIP models.")] = False,
+    flops_only: Annotated[
+        bool, typer.Option("--flops-only", help="No timing, no memory: meta device.")
+    ] = False,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="The FLOPs of the paper's CLIP models.")
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="Write the table here, as JSON.")] = None,
 ) -> None:
     """Tokens, FLOPs, time and memory of models under token reduction, against dense."""

@@ -177,6 +177,8 @@ def conclusions(counts: Counts, found: list[Reading]) -> list[str]:
         + ", ".join(f"{_short(name)} {_error(e)}" for name, e in stated[nearest].items())
         + ". Alone, "
         + "; ".join(_alone(stated, name) for name in PAPER)
+        + ". Nor is the text tower, as a share of dense that ELIP's ratio leaves it: "
+        + "; ".join(_text_share(counts, name) for name in PAPER)
         + "."
     )
     return lines
@@ -193,6 +195,17 @@ def _savings_line(counts: Counts, name: str) -> str:
 def _alone(stated: dict[str, dict[str, float]], name: str) -> str:
     reading = min(stated, key=lambda each: abs(stated[each][name]))
     return f"{_short(name)} is {reading} {_error(stated[reading][name])}"
+
+
+def _text_share(counts: Counts, name: str) -> str:
+    """The share that no reduction touches: paper, by its ratio for ELIP unscored, and counted."""
+    image, both = (
+        {method: sum(each) for method, each in counts[name, towers].items()}
+        for towers in (IMAGE, BOTH)
+    )
+    kept = image[UNSCORED] / image[DENSE]
+    said = (PAPER[name].elip / PAPER[name].dense - kept) / (1 - kept)
+    return f"{_short(name)} paper {said:.3f}, ours {1 - image[DENSE] / both[DENSE]:.3f}"
 
 
 def _short(name: str) -> str:

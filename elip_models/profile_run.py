@@ -198,7 +198,8 @@ def _cells(row: Row) -> list[str]:
     cells += [f"{row.backward_flops / 1e9:.3f}" if row.mode == "training" else "-"]
     cells += [f"{row.flops_ratio:.3f}"]
     if row.seconds is not None and row.time_ratio is not None:
-        cells += [f"{1e3 * row.seconds:.3g}", f"{row.time_ratio:.2f}"]
+        digits = 0 if row.seconds >= 0.1 else 1 if row.seconds >= 0.01 else 2
+        cells += [f"{1e3 * row.seconds:.{digits}f}", f"{row.time_ratio:.2f}"]
         known = row.memory is not None and row.memory_ratio is not None
         cells += [f"{row.memory / 1e6:.4g}", f"{row.memory_ratio:.2f}"] if known else ["-", "-"]
         cells += ["" if row.strategy == DENSE else row.verdict]

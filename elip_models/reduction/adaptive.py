@@ -61,8 +61,8 @@ class Adaptive(Elip):
 
     def scoring_flops(self, size: Size) -> int:
         """All rows but the first mask padding, so that they project every key."""
-        keys = sum(2 * tokens * size.width**2 for tokens in self.entering(size)[1:])
-        return super().scoring_flops(size) + keys
+        entering, masked = self.entering(size), size._replace(absorbs_keys=False)
+        return sum(map(size.row_flops, entering[:1])) + sum(map(masked.row_flops, entering[1:]))
 
     def step(
         self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
