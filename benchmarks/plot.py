@@ -1,4 +1,4 @@
-"""Write the README's tables and the charts in docs/ from the committed results.
+"""Write the README's tables, and the charts and tables in docs/, from the committed results.
 
     python -m benchmarks.plot [--results DIR] [--readme README.md] [--check]
 
@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 from benchmarks.charts import draw
 from benchmarks.measured import Refused, Results, read_results
-from benchmarks.tables import device_tables
+from benchmarks.tables import device_tables, op_page
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -31,10 +31,21 @@ def readme_with(readme: str, results: list[Results]) -> str:
     return pattern.sub(lambda _: f"{BEGIN}\n\n{block}\n\n{END}", readme, count=1)
 
 
-def stale_charts(results: list[Results], docs: Path) -> list[Path]:
-    """The charts of `results` that are not in `docs`, or not as they are drawn now."""
+def write(device: Results, docs: Path) -> list[Path]:
+    """The charts of a device, and the page of its ops."""
+    page = op_page(device)
+    if page is None:
+        return draw(device, docs)
+    path = docs / f"{device.slug}-ops.md"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return [*draw(device, docs), path]
+
+
+def stale_files(results: list[Results], docs: Path) -> list[Path]:
+    """What `write` gives and is not in `docs`, or not as it is now."""
     with TemporaryDirectory() as folder:
-        drawn = [path for device in results for path in draw(device, Path(folder))]
+        drawn = [path for device in results for path in write(device, Path(folder))]
         return [docs / path.name for path in drawn if not _same(path, docs / path.name)]
 
 
@@ -58,12 +69,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     docs = options.readme.parent / "docs"
     if options.check:
-        stale = [options.readme] * (wanted != current) + stale_charts(results, docs)
+        stale = [options.readme] * (wanted != current) + stale_files(results, docs)
         for path in stale:
             sys.stderr.write(f"{path}: missing or stale; run python -m benchmarks.plot\n")
         return int(bool(stale))
     for device in results:
-        draw(device, docs)
+        write(device, docs)
     options.readme.write_text(wanted, encoding="utf-8")
     return 0
 

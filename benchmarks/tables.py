@@ -1,4 +1,5 @@
-"""The README's tables of one device in Markdown: "no gain" stands where there is none."""
+"""The tables of one device in Markdown, towers and strategies for the README, ops for a page of
+their own: "no gain" stands where there is none."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ Entry = dict[str, Any]
 
 
 def device_tables(results: Results) -> str:
-    """Device and versions, the towers, and the ops folded away."""
+    """Device and versions, towers and strategies, and where the ops are."""
     machine = results.machine
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     about = f"CPU threads: {machine['threads']}; {versions}; commit {results.commit}."
@@ -26,7 +27,8 @@ def device_tables(results: Results) -> str:
     if compared:
         parts += strategy_table(compared)
     if ops:
-        parts += [chart(results, "ops", "times over that of a copy"), *op_table(ops)]
+        parts.append(chart(results, "ops", "times over that of a copy"))
+        parts.append(f"[Every op, side by side](docs/{results.slug}-ops.md).")
     added = [entry for entry in results.entries if "overhead_microseconds" in entry]
     if added:
         parts.append(overhead(added))
@@ -78,8 +80,17 @@ def strategy_table(entries: list[Entry]) -> list[str]:
     return [note, table(header, rows, left=2)]
 
 
+def op_page(results: Results) -> str | None:
+    """The page of the ops, or None where none was measured."""
+    ops = [entry for entry in results.entries if "possible" in entry]
+    if not ops:
+        return None
+    title = f"# Every op, side by side: {results.machine['device']}"
+    return "\n\n".join([title, *op_table(ops)]) + "\n"
+
+
 def op_table(entries: list[Entry]) -> list[str]:
-    """Folded away: it is long."""
+    """What each form's time is of ours, and of a copy."""
     rows, some = [], any(entry["kernels"] for entry in entries)
     for entry in entries:
         ratios = [ratio(entry["ratios"].get(name)) for name in OTHERS]
@@ -98,8 +109,7 @@ def op_table(entries: list[Entry]) -> list[str]:
         note += " Ours is the PyTorch form of each op: no kernel runs here."
     reasons = {reason for entry in entries for reason in entry["left_out"].items()}
     absent = [f"Where – stands, {name} was not measured: {why}." for name, why in sorted(reasons)]
-    folded = "<details><summary>Every op, side by side</summary>"
-    return [folded, note, table(header, rows, left=2), *absent, "</details>"]
+    return [note, table(header, rows, left=2), *absent]
 
 
 def overhead(entries: list[Entry]) -> str:

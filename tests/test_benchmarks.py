@@ -85,6 +85,7 @@ def test_tables_and_charts_come_from_the_json(page, tmp_path):
     assert main([*arguments, "--check"]) == 0
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    text += (tmp_path / "docs" / "some-cpu-ops.md").read_text()
     for part in (
         "### Some CPU, 2 cores",
         "CPU threads: 2; torch 2.13.0; commit 0123456.",
@@ -106,7 +107,7 @@ def test_tables_and_charts_come_from_the_json(page, tmp_path):
 def test_an_op_that_ran_its_pytorch_form_says_so_beside_kernels(page, tmp_path):
     op, *_ = entries()
     assert main(page([op, op | {"dtype": "bf16", "kernels": True}])) == 0
-    text = (tmp_path / "README.md").read_text()
+    text = (tmp_path / "docs" / "some-cpu-ops.md").read_text()
     assert "| `reduce` forward (PyTorch form) | B64 N257 D768 K166 fp32 |" in text
     assert "| `reduce` forward | B64 N257 D768 K166 bf16 |" in text
     assert "no kernel runs here" not in text
