@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from elip_models.reduction.patch import is_reduced
+from elip_models.reduction.patch import is_reduced_tower
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.stage import check_text
 from elip_models.reduction.strategies import get_strategy
@@ -97,7 +97,7 @@ def run_tower(
     cls_only: the caller reads token 0 alone. Without gradient, and where nothing watches the last
     block, that block then runs for this token only, which is exact: the tokens are (B, 1, D).
     """
-    if is_reduced(tower.model):
+    if is_reduced_tower(tower):
         raise ValueError(
             "model: expected one that reduce_ has not changed, since it would reduce twice, got a "
             "reduced one; call the model itself, or unreduce_ it first"

@@ -329,6 +329,15 @@ def is_reduced(model: nn.Module) -> bool:
     return isinstance(model, nn.Module) and next(_hooks(model), None) is not None
 
 
+def is_reduced_tower(tower: Tower) -> bool:
+    """`is_reduced` of the tower's own parts alone, which every forward can afford."""
+    entrance = [] if tower.refuses_resizing() else tower.entrance
+    stand_ins = [vars(owner).get(name) for owner, name in entrance]
+    for block in tower.blocks:
+        stand_ins += [vars(block).get("forward"), *block._forward_pre_hooks.values()]
+    return any(isinstance(each, (StageHook, BlockForward, Entrance)) for each in stand_ins)
+
+
 @contextmanager
 def guidance(model: nn.Module, text_cls: Tensor) -> Iterator[None]:
     """Guide the reduced `model` by `text_cls` (B, D) in the forwards inside; detached.
