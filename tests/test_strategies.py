@@ -3,6 +3,7 @@
 import copy
 import pickle
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -208,6 +209,35 @@ def test_a_recomputed_block_does_what_its_forward_did(strategy, use_reentrant):
         patched(model, strategy, x, t, call).square().sum().backward()
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
     assert_equal_gradients(*gradients)
+
+
+@strategies
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_recomputed_block_finds_its_own_pass(strategy, use_reentrant):
+    """Two batches wait for backward, no pass without checkpoints came before, one without gradient
+    lies between."""
+    model, batches = clip_vit(), [(images(3), text(3)) for _ in range(2)]
+
+    def step(reduced, run):
+        model.zero_grad()
+        torch.manual_seed(1)
+        loss = 0.0
+        for x, t in batches:
+            with elip_models.guidance(reduced, t):
+                x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+                for block in model.blocks:
+                    x = run(block, x)
+                loss = loss + model.forward_head(model.norm(x)).square().sum()
+                with torch.no_grad():
+                    model(images(3).flip(0))
+        loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    checkpointed = partial(checkpoint, use_reentrant=use_reentrant)
+    got = step(elip_models.reduce_(model, strategy=strategy), checkpointed)
+    elip_models.unreduce_(model)
+    expected = step(elip_models.reduce_(model, strategy=strategy), lambda block, x: block(x))
+    assert_equal_gradients(got, expected)
 
 
 @strategies
