@@ -3,11 +3,9 @@
 import copy
 import pickle
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 import elip_models
 from elip_models import Adaptive, Elip, EViT, PatchDropout, Random, Resize, ToMe, Trips
@@ -20,7 +18,6 @@ from tests.test_towers import TOWERS, open_clip_vit, output
 from tests.towers import (
     SCHEDULE,
     WIDTH,
-    assert_equal_gradients,
     clip_vit,
     images,
     plain_vit,
@@ -190,67 +187,6 @@ def test_compiles_whole_forward_and_backward(library, strategy):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     got.square().sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
-
-
-@strategies
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_a_recomputed_block_does_what_its_forward_did(strategy, use_reentrant):
-    model, x, t = clip_vit(proj_drop_rate=0.2, drop_path_rate=0.1), images(3), text(3)
-
-    def checkpointed(x):
-        x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
-        for block in model.blocks:
-            x = checkpoint(block, x, use_reentrant=use_reentrant)
-        return model.forward_head(model.norm(x))
-
-    gradients = []
-    for call in (model, checkpointed):
-        model.zero_grad()
-        patched(model, strategy, x, t, call).square().sum().backward()
-        gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
-    assert_equal_gradients(*gradients)
-
-
-@strategies
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_a_recomputed_block_finds_its_own_pass(strategy, use_reentrant):
-    """Two batches wait for backward, no pass without checkpoints came before, one without gradient
-    lies between."""
-    model, batches = clip_vit(), [(images(3), text(3)) for _ in range(2)]
-
-    def step(reduced, run):
-        model.zero_grad()
-        torch.manual_seed(1)
-        loss = 0.0
-        for x, t in batches:
-            with elip_models.guidance(reduced, t):
-                x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
-                for block in model.blocks:
-                    x = run(block, x)
-                loss = loss + model.forward_head(model.norm(x)).square().sum()
-                with torch.no_grad():
-                    model(images(3).flip(0))
-        loss.backward()
-        return {n: p.grad.clone() for n, p in model.named_parameters()}
-
-    checkpointed = partial(checkpoint, use_reentrant=use_reentrant)
-    got = step(elip_models.reduce_(model, strategy=strategy), checkpointed)
-    elip_models.unreduce_(model)
-    expected = step(elip_models.reduce_(model, strategy=strategy), lambda block, x: block(x))
-    assert_equal_gradients(got, expected)
-
-
-@strategies
-def test_encode_image_checkpoints_without_choosing_again(strategy):
-    model, x, t = clip_vit(proj_drop_rate=0.2, num_classes=0), images(), text()
-    gradients = []
-    for enable in (False, True):
-        model.zero_grad()
-        model.set_grad_checkpointing(enable)
-        torch.manual_seed(3)
-        elip_models.encode_image(model, x, t, strategy=strategy).square().sum().backward()
-        gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
-    assert_equal_gradients(*gradients)
 
 
 def test_a_whole_model_encodes_text_first_only_for_strategies_that_read_it():

@@ -41,7 +41,10 @@ class Replay:
         return {"passes": deque(), "forgotten": -1}
 
     def remember(self, number: int, before: StageInfo | None, info: StageInfo | None) -> None:
-        self.passes.append(Pass(number, torch.is_grad_enabled(), before, info))
+        with_grad = torch.is_grad_enabled()
+        if not with_grad and self.passes and self.passes[-1][:2] == (number, False):
+            return  # no node stands between: it was no checkpoint, and `recall` finds the first
+        self.passes.append(Pass(number, with_grad, before, info))
         if len(self.passes) > MAX_PASSES:
             self.forgotten = self.passes.popleft().number
 
