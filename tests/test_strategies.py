@@ -268,7 +268,7 @@ def test_with_all_the_mass_adaptive_is_elip():
     torch.testing.assert_close(adaptive, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("library", [*LIBRARIES, "timm registers", "timm distilled"])
 def test_resize_to_the_same_size_is_the_dense_model(library):
     model, x = TOWERS[library]().eval(), images()
     dense = output(model, x)
