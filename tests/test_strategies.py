@@ -80,6 +80,17 @@ def test_tome_reproduces_the_official_run(golden, prefix):
     tokens, logits, infos, grads = run(case, model.eval(), strategy, prefix)
     torch.testing.assert_close(tokens, case[f"{prefix}out_tokens"], atol=1e-5, rtol=0)
     torch.testing.assert_close(logits, case[f"{prefix}logits"], atol=1e-5, rtol=0)
+def test_evit_fuses_in_the_precision_of_the_tokens():
+    model, x = plain_vit().eval(), images()
+    _, rough = elip_models.encode_image(model, x, strategy=EViT(), return_info=True)
+    _, fine = elip_models.encode_image(
+        model.double(), x.double(), strategy=EViT(), return_info=True
+    )
+    assert (rough[0].attention.dtype, fine[0].attention.dtype) == (torch.float32, torch.float64)
+    total = fine[0].attention.sum(1)
+    torch.testing.assert_close(total, torch.ones_like(total), atol=1e-12, rtol=0)
+
+
     torch.testing.assert_close(infos[-1].sizes, case[f"{prefix}size_final"].flatten(1))
     check_gradients(grads, case.under(f"{prefix}grad/"))
 
