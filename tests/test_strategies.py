@@ -8,7 +8,17 @@ import pytest
 import torch
 
 import elip_models
-from elip_models import Adaptive, Elip, EViT, PatchDropout, Random, Resize, ToMe, Trips
+from elip_models import (
+    Adaptive,
+    Elip,
+    EViT,
+    PatchDropout,
+    Random,
+    Resize,
+    Schedule,
+    ToMe,
+    Trips,
+)
 from elip_models.towers import as_tower
 from tests.test_golden import check_gradients, tower
 from tests.test_pairs import ids, open_clip_pair
@@ -270,6 +280,15 @@ def test_adaptive_padding_changes_nothing():
     expected = elip_models.encode_image(model, x, t, strategy=exact)
     assert expected.shape[1] == kept + 2 < tokens.shape[1]
     torch.testing.assert_close(tokens[:, 0], expected[:, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_stage_that_drops_nothing_leaves_adaptive_dense_until_the_next():
+    model, x, t = plain_vit(), images(), text()
+    strategy = Adaptive(Schedule.parse("1(100%) 2(99%) 3(50%)", count_cls=True))
+    tokens, infos = elip_models.encode_image(model, x, t, strategy=strategy, return_info=True)
+    assert [info.stage.first for info in infos] == [3]
+    assert tokens.shape[1] == strategy.token_counts(as_tower(model).size)[-1].mlp
+    assert patched(model, strategy, x, t).isfinite().all()
 
 
 def test_with_all_the_mass_adaptive_is_elip():
