@@ -306,6 +306,15 @@ def test_resize_to_the_same_size_is_the_dense_model(library):
     torch.testing.assert_close(output(model, x), dense, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_resize_takes_images_of_half_precision(dtype):
+    model, x = plain_vit().eval().to(dtype), images().to(dtype)
+    tokens = elip_models.encode_image(model, x, strategy=Resize(32))
+    expected = elip_models.encode_image(model.float(), x.float(), strategy=Resize(32))
+    assert tokens.dtype == dtype
+    torch.testing.assert_close(tokens.float(), expected, atol=0.2, rtol=0.05)
+
+
 def test_resize_agrees_with_timms_own_interpolation():
     model, x = plain_vit().eval(), images()
     other = copy.deepcopy(model)

@@ -158,7 +158,9 @@ class Resize(Strategy):
 
     def smaller(self, tower: Tower, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> (B, 3, h, w)."""
-        return F.interpolate(images, self.pixels(tower.size), mode="bicubic", antialias=True)
+        at_least_fp32 = torch.promote_types(images.dtype, torch.float32)
+        pixels, wide = self.pixels(tower.size), images.to(at_least_fp32)
+        return F.interpolate(wide, pixels, mode="bicubic", antialias=True).to(images.dtype)
 
     def patchify(self, tower: Tower, images: Tensor) -> Tensor:
         """What the tower's entrance makes of the images, smaller."""
