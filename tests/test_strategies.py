@@ -80,16 +80,6 @@ def test_without_attention_gradient_evit_selects_the_same(golden):
     assert not torch.allclose(grads["image"], case["grad/image"], atol=1e-4)
 
 
-@pytest.mark.parametrize("prefix", ["r4/", "r8/", "r8_noprop/"])
-def test_tome_reproduces_the_official_run(golden, prefix):
-    case = golden("tome")
-    model = tower(case)
-    weights = {n: w for n, w in case.under("sd/").items() if not n.startswith("head.")}
-    model.load_state_dict(weights)
-    strategy = ToMe(r=int(prefix[1]), proportional="noprop" not in prefix)
-    tokens, logits, infos, grads = run(case, model.eval(), strategy, prefix)
-    torch.testing.assert_close(tokens, case[f"{prefix}out_tokens"], atol=1e-5, rtol=0)
-    torch.testing.assert_close(logits, case[f"{prefix}logits"], atol=1e-5, rtol=0)
 def test_evit_fuses_in_the_precision_of_the_tokens():
     model, x = plain_vit().eval(), images()
     _, rough = elip_models.encode_image(model, x, strategy=EViT(), return_info=True)
@@ -101,6 +91,16 @@ def test_evit_fuses_in_the_precision_of_the_tokens():
     torch.testing.assert_close(total, torch.ones_like(total), atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("prefix", ["r4/", "r8/", "r8_noprop/"])
+def test_tome_reproduces_the_official_run(golden, prefix):
+    case = golden("tome")
+    model = tower(case)
+    weights = {n: w for n, w in case.under("sd/").items() if not n.startswith("head.")}
+    model.load_state_dict(weights)
+    strategy = ToMe(r=int(prefix[1]), proportional="noprop" not in prefix)
+    tokens, logits, infos, grads = run(case, model.eval(), strategy, prefix)
+    torch.testing.assert_close(tokens, case[f"{prefix}out_tokens"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits, case[f"{prefix}logits"], atol=1e-5, rtol=0)
     torch.testing.assert_close(infos[-1].sizes, case[f"{prefix}size_final"].flatten(1))
     check_gradients(grads, case.under(f"{prefix}grad/"))
 
@@ -346,6 +346,7 @@ def test_resize_agrees_with_timms_own_interpolation():
         ),
         (lambda: elip_models.reduce_(plain_vit(), strategy=Resize(30)), "size: .* multiple"),
         (lambda: elip_models.reduce_(plain_vit(), strategy="random"), "schedule: expected one"),
+        (lambda: elip_models.reduce_(plain_vit(), strategy="resize"), r"size: .* Resize\(size=.."),
         (
             lambda: elip_models.reduce_(plain_vit(), strategy="tome", fusion=0.5),
             "fusion: expected none with strategy='tome', which takes r, proportional, got 0.5",

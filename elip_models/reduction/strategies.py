@@ -4,7 +4,7 @@
 `encode_image` and `reduce_`: a name, or an instance such as `ToMe(r=13)`.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -215,6 +215,12 @@ def get_strategy(strategy: str | Strategy, **options: Any) -> Strategy:
         raise ValueError(
             f"schedule: expected one for strategy={strategy!r}, such as '{PRESETS['albef']}', got "
             "none"
+        )
+    needed = [f.name for f in fields(cls) if f.default is MISSING and f.name not in given]
+    if needed:
+        raise ValueError(
+            f"{needed[0]}: expected one for strategy={strategy!r}, got none; pass the strategy "
+            f"whole, {cls.__name__}({needed[0]}=..)"
         )
     return cls(**given)
 
