@@ -1,5 +1,7 @@
 """Activation checkpointing of a reduced model: what was selected is replayed, not scored again."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
@@ -7,6 +9,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 import elip_models
 from elip_models.reduction import scorers, stage
 from elip_models.reduction.replay import MAX_PASSES
+from tests.test_strategies import patched, strategies
 from tests.towers import (
     SCHEDULE,
     assert_equal_gradients,
@@ -116,6 +119,7 @@ def test_blocks_compiled_one_by_one_replay_too():
 
 
 def test_memory_of_passes_is_bounded_and_inference_has_none():
+    """Passes without gradient that follow each other are one."""
     model = clip_vit()
     elip_models.reduce_(model, schedule=SCHEDULE)
     hook = next(iter(model.blocks[1]._forward_pre_hooks.values()))
@@ -123,6 +127,10 @@ def test_memory_of_passes_is_bounded_and_inference_has_none():
     with torch.inference_mode():
         model(images())
     assert not hook.replay.passes
+    with torch.no_grad():
+        for _ in range(3):
+            model(images())
+    assert len(hook.replay.passes) == 1
     for _ in range(MAX_PASSES + 5):
         model(images(1))
     assert len(hook.replay.passes) == MAX_PASSES
@@ -138,3 +146,64 @@ def test_a_pass_that_was_forgotten_is_an_error():
             checkpoint(model, x, use_reentrant=use_reentrant)
         with pytest.raises(RuntimeError, match="run backward sooner"):
             loss.backward()
+
+
+@strategies
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_recomputed_block_does_what_its_forward_did(strategy, use_reentrant):
+    model, x, t = clip_vit(proj_drop_rate=0.2, drop_path_rate=0.1), images(3), text(3)
+
+    def checkpointed(x):
+        x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+        for block in model.blocks:
+            x = checkpoint(block, x, use_reentrant=use_reentrant)
+        return model.forward_head(model.norm(x))
+
+    gradients = []
+    for call in (model, checkpointed):
+        model.zero_grad()
+        patched(model, strategy, x, t, call).square().sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    assert_equal_gradients(*gradients)
+
+
+@strategies
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_recomputed_block_finds_its_own_pass(strategy, use_reentrant):
+    """Two batches wait for backward, no pass without checkpoints came before, one without gradient
+    lies between."""
+    model, batches = clip_vit(), [(images(3), text(3)) for _ in range(2)]
+
+    def step(reduced, run):
+        model.zero_grad()
+        torch.manual_seed(1)
+        loss = 0.0
+        for x, t in batches:
+            with elip_models.guidance(reduced, t):
+                x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+                for block in model.blocks:
+                    x = run(block, x)
+                loss = loss + model.forward_head(model.norm(x)).square().sum()
+                with torch.no_grad():
+                    model(images(3).flip(0))
+        loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    checkpointed = partial(checkpoint, use_reentrant=use_reentrant)
+    got = step(elip_models.reduce_(model, strategy=strategy), checkpointed)
+    elip_models.unreduce_(model)
+    expected = step(elip_models.reduce_(model, strategy=strategy), lambda block, x: block(x))
+    assert_equal_gradients(got, expected)
+
+
+@strategies
+def test_encode_image_checkpoints_without_choosing_again(strategy):
+    model, x, t = clip_vit(proj_drop_rate=0.2, num_classes=0), images(), text()
+    gradients = []
+    for enable in (False, True):
+        model.zero_grad()
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(3)
+        elip_models.encode_image(model, x, t, strategy=strategy).square().sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    assert_equal_gradients(*gradients)

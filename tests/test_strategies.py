@@ -6,10 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 import elip_models
-from elip_models import Adaptive, Elip, EViT, PatchDropout, Random, Resize, ToMe, Trips
+from elip_models import (
+    Adaptive,
+    Elip,
+    EViT,
+    PatchDropout,
+    Random,
+    Resize,
+    Schedule,
+    ToMe,
+    Trips,
+)
 from elip_models.towers import as_tower
 from tests.test_golden import check_gradients, tower
 from tests.test_pairs import ids, open_clip_pair
@@ -19,7 +28,6 @@ from tests.test_towers import TOWERS, open_clip_vit, output
 from tests.towers import (
     SCHEDULE,
     WIDTH,
-    assert_equal_gradients,
     clip_vit,
     images,
     plain_vit,
@@ -70,6 +78,17 @@ def test_without_attention_gradient_evit_selects_the_same(golden):
         assert torch.equal(info.reduction.kept - 1, case[f"stage{s}/idx"].long())
     torch.testing.assert_close(tokens, case["out_tokens"], atol=1e-5, rtol=0)
     assert not torch.allclose(grads["image"], case["grad/image"], atol=1e-4)
+
+
+def test_evit_fuses_in_the_precision_of_the_tokens():
+    model, x = plain_vit().eval(), images()
+    _, rough = elip_models.encode_image(model, x, strategy=EViT(), return_info=True)
+    _, fine = elip_models.encode_image(
+        model.double(), x.double(), strategy=EViT(), return_info=True
+    )
+    assert (rough[0].attention.dtype, fine[0].attention.dtype) == (torch.float32, torch.float64)
+    total = fine[0].attention.sum(1)
+    torch.testing.assert_close(total, torch.ones_like(total), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("prefix", ["r4/", "r8/", "r8_noprop/"])
@@ -191,38 +210,6 @@ def test_compiles_whole_forward_and_backward(library, strategy):
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-@strategies
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_a_recomputed_block_does_what_its_forward_did(strategy, use_reentrant):
-    model, x, t = clip_vit(proj_drop_rate=0.2, drop_path_rate=0.1), images(3), text(3)
-
-    def checkpointed(x):
-        x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
-        for block in model.blocks:
-            x = checkpoint(block, x, use_reentrant=use_reentrant)
-        return model.forward_head(model.norm(x))
-
-    gradients = []
-    for call in (model, checkpointed):
-        model.zero_grad()
-        patched(model, strategy, x, t, call).square().sum().backward()
-        gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
-    assert_equal_gradients(*gradients)
-
-
-@strategies
-def test_encode_image_checkpoints_without_choosing_again(strategy):
-    model, x, t = clip_vit(proj_drop_rate=0.2, num_classes=0), images(), text()
-    gradients = []
-    for enable in (False, True):
-        model.zero_grad()
-        model.set_grad_checkpointing(enable)
-        torch.manual_seed(3)
-        elip_models.encode_image(model, x, t, strategy=strategy).square().sum().backward()
-        gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
-    assert_equal_gradients(*gradients)
-
-
 def test_a_whole_model_encodes_text_first_only_for_strategies_that_read_it():
     model = open_clip_pair()
     calls = []
@@ -295,6 +282,15 @@ def test_adaptive_padding_changes_nothing():
     torch.testing.assert_close(tokens[:, 0], expected[:, 0], atol=1e-5, rtol=1e-5)
 
 
+def test_a_stage_that_drops_nothing_leaves_adaptive_dense_until_the_next():
+    model, x, t = plain_vit(), images(), text()
+    strategy = Adaptive(Schedule.parse("1(100%) 2(99%) 3(50%)", count_cls=True))
+    tokens, infos = elip_models.encode_image(model, x, t, strategy=strategy, return_info=True)
+    assert [info.stage.first for info in infos] == [3]
+    assert tokens.shape[1] == strategy.token_counts(as_tower(model).size)[-1].mlp
+    assert patched(model, strategy, x, t).isfinite().all()
+
+
 def test_with_all_the_mass_adaptive_is_elip():
     model, x, t = clip_vit(), images(), text()
     adaptive = elip_models.encode_image(model, x, t, strategy=Adaptive(SCHEDULE, keep_mass=1.0))
@@ -302,12 +298,21 @@ def test_with_all_the_mass_adaptive_is_elip():
     torch.testing.assert_close(adaptive, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("library", [*LIBRARIES, "timm registers", "timm distilled"])
 def test_resize_to_the_same_size_is_the_dense_model(library):
     model, x = TOWERS[library]().eval(), images()
     dense = output(model, x)
     elip_models.reduce_(model, strategy=Resize(48))
     torch.testing.assert_close(output(model, x), dense, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_resize_takes_images_of_half_precision(dtype):
+    model, x = plain_vit().eval().to(dtype), images().to(dtype)
+    tokens = elip_models.encode_image(model, x, strategy=Resize(32))
+    expected = elip_models.encode_image(model.float(), x.float(), strategy=Resize(32))
+    assert tokens.dtype == dtype
+    torch.testing.assert_close(tokens.float(), expected, atol=0.2, rtol=0.05)
 
 
 def test_resize_agrees_with_timms_own_interpolation():
@@ -341,6 +346,7 @@ def test_resize_agrees_with_timms_own_interpolation():
         ),
         (lambda: elip_models.reduce_(plain_vit(), strategy=Resize(30)), "size: .* multiple"),
         (lambda: elip_models.reduce_(plain_vit(), strategy="random"), "schedule: expected one"),
+        (lambda: elip_models.reduce_(plain_vit(), strategy="resize"), r"size: .* Resize\(size=.."),
         (
             lambda: elip_models.reduce_(plain_vit(), strategy="tome", fusion=0.5),
             "fusion: expected none with strategy='tome', which takes r, proportional, got 0.5",

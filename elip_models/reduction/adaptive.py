@@ -49,6 +49,10 @@ class Adaptive(Elip):
         if not self.merge:
             raise ValueError("merge: expected True with strategy='adaptive', got False")
 
+    def reductions(self, size: Size) -> tuple[Stage, ...]:
+        """The schedule's stages that drop patches: masking has nothing to do before."""
+        return tuple(s for s in super().reductions(size) if s.keep < size.num_patches)
+
     def stages(self, size: Size) -> tuple[Stage, ...]:
         """The schedule's, and one of no layer for each block that only masks."""
         reductions = {stage.first: stage for stage in self.reductions(size)}

@@ -105,7 +105,8 @@ class EViT(Strategy):
         q, k, v = tower.qkv(i, tokens)
         scale = tower.projections(i).scale
         if self.attention_gradient:
-            row = ((q[:, :, :1] * scale) @ k.mT).softmax(-1, dtype=torch.float32)
+            at_least_fp32 = torch.promote_types(q.dtype, torch.float32)
+            row = ((q[:, :, :1] * scale) @ k.mT).softmax(-1, dtype=at_least_fp32)
             row = row.mean(1)[:, 0]
         else:
             row = elip_kernels.cls_attention(q[:, :, 0].detach(), k.detach(), scale=scale)

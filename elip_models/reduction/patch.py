@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from elip_models.reduction.places import PlacesHook, follow_places
-from elip_models.reduction.replay import Replay, is_recomputed
+from elip_models.reduction.replay import Replay, is_recomputed, next_number
 from elip_models.reduction.schedule import Schedule, Stage
 from elip_models.reduction.strategies import get_strategy
 from elip_models.reduction.strategy import (
@@ -72,7 +72,8 @@ class StageHook:
             return _outside_the_graph(self, block, args, kwargs)
         _refuse_masks(args, kwargs)
         shared, strategy = self.shared, self.shared.strategy
-        recomputed = not torch.compiler.is_compiling() and is_recomputed()
+        began = None if torch.compiler.is_compiling() else next_number()
+        recomputed = began is not None and is_recomputed()
         if recomputed:
             _, _, before, replay = self.replay.recall()
             reduces = replay is not None
@@ -82,7 +83,8 @@ class StageHook:
             if self.is_first and reduces:
                 warn_if_slower(shared.tower, strategy)
         if not reduces:
-            self._remember(recomputed, before, None)
+            if not recomputed:
+                self._remember(began, before, None)
             return None
         self._check(args[0])
         shared.scoring = True
@@ -91,7 +93,8 @@ class StageHook:
             tokens, info = take_step(strategy, shared.tower, self.stage, args[0], context)
         finally:
             shared.scoring = False
-        self._remember(recomputed, before, info)
+        if not recomputed:
+            self._remember(began, before, info)
         return tokens
 
     def _check(self, tokens: Tensor) -> None:
@@ -102,14 +105,14 @@ class StageHook:
                 "images"
             )
 
-    def _remember(self, recomputed: bool, before: StageInfo | None, info: StageInfo | None) -> None:
-        if recomputed:
-            return
+    def _remember(
+        self, began: int | None, before: StageInfo | None, info: StageInfo | None
+    ) -> None:
         is_rotary = self.shared.tower.is_rotary
         if self.shared.strategy.takes_block or is_rotary:
             self.shared.before = None if self.is_last and not is_rotary else info
-        if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
-            self.replay.remember(before, info)
+        if began is not None and not torch.is_inference_mode_enabled():
+            self.replay.remember(began, before, info)
 
 
 class BlockForward:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from elip_models.reduction.replay import Replay, is_recomputed
+from elip_models.reduction.replay import Replay, is_recomputed, next_number
 from elip_models.reduction.strategy import StageInfo
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class PlacesHook:
         if is_recomputed():
             return self.replay.recall().before
         if not torch.is_inference_mode_enabled():
-            self.replay.remember(self.shared.before, None)
+            self.replay.remember(next_number(), self.shared.before, None)
         return self.shared.before
 
 

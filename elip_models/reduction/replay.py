@@ -11,8 +11,8 @@ MAX_PASSES = 64  # forwards of a step that may still wait for their backward
 
 
 class Pass(NamedTuple):
-    """One forward through a step: when, in autograd's count; what the step before it did, and what
-    it did itself, None where nothing was reduced."""
+    """One forward through a step: when it began, in autograd's count; what the step before it did,
+    and what it did itself, None where nothing was reduced."""
 
     number: int
     with_grad: bool
@@ -27,7 +27,8 @@ class Replay:
     scoring again would cost a second dry run. Autograd numbers its nodes in the order of the
     forward, so the node that asks for the recomputation tells which pass it belongs to:
 
-        non-re-entrant  it stands in the pass, behind the step: the latest pass before the node
+        non-re-entrant  it stands in the pass, in the step or behind: the latest pass that began
+                        before the node
         re-entrant      it is the checkpoint itself, made before the pass ran without gradient: the
                         first pass behind the node
     """
@@ -39,8 +40,10 @@ class Replay:
     def __getstate__(self) -> dict[str, Any]:
         return {"passes": deque(), "forgotten": -1}
 
-    def remember(self, before: StageInfo | None, info: StageInfo | None) -> None:
-        number, with_grad = torch.autograd._get_sequence_nr(), torch.is_grad_enabled()
+    def remember(self, number: int, before: StageInfo | None, info: StageInfo | None) -> None:
+        with_grad = torch.is_grad_enabled()
+        if not with_grad and self.passes and self.passes[-1][:2] == (number, False):
+            return  # no node stands between: it was no checkpoint, and `recall` finds the first
         self.passes.append(Pass(number, with_grad, before, info))
         if len(self.passes) > MAX_PASSES:
             self.forgotten = self.passes.popleft().number
@@ -60,6 +63,11 @@ class Replay:
                 f"among the last {MAX_PASSES}; run backward sooner"
             )
         return found[0]
+
+
+def next_number() -> int:
+    """What autograd gives the next node of this thread."""
+    return torch.autograd._get_sequence_nr()
 
 
 def is_recomputed() -> bool:

@@ -4,7 +4,7 @@
 `encode_image` and `reduce_`: a name, or an instance such as `ToMe(r=13)`.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -158,7 +158,9 @@ class Resize(Strategy):
 
     def smaller(self, tower: Tower, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> (B, 3, h, w)."""
-        return F.interpolate(images, self.pixels(tower.size), mode="bicubic", antialias=True)
+        at_least_fp32 = torch.promote_types(images.dtype, torch.float32)
+        pixels, wide = self.pixels(tower.size), images.to(at_least_fp32)
+        return F.interpolate(wide, pixels, mode="bicubic", antialias=True).to(images.dtype)
 
     def patchify(self, tower: Tower, images: Tensor) -> Tensor:
         """What the tower's entrance makes of the images, smaller."""
@@ -213,6 +215,12 @@ def get_strategy(strategy: str | Strategy, **options: Any) -> Strategy:
         raise ValueError(
             f"schedule: expected one for strategy={strategy!r}, such as '{PRESETS['albef']}', got "
             "none"
+        )
+    needed = [f.name for f in fields(cls) if f.default is MISSING and f.name not in given]
+    if needed:
+        raise ValueError(
+            f"{needed[0]}: expected one for strategy={strategy!r}, got none; pass the strategy "
+            f"whole, {cls.__name__}({needed[0]}=..)"
         )
     return cls(**given)
 

@@ -66,7 +66,8 @@ class TimmTower(Tower):
         positions = 0.0
         if model.pos_embed is not None:
             positions = interpolated(model.pos_embed[0], model.patch_embed.grid_size, grid, p)
-        first = [t for t in (model.cls_token, model.reg_token) if t is not None]
+        names = ("cls_token", "dist_token", "reg_token")
+        first = [t for name in names if (t := getattr(model, name, None)) is not None]
         first = [t.expand(len(images), -1, -1) for t in first]
         if model.no_embed_class:
             tokens = torch.cat([*first, tokens + positions], dim=1)
