@@ -214,3 +214,29 @@ def test_open_clip_trains_ten_steps_with_its_own_loss():
     elip_models.unreduce_(model)
     model.eval(), dense.eval()
     assert torch.equal(model(x, tokens)["image_features"], dense(x, tokens)["image_features"])
+
+
+def hooked(model):
+    return any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_undoing_the_image_model_undoes_the_whole_model():
+    model, x, tokens = open_clip_pair().eval(), images(), ids(2)
+    dense = model(x, tokens)["image_features"]
+    elip_models.reduce_(model, schedule=SCHEDULE)
+    elip_models.unreduce_(model.visual)
+    assert not hooked(model)
+    assert "forward_intermediates" not in vars(model)
+    assert torch.equal(model(x, tokens)["image_features"], dense)
+
+
+def test_reducing_the_image_model_of_a_reduced_pair_ends_its_guidance():
+    model, x, tokens = open_clip_pair().eval(), images(), ids(2)
+    plan = {"schedule": SCHEDULE, "scorer": "last", "without_text": "vision"}
+    elip_models.reduce_(model, **plan)
+    elip_models.reduce_(model.visual, **plan)
+    expected = model.encode_image(x, normalize=True)
+    calls = []
+    model.transformer.register_forward_hook(lambda *args: calls.append(1))
+    assert torch.equal(model(x, tokens)["image_features"], expected)
+    assert len(calls) == 1

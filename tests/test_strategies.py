@@ -333,6 +333,9 @@ def test_resize_agrees_with_timms_own_interpolation():
         (lambda: EViT(layers=()), "layers: expected rising"),
         (lambda: ToMe(-1), "r: expected an int from 0"),
         (lambda: ToMe(True), "r: expected an int from 0"),
+        (lambda: ToMe(proportional=1), "proportional: expected True or False"),
+        (lambda: EViT(attention_gradient="no"), "attention_gradient: expected True or False"),
+        (lambda: Random(SCHEDULE, merge=1), "merge: expected True or False"),
         (lambda: PatchDropout(1.5), "keep: expected a float in"),
         (lambda: PatchDropout(0.5, until=-1), "until: expected a step"),
         (lambda: Resize(0), "size: expected pixels"),
@@ -367,8 +370,22 @@ def test_a_bad_setting_is_named(make, message):
 
 
 def test_a_replaced_forward_is_not_bypassed():
-    model = plain_vit()
+    model = elip_models.reduce_(plain_vit(), schedule=SCHEDULE)
+    expected = model(x := images())
     model.blocks[2].forward = model.blocks[2].forward
     with pytest.raises(TypeError, match="Blocks that run their own forward"):
         elip_models.reduce_(model, strategy="tome")
-    assert not any("forward" in vars(block) for block in model.blocks[:2])
+    assert torch.equal(model(x), expected)  # as it was
+    del model.blocks[2].forward
+    elip_models.reduce_(model, strategy="tome")
+    elip_models.reduce_(model, strategy=ToMe(3))  # our own stands aside
+
+
+def test_a_tower_of_few_patches_has_a_setting_at_every_strength():
+    size = as_tower(plain_vit(img_size=8)).size
+    assert size.num_patches == 1
+    for strategy in (EViT(), PatchDropout(), ToMe(), Random("6(100%)"), Elip("3(100%) 3(50%)")):
+        for strength in (0.0, 0.5, 1.0):
+            assert strategy.at_strength(size, strength).token_counts(size)[-1].mlp >= 2
+    for strategy in STRATEGIES.values():
+        assert strategy.at_flops(plain_vit(), 1.0)

@@ -67,7 +67,7 @@ def nearest(strategy: "Strategy", size: Size, ratio: float, *, exactly: bool = T
             low = middle
         else:
             high = middle
-    found = [strategy.at_strength(size, strength) for strength in (low, high)]
+    found = [strategy.at_strength(size, strength) for strength in (0.0, low, high)]
     best = min(found, key=lambda each: abs(training_ratio(each, size) - ratio))
     reached = training_ratio(best, size)
     if exactly and abs(reached / ratio - 1) > TOLERANCE:

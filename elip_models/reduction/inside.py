@@ -43,6 +43,7 @@ class EViT(Strategy):
 
     def __post_init__(self) -> None:
         check_share("keep_rate", self.keep_rate)
+        check_flag("attention_gradient", self.attention_gradient)
         at = self.layers
         if at is None or at == "all":
             return
@@ -113,8 +114,7 @@ class EViT(Strategy):
         return tower.attend(i, tokens, qkv=(q, k, v)), row
 
     def at_strength(self, size: Size, strength: float) -> Strategy:
-        least = 1.5 / size.num_patches
-        return replace(self, keep_rate=1 - strength * (1 - least))
+        return replace(self, keep_rate=1 - strength * (1 - least_share(size)))
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,7 @@ class ToMe(Strategy):
     proportional: bool = True
 
     def __post_init__(self) -> None:
+        check_flag("proportional", self.proportional)
         each = self.r if isinstance(self.r, (tuple, list)) else (self.r,)
         if not each or any(type(r) is not int or r < 0 for r in each):
             raise ValueError(f"r: expected an int from 0 on, or one a block, got {self.r!r}")
@@ -215,9 +216,20 @@ def counts_of(size: Size, left: Callable[[int, int], int]) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
+def least_share(size: Size) -> float:
+    """Of the patches, so that one stays."""
+    return min(1.0, 1.5 / size.num_patches)
+
+
 def check_share(name: str, value: float) -> None:
     """Raises where it is no share in (0, 1]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a float in (0, 1], got {value!r}")
     if not 0.0 < value <= 1.0:
         raise ValueError(f"{name}: expected a float in (0, 1], got {value!r}")
+
+
+def check_flag(name: str, value: bool) -> None:
+    """Raises where it is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")

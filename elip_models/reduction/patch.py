@@ -8,191 +8,24 @@ ordinary guard for the compiler.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from elip_models.reduction.places import PlacesHook, follow_places
-from elip_models.reduction.replay import Replay, is_recomputed, next_number
-from elip_models.reduction.schedule import Schedule, Stage
-from elip_models.reduction.strategies import get_strategy
-from elip_models.reduction.strategy import (
-    Context,
-    StageInfo,
-    Strategy,
-    stages_of,
-    take_step,
-    warn_if_slower,
+from elip_models.reduction.hooks import (
+    BlockForward,
+    Entrance,
+    Refusal,
+    Shared,
+    StageHook,
+    TextFirst,
 )
+from elip_models.reduction.places import PlacesHook, follow_places
+from elip_models.reduction.schedule import Schedule
+from elip_models.reduction.strategies import get_strategy
+from elip_models.reduction.strategy import Strategy, stages_of
 from elip_models.towers import Pair, Tower, as_pair, as_tower
-
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
-
-
-@dataclass
-class _Shared:
-    """What the hooks of one model share; before: what the latest step of this forward did."""
-
-    tower: Tower
-    strategy: Strategy
-    text_cls: Tensor | None = None
-    before: StageInfo | None = None
-    scoring: bool = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy made inside `guidance` is not guided."""
-        return {**vars(self), "text_cls": None, "before": None, "scoring": False}
-
-
-class StageHook:
-    """The forward pre-hook on a block that a step stands before, or the forward of one whose place
-    it takes: reduces the tokens that enter."""
-
-    def __init__(self, shared: _Shared, stage: Stage, num_tokens: int) -> None:
-        self.shared = shared
-        self.stage = stage
-        self.num_tokens = num_tokens  # that enter
-        stages = stages_of(shared.strategy, shared.tower.size)
-        self.is_first, self.is_last = stage == stages[0], stage == stages[-1]
-        self.replay = Replay()
-
-    def __call__(self, block: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        """As a pre-hook: the arguments of the block, with fewer tokens."""
-        if self.shared.scoring:  # the dry run passes through this very block
-            return None
-        tokens = self.reduce(block, args, kwargs)
-        return None if tokens is None else ((tokens, *args[1:]), kwargs)
-
-    def reduce(self, block: nn.Module, args: Args, kwargs: Kwargs) -> Tensor | None:
-        """What the step makes of the tokens, or None where it does nothing."""
-        if torch.compiler.is_compiling() and block._compiled_call_impl is not None:
-            return _outside_the_graph(self, block, args, kwargs)
-        _refuse_masks(args, kwargs)
-        shared, strategy = self.shared, self.shared.strategy
-        began = None if torch.compiler.is_compiling() else next_number()
-        recomputed = began is not None and is_recomputed()
-        if recomputed:
-            _, _, before, replay = self.replay.recall()
-            reduces = replay is not None
-        else:
-            before, replay = None if self.is_first else shared.before, None
-            reduces = strategy.reduces(shared.text_cls, shared.tower.model.training)
-            if self.is_first and reduces:
-                warn_if_slower(shared.tower, strategy)
-        if not reduces:
-            if not recomputed:
-                self._remember(began, before, None)
-            return None
-        self._check(args[0])
-        shared.scoring = True
-        try:
-            context = Context(shared.text_cls, before, replay)
-            tokens, info = take_step(strategy, shared.tower, self.stage, args[0], context)
-        finally:
-            shared.scoring = False
-        if not recomputed:
-            self._remember(began, before, info)
-        return tokens
-
-    def _check(self, tokens: Tensor) -> None:
-        if tokens.shape[1] != self.num_tokens:
-            raise ValueError(
-                f"images: expected {self.num_tokens} tokens before block {self.stage.first}, those "
-                f"of images {self.shared.tower.image_size}, got {tokens.shape[1]}; resize the "
-                "images"
-            )
-
-    def _remember(
-        self, began: int | None, before: StageInfo | None, info: StageInfo | None
-    ) -> None:
-        is_rotary = self.shared.tower.is_rotary
-        if self.shared.strategy.takes_block or is_rotary:
-            self.shared.before = None if self.is_last and not is_rotary else info
-        if began is not None and not torch.is_inference_mode_enabled():
-            self.replay.remember(began, before, info)
-
-
-class BlockForward:
-    """Stands in for the forward of a block whose place a step takes."""
-
-    def __init__(self, hook: StageHook) -> None:
-        self.hook = hook
-        self.shared = hook.shared
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        block = self.shared.tower.blocks[self.hook.stage.first]
-        if not self.shared.scoring:
-            tokens = self.hook.reduce(block, args, kwargs)
-            if tokens is not None:
-                return tokens
-        return type(block).forward(block, *args, **kwargs)
-
-
-class Entrance:
-    """Stands in for what makes tokens of images; `passes_on` where a later part does it all."""
-
-    def __init__(self, shared: _Shared, *, passes_on: bool) -> None:
-        self.shared = shared
-        self.passes_on = passes_on
-
-    def __call__(self, images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.passes_on:
-            return images
-        return self.shared.strategy.patchify(self.shared.tower, images)
-
-
-def _refuse_masks(args: Args, kwargs: Kwargs) -> None:
-    masks = (*args[1:], *(kwargs.get(name) for name in ("attn_mask", "attention_mask")))
-    if any(mask is not None for mask in masks) or kwargs.get("is_causal"):
-        raise ValueError("attn_mask: expected none on a reduced model, whose tokens change")
-
-
-@torch.compiler.disable
-def _outside_the_graph(
-    hook: StageHook, block: nn.Module, args: Args, kwargs: Kwargs
-) -> Tensor | None:
-    """In a block that is compiled by itself the step runs eagerly, so that it can replay.
-
-    In the graph it would score again when the block is recomputed, without the guidance.
-    """
-    return hook.reduce(block, args, kwargs)
-
-
-class TextFirst:
-    """Both hooks on a whole model's forward: its text becomes the guidance of its image tower.
-
-    The text is encoded without gradient, once more than the forward itself does.
-    """
-
-    def __init__(self, shared: _Shared, pair: Pair) -> None:
-        self.shared = shared
-        self.pair = pair
-        self.is_ours = False
-
-    def __call__(self, model: nn.Module, args: Args, kwargs: Kwargs, *output: Any) -> None:
-        if output:
-            self.shared.text_cls = None if self.is_ours else self.shared.text_cls
-            self.is_ours = False
-        elif self.shared.text_cls is None:
-            with torch.no_grad():
-                self.shared.text_cls = self.pair.text_cls(*args, **kwargs)
-            self.is_ours = True
-
-
-class _Refusal:
-    """Stands in for a method that would return nonsense on a reduced model."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise ValueError(
-            f"{self.name}: expected a model whose blocks all see every patch, got one that reduce_ "
-            "has changed; unreduce_ it first"
-        )
 
 
 def reduce_(
@@ -211,9 +44,10 @@ def reduce_(
     Parameters, state_dict keys and the call stay the same. A second call replaces the settings.
     The last block runs for all tokens, since the model's own forward may read them; CLIP's image
     tower in inference runs it for CLS alone.
-    Guidance, where there is any, comes by `with guidance(model, text_cls):` around the forward. A
-    whole language-image model guides itself: its forward encodes the text first, without gradient,
-    and again as it always did.
+    Call it before torch.compile, which does not see hooks that come later. Guidance, where there is
+    any, comes by `with guidance(model, text_cls):` around the forward. A whole language-image model
+    guides itself: its forward encodes the text first, without gradient, and again as it always did;
+    image i is guided by text i, and another number of texts is an error.
 
     Args:
         model: an image model of timm, open_clip or transformers with a CLS token, or SigLIP's; or
@@ -246,11 +80,11 @@ def reduce_(
         merge=merge,
     )
     plan.check(tower)
-    if _reduces_by(model, plan, guides_itself=pair is not None and plan.is_guided):
+    if _reduces_by(model, plan, pair):
         return model  # nothing changes, not even for a compiler that has seen it
-    unreduce_(model)
     _refuse_replaced(tower, plan)
-    _install(_Shared(tower, plan), pair)
+    unreduce_(model)
+    _install(Shared(tower, plan, pair))
     return model
 
 
@@ -260,15 +94,16 @@ def _refuse_replaced(tower: Tower, strategy: Strategy) -> None:
     taken = owners if strategy.takes_block else []
     taken = taken + (tower.entrance if strategy.changes_embedding else [])
     for owner, name in taken:
-        if name in vars(owner):
+        stands_in = vars(owner).get(name)
+        if stands_in is not None and not isinstance(stands_in, (BlockForward, Entrance)):
             raise TypeError(
                 f"model: expected {type(owner).__name__}s that run their own {name}, got one whose "
                 f"{name} was replaced, which {strategy.name!r} would bypass"
             )
 
 
-def _install(shared: _Shared, pair: Pair | None) -> None:
-    tower, strategy = shared.tower, shared.strategy
+def _install(shared: Shared) -> None:
+    tower, strategy, pair = shared.tower, shared.strategy, shared.pair
     stages, counts = stages_of(strategy, tower.size), strategy.token_counts(tower.size)
     if not stages and not strategy.changes_embedding:
         return
@@ -289,29 +124,32 @@ def _install(shared: _Shared, pair: Pair | None) -> None:
         follow_places(shared, stages[0].first + strategy.takes_block)
     _refuse_side_doors(tower)
     if pair is not None and strategy.is_guided:
-        text_first = TextFirst(shared, pair)
+        text_first = TextFirst(shared)
         pair.model.register_forward_pre_hook(text_first, with_kwargs=True)
         pair.model.register_forward_hook(text_first, with_kwargs=True, always_call=True)
     if pair is not None:
         _refuse_side_doors(pair)
 
 
-def _reduces_by(model: nn.Module, strategy: Strategy, *, guides_itself: bool) -> bool:
+def _reduces_by(model: nn.Module, strategy: Strategy, pair: Pair | None) -> bool:
     """Whether `reduce_` has changed the model so already."""
-    found = any(isinstance(hook, TextFirst) for hook in model._forward_pre_hooks.values())
-    same = any(hook.shared.strategy == strategy for hook in _hooks(model))
-    return same and found == guides_itself
+    states = (hook.shared for hook in _hooks(model))
+    return any(s.strategy == strategy and (s.pair is None) == (pair is None) for s in states)
 
 
 def _refuse_side_doors(adapter: Tower | Pair) -> None:
     for name in adapter.side_doors:
-        setattr(adapter.model, name, _Refusal(name))
+        setattr(adapter.model, name, Refusal(name))
 
 
 def unreduce_(model: nn.Module) -> nn.Module:
-    """Undo `reduce_`, also on a deepcopied or unpickled model; returns the model."""
+    """Undo `reduce_`, also on a deepcopied or unpickled model; returns the model.
+
+    Of the image model inside a whole one that was reduced, the whole one is undone.
+    """
     _refuse_compiled(model, "unreduce_")
-    for module in model.modules():
+    pairs = {h.shared.pair.model for h in _hooks(model) if h.shared.pair is not None}
+    for module in (module for whole in (model, *pairs) for module in whole.modules()):
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, (StageHook, TextFirst, PlacesHook)):
                 del module._forward_pre_hooks[key]
@@ -322,7 +160,7 @@ def unreduce_(model: nn.Module) -> nn.Module:
                 module._forward_hooks_with_kwargs.pop(key, None)
                 module._forward_hooks_always_called.pop(key, None)
         for name, value in list(vars(module).items()):
-            if isinstance(value, (_Refusal, BlockForward, Entrance)):
+            if isinstance(value, (Refusal, BlockForward, Entrance)):
                 delattr(module, name)
     return model
 

@@ -14,14 +14,14 @@ from elip_models.reduction.replay import Replay, is_recomputed, next_number
 from elip_models.reduction.strategy import StageInfo
 
 if TYPE_CHECKING:
-    from elip_models.reduction.patch import _Shared
+    from elip_models.reduction.hooks import Shared
 
 
 class PlacesHook:
     """The forward pre-hook on a block behind a step, and the forward hook on the last block, after
     which the places are forgotten."""
 
-    def __init__(self, shared: "_Shared") -> None:
+    def __init__(self, shared: "Shared") -> None:
         self.shared = shared
         self.replay = Replay()
 
@@ -53,7 +53,7 @@ class PlacesHook:
         return self.shared.before
 
 
-def follow_places(shared: "_Shared", first: int) -> None:
+def follow_places(shared: "Shared", first: int) -> None:
     """Hook the blocks from `first` on, and the end of the last one."""
     if not shared.tower.is_rotary:
         return

@@ -133,7 +133,8 @@ class Schedule:
     def at_strength(self, num_patches: int, strength: float) -> "Schedule":
         """The same form with more or less dropped: nothing at 0, all but a patch or so at 1."""
         lowest = min(ratio for _, ratio in self.groups)
-        most = 0.0 if lowest == 1.0 else (1 - 1.5 / num_patches) / (1 - lowest)
+        least = min(1.0, 1.5 / num_patches)
+        most = 0.0 if lowest == 1.0 else (1 - least) / (1 - lowest)
         groups = tuple((n, 1 - strength * most * (1 - ratio)) for n, ratio in self.groups)
         return replace(self, groups=groups)
 

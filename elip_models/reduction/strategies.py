@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from elip_models.reduction.adaptive import Adaptive
 from elip_models.reduction.flops import nearest
-from elip_models.reduction.inside import EViT, ToMe, check_share
+from elip_models.reduction.inside import EViT, ToMe, check_flag, check_share, least_share
 from elip_models.reduction.schedule import PRESETS, Schedule, Stage
 from elip_models.reduction.stage import Elip, Staged
 from elip_models.reduction.strategy import Context, Layer, StageInfo, Strategy, tower_of
@@ -67,6 +67,7 @@ class Random(Drawn):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", Schedule.parse(self.schedule))
+        check_flag("merge", self.merge)
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class PatchDropout(Drawn):
         return training
 
     def at_strength(self, size: Size, strength: float) -> Strategy:
-        return replace(self, keep=1 - strength * (1 - 1.5 / size.num_patches))
+        return replace(self, keep=1 - strength * (1 - least_share(size)))
 
 
 @dataclass(frozen=True)

@@ -133,9 +133,9 @@ class Strategy:
         raise NotImplementedError
 
     def at_strength(self, size: Size, strength: float) -> Self:
-        """The same strategy, reducing nothing (0) to as much as it can (1); more never costs more.
+        """The same strategy, reducing nothing (0) to as much as it can (1).
 
-        `at_flops` searches here.
+        Where it reduces, more never costs more; `at_flops` searches here.
         """
         raise NotImplementedError
 
