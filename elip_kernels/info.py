@@ -34,7 +34,8 @@ class ReductionInfo(NamedTuple):
     def source_map(self, earlier: Tensor | None = None) -> Tensor:
         """The tokens that each output token holds: prefix, kept in the order of `kept`, merged.
 
-        Dropped padding counts to the merged token, though it has no weight.
+        What the mask calls no real token holds nothing; padding counts to the merged token, though
+        it has no weight.
 
         Args:
             earlier: (B, N, P) bool, the map of the steps before, whose tokens were reduced here.
@@ -46,6 +47,8 @@ class ReductionInfo(NamedTuple):
         index = torch.arange(N, device=self.kept.device)
         prefix = index[: self.num_prefix_tokens].expand(B, -1)
         source = torch.cat([prefix, self.kept], dim=1)[..., None] == index
+        if self.mask is not None:
+            source = source & self.mask[:, : source.shape[1], None]
         if self.merged:
             source = torch.cat([source, ~source.any(1, keepdim=True)], dim=1)
         return _chained(source, earlier)

@@ -266,6 +266,9 @@ def test_adaptive_keeps_the_least_patches_that_hold_the_mass():
         assert real.sum() == k
         assert info.reduction.kept[b][real].tolist() == sorted((order[:k] + 1).tolist())
         kept += k
+        source = info.reduction.source_map()[b]
+        assert source.sum(0).tolist() == [1] * 37  # every token in one place
+        assert source[-1].sum() == 36 - k
     assert info.mean_keep == kept / 8
     assert 0 < kept < 8 * 18
 
