@@ -1,0 +1,91 @@
+"""BERT in parts: embeddings, layers with or without cross attention to image tokens, and its head.
+
+Layers, embeddings and head are transformers' own, so that attention runs on SDPA and checkpoints
+load by their names. Which layers run, and on what, is the model's business: ALBEF's first half
+reads the text alone and its second half the image too, BLIP's layers do both.
+"""
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+from transformers import BertConfig
+from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, BertOnlyMLMHead
+
+
+class BertTower(nn.Module):
+    """Embeddings and a list of layers, of which some attend to image tokens too.
+
+    Args:
+        config: of transformers; its attention is SDPA.
+        cross_attention: numbers of the layers that attend to image tokens.
+    """
+
+    def __init__(self, config: BertConfig, cross_attention: Iterable[int] = ()) -> None:
+        super().__init__()
+        self.config = config
+        config._attn_implementation = "sdpa"
+        options = config.to_dict() | {"is_decoder": True, "add_cross_attention": True}
+        crossing = BertConfig(**options)
+        crossing._attn_implementation = "sdpa"
+        chosen = set(cross_attention)
+        self.embeddings = BertEmbeddings(config)
+        self.layers = nn.ModuleList(
+            BertLayer(crossing if i in chosen else config, layer_idx=i)
+            for i in range(config.num_hidden_layers)
+        )
+        self.apply(self._init)
+
+    def _init(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """input_ids (B, L) -> (B, L, D)."""
+        return self.embeddings(input_ids=input_ids)
+
+    def run(
+        self, hidden: Tensor, mask: Tensor, layers: range, image_tokens: Tensor | None = None
+    ) -> Tensor:
+        """Some of the layers.
+
+        Args:
+            hidden: (B, L, D).
+            mask: (B, L), 1 = real.
+            layers: which, in order.
+            image_tokens: (B, N, D) that layers with cross attention attend to, all of them real.
+
+        Returns:
+            (B, L, D).
+        """
+        bias = (mask != 0)[:, None, None]
+        for i in layers:
+            if image_tokens is None:
+                hidden = self.layers[i](hidden, attention_mask=bias)
+            else:
+                hidden = self.layers[i](
+                    hidden, attention_mask=bias, encoder_hidden_states=image_tokens
+                )
+        return hidden
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute layers in backward instead of saving their activations."""
+        for layer in self.layers:
+            layer.gradient_checkpointing = enable
+            layer._gradient_checkpointing_func = _checkpoint
+
+
+def _checkpoint(function, *args):
+    from torch.utils.checkpoint import checkpoint
+
+    return checkpoint(function, *args, use_reentrant=False)
+
+
+def masked_language_head(tower: BertTower) -> BertOnlyMLMHead:
+    """BERT's prediction head over (B, L, D), its decoder tied to the tower's word embeddings."""
+    head = BertOnlyMLMHead(tower.config)
+    head.predictions.decoder.weight = tower.embeddings.word_embeddings.weight
+    head.predictions.decoder.bias = head.predictions.bias
+    return head

@@ -1,0 +1,146 @@
+"""ALBEF's pre-training step against the official one, and what it promises beside."""
+
+import pytest
+import torch
+
+from elip_models.albef import ALBEF, ALBEFConfig, Drawn
+from elip_models.modules.momentum import FeatureQueue
+from tests.test_golden import check_gradients
+
+NAMES = {
+    "visual_encoder.": "encoders.visual.",
+    "text_encoder.bert.embeddings.": "encoders.text.embeddings.",
+    "text_encoder.bert.encoder.layer.": "encoders.text.layers.",
+    "text_encoder.cls.": "encoders.language_head.",
+    "vision_proj.": "encoders.image_projection.",
+    "text_proj.": "encoders.text_projection.",
+}
+OTHERS = {"temp": "temperature", "image_queue": "queue.image", "text_queue": "queue.text"}
+OTHERS |= {"queue_ptr": "queue.pointer"}
+
+
+def our_name(name):
+    if name in OTHERS:
+        return OTHERS[name]
+    for theirs, ours in NAMES.items():
+        momentum = theirs.replace(".", "_m.", 1)
+        name = name.replace(momentum, ours.replace("encoders.", "encoders_m."))
+        name = name.replace(theirs, ours)
+    return name
+
+
+def loaded(case, **options):
+    meta = case.meta["config"]
+    bert, vit = meta["bert"], meta["vit"]
+    config = ALBEFConfig(
+        image_size=meta["image"],
+        patch_size=meta["patch"],
+        vision_width=vit["embed_dim"],
+        vision_depth=vit["depth"],
+        vision_heads=vit["num_heads"],
+        vision_mlp_ratio=vit["mlp_ratio"],
+        text_width=bert["hidden_size"],
+        text_depth=bert["num_hidden_layers"],
+        text_layers=meta["fusion_layer"],
+        text_heads=bert["num_attention_heads"],
+        text_hidden=bert["intermediate_size"],
+        text_dropout=0.0,
+        vocab_size=bert["vocab_size"],
+        max_positions=bert["max_position_embeddings"],
+        embed_dim=meta["embed_dim"],
+        queue_size=meta["queue_size"],
+        momentum=meta["momentum"],
+        alpha=meta["alpha"],
+        cls_token_id=1,
+        sep_token_id=2,
+        mask_token_id=3,
+        schedule="1(100%) 1(90%) 2(65%) 2(40%)",
+        **options,
+    )
+    model = ALBEF(config)
+    weights = {our_name(n): w for n, w in case.under("sd/").items()}
+    shapes = {n: t.shape for n, t in model.state_dict().items()}
+    weights = {n: w.view(shapes[n]).to(model.state_dict()[n].dtype) for n, w in weights.items()}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected
+    tied = ("predictions.decoder.weight", "predictions.decoder.bias", "position_ids")
+    assert all(name.endswith(tied) or "token_type_ids" in name for name in missing), missing
+    return model
+
+
+def drawn(case):
+    names = ("neg_image_idx", "neg_text_idx", "mlm_input_ids", "mlm_labels")
+    return Drawn(*(case[name].long() for name in names))
+
+
+@pytest.mark.parametrize("scorer", ["official", "exact"])
+def test_the_official_step_is_reproduced(golden, scorer):
+    case = golden("albef_pretrain")
+    model = loaded(case, scorer=scorer)
+    out = model(case["image"], case["input_ids"].long(), case["attention_mask"], drawn=drawn(case))
+    for name, loss in (("ita", out.loss_itc), ("itm", out.loss_itm), ("mlm", out.loss_mlm)):
+        torch.testing.assert_close(loss, case[f"loss_{name}"], atol=2e-6, rtol=0, msg=name)
+    out.loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    expected = {our_name(n): g for n, g in case.under("grad/").items()}
+    check_gradients(grads, expected)
+    assert not any("_m." in name for name in grads)
+    for name in ("image_queue", "text_queue", "queue_ptr"):
+        got = model.state_dict()[OTHERS[name]]
+        torch.testing.assert_close(
+            got, case[f"after/{name}"].view(got.shape).to(got.dtype), atol=1e-6, rtol=0
+        )
+
+
+def test_it_draws_negatives_that_are_no_pairs_and_masks_no_special_token(golden):
+    case = golden("albef_pretrain")
+    model, ids = loaded(case), case["input_ids"].long()
+    similar = tuple(torch.randn(4, 14) for _ in range(2))
+    for _ in range(20):
+        sample = model._draw(similar, ids)
+        for negative in sample[:2]:
+            assert (negative != torch.arange(4)).all()
+        special = (ids == 0) | (ids == 1) | (ids == 2)
+        assert (sample.labels[special] == -100).all()
+        assert torch.equal(sample.masked_ids[sample.labels == -100], ids[sample.labels == -100])
+
+
+def test_a_step_without_given_draws_trains(golden):
+    case = golden("albef_pretrain")
+    model = loaded(case)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    losses = []
+    for _ in range(30):
+        out = model(case["image"], case["input_ids"].long(), case["attention_mask"])
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(out.loss.item())
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+
+def test_the_queue_wraps_around():
+    queue = FeatureQueue(3, 5)
+    before, batch = queue.image.clone(), torch.randn(4, 3)
+    queue.enqueue_(batch, batch)
+    queue.enqueue_(2 * batch, batch)
+    assert queue.pointer.item() == 3
+    expected = torch.stack([2 * batch[1], 2 * batch[2], 2 * batch[3], batch[3], 2 * batch[0]], 1)
+    assert torch.equal(queue.image, expected)
+    assert not torch.equal(before, queue.image)
+    with pytest.raises(ValueError, match="queue_size: expected at least the batch, 6, got 5"):
+        queue.enqueue_(torch.randn(6, 3), torch.randn(6, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"text_width": 512}, "text_width: expected vision_width = 768"),
+        ({"text_layers": 12}, "text_layers: expected 1 to 11 of 12 layers"),
+        ({"alpha": 1.5}, "alpha: expected a float in"),
+        ({"schedule": "3(100%)"}, "schedule: expected 12 layers"),
+    ],
+)
+def test_a_bad_config_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        ALBEFConfig(**options)
