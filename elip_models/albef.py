@@ -218,7 +218,7 @@ class ALBEF(nn.Module):
         *,
         drawn: Drawn | None = None,
     ) -> ALBEFOutput:
-        """The pre-training losses of a batch of pairs; momentum encoders and queue move on.
+        """The pre-training losses of a batch of pairs; in training momentum and queue move on.
 
         Args:
             images: (B, 3, H, W).
@@ -227,8 +227,8 @@ class ALBEF(nn.Module):
                 repeated by another implementation.
         """
         online, mask = self.encoders, attention_mask
-        with torch.no_grad():
-            self.temperature.clamp_(0.001, 0.5)
+        if self.training:
+            self._clamp_temperature()
         text = online.read(input_ids, mask)
         image, _ = self.encode_image(images, text[:, 0])
         image_features, text_features = online.image_features(image), online.text_features(text)
@@ -237,7 +237,8 @@ class ALBEF(nn.Module):
         image_m, features_m = self._momentum_features(images, input_ids, mask)
         similar, similar_m = self._similarities((image_features, text_features), features_m)
         loss_itc = soft_contrastive_loss(similar, similar_m, self.alpha)
-        self.queue.enqueue_(*features_m)
+        if self.training:
+            self.queue.enqueue_(*features_m)
         if drawn is None:
             drawn = self._draw(similar, input_ids)
         loss_itm = self._matching_loss(image, text, mask, drawn)
@@ -247,6 +248,10 @@ class ALBEF(nn.Module):
         loss_mlm = distilled_language_loss(logits, drawn.labels, teacher, self.alpha)
         loss = loss_itc + loss_itm + loss_mlm
         return ALBEFOutput(loss, loss_itc, loss_itm, loss_mlm, image_features, text_features)
+
+    @torch.no_grad()
+    def _clamp_temperature(self) -> None:
+        self.temperature.clamp_(0.001, 0.5)
 
     @torch.no_grad()
     def _momentum_features(

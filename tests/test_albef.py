@@ -6,6 +6,7 @@ import torch
 from elip_models.albef import ALBEF, ALBEFConfig, Drawn
 from elip_models.modules.momentum import FeatureQueue
 from tests.test_golden import check_gradients
+from tests.towers import assert_equal_gradients
 
 NAMES = {
     "visual_encoder.": "encoders.visual.",
@@ -144,3 +145,43 @@ def test_the_queue_wraps_around():
 def test_a_bad_config_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         ALBEFConfig(**options)
+
+
+def gradients(model, case, **context):
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, **context):
+        out = model(
+            case["image"], case["input_ids"].long(), case["attention_mask"], drawn=drawn(case)
+        )
+    out.loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_checkpointing_does_not_change_gradients(golden):
+    case = golden("albef_pretrain")
+    plain, checkpointed = loaded(case), loaded(case)
+    checkpointed.set_grad_checkpointing()
+    expected = gradients(plain, case, enabled=False)
+    assert_equal_gradients(gradients(checkpointed, case, enabled=False), expected)
+
+
+def test_bf16_trains_every_weight(golden):
+    case = golden("albef_pretrain")
+    grads = gradients(loaded(case), case, enabled=True)
+    assert set(grads) == {our_name(n) for n in case.under("grad/")} - {"image"}
+    assert all(grad.isfinite().all() for grad in grads.values())
+
+
+def test_momentum_encoders_follow_in_training_alone(golden):
+    case = golden("albef_pretrain")
+    model = loaded(case)
+    inputs = case["image"], case["input_ids"].long(), case["attention_mask"]
+    before = {n: p.clone() for n, p in model.encoders_m.named_parameters()}
+    queue = model.queue.image.clone()
+    model.eval()(*inputs, drawn=drawn(case))
+    assert torch.equal(model.queue.image, queue)
+    assert all(torch.equal(p, before[n]) for n, p in model.encoders_m.named_parameters())
+    model.train()(*inputs, drawn=drawn(case))
+    online = dict(model.encoders.named_parameters())
+    for name, p in model.encoders_m.named_parameters():
+        torch.testing.assert_close(p, 0.995 * before[name] + 0.005 * online[name])
