@@ -235,7 +235,9 @@ class ALBEF(nn.Module):
         if self.training:
             update_momentum_(self.encoders_m, online, self.config.momentum)
         image_m, features_m = self._momentum_features(images, input_ids, mask)
-        similar, similar_m = self._similarities((image_features, text_features), features_m)
+        similar, similar_m = self.queue.similarities(
+            (image_features, text_features), features_m, self.temperature
+        )
         loss_itc = soft_contrastive_loss(similar, similar_m, self.alpha)
         if self.training:
             self.queue.enqueue_(*features_m)
@@ -262,21 +264,6 @@ class ALBEF(nn.Module):
         image, _ = run_tower(self.tower_m, images, None, self.dense)
         text = momentum.read(input_ids, mask)
         return image, (momentum.image_features(image), momentum.text_features(text))
-
-    def _similarities(
-        self, features: tuple[Tensor, Tensor], features_m: tuple[Tensor, Tensor]
-    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Image-to-text and text-to-image (B, B + Q), over the temperature: online and momentum."""
-        images = torch.cat([features_m[0].T, self.queue.image], dim=1)
-        texts = torch.cat([features_m[1].T, self.queue.text], dim=1)
-
-        def similar(features: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            image, text = features
-            return image @ texts / self.temperature, text @ images / self.temperature
-
-        with torch.no_grad():
-            momentum = similar(features_m)
-        return similar(features), momentum
 
     def _draw(self, similar: tuple[Tensor, Tensor], input_ids: Tensor) -> Drawn:
         """Hard negatives by the similarities, and masked tokens."""

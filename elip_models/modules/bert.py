@@ -5,18 +5,38 @@ load by their names. Which layers run, and on what, is the model's business: ALB
 reads the text alone and its second half the image too, BLIP's layers do both.
 """
 
+import copy
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, BertOnlyMLMHead
+
+
+class UntypedEmbeddings(nn.Module):
+    """The embeddings of BERT, word and position, without token types; transformers' names."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, width, config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """input_ids (B, L) -> (B, L, D)."""
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        hidden = self.word_embeddings(input_ids) + self.position_embeddings(positions)
+        return self.dropout(self.LayerNorm(hidden))
 
 
 class BertTower(nn.Module):
     """Embeddings and a list of layers, of which some attend to image tokens too.
 
     Args:
-        config: of transformers; its attention is SDPA.
+        config: of transformers; its attention is SDPA. `type_vocab_size` 0: no token types.
         cross_attention: numbers of the layers that attend to image tokens.
     """
 
@@ -28,7 +48,8 @@ class BertTower(nn.Module):
         crossing = BertConfig(**options)
         crossing._attn_implementation = "sdpa"
         chosen = set(cross_attention)
-        self.embeddings = BertEmbeddings(config)
+        typed = config.type_vocab_size > 0
+        self.embeddings = BertEmbeddings(config) if typed else UntypedEmbeddings(config)
         self.layers = nn.ModuleList(
             BertLayer(crossing if i in chosen else config, layer_idx=i)
             for i in range(config.num_hidden_layers)
@@ -47,7 +68,13 @@ class BertTower(nn.Module):
         return self.embeddings(input_ids=input_ids)
 
     def run(
-        self, hidden: Tensor, mask: Tensor, layers: range, image_tokens: Tensor | None = None
+        self,
+        hidden: Tensor,
+        mask: Tensor,
+        layers: range,
+        image_tokens: Tensor | None = None,
+        *,
+        causal: bool = False,
     ) -> Tensor:
         """Some of the layers.
 
@@ -56,11 +83,15 @@ class BertTower(nn.Module):
             mask: (B, L), 1 = real.
             layers: which, in order.
             image_tokens: (B, N, D) that layers with cross attention attend to, all of them real.
+            causal: a token attends to itself and those before it.
 
         Returns:
             (B, L, D).
         """
         bias = (mask != 0)[:, None, None]
+        if causal:
+            L = mask.shape[1]
+            bias = bias & torch.ones(L, L, dtype=torch.bool, device=mask.device).tril()
         for i in layers:
             if image_tokens is None:
                 hidden = self.layers[i](hidden, attention_mask=bias)
@@ -81,6 +112,17 @@ def _checkpoint(function, *args):
     from torch.utils.checkpoint import checkpoint
 
     return checkpoint(function, *args, use_reentrant=False)
+
+
+def tied_decoder(encoder: BertTower) -> BertTower:
+    """A tower with self-attention of its own; its other parts are the encoder's, not copies."""
+    decoder = copy.deepcopy(encoder)
+    decoder.embeddings = encoder.embeddings
+    for own, theirs in zip(decoder.layers, encoder.layers, strict=True):
+        for name, part in theirs.named_children():
+            if name != "attention":
+                setattr(own, name, part)
+    return decoder
 
 
 def masked_language_head(tower: BertTower) -> BertOnlyMLMHead:

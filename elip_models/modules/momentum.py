@@ -41,6 +41,28 @@ class FeatureQueue(nn.Module):
             self.register_buffer(name, features)
         self.register_buffer("pointer", torch.zeros(1, dtype=torch.long))
 
+    def similarities(
+        self,
+        features: tuple[Tensor, Tensor],
+        features_m: tuple[Tensor, Tensor],
+        temperature: Tensor,
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Image-to-text and text-to-image (B, B + Q), over the temperature: online and momentum.
+
+        Args:
+            features, features_m: (B, E) of image and text, of the online and momentum encoders.
+        """
+        images = torch.cat([features_m[0].T, self.image], dim=1)
+        texts = torch.cat([features_m[1].T, self.text], dim=1)
+
+        def similar(features: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            image, text = features
+            return image @ texts / temperature, text @ images / temperature
+
+        with torch.no_grad():
+            momentum = similar(features_m)
+        return similar(features), momentum
+
     @torch.no_grad()
     def enqueue_(self, image: Tensor, text: Tensor) -> None:
         """image, text (B, E): overwrite the oldest B features, without a host synchronisation.

@@ -3,6 +3,7 @@
 ITC   soft targets y = alpha softmax(s_m) + (1 - alpha) I over [batch | queue]    ALBEF, Eq. 6
 ITM   negatives drawn by the softmax of the batch's similarities, never the pair itself
 MLM   15% of the tokens: 80% [MASK], 10% another, 10% as they were                BERT
+LM    each token from those before it, with label smoothing                        BLIP
 """
 
 import torch
@@ -96,3 +97,24 @@ def distilled_language_loss(
         return loss / count
     soft = -(logits.log_softmax(-1) * teacher.float().softmax(-1)).sum(-1)
     return ((1 - alpha) * loss + alpha * (soft * labelled).sum()) / count
+
+
+def language_loss(logits: Tensor, input_ids: Tensor, mask: Tensor, smoothing: float) -> Tensor:
+    """LM: cross entropy of each next token, the mean over the real ones, in fp32.
+
+    Where no real token follows another it is 0.
+
+    Args:
+        logits: (B, L, V), of position i for token i + 1.
+        input_ids, mask: (B, L), 1 = real.
+        smoothing: of the labels.
+    """
+    labels = input_ids.masked_fill(mask == 0, IGNORED)[:, 1:]
+    loss = F.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1),
+        labels.flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
+        label_smoothing=smoothing,
+    )
+    return loss / (labels != IGNORED).sum().clamp_min(1)
