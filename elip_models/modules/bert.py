@@ -2,7 +2,8 @@
 
 Layers, embeddings and head are transformers' own, so that attention runs on SDPA and checkpoints
 load by their names. Which layers run, and on what, is the model's business: ALBEF's first half
-reads the text alone and its second half the image too, BLIP's layers do both.
+reads the text alone and its second half the image too, BLIP's layers do both, and METER's two
+stacks without embeddings attend to one another.
 """
 
 from collections.abc import Iterable
@@ -18,9 +19,15 @@ class BertTower(nn.Module):
     Args:
         config: of transformers; its attention is SDPA.
         cross_attention: numbers of the layers that attend to image tokens.
+        embeddings: made of `config`, such as RoBERTa's; None for layers alone.
     """
 
-    def __init__(self, config: BertConfig, cross_attention: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        config: BertConfig,
+        cross_attention: Iterable[int] = (),
+        embeddings: type[nn.Module] | None = BertEmbeddings,
+    ) -> None:
         super().__init__()
         self.config = config
         config._attn_implementation = "sdpa"
@@ -28,14 +35,15 @@ class BertTower(nn.Module):
         crossing = BertConfig(**options)
         crossing._attn_implementation = "sdpa"
         chosen = set(cross_attention)
-        self.embeddings = BertEmbeddings(config)
+        self.embeddings = embeddings(config) if embeddings else None
         self.layers = nn.ModuleList(
             BertLayer(crossing if i in chosen else config, layer_idx=i)
             for i in range(config.num_hidden_layers)
         )
-        self.apply(self._init)
+        self.apply(self.init)
 
-    def _init(self, module: nn.Module) -> None:
+    def init(self, module: nn.Module) -> None:
+        """Fill one module as BERT does: weights from N(0, initializer_range), biases zero."""
         std = self.config.initializer_range
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=std)
@@ -47,7 +55,12 @@ class BertTower(nn.Module):
         return self.embeddings(input_ids=input_ids)
 
     def run(
-        self, hidden: Tensor, mask: Tensor, layers: range, image_tokens: Tensor | None = None
+        self,
+        hidden: Tensor,
+        mask: Tensor,
+        layers: range,
+        image_tokens: Tensor | None = None,
+        image_mask: Tensor | None = None,
     ) -> Tensor:
         """Some of the layers.
 
@@ -55,18 +68,23 @@ class BertTower(nn.Module):
             hidden: (B, L, D).
             mask: (B, L), 1 = real.
             layers: which, in order.
-            image_tokens: (B, N, D) that layers with cross attention attend to, all of them real.
+            image_tokens: (B, N, D) that layers with cross attention attend to.
+            image_mask: (B, N), 1 = real; None where all of them are.
 
         Returns:
             (B, L, D).
         """
         bias = (mask != 0)[:, None, None]
+        image_bias = None if image_mask is None else (image_mask != 0)[:, None, None]
         for i in layers:
             if image_tokens is None:
                 hidden = self.layers[i](hidden, attention_mask=bias)
             else:
                 hidden = self.layers[i](
-                    hidden, attention_mask=bias, encoder_hidden_states=image_tokens
+                    hidden,
+                    attention_mask=bias,
+                    encoder_hidden_states=image_tokens,
+                    encoder_attention_mask=image_bias,
                 )
         return hidden
 
@@ -84,8 +102,12 @@ def _checkpoint(function, *args):
 
 
 def masked_language_head(tower: BertTower) -> BertOnlyMLMHead:
-    """BERT's prediction head over (B, L, D), its decoder tied to the tower's word embeddings."""
+    """BERT's prediction head over (B, L, D), its decoder tied to the tower's word embeddings.
+
+    A tower without embeddings has nothing to tie: the decoder's weight is its own.
+    """
     head = BertOnlyMLMHead(tower.config)
-    head.predictions.decoder.weight = tower.embeddings.word_embeddings.weight
+    if tower.embeddings is not None:
+        head.predictions.decoder.weight = tower.embeddings.word_embeddings.weight
     head.predictions.decoder.bias = head.predictions.bias
     return head
