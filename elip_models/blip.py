@@ -19,7 +19,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import BertConfig
 
-from elip_models.modules.bert import BertTower, masked_language_head, tied_decoder
+from elip_models.modules.bert import (
+    BertTower,
+    UntypedEmbeddings,
+    masked_language_head,
+    tied_decoder,
+)
 from elip_models.modules.momentum import FeatureQueue, momentum_copy, update_momentum_
 from elip_models.modules.objectives import hard_negatives, language_loss, soft_contrastive_loss
 from elip_models.reduction.encode import run_tower
@@ -106,7 +111,6 @@ class BLIPConfig:
             hidden_dropout_prob=self.text_dropout,
             attention_probs_dropout_prob=self.text_dropout,
             max_position_embeddings=self.max_positions,
-            type_vocab_size=0,
             pad_token_id=self.pad_token_id,
         )
 
@@ -148,7 +152,7 @@ class Encoders(nn.Module):
             num_classes=0,
         )
         self.layers = range(config.text_depth)
-        self.text = BertTower(config.bert, cross_attention=self.layers)
+        self.text = BertTower(config.bert, self.layers, embeddings=UntypedEmbeddings)
         self.image_projection = nn.Linear(config.vision_width, config.embed_dim)
         self.text_projection = nn.Linear(config.text_width, config.embed_dim)
 

@@ -2,7 +2,8 @@
 
 Layers, embeddings and head are transformers' own, so that attention runs on SDPA and checkpoints
 load by their names. Which layers run, and on what, is the model's business: ALBEF's first half
-reads the text alone and its second half the image too, BLIP's layers do both.
+reads the text alone and its second half the image too, BLIP's layers do both, and METER's two
+stacks without embeddings attend to one another.
 """
 
 import copy
@@ -36,11 +37,17 @@ class BertTower(nn.Module):
     """Embeddings and a list of layers, of which some attend to image tokens too.
 
     Args:
-        config: of transformers; its attention is SDPA. `type_vocab_size` 0: no token types.
+        config: of transformers; its attention is SDPA.
         cross_attention: numbers of the layers that attend to image tokens.
+        embeddings: made of `config`, such as RoBERTa's, `UntypedEmbeddings`; None for layers alone.
     """
 
-    def __init__(self, config: BertConfig, cross_attention: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        config: BertConfig,
+        cross_attention: Iterable[int] = (),
+        embeddings: type[nn.Module] | None = BertEmbeddings,
+    ) -> None:
         super().__init__()
         self.config = config
         config._attn_implementation = "sdpa"
@@ -48,15 +55,15 @@ class BertTower(nn.Module):
         crossing = BertConfig(**options)
         crossing._attn_implementation = "sdpa"
         chosen = set(cross_attention)
-        typed = config.type_vocab_size > 0
-        self.embeddings = BertEmbeddings(config) if typed else UntypedEmbeddings(config)
+        self.embeddings = embeddings(config) if embeddings else None
         self.layers = nn.ModuleList(
             BertLayer(crossing if i in chosen else config, layer_idx=i)
             for i in range(config.num_hidden_layers)
         )
-        self.apply(self._init)
+        self.apply(self.init)
 
-    def _init(self, module: nn.Module) -> None:
+    def init(self, module: nn.Module) -> None:
+        """Fill one module as BERT does: weights from N(0, initializer_range), biases zero."""
         std = self.config.initializer_range
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=std)
@@ -73,6 +80,7 @@ class BertTower(nn.Module):
         mask: Tensor,
         layers: range,
         image_tokens: Tensor | None = None,
+        image_mask: Tensor | None = None,
         *,
         causal: bool = False,
     ) -> Tensor:
@@ -82,7 +90,8 @@ class BertTower(nn.Module):
             hidden: (B, L, D).
             mask: (B, L), 1 = real.
             layers: which, in order.
-            image_tokens: (B, N, D) that layers with cross attention attend to, all of them real.
+            image_tokens: (B, N, D) that layers with cross attention attend to.
+            image_mask: (B, N), 1 = real; None where all of them are.
             causal: a token attends to itself and those before it.
 
         Returns:
@@ -92,12 +101,16 @@ class BertTower(nn.Module):
         if causal:
             L = mask.shape[1]
             bias = bias & torch.ones(L, L, dtype=torch.bool, device=mask.device).tril()
+        image_bias = None if image_mask is None else (image_mask != 0)[:, None, None]
         for i in layers:
             if image_tokens is None:
                 hidden = self.layers[i](hidden, attention_mask=bias)
             else:
                 hidden = self.layers[i](
-                    hidden, attention_mask=bias, encoder_hidden_states=image_tokens
+                    hidden,
+                    attention_mask=bias,
+                    encoder_hidden_states=image_tokens,
+                    encoder_attention_mask=image_bias,
                 )
         return hidden
 
@@ -126,8 +139,12 @@ def tied_decoder(encoder: BertTower) -> BertTower:
 
 
 def masked_language_head(tower: BertTower) -> BertOnlyMLMHead:
-    """BERT's prediction head over (B, L, D), its decoder tied to the tower's word embeddings."""
+    """BERT's prediction head over (B, L, D), its decoder tied to the tower's word embeddings.
+
+    A tower without embeddings has nothing to tie: the decoder's weight is its own.
+    """
     head = BertOnlyMLMHead(tower.config)
-    head.predictions.decoder.weight = tower.embeddings.word_embeddings.weight
+    if tower.embeddings is not None:
+        head.predictions.decoder.weight = tower.embeddings.word_embeddings.weight
     head.predictions.decoder.bias = head.predictions.bias
     return head
