@@ -38,6 +38,8 @@ class ALBEFConfig:
 
     text_layers: of `text_depth` layers, those that read the text alone; the others fuse.
     schedule: '2(100%) 2(90%) 6(65%) 2(40%)', or None for a dense image tower.
+    momentum_reduction: 'none' shows the momentum image tower all patches, as the paper does;
+        'shared' the tokens that the online one kept and merged, by the same weights: no scoring.
     scorer, fusion, guidance_norm, without_text, merge: see `elip_models.encode_image`.
     queue_size: features in the queue. momentum: of the momentum encoders.
     alpha: weight of momentum targets in ITC and MLM.
@@ -73,8 +75,13 @@ class ALBEFConfig:
     guidance_norm: Literal["none", "match"] = "none"
     without_text: Literal["dense", "vision"] = "dense"
     merge: bool = True
+    momentum_reduction: Literal["none", "shared"] = "none"
 
     def __post_init__(self) -> None:
+        if self.momentum_reduction not in ("none", "shared"):
+            raise ValueError(
+                f"momentum_reduction: expected 'none' or 'shared', got {self.momentum_reduction!r}"
+            )
         if self.text_width != self.vision_width:
             raise ValueError(
                 f"text_width: expected vision_width = {self.vision_width}, whose CLS token the "
@@ -230,11 +237,12 @@ class ALBEF(nn.Module):
         if self.training:
             self._clamp_temperature()
         text = online.read(input_ids, mask)
-        image, _ = self.encode_image(images, text[:, 0])
+        image, infos = self.encode_image(images, text[:, 0])
+        shared = infos if self.config.momentum_reduction == "shared" else None
         image_features, text_features = online.image_features(image), online.text_features(text)
         if self.training:
             update_momentum_(self.encoders_m, online, self.config.momentum)
-        image_m, features_m = self._momentum_features(images, input_ids, mask)
+        image_m, features_m = self._momentum_features(images, input_ids, mask, shared)
         similar, similar_m = self.queue.similarities(
             (image_features, text_features), features_m, self.temperature
         )
@@ -257,11 +265,12 @@ class ALBEF(nn.Module):
 
     @torch.no_grad()
     def _momentum_features(
-        self, images: Tensor, input_ids: Tensor, mask: Tensor
+        self, images: Tensor, input_ids: Tensor, mask: Tensor, infos: list[StageInfo] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Tokens (B, N, D) of all patches, and the features (B, E) of image and text."""
         momentum = self.encoders_m
-        image, _ = run_tower(self.tower_m, images, None, self.dense)
+        settings = self.dense if infos is None else self.reduction
+        image, _ = run_tower(self.tower_m, images, None, settings, replays=infos)
         text = momentum.read(input_ids, mask)
         return image, (momentum.image_features(image), momentum.text_features(text))
 

@@ -39,6 +39,8 @@ class BLIPConfig:
 
     decoder_token_id, encoder_token_id: [DEC] and [ENC], instead of a text's first token.
     schedule: '2(100%) 2(90%) 6(65%) 2(40%)', or None for a dense image tower.
+    momentum_reduction: 'none' shows the momentum image tower all patches, as the paper does;
+        'shared' the tokens that the online one kept and merged, by the same weights: no scoring.
     scorer, fusion, guidance_norm, without_text, merge: see `elip_models.encode_image`.
     queue_size: features in the queue. momentum: of the momentum encoders.
     alpha: weight of momentum targets in ITC.
@@ -74,8 +76,13 @@ class BLIPConfig:
     guidance_norm: Literal["none", "match"] = "none"
     without_text: Literal["dense", "vision"] = "dense"
     merge: bool = True
+    momentum_reduction: Literal["none", "shared"] = "none"
 
     def __post_init__(self) -> None:
+        if self.momentum_reduction not in ("none", "shared"):
+            raise ValueError(
+                f"momentum_reduction: expected 'none' or 'shared', got {self.momentum_reduction!r}"
+            )
         if self.text_width != self.vision_width:
             raise ValueError(
                 f"text_width: expected vision_width = {self.vision_width}, whose CLS token the "
@@ -218,7 +225,7 @@ class BLIP(nn.Module):
         *,
         drawn: Drawn | None = None,
     ) -> BLIPOutput:
-        """The pre-training losses of a batch of pairs; momentum encoders and queue move on.
+        """The pre-training losses of a batch of pairs; in training momentum and queue move on.
 
         Args:
             images: (B, 3, H, W).
@@ -227,17 +234,19 @@ class BLIP(nn.Module):
                 implementation.
         """
         online, mask, config = self.encoders, attention_mask, self.config
-        with torch.no_grad():
-            self.temperature.clamp_(0.001, 0.5)
+        if self.training:
+            self._clamp_temperature()
         text = online.read(input_ids, mask)
-        image, _ = self.encode_image(images, text[:, 0])
+        image, infos = self.encode_image(images, text[:, 0])
+        shared = infos if self.config.momentum_reduction == "shared" else None
         features = online.image_features(image), online.text_features(text)
         if self.training:
             update_momentum_(self.encoders_m, online, config.momentum)
-        features_m = self._momentum_features(images, input_ids, mask)
+        features_m = self._momentum_features(images, input_ids, mask, shared)
         similar, similar_m = self.queue.similarities(features, features_m, self.temperature)
         loss_itc = soft_contrastive_loss(similar, similar_m, self.alpha)
-        self.queue.enqueue_(*features_m)
+        if self.training:
+            self.queue.enqueue_(*features_m)
         if drawn is None:
             drawn = self._draw(similar)
         loss_itm = self._matching_loss(image, input_ids, mask, drawn)
@@ -246,12 +255,17 @@ class BLIP(nn.Module):
         return BLIPOutput(loss_itc + loss_itm + loss_lm, loss_itc, loss_itm, loss_lm, *features)
 
     @torch.no_grad()
+    def _clamp_temperature(self) -> None:
+        self.temperature.clamp_(0.001, 0.5)
+
+    @torch.no_grad()
     def _momentum_features(
-        self, images: Tensor, input_ids: Tensor, mask: Tensor
+        self, images: Tensor, input_ids: Tensor, mask: Tensor, infos: list[StageInfo] | None
     ) -> tuple[Tensor, Tensor]:
         """Features (B, E) of all patches of the image and of the text."""
         momentum = self.encoders_m
-        image, _ = run_tower(self.tower_m, images, None, self.dense)
+        settings = self.dense if infos is None else self.reduction
+        image, _ = run_tower(self.tower_m, images, None, settings, replays=infos)
         text = momentum.read(input_ids, mask)
         return momentum.image_features(image), momentum.text_features(text)
 

@@ -139,6 +139,7 @@ def test_the_queue_wraps_around():
         ({"text_width": 512}, "text_width: expected vision_width = 768"),
         ({"text_layers": 12}, "text_layers: expected 1 to 11 of 12 layers"),
         ({"alpha": 1.5}, "alpha: expected a float in"),
+        ({"momentum_reduction": "same"}, "momentum_reduction: expected 'none' or 'shared'"),
         ({"schedule": "3(100%)"}, "schedule: expected 12 layers"),
     ],
 )
@@ -185,3 +186,23 @@ def test_momentum_encoders_follow_in_training_alone(golden):
     online = dict(model.encoders.named_parameters())
     for name, p in model.encoders_m.named_parameters():
         torch.testing.assert_close(p, 0.995 * before[name] + 0.005 * online[name])
+
+
+def test_shared_momentum_reduction_keeps_what_the_online_tower_kept(golden):
+    """With momentum encoders that equal the online ones, their tokens are the same, to the bit."""
+    case = golden("albef_pretrain")
+    model = loaded(case, momentum_reduction="shared").eval()
+    model.encoders_m.load_state_dict(model.encoders.state_dict())
+    inputs = case["image"], case["input_ids"].long(), case["attention_mask"]
+    text = model.encode_text(*inputs[1:])
+    tokens, infos = model.encode_image(inputs[0], text[:, 0])
+    scored = []
+    for block in model.encoders_m.visual.blocks:
+        block.register_forward_hook(lambda m, args, out: scored.append(out.shape[1]))
+    shared, features = model._momentum_features(*inputs, infos)
+    assert torch.equal(shared, tokens)
+    assert scored == [37, 34, 25, 25, 16, 16]  # each block once: nothing is scored
+    torch.testing.assert_close(features[1], model.encoders.text_features(text))
+    loss = model.train()(*inputs, drawn=drawn(case)).loss
+    assert loss.isfinite()
+    assert not torch.equal(loss, loaded(case)(*inputs, drawn=drawn(case)).loss)

@@ -175,3 +175,14 @@ def test_text_of_one_token_has_no_language_loss(golden):
 def test_a_bad_config_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         BLIPConfig(**options)
+
+
+def test_shared_momentum_reduction_sees_the_tokens_that_were_kept(golden):
+    case = golden("blip_pretrain")
+    model = loaded(case, momentum_reduction="shared")
+    seen = []
+    for block in model.encoders_m.visual.blocks:
+        block.register_forward_hook(lambda m, args, out: seen.append(out.shape[1]))
+    out = model(case["image"], case["input_ids"].long(), case["attention_mask"])
+    assert out.loss.isfinite()
+    assert seen == [37, 34, 25, 25, 16, 16]  # each block once: nothing is scored

@@ -1,5 +1,6 @@
 """encode_image: the loop over a tower's blocks, with a strategy's steps in it."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
@@ -91,11 +92,14 @@ def run_tower(
     strategy: Strategy,
     *,
     cls_only: bool = False,
+    replays: Sequence[StageInfo] | None = None,
 ) -> tuple[Tensor, list[StageInfo]]:
     """`encode_image` for arguments that have been checked, once and for all calls.
 
     cls_only: the caller reads token 0 alone. Without gradient, and where nothing watches the last
     block, that block then runs for this token only, which is exact: the tokens are (B, 1, D).
+    replays: what each step did in another tower's run of the same images; here it does the same,
+    and nothing is scored.
     """
     if is_reduced_tower(tower):
         raise ValueError(
@@ -105,8 +109,9 @@ def run_tower(
     last, training = tower.depth - 1, tower.model.training
     cls_only = cls_only and not torch.is_grad_enabled() and tower.is_plain(last)
     steps = {}
-    if strategy.reduces(text_cls, training):
+    if replays is not None or strategy.reduces(text_cls, training):
         steps = {stage.first: stage for stage in stages_of(strategy, tower.size)}
+    if steps and replays is None:
         warn_if_slower(tower, strategy)
     run = plainly
     if tower.checkpointing and training:
@@ -116,6 +121,8 @@ def run_tower(
     tower = tower.at(None)
     for i in range(tower.depth):
         if i in steps:
+            if replays is not None:
+                context = context._replace(replay=replays[len(infos)])
             step = partial(take_step, strategy, tower, steps[i], context=context)
             run_step = partial(tower.in_block, i) if strategy.takes_block else plainly
             tokens, info = run_step(step, tokens)
