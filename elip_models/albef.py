@@ -10,14 +10,13 @@ Source: ALBEF (Li et al., 2021); ELIP, section 3 and its official ALBEF code.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from transformers import BertConfig
 
+from elip_models.cross_modal import DistilledConfig
 from elip_models.modules.bert import BertTower, masked_language_head
 from elip_models.modules.momentum import FeatureQueue, momentum_copy, update_momentum_
 from elip_models.modules.objectives import (
@@ -33,93 +32,28 @@ from elip_models.towers import as_tower
 
 
 @dataclass(frozen=True)
-class ALBEFConfig:
+class ALBEFConfig(DistilledConfig):
     """Hyper-parameters of an ALBEF model; the defaults are the paper's.
 
     text_layers: of `text_depth` layers, those that read the text alone; the others fuse.
-    schedule: '2(100%) 2(90%) 6(65%) 2(40%)', or None for a dense image tower.
-    momentum_reduction: 'none' shows the momentum image tower all patches, as the paper does;
-        'shared' the tokens that the online one kept and merged, by the same weights: no scoring.
-    scorer, fusion, guidance_norm, without_text, merge: see `elip_models.encode_image`.
-    queue_size: features in the queue. momentum: of the momentum encoders.
-    alpha: weight of momentum targets in ITC and MLM.
+    The other fields: see `DistilledConfig`; alpha weighs the momentum targets of ITC and MLM.
     """
 
     image_size: int = 256
-    patch_size: int = 16
-    vision_width: int = 768
-    vision_depth: int = 12
-    vision_heads: int = 12
-    vision_mlp_ratio: float = 4.0
-    text_width: int = 768
-    text_depth: int = 12
     text_layers: int = 6
-    text_heads: int = 12
-    text_hidden: int = 3072
-    text_dropout: float = 0.1
-    vocab_size: int = 30522
-    max_positions: int = 512
-    pad_token_id: int = 0
     cls_token_id: int = 101
     sep_token_id: int = 102
     mask_token_id: int = 103
-    embed_dim: int = 256
-    temperature: float = 0.07
-    queue_size: int = 65536
-    momentum: float = 0.995
-    alpha: float = 0.4
     mask_probability: float = 0.15
-    schedule: str | None = None
-    scorer: str | int = "exact"
-    fusion: float = 0.8
-    guidance_norm: Literal["none", "match"] = "none"
-    without_text: Literal["dense", "vision"] = "dense"
-    merge: bool = True
-    momentum_reduction: Literal["none", "shared"] = "none"
 
     def __post_init__(self) -> None:
-        if self.momentum_reduction not in ("none", "shared"):
-            raise ValueError(
-                f"momentum_reduction: expected 'none' or 'shared', got {self.momentum_reduction!r}"
-            )
-        if self.text_width != self.vision_width:
-            raise ValueError(
-                f"text_width: expected vision_width = {self.vision_width}, whose CLS token the "
-                f"text's is fused with, got {self.text_width}"
-            )
+        super().__post_init__()
         if not 0 < self.text_layers < self.text_depth:
             raise ValueError(
                 f"text_layers: expected 1 to {self.text_depth - 1} of {self.text_depth} layers, "
                 f"got {self.text_layers}"
             )
-        for name, low, high in (("momentum", 0, 1), ("alpha", 0, 1), ("mask_probability", 0, 1)):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(
-                    f"{name}: expected a float in [{low}, {high}], got {getattr(self, name)!r}"
-                )
-        self.reduction.schedule.check_depth(self.vision_depth)
-
-    @property
-    def reduction(self) -> Elip:
-        """How the image tower is reduced."""
-        names = ("scorer", "fusion", "guidance_norm", "without_text", "merge")
-        settings = {name: getattr(self, name) for name in names}
-        return Elip(self.schedule or f"{self.vision_depth}(100%)", **settings)
-
-    @property
-    def bert(self) -> BertConfig:
-        """Of the text encoder."""
-        return BertConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=self.text_width,
-            num_hidden_layers=self.text_depth,
-            num_attention_heads=self.text_heads,
-            intermediate_size=self.text_hidden,
-            hidden_dropout_prob=self.text_dropout,
-            attention_probs_dropout_prob=self.text_dropout,
-            max_position_embeddings=self.max_positions,
-            pad_token_id=self.pad_token_id,
-        )
+        self.check_shares("mask_probability")
 
 
 @dataclass
@@ -152,15 +86,7 @@ class Encoders(nn.Module):
 
     def __init__(self, config: ALBEFConfig) -> None:
         super().__init__()
-        self.visual = VisionTransformer(
-            img_size=config.image_size,
-            patch_size=config.patch_size,
-            embed_dim=config.vision_width,
-            depth=config.vision_depth,
-            num_heads=config.vision_heads,
-            mlp_ratio=config.vision_mlp_ratio,
-            num_classes=0,
-        )
+        self.visual = config.vit()
         fusing = range(config.text_layers, config.text_depth)
         self.text = BertTower(config.bert, cross_attention=fusing)
         self.language_head = masked_language_head(self.text)

@@ -11,14 +11,13 @@ Source: BLIP (Li et al., 2022); ELIP, section 3 and its official BLIP code.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from transformers import BertConfig
 
+from elip_models.cross_modal import DistilledConfig
 from elip_models.modules.bert import (
     BertTower,
     UntypedEmbeddings,
@@ -34,92 +33,30 @@ from elip_models.towers import as_tower
 
 
 @dataclass(frozen=True)
-class BLIPConfig:
+class BLIPConfig(DistilledConfig):
     """Hyper-parameters of a BLIP model; the defaults are the paper's.
 
     decoder_token_id, encoder_token_id: [DEC] and [ENC], instead of a text's first token.
-    schedule: '2(100%) 2(90%) 6(65%) 2(40%)', or None for a dense image tower.
-    momentum_reduction: 'none' shows the momentum image tower all patches, as the paper does;
-        'shared' the tokens that the online one kept and merged, by the same weights: no scoring.
-    scorer, fusion, guidance_norm, without_text, merge: see `elip_models.encode_image`.
-    queue_size: features in the queue. momentum: of the momentum encoders.
-    alpha: weight of momentum targets in ITC.
+    The other fields: see `DistilledConfig`; alpha weighs the momentum targets of ITC.
     negative_epsilon: added to each weight that hard negatives are drawn by.
     """
 
-    image_size: int = 224
-    patch_size: int = 16
-    vision_width: int = 768
-    vision_depth: int = 12
-    vision_heads: int = 12
-    vision_mlp_ratio: float = 4.0
-    text_width: int = 768
-    text_depth: int = 12
-    text_heads: int = 12
-    text_hidden: int = 3072
-    text_dropout: float = 0.1
     vocab_size: int = 30524
-    max_positions: int = 512
-    pad_token_id: int = 0
     decoder_token_id: int = 30522
     encoder_token_id: int = 30523
-    embed_dim: int = 256
-    temperature: float = 0.07
     queue_size: int = 57600
-    momentum: float = 0.995
-    alpha: float = 0.4
     label_smoothing: float = 0.1
     negative_epsilon: float = 1e-4
-    schedule: str | None = None
-    scorer: str | int = "exact"
-    fusion: float = 0.8
-    guidance_norm: Literal["none", "match"] = "none"
-    without_text: Literal["dense", "vision"] = "dense"
-    merge: bool = True
-    momentum_reduction: Literal["none", "shared"] = "none"
 
     def __post_init__(self) -> None:
-        if self.momentum_reduction not in ("none", "shared"):
-            raise ValueError(
-                f"momentum_reduction: expected 'none' or 'shared', got {self.momentum_reduction!r}"
-            )
-        if self.text_width != self.vision_width:
-            raise ValueError(
-                f"text_width: expected vision_width = {self.vision_width}, whose CLS token the "
-                f"text's is fused with, got {self.text_width}"
-            )
+        super().__post_init__()
         for name in ("pad_token_id", "decoder_token_id", "encoder_token_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 raise ValueError(
                     f"{name}: expected an id below vocab_size = {self.vocab_size}, "
                     f"got {getattr(self, name)}"
                 )
-        for name in ("momentum", "alpha", "label_smoothing", "negative_epsilon"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a float in [0, 1], got {getattr(self, name)!r}")
-        self.reduction.schedule.check_depth(self.vision_depth)
-
-    @property
-    def reduction(self) -> Elip:
-        """How the image tower is reduced."""
-        names = ("scorer", "fusion", "guidance_norm", "without_text", "merge")
-        settings = {name: getattr(self, name) for name in names}
-        return Elip(self.schedule or f"{self.vision_depth}(100%)", **settings)
-
-    @property
-    def bert(self) -> BertConfig:
-        """Of the text encoder."""
-        return BertConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=self.text_width,
-            num_hidden_layers=self.text_depth,
-            num_attention_heads=self.text_heads,
-            intermediate_size=self.text_hidden,
-            hidden_dropout_prob=self.text_dropout,
-            attention_probs_dropout_prob=self.text_dropout,
-            max_position_embeddings=self.max_positions,
-            pad_token_id=self.pad_token_id,
-        )
+        self.check_shares("label_smoothing", "negative_epsilon")
 
 
 @dataclass
@@ -149,15 +86,7 @@ class Encoders(nn.Module):
 
     def __init__(self, config: BLIPConfig) -> None:
         super().__init__()
-        self.visual = VisionTransformer(
-            img_size=config.image_size,
-            patch_size=config.patch_size,
-            embed_dim=config.vision_width,
-            depth=config.vision_depth,
-            num_heads=config.vision_heads,
-            mlp_ratio=config.vision_mlp_ratio,
-            num_classes=0,
-        )
+        self.visual = config.vit()
         self.layers = range(config.text_depth)
         self.text = BertTower(config.bert, self.layers, embeddings=UntypedEmbeddings)
         self.image_projection = nn.Linear(config.vision_width, config.embed_dim)

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from elip_models.modules.losses import contrastive_loss
 from elip_models.modules.text import CLIPTextTower
+from elip_models.modules.text_reduction import TEXT_STRATEGIES, TextReduction
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.schedule import PRESETS, Schedule
 from elip_models.reduction.stage import Elip
 from elip_models.reduction.strategies import PatchDropout, get_strategy
 from elip_models.reduction.strategy import StageInfo, Strategy
-from elip_models.reduction.text import TEXT_STRATEGIES, TextReduction
 from elip_models.towers import as_tower
 
 

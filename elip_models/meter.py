@@ -16,16 +16,15 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertPooler
 from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 
+from elip_models.cross_modal import VisionConfig
 from elip_models.modules.bert import BertTower, masked_language_head
 from elip_models.modules.objectives import distilled_language_loss, mask_tokens
 from elip_models.reduction.encode import run_tower
-from elip_models.reduction.stage import Elip
 from elip_models.reduction.strategy import StageInfo
 from elip_models.towers import as_tower
 
@@ -43,25 +42,18 @@ TEXT, IMAGE = 0, 1  # rows of the token type embeddings
 
 
 @dataclass(frozen=True)
-class METERConfig:
+class METERConfig(VisionConfig):
     """Hyper-parameters of a METER model; the defaults are the official code's.
 
     vision_depth: blocks that run, CLIP's but the last.
     text_encoder: 'bert' or 'roberta', see `ROBERTA` for the fields that go with the second.
     cross_width, cross_depth, cross_heads, cross_hidden: of the co-attention layers of each side.
     dropout: of the text encoder and of the co-attention layers.
-    schedule: '2(100%) 2(90%) 5(70%) 2(45%)', or None for a dense image tower.
-    scorer, fusion, guidance_norm, without_text, merge: see `elip_models.encode_image`.
+    Image tower and reduction: see `VisionConfig`.
     """
 
-    image_size: int = 224
-    patch_size: int = 16
-    vision_width: int = 768
     vision_depth: int = 11
-    vision_heads: int = 12
-    vision_mlp_ratio: float = 4.0
     text_encoder: Literal["bert", "roberta"] = "bert"
-    text_width: int = 768
     text_depth: int = 12
     text_heads: int = 12
     text_hidden: int = 3072
@@ -77,22 +69,12 @@ class METERConfig:
     sep_token_id: int = 102
     mask_token_id: int = 103
     mask_probability: float = 0.15
-    schedule: str | None = None
-    scorer: str | int = "exact"
-    fusion: float = 0.8
-    guidance_norm: Literal["none", "match"] = "none"
-    without_text: Literal["dense", "vision"] = "dense"
-    merge: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.text_encoder not in EMBEDDINGS:
             raise ValueError(
                 f"text_encoder: expected one of {list(EMBEDDINGS)}, got {self.text_encoder!r}"
-            )
-        if self.text_width != self.vision_width:
-            raise ValueError(
-                f"text_width: expected vision_width = {self.vision_width}, whose CLS token the "
-                f"text's is fused with, got {self.text_width}"
             )
         for part in ("vision", "text", "cross"):
             width, heads, depth = (
@@ -104,17 +86,7 @@ class METERConfig:
                 )
             if depth < 1:
                 raise ValueError(f"{part}_depth: expected at least 1 layer, got {depth}")
-        for name in ("dropout", "mask_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a float in [0, 1], got {getattr(self, name)!r}")
-        self.reduction.schedule.check_depth(self.vision_depth)
-
-    @property
-    def reduction(self) -> Elip:
-        """How the image tower is reduced."""
-        names = ("scorer", "fusion", "guidance_norm", "without_text", "merge")
-        settings = {name: getattr(self, name) for name in names}
-        return Elip(self.schedule or f"{self.vision_depth}(100%)", **settings)
+        self.check_shares("dropout", "mask_probability")
 
     def bert(self, part: Literal["text", "cross"]) -> BertConfig:
         """Of the text encoder, or of one side's co-attention layers."""
@@ -166,14 +138,7 @@ class METER(nn.Module):
         super().__init__()
         self.config = config
         self.reduction = config.reduction
-        self.visual = VisionTransformer(
-            img_size=config.image_size,
-            patch_size=config.patch_size,
-            embed_dim=config.vision_width,
-            depth=config.vision_depth,
-            num_heads=config.vision_heads,
-            mlp_ratio=config.vision_mlp_ratio,
-            num_classes=0,
+        self.visual = config.vit(
             pre_norm=True,
             norm_layer=partial(nn.LayerNorm, eps=1e-5),
             act_layer="quick_gelu",

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import elip_models
 from elip_models import clip
-from elip_models.reduction.text import TEXT_STRATEGIES, TextReduction
+from elip_models.modules.text_reduction import TEXT_STRATEGIES, TextReduction
 from elip_models.tasks.retrieval import evaluate_retrieval
 from elip_models.train import train
 from tests.tiny_run import own_process, tiny_config

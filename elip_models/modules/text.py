@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from elip_kernels import cls_attention
-from elip_models.reduction.text import TextReduction
+from elip_models.modules.text_reduction import TextReduction
 
 
 class CLIPTextTower(nn.Module):
