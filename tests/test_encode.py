@@ -6,6 +6,7 @@ import torch
 
 import elip_models
 from elip_models.reduction import flops, stage
+from elip_models.reduction.encode import run_tower
 from tests.towers import SCHEDULE, WIDTH, clip_vit, images, plain_vit, text
 
 PAPER = "2(100%) 2(90%) 6(65%) 2(40%)"
@@ -140,3 +141,21 @@ def test_inference_cost_counts_the_scorer():
     }
     assert costs["official"] > costs["exact"] > 1.0 > costs["last"]
     assert 0.69 < costs["last"] < 0.73
+
+
+def strategies():
+    yield stage.Elip(SCHEDULE)
+    yield elip_models.Random(SCHEDULE)
+    yield elip_models.EViT(0.7, layers=(1, 3))
+    yield elip_models.ToMe(4)
+    yield elip_models.Adaptive(SCHEDULE, keep_mass=0.5)
+
+
+@pytest.mark.parametrize("strategy", strategies(), ids=lambda s: s.name)
+def test_another_tower_does_what_each_step_did(strategy):
+    """The same tower, without the text: the same tokens only if every step is replayed."""
+    tower, x = elip_models.towers.as_tower(clip_vit().eval()), images()
+    tokens, infos = run_tower(tower, x, text(), strategy)
+    replayed, again = run_tower(tower, x, None, strategy, replays=infos)
+    assert torch.equal(replayed, tokens)
+    assert len(again) == len(infos)

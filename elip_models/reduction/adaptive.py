@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from elip_kernels import ReductionInfo
+from elip_kernels.reduce import EPSILON
 from elip_models.reduction.inside import check_share
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.stage import Elip, fused_cls
 from elip_models.reduction.strategy import Context, StageInfo
 from elip_models.towers import Size, Tower
-
-EPSILON = 1e-6  # of Eq. 4
 
 
 @dataclass(frozen=True)

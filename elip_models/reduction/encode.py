@@ -116,13 +116,13 @@ def run_tower(
     run = plainly
     if tower.checkpointing and training:
         run = partial(checkpoint, use_reentrant=False)
+    done = {info.stage: info for info in replays or ()}
     context = Context(None if text_cls is None else text_cls.detach(), run=run)
     tokens, infos = strategy.embed(tower, images), []
     tower = tower.at(None)
     for i in range(tower.depth):
         if i in steps:
-            if replays is not None:
-                context = context._replace(replay=replays[len(infos)])
+            context = context._replace(replay=done.get(steps[i]))
             step = partial(take_step, strategy, tower, steps[i], context=context)
             run_step = partial(tower.in_block, i) if strategy.takes_block else plainly
             tokens, info = run_step(step, tokens)
