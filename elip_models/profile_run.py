@@ -6,7 +6,7 @@ fit it; those that do not, or that cannot reach the FLOPs asked for, are left ou
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -87,8 +87,8 @@ class Profile:
         }
 
 
-def run_profile(settings: ProfileSettings) -> Profile:
-    """All rows, model by model.
+def run_profile(settings: ProfileSettings, say: Callable[[str], None] | None = None) -> Profile:
+    """All rows, model by model; `say` is told what comes next.
 
     Raises:
         ConfigError: a spec that names no model, or a model that cannot be reduced.
@@ -100,6 +100,9 @@ def run_profile(settings: ProfileSettings) -> Profile:
         strategies, refused = _fitting(spec, model, settings)
         left_out += refused
         for batch_size in settings.batch_sizes:
+            if say is not None:
+                doing = "counting" if settings.rounds is None else "measuring, side by side:"
+                say(f"{doing} {spec}, batch {batch_size}, dense and {len(strategies)} strategies")
             rows += profile_model(
                 spec,
                 model,
@@ -269,8 +272,8 @@ def print_profile(
         console = Console(width=WIDTH)
     document: dict[str, Any] = {}
     if settings.models:
-        with console.status("measuring, side by side"):
-            profile = run_profile(settings)
+        with console.status("opening models") as status:
+            profile = run_profile(settings, status.update)
         document = profile.as_json()
         console.print(table_of(profile))
         for each in profile.left_out:
