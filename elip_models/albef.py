@@ -1,11 +1,10 @@
 """ALBEF with a text-guided, token-reduced image tower.
 
     text    BERT's first layers on the text alone; their CLS output guides the image tower
-    image   ViT reduced by ELIP; features f = normalise(W x_cls) of both towers
+    image   ViT reduced by ELIP; features of both towers
     fusion  BERT's other layers, text attending to the image tokens
     loss    ITC (soft targets, queue) + ITM (hard negatives) + MLM (momentum distillation)
 
-The momentum towers follow before each step's momentum features, and see all patches.
 Source: ALBEF (Li et al., 2021); ELIP, section 3 and its official ALBEF code.
 """
 
@@ -16,19 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elip_models.cross_modal import DistilledConfig
+from elip_models.distilled import Contrast, DistilledConfig, DistilledModel, Encoders
 from elip_models.modules.bert import BertTower, masked_language_head
-from elip_models.modules.momentum import FeatureQueue, momentum_copy, update_momentum_
-from elip_models.modules.objectives import (
-    distilled_language_loss,
-    hard_negatives,
-    mask_tokens,
-    soft_contrastive_loss,
-)
-from elip_models.reduction.encode import run_tower
-from elip_models.reduction.stage import Elip
-from elip_models.reduction.strategy import StageInfo
-from elip_models.towers import as_tower
+from elip_models.modules.losses import gathered, rank_of
+from elip_models.modules.objectives import distilled_language_loss, hard_negatives, mask_tokens
 
 
 @dataclass(frozen=True)
@@ -41,8 +31,6 @@ class ALBEFConfig(DistilledConfig):
 
     image_size: int = 256
     text_layers: int = 6
-    cls_token_id: int = 101
-    sep_token_id: int = 102
     mask_token_id: int = 103
     mask_probability: float = 0.15
 
@@ -53,6 +41,7 @@ class ALBEFConfig(DistilledConfig):
                 f"text_layers: expected 1 to {self.text_depth - 1} of {self.text_depth} layers, "
                 f"got {self.text_layers}"
             )
+        self.check_ids("mask_token_id")
         self.check_shares("mask_probability")
 
 
@@ -71,7 +60,8 @@ class ALBEFOutput:
 class Drawn(NamedTuple):
     """What `forward` draws at random, for a caller that has drawn it.
 
-    negative_images: (B,) for each text. negative_texts: (B,) for each image.
+    negative_images: (B,) for each text. negative_texts: (B,) for each image; both number the pairs
+        of all ranks where gather='global'.
     masked_ids, labels: (B, L), see `mask_tokens`.
     """
 
@@ -81,26 +71,15 @@ class Drawn(NamedTuple):
     labels: Tensor
 
 
-class Encoders(nn.Module):
-    """The parts that have a momentum copy: both towers, a projection each, the language head."""
+class ALBEFEncoders(Encoders):
+    """The parts that have a momentum copy; here the language head is one of them."""
 
     def __init__(self, config: ALBEFConfig) -> None:
-        super().__init__()
-        self.visual = config.vit()
-        fusing = range(config.text_layers, config.text_depth)
-        self.text = BertTower(config.bert, cross_attention=fusing)
+        super().__init__(config)
+        self.reads = range(config.text_layers)
+        self.fuses = range(config.text_layers, config.text_depth)
+        self.text = BertTower(config.bert, cross_attention=self.fuses)
         self.language_head = masked_language_head(self.text)
-        self.image_projection = nn.Linear(config.vision_width, config.embed_dim)
-        self.text_projection = nn.Linear(config.text_width, config.embed_dim)
-        self.reads, self.fuses = range(config.text_layers), fusing
-
-    def image_features(self, tokens: Tensor) -> Tensor:
-        """tokens (B, N, D) -> (B, E), normalised."""
-        return F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
-
-    def text_features(self, hidden: Tensor) -> Tensor:
-        """hidden (B, L, D) -> (B, E), normalised."""
-        return F.normalize(self.text_projection(hidden[:, 0]), dim=-1)
 
     def read(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """input_ids, mask (B, L) -> (B, L, D): the text alone."""
@@ -116,32 +95,21 @@ class Encoders(nn.Module):
         return self.language_head(hidden)
 
 
-class ALBEF(nn.Module):
+class ALBEF(DistilledModel):
     """Image and text towers, fusion layers, their momentum copies and the feature queue."""
 
+    family = "albef"
+    config_class = ALBEFConfig
+    config: ALBEFConfig
+    encoders: ALBEFEncoders
+
     def __init__(self, config: ALBEFConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.reduction = config.reduction
-        self.dense = Elip(f"{config.vision_depth}(100%)", without_text="vision")
-        self.encoders = Encoders(config)
-        self.encoders_m = momentum_copy(self.encoders)
-        self.tower = as_tower(self.encoders.visual)
-        self.tower_m = as_tower(self.encoders_m.visual)
+        super().__init__(config, ALBEFEncoders(config))
         self.itm_head = nn.Linear(config.text_width, 2)
-        self.queue = FeatureQueue(config.embed_dim, config.queue_size)
-        self.temperature = nn.Parameter(torch.tensor(float(config.temperature)))
-        self.alpha = config.alpha
 
-    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """input_ids, attention_mask (B, L) -> hidden states (B, L, D) of the text alone."""
-        return self.encoders.read(input_ids, attention_mask)
-
-    def encode_image(
-        self, images: Tensor, text_cls: Tensor | None = None
-    ) -> tuple[Tensor, list[StageInfo]]:
-        """images (B, 3, H, W), guided by text_cls (B, D) -> tokens (B, K+2, D), infos of stages."""
-        return run_tower(self.tower, images, text_cls, self.reduction)
+    def fuse(self, text: Tensor, mask: Tensor, image: Tensor) -> Tensor:
+        """text (B, L, D), mask (B, L), image (B, N, D) -> (B, L, D) of the fusion layers."""
+        return self.encoders.fuse(text, mask, image)
 
     def forward(
         self,
@@ -159,51 +127,24 @@ class ALBEF(nn.Module):
             drawn: negatives and masked tokens instead of drawing them, so that a run can be
                 repeated by another implementation.
         """
-        online, mask = self.encoders, attention_mask
-        if self.training:
-            self._clamp_temperature()
-        text = online.read(input_ids, mask)
-        image, infos = self.encode_image(images, text[:, 0])
-        shared = infos if self.config.momentum_reduction == "shared" else None
-        image_features, text_features = online.image_features(image), online.text_features(text)
-        if self.training:
-            update_momentum_(self.encoders_m, online, self.config.momentum)
-        image_m, features_m = self._momentum_features(images, input_ids, mask, shared)
-        similar, similar_m = self.queue.similarities(
-            (image_features, text_features), features_m, self.temperature
-        )
-        loss_itc = soft_contrastive_loss(similar, similar_m, self.alpha)
-        if self.training:
-            self.queue.enqueue_(*features_m)
+        seen = self.contrast(images, input_ids, attention_mask)
         if drawn is None:
-            drawn = self._draw(similar, input_ids)
-        loss_itm = self._matching_loss(image, text, mask, drawn)
-        logits = online.predict(drawn.masked_ids, mask, image)
+            drawn = self._draw(seen.similar, input_ids)
+        loss_itm = self._matching_loss(seen, attention_mask, drawn)
+        logits = self.encoders.predict(drawn.masked_ids, attention_mask, seen.image)
         with torch.no_grad():
-            teacher = self.encoders_m.predict(drawn.masked_ids, mask, image_m)
-        loss_mlm = distilled_language_loss(logits, drawn.labels, teacher, self.alpha)
-        loss = loss_itc + loss_itm + loss_mlm
-        return ALBEFOutput(loss, loss_itc, loss_itm, loss_mlm, image_features, text_features)
-
-    @torch.no_grad()
-    def _clamp_temperature(self) -> None:
-        self.temperature.clamp_(0.001, 0.5)
-
-    @torch.no_grad()
-    def _momentum_features(
-        self, images: Tensor, input_ids: Tensor, mask: Tensor, infos: list[StageInfo] | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Tokens (B, N, D) of all patches, and the features (B, E) of image and text."""
-        momentum = self.encoders_m
-        settings = self.dense if infos is None else self.reduction
-        image, _ = run_tower(self.tower_m, images, None, settings, replays=infos)
-        text = momentum.read(input_ids, mask)
-        return image, (momentum.image_features(image), momentum.text_features(text))
+            teacher = self.encoders_m.predict(drawn.masked_ids, attention_mask, seen.image_m)
+        loss_mlm = distilled_language_loss(
+            logits, drawn.labels, teacher, self.alpha, self.config.gather
+        )
+        loss = seen.loss + loss_itm + loss_mlm
+        return ALBEFOutput(loss, seen.loss, loss_itm, loss_mlm, *seen.features)
 
     def _draw(self, similar: tuple[Tensor, Tensor], input_ids: Tensor) -> Drawn:
-        """Hard negatives by the similarities, and masked tokens."""
-        config, B = self.config, input_ids.shape[0]
-        image_to_text, text_to_image = (s[:, :B].detach() for s in similar)
+        """Hard negatives by the similarities (B, C), and masked tokens."""
+        config = self.config
+        image_to_text, text_to_image = similar
+        first = rank_of(config.gather) * len(input_ids)
         masked = mask_tokens(
             input_ids,
             mask_token_id=config.mask_token_id,
@@ -211,17 +152,20 @@ class ALBEF(nn.Module):
             vocab_size=config.vocab_size,
             probability=config.mask_probability,
         )
-        return Drawn(hard_negatives(text_to_image), hard_negatives(image_to_text), *masked)
+        negative_images = hard_negatives(text_to_image, first=first)
+        return Drawn(negative_images, hard_negatives(image_to_text, first=first), *masked)
 
-    def _matching_loss(self, image: Tensor, text: Tensor, mask: Tensor, drawn: Drawn) -> Tensor:
+    def _matching_loss(self, seen: Contrast, mask: Tensor, drawn: Drawn) -> Tensor:
         """ITM of the pairs and both kinds of negatives, in one pass of the fusion layers."""
-        B = len(text)
-        texts = torch.cat([text, text, text[drawn.negative_texts]])
-        masks = torch.cat([mask, mask, mask[drawn.negative_texts]])
-        images = torch.cat([image, image[drawn.negative_images], image])
-        fused = self.encoders.fuse(texts, masks, images)
-        labels = torch.zeros(3 * B, dtype=torch.long, device=text.device)
-        labels[:B] = 1
+        text, image = seen.text, seen.image
+        texts, masks, images = (gathered(t, self.config.gather) for t in (text, mask, image))
+        fused = self.fuse(
+            torch.cat([text, text, texts[drawn.negative_texts]]),
+            torch.cat([mask, mask, masks[drawn.negative_texts]]),
+            torch.cat([image, images[drawn.negative_images], image]),
+        )
+        labels = torch.zeros(len(fused), dtype=torch.long, device=mask.device)
+        labels[: len(mask)] = 1
         return F.cross_entropy(self.itm_head(fused[:, 0]).float(), labels)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -1,35 +1,33 @@
 """BLIP with a text-guided, token-reduced image tower.
 
     text     BERT on the text alone; its CLS output guides the image tower
-    image    ViT reduced by ELIP; features f = normalise(W x_cls) of both towers
+    image    ViT reduced by ELIP; features of both towers
     encoder  the same BERT from [ENC] on, each layer attending to the image tokens too
     decoder  causal self-attention of its own, all else the encoder's, from [DEC] on
     loss     ITC (soft targets, queue) + ITM (hard negatives) + LM (label smoothing)
 
-The momentum towers follow before each step's momentum features, and see all patches.
 Source: BLIP (Li et al., 2022); ELIP, section 3 and its official BLIP code.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elip_models.cross_modal import DistilledConfig
+from elip_models.distilled import DistilledConfig, DistilledModel, Encoders
 from elip_models.modules.bert import (
     BertTower,
     UntypedEmbeddings,
     masked_language_head,
     tied_decoder,
 )
-from elip_models.modules.momentum import FeatureQueue, momentum_copy, update_momentum_
-from elip_models.modules.objectives import hard_negatives, language_loss, soft_contrastive_loss
-from elip_models.reduction.encode import run_tower
-from elip_models.reduction.stage import Elip
-from elip_models.reduction.strategy import StageInfo
-from elip_models.towers import as_tower
+from elip_models.modules.losses import gathered, rank_of
+from elip_models.modules.objectives import hard_negatives, language_loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -45,17 +43,13 @@ class BLIPConfig(DistilledConfig):
     decoder_token_id: int = 30522
     encoder_token_id: int = 30523
     queue_size: int = 57600
+    alpha_warmup_epochs: float = 2.0
     label_smoothing: float = 0.1
     negative_epsilon: float = 1e-4
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("pad_token_id", "decoder_token_id", "encoder_token_id"):
-            if not 0 <= getattr(self, name) < self.vocab_size:
-                raise ValueError(
-                    f"{name}: expected an id below vocab_size = {self.vocab_size}, "
-                    f"got {getattr(self, name)}"
-                )
+        self.check_ids("decoder_token_id", "encoder_token_id")
         self.check_shares("label_smoothing", "negative_epsilon")
 
 
@@ -74,65 +68,51 @@ class BLIPOutput:
 class Drawn(NamedTuple):
     """What `forward` draws at random, for a caller that has drawn it.
 
-    negative_images: (B,) for each text. negative_texts: (B,) for each image.
+    negative_images: (B,) for each text. negative_texts: (B,) for each image; both number the pairs
+        of all ranks where gather='global'.
     """
 
     negative_images: Tensor
     negative_texts: Tensor
 
 
-class Encoders(nn.Module):
-    """The parts that have a momentum copy: both towers and a projection each."""
+class BLIPEncoders(Encoders):
+    """The parts that have a momentum copy."""
 
     def __init__(self, config: BLIPConfig) -> None:
-        super().__init__()
-        self.visual = config.vit()
+        super().__init__(config)
         self.layers = range(config.text_depth)
         self.text = BertTower(config.bert, self.layers, embeddings=UntypedEmbeddings)
-        self.image_projection = nn.Linear(config.vision_width, config.embed_dim)
-        self.text_projection = nn.Linear(config.text_width, config.embed_dim)
-
-    def image_features(self, tokens: Tensor) -> Tensor:
-        """tokens (B, N, D) -> (B, E), normalised."""
-        return F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
-
-    def text_features(self, hidden: Tensor) -> Tensor:
-        """hidden (B, L, D) -> (B, E), normalised."""
-        return F.normalize(self.text_projection(hidden[:, 0]), dim=-1)
 
     def read(self, input_ids: Tensor, mask: Tensor, image_tokens: Tensor | None = None) -> Tensor:
         """input_ids, mask (B, L), with image_tokens (B, N, D) or alone -> (B, L, D)."""
         return self.text.run(self.text.embed(input_ids), mask, self.layers, image_tokens)
 
 
-class BLIP(nn.Module):
+class BLIP(DistilledModel):
     """Image and text towers, decoder, their momentum copies and the feature queue."""
 
+    family = "blip"
+    config_class = BLIPConfig
+    config: BLIPConfig
+    encoders: BLIPEncoders
+    masks_text = False
+
     def __init__(self, config: BLIPConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.reduction = config.reduction
-        self.dense = Elip(f"{config.vision_depth}(100%)", without_text="vision")
-        self.encoders = Encoders(config)
-        self.encoders_m = momentum_copy(self.encoders)
-        self.tower = as_tower(self.encoders.visual)
-        self.tower_m = as_tower(self.encoders_m.visual)
+        super().__init__(config, BLIPEncoders(config))
         self.decoder = tied_decoder(self.encoders.text)
         self.language_head = masked_language_head(self.decoder)
         self.itm_head = nn.Linear(config.text_width, 2)
-        self.queue = FeatureQueue(config.embed_dim, config.queue_size)
-        self.temperature = nn.Parameter(torch.tensor(float(config.temperature)))
-        self.alpha = config.alpha
 
-    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """input_ids, attention_mask (B, L) -> hidden states (B, L, D) of the text alone."""
-        return self.encoders.read(input_ids, attention_mask)
-
-    def encode_image(
-        self, images: Tensor, text_cls: Tensor | None = None
-    ) -> tuple[Tensor, list[StageInfo]]:
-        """images (B, 3, H, W), guided by text_cls (B, D) -> tokens (B, K+2, D), infos of stages."""
-        return run_tower(self.tower, images, text_cls, self.reduction)
+    @classmethod
+    def fit_tokenizer(
+        cls, tokenizer: "PreTrainedTokenizerBase", context_length: int
+    ) -> dict[str, int]:
+        """Adds [DEC] and [ENC] to the tokenizer; otherwise as the other cross-modal models."""
+        tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
+        decoder, encoder = tokenizer.convert_tokens_to_ids(["[DEC]", "[ENC]"])
+        sizes = super().fit_tokenizer(tokenizer, context_length)
+        return sizes | {"decoder_token_id": decoder, "encoder_token_id": encoder}
 
     def fuse(self, input_ids: Tensor, mask: Tensor, image_tokens: Tensor) -> Tensor:
         """Hidden states (B, L, D) of [ENC] and the text, with the image before their eyes."""
@@ -162,57 +142,38 @@ class BLIP(nn.Module):
             drawn: negatives instead of drawing them, so that a run can be repeated by another
                 implementation.
         """
-        online, mask, config = self.encoders, attention_mask, self.config
-        if self.training:
-            self._clamp_temperature()
-        text = online.read(input_ids, mask)
-        image, infos = self.encode_image(images, text[:, 0])
-        shared = infos if self.config.momentum_reduction == "shared" else None
-        features = online.image_features(image), online.text_features(text)
-        if self.training:
-            update_momentum_(self.encoders_m, online, config.momentum)
-        features_m = self._momentum_features(images, input_ids, mask, shared)
-        similar, similar_m = self.queue.similarities(features, features_m, self.temperature)
-        loss_itc = soft_contrastive_loss(similar, similar_m, self.alpha)
-        if self.training:
-            self.queue.enqueue_(*features_m)
+        config = self.config
+        seen = self.contrast(images, input_ids, attention_mask)
         if drawn is None:
-            drawn = self._draw(similar)
-        loss_itm = self._matching_loss(image, input_ids, mask, drawn)
-        logits = self.predict(input_ids, mask, image)
-        loss_lm = language_loss(logits, input_ids, mask, config.label_smoothing)
-        return BLIPOutput(loss_itc + loss_itm + loss_lm, loss_itc, loss_itm, loss_lm, *features)
-
-    @torch.no_grad()
-    def _clamp_temperature(self) -> None:
-        self.temperature.clamp_(0.001, 0.5)
-
-    @torch.no_grad()
-    def _momentum_features(
-        self, images: Tensor, input_ids: Tensor, mask: Tensor, infos: list[StageInfo] | None
-    ) -> tuple[Tensor, Tensor]:
-        """Features (B, E) of all patches of the image and of the text."""
-        momentum = self.encoders_m
-        settings = self.dense if infos is None else self.reduction
-        image, _ = run_tower(self.tower_m, images, None, settings, replays=infos)
-        text = momentum.read(input_ids, mask)
-        return momentum.image_features(image), momentum.text_features(text)
+            drawn = self._draw(seen.similar)
+        loss_itm = self._matching_loss(seen.image, input_ids, attention_mask, drawn)
+        logits = self.predict(input_ids, attention_mask, seen.image)
+        loss_lm = language_loss(
+            logits, input_ids, attention_mask, config.label_smoothing, config.gather
+        )
+        loss = seen.loss + loss_itm + loss_lm
+        return BLIPOutput(loss, seen.loss, loss_itm, loss_lm, *seen.features)
 
     def _draw(self, similar: tuple[Tensor, Tensor]) -> Drawn:
-        """Hard negatives by the similarities."""
+        """Hard negatives by the similarities (B, C)."""
+        image_to_text, text_to_image = similar
+        first = rank_of(self.config.gather) * len(image_to_text)
         epsilon = self.config.negative_epsilon
-        image_to_text, text_to_image = (s[:, : len(s)].detach() for s in similar)
-        return Drawn(hard_negatives(text_to_image, epsilon), hard_negatives(image_to_text, epsilon))
+        return Drawn(
+            hard_negatives(text_to_image, epsilon, first),
+            hard_negatives(image_to_text, epsilon, first),
+        )
 
     def _matching_loss(self, image: Tensor, ids: Tensor, mask: Tensor, drawn: Drawn) -> Tensor:
         """ITM of the pairs and both kinds of negatives, in one pass of the encoder."""
-        B = len(ids)
-        texts = torch.cat([ids, ids, ids[drawn.negative_texts]])
-        masks = torch.cat([mask, mask, mask[drawn.negative_texts]])
-        images = torch.cat([image, image[drawn.negative_images], image])
-        fused = self.fuse(texts, masks, images)
-        labels = torch.zeros(3 * B, dtype=torch.long, device=ids.device)
-        labels[:B] = 1
+        texts, masks, images = (gathered(t, self.config.gather) for t in (ids, mask, image))
+        fused = self.fuse(
+            torch.cat([ids, ids, texts[drawn.negative_texts]]),
+            torch.cat([mask, mask, masks[drawn.negative_texts]]),
+            torch.cat([image, images[drawn.negative_images], image]),
+        )
+        labels = torch.zeros(len(fused), dtype=torch.long, device=ids.device)
+        labels[: len(ids)] = 1
         return F.cross_entropy(self.itm_head(fused[:, 0]).float(), labels)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

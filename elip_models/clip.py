@@ -8,15 +8,11 @@ mapped back likewise, f_image @ W_t.
 Source: CLIP (Radford et al., 2021); ELIP, section 3 and its official CLIP code.
 """
 
-import json
 import math
-import os
-import tempfile
 import warnings
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from elip_models.modules.losses import contrastive_loss
+from elip_models.modules.pretrained import Config, PretrainedModel
 from elip_models.modules.text import CLIPTextTower
 from elip_models.modules.text_reduction import TEXT_STRATEGIES, TextReduction
 from elip_models.reduction.encode import run_tower
@@ -33,9 +30,12 @@ from elip_models.reduction.strategies import PatchDropout, get_strategy
 from elip_models.reduction.strategy import StageInfo, Strategy
 from elip_models.towers import as_tower
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 @dataclass(frozen=True)
-class CLIPConfig:
+class CLIPConfig(Config):
     """Hyper-parameters of a CLIP model.
 
     schedule: '2(100%) 2(90%) 6(65%) 2(40%)', or None for a dense image tower.
@@ -77,14 +77,7 @@ class CLIPConfig:
     text_drop: float = 0.4
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" or field.type is int:
-                least = 0 if field.name.endswith("token_id") else 1
-                if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                    raise ValueError(
-                        f"{field.name}: expected an int from {least} on, got {value!r}"
-                    )
+        self.check_integers()
         intervals = {"temperature": (1e-4, 1e4), "drop_path": (0.0, 0.99), "text_drop": (0.0, 0.99)}
         for name, (low, high) in intervals.items():
             value = getattr(self, name)
@@ -139,15 +132,6 @@ class CLIPConfig:
         """The settings of the text tower's reduction; None where it has none."""
         return self.text_reduction and TextReduction(self.text_reduction, self.text_drop)
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "CLIPConfig":
-        """Raises ValueError for a name that is none of the fields."""
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(values.keys() - set(known))
-        if unknown:
-            raise ValueError(f"config: expected names among {known}, got {unknown}")
-        return cls(**values)
-
 
 @dataclass
 class CLIPOutput:
@@ -158,8 +142,11 @@ class CLIPOutput:
     text_features: Tensor
 
 
-class CLIP(nn.Module):
+class CLIP(PretrainedModel):
     """Image tower from timm, text tower from transformers, a projection each, a temperature."""
+
+    family = "clip"
+    config_class = CLIPConfig
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
@@ -285,7 +272,7 @@ class CLIP(nn.Module):
             torch.clear_autocast_cache()  # or some releases train with weights cast in here
         return features
 
-    def begin_step(self, step: int) -> None:
+    def begin_step(self, step: int, epoch: float = math.inf) -> None:
         """Before step `step` of training, from 0: patch dropout may end here."""
         if isinstance(self.config.reduction, PatchDropout):
             self.reduction = self.config.reduction.at(step)
@@ -295,53 +282,26 @@ class CLIP(nn.Module):
         """Keep the temperature at 0.01 or above, as CLIP does after each step."""
         self.logit_scale.clamp_(0, math.log(100))
 
+    def monitored(self) -> dict[str, Tensor]:
+        """The temperature."""
+        return {"temperature": (-self.logit_scale).exp()}
+
+    @classmethod
+    def fit_tokenizer(
+        cls, tokenizer: "PreTrainedTokenizerBase", context_length: int
+    ) -> dict[str, int]:
+        """Sizes of vocabulary and text, and the ids of their end and padding."""
+        return {
+            "vocab_size": len(tokenizer),
+            "context_length": context_length,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in backward instead of saving their activations."""
         self.visual.set_grad_checkpointing(enable)
         self.text.set_grad_checkpointing(enable)
-
-    def save_pretrained(self, folder: str | os.PathLike, tokenizer: Any = None) -> Path:
-        """Write model.safetensors, config.json and the tokenizer; each file whole or not at all."""
-        from safetensors.torch import save
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: w.detach().cpu().contiguous() for name, w in self.state_dict().items()}
-        _write(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
-        config = {"model": "clip", **asdict(self.config)}
-        _write(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        return folder
-
-    @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike) -> "CLIP":
-        """The model that `save_pretrained` wrote, from a local folder.
-
-        Raises:
-            FileNotFoundError: the folder lacks config.json or model.safetensors.
-            ValueError: a config of another model, or weights that do not fit it.
-        """
-        from safetensors.torch import load_file
-
-        path = Path(folder)
-        for name in ("config.json", "model.safetensors"):
-            if not (path / name).is_file():
-                raise FileNotFoundError(
-                    f"folder: expected config.json and model.safetensors, as save_pretrained "
-                    f"writes them, got no {name} in {path}"
-                )
-        config = json.loads((path / "config.json").read_text())
-        if config.pop("model", None) != "clip":
-            raise ValueError(f"folder: expected a CLIP config, got another in {path}")
-        model = cls(CLIPConfig.from_dict(config))
-        try:
-            model.load_state_dict(load_file(path / "model.safetensors"))
-        except RuntimeError as error:
-            raise ValueError(
-                f"folder: expected weights that fit {path}/config.json: {error}"
-            ) from error
-        return model
 
 
 @cache
@@ -374,9 +334,3 @@ def _init_visual(visual: VisionTransformer) -> None:
         nn.init.normal_(block.mlp.fc1.weight, std=(2 * width) ** -0.5)
         for output in (block.attn.proj, block.mlp.fc2):
             nn.init.normal_(output.weight, std=(2 * width * depth) ** -0.5)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(content)
-    os.replace(file.name, path)

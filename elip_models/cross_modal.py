@@ -1,19 +1,31 @@
-"""What the configs of the cross-modal models share: the image tower, and momentum distillation."""
+"""What ALBEF, BLIP and METER share: the image tower, how its reduction is guided, the tokenizer."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from timm.models.vision_transformer import VisionTransformer
-from transformers import BertConfig
+from torch import Tensor, nn
 
+from elip_models.modules.pretrained import Config, PretrainedModel
+from elip_models.reduction.encode import run_tower
 from elip_models.reduction.stage import Elip
+from elip_models.reduction.strategy import StageInfo
+from elip_models.towers import Tower
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
-class VisionConfig:
-    """Sizes of a timm VisionTransformer, and how it is reduced.
+class CrossModalConfig(Config):
+    """Sizes of a timm VisionTransformer, how it is reduced, and the texts beside it.
 
     text_width: of the text encoder, whose CLS output guides; as wide as the image tower.
+    context_length: tokens of a text; max_positions: those that the text encoder has places for.
+    pad_token_id, cls_token_id, sep_token_id: what fills, begins and ends a text.
+    gather: 'local' contrasts within a rank and means over its own tokens; 'global' over all ranks,
+        so that the mean over ranks, and its gradient, equal one process with the whole batch.
     schedule: '2(100%) 2(90%) 6(65%) 2(40%)', or None for a dense image tower.
     scorer, fusion, guidance_norm, without_text, merge: see `elip_models.encode_image`.
 
@@ -27,7 +39,15 @@ class VisionConfig:
     vision_depth: int = 12
     vision_heads: int = 12
     vision_mlp_ratio: float = 4.0
+    vision_norm_eps: float = 1e-6
     text_width: int = 768
+    context_length: int = 30
+    max_positions: int = 512
+    vocab_size: int = 30522
+    pad_token_id: int = 0
+    cls_token_id: int = 101
+    sep_token_id: int = 102
+    gather: Literal["local", "global"] = "local"
     schedule: str | None = None
     scorer: str | int = "exact"
     fusion: float = 0.8
@@ -36,6 +56,7 @@ class VisionConfig:
     merge: bool = True
 
     def __post_init__(self) -> None:
+        self.check_integers()
         if self.text_width != self.vision_width:
             raise ValueError(
                 f"text_width: expected vision_width = {self.vision_width}, whose CLS token the "
@@ -47,6 +68,13 @@ class VisionConfig:
                 raise ValueError(
                     f"{name}: expected a divisor of {whole} = {getattr(self, whole)}, got {part}"
                 )
+        if self.context_length > self.max_positions:
+            raise ValueError(
+                f"context_length: expected at most max_positions = {self.max_positions}, got "
+                f"{self.context_length}"
+            )
+        self.check_choices("gather", "local", "global")
+        self.check_ids("pad_token_id", "cls_token_id", "sep_token_id")
         self.reduction.schedule.check_depth(self.vision_depth)
 
     @property
@@ -66,8 +94,24 @@ class VisionConfig:
             num_heads=self.vision_heads,
             mlp_ratio=self.vision_mlp_ratio,
             num_classes=0,
+            norm_layer=partial(nn.LayerNorm, eps=self.vision_norm_eps),
             **options,
         )
+
+    def check_choices(self, name: str, *choices: str) -> None:
+        """Raises where a field is none of the choices."""
+        if getattr(self, name) not in choices:
+            expected = " or ".join(repr(choice) for choice in choices)
+            raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
+    def check_ids(self, *names: str) -> None:
+        """Raises where a field is no id of the vocabulary."""
+        for name in names:
+            if getattr(self, name) >= self.vocab_size:
+                raise ValueError(
+                    f"{name}: expected an id below vocab_size = {self.vocab_size}, "
+                    f"got {getattr(self, name)}"
+                )
 
     def check_shares(self, *names: str) -> None:
         """Raises where a field is no share in [0, 1]."""
@@ -76,50 +120,40 @@ class VisionConfig:
                 raise ValueError(f"{name}: expected a float in [0, 1], got {getattr(self, name)!r}")
 
 
-@dataclass(frozen=True)
-class DistilledConfig(VisionConfig):
-    """BERT beside the image tower, momentum encoders and a queue of their features.
+class CrossModalModel(PretrainedModel):
+    """Text first: its CLS output guides the image tower, `tower`, reduced as `reduction` says."""
 
-    embed_dim: of the features. temperature: of their similarities, at the start.
-    queue_size: features in the queue. momentum: of the momentum encoders.
-    alpha: weight of the momentum targets.
-    momentum_reduction: 'none' shows the momentum image tower all patches, as the papers do;
-        'shared' the tokens that the online one kept and merged, by the same weights: no scoring.
-    """
+    tower: Tower
+    reduction: Elip
+    masks_text: ClassVar[bool] = True
 
-    text_depth: int = 12
-    text_heads: int = 12
-    text_hidden: int = 3072
-    text_dropout: float = 0.1
-    vocab_size: int = 30522
-    max_positions: int = 512
-    pad_token_id: int = 0
-    embed_dim: int = 256
-    temperature: float = 0.07
-    queue_size: int = 65536
-    momentum: float = 0.995
-    alpha: float = 0.4
-    momentum_reduction: Literal["none", "shared"] = "none"
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """input_ids, attention_mask (B, L) -> hidden states (B, L, D) of the text alone."""
+        raise NotImplementedError
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_shares("momentum", "alpha", "text_dropout")
-        if self.momentum_reduction not in ("none", "shared"):
+    def encode_image(
+        self, images: Tensor, text_cls: Tensor | None = None
+    ) -> tuple[Tensor, list[StageInfo]]:
+        """images (B, 3, H, W), guided by text_cls (B, D) -> tokens (B, K+2, D), infos of stages."""
+        return run_tower(self.tower, images, text_cls, self.reduction)
+
+    @classmethod
+    def fit_tokenizer(
+        cls, tokenizer: "PreTrainedTokenizerBase", context_length: int
+    ) -> dict[str, int]:
+        """Sizes of vocabulary and text, and the ids of the special tokens in the config."""
+        ids = tokenizer("a").input_ids
+        if tokenizer.cls_token_id is None or ids[0] != tokenizer.cls_token_id:
             raise ValueError(
-                f"momentum_reduction: expected 'none' or 'shared', got {self.momentum_reduction!r}"
+                f"tokenizer: expected one that begins a text with its cls token, as BERT's, for "
+                f"{cls.__name__} reads a text off there, got {tokenizer.cls_token!r} and a text "
+                f"of the ids {ids}"
             )
-
-    @property
-    def bert(self) -> BertConfig:
-        """Of the text encoder."""
-        return BertConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=self.text_width,
-            num_hidden_layers=self.text_depth,
-            num_attention_heads=self.text_heads,
-            intermediate_size=self.text_hidden,
-            hidden_dropout_prob=self.text_dropout,
-            attention_probs_dropout_prob=self.text_dropout,
-            max_position_embeddings=self.max_positions,
-            pad_token_id=self.pad_token_id,
-        )
+        special = {"pad": tokenizer.pad_token_id, "cls": ids[0], "sep": ids[-1]}
+        if cls.masks_text:
+            special["mask"] = tokenizer.mask_token_id
+        missing = [name for name, token in special.items() if token is None]
+        if missing:
+            raise ValueError(f"tokenizer: expected one with a {missing[0]} token, got none")
+        sizes = {"vocab_size": len(tokenizer), "context_length": context_length}
+        return sizes | {f"{name}_token_id": token for name, token in special.items()}

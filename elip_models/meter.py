@@ -11,7 +11,6 @@ Source: METER (Dou et al., 2022); ELIP, section 3 and its official METER code.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,11 +20,9 @@ from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertPooler
 from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 
-from elip_models.cross_modal import VisionConfig
+from elip_models.cross_modal import CrossModalConfig, CrossModalModel
 from elip_models.modules.bert import BertTower, masked_language_head
 from elip_models.modules.objectives import distilled_language_loss, mask_tokens
-from elip_models.reduction.encode import run_tower
-from elip_models.reduction.strategy import StageInfo
 from elip_models.towers import as_tower
 
 EMBEDDINGS = {"bert": BertEmbeddings, "roberta": RobertaEmbeddings}
@@ -42,17 +39,19 @@ TEXT, IMAGE = 0, 1  # rows of the token type embeddings
 
 
 @dataclass(frozen=True)
-class METERConfig(VisionConfig):
+class METERConfig(CrossModalConfig):
     """Hyper-parameters of a METER model; the defaults are the official code's.
 
     vision_depth: blocks that run, CLIP's but the last.
     text_encoder: 'bert' or 'roberta', see `ROBERTA` for the fields that go with the second.
     cross_width, cross_depth, cross_heads, cross_hidden: of the co-attention layers of each side.
     dropout: of the text encoder and of the co-attention layers.
-    Image tower and reduction: see `VisionConfig`.
+    The other fields: see `CrossModalConfig`.
     """
 
     vision_depth: int = 11
+    vision_norm_eps: float = 1e-5
+    context_length: int = 50
     text_encoder: Literal["bert", "roberta"] = "bert"
     text_depth: int = 12
     text_heads: int = 12
@@ -62,30 +61,19 @@ class METERConfig(VisionConfig):
     cross_heads: int = 12
     cross_hidden: int = 3072
     dropout: float = 0.1
-    vocab_size: int = 30522
-    max_positions: int = 512
-    pad_token_id: int = 0
-    cls_token_id: int = 101
-    sep_token_id: int = 102
     mask_token_id: int = 103
     mask_probability: float = 0.15
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.text_encoder not in EMBEDDINGS:
-            raise ValueError(
-                f"text_encoder: expected one of {list(EMBEDDINGS)}, got {self.text_encoder!r}"
-            )
+        self.check_choices("text_encoder", *EMBEDDINGS)
         for part in ("vision", "text", "cross"):
-            width, heads, depth = (
-                getattr(self, f"{part}_{field}") for field in ("width", "heads", "depth")
-            )
-            if heads < 1 or width % heads:
+            width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
+            if width % heads:
                 raise ValueError(
                     f"{part}_heads: expected a divisor of {part}_width = {width}, got {heads}"
                 )
-            if depth < 1:
-                raise ValueError(f"{part}_depth: expected at least 1 layer, got {depth}")
+        self.check_ids("mask_token_id")
         self.check_shares("dropout", "mask_probability")
 
     def bert(self, part: Literal["text", "cross"]) -> BertConfig:
@@ -131,8 +119,12 @@ class Drawn(NamedTuple):
     false_images: Tensor
 
 
-class METER(nn.Module):
+class METER(CrossModalModel):
     """Image and text towers, co-attention layers, poolers and both heads."""
+
+    family = "meter"
+    config_class = METERConfig
+    config: METERConfig
 
     def __init__(self, config: METERConfig) -> None:
         super().__init__()
@@ -140,7 +132,6 @@ class METER(nn.Module):
         self.reduction = config.reduction
         self.visual = config.vit(
             pre_norm=True,
-            norm_layer=partial(nn.LayerNorm, eps=1e-5),
             act_layer="quick_gelu",
         )
         self.tower = as_tower(self.visual)
@@ -166,12 +157,6 @@ class METER(nn.Module):
         """input_ids, attention_mask (B, L) -> hidden states (B, L, D) of the text alone."""
         every = range(self.config.text_depth)
         return self.text.run(self.text.embed(input_ids), attention_mask, every)
-
-    def encode_image(
-        self, images: Tensor, text_cls: Tensor | None = None
-    ) -> tuple[Tensor, list[StageInfo]]:
-        """images (B, 3, H, W), guided by text_cls (B, D) -> tokens (B, K+2, D), infos of stages."""
-        return run_tower(self.tower, images, text_cls, self.reduction)
 
     def fuse(self, text: Tensor, mask: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         """text (B, L, D), mask (B, L), image (B, N, D) -> (B, L, C), (B, N, C) of co-attention."""
@@ -211,7 +196,7 @@ class METER(nn.Module):
             drawn = self._draw(images, input_ids)
         text, _ = self._pass(images, drawn.masked_ids, attention_mask)
         mlm_logits = self.language_head(text)
-        loss_mlm = distilled_language_loss(mlm_logits, drawn.labels, None, 0.0)
+        loss_mlm = distilled_language_loss(mlm_logits, drawn.labels, gather=self.config.gather)
         is_pair = (drawn.itm_labels == 1)[:, None, None, None]
         itm_images = torch.where(is_pair, images, drawn.false_images)
         itm_logits = self.match(*self._pass(itm_images, input_ids, attention_mask))

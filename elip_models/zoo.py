@@ -9,7 +9,6 @@
 Libraries are imported when a spec asks for them.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,16 +132,18 @@ OPENERS: dict[str, Callable[[str, bool, dict[str, Any]], nn.Module]] = {
 
 def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     """Our model of a folder, its config changed by `options`; random weights need no others."""
-    from elip_models.clip import CLIP, CLIPConfig
+    from elip_models.modules.pretrained import read_config
+    from elip_models.registry import FAMILIES, load_model
 
+    family, config = read_config(folder, with_weights=pretrained)
+    if family not in FAMILIES:
+        raise ValueError(f"spec: expected a folder of our models, or 'hf:{folder}', got {folder}")
     if pretrained and not options:
-        return CLIP.from_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.pop("model", None) != "clip":
-        raise ValueError(f"spec: expected a folder of our CLIP, or 'hf:{folder}', got {folder}")
-    model = CLIP(CLIPConfig.from_dict(config | options))
+        return load_model(folder)
+    kind = FAMILIES[family]
+    model = kind(kind.config_class.from_dict(config | options))
     if pretrained:
-        model.load_state_dict(CLIP.from_pretrained(folder).state_dict())
+        model.load_state_dict(load_model(folder).state_dict())
     return model
 
 

@@ -49,6 +49,9 @@ def loaded(case, **options):
         text_dropout=0.0,
         vocab_size=bert["vocab_size"],
         max_positions=bert["max_position_embeddings"],
+        context_length=10,
+        cls_token_id=1,
+        sep_token_id=2,
         decoder_token_id=meta["special_ids"]["bos_dec"],
         encoder_token_id=meta["special_ids"]["enc"],
         embed_dim=meta["embed_dim"],
@@ -135,7 +138,7 @@ def test_checkpointing_leaves_the_gradients(golden):
 
 def test_it_draws_negatives_that_are_no_pairs(golden):
     model = loaded(golden("blip_pretrain"))
-    similar = tuple(100 * torch.randn(4, 14) for _ in range(2))
+    similar = tuple(100 * torch.randn(4, 4) for _ in range(2))
     for _ in range(20):
         for negative in model._draw(similar):
             assert (negative != torch.arange(4)).all()

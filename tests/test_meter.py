@@ -32,6 +32,7 @@ TINY = {
     "dropout": 0.0,
     "vocab_size": 96,
     "max_positions": 16,
+    "context_length": 10,
     "cls_token_id": 1,
     "sep_token_id": 2,
     "mask_token_id": 3,
@@ -85,6 +86,7 @@ def loaded(case, **options):
         dropout=0.0,
         vocab_size=bert["vocab_size"],
         max_positions=bert["max_position_embeddings"],
+        context_length=10,
         **{f"{name}_token_id": meta["special_ids"][name] for name in ("pad", "cls", "sep", "mask")},
         schedule="1(100%) 1(90%) 1(70%) 2(45%)",
         **options,
@@ -271,10 +273,10 @@ def test_the_paper_s_sizes_are_the_defaults():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"text_encoder": "gpt"}, "text_encoder: expected one of .'bert', 'roberta'., got 'gpt'"),
+        ({"text_encoder": "gpt"}, "text_encoder: expected 'bert' or 'roberta', got 'gpt'"),
         ({"text_width": 512}, "text_width: expected vision_width = 768"),
         ({"cross_heads": 7}, "cross_heads: expected a divisor of cross_width = 768, got 7"),
-        ({"cross_depth": 0}, "cross_depth: expected at least 1 layer, got 0"),
+        ({"cross_depth": 0}, "cross_depth: expected an int from 1 on, got 0"),
         ({"dropout": 1.5}, "dropout: expected a float in"),
         ({"mask_probability": -0.1}, "mask_probability: expected a float in"),
         ({"schedule": "clip"}, "schedule: expected 11 layers"),

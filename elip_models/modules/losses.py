@@ -12,12 +12,40 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+Gather = Literal["local", "global"]
+"""Over the pairs of this rank, or of all ranks."""
 
-def gather_with_gradient(features: Tensor) -> Tensor:
-    """Features of all ranks, (world * B, E), in rank order; the gradient returns to every rank."""
+
+def ranks_of(gather: Gather) -> int:
+    """How many ranks `gather` goes over."""
+    is_global = gather == "global" and dist.is_available() and dist.is_initialized()
+    return dist.get_world_size() if is_global else 1
+
+
+def rank_of(gather: Gather) -> int:
+    """This rank among those that `gather` goes over."""
+    return dist.get_rank() if ranks_of(gather) > 1 else 0
+
+
+def gathered(values: Tensor, gather: Gather = "global") -> Tensor:
+    """(B, ..) -> the ranks' values in order, (ranks * B, ..); the gradient returns to each rank."""
+    if ranks_of(gather) == 1:
+        return values
     from torch.distributed.nn.functional import all_gather
 
-    return torch.cat(all_gather(features.contiguous()))
+    return torch.cat(all_gather(values.contiguous()))
+
+
+def labelled_count(labelled: Tensor, gather: Gather) -> Tensor:
+    """How many positions a loss is the mean over: True in `labelled`, or their mean over ranks.
+
+    At least as many as keep an empty sum at 0.
+    """
+    count, ranks = labelled.sum().float(), ranks_of(gather)
+    if ranks > 1:
+        dist.all_reduce(count)
+        count = count / ranks
+    return count.clamp_min(1 / ranks)
 
 
 def contrastive_loss(
@@ -25,7 +53,7 @@ def contrastive_loss(
     text_features: Tensor,
     scale: Tensor,
     *,
-    gather: Literal["local", "global"] = "local",
+    gather: Gather = "local",
 ) -> Tensor:
     """Symmetric cross entropy over the batch.
 
@@ -38,13 +66,10 @@ def contrastive_loss(
     Returns:
         Scalar, fp32.
     """
-    B, rank = image_features.shape[0], 0
+    B = image_features.shape[0]
     images, texts = image_features.float(), text_features.float()
-    all_images, all_texts = images, texts
-    if gather == "global" and dist.is_available() and dist.is_initialized():
-        rank = dist.get_rank()
-        all_images, all_texts = gather_with_gradient(images), gather_with_gradient(texts)
-    labels = torch.arange(B, device=images.device) + rank * B
+    all_images, all_texts = gathered(images, gather), gathered(texts, gather)
+    labels = torch.arange(B, device=images.device) + rank_of(gather) * B
     device = images.device.type
     with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
         image_to_text = F.cross_entropy(scale.float() * images @ all_texts.T, labels)

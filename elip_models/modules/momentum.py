@@ -41,27 +41,18 @@ class FeatureQueue(nn.Module):
             self.register_buffer(name, features)
         self.register_buffer("pointer", torch.zeros(1, dtype=torch.long))
 
-    def similarities(
-        self,
-        features: tuple[Tensor, Tensor],
-        features_m: tuple[Tensor, Tensor],
-        temperature: Tensor,
-    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Image-to-text and text-to-image (B, B + Q), over the temperature: online and momentum.
+    def behind(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """image, text (B, E) -> the batch and behind it the queue, (E, B + Q) each."""
+        return torch.cat([image.T, self.image], dim=1), torch.cat([text.T, self.text], dim=1)
 
-        Args:
-            features, features_m: (B, E) of image and text, of the online and momentum encoders.
-        """
-        images = torch.cat([features_m[0].T, self.image], dim=1)
-        texts = torch.cat([features_m[1].T, self.text], dim=1)
-
-        def similar(features: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            image, text = features
-            return image @ texts / temperature, text @ images / temperature
-
-        with torch.no_grad():
-            momentum = similar(features_m)
-        return similar(features), momentum
+    def check(self, batch_size: int) -> None:
+        """Raises ValueError where a batch is longer than the queue."""
+        size = self.image.shape[1]
+        if size < batch_size:
+            raise ValueError(
+                f"queue_size: expected at least the batch, {batch_size}, got {size}; make the "
+                "queue longer"
+            )
 
     @torch.no_grad()
     def enqueue_(self, image: Tensor, text: Tensor) -> None:
@@ -71,11 +62,22 @@ class FeatureQueue(nn.Module):
             ValueError: more features than the queue holds.
         """
         B, size = image.shape[0], self.image.shape[1]
-        if size < B:
-            raise ValueError(
-                f"queue_size: expected at least the batch, {B}, got {size}; make the queue longer"
-            )
+        self.check(B)
         places = (self.pointer + torch.arange(B, device=image.device)) % size
         self.image.index_copy_(1, places, image.T.to(self.image.dtype))
         self.text.index_copy_(1, places, text.T.to(self.text.dtype))
         self.pointer.copy_((self.pointer + B) % size)
+
+
+def similarities(
+    features: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor], temperature: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Image-to-text and text-to-image (B, C), over the temperature.
+
+    Args:
+        features: (B, E) of image and text.
+        keys: (E, C) of image and text, see `FeatureQueue.behind`.
+        temperature: scalar.
+    """
+    (image, text), (images, texts) = features, keys
+    return image @ texts / temperature, text @ images / temperature

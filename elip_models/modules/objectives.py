@@ -10,47 +10,59 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elip_models.modules.losses import Gather, labelled_count
+
 IGNORED = -100  # of cross entropy
 
 
 def soft_contrastive_loss(
-    similarities: tuple[Tensor, Tensor], momentum: tuple[Tensor, Tensor], alpha: float
+    similarities: tuple[Tensor, Tensor],
+    momentum: tuple[Tensor, Tensor],
+    alpha: Tensor | float,
+    first: int = 0,
 ) -> Tensor:
     """ITC with momentum distillation, the mean of both directions, in fp32.
 
     Args:
-        similarities: image-to-text and text-to-image (B, B + Q), over the temperature.
+        similarities: image-to-text and text-to-image (B, C), over the temperature.
         momentum: the same of the momentum encoders; without gradient.
         alpha: weight of the momentum targets.
+        first: row i is the pair of column first + i.
     """
     losses = []
     for online, teacher in zip(similarities, momentum, strict=True):
-        identity = torch.eye(*online.shape, device=online.device)
-        targets = alpha * teacher.float().softmax(1) + (1 - alpha) * identity
-        losses.append(-(online.float().log_softmax(1) * targets).sum(1).mean())
+        log_probability = online.float().log_softmax(1)
+        soft = (log_probability * teacher.float().softmax(1)).sum(1)
+        own = log_probability.diagonal(first)
+        losses.append(-(alpha * soft + (1 - alpha) * own).mean())
     return (losses[0] + losses[1]) / 2
 
 
 @torch.no_grad()
-def hard_negatives(similarities: Tensor, epsilon: float = 0.0) -> Tensor:
-    """For each row another column, drawn by the row's softmax.
+def hard_negatives(similarities: Tensor, epsilon: float = 0.0, first: int = 0) -> Tensor:
+    """For each row a column of another pair, drawn by the row's softmax.
 
     Args:
-        similarities: (B, B), over the temperature; the diagonal are the pairs.
+        similarities: (B, C), over the temperature.
         epsilon: added to each weight, so that no row is all zero.
+        first: row i is the pair of column first + i.
 
     Returns:
-        (B,) int64. One image has no negative but itself.
+        (B,) int64. A single column has no negative but itself.
     """
     weights = similarities.float().softmax(1) + epsilon
-    weights = weights.clone().fill_diagonal_(0)
+    columns = torch.arange(weights.shape[1], device=weights.device)
+    rows = torch.arange(first, first + len(weights), device=weights.device)
+    others = (columns != rows[:, None]).float()
+    weights = weights * others
     lonely = weights.sum(1, keepdim=True) <= 0  # all of the mass is on the pair itself
-    weights = torch.where(lonely, 1.0 - torch.eye(*weights.shape, device=weights.device), weights)
-    if len(weights) == 1:
-        return torch.zeros(1, dtype=torch.long, device=weights.device)
+    weights = torch.where(lonely, others, weights)
+    if len(columns) == 1:
+        return torch.zeros_like(rows)
     return torch.multinomial(weights, 1)[:, 0]
 
 
+@torch.no_grad()
 def mask_tokens(
     input_ids: Tensor,
     *,
@@ -77,7 +89,11 @@ def mask_tokens(
 
 
 def distilled_language_loss(
-    logits: Tensor, labels: Tensor, teacher: Tensor | None, alpha: float
+    logits: Tensor,
+    labels: Tensor,
+    teacher: Tensor | None = None,
+    alpha: Tensor | float = 0.0,
+    gather: Gather = "local",
 ) -> Tensor:
     """(1 - alpha) CE + alpha soft CE against the teacher, means over the labelled positions.
 
@@ -87,19 +103,22 @@ def distilled_language_loss(
         logits, teacher: (B, L, V); the teacher's without gradient, or None.
         labels: (B, L), -100 = ignored.
         alpha: weight of the teacher.
+        gather: whose labelled positions are counted, see `labelled_count`.
     """
     logits, labelled = logits.float(), labels != IGNORED
-    count = labelled.sum().clamp_min(1)
+    count = labelled_count(labelled, gather)
     loss = F.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
     )
-    if teacher is None or alpha == 0:
+    if teacher is None:
         return loss / count
     soft = -(logits.log_softmax(-1) * teacher.float().softmax(-1)).sum(-1)
     return ((1 - alpha) * loss + alpha * (soft * labelled).sum()) / count
 
 
-def language_loss(logits: Tensor, input_ids: Tensor, mask: Tensor, smoothing: float) -> Tensor:
+def language_loss(
+    logits: Tensor, input_ids: Tensor, mask: Tensor, smoothing: float, gather: Gather = "local"
+) -> Tensor:
     """LM: cross entropy of each next token, the mean over the real ones, in fp32.
 
     Where no real token follows another it is 0.
@@ -108,6 +127,7 @@ def language_loss(logits: Tensor, input_ids: Tensor, mask: Tensor, smoothing: fl
         logits: (B, L, V), of position i for token i + 1.
         input_ids, mask: (B, L), 1 = real.
         smoothing: of the labels.
+        gather: whose tokens are counted, see `labelled_count`.
     """
     labels = input_ids.masked_fill(mask == 0, IGNORED)[:, 1:]
     loss = F.cross_entropy(
@@ -117,4 +137,4 @@ def language_loss(logits: Tensor, input_ids: Tensor, mask: Tensor, smoothing: fl
         reduction="sum",
         label_smoothing=smoothing,
     )
-    return loss / (labels != IGNORED).sum().clamp_min(1)
+    return loss / labelled_count(labels != IGNORED, gather)

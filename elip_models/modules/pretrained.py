@@ -1,0 +1,204 @@
+"""What all models have in common: a config that is data, weights on disk, and what training asks.
+
+A saved folder holds config.json, which names the family, model.safetensors, and the tokenizer's
+files. A tensor that has several names, such as tied embeddings, is written once, under its first.
+"""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Config:
+    """Base of the frozen dataclasses that hold a model's hyper-parameters."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Raises ValueError for a name that is none of the fields."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(values.keys() - set(known))
+        if unknown:
+            raise ValueError(f"config: expected names among {known}, got {unknown}")
+        return cls(**values)
+
+    def check_integers(self) -> None:
+        """Raises ValueError for a count below 1 or an id below 0."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int:
+                least = 0 if field.name.endswith("token_id") else 1
+                if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                    raise ValueError(
+                        f"{field.name}: expected an int from {least} on, got {value!r}"
+                    )
+
+
+class PretrainedModel(nn.Module):
+    """Base of the models.
+
+    A subclass names its `family` and its `config_class`, and keeps its config in `config`, which
+    has `image_size` and `context_length`. Its output has `loss`, and a `loss_..` for each part.
+    """
+
+    family: ClassVar[str]
+    config_class: ClassVar[type[Config]]
+    config: Any
+
+    def begin_step(self, step: int, epoch: float = math.inf) -> None:
+        """Before step `step` of training, from 0, after `epoch` passes over the data."""
+
+    def clamp_temperature_(self) -> None:
+        """After a step of training: keep the temperature in its interval."""
+
+    def check_batch_size(self, batch_size: int) -> None:
+        """Raises ValueError where a step over `batch_size` pairs, of all ranks, cannot be made."""
+
+    def monitored(self) -> dict[str, Tensor]:
+        """Scalars that a log of training shows beside the losses."""
+        return {}
+
+    @classmethod
+    def fit_tokenizer(
+        cls, tokenizer: "PreTrainedTokenizerBase", context_length: int
+    ) -> dict[str, int]:
+        """The fields of the config that follow from a tokenizer and the length of a text.
+
+        Special tokens that the model needs and the tokenizer lacks are added to it.
+
+        Raises:
+            ValueError: a tokenizer that the model cannot read.
+        """
+        raise NotImplementedError
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute layers in backward instead of saving their activations."""
+        raise NotImplementedError
+
+    def save_pretrained(self, folder: str | os.PathLike, tokenizer: Any = None) -> Path:
+        """Write model.safetensors, config.json and the tokenizer; each file whole or not at all."""
+        from safetensors.torch import save
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        first, state = first_names(self), self.state_dict()
+        weights = {
+            name: weight.detach().cpu().contiguous()
+            for name, weight in state.items()
+            if first[name] == name
+        }
+        _write(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
+        config = {"model": self.family, **asdict(self.config)}
+        _write(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        return folder
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> Self:
+        """The model that `save_pretrained` wrote, from a local folder.
+
+        Raises:
+            FileNotFoundError: the folder lacks config.json or model.safetensors.
+            ValueError: a config of another model, or weights that do not fit it.
+        """
+        from safetensors.torch import load_file
+
+        path = Path(folder)
+        family, config = read_config(path)
+        if family != cls.family:
+            raise ValueError(f"folder: expected a {cls.__name__} config, got another in {path}")
+        model = cls(cls.config_class.from_dict(config))
+        try:
+            load_weights(model, load_file(path / "model.safetensors"))
+        except ValueError as error:
+            raise ValueError(
+                f"folder: expected weights that fit {path}/config.json: {error}"
+            ) from error
+        return model
+
+
+def read_config(folder: str | os.PathLike, *, with_weights: bool = True) -> tuple[str | None, dict]:
+    """Family and config of a folder that `save_pretrained` wrote; None for another library's.
+
+    Raises:
+        FileNotFoundError: it lacks config.json, or model.safetensors where `with_weights`.
+    """
+    path = Path(folder)
+    for name in ("config.json", "model.safetensors") if with_weights else ("config.json",):
+        if not (path / name).is_file():
+            raise FileNotFoundError(
+                f"folder: expected config.json and model.safetensors, as save_pretrained "
+                f"writes them, got no {name} in {path}"
+            )
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    return config.pop("model", None), config
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Each name of the state dict -> the first name of the same tensor."""
+    firsts: dict[int, str] = {}
+    tensors = model.state_dict(keep_vars=True)
+    return {name: firsts.setdefault(id(tensor), name) for name, tensor in tensors.items()}
+
+
+def load_weights(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    *,
+    allow_missing: Iterable[str] = (),
+    allow_unexpected: Iterable[str] = (),
+) -> None:
+    """Load a state dict that may name a tied tensor once.
+
+    Args:
+        weights: by the model's names.
+        allow_missing: patterns of names, `*` for any part, that keep the model's own values.
+        allow_unexpected: patterns of names in `weights` that are left aside.
+
+    Raises:
+        ValueError: names that are missing or unexpected, or shapes that differ, all listed; the
+            model is unchanged then.
+    """
+    first = first_names(model)
+    state = model.state_dict()
+    by_first = {first[name]: weight for name, weight in weights.items() if name in first}
+    missing = [
+        name for name in state if first[name] not in by_first and not _matches(name, allow_missing)
+    ]
+    unexpected = [
+        name for name in weights if name not in state and not _matches(name, allow_unexpected)
+    ]
+    shapes = [
+        f"{name} {tuple(state[name].shape)}, got {tuple(weight.shape)}"
+        for name, weight in weights.items()
+        if name in state and weight.shape != state[name].shape
+    ]
+    faults = {"missing": missing, "unexpected": unexpected, "expected shape": shapes}
+    if any(faults.values()):
+        raise ValueError(
+            "weights: expected those of the model; "
+            + "; ".join(f"{what}: {', '.join(names)}" for what, names in faults.items() if names)
+        )
+    kept = {name: by_first.get(first[name], state[name]) for name in state}
+    model.load_state_dict(kept)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(content)
+    os.replace(file.name, path)
