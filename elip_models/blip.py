@@ -22,6 +22,7 @@ from elip_models.modules.bert import (
     UntypedEmbeddings,
     masked_language_head,
     tied_decoder,
+    untied_decoder,
 )
 from elip_models.modules.losses import gathered, rank_of
 from elip_models.modules.objectives import hard_negatives, language_loss
@@ -37,6 +38,8 @@ class BLIPConfig(DistilledConfig):
     decoder_token_id, encoder_token_id: [DEC] and [ENC], instead of a text's first token.
     The other fields: see `DistilledConfig`; alpha weighs the momentum targets of ITC.
     negative_epsilon: added to each weight that hard negatives are drawn by.
+    tie_decoder: the decoder shares all but self-attention with the encoder, as in pre-training;
+        False gives it weights of its own, as in models fine-tuned for captions or answers.
     """
 
     vocab_size: int = 30524
@@ -46,6 +49,7 @@ class BLIPConfig(DistilledConfig):
     alpha_warmup_epochs: float = 2.0
     label_smoothing: float = 0.1
     negative_epsilon: float = 1e-4
+    tie_decoder: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,7 +104,8 @@ class BLIP(DistilledModel):
 
     def __init__(self, config: BLIPConfig) -> None:
         super().__init__(config, BLIPEncoders(config))
-        self.decoder = tied_decoder(self.encoders.text)
+        text = self.encoders.text
+        self.decoder = tied_decoder(text) if config.tie_decoder else untied_decoder(text)
         self.language_head = masked_language_head(self.decoder)
         self.itm_head = nn.Linear(config.text_width, 2)
 
@@ -119,11 +124,28 @@ class BLIP(DistilledModel):
         ids = _begin(input_ids, self.config.encoder_token_id)
         return self.encoders.read(ids, mask, image_tokens)
 
-    def predict(self, input_ids: Tensor, mask: Tensor, image_tokens: Tensor) -> Tensor:
-        """Logits (B, L, V) of each next token after [DEC] and the text up to it."""
+    def predict(
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        image_tokens: Tensor,
+        image_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of each next token after [DEC] and the text up to it.
+
+        Args:
+            input_ids, mask: (B, L), 1 = real.
+            image_tokens: (B, N, D) to attend to; of an image, or of a question fused with it.
+            image_mask: (B, N), 1 = real; None where all of them are.
+
+        Returns:
+            (B, L, V).
+        """
         ids = _begin(input_ids, self.config.decoder_token_id)
         decoder, layers = self.decoder, self.encoders.layers
-        hidden = decoder.run(decoder.embed(ids), mask, layers, image_tokens, causal=True)
+        hidden = decoder.run(
+            decoder.embed(ids), mask, layers, image_tokens, image_mask, causal=True
+        )
         return self.language_head(hidden)
 
     def forward(

@@ -138,6 +138,11 @@ def tied_decoder(encoder: BertTower) -> BertTower:
     return decoder
 
 
+def untied_decoder(encoder: BertTower) -> BertTower:
+    """A tower of the encoder's shape whose weights are its own; they begin as the encoder's."""
+    return copy.deepcopy(encoder)
+
+
 def masked_language_head(tower: BertTower) -> BertOnlyMLMHead:
     """BERT's prediction head over (B, L, D), its decoder tied to the tower's word embeddings.
 
