@@ -10,7 +10,7 @@ Source: CLIP (Radford et al., 2021); ELIP, section 3 and its official CLIP code.
 
 import math
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +24,7 @@ from elip_models.modules.pretrained import Config, PretrainedModel
 from elip_models.modules.text import CLIPTextTower
 from elip_models.modules.text_reduction import TEXT_STRATEGIES, TextReduction
 from elip_models.reduction.encode import run_tower
-from elip_models.reduction.schedule import PRESETS, Schedule
+from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.stage import Elip
 from elip_models.reduction.strategies import PatchDropout, get_strategy
 from elip_models.reduction.strategy import StageInfo, Strategy
@@ -246,6 +246,18 @@ class CLIP(PretrainedModel):
         tokens, _ = run_tower(self.tower, images, text_cls, settings, cls_only=True)
         return F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
 
+    def image_features(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W), without text -> (B, E), normalised."""
+        return self.encode_image(images)
+
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """input_ids, attention_mask (B, L) -> (B, E), normalised."""
+        return self.encode_text(input_ids, attention_mask)
+
+    def text_cls(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """input_ids, attention_mask (B, L) -> (B, D), what guides the image tower."""
+        return self.guidance(self.encode_text(input_ids, attention_mask))
+
     def forward(
         self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> CLIPOutput:
@@ -311,16 +323,6 @@ def _warn_unguided() -> None:
         "pass image_features, or reduce=False to mean it",
         stacklevel=3,
     )
-
-
-def elip_settings(model: CLIP) -> Elip:
-    """How a model's tower is reduced by ELIP; by the paper's schedule where it is dense or reduces
-    in another way."""
-    settings, depth = model.reduction, model.config.vision_depth
-    paper = Schedule.parse(PRESETS["clip"]).scaled(depth)
-    if not isinstance(settings, Elip):
-        return Elip(paper)
-    return settings if model.config.schedule else replace(settings, schedule=paper)
 
 
 @torch.no_grad()

@@ -7,9 +7,7 @@ names the key, what was expected and what was found.
 
 import dataclasses
 import difflib
-import math
 import os
-import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,37 +18,14 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
+from elip_models.coerce import MISFIT, Bounds, coerce, describe
+
 REQUIRED = "???"
 """The value a recipe gives to a key that the user has to set."""
 
 
-_UNIONS = (types.UnionType, typing.Union)  # `X | None` is either, as X is a class or Annotated
-_MISFIT = object()  # what `_coerce` returns for a value of another type or range
-
-
 class ConfigError(ValueError):
     """A recipe or an override that cannot be used; the message names the key."""
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """The interval a number must lie in."""
-
-    low: float
-    high: float = math.inf
-    includes_low: bool = True
-    includes_high: bool = True
-
-    def __contains__(self, value: float) -> bool:
-        above = value >= self.low if self.includes_low else value > self.low
-        below = value <= self.high if self.includes_high else value < self.high
-        return above and below and math.isfinite(value)
-
-    def __str__(self) -> str:
-        if math.isinf(self.high):
-            return f"{'at least' if self.includes_low else 'above'} {self.low}"
-        left, right = "(["[self.includes_low], ")]"[self.includes_high]
-        return f"in {left}{self.low}, {self.high}{right}"
 
 
 Count = Annotated[int, Bounds(0)]
@@ -58,15 +33,25 @@ PositiveInt = Annotated[int, Bounds(1)]
 Share = Annotated[float, Bounds(0, 1)]
 NonNegative = Annotated[float, Bounds(0)]
 Positive = Annotated[float, Bounds(0, includes_low=False)]
+Magnitude = Annotated[int, Bounds(0, 10)]
 Beta = Annotated[float, Bounds(0, 1, includes_high=False)]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """`elip_models.create_model(name, **overrides)`."""
+    """`elip_models.create_model(name, **overrides)`, and what its towers begin as.
+
+    Args:
+        name: As `list_models` gives them.
+        overrides: Fields of the model's config; the tokenizer's own follow from the data.
+        vision_init: "timm:NAME", whose weights the image tower begins with; None: random.
+        text_init: "hf:NAME" or "hf:FOLDER", those of the text encoder.
+    """
 
     name: str
     overrides: dict[str, Any] = field(default_factory=dict)
+    vision_init: str | None = None
+    text_init: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +64,10 @@ class DataConfig:
         tokenizer: "train" trains one on the captions of `train`; else a local folder or hub name.
         vocab_size: Largest vocabulary of a tokenizer that is trained here.
         context_length: Tokens a caption is padded or truncated to.
+        crop_scale: Share of an image's area that a random crop shows, from and to; null shows the
+            middle of it whole, as evaluation does.
+        flip: Mirror every second image; not with captions that say left and right.
+        randaugment: Operations and their magnitude of 10, as ALBEF's RandAugment; null for none.
         num_workers: Loader processes a rank; 0 loads in the training process.
         max_bad_share: A larger share of unreadable samples stops the run.
     """
@@ -88,13 +77,16 @@ class DataConfig:
     tokenizer: str = "train"
     vocab_size: PositiveInt = 8192
     context_length: PositiveInt = 32
+    crop_scale: tuple[Share, Share] | None = (0.9, 1.0)
+    flip: bool = False
+    randaugment: tuple[PositiveInt, Magnitude] | None = None
     num_workers: Count = 0
     max_bad_share: Share = 0.05
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, linear warm-up and cosine decay to zero.
+    """AdamW, linear warm-up, then decay.
 
     Args:
         batch_size: Images a rank and a forward pass; a step sees `grad_accumulation` times as
@@ -103,6 +95,10 @@ class OptimConfig:
         steps: Optimiser steps; set, it takes precedence over `epochs`.
         epochs: Passes over the training data.
         lr: Peak learning rate.
+        decay: Of the learning rate after warm-up: "cosine" or "linear" to `min_lr` at the end, or
+            "step", by `decay_rate` each epoch, down to `min_lr`.
+        lr_scale: Multiples of the learning rate for parameters whose names fit a pattern, such as
+            {"itm_head.*": 5}; the first that fits counts.
         warmup_steps: Steps of linear warm-up, capped at a fifth of the run.
         weight_decay: For matrices; biases, norms, single vectors and the temperature have none.
         betas: AdamW's two.
@@ -119,6 +115,10 @@ class OptimConfig:
     epochs: Positive | None = None
     grad_accumulation: PositiveInt = 1
     warmup_steps: Count = 0
+    decay: Literal["cosine", "linear", "step"] = "cosine"
+    min_lr: NonNegative = 0.0
+    decay_rate: Annotated[float, Bounds(0, 1, includes_low=False)] = 0.9
+    lr_scale: dict[str, Any] = field(default_factory=dict)
     weight_decay: NonNegative = 0.1
     betas: tuple[Beta, Beta] = (0.9, 0.98)
     eps: Positive = 1e-6
@@ -254,6 +254,16 @@ def _check_together(config: RunConfig) -> None:
     """What one key alone cannot tell."""
     if config.optim.steps is None and config.optim.epochs is None:
         raise ConfigError("optim.steps: expected it or optim.epochs to be set, got neither")
+    if config.optim.min_lr > config.optim.lr:
+        raise ConfigError(
+            f"optim.min_lr: expected at most optim.lr = {config.optim.lr}, got "
+            f"{config.optim.min_lr}"
+        )
+    for pattern, scale in config.optim.lr_scale.items():
+        if coerce(Positive, scale) is MISFIT:
+            raise ConfigError(
+                f"optim.lr_scale.{pattern}: expected {describe(Positive)}, got {scale!r}"
+            )
     if config.data.eval is None and (config.eval_every or config.report):
         raise ConfigError(
             "data.eval: expected a source, since eval_every or report asks for one, got null"
@@ -291,7 +301,7 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
         if spec.name in values:
             arguments[spec.name] = _convert(hints[spec.name], values[spec.name], key)
         elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{key}: expected {_describe(hints[spec.name])}, got nothing")
+            raise ConfigError(f"{key}: expected {describe(hints[spec.name])}, got nothing")
     return cls(**arguments)
 
 
@@ -300,68 +310,11 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, f"{key}.")
     if isinstance(value, str) and value == REQUIRED:
-        raise ConfigError(f"{key}: expected {_describe(hint)}, got {REQUIRED}; set {key}=VALUE")
-    converted = _coerce(hint, value)
-    if converted is _MISFIT:
-        raise ConfigError(f"{key}: expected {_describe(hint)}, got {value!r}")
+        raise ConfigError(f"{key}: expected {describe(hint)}, got {REQUIRED}; set {key}=VALUE")
+    converted = coerce(hint, value)
+    if converted is MISFIT:
+        raise ConfigError(f"{key}: expected {describe(hint)}, got {value!r}")
     return converted
-
-
-def _coerce(hint: Any, value: Any) -> Any:
-    """`value` as `hint`, or `_MISFIT`; an integer or "1e-3" is a float, a list a tuple."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Annotated:
-        converted = _coerce(arguments[0], value)
-        return converted if converted is not _MISFIT and converted in arguments[1] else _MISFIT
-    if origin in _UNIONS:
-        fits = (_coerce(argument, value) for argument in arguments)
-        return next((fit for fit in fits if fit is not _MISFIT), _MISFIT)
-    if origin is Literal:
-        return value if value in arguments else _MISFIT
-    if origin is tuple:
-        return _coerce_tuple(arguments, value)
-    if hint is float and not isinstance(value, bool):
-        return _coerce_float(value)
-    expected = origin or hint
-    if isinstance(value, bool) and expected is not bool:
-        return _MISFIT
-    return value if isinstance(value, expected) else _MISFIT
-
-
-def _coerce_tuple(arguments: tuple[Any, ...], value: Any) -> Any:
-    if not isinstance(value, list | tuple):
-        return _MISFIT
-    hints = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
-    if len(hints) != len(value):
-        return _MISFIT
-    items = tuple(_coerce(hint, item) for hint, item in zip(hints, value, strict=True))
-    return _MISFIT if _MISFIT in items else items
-
-
-def _coerce_float(value: Any) -> Any:
-    try:
-        return float(value) if isinstance(value, int | float | str) else _MISFIT
-    except ValueError:
-        return _MISFIT
-
-
-def _describe(hint: Any) -> str:
-    """A type hint in words."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return "a section of keys"
-    if origin is Annotated:
-        return f"{_describe(arguments[0])} {arguments[1]}"
-    if origin in _UNIONS:
-        return " or ".join(_describe(argument) for argument in arguments)
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, arguments))
-    if origin is tuple:
-        if arguments[-1] is Ellipsis:
-            return f"a list, each {_describe(arguments[0])}"
-        return "[" + ", ".join(map(_describe, arguments)) + "]"
-    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
-    return names.get(hint, "null" if hint is types.NoneType else "a mapping")
 
 
 def _unknown_key(key: str) -> str:

@@ -24,6 +24,8 @@ class CrossModalConfig(Config):
     text_width: of the text encoder, whose CLS output guides; as wide as the image tower.
     context_length: tokens of a text; max_positions: those that the text encoder has places for.
     pad_token_id, cls_token_id, sep_token_id: what fills, begins and ends a text.
+    initializer_range: standard deviation of fresh weights on the text's side. BERT's suits its width
+        of 768; in a narrow tower tokens hardly see one another then, and width^-0.5 trains.
     gather: 'local' contrasts within a rank and means over its own tokens; 'global' over all ranks,
         so that the mean over ranks, and its gradient, equal one process with the whole batch.
     schedule: '2(100%) 2(90%) 6(65%) 2(40%)', or None for a dense image tower.
@@ -47,6 +49,7 @@ class CrossModalConfig(Config):
     pad_token_id: int = 0
     cls_token_id: int = 101
     sep_token_id: int = 102
+    initializer_range: float = 0.02
     gather: Literal["local", "global"] = "local"
     schedule: str | None = None
     scorer: str | int = "exact"
@@ -130,6 +133,10 @@ class CrossModalModel(PretrainedModel):
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids, attention_mask (B, L) -> hidden states (B, L, D) of the text alone."""
         raise NotImplementedError
+
+    def text_cls(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """input_ids, attention_mask (B, L) -> (B, D), what guides the image tower."""
+        return self.encode_text(input_ids, attention_mask)[:, 0]
 
     def encode_image(
         self, images: Tensor, text_cls: Tensor | None = None

@@ -86,6 +86,7 @@ class DistilledConfig(CrossModalConfig):
             attention_probs_dropout_prob=self.text_dropout,
             max_position_embeddings=self.max_positions,
             layer_norm_eps=self.text_norm_eps,
+            initializer_range=self.initializer_range,
             pad_token_id=self.pad_token_id,
         )
 
@@ -149,6 +150,11 @@ class DistilledModel(CrossModalModel):
         self.queue = FeatureQueue(config.embed_dim, config.queue_size)
         self.temperature = nn.Parameter(torch.tensor(float(config.temperature)))
         self.register_buffer("alpha", torch.tensor(float(config.alpha)), persistent=False)
+
+    @property
+    def visual(self) -> nn.Module:
+        """The image model."""
+        return self.encoders.visual
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids, attention_mask (B, L) -> hidden states (B, L, D) of the text alone."""

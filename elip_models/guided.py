@@ -15,14 +15,15 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from elip_models.clip import CLIP, elip_settings
 from elip_models.config import ConfigError, blame
 from elip_models.data import SampleError, Source, load_tokenizer, open_source, tokenize
 from elip_models.data.sample import decode_image
+from elip_models.modules.pretrained import PretrainedModel
 from elip_models.reduction.encode import encode_image
 from elip_models.reduction.schedule import PRESETS, Schedule
 from elip_models.reduction.stage import Elip
 from elip_models.reduction.strategy import StageInfo
+from elip_models.registry import elip_settings
 from elip_models.towers import Pair, Tower, as_pair, as_tower
 from elip_models.zoo import image_stats, open_model
 
@@ -106,8 +107,8 @@ def open_guided(
     """
     with blame("--model"):
         model = open_model(spec, pretrained=pretrained)
-        pair = None if isinstance(model, CLIP) else as_pair(model)
-        image_model = model.visual if isinstance(model, CLIP) else model
+        pair = None if isinstance(model, PretrainedModel) else as_pair(model)
+        image_model = model.visual if isinstance(model, PretrainedModel) else model
         image_model = image_model if pair is None else pair.image_model
         tower = as_tower(image_model)
         mean, std = (torch.tensor(values)[:, None, None] for values in image_stats(model))
@@ -116,7 +117,7 @@ def open_guided(
     settings = _settings(model, tower, given)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     guide = None
-    if settings.fusion < 1.0 and isinstance(model, CLIP):
+    if settings.fusion < 1.0 and isinstance(model, PretrainedModel):
         guide = _our_guide(model, spec)
     elif settings.fusion < 1.0 and pair is not None:
         guide = _pair_guide(pair, spec)
@@ -127,7 +128,7 @@ def open_guided(
 def _settings(model: nn.Module, tower: Tower, given: dict[str, Any]) -> Elip:
     """The model's own settings or the paper's, changed by what was given, checked."""
     settings = Elip(Schedule.parse(PRESETS["clip"]).scaled(tower.depth))
-    if isinstance(model, CLIP):
+    if isinstance(model, PretrainedModel):
         settings = elip_settings(model)
     try:
         settings = replace(settings, **given)
@@ -141,14 +142,14 @@ def _settings(model: nn.Module, tower: Tower, given: dict[str, Any]) -> Elip:
     return settings
 
 
-def _our_guide(model: CLIP, spec: str) -> Guide:
+def _our_guide(model: PretrainedModel, spec: str) -> Guide:
     with _tokenizer_of(spec, Path(spec), local=True):
         tokenizer = load_tokenizer(spec)
 
     def guide(images: Tensor, captions: list[str]) -> Tensor:
         text = tokenize(tokenizer, captions, model.config.context_length)
         text = {name: ids.to(images.device) for name, ids in text.items()}
-        return model.guidance(model.encode_text(**text))
+        return model.text_cls(**text)
 
     return guide
 

@@ -89,6 +89,7 @@ class METERConfig(CrossModalConfig):
             attention_probs_dropout_prob=self.dropout,
             max_position_embeddings=self.max_positions,
             type_vocab_size=1 if is_roberta else 2,
+            initializer_range=self.initializer_range,
             layer_norm_eps=1e-5 if is_roberta else 1e-12,
             pad_token_id=self.pad_token_id,
         )
@@ -125,6 +126,7 @@ class METER(CrossModalModel):
     family = "meter"
     config_class = METERConfig
     config: METERConfig
+    ranks = False
 
     def __init__(self, config: METERConfig) -> None:
         super().__init__()

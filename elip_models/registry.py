@@ -10,7 +10,8 @@ from elip_models.blip import BLIP, BLIPConfig
 from elip_models.clip import CLIP, CLIPConfig
 from elip_models.meter import METER, METERConfig
 from elip_models.modules.pretrained import PretrainedModel, read_config
-from elip_models.reduction.schedule import PRESETS
+from elip_models.reduction.schedule import PRESETS, Schedule
+from elip_models.reduction.stage import Elip
 
 FAMILIES: dict[str, type[PretrainedModel]] = {
     model.family: model for model in (CLIP, ALBEF, BLIP, METER)
@@ -126,3 +127,13 @@ def load_model(folder: str | os.PathLike) -> PretrainedModel:
             f"another in {folder}"
         )
     return FAMILIES[family].from_pretrained(folder)
+
+
+def elip_settings(model: PretrainedModel) -> Elip:
+    """How a model's tower is reduced by ELIP; by the paper's schedule where it is dense or reduces
+    in another way."""
+    settings, depth = model.reduction, model.config.vision_depth
+    paper = Schedule.parse(PRESETS[model.family]).scaled(depth)
+    if not isinstance(settings, Elip):
+        return Elip(paper)
+    return settings if model.config.schedule else replace(settings, schedule=paper)

@@ -13,7 +13,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from elip_models.agreement import scorer_agreement
-from elip_models.clip import CLIP, elip_settings
 from elip_models.data import (
     CLIP_MEAN,
     CLIP_STD,
@@ -23,12 +22,14 @@ from elip_models.data import (
     image_transform,
     tokenize,
 )
+from elip_models.modules.pretrained import PretrainedModel
 from elip_models.profile import DENSE, Mode, measure
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.schedule import PRESETS
 from elip_models.reduction.scorers import SCORERS
 from elip_models.reduction.stage import Elip
 from elip_models.reduction.strategy import Strategy
+from elip_models.registry import elip_settings
 from elip_models.subject import Subject
 from elip_models.timing import NO_GAIN
 from elip_models.visualize import deliberately_slow, draw_reduction, patch_grid
@@ -51,9 +52,9 @@ class ScorerCost:
 
 
 class Reporter:
-    """Reports on a trained CLIP and samples it has not seen.
+    """Reports on a trained model and samples it has not seen.
 
-    A CLIP that is dense or reduces in another way is shown as the paper would reduce it.
+    One that is dense or reduces in another way is shown as the paper would reduce it.
 
     Args:
         model: trained, in eval mode.
@@ -63,13 +64,17 @@ class Reporter:
     """
 
     def __init__(
-        self, model: CLIP, tokenizer: "PreTrainedTokenizerBase", source: Source, output_dir: Path
+        self,
+        model: PretrainedModel,
+        tokenizer: "PreTrainedTokenizerBase",
+        source: Source,
+        output_dir: Path,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.source = source
         self.output_dir = output_dir
-        self.device = model.logit_scale.device
+        self.device = next(model.parameters()).device
         self.settings = elip_settings(model)
 
     def picture(self, count: int = 5) -> Path:
@@ -122,7 +127,7 @@ class Reporter:
         captions = [several[0] for several in batch.captions]
         text = tokenize(self.tokenizer, captions, config.context_length)
         text = {name: ids.to(self.device) for name, ids in text.items()}
-        guidance = self.model.guidance(self.model.encode_text(**text))
+        guidance = self.model.text_cls(**text)
         return batch.images.to(self.device), captions, guidance
 
 

@@ -30,9 +30,10 @@ from elip_models.data import (
     train_loader,
     train_tokenizer,
 )
+from elip_models.loss_log import LossLog, losses_of
 from elip_models.optim import learning_rate, parameter_groups
-from elip_models.registry import create_model
-from elip_models.run_folder import RunFolder, TrainingError
+from elip_models.registry import create_model, family_of
+from elip_models.run_folder import RunFolder
 from elip_models.tasks.retrieval import RetrievalScores, evaluate_retrieval
 
 if TYPE_CHECKING:
@@ -93,8 +94,7 @@ def train(
 class Trainer:
     """One run: opens the data, builds the model, restores a checkpoint, trains, saves.
 
-    Of the model it asks `model(**batch).loss`, `begin_step()`, `clamp_temperature_()`,
-    `set_grad_checkpointing()`, `logit_scale` and `save_pretrained()`.
+    Of the model it asks what `PretrainedModel` has.
     """
 
     def __init__(self, config: RunConfig, *, resume: bool, console: Console) -> None:
@@ -103,7 +103,7 @@ class Trainer:
         self.folder.check(config, resume=resume)
         self.accelerator = _make_accelerator(config, self.folder)
         self.console = console if self.accelerator.is_main_process else Console(quiet=True)
-        self.pending: list[tuple[Tensor, Tensor]] = []  # (loss, gradient norm) not yet read back
+        self.losses = LossLog(self.accelerator)
         self.scores: RetrievalScores | None = None
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
@@ -136,15 +136,29 @@ class Trainer:
         """Sources, tokenizer and loader, and how many steps they make."""
         data, optim, accelerator = self.config.data, self.config.optim, self.accelerator
         image_size = _image_size(self.config.model)
+        family = family_of(self.config.model.name)
+        if not family.ranks and (self.config.eval_every or "retrieval" in self.config.report):
+            raise ConfigError(
+                f"report: expected no retrieval, and eval_every=0, for {family.__name__}, which "
+                "has no features of images and texts alone to rank"
+            )
         with blame("data.train"):
             source = open_source(data.train, image_size=image_size)
         with blame("data.eval"):
             self.eval_source = open_source(data.eval, image_size=image_size) if data.eval else None
         self.tokenizer = self._make_tokenizer(source)
+        with blame("data.tokenizer"):
+            self.text_sizes = family.fit_tokenizer(self.tokenizer, data.context_length)
         with blame("data"):
             dataset = ImageTextDataset(
                 source,
-                image_transform(image_size, train=True),
+                image_transform(
+                    image_size,
+                    train=True,
+                    scale=data.crop_scale,
+                    flip=data.flip,
+                    randaugment=data.randaugment,
+                ),
                 self.tokenizer,
                 context_length=data.context_length,
                 seed=self.config.seed,
@@ -163,8 +177,17 @@ class Trainer:
         self.batches_per_epoch = self.sampler.batches_per_epoch
         passes = (optim.epochs or 0) * self.batches_per_epoch
         self.total_steps = optim.steps or math.ceil(passes / optim.grad_accumulation)
-        schedule = {"warmup_steps": optim.warmup_steps, "total_steps": self.total_steps}
-        self.learning_rate = partial(learning_rate, lr=optim.lr, **schedule)
+        self.steps_per_epoch = self.batches_per_epoch / optim.grad_accumulation
+        self.learning_rate = partial(
+            learning_rate,
+            lr=optim.lr,
+            warmup_steps=optim.warmup_steps,
+            total_steps=self.total_steps,
+            decay=optim.decay,
+            min_lr=optim.min_lr,
+            decay_rate=optim.decay_rate,
+            steps_per_epoch=self.steps_per_epoch,
+        )
 
     def _make_tokenizer(self, source: Source) -> "PreTrainedTokenizerBase":
         """The tokenizer the recipe names, or one trained on the captions and kept in the folder."""
@@ -184,21 +207,16 @@ class Trainer:
 
     def _build_model(self) -> None:
         """Model and optimiser; the same weights on every rank, other dropout."""
-        optim, data, seed = self.config.optim, self.config.data, self.config.seed
+        optim, seed = self.config.optim, self.config.seed
         set_seed(seed)
         with blame("model"):
-            model = create_model(
-                self.config.model.name,
-                vocab_size=len(self.tokenizer),
-                context_length=data.context_length,
-                eos_token_id=self.tokenizer.eos_token_id,
-                pad_token_id=self.tokenizer.pad_token_id,
-                gather=optim.gather,
-                **self.config.model.overrides,
-            )
+            overrides = self.text_sizes | self.config.model.overrides | {"gather": optim.gather}
+            model = create_model(self.config.model.name, **overrides)
+            model.check_batch_size(optim.batch_size * self.accelerator.num_processes)
         if optim.grad_checkpointing:
             model.set_grad_checkpointing()
-        groups = parameter_groups(model, optim.weight_decay)
+        with blame("optim"):
+            groups = parameter_groups(model, optim.weight_decay, optim.lr_scale)
         optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.bare_model = self.accelerator.unwrap_model(self.model)
@@ -231,10 +249,10 @@ class Trainer:
 
     def _train_step(self) -> None:
         """One optimiser step over `grad_accumulation` batches."""
-        self.bare_model.begin_step(self.step)
+        self.bare_model.begin_step(self.step, self.step / self.steps_per_epoch)
         optim, accelerator = self.config.optim, self.accelerator
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.step)
+            group["lr"] = self.learning_rate(self.step) * group["lr_scale"]
         losses = []
         for _ in range(optim.grad_accumulation):
             batch = next(self.batches)
@@ -242,62 +260,37 @@ class Trainer:
             tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
             tensors = {n: t.to(accelerator.device, non_blocking=True) for n, t in tensors.items()}
             with accelerator.accumulate(self.model):
-                loss = self.model(**tensors).loss
-                accelerator.backward(loss)
-            losses.append(loss.detach())
+                output = self.model(**tensors)
+                accelerator.backward(output.loss)
+            losses.append(losses_of(output))
         max_norm = math.inf if optim.max_grad_norm is None else optim.max_grad_norm
         grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.bare_model.clamp_temperature_()
-        self.pending.append((torch.stack(losses).mean(), grad_norm))
+        self.losses.add(losses, grad_norm)
         self.step += 1
-
-    def _read_losses(self) -> float:
-        """Reads back the pending steps, one synchronisation for all of them.
-
-        Returns:
-            The gradient norm of the last one; its loss, the mean over ranks, is in `self.loss`.
-
-        Raises:
-            TrainingError: a loss, or without a gradient scaler a gradient norm, is not finite.
-        """
-        losses, norms = (torch.stack(values).float() for values in zip(*self.pending, strict=True))
-        losses = self.accelerator.reduce(losses, "mean")
-        finite = losses.isfinite()
-        if self.accelerator.scaler is None:
-            finite &= norms.isfinite()
-        if not finite.all():
-            first = int((~finite).nonzero()[0])
-            raise TrainingError(
-                f"step {self.step - len(self.pending) + first + 1}: loss {losses[first]:.4g}, "
-                f"gradient norm {norms[first]:.4g}: not finite; lower optim.lr, lengthen "
-                "optim.warmup_steps, or set optim.max_grad_norm or optim.precision"
-            )
-        self.pending.clear()
-        self.loss = losses[-1].item()
-        return norms[-1].item()
 
     def _log_step(self) -> str:
         """Logs the last step; returns it in words."""
-        grad_norm = self._read_losses()
+        read = self._read_losses()
         optim, first_step, start = self.config.optim, *self.window
         images = (self.step - first_step) * optim.grad_accumulation * optim.batch_size
         speed = images * self.accelerator.num_processes / (time.perf_counter() - start)
-        self._log(
-            {
-                "loss": self.loss,
-                "lr": self.learning_rate(self.step - 1),
-                "grad_norm": grad_norm,
-                "images_per_second": round(speed, 2),
-                "temperature": (-self.bare_model.logit_scale).exp().item(),
-            }
-        )
+        monitored = {name: value.item() for name, value in self.bare_model.monitored().items()}
+        lr = self.learning_rate(self.step - 1)
+        self._log({**read, "lr": lr, "images_per_second": round(speed, 2), **monitored})
         self._start_window()
-        status = f"loss {self.loss:.3f}  {speed:.0f} images/s"
+        losses = (f"{n.replace('_', ' ')} {v:.3f}" for n, v in read.items() if "loss" in n)
+        status = f"{'  '.join(losses)}  {speed:.0f} images/s"
         if not self.console.is_terminal:
             self.console.print(f"step {self.step}/{self.total_steps}  {status}")
         return status
+
+    def _read_losses(self) -> dict[str, float]:
+        read = self.losses.read(self.step)
+        self.loss = read["loss"]
+        return read
 
     def _log_scores(self) -> None:
         self.scores = self._evaluate()
@@ -330,7 +323,7 @@ class Trainer:
         return scores
 
     def _save_checkpoint(self) -> None:
-        if self.pending:
+        if self.losses:
             self._read_losses()
         self.accelerator.save_state(str(self.folder.unfinished_checkpoint(self.step)))
         self.accelerator.wait_for_everyone()

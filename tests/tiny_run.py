@@ -1,4 +1,4 @@
-"""A training run of a second: a reduced CLIP of three layers on a few built-in scenes."""
+"""A training run of seconds: a reduced model of three blocks on a few built-in scenes."""
 
 import json
 from collections.abc import Iterator
@@ -10,10 +10,18 @@ from accelerate.state import AcceleratorState, GradientState
 
 from elip_models.config import RunConfig, load_recipe
 
+SIZES = (
+    "vision_width: 32, vision_heads: 2, vision_depth: 3, text_width: 32, text_heads: 2,"
+    " image_size: 32, schedule: '1(100%) 1(75%) 1(50%)'"
+)
+BERT = "text_depth: 2, text_hidden: 64"
+OF_RECIPE = {
+    "clip_tiny": "text_depth: 1, embed_dim: 32",
+    "albef_tiny": f"{BERT}, text_layers: 1, embed_dim: 32, queue_size: 50",
+    "blip_tiny": f"{BERT}, embed_dim: 32, queue_size: 50",
+    "meter_tiny": f"{BERT}, cross_width: 32, cross_depth: 1, cross_heads: 2, cross_hidden: 64",
+}
 TINY = (
-    "model.overrides={vision_width: 32, vision_heads: 2, text_width: 32, text_depth: 1,"
-    " text_heads: 2, embed_dim: 32, image_size: 32, vision_depth: 3,"
-    " schedule: '1(100%) 1(75%) 1(50%)'}",
     "data.train=emoji_scenes:seed=0,size=48",
     "data.eval=emoji_scenes:seed=1,size=10",
     "data.vocab_size=300",
@@ -29,14 +37,15 @@ TINY = (
 )
 
 
-def tiny_arguments(folder: Path, *overrides: str) -> list[str]:
+def tiny_arguments(folder: Path, *overrides: str, recipe: str = "clip_tiny") -> list[str]:
     """Arguments of `elip` for a tiny run in `folder`."""
-    return ["train", "clip_tiny", *TINY, f"output_dir={folder}", *overrides]
+    sizes = f"model.overrides={{{SIZES}, {OF_RECIPE[recipe]}}}"
+    return ["train", recipe, sizes, *TINY, f"output_dir={folder}", *overrides]
 
 
-def tiny_config(folder: Path, *overrides: str) -> RunConfig:
+def tiny_config(folder: Path, *overrides: str, recipe: str = "clip_tiny") -> RunConfig:
     """The same as a config."""
-    return load_recipe("clip_tiny", [*TINY, f"output_dir={folder}", *overrides])
+    return load_recipe(recipe, tiny_arguments(folder, *overrides, recipe=recipe)[2:])
 
 
 def logged(folder: Path, *keys: str) -> list[dict]:

@@ -9,6 +9,8 @@ from torch import Tensor
 from elip_models.data.checks import check_int, extra
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+MAGNITUDES = 11
+COLOUR_OPERATIONS = ("Color", "Contrast", "Posterize", "Solarize")
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -18,35 +20,61 @@ def image_transform(
     train: bool,
     mean: Sequence[float] = CLIP_MEAN,
     std: Sequence[float] = CLIP_STD,
-    scale: tuple[float, float] = (0.9, 1.0),
+    scale: tuple[float, float] | None = (0.9, 1.0),
+    flip: bool = False,
+    randaugment: tuple[int, int] | None = None,
 ) -> Callable[[Image.Image], Tensor]:
     """RGB image -> (3, S, S) float32, S = `image_size`, normalised by `mean` and `std`.
 
-    Training crops a random share of the area within `scale`, by torch's CPU generator; nothing is
-    flipped, since captions say left and right. Evaluation resizes the shorter side and crops the
-    centre. Raises TypeError or ValueError for an argument out of range, ImportError without
-    torchvision.
+    Evaluation resizes the shorter side and crops the centre. Training draws by torch's CPU
+    generator: a crop of a random share of the area within `scale`, the centre where that is None;
+    then, with `flip`, a mirrored image half of the time, though captions may say left and right;
+    then `randaugment`, a number of operations and their magnitude from 0 to 10: those of
+    RandAugment (Cubuk et al., 2020) that leave colours alone, as ALBEF and BLIP choose them.
+
+    Raises:
+        TypeError, ValueError: an argument out of range.
+        ImportError: torchvision is missing.
     """
     check_int("image_size", image_size, 1)
     if not isinstance(train, bool):
         raise TypeError(f"train: expected True or False, got {train!r}")
     _check_numbers("mean", mean, 3)
     _check_numbers("std", std, 3)
-    _check_numbers("scale", scale, 2)
     if min(std) <= 0:
         raise ValueError(f"std: expected values above 0, got {std!r}")
-    if not 0 < scale[0] <= scale[1] <= 1:
-        raise ValueError(f"scale: expected 0 < least <= most <= 1, got {scale!r}")
+    if scale is not None:
+        _check_numbers("scale", scale, 2)
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError(f"scale: expected 0 < least <= most <= 1, got {scale!r}")
     with extra("models", "image_transform"):
         from torchvision.transforms import InterpolationMode, v2
     bicubic = InterpolationMode.BICUBIC
-    crop: list[Callable[[Image.Image], Image.Image]] = (
-        [v2.RandomResizedCrop(image_size, scale=scale, interpolation=bicubic)]
-        if train
-        else [v2.Resize(image_size, interpolation=bicubic), v2.CenterCrop(image_size)]
-    )
+    middle = [v2.Resize(image_size, interpolation=bicubic), v2.CenterCrop(image_size)]
+    steps: list[Callable[[Image.Image], Image.Image]] = middle
+    if train and scale is not None:
+        steps = [v2.RandomResizedCrop(image_size, scale=scale, interpolation=bicubic)]
+    if train and flip:
+        steps.append(v2.RandomHorizontalFlip())
+    if train and randaugment is not None:
+        steps.append(_randaugment(*randaugment))
     to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
-    return v2.Compose([*crop, *to_tensor, v2.ToPureTensor()])
+    return v2.Compose([*steps, *to_tensor, v2.ToPureTensor()])
+
+
+def _randaugment(operations: int, magnitude: int) -> Callable[[Image.Image], Image.Image]:
+    """torchvision's RandAugment without the operations that change what colour a thing has."""
+    from torchvision.transforms import v2
+
+    check_int("randaugment", operations, 1)
+    if magnitude not in range(MAGNITUDES):
+        raise ValueError(
+            f"randaugment: expected a magnitude from 0 to {MAGNITUDES - 1}, got {magnitude!r}"
+        )
+    augment = v2.RandAugment(operations, magnitude, num_magnitude_bins=MAGNITUDES)
+    space = v2.RandAugment._AUGMENTATION_SPACE
+    augment._AUGMENTATION_SPACE = {n: v for n, v in space.items() if n not in COLOUR_OPERATIONS}
+    return augment
 
 
 def _check_numbers(argument: str, value: Sequence[float], count: int) -> None:

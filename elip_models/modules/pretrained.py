@@ -49,11 +49,26 @@ class PretrainedModel(nn.Module):
 
     A subclass names its `family` and its `config_class`, and keeps its config in `config`, which
     has `image_size` and `context_length`. Its output has `loss`, and a `loss_..` for each part.
+    `visual` is the image model. `ranks`: features of images and texts alone can be compared.
     """
 
     family: ClassVar[str]
     config_class: ClassVar[type[Config]]
     config: Any
+    visual: nn.Module
+    ranks: ClassVar[bool] = True
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W), without text -> (B, E), normalised; where the model `ranks`."""
+        raise NotImplementedError
+
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """input_ids, attention_mask (B, L) -> (B, E), normalised; where the model `ranks`."""
+        raise NotImplementedError
+
+    def text_cls(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """input_ids, attention_mask (B, L) -> (B, D), what guides the image tower."""
+        raise NotImplementedError
 
     def begin_step(self, step: int, epoch: float = math.inf) -> None:
         """Before step `step` of training, from 0, after `epoch` passes over the data."""

@@ -156,7 +156,7 @@ def evaluate_retrieval(
     The model is put in eval mode and back; the state of the random generators is untouched.
 
     Args:
-        model: Has `encode_image(images)`, `encode_text(input_ids, attention_mask)` and a
+        model: Has `image_features(images)`, `text_features(input_ids, attention_mask)` and a
             `config` with `image_size` and `context_length`.
         tokenizer: Of the model.
         source: Images with one or several captions each.
@@ -202,7 +202,7 @@ def _encode_images(
         # Models warn where they get no text to reduce by; here that is meant.
         warnings.filterwarnings("ignore", message="no text guidance")
         for batch in batches:
-            features.append(model.encode_image(batch.images.to(device)).float())
+            features.append(model.image_features(batch.images.to(device)).float())
             captions.extend(batch.captions)
     return torch.cat(features), captions
 
@@ -221,7 +221,7 @@ def _encode_texts(
             chunk = texts[start : start + batch_size]
             tokens = tokenize(tokenizer, chunk, model.config.context_length)
             tokens = {name: ids.to(device) for name, ids in tokens.items()}
-            features.append(model.encode_text(**tokens).float())
+            features.append(model.text_features(**tokens).float())
     return torch.cat(features)
 
 
