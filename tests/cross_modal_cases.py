@@ -42,10 +42,11 @@ MODELS = {
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # the losses are fp32
 
 
-def made(family, gather):
+def made(family, gather="local", **options):
     """A model in fp64, with weights that matter."""
-    model_class, options = MODELS[family]
-    model = model_class(model_class.config_class(**SIZES, **options, gather=gather)).double()
+    model_class, own = MODELS[family]
+    sizes = SIZES | own | {"gather": gather} | options
+    model = model_class(model_class.config_class(**sizes)).double()
     online = getattr(model, "encoders", model)
     for weight in online.parameters():
         if weight.dim() == 2:
