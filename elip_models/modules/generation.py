@@ -107,6 +107,7 @@ def write(
         repetition_penalty=decoding.repetition_penalty,
         pad_token_id=tower.config.pad_token_id,
         eos_token_id=end_token_id,
+        **{CACHE: EncoderDecoderCache(DynamicCache(), DynamicCache())},
     )
     ended = (ids[:, P:-1] == end_token_id).cumsum(1) > 0
     ids[:, P + 1 :].masked_fill_(ended, tower.config.pad_token_id)  # beam search puts the end there
@@ -131,10 +132,8 @@ class _Writer(PreTrainedModel, GenerationMixin):
         **named: object,
     ) -> ModelOutput:
         """Logits (B, 1, V) behind input_ids (B, L), the tokens that the cache has not seen."""
-        cache, (B, L) = named.get(CACHE), input_ids.shape
-        if isinstance(cache, DynamicCache):
-            cache = EncoderDecoderCache(cache, DynamicCache())
-        seen = 0 if cache is None else cache.get_seq_length()
+        cache, (B, L) = named[CACHE], input_ids.shape
+        seen = cache.get_seq_length()
         positions = torch.arange(seen, seen + L, device=input_ids.device)
         hidden = self.tower.run(
             self.tower.embed(input_ids, positions),
@@ -145,7 +144,4 @@ class _Writer(PreTrainedModel, GenerationMixin):
             causal=True,
             cache=cache,
         )
-        output = ModelOutput(logits=self.head(hidden[:, -1:]))
-        if cache is not None:
-            output[CACHE] = cache
-        return output
+        return ModelOutput(logits=self.head(hidden[:, -1:]))
