@@ -171,6 +171,10 @@ class BLIP(DistilledModel):
 
         Returns:
             (B, L) int64: [DEC], the prompt, the caption and its end, then padding.
+
+        Raises:
+            ValueError: another shape or dtype of prompt, or one with padding; a length for which
+                the text tower has no positions.
         """
         with evaluating(self):
             tokens, _ = self.encode_image(images, text_cls)
