@@ -24,8 +24,10 @@ from elip_models.modules.bert import (
     tied_decoder,
     untied_decoder,
 )
+from elip_models.modules.generation import CAPTIONS, Decoding, write
 from elip_models.modules.losses import gathered, rank_of
 from elip_models.modules.objectives import hard_negatives, language_loss
+from elip_models.modules.pretrained import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -147,6 +149,67 @@ class BLIP(DistilledModel):
             decoder.embed(ids), mask, layers, image_tokens, image_mask, causal=True
         )
         return self.language_head(hidden)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        images: Tensor,
+        *,
+        prompt: Tensor | None = None,
+        text_cls: Tensor | None = None,
+        decoding: Decoding = CAPTIONS,
+    ) -> Tensor:
+        """Captions, without dropout, whatever the mode of the model.
+
+        Args:
+            images: (B, 3, H, W), each encoded once.
+            prompt: (B, P) ids that the captions begin with, all of them real, without the first
+                and the last special token; None where there is none.
+            text_cls: (B, D) that guides the image tower, see `encode_image`; a captioner has none,
+                so that all patches are kept, or as many as `without_text` says.
+            decoding: beam search or nucleus sampling, and how long.
+
+        Returns:
+            (B, L) int64: [DEC], the prompt, the caption and its end, then padding.
+
+        Raises:
+            ValueError: another shape or dtype of prompt, or one with padding; a length for which
+                the text tower has no positions.
+        """
+        with evaluating(self):
+            tokens, _ = self.encode_image(images, text_cls)
+        return self.generate_from_tokens(tokens, prompt=prompt, decoding=decoding)
+
+    def generate_from_tokens(
+        self,
+        image_tokens: Tensor,
+        image_mask: Tensor | None = None,
+        *,
+        prompt: Tensor | None = None,
+        decoding: Decoding = CAPTIONS,
+    ) -> Tensor:
+        """As `generate`, from image_tokens (B, N, D) and image_mask (B, N), see `predict`."""
+        config, B = self.config, len(image_tokens)
+        ids = torch.full((B, 1), config.decoder_token_id, device=image_tokens.device)
+        if prompt is not None:
+            fits = prompt.dim() == 2 and len(prompt) == B and prompt.dtype == ids.dtype
+            if not fits or (prompt == config.pad_token_id).any():
+                raise ValueError(
+                    f"prompt: expected int64 ids of the shape ({B}, P), none of them padding, got "
+                    f"{prompt.dtype} of {tuple(prompt.shape)} with "
+                    f"{int((prompt == config.pad_token_id).sum())} of padding; write prompts of "
+                    "different lengths in batches of their own"
+                )
+            ids = torch.cat([ids, prompt], dim=1)
+        with evaluating(self):
+            return write(
+                self.decoder,
+                self.language_head,
+                ids,
+                (image_tokens, image_mask),
+                end_token_id=config.sep_token_id,
+                decoding=decoding,
+            )
 
     def forward(
         self,

@@ -4,8 +4,8 @@
     image   ViT reduced by ELIP; features f = normalise(W x_cls) of both towers
     ITC     soft targets of the momentum towers, over the batch and the queue
 
-The momentum towers follow before each step's momentum features, and see all patches. All ranks
-enqueue all features, so that the queue is the same everywhere.
+The momentum towers follow before each step's momentum features, and see all patches. In training
+all ranks enqueue all features, so that the queue is the same everywhere.
 Source: ALBEF (Li et al., 2021), section 3.2; BLIP (Li et al., 2022).
 """
 
@@ -198,15 +198,14 @@ class DistilledModel(CrossModalModel):
         shared = infos if self.config.momentum_reduction == "shared" else None
         image_m, features_m = self._momentum_features(images, input_ids, mask, shared)
         with torch.no_grad():
-            everywhere = gathered(features_m[0], "global"), gathered(features_m[1], "global")
-            contrasted = everywhere if gather == "global" else features_m
+            contrasted = gathered(features_m[0], gather), gathered(features_m[1], gather)
             keys = self.queue.behind(*contrasted)
             similar_m = similarities(features_m, keys, self.temperature)
         similar = similarities(features, keys, self.temperature)
         first = rank_of(gather) * len(images)
         loss = soft_contrastive_loss(similar, similar_m, self.alpha, first)
         if self.training:
-            self.queue.enqueue_(*everywhere)
+            self.queue.enqueue_(*(gathered(features, "global") for features in features_m))
         pairs = len(contrasted[0])
         of_pairs = similar[0][:, :pairs].detach(), similar[1][:, :pairs].detach()
         return Contrast(loss, text, image, image_m, features, of_pairs)

@@ -5,16 +5,17 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 import elip_models
-from tests import ddp_cases, fsdp_cases, two_processes
+from tests import cross_modal_cases, ddp_cases, fsdp_cases, two_processes
 from tests.towers import SCHEDULE, images, plain_vit
 
-CASES = [*ddp_cases.CASES, *fsdp_cases.CASES]
+MODULES = [ddp_cases, fsdp_cases, cross_modal_cases]
+CASES = [case for module in MODULES for case in module.CASES]
 
 
 @pytest.fixture(scope="module")
 def failed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_processes")
-    return two_processes.run(["tests.ddp_cases", "tests.fsdp_cases"], folder)
+    return two_processes.run([module.__name__ for module in MODULES], folder)
 
 
 @pytest.mark.parametrize("case", CASES)

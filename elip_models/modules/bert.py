@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig
+from transformers.cache_utils import Cache
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, BertOnlyMLMHead
 
 
@@ -26,10 +27,11 @@ class UntypedEmbeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """input_ids (B, L) -> (B, L, D)."""
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        hidden = self.word_embeddings(input_ids) + self.position_embeddings(positions)
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """input_ids (B, L), at position_ids (L,) or from 0 on -> (B, L, D)."""
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
+        hidden = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
         return self.dropout(self.LayerNorm(hidden))
 
 
@@ -70,9 +72,9 @@ class BertTower(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """input_ids (B, L) -> (B, L, D)."""
-        return self.embeddings(input_ids=input_ids)
+    def embed(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """input_ids (B, L), at position_ids (L,) or from the first on -> (B, L, D)."""
+        return self.embeddings(input_ids=input_ids, position_ids=position_ids)
 
     def run(
         self,
@@ -83,35 +85,30 @@ class BertTower(nn.Module):
         image_mask: Tensor | None = None,
         *,
         causal: bool = False,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Some of the layers.
 
         Args:
             hidden: (B, L, D).
-            mask: (B, L), 1 = real.
+            mask: (B, T), 1 = real; of the tokens in the cache, if any, and of `hidden` behind them.
             layers: which, in order.
             image_tokens: (B, N, D) that layers with cross attention attend to.
             image_mask: (B, N), 1 = real; None where all of them are.
             causal: a token attends to itself and those before it.
+            cache: keys and values of tokens before; those of `hidden`, and of the image tokens
+                where they are new to it, are added.
 
         Returns:
             (B, L, D).
         """
         bias = (mask != 0)[:, None, None]
         if causal:
-            L = mask.shape[1]
-            bias = bias & torch.ones(L, L, dtype=torch.bool, device=mask.device).tril()
+            L, T = hidden.shape[1], mask.shape[1]
+            bias = bias & torch.ones(L, T, dtype=torch.bool, device=mask.device).tril(T - L)
         image_bias = None if image_mask is None else (image_mask != 0)[:, None, None]
         for i in layers:
-            if image_tokens is None:
-                hidden = self.layers[i](hidden, attention_mask=bias)
-            else:
-                hidden = self.layers[i](
-                    hidden,
-                    attention_mask=bias,
-                    encoder_hidden_states=image_tokens,
-                    encoder_attention_mask=image_bias,
-                )
+            hidden = self.layers[i](hidden, bias, image_tokens, image_bias, cache)
         return hidden
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -8,7 +8,8 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -158,6 +159,18 @@ def read_config(folder: str | os.PathLike, *, with_weights: bool = True) -> tupl
             )
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     return config.pop("model", None), config
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout inside; each module is in its own mode again after it."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
