@@ -23,7 +23,6 @@ import yaml
 REQUIRED = "???"
 """The value a recipe gives to a key that the user has to set."""
 
-
 _UNIONS = (types.UnionType, typing.Union)  # `X | None` is either, as X is a class or Annotated
 _MISFIT = object()  # what `_coerce` returns for a value of another type or range
 

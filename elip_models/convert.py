@@ -77,7 +77,8 @@ def convert_checkpoint(
     Raises:
         FileNotFoundError: no such file, or a folder without weights.
         ValueError: a file that holds more than tensors, an unknown kind, a setting or a tokenizer
-            that our model cannot have, or tensors that are missing, unexpected or of another shape, all listed.
+            that our model cannot have, or tensors that are missing, unexpected or of another shape,
+            all listed.
     """
     if kind is not None and kind not in (*KINDS, OURS):
         raise ValueError(f"kind: expected one of {', '.join((*KINDS, OURS))}, got {kind!r}")

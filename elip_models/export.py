@@ -52,7 +52,8 @@ def save_as(
         tokenizer: of transformers, written beside the weights.
 
     Raises:
-        ValueError: a folder that holds something, an unknown format or architecture, or a model that the library has no class for.
+        ValueError: a folder that holds something, an unknown format or architecture, or a model
+            that the library has no class for.
     """
     if to not in FORMATS:
         raise ValueError(f"to: expected one of {', '.join(FORMATS)}, got {to!r}")
