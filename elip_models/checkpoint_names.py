@@ -191,7 +191,12 @@ KINDS = {
     "blip": Kind(
         "blip",
         SHARED | _with_momentum(TEXT_ENCODER) | TEXT_DECODER | ITM_HEAD | QUEUE,
-        has=("visual_encoder.cls_token", "text_encoder.*", "text_decoder.*", "vision_proj.*"),
+        has=(
+            "visual_encoder.cls_token",
+            "text_encoder.encoder.*",
+            "text_decoder.*",
+            "vision_proj.*",
+        ),
         without=(IS_ALBEF,),
     ),
     "blip_retrieval": Kind(
@@ -212,7 +217,7 @@ KINDS = {
     "blip_vqa": Kind(
         "blip",
         VISUAL_ENCODER | TEXT_ENCODER | TEXT_DECODER,
-        has=("visual_encoder.cls_token", "text_encoder.*", "text_decoder.*"),
+        has=("visual_encoder.cls_token", "text_encoder.encoder.*", "text_decoder.*"),
         without=(IS_ALBEF, "vision_proj.*", "itm_head.*"),
         fills=NO_PROJECTIONS | MOMENTUM | FRESH_QUEUE,
     ),
@@ -249,7 +254,7 @@ KINDS = {
     "hf_blip_retrieval": Kind(
         "blip",
         HF_BLIP_VIT | TEXT_ENCODER | PROJECTIONS | ITM_HEAD,
-        has=("vision_model.embeddings.class_embedding", "text_encoder.*", "vision_proj.*"),
+        has=("vision_model.embeddings.class_embedding", "text_encoder.encoder.*", "vision_proj.*"),
         fills=NO_DECODER | {"temperature": None} | MOMENTUM | FRESH_QUEUE,
         architecture="BlipForImageTextRetrieval",
     ),
@@ -264,7 +269,7 @@ KINDS = {
     "hf_blip_vqa": Kind(
         "blip",
         HF_BLIP_VIT | TEXT_ENCODER | TEXT_DECODER,
-        has=("vision_model.embeddings.class_embedding", "text_encoder.*", "text_decoder.*"),
+        has=("vision_model.embeddings.class_embedding", "text_encoder.encoder.*", "text_decoder.*"),
         without=("vision_proj.*", "itm_head.*"),
         fills=NO_PROJECTIONS | MOMENTUM | FRESH_QUEUE,
         architecture="BlipForQuestionAnswering",
@@ -296,7 +301,11 @@ def recognise(names: Iterable[str]) -> str:
         if all(map(holds, spec.has)) and not any(map(holds, spec.without))
     ]
     if len(found) != 1:
-        got = f"names such as {', '.join(sorted(names)[:3])}" if not found else f"any of {found}"
+        got = (
+            f"names such as {', '.join(sorted(names)[:3])}"
+            if not found
+            else f"one that {' and '.join(found)} fit"
+        )
         raise ValueError(
             f"source: expected a checkpoint of a kind among {', '.join(KINDS)}, got {got}; say "
             "which with kind="
