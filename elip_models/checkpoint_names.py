@@ -3,11 +3,11 @@
 A table holds templates, see `modules/renaming.py`, theirs on the left and ours on the right.
 Read backwards, it exports.
 
-A kind of checkpoint that lacks parts of our model says what fills them, in order: `fills` maps how
-our names begin to how those begin that are copied, or to None for a part that stays as a fresh
-model has it.
+A kind of checkpoint that may lack parts of our model says what fills them, in order: `fills` maps
+how our names begin to how those begin that are copied, or to None for a part that stays as a fresh
+model has it. A part is filled where nothing of it is there; a gap in one is an error.
 
-    momentum copies     copies of the online parts
+    momentum copies     copies of the online parts, also in pre-trained models without them
     queue               random, as at the start of training
     BLIP's decoder      the encoder's weights, with its self-attention, where only that was trained
     BLIP's encoder      the decoder's, where only that was trained (captions)
@@ -142,8 +142,7 @@ METER = {
     "itm_score.fc.*": "itm_head.*",
 }
 
-MOMENTUM: dict[str, str | None] = {"encoders_m.": "encoders."}
-FRESH_QUEUE: dict[str, str | None] = {"queue.": None}
+INFERENCE: dict[str, str | None] = {"encoders_m.": "encoders.", "queue.": None}
 NO_DECODER: dict[str, str | None] = {"language_head.": None, "decoder.": "encoders.text."}
 NO_PROJECTIONS: dict[str, str | None] = {
     "encoders.image_projection.": None,
@@ -159,7 +158,7 @@ class Kind:
 
     family: of our model. names: the table. architecture: the class of transformers, if it is one's.
     has, without: names that a checkpoint of this kind holds, and does not; patterns.
-    fills: our parts that it lacks. ignored: patterns of tensors that say nothing of their own.
+    fills: our parts that it may lack. ignored: patterns of tensors that say nothing of their own.
     """
 
     family: str
@@ -177,6 +176,7 @@ KINDS = {
         "albef",
         SHARED | _with_momentum(ALBEF_TEXT) | ITM_HEAD | QUEUE,
         has=("visual_encoder.cls_token", "text_encoder.bert.*"),
+        fills=INFERENCE,
     ),
     "albef_retrieval": Kind(
         "albef",
@@ -185,7 +185,8 @@ KINDS = {
         fills={
             "encoders.language_head.": None,
             "encoders_m.language_head.": "encoders.language_head.",
-        },
+        }
+        | INFERENCE,
         ignored=("*.position_ids", "idx_queue"),
     ),
     "blip": Kind(
@@ -198,13 +199,14 @@ KINDS = {
             "vision_proj.*",
         ),
         without=(IS_ALBEF,),
+        fills=INFERENCE,
     ),
     "blip_retrieval": Kind(
         "blip",
         SHARED | _with_momentum(TEXT_ENCODER) | ITM_HEAD | QUEUE,
         has=("visual_encoder.cls_token", "text_encoder.encoder.*", "vision_proj.*"),
         without=(IS_ALBEF, "text_decoder.*"),
-        fills=NO_DECODER,
+        fills=NO_DECODER | INFERENCE,
         ignored=("*.position_ids", "idx_queue"),
     ),
     "blip_caption": Kind(
@@ -212,14 +214,14 @@ KINDS = {
         VISUAL_ENCODER | TEXT_DECODER,
         has=("visual_encoder.cls_token", "text_decoder.*"),
         without=("text_encoder.*",),
-        fills=NO_PROJECTIONS | {"encoders.text.": "decoder."} | MOMENTUM | FRESH_QUEUE,
+        fills=NO_PROJECTIONS | {"encoders.text.": "decoder."} | INFERENCE,
     ),
     "blip_vqa": Kind(
         "blip",
         VISUAL_ENCODER | TEXT_ENCODER | TEXT_DECODER,
         has=("visual_encoder.cls_token", "text_encoder.encoder.*", "text_decoder.*"),
         without=(IS_ALBEF, "vision_proj.*", "itm_head.*"),
-        fills=NO_PROJECTIONS | MOMENTUM | FRESH_QUEUE,
+        fills=NO_PROJECTIONS | INFERENCE,
     ),
     "meter": Kind(
         "meter",
@@ -255,7 +257,7 @@ KINDS = {
         "blip",
         HF_BLIP_VIT | TEXT_ENCODER | PROJECTIONS | ITM_HEAD,
         has=("vision_model.embeddings.class_embedding", "text_encoder.encoder.*", "vision_proj.*"),
-        fills=NO_DECODER | {"temperature": None} | MOMENTUM | FRESH_QUEUE,
+        fills=NO_DECODER | {"temperature": None} | INFERENCE,
         architecture="BlipForImageTextRetrieval",
     ),
     "hf_blip_caption": Kind(
@@ -263,7 +265,7 @@ KINDS = {
         HF_BLIP_VIT | TEXT_DECODER,
         has=("vision_model.embeddings.class_embedding", "text_decoder.*"),
         without=("text_encoder.*",),
-        fills=NO_PROJECTIONS | {"encoders.text.": "decoder."} | MOMENTUM | FRESH_QUEUE,
+        fills=NO_PROJECTIONS | {"encoders.text.": "decoder."} | INFERENCE,
         architecture="BlipForConditionalGeneration",
     ),
     "hf_blip_vqa": Kind(
@@ -271,14 +273,14 @@ KINDS = {
         HF_BLIP_VIT | TEXT_ENCODER | TEXT_DECODER,
         has=("vision_model.embeddings.class_embedding", "text_encoder.encoder.*", "text_decoder.*"),
         without=("vision_proj.*", "itm_head.*"),
-        fills=NO_PROJECTIONS | MOMENTUM | FRESH_QUEUE,
+        fills=NO_PROJECTIONS | INFERENCE,
         architecture="BlipForQuestionAnswering",
     ),
     "hf_blip": Kind(  # its features pass a pooler and a second norm that ours lack: towers alone
         "blip",
         HF_BLIP_VIT | _under("text_model.", "encoders.text.", BERT),
         has=("vision_model.embeddings.class_embedding", "text_model.encoder.layer.*"),
-        fills=NO_PROJECTIONS | NO_DECODER | MOMENTUM | FRESH_QUEUE,
+        fills=NO_PROJECTIONS | NO_DECODER | INFERENCE,
         architecture="BlipModel",
     ),
 }

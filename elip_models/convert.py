@@ -85,18 +85,8 @@ def convert_checkpoint(
     read = _read(Path(source), kind)
     family = FAMILIES[read.kind.family]
     fields = read.fields | _ids(family, tokenizer, read.fields) | overrides
-    config = family.config_class.from_dict(fields | heads_of(fields))
-    model = family(config)
-    weights = _fitted(model, read.weights)
-    _check_tied(model, weights)
-    lacking = [f"{part}*" for part in read.kind.fills]
-    load_weights(
-        model,
-        weights,
-        allow_missing=(*lacking, *allow_missing),
-        allow_unexpected=tuple(allow_unexpected),
-    )
-    _fill_(model, read.kind.fills)
+    model = family(family.config_class.from_dict(fields | heads_of(fields)))
+    _load_(model, read, tuple(allow_missing), tuple(allow_unexpected))
     return model.eval()
 
 
@@ -225,6 +215,25 @@ def _decoder_is_tied(weights: dict[str, Tensor]) -> bool:
         if is_shared and theirs is not None and not torch.equal(weight, theirs):
             return False
     return True
+
+
+def _load_(
+    model: PretrainedModel,
+    read: _Read,
+    allow_missing: tuple[str, ...],
+    allow_unexpected: tuple[str, ...],
+) -> None:
+    """Load what was read, and fill the parts that the kind may lack and that are not there."""
+    weights = _fitted(model, read.weights)
+    _check_tied(model, weights)
+    fills = {
+        part: filling
+        for part, filling in read.kind.fills.items()
+        if not any(name.startswith(part) for name in weights)
+    }
+    missing = (*(f"{part}*" for part in fills), *allow_missing)
+    load_weights(model, weights, allow_missing=missing, allow_unexpected=allow_unexpected)
+    _fill_(model, fills)
 
 
 def _fitted(model: PretrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:

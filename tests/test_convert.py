@@ -132,6 +132,20 @@ def test_what_a_fine_tuned_blip_lacks_is_filled(golden, tmp_path, part):
             assert torch.equal(state[name].flatten(), weight.flatten()), name
 
 
+@pytest.mark.parametrize("family", ["albef", "blip"])
+def test_a_pre_trained_model_may_come_without_what_training_alone_needs(golden, tmp_path, family):
+    case = golden(f"{family}_pretrain")
+    options = unsaid(OFFICIAL[family].loaded(case).config, family) | {"queue_size": 10}
+    weights = {n: w for n, w in official(case, family).items() if "_m." not in n}
+    weights = {n: w for n, w in weights.items() if "queue" not in n}
+    model = convert_checkpoint(saved(weights, tmp_path), **options)
+    online, momentum = (encoders.state_dict() for encoders in (model.encoders, model.encoders_m))
+    assert all(torch.equal(momentum[name], weight) for name, weight in online.items())
+    weights["vision_proj_m.bias"] = torch.zeros(16)
+    with pytest.raises(ValueError, match=r"missing: .*encoders_m\.visual\.cls_token"):
+        convert_checkpoint(saved(weights, tmp_path), **options)
+
+
 def test_a_decoder_with_weights_of_its_own_is_not_tied(golden, tmp_path):
     case = golden("blip_pretrain")
     options = unsaid(test_blip.loaded(case).config, "blip")
