@@ -206,8 +206,9 @@ def _of_hf_blip(config: Any) -> dict[str, Any]:
         "pad_token_id": text.pad_token_id,
         "sep_token_id": text.sep_token_id,
         "decoder_token_id": text.bos_token_id,
-        "encoder_token_id": text.bos_token_id + 1,  # BLIP's tokenizers add [DEC], then [ENC]
     }
+    if text.bos_token_id is not None:  # BLIP's tokenizers add [DEC], then [ENC]
+        ids["encoder_token_id"] = text.bos_token_id + 1
     return fields | _known_ids(ids, text.vocab_size)
 
 

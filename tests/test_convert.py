@@ -8,6 +8,8 @@ from safetensors.torch import save_file
 
 from elip_models.checkpoint_names import KINDS, recognise
 from elip_models.convert import convert_checkpoint, resampled
+from elip_models.export import to_hf
+from elip_models.meter import ROBERTA
 from elip_models.modules.pretrained import first_names
 from elip_models.modules.renaming import backwards, renamed
 from elip_models.registry import create_model
@@ -302,3 +304,42 @@ def test_the_tables_name_every_tensor_of_the_models():
         theirs = renamed(state, backwards(KINDS[kind].names))
         kept = {name for name in theirs if name in state and not name.startswith("itm_head.")}
         assert not kept
+
+
+def test_a_meter_that_reads_with_roberta_is_recognised(tmp_path):
+    sizes = {"vocab_size": 1024, "max_positions": 66, "mask_token_id": 1023}
+    expected = create_model("meter_tiny", **ROBERTA | sizes)
+    names = backwards(KINDS["meter"].names)
+    weights = {n: w for n, w in expected.state_dict().items() if "decoder.bias" not in n}
+    path = saved(renamed(weights, names), tmp_path, key="state_dict")
+    heads = {f"{part}_heads": 2 for part in ("vision", "text", "cross")}
+    model = convert_checkpoint(path, **heads, mask_token_id=1023)
+    assert model.config == replace(expected.config, context_length=model.config.context_length)
+    assert model.config.text_encoder == "roberta"
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight), name
+
+
+@pytest.mark.parametrize("form", ["shards", "bin"])
+def test_folders_of_transformers_in_other_forms(tmp_path, form):
+    theirs = to_hf(create_model("clip_tiny", eos_token_id=7))
+    theirs.save_pretrained(tmp_path, max_shard_size="200KB" if form == "shards" else "5GB")
+    if form == "shards":
+        assert (tmp_path / "model.safetensors.index.json").is_file()
+    else:
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    model = convert_checkpoint(tmp_path)
+    assert all(
+        torch.equal(weight, theirs.state_dict()[name])
+        for name, weight in to_hf(model).state_dict().items()
+    )
+
+
+def test_a_checkpoint_of_two_kinds_asks_which(albef):
+    weights, convert = albef
+    weights |= {"vit_model.visual.conv1.weight": torch.zeros(1)}
+    weights |= {"text_transformer.embeddings.word_embeddings.weight": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"got one that albef and meter fit; say which with kind="):
+        convert()
+    convert(kind="albef", allow_unexpected=["vit_model.*", "text_transformer.*"])
