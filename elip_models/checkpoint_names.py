@@ -170,7 +170,11 @@ class Kind:
     architecture: str | None = None
 
 
-IS_ALBEF = "text_encoder.embeddings.token_type_embeddings.weight"
+UNUSED_OF_CLIP = (
+    *("visual.proj", "transformer.*", "token_embedding.*", "positional_embedding"),
+    *("ln_final.*", "text_projection", "logit_scale"),
+)
+TOKEN_TYPES = "text_encoder.embeddings.token_type_embeddings.weight"
 KINDS = {
     "albef": Kind(
         "albef",
@@ -181,7 +185,7 @@ KINDS = {
     "albef_retrieval": Kind(
         "albef",
         SHARED | _with_momentum(TEXT_ENCODER) | ITM_HEAD | QUEUE,
-        has=("visual_encoder.cls_token", IS_ALBEF),
+        has=("visual_encoder.cls_token", TOKEN_TYPES),
         fills={
             "encoders.language_head.": None,
             "encoders_m.language_head.": "encoders.language_head.",
@@ -198,14 +202,14 @@ KINDS = {
             "text_decoder.*",
             "vision_proj.*",
         ),
-        without=(IS_ALBEF,),
+        without=(TOKEN_TYPES,),
         fills=INFERENCE,
     ),
     "blip_retrieval": Kind(
         "blip",
         SHARED | _with_momentum(TEXT_ENCODER) | ITM_HEAD | QUEUE,
         has=("visual_encoder.cls_token", "text_encoder.encoder.*", "vision_proj.*"),
-        without=(IS_ALBEF, "text_decoder.*"),
+        without=(TOKEN_TYPES, "text_decoder.*"),
         fills=NO_DECODER | INFERENCE,
         ignored=("*.position_ids", "idx_queue"),
     ),
@@ -220,7 +224,7 @@ KINDS = {
         "blip",
         VISUAL_ENCODER | TEXT_ENCODER | TEXT_DECODER,
         has=("visual_encoder.cls_token", "text_encoder.encoder.*", "text_decoder.*"),
-        without=(IS_ALBEF, "vision_proj.*", "itm_head.*"),
+        without=(TOKEN_TYPES, "vision_proj.*", "itm_head.*"),
         fills=NO_PROJECTIONS | INFERENCE,
     ),
     "meter": Kind(
@@ -230,9 +234,7 @@ KINDS = {
         ignored=(
             "*.position_ids",
             "text_transformer.pooler.*",
-            *(f"vit_model.{name}" for name in ("positional_embedding", "ln_final.*")),
-            *(f"vit_model.{name}" for name in ("token_embedding.*", "text_projection")),
-            *(f"vit_model.{name}" for name in ("transformer.*", "logit_scale", "visual.proj")),
+            *(f"vit_model.{name}" for name in UNUSED_OF_CLIP),
         ),
     ),
     "open_clip": Kind(

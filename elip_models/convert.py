@@ -39,6 +39,8 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 OURS = "ours"
+UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, UnicodeDecodeError)
+"""What torch.load raises for other content than tensors, and for a file that is none of its own."""
 
 
 class _Read(NamedTuple):
@@ -124,13 +126,22 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"source: expected a safetensors file, got {path}: {error}") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise ValueError(
-            f"source: expected tensors, numbers and texts alone, got other content in {path}, "
-            "which could run code when it is read; save its state dict alone, "
-            f"torch.save({{'model': state_dict}}, ..), where you trust it ({_sentence(error)})"
+            f"source: expected tensors, numbers and texts alone in {path}, got "
+            f"{_other_content(path)}, which could run code when it is read; where you trust it, "
+            "save its state dict alone, torch.save({'model': state_dict}, ..)"
         ) from error
     return _unwrapped(content, path)
+
+
+def _other_content(path: Path) -> str:
+    """The classes and functions that a pickle names beside tensors, where it can be looked into."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (*UNREADABLE, ValueError):
+        names = []
+    return ", ".join(names) or "other content"
 
 
 def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
@@ -292,7 +303,3 @@ def _fill_(model: PretrainedModel, fills: dict[str, str | None]) -> None:
         for name in state:
             if name.startswith(part) and first[name] == name:
                 state[name].copy_(state[source + name.removeprefix(part)])
-
-
-def _sentence(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,5 +1,6 @@
 """Other people's checkpoints as our models: what they compute, and what does not convert."""
 
+import argparse
 from dataclasses import replace
 
 import pytest
@@ -271,6 +272,13 @@ def test_files_that_hold_more_than_tensors_are_refused(tmp_path, content):
     path = tmp_path / "checkpoint.pth"
     torch.save(content, path)
     with pytest.raises(ValueError, match="source: expected"):
+        convert_checkpoint(path)
+
+
+def test_the_error_names_what_a_pickle_holds(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"model": {"a": torch.zeros(1)}, "args": argparse.Namespace(lr=1)}, path)
+    with pytest.raises(ValueError, match=r"got argparse\.Namespace, which could run code"):
         convert_checkpoint(path)
 
 
