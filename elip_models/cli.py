@@ -1,5 +1,5 @@
 """The command line: `elip train RECIPE [key=value ...]`, `elip eval retrieval`, `elip visualize`,
-`elip profile`, `elip data check`.
+`elip profile`, `elip convert`, `elip data check`.
 
 What the user can mend is one line on standard error and exit status 2, a bug is a traceback.
 """
@@ -19,7 +19,14 @@ try:
     from rich.panel import Panel
     from rich.table import Table
 
-    from elip_models.config import ConfigError, RunConfig, blame, load_recipe, recipe_names
+    from elip_models.config import (
+        ConfigError,
+        RunConfig,
+        blame,
+        load_recipe,
+        parse_overrides,
+        recipe_names,
+    )
     from elip_models.data import DataError
     from elip_models.run_folder import TrainingError
 except ImportError as error:
@@ -193,6 +200,55 @@ def profile(
         rounds=None if flops_only else rounds,
     )
     print_profile(settings, paper=paper, output=output, console=Console())
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(help="File or folder of ALBEF, BLIP, METER, open_clip, transformers.")
+    ],
+    output: Annotated[Path, typer.Argument(help="Folder to write, new or empty.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Fields of the model: activation=quick_gelu"),
+    ] = None,
+    to: Annotated[str, typer.Option(help="ours, hf or open_clip.")] = "ours",
+    kind: Annotated[str | None, typer.Option(help="Of the source; default: by its names.")] = None,
+    architecture: Annotated[
+        str | None, typer.Option(help="Of BLIP in transformers: BlipForImageTextRetrieval, ..")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Interpolate position embeddings to it.")
+    ] = None,
+    allow_missing: Annotated[
+        list[str] | None, typer.Option(help="Our names that may be missing, such as 'itm_head.*'.")
+    ] = None,
+    allow_unexpected: Annotated[
+        list[str] | None, typer.Option(help="Names of the source to leave aside.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or name of a tokenizer: its ids, and its files.")
+    ] = None,
+) -> None:
+    """Turn another library's checkpoint into one of our models, or ours into theirs."""
+    from elip_models.convert import convert_checkpoint
+    from elip_models.data import load_tokenizer
+    from elip_models.export import save_as
+
+    fields = parse_overrides(overrides or (), "vision_heads=12")
+    fields |= {"image_size": image_size} if image_size else {}
+    with blame("convert"):
+        loaded = load_tokenizer(tokenizer) if tokenizer else None
+        model = convert_checkpoint(
+            source,
+            kind=kind,
+            tokenizer=loaded,
+            allow_missing=allow_missing or (),
+            allow_unexpected=allow_unexpected or (),
+            **fields,
+        )
+        save_as(model, output, to, architecture=architecture, tokenizer=loaded)
+    Console().print(escape(f"{type(model).__name__}: {output}"), soft_wrap=True)
 
 
 @data_app.command("check")

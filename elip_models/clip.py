@@ -11,7 +11,7 @@ Source: CLIP (Radford et al., 2021); ELIP, section 3 and its official CLIP code.
 import math
 import warnings
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 class CLIPConfig(Config):
     """Hyper-parameters of a CLIP model.
 
+    activation: of both towers' MLPs; 'quick_gelu', x sigmoid(1.702 x), is that of OpenAI's models.
     schedule: '2(100%) 2(90%) 6(65%) 2(40%)', or None for a dense image tower.
     count_cls: keep ratios count CLS among the patches, as the official CLIP code.
     scorer, fusion, guidance_norm, without_text, merge: see `elip_models.encode_image`.
@@ -53,14 +54,19 @@ class CLIPConfig(Config):
     vision_width: int = 768
     vision_depth: int = 12
     vision_heads: int = 12
+    vision_mlp_ratio: float = 4.0
+    vision_norm_eps: float = 1e-5
     text_width: int = 512
     text_depth: int = 12
     text_heads: int = 8
+    text_mlp_ratio: float = 4.0
+    text_norm_eps: float = 1e-5
     vocab_size: int = 49408
     context_length: int = 77
     eos_token_id: int = 49407
     pad_token_id: int = 0
     embed_dim: int = 512
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
     drop_path: float = 0.0
     temperature: float = 0.07
     schedule: str | None = None
@@ -102,6 +108,10 @@ class CLIPConfig(Config):
             )
         if self.gather not in ("local", "global"):
             raise ValueError(f"gather: expected 'local' or 'global', got {self.gather!r}")
+        if self.activation not in ("gelu", "quick_gelu"):
+            raise ValueError(
+                f"activation: expected 'gelu' or 'quick_gelu', got {self.activation!r}"
+            )
         if self.text_reduction not in (None, *TEXT_STRATEGIES):
             raise ValueError(
                 f"text_reduction: expected None or one of {', '.join(TEXT_STRATEGIES)}, got "
@@ -159,9 +169,11 @@ class CLIP(PretrainedModel):
             embed_dim=config.vision_width,
             depth=config.vision_depth,
             num_heads=config.vision_heads,
+            mlp_ratio=config.vision_mlp_ratio,
+            act_layer=config.activation,
             drop_path_rate=config.drop_path,
             pre_norm=True,
-            norm_layer=nn.LayerNorm,
+            norm_layer=partial(nn.LayerNorm, eps=config.vision_norm_eps),
             num_classes=0,
         )
         _init_visual(self.visual)
@@ -171,6 +183,9 @@ class CLIP(PretrainedModel):
             width=config.text_width,
             depth=config.text_depth,
             heads=config.text_heads,
+            hidden=int(config.text_width * config.text_mlp_ratio),
+            activation=config.activation,
+            norm_eps=config.text_norm_eps,
             vocab_size=config.vocab_size,
             context_length=config.context_length,
             eos_token_id=config.eos_token_id,

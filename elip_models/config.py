@@ -196,14 +196,25 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunC
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, got {type(values).__name__}")
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"override {override!r}: expected key=value, such as optim.lr=3e-4")
-        _set_dotted(values, key.strip(), _parse_value(text))
+    for key, value in parse_overrides(overrides, "optim.lr=3e-4").items():
+        _set_dotted(values, key, value)
     config = _build(RunConfig, values, prefix="")
     _check_together(config)
     return config
+
+
+def parse_overrides(overrides: Sequence[str], example: str) -> dict[str, Any]:
+    """Keys and values, read as YAML, of `key=value` texts; the ConfigError shows an example."""
+    values = {}
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"override {override!r}: expected key=value, such as {example}")
+        try:
+            values[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            values[key.strip()] = text  # a glob such as *.tar is not YAML, and is a string
+    return values
 
 
 def save_recipe(config: RunConfig, path: Path) -> None:
@@ -268,13 +279,6 @@ def _check_together(config: RunConfig) -> None:
         raise ConfigError(
             "data.eval: expected a source, since eval_every or report asks for one, got null"
         )
-
-
-def _parse_value(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text  # a glob such as *.tar is not YAML, and is a string all the same
 
 
 def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:

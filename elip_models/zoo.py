@@ -85,7 +85,8 @@ def image_stats(model: nn.Module) -> Stats:
 def _open_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     import timm
 
-    if not timm.is_model(name.rpartition("/")[2].partition(".")[0]):
+    is_elsewhere = name.startswith(("local-dir:", "hf-hub:"))
+    if not is_elsewhere and not timm.is_model(name.rpartition("/")[2].partition(".")[0]):
         raise ValueError(f"spec: expected a model that timm knows, got {name!r}")
     return timm.create_model(name, pretrained=pretrained, **options)
 

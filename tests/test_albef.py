@@ -6,28 +6,9 @@ import torch
 from elip_models.albef import ALBEF, ALBEFConfig, Drawn
 from elip_models.modules.momentum import FeatureQueue
 from tests.test_golden import check_gradients
-from tests.towers import assert_equal_gradients
+from tests.towers import assert_equal_gradients, our_names
 
-NAMES = {
-    "visual_encoder.": "encoders.visual.",
-    "text_encoder.bert.embeddings.": "encoders.text.embeddings.",
-    "text_encoder.bert.encoder.layer.": "encoders.text.layers.",
-    "text_encoder.cls.": "encoders.language_head.",
-    "vision_proj.": "encoders.image_projection.",
-    "text_proj.": "encoders.text_projection.",
-}
-OTHERS = {"temp": "temperature", "image_queue": "queue.image", "text_queue": "queue.text"}
-OTHERS |= {"queue_ptr": "queue.pointer"}
-
-
-def our_name(name):
-    if name in OTHERS:
-        return OTHERS[name]
-    for theirs, ours in NAMES.items():
-        momentum = theirs.replace(".", "_m.", 1)
-        name = name.replace(momentum, ours.replace("encoders.", "encoders_m."))
-        name = name.replace(theirs, ours)
-    return name
+our_name = our_names("albef")
 
 
 def loaded(case, **options):
@@ -88,7 +69,7 @@ def test_the_official_step_is_reproduced(golden, scorer):
     check_gradients(grads, expected)
     assert not any("_m." in name for name in grads)
     for name in ("image_queue", "text_queue", "queue_ptr"):
-        got = model.state_dict()[OTHERS[name]]
+        got = model.state_dict()[our_name(name)]
         torch.testing.assert_close(
             got, case[f"after/{name}"].view(got.shape).to(got.dtype), atol=1e-6, rtol=0
         )

@@ -5,31 +5,9 @@ import torch
 
 from elip_models.blip import BLIP, BLIPConfig, Drawn
 from tests.test_golden import check_gradients
+from tests.towers import our_names
 
-NAMES = {
-    "visual_encoder.": "encoders.visual.",
-    "text_encoder.embeddings.": "encoders.text.embeddings.",
-    "text_encoder.encoder.layer.": "encoders.text.layers.",
-    "text_decoder.bert.encoder.layer.": "decoder.layers.",
-    "text_decoder.bert.embeddings.": "decoder.embeddings.",
-    "text_decoder.cls.": "language_head.",
-    "vision_proj.": "encoders.image_projection.",
-    "text_proj.": "encoders.text_projection.",
-}
-OTHERS = {"temp": "temperature", "image_queue": "queue.image", "text_queue": "queue.text"}
-OTHERS |= {"queue_ptr": "queue.pointer"}
-
-
-def our_name(name):
-    if name in OTHERS:
-        return OTHERS[name]
-    for theirs, ours in NAMES.items():
-        momentum = theirs.replace(".", "_m.", 1)
-        if name.startswith(momentum):
-            return ours.replace("encoders.", "encoders_m.") + name.removeprefix(momentum)
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
-    return name
+our_name = our_names("blip")
 
 
 def loaded(case, **options):

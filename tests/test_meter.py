@@ -8,19 +8,9 @@ from elip_models.meter import METER, ROBERTA, Drawn, METERConfig
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.stage import Elip
 from tests.test_golden import check_gradients, check_stages, timm_name
+from tests.towers import our_names
 
-NAMES = {
-    "text_transformer.embeddings.": "text.embeddings.",
-    "text_transformer.encoder.layer.": "text.layers.",
-    "cross_modal_text_transform.": "text_transform.",
-    "cross_modal_image_transform.": "image_transform.",
-    "cross_modal_text_layers.": "text_layers.layers.",
-    "cross_modal_image_layers.": "image_layers.layers.",
-    "cross_modal_text_pooler.": "text_pooler.",
-    "cross_modal_image_pooler.": "image_pooler.",
-    "mlm_score.": "language_head.predictions.",
-    "itm_score.fc.": "itm_head.",
-}
+our_name = our_names("meter")
 TINY = {
     "image_size": 32,
     "patch_size": 8,
@@ -44,17 +34,6 @@ class Recorded(Elip):
 
     def reductions(self, size):
         return Stage(1, 1, 32), Stage(2, 2, 25), Stage(3, 2, 16)
-
-
-def our_name(name):
-    if name.startswith("vit_model.visual."):
-        return "visual." + timm_name(name.removeprefix("vit_model.visual."))
-    if name == "token_type_embeddings.weight":
-        return "token_types.weight"
-    for theirs, ours in NAMES.items():
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
-    raise KeyError(name)
 
 
 def load(module, weights, also_missing=()):

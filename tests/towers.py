@@ -6,6 +6,8 @@ import timm
 import torch
 
 import elip_models
+from elip_models.checkpoint_names import KINDS
+from elip_models.modules.renaming import renamed
 
 SCHEDULE = "1(100%) 2(80%) 2(50%) 1(30%)"
 WIDTH = 32
@@ -62,3 +64,8 @@ def gradients_of_a_step(model, x, t, wrap=lambda m: m):
         out = wrap(model)(x)
     out.square().sum().backward()
     return gradients(model)
+
+
+def our_names(kind):
+    """name in an official checkpoint -> ours."""
+    return lambda name: next(iter(renamed({name: torch.empty(3, 3)}, KINDS[kind].names)))

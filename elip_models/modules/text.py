@@ -14,7 +14,9 @@ class CLIPTextTower(nn.Module):
     """CLIP's causal text transformer, pooled at the end-of-text token.
 
     Args:
-        width, depth, heads: of the transformer; the MLP is four times as wide.
+        width, depth, heads: of the transformer.
+        hidden, activation: of its MLP; by default four times as wide, and 'gelu' or 'quick_gelu'.
+        norm_eps: of its layer norms.
         vocab_size, context_length: rows of the token and position embeddings.
         eos_token_id: the token whose output is the text's CLS vector.
         pad_token_id: of the tokenizer.
@@ -31,6 +33,9 @@ class CLIPTextTower(nn.Module):
         context_length: int,
         eos_token_id: int,
         pad_token_id: int,
+        hidden: int | None = None,
+        activation: str = "gelu",
+        norm_eps: float = 1e-5,
         reduction: TextReduction | None = None,
     ) -> None:
         super().__init__()
@@ -38,12 +43,13 @@ class CLIPTextTower(nn.Module):
         self.reduction = reduction
         config = CLIPTextConfig(
             hidden_size=width,
-            intermediate_size=4 * width,
+            intermediate_size=hidden or 4 * width,
             num_hidden_layers=depth,
             num_attention_heads=heads,
             vocab_size=vocab_size,
             max_position_embeddings=context_length,
-            hidden_act="gelu",
+            hidden_act=activation,
+            layer_norm_eps=norm_eps,
             eos_token_id=eos_token_id,
             pad_token_id=pad_token_id,
             bos_token_id=None,

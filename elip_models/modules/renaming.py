@@ -1,0 +1,84 @@
+"""Tensors under other names, by a table of templates that reads in both directions.
+
+    "visual.conv1.weight"                "visual.patch_embed.proj.weight"
+    "encoder.layers.*.layer_norm1.*"     "blocks.*.norm1.*"
+    "layers.*.{q,k,v}_proj.*"            "blocks.*.attn.qkv.*"
+    "visual.proj"                        "image_projection.weight.T"
+
+`*` stands for one part of a name, at the end for all the rest; `{q,k,v}` for three tensors that the
+other side holds stacked along dim 0; `.T` at the end for a transposed matrix.
+"""
+
+import re
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Names = dict[str, str]
+QKV = "{q,k,v}"
+
+
+class _Rule(NamedTuple):
+    pattern: re.Pattern[str]
+    left: str
+    right: str
+
+
+def renamed(weights: dict[str, Tensor], names: Names) -> dict[str, Tensor]:
+    """Weights under the names on the right of a table; those it does not know keep their own."""
+    rules = [_Rule(_pattern(left), left, right) for left, right in names.items()]
+    out: dict[str, Tensor] = {}
+    stacked: dict[str, dict[str, str]] = {}
+    for name, weight in weights.items():
+        match, rule = _first_match(rules, name)
+        if rule is None:
+            out[name] = weight
+            continue
+        target = _fill(rule.right.removesuffix(".T"), match)
+        if QKV in rule.left:
+            stacked.setdefault(target, {})[match["qkv"]] = name
+        elif QKV in rule.right:
+            out |= {target.replace(QKV, c): w for c, w in zip("qkv", weight.chunk(3), strict=True)}
+        else:
+            is_transposed = rule.left.endswith(".T") or rule.right.endswith(".T")
+            out[target] = weight.mT if is_transposed else weight
+    for target, parts in stacked.items():
+        if len(parts) == 3:
+            out[target] = torch.cat([weights[parts[c]] for c in "qkv"])
+        else:
+            out |= {name: weights[name] for name in parts.values()}
+    return out
+
+
+def backwards(names: Names) -> Names:
+    """The table from right to left; of several names for one on the right, the first."""
+    table: Names = {}
+    for left, right in names.items():
+        table.setdefault(right, left)
+    return table
+
+
+def _first_match(rules: list[_Rule], name: str) -> tuple[re.Match[str], _Rule] | tuple[None, None]:
+    for rule in rules:
+        match = rule.pattern.fullmatch(name)
+        if match is not None:
+            return match, rule
+    return None, None
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    """A regular expression whose groups are the stars, and `qkv` the letter."""
+    text = re.escape(template.removesuffix(".T")).replace(re.escape(QKV), "(?P<qkv>[qkv])")
+    ends_open = text.endswith(r"\*")
+    text = text.removesuffix(r"\*").replace(r"\*", "([^.]+)")
+    return re.compile(text + "(.+)" if ends_open else text)
+
+
+def _fill(template: str, match: re.Match[str]) -> str:
+    """The template with its stars replaced by what the other side's stood for."""
+    letter = match.re.groupindex.get("qkv")
+    for number, part in enumerate(match.groups(), start=1):
+        if number != letter:
+            template = template.replace("*", part, 1)
+    return template
