@@ -9,6 +9,8 @@ from rich.console import Console
 from timm.models.vision_transformer import VisionTransformer
 
 from elip_models.paper_flops import EVITS, PAPER, UNSCORED, Reading, conclusions, readings
+from elip_models.paper_table1 import PAPER as TABLE1
+from elip_models.paper_table1 import SHARED, conclusion, nearest, ratios, report_of, step_counts
 from elip_models.profile import profile_model, tokens_of, verdict
 from elip_models.profile_run import runs
 from elip_models.reduction.inside import EViT, ToMe
@@ -236,3 +238,35 @@ def test_the_reading_that_explains_the_paper_is_found():
     lines = conclusions(made_up_counts(), found)
     assert "does not count the scoring pass" in lines[0]
     assert "Not explained" in lines[-1]
+
+
+@pytest.fixture(scope="module")
+def blip_counts():
+    """A step of full-size BLIP, counted on the meta device."""
+    return step_counts("blip")
+
+
+def test_a_step_of_blip_is_the_papers(blip_counts):
+    paper, counted = TABLE1["BLIP"], ratios(blip_counts)
+    assert blip_counts["dense"] == pytest.approx(paper.dense, rel=0.01)
+    assert 0.80 < counted["exact"] < 0.85
+    assert 0.74 < counted["last"] < 0.79
+    assert counted[SHARED] < counted["last"]
+    said = {"official": paper.elip, "EViT": paper.evit, "ToMe": paper.tome}
+    for method, flops in said.items():
+        assert counted[method] == pytest.approx(flops / paper.dense, rel=0.01)
+    assert nearest(blip_counts, paper)[0] == "official"
+
+
+def test_the_report_on_table_1_is_made_of_the_counts(blip_counts):
+    without = {name: f for name, f in blip_counts.items() if name not in (SHARED, "ToMe")}
+    counts = {"albef": blip_counts, "blip": blip_counts, "meter": without, "meter_b32": without}
+    report, data = report_of(counts)
+    console = Console(width=180, record=True, file=io.StringIO())
+    console.print(report)
+    printed = console.export_text()
+    for part in ("meter_b32", "11.04 (+0.1%)", "0.847 (+0.0%)", "blip agrees with 'official'"):
+        assert part in printed
+    assert data["conclusion"] == conclusion(counts)
+    assert "meter agrees with none, nearest 'last'" in data["conclusion"]
+    assert json.loads(json.dumps(data))["counted_ratios"]["blip"] == ratios(blip_counts)
