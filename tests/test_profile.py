@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from elip_models.paper_flops import EVITS, PAPER, UNSCORED, Reading, conclusions, readings
 from elip_models.paper_table1 import PAPER as TABLE1
 from elip_models.paper_table1 import SHARED, conclusion, nearest, ratios, report_of, step_counts
-from elip_models.profile import profile_model, tokens_of, verdict
+from elip_models.profile import in_mode, profile_model, tokens_of, verdict
 from elip_models.profile_run import runs
 from elip_models.reduction.inside import EViT, ToMe
 from elip_models.reduction.patch import is_reduced
@@ -119,6 +119,31 @@ def test_our_clip_keeps_its_own_reduction():
     dense, tome = profile_model("tiny", model, {"tome": ToMe(r=3)}, modes=["training"], rounds=None)
     assert model.reduction is settings and not model.training
     assert dense.tokens[0] == (65, 65) and tome.tokens[0] == (65, 62)
+
+
+@pytest.mark.parametrize("name", ["albef_tiny", "blip_tiny", "meter_tiny"])
+def test_a_cross_modal_model_is_measured_whole(name):
+    model = open_model(name, pretrained=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    last = Elip(f"2(100%) 2(50%) {model.tower.depth - 4}(25%)", scorer="last")
+    plans = {"last": last, "tome": ToMe(r=3)}
+    options = {"batch_size": 2, "modes": ["training"], "rounds": 1}
+    dense, last, tome = profile_model(name, model, plans, **options)
+    assert {row.step for row in (dense, last, tome)} == {"whole model"}
+    assert dense.tokens[0] == (65, 65) and tome.tokens[0] == (65, 62)
+    assert max(last.flops_ratio, tome.flops_ratio) < 1
+    assert last.memory < dense.memory and dense.backward_flops > dense.forward_flops
+    assert not model.training
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
+
+
+def test_inference_of_a_cross_modal_model_is_its_loss():
+    subject = Subject(open_model("elip_blip_tiny", pretrained=False), 2)
+    with in_mode(subject, "inference"):
+        losses = [subject.forward(plan)() for plan in (None, ToMe(r=0), ToMe(r=8))]
+    assert losses[0].shape == () and losses[0].isfinite()
+    assert losses[1] == pytest.approx(losses[0].item(), rel=1e-5)
+    assert losses[2] != losses[0]
 
 
 def test_patch_dropout_keeps_all_patches_in_inference():
