@@ -64,6 +64,35 @@ def tower_cases() -> list[TowerCase]:
     return [TowerCase(*base, 1, MAIN_DTYPE), *light]
 
 
+@dataclass(frozen=True)
+class PretrainingCase:
+    """A cross-modal model by a name of `list_models` and fields of its config, on B pairs."""
+
+    model: str
+    fields: dict[str, Any]
+    B: int
+    dtype: torch.dtype
+
+
+def pretraining_case(name: str, *, tiny: bool) -> PretrainingCase:
+    """Full size and the paper's batch on a GPU; else all widths, and the vocabulary, by four."""
+    if tiny:
+        return PretrainingCase(f"{name}_tiny", {}, 2, MAIN_DTYPE)
+    if ON_GPU:
+        return PretrainingCase(name, {}, 36, MAIN_DTYPE)
+    fields: dict[str, Any] = {"vocab_size": 7632, "text_hidden": 768}
+    fields |= {f"{part}_width": 192 for part in ("vision", "text")}
+    fields |= {f"{part}_heads": 3 for part in ("vision", "text")}
+    match name:
+        case "meter":
+            fields |= {"cross_width": 192, "cross_heads": 3, "cross_hidden": 768}
+        case "blip":
+            fields |= {"decoder_token_id": 7630, "encoder_token_id": 7631}
+    if name != "meter":
+        fields |= {"embed_dim": 64, "queue_size": 4096}
+    return PretrainingCase(name, fields, 4, MAIN_DTYPE)
+
+
 def copies(inputs: tuple[Tensor, ...], read: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
     """`inputs`, on a GPU in so many sets that none is found in its cache again.
 

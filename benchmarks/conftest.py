@@ -13,11 +13,17 @@ PLANNED, PASSED, FAILED = (pytest.StashKey[list]() for _ in range(3))
 
 def pytest_addoption(parser):
     parser.addoption("--rounds", type=int, default=10, help="interleaved rounds of a measurement")
+    parser.addoption("--tiny", action="store_true", help="the smallest cross-modal models")
 
 
 @pytest.fixture
 def rounds(request):
     return request.config.getoption("--rounds")
+
+
+@pytest.fixture
+def tiny(request):
+    return request.config.getoption("--tiny")
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,5 @@
-"""The tables of one device in Markdown, towers and strategies for the README, ops for a page of
-their own: "no gain" stands where there is none."""
+"""The tables of one device in Markdown, towers, strategies and models for the README, ops for a
+page of their own: "no gain" stands where there is none."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,12 +20,18 @@ def device_tables(results: Results) -> str:
     about = f"CPU threads: {machine['threads']}; {versions}; commit {results.commit}."
     towers = [entry for entry in results.entries if "flops" in entry]
     compared = [entry for entry in results.entries if "strategies" in entry]
+    steps = [entry for entry in results.entries if "step_flops" in entry]
     ops = [entry for entry in results.entries if "possible" in entry]
     parts = [f"### {machine['device']}", about]
     if towers:
         parts += [chart(results, "towers", "times relative to dense"), *tower_table(towers)]
     if compared:
         parts += strategy_table(compared)
+    if steps:
+        parts += pretraining_table(steps)
+    replaced = [entry for entry in results.entries if "instead_of" in entry]
+    if replaced:
+        parts.append(replacements(replaced))
     if ops:
         parts.append(chart(results, "ops", "times over that of a copy"))
         parts.append(f"[Every op, side by side](docs/{results.slug}-ops.md).")
@@ -78,6 +84,40 @@ def strategy_table(entries: list[Entry]) -> list[str]:
     )
     header = ["tower, batch, dtype", "mode", "dense, ms", *names]
     return [note, table(header, rows, left=2)]
+
+
+def pretraining_table(entries: list[Entry]) -> list[str]:
+    """Each cell: time relative to dense; FLOPs and memory relative to dense in brackets."""
+    names = list(dict.fromkeys(name for entry in entries for name in entry["ratios"]))
+    rows = []
+    for entry in entries:
+        flops, memory = entry["step_flops"], entry["memory"]
+        cells = [
+            f"{ratio(entry['ratios'][name])} ({flops[name]:.2f}, "
+            f"{memory[name] / memory['dense']:.2f})"
+            if name in flops
+            else ratio(None)
+            for name in names
+        ]
+        size = f"{tower(entry)}, width {entry['width']}"
+        rows.append([size, milliseconds(entry["milliseconds"]["dense"]), *cells])
+    note = (
+        "Pre-training step: forward and backward of all objectives, momentum towers included, "
+        "optimiser aside. Time relative to the dense model by scorer; in brackets FLOPs and "
+        "memory, both relative to dense. `shared`: the momentum tower takes the tokens that the "
+        "online one kept."
+    )
+    return [note, table(["model, batch, dtype", "dense, ms", *names], rows, left=1)]
+
+
+def replacements(entries: list[Entry]) -> str:
+    """One sentence for each way that is replaced: our time over its time."""
+    ways: dict[str, list[str]] = {}
+    for entry in entries:
+        ((way, value),) = entry["ratios"].items()
+        said = f"{entry['op']} {ratio(value)}"
+        ways.setdefault(f"{entry['does']} instead of {way}", []).append(said)
+    return " ".join(f"Time of {way}: {', '.join(said)}." for way, said in ways.items())
 
 
 def op_page(results: Results) -> str | None:

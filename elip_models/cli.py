@@ -182,7 +182,7 @@ def profile(
         bool, typer.Option("--flops-only", help="No timing, no memory: meta device.")
     ] = False,
     paper: Annotated[
-        bool, typer.Option("--paper", help="The FLOPs of the paper's CLIP models.")
+        bool, typer.Option("--paper", help="The FLOPs of the paper's models.")
     ] = False,
     output: Annotated[Path | None, typer.Option(help="Write the table here, as JSON.")] = None,
 ) -> None:

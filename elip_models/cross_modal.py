@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from elip_models.modules.pretrained import Config, PretrainedModel
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.stage import Elip
-from elip_models.reduction.strategy import StageInfo
+from elip_models.reduction.strategy import StageInfo, Strategy
 from elip_models.towers import Tower
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class CrossModalModel(PretrainedModel):
     """Text first: its CLS output guides the image tower, `tower`, reduced as `reduction` says."""
 
     tower: Tower
-    reduction: Elip
+    reduction: Strategy
     masks_text: ClassVar[bool] = True
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

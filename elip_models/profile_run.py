@@ -21,6 +21,7 @@ from torch import nn
 
 from elip_models.config import ConfigError, blame
 from elip_models.paper_flops import paper_report
+from elip_models.paper_table1 import table1_report
 from elip_models.profile import DENSE, MODES, Mode, Row, profile_model
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import STRATEGIES
@@ -280,7 +281,8 @@ def print_profile(
             console.print(f"{each.model}: {each.strategy} is left out: {each.reason}", markup=False)
     if paper:
         with console.status("counting the paper's models"):
-            report, document["paper"] = paper_report()
-        console.print(report)
+            table5, document["paper"] = paper_report()
+            table1, document["paper_table1"] = table1_report()
+        console.print(table1, table5, sep="\n\n")
     if output is not None:
         output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -2,13 +2,15 @@
 
     image model   encode_image(model, images, text_cls, strategy=..)[:, 0]
     whole model   its own forward of images and text, reduced by `reduce_`, which encodes the text a
-                  second time where text guides; our CLIP by its own setting, which need not
+                  second time where text guides
+    ours          their own forward, reduced by their own setting, which need not; ALBEF, BLIP and
+                  METER give the loss of a fixed draw; momentum towers stay dense unless they share
 
 A training step is the forward and the backward of the output's squares, without an optimiser.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,7 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from elip_models.clip import CLIP, CLIPOutput
+from elip_models.clip import CLIP
+from elip_models.cross_modal import CrossModalModel
+from elip_models.distilled import DistilledModel
+from elip_models.drawn import fixed_draw
+from elip_models.modules.pretrained import PretrainedModel
 from elip_models.reduction.encode import encode_image
 from elip_models.reduction.patch import reduce_
 from elip_models.reduction.stage import Elip
@@ -39,10 +45,13 @@ class Subject:
     """
 
     def __init__(self, model: nn.Module, batch_size: int) -> None:
+        if isinstance(model, DistilledModel):  # a step of training moves these
+            moved = (*model.encoders_m.parameters(), *model.queue.buffers())
+            model = shared_copy(model, apart=moved)
         self.model = model
         self.batch_size = batch_size
         self.tower = tower_in(model)
-        self.is_whole = isinstance(model, CLIP) or as_pair(model) is not None
+        self.is_whole = isinstance(model, PretrainedModel) or as_pair(model) is not None
         weight = next(model.parameters())
         self.device = weight.device
         random = {"device": weight.device, "dtype": weight.dtype}
@@ -61,23 +70,24 @@ class Subject:
         """The forward pass under `strategy`, or dense, in the model's present mode.
 
         Returns:
-            A call that gives the CLS output (B, D) of an image model, the output of a whole one
-            (its features end to end, or its loss).
+            A call that gives the CLS output (B, D) of an image model, the features of a whole one
+            end to end, or the loss of one of ours.
 
         Raises:
             TypeError, ValueError: a strategy that does not fit the model.
         """
+        plan = strategy or Elip(f"{self.tower.depth}(100%)", without_text="vision")
         if not self.is_whole:
-            plan = strategy or Elip(f"{self.tower.depth}(100%)")
             plan.check(self.tower)
             return lambda: encode_image(self.model, self.images, self.text, strategy=plan)[:, 0]
         model = shared_copy(self.model)
-        if isinstance(model, CLIP):
-            model.reduction = strategy or model.dense
-            model.reduction.check(model.tower)
-        elif strategy is not None:
-            reduce_(model, strategy=strategy)
         inputs = _inputs(model, self.images, self.text)
+        if isinstance(model, PretrainedModel):
+            plan.check(model.tower)
+            model.reduction = plan
+            return lambda: model(**inputs).loss
+        if strategy is not None:
+            reduce_(model, strategy=strategy)
         return lambda: _features(model(**inputs))
 
     def train_step(self, forward: Forward) -> None:
@@ -101,15 +111,17 @@ class Subject:
         return nullcontext()
 
 
-def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy of its modules with the very same parameters and buffers."""
+def shared_copy(model: nn.Module, apart: Iterable[Tensor] = ()) -> nn.Module:
+    """A copy of its modules with the very same parameters and buffers, but copies of `apart`."""
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    for tensor in apart:
+        del shared[id(tensor)]
     return copy.deepcopy(model, shared)
 
 
 def tower_in(model: nn.Module) -> Tower:
     """The image tower of any model that a `Subject` takes."""
-    return tower_of(model.visual if isinstance(model, CLIP) else model)
+    return model.tower if isinstance(model, PretrainedModel) else tower_of(model)
 
 
 def _empty(tensor: Tensor) -> Tensor:
@@ -118,9 +130,10 @@ def _empty(tensor: Tensor) -> Tensor:
 
 def _random_ids(model: nn.Module, batch_size: int, device: torch.device) -> Tensor:
     """(B, L) token ids, full length, the end of the text last."""
-    if isinstance(model, CLIP):
-        length, vocabulary = model.config.context_length, model.config.vocab_size
-        end = model.config.eos_token_id
+    if isinstance(model, PretrainedModel):
+        config = model.config
+        length, vocabulary = config.context_length, config.vocab_size
+        end = config.eos_token_id if isinstance(model, CLIP) else config.sep_token_id
     elif hasattr(model, "context_length"):  # open_clip
         length, vocabulary = model.context_length, model.vocab_size
         end = vocabulary - 1
@@ -132,9 +145,12 @@ def _random_ids(model: nn.Module, batch_size: int, device: torch.device) -> Tens
     return ids
 
 
-def _inputs(model: nn.Module, images: Tensor, text: Tensor) -> dict[str, Tensor]:
+def _inputs(model: nn.Module, images: Tensor, text: Tensor) -> dict[str, Any]:
     """The arguments of a whole model's forward."""
-    if isinstance(model, CLIP):
+    if isinstance(model, CrossModalModel):
+        more = {"attention_mask": torch.ones_like(text), "drawn": fixed_draw(model, images, text)}
+        return {"images": images, "input_ids": text, **more}
+    if isinstance(model, PretrainedModel):
         return {"images": images, "input_ids": text}
     if hasattr(model, "context_length"):
         return {"image": images, "text": text}
@@ -143,8 +159,6 @@ def _inputs(model: nn.Module, images: Tensor, text: Tensor) -> dict[str, Tensor]
 
 def _features(output: Any) -> Tensor:
     """What a whole model returns as one tensor, so that backward reaches all of it."""
-    if isinstance(output, CLIPOutput):
-        return output.loss
     values = output.values() if isinstance(output, Mapping) else output
     tensors = [v for v in values if torch.is_tensor(v) and v.is_floating_point()]
     return torch.cat([tensor.flatten() for tensor in tensors])

@@ -20,7 +20,8 @@ HELD = {"max_abs": 1e-7, "bound": 1e-6, "passed": True}
 
 
 def entries():
-    """An op's entry, a tower's and an overhead's."""
+    """An op's entry, a tower's, one of strategies, a pre-training step's, a way's that is replaced,
+    and an overhead's."""
     held = {"parity": dict(HELD), "rounds": 10, "dtype": "fp32"}
     op = held | {
         "op": "reduce",
@@ -52,7 +53,21 @@ def entries():
         "share": 0.702,
         "shape": {"B": 1, "image": 224},
     }
-    return [op, tower, strategies, held | {"op": "reduce", "overhead_microseconds": 21.4}]
+    step = held | {
+        "op": "albef",
+        "direction": "training",
+        "milliseconds": {"dense": 1500.0, "official": 1480.0, "last, shared": 1100.0},
+        "ratios": {"official": 0.987, "last, shared": 0.733},
+        "step_flops": {"dense": 1.0, "official": 0.884, "last, shared": 0.72},
+        "memory": {"dense": 100, "official": 81, "last, shared": 80},
+        "shape": {"B": 4, "image": 256},
+        "width": 192,
+    }
+    unshared = {"ratios": {"official": 0.9}, "step_flops": {"dense": 1.0, "official": 0.88}}
+    way = held | {"does": "ITM in one pass", "instead_of": "two passes"}
+    ways = [way | {"op": name, "ratios": {"two passes": r}} for name, r in (("x", 0.9), ("y", 1))]
+    overhead = held | {"op": "reduce", "overhead_microseconds": 21.4}
+    return [op, tower, strategies, step, step | {"op": "meter"} | unshared, *ways, overhead]
 
 
 @pytest.fixture
@@ -94,6 +109,10 @@ def test_tables_and_charts_come_from_the_json(page, tmp_path):
         "| vit_small_patch16 224 px, 1, fp32 | inference | 63.2 | 0.79 (0.70) | 0.98 no gain (",
         "0.702 of a dense training step each",
         "`tome(r=13)`",
+        "Pre-training step",
+        "| albef 256 px, 4, fp32, width 192 | 1500 | 0.99 no gain (0.88, 0.81) | 0.73 (0.72, 0.80)",
+        "| meter 256 px, 4, fp32, width 192 | 1500 | 0.90 (0.88, 0.81) | – |",
+        "ITM in one pass instead of two passes: x 0.90, y 1.00 no gain.",
         "compiled was not measured: no compiler.",
         "no kernel runs here",
         "reduce 21 µs",
@@ -233,6 +252,22 @@ def test_a_benchmark_records_parity_and_nothing_private(measure, tmp_path, capsy
     assert facts["possible"]["elip_kernels"] > 0
     assert facts["bytes"] > 0 and facts["kernels"] == torch.cuda.is_available()
     assert "rounds" in refused(tmp_path, capsys)
+
+
+def test_a_step_of_pretraining_is_measured_dense_and_reduced(measure):
+    words = ("benchmarks/bench_pretraining.py", "--tiny", "--rounds", "1")
+    status, content = measure(*words, "-k", "albef or negatives")
+    assert status == 0
+    found = {each["name"]: each["extra_info"] for each in content["benchmarks"]}
+    step = found["test_pretraining[albef]"]
+    scorers = ["official", "exact", "last", "last, shared"]
+    assert list(step["ratios"]) == scorers
+    flops = [step["step_flops"][name] for name in ("dense", *scorers)]
+    assert flops == sorted(flops, reverse=True) and flops[0] == 1
+    assert step["memory"]["last"] < step["memory"]["dense"]
+    assert found["test_matching[albef]"]["ratios"].keys() == {"two passes"}
+    assert found["test_negatives"]["ratios"].keys() == {"one by one"}
+    assert all(facts["parity"]["passed"] for facts in found.values())
 
 
 SPOILS = """

@@ -9,7 +9,9 @@ from rich.console import Console
 from timm.models.vision_transformer import VisionTransformer
 
 from elip_models.paper_flops import EVITS, PAPER, UNSCORED, Reading, conclusions, readings
-from elip_models.profile import profile_model, tokens_of, verdict
+from elip_models.paper_table1 import PAPER as TABLE1
+from elip_models.paper_table1 import SHARED, conclusion, nearest, ratios, report_of, step_counts
+from elip_models.profile import in_mode, profile_model, tokens_of, verdict
 from elip_models.profile_run import runs
 from elip_models.reduction.inside import EViT, ToMe
 from elip_models.reduction.patch import is_reduced
@@ -117,6 +119,31 @@ def test_our_clip_keeps_its_own_reduction():
     dense, tome = profile_model("tiny", model, {"tome": ToMe(r=3)}, modes=["training"], rounds=None)
     assert model.reduction is settings and not model.training
     assert dense.tokens[0] == (65, 65) and tome.tokens[0] == (65, 62)
+
+
+@pytest.mark.parametrize("name", ["albef_tiny", "blip_tiny", "meter_tiny"])
+def test_a_cross_modal_model_is_measured_whole(name):
+    model = open_model(name, pretrained=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    last = Elip(f"2(100%) 2(50%) {model.tower.depth - 4}(25%)", scorer="last")
+    plans = {"last": last, "tome": ToMe(r=3)}
+    options = {"batch_size": 2, "modes": ["training"], "rounds": 1}
+    dense, last, tome = profile_model(name, model, plans, **options)
+    assert {row.step for row in (dense, last, tome)} == {"whole model"}
+    assert dense.tokens[0] == (65, 65) and tome.tokens[0] == (65, 62)
+    assert max(last.flops_ratio, tome.flops_ratio) < 1
+    assert last.memory < dense.memory and dense.backward_flops > dense.forward_flops
+    assert not model.training
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
+
+
+def test_inference_of_a_cross_modal_model_is_its_loss():
+    subject = Subject(open_model("elip_blip_tiny", pretrained=False), 2)
+    with in_mode(subject, "inference"):
+        losses = [subject.forward(plan)() for plan in (None, ToMe(r=0), ToMe(r=8))]
+    assert losses[0].shape == () and losses[0].isfinite()
+    assert losses[1] == pytest.approx(losses[0].item(), rel=1e-5)
+    assert losses[2] != losses[0]
 
 
 def test_patch_dropout_keeps_all_patches_in_inference():
@@ -236,3 +263,35 @@ def test_the_reading_that_explains_the_paper_is_found():
     lines = conclusions(made_up_counts(), found)
     assert "does not count the scoring pass" in lines[0]
     assert "Not explained" in lines[-1]
+
+
+@pytest.fixture(scope="module")
+def blip_counts():
+    """A step of full-size BLIP, counted on the meta device."""
+    return step_counts("blip")
+
+
+def test_a_step_of_blip_is_the_papers(blip_counts):
+    paper, counted = TABLE1["BLIP"], ratios(blip_counts)
+    assert blip_counts["dense"] == pytest.approx(paper.dense, rel=0.01)
+    assert 0.80 < counted["exact"] < 0.85
+    assert 0.74 < counted["last"] < 0.79
+    assert counted[SHARED] < counted["last"]
+    said = {"official": paper.elip, "EViT": paper.evit, "ToMe": paper.tome}
+    for method, flops in said.items():
+        assert counted[method] == pytest.approx(flops / paper.dense, rel=0.01)
+    assert nearest(blip_counts, paper)[0] == "official"
+
+
+def test_the_report_on_table_1_is_made_of_the_counts(blip_counts):
+    without = {name: f for name, f in blip_counts.items() if name not in (SHARED, "ToMe")}
+    counts = {"albef": blip_counts, "blip": blip_counts, "meter": without, "meter_b32": without}
+    report, data = report_of(counts)
+    console = Console(width=180, record=True, file=io.StringIO())
+    console.print(report)
+    printed = console.export_text()
+    for part in ("meter_b32", "11.04 (+0.1%)", "0.847 (+0.0%)", "blip agrees with 'official'"):
+        assert part in printed
+    assert data["conclusion"] == conclusion(counts)
+    assert "meter agrees with none, nearest 'last'" in data["conclusion"]
+    assert json.loads(json.dumps(data))["counted_ratios"]["blip"] == ratios(blip_counts)

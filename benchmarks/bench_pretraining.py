@@ -1,0 +1,236 @@
+"""A step of pre-training of ALBEF, BLIP and METER: dense, and reduced by the scorers.
+
+A step is the forward and the backward of all objectives, momentum towers included, the optimiser
+aside. Beside it, where the official code loses time: ITM of pairs and negatives as one pass of the
+fusion layers against two, and negatives drawn at once against one by one with a look at each.
+
+Parity, in fp64 and without dropout, on two pairs: `exact` keeps the tokens of `official` and gives
+its loss, from the same draw; ITM in one pass gives the loss of two. Both ways to draw negatives
+give the same where each row has one that all of its mass is on.
+"""
+
+import warnings
+from dataclasses import replace
+from functools import partial
+from statistics import median
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks.cases import DEVICE, DTYPE_NAMES, MAIN_DTYPE, ON_GPU, pretraining_case
+from elip_models.albef import ALBEF
+from elip_models.distilled import DistilledModel
+from elip_models.drawn import fixed_draw
+from elip_models.modules.objectives import hard_negatives
+from elip_models.profile import DENSE
+from elip_models.registry import create_model
+from elip_models.subject import shared_copy
+from elip_models.timing import count_flops, peak_bytes, ratios_to, saved_bytes, time_side_by_side
+
+BOUND = 1e-6  # relative: towers run in fp64, but losses end in fp32
+SHARED = "last, shared"
+SCORERS = {
+    "official": {"scorer": "official"},
+    "exact": {"scorer": "exact"},
+    "last": {"scorer": "last"},
+    SHARED: {"scorer": "last", "momentum_reduction": "shared"},
+}
+ONE_PASS, TWO_PASSES = "ITM in one pass", "two passes"
+AT_ONCE, ONE_BY_ONE = "drawing negatives at once", "one by one"
+
+
+def created(case):
+    """The reduced model with random weights, on the device and in the dtype that is timed."""
+    model = create_model(f"elip_{case.model}", **case.fields).to(DEVICE, case.dtype)
+    warnings.filterwarnings("ignore", message="scorer=")
+    return model
+
+
+def forms_of(model):
+    """The dense model and the reduced ones, which share all weights, by name."""
+    forms = {}
+    for name, fields in {DENSE: {"schedule": None}, **SCORERS}.items():
+        if name == SHARED and not isinstance(model, DistilledModel):
+            continue
+        forms[name] = shared_copy(model)
+        forms[name].config = replace(model.config, **fields)
+        forms[name].reduction = forms[name].config.reduction
+    return forms
+
+
+def inputs_of(model, B, dtype):
+    """Images (B, 3, H, W), full texts (B, L) and their mask."""
+    config = model.config
+    size, L = config.image_size, config.context_length
+    images = torch.randn(B, 3, size, size, device=DEVICE, dtype=dtype)
+    ids = torch.randint(10, config.vocab_size - 10, (B, L), device=DEVICE)
+    ids[:, 0], ids[:, -1] = config.cls_token_id, config.sep_token_id
+    return images, ids, torch.ones_like(ids)
+
+
+def in_fp64(case):
+    """The model in fp64 and without dropout, in eval mode where nothing moves, and two pairs."""
+    model = created(replace(case, dtype=torch.float64)).eval()
+    return model, inputs_of(model, 2, torch.float64)
+
+
+def held(errors):
+    """What goes into the JSON of errors in fp64 by name."""
+    worst = max(errors.values())
+    assert worst <= BOUND, f"parity: expected errors of at most {BOUND}, got {errors}"
+    return {"max_abs": worst, "bound": BOUND, "passed": True, "errors": errors}
+
+
+@torch.no_grad()
+def exact_is_official(case):
+    """Parity of both scorers: kept tokens, and every loss."""
+    model, (images, ids, mask) = in_fp64(case)
+    drawn, forms = fixed_draw(model, images, ids), forms_of(model)
+    kept, losses = [], []
+    for form in (forms["official"], forms["exact"]):
+        _, infos = form.encode_image(images, form.encode_text(ids, mask)[:, 0])
+        kept.append([info.reduction.kept for info in infos])
+        output = form(images, ids, mask, drawn=drawn)
+        losses.append({n: v.item() for n, v in vars(output).items() if n.startswith("loss")})
+    assert kept[0], "parity: expected a reduction, got none"
+    assert all(map(torch.equal, *kept)), "parity: expected the same kept tokens, got others"
+    official, exact = losses
+    return held({name: abs(exact[name] / official[name] - 1) for name in official})
+
+
+def step(model, images, ids, mask):
+    """Forward and backward, without an optimiser."""
+    model(images, ids, mask).loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
+def memory_of(form, inputs):
+    """Bytes of a step: the peak on a GPU, what autograd saves for backward on a CPU."""
+    if ON_GPU:
+        return peak_bytes(partial(step, form, *inputs), DEVICE)
+    with saved_bytes(form.parameters()) as count:
+        form(*inputs)
+    return count()
+
+
+@pytest.mark.parametrize("name", ["albef", "blip", "meter"])
+def test_pretraining(record, rounds, tiny, name):
+    case = pretraining_case(name, tiny=tiny)
+    parity = exact_is_official(case)
+    model = created(case)
+    forms, inputs = forms_of(model), inputs_of(model, case.B, case.dtype)
+    steps = {name: partial(step, form.train(), *inputs) for name, form in forms.items()}
+    times = time_side_by_side(steps, device=DEVICE, rounds=rounds)
+    ratios = ratios_to(DENSE, times)
+    flops = {name: count_flops(step) for name, step in steps.items()}
+    record(
+        steps["last"],
+        op=case.model,
+        direction="training",
+        rounds=rounds,
+        ratios={name: ratios[name] for name in forms if name != DENSE},
+        milliseconds={name: 1e3 * median(values) for name, values in times.items()},
+        step_flops={name: count / flops[DENSE] for name, count in flops.items()},
+        memory={name: memory_of(form, inputs) for name, form in forms.items()},
+        shape={"B": case.B, "image": model.config.image_size},
+        width=model.config.vision_width,
+        dtype=DTYPE_NAMES[case.dtype],
+        parity=parity,
+    )
+
+
+class Matching:
+    """ITM of a model, from tokens (B, L, D) and (B, N, D) that take a gradient."""
+
+    def __init__(self, model, inputs):
+        images, self.ids, self.mask = inputs
+        self.model, self.drawn = model, fixed_draw(model, images, self.ids)
+        with torch.no_grad():
+            seen = model.contrast(*inputs)
+        leaves = (t.clone().requires_grad_() for t in (seen.text, seen.image))
+        text, image = leaves
+        self.seen = seen._replace(text=text, image=image)
+
+    def at_once(self):
+        """As the model does it."""
+        if isinstance(self.model, ALBEF):
+            return self.model._matching_loss(self.seen, self.mask, self.drawn)
+        return self.model._matching_loss(self.seen.image, self.ids, self.mask, self.drawn)
+
+    def in_two(self):
+        """The pairs, and then both kinds of negatives."""
+        image, mask, drawn = self.seen.image, self.mask, self.drawn
+        text = self.seen.text if isinstance(self.model, ALBEF) else self.ids
+        pairs = self.model.fuse(text, mask, image)
+        others = self.model.fuse(
+            torch.cat([text, text[drawn.negative_texts]]),
+            torch.cat([mask, mask[drawn.negative_texts]]),
+            torch.cat([image[drawn.negative_images], image]),
+        )
+        logits = self.model.itm_head(torch.cat([pairs[:, 0], others[:, 0]])).float()
+        labels = torch.zeros(len(logits), dtype=torch.long, device=DEVICE)
+        labels[: len(pairs)] = 1
+        return F.cross_entropy(logits, labels)
+
+
+@pytest.mark.parametrize("name", ["albef", "blip"])
+def test_matching(record, rounds, tiny, name):
+    case = pretraining_case(name, tiny=tiny)
+    exact = Matching(*in_fp64(case))
+    parity = held({"loss": abs(exact.at_once().item() / exact.in_two().item() - 1)})
+    model = created(case).train()
+    matching = Matching(model, inputs_of(model, case.B, case.dtype))
+
+    def run(loss):
+        loss().backward()
+        model.zero_grad(set_to_none=True)
+        matching.seen.text.grad = matching.seen.image.grad = None
+
+    steps = {ONE_PASS: partial(run, matching.at_once), TWO_PASSES: partial(run, matching.in_two)}
+    shape = {"B": case.B, "image": model.config.image_size}
+    store(record, steps, case.model, rounds, shape, parity)
+
+
+def one_by_one(similar, tokens):
+    """A negative's tokens (B, N, D) for each row of similarities (B, B), each drawn by itself."""
+    weights = similar.float().softmax(1)
+    weights.fill_diagonal_(0)
+    return torch.stack([tokens[torch.multinomial(row, 1).item()] for row in weights])
+
+
+def at_once(similar, tokens):
+    """The same, without a look at any."""
+    return tokens[hard_negatives(similar)]
+
+
+def test_negatives(record, rounds, tiny):
+    B, N, D = (4, 8, 16) if tiny else (36, 80, 768)
+    tokens = torch.randn(B, N, D, device=DEVICE, dtype=MAIN_DTYPE)
+    similar = torch.randn(B, B, device=DEVICE)
+    certain = 200 * torch.eye(B, device=DEVICE).roll(1, 0)
+    found = at_once(certain, tokens), one_by_one(certain, tokens)
+    parity = held({"tokens": (found[0] - found[1]).abs().max().item()})
+    steps = {
+        AT_ONCE: partial(at_once, similar, tokens),
+        ONE_BY_ONE: partial(one_by_one, similar, tokens),
+    }
+    store(record, steps, f"batch {B}", rounds, {"B": B, "N": N, "D": D}, parity)
+
+
+def store(record, steps, name, rounds, shape, parity):
+    """Time the first of two steps against the second, which it replaces."""
+    ours, theirs = steps
+    times = time_side_by_side(steps, device=DEVICE, rounds=rounds)
+    record(
+        steps[ours],
+        op=name,
+        does=ours,
+        instead_of=theirs,
+        rounds=rounds,
+        ratios={theirs: ratios_to(theirs, times)[ours]},
+        milliseconds={name: 1e3 * median(values) for name, values in times.items()},
+        shape=shape,
+        dtype=DTYPE_NAMES[MAIN_DTYPE],
+        parity=parity,
+    )
