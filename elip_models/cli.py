@@ -102,18 +102,23 @@ def eval_retrieval(
         raise ConfigError(f"--output: expected a file in an existing folder, got {output}")
     import torch
 
-    from elip_models.clip import CLIP
     from elip_models.data import load_tokenizer, open_source
+    from elip_models.registry import load_model
     from elip_models.tasks.retrieval import evaluate_retrieval
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with blame("--model"):
-        clip = CLIP.from_pretrained(model).to(device)
+        trained = load_model(model).to(device)
+        if not trained.ranks:
+            raise ValueError(
+                f"expected a model with features to rank, got {type(trained).__name__}, which has "
+                "none of images and texts alone"
+            )
         tokenizer = load_tokenizer(str(model))
     with blame("--data"):
-        source = open_source(data, image_size=clip.config.image_size)
+        source = open_source(data, image_size=trained.config.image_size)
     scores = evaluate_retrieval(
-        clip,
+        trained,
         tokenizer,
         source,
         batch_size=batch_size,

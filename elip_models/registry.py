@@ -22,7 +22,9 @@ TINY_BERT = TINY | {
     "text_heads": 2,
     "text_hidden": 256,
     "vocab_size": 1024,
+    "context_length": 32,
     "max_positions": 64,
+    "initializer_range": 0.125,
     "cls_token_id": 1,
     "sep_token_id": 2,
 }
@@ -42,16 +44,34 @@ CONFIGS: dict[str, Any] = {
     ),
     "albef": ALBEFConfig(),
     "albef_tiny": ALBEFConfig(
-        **TINY_BERT, text_layers=2, embed_dim=64, queue_size=1024, mask_token_id=4
+        **TINY_BERT,
+        text_layers=2,
+        text_dropout=0.0,
+        embed_dim=64,
+        queue_size=256,
+        momentum=0.95,
+        mask_token_id=4,
     ),
     "blip": BLIPConfig(),
     "blip_tiny": BLIPConfig(
-        **TINY_BERT, embed_dim=64, queue_size=1024, decoder_token_id=5, encoder_token_id=6
+        **TINY_BERT,
+        text_dropout=0.0,
+        embed_dim=64,
+        queue_size=256,
+        momentum=0.95,
+        decoder_token_id=5,
+        encoder_token_id=6,
     ),
     "meter": METERConfig(),
     "meter_b32": METERConfig(patch_size=32),
     "meter_tiny": METERConfig(
-        **TINY_BERT, cross_width=64, cross_depth=2, cross_heads=2, cross_hidden=256, mask_token_id=4
+        **TINY_BERT,
+        cross_width=64,
+        cross_depth=2,
+        cross_heads=2,
+        cross_hidden=256,
+        dropout=0.0,
+        mask_token_id=4,
     ),
 }
 PREFIX = "elip_"

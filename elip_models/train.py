@@ -5,6 +5,7 @@ the position in it and the learning rate are functions of the step. So a run tha
 resumed computes what one that was never killed does.
 """
 
+import logging
 import math
 import time
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from elip_models.data import (
     train_loader,
     train_tokenizer,
 )
+from elip_models.initialise import initialise_
 from elip_models.loss_log import LossLog, losses_of
 from elip_models.optim import learning_rate, parameter_groups
 from elip_models.registry import create_model, family_of
@@ -213,6 +215,10 @@ class Trainer:
             overrides = self.text_sizes | self.config.model.overrides | {"gather": optim.gather}
             model = create_model(self.config.model.name, **overrides)
             model.check_batch_size(optim.batch_size * self.accelerator.num_processes)
+        vision, text = self.config.model.vision_init, self.config.model.text_init
+        if vision or text:
+            with blame("model.vision_init, model.text_init"):
+                initialise_(model, vision, text)
         if optim.grad_checkpointing:
             model.set_grad_checkpointing()
         with blame("optim"):
@@ -281,8 +287,8 @@ class Trainer:
         lr = self.learning_rate(self.step - 1)
         self._log({**read, "lr": lr, "images_per_second": round(speed, 2), **monitored})
         self._start_window()
-        losses = (f"{n.replace('_', ' ')} {v:.3f}" for n, v in read.items() if "loss" in n)
-        status = f"{'  '.join(losses)}  {speed:.0f} images/s"
+        parts = (f"{n[5:]} {v:.3f}" for n, v in read.items() if n.startswith("loss_"))
+        status = "  ".join([f"loss {self.loss:.3f}", *parts, f"{speed:.0f} images/s"])
         if not self.console.is_terminal:
             self.console.print(f"step {self.step}/{self.total_steps}  {status}")
         return status
@@ -372,6 +378,9 @@ class Trainer:
 
 def _make_accelerator(config: RunConfig, folder: RunFolder) -> Accelerator:
     optim = config.optim
+    # Tied weights are saved once, which is meant and would be told at every checkpoint.
+    told = logging.getLogger("accelerate.utils.other")
+    told.addFilter(lambda record: not record.getMessage().startswith("Removed shared tensor"))
     with blame("optim.precision or trackers"):
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),  # or torchrun on CPUs is not seen
