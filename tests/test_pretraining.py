@@ -1,0 +1,140 @@
+"""ALBEF, BLIP and METER through `elip train`: losses fall, resuming is exact, bad settings stop."""
+
+import shutil
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+from elip_models.config import ConfigError, load_recipe
+from elip_models.data import load_tokenizer
+from elip_models.optim import parameter_groups
+from elip_models.registry import create_model, load_model
+from elip_models.run_folder import RunFolder
+from elip_models.train import train
+from tests.tiny_run import logged, own_process, tiny_config
+
+RECIPES = ("albef_tiny", "blip_tiny", "meter_tiny")
+LOSSES = {
+    "albef_tiny": ("loss", "loss_itc", "loss_itm", "loss_mlm"),
+    "blip_tiny": ("loss", "loss_itc", "loss_itm", "loss_lm"),
+    "meter_tiny": ("loss", "loss_mlm", "loss_itm"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_process():
+    with own_process():
+        yield
+
+
+def config(folder, recipe, *overrides):
+    evaluated = () if recipe == "meter_tiny" else ("report=[retrieval]",)
+    return tiny_config(folder, *evaluated, *overrides, recipe=recipe)
+
+
+def assert_all_losses_fall(folder, recipe):
+    rows = logged(folder, *LOSSES[recipe])
+    tenth = len(rows) // 10
+    for name in LOSSES[recipe]:
+        first, last = (sum(row[name] for row in part) for part in (rows[:tenth], rows[-tenth:]))
+        assert last < first, name
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_all_losses_fall(recipe, tmp_path):
+    result = train(
+        config(
+            tmp_path,
+            recipe,
+            "data.train=emoji_scenes:size=200",
+            "optim.batch_size=16",
+            "optim.steps=200",
+            "optim.warmup_steps=10",
+        )
+    )
+    assert_all_losses_fall(tmp_path, recipe)
+    other = load_model(tmp_path / "model")
+    for name, weight in result.model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], weight), name
+    assert len(load_tokenizer(tmp_path / "model")) == other.config.vocab_size
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_real_shards_train_too(recipe, tmp_path, emoji):
+    shards = emoji / "train-000{0..3}.tar"
+    sizes = ("optim.batch_size=16", "optim.steps=100", "optim.warmup_steps=10")
+    train(config(tmp_path, recipe, f"data.train={shards}", "data.vocab_size=600", *sizes))
+    assert_all_losses_fall(tmp_path, recipe)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_resuming_is_exact_with_queue_momentum_and_random_state(recipe, tmp_path):
+    """Dropout draws, negatives are drawn, tokens are masked, and the queue wraps around."""
+    dropout = "dropout" if recipe == "meter_tiny" else "text_dropout"
+    overrides = ("optim.steps=8", "checkpoint_every=5", f"model.overrides.{dropout}=0.1")
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    train(config(whole, recipe, *overrides))
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(RunFolder(resumed).latest_checkpoint())
+    shutil.rmtree(resumed / "model")
+    assert RunFolder(resumed).latest_checkpoint().name == "step_00000005"
+    train(config(resumed, recipe, *overrides), resume=True)
+    assert len(logged(resumed, *LOSSES[recipe])) == 8
+    assert logged(resumed, *LOSSES[recipe]) == logged(whole, *LOSSES[recipe])
+    one, two = (load_model(folder / "model").state_dict() for folder in (resumed, whole))
+    assert all(torch.equal(one[name], weight) for name, weight in two.items())
+
+
+@pytest.mark.parametrize("recipe", ["albef_tiny", "blip_tiny"])
+def test_momentum_targets_are_warmed_up_by_epoch(recipe, tmp_path):
+    train(config(tmp_path, recipe, "optim.batch_size=16", "optim.steps=9"))
+    epochs = 1.0 if recipe == "albef_tiny" else 2.0
+    alpha = [row["alpha"] for row in logged(tmp_path, "alpha")]
+    assert alpha == pytest.approx([0.4 * min(1.0, step / 3 / epochs) for step in range(9)])
+
+
+@pytest.mark.parametrize("family", ["albef", "blip", "meter"])
+def test_a_recipe_of_the_paper_builds(family):
+    recipe = load_recipe(f"{family}_4m", ["data.train=emoji_scenes:size=9"])
+    with torch.device("meta"):
+        model = create_model(recipe.model.name, **recipe.model.overrides)
+    assert model.config.schedule
+    groups = parameter_groups(model, recipe.optim.weight_decay, recipe.optim.lr_scale)
+    assert {group["lr_scale"] for group in groups} == ({1.0, 5} if family == "meter" else {1.0})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "message"),
+    [
+        ("meter_tiny", "report=[retrieval]", "report: expected no retrieval.*METER"),
+        ("albef_tiny", "optim.batch_size=32", "model: queue_size: expected at least the batch, 32"),
+        ("blip_tiny", "model.overrides.text_width=48", "model: text_width: expected vision_width"),
+        ("blip_tiny", "model.overrides.colour=red", "model: config: expected names.*colour"),
+        ("albef_tiny", "optim.lr_scale={temprature: 0.1}", "optim: lr_scale: .*temprature"),
+        ("albef_tiny", "model.text_init=bert", "model.vision_init, model.text_init: text"),
+    ],
+)
+def test_setting_that_does_not_fit_is_named(tmp_path, recipe, override, message):
+    with pytest.raises(ConfigError, match=message):
+        train(config(tmp_path, recipe, override))
+
+
+def test_a_text_tower_is_begun_with(tmp_path):
+    """A folder of transformers, whose weights the first step finds in the model."""
+    bert = BertModel(
+        BertConfig(
+            vocab_size=300,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=64,
+        )
+    )
+    bert.save_pretrained(tmp_path / "bert")
+    settings = (f"model.text_init=hf:{tmp_path / 'bert'}", "optim.lr=1e-30", "optim.steps=1")
+    result = train(config(tmp_path / "run", "albef_tiny", *settings))
+    word = bert.embeddings.word_embeddings.weight
+    ours = result.model.encoders.text.embeddings.word_embeddings.weight
+    torch.testing.assert_close(ours[: len(word)], word)
