@@ -24,8 +24,8 @@ class CrossModalConfig(Config):
     text_width: of the text encoder, whose CLS output guides; as wide as the image tower.
     context_length: tokens of a text; max_positions: those that the text encoder has places for.
     pad_token_id, cls_token_id, sep_token_id: what fills, begins and ends a text.
-    initializer_range: standard deviation of fresh weights on the text's side. BERT's suits its
-        width of 768; in a narrow tower tokens hardly see one another then, and width^-0.5 trains.
+    initializer_range: standard deviation of fresh weights. That of ViT and BERT suits a width of
+        768; in a narrow tower tokens hardly see one another then, and width^-0.5 trains.
     gather: 'local' contrasts within a rank and means over its own tokens; 'global' over all ranks,
         so that the mean over ranks, and its gradient, equal one process with the whole batch.
     schedule: '2(100%) 2(90%) 6(65%) 2(40%)', or None for a dense image tower.
@@ -89,7 +89,7 @@ class CrossModalConfig(Config):
 
     def vit(self, **options: Any) -> VisionTransformer:
         """The image tower, without a head; `options` are timm's."""
-        return VisionTransformer(
+        visual = VisionTransformer(
             img_size=self.image_size,
             patch_size=self.patch_size,
             embed_dim=self.vision_width,
@@ -100,6 +100,10 @@ class CrossModalConfig(Config):
             norm_layer=partial(nn.LayerNorm, eps=self.vision_norm_eps),
             **options,
         )
+        for module in visual.blocks.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=self.initializer_range)
+        return visual
 
     def check_choices(self, name: str, *choices: str) -> None:
         """Raises where a field is none of the choices."""

@@ -86,6 +86,19 @@ def test_resuming_is_exact_with_queue_momentum_and_random_state(recipe, tmp_path
     assert all(torch.equal(one[name], weight) for name, weight in two.items())
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_step_never_waits_for_the_host(name):
+    """Draws, queue, momentum and backward run on the meta device, which has no values."""
+    with torch.device("meta"):
+        model = create_model(f"elip_{name}")
+        images, ids = torch.empty(4, 3, 64, 64), torch.empty(4, 32, dtype=torch.long)
+        out = model(images, ids, torch.ones_like(ids))
+        out.loss.backward()
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        out.loss.item()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("recipe", ["albef_tiny", "blip_tiny"])
 def test_momentum_targets_are_warmed_up_by_epoch(recipe, tmp_path):
     train(config(tmp_path, recipe, "optim.batch_size=16", "optim.steps=9"))
