@@ -157,17 +157,17 @@ def test_the_official_tower_is_reproduced(golden, scorer):
 
 def test_steps_with_their_own_draws_train(golden):
     case = golden("meter_mlm_itm")
-    torch.manual_seed(0)
     model = loaded(case)
+    torch.manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
-    for _ in range(30):
+    for _ in range(50):
         out = model(*batch(case))
         out.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(out.loss.item())
-    assert sum(losses[-5:]) < sum(losses[:5])
+    assert sum(losses[-10:]) < sum(losses[:10])
 
 
 @pytest.mark.parametrize("B", [1, 2, 5])
