@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import v2
 
 from elip_models.data import image_transform, load_tokenizer, train_tokenizer
 from elip_models.data.tokenizer import MIN_VOCAB_SIZE
@@ -28,6 +29,46 @@ def test_training_never_mirrors_left_and_right():
         assert tensor[:, :, 0].min() > tensor[:, :, -1].max()
 
 
+def augmented(image, seed=0, **options):
+    torch.manual_seed(seed)
+    return image_transform(32, train=True, **options)(image)
+
+
+def test_augmentations_are_drawn_by_torch_s_generator_and_for_training_alone():
+    image = Image.effect_mandelbrot((48, 48), (-2, -1.5, 1, 1.5), 60).convert("RGB")
+    plain = augmented(image, scale=None)
+    assert torch.equal(plain, image_transform(32, train=False)(image))
+    options = {"scale": None, "flip": True, "randaugment": (2, 7)}
+    assert torch.equal(augmented(image, **options), augmented(image, **options))
+    drawn = [augmented(image, seed, **options) for seed in range(8)]
+    assert len({tensor.sum().item() for tensor in drawn}) == 8
+    assert torch.equal(image_transform(32, train=False, **options)(image), plain)
+    flipped = [augmented(image, seed, scale=None, flip=True) for seed in range(8)]
+    mirrored = [torch.equal(tensor, plain.flip(2)) for tensor in flipped]
+    assert 0 < sum(mirrored) < 8
+    assert all(torch.equal(t, plain) for t, m in zip(flipped, mirrored, strict=True) if not m)
+
+
+def test_randaugment_draws_albef_s_operations_at_their_magnitude(monkeypatch):
+    drawn = []
+    apply = v2.RandAugment._apply_image_or_video_transform
+
+    def recorded(self, image, operation, magnitude, **options):
+        drawn.append((operation, magnitude))
+        return apply(self, image, operation, magnitude, **options)
+
+    monkeypatch.setattr(v2.RandAugment, "_apply_image_or_video_transform", recorded)
+    for seed in range(100):
+        augmented(Image.new("RGB", (32, 32), "red"), seed, randaugment=(2, 7))
+    assert len(drawn) == 200
+    shapes = {"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"}
+    lights = {"AutoContrast", "Equalize", "Brightness", "Sharpness"}
+    assert {operation for operation, _ in drawn} == shapes | lights | {"Identity"}
+    degrees = [magnitude for operation, magnitude in drawn if operation == "Rotate"]
+    assert [abs(angle) for angle in degrees] == pytest.approx([21] * len(degrees))
+    assert min(degrees) < 0 < max(degrees)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -40,6 +81,8 @@ def test_training_never_mirrors_left_and_right():
         ({"std": (1, 1, 0)}, ValueError, r"std: expected values above 0, got \(1, 1, 0\)"),
         ({"scale": (0.9, 0.5)}, ValueError, "scale: expected 0 < least <= most <= 1, got"),
         ({"scale": 0.9}, TypeError, r"scale: expected 2 numbers, got 0\.9"),
+        ({"randaugment": (0, 7)}, ValueError, "randaugment: expected at least 1, got 0"),
+        ({"randaugment": (2, 11)}, ValueError, "randaugment: expected a magnitude from 0 to 10"),
     ],
 )
 def test_bad_transform_arguments(arguments, error, message):

@@ -151,3 +151,15 @@ def test_a_text_tower_is_begun_with(tmp_path):
     word = bert.embeddings.word_embeddings.weight
     ours = result.model.encoders.text.embeddings.word_embeddings.weight
     torch.testing.assert_close(ours[: len(word)], word)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_bf16_with_checkpointing_stays_near_fp32(recipe, tmp_path):
+    cheap = ("optim.precision=bf16", "optim.grad_checkpointing=true")
+    for name, overrides in (("fp32", ()), ("bf16", cheap)):
+        with own_process():
+            train(config(tmp_path / name, recipe, "report=[]", *overrides))
+    rows = [logged(tmp_path / name, *LOSSES[recipe]) for name in ("fp32", "bf16")]
+    assert rows[0] != rows[1]
+    for full, half in zip(*rows, strict=True):
+        assert half == pytest.approx(full, rel=0.05)

@@ -24,6 +24,43 @@ def _own_process():
         yield
 
 
+@pytest.mark.parametrize(
+    ("decay", "step", "expected"),
+    [
+        ("linear", 10, 2.0),
+        ("linear", 55, 1.1),
+        ("linear", 100, 0.2),
+        ("cosine", 55, 1.1),
+        ("cosine", 100, 0.2),
+        ("step", 10, 2.0),
+        ("step", 24, 2.0),
+        ("step", 25, 1.0),
+        ("step", 99, 0.25),
+        ("step", 100, 0.2),
+        ("step", 4, 1.0),
+    ],
+)
+def test_decay_of_the_learning_rate(decay, step, expected):
+    settings = {"lr": 2.0, "min_lr": 0.2, "warmup_steps": 10, "total_steps": 100}
+    rate = learning_rate(step, **settings, decay=decay, decay_rate=0.5, steps_per_epoch=25)
+    assert rate == pytest.approx(expected)
+
+
+def test_learning_rates_of_named_parameters():
+    model = create_model("meter_tiny", vocab_size=300)
+    scales = {"itm_head.bias": 2, "itm_head.*": 5, "text_layers.*": 3.0}
+    groups = parameter_groups(model, 0.1, scales)
+    name_of = {parameter: name for name, parameter in model.named_parameters()}
+    scale_of = {name_of[p]: group["lr_scale"] for group in groups for p in group["params"]}
+    assert scale_of.keys() == set(name_of.values())
+    assert (scale_of["itm_head.bias"], scale_of["itm_head.weight"]) == (2, 5)
+    others = {n for n in scale_of if not n.startswith(("itm_head.", "text_layers."))}
+    assert {scale_of[name] for name in others} == {1.0}
+    assert all((g["weight_decay"] == 0.1) == (g["params"][0].squeeze().ndim >= 2) for g in groups)
+    with pytest.raises(ValueError, match=r"lr_scale: expected patterns.*'itn_head"):
+        parameter_groups(model, 0.1, {"itn_head.*": 5})
+
+
 def losses(folder):
     return [row["loss"] for row in logged(folder, "loss")]
 
