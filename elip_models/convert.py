@@ -39,7 +39,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 OURS = "ours"
-UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, UnicodeDecodeError)
+UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, UnicodeDecodeError, LookupError)
 """What torch.load raises for other content than tensors, and for a file that is none of its own."""
 
 
@@ -109,8 +109,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"source: expected a file or a folder, got none at {path}")
     if path.suffix == ".json":
-        shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-        pieces = [_read_file(path.parent / shard) for shard in sorted(shards)]
+        shards = json.loads(path.read_text(encoding="utf-8")).get("weight_map")
+        if shards is None:
+            raise ValueError(
+                f"source: expected weights, or the index of their shards, got {path}; where it is "
+                "a config, name its folder"
+            )
+        pieces = [_read_file(path.parent / shard) for shard in sorted(set(shards.values()))]
         return {name: weight for piece in pieces for name, weight in piece.items()}
     return _read_file(path)
 

@@ -166,7 +166,8 @@ def test_steps_with_their_own_draws_train(golden):
         out.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(out.loss.item())
+        if out.loss_mlm > 0:  # a step may mask nothing
+            losses.append(out.loss.item())
     assert sum(losses[-5:]) < sum(losses[:5])
 
 
