@@ -10,7 +10,7 @@ from elip_models.config import ConfigError, load_recipe
 from elip_models.data import load_tokenizer
 from elip_models.optim import parameter_groups
 from elip_models.registry import create_model, load_model
-from elip_models.run_folder import RunFolder
+from elip_models.run_folder import RunFolder, TrainingError
 from elip_models.train import train
 from tests.tiny_run import logged, own_process, tiny_config
 
@@ -123,6 +123,7 @@ def test_a_recipe_of_the_paper_builds(family):
         ("meter_tiny", "report=[retrieval]", "report: expected no retrieval.*METER"),
         ("albef_tiny", "optim.batch_size=32", "model: queue_size: expected at least the batch, 32"),
         ("blip_tiny", "model.overrides.text_width=48", "model: text_width: expected vision_width"),
+        ("albef_tiny", "model.overrides.alpha=1e-3", "model: alpha: expected a float, got '1e-3'"),
         ("blip_tiny", "model.overrides.colour=red", "model: config: expected names.*colour"),
         ("albef_tiny", "optim.lr_scale={temprature: 0.1}", "optim: lr_scale: .*temprature"),
         ("albef_tiny", "model.text_init=bert", "model.vision_init, model.text_init: text"),
@@ -131,6 +132,13 @@ def test_a_recipe_of_the_paper_builds(family):
 def test_setting_that_does_not_fit_is_named(tmp_path, recipe, override, message):
     with pytest.raises(ConfigError, match=message):
         train(config(tmp_path, recipe, override))
+
+
+def test_diverging_is_told_as_such(tmp_path):
+    """Not by the drawing of negatives, which has weights that are no numbers then."""
+    settings = ("optim.lr=1e30", "optim.max_grad_norm=null", "optim.steps=4", "log_every=4")
+    with pytest.raises(TrainingError, match="not finite"):
+        train(config(tmp_path, "albef_tiny", *settings))
 
 
 def test_a_text_tower_is_begun_with(tmp_path):
