@@ -8,7 +8,7 @@ from transformers import BertConfig, BertModel
 
 from elip_models.config import ConfigError, load_recipe
 from elip_models.data import load_tokenizer
-from elip_models.optim import parameter_groups
+from elip_models.optim import learning_rate, parameter_groups
 from elip_models.registry import create_model, load_model
 from elip_models.run_folder import RunFolder, TrainingError
 from elip_models.train import train
@@ -105,6 +105,16 @@ def test_momentum_targets_are_warmed_up_by_epoch(recipe, tmp_path):
     epochs = 1.0 if recipe == "albef_tiny" else 2.0
     alpha = [row["alpha"] for row in logged(tmp_path, "alpha")]
     assert alpha == pytest.approx([0.4 * min(1.0, step / 3 / epochs) for step in range(9)])
+
+
+@pytest.mark.parametrize("accumulation", [1, 3, 7])
+def test_step_decay_begins_with_the_epoch(accumulation):
+    """Of 10 batches, which need not be a whole number of steps."""
+    settings = {"lr": 1.0, "warmup_steps": 0, "total_steps": 1000, "decay": "step"}
+    for step in range(100):
+        epoch = step * accumulation // 10
+        rate = learning_rate(step, **settings, decay_rate=0.5, steps_per_epoch=10 / accumulation)
+        assert rate == 0.5**epoch
 
 
 @pytest.mark.parametrize("family", ["albef", "blip", "meter"])
