@@ -260,16 +260,20 @@ def _fitted(model: PretrainedModel, weights: dict[str, Tensor]) -> dict[str, Ten
         if name in state:
             weight = with_leading_ones(weight, state[name].shape)
             if name.endswith("visual.pos_embed") and weight.shape[1:2] != state[name].shape[1:2]:
-                weight = resampled(weight, model.config.image_size // model.config.patch_size)
+                weight = resampled(weight, model)
         fitted[name] = weight
     return fitted
 
 
-def resampled(pos_embed: Tensor, grid: int) -> Tensor:
-    """Position embeddings (1, 1 + G^2, D), CLS first, on a grid of another side, bicubic."""
+def resampled(pos_embed: Tensor, model: PretrainedModel) -> Tensor:
+    """Position embeddings (1, 1 + G^2, D), CLS first, on the model's grid, bicubic; with
+    antialiasing for CLIP, as open_clip does, and without for the others, as their code does."""
     if pos_embed.ndim != 3:
         return pos_embed
-    return resample_abs_pos_embed(pos_embed, [grid, grid], num_prefix_tokens=1)
+    side = model.config.image_size // model.config.patch_size
+    return resample_abs_pos_embed(
+        pos_embed, [side, side], num_prefix_tokens=1, antialias=model.family == "clip"
+    )
 
 
 def with_leading_ones(weight: Tensor, shape: torch.Size) -> Tensor:

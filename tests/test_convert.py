@@ -199,8 +199,8 @@ def test_position_embeddings_follow_the_image_size(golden, tmp_path):
     assert torch.equal(larger.encoders.visual.pos_embed[:, :1], given[:, :1])
     same = convert_checkpoint(path, image_size=96, **options)
     assert torch.equal(same.encoders.visual.pos_embed, given)
-    assert resampled(given, 6) is given
-    flat = resampled(torch.ones(1, 37, 4), 8)
+    assert resampled(given, same) is given
+    flat = resampled(torch.ones(1, 37, 4), larger)
     torch.testing.assert_close(flat, torch.ones(1, 65, 4))
 
 
@@ -368,3 +368,14 @@ def test_a_file_of_something_else_is_named(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="source: expected tensors, numbers and texts alone"):
         convert_checkpoint(path)
+
+
+def test_position_embeddings_are_interpolated_as_the_official_code_does(tmp_path):
+    model = create_model("albef_tiny")
+    torch.nn.init.normal_(model.visual.pos_embed)
+    larger = convert_checkpoint(model.save_pretrained(tmp_path), image_size=96)
+    first, grid = model.visual.pos_embed.split([1, 64], dim=1)
+    grid = grid.mT.unflatten(2, (8, 8))
+    grid = torch.nn.functional.interpolate(grid, (12, 12), mode="bicubic", align_corners=False)
+    expected = torch.cat([first, grid.flatten(2).mT], dim=1)
+    torch.testing.assert_close(larger.visual.pos_embed, expected)
