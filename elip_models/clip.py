@@ -83,7 +83,7 @@ class CLIPConfig(Config):
     text_drop: float = 0.4
 
     def __post_init__(self) -> None:
-        self.check_integers()
+        self.check_numbers()
         intervals = {"temperature": (1e-4, 1e4), "drop_path": (0.0, 0.99), "text_drop": (0.0, 0.99)}
         for name, (low, high) in intervals.items():
             value = getattr(self, name)

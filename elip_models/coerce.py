@@ -45,6 +45,9 @@ def coerce(hint: Any, value: Any) -> Any:
         return value if value in arguments else MISFIT
     if origin is tuple:
         return _coerce_tuple(arguments, value)
+    if origin is dict and arguments[1] is not Any and isinstance(value, dict):
+        values = {key: coerce(arguments[1], item) for key, item in value.items()}
+        return MISFIT if MISFIT in values.values() else values
     if hint is float and not isinstance(value, bool):
         return _coerce_float(value)
     expected = origin or hint
@@ -85,5 +88,7 @@ def describe(hint: Any) -> str:
         if arguments[-1] is Ellipsis:
             return f"a list, each {describe(arguments[0])}"
         return "[" + ", ".join(map(describe, arguments)) + "]"
+    if origin is dict and arguments[1] is not Any:
+        return f"a mapping, each {describe(arguments[1])}"
     names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
     return names.get(hint, "null" if hint is types.NoneType else "a mapping")

@@ -118,7 +118,7 @@ class OptimConfig:
     decay: Literal["cosine", "linear", "step"] = "cosine"
     min_lr: NonNegative = 0.0
     decay_rate: Annotated[float, Bounds(0, 1, includes_low=False)] = 0.9
-    lr_scale: dict[str, Any] = field(default_factory=dict)
+    lr_scale: dict[str, Positive] = field(default_factory=dict)
     weight_decay: NonNegative = 0.1
     betas: tuple[Beta, Beta] = (0.9, 0.98)
     eps: Positive = 1e-6
@@ -270,11 +270,6 @@ def _check_together(config: RunConfig) -> None:
             f"optim.min_lr: expected at most optim.lr = {config.optim.lr}, got "
             f"{config.optim.min_lr}"
         )
-    for pattern, scale in config.optim.lr_scale.items():
-        if coerce(Positive, scale) is MISFIT:
-            raise ConfigError(
-                f"optim.lr_scale.{pattern}: expected {describe(Positive)}, got {scale!r}"
-            )
     if config.data.eval is None and (config.eval_every or config.report):
         raise ConfigError(
             "data.eval: expected a source, since eval_every or report asks for one, got null"

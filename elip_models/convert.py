@@ -39,7 +39,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 OURS = "ours"
-UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, UnicodeDecodeError)
+UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, UnicodeDecodeError, LookupError)
 """What torch.load raises for other content than tensors, and for a file that is none of its own."""
 
 
@@ -109,8 +109,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"source: expected a file or a folder, got none at {path}")
     if path.suffix == ".json":
-        shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-        pieces = [_read_file(path.parent / shard) for shard in sorted(shards)]
+        shards = json.loads(path.read_text(encoding="utf-8")).get("weight_map")
+        if shards is None:
+            raise ValueError(
+                f"source: expected weights, or the index of their shards, got {path}; where it is "
+                "a config, name its folder"
+            )
+        pieces = [_read_file(path.parent / shard) for shard in sorted(set(shards.values()))]
         return {name: weight for piece in pieces for name, weight in piece.items()}
     return _read_file(path)
 
@@ -255,16 +260,20 @@ def _fitted(model: PretrainedModel, weights: dict[str, Tensor]) -> dict[str, Ten
         if name in state:
             weight = with_leading_ones(weight, state[name].shape)
             if name.endswith("visual.pos_embed") and weight.shape[1:2] != state[name].shape[1:2]:
-                weight = resampled(weight, model.config.image_size // model.config.patch_size)
+                weight = resampled(weight, model)
         fitted[name] = weight
     return fitted
 
 
-def resampled(pos_embed: Tensor, grid: int) -> Tensor:
-    """Position embeddings (1, 1 + G^2, D), CLS first, on a grid of another side, bicubic."""
+def resampled(pos_embed: Tensor, model: PretrainedModel) -> Tensor:
+    """Position embeddings (1, 1 + G^2, D), CLS first, on the model's grid, bicubic; with
+    antialiasing for CLIP, as open_clip does, and without for the others, as their code does."""
     if pos_embed.ndim != 3:
         return pos_embed
-    return resample_abs_pos_embed(pos_embed, [grid, grid], num_prefix_tokens=1)
+    side = model.config.image_size // model.config.patch_size
+    return resample_abs_pos_embed(
+        pos_embed, [side, side], num_prefix_tokens=1, antialias=model.family == "clip"
+    )
 
 
 def with_leading_ones(weight: Tensor, shape: torch.Size) -> Tensor:

@@ -59,7 +59,7 @@ class CrossModalConfig(Config):
     merge: bool = True
 
     def __post_init__(self) -> None:
-        self.check_integers()
+        self.check_numbers()
         if self.text_width != self.vision_width:
             raise ValueError(
                 f"text_width: expected vision_width = {self.vision_width}, whose CLS token the "

@@ -80,7 +80,7 @@ def _of_image(model: PretrainedModel, vision: str | VisionTransformer) -> _Part:
     }
     places = f"{start}pos_embed"
     if places in weights:
-        weights[places] = resampled(weights[places], ours.patch_embed.grid_size[0])
+        weights[places] = resampled(weights[places], model)
     return _Part(weights, (start,))
 
 

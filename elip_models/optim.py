@@ -33,7 +33,8 @@ def learning_rate(
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
     if decay == "step":
-        return max(min_lr, lr * decay_rate ** (step // steps_per_epoch))
+        epoch = int(step / steps_per_epoch + 1e-6)  # which is not exact where batches accumulate
+        return max(min_lr, lr * decay_rate**epoch)
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     left = 1.0 - progress if decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
     return min_lr + (lr - min_lr) * left

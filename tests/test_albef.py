@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from elip_models.albef import ALBEF, ALBEFConfig, Drawn
-from elip_models.modules.momentum import FeatureQueue
+from elip_models.modules.momentum import FeatureQueue, similarities
 from tests.test_golden import check_gradients
 from tests.towers import assert_equal_gradients, our_names
 
@@ -113,6 +113,15 @@ def test_the_queue_wraps_around():
     assert not torch.equal(before, queue.image)
     with pytest.raises(ValueError, match="queue_size: expected at least the batch, 6, got 5"):
         queue.enqueue_(torch.randn(6, 3), torch.randn(6, 3))
+
+
+def test_similarities_are_exact_under_autocast():
+    queue, batch = FeatureQueue(32, 64), torch.randn(2, 8, 32)
+    pair = tuple(torch.nn.functional.normalize(batch, dim=-1))
+    inputs = pair, queue.behind(*pair), torch.tensor(0.07)
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = similarities(*inputs)
+    torch.testing.assert_close(under_autocast, similarities(*inputs))
 
 
 @pytest.mark.parametrize(

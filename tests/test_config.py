@@ -42,6 +42,7 @@ def test_reads_a_file_and_fills_the_defaults(recipe):
         ("optim.lr=3e-4", "optim", "lr", 3e-4),
         ("optim.lr=1", "optim", "lr", 1.0),
         ("optim.betas=[0.8, 0.9]", "optim", "betas", (0.8, 0.9)),
+        ("optim.lr_scale={temperature: 5e-2}", "optim", "lr_scale", {"temperature": 0.05}),
         ("optim.max_grad_norm=null", "optim", "max_grad_norm", None),
         ("optim.epochs=1.5", "optim", "epochs", 1.5),
         ("optim.precision=bf16", "optim", "precision", "bf16"),
@@ -86,6 +87,10 @@ def test_later_override_wins(recipe):
         ("optim.betas=[0.9, 1]", "got [0.9, 1]"),
         ("optim.precision=fp8", "optim.precision: expected one of fp32, bf16, fp16, got 'fp8'"),
         ("optim.grad_checkpointing=1", "grad_checkpointing: expected true or false, got 1"),
+        (
+            "optim.lr_scale={temperature: 0}",
+            "optim.lr_scale: expected a mapping, each a number above 0, got {'temperature': 0}",
+        ),
         ("data.max_bad_share=2", "data.max_bad_share: expected a number in [0, 1], got 2"),
         ("data.train=3", "data.train: expected a string, got 3"),
         ("data.train=???", "data.train: expected a string, got ???; set data.train=VALUE"),

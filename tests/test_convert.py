@@ -199,8 +199,8 @@ def test_position_embeddings_follow_the_image_size(golden, tmp_path):
     assert torch.equal(larger.encoders.visual.pos_embed[:, :1], given[:, :1])
     same = convert_checkpoint(path, image_size=96, **options)
     assert torch.equal(same.encoders.visual.pos_embed, given)
-    assert resampled(given, 6) is given
-    flat = resampled(torch.ones(1, 37, 4), 8)
+    assert resampled(given, same) is given
+    flat = resampled(torch.ones(1, 37, 4), larger)
     torch.testing.assert_close(flat, torch.ones(1, 65, 4))
 
 
@@ -322,7 +322,9 @@ def test_a_meter_that_reads_with_roberta_is_recognised(tmp_path):
     path = saved(renamed(weights, names), tmp_path, key="state_dict")
     heads = {f"{part}_heads": 2 for part in ("vision", "text", "cross")}
     model = convert_checkpoint(path, **heads, mask_token_id=1023)
-    assert model.config == replace(expected.config, context_length=model.config.context_length)
+    unsaid = ("context_length", "initializer_range", "dropout")  # weights do not say them
+    same = {name: getattr(model.config, name) for name in unsaid}
+    assert model.config == replace(expected.config, **same)
     assert model.config.text_encoder == "roberta"
     for name, weight in expected.state_dict().items():
         assert torch.equal(model.state_dict()[name], weight), name
@@ -351,3 +353,29 @@ def test_a_checkpoint_of_two_kinds_asks_which(albef):
     with pytest.raises(ValueError, match=r"got one that albef and meter fit; say which with kind="):
         convert()
     convert(kind="albef", allow_unexpected=["vit_model.*", "text_transformer.*"])
+
+
+def test_a_config_instead_of_its_folder_is_named(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text("{}")
+    with pytest.raises(ValueError, match="source: expected weights, or the index of their shards"):
+        convert_checkpoint(config)
+
+
+@pytest.mark.parametrize("content", [b"abc\n", b"hello world this is", b""])
+def test_a_file_of_something_else_is_named(tmp_path, content):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="source: expected tensors, numbers and texts alone"):
+        convert_checkpoint(path)
+
+
+def test_position_embeddings_are_interpolated_as_the_official_code_does(tmp_path):
+    model = create_model("albef_tiny")
+    torch.nn.init.normal_(model.visual.pos_embed)
+    larger = convert_checkpoint(model.save_pretrained(tmp_path), image_size=96)
+    first, grid = model.visual.pos_embed.split([1, 64], dim=1)
+    grid = grid.mT.unflatten(2, (8, 8))
+    grid = torch.nn.functional.interpolate(grid, (12, 12), mode="bicubic", align_corners=False)
+    expected = torch.cat([first, grid.flatten(2).mT], dim=1)
+    torch.testing.assert_close(larger.visual.pos_embed, expected)

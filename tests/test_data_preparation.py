@@ -1,5 +1,6 @@
 """Preparation of a sample: image transforms and tokenizers."""
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -174,3 +175,23 @@ def test_tokenizers_that_cannot_serve_are_refused(tokenizer, tmp_path):
 
 
 # Arguments
+
+
+def test_randaugment_survives_pickling_and_leaves_colours_alone():
+    """As loader processes that are not forked need it; red stays the only channel there is."""
+    transform = image_transform(
+        32, train=True, mean=(0.0,) * 3, std=(1.0,) * 3, scale=None, randaugment=(2, 7)
+    )
+    copied = pickle.loads(pickle.dumps(transform))
+    ramp = Image.fromarray(torch.arange(32 * 32).reshape(32, 32).remainder(200).byte().numpy())
+    red = Image.merge("RGB", (ramp, Image.new("L", (32, 32)), Image.new("L", (32, 32))))
+    seen = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        out = transform(red)
+        torch.manual_seed(seed)
+        assert torch.equal(copied(red), out)
+        assert out[0].max() > 0
+        assert not out[1:].any()
+        seen.add(out[0].sum().item())
+    assert len(seen) > 10

@@ -297,3 +297,12 @@ def test_a_failing_command_leaves_nothing_and_says_why(tmp_path, capsys):
         assert elip("convert", tmp_path / "ours", tmp_path / "out", *arguments) == 2
         assert message in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_saved_file_has_the_permissions_of_any_other(tmp_path):
+    """And nothing unfinished is left beside it."""
+    (tmp_path / "other").write_text("")
+    folder = create_model("clip_tiny").save_pretrained(tmp_path / "model")
+    expected = (tmp_path / "other").stat().st_mode
+    files = {path.name: path.stat().st_mode for path in folder.iterdir()}
+    assert files == dict.fromkeys(("config.json", "model.safetensors"), expected)

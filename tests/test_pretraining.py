@@ -8,9 +8,9 @@ from transformers import BertConfig, BertModel
 
 from elip_models.config import ConfigError, load_recipe
 from elip_models.data import load_tokenizer
-from elip_models.optim import parameter_groups
+from elip_models.optim import learning_rate, parameter_groups
 from elip_models.registry import create_model, load_model
-from elip_models.run_folder import RunFolder
+from elip_models.run_folder import RunFolder, TrainingError
 from elip_models.train import train
 from tests.tiny_run import logged, own_process, tiny_config
 
@@ -107,6 +107,16 @@ def test_momentum_targets_are_warmed_up_by_epoch(recipe, tmp_path):
     assert alpha == pytest.approx([0.4 * min(1.0, step / 3 / epochs) for step in range(9)])
 
 
+@pytest.mark.parametrize("accumulation", [1, 3, 7])
+def test_step_decay_begins_with_the_epoch(accumulation):
+    """Of 10 batches, which need not be a whole number of steps."""
+    settings = {"lr": 1.0, "warmup_steps": 0, "total_steps": 1000, "decay": "step"}
+    for step in range(100):
+        epoch = step * accumulation // 10
+        rate = learning_rate(step, **settings, decay_rate=0.5, steps_per_epoch=10 / accumulation)
+        assert rate == 0.5**epoch
+
+
 @pytest.mark.parametrize("family", ["albef", "blip", "meter"])
 def test_a_recipe_of_the_paper_builds(family):
     recipe = load_recipe(f"{family}_4m", ["data.train=emoji_scenes:size=9"])
@@ -123,6 +133,7 @@ def test_a_recipe_of_the_paper_builds(family):
         ("meter_tiny", "report=[retrieval]", "report: expected no retrieval.*METER"),
         ("albef_tiny", "optim.batch_size=32", "model: queue_size: expected at least the batch, 32"),
         ("blip_tiny", "model.overrides.text_width=48", "model: text_width: expected vision_width"),
+        ("albef_tiny", "model.overrides.alpha=1e-3", "model: alpha: expected a float, got '1e-3'"),
         ("blip_tiny", "model.overrides.colour=red", "model: config: expected names.*colour"),
         ("albef_tiny", "optim.lr_scale={temprature: 0.1}", "optim: lr_scale: .*temprature"),
         ("albef_tiny", "model.text_init=bert", "model.vision_init, model.text_init: text"),
@@ -131,6 +142,13 @@ def test_a_recipe_of_the_paper_builds(family):
 def test_setting_that_does_not_fit_is_named(tmp_path, recipe, override, message):
     with pytest.raises(ConfigError, match=message):
         train(config(tmp_path, recipe, override))
+
+
+def test_diverging_is_told_as_such(tmp_path):
+    """Not by the drawing of negatives, which has weights that are no numbers then."""
+    settings = ("optim.lr=1e30", "optim.max_grad_norm=null", "optim.steps=4", "log_every=4")
+    with pytest.raises(TrainingError, match="not finite"):
+        train(config(tmp_path, "albef_tiny", *settings))
 
 
 def test_a_text_tower_is_begun_with(tmp_path):

@@ -57,24 +57,37 @@ def image_transform(
     if train and flip:
         steps.append(v2.RandomHorizontalFlip())
     if train and randaugment is not None:
-        steps.append(_randaugment(*randaugment))
+        steps.append(_RandAugment(*randaugment))
     to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
     return v2.Compose([*steps, *to_tensor, v2.ToPureTensor()])
 
 
-def _randaugment(operations: int, magnitude: int) -> Callable[[Image.Image], Image.Image]:
-    """torchvision's RandAugment without the operations that change what colour a thing has."""
-    from torchvision.transforms import v2
+class _RandAugment:
+    """torchvision's RandAugment without the operations that change what colour a thing has.
 
-    check_int("randaugment", operations, 1)
-    if magnitude not in range(MAGNITUDES):
-        raise ValueError(
-            f"randaugment: expected a magnitude from 0 to {MAGNITUDES - 1}, got {magnitude!r}"
-        )
-    augment = v2.RandAugment(operations, magnitude, num_magnitude_bins=MAGNITUDES)
-    space = v2.RandAugment._AUGMENTATION_SPACE
-    augment._AUGMENTATION_SPACE = {n: v for n, v in space.items() if n not in COLOUR_OPERATIONS}
-    return augment
+    It is pickled by its arguments, as loader processes that are not forked need it: torchvision's
+    table of operations holds lambdas.
+    """
+
+    def __init__(self, operations: int, magnitude: int) -> None:
+        from torchvision.transforms import v2
+
+        check_int("randaugment", operations, 1)
+        if magnitude not in range(MAGNITUDES):
+            raise ValueError(
+                f"randaugment: expected a magnitude from 0 to {MAGNITUDES - 1}, got {magnitude!r}"
+            )
+        self.arguments = operations, magnitude
+        self.augment = v2.RandAugment(operations, magnitude, num_magnitude_bins=MAGNITUDES)
+        space = v2.RandAugment._AUGMENTATION_SPACE
+        kept = {name: value for name, value in space.items() if name not in COLOUR_OPERATIONS}
+        self.augment._AUGMENTATION_SPACE = kept
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return self.augment(image)
+
+    def __reduce__(self) -> tuple[type, tuple[int, int]]:
+        return _RandAugment, self.arguments
 
 
 def _check_numbers(argument: str, value: Sequence[float], count: int) -> None:

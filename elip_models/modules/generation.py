@@ -44,7 +44,7 @@ class Decoding(Config):
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        self.check_integers()
+        self.check_numbers()
         if not isinstance(self.sample, bool):
             raise ValueError(f"sample: expected True or False, got {self.sample!r}")
         if self.min_length > self.max_length:

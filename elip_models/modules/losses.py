@@ -4,7 +4,7 @@ Contrastive loss (CLIP, ALBEF's ITC): mean of the cross entropies of image-to-te
 similarities, s * f_image @ f_text.T, where pairs share a row.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -48,6 +48,12 @@ def labelled_count(labelled: Tensor, gather: Gather) -> Tensor:
     return count.clamp_min(1 / ranks)
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Around products that have to be in the dtype of their inputs."""
+    on_meta = device.type == "meta"  # which has no autocast
+    return nullcontext() if on_meta else torch.autocast(device.type, enabled=False)
+
+
 def contrastive_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -70,8 +76,7 @@ def contrastive_loss(
     images, texts = image_features.float(), text_features.float()
     all_images, all_texts = gathered(images, gather), gathered(texts, gather)
     labels = torch.arange(B, device=images.device) + rank_of(gather) * B
-    device = images.device.type
-    with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
+    with without_autocast(images.device):
         image_to_text = F.cross_entropy(scale.float() * images @ all_texts.T, labels)
         text_to_image = F.cross_entropy(scale.float() * texts @ all_images.T, labels)
     return (image_to_text + text_to_image) / 2

@@ -9,6 +9,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from elip_models.modules.losses import without_autocast
+
 
 def momentum_copy(module: nn.Module) -> nn.Module:
     """A copy of the module without gradient."""
@@ -72,7 +74,8 @@ class FeatureQueue(nn.Module):
 def similarities(
     features: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor], temperature: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Image-to-text and text-to-image (B, C), over the temperature.
+    """Image-to-text and text-to-image (B, C), over the temperature, in the queue's dtype, also
+    under autocast: a cosine in bf16 is off by 0.002, over a temperature of 0.07 by 0.03.
 
     Args:
         features: (B, E) of image and text.
@@ -80,4 +83,7 @@ def similarities(
         temperature: scalar.
     """
     (image, text), (images, texts) = features, keys
-    return image @ texts / temperature, text @ images / temperature
+    with without_autocast(image.device):
+        image_to_text = image.to(texts.dtype) @ texts / temperature
+        text_to_image = text.to(images.dtype) @ images / temperature
+    return image_to_text, text_to_image

@@ -55,7 +55,7 @@ def hard_negatives(similarities: Tensor, epsilon: float = 0.0, first: int = 0) -
     rows = torch.arange(first, first + len(weights), device=weights.device)
     others = (columns != rows[:, None]).float()
     weights = weights * others
-    lonely = weights.sum(1, keepdim=True) <= 0  # all of the mass is on the pair itself
+    lonely = ~(weights.sum(1, keepdim=True) > 0)  # all is on the pair itself, or not a number
     weights = torch.where(lonely, others, weights)
     if len(columns) == 1:
         return torch.zeros_like(rows)

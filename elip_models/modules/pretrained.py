@@ -7,7 +7,6 @@ files. A tensor that has several names, such as tied embeddings, is written once
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -33,8 +32,8 @@ class Config:
             raise ValueError(f"config: expected names among {known}, got {unknown}")
         return cls(**values)
 
-    def check_integers(self) -> None:
-        """Raises ValueError for a count below 1 or an id below 0."""
+    def check_numbers(self) -> None:
+        """Raises ValueError for a count below 1, an id below 0, or a float that is no number."""
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type is int:
@@ -43,6 +42,10 @@ class Config:
                     raise ValueError(
                         f"{field.name}: expected an int from {least} on, got {value!r}"
                     )
+            if field.type is float and (
+                isinstance(value, bool) or not isinstance(value, int | float)
+            ):
+                raise ValueError(f"{field.name}: expected a float, got {value!r}")
 
 
 class PretrainedModel(nn.Module):
@@ -227,6 +230,10 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _write(path: Path, content: bytes) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(content)
-    os.replace(file.name, path)
+    """The file whole or not at all, with the permissions of any new file."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_bytes(content)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
