@@ -21,7 +21,7 @@ from elip_models.modules.losses import gathered, rank_of
 from elip_models.modules.objectives import distilled_language_loss, hard_negatives, mask_tokens
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ALBEFConfig(DistilledConfig):
     """Hyper-parameters of an ALBEF model; the defaults are the paper's.
 
@@ -141,14 +141,15 @@ class ALBEF(DistilledModel):
         return ALBEFOutput(loss, seen.loss, loss_itm, loss_mlm, *seen.features)
 
     def _draw(self, similar: tuple[Tensor, Tensor], input_ids: Tensor) -> Drawn:
-        """Hard negatives by the similarities (B, C), and masked tokens."""
+        """Hard negatives by the similarities (B, C), and masked tokens: [SEP] may be one, as in the
+        official code."""
         config = self.config
         image_to_text, text_to_image = similar
         first = rank_of(config.gather) * len(input_ids)
         masked = mask_tokens(
             input_ids,
             mask_token_id=config.mask_token_id,
-            special_token_ids=(config.pad_token_id, config.cls_token_id, config.sep_token_id),
+            special_token_ids=(config.pad_token_id, config.cls_token_id),
             vocab_size=config.vocab_size,
             probability=config.mask_probability,
         )

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BLIPConfig(DistilledConfig):
     """Hyper-parameters of a BLIP model; the defaults are the paper's.
 

@@ -232,7 +232,10 @@ def convert(
         list[str] | None, typer.Option(help="Names of the source to leave aside.")
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="Folder or name of a tokenizer: its ids, and its files.")
+        str | None,
+        typer.Option(
+            help="Folder or name: its ids, and its files; default: the files of the source."
+        ),
     ] = None,
 ) -> None:
     """Turn another library's checkpoint into one of our models, or ours into theirs."""
@@ -244,6 +247,8 @@ def convert(
     fields |= {"image_size": image_size} if image_size else {}
     with blame("convert"):
         loaded = load_tokenizer(tokenizer) if tokenizer else None
+        has_own = loaded is None and (source / "tokenizer_config.json").is_file()
+        beside = load_tokenizer(source) if has_own else loaded
         model = convert_checkpoint(
             source,
             kind=kind,
@@ -252,7 +257,7 @@ def convert(
             allow_unexpected=allow_unexpected or (),
             **fields,
         )
-        save_as(model, output, to, architecture=architecture, tokenizer=loaded)
+        save_as(model, output, to, architecture=architecture, tokenizer=beside)
     Console().print(escape(f"{type(model).__name__}: {output}"), soft_wrap=True)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CrossModalConfig(Config):
     """Sizes of a timm VisionTransformer, how it is reduced, and the texts beside it.
 

@@ -34,7 +34,7 @@ from elip_models.reduction.strategy import StageInfo
 from elip_models.towers import as_tower
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DistilledConfig(CrossModalConfig):
     """BERT beside the image tower, momentum encoders and a queue of their features.
 
@@ -188,7 +188,10 @@ class DistilledModel(CrossModalModel):
         return {"temperature": self.temperature, "alpha": self.alpha}
 
     def contrast(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> Contrast:
-        """ITC of images (B, 3, H, W) and texts (B, L); in training momentum and queue move on."""
+        """ITC of images (B, 3, H, W) and texts (B, L); in training momentum and queue move on.
+
+        With gradient accumulation they move at each forward pass.
+        """
         online, gather = self.encoders, self.config.gather
         text = online.read(input_ids, mask)
         image, infos = self.encode_image(images, text[:, 0])

@@ -229,6 +229,7 @@ def _write_open_clip(model: PretrainedModel, folder: Path, *, has_tokenizer: boo
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
     """A folder to write in that takes the place of `folder` once all is written."""
+    folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"folder: expected a new or empty folder, got {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ ROBERTA = {  # the fields of METERConfig that roberta-base has other values for
 TEXT, IMAGE = 0, 1  # rows of the token type embeddings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class METERConfig(CrossModalConfig):
     """Hyper-parameters of a METER model; the defaults are the official code's.
 

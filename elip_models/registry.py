@@ -9,7 +9,7 @@ from elip_models.albef import ALBEF, ALBEFConfig
 from elip_models.blip import BLIP, BLIPConfig
 from elip_models.clip import CLIP, CLIPConfig
 from elip_models.meter import METER, METERConfig
-from elip_models.modules.pretrained import PretrainedModel, read_config
+from elip_models.modules.pretrained import PretrainedModel, load_weights, read_config
 from elip_models.reduction.schedule import PRESETS, Schedule
 from elip_models.reduction.stage import Elip
 
@@ -95,8 +95,8 @@ def create_model(
         overrides: fields of the model's config, such as `CLIPConfig`.
 
     Raises:
-        ValueError: an unknown name or override, with the nearest known one; or pretrained=True,
-            since no weights are published.
+        ValueError: an unknown name or override, with the nearest known one; pretrained=True, since
+            no weights are published; or an override that the folder's weights do not fit.
     """
     family = family_of(name)
     if not isinstance(pretrained, (bool, str, os.PathLike)):
@@ -119,7 +119,7 @@ def create_model(
     config = family.config_class.from_dict(vars(config) | overrides)
     model = family(config)
     if trained is not None:
-        model.load_state_dict(trained.state_dict())
+        load_weights(model, trained.state_dict())
     return model
 
 

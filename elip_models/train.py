@@ -5,7 +5,6 @@ the position in it and the learning rate are functions of the step. So a run tha
 resumed computes what one that was never killed does.
 """
 
-import logging
 import math
 import time
 from dataclasses import dataclass
@@ -14,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from elip_models.accelerator import make_accelerator
 from elip_models.config import ConfigError, ModelConfig, RunConfig, blame
 from elip_models.data import (
     EpochSampler,
@@ -103,7 +102,7 @@ class Trainer:
         self.config = config
         self.folder = RunFolder(config.output_dir)
         self.folder.check(config, resume=resume)
-        self.accelerator = _make_accelerator(config, self.folder)
+        self.accelerator = make_accelerator(config, self.folder)
         self.console = console if self.accelerator.is_main_process else Console(quiet=True)
         self.losses = LossLog(self.accelerator)
         self.scores: RetrievalScores | None = None
@@ -363,8 +362,8 @@ class Trainer:
 
     def _evaluates_now(self) -> bool:
         every = self.config.eval_every
-        at_the_end = self.step == self.total_steps and "retrieval" in self.config.report
-        return at_the_end or (every > 0 and self.step % every == 0)
+        is_last = self.step == self.total_steps and "retrieval" in self.config.report
+        return is_last or (every > 0 and self.step % every == 0)
 
     def _start_window(self) -> None:
         """Begins the steps over which the speed is measured."""
@@ -374,24 +373,6 @@ class Trainer:
         status = TextColumn("{task.fields[status]}")
         columns = (MofNCompleteColumn(), BarColumn(), status, TimeRemainingColumn())
         return Progress(*columns, console=self.console, disable=not self.console.is_terminal)
-
-
-def _make_accelerator(config: RunConfig, folder: RunFolder) -> Accelerator:
-    optim = config.optim
-    # Tied weights are saved once, which is meant and would be told at every checkpoint.
-    told = logging.getLogger("accelerate.utils.other")
-    told.addFilter(lambda record: not record.getMessage().startswith("Removed shared tensor"))
-    with blame("optim.precision or trackers"):
-        accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),  # or torchrun on CPUs is not seen
-            mixed_precision="no" if optim.precision == "fp32" else optim.precision,
-            gradient_accumulation_steps=optim.grad_accumulation,
-            log_with=list(config.trackers) or None,
-            project_config=ProjectConfiguration(str(folder.path), str(folder.tensorboard)),
-        )
-    if missing := set(config.trackers) - {str(tracker) for tracker in accelerator.log_with}:
-        raise ConfigError(f"trackers: expected installed ones, got {sorted(missing)}")
-    return accelerator
 
 
 def _image_size(config: ModelConfig) -> int:

@@ -133,7 +133,7 @@ OPENERS: dict[str, Callable[[str, bool, dict[str, Any]], nn.Module]] = {
 
 def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     """Our model of a folder, its config changed by `options`; random weights need no others."""
-    from elip_models.modules.pretrained import read_config
+    from elip_models.modules.pretrained import load_weights, read_config
     from elip_models.registry import FAMILIES, load_model
 
     family, config = read_config(folder, with_weights=pretrained)
@@ -144,7 +144,7 @@ def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> nn.
     kind = FAMILIES[family]
     model = kind(kind.config_class.from_dict(config | options))
     if pretrained:
-        model.load_state_dict(load_model(folder).state_dict())
+        load_weights(model, load_model(folder).state_dict())
     return model
 
 

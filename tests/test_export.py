@@ -268,6 +268,8 @@ def test_the_command_converts_there_and_back(tmp_path, tokenizer):
     weight = theirs.visual.conv1.weight
     assert torch.equal(weight, model.visual.patch_embed.proj.weight)
     assert open_clip.get_tokenizer(place)(["a dog"])[0, 0] == tokenizer.bos_token_id
+    assert elip("convert", source, tmp_path / "smaller", "--image-size", 64) == 0
+    assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "smaller")) == rows
 
 
 def open_clip_state(model, folder):

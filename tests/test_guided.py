@@ -60,7 +60,17 @@ def normalised(guided, pairs):
 
 def our_folder(folder, tokenizer):
     config = CLIPConfig(
-        *(32, 8, 32, 6, 2, 32, 1, 2, 600, 24, tokenizer.eos_token_id),
+        image_size=32,
+        patch_size=8,
+        vision_width=32,
+        vision_depth=6,
+        vision_heads=2,
+        text_width=32,
+        text_depth=1,
+        text_heads=2,
+        vocab_size=600,
+        context_length=24,
+        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         embed_dim=16,
         schedule=SIX,

@@ -4,6 +4,7 @@ A saved folder holds config.json, which names the family, model.safetensors, and
 files. A tensor that has several names, such as tied embeddings, is written once, under its first.
 """
 
+import difflib
 import json
 import math
 import os
@@ -29,7 +30,9 @@ class Config:
         known = [field.name for field in fields(cls)]
         unknown = sorted(values.keys() - set(known))
         if unknown:
-            raise ValueError(f"config: expected names among {known}, got {unknown}")
+            close = difflib.get_close_matches(unknown[0], known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"config: expected names among {known}, got {unknown}{hint}")
         return cls(**values)
 
     def check_numbers(self) -> None:
