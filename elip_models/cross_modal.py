@@ -128,10 +128,12 @@ class CrossModalConfig(Config):
 
 
 class CrossModalModel(PretrainedModel):
-    """Text first: its CLS output guides the image tower, `tower`, reduced as `reduction` says."""
+    """Text first: its CLS output guides the image tower, `tower`, reduced as `reduction` says; as
+    `dense` says it keeps all tokens."""
 
     tower: Tower
     reduction: Strategy
+    dense: Elip
     masks_text: ClassVar[bool] = True
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

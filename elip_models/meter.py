@@ -23,6 +23,7 @@ from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 from elip_models.cross_modal import CrossModalConfig, CrossModalModel
 from elip_models.modules.bert import BertTower, masked_language_head
 from elip_models.modules.objectives import distilled_language_loss, mask_tokens
+from elip_models.reduction.stage import Elip
 from elip_models.towers import as_tower
 
 EMBEDDINGS = {"bert": BertEmbeddings, "roberta": RobertaEmbeddings}
@@ -132,6 +133,7 @@ class METER(CrossModalModel):
         super().__init__()
         self.config = config
         self.reduction = config.reduction
+        self.dense = Elip(f"{config.vision_depth}(100%)", without_text="vision")
         self.visual = config.vit(
             pre_norm=True,
             act_layer="quick_gelu",

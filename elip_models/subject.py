@@ -76,15 +76,15 @@ class Subject:
         Raises:
             TypeError, ValueError: a strategy that does not fit the model.
         """
-        plan = strategy or Elip(f"{self.tower.depth}(100%)", without_text="vision")
         if not self.is_whole:
+            plan = strategy or Elip(f"{self.tower.depth}(100%)")
             plan.check(self.tower)
             return lambda: encode_image(self.model, self.images, self.text, strategy=plan)[:, 0]
         model = shared_copy(self.model)
         inputs = _inputs(model, self.images, self.text)
         if isinstance(model, PretrainedModel):
-            plan.check(model.tower)
-            model.reduction = plan
+            model.reduction = strategy or model.dense
+            model.reduction.check(model.tower)
             return lambda: model(**inputs).loss
         if strategy is not None:
             reduce_(model, strategy=strategy)

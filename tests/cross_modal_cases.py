@@ -178,6 +178,7 @@ def join(single, slices):
 def own_draws(rank, family, gather):
     """Negatives are of all ranks where 'global', of the own where 'local', and never the pair."""
     model = made(family, gather)
+    torch.nn.init.constant_(model.temperature, 10.0)  # every pair is about as likely
     wrapped, drawn = DistributedDataParallel(model), []
     draw = model._draw
     model._draw = lambda *given: drawn.append(draw(*given)) or drawn[-1]

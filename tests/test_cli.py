@@ -115,7 +115,8 @@ def test_run_that_exists_is_refused(run, capsys):
 
 
 def test_missing_extra_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "elip_models.train", raising=False)
+    for module in ("elip_models.train", "elip_models.accelerator"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "accelerate", None)
     assert elip(*tiny_arguments(tmp_path)) == 2
     assert "pip install 'elip-kernels[train]'" in capsys.readouterr().err
