@@ -141,27 +141,23 @@ def test_pretraining(record, rounds, tiny, name):
 
 
 class Matching:
-    """ITM of a model, from tokens (B, L, D) and (B, N, D) that take a gradient."""
+    """ITM of a model, from what its `fuse` takes: hidden states or ids of texts, and tokens."""
 
     def __init__(self, model, inputs):
-        images, self.ids, self.mask = inputs
-        self.model, self.drawn = model, fixed_draw(model, images, self.ids)
+        images, ids, self.mask = inputs
+        self.model, self.drawn = model, fixed_draw(model, images, ids)
         with torch.no_grad():
             seen = model.contrast(*inputs)
-        leaves = (t.clone().requires_grad_() for t in (seen.text, seen.image))
-        text, image = leaves
-        self.seen = seen._replace(text=text, image=image)
+        self.image = seen.image.clone().requires_grad_()
+        self.text = seen.text.clone().requires_grad_() if isinstance(model, ALBEF) else ids
 
     def at_once(self):
         """As the model does it."""
-        if isinstance(self.model, ALBEF):
-            return self.model._matching_loss(self.seen, self.mask, self.drawn)
-        return self.model._matching_loss(self.seen.image, self.ids, self.mask, self.drawn)
+        return self.model.matching_loss(self.text, self.mask, self.image, self.drawn[:2])
 
     def in_two(self):
         """The pairs, and then both kinds of negatives."""
-        image, mask, drawn = self.seen.image, self.mask, self.drawn
-        text = self.seen.text if isinstance(self.model, ALBEF) else self.ids
+        text, image, mask, drawn = self.text, self.image, self.mask, self.drawn
         pairs = self.model.fuse(text, mask, image)
         others = self.model.fuse(
             torch.cat([text, text[drawn.negative_texts]]),
@@ -185,7 +181,7 @@ def test_matching(record, rounds, tiny, name):
     def run(loss):
         loss().backward()
         model.zero_grad(set_to_none=True)
-        matching.seen.text.grad = matching.seen.image.grad = None
+        matching.text.grad = matching.image.grad = None
 
     steps = {ONE_PASS: partial(run, matching.at_once), TWO_PASSES: partial(run, matching.in_two)}
     shape = {"B": case.B, "image": model.config.image_size}

@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from elip_models.distilled import Contrast, DistilledConfig, DistilledModel, Encoders
+from elip_models.distilled import DistilledConfig, DistilledModel, Encoders
 from elip_models.modules.bert import BertTower, masked_language_head
-from elip_models.modules.losses import gathered, rank_of
-from elip_models.modules.objectives import distilled_language_loss, hard_negatives, mask_tokens
+from elip_models.modules.objectives import distilled_language_loss, mask_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +103,6 @@ class ALBEF(DistilledModel):
 
     def __init__(self, config: ALBEFConfig) -> None:
         super().__init__(config, ALBEFEncoders(config))
-        self.itm_head = nn.Linear(config.text_width, 2)
 
     def fuse(self, text: Tensor, mask: Tensor, image: Tensor) -> Tensor:
         """text (B, L, D), mask (B, L), image (B, N, D) -> (B, L, D) of the fusion layers."""
@@ -130,7 +127,7 @@ class ALBEF(DistilledModel):
         seen = self.contrast(images, input_ids, attention_mask)
         if drawn is None:
             drawn = self._draw(seen.similar, input_ids)
-        loss_itm = self._matching_loss(seen, attention_mask, drawn)
+        loss_itm = self.matching_loss(seen.text, attention_mask, seen.image, drawn[:2])
         logits = self.encoders.predict(drawn.masked_ids, attention_mask, seen.image)
         with torch.no_grad():
             teacher = self.encoders_m.predict(drawn.masked_ids, attention_mask, seen.image_m)
@@ -144,8 +141,6 @@ class ALBEF(DistilledModel):
         """Hard negatives by the similarities (B, C), and masked tokens: [SEP] may be one, as in the
         official code."""
         config = self.config
-        image_to_text, text_to_image = similar
-        first = rank_of(config.gather) * len(input_ids)
         masked = mask_tokens(
             input_ids,
             mask_token_id=config.mask_token_id,
@@ -153,21 +148,7 @@ class ALBEF(DistilledModel):
             vocab_size=config.vocab_size,
             probability=config.mask_probability,
         )
-        negative_images = hard_negatives(text_to_image, first=first)
-        return Drawn(negative_images, hard_negatives(image_to_text, first=first), *masked)
-
-    def _matching_loss(self, seen: Contrast, mask: Tensor, drawn: Drawn) -> Tensor:
-        """ITM of the pairs and both kinds of negatives, in one pass of the fusion layers."""
-        text, image = seen.text, seen.image
-        texts, masks, images = (gathered(t, self.config.gather) for t in (text, mask, image))
-        fused = self.fuse(
-            torch.cat([text, text, texts[drawn.negative_texts]]),
-            torch.cat([mask, mask, masks[drawn.negative_texts]]),
-            torch.cat([image, images[drawn.negative_images], image]),
-        )
-        labels = torch.zeros(len(fused), dtype=torch.long, device=mask.device)
-        labels[: len(mask)] = 1
-        return F.cross_entropy(self.itm_head(fused[:, 0]).float(), labels)
+        return Drawn(*self.draw_negatives(similar), *masked)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute layers in backward instead of saving their activations."""

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from elip_models.distilled import DistilledConfig, DistilledModel, Encoders
 from elip_models.modules.bert import (
@@ -25,8 +24,7 @@ from elip_models.modules.bert import (
     untied_decoder,
 )
 from elip_models.modules.generation import CAPTIONS, Decoding, write
-from elip_models.modules.losses import gathered, rank_of
-from elip_models.modules.objectives import hard_negatives, language_loss
+from elip_models.modules.objectives import language_loss
 from elip_models.modules.pretrained import evaluating
 
 if TYPE_CHECKING:
@@ -39,7 +37,6 @@ class BLIPConfig(DistilledConfig):
 
     decoder_token_id, encoder_token_id: [DEC] and [ENC], instead of a text's first token.
     The other fields: see `DistilledConfig`; alpha weighs the momentum targets of ITC.
-    negative_epsilon: added to each weight that hard negatives are drawn by.
     tie_decoder: the decoder shares all but self-attention with the encoder, as in pre-training;
         False gives it weights of its own, as in models fine-tuned for captions or answers.
     """
@@ -56,7 +53,7 @@ class BLIPConfig(DistilledConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_ids("decoder_token_id", "encoder_token_id")
-        self.check_shares("label_smoothing", "negative_epsilon")
+        self.check_shares("label_smoothing")
 
 
 @dataclass
@@ -109,7 +106,6 @@ class BLIP(DistilledModel):
         text = self.encoders.text
         self.decoder = tied_decoder(text) if config.tie_decoder else untied_decoder(text)
         self.language_head = masked_language_head(self.decoder)
-        self.itm_head = nn.Linear(config.text_width, 2)
 
     @classmethod
     def fit_tokenizer(
@@ -121,10 +117,10 @@ class BLIP(DistilledModel):
         sizes = super().fit_tokenizer(tokenizer, context_length)
         return sizes | {"decoder_token_id": decoder, "encoder_token_id": encoder}
 
-    def fuse(self, input_ids: Tensor, mask: Tensor, image_tokens: Tensor) -> Tensor:
-        """Hidden states (B, L, D) of [ENC] and the text, with the image before their eyes."""
-        ids = _begin(input_ids, self.config.encoder_token_id)
-        return self.encoders.read(ids, mask, image_tokens)
+    def fuse(self, text: Tensor, mask: Tensor, image: Tensor) -> Tensor:
+        """text, mask (B, L), image (B, N, D) -> (B, L, D) of [ENC] and the ids behind it."""
+        ids = _begin(text, self.config.encoder_token_id)
+        return self.encoders.read(ids, mask, image)
 
     def predict(
         self,
@@ -230,36 +226,14 @@ class BLIP(DistilledModel):
         config = self.config
         seen = self.contrast(images, input_ids, attention_mask)
         if drawn is None:
-            drawn = self._draw(seen.similar)
-        loss_itm = self._matching_loss(seen.image, input_ids, attention_mask, drawn)
+            drawn = Drawn(*self.draw_negatives(seen.similar))
+        loss_itm = self.matching_loss(input_ids, attention_mask, seen.image, drawn)
         logits = self.predict(input_ids, attention_mask, seen.image)
         loss_lm = language_loss(
             logits, input_ids, attention_mask, config.label_smoothing, config.gather
         )
         loss = seen.loss + loss_itm + loss_lm
         return BLIPOutput(loss, seen.loss, loss_itm, loss_lm, *seen.features)
-
-    def _draw(self, similar: tuple[Tensor, Tensor]) -> Drawn:
-        """Hard negatives by the similarities (B, C)."""
-        image_to_text, text_to_image = similar
-        first = rank_of(self.config.gather) * len(image_to_text)
-        epsilon = self.config.negative_epsilon
-        return Drawn(
-            hard_negatives(text_to_image, epsilon, first),
-            hard_negatives(image_to_text, epsilon, first),
-        )
-
-    def _matching_loss(self, image: Tensor, ids: Tensor, mask: Tensor, drawn: Drawn) -> Tensor:
-        """ITM of the pairs and both kinds of negatives, in one pass of the encoder."""
-        texts, masks, images = (gathered(t, self.config.gather) for t in (ids, mask, image))
-        fused = self.fuse(
-            torch.cat([ids, ids, texts[drawn.negative_texts]]),
-            torch.cat([mask, mask, masks[drawn.negative_texts]]),
-            torch.cat([image, images[drawn.negative_images], image]),
-        )
-        labels = torch.zeros(len(fused), dtype=torch.long, device=ids.device)
-        labels[: len(ids)] = 1
-        return F.cross_entropy(self.itm_head(fused[:, 0]).float(), labels)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute layers in backward instead of saving their activations."""

@@ -65,12 +65,8 @@ class CrossModalConfig(Config):
                 f"text_width: expected vision_width = {self.vision_width}, whose CLS token the "
                 f"text's is fused with, got {self.text_width}"
             )
-        for name, whole in (("vision_heads", "vision_width"), ("patch_size", "image_size")):
-            part = getattr(self, name)
-            if part < 1 or getattr(self, whole) % part:
-                raise ValueError(
-                    f"{name}: expected a divisor of {whole} = {getattr(self, whole)}, got {part}"
-                )
+        self.check_divisor("vision_heads", "vision_width")
+        self.check_divisor("patch_size", "image_size")
         if self.context_length > self.max_positions:
             raise ValueError(
                 f"context_length: expected at most max_positions = {self.max_positions}, got "
@@ -110,6 +106,12 @@ class CrossModalConfig(Config):
         if getattr(self, name) not in choices:
             expected = " or ".join(repr(choice) for choice in choices)
             raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
+    def check_divisor(self, name: str, whole: str) -> None:
+        """Raises where a field does not divide another."""
+        part, total = getattr(self, name), getattr(self, whole)
+        if total % part:
+            raise ValueError(f"{name}: expected a divisor of {whole} = {total}, got {part}")
 
     def check_ids(self, *names: str) -> None:
         """Raises where a field is no id of the vocabulary."""

@@ -1,8 +1,9 @@
-"""What ALBEF and BLIP share: momentum towers, a queue of their features, and the ITC loss.
+"""What ALBEF and BLIP share: momentum towers, a queue of their features, the ITC and ITM losses.
 
     text    hidden states of the text alone; their CLS output guides the image tower
     image   ViT reduced by ELIP; features f = normalise(W x_cls) of both towers
     ITC     soft targets of the momentum towers, over the batch and the queue
+    ITM     hard negatives by the similarities of ITC
 
 The momentum towers follow before each step's momentum features, and see all patches. In training
 all ranks enqueue all features, so that the queue is the same everywhere.
@@ -27,7 +28,7 @@ from elip_models.modules.momentum import (
     similarities,
     update_momentum_,
 )
-from elip_models.modules.objectives import soft_contrastive_loss
+from elip_models.modules.objectives import hard_negatives, soft_contrastive_loss
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.stage import Elip
 from elip_models.reduction.strategy import StageInfo
@@ -41,6 +42,7 @@ class DistilledConfig(CrossModalConfig):
     embed_dim: of the features. temperature: of their similarities, at the start.
     queue_size: features in the queue. momentum: of the momentum encoders.
     alpha: weight of the momentum targets, reached linearly over `alpha_warmup_epochs`.
+    negative_epsilon: added to each weight that hard negatives are drawn by.
     momentum_reduction: 'none' shows the momentum image tower all patches, as the papers do;
         'shared' the tokens that the online one kept and merged, by the same weights: no scoring.
     """
@@ -56,17 +58,14 @@ class DistilledConfig(CrossModalConfig):
     momentum: float = 0.995
     alpha: float = 0.4
     alpha_warmup_epochs: float = 1.0
+    negative_epsilon: float = 0.0
     momentum_reduction: Literal["none", "shared"] = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_shares("momentum", "alpha", "text_dropout")
+        self.check_shares("momentum", "alpha", "text_dropout", "negative_epsilon")
         self.check_choices("momentum_reduction", "none", "shared")
-        if self.text_heads < 1 or self.text_width % self.text_heads:
-            raise ValueError(
-                f"text_heads: expected a divisor of text_width = {self.text_width}, got "
-                f"{self.text_heads}"
-            )
+        self.check_divisor("text_heads", "text_width")
         for name, least in (("temperature", 0.001), ("alpha_warmup_epochs", 0.0)):
             if not least <= getattr(self, name) < math.inf:
                 raise ValueError(
@@ -132,7 +131,7 @@ class Contrast(NamedTuple):
 
 
 class DistilledModel(CrossModalModel):
-    """Towers with momentum copies, the queue of their features, and the contrastive objective."""
+    """Towers with momentum copies, the queue of their features, contrastive and matching losses."""
 
     config: DistilledConfig
     encoders: Encoders
@@ -147,6 +146,7 @@ class DistilledModel(CrossModalModel):
         self.encoders_m = momentum_copy(encoders)
         self.tower = as_tower(self.encoders.visual)
         self.tower_m = as_tower(self.encoders_m.visual)
+        self.itm_head = nn.Linear(config.text_width, 2)
         self.queue = FeatureQueue(config.embed_dim, config.queue_size)
         self.temperature = nn.Parameter(torch.tensor(float(config.temperature)))
         self.register_buffer("alpha", torch.tensor(float(config.alpha)), persistent=False)
@@ -159,6 +159,10 @@ class DistilledModel(CrossModalModel):
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids, attention_mask (B, L) -> hidden states (B, L, D) of the text alone."""
         return self.encoders.read(input_ids, attention_mask)
+
+    def fuse(self, text: Tensor, mask: Tensor, image: Tensor) -> Tensor:
+        """text (B, ..), mask (B, L), image (B, N, D) -> (B, L, D): the text that saw the image."""
+        raise NotImplementedError
 
     def image_features(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W), without text -> (B, E), normalised."""
@@ -200,18 +204,52 @@ class DistilledModel(CrossModalModel):
             update_momentum_(self.encoders_m, online, self.config.momentum)
         shared = infos if self.config.momentum_reduction == "shared" else None
         image_m, features_m = self._momentum_features(images, input_ids, mask, shared)
+        reach = "global" if self.training else gather
         with torch.no_grad():
-            contrasted = gathered(features_m[0], gather), gathered(features_m[1], gather)
+            everywhere = gathered(features_m[0], reach), gathered(features_m[1], reach)
+            contrasted = everywhere if gather == "global" else features_m
             keys = self.queue.behind(*contrasted)
             similar_m = similarities(features_m, keys, self.temperature)
         similar = similarities(features, keys, self.temperature)
         first = rank_of(gather) * len(images)
         loss = soft_contrastive_loss(similar, similar_m, self.alpha, first)
         if self.training:
-            self.queue.enqueue_(*(gathered(features, "global") for features in features_m))
+            self.queue.enqueue_(*everywhere)
         pairs = len(contrasted[0])
         of_pairs = similar[0][:, :pairs].detach(), similar[1][:, :pairs].detach()
         return Contrast(loss, text, image, image_m, features, of_pairs)
+
+    def draw_negatives(self, similar: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Hard negatives by the similarities (B, C): an image for each text, a text for each image.
+
+        Returns:
+            (B,) int64 each; they number the pairs of all ranks where gather='global'.
+        """
+        image_to_text, text_to_image = similar
+        first = rank_of(self.config.gather) * len(image_to_text)
+        epsilon = self.config.negative_epsilon
+        negative_images = hard_negatives(text_to_image, epsilon, first)
+        return negative_images, hard_negatives(image_to_text, epsilon, first)
+
+    def matching_loss(
+        self, text: Tensor, mask: Tensor, image: Tensor, negatives: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """ITM of the pairs and both kinds of negatives, in one pass of `fuse`.
+
+        Args:
+            text, mask, image: (B, ..) as `fuse` takes them.
+            negatives: see `draw_negatives`.
+        """
+        negative_images, negative_texts = negatives
+        texts, masks, images = (gathered(t, self.config.gather) for t in (text, mask, image))
+        fused = self.fuse(
+            torch.cat([text, text, texts[negative_texts]]),
+            torch.cat([mask, mask, masks[negative_texts]]),
+            torch.cat([image, images[negative_images], image]),
+        )
+        labels = torch.zeros(len(fused), dtype=torch.long, device=mask.device)
+        labels[: len(mask)] = 1
+        return F.cross_entropy(self.itm_head(fused[:, 0]).float(), labels)
 
     @torch.no_grad()
     def _momentum_features(

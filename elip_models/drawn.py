@@ -1,7 +1,7 @@
 """What a cross-modal model draws at random in a step of pre-training, fixed instead.
 
-Two forms of a model that are given the same draw do the same work, and on the meta device, where
-nothing can be drawn, a step can be counted.
+Two forms of a model that are given the same draw do the same work, so that they can be compared,
+timed and counted.
 """
 
 import torch

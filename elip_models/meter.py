@@ -68,12 +68,8 @@ class METERConfig(CrossModalConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_choices("text_encoder", *EMBEDDINGS)
-        for part in ("vision", "text", "cross"):
-            width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
-            if width % heads:
-                raise ValueError(
-                    f"{part}_heads: expected a divisor of {part}_width = {width}, got {heads}"
-                )
+        for part in ("text", "cross"):
+            self.check_divisor(f"{part}_heads", f"{part}_width")
         self.check_ids("mask_token_id")
         self.check_shares("dropout", "mask_probability")
 

@@ -180,8 +180,8 @@ def own_draws(rank, family, gather):
     model = made(family, gather)
     torch.nn.init.constant_(model.temperature, 10.0)  # every pair is about as likely
     wrapped, drawn = DistributedDataParallel(model), []
-    draw = model._draw
-    model._draw = lambda *given: drawn.append(draw(*given)) or drawn[-1]
+    draw = model.draw_negatives
+    model.draw_negatives = lambda *given: drawn.append(draw(*given)) or drawn[-1]
     torch.manual_seed(rank)
     batch = [half(rank, t) for t in batch_of_four()]
     for _ in range(6):

@@ -118,7 +118,7 @@ def test_it_draws_negatives_that_are_no_pairs(golden):
     model = loaded(golden("blip_pretrain"))
     similar = tuple(100 * torch.randn(4, 4) for _ in range(2))
     for _ in range(20):
-        for negative in model._draw(similar):
+        for negative in model.draw_negatives(similar):
             assert (negative != torch.arange(4)).all()
 
 
