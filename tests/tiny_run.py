@@ -17,8 +17,8 @@ SIZES = (
 BERT = "text_depth: 2, text_hidden: 64, initializer_range: 0.3"
 OF_RECIPE = {
     "clip_tiny": "text_depth: 1, embed_dim: 32",
-    "albef_tiny": f"{BERT}, text_layers: 1, embed_dim: 32, queue_size: 16, momentum: 0.9",
-    "blip_tiny": f"{BERT}, embed_dim: 32, queue_size: 16, momentum: 0.9",
+    "albef_tiny": f"{BERT}, text_layers: 1, embed_dim: 32, queue_size: 16, momentum: 0.98",
+    "blip_tiny": f"{BERT}, embed_dim: 32, queue_size: 16, momentum: 0.98",
     "meter_tiny": f"{BERT}, cross_width: 32, cross_depth: 1, cross_heads: 2, cross_hidden: 64",
 }
 TINY = (
