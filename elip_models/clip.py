@@ -89,29 +89,12 @@ class CLIPConfig(Config):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not low <= value <= high:
                 raise ValueError(f"{name}: expected a float in [{low}, {high}], got {value!r}")
-        for name in ("eos_token_id", "pad_token_id"):
-            if getattr(self, name) >= self.vocab_size:
-                raise ValueError(
-                    f"{name}: expected one below vocab_size = {self.vocab_size}, got "
-                    f"{getattr(self, name)}"
-                )
-        for width, heads in (("vision_width", "vision_heads"), ("text_width", "text_heads")):
-            if getattr(self, width) % getattr(self, heads):
-                raise ValueError(
-                    f"{heads}: expected a divisor of {width} = {getattr(self, width)}, got "
-                    f"{getattr(self, heads)}"
-                )
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"image_size: expected a multiple of patch_size = {self.patch_size}, got "
-                f"{self.image_size}"
-            )
-        if self.gather not in ("local", "global"):
-            raise ValueError(f"gather: expected 'local' or 'global', got {self.gather!r}")
-        if self.activation not in ("gelu", "quick_gelu"):
-            raise ValueError(
-                f"activation: expected 'gelu' or 'quick_gelu', got {self.activation!r}"
-            )
+        self.check_ids("eos_token_id", "pad_token_id")
+        self.check_divisor("vision_heads", "vision_width")
+        self.check_divisor("text_heads", "text_width")
+        self.check_divisor("patch_size", "image_size")
+        self.check_choices("gather", "local", "global")
+        self.check_choices("activation", "gelu", "quick_gelu")
         if self.text_reduction not in (None, *TEXT_STRATEGIES):
             raise ValueError(
                 f"text_reduction: expected None or one of {', '.join(TEXT_STRATEGIES)}, got "

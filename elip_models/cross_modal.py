@@ -101,33 +101,6 @@ class CrossModalConfig(Config):
                 nn.init.trunc_normal_(module.weight, std=self.initializer_range)
         return visual
 
-    def check_choices(self, name: str, *choices: str) -> None:
-        """Raises where a field is none of the choices."""
-        if getattr(self, name) not in choices:
-            expected = " or ".join(repr(choice) for choice in choices)
-            raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
-
-    def check_divisor(self, name: str, whole: str) -> None:
-        """Raises where a field does not divide another."""
-        part, total = getattr(self, name), getattr(self, whole)
-        if total % part:
-            raise ValueError(f"{name}: expected a divisor of {whole} = {total}, got {part}")
-
-    def check_ids(self, *names: str) -> None:
-        """Raises where a field is no id of the vocabulary."""
-        for name in names:
-            if getattr(self, name) >= self.vocab_size:
-                raise ValueError(
-                    f"{name}: expected an id below vocab_size = {self.vocab_size}, "
-                    f"got {getattr(self, name)}"
-                )
-
-    def check_shares(self, *names: str) -> None:
-        """Raises where a field is no share in [0, 1]."""
-        for name in names:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a float in [0, 1], got {getattr(self, name)!r}")
-
 
 class CrossModalModel(PretrainedModel):
     """Text first: its CLS output guides the image tower, `tower`, reduced as `reduction` says; as

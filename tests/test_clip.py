@@ -164,7 +164,7 @@ BAD = [
     ({"name": "clip_tiny", "pretrained": True}, "no weights are published"),
     ({"name": "clip_tiny", "vision_widht": 3}, "vision_widht"),
     ({"name": "clip_tiny", "vision_heads": 5}, "vision_heads: expected a divisor"),
-    ({"name": "clip_tiny", "image_size": 60}, "image_size: expected a multiple"),
+    ({"name": "clip_tiny", "image_size": 60}, "patch_size: expected a divisor of image_size"),
     ({"name": "clip_tiny", "gather": "all"}, "gather: expected"),
     ({"name": "elip_clip_tiny", "vision_depth": 6}, r"expected 6 layers.*'1\(100%\)"),
     ({"name": "elip_clip_tiny", "scorer": "lats"}, "scorer: expected"),

@@ -1,5 +1,6 @@
 """ALBEF, BLIP and METER through `elip train`: losses fall, resuming is exact, bad settings stop."""
 
+import math
 import shutil
 
 import pytest
@@ -54,6 +55,9 @@ def test_all_losses_fall(recipe, tmp_path):
         )
     )
     assert_all_losses_fall(tmp_path, recipe)
+    if "loss_itc" in LOSSES[recipe]:  # below what features that say nothing have
+        last = [row["loss_itc"] for row in logged(tmp_path, "loss_itc")][-20:]
+        assert sum(last) / 20 < math.log(16 + result.model.config.queue_size)
     other = load_model(tmp_path / "model")
     for name, weight in result.model.state_dict().items():
         assert torch.equal(other.state_dict()[name], weight), name
