@@ -11,7 +11,7 @@ Source: METER (Dou et al., 2022); ELIP, section 3 and its official METER code.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,9 @@ from elip_models.modules.objectives import distilled_language_loss, mask_tokens
 from elip_models.reduction.stage import Elip
 from elip_models.towers import as_tower
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 EMBEDDINGS = {"bert": BertEmbeddings, "roberta": RobertaEmbeddings}
 ROBERTA = {  # the fields of METERConfig that roberta-base has other values for
     "text_encoder": "roberta",
@@ -36,6 +39,7 @@ ROBERTA = {  # the fields of METERConfig that roberta-base has other values for
     "sep_token_id": 2,
     "mask_token_id": 50264,
 }
+CONTINUES = "##"  # begins the names of tokens that go on with a word
 TEXT, IMAGE = 0, 1  # rows of the token type embeddings
 
 
@@ -47,6 +51,7 @@ class METERConfig(CrossModalConfig):
     text_encoder: 'bert' or 'roberta', see `ROBERTA` for the fields that go with the second.
     cross_width, cross_depth, cross_heads, cross_hidden: of the co-attention layers of each side.
     dropout: of the text encoder and of the co-attention layers.
+    mask_whole_words: hide words instead of tokens, see `METER.read_vocabulary_`.
     The other fields: see `CrossModalConfig`.
     """
 
@@ -64,6 +69,7 @@ class METERConfig(CrossModalConfig):
     dropout: float = 0.1
     mask_token_id: int = 103
     mask_probability: float = 0.15
+    mask_whole_words: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,6 +143,8 @@ class METER(CrossModalModel):
         self.tower = as_tower(self.visual)
         self.text = BertTower(config.bert("text"), embeddings=EMBEDDINGS[config.text_encoder])
         self._add_fusion(config)
+        self.continues: Tensor | None
+        self.register_buffer("continues", None, persistent=False)
 
     def _add_fusion(self, config: METERConfig) -> None:
         width, bert = config.cross_width, config.bert("cross")
@@ -152,6 +160,25 @@ class METER(CrossModalModel):
         made = (self.text_transform, self.image_transform, self.token_types, self.itm_head)
         for module in (*made, self.text_pooler, self.image_pooler, self.language_head):
             module.apply(self.text_layers.init)
+
+    def read_vocabulary_(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Where words are masked whole: learn which tokens continue one, '##..' as in BERT.
+
+        Raises:
+            ValueError: a tokenizer that does not mark them so.
+        """
+        if not self.config.mask_whole_words:
+            return
+        vocabulary = tokenizer.get_vocab()
+        marked = [token for name, token in vocabulary.items() if name.startswith(CONTINUES)]
+        if not marked:
+            raise ValueError(
+                f"mask_whole_words: expected False, or a tokenizer that marks what continues a "
+                f"word by {CONTINUES!r} as BERT's does, got {type(tokenizer).__name__} without"
+            )
+        device = self.token_types.weight.device
+        self.continues = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=device)
+        self.continues[marked] = True
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids, attention_mask (B, L) -> hidden states (B, L, D) of the text alone."""
@@ -212,12 +239,18 @@ class METER(CrossModalModel):
     def _draw(self, images: Tensor, input_ids: Tensor) -> Drawn:
         """Masked tokens; half of the batch as pairs, and images of others in it for the rest."""
         config, B, device = self.config, len(images), images.device
+        if config.mask_whole_words and self.continues is None:
+            raise ValueError(
+                "mask_whole_words: expected read_vocabulary_(tokenizer) before the first step, "
+                "for only the tokenizer knows where words begin"
+            )
         masked = mask_tokens(
             input_ids,
             mask_token_id=config.mask_token_id,
             special_token_ids=(config.pad_token_id, config.cls_token_id, config.sep_token_id),
             vocab_size=config.vocab_size,
             probability=config.mask_probability,
+            continues=self.continues,
         )
         pairs = max(1, B // 2)  # a single image has no other
         itm_labels = (torch.randperm(B, device=device) < pairs).long()

@@ -214,6 +214,7 @@ class Trainer:
             overrides = self.text_sizes | self.config.model.overrides | {"gather": optim.gather}
             model = create_model(self.config.model.name, **overrides)
             model.check_batch_size(optim.batch_size * self.accelerator.num_processes)
+            model.read_vocabulary_(self.tokenizer)
         vision, text = self.config.model.vision_init, self.config.model.text_init
         if vision or text:
             with blame("model.vision_init, model.text_init"):

@@ -70,8 +70,18 @@ def mask_tokens(
     special_token_ids: tuple[int, ...],
     vocab_size: int,
     probability: float = 0.15,
+    continues: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Hide tokens for masked language modelling.
+
+    Args:
+        input_ids: (B, L).
+        mask_token_id: in the place of 8 in 10 hidden tokens; one is another, one stays.
+        special_token_ids: never hidden.
+        vocab_size: tokens that another is drawn from.
+        probability: that a token, or a word, is hidden.
+        continues: (V,) bool, the tokens that go on with the word before them: words are hidden
+            whole. None hides each token by itself.
 
     Returns:
         masked ids and labels, (B, L) each; labels are -100 where nothing is to be predicted.
@@ -80,7 +90,11 @@ def mask_tokens(
     special = torch.zeros_like(input_ids, dtype=torch.bool)
     for token in special_token_ids:
         special |= input_ids == token
-    chosen = (drawn[0] < probability) & ~special
+    chance = drawn[0]
+    if continues is not None:
+        word = (~continues[input_ids]).cumsum(1).sub(1).clamp(min=0)
+        chance = chance.gather(1, word)
+    chosen = (chance < probability) & ~special
     labels = input_ids.masked_fill(~chosen, IGNORED)
     random = torch.randint_like(input_ids, vocab_size)
     replaced = torch.where(drawn[1] < 0.8, mask_token_id, input_ids)

@@ -130,6 +130,9 @@ class PretrainedModel(nn.Module):
         """
         raise NotImplementedError
 
+    def read_vocabulary_(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Before training: what the model has to know of the tokens that no config says."""
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute layers in backward instead of saving their activations."""
         raise NotImplementedError
