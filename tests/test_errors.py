@@ -299,3 +299,20 @@ def test_a_refused_call_leaves_the_model_as_it_was():
     with pytest.raises(ValueError, match="12 layers"):
         elip_models.reduce_(fresh, schedule=SCHEDULE)
     assert not is_reduced(fresh)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "longest"),
+    [
+        ("albef_tiny", {}, 64),
+        ("blip_tiny", {}, 64),
+        ("meter_tiny", {}, 64),
+        ("meter_tiny", {"text_encoder": "roberta", "pad_token_id": 1, "cls_token_id": 0}, 62),
+    ],
+)
+def test_a_text_that_is_too_long_is_named(name, fields, longest):
+    model = elip_models.create_model(name, **fields).eval()
+    ids = torch.full((1, longest + 1), 5)
+    model.encode_text(ids[:, :longest], torch.ones(1, longest))
+    with pytest.raises(ValueError, match=rf"input_ids: .*at most {longest} .*got {longest + 1}"):
+        model.encode_text(ids, torch.ones_like(ids))

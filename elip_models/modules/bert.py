@@ -73,7 +73,18 @@ class BertTower(nn.Module):
             nn.init.zeros_(module.bias)
 
     def embed(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """input_ids (B, L), at position_ids (L,) or from the first on -> (B, L, D)."""
+        """input_ids (B, L), at position_ids (L,) or from the first on -> (B, L, D).
+
+        Raises:
+            ValueError: more tokens than the embeddings have places for.
+        """
+        places = self.embeddings.position_embeddings
+        unused = 0 if places.padding_idx is None else places.padding_idx + 1  # RoBERTa's first
+        if position_ids is None and input_ids.shape[1] > places.num_embeddings - unused:
+            raise ValueError(
+                f"input_ids: expected at most {places.num_embeddings - unused} tokens a text, got "
+                f"{input_ids.shape[1]}; cut them, or create the model with a larger max_positions"
+            )
         return self.embeddings(input_ids=input_ids, position_ids=position_ids)
 
     def run(
