@@ -203,6 +203,21 @@ def evaluation(rank, family):
     assert_equal_state(model, before)
 
 
+def compiled(rank, family, gather):
+    """As one graph, collectives included: losses, gradients and state as without it."""
+    model = made(family, gather)
+    eager, batch = copy.deepcopy(model), batch_of_four()
+    drawn = draws(family, *batch, gather)
+    batch, drawn = [half(rank, t) for t in batch], halved(rank, drawn)
+    expected, expected_gradients = step(eager, batch, drawn)
+    compiled_step = torch.compile(model, fullgraph=True, backend="aot_eager")
+    out = compiled_step(*batch, drawn=drawn)
+    out.loss.backward()
+    torch.testing.assert_close(losses(out), expected, **CLOSE)
+    assert_equal_gradients(gradients(model), expected_gradients, **CLOSE)
+    assert_equal_state(model, eager)
+
+
 DRAWN = [(family, gather) for family in ("albef", "blip") for gather in ("global", "local")]
 CASES = {
     **{f"{family}, global": partial(whole_batch, family=family) for family in MODELS},
@@ -210,4 +225,5 @@ CASES = {
     "albef, global, checkpointing": partial(whole_batch, family="albef", checkpointing=True),
     **{f"{f}, {g}, own draws": partial(own_draws, family=f, gather=g) for f, g in DRAWN},
     **{f"{family}, evaluation": partial(evaluation, family=family) for family in MODELS},
+    "blip, global, compiled": partial(compiled, family="blip", gather="global"),
 }

@@ -29,7 +29,7 @@ def _work(rank, cases, folder):
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=2,
-        timeout=datetime.timedelta(seconds=20),
+        timeout=datetime.timedelta(seconds=60),
     )
     cases = {name: case for m in cases for name, case in import_module(m).CASES.items()}
     failed = dict.fromkeys(cases, NOT_RUN)

@@ -31,9 +31,11 @@ def gathered(values: Tensor, gather: Gather = "global") -> Tensor:
     """(B, ..) -> the ranks' values in order, (ranks * B, ..); the gradient returns to each rank."""
     if ranks_of(gather) == 1:
         return values
-    from torch.distributed.nn.functional import all_gather
+    from torch.distributed import _functional_collectives as collectives
 
-    return torch.cat(all_gather(values.contiguous()))
+    now, before = "all_gather_single_autograd", "all_gather_tensor_autograd"  # torch renamed it
+    all_gather = getattr(collectives, now, None) or getattr(collectives, before)
+    return all_gather(values.contiguous(), 0, dist.group.WORLD)
 
 
 def labelled_count(labelled: Tensor, gather: Gather) -> Tensor:
