@@ -33,6 +33,7 @@ from elip_models.reduction.encode import run_tower
 from elip_models.reduction.stage import Elip
 from elip_models.reduction.strategy import StageInfo
 from elip_models.towers import as_tower
+from elip_models.towers.sharded import is_sharded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,12 +196,16 @@ class DistilledModel(CrossModalModel):
         """ITC of images (B, 3, H, W) and texts (B, L); in training momentum and queue move on.
 
         With gradient accumulation they move at each forward pass.
+
+        Raises:
+            TypeError: in training, a model that FSDP has sharded.
         """
         online, gather = self.encoders, self.config.gather
         text = online.read(input_ids, mask)
         image, infos = self.encode_image(images, text[:, 0])
         features = online.image_features(image), online.text_features(text)
         if self.training:
+            self._check_unsharded()
             update_momentum_(self.encoders_m, online, self.config.momentum)
         shared = infos if self.config.momentum_reduction == "shared" else None
         image_m, features_m = self._momentum_features(images, input_ids, mask, shared)
@@ -218,6 +223,15 @@ class DistilledModel(CrossModalModel):
         pairs = len(contrasted[0])
         of_pairs = similar[0][:, :pairs].detach(), similar[1][:, :pairs].detach()
         return Contrast(loss, text, image, image_m, features, of_pairs)
+
+    def _check_unsharded(self) -> None:
+        """Raises TypeError where the momentum encoders would follow what FSDP throws away."""
+        if any(map(is_sharded, self.modules())):
+            raise TypeError(
+                f"model: expected {type(self).__name__} under DistributedDataParallel in training, "
+                "got one that fully_shard was applied to, whose gathered parameters a step of the "
+                "momentum encoders would not outlive; CLIP and METER have none and can be sharded"
+            )
 
     def draw_negatives(self, similar: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Hard negatives by the similarities (B, C): an image for each text, a text for each image.

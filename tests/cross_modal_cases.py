@@ -1,4 +1,4 @@
-"""ALBEF, BLIP and METER under DistributedDataParallel, two pairs on each of two processes.
+"""ALBEF, BLIP and METER on two processes of two pairs each, under DistributedDataParallel or FSDP2.
 
 'global': what one process gives with all four pairs. 'local': what one process gives with each
 rank's pairs, but for the queue, which takes the features of all ranks.
@@ -8,7 +8,9 @@ import copy
 from functools import partial
 from unittest import mock
 
+import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from elip_models import albef, blip, meter
@@ -218,6 +220,34 @@ def compiled(rank, family, gather):
     assert_equal_state(model, eager)
 
 
+def sharded_meter(rank):
+    """FSDP2 with every block and layer sharded: losses and gradients of one process."""
+    model = made("meter", "global")
+    single, batch = copy.deepcopy(model), batch_of_four()
+    drawn = draws("meter", *batch, "global")
+    with alone():
+        expected, expected_gradients = step(single, batch, drawn)
+    stacks = (model.text, model.text_layers, model.image_layers)
+    for block in [*model.visual.blocks, *(layer for stack in stacks for layer in stack.layers)]:
+        fully_shard(block)
+    fully_shard(model)
+    got, got_gradients = step(model, [half(rank, t) for t in batch], halved(rank, drawn))
+    torch.testing.assert_close(of_all_ranks(got).mean(0), expected, **CLOSE)
+    whole = {name: grad.full_tensor() for name, grad in got_gradients.items()}
+    assert_equal_gradients(whole, expected_gradients, **CLOSE)
+
+
+def sharded_momentum(rank, family):
+    """FSDP2 in training is refused, and in evaluation it is not."""
+    model = made(family, "local")
+    batch = [half(rank, t) for t in batch_of_four()]
+    for block in model.visual.blocks:
+        fully_shard(block)
+    with pytest.raises(TypeError, match=r"model: .*fully_shard"):
+        model(*batch)
+    assert model.eval()(*batch).loss.isfinite()
+
+
 DRAWN = [(family, gather) for family in ("albef", "blip") for gather in ("global", "local")]
 CASES = {
     **{f"{family}, global": partial(whole_batch, family=family) for family in MODELS},
@@ -225,5 +255,7 @@ CASES = {
     "albef, global, checkpointing": partial(whole_batch, family="albef", checkpointing=True),
     **{f"{f}, {g}, own draws": partial(own_draws, family=f, gather=g) for f, g in DRAWN},
     **{f"{family}, evaluation": partial(evaluation, family=family) for family in MODELS},
+    "meter, FSDP2": sharded_meter,
+    **{f"{f}, FSDP2": partial(sharded_momentum, family=f) for f in ("albef", "blip")},
     "blip, global, compiled": partial(compiled, family="blip", gather="global"),
 }
