@@ -121,10 +121,12 @@ def _texts(family: str, shapes: dict[str, tuple[int, ...]], sizes: dict[str, Any
         cross = re.compile(r"encoders\.text\.layers\.(\d+)\.crossattention\..*")
         fusing = [int(match[1]) for name in shapes if (match := cross.fullmatch(name))]
         found |= {"text_layers": min(fusing)} if fusing else {}
+    unused = 0
     if shapes.get("text.embeddings.token_type_embeddings.weight", (2,))[0] == 1:
         found |= {name: value for name, value in ROBERTA.items() if name not in sizes}
+        unused = ROBERTA["pad_token_id"] + 1
     if "max_positions" in sizes:
-        found["context_length"] = min(default.context_length, sizes["max_positions"])
+        found["context_length"] = min(default.context_length, sizes["max_positions"] - unused)
     if family == "clip" and "vocab_size" in sizes:
         found["eos_token_id"] = sizes["vocab_size"] - 1
     return found

@@ -39,7 +39,6 @@ ROBERTA = {  # the fields of METERConfig that roberta-base has other values for
     "sep_token_id": 2,
     "mask_token_id": 50264,
 }
-CONTINUES = "##"  # begins the names of tokens that go on with a word
 TEXT, IMAGE = 0, 1  # rows of the token type embeddings
 
 
@@ -77,7 +76,18 @@ class METERConfig(CrossModalConfig):
         for part in ("text", "cross"):
             self.check_divisor(f"{part}_heads", f"{part}_width")
         self.check_ids("mask_token_id")
+        self._check_places()
         self.check_shares("dropout", "mask_probability")
+
+    def _check_places(self) -> None:
+        """Raises ValueError where a padded text has no room in RoBERTa's positions, which begin
+        behind the padding's."""
+        places = self.max_positions - self.pad_token_id - 1
+        if self.text_encoder == "roberta" and self.context_length > places:
+            raise ValueError(
+                f"context_length: expected at most max_positions - pad_token_id - 1 = {places} "
+                f"for RoBERTa, got {self.context_length}"
+            )
 
     def bert(self, part: Literal["text", "cross"]) -> BertConfig:
         """Of the text encoder, or of one side's co-attention layers."""
@@ -129,6 +139,7 @@ class METER(CrossModalModel):
     family = "meter"
     config_class = METERConfig
     config: METERConfig
+    continues: Tensor | None
     ranks = False
 
     def __init__(self, config: METERConfig) -> None:
@@ -143,7 +154,6 @@ class METER(CrossModalModel):
         self.tower = as_tower(self.visual)
         self.text = BertTower(config.bert("text"), embeddings=EMBEDDINGS[config.text_encoder])
         self._add_fusion(config)
-        self.continues: Tensor | None
         self.register_buffer("continues", None, persistent=False)
 
     def _add_fusion(self, config: METERConfig) -> None:
@@ -165,20 +175,22 @@ class METER(CrossModalModel):
         """Where words are masked whole: learn which tokens continue one, '##..' as in BERT.
 
         Raises:
-            ValueError: a tokenizer that does not mark them so.
+            ValueError: a tokenizer that does not mark them so, or with ids beyond the model's.
         """
         if not self.config.mask_whole_words:
             return
-        vocabulary = tokenizer.get_vocab()
-        marked = [token for name, token in vocabulary.items() if name.startswith(CONTINUES)]
-        if not marked:
+        pieces = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+        mark, size = getattr(pieces, "continuing_subword_prefix", None), self.config.vocab_size
+        if not mark:
             raise ValueError(
-                f"mask_whole_words: expected False, or a tokenizer that marks what continues a "
-                f"word by {CONTINUES!r} as BERT's does, got {type(tokenizer).__name__} without"
+                "mask_whole_words: expected False, or a tokenizer that marks what continues a word "
+                f"as BERT's does by '##', got {type(tokenizer).__name__} of {pieces!r:.40}"
             )
-        device = self.token_types.weight.device
-        self.continues = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=device)
-        self.continues[marked] = True
+        names = {token: name for name, token in tokenizer.get_vocab().items()}
+        if max(names) >= size:
+            raise ValueError(f"tokenizer: expected ids below {size}, got {max(names)}")
+        marked = torch.tensor([names.get(token, "").startswith(mark) for token in range(size)])
+        self.continues = marked.to(self.token_types.weight.device)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids, attention_mask (B, L) -> hidden states (B, L, D) of the text alone."""
@@ -241,7 +253,7 @@ class METER(CrossModalModel):
         config, B, device = self.config, len(images), images.device
         if config.mask_whole_words and self.continues is None:
             raise ValueError(
-                "mask_whole_words: expected read_vocabulary_(tokenizer) before the first step, "
+                "mask_whole_words: expected read_vocabulary_(tokenizer) before tokens are masked, "
                 "for only the tokenizer knows where words begin"
             )
         masked = mask_tokens(

@@ -315,7 +315,7 @@ def test_the_tables_name_every_tensor_of_the_models():
 
 
 def test_a_meter_that_reads_with_roberta_is_recognised(tmp_path):
-    sizes = {"vocab_size": 1024, "max_positions": 66, "mask_token_id": 1023}
+    sizes = {"vocab_size": 1024, "max_positions": 40, "mask_token_id": 1023}
     expected = create_model("meter_tiny", **ROBERTA | sizes)
     names = backwards(KINDS["meter"].names)
     weights = {n: w for n, w in expected.state_dict().items() if "decoder.bias" not in n}

@@ -55,9 +55,9 @@ def test_all_losses_fall(recipe, tmp_path):
         )
     )
     assert_all_losses_fall(tmp_path, recipe)
-    if "loss_itc" in LOSSES[recipe]:  # below what features that say nothing have
+    if "loss_itc" in LOSSES[recipe]:  # well below what features that say nothing have
         last = [row["loss_itc"] for row in logged(tmp_path, "loss_itc")][-20:]
-        assert sum(last) / 20 < math.log(16 + result.model.config.queue_size)
+        assert sum(last) / 20 < math.log(16 + result.model.config.queue_size) - 0.2
     other = load_model(tmp_path / "model")
     for name, weight in result.model.state_dict().items():
         assert torch.equal(other.state_dict()[name], weight), name
@@ -127,6 +127,7 @@ def test_a_recipe_of_the_paper_builds(family):
     with torch.device("meta"):
         model = create_model(recipe.model.name, **recipe.model.overrides)
     assert model.config.schedule
+    assert getattr(model.config, "mask_whole_words", False) == (family == "meter")
     groups = parameter_groups(model, recipe.optim.weight_decay, recipe.optim.lr_scale)
     assert {group["lr_scale"] for group in groups} == ({1.0, 5} if family == "meter" else {1.0})
 

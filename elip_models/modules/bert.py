@@ -76,7 +76,7 @@ class BertTower(nn.Module):
         """input_ids (B, L), at position_ids (L,) or from the first on -> (B, L, D).
 
         Raises:
-            ValueError: more tokens than the embeddings have places for.
+            ValueError: more tokens, padding included, than the embeddings have places for.
         """
         places = self.embeddings.position_embeddings
         unused = 0 if places.padding_idx is None else places.padding_idx + 1  # RoBERTa's first

@@ -36,7 +36,8 @@ class Config:
         return cls(**values)
 
     def check_numbers(self) -> None:
-        """Raises ValueError for a count below 1, an id below 0, or a float that is no number."""
+        """Raises ValueError for a count below 1, an id below 0, and for a float or a bool that is
+        none."""
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type is int:
@@ -49,6 +50,8 @@ class Config:
                 isinstance(value, bool) or not isinstance(value, int | float)
             ):
                 raise ValueError(f"{field.name}: expected a float, got {value!r}")
+            if field.type is bool and not isinstance(value, bool):
+                raise ValueError(f"{field.name}: expected True or False, got {value!r}")
 
     def check_choices(self, name: str, *choices: str) -> None:
         """Raises where a field is none of the choices."""
