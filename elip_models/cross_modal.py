@@ -67,14 +67,19 @@ class CrossModalConfig(Config):
             )
         self.check_divisor("vision_heads", "vision_width")
         self.check_divisor("patch_size", "image_size")
-        if self.context_length > self.max_positions:
+        if self.context_length > self.max_tokens:
             raise ValueError(
-                f"context_length: expected at most max_positions = {self.max_positions}, got "
-                f"{self.context_length}"
+                f"context_length: expected at most {self.max_tokens}, the tokens that "
+                f"max_positions = {self.max_positions} has room for, got {self.context_length}"
             )
         self.check_choices("gather", "local", "global")
         self.check_ids("pad_token_id", "cls_token_id", "sep_token_id")
         self.reduction.schedule.check_depth(self.vision_depth)
+
+    @property
+    def max_tokens(self) -> int:
+        """Of a text, padding included."""
+        return self.max_positions
 
     @property
     def reduction(self) -> Elip:
@@ -110,6 +115,12 @@ class CrossModalModel(PretrainedModel):
     reduction: Strategy
     dense: Elip
     masks_text: ClassVar[bool] = True
+
+    def __init__(self, config: CrossModalConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.reduction = config.reduction
+        self.dense = Elip(f"{config.vision_depth}(100%)", without_text="vision")
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids, attention_mask (B, L) -> hidden states (B, L, D) of the text alone."""

@@ -30,7 +30,6 @@ from elip_models.modules.momentum import (
 )
 from elip_models.modules.objectives import hard_negatives, soft_contrastive_loss
 from elip_models.reduction.encode import run_tower
-from elip_models.reduction.stage import Elip
 from elip_models.reduction.strategy import StageInfo
 from elip_models.towers import as_tower
 from elip_models.towers.sharded import is_sharded
@@ -139,10 +138,7 @@ class DistilledModel(CrossModalModel):
     alpha: Tensor
 
     def __init__(self, config: DistilledConfig, encoders: Encoders) -> None:
-        super().__init__()
-        self.config = config
-        self.reduction = config.reduction
-        self.dense = Elip(f"{config.vision_depth}(100%)", without_text="vision")
+        super().__init__(config)
         self.encoders = encoders
         self.encoders_m = momentum_copy(encoders)
         self.tower = as_tower(self.encoders.visual)

@@ -23,7 +23,6 @@ from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 from elip_models.cross_modal import CrossModalConfig, CrossModalModel
 from elip_models.modules.bert import BertTower, masked_language_head
 from elip_models.modules.objectives import distilled_language_loss, mask_tokens
-from elip_models.reduction.stage import Elip
 from elip_models.towers import as_tower
 
 if TYPE_CHECKING:
@@ -76,18 +75,13 @@ class METERConfig(CrossModalConfig):
         for part in ("text", "cross"):
             self.check_divisor(f"{part}_heads", f"{part}_width")
         self.check_ids("mask_token_id")
-        self._check_places()
         self.check_shares("dropout", "mask_probability")
 
-    def _check_places(self) -> None:
-        """Raises ValueError where a padded text has no room in RoBERTa's positions, which begin
-        behind the padding's."""
-        places = self.max_positions - self.pad_token_id - 1
-        if self.text_encoder == "roberta" and self.context_length > places:
-            raise ValueError(
-                f"context_length: expected at most max_positions - pad_token_id - 1 = {places} "
-                f"for RoBERTa, got {self.context_length}"
-            )
+    @property
+    def max_tokens(self) -> int:
+        """Of a text, padding included; RoBERTa's positions begin behind that of the padding."""
+        unused = self.pad_token_id + 1 if self.text_encoder == "roberta" else 0
+        return self.max_positions - unused
 
     def bert(self, part: Literal["text", "cross"]) -> BertConfig:
         """Of the text encoder, or of one side's co-attention layers."""
@@ -143,10 +137,7 @@ class METER(CrossModalModel):
     ranks = False
 
     def __init__(self, config: METERConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.reduction = config.reduction
-        self.dense = Elip(f"{config.vision_depth}(100%)", without_text="vision")
+        super().__init__(config)
         self.visual = config.vit(
             pre_norm=True,
             act_layer="quick_gelu",

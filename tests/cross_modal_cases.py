@@ -205,15 +205,15 @@ def evaluation(rank, family):
     assert_equal_state(model, before)
 
 
-def compiled(rank, family, gather):
+def compiled(rank, family):
     """As one graph, collectives included: losses, gradients and state as without it."""
-    model = made(family, gather)
+    model = made(family, "global")
     eager, batch = copy.deepcopy(model), batch_of_four()
-    drawn = draws(family, *batch, gather)
+    drawn = draws(family, *batch, "global")
     batch, drawn = [half(rank, t) for t in batch], halved(rank, drawn)
     expected, expected_gradients = step(eager, batch, drawn)
-    compiled_step = torch.compile(model, fullgraph=True, backend="aot_eager")
-    out = compiled_step(*batch, drawn=drawn)
+    one_graph = torch.compile(model, fullgraph=True, backend="aot_eager")
+    out = one_graph(*batch, drawn=drawn)
     out.loss.backward()
     torch.testing.assert_close(losses(out), expected, **CLOSE)
     assert_equal_gradients(gradients(model), expected_gradients, **CLOSE)
@@ -257,5 +257,5 @@ CASES = {
     **{f"{family}, evaluation": partial(evaluation, family=family) for family in MODELS},
     "meter, FSDP2": sharded_meter,
     **{f"{f}, FSDP2": partial(sharded_momentum, family=f) for f in ("albef", "blip")},
-    "blip, global, compiled": partial(compiled, family="blip", gather="global"),
+    **{f"{family}, global, compiled": partial(compiled, family=family) for family in MODELS},
 }

@@ -75,7 +75,7 @@ def test_the_official_step_is_reproduced(golden, scorer):
         )
 
 
-def test_it_draws_negatives_that_are_no_pairs_and_masks_no_special_token(golden):
+def test_it_draws_negatives_that_are_no_pairs_and_masks_neither_cls_nor_padding(golden):
     case = golden("albef_pretrain")
     model, ids = loaded(case), case["input_ids"].long()
     similar = tuple(torch.randn(4, 4) for _ in range(2))
@@ -83,8 +83,8 @@ def test_it_draws_negatives_that_are_no_pairs_and_masks_no_special_token(golden)
         sample = model._draw(similar, ids)
         for negative in sample[:2]:
             assert (negative != torch.arange(4)).all()
-        special = (ids == 0) | (ids == 1)
-        assert (sample.labels[special] == -100).all()
+        never = (ids == 0) | (ids == 1)
+        assert (sample.labels[never] == -100).all()
         assert torch.equal(sample.masked_ids[sample.labels == -100], ids[sample.labels == -100])
 
 

@@ -2,8 +2,8 @@
 
 ITC   soft targets y = alpha softmax(s_m) + (1 - alpha) I over [batch | queue]    ALBEF, Eq. 6
 ITM   negatives drawn by the softmax of the batch's similarities, never the pair itself
-MLM   15% of the tokens, or words: 80% [MASK], 10% another, 10% as they were                BERT
-LM    each token from those before it, with label smoothing                        BLIP
+MLM   15% of the tokens or words: 80% [MASK], 10% another, 10% as they were       BERT
+LM    each token from those before it, with label smoothing                       BLIP
 """
 
 import torch
