@@ -9,7 +9,7 @@ import elip_kernels
 from benchmarks.cases import DEVICE, ON_GPU
 from benchmarks.parity import OURS, parity
 from elip_kernels._operator import OPERATORS
-from elip_models.timing import ratios_to, time_side_by_side
+from elip_models.profiling.measure import ratios_to, time_side_by_side
 
 SHAPE = {"B": 1, "N": 17, "D": 16}  # so small that the body takes little more than its calls
 

@@ -19,14 +19,20 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.cases import DEVICE, DTYPE_NAMES, MAIN_DTYPE, ON_GPU, pretraining_case
-from elip_models.albef import ALBEF
-from elip_models.distilled import DistilledModel
-from elip_models.drawn import fixed_draw
-from elip_models.modules.objectives import hard_negatives
-from elip_models.profile import DENSE
-from elip_models.registry import create_model
-from elip_models.subject import shared_copy
-from elip_models.timing import count_flops, peak_bytes, ratios_to, saved_bytes, time_side_by_side
+from elip_models.models.albef import ALBEF
+from elip_models.models.drawn import fixed_draw
+from elip_models.models.layers.objectives import hard_negatives
+from elip_models.models.momentum_model import MomentumModel
+from elip_models.models.registry import create_model
+from elip_models.profiling.measure import (
+    count_flops,
+    peak_bytes,
+    ratios_to,
+    saved_bytes,
+    time_side_by_side,
+)
+from elip_models.profiling.rows import DENSE
+from elip_models.profiling.workload import shared_copy
 
 BOUND = 1e-6  # relative: towers run in fp64, but losses end in fp32
 SHARED = "last, shared"
@@ -51,7 +57,7 @@ def forms_of(model):
     """The dense model and the reduced ones, which share all weights, by name."""
     forms = {}
     for name, fields in {DENSE: {"schedule": None}, **SCORERS}.items():
-        if name == SHARED and not isinstance(model, DistilledModel):
+        if name == SHARED and not isinstance(model, MomentumModel):
             continue
         forms[name] = shared_copy(model)
         forms[name].config = replace(model.config, **fields)

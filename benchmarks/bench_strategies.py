@@ -14,14 +14,14 @@ import torch
 
 from benchmarks.cases import DEVICE, DTYPE_NAMES, MAIN_DTYPE, ON_GPU
 from benchmarks.parity import judged, relative_error
-from elip_models.profile import DENSE, count, in_mode, measure
+from elip_models.profiling.measure import time_side_by_side
+from elip_models.profiling.rows import DENSE, count, in_mode, measure
+from elip_models.profiling.workload import Workload
 from elip_models.reduction.flops import training_ratio
 from elip_models.reduction.schedule import PRESETS
-from elip_models.reduction.stage import Elip
 from elip_models.reduction.strategies import STRATEGIES, default_strategy
+from elip_models.reduction.strategies.elip import Elip
 from elip_models.reduction.strategy import Context, take_step
-from elip_models.subject import Subject
-from elip_models.timing import time_side_by_side
 from elip_models.towers import as_tower
 
 NAME, SIZE = ("vit_base_patch16_224" if ON_GPU else "vit_small_patch16_224"), 224
@@ -48,7 +48,7 @@ def run(tower, image, text, strategy, replays=()):
             tokens, info = take_step(strategy, tower, steps[i], tokens, context)
             infos.append(info)
             context = context._replace(before=info)
-        if i not in steps or not strategy.takes_block:
+        if i not in steps or not strategy.replaces_block:
             tokens = tower.block(i, tokens)
     return tower.finish(tokens), infos
 
@@ -73,10 +73,10 @@ def held_to_fp64(model, strategies):
 
 def largest_batch(model, mode, count, rounds):
     """The largest power of two at which `count` strategies take two minutes; dense is the guide."""
-    subject = Subject(model, 1)
-    with in_mode(subject, mode):
-        forward = subject.forward(None)
-        step = (lambda: subject.train_step(forward)) if mode == "training" else forward
+    workload = Workload(model, 1)
+    with in_mode(workload, mode):
+        forward = workload.forward(None)
+        step = (lambda: workload.train_step(forward)) if mode == "training" else forward
         seconds = min(time_side_by_side({DENSE: step}, device=DEVICE, rounds=3)[DENSE])
     batch = 1
     while batch < LARGEST and 2 * batch * seconds * count * (rounds + 3) < SECONDS:
@@ -92,12 +92,12 @@ def test_strategies(record, rounds, mode, batch):
     held = held_to_fp64(model, strategies)
     plans = {DENSE: None, **strategies}
     B = 1 if batch == "B1" else largest_batch(model, mode, len(plans), rounds)
-    subject = Subject(model, B)
-    measured = measure(subject, plans, mode, rounds=rounds)
-    flops = {name: sum(each) for name, each in count(subject, plans, mode).items()}
-    with in_mode(subject, mode):
+    workload = Workload(model, B)
+    measured = measure(workload, plans, mode, rounds=rounds)
+    flops = {name: sum(each) for name, each in count(workload, plans, mode).items()}
+    with in_mode(workload, mode):
         record(
-            subject.forward(strategies["elip"]),
+            workload.forward(strategies["elip"]),
             op=NAME,
             direction=mode,
             rounds=rounds,

@@ -16,17 +16,17 @@ import torch
 import elip_models
 from benchmarks.cases import DEVICE, DTYPE_NAMES, ON_GPU, tower_cases
 from benchmarks.parity import judged, relative_error
-from elip_models.reduction.schedule import PRESETS
-from elip_models.reduction.scorers import SCORERS
-from elip_models.reduction.stage import Elip
-from elip_models.subject import Subject
-from elip_models.timing import (
+from elip_models.profiling.measure import (
     count_flops,
     peak_bytes,
     ratios_to,
     saved_bytes,
     time_side_by_side,
 )
+from elip_models.profiling.workload import Workload
+from elip_models.reduction.schedule import PRESETS
+from elip_models.reduction.scorers import SCORERS
+from elip_models.reduction.strategies.elip import Elip
 from elip_models.towers import as_tower
 
 SCHEDULE = PRESETS["albef"]
@@ -71,12 +71,12 @@ def test_tower(record, rounds, case, mode):
     random = {"device": DEVICE, "dtype": case.dtype}
     image = torch.randn(1, 3, case.size, case.size, **random)
     held = held_to_fp64(model, image, torch.randn(1, model.embed_dim, **random))
-    subject = Subject(model, case.B)
+    workload = Workload(model, case.B)
     plans = {"dense": None} | {name: Elip(SCHEDULE, scorer=name) for name in SCORERS}
-    steps = {name: subject.forward(plan) for name, plan in plans.items()}
+    steps = {name: workload.forward(plan) for name, plan in plans.items()}
     if mode == "training":
         model.train()
-        steps = {name: partial(subject.train_step, step) for name, step in steps.items()}
+        steps = {name: partial(workload.train_step, step) for name, step in steps.items()}
     with torch.inference_mode(mode == "inference"):
         times = time_side_by_side(steps, device=DEVICE, rounds=rounds)
         flops = {name: count_flops(step) for name, step in steps.items()}

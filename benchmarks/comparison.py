@@ -16,7 +16,7 @@ from benchmarks.cases import DEVICE, ON_GPU, copies
 from benchmarks.parity import OURS, Form, Tensors, with_gradient
 from elip_kernels._operator import OPERATORS
 from elip_kernels.testing.model import Work
-from elip_models.timing import (
+from elip_models.profiling.measure import (
     Step,
     graphed,
     peak_bytes,

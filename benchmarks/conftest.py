@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.cases import ON_GPU
 from benchmarks.machine import commit, machine
-from elip_models.timing import NO_GAIN
+from elip_models.profiling.measure import NO_GAIN
 
 REPORTS = pytest.StashKey[list]()
 PLANNED, PASSED, FAILED = (pytest.StashKey[list]() for _ in range(3))

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.measured import Results
 from benchmarks.parity import OURS
-from elip_models.timing import NO_GAIN
+from elip_models.profiling.measure import NO_GAIN
 
 OTHERS = ("official", "eager", "compiled")
 

@@ -35,7 +35,7 @@ from benchmarks.machine import commit, machine
 from elip_kernels import launch
 from elip_kernels._triton import HAS_TRITON, triton
 from elip_kernels.testing import model
-from elip_models.timing import NO_GAIN, graphed, ratios_to, time_side_by_side
+from elip_models.profiling.measure import NO_GAIN, graphed, ratios_to, time_side_by_side
 
 CHANNELS = WIDTH // HEADS
 REFUSALS = (triton.errors.TritonError,) if HAS_TRITON else ()

@@ -18,9 +18,9 @@ import torch
 import transformers
 from torch import nn
 
+from elip_models.models.open_model import open_model
 from elip_models.reduction.strategies import STRATEGIES, default_strategy
-from elip_models.towers import as_pair, as_tower
-from elip_models.zoo import open_model
+from elip_models.towers import as_image_text, as_tower
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- supported:begin -->", "<!-- supported:end -->"
@@ -78,7 +78,7 @@ def ask(model: nn.Module) -> dict[str, str | None]:
     Raises:
         TypeError: no strategy works, with the reason.
     """
-    pair = as_pair(model)
+    pair = as_image_text(model)
     tower = as_tower(model if pair is None else pair.image_model)
     answers: dict[str, str | None] = {}
     for name in STRATEGIES:

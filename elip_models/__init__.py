@@ -2,13 +2,14 @@
 
 from typing import Any
 
-from elip_models.reduction.adaptive import Adaptive
 from elip_models.reduction.encode import encode_image
-from elip_models.reduction.inside import EViT, ToMe
 from elip_models.reduction.patch import guidance, reduce_, unreduce_
 from elip_models.reduction.schedule import Schedule
-from elip_models.reduction.stage import Elip
 from elip_models.reduction.strategies import STRATEGIES, PatchDropout, Random, Resize, Trips
+from elip_models.reduction.strategies.adaptive import Adaptive
+from elip_models.reduction.strategies.elip import Elip
+from elip_models.reduction.strategies.evit import EViT
+from elip_models.reduction.strategies.tome import ToMe
 from elip_models.towers.sdpa import use_sdpa_
 
 __all__ = [
@@ -35,7 +36,7 @@ def __getattr__(name: str) -> Any:
     """`create_model` on first use: it brings timm and transformers in."""
     if name == "create_model":
         try:
-            from elip_models.registry import create_model
+            from elip_models.models.registry import create_model
         except ModuleNotFoundError as error:
             raise ImportError(
                 f"create_model needs {error.name}: pip install 'elip-kernels[models]'"

@@ -19,23 +19,17 @@ try:
     from rich.panel import Panel
     from rich.table import Table
 
-    from elip_models.config import (
-        ConfigError,
-        RunConfig,
-        blame,
-        load_recipe,
-        parse_overrides,
-        recipe_names,
-    )
     from elip_models.data import DataError
-    from elip_models.run_folder import TrainingError
+    from elip_models.training.recipe import RunConfig, load_recipe, parse_overrides, recipe_names
+    from elip_models.training.run_folder import TrainingError
+    from elip_models.validation import ConfigError, blame
 except ImportError as error:
     sys.stderr.write(f"elip needs the train extra: pip install 'elip-kernels[train]' ({error})\n")
     raise SystemExit(2) from None
 
 if TYPE_CHECKING:
     from elip_models.tasks.retrieval import RetrievalScores
-    from elip_models.train import TrainResult
+    from elip_models.training.trainer import TrainResult
 
 EXTRA_OF_MODULE = {
     "accelerate": "train",
@@ -78,7 +72,7 @@ def train(
 ) -> None:
     """Train as a recipe says, then report. On several GPUs: torchrun -m elip_models.cli train .."""
     config = load_recipe(recipe, overrides or ())
-    from elip_models.train import train as run_training
+    from elip_models.training.trainer import train as run_training
 
     console = Console()
     result = run_training(config, resume=resume, console=console)
@@ -103,7 +97,7 @@ def eval_retrieval(
     import torch
 
     from elip_models.data import load_tokenizer, open_source
-    from elip_models.registry import load_model
+    from elip_models.models.registry import load_model
     from elip_models.tasks.retrieval import evaluate_retrieval
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -153,8 +147,8 @@ def visualize(
         raise ConfigError("--image: expected images with captions, or else --data, not both")
     if output.suffix != ".png" or not output.parent.is_dir():
         raise ConfigError(f"--output: expected a .png in an existing folder, got {output}")
-    from elip_models.guided import open_guided, read_pairs, read_source
-    from elip_models.visualize import draw_pictures
+    from elip_models.analysis.guided import open_guided, read_pairs, read_source
+    from elip_models.analysis.visualize import draw_pictures
 
     pairs = read_pairs(image, caption or []) if image else None
     number = int(scorer) if scorer is not None and scorer.isdecimal() else scorer
@@ -192,7 +186,7 @@ def profile(
     output: Annotated[Path | None, typer.Option(help="Write the table here, as JSON.")] = None,
 ) -> None:
     """Tokens, FLOPs, time and memory of models under token reduction, against dense."""
-    from elip_models.profile_run import print_profile, settings_of
+    from elip_models.profiling.table import print_profile, settings_of
 
     settings = settings_of(
         models=model or (),
@@ -239,9 +233,9 @@ def convert(
     ] = None,
 ) -> None:
     """Turn another library's checkpoint into one of our models, or ours into theirs."""
-    from elip_models.convert import convert_checkpoint
+    from elip_models.checkpoints.export import save_as
+    from elip_models.checkpoints.load import convert_checkpoint
     from elip_models.data import load_tokenizer
-    from elip_models.export import save_as
 
     fields = parse_overrides(overrides or (), "vision_heads=12")
     fields |= {"image_size": image_size} if image_size else {}
@@ -342,7 +336,7 @@ def _report(config: RunConfig, result: "TrainResult", console: Console) -> None:
     """What `config.report` asks for, then the summary."""
     files = [result.output_dir / name for name in ("model", "metrics.jsonl")]
     if {"timing", "picture"} & set(config.report):
-        from elip_models.report import Reporter
+        from elip_models.training.report import Reporter
 
         reporter = Reporter(result.model, result.tokenizer, result.eval_source, result.output_dir)
         if "timing" in config.report:

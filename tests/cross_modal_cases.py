@@ -13,7 +13,7 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from elip_models import albef, blip, meter
+from elip_models.models import albef, blip, meter
 from tests.fsdp_cases import half
 from tests.towers import assert_equal_gradients, gradients
 

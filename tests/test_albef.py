@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from elip_models.albef import ALBEF, ALBEFConfig, Drawn
-from elip_models.modules.momentum import FeatureQueue, similarities
+from elip_models.models.albef import ALBEF, ALBEFConfig, Drawn
+from elip_models.models.layers.momentum import FeatureQueue, similarities
 from tests.test_golden import check_gradients
 from tests.towers import assert_equal_gradients, our_names
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from benchmarks.machine import commit
 from benchmarks.plot import BEGIN, END, main
-from elip_models.timing import count_flops
+from elip_models.profiling.measure import count_flops
 
 ROOT = Path(__file__).resolve().parents[1]
 HELD = {"max_abs": 1e-7, "bound": 1e-6, "passed": True}

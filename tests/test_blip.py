@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from elip_models.blip import BLIP, BLIPConfig, Drawn
+from elip_models.models.blip import BLIP, BLIPConfig, Drawn
 from tests.test_golden import check_gradients
 from tests.towers import our_names
 

@@ -7,8 +7,9 @@ import torch
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import elip_models
-from elip_models.reduction import scorers, stage
+from elip_models.reduction import scorers
 from elip_models.reduction.replay import MAX_PASSES
+from elip_models.reduction.strategies import elip as stage
 from tests.test_strategies import patched, strategies
 from tests.towers import (
     SCHEDULE,

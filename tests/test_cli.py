@@ -49,7 +49,7 @@ def test_train_reports_what_the_recipe_asks_for(tmp_path, monkeypatch, capsys):
 
     report = types.ModuleType("report")
     report.Reporter = Reporter
-    monkeypatch.setitem(sys.modules, "elip_models.report", report)
+    monkeypatch.setitem(sys.modules, "elip_models.training.report", report)
     assert elip(*tiny_arguments(tmp_path, "report=[timing, picture]", "optim.steps=1")) == 0
     assert made_with[0] == "CLIP"
     assert made_with[2:] == ["EmojiScenes", type(tmp_path).__name__]
@@ -115,7 +115,7 @@ def test_run_that_exists_is_refused(run, capsys):
 
 
 def test_missing_extra_is_named(tmp_path, monkeypatch, capsys):
-    for module in ("elip_models.train", "elip_models.accelerator"):
+    for module in ("elip_models.training.trainer", "elip_models.training.accelerator"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "accelerate", None)
     assert elip(*tiny_arguments(tmp_path)) == 2

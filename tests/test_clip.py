@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import elip_models
-from elip_models.clip import CLIP, CLIPConfig
-from elip_models.modules.losses import contrastive_loss
-from elip_models.registry import list_models
+from elip_models.models.clip import CLIP, CLIPConfig
+from elip_models.models.layers.losses import contrastive_loss
+from elip_models.models.registry import list_models
 
 TINY = {
     "image_size": 32,

@@ -18,7 +18,7 @@ from benchmarks.comparison import runs_kernels
 from benchmarks.parity import OURS, ends, in_fp64, judged, parity, with_compiled
 from elip_kernels._triton import HAS_TRITON
 from elip_kernels.testing import Case, launchers_on_cpu
-from elip_models.timing import graphed
+from elip_models.profiling.measure import graphed
 
 NAN, INF = float("nan"), float("inf")
 

@@ -5,8 +5,9 @@ import timm
 import torch
 
 import elip_models
-from elip_models.reduction import flops, stage
+from elip_models.reduction import flops
 from elip_models.reduction.encode import run_tower
+from elip_models.reduction.strategies import elip as stage
 from tests.towers import SCHEDULE, WIDTH, clip_vit, images, plain_vit, text
 
 PAPER = "2(100%) 2(90%) 6(65%) 2(40%)"

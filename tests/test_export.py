@@ -7,10 +7,10 @@ import pytest
 import torch
 import transformers
 
-from elip_models.clip import CLIP
-from elip_models.convert import convert_checkpoint
-from elip_models.export import save_as, to_hf
-from elip_models.registry import create_model, load_model
+from elip_models.checkpoints.export import save_as, to_hf
+from elip_models.checkpoints.load import convert_checkpoint
+from elip_models.models.clip import CLIP
+from elip_models.models.registry import create_model, load_model
 from tests.test_cli import elip
 
 WIDTH, IDS = 32, 50

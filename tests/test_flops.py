@@ -12,13 +12,13 @@ import timm
 import torch
 import transformers
 
-from elip_models.profile import count
+from elip_models.profiling.rows import count
+from elip_models.profiling.workload import Workload
 from elip_models.reduction.flops import dense_flops, strategy_flops, training_ratio
-from elip_models.reduction.inside import EViT
 from elip_models.reduction.scorers import SCORERS
 from elip_models.reduction.strategies import STRATEGIES, default_strategy
-from elip_models.strategy_specs import VIT_B16
-from elip_models.subject import Subject
+from elip_models.reduction.strategies.evit import EViT
+from elip_models.reduction.strategy_spec import VIT_B16
 
 CASES = {name: default_strategy(name, VIT_B16) for name in STRATEGIES}
 CASES |= {f"elip-{s}": replace(CASES["elip"], scorer=s) for s in (*SCORERS, 1, 2)}
@@ -38,19 +38,19 @@ TRAINING = "training"
 
 
 @cache
-def subject(name):
+def workload(name):
     with torch.device("meta"):
-        return Subject(MODELS[name](), 1)
+        return Workload(MODELS[name](), 1)
 
 
 @cache
 def counted_dense(name):
-    return count(subject(name), {"dense": None}, TRAINING)["dense"]
+    return count(workload(name), {"dense": None}, TRAINING)["dense"]
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_worked_out_and_counted_flops_of_a_dense_tower_agree(model):
-    worked_out, counted = dense_flops(subject(model).tower.size), counted_dense(model)
+    worked_out, counted = dense_flops(workload(model).tower.size), counted_dense(model)
     assert worked_out.forward == pytest.approx(counted.forward, rel=0.01)
     assert worked_out.training == pytest.approx(sum(counted), rel=0.01)
 
@@ -58,11 +58,11 @@ def test_worked_out_and_counted_flops_of_a_dense_tower_agree(model):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("case", CASES)
 def test_worked_out_and_counted_flops_agree(model, case):
-    reason = CASES[case].refuses(subject(model).tower)
+    reason = CASES[case].refuses(workload(model).tower)
     if reason is not None:
         pytest.skip(f"{case} does not take this tower: {reason}")
-    worked_out = strategy_flops(CASES[case], subject(model).tower.size)
-    counted = count(subject(model), {case: CASES[case]}, TRAINING)[case]
+    worked_out = strategy_flops(CASES[case], workload(model).tower.size)
+    counted = count(workload(model), {case: CASES[case]}, TRAINING)[case]
     assert worked_out.forward == pytest.approx(counted.forward, rel=0.01)
     assert worked_out.training == pytest.approx(sum(counted), rel=0.01)
     assert sum(counted) < sum(counted_dense(model))
@@ -71,7 +71,7 @@ def test_worked_out_and_counted_flops_agree(model, case):
 @pytest.mark.parametrize("ratio", [0.9, 0.75, 0.6])
 @pytest.mark.parametrize("case", AT_FLOPS)
 def test_at_flops_sets_the_counted_flops(case, ratio):
-    tower = subject(VIT).tower
+    tower = workload(VIT).tower
     reach = [training_ratio(CASES[case].at_strength(tower.size, s), tower.size) for s in STRENGTHS]
     nearest = min(reach, key=lambda reached: abs(reached - ratio))
     if abs(nearest / ratio - 1) > 0.01 and CASES[case].name != "resize":
@@ -79,7 +79,7 @@ def test_at_flops_sets_the_counted_flops(case, ratio):
             CASES[case].at_flops(tower, ratio)
         return
     expected = nearest if CASES[case].name == "resize" else ratio  # in whole patches alone
-    counted = count(subject(VIT), {case: CASES[case].at_flops(tower, ratio)}, TRAINING)[case]
+    counted = count(workload(VIT), {case: CASES[case].at_flops(tower, ratio)}, TRAINING)[case]
     assert sum(counted) / sum(counted_dense(VIT)) == pytest.approx(expected, rel=0.01)
 
 
@@ -87,9 +87,9 @@ def test_at_flops_sets_the_counted_flops(case, ratio):
 def test_a_scoring_pass_has_a_floor(scorer, floor):
     plan = replace(CASES["elip"], scorer=scorer)
     with pytest.raises(ValueError, match=f"nearest is {floor}"):
-        plan.at_flops(subject(VIT).tower, 0.6)
+        plan.at_flops(workload(VIT).tower, 0.6)
 
 
 def test_images_take_no_gradient_in_a_training_step():
-    embed, dense = subject(VIT).tower.size.embed_flops(), counted_dense(VIT)
+    embed, dense = workload(VIT).tower.size.embed_flops(), counted_dense(VIT)
     assert dense.backward / dense.forward == pytest.approx(2 - embed / dense.forward, rel=1e-3)

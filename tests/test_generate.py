@@ -7,7 +7,7 @@ import torch
 from transformers.models.blip.configuration_blip import BlipTextConfig
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
 
-from elip_models.modules.generation import Decoding
+from elip_models.models.layers.generation import Decoding
 from tests.cross_modal_cases import VOCABULARY, made
 
 PAD, END, BEGIN = 0, 2, 4

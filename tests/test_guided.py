@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from elip_models import guided as guided_module
-from elip_models.clip import CLIP, CLIPConfig
-from elip_models.config import ConfigError
-from elip_models.guided import open_guided, read_pairs, read_source
+from elip_models.analysis import guided as guided_module
+from elip_models.analysis.guided import open_guided, read_pairs, read_source
+from elip_models.models.clip import CLIP, CLIPConfig
+from elip_models.validation import ConfigError
 from tests.test_cli import elip
 from tests.test_pairs import guidance_of, hf_blip, hf_clip, open_clip_pair
 from tests.test_zoo import tiny_vit

@@ -9,9 +9,9 @@ from timm.models import save_for_hf
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertModel, RobertaConfig, RobertaModel
 
-from elip_models.initialise import initialise_
-from elip_models.meter import ROBERTA
-from elip_models.registry import create_model
+from elip_models.checkpoints.pretrained_towers import initialise_
+from elip_models.models.meter import ROBERTA
+from elip_models.models.registry import create_model
 
 BERT = {
     "vocab_size": 1024,

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import elip_models
 from elip_models.reduction.encode import run_tower
-from elip_models.reduction.stage import Elip
+from elip_models.reduction.strategies.elip import Elip
 from elip_models.towers import as_tower
 from tests.test_clip import tiny
 from tests.towers import SCHEDULE, clip_vit, images, plain_vit, text

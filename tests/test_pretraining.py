@@ -7,12 +7,13 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from elip_models.config import ConfigError, load_recipe
 from elip_models.data import load_tokenizer
-from elip_models.optim import learning_rate, parameter_groups
-from elip_models.registry import create_model, load_model
-from elip_models.run_folder import RunFolder, TrainingError
-from elip_models.train import train
+from elip_models.models.registry import create_model, load_model
+from elip_models.training.optim import learning_rate, parameter_groups
+from elip_models.training.recipe import load_recipe
+from elip_models.training.run_folder import RunFolder, TrainingError
+from elip_models.training.trainer import train
+from elip_models.validation import ConfigError
 from tests.tiny_run import logged, own_process, tiny_config
 
 RECIPES = ("albef_tiny", "blip_tiny", "meter_tiny")

@@ -8,21 +8,29 @@ import torch
 from rich.console import Console
 from timm.models.vision_transformer import VisionTransformer
 
-from elip_models.paper_flops import EVITS, PAPER, UNSCORED, Reading, conclusions, readings
-from elip_models.paper_table1 import PAPER as TABLE1
-from elip_models.paper_table1 import SHARED, conclusion, nearest, ratios, report_of, step_counts
-from elip_models.profile import in_mode, profile_model, tokens_of, verdict
-from elip_models.profile_run import runs
-from elip_models.reduction.inside import EViT, ToMe
+from elip_models.models.open_model import open_model
+from elip_models.profiling.measure import FlopCount, count_step
+from elip_models.profiling.paper_flops import EVITS, PAPER, UNSCORED, Reading, conclusions, readings
+from elip_models.profiling.paper_table1 import PAPER as TABLE1
+from elip_models.profiling.paper_table1 import (
+    SHARED,
+    conclusion,
+    nearest,
+    ratios,
+    report_of,
+    step_counts,
+)
+from elip_models.profiling.rows import in_mode, profile_model, tokens_of, verdict
+from elip_models.profiling.table import runs
+from elip_models.profiling.workload import Workload, _inputs
 from elip_models.reduction.patch import is_reduced
-from elip_models.reduction.stage import Elip
 from elip_models.reduction.strategies import STRATEGIES, PatchDropout, default_strategy
-from elip_models.report import _timing_table, scorer_costs
-from elip_models.strategy_specs import VIT_B16, StrategySpec
-from elip_models.subject import Subject, _inputs
-from elip_models.timing import FlopCount, count_step
-from elip_models.towers import as_pair
-from elip_models.zoo import open_model
+from elip_models.reduction.strategies.elip import Elip
+from elip_models.reduction.strategies.evit import EViT
+from elip_models.reduction.strategies.tome import ToMe
+from elip_models.reduction.strategy_spec import VIT_B16, StrategySpec
+from elip_models.towers import as_image_text
+from elip_models.training.report import _timing_table, scorer_costs
 from tests.test_cli import elip
 from tests.test_pairs import hf_blip, hf_clip, open_clip_pair
 from tests.towers import SCHEDULE, plain_vit
@@ -86,15 +94,15 @@ def test_a_whole_model_counts_its_second_text_pass(name):
     model, plans = PAIRS[name](), {"evit": EViT(), "elip": Elip(SCHEDULE)}
     options = {"batch_size": 2, "modes": ["inference"], "rounds": None}
     whole = profile_model(name, model, plans, **options)
-    image = profile_model(name, as_pair(model).image_model, plans, **options)
+    image = profile_model(name, as_image_text(model).image_model, plans, **options)
     assert {row.step for row in whole} == {"whole model"}
     dense, evit, elip_ = (
         w.forward_flops - i.forward_flops for w, i in zip(whole, image, strict=True)
     )
-    twin = Subject(model, 2).on_meta()
+    twin = Workload(model, 2).on_meta()
     inputs = _inputs(twin.model, twin.images, twin.text)
     with twin.traced():
-        again = count_step(lambda: as_pair(twin.model).text_cls(**inputs), backward=False)
+        again = count_step(lambda: as_image_text(twin.model).text_cls(**inputs), backward=False)
     text_pass = again.forward / 2
     if name == "Blip":  # whose text attends to fewer image tokens
         assert evit < dense and evit < elip_ < evit + 1.1 * text_pass
@@ -138,18 +146,18 @@ def test_a_cross_modal_model_is_measured_whole(name):
 
 
 def test_inference_of_a_cross_modal_model_is_its_loss():
-    subject = Subject(open_model("elip_blip_tiny", pretrained=False), 2)
-    with in_mode(subject, "inference"):
-        losses = [subject.forward(plan)() for plan in (None, ToMe(r=0), ToMe(r=8))]
+    workload = Workload(open_model("elip_blip_tiny", pretrained=False), 2)
+    with in_mode(workload, "inference"):
+        losses = [workload.forward(plan)() for plan in (None, ToMe(r=0), ToMe(r=8))]
     assert losses[0].shape == () and losses[0].isfinite()
     assert losses[1] == pytest.approx(losses[0].item(), rel=1e-5)
     assert losses[2] != losses[0]
 
 
 def test_patch_dropout_keeps_all_patches_in_inference():
-    subject = Subject(plain_vit(), 1)
-    assert tokens_of(subject, PatchDropout(), "training")[0] == (19, 19)
-    assert tokens_of(subject, PatchDropout(), "inference")[0] == (37, 37)
+    workload = Workload(plain_vit(), 1)
+    assert tokens_of(workload, PatchDropout(), "training")[0] == (19, 19)
+    assert tokens_of(workload, PatchDropout(), "inference")[0] == (37, 37)
 
 
 @pytest.mark.parametrize(("ratio", "said"), [(0.969, ""), (0.97, "no gain"), (1.4, "no gain")])
@@ -232,7 +240,7 @@ def test_the_table_of_a_training_run():
     tower = VisionTransformer(
         img_size=32, patch_size=8, embed_dim=32, num_heads=2, num_classes=0, pre_norm=True
     )
-    costs = scorer_costs(Subject(tower, 1), rounds=1)
+    costs = scorer_costs(Workload(tower, 1), rounds=1)
     assert [cost.scorer for cost in costs] == ["dense", "official", "exact", "cls", "last"]
     assert costs[0].training == costs[0].inference == costs[0].memory == 1
     console = Console(width=120, record=True, file=io.StringIO())

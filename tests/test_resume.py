@@ -10,8 +10,8 @@ import time
 import pytest
 
 from elip_models.data import EmojiScenes
-from elip_models.run_folder import RunFolder, TrainingError
-from elip_models.train import train
+from elip_models.training.run_folder import RunFolder, TrainingError
+from elip_models.training.trainer import train
 from tests.tiny_run import logged, own_process, tiny_arguments, tiny_config
 
 COMMAND = [sys.executable, "-m", "elip_models.cli"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from elip_models.data import DataError, EmojiScenes, SampleError, train_tokenizer
-from elip_models.registry import create_model
+from elip_models.models.registry import create_model
 from elip_models.tasks.retrieval import (
     chance_level,
     evaluate_retrieval,

@@ -117,7 +117,7 @@ def test_places_follow_tokens_through_the_stages():
     for info in infos:
         kept = places.gather(1, info.reduction.kept - 5)
         places = torch.cat([kept, torch.full((2, 1), 36)], dim=1)  # the merged one: no place
-        assert torch.equal(info.places, places)
+        assert torch.equal(info.positions, places)
 
 
 @pytest.mark.parametrize("scorer", ["official", "exact", "cls", "last"])
@@ -153,7 +153,7 @@ def test_the_rotation_decides_what_is_computed():
     out = elip_kernels.reduce(entered, info.attention, 18)
     wrong = right = out
     for block in model.blocks[3:]:
-        right = block(right, rope=tower.placed(model.rope.get_embed(), info.places))
+        right = block(right, rope=tower.turned_to(model.rope.get_embed(), info.positions))
         wrong = block(wrong, rope=model.rope.get_embed()[:19])
     assert torch.equal(model.norm(right), tokens)
     assert not torch.allclose(model.norm(wrong), tokens, atol=1e-2)

@@ -7,7 +7,7 @@ import transformers
 import elip_kernels
 import elip_models
 from elip_models.reduction.strategies import get_strategy
-from elip_models.towers import as_pair, as_tower
+from elip_models.towers import as_image_text, as_tower
 from tests.test_towers import enlarged
 from tests.towers import SCHEDULE, WIDTH, gradients, images, text
 
@@ -222,7 +222,7 @@ def test_a_pair_is_guided_by_the_feature_of_its_last_text_token():
     model, tokens = siglip().eval(), torch.randint(0, 50, (2, 8))
     mask = torch.ones_like(tokens)
     mask[:, 5:7] = 0
-    pair, x = as_pair(model), images()
+    pair, x = as_image_text(model), images()
     for each in (None, mask):
         features = model.text_model(tokens, attention_mask=each).pooler_output
         assert torch.equal(pair.text_cls(tokens, x, each), features)

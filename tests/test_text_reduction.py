@@ -9,10 +9,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import elip_models
-from elip_models import clip
-from elip_models.modules.text_reduction import TEXT_STRATEGIES, TextReduction
+from elip_models.models import clip
+from elip_models.models.layers.text_reduction import TEXT_STRATEGIES, TextReduction
 from elip_models.tasks.retrieval import evaluate_retrieval
-from elip_models.train import train
+from elip_models.training.trainer import train
 from tests.tiny_run import own_process, tiny_config
 
 LENGTHS = (13, 9, 5, 2, 1, 0)

@@ -8,13 +8,13 @@ import sys
 import pytest
 import torch
 
-from elip_models.clip import CLIP
-from elip_models.config import ConfigError
 from elip_models.data import DataError
-from elip_models.optim import learning_rate, parameter_groups
-from elip_models.registry import create_model
-from elip_models.run_folder import RunFolder, TrainingError
-from elip_models.train import train
+from elip_models.models.clip import CLIP
+from elip_models.models.registry import create_model
+from elip_models.training.optim import learning_rate, parameter_groups
+from elip_models.training.run_folder import RunFolder, TrainingError
+from elip_models.training.trainer import train
+from elip_models.validation import ConfigError
 from tests.tiny_run import logged, own_process, tiny_arguments, tiny_config
 
 

@@ -10,13 +10,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 import elip_kernels
 import elip_models
-from elip_models.clip import CLIP, CLIPConfig
-from elip_models.data import EmojiScenes
-from elip_models.reduction.schedule import Stage
-from elip_models.reduction.strategy import StageInfo
-from elip_models.report import Reporter
-from elip_models.towers import as_tower
-from elip_models.visualize import (
+from elip_models.analysis.visualize import (
     attention_maps,
     concentration,
     draw_concentration,
@@ -24,6 +18,12 @@ from elip_models.visualize import (
     patch_grid,
     surviving_patches,
 )
+from elip_models.data import EmojiScenes
+from elip_models.models.clip import CLIP, CLIPConfig
+from elip_models.reduction.schedule import Stage
+from elip_models.reduction.strategy import StageInfo
+from elip_models.towers import as_tower
+from elip_models.training.report import Reporter
 from tests.towers import SCHEDULE, images, plain_vit, text
 
 NUM_PATCHES = 36

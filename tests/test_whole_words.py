@@ -5,9 +5,9 @@ import torch
 from transformers import BertTokenizerFast
 
 from elip_models.data import load_tokenizer, train_tokenizer
-from elip_models.meter import METER, METERConfig
-from elip_models.modules.objectives import IGNORED, mask_tokens
-from elip_models.train import train
+from elip_models.models.layers.objectives import IGNORED, mask_tokens
+from elip_models.models.meter import METER, METERConfig
+from elip_models.training.trainer import train
 from tests.test_meter import TINY
 from tests.tiny_run import own_process, tiny_config
 

@@ -6,8 +6,8 @@ import timm
 import torch
 
 import elip_models
-from elip_models.checkpoint_names import KINDS
-from elip_models.modules.renaming import renamed
+from elip_models.checkpoints.names import KINDS
+from elip_models.checkpoints.renaming import renamed
 
 SCHEDULE = "1(100%) 2(80%) 2(50%) 1(30%)"
 WIDTH = 32

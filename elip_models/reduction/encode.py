@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from elip_models.reduction.patch import is_reduced_tower
 from elip_models.reduction.schedule import Schedule
-from elip_models.reduction.stage import check_text
 from elip_models.reduction.strategies import get_strategy
+from elip_models.reduction.strategies.elip import check_text
 from elip_models.reduction.strategy import (
     Context,
     StageInfo,
@@ -124,12 +124,12 @@ def run_tower(
         if i in steps:
             context = context._replace(replay=done.get(steps[i]))
             step = partial(take_step, strategy, tower, steps[i], context=context)
-            run_step = partial(tower.in_block, i) if strategy.takes_block else plainly
+            run_step = partial(tower.in_block, i) if strategy.replaces_block else plainly
             tokens, info = run_step(step, tokens)
             if info is not context.before:
                 infos.append(info)
-            context, tower = context._replace(before=info), tower.at(info.places)
-        if i in steps and strategy.takes_block:
+            context, tower = context._replace(before=info), tower.at(info.positions)
+        if i in steps and strategy.replaces_block:
             continue
         if cls_only and i == last:
             tokens = tower.cls_block(i, tokens, tokens[:, 0])[:, None]

@@ -19,7 +19,7 @@ from elip_models.reduction.strategy import (
     take_step,
     warn_if_slower,
 )
-from elip_models.towers import Pair, Tower
+from elip_models.towers import ImageTextModel, Tower
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -29,13 +29,14 @@ Kwargs = dict[str, Any]
 class Shared:
     """What the hooks of one model share.
 
-    pair: the whole model that was reduced, if it was. before: what the latest step of this forward
-    did. scoring: a dry run passes through the blocks.
+    image_text: the whole model that was reduced, if it was. before: what the latest step did in
+    this forward. scoring: a dry run passes through the blocks.
+
     """
 
     tower: Tower
     strategy: Strategy
-    pair: Pair | None = None
+    image_text: ImageTextModel | None = None
     text_cls: Tensor | None = None
     before: StageInfo | None = None
     scoring: bool = False
@@ -107,7 +108,7 @@ class StageHook:
         self, began: int | None, before: StageInfo | None, info: StageInfo | None
     ) -> None:
         is_rotary = self.shared.tower.is_rotary
-        if self.shared.strategy.takes_block or is_rotary:
+        if self.shared.strategy.replaces_block or is_rotary:
             self.shared.before = None if self.is_last and not is_rotary else info
         if began is not None and not torch.is_inference_mode_enabled():
             self.replay.remember(began, before, info)
@@ -175,7 +176,7 @@ class TextFirst:
             self.is_ours = False
         elif self.shared.text_cls is None:
             with torch.no_grad():
-                self.shared.text_cls = self.shared.pair.text_cls(*args, **kwargs)
+                self.shared.text_cls = self.shared.image_text.text_cls(*args, **kwargs)
             self.is_ours = True
 
 

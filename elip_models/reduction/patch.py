@@ -25,7 +25,7 @@ from elip_models.reduction.places import PlacesHook, follow_places
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import get_strategy
 from elip_models.reduction.strategy import Strategy, stages_of
-from elip_models.towers import Pair, Tower, as_pair, as_tower
+from elip_models.towers import ImageTextModel, Tower, as_image_text, as_tower
 
 
 def reduce_(
@@ -64,12 +64,12 @@ def reduce_(
         ValueError: bad arguments.
     """
     _refuse_compiled(model, "reduce_")
-    pair = as_pair(model)
-    tower = as_tower(model if pair is None else pair.image_model)
+    image_text = as_image_text(model)
+    tower = as_tower(model if image_text is None else image_text.image_model)
     if strategy == "elip" and scorer is None:
         scorer = "last"
     if strategy in ("elip", "trips", "adaptive") and without_text is None:
-        without_text = "vision" if pair is None and tower.has_cls else "dense"
+        without_text = "vision" if image_text is None and tower.has_cls else "dense"
     plan = get_strategy(
         strategy,
         schedule=schedule,
@@ -80,18 +80,18 @@ def reduce_(
         merge=merge,
     )
     plan.check(tower)
-    if _reduces_by(model, plan, pair):
+    if _reduces_by(model, plan, image_text):
         return model  # nothing changes, not even for a compiler that has seen it
     _refuse_replaced(tower, plan)
     unreduce_(model)
-    _install(Shared(tower, plan, pair))
+    _install(Shared(tower, plan, image_text))
     return model
 
 
 def _refuse_replaced(tower: Tower, strategy: Strategy) -> None:
     """A block's forward that somebody has replaced would be bypassed."""
     owners = [(tower.blocks[stage.first], "forward") for stage in stages_of(strategy, tower.size)]
-    taken = owners if strategy.takes_block else []
+    taken = owners if strategy.replaces_block else []
     taken = taken + (tower.entrance if strategy.changes_embedding else [])
     for owner, name in taken:
         stands_in = vars(owner).get(name)
@@ -103,7 +103,7 @@ def _refuse_replaced(tower: Tower, strategy: Strategy) -> None:
 
 
 def _install(shared: Shared) -> None:
-    tower, strategy, pair = shared.tower, shared.strategy, shared.pair
+    tower, strategy, image_text = shared.tower, shared.strategy, shared.image_text
     stages, counts = stages_of(strategy, tower.size), strategy.token_counts(tower.size)
     if not stages and not strategy.changes_embedding:
         return
@@ -116,29 +116,31 @@ def _install(shared: Shared) -> None:
         block = tower.blocks[stage.first]
         entering = counts[stage.first - 1].mlp if stage.first else tower.num_tokens
         hook = StageHook(shared, stage, entering)
-        if strategy.takes_block:
+        if strategy.replaces_block:
             block.forward = BlockForward(hook)
         else:
             block.register_forward_pre_hook(hook, with_kwargs=True)
     if stages:
-        follow_places(shared, stages[0].first + strategy.takes_block)
-    _refuse_side_doors(tower)
-    if pair is not None and strategy.is_guided:
+        follow_places(shared, stages[0].first + strategy.replaces_block)
+    _refuse_methods(tower)
+    if image_text is not None and strategy.is_guided:
         text_first = TextFirst(shared)
-        pair.model.register_forward_pre_hook(text_first, with_kwargs=True)
-        pair.model.register_forward_hook(text_first, with_kwargs=True, always_call=True)
-    if pair is not None:
-        _refuse_side_doors(pair)
+        image_text.model.register_forward_pre_hook(text_first, with_kwargs=True)
+        image_text.model.register_forward_hook(text_first, with_kwargs=True, always_call=True)
+    if image_text is not None:
+        _refuse_methods(image_text)
 
 
-def _reduces_by(model: nn.Module, strategy: Strategy, pair: Pair | None) -> bool:
+def _reduces_by(model: nn.Module, strategy: Strategy, image_text: ImageTextModel | None) -> bool:
     """Whether `reduce_` has changed the model so already."""
     states = (hook.shared for hook in _hooks(model))
-    return any(s.strategy == strategy and (s.pair is None) == (pair is None) for s in states)
+    return any(
+        s.strategy == strategy and (s.image_text is None) == (image_text is None) for s in states
+    )
 
 
-def _refuse_side_doors(adapter: Tower | Pair) -> None:
-    for name in adapter.side_doors:
+def _refuse_methods(adapter: Tower | ImageTextModel) -> None:
+    for name in adapter.unsupported_methods:
         setattr(adapter.model, name, Refusal(name))
 
 
@@ -148,7 +150,7 @@ def unreduce_(model: nn.Module) -> nn.Module:
     Of the image model inside a whole one that was reduced, the whole one is undone.
     """
     _refuse_compiled(model, "unreduce_")
-    pairs = {h.shared.pair.model for h in _hooks(model) if h.shared.pair is not None}
+    pairs = {h.shared.image_text.model for h in _hooks(model) if h.shared.image_text is not None}
     for module in (module for whole in (model, *pairs) for module in whole.modules()):
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, (StageHook, TextFirst, PlacesHook)):

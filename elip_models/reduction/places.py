@@ -38,7 +38,7 @@ class PlacesHook:
         before = shared.before if whole else self.recall()
         if before is None:
             return None
-        return args, shared.tower.moved(kwargs, before.places)
+        return args, shared.tower.moved(kwargs, before.positions)
 
     @torch.compiler.disable
     def recall(self) -> StageInfo | None:

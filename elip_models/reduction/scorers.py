@@ -39,7 +39,7 @@ def _official(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor
     tokens = with_cls(tokens, cls)
     for i in range(stage.first, last):
         tokens = tower.dry_block(i, tokens)
-    with tower.gathered(last, tokens) as (tokens,):
+    with tower.unsharded(last, tokens) as (tokens,):
         qkv = tower.qkv(last, tokens)
         attention = tower.attention_map(last, tokens, qkv=qkv)
         attended = (attention @ qkv[2]).transpose(1, 2).flatten(2)

@@ -16,7 +16,7 @@ from elip_kernels import BipartiteInfo, ReductionInfo
 from elip_models.reduction import flops
 from elip_models.reduction.once import once, warn_once
 from elip_models.reduction.schedule import Schedule, Stage
-from elip_models.towers import Size, Tower, as_pair, as_tower
+from elip_models.towers import Size, Tower, as_image_text, as_tower
 
 R = TypeVar("R")
 
@@ -27,14 +27,14 @@ class StageInfo(NamedTuple):
     stage: its place. reduction: which tokens were kept, and how the others were merged.
     attention: (B, N) the row that selected, prefix tokens included; None where none did.
     sizes: (B, N) how many patches each token stands for, where the strategy counts them.
-    places: (B, N-p) the patch that each token which leaves stands at, where the tower reads it.
+    positions: (B, N-p) the patch that each token which leaves stands at, where the tower reads it.
     """
 
     stage: Stage
     reduction: ReductionInfo | BipartiteInfo
     attention: Tensor | None = None
     sizes: Tensor | None = None
-    places: Tensor | None = None
+    positions: Tensor | None = None
 
     @property
     def mean_keep(self) -> Tensor | int:
@@ -77,13 +77,13 @@ class Strategy:
     """How tokens leave a tower. Subclasses are frozen dataclasses, and define what raises here.
 
     name: in `STRATEGIES`.
-    takes_block: its steps take a block's place; else they stand before it.
+    replaces_block: its steps take a block's place; else they stand before it.
     changes_embedding: it takes the place of what makes tokens of images, by its `patchify`.
     is_guided: text changes what it does.
     """
 
     name: ClassVar[str]
-    takes_block: ClassVar[bool] = False
+    replaces_block: ClassVar[bool] = False
     changes_embedding: ClassVar[bool] = False
     is_guided: bool = False
 
@@ -168,11 +168,11 @@ def take_step(
     strategy: Strategy, tower: Tower, stage: Stage, tokens: Tensor, context: Context
 ) -> tuple[Tensor, StageInfo]:
     """`strategy.step` for tokens that stand where the step before has left them."""
-    tower = tower.at(None if context.before is None else context.before.places)
+    tower = tower.at(None if context.before is None else context.before.positions)
     tokens, info = strategy.step(tower, stage, tokens, context)
     if info is context.before:  # nothing has moved
         return tokens, info
-    return tokens, info._replace(places=tower.places_after(info.reduction))
+    return tokens, info._replace(positions=tower.positions_after(info.reduction))
 
 
 @once
@@ -185,8 +185,8 @@ def tower_of(model: nn.Module | Tower) -> Tower:
     """The tower of an image model, or of the image model inside a whole one."""
     if isinstance(model, Tower):
         return model
-    pair = as_pair(model)
-    return as_tower(model if pair is None else pair.image_model)
+    image_text = as_image_text(model)
+    return as_tower(model if image_text is None else image_text.image_model)
 
 
 def warn_if_slower(tower: Tower, strategy: Strategy) -> None:
@@ -200,3 +200,17 @@ def warn_if_slower(tower: Tower, strategy: Strategy) -> None:
             f"scorer={scorer!r} makes inference cost {cost:.2f} times the dense tower "
             "(FLOPs of the blocks); scorer='last' costs less than dense"
         )
+
+
+def counts_of(size: Size, left: Callable[[int, int], int]) -> tuple[Layer, ...]:
+    """The layers, where `left(i, tokens)` of the tokens in block i go on to its MLP."""
+    layers, tokens = [], size.num_tokens
+    for i in range(size.depth):
+        layers.append(Layer(tokens, left(i, tokens)))
+        tokens = layers[-1].mlp
+    return tuple(layers)
+
+
+def least_share(size: Size) -> float:
+    """Of the patches, so that one stays."""
+    return min(1.0, 1.5 / size.num_patches)

@@ -1,7 +1,7 @@
 """Image towers: other libraries' models seen as embed, blocks, attend, mlp, cls_attention, finish.
 
 A tower reads a model's own modules and adds nothing to it. `as_tower` finds the one that fits;
-`as_pair` knows whole language-image models, whose text then guides their own image tower.
+`as_image_text` knows whole language-image models, whose text then guides their own image tower.
 """
 
 from importlib import import_module
@@ -9,17 +9,17 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from elip_models.towers.pair import Pair
-from elip_models.towers.sharded import refuses_sharding
+from elip_models.towers.base import Projections, Tower, in_forward, with_cls
+from elip_models.towers.fsdp import refuses_sharding
+from elip_models.towers.image_text import ImageTextModel
 from elip_models.towers.size import Size
-from elip_models.towers.tower import Projections, Tower, in_forward, with_cls
 
 __all__ = [
-    "Pair",
+    "ImageTextModel",
     "Projections",
     "Size",
     "Tower",
-    "as_pair",
+    "as_image_text",
     "as_tower",
     "in_forward",
     "with_cls",
@@ -28,19 +28,19 @@ __all__ = [
 
 class Adapter(NamedTuple):
     """Where the classes of a library are read, as file and class: towers, of which the first that
-    accepts a model judges it, and the pair; and the extra that installs the library."""
+    accepts a model judges it, and the whole model; and the extra that installs the library."""
 
     towers: tuple[tuple[str, str], ...]
-    pair: tuple[str, str] | None
+    image_text: tuple[str, str] | None
     extra: str
 
 
 ADAPTERS = {
     "timm": Adapter((("eva", "EvaTower"), ("timm", "TimmTower")), None, "models"),
     "open_clip": Adapter(
-        (("open_clip", "OpenClipTower"),), ("open_clip", "OpenClipPair"), "open-clip"
+        (("open_clip", "OpenClipTower"),), ("open_clip", "OpenClipImageText"), "open-clip"
     ),
-    "transformers": Adapter((("hf", "HFTower"),), ("hf", "HFPair"), "models"),
+    "transformers": Adapter((("hf", "HFTower"),), ("hf", "HFImageText"), "models"),
 }
 
 
@@ -69,27 +69,27 @@ def as_tower(model: nn.Module) -> Tower:
     return tower(model)
 
 
-def as_pair(model: nn.Module) -> Pair | None:
-    """The whole language-image model as a pair, or None where it is an image model alone.
+def as_image_text(model: nn.Module) -> ImageTextModel | None:
+    """The whole image-text model, or None where it is an image model alone.
 
     Raises:
-        TypeError: a pair whose text cannot guide its images: why.
+        TypeError: one whose text cannot guide its images: why.
     """
     _check_sharding(model)
     library = _library(model)
-    if library is None or ADAPTERS[library].pair is None:
+    if library is None or ADAPTERS[library].image_text is None:
         return None
-    adapter = _load(library, ADAPTERS[library].pair)
+    adapter = _load(library, ADAPTERS[library].image_text)
     if not adapter.accepts(model):
         return None
-    pair = adapter(model)
-    reason = pair.refuses()
+    image_text = adapter(model)
+    reason = image_text.refuses()
     if reason is not None:
         raise TypeError(
             f"model: expected one whose text can guide its images, got {type(model).__name__}: "
             f"{reason}"
         )
-    return pair
+    return image_text
 
 
 def _check_sharding(model: nn.Module) -> None:

@@ -19,19 +19,19 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 
 from elip_kernels import ReductionInfo
+from elip_models.towers.base import Block, Projections, Tower, is_observed
 from elip_models.towers.timm import refuses_tokens
-from elip_models.towers.tower import Block, Projections, Tower, is_observed
 
 
 class EvaTower(Tower):
     """A timm Eva with CLS pooling (or none) and pre-norm blocks; CLS and register tokens stay.
 
-    places: (B, N-p) the patch that each of the tokens stands at, `num_patches` for a merged one;
+    positions: (B, N-p) the patch that each of the tokens stands at, `num_patches` for a merged one;
         None where they are all patches in order.
     """
 
     absorbs_keys = False
-    side_doors = (
+    unsupported_methods = (
         "forward_intermediates",
         "prune_intermediate_layers",
         "set_input_size",
@@ -39,7 +39,7 @@ class EvaTower(Tower):
     )
 
     def __init__(
-        self, model: Eva, places: Tensor | None = None, ropes: Tensor | None = None
+        self, model: Eva, positions: Tensor | None = None, ropes: Tensor | None = None
     ) -> None:
         self.model = model
         self.blocks = model.blocks
@@ -52,7 +52,7 @@ class EvaTower(Tower):
         linears = (m for m in model.blocks[0].mlp.modules() if isinstance(m, nn.Linear))
         self.mlp_ratio = sum(m.weight.numel() for m in linears) / (2 * self.width**2)
         self.is_rotary = model.rope is not None
-        self.places = places
+        self.positions = positions
         self.ropes = ropes  # of all patches, where they were made already
 
     @staticmethod
@@ -74,26 +74,26 @@ class EvaTower(Tower):
     def checkpointing(self) -> bool:
         return self.model.grad_checkpointing
 
-    def at(self, places: Tensor | None) -> Self:
-        return EvaTower(self.model, places, self._ropes()) if self.is_rotary else self
+    def at(self, positions: Tensor | None) -> Self:
+        return EvaTower(self.model, positions, self._ropes()) if self.is_rotary else self
 
-    def places_after(self, reduction: ReductionInfo) -> Tensor | None:
+    def positions_after(self, reduction: ReductionInfo) -> Tensor | None:
         if not self.is_rotary:
             return None
-        kept, places = reduction.kept - self.num_prefix_tokens, self.places
-        places = kept if places is None else places.gather(1, kept)
-        return F.pad(places, (0, 1), value=self.num_patches) if reduction.merged else places
+        kept, positions = reduction.kept - self.num_prefix_tokens, self.positions
+        positions = kept if positions is None else positions.gather(1, kept)
+        return F.pad(positions, (0, 1), value=self.num_patches) if reduction.merged else positions
 
-    def moved(self, kwargs: dict[str, Any], places: Tensor) -> dict[str, Any]:
-        return kwargs | {"rope": self.placed(kwargs["rope"], places)}
+    def moved(self, kwargs: dict[str, Any], positions: Tensor) -> dict[str, Any]:
+        return kwargs | {"rope": self.turned_to(kwargs["rope"], positions)}
 
-    def placed(self, rope: Tensor, places: Tensor) -> Tensor:
-        """rope (N0, 2d) or (H, N0, 2d) of all patches -> (B, 1 or H, N-p, 2d) at `places`."""
+    def turned_to(self, rope: Tensor, positions: Tensor) -> Tensor:
+        """rope (N0, 2d) or (H, N0, 2d) of all patches -> (B, 1 or H, N-p, 2d) at `positions`."""
         rope = rope[None] if rope.dim() == 2 else rope
         merged = rope.new_zeros(rope.shape[-1])
         merged[rope.shape[-1] // 2 :] = 1  # sin 0, cos 1
         table = torch.cat([rope, merged.expand(rope.shape[0], 1, -1)], dim=1)
-        return table[:, places].transpose(0, 1)
+        return table[:, positions].transpose(0, 1)
 
     def refuses_resizing(self) -> str | None:
         return "its rotations are those of one image size"
@@ -177,7 +177,7 @@ class EvaTower(Tower):
             return None
         ropes = self._ropes() if self.ropes is None else self.ropes
         rope = ropes[i] if self.model.rope_mixed else ropes
-        return rope if self.places is None else self.placed(rope, self.places)
+        return rope if self.positions is None else self.turned_to(rope, self.positions)
 
 
 def _refuses_block(block: nn.Module) -> str | None:

@@ -1,4 +1,4 @@
-"""Vision transformers of Hugging Face transformers as towers, and three whole models as pairs.
+"""Vision transformers of Hugging Face transformers as towers, and three whole models.
 
 CLIP's, ViT's, DeiT's (a distillation token beside CLS), BLIP's and SigLIP's (no CLS): embeddings, a
 list of layers of two halves, a last norm. BLIP's own forward attends eagerly; `attend` here runs on
@@ -16,9 +16,9 @@ from transformers import (
     SiglipModel,
 )
 
-from elip_models.towers.pair import Pair
-from elip_models.towers.sharded import library_class
-from elip_models.towers.tower import Block, Projections, Tower, is_observed, optional
+from elip_models.towers.base import Block, Projections, Tower, is_observed, optional
+from elip_models.towers.fsdp import library_class
+from elip_models.towers.image_text import ImageTextModel
 
 
 class Names(NamedTuple):
@@ -161,7 +161,7 @@ class HFTower(Tower):
         return self._attention(0).head_dim
 
 
-class HFPair(Pair):
+class HFImageText(ImageTextModel):
     """CLIPModel, guided by its text features, as SiglipModel, whose own are as wide as its image
     tower; BlipForImageTextRetrieval, by BERT's CLS output.
 

@@ -1,4 +1,4 @@
-"""open_clip's VisionTransformer as a tower, and its CLIP as a pair of towers.
+"""open_clip's VisionTransformer as a tower, and its CLIP as an image-text model.
 
 Uses _embeds, transformer.resblocks (ln_1, attn, ls_1 and the second half alike), ln_post, proj.
 Attention is nn.MultiheadAttention or open_clip's own of the same parameter names: what a block has
@@ -13,15 +13,15 @@ from open_clip import CLIP, CustomTextCLIP
 from open_clip.transformer import PatchDropout, VisionTransformer
 from torch import Tensor, nn
 
-from elip_models.towers.pair import Pair
-from elip_models.towers.sharded import gathered
-from elip_models.towers.tower import (
+from elip_models.towers.base import (
     Projections,
     Tower,
     interpolated,
     is_observed,
     optional,
 )
+from elip_models.towers.fsdp import unsharded
+from elip_models.towers.image_text import ImageTextModel
 
 LIBRARIES = ("torch", "open_clip")  # whose attention is read; a wrapper's is not
 
@@ -29,7 +29,7 @@ LIBRARIES = ("torch", "open_clip")  # whose attention is read; a wrapper's is no
 class OpenClipTower(Tower):
     """An open_clip VisionTransformer with CLS pooling (or none)."""
 
-    side_doors = ("forward_intermediates", "prune_intermediate_layers")
+    unsupported_methods = ("forward_intermediates", "prune_intermediate_layers")
 
     def __init__(self, model: VisionTransformer) -> None:
         self.model = model
@@ -125,10 +125,10 @@ class OpenClipTower(Tower):
         return self.model.ln_post(tokens)
 
 
-class OpenClipPair(Pair):
+class OpenClipImageText(ImageTextModel):
     """A whole open_clip CLIP: its text features guide its image tower."""
 
-    side_doors = ("forward_intermediates",)
+    unsupported_methods = ("forward_intermediates",)
 
     def __init__(self, model: CLIP | CustomTextCLIP) -> None:
         self.model = model
@@ -146,7 +146,7 @@ class OpenClipPair(Pair):
         if image is None or text is None:
             return None
         features = self.model.encode_text(text, normalize=True)
-        with gathered(self.image_model, features) as (features,):
+        with unsharded(self.image_model, features) as (features,):
             return features @ self.image_model.proj.T
 
 

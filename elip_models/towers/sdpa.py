@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elip_models.towers.sharded import library_class
+from elip_models.towers.fsdp import library_class
 
 
 class SdpaForward:

@@ -9,14 +9,14 @@ from timm.layers import Attention
 from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
-from elip_models.towers.tower import Projections, Tower, interpolated, is_observed
+from elip_models.towers.base import Projections, Tower, interpolated, is_observed
 
 
 class TimmTower(Tower):
     """A timm VisionTransformer with CLS pooling (or none) and pre-norm blocks; CLS, distillation
     and register tokens stay."""
 
-    side_doors = (
+    unsupported_methods = (
         "forward_intermediates",
         "get_intermediate_layers",
         "prune_intermediate_layers",

@@ -1,0 +1,1 @@
+"""What a reduction keeps, in pictures and shares."""

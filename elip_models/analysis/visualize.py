@@ -1,0 +1,249 @@
+"""Pictures of a reduction: surviving patches and CLS attention by stage, and its concentration.
+
+    map_s       = source map of stage s after that of all stages before      (B, T, N0)
+    alive_s     = patches that are a token of their own after stage s        (B, P)
+    heat_s(n)   = the score, at stage s, of the token that holds patch n     (B, P)
+    mass_l(x)   = share of the CLS attention on patches that the top x of them hold, layer l, dense
+
+Merged tokens are traced back through every stage (`source_map` of the info).
+"""
+
+import textwrap
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elip_kernels import unmerge
+from elip_models.reduction.strategy import StageInfo
+from elip_models.towers import Tower
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from elip_models.analysis.guided import Guided, Shown
+
+DIM, GREY = 0.15, 0.45  # what is left of a dropped patch's colour, and what the rest is
+SHARES = (0.05, 0.10, 0.25, 0.50)
+"""Of the patches, whose attention the concentration sums."""
+MAX_CAPTION = 200  # characters
+NOTE = (
+    "Grey: dropped or merged. Attention: dark is the least of an image, bright the most, by square "
+    "root; all patches of a merged token show its score, those without a token are blank."
+)
+
+
+def surviving_patches(infos: Sequence[StageInfo], num_patches: int) -> list[Tensor]:
+    """For each stage (B, num_patches) bool: the patches that are still tokens of their own."""
+    survivors = []
+    for source in _source_maps(infos, num_patches)[1:]:
+        alone = source & (source.sum(2, keepdim=True) == 1)
+        survivors.append(alone.any(1))
+    return survivors
+
+
+def attention_maps(infos: Sequence[StageInfo], num_patches: int) -> list[Tensor]:
+    """For each stage (B, num_patches): the score of the token that holds the patch as the stage
+    begins; NaN where the patch was dropped without merging."""
+    maps = []
+    for info, source in zip(infos, _source_maps(infos, num_patches)[:-1], strict=True):
+        heat = unmerge(info.attention[..., None], source)[..., 0]
+        maps.append(heat.masked_fill(~source.any(1), float("nan")))
+    return maps
+
+
+def _source_maps(infos: Sequence[StageInfo], num_patches: int) -> list[Tensor]:
+    """(B, T, num_patches) before the first stage and after each; none without stages."""
+    if not infos:
+        return [torch.empty(0, dtype=torch.bool)]
+    B, N = infos[0].attention.shape
+    source = torch.eye(N, dtype=torch.bool, device=infos[0].attention.device).expand(B, -1, -1)
+    sources = [source[..., N - num_patches :]]
+    for info in infos:
+        sources.append(info.reduction.source_map(sources[-1]))
+    return sources
+
+
+@torch.no_grad()
+def concentration(tower: Tower, images: Tensor, shares: Sequence[float] = SHARES) -> Tensor:
+    """How much of the CLS attention few patches hold in each layer of the dense tower.
+
+    The attention is averaged over heads, and sums to one over the patches.
+
+    Args:
+        images: (B, 3, H, W), normalised.
+        shares: of the patches, those with the most attention.
+
+    Returns:
+        (depth, len(shares)), the mean over the images.
+    """
+    counts = [max(1, round(share * tower.num_patches)) for share in shares]
+    tokens, masses = tower.embed(images), []
+    for i in range(tower.depth):
+        row = tower.cls_attention(i, tokens, tokens[:, 0])[:, tower.num_prefix_tokens :]
+        mass = row.sort(dim=1, descending=True).values.cumsum(1) / row.sum(1, keepdim=True)
+        masses.append(mass.mean(0)[[count - 1 for count in counts]])
+        tokens = tower.block(i, tokens)
+    return torch.stack(masses)
+
+
+def draw_pictures(guided: "Guided", shown: "Shown", path: Path) -> tuple[Path, Path]:
+    """Reduce images guided by their captions, and draw it.
+
+    Returns:
+        `path`, as `draw_reduction` writes it, and beside it NAME_concentration.png, the
+        concentration averaged over these images.
+    """
+    captions = [caption for _, caption in shown]
+    pixels = guided.pixels([image for image, _ in shown])
+    images, tower = guided.normalised(pixels), guided.tower
+    with deliberately_slow():
+        infos = guided.stage_infos(images, captions)
+    draw_reduction(pixels, captions, infos, path, grid=patch_grid(tower), title=str(guided))
+    masses = concentration(tower, images)
+    second = path.with_stem(f"{path.stem}_concentration")
+    title = f"{guided.name}\nCLS attention of the dense tower, heads averaged, {len(shown)} images"
+    return path, draw_concentration(masses, second, title=title)
+
+
+def patch_grid(tower: Tower) -> tuple[int, int]:
+    """Rows and columns of the patches, which are taken to be as square as their number allows."""
+    height, width = tower.image_size
+    P = tower.num_patches
+    rows = (rows for rows in range(1, P + 1) if P % rows == 0)
+    best = min(rows, key=lambda rows: abs(rows * width - P // rows * height))
+    return best, P // best
+
+
+@contextmanager
+def deliberately_slow() -> Iterator[None]:
+    """Scorers that cost more than they save are run on purpose: no warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="scorer=")
+        yield
+
+
+def draw_reduction(
+    images: Tensor,
+    captions: Sequence[str],
+    infos: Sequence[StageInfo],
+    path: Path,
+    *,
+    grid: tuple[int, int],
+    title: str = "",
+) -> Path:
+    """Write a PNG: one row an image, with the input, what each stage keeps, the CLS attention that
+    it kept them by, and the caption.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+        captions: one for each image.
+        infos: of each stage, of these images.
+        path: of the PNG.
+        grid: rows and columns of the patches.
+        title: above all.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    num_patches = grid[0] * grid[1]
+    survivors = surviving_patches(infos, num_patches)
+    heats = attention_maps(infos, num_patches)
+    heats = [h * info.attention.shape[1] for h, info in zip(heats, infos, strict=True)]
+    figure, axes = _panels(len(images), 2 * len(infos) + 1, images.shape[3] / images.shape[2])
+    rows = zip(axes, images.cpu(), captions, strict=True)
+    for b, (row, image, caption) in enumerate(rows):
+        stages = zip(survivors, heats, strict=True)
+        stages = [(alive[b].view(grid), heat[b].view(grid)) for alive, heat in stages]
+        _draw_row(row, image, caption, stages)
+    axes[0, 0].set_title("image", fontsize=9)
+    for s, info in enumerate(infos):
+        before = f"before layer {info.stage.first + 1}"
+        axes[0, 1 + 2 * s].set_title(f"{before}:\n{info.stage.keep} kept", fontsize=9)
+        axes[0, 2 + 2 * s].set_title("by this CLS\nattention", fontsize=9)
+    width = figure.get_figwidth()  # inches
+    title = "\n".join(textwrap.fill(line, int(12 * width)) for line in title.splitlines())
+    figure.suptitle(title, fontsize=10, parse_math=False)
+    figure.supxlabel(textwrap.fill(NOTE, int(16 * width)), fontsize=8)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def draw_concentration(
+    masses: Tensor, path: Path, *, title: str, shares: Sequence[float] = SHARES
+) -> Path:
+    """Write a PNG of `concentration`: a curve for each share of the patches, over the layers.
+
+    Args:
+        masses: (depth, len(shares)).
+        path: of the PNG.
+        title: above all.
+        shares: of the patches; a dotted line shows what an even attention would give.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    figure = _new_figure(6.4, 4.0)
+    axis = figure.subplots()
+    layers = range(1, len(masses) + 1)
+    for share, mass in zip(shares, masses.cpu().T.tolist(), strict=True):
+        (line,) = axis.plot(layers, mass, marker="o", ms=3, label=f"top {share:.0%}")
+        axis.axhline(share, color=line.get_color(), ls=":", lw=1)
+    axis.set(xlabel="layer of the dense tower", xticks=layers, ylim=(0, 1))
+    axis.set_ylabel("share of the CLS attention on patches")
+    axis.legend(title="of the patches\n(dotted: if even)", fontsize=8, title_fontsize=8)
+    axis.set_title(title, fontsize=9, parse_math=False)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def _new_figure(width: float, height: float) -> "Figure":
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "elip_models.analysis.visualize needs matplotlib: pip install 'elip-kernels[demo]'"
+        ) from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _panels(rows: int, columns: int, wide: float) -> "tuple[Figure, np.ndarray]":
+    """Axes (rows, columns + 1): pictures `wide` times as wide as high, and room for a caption."""
+    figure = _new_figure(1.7 * wide * columns + 2.4, 1.85 * rows + 0.9)
+    widths = [wide] * columns + [1.3]
+    axes = figure.subplots(rows, columns + 1, squeeze=False, width_ratios=widths)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    return figure, axes
+
+
+def _draw_row(
+    axes: "Sequence[Axes]", image: Tensor, caption: str, stages: Sequence[tuple[Tensor, Tensor]]
+) -> None:
+    """image (3, H, W); for each stage the patches alive and their attention (rows, columns), in
+    units of even attention."""
+    _, height, width = image.shape
+    axes[0].imshow(image.permute(1, 2, 0).numpy())
+    for s, (alive, heat) in enumerate(stages):
+        axes[1 + 2 * s].imshow(_dimmed(image, alive))
+        heat, axis = heat.cpu().float().clamp(min=0), axes[2 + 2 * s]
+        axis.imshow(heat.sqrt().numpy(), cmap="inferno", extent=(0, width, height, 0))
+        known = heat[~heat.isnan()].tolist() or [float("nan")]
+        scale = f"{min(known):.2f} to {max(known):.2f} times even"
+        axis.text(0.5, -0.03, scale, fontsize=7, ha="center", va="top", transform=axis.transAxes)
+    text = textwrap.fill(textwrap.shorten(caption, MAX_CAPTION, placeholder=" .."), 26)
+    axes[-1].text(0.0, 0.5, text, fontsize=9, va="center", parse_math=False)
+
+
+def _dimmed(image: Tensor, alive: Tensor) -> "np.ndarray":
+    """image (3, H, W) -> (H, W, 3), patches that are not alive (rows, columns) almost grey."""
+    alive = alive.cpu()[None, None].float()
+    mask = F.interpolate(alive, size=image.shape[1:], mode="nearest")[0] > 0
+    return torch.where(mask, image, (1 - DIM) * GREY + DIM * image).permute(1, 2, 0).numpy()

@@ -1,0 +1,243 @@
+"""Our models as other libraries' folders: the weights and what their configs can say.
+
+    hf          CLIPModel; of BLIP the class of transformers that `architecture` names
+    open_clip   open_clip_config.json and open_clip_model.safetensors, of CLIP
+    ours        what `save_pretrained` writes
+
+What the other library has no place for is left behind: schedules, momentum copies, the queue, and
+of BLIP the parts that an architecture lacks.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from elip_models.checkpoints.load import with_leading_ones
+from elip_models.checkpoints.model_config import OPEN_CLIP_CONFIG
+from elip_models.checkpoints.names import KINDS
+from elip_models.checkpoints.renaming import backwards, renamed
+from elip_models.data.transforms import CLIP_MEAN, CLIP_STD
+from elip_models.models.base import PretrainedModel
+from elip_models.models.blip import BLIP, BLIPConfig
+from elip_models.models.clip import CLIP, CLIPConfig
+
+FORMATS = ("ours", "hf", "open_clip")
+BLIP_ARCHITECTURES = {
+    KINDS[kind].architecture: kind
+    for kind in ("hf_blip_retrieval", "hf_blip_caption", "hf_blip_vqa")
+}
+
+
+def save_as(
+    model: PretrainedModel,
+    folder: str | os.PathLike,
+    to: str,
+    *,
+    architecture: str | None = None,
+    tokenizer: Any = None,
+) -> Path:
+    """Write a model for another library; the folder appears whole or not at all.
+
+    Args:
+        folder: new, or empty.
+        to: one of `FORMATS`.
+        architecture: of BLIP in transformers, one of `BLIP_ARCHITECTURES`; None is the first.
+        tokenizer: of transformers, written beside the weights.
+
+    Raises:
+        ValueError: a folder that holds something, an unknown format or architecture, or a model
+            that the library has no class for.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"to: expected one of {', '.join(FORMATS)}, got {to!r}")
+    if architecture is not None and not (to == "hf" and isinstance(model, BLIP)):
+        raise ValueError(
+            f"architecture: expected None but for BLIP to 'hf', got {architecture!r} for "
+            f"{type(model).__name__} to {to!r}"
+        )
+    with _whole(Path(folder)) as staged:
+        if to == "ours":
+            model.save_pretrained(staged, tokenizer)
+            return Path(folder)
+        if to == "hf":
+            to_hf(model, architecture).save_pretrained(staged)
+        else:
+            _write_open_clip(model, staged, has_tokenizer=tokenizer is not None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staged)
+    return Path(folder)
+
+
+def to_hf(model: PretrainedModel, architecture: str | None = None) -> nn.Module:
+    """The model of transformers with the weights of ours, in eval mode; see `save_as`."""
+    import transformers
+
+    if isinstance(model, CLIP):
+        config, kind = _hf_clip_config(model.config), "hf_clip"
+    elif isinstance(model, BLIP):
+        architecture = architecture or next(iter(BLIP_ARCHITECTURES))
+        if architecture not in BLIP_ARCHITECTURES:
+            raise ValueError(
+                f"architecture: expected one of {', '.join(BLIP_ARCHITECTURES)}, got "
+                f"{architecture!r}"
+            )
+        config, kind = _hf_blip_config(model.config), BLIP_ARCHITECTURES[architecture]
+    else:
+        raise ValueError(
+            f"to: expected 'ours' for {type(model).__name__}, which transformers has no class of, "
+            "got 'hf'"
+        )
+    return _filled(getattr(transformers, KINDS[kind].architecture)(config), model, kind)
+
+
+def _filled(theirs: nn.Module, model: PretrainedModel, kind: str) -> nn.Module:
+    """Another library's model with the weights of ours."""
+    state = theirs.state_dict()
+    weights = renamed(model.state_dict(), backwards(KINDS[kind].names))
+    fitted: dict[str, Tensor] = {
+        name: with_leading_ones(weight, state[name].shape)
+        for name, weight in weights.items()
+        if name in state
+    }
+    theirs.load_state_dict(fitted)
+    return theirs.eval()
+
+
+def _hf_clip_config(config: CLIPConfig) -> Any:
+    from transformers import CLIPConfig as HFConfig
+
+    if config.eos_token_id == 2:
+        raise ValueError(
+            "eos_token_id: expected another than 2 for transformers' CLIP, which then reads a text "
+            "at its highest id, got 2; open_clip has no such rule"
+        )
+    shared = {"hidden_act": config.activation, "projection_dim": config.embed_dim}
+    vision = shared | _hf_tower(config, "vision", config.vision_mlp_ratio)
+    text = shared | _hf_tower(config, "text", config.text_mlp_ratio)
+    text |= {
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.context_length,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+        "bos_token_id": None,
+    }
+    return HFConfig(vision_config=vision, text_config=text, projection_dim=config.embed_dim)
+
+
+def _hf_blip_config(config: BLIPConfig) -> Any:
+    from transformers import BlipConfig
+
+    text = _hf_tower(config, "text", config.text_hidden / config.text_width) | {
+        "intermediate_size": config.text_hidden,
+        "encoder_hidden_size": config.vision_width,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_positions,
+        "hidden_dropout_prob": config.text_dropout,
+        "attention_probs_dropout_prob": config.text_dropout,
+        "pad_token_id": config.pad_token_id,
+        "sep_token_id": config.sep_token_id,
+        "eos_token_id": config.sep_token_id,
+        "bos_token_id": config.decoder_token_id,
+    }
+    vision = _hf_tower(config, "vision", config.vision_mlp_ratio)
+    return BlipConfig(
+        vision_config=vision | {"hidden_act": "gelu"},
+        text_config=text | {"hidden_act": "gelu"},
+        image_text_hidden_size=config.embed_dim,
+        projection_dim=config.embed_dim,
+    )
+
+
+def _hf_tower(config: CLIPConfig | BLIPConfig, part: str, mlp_ratio: float) -> dict[str, Any]:
+    width = getattr(config, f"{part}_width")
+    sizes = {
+        "hidden_size": width,
+        "intermediate_size": int(width * mlp_ratio),
+        "num_hidden_layers": getattr(config, f"{part}_depth"),
+        "num_attention_heads": getattr(config, f"{part}_heads"),
+        "layer_norm_eps": getattr(config, f"{part}_norm_eps"),
+    }
+    if part == "vision":
+        sizes |= {"image_size": config.image_size, "patch_size": config.patch_size}
+    return sizes
+
+
+def open_clip_config(config: CLIPConfig) -> dict[str, Any]:
+    """`model_cfg` of open_clip; a text is read at its highest id or, if that is not EOS, at EOS."""
+    towers: dict[str, dict[str, Any]] = {"vision": {}, "text": {}}
+    for part, tower in towers.items():
+        tower |= {
+            "width": getattr(config, f"{part}_width"),
+            "layers": getattr(config, f"{part}_depth"),
+            "mlp_ratio": getattr(config, f"{part}_mlp_ratio"),
+        }
+        eps = getattr(config, f"{part}_norm_eps")
+        tower |= {"norm_kwargs": {"eps": eps}} if eps != 1e-5 else {}
+    towers["vision"] |= {
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "head_width": config.vision_width // config.vision_heads,
+    }
+    towers["text"] |= {
+        "heads": config.text_heads,
+        "vocab_size": config.vocab_size,
+        "context_length": config.context_length,
+        "pad_id": config.pad_token_id,
+    }
+    if config.eos_token_id != config.vocab_size - 1:
+        towers["text"] |= {"pool_type": "eos", "eos_id": config.eos_token_id}
+    return {
+        "embed_dim": config.embed_dim,
+        "quick_gelu": config.activation == "quick_gelu",
+        "vision_cfg": towers["vision"],
+        "text_cfg": towers["text"],
+    }
+
+
+def _write_open_clip(model: PretrainedModel, folder: Path, *, has_tokenizer: bool) -> None:
+    if not isinstance(model, CLIP):
+        raise ValueError(
+            f"to: expected 'ours' for {type(model).__name__}, which open_clip has no class of, got "
+            "'open_clip'"
+        )
+    try:
+        import open_clip
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"save_as needs {error.name}: pip install 'elip-kernels[open-clip]'", name=error.name
+        ) from error
+    from safetensors.torch import save_file
+
+    config = open_clip_config(model.config)
+    theirs = _filled(open_clip.CLIP(**config), model, "open_clip")
+    weights = {name: weight.contiguous() for name, weight in theirs.state_dict().items()}
+    save_file(weights, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
+    if has_tokenizer:
+        config["text_cfg"]["hf_tokenizer_name"] = "."  # open_clip reads the folder itself
+    described = {"model_cfg": config, "preprocess_cfg": {"mean": CLIP_MEAN, "std": CLIP_STD}}
+    text = json.dumps(described, indent=2) + "\n"
+    (folder / OPEN_CLIP_CONFIG).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A folder to write in that takes the place of `folder` once all is written."""
+    folder = folder.resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"folder: expected a new or empty folder, got {folder}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        staged = place / folder.name
+        staged.mkdir()
+        yield staged
+        os.replace(staged, folder)
+    finally:
+        shutil.rmtree(place)

@@ -1,0 +1,314 @@
+"""Other people's checkpoints as our models.
+
+    official ALBEF, BLIP, METER   .pth or .ckpt; also ELIP's own, whose names are the same
+    open_clip                     .pt, .safetensors, or a folder with open_clip_config.json
+    transformers                  a folder of CLIPModel or of the Blip family
+    ours                          a folder that save_pretrained wrote
+
+Names and what fills missing parts: `checkpoint_names.py`; the config: `checkpoint_config.py`; the
+way back: `export.py`. Files are read as tensors alone, never as code.
+"""
+
+import json
+import os
+import pickle
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+from elip_models.checkpoints.model_config import OPEN_CLIP_CONFIG, fields_of, heads_of, sizes_of
+from elip_models.checkpoints.names import KINDS, Kind, recognise
+from elip_models.checkpoints.renaming import renamed
+from elip_models.models.base import PretrainedModel, first_names, load_weights, read_config
+from elip_models.models.registry import FAMILIES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+OURS = "ours"
+UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, UnicodeDecodeError, LookupError)
+"""What torch.load raises for other content than tensors, and for a file that is none of its own."""
+
+
+class _Read(NamedTuple):
+    """kind: of the table. weights: by our names where the table knows them. fields: of our config
+    that the source says."""
+
+    kind: Kind
+    weights: dict[str, Tensor]
+    fields: dict[str, Any]
+
+
+def convert_checkpoint(
+    source: str | os.PathLike,
+    *,
+    kind: str | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    allow_missing: Iterable[str] = (),
+    allow_unexpected: Iterable[str] = (),
+    **overrides: Any,
+) -> PretrainedModel:
+    """Our model, in eval mode, with the weights of a checkpoint.
+
+    Sizes follow from the weights. Heads are 64 wide, and ids and activation ours, unless the
+    source has a config that says so or an override does.
+
+    Args:
+        source: a file or a folder, see above.
+        kind: one of `KINDS`, or 'ours'; None recognises it by the names of the tensors.
+        tokenizer: says the ids of special tokens; BLIP adds [DEC] and [ENC] to it.
+        allow_missing: patterns of our names, `*` for any part, that may stay as initialised, beside
+            those that the kind is known to lack.
+        allow_unexpected: patterns of the checkpoint's names that are left aside.
+        overrides: fields of the model's config; another `image_size` than the checkpoint's
+            interpolates the position embeddings (bicubic).
+
+    Raises:
+        FileNotFoundError: no such file, or a folder without weights.
+        ValueError: a file that holds more than tensors, an unknown kind, a setting or a tokenizer
+            that our model cannot have, or tensors that are missing, unexpected or of another shape,
+            all listed.
+    """
+    if kind is not None and kind not in (*KINDS, OURS):
+        raise ValueError(f"kind: expected one of {', '.join((*KINDS, OURS))}, got {kind!r}")
+    read = _read(Path(source), kind)
+    family = FAMILIES[read.kind.family]
+    fields = read.fields | _ids(family, tokenizer, read.fields) | overrides
+    model = family(family.config_class.from_dict(fields | heads_of(fields)))
+    _load_(model, read, tuple(allow_missing), tuple(allow_unexpected))
+    return model.eval()
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, or of the weight file in a folder, without what they are wrapped in.
+
+    Raises:
+        FileNotFoundError: no such file, or a folder without weights.
+        ValueError: a file that holds more than tensors, or none.
+    """
+    if path.is_dir():
+        files = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
+        if not files:
+            raise FileNotFoundError(
+                f"source: expected one of {', '.join(WEIGHT_FILES)} in a folder, got none in {path}"
+            )
+        path = files[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"source: expected a file or a folder, got none at {path}")
+    if path.suffix == ".json":
+        shards = json.loads(path.read_text(encoding="utf-8")).get("weight_map")
+        if shards is None:
+            raise ValueError(
+                f"source: expected weights, or the index of their shards, got {path}; where it is "
+                "a config, name its folder"
+            )
+        pieces = [_read_file(path.parent / shard) for shard in sorted(set(shards.values()))]
+        return {name: weight for piece in pieces for name, weight in piece.items()}
+    return _read_file(path)
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"source: expected a safetensors file, got {path}: {error}") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        raise ValueError(
+            f"source: expected tensors, numbers and texts alone in {path}, got "
+            f"{_other_content(path)}, which could run code when it is read; where you trust it, "
+            "save its state dict alone, torch.save({'model': state_dict}, ..)"
+        ) from error
+    return _unwrapped(content, path)
+
+
+def _other_content(path: Path) -> str:
+    """The classes and functions that a pickle names beside tensors, where it can be looked into."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (*UNREADABLE, ValueError):
+        names = []
+    return ", ".join(names) or "other content"
+
+
+def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict in {"state_dict": ..} or {"model": ..}, or itself, without 'module.'."""
+    if isinstance(content, dict):
+        wrapped = (content.get(name) for name in ("state_dict", "model"))
+        content = next((inner for inner in wrapped if isinstance(inner, dict)), content)
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"source: expected a dict of tensors, got {type(content).__name__} {path}")
+    others = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ValueError(
+            "source: expected a state dict, bare or under 'state_dict' or 'model', got other "
+            f"values in {path}: {', '.join(others[:10])}"
+        )
+    if all(name.startswith("module.") for name in content):
+        return {name.removeprefix("module."): weight for name, weight in content.items()}
+    return content
+
+
+def _read(path: Path, name: str | None) -> _Read:
+    weights = read_weights(path)
+    folder = path if path.is_dir() else None
+    family, config = None, {}
+    if name in (None, OURS) and folder is not None and (folder / "config.json").is_file():
+        family, config = read_config(folder, with_weights=False)
+    if family in FAMILIES:
+        return _Read(Kind(family, {}, has=()), weights, config)
+    if name == OURS:
+        raise ValueError(f"kind: expected a folder that save_pretrained wrote, got {path}")
+    kind = KINDS[name or _recognised(weights, folder)]
+    kept = {
+        tensor: weight
+        for tensor, weight in weights.items()
+        if not any(fnmatchcase(tensor, pattern) for pattern in kind.ignored)
+    }
+    ours = renamed(kept, kind.names)
+    fields = sizes_of(kind.family, ours)
+    fields |= fields_of(kind, folder, fields.get("vocab_size", 0))
+    if kind.family == "blip":
+        fields["tie_decoder"] = _decoder_is_tied(ours)
+    return _Read(kind, ours, fields)
+
+
+def _ids(
+    family: type[PretrainedModel],
+    tokenizer: "PreTrainedTokenizerBase | None",
+    fields: dict[str, Any],
+) -> dict[str, int]:
+    """The ids of a tokenizer's special tokens."""
+    if tokenizer is None:
+        return {}
+    config = family.config_class()
+    context_length = fields.get("context_length", config.context_length)
+    found = family.fit_tokenizer(tokenizer, context_length)
+    tokens, rows = found.pop("vocab_size"), fields.get("vocab_size", config.vocab_size)
+    if tokens > rows:
+        raise ValueError(
+            f"tokenizer: expected at most {rows} tokens, the rows of the checkpoint's embeddings, "
+            f"got {tokens}"
+        )
+    return found
+
+
+def _recognised(weights: dict[str, Tensor], folder: Path | None) -> str:
+    """The kind; where the names do not say it, the error says what the folder is."""
+    try:
+        return recognise(weights)
+    except ValueError as error:
+        named = [n for n in ("config.json", OPEN_CLIP_CONFIG) if folder and (folder / n).is_file()]
+        described = json.loads((folder / named[0]).read_text(encoding="utf-8")) if named else {}
+        architectures = described.get("architectures")
+        hint = f"; config.json says {', '.join(architectures)}" if architectures else ""
+        raise ValueError(f"{error}{hint}") from error
+
+
+def _decoder_is_tied(weights: dict[str, Tensor]) -> bool:
+    """Whether all that a decoder shares with the encoder in pre-training is the same here."""
+    for name, weight in weights.items():
+        theirs = weights.get(name.replace("decoder.", "encoders.text.", 1))
+        is_shared = name.startswith("decoder.") and ".attention." not in name
+        if is_shared and theirs is not None and not torch.equal(weight, theirs):
+            return False
+    return True
+
+
+def _load_(
+    model: PretrainedModel,
+    read: _Read,
+    allow_missing: tuple[str, ...],
+    allow_unexpected: tuple[str, ...],
+) -> None:
+    """Load what was read, and fill the parts that the kind may lack and that are not there."""
+    weights = _fitted(model, read.weights)
+    _check_tied(model, weights)
+    fills = {
+        part: filling
+        for part, filling in read.kind.fills.items()
+        if not any(name.startswith(part) for name in weights)
+    }
+    missing = (*(f"{part}*" for part in fills), *allow_missing)
+    load_weights(model, weights, allow_missing=missing, allow_unexpected=allow_unexpected)
+    _fill_(model, fills)
+
+
+def _fitted(model: PretrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Leading dims of size 1 added or dropped, position embeddings at the model's image size."""
+    state = model.state_dict()
+    fitted = {}
+    for name, weight in weights.items():
+        if name in state:
+            weight = with_leading_ones(weight, state[name].shape)
+            if name.endswith("visual.pos_embed") and weight.shape[1:2] != state[name].shape[1:2]:
+                weight = resampled(weight, model)
+        fitted[name] = weight
+    return fitted
+
+
+def resampled(pos_embed: Tensor, model: PretrainedModel) -> Tensor:
+    """Position embeddings (1, 1 + G^2, D), CLS first, on the model's grid, bicubic; with
+    antialiasing for CLIP, as open_clip does, and without for the others, as their code does."""
+    if pos_embed.ndim != 3:
+        return pos_embed
+    side = model.config.image_size // model.config.patch_size
+    return resample_abs_pos_embed(
+        pos_embed, [side, side], num_prefix_tokens=1, antialias=model.family == "clip"
+    )
+
+
+def with_leading_ones(weight: Tensor, shape: torch.Size) -> Tensor:
+    """The weight with as many leading dims as `shape`, where those that come or go have size 1."""
+    missing = len(shape) - weight.ndim
+    if missing > 0 and all(size == 1 for size in shape[:missing]):
+        return weight.reshape(*shape[:missing], *weight.shape)
+    if missing < 0 and all(size == 1 for size in weight.shape[:-missing]):
+        return weight.reshape(weight.shape[-missing:])
+    return weight
+
+
+def _check_tied(model: PretrainedModel, weights: dict[str, Tensor]) -> None:
+    """Raises ValueError where names of one tensor hold different values."""
+    seen: dict[str, str] = {}
+    differing = []
+    for name, first in first_names(model).items():
+        if name in weights:
+            other = seen.setdefault(first, name)
+            if not torch.equal(weights[other], weights[name]):
+                differing.append(f"{name} and {other}")
+    if differing:
+        raise ValueError(
+            "weights: expected the same values in tensors that the model shares, got others in "
+            f"{', '.join(differing)}"
+        )
+
+
+@torch.no_grad()
+def _fill_(model: PretrainedModel, fills: dict[str, str | None]) -> None:
+    """Copy what a kind of checkpoint lacks, in order, but for tensors shared with other parts."""
+    state, first = model.state_dict(), first_names(model)
+    for part, source in fills.items():
+        if source is None:
+            continue
+        for name in state:
+            if name.startswith(part) and first[name] == name:
+                state[name].copy_(state[source + name.removeprefix(part)])

@@ -1,0 +1,255 @@
+"""A model's config from a checkpoint: sizes from the shapes of its tensors, the rest from the
+config of the library that wrote it, where there is one.
+
+Weights do not say how many heads they have: 64 wide each, unless a config or an override does.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from elip_models.checkpoints.names import Kind
+from elip_models.models.meter import ROBERTA
+from elip_models.models.registry import FAMILIES
+
+HEAD_WIDTH = 64
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+ENCODERS = {
+    "vision_width": ("encoders.visual.pos_embed", -1),
+    "patch_size": ("encoders.visual.patch_embed.proj.weight", -1),
+    "text_width": ("encoders.text.embeddings.word_embeddings.weight", 1),
+    "text_hidden": ("encoders.text.layers.0.intermediate.dense.weight", 0),
+    "vocab_size": ("encoders.text.embeddings.word_embeddings.weight", 0),
+    "max_positions": ("encoders.text.embeddings.position_embeddings.weight", 0),
+    "embed_dim": ("encoders.image_projection.weight", 0),
+    "queue_size": ("queue.image", 1),
+}
+DIMENSIONS: dict[str, dict[str, tuple[str, int]]] = {
+    "clip": {
+        "vision_width": ("visual.pos_embed", -1),
+        "patch_size": ("visual.patch_embed.proj.weight", -1),
+        "text_width": ("text.transformer.embeddings.token_embedding.weight", 1),
+        "vocab_size": ("text.transformer.embeddings.token_embedding.weight", 0),
+        "context_length": ("text.transformer.embeddings.position_embedding.weight", 0),
+        "embed_dim": ("image_projection.weight", 0),
+    },
+    "albef": ENCODERS,
+    "blip": ENCODERS,
+    "meter": {
+        "vision_width": ("visual.pos_embed", -1),
+        "patch_size": ("visual.patch_embed.proj.weight", -1),
+        "text_width": ("text.embeddings.word_embeddings.weight", 1),
+        "text_hidden": ("text.layers.0.intermediate.dense.weight", 0),
+        "vocab_size": ("text.embeddings.word_embeddings.weight", 0),
+        "max_positions": ("text.embeddings.position_embeddings.weight", 0),
+        "cross_width": ("text_transform.weight", 0),
+        "cross_hidden": ("text_layers.layers.0.intermediate.dense.weight", 0),
+    },
+}
+"""Field of the config -> tensor and dim that it is read off; an absent tensor says nothing."""
+LAYERS = {
+    "clip": {"vision_depth": "visual.blocks.", "text_depth": "text.transformer.encoder.layers."},
+    "albef": {"vision_depth": "encoders.visual.blocks.", "text_depth": "encoders.text.layers."},
+    "blip": {"vision_depth": "encoders.visual.blocks.", "text_depth": "encoders.text.layers."},
+    "meter": {
+        "vision_depth": "visual.blocks.",
+        "text_depth": "text.layers.",
+        "cross_depth": "text_layers.layers.",
+    },
+}
+RATIOS = {
+    "vision_mlp_ratio": ("vision_width", "visual.blocks.0.mlp.fc1.weight"),
+    "text_mlp_ratio": ("text_width", "text.transformer.encoder.layers.0.mlp.fc1.weight"),
+}
+OPEN_CLIP_FIXED: dict[str, Any] = {
+    "ls_init_value": None,
+    "attentional_pool": False,
+    "no_ln_pre": False,
+    "pos_embed_type": "learnable",
+    "final_ln_after_pool": False,
+    "act_kwargs": None,
+    "block_type": None,
+    "qk_norm": False,
+    "scaled_cosine_attn": False,
+    "timm_model_name": None,
+    "embed_cls": False,
+    "no_causal_mask": False,
+    "proj_bias": False,
+    "proj_type": "linear",
+    "hf_model_name": None,
+}
+"""Settings of an open_clip tower that ours has no other value for."""
+
+
+def sizes_of(family: str, weights: dict[str, Tensor]) -> dict[str, Any]:
+    """Fields of the config that the shapes of weights, by our names, say."""
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    if family == "blip":  # captions alone: the decoder is all the text there is
+        shapes |= {
+            name.replace("decoder.", "encoders.text.", 1): shape
+            for name, shape in shapes.items()
+            if name.startswith("decoder.")
+        }
+    sizes: dict[str, Any] = {
+        name: shapes[tensor][dim]
+        for name, (tensor, dim) in DIMENSIONS[family].items()
+        if tensor in shapes and -len(shapes[tensor]) <= dim < len(shapes[tensor])
+    }
+    for name, start in LAYERS[family].items():
+        count = _count(shapes, start)
+        sizes |= {name: count} if count else {}
+    for name, (width, tensor) in RATIOS.items():
+        hidden = next((shape[0] for key, shape in shapes.items() if key.endswith(tensor)), None)
+        if hidden and width in sizes:
+            sizes[name] = _ratio(hidden, sizes[width])
+    places = next((s[-2] for n, s in shapes.items() if n.endswith("visual.pos_embed")), None)
+    if places and "patch_size" in sizes:
+        sizes["image_size"] = math.isqrt(places - 1) * sizes["patch_size"]
+    return sizes | _texts(family, shapes, sizes)
+
+
+def _texts(family: str, shapes: dict[str, tuple[int, ...]], sizes: dict[str, Any]) -> dict:
+    """What follows from sizes: which layers fuse, which text encoder, how long a text may be."""
+    found: dict[str, Any] = {}
+    default = FAMILIES[family].config_class()
+    if family == "albef":
+        cross = re.compile(r"encoders\.text\.layers\.(\d+)\.crossattention\..*")
+        fusing = [int(match[1]) for name in shapes if (match := cross.fullmatch(name))]
+        found |= {"text_layers": min(fusing)} if fusing else {}
+    unused = 0
+    if shapes.get("text.embeddings.token_type_embeddings.weight", (2,))[0] == 1:
+        found |= {name: value for name, value in ROBERTA.items() if name not in sizes}
+        unused = ROBERTA["pad_token_id"] + 1
+    if "max_positions" in sizes:
+        found["context_length"] = min(default.context_length, sizes["max_positions"] - unused)
+    if family == "clip" and "vocab_size" in sizes:
+        found["eos_token_id"] = sizes["vocab_size"] - 1
+    return found
+
+
+def heads_of(sizes: dict[str, Any]) -> dict[str, int]:
+    """Heads of each part that `sizes` says the width of and not the heads.
+
+    Raises:
+        ValueError: a width that is no multiple of 64.
+    """
+    heads = {}
+    for part in ("vision", "text", "cross"):
+        width = sizes.get(f"{part}_width")
+        if width is None or f"{part}_heads" in sizes:
+            continue
+        if width % HEAD_WIDTH:
+            raise ValueError(
+                f"{part}_heads: expected a width that is a multiple of {HEAD_WIDTH}, the width of "
+                f"a head in the official models, got {width}; say {part}_heads=.., which weights "
+                "do not"
+            )
+        heads[f"{part}_heads"] = width // HEAD_WIDTH
+    return heads
+
+
+def fields_of(kind: Kind, folder: Path | None, vocab_size: int) -> dict[str, Any]:
+    """Fields of our config that the library's own config in a folder says; none without a folder.
+
+    Raises:
+        ValueError: a setting that our model cannot have.
+    """
+    if folder is None:
+        return {}
+    if kind.architecture is not None and (folder / "config.json").is_file():
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(folder)
+        return _of_hf_clip(config) if kind.family == "clip" else _of_hf_blip(config)
+    if kind.architecture is None and (folder / OPEN_CLIP_CONFIG).is_file():
+        text = (folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8")
+        return _of_open_clip(json.loads(text).get("model_cfg", {}), vocab_size)
+    return {}
+
+
+def _of_hf_clip(config: Any) -> dict[str, Any]:
+    vision, text = config.vision_config, config.text_config
+    if vision.hidden_act != text.hidden_act:
+        raise ValueError(
+            "source: expected one activation in both towers, got "
+            f"{vision.hidden_act!r} and {text.hidden_act!r}"
+        )
+    fields = {
+        "vision_heads": vision.num_attention_heads,
+        "text_heads": text.num_attention_heads,
+        "vision_norm_eps": vision.layer_norm_eps,
+        "text_norm_eps": text.layer_norm_eps,
+        "activation": vision.hidden_act,
+    }
+    ids = {"pad_token_id": text.pad_token_id}
+    if text.eos_token_id != 2:  # 2 is transformers' sign for the highest id of each text
+        ids["eos_token_id"] = text.eos_token_id
+    return fields | _known_ids(ids, text.vocab_size)
+
+
+def _of_hf_blip(config: Any) -> dict[str, Any]:
+    vision, text = config.vision_config, config.text_config
+    for tower in (vision, text):
+        if tower.hidden_act != "gelu":
+            raise ValueError(f"source: expected activation 'gelu', got {tower.hidden_act!r}")
+    fields = {
+        "vision_heads": vision.num_attention_heads,
+        "text_heads": text.num_attention_heads,
+        "vision_norm_eps": vision.layer_norm_eps,
+        "text_norm_eps": text.layer_norm_eps,
+        "text_dropout": text.hidden_dropout_prob,
+    }
+    ids = {
+        "pad_token_id": text.pad_token_id,
+        "sep_token_id": text.sep_token_id,
+        "decoder_token_id": text.bos_token_id,
+    }
+    if text.bos_token_id is not None:  # BLIP's tokenizers add [DEC], then [ENC]
+        ids["encoder_token_id"] = text.bos_token_id + 1
+    return fields | _known_ids(ids, text.vocab_size)
+
+
+def _of_open_clip(config: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+    vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
+    pools = {"pool_type": "tok"}, {"pool_type": ("argmax", "eos")}
+    for tower, pool in zip((vision, text), pools, strict=True):
+        for name, expected in (OPEN_CLIP_FIXED | pool).items():
+            allowed = expected if isinstance(expected, tuple) else (expected,)
+            if tower.get(name, allowed[0]) not in allowed:
+                raise ValueError(
+                    f"source: expected {name} = {' or '.join(map(repr, allowed))} in "
+                    f"{OPEN_CLIP_CONFIG}, got {tower[name]!r}; our CLIP has no other"
+                )
+    fields = {
+        "vision_heads": vision.get("width", 768) // vision.get("head_width", HEAD_WIDTH),
+        "text_heads": text.get("heads", 8),
+        "activation": "quick_gelu" if config.get("quick_gelu") else "gelu",
+    }
+    for part, tower in (("vision", vision), ("text", text)):
+        fields[f"{part}_norm_eps"] = (tower.get("norm_kwargs") or {}).get("eps", 1e-5)
+    ids = {"pad_token_id": text.get("pad_id", 0)}
+    if text.get("pool_type") == "eos":
+        ids["eos_token_id"] = text.get("eos_id", 2)
+    return fields | _known_ids(ids, vocab_size)
+
+
+def _known_ids(ids: dict[str, int | None], vocab_size: int) -> dict[str, int]:
+    """Those of the vocabulary: configs keep defaults that lie beyond a small one."""
+    return {name: i for name, i in ids.items() if i is not None and 0 <= i < vocab_size}
+
+
+def _count(names: Iterable[str], start: str) -> int:
+    """How many layers: the highest number after `start`, plus one."""
+    numbers = re.compile(re.escape(start) + r"(\d+)\..*")
+    return max((int(m[1]) + 1 for name in names if (m := numbers.fullmatch(name))), default=0)
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """hidden / width, such that int(width * ratio) is hidden again."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)

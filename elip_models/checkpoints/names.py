@@ -1,0 +1,317 @@
+"""Names of the tensors in other people's checkpoints, and ours.
+
+A table holds templates, see `modules/renaming.py`, theirs on the left and ours on the right.
+Read backwards, it exports.
+
+A kind of checkpoint that may lack parts of our model says what fills them, in order: `fills` maps
+how our names begin to how those begin that are copied, or to None for a part that stays as a fresh
+model has it. A part is filled where nothing of it is there; a gap in one is an error.
+
+    momentum copies     copies of the online parts, also in pre-trained models without them
+    queue               random, as at the start of training
+    BLIP's decoder      the encoder's weights, with its self-attention, where only that was trained
+    BLIP's encoder      the decoder's, where only that was trained (captions)
+    heads, projections  as initialised
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from elip_models.checkpoints.renaming import QKV, Names
+
+
+def _under(theirs: str, ours: str, names: Names) -> Names:
+    return {theirs + left: ours + right for left, right in names.items()}
+
+
+BERT = {"embeddings.*": "embeddings.*", "encoder.layer.*": "layers.*"}
+OPEN_CLIP_VIT = {
+    "class_embedding": "cls_token",
+    "positional_embedding": "pos_embed",
+    "conv1.weight": "patch_embed.proj.weight",
+    "ln_pre.*": "norm_pre.*",
+    "ln_post.*": "norm.*",
+    "transformer.resblocks.*.ln_1.*": "blocks.*.norm1.*",
+    "transformer.resblocks.*.ln_2.*": "blocks.*.norm2.*",
+    "transformer.resblocks.*.attn.in_proj_*": "blocks.*.attn.qkv.*",
+    "transformer.resblocks.*.attn.out_proj.*": "blocks.*.attn.proj.*",
+    "transformer.resblocks.*.mlp.c_fc.*": "blocks.*.mlp.fc1.*",
+    "transformer.resblocks.*.mlp.c_proj.*": "blocks.*.mlp.fc2.*",
+}
+OPEN_CLIP_TEXT = {
+    "token_embedding.weight": "text.transformer.embeddings.token_embedding.weight",
+    "positional_embedding": "text.transformer.embeddings.position_embedding.weight",
+    "ln_final.*": "text.transformer.final_layer_norm.*",
+    "text_projection": "text_projection.weight.T",
+    **_under(
+        "transformer.resblocks.*.",
+        "text.transformer.encoder.layers.*.",
+        {
+            "ln_1.*": "layer_norm1.*",
+            "ln_2.*": "layer_norm2.*",
+            "attn.in_proj_*": f"self_attn.{QKV}_proj.*",
+            "attn.out_proj.*": "self_attn.out_proj.*",
+            "mlp.c_fc.*": "mlp.fc1.*",
+            "mlp.c_proj.*": "mlp.fc2.*",
+        },
+    ),
+}
+OPEN_CLIP = {
+    **_under("visual.", "visual.", OPEN_CLIP_VIT),
+    "visual.proj": "image_projection.weight.T",
+    "logit_scale": "logit_scale",
+}
+HF_BLOCK = {
+    "layer_norm1.*": "norm1.*",
+    "layer_norm2.*": "norm2.*",
+    "mlp.*": "mlp.*",
+}
+HF_CLIP = {
+    "vision_model.embeddings.class_embedding": "visual.cls_token",
+    "vision_model.embeddings.position_embedding.weight": "visual.pos_embed",
+    "vision_model.embeddings.patch_embedding.*": "visual.patch_embed.proj.*",
+    "vision_model.pre_layrnorm.*": "visual.norm_pre.*",
+    "vision_model.post_layernorm.*": "visual.norm.*",
+    **_under(
+        "vision_model.encoder.layers.*.",
+        "visual.blocks.*.",
+        HF_BLOCK | {f"self_attn.{QKV}_proj.*": "attn.qkv.*", "self_attn.out_proj.*": "attn.proj.*"},
+    ),
+    "text_model.*": "text.transformer.*",
+    "visual_projection.weight": "image_projection.weight",
+    "text_projection.weight": "text_projection.weight",
+    "logit_scale": "logit_scale",
+}
+HF_BLIP_VIT = {
+    "vision_model.embeddings.class_embedding": "encoders.visual.cls_token",
+    "vision_model.embeddings.position_embedding": "encoders.visual.pos_embed",
+    "vision_model.embeddings.patch_embedding.*": "encoders.visual.patch_embed.proj.*",
+    "vision_model.post_layernorm.*": "encoders.visual.norm.*",
+    **_under(
+        "vision_model.encoder.layers.*.",
+        "encoders.visual.blocks.*.",
+        HF_BLOCK | {"self_attn.qkv.*": "attn.qkv.*", "self_attn.projection.*": "attn.proj.*"},
+    ),
+}
+PROJECTIONS = {
+    "vision_proj.*": "encoders.image_projection.*",
+    "text_proj.*": "encoders.text_projection.*",
+}
+TEXT_ENCODER = _under("text_encoder.", "encoders.text.", BERT)
+TEXT_DECODER = {
+    **_under("text_decoder.bert.", "decoder.", BERT),
+    "text_decoder.cls.*": "language_head.*",
+}
+ITM_HEAD = {"itm_head.*": "itm_head.*"}
+QUEUE = {
+    "temp": "temperature",
+    "image_queue": "queue.image",
+    "text_queue": "queue.text",
+    "queue_ptr": "queue.pointer",
+    "ptr_queue": "queue.pointer",
+}
+
+
+def _with_momentum(names: Names) -> Names:
+    """Also of the copies: 'text_encoder_m.' beside 'text_encoder.'."""
+    copies = {
+        left.replace(".", "_m.", 1): right.replace("encoders.", "encoders_m.", 1)
+        for left, right in names.items()
+    }
+    return names | copies
+
+
+VISUAL_ENCODER = {"visual_encoder.*": "encoders.visual.*"}
+ALBEF_TEXT = {
+    **_under("text_encoder.bert.", "encoders.text.", BERT),
+    "text_encoder.cls.*": "encoders.language_head.*",
+}
+SHARED = _with_momentum(VISUAL_ENCODER | PROJECTIONS)
+METER = {
+    **_under("vit_model.visual.", "visual.", OPEN_CLIP_VIT),
+    **_under("text_transformer.", "text.", BERT),
+    "cross_modal_text_transform.*": "text_transform.*",
+    "cross_modal_image_transform.*": "image_transform.*",
+    "cross_modal_text_layers.*": "text_layers.layers.*",
+    "cross_modal_image_layers.*": "image_layers.layers.*",
+    "cross_modal_text_pooler.*": "text_pooler.*",
+    "cross_modal_image_pooler.*": "image_pooler.*",
+    "token_type_embeddings.weight": "token_types.weight",
+    "mlm_score.*": "language_head.predictions.*",
+    "itm_score.fc.*": "itm_head.*",
+}
+
+INFERENCE: dict[str, str | None] = {"encoders_m.": "encoders.", "queue.": None}
+NO_DECODER: dict[str, str | None] = {"language_head.": None, "decoder.": "encoders.text."}
+NO_PROJECTIONS: dict[str, str | None] = {
+    "encoders.image_projection.": None,
+    "encoders.text_projection.": None,
+    "itm_head.": None,
+    "temperature": None,
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of checkpoint.
+
+    family: of our model. names: the table. architecture: the class of transformers, if it is one's.
+    has, without: names that a checkpoint of this kind holds, and does not; patterns.
+    fills: our parts that it may lack. ignored: patterns of tensors that say nothing of their own.
+    """
+
+    family: str
+    names: Names
+    has: tuple[str, ...]
+    without: tuple[str, ...] = ()
+    fills: dict[str, str | None] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ("*.position_ids",)
+    architecture: str | None = None
+
+
+UNUSED_OF_CLIP = (
+    *("visual.proj", "transformer.*", "token_embedding.*", "positional_embedding"),
+    *("ln_final.*", "text_projection", "logit_scale"),
+)
+TOKEN_TYPES = "text_encoder.embeddings.token_type_embeddings.weight"
+KINDS = {
+    "albef": Kind(
+        "albef",
+        SHARED | _with_momentum(ALBEF_TEXT) | ITM_HEAD | QUEUE,
+        has=("visual_encoder.cls_token", "text_encoder.bert.*"),
+        fills=INFERENCE,
+    ),
+    "albef_retrieval": Kind(
+        "albef",
+        SHARED | _with_momentum(TEXT_ENCODER) | ITM_HEAD | QUEUE,
+        has=("visual_encoder.cls_token", TOKEN_TYPES),
+        fills={
+            "encoders.language_head.": None,
+            "encoders_m.language_head.": "encoders.language_head.",
+        }
+        | INFERENCE,
+        ignored=("*.position_ids", "idx_queue"),
+    ),
+    "blip": Kind(
+        "blip",
+        SHARED | _with_momentum(TEXT_ENCODER) | TEXT_DECODER | ITM_HEAD | QUEUE,
+        has=(
+            "visual_encoder.cls_token",
+            "text_encoder.encoder.*",
+            "text_decoder.*",
+            "vision_proj.*",
+        ),
+        without=(TOKEN_TYPES,),
+        fills=INFERENCE,
+    ),
+    "blip_retrieval": Kind(
+        "blip",
+        SHARED | _with_momentum(TEXT_ENCODER) | ITM_HEAD | QUEUE,
+        has=("visual_encoder.cls_token", "text_encoder.encoder.*", "vision_proj.*"),
+        without=(TOKEN_TYPES, "text_decoder.*"),
+        fills=NO_DECODER | INFERENCE,
+        ignored=("*.position_ids", "idx_queue"),
+    ),
+    "blip_caption": Kind(
+        "blip",
+        VISUAL_ENCODER | TEXT_DECODER,
+        has=("visual_encoder.cls_token", "text_decoder.*"),
+        without=("text_encoder.*",),
+        fills=NO_PROJECTIONS | {"encoders.text.": "decoder."} | INFERENCE,
+    ),
+    "blip_vqa": Kind(
+        "blip",
+        VISUAL_ENCODER | TEXT_ENCODER | TEXT_DECODER,
+        has=("visual_encoder.cls_token", "text_encoder.encoder.*", "text_decoder.*"),
+        without=(TOKEN_TYPES, "vision_proj.*", "itm_head.*"),
+        fills=NO_PROJECTIONS | INFERENCE,
+    ),
+    "meter": Kind(
+        "meter",
+        METER,
+        has=("vit_model.visual.conv1.weight", "text_transformer.*"),
+        ignored=(
+            "*.position_ids",
+            "text_transformer.pooler.*",
+            *(f"vit_model.{name}" for name in UNUSED_OF_CLIP),
+        ),
+    ),
+    "open_clip": Kind(
+        "clip",
+        OPEN_CLIP | OPEN_CLIP_TEXT,
+        has=("visual.class_embedding", "token_embedding.weight"),
+        ignored=("attn_mask", "input_resolution", "context_length", "vocab_size"),
+    ),
+    "open_clip_custom_text": Kind(
+        "clip",
+        OPEN_CLIP | _under("text.", "", OPEN_CLIP_TEXT),
+        has=("visual.class_embedding", "text.token_embedding.weight"),
+        ignored=("text.attn_mask",),
+    ),
+    "hf_clip": Kind(
+        "clip",
+        HF_CLIP,
+        has=("vision_model.pre_layrnorm.weight", "text_model.embeddings.token_embedding.weight"),
+        architecture="CLIPModel",
+    ),
+    "hf_blip_retrieval": Kind(
+        "blip",
+        HF_BLIP_VIT | TEXT_ENCODER | PROJECTIONS | ITM_HEAD,
+        has=("vision_model.embeddings.class_embedding", "text_encoder.encoder.*", "vision_proj.*"),
+        fills=NO_DECODER | {"temperature": None} | INFERENCE,
+        architecture="BlipForImageTextRetrieval",
+    ),
+    "hf_blip_caption": Kind(
+        "blip",
+        HF_BLIP_VIT | TEXT_DECODER,
+        has=("vision_model.embeddings.class_embedding", "text_decoder.*"),
+        without=("text_encoder.*",),
+        fills=NO_PROJECTIONS | {"encoders.text.": "decoder."} | INFERENCE,
+        architecture="BlipForConditionalGeneration",
+    ),
+    "hf_blip_vqa": Kind(
+        "blip",
+        HF_BLIP_VIT | TEXT_ENCODER | TEXT_DECODER,
+        has=("vision_model.embeddings.class_embedding", "text_encoder.encoder.*", "text_decoder.*"),
+        without=("vision_proj.*", "itm_head.*"),
+        fills=NO_PROJECTIONS | INFERENCE,
+        architecture="BlipForQuestionAnswering",
+    ),
+    "hf_blip": Kind(  # its features pass a pooler and a second norm that ours lack: towers alone
+        "blip",
+        HF_BLIP_VIT | _under("text_model.", "encoders.text.", BERT),
+        has=("vision_model.embeddings.class_embedding", "text_model.encoder.layer.*"),
+        fills=NO_PROJECTIONS | NO_DECODER | INFERENCE,
+        architecture="BlipModel",
+    ),
+}
+
+
+def recognise(names: Iterable[str]) -> str:
+    """The kind of a checkpoint by its tensors' names.
+
+    Raises:
+        ValueError: no kind, or several.
+    """
+    names = list(names)
+
+    def holds(pattern: str) -> bool:
+        return any(fnmatchcase(name, pattern) for name in names)
+
+    found = [
+        kind
+        for kind, spec in KINDS.items()
+        if all(map(holds, spec.has)) and not any(map(holds, spec.without))
+    ]
+    if len(found) != 1:
+        got = (
+            f"names such as {', '.join(sorted(names)[:3])}"
+            if not found
+            else f"one that {' and '.join(found)} fit"
+        )
+        raise ValueError(
+            f"source: expected a checkpoint of a kind among {', '.join(KINDS)}, got {got}; say "
+            "which with kind="
+        )
+    return found[0]

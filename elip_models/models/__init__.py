@@ -1,0 +1,1 @@
+"""The language-image models of the paper, and any other by its name."""

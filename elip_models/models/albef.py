@@ -1,0 +1,156 @@
+"""ALBEF with a text-guided, token-reduced image tower.
+
+    text    BERT's first layers on the text alone; their CLS output guides the image tower
+    image   ViT reduced by ELIP; features of both towers
+    fusion  BERT's other layers, text attending to the image tokens
+    loss    ITC (soft targets, queue) + ITM (hard negatives) + MLM (momentum distillation)
+
+Source: ALBEF (Li et al., 2021); ELIP, section 3 and its official ALBEF code.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from elip_models.models.layers.bert import BertTower, masked_language_head
+from elip_models.models.layers.objectives import distilled_language_loss, mask_tokens
+from elip_models.models.momentum_model import Encoders, MomentumConfig, MomentumModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class ALBEFConfig(MomentumConfig):
+    """Hyper-parameters of an ALBEF model; the defaults are the paper's.
+
+    text_layers: of `text_depth` layers, those that read the text alone; the others fuse.
+    The other fields: see `MomentumConfig`; alpha weighs the momentum targets of ITC and MLM.
+    """
+
+    image_size: int = 256
+    text_layers: int = 6
+    mask_token_id: int = 103
+    mask_probability: float = 0.15
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.text_layers < self.text_depth:
+            raise ValueError(
+                f"text_layers: expected 1 to {self.text_depth - 1} of {self.text_depth} layers, "
+                f"got {self.text_layers}"
+            )
+        self.check_ids("mask_token_id")
+        self.check_shares("mask_probability")
+
+
+@dataclass
+class ALBEFOutput:
+    """loss: the sum of the three others, scalars. image_features, text_features: (B, E)."""
+
+    loss: Tensor
+    loss_itc: Tensor
+    loss_itm: Tensor
+    loss_mlm: Tensor
+    image_features: Tensor
+    text_features: Tensor
+
+
+class Drawn(NamedTuple):
+    """What `forward` draws at random, for a caller that has drawn it.
+
+    negative_images: (B,) for each text. negative_texts: (B,) for each image; both number the pairs
+        of all ranks where gather='global'.
+    masked_ids, labels: (B, L), see `mask_tokens`.
+    """
+
+    negative_images: Tensor
+    negative_texts: Tensor
+    masked_ids: Tensor
+    labels: Tensor
+
+
+class ALBEFEncoders(Encoders):
+    """The parts that have a momentum copy; here the language head is one of them."""
+
+    def __init__(self, config: ALBEFConfig) -> None:
+        super().__init__(config)
+        self.reads = range(config.text_layers)
+        self.fuses = range(config.text_layers, config.text_depth)
+        self.text = BertTower(config.bert, cross_attention=self.fuses)
+        self.language_head = masked_language_head(self.text)
+
+    def read(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """input_ids, mask (B, L) -> (B, L, D): the text alone."""
+        return self.text.run(self.text.embed(input_ids), mask, self.reads)
+
+    def fuse(self, hidden: Tensor, mask: Tensor, image_tokens: Tensor) -> Tensor:
+        """hidden (B, L, D) attends to image_tokens (B, N, D) -> (B, L, D)."""
+        return self.text.run(hidden, mask, self.fuses, image_tokens)
+
+    def predict(self, input_ids: Tensor, mask: Tensor, image_tokens: Tensor) -> Tensor:
+        """Logits (B, L, V) of the tokens, with the image before the text's eyes."""
+        hidden = self.fuse(self.read(input_ids, mask), mask, image_tokens)
+        return self.language_head(hidden)
+
+
+class ALBEF(MomentumModel):
+    """Image and text towers, fusion layers, their momentum copies and the feature queue."""
+
+    family = "albef"
+    config_class = ALBEFConfig
+    config: ALBEFConfig
+    encoders: ALBEFEncoders
+
+    def __init__(self, config: ALBEFConfig) -> None:
+        super().__init__(config, ALBEFEncoders(config))
+
+    def fuse(self, text: Tensor, mask: Tensor, image: Tensor) -> Tensor:
+        """text (B, L, D), mask (B, L), image (B, N, D) -> (B, L, D) of the fusion layers."""
+        return self.encoders.fuse(text, mask, image)
+
+    def forward(
+        self,
+        images: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        drawn: Drawn | None = None,
+    ) -> ALBEFOutput:
+        """The pre-training losses of a batch of pairs; in training momentum and queue move on.
+
+        Args:
+            images: (B, 3, H, W).
+            input_ids, attention_mask: (B, L), 1 = real.
+            drawn: negatives and masked tokens instead of drawing them, so that a run can be
+                repeated by another implementation.
+        """
+        seen = self.contrast(images, input_ids, attention_mask)
+        if drawn is None:
+            drawn = self._draw(seen.similar, input_ids)
+        loss_itm = self.matching_loss(seen.text, attention_mask, seen.image, drawn[:2])
+        logits = self.encoders.predict(drawn.masked_ids, attention_mask, seen.image)
+        with torch.no_grad():
+            teacher = self.encoders_m.predict(drawn.masked_ids, attention_mask, seen.image_m)
+        loss_mlm = distilled_language_loss(
+            logits, drawn.labels, teacher, self.alpha, self.config.gather
+        )
+        loss = seen.loss + loss_itm + loss_mlm
+        return ALBEFOutput(loss, seen.loss, loss_itm, loss_mlm, *seen.features)
+
+    def _draw(self, similar: tuple[Tensor, Tensor], input_ids: Tensor) -> Drawn:
+        """Hard negatives by the similarities (B, C), and masked tokens: [SEP] may be one, as in the
+        official code."""
+        config = self.config
+        masked = mask_tokens(
+            input_ids,
+            mask_token_id=config.mask_token_id,
+            special_token_ids=(config.pad_token_id, config.cls_token_id),
+            vocab_size=config.vocab_size,
+            probability=config.mask_probability,
+        )
+        return Drawn(*self.draw_negatives(similar), *masked)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute layers in backward instead of saving their activations."""
+        self.encoders.visual.set_grad_checkpointing(enable)
+        self.encoders.text.set_grad_checkpointing(enable)

@@ -1,0 +1,248 @@
+"""BLIP with a text-guided, token-reduced image tower.
+
+    text     BERT on the text alone; its CLS output guides the image tower
+    image    ViT reduced by ELIP; features of both towers
+    encoder  the same BERT from [ENC] on, each layer attending to the image tokens too
+    decoder  causal self-attention of its own, all else the encoder's, from [DEC] on
+    loss     ITC (soft targets, queue) + ITM (hard negatives) + LM (label smoothing)
+
+Source: BLIP (Li et al., 2022); ELIP, section 3 and its official BLIP code.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from elip_models.models.base import evaluating
+from elip_models.models.layers.bert import (
+    BertTower,
+    UntypedEmbeddings,
+    masked_language_head,
+    tied_decoder,
+    untied_decoder,
+)
+from elip_models.models.layers.generation import CAPTIONS, Decoding, write
+from elip_models.models.layers.objectives import language_loss
+from elip_models.models.momentum_model import Encoders, MomentumConfig, MomentumModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class BLIPConfig(MomentumConfig):
+    """Hyper-parameters of a BLIP model; the defaults are the paper's.
+
+    decoder_token_id, encoder_token_id: [DEC] and [ENC], instead of a text's first token.
+    The other fields: see `MomentumConfig`; alpha weighs the momentum targets of ITC.
+    tie_decoder: the decoder shares all but self-attention with the encoder, as in pre-training;
+        False gives it weights of its own, as in models fine-tuned for captions or answers.
+    """
+
+    vocab_size: int = 30524
+    decoder_token_id: int = 30522
+    encoder_token_id: int = 30523
+    queue_size: int = 57600
+    alpha_warmup_epochs: float = 2.0
+    label_smoothing: float = 0.1
+    negative_epsilon: float = 1e-4
+    tie_decoder: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_ids("decoder_token_id", "encoder_token_id")
+        self.check_shares("label_smoothing")
+
+
+@dataclass
+class BLIPOutput:
+    """loss: the sum of the three others, scalars. image_features, text_features: (B, E)."""
+
+    loss: Tensor
+    loss_itc: Tensor
+    loss_itm: Tensor
+    loss_lm: Tensor
+    image_features: Tensor
+    text_features: Tensor
+
+
+class Drawn(NamedTuple):
+    """What `forward` draws at random, for a caller that has drawn it.
+
+    negative_images: (B,) for each text. negative_texts: (B,) for each image; both number the pairs
+        of all ranks where gather='global'.
+    """
+
+    negative_images: Tensor
+    negative_texts: Tensor
+
+
+class BLIPEncoders(Encoders):
+    """The parts that have a momentum copy."""
+
+    def __init__(self, config: BLIPConfig) -> None:
+        super().__init__(config)
+        self.layers = range(config.text_depth)
+        self.text = BertTower(config.bert, self.layers, embeddings=UntypedEmbeddings)
+
+    def read(self, input_ids: Tensor, mask: Tensor, image_tokens: Tensor | None = None) -> Tensor:
+        """input_ids, mask (B, L), with image_tokens (B, N, D) or alone -> (B, L, D)."""
+        return self.text.run(self.text.embed(input_ids), mask, self.layers, image_tokens)
+
+
+class BLIP(MomentumModel):
+    """Image and text towers, decoder, their momentum copies and the feature queue."""
+
+    family = "blip"
+    config_class = BLIPConfig
+    config: BLIPConfig
+    encoders: BLIPEncoders
+    masks_text = False
+
+    def __init__(self, config: BLIPConfig) -> None:
+        super().__init__(config, BLIPEncoders(config))
+        text = self.encoders.text
+        self.decoder = tied_decoder(text) if config.tie_decoder else untied_decoder(text)
+        self.language_head = masked_language_head(self.decoder)
+
+    @classmethod
+    def fit_tokenizer(
+        cls, tokenizer: "PreTrainedTokenizerBase", context_length: int
+    ) -> dict[str, int]:
+        """Adds [DEC] and [ENC] to the tokenizer; otherwise as the other cross-modal models."""
+        tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
+        decoder, encoder = tokenizer.convert_tokens_to_ids(["[DEC]", "[ENC]"])
+        sizes = super().fit_tokenizer(tokenizer, context_length)
+        return sizes | {"decoder_token_id": decoder, "encoder_token_id": encoder}
+
+    def fuse(self, text: Tensor, mask: Tensor, image: Tensor) -> Tensor:
+        """text, mask (B, L), image (B, N, D) -> (B, L, D) of [ENC] and the ids behind it."""
+        ids = _begin(text, self.config.encoder_token_id)
+        return self.encoders.read(ids, mask, image)
+
+    def predict(
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        image_tokens: Tensor,
+        image_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of each next token after [DEC] and the text up to it.
+
+        Args:
+            input_ids, mask: (B, L), 1 = real.
+            image_tokens: (B, N, D) to attend to; of an image, or of a question fused with it.
+            image_mask: (B, N), 1 = real; None where all of them are.
+
+        Returns:
+            (B, L, V).
+        """
+        ids = _begin(input_ids, self.config.decoder_token_id)
+        decoder, layers = self.decoder, self.encoders.layers
+        hidden = decoder.run(
+            decoder.embed(ids), mask, layers, image_tokens, image_mask, causal=True
+        )
+        return self.language_head(hidden)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        images: Tensor,
+        *,
+        prompt: Tensor | None = None,
+        text_cls: Tensor | None = None,
+        decoding: Decoding = CAPTIONS,
+    ) -> Tensor:
+        """Captions, without dropout, whatever the mode of the model.
+
+        Args:
+            images: (B, 3, H, W), each encoded once.
+            prompt: (B, P) ids that the captions begin with, all of them real, without the first
+                and the last special token; None where there is none.
+            text_cls: (B, D) that guides the image tower, see `encode_image`; a captioner has none,
+                so that all patches are kept, or as many as `without_text` says.
+            decoding: beam search or nucleus sampling, and how long.
+
+        Returns:
+            (B, L) int64: [DEC], the prompt, the caption and its end, then padding.
+
+        Raises:
+            ValueError: another shape or dtype of prompt, or one with padding; a length for which
+                the text tower has no positions.
+        """
+        with evaluating(self):
+            tokens, _ = self.encode_image(images, text_cls)
+        return self.generate_from_tokens(tokens, prompt=prompt, decoding=decoding)
+
+    def generate_from_tokens(
+        self,
+        image_tokens: Tensor,
+        image_mask: Tensor | None = None,
+        *,
+        prompt: Tensor | None = None,
+        decoding: Decoding = CAPTIONS,
+    ) -> Tensor:
+        """As `generate`, from image_tokens (B, N, D) and image_mask (B, N), see `predict`."""
+        config, B = self.config, len(image_tokens)
+        ids = torch.full((B, 1), config.decoder_token_id, device=image_tokens.device)
+        if prompt is not None:
+            fits = prompt.dim() == 2 and len(prompt) == B and prompt.dtype == ids.dtype
+            if not fits or (prompt == config.pad_token_id).any():
+                raise ValueError(
+                    f"prompt: expected int64 ids of the shape ({B}, P), none of them padding, got "
+                    f"{prompt.dtype} of {tuple(prompt.shape)} with "
+                    f"{int((prompt == config.pad_token_id).sum())} of padding; write prompts of "
+                    "different lengths in batches of their own"
+                )
+            ids = torch.cat([ids, prompt], dim=1)
+        with evaluating(self):
+            return write(
+                self.decoder,
+                self.language_head,
+                ids,
+                (image_tokens, image_mask),
+                end_token_id=config.sep_token_id,
+                decoding=decoding,
+            )
+
+    def forward(
+        self,
+        images: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        drawn: Drawn | None = None,
+    ) -> BLIPOutput:
+        """The pre-training losses of a batch of pairs; in training momentum and queue move on.
+
+        Args:
+            images: (B, 3, H, W).
+            input_ids, attention_mask: (B, L), 1 = real.
+            drawn: negatives instead of drawing them, so that a run can be repeated by another
+                implementation.
+        """
+        config = self.config
+        seen = self.contrast(images, input_ids, attention_mask)
+        if drawn is None:
+            drawn = Drawn(*self.draw_negatives(seen.similar))
+        loss_itm = self.matching_loss(input_ids, attention_mask, seen.image, drawn)
+        logits = self.predict(input_ids, attention_mask, seen.image)
+        loss_lm = language_loss(
+            logits, input_ids, attention_mask, config.label_smoothing, config.gather
+        )
+        loss = seen.loss + loss_itm + loss_lm
+        return BLIPOutput(loss, seen.loss, loss_itm, loss_lm, *seen.features)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute layers in backward instead of saving their activations."""
+        for tower in (self.encoders.visual, self.encoders.text, self.decoder):
+            tower.set_grad_checkpointing(enable)
+
+
+def _begin(input_ids: Tensor, token: int) -> Tensor:
+    """The ids (B, L) with another first token."""
+    ids = input_ids.clone()
+    ids[:, 0] = token
+    return ids

@@ -1,0 +1,336 @@
+"""CLIP with a text-guided, token-reduced image tower.
+
+Text first: f_text = normalise(W_t text[EOS]); the guidance of the image tower is f_text mapped back
+to the vision width by the transposed image projection, t = f_text @ W_i, detached. Then
+f_image = normalise(W_i image[CLS]), and the contrastive loss of the pairs (ITC). Where the image
+guides the dropping of text tokens ('learned'), its dense feature comes before all that, and is
+mapped back likewise, f_image @ W_t.
+Source: CLIP (Radford et al., 2021); ELIP, section 3 and its official CLIP code.
+"""
+
+import math
+import warnings
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from elip_models.models.base import Config, PretrainedModel
+from elip_models.models.layers.clip_text import CLIPTextTower
+from elip_models.models.layers.losses import contrastive_loss
+from elip_models.models.layers.text_reduction import TEXT_STRATEGIES, TextReduction
+from elip_models.reduction.encode import run_tower
+from elip_models.reduction.schedule import Schedule
+from elip_models.reduction.strategies import PatchDropout, get_strategy
+from elip_models.reduction.strategies.elip import Elip
+from elip_models.reduction.strategy import StageInfo, Strategy
+from elip_models.towers import as_tower
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPConfig(Config):
+    """Hyper-parameters of a CLIP model.
+
+    activation: of both towers' MLPs; 'quick_gelu', x sigmoid(1.702 x), is that of OpenAI's models.
+    schedule: '2(100%) 2(90%) 6(65%) 2(40%)', or None for a dense image tower.
+    count_cls: keep ratios count CLS among the patches, as the official CLIP code.
+    scorer, fusion, guidance_norm, without_text, merge: see `elip_models.encode_image`.
+    gather: where negatives come from, see `contrastive_loss`.
+    strategy, strategy_options: another way to reduce, such as 'tome' and {'r': 13}; the fields of
+        'elip' stand here, and of them the others take the schedule alone.
+    text_reduction: 'random', 'post' or 'learned' drops text tokens, see `TextReduction`; or None.
+    text_drop: share of a text's tokens that it drops.
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    vision_width: int = 768
+    vision_depth: int = 12
+    vision_heads: int = 12
+    vision_mlp_ratio: float = 4.0
+    vision_norm_eps: float = 1e-5
+    text_width: int = 512
+    text_depth: int = 12
+    text_heads: int = 8
+    text_mlp_ratio: float = 4.0
+    text_norm_eps: float = 1e-5
+    vocab_size: int = 49408
+    context_length: int = 77
+    eos_token_id: int = 49407
+    pad_token_id: int = 0
+    embed_dim: int = 512
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    drop_path: float = 0.0
+    temperature: float = 0.07
+    schedule: str | None = None
+    count_cls: bool = False
+    scorer: str | int = "exact"
+    fusion: float = 0.8
+    guidance_norm: Literal["none", "match"] = "none"
+    without_text: Literal["dense", "vision"] = "dense"
+    merge: bool = True
+    gather: Literal["local", "global"] = "local"
+    strategy: str = "elip"
+    strategy_options: dict[str, Any] | None = None
+    text_reduction: Literal["random", "post", "learned"] | None = None
+    text_drop: float = 0.4
+
+    def __post_init__(self) -> None:
+        self.check_numbers()
+        intervals = {"temperature": (1e-4, 1e4), "drop_path": (0.0, 0.99), "text_drop": (0.0, 0.99)}
+        for name, (low, high) in intervals.items():
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not low <= value <= high:
+                raise ValueError(f"{name}: expected a float in [{low}, {high}], got {value!r}")
+        self.check_ids("eos_token_id", "pad_token_id")
+        self.check_divisor("vision_heads", "vision_width")
+        self.check_divisor("text_heads", "text_width")
+        self.check_divisor("patch_size", "image_size")
+        self.check_choices("gather", "local", "global")
+        self.check_choices("activation", "gelu", "quick_gelu")
+        if self.text_reduction not in (None, *TEXT_STRATEGIES):
+            raise ValueError(
+                f"text_reduction: expected None or one of {', '.join(TEXT_STRATEGIES)}, got "
+                f"{self.text_reduction!r}"
+            )
+        if self.schedule is not None:
+            Schedule.parse(self.schedule).check_depth(self.vision_depth)
+        if self.strategy == "elip" and self.strategy_options is not None:
+            raise ValueError(
+                "strategy_options: expected None with strategy='elip', whose options are fields of "
+                f"their own, got {self.strategy_options!r}"
+            )
+        _ = self.reduction  # raises what is wrong with it
+
+    @property
+    def reduction(self) -> Strategy:
+        """How the image tower is reduced."""
+        text = self.schedule or f"{self.vision_depth}(100%)"
+        schedule = Schedule.parse(text, count_cls=self.count_cls)
+        if self.strategy != "elip":
+            own = {"schedule": schedule} if self.schedule else {}
+            return get_strategy(self.strategy, **own, **(self.strategy_options or {}))
+        names = ("scorer", "fusion", "guidance_norm", "without_text", "merge")
+        return Elip(schedule, **{name: getattr(self, name) for name in names})
+
+    @property
+    def text_token_reduction(self) -> TextReduction | None:
+        """The settings of the text tower's reduction; None where it has none."""
+        return self.text_reduction and TextReduction(self.text_reduction, self.text_drop)
+
+
+@dataclass
+class CLIPOutput:
+    """loss: scalar. image_features, text_features: (B, E), normalised."""
+
+    loss: Tensor
+    image_features: Tensor
+    text_features: Tensor
+
+
+class CLIP(PretrainedModel):
+    """Image tower from timm, text tower from transformers, a projection each, a temperature."""
+
+    family = "clip"
+    config_class = CLIPConfig
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.reduction = config.reduction
+        self.dense = Elip(f"{config.vision_depth}(100%)", without_text="vision")
+        self.visual = VisionTransformer(
+            img_size=config.image_size,
+            patch_size=config.patch_size,
+            embed_dim=config.vision_width,
+            depth=config.vision_depth,
+            num_heads=config.vision_heads,
+            mlp_ratio=config.vision_mlp_ratio,
+            act_layer=config.activation,
+            drop_path_rate=config.drop_path,
+            pre_norm=True,
+            norm_layer=partial(nn.LayerNorm, eps=config.vision_norm_eps),
+            num_classes=0,
+        )
+        _init_visual(self.visual)
+        self.tower = as_tower(self.visual)
+        self.reduction.check(self.tower)
+        self.text = CLIPTextTower(
+            width=config.text_width,
+            depth=config.text_depth,
+            heads=config.text_heads,
+            hidden=int(config.text_width * config.text_mlp_ratio),
+            activation=config.activation,
+            norm_eps=config.text_norm_eps,
+            vocab_size=config.vocab_size,
+            context_length=config.context_length,
+            eos_token_id=config.eos_token_id,
+            pad_token_id=config.pad_token_id,
+            reduction=config.text_token_reduction,
+        )
+        self.image_projection = nn.Linear(config.vision_width, config.embed_dim, bias=False)
+        self.text_projection = nn.Linear(config.text_width, config.embed_dim, bias=False)
+        for projection in (self.image_projection, self.text_projection):
+            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
+
+    def guidance(self, text_features: Tensor) -> Tensor:
+        """f_text (B, E) mapped back to the vision width, (B, D), detached."""
+        return (text_features @ self.image_projection.weight.to(text_features.dtype)).detach()
+
+    def encode_text(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        image_features: Tensor | None = None,
+        reduce: bool = True,
+    ) -> Tensor:
+        """Text features.
+
+        Args:
+            input_ids, attention_mask: (B, L), 1 = real.
+            image_features: (B, E), normalised, which guide text_reduction='learned'; without them
+                it drops nothing, with a warning, as images without text reduce nothing. No other
+                strategy reads them.
+            reduce: False keeps all text tokens.
+
+        Returns:
+            (B, E), normalised.
+        """
+        image_cls = None
+        if reduce and self.config.text_reduction == "learned":
+            if image_features is None:
+                reduce = False
+                if not torch.compiler.is_compiling():
+                    _warn_unguided()
+            else:
+                weight = self.text_projection.weight
+                image_cls = (image_features @ weight.to(image_features.dtype)).detach()
+        hidden = self.text(input_ids, attention_mask, image_cls=image_cls, reduce=reduce)
+        return F.normalize(self.text_projection(hidden), dim=-1)
+
+    def encode_tokens(
+        self, images: Tensor, text_features: Tensor | None = None, *, return_info: bool = False
+    ) -> Tensor | tuple[Tensor, list[StageInfo]]:
+        """images (B, 3, H, W) -> tokens (B, K+2, D) of the image tower; see `encode_image`."""
+        text_cls = None if text_features is None else self.guidance(text_features)
+        tokens, infos = run_tower(self.tower, images, text_cls, self.reduction)
+        return (tokens, infos) if return_info else tokens
+
+    def encode_image(
+        self, images: Tensor, text_features: Tensor | None = None, *, reduce: bool = True
+    ) -> Tensor:
+        """Image features. Without gradient, in eval mode, the last block runs for CLS alone.
+
+        Args:
+            images: (B, 3, H, W).
+            text_features: (B, E), normalised, which guide the reduction; without them the image
+                tower does what `config.without_text` says.
+            reduce: False runs the dense tower.
+
+        Returns:
+            (B, E), normalised.
+        """
+        text_cls = self.guidance(text_features) if reduce and text_features is not None else None
+        settings = self.reduction if reduce else self.dense
+        tokens, _ = run_tower(self.tower, images, text_cls, settings, cls_only=True)
+        return F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W), without text -> (B, E), normalised."""
+        return self.encode_image(images)
+
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """input_ids, attention_mask (B, L) -> (B, E), normalised."""
+        return self.encode_text(input_ids, attention_mask)
+
+    def text_cls(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """input_ids, attention_mask (B, L) -> (B, D), what guides the image tower."""
+        return self.guidance(self.encode_text(input_ids, attention_mask))
+
+    def forward(
+        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> CLIPOutput:
+        """images (B, 3, H, W), input_ids and attention_mask (B, L): row i of each is one pair.
+
+        text_reduction='learned' adds a dense forward pass of the image tower, without gradient, for
+        the text needs the image before it can guide it: about ten times the multiply-adds that
+        training ViT-B/16 saves in the text tower.
+        """
+        dense_features = None
+        if self.config.text_reduction == "learned":
+            dense_features = self._dense_features(images)
+        text_features = self.encode_text(input_ids, attention_mask, image_features=dense_features)
+        image_features = self.encode_image(images, text_features)
+        scale = self.logit_scale.exp()
+        gather = self.config.gather
+        loss = contrastive_loss(image_features, text_features, scale, gather=gather)
+        return CLIPOutput(loss, image_features, text_features)
+
+    @torch.no_grad()
+    def _dense_features(self, images: Tensor) -> Tensor:
+        features = self.encode_image(images, reduce=False)
+        if not torch.compiler.is_compiling():
+            torch.clear_autocast_cache()  # or some releases train with weights cast in here
+        return features
+
+    def begin_step(self, step: int, epoch: float = math.inf) -> None:
+        """Before step `step` of training, from 0: patch dropout may end here."""
+        if isinstance(self.config.reduction, PatchDropout):
+            self.reduction = self.config.reduction.at(step)
+
+    @torch.no_grad()
+    def clamp_temperature_(self) -> None:
+        """Keep the temperature at 0.01 or above, as CLIP does after each step."""
+        self.logit_scale.clamp_(0, math.log(100))
+
+    def monitored(self) -> dict[str, Tensor]:
+        """The temperature."""
+        return {"temperature": (-self.logit_scale).exp()}
+
+    @classmethod
+    def fit_tokenizer(
+        cls, tokenizer: "PreTrainedTokenizerBase", context_length: int
+    ) -> dict[str, int]:
+        """Sizes of vocabulary and text, and the ids of their end and padding."""
+        return {
+            "vocab_size": len(tokenizer),
+            "context_length": context_length,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in backward instead of saving their activations."""
+        self.visual.set_grad_checkpointing(enable)
+        self.text.set_grad_checkpointing(enable)
+
+
+@cache
+def _warn_unguided() -> None:
+    warnings.warn(
+        "no image guidance was given, so no text token is dropped (text_reduction='learned'); "
+        "pass image_features, or reduce=False to mean it",
+        stacklevel=3,
+    )
+
+
+@torch.no_grad()
+def _init_visual(visual: VisionTransformer) -> None:
+    """CLIP's initialisation of the image tower, as its text tower has it: by width and depth."""
+    width, depth = visual.embed_dim, len(visual.blocks)
+    for table in (visual.cls_token, visual.pos_embed):
+        nn.init.normal_(table, std=width**-0.5)
+    for block in visual.blocks:
+        nn.init.normal_(block.attn.qkv.weight, std=width**-0.5)
+        nn.init.normal_(block.mlp.fc1.weight, std=(2 * width) ** -0.5)
+        for output in (block.attn.proj, block.mlp.fc2):
+            nn.init.normal_(output.weight, std=(2 * width * depth) ** -0.5)

@@ -1,0 +1,158 @@
+"""What ALBEF, BLIP and METER share: the image tower, how its reduction is guided, the tokenizer."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from elip_models.models.base import Config, PretrainedModel
+from elip_models.reduction.encode import run_tower
+from elip_models.reduction.strategies.elip import Elip
+from elip_models.reduction.strategy import StageInfo, Strategy
+from elip_models.towers import Tower
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossModalConfig(Config):
+    """Sizes of a timm VisionTransformer, how it is reduced, and the texts beside it.
+
+    text_width: of the text encoder, whose CLS output guides; as wide as the image tower.
+    context_length: tokens of a text; max_positions: those that the text encoder has places for.
+    pad_token_id, cls_token_id, sep_token_id: what fills, begins and ends a text.
+    initializer_range: standard deviation of fresh weights. That of ViT and BERT suits a width of
+        768; in a narrow tower tokens hardly see one another then, and width^-0.5 trains.
+    gather: 'local' contrasts within a rank and means over its own tokens; 'global' over all ranks,
+        so that the mean over ranks, and its gradient, equal one process with the whole batch.
+    schedule: '2(100%) 2(90%) 6(65%) 2(40%)', or None for a dense image tower.
+    scorer, fusion, guidance_norm, without_text, merge: see `elip_models.encode_image`.
+
+    Raises:
+        ValueError: naming the field, what was expected, what came.
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    vision_width: int = 768
+    vision_depth: int = 12
+    vision_heads: int = 12
+    vision_mlp_ratio: float = 4.0
+    vision_norm_eps: float = 1e-6
+    text_width: int = 768
+    context_length: int = 30
+    max_positions: int = 512
+    vocab_size: int = 30522
+    pad_token_id: int = 0
+    cls_token_id: int = 101
+    sep_token_id: int = 102
+    initializer_range: float = 0.02
+    gather: Literal["local", "global"] = "local"
+    schedule: str | None = None
+    scorer: str | int = "exact"
+    fusion: float = 0.8
+    guidance_norm: Literal["none", "match"] = "none"
+    without_text: Literal["dense", "vision"] = "dense"
+    merge: bool = True
+
+    def __post_init__(self) -> None:
+        self.check_numbers()
+        if self.text_width != self.vision_width:
+            raise ValueError(
+                f"text_width: expected vision_width = {self.vision_width}, whose CLS token the "
+                f"text's is fused with, got {self.text_width}"
+            )
+        self.check_divisor("vision_heads", "vision_width")
+        self.check_divisor("patch_size", "image_size")
+        if self.context_length > self.max_tokens:
+            raise ValueError(
+                f"context_length: expected at most {self.max_tokens}, the tokens that "
+                f"max_positions = {self.max_positions} has room for, got {self.context_length}"
+            )
+        self.check_choices("gather", "local", "global")
+        self.check_ids("pad_token_id", "cls_token_id", "sep_token_id")
+        self.reduction.schedule.check_depth(self.vision_depth)
+
+    @property
+    def max_tokens(self) -> int:
+        """Of a text, padding included."""
+        return self.max_positions
+
+    @property
+    def reduction(self) -> Elip:
+        """How the image tower is reduced."""
+        names = ("scorer", "fusion", "guidance_norm", "without_text", "merge")
+        settings = {name: getattr(self, name) for name in names}
+        return Elip(self.schedule or f"{self.vision_depth}(100%)", **settings)
+
+    def vit(self, **options: Any) -> VisionTransformer:
+        """The image tower, without a head; `options` are timm's."""
+        visual = VisionTransformer(
+            img_size=self.image_size,
+            patch_size=self.patch_size,
+            embed_dim=self.vision_width,
+            depth=self.vision_depth,
+            num_heads=self.vision_heads,
+            mlp_ratio=self.vision_mlp_ratio,
+            num_classes=0,
+            norm_layer=partial(nn.LayerNorm, eps=self.vision_norm_eps),
+            **options,
+        )
+        for module in visual.blocks.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=self.initializer_range)
+        return visual
+
+
+class CrossModalModel(PretrainedModel):
+    """Text first: its CLS output guides the image tower, `tower`, reduced as `reduction` says; as
+    `dense` says it keeps all tokens."""
+
+    tower: Tower
+    reduction: Strategy
+    dense: Elip
+    masks_text: ClassVar[bool] = True
+
+    def __init__(self, config: CrossModalConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.reduction = config.reduction
+        self.dense = Elip(f"{config.vision_depth}(100%)", without_text="vision")
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """input_ids, attention_mask (B, L) -> hidden states (B, L, D) of the text alone."""
+        raise NotImplementedError
+
+    def text_cls(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """input_ids, attention_mask (B, L) -> (B, D), what guides the image tower."""
+        return self.encode_text(input_ids, attention_mask)[:, 0]
+
+    def encode_image(
+        self, images: Tensor, text_cls: Tensor | None = None
+    ) -> tuple[Tensor, list[StageInfo]]:
+        """images (B, 3, H, W), guided by text_cls (B, D) -> tokens (B, K+2, D), infos of stages."""
+        return run_tower(self.tower, images, text_cls, self.reduction)
+
+    @classmethod
+    def fit_tokenizer(
+        cls, tokenizer: "PreTrainedTokenizerBase", context_length: int
+    ) -> dict[str, int]:
+        """Sizes of vocabulary and text, and the ids of the special tokens in the config."""
+        ids = tokenizer("a").input_ids
+        if tokenizer.cls_token_id is None or ids[0] != tokenizer.cls_token_id:
+            raise ValueError(
+                f"tokenizer: expected one that begins a text with its cls token, as BERT's, for "
+                f"{cls.__name__} reads a text off there, got {tokenizer.cls_token!r} and a text "
+                f"of the ids {ids}"
+            )
+        special = {"pad": tokenizer.pad_token_id, "cls": ids[0], "sep": ids[-1]}
+        if cls.masks_text:
+            special["mask"] = tokenizer.mask_token_id
+        missing = [name for name, token in special.items() if token is None]
+        if missing:
+            raise ValueError(f"tokenizer: expected one with a {missing[0]} token, got none")
+        sizes = {"vocab_size": len(tokenizer), "context_length": context_length}
+        return sizes | {f"{name}_token_id": token for name, token in special.items()}

@@ -1,0 +1,166 @@
+"""Text towers from transformers."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from elip_kernels import cls_attention
+from elip_models.models.layers.text_reduction import TextReduction
+
+
+class CLIPTextTower(nn.Module):
+    """CLIP's causal text transformer, pooled at the end-of-text token.
+
+    Args:
+        width, depth, heads: of the transformer.
+        hidden, activation: of its MLP; by default four times as wide, and 'gelu' or 'quick_gelu'.
+        norm_eps: of its layer norms.
+        vocab_size, context_length: rows of the token and position embeddings.
+        eos_token_id: the token whose output is the text's CLS vector.
+        pad_token_id: of the tokenizer.
+        reduction: drops text tokens before layer depth // 2 (ELIP, section 4.4.1); None keeps all.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        vocab_size: int,
+        context_length: int,
+        eos_token_id: int,
+        pad_token_id: int,
+        hidden: int | None = None,
+        activation: str = "gelu",
+        norm_eps: float = 1e-5,
+        reduction: TextReduction | None = None,
+    ) -> None:
+        super().__init__()
+        self.eos_token_id = eos_token_id
+        self.reduction = reduction
+        config = CLIPTextConfig(
+            hidden_size=width,
+            intermediate_size=hidden or 4 * width,
+            num_hidden_layers=depth,
+            num_attention_heads=heads,
+            vocab_size=vocab_size,
+            max_position_embeddings=context_length,
+            hidden_act=activation,
+            layer_norm_eps=norm_eps,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            bos_token_id=None,
+            attn_implementation="sdpa",
+        )
+        self.transformer = CLIPTextModel(config)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        image_cls: Tensor | None = None,
+        reduce: bool = True,
+    ) -> Tensor:
+        """The output at the first EOS; a text cut off before it is read at its last real token.
+
+        Args:
+            input_ids: (B, L).
+            attention_mask: (B, L), 1 = real.
+            image_cls: (B, width), the vision CLS that guides strategy 'learned', which no other
+                strategy reads; detached here.
+            reduce: False keeps all tokens.
+
+        Returns:
+            (B, width).
+
+        Raises:
+            TypeError, ValueError: 'learned' without image_cls, or with another width.
+        """
+        position = self._position(input_ids, attention_mask)
+        if self.reduction is not None and reduce:
+            hidden, position = self._reduced(input_ids, attention_mask, position, image_cls)
+        else:
+            hidden = self.transformer(input_ids, attention_mask=attention_mask).last_hidden_state
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), position]
+
+    def _position(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """(B,): where each text is read."""
+        is_eos = input_ids == self.eos_token_id
+        places = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        if attention_mask is not None:
+            is_eos = is_eos & (attention_mask != 0)
+            places = places * (attention_mask != 0)
+        return torch.where(is_eos.any(1), is_eos.int().argmax(1), places.amax(1))
+
+    def _reduced(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position: Tensor,
+        image_cls: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """-> (B, K, width) after the final norm, and where each text is read in it.
+
+        What follows the EOS cannot reach it, so it counts as padding. The tokens are chosen between
+        two layers, outside what checkpointing recomputes.
+        """
+        layers = self.transformer.encoder.layers
+        half = len(layers) // 2
+        real = torch.arange(input_ids.shape[1], device=input_ids.device) <= position[:, None]
+        if attention_mask is not None:
+            real = real & (attention_mask != 0)
+        hidden = _run(layers[:half], self.transformer.embeddings(input_ids), real)
+        scores = None
+        if self.reduction.strategy == "learned":
+            _check_image(image_cls, hidden)
+            scores = _image_attention(layers[half], hidden, image_cls, real)
+        text = self.reduction(hidden, real, position, scores)
+        hidden = _run(layers[half:], text.tokens, text.mask)
+        return self.transformer.final_layer_norm(hidden), text.anchor
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute layers in backward instead of saving their activations."""
+        if enable:
+            self.transformer.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.transformer.gradient_checkpointing_disable()
+
+
+def _run(layers: Iterable[nn.Module], hidden: Tensor, real: Tensor) -> Tensor:
+    """The layers on hidden (B, L, D); each token sees the real ones (B, L) up to itself."""
+    L = hidden.shape[1]
+    causal = torch.ones(L, L, dtype=torch.bool, device=hidden.device).tril()
+    mask = causal & real[:, None, None]
+    for layer in layers:
+        hidden = layer(hidden, mask)
+    return hidden
+
+
+def _image_attention(layer: nn.Module, hidden: Tensor, image_cls: Tensor, real: Tensor) -> Tensor:
+    """(B, L): how a layer attends to the text tokens where the vision CLS is the query."""
+    attention, hidden, image_cls = layer.self_attn, hidden.detach(), image_cls.detach()
+    heads = (attention.num_heads, attention.head_dim)
+    q = attention.q_proj(layer.layer_norm1(image_cls.to(hidden.dtype))).unflatten(-1, heads)
+    k = attention.k_proj(layer.layer_norm1(hidden)).unflatten(-1, heads)
+    return cls_attention(q, k.transpose(1, 2), mask=real)
+
+
+def _check_image(image_cls: Tensor | None, hidden: Tensor) -> None:
+    """Raises where the guidance is not one vector of the tower's width for each text."""
+    expected = (hidden.shape[0], hidden.shape[2])
+    if not isinstance(image_cls, Tensor) or not image_cls.is_floating_point():
+        raise TypeError(
+            f"image_cls: expected a floating-point tensor (B, width) = {expected} to guide "
+            f"strategy='learned', got {image_cls!r:.80}; pass the vision CLS, or reduce=False to "
+            "keep all text tokens"
+        )
+    if image_cls.shape != expected:
+        raise ValueError(
+            f"image_cls: expected (B, width) = {expected}, one vector of the tower's width a text, "
+            f"got {tuple(image_cls.shape)}; project another width first (CLIP maps it back by the "
+            "transposed text projection: image_features @ text_projection.weight)"
+        )

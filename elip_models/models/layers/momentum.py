@@ -1,0 +1,89 @@
+"""Momentum encoders and the queue of their features (MoCo; ALBEF, section 3.2; BLIP).
+
+theta_m = m theta_m + (1 - m) theta        before each step's momentum features
+queue   = the latest Q features; a batch overwrites the oldest, across the end if need be
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from elip_models.models.layers.losses import without_autocast
+
+
+def momentum_copy(module: nn.Module) -> nn.Module:
+    """A copy of the module without gradient."""
+    return copy.deepcopy(module).requires_grad_(False)
+
+
+@torch.no_grad()
+def update_momentum_(copied: nn.Module, online: nn.Module, momentum: float) -> None:
+    """Move the copy's parameters towards the online ones."""
+    theirs, ours = list(copied.parameters()), list(online.parameters())
+    torch._foreach_lerp_(theirs, ours, 1.0 - momentum)
+
+
+class FeatureQueue(nn.Module):
+    """The latest features of images and texts, (E, Q) each, normalised.
+
+    Args:
+        width: E.
+        size: Q.
+    """
+
+    image: Tensor
+    text: Tensor
+    pointer: Tensor
+
+    def __init__(self, width: int, size: int) -> None:
+        super().__init__()
+        for name in ("image", "text"):
+            features = nn.functional.normalize(torch.randn(width, size), dim=0)
+            self.register_buffer(name, features)
+        self.register_buffer("pointer", torch.zeros(1, dtype=torch.long))
+
+    def behind(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """image, text (B, E) -> the batch and behind it the queue, (E, B + Q) each."""
+        return torch.cat([image.T, self.image], dim=1), torch.cat([text.T, self.text], dim=1)
+
+    def check(self, batch_size: int) -> None:
+        """Raises ValueError where a batch is longer than the queue."""
+        size = self.image.shape[1]
+        if size < batch_size:
+            raise ValueError(
+                f"queue_size: expected at least the batch, {batch_size}, got {size}; make the "
+                "queue longer"
+            )
+
+    @torch.no_grad()
+    def enqueue_(self, image: Tensor, text: Tensor) -> None:
+        """image, text (B, E): overwrite the oldest B features, without a host synchronisation.
+
+        Raises:
+            ValueError: more features than the queue holds.
+        """
+        B, size = image.shape[0], self.image.shape[1]
+        self.check(B)
+        places = (self.pointer + torch.arange(B, device=image.device)) % size
+        self.image.index_copy_(1, places, image.T.to(self.image.dtype))
+        self.text.index_copy_(1, places, text.T.to(self.text.dtype))
+        self.pointer.copy_((self.pointer + B) % size)
+
+
+def similarities(
+    features: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor], temperature: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Image-to-text and text-to-image (B, C), over the temperature, in the queue's dtype, also
+    under autocast: a cosine in bf16 is off by 0.002, over a temperature of 0.07 by 0.03.
+
+    Args:
+        features: (B, E) of image and text.
+        keys: (E, C) of image and text, see `FeatureQueue.behind`.
+        temperature: scalar.
+    """
+    (image, text), (images, texts) = features, keys
+    with without_autocast(image.device):
+        image_to_text = image.to(texts.dtype) @ texts / temperature
+        text_to_image = text.to(images.dtype) @ images / temperature
+    return image_to_text, text_to_image

@@ -1,0 +1,154 @@
+"""Parts of the pre-training objectives that the cross-modal models share.
+
+ITC   soft targets y = alpha softmax(s_m) + (1 - alpha) I over [batch | queue]    ALBEF, Eq. 6
+ITM   negatives drawn by the softmax of the batch's similarities, never the pair itself
+MLM   15% of the tokens or words: 80% [MASK], 10% another, 10% as they were       BERT
+LM    each token from those before it, with label smoothing                       BLIP
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elip_models.models.layers.losses import Gather, labelled_count
+
+IGNORED = -100  # of cross entropy
+
+
+def soft_contrastive_loss(
+    similarities: tuple[Tensor, Tensor],
+    momentum: tuple[Tensor, Tensor],
+    alpha: Tensor | float,
+    first: int = 0,
+) -> Tensor:
+    """ITC with momentum distillation, the mean of both directions, in fp32.
+
+    Args:
+        similarities: image-to-text and text-to-image (B, C), over the temperature.
+        momentum: the same of the momentum encoders; without gradient.
+        alpha: weight of the momentum targets.
+        first: row i is the pair of column first + i.
+    """
+    losses = []
+    for online, teacher in zip(similarities, momentum, strict=True):
+        log_probability = online.float().log_softmax(1)
+        soft = (log_probability * teacher.float().softmax(1)).sum(1)
+        own = log_probability.diagonal(first)
+        losses.append(-(alpha * soft + (1 - alpha) * own).mean())
+    return (losses[0] + losses[1]) / 2
+
+
+@torch.no_grad()
+def hard_negatives(similarities: Tensor, epsilon: float = 0.0, first: int = 0) -> Tensor:
+    """For each row a column of another pair, drawn by the row's softmax.
+
+    Args:
+        similarities: (B, C), over the temperature.
+        epsilon: added to each weight, so that no row is all zero.
+        first: row i is the pair of column first + i.
+
+    Returns:
+        (B,) int64. A single column has no negative but itself.
+    """
+    weights = similarities.float().softmax(1) + epsilon
+    columns = torch.arange(weights.shape[1], device=weights.device)
+    rows = torch.arange(first, first + len(weights), device=weights.device)
+    others = (columns != rows[:, None]).float()
+    weights = weights * others
+    lonely = ~(weights.sum(1, keepdim=True) > 0)  # all is on the pair itself, or not a number
+    weights = torch.where(lonely, others, weights)
+    if len(columns) == 1:
+        return torch.zeros_like(rows)
+    return torch.multinomial(weights, 1)[:, 0]
+
+
+@torch.no_grad()
+def mask_tokens(
+    input_ids: Tensor,
+    *,
+    mask_token_id: int,
+    special_token_ids: tuple[int, ...],
+    vocab_size: int,
+    probability: float = 0.15,
+    continues: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Hide tokens for masked language modelling.
+
+    Args:
+        input_ids: (B, L).
+        mask_token_id: in the place of 8 in 10 hidden tokens; one is another, one stays.
+        special_token_ids: never hidden.
+        vocab_size: tokens that another is drawn from.
+        probability: that a token, or a word, is hidden.
+        continues: (V,) bool, the tokens that go on with the word before them: words are hidden
+            whole. None hides each token by itself.
+
+    Returns:
+        masked ids and labels, (B, L) each; labels are -100 where nothing is to be predicted.
+    """
+    drawn = torch.rand(2, *input_ids.shape, device=input_ids.device)
+    special = torch.zeros_like(input_ids, dtype=torch.bool)
+    for token in special_token_ids:
+        special |= input_ids == token
+    chance = drawn[0]
+    if continues is not None:
+        word = (~continues[input_ids]).cumsum(1).sub(1).clamp(min=0)
+        chance = chance.gather(1, word)
+    chosen = (chance < probability) & ~special
+    labels = input_ids.masked_fill(~chosen, IGNORED)
+    random = torch.randint_like(input_ids, vocab_size)
+    replaced = torch.where(drawn[1] < 0.8, mask_token_id, input_ids)
+    replaced = torch.where((drawn[1] >= 0.8) & (drawn[1] < 0.9), random, replaced)
+    return torch.where(chosen, replaced, input_ids), labels
+
+
+def distilled_language_loss(
+    logits: Tensor,
+    labels: Tensor,
+    teacher: Tensor | None = None,
+    alpha: Tensor | float = 0.0,
+    gather: Gather = "local",
+) -> Tensor:
+    """(1 - alpha) CE + alpha soft CE against the teacher, means over the labelled positions.
+
+    Where no position is labelled it is 0.
+
+    Args:
+        logits, teacher: (B, L, V); the teacher's without gradient, or None.
+        labels: (B, L), -100 = ignored.
+        alpha: weight of the teacher.
+        gather: whose labelled positions are counted, see `labelled_count`.
+    """
+    logits, labelled = logits.float(), labels != IGNORED
+    count = labelled_count(labelled, gather)
+    loss = F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    if teacher is None:
+        return loss / count
+    soft = -(logits.log_softmax(-1) * teacher.float().softmax(-1)).sum(-1)
+    return ((1 - alpha) * loss + alpha * (soft * labelled).sum()) / count
+
+
+def language_loss(
+    logits: Tensor, input_ids: Tensor, mask: Tensor, smoothing: float, gather: Gather = "local"
+) -> Tensor:
+    """LM: cross entropy of each next token, the mean over the real ones, in fp32.
+
+    Where no real token follows another it is 0.
+
+    Args:
+        logits: (B, L, V), of position i for token i + 1.
+        input_ids, mask: (B, L), 1 = real.
+        smoothing: of the labels.
+        gather: whose tokens are counted, see `labelled_count`.
+    """
+    labels = input_ids.masked_fill(mask == 0, IGNORED)[:, 1:]
+    loss = F.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1),
+        labels.flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
+        label_smoothing=smoothing,
+    )
+    return loss / labelled_count(labels != IGNORED, gather)

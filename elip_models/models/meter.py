@@ -1,0 +1,267 @@
+"""METER with a text-guided, token-reduced image tower.
+
+    text    BERT or RoBERTa on the text alone; its last hidden CLS guides the image tower
+    image   CLIP's ViT without its last block, reduced by ELIP
+    fusion  both through a linear transform, plus an embedding of their type, then co-attention:
+            x' = text_layer(x, y), y' = image_layer(y, x), both of the previous x and y
+    loss    MLM (masked text, its image) + ITM (text, for half of the batch another image)
+
+The two losses are two passes, towers included, since the text before the tower differs.
+Source: METER (Dou et al., 2022); ELIP, section 3 and its official METER code.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import BertConfig
+from transformers.models.bert.modeling_bert import BertEmbeddings, BertPooler
+from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
+
+from elip_models.models.cross_modal import CrossModalConfig, CrossModalModel
+from elip_models.models.layers.bert import BertTower, masked_language_head
+from elip_models.models.layers.objectives import distilled_language_loss, mask_tokens
+from elip_models.towers import as_tower
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EMBEDDINGS = {"bert": BertEmbeddings, "roberta": RobertaEmbeddings}
+ROBERTA = {  # the fields of METERConfig that roberta-base has other values for
+    "text_encoder": "roberta",
+    "vocab_size": 50265,
+    "max_positions": 514,
+    "cls_token_id": 0,
+    "pad_token_id": 1,
+    "sep_token_id": 2,
+    "mask_token_id": 50264,
+}
+TEXT, IMAGE = 0, 1  # rows of the token type embeddings
+
+
+@dataclass(frozen=True, kw_only=True)
+class METERConfig(CrossModalConfig):
+    """Hyper-parameters of a METER model; the defaults are the official code's.
+
+    vision_depth: blocks that run, CLIP's but the last.
+    text_encoder: 'bert' or 'roberta', see `ROBERTA` for the fields that go with the second.
+    cross_width, cross_depth, cross_heads, cross_hidden: of the co-attention layers of each side.
+    dropout: of the text encoder and of the co-attention layers.
+    mask_whole_words: hide words instead of tokens, see `METER.read_vocabulary_`.
+    The other fields: see `CrossModalConfig`.
+    """
+
+    vision_depth: int = 11
+    vision_norm_eps: float = 1e-5
+    context_length: int = 50
+    text_encoder: Literal["bert", "roberta"] = "bert"
+    text_depth: int = 12
+    text_heads: int = 12
+    text_hidden: int = 3072
+    cross_width: int = 768
+    cross_depth: int = 6
+    cross_heads: int = 12
+    cross_hidden: int = 3072
+    dropout: float = 0.1
+    mask_token_id: int = 103
+    mask_probability: float = 0.15
+    mask_whole_words: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_choices("text_encoder", *EMBEDDINGS)
+        for part in ("text", "cross"):
+            self.check_divisor(f"{part}_heads", f"{part}_width")
+        self.check_ids("mask_token_id")
+        self.check_shares("dropout", "mask_probability")
+
+    @property
+    def max_tokens(self) -> int:
+        """Of a text, padding included; RoBERTa's positions begin behind that of the padding."""
+        unused = self.pad_token_id + 1 if self.text_encoder == "roberta" else 0
+        return self.max_positions - unused
+
+    def bert(self, part: Literal["text", "cross"]) -> BertConfig:
+        """Of the text encoder, or of one side's co-attention layers."""
+        is_roberta = part == "text" and self.text_encoder == "roberta"
+        return BertConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=getattr(self, f"{part}_width"),
+            num_hidden_layers=getattr(self, f"{part}_depth"),
+            num_attention_heads=getattr(self, f"{part}_heads"),
+            intermediate_size=getattr(self, f"{part}_hidden"),
+            hidden_dropout_prob=self.dropout,
+            attention_probs_dropout_prob=self.dropout,
+            max_position_embeddings=self.max_positions,
+            type_vocab_size=1 if is_roberta else 2,
+            initializer_range=self.initializer_range,
+            layer_norm_eps=1e-5 if is_roberta else 1e-12,
+            pad_token_id=self.pad_token_id,
+        )
+
+
+@dataclass
+class METEROutput:
+    """loss: the sum of the two others, scalars. mlm_logits: (B, L, V). itm_logits: (B, 2)."""
+
+    loss: Tensor
+    loss_mlm: Tensor
+    loss_itm: Tensor
+    mlm_logits: Tensor
+    itm_logits: Tensor
+
+
+class Drawn(NamedTuple):
+    """What `forward` draws at random, for a caller that has drawn it.
+
+    masked_ids, labels: (B, L), see `mask_tokens`.
+    itm_labels: (B,) int64, 1 where a text keeps its image in ITM.
+    false_images: (B, 3, H, W), for each text another image, read where its label is 0.
+    """
+
+    masked_ids: Tensor
+    labels: Tensor
+    itm_labels: Tensor
+    false_images: Tensor
+
+
+class METER(CrossModalModel):
+    """Image and text towers, co-attention layers, poolers and both heads."""
+
+    family = "meter"
+    config_class = METERConfig
+    config: METERConfig
+    continues: Tensor | None
+    ranks = False
+
+    def __init__(self, config: METERConfig) -> None:
+        super().__init__(config)
+        self.visual = config.vit(
+            pre_norm=True,
+            act_layer="quick_gelu",
+        )
+        self.tower = as_tower(self.visual)
+        self.text = BertTower(config.bert("text"), embeddings=EMBEDDINGS[config.text_encoder])
+        self._add_fusion(config)
+        self.register_buffer("continues", None, persistent=False)
+
+    def _add_fusion(self, config: METERConfig) -> None:
+        width, bert = config.cross_width, config.bert("cross")
+        self.text_transform = nn.Linear(config.text_width, width)
+        self.image_transform = nn.Linear(config.vision_width, width)
+        self.token_types = nn.Embedding(2, width)
+        every = range(config.cross_depth)
+        self.text_layers = BertTower(bert, cross_attention=every, embeddings=None)
+        self.image_layers = BertTower(bert, cross_attention=every, embeddings=None)
+        self.text_pooler, self.image_pooler = BertPooler(bert), BertPooler(bert)
+        self.itm_head = nn.Linear(2 * width, 2)
+        self.language_head = masked_language_head(self.text_layers)
+        made = (self.text_transform, self.image_transform, self.token_types, self.itm_head)
+        for module in (*made, self.text_pooler, self.image_pooler, self.language_head):
+            module.apply(self.text_layers.init)
+
+    def read_vocabulary_(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Where words are masked whole: learn which tokens continue one, '##..' as in BERT.
+
+        Raises:
+            ValueError: a tokenizer that does not mark them so, or with ids beyond the model's.
+        """
+        if not self.config.mask_whole_words:
+            return
+        pieces = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+        mark, size = getattr(pieces, "continuing_subword_prefix", None), self.config.vocab_size
+        if not mark:
+            raise ValueError(
+                "mask_whole_words: expected False, or a tokenizer that marks what continues a word "
+                f"as BERT's does by '##', got {type(tokenizer).__name__} of {pieces!r:.40}"
+            )
+        names = {token: name for name, token in tokenizer.get_vocab().items()}
+        if max(names) >= size:
+            raise ValueError(f"tokenizer: expected ids below {size}, got {max(names)}")
+        marked = torch.tensor([names.get(token, "").startswith(mark) for token in range(size)])
+        self.continues = marked.to(self.token_types.weight.device)
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """input_ids, attention_mask (B, L) -> hidden states (B, L, D) of the text alone."""
+        every = range(self.config.text_depth)
+        return self.text.run(self.text.embed(input_ids), attention_mask, every)
+
+    def fuse(self, text: Tensor, mask: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """text (B, L, D), mask (B, L), image (B, N, D) -> (B, L, C), (B, N, C) of co-attention."""
+        text = self.text_transform(text) + self.token_types.weight[TEXT]
+        image = self.image_transform(image) + self.token_types.weight[IMAGE]
+        image_mask = mask.new_ones(image.shape[:2])
+        for i in range(self.config.cross_depth):
+            layer = range(i, i + 1)
+            text, image = (
+                self.text_layers.run(text, mask, layer, image),
+                self.image_layers.run(image, image_mask, layer, text, mask),
+            )
+        return text, image
+
+    def match(self, text: Tensor, image: Tensor) -> Tensor:
+        """Logits (B, 2) of fused text (B, L, C) and image (B, N, C): another pair, or a pair."""
+        pooled = torch.cat([self.text_pooler(text), self.image_pooler(image)], dim=-1)
+        return self.itm_head(pooled)
+
+    def forward(
+        self,
+        images: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        drawn: Drawn | None = None,
+    ) -> METEROutput:
+        """The pre-training losses of a batch of pairs.
+
+        Args:
+            images: (B, 3, H, W).
+            input_ids, attention_mask: (B, L), 1 = real.
+            drawn: masked tokens and false images instead of drawing them, so that a run can be
+                repeated by another implementation.
+        """
+        if drawn is None:
+            drawn = self._draw(images, input_ids)
+        text, _ = self._pass(images, drawn.masked_ids, attention_mask)
+        mlm_logits = self.language_head(text)
+        loss_mlm = distilled_language_loss(mlm_logits, drawn.labels, gather=self.config.gather)
+        is_pair = (drawn.itm_labels == 1)[:, None, None, None]
+        itm_images = torch.where(is_pair, images, drawn.false_images)
+        itm_logits = self.match(*self._pass(itm_images, input_ids, attention_mask))
+        loss_itm = F.cross_entropy(itm_logits.float(), drawn.itm_labels)
+        return METEROutput(loss_mlm + loss_itm, loss_mlm, loss_itm, mlm_logits, itm_logits)
+
+    def _pass(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Fused text (B, L, C) and image (B, N, C), from pixels and ids."""
+        text = self.encode_text(input_ids, mask)
+        image, _ = self.encode_image(images, text[:, 0])
+        return self.fuse(text, mask, image)
+
+    def _draw(self, images: Tensor, input_ids: Tensor) -> Drawn:
+        """Masked tokens; half of the batch as pairs, and images of others in it for the rest."""
+        config, B, device = self.config, len(images), images.device
+        if config.mask_whole_words and self.continues is None:
+            raise ValueError(
+                "mask_whole_words: expected read_vocabulary_(tokenizer) before tokens are masked, "
+                "for only the tokenizer knows where words begin"
+            )
+        masked = mask_tokens(
+            input_ids,
+            mask_token_id=config.mask_token_id,
+            special_token_ids=(config.pad_token_id, config.cls_token_id, config.sep_token_id),
+            vocab_size=config.vocab_size,
+            probability=config.mask_probability,
+            continues=self.continues,
+        )
+        pairs = max(1, B // 2)  # a single image has no other
+        itm_labels = (torch.randperm(B, device=device) < pairs).long()
+        shift = torch.randint(1, max(2, B), (B,), device=device)
+        others = (torch.arange(B, device=device) + shift) % B
+        return Drawn(*masked, itm_labels, images[others])
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute layers in backward instead of saving their activations."""
+        for part in (self.visual, self.text, self.text_layers, self.image_layers):
+            part.set_grad_checkpointing(enable)

@@ -1,0 +1,273 @@
+"""What ALBEF and BLIP share: momentum towers, a queue of their features, the ITC and ITM losses.
+
+    text    hidden states of the text alone; their CLS output guides the image tower
+    image   ViT reduced by ELIP; features f = normalise(W x_cls) of both towers
+    ITC     soft targets of the momentum towers, over the batch and the queue
+    ITM     hard negatives by the similarities of ITC
+
+The momentum towers follow before each step's momentum features, and see all patches. In training
+all ranks enqueue all features, so that the queue is the same everywhere.
+Source: ALBEF (Li et al., 2021), section 3.2; BLIP (Li et al., 2022).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import BertConfig
+
+from elip_models.models.cross_modal import CrossModalConfig, CrossModalModel
+from elip_models.models.layers.bert import BertTower
+from elip_models.models.layers.losses import all_gather, rank_of
+from elip_models.models.layers.momentum import (
+    FeatureQueue,
+    momentum_copy,
+    similarities,
+    update_momentum_,
+)
+from elip_models.models.layers.objectives import hard_negatives, soft_contrastive_loss
+from elip_models.reduction.encode import run_tower
+from elip_models.reduction.strategy import StageInfo
+from elip_models.towers import as_tower
+from elip_models.towers.fsdp import is_sharded
+
+
+@dataclass(frozen=True, kw_only=True)
+class MomentumConfig(CrossModalConfig):
+    """BERT beside the image tower, momentum encoders and a queue of their features.
+
+    embed_dim: of the features. temperature: of their similarities, at the start.
+    queue_size: features in the queue. momentum: of the momentum encoders.
+    alpha: weight of the momentum targets, reached linearly over `alpha_warmup_epochs`.
+    negative_epsilon: added to each weight that hard negatives are drawn by.
+    momentum_reduction: 'none' shows the momentum image tower all patches, as the papers do;
+        'shared' the tokens that the online one kept and merged, by the same weights: no scoring.
+    """
+
+    text_depth: int = 12
+    text_heads: int = 12
+    text_hidden: int = 3072
+    text_dropout: float = 0.1
+    text_norm_eps: float = 1e-12
+    embed_dim: int = 256
+    temperature: float = 0.07
+    queue_size: int = 65536
+    momentum: float = 0.995
+    alpha: float = 0.4
+    alpha_warmup_epochs: float = 1.0
+    negative_epsilon: float = 0.0
+    momentum_reduction: Literal["none", "shared"] = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_shares("momentum", "alpha", "text_dropout", "negative_epsilon")
+        self.check_choices("momentum_reduction", "none", "shared")
+        self.check_divisor("text_heads", "text_width")
+        for name, least in (("temperature", 0.001), ("alpha_warmup_epochs", 0.0)):
+            if not least <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name}: expected a float from {least} on, got {getattr(self, name)!r}"
+                )
+
+    @property
+    def bert(self) -> BertConfig:
+        """Of the text encoder."""
+        return BertConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.text_width,
+            num_hidden_layers=self.text_depth,
+            num_attention_heads=self.text_heads,
+            intermediate_size=self.text_hidden,
+            hidden_dropout_prob=self.text_dropout,
+            attention_probs_dropout_prob=self.text_dropout,
+            max_position_embeddings=self.max_positions,
+            layer_norm_eps=self.text_norm_eps,
+            initializer_range=self.initializer_range,
+            pad_token_id=self.pad_token_id,
+        )
+
+
+class Encoders(nn.Module):
+    """The parts that have a momentum copy: both towers and a projection each."""
+
+    text: BertTower
+
+    def __init__(self, config: MomentumConfig) -> None:
+        super().__init__()
+        self.visual = config.vit()
+        self.image_projection = nn.Linear(config.vision_width, config.embed_dim)
+        self.text_projection = nn.Linear(config.text_width, config.embed_dim)
+
+    def image_features(self, tokens: Tensor) -> Tensor:
+        """tokens (B, N, D) -> (B, E), normalised."""
+        return F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
+
+    def text_features(self, hidden: Tensor) -> Tensor:
+        """hidden (B, L, D) -> (B, E), normalised."""
+        return F.normalize(self.text_projection(hidden[:, 0]), dim=-1)
+
+    def read(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """input_ids, mask (B, L) -> (B, L, D): the text alone."""
+        raise NotImplementedError
+
+
+class Contrast(NamedTuple):
+    """What ITC leaves for the other objectives.
+
+    loss: scalar. text: (B, L, D). image, image_m: (B, K+2, D), (B, N, D) of the momentum tower.
+    features: (B, E) of image and text. similar: image-to-text and text-to-image (B, C) of the C
+    pairs that negatives come from, without gradient.
+    """
+
+    loss: Tensor
+    text: Tensor
+    image: Tensor
+    image_m: Tensor
+    features: tuple[Tensor, Tensor]
+    similar: tuple[Tensor, Tensor]
+
+
+class MomentumModel(CrossModalModel):
+    """Towers with momentum copies, the queue of their features, contrastive and matching losses."""
+
+    config: MomentumConfig
+    encoders: Encoders
+    alpha: Tensor
+
+    def __init__(self, config: MomentumConfig, encoders: Encoders) -> None:
+        super().__init__(config)
+        self.encoders = encoders
+        self.encoders_m = momentum_copy(encoders)
+        self.tower = as_tower(self.encoders.visual)
+        self.tower_m = as_tower(self.encoders_m.visual)
+        self.itm_head = nn.Linear(config.text_width, 2)
+        self.queue = FeatureQueue(config.embed_dim, config.queue_size)
+        self.temperature = nn.Parameter(torch.tensor(float(config.temperature)))
+        self.register_buffer("alpha", torch.tensor(float(config.alpha)), persistent=False)
+
+    @property
+    def visual(self) -> nn.Module:
+        """The image model."""
+        return self.encoders.visual
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """input_ids, attention_mask (B, L) -> hidden states (B, L, D) of the text alone."""
+        return self.encoders.read(input_ids, attention_mask)
+
+    def fuse(self, text: Tensor, mask: Tensor, image: Tensor) -> Tensor:
+        """text (B, ..), mask (B, L), image (B, N, D) -> (B, L, D): the text that saw the image."""
+        raise NotImplementedError
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W), without text -> (B, E), normalised."""
+        tokens, _ = run_tower(self.tower, images, None, self.reduction, cls_only=True)
+        return self.encoders.image_features(tokens)
+
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """input_ids, attention_mask (B, L) -> (B, E), normalised."""
+        return self.encoders.text_features(self.encode_text(input_ids, attention_mask))
+
+    def begin_step(self, step: int, epoch: float = math.inf) -> None:
+        """Before step `step` of training, after `epoch` passes over the data: warm alpha up."""
+        warmup = self.config.alpha_warmup_epochs
+        self.alpha.fill_(self.config.alpha * min(1.0, epoch / warmup if warmup else 1.0))
+
+    @torch.no_grad()
+    def clamp_temperature_(self) -> None:
+        """Keep the temperature in [0.001, 0.5]."""
+        self.temperature.clamp_(0.001, 0.5)
+
+    def check_batch_size(self, batch_size: int) -> None:
+        """Raises ValueError where the queue holds less than the batch of all ranks."""
+        self.queue.check(batch_size)
+
+    def monitored(self) -> dict[str, Tensor]:
+        """The temperature, and alpha."""
+        return {"temperature": self.temperature, "alpha": self.alpha}
+
+    def contrast(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> Contrast:
+        """ITC of images (B, 3, H, W) and texts (B, L); in training momentum and queue move on.
+
+        With gradient accumulation they move at each forward pass.
+
+        Raises:
+            TypeError: in training, a model that FSDP has sharded.
+        """
+        online, gather = self.encoders, self.config.gather
+        text = online.read(input_ids, mask)
+        image, infos = self.encode_image(images, text[:, 0])
+        features = online.image_features(image), online.text_features(text)
+        if self.training:
+            self._check_unsharded()
+            update_momentum_(self.encoders_m, online, self.config.momentum)
+        shared = infos if self.config.momentum_reduction == "shared" else None
+        image_m, features_m = self._momentum_features(images, input_ids, mask, shared)
+        reach = "global" if self.training else gather
+        with torch.no_grad():
+            everywhere = all_gather(features_m[0], reach), all_gather(features_m[1], reach)
+            contrasted = everywhere if gather == "global" else features_m
+            keys = self.queue.behind(*contrasted)
+            similar_m = similarities(features_m, keys, self.temperature)
+        similar = similarities(features, keys, self.temperature)
+        first = rank_of(gather) * len(images)
+        loss = soft_contrastive_loss(similar, similar_m, self.alpha, first)
+        if self.training:
+            self.queue.enqueue_(*everywhere)
+        pairs = len(contrasted[0])
+        of_pairs = similar[0][:, :pairs].detach(), similar[1][:, :pairs].detach()
+        return Contrast(loss, text, image, image_m, features, of_pairs)
+
+    def _check_unsharded(self) -> None:
+        """Raises TypeError where the momentum encoders would follow what FSDP throws away."""
+        if any(map(is_sharded, self.modules())):
+            raise TypeError(
+                f"model: expected {type(self).__name__} under DistributedDataParallel in training, "
+                "got one that fully_shard was applied to, whose gathered parameters a step of the "
+                "momentum encoders would not outlive; CLIP and METER have none and can be sharded"
+            )
+
+    def draw_negatives(self, similar: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Hard negatives by the similarities (B, C): an image for each text, a text for each image.
+
+        Returns:
+            (B,) int64 each; they number the pairs of all ranks where gather='global'.
+        """
+        image_to_text, text_to_image = similar
+        first = rank_of(self.config.gather) * len(image_to_text)
+        epsilon = self.config.negative_epsilon
+        negative_images = hard_negatives(text_to_image, epsilon, first)
+        return negative_images, hard_negatives(image_to_text, epsilon, first)
+
+    def matching_loss(
+        self, text: Tensor, mask: Tensor, image: Tensor, negatives: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """ITM of the pairs and both kinds of negatives, in one pass of `fuse`.
+
+        Args:
+            text, mask, image: (B, ..) as `fuse` takes them.
+            negatives: see `draw_negatives`.
+        """
+        negative_images, negative_texts = negatives
+        texts, masks, images = (all_gather(t, self.config.gather) for t in (text, mask, image))
+        fused = self.fuse(
+            torch.cat([text, text, texts[negative_texts]]),
+            torch.cat([mask, mask, masks[negative_texts]]),
+            torch.cat([image, images[negative_images], image]),
+        )
+        labels = torch.zeros(len(fused), dtype=torch.long, device=mask.device)
+        labels[: len(mask)] = 1
+        return F.cross_entropy(self.itm_head(fused[:, 0]).float(), labels)
+
+    @torch.no_grad()
+    def _momentum_features(
+        self, images: Tensor, input_ids: Tensor, mask: Tensor, infos: list[StageInfo] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Tokens (B, N, D) of all patches, or as `infos` say, and features of image and text."""
+        momentum = self.encoders_m
+        settings = self.dense if infos is None else self.reduction
+        image, _ = run_tower(self.tower_m, images, None, settings, replays=infos)
+        text = momentum.read(input_ids, mask)
+        return image, (momentum.image_features(image), momentum.text_features(text))

@@ -1,0 +1,181 @@
+"""Models by one line of text: the libraries' own, ours by name, a folder that training wrote.
+
+    timm:vit_base_patch16_224                 an image model of timm
+    open_clip:ViT-B-16[/laion2b_s34b_b88k]    a whole CLIP of open_clip, its weights after the slash
+    hf:google/vit-base-patch16-224            of transformers, by name or local folder
+    elip_clip_vit_b16                         a name of `list_models`
+    runs/clip_tiny/model                      a folder that `save_pretrained` wrote
+
+Libraries are imported when a spec asks for them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from elip_models.towers import ADAPTERS
+
+FORMS = (
+    "'timm:NAME', 'open_clip:NAME' or 'open_clip:NAME/TAG', 'hf:NAME' or 'hf:FOLDER', a name of "
+    "list_models(), or a folder written by save_pretrained"
+)
+Stats = tuple[Sequence[float], Sequence[float]]
+
+
+def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Module:
+    """The model that `spec` names, in eval mode.
+
+    Under `with torch.device("meta"):` and without `pretrained` no memory is taken.
+
+    Args:
+        spec: 'timm:NAME'; 'open_clip:NAME', or 'open_clip:NAME/TAG' of certain weights (else the
+            first that open_clip lists); 'hf:NAME' or 'hf:FOLDER', where a config.json is enough
+            without weights; a name of `list_models`; a folder written by `save_pretrained`.
+        pretrained: load weights; False leaves them random. Ours by name have none to load.
+        options: of timm.create_model, open_clip.create_model, the config of transformers, or the
+            config of our model.
+
+    Raises:
+        ValueError: a spec of another form, a name that its library does not know, or weights that
+            cannot be found.
+        ImportError: a library is missing; the message names the extra.
+    """
+    if not isinstance(spec, str):
+        raise TypeError(f"spec: expected a text, {FORMS}, got {spec!r}")
+    if not isinstance(pretrained, bool):
+        raise TypeError(f"pretrained: expected True or False, got {pretrained!r}")
+    library, colon, name = spec.partition(":")
+    if colon and name and library in OPENERS:
+        with _installed(library), _found(spec):
+            return OPENERS[library](name, pretrained, options).eval()
+    with _installed("timm"):
+        from elip_models.models.registry import create_model, list_models
+    if spec in list_models():
+        return create_model(spec, pretrained, **options).eval()
+    if (Path(spec) / "config.json").is_file():
+        return _from_folder(Path(spec), pretrained, options).eval()
+    raise ValueError(f"spec: expected {FORMS}, got {spec!r}")
+
+
+def image_stats(model: nn.Module) -> Stats:
+    """The mean and standard deviation, three numbers each, that the model's images are normalised
+    by; where the model does not say, CLIP's for language-image models, ImageNet's for others."""
+    from elip_models.data import CLIP_MEAN, CLIP_STD
+
+    imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    config = getattr(model, "pretrained_cfg", None)  # timm
+    if config:
+        return tuple(config["mean"]), tuple(config["std"])
+    visual = getattr(model, "visual", None)  # open_clip
+    if getattr(visual, "image_mean", None) is not None:
+        return tuple(visual.image_mean), tuple(visual.image_std)
+    config = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", None)  # transformers
+    processor = _image_processor(name) if name else None
+    if processor is not None:
+        return tuple(processor.image_mean), tuple(processor.image_std)
+    pairs = visual, getattr(model, "vision_model", None)
+    return imagenet if pairs == (None, None) else (CLIP_MEAN, CLIP_STD)
+
+
+def _open_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    import timm
+
+    is_elsewhere = name.startswith(("local-dir:", "hf-hub:"))
+    if not is_elsewhere and not timm.is_model(name.rpartition("/")[2].partition(".")[0]):
+        raise ValueError(f"spec: expected a model that timm knows, got {name!r}")
+    return timm.create_model(name, pretrained=pretrained, **options)
+
+
+def _open_open_clip(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    import open_clip
+
+    name, _, tag = name.partition("/")
+    if name not in open_clip.list_models():
+        raise ValueError(f"spec: expected a model that open_clip knows, got {name!r}")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if tag and tag not in tags:
+        raise ValueError(f"spec: expected weights of {name} among {tags}, got {tag!r}")
+    if pretrained and not tags:
+        raise ValueError(f"spec: expected a model that open_clip has weights of, got {name!r}")
+    weights = (tag or tags[0]) if pretrained else None
+    device = torch.get_default_device()
+    try:
+        return open_clip.create_model(name, pretrained=weights, device=device, **options)
+    except RuntimeError as error:  # what it raises where it cannot fetch
+        if weights is None:
+            raise
+        raise OSError(str(error)) from error
+
+
+def _open_hf(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    from transformers import AutoConfig, AutoModel, BlipForImageTextRetrieval
+
+    config = AutoConfig.from_pretrained(name, **options)
+    architectures = config.architectures or [BlipForImageTextRetrieval.__name__]
+    is_blip = config.model_type == "blip" and BlipForImageTextRetrieval.__name__ in architectures
+    kind = BlipForImageTextRetrieval if is_blip else AutoModel
+    if pretrained:
+        return kind.from_pretrained(name, config=config)
+    return kind(config) if is_blip else kind.from_config(config)
+
+
+OPENERS: dict[str, Callable[[str, bool, dict[str, Any]], nn.Module]] = {
+    "timm": _open_timm,
+    "open_clip": _open_open_clip,
+    "hf": _open_hf,
+}
+
+
+def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    """Our model of a folder, its config changed by `options`; random weights need no others."""
+    from elip_models.models.base import load_weights, read_config
+    from elip_models.models.registry import FAMILIES, load_model
+
+    family, config = read_config(folder, with_weights=pretrained)
+    if family not in FAMILIES:
+        raise ValueError(f"spec: expected a folder of our models, or 'hf:{folder}', got {folder}")
+    if pretrained and not options:
+        return load_model(folder)
+    kind = FAMILIES[family]
+    model = kind(kind.config_class.from_dict(config | options))
+    if pretrained:
+        load_weights(model, load_model(folder).state_dict())
+    return model
+
+
+def _image_processor(name: str) -> Any | None:
+    """The image processor saved beside a model of transformers, if there is one."""
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(name)
+    except (OSError, ValueError):
+        return None
+
+
+@contextmanager
+def _installed(library: str) -> Iterator[None]:
+    """Around imports: a missing library is one sentence that names the extra."""
+    extra = ADAPTERS["transformers" if library == "hf" else library].extra
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"open_model needs {error.name}: pip install 'elip-kernels[{extra}]'", name=error.name
+        ) from error
+
+
+@contextmanager
+def _found(spec: str) -> Iterator[None]:
+    """What a library raises where there are no files of that name becomes a ValueError."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"spec: expected a model whose files are here or can be fetched, got {spec!r}: {error}"
+        ) from error

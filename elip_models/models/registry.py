@@ -1,0 +1,159 @@
+"""create_model and the names of the models."""
+
+import difflib
+import os
+from dataclasses import replace
+from typing import Any
+
+from elip_models.models.albef import ALBEF, ALBEFConfig
+from elip_models.models.base import PretrainedModel, load_weights, read_config
+from elip_models.models.blip import BLIP, BLIPConfig
+from elip_models.models.clip import CLIP, CLIPConfig
+from elip_models.models.meter import METER, METERConfig
+from elip_models.reduction.schedule import PRESETS, Schedule
+from elip_models.reduction.strategies.elip import Elip
+
+FAMILIES: dict[str, type[PretrainedModel]] = {
+    model.family: model for model in (CLIP, ALBEF, BLIP, METER)
+}
+TINY = {"image_size": 64, "patch_size": 8, "vision_heads": 2, "vision_width": 64, "text_width": 64}
+TINY_BERT = TINY | {
+    "text_depth": 4,
+    "text_heads": 2,
+    "text_hidden": 256,
+    "vocab_size": 1024,
+    "context_length": 32,
+    "max_positions": 64,
+    "initializer_range": 0.125,
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+}
+CONFIGS: dict[str, Any] = {
+    "clip_vit_b16": CLIPConfig(),
+    "clip_vit_s16": CLIPConfig(
+        vision_width=384, vision_heads=6, text_width=384, text_heads=6, embed_dim=384
+    ),
+    "clip_tiny": CLIPConfig(
+        **TINY,
+        text_depth=3,
+        text_heads=2,
+        vocab_size=1024,
+        context_length=32,
+        eos_token_id=2,
+        embed_dim=64,
+    ),
+    "albef": ALBEFConfig(),
+    "albef_tiny": ALBEFConfig(
+        **TINY_BERT,
+        text_layers=2,
+        text_dropout=0.0,
+        embed_dim=64,
+        queue_size=64,
+        momentum=0.98,
+        mask_token_id=4,
+    ),
+    "blip": BLIPConfig(),
+    "blip_tiny": BLIPConfig(
+        **TINY_BERT,
+        text_dropout=0.0,
+        embed_dim=64,
+        queue_size=64,
+        momentum=0.98,
+        decoder_token_id=5,
+        encoder_token_id=6,
+    ),
+    "meter": METERConfig(),
+    "meter_b32": METERConfig(patch_size=32),
+    "meter_tiny": METERConfig(
+        **TINY_BERT,
+        cross_width=64,
+        cross_depth=2,
+        cross_heads=2,
+        cross_hidden=256,
+        dropout=0.0,
+        mask_token_id=4,
+    ),
+}
+PREFIX = "elip_"
+
+
+def list_models() -> list[str]:
+    """Names for `create_model`: each model dense, and reduced under `elip_`."""
+    return sorted([*CONFIGS, *(PREFIX + name for name in CONFIGS)])
+
+
+def create_model(
+    name: str, pretrained: bool | str | os.PathLike = False, **overrides: Any
+) -> PretrainedModel:
+    """A model of the paper by name.
+
+    Args:
+        name: as `list_models` gives them; 'elip_' adds the paper's schedule.
+        pretrained: False for random weights, or the folder that
+            `save_pretrained` filled; then its own sizes hold, whatever the name says, and its own
+            schedule, unless it has none (the paper's) or the name is without 'elip_' (dense).
+        overrides: fields of the model's config, such as `CLIPConfig`.
+
+    Raises:
+        ValueError: an unknown name or override, with the nearest known one; pretrained=True, since
+            no weights are published; or an override that the folder's weights do not fit.
+    """
+    family = family_of(name)
+    if not isinstance(pretrained, (bool, str, os.PathLike)):
+        raise TypeError(
+            "pretrained: expected False, or a folder written by save_pretrained, "
+            f"got {pretrained!r}"
+        )
+    if pretrained is True:
+        raise ValueError(
+            "pretrained: expected False, or a folder written by save_pretrained, "
+            "got True; no weights are published under these names"
+        )
+    config = CONFIGS[name.removeprefix(PREFIX)]
+    if name.startswith(PREFIX):
+        config = replace(config, schedule=PRESETS[family.family])
+    trained = family.from_pretrained(pretrained) if pretrained else None
+    if trained is not None:
+        own = trained.config.schedule if name.startswith(PREFIX) else None
+        config = replace(trained.config, schedule=own or config.schedule)
+    config = family.config_class.from_dict(vars(config) | overrides)
+    model = family(config)
+    if trained is not None:
+        load_weights(model, trained.state_dict())
+    return model
+
+
+def family_of(name: str) -> type[PretrainedModel]:
+    """The class of the model that `create_model(name)` gives."""
+    if name not in list_models():
+        close = difflib.get_close_matches(str(name), list_models(), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"name: expected one of {list_models()}, got {name!r}{hint}")
+    config = type(CONFIGS[name.removeprefix(PREFIX)])
+    return next(model for model in FAMILIES.values() if model.config_class is config)
+
+
+def load_model(folder: str | os.PathLike) -> PretrainedModel:
+    """The model that `save_pretrained` wrote, of whatever family.
+
+    Raises:
+        FileNotFoundError: the folder lacks config.json or model.safetensors.
+        ValueError: a config of another library, or weights that do not fit it.
+    """
+    family, _ = read_config(folder)
+    if family not in FAMILIES:
+        raise ValueError(
+            f"folder: expected a model of {sorted(FAMILIES)}, as save_pretrained writes them, got "
+            f"another in {folder}"
+        )
+    return FAMILIES[family].from_pretrained(folder)
+
+
+def elip_settings(model: PretrainedModel) -> Elip:
+    """How a model's tower is reduced by ELIP; by the paper's schedule where it is dense or reduces
+    in another way."""
+    settings, depth = model.reduction, model.config.vision_depth
+    paper = Schedule.parse(PRESETS[model.family]).scaled(depth)
+    if not isinstance(settings, Elip):
+        return Elip(paper)
+    return settings if model.config.schedule else replace(settings, schedule=paper)

@@ -1,1 +1,0 @@
-"""What the models share: text towers and losses."""

@@ -1,0 +1,1 @@
+"""What a reduction costs and gains."""

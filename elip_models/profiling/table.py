@@ -1,0 +1,288 @@
+"""What `elip profile` does: models by their specs, strategies by theirs, one table of all rows.
+
+Weights are random, since neither FLOPs nor times depend on them. Each model has the strategies that
+fit it; those that do not, or that cannot reach the FLOPs asked for, are left out with the reason.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import nn
+
+from elip_models.models.open_model import FORMS, open_model
+from elip_models.profiling.paper_flops import paper_report
+from elip_models.profiling.paper_table1 import table1_report
+from elip_models.profiling.rows import DENSE, MODES, Mode, Row, profile_model
+from elip_models.profiling.workload import Workload, tower_in
+from elip_models.reduction.schedule import Schedule
+from elip_models.reduction.strategies import STRATEGIES
+from elip_models.reduction.strategy import Strategy
+from elip_models.reduction.strategy_spec import StrategySpec
+from elip_models.validation import ConfigError, blame
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WIDTH = 180  # of what is not printed on a terminal
+
+
+@dataclass(frozen=True)
+class ProfileSettings:
+    """Options of `elip profile`.
+
+    models: specs of `open_model`. strategies: see strategy_specs.py.
+    schedule: of the strategies that take one and do not say theirs; None is ELIP's.
+    flops: share of the dense tower's training FLOPs that every strategy is set to, if any.
+    rounds: of the timing; None counts alone, without memory for weights.
+    """
+
+    models: tuple[str, ...]
+    strategies: tuple[StrategySpec, ...]
+    schedule: str | None = None
+    flops: float | None = None
+    batch_sizes: tuple[int, ...] = (8,)
+    modes: tuple[Mode, ...] = MODES
+    dtype: str = "fp32"
+    rounds: int | None = 10
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A strategy without rows for a model, and why."""
+
+    model: str
+    strategy: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The table, and where it was measured."""
+
+    settings: ProfileSettings
+    rows: tuple[Row, ...]
+    left_out: tuple[LeftOut, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        timed = self.settings.rounds is not None
+        return {
+            "device": device_name() if timed else "meta",
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "dtype": self.settings.dtype,
+            "rounds": self.settings.rounds,
+            "weights": "random",
+            "flops_are_of": "one image, or pair of a whole model",
+            "memory_is": "peak of a step" if on_gpu() else "bytes saved for backward",
+            "rows": [asdict(row) for row in self.rows],
+            "left_out": [asdict(each) for each in self.left_out],
+        }
+
+
+def run_profile(settings: ProfileSettings, say: Callable[[str], None] | None = None) -> Profile:
+    """All rows, model by model; `say` is told what comes next.
+
+    Raises:
+        ConfigError: a spec that names no model, or a model that cannot be reduced.
+    """
+    rows: list[Row] = []
+    left_out: list[LeftOut] = []
+    for spec in settings.models:
+        model = _opened(spec, settings)
+        strategies, refused = _fitting(spec, model, settings)
+        left_out += refused
+        for batch_size in settings.batch_sizes:
+            if say is not None:
+                doing = "counting" if settings.rounds is None else "measuring, side by side:"
+                say(f"{doing} {spec}, batch {batch_size}, dense and {len(strategies)} strategies")
+            rows += profile_model(
+                spec,
+                model,
+                strategies,
+                batch_size=batch_size,
+                modes=settings.modes,
+                rounds=settings.rounds,
+            )
+    return Profile(settings, tuple(rows), tuple(left_out))
+
+
+def on_gpu() -> bool:
+    """Whether steps run on a GPU."""
+    return torch.cuda.is_available()
+
+
+def device_name() -> str:
+    """Of the device that steps run on."""
+    return torch.cuda.get_device_name() if on_gpu() else "cpu"
+
+
+def _opened(spec: str, settings: ProfileSettings) -> nn.Module:
+    """The model with random weights; on the meta device where nothing is timed."""
+    device = "meta" if settings.rounds is None else "cuda" if on_gpu() else "cpu"
+    with blame("--model"), torch.device(device), _quietly():
+        model = open_model(spec, pretrained=False).to(DTYPES[settings.dtype])
+        tower_in(model)
+    return model
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Libraries warn of random weights; here they are meant."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _fitting(
+    name: str, model: nn.Module, settings: ProfileSettings
+) -> tuple[dict[str, Strategy], list[LeftOut]]:
+    """The strategies that the model takes, by the name of their rows, and the others."""
+    tower, found, left_out = tower_in(model), {}, []
+    workload = Workload(model, 1)
+    for spec in settings.strategies:
+        try:
+            strategy = spec.build(tower.size, settings.schedule)
+            if settings.flops is not None:
+                strategy = strategy.at_flops(tower, settings.flops)
+            workload.forward(strategy)
+        except (TypeError, ValueError) as error:
+            left_out.append(LeftOut(name, spec.text, " ".join(str(error).split())))
+        else:
+            found[spec.text] = strategy
+    return found, left_out
+
+
+def table_of(profile: Profile) -> Table:
+    """All rows, in sections of one model, batch and mode."""
+    rows, timed = profile.rows, profile.settings.rounds is not None
+    table = Table(title=_title(profile))
+    table.add_column("strategy")
+    table.add_column("tokens a layer")
+    names = ["kept", "forward\nGFLOPs", "backward\nGFLOPs", "FLOPs"]
+    names += ["ms", "time", "MB", "memory"] if timed else []
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    if timed:
+        table.add_column("")
+    for _, section in groupby(rows, lambda row: (row.model, row.batch_size, row.mode)):
+        section = list(section)
+        table.add_section()
+        head = section[0]
+        table.add_row(f"[bold]{escape(head.model)}[/]", f"{head.mode}, batch {head.batch_size}")
+        for row in section:
+            table.add_row(escape(row.strategy), runs(t.attention for t in row.tokens), *_cells(row))
+    return table
+
+
+def _title(profile: Profile) -> str:
+    steps = sorted({row.step for row in profile.rows})
+    title = f"FLOPs of one image or pair, {' or '.join(steps)}; ratios against dense"
+    if profile.settings.flops is not None:
+        title += f"; towers at {profile.settings.flops:g} of dense training FLOPs"
+    if profile.settings.rounds is not None:
+        memory = "peak of a step" if on_gpu() else "bytes saved for backward"
+        title += f"; {device_name()}, {profile.settings.dtype}; memory: {memory}"
+    return title
+
+
+def _cells(row: Row) -> list[str]:
+    """From 'kept' on."""
+    cells = [f"{row.retained:.3f}", f"{row.forward_flops / 1e9:.3f}"]
+    cells += [f"{row.backward_flops / 1e9:.3f}" if row.mode == "training" else "-"]
+    cells += [f"{row.flops_ratio:.3f}"]
+    if row.seconds is not None and row.time_ratio is not None:
+        digits = 0 if row.seconds >= 0.1 else 1 if row.seconds >= 0.01 else 2
+        cells += [f"{1e3 * row.seconds:.{digits}f}", f"{row.time_ratio:.2f}"]
+        known = row.memory is not None and row.memory_ratio is not None
+        cells += [f"{row.memory / 1e6:.4g}", f"{row.memory_ratio:.2f}"] if known else ["-", "-"]
+        cells += ["" if row.strategy == DENSE else row.verdict]
+    return cells
+
+
+def runs(counts: Iterable[int]) -> str:
+    """'2×197 2×178 6×129 2×80'; of counts that change all the time the ends alone."""
+    found = [(len(list(same)), count) for count, same in groupby(counts)]
+    if len(found) > 6:
+        return f"{found[0][1]} {found[1][1]} .. {found[-1][1]}"
+    return " ".join(f"{times}×{count}" for times, count in found)
+
+
+def settings_of(
+    *,
+    models: Sequence[str],
+    strategies: Sequence[str],
+    schedule: str | None,
+    flops: float | None,
+    batch_sizes: Sequence[int],
+    mode: str,
+    dtype: str,
+    rounds: int | None,
+) -> ProfileSettings:
+    """The options of the command line as settings; without strategies, all of them.
+
+    Raises:
+        ConfigError: an option with another value than it takes.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if mode not in (*MODES, "both"):
+        raise ConfigError(f"--mode: expected {', '.join(MODES)} or both, got {mode!r}")
+    if flops is not None and not 0 < flops <= 1:
+        raise ConfigError(f"--flops: expected a share of dense in (0, 1], got {flops}")
+    with blame("--schedule"):
+        schedule = None if schedule is None else str(Schedule.parse(schedule))
+    with blame("--strategy"):
+        specs = tuple(dict.fromkeys(strategies or (*STRATEGIES, "elip:scorer=last")))
+        parsed = tuple(StrategySpec.parse(text) for text in specs)
+    return ProfileSettings(
+        models=tuple(dict.fromkeys(models)),
+        strategies=parsed,
+        schedule=schedule,
+        flops=flops,
+        batch_sizes=tuple(dict.fromkeys(batch_sizes)),
+        modes=tuple(each for each in MODES if mode in (each, "both")),
+        dtype=dtype,
+        rounds=rounds,
+    )
+
+
+def print_profile(
+    settings: ProfileSettings, *, paper: bool, output: Path | None, console: Console
+) -> None:
+    """Measure, print, and write `output` as JSON.
+
+    Raises:
+        ConfigError: nothing to do, or a model that cannot be opened or reduced.
+    """
+    if not settings.models and not paper:
+        raise ConfigError(f"--model: expected one or more, {FORMS}; or --paper")
+    if output is not None and not output.parent.is_dir():
+        raise ConfigError(f"--output: expected a file in an existing folder, got {output}")
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    document: dict[str, Any] = {}
+    if settings.models:
+        with console.status("opening models") as status:
+            profile = run_profile(settings, status.update)
+        document = profile.as_json()
+        console.print(table_of(profile))
+        for each in profile.left_out:
+            console.print(f"{each.model}: {each.strategy} is left out: {each.reason}", markup=False)
+    if paper:
+        with console.status("counting the paper's models"):
+            table5, document["paper"] = paper_report()
+            table1, document["paper_table1"] = table1_report()
+        console.print(table1, table5, sep="\n\n")
+    if output is not None:
+        output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

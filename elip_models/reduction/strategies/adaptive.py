@@ -1,0 +1,125 @@
+"""ELIP with a number of patches of each image's own, by the mass of attention that they hold.
+
+    K_b  = the least k whose k most attended patches hold `keep_mass` of the row, at most K
+    x_b  = [x_cls, the K_b most attended in image order, K - K_b slots of padding, merged others]
+
+The paper names a fixed ratio for every image as its limit. Slots are padded to the schedule's K and
+masked in attention, so that shapes are static and nothing synchronises: this saves no time over
+`elip`, and says what packed tokens could save (`StageInfo.mean_keep`).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from elip_kernels import ReductionInfo
+from elip_kernels.reduce import EPSILON
+from elip_models.reduction.schedule import Stage
+from elip_models.reduction.strategies.elip import Elip, fused_cls
+from elip_models.reduction.strategy import Context, StageInfo
+from elip_models.towers import Size, Tower
+from elip_models.validation import check_share
+
+
+@dataclass(frozen=True)
+class Adaptive(Elip):
+    """ELIP whose stages keep fewer patches where fewer hold `keep_mass` of the attention.
+
+    keep_mass: share of a row's mass on patches, in (0, 1]; the schedule bounds K from above.
+    The other fields are those of `Elip`; the scorer is 'last'.
+    """
+
+    name: ClassVar[str] = "adaptive"
+    replaces_block: ClassVar[bool] = True
+
+    scorer: str | int = "last"
+    keep_mass: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share("keep_mass", self.keep_mass)
+        if self.scorer != "last":
+            raise ValueError(
+                "scorer: expected 'last' with strategy='adaptive', since whole layers do not mask "
+                f"the padding, got {self.scorer!r}"
+            )
+        if not self.merge:
+            raise ValueError("merge: expected True with strategy='adaptive', got False")
+
+    def reductions(self, size: Size) -> tuple[Stage, ...]:
+        """The schedule's stages that drop patches: masking has nothing to do before."""
+        return tuple(s for s in super().reductions(size) if s.keep < size.num_patches)
+
+    def stages(self, size: Size) -> tuple[Stage, ...]:
+        """The schedule's, and one of no layer for each block that only masks."""
+        reductions = {stage.first: stage for stage in self.reductions(size)}
+        if not reductions:
+            return ()
+        stages = [reductions[min(reductions)]]
+        for i in range(stages[0].first + 1, size.depth):
+            stages.append(reductions.get(i, Stage(i, 0, stages[-1].keep)))
+        return tuple(stages)
+
+    def scoring_flops(self, size: Size) -> int:
+        """All rows but the first mask padding, so that they project every key."""
+        entering, masked = self.entering(size), size._replace(absorbs_keys=False)
+        return sum(map(size.row_flops, entering[:1])) + sum(map(masked.row_flops, entering[1:]))
+
+    def step(
+        self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
+    ) -> tuple[Tensor, StageInfo]:
+        info = context.before
+        if stage.layers:
+            before = None if info is None else info.reduction.mask
+            if context.replay is None:
+                row = self._row(tower, stage, tokens, context.text_cls, before)
+            else:
+                row = context.replay.attention
+            tokens, reduction = self._reduce(tower, stage.keep, tokens, row)
+            tower = tower.at(tower.positions_after(reduction))
+            info = StageInfo(stage, reduction, row)
+        bias = torch.zeros_like(info.reduction.mask, dtype=tokens.dtype)
+        bias = bias.masked_fill(~info.reduction.mask, float("-inf"))[:, None, None]
+        tokens = context.run(tower.attend, stage.first, tokens, bias)
+        return context.run(tower.mlp, stage.first, tokens), info
+
+    @torch.no_grad()
+    def _row(
+        self, tower: Tower, stage: Stage, tokens: Tensor, text: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """The CLS row (B, N) of the stage's last layer; padding gets none of it."""
+        cls = fused_cls(tower, tokens, text, self)
+        return tower.cls_attention(stage.first + stage.layers - 1, tokens, cls, mask=mask)
+
+    def _reduce(
+        self, tower: Tower, keep: int, tokens: Tensor, row: Tensor
+    ) -> tuple[Tensor, ReductionInfo]:
+        p = tower.num_prefix_tokens
+        with torch.no_grad():
+            chosen, real, weights = self._select(row[:, p:], keep)
+        patches = tokens[:, p:]
+        kept = patches.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[2]))
+        merged = (weights.to(tokens.dtype)[:, None] @ patches).to(tokens.dtype)
+        tokens = torch.cat([tokens[:, :p], kept, merged], dim=1)
+        prefix = torch.ones_like(real[:, :1]).expand(-1, p)
+        mask = torch.cat([prefix, real, weights.sum(1, keepdim=True) > 0], dim=1)
+        weights = torch.cat([torch.zeros_like(row[:, :p]), weights], dim=1)
+        return tokens, ReductionInfo(chosen + p, weights, mask, p)
+
+    def _select(self, scores: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
+        """scores (B, n) -> the patches in each slot (B, K), which slots are real (B, K), and the
+        merge weights (B, n)."""
+        n = scores.shape[1]
+        ranked, order = scores.sort(dim=1, descending=True, stable=True)
+        mass = ranked.cumsum(1) - ranked  # of the patches before
+        enough = (mass < self.keep_mass * ranked.sum(1, keepdim=True)).sum(1, keepdim=True)
+        count = enough.clamp(1, keep)
+        rank = order.argsort(1)
+        is_kept = rank < count
+        index = torch.arange(n, device=scores.device)
+        slots = torch.where(is_kept, index, index + n).argsort(1)[:, :keep]
+        weights = scores.masked_fill(is_kept, 0.0)
+        weights = weights / (weights.sum(1, keepdim=True) + EPSILON)
+        return slots, index[:keep] < count, weights

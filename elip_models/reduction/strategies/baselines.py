@@ -1,0 +1,109 @@
+"""What ELIP is compared with on its own schedule: TRIPS, a random choice, and patch dropout."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from elip_models.reduction.schedule import Schedule, Stage
+from elip_models.reduction.strategies.elip import Elip, Staged
+from elip_models.reduction.strategy import Context, Layer, StageInfo, Strategy, least_share
+from elip_models.towers import Size, Tower
+from elip_models.validation import check_flag, check_share
+
+
+@dataclass(frozen=True)
+class Trips(Elip):
+    """Text alone selects, by the first layer of each stage (TRIPS, Jiang et al., EMNLP 2022).
+
+    The query is the text's vector through that layer's own norm and projection; merging and
+    schedule are ELIP's, so that the scorer is all that differs.
+    """
+
+    name: ClassVar[str] = "trips"
+
+    scorer: str | int = 1
+    fusion: float = 0.0
+
+
+class Drawn(Staged):
+    """A schedule whose patches are drawn at random."""
+
+    @torch.no_grad()
+    def score(self, tower: Tower, stage: Stage, tokens: Tensor, text: Tensor | None) -> Tensor:
+        """A row (B, N): 2 for `stage.keep` patches, 1 for the others, which so merge evenly."""
+        B, N, _ = tokens.shape
+        p = tower.num_prefix_tokens
+        drawn = torch.rand(B, N - p, device=tokens.device).topk(stage.keep, dim=1).indices
+        return torch.ones(B, N, device=tokens.device).scatter(1, drawn + p, 2.0)
+
+    def step(
+        self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
+    ) -> tuple[Tensor, StageInfo]:
+        if context.replay is not None:  # its forward drew here: dropout that follows must agree
+            self.score(tower, stage, tokens, None)
+        return super().step(tower, stage, tokens, context)
+
+
+@dataclass(frozen=True)
+class Random(Drawn):
+    """ELIP's schedule with patches kept at random and the others averaged: the control.
+
+    schedule, merge: as of `Elip`.
+    """
+
+    name: ClassVar[str] = "random"
+
+    schedule: Schedule
+    merge: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "schedule", Schedule.parse(self.schedule))
+        check_flag("merge", self.merge)
+
+
+@dataclass(frozen=True)
+class PatchDropout(Drawn):
+    """Drop patches at random before block 0, in training alone (FLIP, Li et al., CVPR 2023).
+
+    keep: share of the patches that stay, in (0, 1].
+    until: the first step of training that sees all patches again, or None: all steps drop.
+        `at(step)` is what to reduce by in that step.
+    """
+
+    name: ClassVar[str] = "patch_dropout"
+
+    keep: float = 0.5
+    until: int | None = None
+    merge: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_share("keep", self.keep)
+        if self.until is not None and (type(self.until) is not int or self.until < 0):
+            raise ValueError(f"until: expected a step from 0 on, or None, got {self.until!r}")
+
+    def at(self, step: int) -> "PatchDropout":
+        """What step `step` of training is reduced by: nothing from step `until` on.
+
+        `reduce_(model, strategy=dropout.at(step))` in every step changes the model only once.
+        """
+        over = self.until is not None and step >= self.until
+        return replace(self, keep=1.0, until=None) if over else replace(self, until=None)
+
+    def refuses(self, tower: Tower) -> str | None:
+        return None
+
+    def stages(self, size: Size) -> tuple[Stage, ...]:
+        keep = max(1, int(self.keep * size.num_patches))
+        return () if keep == size.num_patches else (Stage(0, size.depth, keep),)
+
+    def token_counts(self, size: Size) -> tuple[Layer, ...]:
+        tokens = size.num_prefix_tokens + max(1, int(self.keep * size.num_patches))
+        return (Layer(tokens, tokens),) * size.depth
+
+    def reduces(self, text_cls: Tensor | None, training: bool) -> bool:
+        return training
+
+    def at_strength(self, size: Size, strength: float) -> Strategy:
+        return replace(self, keep=1 - strength * (1 - least_share(size)))

@@ -1,0 +1,120 @@
+"""EViT: a reduction between a block's attention and its MLP, by that attention's CLS row."""
+
+import math
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+import elip_kernels
+from elip_kernels import ReductionInfo
+from elip_models.reduction.schedule import Stage
+from elip_models.reduction.strategy import (
+    Context,
+    Layer,
+    StageInfo,
+    Strategy,
+    counts_of,
+    least_share,
+)
+from elip_models.towers import Size, Tower
+from elip_models.validation import check_flag, check_share
+
+
+@dataclass(frozen=True)
+class EViT(Strategy):
+    """Keep by this forward's own CLS attention, fuse the others by it (Liang et al., ICLR 2022).
+
+        a   = CLS row of the block's attention, head mean;  K = ceil(keep_rate * candidates)
+        x   = [x_prefix, the K most attended in descending order, sum_dropped a x]     after attend
+
+    keep_rate: of the candidates at each of `layers`, in (0, 1].
+    layers: 0-based blocks; None means a quarter, half and three quarters of the depth (3, 6, 9 of
+        12), 'all' every block.
+    attention_gradient: gradients reach the attention through the fused token, as in the paper's
+        code.
+    """
+
+    name: ClassVar[str] = "evit"
+    replaces_block: ClassVar[bool] = True
+
+    keep_rate: float = 0.7
+    layers: tuple[int, ...] | Literal["all"] | None = None
+    attention_gradient: bool = True
+
+    def __post_init__(self) -> None:
+        check_share("keep_rate", self.keep_rate)
+        check_flag("attention_gradient", self.attention_gradient)
+        at = self.layers
+        if at is None or at == "all":
+            return
+        is_ints = isinstance(at, (tuple, list)) and all(type(i) is int for i in at)
+        if not is_ints or not at or any(a >= b for a, b in pairwise(at)) or at[0] < 0:
+            raise ValueError(
+                f"layers: expected rising 0-based block numbers, 'all' or None, got {at!r}"
+            )
+        object.__setattr__(self, "layers", tuple(at))
+
+    def refuses(self, tower: Tower) -> str | None:
+        return None if tower.has_cls else "the tower has no CLS token whose row keeps and fuses"
+
+    def stages(self, size: Size) -> tuple[Stage, ...]:
+        depth, candidates, stages = size.depth, size.num_patches, []
+        at = self.layers
+        if at is None:
+            at = sorted({depth // 4, depth // 2, 3 * depth // 4})
+        elif at == "all":
+            at = range(depth)
+        if at[-1] >= depth:
+            raise ValueError(f"layers: expected blocks below {depth}, the depth, got {at[-1]}")
+        for i, following in pairwise((*at, depth)):
+            keep = math.ceil(self.keep_rate * candidates)
+            if keep < candidates:
+                stages.append(Stage(i, following - i, keep))
+                candidates = keep + 1
+        return tuple(stages)
+
+    def token_counts(self, size: Size) -> tuple[Layer, ...]:
+        after = {s.first: size.num_prefix_tokens + s.keep + 1 for s in self.stages(size)}
+        return counts_of(size, lambda i, tokens: after.get(i, tokens))
+
+    def scoring_flops(self, size: Size) -> int:
+        counts = self.token_counts(size)
+        return sum(2 * counts[s.first].attention * size.width for s in self.stages(size))
+
+    def step(
+        self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
+    ) -> tuple[Tensor, StageInfo]:
+        i, p = stage.first, tower.num_prefix_tokens
+        tokens, row = context.run(self._attend, tower, i, tokens)
+        scores = row[:, p:]
+        if context.replay is not None:
+            chosen = context.replay.reduction.kept - p
+        else:
+            chosen = scores.detach().sort(dim=1, descending=True, stable=True).indices
+            chosen = chosen[:, : stage.keep]
+        fused = scores.scatter(1, chosen, 0.0)
+        patches = tokens[:, p:]
+        kept = patches.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[2]))
+        merged = fused.to(tokens.dtype)[:, None] @ patches
+        tokens = torch.cat([tokens[:, :p], kept, merged.to(tokens.dtype)], dim=1)
+        weights = torch.cat([torch.zeros_like(row[:, :p]), fused], dim=1).detach()
+        reduction = ReductionInfo(chosen + p, weights, None, p)
+        return context.run(tower.mlp, i, tokens), StageInfo(stage, reduction, row.detach())
+
+    def _attend(self, tower: Tower, i: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Block i's attention half, and its CLS row (B, N), head mean."""
+        q, k, v = tower.qkv(i, tokens)
+        scale = tower.projections(i).scale
+        if self.attention_gradient:
+            at_least_fp32 = torch.promote_types(q.dtype, torch.float32)
+            row = ((q[:, :, :1] * scale) @ k.mT).softmax(-1, dtype=at_least_fp32)
+            row = row.mean(1)[:, 0]
+        else:
+            row = elip_kernels.cls_attention(q[:, :, 0].detach(), k.detach(), scale=scale)
+        return tower.attend(i, tokens, qkv=(q, k, v)), row
+
+    def at_strength(self, size: Size, strength: float) -> Strategy:
+        return replace(self, keep_rate=1 - strength * (1 - least_share(size)))

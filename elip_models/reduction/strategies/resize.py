@@ -1,0 +1,77 @@
+"""A smaller image through the dense tower."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elip_models.reduction.flops import nearest
+from elip_models.reduction.schedule import Stage
+from elip_models.reduction.strategy import Layer, Strategy, tower_of
+from elip_models.towers import Size, Tower
+
+
+@dataclass(frozen=True)
+class Resize(Strategy):
+    """A smaller image through the dense tower, positions interpolated: the plainest saving.
+
+    size: pixels of the image's height, a multiple of the patch; its width shrinks alike.
+    """
+
+    name: ClassVar[str] = "resize"
+    changes_embedding: ClassVar[bool] = True
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if type(self.size) is not int or self.size < 1:
+            raise ValueError(f"size: expected pixels from 1 on, got {self.size!r}")
+
+    def pixels(self, size: Size) -> tuple[int, int]:
+        """(h, w) of the images that the tower sees."""
+        (height, width), patch = size.image, size.patch
+        if self.size % patch or self.size > height:
+            raise ValueError(
+                f"size: expected a multiple of the patch, {patch}, up to {height}, the image's "
+                f"height, got {self.size}"
+            )
+        return self.size, max(patch, round(self.size * width / height / patch) * patch)
+
+    def refuses(self, tower: Tower) -> str | None:
+        return tower.refuses_resizing()
+
+    def stages(self, size: Size) -> tuple[Stage, ...]:
+        self.pixels(size)
+        return ()
+
+    def token_counts(self, size: Size) -> tuple[Layer, ...]:
+        height, width = self.pixels(size)
+        tokens = size.num_prefix_tokens + (height // size.patch) * (width // size.patch)
+        return (Layer(tokens, tokens),) * size.depth
+
+    def embed_flops(self, size: Size) -> int:
+        return size._replace(image=self.pixels(size)).embed_flops()
+
+    def smaller(self, tower: Tower, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) -> (B, 3, h, w)."""
+        at_least_fp32 = torch.promote_types(images.dtype, torch.float32)
+        pixels, wide = self.pixels(tower.size), images.to(at_least_fp32)
+        return F.interpolate(wide, pixels, mode="bicubic", antialias=True).to(images.dtype)
+
+    def patchify(self, tower: Tower, images: Tensor) -> Tensor:
+        """What the tower's entrance makes of the images, smaller."""
+        return tower.patchify(self.smaller(tower, images))
+
+    def embed(self, tower: Tower, images: Tensor) -> Tensor:
+        return tower.enter(self.patchify(tower, images))
+
+    def at_strength(self, size: Size, strength: float) -> Strategy:
+        rows = size.image[0] // size.patch
+        return replace(self, size=size.patch * (rows - round(strength * (rows - 1))))
+
+    def at_flops(self, model: nn.Module | Tower, ratio: float) -> "Resize":
+        """The size whose training FLOPs are nearest to `ratio` of dense; whole patches seldom
+        meet it exactly."""
+        return nearest(self, tower_of(model).size, ratio, exactly=False)

@@ -1,0 +1,103 @@
+"""ToMe: the most alike tokens of every block become one, between its attention and its MLP."""
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import ClassVar
+
+from torch import Tensor
+
+import elip_kernels
+from elip_models.reduction.schedule import Stage
+from elip_models.reduction.strategy import Context, Layer, StageInfo, Strategy, counts_of
+from elip_models.towers import Size, Tower
+from elip_models.validation import check_flag
+
+
+@dataclass(frozen=True)
+class ToMe(Strategy):
+    """Merge the r most alike pairs of tokens in every block (Bolya et al., ICLR 2023).
+
+        attention with log(size) of each key added to its scores, then
+        x, size = bipartite soft matching on the head mean of this block's keys       after attend
+
+    r: tokens merged away, for every block, or one number a block.
+    proportional: add log(size) to the scores, as the paper does.
+    """
+
+    name: ClassVar[str] = "tome"
+    replaces_block: ClassVar[bool] = True
+
+    r: int | tuple[int, ...] = 8
+    proportional: bool = True
+
+    def __post_init__(self) -> None:
+        check_flag("proportional", self.proportional)
+        each = self.r if isinstance(self.r, (tuple, list)) else (self.r,)
+        if not each or any(type(r) is not int or r < 0 for r in each):
+            raise ValueError(f"r: expected an int from 0 on, or one a block, got {self.r!r}")
+        if isinstance(self.r, list):
+            object.__setattr__(self, "r", tuple(self.r))
+
+    def refuses(self, tower: Tower) -> str | None:
+        if tower.is_rotary:
+            return "a pair that ToMe merges stands at two places, and a rotary block needs one"
+        several = tower.num_prefix_tokens > 1
+        return "of its prefix tokens ToMe protects the class token alone" if several else None
+
+    def _each(self, size: Size) -> tuple[int, ...]:
+        each = self.r if isinstance(self.r, tuple) else (self.r,) * size.depth
+        if len(each) != size.depth:
+            raise ValueError(f"r: expected {size.depth} numbers, one a block, got {len(each)}")
+        return each
+
+    def stages(self, size: Size) -> tuple[Stage, ...]:
+        p = size.num_prefix_tokens
+        counts = self.token_counts(size)
+        stages = [Stage(i, 1, layer.mlp - p) for i, layer in enumerate(counts)]
+        merges = [i for i, layer in enumerate(counts) if layer.mlp < layer.attention]
+        return tuple(stages[merges[0] :]) if merges else ()  # sizes weigh in all that follow
+
+    def token_counts(self, size: Size) -> tuple[Layer, ...]:
+        each, p = self._each(size), size.num_prefix_tokens
+        return counts_of(size, lambda i, tokens: tokens - min(each[i], (tokens - p) // 2))
+
+    def scoring_flops(self, size: Size) -> int:
+        channels = size.width // size.heads
+        pairs = ((n + 1) // 2 * (n // 2) for n, m in self.token_counts(size) if m < n)
+        return sum(2 * channels * each for each in pairs)
+
+    def step(
+        self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
+    ) -> tuple[Tensor, StageInfo]:
+        i, before = stage.first, context.before
+        sizes = None if before is None else before.sizes
+        tokens, metric = context.run(self._attend, tower, i, tokens, sizes)
+        r = tokens.shape[1] - tower.num_prefix_tokens - stage.keep
+        if context.replay is not None:
+            match = context.replay.reduction
+            tokens, sizes = elip_kernels.merge_by(tokens, match, sizes)
+        else:
+            tokens, sizes, match = elip_kernels.bipartite_merge(
+                tokens,
+                metric,
+                r,
+                size=sizes,
+                num_prefix_tokens=tower.num_prefix_tokens,
+                return_info=True,
+            )
+        return context.run(tower.mlp, i, tokens), StageInfo(stage, match, sizes=sizes)
+
+    def _attend(
+        self, tower: Tower, i: int, tokens: Tensor, sizes: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Block i's attention half, and the metric (B, N, d) that tokens are matched by."""
+        q, k, v = tower.qkv(i, tokens)
+        bias = None
+        if self.proportional and sizes is not None:
+            bias = sizes.log().to(q.dtype)[:, None, None]
+        return tower.attend(i, tokens, bias, qkv=(q, k, v)), k.detach().mean(1)
+
+    def at_strength(self, size: Size, strength: float) -> Strategy:
+        total = round(strength * size.depth * size.num_patches // 2)
+        bounds = [total * i // size.depth for i in range(size.depth + 1)]
+        return replace(self, r=tuple(b - a for a, b in pairwise(bounds)))

@@ -1,0 +1,37 @@
+"""`accelerate` as a recipe asks for it.
+
+Buffers are not broadcast: the queue of features, their largest, is the same on every rank.
+"""
+
+import logging
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+
+from elip_models.training.recipe import RunConfig
+from elip_models.training.run_folder import RunFolder
+from elip_models.validation import ConfigError, blame
+
+
+def make_accelerator(config: RunConfig, folder: RunFolder) -> Accelerator:
+    """Precision, accumulation and trackers of `config`, files of trackers in `folder`.
+
+    Raises:
+        ConfigError: a precision or a tracker that there is not.
+    """
+    optim = config.optim
+    told = logging.getLogger("accelerate.utils.other")
+    told.addFilter(lambda record: "Removed shared tensor" not in record.getMessage())  # tied: meant
+    with blame("optim.precision or trackers"):
+        accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # or torchrun on CPUs is not seen
+            mixed_precision="no" if optim.precision == "fp32" else optim.precision,
+            gradient_accumulation_steps=optim.grad_accumulation,
+            log_with=list(config.trackers) or None,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            project_config=ProjectConfiguration(str(folder.path), str(folder.tensorboard)),
+        )
+    if missing := set(config.trackers) - {str(tracker) for tracker in accelerator.log_with}:
+        raise ConfigError(f"trackers: expected installed ones, got {sorted(missing)}")
+    return accelerator

@@ -1,0 +1,335 @@
+"""The recipe of a run: frozen dataclasses read from YAML and changed by dotted overrides.
+
+A recipe is data, never code. `load_recipe` takes the name of a file in `elip_models/recipes` or
+a path, applies `key=value` overrides and returns a `RunConfig`, or raises a `ConfigError` that
+names the key, what was expected and what was found.
+"""
+
+import dataclasses
+import difflib
+import os
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+
+from elip_models.validation import MISFIT, Bounds, ConfigError, coerce, describe
+
+REQUIRED = "???"
+"""The value a recipe gives to a key that the user has to set."""
+
+
+Count = Annotated[int, Bounds(0)]
+PositiveInt = Annotated[int, Bounds(1)]
+Share = Annotated[float, Bounds(0, 1)]
+NonNegative = Annotated[float, Bounds(0)]
+Positive = Annotated[float, Bounds(0, includes_low=False)]
+Magnitude = Annotated[int, Bounds(0, 10)]
+Beta = Annotated[float, Bounds(0, 1, includes_high=False)]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """`elip_models.create_model(name, **overrides)`, and what its towers begin as.
+
+    Args:
+        name: As `list_models` gives them.
+        overrides: Fields of the model's config; the tokenizer's own follow from the data.
+        vision_init: "timm:NAME", whose weights the image tower begins with; None: random.
+        text_init: "hf:NAME" or "hf:FOLDER", those of the text encoder.
+    """
+
+    name: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+    vision_init: str | None = None
+    text_init: str | None = None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where samples come from, and how captions become tokens.
+
+    Args:
+        train: Source specification, as `open_source` takes it.
+        eval: Source for retrieval evaluation; None evaluates nothing.
+        tokenizer: "train" trains one on the captions of `train`; else a local folder or hub name.
+        vocab_size: Largest vocabulary of a tokenizer that is trained here.
+        context_length: Tokens a caption is padded or truncated to.
+        crop_scale: Share of an image's area that a random crop shows, from and to; null shows the
+            middle of it whole, as evaluation does.
+        flip: Mirror every second image; not with captions that say left and right.
+        randaugment: Operations and their magnitude of 10, as ALBEF's RandAugment; null for none.
+        num_workers: Loader processes a rank; 0 loads in the training process.
+        max_bad_share: A larger share of unreadable samples stops the run.
+    """
+
+    train: str
+    eval: str | None = None
+    tokenizer: str = "train"
+    vocab_size: PositiveInt = 8192
+    context_length: PositiveInt = 32
+    crop_scale: tuple[Share, Share] | None = (0.9, 1.0)
+    flip: bool = False
+    randaugment: tuple[PositiveInt, Magnitude] | None = None
+    num_workers: Count = 0
+    max_bad_share: Share = 0.05
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, linear warm-up, then decay.
+
+    Args:
+        batch_size: Images a rank and a forward pass; a step sees `grad_accumulation` times as
+            many on each rank.
+        grad_accumulation: Forward passes an optimiser step.
+        steps: Optimiser steps; set, it takes precedence over `epochs`.
+        epochs: Passes over the training data.
+        lr: Peak learning rate.
+        decay: Of the learning rate after warm-up: "cosine" or "linear" to `min_lr` at the end, or
+            "step", by `decay_rate` each epoch, down to `min_lr`.
+        lr_scale: Multiples of the learning rate for parameters whose names fit a pattern, such as
+            {"itm_head.*": 5}; the first that fits counts.
+        warmup_steps: Steps of linear warm-up, capped at a fifth of the run.
+        weight_decay: For matrices; biases, norms, single vectors and the temperature have none.
+        betas: AdamW's two.
+        eps: AdamW's.
+        max_grad_norm: Gradients are clipped to this norm; None leaves them.
+        precision: "fp32", or autocast to "bf16" or "fp16".
+        grad_checkpointing: Recompute activations in the backward pass.
+        gather: Contrast within a rank ("local") or over all of them ("global").
+    """
+
+    batch_size: PositiveInt
+    lr: Positive
+    steps: PositiveInt | None = None
+    epochs: Positive | None = None
+    grad_accumulation: PositiveInt = 1
+    warmup_steps: Count = 0
+    decay: Literal["cosine", "linear", "step"] = "cosine"
+    min_lr: NonNegative = 0.0
+    decay_rate: Annotated[float, Bounds(0, 1, includes_low=False)] = 0.9
+    lr_scale: dict[str, Positive] = field(default_factory=dict)
+    weight_decay: NonNegative = 0.1
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
+    eps: Positive = 1e-6
+    max_grad_norm: Positive | None = 1.0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    grad_checkpointing: bool = False
+    gather: Literal["local", "global"] = "local"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run.
+
+    Args:
+        name: Name of the run, in trackers and summaries.
+        output_dir: Folder for checkpoints, logs and the final model.
+        seed: Of initialisation, data order and augmentation.
+        log_every: Steps between two rows of the log.
+        eval_every: Steps between two evaluations on `data.eval`; 0 evaluates at the end only, if
+            `report` names retrieval.
+        checkpoint_every: Steps between two checkpoints; there is always one at the end.
+        keep_checkpoints: Checkpoints kept, the newest.
+        trackers: Names of `accelerate` trackers, such as "tensorboard" or "wandb".
+        report: What follows training.
+    """
+
+    name: str
+    output_dir: str
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    seed: Count = 0
+    log_every: PositiveInt = 10
+    eval_every: Count = 0
+    checkpoint_every: PositiveInt = 1000
+    keep_checkpoints: PositiveInt = 2
+    trackers: tuple[str, ...] = ("tensorboard",)
+    report: tuple[Literal["retrieval", "timing", "picture"], ...] = ()
+
+
+RESUMABLE_KEYS = (
+    "name",
+    "output_dir",
+    "data.eval",
+    "data.num_workers",
+    "data.max_bad_share",
+    "optim.steps",
+    "optim.epochs",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "trackers",
+    "report",
+)
+"""Keys that may change on resuming: the length, the output, and what does not touch a gradient."""
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a recipe and applies overrides.
+
+    Args:
+        name_or_path: Name of a built-in recipe, or path of a YAML file.
+        overrides: `key=value` with dotted keys, such as `optim.lr=3e-4`; values are YAML.
+
+    Raises:
+        ConfigError: unknown recipe or key, wrong type or range, or a required key that is not set.
+    """
+    if isinstance(overrides, str):
+        raise ConfigError(f"overrides: expected several key=value, got the text {overrides!r}")
+    path = _find_recipe(str(name_or_path))
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys, got {type(values).__name__}")
+    for key, value in parse_overrides(overrides, "optim.lr=3e-4").items():
+        _set_dotted(values, key, value)
+    config = _build(RunConfig, values, prefix="")
+    _check_together(config)
+    return config
+
+
+def parse_overrides(overrides: Sequence[str], example: str) -> dict[str, Any]:
+    """Keys and values, read as YAML, of `key=value` texts; the ConfigError shows an example."""
+    values = {}
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"override {override!r}: expected key=value, such as {example}")
+        try:
+            values[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            values[key.strip()] = text  # a glob such as *.tar is not YAML, and is a string
+    return values
+
+
+def save_recipe(config: RunConfig, path: Path) -> None:
+    """Writes a resolved recipe as YAML that `load_recipe` reads back to an equal config."""
+    text = yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def recipe_names() -> list[str]:
+    """Names of the built-in recipes, sorted."""
+    folder = resources.files("elip_models") / "recipes"
+    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def resume_conflicts(saved: RunConfig, requested: RunConfig) -> list[str]:
+    """One line "key: saved -> requested" for each key that differs and may not on resuming."""
+    old, new = (_flatten(dataclasses.asdict(config)) for config in (saved, requested))
+    keys = [key for key in old | new if key not in RESUMABLE_KEYS and old.get(key) != new.get(key)]
+    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys]
+
+
+def _find_recipe(name_or_path: str) -> Path:
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ConfigError(f"recipe {name_or_path}: no such file")
+        return path
+    names = recipe_names()
+    if name_or_path not in names:
+        raise ConfigError(
+            f"recipe {name_or_path!r}: expected a path ending in .yaml or one of {', '.join(names)}"
+        )
+    return Path(str(resources.files("elip_models") / "recipes" / f"{name_or_path}.yaml"))
+
+
+def _check_together(config: RunConfig) -> None:
+    """What one key alone cannot tell."""
+    if config.optim.steps is None and config.optim.epochs is None:
+        raise ConfigError("optim.steps: expected it or optim.epochs to be set, got neither")
+    if config.optim.min_lr > config.optim.lr:
+        raise ConfigError(
+            f"optim.min_lr: expected at most optim.lr = {config.optim.lr}, got "
+            f"{config.optim.min_lr}"
+        )
+    if config.data.eval is None and (config.eval_every or config.report):
+        raise ConfigError(
+            "data.eval: expected a source, since eval_every or report asks for one, got null"
+        )
+
+
+def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for depth, section in enumerate(sections, start=1):
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            name = ".".join(sections[:depth])
+            raise ConfigError(f"{key}: expected {name} to be a section, got {values!r}")
+    values[last] = value
+
+
+def _build(cls: type, values: Any, prefix: str) -> Any:
+    """Makes the dataclass `cls` of a mapping; `prefix` is its dotted position, for messages."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{prefix[:-1]}: expected a section of keys, got {values!r}")
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for key in values:
+        if key not in hints:
+            raise ConfigError(_unknown_key(f"{prefix}{key}"))
+    arguments = {}
+    for spec in dataclasses.fields(cls):
+        key = f"{prefix}{spec.name}"
+        if spec.name in values:
+            arguments[spec.name] = _convert(hints[spec.name], values[spec.name], key)
+        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{key}: expected {describe(hints[spec.name])}, got nothing")
+    return cls(**arguments)
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    """Returns `value` as the type `hint` asks for, or raises."""
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, f"{key}.")
+    if isinstance(value, str) and value == REQUIRED:
+        raise ConfigError(f"{key}: expected {describe(hint)}, got {REQUIRED}; set {key}=VALUE")
+    converted = coerce(hint, value)
+    if converted is MISFIT:
+        raise ConfigError(f"{key}: expected {describe(hint)}, got {value!r}")
+    return converted
+
+
+def _unknown_key(key: str) -> str:
+    known = list(_known_keys(RunConfig, ""))
+    section, _, leaf = key.rpartition(".")
+    same_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
+    closest = (same_leaf or difflib.get_close_matches(key, known, n=1, cutoff=0.0))[0]
+    siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
+    listed = f"; {section or 'a recipe'} has {', '.join(siblings)}" if siblings else ""
+    return f"{key}: no such key; the closest is {closest}{listed}"
+
+
+def _known_keys(cls: type, prefix: str) -> Iterator[str]:
+    for name, hint in typing.get_type_hints(cls).items():
+        yield f"{prefix}{name}"
+        if dataclasses.is_dataclass(hint):
+            yield from _known_keys(hint, f"{prefix}{name}.")
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key to value, free-form dictionaries included."""
+    flat = {}
+    for key, value in values.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= _flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, all the way down: what `yaml.safe_dump` writes without tags."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,174 @@
+"""What follows a training run: time gained beside agreement of the scorers, and a picture."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from elip_models.analysis.agreement import scorer_agreement
+from elip_models.analysis.visualize import deliberately_slow, draw_reduction, patch_grid
+from elip_models.data import (
+    CLIP_MEAN,
+    CLIP_STD,
+    SkipReport,
+    Source,
+    evaluation_batches,
+    image_transform,
+    tokenize,
+)
+from elip_models.models.base import PretrainedModel
+from elip_models.models.registry import elip_settings
+from elip_models.profiling.measure import NO_GAIN
+from elip_models.profiling.rows import DENSE, Mode, measure
+from elip_models.profiling.workload import Workload
+from elip_models.reduction.encode import run_tower
+from elip_models.reduction.schedule import PRESETS
+from elip_models.reduction.scorers import SCORERS
+from elip_models.reduction.strategies.elip import Elip
+from elip_models.reduction.strategy import Strategy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class ScorerCost:
+    """Time and memory of a step with one scorer, relative to the dense tower of the run.
+
+    memory: the peak of a training step on a GPU, on a CPU the bytes that it saves for backward.
+    """
+
+    scorer: str
+    training: float
+    inference: float
+    memory: float
+
+
+class Reporter:
+    """Reports on a trained model and samples it has not seen.
+
+    One that is dense or reduces in another way is shown as the paper would reduce it.
+
+    Args:
+        model: trained, in eval mode.
+        tokenizer: of the model.
+        source: samples to show; their first captions guide.
+        output_dir: where the files go.
+    """
+
+    def __init__(
+        self,
+        model: PretrainedModel,
+        tokenizer: "PreTrainedTokenizerBase",
+        source: Source,
+        output_dir: Path,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.source = source
+        self.output_dir = output_dir
+        self.device = next(model.parameters()).device
+        self.settings = elip_settings(model)
+
+    def picture(self, count: int = 5) -> Path:
+        """Write `kept_tokens.png`: what survives each stage, the CLS attention, the caption."""
+        images, captions, guidance = self._guided(count)
+        tower = self.model.tower
+        with torch.no_grad(), deliberately_slow():
+            _, infos = run_tower(tower, images, guidance, self.settings)
+        mean, std = (torch.tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+        pixels = (images.cpu() * std + mean).clamp(0, 1)
+        path = self.output_dir / "kept_tokens.png"
+        return draw_reduction(pixels, captions, infos, path, grid=patch_grid(tower))
+
+    def timing(self, console: Console, *, rounds: int = 10) -> Path:
+        """Time ViT-S/16 at 224 px with every scorer; print, and write `timing.json`."""
+        images, _, guidance = self._guided(100)
+        agreement = scorer_agreement(self.model.visual, images, guidance, self.settings)
+        on_gpu = self.device.type == "cuda"
+        tower = VisionTransformer(
+            img_size=224, embed_dim=384, num_heads=6, pre_norm=True, num_classes=0
+        )
+        batch_size = 64 if on_gpu else 4
+        status = "timing ViT-S/16 at 224 px, dense and with each scorer, side by side"
+        with console.status(status), deliberately_slow():
+            costs = scorer_costs(Workload(tower.to(self.device), batch_size), rounds=rounds)
+        memory = "peak memory" if on_gpu else "saved bytes"
+        console.print(_timing_table(costs, agreement, batch_size, memory))
+        report = {
+            "tower": "ViT-S/16, 224 px, random weights",
+            "batch_size": batch_size,
+            "device": torch.cuda.get_device_name(self.device) if on_gpu else "cpu",
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "rounds": rounds,
+            "memory": memory,
+            "costs": [asdict(cost) for cost in costs],
+            "agreement_with_exact": agreement,
+        }
+        path = self.output_dir / "timing.json"
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        return path
+
+    @torch.no_grad()
+    def _guided(self, count: int) -> tuple[Tensor, list[str], Tensor]:
+        """The first `count` readable samples -> images, captions, guidance (B, D)."""
+        config = self.model.config
+        transform = image_transform(config.image_size, train=False)
+        report = SkipReport(1.0, length=len(self.source))  # training and evaluation have judged
+        batch = next(evaluation_batches(self.source, transform, count, report=report))
+        captions = [several[0] for several in batch.captions]
+        text = tokenize(self.tokenizer, captions, config.context_length)
+        text = {name: ids.to(self.device) for name, ids in text.items()}
+        guidance = self.model.text_cls(**text)
+        return batch.images.to(self.device), captions, guidance
+
+
+def scorer_costs(workload: Workload, *, rounds: int = 10) -> list[ScorerCost]:
+    """Of ELIP with its CLIP schedule: 'dense', then each scorer."""
+    plans: dict[str, Strategy | None] = {DENSE: None}
+    plans |= {name: Elip(PRESETS["clip"], scorer=name) for name in SCORERS}
+    modes: tuple[Mode, Mode] = ("training", "inference")
+    train, infer = (measure(workload, plans, mode, rounds=rounds) for mode in modes)
+    return [
+        ScorerCost(n, train[n].time_ratio, infer[n].time_ratio, train[n].memory_ratio or 0.0)
+        for n in plans
+    ]
+
+
+def _timing_table(
+    costs: Sequence[ScorerCost],
+    agreement: dict[str, list[float]],
+    batch_size: int,
+    memory: str,
+) -> Table:
+    table = Table(
+        title=f"ViT-S/16 at 224 px, batch {batch_size}: relative to dense, side by side",
+        caption="agreement: share of the tokens that exact drops, by stage, on the trained model",
+    )
+    for name in ("scorer", "training time", "inference time", memory, "agreement"):
+        table.add_column(name, no_wrap=True)
+    for cost in costs:
+        shares = agreement.get(cost.scorer, [])
+        table.add_row(
+            cost.scorer,
+            _ratio(cost.training, cost.scorer),
+            _ratio(cost.inference, cost.scorer),
+            f"{cost.memory:.2f}",
+            " ".join(f"{share:.2f}" for share in shares),
+        )
+    chance = " ".join(f"{share:.2f}" for share in agreement["chance"])
+    table.add_row("chance", "", "", "", chance, style="dim")
+    return table
+
+
+def _ratio(ratio: float, scorer: str) -> str:
+    no_gain = scorer != DENSE and not ratio < NO_GAIN
+    return f"{ratio:.2f}" + (" no gain" if no_gain else "")

@@ -1,0 +1,383 @@
+"""Training through `accelerate`: one process, or several under `torchrun`, by the same code.
+
+A checkpoint lies between two optimiser steps. The order of the data is a function of (seed, epoch);
+the position in it and the learning rate are functions of the step. So a run that was killed and
+resumed computes what one that was never killed does.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import set_seed
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from elip_models.checkpoints.pretrained_towers import initialise_
+from elip_models.data import (
+    EpochSampler,
+    ImageTextDataset,
+    Source,
+    image_transform,
+    load_tokenizer,
+    open_source,
+    train_loader,
+    train_tokenizer,
+)
+from elip_models.models.registry import create_model, family_of
+from elip_models.tasks.retrieval import RetrievalScores, evaluate_retrieval
+from elip_models.training.accelerator import make_accelerator
+from elip_models.training.loss_log import LossLog, losses_of
+from elip_models.training.optim import learning_rate, parameter_groups
+from elip_models.training.recipe import ModelConfig, RunConfig
+from elip_models.training.run_folder import RunFolder
+from elip_models.validation import ConfigError, blame
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_TOKENIZER_SAMPLES = 50_000
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run leaves in memory.
+
+    Args:
+        model: Trained, in eval mode, without the wrappers of training.
+        tokenizer: Of the model.
+        eval_source: `data.eval`, opened; None where the recipe names none.
+        output_dir: Folder of the run.
+        step: Optimiser steps done.
+        loss: Of the last step.
+        scores: Of the last evaluation; None where there was none.
+        skipped: In words, the samples that could not be read.
+        is_main_process: False on the other ranks of `torchrun`.
+    """
+
+    model: nn.Module
+    tokenizer: "PreTrainedTokenizerBase"
+    eval_source: Source | None
+    output_dir: Path
+    step: int
+    loss: float
+    scores: RetrievalScores | None
+    skipped: str
+    is_main_process: bool
+
+
+def train(
+    config: RunConfig, *, resume: bool = False, console: Console | None = None
+) -> TrainResult:
+    """Trains as the recipe says and saves the model in `output_dir/model`.
+
+    Args:
+        config: The recipe.
+        resume: Continue from the newest checkpoint of `output_dir`, or start where there is none.
+        console: Where progress is shown; None shows nothing.
+
+    Raises:
+        TypeError: `config` is no RunConfig.
+        ConfigError: a setting that does not fit the data, the model or the machine.
+        TrainingError: `output_dir` holds a run already, another recipe is resumed, or the loss is
+            not finite.
+        DataError: the data cannot be read, or too much of it.
+    """
+    if not isinstance(config, RunConfig):
+        raise TypeError(f"config: expected a RunConfig from load_recipe, got {config!r:.100}")
+    return Trainer(config, resume=resume, console=console or Console(quiet=True)).run()
+
+
+class Trainer:
+    """One run: opens the data, builds the model, restores a checkpoint, trains, saves.
+
+    Of the model it asks what `PretrainedModel` has.
+    """
+
+    def __init__(self, config: RunConfig, *, resume: bool, console: Console) -> None:
+        self.config = config
+        self.folder = RunFolder(config.output_dir)
+        self.folder.check(config, resume=resume)
+        self.accelerator = make_accelerator(config, self.folder)
+        self.console = console if self.accelerator.is_main_process else Console(quiet=True)
+        self.losses = LossLog(self.accelerator)
+        self.scores: RetrievalScores | None = None
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.folder.prepare()
+        self.accelerator.wait_for_everyone()
+        self._build_data()
+        self._build_model()
+        if self.accelerator.is_main_process:
+            self.folder.claim(config)
+        self._restore(self.folder.latest_checkpoint() if resume else None)
+
+    def run(self) -> TrainResult:
+        """Trains to the last step, then saves the model."""
+        self.model.train()
+        self._start_window()
+        with self._progress() as progress:
+            task = progress.add_task("", total=self.total_steps, completed=self.step, status="")
+            while self.step < self.total_steps:
+                self._train_step()
+                progress.update(task, completed=self.step)
+                if self._due(self.config.log_every):
+                    progress.update(task, status=self._log_step())
+                if self._evaluates_now():
+                    self._log_scores()
+                if self._due(self.config.checkpoint_every):
+                    self._save_checkpoint()
+        return self._finish()
+
+    def _build_data(self) -> None:
+        """Sources, tokenizer and loader, and how many steps they make."""
+        data, optim, accelerator = self.config.data, self.config.optim, self.accelerator
+        image_size = _image_size(self.config.model)
+        family = family_of(self.config.model.name)
+        if not family.ranks and (self.config.eval_every or "retrieval" in self.config.report):
+            raise ConfigError(
+                f"report: expected no retrieval, and eval_every=0, for {family.__name__}, which "
+                "has no features of images and texts alone to rank"
+            )
+        with blame("data.train"):
+            source = open_source(data.train, image_size=image_size)
+        with blame("data.eval"):
+            self.eval_source = open_source(data.eval, image_size=image_size) if data.eval else None
+        self.tokenizer = self._make_tokenizer(source)
+        with blame("data.tokenizer"):
+            self.text_sizes = family.fit_tokenizer(self.tokenizer, data.context_length)
+        with blame("data"):
+            dataset = ImageTextDataset(
+                source,
+                image_transform(
+                    image_size,
+                    train=True,
+                    scale=data.crop_scale,
+                    flip=data.flip,
+                    randaugment=data.randaugment,
+                ),
+                self.tokenizer,
+                context_length=data.context_length,
+                seed=self.config.seed,
+                max_bad_share=data.max_bad_share,
+            )
+        with blame("optim.batch_size"):
+            self.sampler = EpochSampler(
+                len(dataset),
+                optim.batch_size,
+                self.config.seed,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+            )
+        self.loader = train_loader(dataset, self.sampler, data.num_workers)
+        self.skips = dataset.skip_report()
+        self.batches_per_epoch = self.sampler.batches_per_epoch
+        passes = (optim.epochs or 0) * self.batches_per_epoch
+        self.total_steps = optim.steps or math.ceil(passes / optim.grad_accumulation)
+        self.steps_per_epoch = self.batches_per_epoch / optim.grad_accumulation
+        self.learning_rate = partial(
+            learning_rate,
+            lr=optim.lr,
+            warmup_steps=optim.warmup_steps,
+            total_steps=self.total_steps,
+            decay=optim.decay,
+            min_lr=optim.min_lr,
+            decay_rate=optim.decay_rate,
+            steps_per_epoch=self.steps_per_epoch,
+        )
+
+    def _make_tokenizer(self, source: Source) -> "PreTrainedTokenizerBase":
+        """The tokenizer the recipe names, or one trained on the captions and kept in the folder."""
+        data = self.config.data
+        if data.tokenizer != "train":
+            with blame("data.tokenizer"):
+                return load_tokenizer(data.tokenizer)
+        with self.accelerator.main_process_first(), blame("data.vocab_size"):
+            if not self.folder.tokenizer.exists():
+                stride = math.ceil(len(source) / MAX_TOKENIZER_SAMPLES)
+                indices = range(0, len(source), stride)
+                captions = (caption for i in indices for caption in source.captions(i))
+                self.folder.save_tokenizer(
+                    train_tokenizer(captions, data.vocab_size).save_pretrained
+                )
+        return load_tokenizer(str(self.folder.tokenizer))
+
+    def _build_model(self) -> None:
+        """Model and optimiser; the same weights on every rank, other dropout."""
+        optim, seed = self.config.optim, self.config.seed
+        set_seed(seed)
+        with blame("model"):
+            overrides = self.text_sizes | self.config.model.overrides | {"gather": optim.gather}
+            model = create_model(self.config.model.name, **overrides)
+            model.check_batch_size(optim.batch_size * self.accelerator.num_processes)
+            model.read_vocabulary_(self.tokenizer)
+        vision, text = self.config.model.vision_init, self.config.model.text_init
+        if vision or text:
+            with blame("model.vision_init, model.text_init"):
+                initialise_(model, vision, text)
+        if optim.grad_checkpointing:
+            model.set_grad_checkpointing()
+        with blame("optim"):
+            groups = parameter_groups(model, optim.weight_decay, optim.lr_scale)
+        optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.bare_model = self.accelerator.unwrap_model(self.model)
+        set_seed(seed, device_specific=True)
+
+    def _restore(self, checkpoint: Path | None) -> None:
+        """Puts model, optimiser, random generators, data and log where `checkpoint` left them."""
+        self.first_step = 0
+        if checkpoint is not None:
+            self.first_step = self.folder.checkpoint_step(checkpoint, **self._invariants())
+        self.step = self.first_step
+        batches_done = self.step * self.config.optim.grad_accumulation
+        self.sampler.set_position(*divmod(batches_done, self.batches_per_epoch))
+        self.batches = iter(self.loader)
+        if checkpoint is not None:
+            self.accelerator.load_state(str(checkpoint))
+        if self.accelerator.is_main_process:
+            self.folder.truncate_rows(self.step)
+        losses = [row["loss"] for row in self.folder.rows() if "loss" in row]
+        self.loss = losses[-1] if losses else math.nan
+        purge = {"tensorboard": {"purge_step": self.step + 1}}
+        self.accelerator.init_trackers(self.config.name, init_kwargs=purge)
+
+    def _invariants(self) -> dict[str, int]:
+        """What a resumed run shares with the one that was saved, besides the recipe."""
+        return {
+            "num_processes": self.accelerator.num_processes,
+            "num_samples": self.sampler.length,
+        }
+
+    def _train_step(self) -> None:
+        """One optimiser step over `grad_accumulation` batches."""
+        self.bare_model.begin_step(self.step, self.step / self.steps_per_epoch)
+        optim, accelerator = self.config.optim, self.accelerator
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.step) * group["lr_scale"]
+        losses = []
+        for _ in range(optim.grad_accumulation):
+            batch = next(self.batches)
+            self.skips.update(batch["skipped"], len(batch["images"]))
+            tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+            tensors = {n: t.to(accelerator.device, non_blocking=True) for n, t in tensors.items()}
+            with accelerator.accumulate(self.model):
+                output = self.model(**tensors)
+                accelerator.backward(output.loss)
+            losses.append(losses_of(output))
+        max_norm = math.inf if optim.max_grad_norm is None else optim.max_grad_norm
+        grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.bare_model.clamp_temperature_()
+        self.losses.add(losses, grad_norm)
+        self.step += 1
+
+    def _log_step(self) -> str:
+        """Logs the last step; returns it in words."""
+        read = self._read_losses()
+        optim, first_step, start = self.config.optim, *self.window
+        images = (self.step - first_step) * optim.grad_accumulation * optim.batch_size
+        speed = images * self.accelerator.num_processes / (time.perf_counter() - start)
+        monitored = {name: value.item() for name, value in self.bare_model.monitored().items()}
+        lr = self.learning_rate(self.step - 1)
+        self._log({**read, "lr": lr, "images_per_second": round(speed, 2), **monitored})
+        self._start_window()
+        parts = (f"{n[5:]} {v:.3f}" for n, v in read.items() if n.startswith("loss_"))
+        status = "  ".join([f"loss {self.loss:.3f}", *parts, f"{speed:.0f} images/s"])
+        if not self.console.is_terminal:
+            self.console.print(f"step {self.step}/{self.total_steps}  {status}")
+        return status
+
+    def _read_losses(self) -> dict[str, float]:
+        read = self.losses.read(self.step)
+        self.loss = read["loss"]
+        return read
+
+    def _log_scores(self) -> None:
+        self.scores = self._evaluate()
+        if self.scores is not None:
+            self._log(self.scores.recalls)
+            self.console.print(f"step {self.step}/{self.total_steps}  {self.scores.summary()}")
+        self._start_window()
+
+    def _log(self, values: dict[str, float]) -> None:
+        """Adds a row to the log and to the trackers."""
+        if self.accelerator.is_main_process:
+            epoch = self.step * self.config.optim.grad_accumulation / self.batches_per_epoch
+            self.folder.append_row({"step": self.step, "epoch": round(epoch, 4), **values})
+        self.accelerator.log(values, step=self.step)
+
+    def _evaluate(self) -> RetrievalScores | None:
+        """Retrieval on `data.eval`, on the main process while the others wait; None on those."""
+        scores = None
+        if self.accelerator.is_main_process:
+            with self.accelerator.autocast():
+                scores = evaluate_retrieval(
+                    self.bare_model,
+                    self.tokenizer,
+                    self.eval_source,
+                    batch_size=self.config.optim.batch_size,
+                    num_workers=self.config.data.num_workers,
+                    max_bad_share=self.config.data.max_bad_share,
+                )
+        self.accelerator.wait_for_everyone()
+        return scores
+
+    def _save_checkpoint(self) -> None:
+        if self.losses:
+            self._read_losses()
+        self.accelerator.save_state(str(self.folder.unfinished_checkpoint(self.step)))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.folder.commit_checkpoint(
+                self.step, keep=self.config.keep_checkpoints, **self._invariants()
+            )
+        self._start_window()
+
+    def _finish(self) -> TrainResult:
+        if "retrieval" in self.config.report and self.first_step >= self.total_steps:
+            self.scores = self._evaluate()  # resumed after its last step, so not evaluated yet
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False).eval()
+        if self.accelerator.is_main_process:
+            model.save_pretrained(self.folder.model, tokenizer=self.tokenizer)
+        self.accelerator.end_training()
+        return TrainResult(
+            model=model,
+            tokenizer=self.tokenizer,
+            eval_source=self.eval_source,
+            output_dir=self.folder.path,
+            step=self.step,
+            loss=self.loss,
+            scores=self.scores,
+            skipped=self.skips.summary(),
+            is_main_process=self.accelerator.is_main_process,
+        )
+
+    def _due(self, interval: int) -> bool:
+        return self.step % interval == 0 or self.step == self.total_steps
+
+    def _evaluates_now(self) -> bool:
+        every = self.config.eval_every
+        is_last = self.step == self.total_steps and "retrieval" in self.config.report
+        return is_last or (every > 0 and self.step % every == 0)
+
+    def _start_window(self) -> None:
+        """Begins the steps over which the speed is measured."""
+        self.window = (self.step, time.perf_counter())
+
+    def _progress(self) -> Progress:
+        status = TextColumn("{task.fields[status]}")
+        columns = (MofNCompleteColumn(), BarColumn(), status, TimeRemainingColumn())
+        return Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+
+
+def _image_size(config: ModelConfig) -> int:
+    """Image size of a model, from its config alone: the meta device holds no weights."""
+    with torch.device("meta"), blame("model"):
+        return create_model(config.name, **config.overrides).config.image_size
