@@ -33,6 +33,7 @@ from elip_models.profiling.measure import (
 )
 from elip_models.profiling.rows import DENSE
 from elip_models.profiling.workload import shared_copy
+from elip_models.reduction.once import SlowScorerWarning
 
 BOUND = 1e-6  # relative: towers run in fp64, but losses end in fp32
 SHARED = "last, shared"
@@ -49,7 +50,7 @@ AT_ONCE, ONE_BY_ONE = "drawing negatives at once", "one by one"
 def created(case):
     """The reduced model with random weights, on the device and in the dtype that is timed."""
     model = create_model(f"elip_{case.model}", **case.fields).to(DEVICE, case.dtype)
-    warnings.filterwarnings("ignore", message="scorer=")
+    warnings.simplefilter("ignore", SlowScorerWarning)
     return model
 
 

@@ -24,6 +24,7 @@ from elip_models.profiling.measure import (
     time_side_by_side,
 )
 from elip_models.profiling.workload import Workload
+from elip_models.reduction.once import SlowScorerWarning
 from elip_models.reduction.schedule import PRESETS
 from elip_models.reduction.scorers import SCORERS
 from elip_models.reduction.strategies.elip import Elip
@@ -65,7 +66,7 @@ def memory_of(model, step):
 @pytest.mark.parametrize("mode", ["training", "inference"])
 @pytest.mark.parametrize("case", tower_cases(), ids=str)
 def test_tower(record, rounds, case, mode):
-    warnings.filterwarnings("ignore", message="scorer=")
+    warnings.simplefilter("ignore", SlowScorerWarning)
     model = timm.create_model(case.name, img_size=case.size, num_classes=0)
     model = model.to(DEVICE, case.dtype).eval()
     random = {"device": DEVICE, "dtype": case.dtype}

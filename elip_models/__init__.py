@@ -3,6 +3,7 @@
 from typing import Any
 
 from elip_models.reduction.encode import encode_image
+from elip_models.reduction.once import SlowScorerWarning, UnguidedWarning
 from elip_models.reduction.patch import guidance, reduce_, unreduce_
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import STRATEGIES, PatchDropout, Random, Resize, Trips
@@ -21,8 +22,10 @@ __all__ = [
     "Random",
     "Resize",
     "Schedule",
+    "SlowScorerWarning",
     "ToMe",
     "Trips",
+    "UnguidedWarning",
     "create_model",
     "encode_image",
     "guidance",

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import elip_models
 from elip_models.models import clip
 from elip_models.models.layers.text_reduction import TEXT_STRATEGIES, TextReduction
+from elip_models.reduction.once import UnguidedWarning, warn_once
 from elip_models.tasks.retrieval import evaluate_retrieval
 from elip_models.training.trainer import train
 from tests.tiny_run import own_process, tiny_config
@@ -228,8 +229,8 @@ def test_clip_shows_the_text_its_image_where_learned():
 
 def test_texts_alone_keep_all_tokens_where_learned():
     model, text = tiny("learned").eval(), text_arguments(batch())
-    clip._warn_unguided.cache_clear()
-    with pytest.warns(UserWarning, match="no image guidance"):
+    warn_once.cache_clear()
+    with pytest.warns(UnguidedWarning, match="no image guidance"):
         features = model.encode_text(*text)
     assert torch.equal(features, tiny().eval().encode_text(*text))
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elip_kernels import unmerge
+from elip_models.reduction.once import SlowScorerWarning
 from elip_models.reduction.strategy import StageInfo
 from elip_models.towers import Tower
 
@@ -126,7 +127,7 @@ def patch_grid(tower: Tower) -> tuple[int, int]:
 def deliberately_slow() -> Iterator[None]:
     """Scorers that cost more than they save are run on purpose: no warning."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="scorer=")
+        warnings.simplefilter("ignore", SlowScorerWarning)
         yield
 
 

@@ -9,9 +9,8 @@ Source: CLIP (Radford et al., 2021); ELIP, section 3 and its official CLIP code.
 """
 
 import math
-import warnings
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -24,6 +23,7 @@ from elip_models.models.layers.clip_text import CLIPTextTower
 from elip_models.models.layers.losses import contrastive_loss
 from elip_models.models.layers.text_reduction import TEXT_STRATEGIES, TextReduction
 from elip_models.reduction.encode import run_tower
+from elip_models.reduction.once import UnguidedWarning, warn_once
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import PatchDropout, get_strategy
 from elip_models.reduction.strategies.elip import Elip
@@ -210,7 +210,12 @@ class CLIP(PretrainedModel):
             if image_features is None:
                 reduce = False
                 if not torch.compiler.is_compiling():
-                    _warn_unguided()
+                    warn_once(
+                        "no image guidance was given, so no text token is dropped "
+                        "(text_reduction='learned'); pass image_features, or reduce=False to mean "
+                        "it",
+                        UnguidedWarning,
+                    )
             else:
                 weight = self.text_projection.weight
                 image_cls = (image_features @ weight.to(image_features.dtype)).detach()
@@ -312,15 +317,6 @@ class CLIP(PretrainedModel):
         """Recompute blocks in backward instead of saving their activations."""
         self.visual.set_grad_checkpointing(enable)
         self.text.set_grad_checkpointing(enable)
-
-
-@cache
-def _warn_unguided() -> None:
-    warnings.warn(
-        "no image guidance was given, so no text token is dropped (text_reduction='learned'); "
-        "pass image_features, or reduce=False to mean it",
-        stacklevel=3,
-    )
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from elip_models.profiling.measure import (
     time_side_by_side,
 )
 from elip_models.profiling.workload import Forward, Workload
+from elip_models.reduction.once import SlowScorerWarning
 from elip_models.reduction.strategy import Layer, Strategy
 
 Mode = Literal["training", "inference"]
@@ -203,7 +204,7 @@ def in_mode(workload: Workload, mode: Mode) -> Iterator[None]:
     workload.model.train(mode == "training")
     try:
         with warnings.catch_warnings(), torch.inference_mode(mode == "inference"):
-            warnings.filterwarnings("ignore", message="scorer=")
+            warnings.simplefilter("ignore", SlowScorerWarning)
             yield
     finally:
         workload.model.train(was_training)

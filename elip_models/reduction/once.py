@@ -22,7 +22,15 @@ def once(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+class SlowScorerWarning(UserWarning):
+    """In inference, choosing the tokens costs more than dropping them saves."""
+
+
+class UnguidedWarning(UserWarning):
+    """Nothing is reduced, since no guidance was given."""
+
+
 @cache
-def warn_once(message: str) -> None:
+def warn_once(message: str, category: type[Warning]) -> None:
     """Warn, unless the same was said before."""
-    warnings.warn(message, stacklevel=3)
+    warnings.warn(message, category, stacklevel=3)

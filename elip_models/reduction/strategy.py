@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from elip_kernels import BipartiteInfo, ReductionInfo
 from elip_models.reduction import flops
-from elip_models.reduction.once import once, warn_once
+from elip_models.reduction.once import SlowScorerWarning, once, warn_once
 from elip_models.reduction.schedule import Schedule, Stage
 from elip_models.towers import Size, Tower, as_image_text, as_tower
 
@@ -198,7 +198,8 @@ def warn_if_slower(tower: Tower, strategy: Strategy) -> None:
         scorer = getattr(strategy, "scorer", strategy.name)
         warn_once(
             f"scorer={scorer!r} makes inference cost {cost:.2f} times the dense tower "
-            "(FLOPs of the blocks); scorer='last' costs less than dense"
+            "(FLOPs of the blocks); scorer='last' costs less than dense",
+            SlowScorerWarning,
         )
 
 

@@ -24,6 +24,7 @@ from elip_models.data import (
     image_transform,
     tokenize,
 )
+from elip_models.reduction.once import UnguidedWarning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -200,7 +201,7 @@ def _encode_images(
     features, captions = [], []
     with warnings.catch_warnings():
         # Models warn where they get no text to reduce by; here that is meant.
-        warnings.filterwarnings("ignore", message="no text guidance")
+        warnings.simplefilter("ignore", UnguidedWarning)
         for batch in batches:
             features.append(model.image_features(batch.images.to(device)).float())
             captions.extend(batch.captions)
@@ -216,7 +217,7 @@ def _encode_texts(
     features = []
     with warnings.catch_warnings(), _isolated_rng(device):
         # Models warn where they get no image to drop text tokens by; here that is meant.
-        warnings.filterwarnings("ignore", message="no image guidance")
+        warnings.simplefilter("ignore", UnguidedWarning)
         for start in range(0, len(texts), batch_size):
             chunk = texts[start : start + batch_size]
             tokens = tokenize(tokenizer, chunk, model.config.context_length)

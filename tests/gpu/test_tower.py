@@ -10,6 +10,7 @@ import torch
 import elip_kernels
 import elip_models
 from elip_kernels import launch
+from elip_models.reduction.once import SlowScorerWarning
 from tests.gpu.ops import kernels_alone, on
 from tests.gpu.test_device import captured
 from tests.test_golden import REDUCE_CASES, tower
@@ -22,7 +23,7 @@ SCHEDULE = "2(100%) 2(90%) 6(65%) 2(40%)"
 def _full_precision():
     """Convolutions in fp32, as matrix products are; a scorer may cost more than it saves here."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="scorer=")
+        warnings.simplefilter("ignore", SlowScorerWarning)
         yield
 
 

@@ -10,17 +10,34 @@ merging are the paper's. Without text nothing can score, and the tower stays den
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elip_models.reduction.once import warn_once
+from elip_models.reduction.once import UnguidedWarning, warn_once
 from elip_models.reduction.schedule import Schedule, Stage
 from elip_models.reduction.scorers import SCORERS, get_scorer, score
 from elip_models.reduction.strategy import Context, Layer, StageInfo, Strategy
 from elip_models.towers import Size, Tower
+
+
+class ElipOptions(TypedDict, total=False):
+    """The options of ELIP besides its schedule, as keywords of whoever passes them on.
+
+    scorer: 'official', 'exact', 'cls', 'last', or m: m-1 whole layers, then the m-th's row.
+    fusion: lam of Eq. 1; 1 is vision-only, 0 text-only.
+    guidance_norm: 'match' rescales the text to the norm of the image's CLS token; or 'none'.
+    without_text: 'dense' reduces nothing where no text is given, 'vision' by the image alone.
+    merge: append the merged token.
+    """
+
+    scorer: str | int | None
+    fusion: float | None
+    guidance_norm: Literal["none", "match"] | None
+    without_text: Literal["dense", "vision"] | None
+    merge: bool | None
 
 
 class Staged(Strategy):
@@ -152,7 +169,8 @@ class Elip(Staged):
         if not torch.compiler.is_compiling():
             warn_once(
                 "no text guidance was given, so nothing is reduced (without_text='dense'); "
-                "pass text_cls, or without_text='vision' for vision-only reduction"
+                "pass text_cls, or without_text='vision' for vision-only reduction",
+                UnguidedWarning,
             )
         return False
 
