@@ -26,6 +26,7 @@ from elip_models.reduction.encode import run_tower
 from elip_models.reduction.once import UnguidedWarning, warn_once
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import PatchDropout, get_strategy
+from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategies.elip import Elip
 from elip_models.reduction.strategy import StageInfo, Strategy
 from elip_models.towers import as_tower
@@ -145,7 +146,7 @@ class CLIP(PretrainedModel):
         super().__init__()
         self.config = config
         self.reduction = config.reduction
-        self.dense = Elip(f"{config.vision_depth}(100%)", without_text="vision")
+        self.dense = Dense()
         self.visual = VisionTransformer(
             img_size=config.image_size,
             patch_size=config.patch_size,

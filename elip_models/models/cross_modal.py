@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from elip_models.models.base import Config, PretrainedModel
 from elip_models.reduction.encode import run_tower
+from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategies.elip import Elip
 from elip_models.reduction.strategy import StageInfo, Strategy
 from elip_models.towers import Tower
@@ -113,14 +114,14 @@ class CrossModalModel(PretrainedModel):
 
     tower: Tower
     reduction: Strategy
-    dense: Elip
+    dense: Dense
     masks_text: ClassVar[bool] = True
 
     def __init__(self, config: CrossModalConfig) -> None:
         super().__init__()
         self.config = config
         self.reduction = config.reduction
-        self.dense = Elip(f"{config.vision_depth}(100%)", without_text="vision")
+        self.dense = Dense()
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids, attention_mask (B, L) -> hidden states (B, L, D) of the text alone."""

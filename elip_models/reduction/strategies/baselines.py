@@ -22,6 +22,7 @@ class Trips(Elip):
     """
 
     name: ClassVar[str] = "trips"
+    fastest_scorer: ClassVar[str | int] = 1
 
     scorer: str | int = 1
     fusion: float = 0.0

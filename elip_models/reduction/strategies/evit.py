@@ -88,7 +88,7 @@ class EViT(Strategy):
         self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
     ) -> tuple[Tensor, StageInfo]:
         i, p = stage.first, tower.num_prefix_tokens
-        tokens, row = context.run(self._attend, tower, i, tokens)
+        tokens, row = self._attend(tower, i, tokens)
         scores = row[:, p:]
         if context.replay is not None:
             chosen = context.replay.reduction.kept - p
@@ -102,7 +102,7 @@ class EViT(Strategy):
         tokens = torch.cat([tokens[:, :p], kept, merged.to(tokens.dtype)], dim=1)
         weights = torch.cat([torch.zeros_like(row[:, :p]), fused], dim=1).detach()
         reduction = ReductionInfo(chosen + p, weights, None, p)
-        return context.run(tower.mlp, i, tokens), StageInfo(stage, reduction, row.detach())
+        return tower.mlp(i, tokens), StageInfo(stage, reduction, row.detach())
 
     def _attend(self, tower: Tower, i: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Block i's attention half, and its CLS row (B, N), head mean."""

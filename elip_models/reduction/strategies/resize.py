@@ -64,9 +64,6 @@ class Resize(Strategy):
         """What the tower's entrance makes of the images, smaller."""
         return tower.patchify(self.smaller(tower, images))
 
-    def embed(self, tower: Tower, images: Tensor) -> Tensor:
-        return tower.enter(self.patchify(tower, images))
-
     def at_strength(self, size: Size, strength: float) -> Strategy:
         rows = size.image[0] // size.patch
         return replace(self, size=size.patch * (rows - round(strength * (rows - 1))))

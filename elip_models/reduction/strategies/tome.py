@@ -40,7 +40,7 @@ class ToMe(Strategy):
 
     def refuses(self, tower: Tower) -> str | None:
         if tower.is_rotary:
-            return "a pair that ToMe merges stands at two places, and a rotary block needs one"
+            return "a pair that ToMe merges stands at two positions, and a rotary block needs one"
         several = tower.num_prefix_tokens > 1
         return "of its prefix tokens ToMe protects the class token alone" if several else None
 
@@ -69,9 +69,9 @@ class ToMe(Strategy):
     def step(
         self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
     ) -> tuple[Tensor, StageInfo]:
-        i, before = stage.first, context.before
-        sizes = None if before is None else before.sizes
-        tokens, metric = context.run(self._attend, tower, i, tokens, sizes)
+        i, previous = stage.first, context.previous
+        sizes = None if previous is None else previous.sizes
+        tokens, metric = self._attend(tower, i, tokens, sizes)
         r = tokens.shape[1] - tower.num_prefix_tokens - stage.keep
         if context.replay is not None:
             match = context.replay.reduction
@@ -85,7 +85,7 @@ class ToMe(Strategy):
                 num_prefix_tokens=tower.num_prefix_tokens,
                 return_info=True,
             )
-        return context.run(tower.mlp, i, tokens), StageInfo(stage, match, sizes=sizes)
+        return tower.mlp(i, tokens), StageInfo(stage, match, sizes=sizes)
 
     def _attend(
         self, tower: Tower, i: int, tokens: Tensor, sizes: Tensor | None
