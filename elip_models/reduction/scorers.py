@@ -5,12 +5,13 @@ In a tower without CLS the text stands in for the fused cls, and is no token of 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 from elip_models.reduction.schedule import Stage
 from elip_models.towers import Tower, with_cls
+from elip_models.validation import PositiveInt
 
 
 class Scorer(NamedTuple):
@@ -90,6 +91,7 @@ SCORERS: dict[str, Scorer] = {
     ),
     "last": Scorer(_last, layers=lambda layers: 0, reads=lambda s: s.first + s.layers - 1),
 }
+ScorerName = Literal["official", "exact", "cls", "last"] | PositiveInt
 
 
 def get_scorer(name: str | int) -> Scorer:

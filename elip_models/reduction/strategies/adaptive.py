@@ -17,11 +17,12 @@ from torch import Tensor
 from elip_kernels import ReductionInfo
 from elip_kernels.reduce import EPSILON
 from elip_models.reduction.schedule import Stage
+from elip_models.reduction.scorers import ScorerName
 from elip_models.reduction.strategies.elip import Elip, fused_cls
 from elip_models.reduction.strategy import Context, StageInfo
 from elip_models.towers import Size, Tower
 from elip_models.towers.apart import apart
-from elip_models.validation import check_share
+from elip_models.validation import PositiveShare
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,11 @@ class Adaptive(Elip):
     replaces_block: ClassVar[bool] = True
     replaces_later: ClassVar[bool] = True
 
-    scorer: str | int = "last"
-    keep_mass: float = 0.9
+    scorer: ScorerName = "last"
+    keep_mass: PositiveShare = 0.9
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_share("keep_mass", self.keep_mass)
         if self.scorer != "last":
             raise ValueError(
                 "scorer: expected 'last' with strategy='adaptive', since whole layers do not mask "

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from elip_models.reduction.once import UnguidedWarning, warn_once
 from elip_models.reduction.schedule import Schedule, Stage
-from elip_models.reduction.scorers import SCORERS, get_scorer
+from elip_models.reduction.scorers import ScorerName, get_scorer
 from elip_models.reduction.strategy import Context, Layer, StageInfo, Strategy
 from elip_models.towers import Size, Tower
 from elip_models.towers.apart import apart
+from elip_models.validation import Share, check_fields
 
 
 class ElipOptions(TypedDict, total=False):
@@ -34,8 +35,8 @@ class ElipOptions(TypedDict, total=False):
     merge: append the merged token.
     """
 
-    scorer: str | int | None
-    fusion: float | None
+    scorer: ScorerName | None
+    fusion: Share | None
     guidance_norm: Literal["none", "match"] | None
     without_text: Literal["dense", "vision"] | None
     merge: bool | None
@@ -104,38 +105,21 @@ class Elip(Staged):
     fastest_scorer: ClassVar[str | int] = "last"
 
     schedule: Schedule
-    scorer: str | int = "exact"
-    fusion: float = 0.8
+    scorer: ScorerName = "exact"
+    fusion: Share = 0.8
     guidance_norm: Literal["none", "match"] = "none"
     without_text: Literal["dense", "vision"] = "dense"
     merge: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", Schedule.parse(self.schedule))
-        self._check_scorer()
-        fusion = self.fusion
-        if isinstance(fusion, bool) or not isinstance(fusion, (int, float)):
-            raise TypeError(f"fusion: expected a float in [0, 1], got {fusion!r}")
-        if not 0.0 <= fusion <= 1.0:
-            raise ValueError(f"fusion: expected a float in [0, 1], got {fusion!r}")
-        if not isinstance(self.merge, bool):
-            raise TypeError(f"merge: expected True or False, got {self.merge!r}")
-        allowed = {"guidance_norm": ("none", "match"), "without_text": ("dense", "vision")}
-        for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name}: expected one of {values}, got {getattr(self, name)!r}")
-
-    def _check_scorer(self) -> None:
-        scorer = self.scorer
-        is_name = isinstance(scorer, str) and scorer in SCORERS
-        if isinstance(scorer, bool) or not (is_name or isinstance(scorer, int)):
-            raise ValueError(f"scorer: expected one of {list(SCORERS)} or an int, got {scorer!r}")
+        check_fields(self)
         lengths = [layers for layers, ratio in self.schedule.groups if ratio < 1]
         shortest = min(lengths) if lengths else self.schedule.depth
-        if isinstance(scorer, int) and not 1 <= scorer <= shortest:
+        if isinstance(self.scorer, int) and self.scorer > shortest:
             raise ValueError(
                 f"scorer: expected 1 <= m <= {shortest}, the layers of the shortest stage of "
-                f"'{self.schedule}', got {scorer}"
+                f"'{self.schedule}', got {self.scorer}"
             )
 
     @property

@@ -10,7 +10,7 @@ import elip_kernels
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategy import Context, Layer, StageInfo, Strategy, counts_of
 from elip_models.towers import Size, Tower
-from elip_models.validation import check_flag
+from elip_models.validation import Count, check_fields
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,13 @@ class ToMe(Strategy):
     name: ClassVar[str] = "tome"
     replaces_block: ClassVar[bool] = True
 
-    r: int | tuple[int, ...] = 8
+    r: Count | tuple[Count, ...] = 8
     proportional: bool = True
 
     def __post_init__(self) -> None:
-        check_flag("proportional", self.proportional)
-        each = self.r if isinstance(self.r, (tuple, list)) else (self.r,)
-        if not each or any(type(r) is not int or r < 0 for r in each):
-            raise ValueError(f"r: expected an int from 0 on, or one a block, got {self.r!r}")
         if isinstance(self.r, list):
             object.__setattr__(self, "r", tuple(self.r))
+        check_fields(self)
 
     def refuses(self, tower: Tower) -> str | None:
         if tower.is_rotary:
