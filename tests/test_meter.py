@@ -32,7 +32,7 @@ TINY = {
 class Recorded(Elip):
     """The stages of the recorded step: its second one scores by a layer that the third runs."""
 
-    def reductions(self, size):
+    def stages(self, size):
         return Stage(1, 1, 32), Stage(2, 2, 25), Stage(3, 2, 16)
 
 
