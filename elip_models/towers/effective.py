@@ -166,12 +166,8 @@ def _lora(layer: nn.Module) -> Affine | None:
     adapters = [] if layer.disable_adapters or layer.merged else _active(layer)
     if not adapters:
         return base
-    is_dora = [adapter in layer.lora_magnitude_vector for adapter in adapters]
-    for adapter, dora in zip(adapters, is_dora, strict=True):
-        variant = layer.lora_variant.get(adapter)
-        known = type(variant).__name__ == "DoraLinearVariant" if dora else variant is None
-        if not known or (dora and layer.lora_bias[adapter]):
-            return None
+    if not all(_is_affine(layer, adapter) for adapter in adapters):
+        return None
     scales = [layer.scaling[adapter] for adapter in adapters]
     if not _can_be_kept(layer, scales):
         return _adapted(layer, base, adapters)
@@ -183,6 +179,16 @@ def _lora(layer: nn.Module) -> Affine | None:
         with torch.inference_mode(False):
             read = _READ[layer] = _Read(key, seen, _adapted(layer, base, adapters))
     return read.affine
+
+
+def _is_affine(layer: nn.Module, adapter: str) -> bool:
+    """The adapter is one of the formulas at the top, made of layers that are as they seem."""
+    if any(_linear(part[adapter]) is None for part in (layer.lora_A, layer.lora_B)):
+        return False
+    variant = layer.lora_variant.get(adapter)
+    if adapter not in layer.lora_magnitude_vector:
+        return variant is None
+    return type(variant).__name__ == "DoraLinearVariant" and not layer.lora_bias[adapter]
 
 
 def _can_be_kept(layer: nn.Module, scales: list[float | Tensor]) -> bool:

@@ -214,7 +214,7 @@ def _trunk(model: nn.Module) -> tuple[nn.Module, nn.ModuleList] | None:
 
 
 def _refuses_attention(attn: nn.Module) -> str | None:
-    if not library_class(attn).__module__.startswith("transformers."):
+    if not any(cls.__module__.startswith("transformers.") for cls in type(attn).__mro__):
         return f"its attention is {type(attn).__name__}, a wrapper (wrap its projections instead)"
     parts = ("q_proj", "k_proj", "v_proj")
     if not hasattr(attn, "qkv") and not all(hasattr(attn, part) for part in parts):
