@@ -51,6 +51,7 @@ def as_tower(model: nn.Module) -> Tower:
         TypeError: not a model that a tower reads, or a variant of one that it does not: why.
         ImportError: a library is missing.
     """
+    model = _without_adapter(model)
     _check_sharding(model)
     library = _library(model)
     if library is None:
@@ -75,6 +76,7 @@ def as_image_text(model: nn.Module) -> ImageTextModel | None:
     Raises:
         TypeError: one whose text cannot guide its images: why.
     """
+    model = _without_adapter(model)
     _check_sharding(model)
     library = _library(model)
     if library is None or ADAPTERS[library].image_text is None:
@@ -90,6 +92,12 @@ def as_image_text(model: nn.Module) -> ImageTextModel | None:
             f"{reason}"
         )
     return image_text
+
+
+def _without_adapter(model: nn.Module) -> nn.Module:
+    """The model inside peft's, whose own layers are the adapted ones."""
+    is_peft = any(cls.__module__ == "peft.peft_model" for cls in type(model).__mro__)
+    return model.get_base_model() if is_peft else model
 
 
 def _check_sharding(model: nn.Module) -> None:

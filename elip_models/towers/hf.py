@@ -8,6 +8,7 @@ SDPA. SigLIP pools by a probe that attends to all tokens: to the kept and the me
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import (
     BlipForImageTextRetrieval,
@@ -16,7 +17,8 @@ from transformers import (
     SiglipModel,
 )
 
-from elip_models.towers.base import Block, Projections, Tower, is_observed, optional
+from elip_models.towers.base import Block, Projections, Tower, is_plain, optional
+from elip_models.towers.effective import Affine, qkv_of, unwrapped
 from elip_models.towers.fsdp import library_class
 from elip_models.towers.image_text import ImageTextModel
 
@@ -77,16 +79,8 @@ class HFTower(Tower):
             return "it averages its tokens, which dropped tokens would change"
         _, layers = found
         names = LAYERS[library_class(layers[0]).__name__]
-        attn = getattr(layers[0], names.attn)
-        parts = ("qkv",) if hasattr(attn, "qkv") else ("q_proj", "k_proj", "v_proj")
-        for layer in layers:
-            attn = getattr(layer, names.attn)
-            if not all(type(getattr(attn, part, None)) is nn.Linear for part in parts):
-                return (
-                    f"a layer's attention has no {', '.join(parts)} that are nn.Linear (merge "
-                    "adapters first, or take a later transformers)"
-                )
-        return None
+        reasons = (_refuses_attention(unwrapped(getattr(layer, names.attn))) for layer in layers)
+        return next((reason for reason in reasons if reason is not None), None)
 
     @property
     def checkpointing(self) -> bool:
@@ -110,24 +104,17 @@ class HFTower(Tower):
         return block(tokens, attention_mask=None)
 
     def qkv(self, i: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        attn, x = self._attention(i), getattr(self.blocks[i], self.names.norm1)(tokens)
-        if hasattr(attn, "qkv"):
-            parts = attn.qkv(x).chunk(3, -1)
-        else:
-            parts = (attn.q_proj(x), attn.k_proj(x), attn.v_proj(x))
-        q, k, v = (y.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for y in parts)
+        x, layers = getattr(self.blocks[i], self.names.norm1)(tokens), self._layers(i)
+        each = layers[0](x).chunk(3, -1) if len(layers) == 1 else [layer(x) for layer in layers]
+        q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.num_heads) for y in each)
         return q, k, v
 
     def projections(self, i: int) -> Projections:
-        attn = self._attention(i)
-        if hasattr(attn, "qkv"):
-            weights, biases = attn.qkv.weight.chunk(3), attn.qkv.bias.chunk(3)
-        else:
-            linears = (attn.q_proj, attn.k_proj, attn.v_proj)
-            weights, biases = [m.weight for m in linears], [m.bias for m in linears]
-        parts = (part for pair in zip(weights, biases, strict=True) for part in pair)
-        norm, scale = getattr(self.blocks[i], self.names.norm1), self._head_dim**-0.5
-        return Projections(norm, *parts, self.num_heads, scale)
+        norm = unwrapped(getattr(self.blocks[i], self.names.norm1))
+        return Projections(norm, self.num_heads, self._head_dim**-0.5)
+
+    def weights(self, i: int) -> list[Affine] | None:
+        return qkv_of(*self._layers(i))
 
     def attention_dropout(self, i: int) -> float:
         attn = self._attention(i)
@@ -146,15 +133,23 @@ class HFTower(Tower):
         return tokens + optional(block, "dropout")(out)
 
     def is_plain(self, i: int) -> bool:
-        modules = list(self.blocks[i].modules())
-        known = all(type(m).__module__.split(".")[0] in ("torch", "transformers") for m in modules)
-        return known and not any(is_observed(module) for module in modules)
+        return is_plain(self.blocks[i])
 
     def finish(self, tokens: Tensor) -> Tensor:
         return getattr(self.trunk, self.names.norm)(tokens)
 
     def _attention(self, i: int) -> nn.Module:
-        return getattr(self.blocks[i], self.names.attn)
+        """Block i's attention now: a wrapper may have come since the tower was made."""
+        attn = unwrapped(getattr(self.blocks[i], self.names.attn))
+        reason = _refuses_attention(attn)
+        if reason is not None:
+            raise TypeError(f"model: expected transformers' attention in layer {i}, but {reason}")
+        return attn
+
+    def _layers(self, i: int) -> tuple[nn.Module, ...]:
+        """Block i's projections: one of queries, keys and values together, or three."""
+        attn = self._attention(i)
+        return (attn.qkv,) if hasattr(attn, "qkv") else (attn.q_proj, attn.k_proj, attn.v_proj)
 
     @property
     def _head_dim(self) -> int:
@@ -215,6 +210,15 @@ def _trunk(model: nn.Module) -> tuple[nn.Module, nn.ModuleList] | None:
         is_image = hasattr(module.config, "patch_size")
         if is_image and _is_known(layers):
             return module, layers
+    return None
+
+
+def _refuses_attention(attn: nn.Module) -> str | None:
+    if not any(cls.__module__.startswith("transformers.") for cls in type(attn).__mro__):
+        return f"its attention is {type(attn).__name__}, a wrapper (wrap its projections instead)"
+    parts = ("q_proj", "k_proj", "v_proj")
+    if not hasattr(attn, "qkv") and not all(hasattr(attn, part) for part in parts):
+        return f"a layer's attention has no {', '.join(parts)} (take a later transformers)"
     return None
 
 
