@@ -20,7 +20,6 @@ import torch.nn.functional as F
 
 from benchmarks.cases import DEVICE, DTYPE_NAMES, MAIN_DTYPE, ON_GPU, pretraining_case
 from elip_models.models.albef import ALBEF
-from elip_models.models.drawn import fixed_draw
 from elip_models.models.layers.objectives import hard_negatives
 from elip_models.models.momentum_model import MomentumModel
 from elip_models.models.registry import create_model
@@ -93,7 +92,7 @@ def held(errors):
 def exact_is_official(case):
     """Parity of both scorers: kept tokens, and every loss."""
     model, (images, ids, mask) = in_fp64(case)
-    drawn, forms = fixed_draw(model, images, ids), forms_of(model)
+    drawn, forms = model.fixed_draw(images, ids), forms_of(model)
     kept, losses = [], []
     for form in (forms["official"], forms["exact"]):
         _, infos = form.encode_image(images, form.encode_text(ids, mask)[:, 0])
@@ -152,7 +151,7 @@ class Matching:
 
     def __init__(self, model, inputs):
         images, ids, self.mask = inputs
-        self.model, self.drawn = model, fixed_draw(model, images, ids)
+        self.model, self.drawn = model, model.fixed_draw(images, ids)
         with torch.no_grad():
             seen = model.contrast(*inputs)
         self.image = seen.image.clone().requires_grad_()

@@ -22,7 +22,7 @@ from elip_models.profiling.paper_table1 import (
 )
 from elip_models.profiling.rows import in_mode, profile_model, tokens_of, verdict
 from elip_models.profiling.table import runs
-from elip_models.profiling.workload import Workload, _inputs
+from elip_models.profiling.workload import Workload
 from elip_models.reduction.patch import is_reduced
 from elip_models.reduction.strategies import STRATEGIES, PatchDropout, default_strategy
 from elip_models.reduction.strategies.elip import Elip
@@ -32,7 +32,7 @@ from elip_models.reduction.strategy_spec import VIT_B16, StrategySpec
 from elip_models.towers import as_image_text
 from elip_models.training.report import _timing_table, scorer_costs
 from tests.test_cli import elip
-from tests.test_pairs import hf_blip, hf_clip, open_clip_pair
+from tests.test_image_text import hf_blip, hf_clip, open_clip_pair
 from tests.towers import SCHEDULE, plain_vit
 
 PAIRS = {"open_clip": open_clip_pair, "CLIPModel": hf_clip, "Blip": hf_blip}
@@ -100,9 +100,9 @@ def test_a_whole_model_counts_its_second_text_pass(name):
         w.forward_flops - i.forward_flops for w, i in zip(whole, image, strict=True)
     )
     twin = Workload(model, 2).on_meta()
-    inputs = _inputs(twin.model, twin.images, twin.text)
-    with twin.traced():
-        again = count_step(lambda: as_image_text(twin.model).text_cls(**inputs), backward=False)
+    image_text = as_image_text(twin.model)
+    with twin.tracing():
+        again = count_step(lambda: image_text.text_cls(**twin.inputs), backward=False)
     text_pass = again.forward / 2
     if name == "Blip":  # whose text attends to fewer image tokens
         assert evit < dense and evit < elip_ < evit + 1.1 * text_pass

@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 
 from elip_models.models.layers.bert import BertTower, masked_language_head
-from elip_models.models.layers.objectives import distilled_language_loss, mask_tokens
+from elip_models.models.layers.objectives import (
+    distilled_language_loss,
+    mask_every,
+    mask_tokens,
+    next_rows,
+)
 from elip_models.models.momentum_model import Encoders, MomentumConfig, MomentumModel
 
 
@@ -136,6 +141,10 @@ class ALBEF(MomentumModel):
         )
         loss = seen.loss + loss_itm + loss_mlm
         return ALBEFOutput(loss, seen.loss, loss_itm, loss_mlm, *seen.features)
+
+    def fixed_draw(self, images: Tensor, input_ids: Tensor) -> Drawn:
+        others = next_rows(len(images), images.device)
+        return Drawn(others, others, *mask_every(input_ids, self.config.mask_token_id))
 
     def _draw(self, similar: tuple[Tensor, Tensor], input_ids: Tensor) -> Drawn:
         """Hard negatives by the similarities (B, C), and masked tokens: [SEP] may be one, as in the

@@ -8,7 +8,7 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from fnmatch import fnmatchcase
@@ -16,6 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import Tensor, nn
+
+from elip_models.reduction.strategy import Strategy
+from elip_models.towers import Reducible, Tower
+from elip_models.towers.reducible import Stats, check_tokenizer_in, clip_stats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,19 +85,29 @@ class Config:
                 raise ValueError(f"{name}: expected a float in [0, 1], got {getattr(self, name)!r}")
 
 
-class PretrainedModel(nn.Module):
+class PretrainedModel(nn.Module, Reducible):
     """Base of the models.
 
     A subclass names its `family` and its `config_class`, and keeps its config in `config`, which
     has `image_size` and `context_length`. Its output has `loss`, and a `loss_..` for each part.
-    `visual` is the image model. `ranks`: features of images and texts alone can be compared.
+    `visual` is the image model, and `tower` reads it. `ranks`: features of images and texts alone
+    can be compared.
     """
 
+    reduces_itself = True
     family: ClassVar[str]
     config_class: ClassVar[type[Config]]
     config: Any
     visual: nn.Module
+    tower: Tower
+    reduction: Strategy
+    dense: Strategy
     ranks: ClassVar[bool] = True
+
+    @property
+    def image_model(self) -> nn.Module:
+        """The same as `visual`."""
+        return self.visual
 
     def image_features(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W), without text -> (B, E), normalised; where the model `ranks`."""
@@ -106,6 +120,33 @@ class PretrainedModel(nn.Module):
     def text_cls(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids, attention_mask (B, L) -> (B, D), what guides the image tower."""
         raise NotImplementedError
+
+    def as_tensor(self, output: Any) -> Tensor:
+        """The loss."""
+        return output.loss
+
+    def image_stats(self) -> Stats:
+        """Those of CLIP: what the models are trained with here."""
+        return clip_stats()
+
+    def load_tokenizer(self, name: str) -> "PreTrainedTokenizerBase":
+        """The tokenizer that `save_pretrained` wrote into the folder `name`."""
+        from elip_models.data import load_tokenizer
+
+        check_tokenizer_in(Path(name))
+        return load_tokenizer(name)
+
+    def tokenise(
+        self, tokenizer: "PreTrainedTokenizerBase", captions: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """B captions -> input_ids and attention_mask, (B, L) each."""
+        from elip_models.data import tokenize
+
+        return tokenize(tokenizer, captions, self.config.context_length)
+
+    def encode_guidance(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The same as `text_cls`."""
+        return self.text_cls(input_ids, attention_mask)
 
     def begin_step(self, step: int, epoch: float = math.inf) -> None:
         """Before step `step` of training, from 0, after `epoch` passes over the data."""
@@ -132,6 +173,9 @@ class PretrainedModel(nn.Module):
             ValueError: a tokenizer that the model cannot read.
         """
         raise NotImplementedError
+
+    def reset_momentum_(self) -> None:
+        """Make momentum copies equal to what they follow, where the model has any."""
 
     def read_vocabulary_(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Before training: what the model has to know of the tokens that no config says."""

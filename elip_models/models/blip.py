@@ -24,7 +24,7 @@ from elip_models.models.layers.bert import (
     untied_decoder,
 )
 from elip_models.models.layers.generation import CAPTIONS, Decoding, write
-from elip_models.models.layers.objectives import language_loss
+from elip_models.models.layers.objectives import language_loss, next_rows
 from elip_models.models.momentum_model import Encoders, MomentumConfig, MomentumModel
 
 if TYPE_CHECKING:
@@ -234,6 +234,10 @@ class BLIP(MomentumModel):
         )
         loss = seen.loss + loss_itm + loss_lm
         return BLIPOutput(loss, seen.loss, loss_itm, loss_lm, *seen.features)
+
+    def fixed_draw(self, images: Tensor, input_ids: Tensor) -> Drawn:
+        others = next_rows(len(images), images.device)
+        return Drawn(others, others)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute layers in backward instead of saving their activations."""

@@ -29,6 +29,7 @@ from elip_models.reduction.strategies import PatchDropout, get_strategy
 from elip_models.reduction.strategies.elip import Elip
 from elip_models.reduction.strategy import StageInfo, Strategy
 from elip_models.towers import as_tower
+from elip_models.towers.reducible import random_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -180,6 +181,11 @@ class CLIP(PretrainedModel):
         for projection in (self.image_projection, self.text_projection):
             nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
+
+    def random_inputs(self, images: Tensor) -> dict[str, Any]:
+        config = self.config
+        sizes = config.context_length, config.vocab_size, config.eos_token_id
+        return {"images": images, "input_ids": random_ids(images, *sizes)}
 
     def guidance(self, text_features: Tensor) -> Tensor:
         """f_text (B, E) mapped back to the vision width, (B, D), detached."""

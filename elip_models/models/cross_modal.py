@@ -4,14 +4,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from elip_models.models.base import Config, PretrainedModel
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategies.elip import Elip
-from elip_models.reduction.strategy import StageInfo, Strategy
-from elip_models.towers import Tower
+from elip_models.reduction.strategy import StageInfo
+from elip_models.towers.reducible import random_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,9 +112,6 @@ class CrossModalModel(PretrainedModel):
     """Text first: its CLS output guides the image tower, `tower`, reduced as `reduction` says; as
     `dense` says it keeps all tokens."""
 
-    tower: Tower
-    reduction: Strategy
-    dense: Elip
     masks_text: ClassVar[bool] = True
 
     def __init__(self, config: CrossModalConfig) -> None:
@@ -121,6 +119,29 @@ class CrossModalModel(PretrainedModel):
         self.config = config
         self.reduction = config.reduction
         self.dense = Elip(f"{config.vision_depth}(100%)", without_text="vision")
+
+    def random_inputs(self, images: Tensor) -> dict[str, Any]:
+        """With what a step draws, see `fixed_draw`."""
+        config = self.config
+        ids = random_ids(images, config.context_length, config.vocab_size, config.sep_token_id)
+        mask, drawn = torch.ones_like(ids), self.fixed_draw(images, ids)
+        return {"images": images, "input_ids": ids, "attention_mask": mask, "drawn": drawn}
+
+    def fixed_draw(self, images: Tensor, input_ids: Tensor) -> tuple[Tensor, ...]:
+        """What a step of pre-training draws at random, fixed instead: the same for the same inputs.
+
+        Two forms of the model that are given the same draw do the same work, so that they can be
+        compared, timed and counted. The negatives of a pair are the next one's, every seventh token
+        is masked, and every second text keeps its image.
+
+        Args:
+            images: (B, 3, H, W), on any device.
+            input_ids: (B, L).
+
+        Returns:
+            The `drawn` of the model's forward.
+        """
+        raise NotImplementedError
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids, attention_mask (B, L) -> hidden states (B, L, D) of the text alone."""

@@ -22,7 +22,11 @@ from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 
 from elip_models.models.cross_modal import CrossModalConfig, CrossModalModel
 from elip_models.models.layers.bert import BertTower, masked_language_head
-from elip_models.models.layers.objectives import distilled_language_loss, mask_tokens
+from elip_models.models.layers.objectives import (
+    distilled_language_loss,
+    mask_every,
+    mask_tokens,
+)
 from elip_models.towers import as_tower
 
 if TYPE_CHECKING:
@@ -238,6 +242,11 @@ class METER(CrossModalModel):
         text = self.encode_text(input_ids, mask)
         image, _ = self.encode_image(images, text[:, 0])
         return self.fuse(text, mask, image)
+
+    def fixed_draw(self, images: Tensor, input_ids: Tensor) -> Drawn:
+        masked = mask_every(input_ids, self.config.mask_token_id)
+        keeps_image = 1 - torch.arange(len(images), device=images.device) % 2
+        return Drawn(*masked, keeps_image, images.roll(-1, 0))
 
     def _draw(self, images: Tensor, input_ids: Tensor) -> Drawn:
         """Masked tokens; half of the batch as pairs, and images of others in it for the rest."""

@@ -153,6 +153,14 @@ class MomentumModel(CrossModalModel):
         """The image model."""
         return self.encoders.visual
 
+    def moved_in_training(self) -> tuple[Tensor, ...]:
+        """The momentum encoders and the queue."""
+        return *self.encoders_m.parameters(), *self.queue.buffers()
+
+    def reset_momentum_(self) -> None:
+        """Make the momentum encoders equal to the online ones."""
+        self.encoders_m.load_state_dict(self.encoders.state_dict())
+
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids, attention_mask (B, L) -> hidden states (B, L, D) of the text alone."""
         return self.encoders.read(input_ids, attention_mask)

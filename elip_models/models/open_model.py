@@ -9,7 +9,7 @@
 Libraries are imported when a spec asks for them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ FORMS = (
     "'timm:NAME', 'open_clip:NAME' or 'open_clip:NAME/TAG', 'hf:NAME' or 'hf:FOLDER', a name of "
     "list_models(), or a folder written by save_pretrained"
 )
-Stats = tuple[Sequence[float], Sequence[float]]
 
 
 def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Module:
@@ -48,8 +47,8 @@ def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Modu
         raise TypeError(f"spec: expected a text, {FORMS}, got {spec!r}")
     if not isinstance(pretrained, bool):
         raise TypeError(f"pretrained: expected True or False, got {pretrained!r}")
-    library, colon, name = spec.partition(":")
-    if colon and name and library in OPENERS:
+    library, name = split_spec(spec)
+    if library is not None:
         with _installed(library), _found(spec):
             return OPENERS[library](name, pretrained, options).eval()
     with _installed("timm"):
@@ -61,25 +60,10 @@ def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Modu
     raise ValueError(f"spec: expected {FORMS}, got {spec!r}")
 
 
-def image_stats(model: nn.Module) -> Stats:
-    """The mean and standard deviation, three numbers each, that the model's images are normalised
-    by; where the model does not say, CLIP's for language-image models, ImageNet's for others."""
-    from elip_models.data import CLIP_MEAN, CLIP_STD
-
-    imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    config = getattr(model, "pretrained_cfg", None)  # timm
-    if config:
-        return tuple(config["mean"]), tuple(config["std"])
-    visual = getattr(model, "visual", None)  # open_clip
-    if getattr(visual, "image_mean", None) is not None:
-        return tuple(visual.image_mean), tuple(visual.image_std)
-    config = getattr(model, "config", None)
-    name = getattr(config, "_name_or_path", None)  # transformers
-    processor = _image_processor(name) if name else None
-    if processor is not None:
-        return tuple(processor.image_mean), tuple(processor.image_std)
-    pairs = visual, getattr(model, "vision_model", None)
-    return imagenet if pairs == (None, None) else (CLIP_MEAN, CLIP_STD)
+def split_spec(spec: str) -> tuple[str | None, str]:
+    """'timm:NAME' -> ('timm', 'NAME'); of ours the library is None, and the name the whole spec."""
+    library, _, name = spec.partition(":")
+    return (library, name) if name and library in OPENERS else (None, spec)
 
 
 def _open_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
@@ -146,16 +130,6 @@ def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> nn.
     if pretrained:
         load_weights(model, load_model(folder).state_dict())
     return model
-
-
-def _image_processor(name: str) -> Any | None:
-    """The image processor saved beside a model of transformers, if there is one."""
-    from transformers import AutoImageProcessor
-
-    try:
-        return AutoImageProcessor.from_pretrained(name)
-    except (OSError, ValueError):
-        return None
 
 
 @contextmanager

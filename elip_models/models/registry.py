@@ -149,11 +149,11 @@ def load_model(folder: str | os.PathLike) -> PretrainedModel:
     return FAMILIES[family].from_pretrained(folder)
 
 
-def elip_settings(model: PretrainedModel) -> Elip:
-    """How a model's tower is reduced by ELIP; by the paper's schedule where it is dense or reduces
-    in another way."""
-    settings, depth = model.reduction, model.config.vision_depth
+def elip_strategy(model: PretrainedModel) -> Elip:
+    """How ELIP reduces a model of ours: as its config says; by the paper's schedule where it is
+    dense or reduces in another way."""
+    own, depth = model.reduction, model.config.vision_depth
     paper = Schedule.parse(PRESETS[model.family]).scaled(depth)
-    if not isinstance(settings, Elip):
+    if not isinstance(own, Elip):
         return Elip(paper)
-    return settings if model.config.schedule else replace(settings, schedule=paper)
+    return own if model.config.schedule else replace(own, schedule=paper)

@@ -13,8 +13,6 @@ from rich.console import Group
 from rich.table import Table
 
 from elip_models.models.cross_modal import CrossModalModel
-from elip_models.models.drawn import fixed_draw
-from elip_models.models.momentum_model import MomentumModel
 from elip_models.models.registry import create_model
 from elip_models.profiling.measure import count_step
 from elip_models.profiling.rows import DENSE
@@ -62,7 +60,7 @@ def step_counts(name: str) -> dict[str, float]:
     with torch.device("meta"):
         model = create_model(name)
     counts = {DENSE: step_tflops(model)}
-    has_momentum = isinstance(model, MomentumModel)
+    has_momentum = bool(model.moved_in_training())
     for method, settings in ELIPS.items():
         if has_momentum or method != SHARED:
             with torch.device("meta"):
@@ -81,7 +79,7 @@ def step_tflops(model: CrossModalModel, batch_size: int = BATCH_SIZE) -> float:
     with torch.device("meta"):
         images = torch.empty(batch_size, 3, config.image_size, config.image_size)
         ids = torch.ones(batch_size, config.context_length, dtype=torch.long)
-        mask, drawn = torch.ones_like(ids), fixed_draw(model, images, ids)
+        mask, drawn = torch.ones_like(ids), model.fixed_draw(images, ids)
         flops = count_step(lambda: model(images, ids, mask, drawn=drawn).loss, backward=True)
     return sum(flops) / 1e12
 

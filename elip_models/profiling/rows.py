@@ -134,7 +134,8 @@ def profile_model(
 def tokens_of(workload: Workload, strategy: Strategy | None, mode: Mode) -> tuple[Layer, ...]:
     """Tokens in each block of the image tower."""
     size = workload.tower.size
-    if strategy is None or not strategy.reduces(workload.text, mode == "training"):
+    text_cls = torch.empty(workload.batch_size, size.width, device="meta")  # there always is one
+    if strategy is None or not strategy.reduces(text_cls, mode == "training"):
         return (Layer(size.num_tokens, size.num_tokens),) * size.depth
     return strategy.token_counts(size)
 
@@ -150,7 +151,7 @@ def count(
 ) -> dict[str, FlopCount]:
     """FLOPs of a step of each plan, on the meta device."""
     twin = workload.on_meta()
-    with in_mode(twin, mode), twin.traced():
+    with in_mode(twin, mode), twin.tracing():
         return {
             name: count_step(twin.forward(plan), backward=mode == "training")
             for name, plan in plans.items()

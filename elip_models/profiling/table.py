@@ -23,11 +23,12 @@ from elip_models.models.open_model import FORMS, open_model
 from elip_models.profiling.paper_flops import paper_report
 from elip_models.profiling.paper_table1 import table1_report
 from elip_models.profiling.rows import DENSE, MODES, Mode, Row, profile_model
-from elip_models.profiling.workload import Workload, tower_in
+from elip_models.profiling.workload import Workload
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.strategy_spec import StrategySpec
+from elip_models.towers import as_reducible, as_tower
 from elip_models.validation import ConfigError, blame
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -130,7 +131,7 @@ def _opened(spec: str, settings: ProfileSettings) -> nn.Module:
     device = "meta" if settings.rounds is None else "cuda" if on_gpu() else "cpu"
     with blame("--model"), torch.device(device), _quietly():
         model = open_model(spec, pretrained=False).to(DTYPES[settings.dtype])
-        tower_in(model)
+        as_tower(as_reducible(model).image_model)
     return model
 
 
@@ -148,13 +149,12 @@ def _fitting(
     name: str, model: nn.Module, settings: ProfileSettings
 ) -> tuple[dict[str, Strategy], list[LeftOut]]:
     """The strategies that the model takes, by the name of their rows, and the others."""
-    tower, found, left_out = tower_in(model), {}, []
-    workload = Workload(model, 1)
+    workload, found, left_out = Workload(model, 1), {}, []
     for spec in settings.strategies:
         try:
-            strategy = spec.build(tower.size, settings.schedule)
+            strategy = spec.build(workload.tower.size, settings.schedule)
             if settings.flops is not None:
-                strategy = strategy.at_flops(tower, settings.flops)
+                strategy = strategy.at_flops(workload.tower, settings.flops)
             workload.forward(strategy)
         except (TypeError, ValueError) as error:
             left_out.append(LeftOut(name, spec.text, " ".join(str(error).split())))

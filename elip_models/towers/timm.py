@@ -4,6 +4,8 @@ Uses patch_embed, _pos_embed, patch_drop, norm_pre, blocks (norm1, attn, ls1, dr
 second half alike) and norm.
 """
 
+from collections.abc import Sequence
+
 import torch
 from timm.layers import Attention
 from timm.models import vision_transformer as vit
@@ -48,6 +50,9 @@ class TimmTower(Tower):
             return "it has patch dropout of its own (patch_drop_rate), so patches have no position"
         reasons = (_refuses_block(block) for block in model.blocks)
         return refuses_tokens(model) or next((r for r in reasons if r is not None), None)
+
+    def image_stats(self) -> tuple[Sequence[float], Sequence[float]] | None:
+        return stats_of(self.model)
 
     @property
     def checkpointing(self) -> bool:
@@ -121,6 +126,12 @@ class TimmTower(Tower):
 
     def finish(self, tokens: Tensor) -> Tensor:
         return self.model.norm(tokens)
+
+
+def stats_of(model: nn.Module) -> tuple[Sequence[float], Sequence[float]] | None:
+    """Mean and standard deviation of a model that timm created by name; None of another."""
+    config = getattr(model, "pretrained_cfg", None)
+    return (tuple(config["mean"]), tuple(config["std"])) if config else None
 
 
 def refuses_tokens(model: nn.Module) -> str | None:

@@ -15,16 +15,13 @@ from torch import Tensor
 from elip_models.analysis.agreement import scorer_agreement
 from elip_models.analysis.visualize import deliberately_slow, draw_reduction, patch_grid
 from elip_models.data import (
-    CLIP_MEAN,
-    CLIP_STD,
     SkipReport,
     Source,
     evaluation_batches,
     image_transform,
-    tokenize,
 )
 from elip_models.models.base import PretrainedModel
-from elip_models.models.registry import elip_settings
+from elip_models.models.registry import elip_strategy
 from elip_models.profiling.measure import NO_GAIN
 from elip_models.profiling.rows import DENSE, Mode, measure
 from elip_models.profiling.workload import Workload
@@ -75,15 +72,15 @@ class Reporter:
         self.source = source
         self.output_dir = output_dir
         self.device = next(model.parameters()).device
-        self.settings = elip_settings(model)
+        self.strategy = elip_strategy(model)
 
     def picture(self, count: int = 5) -> Path:
         """Write `kept_tokens.png`: what survives each stage, the CLS attention, the caption."""
         images, captions, guidance = self._guided(count)
         tower = self.model.tower
         with torch.no_grad(), deliberately_slow():
-            _, infos = run_tower(tower, images, guidance, self.settings)
-        mean, std = (torch.tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+            _, infos = run_tower(tower, images, guidance, self.strategy)
+        mean, std = (torch.tensor(v)[:, None, None] for v in self.model.image_stats())
         pixels = (images.cpu() * std + mean).clamp(0, 1)
         path = self.output_dir / "kept_tokens.png"
         return draw_reduction(pixels, captions, infos, path, grid=patch_grid(tower))
@@ -91,7 +88,7 @@ class Reporter:
     def timing(self, console: Console, *, rounds: int = 10) -> Path:
         """Time ViT-S/16 at 224 px with every scorer; print, and write `timing.json`."""
         images, _, guidance = self._guided(100)
-        agreement = scorer_agreement(self.model.visual, images, guidance, self.settings)
+        agreement = scorer_agreement(self.model.visual, images, guidance, self.strategy)
         on_gpu = self.device.type == "cuda"
         tower = VisionTransformer(
             img_size=224, embed_dim=384, num_heads=6, pre_norm=True, num_classes=0
@@ -120,14 +117,11 @@ class Reporter:
     @torch.no_grad()
     def _guided(self, count: int) -> tuple[Tensor, list[str], Tensor]:
         """The first `count` readable samples -> images, captions, guidance (B, D)."""
-        config = self.model.config
-        transform = image_transform(config.image_size, train=False)
+        transform = image_transform(self.model.config.image_size, train=False)
         report = SkipReport(1.0, length=len(self.source))  # training and evaluation have judged
         batch = next(evaluation_batches(self.source, transform, count, report=report))
         captions = [several[0] for several in batch.captions]
-        text = tokenize(self.tokenizer, captions, config.context_length)
-        text = {name: ids.to(self.device) for name, ids in text.items()}
-        guidance = self.model.text_cls(**text)
+        guidance = self.model.encode_captions(self.tokenizer, captions)
         return batch.images.to(self.device), captions, guidance
 
 
