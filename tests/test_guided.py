@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from elip_models.analysis.guided import open_guided, read_pairs, read_source
 from elip_models.data import load_tokenizer, tokenize
 from elip_models.models.clip import CLIP, CLIPConfig
+from elip_models.reduction.encode import encode_image
 from elip_models.validation import ConfigError
 from tests.test_cli import elip
 from tests.test_image_text import guidance_of, hf_blip, hf_clip, open_clip_pair
@@ -96,7 +97,13 @@ def test_our_clip_is_guided_by_its_own_text(tmp_path, tokenizer, pairs):
     assert [info.stage.keep for info in infos] == [11, 6]
     text = tokenize(load_tokenizer(str(tmp_path / "model")), CAPTIONS, 24)
     clip = CLIP.from_pretrained(tmp_path / "model").eval()
-    _, expected = clip.encode_tokens(images, clip.encode_text(**text), return_info=True)
+    _, expected = encode_image(
+        clip.visual,
+        images,
+        clip.guidance(clip.encode_text(**text)),
+        strategy=clip.reduction,
+        return_info=True,
+    )
     assert not differ(infos, expected)
 
 

@@ -27,7 +27,7 @@ from elip_models.reduction.once import UnguidedWarning, warn_once
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import PatchDropout, get_strategy
 from elip_models.reduction.strategies.elip import Elip
-from elip_models.reduction.strategy import StageInfo, Strategy
+from elip_models.reduction.strategy import Strategy
 from elip_models.towers import as_tower
 from elip_models.towers.reducible import random_ids
 
@@ -227,14 +227,6 @@ class CLIP(PretrainedModel):
                 image_cls = (image_features @ weight.to(image_features.dtype)).detach()
         hidden = self.text(input_ids, attention_mask, image_cls=image_cls, reduce=reduce)
         return F.normalize(self.text_projection(hidden), dim=-1)
-
-    def encode_tokens(
-        self, images: Tensor, text_features: Tensor | None = None, *, return_info: bool = False
-    ) -> Tensor | tuple[Tensor, list[StageInfo]]:
-        """images (B, 3, H, W) -> tokens (B, K+2, D) of the image tower; see `encode_image`."""
-        text_cls = None if text_features is None else self.guidance(text_features)
-        tokens, infos = run_tower(self.tower, images, text_cls, self.reduction)
-        return (tokens, infos) if return_info else tokens
 
     def encode_image(
         self, images: Tensor, text_features: Tensor | None = None, *, reduce: bool = True
