@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.measured import Results
 from benchmarks.parity import OURS
-from elip_models.profiling.measure import NO_GAIN
+from elip_models.profiling.measure import no_gain
 
 OTHERS = ("official", "eager", "compiled")
 
@@ -178,7 +178,7 @@ def ratio(value: float | None) -> str:
     """Two digits, and what is no gain says so."""
     if value is None:
         return "–"
-    return f"{value:.2f}" + (" no gain" if value > NO_GAIN else "")
+    return f"{value:.2f}" + (" no gain" if no_gain(value) else "")
 
 
 def table(header: Sequence[str], rows: list[list[str]], *, left: int) -> str:

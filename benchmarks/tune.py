@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import median
 from typing import Any
 from unittest.mock import patch
 
@@ -31,11 +30,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import DEVICE, DTYPE_NAMES, HEADS, ON_GPU, WIDTH, copies
+from benchmarks.comparison import as_step, copied
 from benchmarks.machine import commit, machine
 from elip_kernels import launch
 from elip_kernels._triton import HAS_TRITON, triton
 from elip_kernels.testing import model
-from elip_models.profiling.measure import NO_GAIN, graphed, ratios_to, time_side_by_side
+from elip_models.profiling.measure import milliseconds, no_gain, ratios_to, time_side_by_side
 
 CHANNELS = WIDTH // HEADS
 REFUSALS = (triton.errors.TritonError,) if HAS_TRITON else ()
@@ -223,18 +223,7 @@ def prepared(op: str, sets: Sequence[tuple[Any, ...]]) -> Callable[[], object]:
     def calls() -> list[Any]:
         return [results(op, args) for args in sets]
 
-    return graphed(lambda: calls) if ON_GPU else calls
-
-
-def copied(nbytes: int, count: int) -> Callable[[], object]:
-    """Copies that read and write `nbytes` together, between buffers that exist."""
-    halves = [torch.zeros(2, nbytes // 2, dtype=torch.uint8, device=DEVICE) for _ in range(count)]
-
-    def copy() -> None:
-        for source, target in halves:
-            target.copy_(source)
-
-    return graphed(lambda: copy) if ON_GPU else copy
+    return as_step(lambda: calls)
 
 
 def rotated(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
@@ -262,7 +251,7 @@ def run(sweep: Sweep, shape: Shape, rounds: int) -> dict[str, Any]:
     if ON_GPU and not answers:
         return result
     sets = rotated(args)
-    steps = {"table": prepared(sweep.op, sets), "copy": copied(nbytes, len(sets))}
+    steps = {"table": prepared(sweep.op, sets), "copy": as_step(partial(copied, nbytes, len(sets)))}
     for changes in sweep.candidates():
         entry: dict[str, Any] = {"changes": {str(name): n for name, n in changes.items()}}
         result["candidates"].append(entry)
@@ -284,7 +273,7 @@ def run(sweep: Sweep, shape: Shape, rounds: int) -> dict[str, Any]:
 
 def timed(times: dict[str, list[float]], nbytes: int, calls: int) -> dict[str, float]:
     """The candidate's time and rate, beside those of the table and of a copy in the same rounds."""
-    figures = {f"{name}_us": 1e6 * median(t) / calls for name, t in times.items()}
+    figures = {f"{name}_us": 1e3 * each / calls for name, each in milliseconds(times).items()}
     figures |= {f"of_{name}": ratios_to(name, times)["candidate"] for name in ("table", "copy")}
     return figures | {"gb_per_second": nbytes / figures["candidate_us"] / 1e3}
 
@@ -298,7 +287,7 @@ def said(result: dict[str, Any]) -> str:
     if not entries:
         return f"{name}: nothing to time{notes}"
     best = min(entries, key=lambda entry: entry["of_table"])
-    verdict = "no gain" if best["of_table"] > NO_GAIN else f"{best['changes']}"
+    verdict = "no gain" if no_gain(best["of_table"]) else f"{best['changes']}"
     return (
         f"{name}: table {best['table_us']:.1f} us, best {best['candidate_us']:.1f} us "
         f"({best['of_table']:.3f}), {best['gb_per_second']:.0f} GB/s, "

@@ -245,7 +245,7 @@ def test_the_table_of_a_training_run():
     assert costs[0].training == costs[0].inference == costs[0].memory == 1
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(_timing_table(costs, {"chance": [0.5], "last": [0.75]}, 1, "saved bytes"))
-    assert "saved bytes" in console.export_text()
+    assert "memory: saved bytes" in console.export_text()
 
 
 def made_up_counts():

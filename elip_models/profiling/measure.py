@@ -1,4 +1,7 @@
-"""Tools to measure steps: times side by side, CUDA graphs, memory, FLOPs."""
+"""How steps are measured: times side by side, CUDA graphs, memory, FLOPs, and where it was.
+
+`elip profile`, the benchmarks and the report of a training run measure by this file alone.
+"""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-NO_GAIN = 0.97  # a time ratio that is not below this is called no gain
+NO_GAIN = 0.97  # see `no_gain`
 LEAST_SECONDS = 2e-3  # of one measurement: a shorter step is called several times in a row
 
 Step = Callable[[], object]
@@ -97,6 +100,43 @@ def ratios_to(baseline: str, times: dict[str, list[float]]) -> dict[str, float]:
     }
 
 
+def milliseconds(times: dict[str, list[float]]) -> dict[str, float]:
+    """Median over rounds of each step's time."""
+    return {name: 1e3 * median(values) for name, values in times.items()}
+
+
+def no_gain(ratio: float) -> bool:
+    """Whether a time ratio is too near to one, or above it, to be called a gain."""
+    return not ratio < NO_GAIN
+
+
+def memory_of(
+    step: Step, device: torch.device, *, forward: Step, parameters: Iterable[Tensor] = ()
+) -> int:
+    """Bytes of a step: the peak on a GPU; elsewhere what autograd saves for backward in `forward`,
+    `parameters` aside."""
+    if device.type == "cuda":
+        return peak_bytes(step, device)
+    with saved_bytes(parameters) as saved:
+        forward()
+    return saved()
+
+
+def memory_is(device: torch.device) -> str:
+    """What `memory_of` gives there, in words."""
+    return "peak of a step" if device.type == "cuda" else "bytes saved for backward"
+
+
+def measured_on(device: torch.device) -> dict[str, str | int]:
+    """Device, threads and version: what a table of times says of its origin."""
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
 @contextmanager
 def saved_bytes(parameters: Iterable[Tensor] = ()) -> Iterator[Callable[[], int]]:
     """Bytes that autograd saves for backward inside; each storage once, `parameters` aside."""
@@ -121,13 +161,6 @@ def peak_bytes(step: Step, device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def count_flops(step: Step) -> int:
-    """Floating-point operations of a call, by the formula of each op; attention as two products."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        step()
-    return counter.get_total_flops()
-
-
 class FlopCount(NamedTuple):
     """Floating-point operations of a step."""
 
@@ -136,7 +169,8 @@ class FlopCount(NamedTuple):
 
 
 def count_step(forward: Callable[[], Tensor], *, backward: bool) -> FlopCount:
-    """`count_flops` of a forward and, apart from it, of the backward of its output's squares."""
+    """Floating-point operations by the formula of each op, attention as two products: of a forward
+    and, apart from it, of the backward of its output's squares."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         output = forward()
         ahead = counter.get_total_flops()

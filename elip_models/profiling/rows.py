@@ -6,7 +6,6 @@ dense model, interleaved rounds of one process, medians. Memory is the peak of a
 CPU the bytes that autograd saves for backward, parameters aside.
 """
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,16 +17,15 @@ import torch
 from torch import nn
 
 from elip_models.profiling.measure import (
-    NO_GAIN,
     FlopCount,
     count_step,
-    peak_bytes,
+    memory_of,
+    no_gain,
     ratios_to,
-    saved_bytes,
     time_side_by_side,
 )
-from elip_models.profiling.workload import Forward, Workload
-from elip_models.reduction.once import SlowScorerWarning
+from elip_models.profiling.workload import Workload
+from elip_models.reduction.once import deliberately_slow
 from elip_models.reduction.strategy import Layer, Strategy
 
 Mode = Literal["training", "inference"]
@@ -46,7 +44,7 @@ class Row:
     forward_flops, backward_flops: of one image or pair; backward is 0 in inference.
     flops_ratio, time_ratio, memory_ratio: against the dense row; None where not measured.
     seconds: of a step, median. memory: bytes of a step.
-    verdict: 'no gain' where the time ratio is not below `NO_GAIN`, else empty.
+    verdict: 'no gain' where the time ratio is none, else empty.
     """
 
     model: str
@@ -142,8 +140,8 @@ def tokens_of(workload: Workload, strategy: Strategy | None, mode: Mode) -> tupl
 
 def verdict(strategy: Strategy | None, time_ratio: float | None) -> str:
     """The last column."""
-    slow = strategy is not None and time_ratio is not None and not time_ratio < NO_GAIN
-    return "no gain" if slow else ""
+    timed = strategy is not None and time_ratio is not None
+    return "no gain" if timed and no_gain(time_ratio) else ""
 
 
 def count(
@@ -175,12 +173,15 @@ def measure(
             steps = {name: partial(workload.train_step, step) for name, step in forwards.items()}
         times = time_side_by_side(steps, device=workload.device, rounds=rounds)
         ratios = ratios_to(DENSE, times)
-        if workload.device.type == "cuda":
-            memory = {name: peak_bytes(step, workload.device) for name, step in steps.items()}
-        elif mode == "training":
-            memory = {name: _saved(workload, step) for name, step in forwards.items()}
-        else:
-            memory = {}
+        memory = {}
+        if mode == "training" or workload.device.type == "cuda":
+            parameters = tuple(workload.model.parameters())
+            memory = {
+                name: memory_of(
+                    step, workload.device, forward=forwards[name], parameters=parameters
+                )
+                for name, step in steps.items()
+            }
     return {
         name: Measured(
             median(times[name]),
@@ -192,20 +193,13 @@ def measure(
     }
 
 
-def _saved(workload: Workload, forward: Forward) -> int:
-    with saved_bytes(workload.model.parameters()) as saved:
-        forward()
-    return saved()
-
-
 @contextmanager
 def in_mode(workload: Workload, mode: Mode) -> Iterator[None]:
     """Inside, the model trains or infers; scorers that are slow on purpose do not warn."""
     was_training = workload.model.training
     workload.model.train(mode == "training")
     try:
-        with warnings.catch_warnings(), torch.inference_mode(mode == "inference"):
-            warnings.simplefilter("ignore", SlowScorerWarning)
+        with deliberately_slow(), torch.inference_mode(mode == "inference"):
             yield
     finally:
         workload.model.train(was_training)

@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import nn
 
 from elip_models.models.open_model import FORMS, open_model
+from elip_models.profiling.measure import measured_on, memory_is
 from elip_models.profiling.paper_flops import paper_report
 from elip_models.profiling.paper_table1 import table1_report
 from elip_models.profiling.rows import DENSE, MODES, Mode, Row, profile_model
@@ -39,7 +40,7 @@ WIDTH = 180  # of what is not printed on a terminal
 class ProfileSettings:
     """Options of `elip profile`.
 
-    models: specs of `open_model`. strategies: see strategy_specs.py.
+    models: specs of `open_model`. strategies: see strategy_spec.py.
     schedule: of the strategies that take one and do not say theirs; None is ELIP's.
     flops: share of the dense tower's training FLOPs that every strategy is set to, if any.
     rounds: of the timing; None counts alone, without memory for weights.
@@ -53,6 +54,13 @@ class ProfileSettings:
     modes: tuple[Mode, ...] = MODES
     dtype: str = "fp32"
     rounds: int | None = 10
+
+    @property
+    def device(self) -> torch.device:
+        """Where steps run; what is only counted, on the meta device."""
+        if self.rounds is None:
+            return torch.device("meta")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
@@ -74,16 +82,13 @@ class Profile:
 
     def as_json(self) -> dict[str, Any]:
         """All of it as plain data."""
-        timed = self.settings.rounds is not None
         return {
-            "device": device_name() if timed else "meta",
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
+            **measured_on(self.settings.device),
             "dtype": self.settings.dtype,
             "rounds": self.settings.rounds,
             "weights": "random",
             "flops_are_of": "one image, or pair of a whole model",
-            "memory_is": "peak of a step" if on_gpu() else "bytes saved for backward",
+            "memory_is": memory_is(self.settings.device),
             "rows": [asdict(row) for row in self.rows],
             "left_out": [asdict(each) for each in self.left_out],
         }
@@ -116,20 +121,9 @@ def run_profile(settings: ProfileSettings, say: Callable[[str], None] | None = N
     return Profile(settings, tuple(rows), tuple(left_out))
 
 
-def on_gpu() -> bool:
-    """Whether steps run on a GPU."""
-    return torch.cuda.is_available()
-
-
-def device_name() -> str:
-    """Of the device that steps run on."""
-    return torch.cuda.get_device_name() if on_gpu() else "cpu"
-
-
 def _opened(spec: str, settings: ProfileSettings) -> nn.Module:
     """The model with random weights; on the meta device where nothing is timed."""
-    device = "meta" if settings.rounds is None else "cuda" if on_gpu() else "cpu"
-    with blame("--model"), torch.device(device), _quietly():
+    with blame("--model"), settings.device, _quietly():
         model = open_model(spec, pretrained=False).to(DTYPES[settings.dtype])
         as_tower(as_reducible(model).image_model)
     return model
@@ -191,8 +185,9 @@ def _title(profile: Profile) -> str:
     if profile.settings.flops is not None:
         title += f"; towers at {profile.settings.flops:g} of dense training FLOPs"
     if profile.settings.rounds is not None:
-        memory = "peak of a step" if on_gpu() else "bytes saved for backward"
-        title += f"; {device_name()}, {profile.settings.dtype}; memory: {memory}"
+        device = profile.settings.device
+        title += f"; {measured_on(device)['device']}, {profile.settings.dtype}"
+        title += f"; memory: {memory_is(device)}"
     return title
 
 

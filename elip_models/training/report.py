@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from elip_models.analysis.agreement import scorer_agreement
-from elip_models.analysis.visualize import deliberately_slow, draw_reduction, patch_grid
+from elip_models.analysis.visualize import draw_reduction, patch_grid
 from elip_models.data import (
     SkipReport,
     Source,
@@ -22,10 +22,11 @@ from elip_models.data import (
 )
 from elip_models.models.base import PretrainedModel
 from elip_models.models.registry import elip_strategy
-from elip_models.profiling.measure import NO_GAIN
+from elip_models.profiling.measure import measured_on, memory_is, no_gain
 from elip_models.profiling.rows import DENSE, Mode, measure
 from elip_models.profiling.workload import Workload
 from elip_models.reduction.encode import run_tower
+from elip_models.reduction.once import deliberately_slow
 from elip_models.reduction.schedule import PRESETS
 from elip_models.reduction.scorers import SCORERS
 from elip_models.reduction.strategies.elip import Elip
@@ -89,22 +90,19 @@ class Reporter:
         """Time ViT-S/16 at 224 px with every scorer; print, and write `timing.json`."""
         images, _, guidance = self._guided(100)
         agreement = scorer_agreement(self.model.visual, images, guidance, self.strategy)
-        on_gpu = self.device.type == "cuda"
         tower = VisionTransformer(
             img_size=224, embed_dim=384, num_heads=6, pre_norm=True, num_classes=0
         )
-        batch_size = 64 if on_gpu else 4
+        batch_size = 64 if self.device.type == "cuda" else 4
         status = "timing ViT-S/16 at 224 px, dense and with each scorer, side by side"
         with console.status(status), deliberately_slow():
             costs = scorer_costs(Workload(tower.to(self.device), batch_size), rounds=rounds)
-        memory = "peak memory" if on_gpu else "saved bytes"
+        memory = memory_is(self.device)
         console.print(_timing_table(costs, agreement, batch_size, memory))
         report = {
             "tower": "ViT-S/16, 224 px, random weights",
             "batch_size": batch_size,
-            "device": torch.cuda.get_device_name(self.device) if on_gpu else "cpu",
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
+            **measured_on(self.device),
             "rounds": rounds,
             "memory": memory,
             "costs": [asdict(cost) for cost in costs],
@@ -145,9 +143,10 @@ def _timing_table(
 ) -> Table:
     table = Table(
         title=f"ViT-S/16 at 224 px, batch {batch_size}: relative to dense, side by side",
-        caption="agreement: share of the tokens that exact drops, by stage, on the trained model",
+        caption=f"memory: {memory}; agreement: share of the tokens that exact drops, by stage, on "
+        "the trained model",
     )
-    for name in ("scorer", "training time", "inference time", memory, "agreement"):
+    for name in ("scorer", "training time", "inference time", "memory", "agreement"):
         table.add_column(name, no_wrap=True)
     for cost in costs:
         shares = agreement.get(cost.scorer, [])
@@ -164,5 +163,4 @@ def _timing_table(
 
 
 def _ratio(ratio: float, scorer: str) -> str:
-    no_gain = scorer != DENSE and not ratio < NO_GAIN
-    return f"{ratio:.2f}" + (" no gain" if no_gain else "")
+    return f"{ratio:.2f}" + (" no gain" if scorer != DENSE and no_gain(ratio) else "")
