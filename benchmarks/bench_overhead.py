@@ -15,7 +15,7 @@ SHAPE = {"B": 1, "N": 17, "D": 16}  # so small that the body takes little more t
 
 
 def body_of(name):
-    """What the op runs here."""
+    """Find what the op runs on this device."""
     return OPERATORS[name].on_device if ON_GPU else OPERATORS[name].reference
 
 

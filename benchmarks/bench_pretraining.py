@@ -81,7 +81,7 @@ def in_fp64(case):
 
 
 def held(errors):
-    """What goes into the JSON of errors in fp64 by name."""
+    """Hold errors in fp64, by name, to `BOUND` -> what goes into the JSON."""
     worst = max(errors.values())
     assert worst <= BOUND, f"parity: expected errors of at most {BOUND}, got {errors}"
     return {"max_abs": worst, "bound": BOUND, "passed": True, "errors": errors}
@@ -89,7 +89,7 @@ def held(errors):
 
 @torch.no_grad()
 def exact_is_official(case):
-    """Parity of both scorers: kept tokens, and every loss."""
+    """Hold both scorers to the same kept tokens and losses."""
     model, (images, ids, mask) = in_fp64(case)
     drawn, forms = model.fixed_draw(images, ids), forms_of(model)
     kept, losses = [], []
@@ -105,12 +105,12 @@ def exact_is_official(case):
 
 
 def loss_of(model, images, ids, mask):
-    """Of all objectives, with a draw of its own."""
+    """Compute the loss of all objectives, with a draw of its own."""
     return model(images, ids, mask).loss
 
 
 def step(model, images, ids, mask):
-    """Forward and backward, without an optimiser."""
+    """Run forward and backward, without an optimiser."""
     loss_of(model, images, ids, mask).backward()
     model.zero_grad(set_to_none=True)
 
@@ -160,11 +160,11 @@ class Matching:
         self.text = seen.text.clone().requires_grad_() if isinstance(model, ALBEF) else ids
 
     def at_once(self):
-        """As the model does it."""
+        """Compute ITM as the model does it, in one pass."""
         return self.model.matching_loss(self.text, self.mask, self.image, self.drawn[:2])
 
     def in_two(self):
-        """The pairs, and then both kinds of negatives."""
+        """Compute ITM in two passes: the pairs, and then both kinds of negatives."""
         text, image, mask, drawn = self.text, self.image, self.mask, self.drawn
         pairs = self.model.fuse(text, mask, image)
         others = self.model.fuse(
@@ -204,7 +204,7 @@ def one_by_one(similar, tokens):
 
 
 def at_once(similar, tokens):
-    """The same, without a look at any."""
+    """Draw all of them at once, without a look at any."""
     return tokens[hard_negatives(similar)]
 
 

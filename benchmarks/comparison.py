@@ -64,7 +64,8 @@ def compare(
 
 
 def _prepare(form: Form, direction: str, sets: list[Tensors]) -> Step:
-    """One call of `form` for each set of inputs; every output stands until the last is done."""
+    """Prepare one call of `form` for each set of inputs; every output stands until the last is
+    done."""
     if direction == "backward":
         graphs = [(form(*inputs)[0], inputs[0], grad) for *inputs, grad in sets]
 
@@ -80,8 +81,8 @@ def _prepare(form: Form, direction: str, sets: list[Tensors]) -> Step:
 
 
 def copied(nbytes: int, count: int) -> Step:
-    """So many copies, each of which reads and writes `nbytes` together, between buffers that exist:
-    nothing is allocated, so no page is new."""
+    """Prepare `count` copies, each of which reads and writes `nbytes` together, between buffers
+    that exist: nothing is allocated, so no page is new."""
     halves = [torch.zeros(2, nbytes // 2, dtype=torch.uint8, device=DEVICE) for _ in range(count)]
 
     def copy() -> None:
@@ -92,12 +93,12 @@ def copied(nbytes: int, count: int) -> Step:
 
 
 def as_step(prepare: Callable[[], Step]) -> Step:
-    """The step that `prepare` returns; on a GPU as a CUDA graph, without Python."""
+    """Make the step that `prepare` returns; on a GPU a CUDA graph of it, without Python."""
     return graphed(prepare) if ON_GPU else prepare()
 
 
 def runs_kernels(ours: Form, inputs: Tensors) -> bool:
-    """Whether a call launches this project's kernels and runs no PyTorch form in place of one."""
+    """Tell whether a call launches this project's kernels, and no PyTorch form in place of one."""
     operators = OPERATORS.values()
     with ExitStack() as stack:
         launchers, references = (
@@ -109,6 +110,6 @@ def runs_kernels(ours: Form, inputs: Tensors) -> bool:
 
 
 def _memory(form: Form, direction: str, inputs: Tensors) -> int:
-    """Bytes beyond the inputs."""
+    """Measure the bytes that a form takes beyond its inputs."""
     step = _prepare(form, direction, [inputs])
     return memory_of(step, DEVICE, forward=partial(with_gradient, form, *inputs))

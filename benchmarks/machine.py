@@ -19,7 +19,7 @@ RESULTS = "benchmarks/results"  # a run writes there: that changes nothing of wh
 
 @cache
 def machine() -> dict[str, Any]:
-    """Device and versions: all that is said of the machine."""
+    """Name device and versions: all that is said of the machine."""
     measured = measured_on(DEVICE)
     brand = cpuinfo.get_cpu_info().get("brand_raw", platform.machine())
     return {
@@ -38,7 +38,7 @@ def _version(package: str) -> str:
 
 @cache
 def commit() -> dict[str, Any]:
-    """id and dirty; empty where nobody knows.
+    """Find the commit that is measured: id and dirty; empty where nobody knows.
 
     $COMMIT says it where the tree came without .git: a hash, and '-dirty' if there were changes.
     """

@@ -112,7 +112,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def arguments(op: str, shape: Shape) -> tuple[Any, ...]:
-    """Of `torch.ops.elip.<op>`."""
+    """Make the arguments of `torch.ops.elip.<op>`."""
     B, N, dtype = shape.B, shape.N, shape.dtype
     tokens, K, r = random(B, N, WIDTH, dtype=dtype), shape.kept, shape.merged
     if op in ("reduce", "reduce_backward"):
@@ -139,7 +139,7 @@ def arguments(op: str, shape: Shape) -> tuple[Any, ...]:
 
 
 def least_bytes(op: str, shape: Shape) -> int:
-    """That the op must move."""
+    """Count the bytes that the op must move."""
     B, N, dtype, K, r = shape.B, shape.N, shape.dtype, shape.kept, shape.merged
     size = {"has_size": True}
     works = {
@@ -160,7 +160,7 @@ def least_bytes(op: str, shape: Shape) -> int:
 
 
 def changed(answer: Any, changes: dict[str | int, Number]) -> Any:
-    """An answer of the table (NamedTuple, dict, tuple or one value), some numbers replaced."""
+    """Replace some numbers in an answer of the table: a NamedTuple, dict, tuple or one value."""
     if isinstance(answer, int):
         return changes.get("answer", answer)
     if isinstance(answer, dict):
@@ -201,7 +201,7 @@ def results(op: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
 def check(
     op: str, args: tuple[Any, ...], got: tuple[Tensor, ...], right: tuple[Tensor, ...]
 ) -> None:
-    """Integers equal, floats up to the order of a sum.
+    """Hold integers to be equal, floats up to the order of a sum.
 
     What a row selects depends on its last bit where scores tie: the row is held to the table's, the
     selection to that of `reduce` on this row.
@@ -218,7 +218,7 @@ def check(
 
 
 def prepared(op: str, sets: Sequence[tuple[Any, ...]]) -> Callable[[], object]:
-    """One call for each set; every output stands until the last call is done."""
+    """Prepare one call for each set; every output stands until the last call is done."""
 
     def calls() -> list[Any]:
         return [results(op, args) for args in sets]
@@ -227,7 +227,7 @@ def prepared(op: str, sets: Sequence[tuple[Any, ...]]) -> Callable[[], object]:
 
 
 def rotated(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-    """Sets of arguments, their tensors copied."""
+    """Copy the tensors of the arguments -> sets of arguments."""
     is_tensor = [isinstance(value, Tensor) for value in args]
     read = tuple(a for a, is_one in zip(args, is_tensor, strict=True) if is_one)
     sets = copies(read, read)
@@ -272,14 +272,14 @@ def run(sweep: Sweep, shape: Shape, rounds: int) -> dict[str, Any]:
 
 
 def timed(times: dict[str, list[float]], nbytes: int, calls: int) -> dict[str, float]:
-    """The candidate's time and rate, beside those of the table and of a copy in the same rounds."""
+    """Work out the candidate's time and rate, beside those of the table and of a copy."""
     figures = {f"{name}_us": 1e3 * each / calls for name, each in milliseconds(times).items()}
     figures |= {f"of_{name}": ratios_to(name, times)["candidate"] for name in ("table", "copy")}
     return figures | {"gb_per_second": nbytes / figures["candidate_us"] / 1e3}
 
 
 def said(result: dict[str, Any]) -> str:
-    """A result in one line: the best candidate against the table, and what was wrong."""
+    """Write a result in one line: the best candidate against the table, and what was wrong."""
     name = f"{result['op']} ({result['table']}) B{result['B']}-N{result['N']}-{result['dtype']}"
     entries = [entry for entry in result["candidates"] if "of_table" in entry]
     wrong = sum("wrong" in entry for entry in result["candidates"])
@@ -309,14 +309,14 @@ def precompile(pool: Executor, sweeps: Sequence[Sweep], shape: Shape, *, seconds
 
 
 def attempt(sweep: Sweep, shape: Shape, changes: dict[str | int, Number]) -> None:
-    """One call with a candidate's numbers."""
+    """Call the op once with a candidate's numbers."""
     args = arguments(sweep.op, shape)
     with answering(sweep.table, changes):
         results(sweep.op, args)
 
 
 def processes() -> AbstractContextManager[Executor | None]:
-    """One for each core but one; none without a GPU, where nothing is compiled."""
+    """Start a process for each core but one; none without a GPU, where nothing is compiled."""
     if not ON_GPU:
         return nullcontext()
     count = max(1, (os.cpu_count() or 2) - 1)

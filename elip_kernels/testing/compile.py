@@ -46,7 +46,7 @@ class RecordedLaunch:
 
     @property
     def name(self) -> str:
-        """Of the kernel."""
+        """The kernel's name."""
         return self.kernel.__name__
 
     @property
@@ -149,7 +149,7 @@ def _target(arch: Arch) -> Any:
 
 
 def _read(code: Any, arch: Arch) -> Compiled:
-    """What Triton's compiled kernel says."""
+    """Read what Triton's compiled kernel says of itself."""
     asm, shared, num_warps = code.asm, code.metadata.shared, code.metadata.num_warps
     facts = _read_amdgcn(asm["amdgcn"]) if _is_amd(arch) else _read_cubin(asm["cubin"])
     facts["occupancy"] = warps_at_once(arch, facts["registers"], shared, num_warps)

@@ -52,7 +52,8 @@ class Guided:
     std: Tensor
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        """RGB images -> (B, 3, H, W) in [0, 1], the largest middle part in the tower's shape."""
+        """Cut the largest middle part of the tower's shape out of RGB images -> (B, 3, H, W) in [0,
+        1]."""
         from torchvision.transforms.v2.functional import pil_to_tensor
 
         height, width = self.tower.image_size
@@ -61,7 +62,7 @@ class Guided:
         return torch.stack([pil_to_tensor(image) for image in fitted]).float() / 255
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> as the model takes them, on its device."""
+        """Normalise pixels (B, 3, H, W) in [0, 1] as the model takes them, on its device."""
         weight = next(self.image_model.parameters())
         return ((pixels - self.mean) / self.std).to(weight.device)
 
@@ -89,7 +90,7 @@ def open_guided(
     scorer: str | int | None = None,
     fusion: float | None = None,
 ) -> Guided:
-    """Open a model for reduction; what is None is as its own config says, or else the paper.
+    """Open a model for reduction; what is None stays as its own config says, or else the paper.
 
     Raises:
         ConfigError: naming the option, what was expected, what came.
@@ -113,7 +114,7 @@ def open_guided(
 
 
 def _changed(strategy: Elip, tower: Tower, given: dict[str, Any]) -> Elip:
-    """The strategy with what was given in place of its own, checked."""
+    """Put what was given in place of the strategy's own options, and check it."""
     try:
         strategy = replace(strategy, **given)
         strategy.schedule.check_depth(tower.depth)
@@ -127,7 +128,7 @@ def _changed(strategy: Elip, tower: Tower, given: dict[str, Any]) -> Elip:
 
 
 def _guide_of(model: Reducible, spec: str) -> Guide:
-    """The guidance of a whole model, by the tokenizer of its name or folder."""
+    """Load the tokenizer beside a whole model -> what encodes captions with it."""
     _, name = split_spec(spec)
     try:
         tokenizer = model.load_tokenizer(name)
@@ -140,7 +141,7 @@ def _guide_of(model: Reducible, spec: str) -> Guide:
 
 
 def read_pairs(images: Sequence[Path], captions: Sequence[str]) -> Shown:
-    """Image files with a caption each; ConfigError where one cannot be read or has none."""
+    """Read image files, each with its caption; ConfigError where one cannot be read or has none."""
     if len(captions) != len(images):
         raise ConfigError(
             f"--caption: expected one for each --image, {len(images)}, got {len(captions)}"
@@ -153,7 +154,7 @@ def read_pairs(images: Sequence[Path], captions: Sequence[str]) -> Shown:
 
 
 def read_source(spec: str, count: int, tower: Tower) -> Shown:
-    """The first `count` readable samples of `open_source`, with their first captions."""
+    """Read the first `count` readable samples of `open_source`, with their first captions."""
     with blame("--data"):
         source = open_source(spec, image_size=max(tower.image_size))
         shown = list(islice(_readable(source), count))

@@ -101,9 +101,9 @@ def _of_image(model: PretrainedModel, vision: str | VisionTransformer) -> _Part:
         for name, weight in theirs.state_dict().items()
         if not name.startswith(("head.", f"blocks.{depth}."))
     }
-    places = f"{start}pos_embed"
-    if places in weights:
-        weights[places] = resampled(weights[places], model)
+    positions = f"{start}pos_embed"
+    if positions in weights:
+        weights[positions] = resampled(weights[positions], model)
     return _Part(weights, (start,))
 
 

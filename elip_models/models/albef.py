@@ -93,7 +93,7 @@ class ALBEFEncoders(Encoders):
         return self.text.run(hidden, mask, self.fuses, image_tokens)
 
     def predict(self, input_ids: Tensor, mask: Tensor, image_tokens: Tensor) -> Tensor:
-        """Logits (B, L, V) of the tokens, with the image before the text's eyes."""
+        """Predict the tokens of a text that sees the image -> logits (B, L, V)."""
         hidden = self.fuse(self.read(input_ids, mask), mask, image_tokens)
         return self.language_head(hidden)
 
@@ -121,7 +121,7 @@ class ALBEF(MomentumModel):
         *,
         drawn: Drawn | None = None,
     ) -> ALBEFOutput:
-        """The pre-training losses of a batch of pairs; in training momentum and queue move on.
+        """Compute pre-training losses of a batch of pairs; in training momentum and queue move on.
 
         Args:
             images: (B, 3, H, W).
@@ -147,8 +147,8 @@ class ALBEF(MomentumModel):
         return Drawn(others, others, *mask_every(input_ids, self.config.mask_token_id))
 
     def _draw(self, similar: tuple[Tensor, Tensor], input_ids: Tensor) -> Drawn:
-        """Hard negatives by the similarities (B, C), and masked tokens: [SEP] may be one, as in the
-        official code."""
+        """Draw hard negatives by the similarities (B, C), and masked tokens, of which [SEP] may be
+        one, as in the official code."""
         config = self.config
         masked = mask_tokens(
             input_ids,

@@ -149,10 +149,10 @@ class PretrainedModel(nn.Module, Reducible):
         return self.text_cls(input_ids, attention_mask)
 
     def begin_step(self, step: int, epoch: float = math.inf) -> None:
-        """Before step `step` of training, from 0, after `epoch` passes over the data."""
+        """Prepare step `step` of training, from 0, after `epoch` passes over the data."""
 
     def clamp_temperature_(self) -> None:
-        """After a step of training: keep the temperature in its interval."""
+        """Keep the temperature in its interval, after a step of training."""
 
     def check_batch_size(self, batch_size: int) -> None:
         """Raises ValueError where a step over `batch_size` pairs, of all ranks, cannot be made."""
@@ -165,7 +165,7 @@ class PretrainedModel(nn.Module, Reducible):
     def fit_tokenizer(
         cls, tokenizer: "PreTrainedTokenizerBase", context_length: int
     ) -> dict[str, int]:
-        """The fields of the config that follow from a tokenizer and the length of a text.
+        """Work out the fields of the config that follow from a tokenizer and the length of a text.
 
         Special tokens that the model needs and the tokenizer lacks are added to it.
 
@@ -178,7 +178,7 @@ class PretrainedModel(nn.Module, Reducible):
         """Make momentum copies equal to what they follow, where the model has any."""
 
     def read_vocabulary_(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Before training: what the model has to know of the tokens that no config says."""
+        """Learn what no config says of the tokens, before training."""
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute layers in backward instead of saving their activations."""
@@ -205,7 +205,7 @@ class PretrainedModel(nn.Module, Reducible):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> Self:
-        """The model that `save_pretrained` wrote, from a local folder.
+        """Load the model that `save_pretrained` wrote, from a local folder.
 
         Raises:
             FileNotFoundError: the folder lacks config.json or model.safetensors.
@@ -228,7 +228,7 @@ class PretrainedModel(nn.Module, Reducible):
 
 
 def read_config(folder: str | os.PathLike, *, with_weights: bool = True) -> tuple[str | None, dict]:
-    """Family and config of a folder that `save_pretrained` wrote; None for another library's.
+    """Read family and config of a folder that `save_pretrained` wrote; no family in another's.
 
     Raises:
         FileNotFoundError: it lacks config.json, or model.safetensors where `with_weights`.
@@ -246,7 +246,7 @@ def read_config(folder: str | os.PathLike, *, with_weights: bool = True) -> tupl
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout inside; each module is in its own mode again after it."""
+    """Set all modules to eval mode inside; each is in its own mode again after it."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -257,7 +257,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
-    """Each name of the state dict -> the first name of the same tensor."""
+    """Map each name of the state dict to the first name of the same tensor."""
     firsts: dict[int, str] = {}
     tensors = model.state_dict(keep_vars=True)
     return {name: firsts.setdefault(id(tensor), name) for name, tensor in tensors.items()}
@@ -310,7 +310,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """The file whole or not at all, with the permissions of any new file."""
+    """Write a file whole or not at all, with the permissions of any new file."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         unfinished.write_bytes(content)

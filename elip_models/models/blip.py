@@ -129,7 +129,7 @@ class BLIP(MomentumModel):
         image_tokens: Tensor,
         image_mask: Tensor | None = None,
     ) -> Tensor:
-        """Logits of each next token after [DEC] and the text up to it.
+        """Predict each next token after [DEC] and the text up to it.
 
         Args:
             input_ids, mask: (B, L), 1 = real.
@@ -155,7 +155,7 @@ class BLIP(MomentumModel):
         text_cls: Tensor | None = None,
         decoding: Decoding = CAPTIONS,
     ) -> Tensor:
-        """Captions, without dropout, whatever the mode of the model.
+        """Write captions, without dropout, whatever the mode of the model.
 
         Args:
             images: (B, 3, H, W), each encoded once.
@@ -184,7 +184,8 @@ class BLIP(MomentumModel):
         prompt: Tensor | None = None,
         decoding: Decoding = CAPTIONS,
     ) -> Tensor:
-        """As `generate`, from image_tokens (B, N, D) and image_mask (B, N), see `predict`."""
+        """Write as `generate` does, from image_tokens (B, N, D) and image_mask (B, N), see
+        `predict`."""
         config, B = self.config, len(image_tokens)
         ids = torch.full((B, 1), config.decoder_token_id, device=image_tokens.device)
         if prompt is not None:
@@ -215,7 +216,7 @@ class BLIP(MomentumModel):
         *,
         drawn: Drawn | None = None,
     ) -> BLIPOutput:
-        """The pre-training losses of a batch of pairs; in training momentum and queue move on.
+        """Compute pre-training losses of a batch of pairs; in training momentum and queue move on.
 
         Args:
             images: (B, 3, H, W).
@@ -246,7 +247,7 @@ class BLIP(MomentumModel):
 
 
 def _begin(input_ids: Tensor, token: int) -> Tensor:
-    """The ids (B, L) with another first token."""
+    """Replace the first token of the ids (B, L)."""
     ids = input_ids.clone()
     ids[:, 0] = token
     return ids

@@ -123,7 +123,7 @@ class CLIPConfig(Config):
 
     @property
     def text_token_reduction(self) -> TextReduction | None:
-        """The settings of the text tower's reduction; None where it has none."""
+        """How the text tower is reduced; None where it is not."""
         return self.text_reduction and TextReduction(self.text_reduction, self.text_drop)
 
 
@@ -188,7 +188,7 @@ class CLIP(PretrainedModel):
         return {"images": images, "input_ids": random_ids(images, *sizes)}
 
     def guidance(self, text_features: Tensor) -> Tensor:
-        """f_text (B, E) mapped back to the vision width, (B, D), detached."""
+        """Map f_text (B, E) back to the vision width -> (B, D), detached."""
         return (text_features @ self.image_projection.weight.to(text_features.dtype)).detach()
 
     def encode_text(
@@ -199,7 +199,7 @@ class CLIP(PretrainedModel):
         image_features: Tensor | None = None,
         reduce: bool = True,
     ) -> Tensor:
-        """Text features.
+        """Encode texts.
 
         Args:
             input_ids, attention_mask: (B, L), 1 = real.
@@ -231,7 +231,7 @@ class CLIP(PretrainedModel):
     def encode_image(
         self, images: Tensor, text_features: Tensor | None = None, *, reduce: bool = True
     ) -> Tensor:
-        """Image features. Without gradient, in eval mode, the last block runs for CLS alone.
+        """Encode images. Without gradient, in eval mode, the last block runs for CLS alone.
 
         Args:
             images: (B, 3, H, W).
@@ -243,8 +243,8 @@ class CLIP(PretrainedModel):
             (B, E), normalised.
         """
         text_cls = self.guidance(text_features) if reduce and text_features is not None else None
-        settings = self.reduction if reduce else self.dense
-        tokens, _ = run_tower(self.tower, images, text_cls, settings, cls_only=True)
+        strategy = self.reduction if reduce else self.dense
+        tokens, _ = run_tower(self.tower, images, text_cls, strategy, cls_only=True)
         return F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
 
     def image_features(self, images: Tensor) -> Tensor:
@@ -262,7 +262,8 @@ class CLIP(PretrainedModel):
     def forward(
         self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> CLIPOutput:
-        """images (B, 3, H, W), input_ids and attention_mask (B, L): row i of each is one pair.
+        """Contrast images (B, 3, H, W) and texts, input_ids and attention_mask (B, L); row i of
+        each is one pair.
 
         text_reduction='learned' adds a dense forward pass of the image tower, without gradient, for
         the text needs the image before it can guide it: about ten times the multiply-adds that
@@ -286,7 +287,7 @@ class CLIP(PretrainedModel):
         return features
 
     def begin_step(self, step: int, epoch: float = math.inf) -> None:
-        """Before step `step` of training, from 0: patch dropout may end here."""
+        """End patch dropout where it ends, before step `step` of training, from 0."""
         if isinstance(self.config.reduction, PatchDropout):
             self.reduction = self.config.reduction.at(step)
 

@@ -79,15 +79,15 @@ class CrossModalConfig(Config):
 
     @property
     def max_tokens(self) -> int:
-        """Of a text, padding included."""
+        """How long a text may be, padding included."""
         return self.max_positions
 
     @property
     def reduction(self) -> Elip:
         """How the image tower is reduced."""
         names = ("scorer", "fusion", "guidance_norm", "without_text", "merge")
-        settings = {name: getattr(self, name) for name in names}
-        return Elip(self.schedule or f"{self.vision_depth}(100%)", **settings)
+        options = {name: getattr(self, name) for name in names}
+        return Elip(self.schedule or f"{self.vision_depth}(100%)", **options)
 
     def vit(self, **options: Any) -> VisionTransformer:
         """The image tower, without a head; `options` are timm's."""
@@ -121,7 +121,7 @@ class CrossModalModel(PretrainedModel):
         self.dense = Elip(f"{config.vision_depth}(100%)", without_text="vision")
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
-        """With what a step draws, see `fixed_draw`."""
+        """Also what a step draws, fixed as `fixed_draw` says."""
         config = self.config
         ids = random_ids(images, config.context_length, config.vocab_size, config.sep_token_id)
         mask, drawn = torch.ones_like(ids), self.fixed_draw(images, ids)

@@ -26,7 +26,7 @@ FORMS = (
 
 
 def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Module:
-    """The model that `spec` names, in eval mode.
+    """Open the model that `spec` names, in eval mode.
 
     Under `with torch.device("meta"):` and without `pretrained` no memory is taken.
 
@@ -61,7 +61,8 @@ def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Modu
 
 
 def split_spec(spec: str) -> tuple[str | None, str]:
-    """'timm:NAME' -> ('timm', 'NAME'); of ours the library is None, and the name the whole spec."""
+    """Split 'timm:NAME' into ('timm', 'NAME'); for one of ours the library is None and the name
+    all."""
     library, _, name = spec.partition(":")
     return (library, name) if name and library in OPENERS else (None, spec)
 
@@ -116,7 +117,8 @@ OPENERS: dict[str, Callable[[str, bool, dict[str, Any]], nn.Module]] = {
 
 
 def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> nn.Module:
-    """Our model of a folder, its config changed by `options`; random weights need no others."""
+    """Open our model of a folder, its config changed by `options`; a config is enough for random
+    weights."""
     from elip_models.models.base import load_weights, read_config
     from elip_models.models.registry import FAMILIES, load_model
 
@@ -134,7 +136,7 @@ def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> nn.
 
 @contextmanager
 def _installed(library: str) -> Iterator[None]:
-    """Around imports: a missing library is one sentence that names the extra."""
+    """Turn the error of a missing library, inside, into one sentence that names the extra."""
     extra = ADAPTERS["transformers" if library == "hf" else library].extra
     try:
         yield
@@ -146,7 +148,8 @@ def _installed(library: str) -> Iterator[None]:
 
 @contextmanager
 def _found(spec: str) -> Iterator[None]:
-    """What a library raises where there are no files of that name becomes a ValueError."""
+    """Turn what a library raises where there are no files of that name, inside, into a
+    ValueError."""
     try:
         yield
     except OSError as error:

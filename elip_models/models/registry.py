@@ -85,7 +85,7 @@ def list_models() -> list[str]:
 def create_model(
     name: str, pretrained: bool | str | os.PathLike = False, **overrides: Any
 ) -> PretrainedModel:
-    """A model of the paper by name.
+    """Create a model of the paper by name.
 
     Args:
         name: as `list_models` gives them; 'elip_' adds the paper's schedule.
@@ -124,7 +124,7 @@ def create_model(
 
 
 def family_of(name: str) -> type[PretrainedModel]:
-    """The class of the model that `create_model(name)` gives."""
+    """Find the class of the model that `create_model(name)` gives."""
     if name not in list_models():
         close = difflib.get_close_matches(str(name), list_models(), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -134,7 +134,7 @@ def family_of(name: str) -> type[PretrainedModel]:
 
 
 def load_model(folder: str | os.PathLike) -> PretrainedModel:
-    """The model that `save_pretrained` wrote, of whatever family.
+    """Load the model that `save_pretrained` wrote, of whatever family.
 
     Raises:
         FileNotFoundError: the folder lacks config.json or model.safetensors.

@@ -35,7 +35,7 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table.
+    """One line of the table of `elip profile`.
 
     model, strategy: names; settings: of the strategy, in full.
     step: 'image tower' or 'whole model', what FLOPs, time and memory are of.
@@ -67,7 +67,8 @@ class Row:
 
 
 class Measured(NamedTuple):
-    """Of one step: seconds and bytes, alone and against dense; no bytes in inference on a CPU."""
+    """What one step takes: seconds and bytes, alone and against dense; no bytes in inference on a
+    CPU."""
 
     seconds: float
     time_ratio: float
@@ -84,7 +85,7 @@ def profile_model(
     modes: Sequence[Mode] = MODES,
     rounds: int | None = 10,
 ) -> list[Row]:
-    """Rows of one model at one batch size: dense, then each strategy, for each mode.
+    """Measure one model at one batch size -> a row for dense and each strategy, for each mode.
 
     Args:
         name: of the model in the rows.
@@ -99,20 +100,20 @@ def profile_model(
         TypeError, ValueError: a model that cannot be reduced, or a strategy that does not fit it.
     """
     workload = Workload(model, batch_size)
-    plans: dict[str, Strategy | None] = {DENSE: None, **strategies}
+    compared: dict[str, Strategy | None] = {DENSE: None, **strategies}
     rows = []
     for mode in modes:
-        counts = count(workload, plans, mode)
-        measured = None if rounds is None else measure(workload, plans, mode, rounds=rounds)
-        for label, plan in plans.items():
-            tokens = tokens_of(workload, plan, mode)
+        counts = count(workload, compared, mode)
+        measured = None if rounds is None else measure(workload, compared, mode, rounds=rounds)
+        for label, strategy in compared.items():
+            tokens = tokens_of(workload, strategy, mode)
             flops, dense = counts[label], counts[DENSE]
             figures = {} if measured is None else measured[label]._asdict()
             rows.append(
                 Row(
                     model=name,
                     strategy=label,
-                    settings="" if plan is None else str(plan),
+                    settings="" if strategy is None else str(strategy),
                     step=workload.step,
                     mode=mode,
                     batch_size=batch_size,
@@ -122,7 +123,7 @@ def profile_model(
                     forward_flops=flops.forward / batch_size,
                     backward_flops=flops.backward / batch_size,
                     flops_ratio=sum(flops) / sum(dense),
-                    verdict=verdict(plan, figures.get("time_ratio")),
+                    verdict=verdict(strategy, figures.get("time_ratio")),
                     **figures,
                 )
             )
@@ -130,7 +131,7 @@ def profile_model(
 
 
 def tokens_of(workload: Workload, strategy: Strategy | None, mode: Mode) -> tuple[Layer, ...]:
-    """Tokens in each block of the image tower."""
+    """How many tokens go through each block of the image tower."""
     size = workload.tower.size
     text_cls = torch.empty(workload.batch_size, size.width, device="meta")  # there always is one
     if strategy is None or not strategy.reduces(text_cls, mode == "training"):
@@ -139,27 +140,31 @@ def tokens_of(workload: Workload, strategy: Strategy | None, mode: Mode) -> tupl
 
 
 def verdict(strategy: Strategy | None, time_ratio: float | None) -> str:
-    """The last column."""
+    """What stands in the last column: 'no gain', or nothing."""
     timed = strategy is not None and time_ratio is not None
     return "no gain" if timed and no_gain(time_ratio) else ""
 
 
 def count(
-    workload: Workload, plans: Mapping[str, Strategy | None], mode: Mode
+    workload: Workload, strategies: Mapping[str, Strategy | None], mode: Mode
 ) -> dict[str, FlopCount]:
-    """FLOPs of a step of each plan, on the meta device."""
+    """Count the FLOPs of a step with each strategy, on the meta device."""
     twin = workload.on_meta()
     with in_mode(twin, mode), twin.tracing():
         return {
-            name: count_step(twin.forward(plan), backward=mode == "training")
-            for name, plan in plans.items()
+            name: count_step(twin.forward(strategy), backward=mode == "training")
+            for name, strategy in strategies.items()
         }
 
 
 def measure(
-    workload: Workload, plans: Mapping[str, Strategy | None], mode: Mode, *, rounds: int = 10
+    workload: Workload,
+    strategies: Mapping[str, Strategy | None],
+    mode: Mode,
+    *,
+    rounds: int = 10,
 ) -> dict[str, Measured]:
-    """Time and memory of a step of each plan; one is `DENSE`.
+    """Measure time and memory of a step with each strategy, one of which is `DENSE`.
 
     Raises:
         ValueError: a model on the meta device.
@@ -167,7 +172,7 @@ def measure(
     if workload.device.type == "meta":
         raise ValueError("model: expected one with weights to time, got one on the meta device")
     with in_mode(workload, mode):
-        forwards = {name: workload.forward(plan) for name, plan in plans.items()}
+        forwards = {name: workload.forward(strategy) for name, strategy in strategies.items()}
         steps = forwards
         if mode == "training":
             steps = {name: partial(workload.train_step, step) for name, step in forwards.items()}
@@ -189,13 +194,14 @@ def measure(
             memory.get(name),
             memory[name] / memory[DENSE] if memory else None,
         )
-        for name in plans
+        for name in strategies
     }
 
 
 @contextmanager
 def in_mode(workload: Workload, mode: Mode) -> Iterator[None]:
-    """Inside, the model trains or infers; scorers that are slow on purpose do not warn."""
+    """Set the model to training or inference inside; scorers that are slow on purpose do not
+    warn."""
     was_training = workload.model.training
     workload.model.train(mode == "training")
     try:

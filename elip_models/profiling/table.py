@@ -38,7 +38,7 @@ WIDTH = 180  # of what is not printed on a terminal
 
 @dataclass(frozen=True)
 class ProfileSettings:
-    """Options of `elip profile`.
+    """The options of `elip profile`.
 
     models: specs of `open_model`. strategies: see strategy_spec.py.
     schedule: of the strategies that take one and do not say theirs; None is ELIP's.
@@ -65,7 +65,7 @@ class ProfileSettings:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A strategy without rows for a model, and why."""
+    """A strategy that has no rows for a model, and why."""
 
     model: str
     strategy: str
@@ -74,14 +74,14 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Profile:
-    """The table, and where it was measured."""
+    """All rows of the table, and the options that they were measured by."""
 
     settings: ProfileSettings
     rows: tuple[Row, ...]
     left_out: tuple[LeftOut, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """All of it as plain data."""
+        """The table as plain data, with where it was measured."""
         return {
             **measured_on(self.settings.device),
             "dtype": self.settings.dtype,
@@ -95,7 +95,7 @@ class Profile:
 
 
 def run_profile(settings: ProfileSettings, say: Callable[[str], None] | None = None) -> Profile:
-    """All rows, model by model; `say` is told what comes next.
+    """Measure all rows, model by model; `say` is told what comes next.
 
     Raises:
         ConfigError: a spec that names no model, or a model that cannot be reduced.
@@ -122,7 +122,7 @@ def run_profile(settings: ProfileSettings, say: Callable[[str], None] | None = N
 
 
 def _opened(spec: str, settings: ProfileSettings) -> nn.Module:
-    """The model with random weights; on the meta device where nothing is timed."""
+    """Open the model with random weights, on the meta device where nothing is timed."""
     with blame("--model"), settings.device, _quietly():
         model = open_model(spec, pretrained=False).to(DTYPES[settings.dtype])
         as_tower(as_reducible(model).image_model)
@@ -131,7 +131,7 @@ def _opened(spec: str, settings: ProfileSettings) -> nn.Module:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Libraries warn of random weights; here they are meant."""
+    """Silence the libraries, which warn of random weights: here they are meant."""
     logging.disable(logging.WARNING)
     try:
         yield
@@ -142,7 +142,8 @@ def _quietly() -> Iterator[None]:
 def _fitting(
     name: str, model: nn.Module, settings: ProfileSettings
 ) -> tuple[dict[str, Strategy], list[LeftOut]]:
-    """The strategies that the model takes, by the name of their rows, and the others."""
+    """Try the strategies on the model -> those that fit, by the name of their rows, and the
+    others."""
     workload, found, left_out = Workload(model, 1), {}, []
     for spec in settings.strategies:
         try:
@@ -158,7 +159,7 @@ def _fitting(
 
 
 def table_of(profile: Profile) -> Table:
-    """All rows, in sections of one model, batch and mode."""
+    """Lay the rows out in sections of one model, batch and mode."""
     rows, timed = profile.rows, profile.settings.rounds is not None
     table = Table(title=_title(profile))
     table.add_column("strategy")
@@ -192,7 +193,7 @@ def _title(profile: Profile) -> str:
 
 
 def _cells(row: Row) -> list[str]:
-    """From 'kept' on."""
+    """The cells of a row from the column 'kept' on."""
     cells = [f"{row.retained:.3f}", f"{row.forward_flops / 1e9:.3f}"]
     cells += [f"{row.backward_flops / 1e9:.3f}" if row.mode == "training" else "-"]
     cells += [f"{row.flops_ratio:.3f}"]
@@ -206,7 +207,8 @@ def _cells(row: Row) -> list[str]:
 
 
 def runs(counts: Iterable[int]) -> str:
-    """'2×197 2×178 6×129 2×80'; of counts that change all the time the ends alone."""
+    """Write counts as '2×197 2×178 6×129 2×80'; of many different ones, the first two and the
+    last."""
     found = [(len(list(same)), count) for count, same in groupby(counts)]
     if len(found) > 6:
         return f"{found[0][1]} {found[1][1]} .. {found[-1][1]}"
@@ -224,7 +226,7 @@ def settings_of(
     dtype: str,
     rounds: int | None,
 ) -> ProfileSettings:
-    """The options of the command line as settings; without strategies, all of them.
+    """Check the options of the command line; without strategies, all of them are measured.
 
     Raises:
         ConfigError: an option with another value than it takes.

@@ -51,11 +51,12 @@ class Workload:
 
     @property
     def step(self) -> str:
-        """What a step runs, in words."""
+        """What a step runs: 'whole model' or 'image tower'."""
         return "whole model" if self.reducible.has_text else "image tower"
 
     def forward(self, strategy: Strategy | None) -> Forward:
-        """The forward pass under `strategy`, or dense, in the model's present mode.
+        """Prepare the forward pass under `strategy`, or dense where it is None, in the model's
+        mode.
 
         Returns:
             A call that gives the CLS output (B, D) of an image model, the features of a whole one
@@ -68,7 +69,7 @@ class Workload:
         return lambda: as_tensor(run(**inputs))
 
     def _reduced_by(self, strategy: Strategy | None) -> Callable[..., object]:
-        """What takes the inputs, and shares all weights with the model."""
+        """Prepare what is called with the inputs; it shares all weights with the model."""
         if not self.reducible.has_text:
             strategy = strategy or Elip(f"{self.tower.depth}(100%)")
             strategy.check(self.tower)
@@ -82,12 +83,13 @@ class Workload:
         return model
 
     def train_step(self, forward: Forward) -> None:
-        """Forward and backward, without an optimiser."""
+        """Run forward and backward, without an optimiser."""
         forward().square().sum().backward()
         self.model.zero_grad(set_to_none=True)
 
     def on_meta(self) -> "Workload":
-        """The same without memory: what runs there takes no time, and counts the same FLOPs."""
+        """Copy the workload to the meta device, where it needs no memory and no time and counts the
+        same FLOPs."""
         if self.device.type == "meta":
             return self
         memo = {id(p): nn.Parameter(_empty(p), p.requires_grad) for p in self.model.parameters()}
@@ -95,12 +97,12 @@ class Workload:
         return Workload(copy.deepcopy(self.model, memo), self.batch_size)
 
     def tracing(self) -> AbstractContextManager:
-        """Surrounds forwards on the meta device."""
+        """The context that forwards on the meta device run in."""
         return self.reducible.tracing()
 
 
 def shared_copy(model: nn.Module, apart: Iterable[Tensor] = ()) -> nn.Module:
-    """A copy of its modules with the very same parameters and buffers, but copies of `apart`."""
+    """Copy the modules of a model, which share its parameters and buffers, except for `apart`."""
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     for tensor in apart:
         del shared[id(tensor)]

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ScorerCost:
-    """Time and memory of a step with one scorer, relative to the dense tower of the run.
+    """What a step with one scorer takes, relative to the dense tower of the same run.
 
     memory: the peak of a training step on a GPU, on a CPU the bytes that it saves for backward.
     """
@@ -50,7 +50,7 @@ class ScorerCost:
 
 
 class Reporter:
-    """Reports on a trained model and samples it has not seen.
+    """Reports on a trained model, by samples that it has not seen.
 
     One that is dense or reduces in another way is shown as the paper would reduce it.
 
@@ -114,7 +114,7 @@ class Reporter:
 
     @torch.no_grad()
     def _guided(self, count: int) -> tuple[Tensor, list[str], Tensor]:
-        """The first `count` readable samples -> images, captions, guidance (B, D)."""
+        """Read the first `count` readable samples -> images, captions, guidance (B, D)."""
         transform = image_transform(self.model.config.image_size, train=False)
         report = SkipReport(1.0, length=len(self.source))  # training and evaluation have judged
         batch = next(evaluation_batches(self.source, transform, count, report=report))
@@ -124,14 +124,14 @@ class Reporter:
 
 
 def scorer_costs(workload: Workload, *, rounds: int = 10) -> list[ScorerCost]:
-    """Of ELIP with its CLIP schedule: 'dense', then each scorer."""
-    plans: dict[str, Strategy | None] = {DENSE: None}
-    plans |= {name: Elip(PRESETS["clip"], scorer=name) for name in SCORERS}
+    """Measure ELIP with its CLIP schedule: 'dense', then each scorer."""
+    strategies: dict[str, Strategy | None] = {DENSE: None}
+    strategies |= {name: Elip(PRESETS["clip"], scorer=name) for name in SCORERS}
     modes: tuple[Mode, Mode] = ("training", "inference")
-    train, infer = (measure(workload, plans, mode, rounds=rounds) for mode in modes)
+    train, infer = (measure(workload, strategies, mode, rounds=rounds) for mode in modes)
     return [
         ScorerCost(n, train[n].time_ratio, infer[n].time_ratio, train[n].memory_ratio or 0.0)
-        for n in plans
+        for n in strategies
     ]
 
 
