@@ -9,9 +9,7 @@ Merged tokens are traced back through every stage (`source_map` of the info).
 """
 
 import textwrap
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elip_kernels import unmerge
-from elip_models.reduction.once import SlowScorerWarning
+from elip_models.reduction.once import deliberately_slow
 from elip_models.reduction.step import Forward
 from elip_models.reduction.strategies import Dense
 from elip_models.reduction.strategy import StageInfo
@@ -123,14 +121,6 @@ def patch_grid(tower: Tower) -> tuple[int, int]:
     rows = (rows for rows in range(1, P + 1) if P % rows == 0)
     best = min(rows, key=lambda rows: abs(rows * width - P // rows * height))
     return best, P // best
-
-
-@contextmanager
-def deliberately_slow() -> Iterator[None]:
-    """Scorers that cost more than they save are run on purpose: no warning."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SlowScorerWarning)
-        yield
 
 
 def draw_reduction(

@@ -7,7 +7,7 @@ files. A tensor that has several names, such as tied embeddings, is written once
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.scorers import ScorerName
 from elip_models.reduction.strategies.elip import Elip, ElipOptions
+from elip_models.reduction.strategy import Strategy
+from elip_models.towers import Reducible, Tower
+from elip_models.towers.reducible import Stats, check_tokenizer_in, clip_stats
 from elip_models.validation import Count, Share, below, check_fields, did_you_mean
 
 if TYPE_CHECKING:
@@ -65,19 +68,29 @@ class ReductionConfig(Config):
         return Elip(schedule, **{name: getattr(self, name) for name in ElipOptions.__annotations__})
 
 
-class PretrainedModel(nn.Module):
+class PretrainedModel(nn.Module, Reducible):
     """Base of the models.
 
     A subclass names its `family` and its `config_class`, and keeps its config in `config`, which
     has `image_size` and `context_length`. Its output has `loss`, and a `loss_..` for each part.
-    `visual` is the image model. `ranks`: features of images and texts alone can be compared.
+    `visual` is the image model, and `tower` reads it. `ranks`: features of images and texts alone
+    can be compared.
     """
 
+    reduces_itself = True
     family: ClassVar[str]
     config_class: ClassVar[type[Config]]
     config: Any
     visual: nn.Module
+    tower: Tower
+    reduction: Strategy
+    dense: Strategy
     ranks: ClassVar[bool] = True
+
+    @property
+    def image_model(self) -> nn.Module:
+        """The same as `visual`."""
+        return self.visual
 
     def image_features(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W), without text -> (B, E), normalised; where the model `ranks`."""
@@ -91,11 +104,38 @@ class PretrainedModel(nn.Module):
         """input_ids, attention_mask (B, L) -> (B, D), what guides the image tower."""
         raise NotImplementedError
 
+    def as_tensor(self, output: Any) -> Tensor:
+        """The loss."""
+        return output.loss
+
+    def image_stats(self) -> Stats:
+        """Those of CLIP: what the models are trained with here."""
+        return clip_stats()
+
+    def load_tokenizer(self, name: str) -> "PreTrainedTokenizerBase":
+        """The tokenizer that `save_pretrained` wrote into the folder `name`."""
+        from elip_models.data import load_tokenizer
+
+        check_tokenizer_in(Path(name))
+        return load_tokenizer(name)
+
+    def tokenise(
+        self, tokenizer: "PreTrainedTokenizerBase", captions: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """B captions -> input_ids and attention_mask, (B, L) each."""
+        from elip_models.data import tokenize
+
+        return tokenize(tokenizer, captions, self.config.context_length)
+
+    def encode_guidance(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The same as `text_cls`."""
+        return self.text_cls(input_ids, attention_mask)
+
     def begin_step(self, step: int, epoch: float = math.inf) -> None:
-        """Before step `step` of training, from 0, after `epoch` passes over the data."""
+        """Prepare step `step` of training, from 0, after `epoch` passes over the data."""
 
     def clamp_temperature_(self) -> None:
-        """After a step of training: keep the temperature in its interval."""
+        """Keep the temperature in its interval, after a step of training."""
 
     def check_batch_size(self, batch_size: int) -> None:
         """Raises ValueError where a step over `batch_size` pairs, of all ranks, cannot be made."""
@@ -108,7 +148,7 @@ class PretrainedModel(nn.Module):
     def fit_tokenizer(
         cls, tokenizer: "PreTrainedTokenizerBase", context_length: int
     ) -> dict[str, int]:
-        """The fields of the config that follow from a tokenizer and the length of a text.
+        """Work out the fields of the config that follow from a tokenizer and the length of a text.
 
         Special tokens that the model needs and the tokenizer lacks are added to it.
 
@@ -117,8 +157,11 @@ class PretrainedModel(nn.Module):
         """
         raise NotImplementedError
 
+    def reset_momentum_(self) -> None:
+        """Make momentum copies equal to what they follow, where the model has any."""
+
     def read_vocabulary_(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Before training: what the model has to know of the tokens that no config says."""
+        """Learn what no config says of the tokens, before training."""
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute layers in backward instead of saving their activations."""
@@ -145,7 +188,7 @@ class PretrainedModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> Self:
-        """The model that `save_pretrained` wrote, from a local folder.
+        """Load the model that `save_pretrained` wrote, from a local folder.
 
         Raises:
             FileNotFoundError: the folder lacks config.json or model.safetensors.
@@ -168,7 +211,7 @@ class PretrainedModel(nn.Module):
 
 
 def read_config(folder: str | os.PathLike, *, with_weights: bool = True) -> tuple[str | None, dict]:
-    """Family and config of a folder that `save_pretrained` wrote; None for another library's.
+    """Read family and config of a folder that `save_pretrained` wrote; no family in another's.
 
     Raises:
         FileNotFoundError: it lacks config.json, or model.safetensors where `with_weights`.
@@ -186,7 +229,7 @@ def read_config(folder: str | os.PathLike, *, with_weights: bool = True) -> tupl
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout inside; each module is in its own mode again after it."""
+    """Set all modules to eval mode inside; each is in its own mode again after it."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -197,7 +240,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
-    """Each name of the state dict -> the first name of the same tensor."""
+    """Map each name of the state dict to the first name of the same tensor."""
     firsts: dict[int, str] = {}
     tensors = model.state_dict(keep_vars=True)
     return {name: firsts.setdefault(id(tensor), name) for name, tensor in tensors.items()}
@@ -250,7 +293,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """The file whole or not at all, with the permissions of any new file."""
+    """Write a file whole or not at all, with the permissions of any new file."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         unfinished.write_bytes(content)

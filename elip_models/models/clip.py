@@ -27,8 +27,9 @@ from elip_models.reduction.once import UnguidedWarning, warn_once
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import PatchDropout, get_strategy
 from elip_models.reduction.strategies.dense import Dense
-from elip_models.reduction.strategy import StageInfo, Strategy
+from elip_models.reduction.strategy import Strategy
 from elip_models.towers import as_tower
+from elip_models.towers.reducible import random_ids
 from elip_models.validation import (
     Bounds,
     NonNegative,
@@ -106,7 +107,7 @@ class CLIPConfig(ReductionConfig):
 
     @property
     def text_token_reduction(self) -> TextReduction | None:
-        """The settings of the text tower's reduction; None where it has none."""
+        """How the text tower is reduced; None where it is not."""
         return self.text_reduction and TextReduction(self.text_reduction, self.text_drop)
 
 
@@ -165,8 +166,13 @@ class CLIP(PretrainedModel):
             nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
 
+    def random_inputs(self, images: Tensor) -> dict[str, Any]:
+        config = self.config
+        sizes = config.context_length, config.vocab_size, config.eos_token_id
+        return {"images": images, "input_ids": random_ids(images, *sizes)}
+
     def guidance(self, text_features: Tensor) -> Tensor:
-        """f_text (B, E) mapped back to the vision width, (B, D), detached."""
+        """Map f_text (B, E) back to the vision width -> (B, D), detached."""
         return (text_features @ self.image_projection.weight.to(text_features.dtype)).detach()
 
     def encode_text(
@@ -177,7 +183,7 @@ class CLIP(PretrainedModel):
         image_features: Tensor | None = None,
         reduce: bool = True,
     ) -> Tensor:
-        """Text features.
+        """Encode texts.
 
         Args:
             input_ids, attention_mask: (B, L), 1 = real.
@@ -206,18 +212,10 @@ class CLIP(PretrainedModel):
         hidden = self.text(input_ids, attention_mask, image_cls=image_cls, reduce=reduce)
         return F.normalize(self.text_projection(hidden), dim=-1)
 
-    def encode_tokens(
-        self, images: Tensor, text_features: Tensor | None = None, *, return_info: bool = False
-    ) -> Tensor | tuple[Tensor, list[StageInfo]]:
-        """images (B, 3, H, W) -> tokens (B, K+2, D) of the image tower; see `encode_image`."""
-        text_cls = None if text_features is None else self.guidance(text_features)
-        tokens, infos = run_tower(self.tower, images, text_cls, self.reduction)
-        return (tokens, infos) if return_info else tokens
-
     def encode_image(
         self, images: Tensor, text_features: Tensor | None = None, *, reduce: bool = True
     ) -> Tensor:
-        """Image features. Without gradient, in eval mode, the last block runs for CLS alone.
+        """Encode images. Without gradient, in eval mode, the last block runs for CLS alone.
 
         Args:
             images: (B, 3, H, W).
@@ -229,8 +227,8 @@ class CLIP(PretrainedModel):
             (B, E), normalised.
         """
         text_cls = self.guidance(text_features) if reduce and text_features is not None else None
-        settings = self.reduction if reduce else self.dense
-        tokens, _ = run_tower(self.tower, images, text_cls, settings, cls_only=True)
+        strategy = self.reduction if reduce else self.dense
+        tokens, _ = run_tower(self.tower, images, text_cls, strategy, cls_only=True)
         return F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
 
     def image_features(self, images: Tensor) -> Tensor:
@@ -248,7 +246,8 @@ class CLIP(PretrainedModel):
     def forward(
         self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> CLIPOutput:
-        """images (B, 3, H, W), input_ids and attention_mask (B, L): row i of each is one pair.
+        """Contrast images (B, 3, H, W) and texts, input_ids and attention_mask (B, L); row i of
+        each is one pair.
 
         text_reduction='learned' adds a dense forward pass of the image tower, without gradient, for
         the text needs the image before it can guide it: about ten times the multiply-adds that
@@ -272,7 +271,7 @@ class CLIP(PretrainedModel):
         return features
 
     def begin_step(self, step: int, epoch: float = math.inf) -> None:
-        """Before step `step` of training, from 0: patch dropout may end here."""
+        """End patch dropout where it ends, before step `step` of training, from 0."""
         if isinstance(self.config.reduction, PatchDropout):
             self.reduction = self.config.reduction.at(step)
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -11,8 +12,8 @@ from elip_models.models.base import PretrainedModel, ReductionConfig, TokenId
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategies.elip import Elip
-from elip_models.reduction.strategy import StageInfo, Strategy
-from elip_models.towers import Tower
+from elip_models.reduction.strategy import StageInfo
+from elip_models.towers.reducible import random_ids
 from elip_models.validation import NonNegative, Positive, PositiveInt, divisor_of, same_as
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class CrossModalConfig(ReductionConfig):
 
     @property
     def max_tokens(self) -> int:
-        """Of a text, padding included."""
+        """How long a text may be, padding included."""
         return self.max_positions
 
     @property
@@ -97,9 +98,6 @@ class CrossModalModel(PretrainedModel):
     """Text first: its CLS output guides the image tower, `tower`, reduced as `reduction` says; as
     `dense` says it keeps all tokens."""
 
-    tower: Tower
-    reduction: Strategy
-    dense: Dense
     masks_text: ClassVar[bool] = True
 
     def __init__(self, config: CrossModalConfig) -> None:
@@ -107,6 +105,29 @@ class CrossModalModel(PretrainedModel):
         self.config = config
         self.reduction = config.reduction
         self.dense = Dense()
+
+    def random_inputs(self, images: Tensor) -> dict[str, Any]:
+        """Also what a step draws, fixed as `fixed_draw` says."""
+        config = self.config
+        ids = random_ids(images, config.context_length, config.vocab_size, config.sep_token_id)
+        mask, drawn = torch.ones_like(ids), self.fixed_draw(images, ids)
+        return {"images": images, "input_ids": ids, "attention_mask": mask, "drawn": drawn}
+
+    def fixed_draw(self, images: Tensor, input_ids: Tensor) -> tuple[Tensor, ...]:
+        """What a step of pre-training draws at random, fixed instead: the same for the same inputs.
+
+        Two forms of the model that are given the same draw do the same work, so that they can be
+        compared, timed and counted. The negatives of a pair are the next one's, every seventh token
+        is masked, and every second text keeps its image.
+
+        Args:
+            images: (B, 3, H, W), on any device.
+            input_ids: (B, L).
+
+        Returns:
+            The `drawn` of the model's forward.
+        """
+        raise NotImplementedError
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids, attention_mask (B, L) -> hidden states (B, L, D) of the text alone."""

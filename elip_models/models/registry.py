@@ -85,7 +85,7 @@ def list_models() -> list[str]:
 def create_model(
     name: str, pretrained: bool | str | os.PathLike = False, **overrides: Any
 ) -> PretrainedModel:
-    """A model of the paper by name.
+    """Create a model of the paper by name.
 
     Args:
         name: as `list_models` gives them; 'elip_' adds the paper's schedule.
@@ -125,7 +125,7 @@ def create_model(
 
 
 def family_of(name: str) -> type[PretrainedModel]:
-    """The class of the model that `create_model(name)` gives."""
+    """Find the class of the model that `create_model(name)` gives."""
     if name not in list_models():
         close = did_you_mean(name, list_models())
         raise ValueError(f"name: expected one of {list_models()}, got {name!r}{close}")
@@ -134,7 +134,7 @@ def family_of(name: str) -> type[PretrainedModel]:
 
 
 def load_model(folder: str | os.PathLike) -> PretrainedModel:
-    """The model that `save_pretrained` wrote, of whatever family.
+    """Load the model that `save_pretrained` wrote, of whatever family.
 
     Raises:
         FileNotFoundError: the folder lacks config.json or model.safetensors.
@@ -149,11 +149,11 @@ def load_model(folder: str | os.PathLike) -> PretrainedModel:
     return FAMILIES[family].from_pretrained(folder)
 
 
-def elip_settings(model: PretrainedModel) -> Elip:
-    """How a model's tower is reduced by ELIP; by the paper's schedule where it is dense or reduces
-    in another way."""
-    settings, depth = model.reduction, model.config.vision_depth
+def elip_strategy(model: PretrainedModel) -> Elip:
+    """How ELIP reduces a model of ours: as its config says; by the paper's schedule where it is
+    dense or reduces in another way."""
+    own, depth = model.reduction, model.config.vision_depth
     paper = Schedule.parse(PRESETS[model.family]).scaled(depth)
-    if not isinstance(settings, Elip):
+    if not isinstance(own, Elip):
         return Elip(paper)
-    return settings if model.config.schedule else replace(settings, schedule=paper)
+    return own if model.config.schedule else replace(own, schedule=paper)

@@ -10,7 +10,7 @@ An adapter names the parts of a block; the CLS row, the boundary of a stage, and
 through a block are worked out of them here, once for all libraries.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial, wraps
 from typing import Any, Concatenate, NamedTuple, ParamSpec, Self, TypeVar
@@ -124,6 +124,11 @@ class Tower:
     def entrance(self) -> list[tuple[nn.Module, str]]:
         """The methods that make tokens of images, owner and name, in the order of their calls."""
         raise NotImplementedError
+
+    def image_stats(self) -> tuple[Sequence[float], Sequence[float]] | None:
+        """Mean and standard deviation of each colour that images are normalised by, or None where
+        the library does not say."""
+        return None
 
     def refuses_resizing(self) -> str | None:
         """Why images of another size cannot go in, in one sentence, or None."""

@@ -10,6 +10,7 @@ rotation is the identity (sin 0, cos 1), as of CLS. The row takes the generic fo
 key has no absorbed projection.
 """
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -23,7 +24,7 @@ from elip_kernels import ReductionInfo
 from elip_models.towers.base import Block, Projections, Tower, is_plain
 from elip_models.towers.effective import Affine, affine, qkv_of, unwrapped
 from elip_models.towers.fsdp import library_class
-from elip_models.towers.timm import refuses_tokens
+from elip_models.towers.timm import refuses_tokens, stats_of
 
 
 class EvaTower(Tower):
@@ -73,6 +74,9 @@ class EvaTower(Tower):
             return "it draws its rotations anew in every training step (coordinate augmentation)"
         reasons = (_refuses_block(block) for block in model.blocks)
         return refuses_tokens(model) or next((r for r in reasons if r is not None), None)
+
+    def image_stats(self) -> tuple[Sequence[float], Sequence[float]] | None:
+        return stats_of(self.model)
 
     @property
     def checkpointing(self) -> bool:

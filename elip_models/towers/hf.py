@@ -5,12 +5,18 @@ list of layers of two halves, a last norm. BLIP's own forward attends eagerly; `
 SDPA. SigLIP pools by a probe that attends to all tokens: to the kept and the merged one.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
     BlipForImageTextRetrieval,
     CLIPModel,
     SiglipForImageClassification,
@@ -21,6 +27,7 @@ from elip_models.towers.base import Block, Projections, Tower, is_plain, optiona
 from elip_models.towers.effective import Affine, qkv_of, unwrapped
 from elip_models.towers.fsdp import library_class
 from elip_models.towers.image_text import ImageTextModel
+from elip_models.towers.reducible import Stats, check_tokenizer_in, clip_stats, random_ids
 
 
 class Names(NamedTuple):
@@ -81,6 +88,9 @@ class HFTower(Tower):
         names = LAYERS[library_class(layers[0]).__name__]
         reasons = (_refuses_attention(unwrapped(getattr(layer, names.attn))) for layer in layers)
         return next((reason for reason in reasons if reason is not None), None)
+
+    def image_stats(self) -> Stats | None:
+        return _stats_of(self.model)
 
     @property
     def checkpointing(self) -> bool:
@@ -157,27 +167,24 @@ class HFTower(Tower):
 
 
 class HFImageText(ImageTextModel):
-    """CLIPModel, guided by its text features, as SiglipModel, whose own are as wide as its image
-    tower; BlipForImageTextRetrieval, by BERT's CLS output.
+    """A whole model of transformers.
 
-    SigLIP's text feature is that of the last token, which may be padding: its processor pads to the
-    full length, as in training.
+    kind: its class. mask_position: of attention_mask in the call, behind ids and pixels.
     """
 
-    def __init__(self, model: CLIPModel | SiglipModel | BlipForImageTextRetrieval) -> None:
+    kind: ClassVar[type[nn.Module]]
+    mask_position: ClassVar[int] = 0
+
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.image_model = model.vision_model
 
-    @staticmethod
-    def accepts(model: nn.Module) -> bool:
-        return isinstance(model, (CLIPModel, SiglipModel, BlipForImageTextRetrieval))
+    @classmethod
+    def accepts(cls, model: nn.Module) -> bool:
+        return isinstance(model, cls.kind)
 
-    def refuses(self) -> str | None:
-        if isinstance(self.model, CLIPModel):
-            return None
-        config, is_siglip = self.model.config, isinstance(self.model, SiglipModel)
-        text, vision = config.text_config, config.vision_config.hidden_size
-        text = text.projection_size if is_siglip else text.hidden_size
+    def _refuses_width(self, text: int) -> str | None:
+        vision = self.model.config.vision_config.hidden_size
         return None if text == vision else f"its text is {text} wide, its image tower {vision}"
 
     def text_cls(
@@ -189,16 +196,94 @@ class HFImageText(ImageTextModel):
     ) -> Tensor | None:
         if input_ids is None or pixel_values is None:
             return None
-        model, is_blip = self.model, isinstance(self.model, BlipForImageTextRetrieval)
-        place = 1 if is_blip else 0  # among the further arguments; BLIP's use_itm_head comes first
-        mask = args[place] if len(args) > place else kwargs.get("attention_mask")
-        if is_blip:
-            text = model.text_encoder(input_ids=input_ids, attention_mask=mask)
-            return text.last_hidden_state[:, 0]
-        text = model.get_text_features(input_ids=input_ids, attention_mask=mask).pooler_output
-        if isinstance(model, SiglipModel):
-            return text
-        return F.normalize(text, dim=-1) @ model.visual_projection.weight
+        at = self.mask_position
+        mask = args[at] if len(args) > at else kwargs.get("attention_mask")
+        return self.encode_guidance(input_ids, mask)
+
+    def encode_guidance(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        features = self.model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
+        return features.pooler_output
+
+    def random_inputs(self, images: Tensor) -> dict[str, Any]:
+        text = self.model.config.text_config
+        sizes = text.max_position_embeddings, text.vocab_size, text.eos_token_id
+        return {"pixel_values": images, "input_ids": random_ids(images, *sizes)}
+
+    def image_stats(self) -> Stats:
+        return _stats_of(self.model) or clip_stats()
+
+    def load_tokenizer(self, name: str) -> Any:
+        if Path(name).is_dir():
+            check_tokenizer_in(Path(name))
+        return AutoTokenizer.from_pretrained(name)
+
+    def tokenise(self, tokenizer: Any, captions: Sequence[str]) -> dict[str, Tensor]:
+        longest = self.model.config.text_config.max_position_embeddings
+        text = tokenizer(
+            list(captions),
+            padding=True,
+            truncation=True,
+            max_length=min(longest, tokenizer.model_max_length),
+            return_tensors="pt",
+        )
+        return {"input_ids": text.input_ids, "attention_mask": text.attention_mask}
+
+    def tracing(self) -> AbstractContextManager:
+        """Models of transformers read the values of their masks, which only fake tensors allow;
+        they are slower."""
+        return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+class HFClip(HFImageText):
+    """CLIPModel: its text features, mapped back to the vision width, guide its image tower."""
+
+    kind = CLIPModel
+
+    def refuses(self) -> str | None:
+        return None
+
+    def encode_guidance(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        features = super().encode_guidance(input_ids, attention_mask)
+        return F.normalize(features, dim=-1) @ self.model.visual_projection.weight
+
+
+class HFSiglip(HFImageText):
+    """SiglipModel, whose text features are as wide as its image tower.
+
+    They are those of the last token, which may be padding: its processor pads to the full length,
+    as in training.
+    """
+
+    kind = SiglipModel
+
+    def refuses(self) -> str | None:
+        return self._refuses_width(self.model.config.text_config.projection_size)
+
+
+class HFBlip(HFImageText):
+    """BlipForImageTextRetrieval, guided by BERT's CLS output; in its call use_itm_head comes before
+    attention_mask."""
+
+    kind = BlipForImageTextRetrieval
+    mask_position = 1
+
+    def refuses(self) -> str | None:
+        return self._refuses_width(self.model.config.text_config.hidden_size)
+
+    def encode_guidance(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        text = self.model.text_encoder(input_ids=input_ids, attention_mask=attention_mask)
+        return text.last_hidden_state[:, 0]
+
+
+def _stats_of(model: nn.Module) -> Stats | None:
+    """What the image processor saved beside a model says, or None where there is none."""
+    if not model.config.name_or_path:
+        return None
+    try:
+        processor = AutoImageProcessor.from_pretrained(model.config.name_or_path)
+    except (OSError, ValueError):
+        return None
+    return tuple(processor.image_mean), tuple(processor.image_std)
 
 
 def _trunk(model: nn.Module) -> tuple[nn.Module, nn.ModuleList] | None:

@@ -5,8 +5,10 @@ Attention is nn.MultiheadAttention or open_clip's own of the same parameter name
 decides, not the version.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import open_clip
 import torch
 from einops import rearrange
 from open_clip import CLIP, CustomTextCLIP
@@ -29,6 +31,7 @@ from elip_models.towers.effective import (
 )
 from elip_models.towers.fsdp import unsharded
 from elip_models.towers.image_text import ImageTextModel
+from elip_models.towers.reducible import Stats, clip_stats, random_ids
 
 LIBRARIES = ("torch", "open_clip")  # whose attention is read; a wrapper's is not
 
@@ -65,6 +68,9 @@ class OpenClipTower(Tower):
             return "its blocks take (N, B, D) tokens (batch_first=False)"
         reasons = (_refuses_block(block) for block in model.transformer.resblocks)
         return next((reason for reason in reasons if reason is not None), None)
+
+    def image_stats(self) -> Stats | None:
+        return _stats_of(self.model)
 
     @property
     def checkpointing(self) -> bool:
@@ -160,9 +166,32 @@ class OpenClipImageText(ImageTextModel):
     def text_cls(self, image: Tensor | None = None, text: Any = None) -> Tensor | None:
         if image is None or text is None:
             return None
+        return self.encode_guidance(text)
+
+    def encode_guidance(self, text: Tensor) -> Tensor:
         features = self.model.encode_text(text, normalize=True)
         with unsharded(self.image_model, features) as (features,):
             return features @ self.image_model.proj.T
+
+    def random_inputs(self, images: Tensor) -> dict[str, Any]:
+        length, vocab_size = self.model.context_length, self.model.vocab_size
+        return {"image": images, "text": random_ids(images, length, vocab_size, vocab_size - 1)}
+
+    def image_stats(self) -> Stats:
+        return _stats_of(self.image_model) or clip_stats()
+
+    def load_tokenizer(self, name: str) -> Any:
+        """By 'NAME' or 'NAME/TAG' of open_clip."""
+        return open_clip.get_tokenizer(name.partition("/")[0])
+
+    def tokenise(self, tokenizer: Any, captions: Sequence[str]) -> dict[str, Tensor]:
+        return {"text": tokenizer(list(captions))}
+
+
+def _stats_of(visual: nn.Module) -> Stats | None:
+    """What open_clip notes on an image tower that it creates by name; None of another."""
+    mean, std = (getattr(visual, name, None) for name in ("image_mean", "image_std"))
+    return None if mean is None else (tuple(mean), tuple(std))
 
 
 def _inner(attn: nn.Module) -> nn.Module:

@@ -4,6 +4,8 @@ Uses patch_embed, _pos_embed, patch_drop, norm_pre, blocks (norm1, attn, ls1, dr
 second half alike) and norm.
 """
 
+from collections.abc import Sequence
+
 import torch
 from einops import rearrange
 from timm.layers import Attention
@@ -50,6 +52,9 @@ class TimmTower(Tower):
             return "it has patch dropout of its own (patch_drop_rate), so patches have no position"
         reasons = (_refuses_block(block) for block in model.blocks)
         return refuses_tokens(model) or next((r for r in reasons if r is not None), None)
+
+    def image_stats(self) -> tuple[Sequence[float], Sequence[float]] | None:
+        return stats_of(self.model)
 
     @property
     def checkpointing(self) -> bool:
@@ -126,6 +131,12 @@ class TimmTower(Tower):
                 f"{i}; wrap its projections instead, or unreduce_ the model first"
             )
         return attn
+
+
+def stats_of(model: nn.Module) -> tuple[Sequence[float], Sequence[float]] | None:
+    """Mean and standard deviation of a model that timm created by name; None of another."""
+    config = getattr(model, "pretrained_cfg", None)
+    return (tuple(config["mean"]), tuple(config["std"])) if config else None
 
 
 def refuses_tokens(model: nn.Module) -> str | None:

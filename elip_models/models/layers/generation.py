@@ -81,10 +81,10 @@ def write(
     Raises:
         ValueError: no room behind `input_ids`, or a text longer than the tower's positions.
     """
-    P, places = input_ids.shape[1], tower.config.max_position_embeddings
-    if not P < decoding.max_length <= places:
+    P, positions = input_ids.shape[1], tower.config.max_position_embeddings
+    if not P < decoding.max_length <= positions:
         raise ValueError(
-            f"max_length: expected {P + 1}, one more than the tokens given, to {places}, the "
+            f"max_length: expected {P + 1}, one more than the tokens given, to {positions}, the "
             f"positions of the text tower, got {decoding.max_length}"
         )
     tokens, mask = states

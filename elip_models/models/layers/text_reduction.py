@@ -36,7 +36,7 @@ class ReducedText(NamedTuple):
 
 @dataclass(frozen=True)
 class TextReduction:
-    """Which text tokens are dropped, and how many.
+    """Says which text tokens are dropped, and how many.
 
     strategy: 'random' draws them from torch's generator; 'post' drops the last ones; 'learned' the
         ones with the least score, which the caller gives. Of 'learned' the paper says only that the
@@ -89,7 +89,8 @@ class TextReduction:
         return ReducedText(reduced, info.mask, place, info.kept)
 
     def _stays(self, mask: Tensor, anchor: Tensor, scores: Tensor | None) -> Tensor:
-        """(B, L) bool: each text's n - int(drop * n) first tokens by anchor, key and position."""
+        """Choose each text's n - int(drop * n) first tokens by anchor, key and position -> (B, L)
+        bool."""
         key = self._key(mask, scores).masked_fill(~mask, -torch.inf).scatter(1, anchor, torch.inf)
         order = key.argsort(dim=1, descending=True, stable=True)
         n = mask.sum(1, keepdim=True)
@@ -98,7 +99,7 @@ class TextReduction:
         return torch.zeros_like(mask).scatter(1, order, first)
 
     def _key(self, mask: Tensor, scores: Tensor | None) -> Tensor:
-        """(B, L) finite floats: the smallest go first."""
+        """Give each token a finite float (B, L); those with the smallest are dropped first."""
         if self.strategy == "random":
             return torch.rand(mask.shape, device=mask.device)
         if self.strategy == "post":
@@ -108,7 +109,7 @@ class TextReduction:
 
 
 def _check(tokens: Any, mask: Any, anchor: Any, scores: Any, strategy: str) -> None:
-    """What `reduce` does not check: mask, anchor and scores fit the tokens."""
+    """Check what `reduce` does not: mask, anchor and scores fit the tokens."""
     if not isinstance(tokens, Tensor) or tokens.dim() != 3:
         raise TypeError(f"tokens: expected a tensor (B, L, D), got {_describe(tokens)}")
     B, L, _ = tokens.shape
