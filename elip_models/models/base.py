@@ -63,6 +63,11 @@ class ReductionConfig(Config):
     without_text: Literal["dense", "vision"] = Elip.without_text
     merge: bool = Elip.merge
 
+    def check_schedule(self) -> None:
+        """Raises ValueError where the schedule is no schedule of the image tower's depth."""
+        if self.schedule is not None:
+            self.elip(self.schedule).schedule.check_depth(self.vision_depth)
+
     def elip(self, schedule: Schedule | str) -> Elip:
         """ELIP by that schedule, with the options that stand here."""
         return Elip(schedule, **{name: getattr(self, name) for name in ElipOptions.__annotations__})

@@ -86,8 +86,7 @@ class CLIPConfig(ReductionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.schedule is not None:
-            Schedule.parse(self.schedule).check_depth(self.vision_depth)
+        self.check_schedule()
         if self.strategy == "elip" and self.strategy_options is not None:
             raise ValueError(
                 "strategy_options: expected None with strategy='elip', whose options are fields of "
@@ -98,12 +97,10 @@ class CLIPConfig(ReductionConfig):
     @property
     def reduction(self) -> Strategy:
         """How the image tower is reduced."""
-        text = self.schedule or f"{self.vision_depth}(100%)"
-        schedule = Schedule.parse(text, count_cls=self.count_cls)
+        schedule = self.schedule and Schedule.parse(self.schedule, count_cls=self.count_cls)
         if self.strategy != "elip":
-            own = {"schedule": schedule} if self.schedule else {}
-            return get_strategy(self.strategy, **own, **(self.strategy_options or {}))
-        return self.elip(schedule)
+            return get_strategy(self.strategy, schedule=schedule, **(self.strategy_options or {}))
+        return self.elip(schedule) if schedule else Dense()
 
     @property
     def text_token_reduction(self) -> TextReduction | None:

@@ -63,7 +63,7 @@ class CrossModalConfig(ReductionConfig):
                 f"context_length: expected at most {self.max_tokens}, the tokens that "
                 f"max_positions = {self.max_positions} has room for, got {self.context_length}"
             )
-        self.reduction.schedule.check_depth(self.vision_depth)
+        self.check_schedule()
 
     @property
     def max_tokens(self) -> int:
@@ -71,9 +71,9 @@ class CrossModalConfig(ReductionConfig):
         return self.max_positions
 
     @property
-    def reduction(self) -> Elip:
+    def reduction(self) -> Elip | Dense:
         """How the image tower is reduced."""
-        return self.elip(self.schedule or f"{self.vision_depth}(100%)")
+        return Dense() if self.schedule is None else self.elip(self.schedule)
 
     def vit(self, **options: Any) -> VisionTransformer:
         """The image tower, without a head; `options` are timm's."""

@@ -152,8 +152,7 @@ def load_model(folder: str | os.PathLike) -> PretrainedModel:
 def elip_strategy(model: PretrainedModel) -> Elip:
     """How ELIP reduces a model of ours: as its config says; by the paper's schedule where it is
     dense or reduces in another way."""
-    own, depth = model.reduction, model.config.vision_depth
-    paper = Schedule.parse(PRESETS[model.family]).scaled(depth)
-    if not isinstance(own, Elip):
-        return Elip(paper)
-    return own if model.config.schedule else replace(own, schedule=paper)
+    if isinstance(model.reduction, Elip):
+        return model.reduction
+    paper = Schedule.parse(PRESETS[model.family]).scaled(model.config.vision_depth)
+    return model.config.elip(paper)

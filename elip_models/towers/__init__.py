@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from elip_models.towers.base import Projections, Tower, in_forward, with_cls
+from elip_models.towers.base import Projections, Tower, with_cls
 from elip_models.towers.fsdp import refuses_sharding
 from elip_models.towers.image_text import ImageTextModel
+from elip_models.towers.in_place import in_forward
 from elip_models.towers.reducible import ImageModel, Reducible
 from elip_models.towers.size import Size
 

@@ -12,8 +12,7 @@ through a block are worked out of them here, once for all libraries.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import partial, wraps
-from typing import Any, Concatenate, NamedTuple, ParamSpec, Self, TypeVar
+from typing import Any, NamedTuple, ParamSpec, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +22,8 @@ import elip_kernels
 from elip_kernels import BipartiteInfo, ReductionInfo
 from elip_models.towers.apart import apart
 from elip_models.towers.effective import Affine, is_hooked, is_known, is_layer_norm
-from elip_models.towers.fsdp import as_forward, unsharded
+from elip_models.towers.fsdp import unsharded
+from elip_models.towers.in_place import in_place_of, own_forward
 from elip_models.towers.size import Size
 
 P = ParamSpec("P")
@@ -361,43 +361,6 @@ def interpolated(positions: Tensor, grid: tuple[int, int], to: tuple[int, int], 
 def with_cls(tokens: Tensor, cls: Tensor) -> Tensor:
     """`tokens` (B, N, D) with `cls` (B, D) in place of token 0."""
     return torch.cat([cls[:, None], tokens[:, 1:]], dim=1)
-
-
-def own_forward(block: nn.Module) -> Block:
-    """What the block runs without a stand-in of ours: its class's forward, or another's in place
-    of that."""
-    forward = vars(block).get("forward")
-    if forward is None:
-        return partial(type(block).forward, block)
-    return getattr(forward, "own_forward", forward)
-
-
-def in_forward(
-    run: Callable[Concatenate["Tower", Tensor, P], tuple[Tensor, R]],
-) -> Callable[Concatenate["Tower", Tensor, P], tuple[Tensor, R]]:
-    """`run(tower, images, ..) -> (tokens, more)` in place of the forward of the tower's model."""
-
-    @wraps(run)
-    def run_in_forward(
-        tower: Tower, images: Tensor, *args: P.args, **kwargs: P.kwargs
-    ) -> tuple[Tensor, R]:
-        return in_place_of(tower.model, lambda x: run(tower, x, *args, **kwargs), images)
-
-    return run_in_forward
-
-
-def in_place_of(
-    module: nn.Module, step: Callable[[Tensor], tuple[Tensor, R]], tokens: Tensor
-) -> tuple[Tensor, R]:
-    """`step(tokens) -> (tokens, more)` in place of the module's forward, with gradient."""
-    more = []
-
-    def forward(tokens: Tensor) -> Tensor:
-        tokens, rest = step(tokens)
-        more.append(rest)
-        return tokens
-
-    return as_forward(module, forward, tokens), more[0]
 
 
 def optional(module: nn.Module, name: str) -> nn.Module:
