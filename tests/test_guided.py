@@ -15,7 +15,7 @@ from elip_models.analysis.guided import open_guided, read_pairs, read_source
 from elip_models.models.clip import CLIP, CLIPConfig
 from elip_models.validation import ConfigError
 from tests.test_cli import elip
-from tests.test_pairs import guidance_of, hf_blip, hf_clip, open_clip_pair
+from tests.test_image_text import guidance_of, hf_blip, hf_clip, open_clip_pair
 from tests.test_zoo import tiny_vit
 
 CAPTIONS = ["a red dog on the left", "two cats"]

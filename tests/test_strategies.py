@@ -21,7 +21,7 @@ from elip_models import (
 )
 from elip_models.towers import as_tower
 from tests.test_golden import check_gradients, tower
-from tests.test_pairs import ids, open_clip_pair
+from tests.test_image_text import ids, open_clip_pair
 from tests.test_rotary import eva
 from tests.test_siglip import siglip_vision
 from tests.test_towers import TOWERS, open_clip_vit, output
