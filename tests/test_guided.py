@@ -16,7 +16,7 @@ from elip_models.models.clip import CLIP, CLIPConfig
 from elip_models.validation import ConfigError
 from tests.test_cli import elip
 from tests.test_image_text import guidance_of, hf_blip, hf_clip, open_clip_pair
-from tests.test_zoo import tiny_vit
+from tests.test_open_model import tiny_vit
 
 CAPTIONS = ["a red dog on the left", "two cats"]
 SIX = "2(100%) 2(70%) 2(40%)"
