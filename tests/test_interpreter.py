@@ -11,7 +11,11 @@ import pytest
 from elip_kernels._triton import HAS_TRITON
 
 FOLDER = Path(__file__).parent / "interpreted"
-WITH_SLOW = sorted(file.name for file in FOLDER.glob("test_*.py") if "slow" in file.read_text())
+WITH_SLOW = sorted(
+    file.name
+    for file in FOLDER.glob("test_*.py")
+    if re.search(r"mark\.slow|tiered\(", file.read_text())
+)
 
 pytestmark = pytest.mark.skipif(
     not HAS_TRITON, reason="triton is absent, so there is no kernel to interpret"
@@ -37,3 +41,9 @@ def test_kernels_under_the_interpreter():
 @pytest.mark.parametrize("name", WITH_SLOW)
 def test_further_cases_under_the_interpreter(name):
     assert number_passed("-m", "slow", str(FOLDER / name)) > 0
+
+
+@pytest.mark.slow
+def test_more_random_cases_under_the_interpreter():
+    profile = ("-p", "tests.interpreted.profiles", "--hypothesis-profile", "slow")
+    assert number_passed(*profile, str(FOLDER / "test_randomised.py")) > 0
