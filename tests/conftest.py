@@ -1,16 +1,33 @@
-"""Fixtures: golden tensors and emoji shards beside the repository, where they are present."""
+"""Two workers for the whole suite, and fixtures: golden tensors and emoji shards, where present."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+TESTS = Path(__file__).resolve().parent
+SHARED = TESTS.parents[1] / "shared"
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+
+if IS_WORKER:  # a core each, and for what its tests start
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
     parser.addoption("--golden", type=Path, default=SHARED / "golden", help="golden tensors")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """The whole suite runs on two workers, a file in this process; `-n` says otherwise."""
+    folders = {(config.invocation_params.dir / arg).resolve() for arg in config.args}
+    option = config.option
+    is_asked = IS_WORKER or option.usepdb or getattr(option, "numprocesses", 0) is not None
+    if folders == {TESTS} and not is_asked:
+        option.numprocesses, option.dist = 2, "loadgroup"
 
 
 class Golden(dict):

@@ -2,12 +2,15 @@
 
 import copy
 from functools import partial
+from unittest import mock
 
 import open_clip
 import torch
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import elip_models
+from elip_models.models.layers.losses import contrastive_loss
 from tests.fsdp_cases import CLOSE, half, open_clip_pair
 from tests.towers import SCHEDULE, assert_equal_gradients, clip_vit, gradients, images, text
 
@@ -43,8 +46,28 @@ def contrastive(rank, local_loss, scorer="last"):
     assert_equal_gradients(gradients(other), gradients(model), **CLOSE)
 
 
+def gathered(rank):
+    """Our contrastive loss: 'global' is the loss of all six pairs, 'local' of the rank's own."""
+    image, text = (F.normalize(torch.randn(6, 5), dim=-1) for _ in range(2))
+    leaves = [t.requires_grad_() for t in (image, text, torch.tensor(10.0))]
+    whole = contrastive_loss(*leaves)
+    expected = torch.autograd.grad(whole, leaves)
+    own = [*(t.detach().chunk(2)[rank].requires_grad_() for t in (image, text)), leaves[2]]
+    loss = contrastive_loss(*own, gather="global")
+    mean = [grad / 2 for grad in (*torch.autograd.grad(loss, own), loss.detach())]
+    for total in mean[2:]:  # the scale's gradient, and the loss
+        torch.distributed.all_reduce(total)
+    expected = [*(grad.chunk(2)[rank] for grad in expected[:2]), expected[2], whole.detach()]
+    for got, wanted in zip(mean, expected, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-6, rtol=0)
+    with mock.patch("torch.distributed.is_initialized", return_value=False):
+        alone = contrastive_loss(*own)
+    torch.testing.assert_close(contrastive_loss(*own, gather="local"), alone, atol=1e-6, rtol=0)
+
+
 CASES = {
     **{f"timm tower, {scorer}": partial(tower, scorer=scorer) for scorer in ("exact", "last")},
     "open_clip, loss over all": partial(contrastive, local_loss=False),
     "open_clip, loss of each": partial(contrastive, local_loss=True, scorer="exact"),
+    "contrastive loss over all": gathered,
 }

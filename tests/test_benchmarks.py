@@ -217,11 +217,12 @@ def measure(tmp_path):
         path = tmp_path / "device" / "bench.json"
         path.parent.mkdir()
         command = [sys.executable, "-m", "pytest", *words, "-p", "no:cacheprovider"]
+        own = {n: value for n, value in os.environ.items() if not n.startswith("PYTEST_")}
         more = {"CXX": "no-such-compiler", "COMMIT": "0123456789", "PYTHONPATH": str(tmp_path)}
         done = subprocess.run(
             [*command, "--benchmark-json", str(path)],
             cwd=ROOT,
-            env=os.environ | more,
+            env=own | more,  # in which nothing is a worker of this run
             capture_output=True,
             text=True,
         )
@@ -256,6 +257,7 @@ def test_a_benchmark_records_parity_and_nothing_private(measure, tmp_path, capsy
     assert "rounds" in refused(tmp_path, capsys)
 
 
+@pytest.mark.slow
 def test_a_step_of_pretraining_is_measured_dense_and_reduced(measure):
     words = ("benchmarks/bench_pretraining.py", "--tiny", "--rounds", "1")
     status, content = measure(*words, "-k", "albef or negatives")
@@ -288,7 +290,8 @@ def pytest_runtest_setup(item):
 
 
 @pytest.mark.parametrize(
-    ("stops_at", "failed", "missing"), [("", ["reduce"], []), ("reduce", [], ["reduce"])]
+    ("stops_at", "failed", "missing"),
+    [("", ["reduce"], []), pytest.param("reduce", [], ["reduce"], marks=pytest.mark.slow)],
 )
 def test_a_run_that_failed_or_was_stopped_is_refused(
     measure, tmp_path, capsys, stops_at, failed, missing

@@ -1,4 +1,4 @@
-"""CLIP: both towers, the loss on one and two processes, saving and loading."""
+"""CLIP: both towers, the loss, saving and loading."""
 
 import dataclasses
 import math
@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 import elip_models
 from elip_models.models.clip import CLIP, CLIPConfig
-from elip_models.models.layers.losses import contrastive_loss
 from elip_models.models.registry import list_models
 
 TINY = {
@@ -180,49 +179,6 @@ def test_bad_names_and_settings(arguments, message):
 def test_list_models():
     assert set(list_models()) >= {"elip_clip_vit_s16", "elip_clip_vit_b16", "clip_tiny"}
     assert CLIPConfig().schedule is None
-
-
-def _gathered(rank, port, images, texts, queue):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
-    )
-    results = {}
-    for gather in ("local", "global"):
-        mine = [t.chunk(2)[rank].clone().requires_grad_() for t in (images, texts)]
-        scale = torch.tensor(10.0, requires_grad=True)
-        loss = contrastive_loss(*mine, scale, gather=gather)
-        loss.backward()
-        grads = [t.grad / 2 for t in (*mine, scale)]  # data parallelism averages over ranks
-        results[gather] = [t.detach().tolist() for t in (loss, *grads)]
-    queue.put((rank, results))
-    torch.distributed.destroy_process_group()
-
-
-def test_global_gather_on_two_processes_is_one_process_with_the_whole_batch(free_port):
-    images, texts = (F.normalize(torch.randn(6, 5), dim=-1) for _ in range(2))
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    arguments = [(rank, free_port, images, texts, queue) for rank in range(2)]
-    workers = [context.Process(target=_gathered, args=a) for a in arguments]
-    for worker in workers:
-        worker.start()
-    results = dict(queue.get(timeout=120) for _ in workers)
-    for worker in workers:
-        worker.join()
-
-    whole = [t.clone().requires_grad_() for t in (images, texts)]
-    scale = torch.tensor(10.0, requires_grad=True)
-    loss = contrastive_loss(*whole, scale)
-    loss.backward()
-    ranks = [results[r]["global"] for r in range(2)]
-    assert sum(r[0] for r in ranks) / 2 == pytest.approx(loss.item(), abs=1e-6)
-    assert sum(r[3] for r in ranks) == pytest.approx(scale.grad.item(), abs=1e-6)
-    for i, tensor in ((1, whole[0]), (2, whole[1])):
-        got = torch.tensor(ranks[0][i] + ranks[1][i])
-        torch.testing.assert_close(got, tensor.grad, atol=1e-6, rtol=0)
-    for rank in range(2):
-        local = contrastive_loss(images.chunk(2)[rank], texts.chunk(2)[rank], scale)
-        assert results[rank]["local"][0] == pytest.approx(local.item(), abs=1e-6)
 
 
 @pytest.mark.parametrize(

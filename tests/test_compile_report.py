@@ -25,6 +25,7 @@ from elip_kernels.testing.compile import (
     recorded_launches,
     warps_at_once,
 )
+from tests.tiers import tiered
 
 KEEP = dict(REAL_CASES)
 SIZE = {"bf16": 2, "fp32": 4}
@@ -47,8 +48,10 @@ def moves_wide(code, tile):
     return min(code.wide_bytes()) * 32 * code.num_warps >= tile
 
 
-@pytest.mark.parametrize("dtype", SIZE)
-@pytest.mark.parametrize(("N", "registers"), [(197, 64), (257, 64), (577, 128)])
+@pytest.mark.parametrize("dtype", tiered(SIZE, ["bf16"]))
+@pytest.mark.parametrize(
+    ("N", "registers"), tiered([(197, 64), (257, 64), (577, 128)], [(257, 64)])
+)
 def test_reduce_stays_in_registers_and_moves_by_128_bits(N, registers, dtype):
     launch, code = compiled("reduce", N, dtype)["_reduce_fwd_kernel"]
     assert is_clean(code)
@@ -56,7 +59,7 @@ def test_reduce_stays_in_registers_and_moves_by_128_bits(N, registers, dtype):
     assert moves_wide(code, (N - 1) * launch.arguments["BLOCK_D"] * SIZE[dtype])
 
 
-@pytest.mark.parametrize("dtype", SIZE)
+@pytest.mark.parametrize("dtype", tiered(SIZE, ["bf16"]))
 def test_reduce_backward_fills_the_machine_without_shared_memory(dtype):
     launch, code = compiled("reduce", 257, dtype)["_reduce_bwd_kernel"]
     assert is_clean(code)
@@ -72,7 +75,9 @@ def loads_wide(code, tile):
     return code.wide_bytes()[0] * 32 * code.num_warps >= code.num_stages * tile
 
 
-@pytest.mark.parametrize(("N", "registers"), [(197, 72), (257, 72), (577, 128)])
+@pytest.mark.parametrize(
+    ("N", "registers"), tiered([(197, 72), (257, 72), (577, 128)], [(257, 72)])
+)
 def test_many_images_score_and_move_by_128_bits(N, registers):
     codes = compiled("score_reduce", N, "bf16", B=128)
     launch, code = codes["_score_select_kernel"]
@@ -85,7 +90,7 @@ def test_many_images_score_and_move_by_128_bits(N, registers):
     assert moves_wide(code, (N - 1) * launch.arguments["BLOCK_D"] * 2)
 
 
-@pytest.mark.parametrize(("N", "registers"), [(257, 64), (577, 128)])
+@pytest.mark.parametrize(("N", "registers"), tiered([(257, 64), (577, 128)], [(257, 64)]))
 def test_few_images_score_and_move_by_128_bits(N, registers):
     codes = compiled("score_reduce", N, "bf16")
     launch, code = codes["scores_kernel"]
@@ -98,14 +103,14 @@ def test_few_images_score_and_move_by_128_bits(N, registers):
     assert moves_wide(code, (N - 1) * launch.arguments["BLOCK_D"] * 2)
 
 
-@pytest.mark.parametrize("dtype", SIZE)
+@pytest.mark.parametrize("dtype", tiered(SIZE, ["bf16"]))
 def test_bipartite_merge_stays_in_registers(dtype):
     for name, (_, code) in compiled("bipartite_merge", 577, dtype).items():
         assert is_clean(code), name
         assert code.registers <= (40 if name == "_merge_bwd_kernel" else 128), name
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", tiered(ARCHITECTURES, [90]))
 @pytest.mark.parametrize("call", CALLS)
 def test_every_kernel_compiles_everywhere_without_a_spill(call, arch):
     for B in BATCHES:
@@ -118,6 +123,7 @@ def test_every_kernel_compiles_everywhere_without_a_spill(call, arch):
                 assert is_clean(code), (name, code)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["cls_attention", "cls_attention_from_tokens", "score_reduce"])
 def test_the_largest_image_compiles_without_a_spill(call, monkeypatch):
     monkeypatch.setattr(report, "WIDTH", 1536)
@@ -127,6 +133,7 @@ def test_the_largest_image_compiles_without_a_spill(call, monkeypatch):
             assert is_clean(compile_launch(launch, 90)), launch.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [90, "gfx942"])
 def test_other_variants_compile_without_a_spill(arch):
     tokens = torch.randn(2, 197, 768).half()
@@ -189,7 +196,7 @@ def test_a_launch_specialises_on_alignment_divisibility_and_one():
         assert compile_launch(changed, 90).wide_share() < 1
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", tiered(ARCHITECTURES, [90]))
 def test_a_launch_compiles_for_an_architecture_that_is_not_there(arch):
     code = compile_launch(copy(torch.empty(2048)), arch)
     assert code.wide_bytes() == ((16, 16) if arch == "gfx942" else (32, 32))

@@ -6,19 +6,25 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 import elip_models
 from tests import cross_modal_cases, ddp_cases, fsdp_cases, two_processes
+from tests.tiers import tiered
 from tests.towers import SCHEDULE, images, plain_vit
 
 MODULES = [ddp_cases, fsdp_cases, cross_modal_cases]
 CASES = [case for module in MODULES for case in module.CASES]
+QUICK = ["timm tower, last", "contrastive loss over all", "patched last", "blip, global"]
 
 
 @pytest.fixture(scope="module")
-def failed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two_processes")
-    return two_processes.run([module.__name__ for module in MODULES], folder)
+def failed(request, tmp_path_factory):
+    """What went wrong in each case that this run has collected."""
+    tests = [test for test in request.session.items if "failed" in test.fixturenames]
+    names = [test.callspec.params["case"] for test in tests if test.module is request.module]
+    modules = [module.__name__ for module in MODULES]
+    return two_processes.run(modules, names, tmp_path_factory.mktemp("two_processes"))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.xdist_group("two processes")
+@pytest.mark.parametrize("case", tiered(CASES, QUICK))
 def test_two_processes_give_what_one_gives(failed, case):
     assert not failed[case], failed[case]
 

@@ -12,6 +12,7 @@ import transformers
 import elip_models
 from elip_models.reduction.patch import is_reduced
 from elip_models.towers import as_image_text
+from tests.tiers import tiered
 from tests.towers import SCHEDULE, WIDTH, gradients, images
 
 VISION = {"image_size": 48, "patch_size": 8}
@@ -183,8 +184,10 @@ def test_copies_guide_themselves(model, how):
     assert not gradients(model)
 
 
-def test_compiles_whole(model):
+@pytest.mark.parametrize("name", tiered(PAIRS, ["open_clip"]))
+def test_compiles_whole(name):
     torch._dynamo.reset()
+    model = PAIRS[name]().eval()
     x, tokens = images(), ids()
     elip_models.reduce_(model, schedule=SCHEDULE)
     expected = run(model, x, tokens)

@@ -11,13 +11,39 @@ import pytest
 from elip_kernels._triton import HAS_TRITON
 
 FOLDER = Path(__file__).parent / "interpreted"
+WITH_SLOW = sorted(
+    file.name
+    for file in FOLDER.glob("test_*.py")
+    if re.search(r"mark\.slow|tiered\(", file.read_text())
+)
+
+pytestmark = pytest.mark.skipif(
+    not HAS_TRITON, reason="triton is absent, so there is no kernel to interpret"
+)
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so there is no kernel to interpret")
-def test_kernels_under_the_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+def number_passed(*words):
+    """Of the tests that pytest finds with these words, all of which must pass."""
+    environment = {n: v for n, v in os.environ.items() if not n.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *words]
+    run = subprocess.run(
+        command, env=environment | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", run.stdout)
-    assert passed and int(passed[1]) >= 60, run.stdout[-2000:]
+    return int(re.search(r"(\d+) passed", run.stdout)[1])
+
+
+def test_kernels_under_the_interpreter():
+    assert number_passed(str(FOLDER)) >= 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WITH_SLOW)
+def test_further_cases_under_the_interpreter(name):
+    assert number_passed("-m", "slow", str(FOLDER / name)) > 0
+
+
+@pytest.mark.slow
+def test_more_random_cases_under_the_interpreter():
+    profile = ("-p", "tests.interpreted.profiles", "--hypothesis-profile", "slow")
+    assert number_passed(*profile, str(FOLDER / "test_randomised.py")) > 0

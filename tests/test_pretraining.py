@@ -14,6 +14,7 @@ from elip_models.training.recipe import load_recipe
 from elip_models.training.run_folder import RunFolder, TrainingError
 from elip_models.training.trainer import train
 from elip_models.validation import ConfigError
+from tests.tiers import tiered
 from tests.tiny_run import logged, own_process, tiny_config
 
 RECIPES = ("albef_tiny", "blip_tiny", "meter_tiny")
@@ -43,6 +44,7 @@ def assert_all_losses_fall(folder, recipe):
         assert last < first, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_all_losses_fall(recipe, tmp_path):
     result = train(
@@ -65,6 +67,7 @@ def test_all_losses_fall(recipe, tmp_path):
     assert len(load_tokenizer(tmp_path / "model")) == other.config.vocab_size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_real_shards_train_too(recipe, tmp_path, emoji):
     shards = emoji / "train-000{0..3}.tar"
@@ -181,7 +184,7 @@ def test_a_text_tower_is_begun_with(tmp_path):
     torch.testing.assert_close(ours[: len(word)], word)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", tiered(RECIPES, ["albef_tiny"]))
 def test_bf16_with_checkpointing_stays_near_fp32(recipe, tmp_path):
     cheap = ("optim.precision=bf16", "optim.grad_checkpointing=true")
     for name, overrides in (("fp32", ()), ("bf16", cheap)):

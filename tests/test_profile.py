@@ -33,6 +33,7 @@ from elip_models.towers import as_image_text
 from elip_models.training.report import _timing_table, scorer_costs
 from tests.test_cli import elip
 from tests.test_image_text import hf_blip, hf_clip, open_clip_pair
+from tests.tiers import tiered
 from tests.towers import SCHEDULE, plain_vit
 
 PAIRS = {"open_clip": open_clip_pair, "CLIPModel": hf_clip, "Blip": hf_blip}
@@ -89,7 +90,7 @@ def test_a_timed_run_prints_ratios(tmp_path, capsys):
     assert [row["memory"] for row in inference] == [None, None]
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", tiered(PAIRS, ["CLIPModel"]))
 def test_a_whole_model_counts_its_second_text_pass(name):
     model, strategies = PAIRS[name](), {"evit": EViT(), "elip": Elip(SCHEDULE)}
     options = {"batch_size": 2, "modes": ["inference"], "rounds": None}
@@ -129,7 +130,7 @@ def test_our_clip_keeps_its_own_reduction():
     assert dense.tokens[0] == (65, 65) and tome.tokens[0] == (65, 62)
 
 
-@pytest.mark.parametrize("name", ["albef_tiny", "blip_tiny", "meter_tiny"])
+@pytest.mark.parametrize("name", tiered(["albef_tiny", "blip_tiny", "meter_tiny"], ["meter_tiny"]))
 def test_a_cross_modal_model_is_measured_whole(name):
     model = open_model(name, pretrained=False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -279,6 +280,8 @@ def blip_counts():
     return step_counts("blip")
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("a step of BLIP")
 def test_a_step_of_blip_is_the_papers(blip_counts):
     paper, counted = TABLE1["BLIP"], ratios(blip_counts)
     assert blip_counts["dense"] == pytest.approx(paper.dense, rel=0.01)
@@ -291,6 +294,8 @@ def test_a_step_of_blip_is_the_papers(blip_counts):
     assert nearest(blip_counts, paper)[0] == "official"
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("a step of BLIP")
 def test_the_report_on_table_1_is_made_of_the_counts(blip_counts):
     without = {name: f for name, f in blip_counts.items() if name not in (SHARED, "ToMe")}
     counts = {"albef": blip_counts, "blip": blip_counts, "meter": without, "meter_b32": without}

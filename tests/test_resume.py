@@ -45,6 +45,7 @@ def kill_at_step(folder, step, *overrides):
     assert process.wait() == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_never_killed(tmp_path):
     overrides = (
         "optim.steps=30",

@@ -25,6 +25,7 @@ from tests.test_image_text import ids, open_clip_pair
 from tests.test_rotary import eva
 from tests.test_siglip import siglip_vision
 from tests.test_towers import TOWERS, open_clip_vit, output
+from tests.tiers import tiered
 from tests.towers import (
     SCHEDULE,
     WIDTH,
@@ -196,11 +197,17 @@ def test_copies_reduce_and_can_be_undone(strategy, how):
     assert torch.equal(output(elip_models.unreduce_(other), x), dense)
 
 
-@strategies
-@pytest.mark.parametrize("library", ["timm", "open_clip", "HF CLIP"])
-def test_compiles_whole_forward_and_backward(library, strategy):
+MECHANISMS = ["elip", "tome", "resize"]  # before a block, in its place, before the tower
+COMPILED = [("timm", name) for name in STRATEGIES]
+COMPILED += [(library, name) for library in ("open_clip", "HF CLIP") for name in MECHANISMS]
+
+
+@pytest.mark.parametrize(
+    ("library", "name"), tiered(COMPILED, [("timm", name) for name in MECHANISMS])
+)
+def test_compiles_whole_forward_and_backward(library, name):
     torch._dynamo.reset()
-    model, x, t = TOWERS[library](), images(), text()
+    model, strategy, x, t = TOWERS[library](), STRATEGIES[name], images(), text()
     expected = patched(model, strategy, x, t)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     got = patched(model, strategy, x, t, compiled)

@@ -197,6 +197,7 @@ def test_tensorboard_holds_the_log(tmp_path):
     assert [event.step for event in events.Scalars("lr")] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_the_whole_batch(tmp_path):
     one = tiny_config(tmp_path / "one", "optim.batch_size=8", "optim.gather=global")
     train(one)

@@ -12,6 +12,7 @@ from benchmarks import tune
 from benchmarks.tune import SWEEPS, Shape, Sweep, answering, changed
 from elip_kernels import launch
 from elip_kernels._triton import HAS_TRITON
+from tests.tiers import tiered
 
 SMALL = Shape(2, 18, torch.float32)
 
@@ -168,7 +169,9 @@ def recorded(sweep, B, changes):
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so there is nothing to compile")
-@pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: f"{sweep.op}-{sweep.table}")
+@pytest.mark.parametrize(
+    "sweep", tiered(SWEEPS, SWEEPS[:1]), ids=lambda sweep: f"{sweep.op}-{sweep.table}"
+)
 def test_the_op_launches_with_a_candidates_numbers_and_the_largest_compiles(sweep):
     from elip_kernels.testing.compile import compile_launch
 

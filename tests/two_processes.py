@@ -10,17 +10,18 @@ import torch.multiprocessing as mp
 NOT_RUN = "not run: a case before it failed"
 
 
-def run(cases, folder):
+def run(modules, names, folder):
     """case -> what went wrong in either process, '' where nothing did.
 
-    cases: names of modules that have `CASES`, name -> function of the rank.
+    modules: names of modules that have `CASES`, name -> function of the rank.
+    names: of the cases to run.
     """
-    mp.spawn(_work, args=(cases, str(folder)), nprocs=2)
+    mp.spawn(_work, args=(modules, names, str(folder)), nprocs=2)
     first, second = (torch.load(folder / f"{rank}.pt") for rank in range(2))
     return {name: first[name] or second[name] for name in first}
 
 
-def _work(rank, cases, folder):
+def _work(rank, modules, names, folder):
     from importlib import import_module
 
     torch.set_num_threads(1)
@@ -31,12 +32,12 @@ def _work(rank, cases, folder):
         world_size=2,
         timeout=datetime.timedelta(seconds=60),
     )
-    cases = {name: case for m in cases for name, case in import_module(m).CASES.items()}
-    failed = dict.fromkeys(cases, NOT_RUN)
-    for name, case in cases.items():
+    cases = {name: case for m in modules for name, case in import_module(m).CASES.items()}
+    failed = dict.fromkeys(names, NOT_RUN)
+    for name in names:
         torch.manual_seed(0)
         try:
-            case(rank)
+            cases[name](rank)
             failed[name] = ""
         except Exception:
             failed[name] = traceback.format_exc()

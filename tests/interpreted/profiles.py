@@ -1,4 +1,4 @@
-"""How many cases `test_randomised.py` draws: a sample in the suite, many when asked.
+"""How many cases `test_randomised.py` draws: a few in the suite, many when asked.
 
 As a plugin, so that the profile is known when the option is read:
 
@@ -8,6 +8,7 @@ As a plugin, so that the profile is known when the option is read:
 
 from hypothesis import settings
 
-settings.register_profile("sample", max_examples=12, derandomize=True, deadline=None, database=None)
+settings.register_profile("sample", max_examples=4, derandomize=True, deadline=None, database=None)
+settings.register_profile("slow", settings.get_profile("sample"), max_examples=12)
 settings.register_profile("full", settings.get_profile("sample"), max_examples=100)
 settings.load_profile("sample")

@@ -7,6 +7,7 @@ import torch
 
 import elip_kernels.bipartite as bipartite
 from elip_kernels.info import source_matrix
+from tests.tiers import tiered
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAN, INF = float("nan"), float("inf")
@@ -48,7 +49,7 @@ def check(launches, tokens, metric, r, size=None, num_prefix_tokens=1):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("N", "r"), SHAPES)
+@pytest.mark.parametrize(("N", "r"), tiered(SHAPES, SHAPES[2:]))
 def test_kernel_agrees_with_fp64(launches, N, r, dtype):
     tokens, metric, size = inputs(2, N, dtype=dtype)
     check(launches, tokens, metric, r, size, num_prefix_tokens=int(N > 2))
@@ -69,6 +70,7 @@ def test_any_width(launches, D, C):
     check(launches, tokens, metric, 7, size)
 
 
+@pytest.mark.slow
 def test_the_longest_image_and_a_metric_of_another_dtype(launches):
     tokens, metric, size = inputs(1, 1025, 8, 16)
     check(launches, tokens.bfloat16(), metric, 512, size)

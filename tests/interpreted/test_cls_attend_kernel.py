@@ -6,6 +6,7 @@ import torch
 import elip_kernels
 from elip_kernels._operator import OPERATORS
 from tests.interpreted.test_cls_attention_kernel import BUDGET
+from tests.tiers import tiered
 
 SHAPES = [  # B, N, D, H, d
     (2, 197, 192, 3, 64),
@@ -49,7 +50,7 @@ def error(got, exact):
     return ((got - exact).abs().max() / exact.abs().max()).item()
 
 
-@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.float32]), ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids="B{0[0]}-N{0[1]}-D{0[2]}-H{0[3]}-d{0[4]}".format)
 def test_output_agrees_with_fp64(launches, poisoned_memory, shape, dtype):
     B, N, D, H, d = shape

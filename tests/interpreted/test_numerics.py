@@ -9,6 +9,7 @@ from tests.interpreted import test_bipartite_kernel as bipartite
 from tests.interpreted import test_reduce_kernel as reduce
 from tests.interpreted.test_cls_attention_kernel import BUDGET, block, error, in_fp64
 
+pytestmark = pytest.mark.slow
 N, D, H = 257, 768, 12
 INPUTS = {
     "N(0, 1)": lambda x: x,

@@ -145,6 +145,7 @@ def test_each_byte_moves_once_in_both_forms(launches, score_form, op, case):
     check(op, case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REAL, ids=str)
 @pytest.mark.parametrize("op", [op for op in OPS if op != "bipartite"])
 def test_programs_touch_little_more_than_they_must(launches, one_program_an_image, op, case):
@@ -152,6 +153,7 @@ def test_programs_touch_little_more_than_they_must(launches, one_program_an_imag
         assert launched.per_program <= MOST * work.bytes, launched
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", ["bipartite", *SPLIT])
 def test_programs_touch_what_the_tiling_implies(launches, op):
     case = (1, 257, 768, 64, bf16)

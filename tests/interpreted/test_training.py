@@ -1,14 +1,14 @@
 """A training run whose reductions run on the kernels gives the losses of the PyTorch form."""
 
+import pytest
 import torch
 
 import elip_models
 from elip_kernels.testing import kernels_on_cpu
+from tests.tiers import tiered
 
-STEPS = 30
 
-
-def losses():
+def losses(steps):
     torch.manual_seed(0)
     model = elip_models.create_model(
         "elip_clip_tiny",
@@ -24,7 +24,7 @@ def losses():
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     history = []
-    for _ in range(STEPS):
+    for _ in range(steps):
         images = torch.randn(4, 3, 32, 32)
         input_ids = torch.randint(3, 64, (4, 8))
         input_ids[:, -1] = 2
@@ -36,10 +36,11 @@ def losses():
     return torch.tensor(history)
 
 
-def test_kernels_train_as_the_reference():
-    expected = losses()
+@pytest.mark.parametrize("steps", tiered([2, 30], [2]))
+def test_kernels_train_as_the_reference(steps):
+    expected = losses(steps)
     with kernels_on_cpu() as launches:
-        got = losses()
-    assert launches["elip::reduce"] == launches["elip::reduce_backward"] == 3 * STEPS
+        got = losses(steps)
+    assert launches["elip::reduce"] == launches["elip::reduce_backward"] == 3 * steps
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
     assert expected.std() > 0

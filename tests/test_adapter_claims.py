@@ -1,0 +1,184 @@
+"""What `reduce_` promises, asked of every model: a tower alone, or a whole image-text model."""
+
+import copy
+import io
+import pickle
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import elip_models
+from elip_models.towers import as_tower
+from tests.models import (
+    PAIRS,
+    ROTARY,
+    TOWERS,
+    WITHOUT_CLS,
+    ids,
+    output,
+    output_of_pair,
+)
+from tests.tiers import tiered
+from tests.towers import (
+    SCHEDULE,
+    WIDTH,
+    gradients,
+    images,
+    text,
+)
+
+IMAGE_MODELS = TOWERS | ROTARY | WITHOUT_CLS
+MODELS = IMAGE_MODELS | PAIRS
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+class Call:
+    """The output of a model for the same two images and texts each time, and the same draws."""
+
+    def __init__(self, name):
+        self.is_pair = name in PAIRS
+        self.images, self.text = images(), ids() if self.is_pair else text()
+
+    def dense(self, model, x=None):
+        """Of a model that is not reduced, or without the text that would guide a tower."""
+        x = self.images if x is None else x
+        torch.manual_seed(3)
+        return output_of_pair(model, x, self.text) if self.is_pair else output(model, x)
+
+    def __call__(self, model, x=None):
+        """Of a reduced model: a tower is guided by the text, a whole model guides itself."""
+        with nullcontext() if self.is_pair else elip_models.guidance(model, self.text):
+            return self.dense(model, x)
+
+
+def contents(model):
+    """What its modules hold: dictionaries by their keys, everything else by identity."""
+    return {
+        name: {k: list(v) if isinstance(v, dict) else id(v) for k, v in vars(module).items()}
+        for name, module in model.named_modules()
+    }
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@every_model
+def test_an_empty_schedule_is_the_untouched_model(name, mode):
+    model, call = getattr(MODELS[name](), mode)(), Call(name)
+    expected, keys = call.dense(model), list(model.state_dict())
+    assert elip_models.reduce_(model, schedule="6(100%)") is model
+    assert torch.equal(call.dense(model), expected)
+    assert list(model.state_dict()) == keys
+
+
+SCORERS = ["official", "exact", "cls", "last", 1]
+SCORED = [(name, s) for name in TOWERS | ROTARY for s in SCORERS]
+SCORED += [(name, s) for name in WITHOUT_CLS for s in ("exact", "last", 1)]
+
+
+@pytest.mark.parametrize(("name", "scorer"), SCORED)
+def test_a_reduced_model_equals_encode_image(name, scorer):
+    model, call = MODELS[name]().eval(), Call(name)
+    tower, plan = as_tower(model), {"schedule": SCHEDULE, "scorer": scorer}
+    dense = call.dense(model)
+    dense.sum().backward()
+    trained, keys, before = gradients(model), list(model.state_dict()), contents(model)
+    model.zero_grad()
+    tokens, infos = elip_models.encode_image(
+        model, call.images, call.text, return_info=True, **plan
+    )
+    assert tokens.shape == (2, 10 + 1 + tower.num_prefix_tokens, WIDTH)
+    assert [info.stage.keep for info in infos] == [28, 18, 10]
+    seen = []
+    elip_models.reduce_(model, **plan)
+    handle = tower.blocks[-1].register_forward_hook(lambda m, args, out: seen.append(out))
+    reduced = call(model)
+    handle.remove()
+    assert torch.equal(tower.finish(seen[-1]), tokens)
+    assert not torch.allclose(reduced, dense)
+    assert list(model.state_dict()) == keys
+    reduced.sum().backward()
+    assert gradients(model).keys() == trained.keys()
+    elip_models.unreduce_(model)
+    assert torch.equal(call.dense(model), dense)
+    assert contents(model) == before
+
+
+def saved_and_loaded(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": saved_and_loaded,
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@every_model
+def test_a_copy_is_reduced_apart_and_can_be_undone(name, how):
+    model, call = MODELS[name]().eval(), Call(name)
+    dense = call.dense(model)
+    elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact")
+    expected = call(model)
+    other = COPIES[how](model)
+    got = call(other)
+    assert torch.equal(got, expected)
+    got.sum().backward()
+    assert gradients(other) and not gradients(model)
+    assert torch.equal(call.dense(elip_models.unreduce_(other)), dense)
+    assert torch.equal(call(model), expected)
+
+
+def switched_on(model):
+    """The library's own checkpointing, which is not re-entrant."""
+    if hasattr(model, "gradient_checkpointing_enable"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.set_grad_checkpointing(True)
+
+
+@pytest.mark.parametrize("how", ["of the library", "re-entrant"])
+@every_model
+def test_checkpointing_replays(name, how):
+    if (name, how) == ("open_clip own attention", "of the library"):
+        pytest.skip("open_clip 3.3 itself cannot checkpoint its CustomResidualAttentionBlock")
+    model, call = MODELS[name]().train(), Call(name)
+    elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact")
+    call(model).square().sum().backward()
+    expected = gradients(model)
+    model.zero_grad()
+    if how == "of the library":
+        switched_on(model)
+        out = call(model)
+    else:
+        x = call.images.requires_grad_()
+        out = checkpoint(lambda x: call(model, x), x, use_reentrant=True)
+    out.square().sum().backward()
+    got = gradients(model)
+    assert got.keys() == expected.keys()
+    for key, gradient in expected.items():
+        torch.testing.assert_close(got[key], gradient)
+
+
+COMPILED = ["timm q/k norm", "open_clip", "HF CLIP", "HF DeiT", "HF SigLIP vision"]
+COMPILED += ["EVA-02 tiny", "rope mixed", *PAIRS]
+
+
+@pytest.mark.parametrize("name", tiered(COMPILED, ["HF CLIP", "EVA-02 tiny", "open_clip pair"]))
+def test_compiles_whole_and_once(name):
+    """A reduction before a block; those in its place and before the tower: test_strategies.py."""
+    torch._dynamo.reset()
+    model, call = MODELS[name]().eval(), Call(name)
+    elip_models.reduce_(model, schedule="3(100%) 3(50%)", scorer="exact")
+    expected = call(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    got = call(compiled)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        call(compiled, images())
+    got.sum().backward()
