@@ -6,28 +6,31 @@ import pickle
 from contextlib import nullcontext
 
 import pytest
+import timm
 import torch
+import transformers
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import elip_models
 from elip_models.towers import as_tower
 from tests.models import (
+    HF,
     PAIRS,
     ROTARY,
     TOWERS,
     WITHOUT_CLS,
+    eva,
+    hf_siglip,
+    hf_vision,
     ids,
+    open_clip_vit,
     output,
     output_of_pair,
+    siglip_vision,
 )
 from tests.tiers import tiered
-from tests.towers import (
-    SCHEDULE,
-    WIDTH,
-    gradients,
-    images,
-    text,
-)
+from tests.towers import SCHEDULE, WIDTH, gradients, images, plain_vit, text
 
 IMAGE_MODELS = TOWERS | ROTARY | WITHOUT_CLS
 MODELS = IMAGE_MODELS | PAIRS
@@ -182,3 +185,71 @@ def test_compiles_whole_and_once(name):
     with torch.compiler.set_stance("fail_on_recompile"):
         call(compiled, images())
     got.sum().backward()
+
+
+def gated_eva():
+    model = eva(attn_type="rope", rope_type="cat")
+    model.blocks[2].attn.gate = nn.Linear(WIDTH, WIDTH)
+    return model
+
+
+def siglip_classifier():
+    config = transformers.SiglipConfig(vision_config=HF, num_labels=3)
+    return transformers.SiglipForImageClassification(config)
+
+
+def padded_siglip():
+    sizes = {name: value for name, value in HF.items() if name != "image_size"}
+    return transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**sizes))
+
+
+timm_vit = timm.models.vision_transformer
+UNSUPPORTED = [
+    ("'avg'", lambda: plain_vit(global_pool="avg")),
+    ("'map'", lambda: plain_vit(global_pool="map")),
+    ("no CLS", lambda: plain_vit(class_token=False, global_pool="")),
+    ("patch dropout", lambda: plain_vit(patch_drop_rate=0.5)),
+    ("parallel", lambda: plain_vit(block_fn=timm_vit.ParallelScalingBlock)),
+    ("post-norm", lambda: plain_vit(block_fn=timm_vit.ResPostBlock)),
+    ("windowed", lambda: timm.create_model("swin_tiny_patch4_window7_224")),
+    ("dynamic_img_size", lambda: plain_vit(dynamic_img_size=True)),
+    ("ResNet", lambda: timm.create_model("resnet10t")),
+    ("pools by attention", lambda: open_clip_vit(attentional_pool=True)),
+    ("pools by 'avg'", lambda: open_clip_vit(pool_type="avg")),
+    ("patch dropout", lambda: open_clip_vit(patch_dropout=0.5)),
+    ("scaled cosine", lambda: open_clip_vit(scaled_cosine_attn=True)),
+    ("output of each head", lambda: open_clip_vit(scale_heads=True)),
+    ("padded patches", padded_siglip),
+    ("has no layers of", lambda: hf_vision("Dinov2Model", "Dinov2Config")),
+    ("it averages its tokens", siglip_classifier),
+    ("pools by 'avg'", lambda: eva(global_pool="avg")),
+    ("pools by 'map'", lambda: eva(global_pool="map")),
+    ("no CLS token", lambda: eva(class_token=False, global_pool="")),
+    ("patch dropout", lambda: eva(patch_drop_rate=0.5)),
+    ("dynamic_img_size", lambda: eva(dynamic_img_size=True)),
+    ("post-norm", lambda: eva(use_post_norm=True)),
+    ("gates its attention", gated_eva),
+    ("grouped-query", lambda: eva(attn_type="rope", qkv_fused=False, num_kv_heads=1)),
+    ("draws its rotations anew", lambda: eva(rope_type="dinov3", rope_shift_coords=0.1)),
+    ("its text is 24 wide, its image tower 32", lambda: hf_siglip(projection_size=24)),
+]
+NEEDS_CLS = {
+    "no CLS token whose row keeps": {"strategy": "evit"},
+    "a text alone can score": {"schedule": SCHEDULE, "without_text": "vision"},
+    "fusion below 1": {"schedule": SCHEDULE, "fusion": 1.0},
+    "'official' takes a CLS token through": {"schedule": SCHEDULE, "scorer": "official"},
+    "'cls' takes a CLS token through": {"schedule": SCHEDULE, "scorer": "cls"},
+    "needs the norm of a CLS token": {"schedule": SCHEDULE, "guidance_norm": "match"},
+}
+REFUSED = [(reason, make, {"schedule": SCHEDULE}) for reason, make in UNSUPPORTED]
+REFUSED += [(reason, siglip_vision, settings) for reason, settings in NEEDS_CLS.items()]
+REFUSED += [("stands at two positions", ROTARY["EVA-02 tiny"], {"strategy": "tome"})]
+
+
+@pytest.mark.parametrize(("reason", "make", "settings"), REFUSED, ids=[r for r, *_ in REFUSED])
+def test_what_is_not_supported_is_refused_with_the_reason(reason, make, settings):
+    model = make()
+    before = contents(model)
+    with pytest.raises(TypeError, match=reason):
+        elip_models.reduce_(model, **settings)
+    assert contents(model) == before

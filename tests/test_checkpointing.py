@@ -1,9 +1,11 @@
 """Activation checkpointing of a reduced model: what was selected is replayed, not scored again."""
 
+from collections import Counter
 from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import elip_models
@@ -234,6 +236,31 @@ def test_a_recomputed_block_finds_its_own_pass(strategy, use_reentrant):
     elip_models.unreduce_(model)
     expected = step(elip_models.reduce_(model, strategy=strategy), lambda block, x: block(x))
     assert_equal_gradients(got, expected)
+
+
+class Ops(TorchDispatchMode):
+    """How often each of our ops ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "elip":
+            self.count[func.name().removeprefix("elip::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_recomputation_takes_the_op_of_its_forward():
+    model, x, t = clip_vit(), images(), text()
+    elip_models.reduce_(model, schedule=SCHEDULE, scorer="last")
+    timm_checkpointing(model)
+    with elip_models.guidance(model, t), Ops() as forward:
+        loss = model(x).square().sum()
+    with Ops() as backward:
+        loss.backward()
+    assert forward.count == {"score_reduce": 3}
+    assert backward.count == {"score_reduce": 3, "reduce_backward": 3}
 
 
 @strategies

@@ -15,8 +15,9 @@ from elip_models.data import load_tokenizer, tokenize
 from elip_models.models.clip import CLIP, CLIPConfig
 from elip_models.reduction.encode import encode_image
 from elip_models.validation import ConfigError
+from tests.models import hf_blip, hf_clip, open_clip_pair
 from tests.test_cli import elip
-from tests.test_image_text import guidance_of, hf_blip, hf_clip, open_clip_pair
+from tests.test_image_text import guidance_of
 from tests.test_open_model import tiny_vit
 
 CAPTIONS = ["a red dog on the left", "two cats"]

@@ -1,7 +1,6 @@
 """Whole language-image models: reduce_ encodes the text first, and their own forward stays."""
 
 import copy
-import pickle
 
 import open_clip
 import pytest
@@ -12,57 +11,9 @@ import transformers
 import elip_models
 from elip_models.reduction.patch import is_reduced
 from elip_models.towers import as_image_text
-from tests.tiers import tiered
-from tests.towers import SCHEDULE, WIDTH, gradients, images
-
-VISION = {"image_size": 48, "patch_size": 8}
-HF_TEXT = {
-    "hidden_size": WIDTH,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "vocab_size": 50,
-}
-HF_VISION = HF_TEXT | VISION | {"num_hidden_layers": 6}
-
-
-def open_clip_pair(custom_text=False):
-    vision = {"layers": 6, "width": WIDTH, "head_width": 16} | VISION
-    text = {"context_length": 8, "vocab_size": 50, "width": 24, "heads": 2, "layers": 2}
-    kind = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
-    return kind(16, vision, text, output_dict=True)
-
-
-def hf_clip():
-    vision = {name: v for name, v in HF_VISION.items() if name != "vocab_size"}
-    text = HF_TEXT | {"max_position_embeddings": 8, "eos_token_id": 49}
-    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
-    return transformers.CLIPModel(config)
-
-
-def hf_blip():
-    text = HF_TEXT | {"encoder_hidden_size": WIDTH, "max_position_embeddings": 16}
-    vision = {name: v for name, v in HF_VISION.items() if name != "vocab_size"}
-    config = transformers.BlipConfig(text_config=text, vision_config=vision)
-    model = transformers.BlipForImageTextRetrieval(config)
-    for weight in model.parameters():
-        if weight.dim() == 2:  # so that the score depends on what the image tower gives
-            torch.nn.init.normal_(weight, std=0.2)
-    return model
-
-
-def hf_siglip():
-    text = HF_TEXT | {"max_position_embeddings": 8, "projection_size": WIDTH}
-    vision = {name: v for name, v in HF_VISION.items() if name != "vocab_size"}
-    return transformers.SiglipModel(
-        transformers.SiglipConfig(text_config=text, vision_config=vision)
-    )
-
-
-def ids(batch=2):
-    tokens = torch.randint(1, 49, (batch, 8))
-    tokens[:, -1] = 49
-    return tokens
+from tests.models import PAIRS, hf_blip, hf_clip, ids, open_clip_pair
+from tests.models import output_of_pair as run
+from tests.towers import SCHEDULE, WIDTH, images
 
 
 def guidance_of(model, tokens):
@@ -82,36 +33,9 @@ def image_model(model):
     return model.visual if hasattr(model, "visual") else model.vision_model
 
 
-def run(model, x, tokens):
-    if hasattr(model, "visual"):
-        return model(x, tokens)["image_features"]
-    out = model(input_ids=tokens, pixel_values=x)
-    return out["image_embeds"] if "image_embeds" in out else out["itm_score"]
-
-
-PAIRS = {
-    "open_clip": open_clip_pair,
-    "open_clip custom text": lambda: open_clip_pair(custom_text=True),
-    "HF CLIP": hf_clip,
-    "HF BLIP": hf_blip,
-    "HF SigLIP": hf_siglip,
-}
-
-
 @pytest.fixture(params=PAIRS.values(), ids=PAIRS)
 def model(request):
     return request.param().eval()
-
-
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_empty_schedule_is_the_untouched_model(model, mode):
-    getattr(model, mode)()
-    x, tokens = images(), ids()
-    torch.manual_seed(0)
-    expected = run(model, x, tokens)
-    elip_models.reduce_(model, schedule="6(100%)")
-    torch.manual_seed(0)
-    assert torch.equal(run(model, x, tokens), expected)
 
 
 def test_text_guides_the_image_tower(model):
@@ -168,31 +92,6 @@ def test_given_guidance_comes_before_the_models_own(model):
         given = run(model, x, tokens)
     assert torch.equal(run(model, x, tokens), own)
     assert not torch.equal(given, own)
-
-
-@pytest.mark.parametrize(
-    "how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
-)
-def test_copies_guide_themselves(model, how):
-    x, tokens = images(), ids()
-    elip_models.reduce_(model, schedule=SCHEDULE)
-    expected = run(model, x, tokens)
-    other = how(model)
-    assert torch.equal(run(other, x, tokens), expected)
-    model.zero_grad()
-    run(other, x, tokens).sum().backward()
-    assert not gradients(model)
-
-
-@pytest.mark.parametrize("name", tiered(PAIRS, ["open_clip"]))
-def test_compiles_whole(name):
-    torch._dynamo.reset()
-    model = PAIRS[name]().eval()
-    x, tokens = images(), ids()
-    elip_models.reduce_(model, schedule=SCHEDULE)
-    expected = run(model, x, tokens)
-    got = run(torch.compile(model, fullgraph=True, backend="aot_eager"), x, tokens)
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_open_clip_trains_ten_steps_with_its_own_loss():

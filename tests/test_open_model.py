@@ -15,7 +15,7 @@ from elip_models.models.clip import CLIP
 from elip_models.models.open_model import open_model
 from elip_models.models.registry import CONFIGS
 from elip_models.towers import as_image_text, as_reducible, as_tower
-from tests.test_image_text import hf_blip, hf_clip
+from tests.models import hf_blip, hf_clip
 
 NAMED = {
     "timm:vit_tiny_patch16_224": timm.models.VisionTransformer,

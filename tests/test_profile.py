@@ -31,8 +31,8 @@ from elip_models.reduction.strategies.tome import ToMe
 from elip_models.reduction.strategy_spec import VIT_B16, StrategySpec
 from elip_models.towers import as_image_text
 from elip_models.training.report import _timing_table, scorer_costs
+from tests.models import hf_blip, hf_clip, open_clip_pair
 from tests.test_cli import elip
-from tests.test_image_text import hf_blip, hf_clip, open_clip_pair
 from tests.tiers import tiered
 from tests.towers import SCHEDULE, plain_vit
 

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 import elip_models
 from elip_models.reduction.patch import is_reduced
-from tests.test_image_text import hf_clip, ids, run
+from tests.models import hf_clip, ids
+from tests.models import output_of_pair as run
 from tests.towers import SCHEDULE, WIDTH, images
 
 CONFIG = {

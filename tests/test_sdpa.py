@@ -8,7 +8,7 @@ import torch
 import transformers
 
 import elip_models
-from tests.test_towers import HF, enlarged
+from tests.models import HF, enlarged
 from tests.towers import SCHEDULE, WIDTH, gradients, images, plain_vit, text
 
 

@@ -2,61 +2,18 @@
 
 import pytest
 import torch
-import transformers
 
 import elip_kernels
 import elip_models
 from elip_models.reduction.strategies import get_strategy
 from elip_models.towers import as_image_text, as_tower
-from tests.test_towers import enlarged
-from tests.towers import SCHEDULE, WIDTH, gradients, images, text
-
-VISION = {
-    "hidden_size": WIDTH,
-    "intermediate_size": 2 * WIDTH,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 2,
-    "image_size": 48,
-    "patch_size": 8,
-}
-
-
-def siglip_vision(attention="sdpa", **options):
-    config = transformers.SiglipVisionConfig(**(VISION | options), attn_implementation=attention)
-    return enlarged(transformers.SiglipVisionModel(config))
-
-
-def siglip(projection_size=WIDTH):
-    text_config = {
-        "hidden_size": WIDTH,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "vocab_size": 50,
-        "max_position_embeddings": 8,
-        "projection_size": projection_size,
-    }
-    config = transformers.SiglipConfig(text_config=text_config, vision_config=VISION)
-    return enlarged(transformers.SiglipModel(config))
+from tests.models import hf_siglip, siglip_vision
+from tests.towers import SCHEDULE, WIDTH, images, text
 
 
 @pytest.fixture(params=["sdpa", "eager"])
 def model(request):
     return siglip_vision(request.param).eval()
-
-
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_empty_schedule_is_the_untouched_model(mode):
-    model, x = siglip_vision(attention_dropout=0.1), images()
-    getattr(model, mode)()
-    torch.manual_seed(1)
-    expected, keys = model(x), list(model.state_dict())
-    elip_models.reduce_(model, schedule="6(100%)")
-    torch.manual_seed(1)
-    got = model(x)
-    assert torch.equal(got.pooler_output, expected.pooler_output)
-    assert torch.equal(got.last_hidden_state, expected.last_hidden_state)
-    assert list(model.state_dict()) == keys
 
 
 @torch.no_grad()
@@ -101,26 +58,14 @@ def test_the_text_is_the_query_of_the_scorers_layer(model, scorer, whole, row):
     assert torch.equal(info.reduction.kept, kept)
 
 
-@pytest.mark.parametrize("scorer", ["exact", "last", 1])
-def test_patched_model_equals_encode_image(model, scorer):
-    x, t = images(), text()
-    dense = model(x)
-    tokens, infos = elip_models.encode_image(
-        model, x, t, schedule=SCHEDULE, scorer=scorer, return_info=True
-    )
-    assert tokens.shape == (2, 10 + 1, WIDTH)  # no CLS
-    assert [i.stage.keep for i in infos] == [28, 18, 10] == [int(36 * r) for r in (0.8, 0.5, 0.3)]
-    elip_models.reduce_(model, schedule=SCHEDULE, scorer=scorer)
+def test_the_model_pools_what_is_left(model):
+    x, t, plan = images(), text(), {"schedule": SCHEDULE, "scorer": "last"}
+    tokens = elip_models.encode_image(model, x, t, **plan)
+    elip_models.reduce_(model, **plan)
     with elip_models.guidance(model, t):
         reduced = model(x)
     assert torch.equal(reduced.last_hidden_state, tokens)
-    assert torch.equal(reduced.pooler_output, model.head(tokens))  # pools what is left
-    assert not torch.allclose(reduced.pooler_output, dense.pooler_output)
-    reduced.pooler_output.sum().backward()
-    assert not [n for n, p in model.named_parameters() if p.grad is None]
-    elip_models.unreduce_(model)
-    assert torch.equal(model(x).pooler_output, dense.pooler_output)
-    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert torch.equal(reduced.pooler_output, model.head(tokens))
 
 
 def test_another_text_keeps_other_patches_and_its_length_does_not_matter():
@@ -147,38 +92,6 @@ def test_without_text_it_stays_dense():
     assert torch.equal(model(x).pooler_output, dense)
 
 
-def test_compiles_whole():
-    torch._dynamo.reset()
-    model, x, t = siglip_vision().eval(), images(), text()
-    elip_models.reduce_(model, schedule="3(100%) 3(50%)", scorer="exact")
-    with elip_models.guidance(model, t):
-        expected = model(x).pooler_output
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with elip_models.guidance(compiled, t):
-        got = compiled(x).pooler_output
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-    got.sum().backward()
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_replays(reentrant):
-    model, x, t, found = siglip_vision(attention_dropout=0.1).train(), images(), text(), []
-    x.requires_grad_()
-    elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact")
-    for checkpoint in (False, True):
-        if checkpoint:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        model.zero_grad()
-        torch.manual_seed(3)
-        with elip_models.guidance(model, t):
-            out = model(x).pooler_output
-        out.square().sum().backward()
-        found.append(gradients(model))
-    assert found[0].keys() == found[1].keys()
-    for name, expected in found[0].items():
-        torch.testing.assert_close(found[1][name], expected)
-
-
 @pytest.mark.parametrize("name", ["tome", "random", "patch_dropout", "trips"])
 def test_strategies_without_a_cls_row_run(name):
     model, x, t = siglip_vision().train(), images(), text()
@@ -194,32 +107,8 @@ def test_strategies_without_a_cls_row_run(name):
         assert torch.equal(model(x).last_hidden_state, tokens)
 
 
-REFUSED = {
-    "no CLS token whose row keeps": {"strategy": "evit"},
-    "a text alone can score": {"schedule": SCHEDULE, "without_text": "vision"},
-    "fusion below 1": {"schedule": SCHEDULE, "fusion": 1.0},
-    "'official' takes a CLS token through": {"schedule": SCHEDULE, "scorer": "official"},
-    "'cls' takes a CLS token through": {"schedule": SCHEDULE, "scorer": "cls"},
-    "needs the norm of a CLS token": {"schedule": SCHEDULE, "guidance_norm": "match"},
-}
-
-
-@pytest.mark.parametrize("reason", REFUSED)
-def test_what_needs_a_cls_token_is_refused_with_the_reason(reason):
-    model = siglip_vision()
-    with pytest.raises(TypeError, match=reason):
-        elip_models.reduce_(model, **REFUSED[reason])
-    assert not any(m._forward_pre_hooks for m in model.modules())
-
-
-def test_a_classifier_that_averages_its_tokens_is_refused():
-    config = transformers.SiglipConfig(vision_config=VISION, num_labels=3)
-    with pytest.raises(TypeError, match="it averages its tokens"):
-        elip_models.reduce_(transformers.SiglipForImageClassification(config), schedule="6(100%)")
-
-
 def test_a_pair_is_guided_by_the_feature_of_its_last_text_token():
-    model, tokens = siglip().eval(), torch.randint(0, 50, (2, 8))
+    model, tokens = hf_siglip().eval(), torch.randint(0, 50, (2, 8))
     mask = torch.ones_like(tokens)
     mask[:, 5:7] = 0
     pair, x = as_image_text(model), images()
@@ -227,8 +116,3 @@ def test_a_pair_is_guided_by_the_feature_of_its_last_text_token():
         features = model.text_model(tokens, attention_mask=each).pooler_output
         assert torch.equal(pair.text_cls(tokens, x, each), features)
         assert torch.equal(pair.text_cls(tokens, x, attention_mask=each), features)
-
-
-def test_a_text_of_another_width_is_refused():
-    with pytest.raises(TypeError, match="its text is 24 wide, its image tower 32"):
-        elip_models.reduce_(siglip(projection_size=24), schedule=SCHEDULE)

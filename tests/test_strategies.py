@@ -20,11 +20,16 @@ from elip_models import (
     Trips,
 )
 from elip_models.towers import as_tower
+from tests.models import (
+    TOWERS,
+    eva,
+    ids,
+    open_clip_pair,
+    open_clip_vit,
+    output,
+    siglip_vision,
+)
 from tests.test_golden import check_gradients, tower
-from tests.test_image_text import ids, open_clip_pair
-from tests.test_rotary import eva
-from tests.test_siglip import siglip_vision
-from tests.test_towers import TOWERS, open_clip_vit, output
 from tests.tiers import tiered
 from tests.towers import (
     SCHEDULE,
