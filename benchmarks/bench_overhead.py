@@ -9,13 +9,13 @@ import elip_kernels
 from benchmarks.cases import DEVICE, ON_GPU
 from benchmarks.parity import OURS, parity
 from elip_kernels._operator import OPERATORS
-from elip_models.profiling.measure import ratios_to, time_side_by_side
+from elip_models.profiling.measure import milliseconds, ratios_to, time_side_by_side
 
 SHAPE = {"B": 1, "N": 17, "D": 16}  # so small that the body takes little more than its calls
 
 
 def body_of(name):
-    """What the op runs here."""
+    """Find what the op runs on this device."""
     return OPERATORS[name].on_device if ON_GPU else OPERATORS[name].reference
 
 
@@ -53,7 +53,7 @@ def test_overhead(record, rounds, op):
         op=op,
         rounds=rounds,
         ratios={"body": ratios_to("body", times)[OURS]},
-        milliseconds={name: 1e3 * median(values) for name, values in times.items()},
+        milliseconds=milliseconds(times),
         overhead_microseconds=1e6 * median(added),
         shape=SHAPE,
         dtype="fp32",

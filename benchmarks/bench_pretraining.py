@@ -12,23 +12,21 @@ give the same where each row has one that all of its mass is on.
 import warnings
 from dataclasses import replace
 from functools import partial
-from statistics import median
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.cases import DEVICE, DTYPE_NAMES, MAIN_DTYPE, ON_GPU, pretraining_case
+from benchmarks.cases import DEVICE, DTYPE_NAMES, MAIN_DTYPE, pretraining_case
 from elip_models.models.albef import ALBEF
-from elip_models.models.drawn import fixed_draw
 from elip_models.models.layers.objectives import hard_negatives
 from elip_models.models.momentum_model import MomentumModel
 from elip_models.models.registry import create_model
 from elip_models.profiling.measure import (
-    count_flops,
-    peak_bytes,
+    count_step,
+    memory_of,
+    milliseconds,
     ratios_to,
-    saved_bytes,
     time_side_by_side,
 )
 from elip_models.profiling.rows import DENSE
@@ -83,7 +81,7 @@ def in_fp64(case):
 
 
 def held(errors):
-    """What goes into the JSON of errors in fp64 by name."""
+    """Hold errors in fp64, by name, to `BOUND` -> what goes into the JSON."""
     worst = max(errors.values())
     assert worst <= BOUND, f"parity: expected errors of at most {BOUND}, got {errors}"
     return {"max_abs": worst, "bound": BOUND, "passed": True, "errors": errors}
@@ -91,9 +89,9 @@ def held(errors):
 
 @torch.no_grad()
 def exact_is_official(case):
-    """Parity of both scorers: kept tokens, and every loss."""
+    """Hold both scorers to the same kept tokens and losses."""
     model, (images, ids, mask) = in_fp64(case)
-    drawn, forms = fixed_draw(model, images, ids), forms_of(model)
+    drawn, forms = model.fixed_draw(images, ids), forms_of(model)
     kept, losses = [], []
     for form in (forms["official"], forms["exact"]):
         _, infos = form.encode_image(images, form.encode_text(ids, mask)[:, 0])
@@ -106,19 +104,15 @@ def exact_is_official(case):
     return held({name: abs(exact[name] / official[name] - 1) for name in official})
 
 
+def loss_of(model, images, ids, mask):
+    """Compute the loss of all objectives, with a draw of its own."""
+    return model(images, ids, mask).loss
+
+
 def step(model, images, ids, mask):
-    """Forward and backward, without an optimiser."""
-    model(images, ids, mask).loss.backward()
+    """Run forward and backward, without an optimiser."""
+    loss_of(model, images, ids, mask).backward()
     model.zero_grad(set_to_none=True)
-
-
-def memory_of(form, inputs):
-    """Bytes of a step: the peak on a GPU, what autograd saves for backward on a CPU."""
-    if ON_GPU:
-        return peak_bytes(partial(step, form, *inputs), DEVICE)
-    with saved_bytes(form.parameters()) as count:
-        form(*inputs)
-    return count()
 
 
 @pytest.mark.parametrize("name", ["albef", "blip", "meter"])
@@ -130,16 +124,23 @@ def test_pretraining(record, rounds, tiny, name):
     steps = {name: partial(step, form.train(), *inputs) for name, form in forms.items()}
     times = time_side_by_side(steps, device=DEVICE, rounds=rounds)
     ratios = ratios_to(DENSE, times)
-    flops = {name: count_flops(step) for name, step in steps.items()}
+    memory = {
+        name: memory_of(
+            steps[name], DEVICE, forward=partial(form, *inputs), parameters=form.parameters()
+        )
+        for name, form in forms.items()
+    }
+    losses = {name: partial(loss_of, form, *inputs) for name, form in forms.items()}
+    flops = {name: sum(count_step(loss, backward=True)) for name, loss in losses.items()}
     record(
         steps["last"],
         op=case.model,
         direction="training",
         rounds=rounds,
         ratios={name: ratios[name] for name in forms if name != DENSE},
-        milliseconds={name: 1e3 * median(values) for name, values in times.items()},
+        milliseconds=milliseconds(times),
         step_flops={name: count / flops[DENSE] for name, count in flops.items()},
-        memory={name: memory_of(form, inputs) for name, form in forms.items()},
+        memory=memory,
         shape={"B": case.B, "image": model.config.image_size},
         width=model.config.vision_width,
         dtype=DTYPE_NAMES[case.dtype],
@@ -152,18 +153,18 @@ class Matching:
 
     def __init__(self, model, inputs):
         images, ids, self.mask = inputs
-        self.model, self.drawn = model, fixed_draw(model, images, ids)
+        self.model, self.drawn = model, model.fixed_draw(images, ids)
         with torch.no_grad():
             seen = model.contrast(*inputs)
         self.image = seen.image.clone().requires_grad_()
         self.text = seen.text.clone().requires_grad_() if isinstance(model, ALBEF) else ids
 
     def at_once(self):
-        """As the model does it."""
+        """Compute ITM as the model does it, in one pass."""
         return self.model.matching_loss(self.text, self.mask, self.image, self.drawn[:2])
 
     def in_two(self):
-        """The pairs, and then both kinds of negatives."""
+        """Compute ITM in two passes: the pairs, and then both kinds of negatives."""
         text, image, mask, drawn = self.text, self.image, self.mask, self.drawn
         pairs = self.model.fuse(text, mask, image)
         others = self.model.fuse(
@@ -203,7 +204,7 @@ def one_by_one(similar, tokens):
 
 
 def at_once(similar, tokens):
-    """The same, without a look at any."""
+    """Draw all of them at once, without a look at any."""
     return tokens[hard_negatives(similar)]
 
 
@@ -232,7 +233,7 @@ def store(record, steps, name, rounds, shape, parity):
         instead_of=theirs,
         rounds=rounds,
         ratios={theirs: ratios_to(theirs, times)[ours]},
-        milliseconds={name: 1e3 * median(values) for name, values in times.items()},
+        milliseconds=milliseconds(times),
         shape=shape,
         dtype=DTYPE_NAMES[MAIN_DTYPE],
         parity=parity,

@@ -25,12 +25,12 @@ IMAGES = 4  # that are held to fp64, the first and the last
 
 
 def tupled(function, **arguments):
-    """A form of one output."""
+    """Wrap a function as a form of one output."""
     return lambda *inputs: (function(*inputs, **arguments),)
 
 
 def absorbed(p, *more):
-    """Arguments of the absorbed forms."""
+    """Name the parameters as the absorbed forms take them."""
     names = ("norm_weight", "norm_bias", "q_weight", "q_bias", "k_weight", *more)
     return {name: p[name] for name in names} | {"eps": EPS, "num_heads": HEADS}
 
@@ -50,7 +50,7 @@ def output_forms(p, case):
 
 
 def boundary_forms(p, case):
-    """(row, reduced tokens)."""
+    """Make forms of a whole stage boundary -> (row, reduced tokens)."""
 
     def of(score, reduce, tokens, cls):
         row = score(tokens, cls, p)

@@ -4,6 +4,7 @@ ratio    = our time over that of another form, median over the rounds
 possible = time of the copy over that of a form; the bytes are those of the analytic model
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from statistics import median
@@ -19,9 +20,9 @@ from elip_kernels.testing.model import Work
 from elip_models.profiling.measure import (
     Step,
     graphed,
-    peak_bytes,
+    memory_of,
+    milliseconds,
     ratios_to,
-    saved_bytes,
     time_side_by_side,
 )
 
@@ -43,15 +44,15 @@ def compare(
     """
     sets = copies(inputs, inputs[-1:] if direction == "backward" else inputs)
     prepared = {name: partial(_prepare, form, direction, sets) for name, form in forms.items()}
-    prepared["copy"] = partial(_prepare_copy, work.bytes // 2, len(sets))
-    steps = {name: graphed(make) if ON_GPU else make() for name, make in prepared.items()}
+    prepared["copy"] = partial(copied, work.bytes, len(sets))
+    steps = {name: as_step(make) for name, make in prepared.items()}
     times = time_side_by_side(steps, device=DEVICE, rounds=rounds)
     times = {name: [t / len(sets) for t in values] for name, values in times.items()}
     facts = {
         "direction": direction,
         "kernels": runs_kernels(forms[OURS], inputs),
         "rounds": rounds,
-        "milliseconds": {name: 1e3 * median(values) for name, values in times.items()},
+        "milliseconds": milliseconds(times),
         "ratios": {name: ratios_to(name, times)[OURS] for name in forms if name != OURS},
         "possible": {name: 1 / ratio for name, ratio in ratios_to("copy", times).items()},
         "copy_gb_per_second": work.bytes / median(times["copy"]) / 1e9,
@@ -63,7 +64,8 @@ def compare(
 
 
 def _prepare(form: Form, direction: str, sets: list[Tensors]) -> Step:
-    """One call of `form` for each set of inputs; every output stands until the last is done."""
+    """Prepare one call of `form` for each set of inputs; every output stands until the last is
+    done."""
     if direction == "backward":
         graphs = [(form(*inputs)[0], inputs[0], grad) for *inputs, grad in sets]
 
@@ -78,20 +80,25 @@ def _prepare(form: Form, direction: str, sets: list[Tensors]) -> Step:
     return call
 
 
-def _prepare_copy(nbytes: int, count: int) -> Step:
-    """A copy between buffers that exist: nothing is allocated, so no page is new."""
-    sources = [torch.zeros(nbytes // 4, device=DEVICE) for _ in range(count)]
-    targets = [torch.zeros_like(source) for source in sources]
+def copied(nbytes: int, count: int) -> Step:
+    """Prepare `count` copies, each of which reads and writes `nbytes` together, between buffers
+    that exist: nothing is allocated, so no page is new."""
+    halves = [torch.zeros(2, nbytes // 2, dtype=torch.uint8, device=DEVICE) for _ in range(count)]
 
     def copy() -> None:
-        for source, target in zip(sources, targets, strict=True):
+        for source, target in halves:
             target.copy_(source)
 
     return copy
 
 
+def as_step(prepare: Callable[[], Step]) -> Step:
+    """Make the step that `prepare` returns; on a GPU a CUDA graph of it, without Python."""
+    return graphed(prepare) if ON_GPU else prepare()
+
+
 def runs_kernels(ours: Form, inputs: Tensors) -> bool:
-    """Whether a call launches this project's kernels and runs no PyTorch form in place of one."""
+    """Tell whether a call launches this project's kernels, and no PyTorch form in place of one."""
     operators = OPERATORS.values()
     with ExitStack() as stack:
         launchers, references = (
@@ -103,9 +110,6 @@ def runs_kernels(ours: Form, inputs: Tensors) -> bool:
 
 
 def _memory(form: Form, direction: str, inputs: Tensors) -> int:
-    """Bytes beyond the inputs: the peak on a GPU, on a CPU what autograd saves for backward."""
-    if ON_GPU:
-        return peak_bytes(_prepare(form, direction, [inputs]), DEVICE)
-    with saved_bytes() as count:
-        with_gradient(form, *inputs)
-    return count()
+    """Measure the bytes that a form takes beyond its inputs."""
+    step = _prepare(form, direction, [inputs])
+    return memory_of(step, DEVICE, forward=partial(with_gradient, form, *inputs))

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.cases import ON_GPU
 from benchmarks.machine import commit, machine
-from elip_models.profiling.measure import NO_GAIN
+from elip_models.profiling.measure import no_gain
 
 REPORTS = pytest.StashKey[list]()
 PLANNED, PASSED, FAILED = (pytest.StashKey[list]() for _ in range(3))
@@ -102,7 +102,7 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section("time ratios, side by side in this run")
     for name, facts in rows:
         verdicts = (
-            f"{other} {ratio:.3f}{' no gain' if ratio > NO_GAIN else ''}"
+            f"{other} {ratio:.3f}{' no gain' if no_gain(ratio) else ''}"
             for other, ratio in facts["ratios"].items()
         )
         terminalreporter.write_line(f"{name}: {', '.join(verdicts)}")

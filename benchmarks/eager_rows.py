@@ -26,7 +26,7 @@ def parameters(D: int, dtype: torch.dtype, device: torch.device) -> Parameters:
 
 
 def official_row(tokens: Tensor, cls: Tensor, p: Parameters) -> Tensor:
-    """The head mean of the CLS row, (B, N)."""
+    """Compute the head mean of the CLS row, (B, N)."""
     return _official_map(tokens, cls, p)[0][:, :, 0].mean(1)
 
 
@@ -37,13 +37,13 @@ def official_output(tokens: Tensor, cls: Tensor, p: Parameters) -> Tensor:
 
 
 def eager_row(tokens: Tensor, cls: Tensor, p: Parameters) -> Tensor:
-    """As `official_row`."""
+    """Compute the same as `official_row`."""
     normed = _normed(tokens, cls, p)
     return attention_row(_project(normed[:, :1], "q", p)[:, :, 0], _project(normed, "k", p))
 
 
 def eager_output(tokens: Tensor, cls: Tensor, p: Parameters) -> Tensor:
-    """As `official_output`."""
+    """Compute the same as `official_output`."""
     normed = _normed(tokens, cls, p)
     q, k, v = _project(normed[:, :1], "q", p), _project(normed, "k", p), _project(normed, "v", p)
     return F.scaled_dot_product_attention(q, k, v).flatten(1)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import cpuinfo
-import torch
 
 from benchmarks.cases import DEVICE, ON_GPU
+from elip_models.profiling.measure import measured_on
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = "benchmarks/results"  # a run writes there: that changes nothing of what it measures
@@ -19,13 +19,12 @@ RESULTS = "benchmarks/results"  # a run writes there: that changes nothing of wh
 
 @cache
 def machine() -> dict[str, Any]:
-    """Device and versions: all that is said of the machine."""
-    cpu = cpuinfo.get_cpu_info().get("brand_raw", platform.machine())
+    """Name device and versions: all that is said of the machine."""
+    measured = measured_on(DEVICE)
+    brand = cpuinfo.get_cpu_info().get("brand_raw", platform.machine())
     return {
-        "device": torch.cuda.get_device_name(DEVICE)
-        if ON_GPU
-        else f"{cpu}, {os.cpu_count()} cores",
-        "threads": torch.get_num_threads(),
+        "device": measured["device"] if ON_GPU else f"{brand}, {os.cpu_count()} cores",
+        "threads": measured["threads"],
         "versions": {name: _version(name) for name in ("torch", "triton", "timm")},
     }
 
@@ -39,7 +38,7 @@ def _version(package: str) -> str:
 
 @cache
 def commit() -> dict[str, Any]:
-    """id and dirty; empty where nobody knows.
+    """Find the commit that is measured: id and dirty; empty where nobody knows.
 
     $COMMIT says it where the tree came without .git: a hash, and '-dirty' if there were changes.
     """

@@ -63,7 +63,7 @@ def relative_error(output: Tensor, exact: Tensor) -> float:
 
 
 def largest(values: Iterable[float]) -> float:
-    """Unlike Python's max: NaN where there is one."""
+    """Find the largest value; unlike Python's max, NaN where there is one."""
     return torch.tensor([*values], dtype=torch.float64).max().item()
 
 
@@ -80,12 +80,12 @@ def judged(errors: dict[str, float], ours: Sequence[str] = REPLACING) -> dict[st
 
 
 def on_device(tensors: Sequence[Tensor]) -> Tensors:
-    """Leaves on the device that is measured."""
+    """Move tensors to the device that is measured, as leaves."""
     return tuple(t.detach().to(DEVICE).requires_grad_(t.requires_grad) for t in tensors)
 
 
 def in_fp64(tensors: Sequence[Tensor], images: int) -> Tensors:
-    """Leaves in fp64 of so many images, the first and the last."""
+    """Pick so many images, the first and the last, in fp64 -> leaves."""
     picked = [t.detach()[ends(len(t), images)].double() for t in tensors]
     return tuple(p.requires_grad_(t.requires_grad) for p, t in zip(picked, tensors, strict=True))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.measured import Results
 from benchmarks.parity import OURS
-from elip_models.profiling.measure import NO_GAIN
+from elip_models.profiling.measure import no_gain
 
 OTHERS = ("official", "eager", "compiled")
 
@@ -14,7 +14,7 @@ Entry = dict[str, Any]
 
 
 def device_tables(results: Results) -> str:
-    """Device and versions, towers and strategies, and where the ops are."""
+    """Write what the README shows of a device: versions, towers, strategies, where the ops are."""
     machine = results.machine
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     about = f"CPU threads: {machine['threads']}; {versions}; commit {results.commit}."
@@ -130,7 +130,7 @@ def op_page(results: Results) -> str | None:
 
 
 def op_table(entries: list[Entry]) -> list[str]:
-    """What each form's time is of ours, and of a copy."""
+    """Write the time of ours over that of each other form, and how near it is to a copy's."""
     rows, some = [], any(entry["kernels"] for entry in entries)
     for entry in entries:
         ratios = [ratio(entry["ratios"].get(name)) for name in OTHERS]
@@ -153,7 +153,7 @@ def op_table(entries: list[Entry]) -> list[str]:
 
 
 def overhead(entries: list[Entry]) -> str:
-    """One sentence."""
+    """Write the overhead of public calls, in one sentence."""
     added = ", ".join(f"{e['op']} {e['overhead_microseconds']:.0f} µs" for e in entries)
     return f"What a public call adds to the body of its op: {added}."
 
@@ -170,18 +170,18 @@ def sizes(entry: Entry) -> str:
 
 
 def milliseconds(value: float) -> str:
-    """Three digits, without an exponent."""
+    """Write milliseconds in three digits, without an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def ratio(value: float | None) -> str:
-    """Two digits, and what is no gain says so."""
+    """Write a time ratio in two digits; what is no gain says so."""
     if value is None:
         return "–"
-    return f"{value:.2f}" + (" no gain" if value > NO_GAIN else "")
+    return f"{value:.2f}" + (" no gain" if no_gain(value) else "")
 
 
 def table(header: Sequence[str], rows: list[list[str]], *, left: int) -> str:
-    """Markdown; the first `left` columns to the left, numbers to the right."""
+    """Write Markdown; the first `left` columns stand to the left, numbers to the right."""
     rule = ["---"] * left + ["--:"] * (len(header) - left)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *rows])

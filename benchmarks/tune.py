@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import median
 from typing import Any
 from unittest.mock import patch
 
@@ -31,11 +30,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import DEVICE, DTYPE_NAMES, HEADS, ON_GPU, WIDTH, copies
+from benchmarks.comparison import as_step, copied
 from benchmarks.machine import commit, machine
 from elip_kernels import launch
 from elip_kernels._triton import HAS_TRITON, triton
 from elip_kernels.testing import model
-from elip_models.profiling.measure import NO_GAIN, graphed, ratios_to, time_side_by_side
+from elip_models.profiling.measure import milliseconds, no_gain, ratios_to, time_side_by_side
 
 CHANNELS = WIDTH // HEADS
 REFUSALS = (triton.errors.TritonError,) if HAS_TRITON else ()
@@ -112,7 +112,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def arguments(op: str, shape: Shape) -> tuple[Any, ...]:
-    """Of `torch.ops.elip.<op>`."""
+    """Make the arguments of `torch.ops.elip.<op>`."""
     B, N, dtype = shape.B, shape.N, shape.dtype
     tokens, K, r = random(B, N, WIDTH, dtype=dtype), shape.kept, shape.merged
     if op in ("reduce", "reduce_backward"):
@@ -139,7 +139,7 @@ def arguments(op: str, shape: Shape) -> tuple[Any, ...]:
 
 
 def least_bytes(op: str, shape: Shape) -> int:
-    """That the op must move."""
+    """Count the bytes that the op must move."""
     B, N, dtype, K, r = shape.B, shape.N, shape.dtype, shape.kept, shape.merged
     size = {"has_size": True}
     works = {
@@ -160,7 +160,7 @@ def least_bytes(op: str, shape: Shape) -> int:
 
 
 def changed(answer: Any, changes: dict[str | int, Number]) -> Any:
-    """An answer of the table (NamedTuple, dict, tuple or one value), some numbers replaced."""
+    """Replace some numbers in an answer of the table: a NamedTuple, dict, tuple or one value."""
     if isinstance(answer, int):
         return changes.get("answer", answer)
     if isinstance(answer, dict):
@@ -201,7 +201,7 @@ def results(op: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
 def check(
     op: str, args: tuple[Any, ...], got: tuple[Tensor, ...], right: tuple[Tensor, ...]
 ) -> None:
-    """Integers equal, floats up to the order of a sum.
+    """Hold integers to be equal, floats up to the order of a sum.
 
     What a row selects depends on its last bit where scores tie: the row is held to the table's, the
     selection to that of `reduce` on this row.
@@ -218,27 +218,16 @@ def check(
 
 
 def prepared(op: str, sets: Sequence[tuple[Any, ...]]) -> Callable[[], object]:
-    """One call for each set; every output stands until the last call is done."""
+    """Prepare one call for each set; every output stands until the last call is done."""
 
     def calls() -> list[Any]:
         return [results(op, args) for args in sets]
 
-    return graphed(lambda: calls) if ON_GPU else calls
-
-
-def copied(nbytes: int, count: int) -> Callable[[], object]:
-    """Copies that read and write `nbytes` together, between buffers that exist."""
-    halves = [torch.zeros(2, nbytes // 2, dtype=torch.uint8, device=DEVICE) for _ in range(count)]
-
-    def copy() -> None:
-        for source, target in halves:
-            target.copy_(source)
-
-    return graphed(lambda: copy) if ON_GPU else copy
+    return as_step(lambda: calls)
 
 
 def rotated(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-    """Sets of arguments, their tensors copied."""
+    """Copy the tensors of the arguments -> sets of arguments."""
     is_tensor = [isinstance(value, Tensor) for value in args]
     read = tuple(a for a, is_one in zip(args, is_tensor, strict=True) if is_one)
     sets = copies(read, read)
@@ -262,7 +251,7 @@ def run(sweep: Sweep, shape: Shape, rounds: int) -> dict[str, Any]:
     if ON_GPU and not answers:
         return result
     sets = rotated(args)
-    steps = {"table": prepared(sweep.op, sets), "copy": copied(nbytes, len(sets))}
+    steps = {"table": prepared(sweep.op, sets), "copy": as_step(partial(copied, nbytes, len(sets)))}
     for changes in sweep.candidates():
         entry: dict[str, Any] = {"changes": {str(name): n for name, n in changes.items()}}
         result["candidates"].append(entry)
@@ -283,14 +272,14 @@ def run(sweep: Sweep, shape: Shape, rounds: int) -> dict[str, Any]:
 
 
 def timed(times: dict[str, list[float]], nbytes: int, calls: int) -> dict[str, float]:
-    """The candidate's time and rate, beside those of the table and of a copy in the same rounds."""
-    figures = {f"{name}_us": 1e6 * median(t) / calls for name, t in times.items()}
+    """Work out the candidate's time and rate, beside those of the table and of a copy."""
+    figures = {f"{name}_us": 1e3 * each / calls for name, each in milliseconds(times).items()}
     figures |= {f"of_{name}": ratios_to(name, times)["candidate"] for name in ("table", "copy")}
     return figures | {"gb_per_second": nbytes / figures["candidate_us"] / 1e3}
 
 
 def said(result: dict[str, Any]) -> str:
-    """A result in one line: the best candidate against the table, and what was wrong."""
+    """Write a result in one line: the best candidate against the table, and what was wrong."""
     name = f"{result['op']} ({result['table']}) B{result['B']}-N{result['N']}-{result['dtype']}"
     entries = [entry for entry in result["candidates"] if "of_table" in entry]
     wrong = sum("wrong" in entry for entry in result["candidates"])
@@ -298,7 +287,7 @@ def said(result: dict[str, Any]) -> str:
     if not entries:
         return f"{name}: nothing to time{notes}"
     best = min(entries, key=lambda entry: entry["of_table"])
-    verdict = "no gain" if best["of_table"] > NO_GAIN else f"{best['changes']}"
+    verdict = "no gain" if no_gain(best["of_table"]) else f"{best['changes']}"
     return (
         f"{name}: table {best['table_us']:.1f} us, best {best['candidate_us']:.1f} us "
         f"({best['of_table']:.3f}), {best['gb_per_second']:.0f} GB/s, "
@@ -320,14 +309,14 @@ def precompile(pool: Executor, sweeps: Sequence[Sweep], shape: Shape, *, seconds
 
 
 def attempt(sweep: Sweep, shape: Shape, changes: dict[str | int, Number]) -> None:
-    """One call with a candidate's numbers."""
+    """Call the op once with a candidate's numbers."""
     args = arguments(sweep.op, shape)
     with answering(sweep.table, changes):
         results(sweep.op, args)
 
 
 def processes() -> AbstractContextManager[Executor | None]:
-    """One for each core but one; none without a GPU, where nothing is compiled."""
+    """Start a process for each core but one; none without a GPU, where nothing is compiled."""
     if not ON_GPU:
         return nullcontext()
     count = max(1, (os.cpu_count() or 2) - 1)

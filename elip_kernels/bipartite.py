@@ -32,7 +32,7 @@ from elip_kernels._validate import (
 )
 from elip_kernels.absorbed import accumulator
 from elip_kernels.bipartite_kernels import SMALLEST_SQUARE, match, merge_bwd, merge_fwd
-from elip_kernels.info import BipartiteInfo, check_step
+from elip_kernels.info import BipartiteInfo, check_info
 from elip_kernels.rows import add_rows, flat_rows, sum_rows
 
 
@@ -84,7 +84,7 @@ def merge_by(
 
     Args:
         tokens: (B, N, D), fp32, bf16, fp16 or fp64. Gradients reach tokens only.
-        info: of the `bipartite_merge` that matched N tokens, one step.
+        info: of the `bipartite_merge` that matched N tokens.
         size: (B, N) or (B, N, 1) fp32 or fp64, positive; None means one each.
 
     Returns:
@@ -94,7 +94,7 @@ def merge_by(
         TypeError, ValueError: naming the argument, what was expected, what came, what to do.
     """
     check_tokens(tokens)
-    check_step(info)
+    check_info(info)
     check_shape("tokens", tokens, (*info.slots.shape, tokens.shape[2]), "(B, N, D)")
     check_device("tokens", tokens, "info.slots", info.slots)
     return _merged(tokens, _check_size(size, tokens), info)

@@ -59,12 +59,10 @@ class BipartiteInfo(NamedTuple):
 
     slots: (B, N) int32, the output row that each input token is part of.
     num_rows: output rows, N - r.
-    composed: it stands for several steps.
     """
 
     slots: Tensor
     num_rows: int
-    composed: bool = False
 
     def source_map(self, earlier: Tensor | None = None) -> Tensor:
         """`source_matrix` (B, N-r, N), or chained to an earlier map (B, N, P): (B, N-r, P)."""
@@ -86,7 +84,7 @@ def unmerge(merged: Tensor, info: BipartiteInfo | ReductionInfo | Tensor) -> Ten
     check_tensor("merged", merged, "(B, T, D)", 3)
     D = merged.shape[2]
     if not isinstance(info, Tensor):
-        _check_info(info=info)
+        check_info(info)
         shape = (info.slots.shape[0], info.num_rows, D)
         check_shape("merged", merged, shape, "(B, N-r, D)")
         check_device("merged", merged, "info.slots", info.slots)
@@ -101,33 +99,15 @@ def unmerge(merged: Tensor, info: BipartiteInfo | ReductionInfo | Tensor) -> Ten
 
 def source_matrix(info: BipartiteInfo) -> Tensor:
     """(B, N-r, N) bool: True where the input token is part of the output row."""
-    _check_info(info=info)
+    check_info(info)
     rows = torch.arange(info.num_rows, device=info.slots.device)
     return info.slots[:, None, :] == rows[None, :, None]
 
 
-def compose(first: BipartiteInfo, then: BipartiteInfo) -> BipartiteInfo:
-    """One step that does both: where the tokens of `first` are after `then`."""
-    _check_info(first=first, then=then)
-    shape = (first.slots.shape[0], first.num_rows)
-    check_shape("then", then.slots, shape, "slots (B, rows of first)")
-    return BipartiteInfo(then.slots.gather(1, first.slots.long()), then.num_rows, composed=True)
-
-
-def check_step(info: BipartiteInfo) -> None:
-    """The match of a single step, as `bipartite_merge` made it."""
-    _check_info(info=info)
-    if info.composed:
-        raise ValueError(
-            message("info", "one step of bipartite_merge", "several, composed", "merge by each")
-        )
-
-
-def _check_info(**infos: BipartiteInfo) -> None:
-    """Every argument is a `BipartiteInfo`."""
-    for name, info in infos.items():
-        if not isinstance(info, BipartiteInfo):
-            raise TypeError(message(name, "the BipartiteInfo that bipartite_merge returns", info))
+def check_info(info: BipartiteInfo) -> None:
+    """Raises TypeError where it is no `BipartiteInfo`."""
+    if not isinstance(info, BipartiteInfo):
+        raise TypeError(message("info", "the BipartiteInfo that bipartite_merge returns", info))
 
 
 def _chained(source: Tensor, earlier: Tensor | None) -> Tensor:

@@ -240,6 +240,13 @@ def hf_clip():
     return transformers.CLIPVisionModelWithProjection(config)
 
 
+def with_lora():
+    import peft
+
+    config = peft.LoraConfig(target_modules=["qkv"], init_lora_weights=False)
+    return peft.get_peft_model(clip_vit(), config).get_base_model()
+
+
 def part_of_a_sharded_model(rank):
     whole = fully_shard(nn.Sequential(clip_vit()))
     try:
@@ -274,6 +281,10 @@ CASES = {
             patched, make=lambda: plain_vit(qk_norm=True), scorer=scorer
         )
         for scorer in ("cls", "last")
+    },
+    **{
+        f"LoRA {scorer}": partial(patched, make=with_lora, scorer=scorer, order=order)
+        for scorer, order in (("cls", "fully_shard"), ("last", "reduce_"))
     },
     "registers": partial(patched, make=lambda: plain_vit(reg_tokens=3), scorer="last"),
     "stages of one block": partial(patched, schedule="1(100%) 1(80%) 4(40%)", scorer="official"),

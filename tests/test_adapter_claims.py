@@ -244,7 +244,7 @@ NEEDS_CLS = {
 }
 REFUSED = [(reason, make, {"schedule": SCHEDULE}) for reason, make in UNSUPPORTED]
 REFUSED += [(reason, siglip_vision, settings) for reason, settings in NEEDS_CLS.items()]
-REFUSED += [("stands at two places", ROTARY["EVA-02 tiny"], {"strategy": "tome"})]
+REFUSED += [("stands at two positions", ROTARY["EVA-02 tiny"], {"strategy": "tome"})]
 
 
 @pytest.mark.parametrize(("reason", "make", "settings"), REFUSED, ids=[r for r, *_ in REFUSED])

@@ -73,7 +73,7 @@ def fake_device():
     with ExitStack() as stack:
         for name, fake in fakes.items():
             stack.enter_context(patch.object(torch.cuda, name, fake))
-        for file in (cases, tune):
+        for file in (cases, comparison, tune):
             stack.enter_context(patch.object(file, "ON_GPU", True))
         yield
 
@@ -127,7 +127,7 @@ def test_a_graph_of_a_copy_keeps_its_buffers(fake_device):
         return buffer
 
     with patch.object(torch, "zeros", watched):
-        step = tune.copied(1000, 3)
+        step = comparison.as_step(partial(comparison.copied, 1000, 3))
     gc.collect()
     assert len(alive) == 3 and all(ref() is not None for ref in alive)
     del step

@@ -21,7 +21,6 @@ from elip_kernels.testing.calls import BATCHES, CALLS, REAL_CASES
 from elip_kernels.testing.compile import (
     ARCHITECTURES,
     SHARED_MEMORY,
-    compile_kernel,
     compile_launch,
     recorded_launches,
     warps_at_once,
@@ -198,17 +197,8 @@ def test_a_launch_specialises_on_alignment_divisibility_and_one():
 
 
 @pytest.mark.parametrize("arch", tiered(ARCHITECTURES, [90]))
-def test_types_alone_give_the_code_of_the_launch(arch):
-    pointers = {"x_ptr": "*fp32", "y_ptr": "*fp32"}
-    code = compile_kernel(
-        _copy_kernel,
-        pointers | {"n": "i32:16", "scale": "fp32"},
-        {"stride": 1, "BLOCK": 1024},
-        arch=arch,
-        num_warps=4,
-    )
-    launched = compile_launch(copy(torch.empty(2048)), arch)
-    assert launched.loads == code.loads and launched.stores == code.stores
+def test_a_launch_compiles_for_an_architecture_that_is_not_there(arch):
+    code = compile_launch(copy(torch.empty(2048)), arch)
     assert code.wide_bytes() == ((16, 16) if arch == "gfx942" else (32, 32))
     assert code.loads.total() > 0 and is_clean(code)
 

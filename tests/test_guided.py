@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from elip_models.analysis import guided as guided_module
 from elip_models.analysis.guided import open_guided, read_pairs, read_source
+from elip_models.data import load_tokenizer, tokenize
 from elip_models.models.clip import CLIP, CLIPConfig
+from elip_models.reduction.encode import encode_image
 from elip_models.validation import ConfigError
 from tests.models import hf_blip, hf_clip, open_clip_pair
 from tests.test_cli import elip
@@ -95,10 +96,15 @@ def test_our_clip_is_guided_by_its_own_text(tmp_path, tokenizer, pairs):
     images = normalised(guided, pairs)
     infos = guided.stage_infos(images, CAPTIONS)
     assert [info.stage.keep for info in infos] == [11, 6]
-    text = guided_module.load_tokenizer(str(tmp_path / "model"))
-    text = guided_module.tokenize(text, CAPTIONS, 24)
+    text = tokenize(load_tokenizer(str(tmp_path / "model")), CAPTIONS, 24)
     clip = CLIP.from_pretrained(tmp_path / "model").eval()
-    _, expected = clip.encode_tokens(images, clip.encode_text(**text), return_info=True)
+    _, expected = encode_image(
+        clip.visual,
+        images,
+        clip.guidance(clip.encode_text(**text)),
+        strategy=clip.reduction,
+        return_info=True,
+    )
     assert not differ(infos, expected)
 
 
@@ -114,11 +120,11 @@ def test_models_of_transformers_are_guided_by_theirs(make, tmp_path, small_token
     images = normalised(guided, pairs)
     equal = [CAPTIONS[1]] * 2  # as long as each other: no padding
     ids = small_tokenizer(equal, return_tensors="pt").input_ids
-    torch.testing.assert_close(guided.guide(images, equal), guidance_of(model, ids))
-    padded = guided.guide(images, [CAPTIONS[0], CAPTIONS[1]])[1]
-    torch.testing.assert_close(padded, guided.guide(images, equal)[1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(guided.guide(equal), guidance_of(model, ids))
+    padded = guided.guide(CAPTIONS)[1]
+    torch.testing.assert_close(padded, guided.guide(equal)[1], atol=1e-5, rtol=1e-5)
     assert len(guided.stage_infos(images, CAPTIONS)) == 2
-    long = guided.guide(images, ["two cats " * 20] * 2)
+    long = guided.guide(["two cats " * 20] * 2)
     assert long.shape == (2, guided.tower.width)
 
 
@@ -131,7 +137,7 @@ def test_open_clip_is_guided_by_its_own(monkeypatch, pairs):
     monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: {"ViT-B-32": tokenize}[name])
     guided = open_guided("open_clip:ViT-B-32/openai", schedule=SIX)
     images = normalised(guided, pairs)
-    text = guided.guide(images, CAPTIONS)
+    text = guided.guide(CAPTIONS)
     assert text.shape == (2, guided.tower.width)
     assert not torch.equal(text[0], text[1])
     assert len(guided.stage_infos(images, CAPTIONS)) == 2
@@ -202,7 +208,7 @@ TINY = ["--model", "clip_tiny", "--no-pretrained"]
         ([*TINY, "--data", "a.json", "--schedule", "3(100%)"], "--schedule: expected 12 layers"),
         ([*TINY, "--data", "a.json", "--schedule", "12(100%)"], "--schedule: expected a group"),
         ([*TINY, "--data", "a.json", "--scorer", "lats"], "--scorer: expected one of"),
-        ([*TINY, "--data", "a.json", "--fusion", "2"], "--fusion: expected a float in [0, 1]"),
+        ([*TINY, "--data", "a.json", "--fusion", "2"], "--fusion: expected a number in [0, 1]"),
         (["--model", "clip_tiny", "--data", "a.json"], "--model: pretrained: expected False"),
         (["--model", "timm:nope", "--data", "a.json"], "--model: spec: expected a model that timm"),
         (["--model", "nope", "--data", "a.json"], "--model: spec: expected 'timm:NAME'"),

@@ -12,9 +12,9 @@ import transformers
 
 from elip_models.data import CLIP_MEAN, CLIP_STD
 from elip_models.models.clip import CLIP
-from elip_models.models.open_model import image_stats, open_model
+from elip_models.models.open_model import open_model
 from elip_models.models.registry import CONFIGS
-from elip_models.towers import as_image_text, as_tower
+from elip_models.towers import as_image_text, as_reducible, as_tower
 from tests.models import hf_blip, hf_clip
 
 NAMED = {
@@ -117,6 +117,10 @@ def test_open_clip_is_a_pair():
     with torch.device("meta"):
         model = open_model("open_clip:ViT-B-32/openai", pretrained=False)
     assert as_image_text(model) is not None
+
+
+def image_stats(model):
+    return as_reducible(model).image_stats()
 
 
 def test_image_stats_are_those_of_the_model(tmp_path):

@@ -22,7 +22,7 @@ from elip_models.profiling.paper_table1 import (
 )
 from elip_models.profiling.rows import in_mode, profile_model, tokens_of, verdict
 from elip_models.profiling.table import runs
-from elip_models.profiling.workload import Workload, _inputs
+from elip_models.profiling.workload import Workload
 from elip_models.reduction.patch import is_reduced
 from elip_models.reduction.strategies import STRATEGIES, PatchDropout, default_strategy
 from elip_models.reduction.strategies.elip import Elip
@@ -92,18 +92,18 @@ def test_a_timed_run_prints_ratios(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", tiered(PAIRS, ["CLIPModel"]))
 def test_a_whole_model_counts_its_second_text_pass(name):
-    model, plans = PAIRS[name](), {"evit": EViT(), "elip": Elip(SCHEDULE)}
+    model, strategies = PAIRS[name](), {"evit": EViT(), "elip": Elip(SCHEDULE)}
     options = {"batch_size": 2, "modes": ["inference"], "rounds": None}
-    whole = profile_model(name, model, plans, **options)
-    image = profile_model(name, as_image_text(model).image_model, plans, **options)
+    whole = profile_model(name, model, strategies, **options)
+    image = profile_model(name, as_image_text(model).image_model, strategies, **options)
     assert {row.step for row in whole} == {"whole model"}
     dense, evit, elip_ = (
         w.forward_flops - i.forward_flops for w, i in zip(whole, image, strict=True)
     )
     twin = Workload(model, 2).on_meta()
-    inputs = _inputs(twin.model, twin.images, twin.text)
-    with twin.traced():
-        again = count_step(lambda: as_image_text(twin.model).text_cls(**inputs), backward=False)
+    image_text = as_image_text(twin.model)
+    with twin.tracing():
+        again = count_step(lambda: image_text.text_cls(**twin.inputs), backward=False)
     text_pass = again.forward / 2
     if name == "Blip":  # whose text attends to fewer image tokens
         assert evit < dense and evit < elip_ < evit + 1.1 * text_pass
@@ -124,9 +124,9 @@ def test_training_a_whole_model_leaves_it_as_it_was():
 
 def test_our_clip_keeps_its_own_reduction():
     model = tiny_clip()
-    settings = model.reduction
+    strategy = model.reduction
     dense, tome = profile_model("tiny", model, {"tome": ToMe(r=3)}, modes=["training"], rounds=None)
-    assert model.reduction is settings and not model.training
+    assert model.reduction is strategy and not model.training
     assert dense.tokens[0] == (65, 65) and tome.tokens[0] == (65, 62)
 
 
@@ -135,9 +135,9 @@ def test_a_cross_modal_model_is_measured_whole(name):
     model = open_model(name, pretrained=False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     last = Elip(f"2(100%) 2(50%) {model.tower.depth - 4}(25%)", scorer="last")
-    plans = {"last": last, "tome": ToMe(r=3)}
+    strategies = {"last": last, "tome": ToMe(r=3)}
     options = {"batch_size": 2, "modes": ["training"], "rounds": 1}
-    dense, last, tome = profile_model(name, model, plans, **options)
+    dense, last, tome = profile_model(name, model, strategies, **options)
     assert {row.step for row in (dense, last, tome)} == {"whole model"}
     assert dense.tokens[0] == (65, 65) and tome.tokens[0] == (65, 62)
     assert max(last.flops_ratio, tome.flops_ratio) < 1
@@ -149,7 +149,7 @@ def test_a_cross_modal_model_is_measured_whole(name):
 def test_inference_of_a_cross_modal_model_is_its_loss():
     workload = Workload(open_model("elip_blip_tiny", pretrained=False), 2)
     with in_mode(workload, "inference"):
-        losses = [workload.forward(plan)() for plan in (None, ToMe(r=0), ToMe(r=8))]
+        losses = [workload.forward(strategy)() for strategy in (None, ToMe(r=0), ToMe(r=8))]
     assert losses[0].shape == () and losses[0].isfinite()
     assert losses[1] == pytest.approx(losses[0].item(), rel=1e-5)
     assert losses[2] != losses[0]
@@ -200,15 +200,15 @@ def test_settings_of_a_strategy():
         ("tome:r=1,r=2", "expected 'r' once"),
         ("tome:keep=1", "expected a setting of 'tome', one of r, proportional"),
         ("tome:r=1-2", "r: expected a number"),
-        ("tome:r=1.5", "r: expected an int from 0 on"),
-        ("tome:r=none", "r: expected an int from 0 on"),
+        ("tome:r=1.5", "r: expected an integer at least 0"),
+        ("tome:r=none", "r: expected an integer at least 0"),
         ("elip:scorer=fast", "scorer: expected one of"),
         ("elip:merge=1", "merge: expected true or false"),
         ("elip:schedule=12(50)", "schedule: expected groups"),
     ],
 )
 def test_a_strategy_that_there_is_not(text, message, capsys):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises((TypeError, ValueError)) as error:
         StrategySpec.parse(text)
     assert message in str(error.value)
     assert elip("profile", "--model", "clip_tiny", "--strategy", text) == 2
@@ -246,7 +246,7 @@ def test_the_table_of_a_training_run():
     assert costs[0].training == costs[0].inference == costs[0].memory == 1
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(_timing_table(costs, {"chance": [0.5], "last": [0.75]}, 1, "saved bytes"))
-    assert "saved bytes" in console.export_text()
+    assert "memory: saved bytes" in console.export_text()
 
 
 def made_up_counts():

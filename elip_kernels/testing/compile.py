@@ -46,7 +46,7 @@ class RecordedLaunch:
 
     @property
     def name(self) -> str:
-        """Of the kernel."""
+        """The kernel's name."""
         return self.kernel.__name__
 
     @property
@@ -136,36 +136,6 @@ def compile_launch(recorded: RecordedLaunch, arch: Arch) -> Compiled:
     return _read(code, arch)
 
 
-def compile_kernel(
-    kernel: Any,
-    signature: dict[str, str],
-    constants: dict[str, Any],
-    *,
-    arch: Arch,
-    num_warps: int,
-    num_stages: int = 3,
-) -> Compiled:
-    """Compile a kernel from types alone.
-
-    Args:
-        kernel: a `@triton.jit` function, not decorated for the interpreter.
-        signature: type of each run-time argument; ':16' marks divisibility, pointers have it.
-        constants: the constexpr arguments.
-        arch: see `ARCHITECTURES`.
-        num_warps, num_stages: of the launch.
-    """
-    from triton.compiler import ASTSource
-
-    names = list(kernel.arg_names)
-    types = {n: "constexpr" if n in constants else signature[n].split(":")[0] for n in names}
-    aligned = [n for n in names if n in signature and signature[n].startswith("*")]
-    aligned += [n for n in names if signature.get(n, "").endswith(":16")]
-    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
-    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attrs)
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    return _read(triton.compile(source, target=_target(arch), options=options), arch)
-
-
 def _is_amd(arch: Arch) -> bool:
     if arch not in ARCHITECTURES:
         raise ValueError(message("arch", f"one of {ARCHITECTURES}", repr(arch)))
@@ -179,7 +149,7 @@ def _target(arch: Arch) -> Any:
 
 
 def _read(code: Any, arch: Arch) -> Compiled:
-    """What Triton's compiled kernel says."""
+    """Read what Triton's compiled kernel says of itself."""
     asm, shared, num_warps = code.asm, code.metadata.shared, code.metadata.num_warps
     facts = _read_amdgcn(asm["amdgcn"]) if _is_amd(arch) else _read_cubin(asm["cubin"])
     facts["occupancy"] = warps_at_once(arch, facts["registers"], shared, num_warps)

@@ -34,7 +34,7 @@ class Work(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """All that crosses the memory."""
+        """All bytes that cross the memory, read and written."""
         return sum(self.read.values()) + sum(self.written.values())
 
 

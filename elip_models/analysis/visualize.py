@@ -9,9 +9,7 @@ Merged tokens are traced back through every stage (`source_map` of the info).
 """
 
 import textwrap
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elip_kernels import unmerge
-from elip_models.reduction.once import SlowScorerWarning
+from elip_models.reduction.once import deliberately_slow
+from elip_models.reduction.step import Forward
+from elip_models.reduction.strategies import Dense
 from elip_models.reduction.strategy import StageInfo
 from elip_models.towers import Tower
 
@@ -86,12 +86,12 @@ def concentration(tower: Tower, images: Tensor, shares: Sequence[float] = SHARES
         (depth, len(shares)), the mean over the images.
     """
     counts = [max(1, round(share * tower.num_patches)) for share in shares]
-    tokens, masses = tower.embed(images), []
+    forward, tokens, masses = Forward(tower, Dense()), tower.embed(images), []
     for i in range(tower.depth):
         row = tower.cls_attention(i, tokens, tokens[:, 0])[:, tower.num_prefix_tokens :]
         mass = row.sort(dim=1, descending=True).values.cumsum(1) / row.sum(1, keepdim=True)
         masses.append(mass.mean(0)[[count - 1 for count in counts]])
-        tokens = tower.block(i, tokens)
+        tokens, _ = forward.block(i, tokens)
     return torch.stack(masses)
 
 
@@ -121,14 +121,6 @@ def patch_grid(tower: Tower) -> tuple[int, int]:
     rows = (rows for rows in range(1, P + 1) if P % rows == 0)
     best = min(rows, key=lambda rows: abs(rows * width - P // rows * height))
     return best, P // best
-
-
-@contextmanager
-def deliberately_slow() -> Iterator[None]:
-    """Scorers that cost more than they save are run on purpose: no warning."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SlowScorerWarning)
-        yield
 
 
 def draw_reduction(

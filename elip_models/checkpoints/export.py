@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from elip_models.checkpoints.names import KINDS
 from elip_models.checkpoints.renaming import backwards, renamed
 from elip_models.data.transforms import CLIP_MEAN, CLIP_STD
 from elip_models.models.base import PretrainedModel
-from elip_models.models.blip import BLIP, BLIPConfig
-from elip_models.models.clip import CLIP, CLIPConfig
+from elip_models.models.blip import BLIPConfig
+from elip_models.models.clip import CLIPConfig
 
 FORMATS = ("ours", "hf", "open_clip")
 BLIP_ARCHITECTURES = {
@@ -57,7 +57,7 @@ def save_as(
     """
     if to not in FORMATS:
         raise ValueError(f"to: expected one of {', '.join(FORMATS)}, got {to!r}")
-    if architecture is not None and not (to == "hf" and isinstance(model, BLIP)):
+    if architecture is not None and (to, model.family) != ("hf", "blip"):
         raise ValueError(
             f"architecture: expected None but for BLIP to 'hf', got {architecture!r} for "
             f"{type(model).__name__} to {to!r}"
@@ -79,22 +79,17 @@ def to_hf(model: PretrainedModel, architecture: str | None = None) -> nn.Module:
     """The model of transformers with the weights of ours, in eval mode; see `save_as`."""
     import transformers
 
-    if isinstance(model, CLIP):
-        config, kind = _hf_clip_config(model.config), "hf_clip"
-    elif isinstance(model, BLIP):
-        architecture = architecture or next(iter(BLIP_ARCHITECTURES))
-        if architecture not in BLIP_ARCHITECTURES:
-            raise ValueError(
-                f"architecture: expected one of {', '.join(BLIP_ARCHITECTURES)}, got "
-                f"{architecture!r}"
-            )
-        config, kind = _hf_blip_config(model.config), BLIP_ARCHITECTURES[architecture]
-    else:
+    if model.family not in HF:
         raise ValueError(
             f"to: expected 'ours' for {type(model).__name__}, which transformers has no class of, "
             "got 'hf'"
         )
-    return _filled(getattr(transformers, KINDS[kind].architecture)(config), model, kind)
+    kinds, config_of = HF[model.family]
+    architecture = architecture or next(iter(kinds))
+    if architecture not in kinds:
+        raise ValueError(f"architecture: expected one of {', '.join(kinds)}, got {architecture!r}")
+    config = config_of(model.config)
+    return _filled(getattr(transformers, architecture)(config), model, kinds[architecture])
 
 
 def _filled(theirs: nn.Module, model: PretrainedModel, kind: str) -> nn.Module:
@@ -155,6 +150,13 @@ def _hf_blip_config(config: BLIPConfig) -> Any:
     )
 
 
+HF: dict[str, tuple[dict[str, str], Callable[[Any], Any]]] = {
+    "clip": ({"CLIPModel": "hf_clip"}, _hf_clip_config),
+    "blip": (BLIP_ARCHITECTURES, _hf_blip_config),
+}
+"""Family -> its architectures in transformers, each by the kind of its names, and their config."""
+
+
 def _hf_tower(config: CLIPConfig | BLIPConfig, part: str, mlp_ratio: float) -> dict[str, Any]:
     width = getattr(config, f"{part}_width")
     sizes = {
@@ -202,7 +204,7 @@ def open_clip_config(config: CLIPConfig) -> dict[str, Any]:
 
 
 def _write_open_clip(model: PretrainedModel, folder: Path, *, has_tokenizer: bool) -> None:
-    if not isinstance(model, CLIP):
+    if model.family != "clip":
         raise ValueError(
             f"to: expected 'ours' for {type(model).__name__}, which open_clip has no class of, got "
             "'open_clip'"

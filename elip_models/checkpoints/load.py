@@ -5,8 +5,8 @@
     transformers                  a folder of CLIPModel or of the Blip family
     ours                          a folder that save_pretrained wrote
 
-Names and what fills missing parts: `checkpoint_names.py`; the config: `checkpoint_config.py`; the
-way back: `export.py`. Files are read as tensors alone, never as code.
+Names and what fills missing parts: `names.py`; the config: `model_config.py`; the way back:
+`export.py`. Files are read as tensors alone, never as code.
 """
 
 import json

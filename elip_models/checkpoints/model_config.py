@@ -107,9 +107,9 @@ def sizes_of(family: str, weights: dict[str, Tensor]) -> dict[str, Any]:
         hidden = next((shape[0] for key, shape in shapes.items() if key.endswith(tensor)), None)
         if hidden and width in sizes:
             sizes[name] = _ratio(hidden, sizes[width])
-    places = next((s[-2] for n, s in shapes.items() if n.endswith("visual.pos_embed")), None)
-    if places and "patch_size" in sizes:
-        sizes["image_size"] = math.isqrt(places - 1) * sizes["patch_size"]
+    positions = next((s[-2] for n, s in shapes.items() if n.endswith("visual.pos_embed")), None)
+    if positions and "patch_size" in sizes:
+        sizes["image_size"] = math.isqrt(positions - 1) * sizes["patch_size"]
     return sizes | _texts(family, shapes, sizes)
 
 

@@ -19,12 +19,36 @@ from elip_models.checkpoints.load import resampled
 from elip_models.checkpoints.names import BERT
 from elip_models.checkpoints.renaming import renamed
 from elip_models.models.base import PretrainedModel, load_weights
-from elip_models.models.blip import BLIP
-from elip_models.models.meter import METER
-from elip_models.models.momentum_model import MomentumModel
 from elip_models.models.open_model import open_model
 
-HEADS = {"albef": "encoders.language_head.", "blip": "language_head."}
+
+class _Towers(NamedTuple):
+    """Where a family keeps its towers, as its names begin.
+
+    visual: the image tower. texts: the text tower, and what begins as a copy of it; none where no
+    text tower of BERT's kind fits. head: the language head, where one of a text model fits. spare:
+    blocks that a pretrained image tower may have more, which are dropped. dropped: what a text
+    tower has and the family has not.
+    """
+
+    visual: str
+    texts: tuple[str, ...] = ()
+    head: str | None = None
+    spare: int = 0
+    dropped: tuple[str, ...] = ("pooler.",)
+
+
+TOWERS = {
+    "clip": _Towers("visual."),
+    "albef": _Towers("encoders.visual.", ("encoders.text.",), "encoders.language_head."),
+    "blip": _Towers(
+        "encoders.visual.",
+        ("encoders.text.", "decoder."),
+        "language_head.",
+        dropped=("pooler.", "embeddings.token_type_"),
+    ),
+    "meter": _Towers("visual.", ("text.",), spare=1),
+}
 
 
 class _Part(NamedTuple):
@@ -57,8 +81,7 @@ def initialise_(
     parts = tuple(start for part in found for start in part.parts)
     others = [name for name in model.state_dict() if not name.startswith(parts)]
     load_weights(model, weights, allow_missing=(*others, "*.crossattention.*"))
-    if isinstance(model, MomentumModel):
-        model.encoders_m.load_state_dict(model.encoders.state_dict())
+    model.reset_momentum_()
 
 
 def _of_image(model: PretrainedModel, vision: str | VisionTransformer) -> _Part:
@@ -68,25 +91,25 @@ def _of_image(model: PretrainedModel, vision: str | VisionTransformer) -> _Part:
             "vision: expected 'timm:NAME' or a VisionTransformer of timm, got "
             f"{type(theirs).__name__}"
         )
-    start = "encoders.visual." if isinstance(model, MomentumModel) else "visual."
-    ours = model.get_submodule(start.removesuffix("."))
-    depth = len(ours.blocks)
-    spare = int(isinstance(model, METER) and len(theirs.blocks) == depth + 1)
-    _check_alike("vision", _vit(ours), _vit(theirs) | {"blocks": len(theirs.blocks) - spare})
+    start, ours = TOWERS[model.family].visual, model.visual
+    depth, blocks = len(ours.blocks), len(theirs.blocks)
+    if 0 < blocks - depth <= TOWERS[model.family].spare:
+        blocks = depth
+    _check_alike("vision", _vit(ours), _vit(theirs) | {"blocks": blocks})
     weights = {
         start + name: weight
         for name, weight in theirs.state_dict().items()
         if not name.startswith(("head.", f"blocks.{depth}."))
     }
-    places = f"{start}pos_embed"
-    if places in weights:
-        weights[places] = resampled(weights[places], model)
+    positions = f"{start}pos_embed"
+    if positions in weights:
+        weights[positions] = resampled(weights[positions], model)
     return _Part(weights, (start,))
 
 
 def _of_text(model: PretrainedModel, text: str | nn.Module) -> _Part:
-    is_distilled = isinstance(model, MomentumModel)
-    if not is_distilled and not isinstance(model, METER):
+    towers = TOWERS[model.family]
+    if not towers.texts:
         raise ValueError(f"text: expected None for {type(model).__name__}, got {text!r:.80}")
     theirs = _open_text(_checked("text", text, "hf:")) if isinstance(text, str) else text
     base = getattr(theirs, getattr(theirs, "base_model_prefix", ""), theirs)
@@ -95,25 +118,22 @@ def _of_text(model: PretrainedModel, text: str | nn.Module) -> _Part:
             "text: expected 'hf:NAME', or a BertModel or RobertaModel of transformers, got "
             f"{type(theirs).__name__}"
         )
-    start = "encoders.text." if is_distilled else "text."
-    tower = model.get_submodule(start.removesuffix("."))
+    tower = model.get_submodule(towers.texts[0].removesuffix("."))
     roberta = isinstance(tower.embeddings, RobertaEmbeddings)
     kinds = ["roberta" if it else "bert" for it in (roberta, isinstance(base, RobertaModel))]
     _check_alike("text", _bert(tower.config, kinds[0]), _bert(base.config, kinds[1]))
     named = renamed(base.state_dict(), BERT)
-    left = ("pooler.",) if model.family != "blip" else ("pooler.", "embeddings.token_type_")
-    starts = (start, "decoder.") if isinstance(model, BLIP) else (start,)
+    starts = towers.texts
     weights = {
         part + name: weight
         for part in starts
         for name, weight in named.items()
-        if not name.startswith(left)
+        if not name.startswith(towers.dropped)
     }
-    head = HEADS.get(model.family)
-    if head is not None and hasattr(theirs, "cls"):
+    if towers.head is not None and hasattr(theirs, "cls"):
         predictions = theirs.cls.predictions.state_dict()
-        weights |= {f"{head}predictions.{name}": weight for name, weight in predictions.items()}
-        starts += (head,)
+        weights |= {f"{towers.head}predictions.{name}": w for name, w in predictions.items()}
+        starts += (towers.head,)
     return _Part(_with_our_rows(model, weights, base.config.vocab_size), starts)
 
 

@@ -9,14 +9,21 @@ Source: ALBEF (Li et al., 2021); ELIP, section 3 and its official ALBEF code.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
+from elip_models.models.base import TokenId
 from elip_models.models.layers.bert import BertTower, masked_language_head
-from elip_models.models.layers.objectives import distilled_language_loss, mask_tokens
+from elip_models.models.layers.objectives import (
+    distilled_language_loss,
+    mask_every,
+    mask_tokens,
+    next_rows,
+)
 from elip_models.models.momentum_model import Encoders, MomentumConfig, MomentumModel
+from elip_models.validation import PositiveInt, Share, below
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,20 +34,10 @@ class ALBEFConfig(MomentumConfig):
     The other fields: see `MomentumConfig`; alpha weighs the momentum targets of ITC and MLM.
     """
 
-    image_size: int = 256
-    text_layers: int = 6
-    mask_token_id: int = 103
-    mask_probability: float = 0.15
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.text_layers < self.text_depth:
-            raise ValueError(
-                f"text_layers: expected 1 to {self.text_depth - 1} of {self.text_depth} layers, "
-                f"got {self.text_layers}"
-            )
-        self.check_ids("mask_token_id")
-        self.check_shares("mask_probability")
+    image_size: PositiveInt = 256
+    text_layers: Annotated[PositiveInt, below("text_depth")] = 6
+    mask_token_id: TokenId = 103
+    mask_probability: Share = 0.15
 
 
 @dataclass
@@ -88,7 +85,7 @@ class ALBEFEncoders(Encoders):
         return self.text.run(hidden, mask, self.fuses, image_tokens)
 
     def predict(self, input_ids: Tensor, mask: Tensor, image_tokens: Tensor) -> Tensor:
-        """Logits (B, L, V) of the tokens, with the image before the text's eyes."""
+        """Predict the tokens of a text that sees the image -> logits (B, L, V)."""
         hidden = self.fuse(self.read(input_ids, mask), mask, image_tokens)
         return self.language_head(hidden)
 
@@ -116,7 +113,7 @@ class ALBEF(MomentumModel):
         *,
         drawn: Drawn | None = None,
     ) -> ALBEFOutput:
-        """The pre-training losses of a batch of pairs; in training momentum and queue move on.
+        """Compute pre-training losses of a batch of pairs; in training momentum and queue move on.
 
         Args:
             images: (B, 3, H, W).
@@ -137,9 +134,13 @@ class ALBEF(MomentumModel):
         loss = seen.loss + loss_itm + loss_mlm
         return ALBEFOutput(loss, seen.loss, loss_itm, loss_mlm, *seen.features)
 
+    def fixed_draw(self, images: Tensor, input_ids: Tensor) -> Drawn:
+        others = next_rows(len(images), images.device)
+        return Drawn(others, others, *mask_every(input_ids, self.config.mask_token_id))
+
     def _draw(self, similar: tuple[Tensor, Tensor], input_ids: Tensor) -> Drawn:
-        """Hard negatives by the similarities (B, C), and masked tokens: [SEP] may be one, as in the
-        official code."""
+        """Draw hard negatives by the similarities (B, C), and masked tokens, of which [SEP] may be
+        one, as in the official code."""
         config = self.config
         masked = mask_tokens(
             input_ids,

@@ -4,25 +4,38 @@ A saved folder holds config.json, which names the family, model.safetensors, and
 files. A tensor that has several names, such as tied embeddings, is written once, under its first.
 """
 
-import difflib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
+
+from elip_models.reduction.schedule import Schedule
+from elip_models.reduction.scorers import ScorerName
+from elip_models.reduction.strategies.elip import Elip, ElipOptions
+from elip_models.reduction.strategy import Strategy
+from elip_models.towers import Reducible, Tower
+from elip_models.towers.reducible import Stats, check_tokenizer_in, clip_stats
+from elip_models.validation import Count, Share, below, check_fields, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+TokenId = Annotated[Count, below("vocab_size")]
+
+
 class Config:
-    """Base of the frozen dataclasses that hold a model's hyper-parameters."""
+    """Base of the frozen dataclasses that hold a model's hyper-parameters, each as annotated."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -30,70 +43,59 @@ class Config:
         known = [field.name for field in fields(cls)]
         unknown = sorted(values.keys() - set(known))
         if unknown:
-            close = difflib.get_close_matches(unknown[0], known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"config: expected names among {known}, got {unknown}{hint}")
+            close = did_you_mean(unknown[0], known)
+            raise ValueError(f"config: expected names among {known}, got {unknown}{close}")
         return cls(**values)
 
-    def check_numbers(self) -> None:
-        """Raises ValueError for a count below 1, an id below 0, and for a float or a bool that is
-        none."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int:
-                least = 0 if field.name.endswith("token_id") else 1
-                if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                    raise ValueError(
-                        f"{field.name}: expected an int from {least} on, got {value!r}"
-                    )
-            if field.type is float and (
-                isinstance(value, bool) or not isinstance(value, int | float)
-            ):
-                raise ValueError(f"{field.name}: expected a float, got {value!r}")
-            if field.type is bool and not isinstance(value, bool):
-                raise ValueError(f"{field.name}: expected True or False, got {value!r}")
 
-    def check_choices(self, name: str, *choices: str) -> None:
-        """Raises where a field is none of the choices."""
-        if getattr(self, name) not in choices:
-            expected = " or ".join(repr(choice) for choice in choices)
-            raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+@dataclass(frozen=True, kw_only=True)
+class ReductionConfig(Config):
+    """How the image tower of a model is reduced by ELIP.
 
-    def check_divisor(self, name: str, whole: str) -> None:
-        """Raises where a field does not divide another."""
-        part, total = getattr(self, name), getattr(self, whole)
-        if total % part:
-            raise ValueError(f"{name}: expected a divisor of {whole} = {total}, got {part}")
+    schedule: '2(100%) 2(90%) 6(65%) 2(40%)', or None for a dense image tower.
+    scorer, fusion, guidance_norm, without_text, merge: see `ElipOptions`.
+    """
 
-    def check_ids(self, *names: str) -> None:
-        """Raises where a field is no id of the vocabulary."""
-        for name in names:
-            if getattr(self, name) >= self.vocab_size:
-                raise ValueError(
-                    f"{name}: expected an id below vocab_size = {self.vocab_size}, "
-                    f"got {getattr(self, name)}"
-                )
+    schedule: str | None = None
+    scorer: ScorerName = Elip.scorer
+    fusion: Share = Elip.fusion
+    guidance_norm: Literal["none", "match"] = Elip.guidance_norm
+    without_text: Literal["dense", "vision"] = Elip.without_text
+    merge: bool = Elip.merge
 
-    def check_shares(self, *names: str) -> None:
-        """Raises where a field is no share in [0, 1]."""
-        for name in names:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a float in [0, 1], got {getattr(self, name)!r}")
+    def check_schedule(self) -> None:
+        """Raises ValueError where the schedule is no schedule of the image tower's depth."""
+        if self.schedule is not None:
+            self.elip(self.schedule).schedule.check_depth(self.vision_depth)
+
+    def elip(self, schedule: Schedule | str) -> Elip:
+        """ELIP by that schedule, with the options that stand here."""
+        return Elip(schedule, **{name: getattr(self, name) for name in ElipOptions.__annotations__})
 
 
-class PretrainedModel(nn.Module):
+class PretrainedModel(nn.Module, Reducible):
     """Base of the models.
 
     A subclass names its `family` and its `config_class`, and keeps its config in `config`, which
     has `image_size` and `context_length`. Its output has `loss`, and a `loss_..` for each part.
-    `visual` is the image model. `ranks`: features of images and texts alone can be compared.
+    `visual` is the image model, and `tower` reads it. `ranks`: features of images and texts alone
+    can be compared.
     """
 
+    reduces_itself = True
     family: ClassVar[str]
     config_class: ClassVar[type[Config]]
     config: Any
     visual: nn.Module
+    tower: Tower
+    reduction: Strategy
+    dense: Strategy
     ranks: ClassVar[bool] = True
+
+    @property
+    def image_model(self) -> nn.Module:
+        """The same as `visual`."""
+        return self.visual
 
     def image_features(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W), without text -> (B, E), normalised; where the model `ranks`."""
@@ -107,11 +109,38 @@ class PretrainedModel(nn.Module):
         """input_ids, attention_mask (B, L) -> (B, D), what guides the image tower."""
         raise NotImplementedError
 
+    def as_tensor(self, output: Any) -> Tensor:
+        """The loss."""
+        return output.loss
+
+    def image_stats(self) -> Stats:
+        """Those of CLIP: what the models are trained with here."""
+        return clip_stats()
+
+    def load_tokenizer(self, name: str) -> "PreTrainedTokenizerBase":
+        """The tokenizer that `save_pretrained` wrote into the folder `name`."""
+        from elip_models.data import load_tokenizer
+
+        check_tokenizer_in(Path(name))
+        return load_tokenizer(name)
+
+    def tokenise(
+        self, tokenizer: "PreTrainedTokenizerBase", captions: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """B captions -> input_ids and attention_mask, (B, L) each."""
+        from elip_models.data import tokenize
+
+        return tokenize(tokenizer, captions, self.config.context_length)
+
+    def encode_guidance(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The same as `text_cls`."""
+        return self.text_cls(input_ids, attention_mask)
+
     def begin_step(self, step: int, epoch: float = math.inf) -> None:
-        """Before step `step` of training, from 0, after `epoch` passes over the data."""
+        """Prepare step `step` of training, from 0, after `epoch` passes over the data."""
 
     def clamp_temperature_(self) -> None:
-        """After a step of training: keep the temperature in its interval."""
+        """Keep the temperature in its interval, after a step of training."""
 
     def check_batch_size(self, batch_size: int) -> None:
         """Raises ValueError where a step over `batch_size` pairs, of all ranks, cannot be made."""
@@ -124,7 +153,7 @@ class PretrainedModel(nn.Module):
     def fit_tokenizer(
         cls, tokenizer: "PreTrainedTokenizerBase", context_length: int
     ) -> dict[str, int]:
-        """The fields of the config that follow from a tokenizer and the length of a text.
+        """Work out the fields of the config that follow from a tokenizer and the length of a text.
 
         Special tokens that the model needs and the tokenizer lacks are added to it.
 
@@ -133,8 +162,11 @@ class PretrainedModel(nn.Module):
         """
         raise NotImplementedError
 
+    def reset_momentum_(self) -> None:
+        """Make momentum copies equal to what they follow, where the model has any."""
+
     def read_vocabulary_(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Before training: what the model has to know of the tokens that no config says."""
+        """Learn what no config says of the tokens, before training."""
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute layers in backward instead of saving their activations."""
@@ -161,7 +193,7 @@ class PretrainedModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> Self:
-        """The model that `save_pretrained` wrote, from a local folder.
+        """Load the model that `save_pretrained` wrote, from a local folder.
 
         Raises:
             FileNotFoundError: the folder lacks config.json or model.safetensors.
@@ -184,7 +216,7 @@ class PretrainedModel(nn.Module):
 
 
 def read_config(folder: str | os.PathLike, *, with_weights: bool = True) -> tuple[str | None, dict]:
-    """Family and config of a folder that `save_pretrained` wrote; None for another library's.
+    """Read family and config of a folder that `save_pretrained` wrote; no family in another's.
 
     Raises:
         FileNotFoundError: it lacks config.json, or model.safetensors where `with_weights`.
@@ -202,7 +234,7 @@ def read_config(folder: str | os.PathLike, *, with_weights: bool = True) -> tupl
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout inside; each module is in its own mode again after it."""
+    """Set all modules to eval mode inside; each is in its own mode again after it."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -213,7 +245,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
-    """Each name of the state dict -> the first name of the same tensor."""
+    """Map each name of the state dict to the first name of the same tensor."""
     firsts: dict[int, str] = {}
     tensors = model.state_dict(keep_vars=True)
     return {name: firsts.setdefault(id(tensor), name) for name, tensor in tensors.items()}
@@ -266,7 +298,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """The file whole or not at all, with the permissions of any new file."""
+    """Write a file whole or not at all, with the permissions of any new file."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         unfinished.write_bytes(content)

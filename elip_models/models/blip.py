@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from elip_models.models.base import evaluating
+from elip_models.models.base import TokenId, evaluating
 from elip_models.models.layers.bert import (
     BertTower,
     UntypedEmbeddings,
@@ -24,8 +24,9 @@ from elip_models.models.layers.bert import (
     untied_decoder,
 )
 from elip_models.models.layers.generation import CAPTIONS, Decoding, write
-from elip_models.models.layers.objectives import language_loss
+from elip_models.models.layers.objectives import language_loss, next_rows
 from elip_models.models.momentum_model import Encoders, MomentumConfig, MomentumModel
+from elip_models.validation import NonNegative, PositiveInt, Share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,19 +42,14 @@ class BLIPConfig(MomentumConfig):
         False gives it weights of its own, as in models fine-tuned for captions or answers.
     """
 
-    vocab_size: int = 30524
-    decoder_token_id: int = 30522
-    encoder_token_id: int = 30523
-    queue_size: int = 57600
-    alpha_warmup_epochs: float = 2.0
-    label_smoothing: float = 0.1
-    negative_epsilon: float = 1e-4
+    vocab_size: PositiveInt = 30524
+    decoder_token_id: TokenId = 30522
+    encoder_token_id: TokenId = 30523
+    queue_size: PositiveInt = 57600
+    alpha_warmup_epochs: NonNegative = 2.0
+    label_smoothing: Share = 0.1
+    negative_epsilon: Share = 1e-4
     tie_decoder: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_ids("decoder_token_id", "encoder_token_id")
-        self.check_shares("label_smoothing")
 
 
 @dataclass
@@ -129,7 +125,7 @@ class BLIP(MomentumModel):
         image_tokens: Tensor,
         image_mask: Tensor | None = None,
     ) -> Tensor:
-        """Logits of each next token after [DEC] and the text up to it.
+        """Predict each next token after [DEC] and the text up to it.
 
         Args:
             input_ids, mask: (B, L), 1 = real.
@@ -155,7 +151,7 @@ class BLIP(MomentumModel):
         text_cls: Tensor | None = None,
         decoding: Decoding = CAPTIONS,
     ) -> Tensor:
-        """Captions, without dropout, whatever the mode of the model.
+        """Write captions, without dropout, whatever the mode of the model.
 
         Args:
             images: (B, 3, H, W), each encoded once.
@@ -184,7 +180,8 @@ class BLIP(MomentumModel):
         prompt: Tensor | None = None,
         decoding: Decoding = CAPTIONS,
     ) -> Tensor:
-        """As `generate`, from image_tokens (B, N, D) and image_mask (B, N), see `predict`."""
+        """Write as `generate` does, from image_tokens (B, N, D) and image_mask (B, N), see
+        `predict`."""
         config, B = self.config, len(image_tokens)
         ids = torch.full((B, 1), config.decoder_token_id, device=image_tokens.device)
         if prompt is not None:
@@ -215,7 +212,7 @@ class BLIP(MomentumModel):
         *,
         drawn: Drawn | None = None,
     ) -> BLIPOutput:
-        """The pre-training losses of a batch of pairs; in training momentum and queue move on.
+        """Compute pre-training losses of a batch of pairs; in training momentum and queue move on.
 
         Args:
             images: (B, 3, H, W).
@@ -235,6 +232,10 @@ class BLIP(MomentumModel):
         loss = seen.loss + loss_itm + loss_lm
         return BLIPOutput(loss, seen.loss, loss_itm, loss_lm, *seen.features)
 
+    def fixed_draw(self, images: Tensor, input_ids: Tensor) -> Drawn:
+        others = next_rows(len(images), images.device)
+        return Drawn(others, others)
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute layers in backward instead of saving their activations."""
         for tower in (self.encoders.visual, self.encoders.text, self.decoder):
@@ -242,7 +243,7 @@ class BLIP(MomentumModel):
 
 
 def _begin(input_ids: Tensor, token: int) -> Tensor:
-    """The ids (B, L) with another first token."""
+    """Replace the first token of the ids (B, L)."""
     ids = input_ids.clone()
     ids[:, 0] = token
     return ids

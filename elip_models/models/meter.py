@@ -11,7 +11,7 @@ Source: METER (Dou et al., 2022); ELIP, section 3 and its official METER code.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,16 @@ from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertPooler
 from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 
+from elip_models.models.base import TokenId
 from elip_models.models.cross_modal import CrossModalConfig, CrossModalModel
 from elip_models.models.layers.bert import BertTower, masked_language_head
-from elip_models.models.layers.objectives import distilled_language_loss, mask_tokens
+from elip_models.models.layers.objectives import (
+    distilled_language_loss,
+    mask_every,
+    mask_tokens,
+)
 from elip_models.towers import as_tower
+from elip_models.validation import NonNegative, PositiveInt, Share, divisor_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,38 +59,31 @@ class METERConfig(CrossModalConfig):
     The other fields: see `CrossModalConfig`.
     """
 
-    vision_depth: int = 11
-    vision_norm_eps: float = 1e-5
-    context_length: int = 50
+    vision_depth: PositiveInt = 11
+    vision_norm_eps: NonNegative = 1e-5
+    context_length: PositiveInt = 50
     text_encoder: Literal["bert", "roberta"] = "bert"
-    text_depth: int = 12
-    text_heads: int = 12
-    text_hidden: int = 3072
-    cross_width: int = 768
-    cross_depth: int = 6
-    cross_heads: int = 12
-    cross_hidden: int = 3072
-    dropout: float = 0.1
-    mask_token_id: int = 103
-    mask_probability: float = 0.15
+    text_depth: PositiveInt = 12
+    text_heads: Annotated[PositiveInt, divisor_of("text_width")] = 12
+    text_hidden: PositiveInt = 3072
+    cross_width: PositiveInt = 768
+    cross_depth: PositiveInt = 6
+    cross_heads: Annotated[PositiveInt, divisor_of("cross_width")] = 12
+    cross_hidden: PositiveInt = 3072
+    dropout: Share = 0.1
+    mask_token_id: TokenId = 103
+    mask_probability: Share = 0.15
     mask_whole_words: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_choices("text_encoder", *EMBEDDINGS)
-        for part in ("text", "cross"):
-            self.check_divisor(f"{part}_heads", f"{part}_width")
-        self.check_ids("mask_token_id")
-        self.check_shares("dropout", "mask_probability")
 
     @property
     def max_tokens(self) -> int:
-        """Of a text, padding included; RoBERTa's positions begin behind that of the padding."""
+        """How long a text may be, padding included; RoBERTa's positions begin behind that of the
+        padding."""
         unused = self.pad_token_id + 1 if self.text_encoder == "roberta" else 0
         return self.max_positions - unused
 
     def bert(self, part: Literal["text", "cross"]) -> BertConfig:
-        """Of the text encoder, or of one side's co-attention layers."""
+        """The config of the text encoder, or of one side's co-attention layers."""
         is_roberta = part == "text" and self.text_encoder == "roberta"
         return BertConfig(
             vocab_size=self.vocab_size,
@@ -163,7 +162,7 @@ class METER(CrossModalModel):
             module.apply(self.text_layers.init)
 
     def read_vocabulary_(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Where words are masked whole: learn which tokens continue one, '##..' as in BERT.
+        """Learn which tokens continue a word, '##..' as in BERT, where words are masked whole.
 
         Raises:
             ValueError: a tokenizer that does not mark them so, or with ids beyond the model's.
@@ -202,7 +201,7 @@ class METER(CrossModalModel):
         return text, image
 
     def match(self, text: Tensor, image: Tensor) -> Tensor:
-        """Logits (B, 2) of fused text (B, L, C) and image (B, N, C): another pair, or a pair."""
+        """Judge fused text (B, L, C) and image (B, N, C) -> logits (B, 2): no pair, or a pair."""
         pooled = torch.cat([self.text_pooler(text), self.image_pooler(image)], dim=-1)
         return self.itm_head(pooled)
 
@@ -214,7 +213,7 @@ class METER(CrossModalModel):
         *,
         drawn: Drawn | None = None,
     ) -> METEROutput:
-        """The pre-training losses of a batch of pairs.
+        """Compute the pre-training losses of a batch of pairs.
 
         Args:
             images: (B, 3, H, W).
@@ -234,13 +233,18 @@ class METER(CrossModalModel):
         return METEROutput(loss_mlm + loss_itm, loss_mlm, loss_itm, mlm_logits, itm_logits)
 
     def _pass(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Fused text (B, L, C) and image (B, N, C), from pixels and ids."""
+        """Encode and fuse a batch, pixels and ids -> text (B, L, C) and image (B, N, C)."""
         text = self.encode_text(input_ids, mask)
         image, _ = self.encode_image(images, text[:, 0])
         return self.fuse(text, mask, image)
 
+    def fixed_draw(self, images: Tensor, input_ids: Tensor) -> Drawn:
+        masked = mask_every(input_ids, self.config.mask_token_id)
+        keeps_image = 1 - torch.arange(len(images), device=images.device) % 2
+        return Drawn(*masked, keeps_image, images.roll(-1, 0))
+
     def _draw(self, images: Tensor, input_ids: Tensor) -> Drawn:
-        """Masked tokens; half of the batch as pairs, and images of others in it for the rest."""
+        """Draw masked tokens; half of the batch stay pairs, the rest get the image of another."""
         config, B, device = self.config, len(images), images.device
         if config.mask_whole_words and self.continues is None:
             raise ValueError(

@@ -12,7 +12,7 @@ Source: ALBEF (Li et al., 2021), section 3.2; BLIP (Li et al., 2022).
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategy import StageInfo
 from elip_models.towers import as_tower
 from elip_models.towers.fsdp import is_sharded
+from elip_models.validation import Bounds, NonNegative, PositiveInt, Share, divisor_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,34 +48,23 @@ class MomentumConfig(CrossModalConfig):
         'shared' the tokens that the online one kept and merged, by the same weights: no scoring.
     """
 
-    text_depth: int = 12
-    text_heads: int = 12
-    text_hidden: int = 3072
-    text_dropout: float = 0.1
-    text_norm_eps: float = 1e-12
-    embed_dim: int = 256
-    temperature: float = 0.07
-    queue_size: int = 65536
-    momentum: float = 0.995
-    alpha: float = 0.4
-    alpha_warmup_epochs: float = 1.0
-    negative_epsilon: float = 0.0
+    text_depth: PositiveInt = 12
+    text_heads: Annotated[PositiveInt, divisor_of("text_width")] = 12
+    text_hidden: PositiveInt = 3072
+    text_dropout: Share = 0.1
+    text_norm_eps: NonNegative = 1e-12
+    embed_dim: PositiveInt = 256
+    temperature: Annotated[float, Bounds(0.001)] = 0.07
+    queue_size: PositiveInt = 65536
+    momentum: Share = 0.995
+    alpha: Share = 0.4
+    alpha_warmup_epochs: NonNegative = 1.0
+    negative_epsilon: Share = 0.0
     momentum_reduction: Literal["none", "shared"] = "none"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_shares("momentum", "alpha", "text_dropout", "negative_epsilon")
-        self.check_choices("momentum_reduction", "none", "shared")
-        self.check_divisor("text_heads", "text_width")
-        for name, least in (("temperature", 0.001), ("alpha_warmup_epochs", 0.0)):
-            if not least <= getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"{name}: expected a float from {least} on, got {getattr(self, name)!r}"
-                )
 
     @property
     def bert(self) -> BertConfig:
-        """Of the text encoder."""
+        """The config of the text encoder."""
         return BertConfig(
             vocab_size=self.vocab_size,
             hidden_size=self.text_width,
@@ -115,7 +105,7 @@ class Encoders(nn.Module):
 
 
 class Contrast(NamedTuple):
-    """What ITC leaves for the other objectives.
+    """What ITC computes that the other objectives use.
 
     loss: scalar. text: (B, L, D). image, image_m: (B, K+2, D), (B, N, D) of the momentum tower.
     features: (B, E) of image and text. similar: image-to-text and text-to-image (B, C) of the C
@@ -153,6 +143,14 @@ class MomentumModel(CrossModalModel):
         """The image model."""
         return self.encoders.visual
 
+    def moved_in_training(self) -> tuple[Tensor, ...]:
+        """The momentum encoders and the queue."""
+        return *self.encoders_m.parameters(), *self.queue.buffers()
+
+    def reset_momentum_(self) -> None:
+        """Make the momentum encoders equal to the online ones."""
+        self.encoders_m.load_state_dict(self.encoders.state_dict())
+
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids, attention_mask (B, L) -> hidden states (B, L, D) of the text alone."""
         return self.encoders.read(input_ids, attention_mask)
@@ -171,7 +169,7 @@ class MomentumModel(CrossModalModel):
         return self.encoders.text_features(self.encode_text(input_ids, attention_mask))
 
     def begin_step(self, step: int, epoch: float = math.inf) -> None:
-        """Before step `step` of training, after `epoch` passes over the data: warm alpha up."""
+        """Warm alpha up, before step `step` of training, after `epoch` passes over the data."""
         warmup = self.config.alpha_warmup_epochs
         self.alpha.fill_(self.config.alpha * min(1.0, epoch / warmup if warmup else 1.0))
 
@@ -189,7 +187,8 @@ class MomentumModel(CrossModalModel):
         return {"temperature": self.temperature, "alpha": self.alpha}
 
     def contrast(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> Contrast:
-        """ITC of images (B, 3, H, W) and texts (B, L); in training momentum and queue move on.
+        """Contrast images (B, 3, H, W) and texts (B, L), ITC; in training, momentum and queue move
+        on.
 
         With gradient accumulation they move at each forward pass.
 
@@ -230,7 +229,8 @@ class MomentumModel(CrossModalModel):
             )
 
     def draw_negatives(self, similar: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Hard negatives by the similarities (B, C): an image for each text, a text for each image.
+        """Draw hard negatives by the similarities (B, C): an image for each text, a text for each
+        image.
 
         Returns:
             (B,) int64 each; they number the pairs of all ranks where gather='global'.
@@ -244,7 +244,7 @@ class MomentumModel(CrossModalModel):
     def matching_loss(
         self, text: Tensor, mask: Tensor, image: Tensor, negatives: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """ITM of the pairs and both kinds of negatives, in one pass of `fuse`.
+        """Compute ITM of the pairs and both kinds of negatives, in one pass of `fuse`.
 
         Args:
             text, mask, image: (B, ..) as `fuse` takes them.
@@ -265,9 +265,10 @@ class MomentumModel(CrossModalModel):
     def _momentum_features(
         self, images: Tensor, input_ids: Tensor, mask: Tensor, infos: list[StageInfo] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Tokens (B, N, D) of all patches, or as `infos` say, and features of image and text."""
+        """Encode with the momentum towers -> tokens (B, N, D) of all patches, or of those that
+        `infos` kept, and features of image and text."""
         momentum = self.encoders_m
-        settings = self.dense if infos is None else self.reduction
-        image, _ = run_tower(self.tower_m, images, None, settings, replays=infos)
+        strategy = self.dense if infos is None else self.reduction
+        image, _ = run_tower(self.tower_m, images, None, strategy, replays=infos)
         text = momentum.read(input_ids, mask)
         return image, (momentum.image_features(image), momentum.text_features(text))

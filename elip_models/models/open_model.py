@@ -9,7 +9,7 @@
 Libraries are imported when a spec asks for them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,16 @@ import torch
 from torch import nn
 
 from elip_models.towers import ADAPTERS
+from elip_models.validation import check
 
 FORMS = (
     "'timm:NAME', 'open_clip:NAME' or 'open_clip:NAME/TAG', 'hf:NAME' or 'hf:FOLDER', a name of "
     "list_models(), or a folder written by save_pretrained"
 )
-Stats = tuple[Sequence[float], Sequence[float]]
 
 
 def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Module:
-    """The model that `spec` names, in eval mode.
+    """Open the model that `spec` names, in eval mode.
 
     Under `with torch.device("meta"):` and without `pretrained` no memory is taken.
 
@@ -46,10 +46,9 @@ def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Modu
     """
     if not isinstance(spec, str):
         raise TypeError(f"spec: expected a text, {FORMS}, got {spec!r}")
-    if not isinstance(pretrained, bool):
-        raise TypeError(f"pretrained: expected True or False, got {pretrained!r}")
-    library, colon, name = spec.partition(":")
-    if colon and name and library in OPENERS:
+    check("pretrained", pretrained, bool)
+    library, name = split_spec(spec)
+    if library is not None:
         with _installed(library), _found(spec):
             return OPENERS[library](name, pretrained, options).eval()
     with _installed("timm"):
@@ -61,25 +60,11 @@ def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Modu
     raise ValueError(f"spec: expected {FORMS}, got {spec!r}")
 
 
-def image_stats(model: nn.Module) -> Stats:
-    """The mean and standard deviation, three numbers each, that the model's images are normalised
-    by; where the model does not say, CLIP's for language-image models, ImageNet's for others."""
-    from elip_models.data import CLIP_MEAN, CLIP_STD
-
-    imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    config = getattr(model, "pretrained_cfg", None)  # timm
-    if config:
-        return tuple(config["mean"]), tuple(config["std"])
-    visual = getattr(model, "visual", None)  # open_clip
-    if getattr(visual, "image_mean", None) is not None:
-        return tuple(visual.image_mean), tuple(visual.image_std)
-    config = getattr(model, "config", None)
-    name = getattr(config, "_name_or_path", None)  # transformers
-    processor = _image_processor(name) if name else None
-    if processor is not None:
-        return tuple(processor.image_mean), tuple(processor.image_std)
-    pairs = visual, getattr(model, "vision_model", None)
-    return imagenet if pairs == (None, None) else (CLIP_MEAN, CLIP_STD)
+def split_spec(spec: str) -> tuple[str | None, str]:
+    """Split 'timm:NAME' into ('timm', 'NAME'); for one of ours the library is None and the name
+    all."""
+    library, _, name = spec.partition(":")
+    return (library, name) if name and library in OPENERS else (None, spec)
 
 
 def _open_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
@@ -132,7 +117,8 @@ OPENERS: dict[str, Callable[[str, bool, dict[str, Any]], nn.Module]] = {
 
 
 def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> nn.Module:
-    """Our model of a folder, its config changed by `options`; random weights need no others."""
+    """Open our model of a folder, its config changed by `options`; a config is enough for random
+    weights."""
     from elip_models.models.base import load_weights, read_config
     from elip_models.models.registry import FAMILIES, load_model
 
@@ -148,19 +134,9 @@ def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> nn.
     return model
 
 
-def _image_processor(name: str) -> Any | None:
-    """The image processor saved beside a model of transformers, if there is one."""
-    from transformers import AutoImageProcessor
-
-    try:
-        return AutoImageProcessor.from_pretrained(name)
-    except (OSError, ValueError):
-        return None
-
-
 @contextmanager
 def _installed(library: str) -> Iterator[None]:
-    """Around imports: a missing library is one sentence that names the extra."""
+    """Turn the error of a missing library, inside, into one sentence that names the extra."""
     extra = ADAPTERS["transformers" if library == "hf" else library].extra
     try:
         yield
@@ -172,7 +148,8 @@ def _installed(library: str) -> Iterator[None]:
 
 @contextmanager
 def _found(spec: str) -> Iterator[None]:
-    """What a library raises where there are no files of that name becomes a ValueError."""
+    """Turn what a library raises where there are no files of that name, inside, into a
+    ValueError."""
     try:
         yield
     except OSError as error:

@@ -1,6 +1,5 @@
 """create_model and the names of the models."""
 
-import difflib
 import os
 from dataclasses import replace
 from typing import Any
@@ -12,6 +11,7 @@ from elip_models.models.clip import CLIP, CLIPConfig
 from elip_models.models.meter import METER, METERConfig
 from elip_models.reduction.schedule import PRESETS, Schedule
 from elip_models.reduction.strategies.elip import Elip
+from elip_models.validation import did_you_mean
 
 FAMILIES: dict[str, type[PretrainedModel]] = {
     model.family: model for model in (CLIP, ALBEF, BLIP, METER)
@@ -85,7 +85,7 @@ def list_models() -> list[str]:
 def create_model(
     name: str, pretrained: bool | str | os.PathLike = False, **overrides: Any
 ) -> PretrainedModel:
-    """A model of the paper by name.
+    """Create a model of the paper by name.
 
     Args:
         name: as `list_models` gives them; 'elip_' adds the paper's schedule.
@@ -95,6 +95,7 @@ def create_model(
         overrides: fields of the model's config, such as `CLIPConfig`.
 
     Raises:
+        TypeError: an override of another type than its field.
         ValueError: an unknown name or override, with the nearest known one; pretrained=True, since
             no weights are published; or an override that the folder's weights do not fit.
     """
@@ -124,17 +125,16 @@ def create_model(
 
 
 def family_of(name: str) -> type[PretrainedModel]:
-    """The class of the model that `create_model(name)` gives."""
+    """Find the class of the model that `create_model(name)` gives."""
     if name not in list_models():
-        close = difflib.get_close_matches(str(name), list_models(), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"name: expected one of {list_models()}, got {name!r}{hint}")
+        close = did_you_mean(name, list_models())
+        raise ValueError(f"name: expected one of {list_models()}, got {name!r}{close}")
     config = type(CONFIGS[name.removeprefix(PREFIX)])
     return next(model for model in FAMILIES.values() if model.config_class is config)
 
 
 def load_model(folder: str | os.PathLike) -> PretrainedModel:
-    """The model that `save_pretrained` wrote, of whatever family.
+    """Load the model that `save_pretrained` wrote, of whatever family.
 
     Raises:
         FileNotFoundError: the folder lacks config.json or model.safetensors.
@@ -149,11 +149,10 @@ def load_model(folder: str | os.PathLike) -> PretrainedModel:
     return FAMILIES[family].from_pretrained(folder)
 
 
-def elip_settings(model: PretrainedModel) -> Elip:
-    """How a model's tower is reduced by ELIP; by the paper's schedule where it is dense or reduces
-    in another way."""
-    settings, depth = model.reduction, model.config.vision_depth
-    paper = Schedule.parse(PRESETS[model.family]).scaled(depth)
-    if not isinstance(settings, Elip):
-        return Elip(paper)
-    return settings if model.config.schedule else replace(settings, schedule=paper)
+def elip_strategy(model: PretrainedModel) -> Elip:
+    """How ELIP reduces a model of ours: as its config says; by the paper's schedule where it is
+    dense or reduces in another way."""
+    if isinstance(model.reduction, Elip):
+        return model.reduction
+    paper = Schedule.parse(PRESETS[model.family]).scaled(model.config.vision_depth)
+    return model.config.elip(paper)

@@ -69,27 +69,27 @@ class Reading:
 
 
 def paper_counts() -> Counts:
-    """FLOPs of one pair by (model, towers) and method, on the meta device."""
+    """Count the FLOPs of one pair by (model, towers) and method, on the meta device."""
     counts: Counts = {}
     for name in PAPER:
         with torch.device("meta"):
             model = create_model(f"elip_{name}")
         schedule = model.reduction.schedule
-        plans: dict[str, Strategy | None] = {DENSE: None, UNSCORED: Random(schedule)}
-        plans |= {f"ELIP, {s}": Elip(schedule, scorer=s) for s in ("last", "exact", "official")}
-        plans |= dict(zip(EVITS, (EViT(layers="all"), EViT()), strict=True))
+        methods: dict[str, Strategy | None] = {DENSE: None, UNSCORED: Random(schedule)}
+        methods |= {f"ELIP, {s}": Elip(schedule, scorer=s) for s in ("last", "exact", "official")}
+        methods |= dict(zip(EVITS, (EViT(layers="all"), EViT()), strict=True))
         for towers, part in ((IMAGE, model.visual), (BOTH, model)):
-            counts[name, towers] = count(Workload(part, 1), plans, "training")
+            counts[name, towers] = count(Workload(part, 1), methods, "training")
     return counts
 
 
 def flops_of(counts: FlopCount, passes: str) -> int:
-    """Of the forward, or of both passes."""
+    """The FLOPs of the forward, or of both passes."""
     return counts.forward if passes == FORWARD else sum(counts)
 
 
 def readings(counts: Counts) -> list[Reading]:
-    """All of them, the best first."""
+    """Work out every reading, the best first."""
     found = []
     for towers, passes, elip, evit in product((IMAGE, BOTH), (FORWARD, TRAINING), ELIPS, EVITS):
         ours = {
@@ -112,7 +112,8 @@ def readings(counts: Counts) -> list[Reading]:
 
 
 def stated_batches(counts: Counts) -> Iterator[tuple[str, dict[str, float]]]:
-    """What the batches that the paper names would give, and the errors of the dense figures."""
+    """Try the batches that the paper names -> the errors of the dense figures, by batch and
+    reading."""
     options = product((IMAGE, BOTH), (FORWARD, TRAINING), UNITS, BATCHES)
     for towers, passes, unit, batch in options:
         errors = {}
@@ -123,13 +124,14 @@ def stated_batches(counts: Counts) -> Iterator[tuple[str, dict[str, float]]]:
 
 
 def savings(counts: Counts, name: str, elip: str, evit: str) -> float:
-    """What ELIP saves over what EViT saves: free of batch, unit and text tower."""
+    """Divide what ELIP saves by what EViT saves, which depends on no batch, unit or text tower."""
     each = {method: sum(flops) for method, flops in counts[name, BOTH].items()}
     return (each[DENSE] - each[elip]) / (each[DENSE] - each[evit])
 
 
 def ratio_table(counts: Counts, best: Reading) -> Table:
-    """Ratios to dense of every method and reading, with the error against the paper's."""
+    """Lay out the ratio to dense of every method and reading, with its error against the
+    paper's."""
     table = Table(title="FLOPs against dense, forward and backward: paper's Table 5, and counted")
     table.add_column("method")
     for name in PAPER:
@@ -151,7 +153,7 @@ def ratio_table(counts: Counts, best: Reading) -> Table:
 
 
 def conclusions(counts: Counts, found: list[Reading]) -> list[str]:
-    """What holds, in sentences made of the figures."""
+    """Write what holds, in sentences made of the figures."""
     best = found[0]
     counted = best.elip not in (UNSCORED, "ELIP, last")
     by_elip = {elip: next(r for r in found if r.elip == elip) for elip in ELIPS}
@@ -198,7 +200,8 @@ def _alone(stated: dict[str, dict[str, float]], name: str) -> str:
 
 
 def _text_share(counts: Counts, name: str) -> str:
-    """The share that no reduction touches: paper, by its ratio for ELIP unscored, and counted."""
+    """The share of dense that no reduction touches: as the paper's ratio for ELIP unscored leaves
+    it, and as counted."""
     image, both = (
         {method: sum(each) for method, each in counts[name, towers].items()}
         for towers in (IMAGE, BOTH)

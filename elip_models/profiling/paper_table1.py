@@ -13,8 +13,6 @@ from rich.console import Group
 from rich.table import Table
 
 from elip_models.models.cross_modal import CrossModalModel
-from elip_models.models.drawn import fixed_draw
-from elip_models.models.momentum_model import MomentumModel
 from elip_models.models.registry import create_model
 from elip_models.profiling.measure import count_step
 from elip_models.profiling.rows import DENSE
@@ -53,20 +51,21 @@ Counts = Mapping[str, Mapping[str, float]]  # TFLOPs by our model and by method
 
 
 def table1_counts() -> Counts:
-    """TFLOPs of a step of every model and method."""
+    """Count the TFLOPs of a step of every model with every method."""
     return {name: step_counts(name) for paper in PAPER.values() for name in paper.models}
 
 
 def step_counts(name: str) -> dict[str, float]:
-    """TFLOPs of a step of one model: `DENSE`, then `ELIPS` and `OTHERS` as far as they go."""
+    """Count the TFLOPs of a step of one model: `DENSE`, then those of `ELIPS` and `OTHERS` that it
+    takes."""
     with torch.device("meta"):
         model = create_model(name)
     counts = {DENSE: step_tflops(model)}
-    has_momentum = isinstance(model, MomentumModel)
-    for method, settings in ELIPS.items():
+    has_momentum = bool(model.moved_in_training())
+    for method, fields in ELIPS.items():
         if has_momentum or method != SHARED:
             with torch.device("meta"):
-                reduced = create_model(f"elip_{name}", **settings)
+                reduced = create_model(f"elip_{name}", **fields)
             counts[method] = step_tflops(reduced)
     for method, strategy in OTHERS.items():
         if has_momentum or method == "EViT":
@@ -76,30 +75,32 @@ def step_counts(name: str) -> dict[str, float]:
 
 
 def step_tflops(model: CrossModalModel, batch_size: int = BATCH_SIZE) -> float:
-    """Of a step of a model on the meta device, forward and backward."""
+    """Count the TFLOPs of a step, forward and backward, of a model on the meta device."""
     config = model.config
     with torch.device("meta"):
         images = torch.empty(batch_size, 3, config.image_size, config.image_size)
         ids = torch.ones(batch_size, config.context_length, dtype=torch.long)
-        mask, drawn = torch.ones_like(ids), fixed_draw(model, images, ids)
+        mask, drawn = torch.ones_like(ids), model.fixed_draw(images, ids)
         flops = count_step(lambda: model(images, ids, mask, drawn=drawn).loss, backward=True)
     return sum(flops) / 1e12
 
 
 def ratios(counts: Mapping[str, float]) -> dict[str, float]:
-    """Of each method to dense."""
+    """Divide each method's TFLOPs by those of dense."""
     return {method: each / counts[DENSE] for method, each in counts.items() if method != DENSE}
 
 
 def nearest(counts: Mapping[str, float], paper: Table1) -> tuple[str, float]:
-    """The way to count ELIP whose ratio is the nearest to the paper's, and its error."""
+    """Find the way to count ELIP whose ratio is the nearest to the paper's -> its name and
+    error."""
     said, counted = paper.elip / paper.dense, ratios(counts)
     errors = {method: counted[method] / said - 1 for method in ELIPS if method in counted}
     return min(errors.items(), key=lambda item: abs(item[1]))
 
 
 def table1(counts: Counts) -> Table:
-    """Dense TFLOPs, and the ratio to dense of every method, with the error against the paper's."""
+    """Lay out dense TFLOPs and the ratio of every method to them, with errors against the
+    paper's."""
     table = Table(title=f"Forward and backward of a pre-training step, batch {BATCH_SIZE}: Table 1")
     table.add_column("model")
     columns = ["dense,\npaper", "dense,\ncounted", "ELIP,\npaper"]
@@ -120,7 +121,7 @@ def table1(counts: Counts) -> Table:
 
 
 def conclusion(counts: Counts) -> str:
-    """Which scorer's count the paper's ratios agree with, in a sentence made of the figures."""
+    """Say which scorer's count the paper's ratios agree with, in a sentence made of the figures."""
     said = []
     for name, paper in _models():
         method, error = nearest(counts[name], paper)
@@ -154,14 +155,14 @@ def report_of(counts: Counts) -> tuple[Group, dict[str, Any]]:
 
 
 def _models() -> Iterator[tuple[str, Table1]]:
-    """Ours, each with the paper's figures."""
+    """Each of our models with the paper's figures of it."""
     for paper in PAPER.values():
         for name in paper.models:
             yield name, paper
 
 
 def _beside(ratio: float | None, said: float | None) -> str:
-    """A counted ratio with its error, where there are both."""
+    """Write a counted ratio with its error against what the paper says, where there are both."""
     if ratio is None:
         return "-"
     return f"{ratio:.3f}" + ("" if said is None else f" {_error(ratio / said - 1)}")

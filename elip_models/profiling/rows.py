@@ -6,7 +6,6 @@ dense model, interleaved rounds of one process, medians. Memory is the peak of a
 CPU the bytes that autograd saves for backward, parameters aside.
 """
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,16 +17,15 @@ import torch
 from torch import nn
 
 from elip_models.profiling.measure import (
-    NO_GAIN,
     FlopCount,
     count_step,
-    peak_bytes,
+    memory_of,
+    no_gain,
     ratios_to,
-    saved_bytes,
     time_side_by_side,
 )
-from elip_models.profiling.workload import Forward, Workload
-from elip_models.reduction.once import SlowScorerWarning
+from elip_models.profiling.workload import Workload
+from elip_models.reduction.once import deliberately_slow
 from elip_models.reduction.strategy import Layer, Strategy
 
 Mode = Literal["training", "inference"]
@@ -37,7 +35,7 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table.
+    """One line of the table of `elip profile`.
 
     model, strategy: names; settings: of the strategy, in full.
     step: 'image tower' or 'whole model', what FLOPs, time and memory are of.
@@ -46,7 +44,7 @@ class Row:
     forward_flops, backward_flops: of one image or pair; backward is 0 in inference.
     flops_ratio, time_ratio, memory_ratio: against the dense row; None where not measured.
     seconds: of a step, median. memory: bytes of a step.
-    verdict: 'no gain' where the time ratio is not below `NO_GAIN`, else empty.
+    verdict: 'no gain' where the time ratio is none, else empty.
     """
 
     model: str
@@ -69,7 +67,8 @@ class Row:
 
 
 class Measured(NamedTuple):
-    """Of one step: seconds and bytes, alone and against dense; no bytes in inference on a CPU."""
+    """What one step takes: seconds and bytes, alone and against dense; no bytes in inference on a
+    CPU."""
 
     seconds: float
     time_ratio: float
@@ -86,7 +85,7 @@ def profile_model(
     modes: Sequence[Mode] = MODES,
     rounds: int | None = 10,
 ) -> list[Row]:
-    """Rows of one model at one batch size: dense, then each strategy, for each mode.
+    """Measure one model at one batch size -> a row for dense and each strategy, for each mode.
 
     Args:
         name: of the model in the rows.
@@ -101,20 +100,20 @@ def profile_model(
         TypeError, ValueError: a model that cannot be reduced, or a strategy that does not fit it.
     """
     workload = Workload(model, batch_size)
-    plans: dict[str, Strategy | None] = {DENSE: None, **strategies}
+    compared: dict[str, Strategy | None] = {DENSE: None, **strategies}
     rows = []
     for mode in modes:
-        counts = count(workload, plans, mode)
-        measured = None if rounds is None else measure(workload, plans, mode, rounds=rounds)
-        for label, plan in plans.items():
-            tokens = tokens_of(workload, plan, mode)
+        counts = count(workload, compared, mode)
+        measured = None if rounds is None else measure(workload, compared, mode, rounds=rounds)
+        for label, strategy in compared.items():
+            tokens = tokens_of(workload, strategy, mode)
             flops, dense = counts[label], counts[DENSE]
             figures = {} if measured is None else measured[label]._asdict()
             rows.append(
                 Row(
                     model=name,
                     strategy=label,
-                    settings="" if plan is None else str(plan),
+                    settings="" if strategy is None else str(strategy),
                     step=workload.step,
                     mode=mode,
                     batch_size=batch_size,
@@ -124,7 +123,7 @@ def profile_model(
                     forward_flops=flops.forward / batch_size,
                     backward_flops=flops.backward / batch_size,
                     flops_ratio=sum(flops) / sum(dense),
-                    verdict=verdict(plan, figures.get("time_ratio")),
+                    verdict=verdict(strategy, figures.get("time_ratio")),
                     **figures,
                 )
             )
@@ -132,35 +131,40 @@ def profile_model(
 
 
 def tokens_of(workload: Workload, strategy: Strategy | None, mode: Mode) -> tuple[Layer, ...]:
-    """Tokens in each block of the image tower."""
+    """How many tokens go through each block of the image tower."""
     size = workload.tower.size
-    if strategy is None or not strategy.reduces(workload.text, mode == "training"):
+    text_cls = torch.empty(workload.batch_size, size.width, device="meta")  # there always is one
+    if strategy is None or not strategy.reduces(text_cls, mode == "training"):
         return (Layer(size.num_tokens, size.num_tokens),) * size.depth
     return strategy.token_counts(size)
 
 
 def verdict(strategy: Strategy | None, time_ratio: float | None) -> str:
-    """The last column."""
-    slow = strategy is not None and time_ratio is not None and not time_ratio < NO_GAIN
-    return "no gain" if slow else ""
+    """What stands in the last column: 'no gain', or nothing."""
+    timed = strategy is not None and time_ratio is not None
+    return "no gain" if timed and no_gain(time_ratio) else ""
 
 
 def count(
-    workload: Workload, plans: Mapping[str, Strategy | None], mode: Mode
+    workload: Workload, strategies: Mapping[str, Strategy | None], mode: Mode
 ) -> dict[str, FlopCount]:
-    """FLOPs of a step of each plan, on the meta device."""
+    """Count the FLOPs of a step with each strategy, on the meta device."""
     twin = workload.on_meta()
-    with in_mode(twin, mode), twin.traced():
+    with in_mode(twin, mode), twin.tracing():
         return {
-            name: count_step(twin.forward(plan), backward=mode == "training")
-            for name, plan in plans.items()
+            name: count_step(twin.forward(strategy), backward=mode == "training")
+            for name, strategy in strategies.items()
         }
 
 
 def measure(
-    workload: Workload, plans: Mapping[str, Strategy | None], mode: Mode, *, rounds: int = 10
+    workload: Workload,
+    strategies: Mapping[str, Strategy | None],
+    mode: Mode,
+    *,
+    rounds: int = 10,
 ) -> dict[str, Measured]:
-    """Time and memory of a step of each plan; one is `DENSE`.
+    """Measure time and memory of a step with each strategy, one of which is `DENSE`.
 
     Raises:
         ValueError: a model on the meta device.
@@ -168,18 +172,21 @@ def measure(
     if workload.device.type == "meta":
         raise ValueError("model: expected one with weights to time, got one on the meta device")
     with in_mode(workload, mode):
-        forwards = {name: workload.forward(plan) for name, plan in plans.items()}
+        forwards = {name: workload.forward(strategy) for name, strategy in strategies.items()}
         steps = forwards
         if mode == "training":
             steps = {name: partial(workload.train_step, step) for name, step in forwards.items()}
         times = time_side_by_side(steps, device=workload.device, rounds=rounds)
         ratios = ratios_to(DENSE, times)
-        if workload.device.type == "cuda":
-            memory = {name: peak_bytes(step, workload.device) for name, step in steps.items()}
-        elif mode == "training":
-            memory = {name: _saved(workload, step) for name, step in forwards.items()}
-        else:
-            memory = {}
+        memory = {}
+        if mode == "training" or workload.device.type == "cuda":
+            parameters = tuple(workload.model.parameters())
+            memory = {
+                name: memory_of(
+                    step, workload.device, forward=forwards[name], parameters=parameters
+                )
+                for name, step in steps.items()
+            }
     return {
         name: Measured(
             median(times[name]),
@@ -187,24 +194,18 @@ def measure(
             memory.get(name),
             memory[name] / memory[DENSE] if memory else None,
         )
-        for name in plans
+        for name in strategies
     }
-
-
-def _saved(workload: Workload, forward: Forward) -> int:
-    with saved_bytes(workload.model.parameters()) as saved:
-        forward()
-    return saved()
 
 
 @contextmanager
 def in_mode(workload: Workload, mode: Mode) -> Iterator[None]:
-    """Inside, the model trains or infers; scorers that are slow on purpose do not warn."""
+    """Set the model to training or inference inside; scorers that are slow on purpose do not
+    warn."""
     was_training = workload.model.training
     workload.model.train(mode == "training")
     try:
-        with warnings.catch_warnings(), torch.inference_mode(mode == "inference"):
-            warnings.simplefilter("ignore", SlowScorerWarning)
+        with deliberately_slow(), torch.inference_mode(mode == "inference"):
             yield
     finally:
         workload.model.train(was_training)

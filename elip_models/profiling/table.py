@@ -20,14 +20,16 @@ from rich.table import Table
 from torch import nn
 
 from elip_models.models.open_model import FORMS, open_model
+from elip_models.profiling.measure import measured_on, memory_is
 from elip_models.profiling.paper_flops import paper_report
 from elip_models.profiling.paper_table1 import table1_report
 from elip_models.profiling.rows import DENSE, MODES, Mode, Row, profile_model
-from elip_models.profiling.workload import Workload, tower_in
+from elip_models.profiling.workload import Workload
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.strategy_spec import StrategySpec
+from elip_models.towers import as_reducible, as_tower
 from elip_models.validation import ConfigError, blame
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,9 +38,9 @@ WIDTH = 180  # of what is not printed on a terminal
 
 @dataclass(frozen=True)
 class ProfileSettings:
-    """Options of `elip profile`.
+    """The options of `elip profile`.
 
-    models: specs of `open_model`. strategies: see strategy_specs.py.
+    models: specs of `open_model`. strategies: see strategy_spec.py.
     schedule: of the strategies that take one and do not say theirs; None is ELIP's.
     flops: share of the dense tower's training FLOPs that every strategy is set to, if any.
     rounds: of the timing; None counts alone, without memory for weights.
@@ -53,10 +55,17 @@ class ProfileSettings:
     dtype: str = "fp32"
     rounds: int | None = 10
 
+    @property
+    def device(self) -> torch.device:
+        """Where steps run; what is only counted, on the meta device."""
+        if self.rounds is None:
+            return torch.device("meta")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A strategy without rows for a model, and why."""
+    """A strategy that has no rows for a model, and why."""
 
     model: str
     strategy: str
@@ -65,31 +74,28 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Profile:
-    """The table, and where it was measured."""
+    """All rows of the table, and the options that they were measured by."""
 
     settings: ProfileSettings
     rows: tuple[Row, ...]
     left_out: tuple[LeftOut, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """All of it as plain data."""
-        timed = self.settings.rounds is not None
+        """The table as plain data, with where it was measured."""
         return {
-            "device": device_name() if timed else "meta",
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
+            **measured_on(self.settings.device),
             "dtype": self.settings.dtype,
             "rounds": self.settings.rounds,
             "weights": "random",
             "flops_are_of": "one image, or pair of a whole model",
-            "memory_is": "peak of a step" if on_gpu() else "bytes saved for backward",
+            "memory_is": memory_is(self.settings.device),
             "rows": [asdict(row) for row in self.rows],
             "left_out": [asdict(each) for each in self.left_out],
         }
 
 
 def run_profile(settings: ProfileSettings, say: Callable[[str], None] | None = None) -> Profile:
-    """All rows, model by model; `say` is told what comes next.
+    """Measure all rows, model by model; `say` is told what comes next.
 
     Raises:
         ConfigError: a spec that names no model, or a model that cannot be reduced.
@@ -115,28 +121,17 @@ def run_profile(settings: ProfileSettings, say: Callable[[str], None] | None = N
     return Profile(settings, tuple(rows), tuple(left_out))
 
 
-def on_gpu() -> bool:
-    """Whether steps run on a GPU."""
-    return torch.cuda.is_available()
-
-
-def device_name() -> str:
-    """Of the device that steps run on."""
-    return torch.cuda.get_device_name() if on_gpu() else "cpu"
-
-
 def _opened(spec: str, settings: ProfileSettings) -> nn.Module:
-    """The model with random weights; on the meta device where nothing is timed."""
-    device = "meta" if settings.rounds is None else "cuda" if on_gpu() else "cpu"
-    with blame("--model"), torch.device(device), _quietly():
+    """Open the model with random weights, on the meta device where nothing is timed."""
+    with blame("--model"), settings.device, _quietly():
         model = open_model(spec, pretrained=False).to(DTYPES[settings.dtype])
-        tower_in(model)
+        as_tower(as_reducible(model).image_model)
     return model
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Libraries warn of random weights; here they are meant."""
+    """Silence the libraries, which warn of random weights: here they are meant."""
     logging.disable(logging.WARNING)
     try:
         yield
@@ -147,14 +142,14 @@ def _quietly() -> Iterator[None]:
 def _fitting(
     name: str, model: nn.Module, settings: ProfileSettings
 ) -> tuple[dict[str, Strategy], list[LeftOut]]:
-    """The strategies that the model takes, by the name of their rows, and the others."""
-    tower, found, left_out = tower_in(model), {}, []
-    workload = Workload(model, 1)
+    """Try the strategies on the model -> those that fit, by the name of their rows, and the
+    others."""
+    workload, found, left_out = Workload(model, 1), {}, []
     for spec in settings.strategies:
         try:
-            strategy = spec.build(tower.size, settings.schedule)
+            strategy = spec.build(workload.tower.size, settings.schedule)
             if settings.flops is not None:
-                strategy = strategy.at_flops(tower, settings.flops)
+                strategy = strategy.at_flops(workload.tower, settings.flops)
             workload.forward(strategy)
         except (TypeError, ValueError) as error:
             left_out.append(LeftOut(name, spec.text, " ".join(str(error).split())))
@@ -164,7 +159,7 @@ def _fitting(
 
 
 def table_of(profile: Profile) -> Table:
-    """All rows, in sections of one model, batch and mode."""
+    """Lay the rows out in sections of one model, batch and mode."""
     rows, timed = profile.rows, profile.settings.rounds is not None
     table = Table(title=_title(profile))
     table.add_column("strategy")
@@ -191,13 +186,14 @@ def _title(profile: Profile) -> str:
     if profile.settings.flops is not None:
         title += f"; towers at {profile.settings.flops:g} of dense training FLOPs"
     if profile.settings.rounds is not None:
-        memory = "peak of a step" if on_gpu() else "bytes saved for backward"
-        title += f"; {device_name()}, {profile.settings.dtype}; memory: {memory}"
+        device = profile.settings.device
+        title += f"; {measured_on(device)['device']}, {profile.settings.dtype}"
+        title += f"; memory: {memory_is(device)}"
     return title
 
 
 def _cells(row: Row) -> list[str]:
-    """From 'kept' on."""
+    """The cells of a row from the column 'kept' on."""
     cells = [f"{row.retained:.3f}", f"{row.forward_flops / 1e9:.3f}"]
     cells += [f"{row.backward_flops / 1e9:.3f}" if row.mode == "training" else "-"]
     cells += [f"{row.flops_ratio:.3f}"]
@@ -211,7 +207,8 @@ def _cells(row: Row) -> list[str]:
 
 
 def runs(counts: Iterable[int]) -> str:
-    """'2×197 2×178 6×129 2×80'; of counts that change all the time the ends alone."""
+    """Write counts as '2×197 2×178 6×129 2×80'; of many different ones, the first two and the
+    last."""
     found = [(len(list(same)), count) for count, same in groupby(counts)]
     if len(found) > 6:
         return f"{found[0][1]} {found[1][1]} .. {found[-1][1]}"
@@ -229,7 +226,7 @@ def settings_of(
     dtype: str,
     rounds: int | None,
 ) -> ProfileSettings:
-    """The options of the command line as settings; without strategies, all of them.
+    """Check the options of the command line; without strategies, all of them are measured.
 
     Raises:
         ConfigError: an option with another value than it takes.

@@ -1,7 +1,8 @@
 """Work and warnings that one forward does and the next need not repeat."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, wraps
 from typing import ParamSpec, TypeVar
 
@@ -28,6 +29,14 @@ class SlowScorerWarning(UserWarning):
 
 class UnguidedWarning(UserWarning):
     """Nothing is reduced, since no guidance was given."""
+
+
+@contextmanager
+def deliberately_slow() -> Iterator[None]:
+    """Scorers that cost more than they save are run on purpose inside: no warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SlowScorerWarning)
+        yield
 
 
 @cache

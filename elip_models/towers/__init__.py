@@ -9,17 +9,21 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from elip_models.towers.base import Projections, Tower, in_forward, with_cls
+from elip_models.towers.base import Projections, Tower, with_cls
 from elip_models.towers.fsdp import refuses_sharding
 from elip_models.towers.image_text import ImageTextModel
+from elip_models.towers.in_place import in_forward
+from elip_models.towers.reducible import ImageModel, Reducible
 from elip_models.towers.size import Size
 
 __all__ = [
     "ImageTextModel",
     "Projections",
+    "Reducible",
     "Size",
     "Tower",
     "as_image_text",
+    "as_reducible",
     "as_tower",
     "in_forward",
     "with_cls",
@@ -27,20 +31,22 @@ __all__ = [
 
 
 class Adapter(NamedTuple):
-    """Where the classes of a library are read, as file and class: towers, of which the first that
-    accepts a model judges it, and the whole model; and the extra that installs the library."""
+    """Where the classes of a library are read, as file and class, of image models and of whole
+    ones; the first that accepts a model judges it. And the extra that installs the library."""
 
     towers: tuple[tuple[str, str], ...]
-    image_text: tuple[str, str] | None
+    image_texts: tuple[tuple[str, str], ...]
     extra: str
 
 
 ADAPTERS = {
-    "timm": Adapter((("eva", "EvaTower"), ("timm", "TimmTower")), None, "models"),
+    "timm": Adapter((("eva", "EvaTower"), ("timm", "TimmTower")), (), "models"),
     "open_clip": Adapter(
-        (("open_clip", "OpenClipTower"),), ("open_clip", "OpenClipImageText"), "open-clip"
+        (("open_clip", "OpenClipTower"),), (("open_clip", "OpenClipImageText"),), "open-clip"
     ),
-    "transformers": Adapter((("hf", "HFTower"),), ("hf", "HFImageText"), "models"),
+    "transformers": Adapter(
+        (("hf", "HFTower"),), (("hf", "HFClip"), ("hf", "HFSiglip"), ("hf", "HFBlip")), "models"
+    ),
 }
 
 
@@ -51,6 +57,7 @@ def as_tower(model: nn.Module) -> Tower:
         TypeError: not a model that a tower reads, or a variant of one that it does not: why.
         ImportError: a library is missing.
     """
+    model = _without_adapter(model)
     _check_sharding(model)
     library = _library(model)
     if library is None:
@@ -75,12 +82,14 @@ def as_image_text(model: nn.Module) -> ImageTextModel | None:
     Raises:
         TypeError: one whose text cannot guide its images: why.
     """
+    model = _without_adapter(model)
     _check_sharding(model)
     library = _library(model)
-    if library is None or ADAPTERS[library].image_text is None:
+    if library is None:
         return None
-    adapter = _load(library, ADAPTERS[library].image_text)
-    if not adapter.accepts(model):
+    adapters = (_load(library, name) for name in ADAPTERS[library].image_texts)
+    adapter = next((adapter for adapter in adapters if adapter.accepts(model)), None)
+    if adapter is None:
         return None
     image_text = adapter(model)
     reason = image_text.refuses()
@@ -90,6 +99,25 @@ def as_image_text(model: nn.Module) -> ImageTextModel | None:
             f"{reason}"
         )
     return image_text
+
+
+def _without_adapter(model: nn.Module) -> nn.Module:
+    """The model inside peft's, whose own layers are the adapted ones."""
+    is_peft = any(cls.__module__ == "peft.peft_model" for cls in type(model).__mro__)
+    return model.get_base_model() if is_peft else model
+
+
+def as_reducible(model: nn.Module) -> Reducible:
+    """What measuring and drawing ask of a model: one of ours, which answers for itself, another
+    library's whole one, or an image model alone.
+
+    Raises:
+        TypeError: one that cannot be reduced: why.
+        ImportError: a library is missing.
+    """
+    if isinstance(model, Reducible):
+        return model
+    return as_image_text(model) or ImageModel(as_tower(model))
 
 
 def _check_sharding(model: nn.Module) -> None:

@@ -10,10 +10,9 @@ An adapter names the parts of a block; the CLS row, the boundary of a stage, and
 through a block are worked out of them here, once for all libraries.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import wraps
-from typing import Any, Concatenate, NamedTuple, ParamSpec, Self, TypeVar
+from typing import Any, NamedTuple, ParamSpec, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,10 @@ from torch import Tensor, nn
 
 import elip_kernels
 from elip_kernels import BipartiteInfo, ReductionInfo
-from elip_models.towers.fsdp import as_forward, is_sharded, unsharded
+from elip_models.towers.apart import apart
+from elip_models.towers.effective import Affine, is_hooked, is_known, is_layer_norm
+from elip_models.towers.fsdp import unsharded
+from elip_models.towers.in_place import in_place_of, own_forward
 from elip_models.towers.size import Size
 
 P = ParamSpec("P")
@@ -33,18 +35,12 @@ Block = Callable[..., Tensor]
 
 
 class Projections(NamedTuple):
-    """What a block's attention reads before the softmax; weights are (D, D), as nn.Linear has them.
+    """What stands around a block's projections before the softmax.
 
     q_norm, k_norm: of each head's queries and keys. With them the key projection stays where it is.
     """
 
-    norm: nn.LayerNorm
-    q_weight: Tensor
-    q_bias: Tensor | None
-    k_weight: Tensor
-    k_bias: Tensor | None
-    v_weight: Tensor
-    v_bias: Tensor | None
+    norm: nn.Module
     num_heads: int
     scale: float
     q_norm: nn.Module | None = None
@@ -53,20 +49,7 @@ class Projections(NamedTuple):
     @property
     def can_be_absorbed(self) -> bool:
         """The key and value projections fold into the query: no product over all tokens."""
-        return self.q_norm is None and self.k_norm is None
-
-    def absorbed(self) -> dict[str, Tensor | float | int | None]:
-        """The arguments of `cls_attention_from_tokens`."""
-        return {
-            "norm_weight": self.norm.weight,
-            "norm_bias": self.norm.bias,
-            "eps": self.norm.eps,
-            "q_weight": self.q_weight,
-            "q_bias": self.q_bias,
-            "k_weight": self.k_weight,
-            "num_heads": self.num_heads,
-            "scale": self.scale,
-        }
+        return self.q_norm is None and self.k_norm is None and is_layer_norm(self.norm)
 
 
 class Tower:
@@ -81,7 +64,7 @@ class Tower:
     is_rotary: blocks rotate each token by its place in the image, which then follows the token.
     unsupported_methods: methods of the model that would return nonsense on a reduced one.
 
-    `qkv`, `projections`, `project`, `mlp` and what is made of them read block i's parameters where
+    `qkv`, `weights`, `project`, `mlp` and what is made of them read block i's parameters where
     they are, so a caller outside block i's forward calls them inside `unsharded(i)`.
     """
 
@@ -142,6 +125,11 @@ class Tower:
         """The methods that make tokens of images, owner and name, in the order of their calls."""
         raise NotImplementedError
 
+    def image_stats(self) -> tuple[Sequence[float], Sequence[float]] | None:
+        """Mean and standard deviation of each colour that images are normalised by, or None where
+        the library does not say."""
+        return None
+
     def refuses_resizing(self) -> str | None:
         """Why images of another size cannot go in, in one sentence, or None."""
         return None
@@ -183,7 +171,12 @@ class Tower:
         raise NotImplementedError
 
     def projections(self, i: int) -> Projections:
-        """The parts of block i that make `qkv`."""
+        """The parts of block i that make `qkv`, the projections themselves aside."""
+        raise NotImplementedError
+
+    def weights(self, i: int) -> list[Affine] | None:
+        """Block i's projections of queries, keys and values, each (D, D) as nn.Linear has it; None
+        where only calling them, in `qkv`, tells what they do."""
         raise NotImplementedError
 
     def attention_dropout(self, i: int) -> float:
@@ -225,12 +218,10 @@ class Tower:
         return unsharded(self.blocks[i], *tensors)
 
     def dry_block(self, i: int, tokens: Tensor) -> Tensor:
-        """Block i, whole, without gradient, and without the hooks that shard it: they would free
-        its parameters within its own forward, and prefetch for a backward that never comes."""
-        if not is_sharded(self.blocks[i]):
-            return self.block(i, tokens)
+        """Block i, whole, without gradient, by its own forward: no hook sees the call. Those that
+        shard it would free its parameters, and prefetch for a backward that never comes."""
         with self.unsharded(i, tokens) as (tokens,):
-            return self.call(i, self.blocks[i].forward, tokens)
+            return self.call(i, own_forward(self.blocks[i]), tokens)
 
     def attend(
         self, i: int, tokens: Tensor, bias: Tensor | None = None, *, qkv: QKV | None = None
@@ -260,31 +251,71 @@ class Tower:
         mask: (B, N) bool, True where a token is real.
         """
         with self.unsharded(i, tokens, cls) as (tokens, cls):
-            parts = self.projections(i)
-            if self.absorbs_keys and parts.can_be_absorbed and mask is None:
-                return elip_kernels.cls_attention_from_tokens(tokens, cls, **parts.absorbed())
-            x = parts.norm(with_cls(tokens, cls) if self.has_cls else tokens)
-            q = x[:, :1] if self.has_cls else parts.norm(cls[:, None])
-            q = F.linear(q, parts.q_weight, parts.q_bias)
-            k = F.linear(x, parts.k_weight, parts.k_bias)
-            q, k = (y.unflatten(2, (parts.num_heads, -1)).transpose(1, 2) for y in (q, k))
-            q, k = (parts.q_norm or IDENTITY)(q)[:, :, 0], (parts.k_norm or IDENTITY)(k)
-            k = self.turned(i, k)
-            return elip_kernels.cls_attention(q, k.to(q.dtype), scale=parts.scale, mask=mask)
+            arguments = self.absorbed(i) if mask is None else None
+            if arguments is not None:
+                return elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)
+            q, k = self.query_and_keys(i, tokens, cls)
+            scale = self.projections(i).scale
+            return elip_kernels.cls_attention(q, k.to(q.dtype), scale=scale, mask=mask)
+
+    def absorbed(self, i: int, *, values: bool = False) -> dict[str, Any] | None:
+        """The arguments of `cls_attention_from_tokens`, or of `cls_attend_from_tokens` with values;
+        None where block i has no such form."""
+        parts = self.projections(i)
+        weights = self.weights(i) if self.absorbs_keys and parts.can_be_absorbed else None
+        if weights is None:
+            return None
+        q, k, v = weights
+        arguments = {
+            "norm_weight": parts.norm.weight,
+            "norm_bias": parts.norm.bias,
+            "eps": parts.norm.eps,
+            "q_weight": q.weight,
+            "q_bias": q.bias,
+            "k_weight": k.weight,
+            "num_heads": parts.num_heads,
+            "scale": parts.scale,
+        }
+        return arguments | {"v_weight": v.weight, "v_bias": v.bias} if values else arguments
+
+    def query_and_keys(self, i: int, tokens: Tensor, cls: Tensor) -> tuple[Tensor, Tensor]:
+        """Block i's query (B, H, d) of `cls`, and the keys (B, H, N, d) of `cls_attention`."""
+        parts, weights = self.projections(i), self.weights(i)
+        x = with_cls(tokens, cls) if self.has_cls else tokens
+        if weights is None:
+            q, k, _ = self.qkv(i, x)
+            q = q if self.has_cls else self.qkv(i, cls[:, None])[0]
+            return q[:, :, 0], k
+        x = parts.norm(x)
+        q = x[:, :1] if self.has_cls else parts.norm(cls[:, None])
+        each = (project(y) for project, y in zip(weights, (q, x), strict=False))
+        q, k = (y.unflatten(2, (parts.num_heads, -1)).transpose(1, 2) for y in each)
+        q, k = (parts.q_norm or IDENTITY)(q)[:, :, 0], (parts.k_norm or IDENTITY)(k)
+        return q, self.turned(i, k)
 
     def score_reduce(
-        self, i: int, tokens: Tensor, cls: Tensor, keep: int, *, merge: bool
+        self,
+        i: int,
+        tokens: Tensor,
+        cls: Tensor,
+        keep: int,
+        *,
+        merge: bool,
+        row: Tensor | None = None,
     ) -> tuple[Tensor, ReductionInfo, Tensor]:
-        """Block i's CLS row selects among `tokens` -> reduced tokens, what was kept, the row."""
+        """Block i's CLS row selects among `tokens` -> reduced tokens, what was kept, the row.
+
+        row: (B, N), where it is known already, and nothing is to be scored.
+        """
         with self.unsharded(i, tokens, cls) as (tokens, cls):
-            parts = self.projections(i)
-            absorbs = self.absorbs_keys and parts.can_be_absorbed
-            if absorbs and self.num_prefix_tokens == 1:
+            arguments = self.absorbed(i) if self.num_prefix_tokens == 1 else None
+            if arguments is not None:
                 return elip_kernels.score_reduce(
-                    tokens, cls, keep, merge=merge, return_info=True, **parts.absorbed()
+                    tokens, cls, keep, merge=merge, row=row, return_info=True, **arguments
                 )
-            with torch.no_grad():
-                row = self.cls_attention(i, tokens, cls)
+            if row is None:
+                with apart(self.model, tokens):
+                    row = self.cls_attention(i, tokens, cls)
         return *self.reduce(tokens, row, keep, merge=merge), row
 
     def reduce(
@@ -303,13 +334,13 @@ class Tower:
     def cls_block(self, i: int, tokens: Tensor, cls: Tensor) -> Tensor:
         """`cls` (B, D) through block i alone, attending to `tokens` -> (B, D)."""
         with self.unsharded(i, tokens, cls) as (tokens, cls):
-            parts = self.projections(i)
-            if self.absorbs_keys and parts.can_be_absorbed:
-                arguments = parts.absorbed() | {"v_weight": parts.v_weight, "v_bias": parts.v_bias}
+            arguments = self.absorbed(i, values=True)
+            if arguments is not None:
                 attended = elip_kernels.cls_attend_from_tokens(tokens, cls, **arguments)
             else:
                 q, k, v = self.qkv(i, with_cls(tokens, cls))
-                row = F.scaled_dot_product_attention(q[:, :, :1], k, v, scale=parts.scale)
+                scale = self.projections(i).scale
+                row = F.scaled_dot_product_attention(q[:, :, :1], k, v, scale=scale)
                 attended = row.flatten(1)
             cls = cls[:, None] + self.project(i, attended[:, None])
             return self.mlp(i, cls)[:, 0]
@@ -332,34 +363,6 @@ def with_cls(tokens: Tensor, cls: Tensor) -> Tensor:
     return torch.cat([cls[:, None], tokens[:, 1:]], dim=1)
 
 
-def in_forward(
-    run: Callable[Concatenate["Tower", Tensor, P], tuple[Tensor, R]],
-) -> Callable[Concatenate["Tower", Tensor, P], tuple[Tensor, R]]:
-    """`run(tower, images, ..) -> (tokens, more)` in place of the forward of the tower's model."""
-
-    @wraps(run)
-    def run_in_forward(
-        tower: Tower, images: Tensor, *args: P.args, **kwargs: P.kwargs
-    ) -> tuple[Tensor, R]:
-        return in_place_of(tower.model, lambda x: run(tower, x, *args, **kwargs), images)
-
-    return run_in_forward
-
-
-def in_place_of(
-    module: nn.Module, step: Callable[[Tensor], tuple[Tensor, R]], tokens: Tensor
-) -> tuple[Tensor, R]:
-    """`step(tokens) -> (tokens, more)` in place of the module's forward, with gradient."""
-    more = []
-
-    def forward(tokens: Tensor) -> Tensor:
-        tokens, rest = step(tokens)
-        more.append(rest)
-        return tokens
-
-    return as_forward(module, forward, tokens), more[0]
-
-
 def optional(module: nn.Module, name: str) -> nn.Module:
     """A part that only some models have; the identity for the others."""
     return getattr(module, name, IDENTITY)
@@ -367,5 +370,9 @@ def optional(module: nn.Module, name: str) -> nn.Module:
 
 def is_observed(module: nn.Module) -> bool:
     """A hook or a replaced forward sees the module's calls, or it is in training mode."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return bool(hooks) or module.training or "forward" in vars(module)
+    return is_hooked(module) or module.training
+
+
+def is_plain(block: nn.Module) -> bool:
+    """Modules of the libraries' own in eval mode, which nothing watches."""
+    return all(is_known(module) and not is_observed(module) for module in block.modules())

@@ -10,17 +10,21 @@ rotation is the identity (sin 0, cos 1), as of CLS. The row takes the generic fo
 key has no absorbed projection.
 """
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 
 from elip_kernels import ReductionInfo
-from elip_models.towers.base import Block, Projections, Tower, is_observed
-from elip_models.towers.timm import refuses_tokens
+from elip_models.towers.base import Block, Projections, Tower, is_plain
+from elip_models.towers.effective import Affine, affine, qkv_of, unwrapped
+from elip_models.towers.fsdp import library_class
+from elip_models.towers.timm import refuses_tokens, stats_of
 
 
 class EvaTower(Tower):
@@ -49,8 +53,9 @@ class EvaTower(Tower):
         self.num_patches = model.patch_embed.num_patches
         self.num_prefix_tokens = model.num_prefix_tokens
         self.image_size = tuple(model.patch_embed.img_size)
-        linears = (m for m in model.blocks[0].mlp.modules() if isinstance(m, nn.Linear))
-        self.mlp_ratio = sum(m.weight.numel() for m in linears) / (2 * self.width**2)
+        linears = (m for m in model.blocks[0].mlp.children() if hasattr(m, "in_features"))
+        weights = sum(m.in_features * m.out_features for m in linears)
+        self.mlp_ratio = weights / (2 * self.width**2)
         self.is_rotary = model.rope is not None
         self.positions = positions
         self.ropes = ropes  # of all patches, where they were made already
@@ -70,12 +75,18 @@ class EvaTower(Tower):
         reasons = (_refuses_block(block) for block in model.blocks)
         return refuses_tokens(model) or next((r for r in reasons if r is not None), None)
 
+    def image_stats(self) -> tuple[Sequence[float], Sequence[float]] | None:
+        return stats_of(self.model)
+
     @property
     def checkpointing(self) -> bool:
         return self.model.grad_checkpointing
 
     def at(self, positions: Tensor | None) -> Self:
-        return EvaTower(self.model, positions, self._ropes()) if self.is_rotary else self
+        if not self.is_rotary:
+            return self
+        ropes = self._ropes() if self.ropes is None else self.ropes
+        return EvaTower(self.model, positions, ropes)
 
     def positions_after(self, reduction: ReductionInfo) -> Tensor | None:
         if not self.is_rotary:
@@ -109,46 +120,40 @@ class EvaTower(Tower):
         rope, p = self._rope(i), self.num_prefix_tokens
         if rope is None:
             return heads
-        half = getattr(self.blocks[i].attn, "rotate_half", False)
+        half = getattr(self._attention(i), "rotate_half", False)
         turned = apply_rot_embed_cat(heads[:, :, p:], rope, half=half)
         return torch.cat([heads[:, :, :p], turned], dim=2)
 
     def qkv(self, i: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        parts, attn = self.projections(i), self.blocks[i].attn
-        x = parts.norm(tokens)
-        linears = (
-            (parts.q_weight, parts.q_bias),
-            (parts.k_weight, parts.k_bias),
-            (parts.v_weight, parts.v_bias),
-        )
-        each = (F.linear(x, *linear).unflatten(2, (parts.num_heads, -1)) for linear in linears)
-        q, k, v = (y.transpose(1, 2) for y in each)
+        attn, x = self._attention(i), self.blocks[i].norm1(tokens)
+        if attn.qkv is None:
+            each = (attn.q_proj(x), attn.k_proj(x), attn.v_proj(x))
+        else:
+            each = _together(attn, x).chunk(3, -1)
+        q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=attn.num_heads) for y in each)
         q, k = self.turned(i, attn.q_norm(q)), self.turned(i, attn.k_norm(k))
         return q.type_as(v), k.type_as(v), v
 
     def projections(self, i: int) -> Projections:
-        block = self.blocks[i]
-        attn = block.attn
+        attn = self._attention(i)
+        norm = unwrapped(self.blocks[i].norm1)
+        return Projections(norm, attn.num_heads, attn.scale, attn.q_norm, attn.k_norm)
+
+    def weights(self, i: int) -> list[Affine] | None:
+        attn = self._attention(i)
         if attn.qkv is None:
-            linears = (attn.q_proj, attn.k_proj, attn.v_proj)
-            weights, biases = [m.weight for m in linears], [m.bias for m in linears]
-        elif isinstance(attn, EvaAttention):
-            weights, biases = attn.qkv.weight.chunk(3), (attn.q_bias, attn.k_bias, attn.v_bias)
-        else:
-            weights, bias = attn.qkv.weight.chunk(3), attn.qkv.bias
-            biases = (None,) * 3 if bias is None else bias.chunk(3)
-        parts = (part for pair in zip(weights, biases, strict=True) for part in pair)
-        return Projections(
-            block.norm1, *parts, attn.num_heads, attn.scale, attn.q_norm, attn.k_norm
-        )
+            return qkv_of(attn.q_proj, attn.k_proj, attn.v_proj)
+        together, bias = affine(attn.qkv), _bias(attn)
+        if together is None:
+            return None
+        return (together if bias is None else together._replace(bias=bias)).thirds()
 
     def attention_dropout(self, i: int) -> float:
-        attn = self.blocks[i].attn
+        attn = self._attention(i)
         return attn.attn_drop.p if attn.training else 0.0
 
     def project(self, i: int, attended: Tensor) -> Tensor:
-        block = self.blocks[i]
-        attn = block.attn
+        block, attn = self.blocks[i], self._attention(i)
         out = attn.proj_drop(attn.proj(attn.norm(attended)))
         return block.drop_path1(out if block.gamma_1 is None else block.gamma_1 * out)
 
@@ -159,11 +164,18 @@ class EvaTower(Tower):
 
     def is_plain(self, i: int) -> bool:
         block = self.blocks[i]
-        observed = any(is_observed(module) for module in block.modules())
-        return _refuses_block(block) is None and not observed
+        return _refuses_block(block) is None and is_plain(block)
 
     def finish(self, tokens: Tensor) -> Tensor:
         return self.model.norm(tokens)
+
+    def _attention(self, i: int) -> nn.Module:
+        """Block i's attention now: a wrapper may have come since the tower was made."""
+        attn = unwrapped(self.blocks[i].attn)
+        reason = _refuses_attention(attn)
+        if reason is not None:
+            raise TypeError(f"model: expected timm's own attention in block {i}, but {reason}")
+        return attn
 
     def _ropes(self) -> Tensor:
         """Of all patches: (N0, 2d), or (depth, H, N0, 2d) where each block has its own."""
@@ -180,17 +192,41 @@ class EvaTower(Tower):
         return rope if self.positions is None else self.turned_to(rope, self.positions)
 
 
+def _bias(attn: nn.Module) -> Tensor | None:
+    """Of the three projections together, where the attention itself has it and not the layer."""
+    if getattr(attn, "q_bias", None) is None:
+        return None
+    return torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+
+
+def _together(attn: nn.Module, x: Tensor) -> Tensor:
+    """Queries, keys and values (B, N, 3D) of one layer, as timm makes them."""
+    bias = _bias(attn)
+    if bias is None:
+        return attn.qkv(x)
+    return attn.qkv(x) + bias if attn.qkv_bias_separate else F.linear(x, attn.qkv.weight, bias)
+
+
+def _refuses_attention(attn: nn.Module) -> str | None:
+    if library_class(attn) not in (EvaAttention, AttentionRope):
+        return f"its attention is {type(attn).__name__}, a wrapper (wrap its projections instead)"
+    has_bias = getattr(attn, "q_bias", None) is not None
+    if has_bias and not attn.qkv_bias_separate and not isinstance(attn.qkv, nn.Linear):
+        return (
+            f"timm reads the weight of its qkv, and so ignores the {type(attn.qkv).__name__} "
+            "around it (qkv_bias_separate=True calls it)"
+        )
+    return None
+
+
 def _refuses_block(block: nn.Module) -> str | None:
-    attn = block.attn
-    if type(block) is not EvaBlock:
+    attn = unwrapped(block.attn)
+    if library_class(block) is not EvaBlock:
         return f"its blocks are {type(block).__name__} (post-norm), not pre-norm EvaBlock"
-    if type(attn) not in (EvaAttention, AttentionRope):
-        return f"its attention is {type(attn).__name__}, a wrapper (merge adapters first)"
+    if _refuses_attention(attn) is not None:
+        return _refuses_attention(attn)
     if attn.gate is not None:
         return "it gates its attention output"
     if getattr(attn, "num_kv_groups", 1) > 1:
         return "several heads share a key (grouped-query attention)"
-    projections = (attn.qkv,) if attn.qkv is not None else (attn.q_proj, attn.k_proj, attn.v_proj)
-    if any(type(part) is not nn.Linear for part in projections):
-        return "a block's projections are not nn.Linear (merge adapters first)"
     return None

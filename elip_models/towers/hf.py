@@ -5,20 +5,29 @@ list of layers of two halves, a last norm. BLIP's own forward attends eagerly; `
 SDPA. SigLIP pools by a probe that attends to all tokens: to the kept and the merged one.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
     BlipForImageTextRetrieval,
     CLIPModel,
     SiglipForImageClassification,
     SiglipModel,
 )
 
-from elip_models.towers.base import Block, Projections, Tower, is_observed, optional
+from elip_models.towers.base import Block, Projections, Tower, is_plain, optional
+from elip_models.towers.effective import Affine, qkv_of, unwrapped
 from elip_models.towers.fsdp import library_class
 from elip_models.towers.image_text import ImageTextModel
+from elip_models.towers.reducible import Stats, check_tokenizer_in, clip_stats, random_ids
 
 
 class Names(NamedTuple):
@@ -77,16 +86,11 @@ class HFTower(Tower):
             return "it averages its tokens, which dropped tokens would change"
         _, layers = found
         names = LAYERS[library_class(layers[0]).__name__]
-        attn = getattr(layers[0], names.attn)
-        parts = ("qkv",) if hasattr(attn, "qkv") else ("q_proj", "k_proj", "v_proj")
-        for layer in layers:
-            attn = getattr(layer, names.attn)
-            if not all(type(getattr(attn, part, None)) is nn.Linear for part in parts):
-                return (
-                    f"a layer's attention has no {', '.join(parts)} that are nn.Linear (merge "
-                    "adapters first, or take a later transformers)"
-                )
-        return None
+        reasons = (_refuses_attention(unwrapped(getattr(layer, names.attn))) for layer in layers)
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def image_stats(self) -> Stats | None:
+        return _stats_of(self.model)
 
     @property
     def checkpointing(self) -> bool:
@@ -110,24 +114,17 @@ class HFTower(Tower):
         return block(tokens, attention_mask=None)
 
     def qkv(self, i: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        attn, x = self._attention(i), getattr(self.blocks[i], self.names.norm1)(tokens)
-        if hasattr(attn, "qkv"):
-            parts = attn.qkv(x).chunk(3, -1)
-        else:
-            parts = (attn.q_proj(x), attn.k_proj(x), attn.v_proj(x))
-        q, k, v = (y.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for y in parts)
+        x, layers = getattr(self.blocks[i], self.names.norm1)(tokens), self._layers(i)
+        each = layers[0](x).chunk(3, -1) if len(layers) == 1 else [layer(x) for layer in layers]
+        q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.num_heads) for y in each)
         return q, k, v
 
     def projections(self, i: int) -> Projections:
-        attn = self._attention(i)
-        if hasattr(attn, "qkv"):
-            weights, biases = attn.qkv.weight.chunk(3), attn.qkv.bias.chunk(3)
-        else:
-            linears = (attn.q_proj, attn.k_proj, attn.v_proj)
-            weights, biases = [m.weight for m in linears], [m.bias for m in linears]
-        parts = (part for pair in zip(weights, biases, strict=True) for part in pair)
-        norm, scale = getattr(self.blocks[i], self.names.norm1), self._head_dim**-0.5
-        return Projections(norm, *parts, self.num_heads, scale)
+        norm = unwrapped(getattr(self.blocks[i], self.names.norm1))
+        return Projections(norm, self.num_heads, self._head_dim**-0.5)
+
+    def weights(self, i: int) -> list[Affine] | None:
+        return qkv_of(*self._layers(i))
 
     def attention_dropout(self, i: int) -> float:
         attn = self._attention(i)
@@ -146,15 +143,23 @@ class HFTower(Tower):
         return tokens + optional(block, "dropout")(out)
 
     def is_plain(self, i: int) -> bool:
-        modules = list(self.blocks[i].modules())
-        known = all(type(m).__module__.split(".")[0] in ("torch", "transformers") for m in modules)
-        return known and not any(is_observed(module) for module in modules)
+        return is_plain(self.blocks[i])
 
     def finish(self, tokens: Tensor) -> Tensor:
         return getattr(self.trunk, self.names.norm)(tokens)
 
     def _attention(self, i: int) -> nn.Module:
-        return getattr(self.blocks[i], self.names.attn)
+        """Block i's attention now: a wrapper may have come since the tower was made."""
+        attn = unwrapped(getattr(self.blocks[i], self.names.attn))
+        reason = _refuses_attention(attn)
+        if reason is not None:
+            raise TypeError(f"model: expected transformers' attention in layer {i}, but {reason}")
+        return attn
+
+    def _layers(self, i: int) -> tuple[nn.Module, ...]:
+        """Block i's projections: one of queries, keys and values together, or three."""
+        attn = self._attention(i)
+        return (attn.qkv,) if hasattr(attn, "qkv") else (attn.q_proj, attn.k_proj, attn.v_proj)
 
     @property
     def _head_dim(self) -> int:
@@ -162,27 +167,24 @@ class HFTower(Tower):
 
 
 class HFImageText(ImageTextModel):
-    """CLIPModel, guided by its text features, as SiglipModel, whose own are as wide as its image
-    tower; BlipForImageTextRetrieval, by BERT's CLS output.
+    """A whole model of transformers.
 
-    SigLIP's text feature is that of the last token, which may be padding: its processor pads to the
-    full length, as in training.
+    kind: its class. mask_position: of attention_mask in the call, behind ids and pixels.
     """
 
-    def __init__(self, model: CLIPModel | SiglipModel | BlipForImageTextRetrieval) -> None:
+    kind: ClassVar[type[nn.Module]]
+    mask_position: ClassVar[int] = 0
+
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.image_model = model.vision_model
 
-    @staticmethod
-    def accepts(model: nn.Module) -> bool:
-        return isinstance(model, (CLIPModel, SiglipModel, BlipForImageTextRetrieval))
+    @classmethod
+    def accepts(cls, model: nn.Module) -> bool:
+        return isinstance(model, cls.kind)
 
-    def refuses(self) -> str | None:
-        if isinstance(self.model, CLIPModel):
-            return None
-        config, is_siglip = self.model.config, isinstance(self.model, SiglipModel)
-        text, vision = config.text_config, config.vision_config.hidden_size
-        text = text.projection_size if is_siglip else text.hidden_size
+    def _refuses_width(self, text: int) -> str | None:
+        vision = self.model.config.vision_config.hidden_size
         return None if text == vision else f"its text is {text} wide, its image tower {vision}"
 
     def text_cls(
@@ -194,16 +196,94 @@ class HFImageText(ImageTextModel):
     ) -> Tensor | None:
         if input_ids is None or pixel_values is None:
             return None
-        model, is_blip = self.model, isinstance(self.model, BlipForImageTextRetrieval)
-        place = 1 if is_blip else 0  # among the further arguments; BLIP's use_itm_head comes first
-        mask = args[place] if len(args) > place else kwargs.get("attention_mask")
-        if is_blip:
-            text = model.text_encoder(input_ids=input_ids, attention_mask=mask)
-            return text.last_hidden_state[:, 0]
-        text = model.get_text_features(input_ids=input_ids, attention_mask=mask).pooler_output
-        if isinstance(model, SiglipModel):
-            return text
-        return F.normalize(text, dim=-1) @ model.visual_projection.weight
+        at = self.mask_position
+        mask = args[at] if len(args) > at else kwargs.get("attention_mask")
+        return self.encode_guidance(input_ids, mask)
+
+    def encode_guidance(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        features = self.model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
+        return features.pooler_output
+
+    def random_inputs(self, images: Tensor) -> dict[str, Any]:
+        text = self.model.config.text_config
+        sizes = text.max_position_embeddings, text.vocab_size, text.eos_token_id
+        return {"pixel_values": images, "input_ids": random_ids(images, *sizes)}
+
+    def image_stats(self) -> Stats:
+        return _stats_of(self.model) or clip_stats()
+
+    def load_tokenizer(self, name: str) -> Any:
+        if Path(name).is_dir():
+            check_tokenizer_in(Path(name))
+        return AutoTokenizer.from_pretrained(name)
+
+    def tokenise(self, tokenizer: Any, captions: Sequence[str]) -> dict[str, Tensor]:
+        longest = self.model.config.text_config.max_position_embeddings
+        text = tokenizer(
+            list(captions),
+            padding=True,
+            truncation=True,
+            max_length=min(longest, tokenizer.model_max_length),
+            return_tensors="pt",
+        )
+        return {"input_ids": text.input_ids, "attention_mask": text.attention_mask}
+
+    def tracing(self) -> AbstractContextManager:
+        """Models of transformers read the values of their masks, which only fake tensors allow;
+        they are slower."""
+        return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+class HFClip(HFImageText):
+    """CLIPModel: its text features, mapped back to the vision width, guide its image tower."""
+
+    kind = CLIPModel
+
+    def refuses(self) -> str | None:
+        return None
+
+    def encode_guidance(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        features = super().encode_guidance(input_ids, attention_mask)
+        return F.normalize(features, dim=-1) @ self.model.visual_projection.weight
+
+
+class HFSiglip(HFImageText):
+    """SiglipModel, whose text features are as wide as its image tower.
+
+    They are those of the last token, which may be padding: its processor pads to the full length,
+    as in training.
+    """
+
+    kind = SiglipModel
+
+    def refuses(self) -> str | None:
+        return self._refuses_width(self.model.config.text_config.projection_size)
+
+
+class HFBlip(HFImageText):
+    """BlipForImageTextRetrieval, guided by BERT's CLS output; in its call use_itm_head comes before
+    attention_mask."""
+
+    kind = BlipForImageTextRetrieval
+    mask_position = 1
+
+    def refuses(self) -> str | None:
+        return self._refuses_width(self.model.config.text_config.hidden_size)
+
+    def encode_guidance(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        text = self.model.text_encoder(input_ids=input_ids, attention_mask=attention_mask)
+        return text.last_hidden_state[:, 0]
+
+
+def _stats_of(model: nn.Module) -> Stats | None:
+    """What the image processor saved beside a model says, or None where there is none."""
+    if not model.config.name_or_path:
+        return None
+    try:
+        processor = AutoImageProcessor.from_pretrained(model.config.name_or_path)
+    except (OSError, ValueError):
+        return None
+    return tuple(processor.image_mean), tuple(processor.image_std)
 
 
 def _trunk(model: nn.Module) -> tuple[nn.Module, nn.ModuleList] | None:
@@ -215,6 +295,15 @@ def _trunk(model: nn.Module) -> tuple[nn.Module, nn.ModuleList] | None:
         is_image = hasattr(module.config, "patch_size")
         if is_image and _is_known(layers):
             return module, layers
+    return None
+
+
+def _refuses_attention(attn: nn.Module) -> str | None:
+    if not any(cls.__module__.startswith("transformers.") for cls in type(attn).__mro__):
+        return f"its attention is {type(attn).__name__}, a wrapper (wrap its projections instead)"
+    parts = ("q_proj", "k_proj", "v_proj")
+    if not hasattr(attn, "qkv") and not all(hasattr(attn, part) for part in parts):
+        return f"a layer's attention has no {', '.join(parts)} (take a later transformers)"
     return None
 
 

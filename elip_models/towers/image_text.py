@@ -1,11 +1,15 @@
-"""A language-image model whose text can guide its own image tower."""
+"""A whole language-image model of another library, whose text can guide its own image tower."""
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from elip_models.towers.reducible import Reducible
 
-class ImageTextModel:
+
+class ImageTextModel(Reducible):
     """A language-image model whose own forward takes images and text, image tower first or last.
 
     An adapter sets these, and defines the methods that raise NotImplementedError here.
@@ -15,7 +19,6 @@ class ImageTextModel:
     """
 
     model: nn.Module
-    image_model: nn.Module
     unsupported_methods: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module) -> None:
@@ -34,3 +37,9 @@ class ImageTextModel:
         """The guidance (B, D) in the image tower's width, from the arguments of the model's
         forward; None where they lack images or text."""
         raise NotImplementedError
+
+    def as_tensor(self, output: Any) -> Tensor:
+        """All floating-point tensors of the output, flat, one after the other."""
+        values = output.values() if isinstance(output, Mapping) else output
+        tensors = (v for v in values if torch.is_tensor(v) and v.is_floating_point())
+        return torch.cat([tensor.flatten() for tensor in tensors])

@@ -5,10 +5,12 @@ Attention is nn.MultiheadAttention or open_clip's own of the same parameter name
 decides, not the version.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import open_clip
 import torch
-import torch.nn.functional as F
+from einops import rearrange
 from open_clip import CLIP, CustomTextCLIP
 from open_clip.transformer import PatchDropout, VisionTransformer
 from torch import Tensor, nn
@@ -17,11 +19,19 @@ from elip_models.towers.base import (
     Projections,
     Tower,
     interpolated,
-    is_observed,
+    is_plain,
     optional,
+)
+from elip_models.towers.effective import (
+    Affine,
+    in_projection,
+    is_lora_attention,
+    out_projection,
+    unwrapped,
 )
 from elip_models.towers.fsdp import unsharded
 from elip_models.towers.image_text import ImageTextModel
+from elip_models.towers.reducible import Stats, clip_stats, random_ids
 
 LIBRARIES = ("torch", "open_clip")  # whose attention is read; a wrapper's is not
 
@@ -59,6 +69,9 @@ class OpenClipTower(Tower):
         reasons = (_refuses_block(block) for block in model.transformer.resblocks)
         return next((reason for reason in reasons if reason is not None), None)
 
+    def image_stats(self) -> Stats | None:
+        return _stats_of(self.model)
+
     @property
     def checkpointing(self) -> bool:
         return self.model.transformer.grad_checkpointing
@@ -72,7 +85,7 @@ class OpenClipTower(Tower):
         patches = model.conv1(images)
         grid = tuple(patches.shape[2:])
         cls = model.class_embedding.to(patches.dtype).expand(len(images), 1, -1)
-        tokens = torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1)
+        tokens = torch.cat([cls, rearrange(patches, "b d h w -> b (h w) d")], dim=1)
         positions = interpolated(model.positional_embedding, model.grid_size, grid, 1)
         return model.ln_pre(tokens + positions.to(tokens.dtype))
 
@@ -83,33 +96,35 @@ class OpenClipTower(Tower):
         return self.model._embeds(images)
 
     def qkv(self, i: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        block = self.blocks[i]
-        attn = block.attn
-        qkv = F.linear(block.ln_1(tokens), attn.in_proj_weight, attn.in_proj_bias)
-        q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        attn = self._attention(i)
+        qkv = in_projection(attn)(self.blocks[i].ln_1(tokens))
+        q, k, v = rearrange(qkv, "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.num_heads)
         return optional(attn, "ln_q")(q), optional(attn, "ln_k")(k), v
 
     def projections(self, i: int) -> Projections:
-        block = self.blocks[i]
-        attn = block.attn
-        weights = attn.in_proj_weight.chunk(3)
-        biases = (None,) * 3 if attn.in_proj_bias is None else attn.in_proj_bias.chunk(3)
-        parts = (part for pair in zip(weights, biases, strict=True) for part in pair)
+        attn = self._attention(i)
         norms = (optional(attn, name) for name in ("ln_q", "ln_k"))
         norms = (None if isinstance(norm, nn.Identity) else norm for norm in norms)
-        scale = (self.width // attn.num_heads) ** -0.5
-        return Projections(block.ln_1, *parts, attn.num_heads, scale, *norms)
+        scale = (self.width // self.num_heads) ** -0.5
+        return Projections(unwrapped(self.blocks[i].ln_1), self.num_heads, scale, *norms)
+
+    def weights(self, i: int) -> list[Affine]:
+        attn = self._attention(i)
+        if not is_lora_attention(attn):
+            return in_projection(attn).thirds()
+        with torch.no_grad():
+            return in_projection(attn).thirds()
 
     def attention_dropout(self, i: int) -> float:
-        attn = self.blocks[i].attn
+        attn = _inner(self._attention(i))
         if not attn.training:
             return 0.0
         return attn.dropout if isinstance(attn, nn.MultiheadAttention) else attn.attn_drop.p
 
     def project(self, i: int, attended: Tensor) -> Tensor:
-        block = self.blocks[i]
-        out = block.attn.out_proj(optional(block.attn, "ln_inner")(attended))
-        return block.ls_1(optional(block, "ln_attn")(optional(block.attn, "out_drop")(out)))
+        block, attn = self.blocks[i], self._attention(i)
+        out = out_projection(attn, optional(attn, "ln_inner")(attended))
+        return block.ls_1(optional(block, "ln_attn")(optional(attn, "out_drop")(out)))
 
     def mlp(self, i: int, tokens: Tensor) -> Tensor:
         block = self.blocks[i]
@@ -117,12 +132,18 @@ class OpenClipTower(Tower):
 
     def is_plain(self, i: int) -> bool:
         block = self.blocks[i]
-        known = all(type(m).__module__.split(".")[0] in LIBRARIES for m in block.modules())
-        observed = any(is_observed(module) for module in block.modules())
-        return known and not observed and _refuses_block(block) is None
+        return _refuses_block(block) is None and is_plain(block)
 
     def finish(self, tokens: Tensor) -> Tensor:
         return self.model.ln_post(tokens)
+
+    def _attention(self, i: int) -> nn.Module:
+        """Block i's attention now: a wrapper may have come since the tower was made."""
+        attn = unwrapped(self.blocks[i].attn)
+        reason = _refuses_attention(attn)
+        if reason is not None:
+            raise TypeError(f"model: expected open_clip's own attention in block {i}, but {reason}")
+        return attn
 
 
 class OpenClipImageText(ImageTextModel):
@@ -145,25 +166,62 @@ class OpenClipImageText(ImageTextModel):
     def text_cls(self, image: Tensor | None = None, text: Any = None) -> Tensor | None:
         if image is None or text is None:
             return None
+        return self.encode_guidance(text)
+
+    def encode_guidance(self, text: Tensor) -> Tensor:
         features = self.model.encode_text(text, normalize=True)
         with unsharded(self.image_model, features) as (features,):
             return features @ self.image_model.proj.T
 
+    def random_inputs(self, images: Tensor) -> dict[str, Any]:
+        length, vocab_size = self.model.context_length, self.model.vocab_size
+        return {"image": images, "text": random_ids(images, length, vocab_size, vocab_size - 1)}
+
+    def image_stats(self) -> Stats:
+        return _stats_of(self.image_model) or clip_stats()
+
+    def load_tokenizer(self, name: str) -> Any:
+        """By 'NAME' or 'NAME/TAG' of open_clip."""
+        return open_clip.get_tokenizer(name.partition("/")[0])
+
+    def tokenise(self, tokenizer: Any, captions: Sequence[str]) -> dict[str, Tensor]:
+        return {"text": tokenizer(list(captions))}
+
+
+def _stats_of(visual: nn.Module) -> Stats | None:
+    """What open_clip notes on an image tower that it creates by name; None of another."""
+    mean, std = (getattr(visual, name, None) for name in ("image_mean", "image_std"))
+    return None if mean is None else (tuple(mean), tuple(std))
+
+
+def _inner(attn: nn.Module) -> nn.Module:
+    """The attention inside LoRA's."""
+    return attn.get_base_layer() if is_lora_attention(attn) else attn
+
+
+def _refuses_attention(attn: nn.Module) -> str | None:
+    inner = _inner(attn)
+    if type(inner).__module__.split(".")[0] not in LIBRARIES:
+        return f"its attention is {type(attn).__name__}, a wrapper whose weights only it knows"
+    if getattr(inner, "in_proj_weight", None) is None:
+        return f"its attention ({type(attn).__name__}) has no in_proj_weight of q, k and v together"
+    is_torch, out = isinstance(inner, nn.MultiheadAttention), inner.out_proj
+    if is_torch and inner is attn and not isinstance(out, nn.Linear):
+        return (
+            f"torch's attention reads the weight of its out_proj, and so ignores the "
+            f"{type(out).__name__} around it (adapt the attention itself)"
+        )
+    return None
+
 
 def _refuses_block(block: nn.Module) -> str | None:
-    attn = block.attn
     if getattr(block, "ln_1_kv", None) is not None:
         return "its blocks attend to other tokens than their own"
-    if type(attn).__module__.split(".")[0] not in LIBRARIES:
-        return f"its attention is {type(attn).__name__}, a wrapper (merge adapters first)"
-    if getattr(attn, "in_proj_weight", None) is None:
-        return f"its attention ({type(attn).__name__}) has no in_proj_weight of q, k and v together"
+    attn = unwrapped(block.attn)
+    if _refuses_attention(attn) is not None:
+        return _refuses_attention(attn)
     if getattr(attn, "logit_scale", None) is not None:
         return "it attends by scaled cosine, whose scale is learned"
     if getattr(attn, "head_scale", None) is not None:
         return "it scales the output of each head"
-    if not isinstance(block.ln_1, nn.LayerNorm):
-        return (
-            f"a block begins with a {type(block.ln_1).__name__} where the CLS row needs LayerNorm"
-        )
     return None

@@ -4,12 +4,16 @@ Uses patch_embed, _pos_embed, patch_drop, norm_pre, blocks (norm1, attn, ls1, dr
 second half alike) and norm.
 """
 
+from collections.abc import Sequence
+
 import torch
+from einops import rearrange
 from timm.layers import Attention
 from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
-from elip_models.towers.base import Projections, Tower, interpolated, is_observed
+from elip_models.towers.base import Projections, Tower, interpolated, is_plain
+from elip_models.towers.effective import Affine, qkv_of, unwrapped
 
 
 class TimmTower(Tower):
@@ -49,6 +53,9 @@ class TimmTower(Tower):
         reasons = (_refuses_block(block) for block in model.blocks)
         return refuses_tokens(model) or next((r for r in reasons if r is not None), None)
 
+    def image_stats(self) -> tuple[Sequence[float], Sequence[float]] | None:
+        return stats_of(self.model)
+
     @property
     def checkpointing(self) -> bool:
         return self.model.grad_checkpointing
@@ -61,7 +68,7 @@ class TimmTower(Tower):
         model = self.model
         patches = model.patch_embed.proj(images)
         grid = tuple(patches.shape[2:])
-        tokens = model.patch_embed.norm(patches.flatten(2).transpose(1, 2))
+        tokens = model.patch_embed.norm(rearrange(patches, "b d h w -> b (h w) d"))
         p = 0 if model.no_embed_class else self.num_prefix_tokens
         positions = 0.0
         if model.pos_embed is not None:
@@ -82,28 +89,25 @@ class TimmTower(Tower):
         return self.enter(self.model._pos_embed(self.model.patch_embed(images)))
 
     def qkv(self, i: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        block = self.blocks[i]
-        qkv = block.attn.qkv(block.norm1(tokens)).unflatten(-1, (3, block.attn.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        return block.attn.q_norm(q), block.attn.k_norm(k), v
+        attn = self._attention(i)
+        qkv = attn.qkv(self.blocks[i].norm1(tokens))
+        q, k, v = rearrange(qkv, "b n (qkv h d) -> qkv b h n d", qkv=3, h=attn.num_heads)
+        return attn.q_norm(q), attn.k_norm(k), v
 
     def projections(self, i: int) -> Projections:
-        block = self.blocks[i]
-        attn = block.attn
-        width = attn.num_heads * attn.head_dim
-        weights = attn.qkv.weight.split(width)
-        biases = (None,) * 3 if attn.qkv.bias is None else attn.qkv.bias.split(width)
+        attn = self._attention(i)
         norms = (None if isinstance(n, nn.Identity) else n for n in (attn.q_norm, attn.k_norm))
-        parts = (part for pair in zip(weights, biases, strict=True) for part in pair)
-        return Projections(block.norm1, *parts, attn.num_heads, attn.scale, *norms)
+        return Projections(unwrapped(self.blocks[i].norm1), attn.num_heads, attn.scale, *norms)
+
+    def weights(self, i: int) -> list[Affine] | None:
+        return qkv_of(self._attention(i).qkv)
 
     def attention_dropout(self, i: int) -> float:
-        attn = self.blocks[i].attn
+        attn = self._attention(i)
         return attn.attn_drop.p if attn.training else 0.0
 
     def project(self, i: int, attended: Tensor) -> Tensor:
-        block = self.blocks[i]
-        attn = block.attn
+        block, attn = self.blocks[i], self._attention(i)
         return block.drop_path1(block.ls1(attn.proj_drop(attn.proj(attn.norm(attended)))))
 
     def mlp(self, i: int, tokens: Tensor) -> Tensor:
@@ -112,15 +116,27 @@ class TimmTower(Tower):
 
     def is_plain(self, i: int) -> bool:
         block = self.blocks[i]
-        return (
-            type(block) is vit.Block
-            and type(block.attn) is Attention
-            and _refuses_block(block) is None
-            and not any(is_observed(module) for module in block.modules())
-        )
+        own = type(block) is vit.Block and type(unwrapped(block.attn)) is Attention
+        return own and _refuses_block(block) is None and is_plain(block)
 
     def finish(self, tokens: Tensor) -> Tensor:
         return self.model.norm(tokens)
+
+    def _attention(self, i: int) -> nn.Module:
+        """Block i's attention now: a wrapper may have come since the tower was made."""
+        attn = unwrapped(self.blocks[i].attn)
+        if not isinstance(attn, Attention):
+            raise TypeError(
+                f"model: expected blocks of timm's Attention, got a {type(attn).__name__} in block "
+                f"{i}; wrap its projections instead, or unreduce_ the model first"
+            )
+        return attn
+
+
+def stats_of(model: nn.Module) -> tuple[Sequence[float], Sequence[float]] | None:
+    """Mean and standard deviation of a model that timm created by name; None of another."""
+    config = getattr(model, "pretrained_cfg", None)
+    return (tuple(config["mean"]), tuple(config["std"])) if config else None
 
 
 def refuses_tokens(model: nn.Module) -> str | None:
@@ -135,14 +151,9 @@ def refuses_tokens(model: nn.Module) -> str | None:
 def _refuses_block(block: nn.Module) -> str | None:
     if not isinstance(block, vit.Block):
         return f"its blocks are {type(block).__name__} (parallel or post-norm), not pre-norm Block"
-    attn = block.attn
+    attn = unwrapped(block.attn)
     if not isinstance(attn, Attention):
         return f"its attention is {type(attn).__name__}, whose CLS row has no absorbed form"
     if getattr(attn, "gate", None) is not None:
         return "it gates its attention output"
-    if type(attn.qkv) is not nn.Linear or not isinstance(block.norm1, nn.LayerNorm):
-        return (
-            f"a block has a {type(attn.qkv).__name__} after a {type(block.norm1).__name__} where "
-            "the CLS row needs nn.Linear after LayerNorm (merge adapters first)"
-        )
     return None

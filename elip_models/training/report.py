@@ -13,22 +13,20 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from elip_models.analysis.agreement import scorer_agreement
-from elip_models.analysis.visualize import deliberately_slow, draw_reduction, patch_grid
+from elip_models.analysis.visualize import draw_reduction, patch_grid
 from elip_models.data import (
-    CLIP_MEAN,
-    CLIP_STD,
     SkipReport,
     Source,
     evaluation_batches,
     image_transform,
-    tokenize,
 )
 from elip_models.models.base import PretrainedModel
-from elip_models.models.registry import elip_settings
-from elip_models.profiling.measure import NO_GAIN
+from elip_models.models.registry import elip_strategy
+from elip_models.profiling.measure import measured_on, memory_is, no_gain
 from elip_models.profiling.rows import DENSE, Mode, measure
 from elip_models.profiling.workload import Workload
 from elip_models.reduction.encode import run_tower
+from elip_models.reduction.once import deliberately_slow
 from elip_models.reduction.schedule import PRESETS
 from elip_models.reduction.scorers import SCORERS
 from elip_models.reduction.strategies.elip import Elip
@@ -40,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ScorerCost:
-    """Time and memory of a step with one scorer, relative to the dense tower of the run.
+    """What a step with one scorer takes, relative to the dense tower of the same run.
 
     memory: the peak of a training step on a GPU, on a CPU the bytes that it saves for backward.
     """
@@ -52,7 +50,7 @@ class ScorerCost:
 
 
 class Reporter:
-    """Reports on a trained model and samples it has not seen.
+    """Reports on a trained model, by samples that it has not seen.
 
     One that is dense or reduces in another way is shown as the paper would reduce it.
 
@@ -75,15 +73,15 @@ class Reporter:
         self.source = source
         self.output_dir = output_dir
         self.device = next(model.parameters()).device
-        self.settings = elip_settings(model)
+        self.strategy = elip_strategy(model)
 
     def picture(self, count: int = 5) -> Path:
         """Write `kept_tokens.png`: what survives each stage, the CLS attention, the caption."""
         images, captions, guidance = self._guided(count)
         tower = self.model.tower
         with torch.no_grad(), deliberately_slow():
-            _, infos = run_tower(tower, images, guidance, self.settings)
-        mean, std = (torch.tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+            _, infos = run_tower(tower, images, guidance, self.strategy)
+        mean, std = (torch.tensor(v)[:, None, None] for v in self.model.image_stats())
         pixels = (images.cpu() * std + mean).clamp(0, 1)
         path = self.output_dir / "kept_tokens.png"
         return draw_reduction(pixels, captions, infos, path, grid=patch_grid(tower))
@@ -91,23 +89,20 @@ class Reporter:
     def timing(self, console: Console, *, rounds: int = 10) -> Path:
         """Time ViT-S/16 at 224 px with every scorer; print, and write `timing.json`."""
         images, _, guidance = self._guided(100)
-        agreement = scorer_agreement(self.model.visual, images, guidance, self.settings)
-        on_gpu = self.device.type == "cuda"
+        agreement = scorer_agreement(self.model.visual, images, guidance, self.strategy)
         tower = VisionTransformer(
             img_size=224, embed_dim=384, num_heads=6, pre_norm=True, num_classes=0
         )
-        batch_size = 64 if on_gpu else 4
+        batch_size = 64 if self.device.type == "cuda" else 4
         status = "timing ViT-S/16 at 224 px, dense and with each scorer, side by side"
         with console.status(status), deliberately_slow():
             costs = scorer_costs(Workload(tower.to(self.device), batch_size), rounds=rounds)
-        memory = "peak memory" if on_gpu else "saved bytes"
+        memory = memory_is(self.device)
         console.print(_timing_table(costs, agreement, batch_size, memory))
         report = {
             "tower": "ViT-S/16, 224 px, random weights",
             "batch_size": batch_size,
-            "device": torch.cuda.get_device_name(self.device) if on_gpu else "cpu",
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
+            **measured_on(self.device),
             "rounds": rounds,
             "memory": memory,
             "costs": [asdict(cost) for cost in costs],
@@ -119,27 +114,24 @@ class Reporter:
 
     @torch.no_grad()
     def _guided(self, count: int) -> tuple[Tensor, list[str], Tensor]:
-        """The first `count` readable samples -> images, captions, guidance (B, D)."""
-        config = self.model.config
-        transform = image_transform(config.image_size, train=False)
+        """Read the first `count` readable samples -> images, captions, guidance (B, D)."""
+        transform = image_transform(self.model.config.image_size, train=False)
         report = SkipReport(1.0, length=len(self.source))  # training and evaluation have judged
         batch = next(evaluation_batches(self.source, transform, count, report=report))
         captions = [several[0] for several in batch.captions]
-        text = tokenize(self.tokenizer, captions, config.context_length)
-        text = {name: ids.to(self.device) for name, ids in text.items()}
-        guidance = self.model.text_cls(**text)
+        guidance = self.model.encode_captions(self.tokenizer, captions)
         return batch.images.to(self.device), captions, guidance
 
 
 def scorer_costs(workload: Workload, *, rounds: int = 10) -> list[ScorerCost]:
-    """Of ELIP with its CLIP schedule: 'dense', then each scorer."""
-    plans: dict[str, Strategy | None] = {DENSE: None}
-    plans |= {name: Elip(PRESETS["clip"], scorer=name) for name in SCORERS}
+    """Measure ELIP with its CLIP schedule: 'dense', then each scorer."""
+    strategies: dict[str, Strategy | None] = {DENSE: None}
+    strategies |= {name: Elip(PRESETS["clip"], scorer=name) for name in SCORERS}
     modes: tuple[Mode, Mode] = ("training", "inference")
-    train, infer = (measure(workload, plans, mode, rounds=rounds) for mode in modes)
+    train, infer = (measure(workload, strategies, mode, rounds=rounds) for mode in modes)
     return [
         ScorerCost(n, train[n].time_ratio, infer[n].time_ratio, train[n].memory_ratio or 0.0)
-        for n in plans
+        for n in strategies
     ]
 
 
@@ -151,9 +143,10 @@ def _timing_table(
 ) -> Table:
     table = Table(
         title=f"ViT-S/16 at 224 px, batch {batch_size}: relative to dense, side by side",
-        caption="agreement: share of the tokens that exact drops, by stage, on the trained model",
+        caption=f"memory: {memory}; agreement: share of the tokens that exact drops, by stage, on "
+        "the trained model",
     )
-    for name in ("scorer", "training time", "inference time", memory, "agreement"):
+    for name in ("scorer", "training time", "inference time", "memory", "agreement"):
         table.add_column(name, no_wrap=True)
     for cost in costs:
         shares = agreement.get(cost.scorer, [])
@@ -170,5 +163,4 @@ def _timing_table(
 
 
 def _ratio(ratio: float, scorer: str) -> str:
-    no_gain = scorer != DENSE and not ratio < NO_GAIN
-    return f"{ratio:.2f}" + (" no gain" if no_gain else "")
+    return f"{ratio:.2f}" + (" no gain" if scorer != DENSE and no_gain(ratio) else "")

@@ -76,13 +76,13 @@ class BertTower(nn.Module):
         """input_ids (B, L), at position_ids (L,) or from the first on -> (B, L, D).
 
         Raises:
-            ValueError: more tokens, padding included, than the embeddings have places for.
+            ValueError: more tokens, padding included, than the embeddings have positions for.
         """
-        places = self.embeddings.position_embeddings
-        unused = 0 if places.padding_idx is None else places.padding_idx + 1  # RoBERTa's first
-        if position_ids is None and input_ids.shape[1] > places.num_embeddings - unused:
+        table = self.embeddings.position_embeddings
+        unused = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa's first
+        if position_ids is None and input_ids.shape[1] > table.num_embeddings - unused:
             raise ValueError(
-                f"input_ids: expected at most {places.num_embeddings - unused} tokens a text, got "
+                f"input_ids: expected at most {table.num_embeddings - unused} tokens a text, got "
                 f"{input_ids.shape[1]}; cut them, or create the model with a larger max_positions"
             )
         return self.embeddings(input_ids=input_ids, position_ids=position_ids)
@@ -98,7 +98,7 @@ class BertTower(nn.Module):
         causal: bool = False,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Some of the layers.
+        """Run some of the layers.
 
         Args:
             hidden: (B, L, D).

@@ -65,7 +65,8 @@ class CLIPTextTower(nn.Module):
         image_cls: Tensor | None = None,
         reduce: bool = True,
     ) -> Tensor:
-        """The output at the first EOS; a text cut off before it is read at its last real token.
+        """Pool the output at the first EOS; a text cut off before it is read at its last real
+        token.
 
         Args:
             input_ids: (B, L).
@@ -88,13 +89,13 @@ class CLIPTextTower(nn.Module):
         return hidden[torch.arange(hidden.shape[0], device=hidden.device), position]
 
     def _position(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """(B,): where each text is read."""
+        """Find where each text is read -> (B,)."""
         is_eos = input_ids == self.eos_token_id
-        places = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         if attention_mask is not None:
             is_eos = is_eos & (attention_mask != 0)
-            places = places * (attention_mask != 0)
-        return torch.where(is_eos.any(1), is_eos.int().argmax(1), places.amax(1))
+            positions = positions * (attention_mask != 0)
+        return torch.where(is_eos.any(1), is_eos.int().argmax(1), positions.amax(1))
 
     def _reduced(
         self,
@@ -103,7 +104,8 @@ class CLIPTextTower(nn.Module):
         position: Tensor,
         image_cls: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """-> (B, K, width) after the final norm, and where each text is read in it.
+        """Drop tokens between the layers -> (B, K, width) after the final norm, and where each text
+        is read in it.
 
         What follows the EOS cannot reach it, so it counts as padding. The tokens are chosen between
         two layers, outside what checkpointing recomputes.
@@ -131,7 +133,7 @@ class CLIPTextTower(nn.Module):
 
 
 def _run(layers: Iterable[nn.Module], hidden: Tensor, real: Tensor) -> Tensor:
-    """The layers on hidden (B, L, D); each token sees the real ones (B, L) up to itself."""
+    """Run the layers on hidden (B, L, D); each token sees the real ones (B, L) up to itself."""
     L = hidden.shape[1]
     causal = torch.ones(L, L, dtype=torch.bool, device=hidden.device).tril()
     mask = causal & real[:, None, None]
@@ -141,7 +143,7 @@ def _run(layers: Iterable[nn.Module], hidden: Tensor, real: Tensor) -> Tensor:
 
 
 def _image_attention(layer: nn.Module, hidden: Tensor, image_cls: Tensor, real: Tensor) -> Tensor:
-    """(B, L): how a layer attends to the text tokens where the vision CLS is the query."""
+    """Score the text tokens by a layer's attention, the vision CLS as its query -> (B, L)."""
     attention, hidden, image_cls = layer.self_attn, hidden.detach(), image_cls.detach()
     heads = (attention.num_heads, attention.head_dim)
     q = attention.q_proj(layer.layer_norm1(image_cls.to(hidden.dtype))).unflatten(-1, heads)

@@ -17,18 +17,19 @@ Gather = Literal["local", "global"]
 
 
 def ranks_of(gather: Gather) -> int:
-    """How many ranks `gather` goes over."""
+    """Count the ranks that `gather` goes over."""
     is_global = gather == "global" and dist.is_available() and dist.is_initialized()
     return dist.get_world_size() if is_global else 1
 
 
 def rank_of(gather: Gather) -> int:
-    """This rank among those that `gather` goes over."""
+    """Number this rank among those that `gather` goes over."""
     return dist.get_rank() if ranks_of(gather) > 1 else 0
 
 
 def all_gather(values: Tensor, gather: Gather = "global") -> Tensor:
-    """(B, ..) -> the ranks' values in order, (ranks * B, ..); the gradient returns to each rank."""
+    """Gather (B, ..) of all ranks in order -> (ranks * B, ..); the gradient returns to each
+    rank."""
     if ranks_of(gather) == 1:
         return values
     from torch.distributed import _functional_collectives as collectives
@@ -39,7 +40,8 @@ def all_gather(values: Tensor, gather: Gather = "global") -> Tensor:
 
 
 def labelled_count(labelled: Tensor, gather: Gather) -> Tensor:
-    """How many positions a loss is the mean over: True in `labelled`, or their mean over ranks.
+    """Count the positions that a loss is the mean over: True in `labelled`, or their mean over
+    ranks.
 
     At least as many as keep an empty sum at 0.
     """
@@ -51,7 +53,7 @@ def labelled_count(labelled: Tensor, gather: Gather) -> Tensor:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Around products that have to be in the dtype of their inputs."""
+    """Turn autocast off inside, for products that have to be in the dtype of their inputs."""
     on_meta = device.type == "meta"  # which has no autocast
     return nullcontext() if on_meta else torch.autocast(device.type, enabled=False)
 
@@ -63,7 +65,7 @@ def contrastive_loss(
     *,
     gather: Gather = "local",
 ) -> Tensor:
-    """Symmetric cross entropy over the batch.
+    """Compute the symmetric cross entropy over the batch.
 
     Args:
         image_features, text_features: (B, E), normalised; row i of both is one pair.

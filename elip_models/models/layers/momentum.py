@@ -13,7 +13,7 @@ from elip_models.models.layers.losses import without_autocast
 
 
 def momentum_copy(module: nn.Module) -> nn.Module:
-    """A copy of the module without gradient."""
+    """Copy a module, without gradient."""
     return copy.deepcopy(module).requires_grad_(False)
 
 
@@ -44,7 +44,7 @@ class FeatureQueue(nn.Module):
         self.register_buffer("pointer", torch.zeros(1, dtype=torch.long))
 
     def behind(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """image, text (B, E) -> the batch and behind it the queue, (E, B + Q) each."""
+        """Put the queue behind the batch of image and text (B, E) -> (E, B + Q) each."""
         return torch.cat([image.T, self.image], dim=1), torch.cat([text.T, self.text], dim=1)
 
     def check(self, batch_size: int) -> None:
@@ -58,16 +58,16 @@ class FeatureQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue_(self, image: Tensor, text: Tensor) -> None:
-        """image, text (B, E): overwrite the oldest B features, without a host synchronisation.
+        """Overwrite the oldest B features by image and text (B, E), without a host synchronisation.
 
         Raises:
             ValueError: more features than the queue holds.
         """
         B, size = image.shape[0], self.image.shape[1]
         self.check(B)
-        places = (self.pointer + torch.arange(B, device=image.device)) % size
-        self.image.index_copy_(1, places, image.T.to(self.image.dtype))
-        self.text.index_copy_(1, places, text.T.to(self.text.dtype))
+        columns = (self.pointer + torch.arange(B, device=image.device)) % size
+        self.image.index_copy_(1, columns, image.T.to(self.image.dtype))
+        self.text.index_copy_(1, columns, text.T.to(self.text.dtype))
         self.pointer.copy_((self.pointer + B) % size)
 
 

@@ -21,7 +21,7 @@ def soft_contrastive_loss(
     alpha: Tensor | float,
     first: int = 0,
 ) -> Tensor:
-    """ITC with momentum distillation, the mean of both directions, in fp32.
+    """Compute ITC with momentum distillation, the mean of both directions, in fp32.
 
     Args:
         similarities: image-to-text and text-to-image (B, C), over the temperature.
@@ -40,7 +40,7 @@ def soft_contrastive_loss(
 
 @torch.no_grad()
 def hard_negatives(similarities: Tensor, epsilon: float = 0.0, first: int = 0) -> Tensor:
-    """For each row a column of another pair, drawn by the row's softmax.
+    """Draw for each row a column of another pair, by the row's softmax.
 
     Args:
         similarities: (B, C), over the temperature.
@@ -102,6 +102,19 @@ def mask_tokens(
     return torch.where(chosen, replaced, input_ids), labels
 
 
+def mask_every(input_ids: Tensor, mask_token_id: int, period: int = 7) -> tuple[Tensor, Tensor]:
+    """Hide every `period`-th token, without drawing any -> as `mask_tokens`; 7 is about the 15% of
+    the papers."""
+    chosen = torch.arange(input_ids.shape[1], device=input_ids.device) % period == 1
+    masked = torch.where(chosen, mask_token_id, input_ids)
+    return masked, torch.where(chosen, input_ids, IGNORED)
+
+
+def next_rows(count: int, device: torch.device) -> Tensor:
+    """Number for each of `count` rows the one after it, the first for the last -> int64."""
+    return torch.arange(count, device=device).roll(-1)
+
+
 def distilled_language_loss(
     logits: Tensor,
     labels: Tensor,
@@ -109,7 +122,7 @@ def distilled_language_loss(
     alpha: Tensor | float = 0.0,
     gather: Gather = "local",
 ) -> Tensor:
-    """(1 - alpha) CE + alpha soft CE against the teacher, means over the labelled positions.
+    """Compute (1 - alpha) CE + alpha soft CE against the teacher, means over labelled positions.
 
     Where no position is labelled it is 0.
 
@@ -133,7 +146,7 @@ def distilled_language_loss(
 def language_loss(
     logits: Tensor, input_ids: Tensor, mask: Tensor, smoothing: float, gather: Gather = "local"
 ) -> Tensor:
-    """LM: cross entropy of each next token, the mean over the real ones, in fp32.
+    """Compute LM: cross entropy of each next token, the mean over the real ones, in fp32.
 
     Where no real token follows another it is 0.
 

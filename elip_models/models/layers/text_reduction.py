@@ -8,15 +8,15 @@ Source: ELIP, section 4.4.1, which drops 40% in the second half of the layers.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 import elip_kernels
+from elip_models.validation import Rate, check_fields
 
 TextStrategy = Literal["random", "post", "learned"]
-TEXT_STRATEGIES: tuple[str, ...] = get_args(TextStrategy)
 
 
 class ReducedText(NamedTuple):
@@ -36,7 +36,7 @@ class ReducedText(NamedTuple):
 
 @dataclass(frozen=True)
 class TextReduction:
-    """Which text tokens are dropped, and how many.
+    """Says which text tokens are dropped, and how many.
 
     strategy: 'random' draws them from torch's generator; 'post' drops the last ones; 'learned' the
         ones with the least score, which the caller gives. Of 'learned' the paper says only that the
@@ -50,18 +50,10 @@ class TextReduction:
     """
 
     strategy: TextStrategy
-    drop: float = 0.4
+    drop: Rate = 0.4
 
     def __post_init__(self) -> None:
-        if self.strategy not in TEXT_STRATEGIES:
-            raise ValueError(
-                f"strategy: expected one of {', '.join(TEXT_STRATEGIES)}, got {self.strategy!r}; "
-                "leave the reduction out to keep all text tokens"
-            )
-        if isinstance(self.drop, bool) or not isinstance(self.drop, (int, float)):
-            raise TypeError(f"drop: expected a share in [0, 1), such as 0.4, got {self.drop!r}")
-        if not 0.0 <= self.drop < 1.0:
-            raise ValueError(f"drop: expected a share in [0, 1), such as 0.4, got {self.drop!r}")
+        check_fields(self)
 
     def __call__(
         self, tokens: Tensor, mask: Tensor, anchor: Tensor | int, scores: Tensor | None = None
@@ -97,7 +89,8 @@ class TextReduction:
         return ReducedText(reduced, info.mask, place, info.kept)
 
     def _stays(self, mask: Tensor, anchor: Tensor, scores: Tensor | None) -> Tensor:
-        """(B, L) bool: each text's n - int(drop * n) first tokens by anchor, key and position."""
+        """Choose each text's n - int(drop * n) first tokens by anchor, key and position -> (B, L)
+        bool."""
         key = self._key(mask, scores).masked_fill(~mask, -torch.inf).scatter(1, anchor, torch.inf)
         order = key.argsort(dim=1, descending=True, stable=True)
         n = mask.sum(1, keepdim=True)
@@ -106,7 +99,7 @@ class TextReduction:
         return torch.zeros_like(mask).scatter(1, order, first)
 
     def _key(self, mask: Tensor, scores: Tensor | None) -> Tensor:
-        """(B, L) finite floats: the smallest go first."""
+        """Give each token a finite float (B, L); those with the smallest are dropped first."""
         if self.strategy == "random":
             return torch.rand(mask.shape, device=mask.device)
         if self.strategy == "post":
@@ -116,7 +109,7 @@ class TextReduction:
 
 
 def _check(tokens: Any, mask: Any, anchor: Any, scores: Any, strategy: str) -> None:
-    """What `reduce` does not check: mask, anchor and scores fit the tokens."""
+    """Check what `reduce` does not: mask, anchor and scores fit the tokens."""
     if not isinstance(tokens, Tensor) or tokens.dim() != 3:
         raise TypeError(f"tokens: expected a tensor (B, L, D), got {_describe(tokens)}")
     B, L, _ = tokens.shape

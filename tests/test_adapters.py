@@ -1,0 +1,491 @@
+"""LoRA and other wrappers count in every scorer and strategy, before and after `reduce_`.
+
+What an adapted model gives is what its merged copy gives: `merge_and_unload`, then `reduce_`.
+"""
+
+import copy
+import gc
+import pickle
+from unittest import mock
+
+import pytest
+import torch
+import transformers
+from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+import elip_models
+from elip_models.towers import as_tower, effective
+from tests.cross_modal_cases import batch_of_four, draws, losses, made
+from tests.test_image_text import hf_clip, ids, open_clip_pair
+from tests.test_rotary import eva
+from tests.test_siglip import siglip_vision
+from tests.test_towers import HF, enlarged, open_clip_vit, output
+from tests.towers import SCHEDULE, WIDTH, images, plain_vit, text
+
+MODELS = {
+    "timm": (plain_vit, ["qkv", "attn.proj", "fc1", "fc2"]),
+    "timm q/k norm": (lambda: plain_vit(qk_norm=True), ["qkv"]),
+    "timm registers": (lambda: plain_vit(reg_tokens=3), ["qkv"]),
+    "Eva": (lambda: eva(qkv_fused=False, swiglu_mlp=True), ["q_proj", "k_proj", "v_proj"]),
+    "Eva rope": (lambda: eva(attn_type="rope", use_rot_pos_emb=False), ["qkv"]),
+    "open_clip": (open_clip_vit, ["attn"]),
+    "HF ViT": (
+        lambda: enlarged(transformers.ViTForImageClassification(transformers.ViTConfig(**HF))),
+        ["q_proj", "k_proj"],
+    ),
+    "HF BLIP": (
+        lambda: enlarged(transformers.BlipVisionModel(transformers.BlipVisionConfig(**HF))),
+        ["qkv", "projection"],
+    ),
+}
+ORDERS = ("reduce first", "adapt first")
+SCORERS = ("official", "exact", "cls", "last", 1)
+TOME, EVIT = {"strategy": elip_models.ToMe(r=3)}, {"strategy": elip_models.EViT(keep_rate=0.7)}
+
+
+def elip(scorer):
+    return {"schedule": SCHEDULE, "scorer": scorer}
+
+
+def adapted(model, order, how, config):
+    """The model inside peft's, reduced; adapters that matter."""
+    if order == "reduce first":
+        elip_models.reduce_(model, **how)
+    wrapped = get_peft_model(model, config)
+    return wrapped if order == "reduce first" else elip_models.reduce_(wrapped, **how)
+
+
+def merged(model, how, unload="merge_and_unload"):
+    """A reduced copy without adapters."""
+    copied = elip_models.unreduce_(copy.deepcopy(model))
+    return elip_models.reduce_(getattr(copied, unload)(), **how)
+
+
+def lora(targets=("qkv",), **options):
+    return LoraConfig(target_modules=list(targets), init_lora_weights=False, **options)
+
+
+def assert_equal_outputs(got, expected, x=None, t=None):
+    x, t = images() if x is None else x, text() if t is None else t
+    guided = elip_models.guidance
+    for mode in (True, False):
+        with guided(got, t), guided(expected, t):
+            a, b = output(got.train(mode), x), output(expected.train(mode), x)
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+    return b
+
+
+def scored():
+    """One model a library by every scorer, the others by the two that read most."""
+    for name in MODELS:
+        scorers = SCORERS if name in ("timm", "Eva", "open_clip", "HF ViT") else ("cls", "last")
+        yield from (pytest.param(name, scorer, id=f"{name}-{scorer}") for scorer in scorers)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("name", "scorer"), scored())
+def test_lora_is_what_is_merged(name, scorer, order):
+    make, targets = MODELS[name]
+    model, how = make(), elip(scorer)
+    base = elip_models.reduce_(copy.deepcopy(model), **how)
+    model = adapted(model, order, how, lora(targets))
+    x, t = images(), text()
+    out = assert_equal_outputs(model, merged(model, how), x, t)
+    with elip_models.guidance(base, t):
+        assert not torch.allclose(output(base.eval(), x), out, atol=1e-2)
+
+
+OTHERS = {
+    "tome": TOME,
+    "evit": EVIT,
+    "evit without gradient": {
+        "strategy": elip_models.EViT(keep_rate=0.7, attention_gradient=False)
+    },
+    "adaptive": {"strategy": "adaptive", "schedule": SCHEDULE},
+    "trips": {"strategy": "trips", "schedule": SCHEDULE},
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", ["timm", "open_clip"])
+@pytest.mark.parametrize("strategy", OTHERS)
+def test_so_it_is_in_other_strategies(strategy, name, order):
+    (make, targets), how = MODELS[name], OTHERS[strategy]
+    model = adapted(make(), order, how, lora(targets))
+    assert_equal_outputs(model, merged(model, how))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_siglip_is_scored_by_what_is_merged(order):
+    how = {"schedule": "2(100%) 2(80%) 2(50%)", "scorer": "exact"}
+    model = adapted(siglip_vision(), order, how, lora(["q_proj", "k_proj"]))
+    assert_equal_outputs(model, merged(model, how))
+
+
+def cases():
+    """Models and what they are reduced by; ToMe refuses several prefix tokens, and rotations."""
+    for name in MODELS:
+        yield pytest.param(name, elip("last"), id=f"{name}-elip")
+        yield pytest.param(name, EVIT, id=f"{name}-evit")
+        if name not in ("timm registers", "Eva"):
+            yield pytest.param(name, TOME, id=f"{name}-tome")
+
+
+@pytest.mark.parametrize(("name", "how"), cases())
+def test_its_gradient_is_that_of_the_merged_weight(name, how):
+    make, targets = MODELS[name]
+    model = adapted(make(), "reduce first", how, lora(targets))
+    whole, x, t = merged(model, how), images(), text()
+    weigh = torch.randn_like(output(whole, x))
+    for each in (model.train(), whole.train().requires_grad_()):
+        with elip_models.guidance(each, t):
+            (output(each, x) * weigh).sum().backward()
+    layers = {n: m for n, m in model.get_base_model().named_modules() if hasattr(m, "lora_A")}
+    assert layers
+    for path, layer in layers.items():
+        path = path.replace(".base_layer", "")
+        inner, name = whole.get_submodule(path), "weight"
+        if isinstance(inner, nn.MultiheadAttention):
+            name = "in_proj_weight"
+        gradient, scale = getattr(inner, name).grad, layer.scaling["default"]
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        close = {"rtol": 1e-4, "atol": 1e-5 * float(gradient.abs().max())}
+        torch.testing.assert_close(b.grad, scale * gradient @ a.T, **close)
+        torch.testing.assert_close(a.grad, scale * b.T @ gradient, **close)
+        assert b.grad.any()
+
+
+def perturbed(model):
+    with torch.no_grad():
+        for weight in (p for p in model.parameters() if p.requires_grad):
+            weight.add_(0.3 * torch.randn_like(weight))
+    return model
+
+
+KINDS = {
+    "rsLoRA": lora(use_rslora=True, r=4),
+    "DoRA": lora(use_dora=True),
+    "LoRA with a bias": lora(lora_bias=True),
+    "a trained norm": lora(modules_to_save=["norm1"]),
+    "a trained projection": LoraConfig(target_modules=["attn.proj"], modules_to_save=["qkv"]),
+    "LoHa": LoHaConfig(target_modules=["qkv"]),
+    "IA3": IA3Config(target_modules=["qkv"], feedforward_modules=[]),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scorer", ["cls", "last"])
+def test_other_kinds_count_as_merged(kind, scorer, order):
+    how = elip(scorer)
+    model = perturbed(adapted(plain_vit(), order, how, KINDS[kind]))
+    assert_equal_outputs(model, merged(model, how))
+
+
+def second(model, targets, active=("default", "second")):
+    model.add_adapter("second", lora(targets))
+    model.base_model.set_adapter(list(active))
+
+
+def scaled(model, targets):
+    for layer in (m for m in model.modules() if hasattr(m, "scale_layer")):
+        layer.scale_layer(0.5)
+
+
+def merged_then_disabled(model, targets):
+    model.merge_adapter()
+    model.disable_adapter_layers()
+
+
+STATES = {
+    "two active": second,
+    "the second alone": lambda model, targets: second(model, targets, ["second"]),
+    "scaled": scaled,
+    "merged": lambda model, targets: model.merge_adapter(),
+    "disabled": lambda model, targets: model.disable_adapter_layers(),
+    "merged, then disabled": merged_then_disabled,
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("name", ["timm", "timm, DoRA", "open_clip"])
+@pytest.mark.parametrize("how", [elip("last"), TOME], ids=["last", "tome"])
+def test_what_is_active_now_counts(name, state, how):
+    make, targets = MODELS[name.split(",")[0]]
+    config = lora(targets, use_dora="DoRA" in name)
+    model = perturbed(adapted(make(), "reduce first", how, config))
+    assert_equal_outputs(model, merged(model, how))  # reads the layers: nothing of it may stay
+    expected = merged(model, how, "unload" if "disabled" in state else "merge_and_unload")
+    STATES[state](model, targets)
+    if "merged" not in state and "disabled" not in state:
+        expected = merged(model, how)
+    assert_equal_outputs(model, expected)
+
+
+class Quantised(nn.Module):
+    """Weights in eighths, which no attribute shows."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.register_buffer("codes", (linear.weight * 8).round())
+        self.register_buffer("shift", linear.bias.detach())
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.codes / 8, self.shift)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Halves(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+class Eighths(torch.Tensor):
+    """A weight in eighths, as torchao has it: nn.Linear stays, and the product knows the codes."""
+
+    @staticmethod
+    def __new__(cls, codes):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=codes.dtype)
+
+    def __init__(self, codes):
+        self.codes = codes
+
+    def __tensor_flatten__(self):
+        return ["codes"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, meta, size, stride):
+        return Eighths(inner["codes"])
+
+    @classmethod
+    def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
+        if op is torch.ops.aten.detach.default:
+            return cls(args[0].codes)
+        raise NotImplementedError(f"{op}: only a product with it is defined")
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear:
+            return function(args[0], args[1].codes / 8, args[2])
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def quantise_weight(attn):
+    codes = (attn.qkv.weight.detach() * 8).round()
+    attn.qkv.weight = nn.Parameter(Eighths(codes), requires_grad=False)
+
+
+def quantise(attn):
+    attn.qkv = Quantised(attn.qkv)
+
+
+def subclass(attn):
+    linear = Doubled(attn.qkv.in_features, attn.qkv.out_features).double()
+    linear.load_state_dict(attn.qkv.state_dict())
+    attn.qkv = linear
+
+
+def replace_forward(attn):
+    forward = attn.qkv.forward
+    attn.qkv.forward = lambda x: 3 * forward(x)
+
+
+WRAPPERS = {
+    "quantised": quantise,
+    "a quantised weight": quantise_weight,
+    "a subclass": subclass,
+    "another forward": replace_forward,
+    "a hook": lambda attn: attn.qkv.register_forward_hook(lambda m, x, y: -y),
+    "a pre-hook": lambda attn: attn.qkv.register_forward_pre_hook(lambda m, x: (x[0].flip(-1),)),
+    "parametrized": lambda attn: parametrize.register_parametrization(attn.qkv, "weight", Halves()),
+    "weight norm": lambda attn: perturbed(parametrizations.weight_norm(attn.qkv)),
+    "weight norm by a hook": lambda attn: perturbed(nn.utils.weight_norm(attn.qkv)),
+}
+
+
+def as_it_acts(qkv):
+    """A plain layer that does what the wrapped one does, found by calling it."""
+    with torch.no_grad():
+        bias = qkv(torch.zeros(1, WIDTH).double())[0]
+        weight = qkv(torch.eye(WIDTH).double()) - bias
+    linear = nn.Linear(WIDTH, len(bias)).double()
+    linear.load_state_dict({"weight": weight.T, "bias": bias})
+    return linear
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("order", ["reduce first", "wrap first"])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("scorer", ["cls", "last"])
+def test_any_other_wrapper_is_called(wrapper, scorer, order):
+    model, plain, how = plain_vit().double(), plain_vit().double(), elip(scorer)
+    plain.load_state_dict(model.state_dict())
+    steps = [lambda: elip_models.reduce_(model, **how)]
+    steps.append(lambda: [WRAPPERS[wrapper](block.attn) for block in model.blocks])
+    for step in steps if order == "reduce first" else steps[::-1]:
+        step()
+    for block, other in zip(model.blocks, plain.blocks, strict=True):
+        other.attn.qkv = as_it_acts(block.attn.qkv)
+    elip_models.reduce_(plain, **how)
+    assert_equal_outputs(model, plain, images().double(), text().double())
+
+
+def test_a_hook_on_the_norm_counts():
+    model, plain = plain_vit(), plain_vit()
+    plain.load_state_dict(model.state_dict())
+    for each in (model, plain):
+        elip_models.reduce_(each, **elip("last"))
+    for block, other in zip(model.blocks, plain.blocks, strict=True):
+        block.norm1.register_forward_hook(lambda module, x, out: out * 0.5)
+        nn.init.constant_(other.norm1.weight, 0.5)
+    assert_equal_outputs(model, plain)
+
+
+@pytest.mark.parametrize("make", [plain_vit, open_clip_vit, MODELS["HF ViT"][0], MODELS["Eva"][0]])
+def test_a_wrapped_attention_is_refused_at_every_forward(make):
+    model = elip_models.reduce_(make().eval(), **elip("last"))
+    block = as_tower(model).blocks[-1]  # the layer whose row the last stage reads
+    name = next(name for name, _ in block.named_children() if "att" in name)
+    setattr(block, name, nn.Sequential(getattr(block, name)))
+    with pytest.raises(TypeError, match="Sequential"):
+        model(images())
+
+
+def test_what_the_library_itself_ignores_is_refused():
+    model = get_peft_model(eva(), lora())
+    with pytest.raises(TypeError, match="reads the weight of its qkv, and so ignores"):
+        elip_models.reduce_(model, **elip("last"))
+    model = open_clip_vit()
+    for block in model.transformer.resblocks:
+        block.attn.out_proj = nn.Sequential(block.attn.out_proj)
+    with pytest.raises(TypeError, match="reads the weight of its out_proj, and so ignores"):
+        elip_models.reduce_(model, **elip("last"))
+
+
+@pytest.fixture
+def reads():
+    """Calls of LoRA's get_delta_weight: one each time that a weight is worked out."""
+    with mock.patch.object(
+        LoraLinear, "get_delta_weight", autospec=True, side_effect=LoraLinear.get_delta_weight
+    ) as called:
+        yield called
+
+
+def test_a_weight_is_worked_out_once_where_it_is_unchanged(reads):
+    model, x = adapted(plain_vit(), "adapt first", elip("last"), lora()).eval(), images()
+    first, layers = model(x), 3
+    assert reads.call_count == layers
+    with torch.inference_mode():
+        model(x)
+    assert torch.equal(model(x), first)
+    assert reads.call_count == layers
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    torch.optim.SGD(model.parameters(), lr=0.1)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    torch.optim.SGD(weights, lr=0.1).step()
+    model(x)
+    assert reads.call_count == 2 * layers
+    for weight in weights:
+        weight.data = weight.data * 2
+    model(x)
+    assert reads.call_count == 3 * layers
+    model.train()
+    for _ in range(2):  # an optimizer may write past what autograd sees
+        model(x)
+    assert reads.call_count == 5 * layers
+    assert torch.equal(copied(x), first)
+
+
+def test_nothing_that_was_read_outlives_its_layer():
+    gc.collect()
+    before = len(effective._READ)
+    model = adapted(plain_vit(), "adapt first", elip("cls"), lora()).eval()
+    with torch.inference_mode():
+        model(images())
+    assert len(effective._READ) > before
+    del model
+    gc.collect()
+    assert len(effective._READ) == before
+
+
+def test_read_in_inference_mode_it_trains():
+    how = elip("last")
+    model = adapted(plain_vit(), "adapt first", how, lora()).eval()
+    with torch.inference_mode():
+        model(images())
+    model(images()).sum().backward()
+    assert model.get_base_model().blocks[0].attn.qkv.lora_B["default"].weight.grad.any()
+
+
+def test_compiles_whole():
+    torch._dynamo.reset()
+    how = {"schedule": "1(100%) 2(50%)", "scorer": "cls"}
+    model = adapted(plain_vit(depth=3), "adapt first", how, lora())
+    compiled, x = torch.compile(model, fullgraph=True, backend="aot_eager"), images()
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
+        perturbed(model)  # the graph reads what is there when it runs
+    compiled(x).sum().backward()
+    assert model.get_base_model().blocks[1].attn.qkv.lora_B["default"].weight.grad.any()
+
+
+def test_pefts_own_model_is_reduced_guided_and_restored():
+    model, x, t = get_peft_model(plain_vit(), lora()).eval(), images(), text()
+    dense, how = model(x), elip("exact")
+    tokens = elip_models.encode_image(model, x, t, **how)
+    whole = copy.deepcopy(model).merge_and_unload()
+    expected = elip_models.encode_image(whole, x, t, **how)
+    torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=1e-5)
+    assert elip_models.reduce_(model, **how) is model
+    assert_equal_outputs(model, merged(model, how), x, t)
+    assert torch.equal(elip_models.unreduce_(model.eval())(x), dense)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("make", [hf_clip, open_clip_pair])
+def test_a_whole_model_guides_itself_by_its_adapted_text(make, order):
+    targets = ["q_proj", "k_proj"] if make is hf_clip else r"visual.*\.attn"
+    config = LoraConfig(target_modules=targets, init_lora_weights=False)
+    model = adapted(enlarged(make()), order, elip("last"), config).eval()
+    whole, tokens, x = merged(model, elip("last")), ids(), images()
+    arguments = {"input_ids": tokens, "pixel_values": x} if make is hf_clip else {}
+    positional = () if arguments else (x, tokens)
+    got, expected = (each(*positional, **arguments) for each in (model, whole.eval()))
+    name = "image_embeds" if make is hf_clip else "image_features"
+    torch.testing.assert_close(got[name], expected[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["albef", "blip"])
+def test_our_models_train_as_merged(family):
+    model = made(family)
+    wrapped = get_peft_model(model, lora()).double()
+    model.encoders_m.load_state_dict(model.encoders.state_dict())
+    whole = copy.deepcopy(wrapped).merge_and_unload()
+    batch = batch_of_four()
+    drawn = draws(family, *batch, "local")
+    got, expected = (each(*batch, drawn=drawn) for each in (wrapped, whole))
+    torch.testing.assert_close(losses(got), losses(expected), atol=1e-6, rtol=1e-6)
+    got.loss.backward()
+    gradients = {n: p.grad for n, p in wrapped.named_parameters() if p.requires_grad}
+    online = [g for n, g in gradients.items() if ".encoders." in n]
+    assert online and all(g.any() for g in online)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
+def test_cls_alone_goes_through_the_last_block_of_our_clip(kind):
+    model = elip_models.create_model("elip_clip_tiny", without_text="vision")
+    wrapped = perturbed(get_peft_model(model, lora(use_dora=kind == "DoRA"))).double().eval()
+    whole = copy.deepcopy(wrapped).merge_and_unload()
+    x = torch.randn(2, 3, *model.tower.image_size).double()
+    assert model.tower.is_plain(model.tower.depth - 1)
+    torch.testing.assert_close(model.encode_image(x), whole.encode_image(x), atol=1e-5, rtol=1e-5)
