@@ -19,10 +19,17 @@ from torch.nn.utils import parametrizations, parametrize
 import elip_models
 from elip_models.towers import as_tower, effective
 from tests.cross_modal_cases import batch_of_four, draws, losses, made
-from tests.test_image_text import hf_clip, ids, open_clip_pair
-from tests.test_rotary import eva
-from tests.test_siglip import siglip_vision
-from tests.test_towers import HF, enlarged, open_clip_vit, output
+from tests.models import (
+    HF,
+    enlarged,
+    eva,
+    hf_clip,
+    ids,
+    open_clip_pair,
+    open_clip_vit,
+    output,
+    siglip_vision,
+)
 from tests.towers import SCHEDULE, WIDTH, images, plain_vit, text
 
 MODELS = {

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import elip_models
 from elip_models.towers import as_image_text
-from tests.test_image_text import ids, open_clip_pair
+from tests.models import ids, open_clip_pair
 from tests.test_strategies import strategies
 from tests.towers import SCHEDULE, clip_vit, images, plain_vit, text
 
