@@ -60,7 +60,7 @@ def test_second_call_replaces_the_settings(model):
     assert torch.equal(got, model.forward_head(tokens))
 
 
-def test_the_dry_run_does_not_reduce_again(model):
+def test_the_dry_run_does_not_reduce_again_and_no_hook_sees_it(model):
     calls = []
     block = model.blocks[3]  # first of its stage; scored by a dry run through itself
     block.register_forward_hook(lambda m, args, out: calls.append(out.shape[1]))
