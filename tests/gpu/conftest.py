@@ -1,37 +1,70 @@
-"""Collected only where a CUDA or ROCm device is; elsewhere one line says so."""
+"""In full on a CUDA or ROCm device; with TRITON_INTERPRET=1 on a CPU, where every case is small.
+
+tests/test_gpu_on_cpu.py runs the second in a process. Elsewhere one line says how to run it.
+"""
 
 from collections import Counter
+from importlib.util import find_spec
 
 import pytest
 import torch
 
-HAS_DEVICE = torch.cuda.is_available()
+from tests.gpu.ops import IS_INTERPRETED, ON_GPU, pick
 
-if not HAS_DEVICE:
-    collect_ignore_glob = ["test_*.py"]
+RUNS = ON_GPU or IS_INTERPRETED
+NEEDS = {"test_tower.py": "timm", "test_benchmarks.py": "cpuinfo"}
+ABSENT = {file: package for file, package in NEEDS.items() if find_spec(package) is None}
+
+collect_ignore = list(ABSENT)
+collect_ignore_glob = [] if RUNS else ["test_*.py"]
 
 
 def pytest_terminal_summary(terminalreporter):
-    if not HAS_DEVICE:
-        terminalreporter.write_line("tests/gpu: not collected, there is no CUDA or ROCm device")
+    for file, package in ABSENT.items():
+        terminalreporter.write_line(f"tests/gpu/{file}: not collected, {package} is absent")
+    if not RUNS:
+        terminalreporter.write_line(
+            "tests/gpu: not collected, there is no CUDA or ROCm device; "
+            "TRITON_INTERPRET=1 runs small cases on a CPU"
+        )
+
+
+def kernel_class():
+    """Of what `@triton.jit` makes here."""
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    return pick(JITFunction, InterpretedFunction)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernels_and_cuda():
+    """On a CPU, both are stood in for."""
+    if ON_GPU:
+        yield
+        return
+    from elip_kernels.testing import kernels_on_cpu
+    from tests.gpu.fake_cuda import fake_cuda, guarded_launches
+
+    with kernels_on_cpu(), fake_cuda(), guarded_launches(kernel_class()):
+        yield
 
 
 @pytest.fixture
 def device():
-    return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cuda", torch.cuda.current_device()) if ON_GPU else torch.device("cpu")
 
 
 @pytest.fixture
 def launches(monkeypatch):
     """Counts the launches of this project's kernels by name."""
-    from triton.runtime.jit import JITFunction
-
-    counter, run = Counter(), JITFunction.run
+    Kernel = kernel_class()
+    counter, run = Counter(), Kernel.run
 
     def counted(kernel, *args, **kwargs):
         if kernel.fn.__module__.startswith("elip_kernels."):
             counter[kernel.fn.__name__] += 1
         return run(kernel, *args, **kwargs)
 
-    monkeypatch.setattr(JITFunction, "run", counted)
+    monkeypatch.setattr(Kernel, "run", counted)
     return counter

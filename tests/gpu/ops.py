@@ -4,6 +4,7 @@ What is counted (kept tokens, merged pairs) follows from the rows of `grad_out`,
 tensors is a whole call: to move to a device, to widen to fp64, or to keep still for a CUDA graph.
 """
 
+import os
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -11,11 +12,23 @@ from unittest.mock import patch
 import torch
 
 import elip_kernels
+from elip_kernels import launch
 from elip_kernels._operator import OPERATORS
 
-WIDTH, HEADS = 768, 12
-REAL = (197, 257, 577)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ON_GPU = torch.cuda.is_available() and not IS_INTERPRETED
+
+
+def pick(full, small):
+    """`full` on a GPU; `small` where the interpreter runs the kernels."""
+    return full if ON_GPU else small
+
+
+WIDTH, HEADS = pick((768, 12), (64, 1))
+TOKENS = pick(257, 19)
+REAL = pick((197, 257, 577), (TOKENS,))
+HALF = pick(torch.bfloat16, torch.float16)  # the interpreter truncates where it casts to bf16
+DTYPES = pick((torch.float32, torch.bfloat16, torch.float16), (torch.float32, HALF))
 
 
 class Op(NamedTuple):
@@ -67,7 +80,7 @@ def row_from_tokens(tokens, cls, *block, H=None):
 
 def attend_inputs(B, N, dtype, D=None, mean=0.0):
     """As `block_inputs`, and v_weight, v_bias; in fp32 a ViT-S, whose width the kernel takes."""
-    D = D or (384 if dtype == torch.float32 else WIDTH)
+    D = D or (pick(384, WIDTH) if dtype == torch.float32 else WIDTH)
     value = torch.randn(D, D) / D**0.5, torch.randn(D)
     return [*block_inputs(B, N, dtype, D, mean), *(t.to(dtype) for t in value)]
 
@@ -136,11 +149,18 @@ OPS = {
 
 @contextmanager
 def kernels_alone():
-    """Inside, a CUDA call that takes the PyTorch form raises."""
+    """Inside, a call on the device that takes the PyTorch form raises."""
     refusal = AssertionError("a PyTorch form ran where a kernel was expected")
     with ExitStack() as stack:
         for operator in OPERATORS.values():
             stack.enter_context(patch.object(operator, "reference", side_effect=refusal))
+        yield
+
+
+@contextmanager
+def pytorch_forms():
+    """Inside, no kernel is launched: every op takes its PyTorch form, on any device."""
+    with patch.object(launch, "runs_kernel", autospec=True, return_value=False):
         yield
 
 

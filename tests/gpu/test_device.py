@@ -3,17 +3,19 @@
 import pytest
 import torch
 
-from tests.gpu.ops import OPS, assert_alike, kernels_alone, on
+from tests.gpu.ops import HALF, OPS, TOKENS, assert_alike, kernels_alone, on, pick
 
 pytestmark = pytest.mark.gpu
 every_op = pytest.mark.parametrize("name", OPS)
 # Rows of small batches are scored by tiles of patches, those of large ones an image a program.
-KINDS = [(8, torch.bfloat16), (8, torch.float32), (96, torch.bfloat16)]
+FULL_KINDS = [(8, torch.bfloat16), (8, torch.float32), (96, torch.bfloat16)]
+KINDS = pick(FULL_KINDS, [(1, HALF)])
 every_kind = pytest.mark.parametrize(("B", "dtype"), KINDS)
-LARGE_BATCH = 8192
+BATCH = pick(8, 1)
+LARGE_BATCH, LONG, BEYOND = pick((8192, 577, 2**31), (3, TOKENS, 2**11))
 
 
-def inputs_of(name, device, B=8, N=257, dtype=torch.bfloat16):
+def inputs_of(name, device, B=BATCH, N=TOKENS, dtype=HALF):
     return on(device, OPS[name].inputs(B, N, dtype))
 
 
@@ -38,7 +40,7 @@ def test_kernels_run_and_no_pytorch_form(device, launches, name, B, dtype):
     with kernels_alone():
         outputs = OPS[name].run(*inputs)
     assert launches
-    assert all(t.is_cuda for t in outputs)
+    assert {t.device for t in outputs} == {device}
 
 
 @every_kind
@@ -51,7 +53,7 @@ def test_two_runs_are_equal_bit_by_bit(device, name, B, dtype):
 
 @every_op
 def test_no_output_is_left_unwritten(device, request, name):
-    inputs = inputs_of(name, device, N=197)
+    inputs = inputs_of(name, device, N=pick(197, TOKENS))
     expected = OPS[name].run(*inputs)
     request.getfixturevalue("poisoned_memory")
     assert_alike(OPS[name].run(*inputs), expected)
@@ -86,7 +88,7 @@ def test_a_graph_replays_forward_and_backward_on_new_inputs(device, name, B, dty
 
 @every_op
 def test_launches_wait_for_the_current_stream(device, name):
-    inputs = inputs_of(name, device, N=197)
+    inputs = inputs_of(name, device, N=pick(197, TOKENS))
     expected = OPS[name].run(*inputs)
     late = [torch.zeros_like(t) for t in inputs]
     torch.cuda.synchronize()
@@ -104,16 +106,17 @@ def test_launches_wait_for_the_current_stream(device, name):
 def test_launches_go_to_the_device_of_the_tensors(device, name):
     if torch.cuda.device_count() < 2:
         pytest.skip("there is one device only")
-    other = torch.device("cuda", (device.index + 1) % torch.cuda.device_count())
+    next_one = (torch.cuda.current_device() + 1) % torch.cuda.device_count()
     inputs = inputs_of(name, device)
-    outputs = OPS[name].run(*on(other, inputs))
-    assert all(t.device == other for t in outputs)
+    moved = on(torch.device(device.type, next_one), inputs)
+    outputs = OPS[name].run(*moved)
+    assert {t.device for t in outputs} == {moved[0].device}
     assert_alike(on(device, outputs), OPS[name].run(*inputs))
 
 
 @every_op
 def test_the_last_image_beyond_2_31_elements(device, name):
-    one = inputs_of(name, device, B=1, N=577)
+    one = inputs_of(name, device, B=1, N=LONG)
     largest = max(t.nbytes for t in one) * LARGE_BATCH
     torch.cuda.empty_cache()  # what earlier tests left counts as free
     free = torch.cuda.mem_get_info(device)[0]
@@ -123,7 +126,7 @@ def test_the_last_image_beyond_2_31_elements(device, name):
     for t in one:
         many.append(t if t.shape[0] > 1 else t.new_zeros(LARGE_BATCH, *t.shape[1:]))
         many[-1][-1] = t[-1]
-    assert max(t.numel() for t in many) > 2**31
+    assert max(t.numel() for t in many) > BEYOND
     outputs = [t[-1:].clone() for t in OPS[name].run(*many)]
     del many
     torch.cuda.empty_cache()
