@@ -19,9 +19,9 @@ from elip_models.profiling.rows import DENSE, count, in_mode, measure
 from elip_models.profiling.workload import Workload
 from elip_models.reduction.flops import training_ratio
 from elip_models.reduction.schedule import PRESETS
-from elip_models.reduction.strategies import STRATEGIES, default_strategy
+from elip_models.reduction.step import Forward
+from elip_models.reduction.strategies import STRATEGIES, Dense, default_strategy
 from elip_models.reduction.strategies.elip import Elip
-from elip_models.reduction.strategy import Context, take_step
 from elip_models.towers import as_tower
 
 NAME, SIZE = ("vit_base_patch16_224" if ON_GPU else "vit_small_patch16_224"), 224
@@ -37,20 +37,15 @@ def strategies_at_equal_flops(tower):
     return {name: plan.at_flops(tower, share) for name, plan in plans.items()}, share
 
 
-def run(tower, image, text, strategy, replays=()):
-    """Tokens and what each step did; with `replays` each step does what it did there."""
-    steps = {stage.first: stage for stage in strategy.stages(tower.size)}
-    context, infos, tokens = Context(text), [], tower.enter(tower.patchify(image))
+def run(tower, image, text, strategy, replays=None):
+    """Tokens of an image of any size, and what each step did; `replays`: what it is to do again."""
+    forward = Forward(tower, strategy, text, replays=replays)
+    tokens = tower.enter(tower.patchify(image))
     for i in range(tower.depth):
-        if i in steps:
-            replay = replays[len(infos)] if replays else None
-            context = context._replace(replay=replay)
-            tokens, info = take_step(strategy, tower, steps[i], tokens, context)
-            infos.append(info)
-            context = context._replace(before=info)
-        if i not in steps or not strategy.replaces_block:
-            tokens = tower.block(i, tokens)
-    return tower.finish(tokens), infos
+        tokens, info = forward.block(i, tokens)
+        if info is not None:
+            forward.infos[i] = info
+    return tower.finish(tokens), list(forward.infos.values())
 
 
 @torch.no_grad()
@@ -59,7 +54,7 @@ def held_to_fp64(model, strategies):
     tower, dtype = as_tower(model), next(model.parameters()).dtype
     image = torch.randn(1, 3, SIZE, SIZE, device=DEVICE, dtype=dtype)
     text = torch.randn(1, tower.width, device=DEVICE, dtype=dtype)
-    plans = {DENSE: Elip(f"{tower.depth}(100%)"), **strategies}
+    plans = {DENSE: Dense(), **strategies}
     images = {name: image for name in plans} | {"resize": plans["resize"].smaller(tower, image)}
     found = {name: run(tower, images[name], text, plan) for name, plan in plans.items()}
     model.double()

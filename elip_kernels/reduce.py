@@ -64,7 +64,7 @@ def reduce(
     if keep == scores.shape[1]:
         info = _keep_all_info(tokens, scores, mask, num_prefix_tokens) if return_info else None
         return (tokens, info) if return_info else tokens
-    out, kept, weights, _ = _reduce_op(
+    out, kept, weights, _ = reduce_op(
         tokens, scores, mask, keep, num_prefix_tokens, merge, normalize
     )
     if not return_info:
@@ -355,7 +355,7 @@ def _backward_flops(grad_out_shape, slots_shape, weights_shape, merge, *args, **
     return B * (slots_shape[1] + 1 - R) * D * merge
 
 
-_reduce_op = Operator(
+reduce_op = Operator(
     "reduce",
     reduce_reference,
     launcher=_reduce_fwd,

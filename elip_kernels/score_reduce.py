@@ -37,6 +37,7 @@ from elip_kernels.reduce import (
     EPSILON,
     empty_outputs,
     reduce_backward_op,
+    reduce_op,
     reduce_reference,
 )
 from elip_kernels.select import load_tile, move_tile, select_and_weigh, store_selection
@@ -57,6 +58,7 @@ def score_reduce(
     scale: float | None = None,
     merge: bool = True,
     normalize: bool = True,
+    row: Tensor | None = None,
     return_info: bool = False,
 ) -> Tensor | tuple[Tensor, ReductionInfo, Tensor]:
     """Score the patches by a block's CLS row, keep the best, merge the rest.
@@ -67,6 +69,8 @@ def score_reduce(
         keep: int, patches to keep, fewer than N-1; or float ratio in (0, 1).
         norm_weight, .., scale: see `cls_attention_from_tokens`.
         merge, normalize: see `reduce`.
+        row: (B, N) fp32, the row that an earlier call returned: it selects again, and nothing is
+            scored. So a recomputed stage boundary keeps what its forward kept.
         return_info: also return the `ReductionInfo` and the attention row (B, N).
 
     Returns:
@@ -81,20 +85,47 @@ def score_reduce(
     scale = check_absorbed(tokens, cls, eps, num_heads, scale, norm, matrices, biases, least=3)
     keep = check_keep(keep, tokens.shape[1] - 1, all_allowed=False)
     check_flags(merge=merge, normalize=normalize, return_info=return_info)
-    with torch.no_grad(), no_autocast(tokens):
-        cls = cls.to(accumulator(tokens.dtype))
-        query = absorbed_query(cls, norm, eps, q_weight, q_bias, k_weight, num_heads, scale)
+    query = None
+    if row is None:
+        with torch.no_grad(), no_autocast(tokens):
+            cls = cls.to(accumulator(tokens.dtype))
+            query = absorbed_query(cls, norm, eps, q_weight, q_bias, k_weight, num_heads, scale)
+    else:
+        _check_row(row, tokens)
     out, kept, weights, _, row = _score_reduce_op(
-        tokens, cls.detach(), query, eps, keep, merge, normalize
+        tokens, cls.detach(), query, row, eps, keep, merge, normalize
     )
     return (out, ReductionInfo(kept, weights, None, 1, merge), row) if return_info else out
 
 
+def _check_row(row: Tensor, tokens: Tensor) -> None:
+    expected = accumulator(tokens.dtype)
+    if not isinstance(row, Tensor) or row.dtype != expected:
+        raise TypeError(
+            f"row: expected a {expected} tensor, as score_reduce returns it, got "
+            f"{row.dtype if isinstance(row, Tensor) else type(row).__name__}"
+        )
+    if row.shape != tokens.shape[:2] or row.device != tokens.device:
+        raise ValueError(
+            f"row: expected (B, N) = {tuple(tokens.shape[:2])} on {tokens.device}, got "
+            f"{tuple(row.shape)} on {row.device}"
+        )
+
+
 def score_reduce_reference(
-    tokens: Tensor, cls: Tensor, query: Tensor, eps: float, keep: int, merge: bool, normalize: bool
+    tokens: Tensor,
+    cls: Tensor,
+    query: Tensor | None,
+    row: Tensor | None,
+    eps: float,
+    keep: int,
+    merge: bool,
+    normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The specification -> out, kept, weights, slots as `reduce`, and the row (B, N)."""
-    row = absorbed_reference(tokens, cls, query, eps)[1].mean(1)
+    """The specification -> out, kept, weights, slots as `reduce`, and the row (B, N); of query and
+    row one is given."""
+    given = row
+    row = absorbed_reference(tokens, cls, query, eps)[1].mean(1) if given is None else given.clone()
     return *reduce_reference(tokens, row[:, 1:], None, keep, 1, merge, normalize), row
 
 
@@ -184,9 +215,18 @@ def _select_move_kernel(
 
 
 def _score_reduce(
-    tokens: Tensor, cls: Tensor, query: Tensor, eps: float, keep: int, merge: bool, normalize: bool
+    tokens: Tensor,
+    cls: Tensor,
+    query: Tensor | None,
+    row: Tensor | None,
+    eps: float,
+    keep: int,
+    merge: bool,
+    normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Allocate, read launch.py, launch twice."""
+    """Allocate, read launch.py, launch twice; a row that is given is `reduce`'s, one launch."""
+    if row is not None:
+        return *reduce_op.launcher(tokens, row[:, 1:], None, keep, 1, merge, normalize), row.clone()
     (B, N, _), H = tokens.shape, query.shape[1]
     tokens = launch.addressable(tokens)
     out, kept, weights, slots = empty_outputs(tokens, keep, 1, merge)
@@ -244,34 +284,37 @@ def _score_tiles_then_move(
     )
 
 
-def _fake(tokens, cls, query, eps, keep, merge, normalize):
-    row = query.new_empty(tokens.shape[:2])
-    return *empty_outputs(tokens, keep, 1, merge, weights=query.dtype), row
+def _fake(tokens, cls, query, row, eps, keep, merge, normalize):
+    given = query if row is None else row
+    return *empty_outputs(tokens, keep, 1, merge, weights=given.dtype), given.new_empty(
+        tokens.shape[:2]
+    )
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
     _, kept, weights, slots, row = output
     ctx.mark_non_differentiable(kept, weights, slots, row)
     ctx.save_for_backward(slots, weights)
-    ctx.merge = inputs[5]
+    ctx.merge = inputs[6]
 
 
 def _backward(ctx, grad_out, *_):
-    return reduce_backward_op(grad_out, *ctx.saved_tensors, ctx.merge), *[None] * 6
+    return reduce_backward_op(grad_out, *ctx.saved_tensors, ctx.merge), *[None] * 7
 
 
-def _flops(tokens_shape, cls_shape, query_shape, eps, keep, merge, *args, **kwargs) -> int:
-    """2 B H N D for the row, 2 for each element of a dropped token that is merged."""
+def _flops(tokens_shape, cls_shape, query_shape, row, eps, keep, merge, *args, **kwargs) -> int:
+    """2 B H N D for a row, 2 for each element of a dropped token that is merged."""
     B, N, D = tokens_shape
-    return 2 * B * D * (query_shape[1] * N + (N - 1 - keep) * merge)
+    H = 0 if query_shape is None else query_shape[1]
+    return 2 * B * D * (H * N + (N - 1 - keep) * merge)
 
 
 _score_reduce_op = Operator(
     "score_reduce",
     score_reduce_reference,
     launcher=_score_reduce,
-    fits=lambda tokens, cls, query, *_: launch.runs_kernel(
-        tokens, query, candidates=tokens.shape[1] - 1
+    fits=lambda tokens, cls, query, row, *_: launch.runs_kernel(
+        tokens, row if query is None else query, candidates=tokens.shape[1] - 1
     ),
     fake=_fake,
     flops=_flops,

@@ -1,12 +1,22 @@
-"""Values held to what is expected of them, and the error where they are not."""
+"""One way to hold values to what is expected of them: type hints, and an error that says all.
+
+    heads: Annotated[PositiveInt, divisor_of("width")]      an interval, a rule with another field
+    decay: Literal["cosine", "linear"] | None
+
+`check_fields` holds a dataclass to its annotations, `check` one argument of a function. The error
+says "NAME: expected .., got .."; it is a TypeError where the type is wrong, else a ValueError.
+"""
 
 import dataclasses
+import difflib
 import math
+import operator
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, Literal
 
 
@@ -14,8 +24,17 @@ class ConfigError(ValueError):
     """A recipe, an option or an override that cannot be used; the message names the key."""
 
 
-MISFIT = object()  # what `coerce` returns for a value of another type or range
-_UNIONS = (types.UnionType, typing.Union)  # `X | None` is either, as X is a class or Annotated
+UNIONS = (types.UnionType, typing.Union)  # `X | None` is either, as X is a class or Annotated
+WORDS = {
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    bool: "True or False",
+    types.NoneType: "None",
+    tuple: "a tuple",
+    dict: "a dict",
+    Callable: "a function",
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +49,7 @@ class Bounds:
     def __contains__(self, value: float) -> bool:
         above = value >= self.low if self.includes_low else value > self.low
         below = value <= self.high if self.includes_high else value < self.high
-        return above and below and math.isfinite(value)
+        return above and below and value < math.inf
 
     def __str__(self) -> str:
         if math.isinf(self.high):
@@ -39,80 +58,137 @@ class Bounds:
         return f"in {left}{self.low}, {self.high}{right}"
 
 
-def coerce(hint: Any, value: Any) -> Any:
-    """`value` as `hint`, or `MISFIT`; an integer or "1e-3" is a float, a list a tuple."""
+@dataclass(frozen=True)
+class FieldRule:
+    """What a field has to be beside another; {} in `expected` is that one's name and value."""
+
+    other: str
+    expected: str
+    holds: Callable[[Any, Any], bool]
+
+
+def divisor_of(other: str) -> FieldRule:
+    """An integer that divides the field `other`."""
+    return FieldRule(other, "a divisor of {}", lambda value, whole: whole % value == 0)
+
+
+def below(other: str) -> FieldRule:
+    """An integer less than the field `other`."""
+    return FieldRule(other, "an integer below {}", operator.lt)
+
+
+def same_as(other: str, why: str) -> FieldRule:
+    """The value of the field `other`; `why` goes on after its name in the error."""
+    return FieldRule(other, f"{{}}, {why}", operator.eq)
+
+
+Count = Annotated[int, Bounds(0)]
+PositiveInt = Annotated[int, Bounds(1)]
+NonNegative = Annotated[float, Bounds(0)]
+Positive = Annotated[float, Bounds(0, includes_low=False)]
+Share = Annotated[float, Bounds(0, 1)]
+PositiveShare = Annotated[float, Bounds(0, 1, includes_low=False)]
+Rate = Annotated[float, Bounds(0, 1, includes_high=False)]
+
+
+def check_fields(instance: Any) -> None:
+    """Raises where a field of a dataclass is not what its annotation says."""
+    hints = _field_hints(type(instance))
+    for name, hint in hints.items():
+        check(name, getattr(instance, name), hint)
+    for name, hint in hints.items():
+        rules = hint.__metadata__ if typing.get_origin(hint) is Annotated else ()
+        for rule in rules:
+            if isinstance(rule, FieldRule):
+                _check_rule(instance, name, rule)
+
+
+def _check_rule(instance: Any, name: str, rule: FieldRule) -> None:
+    value, other = getattr(instance, name), getattr(instance, rule.other)
+    if not rule.holds(value, other):
+        expected = rule.expected.format(f"{rule.other} = {other}")
+        raise ValueError(f"{name}: expected {expected}, got {value}")
+
+
+@cache
+def _field_hints(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def check(name: str, value: Any, hint: Any) -> None:
+    """Raises where the argument `name` is not what a type hint says."""
+    error = misfit(value, hint)
+    if error is not None:
+        raise error(f"{name}: expected {describe(hint)}, got {value!r:.200}")
+
+
+def misfit(value: Any, hint: Any) -> type[TypeError | ValueError] | None:
+    """None where `value` fits a type hint; else TypeError, or ValueError where only the type does.
+
+    An integer is a float too; True and False are neither.
+    """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        converted = coerce(arguments[0], value)
-        return converted if converted is not MISFIT and converted in arguments[1] else MISFIT
-    if origin in _UNIONS:
-        fits = (coerce(argument, value) for argument in arguments)
-        return next((fit for fit in fits if fit is not MISFIT), MISFIT)
+        error = misfit(value, arguments[0])
+        bounds = (each for each in arguments[1:] if isinstance(each, Bounds))
+        return error or next((ValueError for each in bounds if value not in each), None)
+    if origin in UNIONS:
+        found = [misfit(value, argument) for argument in arguments]
+        return next((error for error in (None, ValueError) if error in found), TypeError)
     if origin is Literal:
-        return value if value in arguments else MISFIT
+        if not isinstance(value, tuple(map(type, arguments))):
+            return TypeError
+        return None if value in arguments else ValueError
+    if hint is Any:
+        return None
+    kinds = (int, float) if hint is float else origin or hint
+    if not isinstance(value, kinds) or (isinstance(value, bool) and hint is not bool):
+        return TypeError
     if origin is tuple:
-        return _coerce_tuple(arguments, value)
-    if origin is dict and arguments[1] is not Any and isinstance(value, dict):
-        values = {key: coerce(arguments[1], item) for key, item in value.items()}
-        return MISFIT if MISFIT in values.values() else values
-    if hint is float and not isinstance(value, bool):
-        return _coerce_float(value)
-    expected = origin or hint
-    if isinstance(value, bool) and expected is not bool:
-        return MISFIT
-    return value if isinstance(value, expected) else MISFIT
+        hints = item_hints(arguments, len(value))
+        return _first_misfit(value, hints) if len(hints) == len(value) else ValueError
+    if origin is dict:
+        return _first_misfit(value.values(), arguments[1:] * len(value))
+    return None
 
 
-def _coerce_tuple(arguments: tuple[Any, ...], value: Any) -> Any:
-    if not isinstance(value, list | tuple):
-        return MISFIT
-    hints = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
-    if len(hints) != len(value):
-        return MISFIT
-    items = tuple(coerce(hint, item) for hint, item in zip(hints, value, strict=True))
-    return MISFIT if MISFIT in items else items
+def item_hints(arguments: tuple[Any, ...], length: int) -> tuple[Any, ...]:
+    """The hints of the items of a `tuple[..]` of that length, whose arguments are given."""
+    return arguments[:1] * length if arguments[-1] is Ellipsis else arguments
 
 
-def _coerce_float(value: Any) -> Any:
-    try:
-        return float(value) if isinstance(value, int | float | str) else MISFIT
-    except ValueError:
-        return MISFIT
+def _first_misfit(
+    values: Iterable[Any], hints: tuple[Any, ...]
+) -> type[TypeError | ValueError] | None:
+    errors = (misfit(value, hint) for value, hint in zip(values, hints, strict=True))
+    return next((error for error in errors if error is not None), None)
 
 
-def describe(hint: Any) -> str:
-    """A type hint in words."""
+def describe(hint: Any, words: Mapping[Any, str] = WORDS) -> str:
+    """A type hint in words; `words` has those of plain types."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return "a section of keys"
     if origin is Annotated:
-        return f"{describe(arguments[0])} {arguments[1]}"
-    if origin in _UNIONS:
-        return " or ".join(describe(argument) for argument in arguments)
+        bounds = [str(rule) for rule in arguments[1:] if isinstance(rule, Bounds)]
+        return " ".join([describe(arguments[0], words), *bounds])
+    if origin in UNIONS:
+        lists_last = sorted(arguments, key=lambda each: Ellipsis in typing.get_args(each))
+        return " or ".join(describe(argument, words) for argument in lists_last)
     if origin is Literal:
-        return "one of " + ", ".join(map(str, arguments))
+        return "one of " * (len(arguments) > 1) + ", ".join(map(repr, arguments))
+    if origin is tuple and arguments[-1] is not Ellipsis:
+        return "[" + ", ".join(describe(argument, words) for argument in arguments) + "]"
     if origin is tuple:
-        if arguments[-1] is Ellipsis:
-            return f"a list, each {describe(arguments[0])}"
-        return "[" + ", ".join(map(describe, arguments)) + "]"
+        return f"{words[tuple]}, each {describe(arguments[0], words)}"
     if origin is dict and arguments[1] is not Any:
-        return f"a mapping, each {describe(arguments[1])}"
-    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
-    return names.get(hint, "null" if hint is types.NoneType else "a mapping")
+        return f"{words[dict]}, each {describe(arguments[1], words)}"
+    return words.get(origin or hint) or f"a {hint.__name__}"
 
 
-def check_share(name: str, value: float) -> None:
-    """Raises where it is no share in (0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a float in (0, 1], got {value!r}")
-    if not 0.0 < value <= 1.0:
-        raise ValueError(f"{name}: expected a float in (0, 1], got {value!r}")
-
-
-def check_flag(name: str, value: bool) -> None:
-    """Raises where it is neither True nor False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected True or False, got {value!r}")
+def did_you_mean(name: Any, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """The end of an error about an unknown name: the known one that is most alike, if any is."""
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=cutoff)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 @contextmanager

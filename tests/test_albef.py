@@ -128,9 +128,9 @@ def test_similarities_are_exact_under_autocast():
     ("options", "message"),
     [
         ({"text_width": 512}, "text_width: expected vision_width = 768"),
-        ({"text_layers": 12}, "text_layers: expected 1 to 11 of 12 layers"),
-        ({"alpha": 1.5}, "alpha: expected a float in"),
-        ({"momentum_reduction": "same"}, "momentum_reduction: expected 'none' or 'shared'"),
+        ({"text_layers": 12}, "text_layers: expected an integer below text_depth = 12, got 12"),
+        ({"alpha": 1.5}, "alpha: expected a number in"),
+        ({"momentum_reduction": "same"}, "momentum_reduction: expected one of 'none', 'shared'"),
         ({"schedule": "3(100%)"}, "schedule: expected 12 layers"),
     ],
 )

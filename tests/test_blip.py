@@ -147,9 +147,9 @@ def test_text_of_one_token_has_no_language_loss(golden):
     ("options", "message"),
     [
         ({"text_width": 512}, "text_width: expected vision_width = 768"),
-        ({"vocab_size": 30522}, "decoder_token_id: expected an id below vocab_size = 30522"),
-        ({"alpha": 1.5}, "alpha: expected a float in"),
-        ({"label_smoothing": -0.1}, "label_smoothing: expected a float in"),
+        ({"vocab_size": 30522}, "decoder_token_id: expected an integer below vocab_size = 30522"),
+        ({"alpha": 1.5}, "alpha: expected a number in"),
+        ({"label_smoothing": -0.1}, "label_smoothing: expected a number in"),
         ({"schedule": "3(100%)"}, "schedule: expected 12 layers"),
     ],
 )

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import elip_models
 from elip_models.reduction import scorers
-from elip_models.reduction.replay import MAX_PASSES
+from elip_models.reduction.replay import MAX_REENTRANT
 from elip_models.reduction.strategies import elip as stage
 from tests.test_strategies import patched, strategies
 from tests.towers import (
@@ -119,34 +119,73 @@ def test_blocks_compiled_one_by_one_replay_too():
     assert_equal_gradients(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_memory_of_passes_is_bounded_and_inference_has_none():
-    """Passes without gradient that follow each other are one."""
-    model = clip_vit()
-    elip_models.reduce_(model, schedule=SCHEDULE)
-    hook = next(iter(model.blocks[1]._forward_pre_hooks.values()))
-    model.eval()
-    with torch.inference_mode():
-        model(images())
-    assert not hook.replay.passes
-    with torch.no_grad():
-        for _ in range(3):
-            model(images())
-    assert len(hook.replay.passes) == 1
-    for _ in range(MAX_PASSES + 5):
-        model(images(1))
-    assert len(hook.replay.passes) == MAX_PASSES
-
-
-def test_a_pass_that_was_forgotten_is_an_error():
+def test_a_reentrant_pass_that_was_forgotten_is_an_error():
     model = clip_vit()
     elip_models.reduce_(model, schedule=SCHEDULE)
     x = images(1).requires_grad_()
-    for use_reentrant in (True, False):
-        loss = checkpoint(model, x, use_reentrant=use_reentrant).sum()
-        for _ in range(MAX_PASSES + 1):
-            checkpoint(model, x, use_reentrant=use_reentrant)
-        with pytest.raises(RuntimeError, match="run backward sooner"):
-            loss.backward()
+    loss = checkpoint(model, x, use_reentrant=True).sum()
+    for _ in range(MAX_REENTRANT + 1):
+        checkpoint(model, x, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="run backward sooner"):
+        loss.backward()
+
+
+def test_another_is_never_forgotten():
+    model, x, t = clip_vit(), images(1), text(1)
+    elip_models.reduce_(model, schedule=SCHEDULE)
+    expected = gradients_of_a_step(model, x, t)
+    model.zero_grad()
+    with elip_models.guidance(model, t):
+        loss = checkpoint(model, x, use_reentrant=False).square().sum()
+    for _ in range(MAX_REENTRANT + 1):
+        checkpoint(model, images(1), use_reentrant=False)
+    loss.backward()
+    assert_equal_gradients(gradients(model), expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_two_forwards_in_one_checkpoint_keep_their_own_choices(use_reentrant):
+    model, pixels, texts = clip_vit(), images(3), [text(3), text(3)]
+    elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact", fusion=0.2)
+
+    def both(x):
+        total = 0.0
+        for t in texts:
+            with elip_models.guidance(model, t):
+                total = total + model(x).square().sum()
+        return total
+
+    both(pixels.clone().requires_grad_()).backward()
+    expected = gradients(model)
+    model.zero_grad()
+    pixels.requires_grad_()
+    checkpoint(both, pixels, use_reentrant=use_reentrant).backward()
+    assert_equal_gradients(gradients(model), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_reentrant", [None, True, False])
+def test_a_forward_in_a_backward_hook_is_a_forward(use_reentrant):
+    """Its guidance is its own, whether blocks are recomputed around it or not."""
+    model, x, t = clip_vit(), images(3), text(3)
+    elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact", fusion=0.2)
+    with elip_models.guidance(model, t):
+        expected = model(x)
+    within = []
+
+    def run(gradient):
+        with elip_models.guidance(model, t), torch.enable_grad():
+            within.append(model(x))
+
+    with elip_models.guidance(model, text(3)):
+        tokens = model.norm_pre(model._pos_embed(model.patch_embed(images(3))))
+        for block in model.blocks:
+            if use_reentrant is None:
+                tokens = block(tokens)
+            else:
+                tokens = checkpoint(block, tokens, use_reentrant=use_reentrant)
+    tokens.register_hook(run)
+    tokens.square().sum().backward()
+    assert torch.equal(within[0], expected)
 
 
 @strategies

@@ -73,17 +73,25 @@ def test_randaugment_draws_albef_s_operations_at_their_magnitude(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"image_size": 0}, ValueError, "image_size: expected at least 1, got 0"),
-        ({"image_size": 8.0}, TypeError, r"image_size: expected an int, got 8\.0"),
+        ({"image_size": 0}, ValueError, "image_size: expected an integer at least 1, got 0"),
+        ({"image_size": 8.0}, TypeError, r"image_size: expected an integer .*, got 8\.0"),
         ({"train": 1}, TypeError, "train: expected True or False, got 1"),
-        ({"mean": 0.5}, TypeError, r"mean: expected 3 numbers, got 0\.5"),
-        ({"mean": (0.5,)}, ValueError, r"mean: expected 3 numbers, got \(0\.5,\)"),
-        ({"std": (1, 1, "1")}, TypeError, r"std: expected 3 numbers, got \(1, 1, '1'\)"),
-        ({"std": (1, 1, 0)}, ValueError, r"std: expected values above 0, got \(1, 1, 0\)"),
+        ({"mean": 0.5}, TypeError, r"mean: expected \[a number, .*\], got 0\.5"),
+        ({"mean": (0.5,)}, ValueError, r"mean: expected \[a number, .*, got \(0\.5,\)"),
+        ({"std": (1, 1, "1")}, TypeError, r"std: expected .*, got \(1, 1, '1'\)"),
+        ({"std": (1, 1, 0)}, ValueError, r"std: expected \[a number above 0, .*, got \(1, 1, 0\)"),
         ({"scale": (0.9, 0.5)}, ValueError, "scale: expected 0 < least <= most <= 1, got"),
-        ({"scale": 0.9}, TypeError, r"scale: expected 2 numbers, got 0\.9"),
-        ({"randaugment": (0, 7)}, ValueError, "randaugment: expected at least 1, got 0"),
-        ({"randaugment": (2, 11)}, ValueError, "randaugment: expected a magnitude from 0 to 10"),
+        ({"scale": 0.9}, TypeError, r"scale: expected \[a number in \(0, 1\], .*, got 0\.9"),
+        (
+            {"randaugment": (0, 7)},
+            ValueError,
+            r"randaugment: expected \[an integer at least 1, .*, got \(0, 7\)",
+        ),
+        (
+            {"randaugment": (2, 11)},
+            ValueError,
+            r"randaugment: expected .*an integer in \[0, 10\]\]",
+        ),
     ],
 )
 def test_bad_transform_arguments(arguments, error, message):
@@ -130,8 +138,8 @@ def test_training_a_tokenizer_is_deterministic_and_keeps_to_the_size(tokenizer, 
 @pytest.mark.parametrize(
     ("captions", "vocab_size", "error", "message"),
     [
-        (["a"], MIN_VOCAB_SIZE - 1, ValueError, "vocab_size: expected at least 261, got 260"),
-        (["a"], "300", TypeError, "vocab_size: expected an int, got '300'"),
+        (["a"], MIN_VOCAB_SIZE - 1, ValueError, "vocab_size: expected .* at least 261, got 260"),
+        (["a"], "300", TypeError, "vocab_size: expected an integer .*, got '300'"),
         ("a dog", 300, TypeError, "captions: expected several texts, got the single text 'a dog'"),
         (["a", 3], 300, TypeError, "captions: expected texts, got 3"),
         ([], 300, ValueError, "captions: expected at least one text, got none"),

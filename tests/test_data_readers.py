@@ -155,7 +155,7 @@ def test_several_lists_each_with_paths_relative_to_itself(tmp_path):
         ("a.tar,list.json", ValueError, r"spec: expected .*, got \['\.json', '\.tar'\]"),
         ("emoji_scenes", ValueError, "spec: expected a size, got 'emoji_scenes'; write emoji_sc"),
         ("emoji_scenes:size=x", ValueError, "spec: size: expected an int of 0 or more, got 'x'"),
-        ("emoji_scenes:size=0", ValueError, "size: expected at least 1, got 0"),
+        ("emoji_scenes:size=0", ValueError, "size: expected an integer at least 1, got 0"),
         ("emoji_scenes:size=1,sed=2", ValueError, "expected the options seed and size, got 'sed'"),
     ],
 )
@@ -170,7 +170,7 @@ def test_bad_specs(spec, error, message, tmp_path, monkeypatch):
 
 
 def test_a_bad_image_size_is_refused_for_every_kind_of_source():
-    with pytest.raises(ValueError, match="image_size: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="image_size: expected an integer at least 1, got 0"):
         open_source("list.json", image_size=0)
 
 

@@ -207,7 +207,7 @@ TINY = ["--model", "clip_tiny", "--no-pretrained"]
         ([*TINY, "--data", "a.json", "--schedule", "3(100%)"], "--schedule: expected 12 layers"),
         ([*TINY, "--data", "a.json", "--schedule", "12(100%)"], "--schedule: expected a group"),
         ([*TINY, "--data", "a.json", "--scorer", "lats"], "--scorer: expected one of"),
-        ([*TINY, "--data", "a.json", "--fusion", "2"], "--fusion: expected a float in [0, 1]"),
+        ([*TINY, "--data", "a.json", "--fusion", "2"], "--fusion: expected a number in [0, 1]"),
         (["--model", "clip_tiny", "--data", "a.json"], "--model: pretrained: expected False"),
         (["--model", "timm:nope", "--data", "a.json"], "--model: spec: expected a model that timm"),
         (["--model", "nope", "--data", "a.json"], "--model: spec: expected 'timm:NAME'"),

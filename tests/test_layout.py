@@ -10,8 +10,8 @@ import elip_models
 
 ROOTS = [Path(package.__file__).parent for package in (elip_kernels, elip_models)]
 FLOORS = (
-    ("elip_kernels",),
-    ("elip_models.validation", "elip_models.reduction.schedule"),
+    ("elip_kernels", "elip_models.validation"),
+    ("elip_models.reduction.schedule",),
     ("elip_models.data",),
     ("elip_models.towers",),
     ("elip_models.reduction",),

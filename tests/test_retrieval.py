@@ -104,8 +104,20 @@ def test_chance_is_what_a_random_ranking_reaches(k):
         (torch.rand(3, 3), [0, 1, 2], (1,), TypeError, "text_to_image: .*got list"),
         (torch.rand(3, 3), torch.tensor([0, 1, 1]), (1,), ValueError, "each of the 3 images"),
         (torch.rand(2, 3), torch.tensor([0, 1, 2]), (1,), ValueError, "each of the 2 images"),
-        (torch.rand(2, 2), torch.arange(2), (1, 0), ValueError, "ks: expected at least 1, got 0"),
-        (torch.rand(2, 2), torch.arange(2), (1.0,), TypeError, "ks: expected an int, got 1.0"),
+        (
+            torch.rand(2, 2),
+            torch.arange(2),
+            (1, 0),
+            ValueError,
+            "ks: .* at least 1, got 0",
+        ),
+        (
+            torch.rand(2, 2),
+            torch.arange(2),
+            (1.0,),
+            TypeError,
+            "ks: .* at least 1, got 1.0",
+        ),
     ],
 )
 def test_bad_input_is_named(similarity, text_to_image, ks, error, message):
@@ -117,7 +129,7 @@ def test_bad_input_is_named(similarity, text_to_image, ks, error, message):
     ("text_features", "chunk_size", "message"),
     [
         (torch.rand(3, 5), 8, r"text_features: expected \(\.\., 4\), got \(3, 5\)"),
-        (torch.rand(3, 4), 0, "chunk_size: expected at least 1, got 0"),
+        (torch.rand(3, 4), 0, "chunk_size: expected an integer at least 1, got 0"),
     ],
 )
 def test_bad_features_are_named(text_features, chunk_size, message):

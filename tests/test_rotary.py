@@ -275,7 +275,7 @@ def test_unsupported_models_are_refused_with_the_reason(reason):
 
 
 def test_tome_is_refused_with_the_reason():
-    with pytest.raises(TypeError, match="stands at two places"):
+    with pytest.raises(TypeError, match="stands at two positions"):
         elip_models.reduce_(TOWERS["EVA-02 tiny"](), strategy="tome")
 
 

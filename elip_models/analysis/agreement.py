@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from elip_models.reduction.step import Forward
 from elip_models.reduction.strategies.elip import Elip
-from elip_models.reduction.strategy import Context
 from elip_models.towers import Tower, as_tower
 
 
@@ -15,7 +15,7 @@ def scorer_agreement(
     model: nn.Module,
     images: Tensor,
     text_cls: Tensor | None,
-    settings: Elip,
+    strategy: Elip,
     scorers: tuple[str, ...] = ("official", "cls", "last"),
 ) -> dict[str, list[float]]:
     """Share of the tokens that `exact` drops which each scorer drops too, by stage.
@@ -26,27 +26,25 @@ def scorer_agreement(
         model: an image model that a tower reads.
         images: (B, 3, H, W).
         text_cls: (B, D), the guidance in the tower's width, or None: vision only.
-        settings: of the reduction; its scorer is not used.
+        strategy: whose scorer is not used.
     """
-    tower, tokens = as_tower(model), as_tower(model).embed(images)
-    stages = {stage.first: stage for stage in settings.schedule.stages(tower.num_patches)}
+    tower, others = as_tower(model), {name: replace(strategy, scorer=name) for name in scorers}
+    forward = Forward(tower, replace(strategy, scorer="exact"), text_cls)
     shares: dict[str, list[float]] = {name: [] for name in (*scorers, "chance")}
+    tokens = tower.embed(images)
     for i in range(tower.depth):
-        if i in stages:
-            dropped = {}
-            for name in scorers:
-                scorer = replace(settings, scorer=name)
-                row = scorer.score(tower, stages[i], tokens, text_cls)
-                dropped[name] = _dropped(tower, tokens, row, stages[i].keep)
-            exact = replace(settings, scorer="exact")
-            entered = tokens
-            tokens, info = exact.step(tower, stages[i], tokens, Context(text_cls))
-            reference = _dropped(tower, entered, info.attention, stages[i].keep)
-            for name in scorers:
-                shares[name].append(((dropped[name] & reference).sum() / reference.sum()).item())
-            candidates = entered.shape[1] - tower.num_prefix_tokens
-            shares["chance"].append((candidates - stages[i].keep) / candidates)
-        tokens = tower.block(i, tokens)
+        entered, positions = tokens, forward.positions(i)
+        tokens, info = forward.block(i, tokens)
+        if info is None:
+            continue
+        forward.infos[i], keep = info, info.stage.keep
+        reference = _dropped(tower, entered, info.attention, keep)
+        for name, other in others.items():
+            row = other.score(tower.at(positions), info.stage, entered, text_cls)
+            both = _dropped(tower, entered, row, keep) & reference
+            shares[name].append((both.sum() / reference.sum()).item())
+        candidates = entered.shape[1] - tower.num_prefix_tokens
+        shares["chance"].append((candidates - keep) / candidates)
     return shares
 
 

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from elip_kernels import unmerge
 from elip_models.reduction.once import deliberately_slow
+from elip_models.reduction.step import Forward
+from elip_models.reduction.strategies import Dense
 from elip_models.reduction.strategy import StageInfo
 from elip_models.towers import Tower
 
@@ -84,12 +86,12 @@ def concentration(tower: Tower, images: Tensor, shares: Sequence[float] = SHARES
         (depth, len(shares)), the mean over the images.
     """
     counts = [max(1, round(share * tower.num_patches)) for share in shares]
-    tokens, masses = tower.embed(images), []
+    forward, tokens, masses = Forward(tower, Dense()), tower.embed(images), []
     for i in range(tower.depth):
         row = tower.cls_attention(i, tokens, tokens[:, 0])[:, tower.num_prefix_tokens :]
         mass = row.sort(dim=1, descending=True).values.cumsum(1) / row.sum(1, keepdim=True)
         masses.append(mass.mean(0)[[count - 1 for count in counts]])
-        tokens = tower.block(i, tokens)
+        tokens, _ = forward.block(i, tokens)
     return torch.stack(masses)
 
 

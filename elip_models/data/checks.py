@@ -1,9 +1,8 @@
-"""Checks of this package's public functions: an error says argument, expected, got."""
+"""Checks of what no type hint says: samples, indexes, files, and packages that are missing."""
 
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 
 @contextmanager
@@ -16,28 +15,6 @@ def extra(name: str, user: str) -> Iterator[None]:
             f"{user} needs the package {error.name}: pip install 'elip-kernels[{name}]'",
             name=error.name,
         ) from error
-
-
-def check_int(argument: str, value: Any, least: int) -> None:
-    """An int, not a bool, of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{argument}: expected an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{argument}: expected at least {least}, got {value}")
-
-
-def check_share(argument: str, value: Any) -> None:
-    """A number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{argument}: expected a number in [0, 1], got {value!r}")
-    if not 0 <= value <= 1:
-        raise ValueError(f"{argument}: expected a number in [0, 1], got {value}")
-
-
-def check_callable(argument: str, value: Any) -> None:
-    """Something to call."""
-    if not callable(value):
-        raise TypeError(f"{argument}: expected a function, got {value!r}")
 
 
 def check_not_empty(argument: str, value: Sized) -> None:

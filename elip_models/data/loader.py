@@ -8,17 +8,18 @@ a batch. A sample that cannot be read is replaced, counted and reported.
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from elip_models.data.checks import check_callable, check_int, check_not_empty, check_share
+from elip_models.data.checks import check_not_empty
 from elip_models.data.sample import Sample, SampleError, Source
 from elip_models.data.skips import DataError, SkipReport, check_source
 from elip_models.data.tokenizer import tokenize
+from elip_models.validation import Bounds, Count, PositiveInt, Share, check
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -61,11 +62,11 @@ class ImageTextDataset(Dataset):
         max_bad_share: float = 0.05,
     ) -> None:
         check_not_empty("source", source)
-        check_callable("transform", transform)
-        check_callable("tokenizer", tokenizer)
-        check_int("context_length", context_length, 3)
-        check_int("seed", seed, 0)
-        check_share("max_bad_share", max_bad_share)
+        check("transform", transform, Callable)
+        check("tokenizer", tokenizer, Callable)
+        check("context_length", context_length, Annotated[int, Bounds(3)])
+        check("seed", seed, Count)
+        check("max_bad_share", max_bad_share, Share)
         if tokenizer.pad_token_id is None:
             raise ValueError("tokenizer: expected one with a pad token; use load_tokenizer")
         self.source = source
@@ -132,11 +133,11 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     def __init__(
         self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
     ) -> None:
-        check_int("length", length, 1)
-        check_int("batch_size", batch_size, 1)
-        check_int("seed", seed, 0)
-        check_int("rank", rank, 0)
-        check_int("world_size", world_size, 1)
+        check("length", length, PositiveInt)
+        check("batch_size", batch_size, PositiveInt)
+        check("seed", seed, Count)
+        check("rank", rank, Count)
+        check("world_size", world_size, PositiveInt)
         if rank >= world_size:
             raise ValueError(f"rank: expected less than world_size = {world_size}, got {rank}")
         if batch_size * world_size > length:
@@ -162,8 +163,8 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         `offset` may equal `batches_per_epoch`, which is the beginning of the next epoch: after a
         batch with epoch e and offset o was consumed, resume with `set_position(e, o + 1)`.
         """
-        check_int("epoch", epoch, 0)
-        check_int("offset", offset, 0)
+        check("epoch", epoch, Count)
+        check("offset", offset, Count)
         if offset > self.batches_per_epoch:
             raise ValueError(
                 f"offset: expected at most batches_per_epoch = {self.batches_per_epoch}, "
@@ -216,7 +217,7 @@ def train_loader(dataset: ImageTextDataset, sampler: EpochSampler, num_workers: 
     A batch is {"images": (B, 3, S, S), "input_ids": (B, L), "attention_mask": (B, L), "skipped":
     [(id, reason)] of the whole batch, "epoch": int, "offset": int}. `num_workers` changes no batch.
     """
-    check_int("num_workers", num_workers, 0)
+    check("num_workers", num_workers, Count)
     if sampler.length != len(dataset):
         raise ValueError(
             f"sampler: expected one of length {len(dataset)}, as the dataset, got {sampler.length}"
@@ -278,9 +279,9 @@ def evaluation_batches(
     its limit (default: 5%). DataError also where none can be read.
     """
     check_not_empty("source", source)
-    check_callable("transform", transform)
-    check_int("batch_size", batch_size, 1)
-    check_int("num_workers", num_workers, 0)
+    check("transform", transform, Callable)
+    check("batch_size", batch_size, PositiveInt)
+    check("num_workers", num_workers, Count)
     report = SkipReport(length=len(source)) if report is None else report
     loader = DataLoader(
         _EvaluationDataset(source, transform),

@@ -5,11 +5,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from elip_models.data.checks import check_int
 from elip_models.data.json_source import JsonSource
 from elip_models.data.sample import Sample, SampleError, Source
 from elip_models.data.scenes import EmojiScenes
 from elip_models.data.shard_source import ShardSource
+from elip_models.validation import PositiveInt, check
 
 __all__ = ["JsonSource", "Sample", "SampleError", "ShardSource", "Source", "open_source"]
 
@@ -29,7 +29,7 @@ def open_source(spec: str, *, image_size: int) -> Source:
     by commas, all JSON or all tar. Stored images keep the size they have.
     Raises TypeError or ValueError for a malformed spec, FileNotFoundError where it matches no file.
     """
-    check_int("image_size", image_size, 1)
+    check("image_size", image_size, PositiveInt)
     if not isinstance(spec, str):
         raise TypeError(f"spec: expected a text such as {_FORMS}, got {spec!r}")
     name, _, options = spec.partition(":")

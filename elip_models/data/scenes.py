@@ -10,9 +10,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from elip_models.data.captions import describe
-from elip_models.data.checks import check_index, check_int, extra
+from elip_models.data.checks import check_index, extra
 from elip_models.data.sample import Sample
 from elip_models.data.world import BACKGROUNDS, EMOJI, Scene, sample_scene
+from elip_models.validation import Count, PositiveInt, check
 
 _GLYPH_CACHE = 4096
 
@@ -45,7 +46,7 @@ def draw_emoji(name: str, pixels: int) -> Image.Image:
 
 def render(scene: Scene, image_size: int) -> Image.Image:
     """Draw the scene -> RGB image of `image_size` x `image_size`."""
-    check_int("image_size", image_size, 1)
+    check("image_size", image_size, PositiveInt)
     canvas = Image.new("RGB", (image_size, image_size), BACKGROUNDS[scene.background])
     for group in scene.groups:
         for copy in group.copies:
@@ -65,9 +66,9 @@ class EmojiScenes:
     """
 
     def __init__(self, size: int, *, seed: int = 0, image_size: int = 64) -> None:
-        check_int("size", size, 1)
-        check_int("seed", seed, 0)
-        check_int("image_size", image_size, 1)
+        check("size", size, PositiveInt)
+        check("seed", seed, Count)
+        check("image_size", image_size, PositiveInt)
         _font_path()
         self.size = size
         self.seed = seed

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from elip_models.data.checks import check_int, check_share
 from elip_models.data.sample import SampleError, Source
+from elip_models.validation import Count, PositiveInt, Share, check
 
 DEFAULT_MAX_BAD_SHARE = 0.05
 
@@ -26,9 +26,8 @@ class SkipReport:
     def __init__(
         self, max_bad_share: float = DEFAULT_MAX_BAD_SHARE, *, length: int | None = None
     ) -> None:
-        check_share("max_bad_share", max_bad_share)
-        if length is not None:
-            check_int("length", length, 0)
+        check("max_bad_share", max_bad_share, Share)
+        check("length", length, Count | None)
         self.max_bad_share = max_bad_share
         self.length = length
         self.seen = 0
@@ -74,8 +73,7 @@ class SkipReport:
 
 def check_source(source: Source, limit: int | None = None) -> SkipReport:
     """Read every sample, or the first `limit`, and report those that cannot be read."""
-    if limit is not None:
-        check_int("limit", limit, 1)
+    check("limit", limit, PositiveInt | None)
     report = SkipReport(length=len(source))
     for index in range(len(source) if limit is None else min(limit, len(source))):
         skipped = []

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from torch import Tensor
 
-from elip_models.data.checks import check_int, extra
+from elip_models.data.checks import extra
+from elip_models.validation import Bounds, check
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -37,7 +38,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> "PreTrainedToke
     with extra("train", "train_tokenizer"):
         from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
         from transformers import PreTrainedTokenizerFast
-    check_int("vocab_size", vocab_size, MIN_VOCAB_SIZE)
+    check("vocab_size", vocab_size, Annotated[int, Bounds(MIN_VOCAB_SIZE)])
     model = Tokenizer(models.BPE(unk_token=_SPECIAL_TOKENS["unk_token"]))
     model.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)

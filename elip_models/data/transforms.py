@@ -1,15 +1,18 @@
 """Image -> normalised tensor, for training and for evaluation."""
 
 from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from elip_models.data.checks import check_int, extra
+from elip_models.data.checks import extra
+from elip_models.validation import Bounds, Positive, PositiveInt, PositiveShare, check
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 MAGNITUDES = 11
+Magnitude = Annotated[int, Bounds(0, MAGNITUDES - 1)]
 COLOUR_OPERATIONS = ("Color", "Contrast", "Posterize", "Solarize")
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -36,17 +39,14 @@ def image_transform(
         TypeError, ValueError: an argument out of range.
         ImportError: torchvision is missing.
     """
-    check_int("image_size", image_size, 1)
-    if not isinstance(train, bool):
-        raise TypeError(f"train: expected True or False, got {train!r}")
-    _check_numbers("mean", mean, 3)
-    _check_numbers("std", std, 3)
-    if min(std) <= 0:
-        raise ValueError(f"std: expected values above 0, got {std!r}")
-    if scale is not None:
-        _check_numbers("scale", scale, 2)
-        if not 0 < scale[0] <= scale[1] <= 1:
-            raise ValueError(f"scale: expected 0 < least <= most <= 1, got {scale!r}")
+    check("image_size", image_size, PositiveInt)
+    check("train", train, bool)
+    check("mean", _as_tuple(mean), tuple[float, float, float])
+    check("std", _as_tuple(std), tuple[Positive, Positive, Positive])
+    check("scale", _as_tuple(scale), tuple[PositiveShare, PositiveShare] | None)
+    if scale is not None and scale[0] > scale[1]:
+        raise ValueError(f"scale: expected 0 < least <= most <= 1, got {scale!r}")
+    check("randaugment", _as_tuple(randaugment), tuple[PositiveInt, Magnitude] | None)
     with extra("models", "image_transform"):
         from torchvision.transforms import InterpolationMode, v2
     bicubic = InterpolationMode.BICUBIC
@@ -72,11 +72,6 @@ class _RandAugment:
     def __init__(self, operations: int, magnitude: int) -> None:
         from torchvision.transforms import v2
 
-        check_int("randaugment", operations, 1)
-        if magnitude not in range(MAGNITUDES):
-            raise ValueError(
-                f"randaugment: expected a magnitude from 0 to {MAGNITUDES - 1}, got {magnitude!r}"
-            )
         self.arguments = operations, magnitude
         self.augment = v2.RandAugment(operations, magnitude, num_magnitude_bins=MAGNITUDES)
         space = v2.RandAugment._AUGMENTATION_SPACE
@@ -90,9 +85,5 @@ class _RandAugment:
         return _RandAugment, self.arguments
 
 
-def _check_numbers(argument: str, value: Sequence[float], count: int) -> None:
-    """A list or tuple of `count` numbers."""
-    if not isinstance(value, list | tuple) or not all(isinstance(x, int | float) for x in value):
-        raise TypeError(f"{argument}: expected {count} numbers, got {value!r}")
-    if len(value) != count:
-        raise ValueError(f"{argument}: expected {count} numbers, got {value!r}")
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -9,11 +9,12 @@ Source: ALBEF (Li et al., 2021); ELIP, section 3 and its official ALBEF code.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
+from elip_models.models.base import TokenId
 from elip_models.models.layers.bert import BertTower, masked_language_head
 from elip_models.models.layers.objectives import (
     distilled_language_loss,
@@ -22,6 +23,7 @@ from elip_models.models.layers.objectives import (
     next_rows,
 )
 from elip_models.models.momentum_model import Encoders, MomentumConfig, MomentumModel
+from elip_models.validation import PositiveInt, Share, below
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,20 +34,10 @@ class ALBEFConfig(MomentumConfig):
     The other fields: see `MomentumConfig`; alpha weighs the momentum targets of ITC and MLM.
     """
 
-    image_size: int = 256
-    text_layers: int = 6
-    mask_token_id: int = 103
-    mask_probability: float = 0.15
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.text_layers < self.text_depth:
-            raise ValueError(
-                f"text_layers: expected 1 to {self.text_depth - 1} of {self.text_depth} layers, "
-                f"got {self.text_layers}"
-            )
-        self.check_ids("mask_token_id")
-        self.check_shares("mask_probability")
+    image_size: PositiveInt = 256
+    text_layers: Annotated[PositiveInt, below("text_depth")] = 6
+    mask_token_id: TokenId = 103
+    mask_probability: Share = 0.15
 
 
 @dataclass

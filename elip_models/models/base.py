@@ -4,29 +4,38 @@ A saved folder holds config.json, which names the family, model.safetensors, and
 files. A tensor that has several names, such as tied embeddings, is written once, under its first.
 """
 
-import difflib
 import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
+from elip_models.reduction.schedule import Schedule
+from elip_models.reduction.scorers import ScorerName
+from elip_models.reduction.strategies.elip import Elip, ElipOptions
 from elip_models.reduction.strategy import Strategy
 from elip_models.towers import Reducible, Tower
 from elip_models.towers.reducible import Stats, check_tokenizer_in, clip_stats
+from elip_models.validation import Count, Share, below, check_fields, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+TokenId = Annotated[Count, below("vocab_size")]
+
+
 class Config:
-    """Base of the frozen dataclasses that hold a model's hyper-parameters."""
+    """Base of the frozen dataclasses that hold a model's hyper-parameters, each as annotated."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -34,55 +43,29 @@ class Config:
         known = [field.name for field in fields(cls)]
         unknown = sorted(values.keys() - set(known))
         if unknown:
-            close = difflib.get_close_matches(unknown[0], known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"config: expected names among {known}, got {unknown}{hint}")
+            close = did_you_mean(unknown[0], known)
+            raise ValueError(f"config: expected names among {known}, got {unknown}{close}")
         return cls(**values)
 
-    def check_numbers(self) -> None:
-        """Raises ValueError for a count below 1, an id below 0, and for a float or a bool that is
-        none."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int:
-                least = 0 if field.name.endswith("token_id") else 1
-                if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                    raise ValueError(
-                        f"{field.name}: expected an int from {least} on, got {value!r}"
-                    )
-            if field.type is float and (
-                isinstance(value, bool) or not isinstance(value, int | float)
-            ):
-                raise ValueError(f"{field.name}: expected a float, got {value!r}")
-            if field.type is bool and not isinstance(value, bool):
-                raise ValueError(f"{field.name}: expected True or False, got {value!r}")
 
-    def check_choices(self, name: str, *choices: str) -> None:
-        """Raises where a field is none of the choices."""
-        if getattr(self, name) not in choices:
-            expected = " or ".join(repr(choice) for choice in choices)
-            raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+@dataclass(frozen=True, kw_only=True)
+class ReductionConfig(Config):
+    """How the image tower of a model is reduced by ELIP.
 
-    def check_divisor(self, name: str, whole: str) -> None:
-        """Raises where a field does not divide another."""
-        part, total = getattr(self, name), getattr(self, whole)
-        if total % part:
-            raise ValueError(f"{name}: expected a divisor of {whole} = {total}, got {part}")
+    schedule: '2(100%) 2(90%) 6(65%) 2(40%)', or None for a dense image tower.
+    scorer, fusion, guidance_norm, without_text, merge: see `ElipOptions`.
+    """
 
-    def check_ids(self, *names: str) -> None:
-        """Raises where a field is no id of the vocabulary."""
-        for name in names:
-            if getattr(self, name) >= self.vocab_size:
-                raise ValueError(
-                    f"{name}: expected an id below vocab_size = {self.vocab_size}, "
-                    f"got {getattr(self, name)}"
-                )
+    schedule: str | None = None
+    scorer: ScorerName = Elip.scorer
+    fusion: Share = Elip.fusion
+    guidance_norm: Literal["none", "match"] = Elip.guidance_norm
+    without_text: Literal["dense", "vision"] = Elip.without_text
+    merge: bool = Elip.merge
 
-    def check_shares(self, *names: str) -> None:
-        """Raises where a field is no share in [0, 1]."""
-        for name in names:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a float in [0, 1], got {getattr(self, name)!r}")
+    def elip(self, schedule: Schedule | str) -> Elip:
+        """ELIP by that schedule, with the options that stand here."""
+        return Elip(schedule, **{name: getattr(self, name) for name in ElipOptions.__annotations__})
 
 
 class PretrainedModel(nn.Module, Reducible):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from elip_models.models.base import evaluating
+from elip_models.models.base import TokenId, evaluating
 from elip_models.models.layers.bert import (
     BertTower,
     UntypedEmbeddings,
@@ -26,6 +26,7 @@ from elip_models.models.layers.bert import (
 from elip_models.models.layers.generation import CAPTIONS, Decoding, write
 from elip_models.models.layers.objectives import language_loss, next_rows
 from elip_models.models.momentum_model import Encoders, MomentumConfig, MomentumModel
+from elip_models.validation import NonNegative, PositiveInt, Share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,19 +42,14 @@ class BLIPConfig(MomentumConfig):
         False gives it weights of its own, as in models fine-tuned for captions or answers.
     """
 
-    vocab_size: int = 30524
-    decoder_token_id: int = 30522
-    encoder_token_id: int = 30523
-    queue_size: int = 57600
-    alpha_warmup_epochs: float = 2.0
-    label_smoothing: float = 0.1
-    negative_epsilon: float = 1e-4
+    vocab_size: PositiveInt = 30524
+    decoder_token_id: TokenId = 30522
+    encoder_token_id: TokenId = 30523
+    queue_size: PositiveInt = 57600
+    alpha_warmup_epochs: NonNegative = 2.0
+    label_smoothing: Share = 0.1
+    negative_epsilon: Share = 1e-4
     tie_decoder: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_ids("decoder_token_id", "encoder_token_id")
-        self.check_shares("label_smoothing")
 
 
 @dataclass

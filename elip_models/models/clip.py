@@ -11,96 +11,81 @@ Source: CLIP (Radford et al., 2021); ELIP, section 3 and its official CLIP code.
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from elip_models.models.base import Config, PretrainedModel
+from elip_models.models.base import PretrainedModel, ReductionConfig, TokenId
 from elip_models.models.layers.clip_text import CLIPTextTower
 from elip_models.models.layers.losses import contrastive_loss
-from elip_models.models.layers.text_reduction import TEXT_STRATEGIES, TextReduction
+from elip_models.models.layers.text_reduction import TextReduction, TextStrategy
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.once import UnguidedWarning, warn_once
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import PatchDropout, get_strategy
-from elip_models.reduction.strategies.elip import Elip
+from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
 from elip_models.towers import as_tower
 from elip_models.towers.reducible import random_ids
+from elip_models.validation import (
+    Bounds,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Rate,
+    divisor_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
-class CLIPConfig(Config):
+class CLIPConfig(ReductionConfig):
     """Hyper-parameters of a CLIP model.
 
     activation: of both towers' MLPs; 'quick_gelu', x sigmoid(1.702 x), is that of OpenAI's models.
-    schedule: '2(100%) 2(90%) 6(65%) 2(40%)', or None for a dense image tower.
     count_cls: keep ratios count CLS among the patches, as the official CLIP code.
-    scorer, fusion, guidance_norm, without_text, merge: see `elip_models.encode_image`.
     gather: where negatives come from, see `contrastive_loss`.
     strategy, strategy_options: another way to reduce, such as 'tome' and {'r': 13}; the fields of
         'elip' stand here, and of them the others take the schedule alone.
     text_reduction: 'random', 'post' or 'learned' drops text tokens, see `TextReduction`; or None.
     text_drop: share of a text's tokens that it drops.
+    The other fields: see `ReductionConfig`.
     """
 
-    image_size: int = 224
-    patch_size: int = 16
-    vision_width: int = 768
-    vision_depth: int = 12
-    vision_heads: int = 12
-    vision_mlp_ratio: float = 4.0
-    vision_norm_eps: float = 1e-5
-    text_width: int = 512
-    text_depth: int = 12
-    text_heads: int = 8
-    text_mlp_ratio: float = 4.0
-    text_norm_eps: float = 1e-5
-    vocab_size: int = 49408
-    context_length: int = 77
-    eos_token_id: int = 49407
-    pad_token_id: int = 0
-    embed_dim: int = 512
+    image_size: PositiveInt = 224
+    patch_size: Annotated[PositiveInt, divisor_of("image_size")] = 16
+    vision_width: PositiveInt = 768
+    vision_depth: PositiveInt = 12
+    vision_heads: Annotated[PositiveInt, divisor_of("vision_width")] = 12
+    vision_mlp_ratio: Positive = 4.0
+    vision_norm_eps: NonNegative = 1e-5
+    text_width: PositiveInt = 512
+    text_depth: PositiveInt = 12
+    text_heads: Annotated[PositiveInt, divisor_of("text_width")] = 8
+    text_mlp_ratio: Positive = 4.0
+    text_norm_eps: NonNegative = 1e-5
+    vocab_size: PositiveInt = 49408
+    context_length: PositiveInt = 77
+    eos_token_id: TokenId = 49407
+    pad_token_id: TokenId = 0
+    embed_dim: PositiveInt = 512
     activation: Literal["gelu", "quick_gelu"] = "gelu"
-    drop_path: float = 0.0
-    temperature: float = 0.07
-    schedule: str | None = None
+    drop_path: Rate = 0.0
+    temperature: Annotated[float, Bounds(1e-4, 1e4)] = 0.07
     count_cls: bool = False
-    scorer: str | int = "exact"
-    fusion: float = 0.8
-    guidance_norm: Literal["none", "match"] = "none"
-    without_text: Literal["dense", "vision"] = "dense"
-    merge: bool = True
     gather: Literal["local", "global"] = "local"
     strategy: str = "elip"
     strategy_options: dict[str, Any] | None = None
-    text_reduction: Literal["random", "post", "learned"] | None = None
-    text_drop: float = 0.4
+    text_reduction: TextStrategy | None = None
+    text_drop: Rate = 0.4
 
     def __post_init__(self) -> None:
-        self.check_numbers()
-        intervals = {"temperature": (1e-4, 1e4), "drop_path": (0.0, 0.99), "text_drop": (0.0, 0.99)}
-        for name, (low, high) in intervals.items():
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not low <= value <= high:
-                raise ValueError(f"{name}: expected a float in [{low}, {high}], got {value!r}")
-        self.check_ids("eos_token_id", "pad_token_id")
-        self.check_divisor("vision_heads", "vision_width")
-        self.check_divisor("text_heads", "text_width")
-        self.check_divisor("patch_size", "image_size")
-        self.check_choices("gather", "local", "global")
-        self.check_choices("activation", "gelu", "quick_gelu")
-        if self.text_reduction not in (None, *TEXT_STRATEGIES):
-            raise ValueError(
-                f"text_reduction: expected None or one of {', '.join(TEXT_STRATEGIES)}, got "
-                f"{self.text_reduction!r}"
-            )
+        super().__post_init__()
         if self.schedule is not None:
             Schedule.parse(self.schedule).check_depth(self.vision_depth)
         if self.strategy == "elip" and self.strategy_options is not None:
@@ -118,8 +103,7 @@ class CLIPConfig(Config):
         if self.strategy != "elip":
             own = {"schedule": schedule} if self.schedule else {}
             return get_strategy(self.strategy, **own, **(self.strategy_options or {}))
-        names = ("scorer", "fusion", "guidance_norm", "without_text", "merge")
-        return Elip(schedule, **{name: getattr(self, name) for name in names})
+        return self.elip(schedule)
 
     @property
     def text_token_reduction(self) -> TextReduction | None:
@@ -146,7 +130,7 @@ class CLIP(PretrainedModel):
         super().__init__()
         self.config = config
         self.reduction = config.reduction
-        self.dense = Elip(f"{config.vision_depth}(100%)", without_text="vision")
+        self.dense = Dense()
         self.visual = VisionTransformer(
             img_size=config.image_size,
             patch_size=config.patch_size,

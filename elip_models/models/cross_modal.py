@@ -2,24 +2,28 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from elip_models.models.base import Config, PretrainedModel
+from elip_models.models.base import PretrainedModel, ReductionConfig, TokenId
 from elip_models.reduction.encode import run_tower
+from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategies.elip import Elip
 from elip_models.reduction.strategy import StageInfo
 from elip_models.towers.reducible import random_ids
+from elip_models.validation import NonNegative, Positive, PositiveInt, divisor_of, same_as
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+FUSED = "whose CLS token the text's is fused with"
+
 
 @dataclass(frozen=True, kw_only=True)
-class CrossModalConfig(Config):
+class CrossModalConfig(ReductionConfig):
     """Sizes of a timm VisionTransformer, how it is reduced, and the texts beside it.
 
     text_width: of the text encoder, whose CLS output guides; as wide as the image tower.
@@ -29,52 +33,36 @@ class CrossModalConfig(Config):
         768; in a narrow tower tokens hardly see one another then, and width^-0.5 trains.
     gather: 'local' contrasts within a rank and means over its own tokens; 'global' over all ranks,
         so that the mean over ranks, and its gradient, equal one process with the whole batch.
-    schedule: '2(100%) 2(90%) 6(65%) 2(40%)', or None for a dense image tower.
-    scorer, fusion, guidance_norm, without_text, merge: see `elip_models.encode_image`.
+    The other fields: see `ReductionConfig`.
 
     Raises:
-        ValueError: naming the field, what was expected, what came.
+        TypeError, ValueError: naming the field, what was expected, what came.
     """
 
-    image_size: int = 224
-    patch_size: int = 16
-    vision_width: int = 768
-    vision_depth: int = 12
-    vision_heads: int = 12
-    vision_mlp_ratio: float = 4.0
-    vision_norm_eps: float = 1e-6
-    text_width: int = 768
-    context_length: int = 30
-    max_positions: int = 512
-    vocab_size: int = 30522
-    pad_token_id: int = 0
-    cls_token_id: int = 101
-    sep_token_id: int = 102
-    initializer_range: float = 0.02
+    image_size: PositiveInt = 224
+    patch_size: Annotated[PositiveInt, divisor_of("image_size")] = 16
+    vision_width: PositiveInt = 768
+    vision_depth: PositiveInt = 12
+    vision_heads: Annotated[PositiveInt, divisor_of("vision_width")] = 12
+    vision_mlp_ratio: Positive = 4.0
+    vision_norm_eps: NonNegative = 1e-6
+    text_width: Annotated[PositiveInt, same_as("vision_width", FUSED)] = 768
+    context_length: PositiveInt = 30
+    max_positions: PositiveInt = 512
+    vocab_size: PositiveInt = 30522
+    pad_token_id: TokenId = 0
+    cls_token_id: TokenId = 101
+    sep_token_id: TokenId = 102
+    initializer_range: Positive = 0.02
     gather: Literal["local", "global"] = "local"
-    schedule: str | None = None
-    scorer: str | int = "exact"
-    fusion: float = 0.8
-    guidance_norm: Literal["none", "match"] = "none"
-    without_text: Literal["dense", "vision"] = "dense"
-    merge: bool = True
 
     def __post_init__(self) -> None:
-        self.check_numbers()
-        if self.text_width != self.vision_width:
-            raise ValueError(
-                f"text_width: expected vision_width = {self.vision_width}, whose CLS token the "
-                f"text's is fused with, got {self.text_width}"
-            )
-        self.check_divisor("vision_heads", "vision_width")
-        self.check_divisor("patch_size", "image_size")
+        super().__post_init__()
         if self.context_length > self.max_tokens:
             raise ValueError(
                 f"context_length: expected at most {self.max_tokens}, the tokens that "
                 f"max_positions = {self.max_positions} has room for, got {self.context_length}"
             )
-        self.check_choices("gather", "local", "global")
-        self.check_ids("pad_token_id", "cls_token_id", "sep_token_id")
         self.reduction.schedule.check_depth(self.vision_depth)
 
     @property
@@ -85,9 +73,7 @@ class CrossModalConfig(Config):
     @property
     def reduction(self) -> Elip:
         """How the image tower is reduced."""
-        names = ("scorer", "fusion", "guidance_norm", "without_text", "merge")
-        options = {name: getattr(self, name) for name in names}
-        return Elip(self.schedule or f"{self.vision_depth}(100%)", **options)
+        return self.elip(self.schedule or f"{self.vision_depth}(100%)")
 
     def vit(self, **options: Any) -> VisionTransformer:
         """The image tower, without a head; `options` are timm's."""
@@ -118,7 +104,7 @@ class CrossModalModel(PretrainedModel):
         super().__init__()
         self.config = config
         self.reduction = config.reduction
-        self.dense = Elip(f"{config.vision_depth}(100%)", without_text="vision")
+        self.dense = Dense()
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
         """Also what a step draws, fixed as `fixed_draw` says."""

@@ -11,7 +11,7 @@ Source: METER (Dou et al., 2022); ELIP, section 3 and its official METER code.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertPooler
 from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 
+from elip_models.models.base import TokenId
 from elip_models.models.cross_modal import CrossModalConfig, CrossModalModel
 from elip_models.models.layers.bert import BertTower, masked_language_head
 from elip_models.models.layers.objectives import (
@@ -28,6 +29,7 @@ from elip_models.models.layers.objectives import (
     mask_tokens,
 )
 from elip_models.towers import as_tower
+from elip_models.validation import NonNegative, PositiveInt, Share, divisor_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,29 +59,21 @@ class METERConfig(CrossModalConfig):
     The other fields: see `CrossModalConfig`.
     """
 
-    vision_depth: int = 11
-    vision_norm_eps: float = 1e-5
-    context_length: int = 50
+    vision_depth: PositiveInt = 11
+    vision_norm_eps: NonNegative = 1e-5
+    context_length: PositiveInt = 50
     text_encoder: Literal["bert", "roberta"] = "bert"
-    text_depth: int = 12
-    text_heads: int = 12
-    text_hidden: int = 3072
-    cross_width: int = 768
-    cross_depth: int = 6
-    cross_heads: int = 12
-    cross_hidden: int = 3072
-    dropout: float = 0.1
-    mask_token_id: int = 103
-    mask_probability: float = 0.15
+    text_depth: PositiveInt = 12
+    text_heads: Annotated[PositiveInt, divisor_of("text_width")] = 12
+    text_hidden: PositiveInt = 3072
+    cross_width: PositiveInt = 768
+    cross_depth: PositiveInt = 6
+    cross_heads: Annotated[PositiveInt, divisor_of("cross_width")] = 12
+    cross_hidden: PositiveInt = 3072
+    dropout: Share = 0.1
+    mask_token_id: TokenId = 103
+    mask_probability: Share = 0.15
     mask_whole_words: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_choices("text_encoder", *EMBEDDINGS)
-        for part in ("text", "cross"):
-            self.check_divisor(f"{part}_heads", f"{part}_width")
-        self.check_ids("mask_token_id")
-        self.check_shares("dropout", "mask_probability")
 
     @property
     def max_tokens(self) -> int:

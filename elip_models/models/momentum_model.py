@@ -12,7 +12,7 @@ Source: ALBEF (Li et al., 2021), section 3.2; BLIP (Li et al., 2022).
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategy import StageInfo
 from elip_models.towers import as_tower
 from elip_models.towers.fsdp import is_sharded
+from elip_models.validation import Bounds, NonNegative, PositiveInt, Share, divisor_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,30 +48,19 @@ class MomentumConfig(CrossModalConfig):
         'shared' the tokens that the online one kept and merged, by the same weights: no scoring.
     """
 
-    text_depth: int = 12
-    text_heads: int = 12
-    text_hidden: int = 3072
-    text_dropout: float = 0.1
-    text_norm_eps: float = 1e-12
-    embed_dim: int = 256
-    temperature: float = 0.07
-    queue_size: int = 65536
-    momentum: float = 0.995
-    alpha: float = 0.4
-    alpha_warmup_epochs: float = 1.0
-    negative_epsilon: float = 0.0
+    text_depth: PositiveInt = 12
+    text_heads: Annotated[PositiveInt, divisor_of("text_width")] = 12
+    text_hidden: PositiveInt = 3072
+    text_dropout: Share = 0.1
+    text_norm_eps: NonNegative = 1e-12
+    embed_dim: PositiveInt = 256
+    temperature: Annotated[float, Bounds(0.001)] = 0.07
+    queue_size: PositiveInt = 65536
+    momentum: Share = 0.995
+    alpha: Share = 0.4
+    alpha_warmup_epochs: NonNegative = 1.0
+    negative_epsilon: Share = 0.0
     momentum_reduction: Literal["none", "shared"] = "none"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_shares("momentum", "alpha", "text_dropout", "negative_epsilon")
-        self.check_choices("momentum_reduction", "none", "shared")
-        self.check_divisor("text_heads", "text_width")
-        for name, least in (("temperature", 0.001), ("alpha_warmup_epochs", 0.0)):
-            if not least <= getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"{name}: expected a float from {least} on, got {getattr(self, name)!r}"
-                )
 
     @property
     def bert(self) -> BertConfig:

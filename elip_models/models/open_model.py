@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from elip_models.towers import ADAPTERS
+from elip_models.validation import check
 
 FORMS = (
     "'timm:NAME', 'open_clip:NAME' or 'open_clip:NAME/TAG', 'hf:NAME' or 'hf:FOLDER', a name of "
@@ -45,8 +46,7 @@ def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Modu
     """
     if not isinstance(spec, str):
         raise TypeError(f"spec: expected a text, {FORMS}, got {spec!r}")
-    if not isinstance(pretrained, bool):
-        raise TypeError(f"pretrained: expected True or False, got {pretrained!r}")
+    check("pretrained", pretrained, bool)
     library, name = split_spec(spec)
     if library is not None:
         with _installed(library), _found(spec):

@@ -1,6 +1,5 @@
 """create_model and the names of the models."""
 
-import difflib
 import os
 from dataclasses import replace
 from typing import Any
@@ -12,6 +11,7 @@ from elip_models.models.clip import CLIP, CLIPConfig
 from elip_models.models.meter import METER, METERConfig
 from elip_models.reduction.schedule import PRESETS, Schedule
 from elip_models.reduction.strategies.elip import Elip
+from elip_models.validation import did_you_mean
 
 FAMILIES: dict[str, type[PretrainedModel]] = {
     model.family: model for model in (CLIP, ALBEF, BLIP, METER)
@@ -95,6 +95,7 @@ def create_model(
         overrides: fields of the model's config, such as `CLIPConfig`.
 
     Raises:
+        TypeError: an override of another type than its field.
         ValueError: an unknown name or override, with the nearest known one; pretrained=True, since
             no weights are published; or an override that the folder's weights do not fit.
     """
@@ -126,9 +127,8 @@ def create_model(
 def family_of(name: str) -> type[PretrainedModel]:
     """Find the class of the model that `create_model(name)` gives."""
     if name not in list_models():
-        close = difflib.get_close_matches(str(name), list_models(), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"name: expected one of {list_models()}, got {name!r}{hint}")
+        close = did_you_mean(name, list_models())
+        raise ValueError(f"name: expected one of {list_models()}, got {name!r}{close}")
     config = type(CONFIGS[name.removeprefix(PREFIX)])
     return next(model for model in FAMILIES.values() if model.config_class is config)
 

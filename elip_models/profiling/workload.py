@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from elip_models.reduction.encode import encode_image
 from elip_models.reduction.patch import reduce_
-from elip_models.reduction.strategies.elip import Elip
+from elip_models.reduction.strategies import Dense
 from elip_models.reduction.strategy import Strategy
 from elip_models.towers import as_reducible, as_tower
 
@@ -71,7 +71,7 @@ class Workload:
     def _reduced_by(self, strategy: Strategy | None) -> Callable[..., object]:
         """Prepare what is called with the inputs; it shares all weights with the model."""
         if not self.reducible.has_text:
-            strategy = strategy or Elip(f"{self.tower.depth}(100%)")
+            strategy = strategy or Dense()
             strategy.check(self.tower)
             return partial(encode_image, self.model, strategy=strategy)
         model = shared_copy(self.model)

@@ -1,8 +1,8 @@
-"""encode_image: the loop over a tower's blocks, with a strategy's steps in it."""
+"""encode_image: a tower's blocks in order, under a strategy."""
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 from elip_models.reduction.patch import is_reduced_tower
 from elip_models.reduction.schedule import Schedule
+from elip_models.reduction.step import Forward
 from elip_models.reduction.strategies import get_strategy
-from elip_models.reduction.strategies.elip import check_text
-from elip_models.reduction.strategy import (
-    Context,
-    StageInfo,
-    Strategy,
-    plainly,
-    stages_of,
-    take_step,
-    warn_if_slower,
-)
+from elip_models.reduction.strategies.elip import ElipOptions, check_text
+from elip_models.reduction.strategy import StageInfo, Strategy
 from elip_models.towers import Tower, as_tower, in_forward
 
 
@@ -31,12 +24,8 @@ def encode_image(
     *,
     schedule: Schedule | str | None = None,
     strategy: str | Strategy = "elip",
-    scorer: str | int | None = None,
-    fusion: float | None = None,
-    guidance_norm: Literal["none", "match"] | None = None,
-    without_text: Literal["dense", "vision"] | None = None,
-    merge: bool | None = None,
     return_info: bool = False,
+    **options: Unpack[ElipOptions],
 ) -> Tensor | tuple[Tensor, list[StageInfo]]:
     """Run an image tower with token reduction, by default ELIP's (Algorithm 1).
 
@@ -47,14 +36,9 @@ def encode_image(
             Strategies that no text guides do not read it.
         schedule: as '2(100%) 2(90%) 6(65%) 2(40%)'; its layers add up to the tower's depth.
         strategy: a name in `elip_models.STRATEGIES`, or an instance, which then holds all options.
-        scorer: 'official', 'exact' (the default), 'cls', 'last', or m: m-1 whole layers, then the
-            m-th's row.
-        fusion: lam of Eq. 1, 0.8; 1 is vision-only, 0 text-only.
-        guidance_norm: 'match' rescales text_cls to the norm of the image's CLS token; 'none'.
-        without_text: what to do where text_cls is None: 'dense' reduces nothing, 'vision' by
-            the image alone.
-        merge: append the merged token; True.
         return_info: also return a `StageInfo` for every step.
+        options: scorer, fusion, guidance_norm, without_text and merge, see `ElipOptions`; by
+            default 'exact', 0.8, 'none', 'dense' and True.
 
     Returns:
         (B, K+2, D) after the tower's final norm, before pooling (K+1 without merging); one token
@@ -65,22 +49,14 @@ def encode_image(
         ValueError: bad arguments, or a model that `reduce_` has already changed.
     """
     tower = as_tower(model)
-    plan = get_strategy(
-        strategy,
-        schedule=schedule,
-        scorer=scorer,
-        fusion=fusion,
-        guidance_norm=guidance_norm,
-        without_text=without_text,
-        merge=merge,
-    )
-    plan.check(tower)
+    strategy = get_strategy(strategy, schedule=schedule, **options)
+    strategy.check(tower)
     if not isinstance(return_info, bool):
         raise TypeError(f"return_info: expected True or False, got {return_info!r}")
     _check_images(images, tower)
     if text_cls is not None:
         check_text(text_cls, (images.shape[0], tower.width), images.device)
-    tokens, infos = run_tower(tower, images, text_cls, plan)
+    tokens, infos = run_tower(tower, images, text_cls, strategy)
     return (tokens, infos) if return_info else tokens
 
 
@@ -106,36 +82,18 @@ def run_tower(
             "model: expected one that reduce_ has not changed, since it would reduce twice, got a "
             "reduced one; call the model itself, or unreduce_ it first"
         )
-    last, training = tower.depth - 1, tower.model.training
+    last = tower.depth - 1
     cls_only = cls_only and not torch.is_grad_enabled() and tower.is_plain(last)
-    steps = {}
-    if replays is not None or strategy.reduces(text_cls, training):
-        steps = {stage.first: stage for stage in stages_of(strategy, tower.size)}
-    if steps and replays is None:
-        warn_if_slower(tower, strategy)
-    run = plainly
-    if tower.checkpointing and training:
-        run = partial(checkpoint, use_reentrant=False)
-    done = {info.stage: info for info in replays or ()}
-    context = Context(None if text_cls is None else text_cls.detach(), run=run)
-    tokens, infos = strategy.embed(tower, images), []
-    tower = tower.at(None)
+    forward = Forward(tower.at(None), strategy, text_cls, replays=replays)
+    run = forward.block
+    if tower.checkpointing and tower.model.training:
+        run = partial(checkpoint, forward.block, use_reentrant=False)
+    tokens = strategy.embed(tower, images)
     for i in range(tower.depth):
-        if i in steps:
-            context = context._replace(replay=done.get(steps[i]))
-            step = partial(take_step, strategy, tower, steps[i], context=context)
-            run_step = partial(tower.in_block, i) if strategy.replaces_block else plainly
-            tokens, info = run_step(step, tokens)
-            if info is not context.before:
-                infos.append(info)
-            context, tower = context._replace(before=info), tower.at(info.positions)
-        if i in steps and strategy.replaces_block:
-            continue
-        if cls_only and i == last:
-            tokens = tower.cls_block(i, tokens, tokens[:, 0])[:, None]
-        else:
-            tokens = run(tower.block, i, tokens)
-    return tower.finish(tokens), infos
+        tokens, info = run(i, tokens, cls_only=cls_only and i == last)
+        if info is not None:
+            forward.infos[i] = info
+    return tower.finish(tokens), list(forward.infos.values())
 
 
 def _check_images(images: Tensor, tower: Tower) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from elip_models.reduction.once import once
 from elip_models.towers import Size
+from elip_models.validation import PositiveShare, check
 
 if TYPE_CHECKING:
     from elip_models.reduction.strategy import Strategy
@@ -58,8 +59,7 @@ def nearest(strategy: "Strategy", size: Size, ratio: float, *, exactly: bool = T
 
     exactly: an error where that is not within `TOLERANCE`.
     """
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
-        raise ValueError(f"ratio: expected a share of the dense FLOPs in (0, 1], got {ratio!r}")
+    check("ratio", ratio, PositiveShare)
     low, high = 0.0, 1.0
     for _ in range(30):
         middle = (low + high) / 2

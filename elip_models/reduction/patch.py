@@ -1,31 +1,31 @@
 """reduce_, unreduce_, guidance: token reduction for a model somebody else owns.
 
-`reduce_` adds one forward pre-hook to each block that a strategy's step stands before, or gives the
-block whose place it takes another forward: parameters and state_dict keys stay. All state is plain
-attributes of these objects, so that it follows the model through deepcopy and pickle and is an
-ordinary guard for the compiler.
+`reduce_` puts an object in place of the forward of each block that a strategy acts at: parameters
+and state_dict keys stay. All state is plain attributes of these objects (`stand_ins.py`).
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from elip_models.reduction.hooks import (
-    BlockForward,
+from elip_models.reduction.schedule import Schedule
+from elip_models.reduction.stand_ins import (
+    REPLICATE,
     Entrance,
+    ReducedBlock,
+    Reduction,
     Refusal,
-    Shared,
-    StageHook,
     TextFirst,
 )
-from elip_models.reduction.places import PlacesHook, follow_places
-from elip_models.reduction.schedule import Schedule
-from elip_models.reduction.strategies import get_strategy
-from elip_models.reduction.strategy import Strategy, stages_of
-from elip_models.towers import ImageTextModel, Tower, as_image_text, as_tower
+from elip_models.reduction.strategies import STRATEGIES, get_strategy
+from elip_models.reduction.strategies.elip import ElipOptions
+from elip_models.reduction.strategy import Strategy
+from elip_models.towers import Tower, as_image_text, as_tower
+
+StandIn = ReducedBlock | Entrance | Refusal
 
 
 def reduce_(
@@ -33,19 +33,15 @@ def reduce_(
     *,
     schedule: Schedule | str | None = None,
     strategy: str | Strategy = "elip",
-    scorer: str | int | None = None,
-    fusion: float | None = None,
-    guidance_norm: Literal["none", "match"] | None = None,
-    without_text: Literal["dense", "vision"] | None = None,
-    merge: bool | None = None,
+    **options: Unpack[ElipOptions],
 ) -> nn.Module:
     """Make an image model drop and merge tokens, in place; returns the model.
 
     Parameters, state_dict keys and the call stay the same. A second call replaces the settings.
     The last block runs for all tokens, since the model's own forward may read them; CLIP's image
     tower in inference runs it for CLS alone.
-    Call it before torch.compile, which does not see hooks that come later. Guidance, where there is
-    any, comes by `with guidance(model, text_cls):` around the forward. A whole language-image model
+    Call it before torch.compile, which does not see what comes later. Guidance, where there is any,
+    comes by `with guidance(model, text_cls):` around the forward. A whole language-image model
     guides itself: its forward encodes the text first, without gradient, and again as it always did;
     image i is guided by text i, and another number of texts is an error.
 
@@ -55,9 +51,10 @@ def reduce_(
             BlipForImageTextRetrieval.
         schedule: as '2(100%) 2(90%) 6(65%) 2(40%)'; its layers add up to the model's depth.
         strategy: a name in `elip_models.STRATEGIES`, or an instance, which then holds all options.
-        scorer, fusion, guidance_norm, without_text, merge: see `encode_image`. The scorer defaults
-            to 'last', which runs no layer twice; without_text to 'vision' for an image model, to
-            'dense' for a whole one and for SigLIP's, where images without text stay as they were.
+        options: scorer, fusion, guidance_norm, without_text and merge, see `ElipOptions`. The
+            scorer defaults to 'last', which runs no layer twice; without_text to 'vision' for an
+            image model, to 'dense' for a whole one and for SigLIP's, where images without text stay
+            as they were.
 
     Raises:
         TypeError: a model that cannot be reduced, or a compiled one, with the reason.
@@ -66,82 +63,67 @@ def reduce_(
     _refuse_compiled(model, "reduce_")
     image_text = as_image_text(model)
     tower = as_tower(model if image_text is None else image_text.image_model)
-    if strategy == "elip" and scorer is None:
-        scorer = "last"
-    if strategy in ("elip", "trips", "adaptive") and without_text is None:
-        without_text = "vision" if image_text is None and tower.has_cls else "dense"
-    plan = get_strategy(
-        strategy,
-        schedule=schedule,
-        scorer=scorer,
-        fusion=fusion,
-        guidance_norm=guidance_norm,
-        without_text=without_text,
-        merge=merge,
-    )
-    plan.check(tower)
-    if _reduces_by(model, plan, image_text):
+    defaults: dict[str, Any] = {}
+    if isinstance(strategy, str) and strategy in STRATEGIES:
+        is_whole = image_text is not None
+        defaults = STRATEGIES[strategy].patch_defaults(tower, is_whole=is_whole)
+    given = {name: value for name, value in options.items() if value is not None}
+    strategy = get_strategy(strategy, schedule=schedule, **(defaults | given))
+    strategy.check(tower)
+    reduction = Reduction(tower, strategy, image_text)
+    if any(_are_alike(reduction, other) for other in _reductions(model)):
         return model  # nothing changes, not even for a compiler that has seen it
-    _refuse_replaced(tower, plan)
+    _refuse_replaced(reduction)
     unreduce_(model)
-    _install(Shared(tower, plan, image_text))
+    _install(reduction)
     return model
 
 
-def _refuse_replaced(tower: Tower, strategy: Strategy) -> None:
-    """A block's forward that somebody has replaced would be bypassed."""
-    owners = [(tower.blocks[stage.first], "forward") for stage in stages_of(strategy, tower.size)]
-    taken = owners if strategy.replaces_block else []
-    taken = taken + (tower.entrance if strategy.changes_embedding else [])
-    for owner, name in taken:
-        stands_in = vars(owner).get(name)
-        if stands_in is not None and not isinstance(stands_in, (BlockForward, Entrance)):
+def _are_alike(one: Reduction, other: Reduction) -> bool:
+    are_whole = [each.image_text is not None for each in (one, other)]
+    return one.strategy == other.strategy and are_whole[0] == are_whole[1]
+
+
+def _refuse_replaced(reduction: Reduction) -> None:
+    """A forward that somebody has replaced would be bypassed."""
+    tower, strategy = reduction.tower, reduction.strategy
+    owners = [(tower.blocks[i], "forward") for i in reduction.acts_at if strategy.replaces_block]
+    owners += tower.entrance if strategy.changes_embedding else []
+    for owner, name in owners:
+        found = vars(owner).get(name)
+        found = found.replaced if isinstance(found, ReducedBlock) else found
+        if found is not None and not isinstance(found, Entrance):
             raise TypeError(
                 f"model: expected {type(owner).__name__}s that run their own {name}, got one whose "
                 f"{name} was replaced, which {strategy.name!r} would bypass"
             )
 
 
-def _install(shared: Shared) -> None:
-    tower, strategy, image_text = shared.tower, shared.strategy, shared.image_text
-    stages, counts = stages_of(strategy, tower.size), strategy.token_counts(tower.size)
-    if not stages and not strategy.changes_embedding:
+def _install(reduction: Reduction) -> None:
+    tower, strategy, image_text = reduction.tower, reduction.strategy, reduction.image_text
+    if not reduction.acts_at and not strategy.changes_embedding:
         return
     if strategy.changes_embedding:
         *first, (owner, name) = tower.entrance
-        setattr(owner, name, Entrance(shared, passes_on=False))
+        setattr(owner, name, Entrance(reduction, passes_on=False))
         for owner, name in first:
-            setattr(owner, name, Entrance(shared, passes_on=True))
-    for stage in stages:
-        block = tower.blocks[stage.first]
-        entering = counts[stage.first - 1].mlp if stage.first else tower.num_tokens
-        hook = StageHook(shared, stage, entering)
-        if strategy.replaces_block:
-            block.forward = BlockForward(hook)
-        else:
-            block.register_forward_pre_hook(hook, with_kwargs=True)
-    if stages:
-        follow_places(shared, stages[0].first + strategy.replaces_block)
-    _refuse_methods(tower)
-    if image_text is not None and strategy.is_guided:
-        text_first = TextFirst(shared)
+            setattr(owner, name, Entrance(reduction, passes_on=True))
+    for i in reduction.acts_at:
+        block = tower.blocks[i]
+        block.forward = ReducedBlock(reduction, i, vars(block).get("forward"))
+    _refuse_methods(tower.model, (*tower.unsupported_methods, REPLICATE))
+    if image_text is None:
+        return
+    _refuse_methods(image_text.model, image_text.unsupported_methods)
+    if strategy.is_guided:
+        text_first = TextFirst(reduction)
         image_text.model.register_forward_pre_hook(text_first, with_kwargs=True)
         image_text.model.register_forward_hook(text_first, with_kwargs=True, always_call=True)
-    if image_text is not None:
-        _refuse_methods(image_text)
 
 
-def _reduces_by(model: nn.Module, strategy: Strategy, image_text: ImageTextModel | None) -> bool:
-    """Whether `reduce_` has changed the model so already."""
-    states = (hook.shared for hook in _hooks(model))
-    return any(
-        s.strategy == strategy and (s.image_text is None) == (image_text is None) for s in states
-    )
-
-
-def _refuse_methods(adapter: Tower | ImageTextModel) -> None:
-    for name in adapter.unsupported_methods:
-        setattr(adapter.model, name, Refusal(name))
+def _refuse_methods(model: nn.Module, names: tuple[str, ...]) -> None:
+    for name in names:
+        setattr(model, name, Refusal(name, vars(model).get(name)))
 
 
 def unreduce_(model: nn.Module) -> nn.Module:
@@ -150,76 +132,82 @@ def unreduce_(model: nn.Module) -> nn.Module:
     Of the image model inside a whole one that was reduced, the whole one is undone.
     """
     _refuse_compiled(model, "unreduce_")
-    pairs = {h.shared.image_text.model for h in _hooks(model) if h.shared.image_text is not None}
-    for module in (module for whole in (model, *pairs) for module in whole.modules()):
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, ReducedBlock) and name != "forward":
+                raise TypeError(
+                    f"model: expected {type(module).__name__}s as reduce_ left them, got one whose "
+                    "forward was wrapped since; take that off first"
+                )
+    wholes = [each.image_text.model for each in _reductions(model) if each.image_text is not None]
+    for module in (module for whole in (model, *wholes) for module in whole.modules()):
         for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, (StageHook, TextFirst, PlacesHook)):
+            if isinstance(hook, TextFirst):
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
         for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, (TextFirst, PlacesHook)):
+            if isinstance(hook, TextFirst):
                 del module._forward_hooks[key]
                 module._forward_hooks_with_kwargs.pop(key, None)
                 module._forward_hooks_always_called.pop(key, None)
         for name, value in list(vars(module).items()):
-            if isinstance(value, (Refusal, BlockForward, Entrance)):
+            if isinstance(value, StandIn):
                 delattr(module, name)
+                if not isinstance(value, Entrance) and value.replaced is not None:
+                    setattr(module, name, value.replaced)
     return model
 
 
 def is_reduced(model: nn.Module) -> bool:
     """Whether `reduce_` has changed the model, or one inside it."""
-    return isinstance(model, nn.Module) and next(_hooks(model), None) is not None
+    return isinstance(model, nn.Module) and bool(_reductions(model))
 
 
 def is_reduced_tower(tower: Tower) -> bool:
     """`is_reduced` of the tower's own parts alone, which every forward can afford."""
     entrance = [] if tower.refuses_resizing() else tower.entrance
-    stand_ins = [vars(owner).get(name) for owner, name in entrance]
-    for block in tower.blocks:
-        stand_ins += [vars(block).get("forward"), *block._forward_pre_hooks.values()]
-    return any(isinstance(each, (StageHook, BlockForward, Entrance)) for each in stand_ins)
+    owners = [*entrance, *((block, "forward") for block in tower.blocks)]
+    return any(isinstance(vars(owner).get(name), StandIn) for owner, name in owners)
 
 
 @contextmanager
 def guidance(model: nn.Module, text_cls: Tensor) -> Iterator[None]:
     """Guide the reduced `model` by `text_cls` (B, D) in the forwards inside; detached.
 
-    `model` may be wrapped by DistributedDataParallel or torch.compile. Backward may run after the
-    context has ended.
+    The guidance is that of the thread or asyncio task which enters it: others, each with its own,
+    may run the same model. `model` may be wrapped by DistributedDataParallel or torch.compile; a
+    compiled model is guided by one thread or task at a time, and another's call is an error.
+    Backward may run after the context has ended.
 
     Raises:
         TypeError, ValueError: a model that `reduce_` has not changed, or text_cls not (B, D).
     """
-    if not is_reduced(model):
+    reductions = _reductions(model) if isinstance(model, nn.Module) else []
+    if not reductions:
         raise ValueError("model: expected one that reduce_ has changed, got one without reduction")
     if not isinstance(text_cls, Tensor) or not text_cls.is_floating_point():
         raise TypeError(f"text_cls: expected a floating-point tensor (B, D), got {text_cls!r:.80}")
-    shared = {id(hook.shared): hook.shared for hook in _hooks(model)}.values()
-    for state in shared:
-        if text_cls.dim() != 2 or text_cls.shape[1] != state.tower.width:
+    for width in (reduction.tower.width for reduction in reductions):
+        if text_cls.dim() != 2 or text_cls.shape[1] != width:
             raise ValueError(
-                f"text_cls: expected (B, {state.tower.width}), the tower's width, got "
-                f"{tuple(text_cls.shape)}; project it to the tower's width first"
+                f"text_cls: expected (B, {width}), the tower's width, got {tuple(text_cls.shape)}; "
+                "project it to the tower's width first"
             )
-    before = [state.text_cls for state in shared]
-    for state in shared:
-        state.text_cls = text_cls.detach()
+    text_cls, this = text_cls.detach().clone(), object()
+    for reduction in reductions:
+        reduction.guide(this, text_cls)
     try:
         yield
     finally:
-        for state, text in zip(shared, before, strict=True):
-            state.text_cls = text
+        for reduction in reductions:
+            reduction.unguide(this)
 
 
-def _hooks(model: nn.Module) -> Iterator[StageHook | BlockForward | Entrance]:
-    for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, StageHook):
-                yield hook
-        for value in vars(module).values():
-            if isinstance(value, (BlockForward, Entrance)):
-                yield value
+def _reductions(model: nn.Module) -> list[Reduction]:
+    """What has changed the model, or one inside it."""
+    stand_ins = (value for module in model.modules() for value in vars(module).values())
+    found = (each.reduction for each in stand_ins if isinstance(each, ReducedBlock | Entrance))
+    return list({id(reduction): reduction for reduction in found}.values())
 
 
 def _refuse_compiled(model: nn.Module, name: str) -> None:

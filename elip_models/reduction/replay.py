@@ -1,75 +1,175 @@
-"""What a recomputed block must know of its forward (activation checkpointing)."""
+"""Which forward a recomputed block belongs to (activation checkpointing).
 
+Checkpointing runs a block again during backward. Guidance may be gone by then, and scoring again
+would cost a second dry run, so the block does what its own forward did. Two ways to find it:
+
+    non-re-entrant  the checkpoint's frame is the same object in forward and recomputation, and
+                    lives as long as the graph: what ran in it is remembered with it
+    re-entrant      the forward runs without gradient and leaves no trace in the graph. Autograd
+                    numbers its nodes in the order of the forward, and made the checkpoint's own
+                    node before: what ran in it is the first behind. A bounded number is kept.
+"""
+
+import inspect
+import threading
 from collections import deque
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 
-from elip_models.reduction.strategy import StageInfo
+if TYPE_CHECKING:
+    from elip_models.reduction.step import Forward
 
-MAX_PASSES = 64  # forwards of a step that may still wait for their backward
+MAX_REENTRANT = 64  # forwards of a block that may still wait for their backward
+
+Pack = Callable[..., Any]
 
 
-class Pass(NamedTuple):
-    """One forward through a step: when it began, in autograd's count; what the step before it did,
-    and what it did itself, None where nothing was reduced."""
+@dataclass
+class Region:
+    """What ran in one checkpoint: the forwards of each block in their order, as a recomputation
+    comes to them again; `recomputation` tells one from another."""
+
+    forwards: dict[int, list["Forward"]] = field(default_factory=dict)
+    recomputation: object = None
+    done: dict[int, int] = field(default_factory=dict)
+
+    def add(self, i: int, forward: "Forward") -> None:
+        self.forwards.setdefault(i, []).append(forward)
+
+    def next(self, i: int, recomputation: object) -> "Forward":
+        """The forward of block i that the recomputation has come to."""
+        if self.recomputation != recomputation:
+            self.recomputation, self.done = recomputation, {}
+        self.done[i] = self.done.get(i, 0) + 1
+        return self.forwards[i][self.done[i] - 1]
+
+
+class Numbered(NamedTuple):
+    """What ran without gradient: its number in autograd's count of that thread."""
 
     number: int
-    with_grad: bool
-    before: StageInfo | None
-    info: StageInfo | None
+    thread: int
+    region: Region
 
 
 class Replay:
-    """The latest passes, so that a recomputation selects what its forward selected.
-
-    Activation checkpointing runs a block again during backward. Guidance may be gone by then, and
-    scoring again would cost a second dry run. Autograd numbers its nodes in the order of the
-    forward, so the node that asks for the recomputation tells which pass it belongs to:
-
-        non-re-entrant  it stands in the pass, in the step or behind: the latest pass that began
-                        before the node
-        re-entrant      it is the checkpoint itself, made before the pass ran without gradient: the
-                        first pass behind the node
-    """
+    """The forwards that a checkpoint may run again."""
 
     def __init__(self) -> None:
-        self.passes: deque[Pass] = deque()
-        self.forgotten = -1  # the latest number that had to go
+        self.regions: WeakKeyDictionary[Any, Region] = WeakKeyDictionary()
+        self.reentrant: dict[int, deque[Numbered]] = {}
+        self.forgotten: dict[int, int] = {}  # the latest number of each block that had to go
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"passes": deque(), "forgotten": -1}
+    def __reduce__(self) -> tuple[type, tuple]:
+        """A copy has run nothing."""
+        return Replay, ()
 
-    def remember(self, number: int, before: StageInfo | None, info: StageInfo | None) -> None:
-        with_grad = torch.is_grad_enabled()
-        if not with_grad and self.passes and self.passes[-1][:2] == (number, False):
-            return  # no node stands between: it was no checkpoint, and `recall` finds the first
-        self.passes.append(Pass(number, with_grad, before, info))
-        if len(self.passes) > MAX_PASSES:
-            self.forgotten = self.passes.popleft().number
+    def remember(self, i: int, forward: "Forward") -> None:
+        """`forward` enters block i, in the checkpoints that are open, if any."""
+        for pack in _open_checkpoints():
+            if _is_forward(pack):
+                frame = _variable(pack, "frame")
+                self.regions.setdefault(frame, Region()).add(i, forward)
+        if _is_reentrant_forward():
+            here = (_next_number(), threading.get_ident())
+            passes = self.reentrant.setdefault(i, deque())
+            if not passes or passes[-1][:2] != here:
+                passes.append(Numbered(*here, Region()))
+            passes[-1].region.add(i, forward)
+            if len(passes) > MAX_REENTRANT:
+                self.forgotten[i] = passes.popleft().number
 
-    def recall(self) -> Pass:
-        node = torch._C._current_autograd_node()
-        number = node._sequence_nr()
-        if "CheckpointFunction" in node.name():
-            found = [p for p in self.passes if not p.with_grad and p.number > number][:1]
-            known = number >= self.forgotten
-        else:
-            found = [p for p in self.passes if p.with_grad and p.number <= number][-1:]
-            known = True
-        if not found or not known:
+    def recall(self, i: int) -> "Forward | None":
+        """The forward that block i is run again for; None where it runs for the first time.
+
+        Raises:
+            RuntimeError: it cannot be told.
+        """
+        if not _in_backward():
+            return None
+        packs = [pack for pack in _open_checkpoints() if _is_recomputation(pack)]
+        if packs:
+            region = self.regions.get(_variable(packs[-1], "target_frame_ref")())
+            if region is None:
+                raise RuntimeError(
+                    "a block of a reduced model was recomputed in backward, but it was not reduced "
+                    "so when its forward ran; call reduce_ and unreduce_ before the forward"
+                )
+            return region.next(i, packs[-1])
+        return self._recall_reentrant(i) if _is_reentrant_recomputation() else None
+
+    def _recall_reentrant(self, i: int) -> "Forward":
+        number = torch._C._current_autograd_node()._sequence_nr()
+        passes = self.reentrant.get(i, ())
+        if len({each.thread for each in passes}) > 1:
+            raise RuntimeError(
+                "re-entrant checkpoints of a reduced model were run in several threads, and a "
+                "recomputed block cannot tell whose it is; pass use_reentrant=False"
+            )
+        found = [each.region for each in passes if each.number > number][:1]
+        if not found or number < self.forgotten.get(i, -1):
             raise RuntimeError(
                 "a block of a reduced model was recomputed in backward, but its forward is not "
-                f"among the last {MAX_PASSES}; run backward sooner"
+                f"among the last {MAX_REENTRANT}; run backward sooner"
             )
-        return found[0]
+        return found[0].next(i, torch._C._current_graph_task_id())
 
 
-def next_number() -> int:
-    """What autograd gives the next node of this thread."""
+def is_recomputing() -> bool:
+    """Whether what runs now is run again by a checkpoint, within a backward."""
+    if not _in_backward():
+        return False
+    return _is_reentrant_recomputation() or any(map(_is_recomputation, _open_checkpoints()))
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _is_reentrant_recomputation() -> bool:
+    """In the backward of a re-entrant checkpoint itself, and not in a hook of any backward."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "_engine_run_backward":
+        if frame.f_code.co_qualname == "CheckpointFunction.backward":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _is_reentrant_forward() -> bool:
+    """In the forward of an autograd.Function, which alone switches both modes off."""
+    is_off = not torch.is_grad_enabled() and not torch._C._is_fwd_grad_enabled()
+    return is_off and not torch.is_inference_mode_enabled()
+
+
+def _next_number() -> int:
     return torch.autograd._get_sequence_nr()
 
 
-def is_recomputed() -> bool:
-    """Whether a forward that runs now is one of activation checkpointing, within a backward."""
-    return torch._C._current_graph_task_id() != -1
+def _open_checkpoints() -> list[Pack]:
+    """The pack hooks of torch's non-re-entrant checkpoints around what runs, outermost first."""
+    hooks = []
+    while (pair := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+        hooks.append(pair)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    for pair in reversed(hooks):
+        torch._C._autograd._push_saved_tensors_default_hooks(*pair)
+    packs = (inspect.unwrap(pack) for pack, _ in reversed(hooks))
+    return [pack for pack in packs if _is_forward(pack) or _is_recomputation(pack)]
+
+
+def _is_forward(pack: Pack) -> bool:
+    return getattr(pack, "__qualname__", "").startswith("_checkpoint_hook.")
+
+
+def _is_recomputation(pack: Pack) -> bool:
+    return getattr(pack, "__qualname__", "").startswith("_recomputation_hook.")
+
+
+def _variable(pack: Pack, name: str) -> Any:
+    """What torch's checkpoint has bound to its hook."""
+    return inspect.getclosurevars(pack).nonlocals[name]

@@ -7,6 +7,8 @@ layer of every group below 100%. Ratios are of the first patch count: K = int(N0
 import re
 from dataclasses import dataclass, replace
 
+from elip_models.validation import check_fields
+
 GROUP = re.compile(r"(\d+)\((\d+(?:\.\d+)?)%\)")
 FORM = "groups 'layers(ratio%)' as in '2(100%) 2(90%) 6(65%) 2(40%)'"
 PRESETS = {
@@ -40,8 +42,7 @@ class Schedule:
     count_cls: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.count_cls, bool):
-            raise TypeError(f"count_cls: expected True or False, got {self.count_cls!r}")
+        check_fields(self)
         if not self.groups:
             raise ValueError(f"schedule: expected {FORM}, got no group")
         previous = 1.0

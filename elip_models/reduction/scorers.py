@@ -4,15 +4,14 @@ A scorer is (tower, stage, tokens, fused cls) -> row, and its cost. A new one is
 In a tower without CLS the text stands in for the fused cls, and is no token of any layer.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from elip_models.reduction.schedule import Stage
 from elip_models.towers import Tower, with_cls
+from elip_models.validation import PositiveInt
 
 
 class Scorer(NamedTuple):
@@ -92,6 +91,7 @@ SCORERS: dict[str, Scorer] = {
     ),
     "last": Scorer(_last, layers=lambda layers: 0, reads=lambda s: s.first + s.layers - 1),
 }
+ScorerName = Literal["official", "exact", "cls", "last"] | PositiveInt
 
 
 def get_scorer(name: str | int) -> Scorer:
@@ -99,32 +99,3 @@ def get_scorer(name: str | int) -> Scorer:
     if isinstance(name, int):
         return Scorer(_after(name), lambda layers: name - 1)
     return SCORERS[name]
-
-
-@torch.no_grad()
-def score(scorer: str | int, tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
-    """The attention row (B, N) of a stage, by the scorer; column 0 is CLS. Without gradient."""
-    with _isolated_rng(tower, tokens), _uncached_autocast(tokens.device.type):
-        return get_scorer(scorer).row(tower, stage, tokens, cls)
-
-
-@contextmanager
-def _isolated_rng(tower: Tower, tokens: Tensor) -> Iterator[None]:
-    """Random numbers drawn inside leave the state as it was: a replayed stage draws the same."""
-    if not tower.model.training or torch.compiler.is_compiling():
-        yield
-        return
-    devices = [tokens.device] if tokens.is_cuda else []
-    with torch.random.fork_rng(devices):
-        yield
-
-
-def _uncached_autocast(device: str) -> torch.autocast | nullcontext:
-    """The autocast of the caller, without its cache.
-
-    Some releases of torch would hand a weight that was cast here, without gradient, to the training
-    pass that follows.
-    """
-    if torch.compiler.is_compiling() or device == "meta" or not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False)

@@ -1,13 +1,13 @@
 """What every reduction strategy is: frozen data that says where it acts and what it does there.
 
 A step either stands before a block, which then runs as it is, or takes a block's place, because it
-acts between its attention and its MLP. The loop of `encode_image` and the hooks of `reduce_` know
-no more of a strategy than this.
+acts between its attention and its MLP. The engine (`step.py`) knows no more of a strategy than
+this.
 """
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,6 @@ from elip_models.reduction import flops
 from elip_models.reduction.once import SlowScorerWarning, once, warn_once
 from elip_models.reduction.schedule import Schedule, Stage
 from elip_models.towers import Size, Tower, as_image_text, as_tower
-
-R = TypeVar("R")
 
 
 class StageInfo(NamedTuple):
@@ -53,24 +51,18 @@ class Layer(NamedTuple):
     mlp: int
 
 
-def plainly(function: Callable[..., R], *args: Any) -> R:
-    """`function(*args)`: a part of a block that is not checkpointed."""
-    return function(*args)
-
-
 class Context(NamedTuple):
     """What a step knows besides its tokens.
 
     text_cls: (B, D) guidance, detached, or None.
-    before: what the step before did in this forward.
-    replay: what this step did in the forward that is recomputed now.
-    run: calls a part of a block, checkpointed or not.
+    previous: what the step before did in this forward.
+    replay: what this step has done already, and is to do again: in the forward that is recomputed
+        now, or in another tower of the same images.
     """
 
     text_cls: Tensor | None = None
-    before: StageInfo | None = None
+    previous: StageInfo | None = None
     replay: StageInfo | None = None
-    run: Callable[..., Any] = plainly
 
 
 class Strategy:
@@ -78,14 +70,22 @@ class Strategy:
 
     name: in `STRATEGIES`.
     replaces_block: its steps take a block's place; else they stand before it.
+    replaces_later: behind its first step all blocks run as `later` says, where no step is.
     changes_embedding: it takes the place of what makes tokens of images, by its `patchify`.
     is_guided: text changes what it does.
     """
 
     name: ClassVar[str]
     replaces_block: ClassVar[bool] = False
+    replaces_later: ClassVar[bool] = False
     changes_embedding: ClassVar[bool] = False
     is_guided: bool = False
+
+    @classmethod
+    def patch_defaults(cls, tower: Tower, *, is_whole: bool) -> dict[str, Any]:
+        """The options that `reduce_` sets where it is not told: in a whole image-text model, or in
+        an image model alone."""
+        return {}
 
     def refuses(self, tower: Tower) -> str | None:
         """Why this tower cannot be reduced so, in one sentence, or None."""
@@ -124,12 +124,23 @@ class Strategy:
 
     def embed(self, tower: Tower, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> tokens (B, N, D) before block 0."""
+        if self.changes_embedding:
+            return tower.enter(self.patchify(tower, images))
         return tower.embed(images)
+
+    def patchify(self, tower: Tower, images: Tensor) -> Tensor:
+        """What the tower's entrance makes of images (B, 3, H, W), if the embedding changes."""
+        raise NotImplementedError
 
     def step(
         self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
     ) -> tuple[Tensor, StageInfo]:
         """The tokens before block `stage.first`, reduced; or after it, if it takes its place."""
+        raise NotImplementedError
+
+    def later(self, tower: Tower, i: int, tokens: Tensor, previous: StageInfo) -> Tensor:
+        """The tokens after block i, which stands behind a step and has none, if it `replaces_later`
+        blocks."""
         raise NotImplementedError
 
     def at_strength(self, size: Size, strength: float) -> Self:
@@ -164,21 +175,16 @@ def _short(value: Any) -> str:
     return repr(str(value) if isinstance(value, (str, Schedule)) else value)
 
 
-def take_step(
-    strategy: Strategy, tower: Tower, stage: Stage, tokens: Tensor, context: Context
-) -> tuple[Tensor, StageInfo]:
-    """`strategy.step` for tokens that stand where the step before has left them."""
-    tower = tower.at(None if context.before is None else context.before.positions)
-    tokens, info = strategy.step(tower, stage, tokens, context)
-    if info is context.before:  # nothing has moved
-        return tokens, info
-    return tokens, info._replace(positions=tower.positions_after(info.reduction))
+@once
+def stages_of(strategy: Strategy, size: Size) -> dict[int, Stage]:
+    """`strategy.stages` by the block where each acts, worked out once and not in every forward."""
+    return {stage.first: stage for stage in strategy.stages(size)}
 
 
 @once
-def stages_of(strategy: Strategy, size: Size) -> tuple[Stage, ...]:
-    """`strategy.stages`, worked out once and not in every forward."""
-    return strategy.stages(size)
+def entering(strategy: Strategy, size: Size) -> tuple[int, ...]:
+    """Tokens that enter each block."""
+    return size.num_tokens, *(layer.mlp for layer in strategy.token_counts(size))
 
 
 def tower_of(model: nn.Module | Tower) -> Tower:

@@ -31,7 +31,7 @@ class StrategySpec:
 
     @classmethod
     def parse(cls, text: str) -> "StrategySpec":
-        """Raises ValueError for a name, a setting or a value that there is not."""
+        """Raises TypeError or ValueError for a name, a setting or a value that there is not."""
         name, colon, rest = (part.strip() for part in text.partition(":"))
         if name not in STRATEGIES:
             known = ", ".join(STRATEGIES)

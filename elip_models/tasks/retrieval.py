@@ -25,6 +25,7 @@ from elip_models.data import (
     tokenize,
 )
 from elip_models.reduction.once import UnguidedWarning
+from elip_models.validation import PositiveInt, check
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,7 +78,8 @@ def recall_at_k(
     _check_matrix("similarity", similarity)
     num_images, num_texts = similarity.shape
     _check_index(text_to_image, num_images, num_texts)
-    _check_positive("ks", *ks)
+    for k in ks:
+        check("ks", k, PositiveInt)
     image_ids = torch.arange(num_images, device=similarity.device)
     relevant = image_ids[:, None] == text_to_image[None, :]
     return _recalls(_ranks(similarity, relevant), _ranks(similarity.T, relevant.T), ks)
@@ -108,8 +110,9 @@ def recall_of_features(
     _check_matrix("text_features", text_features, width=image_features.shape[1])
     num_images, num_texts = len(image_features), len(text_features)
     _check_index(text_to_image, num_images, num_texts)
-    _check_positive("ks", *ks)
-    _check_positive("chunk_size", chunk_size)
+    for k in ks:
+        check("ks", k, PositiveInt)
+    check("chunk_size", chunk_size, PositiveInt)
     image_ids = torch.arange(num_images, device=text_to_image.device)
 
     def ranks(queries: Tensor, candidates: Tensor, query_ids: Tensor, ids: Tensor) -> Tensor:
@@ -276,11 +279,3 @@ def _check_index(text_to_image: Tensor, num_images: int, num_texts: int) -> None
             f"{name}: expected at least one text for each of the {num_images} images and none for "
             f"another, got texts for {len(found)} images, {', '.join(map(str, found[:5]))} .."
         )
-
-
-def _check_positive(name: str, *values: int) -> None:
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expected an int, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")

@@ -12,7 +12,7 @@ through a block are worked out of them here, once for all libraries.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Concatenate, NamedTuple, ParamSpec, Self, TypeVar
 
 import torch
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 import elip_kernels
 from elip_kernels import BipartiteInfo, ReductionInfo
-from elip_models.towers.fsdp import as_forward, is_sharded, unsharded
+from elip_models.towers.apart import apart
+from elip_models.towers.fsdp import as_forward, unsharded
 from elip_models.towers.size import Size
 
 P = ParamSpec("P")
@@ -230,12 +231,10 @@ class Tower:
         return unsharded(self.blocks[i], *tensors)
 
     def dry_block(self, i: int, tokens: Tensor) -> Tensor:
-        """Block i, whole, without gradient, and without the hooks that shard it: they would free
-        its parameters within its own forward, and prefetch for a backward that never comes."""
-        if not is_sharded(self.blocks[i]):
-            return self.block(i, tokens)
+        """Block i, whole, without gradient, by its own forward: no hook sees the call. Those that
+        shard it would free its parameters, and prefetch for a backward that never comes."""
         with self.unsharded(i, tokens) as (tokens,):
-            return self.call(i, self.blocks[i].forward, tokens)
+            return self.call(i, own_forward(self.blocks[i]), tokens)
 
     def attend(
         self, i: int, tokens: Tensor, bias: Tensor | None = None, *, qkv: QKV | None = None
@@ -278,18 +277,29 @@ class Tower:
             return elip_kernels.cls_attention(q, k.to(q.dtype), scale=parts.scale, mask=mask)
 
     def score_reduce(
-        self, i: int, tokens: Tensor, cls: Tensor, keep: int, *, merge: bool
+        self,
+        i: int,
+        tokens: Tensor,
+        cls: Tensor,
+        keep: int,
+        *,
+        merge: bool,
+        row: Tensor | None = None,
     ) -> tuple[Tensor, ReductionInfo, Tensor]:
-        """Block i's CLS row selects among `tokens` -> reduced tokens, what was kept, the row."""
+        """Block i's CLS row selects among `tokens` -> reduced tokens, what was kept, the row.
+
+        row: (B, N), where it is known already, and nothing is to be scored.
+        """
         with self.unsharded(i, tokens, cls) as (tokens, cls):
             parts = self.projections(i)
             absorbs = self.absorbs_keys and parts.can_be_absorbed
             if absorbs and self.num_prefix_tokens == 1:
                 return elip_kernels.score_reduce(
-                    tokens, cls, keep, merge=merge, return_info=True, **parts.absorbed()
+                    tokens, cls, keep, merge=merge, row=row, return_info=True, **parts.absorbed()
                 )
-            with torch.no_grad():
-                row = self.cls_attention(i, tokens, cls)
+            if row is None:
+                with apart(self.model, tokens):
+                    row = self.cls_attention(i, tokens, cls)
         return *self.reduce(tokens, row, keep, merge=merge), row
 
     def reduce(
@@ -335,6 +345,15 @@ def interpolated(positions: Tensor, grid: tuple[int, int], to: tuple[int, int], 
 def with_cls(tokens: Tensor, cls: Tensor) -> Tensor:
     """`tokens` (B, N, D) with `cls` (B, D) in place of token 0."""
     return torch.cat([cls[:, None], tokens[:, 1:]], dim=1)
+
+
+def own_forward(block: nn.Module) -> Block:
+    """What the block runs without a stand-in of ours: its class's forward, or another's in place
+    of that."""
+    forward = vars(block).get("forward")
+    if forward is None:
+        return partial(type(block).forward, block)
+    return getattr(forward, "own_forward", forward)
 
 
 def in_forward(

@@ -79,7 +79,10 @@ class EvaTower(Tower):
         return self.model.grad_checkpointing
 
     def at(self, positions: Tensor | None) -> Self:
-        return EvaTower(self.model, positions, self._ropes()) if self.is_rotary else self
+        if not self.is_rotary:
+            return self
+        ropes = self._ropes() if self.ropes is None else self.ropes
+        return EvaTower(self.model, positions, ropes)
 
     def positions_after(self, reduction: ReductionInfo) -> Tensor | None:
         if not self.is_rotary:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elip_models.towers.fsdp import library_class
+from elip_models.validation import check
 
 
 class SdpaForward:
@@ -44,8 +45,7 @@ def use_sdpa_(model: nn.Module, enabled: bool = True) -> nn.Module:
     Raises:
         TypeError: a model without such layers, or whose layers have another forward already.
     """
-    if not isinstance(enabled, bool):
-        raise TypeError(f"enabled: expected True or False, got {enabled!r}")
+    check("enabled", enabled, bool)
     modules = model.modules() if isinstance(model, nn.Module) else ()
     layers = [m for m in modules if library_class(m).__name__ == "BlipAttention"]
     if not layers:

@@ -6,10 +6,11 @@ names the key, what was expected and what was found.
 """
 
 import dataclasses
-import difflib
 import os
+import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -17,19 +18,28 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from elip_models.validation import MISFIT, Bounds, ConfigError, coerce, describe
+from elip_models.validation import (
+    UNIONS,
+    WORDS,
+    Bounds,
+    ConfigError,
+    Count,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    PositiveShare,
+    Rate,
+    Share,
+    describe,
+    did_you_mean,
+    item_hints,
+    misfit,
+)
 
 REQUIRED = "???"
 """The value a recipe gives to a key that the user has to set."""
 
-
-Count = Annotated[int, Bounds(0)]
-PositiveInt = Annotated[int, Bounds(1)]
-Share = Annotated[float, Bounds(0, 1)]
-NonNegative = Annotated[float, Bounds(0)]
-Positive = Annotated[float, Bounds(0, includes_low=False)]
 Magnitude = Annotated[int, Bounds(0, 10)]
-Beta = Annotated[float, Bounds(0, 1, includes_high=False)]
 
 
 @dataclass(frozen=True)
@@ -112,10 +122,10 @@ class OptimConfig:
     warmup_steps: Count = 0
     decay: Literal["cosine", "linear", "step"] = "cosine"
     min_lr: NonNegative = 0.0
-    decay_rate: Annotated[float, Bounds(0, 1, includes_low=False)] = 0.9
+    decay_rate: PositiveShare = 0.9
     lr_scale: dict[str, Positive] = field(default_factory=dict)
     weight_decay: NonNegative = 0.1
-    betas: tuple[Beta, Beta] = (0.9, 0.98)
+    betas: tuple[Rate, Rate] = (0.9, 0.98)
     eps: Positive = 1e-6
     max_grad_norm: Positive | None = 1.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -153,6 +163,15 @@ class RunConfig:
     trackers: tuple[str, ...] = ("tensorboard",)
     report: tuple[Literal["retrieval", "timing", "picture"], ...] = ()
 
+
+YAML = WORDS | {
+    bool: "true or false",
+    types.NoneType: "null",
+    tuple: "a list",
+    dict: "a mapping",
+    **dict.fromkeys((ModelConfig, DataConfig, OptimConfig), "a section of keys"),
+}
+"""What YAML calls a type."""
 
 RESUMABLE_KEYS = (
     "name",
@@ -286,7 +305,7 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
         if spec.name in values:
             arguments[spec.name] = _convert(hints[spec.name], values[spec.name], key)
         elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{key}: expected {describe(hints[spec.name])}, got nothing")
+            raise ConfigError(f"{key}: expected {describe(hints[spec.name], YAML)}, got nothing")
     return cls(**arguments)
 
 
@@ -294,22 +313,41 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     """Returns `value` as the type `hint` asks for, or raises."""
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, f"{key}.")
+    expected = describe(hint, YAML)
     if isinstance(value, str) and value == REQUIRED:
-        raise ConfigError(f"{key}: expected {describe(hint)}, got {REQUIRED}; set {key}=VALUE")
-    converted = coerce(hint, value)
-    if converted is MISFIT:
-        raise ConfigError(f"{key}: expected {describe(hint)}, got {value!r}")
-    return converted
+        raise ConfigError(f"{key}: expected {expected}, got {REQUIRED}; set {key}=VALUE")
+    parsed = _parse(value, hint)
+    if misfit(parsed, hint) is not None:
+        raise ConfigError(f"{key}: expected {expected}, got {value!r}")
+    return parsed
+
+
+def _parse(value: Any, hint: Any) -> Any:
+    """A value of YAML as `hint` has it: 1 and "1e-3" are floats, a list a tuple; else as it is."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _parse(value, arguments[0])
+    if origin in UNIONS:
+        parsed = [(_parse(value, each), each) for each in arguments]
+        return next((new for new, each in parsed if misfit(new, each) is None), value)
+    if origin is tuple and isinstance(value, list | tuple):
+        hints = item_hints(arguments, len(value))
+        return tuple(map(_parse, value, hints)) if len(hints) == len(value) else value
+    if origin is dict and isinstance(value, dict):
+        return {key: _parse(item, arguments[1]) for key, item in value.items()}
+    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
+        with suppress(ValueError):
+            return float(value)
+    return value
 
 
 def _unknown_key(key: str) -> str:
     known = list(_known_keys(RunConfig, ""))
     section, _, leaf = key.rpartition(".")
     same_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
-    closest = (same_leaf or difflib.get_close_matches(key, known, n=1, cutoff=0.0))[0]
     siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
     listed = f"; {section or 'a recipe'} has {', '.join(siblings)}" if siblings else ""
-    return f"{key}: no such key; the closest is {closest}{listed}"
+    return f"{key}: no such key{listed}{did_you_mean(key, same_leaf or known, cutoff=0.0)}"
 
 
 def _known_keys(cls: type, prefix: str) -> Iterator[str]:

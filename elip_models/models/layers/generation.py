@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 
 from elip_models.models.base import Config
 from elip_models.models.layers.bert import BertTower
+from elip_models.validation import Positive, PositiveInt, PositiveShare
 
 CACHE = "cache" if "cache" in signature(BertLayer.forward).parameters else "past_key_values"
 """What the installed transformers calls the keys and values of a `generate`."""
@@ -33,30 +34,22 @@ class Decoding(Config):
     repetition_penalty: divides the score of a token that was written before; 1 is none.
 
     Raises:
-        ValueError: naming the field, what was expected, what came.
+        TypeError, ValueError: naming the field, what was expected, what came.
     """
 
     sample: bool = False
-    num_beams: int = 3
-    max_length: int = 30
-    min_length: int = 10
-    top_p: float = 0.9
-    repetition_penalty: float = 1.0
+    num_beams: PositiveInt = 3
+    max_length: PositiveInt = 30
+    min_length: PositiveInt = 10
+    top_p: PositiveShare = 0.9
+    repetition_penalty: Positive = 1.0
 
     def __post_init__(self) -> None:
-        self.check_numbers()
-        if not isinstance(self.sample, bool):
-            raise ValueError(f"sample: expected True or False, got {self.sample!r}")
+        super().__post_init__()
         if self.min_length > self.max_length:
             raise ValueError(
                 f"min_length: expected at most max_length = {self.max_length}, got "
                 f"{self.min_length}"
-            )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: expected a float in (0, 1], got {self.top_p!r}")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise ValueError(
-                f"repetition_penalty: expected a float above 0, got {self.repetition_penalty!r}"
             )
 
 

@@ -8,15 +8,15 @@ Source: ELIP, section 4.4.1, which drops 40% in the second half of the layers.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 import elip_kernels
+from elip_models.validation import Rate, check_fields
 
 TextStrategy = Literal["random", "post", "learned"]
-TEXT_STRATEGIES: tuple[str, ...] = get_args(TextStrategy)
 
 
 class ReducedText(NamedTuple):
@@ -50,18 +50,10 @@ class TextReduction:
     """
 
     strategy: TextStrategy
-    drop: float = 0.4
+    drop: Rate = 0.4
 
     def __post_init__(self) -> None:
-        if self.strategy not in TEXT_STRATEGIES:
-            raise ValueError(
-                f"strategy: expected one of {', '.join(TEXT_STRATEGIES)}, got {self.strategy!r}; "
-                "leave the reduction out to keep all text tokens"
-            )
-        if isinstance(self.drop, bool) or not isinstance(self.drop, (int, float)):
-            raise TypeError(f"drop: expected a share in [0, 1), such as 0.4, got {self.drop!r}")
-        if not 0.0 <= self.drop < 1.0:
-            raise ValueError(f"drop: expected a share in [0, 1), such as 0.4, got {self.drop!r}")
+        check_fields(self)
 
     def __call__(
         self, tokens: Tensor, mask: Tensor, anchor: Tensor | int, scores: Tensor | None = None

@@ -8,6 +8,7 @@ from typing import Any
 from elip_models.reduction.schedule import PRESETS, Schedule
 from elip_models.reduction.strategies.adaptive import Adaptive
 from elip_models.reduction.strategies.baselines import PatchDropout, Random, Trips
+from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategies.elip import Elip
 from elip_models.reduction.strategies.evit import EViT
 from elip_models.reduction.strategies.resize import Resize
@@ -18,6 +19,7 @@ from elip_models.towers import Size
 __all__ = [
     "STRATEGIES",
     "Adaptive",
+    "Dense",
     "EViT",
     "Elip",
     "PatchDropout",

@@ -17,10 +17,12 @@ from torch import Tensor
 from elip_kernels import ReductionInfo
 from elip_kernels.reduce import EPSILON
 from elip_models.reduction.schedule import Stage
+from elip_models.reduction.scorers import ScorerName
 from elip_models.reduction.strategies.elip import Elip, fused_cls
 from elip_models.reduction.strategy import Context, StageInfo
 from elip_models.towers import Size, Tower
-from elip_models.validation import check_share
+from elip_models.towers.apart import apart
+from elip_models.validation import PositiveShare
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,13 @@ class Adaptive(Elip):
 
     name: ClassVar[str] = "adaptive"
     replaces_block: ClassVar[bool] = True
+    replaces_later: ClassVar[bool] = True
 
-    scorer: str | int = "last"
-    keep_mass: float = 0.9
+    scorer: ScorerName = "last"
+    keep_mass: PositiveShare = 0.9
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_share("keep_mass", self.keep_mass)
         if self.scorer != "last":
             raise ValueError(
                 "scorer: expected 'last' with strategy='adaptive', since whole layers do not mask "
@@ -48,19 +50,9 @@ class Adaptive(Elip):
         if not self.merge:
             raise ValueError("merge: expected True with strategy='adaptive', got False")
 
-    def reductions(self, size: Size) -> tuple[Stage, ...]:
-        """The schedule's stages that drop patches: masking has nothing to do before."""
-        return tuple(s for s in super().reductions(size) if s.keep < size.num_patches)
-
     def stages(self, size: Size) -> tuple[Stage, ...]:
-        """The schedule's, and one of no layer for each block that only masks."""
-        reductions = {stage.first: stage for stage in self.reductions(size)}
-        if not reductions:
-            return ()
-        stages = [reductions[min(reductions)]]
-        for i in range(stages[0].first + 1, size.depth):
-            stages.append(reductions.get(i, Stage(i, 0, stages[-1].keep)))
-        return tuple(stages)
+        """The schedule's that drop patches: masking has nothing to do before."""
+        return tuple(s for s in super().stages(size) if s.keep < size.num_patches)
 
     def scoring_flops(self, size: Size) -> int:
         """All rows but the first mask padding, so that they project every key."""
@@ -70,28 +62,25 @@ class Adaptive(Elip):
     def step(
         self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
     ) -> tuple[Tensor, StageInfo]:
-        info = context.before
-        if stage.layers:
-            before = None if info is None else info.reduction.mask
-            if context.replay is None:
-                row = self._row(tower, stage, tokens, context.text_cls, before)
-            else:
-                row = context.replay.attention
-            tokens, reduction = self._reduce(tower, stage.keep, tokens, row)
-            tower = tower.at(tower.positions_after(reduction))
-            info = StageInfo(stage, reduction, row)
-        bias = torch.zeros_like(info.reduction.mask, dtype=tokens.dtype)
-        bias = bias.masked_fill(~info.reduction.mask, float("-inf"))[:, None, None]
-        tokens = context.run(tower.attend, stage.first, tokens, bias)
-        return context.run(tower.mlp, stage.first, tokens), info
+        row = self._row(tower, stage, tokens, context)
+        tokens, reduction = self._reduce(tower, stage.keep, tokens, row)
+        info, tower = StageInfo(stage, reduction, row), tower.at(tower.positions_after(reduction))
+        return self.later(tower, stage.first, tokens, info), info
 
-    @torch.no_grad()
-    def _row(
-        self, tower: Tower, stage: Stage, tokens: Tensor, text: Tensor | None, mask: Tensor | None
-    ) -> Tensor:
+    def later(self, tower: Tower, i: int, tokens: Tensor, previous: StageInfo) -> Tensor:
+        """Block i, in which nothing attends to padding."""
+        mask = previous.reduction.mask
+        bias = torch.zeros_like(mask, dtype=tokens.dtype).masked_fill(~mask, float("-inf"))
+        return tower.mlp(i, tower.attend(i, tokens, bias[:, None, None]))
+
+    def _row(self, tower: Tower, stage: Stage, tokens: Tensor, context: Context) -> Tensor:
         """The CLS row (B, N) of the stage's last layer; padding gets none of it."""
-        cls = fused_cls(tower, tokens, text, self)
-        return tower.cls_attention(stage.first + stage.layers - 1, tokens, cls, mask=mask)
+        if context.replay is not None:
+            return context.replay.attention
+        mask = None if context.previous is None else context.previous.reduction.mask
+        with apart(tower.model, tokens):
+            cls = fused_cls(tower, tokens, context.text_cls, self)
+            return tower.cls_attention(stage.first + stage.layers - 1, tokens, cls, mask=mask)
 
     def _reduce(
         self, tower: Tower, keep: int, tokens: Tensor, row: Tensor

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from elip_models.reduction.schedule import Schedule, Stage
+from elip_models.reduction.scorers import ScorerName
 from elip_models.reduction.strategies.elip import Elip, Staged
 from elip_models.reduction.strategy import Context, Layer, StageInfo, Strategy, least_share
 from elip_models.towers import Size, Tower
-from elip_models.validation import check_flag, check_share
+from elip_models.validation import Count, PositiveShare, Share, check_fields
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,10 @@ class Trips(Elip):
     """
 
     name: ClassVar[str] = "trips"
+    fastest_scorer: ClassVar[str | int] = 1
 
-    scorer: str | int = 1
-    fusion: float = 0.0
+    scorer: ScorerName = 1
+    fusion: Share = 0.0
 
 
 class Drawn(Staged):
@@ -60,7 +62,7 @@ class Random(Drawn):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", Schedule.parse(self.schedule))
-        check_flag("merge", self.merge)
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -74,14 +76,12 @@ class PatchDropout(Drawn):
 
     name: ClassVar[str] = "patch_dropout"
 
-    keep: float = 0.5
-    until: int | None = None
+    keep: PositiveShare = 0.5
+    until: Count | None = None
     merge: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_share("keep", self.keep)
-        if self.until is not None and (type(self.until) is not int or self.until < 0):
-            raise ValueError(f"until: expected a step from 0 on, or None, got {self.until!r}")
+        check_fields(self)
 
     def at(self, step: int) -> "PatchDropout":
         """What step `step` of training is reduced by: nothing from step `until` on.

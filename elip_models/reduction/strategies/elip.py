@@ -10,7 +10,7 @@ merging are the paper's. Without text nothing can score, and the tower stays den
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, TypedDict
+from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,11 @@ from torch import Tensor
 
 from elip_models.reduction.once import UnguidedWarning, warn_once
 from elip_models.reduction.schedule import Schedule, Stage
-from elip_models.reduction.scorers import SCORERS, get_scorer, score
+from elip_models.reduction.scorers import ScorerName, get_scorer
 from elip_models.reduction.strategy import Context, Layer, StageInfo, Strategy
 from elip_models.towers import Size, Tower
+from elip_models.towers.apart import apart
+from elip_models.validation import Share, check_fields
 
 
 class ElipOptions(TypedDict, total=False):
@@ -33,8 +35,8 @@ class ElipOptions(TypedDict, total=False):
     merge: append the merged token.
     """
 
-    scorer: str | int | None
-    fusion: float | None
+    scorer: ScorerName | None
+    fusion: Share | None
     guidance_norm: Literal["none", "match"] | None
     without_text: Literal["dense", "vision"] | None
     merge: bool | None
@@ -50,12 +52,9 @@ class Staged(Strategy):
         self.schedule.check_depth(tower.depth)
         return None
 
-    def reductions(self, size: Size) -> tuple[Stage, ...]:
-        """The schedule's stages."""
-        return self.schedule.stages(size.num_patches)
-
     def stages(self, size: Size) -> tuple[Stage, ...]:
-        return self.reductions(size)
+        """The schedule's."""
+        return self.schedule.stages(size.num_patches)
 
     def token_counts(self, size: Size) -> tuple[Layer, ...]:
         tokens = self.schedule.tokens_per_layer(
@@ -66,7 +65,7 @@ class Staged(Strategy):
     def entering(self, size: Size) -> list[int]:
         """Tokens that enter each stage's reduction."""
         counts = self.token_counts(size)
-        firsts = [stage.first for stage in self.reductions(size)]
+        firsts = [stage.first for stage in self.stages(size)]
         return [counts[i - 1].mlp if i else size.num_tokens for i in firsts]
 
     def score(self, tower: Tower, stage: Stage, tokens: Tensor, text: Tensor | None) -> Tensor:
@@ -103,45 +102,35 @@ class Elip(Staged):
     """
 
     name: ClassVar[str] = "elip"
+    fastest_scorer: ClassVar[str | int] = "last"
 
     schedule: Schedule
-    scorer: str | int = "exact"
-    fusion: float = 0.8
+    scorer: ScorerName = "exact"
+    fusion: Share = 0.8
     guidance_norm: Literal["none", "match"] = "none"
     without_text: Literal["dense", "vision"] = "dense"
     merge: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", Schedule.parse(self.schedule))
-        self._check_scorer()
-        fusion = self.fusion
-        if isinstance(fusion, bool) or not isinstance(fusion, (int, float)):
-            raise TypeError(f"fusion: expected a float in [0, 1], got {fusion!r}")
-        if not 0.0 <= fusion <= 1.0:
-            raise ValueError(f"fusion: expected a float in [0, 1], got {fusion!r}")
-        if not isinstance(self.merge, bool):
-            raise TypeError(f"merge: expected True or False, got {self.merge!r}")
-        allowed = {"guidance_norm": ("none", "match"), "without_text": ("dense", "vision")}
-        for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name}: expected one of {values}, got {getattr(self, name)!r}")
-
-    def _check_scorer(self) -> None:
-        scorer = self.scorer
-        is_name = isinstance(scorer, str) and scorer in SCORERS
-        if isinstance(scorer, bool) or not (is_name or isinstance(scorer, int)):
-            raise ValueError(f"scorer: expected one of {list(SCORERS)} or an int, got {scorer!r}")
+        check_fields(self)
         lengths = [layers for layers, ratio in self.schedule.groups if ratio < 1]
         shortest = min(lengths) if lengths else self.schedule.depth
-        if isinstance(scorer, int) and not 1 <= scorer <= shortest:
+        if isinstance(self.scorer, int) and self.scorer > shortest:
             raise ValueError(
                 f"scorer: expected 1 <= m <= {shortest}, the layers of the shortest stage of "
-                f"'{self.schedule}', got {scorer}"
+                f"'{self.schedule}', got {self.scorer}"
             )
 
     @property
     def is_guided(self) -> bool:
         return self.fusion < 1.0
+
+    @classmethod
+    def patch_defaults(cls, tower: Tower, *, is_whole: bool) -> dict[str, Any]:
+        """The fastest scorer; and by the image alone, in a model that has no text of its own."""
+        without_text = "vision" if tower.has_cls and not is_whole else "dense"
+        return {"scorer": cls.fastest_scorer, "without_text": without_text}
 
     def refuses(self, tower: Tower) -> str | None:
         reason = super().refuses(tower)
@@ -176,14 +165,16 @@ class Elip(Staged):
 
     def scoring_flops(self, size: Size) -> int:
         scorer, total = get_scorer(self.scorer), 0
-        for stage, tokens in zip(self.reductions(size), self.entering(size), strict=True):
+        for stage, tokens in zip(self.stages(size), self.entering(size), strict=True):
             total += scorer.layers(stage.layers) * size.block_flops(tokens, tokens)
             total += scorer.rows(stage.layers) * size.row_flops(tokens)
             total += scorer.cls_blocks(stage.layers) * size.block_flops(1, 1)
         return total
 
     def score(self, tower: Tower, stage: Stage, tokens: Tensor, text: Tensor | None) -> Tensor:
-        return score(self.scorer, tower, stage, tokens, fused_cls(tower, tokens, text, self))
+        with apart(tower.model, tokens):
+            cls = fused_cls(tower, tokens, text, self)
+            return get_scorer(self.scorer).row(tower, stage, tokens, cls)
 
     def step(
         self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
@@ -191,11 +182,13 @@ class Elip(Staged):
         """Fuse, score, reduce; one op where the scorer reads the tokens as they enter."""
         reads = get_scorer(self.scorer).reads
         drops = stage.keep < tokens.shape[1] - tower.num_prefix_tokens
-        if context.replay is not None or reads is None or not drops:
+        if reads is None or not drops:
             return super().step(tower, stage, tokens, context)
-        cls = fused_cls(tower, tokens, context.text_cls, self)
+        row = None if context.replay is None else context.replay.attention
+        with apart(tower.model, tokens):
+            cls = fused_cls(tower, tokens, context.text_cls, self)
         tokens, info, row = tower.score_reduce(
-            reads(stage), tokens, cls, stage.keep, merge=self.merge
+            reads(stage), tokens, cls, stage.keep, merge=self.merge, row=row
         )
         return tokens, StageInfo(stage, info, row)
 
@@ -224,7 +217,6 @@ def fuse(cls: Tensor, text_cls: Tensor | None, settings: Elip) -> Tensor:
     return settings.fusion * cls + (1.0 - settings.fusion) * text
 
 
-@torch.no_grad()
 def fused_cls(tower: Tower, tokens: Tensor, text_cls: Tensor | None, settings: Elip) -> Tensor:
     """`fuse` of token 0, for a text that is checked here; without CLS the text itself."""
     if text_cls is not None:

@@ -20,7 +20,7 @@ from elip_models.reduction.strategy import (
     least_share,
 )
 from elip_models.towers import Size, Tower
-from elip_models.validation import check_flag, check_share
+from elip_models.validation import Count, PositiveShare, check_fields
 
 
 @dataclass(frozen=True)
@@ -40,22 +40,19 @@ class EViT(Strategy):
     name: ClassVar[str] = "evit"
     replaces_block: ClassVar[bool] = True
 
-    keep_rate: float = 0.7
-    layers: tuple[int, ...] | Literal["all"] | None = None
+    keep_rate: PositiveShare = 0.7
+    layers: Literal["all"] | tuple[Count, ...] | None = None
     attention_gradient: bool = True
 
     def __post_init__(self) -> None:
-        check_share("keep_rate", self.keep_rate)
-        check_flag("attention_gradient", self.attention_gradient)
+        if isinstance(self.layers, list):
+            object.__setattr__(self, "layers", tuple(self.layers))
+        check_fields(self)
         at = self.layers
-        if at is None or at == "all":
-            return
-        is_ints = isinstance(at, (tuple, list)) and all(type(i) is int for i in at)
-        if not is_ints or not at or any(a >= b for a, b in pairwise(at)) or at[0] < 0:
+        if isinstance(at, tuple) and (not at or any(a >= b for a, b in pairwise(at))):
             raise ValueError(
                 f"layers: expected rising 0-based block numbers, 'all' or None, got {at!r}"
             )
-        object.__setattr__(self, "layers", tuple(at))
 
     def refuses(self, tower: Tower) -> str | None:
         return None if tower.has_cls else "the tower has no CLS token whose row keeps and fuses"
@@ -88,7 +85,7 @@ class EViT(Strategy):
         self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
     ) -> tuple[Tensor, StageInfo]:
         i, p = stage.first, tower.num_prefix_tokens
-        tokens, row = context.run(self._attend, tower, i, tokens)
+        tokens, row = self._attend(tower, i, tokens)
         scores = row[:, p:]
         if context.replay is not None:
             chosen = context.replay.reduction.kept - p
@@ -102,7 +99,7 @@ class EViT(Strategy):
         tokens = torch.cat([tokens[:, :p], kept, merged.to(tokens.dtype)], dim=1)
         weights = torch.cat([torch.zeros_like(row[:, :p]), fused], dim=1).detach()
         reduction = ReductionInfo(chosen + p, weights, None, p)
-        return context.run(tower.mlp, i, tokens), StageInfo(stage, reduction, row.detach())
+        return tower.mlp(i, tokens), StageInfo(stage, reduction, row.detach())
 
     def _attend(self, tower: Tower, i: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Block i's attention half, and its CLS row (B, N), head mean."""

@@ -11,6 +11,7 @@ from elip_models.reduction.flops import nearest
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategy import Layer, Strategy, tower_of
 from elip_models.towers import Size, Tower
+from elip_models.validation import PositiveInt, check_fields
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,10 @@ class Resize(Strategy):
     name: ClassVar[str] = "resize"
     changes_embedding: ClassVar[bool] = True
 
-    size: int
+    size: PositiveInt
 
     def __post_init__(self) -> None:
-        if type(self.size) is not int or self.size < 1:
-            raise ValueError(f"size: expected pixels from 1 on, got {self.size!r}")
+        check_fields(self)
 
     def pixels(self, size: Size) -> tuple[int, int]:
         """(h, w) of the images that the tower sees."""
@@ -63,9 +63,6 @@ class Resize(Strategy):
     def patchify(self, tower: Tower, images: Tensor) -> Tensor:
         """What the tower's entrance makes of the images, smaller."""
         return tower.patchify(self.smaller(tower, images))
-
-    def embed(self, tower: Tower, images: Tensor) -> Tensor:
-        return tower.enter(self.patchify(tower, images))
 
     def at_strength(self, size: Size, strength: float) -> Strategy:
         rows = size.image[0] // size.patch

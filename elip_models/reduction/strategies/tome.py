@@ -10,7 +10,7 @@ import elip_kernels
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategy import Context, Layer, StageInfo, Strategy, counts_of
 from elip_models.towers import Size, Tower
-from elip_models.validation import check_flag
+from elip_models.validation import Count, check_fields
 
 
 @dataclass(frozen=True)
@@ -27,20 +27,17 @@ class ToMe(Strategy):
     name: ClassVar[str] = "tome"
     replaces_block: ClassVar[bool] = True
 
-    r: int | tuple[int, ...] = 8
+    r: Count | tuple[Count, ...] = 8
     proportional: bool = True
 
     def __post_init__(self) -> None:
-        check_flag("proportional", self.proportional)
-        each = self.r if isinstance(self.r, (tuple, list)) else (self.r,)
-        if not each or any(type(r) is not int or r < 0 for r in each):
-            raise ValueError(f"r: expected an int from 0 on, or one a block, got {self.r!r}")
         if isinstance(self.r, list):
             object.__setattr__(self, "r", tuple(self.r))
+        check_fields(self)
 
     def refuses(self, tower: Tower) -> str | None:
         if tower.is_rotary:
-            return "a pair that ToMe merges stands at two places, and a rotary block needs one"
+            return "a pair that ToMe merges stands at two positions, and a rotary block needs one"
         several = tower.num_prefix_tokens > 1
         return "of its prefix tokens ToMe protects the class token alone" if several else None
 
@@ -69,9 +66,9 @@ class ToMe(Strategy):
     def step(
         self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
     ) -> tuple[Tensor, StageInfo]:
-        i, before = stage.first, context.before
-        sizes = None if before is None else before.sizes
-        tokens, metric = context.run(self._attend, tower, i, tokens, sizes)
+        i, previous = stage.first, context.previous
+        sizes = None if previous is None else previous.sizes
+        tokens, metric = self._attend(tower, i, tokens, sizes)
         r = tokens.shape[1] - tower.num_prefix_tokens - stage.keep
         if context.replay is not None:
             match = context.replay.reduction
@@ -85,7 +82,7 @@ class ToMe(Strategy):
                 num_prefix_tokens=tower.num_prefix_tokens,
                 return_info=True,
             )
-        return context.run(tower.mlp, i, tokens), StageInfo(stage, match, sizes=sizes)
+        return tower.mlp(i, tokens), StageInfo(stage, match, sizes=sizes)
 
     def _attend(
         self, tower: Tower, i: int, tokens: Tensor, sizes: Tensor | None

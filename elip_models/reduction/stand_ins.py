@@ -1,0 +1,238 @@
+"""What `reduce_` puts in place of a model's own methods; its state is plain attributes.
+
+So it follows the model through deepcopy and pickle, and is an ordinary guard for the compiler. What
+belongs to one forward is in its `Forward`, which stays with the thread that runs it, and with the
+graph that may recompute it.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from elip_models.reduction.guidance import (
+    drop_guide,
+    guide_of,
+    own_guidance,
+    set_guidance,
+    set_guide,
+)
+from elip_models.reduction.replay import Replay, is_recomputing
+from elip_models.reduction.step import Forward, Step
+from elip_models.reduction.strategy import Strategy, stages_of
+from elip_models.towers import ImageTextModel, Tower
+from elip_models.towers.apart import apart
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+@dataclass(eq=False)
+class Reduction:
+    """How a model is reduced, and the forwards that run now.
+
+    image_text: the whole model that was reduced, if it was.
+    running: the forwards by thread. replay: those that a checkpoint may recompute.
+    guides, text_cls: for graphs, by whom each text was set, and the latest.
+    own_text: for graphs, what the whole model's forward has made its text.
+    forward: for graphs, the one that runs.
+    """
+
+    tower: Tower
+    strategy: Strategy
+    image_text: ImageTextModel | None = None
+    running: dict[int, Forward] = field(default_factory=dict)
+    replay: Replay = field(default_factory=Replay)
+    guides: dict[int, Tensor] = field(default_factory=dict)
+    text_cls: Tensor | None = None
+    own_text: Tensor | None = None
+    forward: Forward | None = None
+
+    def __post_init__(self) -> None:
+        stages = stages_of(self.strategy, self.tower.size)
+        first, last = min(stages, default=0), max(stages, default=0)
+        self.carries = self.strategy.replaces_block or self.tower.is_rotary
+        self.acts_at = tuple(stages)
+        if stages and (self.strategy.replaces_later or self.tower.is_rotary):
+            last = self.tower.depth - 1
+            self.acts_at = tuple(range(first, self.tower.depth))
+        self.first, self.last = first, last
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is not guided, and has run nothing."""
+        idle = {"running": {}, "guides": {}, "text_cls": None, "own_text": None, "forward": None}
+        return vars(self) | idle
+
+    def guide(self, by: object, text_cls: Tensor) -> None:
+        """This thread's or task's forwards are guided by text_cls (B, D)."""
+        set_guide(self, text_cls, by)
+        self.guides[id(by)] = self.text_cls = text_cls
+
+    def unguide(self, by: object) -> None:
+        """They are guided as before."""
+        drop_guide(by)
+        del self.guides[id(by)]
+        self.text_cls = next(reversed(self.guides.values()), None)
+
+    def begin(self) -> Forward:
+        """A forward, guided as this thread or task says."""
+        if not torch.compiler.is_compiling():
+            guide = guide_of(self)
+            return Forward(self.tower, self.strategy, None if guide is None else guide.text_cls)
+        text = self.text_cls if self.own_text is None else self.own_text
+        if text is not None and not torch.compiler.is_exporting():
+            text = own_guidance(text)
+        return Forward(self.tower, self.strategy, text)
+
+    def step(self, i: int, tokens: Tensor) -> Step:
+        """What the strategy makes of the tokens that enter block i, in the forward that runs."""
+        if torch.compiler.is_compiling():
+            return self._step_in_graph(i, tokens)
+        thread = threading.get_ident()
+        forward = self.replay.recall(i)
+        if forward is None:
+            forward = self.running.get(thread)
+            if forward is None or i == self.first:
+                forward = self.running[thread] = self.begin()
+            if i == self.last:
+                del self.running[thread]
+        self.replay.remember(i, forward)
+        try:
+            step = forward.step(i, tokens)
+        except BaseException:
+            self.running.pop(thread, None)
+            raise
+        if step.info is not None:
+            forward.infos[i] = step.info
+        return step
+
+    def _step_in_graph(self, i: int, tokens: Tensor) -> Step:
+        """Blocks that know nothing of one another share nothing: they may be checkpointed."""
+        if not self.carries:
+            return self.begin().step(i, tokens)
+        if self.forward is None or i == self.first:
+            self.forward = self.begin()
+        step = self.forward.step(i, tokens)
+        if step.info is not None:
+            self.forward.infos[i] = step.info
+        if i == self.last:
+            self.forward = None
+        return step
+
+
+class ReducedBlock:
+    """Stands in for the forward of block i; `replaced`: what stood there before, of others."""
+
+    def __init__(self, reduction: Reduction, i: int, replaced: Callable[..., Any] | None) -> None:
+        self.reduction = reduction
+        self.i = i
+        self.replaced = replaced
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Block i on the tokens args[0] (B, N, D), as its library calls it."""
+        if torch.compiler.is_compiling() and self.block._compiled_call_impl is not None:
+            tokens, positions, replaced_block = _outside_the_graph(self, args, kwargs)
+        else:
+            tokens, positions, replaced_block = self.step(args, kwargs)
+        if replaced_block:
+            return tokens
+        if positions is not None:
+            kwargs = self.reduction.tower.moved(kwargs, positions)
+        return self.own_forward(tokens, *args[1:], **kwargs)
+
+    @property
+    def block(self) -> nn.Module:
+        return self.reduction.tower.blocks[self.i]
+
+    def own_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the block runs without us."""
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        block = self.block
+        return type(block).forward(block, *args, **kwargs)
+
+    def step(self, args: Args, kwargs: Kwargs) -> tuple[Tensor, Tensor | None, bool]:
+        """The tokens, where they stand, and whether the block has run; see `Step`."""
+        masks = (*args[1:], *(kwargs.get(name) for name in ("attn_mask", "attention_mask")))
+        if any(mask is not None for mask in masks) or kwargs.get("is_causal"):
+            raise ValueError("attn_mask: expected none on a reduced model, whose tokens change")
+        step = self.reduction.step(self.i, args[0])
+        return step.tokens, step.positions, step.replaced_block
+
+
+@torch.compiler.disable
+def _outside_the_graph(
+    block: ReducedBlock, args: Args, kwargs: Kwargs
+) -> tuple[Tensor, Tensor | None, bool]:
+    """In a block that is compiled by itself the step runs eagerly, so that it can replay.
+
+    In the graph it would score again when the block is recomputed, without the guidance.
+    """
+    return block.step(args, kwargs)
+
+
+class Entrance:
+    """Stands in for what makes tokens of images; `passes_on` where a later part does it all."""
+
+    def __init__(self, reduction: Reduction, *, passes_on: bool) -> None:
+        self.reduction = reduction
+        self.passes_on = passes_on
+
+    def __call__(self, images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.passes_on:
+            return images
+        return self.reduction.strategy.patchify(self.reduction.tower, images)
+
+
+class TextFirst:
+    """Both hooks on a whole model's forward: its text becomes the guidance of its image tower.
+
+    The text is encoded without gradient, once more than the forward itself does.
+    """
+
+    def __init__(self, reduction: Reduction) -> None:
+        self.reduction = reduction
+
+    def __call__(self, model: nn.Module, args: Args, kwargs: Kwargs, *output: Any) -> None:
+        reduction = self.reduction
+        if torch.compiler.is_compiling():
+            is_guided = reduction.text_cls is not None
+            reduction.own_text = None
+            if not output and not is_guided:
+                text = self._text_cls(args, kwargs)
+                reduction.own_text = None if text is None else set_guidance(text)
+        elif output:
+            drop_guide(self)
+        elif guide_of(reduction) is None and not is_recomputing():
+            set_guide(reduction, self._text_cls(args, kwargs), self)
+
+    def _text_cls(self, args: Args, kwargs: Kwargs) -> Tensor | None:
+        image_text = self.reduction.image_text
+        with apart(image_text.model, next(image_text.model.parameters())):
+            return image_text.text_cls(*args, **kwargs)
+
+
+class Refusal:
+    """Stands in for a method that would return nonsense on a reduced model; `replaced`: what the
+    user had put there."""
+
+    def __init__(self, name: str, replaced: Any = None) -> None:
+        self.name = name
+        self.replaced = replaced
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError(f"{self.name}: {REFUSALS.get(self.name, UNSUPPORTED)}")
+
+
+REPLICATE = "_replicate_for_data_parallel"
+UNSUPPORTED = (
+    "expected a model whose blocks all see every patch, got one that reduce_ has changed; "
+    "unreduce_ it first"
+)
+REFUSALS = {
+    REPLICATE: "nn.DataParallel copies modules and not what reduce_ has put on them; use "
+    "DistributedDataParallel"
+}

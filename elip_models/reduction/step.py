@@ -1,0 +1,130 @@
+"""One step through one block: the engine of every strategy.
+
+    tokens, info = step(tokens)      where the strategy acts, before the block or in its place
+    tokens = block(tokens)           unless the step took its place
+
+All that one forward knows is in its `Forward`: who runs a tower makes one, and takes it through the
+blocks in order. `encode_image`, the blocks that `reduce_` changes, pictures and benchmarks do so.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from elip_models.reduction.strategy import (
+    Context,
+    StageInfo,
+    Strategy,
+    entering,
+    stages_of,
+    warn_if_slower,
+)
+from elip_models.towers import Tower
+
+
+class Step(NamedTuple):
+    """What a step leaves.
+
+    tokens: before the block, or after it where `replaced_block`.
+    info: what the strategy did, None where it did nothing.
+    positions: (B, N-p) where the tokens stand, if the tower reads it and some have left.
+    """
+
+    tokens: Tensor
+    info: StageInfo | None
+    positions: Tensor | None
+    replaced_block: bool
+
+
+class Forward:
+    """One forward of a tower under a strategy.
+
+    infos: what each step did, by block. A block whose info is there does the same again, so that
+        what is recomputed in backward does not choose anew. Nothing here is changed by a step: who
+        runs the blocks notes the info of each.
+    """
+
+    def __init__(
+        self,
+        tower: Tower,
+        strategy: Strategy,
+        text_cls: Tensor | None = None,
+        *,
+        replays: Iterable[StageInfo] | None = None,
+    ) -> None:
+        """
+        Args:
+            tower: of the blocks.
+            strategy: checked, see `Strategy.check`.
+            text_cls: (B, D), the guidance, or None.
+            replays: what each step did for the same images elsewhere, and does here again.
+        """
+        self.tower, self.strategy = tower, strategy
+        self.text_cls = None if text_cls is None else text_cls.detach()
+        self.infos = {info.stage.first: info for info in replays or ()}
+        if replays is not None:
+            self.stages = {i: info.stage for i, info in self.infos.items()}
+        elif strategy.reduces(text_cls, tower.model.training):
+            self.stages = stages_of(strategy, tower.size)
+            warn_if_slower(tower, strategy)
+        else:
+            self.stages = {}
+
+    def previous(self, i: int) -> StageInfo | None:
+        """What the last step before block i did."""
+        before = [first for first in self.infos if first < i]
+        return self.infos[max(before)] if before else None
+
+    def positions(self, i: int) -> Tensor | None:
+        """Where the tokens stand that enter block i, see `Step`."""
+        previous = self.previous(i)
+        return None if previous is None else previous.positions
+
+    def takes_place_of(self, i: int) -> bool:
+        """A step runs in place of block i."""
+        if i in self.stages:
+            return self.strategy.replaces_block
+        return self.strategy.replaces_later and any(first < i for first in self.stages)
+
+    def step(self, i: int, tokens: Tensor) -> Step:
+        """What the strategy makes of the tokens (B, N, D) that enter block i.
+
+        Every block of every reduced forward passes here.
+        """
+        strategy, previous, stage = self.strategy, self.previous(i), self.stages.get(i)
+        positions = self.positions(i)
+        tower = self.tower if positions is None else self.tower.at(positions)
+        if stage is None:
+            takes_place = self.takes_place_of(i)
+            if takes_place:
+                tokens = strategy.later(tower, i, tokens, previous)
+            return Step(tokens, None, positions, takes_place)
+        self._check(i, tokens)
+        context = Context(self.text_cls, previous, self.infos.get(i))
+        tokens, info = strategy.step(tower, stage, tokens, context)
+        info = info._replace(positions=tower.positions_after(info.reduction))
+        return Step(tokens, info, info.positions, strategy.replaces_block)
+
+    def _check(self, i: int, tokens: Tensor) -> None:
+        expected = entering(self.strategy, self.tower.size)[i]
+        if tokens.shape[1] != expected:
+            raise ValueError(
+                f"images: expected {expected} tokens before block {i}, those of images "
+                f"{self.tower.image_size}, got {tokens.shape[1]}; resize the images"
+            )
+
+    def block(
+        self, i: int, tokens: Tensor, *, cls_only: bool = False
+    ) -> tuple[Tensor, StageInfo | None]:
+        """Block i, reduced or not, outside the model's own forward -> tokens, and what a step did.
+
+        cls_only: token 0 alone leaves, (B, 1, D), where no step takes the block's place.
+        """
+        if self.takes_place_of(i):
+            return self.tower.in_block(i, lambda tokens: self.step(i, tokens)[:2], tokens)
+        tokens, info, positions, _ = self.step(i, tokens)
+        tower = self.tower if positions is None else self.tower.at(positions)
+        if cls_only:
+            return tower.cls_block(i, tokens, tokens[:, 0])[:, None], info
+        return tower.block(i, tokens), info

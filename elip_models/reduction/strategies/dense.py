@@ -1,0 +1,29 @@
+"""No reduction: the tower as it is."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from elip_models.reduction.schedule import Stage
+from elip_models.reduction.strategy import Layer, Strategy, counts_of
+from elip_models.towers import Size
+
+
+@dataclass(frozen=True)
+class Dense(Strategy):
+    """Keep all tokens."""
+
+    name: ClassVar[str] = "dense"
+
+    def stages(self, size: Size) -> tuple[Stage, ...]:
+        return ()
+
+    def token_counts(self, size: Size) -> tuple[Layer, ...]:
+        return counts_of(size, lambda i, tokens: tokens)
+
+    def reduces(self, text_cls: Tensor | None, training: bool) -> bool:
+        return False
+
+    def at_strength(self, size: Size, strength: float) -> Strategy:
+        return self
