@@ -86,8 +86,13 @@ class HFTower(Tower):
             return "it averages its tokens, which dropped tokens would change"
         _, layers = found
         names = LAYERS[library_class(layers[0]).__name__]
-        reasons = (_refuses_attention(unwrapped(getattr(layer, names.attn))) for layer in layers)
-        return next((reason for reason in reasons if reason is not None), None)
+        parts = ("q_proj", "k_proj", "v_proj")
+        for attn in (unwrapped(getattr(layer, names.attn)) for layer in layers):
+            if not _is_own(attn):
+                return f"its attention is {type(attn).__name__}, a wrapper (wrap its projections)"
+            if not hasattr(attn, "qkv") and not all(hasattr(attn, part) for part in parts):
+                return f"a layer's attention has no {', '.join(parts)} (take a later transformers)"
+        return None
 
     def image_stats(self) -> Stats | None:
         return _stats_of(self.model)
@@ -151,9 +156,11 @@ class HFTower(Tower):
     def _attention(self, i: int) -> nn.Module:
         """Block i's attention now: a wrapper may have come since the tower was made."""
         attn = unwrapped(getattr(self.blocks[i], self.names.attn))
-        reason = _refuses_attention(attn)
-        if reason is not None:
-            raise TypeError(f"model: expected transformers' attention in layer {i}, but {reason}")
+        if not _is_own(attn):
+            raise TypeError(
+                f"model: expected transformers' attention in layer {i}, got a "
+                f"{type(attn).__name__}; wrap its projections, or unreduce_ the model first"
+            )
         return attn
 
     def _layers(self, i: int) -> tuple[nn.Module, ...]:
@@ -298,13 +305,9 @@ def _trunk(model: nn.Module) -> tuple[nn.Module, nn.ModuleList] | None:
     return None
 
 
-def _refuses_attention(attn: nn.Module) -> str | None:
-    if not any(cls.__module__.startswith("transformers.") for cls in type(attn).__mro__):
-        return f"its attention is {type(attn).__name__}, a wrapper (wrap its projections instead)"
-    parts = ("q_proj", "k_proj", "v_proj")
-    if not hasattr(attn, "qkv") and not all(hasattr(attn, part) for part in parts):
-        return f"a layer's attention has no {', '.join(parts)} (take a later transformers)"
-    return None
+def _is_own(attn: nn.Module) -> bool:
+    """Of transformers, or of a class that derives from one of theirs."""
+    return any(cls.__module__.startswith("transformers.") for cls in type(attn).__mro__)
 
 
 def _is_known(layers: nn.Module | None) -> bool:
