@@ -32,9 +32,8 @@ def strategies_at_equal_flops(tower):
     """By name, and the share of the dense training FLOPs."""
     own = Elip(PRESETS["clip"], scorer="last")
     share = training_ratio(own, tower.size)
-    plans = {name: default_strategy(name, tower.size) for name in STRATEGIES}
-    plans["elip"] = own
-    return {name: plan.at_flops(tower, share) for name, plan in plans.items()}, share
+    strategies = {name: default_strategy(name, tower.size) for name in STRATEGIES} | {"elip": own}
+    return {name: each.at_flops(tower, share) for name, each in strategies.items()}, share
 
 
 def run(tower, image, text, strategy, replays=None):
@@ -54,13 +53,13 @@ def held_to_fp64(model, strategies):
     tower, dtype = as_tower(model), next(model.parameters()).dtype
     image = torch.randn(1, 3, SIZE, SIZE, device=DEVICE, dtype=dtype)
     text = torch.randn(1, tower.width, device=DEVICE, dtype=dtype)
-    plans = {DENSE: Dense(), **strategies}
-    images = {name: image for name in plans} | {"resize": plans["resize"].smaller(tower, image)}
-    found = {name: run(tower, images[name], text, plan) for name, plan in plans.items()}
+    every = {DENSE: Dense(), **strategies}
+    images = {name: image for name in every} | {"resize": every["resize"].smaller(tower, image)}
+    found = {name: run(tower, images[name], text, each) for name, each in every.items()}
     model.double()
     errors = {}
     for name, (tokens, infos) in found.items():
-        exact, _ = run(tower, images[name].double(), text.double(), plans[name], infos)
+        exact, _ = run(tower, images[name].double(), text.double(), every[name], infos)
         errors[name] = relative_error(tokens, exact)
     model.to(dtype)
     return judged(errors, ours=list(strategies))
@@ -85,11 +84,11 @@ def test_strategies(record, rounds, mode, batch):
     model = timm.create_model(NAME, num_classes=0).to(DEVICE, MAIN_DTYPE).eval()
     strategies, share = strategies_at_equal_flops(as_tower(model))
     held = held_to_fp64(model, strategies)
-    plans = {DENSE: None, **strategies}
-    B = 1 if batch == "B1" else largest_batch(model, mode, len(plans), rounds)
+    every = {DENSE: None, **strategies}
+    B = 1 if batch == "B1" else largest_batch(model, mode, len(every), rounds)
     workload = Workload(model, B)
-    measured = measure(workload, plans, mode, rounds=rounds)
-    flops = {name: sum(each) for name, each in count(workload, plans, mode).items()}
+    measured = measure(workload, every, mode, rounds=rounds)
+    flops = {name: sum(each) for name, each in count(workload, every, mode).items()}
     with in_mode(workload, mode):
         record(
             workload.forward(strategies["elip"]),
@@ -98,7 +97,7 @@ def test_strategies(record, rounds, mode, batch):
             rounds=rounds,
             ratios={name: measured[name].time_ratio for name in strategies},
             milliseconds={name: 1e3 * each.seconds for name, each in measured.items()},
-            strategies={name: str(plan) for name, plan in strategies.items()},
+            strategies={name: str(each) for name, each in strategies.items()},
             strategy_flops={name: each / flops[DENSE] for name, each in flops.items()},
             share=share,
             memory={name: each.memory for name, each in measured.items()},

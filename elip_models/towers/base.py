@@ -144,7 +144,7 @@ class Tower:
         raise NotImplementedError
 
     def at(self, positions: Tensor | None) -> Self:
-        """The tower for tokens that stand at these places of the image; None: all, in order.
+        """The tower for tokens at these positions of the image; None: all, in order.
 
         Only a rotary tower tells them apart.
         """
