@@ -84,6 +84,7 @@ def run_tower(
         )
     last = tower.depth - 1
     cls_only = cls_only and not torch.is_grad_enabled() and tower.is_plain(last)
+    text_cls = None if text_cls is None else text_cls.detach()
     forward = Forward(tower.at(None), strategy, text_cls, replays=replays)
     run = forward.block
     if tower.checkpointing and tower.model.training:

@@ -57,11 +57,10 @@ class Forward:
         Args:
             tower: of the blocks.
             strategy: checked, see `Strategy.check`.
-            text_cls: (B, D), the guidance, or None.
+            text_cls: (B, D), the guidance, detached, or None.
             replays: what each step did for the same images elsewhere, and does here again.
         """
-        self.tower, self.strategy = tower, strategy
-        self.text_cls = None if text_cls is None else text_cls.detach()
+        self.tower, self.strategy, self.text_cls = tower, strategy, text_cls
         self.infos = {info.stage.first: info for info in replays or ()}
         if replays is not None:
             self.stages = {i: info.stage for i, info in self.infos.items()}
