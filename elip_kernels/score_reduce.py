@@ -93,7 +93,7 @@ def score_reduce(
     else:
         _check_row(row, tokens)
     out, kept, weights, _, row = _score_reduce_op(
-        tokens, cls.detach(), query, row, eps, keep, merge, normalize
+        tokens, cls.detach(), query, eps, keep, merge, normalize, row
     )
     return (out, ReductionInfo(kept, weights, None, 1, merge), row) if return_info else out
 
@@ -116,11 +116,11 @@ def score_reduce_reference(
     tokens: Tensor,
     cls: Tensor,
     query: Tensor | None,
-    row: Tensor | None,
     eps: float,
     keep: int,
     merge: bool,
     normalize: bool,
+    row: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The specification -> out, kept, weights, slots as `reduce`, and the row (B, N); of query and
     row one is given."""
@@ -218,11 +218,11 @@ def _score_reduce(
     tokens: Tensor,
     cls: Tensor,
     query: Tensor | None,
-    row: Tensor | None,
     eps: float,
     keep: int,
     merge: bool,
     normalize: bool,
+    row: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Allocate, read launch.py, launch twice; a row that is given is `reduce`'s, one launch."""
     if row is not None:
@@ -284,7 +284,7 @@ def _score_tiles_then_move(
     )
 
 
-def _fake(tokens, cls, query, row, eps, keep, merge, normalize):
+def _fake(tokens, cls, query, eps, keep, merge, normalize, row=None):
     given = query if row is None else row
     return *empty_outputs(tokens, keep, 1, merge, weights=given.dtype), given.new_empty(
         tokens.shape[:2]
@@ -295,14 +295,14 @@ def _save_for_backward(ctx, inputs, output) -> None:
     _, kept, weights, slots, row = output
     ctx.mark_non_differentiable(kept, weights, slots, row)
     ctx.save_for_backward(slots, weights)
-    ctx.merge = inputs[6]
+    ctx.merge = inputs[5]
 
 
 def _backward(ctx, grad_out, *_):
     return reduce_backward_op(grad_out, *ctx.saved_tensors, ctx.merge), *[None] * 7
 
 
-def _flops(tokens_shape, cls_shape, query_shape, row, eps, keep, merge, *args, **kwargs) -> int:
+def _flops(tokens_shape, cls_shape, query_shape, eps, keep, merge, *args, **kwargs) -> int:
     """2 B H N D for a row, 2 for each element of a dropped token that is merged."""
     B, N, D = tokens_shape
     H = 0 if query_shape is None else query_shape[1]
@@ -313,8 +313,8 @@ _score_reduce_op = Operator(
     "score_reduce",
     score_reduce_reference,
     launcher=_score_reduce,
-    fits=lambda tokens, cls, query, row, *_: launch.runs_kernel(
-        tokens, row if query is None else query, candidates=tokens.shape[1] - 1
+    fits=lambda tokens, cls, query, *_: launch.runs_kernel(
+        *((tokens,) if query is None else (tokens, query)), candidates=tokens.shape[1] - 1
     ),
     fake=_fake,
     flops=_flops,

@@ -48,6 +48,24 @@ def test_is_the_row_and_then_reduce(keep, merge):
     assert not got_row.requires_grad
 
 
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_row_selects_again_and_nothing_is_scored(merge):
+    tokens, cls, arguments = torch.randn(B, N, D), torch.randn(B, D), block()
+    options = {"merge": merge, "return_info": True, **arguments}
+    ours, theirs = (tokens.clone().requires_grad_() for _ in range(2))
+    expected, info, row = elip_kernels.score_reduce(theirs, cls, K, **options)
+    with FlopCounterMode(display=False) as counter:
+        got, again, same = elip_kernels.score_reduce(ours, cls * 0, K, row=row, **options)
+    assert counter.get_total_flops() == 2 * B * D * (N - 1 - K) * merge
+    assert (
+        torch.equal(got, expected) and torch.equal(same, row) and torch.equal(again.kept, info.kept)
+    )
+    grad = torch.randn_like(got)
+    got.backward(grad)
+    expected.backward(grad)
+    assert torch.equal(ours.grad, theirs.grad)
+
+
 def arguments_of_the_op(dtype=torch.float32):
     """Few numbers, each of which a gradient of a gradient takes two calls for."""
     tokens = torch.randn(2, 7, 4, dtype=dtype, requires_grad=True)
@@ -57,6 +75,9 @@ def arguments_of_the_op(dtype=torch.float32):
 
 def test_opcheck_and_gradcheck():
     opcheck(torch.ops.elip.score_reduce.default, arguments_of_the_op())
+    tokens, cls, _, *others = arguments_of_the_op()
+    row = torch.rand(tokens.shape[:2])
+    opcheck(torch.ops.elip.score_reduce.default, (tokens, cls, None, *others, row))
     tokens, *others = arguments_of_the_op(torch.float64)
     # The row depends on the tokens, but passes no gradient: hold it by a large margin.
     others[1] = others[1] * 0
