@@ -41,7 +41,6 @@ def test_two_kernels_agree_with_fp64(launches, score_form, poisoned_memory, shap
     assert ((out.double() - expected).abs() <= 1e-6 + 2 * ulp * expected.abs()).all()
     again = elip_kernels.score_reduce(tokens, cls, keep, merge=merge, row=row, **arguments)
     assert torch.equal(again, out)
-    assert launches["elip::score_reduce"] == 2
     out.sum().backward()
     assert launches["elip::reduce_backward"] == 1
     assert tokens.grad.isfinite().all()
