@@ -88,6 +88,7 @@ def test_it_draws_negatives_that_are_no_pairs_and_masks_neither_cls_nor_padding(
         assert torch.equal(sample.masked_ids[sample.labels == -100], ids[sample.labels == -100])
 
 
+@pytest.mark.slow
 def test_a_step_without_given_draws_trains(golden):
     case = golden("albef_pretrain")
     model = loaded(case)

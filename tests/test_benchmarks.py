@@ -289,9 +289,10 @@ def pytest_runtest_setup(item):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stops_at", "failed", "missing"),
-    [("", ["reduce"], []), pytest.param("reduce", [], ["reduce"], marks=pytest.mark.slow)],
+    [("", ["reduce"], []), ("reduce", [], ["reduce"])],
 )
 def test_a_run_that_failed_or_was_stopped_is_refused(
     measure, tmp_path, capsys, stops_at, failed, missing

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from elip_kernels.bipartite import bipartite_merge
 from elip_kernels.info import source_matrix, unmerge
+from tests.tiers import tiered
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Cases 4 and 5 of the golden tensors protect a distillation token, which this op does not.
@@ -215,7 +216,7 @@ def test_opcheck(with_size):
     opcheck(torch.ops.elip.bipartite_merge_backward.default, (grad, size, sizes, slots))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", tiered(["aot_eager", "inductor"], ["aot_eager"]))
 def test_compiles_whole_and_once_for_all_batches_and_counts(backend):
     torch._dynamo.reset()
     compiles = torch._dynamo.testing.CompileCounterWithBackend(backend)

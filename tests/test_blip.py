@@ -122,6 +122,7 @@ def test_it_draws_negatives_that_are_no_pairs(golden):
             assert (negative != torch.arange(4)).all()
 
 
+@pytest.mark.slow
 def test_a_step_without_given_draws_trains(golden):
     case = golden("blip_pretrain")
     model = loaded(case)

@@ -107,6 +107,7 @@ def test_a_recomputation_finds_its_own_pass(forward, order, mode):
         assert_equal_gradients(gradients(model), expected[i], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_blocks_compiled_one_by_one_replay_too():
     """Once compiled: torch itself refuses the recomputation of a block that it first compiles."""
     torch._dynamo.reset()

@@ -310,7 +310,8 @@ def test_the_tables_name_every_tensor_of_the_models():
     """Backwards, the table of pre-training leaves none of our names as it is."""
     for kind in ("albef", "blip", "meter"):
         model = create_model(f"{KINDS[kind].family}_tiny")
-        state = {n: w for n, w in model.state_dict().items() if first_names(model)[n] == n}
+        first = first_names(model)
+        state = {name: w for name, w in model.state_dict().items() if first[name] == name}
         theirs = renamed(state, backwards(KINDS[kind].names))
         kept = {name for name in theirs if name in state and not name.startswith("itm_head.")}
         assert not kept

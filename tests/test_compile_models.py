@@ -15,7 +15,6 @@ from tests.cross_modal_cases import (
     made,
     step,
 )
-from tests.tiers import tiered
 from tests.towers import assert_equal_gradients, gradients
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -23,7 +22,8 @@ SHALLOW = {"vision_depth": 2, "schedule": "1(100%) 1(50%)"}
 ONE_LAYER = {"albef": {}, "blip": {"text_depth": 1}, "meter": {"text_depth": 1, "cross_depth": 1}}
 
 
-@pytest.mark.parametrize("family", tiered(MODELS, ["meter"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("family", MODELS)
 def test_a_training_step_is_one_graph_that_serves_the_next_one_too(family):
     model = made(family, **SHALLOW, **ONE_LAYER[family])
     eager = copy.deepcopy(model)

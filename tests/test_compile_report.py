@@ -256,6 +256,7 @@ def test_outside_the_recorder_the_reference_runs():
     assert torch.equal(kept[:, 0], tokens[:, 0])
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_table_and_json(tmp_path):
     path = tmp_path / "report.json"
     command = [sys.executable, "-m", "elip_kernels.testing", "report"]

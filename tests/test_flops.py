@@ -19,6 +19,7 @@ from elip_models.reduction.scorers import SCORERS
 from elip_models.reduction.strategies import STRATEGIES, default_strategy
 from elip_models.reduction.strategies.evit import EViT
 from elip_models.reduction.strategy_spec import VIT_B16
+from tests.tiers import tiered
 
 CASES = {name: default_strategy(name, VIT_B16) for name in STRATEGIES}
 CASES |= {f"elip-{s}": replace(CASES["elip"], scorer=s) for s in (*SCORERS, 1, 2)}
@@ -35,6 +36,8 @@ MODELS = {
     ),
 }
 TRAINING = "training"
+COUNTED = [(model, case) for model in MODELS for case in CASES]
+QUICK = [(model, case) for model, case in COUNTED if model == VIT or case == "elip"]
 
 
 @cache
@@ -55,8 +58,7 @@ def test_worked_out_and_counted_flops_of_a_dense_tower_agree(model):
     assert worked_out.training == pytest.approx(sum(counted), rel=0.01)
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("model", "case"), tiered(COUNTED, QUICK))
 def test_worked_out_and_counted_flops_agree(model, case):
     reason = CASES[case].refuses(workload(model).tower)
     if reason is not None:
@@ -68,7 +70,7 @@ def test_worked_out_and_counted_flops_agree(model, case):
     assert sum(counted) < sum(counted_dense(model))
 
 
-@pytest.mark.parametrize("ratio", [0.9, 0.75, 0.6])
+@pytest.mark.parametrize("ratio", tiered([0.9, 0.75, 0.6], [0.75]))
 @pytest.mark.parametrize("case", AT_FLOPS)
 def test_at_flops_sets_the_counted_flops(case, ratio):
     tower = workload(VIT).tower

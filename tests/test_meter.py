@@ -155,6 +155,7 @@ def test_the_official_tower_is_reproduced(golden, scorer):
     check_gradients(theirs | {"image": image.grad}, case.under("grad/"))
 
 
+@pytest.mark.slow
 def test_steps_with_their_own_draws_train(golden):
     case = golden("meter_mlm_itm")
     model = loaded(case)

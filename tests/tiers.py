@@ -4,7 +4,7 @@ import pytest
 
 
 def tiered(cases, quick):
-    """`cases` as parameters; all but those in `quick` are slow."""
+    """`cases` as parameters, a tuple for several arguments; all but those in `quick` are slow."""
     quick = list(quick)
     unknown = [case for case in quick if case not in list(cases)]
     assert not unknown, f"quick: expected some of the cases, got {unknown}"
