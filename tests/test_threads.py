@@ -9,8 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import elip_models
-from elip_models.towers import as_image_text
-from tests.models import ids, open_clip_pair
+from tests.models import PAIRS, ids, output_of_pair
 from tests.test_strategies import strategies
 from tests.towers import SCHEDULE, clip_vit, images, plain_vit, text
 
@@ -170,17 +169,14 @@ def test_reentrant_checkpoints_of_several_threads_are_refused():
 
 
 @pytest.mark.parametrize("strategy", ["elip", "tome"])
-def test_a_whole_model_guides_itself_in_every_thread(strategy):
-    model = open_clip_pair().eval()
-    width = as_image_text(model).image_model.image_size[0]
-    pixels = [torch.randn(2, 3, width, width) for _ in range(THREADS)]
-    tokens = [ids(2) for _ in range(THREADS)]
-    schedule = SCHEDULE if strategy == "elip" else None
-    elip_models.reduce_(model, strategy=strategy, schedule=schedule)
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_whole_model_guides_itself_in_every_thread(name, strategy):
+    model, tokens = PAIRS[name]().eval(), [ids(2) for _ in range(THREADS)]
+    elip_models.reduce_(model, strategy=strategy, schedule=None if strategy == "tome" else SCHEDULE)
 
     @torch.no_grad()
     def run(model, i):
-        return model(pixels[i], tokens[i])["image_features"]
+        return output_of_pair(model, IMAGES[i], tokens[i])
 
     assert wrong_of(model, run, 8) == 0
 
