@@ -207,18 +207,18 @@ def check_text(text_cls: Tensor, expected: tuple[int, int], device: torch.device
         raise ValueError(f"text_cls: expected it on {device}, got {text_cls.device}")
 
 
-def fuse(cls: Tensor, text_cls: Tensor | None, settings: Elip) -> Tensor:
+def fuse(cls: Tensor, text_cls: Tensor | None, strategy: Elip) -> Tensor:
     """Eq. 1: cls (B, D), text_cls (B, D) or None -> the fused CLS token (B, D)."""
-    if text_cls is None or settings.fusion == 1.0:
+    if text_cls is None or strategy.fusion == 1.0:
         return cls
     text = text_cls.to(cls.dtype)
-    if settings.guidance_norm == "match":
+    if strategy.guidance_norm == "match":
         text = F.normalize(text, dim=1) * cls.norm(dim=1, keepdim=True)
-    return settings.fusion * cls + (1.0 - settings.fusion) * text
+    return strategy.fusion * cls + (1.0 - strategy.fusion) * text
 
 
-def fused_cls(tower: Tower, tokens: Tensor, text_cls: Tensor | None, settings: Elip) -> Tensor:
+def fused_cls(tower: Tower, tokens: Tensor, text_cls: Tensor | None, strategy: Elip) -> Tensor:
     """`fuse` of token 0, for a text that is checked here; without CLS the text itself."""
     if text_cls is not None:
         check_text(text_cls, (tokens.shape[0], tokens.shape[2]), tokens.device)
-    return fuse(tokens[:, 0], text_cls, settings) if tower.has_cls else text_cls.to(tokens.dtype)
+    return fuse(tokens[:, 0], text_cls, strategy) if tower.has_cls else text_cls.to(tokens.dtype)
