@@ -76,6 +76,14 @@ def is_known(module: nn.Module) -> bool:
     return type(module).__module__.startswith(LIBRARIES + PEFT)
 
 
+def refuses_norm(norm: nn.Module) -> str | None:
+    """Why a block cannot begin with it, in one sentence, or None: a wrapper is called."""
+    norm = unwrapped(norm)
+    if isinstance(norm, nn.LayerNorm) or not is_known(norm):
+        return None
+    return f"a block begins with a {type(norm).__name__} where the CLS row needs LayerNorm"
+
+
 def affine(layer: nn.Module) -> Affine | None:
     """The map of a layer, or None where only a call of it tells. LoRA's has no gradient.
 

@@ -27,6 +27,7 @@ from elip_models.towers.effective import (
     in_projection,
     is_lora_attention,
     out_projection,
+    refuses_norm,
     unwrapped,
 )
 from elip_models.towers.fsdp import unsharded
@@ -224,4 +225,4 @@ def _refuses_block(block: nn.Module) -> str | None:
         return "it attends by scaled cosine, whose scale is learned"
     if getattr(attn, "head_scale", None) is not None:
         return "it scales the output of each head"
-    return None
+    return refuses_norm(block.ln_1)

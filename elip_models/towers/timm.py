@@ -13,7 +13,7 @@ from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
 from elip_models.towers.base import Projections, Tower, interpolated, is_plain
-from elip_models.towers.effective import Affine, qkv_of, unwrapped
+from elip_models.towers.effective import Affine, qkv_of, refuses_norm, unwrapped
 
 
 class TimmTower(Tower):
@@ -156,4 +156,4 @@ def _refuses_block(block: nn.Module) -> str | None:
         return f"its attention is {type(attn).__name__}, whose CLS row has no absorbed form"
     if getattr(attn, "gate", None) is not None:
         return "it gates its attention output"
-    return None
+    return refuses_norm(block.norm1)
