@@ -213,6 +213,7 @@ UNSUPPORTED = [
     ("post-norm", lambda: plain_vit(block_fn=timm_vit.ResPostBlock)),
     ("windowed", lambda: timm.create_model("swin_tiny_patch4_window7_224")),
     ("dynamic_img_size", lambda: plain_vit(dynamic_img_size=True)),
+    ("RmsNorm", lambda: plain_vit(norm_layer=timm.layers.RmsNorm)),
     ("ResNet", lambda: timm.create_model("resnet10t")),
     ("pools by attention", lambda: open_clip_vit(attentional_pool=True)),
     ("pools by 'avg'", lambda: open_clip_vit(pool_type="avg")),
