@@ -226,7 +226,7 @@ def merge_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Allocate, read the launch table, launch."""
     B, N, D = tokens.shape
-    tokens = launch.addressable(tokens)
+    tokens, slots = launch.addressable(tokens), slots.contiguous()
     size = None if size is None else size.contiguous()
     out = tokens.new_empty(B, num_rows, D)
     out_size = tokens.new_empty(B, num_rows, dtype=torch.float32)
@@ -250,7 +250,7 @@ def merge_fwd(
 
 def merge_bwd(grad_out: Tensor, size: Tensor | None, out_size: Tensor, slots: Tensor) -> Tensor:
     """Allocate, read launch.py, launch."""
-    grad_out = grad_out.contiguous()
+    grad_out, slots = grad_out.contiguous(), slots.contiguous()
     size = None if size is None else size.contiguous()
     (B, R, D), N = grad_out.shape, slots.shape[1]
     grad = grad_out.new_empty(B, N, D)

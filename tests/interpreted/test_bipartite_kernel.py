@@ -178,3 +178,19 @@ def test_fp64_and_long_inputs_take_the_pytorch_form(launches, monkeypatch):
     leaf = tokens.requires_grad_()
     bipartite.bipartite_merge(leaf, metric, 3)[0].sum().backward()
     assert launches == Counter(dict.fromkeys(ALL_OPS, 2))  # dispatched, and handed on
+
+
+@pytest.mark.parametrize("part", ["every second image", "one image for all"])
+def test_a_match_may_be_a_view(launches, part):
+    """What the user holds of `BipartiteInfo`, not only what the op returned."""
+    tokens, metric, _ = inputs(4, 21)
+    _, _, info = bipartite.bipartite_merge(tokens, metric, 6, return_info=True)
+    view = info.slots[::2] if part == "every second image" else info.slots[:1].expand(2, -1)
+    grad, results = torch.randn(2, 15, 40), []
+    for slots in (view, view.contiguous().clone()):
+        leaf = tokens[:2].clone().requires_grad_()
+        out, _ = bipartite.merge_by(leaf, info._replace(slots=slots))
+        out.backward(grad)
+        results.append((out, leaf.grad))
+    assert launches["elip::bipartite_merge"] == 3
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
