@@ -27,7 +27,7 @@ def pytest_cmdline_main(config):
     option = config.option
     is_asked = IS_WORKER or option.usepdb or getattr(option, "numprocesses", 0) is not None
     if folders == {TESTS} and not is_asked:
-        option.numprocesses, option.dist = 2, "loadgroup"
+        option.numprocesses, option.dist = 2, "loadscope"  # what a file shares is made once
 
 
 class Golden(dict):

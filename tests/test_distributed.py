@@ -23,7 +23,6 @@ def failed(request, tmp_path_factory):
     return two_processes.run(modules, names, tmp_path_factory.mktemp("two_processes"))
 
 
-@pytest.mark.xdist_group("two processes")
 @pytest.mark.parametrize("case", tiered(CASES, QUICK))
 def test_two_processes_give_what_one_gives(failed, case):
     assert not failed[case], failed[case]

@@ -147,7 +147,8 @@ def test_compiles_whole_forward_and_backward(scorer):
         torch.testing.assert_close(out, model(x))
 
 
-@pytest.mark.parametrize("scorer", tiered(["exact", "cls"], ["exact"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("scorer", ["exact", "cls"])
 def test_compiles_with_inductor_and_autocast(scorer):
     torch._dynamo.reset()
     model = plain_vit(depth=3)

@@ -281,7 +281,6 @@ def blip_counts():
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("a step of BLIP")
 def test_a_step_of_blip_is_the_papers(blip_counts):
     paper, counted = TABLE1["BLIP"], ratios(blip_counts)
     assert blip_counts["dense"] == pytest.approx(paper.dense, rel=0.01)
@@ -295,7 +294,6 @@ def test_a_step_of_blip_is_the_papers(blip_counts):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("a step of BLIP")
 def test_the_report_on_table_1_is_made_of_the_counts(blip_counts):
     without = {name: f for name, f in blip_counts.items() if name not in (SHARED, "ToMe")}
     counts = {"albef": blip_counts, "blip": blip_counts, "meter": without, "meter_b32": without}

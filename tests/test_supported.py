@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("supported models")
 SCRIPT = Path(__file__).parents[1] / "docs" / "supported.py"
 
 
