@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from benchmarks.cases import DEVICE, DTYPE_NAMES, MAIN_DTYPE, pretraining_case
 from elip_models.models.albef import ALBEF
-from elip_models.models.layers.objectives import hard_negatives
+from elip_models.models.layers.losses import hard_negatives
 from elip_models.models.momentum_model import MomentumModel
 from elip_models.models.registry import create_model
 from elip_models.profiling.measure import (

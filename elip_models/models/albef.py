@@ -16,7 +16,7 @@ from torch import Tensor
 
 from elip_models.models.base import TokenId
 from elip_models.models.layers.bert import BertTower, masked_language_head
-from elip_models.models.layers.objectives import (
+from elip_models.models.layers.losses import (
     distilled_language_loss,
     mask_every,
     mask_tokens,

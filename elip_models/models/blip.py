@@ -24,7 +24,7 @@ from elip_models.models.layers.bert import (
     untied_decoder,
 )
 from elip_models.models.layers.generation import CAPTIONS, Decoding, write
-from elip_models.models.layers.objectives import language_loss, next_rows
+from elip_models.models.layers.losses import language_loss, next_rows
 from elip_models.models.momentum_model import Encoders, MomentumConfig, MomentumModel
 from elip_models.validation import NonNegative, PositiveInt, Share
 

@@ -23,11 +23,7 @@ from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 from elip_models.models.base import TokenId
 from elip_models.models.cross_modal import CrossModalConfig, CrossModalModel
 from elip_models.models.layers.bert import BertTower, masked_language_head
-from elip_models.models.layers.objectives import (
-    distilled_language_loss,
-    mask_every,
-    mask_tokens,
-)
+from elip_models.models.layers.losses import distilled_language_loss, mask_every, mask_tokens
 from elip_models.towers import as_tower
 from elip_models.validation import NonNegative, PositiveInt, Share, divisor_of
 

@@ -21,14 +21,14 @@ from transformers import BertConfig
 
 from elip_models.models.cross_modal import CrossModalConfig, CrossModalModel
 from elip_models.models.layers.bert import BertTower
-from elip_models.models.layers.losses import all_gather, rank_of
+from elip_models.models.layers.distributed import all_gather, rank_of
+from elip_models.models.layers.losses import hard_negatives, soft_contrastive_loss
 from elip_models.models.layers.momentum import (
     FeatureQueue,
     momentum_copy,
     similarities,
     update_momentum_,
 )
-from elip_models.models.layers.objectives import hard_negatives, soft_contrastive_loss
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategy import StageInfo
 from elip_models.towers import as_tower

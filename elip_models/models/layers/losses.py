@@ -1,55 +1,173 @@
-"""Losses of the models.
+"""The objectives of pre-training: losses, and what a step draws for them.
 
-Contrastive loss (CLIP, ALBEF's ITC): mean of the cross entropies of image-to-text and text-to-image
-similarities, s * f_image @ f_text.T, where pairs share a row.
+ITC   cross entropies of the similarities s f_image f_text^T, by rows and columns  CLIP
+      soft targets y = alpha softmax(s_m) + (1 - alpha) I over [batch | queue]    ALBEF, Eq. 6
+ITM   negatives drawn by the softmax of the batch's similarities, never the pair itself
+MLM   15% of the tokens or words: 80% [MASK], 10% another, 10% as they were       BERT
+LM    each token from those before it, with label smoothing                       BLIP
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-Gather = Literal["local", "global"]
-"""Over the pairs of this rank, or of all ranks."""
+from elip_models.models.layers.distributed import Gather, all_gather, labelled_count, rank_of
+
+IGNORED = -100  # of cross entropy
 
 
-def ranks_of(gather: Gather) -> int:
-    """Count the ranks that `gather` goes over."""
-    is_global = gather == "global" and dist.is_available() and dist.is_initialized()
-    return dist.get_world_size() if is_global else 1
+def soft_contrastive_loss(
+    similarities: tuple[Tensor, Tensor],
+    momentum: tuple[Tensor, Tensor],
+    alpha: Tensor | float,
+    first: int = 0,
+) -> Tensor:
+    """Compute ITC with momentum distillation, the mean of both directions, in fp32.
 
-
-def rank_of(gather: Gather) -> int:
-    """Number this rank among those that `gather` goes over."""
-    return dist.get_rank() if ranks_of(gather) > 1 else 0
-
-
-def all_gather(values: Tensor, gather: Gather = "global") -> Tensor:
-    """Gather (B, ..) of all ranks in order -> (ranks * B, ..); the gradient returns to each
-    rank."""
-    if ranks_of(gather) == 1:
-        return values
-    from torch.distributed import _functional_collectives as collectives
-
-    now, before = "all_gather_single_autograd", "all_gather_tensor_autograd"  # torch renamed it
-    gather_values = getattr(collectives, now, None) or getattr(collectives, before)
-    return gather_values(values.contiguous(), 0, dist.group.WORLD)
-
-
-def labelled_count(labelled: Tensor, gather: Gather) -> Tensor:
-    """Count the positions that a loss is the mean over: True in `labelled`, or their mean over
-    ranks.
-
-    At least as many as keep an empty sum at 0.
+    Args:
+        similarities: image-to-text and text-to-image (B, C), over the temperature.
+        momentum: the same of the momentum encoders; without gradient.
+        alpha: weight of the momentum targets.
+        first: row i is the pair of column first + i.
     """
-    count, ranks = labelled.sum().float(), ranks_of(gather)
-    if ranks > 1:
-        dist.all_reduce(count)
-        count = count / ranks
-    return count.clamp_min(1 / ranks)
+    losses = []
+    for online, teacher in zip(similarities, momentum, strict=True):
+        log_probability = online.float().log_softmax(1)
+        soft = (log_probability * teacher.float().softmax(1)).sum(1)
+        own = log_probability.diagonal(first)
+        losses.append(-(alpha * soft + (1 - alpha) * own).mean())
+    return (losses[0] + losses[1]) / 2
+
+
+@torch.no_grad()
+def hard_negatives(similarities: Tensor, epsilon: float = 0.0, first: int = 0) -> Tensor:
+    """Draw for each row a column of another pair, by the row's softmax.
+
+    Args:
+        similarities: (B, C), over the temperature.
+        epsilon: added to each weight, so that no row is all zero.
+        first: row i is the pair of column first + i.
+
+    Returns:
+        (B,) int64. A single column has no negative but itself.
+    """
+    weights = similarities.float().softmax(1) + epsilon
+    columns = torch.arange(weights.shape[1], device=weights.device)
+    rows = torch.arange(first, first + len(weights), device=weights.device)
+    others = (columns != rows[:, None]).float()
+    weights = weights * others
+    lonely = ~(weights.sum(1, keepdim=True) > 0)  # all is on the pair itself, or not a number
+    weights = torch.where(lonely, others, weights)
+    if len(columns) == 1:
+        return torch.zeros_like(rows)
+    return torch.multinomial(weights, 1)[:, 0]
+
+
+@torch.no_grad()
+def mask_tokens(
+    input_ids: Tensor,
+    *,
+    mask_token_id: int,
+    special_token_ids: tuple[int, ...],
+    vocab_size: int,
+    probability: float = 0.15,
+    continues: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Hide tokens for masked language modelling.
+
+    Args:
+        input_ids: (B, L).
+        mask_token_id: in the place of 8 in 10 hidden tokens; one is another, one stays.
+        special_token_ids: never hidden.
+        vocab_size: tokens that another is drawn from.
+        probability: that a token, or a word, is hidden.
+        continues: (V,) bool, the tokens that go on with the word before them: words are hidden
+            whole. None hides each token by itself.
+
+    Returns:
+        masked ids and labels, (B, L) each; labels are -100 where nothing is to be predicted.
+    """
+    drawn = torch.rand(2, *input_ids.shape, device=input_ids.device)
+    special = torch.zeros_like(input_ids, dtype=torch.bool)
+    for token in special_token_ids:
+        special |= input_ids == token
+    chance = drawn[0]
+    if continues is not None:
+        word = (~continues[input_ids]).cumsum(1).sub(1).clamp(min=0)
+        chance = chance.gather(1, word)
+    chosen = (chance < probability) & ~special
+    labels = input_ids.masked_fill(~chosen, IGNORED)
+    random = torch.randint_like(input_ids, vocab_size)
+    replaced = torch.where(drawn[1] < 0.8, mask_token_id, input_ids)
+    replaced = torch.where((drawn[1] >= 0.8) & (drawn[1] < 0.9), random, replaced)
+    return torch.where(chosen, replaced, input_ids), labels
+
+
+def mask_every(input_ids: Tensor, mask_token_id: int, period: int = 7) -> tuple[Tensor, Tensor]:
+    """Hide every `period`-th token, without drawing any -> as `mask_tokens`; 7 is about the 15% of
+    the papers."""
+    chosen = torch.arange(input_ids.shape[1], device=input_ids.device) % period == 1
+    masked = torch.where(chosen, mask_token_id, input_ids)
+    return masked, torch.where(chosen, input_ids, IGNORED)
+
+
+def next_rows(count: int, device: torch.device) -> Tensor:
+    """Number for each of `count` rows the one after it, the first for the last -> int64."""
+    return torch.arange(count, device=device).roll(-1)
+
+
+def distilled_language_loss(
+    logits: Tensor,
+    labels: Tensor,
+    teacher: Tensor | None = None,
+    alpha: Tensor | float = 0.0,
+    gather: Gather = "local",
+) -> Tensor:
+    """Compute (1 - alpha) CE + alpha soft CE against the teacher, means over labelled positions.
+
+    Where no position is labelled it is 0.
+
+    Args:
+        logits, teacher: (B, L, V); the teacher's without gradient, or None.
+        labels: (B, L), -100 = ignored.
+        alpha: weight of the teacher.
+        gather: whose labelled positions are counted, see `labelled_count`.
+    """
+    logits, labelled = logits.float(), labels != IGNORED
+    count = labelled_count(labelled, gather)
+    loss = F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    if teacher is None:
+        return loss / count
+    soft = -(logits.log_softmax(-1) * teacher.float().softmax(-1)).sum(-1)
+    return ((1 - alpha) * loss + alpha * (soft * labelled).sum()) / count
+
+
+def language_loss(
+    logits: Tensor, input_ids: Tensor, mask: Tensor, smoothing: float, gather: Gather = "local"
+) -> Tensor:
+    """Compute LM: cross entropy of each next token, the mean over the real ones, in fp32.
+
+    Where no real token follows another it is 0.
+
+    Args:
+        logits: (B, L, V), of position i for token i + 1.
+        input_ids, mask: (B, L), 1 = real.
+        smoothing: of the labels.
+        gather: whose tokens are counted, see `labelled_count`.
+    """
+    labels = input_ids.masked_fill(mask == 0, IGNORED)[:, 1:]
+    loss = F.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1),
+        labels.flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
+        label_smoothing=smoothing,
+    )
+    return loss / labelled_count(labels != IGNORED, gather)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
