@@ -30,6 +30,7 @@ from tests.models import (
     output,
     siglip_vision,
 )
+from tests.tiers import tiered
 from tests.towers import SCHEDULE, WIDTH, images, plain_vit, text
 
 MODELS = {
@@ -89,11 +90,16 @@ def scored():
     """One model a library by every scorer, the others by the two that read most."""
     for name in MODELS:
         scorers = SCORERS if name in ("timm", "Eva", "open_clip", "HF ViT") else ("cls", "last")
-        yield from (pytest.param(name, scorer, id=f"{name}-{scorer}") for scorer in scorers)
+        yield from ((name, scorer) for scorer in scorers)
+
+
+EVERY = list(scored())
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(("name", "scorer"), scored())
+@pytest.mark.parametrize(
+    ("name", "scorer"), tiered(EVERY, [each for each in EVERY if "timm" in each or "last" in each])
+)
 def test_lora_is_what_is_merged(name, scorer, order):
     make, targets = MODELS[name]
     model, how = make(), elip(scorer)
@@ -117,7 +123,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", ["timm", "open_clip"])
+@pytest.mark.parametrize("name", tiered(["timm", "open_clip"], ["timm"]))
 @pytest.mark.parametrize("strategy", OTHERS)
 def test_so_it_is_in_other_strategies(strategy, name, order):
     (make, targets), how = MODELS[name], OTHERS[strategy]
@@ -185,7 +191,7 @@ KINDS = {
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("scorer", ["cls", "last"])
+@pytest.mark.parametrize("scorer", tiered(["cls", "last"], ["last"]))
 def test_other_kinds_count_as_merged(kind, scorer, order):
     how = elip(scorer)
     model = perturbed(adapted(plain_vit(), order, how, KINDS[kind]))
@@ -218,7 +224,7 @@ STATES = {
 
 
 @pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("name", ["timm", "timm, DoRA", "open_clip"])
+@pytest.mark.parametrize("name", tiered(["timm", "timm, DoRA", "open_clip"], ["timm"]))
 @pytest.mark.parametrize("how", [elip("last"), TOME], ids=["last", "tome"])
 def test_what_is_active_now_counts(name, state, how):
     make, targets = MODELS[name.split(",")[0]]
@@ -330,7 +336,7 @@ def as_it_acts(qkv):
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize("order", ["reduce first", "wrap first"])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("scorer", ["cls", "last"])
+@pytest.mark.parametrize("scorer", tiered(["cls", "last"], ["last"]))
 def test_any_other_wrapper_is_called(wrapper, scorer, order):
     model, plain, how = plain_vit().double(), plain_vit().double(), elip(scorer)
     plain.load_state_dict(model.state_dict())

@@ -54,7 +54,7 @@ TEXTS = [4 * text(2) for _ in range(THREADS)]
 
 def test_no_output_of_a_thousand_is_wrong():
     model = clip_vit().eval()
-    elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact", fusion=0.2)
+    elip_models.reduce_(model, schedule=SCHEDULE, fusion=0.2)
     outputs = [guided(model, i) for i in range(THREADS)]
     other = guided(model, 0), guided(model, 1)
     assert not torch.equal(*other) and torch.equal(other[0], outputs[0])
