@@ -20,25 +20,10 @@ from elip_models import (
     Trips,
 )
 from elip_models.towers import as_tower
-from tests.models import (
-    TOWERS,
-    eva,
-    ids,
-    open_clip_pair,
-    open_clip_vit,
-    output,
-    siglip_vision,
-)
+from tests.models import TOWERS, eva, ids, open_clip_pair, open_clip_vit, output, siglip_vision
 from tests.test_golden import check_gradients, tower
 from tests.tiers import tiered
-from tests.towers import (
-    SCHEDULE,
-    WIDTH,
-    clip_vit,
-    images,
-    plain_vit,
-    text,
-)
+from tests.towers import SCHEDULE, WIDTH, clip_vit, images, plain_vit, text
 
 
 def evit_case(golden):
