@@ -1,6 +1,5 @@
 """What a forward leaves behind lives no longer than its graph."""
 
-import gc
 import weakref
 
 import pytest
@@ -28,7 +27,6 @@ def forwards(monkeypatch):
 
 
 def alive(forwards):
-    gc.collect()
     return sum(each() is not None for each in forwards)
 
 
