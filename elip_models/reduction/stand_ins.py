@@ -203,7 +203,8 @@ class TextFirst:
             reduction.own_text = None
             if not output and not is_guided:
                 text = self._text_cls(args, kwargs)
-                reduction.own_text = None if text is None else set_guidance(text)
+                is_plain = text is None or torch.compiler.is_exporting()
+                reduction.own_text = text if is_plain else set_guidance(text)
         elif output:
             drop_guide(self)
         elif guide_of(reduction) is None and not is_recomputing():
