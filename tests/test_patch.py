@@ -75,13 +75,12 @@ def test_encode_image_refuses_a_reduced_model(model):
         elip_models.encode_image(model, images(), schedule=SCHEDULE)
 
 
-@pytest.mark.parametrize("name", ["forward_intermediates", "get_intermediate_layers"])
-def test_side_doors_are_refused(model, name):
+def test_what_would_cut_the_blocks_off_is_refused(model):
     elip_models.reduce_(model, schedule=SCHEDULE)
-    with pytest.raises(ValueError, match=f"{name}.*unreduce_"):
-        getattr(model, name)(images())
+    with pytest.raises(ValueError, match="prune_intermediate_layers.*unreduce_"):
+        model.prune_intermediate_layers(2)
     elip_models.unreduce_(model)
-    assert getattr(model, name)(images()) is not None
+    assert model.prune_intermediate_layers(2) == [4, 5]
 
 
 def test_attention_masks_are_refused(model):

@@ -19,19 +19,25 @@ def test_what_a_user_had_put_there_comes_back(model):
     def mine(*args, **kwargs):
         return "mine"
 
+    def mine_too(*args, **kwargs):
+        return "mine too"
+
     def logged(tokens, *args, **kwargs):
         calls.append(tokens.shape[1])
         return type(model.blocks[3]).forward(model.blocks[3], tokens, *args, **kwargs)
 
-    model.forward_intermediates, model.blocks[3].forward = mine, logged
+    model.prune_intermediate_layers, model.blocks[3].forward = mine, logged
+    model.forward_intermediates = mine_too
     elip_models.reduce_(model, schedule=SCHEDULE)
     elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact")
     with pytest.raises(ValueError, match="unreduce_"):
-        model.forward_intermediates(x)
+        model.prune_intermediate_layers(3)
+    assert model.forward_intermediates(x) == "mine too"
     model(x)
     assert calls == [30, 20]  # in the dry run too: it is what the block runs
     elip_models.unreduce_(model)
-    assert model.forward_intermediates(x) == "mine"
+    assert model.prune_intermediate_layers(3) == "mine"
+    assert model.forward_intermediates is mine_too
     assert model.blocks[3].forward is logged
 
 

@@ -85,11 +85,12 @@ def run_tower(
     last = tower.depth - 1
     cls_only = cls_only and not torch.is_grad_enabled() and tower.is_plain(last)
     text_cls = None if text_cls is None else text_cls.detach()
-    forward = Forward(tower.at(None), strategy, text_cls, replays=replays)
+    tokens = strategy.embed(tower, images)
+    num_tokens = None if strategy.changes_embedding else tokens.shape[1]
+    forward = Forward(tower.at(None), strategy, text_cls, num_tokens=num_tokens, replays=replays)
     run = forward.block
     if tower.checkpointing and tower.model.training:
         run = partial(checkpoint, forward.block, use_reentrant=False)
-    tokens = strategy.embed(tower, images)
     for i in range(tower.depth):
         tokens, info = run(i, tokens, cls_only=cls_only and i == last)
         if info is not None:
@@ -99,11 +100,13 @@ def run_tower(
 
 def _check_images(images: Tensor, tower: Tower) -> None:
     weight = next(tower.model.parameters())
-    expected = f"a floating-point tensor (B, 3, {tower.image_size[0]}, {tower.image_size[1]})"
+    size = "H, W" if tower.has_dynamic_size else "{}, {}".format(*tower.image_size)
+    expected = f"a floating-point tensor (B, 3, {size})"
     if not isinstance(images, Tensor) or not images.is_floating_point():
         got = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"images: expected {expected}, got {got}; scale pixels to floats first")
-    if images.dim() != 4 or tuple(images.shape[2:]) != tower.image_size:
+    fits = tower.has_dynamic_size or tuple(images.shape[2:]) == tower.image_size
+    if images.dim() != 4 or not fits:
         raise ValueError(f"images: expected {expected}, got {tuple(images.shape)}")
     if images.device != weight.device:
         raise ValueError(f"images: expected them on {weight.device}, got {images.device}")

@@ -11,6 +11,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
+from elip_models.reduction.dense_outputs import DenseMethod, HiddenStates, ResetClassifier
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.stand_ins import (
     REPLICATE,
@@ -25,7 +26,8 @@ from elip_models.reduction.strategies.elip import ElipOptions
 from elip_models.reduction.strategy import Strategy
 from elip_models.towers import Tower, as_image_text, as_tower
 
-StandIn = ReducedBlock | Entrance | Refusal
+StandIn = ReducedBlock | Entrance | Refusal | DenseMethod | ResetClassifier
+Hook = TextFirst | HiddenStates
 
 
 def reduce_(
@@ -108,22 +110,47 @@ def _install(reduction: Reduction) -> None:
         setattr(owner, name, Entrance(reduction, passes_on=False))
         for owner, name in first:
             setattr(owner, name, Entrance(reduction, passes_on=True))
-    for i in reduction.acts_at:
-        block = tower.blocks[i]
-        block.forward = ReducedBlock(reduction, i, vars(block).get("forward"))
-    _refuse_methods(tower.model, (*tower.unsupported_methods, REPLICATE))
-    if image_text is None:
-        return
-    _refuse_methods(image_text.model, image_text.unsupported_methods)
-    if strategy.is_guided:
-        text_first = TextFirst(reduction)
-        image_text.model.register_forward_pre_hook(text_first, with_kwargs=True)
-        image_text.model.register_forward_hook(text_first, with_kwargs=True, always_call=True)
+    for i, block in enumerate(tower.blocks):
+        if i >= reduction.first:
+            block.forward = ReducedBlock(reduction, i, vars(block).get("forward"))
+    _install_methods(reduction)
+    if tower.collector is not None and reduction.acts_at:
+        _hook(tower.collector, HiddenStates(reduction))
+    if image_text is not None and strategy.is_guided:
+        _hook(image_text.model, TextFirst(reduction))
 
 
-def _refuse_methods(model: nn.Module, names: tuple[str, ...]) -> None:
-    for name in names:
+def _install_methods(reduction: Reduction) -> None:
+    """In place of those of the model that read more of it than its own forward does."""
+    model, tower = reduction.tower.model, reduction.tower
+    refused, dense = [*tower.unsupported_methods, REPLICATE], tower.dense_methods
+    if reduction.strategy.changes_embedding:
+        refused, dense = [*refused, *dense], ()
+    for name in refused:
         setattr(model, name, Refusal(name, vars(model).get(name)))
+    for name in dense:
+        setattr(model, name, DenseMethod(reduction, name, vars(model).get(name)))
+    if tower.resets_classifier:
+        name = "reset_classifier"
+        setattr(model, name, ResetClassifier(reduction, name, vars(model).get(name)))
+
+
+def _hook(module: nn.Module, hook: Hook) -> None:
+    """Around the module's forward."""
+    module.register_forward_pre_hook(hook, with_kwargs=True)
+    module.register_forward_hook(hook, with_kwargs=True, always_call=True)
+
+
+def _unhook(module: nn.Module) -> None:
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, Hook):
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+    for key, hook in list(module._forward_hooks.items()):
+        if isinstance(hook, Hook):
+            del module._forward_hooks[key]
+            module._forward_hooks_with_kwargs.pop(key, None)
+            module._forward_hooks_always_called.pop(key, None)
 
 
 def unreduce_(model: nn.Module) -> nn.Module:
@@ -141,15 +168,7 @@ def unreduce_(model: nn.Module) -> nn.Module:
                 )
     wholes = [each.image_text.model for each in _reductions(model) if each.image_text is not None]
     for module in (module for whole in (model, *wholes) for module in whole.modules()):
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, TextFirst):
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-        for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, TextFirst):
-                del module._forward_hooks[key]
-                module._forward_hooks_with_kwargs.pop(key, None)
-                module._forward_hooks_always_called.pop(key, None)
+        _unhook(module)
         for name, value in list(vars(module).items()):
             if isinstance(value, StandIn):
                 delattr(module, name)

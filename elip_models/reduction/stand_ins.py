@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from elip_kernels import unmerge
+from elip_models.reduction.dense_outputs import is_on_grid
 from elip_models.reduction.guidance import (
     drop_guide,
     guide_of,
@@ -22,12 +24,13 @@ from elip_models.reduction.guidance import (
 )
 from elip_models.reduction.replay import Replay, is_recomputing
 from elip_models.reduction.step import Forward, Step
-from elip_models.reduction.strategy import Strategy, stages_of
+from elip_models.reduction.strategy import Strategy, blocks_of
 from elip_models.towers import ImageTextModel, Tower
 from elip_models.towers.apart import apart
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+Stepped = tuple[Tensor, Tensor | None, bool, Tensor | None]
 
 
 @dataclass(eq=False)
@@ -38,7 +41,7 @@ class Reduction:
     running: the forwards by thread. replay: those that a checkpoint may recompute.
     guides, text_cls: for graphs, by whom each text was set, and the latest.
     own_text: for graphs, what the whole model's forward has made its text.
-    forward: for graphs, the one that runs.
+    forward, on_grid: for graphs, the one that runs, and whether it is.
     """
 
     tower: Tower
@@ -50,21 +53,22 @@ class Reduction:
     text_cls: Tensor | None = None
     own_text: Tensor | None = None
     forward: Forward | None = None
+    on_grid: bool = False
 
     def __post_init__(self) -> None:
-        stages = stages_of(self.strategy, self.tower.size)
-        first, last = min(stages, default=0), max(stages, default=0)
-        self.carries = self.strategy.replaces_block or self.tower.is_rotary
-        self.acts_at = tuple(stages)
-        if stages and (self.strategy.replaces_later or self.tower.is_rotary):
-            last = self.tower.depth - 1
-            self.acts_at = tuple(range(first, self.tower.depth))
-        self.first, self.last = first, last
+        tower, strategy = self.tower, self.strategy
+        stages = blocks_of(strategy, tower.size)
+        self.acts_at = stages
+        if stages and (strategy.replaces_later or tower.is_rotary):
+            self.acts_at = tuple(range(stages[0], tower.depth))
+        self.first, self.last = min(stages, default=tower.depth), tower.depth - 1
+        is_carried = strategy.replaces_block or tower.is_rotary
+        self.carries = is_carried or tower.has_dynamic_size
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is not guided, and has run nothing."""
-        idle = {"running": {}, "guides": {}, "text_cls": None, "own_text": None, "forward": None}
-        return vars(self) | idle
+        idle = {"running": {}, "guides": {}, "text_cls": None, "own_text": None}
+        return vars(self) | idle | {"forward": None, "on_grid": False}
 
     def guide(self, by: object, text_cls: Tensor) -> None:
         """This thread's or task's forwards are guided by text_cls (B, D)."""
@@ -77,15 +81,25 @@ class Reduction:
         del self.guides[id(by)]
         self.text_cls = next(reversed(self.guides.values()), None)
 
-    def begin(self) -> Forward:
-        """A forward, guided as this thread or task says."""
+    def begin(self, i: int, tokens: Tensor) -> Forward:
+        """A forward, guided as this thread or task says, whose `tokens` enter block i."""
+        num_tokens = tokens.shape[1] if i == self.first else None
+        return Forward(
+            self.tower,
+            self.strategy,
+            self._guidance(),
+            num_tokens=num_tokens,
+            on_grid=is_on_grid(self),
+        )
+
+    def _guidance(self) -> Tensor | None:
         if not torch.compiler.is_compiling():
             guide = guide_of(self)
-            return Forward(self.tower, self.strategy, None if guide is None else guide.text_cls)
+            return None if guide is None else guide.text_cls
         text = self.text_cls if self.own_text is None else self.own_text
         if text is not None and not torch.compiler.is_exporting():
             text = own_guidance(text)
-        return Forward(self.tower, self.strategy, text)
+        return text
 
     def step(self, i: int, tokens: Tensor) -> Step:
         """What the strategy makes of the tokens that enter block i, in the forward that runs."""
@@ -96,7 +110,7 @@ class Reduction:
         if forward is None:
             forward = self.running.get(thread)
             if forward is None or i == self.first:
-                forward = self.running[thread] = self.begin()
+                forward = self.running[thread] = self.begin(i, tokens)
             if i == self.last:
                 del self.running[thread]
         self.replay.remember(i, forward)
@@ -105,22 +119,27 @@ class Reduction:
         except BaseException:
             self.running.pop(thread, None)
             raise
-        if step.info is not None:
-            forward.infos[i] = step.info
-        return step
+        return _noted(i, step, forward)
 
     def _step_in_graph(self, i: int, tokens: Tensor) -> Step:
         """Blocks that know nothing of one another share nothing: they may be checkpointed."""
-        if not self.carries:
-            return self.begin().step(i, tokens)
+        if not self.carries and not self.on_grid:
+            acts = i in self.acts_at
+            return self.begin(i, tokens).step(i, tokens) if acts else Step(tokens)
         if self.forward is None or i == self.first:
-            self.forward = self.begin()
-        step = self.forward.step(i, tokens)
-        if step.info is not None:
-            self.forward.infos[i] = step.info
+            self.forward = self.begin(i, tokens)
+        step = _noted(i, self.forward.step(i, tokens), self.forward)
         if i == self.last:
             self.forward = None
         return step
+
+
+def _noted(i: int, step: Step, forward: Forward) -> Step:
+    if step.info is not None:
+        forward.infos[i] = step.info
+        if step.source is not None:
+            forward.sources[i] = step.source
+    return step
 
 
 class ReducedBlock:
@@ -134,14 +153,14 @@ class ReducedBlock:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Block i on the tokens args[0] (B, N, D), as its library calls it."""
         if torch.compiler.is_compiling() and self.block._compiled_call_impl is not None:
-            tokens, positions, replaced_block = _outside_the_graph(self, args, kwargs)
+            tokens, positions, replaced_block, source = _outside_the_graph(self, args, kwargs)
         else:
-            tokens, positions, replaced_block = self.step(args, kwargs)
-        if replaced_block:
-            return tokens
-        if positions is not None:
-            kwargs = self.reduction.tower.moved(kwargs, positions)
-        return self.own_forward(tokens, *args[1:], **kwargs)
+            tokens, positions, replaced_block, source = self.step(args, kwargs)
+        if not replaced_block:
+            if positions is not None:
+                kwargs = self.reduction.tower.moved(kwargs, positions)
+            tokens = self.own_forward(tokens, *args[1:], **kwargs)
+        return tokens if source is None else unmerge(tokens, source)
 
     @property
     def block(self) -> nn.Module:
@@ -154,19 +173,17 @@ class ReducedBlock:
         block = self.block
         return type(block).forward(block, *args, **kwargs)
 
-    def step(self, args: Args, kwargs: Kwargs) -> tuple[Tensor, Tensor | None, bool]:
-        """The tokens, where they stand, and whether the block has run; see `Step`."""
+    def step(self, args: Args, kwargs: Kwargs) -> Stepped:
+        """All of a `Step` that a graph may hold."""
         masks = (*args[1:], *(kwargs.get(name) for name in ("attn_mask", "attention_mask")))
         if any(mask is not None for mask in masks) or kwargs.get("is_causal"):
             raise ValueError("attn_mask: expected none on a reduced model, whose tokens change")
         step = self.reduction.step(self.i, args[0])
-        return step.tokens, step.positions, step.replaced_block
+        return step.tokens, step.positions, step.replaced_block, step.source
 
 
 @torch.compiler.disable
-def _outside_the_graph(
-    block: ReducedBlock, args: Args, kwargs: Kwargs
-) -> tuple[Tensor, Tensor | None, bool]:
+def _outside_the_graph(block: ReducedBlock, args: Args, kwargs: Kwargs) -> Stepped:
     """In a block that is compiled by itself the step runs eagerly, so that it can replay.
 
     In the graph it would score again when the block is recomputed, without the guidance.

@@ -10,6 +10,7 @@ blocks in order. `encode_image`, the blocks that `reduce_` changes, pictures and
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from elip_models.reduction.strategy import (
@@ -29,12 +30,15 @@ class Step(NamedTuple):
     tokens: before the block, or after it where `replaced_block`.
     info: what the strategy did, None where it did nothing.
     positions: (B, N-p) where the tokens stand, if the tower reads it and some have left.
+    source: (B, N, N0) bool, the tokens of block 0 that each holds, in a forward that is `on_grid`
+        and has reduced.
     """
 
     tokens: Tensor
-    info: StageInfo | None
-    positions: Tensor | None
-    replaced_block: bool
+    info: StageInfo | None = None
+    positions: Tensor | None = None
+    replaced_block: bool = False
+    source: Tensor | None = None
 
 
 class Forward:
@@ -42,7 +46,8 @@ class Forward:
 
     infos: what each step did, by block. A block whose info is there does the same again, so that
         what is recomputed in backward does not choose anew. Nothing here is changed by a step: who
-        runs the blocks notes the info of each.
+        runs the blocks notes what each did.
+    sources: behind each step, see `Step`, if the forward is `on_grid`.
     """
 
     def __init__(
@@ -51,6 +56,8 @@ class Forward:
         strategy: Strategy,
         text_cls: Tensor | None = None,
         *,
+        num_tokens: int | None = None,
+        on_grid: bool = False,
         replays: Iterable[StageInfo] | None = None,
     ) -> None:
         """
@@ -58,14 +65,19 @@ class Forward:
             tower: of the blocks.
             strategy: checked, see `Strategy.check`.
             text_cls: (B, D), the guidance, detached, or None.
+            num_tokens: that enter block 0; None: those of an image of the tower's own size.
+            on_grid: blocks take and leave all tokens of block 0, each as the one that it went into.
             replays: what each step did for the same images elsewhere, and does here again.
         """
         self.tower, self.strategy, self.text_cls = tower, strategy, text_cls
+        self.size = tower.size if num_tokens is None else tower.size_of(num_tokens)
+        self.on_grid = on_grid
         self.infos = {info.stage.first: info for info in replays or ()}
+        self.sources: dict[int, Tensor] = {}
         if replays is not None:
             self.stages = {i: info.stage for i, info in self.infos.items()}
         elif strategy.reduces(text_cls, tower.model.training):
-            self.stages = stages_of(strategy, tower.size)
+            self.stages = stages_of(strategy, self.size)
             warn_if_slower(tower, strategy)
         else:
             self.stages = {}
@@ -80,6 +92,11 @@ class Forward:
         previous = self.previous(i)
         return None if previous is None else previous.positions
 
+    def source(self, i: int) -> Tensor | None:
+        """The tokens of block 0 that each token holds which enters block i, see `Step`."""
+        before = [first for first in self.sources if first < i]
+        return self.sources[max(before)] if before else None
+
     def takes_place_of(self, i: int) -> bool:
         """A step runs in place of block i."""
         if i in self.stages:
@@ -92,21 +109,23 @@ class Forward:
         Every block of every reduced forward passes here.
         """
         strategy, previous, stage = self.strategy, self.previous(i), self.stages.get(i)
-        positions = self.positions(i)
+        positions, source = self.positions(i), self.source(i)
+        tokens = tokens if source is None else first_of(tokens, source)
         tower = self.tower if positions is None else self.tower.at(positions)
         if stage is None:
             takes_place = self.takes_place_of(i)
             if takes_place:
                 tokens = strategy.later(tower, i, tokens, previous)
-            return Step(tokens, None, positions, takes_place)
+            return Step(tokens, None, positions, takes_place, source)
         self._check(i, tokens)
         context = Context(self.text_cls, previous, self.infos.get(i))
         tokens, info = strategy.step(tower, stage, tokens, context)
         info = info._replace(positions=tower.positions_after(info.reduction))
-        return Step(tokens, info, info.positions, strategy.replaces_block)
+        source = info.reduction.source_map(source) if self.on_grid else None
+        return Step(tokens, info, info.positions, strategy.replaces_block, source)
 
     def _check(self, i: int, tokens: Tensor) -> None:
-        expected = entering(self.strategy, self.tower.size)[i]
+        expected = entering(self.strategy, self.size)[i]
         if tokens.shape[1] != expected:
             raise ValueError(
                 f"images: expected {expected} tokens before block {i}, those of images "
@@ -122,8 +141,14 @@ class Forward:
         """
         if self.takes_place_of(i):
             return self.tower.in_block(i, lambda tokens: self.step(i, tokens)[:2], tokens)
-        tokens, info, positions, _ = self.step(i, tokens)
+        tokens, info, positions, *_ = self.step(i, tokens)
         tower = self.tower if positions is None else self.tower.at(positions)
         if cls_only:
             return tower.cls_block(i, tokens, tokens[:, 0])[:, None], info
         return tower.block(i, tokens), info
+
+
+def first_of(tokens: Tensor, source: Tensor) -> Tensor:
+    """tokens (B, N0, D) as `unmerge` leaves them -> (B, N, D), of each its first copy."""
+    at = source.to(torch.uint8).max(2).indices
+    return tokens.gather(1, at[..., None].expand(-1, -1, tokens.shape[2]))

@@ -19,6 +19,9 @@ from elip_models.reduction.schedule import Schedule, Stage
 from elip_models.towers import Size, Tower, as_image_text, as_tower
 
 
+LARGE = 2**20  # patches, of which no share below 1 rounds to all
+
+
 class StageInfo(NamedTuple):
     """What one step did.
 
@@ -179,6 +182,14 @@ def _short(value: Any) -> str:
 def stages_of(strategy: Strategy, size: Size) -> dict[int, Stage]:
     """`strategy.stages` by the block where each acts, worked out once and not in every forward."""
     return {stage.first: stage for stage in strategy.stages(size)}
+
+
+@once
+def blocks_of(strategy: Strategy, size: Size) -> tuple[int, ...]:
+    """The blocks where it may act, on an image of any size: those where it does on a large one."""
+    if strategy.changes_embedding:
+        return tuple(stages_of(strategy, size))
+    return tuple(stages_of(strategy, size._replace(num_patches=LARGE)))
 
 
 @once

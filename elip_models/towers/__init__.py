@@ -57,7 +57,7 @@ def as_tower(model: nn.Module) -> Tower:
         TypeError: not a model that a tower reads, or a variant of one that it does not: why.
         ImportError: a library is missing.
     """
-    model = _without_adapter(model)
+    model = _without_wrapper(model)
     _check_sharding(model)
     library = _library(model)
     if library is None:
@@ -82,7 +82,7 @@ def as_image_text(model: nn.Module) -> ImageTextModel | None:
     Raises:
         TypeError: one whose text cannot guide its images: why.
     """
-    model = _without_adapter(model)
+    model = _without_wrapper(model)
     _check_sharding(model)
     library = _library(model)
     if library is None:
@@ -101,10 +101,13 @@ def as_image_text(model: nn.Module) -> ImageTextModel | None:
     return image_text
 
 
-def _without_adapter(model: nn.Module) -> nn.Module:
-    """The model inside peft's, whose own layers are the adapted ones."""
-    is_peft = any(cls.__module__ == "peft.peft_model" for cls in type(model).__mro__)
-    return model.get_base_model() if is_peft else model
+def _without_wrapper(model: nn.Module) -> nn.Module:
+    """The model inside peft's, whose own layers are the adapted ones, or inside that of timm's
+    features_only=True."""
+    names = {f"{cls.__module__}.{cls.__name__}" for cls in type(model).__mro__}
+    if any(name.startswith("peft.peft_model.") for name in names):
+        return model.get_base_model()
+    return model.model if "timm.models._features.FeatureGetterNet" in names else model
 
 
 def as_reducible(model: nn.Module) -> Reducible:

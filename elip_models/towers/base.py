@@ -62,6 +62,9 @@ class Tower:
     num_prefix_tokens: tokens that always stay, first; CLS is number 0. None: a tower without CLS.
     absorbs_keys: a row is read without a key projection of the tokens.
     is_rotary: blocks rotate each token by its place in the image, which then follows the token.
+    has_dynamic_size: images of other sizes may go in, each with its own number of patches.
+    dense_methods: methods of the model that return the tokens of several blocks.
+    resets_classifier: the model has timm's `reset_classifier`.
     unsupported_methods: methods of the model that would return nonsense on a reduced one.
 
     `qkv`, `weights`, `project`, `mlp` and what is made of them read block i's parameters where
@@ -79,6 +82,9 @@ class Tower:
     num_prefix_tokens: int = 1
     absorbs_keys: bool = True
     is_rotary: bool = False
+    has_dynamic_size: bool = False
+    dense_methods: tuple[str, ...] = ()
+    resets_classifier: bool = False
     unsupported_methods: tuple[str, ...] = ()
 
     @property
@@ -105,6 +111,13 @@ class Tower:
             self.absorbs_keys,
         )
 
+    def size_of(self, num_tokens: int) -> Size:
+        """The sizes for an image of which `num_tokens` enter block 0, if they may differ from the
+        tower's own."""
+        if not self.has_dynamic_size:
+            return self.size
+        return self.size._replace(num_patches=num_tokens - self.num_prefix_tokens)
+
     @staticmethod
     def accepts(model: nn.Module) -> bool:
         """The model is one of those that the adapter is to judge, where a library has several."""
@@ -118,6 +131,15 @@ class Tower:
     @property
     def checkpointing(self) -> bool:
         """The model asks for activation checkpointing of its blocks, and does it in its forward."""
+        raise NotImplementedError
+
+    @property
+    def collector(self) -> nn.Module | None:
+        """The module whose call `collects`, if the library has one."""
+        return None
+
+    def collects(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a call of `collector` with these arguments returns the tokens of all blocks."""
         raise NotImplementedError
 
     @property

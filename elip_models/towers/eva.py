@@ -35,12 +35,9 @@ class EvaTower(Tower):
     """
 
     absorbs_keys = False
-    unsupported_methods = (
-        "forward_intermediates",
-        "prune_intermediate_layers",
-        "set_input_size",
-        "reset_classifier",
-    )
+    dense_methods = ("forward_intermediates",)
+    resets_classifier = True
+    unsupported_methods = ("prune_intermediate_layers",)
 
     def __init__(
         self, model: Eva, positions: Tensor | None = None, ropes: Tensor | None = None
@@ -50,15 +47,26 @@ class EvaTower(Tower):
         self.width = model.embed_dim
         self.depth = len(model.blocks)
         self.num_heads = model.blocks[0].attn.num_heads
-        self.num_patches = model.patch_embed.num_patches
         self.num_prefix_tokens = model.num_prefix_tokens
-        self.image_size = tuple(model.patch_embed.img_size)
         linears = (m for m in model.blocks[0].mlp.children() if hasattr(m, "in_features"))
         weights = sum(m.in_features * m.out_features for m in linears)
         self.mlp_ratio = weights / (2 * self.width**2)
         self.is_rotary = model.rope is not None
         self.positions = positions
         self.ropes = ropes  # of all patches, where they were made already
+
+    @property
+    def num_patches(self) -> int:
+        """Now: `set_input_size` changes it."""
+        return self.model.patch_embed.num_patches
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return tuple(self.model.patch_embed.img_size)
+
+    @property
+    def has_dynamic_size(self) -> bool:
+        return self.model.dynamic_img_size
 
     @staticmethod
     def accepts(model: nn.Module) -> bool:
@@ -72,6 +80,11 @@ class EvaTower(Tower):
             return "it has patch dropout of its own (patch_drop_rate), so patches have no position"
         if getattr(model.rope, "aug_active", False):
             return "it draws its rotations anew in every training step (coordinate augmentation)"
+        if model.rope is not None and model.dynamic_img_size:
+            return (
+                "its rotations change from call to call with the image's size "
+                "(dynamic_img_size=False fixes it; set_input_size changes it then)"
+            )
         reasons = (_refuses_block(block) for block in model.blocks)
         return refuses_tokens(model) or next((r for r in reasons if r is not None), None)
 

@@ -58,6 +58,8 @@ LAYERS = {
 class HFTower(Tower):
     """The vision transformer inside a transformers model."""
 
+    has_dynamic_size = True  # by interpolate_pos_encoding=True in the call
+
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.trunk, self.blocks = _trunk(model)
@@ -102,6 +104,13 @@ class HFTower(Tower):
         return False  # the layers do it themselves
 
     @property
+    def collector(self) -> nn.Module:
+        return self.trunk
+
+    def collects(self, kwargs: dict[str, Any]) -> bool:
+        return bool(kwargs.get("output_hidden_states", self.trunk.config.output_hidden_states))
+
+    @property
     def entrance(self) -> list[tuple[nn.Module, str]]:
         return [(self.trunk.embeddings, "forward")]
 
@@ -113,7 +122,8 @@ class HFTower(Tower):
         return optional(self.trunk, "pre_layrnorm")(tokens)
 
     def embed(self, images: Tensor) -> Tensor:
-        return self.enter(self.trunk.embeddings(images))
+        is_other = tuple(images.shape[2:]) != self.image_size
+        return self.enter(self.trunk.embeddings(images, interpolate_pos_encoding=is_other))
 
     def call(self, i: int, block: Block, tokens: Tensor) -> Tensor:
         return block(tokens, attention_mask=None)

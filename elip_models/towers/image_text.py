@@ -15,11 +15,9 @@ class ImageTextModel(Reducible):
     An adapter sets these, and defines the methods that raise NotImplementedError here.
 
     model, image_model: the whole model, and the one inside it that a tower reads.
-    unsupported_methods: methods of the model that would return nonsense on a reduced one.
     """
 
     model: nn.Module
-    unsupported_methods: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module) -> None:
         raise NotImplementedError

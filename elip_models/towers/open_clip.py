@@ -40,7 +40,8 @@ LIBRARIES = ("torch", "open_clip")  # whose attention is read; a wrapper's is no
 class OpenClipTower(Tower):
     """An open_clip VisionTransformer with CLS pooling (or none)."""
 
-    unsupported_methods = ("forward_intermediates", "prune_intermediate_layers")
+    dense_methods = ("forward_intermediates",)
+    unsupported_methods = ("prune_intermediate_layers",)
 
     def __init__(self, model: VisionTransformer) -> None:
         self.model = model
@@ -149,8 +150,6 @@ class OpenClipTower(Tower):
 
 class OpenClipImageText(ImageTextModel):
     """A whole open_clip CLIP: its text features guide its image tower."""
-
-    unsupported_methods = ("forward_intermediates",)
 
     def __init__(self, model: CLIP | CustomTextCLIP) -> None:
         self.model = model

@@ -20,13 +20,9 @@ class TimmTower(Tower):
     """A timm VisionTransformer with CLS pooling (or none) and pre-norm blocks; CLS, distillation
     and register tokens stay."""
 
-    unsupported_methods = (
-        "forward_intermediates",
-        "get_intermediate_layers",
-        "prune_intermediate_layers",
-        "set_input_size",
-        "reset_classifier",
-    )
+    dense_methods = ("forward_intermediates",)
+    resets_classifier = True
+    unsupported_methods = ("prune_intermediate_layers",)
 
     def __init__(self, model: vit.VisionTransformer) -> None:
         self.model = model
@@ -34,10 +30,21 @@ class TimmTower(Tower):
         self.width = model.embed_dim
         self.depth = len(model.blocks)
         self.num_heads = model.blocks[0].attn.num_heads
-        self.num_patches = model.patch_embed.num_patches
         self.num_prefix_tokens = model.num_prefix_tokens
-        self.image_size = tuple(model.patch_embed.img_size)
         self.mlp_ratio = model.blocks[0].mlp.fc1.out_features / self.width
+
+    @property
+    def num_patches(self) -> int:
+        """Now: `set_input_size` changes it."""
+        return self.model.patch_embed.num_patches
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return tuple(self.model.patch_embed.img_size)
+
+    @property
+    def has_dynamic_size(self) -> bool:
+        return self.model.dynamic_img_size
 
     @staticmethod
     def refuses(model: nn.Module) -> str | None:
@@ -143,8 +150,6 @@ def refuses_tokens(model: nn.Module) -> str | None:
     """Why a model of timm needs all of its tokens, in one sentence, or None."""
     if model.global_pool not in ("token", ""):
         return f"it pools by {model.global_pool!r}, which dropped tokens would change"
-    if model.dynamic_img_size:
-        return "its number of patches changes from call to call (dynamic_img_size)"
     return None
 
 

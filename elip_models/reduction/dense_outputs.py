@@ -1,0 +1,115 @@
+"""The tokens of several blocks, out of a reduced model: the image's whole grid behind each.
+
+`forward_intermediates` of timm and open_clip, and `output_hidden_states=True` of transformers, put
+each block's tokens where the patches are. In such a call every block takes and leaves all tokens of
+block 0, each as the token that it went into (`elip_kernels.unmerge`): a merged one stands where its
+patches stood, and zeros where tokens were dropped without merging. Inside, a block has the first
+copy of each, and so the tokens that it has in any other call.
+
+Such a call belongs to its thread or task: a context variable knows it. A compiled graph cannot
+read one; there it is an attribute of the `Reduction`, which is set and unset within one trace.
+"""
+
+import inspect
+import threading
+from contextvars import ContextVar
+from copy import copy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+CALLS: ContextVar[tuple[Any, ...]] = ContextVar("CALLS", default=())
+"""The reductions whose models are called so, in this thread or task."""
+
+
+def is_on_grid(reduction: Any) -> bool:
+    """Whether the reduction's model runs in such a call."""
+    if torch.compiler.is_compiling():
+        return reduction.on_grid
+    return any(each is reduction for each in CALLS.get())
+
+
+def begin(reduction: Any) -> None:
+    """Such a call begins."""
+    if torch.compiler.is_compiling():
+        reduction.on_grid = True
+    else:
+        CALLS.set((*CALLS.get(), reduction))
+
+
+def end(reduction: Any) -> None:
+    """It ends, and with it a forward that has not come to the last block."""
+    if torch.compiler.is_compiling():
+        reduction.on_grid, reduction.forward = False, None
+        return
+    *others, _ = CALLS.get()
+    CALLS.set(tuple(others))
+    reduction.running.pop(threading.get_ident(), None)
+
+
+class DenseMethod:
+    """Stands in for a method that returns the tokens of several blocks; `replaced`: what stood
+    there before, of others."""
+
+    def __init__(self, reduction: Any, name: str, replaced: Any = None) -> None:
+        self.reduction = reduction
+        self.name = name
+        self.replaced = replaced
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        begin(self.reduction)
+        try:
+            return own_method(self)(*args, **kwargs)
+        finally:
+            end(self.reduction)
+
+
+class HiddenStates:
+    """Both hooks on a module whose call may be asked for the tokens of all blocks."""
+
+    def __init__(self, reduction: Any) -> None:
+        self.reduction = reduction
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any
+    ) -> None:
+        if not self.reduction.tower.collects(kwargs):
+            return
+        if output:
+            end(self.reduction)
+        else:
+            begin(self.reduction)
+
+
+class ResetClassifier:
+    """Stands in for timm's method of that name, which may also change the pooling."""
+
+    def __init__(self, reduction: Any, name: str, replaced: Any = None) -> None:
+        self.reduction = reduction
+        self.name = name
+        self.replaced = replaced
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        reset = own_method(self)
+        pool = inspect.signature(reset).bind(*args, **kwargs).arguments.get("global_pool")
+        tower, strategy = self.reduction.tower, self.reduction.strategy
+        if pool not in (None, tower.model.global_pool):
+            other = copy(tower.model)
+            other.global_pool = pool
+            reason = tower.refuses(other) or strategy.refuses(type(tower)(other))
+            if reason is not None:
+                raise ValueError(
+                    f"global_pool: expected one of a model that can be reduced, got {pool!r}: "
+                    f"{reason}; unreduce_ it first"
+                )
+        reset(*args, **kwargs)
+
+
+def own_method(stand_in: DenseMethod | ResetClassifier) -> Any:
+    """What the model runs without the stand-in."""
+    if stand_in.replaced is not None:
+        return stand_in.replaced
+    model = stand_in.reduction.tower.model
+    return partial(getattr(type(model), stand_in.name), model)
