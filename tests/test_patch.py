@@ -77,7 +77,7 @@ def test_encode_image_refuses_a_reduced_model(model):
 
 def test_what_would_cut_the_blocks_off_is_refused(model):
     elip_models.reduce_(model, schedule=SCHEDULE)
-    with pytest.raises(ValueError, match="prune_intermediate_layers.*unreduce_"):
+    with pytest.raises(ValueError, match=r"prune_intermediate_layers.*unreduce_"):
         model.prune_intermediate_layers(2)
     elip_models.unreduce_(model)
     assert model.prune_intermediate_layers(2) == [4, 5]
