@@ -46,9 +46,9 @@ def reduce_(
     image i is guided by text i, and another number of texts is an error.
 
     Args:
-        model: an image model of timm, open_clip or transformers with a CLS token, or SigLIP's; or
-            a whole open_clip CLIP, transformers CLIPModel, SiglipModel or
-            BlipForImageTextRetrieval.
+        model: an image model of timm, open_clip or transformers; or a whole open_clip CLIP or CoCa,
+            transformers CLIPModel, SiglipModel or BlipForImageTextRetrieval. Of one whose text
+            cannot guide its images (CoCa), the image tower is reduced as it would be alone.
         schedule: as '2(100%) 2(90%) 6(65%) 2(40%)'; its layers add up to the model's depth.
         strategy: a name in `elip_models.STRATEGIES`, or an instance, which then holds all options.
         options: scorer, fusion, guidance_norm, without_text and merge, see `ElipOptions`. The
@@ -63,6 +63,8 @@ def reduce_(
     _refuse_compiled(model, "reduce_")
     image_text = as_image_text(model)
     tower = as_tower(model if image_text is None else image_text.image_model)
+    reason = None if image_text is None else image_text.refuses()
+    image_text = None if reason is not None else image_text
     defaults: dict[str, Any] = {}
     if isinstance(strategy, str) and strategy in STRATEGIES:
         is_whole = image_text is not None
@@ -70,6 +72,11 @@ def reduce_(
     given = {name: value for name, value in options.items() if value is not None}
     strategy = get_strategy(strategy, schedule=schedule, **(defaults | given))
     strategy.check(tower)
+    if reason is not None and strategy.is_guided and not tower.has_cls:
+        raise TypeError(
+            f"model: expected one whose text can guide its images, got {type(model).__name__}: "
+            f"{reason}"
+        )
     reduction = Reduction(tower, strategy, image_text)
     if any(_are_alike(reduction, other) for other in _reductions(model)):
         return model  # nothing changes, not even for a compiler that has seen it

@@ -73,6 +73,7 @@ class Strategy:
     replaces_later: behind its first step all blocks run as `later` says, where no step is.
     changes_embedding: it takes the place of what makes tokens of images, by its `patchify`.
     is_guided: text changes what it does.
+    merge: every patch is part of a token that leaves; else some are dropped.
     """
 
     name: ClassVar[str]
@@ -80,6 +81,7 @@ class Strategy:
     replaces_later: ClassVar[bool] = False
     changes_embedding: ClassVar[bool] = False
     is_guided: bool = False
+    merge: bool = False
 
     @classmethod
     def patch_defaults(cls, tower: Tower, *, is_whole: bool) -> dict[str, Any]:
