@@ -2,8 +2,8 @@
 
 CLIP's, ViT's, DeiT's (a distillation token beside CLS), BLIP's and SigLIP's (no CLS): embeddings, a
 list of layers of two halves, a last norm. BLIP's own forward attends eagerly; `attend` here runs on
-SDPA. SigLIP pools by a probe that attends to all tokens: to the kept and the merged one. Classifiers
-that average their patches count each by its size.
+SDPA. SigLIP pools by a probe that attends to all tokens: to the kept and the merged one; where
+patches are averaged, each token counts by how many it holds.
 """
 
 from collections.abc import Sequence
@@ -205,7 +205,7 @@ class HFImageText(ImageTextModel):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor | None:
-        if input_ids is None or pixel_values is None:
+        if not self.pair(pixel_values, input_ids):
             return None
         at = self.mask_position
         mask = args[at] if len(args) > at else kwargs.get("attention_mask")
@@ -266,6 +266,17 @@ class HFSiglip(HFImageText):
     """
 
     kind = SiglipModel
+
+    def tokenise(self, tokenizer: Any, captions: Sequence[str]) -> dict[str, Tensor]:
+        length = self.model.config.text_config.max_position_embeddings
+        text = tokenizer(
+            list(captions),
+            padding="max_length",
+            truncation=True,
+            max_length=length,
+            return_tensors="pt",
+        )
+        return {"input_ids": text.input_ids}
 
     def refuses(self) -> str | None:
         return self._refuses_width(self.model.config.text_config.projection_size)

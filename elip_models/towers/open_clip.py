@@ -150,8 +150,8 @@ class OpenClipTower(Tower):
 
 
 class OpenClipImageText(ImageTextModel):
-    """A whole open_clip CLIP or CoCa: a CLIP's text features guide its image tower, as wide as it or
-    mapped back by its projection."""
+    """A whole open_clip CLIP or CoCa: the text features of a CLIP guide its image tower, where they
+    are as wide or its projection maps them back."""
 
     unsupported_methods = ("forward_intermediates",)
 
@@ -172,9 +172,7 @@ class OpenClipImageText(ImageTextModel):
         return None
 
     def text_cls(self, image: Tensor | None = None, text: Any = None) -> Tensor | None:
-        if image is None or text is None:
-            return None
-        return self.encode_guidance(text)
+        return self.encode_guidance(text) if self.pair(image, text) else None
 
     def encode_guidance(self, text: Tensor) -> Tensor:
         features = self.model.encode_text(text, normalize=True)
