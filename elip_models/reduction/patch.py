@@ -63,9 +63,9 @@ def reduce_(
     zero-shot classification, and where images are encoded alone, no text guides.
 
     Args:
-        model: an image model of timm, open_clip or transformers with a CLS token, or SigLIP's; or
-            a whole open_clip CLIP, transformers CLIPModel, SiglipModel or
-            BlipForImageTextRetrieval.
+        model: an image model of timm, open_clip or transformers; or a whole open_clip CLIP or CoCa,
+            transformers CLIPModel, SiglipModel or BlipForImageTextRetrieval. Of one whose text
+            cannot guide its images (CoCa), the image tower is reduced as it would be alone.
         keep: the mean share of tokens over the layers, in (0, 1], that the strategy is set to, for
             every strategy; None leaves it as its settings or its schedule say.
         schedule: as '2(100%) 2(90%) 6(65%) 2(40%)', whose layers add up to the model's depth; or a
@@ -84,9 +84,16 @@ def reduce_(
     _refuse_compiled(model, "reduce_")
     image_text = as_image_text(model)
     tower = as_tower(model if image_text is None else image_text.image_model)
+    reason = None if image_text is None else image_text.refuses()
+    image_text = None if reason is not None else image_text
     strategy = get_strategy(strategy, schedule=schedule, **options).fitted(tower)
     if keep is not None:
         strategy = strategy.at_keep(tower, keep)
+    if reason is not None and strategy.is_guided and not tower.has_cls:
+        raise TypeError(
+            f"model: expected one whose text can guide its images, got {type(model).__name__}: "
+            f"{reason}"
+        )
     reduction = Reduction(tower, strategy, image_text)
     if any(_are_alike(reduction, other) for other in _reductions(model)):
         return model  # nothing changes, not even for a compiler that has seen it

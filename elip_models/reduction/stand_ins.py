@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from elip_kernels import unmerge
 from elip_models.reduction.dense_outputs import is_on_grid
 from elip_models.reduction.guidance import (
     drop_guide,
@@ -26,6 +25,7 @@ from elip_models.reduction.guidance import (
 )
 from elip_models.reduction.once import UnguidedWarning, warn_once
 from elip_models.reduction.replay import Replay, is_recomputing
+from elip_models.reduction.slots import Slots
 from elip_models.reduction.step import Forward, Step
 from elip_models.reduction.strategy import StageInfo, Strategy, blocks_of
 from elip_models.reduction.summary import Summary
@@ -34,7 +34,7 @@ from elip_models.towers.apart import apart
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
-Stepped = tuple[Tensor, Tensor | None, bool, Tensor | None]
+Stepped = tuple[Tensor, Tensor | None, bool, Slots | None]
 Records = tuple[tuple[Sequence["Reduction"], list[StageInfo]], ...]
 
 RECORDS: ContextVar[Records] = ContextVar("RECORDS", default=())
@@ -70,8 +70,13 @@ class Reduction:
         if stages and (strategy.replaces_later or tower.is_rotary):
             self.acts_at = tuple(range(stages[0], tower.depth))
         self.first, self.last = min(stages, default=tower.depth), tower.depth - 1
-        is_carried = strategy.replaces_block or tower.is_rotary
-        self.carries = is_carried or tower.has_dynamic_size
+
+    @property
+    def carries(self) -> bool:
+        """A block needs to know what those before it did."""
+        tower = self.tower
+        is_placed = tower.is_rotary or tower.has_dynamic_size or tower.pools
+        return is_placed or self.strategy.replaces_block or self.on_grid
 
     @property
     def summary(self) -> Summary:
@@ -104,9 +109,21 @@ class Reduction:
             num_tokens=tokens.shape[1] if i == self.first else None,
             on_grid=is_on_grid(self),
         )
+        if forward.on_grid and forward.stages:
+            self._check_pooling()
         if text is None and self.image_text is not None and forward.stages:
             self._say_unguided()
         return forward
+
+    def _check_pooling(self) -> None:
+        """What the model pools of a grid is what it pools of the tokens."""
+        if self.tower.has_probe or (self.tower.pools and not self.strategy.merge):
+            raise ValueError(
+                f"model: expected one that pools all of its patches, or none, to return the tokens "
+                f"of several blocks under {self.strategy.name!r}, got a "
+                f"{type(self.tower.model).__name__} that pools those which are left; unreduce_ it "
+                "first"
+            )
 
     def _guidance(self) -> Tensor | None:
         if not torch.compiler.is_compiling():
@@ -146,7 +163,7 @@ class Reduction:
             raise
         if step.info is not None and i not in forward.infos:
             self._record(step.info)
-        return _noted(i, step, forward)
+        return self._noted(i, forward, step)
 
     def _record(self, info: StageInfo) -> None:
         """Tells who records in this thread or task."""
@@ -156,23 +173,21 @@ class Reduction:
 
     def _step_in_graph(self, i: int, tokens: Tensor) -> Step:
         """Blocks that know nothing of one another share nothing: they may be checkpointed."""
-        if not self.carries and not self.on_grid:
+        if not self.carries:
             acts = i in self.acts_at
             return self.begin(i, tokens).step(i, tokens) if acts else Step(tokens)
         if self.forward is None or i == self.first:
             self.forward = self.begin(i, tokens)
-        step = _noted(i, self.forward.step(i, tokens), self.forward)
+        forward = self.forward
         if i == self.last:
             self.forward = None
-        return step
+        return self._noted(i, forward, forward.step(i, tokens))
 
-
-def _noted(i: int, step: Step, forward: Forward) -> Step:
-    if step.info is not None:
-        forward.infos[i] = step.info
-        if step.source is not None:
-            forward.sources[i] = step.source
-    return step
+    def _noted(self, i: int, forward: Forward, step: Step) -> Step:
+        """The forward knows of the step; where it leaves a grid, so does the block."""
+        if step.info is not None:
+            forward.infos[i], forward.slots[i] = step.info, step.slots
+        return step if forward.leaves_grid(i) else step._replace(slots=None)
 
 
 @contextmanager
@@ -197,14 +212,14 @@ class ReducedBlock:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Block i on the tokens args[0] (B, N, D), as its library calls it."""
         if torch.compiler.is_compiling() and self.block._compiled_call_impl is not None:
-            tokens, positions, replaced_block, source = _outside_the_graph(self, args, kwargs)
+            tokens, positions, replaced_block, slots = _outside_the_graph(self, args, kwargs)
         else:
-            tokens, positions, replaced_block, source = self.step(args, kwargs)
+            tokens, positions, replaced_block, slots = self.step(args, kwargs)
         if not replaced_block:
             if positions is not None:
                 kwargs = self.reduction.tower.moved(kwargs, positions)
             tokens = self.own_forward(tokens, *args[1:], **kwargs)
-        return tokens if source is None else unmerge(tokens, source)
+        return tokens if slots is None else slots.unmerged(tokens)
 
     @property
     def block(self) -> nn.Module:
@@ -223,7 +238,7 @@ class ReducedBlock:
         if any(mask is not None for mask in masks) or kwargs.get("is_causal"):
             raise ValueError("attn_mask: expected none on a reduced model, whose tokens change")
         step = self.reduction.step(self.i, args[0])
-        return step.tokens, step.positions, step.replaced_block, step.source
+        return step.tokens, step.positions, step.replaced_block, step.slots
 
 
 @torch.compiler.disable

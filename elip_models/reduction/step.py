@@ -10,9 +10,9 @@ blocks in order. `encode_image`, the blocks that `reduce_` changes, pictures and
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from elip_models.reduction.slots import Slots, slots_of
 from elip_models.reduction.strategy import (
     Context,
     StageInfo,
@@ -30,15 +30,14 @@ class Step(NamedTuple):
     tokens: before the block, or after it where `replaced_block`.
     info: what the strategy did, None where it did nothing.
     positions: (B, N-p) where the tokens stand, if the tower reads it and some have left.
-    source: (B, N, N0) bool, the tokens of block 0 that each holds, in a forward that is `on_grid`
-        and has reduced.
+    slots: where the tokens of block 0 are now, if the forward keeps it and some have left.
     """
 
     tokens: Tensor
     info: StageInfo | None = None
     positions: Tensor | None = None
     replaced_block: bool = False
-    source: Tensor | None = None
+    slots: Slots | None = None
 
 
 class Forward:
@@ -47,7 +46,7 @@ class Forward:
     infos: what each step did, by block. A block whose info is there does the same again, so that
         what is recomputed in backward does not choose anew. Nothing here is changed by a step: who
         runs the blocks notes what each did.
-    sources: behind each step, see `Step`, if the forward is `on_grid`.
+    slots: behind each step, see `Step`, where the forward or its last block is to leave a grid.
     """
 
     def __init__(
@@ -71,9 +70,9 @@ class Forward:
         """
         self.tower, self.strategy, self.text_cls = tower, strategy, text_cls
         self.size = tower.size if num_tokens is None else tower.size_of(num_tokens)
-        self.on_grid = on_grid
+        self.on_grid, self.unmerges = on_grid, tower.pools and strategy.merge
         self.infos = {info.stage.first: info for info in replays or ()}
-        self.sources: dict[int, Tensor] = {}
+        self.slots: dict[int, Slots | None] = {}
         if replays is not None:
             self.stages = {i: info.stage for i, info in self.infos.items()}
         elif strategy.reduces(text_cls, tower.model.training):
@@ -92,10 +91,10 @@ class Forward:
         previous = self.previous(i)
         return None if previous is None else previous.positions
 
-    def source(self, i: int) -> Tensor | None:
-        """The tokens of block 0 that each token holds which enters block i, see `Step`."""
-        before = [first for first in self.sources if first < i]
-        return self.sources[max(before)] if before else None
+    def leaves_grid(self, i: int) -> bool:
+        """All tokens of block 0 are to leave block i: of a tower that pools its patches, the last
+        one, so that each token counts by how many it holds."""
+        return self.on_grid or (self.unmerges and i == self.tower.depth - 1)
 
     def takes_place_of(self, i: int) -> bool:
         """A step runs in place of block i."""
@@ -109,20 +108,23 @@ class Forward:
         Every block of every reduced forward passes here.
         """
         strategy, previous, stage = self.strategy, self.previous(i), self.stages.get(i)
-        positions, source = self.positions(i), self.source(i)
-        tokens = tokens if source is None else first_of(tokens, source)
+        positions = None if previous is None else previous.positions
+        slots = None if previous is None else self.slots.get(previous.stage.first)
+        if self.on_grid and slots is not None:
+            tokens = slots.merged(tokens)
         tower = self.tower if positions is None else self.tower.at(positions)
         if stage is None:
             takes_place = self.takes_place_of(i)
             if takes_place:
                 tokens = strategy.later(tower, i, tokens, previous)
-            return Step(tokens, None, positions, takes_place, source)
+            return Step(tokens, None, positions, takes_place, slots)
         self._check(i, tokens)
         context = Context(self.text_cls, previous, self.infos.get(i))
         tokens, info = strategy.step(tower, stage, tokens, context)
         info = info._replace(positions=tower.positions_after(info.reduction))
-        source = info.reduction.source_map(source) if self.on_grid else None
-        return Step(tokens, info, info.positions, strategy.replaces_block, source)
+        if self.on_grid or self.unmerges:
+            slots = slots.after(info.reduction) if slots is not None else slots_of(info.reduction)
+        return Step(tokens, info, info.positions, strategy.replaces_block, slots)
 
     def _check(self, i: int, tokens: Tensor) -> None:
         expected = entering(self.strategy, self.size)[i]
@@ -146,9 +148,3 @@ class Forward:
         if cls_only:
             return tower.cls_block(i, tokens, tokens[:, 0])[:, None], info
         return tower.block(i, tokens), info
-
-
-def first_of(tokens: Tensor, source: Tensor) -> Tensor:
-    """tokens (B, N0, D) as `unmerge` leaves them -> (B, N, D), of each its first copy."""
-    at = source.to(torch.uint8).max(2).indices
-    return tokens.gather(1, at[..., None].expand(-1, -1, tokens.shape[2]))

@@ -77,11 +77,7 @@ def as_tower(model: nn.Module) -> Tower:
 
 
 def as_image_text(model: nn.Module) -> ImageTextModel | None:
-    """The whole image-text model, or None where it is an image model alone.
-
-    Raises:
-        TypeError: one whose text cannot guide its images: why.
-    """
+    """The whole image-text model, or None where it is an image model alone."""
     model = _without_wrapper(model)
     _check_sharding(model)
     library = _library(model)
@@ -89,25 +85,20 @@ def as_image_text(model: nn.Module) -> ImageTextModel | None:
         return None
     adapters = (_load(library, name) for name in ADAPTERS[library].image_texts)
     adapter = next((adapter for adapter in adapters if adapter.accepts(model)), None)
-    if adapter is None:
-        return None
-    image_text = adapter(model)
-    reason = image_text.refuses()
-    if reason is not None:
-        raise TypeError(
-            f"model: expected one whose text can guide its images, got {type(model).__name__}: "
-            f"{reason}"
-        )
-    return image_text
+    return None if adapter is None else adapter(model)
 
 
 def _without_wrapper(model: nn.Module) -> nn.Module:
-    """The model inside peft's, whose own layers are the adapted ones, or inside that of timm's
-    features_only=True."""
-    names = {f"{cls.__module__}.{cls.__name__}" for cls in type(model).__mro__}
-    if any(name.startswith("peft.peft_model.") for name in names):
-        return model.get_base_model()
-    return model.model if "timm.models._features.FeatureGetterNet" in names else model
+    """The model inside peft's, whose own layers are the adapted ones; that of timm inside
+    open_clip's, which puts a head behind it, or inside its own of features_only=True."""
+    modules = {cls.__module__ for cls in type(model).__mro__}
+    if "peft.peft_model" in modules:
+        model = model.get_base_model()
+        modules = {cls.__module__ for cls in type(model).__mro__}
+    if "open_clip.timm_model" in modules:
+        return model.trunk
+    is_getter = "timm.models._features" in modules and hasattr(model, "model")
+    return model.model if is_getter else model
 
 
 def as_reducible(model: nn.Module) -> Reducible:
@@ -120,7 +111,10 @@ def as_reducible(model: nn.Module) -> Reducible:
     """
     if isinstance(model, Reducible):
         return model
-    return as_image_text(model) or ImageModel(as_tower(model))
+    image_text = as_image_text(model)
+    if image_text is None or image_text.refuses() is not None:
+        return ImageModel(as_tower(model if image_text is None else image_text.image_model))
+    return image_text
 
 
 def _check_sharding(model: nn.Module) -> None:
