@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from elip_models.reduction.schedule import Schedule
+from elip_models.reduction.settings import settings_of
 from elip_models.reduction.stand_ins import (
     REPLICATE,
     Entrance,
@@ -71,7 +72,7 @@ def reduce_(
     strategy = get_strategy(strategy, schedule=schedule, **(defaults | given))
     strategy.check(tower)
     reduction = Reduction(tower, strategy, image_text)
-    if any(_are_alike(reduction, other) for other in _reductions(model)):
+    if any(_are_alike(reduction, other) for other in reductions_of(model)):
         return model  # nothing changes, not even for a compiler that has seen it
     _refuse_replaced(reduction)
     unreduce_(model)
@@ -112,6 +113,7 @@ def _install(reduction: Reduction) -> None:
         block = tower.blocks[i]
         block.forward = ReducedBlock(reduction, i, vars(block).get("forward"))
     _refuse_methods(tower.model, (*tower.unsupported_methods, REPLICATE))
+    note(reduction)
     if image_text is None:
         return
     _refuse_methods(image_text.model, image_text.unsupported_methods)
@@ -119,6 +121,13 @@ def _install(reduction: Reduction) -> None:
         text_first = TextFirst(reduction)
         image_text.model.register_forward_pre_hook(text_first, with_kwargs=True)
         image_text.model.register_forward_hook(text_first, with_kwargs=True, always_call=True)
+
+
+def note(reduction: Reduction) -> None:
+    """Say in the library's own config how the model is reduced, if the library saves one."""
+    config = (reduction.image_text or reduction.tower).saved_config
+    if config is not None:
+        config.elip = settings_of(reduction.strategy)
 
 
 def _refuse_methods(model: nn.Module, names: tuple[str, ...]) -> None:
@@ -139,8 +148,10 @@ def unreduce_(model: nn.Module) -> nn.Module:
                     f"model: expected {type(module).__name__}s as reduce_ left them, got one whose "
                     "forward was wrapped since; take that off first"
                 )
-    wholes = [each.image_text.model for each in _reductions(model) if each.image_text is not None]
+    wholes = [each.image_text.model for each in reductions_of(model) if each.image_text is not None]
     for module in (module for whole in (model, *wholes) for module in whole.modules()):
+        if getattr(vars(module).get("config"), "elip", None) is not None:
+            del module.config.elip
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, TextFirst):
                 del module._forward_pre_hooks[key]
@@ -160,7 +171,7 @@ def unreduce_(model: nn.Module) -> nn.Module:
 
 def is_reduced(model: nn.Module) -> bool:
     """Whether `reduce_` has changed the model, or one inside it."""
-    return isinstance(model, nn.Module) and bool(_reductions(model))
+    return isinstance(model, nn.Module) and bool(reductions_of(model))
 
 
 def is_reduced_tower(tower: Tower) -> bool:
@@ -182,7 +193,7 @@ def guidance(model: nn.Module, text_cls: Tensor) -> Iterator[None]:
     Raises:
         TypeError, ValueError: a model that `reduce_` has not changed, or text_cls not (B, D).
     """
-    reductions = _reductions(model) if isinstance(model, nn.Module) else []
+    reductions = reductions_of(model) if isinstance(model, nn.Module) else []
     if not reductions:
         raise ValueError("model: expected one that reduce_ has changed, got one without reduction")
     if not isinstance(text_cls, Tensor) or not text_cls.is_floating_point():
@@ -203,7 +214,7 @@ def guidance(model: nn.Module, text_cls: Tensor) -> Iterator[None]:
             reduction.unguide(this)
 
 
-def _reductions(model: nn.Module) -> list[Reduction]:
+def reductions_of(model: nn.Module) -> list[Reduction]:
     """What has changed the model, or one inside it."""
     stand_ins = (value for module in model.modules() for value in vars(module).values())
     found = (each.reduction for each in stand_ins if isinstance(each, ReducedBlock | Entrance))
