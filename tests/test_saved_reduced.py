@@ -8,8 +8,12 @@ import open_clip
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 import transformers
+from accelerate.utils import extract_model_from_parallel
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import elip_models
 from elip_models import Adaptive, Elip, EViT, PatchDropout, Random, Resize, Schedule, ToMe, Trips
@@ -197,12 +201,12 @@ def test_a_model_that_is_not_reduced_is_not_saved_as_reduced(tmp_path):
         elip_models.save_reduced(timm_vit(), tmp_path / "timm")
     with pytest.raises(ValueError, match="expected one whose config reduces it, got a dense CLIP"):
         elip_models.save_reduced(create_model("clip_tiny"), tmp_path / "clip")
-    several = torch.nn.ModuleList([elip_models.reduce_(timm_vit(), strategy="tome")])
+    several = nn.ModuleList([elip_models.reduce_(timm_vit(), strategy="tome")])
     several.append(elip_models.reduce_(timm_vit(), strategy="tome"))
     with pytest.raises(ValueError, match="got 2 reductions in it"):
         elip_models.save_reduced(several, tmp_path / "several")
     with pytest.raises(TypeError, match=r"expected one of timm, .*, got Sequential"):
-        elip_models.save_reduced(torch.nn.Sequential(several[0]), tmp_path / "wrapped")
+        elip_models.save_reduced(nn.Sequential(several[0]), tmp_path / "wrapped")
     assert not any(tmp_path.iterdir())
 
 
@@ -324,3 +328,20 @@ def test_a_model_card_has_tokens_and_flops_and_stays_when_it_was_edited(tmp_path
     (tmp_path / "README.md").write_text("mine")
     saved_timm(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_wrappers_for_training_are_looked_through(tmp_path):
+    """As accelerate's `unwrap_model` does, whose order of wrappers this is."""
+    model = elip_models.reduce_(timm_vit().eval(), strategy="tome")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = torch.compile(nn.parallel.DistributedDataParallel(model), backend="eager")
+        assert extract_model_from_parallel(wrapped, keep_torch_compile=False) is model
+        elip_models.save_reduced(wrapped, tmp_path / "model")
+        fully_shard(model, mesh=dist.init_device_mesh("cpu", (1,)))
+        with pytest.raises(TypeError, match="model: expected one whose parameters are whole, got"):
+            elip_models.save_reduced(model, tmp_path / "sharded")
+    finally:
+        dist.destroy_process_group()
+    assert is_reduced(elip_models.load_reduced(tmp_path / "model"))
+    assert not (tmp_path / "sharded").exists()

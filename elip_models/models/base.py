@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor, nn
 
-from elip_models.models.hub import CARD, card_values, fetched
+from elip_models.models.hub import CARD, card_values, fetched, staged
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.scorers import ScorerName
 from elip_models.reduction.strategies.elip import Elip, ElipOptions
@@ -191,9 +191,10 @@ class PretrainedModel(
         options: of `ModelHubMixin.save_pretrained`, such as push_to_hub=True, which takes the
             tokenizer only where `tokenizer.push_to_hub` is called too.
         """
+        with staged(Path(folder)) as stage:
+            super().save_pretrained(stage, **({"repo_id": Path(folder).name} | options))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        super().save_pretrained(folder, **options)
         return Path(folder)
 
     def _save_pretrained(self, save_directory: Path) -> None:

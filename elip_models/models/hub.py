@@ -1,8 +1,10 @@
 """Folders of saved models, here or in a repository of the hub, and their model cards."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
@@ -62,6 +64,18 @@ def fetched(
             f"fetched, got {str(name)!r}: {error}"
         ) from error
     return Path(path)
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A folder to write in, whose files then take their places in `folder`, each whole; a model
+    card that is there stays."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder, prefix=".") as stage:
+        yield Path(stage)
+        for file in sorted(Path(stage).iterdir()):
+            if file.name != "README.md" or not (folder / file.name).exists():
+                os.replace(file, folder / file.name)
 
 
 def card_values(strategy: Strategy, size: Size) -> dict[str, str]:

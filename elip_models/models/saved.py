@@ -11,10 +11,8 @@ So each library loads its folder without us, dense.
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from elip_models.models.base import PretrainedModel, write_file
-from elip_models.models.hub import CARD, card_values, fetched
+from elip_models.models.hub import CARD, card_values, fetched, staged
 from elip_models.models.registry import FAMILIES, load_model
 from elip_models.reduction.patch import note, reduce_, reductions_of
 from elip_models.reduction.settings import settings_of, strategy_of
@@ -222,7 +220,7 @@ def _write_timm(model: nn.Module, folder: Path, config: Config) -> None:
             f"model: expected one of timm.create_model, which notes how to make it again, got a "
             f"{type(model).__name__} without"
         )
-    with _staged(folder) as stage:
+    with staged(folder) as stage:
         save_for_hf(model, stage, model_args=config, safe_serialization=True)
 
 
@@ -240,7 +238,7 @@ def _write_open_clip(model: nn.Module, folder: Path, config: Config) -> None:
         "model_cfg": known,
         "preprocess_cfg": open_clip.get_model_preprocess_cfg(model),
     }
-    with _staged(folder) as stage:
+    with staged(folder) as stage:
         _write_json(stage / OPEN_CLIP_CONFIG, described)
         with torch.device("meta"):
             made = open_clip.create_model(f"local-dir:{stage}", load_weights=False, device="meta")
@@ -275,15 +273,6 @@ WRITERS: dict[str, Callable[[nn.Module, Path, Config], None]] = {
     "transformers": _write_hf,
     "peft": _write_hf,
 }
-
-
-@contextmanager
-def _staged(folder: Path) -> Iterator[Path]:
-    """A folder to write in, whose files then take their places in `folder`, each whole."""
-    with TemporaryDirectory(dir=folder, prefix=".") as stage:
-        yield Path(stage)
-        for file in sorted(Path(stage).iterdir()):
-            os.replace(file, folder / file.name)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
