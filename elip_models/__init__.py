@@ -5,7 +5,14 @@ from typing import Any
 
 from elip_models.reduction.encode import encode_image
 from elip_models.reduction.once import SlowScorerWarning, UnguidedWarning
-from elip_models.reduction.patch import guidance, reduce_, unreduce_
+from elip_models.reduction.patch import (
+    guidance,
+    is_reduced,
+    record,
+    reduce_,
+    summary,
+    unreduce_,
+)
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import STRATEGIES, PatchDropout, Random, Resize, Trips
 from elip_models.reduction.strategies.adaptive import Adaptive
@@ -30,9 +37,12 @@ __all__ = [
     "create_model",
     "encode_image",
     "guidance",
+    "is_reduced",
     "load_reduced",
+    "record",
     "reduce_",
     "save_reduced",
+    "summary",
     "unreduce_",
     "use_sdpa_",
 ]

@@ -16,10 +16,21 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import elip_models
-from elip_models import Adaptive, Elip, EViT, PatchDropout, Random, Resize, Schedule, ToMe, Trips
+from elip_models import (
+    Adaptive,
+    Elip,
+    EViT,
+    PatchDropout,
+    Random,
+    Resize,
+    Schedule,
+    ToMe,
+    Trips,
+    is_reduced,
+    summary,
+)
 from elip_models.models.registry import create_model
 from elip_models.models.saved import SETTINGS
-from elip_models.reduction.patch import is_reduced
 from elip_models.reduction.settings import settings_of, strategy_of
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.validation import ConfigError
@@ -71,7 +82,7 @@ def features(model):
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_reduced_model_is_loaded_reduced_and_by_its_library_dense(library, tmp_path):
     make, config, load = LIBRARIES[library]
-    model = make().eval()
+    model = make().eval().to(memory_format=torch.channels_last)
     dense = features(model)
     elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact")
     expected = features(model)
@@ -99,6 +110,7 @@ def test_our_model_is_loaded_as_its_config_says(tmp_path):
 
 
 EVERY = [
+    Elip(),
     Elip(SCHEDULE, scorer=1, guidance_norm="match", without_text="vision"),
     Elip(Schedule.parse(SCHEDULE, count_cls=True), scorer="exact", fusion=1.0, merge=False),
     Adaptive(SCHEDULE, keep_mass=0.8),
@@ -174,7 +186,7 @@ def test_a_write_that_fails_leaves_the_old_files(tmp_path, monkeypatch):
     saved_timm(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr(timm.models, "save_for_hf", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(timm.models._hub, "save_config_for_hf", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         saved_timm(tmp_path)
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -265,6 +277,21 @@ class TestConfigOfTransformers:
         assert not is_reduced(model)
         assert not hasattr(elip_models.unreduce_(model).config, "elip")
 
+    def test_a_plain_reduce_takes_them_and_arguments_replace_them(self, tmp_path):
+        elip_models.reduce_(hf_clip(), strategy=ToMe(r=2)).save_pretrained(tmp_path)
+        model = elip_models.reduce_(transformers.AutoModel.from_pretrained(tmp_path))
+        assert summary(model).strategy == ToMe(r=2)
+        assert summary(elip_models.reduce_(model)).strategy.name == "elip"
+        model = transformers.AutoModel.from_pretrained(tmp_path)
+        assert summary(elip_models.reduce_(model, keep=0.7)).strategy.name == "elip"
+
+    def test_settings_that_cannot_be_read_are_an_error_of_a_plain_reduce_alone(self):
+        model = hf_clip()
+        model.config.elip = {"version": 1, "strategy": "mine.Own", "settings": {}}
+        with pytest.raises(ConfigError, match=r"CLIPConfig.elip: strategy: expected one of elip"):
+            elip_models.reduce_(model)
+        assert summary(elip_models.reduce_(model, strategy=ToMe(r=2))).strategy == ToMe(r=2)
+
     def test_the_last_settings_are_carried(self):
         model = elip_models.reduce_(hf_clip(), schedule=SCHEDULE)
         elip_models.reduce_(model, strategy=ToMe(r=2))
@@ -323,7 +350,7 @@ def test_a_model_card_has_tokens_and_flops_and_stays_when_it_was_edited(tmp_path
     saved_timm(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "library_name: timm" in card
-    assert "| `tome(r=3, proportional=True)` | 34, 31, 28, 25, 22, 19 |" in card
+    assert "| `tome(r=3, proportional=True)` | 37, 34, 31, 28, 25, 22 |" in card
     assert "elip_models.load_reduced(" in card
     (tmp_path / "README.md").write_text("mine")
     saved_timm(tmp_path)

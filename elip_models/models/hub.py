@@ -13,6 +13,7 @@ from elip_models.reduction.flops import dense_flops, strategy_flops
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
 from elip_models.towers import Size
+from elip_models.validation import check
 
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 CARD = """---
@@ -51,6 +52,7 @@ def fetched(
     Raises:
         FileNotFoundError: no such folder, and no repository that can be fetched.
     """
+    check("folder", name, str | os.PathLike)
     if Path(name).is_dir():
         return Path(name)
     repository, _, revision = str(name).partition("@")
@@ -93,7 +95,7 @@ def flops_table(strategy: Strategy, size: Size) -> str:
     ]
     for each in dict.fromkeys((Dense(), strategy)):
         flops = dense if isinstance(each, Dense) else strategy_flops(each, size)
-        tokens = ", ".join(str(layer.mlp) for layer in each.token_counts(size))
+        tokens = ", ".join(str(layer.attention) for layer in each.token_counts(size))
         shares = (
             f"{some / 1e9:.3g} ({some / every:.0%})"
             for some, every in zip(flops, dense, strict=True)

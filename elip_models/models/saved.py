@@ -10,6 +10,7 @@ So each library loads its folder without us, dense.
 """
 
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -29,12 +30,11 @@ from elip_models.reduction.stand_ins import Reduction
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
 from elip_models.towers import library_of, without_adapter
-from elip_models.validation import blame
+from elip_models.validation import blame, check
 
 SETTINGS = "elip.json"
 CONFIG = "config.json"
 OPEN_CLIP_CONFIG = "open_clip_config.json"
-OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
 ADAPTER = "adapter_config.json"
 Config = str | dict[str, Any] | None
 
@@ -57,6 +57,8 @@ def save_reduced(model: nn.Module, folder: str | os.PathLike, *, config: Config 
         TypeError, ValueError: a model that is not reduced, is sharded, or cannot be saved by its
             library; a `config` that is missing, or of another model.
     """
+    check("model", model, nn.Module)
+    check("folder", folder, str | os.PathLike)
     model, folder = _unwrapped(model), Path(folder)
     if isinstance(model, PretrainedModel):
         _check_reduces(model)
@@ -84,7 +86,7 @@ def load_reduced(
     folder: str | os.PathLike,
     model: nn.Module | None = None,
     *,
-    strategy: Strategy | None = None,
+    strategy: str | Strategy | None = None,
 ) -> nn.Module:
     """Load what `save_reduced` wrote, reduced as it was; in eval mode where it is opened here.
 
@@ -92,13 +94,14 @@ def load_reduced(
         folder: or 'owner/name' of a repository of the hub.
         model: one that its library has loaded from the folder, to be reduced in place: for options
             of the library, a class of your own, or an adapter of peft on its model.
-        strategy: to be used instead of the saved one; a class of your own needs it.
+        strategy: as of `reduce_`, instead of the saved one; one of your own has to be passed.
 
     Raises:
         FileNotFoundError: no such folder, or none of a reduced model.
         ConfigError: settings that cannot be read, or do not fit the model, with file and key.
         TypeError, ValueError: a folder of no library that is known.
     """
+    check("model", model, nn.Module | None)
     folder = fetched(folder)
     model = _opened(folder) if model is None else model
     if isinstance(model, PretrainedModel):
@@ -107,9 +110,11 @@ def load_reduced(
     saved, where = _settings_in(folder)
     with blame(where):
         place = saved.pop("module", "") if isinstance(saved, dict) else ""
-        strategy = strategy_of(saved) if strategy is None else strategy
         reduced = _inside(model, place)
-        reduce_(reduced, strategy=strategy)
+        if strategy is None:
+            reduce_(reduced, strategy=strategy_of(saved))
+            return model
+    reduce_(reduced, strategy=strategy)
     return model
 
 
@@ -119,7 +124,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         return _unwrapped(model._orig_mod)
     if isinstance(model, DistributedDataParallel):
         return _unwrapped(model.module)
-    if isinstance(model, nn.Module) and any(isinstance(p, DTensor) for p in model.parameters()):
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise TypeError(
             "model: expected one whose parameters are whole, got a sharded one; load "
             "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) into an "
@@ -138,7 +143,7 @@ def _check_reduces(model: PretrainedModel) -> None:
 
 def _reduction_in(model: nn.Module) -> tuple[Reduction, str]:
     """How the model is reduced, and the name of the module in it that `reduce_` was given."""
-    found = reductions_of(model) if isinstance(model, nn.Module) else []
+    found = reductions_of(model)
     if len(found) != 1:
         raise ValueError(
             f"model: expected one that reduce_ has changed, got {len(found) or 'no'} reductions in "
@@ -213,7 +218,7 @@ def _opened(folder: Path) -> nn.Module:
 
 
 def _write_timm(model: nn.Module, folder: Path, config: Config) -> None:
-    from timm.models import save_for_hf
+    from timm.models._hub import save_config_for_hf
 
     if not isinstance(getattr(model, "pretrained_cfg", None), dict):
         raise ValueError(
@@ -221,15 +226,15 @@ def _write_timm(model: nn.Module, folder: Path, config: Config) -> None:
             f"{type(model).__name__} without"
         )
     with staged(folder) as stage:
-        save_for_hf(model, stage, model_args=config, safe_serialization=True)
+        save_config_for_hf(model, stage / CONFIG, model_args=config)
+        _write_weights(model, stage / "model.safetensors")
 
 
 def _write_open_clip(model: nn.Module, folder: Path, config: Config) -> None:
     import open_clip
-    from safetensors.torch import save_file
 
     known = open_clip.get_model_config(config) if isinstance(config, str) else config
-    if known is None:
+    if not isinstance(known, dict):
         raise ValueError(
             "config: expected a name of open_clip.list_models(), such as 'ViT-B-16', or a "
             f"model_cfg, for open_clip does not note it on a model, got {config!r}"
@@ -240,11 +245,29 @@ def _write_open_clip(model: nn.Module, folder: Path, config: Config) -> None:
     }
     with staged(folder) as stage:
         _write_json(stage / OPEN_CLIP_CONFIG, described)
+        _check_same(_made_by_open_clip(stage), model, config)
+        _write_weights(model, stage / "open_clip_model.safetensors")
+
+
+def _made_by_open_clip(folder: Path) -> nn.Module:
+    """The model of a folder without its weights, and without the warning that there are none."""
+    import open_clip
+
+    def drop(record: logging.LogRecord) -> bool:
+        return False
+
+    logging.root.addFilter(drop)
+    try:
         with torch.device("meta"):
-            made = open_clip.create_model(f"local-dir:{stage}", load_weights=False, device="meta")
-        _check_same(made, model, config)
-        weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
-        save_file(weights, stage / OPEN_CLIP_WEIGHTS, metadata={"format": "pt"})
+            return open_clip.create_model(
+                f"local-dir:{folder}",
+                load_weights=False,
+                device="meta",
+                pretrained_image=False,
+                pretrained_text=False,
+            )
+    finally:
+        logging.root.removeFilter(drop)
 
 
 def _check_same(made: nn.Module, model: nn.Module, config: Config) -> None:
@@ -273,6 +296,14 @@ WRITERS: dict[str, Callable[[nn.Module, Path, Config], None]] = {
     "transformers": _write_hf,
     "peft": _write_hf,
 }
+
+
+def _write_weights(model: nn.Module, path: Path) -> None:
+    """The tensors as they are, but for their memory format, which safetensors does not know."""
+    from safetensors.torch import save_file
+
+    weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
