@@ -230,7 +230,7 @@ TABLE = {
     ),
     elip_models.reduce_: (
         good_patch,
-        settings | {"model": models},
+        settings | {"model": models, "strategy": settings["strategy"][1:]},
     ),
     elip_models.unreduce_: (good_patch, {"model": [None, "vit"]}),
     elip_models.use_sdpa_: (

@@ -33,6 +33,7 @@ from elip_models.models.registry import create_model
 from elip_models.models.saved import SETTINGS
 from elip_models.reduction.settings import settings_of, strategy_of
 from elip_models.reduction.strategies import STRATEGIES
+from elip_models.reduction.strategies.dense import Dense
 from elip_models.validation import ConfigError
 from tests.models import hf_clip, hf_vision, ids, output, output_of_pair
 from tests.test_saving import CONFIG, pair
@@ -110,6 +111,7 @@ def test_our_model_is_loaded_as_its_config_says(tmp_path):
 
 
 EVERY = [
+    Dense(),
     Elip(),
     Elip(SCHEDULE, scorer=1, guidance_norm="match", without_text="vision"),
     Elip(Schedule.parse(SCHEDULE, count_cls=True), scorer="exact", fusion=1.0, merge=False),
@@ -132,7 +134,7 @@ def test_every_strategy_is_the_same_after_json(strategy):
 
 
 def test_every_strategy_is_among_those():
-    assert {type(each) for each in EVERY} == set(STRATEGIES.values())
+    assert {type(each) for each in EVERY} == {*STRATEGIES.values(), Dense}
 
 
 def test_a_schedule_at_any_flops_is_the_same_after_json():

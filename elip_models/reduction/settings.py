@@ -4,7 +4,7 @@
     {"version": 1, "strategy": "mine.Alternating", "settings": {}}
 
 A schedule is its text, to the last digit, or {"groups": text, "count_cls": true}. A strategy that
-is not one of `STRATEGIES` is named by its class alone: whoever loads the model passes the strategy.
+is none of this library is named by its class alone: whoever loads the model passes the strategy.
 """
 
 from collections.abc import Iterable
@@ -13,17 +13,19 @@ from typing import Any
 
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import STRATEGIES
+from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
 from elip_models.validation import PositiveInt, blame, check, did_you_mean
 
 VERSION = 1
+NAMED = STRATEGIES | {Dense.name: Dense}
 UPGRADE = "upgrade elip-kernels if a later one wrote it"
 
 
 def settings_of(strategy: Strategy) -> dict[str, Any]:
     """The strategy as plain JSON."""
     cls = type(strategy)
-    if STRATEGIES.get(strategy.name) is not cls:
+    if NAMED.get(strategy.name) is not cls:
         name = f"{cls.__module__}.{cls.__qualname__}"
         return {"version": VERSION, "strategy": name, "settings": {}}
     settings = {field.name: _plain(getattr(strategy, field.name)) for field in fields(strategy)}
@@ -48,12 +50,12 @@ def strategy_of(saved: Any) -> Strategy:
     name, settings = saved.get("strategy"), saved.get("settings")
     check("strategy", name, str)
     check("settings", settings, dict)
-    if name not in STRATEGIES:
+    if name not in NAMED:
         raise ValueError(
-            f"strategy: expected one of {', '.join(STRATEGIES)}, got {name!r}; pass one of your "
+            f"strategy: expected one of {', '.join(NAMED)}, got {name!r}; pass one of your "
             f"own whole, as strategy=, or {UPGRADE}"
         )
-    kinds = {field.name: field for field in fields(STRATEGIES[name])}
+    kinds = {field.name: field for field in fields(NAMED[name])}
     _check_keys("settings.", settings, known=kinds)
     needed = (key for key, field in kinds.items() if field.default is MISSING)
     missing = next((key for key in needed if key not in settings), None)
@@ -64,7 +66,7 @@ def strategy_of(saved: Any) -> Strategy:
         for key, value in settings.items()
     }
     with blame("settings"):
-        return STRATEGIES[name](**read)
+        return NAMED[name](**read)
 
 
 def _check_keys(prefix: str, values: dict[str, Any], known: Iterable[str]) -> None:
