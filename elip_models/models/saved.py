@@ -72,10 +72,11 @@ def save_reduced(model: nn.Module, folder: str | os.PathLike, *, config: Config 
             "reduced model inside it"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / SETTINGS).unlink(missing_ok=True)
     note(reduction)
     WRITERS[library](model, folder, config)
-    if library != "transformers" or place:
+    if library == "transformers" and not place:
+        (folder / SETTINGS).unlink(missing_ok=True)
+    else:
         _write_json(folder / SETTINGS, {"module": place, **settings_of(reduction.strategy)})
     if not (folder / "README.md").exists():
         write_file(folder / "README.md", _card(reduction, library, folder).encode())
@@ -106,6 +107,11 @@ def load_reduced(
     model = _opened(folder) if model is None else model
     if isinstance(model, PretrainedModel):
         _check_reduces(model)
+        if strategy is not None:
+            raise ValueError(
+                f"strategy: expected None for a {type(model).__name__}, which its config reduces, "
+                f"got {strategy!r}; change fields of the config, create_model('hf:..', schedule=..)"
+            )
         return model
     saved, where = _settings_in(folder)
     with blame(where):
