@@ -7,7 +7,7 @@ All that one forward knows is in its `Forward`: who runs a tower makes one, and 
 blocks in order. `encode_image`, the blocks that `reduce_` changes, pictures and benchmarks do so.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -58,6 +58,7 @@ class Forward:
         num_tokens: int | None = None,
         on_grid: bool = False,
         replays: Iterable[StageInfo] | None = None,
+        rows: Mapping[int, Tensor] | None = None,
     ) -> None:
         """
         Args:
@@ -67,17 +68,23 @@ class Forward:
             num_tokens: that enter block 0; None: those of an image of the tower's own size.
             on_grid: blocks take and leave all tokens of block 0, each as the one that it went into.
             replays: what each step did for the same images elsewhere, and does here again.
+            rows: what selects in place of a scorer, (B, N) over the tokens of block 0, by the block
+                that a step stands before.
         """
         self.tower, self.strategy, self.text_cls = tower, strategy, text_cls
-        self.size = tower.size if num_tokens is None else tower.size_of(num_tokens)
+        self.size = tower.size
+        if tower.has_dynamic_size and num_tokens is not None:
+            self.size = tower.size._replace(num_patches=num_tokens - tower.num_prefix_tokens)
         self.on_grid, self.unmerges = on_grid, tower.pools and strategy.merge
+        self.rows = rows or {}
         self.infos = {info.stage.first: info for info in replays or ()}
         self.slots: dict[int, Slots | None] = {}
         if replays is not None:
             self.stages = {i: info.stage for i, info in self.infos.items()}
         elif strategy.reduces(text_cls, tower.model.training):
             self.stages = stages_of(strategy, self.size)
-            warn_if_slower(tower, strategy)
+            if not self.rows:
+                warn_if_slower(tower, strategy)
         else:
             self.stages = {}
 
@@ -95,6 +102,17 @@ class Forward:
         """All tokens of block 0 are to leave block i: of a tower that pools its patches, the last
         one, so that each token counts by how many it holds."""
         return self.on_grid or (self.unmerges and i == self.tower.depth - 1)
+
+    def row(self, i: int) -> Tensor | None:
+        """What selects before block i in place of a scorer: a token's share of a row is that of all
+        that it holds."""
+        row = self.rows.get(i)
+        if row is None:
+            return None
+        for first, info in self.infos.items():
+            if first < i:
+                row = (info.reduction.source_map().to(row.dtype) @ row[..., None])[..., 0]
+        return row
 
     def takes_place_of(self, i: int) -> bool:
         """A step runs in place of block i."""
@@ -119,7 +137,7 @@ class Forward:
                 tokens = strategy.later(tower, i, tokens, previous)
             return Step(tokens, None, positions, takes_place, slots)
         self._check(i, tokens)
-        context = Context(self.text_cls, previous, self.infos.get(i))
+        context = Context(self.text_cls, previous, self.infos.get(i), self.row(i))
         tokens, info = strategy.step(tower, stage, tokens, context)
         info = info._replace(positions=tower.positions_after(info.reduction))
         if self.on_grid or self.unmerges:

@@ -26,7 +26,9 @@ __all__ = [
     "as_reducible",
     "as_tower",
     "in_forward",
+    "library_of",
     "with_cls",
+    "without_adapter",
 ]
 
 
@@ -57,9 +59,9 @@ def as_tower(model: nn.Module) -> Tower:
         TypeError: not a model that a tower reads, or a variant of one that it does not: why.
         ImportError: a library is missing.
     """
-    model = _without_wrapper(model)
+    model = _image_model(without_adapter(model))
     _check_sharding(model)
-    library = _library(model)
+    library = library_of(model)
     if library is None:
         raise TypeError(
             f"model: expected an image model of {', '.join(ADAPTERS)}, got "
@@ -78,9 +80,9 @@ def as_tower(model: nn.Module) -> Tower:
 
 def as_image_text(model: nn.Module) -> ImageTextModel | None:
     """The whole image-text model, or None where it is an image model alone."""
-    model = _without_wrapper(model)
+    model = without_adapter(model)
     _check_sharding(model)
-    library = _library(model)
+    library = library_of(model)
     if library is None:
         return None
     adapters = (_load(library, name) for name in ADAPTERS[library].image_texts)
@@ -88,17 +90,19 @@ def as_image_text(model: nn.Module) -> ImageTextModel | None:
     return None if adapter is None else adapter(model)
 
 
-def _without_wrapper(model: nn.Module) -> nn.Module:
-    """The model inside peft's, whose own layers are the adapted ones; that of timm inside
-    open_clip's, which puts a head behind it, or inside its own of features_only=True."""
-    modules = {cls.__module__ for cls in type(model).__mro__}
-    if "peft.peft_model" in modules:
-        model = model.get_base_model()
-        modules = {cls.__module__ for cls in type(model).__mro__}
-    if "open_clip.timm_model" in modules:
+def without_adapter(model: nn.Module) -> nn.Module:
+    """The model inside peft's, whose own layers are the adapted ones."""
+    is_peft = any(cls.__module__ == "peft.peft_model" for cls in type(model).__mro__)
+    return model.get_base_model() if is_peft else model
+
+
+def _image_model(model: nn.Module) -> nn.Module:
+    """The model of timm inside open_clip's, which puts a head behind it, or inside that of
+    features_only=True."""
+    names = {f"{cls.__module__}.{cls.__name__}" for cls in type(model).__mro__}
+    if "open_clip.timm_model.TimmModel" in names:
         return model.trunk
-    is_getter = "timm.models._features" in modules and hasattr(model, "model")
-    return model.model if is_getter else model
+    return model.model if "timm.models._features.FeatureGetterNet" in names else model
 
 
 def as_reducible(model: nn.Module) -> Reducible:
@@ -125,7 +129,7 @@ def _check_sharding(model: nn.Module) -> None:
         )
 
 
-def _library(model: nn.Module) -> str | None:
+def library_of(model: nn.Module) -> str | None:
     """Which of the libraries the model's class, or one that it derives from, belongs to."""
     roots = (cls.__module__.split(".")[0] for cls in type(model).__mro__)
     return next((root for root in roots if root in ADAPTERS), None)

@@ -66,9 +66,11 @@ class Tower:
     absorbs_keys: a row is read without a key projection of the tokens.
     is_rotary: blocks rotate each token by its place in the image, which then follows the token.
     has_dynamic_size: images of other sizes may go in, each with its own number of patches.
+    collector: the module whose call `collects`, or None.
     dense_methods: methods of the model that return the tokens of several blocks.
     resets_classifier: the model has timm's `reset_classifier`.
     unsupported_methods: methods of the model that would return nonsense on a reduced one.
+    saved_config: the library's own, which it saves with the model, or None.
 
     `qkv`, `weights`, `project`, `mlp` and what is made of them read block i's parameters where
     they are, so a caller outside block i's forward calls them inside `unsharded(i)`.
@@ -89,9 +91,11 @@ class Tower:
     absorbs_keys: bool = True
     is_rotary: bool = False
     has_dynamic_size: bool = False
+    collector: nn.Module | None = None
     dense_methods: tuple[str, ...] = ()
     resets_classifier: bool = False
     unsupported_methods: tuple[str, ...] = ()
+    saved_config: Any = None
 
     @property
     def num_tokens(self) -> int:
@@ -112,13 +116,6 @@ class Tower:
             self.absorbs_keys,
         )
 
-    def size_of(self, num_tokens: int) -> Size:
-        """The sizes for an image of which `num_tokens` enter block 0, if they may differ from the
-        tower's own."""
-        if not self.has_dynamic_size:
-            return self.size
-        return self.size._replace(num_patches=num_tokens - self.num_prefix_tokens)
-
     @staticmethod
     def accepts(model: nn.Module) -> bool:
         """The model is one of those that the adapter is to judge, where a library has several."""
@@ -133,11 +130,6 @@ class Tower:
     def checkpointing(self) -> bool:
         """The model asks for activation checkpointing of its blocks, and does it in its forward."""
         raise NotImplementedError
-
-    @property
-    def collector(self) -> nn.Module | None:
-        """The module whose call `collects`, if the library has one."""
-        return None
 
     def collects(self, kwargs: dict[str, Any]) -> bool:
         """Whether a call of `collector` with these arguments returns the tokens of all blocks."""

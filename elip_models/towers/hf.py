@@ -68,6 +68,7 @@ class HFTower(Tower):
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.trunk, self.blocks = _trunk(model)
+        self.collector = self.trunk
         layer = library_class(self.blocks[0]).__name__
         self.names = LAYERS[layer]
         config = self.trunk.config
@@ -101,16 +102,16 @@ class HFTower(Tower):
                 return f"a layer's attention has no {', '.join(parts)} (take a later transformers)"
         return None
 
+    @property
+    def saved_config(self) -> Any:
+        return self.model.config
+
     def image_stats(self) -> Stats | None:
         return _stats_of(self.model)
 
     @property
     def checkpointing(self) -> bool:
         return False  # the layers do it themselves
-
-    @property
-    def collector(self) -> nn.Module:
-        return self.trunk
 
     def collects(self, kwargs: dict[str, Any]) -> bool:
         return bool(kwargs.get("output_hidden_states", self.trunk.config.output_hidden_states))
@@ -204,6 +205,10 @@ class HFImageText(ImageTextModel):
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:
         return isinstance(model, cls.kind)
+
+    @property
+    def saved_config(self) -> Any:
+        return self.model.config
 
     def _refuses_width(self, text: int) -> str | None:
         vision = self.model.config.vision_config.hidden_size

@@ -17,9 +17,11 @@ class ImageTextModel(Reducible):
     An adapter sets these, and defines the methods that raise NotImplementedError here.
 
     model, image_model: the whole model, and the one inside it that a tower reads.
+    saved_config: the library's own, which it saves with the model, or None.
     """
 
     model: nn.Module
+    saved_config: Any = None
 
     def __init__(self, model: nn.Module) -> None:
         raise NotImplementedError
