@@ -56,8 +56,10 @@ def reduce_(
 
     Parameters, state_dict keys and the call stay the same. A further call replaces the settings and
     costs about a millisecond, so that the rate may change from step to step.
-    The last block runs for all tokens, since the model's own forward may read them; CLIP's image
-    tower in inference runs it for CLS alone.
+    An image of another size, where the model takes one, is reduced by its own number of patches.
+    Calls that return several blocks' tokens (forward_intermediates, output_hidden_states=True) give
+    whole grids: a merged token wherever its patches were, zeros for those dropped without merging.
+    The last block runs for all tokens, since the model's own forward may read them.
     Call it before torch.compile, which does not see what comes later. Guidance, where there is any,
     comes by `with guidance(model, text_cls):` around the forward. A whole language-image model
     guides itself: its forward encodes the text first, without gradient, and again as it always did.
@@ -65,9 +67,8 @@ def reduce_(
     zero-shot classification, and where images are encoded alone, no text guides.
 
     Args:
-        model: an image model of timm, open_clip or transformers; or a whole open_clip CLIP or CoCa,
-            transformers CLIPModel, SiglipModel or BlipForImageTextRetrieval. Of one whose text
-            cannot guide its images (CoCa), the image tower is reduced as it would be alone.
+        model: an image model of timm, open_clip or transformers; or a whole open_clip CLIP (CoCa:
+            unguided), transformers CLIPModel, SiglipModel or BlipForImageTextRetrieval.
         keep: the mean share of tokens over the layers, in (0, 1], that the strategy is set to, for
             every strategy; None leaves it as its settings or its schedule say.
         schedule: as '2(100%) 2(90%) 6(65%) 2(40%)', whose layers add up to the model's depth; or a
@@ -86,22 +87,14 @@ def reduce_(
     """
     _refuse_compiled(model, "reduce_")
     image_text, tower = _read(model)
-    reason = None if image_text is None else image_text.refuses()
-    image_text = None if reason is not None else image_text
     if strategy is None:
         strategy = "elip" if keep or schedule or options else _saved_strategy(model) or "elip"
     strategy = get_strategy(strategy, schedule=schedule, **options).fitted(tower)
     if keep is not None:
         strategy = strategy.at_keep(tower, keep)
-    if reason is not None and strategy.is_guided and not tower.has_cls:
-        raise TypeError(
-            f"model: expected one whose text can guide its images, got {type(model).__name__}: "
-            f"{reason}"
-        )
-    reduction = Reduction(tower, strategy, image_text)
-    if any(_are_alike(reduction, other) for other in reductions_of(model)):
-        return model  # nothing changes, not even for a compiler that has seen it
-    _install(model, reduction)
+    reduction = Reduction(tower, strategy, _guiding(image_text, tower, strategy))
+    if not any(_are_alike(reduction, other) for other in reductions_of(model)):
+        _install(model, reduction)  # else not even a compiler that has seen it sees a change
     return model
 
 
@@ -109,6 +102,19 @@ def _read(model: nn.Module) -> tuple[ImageTextModel | None, Tower]:
     """The whole image-text model, if it is one, and the tower of its image model."""
     image_text = as_image_text(model)
     return image_text, as_tower(model if image_text is None else image_text.image_model)
+
+
+def _guiding(
+    image_text: ImageTextModel | None, tower: Tower, strategy: Strategy
+) -> ImageTextModel | None:
+    """The whole image-text model, if its text can guide its images."""
+    reason = None if image_text is None else image_text.refuses()
+    if reason is not None and strategy.is_guided and not tower.has_cls:
+        raise TypeError(
+            f"model: expected one whose text can guide its images, got "
+            f"{type(image_text.model).__name__}: {reason}"
+        )
+    return image_text if reason is None else None
 
 
 def _saved_strategy(model: nn.Module) -> Strategy | None:
