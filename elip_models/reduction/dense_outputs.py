@@ -10,11 +10,8 @@ Such a call belongs to its thread or task: a context variable knows it. A compil
 read one; there it is an attribute of the `Reduction`, which is set and unset within one trace.
 """
 
-import inspect
 import threading
 from contextvars import ContextVar
-from copy import copy
-from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +58,10 @@ class DenseMethod:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         begin(self.reduction)
         try:
-            return own_method(self)(*args, **kwargs)
+            if self.replaced is not None:
+                return self.replaced(*args, **kwargs)
+            model = self.reduction.tower.model
+            return getattr(type(model), self.name)(model, *args, **kwargs)
         finally:
             end(self.reduction)
 
@@ -81,35 +81,3 @@ class HiddenStates:
             end(self.reduction)
         else:
             begin(self.reduction)
-
-
-class ResetClassifier:
-    """Stands in for timm's method of that name, which may also change the pooling."""
-
-    def __init__(self, reduction: Any, name: str, replaced: Any = None) -> None:
-        self.reduction = reduction
-        self.name = name
-        self.replaced = replaced
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        reset = own_method(self)
-        pool = inspect.signature(reset).bind(*args, **kwargs).arguments.get("global_pool")
-        tower, strategy = self.reduction.tower, self.reduction.strategy
-        if pool not in (None, tower.model.global_pool):
-            other = copy(tower.model)
-            other.global_pool = pool
-            reason = tower.refuses(other) or strategy.refuses(type(tower)(other))
-            if reason is not None:
-                raise ValueError(
-                    f"global_pool: expected one of a model that can be reduced, got {pool!r}: "
-                    f"{reason}; unreduce_ it first"
-                )
-        reset(*args, **kwargs)
-
-
-def own_method(stand_in: DenseMethod | ResetClassifier) -> Any:
-    """What the model runs without the stand-in."""
-    if stand_in.replaced is not None:
-        return stand_in.replaced
-    model = stand_in.reduction.tower.model
-    return partial(getattr(type(model), stand_in.name), model)

@@ -111,6 +111,8 @@ def _check_images(images: Tensor, tower: Tower) -> None:
         raise TypeError(f"images: expected {expected}, got {got}; scale pixels to floats first")
     fits = tower.has_dynamic_size or tuple(images.shape[2:]) == tower.image_size
     if images.dim() != 4 or not fits:
-        raise ValueError(f"images: expected {expected}, got {tuple(images.shape)}")
+        raise ValueError(
+            f"images: expected {expected}, got {tuple(images.shape)}; {tower.size_advice}"
+        )
     if images.device != weight.device:
         raise ValueError(f"images: expected them on {weight.device}, got {images.device}")

@@ -11,7 +11,7 @@ from typing import TypeVar, Unpack
 import torch
 from torch import Tensor, nn
 
-from elip_models.reduction.dense_outputs import DenseMethod, HiddenStates, ResetClassifier
+from elip_models.reduction.dense_outputs import DenseMethod, HiddenStates
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.settings import settings_of, strategy_of
 from elip_models.reduction.stand_ins import (
@@ -32,7 +32,7 @@ from elip_models.towers import ImageTextModel, Tower, as_image_text, as_tower
 from elip_models.validation import blame
 
 M = TypeVar("M", bound=nn.Module)
-StandIn = ReducedBlock | Entrance | Refusal | Representation | DenseMethod | ResetClassifier
+StandIn = ReducedBlock | Entrance | Refusal | Representation | DenseMethod
 Hook = TextFirst | HiddenStates
 
 
@@ -189,9 +189,6 @@ def _install_methods(reduction: Reduction) -> None:
         setattr(model, name, Refusal(name, vars(model).get(name)))
     for name in dense:
         setattr(model, name, DenseMethod(reduction, name, vars(model).get(name)))
-    if tower.resets_classifier:
-        name = "reset_classifier"
-        setattr(model, name, ResetClassifier(reduction, name, vars(model).get(name)))
 
 
 def _hook(module: nn.Module, hook: Hook) -> None:

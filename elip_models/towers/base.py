@@ -66,9 +66,9 @@ class Tower:
     absorbs_keys: a row is read without a key projection of the tokens.
     is_rotary: blocks rotate each token by its place in the image, which then follows the token.
     has_dynamic_size: images of other sizes may go in, each with its own number of patches.
+    size_advice: what to do with images of other sizes.
     collector: the module whose call `collects`, or None.
     dense_methods: methods of the model that return the tokens of several blocks.
-    resets_classifier: the model has timm's `reset_classifier`.
     unsupported_methods: methods of the model that would return nonsense on a reduced one.
     saved_config: the library's own, which it saves with the model, or None.
 
@@ -91,9 +91,9 @@ class Tower:
     absorbs_keys: bool = True
     is_rotary: bool = False
     has_dynamic_size: bool = False
+    size_advice: str = "resize the images"
     collector: nn.Module | None = None
     dense_methods: tuple[str, ...] = ()
-    resets_classifier: bool = False
     unsupported_methods: tuple[str, ...] = ()
     saved_config: Any = None
 

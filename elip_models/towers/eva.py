@@ -24,7 +24,7 @@ from elip_kernels import ReductionInfo
 from elip_models.towers.base import Block, Projections, Tower, is_plain
 from elip_models.towers.effective import Affine, affine, qkv_of, unwrapped
 from elip_models.towers.fsdp import library_class
-from elip_models.towers.timm import PATCH_DROP, mlp_ratio, pools, stats_of
+from elip_models.towers.timm import ANY_SIZE, PATCH_DROP, mlp_ratio, pools, stats_of
 
 
 class EvaTower(Tower):
@@ -36,7 +36,6 @@ class EvaTower(Tower):
 
     absorbs_keys = False
     dense_methods = ("forward_intermediates",)
-    resets_classifier = True
     unsupported_methods = ("prune_intermediate_layers",)
 
     def __init__(
@@ -51,6 +50,7 @@ class EvaTower(Tower):
         self.has_cls = model.cls_token is not None
         self.mlp_ratio = mlp_ratio(model)
         self.is_rotary = model.rope is not None
+        self.size_advice = "the model's set_input_size takes others" if self.is_rotary else ANY_SIZE
         self.positions = positions
         self.ropes = ropes  # of all patches, where they were made already
 

@@ -19,6 +19,9 @@ PATCH_DROP = (
     "it has patch dropout of its own, so patches have no position (create it with "
     "patch_drop_rate=0, and reduce it by strategy='patch_dropout')"
 )
+ANY_SIZE = (
+    "dynamic_img_size=True in timm.create_model takes any, the model's set_input_size another"
+)
 ARCHITECTURES = {
     "beit": "adds a bias to its attention for each pair of positions, which would not follow the "
     "tokens",
@@ -46,8 +49,8 @@ class TimmTower(Tower):
     """A timm VisionTransformer of pre-norm blocks, by whatever pooling; CLS, distillation and
     register tokens stay."""
 
+    size_advice = ANY_SIZE
     dense_methods = ("forward_intermediates",)
-    resets_classifier = True
     unsupported_methods = ("prune_intermediate_layers",)
 
     def __init__(self, model: vit.VisionTransformer) -> None:

@@ -30,9 +30,9 @@ class Resize(Strategy):
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def pixels(self, size: Size) -> tuple[int, int]:
-        """(h, w) of the images that the tower sees."""
-        (height, width), patch = size.image, size.patch
+    def pixels(self, size: Size, image: tuple[int, int] | None = None) -> tuple[int, int]:
+        """(h, w) of what the tower sees of an image (H, W), by default one of its own size."""
+        (height, width), patch = image or size.image, size.patch
         smaller = patch * round(0.75 * height / patch) if self.size is None else self.size
         if smaller % patch or smaller > height:
             raise ValueError(
@@ -59,7 +59,7 @@ class Resize(Strategy):
     def smaller(self, tower: Tower, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> (B, 3, h, w)."""
         at_least_fp32 = torch.promote_types(images.dtype, torch.float32)
-        pixels, wide = self.pixels(tower.size), images.to(at_least_fp32)
+        pixels, wide = self.pixels(tower.size, images.shape[2:]), images.to(at_least_fp32)
         return F.interpolate(wide, pixels, mode="bicubic", antialias=True).to(images.dtype)
 
     def patchify(self, tower: Tower, images: Tensor) -> Tensor:
