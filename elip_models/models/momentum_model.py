@@ -61,6 +61,7 @@ class MomentumConfig(CrossModalConfig):
     alpha_warmup_epochs: NonNegative = 1.0
     negative_epsilon: Share = 0.0
     momentum_reduction: Literal["none", "shared"] = "none"
+    resize: Literal["crop", "squash"] = "squash"
 
     @property
     def bert(self) -> BertConfig:
