@@ -98,6 +98,10 @@ class Strategy:
             raise TypeError(f"strategy: expected one for this model, got {self.name!r}: {reason}")
         self.stages(tower.size)
 
+    def at(self, step: int) -> "Strategy":
+        """What step `step` of training, 0-based, is reduced by."""
+        return self
+
     def stages(self, size: Size) -> tuple[Stage, ...]:
         """Where it acts, in the order of the blocks; at most one step a block.
 
