@@ -19,7 +19,8 @@ from typing import Any
 from torch import nn
 
 from elip_models.reduction.patch import reduce_
-from elip_models.reduction.strategy_spec import StrategySpec
+from elip_models.reduction.strategy import Strategy
+from elip_models.reduction.strategy_spec import get_strategy
 
 CREATE = "create_model_and_transforms"
 LEAK = (
@@ -57,13 +58,13 @@ def main(arguments: Sequence[str]) -> int | None:
         raise ImportError(
             f"open_clip's training needs {error.name}: pip install 'elip-kernels[open-clip-train]'"
         ) from error
-    if script.parse_args(others).val_data is not None and strategy.build().is_guided:
+    if script.parse_args(others).val_data is not None and strategy.is_guided:
         parser.error(LEAK)
     run = with_globals(script.main, **{CREATE: reducing_first(getattr(script, CREATE), options)})
     return run(others)
 
 
-def parse_reduce(words: Sequence[str]) -> tuple[StrategySpec, dict[str, Any]]:
+def parse_reduce(words: Sequence[str]) -> tuple[Strategy, dict[str, Any]]:
     """['tome:r=8'], ['keep=0.7'] or both -> the strategy, and what to call `reduce_` with.
 
     Raises:
@@ -76,7 +77,7 @@ def parse_reduce(words: Sequence[str]) -> tuple[StrategySpec, dict[str, Any]]:
     options: dict[str, Any] = {"strategy": names[0]}
     if shares:
         options["keep"] = float(shares[0].removeprefix("keep="))
-    return StrategySpec.parse(names[0]), options
+    return get_strategy(names[0]), options
 
 
 def with_globals(function: FunctionType, **names: Any) -> Callable[..., Any]:
