@@ -4,7 +4,7 @@
     python examples/dense_grid.py
 
 `unmerge` gives every patch the token that it went into, so a head that needs one vector a patch
-runs on a tower whose training step costs 60% of the dense one's FLOPs.
+runs on a tower of 80% of the FLOPs. It is less sharp: the dense tower finds every rectangle whole.
 """
 
 import timm
@@ -37,13 +37,13 @@ def dense_grid(model, images, strategy):
     return rearrange(patches, "b (h w) d -> b d h w", h=GRID), tokens.shape[1]
 
 
-def main(steps=20):
+def main(steps=24):
     torch.manual_seed(0)
     sizes = {"img_size": GRID * PATCH, "patch_size": PATCH, "depth": 4, "num_classes": 0}
     model = timm.create_model("vit_tiny_patch16_224", **sizes)
     head = torch.nn.Conv2d(model.embed_dim, 1, kernel_size=1)
-    strategy = ToMe().at_flops(model, 0.6)
-    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=5e-4)
+    strategy = ToMe().at_flops(model, 0.8)
+    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=2e-4)
     for step in range(steps):
         images, mask = rectangles(16)
         grid, left = dense_grid(model, images, strategy)

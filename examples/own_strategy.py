@@ -3,8 +3,7 @@
     pip install 'elip-kernels[models]'
     python examples/own_strategy.py
 
-It is frozen data and four methods, and takes part in all that the built-in ones do: reduce_,
-encode_image, checkpointing, compilation, equal cost (at_flops, keep), `elip profile`.
+It takes part in all that the built-in ones do: checkpointing, torch.compile, keep=, at_flops.
 """
 
 from dataclasses import dataclass, replace
@@ -14,7 +13,8 @@ import timm
 import torch
 
 import elip_models
-from elip_models.reduction.strategy import Layer, Stage, StageInfo, Strategy
+from elip_models.reduction.schedule import Stage
+from elip_models.reduction.strategy import Layer, StageInfo, Strategy
 
 
 @dataclass(frozen=True)

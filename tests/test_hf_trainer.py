@@ -3,12 +3,19 @@
 import pytest
 import torch
 import transformers
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+)
 
+import elip_models
 from elip_models import Elip, PatchDropout, ToMe
 from elip_models.training.hf_trainer import ReductionCallback
 from tests.models import hf_clip, hf_vision
-from tests.towers import SCHEDULE, assert_equal_gradients
+from tests.towers import SCHEDULE, assert_equal_gradients, plain_vit
 
 HALF = PatchDropout(0.5)
 
@@ -79,12 +86,22 @@ def run(folder, callback, make=classifier, *, resume=None, **options):
         (lambda: ReductionCallback(HALF, until=1.0), 5),
         (lambda: ReductionCallback(HALF, until=0), 0),
         (lambda: ReductionCallback(PatchDropout(0.5, until=2)), 2),
+        (lambda: ReductionCallback("tome:r=4", until=2), 2),
+        (lambda: ReductionCallback(keep=0.7, until=2), 2),
     ],
 )
-def test_steps_are_reduced_until_the_one_that_is_named(tmp_path, callback, reduced):
-    model, watch = run(tmp_path, callback())
-    assert watch.tokens() == [19] * reduced + [37] * (5 - reduced)
-    assert ("forward" in vars(model.vit.layers[0])) is (reduced == 5)
+def test_steps_are_reduced_until_the_one_that_is_named(callback, reduced):
+    callback, model, found = callback(), plain_vit(), []
+    for step in range(5):
+        state = TrainerState(global_step=step, max_steps=5)
+        callback.on_step_begin(None, state, None, model=model)
+        found.append(elip_models.is_reduced(model))
+    assert found == [True] * reduced + [False] * (5 - reduced)
+
+
+def test_the_trainer_trains_by_it(tmp_path):
+    _, watch = run(tmp_path, ReductionCallback(HALF, until=0.8))
+    assert watch.tokens() == [19] * 4 + [37]
 
 
 def test_a_resumed_run_is_the_one_that_was_not_stopped(tmp_path):
