@@ -55,7 +55,7 @@ def reduce_(
         elip_models.unreduce_(model)                        # the untouched model again
 
     Parameters, state_dict keys and the call stay the same. A further call replaces the settings and
-    costs about a millisecond, so that the rate may change from step to step.
+    costs some ten milliseconds, so that the rate may change from step to step.
     An image of another size, where the model takes one, is reduced by its own number of patches.
     Calls that return several blocks' tokens (forward_intermediates, output_hidden_states=True) give
     whole grids: a merged token wherever its patches were, zeros for those dropped without merging.
@@ -92,29 +92,31 @@ def reduce_(
     strategy = get_strategy(strategy, schedule=schedule, **options).fitted(tower)
     if keep is not None:
         strategy = strategy.at_keep(tower, keep)
-    reduction = Reduction(tower, strategy, _guiding(image_text, tower, strategy))
+    reduction = Reduction(tower, strategy, _guiding(image_text, strategy, tower))
     if not any(_are_alike(reduction, other) for other in reductions_of(model)):
         _install(model, reduction)  # else not even a compiler that has seen it sees a change
     return model
+
+
+def _guiding(
+    image_text: ImageTextModel | None, strategy: Strategy, tower: Tower
+) -> ImageTextModel | None:
+    """The whole model, if its text can guide its images; raises where nothing else could."""
+    reason = None if image_text is None else image_text.refuses()
+    if reason is None:
+        return image_text
+    if strategy.is_guided and not tower.has_cls:
+        raise TypeError(
+            "model: expected one whose text can guide its images, got "
+            f"{type(image_text.model).__name__}: {reason}"
+        )
+    return None
 
 
 def _read(model: nn.Module) -> tuple[ImageTextModel | None, Tower]:
     """The whole image-text model, if it is one, and the tower of its image model."""
     image_text = as_image_text(model)
     return image_text, as_tower(model if image_text is None else image_text.image_model)
-
-
-def _guiding(
-    image_text: ImageTextModel | None, tower: Tower, strategy: Strategy
-) -> ImageTextModel | None:
-    """The whole image-text model, if its text can guide its images."""
-    reason = None if image_text is None else image_text.refuses()
-    if reason is not None and strategy.is_guided and not tower.has_cls:
-        raise TypeError(
-            f"model: expected one whose text can guide its images, got "
-            f"{type(image_text.model).__name__}: {reason}"
-        )
-    return image_text if reason is None else None
 
 
 def _saved_strategy(model: nn.Module) -> Strategy | None:

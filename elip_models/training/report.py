@@ -120,7 +120,8 @@ class Reporter:
     @torch.no_grad()
     def _guided(self, count: int) -> tuple[Tensor, list[str], Tensor]:
         """Read the first `count` readable samples -> images, captions, guidance (B, D)."""
-        transform = image_transform(self.model.config.image_size, train=False)
+        config = self.model.config
+        transform = image_transform(config.image_size, train=False, resize=config.resize)
         report = SkipReport(1.0, length=len(self.source))  # training and evaluation have judged
         batch = next(evaluation_batches(self.source, transform, count, report=report))
         captions = [several[0] for several in batch.captions]
