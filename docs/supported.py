@@ -86,11 +86,11 @@ def ask(model: nn.Module) -> dict[str, str | None]:
             STRATEGIES[name]().fitted(tower)
             answers[name] = None
         except (TypeError, ValueError) as error:
-            answers[name] = _reason(error, name)
+            answers[name] = reason_of(error, name)
     return answers
 
 
-def _reason(error: Exception, name: str) -> str:
+def reason_of(error: Exception, name: str) -> str:
     """What an error says after 'got NAME: '."""
     return re.sub(rf"^.*? got '?{name}'?: ", "", str(error))
 
@@ -108,7 +108,7 @@ def block() -> str:
         try:
             answers = ask(model)
         except TypeError as error:
-            refused.append(f"- {label}: {_reason(error, type(model).__name__)}.")
+            refused.append(f"- {label}: {reason_of(error, type(model).__name__)}.")
             continue
         cells = []
         for name, reason in answers.items():

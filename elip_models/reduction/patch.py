@@ -26,7 +26,7 @@ from elip_models.reduction.strategies.elip import ElipOptions
 from elip_models.reduction.strategy import StageInfo, Strategy
 from elip_models.reduction.strategy_spec import get_strategy
 from elip_models.reduction.summary import Summary
-from elip_models.towers import Tower, as_image_text, as_tower
+from elip_models.towers import ImageTextModel, Tower, as_image_text, as_tower
 
 M = TypeVar("M", bound=nn.Module)
 StandIn = ReducedBlock | Entrance | Refusal | Representation
@@ -61,9 +61,8 @@ def reduce_(
     zero-shot classification, and where images are encoded alone, no text guides.
 
     Args:
-        model: an image model of timm, open_clip or transformers; or a whole open_clip CLIP or CoCa,
-            transformers CLIPModel, SiglipModel or BlipForImageTextRetrieval. Of one whose text
-            cannot guide its images (CoCa), the image tower is reduced as it would be alone.
+        model: an image model of timm, open_clip or transformers, or a whole language-image model;
+            one whose text cannot guide its images (CoCa) is reduced as its image tower alone.
         keep: the mean share of tokens over the layers, in (0, 1], that the strategy is set to, for
             every strategy; None leaves it as its settings or its schedule say.
         schedule: as '2(100%) 2(90%) 6(65%) 2(40%)', whose layers add up to the model's depth; or a
@@ -82,16 +81,11 @@ def reduce_(
     _refuse_compiled(model, "reduce_")
     image_text = as_image_text(model)
     tower = as_tower(model if image_text is None else image_text.image_model)
-    reason = None if image_text is None else image_text.refuses()
-    image_text = None if reason is not None else image_text
     strategy = get_strategy(strategy, schedule=schedule, **options).fitted(tower)
     if keep is not None:
         strategy = strategy.at_keep(tower, keep)
-    if reason is not None and strategy.is_guided and not tower.has_cls:
-        raise TypeError(
-            f"model: expected one whose text can guide its images, got {type(model).__name__}: "
-            f"{reason}"
-        )
+    if image_text is not None and not _guides(image_text, strategy, tower):
+        image_text = None
     reduction = Reduction(tower, strategy, image_text)
     if any(_are_alike(reduction, other) for other in _reductions(model)):
         return model  # nothing changes, not even for a compiler that has seen it
@@ -99,6 +93,17 @@ def reduce_(
     unreduce_(model)
     _install(reduction)
     return model
+
+
+def _guides(image_text: ImageTextModel, strategy: Strategy, tower: Tower) -> bool:
+    """The text of the whole model can guide its images; raises where nothing else could."""
+    reason = image_text.refuses()
+    if reason is not None and strategy.is_guided and not tower.has_cls:
+        raise TypeError(
+            "model: expected one whose text can guide its images, got "
+            f"{type(image_text.model).__name__}: {reason}"
+        )
+    return reason is None
 
 
 def _are_alike(one: Reduction, other: Reduction) -> bool:

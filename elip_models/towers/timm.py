@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from einops import rearrange
-from timm.layers import Attention
+from timm.layers import Attention, PatchEmbed
 from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
@@ -86,6 +86,12 @@ class TimmTower(Tower):
     @property
     def entrance(self) -> list[tuple[nn.Module, str]]:
         return [(self.model.patch_embed, "forward"), (self.model, "_pos_embed")]
+
+    def refuses_resizing(self) -> str | None:
+        embed = self.model.patch_embed
+        if isinstance(embed, PatchEmbed):
+            return None
+        return f"its patches come from a {type(embed).__name__} and not from one convolution"
 
     def patchify(self, images: Tensor) -> Tensor:
         model = self.model
