@@ -28,7 +28,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     f"{name}={value!r}": {name: value}
     for name, value in (("dynamic_img_size", False), ("global_pool", "token"))
 }
-POOLING = {"token": "class token", "avg": "average", "map": "attention pooling", "": "no pooling"}
+POOLING = {"token": "class token", "avg": "average", "map": "attention", "": "none"}
 WORKS, REFUSED, LARGE = "Reduced", "Refused", f"More than {LARGEST} M parameters, not asked"
 
 
@@ -67,15 +67,16 @@ def _built(name: str, **options: Any) -> torch.nn.Module:
 
 
 def _asked(model: torch.nn.Module, module: str) -> Answer:
-    """How it pools and what it can be reduced by; or, in the words of the error, why by nothing."""
+    """How it pools and what reduces it; or, in the words of the error, why nothing does."""
     try:
         refusals = {name: reason for name, reason in ask(model).items() if reason is not None}
     except TypeError as error:
         name = type(model).__name__
-        return Answer(REFUSED, re.sub(f"^{name} ", "it ", reason_of(error, name)), module)
-    kind = POOLING.get(model.global_pool, f"pooling by {model.global_pool!r}")
+        reason = re.sub(f"^{name} ", "it ", reason_of(error, name))
+        return Answer(REFUSED, f"{reason[0].upper()}{reason[1:]}", module)
+    kind = f"Pooling: {POOLING.get(model.global_pool, model.global_pool)}"
     if refusals:
-        kind += f", not by {', '.join(f'`{name}`' for name in refusals)}"
+        kind += f"; not by {', '.join(f'`{name}`' for name in refusals)}"
     notes = tuple(f"`{name}`: {reason}" for name, reason in refusals.items())
     return Answer(WORKS, kind, module, notes)
 
@@ -112,13 +113,13 @@ def _by_kind(answers: dict[str, Answer]) -> Iterable[str]:
     for name, each in answers.items():
         kinds[each.kind][each.module].append(name)
     for kind, modules in kinds.items():
-        yield from ("", *([f"### {kind[0].upper()}{kind[1:]}", ""] if kind else []))
+        yield from ("", *([f"### {kind}", ""] if kind else []))
         for module, found in modules.items():
             yield f"- {module}: {', '.join(f'`{name}`' for name in found)}"
 
 
 def read(text: str) -> dict[str, Answer]:
-    """The answers that a page holds, by name; a kind begins with a capital there."""
+    """The answers that a page holds, by name, without notes."""
     answers, heading, kind = {}, "", ""
     for line in text[text.index("\n## ") :].splitlines():
         if line.startswith("## "):

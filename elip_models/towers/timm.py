@@ -30,6 +30,7 @@ ARCHITECTURES = {
     "gemma4_vit": "is another plain ViT (Gemma's encoder), which no adapter reads yet",
     "naflexvit": "takes patches with a mask and a grid of their own, which would not follow the "
     "tokens",
+    "pit": "is hierarchical: it pools its grid between stages",
     "qwen3_vit": "is another plain ViT (Qwen's encoder), which no adapter reads yet",
     "tnt": "runs a second transformer over the pixels of every patch",
     "vision_transformer_relpos": "adds a bias to its attention for each pair of positions, which "
@@ -204,7 +205,7 @@ def _refuses_block(block: nn.Module) -> str | None:
         return f"its blocks are {type(block).__name__} (parallel or post-norm), not pre-norm Block"
     attn = unwrapped(block.attn)
     if not isinstance(attn, Attention):
-        return f"its attention is {type(attn).__name__}, whose CLS row has no absorbed form"
+        return f"its attention is {type(attn).__name__} and not timm's plain Attention"
     if getattr(attn, "gate", None) is not None:
         return "it gates its attention output"
     return refuses_norm(block.norm1)
