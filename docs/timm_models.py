@@ -72,7 +72,7 @@ def _asked(model: torch.nn.Module, module: str) -> Answer:
         refusals = {name: reason for name, reason in ask(model).items() if reason is not None}
     except TypeError as error:
         name = type(model).__name__
-        reason = re.sub(f"^{name} ", "it ", reason_of(error, name))
+        reason = re.sub(f"^{name} ", "it ", reason_of(error))
         return Answer(REFUSED, f"{reason[0].upper()}{reason[1:]}", module)
     kind = f"Pooling: {POOLING.get(model.global_pool, model.global_pool)}"
     if refusals:
@@ -88,9 +88,10 @@ def page(answers: dict[str, Answer]) -> str:
         "# timm's ViT-like models",
         "",
         f"What `docs/timm_models.py` found in timm {timm.__version__}: every name of the modules "
-        f"{listed}, as `timm.create_model(name)` builds it. Hierarchical models (Swin, Hiera, MViT, "
-        "PVT, LeViT and others) and convolutional ones are refused, and not listed. `elip` and "
-        "`adaptive` of a tower without class token need a text as guidance; the others do not.",
+        f"{listed}, as `timm.create_model(name)` builds it. Hierarchical models (Swin, Hiera, "
+        "MViT, PVT, LeViT and others) and convolutional ones are refused, and not listed. Of a "
+        "tower without class token `elip` and `adaptive` need a text as guidance; the others do "
+        "not.",
         "",
         "Where a strategy does not work:",
         "",
