@@ -88,24 +88,26 @@ def reduce_(
     strategy = get_strategy(strategy, schedule=schedule, **options).fitted(tower)
     if keep is not None:
         strategy = strategy.at_keep(tower, keep)
-    if image_text is not None and not _guides(image_text, strategy, tower):
-        image_text = None
-    reduction = Reduction(tower, strategy, image_text)
+    reduction = Reduction(tower, strategy, _guiding(image_text, strategy, tower))
     if any(_are_alike(reduction, other) for other in reductions_of(model)):
         return model  # nothing changes, not even for a compiler that has seen it
     _install(model, reduction)
     return model
 
 
-def _guides(image_text: ImageTextModel, strategy: Strategy, tower: Tower) -> bool:
-    """The text of the whole model can guide its images; raises where nothing else could."""
-    reason = image_text.refuses()
-    if reason is not None and strategy.is_guided and not tower.has_cls:
+def _guiding(
+    image_text: ImageTextModel | None, strategy: Strategy, tower: Tower
+) -> ImageTextModel | None:
+    """The whole model, if its text can guide its images; raises where nothing else could."""
+    reason = None if image_text is None else image_text.refuses()
+    if reason is None:
+        return image_text
+    if strategy.is_guided and not tower.has_cls:
         raise TypeError(
             "model: expected one whose text can guide its images, got "
             f"{type(image_text.model).__name__}: {reason}"
         )
-    return reason is None
+    return None
 
 
 def _read(model: nn.Module) -> tuple[ImageTextModel | None, Tower]:
