@@ -67,8 +67,8 @@ def reduce_(
     zero-shot classification, and where images are encoded alone, no text guides.
 
     Args:
-        model: an image model of timm, open_clip or transformers; or a whole open_clip CLIP (CoCa:
-            unguided), transformers CLIPModel, SiglipModel or BlipForImageTextRetrieval.
+        model: an image model of timm, open_clip or transformers, or a whole language-image model;
+            one whose text cannot guide its images (CoCa) is reduced as its image tower alone.
         keep: the mean share of tokens over the layers, in (0, 1], that the strategy is set to, for
             every strategy; None leaves it as its settings or its schedule say.
         schedule: as '2(100%) 2(90%) 6(65%) 2(40%)', whose layers add up to the model's depth; or a

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from einops import rearrange
-from timm.layers import Attention
+from timm.layers import Attention, PatchEmbed
 from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
@@ -33,6 +33,7 @@ ARCHITECTURES = {
     "gemma4_vit": "is another plain ViT (Gemma's encoder), which no adapter reads yet",
     "naflexvit": "takes patches with a mask and a grid of their own, which would not follow the "
     "tokens",
+    "pit": "is hierarchical: it pools its grid between stages",
     "qwen3_vit": "is another plain ViT (Qwen's encoder), which no adapter reads yet",
     "tnt": "runs a second transformer over the pixels of every patch",
     "vision_transformer_relpos": "adds a bias to its attention for each pair of positions, which "
@@ -100,6 +101,12 @@ class TimmTower(Tower):
     @property
     def entrance(self) -> list[tuple[nn.Module, str]]:
         return [(self.model.patch_embed, "forward"), (self.model, "_pos_embed")]
+
+    def refuses_resizing(self) -> str | None:
+        embed = self.model.patch_embed
+        if isinstance(embed, PatchEmbed):
+            return None
+        return f"its patches come from a {type(embed).__name__} and not from one convolution"
 
     def patchify(self, images: Tensor) -> Tensor:
         model = self.model
@@ -202,7 +209,7 @@ def _refuses_block(block: nn.Module) -> str | None:
         return f"its blocks are {type(block).__name__} (parallel or post-norm), not pre-norm Block"
     attn = unwrapped(block.attn)
     if not isinstance(attn, Attention):
-        return f"its attention is {type(attn).__name__}, whose CLS row has no absorbed form"
+        return f"its attention is {type(attn).__name__} and not timm's plain Attention"
     if getattr(attn, "gate", None) is not None:
         return "it gates its attention output"
     return refuses_norm(block.norm1)
