@@ -124,7 +124,12 @@ settings = {
     "without_text": ["skip", 1],
     "merge": ["yes", 1],
 }
-models = [None, "vit", torch.nn.Linear(3, 3), plain_vit(dynamic_img_size=True)]
+models = [
+    None,
+    "vit",
+    torch.nn.Linear(3, 3),
+    plain_vit(block_fn=timm.models.vision_transformer.ResPostBlock),
+]
 text_cls = [
     [0.0] * WIDTH,
     torch.randn(WIDTH),

@@ -155,7 +155,7 @@ class Forward:
 
     def _check_left(self, i: int, tokens: Tensor) -> None:
         """Else FLOPs, and what `at_flops` and `at_keep` find, would be another strategy's."""
-        expected = entering(self.strategy, self.tower.size)[i + 1]
+        expected = entering(self.strategy, self.size)[i + 1]
         if tokens.shape[1] != expected:
             raise ValueError(
                 f"strategy: expected {self.strategy.name!r} to leave {expected} tokens at block "
