@@ -201,7 +201,7 @@ class HFImageText(ImageTextModel):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor | None:
-        if input_ids is None or pixel_values is None:
+        if not self.pair(pixel_values, input_ids):
             return None
         at = self.mask_position
         mask = args[at] if len(args) > at else kwargs.get("attention_mask")
