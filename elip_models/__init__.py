@@ -1,7 +1,9 @@
 """Text-guided vision token reduction for image-text models, and the models that train with it."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from elip_kernels import __version__
+from elip_models.extras import extra
 from elip_models.reduction.encode import encode_image
 from elip_models.reduction.once import SlowScorerWarning, UnguidedWarning
 from elip_models.reduction.patch import (
@@ -33,6 +35,7 @@ __all__ = [
     "ToMe",
     "Trips",
     "UnguidedWarning",
+    "__version__",
     "create_model",
     "encode_image",
     "guidance",
@@ -45,14 +48,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """`create_model` on first use: it brings timm and transformers in."""
-    if name == "create_model":
-        try:
+if TYPE_CHECKING:
+    from elip_models.models.registry import create_model
+else:
+
+    def __getattr__(name: str) -> Any:
+        """`create_model` on first use: it brings timm and transformers in."""
+        if name != "create_model":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        with extra("create_model"):
             from elip_models.models.registry import create_model
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                f"create_model needs {error.name}: pip install 'elip-kernels[models]'"
-            ) from error
         return create_model
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

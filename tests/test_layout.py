@@ -10,7 +10,7 @@ import elip_models
 
 ROOTS = [Path(package.__file__).parent for package in (elip_kernels, elip_models)]
 FLOORS = (
-    ("elip_kernels", "elip_models.validation"),
+    ("elip_kernels", "elip_models.validation", "elip_models.extras"),
     ("elip_models.reduction.schedule",),
     ("elip_models.data",),
     ("elip_models.towers",),

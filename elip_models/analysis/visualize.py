@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elip_kernels import unmerge
+from elip_models.extras import extra
 from elip_models.reduction.once import deliberately_slow
 from elip_models.reduction.step import Forward
 from elip_models.reduction.strategies import Dense
@@ -198,12 +199,8 @@ def draw_concentration(
 
 
 def _new_figure(width: float, height: float) -> "Figure":
-    try:
+    with extra("elip_models.analysis.visualize"):
         from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            "elip_models.analysis.visualize needs matplotlib: pip install 'elip-kernels[demo]'"
-        ) from error
     return Figure(figsize=(width, height), layout="constrained")
 
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from elip_models.data.checks import extra
+from elip_models.extras import extra
 from elip_models.validation import Bounds, Positive, PositiveInt, PositiveShare, check
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -47,7 +47,7 @@ def image_transform(
     if scale is not None and scale[0] > scale[1]:
         raise ValueError(f"scale: expected 0 < least <= most <= 1, got {scale!r}")
     check("randaugment", _as_tuple(randaugment), tuple[PositiveInt, Magnitude] | None)
-    with extra("models", "image_transform"):
+    with extra("image_transform"):
         from torchvision.transforms import InterpolationMode, v2
     bicubic = InterpolationMode.BICUBIC
     middle = [v2.Resize(image_size, interpolation=bicubic), v2.CenterCrop(image_size)]
