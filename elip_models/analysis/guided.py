@@ -68,8 +68,11 @@ class Guided:
     @torch.no_grad()
     def stage_infos(self, images: Tensor, captions: Sequence[str]) -> list[StageInfo]:
         """Reduce normalised images (B, 3, H, W), each guided by its caption -> one info a stage."""
-        text_cls = None if self.guide is None else self.guide(captions)
-        strategy = replace(self.strategy, without_text="vision")
+        text_cls, strategy = None, self.strategy
+        if self.guide is not None:
+            text_cls = self.guide(captions)
+        elif self.tower.has_cls:
+            strategy = replace(strategy, without_text="vision")
         _, infos = encode_image(
             self.image_model, images, text_cls, strategy=strategy, return_info=True
         )

@@ -116,6 +116,8 @@ def _refuse_replaced(reduction: Reduction) -> None:
 
 def _install(reduction: Reduction) -> None:
     tower, strategy, image_text = reduction.tower, reduction.strategy, reduction.image_text
+    shown = tower.model if image_text is None else image_text.model
+    shown.extra_repr = Representation(reduction, vars(shown).get("extra_repr"))
     if not reduction.acts_at and not strategy.changes_embedding:
         return
     if strategy.changes_embedding:
@@ -127,8 +129,6 @@ def _install(reduction: Reduction) -> None:
         block = tower.blocks[i]
         block.forward = ReducedBlock(reduction, i, vars(block).get("forward"))
     _refuse_methods(tower.model, (*tower.unsupported_methods, REPLICATE))
-    shown = tower.model if image_text is None else image_text.model
-    shown.extra_repr = Representation(reduction, vars(shown).get("extra_repr"))
     if image_text is None:
         return
     _refuse_methods(image_text.model, image_text.unsupported_methods)
@@ -260,7 +260,8 @@ def guidance(model: nn.Module, text_cls: Tensor) -> Iterator[None]:
 def _reductions(model: nn.Module) -> list[Reduction]:
     """What has changed the model, or one inside it."""
     stand_ins = (value for module in model.modules() for value in vars(module).values())
-    found = (each.reduction for each in stand_ins if isinstance(each, ReducedBlock | Entrance))
+    knowing = ReducedBlock | Entrance | Representation
+    found = (each.reduction for each in stand_ins if isinstance(each, knowing))
     return list({id(reduction): reduction for reduction in found}.values())
 
 
