@@ -1,5 +1,6 @@
 """Text-guided vision token reduction for image-text models, and the models that train with it."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from elip_kernels import __version__
@@ -40,22 +41,26 @@ __all__ = [
     "encode_image",
     "guidance",
     "is_reduced",
+    "load_reduced",
     "record",
     "reduce_",
+    "save_reduced",
     "summary",
     "unreduce_",
     "use_sdpa_",
 ]
 
 
+LAZY = {"create_model": "registry", "load_reduced": "saved", "save_reduced": "saved"}
+
 if TYPE_CHECKING:
     from elip_models.models.registry import create_model
+    from elip_models.models.saved import load_reduced, save_reduced
 else:
 
     def __getattr__(name: str) -> Any:
-        """`create_model` on first use: it brings timm and transformers in."""
-        if name != "create_model":
+        """What brings timm and transformers in, on first use."""
+        if name not in LAZY:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        with extra("create_model"):
-            from elip_models.models.registry import create_model
-        return create_model
+        with extra(name):
+            return getattr(import_module(f"elip_models.models.{LAZY[name]}"), name)

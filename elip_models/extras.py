@@ -9,6 +9,7 @@ EXTRAS = {
     "accelerate": "train",
     "datasets": "train",
     "einops": "models",
+    "huggingface_hub": "models",
     "matplotlib": "demo",
     "numpy": "train",
     "open_clip": "open-clip",

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import tempfile
 
 import pytest
 import timm
@@ -12,6 +13,7 @@ import elip_kernels
 import elip_models
 from elip_models.reduction.patch import is_reduced
 from elip_models.reduction.strategies.elip import ElipOptions
+from tests.test_saving import CONFIG, pair
 from tests.towers import SCHEDULE, WIDTH, images, plain_vit, text
 
 B, N, D, H = 2, 10, 8, 2
@@ -64,6 +66,15 @@ def good_patch():
 
 def good_guidance():
     return {"model": elip_models.reduce_(**good_patch()), "text_cls": text()}
+
+
+def good_save():
+    model = elip_models.reduce_(pair(), schedule=SCHEDULE)
+    return {"model": model, "folder": tempfile.mkdtemp(), "config": CONFIG}
+
+
+def good_load():
+    return {"folder": elip_models.save_reduced(**good_save())}
 
 
 def guidance(**arguments):
@@ -219,7 +230,7 @@ TABLE = {
     ),
     elip_models.reduce_: (
         good_patch,
-        settings | {"model": models},
+        settings | {"model": models, "strategy": settings["strategy"][1:]},
     ),
     elip_models.unreduce_: (good_patch, {"model": [None, "vit"]}),
     elip_models.use_sdpa_: (
@@ -241,6 +252,22 @@ TABLE = {
                 *({"drop_path": 2.0}, {"embed_dim": 0}, {"eos_token_id": 5000}, {"gather": "no"}),
                 *({"scorer": ["last"]}, {"merge": 1}, {"vision_heads": 0}, {"count_cls": 1}),
             ],
+        },
+    ),
+    elip_models.save_reduced: (
+        good_save,
+        {
+            "model": [None, "vit", plain_vit(), elip_models.reduce_(plain_vit(), strategy="tome")],
+            "folder": [None, 3],
+            "config": [None, 3, "ViT-X"],
+        },
+    ),
+    elip_models.load_reduced: (
+        good_load,
+        {
+            "folder": [None, 3, "no/such/folder", tempfile.mkdtemp()],
+            "model": ["vit", 3],
+            "strategy": [3, "tomee"],
         },
     ),
     elip_models.Schedule.parse: (

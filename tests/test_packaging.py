@@ -54,8 +54,10 @@ NEEDS = {
     "elip_models.checkpoints": "models",
     "elip_models.create_model": "models",
     "elip_models.data": "train",
+    "elip_models.load_reduced": "models",
     "elip_models.models": "models",
     "elip_models.profiling": "train",
+    "elip_models.save_reduced": "models",
     "elip_models.tasks.retrieval": "train",
     "elip_models.training": "train",
 }

@@ -2,4 +2,4 @@
 
 from elip_models.extras import needs
 
-needs("elip_models.models", "timm", "transformers", "einops", "safetensors")
+needs("elip_models.models", "timm", "transformers", "einops", "safetensors", "huggingface_hub")

@@ -7,6 +7,7 @@ layer of every group below 100%. Ratios are of the first patch count: K = int(N0
 import math
 import re
 from dataclasses import dataclass, replace
+from decimal import Decimal
 
 from elip_models.validation import check_fields
 
@@ -81,11 +82,17 @@ class Schedule:
         matches = [GROUP.fullmatch(word) for word in words]
         if not words or None in matches:
             raise ValueError(f"schedule: expected {FORM} or one of {sorted(PRESETS)}, got {text!r}")
-        groups = tuple((int(m[1]), float(m[2]) / 100) for m in matches if m)
+        groups = tuple((int(m[1]), float(Decimal(m[2]) / 100)) for m in matches if m)
         return cls(groups, count_cls, scales=name in PRESETS)
 
     def __str__(self) -> str:
         return " ".join(_format(layers, ratio) for layers, ratio in self.groups)
+
+    @property
+    def exact(self) -> str:
+        """The groups to the last digit, which `parse` reads back as they are."""
+        percent = ((n, (Decimal(repr(ratio)) * 100).normalize()) for n, ratio in self.groups)
+        return " ".join(f"{layers}({ratio:f}%)" for layers, ratio in percent)
 
     @property
     def depth(self) -> int:
