@@ -77,9 +77,17 @@ def good_load():
     return {"folder": elip_models.save_reduced(**good_save())}
 
 
-def guidance(**arguments):
-    with elip_models.guidance(**arguments):
-        pass
+def entered(context):
+    """A function that enters a context and leaves it."""
+
+    def enter(**arguments):
+        with context(**arguments):
+            pass
+
+    return enter
+
+
+CONTEXTS = {each: entered(each) for each in (elip_models.guidance, elip_models.record)}
 
 
 matrix = [
@@ -107,7 +115,8 @@ absorbed = {
     "scale": ["small", True],
 }
 settings = {
-    "schedule": [None, 12, "12 layers", "2(100%) 2(40%)", "2(40%) 4(60%)"],
+    "keep": [0, -0.1, 1.1, "0.7", True, 0.01],
+    "schedule": [12, "12 layers", "2(100%) 2(40%)", "2(40%) 4(60%)"],
     "strategy": [None, "tomee", 3, ["tome"]],
     "scorer": ["lats", True, 0, 3, 1.5, ["last"]],
     "fusion": ["0.8", True, -0.1, 1.1],
@@ -270,6 +279,12 @@ TABLE = {
             "strategy": [3, "tomee"],
         },
     ),
+    elip_models.summary: (lambda: {"model": plain_vit()}, {"model": [None, "vit"]}),
+    elip_models.is_reduced: (lambda: {"model": plain_vit()}, {"model": []}),
+    elip_models.record: (
+        lambda: {"model": elip_models.reduce_(plain_vit(), schedule=SCHEDULE)},
+        {"model": [None, "vit", plain_vit()]},
+    ),
     elip_models.Schedule.parse: (
         lambda: {"text": SCHEDULE},
         {"text": [None, 12, "", "2(100)"], "count_cls": [None, 1]},
@@ -290,7 +305,7 @@ def test_a_bad_argument_is_named_with_what_was_expected_and_got(function, good, 
     if function is elip_models.unreduce_:
         arguments.pop("schedule")
     arguments |= value if argument == "overrides" else {argument: value}
-    call = guidance if function is elip_models.guidance else function
+    call = CONTEXTS.get(function, function)
     message = rf"^{ALIASES.get(argument, argument)}: expected .*got "
     with pytest.raises((TypeError, ValueError, FileNotFoundError)) as error:
         call(**arguments)
@@ -310,7 +325,7 @@ def test_good_arguments_pass(function):
     arguments = TABLE[function][0]()
     if function is elip_models.unreduce_:
         arguments.pop("schedule")
-    (guidance if function is elip_models.guidance else function)(**arguments)
+    CONTEXTS.get(function, function)(**arguments)
 
 
 def test_every_public_function_is_in_the_table():
