@@ -105,5 +105,9 @@ def test_the_scaling_table_is_what_is_counted():
         assert cells.split(" | ") == [*sizes, *(f"{x:.2f}" for x in (*shares, tome.training_flops))]
 
 
-def test_the_readme_takes_three_minutes():
-    assert len((ROOT / "README.md").read_text().split("\n")) <= 150
+def test_the_readme_takes_three_minutes_and_its_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split("\n")) <= 150
+    links = re.findall(r"\]\((docs/[^)#]+)", text)
+    assert len(links) > 10
+    assert all((ROOT / link).is_file() for link in links)

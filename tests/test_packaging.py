@@ -1,5 +1,6 @@
 """What a user installs: imports that are light, extras that are named, types, wheel and sdist."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -181,6 +182,24 @@ def test_a_users_script_is_typed_against(installed, built, kind):
     shutil.copy(ROOT / "tests" / "typed_user_script.py", script)
     of = ["--python-executable", environment / "bin" / "python", "--cache-dir", built / "mypy"]
     run(sys.executable, "-m", "mypy", "--strict", *of, script, cwd=environment, path="")
+
+
+def is_typed(function):
+    """All arguments and the result have hints; a kernel of Triton takes none."""
+    if any("triton.jit" in ast.unparse(each) for each in function.decorator_list):
+        return True
+    given = function.args.posonlyargs + function.args.args + function.args.kwonlyargs
+    hints = [each.annotation for each in given if each.arg not in ("self", "cls")]
+    return None not in (*hints, function.returns)
+
+
+def test_every_public_function_is_typed():
+    for package in ("elip_kernels", "elip_models"):
+        for path in (ROOT / package).rglob("*.py"):
+            nodes = ast.walk(ast.parse(path.read_text()))
+            functions = [each for each in nodes if isinstance(each, ast.FunctionDef)]
+            public = [each for each in functions if not each.name.startswith("_")]
+            assert [each.name for each in public if not is_typed(each)] == [], path
 
 
 def test_the_typed_script_runs():
