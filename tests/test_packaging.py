@@ -60,7 +60,13 @@ NEEDS = {
     "elip_models.profiling": "train",
     "elip_models.save_reduced": "models",
     "elip_models.tasks.retrieval": "train",
-    "elip_models.training": "train",
+    "elip_models.training.accelerator": "train",
+    "elip_models.training.hf_trainer": "models",
+    "elip_models.training.loss_log": "train",
+    "elip_models.training.recipe": "train",
+    "elip_models.training.report": "train",
+    "elip_models.training.run_folder": "train",
+    "elip_models.training.trainer": "models",
 }
 """What does not work with torch alone -> the extra that its error names."""
 

@@ -16,8 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-
+from elip_models.extras import extra
 from elip_models.validation import (
     UNIONS,
     WORDS,
@@ -35,6 +34,9 @@ from elip_models.validation import (
     item_hints,
     misfit,
 )
+
+with extra("elip_models.training"):
+    import yaml
 
 REQUIRED = "???"
 """The value a recipe gives to a key that the user has to set."""

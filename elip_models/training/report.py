@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from elip_models.analysis.agreement import scorer_agreement
@@ -20,6 +17,7 @@ from elip_models.data import (
     evaluation_batches,
     image_transform,
 )
+from elip_models.extras import extra
 from elip_models.models.base import PretrainedModel
 from elip_models.models.momentum_model import MomentumModel
 from elip_models.models.registry import elip_strategy
@@ -33,6 +31,11 @@ from elip_models.reduction.schedule import PRESETS
 from elip_models.reduction.scorers import SCORERS
 from elip_models.reduction.strategies.elip import Elip
 from elip_models.reduction.strategy import Strategy
+
+with extra("elip_models.training"):
+    from rich.console import Console
+    from rich.table import Table
+    from timm.models.vision_transformer import VisionTransformer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

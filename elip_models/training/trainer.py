@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate.utils import set_seed
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from elip_models.checkpoints.pretrained_towers import initialise_
@@ -29,6 +26,7 @@ from elip_models.data import (
     train_loader,
     train_tokenizer,
 )
+from elip_models.extras import extra
 from elip_models.models.registry import create_model, family_of
 from elip_models.tasks.retrieval import RetrievalScores, evaluate_retrieval
 from elip_models.training.accelerator import make_accelerator
@@ -37,6 +35,17 @@ from elip_models.training.optim import learning_rate, parameter_groups
 from elip_models.training.recipe import ModelConfig, RunConfig
 from elip_models.training.run_folder import RunFolder
 from elip_models.validation import ConfigError, blame
+
+with extra("elip_models.training"):
+    from accelerate.utils import set_seed
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
