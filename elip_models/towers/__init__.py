@@ -57,7 +57,7 @@ def as_tower(model: nn.Module) -> Tower:
         TypeError: not a model that a tower reads, or a variant of one that it does not: why.
         ImportError: a library is missing.
     """
-    model = without_adapter(model)
+    model = _trunk(without_adapter(model))
     _check_sharding(model)
     library = library_of(model)
     if library is None:
@@ -77,11 +77,7 @@ def as_tower(model: nn.Module) -> Tower:
 
 
 def as_image_text(model: nn.Module) -> ImageTextModel | None:
-    """The whole image-text model, or None where it is an image model alone.
-
-    Raises:
-        TypeError: one whose text cannot guide its images: why.
-    """
+    """The whole image-text model, or None where it is an image model alone."""
     model = without_adapter(model)
     _check_sharding(model)
     library = library_of(model)
@@ -89,22 +85,19 @@ def as_image_text(model: nn.Module) -> ImageTextModel | None:
         return None
     adapters = (_load(name) for name in ADAPTERS[library].image_texts)
     adapter = next((adapter for adapter in adapters if adapter.accepts(model)), None)
-    if adapter is None:
-        return None
-    image_text = adapter(model)
-    reason = image_text.refuses()
-    if reason is not None:
-        raise TypeError(
-            f"model: expected one whose text can guide its images, got {type(model).__name__}: "
-            f"{reason}"
-        )
-    return image_text
+    return None if adapter is None else adapter(model)
 
 
 def without_adapter(model: nn.Module) -> nn.Module:
     """The model inside peft's, whose own layers are the adapted ones."""
     is_peft = any(cls.__module__ == "peft.peft_model" for cls in type(model).__mro__)
     return model.get_base_model() if is_peft else model
+
+
+def _trunk(model: nn.Module) -> nn.Module:
+    """The model of timm inside open_clip's, which puts a head behind it."""
+    is_timm = any(cls.__module__ == "open_clip.timm_model" for cls in type(model).__mro__)
+    return model.trunk if is_timm else model
 
 
 def as_reducible(model: nn.Module) -> Reducible:
@@ -117,7 +110,10 @@ def as_reducible(model: nn.Module) -> Reducible:
     """
     if isinstance(model, Reducible):
         return model
-    return as_image_text(model) or ImageModel(as_tower(model))
+    image_text = as_image_text(model)
+    if image_text is None or image_text.refuses() is not None:
+        return ImageModel(as_tower(model if image_text is None else image_text.image_model))
+    return image_text
 
 
 def _check_sharding(model: nn.Module) -> None:
