@@ -53,15 +53,13 @@ def reduce_(
         print(elip_models.summary(model))                   # tokens a layer, FLOPs against dense
         elip_models.unreduce_(model)                        # the untouched model again
 
-    Parameters, state_dict keys and the call stay the same. A further call replaces the settings and
-    costs some ten milliseconds, so that the rate may change from step to step.
-    The last block runs for all tokens, since the model's own forward may read them; CLIP's image
-    tower in inference runs it for CLS alone.
-    Call it before torch.compile, which does not see what comes later. Guidance, where there is any,
-    comes by `with guidance(model, text_cls):` around the forward. A whole language-image model
-    guides itself: its forward encodes the text first, without gradient, and again as it always did.
-    Image i is guided by text i, every image by a single text; with another number of texts, as in
-    zero-shot classification, and where images are encoded alone, no text guides.
+    Parameters, state_dict keys and the call stay the same. A further call replaces the settings, in
+    some ten milliseconds. The last block runs for all tokens, since the model's own forward may
+    read them. Call it before torch.compile, which does not see what comes later. Guidance, where
+    there is any, comes by `with guidance(model, text_cls):` around the forward. A whole
+    language-image model guides itself: its forward encodes the text first, without gradient, and
+    again as it always did. Image i is guided by text i, every image by a single text; with another
+    number of texts, as in zero-shot classification, and where images are encoded alone, none is.
 
     Args:
         model: an image model of timm, open_clip or transformers, or a whole language-image model;
