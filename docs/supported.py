@@ -1,4 +1,4 @@
-"""Write the README's table of models, strategies and refusals, as the code itself answers.
+"""Write the table of models, strategies and refusals in models.md, as the code itself answers.
 
     python docs/supported.py             # rewrite the block between the two markers
     python docs/supported.py --check     # exit status 1 where it is stale
@@ -22,7 +22,7 @@ from elip_models.models.open_model import open_model
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.towers import as_image_text, as_tower
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).with_name("models.md")
 BEGIN, END = "<!-- supported:begin -->", "<!-- supported:end -->"
 
 
@@ -141,25 +141,25 @@ def block() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 1 where the README is stale under --check."""
+    """Exit status 1 where the page is stale under --check."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
-    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args(arguments)
     logging.getLogger().setLevel(logging.ERROR)  # no word of weights that are not loaded
-    current = options.readme.read_text(encoding="utf-8")
+    current = options.page.read_text(encoding="utf-8")
     pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
     text = block()
     wanted = pattern.sub(lambda _: f"{BEGIN}\n\n{text}\n\n{END}", current, count=1)
     if f"{BEGIN}\n\n{text}\n\n{END}" not in wanted:
-        sys.stderr.write(f"{options.readme}: expected {BEGIN} and {END} in it, got neither\n")
+        sys.stderr.write(f"{options.page}: expected {BEGIN} and {END} in it, got neither\n")
         return 1
     if wanted == current:
         return 0
     if options.check:
         sys.stderr.write("the table of supported models is stale: run python docs/supported.py\n")
         return 1
-    options.readme.write_text(wanted, encoding="utf-8")
+    options.page.write_text(wanted, encoding="utf-8")
     return 0
 
 

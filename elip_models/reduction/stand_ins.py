@@ -212,7 +212,9 @@ class ReducedBlock:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Block i on the tokens args[0] (B, N, D), as its library calls it."""
         if torch.compiler.is_compiling() and self.block._compiled_call_impl is not None:
-            tokens, positions, replaced_block, slots = _outside_the_graph(self, args, kwargs)
+            from elip_models.reduction.outside_graph import outside_graph
+
+            tokens, positions, replaced_block, slots = outside_graph(self.step, args, kwargs)
         else:
             tokens, positions, replaced_block, slots = self.step(args, kwargs)
         if not replaced_block:
@@ -239,15 +241,6 @@ class ReducedBlock:
             raise ValueError("attn_mask: expected none on a reduced model, whose tokens change")
         step = self.reduction.step(self.i, args[0])
         return step.tokens, step.positions, step.replaced_block, step.slots
-
-
-@torch.compiler.disable
-def _outside_the_graph(block: ReducedBlock, args: Args, kwargs: Kwargs) -> Stepped:
-    """In a block that is compiled by itself the step runs eagerly, so that it can replay.
-
-    In the graph it would score again when the block is recomputed, without the guidance.
-    """
-    return block.step(args, kwargs)
 
 
 class Entrance:

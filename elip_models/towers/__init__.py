@@ -15,6 +15,7 @@ from elip_models.towers.image_text import ImageTextModel
 from elip_models.towers.in_place import in_forward
 from elip_models.towers.reducible import ImageModel, Reducible
 from elip_models.towers.size import Size
+from elip_models.validation import extra
 
 __all__ = [
     "ImageTextModel",
@@ -34,20 +35,17 @@ __all__ = [
 
 class Adapter(NamedTuple):
     """Where the classes of a library are read, as file and class, of image models and of whole
-    ones; the first that accepts a model judges it. And the extra that installs the library."""
+    ones; the first that accepts a model judges it."""
 
     towers: tuple[tuple[str, str], ...]
     image_texts: tuple[tuple[str, str], ...]
-    extra: str
 
 
 ADAPTERS = {
-    "timm": Adapter((("eva", "EvaTower"), ("timm", "TimmTower")), (), "models"),
-    "open_clip": Adapter(
-        (("open_clip", "OpenClipTower"),), (("open_clip", "OpenClipImageText"),), "open-clip"
-    ),
+    "timm": Adapter((("eva", "EvaTower"), ("timm", "TimmTower")), ()),
+    "open_clip": Adapter((("open_clip", "OpenClipTower"),), (("open_clip", "OpenClipImageText"),)),
     "transformers": Adapter(
-        (("hf", "HFTower"),), (("hf", "HFClip"), ("hf", "HFSiglip"), ("hf", "HFBlip")), "models"
+        (("hf", "HFTower"),), (("hf", "HFClip"), ("hf", "HFSiglip"), ("hf", "HFBlip"))
     ),
 }
 
@@ -67,7 +65,7 @@ def as_tower(model: nn.Module) -> Tower:
             f"model: expected an image model of {', '.join(ADAPTERS)}, got "
             f"{type(model).__name__}; of a wrapper, pass the image model inside"
         )
-    towers = (_load(library, name) for name in ADAPTERS[library].towers)
+    towers = (_load(name) for name in ADAPTERS[library].towers)
     tower = next(tower for tower in towers if tower.accepts(model))
     reason = tower.refuses(model)
     if reason is not None:
@@ -85,7 +83,7 @@ def as_image_text(model: nn.Module) -> ImageTextModel | None:
     library = library_of(model)
     if library is None:
         return None
-    adapters = (_load(library, name) for name in ADAPTERS[library].image_texts)
+    adapters = (_load(name) for name in ADAPTERS[library].image_texts)
     adapter = next((adapter for adapter in adapters if adapter.accepts(model)), None)
     return None if adapter is None else adapter(model)
 
@@ -135,11 +133,7 @@ def library_of(model: nn.Module) -> str | None:
     return next((root for root in roots if root in ADAPTERS), None)
 
 
-def _load(library: str, name: tuple[str, str]) -> Any:
+def _load(name: tuple[str, str]) -> Any:
     file, cls = name
-    try:
+    with extra("elip_models"):
         return getattr(import_module(f"elip_models.towers.{file}"), cls)
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"elip_models needs {error.name}: pip install 'elip-kernels[{ADAPTERS[library].extra}]'"
-        ) from error

@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate.utils import set_seed
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from elip_models.checkpoints.pretrained_towers import initialise_
@@ -42,7 +39,18 @@ from elip_models.training.training_data import (
     tokenizer_captions,
     training_samples,
 )
-from elip_models.validation import ConfigError, blame
+from elip_models.validation import ConfigError, blame, extra
+
+with extra("elip_models.training"):
+    from accelerate.utils import set_seed
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
