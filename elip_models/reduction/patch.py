@@ -56,15 +56,14 @@ def reduce_(
         elip_models.unreduce_(model)                        # the untouched model again
 
     Parameters, state_dict keys and the call stay the same. A further call replaces the settings, in
-    some ten milliseconds. An image of another size, where the model takes one, is reduced by its own
-    number of patches. Calls that return several blocks' tokens (forward_intermediates,
-    output_hidden_states=True) give whole grids: a merged token wherever its patches were, zeros for
-    those dropped without merging. The last block runs for all tokens, since the model's own forward
-    may read them. Call it before torch.compile, which does not see what comes later. Guidance, where
-    there is any, comes by `with guidance(model, text_cls):` around the forward. A whole
-    language-image model guides itself: its forward encodes the text first, without gradient, and
-    again as it always did. Image i is guided by text i, every image by a single text; with another
-    number of texts, as in zero-shot classification, and where images are encoded alone, none is.
+    some ten milliseconds. Ratios are of the patches of each image, whatever its size. Calls for the
+    tokens of several blocks (forward_intermediates, output_hidden_states=True) give whole grids: a
+    merged token wherever its patches were, zeros for what was dropped without merging. Call it
+    before torch.compile, which does not see what comes later. Guidance, where there is any, comes
+    by `with guidance(model, text_cls):` around the forward. A whole language-image model guides
+    itself: its forward encodes the text first, without gradient, and again as it always did. Image
+    i is guided by text i, every image by a single text; with another number of texts, as in
+    zero-shot classification, and where images are encoded alone, none is.
 
     Args:
         model: an image model of timm, open_clip or transformers, or a whole language-image model;
@@ -77,8 +76,7 @@ def reduce_(
         strategy: a name in `elip_models.STRATEGIES`, or a line such as 'evit:keep_rate=0.6', or an
             instance, which then holds all options; by default 'elip', and for an image model
             without CLS and without options 'tome' or 'random' (`default_strategy`). With no
-            argument at all, a dense model of transformers that was saved reduced is reduced as its
-            `config.elip` says.
+            argument at all, a saved model of transformers is reduced as its `config.elip` says.
         options: scorer ('last' by default, 'exact', 'cls', 'official', or a number), fusion (0.8),
             guidance_norm ('none'), without_text ('vision'; 'dense' of a tower without CLS) and
             merge (True), see `ElipOptions`.
