@@ -188,6 +188,8 @@ def _read(path: Path, name: str | None) -> _Read:
     fields |= fields_of(kind, folder, fields.get("vocab_size", 0))
     if kind.family == "blip":
         fields["tie_decoder"] = _decoder_is_tied(ours)
+    if "logit_bias" in ours:
+        fields["loss"] = "sigmoid"
     return _Read(kind, ours, fields)
 
 
