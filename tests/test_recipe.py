@@ -101,7 +101,7 @@ def test_later_override_wins(recipe):
         ("optim.warmup_lr=1", "optim.warmup_lr: expected at most optim.lr = 0.001, got 1.0"),
         ("model.overrides=3", "model.overrides: expected a mapping, got 3"),
         ("trackers=tensorboard", "trackers: expected a list, each a string, got 'tensorboard'"),
-        ("report=[poem]", "report: expected a list, each one of 'retrieval', 'timing', 'picture'"),
+        ("report=[poem]", "report: expected a list, each one of 'retrieval', 'zero_shot', "),
         ("report=[picture]", "data.eval: expected a source"),
         ("eval_every=5", "data.eval: expected a source"),
         ("seed", "override 'seed': expected key=value"),

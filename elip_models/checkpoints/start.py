@@ -91,12 +91,7 @@ def start_from_(
     }
     weights = fitted(model, kept)
     check_tied(model, weights)
-    fills = {
-        part: other
-        for part, other in (read.kind.fills | INFERENCE).items()
-        if any(name.startswith(part) for name in state)
-        and not any(name.startswith(part) for name in weights)
-    }
+    fills = _absent(read.kind.fills | INFERENCE, weights, state)
     try:
         load_weights(model, weights, allow_missing=(*(f"{part}*" for part in fills), *missing))
     except ValueError as error:
@@ -119,6 +114,18 @@ def start_from_(
         new=tuple(n for n in state if first[n] not in begun and not n.startswith(tuple(copied))),
         left_out=(*(name for name in read.weights if name not in kept), *sorted(read.ignored)),
     )
+
+
+def _absent(
+    fills: dict[str, str | None], weights: Iterable[str], state: Iterable[str]
+) -> dict[str, str | None]:
+    """Those of `fills` whose part the model has, and of which nothing is in `weights`."""
+    return {
+        part: other
+        for part, other in fills.items()
+        if any(name.startswith(part) for name in state)
+        and not any(name.startswith(part) for name in weights)
+    }
 
 
 def _check_alike(model: PretrainedModel, family: str, fields: dict[str, Any]) -> None:
