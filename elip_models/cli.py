@@ -303,22 +303,25 @@ def convert(
 
 @data_app.command("check")
 def check_data(
-    spec: Annotated[str, typer.Argument(help="JSON list, tar shards or emoji_scenes:size=500.")],
+    specs: Annotated[
+        list[str],
+        typer.Argument(metavar="SPEC...", help="JSON list, tar shards, emoji_scenes:size=500."),
+    ],
     limit: Annotated[int | None, typer.Option(min=1, help="Read only the first samples.")] = None,
     image_size: Annotated[int, typer.Option(min=1, help="Of built-in scenes.")] = 224,
 ) -> None:
-    """Read every sample; exit status 1 where some cannot be read."""
+    """Read every sample of the sources; exit status 1 where some cannot be read."""
     from elip_models.data import check_source, open_source
 
     with blame("SPEC"):
-        source = open_source(spec, image_size=image_size)
-    console = Console()
-    with console.status(f"reading {escape(spec)}"):
+        source = open_source(specs, image_size=image_size)
+    console, named = Console(), escape(", ".join(specs))
+    with console.status(f"reading {named}"):
         report = check_source(source, limit)
     captions = [text for i in range(report.seen) for text in source.captions(i)]
     words = [len(text.split()) for text in captions] or [0]
     table = Table(show_header=False)
-    table.add_row("data", escape(spec))
+    table.add_row("data", named)
     table.add_row("samples", f"{report.seen} of {len(source)} read")
     table.add_row("unreadable", f"{len(report.reasons)} ({report.share:.1%})")
     table.add_row(

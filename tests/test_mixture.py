@@ -2,14 +2,23 @@
 
 import io
 import json
+import re
 import shutil
 import tarfile
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from elip_models.data import EmojiScenes, EpochSampler, MixedSource, open_source
+from elip_models.data import (
+    EmojiScenes,
+    EpochSampler,
+    MixedSource,
+    check_source,
+    open_source,
+)
 from elip_models.training.run_folder import RunFolder, TrainingError
 from elip_models.training.trainer import train
 from elip_models.validation import ConfigError
@@ -57,15 +66,54 @@ def test_several_specs_are_one_source(list_and_shards):
     source = open_source(list_and_shards, image_size=32)
     assert isinstance(source, MixedSource) and source.lengths == (24, 16)
     assert [source[index].id for index in (0, 23, 24, 39)] == [
-        *("0.png", "23.png", "00000.tar:000000024", "00001.tar:000000039")
+        *("0/0.png", "0/23.png", "1/00000.tar:000000024", "1/00001.tar:000000039")
     ]
     assert source.captions(24) == EmojiScenes(40, image_size=32).captions(24)[:1]
     with pytest.raises(IndexError, match="expected 0 <= index < 40, got 40"):
         source[40]
+    assert check_source(source).reasons == {}
     alone = open_source(list_and_shards[:1], image_size=32)
     assert len(alone) == 24 and not isinstance(alone, MixedSource)
     with pytest.raises(ValueError, match="spec: expected at least one"):
         open_source([], image_size=32)
+
+
+def test_unreadable_samples_of_two_sources_are_two(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        entries = [{"image": "gone.png", "caption": "gone"}]
+        (tmp_path / folder / "list.json").write_text(json.dumps(entries))
+    source = open_source([str(tmp_path / f"{f}/list.json") for f in ("a", "b")], image_size=32)
+    report = check_source(source)
+    assert list(report.reasons) == ["0/list.json[0] gone.png", "1/list.json[0] gone.png"]
+
+
+def run_python_of_the_document(word):
+    """The block of docs/data.md that holds `word`, in the working folder."""
+    text = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (block,) = [block for block in blocks if word in block]
+    exec(block, {})
+
+
+def test_lists_of_coco_and_visual_genome_are_made_as_the_document_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("train2014/9.jpg", "VG_100K/1.jpg", "VG_100K_2/51.jpg"):
+        Path(name).parent.mkdir()
+        Image.new("RGB", (8, 8)).save(name)
+    images = [{"id": 9, "file_name": "9.jpg"}, {"id": 10, "file_name": "10.jpg"}]
+    captions = [{"image_id": 9, "caption": "A dog."}, {"image_id": 9, "caption": "A cat."}]
+    Path("annotations").mkdir()
+    coco = {"images": images, "annotations": captions}
+    Path("annotations/captions_train2014.json").write_text(json.dumps(coco))
+    regions = [{"id": n, "regions": [{"phrase": f"phrase {n}"}]} for n in (1, 51, 99)]
+    Path("region_descriptions.json").write_text(json.dumps(regions))
+    run_python_of_the_document("captions_train2014")
+    run_python_of_the_document("region_descriptions")
+    source = open_source(["coco.json", "vg.json"], image_size=8)
+    assert source.lengths == (1, 2) and check_source(source).reasons == {}
+    assert source.captions(0) == ("A dog.", "A cat.")
+    assert source.captions(2) == ("phrase 51",)
 
 
 def test_an_epoch_is_a_permutation_across_the_sources():

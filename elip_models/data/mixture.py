@@ -11,12 +11,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from elip_models.data.checks import check_index
-from elip_models.data.sample import Sample, Source
+from elip_models.data.sample import Sample, SampleError, Source
 from elip_models.validation import Positive, check
 
 
 class MixedSource:
-    """A `Source` of all samples of `sources`, one source after the other."""
+    """A `Source` of all samples of `sources`, one source after the other.
+
+    The id of a sample is that of its source, behind the number of the source: "1/00000.tar:000003".
+    """
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self.sources = tuple(sources)
@@ -27,18 +30,23 @@ class MixedSource:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Sample:
-        source, place = self._find(index)
-        return source[place]
+        number, place = self._find(index)
+        try:
+            sample = self.sources[number][place]
+        except SampleError as error:
+            raise SampleError(f"{number}/{error.id}", error.reason) from error
+        return sample._replace(id=f"{number}/{sample.id}")
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions alone, no image decoded. Empty where the sample has none."""
-        source, place = self._find(index)
-        return source.captions(place)
+        number, place = self._find(index)
+        return self.sources[number].captions(place)
 
-    def _find(self, index: int) -> tuple[Source, int]:
+    def _find(self, index: int) -> tuple[int, int]:
+        """The number of its source, and its index there."""
         check_index(index, len(self))
         number = int(np.searchsorted(self._ends, index, side="right"))
-        return self.sources[number], index - int(self._ends[number]) + self.lengths[number]
+        return number, index - int(self._ends[number]) + self.lengths[number]
 
 
 def check_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:

@@ -53,7 +53,7 @@ def reduce_(
         elip_models.unreduce_(model)                        # the untouched model again
 
     Parameters, state_dict keys and the call stay the same. A further call replaces the settings and
-    costs about a millisecond, so that the rate may change from step to step.
+    costs some ten milliseconds, so that the rate may change from step to step.
     The last block runs for all tokens, since the model's own forward may read them; CLIP's image
     tower in inference runs it for CLS alone.
     Call it before torch.compile, which does not see what comes later. Guidance, where there is any,

@@ -118,6 +118,7 @@ class Forward:
         self._check(i, tokens)
         context = Context(self.text_cls, previous, self.infos.get(i), self.row(i))
         tokens, info = strategy.step(tower, stage, tokens, context)
+        self._check_left(i, tokens)
         info = info._replace(positions=tower.positions_after(info.reduction))
         return Step(tokens, info, info.positions, strategy.replaces_block)
 
@@ -127,6 +128,15 @@ class Forward:
             raise ValueError(
                 f"images: expected {expected} tokens before block {i}, those of images "
                 f"{self.tower.image_size}, got {tokens.shape[1]}; resize the images"
+            )
+
+    def _check_left(self, i: int, tokens: Tensor) -> None:
+        """Else FLOPs, and what `at_flops` and `at_keep` find, would be another strategy's."""
+        expected = entering(self.strategy, self.tower.size)[i + 1]
+        if tokens.shape[1] != expected:
+            raise ValueError(
+                f"strategy: expected {self.strategy.name!r} to leave {expected} tokens at block "
+                f"{i}, as its token_counts says, got {tokens.shape[1]} from its step"
             )
 
     def block(
