@@ -160,23 +160,6 @@ def test_it_is_logged_during_training_and_written_as_json(tmp_path):
     assert written["num_classes"] == 60
 
 
-@pytest.mark.slow
-def test_training_on_scenes_teaches_single_emoji(tmp_path):
-    settings = (
-        "data.zero_shot=emoji_classes:seed=1,size=120",
-        "data.train=emoji_scenes:size=2000",
-        "report=[zero_shot]",
-        "optim.batch_size=32",
-        "optim.steps=400",
-        "optim.lr=0.003",
-        "optim.warmup_steps=20",
-    )
-    with own_process():
-        result = train(tiny_config(tmp_path, *settings))
-    chance = result.zero_shot.chance["zero_shot_top5"]
-    assert result.zero_shot.accuracies["zero_shot_top5"] > 3 * chance
-
-
 @pytest.mark.parametrize(
     ("recipe", "overrides", "message"),
     [
