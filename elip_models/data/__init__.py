@@ -1,8 +1,8 @@
 """Data: sources of images with captions, transforms, tokenizers and resumable loaders."""
 
-from elip_models.data.checks import extra
+from elip_models.validation import extra
 
-with extra("train", "elip_models.data"):
+with extra("elip_models.data"):
     from elip_models.data.caption_rules import apply_caption_rule
     from elip_models.data.classes import ClassFolder, ClassSource, EmojiClasses, open_classes
     from elip_models.data.loader import (

@@ -15,11 +15,12 @@ from typing import Protocol
 import numpy as np
 
 from elip_models.data.captions import PLACES, with_article
-from elip_models.data.checks import check_index, extra
+from elip_models.data.checks import check_index
 from elip_models.data.readers import parse_options
 from elip_models.data.sample import Sample, Source, decode_image
 from elip_models.data.scenes import EmojiScenes, render
 from elip_models.data.world import BACKGROUNDS, EMOJI, Scene, single_scene
+from elip_models.validation import extra
 
 Template = Callable[[str], str]
 _BUILT_IN = "emoji_classes"
@@ -80,7 +81,7 @@ class ClassFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        with extra("models", "ClassFolder"):
+        with extra("ClassFolder"):
             from torchvision.datasets import ImageFolder
         folder = ImageFolder(str(Path(path).expanduser()))
         self.classes = tuple(folder.classes)

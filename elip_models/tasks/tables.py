@@ -3,7 +3,10 @@
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from rich.table import Table
+from elip_models.validation import extra
+
+with extra("elip_models.tasks.tables"):
+    from rich.table import Table
 
 if TYPE_CHECKING:
     from elip_models.tasks.retrieval import RetrievalScores

@@ -2,16 +2,17 @@
 
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.markup import escape
-
 from elip_models.checkpoints.pretrained_towers import initialise_
 from elip_models.checkpoints.start import Start, start_from_
 from elip_models.models.base import PretrainedModel
 from elip_models.models.registry import create_model
 from elip_models.training.recipe import RunConfig
 from elip_models.training.training_data import input_fields
-from elip_models.validation import ConfigError, blame
+from elip_models.validation import ConfigError, blame, extra
+
+with extra("elip_models.training"):
+    from rich.console import Console
+    from rich.markup import escape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -3,12 +3,15 @@
 from typing import Any
 
 import torch
-from timm.optim import Lion, Muon
 from torch import nn
 from torch.optim import Optimizer
 
 from elip_models.training.optim import parameter_groups
 from elip_models.training.recipe import OptimConfig
+from elip_models.validation import extra
+
+with extra("elip_models.training"):
+    from timm.optim import Lion, Muon
 
 LEAST_SIDE = 4
 """Of a matrix that Muon makes orthogonal; ITM's head, of two rows, is no such."""

@@ -13,8 +13,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from elip_models.data.caption_rules import CaptionRule
 from elip_models.data.transforms import Magnitude, ResizeMode
 from elip_models.training.yaml_config import from_mapping
@@ -27,7 +25,11 @@ from elip_models.validation import (
     PositiveShare,
     Rate,
     Share,
+    extra,
 )
+
+with extra("elip_models.training"):
+    import yaml
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from elip_models.analysis.agreement import scorer_agreement
@@ -33,6 +30,12 @@ from elip_models.reduction.schedule import PRESETS
 from elip_models.reduction.scorers import SCORERS
 from elip_models.reduction.strategies.elip import Elip
 from elip_models.reduction.strategy import Strategy
+from elip_models.validation import extra
+
+with extra("elip_models.training"):
+    from rich.console import Console
+    from rich.table import Table
+    from timm.models.vision_transformer import VisionTransformer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,9 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate.utils import set_seed
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -46,7 +43,18 @@ from elip_models.training.training_data import (
     tokenizer_captions,
     training_samples,
 )
-from elip_models.validation import blame
+from elip_models.validation import blame, extra
+
+with extra("elip_models.training"):
+    from accelerate.utils import set_seed
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
