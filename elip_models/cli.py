@@ -1,5 +1,5 @@
-"""The command line: `elip train RECIPE [key=value ...]`, `elip eval retrieval`, `elip visualize`,
-`elip profile`, `elip convert`, `elip data check`.
+"""The command line: `elip train RECIPE [key=value ...]`, `elip eval retrieval`, `elip eval
+zero-shot`, `elip visualize`, `elip profile`, `elip convert`, `elip data check`.
 
 What the user can mend is one line on standard error and exit status 2, a bug is a traceback.
 """
@@ -20,6 +20,7 @@ try:
     from rich.table import Table
 
     from elip_models.data import DataError
+    from elip_models.tasks.tables import retrieval_table, zero_shot_table
     from elip_models.training.recipe import RunConfig, load_recipe, parse_overrides, recipe_names
     from elip_models.training.run_folder import TrainingError
     from elip_models.validation import ConfigError, blame, extra, names_extra
@@ -28,7 +29,10 @@ except ImportError as error:
     raise SystemExit(2) from None
 
 if TYPE_CHECKING:
-    from elip_models.tasks.retrieval import RetrievalScores
+    from transformers import PreTrainedTokenizerBase
+
+    from elip_models.models.base import PretrainedModel
+    from elip_models.training.evaluation import Scores
     from elip_models.training.trainer import TrainResult
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -64,25 +68,71 @@ def train(
         _report(config, result, console)
 
 
+SavedModel = Annotated[Path, typer.Option(help="Folder of a saved model and its tokenizer.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images a forward pass.")]
+NumWorkers = Annotated[int, typer.Option(min=0, help="Processes that load images.")]
+MaxBadShare = Annotated[float, typer.Option(min=0, max=1, help="Unreadable at most.")]
+ScoresFile = Annotated[Path | None, typer.Option(help="Write the scores here, as JSON.")]
+
+
 @eval_app.command("retrieval")
 def eval_retrieval(
-    model: Annotated[Path, typer.Option(help="Folder of a saved model and its tokenizer.")],
+    model: SavedModel,
     data: Annotated[
         str, typer.Option(help="JSON list, tar shards or emoji_scenes:seed=1,size=500.")
     ],
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a forward pass.")] = 64,
-    num_workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 0,
-    max_bad_share: Annotated[float, typer.Option(min=0, max=1, help="Unreadable at most.")] = 0.05,
-    output: Annotated[Path | None, typer.Option(help="Write the scores here, as JSON.")] = None,
+    batch_size: BatchSize = 64,
+    num_workers: NumWorkers = 0,
+    max_bad_share: MaxBadShare = 0.05,
+    output: ScoresFile = None,
 ) -> None:
     """Recall@1/5/10 from image to text and from text to image."""
+    from elip_models.data import open_source
+    from elip_models.tasks.retrieval import evaluate_retrieval
+
+    trained, tokenizer = _open_trained(model, output)
+    with blame("--data"):
+        source = open_source(data, image_size=trained.config.image_size)
+    loading = {"batch_size": batch_size, "num_workers": num_workers, "max_bad_share": max_bad_share}
+    scores = evaluate_retrieval(trained, tokenizer, source, **loading)
+    Console().print(retrieval_table(scores))
+    _write_scores(scores, output)
+
+
+@eval_app.command("zero-shot")
+def eval_zero_shot(
+    model: SavedModel,
+    data: Annotated[
+        str, typer.Option(help="Folder with a folder of images a class, or emoji_classes:size=600.")
+    ],
+    batch_size: BatchSize = 64,
+    num_workers: NumWorkers = 0,
+    max_bad_share: MaxBadShare = 0.05,
+    output: ScoresFile = None,
+) -> None:
+    """Top-1/5 accuracy of classes by their names."""
+    from elip_models.data import open_classes
+    from elip_models.tasks.zero_shot import evaluate_zero_shot
+
+    trained, tokenizer = _open_trained(model, output)
+    with blame("--data"):
+        source = open_classes(data, image_size=trained.config.image_size)
+    loading = {"batch_size": batch_size, "num_workers": num_workers, "max_bad_share": max_bad_share}
+    scores = evaluate_zero_shot(trained, tokenizer, source, **loading)
+    Console().print(zero_shot_table(scores))
+    _write_scores(scores, output)
+
+
+def _open_trained(
+    model: Path, output: Path | None
+) -> "tuple[PretrainedModel, PreTrainedTokenizerBase]":
+    """A saved model that ranks, where it runs fastest, and its tokenizer."""
     if output is not None and not output.parent.is_dir():
         raise ConfigError(f"--output: expected a file in an existing folder, got {output}")
     import torch
 
-    from elip_models.data import load_tokenizer, open_source
+    from elip_models.data import load_tokenizer
     from elip_models.models.registry import load_model
-    from elip_models.tasks.retrieval import evaluate_retrieval
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with blame("--model"):
@@ -92,18 +142,10 @@ def eval_retrieval(
                 f"expected a model with features to rank, got {type(trained).__name__}, which has "
                 "none of images and texts alone"
             )
-        tokenizer = load_tokenizer(str(model))
-    with blame("--data"):
-        source = open_source(data, image_size=trained.config.image_size)
-    scores = evaluate_retrieval(
-        trained,
-        tokenizer,
-        source,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        max_bad_share=max_bad_share,
-    )
-    Console().print(scores_table(scores))
+        return trained, load_tokenizer(str(model))
+
+
+def _write_scores(scores: "Scores", output: Path | None) -> None:
     if output is not None:
         output.write_text(json.dumps(asdict(scores), indent=2) + "\n", encoding="utf-8")
 
@@ -276,24 +318,6 @@ def check_data(
         raise typer.Exit(1)
 
 
-def scores_table(scores: "RetrievalScores") -> Table:
-    """Recalls in percent, chance in brackets."""
-    names = {"image_to_text": "image to text", "text_to_image": "text to image"}
-    ks = [key.rsplit("_r", 1)[1] for key in scores.recalls if key.startswith("image_to_text")]
-    table = Table(
-        title=f"{scores.num_images} images, {scores.num_texts} captions (chance in brackets)"
-    )
-    table.add_column("retrieval")
-    for k in ks:
-        table.add_column(f"R@{k} %", justify="right")
-    for key, name in names.items():
-        pairs = [(scores.recalls[f"{key}_r{k}"], scores.chance[f"{key}_r{k}"]) for k in ks]
-        table.add_row(
-            name, *(f"{100 * recall:.1f} ({100 * chance:.1f})" for recall, chance in pairs)
-        )
-    return table
-
-
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The console script `elip`; `arguments` default to those of the process."""
     try:
@@ -332,7 +356,9 @@ def _report(config: RunConfig, result: "TrainResult", console: Console) -> None:
     summary.add_row("loss", f"{result.loss:.4f}")
     summary.add_row("skipped", escape(result.skipped))
     if result.scores is not None:
-        summary.add_row("retrieval", scores_table(result.scores))
+        summary.add_row("retrieval", retrieval_table(result.scores))
+    if result.zero_shot is not None:
+        summary.add_row("zero-shot", zero_shot_table(result.zero_shot))
     summary.add_row("files", escape("\n".join(map(str, files))))
     console.print(Panel(summary, title=escape(config.name), expand=False))
 

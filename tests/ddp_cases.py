@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import elip_models
-from elip_models.models.layers.losses import contrastive_loss
+from elip_models.models.layers.losses import contrastive_loss, sigmoid_loss
 from tests.fsdp_cases import CLOSE, half, open_clip_pair
 from tests.towers import SCHEDULE, assert_equal_gradients, clip_vit, gradients, images, text
 
@@ -46,23 +46,23 @@ def contrastive(rank, local_loss, scorer="last"):
     assert_equal_gradients(gradients(other), gradients(model), **CLOSE)
 
 
-def gathered(rank):
-    """Our contrastive loss: 'global' is the loss of all six pairs, 'local' of the rank's own."""
+def gathered(rank, loss_of=contrastive_loss, scalars=(10.0,)):
+    """A loss of ours: 'global' is the loss of all six pairs, 'local' of the rank's own."""
     image, text = (F.normalize(torch.randn(6, 5), dim=-1) for _ in range(2))
-    leaves = [t.requires_grad_() for t in (image, text, torch.tensor(10.0))]
-    whole = contrastive_loss(*leaves)
+    leaves = [t.requires_grad_() for t in (image, text, *map(torch.tensor, scalars))]
+    whole = loss_of(*leaves)
     expected = torch.autograd.grad(whole, leaves)
-    own = [*(t.detach().chunk(2)[rank].requires_grad_() for t in (image, text)), leaves[2]]
-    loss = contrastive_loss(*own, gather="global")
+    own = [*(t.detach().chunk(2)[rank].requires_grad_() for t in (image, text)), *leaves[2:]]
+    loss = loss_of(*own, gather="global")
     mean = [grad / 2 for grad in (*torch.autograd.grad(loss, own), loss.detach())]
-    for total in mean[2:]:  # the scale's gradient, and the loss
+    for total in mean[2:]:  # the scalars' gradients, and the loss
         torch.distributed.all_reduce(total)
-    expected = [*(grad.chunk(2)[rank] for grad in expected[:2]), expected[2], whole.detach()]
+    expected = [*(grad.chunk(2)[rank] for grad in expected[:2]), *expected[2:], whole.detach()]
     for got, wanted in zip(mean, expected, strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-6, rtol=0)
     with mock.patch("torch.distributed.is_initialized", return_value=False):
-        alone = contrastive_loss(*own)
-    torch.testing.assert_close(contrastive_loss(*own, gather="local"), alone, atol=1e-6, rtol=0)
+        alone = loss_of(*own)
+    torch.testing.assert_close(loss_of(*own, gather="local"), alone, atol=1e-6, rtol=0)
 
 
 CASES = {
@@ -70,4 +70,5 @@ CASES = {
     "open_clip, loss over all": partial(contrastive, local_loss=False),
     "open_clip, loss of each": partial(contrastive, local_loss=True, scorer="exact"),
     "contrastive loss over all": gathered,
+    "sigmoid loss over all": partial(gathered, loss_of=sigmoid_loss, scalars=(10.0, -4.0)),
 }

@@ -62,8 +62,32 @@ def test_loss_is_symmetric_cross_entropy():
     torch.testing.assert_close(out.loss, expected)
 
 
-def test_every_parameter_trains():
-    model = tiny()
+@pytest.mark.parametrize("name", ["clip_tiny", "elip_clip_tiny"])
+def test_sigmoid_loss_asks_of_each_image_and_text_whether_they_are_a_pair(name):
+    model = tiny(name, loss="sigmoid")
+    assert model.logit_scale.exp().item() == pytest.approx(10)
+    assert model.logit_bias.item() == -10
+    out = model(**batch())
+    scores = 10 * out.image_features @ out.text_features.T - 10
+    expected = 0.0
+    for i in range(4):
+        for j in range(4):
+            probability = scores[i, j].double().sigmoid()
+            expected -= (probability if i == j else 1 - probability).log() / 4
+    torch.testing.assert_close(out.loss.double(), expected, rtol=1e-5, atol=0)  # fp32 against fp64
+
+
+def test_temperature_of_siglip_has_no_limit():
+    model = tiny(loss="sigmoid")
+    model.logit_scale.data.fill_(9.0)
+    model.clamp_temperature_()
+    assert model.logit_scale.item() == 9
+    assert set(model.monitored()) == {"temperature", "bias"}
+
+
+@pytest.mark.parametrize("loss", ["itc", "sigmoid"])
+def test_every_parameter_trains(loss):
+    model = tiny(loss=loss)
     model(**batch()).loss.backward()
     assert not [n for n, p in model.named_parameters() if p.grad is None]
 
@@ -167,6 +191,7 @@ BAD = [
     ({"name": "clip_tiny", "vision_heads": 5}, "vision_heads: expected a divisor"),
     ({"name": "clip_tiny", "image_size": 60}, "patch_size: expected a divisor of image_size"),
     ({"name": "clip_tiny", "gather": "all"}, "gather: expected"),
+    ({"name": "clip_tiny", "loss": "siglip"}, "loss: expected one of 'itc', 'sigmoid'"),
     ({"name": "elip_clip_tiny", "vision_depth": 6}, r"expected 6 layers.*'1\(100%\)"),
     ({"name": "elip_clip_tiny", "scorer": "lats"}, "scorer: expected"),
 ]

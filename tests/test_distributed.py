@@ -11,7 +11,13 @@ from tests.towers import SCHEDULE, images, plain_vit
 
 MODULES = [ddp_cases, fsdp_cases, cross_modal_cases]
 CASES = [case for module in MODULES for case in module.CASES]
-QUICK = ["timm tower, last", "contrastive loss over all", "patched last", "blip, global"]
+QUICK = [
+    "timm tower, last",
+    "contrastive loss over all",
+    "sigmoid loss over all",
+    "patched last",
+    "blip, global",
+]
 
 
 @pytest.fixture(scope="module")

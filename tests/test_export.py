@@ -204,6 +204,22 @@ def test_our_clip_goes_and_returns(tmp_path, to, options):
     torch.testing.assert_close(text, text_, **TOLERANCE)
 
 
+@torch.no_grad()
+def test_the_bias_of_the_sigmoid_loss_goes_to_open_clip_and_returns(tmp_path):
+    model = our_clip(loss="sigmoid")
+    save_as(model, tmp_path / "there", "open_clip")
+    theirs = open_clip.create_model(f"local-dir:{tmp_path / 'there'}").eval()
+    x, ids = torch.randn(2, 3, 64, 64), torch.randint(8, 1023, (2, 32))
+    ids[:, 9] = 7
+    image, text, scale, bias = theirs(x, ids)
+    ours = model(x, ids)
+    expected = open_clip.loss.SigLipLoss()(image, text, scale, bias)
+    torch.testing.assert_close(ours.loss, expected, **TOLERANCE)
+    again = convert_checkpoint(tmp_path / "there")
+    assert again.config == model.config
+    assert torch.equal(again.logit_bias, model.logit_bias)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

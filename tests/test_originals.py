@@ -16,9 +16,10 @@ _spec.loader.exec_module(recipes)
 
 ORIGINALS = recipes.read_originals()
 BEYOND = ORIGINALS.pop("beyond")
-NOT_OF_THE_PAPER = {  # what to train on, and what touches no gradient
+NOT_OF_THE_PAPER = {  # what to train on, what touches no gradient, and what no recipe uses
     *("data.train", "data.weights", "data.eval", "data.num_workers", "data.max_bad_share"),
-    *("model.overrides", "optim.grad_checkpointing"),
+    *("model.overrides", "optim.grad_checkpointing", "optim.compile", "data.zero_shot"),
+    *("model.pretrained", "model.allow_missing", "model.allow_unexpected", "optim.ema"),
 }
 
 

@@ -64,7 +64,7 @@ def test_later_override_wins(recipe):
         (
             "optim.weight_decy=1",
             "lr_scale, weight_decay, no_decay, betas, eps, max_grad_norm, precision, "
-            "grad_checkpointing, gather; did you mean 'optim.weight_decay'?",
+            "grad_checkpointing, compile, ema, gather; did you mean 'optim.weight_decay'?",
         ),
         ("lr=1", "lr: no such key; a recipe has name, output_dir, model"),
         ("lr=1", "; did you mean 'optim.lr'?"),
@@ -101,7 +101,7 @@ def test_later_override_wins(recipe):
         ("optim.warmup_lr=1", "optim.warmup_lr: expected at most optim.lr = 0.001, got 1.0"),
         ("model.overrides=3", "model.overrides: expected a mapping, got 3"),
         ("trackers=tensorboard", "trackers: expected a list, each a string, got 'tensorboard'"),
-        ("report=[poem]", "report: expected a list, each one of 'retrieval', 'timing', 'picture'"),
+        ("report=[poem]", "report: expected a list, each one of 'retrieval', 'zero_shot', "),
         ("report=[picture]", "data.eval: expected a source"),
         ("eval_every=5", "data.eval: expected a source"),
         ("seed", "override 'seed': expected key=value"),

@@ -197,13 +197,18 @@ def test_tensorboard_holds_the_log(tmp_path):
     assert [event.step for event in events.Scalars("lr")] == [1, 2, 3, 4]
 
 
+OPTIONS = ("optim.name=muon", "optim.ema=0.7", "optim.compile=aot_eager")
+
+
 @pytest.mark.slow
-def test_two_processes_equal_one_with_the_whole_batch(tmp_path):
-    one = tiny_config(tmp_path / "one", "optim.batch_size=8", "optim.gather=global")
+@pytest.mark.parametrize("options", [(), (*OPTIONS, "model.overrides.loss=sigmoid")])
+def test_two_processes_equal_one_with_the_whole_batch(tmp_path, options):
+    one = tiny_config(tmp_path / "one", *options, "optim.batch_size=8", "optim.gather=global")
     train(one)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*launcher, "--nproc-per-node=2", "-m", "elip_models.cli"]
-    arguments = tiny_arguments(tmp_path / "two", "optim.batch_size=4", "optim.gather=global")
+    half = (*options, "optim.batch_size=4", "optim.gather=global")
+    arguments = tiny_arguments(tmp_path / "two", *half)
     subprocess.run([*command, *arguments], check=True, capture_output=True, timeout=120)
     assert len(losses(tmp_path / "two")) == 4
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)

@@ -4,8 +4,9 @@
     open_clip   open_clip_config.json and open_clip_model.safetensors, of CLIP
     ours        what `save_pretrained` writes
 
-What the other library has no place for is left behind: schedules, momentum copies, the queue, and
-of BLIP the parts that an architecture lacks.
+What the other library has no place for is left behind: schedules, momentum copies, the queue, of
+BLIP the parts that an architecture lacks, and for transformers the bias of CLIP's sigmoid loss,
+which no ranking needs.
 """
 
 import json
@@ -26,7 +27,7 @@ from elip_models.checkpoints.renaming import backwards, renamed
 from elip_models.data.transforms import CLIP_MEAN, CLIP_STD
 from elip_models.models.base import PretrainedModel
 from elip_models.models.blip import BLIPConfig
-from elip_models.models.clip import CLIPConfig
+from elip_models.models.clip import INITIAL_BIAS, CLIPConfig
 from elip_models.validation import extra
 
 FORMATS = ("ours", "hf", "open_clip")
@@ -196,12 +197,13 @@ def open_clip_config(config: CLIPConfig) -> dict[str, Any]:
     }
     if config.eos_token_id != config.vocab_size - 1:
         towers["text"] |= {"pool_type": "eos", "eos_id": config.eos_token_id}
-    return {
+    model = {
         "embed_dim": config.embed_dim,
         "quick_gelu": config.activation == "quick_gelu",
         "vision_cfg": towers["vision"],
         "text_cfg": towers["text"],
     }
+    return model | ({"init_logit_bias": INITIAL_BIAS} if config.loss == "sigmoid" else {})
 
 
 def _write_open_clip(model: PretrainedModel, folder: Path, *, has_tokenizer: bool) -> None:

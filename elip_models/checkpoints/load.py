@@ -43,13 +43,14 @@ UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, UnicodeDecodeError
 """What torch.load raises for other content than tensors, and for a file that is none of its own."""
 
 
-class _Read(NamedTuple):
+class Checkpoint(NamedTuple):
     """kind: of the table. weights: by our names where the table knows them. fields: of our config
-    that the source says."""
+    that the source says. ignored: names of tensors that the kind passes over."""
 
     kind: Kind
     weights: dict[str, Tensor]
     fields: dict[str, Any]
+    ignored: tuple[str, ...] = ()
 
 
 def convert_checkpoint(
@@ -84,7 +85,7 @@ def convert_checkpoint(
     """
     if kind is not None and kind not in (*KINDS, OURS):
         raise ValueError(f"kind: expected one of {', '.join((*KINDS, OURS))}, got {kind!r}")
-    read = _read(Path(source), kind)
+    read = read_checkpoint(Path(source), kind)
     family = FAMILIES[read.kind.family]
     fields = read.fields | _ids(family, tokenizer, read.fields) | overrides
     model = family(family.config_class.from_dict(fields | heads_of(fields)))
@@ -167,14 +168,16 @@ def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
     return content
 
 
-def _read(path: Path, name: str | None) -> _Read:
+def read_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
+    """What a file or folder holds, of the kind `name`, or recognised; raises as
+    `convert_checkpoint`."""
     weights = read_weights(path)
     folder = path if path.is_dir() else None
     family, config = None, {}
     if name in (None, OURS) and folder is not None and (folder / "config.json").is_file():
         family, config = read_config(folder, with_weights=False)
     if family in FAMILIES:
-        return _Read(Kind(family, {}, has=()), weights, config)
+        return Checkpoint(Kind(family, {}, has=()), weights, config)
     if name == OURS:
         raise ValueError(f"kind: expected a folder that save_pretrained wrote, got {path}")
     kind = KINDS[name or _recognised(weights, folder)]
@@ -188,7 +191,9 @@ def _read(path: Path, name: str | None) -> _Read:
     fields |= fields_of(kind, folder, fields.get("vocab_size", 0))
     if kind.family == "blip":
         fields["tie_decoder"] = _decoder_is_tied(ours)
-    return _Read(kind, ours, fields)
+    if "logit_bias" in ours:
+        fields["loss"] = "sigmoid"
+    return Checkpoint(kind, ours, fields, tuple(weights.keys() - kept.keys()))
 
 
 def _ids(
@@ -235,13 +240,13 @@ def _decoder_is_tied(weights: dict[str, Tensor]) -> bool:
 
 def _load_(
     model: PretrainedModel,
-    read: _Read,
+    read: Checkpoint,
     allow_missing: tuple[str, ...],
     allow_unexpected: tuple[str, ...],
 ) -> None:
     """Load what was read, and fill the parts that the kind may lack and that are not there."""
-    weights = _fitted(model, read.weights)
-    _check_tied(model, weights)
+    weights = fitted(model, read.weights)
+    check_tied(model, weights)
     fills = {
         part: filling
         for part, filling in read.kind.fills.items()
@@ -249,10 +254,10 @@ def _load_(
     }
     missing = (*(f"{part}*" for part in fills), *allow_missing)
     load_weights(model, weights, allow_missing=missing, allow_unexpected=allow_unexpected)
-    _fill_(model, fills)
+    fill_(model, fills)
 
 
-def _fitted(model: PretrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def fitted(model: PretrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Leading dims of size 1 added or dropped, position embeddings at the model's image size."""
     state = model.state_dict()
     fitted = {}
@@ -286,7 +291,7 @@ def with_leading_ones(weight: Tensor, shape: torch.Size) -> Tensor:
     return weight
 
 
-def _check_tied(model: PretrainedModel, weights: dict[str, Tensor]) -> None:
+def check_tied(model: PretrainedModel, weights: dict[str, Tensor]) -> None:
     """Raises ValueError where names of one tensor hold different values."""
     seen: dict[str, str] = {}
     differing = []
@@ -303,7 +308,7 @@ def _check_tied(model: PretrainedModel, weights: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def _fill_(model: PretrainedModel, fills: dict[str, str | None]) -> None:
+def fill_(model: PretrainedModel, fills: dict[str, str | None]) -> None:
     """Copy what a kind of checkpoint lacks, in order, but for tensors shared with other parts."""
     state, first = model.state_dict(), first_names(model)
     for part, source in fills.items():

@@ -61,6 +61,7 @@ OPEN_CLIP = {
     **_under("visual.", "visual.", OPEN_CLIP_VIT),
     "visual.proj": "image_projection.weight.T",
     "logit_scale": "logit_scale",
+    "logit_bias": "logit_bias",
 }
 HF_BLOCK = {
     "layer_norm1.*": "norm1.*",

@@ -4,6 +4,7 @@ from elip_models.validation import extra
 
 with extra("elip_models.data"):
     from elip_models.data.caption_rules import apply_caption_rule
+    from elip_models.data.classes import ClassFolder, ClassSource, EmojiClasses, open_classes
     from elip_models.data.loader import (
         EpochSampler,
         EvaluationBatch,
@@ -24,7 +25,10 @@ __all__ = [
     "CLIP_MEAN",
     "CLIP_STD",
     "EMOJI",
+    "ClassFolder",
+    "ClassSource",
     "DataError",
+    "EmojiClasses",
     "EmojiScenes",
     "EpochSampler",
     "EvaluationBatch",
@@ -43,6 +47,7 @@ __all__ = [
     "evaluation_batches",
     "image_transform",
     "load_tokenizer",
+    "open_classes",
     "open_source",
     "render",
     "tokenize",

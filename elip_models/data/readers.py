@@ -48,7 +48,7 @@ def open_source(spec: str | Sequence[str], *, image_size: int) -> Source:
         raise TypeError(f"spec: expected a text such as {_FORMS}, got {spec!r}")
     name, _, options = spec.partition(":")
     if name.strip() == _BUILT_IN:
-        return EmojiScenes(**_parse_options(spec, options), image_size=image_size)
+        return EmojiScenes(**parse_options(spec, options), image_size=image_size)
     files = [file for part in spec.split(",") if part.strip() for file in _expand(part.strip())]
     if not files:
         raise ValueError(f"spec: expected {_FORMS}, got {spec!r}")
@@ -63,7 +63,7 @@ def open_source(spec: str | Sequence[str], *, image_size: int) -> Source:
     )
 
 
-def _parse_options(spec: str, options: str) -> dict[str, int]:
+def parse_options(spec: str, options: str) -> dict[str, int]:
     """ "seed=0,size=100" -> {"seed": 0, "size": 100}; `size` is required."""
     parsed = {}
     for option in filter(None, options.split(",")):
@@ -75,7 +75,7 @@ def _parse_options(spec: str, options: str) -> dict[str, int]:
         parsed[name] = int(value)
     if "size" not in parsed:
         raise ValueError(
-            f"spec: expected a size, got {spec!r}; write {_BUILT_IN}:seed=0,size=50000"
+            f"spec: expected a size, got {spec!r}; write {spec.partition(':')[0]}:seed=0,size=500"
         )
     return parsed
 

@@ -123,7 +123,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Scene:
-    """A `background` colour by name, and two or three groups of emoji."""
+    """A `background` colour by name, and two or three groups of emoji; one in a picture of one."""
 
     background: str
     groups: tuple[Group, ...]
@@ -143,6 +143,14 @@ def sample_scene(rng: np.random.Generator) -> Scene:
         for name, place, count in zip(names, places, counts, strict=True)
     )
     return Scene(background, tuple(groups))
+
+
+def single_scene(name: str, rng: np.random.Generator) -> Scene:
+    """Draw a picture of one emoji: background and place."""
+    background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
+    layout = LAYOUTS[rng.integers(len(LAYOUTS))]
+    place = list(layout)[rng.integers(len(layout))]
+    return Scene(background, (Group(name, place, _place_copies(layout[place], 1, rng)),))
 
 
 def _slots(box: Box, count: int) -> list[Box]:

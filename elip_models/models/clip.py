@@ -2,10 +2,11 @@
 
 Text first: f_text = normalise(W_t text[EOS]); the guidance of the image tower is f_text mapped back
 to the vision width by the transposed image projection, t = f_text @ W_i, detached. Then
-f_image = normalise(W_i image[CLS]), and the contrastive loss of the pairs (ITC). Where the image
-guides the dropping of text tokens ('learned'), its dense feature comes before all that, and is
-mapped back likewise, f_image @ W_t.
-Source: CLIP (Radford et al., 2021); ELIP, section 3 and its official CLIP code.
+f_image = normalise(W_i image[CLS]), and the contrastive loss of the pairs (ITC), or SigLIP's. Where
+the image guides the dropping of text tokens ('learned'), its dense feature comes before all that,
+and is mapped back likewise, f_image @ W_t.
+Source: CLIP (Radford et al., 2021); SigLIP (Zhai et al., 2023); ELIP, section 3 and its official
+CLIP code.
 """
 
 import math
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from elip_models.models.base import PretrainedModel, ReductionConfig, TokenId
 from elip_models.models.layers.clip_text import CLIPTextTower
-from elip_models.models.layers.losses import contrastive_loss
+from elip_models.models.layers.losses import contrastive_loss, sigmoid_loss
 from elip_models.models.layers.text_reduction import TextReduction, TextStrategy
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.once import UnguidedWarning, warn_once
@@ -43,6 +44,10 @@ from elip_models.validation import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TEMPERATURES = {"itc": 0.07, "sigmoid": 0.1}
+INITIAL_BIAS = -10.0
+"""What SigLIP (Zhai et al., 2023) begins with, for most pairs of a batch are none."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPConfig(ReductionConfig):
@@ -50,6 +55,8 @@ class CLIPConfig(ReductionConfig):
 
     activation: of both towers' MLPs; 'quick_gelu', x sigmoid(1.702 x), is that of OpenAI's models.
     count_cls: keep ratios count CLS among the patches, as the official CLIP code.
+    loss: 'itc', the softmax over all pairs, or 'sigmoid', SigLIP's, with a learned bias.
+    temperature: of the similarities, at the start; None is 0.07, and with 'sigmoid' 0.1, SigLIP's.
     gather: where negatives come from, see `contrastive_loss`.
     strategy, strategy_options: another way to reduce, such as 'tome' and {'r': 13}; the fields of
         'elip' stand here, and of them the others take the schedule alone.
@@ -77,7 +84,8 @@ class CLIPConfig(ReductionConfig):
     embed_dim: PositiveInt = 512
     activation: Literal["gelu", "quick_gelu"] = "gelu"
     drop_path: Rate = 0.0
-    temperature: Annotated[float, Bounds(1e-4, 1e4)] = 0.07
+    loss: Literal["itc", "sigmoid"] = "itc"
+    temperature: Annotated[float, Bounds(1e-4, 1e4)] | None = None
     count_cls: bool = False
     gather: Literal["local", "global"] = "local"
     strategy: str = "elip"
@@ -161,7 +169,10 @@ class CLIP(PretrainedModel):
         self.text_projection = nn.Linear(config.text_width, config.embed_dim, bias=False)
         for projection in (self.image_projection, self.text_projection):
             nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
+        temperature = config.temperature or TEMPERATURES[config.loss]
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
+        if config.loss == "sigmoid":
+            self.logit_bias = nn.Parameter(torch.tensor(INITIAL_BIAS))
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
         config = self.config
@@ -255,10 +266,15 @@ class CLIP(PretrainedModel):
             dense_features = self._dense_features(images)
         text_features = self.encode_text(input_ids, attention_mask, image_features=dense_features)
         image_features = self.encode_image(images, text_features)
-        scale = self.logit_scale.exp()
+        features = image_features, text_features
+        return CLIPOutput(self._loss(*features), *features)
+
+    def _loss(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        features, scale = (image_features, text_features), self.logit_scale.exp()
         gather = self.config.gather
-        loss = contrastive_loss(image_features, text_features, scale, gather=gather)
-        return CLIPOutput(loss, image_features, text_features)
+        if self.config.loss == "sigmoid":
+            return sigmoid_loss(*features, scale, self.logit_bias, gather=gather)
+        return contrastive_loss(*features, scale, gather=gather)
 
     @torch.no_grad()
     def _dense_features(self, images: Tensor) -> Tensor:
@@ -274,12 +290,14 @@ class CLIP(PretrainedModel):
 
     @torch.no_grad()
     def clamp_temperature_(self) -> None:
-        """Keep the temperature at 0.01 or above, as CLIP does after each step."""
-        self.logit_scale.clamp_(0, math.log(100))
+        """Keep the temperature at 0.01 or above, as CLIP does after each step; SigLIP's is free."""
+        if self.config.loss == "itc":
+            self.logit_scale.clamp_(0, math.log(100))
 
     def monitored(self) -> dict[str, Tensor]:
-        """The temperature."""
-        return {"temperature": (-self.logit_scale).exp()}
+        """The temperature, and the bias of the sigmoid loss."""
+        temperature = {"temperature": (-self.logit_scale).exp()}
+        return temperature | ({"bias": self.logit_bias} if self.config.loss == "sigmoid" else {})
 
     @classmethod
     def fit_tokenizer(

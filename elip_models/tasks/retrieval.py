@@ -8,9 +8,7 @@ caption, and text reduction that an image would guide drops nothing.
 """
 
 import math
-import warnings
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,18 +21,15 @@ from elip_models.data import (
     evaluation_batches,
     image_transform,
 )
-from elip_models.reduction.once import UnguidedWarning
+from elip_models.tasks.features import encode_images, encode_texts, ranks_of
 from elip_models.validation import PositiveInt, check
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from elip_models.data import EvaluationBatch
     from elip_models.models.base import PretrainedModel
 
 KS = (1, 5, 10)
-TIE_TOLERANCE = 1e-6
-"""Similarities closer than this are a tie: the rounding of a matrix product must not decide."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +49,11 @@ class RetrievalScores:
     num_images: int
     num_texts: int
     num_skipped: int = 0
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What a log shows."""
+        return self.recalls
 
     def summary(self) -> str:
         """R@1 both ways, in words."""
@@ -82,7 +82,7 @@ def recall_at_k(
         check("ks", k, PositiveInt)
     image_ids = torch.arange(num_images, device=similarity.device)
     relevant = image_ids[:, None] == text_to_image[None, :]
-    return _recalls(_ranks(similarity, relevant), _ranks(similarity.T, relevant.T), ks)
+    return _recalls(ranks_of(similarity, relevant), ranks_of(similarity.T, relevant.T), ks)
 
 
 def recall_of_features(
@@ -119,7 +119,7 @@ def recall_of_features(
         chunks = zip(queries.split(chunk_size), query_ids.split(chunk_size), strict=True)
         with torch.autocast(queries.device.type, enabled=False):
             return torch.cat(
-                [_ranks(query @ candidates.T, own[:, None] == ids) for query, own in chunks]
+                [ranks_of(query @ candidates.T, own[:, None] == ids) for query, own in chunks]
             )
 
     return _recalls(
@@ -179,9 +179,9 @@ def evaluate_retrieval(
     was_training = model.training
     model.eval()
     try:
-        image_features, captions = _encode_images(model, batches)
+        image_features, captions = encode_images(model, batches)
         texts = [text for several in captions for text in several]
-        text_features = _encode_texts(model, tokenizer, texts, batch_size)
+        text_features = encode_texts(model, tokenizer, texts, batch_size)
     finally:
         model.train(was_training)
     owners = [image for image, several in enumerate(captions) for _ in several]
@@ -193,65 +193,6 @@ def evaluate_retrieval(
         num_texts=len(texts),
         num_skipped=len(report.reasons),
     )
-
-
-@torch.no_grad()
-def _encode_images(
-    model: "PretrainedModel", batches: Iterable["EvaluationBatch"]
-) -> tuple[Tensor, list[tuple[str, ...]]]:
-    """Returns features (num_images, E) fp32 and the captions of each image."""
-    device = next(model.parameters()).device
-    features, captions = [], []
-    with warnings.catch_warnings():
-        # Models warn where they get no text to reduce by; here that is meant.
-        warnings.simplefilter("ignore", UnguidedWarning)
-        for batch in batches:
-            features.append(model.image_features(batch.images.to(device)).float())
-            captions.extend(batch.captions)
-    return torch.cat(features), captions
-
-
-@torch.no_grad()
-def _encode_texts(
-    model: "PretrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    texts: list[str],
-    batch_size: int,
-) -> Tensor:
-    """Returns features (num_texts, E) fp32."""
-    device = next(model.parameters()).device
-    features = []
-    with warnings.catch_warnings(), _isolated_rng(device):
-        # Models warn where they get no image to drop text tokens by; here that is meant.
-        warnings.simplefilter("ignore", UnguidedWarning)
-        for start in range(0, len(texts), batch_size):
-            chunk = texts[start : start + batch_size]
-            tokens = model.tokenise(tokenizer, chunk)
-            tokens = {name: ids.to(device) for name, ids in tokens.items()}
-            features.append(model.text_features(**tokens).float())
-    return torch.cat(features)
-
-
-def _isolated_rng(device: torch.device) -> AbstractContextManager[None]:
-    """Random numbers drawn inside, as text reduction may, leave the generators as they were."""
-    if device.type == "cpu":
-        return torch.random.fork_rng([])
-    return torch.random.fork_rng([device], device_type=device.type)
-
-
-def _ranks(similarity: Tensor, relevant: Tensor) -> Tensor:
-    """Candidates that rank before the best relevant one, a tie or a NaN counted as before.
-
-    Args:
-        similarity: (Q, C).
-        relevant: (Q, C) bool, at least one a row.
-
-    Returns:
-        (Q,) int64; 0 means the best candidate is relevant.
-    """
-    best = similarity.masked_fill(~relevant, -math.inf).amax(dim=1, keepdim=True)
-    behind = similarity < best - TIE_TOLERANCE
-    return (~behind & ~relevant).sum(dim=1)
 
 
 def _recalls(image_ranks: Tensor, text_ranks: Tensor, ks: Sequence[int]) -> dict[str, float]:

@@ -34,19 +34,29 @@ with extra("elip_models.training"):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """`elip_models.create_model(name, **overrides)`, and what its towers begin as.
+    """`elip_models.create_model(name, **overrides)`, and what it begins as.
 
     Args:
         name: As `list_models` gives them.
         overrides: Fields of the model's config; the tokenizer's own follow from the data.
         vision_init: "timm:NAME", whose weights the image tower begins with; None: random.
         text_init: "hf:NAME" or "hf:FOLDER", those of the text encoder.
+        pretrained: File or folder, as `elip convert` reads them, of the same family, whose weights
+            the whole model begins with, instead. What is loaded, interpolated to the image size,
+            copied (momentum encoders), new and left out is printed; a resumed run loads it no more.
+        allow_missing: Patterns of the model's names, such as "logit_bias" or "itm_head.*", that may
+            stay as initialised where `pretrained` lacks them.
+        allow_unexpected: Patterns of names in `pretrained` that are left out; with those of
+            `allow_missing`, a part that is to be new.
     """
 
     name: str
     overrides: dict[str, Any] = field(default_factory=dict)
     vision_init: str | None = None
     text_init: str | None = None
+    pretrained: str | None = None
+    allow_missing: tuple[str, ...] = ()
+    allow_unexpected: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,9 @@ class DataConfig:
         train: Source specification, as `open_source` takes it, or several, which are mixed.
         weights: How often the samples of each source come in an epoch; null: once each.
         eval: Source for retrieval evaluation; None evaluates nothing.
+        zero_shot: Images of classes for zero-shot classification, as `open_classes` takes them:
+            "emoji_classes:seed=1,size=600", or a folder with a folder of images a class, such as
+            ImageNet's validation images; None classifies nothing.
         tokenizer: "train" trains one on the captions of `train`; else a local folder or hub name.
         vocab_size: Largest vocabulary of a tokenizer that is trained here.
         context_length: Tokens a caption is padded or truncated to.
@@ -75,6 +88,7 @@ class DataConfig:
     train: str | tuple[str, ...]
     weights: tuple[Positive, ...] | None = None
     eval: str | None = None
+    zero_shot: str | None = None
     tokenizer: str = "train"
     vocab_size: PositiveInt = 8192
     context_length: PositiveInt = 32
@@ -89,9 +103,12 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, linear warm-up, then decay.
+    """The optimiser, linear warm-up of its learning rate, then decay.
 
     Args:
+        name: "adamw"; "lion" of timm, whose `lr` is three to ten times lower and `weight_decay` as
+            many times higher, and which has no `eps`; or "muon" of timm for the weights of linear
+            layers, at the learning rates of AdamW, which takes the other parameters.
         batch_size: Images a rank and a forward pass; a step sees `grad_accumulation` times as
             many on each rank.
         grad_accumulation: Forward passes an optimiser step.
@@ -109,16 +126,21 @@ class OptimConfig:
         weight_decay: For all parameters but those in `no_decay`.
         no_decay: Patterns of names, such as "*.bias"; null: biases, norms, single vectors and the
             temperature.
-        betas: AdamW's two.
+        betas: AdamW's two, or Lion's.
         eps: AdamW's.
         max_grad_norm: Gradients are clipped to this norm; None leaves them.
         precision: "fp32", or autocast to "bf16" or "fp16".
         grad_checkpointing: Recompute activations in the backward pass.
+        compile: torch.compile the training step's model; true, or the name of a backend. Evaluation
+            runs uncompiled.
+        ema: Decay of an exponential moving average of the weights, such as 0.9999, which is then
+            what is evaluated and saved as the model; checkpoints hold both. null keeps none.
         gather: Contrast within a rank ("local") or over all of them ("global").
     """
 
     batch_size: PositiveInt
     lr: Positive
+    name: Literal["adamw", "lion", "muon"] = "adamw"
     steps: PositiveInt | None = None
     epochs: Positive | None = None
     grad_accumulation: PositiveInt = 1
@@ -136,6 +158,8 @@ class OptimConfig:
     max_grad_norm: Positive | None = 1.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     grad_checkpointing: bool = False
+    compile: bool | Literal["inductor", "aot_eager", "eager"] = False
+    ema: Rate | None = None
     gather: Literal["local", "global"] = "local"
 
 
@@ -148,8 +172,8 @@ class RunConfig:
         output_dir: Folder for checkpoints, logs and the final model.
         seed: Of initialisation, data order and augmentation.
         log_every: Steps between two rows of the log.
-        eval_every: Steps between two evaluations on `data.eval`; 0 evaluates at the end only, if
-            `report` names retrieval.
+        eval_every: Steps between two evaluations on `data.eval` and `data.zero_shot`; 0 evaluates
+            at the end only, what `report` names.
         checkpoint_every: Steps between two checkpoints; there is always one at the end.
         keep_checkpoints: Checkpoints kept, the newest.
         trackers: Names of `accelerate` trackers, such as "tensorboard" or "wandb".
@@ -167,13 +191,14 @@ class RunConfig:
     checkpoint_every: PositiveInt = 1000
     keep_checkpoints: PositiveInt = 2
     trackers: tuple[str, ...] = ("tensorboard",)
-    report: tuple[Literal["retrieval", "timing", "picture"], ...] = ()
+    report: tuple[Literal["retrieval", "zero_shot", "timing", "picture"], ...] = ()
 
 
 RESUMABLE_KEYS = (
     "name",
     "output_dir",
     "data.eval",
+    "data.zero_shot",
     "data.num_workers",
     "data.max_bad_share",
     "optim.steps",
@@ -272,6 +297,11 @@ def _check_together(config: RunConfig) -> None:
     """What one key alone cannot tell."""
     if config.optim.steps is None and config.optim.epochs is None:
         raise ConfigError("optim.steps: expected it or optim.epochs to be set, got neither")
+    if config.model.pretrained and (config.model.vision_init or config.model.text_init):
+        raise ConfigError(
+            "model.pretrained: expected null with model.vision_init or model.text_init, got "
+            f"{config.model.pretrained!r}"
+        )
     if config.optim.min_lr > config.optim.lr:
         raise ConfigError(
             f"optim.min_lr: expected at most optim.lr = {config.optim.lr}, got "
@@ -288,7 +318,11 @@ def _check_together(config: RunConfig) -> None:
             f"data.weights: expected one for each of the {sources} sources of data.train, got "
             f"{len(config.data.weights)}"
         )
-    if config.data.eval is None and (config.eval_every or config.report):
+    zero_shot = config.data.zero_shot
+    if "zero_shot" in config.report and zero_shot is None:
+        raise ConfigError("data.zero_shot: expected a source, since report names it, got null")
+    others = set(config.report) - {"zero_shot"}
+    if config.data.eval is None and (others or (config.eval_every and zero_shot is None)):
         raise ConfigError(
             "data.eval: expected a source, since eval_every or report asks for one, got null"
         )

@@ -7,6 +7,7 @@ resumed computes what one that was never killed does.
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from elip_models.checkpoints.pretrained_towers import initialise_
 from elip_models.data import (
     EpochSampler,
     MixedSource,
@@ -25,21 +26,24 @@ from elip_models.data import (
     train_loader,
     train_tokenizer,
 )
-from elip_models.models.base import InputConfig
-from elip_models.models.registry import create_model, family_of
-from elip_models.tasks.retrieval import RetrievalScores, evaluate_retrieval
+from elip_models.models.base import InputConfig, PretrainedModel
+from elip_models.models.registry import family_of
+from elip_models.tasks.retrieval import RetrievalScores
+from elip_models.tasks.zero_shot import ZeroShotScores
 from elip_models.training.accelerator import make_accelerator
+from elip_models.training.evaluation import Evaluation, Scores
 from elip_models.training.loss_log import LossLog, losses_of
-from elip_models.training.optim import learning_rate, parameter_groups
+from elip_models.training.model import make_model
+from elip_models.training.optim import learning_rate
+from elip_models.training.optimizers import make_optimizer
 from elip_models.training.recipe import RunConfig
 from elip_models.training.run_folder import RunFolder
 from elip_models.training.training_data import (
-    input_fields,
     model_config,
     tokenizer_captions,
     training_samples,
 )
-from elip_models.validation import ConfigError, blame, extra
+from elip_models.validation import blame, extra
 
 with extra("elip_models.training"):
     from accelerate.utils import set_seed
@@ -67,7 +71,8 @@ class TrainResult:
         output_dir: Folder of the run.
         step: Optimiser steps done.
         loss: Of the last step.
-        scores: Of the last evaluation; None where there was none.
+        scores: Of the last retrieval; None where there was none.
+        zero_shot: Of the last zero-shot classification; None where there was none.
         skipped: In words, the samples that could not be read.
         is_main_process: False on the other ranks of `torchrun`.
     """
@@ -79,6 +84,7 @@ class TrainResult:
     step: int
     loss: float
     scores: RetrievalScores | None
+    zero_shot: ZeroShotScores | None
     skipped: str
     is_main_process: bool
 
@@ -118,16 +124,16 @@ class Trainer:
         self.accelerator = make_accelerator(config, self.folder)
         self.console = console if self.accelerator.is_main_process else Console(quiet=True)
         self.losses = LossLog(self.accelerator)
-        self.scores: RetrievalScores | None = None
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.folder.prepare()
         self.accelerator.wait_for_everyone()
+        checkpoint = self.folder.latest_checkpoint() if resume else None
         self._build_data()
-        self._build_model()
+        self._build_model(resumed=checkpoint is not None)
         if self.accelerator.is_main_process:
             self.folder.claim(config)
-        self._restore(self.folder.latest_checkpoint() if resume else None)
+        self._restore(checkpoint)
 
     def run(self) -> TrainResult:
         """Trains to the last step, then saves the model."""
@@ -140,8 +146,8 @@ class Trainer:
                 progress.update(task, completed=self.step)
                 if self._due(self.config.log_every):
                     progress.update(task, status=self._log_step())
-                if self._evaluates_now():
-                    self._log_scores()
+                if due := self.evaluation.due(self.step, self.total_steps):
+                    self._log_scores(due)
                 if self._due(self.config.checkpoint_every):
                     self._save_checkpoint()
         return self._finish()
@@ -151,15 +157,9 @@ class Trainer:
         data, optim, accelerator = self.config.data, self.config.optim, self.accelerator
         model = model_config(self.config)
         family = family_of(self.config.model.name)
-        if not family.ranks and (self.config.eval_every or "retrieval" in self.config.report):
-            raise ConfigError(
-                f"report: expected no retrieval, and eval_every=0, for {family.__name__}, which "
-                "has no features of images and texts alone to rank"
-            )
         with blame("data.train"):
             source = open_source(data.train, image_size=model.image_size)
-        with blame("data.eval"):
-            self.eval_source = data.eval and open_source(data.eval, image_size=model.image_size)
+        self.evaluation = Evaluation(self.config, model.image_size)
         self.tokenizer = self._make_tokenizer(source, model)
         with blame("data.tokenizer"):
             self.text_sizes = family.fit_tokenizer(self.tokenizer, data.context_length)
@@ -207,31 +207,38 @@ class Trainer:
                 )
         return load_tokenizer(str(self.folder.tokenizer))
 
-    def _build_model(self) -> None:
+    def _build_model(self, *, resumed: bool) -> None:
         """Model and optimiser; the same weights on every rank, other dropout."""
         optim, seed = self.config.optim, self.config.seed
         set_seed(seed)
-        with blame("model"):
-            inputs = input_fields(self.config.data)
-            overrides = self.text_sizes | inputs | self.config.model.overrides
-            overrides |= {"gather": optim.gather}
-            model = create_model(self.config.model.name, **overrides)
-            model.check_batch_size(optim.batch_size * self.accelerator.num_processes)
-            model.read_vocabulary_(self.tokenizer)
-        vision, text = self.config.model.vision_init, self.config.model.text_init
-        if vision or text:
-            with blame("model.vision_init, model.text_init"):
-                initialise_(model, vision, text)
-        if optim.grad_checkpointing:
-            model.set_grad_checkpointing()
+        model = make_model(
+            self.config,
+            self.tokenizer,
+            self.text_sizes,
+            num_processes=self.accelerator.num_processes,
+            resumed=resumed,
+            console=self.console,
+        )
         with blame("optim"):
-            groups = parameter_groups(
-                model, optim.weight_decay, optim.lr_scale, no_decay=optim.no_decay
-            )
-        optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+            optimizer = make_optimizer(model, optim)
+        self.average = None if optim.ema is None else self._average_of(model, optim.ema)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.bare_model = self.accelerator.unwrap_model(self.model)
+        backend = "inductor" if optim.compile is True else optim.compile
+        self.step_model = torch.compile(self.model, backend=backend) if backend else self.model
         set_seed(seed, device_specific=True)
+
+    def _average_of(self, model: PretrainedModel, decay: float) -> AveragedModel:
+        """The moving average of the weights, as part of the checkpoints."""
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        average.module.to(self.accelerator.device)  # the count of steps stays with the host
+        self.accelerator.register_for_checkpointing(average)
+        return average
+
+    @property
+    def trained_model(self) -> PretrainedModel:
+        """What is evaluated and saved: the average, where there is one."""
+        return self.bare_model if self.average is None else self.average.module
 
     def _restore(self, checkpoint: Path | None) -> None:
         """Puts model, optimiser, random generators, data and log where `checkpoint` left them."""
@@ -272,7 +279,7 @@ class Trainer:
             tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
             tensors = {n: t.to(accelerator.device, non_blocking=True) for n, t in tensors.items()}
             with accelerator.accumulate(self.model):
-                output = self.model(**tensors)
+                output = self.step_model(**tensors)
                 accelerator.backward(output.loss)
             losses.append(losses_of(output))
         max_norm = math.inf if optim.max_grad_norm is None else optim.max_grad_norm
@@ -280,6 +287,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.bare_model.clamp_temperature_()
+        if self.average is not None:
+            self.average.update_parameters(self.bare_model)
         self.losses.add(losses, grad_norm)
         self.step += 1
 
@@ -304,11 +313,10 @@ class Trainer:
         self.loss = read["loss"]
         return read
 
-    def _log_scores(self) -> None:
-        self.scores = self._evaluate()
-        if self.scores is not None:
-            self._log(self.scores.recalls)
-            self.console.print(f"step {self.step}/{self.total_steps}  {self.scores.summary()}")
+    def _log_scores(self, tasks: Sequence[str]) -> None:
+        for scores in self._evaluate(tasks):
+            self._log(scores.metrics)
+            self.console.print(f"step {self.step}/{self.total_steps}  {scores.summary()}")
         self._start_window()
 
     def _log(self, values: dict[str, float]) -> None:
@@ -318,21 +326,15 @@ class Trainer:
             self.folder.append_row({"step": self.step, "epoch": round(epoch, 4), **values})
         self.accelerator.log(values, step=self.step)
 
-    def _evaluate(self) -> RetrievalScores | None:
-        """Retrieval on `data.eval`, on the main process while the others wait; None on those."""
-        scores = None
+    def _evaluate(self, tasks: Sequence[str]) -> list[Scores]:
+        """Scores of the main process, while the others wait; none on those."""
+        found = []
         if self.accelerator.is_main_process:
             with self.accelerator.autocast():
-                scores = evaluate_retrieval(
-                    self.bare_model,
-                    self.tokenizer,
-                    self.eval_source,
-                    batch_size=self.config.optim.batch_size,
-                    num_workers=self.config.data.num_workers,
-                    max_bad_share=self.config.data.max_bad_share,
-                )
+                model, tokenizer = self.trained_model, self.tokenizer
+                found = [self.evaluation.run(task, model, tokenizer) for task in tasks]
         self.accelerator.wait_for_everyone()
-        return scores
+        return found
 
     def _save_checkpoint(self) -> None:
         if self.losses:
@@ -346,31 +348,28 @@ class Trainer:
         self._start_window()
 
     def _finish(self) -> TrainResult:
-        if "retrieval" in self.config.report and self.first_step >= self.total_steps:
-            self.scores = self._evaluate()  # resumed after its last step, so not evaluated yet
-        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False).eval()
+        if self.first_step >= self.total_steps:  # resumed after its last step, not evaluated yet
+            self._evaluate(self.evaluation.at_end)
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # takes autocast off it
+        model = self.trained_model.eval()
         if self.accelerator.is_main_process:
             model.save_pretrained(self.folder.model, tokenizer=self.tokenizer)
         self.accelerator.end_training()
         return TrainResult(
             model=model,
             tokenizer=self.tokenizer,
-            eval_source=self.eval_source,
+            eval_source=self.evaluation.sources.get("retrieval"),
             output_dir=self.folder.path,
             step=self.step,
             loss=self.loss,
-            scores=self.scores,
+            scores=self.evaluation.scores.get("retrieval"),
+            zero_shot=self.evaluation.scores.get("zero_shot"),
             skipped=self.skips.summary(),
             is_main_process=self.accelerator.is_main_process,
         )
 
     def _due(self, interval: int) -> bool:
         return self.step % interval == 0 or self.step == self.total_steps
-
-    def _evaluates_now(self) -> bool:
-        every = self.config.eval_every
-        is_last = self.step == self.total_steps and "retrieval" in self.config.report
-        return is_last or (every > 0 and self.step % every == 0)
 
     def _start_window(self) -> None:
         """Begins the steps over which the speed is measured."""

@@ -1,6 +1,7 @@
 """The objectives of pre-training: losses, and what a step draws for them.
 
 ITC   cross entropies of the similarities s f_image f_text^T, by rows and columns  CLIP
+      or of each pair alone, whether it is one: -log sigmoid(+-(s f_i f_t + b))    SigLIP
       soft targets y = alpha softmax(s_m) + (1 - alpha) I over [batch | queue]    ALBEF, Eq. 6
 ITM   negatives drawn by the softmax of the batch's similarities, never the pair itself
 MLM   15% of the tokens or words: 80% [MASK], 10% another, 10% as they were       BERT
@@ -202,3 +203,32 @@ def contrastive_loss(
         image_to_text = F.cross_entropy(scale.float() * images @ all_texts.T, labels)
         text_to_image = F.cross_entropy(scale.float() * texts @ all_images.T, labels)
     return (image_to_text + text_to_image) / 2
+
+
+def sigmoid_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    gather: Gather = "local",
+) -> Tensor:
+    """Compute SigLIP's loss: each image with each text is a pair or not, by itself; the sum over
+    all B^2, divided by B.
+
+    Args:
+        image_features, text_features: (B, E), normalised; row i of both is one pair.
+        scale, bias: scalars, of the similarities.
+        gather: as of `contrastive_loss`; only texts are gathered.
+
+    Returns:
+        Scalar, fp32.
+    """
+    B = image_features.shape[0]
+    images, texts = image_features.float(), all_gather(text_features.float(), gather)
+    with without_autocast(images.device):
+        logits = scale.float() * images @ texts.T + bias.float()
+    columns = torch.arange(len(texts), device=images.device)
+    rows = torch.arange(B, device=images.device) + rank_of(gather) * B
+    signs = torch.where(rows[:, None] == columns, 1.0, -1.0)
+    return -F.logsigmoid(signs * logits).sum() / B

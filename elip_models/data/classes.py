@@ -1,0 +1,142 @@
+"""Images of classes, for zero-shot classification: a `Source` whose one caption is the class.
+
+    emoji_classes:seed=0,size=600    the built-in world, one emoji an image, each as often
+    FOLDER                           a folder of images a class, as ImageNet's validation images are
+
+What a text calls a class, and in which sentences, follows open_clip where it is installed: its
+names of ImageNet's classes, for folders named by WordNet ids, and its templates.
+"""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from elip_models.data.captions import PLACES, with_article
+from elip_models.data.checks import check_index
+from elip_models.data.readers import parse_options
+from elip_models.data.sample import Sample, Source, decode_image
+from elip_models.data.scenes import EmojiScenes, render
+from elip_models.data.world import BACKGROUNDS, EMOJI, Scene, single_scene
+from elip_models.validation import extra
+
+Template = Callable[[str], str]
+_BUILT_IN = "emoji_classes"
+
+
+class ClassSource(Source, Protocol):
+    """classes: as captions say them, each once. names: what texts call them, in the same order.
+    templates: a name -> a text."""
+
+    classes: tuple[str, ...]
+    names: tuple[str, ...]
+    templates: tuple[Template, ...]
+
+
+def _of_background(background: str) -> Template:
+    return lambda name: f"{with_article(background)} picture of {with_article(name)}"
+
+
+def _at_place(phrase: str) -> Template:
+    return lambda name: f"{with_article(name)} {phrase}"
+
+
+def _photo(name: str) -> str:
+    return f"a photo of {with_article(name)}."
+
+
+class EmojiClasses(EmojiScenes):
+    """A `ClassSource` of `size` pictures of one emoji each, as no training scene is.
+
+    Picture `index` depends on (seed, index) alone; its class is the index-th, in turn.
+    """
+
+    classes = names = tuple(EMOJI)
+    templates = (
+        *map(_of_background, BACKGROUNDS),
+        *(_at_place(phrase) for _, _, phrase in PLACES.values()),
+    )
+
+    def __getitem__(self, index: int) -> Sample:
+        sample_id = f"{_BUILT_IN}-{self.seed}-{index}"
+        return Sample(render(self.scene(index), self.image_size), self.captions(index), sample_id)
+
+    def scene(self, index: int) -> Scene:
+        """The scene as data, not drawn."""
+        check_index(index, self.size)
+        name = self.classes[index % len(self.classes)]
+        return single_scene(name, np.random.default_rng((self.seed, index, 2)))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The class."""
+        return (self.scene(index).groups[0].name,)
+
+
+class ClassFolder:
+    """A `ClassSource` of a folder with a folder of images for each class.
+
+    Raises FileNotFoundError where there is no such folder, or one of a class without an image.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        with extra("ClassFolder"):
+            from torchvision.datasets import ImageFolder
+        folder = ImageFolder(str(Path(path).expanduser()))
+        self.classes = tuple(folder.classes)
+        self.names = _names_of(self.classes)
+        self._samples = folder.samples
+
+    @property
+    def templates(self) -> tuple[Template, ...]:
+        """Of open_clip; not kept, for functions do not go to loader processes."""
+        if find_spec("open_clip") is None:
+            return (_photo,)
+        from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+        return tuple(OPENAI_IMAGENET_TEMPLATES)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        check_index(index, len(self))
+        path = Path(self._samples[index][0])
+        sample_id = f"{path.parent.name}/{path.name}"
+        return Sample(decode_image(path, sample_id), self.captions(index), sample_id)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The class."""
+        check_index(index, len(self))
+        return (self.classes[self._samples[index][1]],)
+
+
+def open_classes(spec: str, *, image_size: int) -> ClassSource:
+    """Open the images that `spec` names, see above; built-in ones are drawn at `image_size`.
+
+    Raises TypeError or ValueError for a malformed spec, FileNotFoundError where there is no such
+    folder.
+    """
+    if not isinstance(spec, str):
+        raise TypeError(f"spec: expected {_BUILT_IN}:seed=0,size=600 or a folder, got {spec!r}")
+    name, _, options = spec.partition(":")
+    if name.strip() == _BUILT_IN:
+        return EmojiClasses(**parse_options(spec, options), image_size=image_size)
+    return ClassFolder(spec)
+
+
+def _names_of(classes: tuple[str, ...]) -> tuple[str, ...]:
+    """Of WordNet ids the names of ImageNet's classes; else the names of the folders."""
+    from timm.data import ImageNetInfo
+
+    imagenet = ImageNetInfo("imagenet-1k")
+    numbers = {label: number for number, label in enumerate(imagenet.label_names())}
+    if not set(classes) <= numbers.keys():
+        return tuple(name.replace("_", " ") for name in classes)
+    if find_spec("open_clip") is None:
+        described = map(imagenet.label_name_to_description, classes)
+        return tuple(text.partition(",")[0] for text in described)
+    from open_clip import IMAGENET_CLASSNAMES
+
+    return tuple(IMAGENET_CLASSNAMES[numbers[name]] for name in classes)

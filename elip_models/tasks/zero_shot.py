@@ -1,0 +1,136 @@
+"""Zero-shot classification: an image is of the class whose texts are most like it.
+
+A class is the normalised mean of its name's features in all templates; an image is right at k when
+its class is among the k most similar, a tie decided against the model. Images are encoded without
+any text.
+Source: CLIP (Radford et al., 2021), section 3.1.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elip_models.data import (
+    ClassSource,
+    SkipReport,
+    evaluation_batches,
+    image_transform,
+)
+from elip_models.models.base import evaluating
+from elip_models.tasks.features import encode_images, encode_texts, ranks_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from elip_models.data.classes import Template
+    from elip_models.models.base import PretrainedModel
+
+KS = (1, 5)
+CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class ZeroShotScores:
+    """How often a model finds the class of an image by its name.
+
+    Args:
+        accuracies: In [0, 1] by name: "zero_shot_top1", "zero_shot_top5".
+        chance: Same names, of a random ranking.
+        num_images: Images classified.
+        num_classes: Classes.
+        num_skipped: Images that could not be read.
+    """
+
+    accuracies: dict[str, float]
+    chance: dict[str, float]
+    num_images: int
+    num_classes: int
+    num_skipped: int = 0
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What a log shows."""
+        return self.accuracies
+
+    def summary(self) -> str:
+        """Both accuracies, in words."""
+        return "zero-shot " + ", ".join(
+            f"top-{k} {self.accuracies[f'zero_shot_top{k}']:.1%}" for k in KS
+        )
+
+
+def evaluate_zero_shot(
+    model: "PretrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    source: ClassSource,
+    *,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    max_bad_share: float = 0.05,
+) -> ZeroShotScores:
+    """Classifies all images of a source by the names of its classes.
+
+    The model is put in eval mode and back; the state of the random generators is untouched.
+
+    Args:
+        model: One that `ranks`; its config says how images and texts are prepared.
+        tokenizer: Of the model.
+        source: Images and their classes, as `open_classes` gives them.
+        batch_size: Images, and texts, a forward pass.
+        num_workers: Loader processes; 0 loads here.
+        max_bad_share: A larger share of unreadable images is an error.
+
+    Raises:
+        DataError: too many images cannot be read, or all.
+    """
+    report = SkipReport(max_bad_share, length=len(source))
+    transform = image_transform(model.config.image_size, train=False, resize=model.config.resize)
+    batches = evaluation_batches(
+        source, transform, batch_size, report=report, num_workers=num_workers
+    )
+    with evaluating(model):
+        images, found = encode_images(model, batches)
+        classes = class_features(
+            model, tokenizer, source.names, source.templates, batch_size=batch_size
+        )
+    number = {name: i for i, name in enumerate(source.classes)}
+    labels = torch.tensor([number[name] for (name,) in found], device=images.device)
+    ranks = _ranks(images, classes, labels)
+    return ZeroShotScores(
+        accuracies={f"zero_shot_top{k}": (ranks < k).double().mean().item() for k in KS},
+        chance={f"zero_shot_top{k}": min(1.0, k / len(classes)) for k in KS},
+        num_images=len(labels),
+        num_classes=len(classes),
+        num_skipped=len(report.reasons),
+    )
+
+
+def class_features(
+    model: "PretrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    names: Sequence[str],
+    templates: Sequence["Template"],
+    *,
+    batch_size: int = 64,
+) -> Tensor:
+    """The mean features of each name in all templates -> (classes, E) fp32, normalised."""
+    texts = [template(name) for name in names for template in templates]
+    features = encode_texts(model, tokenizer, texts, batch_size)
+    return F.normalize(features.unflatten(0, (len(names), -1)).mean(1), dim=-1)
+
+
+def _ranks(images: Tensor, classes: Tensor, labels: Tensor) -> Tensor:
+    """images (N, E), classes (C, E), labels (N,) -> (N,), how many classes rank before the right
+    one."""
+    ids = torch.arange(len(classes), device=labels.device)
+    with torch.autocast(images.device.type, enabled=False):
+        return torch.cat(
+            [
+                ranks_of(chunk @ classes.T, own[:, None] == ids)
+                for chunk, own in zip(images.split(CHUNK), labels.split(CHUNK), strict=True)
+            ]
+        )

@@ -1,0 +1,81 @@
+"""The model that a recipe trains, as its first step finds it."""
+
+from typing import TYPE_CHECKING, Any
+
+from elip_models.checkpoints.pretrained_towers import initialise_
+from elip_models.checkpoints.start import Start, start_from_
+from elip_models.models.base import PretrainedModel
+from elip_models.models.registry import create_model
+from elip_models.training.recipe import RunConfig
+from elip_models.training.training_data import input_fields
+from elip_models.validation import ConfigError, blame, extra
+
+with extra("elip_models.training"):
+    from rich.console import Console
+    from rich.markup import escape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKEN_EMBEDDINGS = ("token_embedding.weight", "word_embeddings.weight")
+
+
+def make_model(
+    config: RunConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    text_sizes: dict[str, Any],
+    *,
+    num_processes: int,
+    resumed: bool,
+    console: Console,
+) -> PretrainedModel:
+    """Creates the model, and gives it the weights that the recipe begins with.
+
+    Args:
+        text_sizes: Fields of the model's config that follow from the tokenizer.
+        num_processes: Ranks, whose batches make one step.
+        resumed: A checkpoint of the run follows, so that nothing else is loaded.
+        console: Told what `model.pretrained` gave.
+
+    Raises:
+        ConfigError: a setting that does not fit the model, or weights that do not.
+    """
+    optim = config.optim
+    with blame("model"):
+        overrides = text_sizes | input_fields(config.data) | config.model.overrides
+        model = create_model(config.model.name, **overrides | {"gather": optim.gather})
+        model.check_batch_size(optim.batch_size * num_processes)
+        model.read_vocabulary_(tokenizer)
+    if not resumed:
+        _begin_(model, config, console)
+    if optim.grad_checkpointing:
+        model.set_grad_checkpointing()
+    return model
+
+
+def _begin_(model: PretrainedModel, config: RunConfig, console: Console) -> None:
+    begin = config.model
+    if begin.vision_init or begin.text_init:
+        with blame("model.vision_init, model.text_init"):
+            initialise_(model, begin.vision_init, begin.text_init)
+    if begin.pretrained:
+        with blame("model.pretrained"):
+            start = start_from_(
+                model,
+                begin.pretrained,
+                allow_missing=begin.allow_missing,
+                allow_unexpected=begin.allow_unexpected,
+            )
+        _check_tokens(start, config)
+        console.print(escape(start.summary()), soft_wrap=True)
+
+
+def _check_tokens(start: Start, config: RunConfig) -> None:
+    """Raises ConfigError where embeddings of one tokenizer's tokens met those of a new one."""
+    embeddings = [name for name in start.loaded if name.endswith(TOKEN_EMBEDDINGS)]
+    if embeddings and config.data.tokenizer == "train":
+        raise ConfigError(
+            f"data.tokenizer: expected that of model.pretrained, whose {embeddings[0]} has a row "
+            "for each of its tokens, got 'train', which makes others; name its folder, or begin "
+            "with new embeddings by model.allow_missing and model.allow_unexpected"
+        )
