@@ -191,7 +191,7 @@ def test_shared_momentum_reduction_keeps_what_the_online_tower_kept(golden):
     scored = []
     for block in model.encoders_m.visual.blocks:
         block.register_forward_hook(lambda m, args, out: scored.append(out.shape[1]))
-    shared, features = model._momentum_features(*inputs, infos)
+    shared, _, features = model._momentum_features(*inputs, infos)
     assert torch.equal(shared, tokens)
     assert scored == [37, 34, 25, 25, 16, 16]  # each block once: nothing is scored
     torch.testing.assert_close(features[1], model.encoders.text_features(text))

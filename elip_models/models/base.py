@@ -16,13 +16,17 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
+from elip_models.models.layers.text_reduction import TextReduction, TextStrategy
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.scorers import ScorerName
+from elip_models.reduction.strategies import PatchDropout
+from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategies.elip import Elip, ElipOptions
 from elip_models.reduction.strategy import Strategy
-from elip_models.towers import Reducible, Tower
+from elip_models.reduction.strategy_spec import get_strategy, kinds_of, parse_spec
+from elip_models.towers import Reducible, Tower, as_tower
 from elip_models.towers.reducible import Stats, check_tokenizer_in, clip_stats
-from elip_models.validation import Count, Share, below, check_fields, did_you_mean
+from elip_models.validation import Count, Rate, Share, below, check_fields, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,27 +54,83 @@ class Config:
 
 @dataclass(frozen=True, kw_only=True)
 class ReductionConfig(Config):
-    """How the image tower of a model is reduced by ELIP: by default as the paper does.
+    """How the image tower of a model is reduced: by default by ELIP, as the paper does.
 
-    schedule: '2(100%) 2(90%) 6(65%) 2(40%)', or None for a dense image tower.
+    strategy: 'elip', or a line that `get_strategy` reads, such as 'tome' or 'evit:keep_rate=0.7'.
+    strategy_options: its settings by name, {'r': 13}, beside those in the line. The options of
+        'elip' are the fields below; the others take of them `schedule` and `without_text`, where
+        they have such a setting that is not given here.
+    schedule: '2(100%) 2(90%) 6(65%) 2(40%)', or a preset; None for a dense image tower, and for the
+        others their own.
+    count_cls: keep ratios count CLS among the patches, as the official CLIP code.
     scorer, fusion, guidance_norm, without_text, merge: see `ElipOptions`.
+
+    Raises:
+        TypeError, ValueError: naming the field, what was expected, what came.
     """
 
+    strategy: str = "elip"
+    strategy_options: dict[str, Any] | None = None
     schedule: str | None = None
+    count_cls: bool = False
     scorer: ScorerName = "exact"
     fusion: Share = Elip.fusion
     guidance_norm: Literal["none", "match"] = Elip.guidance_norm
     without_text: Literal["dense", "vision"] = "dense"
     merge: bool = Elip.merge
 
-    def check_schedule(self) -> None:
-        """Raises ValueError where the schedule is no schedule of the image tower's depth."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.schedule is not None:
             self.elip(self.schedule).schedule.for_depth(self.vision_depth)
+        _ = self.reduction  # raises what is wrong with it
+
+    @property
+    def reduction(self) -> Strategy:
+        """How the image tower is reduced."""
+        name, written = parse_spec(self.strategy)
+        options = self.strategy_options or {}
+        schedule = self.schedule and Schedule.parse(self.schedule, count_cls=self.count_cls)
+        if name == Elip.name:
+            if written or options:
+                raise ValueError(
+                    "strategy_options: expected None with strategy='elip', whose options are "
+                    f"fields of their own, got {options or written!r}"
+                )
+            return self.elip(schedule) if schedule else Dense()
+        ours = {"schedule": schedule, "without_text": self.without_text}
+        left = kinds_of(name).keys() - written.keys() - options.keys()
+        taken = {name: value for name, value in ours.items() if name in left}
+        return get_strategy(self.strategy, **taken, **options)
 
     def elip(self, schedule: Schedule | str) -> Elip:
         """ELIP by that schedule, with the options that stand here."""
         return Elip(schedule, **{name: getattr(self, name) for name in ElipOptions.__annotations__})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextReductionConfig(Config):
+    """How text tokens are dropped half way through the layers of a text tower.
+
+    text_reduction: 'random', 'post' or 'learned', see `TextReduction`; or None.
+    text_drop: share of a text's tokens that it drops.
+    """
+
+    text_reduction: TextStrategy | None = None
+    text_drop: Rate = 0.4
+
+    @property
+    def text_token_reduction(self) -> TextReduction | None:
+        """How texts are reduced; None where they are not, and where nothing would be dropped."""
+        if self.text_reduction is None or self.text_drop == 0:
+            return None
+        return TextReduction(self.text_reduction, self.text_drop)
+
+    @property
+    def image_guides_text(self) -> bool:
+        """Which text tokens are dropped is learned from the image."""
+        reduction = self.text_token_reduction
+        return reduction is not None and reduction.strategy == "learned"
 
 
 class PretrainedModel(nn.Module, Reducible):
@@ -136,8 +196,17 @@ class PretrainedModel(nn.Module, Reducible):
         """The same as `text_cls`."""
         return self.text_cls(input_ids, attention_mask)
 
+    def read_tower(self) -> None:
+        """Read the image model, and reduce it as the config says."""
+        self.tower, self.dense = as_tower(self.visual), Dense()
+        self.reduction = self.config.reduction.fitted(self.tower)
+
     def begin_step(self, step: int, epoch: float = math.inf) -> None:
-        """Prepare step `step` of training, from 0, after `epoch` passes over the data."""
+        """Prepare step `step` of training, from 0, after `epoch` passes over the data: patch
+        dropout ends where it ends."""
+        dropout = self.config.reduction
+        if isinstance(dropout, PatchDropout):
+            self.reduction = dropout.at(step).fitted(self.tower)
 
     def clamp_temperature_(self) -> None:
         """Keep the temperature in its interval, after a step of training."""

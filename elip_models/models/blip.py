@@ -26,6 +26,7 @@ from elip_models.models.layers.bert import (
 from elip_models.models.layers.generation import CAPTIONS, Decoding, write
 from elip_models.models.layers.losses import language_loss, next_rows
 from elip_models.models.momentum_model import Encoders, MomentumConfig, MomentumModel
+from elip_models.reduction.strategy import mask_after
 from elip_models.validation import NonNegative, PositiveInt, Share
 
 if TYPE_CHECKING:
@@ -83,9 +84,17 @@ class BLIPEncoders(Encoders):
         self.layers = range(config.text_depth)
         self.text = BertTower(config.bert, self.layers, embeddings=UntypedEmbeddings)
 
-    def read(self, input_ids: Tensor, mask: Tensor, image_tokens: Tensor | None = None) -> Tensor:
-        """input_ids, mask (B, L), with image_tokens (B, N, D) or alone -> (B, L, D)."""
-        return self.text.run(self.text.embed(input_ids), mask, self.layers, image_tokens)
+    def read(
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        image_tokens: Tensor | None = None,
+        image_mask: Tensor | None = None,
+    ) -> Tensor:
+        """input_ids, mask (B, L), with image_tokens (B, N, D), all or as image_mask (B, N) says, or
+        alone -> (B, L, D)."""
+        hidden = self.text.embed(input_ids)
+        return self.text.run(hidden, mask, self.layers, image_tokens, image_mask)
 
 
 class BLIP(MomentumModel):
@@ -113,10 +122,13 @@ class BLIP(MomentumModel):
         sizes = super().fit_tokenizer(tokenizer, context_length)
         return sizes | {"decoder_token_id": decoder, "encoder_token_id": encoder}
 
-    def fuse(self, text: Tensor, mask: Tensor, image: Tensor) -> Tensor:
-        """text, mask (B, L), image (B, N, D) -> (B, L, D) of [ENC] and the ids behind it."""
+    def fuse(
+        self, text: Tensor, mask: Tensor, image: Tensor, image_mask: Tensor | None = None
+    ) -> Tensor:
+        """text, mask (B, L), image (B, N, D) and image_mask (B, N), None where all are real ->
+        (B, L, D) of [ENC] and the ids behind it."""
         ids = _begin(text, self.config.encoder_token_id)
-        return self.encoders.read(ids, mask, image)
+        return self.encoders.read(ids, mask, image, image_mask)
 
     def predict(
         self,
@@ -169,8 +181,10 @@ class BLIP(MomentumModel):
                 the text tower has no positions.
         """
         with evaluating(self):
-            tokens, _ = self.encode_image(images, text_cls)
-        return self.generate_from_tokens(tokens, prompt=prompt, decoding=decoding)
+            tokens, infos = self.encode_image(images, text_cls)
+        return self.generate_from_tokens(
+            tokens, mask_after(infos), prompt=prompt, decoding=decoding
+        )
 
     def generate_from_tokens(
         self,
@@ -224,8 +238,9 @@ class BLIP(MomentumModel):
         seen = self.contrast(images, input_ids, attention_mask)
         if drawn is None:
             drawn = Drawn(*self.draw_negatives(seen.similar))
-        loss_itm = self.matching_loss(input_ids, attention_mask, seen.image, drawn)
-        logits = self.predict(input_ids, attention_mask, seen.image)
+        text, image = (input_ids, attention_mask), (seen.image, seen.image_mask)
+        loss_itm = self.matching_loss(*text, seen.image, drawn, image_mask=seen.image_mask)
+        logits = self.predict(*text, *image)
         loss_lm = language_loss(
             logits, input_ids, attention_mask, config.label_smoothing, config.gather
         )

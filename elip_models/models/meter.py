@@ -24,7 +24,7 @@ from elip_models.models.base import TokenId
 from elip_models.models.cross_modal import CrossModalConfig, CrossModalModel
 from elip_models.models.layers.bert import BertTower, masked_language_head
 from elip_models.models.layers.losses import distilled_language_loss, mask_every, mask_tokens
-from elip_models.towers import as_tower
+from elip_models.reduction.strategy import mask_after
 from elip_models.validation import NonNegative, PositiveInt, Share, divisor_of
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class METER(CrossModalModel):
             pre_norm=True,
             act_layer="quick_gelu",
         )
-        self.tower = as_tower(self.visual)
+        self.read_tower()
         self.text = BertTower(config.bert("text"), embeddings=EMBEDDINGS[config.text_encoder])
         self._add_fusion(config)
         self.register_buffer("continues", None, persistent=False)
@@ -183,16 +183,19 @@ class METER(CrossModalModel):
         every = range(self.config.text_depth)
         return self.text.run(self.text.embed(input_ids), attention_mask, every)
 
-    def fuse(self, text: Tensor, mask: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-        """text (B, L, D), mask (B, L), image (B, N, D) -> (B, L, C), (B, N, C) of co-attention."""
+    def fuse(
+        self, text: Tensor, mask: Tensor, image: Tensor, image_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """text (B, L, D), mask (B, L), image (B, N, D) and image_mask (B, N), None where all are
+        real -> (B, L, C), (B, N, C) of co-attention."""
         text = self.text_transform(text) + self.token_types.weight[TEXT]
         image = self.image_transform(image) + self.token_types.weight[IMAGE]
-        image_mask = mask.new_ones(image.shape[:2])
+        own_mask = mask.new_ones(image.shape[:2]) if image_mask is None else image_mask
         for i in range(self.config.cross_depth):
             layer = range(i, i + 1)
             text, image = (
-                self.text_layers.run(text, mask, layer, image),
-                self.image_layers.run(image, image_mask, layer, text, mask),
+                self.text_layers.run(text, mask, layer, image, image_mask),
+                self.image_layers.run(image, own_mask, layer, text, mask),
             )
         return text, image
 
@@ -231,8 +234,8 @@ class METER(CrossModalModel):
     def _pass(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Encode and fuse a batch, pixels and ids -> text (B, L, C) and image (B, N, C)."""
         text = self.encode_text(input_ids, mask)
-        image, _ = self.encode_image(images, text[:, 0])
-        return self.fuse(text, mask, image)
+        image, infos = self.encode_image(images, text[:, 0])
+        return self.fuse(text, mask, image, mask_after(infos))
 
     def fixed_draw(self, images: Tensor, input_ids: Tensor) -> Drawn:
         masked = mask_every(input_ids, self.config.mask_token_id)

@@ -5,8 +5,9 @@
     ITC     soft targets of the momentum towers, over the batch and the queue
     ITM     hard negatives by the similarities of ITC
 
-The momentum towers follow before each step's momentum features, and see all patches. In training
-all ranks enqueue all features, so that the queue is the same everywhere.
+The momentum towers follow before each step's momentum features, and see all patches unless
+`momentum_reduction` says otherwise. In training all ranks enqueue all features, so that the queue
+is the same everywhere.
 Source: ALBEF (Li et al., 2021), section 3.2; BLIP (Li et al., 2022).
 """
 
@@ -30,7 +31,7 @@ from elip_models.models.layers.momentum import (
     update_momentum_,
 )
 from elip_models.reduction.encode import run_tower
-from elip_models.reduction.strategy import StageInfo
+from elip_models.reduction.strategy import StageInfo, mask_after
 from elip_models.towers import as_tower
 from elip_models.towers.fsdp import is_sharded
 from elip_models.validation import Bounds, NonNegative, PositiveInt, Share, divisor_of
@@ -44,8 +45,10 @@ class MomentumConfig(CrossModalConfig):
     queue_size: features in the queue. momentum: of the momentum encoders.
     alpha: weight of the momentum targets, reached linearly over `alpha_warmup_epochs`.
     negative_epsilon: added to each weight that hard negatives are drawn by.
-    momentum_reduction: 'none' shows the momentum image tower all patches, as the papers do;
-        'shared' the tokens that the online one kept and merged, by the same weights: no scoring.
+    momentum_reduction: 'none' shows the momentum image tower all patches, as ELIP does; 'shared'
+        the tokens that the online one kept and merged, by the same weights: no scoring; 'own' lets
+        it choose for itself, guided by the momentum text, as EViT and ToMe do in a copy of the
+        tower that they changed.
     """
 
     text_depth: PositiveInt = 12
@@ -60,7 +63,7 @@ class MomentumConfig(CrossModalConfig):
     alpha: Share = 0.4
     alpha_warmup_epochs: NonNegative = 1.0
     negative_epsilon: Share = 0.0
-    momentum_reduction: Literal["none", "shared"] = "none"
+    momentum_reduction: Literal["none", "shared", "own"] = "none"
 
     @property
     def bert(self) -> BertConfig:
@@ -107,15 +110,18 @@ class Encoders(nn.Module):
 class Contrast(NamedTuple):
     """What ITC computes that the other objectives use.
 
-    loss: scalar. text: (B, L, D). image, image_m: (B, K+2, D), (B, N, D) of the momentum tower.
-    features: (B, E) of image and text. similar: image-to-text and text-to-image (B, C) of the C
-    pairs that negatives come from, without gradient.
+    loss: scalar. text: (B, L, D). image, image_m: (B, K+2, D), (B, N, D) of the momentum tower;
+    image_mask, image_mask_m: which of them are real, None where all are. features: (B, E) of image
+    and text. similar: image-to-text and text-to-image (B, C) of the C pairs that negatives come
+    from, without gradient.
     """
 
     loss: Tensor
     text: Tensor
     image: Tensor
+    image_mask: Tensor | None
     image_m: Tensor
+    image_mask_m: Tensor | None
     features: tuple[Tensor, Tensor]
     similar: tuple[Tensor, Tensor]
 
@@ -131,7 +137,7 @@ class MomentumModel(CrossModalModel):
         super().__init__(config)
         self.encoders = encoders
         self.encoders_m = momentum_copy(encoders)
-        self.tower = as_tower(self.encoders.visual)
+        self.read_tower()
         self.tower_m = as_tower(self.encoders_m.visual)
         self.itm_head = nn.Linear(config.text_width, 2)
         self.queue = FeatureQueue(config.embed_dim, config.queue_size)
@@ -155,8 +161,11 @@ class MomentumModel(CrossModalModel):
         """input_ids, attention_mask (B, L) -> hidden states (B, L, D) of the text alone."""
         return self.encoders.read(input_ids, attention_mask)
 
-    def fuse(self, text: Tensor, mask: Tensor, image: Tensor) -> Tensor:
-        """text (B, ..), mask (B, L), image (B, N, D) -> (B, L, D): the text that saw the image."""
+    def fuse(
+        self, text: Tensor, mask: Tensor, image: Tensor, image_mask: Tensor | None = None
+    ) -> Tensor:
+        """text (B, ..), mask (B, L), image (B, N, D) and image_mask (B, N), None where all are real
+        -> (B, L, D): the text that saw the image."""
         raise NotImplementedError
 
     def image_features(self, images: Tensor) -> Tensor:
@@ -169,7 +178,8 @@ class MomentumModel(CrossModalModel):
         return self.encoders.text_features(self.encode_text(input_ids, attention_mask))
 
     def begin_step(self, step: int, epoch: float = math.inf) -> None:
-        """Warm alpha up, before step `step` of training, after `epoch` passes over the data."""
+        """Warm alpha up too, before step `step` of training, after `epoch` passes over the data."""
+        super().begin_step(step, epoch)
         warmup = self.config.alpha_warmup_epochs
         self.alpha.fill_(self.config.alpha * min(1.0, epoch / warmup if warmup else 1.0))
 
@@ -202,8 +212,7 @@ class MomentumModel(CrossModalModel):
         if self.training:
             self._check_unsharded()
             update_momentum_(self.encoders_m, online, self.config.momentum)
-        shared = infos if self.config.momentum_reduction == "shared" else None
-        image_m, features_m = self._momentum_features(images, input_ids, mask, shared)
+        image_m, infos_m, features_m = self._momentum_features(images, input_ids, mask, infos)
         reach = "global" if self.training else gather
         with torch.no_grad():
             everywhere = all_gather(features_m[0], reach), all_gather(features_m[1], reach)
@@ -217,7 +226,8 @@ class MomentumModel(CrossModalModel):
             self.queue.enqueue_(*everywhere)
         pairs = len(contrasted[0])
         of_pairs = similar[0][:, :pairs].detach(), similar[1][:, :pairs].detach()
-        return Contrast(loss, text, image, image_m, features, of_pairs)
+        masks = mask_after(infos), mask_after(infos_m)
+        return Contrast(loss, text, image, masks[0], image_m, masks[1], features, of_pairs)
 
     def _check_unsharded(self) -> None:
         """Raises TypeError where the momentum encoders would follow what FSDP throws away."""
@@ -242,20 +252,31 @@ class MomentumModel(CrossModalModel):
         return negative_images, hard_negatives(image_to_text, epsilon, first)
 
     def matching_loss(
-        self, text: Tensor, mask: Tensor, image: Tensor, negatives: tuple[Tensor, Tensor]
+        self,
+        text: Tensor,
+        mask: Tensor,
+        image: Tensor,
+        negatives: tuple[Tensor, Tensor],
+        *,
+        image_mask: Tensor | None = None,
     ) -> Tensor:
         """Compute ITM of the pairs and both kinds of negatives, in one pass of `fuse`.
 
         Args:
-            text, mask, image: (B, ..) as `fuse` takes them.
+            text, mask, image, image_mask: (B, ..) as `fuse` takes them.
             negatives: see `draw_negatives`.
         """
-        negative_images, negative_texts = negatives
-        texts, masks, images = (all_gather(t, self.config.gather) for t in (text, mask, image))
+
+        def with_negatives(images: Tensor) -> Tensor:
+            others = all_gather(images, self.config.gather)[negatives[0]]
+            return torch.cat([images, others, images])
+
+        texts, masks = (all_gather(t, self.config.gather) for t in (text, mask))
         fused = self.fuse(
-            torch.cat([text, text, texts[negative_texts]]),
-            torch.cat([mask, mask, masks[negative_texts]]),
-            torch.cat([image, images[negative_images], image]),
+            torch.cat([text, text, texts[negatives[1]]]),
+            torch.cat([mask, mask, masks[negatives[1]]]),
+            with_negatives(image),
+            None if image_mask is None else with_negatives(image_mask),
         )
         labels = torch.zeros(len(fused), dtype=torch.long, device=mask.device)
         labels[: len(mask)] = 1
@@ -263,12 +284,14 @@ class MomentumModel(CrossModalModel):
 
     @torch.no_grad()
     def _momentum_features(
-        self, images: Tensor, input_ids: Tensor, mask: Tensor, infos: list[StageInfo] | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Encode with the momentum towers -> tokens (B, N, D) of all patches, or of those that
-        `infos` kept, and features of image and text."""
-        momentum = self.encoders_m
-        strategy = self.dense if infos is None else self.reduction
-        image, _ = run_tower(self.tower_m, images, None, strategy, replays=infos)
+        self, images: Tensor, input_ids: Tensor, mask: Tensor, infos: list[StageInfo]
+    ) -> tuple[Tensor, list[StageInfo], tuple[Tensor, Tensor]]:
+        """Encode with the momentum towers, where `infos` say what the online one did -> tokens
+        (B, N, D), infos of the momentum tower, and features of image and text."""
+        momentum, how = self.encoders_m, self.config.momentum_reduction
         text = momentum.read(input_ids, mask)
-        return image, (momentum.image_features(image), momentum.text_features(text))
+        strategy, replays = (self.dense if how == "none" else self.reduction), None
+        if how == "shared":
+            replays = infos
+        image, infos = run_tower(self.tower_m, images, text[:, 0], strategy, replays=replays)
+        return image, infos, (momentum.image_features(image), momentum.text_features(text))
