@@ -129,8 +129,7 @@ class TextReductionConfig(Config):
     @property
     def image_guides_text(self) -> bool:
         """Which text tokens are dropped is learned from the image."""
-        reduction = self.text_token_reduction
-        return reduction is not None and reduction.strategy == "learned"
+        return self.text_reduction == "learned" and self.text_drop > 0
 
 
 class PretrainedModel(nn.Module, Reducible):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from elip_models.models.base import PretrainedModel, ReductionConfig, TokenId
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategy import StageInfo
+from elip_models.towers.apart import apart
 from elip_models.towers.reducible import random_ids
 from elip_models.validation import NonNegative, Positive, PositiveInt, divisor_of, same_as
 
@@ -133,6 +134,12 @@ class CrossModalModel(PretrainedModel):
         """images (B, 3, H, W), guided by text_cls (B, D) -> tokens (B, N, D) that are left, K+2 of
         the last stage by ELIP, and infos of the steps; `mask_after(infos)` says which are real."""
         return run_tower(self.tower, images, text_cls, self.reduction)
+
+    def dense_cls(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) -> (B, D), the CLS output of all patches, without gradient."""
+        with apart(self.visual, images):
+            tokens, _ = run_tower(self.tower, images, None, self.dense, cls_only=True)
+        return tokens[:, 0]
 
     @classmethod
     def fit_tokenizer(

@@ -168,6 +168,16 @@ class MomentumModel(CrossModalModel):
         -> (B, L, D): the text that saw the image."""
         raise NotImplementedError
 
+    def read_pairs(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """The texts of a step, as `encode_text` reads them, unless they lose tokens in it."""
+        return self.encode_text(input_ids, mask)
+
+    def fuse_pairs(
+        self, text: Tensor, mask: Tensor, image: Tensor, image_mask: Tensor | None
+    ) -> Tensor:
+        """The pairs of a step, as `fuse` does, unless their texts lose tokens in it."""
+        return self.fuse(text, mask, image, image_mask)
+
     def image_features(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W), without text -> (B, E), normalised."""
         tokens, _ = run_tower(self.tower, images, None, self.reduction, cls_only=True)
@@ -206,7 +216,7 @@ class MomentumModel(CrossModalModel):
             TypeError: in training, a model that FSDP has sharded.
         """
         online, gather = self.encoders, self.config.gather
-        text = online.read(input_ids, mask)
+        text = self.read_pairs(images, input_ids, mask)
         image, infos = self.encode_image(images, text[:, 0])
         features = online.image_features(image), online.text_features(text)
         if self.training:
@@ -272,7 +282,7 @@ class MomentumModel(CrossModalModel):
             return torch.cat([images, others, images])
 
         texts, masks = (all_gather(t, self.config.gather) for t in (text, mask))
-        fused = self.fuse(
+        fused = self.fuse_pairs(
             torch.cat([text, text, texts[negatives[1]]]),
             torch.cat([mask, mask, masks[negatives[1]]]),
             with_negatives(image),
