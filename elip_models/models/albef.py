@@ -14,7 +14,7 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import Tensor
 
-from elip_models.models.base import TokenId
+from elip_models.models.config import TokenId
 from elip_models.models.layers.bert import BertTower, masked_language_head
 from elip_models.models.layers.losses import (
     distilled_language_loss,

@@ -1,7 +1,8 @@
 """What all models have in common: a config that is data, weights on disk, and what training asks.
 
-A saved folder holds config.json, which names the family, model.safetensors, and the tokenizer's
-files. A tensor that has several names, such as tied embeddings, is written once, under its first.
+A saved folder holds config.json, which names the family, model.safetensors, a model card, and the
+tokenizer's files. A tensor that has several names, such as tied embeddings, is written once, under
+its first.
 """
 
 import json
@@ -9,131 +10,35 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor, nn
 
-from elip_models.models.layers.text_reduction import TextReduction, TextStrategy
-from elip_models.reduction.schedule import Schedule
-from elip_models.reduction.scorers import ScorerName
+from elip_models.models.config import Config
+from elip_models.models.hub import CARD, card_values, fetched, staged
 from elip_models.reduction.strategies import PatchDropout
 from elip_models.reduction.strategies.dense import Dense
-from elip_models.reduction.strategies.elip import Elip, ElipOptions
 from elip_models.reduction.strategy import Strategy
-from elip_models.reduction.strategy_spec import get_strategy, kinds_of, parse_spec
 from elip_models.towers import Reducible, Tower, as_tower
 from elip_models.towers.reducible import Stats, check_tokenizer_in, clip_stats
-from elip_models.validation import Count, Rate, Share, below, check_fields, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-TokenId = Annotated[Count, below("vocab_size")]
-
-
-class Config:
-    """Base of the frozen dataclasses that hold a model's hyper-parameters, each as annotated."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Raises ValueError for a name that is none of the fields."""
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(values.keys() - set(known))
-        if unknown:
-            close = did_you_mean(unknown[0], known)
-            raise ValueError(f"config: expected names among {known}, got {unknown}{close}")
-        return cls(**values)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReductionConfig(Config):
-    """How the image tower of a model is reduced: by default by ELIP, as the paper does.
-
-    strategy: 'elip', or a line that `get_strategy` reads, such as 'tome' or 'evit:keep_rate=0.7'.
-    strategy_options: its settings by name, {'r': 13}, beside those in the line. The options of
-        'elip' are the fields below; the others take of them `schedule` and `without_text`, where
-        they have such a setting that is not given here.
-    schedule: '2(100%) 2(90%) 6(65%) 2(40%)', or a preset; None for a dense image tower, and for the
-        others their own.
-    count_cls: keep ratios count CLS among the patches, as the official CLIP code.
-    scorer, fusion, guidance_norm, without_text, merge: see `ElipOptions`.
-
-    Raises:
-        TypeError, ValueError: naming the field, what was expected, what came.
-    """
-
-    strategy: str = "elip"
-    strategy_options: dict[str, Any] | None = None
-    schedule: str | None = None
-    count_cls: bool = False
-    scorer: ScorerName = "exact"
-    fusion: Share = Elip.fusion
-    guidance_norm: Literal["none", "match"] = Elip.guidance_norm
-    without_text: Literal["dense", "vision"] = "dense"
-    merge: bool = Elip.merge
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.schedule is not None:
-            self.elip(self.schedule).schedule.for_depth(self.vision_depth)
-        _ = self.reduction  # raises what is wrong with it
-
-    @property
-    def reduction(self) -> Strategy:
-        """How the image tower is reduced."""
-        name, written = parse_spec(self.strategy)
-        options = self.strategy_options or {}
-        schedule = self.schedule and Schedule.parse(self.schedule, count_cls=self.count_cls)
-        if name == Elip.name:
-            if written or options:
-                raise ValueError(
-                    "strategy_options: expected None with strategy='elip', whose options are "
-                    f"fields of their own, got {options or written!r}"
-                )
-            return self.elip(schedule) if schedule else Dense()
-        ours = {"schedule": schedule, "without_text": self.without_text}
-        left = kinds_of(name).keys() - written.keys() - options.keys()
-        taken = {name: value for name, value in ours.items() if name in left}
-        return get_strategy(self.strategy, **taken, **options)
-
-    def elip(self, schedule: Schedule | str) -> Elip:
-        """ELIP by that schedule, with the options that stand here."""
-        return Elip(schedule, **{name: getattr(self, name) for name in ElipOptions.__annotations__})
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextReductionConfig(Config):
-    """How text tokens are dropped half way through the layers of a text tower.
-
-    text_reduction: 'random', 'post' or 'learned', see `TextReduction`; or None.
-    text_drop: share of a text's tokens that it drops.
-    """
-
-    text_reduction: TextStrategy | None = None
-    text_drop: Rate = 0.4
-
-    @property
-    def text_token_reduction(self) -> TextReduction | None:
-        """How texts are reduced; None where they are not, and where nothing would be dropped."""
-        if self.text_reduction is None or self.text_drop == 0:
-            return None
-        return TextReduction(self.text_reduction, self.text_drop)
-
-    @property
-    def image_guides_text(self) -> bool:
-        """Which text tokens are dropped is learned from the image."""
-        return self.text_reduction == "learned" and self.text_drop > 0
-
-
-class PretrainedModel(nn.Module, Reducible):
-    """Base of the models.
+class PretrainedModel(
+    nn.Module,
+    Reducible,
+    ModelHubMixin,
+    library_name="elip-kernels",
+    tags=["image-text", "token-reduction", "elip"],
+    model_card_template=CARD,
+):
+    """Base of the models. `push_to_hub(repo_id)` is `ModelHubMixin`'s.
 
     A subclass names its `family` and its `config_class`, and keeps its config in `config`, which
     has `image_size` and `context_length`. Its output has `loss`, and a `loss_..` for each part.
@@ -240,36 +145,62 @@ class PretrainedModel(nn.Module, Reducible):
         """Recompute layers in backward instead of saving their activations."""
         raise NotImplementedError
 
-    def save_pretrained(self, folder: str | os.PathLike, tokenizer: Any = None) -> Path:
-        """Write model.safetensors, config.json and the tokenizer; each file whole or not at all."""
+    def save_pretrained(
+        self, folder: str | os.PathLike, tokenizer: Any = None, **options: Any
+    ) -> Path:
+        """Write model.safetensors, config.json and the tokenizer, each file whole or not at all,
+        and a model card where there is none; returns the folder.
+
+        options: of `ModelHubMixin.save_pretrained`, such as push_to_hub=True, which takes the
+            tokenizer only where `tokenizer.push_to_hub` is called too.
+        """
+        with staged(Path(folder)) as stage:
+            super().save_pretrained(stage, **({"repo_id": Path(folder).name} | options))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        return Path(folder)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
         from safetensors.torch import save
 
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         first, state = first_names(self), self.state_dict()
         weights = {
             name: weight.detach().cpu().contiguous()
             for name, weight in state.items()
             if first[name] == name
         }
-        _write(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
+        write_file(save_directory / "model.safetensors", save(weights, metadata={"format": "pt"}))
         config = {"model": self.family, **asdict(self.config)}
-        _write(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        return folder
+        write_file(save_directory / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+    def generate_model_card(self, **values: Any) -> ModelCard:
+        """The card that `save_pretrained` writes, with the FLOPs of the image tower."""
+        name = type(self).__name__
+        said = {
+            "name": name,
+            "about": f"{name} of elip-kernels, whose image tower is reduced as the table says "
+            "([ELIP](https://arxiv.org/abs/2309.16738)).",
+            "usage": 'import elip_models\n\nmodel = elip_models.create_model("hf:owner/name")',
+        }
+        said |= card_values(self.config.reduction, self.tower.size)
+        return super().generate_model_card(**(said | values))
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike) -> Self:
-        """Load the model that `save_pretrained` wrote, from a local folder.
+    def from_pretrained(cls, folder: str | os.PathLike, *, token: str | bool | None = None) -> Self:
+        """Load the model that `save_pretrained` wrote.
+
+        Args:
+            folder: or a repository of the hub, 'owner/name' or 'owner/name@revision'.
+            token: of a private repository.
 
         Raises:
-            FileNotFoundError: the folder lacks config.json or model.safetensors.
+            FileNotFoundError: no such folder or repository, or it lacks config.json or
+                model.safetensors.
             ValueError: a config of another model, or weights that do not fit it.
         """
         from safetensors.torch import load_file
 
-        path = Path(folder)
+        path = fetched(folder, token=token)
         family, config = read_config(path)
         if family != cls.family:
             raise ValueError(f"folder: expected a {cls.__name__} config, got another in {path}")
@@ -281,6 +212,19 @@ class PretrainedModel(nn.Module, Reducible):
                 f"folder: expected weights that fit {path}/config.json: {error}"
             ) from error
         return model
+
+
+def with_overrides(model: PretrainedModel, overrides: dict[str, Any]) -> PretrainedModel:
+    """The model with other fields in its config, and the same weights.
+
+    Raises:
+        ValueError: a field that there is not, or one that the weights do not fit.
+    """
+    if not overrides:
+        return model
+    other = type(model)(type(model.config).from_dict(vars(model.config) | overrides))
+    load_weights(other, model.state_dict())
+    return other
 
 
 def read_config(folder: str | os.PathLike, *, with_weights: bool = True) -> tuple[str | None, dict]:
@@ -365,7 +309,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, with the permissions of any new file."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:

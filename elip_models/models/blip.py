@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from elip_models.models.base import TextReductionConfig, TokenId, evaluating
+from elip_models.models.base import evaluating
+from elip_models.models.config import TextReductionConfig, TokenId
 from elip_models.models.layers.bert import (
     BertTower,
     UntypedEmbeddings,

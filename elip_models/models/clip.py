@@ -18,12 +18,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from elip_models.models.base import (
-    PretrainedModel,
-    ReductionConfig,
-    TextReductionConfig,
-    TokenId,
-)
+from elip_models.models.base import PretrainedModel
+from elip_models.models.config import ReductionConfig, TextReductionConfig, TokenId
 from elip_models.models.layers.clip_text import CLIPTextTower
 from elip_models.models.layers.losses import contrastive_loss
 from elip_models.reduction.encode import run_tower

@@ -1,5 +1,6 @@
 """What ALBEF, BLIP and METER share: the image tower, how its reduction is guided, the tokenizer."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -8,7 +9,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from elip_models.models.base import PretrainedModel, ReductionConfig, TokenId
+from elip_models.models.base import PretrainedModel
+from elip_models.models.config import ReductionConfig, TokenId
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategy import StageInfo
 from elip_models.towers.apart import apart
@@ -129,11 +131,15 @@ class CrossModalModel(PretrainedModel):
         return self.encode_text(input_ids, attention_mask)[:, 0]
 
     def encode_image(
-        self, images: Tensor, text_cls: Tensor | None = None
+        self,
+        images: Tensor,
+        text_cls: Tensor | None = None,
+        rows: Mapping[int, Tensor] | None = None,
     ) -> tuple[Tensor, list[StageInfo]]:
-        """images (B, 3, H, W), guided by text_cls (B, D) -> tokens (B, N, D) that are left, K+2 of
-        the last stage by ELIP, and infos of the steps; `mask_after(infos)` says which are real."""
-        return run_tower(self.tower, images, text_cls, self.reduction)
+        """images (B, 3, H, W), guided by text_cls (B, D) or by `rows` that were read elsewhere ->
+        tokens (B, N, D) that are left, K+2 of the last stage by ELIP, and infos of the steps;
+        `mask_after(infos)` says which are real."""
+        return run_tower(self.tower, images, text_cls, self.reduction, rows=rows)
 
     def dense_cls(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> (B, D), the CLS output of all patches, without gradient."""

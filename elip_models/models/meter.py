@@ -20,7 +20,7 @@ from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertPooler
 from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 
-from elip_models.models.base import TextReductionConfig, TokenId
+from elip_models.models.config import TextReductionConfig, TokenId
 from elip_models.models.cross_modal import CrossModalConfig, CrossModalModel
 from elip_models.models.layers.bert import BertTower, masked_language_head
 from elip_models.models.layers.losses import distilled_language_loss, mask_every, mask_tokens

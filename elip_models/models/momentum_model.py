@@ -12,7 +12,7 @@ Source: ALBEF (Li et al., 2021), section 3.2; BLIP (Li et al., 2022).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -31,7 +31,11 @@ from elip_models.models.layers.momentum import (
     update_momentum_,
 )
 from elip_models.reduction.encode import run_tower
-from elip_models.reduction.strategy import StageInfo, mask_after
+from elip_models.reduction.read_rows import run_and_read
+from elip_models.reduction.schedule import Schedule
+from elip_models.reduction.scorers import ScorerName
+from elip_models.reduction.strategies.elip import Elip
+from elip_models.reduction.strategy import mask_after
 from elip_models.towers import as_tower
 from elip_models.towers.fsdp import is_sharded
 from elip_models.validation import Bounds, NonNegative, PositiveInt, Share, divisor_of
@@ -47,10 +51,13 @@ class MomentumConfig(CrossModalConfig):
     negative_epsilon: added to each weight that hard negatives are drawn by.
     momentum_reduction: 'none' shows the momentum image tower all patches, as ELIP does; 'shared'
         the tokens that the online one kept and merged, by the same weights: no scoring; 'own' lets
-        it choose for itself, guided by the momentum text, as EViT and ToMe do in a copy of the
-        tower that they changed.
+        it choose for itself, by the same text if any, as EViT and ToMe do in a copy of the tower
+        that they changed.
+    scorer: also 'momentum': the momentum image tower, which sees all patches anyway, runs first,
+        and its rows select (`read_rows.py`); where it does not run, outside of the loss, 'exact'.
     """
 
+    scorer: ScorerName | Literal["momentum"] = "exact"
     text_depth: PositiveInt = 12
     text_heads: Annotated[PositiveInt, divisor_of("text_width")] = 12
     text_hidden: PositiveInt = 3072
@@ -64,6 +71,18 @@ class MomentumConfig(CrossModalConfig):
     alpha_warmup_epochs: NonNegative = 1.0
     negative_epsilon: Share = 0.0
     momentum_reduction: Literal["none", "shared", "own"] = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scorer == "momentum" and self.momentum_reduction != "none":
+            raise ValueError(
+                "momentum_reduction: expected 'none' with scorer='momentum', whose rows are those "
+                f"of all patches, got {self.momentum_reduction!r}"
+            )
+
+    def elip(self, schedule: Schedule | str) -> Elip:
+        by_momentum = self.scorer == "momentum"
+        return (replace(self, scorer="exact") if by_momentum else super()).elip(schedule)
 
     @property
     def bert(self) -> BertConfig:
@@ -105,6 +124,10 @@ class Encoders(nn.Module):
     def read(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """input_ids, mask (B, L) -> (B, L, D): the text alone."""
         raise NotImplementedError
+
+
+Masked = tuple[Tensor, Tensor | None]
+"""Image tokens (B, N, D), and which of them are real (B, N), None where all are."""
 
 
 class Contrast(NamedTuple):
@@ -217,12 +240,12 @@ class MomentumModel(CrossModalModel):
         """
         online, gather = self.encoders, self.config.gather
         text = self.read_pairs(images, input_ids, mask)
-        image, infos = self.encode_image(images, text[:, 0])
-        features = online.image_features(image), online.text_features(text)
         if self.training:
             self._check_unsharded()
             update_momentum_(self.encoders_m, online, self.config.momentum)
-        image_m, infos_m, features_m = self._momentum_features(images, input_ids, mask, infos)
+        (image, image_mask), (image_m, image_mask_m) = self._images(images, text[:, 0])
+        features = online.image_features(image), online.text_features(text)
+        features_m = self._momentum_features(image_m, input_ids, mask)
         reach = "global" if self.training else gather
         with torch.no_grad():
             everywhere = all_gather(features_m[0], reach), all_gather(features_m[1], reach)
@@ -236,8 +259,7 @@ class MomentumModel(CrossModalModel):
             self.queue.enqueue_(*everywhere)
         pairs = len(contrasted[0])
         of_pairs = similar[0][:, :pairs].detach(), similar[1][:, :pairs].detach()
-        masks = mask_after(infos), mask_after(infos_m)
-        return Contrast(loss, text, image, masks[0], image_m, masks[1], features, of_pairs)
+        return Contrast(loss, text, image, image_mask, image_m, image_mask_m, features, of_pairs)
 
     def _check_unsharded(self) -> None:
         """Raises TypeError where the momentum encoders would follow what FSDP throws away."""
@@ -292,16 +314,27 @@ class MomentumModel(CrossModalModel):
         labels[: len(mask)] = 1
         return F.cross_entropy(self.itm_head(fused[:, 0]).float(), labels)
 
-    @torch.no_grad()
-    def _momentum_features(
-        self, images: Tensor, input_ids: Tensor, mask: Tensor, infos: list[StageInfo]
-    ) -> tuple[Tensor, list[StageInfo], tuple[Tensor, Tensor]]:
-        """Encode with the momentum towers, where `infos` say what the online one did -> tokens
-        (B, N, D), infos of the momentum tower, and features of image and text."""
-        momentum, how = self.encoders_m, self.config.momentum_reduction
-        text = momentum.read(input_ids, mask)
-        strategy, replays = (self.dense if how == "none" else self.reduction), None
+    def _images(self, images: Tensor, text_cls: Tensor) -> tuple[Masked, Masked]:
+        """Encode images (B, 3, H, W), guided by text_cls (B, D) -> tokens of the online tower, and
+        of the momentum tower, without gradient: of all patches, or of those that are left."""
+        how = self.config.momentum_reduction
+        if self.config.scorer == "momentum" and type(self.reduction) is Elip:
+            image_m, rows = run_and_read(self.tower_m, images, text_cls.detach(), self.reduction)
+            image, infos = self.encode_image(images, text_cls, rows)
+            return (image, mask_after(infos)), (image_m, None)
+        image, infos = self.encode_image(images, text_cls)
+        strategy, replays = self.dense if how == "none" else self.reduction, None
         if how == "shared":
             replays = infos
-        image, infos = run_tower(self.tower_m, images, text[:, 0], strategy, replays=replays)
-        return image, infos, (momentum.image_features(image), momentum.text_features(text))
+        with torch.no_grad():
+            image_m, infos_m = run_tower(self.tower_m, images, text_cls, strategy, replays=replays)
+        return (image, mask_after(infos)), (image_m, mask_after(infos_m))
+
+    @torch.no_grad()
+    def _momentum_features(
+        self, image: Tensor, input_ids: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Features of image and text by the momentum encoders, from their tokens of the image."""
+        momentum = self.encoders_m
+        text = momentum.read(input_ids, mask)
+        return momentum.image_features(image), momentum.text_features(text)

@@ -68,11 +68,13 @@ class Context(NamedTuple):
     previous: what the step before did in this forward.
     replay: what this step has done already, and is to do again: in the forward that is recomputed
         now, or in another tower of the same images.
+    row: (B, N) over its tokens, what selects in place of a scorer, or None.
     """
 
     text_cls: Tensor | None = None
     previous: StageInfo | None = None
     replay: StageInfo | None = None
+    row: Tensor | None = None
 
 
 class Strategy:

@@ -81,6 +81,8 @@ class Staged(Strategy):
     ) -> tuple[Tensor, StageInfo]:
         if context.replay is not None:
             row = context.replay.attention
+        elif context.row is not None:
+            row = context.row
         else:
             row = self.score(tower, stage, tokens, context.text_cls)
         tokens, info = tower.reduce(tokens, row, stage.keep, merge=self.merge)
