@@ -240,11 +240,16 @@ class METER(CrossModalModel):
         loss_itm = F.cross_entropy(itm_logits.float(), drawn.itm_labels)
         return METEROutput(loss_mlm + loss_itm, loss_mlm, loss_itm, mlm_logits, itm_logits)
 
-    def _pass(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> tuple[ReducedText, Tensor]:
-        """Encode and fuse a batch, pixels and ids -> text, fused (B, K, C), and image (B, N, C)."""
+    def read_pairs(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> ReducedText:
+        """images, input_ids, mask (B, L) -> the texts alone, half way without the tokens that
+        `text_reduction` drops."""
         image_cls = self.dense_cls(images) if self.config.image_guides_text else None
         hidden, every = self.text.embed(input_ids), range(self.config.text_depth)
-        text = self.text.run_reduced(hidden, mask, every, self.text_reduction, image_cls=image_cls)
+        return self.text.run_reduced(hidden, mask, every, self.text_reduction, image_cls=image_cls)
+
+    def _pass(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> tuple[ReducedText, Tensor]:
+        """Encode and fuse a batch, pixels and ids -> text, fused (B, K, C), and image (B, N, C)."""
+        text = self.read_pairs(images, input_ids, mask)
         image, infos = self.encode_image(images, text.tokens[:, 0])
         tokens, image = self.fuse(text.tokens, text.mask, image, mask_after(infos))
         return text._replace(tokens=tokens), image

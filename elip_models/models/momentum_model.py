@@ -241,8 +241,7 @@ class MomentumModel(CrossModalModel):
         online, gather = self.encoders, self.config.gather
         text = self.read_pairs(images, input_ids, mask)
         if self.training:
-            self._check_unsharded()
-            update_momentum_(self.encoders_m, online, self.config.momentum)
+            self._follow()
         (image, image_mask), (image_m, image_mask_m) = self._images(images, text[:, 0])
         features = online.image_features(image), online.text_features(text)
         features_m = self._momentum_features(image_m, input_ids, mask)
@@ -261,14 +260,16 @@ class MomentumModel(CrossModalModel):
         of_pairs = similar[0][:, :pairs].detach(), similar[1][:, :pairs].detach()
         return Contrast(loss, text, image, image_mask, image_m, image_mask_m, features, of_pairs)
 
-    def _check_unsharded(self) -> None:
-        """Raises TypeError where the momentum encoders would follow what FSDP throws away."""
+    def _follow(self) -> None:
+        """Move the momentum encoders on; raises TypeError where they would follow what FSDP throws
+        away."""
         if any(map(is_sharded, self.modules())):
             raise TypeError(
                 f"model: expected {type(self).__name__} under DistributedDataParallel in training, "
                 "got one that fully_shard was applied to, whose gathered parameters a step of the "
                 "momentum encoders would not outlive; CLIP and METER have none and can be sharded"
             )
+        update_momentum_(self.encoders_m, self.encoders, self.config.momentum)
 
     def draw_negatives(self, similar: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Draw hard negatives by the similarities (B, C): an image for each text, a text for each
