@@ -12,8 +12,11 @@ from elip_models.models.layers.generation import Decoding
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategies import STRATEGIES, ToMe
 from elip_models.reduction.strategy import mask_after
+from elip_models.training.trainer import train
 from tests.cross_modal_cases import MODELS, batch_of_four, draws, made, step
+from tests.test_pretraining import assert_all_losses_fall, config
 from tests.tiers import tiered
+from tests.tiny_run import own_process
 from tests.towers import assert_equal_gradients
 
 OPTIONS = {
@@ -165,3 +168,40 @@ def test_a_config_takes_schedule_and_guidance_of_the_fields_and_the_rest_of_the_
     assert made(family, strategy="tome:r=2").reduction == ToMe(2)
     with pytest.raises(ValueError, match="r: expected 3 numbers"):
         made(family, strategy="tome", strategy_options={"r": [1, 2]})
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_saved_model_comes_back_with_its_strategy(family, tmp_path):
+    model = made(family, strategy="tome", strategy_options={"r": 3}).float().eval()
+    loaded = type(model).from_pretrained(model.save_pretrained(tmp_path)).eval()
+    assert loaded.config == model.config and loaded.reduction == ToMe(3)
+    images = batch_of_four()[0].float()
+    assert torch.equal(loaded.encode_image(images)[0], model.encode_image(images)[0])
+
+
+RUN = (
+    "report=[]",
+    "data.train=emoji_scenes:size=64",
+    "optim.batch_size=16",
+    "optim.steps=40",
+    "optim.warmup_steps=5",
+)
+SCENES = OPTIONS | {"tome": {"r": 2}, "resize": {"size": 24}, "adaptive": {"keep_mass": 0.7}}
+RUNS = [(f"{family}_tiny", strategy) for family in MODELS for strategy in OTHERS]
+
+
+@pytest.mark.parametrize(("recipe", "strategy"), tiered(RUNS, [("blip_tiny", "tome")]))
+def test_all_losses_fall_on_scenes(recipe, strategy, tmp_path):
+    options = [f"model.overrides.strategy_options={SCENES.get(strategy, {})}"]
+    with own_process():
+        train(config(tmp_path, recipe, *RUN, f"model.overrides.strategy={strategy}", *options))
+    assert_all_losses_fall(tmp_path, recipe)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["blip_tiny", "meter_tiny"])
+@pytest.mark.parametrize("way", ["random", "post", "learned"])
+def test_all_losses_fall_on_scenes_without_some_text_tokens(recipe, way, tmp_path):
+    with own_process():
+        train(config(tmp_path, recipe, *RUN, f"model.overrides.text_reduction={way}"))
+    assert_all_losses_fall(tmp_path, recipe)
