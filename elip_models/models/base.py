@@ -41,9 +41,9 @@ class PretrainedModel(
     """Base of the models. `push_to_hub(repo_id)` is `ModelHubMixin`'s.
 
     A subclass names its `family` and its `config_class`, and keeps its config in `config`, which
-    has `image_size` and `context_length`. Its output has `loss`, and a `loss_..` for each part.
-    `visual` is the image model, and `tower` reads it. `ranks`: features of images and texts alone
-    can be compared.
+    has `image_size`, `context_length` and the fields of `InputConfig`. Its output has `loss`, and a
+    `loss_..` for each part. `visual` is the image model, and `tower` reads it. `ranks`: features of
+    images and texts alone can be compared.
     """
 
     reduces_itself = True
@@ -91,10 +91,11 @@ class PretrainedModel(
     def tokenise(
         self, tokenizer: "PreTrainedTokenizerBase", captions: Sequence[str]
     ) -> dict[str, Tensor]:
-        """B captions -> input_ids and attention_mask, (B, L) each."""
-        from elip_models.data import tokenize
+        """B captions -> input_ids and attention_mask, (B, L) each, by the rule of the config."""
+        from elip_models.data import apply_caption_rule, tokenize
 
-        return tokenize(tokenizer, captions, self.config.context_length)
+        texts = [apply_caption_rule(caption, self.config.captions) for caption in captions]
+        return tokenize(tokenizer, texts, self.config.context_length)
 
     def encode_guidance(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The same as `text_cls`."""

@@ -33,7 +33,19 @@ class Config:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReductionConfig(Config):
+class InputConfig(Config):
+    """How an image and a caption become what the model reads, in training and evaluation.
+
+    resize: 'crop' shows the centre of an image, 'squash' all of it whatever the ratio of its sides.
+    captions: 'plain', or by the rules of 'albef' or 'blip', see `data/caption_rules.py`.
+    """
+
+    resize: Literal["crop", "squash"] = "crop"
+    captions: Literal["plain", "albef", "blip"] = "plain"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReductionConfig(InputConfig):
     """How the image tower of a model is reduced: by default by ELIP, as the paper does.
 
     strategy: 'elip', or a line that `get_strategy` reads, such as 'tome' or 'evit:keep_rate=0.7'.

@@ -80,11 +80,17 @@ class Context(NamedTuple):
 class Strategy:
     """How tokens leave a tower. Subclasses are frozen dataclasses, and define what raises here.
 
+    A strategy of your own is one too: `stages`, `token_counts`, `step` and `at_strength`, if it
+    stands before blocks (`examples/own_strategy.py`); where it follows a schedule, `score` alone
+    (`Staged` in strategies/elip.py). `reduce_` and `encode_image` take an instance, and know it by
+    name once `elip_models.STRATEGIES[name]` is the class.
+
     name: in `STRATEGIES`.
     replaces_block: its steps take a block's place; else they stand before it.
     replaces_later: behind its first step all blocks run as `later` says, where no step is.
     changes_embedding: it takes the place of what makes tokens of images, by its `patchify`.
     is_guided: text changes what it does.
+    merge: every patch is part of a token that leaves; else some are dropped.
     """
 
     name: ClassVar[str]
@@ -92,6 +98,7 @@ class Strategy:
     replaces_later: ClassVar[bool] = False
     changes_embedding: ClassVar[bool] = False
     is_guided: bool = False
+    merge: bool = False
 
     def refuses(self, tower: Tower) -> str | None:
         """Why this tower cannot be reduced so, in one sentence, or None."""
@@ -110,6 +117,10 @@ class Strategy:
         self.stages(tower.size)
         return self
 
+    def at(self, step: int) -> "Strategy":
+        """What step `step` of training, 0-based, is reduced by."""
+        return self
+
     def stages(self, size: Size) -> tuple[Stage, ...]:
         """Where it acts, in the order of the blocks; at most one step a block.
 
@@ -119,7 +130,7 @@ class Strategy:
         raise NotImplementedError
 
     def token_counts(self, size: Size) -> tuple[Layer, ...]:
-        """Tokens in each block."""
+        """Tokens in each block, prefix tokens and merged ones included; FLOPs follow."""
         raise NotImplementedError
 
     def scoring_flops(self, size: Size) -> int:
@@ -147,7 +158,20 @@ class Strategy:
     def step(
         self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
     ) -> tuple[Tensor, StageInfo]:
-        """The tokens before block `stage.first`, reduced; or after it, if it takes its place."""
+        """The tokens before block `stage.first`, reduced; or after it, if it takes its place.
+
+        `tower.reduce(tokens, row, stage.keep, merge=..)` selects and merges by a row of scores.
+
+        Args:
+            tower: of the blocks.
+            stage: of `stages`.
+            tokens: (B, N, D), `tower.num_prefix_tokens` of them first, which stay there.
+            context: where it has a `replay`, what that did is done again, and nothing is chosen,
+                drawn or scored anew.
+
+        Returns:
+            (B, M, D), M as `token_counts` says of this block's MLP, and what was done.
+        """
         raise NotImplementedError
 
     def later(self, tower: Tower, i: int, tokens: Tensor, previous: StageInfo) -> Tensor:
