@@ -209,6 +209,9 @@ def profile(
     flops_only: Annotated[
         bool, typer.Option("--flops-only", help="No timing, no memory: meta device.")
     ] = False,
+    parts: Annotated[
+        bool, typer.Option("--parts", help="Also by part of the model: towers, fusion, ..")
+    ] = False,
     paper: Annotated[
         bool, typer.Option("--paper", help="The FLOPs of the paper's models.")
     ] = False,
@@ -227,6 +230,7 @@ def profile(
         mode=mode,
         dtype=dtype,
         rounds=None if flops_only else rounds,
+        parts=parts,
     )
     print_profile(settings, paper=paper, output=output, console=Console())
 

@@ -41,6 +41,7 @@ MODELS = {
     "blip": (blip.BLIP, {**DISTILLED, "decoder_token_id": 4, "encoder_token_id": 5}),
     "meter": (meter.METER, {**CROSS, "cross_hidden": 32, "dropout": 0.0, "mask_token_id": MASK}),
 }
+PADDED = {"strategy": "adaptive:keep_mass=0.4"}
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # the losses are fp32
 
 
@@ -119,9 +120,9 @@ def assert_equal_state(got, expected):
         torch.testing.assert_close(got[name], value, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def whole_batch(rank, family, checkpointing=False):
+def whole_batch(rank, family, checkpointing=False, **options):
     """'global', two steps: the second sees the queue that the first moved, and wraps around."""
-    model = made(family, "global")
+    model = made(family, "global", **options)
     single = copy.deepcopy(model)
     model.set_grad_checkpointing(checkpointing)
     wrapped = DistributedDataParallel(model)
@@ -253,6 +254,9 @@ CASES = {
     **{f"{family}, global": partial(whole_batch, family=family) for family in MODELS},
     **{f"{family}, local": partial(own_pairs, family=family) for family in MODELS},
     "albef, global, checkpointing": partial(whole_batch, family="albef", checkpointing=True),
+    "albef, global, tome": partial(whole_batch, family="albef", strategy="tome:r=3"),
+    "blip, global, adaptive": partial(whole_batch, family="blip", **PADDED, text_reduction="post"),
+    "meter, global, adaptive": partial(whole_batch, family="meter", **PADDED),
     **{f"{f}, {g}, own draws": partial(own_draws, family=f, gather=g) for f, g in DRAWN},
     **{f"{family}, evaluation": partial(evaluation, family=family) for family in MODELS},
     "meter, FSDP2": sharded_meter,

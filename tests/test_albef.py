@@ -191,7 +191,7 @@ def test_shared_momentum_reduction_keeps_what_the_online_tower_kept(golden):
     scored = []
     for block in model.encoders_m.visual.blocks:
         block.register_forward_hook(lambda m, args, out: scored.append(out.shape[1]))
-    found, shared = model._images(inputs[0], text[:, 0])
+    (found, _), (shared, _) = model._images(inputs[0], text[:, 0])
     assert torch.equal(shared, tokens) and torch.equal(found, tokens)
     assert scored == [37, 34, 25, 25, 16, 16]  # each block once: nothing is scored
     loss = model.train()(*inputs, drawn=drawn(case)).loss

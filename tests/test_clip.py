@@ -256,8 +256,10 @@ def test_patch_dropout_ends_at_its_step():
     ("overrides", "message"),
     [
         ({"strategy": "tomee"}, "did you mean 'tome'"),
-        ({"strategy": "tome"}, "schedule: expected none with strategy='tome'"),
+        ({"strategy": "tome:r"}, "expected settings key=value"),
+        ({"strategy": "tome:r=2", "strategy_options": {"r": 2}}, "r: expected it once"),
         ({"strategy_options": {"r": 2}}, "strategy_options: expected None"),
+        ({"strategy": "elip:scorer=last"}, "strategy_options: expected None"),
         ({"strategy": "random", "strategy_options": {"r": 2}}, "r: expected none"),
     ],
 )

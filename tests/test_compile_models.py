@@ -22,10 +22,17 @@ SHALLOW = {"vision_depth": 2, "schedule": "1(100%) 1(50%)"}
 ONE_LAYER = {"albef": {}, "blip": {"text_depth": 1}, "meter": {"text_depth": 1, "cross_depth": 1}}
 
 
+REDUCED = {
+    "blip": {"strategy": "tome:r=3", "momentum_reduction": "shared", "text_reduction": "post"},
+    "meter": {"strategy": "adaptive:keep_mass=0.4", "text_reduction": "learned"},
+}
+CASES = [*((family, {}) for family in MODELS), *REDUCED.items()]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", MODELS)
-def test_a_training_step_is_one_graph_that_serves_the_next_one_too(family):
-    model = made(family, **SHALLOW, **ONE_LAYER[family])
+@pytest.mark.parametrize(("family", "options"), CASES)
+def test_a_training_step_is_one_graph_that_serves_the_next_one_too(family, options):
+    model = made(family, **SHALLOW, **ONE_LAYER[family], **options)
     eager = copy.deepcopy(model)
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

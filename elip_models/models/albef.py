@@ -14,7 +14,7 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from elip_models.models.base import TokenId
+from elip_models.models.config import TokenId
 from elip_models.models.layers.bert import BertTower, masked_language_head
 from elip_models.models.layers.losses import (
     distilled_language_loss,
@@ -81,13 +81,22 @@ class ALBEFEncoders(Encoders):
         """input_ids, mask (B, L) -> (B, L, D): the text alone."""
         return self.text.run(self.text.embed(input_ids), mask, self.reads)
 
-    def fuse(self, hidden: Tensor, mask: Tensor, image_tokens: Tensor) -> Tensor:
-        """hidden (B, L, D) attends to image_tokens (B, N, D) -> (B, L, D)."""
-        return self.text.run(hidden, mask, self.fuses, image_tokens)
+    def fuse(
+        self, hidden: Tensor, mask: Tensor, image_tokens: Tensor, image_mask: Tensor | None = None
+    ) -> Tensor:
+        """hidden (B, L, D) attends to image_tokens (B, N, D) where image_mask (B, N) says that they
+        are real, or to all -> (B, L, D)."""
+        return self.text.run(hidden, mask, self.fuses, image_tokens, image_mask)
 
-    def predict(self, input_ids: Tensor, mask: Tensor, image_tokens: Tensor) -> Tensor:
-        """Predict the tokens of a text that sees the image -> logits (B, L, V)."""
-        hidden = self.fuse(self.read(input_ids, mask), mask, image_tokens)
+    def predict(
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        image_tokens: Tensor,
+        image_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the tokens of a text that sees the image, as `fuse` -> logits (B, L, V)."""
+        hidden = self.fuse(self.read(input_ids, mask), mask, image_tokens, image_mask)
         return self.language_head(hidden)
 
 
@@ -102,9 +111,12 @@ class ALBEF(MomentumModel):
     def __init__(self, config: ALBEFConfig) -> None:
         super().__init__(config, ALBEFEncoders(config))
 
-    def fuse(self, text: Tensor, mask: Tensor, image: Tensor) -> Tensor:
-        """text (B, L, D), mask (B, L), image (B, N, D) -> (B, L, D) of the fusion layers."""
-        return self.encoders.fuse(text, mask, image)
+    def fuse(
+        self, text: Tensor, mask: Tensor, image: Tensor, image_mask: Tensor | None = None
+    ) -> Tensor:
+        """text (B, L, D), mask (B, L), image (B, N, D) and image_mask (B, N), None where all are
+        real -> (B, L, D) of the fusion layers."""
+        return self.encoders.fuse(text, mask, image, image_mask)
 
     def forward(
         self,
@@ -125,10 +137,13 @@ class ALBEF(MomentumModel):
         seen = self.contrast(images, input_ids, attention_mask)
         if drawn is None:
             drawn = self._draw(seen.similar, input_ids)
-        loss_itm = self.matching_loss(seen.text, attention_mask, seen.image, drawn[:2])
-        logits = self.encoders.predict(drawn.masked_ids, attention_mask, seen.image)
+        loss_itm = self.matching_loss(
+            seen.text, attention_mask, seen.image, drawn[:2], image_mask=seen.image_mask
+        )
+        text = drawn.masked_ids, attention_mask
+        logits = self.encoders.predict(*text, seen.image, seen.image_mask)
         with torch.no_grad():
-            teacher = self.encoders_m.predict(drawn.masked_ids, attention_mask, seen.image_m)
+            teacher = self.encoders_m.predict(*text, seen.image_m, seen.image_mask_m)
         loss_mlm = distilled_language_loss(
             logits, drawn.labels, teacher, self.alpha, self.config.gather
         )

@@ -10,82 +10,24 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor, nn
 
+from elip_models.models.config import Config
 from elip_models.models.hub import CARD, card_values, fetched, staged
-from elip_models.reduction.schedule import Schedule
-from elip_models.reduction.scorers import ScorerName
-from elip_models.reduction.strategies.elip import Elip, ElipOptions
+from elip_models.reduction.strategies import PatchDropout
+from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
-from elip_models.towers import Reducible, Tower
+from elip_models.towers import Reducible, Tower, as_tower
 from elip_models.towers.reducible import Stats, check_tokenizer_in, clip_stats
-from elip_models.validation import Count, Share, below, check_fields, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-TokenId = Annotated[Count, below("vocab_size")]
-
-
-class Config:
-    """Base of the frozen dataclasses that hold a model's hyper-parameters, each as annotated."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Raises ValueError for a name that is none of the fields."""
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(values.keys() - set(known))
-        if unknown:
-            close = did_you_mean(unknown[0], known)
-            raise ValueError(f"config: expected names among {known}, got {unknown}{close}")
-        return cls(**values)
-
-
-@dataclass(frozen=True, kw_only=True)
-class InputConfig(Config):
-    """How an image and a caption become what the model reads, in training and evaluation.
-
-    resize: 'crop' shows the centre of an image, 'squash' all of it whatever the ratio of its sides.
-    captions: 'plain', or by the rules of 'albef' or 'blip', see `data/caption_rules.py`.
-    """
-
-    resize: Literal["crop", "squash"] = "crop"
-    captions: Literal["plain", "albef", "blip"] = "plain"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReductionConfig(InputConfig):
-    """How the image tower of a model is reduced by ELIP: by default as the paper does.
-
-    schedule: '2(100%) 2(90%) 6(65%) 2(40%)', or None for a dense image tower.
-    scorer, fusion, guidance_norm, without_text, merge: see `ElipOptions`.
-    """
-
-    schedule: str | None = None
-    scorer: ScorerName = "exact"
-    fusion: Share = Elip.fusion
-    guidance_norm: Literal["none", "match"] = Elip.guidance_norm
-    without_text: Literal["dense", "vision"] = "dense"
-    merge: bool = Elip.merge
-
-    def check_schedule(self) -> None:
-        """Raises ValueError where the schedule is no schedule of the image tower's depth."""
-        if self.schedule is not None:
-            self.elip(self.schedule).schedule.for_depth(self.vision_depth)
-
-    def elip(self, schedule: Schedule | str) -> Elip:
-        """ELIP by that schedule, with the options that stand here."""
-        return Elip(schedule, **{name: getattr(self, name) for name in ElipOptions.__annotations__})
 
 
 class PretrainedModel(
@@ -159,8 +101,17 @@ class PretrainedModel(
         """The same as `text_cls`."""
         return self.text_cls(input_ids, attention_mask)
 
+    def read_tower(self) -> None:
+        """Read the image model, and reduce it as the config says."""
+        self.tower, self.dense = as_tower(self.visual), Dense()
+        self.reduction = self.config.reduction.fitted(self.tower)
+
     def begin_step(self, step: int, epoch: float = math.inf) -> None:
-        """Prepare step `step` of training, from 0, after `epoch` passes over the data."""
+        """Prepare step `step` of training, from 0, after `epoch` passes over the data: patch
+        dropout ends where it ends."""
+        dropout = self.config.reduction
+        if isinstance(dropout, PatchDropout):
+            self.reduction = dropout.at(step).fitted(self.tower)
 
     def clamp_temperature_(self) -> None:
         """Keep the temperature in its interval, after a step of training."""

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from elip_models.models.base import TokenId, evaluating
+from elip_models.models.base import evaluating
+from elip_models.models.config import TextReductionConfig, TokenId
 from elip_models.models.layers.bert import (
     BertTower,
     UntypedEmbeddings,
@@ -24,8 +25,10 @@ from elip_models.models.layers.bert import (
     untied_decoder,
 )
 from elip_models.models.layers.generation import CAPTIONS, Decoding, write
-from elip_models.models.layers.losses import language_loss, next_rows
+from elip_models.models.layers.losses import language_loss, next_rows, next_tokens
+from elip_models.models.layers.text_reduction import ReducedText, TextReduction
 from elip_models.models.momentum_model import Encoders, MomentumConfig, MomentumModel
+from elip_models.reduction.strategy import mask_after
 from elip_models.validation import NonNegative, PositiveInt, Share
 
 if TYPE_CHECKING:
@@ -33,11 +36,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BLIPConfig(MomentumConfig):
+class BLIPConfig(MomentumConfig, TextReductionConfig):
     """Hyper-parameters of a BLIP model; the defaults are the paper's.
 
     decoder_token_id, encoder_token_id: [DEC] and [ENC], instead of a text's first token.
-    The other fields: see `MomentumConfig`; alpha weighs the momentum targets of ITC.
+    The other fields: see `MomentumConfig`; alpha weighs the momentum targets of ITC; and
+    `TextReductionConfig`, by which the texts of `BLIP.forward` lose tokens in all three of its
+    passes, those of the momentum encoder none.
     tie_decoder: the decoder shares all but self-attention with the encoder, as in pre-training;
         False gives it weights of its own, as in models fine-tuned for captions or answers.
     """
@@ -84,9 +89,17 @@ class BLIPEncoders(Encoders):
         self.layers = range(config.text_depth)
         self.text = BertTower(config.bert, self.layers, embeddings=UntypedEmbeddings)
 
-    def read(self, input_ids: Tensor, mask: Tensor, image_tokens: Tensor | None = None) -> Tensor:
-        """input_ids, mask (B, L), with image_tokens (B, N, D) or alone -> (B, L, D)."""
-        return self.text.run(self.text.embed(input_ids), mask, self.layers, image_tokens)
+    def read(
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        image_tokens: Tensor | None = None,
+        image_mask: Tensor | None = None,
+    ) -> Tensor:
+        """input_ids, mask (B, L), with image_tokens (B, N, D), all or as image_mask (B, N) says, or
+        alone -> (B, L, D)."""
+        hidden = self.text.embed(input_ids)
+        return self.text.run(hidden, mask, self.layers, image_tokens, image_mask)
 
 
 class BLIP(MomentumModel):
@@ -100,6 +113,7 @@ class BLIP(MomentumModel):
 
     def __init__(self, config: BLIPConfig) -> None:
         super().__init__(config, BLIPEncoders(config))
+        self.text_reduction = config.text_token_reduction
         text = self.encoders.text
         self.decoder = tied_decoder(text) if config.tie_decoder else untied_decoder(text)
         self.language_head = masked_language_head(self.decoder)
@@ -114,10 +128,33 @@ class BLIP(MomentumModel):
         sizes = super().fit_tokenizer(tokenizer, context_length)
         return sizes | {"decoder_token_id": decoder, "encoder_token_id": encoder}
 
-    def fuse(self, text: Tensor, mask: Tensor, image: Tensor) -> Tensor:
-        """text, mask (B, L), image (B, N, D) -> (B, L, D) of [ENC] and the ids behind it."""
+    def fuse(
+        self, text: Tensor, mask: Tensor, image: Tensor, image_mask: Tensor | None = None
+    ) -> Tensor:
+        """text, mask (B, L), image (B, N, D) and image_mask (B, N), None where all are real ->
+        (B, L, D) of [ENC] and the ids behind it."""
         ids = _begin(text, self.config.encoder_token_id)
-        return self.encoders.read(ids, mask, image)
+        return self.encoders.read(ids, mask, image, image_mask)
+
+    def read_pairs(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """images, input_ids, mask -> (B, K, D), the texts alone, half way without the tokens that
+        `text_reduction` drops."""
+        image_cls = self.dense_cls(images) if self.config.image_guides_text else None
+        text, layers = self.encoders.text, self.encoders.layers
+        hidden = text.embed(input_ids)
+        return text.run_reduced(
+            hidden, mask, layers, self.text_reduction, image_cls=image_cls
+        ).tokens
+
+    def fuse_pairs(
+        self, text: Tensor, mask: Tensor, image: Tensor, image_mask: Tensor | None
+    ) -> Tensor:
+        """As `fuse` -> (B, K, D), half way without the tokens that `text_reduction` drops."""
+        tower, layers = self.encoders.text, self.encoders.layers
+        hidden = tower.embed(_begin(text, self.config.encoder_token_id))
+        return tower.run_reduced(
+            hidden, mask, layers, self.text_reduction, image, image_mask
+        ).tokens
 
     def predict(
         self,
@@ -136,12 +173,20 @@ class BLIP(MomentumModel):
         Returns:
             (B, L, V).
         """
-        ids = _begin(input_ids, self.config.decoder_token_id)
-        decoder, layers = self.decoder, self.encoders.layers
-        hidden = decoder.run(
-            decoder.embed(ids), mask, layers, image_tokens, image_mask, causal=True
-        )
-        return self.language_head(hidden)
+        image = image_tokens, image_mask
+        return self.language_head(self._decode(input_ids, mask, image, None).tokens)
+
+    def _decode(
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        image: tuple[Tensor, Tensor | None],
+        reduction: TextReduction | None,
+    ) -> ReducedText:
+        """Run the decoder on [DEC] and the ids behind it; `image` is tokens and mask."""
+        hidden = self.decoder.embed(_begin(input_ids, self.config.decoder_token_id))
+        layers = self.encoders.layers
+        return self.decoder.run_reduced(hidden, mask, layers, reduction, *image, causal=True)
 
     @torch.no_grad()
     def generate(
@@ -170,8 +215,10 @@ class BLIP(MomentumModel):
                 the text tower has no positions.
         """
         with evaluating(self):
-            tokens, _ = self.encode_image(images, text_cls)
-        return self.generate_from_tokens(tokens, prompt=prompt, decoding=decoding)
+            tokens, infos = self.encode_image(images, text_cls)
+        return self.generate_from_tokens(
+            tokens, mask_after(infos), prompt=prompt, decoding=decoding
+        )
 
     def generate_from_tokens(
         self,
@@ -215,20 +262,27 @@ class BLIP(MomentumModel):
     ) -> BLIPOutput:
         """Compute pre-training losses of a batch of pairs; in training momentum and queue move on.
 
+        Here alone texts lose tokens, as `config.text_reduction` says: ITC, ITM and LM read those
+        that stay. 'learned' adds a dense forward of the image tower, without gradient, for ITC's
+        text comes before the image that it guides.
+
         Args:
             images: (B, 3, H, W).
             input_ids, attention_mask: (B, L), 1 = real.
             drawn: negatives instead of drawing them, so that a run can be repeated by another
                 implementation.
         """
-        config = self.config
         seen = self.contrast(images, input_ids, attention_mask)
         if drawn is None:
             drawn = Drawn(*self.draw_negatives(seen.similar))
-        loss_itm = self.matching_loss(input_ids, attention_mask, seen.image, drawn)
-        logits = self.predict(input_ids, attention_mask, seen.image)
+        text, image = (input_ids, attention_mask), (seen.image, seen.image_mask)
+        loss_itm = self.matching_loss(*text, seen.image, drawn, image_mask=seen.image_mask)
+        written = self._decode(*text, image, self.text_reduction)
         loss_lm = language_loss(
-            logits, input_ids, attention_mask, config.label_smoothing, config.gather
+            self.language_head(written.tokens),
+            written.labels(next_tokens(*text)),
+            self.config.label_smoothing,
+            self.config.gather,
         )
         loss = seen.loss + loss_itm + loss_lm
         return BLIPOutput(loss, seen.loss, loss_itm, loss_lm, *seen.features)

@@ -19,18 +19,12 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from elip_models.models.base import PretrainedModel, ReductionConfig, TokenId
+from elip_models.models.base import PretrainedModel
+from elip_models.models.config import ReductionConfig, TextReductionConfig, TokenId
 from elip_models.models.layers.clip_text import CLIPTextTower
 from elip_models.models.layers.losses import contrastive_loss, sigmoid_loss
-from elip_models.models.layers.text_reduction import TextReduction, TextStrategy
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.once import UnguidedWarning, warn_once
-from elip_models.reduction.schedule import Schedule
-from elip_models.reduction.strategies import PatchDropout
-from elip_models.reduction.strategies.dense import Dense
-from elip_models.reduction.strategy import Strategy
-from elip_models.reduction.strategy_spec import get_strategy
-from elip_models.towers import as_tower
 from elip_models.towers.reducible import random_ids
 from elip_models.validation import (
     Bounds,
@@ -50,19 +44,14 @@ INITIAL_BIAS = -10.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class CLIPConfig(ReductionConfig):
+class CLIPConfig(ReductionConfig, TextReductionConfig):
     """Hyper-parameters of a CLIP model.
 
     activation: of both towers' MLPs; 'quick_gelu', x sigmoid(1.702 x), is that of OpenAI's models.
-    count_cls: keep ratios count CLS among the patches, as the official CLIP code.
     loss: 'itc', the softmax over all pairs, or 'sigmoid', SigLIP's, with a learned bias.
     temperature: of the similarities, at the start; None is 0.07, and with 'sigmoid' 0.1, SigLIP's.
     gather: where negatives come from, see `contrastive_loss`.
-    strategy, strategy_options: another way to reduce, such as 'tome' and {'r': 13}; the fields of
-        'elip' stand here, and of them the others take the schedule alone.
-    text_reduction: 'random', 'post' or 'learned' drops text tokens, see `TextReduction`; or None.
-    text_drop: share of a text's tokens that it drops.
-    The other fields: see `ReductionConfig`.
+    The other fields: see `ReductionConfig` and `TextReductionConfig`.
     """
 
     image_size: PositiveInt = 224
@@ -86,35 +75,7 @@ class CLIPConfig(ReductionConfig):
     drop_path: Rate = 0.0
     loss: Literal["itc", "sigmoid"] = "itc"
     temperature: Annotated[float, Bounds(1e-4, 1e4)] | None = None
-    count_cls: bool = False
     gather: Literal["local", "global"] = "local"
-    strategy: str = "elip"
-    strategy_options: dict[str, Any] | None = None
-    text_reduction: TextStrategy | None = None
-    text_drop: Rate = 0.4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_schedule()
-        if self.strategy == "elip" and self.strategy_options is not None:
-            raise ValueError(
-                "strategy_options: expected None with strategy='elip', whose options are fields of "
-                f"their own, got {self.strategy_options!r}"
-            )
-        _ = self.reduction  # raises what is wrong with it
-
-    @property
-    def reduction(self) -> Strategy:
-        """How the image tower is reduced."""
-        schedule = self.schedule and Schedule.parse(self.schedule, count_cls=self.count_cls)
-        if self.strategy != "elip":
-            return get_strategy(self.strategy, schedule=schedule, **(self.strategy_options or {}))
-        return self.elip(schedule) if schedule else Dense()
-
-    @property
-    def text_token_reduction(self) -> TextReduction | None:
-        """How the text tower is reduced; None where it is not."""
-        return self.text_reduction and TextReduction(self.text_reduction, self.text_drop)
 
 
 @dataclass
@@ -135,7 +96,6 @@ class CLIP(PretrainedModel):
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
         self.config = config
-        self.dense = Dense()
         self.visual = VisionTransformer(
             img_size=config.image_size,
             patch_size=config.patch_size,
@@ -150,8 +110,7 @@ class CLIP(PretrainedModel):
             num_classes=0,
         )
         _init_visual(self.visual)
-        self.tower = as_tower(self.visual)
-        self.reduction = config.reduction.fitted(self.tower)
+        self.read_tower()
         self.text = CLIPTextTower(
             width=config.text_width,
             depth=config.text_depth,
@@ -204,7 +163,7 @@ class CLIP(PretrainedModel):
             (B, E), normalised.
         """
         image_cls = None
-        if reduce and self.config.text_reduction == "learned":
+        if reduce and self.config.image_guides_text:
             if image_features is None:
                 reduce = False
                 if not torch.compiler.is_compiling():
@@ -262,7 +221,7 @@ class CLIP(PretrainedModel):
         training ViT-B/16 saves in the text tower.
         """
         dense_features = None
-        if self.config.text_reduction == "learned":
+        if self.config.image_guides_text:
             dense_features = self._dense_features(images)
         text_features = self.encode_text(input_ids, attention_mask, image_features=dense_features)
         image_features = self.encode_image(images, text_features)
@@ -282,11 +241,6 @@ class CLIP(PretrainedModel):
         if not torch.compiler.is_compiling():
             torch.clear_autocast_cache()  # or some releases train with weights cast in here
         return features
-
-    def begin_step(self, step: int, epoch: float = math.inf) -> None:
-        """End patch dropout where it ends, before step `step` of training, from 0."""
-        if isinstance(self.config.reduction, PatchDropout):
-            self.reduction = self.config.reduction.at(step).fitted(self.tower)
 
     @torch.no_grad()
     def clamp_temperature_(self) -> None:

@@ -9,11 +9,11 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from elip_models.models.base import PretrainedModel, ReductionConfig, TokenId
+from elip_models.models.base import PretrainedModel
+from elip_models.models.config import ReductionConfig, TokenId
 from elip_models.reduction.encode import run_tower
-from elip_models.reduction.strategies.dense import Dense
-from elip_models.reduction.strategies.elip import Elip
 from elip_models.reduction.strategy import StageInfo
+from elip_models.towers.apart import apart
 from elip_models.towers.reducible import random_ids
 from elip_models.validation import NonNegative, Positive, PositiveInt, divisor_of, same_as
 
@@ -64,17 +64,11 @@ class CrossModalConfig(ReductionConfig):
                 f"context_length: expected at most {self.max_tokens}, the tokens that "
                 f"max_positions = {self.max_positions} has room for, got {self.context_length}"
             )
-        self.check_schedule()
 
     @property
     def max_tokens(self) -> int:
         """How long a text may be, padding included."""
         return self.max_positions
-
-    @property
-    def reduction(self) -> Elip | Dense:
-        """How the image tower is reduced."""
-        return Dense() if self.schedule is None else self.elip(self.schedule)
 
     def vit(self, **options: Any) -> VisionTransformer:
         """The image tower, without a head; `options` are timm's."""
@@ -104,8 +98,6 @@ class CrossModalModel(PretrainedModel):
     def __init__(self, config: CrossModalConfig) -> None:
         super().__init__()
         self.config = config
-        self.reduction = config.reduction
-        self.dense = Dense()
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
         """Also what a step draws, fixed as `fixed_draw` says."""
@@ -145,8 +137,15 @@ class CrossModalModel(PretrainedModel):
         rows: Mapping[int, Tensor] | None = None,
     ) -> tuple[Tensor, list[StageInfo]]:
         """images (B, 3, H, W), guided by text_cls (B, D) or by `rows` that were read elsewhere ->
-        tokens (B, K+2, D), infos of stages."""
+        tokens (B, N, D) that are left, K+2 of the last stage by ELIP, and infos of the steps;
+        `mask_after(infos)` says which are real."""
         return run_tower(self.tower, images, text_cls, self.reduction, rows=rows)
+
+    def dense_cls(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) -> (B, D), the CLS output of all patches, without gradient."""
+        with apart(self.visual, images):
+            tokens, _ = run_tower(self.tower, images, None, self.dense, cls_only=True)
+        return tokens[:, 0]
 
     @classmethod
     def fit_tokenizer(

@@ -20,11 +20,12 @@ from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertPooler
 from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 
-from elip_models.models.base import TokenId
+from elip_models.models.config import TextReductionConfig, TokenId
 from elip_models.models.cross_modal import CrossModalConfig, CrossModalModel
 from elip_models.models.layers.bert import BertTower, masked_language_head
 from elip_models.models.layers.losses import distilled_language_loss, mask_every, mask_tokens
-from elip_models.towers import as_tower
+from elip_models.models.layers.text_reduction import ReducedText
+from elip_models.reduction.strategy import mask_after
 from elip_models.validation import NonNegative, PositiveInt, Share, divisor_of
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ TEXT, IMAGE = 0, 1  # rows of the token type embeddings
 
 
 @dataclass(frozen=True, kw_only=True)
-class METERConfig(CrossModalConfig):
+class METERConfig(CrossModalConfig, TextReductionConfig):
     """Hyper-parameters of a METER model; the defaults are the official code's.
 
     vision_depth: blocks that run, CLIP's but the last.
@@ -52,7 +53,8 @@ class METERConfig(CrossModalConfig):
     cross_width, cross_depth, cross_heads, cross_hidden: of the co-attention layers of each side.
     dropout: of the text encoder and of the co-attention layers.
     mask_whole_words: hide words instead of tokens, see `METER.read_vocabulary_`.
-    The other fields: see `CrossModalConfig`.
+    The other fields: see `CrossModalConfig`; and `TextReductionConfig`, by which the texts of
+    `METER.forward` lose tokens half way through the text encoder, before fusion.
     """
 
     vision_depth: PositiveInt = 11
@@ -99,7 +101,8 @@ class METERConfig(CrossModalConfig):
 
 @dataclass
 class METEROutput:
-    """loss: the sum of the two others, scalars. mlm_logits: (B, L, V). itm_logits: (B, 2)."""
+    """loss: the sum of the two others, scalars. mlm_logits: (B, L, V), or (B, K, V) of the K text
+    tokens that are left. itm_logits: (B, 2)."""
 
     loss: Tensor
     loss_mlm: Tensor
@@ -137,8 +140,9 @@ class METER(CrossModalModel):
             pre_norm=True,
             act_layer="quick_gelu",
         )
-        self.tower = as_tower(self.visual)
+        self.read_tower()
         self.text = BertTower(config.bert("text"), embeddings=EMBEDDINGS[config.text_encoder])
+        self.text_reduction = config.text_token_reduction
         self._add_fusion(config)
         self.register_buffer("continues", None, persistent=False)
 
@@ -183,16 +187,19 @@ class METER(CrossModalModel):
         every = range(self.config.text_depth)
         return self.text.run(self.text.embed(input_ids), attention_mask, every)
 
-    def fuse(self, text: Tensor, mask: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-        """text (B, L, D), mask (B, L), image (B, N, D) -> (B, L, C), (B, N, C) of co-attention."""
+    def fuse(
+        self, text: Tensor, mask: Tensor, image: Tensor, image_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """text (B, L, D), mask (B, L), image (B, N, D) and image_mask (B, N), None where all are
+        real -> (B, L, C), (B, N, C) of co-attention."""
         text = self.text_transform(text) + self.token_types.weight[TEXT]
         image = self.image_transform(image) + self.token_types.weight[IMAGE]
-        image_mask = mask.new_ones(image.shape[:2])
+        own_mask = mask.new_ones(image.shape[:2]) if image_mask is None else image_mask
         for i in range(self.config.cross_depth):
             layer = range(i, i + 1)
             text, image = (
-                self.text_layers.run(text, mask, layer, image),
-                self.image_layers.run(image, image_mask, layer, text, mask),
+                self.text_layers.run(text, mask, layer, image, image_mask),
+                self.image_layers.run(image, own_mask, layer, text, mask),
             )
         return text, image
 
@@ -211,6 +218,10 @@ class METER(CrossModalModel):
     ) -> METEROutput:
         """Compute the pre-training losses of a batch of pairs.
 
+        Here alone texts lose tokens, as `config.text_reduction` says. 'learned' adds a dense
+        forward of the image tower to each pass, without gradient, for the text comes before the
+        image that it guides.
+
         Args:
             images: (B, 3, H, W).
             input_ids, attention_mask: (B, L), 1 = real.
@@ -220,19 +231,28 @@ class METER(CrossModalModel):
         if drawn is None:
             drawn = self._draw(images, input_ids)
         text, _ = self._pass(images, drawn.masked_ids, attention_mask)
-        mlm_logits = self.language_head(text)
-        loss_mlm = distilled_language_loss(mlm_logits, drawn.labels, gather=self.config.gather)
+        mlm_logits, labels = self.language_head(text.tokens), text.labels(drawn.labels)
+        loss_mlm = distilled_language_loss(mlm_logits, labels, gather=self.config.gather)
         is_pair = (drawn.itm_labels == 1)[:, None, None, None]
         itm_images = torch.where(is_pair, images, drawn.false_images)
-        itm_logits = self.match(*self._pass(itm_images, input_ids, attention_mask))
+        text, image = self._pass(itm_images, input_ids, attention_mask)
+        itm_logits = self.match(text.tokens, image)
         loss_itm = F.cross_entropy(itm_logits.float(), drawn.itm_labels)
         return METEROutput(loss_mlm + loss_itm, loss_mlm, loss_itm, mlm_logits, itm_logits)
 
-    def _pass(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode and fuse a batch, pixels and ids -> text (B, L, C) and image (B, N, C)."""
-        text = self.encode_text(input_ids, mask)
-        image, _ = self.encode_image(images, text[:, 0])
-        return self.fuse(text, mask, image)
+    def read_pairs(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> ReducedText:
+        """images, input_ids, mask (B, L) -> the texts alone, half way without the tokens that
+        `text_reduction` drops."""
+        image_cls = self.dense_cls(images) if self.config.image_guides_text else None
+        hidden, every = self.text.embed(input_ids), range(self.config.text_depth)
+        return self.text.run_reduced(hidden, mask, every, self.text_reduction, image_cls=image_cls)
+
+    def _pass(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> tuple[ReducedText, Tensor]:
+        """Encode and fuse a batch, pixels and ids -> text, fused (B, K, C), and image (B, N, C)."""
+        text = self.read_pairs(images, input_ids, mask)
+        image, infos = self.encode_image(images, text.tokens[:, 0])
+        tokens, image = self.fuse(text.tokens, text.mask, image, mask_after(infos))
+        return text._replace(tokens=tokens), image
 
     def fixed_draw(self, images: Tensor, input_ids: Tensor) -> Drawn:
         masked = mask_every(input_ids, self.config.mask_token_id)

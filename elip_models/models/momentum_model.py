@@ -5,8 +5,9 @@
     ITC     soft targets of the momentum towers, over the batch and the queue
     ITM     hard negatives by the similarities of ITC
 
-The momentum towers follow before each step's momentum features, and see all patches. In training
-all ranks enqueue all features, so that the queue is the same everywhere.
+The momentum towers follow before each step's momentum features, and see all patches unless
+`momentum_reduction` says otherwise. In training all ranks enqueue all features, so that the queue
+is the same everywhere.
 Source: ALBEF (Li et al., 2021), section 3.2; BLIP (Li et al., 2022).
 """
 
@@ -34,6 +35,7 @@ from elip_models.reduction.read_rows import run_and_read
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.scorers import ScorerName
 from elip_models.reduction.strategies.elip import Elip
+from elip_models.reduction.strategy import mask_after
 from elip_models.towers import as_tower
 from elip_models.towers.fsdp import is_sharded
 from elip_models.validation import Bounds, NonNegative, PositiveInt, Share, divisor_of
@@ -47,8 +49,10 @@ class MomentumConfig(CrossModalConfig):
     queue_size: features in the queue. momentum: of the momentum encoders.
     alpha: weight of the momentum targets, reached linearly over `alpha_warmup_epochs`.
     negative_epsilon: added to each weight that hard negatives are drawn by.
-    momentum_reduction: 'none' shows the momentum image tower all patches, as the papers do;
-        'shared' the tokens that the online one kept and merged, by the same weights: no scoring.
+    momentum_reduction: 'none' shows the momentum image tower all patches, as ELIP does; 'shared'
+        the tokens that the online one kept and merged, by the same weights: no scoring; 'own' lets
+        it choose for itself, by the same text if any, as EViT and ToMe do in a copy of the tower
+        that they changed.
     scorer: also 'momentum': the momentum image tower, which sees all patches anyway, runs first,
         and its rows select (`read_rows.py`); where it does not run, outside of the loss, 'exact'.
     """
@@ -66,15 +70,15 @@ class MomentumConfig(CrossModalConfig):
     alpha: Share = 0.4
     alpha_warmup_epochs: NonNegative = 1.0
     negative_epsilon: Share = 0.0
-    momentum_reduction: Literal["none", "shared"] = "none"
+    momentum_reduction: Literal["none", "shared", "own"] = "none"
     resize: Literal["crop", "squash"] = "squash"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scorer == "momentum" and self.momentum_reduction == "shared":
+        if self.scorer == "momentum" and self.momentum_reduction != "none":
             raise ValueError(
                 "momentum_reduction: expected 'none' with scorer='momentum', whose rows are those "
-                "of all patches, got 'shared'"
+                f"of all patches, got {self.momentum_reduction!r}"
             )
 
     def elip(self, schedule: Schedule | str) -> Elip:
@@ -123,18 +127,25 @@ class Encoders(nn.Module):
         raise NotImplementedError
 
 
+Masked = tuple[Tensor, Tensor | None]
+"""Image tokens (B, N, D), and which of them are real (B, N), None where all are."""
+
+
 class Contrast(NamedTuple):
     """What ITC computes that the other objectives use.
 
-    loss: scalar. text: (B, L, D). image, image_m: (B, K+2, D), (B, N, D) of the momentum tower.
-    features: (B, E) of image and text. similar: image-to-text and text-to-image (B, C) of the C
-    pairs that negatives come from, without gradient.
+    loss: scalar. text: (B, L, D). image, image_m: (B, K+2, D), (B, N, D) of the momentum tower;
+    image_mask, image_mask_m: which of them are real, None where all are. features: (B, E) of image
+    and text. similar: image-to-text and text-to-image (B, C) of the C pairs that negatives come
+    from, without gradient.
     """
 
     loss: Tensor
     text: Tensor
     image: Tensor
+    image_mask: Tensor | None
     image_m: Tensor
+    image_mask_m: Tensor | None
     features: tuple[Tensor, Tensor]
     similar: tuple[Tensor, Tensor]
 
@@ -150,7 +161,7 @@ class MomentumModel(CrossModalModel):
         super().__init__(config)
         self.encoders = encoders
         self.encoders_m = momentum_copy(encoders)
-        self.tower = as_tower(self.encoders.visual)
+        self.read_tower()
         self.tower_m = as_tower(self.encoders_m.visual)
         self.itm_head = nn.Linear(config.text_width, 2)
         self.queue = FeatureQueue(config.embed_dim, config.queue_size)
@@ -174,9 +185,22 @@ class MomentumModel(CrossModalModel):
         """input_ids, attention_mask (B, L) -> hidden states (B, L, D) of the text alone."""
         return self.encoders.read(input_ids, attention_mask)
 
-    def fuse(self, text: Tensor, mask: Tensor, image: Tensor) -> Tensor:
-        """text (B, ..), mask (B, L), image (B, N, D) -> (B, L, D): the text that saw the image."""
+    def fuse(
+        self, text: Tensor, mask: Tensor, image: Tensor, image_mask: Tensor | None = None
+    ) -> Tensor:
+        """text (B, ..), mask (B, L), image (B, N, D) and image_mask (B, N), None where all are real
+        -> (B, L, D): the text that saw the image."""
         raise NotImplementedError
+
+    def read_pairs(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """The texts of a step, as `encode_text` reads them, unless they lose tokens in it."""
+        return self.encode_text(input_ids, mask)
+
+    def fuse_pairs(
+        self, text: Tensor, mask: Tensor, image: Tensor, image_mask: Tensor | None
+    ) -> Tensor:
+        """The pairs of a step, as `fuse` does, unless their texts lose tokens in it."""
+        return self.fuse(text, mask, image, image_mask)
 
     def image_features(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W), without text -> (B, E), normalised."""
@@ -188,7 +212,8 @@ class MomentumModel(CrossModalModel):
         return self.encoders.text_features(self.encode_text(input_ids, attention_mask))
 
     def begin_step(self, step: int, epoch: float = math.inf) -> None:
-        """Warm alpha up, before step `step` of training, after `epoch` passes over the data."""
+        """Warm alpha up too, before step `step` of training, after `epoch` passes over the data."""
+        super().begin_step(step, epoch)
         warmup = self.config.alpha_warmup_epochs
         self.alpha.fill_(self.config.alpha * min(1.0, epoch / warmup if warmup else 1.0))
 
@@ -215,11 +240,10 @@ class MomentumModel(CrossModalModel):
             TypeError: in training, a model that FSDP has sharded.
         """
         online, gather = self.encoders, self.config.gather
-        text = online.read(input_ids, mask)
+        text = self.read_pairs(images, input_ids, mask)
         if self.training:
-            self._check_unsharded()
-            update_momentum_(self.encoders_m, online, self.config.momentum)
-        image, image_m = self._images(images, text[:, 0])
+            self._follow()
+        (image, image_mask), (image_m, image_mask_m) = self._images(images, text[:, 0])
         features = online.image_features(image), online.text_features(text)
         features_m = self._momentum_features(image_m, input_ids, mask)
         reach = "global" if self.training else gather
@@ -235,16 +259,18 @@ class MomentumModel(CrossModalModel):
             self.queue.enqueue_(*everywhere)
         pairs = len(contrasted[0])
         of_pairs = similar[0][:, :pairs].detach(), similar[1][:, :pairs].detach()
-        return Contrast(loss, text, image, image_m, features, of_pairs)
+        return Contrast(loss, text, image, image_mask, image_m, image_mask_m, features, of_pairs)
 
-    def _check_unsharded(self) -> None:
-        """Raises TypeError where the momentum encoders would follow what FSDP throws away."""
+    def _follow(self) -> None:
+        """Move the momentum encoders on; raises TypeError where they would follow what FSDP throws
+        away."""
         if any(map(is_sharded, self.modules())):
             raise TypeError(
                 f"model: expected {type(self).__name__} under DistributedDataParallel in training, "
                 "got one that fully_shard was applied to, whose gathered parameters a step of the "
                 "momentum encoders would not outlive; CLIP and METER have none and can be sharded"
             )
+        update_momentum_(self.encoders_m, self.encoders, self.config.momentum)
 
     def draw_negatives(self, similar: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Draw hard negatives by the similarities (B, C): an image for each text, a text for each
@@ -260,37 +286,51 @@ class MomentumModel(CrossModalModel):
         return negative_images, hard_negatives(image_to_text, epsilon, first)
 
     def matching_loss(
-        self, text: Tensor, mask: Tensor, image: Tensor, negatives: tuple[Tensor, Tensor]
+        self,
+        text: Tensor,
+        mask: Tensor,
+        image: Tensor,
+        negatives: tuple[Tensor, Tensor],
+        *,
+        image_mask: Tensor | None = None,
     ) -> Tensor:
         """Compute ITM of the pairs and both kinds of negatives, in one pass of `fuse`.
 
         Args:
-            text, mask, image: (B, ..) as `fuse` takes them.
+            text, mask, image, image_mask: (B, ..) as `fuse` takes them.
             negatives: see `draw_negatives`.
         """
-        negative_images, negative_texts = negatives
-        texts, masks, images = (all_gather(t, self.config.gather) for t in (text, mask, image))
-        fused = self.fuse(
-            torch.cat([text, text, texts[negative_texts]]),
-            torch.cat([mask, mask, masks[negative_texts]]),
-            torch.cat([image, images[negative_images], image]),
+
+        def with_negatives(images: Tensor) -> Tensor:
+            others = all_gather(images, self.config.gather)[negatives[0]]
+            return torch.cat([images, others, images])
+
+        texts, masks = (all_gather(t, self.config.gather) for t in (text, mask))
+        fused = self.fuse_pairs(
+            torch.cat([text, text, texts[negatives[1]]]),
+            torch.cat([mask, mask, masks[negatives[1]]]),
+            with_negatives(image),
+            None if image_mask is None else with_negatives(image_mask),
         )
         labels = torch.zeros(len(fused), dtype=torch.long, device=mask.device)
         labels[: len(mask)] = 1
         return F.cross_entropy(self.itm_head(fused[:, 0]).float(), labels)
 
-    def _images(self, images: Tensor, text_cls: Tensor) -> tuple[Tensor, Tensor]:
+    def _images(self, images: Tensor, text_cls: Tensor) -> tuple[Masked, Masked]:
         """Encode images (B, 3, H, W), guided by text_cls (B, D) -> tokens of the online tower, and
-        of the momentum tower, without gradient: of all patches, or of those that the other kept."""
-        if self.config.scorer == "momentum" and isinstance(self.reduction, Elip):
+        of the momentum tower, without gradient: of all patches, or of those that are left."""
+        how = self.config.momentum_reduction
+        if self.config.scorer == "momentum" and type(self.reduction) is Elip:
             image_m, rows = run_and_read(self.tower_m, images, text_cls.detach(), self.reduction)
-            return self.encode_image(images, text_cls, rows)[0], image_m
+            image, infos = self.encode_image(images, text_cls, rows)
+            return (image, mask_after(infos)), (image_m, None)
         image, infos = self.encode_image(images, text_cls)
-        shared = self.config.momentum_reduction == "shared"
-        strategy, replays = (self.reduction, infos) if shared else (self.dense, None)
+        strategy, replays = self.dense if how == "none" else self.reduction, None
+        if how == "shared":
+            replays = infos
         with torch.no_grad():
-            image_m, _ = run_tower(self.tower_m, images, None, strategy, replays=replays)
-        return image, image_m
+            image_m, infos_m = run_tower(self.tower_m, images, text_cls, strategy, replays=replays)
+        return (image, mask_after(infos)), (image_m, mask_after(infos_m))
 
     @torch.no_grad()
     def _momentum_features(

@@ -163,6 +163,6 @@ def load_model(
 def elip_strategy(model: PretrainedModel) -> Elip:
     """How ELIP reduces a model of ours: as its config says; by the paper's schedule where it is
     dense or reduces in another way."""
-    if isinstance(model.reduction, Elip):
+    if type(model.reduction) is Elip:
         return model.reduction
     return model.config.elip(Schedule.parse(model.family).for_depth(model.config.vision_depth))

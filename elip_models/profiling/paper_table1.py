@@ -2,7 +2,8 @@
 
 Counted is a whole step of pre-training, forward and backward, on the meta device: all objectives,
 momentum towers included, two FLOPs a multiply-add, at the paper's batch of 36 and with texts of the
-full length. EViT and ToMe reduce the momentum tower too, as it is a copy of what they change.
+full length. EViT and ToMe act in every layer, as the paper's do, and reduce the momentum tower too,
+which is a copy of what they change. METER takes ToMe here; the paper has no figure of it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,12 +14,10 @@ from rich.console import Group
 from rich.table import Table
 
 from elip_models.models.cross_modal import CrossModalModel
-from elip_models.models.registry import create_model
+from elip_models.models.momentum_model import MomentumModel
+from elip_models.models.registry import create_model, family_of
 from elip_models.profiling.measure import count_step
 from elip_models.profiling.rows import DENSE
-from elip_models.reduction.strategies.evit import EViT
-from elip_models.reduction.strategies.tome import ToMe
-from elip_models.reduction.strategy import Strategy
 
 BATCH_SIZE = 36
 AGREES = 0.01  # an error up to which a count is called the paper's
@@ -27,9 +26,14 @@ ELIPS: dict[str, dict[str, Any]] = {  # what is counted: fields of the config
     "official": {"scorer": "official"},
     "exact": {"scorer": "exact"},
     "last": {"scorer": "last"},
+    "momentum": {"scorer": "momentum"},
     SHARED: {"scorer": "last", "momentum_reduction": "shared"},
 }
-OTHERS: dict[str, Strategy] = {"EViT": EViT(layers="all"), "ToMe": ToMe(r=13)}
+OTHERS: dict[str, dict[str, Any]] = {
+    "EViT": {"strategy": "evit:layers=all"},
+    "ToMe": {"strategy": "tome:r=13"},
+}
+OF_MOMENTUM = ("momentum", SHARED)  # methods of models with a momentum tower
 
 
 class Table1(NamedTuple):
@@ -40,6 +44,10 @@ class Table1(NamedTuple):
     elip: float
     evit: float
     tome: float | None
+
+    def of(self, method: str) -> float | None:
+        """Its figure of a method that is counted here."""
+        return {DENSE: self.dense, "EViT": self.evit, "ToMe": self.tome}.get(method, self.elip)
 
 
 PAPER = {
@@ -58,19 +66,17 @@ def table1_counts() -> Counts:
 def step_counts(name: str) -> dict[str, float]:
     """Count the TFLOPs of a step of one model: `DENSE`, then those of `ELIPS` and `OTHERS` that it
     takes."""
-    with torch.device("meta"):
-        model = create_model(name)
-    counts = {DENSE: step_tflops(model)}
-    has_momentum = bool(model.moved_in_training())
+    has_momentum = issubclass(family_of(name), MomentumModel)
+    own = {"momentum_reduction": "own"} if has_momentum else {}
+    forms = {DENSE: (name, {})}
     for method, fields in ELIPS.items():
-        if has_momentum or method != SHARED:
-            with torch.device("meta"):
-                reduced = create_model(f"elip_{name}", **fields)
-            counts[method] = step_tflops(reduced)
-    for method, strategy in OTHERS.items():
-        if has_momentum or method == "EViT":
-            model.reduction = model.dense = strategy
-            counts[method] = step_tflops(model)
+        if has_momentum or method not in OF_MOMENTUM:
+            forms[method] = f"elip_{name}", fields
+    forms |= {method: (name, fields | own) for method, fields in OTHERS.items()}
+    counts = {}
+    for method, (model, fields) in forms.items():
+        with torch.device("meta"):
+            counts[method] = step_tflops(create_model(model, **fields))
     return counts
 
 
@@ -99,24 +105,22 @@ def nearest(counts: Mapping[str, float], paper: Table1) -> tuple[str, float]:
 
 
 def table1(counts: Counts) -> Table:
-    """Lay out dense TFLOPs and the ratio of every method to them, with errors against the
+    """Lay out the TFLOPs of every method, and their ratio to dense, with errors against the
     paper's."""
     table = Table(title=f"Forward and backward of a pre-training step, batch {BATCH_SIZE}: Table 1")
-    table.add_column("model")
-    columns = ["dense,\npaper", "dense,\ncounted", "ELIP,\npaper"]
-    columns += [method.replace(", ", ",\n") for method in ELIPS]
-    columns += [f"{method},\n{of}" for method in OTHERS for of in ("paper", "counted")]
-    for column in columns:
+    for column in ("model", "method"):
+        table.add_column(column)
+    for column in ("TFLOPs,\npaper", "\ncounted", "to dense,\npaper", "\ncounted"):
         table.add_column(column, justify="right")
     for name, paper in _models():
-        counted, dense = ratios(counts[name]), counts[name][DENSE]
-        said = paper.elip / paper.dense
-        cells = [f"{paper.dense:.2f}", f"{dense:.2f} {_error(dense / paper.dense - 1)}"]
-        cells += [f"{said:.3f}", *(_beside(counted.get(method), said) for method in ELIPS)]
-        for method, flops in zip(OTHERS, (paper.evit, paper.tome), strict=True):
-            share = None if flops is None else flops / paper.dense
-            cells += ["-" if share is None else f"{share:.3f}", _beside(counted.get(method), share)]
-        table.add_row(name, *cells)
+        table.add_section()
+        for method, flops in counts[name].items():
+            said, dense = paper.of(method), counts[name][DENSE]
+            share = None if said is None else said / paper.dense
+            label = f"ELIP, {method}" if method in ELIPS else method
+            cells = [_figure(said, 2), _beside(flops, said, 2)]
+            cells += [_figure(share, 3), _beside(flops / dense, share, 3)]
+            table.add_row(name if method == DENSE else "", label, *cells)
     return table
 
 
@@ -161,11 +165,13 @@ def _models() -> Iterator[tuple[str, Table1]]:
             yield name, paper
 
 
-def _beside(ratio: float | None, said: float | None) -> str:
-    """Write a counted ratio with its error against what the paper says, where there are both."""
-    if ratio is None:
-        return "-"
-    return f"{ratio:.3f}" + ("" if said is None else f" {_error(ratio / said - 1)}")
+def _figure(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _beside(value: float, said: float | None, digits: int) -> str:
+    """Write what was counted, with its error against what the paper says, where it does."""
+    return _figure(value, digits) + ("" if said is None else f" {_error(value / said - 1)}")
 
 
 def _error(share: float) -> str:

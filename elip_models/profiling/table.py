@@ -23,6 +23,7 @@ from elip_models.models.open_model import FORMS, open_model
 from elip_models.profiling.measure import measured_on, memory_is
 from elip_models.profiling.paper_flops import paper_report
 from elip_models.profiling.paper_table1 import table1_report
+from elip_models.profiling.parts import Parts, parts_table, profile_parts
 from elip_models.profiling.rows import DENSE, MODES, Mode, Row, profile_model
 from elip_models.profiling.workload import Workload
 from elip_models.reduction.schedule import Schedule
@@ -46,6 +47,7 @@ class ProfileSettings:
     flops: share of the dense tower's training FLOPs that every strategy is set to, if any.
     keep: or share of its tokens.
     rounds: of the timing; None counts alone, without memory for weights.
+    parts: also by part of a model of ours, see `profile_parts`.
     """
 
     models: tuple[str, ...]
@@ -57,6 +59,7 @@ class ProfileSettings:
     modes: tuple[Mode, ...] = MODES
     dtype: str = "fp32"
     rounds: int | None = 10
+    parts: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -77,11 +80,12 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Profile:
-    """All rows of the table, and the options that they were measured by."""
+    """All rows of the table, those by part, and the options that they were measured by."""
 
     settings: ProfileSettings
     rows: tuple[Row, ...]
     left_out: tuple[LeftOut, ...]
+    parts: tuple[Parts, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The table as plain data, with where it was measured."""
@@ -94,6 +98,7 @@ class Profile:
             "memory_is": memory_is(self.settings.device),
             "rows": [asdict(row) for row in self.rows],
             "left_out": [asdict(each) for each in self.left_out],
+            "parts": [asdict(each) for each in self.parts],
         }
 
 
@@ -105,6 +110,7 @@ def run_profile(settings: ProfileSettings, say: Callable[[str], None] | None = N
     """
     rows: list[Row] = []
     left_out: list[LeftOut] = []
+    parts: list[Parts] = []
     for spec in settings.models:
         model = _opened(spec, settings)
         strategies, refused = _fitting(spec, model, settings)
@@ -121,7 +127,11 @@ def run_profile(settings: ProfileSettings, say: Callable[[str], None] | None = N
                 modes=settings.modes,
                 rounds=settings.rounds,
             )
-    return Profile(settings, tuple(rows), tuple(left_out))
+            if settings.parts:
+                with blame("--parts"):
+                    workload, every = Workload(model, batch_size), {DENSE: None, **strategies}
+                    parts += profile_parts(spec, workload, every, rounds=settings.rounds)
+    return Profile(settings, tuple(rows), tuple(left_out), tuple(parts))
 
 
 def _opened(spec: str, settings: ProfileSettings) -> nn.Module:
@@ -229,6 +239,7 @@ def settings_of(
     mode: str,
     dtype: str,
     rounds: int | None,
+    parts: bool = False,
 ) -> ProfileSettings:
     """Check the options of the command line; without strategies, all of them are measured.
 
@@ -261,6 +272,7 @@ def settings_of(
         modes=tuple(each for each in MODES if mode in (each, "both")),
         dtype=dtype,
         rounds=rounds,
+        parts=parts,
     )
 
 
@@ -286,6 +298,8 @@ def print_profile(
         console.print(table_of(profile))
         for each in profile.left_out:
             console.print(f"{each.model}: {each.strategy} is left out: {each.reason}", markup=False)
+        if profile.parts:
+            console.print(parts_table(profile.parts))
     if paper:
         with console.status("counting the paper's models"):
             table5, document["paper"] = paper_report()

@@ -65,10 +65,10 @@ class Workload:
         Raises:
             TypeError, ValueError: a strategy that does not fit the model.
         """
-        run, as_tensor, inputs = self._reduced_by(strategy), self.reducible.as_tensor, self.inputs
+        run, as_tensor, inputs = self.reduced_by(strategy), self.reducible.as_tensor, self.inputs
         return lambda: as_tensor(run(**inputs))
 
-    def _reduced_by(self, strategy: Strategy | None) -> Callable[..., object]:
+    def reduced_by(self, strategy: Strategy | None) -> Callable[..., object]:
         """Prepare what is called with the inputs; it shares all weights with the model."""
         if not self.reducible.has_text:
             strategy = (strategy or Dense()).fitted(self.tower)

@@ -5,7 +5,7 @@ acts between its attention and its MLP. The engine (`step.py`) knows no more of 
 this.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -37,13 +37,23 @@ class StageInfo(NamedTuple):
     positions: Tensor | None = None
 
     @property
+    def mask(self) -> Tensor | None:
+        """(B, R) bool of the tokens that leave, True = real; None where all of them are."""
+        return getattr(self.reduction, "mask", None)
+
+    @property
     def mean_keep(self) -> Tensor | int:
         """Kept patches of an image, on average: a scalar where images keep different numbers."""
-        mask = getattr(self.reduction, "mask", None)
-        if mask is None:
+        if self.mask is None:
             return self.stage.keep
         p = self.reduction.num_prefix_tokens
-        return mask[:, p : p + self.stage.keep].sum(1, dtype=torch.float32).mean()
+        return self.mask[:, p : p + self.stage.keep].sum(1, dtype=torch.float32).mean()
+
+
+def mask_after(infos: Sequence[StageInfo]) -> Tensor | None:
+    """(B, N) bool of the tokens that the steps of a tower leave, True = real; None where all of
+    them are."""
+    return infos[-1].mask if infos else None
 
 
 class Layer(NamedTuple):

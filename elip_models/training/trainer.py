@@ -26,7 +26,8 @@ from elip_models.data import (
     train_loader,
     train_tokenizer,
 )
-from elip_models.models.base import InputConfig, PretrainedModel
+from elip_models.models.base import PretrainedModel
+from elip_models.models.config import InputConfig
 from elip_models.models.registry import family_of
 from elip_models.tasks.retrieval import RetrievalScores
 from elip_models.tasks.zero_shot import ZeroShotScores

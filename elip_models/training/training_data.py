@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from elip_models.data import ImageTextDataset, Source, apply_caption_rule, image_transform
-from elip_models.models.base import InputConfig
+from elip_models.models.config import InputConfig
 from elip_models.models.registry import create_model
 from elip_models.training.recipe import DataConfig, RunConfig
 from elip_models.validation import blame

@@ -15,6 +15,11 @@ from transformers import BertConfig
 from transformers.cache_utils import Cache
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, BertOnlyMLMHead
 
+from elip_kernels import cls_attention
+from elip_models.models.layers.text_reduction import ReducedText, TextReduction
+from elip_models.towers.apart import apart
+from elip_models.towers.fsdp import unsharded
+
 
 class UntypedEmbeddings(nn.Module):
     """The embeddings of BERT, word and position, without token types; transformers' names."""
@@ -121,6 +126,50 @@ class BertTower(nn.Module):
         for i in layers:
             hidden = self.layers[i](hidden, bias, image_tokens, image_bias, cache)
         return hidden
+
+    def run_reduced(
+        self,
+        hidden: Tensor,
+        mask: Tensor,
+        layers: range,
+        reduction: TextReduction | None,
+        image_tokens: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        *,
+        image_cls: Tensor | None = None,
+        causal: bool = False,
+    ) -> ReducedText:
+        """Run some of the layers, and half way through them drop text tokens, never the first.
+
+        A causal text that drops by 'learned' chooses by all of its tokens, so that what a token
+        still sees of those before it depends on those behind it.
+
+        Args:
+            hidden, mask, layers, image_tokens, image_mask, causal: see `run`.
+            reduction: how tokens are dropped; None keeps all.
+            image_cls: (B, D), the image's CLS output that guides 'learned', without gradient; by
+                default that of the image tokens.
+        """
+        options = {"image_tokens": image_tokens, "image_mask": image_mask, "causal": causal}
+        if reduction is None:
+            return ReducedText(self.run(hidden, mask, layers, **options), mask)
+        before, after = layers[: len(layers) // 2], layers[len(layers) // 2 :]
+        hidden, real, scores = self.run(hidden, mask, before, **options), mask != 0, None
+        if reduction.strategy == "learned":
+            cls = image_tokens[:, 0] if image_cls is None else image_cls
+            scores = self._attention_of(cls, after[0], hidden, real)
+        text = reduction(hidden, real, 0, scores)
+        return text._replace(tokens=self.run(text.tokens, text.mask, after, **options))
+
+    def _attention_of(self, cls: Tensor, i: int, hidden: Tensor, real: Tensor) -> Tensor:
+        """Score text tokens by layer i's attention, with `cls` (B, D) as its query -> (B, L)."""
+        layer = self.layers[i]
+        with apart(self, hidden), unsharded(layer, hidden, cls) as (hidden, cls):
+            attention = layer.attention.self
+            heads = (attention.num_attention_heads, -1)
+            q = attention.query(cls.to(hidden.dtype)).unflatten(-1, heads)
+            k = attention.key(hidden).unflatten(-1, heads).transpose(1, 2)
+            return cls_attention(q, k, mask=real)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute layers in backward instead of saving their activations."""

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.models.bert.modeling_bert import BertLayer
 from transformers.utils import ModelOutput
 
-from elip_models.models.base import Config
+from elip_models.models.config import Config
 from elip_models.models.layers.bert import BertTower
 from elip_models.validation import Positive, PositiveInt, PositiveShare
 

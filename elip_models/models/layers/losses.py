@@ -147,22 +147,28 @@ def distilled_language_loss(
     return ((1 - alpha) * loss + alpha * (soft * labelled).sum()) / count
 
 
-def language_loss(
-    logits: Tensor, input_ids: Tensor, mask: Tensor, smoothing: float, gather: Gather = "local"
-) -> Tensor:
-    """Compute LM: cross entropy of each next token, the mean over the real ones, in fp32.
+def next_tokens(input_ids: Tensor, mask: Tensor) -> Tensor:
+    """Label each token of input_ids, mask (B, L) by the one after it -> (B, L), -100 where no real
+    one follows."""
+    labels = input_ids.masked_fill(mask == 0, IGNORED)
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
-    Where no real token follows another it is 0.
+
+def language_loss(
+    logits: Tensor, labels: Tensor, smoothing: float, gather: Gather = "local"
+) -> Tensor:
+    """Compute LM: cross entropy of each next token, the mean over the labelled ones, in fp32.
+
+    Where no position is labelled it is 0.
 
     Args:
-        logits: (B, L, V), of position i for token i + 1.
-        input_ids, mask: (B, L), 1 = real.
+        logits: (B, L, V).
+        labels: (B, L), see `next_tokens`.
         smoothing: of the labels.
-        gather: whose tokens are counted, see `labelled_count`.
+        gather: whose labelled positions are counted, see `labelled_count`.
     """
-    labels = input_ids.masked_fill(mask == 0, IGNORED)[:, 1:]
     loss = F.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1),
+        logits.float().flatten(0, 1),
         labels.flatten(),
         ignore_index=IGNORED,
         reduction="sum",

@@ -4,7 +4,12 @@
     L tokens of a batch:     K = L - int(drop * L) slots, enough for any text; spare ones are masked
 
 The anchor is the token a text is read at: BERT's [CLS], CLIP's end of text. Nothing is merged.
-Source: ELIP, section 4.4.1, which drops 40% in the second half of the layers.
+
+Source: ELIP, section 4.4.1: "we preserved the first half of all Transformer layers and pruned 40%
+of text tokens in the second half", of METER and BLIP (Table 7). Our reading: in every pass of a
+text encoder or decoder, tokens leave once, before layer depth // 2, and what follows (METER's
+fusion, the heads) sees those that stay. 40% is of each text's real tokens. A dropped token has no
+output, so that its label is not asked for: of MLM its own id, of LM the id after it.
 """
 
 from dataclasses import dataclass
@@ -14,6 +19,7 @@ import torch
 from torch import Tensor
 
 import elip_kernels
+from elip_models.models.layers.losses import IGNORED
 from elip_models.validation import Rate, check_fields
 
 TextStrategy = Literal["random", "post", "learned"]
@@ -26,12 +32,20 @@ class ReducedText(NamedTuple):
     mask: (B, K) bool, True = kept, False = such a slot.
     anchor: (B,) int64, where the anchor is now.
     kept: (B, K) int64, positions in the input; ascending where `mask` is True.
+    Where nothing is dropped, `mask` is the one that came, and `anchor` and `kept` are None.
     """
 
     tokens: Tensor
     mask: Tensor
-    anchor: Tensor
-    kept: Tensor
+    anchor: Tensor | None = None
+    kept: Tensor | None = None
+
+    def labels(self, labels: Tensor) -> Tensor:
+        """Labels (B, L) of all tokens -> (B, K), of those that stay; a dropped token is not asked
+        for its own."""
+        if self.kept is None:
+            return labels
+        return labels.gather(1, self.kept).masked_fill(~self.mask, IGNORED)
 
 
 @dataclass(frozen=True)

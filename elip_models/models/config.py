@@ -1,0 +1,124 @@
+"""A model's config as data: how its image tower and its texts are reduced."""
+
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal, Self
+
+from elip_models.models.layers.text_reduction import TextReduction, TextStrategy
+from elip_models.reduction.schedule import Schedule
+from elip_models.reduction.scorers import ScorerName
+from elip_models.reduction.strategies.dense import Dense
+from elip_models.reduction.strategies.elip import Elip, ElipOptions
+from elip_models.reduction.strategy import Strategy
+from elip_models.reduction.strategy_spec import get_strategy, kinds_of, parse_spec
+from elip_models.validation import Count, Rate, Share, below, check_fields, did_you_mean
+
+TokenId = Annotated[Count, below("vocab_size")]
+
+
+class Config:
+    """Base of the frozen dataclasses that hold a model's hyper-parameters, each as annotated."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Raises ValueError for a name that is none of the fields."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(values.keys() - set(known))
+        if unknown:
+            close = did_you_mean(unknown[0], known)
+            raise ValueError(f"config: expected names among {known}, got {unknown}{close}")
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputConfig(Config):
+    """How an image and a caption become what the model reads, in training and evaluation.
+
+    resize: 'crop' shows the centre of an image, 'squash' all of it whatever the ratio of its sides.
+    captions: 'plain', or by the rules of 'albef' or 'blip', see `data/caption_rules.py`.
+    """
+
+    resize: Literal["crop", "squash"] = "crop"
+    captions: Literal["plain", "albef", "blip"] = "plain"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReductionConfig(InputConfig):
+    """How the image tower of a model is reduced: by default by ELIP, as the paper does.
+
+    strategy: 'elip', or a line that `get_strategy` reads, such as 'tome' or 'evit:keep_rate=0.7'.
+    strategy_options: its settings by name, {'r': 13}, beside those in the line. The options of
+        'elip' are the fields below; the others take of them `schedule` and `without_text`, where
+        they have such a setting that is not given here.
+    schedule: '2(100%) 2(90%) 6(65%) 2(40%)', or a preset; None for a dense image tower, and for the
+        others their own.
+    count_cls: keep ratios count CLS among the patches, as the official CLIP code.
+    scorer, fusion, guidance_norm, without_text, merge: see `ElipOptions`.
+
+    Raises:
+        TypeError, ValueError: naming the field, what was expected, what came.
+    """
+
+    strategy: str = "elip"
+    strategy_options: dict[str, Any] | None = None
+    schedule: str | None = None
+    count_cls: bool = False
+    scorer: ScorerName = "exact"
+    fusion: Share = Elip.fusion
+    guidance_norm: Literal["none", "match"] = Elip.guidance_norm
+    without_text: Literal["dense", "vision"] = "dense"
+    merge: bool = Elip.merge
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.schedule is not None:
+            self.elip(self.schedule).schedule.for_depth(self.vision_depth)
+        _ = self.reduction  # raises what is wrong with it
+
+    @property
+    def reduction(self) -> Strategy:
+        """How the image tower is reduced."""
+        name, written = parse_spec(self.strategy)
+        options = self.strategy_options or {}
+        schedule = self.schedule and Schedule.parse(self.schedule, count_cls=self.count_cls)
+        if name == Elip.name:
+            if written or options:
+                raise ValueError(
+                    "strategy_options: expected None with strategy='elip', whose options are "
+                    f"fields of their own, got {options or written!r}"
+                )
+            return self.elip(schedule) if schedule else Dense()
+        ours = {"schedule": schedule, "without_text": self.without_text}
+        left = kinds_of(name).keys() - written.keys() - options.keys()
+        taken = {name: value for name, value in ours.items() if name in left}
+        return get_strategy(self.strategy, **taken, **options)
+
+    def elip(self, schedule: Schedule | str) -> Elip:
+        """ELIP by that schedule, with the options that stand here."""
+        return Elip(schedule, **{name: getattr(self, name) for name in ElipOptions.__annotations__})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextReductionConfig(Config):
+    """How text tokens are dropped half way through the layers of a text tower.
+
+    text_reduction: 'random', 'post' or 'learned', see `TextReduction`; or None.
+    text_drop: share of a text's tokens that it drops.
+    """
+
+    text_reduction: TextStrategy | None = None
+    text_drop: Rate = 0.4
+
+    @property
+    def text_token_reduction(self) -> TextReduction | None:
+        """How texts are reduced; None where they are not, and where nothing would be dropped."""
+        if self.text_reduction is None or self.text_drop == 0:
+            return None
+        return TextReduction(self.text_reduction, self.text_drop)
+
+    @property
+    def image_guides_text(self) -> bool:
+        """Which text tokens are dropped is learned from the image."""
+        return self.text_reduction == "learned" and self.text_drop > 0
