@@ -61,7 +61,7 @@ NEEDS = {
     "elip_models.profiling": "train",
     "elip_models.save_reduced": "models",
     "elip_models.training.recipe": "train",
-    "elip_models.training.trainer": "models",
+    "elip_models.training.trainer": "train",
 }
 """Of the rooms and names that do not work with torch alone, the extra that their error names."""
 
