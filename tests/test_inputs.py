@@ -9,7 +9,7 @@ from PIL import Image
 from elip_models.data import EmojiScenes, ImageTextDataset, Sample, image_transform, tokenize
 from elip_models.data.caption_rules import CaptionRule, apply_caption_rule
 from elip_models.data.transforms import ResizeMode
-from elip_models.models.base import InputConfig
+from elip_models.models.config import InputConfig
 from elip_models.models.registry import create_model, load_model
 from elip_models.tasks.retrieval import evaluate_retrieval
 from elip_models.training.trainer import train
