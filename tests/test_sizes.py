@@ -178,6 +178,12 @@ def test_a_model_of_one_size_says_how_to_take_others(make, advice):
         encode_image(make(), pictures(), text(), schedule=SCHEDULE)
 
 
+def test_blocks_that_are_called_with_other_tokens_say_so():
+    model = reduce_(plain_vit(), schedule=SCHEDULE)
+    with pytest.raises(ValueError, match=r"expected 37 tokens before block 1, .*got 20"):
+        model.blocks(torch.randn(2, 20, 32))
+
+
 def test_the_head_may_be_reset_and_the_pooling_with_it():
     model, x = reduce_(plain_vit().eval(), schedule=SCHEDULE), images()
     model.reset_classifier(3)
