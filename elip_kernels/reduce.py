@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elip_kernels import launch
-from elip_kernels._operator import Operator
+from elip_kernels._operator import Operator, exports_onnx
 from elip_kernels._triton import tl, triton
 from elip_kernels._validate import check_flags, reduce_arguments
 from elip_kernels.info import ReductionInfo
@@ -148,7 +148,14 @@ def _places(scores: Tensor, real: Tensor | None, keep: int) -> Tensor:
 
 
 def _key(scores: Tensor, real: Tensor | None) -> Tensor:
-    """Integers (B, N-p) in the order of selection: numbers above NaN above padding."""
+    """Integers (B, N-p) in the order of selection: numbers above NaN above padding.
+
+    ONNX reads no bits: there the scores themselves, -inf being the least number, and NaN padding.
+    """
+    if exports_onnx():
+        is_last = scores.isnan() if real is None else scores.isnan() | ~real
+        key = scores.clamp(min=torch.finfo(scores.dtype).min)
+        return key.masked_fill(is_last, float("-inf"))
     bits = torch.int32 if scores.dtype == torch.float32 else torch.int64
     least, most = torch.iinfo(bits).min, torch.iinfo(bits).max
     key = (scores + 0.0).view(bits)  # one zero

@@ -4,6 +4,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elip_kernels._operator import exports_onnx
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """Positions (B, count) of the largest scores (B, N), descending; ties: the lower position."""
+    if exports_onnx():  # it has no stable sort, but a TopK that settles ties so
+        return scores.topk(count, dim=1).indices
+    return scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
+
 
 def flat_rows(rows: Tensor, N: int) -> Tensor:
     """rows (B, ...) of N rows an image -> (B * ...,), rows of all images counted through."""
@@ -20,6 +29,9 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
 def sum_rows(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     """x (B, N, D), rows and weight (B, G, M) -> (B, G, D), summed in the dtype of `weight`."""
     (B, N, D), (_, G, M) = x.shape, rows.shape
+    if exports_onnx():  # it has no bags, but a loop over them
+        taken = take_rows(x.to(weight.dtype), rows.reshape(B, G * M)).view(B, G, M, D)
+        return (weight[:, :, None] @ taken)[:, :, 0].to(x.dtype)
     sums = F.embedding_bag(
         flat_rows(rows, N).view(B * G, M),
         x.reshape(B * N, D).to(weight.dtype),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.stand_ins import (
-    REPLICATE,
+    REFUSALS,
     Entrance,
     ReducedBlock,
     Reduction,
@@ -111,7 +111,7 @@ def _install(reduction: Reduction) -> None:
     for i in reduction.acts_at:
         block = tower.blocks[i]
         block.forward = ReducedBlock(reduction, i, vars(block).get("forward"))
-    _refuse_methods(tower.model, (*tower.unsupported_methods, REPLICATE))
+    _refuse_methods(tower.model, (*tower.unsupported_methods, *REFUSALS))
     if image_text is None:
         return
     _refuse_methods(image_text.model, image_text.unsupported_methods)
