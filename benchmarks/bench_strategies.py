@@ -18,9 +18,8 @@ from elip_models.profiling.measure import time_side_by_side
 from elip_models.profiling.rows import DENSE, count, in_mode, measure
 from elip_models.profiling.workload import Workload
 from elip_models.reduction.flops import training_ratio
-from elip_models.reduction.schedule import PRESETS
 from elip_models.reduction.step import Forward
-from elip_models.reduction.strategies import STRATEGIES, Dense, default_strategy
+from elip_models.reduction.strategies import STRATEGIES, Dense
 from elip_models.reduction.strategies.elip import Elip
 from elip_models.towers import as_tower
 
@@ -30,9 +29,8 @@ SECONDS, LARGEST = 120, 256
 
 def strategies_at_equal_flops(tower):
     """By name, and the share of the dense training FLOPs."""
-    own = Elip(PRESETS["clip"], scorer="last")
-    share = training_ratio(own, tower.size)
-    strategies = {name: default_strategy(name, tower.size) for name in STRATEGIES} | {"elip": own}
+    share = training_ratio(Elip(), tower.size)
+    strategies = {name: strategy().fitted(tower) for name, strategy in STRATEGIES.items()}
     return {name: each.at_flops(tower, share) for name, each in strategies.items()}, share
 
 

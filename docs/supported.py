@@ -19,7 +19,7 @@ import transformers
 from torch import nn
 
 from elip_models.models.open_model import open_model
-from elip_models.reduction.strategies import STRATEGIES, default_strategy
+from elip_models.reduction.strategies import STRATEGIES
 from elip_models.towers import as_image_text, as_tower
 
 README = Path(__file__).parents[1] / "README.md"
@@ -83,7 +83,7 @@ def ask(model: nn.Module) -> dict[str, str | None]:
     answers: dict[str, str | None] = {}
     for name in STRATEGIES:
         try:
-            default_strategy(name, tower.size).check(tower)
+            STRATEGIES[name]().fitted(tower)
             answers[name] = None
         except (TypeError, ValueError) as error:
             answers[name] = _reason(error, name)

@@ -4,7 +4,14 @@ from typing import Any
 
 from elip_models.reduction.encode import encode_image
 from elip_models.reduction.once import SlowScorerWarning, UnguidedWarning
-from elip_models.reduction.patch import guidance, reduce_, unreduce_
+from elip_models.reduction.patch import (
+    guidance,
+    is_reduced,
+    record,
+    reduce_,
+    summary,
+    unreduce_,
+)
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import STRATEGIES, PatchDropout, Random, Resize, Trips
 from elip_models.reduction.strategies.adaptive import Adaptive
@@ -29,7 +36,10 @@ __all__ = [
     "create_model",
     "encode_image",
     "guidance",
+    "is_reduced",
+    "record",
     "reduce_",
+    "summary",
     "unreduce_",
     "use_sdpa_",
 ]

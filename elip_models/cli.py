@@ -167,11 +167,14 @@ def profile(
     ] = None,
     strategy: Annotated[
         list[str] | None,
-        typer.Option(help="Such as evit, tome:r=13, elip:scorer=last; default all."),
+        typer.Option(help="Such as evit, tome:r=13, elip:scorer=exact; default all."),
     ] = None,
     schedule: Annotated[str | None, typer.Option(help="Of strategies that say none.")] = None,
     flops: Annotated[
         float | None, typer.Option(help="Share of dense training FLOPs that all are set to.")
+    ] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="Share of tokens, mean over layers, that all are set to.")
     ] = None,
     batch_size: Annotated[list[int], typer.Option(min=1)] = [8],  # noqa: B006, typer copies it
     mode: Annotated[str, typer.Option(help="training, inference or both.")] = "both",
@@ -193,6 +196,7 @@ def profile(
         strategies=strategy or (),
         schedule=schedule,
         flops=flops,
+        keep=keep,
         batch_sizes=batch_size,
         mode=mode,
         dtype=dtype,

@@ -45,6 +45,7 @@ def test_text_guides_the_image_tower_through_the_transposed_projection():
         inputs["images"],
         text @ model.image_projection.weight,
         schedule="2(100%) 2(90%) 6(65%) 2(40%)",
+        scorer="exact",
         fusion=0.3,
     )
     assert tokens.shape[1] == 6 + 2
@@ -229,7 +230,7 @@ def test_patch_dropout_ends_at_its_step():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"strategy": "tomee"}, "strategy: expected one of"),
+        ({"strategy": "tomee"}, "did you mean 'tome'"),
         ({"strategy": "tome"}, "schedule: expected none with strategy='tome'"),
         ({"strategy_options": {"r": 2}}, "strategy_options: expected None"),
         ({"strategy": "random", "strategy_options": {"r": 2}}, "r: expected none"),

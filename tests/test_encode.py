@@ -18,7 +18,8 @@ def test_dense_schedule_is_timms_own_forward(make):
     model, x = make(), images()
     expected = model.forward_features(x)
     assert torch.equal(elip_models.encode_image(model, x, text(), schedule="6(100%)"), expected)
-    assert torch.equal(elip_models.encode_image(model, x, schedule=SCHEDULE), expected)
+    unguided = elip_models.encode_image(model, x, schedule=SCHEDULE, without_text="dense")
+    assert torch.equal(unguided, expected)
 
 
 @pytest.mark.slow

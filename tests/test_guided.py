@@ -15,7 +15,7 @@ from elip_models.data import load_tokenizer, tokenize
 from elip_models.models.clip import CLIP, CLIPConfig
 from elip_models.reduction.encode import encode_image
 from elip_models.validation import ConfigError
-from tests.models import hf_blip, hf_clip, open_clip_pair
+from tests.models import hf_blip, hf_clip, hf_siglip, open_clip_pair
 from tests.test_cli import elip
 from tests.test_image_text import guidance_of
 from tests.test_open_model import tiny_vit
@@ -126,6 +126,18 @@ def test_models_of_transformers_are_guided_by_theirs(make, tmp_path, small_token
     assert len(guided.stage_infos(images, CAPTIONS)) == 2
     long = guided.guide(["two cats " * 20] * 2)
     assert long.shape == (2, guided.tower.width)
+
+
+def test_siglip_is_guided_by_texts_of_full_length(tmp_path, small_tokenizer, pairs):
+    model = hf_siglip().eval()
+    model.save_pretrained(tmp_path)
+    small_tokenizer.save_pretrained(tmp_path)
+    guided = open_guided(f"hf:{tmp_path}", schedule=SIX)
+    length = model.config.text_config.max_position_embeddings
+    full = {"padding": "max_length", "max_length": length, "return_tensors": "pt"}
+    ids = small_tokenizer(CAPTIONS, **full).input_ids
+    torch.testing.assert_close(guided.guide(CAPTIONS), guidance_of(model, ids))
+    assert len(guided.stage_infos(normalised(guided, pairs), CAPTIONS)) == 2
 
 
 def test_open_clip_is_guided_by_its_own(monkeypatch, pairs):

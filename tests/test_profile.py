@@ -24,11 +24,11 @@ from elip_models.profiling.rows import in_mode, profile_model, tokens_of, verdic
 from elip_models.profiling.table import runs
 from elip_models.profiling.workload import Workload
 from elip_models.reduction.patch import is_reduced
-from elip_models.reduction.strategies import STRATEGIES, PatchDropout, default_strategy
+from elip_models.reduction.strategies import STRATEGIES, PatchDropout
 from elip_models.reduction.strategies.elip import Elip
 from elip_models.reduction.strategies.evit import EViT
 from elip_models.reduction.strategies.tome import ToMe
-from elip_models.reduction.strategy_spec import VIT_B16, StrategySpec
+from elip_models.reduction.strategy_spec import get_strategy
 from elip_models.towers import as_image_text
 from elip_models.training.report import _timing_table, scorer_costs
 from tests.models import hf_blip, hf_clip, open_clip_pair
@@ -46,7 +46,7 @@ def tiny_clip():
 def test_flops_only_of_two_models_as_json(tmp_path, capsys):
     output = tmp_path / "table.json"
     models = ("--model", "timm:vit_base_patch16_224", "--model", "clip_tiny")
-    strategies = ("--strategy", "elip", "--strategy", "tome:r=4")
+    strategies = ("--strategy", "elip:scorer=exact", "--strategy", "tome:r=4")
     options = ("--flops-only", "--output", output, "--batch-size", 2, "--mode", "both")
     assert elip("profile", *models, *strategies, *options) == 0
     printed = capsys.readouterr().out
@@ -56,7 +56,7 @@ def test_flops_only_of_two_models_as_json(tmp_path, capsys):
     assert found["device"] == "meta" and found["left_out"] == []
     rows = {(r["model"], r["mode"], r["strategy"]): r for r in found["rows"]}
     assert len(rows) == len(found["rows"]) == 2 * 2 * 3
-    row = rows["timm:vit_base_patch16_224", "training", "elip"]
+    row = rows["timm:vit_base_patch16_224", "training", "elip:scorer=exact"]
     assert row["tokens"][2] == [178, 178]
     assert row["retained"] == pytest.approx((2 * 197 + 2 * 178 + 6 * 129 + 2 * 80) / 12 / 197)
     assert row["flops_ratio"] == pytest.approx(0.877, abs=0.001)
@@ -68,13 +68,13 @@ def test_flops_only_of_two_models_as_json(tmp_path, capsys):
 
 def test_equal_cost_leaves_out_what_cannot_reach_it(tmp_path, capsys):
     output = tmp_path / "table.json"
-    strategies = ("--strategy", "elip:scorer=official", "--strategy", "evit")
-    options = ("--flops-only", "--output", output, "--mode", "training", "--flops", 0.6)
+    strategies = ("--strategy", "elip:scorer=official", "--strategy", "patch_dropout")
+    options = ("--flops-only", "--output", output, "--mode", "training", "--flops", 0.23)
     assert elip("profile", "--model", "timm:vit_tiny_patch16_224", *strategies, *options) == 0
-    assert "the nearest is 0.7" in capsys.readouterr().out
+    assert "the nearest is 0.2" in capsys.readouterr().out
     found = json.loads(output.read_text())
-    assert [row["strategy"] for row in found["rows"]] == ["dense", "evit"]
-    assert found["rows"][1]["flops_ratio"] == pytest.approx(0.6, rel=0.01)
+    assert [row["strategy"] for row in found["rows"]] == ["dense", "patch_dropout"]
+    assert found["rows"][1]["flops_ratio"] == pytest.approx(0.23, rel=0.01)
     assert [each["strategy"] for each in found["left_out"]] == ["elip:scorer=official"]
 
 
@@ -176,19 +176,16 @@ def test_nothing_is_timed_on_the_meta_device():
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_name_is_the_strategy_of_its_paper(name):
-    assert StrategySpec.parse(name).build(VIT_B16) == default_strategy(name, VIT_B16)
+    assert get_strategy(name) == STRATEGIES[name]()
 
 
 def test_settings_of_a_strategy():
-    assert StrategySpec.parse("tome:r=13,proportional=false").build() == ToMe(13, False)
-    assert StrategySpec.parse("evit:layers=3,6,9,keep_rate=0.5").build() == EViT(0.5, (3, 6, 9))
-    assert StrategySpec.parse("evit:layers=all").build().layers == "all"
-    spec = StrategySpec.parse(f"elip: scorer=2, schedule={SCHEDULE.replace('1(30%)', '2(30%)')}")
-    assert str(spec.build(schedule="6(100%)").schedule).endswith("2(30%)")
-    assert (
-        str(StrategySpec.parse("elip").build(VIT_B16, "2(100%) 4(50%)").schedule)
-        == "2(100%) 4(50%)"
-    )
+    assert get_strategy("tome:r=13,proportional=false") == ToMe(13, False)
+    assert get_strategy("evit:layers=3,6,9,keep_rate=0.5") == EViT(0.5, (3, 6, 9))
+    assert get_strategy("evit:layers=all").layers == "all"
+    elip_ = get_strategy(f"elip: scorer=2, schedule={SCHEDULE.replace('1(30%)', '2(30%)')}")
+    assert str(elip_.schedule).endswith("2(30%)")
+    assert str(get_strategy("elip", schedule="2(100%) 4(50%)").schedule) == "2(100%) 4(50%)"
 
 
 @pytest.mark.parametrize(
@@ -209,7 +206,7 @@ def test_settings_of_a_strategy():
 )
 def test_a_strategy_that_there_is_not(text, message, capsys):
     with pytest.raises((TypeError, ValueError)) as error:
-        StrategySpec.parse(text)
+        get_strategy(text)
     assert message in str(error.value)
     assert elip("profile", "--model", "clip_tiny", "--strategy", text) == 2
     assert capsys.readouterr().err.startswith(f"error: --strategy: {str(error.value)[:40]}")

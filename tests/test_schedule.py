@@ -94,4 +94,4 @@ def test_wrong_type_and_too_few_patches():
 
 def test_wrong_depth_suggests_the_scaled_string():
     with pytest.raises(ValueError, match=r"expected 24 layers.*got 12.*'4\(100%\) 4\(90%\)"):
-        Schedule.parse(PAPER).check_depth(24)
+        Schedule.parse(PAPER).for_depth(24)

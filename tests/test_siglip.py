@@ -5,7 +5,7 @@ import torch
 
 import elip_kernels
 import elip_models
-from elip_models.reduction.strategies import get_strategy
+from elip_models.reduction.strategy_spec import get_strategy
 from elip_models.towers import as_image_text, as_tower
 from tests.models import hf_siglip, siglip_vision
 from tests.towers import SCHEDULE, WIDTH, images, text

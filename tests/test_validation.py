@@ -12,9 +12,8 @@ from elip_models.models.layers.text_reduction import TextReduction
 from elip_models.models.registry import CONFIGS
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.scorers import SCORERS, ScorerName
-from elip_models.reduction.strategies import STRATEGIES, default_strategy
+from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.strategies.elip import Elip, ElipOptions
-from elip_models.reduction.strategy_spec import VIT_B16
 from elip_models.validation import (
     Bounds,
     Count,
@@ -112,7 +111,7 @@ def test_fields_are_held_to_their_annotations_and_to_one_another(arguments, erro
     assert hash(Tower()) == hash(replace(Tower(heads=4), heads=3))
 
 
-EVERY = {name: default_strategy(name, VIT_B16) for name in STRATEGIES}
+EVERY = {name: strategy() for name, strategy in STRATEGIES.items()}
 EVERY |= CONFIGS | {"decoding": Decoding(), "text_reduction": TextReduction("post")}
 EVERY |= {"schedule": Schedule.parse("clip")}
 

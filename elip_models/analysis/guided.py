@@ -20,7 +20,6 @@ from elip_models.data.sample import decode_image
 from elip_models.models.open_model import open_model, split_spec
 from elip_models.models.registry import elip_strategy
 from elip_models.reduction.encode import encode_image
-from elip_models.reduction.schedule import PRESETS, Schedule
 from elip_models.reduction.strategies.elip import Elip
 from elip_models.reduction.strategy import StageInfo
 from elip_models.towers import Reducible, Tower, as_reducible, as_tower
@@ -69,8 +68,11 @@ class Guided:
     @torch.no_grad()
     def stage_infos(self, images: Tensor, captions: Sequence[str]) -> list[StageInfo]:
         """Reduce normalised images (B, 3, H, W), each guided by its caption -> one info a stage."""
-        text_cls = None if self.guide is None else self.guide(captions)
-        strategy = replace(self.strategy, without_text="vision")
+        text_cls, strategy = None, self.strategy
+        if self.guide is not None:
+            text_cls = self.guide(captions)
+        elif self.tower.has_cls:
+            strategy = replace(strategy, without_text="vision")
         _, infos = encode_image(
             self.image_model, images, text_cls, strategy=strategy, return_info=True
         )
@@ -103,8 +105,7 @@ def open_guided(
         mean, std = (torch.tensor(each)[:, None, None] for each in reducible.image_stats())
     options = {"schedule": schedule, "scorer": scorer, "fusion": fusion}
     given = {name: value for name, value in options.items() if value is not None}
-    paper = Elip(Schedule.parse(PRESETS["clip"]).scaled(tower.depth))
-    own = elip_strategy(model) if reducible.reduces_itself else paper
+    own = elip_strategy(model) if reducible.reduces_itself else Elip()
     strategy = _changed(own, tower, given)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     is_guided = reducible.has_text and strategy.fusion < 1.0
@@ -116,8 +117,7 @@ def open_guided(
 def _changed(strategy: Elip, tower: Tower, given: dict[str, Any]) -> Elip:
     """Put what was given in place of the strategy's own options, and check it."""
     try:
-        strategy = replace(strategy, **given)
-        strategy.schedule.check_depth(tower.depth)
+        strategy = replace(strategy, **given).fitted(tower)
         if not strategy.schedule.stages(tower.num_patches):
             raise ValueError(
                 f"schedule: expected a group that keeps less than 100%, got '{strategy.schedule}'"

@@ -50,23 +50,23 @@ class Config:
 
 @dataclass(frozen=True, kw_only=True)
 class ReductionConfig(Config):
-    """How the image tower of a model is reduced by ELIP.
+    """How the image tower of a model is reduced by ELIP: by default as the paper does.
 
     schedule: '2(100%) 2(90%) 6(65%) 2(40%)', or None for a dense image tower.
     scorer, fusion, guidance_norm, without_text, merge: see `ElipOptions`.
     """
 
     schedule: str | None = None
-    scorer: ScorerName = Elip.scorer
+    scorer: ScorerName = "exact"
     fusion: Share = Elip.fusion
     guidance_norm: Literal["none", "match"] = Elip.guidance_norm
-    without_text: Literal["dense", "vision"] = Elip.without_text
+    without_text: Literal["dense", "vision"] = "dense"
     merge: bool = Elip.merge
 
     def check_schedule(self) -> None:
         """Raises ValueError where the schedule is no schedule of the image tower's depth."""
         if self.schedule is not None:
-            self.elip(self.schedule).schedule.check_depth(self.vision_depth)
+            self.elip(self.schedule).schedule.for_depth(self.vision_depth)
 
     def elip(self, schedule: Schedule | str) -> Elip:
         """ELIP by that schedule, with the options that stand here."""

@@ -25,9 +25,10 @@ from elip_models.models.layers.text_reduction import TextReduction, TextStrategy
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.once import UnguidedWarning, warn_once
 from elip_models.reduction.schedule import Schedule
-from elip_models.reduction.strategies import PatchDropout, get_strategy
+from elip_models.reduction.strategies import PatchDropout
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
+from elip_models.reduction.strategy_spec import get_strategy
 from elip_models.towers import as_tower
 from elip_models.towers.reducible import random_ids
 from elip_models.validation import (
@@ -126,7 +127,6 @@ class CLIP(PretrainedModel):
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
         self.config = config
-        self.reduction = config.reduction
         self.dense = Dense()
         self.visual = VisionTransformer(
             img_size=config.image_size,
@@ -143,7 +143,7 @@ class CLIP(PretrainedModel):
         )
         _init_visual(self.visual)
         self.tower = as_tower(self.visual)
-        self.reduction.check(self.tower)
+        self.reduction = config.reduction.fitted(self.tower)
         self.text = CLIPTextTower(
             width=config.text_width,
             depth=config.text_depth,
@@ -270,7 +270,7 @@ class CLIP(PretrainedModel):
     def begin_step(self, step: int, epoch: float = math.inf) -> None:
         """End patch dropout where it ends, before step `step` of training, from 0."""
         if isinstance(self.config.reduction, PatchDropout):
-            self.reduction = self.config.reduction.at(step)
+            self.reduction = self.config.reduction.at(step).fitted(self.tower)
 
     @torch.no_grad()
     def clamp_temperature_(self) -> None:

@@ -154,5 +154,4 @@ def elip_strategy(model: PretrainedModel) -> Elip:
     dense or reduces in another way."""
     if isinstance(model.reduction, Elip):
         return model.reduction
-    paper = Schedule.parse(PRESETS[model.family]).scaled(model.config.vision_depth)
-    return model.config.elip(paper)
+    return model.config.elip(Schedule.parse(model.family).for_depth(model.config.vision_depth))

@@ -6,7 +6,7 @@ fit it; those that do not, or that cannot reach the FLOPs asked for, are left ou
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -28,7 +28,8 @@ from elip_models.profiling.workload import Workload
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.strategy import Strategy
-from elip_models.reduction.strategy_spec import StrategySpec
+from elip_models.reduction.strategy_spec import get_strategy, kinds_of, parse_spec
+from elip_models.reduction.summary import runs
 from elip_models.towers import as_reducible, as_tower
 from elip_models.validation import ConfigError, blame
 
@@ -40,16 +41,18 @@ WIDTH = 180  # of what is not printed on a terminal
 class ProfileSettings:
     """The options of `elip profile`.
 
-    models: specs of `open_model`. strategies: see strategy_spec.py.
+    models: specs of `open_model`. strategies: lines of text, see `get_strategy`.
     schedule: of the strategies that take one and do not say theirs; None is ELIP's.
     flops: share of the dense tower's training FLOPs that every strategy is set to, if any.
+    keep: or share of its tokens.
     rounds: of the timing; None counts alone, without memory for weights.
     """
 
     models: tuple[str, ...]
-    strategies: tuple[StrategySpec, ...]
+    strategies: tuple[str, ...]
     schedule: str | None = None
     flops: float | None = None
+    keep: float | None = None
     batch_sizes: tuple[int, ...] = (8,)
     modes: tuple[Mode, ...] = MODES
     dtype: str = "fp32"
@@ -145,17 +148,26 @@ def _fitting(
     """Try the strategies on the model -> those that fit, by the name of their rows, and the
     others."""
     workload, found, left_out = Workload(model, 1), {}, []
-    for spec in settings.strategies:
+    for text in settings.strategies:
         try:
-            strategy = spec.build(workload.tower.size, settings.schedule)
+            strategy = _strategy_of(text, settings.schedule).fitted(workload.tower)
             if settings.flops is not None:
                 strategy = strategy.at_flops(workload.tower, settings.flops)
+            if settings.keep is not None:
+                strategy = strategy.at_keep(workload.tower, settings.keep)
             workload.forward(strategy)
         except (TypeError, ValueError) as error:
-            left_out.append(LeftOut(name, spec.text, " ".join(str(error).split())))
+            left_out.append(LeftOut(name, text, " ".join(str(error).split())))
         else:
-            found[spec.text] = strategy
+            found[text] = strategy
     return found, left_out
+
+
+def _strategy_of(text: str, schedule: str | None) -> Strategy:
+    """The strategy of that line, by `schedule` where it takes one and the line has none."""
+    name, written = parse_spec(text)
+    takes = "schedule" in kinds_of(name) and "schedule" not in written
+    return get_strategy(text, schedule=schedule if takes else None)
 
 
 def table_of(profile: Profile) -> Table:
@@ -206,21 +218,13 @@ def _cells(row: Row) -> list[str]:
     return cells
 
 
-def runs(counts: Iterable[int]) -> str:
-    """Write counts as '2×197 2×178 6×129 2×80'; of many different ones, the first two and the
-    last."""
-    found = [(len(list(same)), count) for count, same in groupby(counts)]
-    if len(found) > 6:
-        return f"{found[0][1]} {found[1][1]} .. {found[-1][1]}"
-    return " ".join(f"{times}×{count}" for times, count in found)
-
-
 def settings_of(
     *,
     models: Sequence[str],
     strategies: Sequence[str],
     schedule: str | None,
     flops: float | None,
+    keep: float | None,
     batch_sizes: Sequence[int],
     mode: str,
     dtype: str,
@@ -237,16 +241,22 @@ def settings_of(
         raise ConfigError(f"--mode: expected {', '.join(MODES)} or both, got {mode!r}")
     if flops is not None and not 0 < flops <= 1:
         raise ConfigError(f"--flops: expected a share of dense in (0, 1], got {flops}")
+    if keep is not None and not 0 < keep <= 1:
+        raise ConfigError(f"--keep: expected a share of dense in (0, 1], got {keep}")
+    if flops is not None and keep is not None:
+        raise ConfigError(f"--keep: expected it or --flops, got {keep} beside --flops {flops}")
     with blame("--schedule"):
-        schedule = None if schedule is None else str(Schedule.parse(schedule))
+        _ = schedule and Schedule.parse(schedule)
     with blame("--strategy"):
-        specs = tuple(dict.fromkeys(strategies or (*STRATEGIES, "elip:scorer=last")))
-        parsed = tuple(StrategySpec.parse(text) for text in specs)
+        specs = tuple(dict.fromkeys(strategies or (*STRATEGIES, "elip:scorer=exact")))
+        for text in specs:
+            get_strategy(text)
     return ProfileSettings(
         models=tuple(dict.fromkeys(models)),
-        strategies=parsed,
+        strategies=specs,
         schedule=schedule,
         flops=flops,
+        keep=keep,
         batch_sizes=tuple(dict.fromkeys(batch_sizes)),
         modes=tuple(each for each in MODES if mode in (each, "both")),
         dtype=dtype,

@@ -71,13 +71,11 @@ class Workload:
     def _reduced_by(self, strategy: Strategy | None) -> Callable[..., object]:
         """Prepare what is called with the inputs; it shares all weights with the model."""
         if not self.reducible.has_text:
-            strategy = strategy or Dense()
-            strategy.check(self.tower)
+            strategy = (strategy or Dense()).fitted(self.tower)
             return partial(encode_image, self.model, strategy=strategy)
         model = shared_copy(self.model)
         if self.reducible.reduces_itself:
-            model.reduction = strategy or model.dense
-            model.reduction.check(model.tower)
+            model.reduction = (strategy or model.dense).fitted(model.tower)
         elif strategy is not None:
             reduce_(model, strategy=strategy)
         return model

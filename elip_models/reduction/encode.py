@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from elip_models.reduction.patch import is_reduced_tower
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.step import Forward
-from elip_models.reduction.strategies import get_strategy
 from elip_models.reduction.strategies.elip import ElipOptions, check_text
 from elip_models.reduction.strategy import StageInfo, Strategy
+from elip_models.reduction.strategy_spec import get_strategy
 from elip_models.towers import Tower, as_tower, in_forward
 
 
@@ -22,6 +22,7 @@ def encode_image(
     images: Tensor,
     text_cls: Tensor | None = None,
     *,
+    keep: float | None = None,
     schedule: Schedule | str | None = None,
     strategy: str | Strategy = "elip",
     return_info: bool = False,
@@ -34,11 +35,9 @@ def encode_image(
         images: (B, 3, H, W).
         text_cls: (B, D), the text encoder's CLS output in the tower's width D; detached here.
             Strategies that no text guides do not read it.
-        schedule: as '2(100%) 2(90%) 6(65%) 2(40%)'; its layers add up to the tower's depth.
-        strategy: a name in `elip_models.STRATEGIES`, or an instance, which then holds all options.
+        keep, schedule, strategy, options: as of `reduce_`, with the same defaults. The paper's are
+            scorer='exact' and without_text='dense'.
         return_info: also return a `StageInfo` for every step.
-        options: scorer, fusion, guidance_norm, without_text and merge, see `ElipOptions`; by
-            default 'exact', 0.8, 'none', 'dense' and True.
 
     Returns:
         (B, K+2, D) after the tower's final norm, before pooling (K+1 without merging); one token
@@ -49,8 +48,9 @@ def encode_image(
         ValueError: bad arguments, or a model that `reduce_` has already changed.
     """
     tower = as_tower(model)
-    strategy = get_strategy(strategy, schedule=schedule, **options)
-    strategy.check(tower)
+    strategy = get_strategy(strategy, schedule=schedule, **options).fitted(tower)
+    if keep is not None:
+        strategy = strategy.at_keep(tower, keep)
     if not isinstance(return_info, bool):
         raise TypeError(f"return_info: expected True or False, got {return_info!r}")
     _check_images(images, tower)

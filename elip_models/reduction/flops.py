@@ -8,7 +8,8 @@ twice the forward: a product for the input and one for the weight, of which the 
 Softmax, norms and moves of tokens are not counted.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from elip_models.reduction.once import once
 from elip_models.towers import Size
@@ -17,7 +18,9 @@ from elip_models.validation import PositiveShare, check
 if TYPE_CHECKING:
     from elip_models.reduction.strategy import Strategy
 
-TOLERANCE = 0.01  # of the share that `at_flops` is asked for
+S = TypeVar("S", bound="Strategy")
+
+TOLERANCE = 0.01  # of the share that `at_flops` or `at_keep` is asked for
 
 
 class Flops(NamedTuple):
@@ -54,25 +57,53 @@ def inference_ratio(strategy: "Strategy", size: Size) -> float:
     return strategy_flops(strategy, size).forward / dense_flops(size).forward
 
 
-def nearest(strategy: "Strategy", size: Size, ratio: float, *, exactly: bool = True) -> "Strategy":
+def kept_share(strategy: "Strategy", size: Size) -> float:
+    """Tokens of a block against the dense tower's, mean over the blocks and both their halves."""
+    counts = strategy.token_counts(size)
+    return sum(layer.attention + layer.mlp for layer in counts) / (2 * size.depth * size.num_tokens)
+
+
+def at_flops(strategy: S, size: Size, ratio: float, *, exactly: bool = True) -> S:
     """The strategy at the strength whose training FLOPs are nearest to `ratio` of dense.
 
     exactly: an error where that is not within `TOLERANCE`.
     """
     check("ratio", ratio, PositiveShare)
+    best = _nearest(strategy, size, ratio, training_ratio)
+    reached = training_ratio(best, size)
+    if exactly and abs(reached / ratio - 1) > TOLERANCE:
+        raise ValueError(
+            f"ratio: expected a share of the dense training FLOPs that {strategy} can reach within "
+            f"{TOLERANCE:.0%} in a tower of {size.depth} layers, got {ratio}; the nearest is "
+            f"{reached:.4f}"
+        )
+    return best
+
+
+def at_keep(strategy: S, size: Size, keep: float) -> S:
+    """The strategy at the strength that leaves nearest to `keep` of the tokens."""
+    check("keep", keep, PositiveShare)
+    best = _nearest(strategy, size, keep, kept_share)
+    least = kept_share(strategy.at_strength(size, 1.0), size)
+    if keep < least * (1 - TOLERANCE):
+        raise ValueError(
+            f"keep: expected at least {least:.3f}, what {strategy} leaves of the tokens at its "
+            f"strongest, on average over the {size.depth} layers, got {keep}; reduce in earlier "
+            "layers to keep less"
+        )
+    return best
+
+
+def _nearest(
+    strategy: S, size: Size, target: float, share: Callable[["Strategy", Size], float]
+) -> S:
+    """The strategy at the strength whose `share`, which falls with it, is nearest to `target`."""
     low, high = 0.0, 1.0
     for _ in range(30):
         middle = (low + high) / 2
-        if training_ratio(strategy.at_strength(size, middle), size) > ratio:
+        if share(strategy.at_strength(size, middle), size) > target:
             low = middle
         else:
             high = middle
     found = [strategy.at_strength(size, strength) for strength in (0.0, low, high)]
-    best = min(found, key=lambda each: abs(training_ratio(each, size) - ratio))
-    reached = training_ratio(best, size)
-    if exactly and abs(reached / ratio - 1) > TOLERANCE:
-        raise ValueError(
-            f"ratio: expected a share of the dense training FLOPs that {strategy.name!r} can "
-            f"reach within {TOLERANCE:.0%}, got {ratio}; the nearest is {reached:.4f}"
-        )
-    return best
+    return min(found, key=lambda each: abs(share(each, size) - target))

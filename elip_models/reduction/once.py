@@ -28,7 +28,7 @@ class SlowScorerWarning(UserWarning):
 
 
 class UnguidedWarning(UserWarning):
-    """Nothing is reduced, since no guidance was given."""
+    """No text guides a reduction: it goes by the image alone, or there is none."""
 
 
 @contextmanager

@@ -6,7 +6,7 @@ and state_dict keys stay. All state is plain attributes of these objects (`stand
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Unpack
+from typing import TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -18,43 +18,62 @@ from elip_models.reduction.stand_ins import (
     ReducedBlock,
     Reduction,
     Refusal,
+    Representation,
     TextFirst,
+    recording,
 )
-from elip_models.reduction.strategies import STRATEGIES, get_strategy
 from elip_models.reduction.strategies.elip import ElipOptions
-from elip_models.reduction.strategy import Strategy
+from elip_models.reduction.strategy import StageInfo, Strategy
+from elip_models.reduction.strategy_spec import get_strategy
+from elip_models.reduction.summary import Summary
 from elip_models.towers import Tower, as_image_text, as_tower
 
-StandIn = ReducedBlock | Entrance | Refusal
+M = TypeVar("M", bound=nn.Module)
+StandIn = ReducedBlock | Entrance | Refusal | Representation
 
 
 def reduce_(
-    model: nn.Module,
+    model: M,
     *,
+    keep: float | None = None,
     schedule: Schedule | str | None = None,
     strategy: str | Strategy = "elip",
     **options: Unpack[ElipOptions],
-) -> nn.Module:
+) -> M:
     """Make an image model drop and merge tokens, in place; returns the model.
 
-    Parameters, state_dict keys and the call stay the same. A second call replaces the settings.
+        model = timm.create_model("vit_base_patch16_224", pretrained=True)
+        elip_models.reduce_(model)                          # the paper's schedule
+        elip_models.reduce_(model, keep=0.7)                # 70% of the tokens, mean over layers
+        elip_models.reduce_(model, strategy="tome:r=8")     # another strategy, with its settings
+        elip_models.reduce_(model, schedule="2(100%) 10(50%)", scorer="exact")
+        print(elip_models.summary(model))                   # tokens a layer, FLOPs against dense
+        elip_models.unreduce_(model)                        # the untouched model again
+
+    Parameters, state_dict keys and the call stay the same. A further call replaces the settings and
+    costs about a millisecond, so that the rate may change from step to step.
     The last block runs for all tokens, since the model's own forward may read them; CLIP's image
     tower in inference runs it for CLS alone.
     Call it before torch.compile, which does not see what comes later. Guidance, where there is any,
     comes by `with guidance(model, text_cls):` around the forward. A whole language-image model
-    guides itself: its forward encodes the text first, without gradient, and again as it always did;
-    image i is guided by text i, and another number of texts is an error.
+    guides itself: its forward encodes the text first, without gradient, and again as it always did.
+    Image i is guided by text i, every image by a single text; with another number of texts, as in
+    zero-shot classification, and where images are encoded alone, no text guides.
 
     Args:
         model: an image model of timm, open_clip or transformers with a CLS token, or SigLIP's; or
             a whole open_clip CLIP, transformers CLIPModel, SiglipModel or
             BlipForImageTextRetrieval.
-        schedule: as '2(100%) 2(90%) 6(65%) 2(40%)'; its layers add up to the model's depth.
-        strategy: a name in `elip_models.STRATEGIES`, or an instance, which then holds all options.
-        options: scorer, fusion, guidance_norm, without_text and merge, see `ElipOptions`. The
-            scorer defaults to 'last', which runs no layer twice; without_text to 'vision' for an
-            image model, to 'dense' for a whole one and for SigLIP's, where images without text stay
-            as they were.
+        keep: the mean share of tokens over the layers, in (0, 1], that the strategy is set to, for
+            every strategy; None leaves it as its settings or its schedule say.
+        schedule: as '2(100%) 2(90%) 6(65%) 2(40%)', whose layers add up to the model's depth; or a
+            preset of the paper's models, 'clip' (the default), 'albef', 'blip' or 'meter', scaled
+            to that depth.
+        strategy: a name in `elip_models.STRATEGIES`, or a line such as 'evit:keep_rate=0.6', or an
+            instance, which then holds all options.
+        options: scorer ('last' by default, 'exact', 'cls', 'official', or a number), fusion (0.8),
+            guidance_norm ('none'), without_text ('vision'; 'dense' of a tower without CLS) and
+            merge (True), see `ElipOptions`.
 
     Raises:
         TypeError: a model that cannot be reduced, or a compiled one, with the reason.
@@ -63,13 +82,9 @@ def reduce_(
     _refuse_compiled(model, "reduce_")
     image_text = as_image_text(model)
     tower = as_tower(model if image_text is None else image_text.image_model)
-    defaults: dict[str, Any] = {}
-    if isinstance(strategy, str) and strategy in STRATEGIES:
-        is_whole = image_text is not None
-        defaults = STRATEGIES[strategy].patch_defaults(tower, is_whole=is_whole)
-    given = {name: value for name, value in options.items() if value is not None}
-    strategy = get_strategy(strategy, schedule=schedule, **(defaults | given))
-    strategy.check(tower)
+    strategy = get_strategy(strategy, schedule=schedule, **options).fitted(tower)
+    if keep is not None:
+        strategy = strategy.at_keep(tower, keep)
     reduction = Reduction(tower, strategy, image_text)
     if any(_are_alike(reduction, other) for other in _reductions(model)):
         return model  # nothing changes, not even for a compiler that has seen it
@@ -101,6 +116,8 @@ def _refuse_replaced(reduction: Reduction) -> None:
 
 def _install(reduction: Reduction) -> None:
     tower, strategy, image_text = reduction.tower, reduction.strategy, reduction.image_text
+    shown = tower.model if image_text is None else image_text.model
+    shown.extra_repr = Representation(reduction, vars(shown).get("extra_repr"))
     if not reduction.acts_at and not strategy.changes_embedding:
         return
     if strategy.changes_embedding:
@@ -126,7 +143,7 @@ def _refuse_methods(model: nn.Module, names: tuple[str, ...]) -> None:
         setattr(model, name, Refusal(name, vars(model).get(name)))
 
 
-def unreduce_(model: nn.Module) -> nn.Module:
+def unreduce_(model: M) -> M:
     """Undo `reduce_`, also on a deepcopied or unpickled model; returns the model.
 
     Of the image model inside a whole one that was reduced, the whole one is undone.
@@ -158,6 +175,22 @@ def unreduce_(model: nn.Module) -> nn.Module:
     return model
 
 
+def summary(model: nn.Module) -> Summary:
+    """How the model is reduced now: strategy, tokens a layer, FLOPs against dense, what guides it.
+
+    Of a model that `reduce_` has not changed, the dense tower's.
+
+    Raises:
+        TypeError: a model that cannot be reduced, with the reason.
+    """
+    found = _reductions(model) if isinstance(model, nn.Module) else []
+    if found:
+        return found[0].summary
+    image_text = as_image_text(model)
+    tower = as_tower(model if image_text is None else image_text.image_model)
+    return Summary.of(tower, None, is_whole=image_text is not None)
+
+
 def is_reduced(model: nn.Module) -> bool:
     """Whether `reduce_` has changed the model, or one inside it."""
     return isinstance(model, nn.Module) and bool(_reductions(model))
@@ -171,8 +204,30 @@ def is_reduced_tower(tower: Tower) -> bool:
 
 
 @contextmanager
+def record(model: nn.Module) -> Iterator[list[StageInfo]]:
+    """What the steps of the reduced `model` do in the forwards inside, one `StageInfo` each.
+
+        with elip_models.record(model) as infos:
+            model(images)
+        infos[-1].reduction.kept          # (B, K) where the tokens stood before the last step
+
+    They come in the order of the steps, forward after forward; of the thread or asyncio task that
+    enters, without those that a checkpoint recomputes. What `encode_image` does, it returns itself.
+
+    Raises:
+        TypeError: a compiled model, whose graph tells nothing.
+        ValueError: a model that `reduce_` has not changed.
+    """
+    _refuse_compiled(model, "record")
+    infos: list[StageInfo] = []
+    with recording(_reduced(model), infos):
+        yield infos
+
+
+@contextmanager
 def guidance(model: nn.Module, text_cls: Tensor) -> Iterator[None]:
-    """Guide the reduced `model` by `text_cls` (B, D) in the forwards inside; detached.
+    """Guide the reduced `model` by `text_cls` (B, D) in the forwards inside; detached. One text
+    (1, D) guides all images.
 
     The guidance is that of the thread or asyncio task which enters it: others, each with its own,
     may run the same model. `model` may be wrapped by DistributedDataParallel or torch.compile; a
@@ -182,15 +237,14 @@ def guidance(model: nn.Module, text_cls: Tensor) -> Iterator[None]:
     Raises:
         TypeError, ValueError: a model that `reduce_` has not changed, or text_cls not (B, D).
     """
-    reductions = _reductions(model) if isinstance(model, nn.Module) else []
-    if not reductions:
-        raise ValueError("model: expected one that reduce_ has changed, got one without reduction")
+    reductions = _reduced(model)
     if not isinstance(text_cls, Tensor) or not text_cls.is_floating_point():
         raise TypeError(f"text_cls: expected a floating-point tensor (B, D), got {text_cls!r:.80}")
     for width in (reduction.tower.width for reduction in reductions):
         if text_cls.dim() != 2 or text_cls.shape[1] != width:
             raise ValueError(
-                f"text_cls: expected (B, {width}), the tower's width, got {tuple(text_cls.shape)}; "
+                f"text_cls: expected (B, {width}), the tower's width, or (1, {width}) for all "
+                f"images, got {tuple(text_cls.shape)}; "
                 "project it to the tower's width first"
             )
     text_cls, this = text_cls.detach().clone(), object()
@@ -206,8 +260,17 @@ def guidance(model: nn.Module, text_cls: Tensor) -> Iterator[None]:
 def _reductions(model: nn.Module) -> list[Reduction]:
     """What has changed the model, or one inside it."""
     stand_ins = (value for module in model.modules() for value in vars(module).values())
-    found = (each.reduction for each in stand_ins if isinstance(each, ReducedBlock | Entrance))
+    knowing = ReducedBlock | Entrance | Representation
+    found = (each.reduction for each in stand_ins if isinstance(each, knowing))
     return list({id(reduction): reduction for reduction in found}.values())
+
+
+def _reduced(model: nn.Module) -> list[Reduction]:
+    """`_reductions` of a model that has some."""
+    reductions = _reductions(model) if isinstance(model, nn.Module) else []
+    if not reductions:
+        raise ValueError("model: expected one that reduce_ has changed, got one without reduction")
+    return reductions
 
 
 def _refuse_compiled(model: nn.Module, name: str) -> None:

@@ -4,6 +4,7 @@
 layer of every group below 100%. Ratios are of the first patch count: K = int(N0 * ratio).
 """
 
+import math
 import re
 from dataclasses import dataclass, replace
 
@@ -33,6 +34,8 @@ class Schedule:
     """Groups of (layers, ratio of the first patch count).
 
     count_cls: ratios are of patches and CLS together, as in the official CLIP code.
+    scales: the groups are shares of the depth, so that the schedule fits towers of any depth; a
+        preset does, a string that says its layers does not.
 
     Raises:
         ValueError: no group, a group of no layer, a ratio outside (0, 1], or ratios that rise.
@@ -40,6 +43,7 @@ class Schedule:
 
     groups: tuple[tuple[int, float], ...]
     count_cls: bool = False
+    scales: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -61,7 +65,8 @@ class Schedule:
 
     @classmethod
     def parse(cls, text: "str | Schedule", *, count_cls: bool = False) -> "Schedule":
-        """The schedule that `text` writes, or presets by model name: clip, albef, blip, meter.
+        """The schedule that `text` writes, or a preset by model name: clip, albef, blip, meter, the
+        schedules of the paper's models (`PRESETS`), which scale to the depth of any tower.
 
         Raises:
             TypeError: not a string (or a Schedule, which is returned as it is).
@@ -71,12 +76,13 @@ class Schedule:
             return text
         if not isinstance(text, str):
             raise TypeError(f"schedule: expected {FORM}, got {text!r} ({type(text).__name__})")
-        words = PRESETS.get(text.strip().lower(), text).split()
+        name = text.strip().lower()
+        words = PRESETS.get(name, text).split()
         matches = [GROUP.fullmatch(word) for word in words]
         if not words or None in matches:
             raise ValueError(f"schedule: expected {FORM} or one of {sorted(PRESETS)}, got {text!r}")
         groups = tuple((int(m[1]), float(m[2]) / 100) for m in matches if m)
-        return cls(groups, count_cls)
+        return cls(groups, count_cls, scales=name in PRESETS)
 
     def __str__(self) -> str:
         return " ".join(_format(layers, ratio) for layers, ratio in self.groups)
@@ -128,25 +134,48 @@ class Schedule:
         while sum(sizes) > max(depth, len(sizes)):
             sizes[sizes.index(max(sizes))] -= 1
         return replace(
-            self, groups=tuple((n, r) for n, (_, r) in zip(sizes, self.groups, strict=True))
+            self,
+            groups=tuple((n, r) for n, (_, r) in zip(sizes, self.groups, strict=True)),
+            scales=False,
         )
 
     def at_strength(self, num_patches: int, strength: float) -> "Schedule":
-        """The same form with more or less dropped: nothing at 0, all but a patch or so at 1."""
-        lowest = min(ratio for _, ratio in self.groups)
+        """The same form with more or less dropped: nothing at 0, all but a patch or so at 1.
+
+        Each ratio to the power s/(1-s), so that what a stage keeps of what reaches it goes up or
+        down by the same power in all stages: this schedule at one half.
+        """
+        power = math.inf if strength == 1.0 else strength / (1 - strength)
         least = min(1.0, 1.5 / num_patches)
-        most = 0.0 if lowest == 1.0 else (1 - least) / (1 - lowest)
-        groups = tuple((n, 1 - strength * most * (1 - ratio)) for n, ratio in self.groups)
+        groups = tuple((n, max(least, ratio**power)) for n, ratio in self.groups)
         return replace(self, groups=groups)
 
-    def check_depth(self, depth: int) -> None:
-        """Raises ValueError where the layers do not add up to `depth`, with the scaled string."""
-        if self.depth != depth:
+    def for_depth(self, depth: int) -> "Schedule":
+        """The schedule of a tower of `depth` layers: this one, scaled where it `scales`.
+
+        Raises:
+            ValueError: the layers do not add up to `depth`, or are too few for the groups of one
+                that scales; with the scaled string.
+        """
+        if self.depth == depth and not self.scales:
+            return self
+        scaled = self.scaled(depth)
+        if not self.scales:
             raise ValueError(
                 f"schedule: expected {depth} layers, as the tower has, got {self.depth} in "
-                f"'{self}'; scaled to the tower: '{self.scaled(depth)}'"
+                f"'{self}'; scaled to the tower: '{scaled}'"
             )
+        if scaled.depth != depth:
+            raise ValueError(
+                f"schedule: expected at least {len(self.groups)} layers for the groups of '{self}',"
+                f" got a tower of {depth}; write one with fewer groups"
+            )
+        return scaled
 
 
 def _format(layers: int, ratio: float) -> str:
     return f"{layers}({ratio * 100:.6g}%)"
+
+
+PAPER = Schedule.parse("clip")
+"""The paper's schedule of twelve layers, scaled to any depth: what a strategy has by default."""

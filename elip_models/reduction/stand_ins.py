@@ -6,7 +6,9 @@ graph that may recompute it.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -20,14 +22,20 @@ from elip_models.reduction.guidance import (
     set_guidance,
     set_guide,
 )
+from elip_models.reduction.once import UnguidedWarning, warn_once
 from elip_models.reduction.replay import Replay, is_recomputing
 from elip_models.reduction.step import Forward, Step
-from elip_models.reduction.strategy import Strategy, stages_of
+from elip_models.reduction.strategy import StageInfo, Strategy, stages_of
+from elip_models.reduction.summary import Summary
 from elip_models.towers import ImageTextModel, Tower
 from elip_models.towers.apart import apart
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+Records = tuple[tuple[Sequence["Reduction"], list[StageInfo]], ...]
+
+RECORDS: ContextVar[Records] = ContextVar("RECORDS", default=())
+"""Who records which reductions' steps in this thread or task, and where to."""
 
 
 @dataclass(eq=False)
@@ -61,6 +69,11 @@ class Reduction:
             self.acts_at = tuple(range(first, self.tower.depth))
         self.first, self.last = first, last
 
+    @property
+    def summary(self) -> Summary:
+        """What it comes to."""
+        return Summary.of(self.tower, self.strategy, is_whole=self.image_text is not None)
+
     def __getstate__(self) -> dict[str, Any]:
         """A copy is not guided, and has run nothing."""
         idle = {"running": {}, "guides": {}, "text_cls": None, "own_text": None, "forward": None}
@@ -81,11 +94,24 @@ class Reduction:
         """A forward, guided as this thread or task says."""
         if not torch.compiler.is_compiling():
             guide = guide_of(self)
-            return Forward(self.tower, self.strategy, None if guide is None else guide.text_cls)
+            text = None if guide is None else guide.text_cls
+            forward = Forward(self.tower, self.strategy, text)
+            if text is None and self.image_text is not None and forward.stages:
+                self._say_unguided()
+            return forward
         text = self.text_cls if self.own_text is None else self.own_text
         if text is not None and not torch.compiler.is_exporting():
             text = own_guidance(text)
         return Forward(self.tower, self.strategy, text)
+
+    def _say_unguided(self) -> None:
+        if self.strategy.is_guided:
+            warn_once(
+                "the images came alone, or with another number of texts, so they are reduced by "
+                "the image alone (without_text='vision'); guidance(model, text_cls) guides them, "
+                "without_text='dense' leaves them as they were",
+                UnguidedWarning,
+            )
 
     def step(self, i: int, tokens: Tensor) -> Step:
         """What the strategy makes of the tokens that enter block i, in the forward that runs."""
@@ -106,8 +132,16 @@ class Reduction:
             self.running.pop(thread, None)
             raise
         if step.info is not None:
+            if i not in forward.infos:
+                self._note(step.info)
             forward.infos[i] = step.info
         return step
+
+    def _note(self, info: StageInfo) -> None:
+        """Tells who records in this thread or task."""
+        for reductions, infos in RECORDS.get():
+            if any(reduction is self for reduction in reductions):
+                infos.append(info)
 
     def _step_in_graph(self, i: int, tokens: Tensor) -> Step:
         """Blocks that know nothing of one another share nothing: they may be checkpointed."""
@@ -121,6 +155,17 @@ class Reduction:
         if i == self.last:
             self.forward = None
         return step
+
+
+@contextmanager
+def recording(reductions: Sequence[Reduction], infos: list[StageInfo]) -> Iterator[None]:
+    """Inside, `infos` is told of each step of the reductions in this thread or task."""
+    this = reductions, infos
+    RECORDS.set((*RECORDS.get(), this))
+    try:
+        yield
+    finally:
+        RECORDS.set(tuple(each for each in RECORDS.get() if each is not this))
 
 
 class ReducedBlock:
@@ -214,6 +259,21 @@ class TextFirst:
         image_text = self.reduction.image_text
         with apart(image_text.model, next(image_text.model.parameters())):
             return image_text.text_cls(*args, **kwargs)
+
+
+class Representation:
+    """Stands in for a model's `extra_repr`, so that printing it shows how it is reduced."""
+
+    def __init__(self, reduction: Reduction, replaced: Callable[[], str] | None) -> None:
+        self.reduction = reduction
+        self.replaced = replaced
+
+    def __call__(self) -> str:
+        """What the model says of itself, and the one line of the summary."""
+        image_text, tower = self.reduction.image_text, self.reduction.tower
+        model = tower.model if image_text is None else image_text.model
+        said = self.replaced() if self.replaced is not None else type(model).extra_repr(model)
+        return "\n".join(filter(None, (said, f"(reduced) {self.reduction.summary.line}")))
 
 
 class Refusal:

@@ -81,22 +81,22 @@ class Strategy:
     changes_embedding: ClassVar[bool] = False
     is_guided: bool = False
 
-    @classmethod
-    def patch_defaults(cls, tower: Tower, *, is_whole: bool) -> dict[str, Any]:
-        """The options that `reduce_` sets where it is not told: in a whole image-text model, or in
-        an image model alone."""
-        return {}
-
     def refuses(self, tower: Tower) -> str | None:
         """Why this tower cannot be reduced so, in one sentence, or None."""
         return None
 
-    def check(self, tower: Tower) -> None:
-        """Raises where the tower cannot be reduced so, or the settings do not fit it: why."""
+    def fitted(self, tower: Tower) -> Self:
+        """The strategy for this tower: what its settings leave open is decided.
+
+        Raises:
+            TypeError: the tower cannot be reduced so: why.
+            ValueError: settings that do not fit the tower.
+        """
         reason = self.refuses(tower)
         if reason is not None:
             raise TypeError(f"strategy: expected one for this model, got {self.name!r}: {reason}")
         self.stages(tower.size)
+        return self
 
     def stages(self, size: Size) -> tuple[Stage, ...]:
         """Where it acts, in the order of the blocks; at most one step a block.
@@ -160,7 +160,19 @@ class Strategy:
         Raises:
             ValueError: a ratio that the strategy cannot reach, with the nearest that it can.
         """
-        return flops.nearest(self, tower_of(model).size, ratio)
+        return flops.at_flops(self, tower_of(model).size, ratio)
+
+    def at_keep(self, model: nn.Module | Tower, keep: float) -> Self:
+        """The same strategy at the setting that leaves nearest to `keep` of the tokens.
+
+        Args:
+            model: as of `at_flops`.
+            keep: the mean share of the dense tower's tokens over its layers, in (0, 1].
+
+        Raises:
+            ValueError: less than the strategy can leave.
+        """
+        return flops.at_keep(self, tower_of(model).size, keep)
 
     def __str__(self) -> str:
         """Its name and its settings."""

@@ -8,67 +8,86 @@ elip:scorer=exact,schedule=2(100%) 4(50%)
 
 import ast
 import re
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields
 from typing import Any
 
-from elip_models.reduction.schedule import Schedule
-from elip_models.reduction.strategies import STRATEGIES, default_strategy
+from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.strategy import Strategy
-from elip_models.towers import Size
+from elip_models.validation import did_you_mean
 
 SETTING = re.compile(r",\s*(?=\w+\s*=)")  # the commas that begin another setting
-VIT_B16 = Size((224, 224), 196, 1, 768, 3072, 12, 12)
 WORDS = {"true": True, "false": False, "none": None}
 
 
-@dataclass(frozen=True)
-class StrategySpec:
-    """A strategy whose settings, where none are written, wait for the size of a tower."""
+def get_strategy(strategy: str | Strategy, **options: Any) -> Strategy:
+    """The strategy that a line of text writes, with `options` beside its settings.
 
-    text: str
-    name: str
-    settings: dict[str, Any] = field(default_factory=dict)
+    Args:
+        strategy: 'tome', 'tome:r=8', 'elip:scorer=exact,schedule=clip'; or an instance, which is
+            returned as it is and holds all options.
+        options: settings by name; None leaves one to the text, or else to the strategy's default.
 
-    @classmethod
-    def parse(cls, text: str) -> "StrategySpec":
-        """Raises TypeError or ValueError for a name, a setting or a value that there is not."""
-        name, colon, rest = (part.strip() for part in text.partition(":"))
-        if name not in STRATEGIES:
-            known = ", ".join(STRATEGIES)
-            raise ValueError(f"expected NAME or NAME:key=value,.. with {known}, got {text!r}")
-        settings: dict[str, Any] = {}
-        for setting in SETTING.split(rest) if colon else ():
-            key, equals, value = (part.strip() for part in setting.partition("="))
-            if not equals or not key or not value:
-                raise ValueError(f"expected settings key=value in {text!r}, got {setting!r}")
-            if key in settings:
-                raise ValueError(f"expected {key!r} once in {text!r}, got it twice")
-            settings[key] = _value(name, key, value)
-        spec = cls(text.strip(), name, settings)
-        spec.build()
-        return spec
-
-    def build(self, size: Size = VIT_B16, schedule: str | None = None) -> Strategy:
-        """The strategy for a tower of that size.
-
-        schedule: where the text has none; None is ELIP's, scaled to the depth.
-        """
-        base, settings = default_strategy(self.name, size), dict(self.settings)
-        if schedule is not None and "schedule" in _kinds(self.name):
-            settings = {"schedule": Schedule.parse(schedule)} | settings
-        return replace(base, **settings)
+    Raises:
+        TypeError, ValueError: a name, a setting or a value that there is not; a setting that is
+            given twice.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if isinstance(strategy, Strategy):
+        if given:
+            raise ValueError(
+                f"{next(iter(given))}: expected it in the strategy, {strategy.name}(...), when one "
+                f"is passed whole, got {next(iter(given.values()))!r} beside it"
+            )
+        return strategy
+    name, settings = parse_spec(strategy)
+    known = kinds_of(name)
+    for key, value in given.items():
+        if key not in known:
+            raise ValueError(
+                f"{key}: expected none with strategy={strategy!r}, which takes "
+                f"{', '.join(known)}, got {value!r}"
+            )
+        if key in settings:
+            raise ValueError(f"{key}: expected it once, got {value!r} beside strategy={strategy!r}")
+    return STRATEGIES[name](**settings, **given)
 
 
-def _kinds(name: str) -> dict[str, Any]:
+def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
+    """A line of text -> the name of a strategy, and the settings that are written.
+
+    Raises:
+        ValueError: a name or a setting that there is not.
+    """
+    known = ", ".join(STRATEGIES)
+    name, colon, rest = (part.strip() for part in str(text).partition(":"))
+    if not isinstance(text, str) or name not in STRATEGIES:
+        raise ValueError(
+            f"strategy: expected NAME or NAME:key=value,.. with {known}, or a Strategy, got "
+            f"{text!r}{did_you_mean(name, STRATEGIES)}"
+        )
+    settings: dict[str, Any] = {}
+    for setting in SETTING.split(rest) if colon else ():
+        key, equals, value = (part.strip() for part in setting.partition("="))
+        if not equals or not key or not value:
+            raise ValueError(f"strategy: expected settings key=value in {text!r}, got {setting!r}")
+        if key in settings:
+            raise ValueError(f"strategy: expected {key!r} once in {text!r}, got it twice")
+        settings[key] = _value(name, key, value)
+    return name, settings
+
+
+def kinds_of(name: str) -> dict[str, Any]:
     """The types of a strategy's settings, by name."""
     return {each.name: each.type for each in fields(STRATEGIES[name])}
 
 
 def _value(name: str, key: str, text: str) -> Any:
     """What `text` writes for a setting: a number, several, a word, true, false or none."""
-    kinds = _kinds(name)
+    kinds = kinds_of(name)
     if key not in kinds:
-        raise ValueError(f"expected a setting of {name!r}, one of {', '.join(kinds)}, got {key!r}")
+        raise ValueError(
+            f"strategy: expected a setting of {name!r}, one of {', '.join(kinds)}, got {key!r}"
+        )
     value: Any = text
     if text.lower() in WORDS:
         value = WORDS[text.lower()]

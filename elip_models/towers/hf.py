@@ -201,7 +201,7 @@ class HFImageText(ImageTextModel):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor | None:
-        if input_ids is None or pixel_values is None:
+        if not self.pair(pixel_values, input_ids):
             return None
         at = self.mask_position
         mask = args[at] if len(args) > at else kwargs.get("attention_mask")
@@ -262,6 +262,17 @@ class HFSiglip(HFImageText):
     """
 
     kind = SiglipModel
+
+    def tokenise(self, tokenizer: Any, captions: Sequence[str]) -> dict[str, Tensor]:
+        length = self.model.config.text_config.max_position_embeddings
+        text = tokenizer(
+            list(captions),
+            padding="max_length",
+            truncation=True,
+            max_length=length,
+            return_tensors="pt",
+        )
+        return {"input_ids": text.input_ids}
 
     def refuses(self) -> str | None:
         return self._refuses_width(self.model.config.text_config.projection_size)

@@ -35,8 +35,13 @@ class ImageTextModel(Reducible):
 
     def text_cls(self, *args: Any, **kwargs: Any) -> Tensor | None:
         """The guidance (B, D) in the image tower's width, from the arguments of the model's
-        forward; None where they lack images or text."""
+        forward, or (1, D) for all images; None where texts and images do not `pair`."""
         raise NotImplementedError
+
+    @staticmethod
+    def pair(images: Tensor | None, texts: Tensor | None) -> bool:
+        """Each image has a text, or all have one: not where K prompts meet B images."""
+        return images is not None and texts is not None and len(texts) in (1, len(images))
 
     def as_tensor(self, output: Any) -> Tensor:
         """All floating-point tensors of the output, flat, one after the other."""

@@ -165,9 +165,7 @@ class OpenClipImageText(ImageTextModel):
         return None if proj is not None else "its image tower has no projection to go back through"
 
     def text_cls(self, image: Tensor | None = None, text: Any = None) -> Tensor | None:
-        if image is None or text is None:
-            return None
-        return self.encode_guidance(text)
+        return self.encode_guidance(text) if self.pair(image, text) else None
 
     def encode_guidance(self, text: Tensor) -> Tensor:
         features = self.model.encode_text(text, normalize=True)

@@ -1,12 +1,12 @@
 """What ELIP is compared with on its own schedule: TRIPS, a random choice, and patch dropout."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from elip_models.reduction.schedule import Schedule, Stage
+from elip_models.reduction.schedule import PAPER, Schedule, Stage
 from elip_models.reduction.scorers import ScorerName
 from elip_models.reduction.strategies.elip import Elip, Staged
 from elip_models.reduction.strategy import Context, Layer, StageInfo, Strategy, least_share
@@ -23,7 +23,6 @@ class Trips(Elip):
     """
 
     name: ClassVar[str] = "trips"
-    fastest_scorer: ClassVar[str | int] = 1
 
     scorer: ScorerName = 1
     fusion: Share = 0.0
@@ -57,7 +56,7 @@ class Random(Drawn):
 
     name: ClassVar[str] = "random"
 
-    schedule: Schedule
+    schedule: Schedule = PAPER
     merge: bool = True
 
     def __post_init__(self) -> None:
@@ -91,8 +90,8 @@ class PatchDropout(Drawn):
         over = self.until is not None and step >= self.until
         return replace(self, keep=1.0, until=None) if over else replace(self, until=None)
 
-    def refuses(self, tower: Tower) -> str | None:
-        return None
+    def fitted(self, tower: Tower) -> Self:
+        return Strategy.fitted(self, tower)
 
     def stages(self, size: Size) -> tuple[Stage, ...]:
         keep = max(1, int(self.keep * size.num_patches))

@@ -10,14 +10,14 @@ merging are the paper's. Without text nothing can score, and the tower stays den
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, TypedDict
+from typing import ClassVar, Literal, Self, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from elip_models.reduction.once import UnguidedWarning, warn_once
-from elip_models.reduction.schedule import Schedule, Stage
+from elip_models.reduction.schedule import PAPER, Schedule, Stage
 from elip_models.reduction.scorers import ScorerName, get_scorer
 from elip_models.reduction.strategy import Context, Layer, StageInfo, Strategy
 from elip_models.towers import Size, Tower
@@ -28,11 +28,15 @@ from elip_models.validation import Share, check_fields
 class ElipOptions(TypedDict, total=False):
     """The options of ELIP besides its schedule, as keywords of whoever passes them on.
 
-    scorer: 'official', 'exact', 'cls', 'last', or m: m-1 whole layers, then the m-th's row.
-    fusion: lam of Eq. 1; 1 is vision-only, 0 text-only.
-    guidance_norm: 'match' rescales the text to the norm of the image's CLS token; or 'none'.
-    without_text: 'dense' reduces nothing where no text is given, 'vision' by the image alone.
-    merge: append the merged token.
+    scorer: 'last', the default, runs no layer twice; 'exact' is the paper's, 'official' its code's,
+        'cls' stands between; or m: m-1 whole layers, then the m-th's row.
+    fusion: lam of Eq. 1, by default 0.8; 1 is vision-only, 0 text-only.
+    guidance_norm: 'match' rescales the text to the norm of the image's CLS token; by default
+        'none'.
+    without_text: where no text is given, 'vision' reduces by the image alone, 'dense' reduces
+        nothing. The default is 'vision', and 'dense' of a tower without CLS, which only a text can
+        score.
+    merge: append the merged token, as by default.
     """
 
     scorer: ScorerName | None
@@ -48,16 +52,16 @@ class Staged(Strategy):
     schedule: Schedule
     merge: bool
 
-    def refuses(self, tower: Tower) -> str | None:
-        self.schedule.check_depth(tower.depth)
-        return None
+    def fitted(self, tower: Tower) -> Self:
+        """With the schedule of the tower's depth."""
+        return replace(super().fitted(tower), schedule=self.schedule.for_depth(tower.depth))
 
     def stages(self, size: Size) -> tuple[Stage, ...]:
         """The schedule's."""
-        return self.schedule.stages(size.num_patches)
+        return self.schedule.for_depth(size.depth).stages(size.num_patches)
 
     def token_counts(self, size: Size) -> tuple[Layer, ...]:
-        tokens = self.schedule.tokens_per_layer(
+        tokens = self.schedule.for_depth(size.depth).tokens_per_layer(
             size.num_patches, merge=self.merge, num_prefix_tokens=size.num_prefix_tokens
         )
         return tuple(Layer(n, n) for n in tokens)
@@ -90,25 +94,22 @@ class Staged(Strategy):
 class Elip(Staged):
     """Text-guided dropping and merging in stages (ELIP, Algorithm 1).
 
-    schedule: as '2(100%) 2(90%) 6(65%) 2(40%)'; its layers add up to the tower's depth.
-    scorer: 'official', 'exact', 'cls', 'last', or m: m-1 whole layers, then the m-th's row.
-    fusion: lam of Eq. 1; 1 is vision-only, 0 text-only.
-    guidance_norm: 'match' rescales the text to the norm of the image's CLS token.
-    without_text: 'dense' reduces nothing where no text is given, 'vision' by the image alone.
-    merge: append the merged token.
+    schedule: as '2(100%) 2(90%) 6(65%) 2(40%)', whose layers add up to the tower's depth; or a
+        preset, 'clip', 'albef', 'blip' or 'meter', scaled to it.
+    scorer, fusion, guidance_norm, without_text, merge: see `ElipOptions`. The paper scores by
+        'exact' and leaves images without text as they were ('dense'), and so do its models here.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected, what came.
     """
 
     name: ClassVar[str] = "elip"
-    fastest_scorer: ClassVar[str | int] = "last"
 
-    schedule: Schedule
-    scorer: ScorerName = "exact"
+    schedule: Schedule = PAPER
+    scorer: ScorerName = "last"
     fusion: Share = 0.8
     guidance_norm: Literal["none", "match"] = "none"
-    without_text: Literal["dense", "vision"] = "dense"
+    without_text: Literal["dense", "vision"] | None = None
     merge: bool = True
 
     def __post_init__(self) -> None:
@@ -126,15 +127,13 @@ class Elip(Staged):
     def is_guided(self) -> bool:
         return self.fusion < 1.0
 
-    @classmethod
-    def patch_defaults(cls, tower: Tower, *, is_whole: bool) -> dict[str, Any]:
-        """The fastest scorer; and by the image alone, in a model that has no text of its own."""
-        without_text = "vision" if tower.has_cls and not is_whole else "dense"
-        return {"scorer": cls.fastest_scorer, "without_text": without_text}
+    def fitted(self, tower: Tower) -> Self:
+        """With the schedule of the tower's depth; without text by its CLS token, if it has one."""
+        by_tower = "vision" if tower.has_cls else "dense"
+        return replace(super().fitted(tower), without_text=self.without_text or by_tower)
 
     def refuses(self, tower: Tower) -> str | None:
-        reason = super().refuses(tower)
-        return reason if tower.has_cls else reason or self._refuses_without_cls()
+        return None if tower.has_cls else self._refuses_without_cls()
 
     def _refuses_without_cls(self) -> str | None:
         if self.fusion == 1.0 or self.without_text == "vision":
@@ -153,7 +152,7 @@ class Elip(Staged):
 
     def reduces(self, text_cls: Tensor | None, training: bool = False) -> bool:
         """Whether a forward with this guidance reduces; warns once where it does not."""
-        if text_cls is not None or self.fusion == 1.0 or self.without_text == "vision":
+        if text_cls is not None or self.fusion == 1.0 or self.without_text != "dense":
             return True
         if not torch.compiler.is_compiling():
             warn_once(
@@ -218,7 +217,12 @@ def fuse(cls: Tensor, text_cls: Tensor | None, strategy: Elip) -> Tensor:
 
 
 def fused_cls(tower: Tower, tokens: Tensor, text_cls: Tensor | None, strategy: Elip) -> Tensor:
-    """`fuse` of token 0, for a text that is checked here; without CLS the text itself."""
+    """`fuse` of token 0, for a text that is checked here; without CLS the text itself.
+
+    text_cls: (B, D), or (1, D) for all images.
+    """
     if text_cls is not None:
+        if text_cls.shape[0] == 1:
+            text_cls = text_cls.expand(tokens.shape[0], -1)
         check_text(text_cls, (tokens.shape[0], tokens.shape[2]), tokens.device)
     return fuse(tokens[:, 0], text_cls, strategy) if tower.has_cls else text_cls.to(tokens.dtype)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elip_models.reduction.flops import nearest
+from elip_models.reduction.flops import at_flops
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategy import Layer, Strategy, tower_of
 from elip_models.towers import Size, Tower
@@ -18,13 +18,14 @@ from elip_models.validation import PositiveInt, check_fields
 class Resize(Strategy):
     """A smaller image through the dense tower, positions interpolated: the plainest saving.
 
-    size: pixels of the image's height, a multiple of the patch; its width shrinks alike.
+    size: pixels of the image's height, a multiple of the patch, its width shrinks alike; None:
+        about three quarters.
     """
 
     name: ClassVar[str] = "resize"
     changes_embedding: ClassVar[bool] = True
 
-    size: PositiveInt
+    size: PositiveInt | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -32,12 +33,13 @@ class Resize(Strategy):
     def pixels(self, size: Size) -> tuple[int, int]:
         """(h, w) of the images that the tower sees."""
         (height, width), patch = size.image, size.patch
-        if self.size % patch or self.size > height:
+        smaller = patch * round(0.75 * height / patch) if self.size is None else self.size
+        if smaller % patch or smaller > height:
             raise ValueError(
                 f"size: expected a multiple of the patch, {patch}, up to {height}, the image's "
-                f"height, got {self.size}"
+                f"height, got {smaller}"
             )
-        return self.size, max(patch, round(self.size * width / height / patch) * patch)
+        return smaller, max(patch, round(smaller * width / height / patch) * patch)
 
     def refuses(self, tower: Tower) -> str | None:
         return tower.refuses_resizing()
@@ -71,4 +73,4 @@ class Resize(Strategy):
     def at_flops(self, model: nn.Module | Tower, ratio: float) -> "Resize":
         """The size whose training FLOPs are nearest to `ratio` of dense; whole patches seldom
         meet it exactly."""
-        return nearest(self, tower_of(model).size, ratio, exactly=False)
+        return at_flops(self, tower_of(model).size, ratio, exactly=False)
