@@ -34,12 +34,13 @@ from elip_models.profiling.workload import shared_copy
 from elip_models.reduction.once import SlowScorerWarning
 
 BOUND = 1e-6  # relative: towers run in fp64, but losses end in fp32
-SHARED = "last, shared"
+SHARED, MOMENTUM = "last, shared", "momentum"
 SCORERS = {
     "official": {"scorer": "official"},
     "exact": {"scorer": "exact"},
     "last": {"scorer": "last"},
     SHARED: {"scorer": "last", "momentum_reduction": "shared"},
+    MOMENTUM: {"scorer": "momentum"},
 }
 ONE_PASS, TWO_PASSES = "ITM in one pass", "two passes"
 AT_ONCE, ONE_BY_ONE = "drawing negatives at once", "one by one"
@@ -56,7 +57,7 @@ def forms_of(model):
     """The dense model and the reduced ones, which share all weights, by name."""
     forms = {}
     for name, fields in {DENSE: {"schedule": None}, **SCORERS}.items():
-        if name == SHARED and not isinstance(model, MomentumModel):
+        if name in (SHARED, MOMENTUM) and not isinstance(model, MomentumModel):
             continue
         forms[name] = shared_copy(model)
         forms[name].config = replace(model.config, **fields)

@@ -16,8 +16,6 @@ from elip_kernels._autocast import without_autocast
 
 LIBRARY = torch.library.Library("elip", "DEF")
 OPERATORS: dict[str, "Operator"] = {}
-
-
 _is_decomposed = False
 
 
@@ -25,8 +23,8 @@ _is_decomposed = False
 def decomposed() -> Iterator[None]:
     """Inside, every op is its PyTorch form: what is captured runs where `elip::*` is unknown.
 
-    For a runtime without Python such as AOTInductor, in inference. The graph holds
-    aten's ops alone, no kernel of ours, and is as large as the PyTorch forms are::
+    In inference, for a runtime without Python such as AOTInductor's: the graph holds aten's ops
+    alone, and none of our kernels::
 
         with torch.no_grad(), elip_kernels.decomposed():
             program = torch.export.export(model, (images,))

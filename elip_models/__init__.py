@@ -1,5 +1,6 @@
 """Text-guided vision token reduction for image-text models, and the models that train with it."""
 
+from importlib import import_module
 from typing import Any
 
 from elip_models.reduction.encode import encode_image
@@ -37,22 +38,26 @@ __all__ = [
     "encode_image",
     "guidance",
     "is_reduced",
+    "load_reduced",
     "record",
     "reduce_",
+    "save_reduced",
     "summary",
     "unreduce_",
     "use_sdpa_",
 ]
 
 
+LAZY = {"create_model": "registry", "load_reduced": "saved", "save_reduced": "saved"}
+
+
 def __getattr__(name: str) -> Any:
-    """`create_model` on first use: it brings timm and transformers in."""
-    if name == "create_model":
-        try:
-            from elip_models.models.registry import create_model
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                f"create_model needs {error.name}: pip install 'elip-kernels[models]'"
-            ) from error
-        return create_model
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """What brings timm and transformers in, on first use."""
+    if name not in LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module(f"elip_models.models.{LAZY[name]}"), name)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{name} needs {error.name}: pip install 'elip-kernels[models]'"
+        ) from error

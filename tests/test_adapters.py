@@ -192,9 +192,10 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scorer", tiered(["cls", "last"], ["last"]))
 def test_other_kinds_count_as_merged(kind, scorer, order):
+    """In fp64: large adapters alone round to more than the bound in fp32."""
     how = elip(scorer)
-    model = perturbed(adapted(plain_vit(), order, how, KINDS[kind]))
-    assert_equal_outputs(model, merged(model, how))
+    model = perturbed(adapted(plain_vit(), order, how, KINDS[kind])).double()
+    assert_equal_outputs(model, merged(model, how), images().double(), text().double())
 
 
 def second(model, targets, active=("default", "second")):

@@ -4,6 +4,8 @@ import pytest
 
 from elip_models import Elip
 from elip_models.analysis.agreement import scorer_agreement
+from elip_models.reduction.read_rows import run_and_read
+from elip_models.towers import as_tower
 from tests.models import ROTARY
 from tests.towers import SCHEDULE, clip_vit, images, text
 
@@ -18,3 +20,11 @@ def test_each_scorer_is_compared_with_exact_at_every_stage(make):
     for name in ("cls", "last"):
         assert all(0 <= share <= 1 for share in shares[name])
     assert shares["last"] != shares["official"]
+
+
+def test_rows_of_the_same_tower_choose_as_exact_before_any_token_leaves():
+    model, x, strategy = clip_vit().eval(), images(4), Elip(SCHEDULE, fusion=1.0)
+    _, rows = run_and_read(as_tower(model), x, None, strategy)
+    shares = scorer_agreement(model, x, None, strategy, rows=rows)
+    assert shares["momentum"][0] == 1.0
+    assert all(0 <= share <= 1 for share in shares["momentum"])

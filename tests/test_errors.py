@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import tempfile
 
 import pytest
 import timm
@@ -12,6 +13,7 @@ import elip_kernels
 import elip_models
 from elip_models.reduction.patch import is_reduced
 from elip_models.reduction.strategies.elip import ElipOptions
+from tests.test_saving import CONFIG, pair
 from tests.towers import SCHEDULE, WIDTH, images, plain_vit, text
 
 B, N, D, H = 2, 10, 8, 2
@@ -66,9 +68,26 @@ def good_guidance():
     return {"model": elip_models.reduce_(**good_patch()), "text_cls": text()}
 
 
-def guidance(**arguments):
-    with elip_models.guidance(**arguments):
-        pass
+def good_save():
+    model = elip_models.reduce_(pair(), schedule=SCHEDULE)
+    return {"model": model, "folder": tempfile.mkdtemp(), "config": CONFIG}
+
+
+def good_load():
+    return {"folder": elip_models.save_reduced(**good_save())}
+
+
+def entered(context):
+    """A function that enters a context and leaves it."""
+
+    def enter(**arguments):
+        with context(**arguments):
+            pass
+
+    return enter
+
+
+CONTEXTS = {each: entered(each) for each in (elip_models.guidance, elip_models.record)}
 
 
 matrix = [
@@ -96,7 +115,8 @@ absorbed = {
     "scale": ["small", True],
 }
 settings = {
-    "schedule": [None, 12, "12 layers", "2(100%) 2(40%)", "2(40%) 4(60%)"],
+    "keep": [0, -0.1, 1.1, "0.7", True, 0.01],
+    "schedule": [12, "12 layers", "2(100%) 2(40%)", "2(40%) 4(60%)"],
     "strategy": [None, "tomee", 3, ["tome"]],
     "scorer": ["lats", True, 0, 3, 1.5, ["last"]],
     "fusion": ["0.8", True, -0.1, 1.1],
@@ -219,7 +239,7 @@ TABLE = {
     ),
     elip_models.reduce_: (
         good_patch,
-        settings | {"model": models},
+        settings | {"model": models, "strategy": settings["strategy"][1:]},
     ),
     elip_models.unreduce_: (good_patch, {"model": [None, "vit"]}),
     elip_models.use_sdpa_: (
@@ -243,6 +263,28 @@ TABLE = {
             ],
         },
     ),
+    elip_models.save_reduced: (
+        good_save,
+        {
+            "model": [None, "vit", plain_vit(), elip_models.reduce_(plain_vit(), strategy="tome")],
+            "folder": [None, 3],
+            "config": [None, 3, "ViT-X"],
+        },
+    ),
+    elip_models.load_reduced: (
+        good_load,
+        {
+            "folder": [None, 3, "no/such/folder", tempfile.mkdtemp()],
+            "model": ["vit", 3],
+            "strategy": [3, "tomee"],
+        },
+    ),
+    elip_models.summary: (lambda: {"model": plain_vit()}, {"model": [None, "vit"]}),
+    elip_models.is_reduced: (lambda: {"model": plain_vit()}, {"model": []}),
+    elip_models.record: (
+        lambda: {"model": elip_models.reduce_(plain_vit(), schedule=SCHEDULE)},
+        {"model": [None, "vit", plain_vit()]},
+    ),
     elip_models.Schedule.parse: (
         lambda: {"text": SCHEDULE},
         {"text": [None, 12, "", "2(100)"], "count_cls": [None, 1]},
@@ -263,7 +305,7 @@ def test_a_bad_argument_is_named_with_what_was_expected_and_got(function, good, 
     if function is elip_models.unreduce_:
         arguments.pop("schedule")
     arguments |= value if argument == "overrides" else {argument: value}
-    call = guidance if function is elip_models.guidance else function
+    call = CONTEXTS.get(function, function)
     message = rf"^{ALIASES.get(argument, argument)}: expected .*got "
     with pytest.raises((TypeError, ValueError, FileNotFoundError)) as error:
         call(**arguments)
@@ -283,7 +325,7 @@ def test_good_arguments_pass(function):
     arguments = TABLE[function][0]()
     if function is elip_models.unreduce_:
         arguments.pop("schedule")
-    (guidance if function is elip_models.guidance else function)(**arguments)
+    CONTEXTS.get(function, function)(**arguments)
 
 
 def test_every_public_function_is_in_the_table():

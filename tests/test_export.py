@@ -307,4 +307,4 @@ def test_a_saved_file_has_the_permissions_of_any_other(tmp_path):
     folder = create_model("clip_tiny").save_pretrained(tmp_path / "model")
     expected = (tmp_path / "other").stat().st_mode
     files = {path.name: path.stat().st_mode for path in folder.iterdir()}
-    assert files == dict.fromkeys(("config.json", "model.safetensors"), expected)
+    assert files == dict.fromkeys(("README.md", "config.json", "model.safetensors"), expected)

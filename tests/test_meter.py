@@ -264,7 +264,7 @@ def test_the_paper_s_sizes_are_the_defaults():
         ({"cross_depth": 0}, "cross_depth: expected an integer at least 1, got 0"),
         ({"dropout": 1.5}, "dropout: expected a number in"),
         ({"mask_probability": -0.1}, "mask_probability: expected a number in"),
-        ({"schedule": "clip"}, "schedule: expected 11 layers"),
+        ({"schedule": "12(50%)"}, "schedule: expected 11 layers"),
         ({"scorer": "best"}, "scorer: expected one of"),
     ],
 )

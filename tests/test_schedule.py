@@ -61,8 +61,9 @@ def test_equal_ratios_merge_one_token():
 @pytest.mark.parametrize("depth", [1, 4, 11, 12, 24, 32])
 def test_scaled_to_another_depth(depth):
     scaled = Schedule.parse(PAPER).scaled(depth)
-    assert scaled.depth == max(depth, 4)
-    assert [ratio for _, ratio in scaled.groups] == [1.0, 0.9, 0.65, 0.4]
+    assert scaled.depth == depth
+    ratios = [ratio for _, ratio in scaled.groups]
+    assert ratios == ([0.65] if depth == 1 else [1.0, 0.9, 0.65, 0.4][-depth:])
     if depth == 24:
         assert str(scaled) == "4(100%) 4(90%) 12(65%) 4(40%)"
 

@@ -1,5 +1,6 @@
 """How far the scorers choose alike: the share of what `exact` drops that another drops too."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -17,6 +18,8 @@ def scorer_agreement(
     text_cls: Tensor | None,
     strategy: Elip,
     scorers: tuple[str, ...] = ("official", "cls", "last"),
+    *,
+    rows: Mapping[int, Tensor] | None = None,
 ) -> dict[str, list[float]]:
     """Share of the tokens that `exact` drops which each scorer drops too, by stage.
 
@@ -27,20 +30,29 @@ def scorer_agreement(
         images: (B, 3, H, W).
         text_cls: (B, D), the guidance in the tower's width, or None: vision only.
         strategy: whose scorer is not used.
+        rows: of the momentum tower, see `run_and_read`, whose share is 'momentum'.
     """
     tower, others = as_tower(model), {name: replace(strategy, scorer=name) for name in scorers}
     forward = Forward(tower, replace(strategy, scorer="exact"), text_cls)
-    shares: dict[str, list[float]] = {name: [] for name in (*scorers, "chance")}
+    names = (*scorers, *(["momentum"] if rows else []), "chance")
+    shares: dict[str, list[float]] = {name: [] for name in names}
+    reader = Forward(tower, forward.strategy, text_cls, rows=rows)
     tokens = tower.embed(images)
     for i in range(tower.depth):
         entered, positions = tokens, forward.positions(i)
         tokens, info = forward.block(i, tokens)
         if info is None:
             continue
-        forward.infos[i], keep = info, info.stage.keep
+        keep = info.stage.keep
         reference = _dropped(tower, entered, info.attention, keep)
-        for name, other in others.items():
-            row = other.score(tower.at(positions), info.stage, entered, text_cls)
+        found = {
+            name: other.score(tower.at(positions), info.stage, entered, text_cls)
+            for name, other in others.items()
+        }
+        if rows:
+            found["momentum"] = reader.row(i)
+        forward.infos[i] = reader.infos[i] = info
+        for name, row in found.items():
             both = _dropped(tower, entered, row, keep) & reference
             shares[name].append((both.sum() / reference.sum()).item())
         candidates = entered.shape[1] - tower.num_prefix_tokens

@@ -1,7 +1,8 @@
 """What all models have in common: a config that is data, weights on disk, and what training asks.
 
-A saved folder holds config.json, which names the family, model.safetensors, and the tokenizer's
-files. A tensor that has several names, such as tied embeddings, is written once, under its first.
+A saved folder holds config.json, which names the family, model.safetensors, a model card, and the
+tokenizer's files. A tensor that has several names, such as tied embeddings, is written once, under
+its first.
 """
 
 import json
@@ -14,8 +15,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
+from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor, nn
 
+from elip_models.models.hub import CARD, card_values, fetched, staged
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.scorers import ScorerName
 from elip_models.reduction.strategies.elip import Elip, ElipOptions
@@ -73,8 +76,15 @@ class ReductionConfig(Config):
         return Elip(schedule, **{name: getattr(self, name) for name in ElipOptions.__annotations__})
 
 
-class PretrainedModel(nn.Module, Reducible):
-    """Base of the models.
+class PretrainedModel(
+    nn.Module,
+    Reducible,
+    ModelHubMixin,
+    library_name="elip-kernels",
+    tags=["image-text", "token-reduction", "elip"],
+    model_card_template=CARD,
+):
+    """Base of the models. `push_to_hub(repo_id)` is `ModelHubMixin`'s.
 
     A subclass names its `family` and its `config_class`, and keeps its config in `config`, which
     has `image_size` and `context_length`. Its output has `loss`, and a `loss_..` for each part.
@@ -172,36 +182,62 @@ class PretrainedModel(nn.Module, Reducible):
         """Recompute layers in backward instead of saving their activations."""
         raise NotImplementedError
 
-    def save_pretrained(self, folder: str | os.PathLike, tokenizer: Any = None) -> Path:
-        """Write model.safetensors, config.json and the tokenizer; each file whole or not at all."""
+    def save_pretrained(
+        self, folder: str | os.PathLike, tokenizer: Any = None, **options: Any
+    ) -> Path:
+        """Write model.safetensors, config.json and the tokenizer, each file whole or not at all,
+        and a model card where there is none; returns the folder.
+
+        options: of `ModelHubMixin.save_pretrained`, such as push_to_hub=True, which takes the
+            tokenizer only where `tokenizer.push_to_hub` is called too.
+        """
+        with staged(Path(folder)) as stage:
+            super().save_pretrained(stage, **({"repo_id": Path(folder).name} | options))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        return Path(folder)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
         from safetensors.torch import save
 
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         first, state = first_names(self), self.state_dict()
         weights = {
             name: weight.detach().cpu().contiguous()
             for name, weight in state.items()
             if first[name] == name
         }
-        _write(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
+        write_file(save_directory / "model.safetensors", save(weights, metadata={"format": "pt"}))
         config = {"model": self.family, **asdict(self.config)}
-        _write(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        return folder
+        write_file(save_directory / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+    def generate_model_card(self, **values: Any) -> ModelCard:
+        """The card that `save_pretrained` writes, with the FLOPs of the image tower."""
+        name = type(self).__name__
+        said = {
+            "name": name,
+            "about": f"{name} of elip-kernels, whose image tower is reduced as the table says "
+            "([ELIP](https://arxiv.org/abs/2309.16738)).",
+            "usage": 'import elip_models\n\nmodel = elip_models.create_model("hf:owner/name")',
+        }
+        said |= card_values(self.config.reduction, self.tower.size)
+        return super().generate_model_card(**(said | values))
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike) -> Self:
-        """Load the model that `save_pretrained` wrote, from a local folder.
+    def from_pretrained(cls, folder: str | os.PathLike, *, token: str | bool | None = None) -> Self:
+        """Load the model that `save_pretrained` wrote.
+
+        Args:
+            folder: or a repository of the hub, 'owner/name' or 'owner/name@revision'.
+            token: of a private repository.
 
         Raises:
-            FileNotFoundError: the folder lacks config.json or model.safetensors.
+            FileNotFoundError: no such folder or repository, or it lacks config.json or
+                model.safetensors.
             ValueError: a config of another model, or weights that do not fit it.
         """
         from safetensors.torch import load_file
 
-        path = Path(folder)
+        path = fetched(folder, token=token)
         family, config = read_config(path)
         if family != cls.family:
             raise ValueError(f"folder: expected a {cls.__name__} config, got another in {path}")
@@ -213,6 +249,19 @@ class PretrainedModel(nn.Module, Reducible):
                 f"folder: expected weights that fit {path}/config.json: {error}"
             ) from error
         return model
+
+
+def with_overrides(model: PretrainedModel, overrides: dict[str, Any]) -> PretrainedModel:
+    """The model with other fields in its config, and the same weights.
+
+    Raises:
+        ValueError: a field that there is not, or one that the weights do not fit.
+    """
+    if not overrides:
+        return model
+    other = type(model)(type(model.config).from_dict(vars(model.config) | overrides))
+    load_weights(other, model.state_dict())
+    return other
 
 
 def read_config(folder: str | os.PathLike, *, with_weights: bool = True) -> tuple[str | None, dict]:
@@ -297,7 +346,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, with the permissions of any new file."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -1,5 +1,6 @@
 """What ALBEF, BLIP and METER share: the image tower, how its reduction is guided, the tokenizer."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -138,10 +139,14 @@ class CrossModalModel(PretrainedModel):
         return self.encode_text(input_ids, attention_mask)[:, 0]
 
     def encode_image(
-        self, images: Tensor, text_cls: Tensor | None = None
+        self,
+        images: Tensor,
+        text_cls: Tensor | None = None,
+        rows: Mapping[int, Tensor] | None = None,
     ) -> tuple[Tensor, list[StageInfo]]:
-        """images (B, 3, H, W), guided by text_cls (B, D) -> tokens (B, K+2, D), infos of stages."""
-        return run_tower(self.tower, images, text_cls, self.reduction)
+        """images (B, 3, H, W), guided by text_cls (B, D) or by `rows` that were read elsewhere ->
+        tokens (B, K+2, D), infos of stages."""
+        return run_tower(self.tower, images, text_cls, self.reduction, rows=rows)
 
     @classmethod
     def fit_tokenizer(

@@ -11,7 +11,7 @@ Source: ALBEF (Li et al., 2021), section 3.2; BLIP (Li et al., 2022).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -30,7 +30,10 @@ from elip_models.models.layers.momentum import (
     update_momentum_,
 )
 from elip_models.reduction.encode import run_tower
-from elip_models.reduction.strategy import StageInfo
+from elip_models.reduction.read_rows import run_and_read
+from elip_models.reduction.schedule import Schedule
+from elip_models.reduction.scorers import ScorerName
+from elip_models.reduction.strategies.elip import Elip
 from elip_models.towers import as_tower
 from elip_models.towers.fsdp import is_sharded
 from elip_models.validation import Bounds, NonNegative, PositiveInt, Share, divisor_of
@@ -46,8 +49,11 @@ class MomentumConfig(CrossModalConfig):
     negative_epsilon: added to each weight that hard negatives are drawn by.
     momentum_reduction: 'none' shows the momentum image tower all patches, as the papers do;
         'shared' the tokens that the online one kept and merged, by the same weights: no scoring.
+    scorer: also 'momentum': the momentum image tower, which sees all patches anyway, runs first,
+        and its rows select (`read_rows.py`); where it does not run, outside of the loss, 'exact'.
     """
 
+    scorer: ScorerName | Literal["momentum"] = "exact"
     text_depth: PositiveInt = 12
     text_heads: Annotated[PositiveInt, divisor_of("text_width")] = 12
     text_hidden: PositiveInt = 3072
@@ -61,6 +67,18 @@ class MomentumConfig(CrossModalConfig):
     alpha_warmup_epochs: NonNegative = 1.0
     negative_epsilon: Share = 0.0
     momentum_reduction: Literal["none", "shared"] = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scorer == "momentum" and self.momentum_reduction == "shared":
+            raise ValueError(
+                "momentum_reduction: expected 'none' with scorer='momentum', whose rows are those "
+                "of all patches, got 'shared'"
+            )
+
+    def elip(self, schedule: Schedule | str) -> Elip:
+        by_momentum = self.scorer == "momentum"
+        return (replace(self, scorer="exact") if by_momentum else super()).elip(schedule)
 
     @property
     def bert(self) -> BertConfig:
@@ -197,13 +215,12 @@ class MomentumModel(CrossModalModel):
         """
         online, gather = self.encoders, self.config.gather
         text = online.read(input_ids, mask)
-        image, infos = self.encode_image(images, text[:, 0])
-        features = online.image_features(image), online.text_features(text)
         if self.training:
             self._check_unsharded()
             update_momentum_(self.encoders_m, online, self.config.momentum)
-        shared = infos if self.config.momentum_reduction == "shared" else None
-        image_m, features_m = self._momentum_features(images, input_ids, mask, shared)
+        image, image_m = self._images(images, text[:, 0])
+        features = online.image_features(image), online.text_features(text)
+        features_m = self._momentum_features(image_m, input_ids, mask)
         reach = "global" if self.training else gather
         with torch.no_grad():
             everywhere = all_gather(features_m[0], reach), all_gather(features_m[1], reach)
@@ -261,14 +278,24 @@ class MomentumModel(CrossModalModel):
         labels[: len(mask)] = 1
         return F.cross_entropy(self.itm_head(fused[:, 0]).float(), labels)
 
+    def _images(self, images: Tensor, text_cls: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode images (B, 3, H, W), guided by text_cls (B, D) -> tokens of the online tower, and
+        of the momentum tower, without gradient: of all patches, or of those that the other kept."""
+        if self.config.scorer == "momentum" and isinstance(self.reduction, Elip):
+            image_m, rows = run_and_read(self.tower_m, images, text_cls.detach(), self.reduction)
+            return self.encode_image(images, text_cls, rows)[0], image_m
+        image, infos = self.encode_image(images, text_cls)
+        shared = self.config.momentum_reduction == "shared"
+        strategy, replays = (self.reduction, infos) if shared else (self.dense, None)
+        with torch.no_grad():
+            image_m, _ = run_tower(self.tower_m, images, None, strategy, replays=replays)
+        return image, image_m
+
     @torch.no_grad()
     def _momentum_features(
-        self, images: Tensor, input_ids: Tensor, mask: Tensor, infos: list[StageInfo] | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Encode with the momentum towers -> tokens (B, N, D) of all patches, or of those that
-        `infos` kept, and features of image and text."""
+        self, image: Tensor, input_ids: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Features of image and text by the momentum encoders, from their tokens of the image."""
         momentum = self.encoders_m
-        strategy = self.dense if infos is None else self.reduction
-        image, _ = run_tower(self.tower_m, images, None, strategy, replays=infos)
         text = momentum.read(input_ids, mask)
-        return image, (momentum.image_features(image), momentum.text_features(text))
+        return momentum.image_features(image), momentum.text_features(text)

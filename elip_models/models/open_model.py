@@ -2,7 +2,7 @@
 
     timm:vit_base_patch16_224                 an image model of timm
     open_clip:ViT-B-16[/laion2b_s34b_b88k]    a whole CLIP of open_clip, its weights after the slash
-    hf:google/vit-base-patch16-224            of transformers, by name or local folder
+    hf:google/vit-base-patch16-224            of transformers or ours, by name or local folder
     elip_clip_vit_b16                         a name of `list_models`
     runs/clip_tiny/model                      a folder that `save_pretrained` wrote
 
@@ -98,8 +98,14 @@ def _open_open_clip(name: str, pretrained: bool, options: dict[str, Any]) -> nn.
 
 
 def _open_hf(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
-    from transformers import AutoConfig, AutoModel, BlipForImageTextRetrieval
+    from transformers import AutoConfig, AutoModel, BlipForImageTextRetrieval, PretrainedConfig
 
+    from elip_models.models.hub import fetched
+    from elip_models.models.registry import FAMILIES
+
+    described, _ = PretrainedConfig.get_config_dict(name)
+    if described.get("model") in FAMILIES:
+        return _from_folder(fetched(name), pretrained, options)
     config = AutoConfig.from_pretrained(name, **options)
     architectures = config.architectures or [BlipForImageTextRetrieval.__name__]
     is_blip = config.model_type == "blip" and BlipForImageTextRetrieval.__name__ in architectures
@@ -119,19 +125,16 @@ OPENERS: dict[str, Callable[[str, bool, dict[str, Any]], nn.Module]] = {
 def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     """Open our model of a folder, its config changed by `options`; a config is enough for random
     weights."""
-    from elip_models.models.base import load_weights, read_config
+    from elip_models.models.base import read_config
     from elip_models.models.registry import FAMILIES, load_model
 
     family, config = read_config(folder, with_weights=pretrained)
     if family not in FAMILIES:
         raise ValueError(f"spec: expected a folder of our models, or 'hf:{folder}', got {folder}")
-    if pretrained and not options:
-        return load_model(folder)
-    kind = FAMILIES[family]
-    model = kind(kind.config_class.from_dict(config | options))
     if pretrained:
-        load_weights(model, load_model(folder).state_dict())
-    return model
+        return load_model(folder, **options)
+    kind = FAMILIES[family]
+    return kind(kind.config_class.from_dict(config | options))
 
 
 @contextmanager

@@ -5,9 +5,10 @@ from dataclasses import replace
 from typing import Any
 
 from elip_models.models.albef import ALBEF, ALBEFConfig
-from elip_models.models.base import PretrainedModel, load_weights, read_config
+from elip_models.models.base import PretrainedModel, read_config, with_overrides
 from elip_models.models.blip import BLIP, BLIPConfig
 from elip_models.models.clip import CLIP, CLIPConfig
+from elip_models.models.hub import fetched
 from elip_models.models.meter import METER, METERConfig
 from elip_models.reduction.schedule import PRESETS, Schedule
 from elip_models.reduction.strategies.elip import Elip
@@ -75,6 +76,7 @@ CONFIGS: dict[str, Any] = {
     ),
 }
 PREFIX = "elip_"
+HUB = "hf:"
 
 
 def list_models() -> list[str]:
@@ -88,10 +90,12 @@ def create_model(
     """Create a model of the paper by name.
 
     Args:
-        name: as `list_models` gives them; 'elip_' adds the paper's schedule.
-        pretrained: False for random weights, or the folder that
-            `save_pretrained` filled; then its own sizes hold, whatever the name says, and its own
-            schedule, unless it has none (the paper's) or the name is without 'elip_' (dense).
+        name: as `list_models` gives them; 'elip_' adds the paper's schedule. Or 'hf:owner/name' or
+            'hf:FOLDER', which is loaded as it was saved.
+        pretrained: False for random weights of a listed name, or the folder that
+            `save_pretrained` filled, or a repository of the hub, 'owner/name'; then its own sizes
+            hold, whatever the name says, and its own schedule, unless it has none (the paper's) or
+            the name is without 'elip_' (dense).
         overrides: fields of the model's config, such as `CLIPConfig`.
 
     Raises:
@@ -99,6 +103,8 @@ def create_model(
         ValueError: an unknown name or override, with the nearest known one; pretrained=True, since
             no weights are published; or an override that the folder's weights do not fit.
     """
+    if isinstance(name, str) and name.startswith(HUB):
+        return load_model(name.removeprefix(HUB), **overrides)
     family = family_of(name)
     if not isinstance(pretrained, (bool, str, os.PathLike)):
         raise TypeError(
@@ -113,15 +119,11 @@ def create_model(
     config = CONFIGS[name.removeprefix(PREFIX)]
     if name.startswith(PREFIX):
         config = replace(config, schedule=PRESETS[family.family])
-    trained = family.from_pretrained(pretrained) if pretrained else None
-    if trained is not None:
-        own = trained.config.schedule if name.startswith(PREFIX) else None
-        config = replace(trained.config, schedule=own or config.schedule)
-    config = family.config_class.from_dict(vars(config) | overrides)
-    model = family(config)
-    if trained is not None:
-        load_weights(model, trained.state_dict())
-    return model
+    if not pretrained:
+        return family(family.config_class.from_dict(vars(config) | overrides))
+    trained = family.from_pretrained(pretrained)
+    own = trained.config.schedule if name.startswith(PREFIX) else None
+    return with_overrides(trained, {"schedule": own or config.schedule} | overrides)
 
 
 def family_of(name: str) -> type[PretrainedModel]:
@@ -133,20 +135,29 @@ def family_of(name: str) -> type[PretrainedModel]:
     return next(model for model in FAMILIES.values() if model.config_class is config)
 
 
-def load_model(folder: str | os.PathLike) -> PretrainedModel:
+def load_model(
+    folder: str | os.PathLike, *, token: str | bool | None = None, **overrides: Any
+) -> PretrainedModel:
     """Load the model that `save_pretrained` wrote, of whatever family.
 
+    Args:
+        folder: or a repository of the hub, 'owner/name' or 'owner/name@revision'.
+        token: of a private repository.
+        overrides: fields of the model's config.
+
     Raises:
-        FileNotFoundError: the folder lacks config.json or model.safetensors.
+        FileNotFoundError: no such folder or repository, or it lacks config.json or
+            model.safetensors.
         ValueError: a config of another library, or weights that do not fit it.
     """
+    folder = fetched(folder, token=token)
     family, _ = read_config(folder)
     if family not in FAMILIES:
         raise ValueError(
             f"folder: expected a model of {sorted(FAMILIES)}, as save_pretrained writes them, got "
             f"another in {folder}"
         )
-    return FAMILIES[family].from_pretrained(folder)
+    return with_overrides(FAMILIES[family].from_pretrained(folder), overrides)
 
 
 def elip_strategy(model: PretrainedModel) -> Elip:

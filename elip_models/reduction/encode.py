@@ -1,6 +1,6 @@
 """encode_image: a tower's blocks in order, under a strategy."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Unpack
 
@@ -69,6 +69,7 @@ def run_tower(
     *,
     cls_only: bool = False,
     replays: Sequence[StageInfo] | None = None,
+    rows: Mapping[int, Tensor] | None = None,
 ) -> tuple[Tensor, list[StageInfo]]:
     """`encode_image` for arguments that have been checked, once and for all calls.
 
@@ -76,6 +77,7 @@ def run_tower(
     block, that block then runs for this token only, which is exact: the tokens are (B, 1, D).
     replays: what each step did in another tower's run of the same images; here it does the same,
     and nothing is scored.
+    rows: what selects in place of a scorer, see `Forward`.
     """
     if is_reduced_tower(tower):
         raise ValueError(
@@ -85,7 +87,7 @@ def run_tower(
     last = tower.depth - 1
     cls_only = cls_only and not torch.is_grad_enabled() and tower.is_plain(last)
     text_cls = None if text_cls is None else text_cls.detach()
-    forward = Forward(tower.at(None), strategy, text_cls, replays=replays)
+    forward = Forward(tower.at(None), strategy, text_cls, replays=replays, rows=rows)
     run = forward.block
     if tower.checkpointing and tower.model.training:
         run = partial(checkpoint, forward.block, use_reentrant=False)

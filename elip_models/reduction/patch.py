@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from elip_models.reduction.schedule import Schedule
+from elip_models.reduction.settings import settings_of, strategy_of
 from elip_models.reduction.stand_ins import (
     REFUSALS,
     Entrance,
@@ -26,7 +27,8 @@ from elip_models.reduction.strategies.elip import ElipOptions
 from elip_models.reduction.strategy import StageInfo, Strategy
 from elip_models.reduction.strategy_spec import get_strategy
 from elip_models.reduction.summary import Summary
-from elip_models.towers import Tower, as_image_text, as_tower
+from elip_models.towers import ImageTextModel, Tower, as_image_text, as_tower
+from elip_models.validation import blame
 
 M = TypeVar("M", bound=nn.Module)
 StandIn = ReducedBlock | Entrance | Refusal | Representation
@@ -37,7 +39,7 @@ def reduce_(
     *,
     keep: float | None = None,
     schedule: Schedule | str | None = None,
-    strategy: str | Strategy = "elip",
+    strategy: str | Strategy | None = None,
     **options: Unpack[ElipOptions],
 ) -> M:
     """Make an image model drop and merge tokens, in place; returns the model.
@@ -51,7 +53,7 @@ def reduce_(
         elip_models.unreduce_(model)                        # the untouched model again
 
     Parameters, state_dict keys and the call stay the same. A further call replaces the settings and
-    costs about a millisecond, so that the rate may change from step to step.
+    costs some ten milliseconds, so that the rate may change from step to step.
     The last block runs for all tokens, since the model's own forward may read them; CLIP's image
     tower in inference runs it for CLS alone.
     Call it before torch.compile, which does not see what comes later. Guidance, where there is any,
@@ -70,7 +72,8 @@ def reduce_(
             preset of the paper's models, 'clip' (the default), 'albef', 'blip' or 'meter', scaled
             to that depth.
         strategy: a name in `elip_models.STRATEGIES`, or a line such as 'evit:keep_rate=0.6', or an
-            instance, which then holds all options.
+            instance, which then holds all options; by default 'elip'. With no argument at all, a
+            dense model of transformers that was saved reduced is reduced as its `config.elip` says.
         options: scorer ('last' by default, 'exact', 'cls', 'official', or a number), fusion (0.8),
             guidance_norm ('none'), without_text ('vision'; 'dense' of a tower without CLS) and
             merge (True), see `ElipOptions`.
@@ -80,18 +83,34 @@ def reduce_(
         ValueError: bad arguments.
     """
     _refuse_compiled(model, "reduce_")
-    image_text = as_image_text(model)
-    tower = as_tower(model if image_text is None else image_text.image_model)
+    image_text, tower = _read(model)
+    if strategy is None:
+        strategy = "elip" if keep or schedule or options else _saved_strategy(model) or "elip"
     strategy = get_strategy(strategy, schedule=schedule, **options).fitted(tower)
     if keep is not None:
         strategy = strategy.at_keep(tower, keep)
     reduction = Reduction(tower, strategy, image_text)
-    if any(_are_alike(reduction, other) for other in _reductions(model)):
+    if any(_are_alike(reduction, other) for other in reductions_of(model)):
         return model  # nothing changes, not even for a compiler that has seen it
-    _refuse_replaced(reduction)
-    unreduce_(model)
-    _install(reduction)
+    _install(model, reduction)
     return model
+
+
+def _read(model: nn.Module) -> tuple[ImageTextModel | None, Tower]:
+    """The whole image-text model, if it is one, and the tower of its image model."""
+    image_text = as_image_text(model)
+    return image_text, as_tower(model if image_text is None else image_text.image_model)
+
+
+def _saved_strategy(model: nn.Module) -> Strategy | None:
+    """What the library's config says of a model that was saved reduced, and is dense now."""
+    image_text, tower = _read(model)
+    config = (image_text or tower).saved_config
+    saved = None if reductions_of(model) else getattr(config, "elip", None)
+    if saved is None:
+        return None
+    with blame(f"{type(config).__name__}.elip"):
+        return strategy_of(saved)
 
 
 def _are_alike(one: Reduction, other: Reduction) -> bool:
@@ -114,10 +133,13 @@ def _refuse_replaced(reduction: Reduction) -> None:
             )
 
 
-def _install(reduction: Reduction) -> None:
+def _install(model: nn.Module, reduction: Reduction) -> None:
+    _refuse_replaced(reduction)
+    unreduce_(model)
     tower, strategy, image_text = reduction.tower, reduction.strategy, reduction.image_text
     shown = tower.model if image_text is None else image_text.model
     shown.extra_repr = Representation(reduction, vars(shown).get("extra_repr"))
+    note(reduction)
     if not reduction.acts_at and not strategy.changes_embedding:
         return
     if strategy.changes_embedding:
@@ -138,6 +160,13 @@ def _install(reduction: Reduction) -> None:
         image_text.model.register_forward_hook(text_first, with_kwargs=True, always_call=True)
 
 
+def note(reduction: Reduction) -> None:
+    """Say in the library's own config how the model is reduced, if the library saves one."""
+    config = (reduction.image_text or reduction.tower).saved_config
+    if config is not None:
+        config.elip = settings_of(reduction.strategy)
+
+
 def _refuse_methods(model: nn.Module, names: tuple[str, ...]) -> None:
     for name in names:
         setattr(model, name, Refusal(name, vars(model).get(name)))
@@ -156,8 +185,10 @@ def unreduce_(model: M) -> M:
                     f"model: expected {type(module).__name__}s as reduce_ left them, got one whose "
                     "forward was wrapped since; take that off first"
                 )
-    wholes = [each.image_text.model for each in _reductions(model) if each.image_text is not None]
+    wholes = [each.image_text.model for each in reductions_of(model) if each.image_text is not None]
     for module in (module for whole in (model, *wholes) for module in whole.modules()):
+        if getattr(vars(module).get("config"), "elip", None) is not None:
+            del module.config.elip
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, TextFirst):
                 del module._forward_pre_hooks[key]
@@ -183,17 +214,16 @@ def summary(model: nn.Module) -> Summary:
     Raises:
         TypeError: a model that cannot be reduced, with the reason.
     """
-    found = _reductions(model) if isinstance(model, nn.Module) else []
+    found = reductions_of(model) if isinstance(model, nn.Module) else []
     if found:
         return found[0].summary
-    image_text = as_image_text(model)
-    tower = as_tower(model if image_text is None else image_text.image_model)
+    image_text, tower = _read(model)
     return Summary.of(tower, None, is_whole=image_text is not None)
 
 
 def is_reduced(model: nn.Module) -> bool:
     """Whether `reduce_` has changed the model, or one inside it."""
-    return isinstance(model, nn.Module) and bool(_reductions(model))
+    return isinstance(model, nn.Module) and bool(reductions_of(model))
 
 
 def is_reduced_tower(tower: Tower) -> bool:
@@ -257,7 +287,7 @@ def guidance(model: nn.Module, text_cls: Tensor) -> Iterator[None]:
             reduction.unguide(this)
 
 
-def _reductions(model: nn.Module) -> list[Reduction]:
+def reductions_of(model: nn.Module) -> list[Reduction]:
     """What has changed the model, or one inside it."""
     stand_ins = (value for module in model.modules() for value in vars(module).values())
     knowing = ReducedBlock | Entrance | Representation
@@ -266,8 +296,8 @@ def _reductions(model: nn.Module) -> list[Reduction]:
 
 
 def _reduced(model: nn.Module) -> list[Reduction]:
-    """`_reductions` of a model that has some."""
-    reductions = _reductions(model) if isinstance(model, nn.Module) else []
+    """`reductions_of` of a model that has some."""
+    reductions = reductions_of(model) if isinstance(model, nn.Module) else []
     if not reductions:
         raise ValueError("model: expected one that reduce_ has changed, got one without reduction")
     return reductions

@@ -7,6 +7,7 @@ layer of every group below 100%. Ratios are of the first patch count: K = int(N0
 import math
 import re
 from dataclasses import dataclass, replace
+from decimal import Decimal
 
 from elip_models.validation import check_fields
 
@@ -81,11 +82,17 @@ class Schedule:
         matches = [GROUP.fullmatch(word) for word in words]
         if not words or None in matches:
             raise ValueError(f"schedule: expected {FORM} or one of {sorted(PRESETS)}, got {text!r}")
-        groups = tuple((int(m[1]), float(m[2]) / 100) for m in matches if m)
+        groups = tuple((int(m[1]), float(Decimal(m[2]) / 100)) for m in matches if m)
         return cls(groups, count_cls, scales=name in PRESETS)
 
     def __str__(self) -> str:
         return " ".join(_format(layers, ratio) for layers, ratio in self.groups)
+
+    @property
+    def exact(self) -> str:
+        """The groups to the last digit, which `parse` reads back as they are."""
+        percent = ((n, (Decimal(repr(ratio)) * 100).normalize()) for n, ratio in self.groups)
+        return " ".join(f"{layers}({ratio:f}%)" for layers, ratio in percent)
 
     @property
     def depth(self) -> int:
@@ -126,18 +133,15 @@ class Schedule:
         return tokens
 
     def scaled(self, depth: int) -> "Schedule":
-        """The same ratios over `depth` layers, at least one in each group."""
-        sizes, done = [], 0.0
+        """The same ratios over `depth` layers, at least one in each group, if there are as many."""
+        sizes, done, least = [], 0.0, 1 if depth >= len(self.groups) else 0
         for layers, _ in self.groups:
             start, done = round(done), done + layers * depth / self.depth
-            sizes.append(max(1, round(done) - start))
-        while sum(sizes) > max(depth, len(sizes)):
+            sizes.append(max(least, round(done) - start))
+        while sum(sizes) > depth:
             sizes[sizes.index(max(sizes))] -= 1
-        return replace(
-            self,
-            groups=tuple((n, r) for n, (_, r) in zip(sizes, self.groups, strict=True)),
-            scales=False,
-        )
+        groups = ((n, ratio) for n, (_, ratio) in zip(sizes, self.groups, strict=True) if n)
+        return replace(self, groups=tuple(groups), scales=False)
 
     def at_strength(self, num_patches: int, strength: float) -> "Schedule":
         """The same form with more or less dropped: nothing at 0, all but a patch or so at 1.
@@ -154,23 +158,16 @@ class Schedule:
         """The schedule of a tower of `depth` layers: this one, scaled where it `scales`.
 
         Raises:
-            ValueError: the layers do not add up to `depth`, or are too few for the groups of one
-                that scales; with the scaled string.
+            ValueError: the layers do not add up to `depth`; with the scaled string.
         """
         if self.depth == depth and not self.scales:
             return self
-        scaled = self.scaled(depth)
         if not self.scales:
             raise ValueError(
                 f"schedule: expected {depth} layers, as the tower has, got {self.depth} in "
-                f"'{self}'; scaled to the tower: '{scaled}'"
+                f"'{self}'; scaled to the tower: '{self.scaled(depth)}'"
             )
-        if scaled.depth != depth:
-            raise ValueError(
-                f"schedule: expected at least {len(self.groups)} layers for the groups of '{self}',"
-                f" got a tower of {depth}; write one with fewer groups"
-            )
-        return scaled
+        return self.scaled(depth)
 
 
 def _format(layers: int, ratio: float) -> str:

@@ -7,7 +7,7 @@ All that one forward knows is in its `Forward`: who runs a tower makes one, and 
 blocks in order. `encode_image`, the blocks that `reduce_` changes, pictures and benchmarks do so.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -52,6 +52,7 @@ class Forward:
         text_cls: Tensor | None = None,
         *,
         replays: Iterable[StageInfo] | None = None,
+        rows: Mapping[int, Tensor] | None = None,
     ) -> None:
         """
         Args:
@@ -59,14 +60,18 @@ class Forward:
             strategy: checked, see `Strategy.check`.
             text_cls: (B, D), the guidance, detached, or None.
             replays: what each step did for the same images elsewhere, and does here again.
+            rows: what selects in place of a scorer, (B, N) over the tokens of block 0, by the block
+                that a step stands before.
         """
         self.tower, self.strategy, self.text_cls = tower, strategy, text_cls
+        self.rows = rows or {}
         self.infos = {info.stage.first: info for info in replays or ()}
         if replays is not None:
             self.stages = {i: info.stage for i, info in self.infos.items()}
         elif strategy.reduces(text_cls, tower.model.training):
             self.stages = stages_of(strategy, tower.size)
-            warn_if_slower(tower, strategy)
+            if not self.rows:
+                warn_if_slower(tower, strategy)
         else:
             self.stages = {}
 
@@ -79,6 +84,17 @@ class Forward:
         """Where the tokens stand that enter block i, see `Step`."""
         previous = self.previous(i)
         return None if previous is None else previous.positions
+
+    def row(self, i: int) -> Tensor | None:
+        """What selects before block i in place of a scorer: a token's share of a row is that of all
+        that it holds."""
+        row = self.rows.get(i)
+        if row is None:
+            return None
+        for first, info in self.infos.items():
+            if first < i:
+                row = (info.reduction.source_map().to(row.dtype) @ row[..., None])[..., 0]
+        return row
 
     def takes_place_of(self, i: int) -> bool:
         """A step runs in place of block i."""
@@ -100,8 +116,9 @@ class Forward:
                 tokens = strategy.later(tower, i, tokens, previous)
             return Step(tokens, None, positions, takes_place)
         self._check(i, tokens)
-        context = Context(self.text_cls, previous, self.infos.get(i))
+        context = Context(self.text_cls, previous, self.infos.get(i), self.row(i))
         tokens, info = strategy.step(tower, stage, tokens, context)
+        self._check_left(i, tokens)
         info = info._replace(positions=tower.positions_after(info.reduction))
         return Step(tokens, info, info.positions, strategy.replaces_block)
 
@@ -111,6 +128,15 @@ class Forward:
             raise ValueError(
                 f"images: expected {expected} tokens before block {i}, those of images "
                 f"{self.tower.image_size}, got {tokens.shape[1]}; resize the images"
+            )
+
+    def _check_left(self, i: int, tokens: Tensor) -> None:
+        """Else FLOPs, and what `at_flops` and `at_keep` find, would be another strategy's."""
+        expected = entering(self.strategy, self.tower.size)[i + 1]
+        if tokens.shape[1] != expected:
+            raise ValueError(
+                f"strategy: expected {self.strategy.name!r} to leave {expected} tokens at block "
+                f"{i}, as its token_counts says, got {tokens.shape[1]} from its step"
             )
 
     def block(

@@ -58,15 +58,22 @@ class Context(NamedTuple):
     previous: what the step before did in this forward.
     replay: what this step has done already, and is to do again: in the forward that is recomputed
         now, or in another tower of the same images.
+    row: (B, N) over its tokens, what selects in place of a scorer, or None.
     """
 
     text_cls: Tensor | None = None
     previous: StageInfo | None = None
     replay: StageInfo | None = None
+    row: Tensor | None = None
 
 
 class Strategy:
     """How tokens leave a tower. Subclasses are frozen dataclasses, and define what raises here.
+
+    A strategy of your own is one too: `stages`, `token_counts`, `step` and `at_strength`, if it
+    stands before blocks (`examples/own_strategy.py`); where it follows a schedule, `score` alone
+    (`Staged` in strategies/elip.py). `reduce_` and `encode_image` take an instance, and know it by
+    name once `elip_models.STRATEGIES[name]` is the class.
 
     name: in `STRATEGIES`.
     replaces_block: its steps take a block's place; else they stand before it.
@@ -98,6 +105,10 @@ class Strategy:
         self.stages(tower.size)
         return self
 
+    def at(self, step: int) -> "Strategy":
+        """What step `step` of training, 0-based, is reduced by."""
+        return self
+
     def stages(self, size: Size) -> tuple[Stage, ...]:
         """Where it acts, in the order of the blocks; at most one step a block.
 
@@ -107,7 +118,7 @@ class Strategy:
         raise NotImplementedError
 
     def token_counts(self, size: Size) -> tuple[Layer, ...]:
-        """Tokens in each block."""
+        """Tokens in each block, prefix tokens and merged ones included; FLOPs follow."""
         raise NotImplementedError
 
     def scoring_flops(self, size: Size) -> int:
@@ -135,7 +146,20 @@ class Strategy:
     def step(
         self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
     ) -> tuple[Tensor, StageInfo]:
-        """The tokens before block `stage.first`, reduced; or after it, if it takes its place."""
+        """The tokens before block `stage.first`, reduced; or after it, if it takes its place.
+
+        `tower.reduce(tokens, row, stage.keep, merge=..)` selects and merges by a row of scores.
+
+        Args:
+            tower: of the blocks.
+            stage: of `stages`.
+            tokens: (B, N, D), `tower.num_prefix_tokens` of them first, which stay there.
+            context: where it has a `replay`, what that did is done again, and nothing is chosen,
+                drawn or scored anew.
+
+        Returns:
+            (B, M, D), M as `token_counts` says of this block's MLP, and what was done.
+        """
         raise NotImplementedError
 
     def later(self, tower: Tower, i: int, tokens: Tensor, previous: StageInfo) -> Tensor:

@@ -9,7 +9,7 @@ elip:scorer=exact,schedule=2(100%) 4(50%)
 import ast
 import re
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args
 
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.strategy import Strategy
@@ -89,7 +89,7 @@ def _value(name: str, key: str, text: str) -> Any:
             f"strategy: expected a setting of {name!r}, one of {', '.join(kinds)}, got {key!r}"
         )
     value: Any = text
-    if text.lower() in WORDS:
+    if text.lower() in WORDS and text not in get_args(kinds[key]):  # 'none' may be a choice
         value = WORDS[text.lower()]
     elif re.fullmatch(r"[-+.\de]+(\s*,\s*[-+.\de]+)*,?", text):
         value = _number(key, text)

@@ -26,7 +26,9 @@ __all__ = [
     "as_reducible",
     "as_tower",
     "in_forward",
+    "library_of",
     "with_cls",
+    "without_adapter",
 ]
 
 
@@ -57,9 +59,9 @@ def as_tower(model: nn.Module) -> Tower:
         TypeError: not a model that a tower reads, or a variant of one that it does not: why.
         ImportError: a library is missing.
     """
-    model = _without_adapter(model)
+    model = without_adapter(model)
     _check_sharding(model)
-    library = _library(model)
+    library = library_of(model)
     if library is None:
         raise TypeError(
             f"model: expected an image model of {', '.join(ADAPTERS)}, got "
@@ -82,9 +84,9 @@ def as_image_text(model: nn.Module) -> ImageTextModel | None:
     Raises:
         TypeError: one whose text cannot guide its images: why.
     """
-    model = _without_adapter(model)
+    model = without_adapter(model)
     _check_sharding(model)
-    library = _library(model)
+    library = library_of(model)
     if library is None:
         return None
     adapters = (_load(library, name) for name in ADAPTERS[library].image_texts)
@@ -101,7 +103,7 @@ def as_image_text(model: nn.Module) -> ImageTextModel | None:
     return image_text
 
 
-def _without_adapter(model: nn.Module) -> nn.Module:
+def without_adapter(model: nn.Module) -> nn.Module:
     """The model inside peft's, whose own layers are the adapted ones."""
     is_peft = any(cls.__module__ == "peft.peft_model" for cls in type(model).__mro__)
     return model.get_base_model() if is_peft else model
@@ -128,7 +130,7 @@ def _check_sharding(model: nn.Module) -> None:
         )
 
 
-def _library(model: nn.Module) -> str | None:
+def library_of(model: nn.Module) -> str | None:
     """Which of the libraries the model's class, or one that it derives from, belongs to."""
     roots = (cls.__module__.split(".")[0] for cls in type(model).__mro__)
     return next((root for root in roots if root in ADAPTERS), None)

@@ -63,6 +63,7 @@ class Tower:
     absorbs_keys: a row is read without a key projection of the tokens.
     is_rotary: blocks rotate each token by its place in the image, which then follows the token.
     unsupported_methods: methods of the model that would return nonsense on a reduced one.
+    saved_config: the library's own, which it saves with the model, or None.
 
     `qkv`, `weights`, `project`, `mlp` and what is made of them read block i's parameters where
     they are, so a caller outside block i's forward calls them inside `unsharded(i)`.
@@ -80,6 +81,7 @@ class Tower:
     absorbs_keys: bool = True
     is_rotary: bool = False
     unsupported_methods: tuple[str, ...] = ()
+    saved_config: Any = None
 
     @property
     def has_cls(self) -> bool:

@@ -94,6 +94,10 @@ class HFTower(Tower):
                 return f"a layer's attention has no {', '.join(parts)} (take a later transformers)"
         return None
 
+    @property
+    def saved_config(self) -> Any:
+        return self.model.config
+
     def image_stats(self) -> Stats | None:
         return _stats_of(self.model)
 
@@ -189,6 +193,10 @@ class HFImageText(ImageTextModel):
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:
         return isinstance(model, cls.kind)
+
+    @property
+    def saved_config(self) -> Any:
+        return self.model.config
 
     def _refuses_width(self, text: int) -> str | None:
         vision = self.model.config.vision_config.hidden_size

@@ -16,10 +16,12 @@ class ImageTextModel(Reducible):
 
     model, image_model: the whole model, and the one inside it that a tower reads.
     unsupported_methods: methods of the model that would return nonsense on a reduced one.
+    saved_config: the library's own, which it saves with the model, or None.
     """
 
     model: nn.Module
     unsupported_methods: tuple[str, ...] = ()
+    saved_config: Any = None
 
     def __init__(self, model: nn.Module) -> None:
         raise NotImplementedError

@@ -21,12 +21,14 @@ from elip_models.data import (
     image_transform,
 )
 from elip_models.models.base import PretrainedModel
+from elip_models.models.momentum_model import MomentumModel
 from elip_models.models.registry import elip_strategy
 from elip_models.profiling.measure import measured_on, memory_is, no_gain
 from elip_models.profiling.rows import DENSE, Mode, measure
 from elip_models.profiling.workload import Workload
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.once import deliberately_slow
+from elip_models.reduction.read_rows import run_and_read
 from elip_models.reduction.schedule import PRESETS
 from elip_models.reduction.scorers import SCORERS
 from elip_models.reduction.strategies.elip import Elip
@@ -89,7 +91,10 @@ class Reporter:
     def timing(self, console: Console, *, rounds: int = 10) -> Path:
         """Time ViT-S/16 at 224 px with every scorer; print, and write `timing.json`."""
         images, _, guidance = self._guided(100)
-        agreement = scorer_agreement(self.model.visual, images, guidance, self.strategy)
+        rows = None
+        if isinstance(self.model, MomentumModel):
+            _, rows = run_and_read(self.model.tower_m, images, guidance, self.strategy)
+        agreement = scorer_agreement(self.model.visual, images, guidance, self.strategy, rows=rows)
         tower = VisionTransformer(
             img_size=224, embed_dim=384, num_heads=6, pre_norm=True, num_classes=0
         )

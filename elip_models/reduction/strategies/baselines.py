@@ -59,10 +59,6 @@ class Random(Drawn):
     schedule: Schedule = PAPER
     merge: bool = True
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "schedule", Schedule.parse(self.schedule))
-        check_fields(self)
-
 
 @dataclass(frozen=True)
 class PatchDropout(Drawn):

@@ -47,10 +47,17 @@ class ElipOptions(TypedDict, total=False):
 
 
 class Staged(Strategy):
-    """A strategy that reduces by a schedule, before the first block of each stage."""
+    """A strategy that reduces by a schedule, before the first block of each stage.
+
+    A subclass has `schedule`, also as it is written, and `merge` among its fields, and a `score`.
+    """
 
     schedule: Schedule
     merge: bool
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "schedule", Schedule.parse(self.schedule))
+        check_fields(self)
 
     def fitted(self, tower: Tower) -> Self:
         """With the schedule of the tower's depth."""
@@ -81,6 +88,8 @@ class Staged(Strategy):
     ) -> tuple[Tensor, StageInfo]:
         if context.replay is not None:
             row = context.replay.attention
+        elif context.row is not None:
+            row = context.row
         else:
             row = self.score(tower, stage, tokens, context.text_cls)
         tokens, info = tower.reduce(tokens, row, stage.keep, merge=self.merge)
@@ -113,8 +122,7 @@ class Elip(Staged):
     merge: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "schedule", Schedule.parse(self.schedule))
-        check_fields(self)
+        super().__post_init__()
         lengths = [layers for layers, ratio in self.schedule.groups if ratio < 1]
         shortest = min(lengths) if lengths else self.schedule.depth
         if isinstance(self.scorer, int) and self.scorer > shortest:

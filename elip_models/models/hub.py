@@ -1,0 +1,104 @@
+"""Folders of saved models, here or in a repository of the hub, and their model cards."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+
+from elip_models.reduction.flops import dense_flops, strategy_flops
+from elip_models.reduction.strategies.dense import Dense
+from elip_models.reduction.strategy import Strategy
+from elip_models.towers import Size
+from elip_models.validation import check
+
+FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+CARD = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+{{ about }}
+
+## What it costs
+
+Of the image tower and one image of {{ image }} pixels, counted and not timed, the choice of tokens
+included.
+
+{{ table }}
+
+## Use
+
+```python
+{{ usage }}
+```
+"""
+
+
+def fetched(
+    name: str | os.PathLike, files: Sequence[str] = FILES, *, token: str | bool | None = None
+) -> Path:
+    """The folder `name`, or that of a repository of the hub, fetched where it is not here yet.
+
+    Args:
+        name: a folder, or 'owner/name' or 'owner/name@revision' of the hub.
+        files: patterns of the files that are fetched.
+        token: of a private repository; None takes the one that `hf auth login` stored.
+
+    Raises:
+        FileNotFoundError: no such folder, and no repository that can be fetched.
+    """
+    check("folder", name, str | os.PathLike)
+    if Path(name).is_dir():
+        return Path(name)
+    repository, _, revision = str(name).partition("@")
+    try:
+        path = snapshot_download(
+            repository, revision=revision or None, allow_patterns=list(files), token=token
+        )
+    except (OSError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"folder: expected one that is here, or 'owner/name' of a hub repository that can be "
+            f"fetched, got {str(name)!r}: {error}"
+        ) from error
+    return Path(path)
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A folder to write in, whose files then take their places in `folder`, each whole; a model
+    card that is there stays."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder, prefix=".") as stage:
+        yield Path(stage)
+        for file in sorted(Path(stage).iterdir()):
+            if file.name != "README.md" or not (folder / file.name).exists():
+                os.replace(file, folder / file.name)
+
+
+def card_values(strategy: Strategy, size: Size) -> dict[str, str]:
+    """What `CARD` says of an image tower of that size under the strategy."""
+    height, width = size.image
+    return {"image": f"{height} x {width}", "table": flops_table(strategy, size)}
+
+
+def flops_table(strategy: Strategy, size: Size) -> str:
+    """Tokens and FLOPs of a tower, dense and under the strategy, in Markdown."""
+    dense = dense_flops(size)
+    rows = [
+        "| | tokens in each layer | GFLOPs, forward | GFLOPs, training step |",
+        "|" + " --- |" * 4,
+    ]
+    for each in dict.fromkeys((Dense(), strategy)):
+        flops = dense if isinstance(each, Dense) else strategy_flops(each, size)
+        tokens = ", ".join(str(layer.attention) for layer in each.token_counts(size))
+        shares = (
+            f"{some / 1e9:.3g} ({some / every:.0%})"
+            for some, every in zip(flops, dense, strict=True)
+        )
+        rows.append(f"| `{each}` | {tokens} | {' | '.join(shares)} |")
+    return "\n".join(rows)

@@ -1,0 +1,8 @@
+"""`python -m elip_models.open_clip_train --reduce keep=0.7 ..`, see `training/open_clip.py`."""
+
+import sys
+
+from elip_models.training.open_clip import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,100 @@
+"""A strategy as plain JSON and back: what a library's config, or a file beside it, says of a model.
+
+    {"version": 1, "strategy": "tome", "settings": {"r": 8, "proportional": true}}
+    {"version": 1, "strategy": "mine.Alternating", "settings": {}}
+
+A schedule is its text, to the last digit, or {"groups": text, "count_cls": true}. A strategy that
+is none of this library is named by its class alone: whoever loads the model passes the strategy.
+"""
+
+from collections.abc import Iterable
+from dataclasses import MISSING, fields, replace
+from typing import Any
+
+from elip_models.reduction.schedule import Schedule
+from elip_models.reduction.strategies import STRATEGIES
+from elip_models.reduction.strategies.dense import Dense
+from elip_models.reduction.strategy import Strategy
+from elip_models.validation import PositiveInt, blame, check, did_you_mean
+
+VERSION = 1
+NAMED = STRATEGIES | {Dense.name: Dense}
+UPGRADE = "upgrade elip-kernels if a later one wrote it"
+
+
+def settings_of(strategy: Strategy) -> dict[str, Any]:
+    """The strategy as plain JSON."""
+    cls = type(strategy)
+    if NAMED.get(strategy.name) is not cls:
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        return {"version": VERSION, "strategy": name, "settings": {}}
+    settings = {field.name: _plain(getattr(strategy, field.name)) for field in fields(strategy)}
+    return {"version": VERSION, "strategy": strategy.name, "settings": settings}
+
+
+def strategy_of(saved: Any) -> Strategy:
+    """The strategy that `settings_of` wrote, and JSON holds.
+
+    Raises:
+        TypeError, ValueError: settings of a later version, a strategy, a key or a value that there
+            is not; it says what was expected, what came, and what to do.
+    """
+    check("settings", saved, dict)
+    check("version", saved.get("version"), PositiveInt)
+    if saved["version"] > VERSION:
+        raise ValueError(
+            f"version: expected at most {VERSION}, which this elip-kernels reads, got "
+            f"{saved['version']}; upgrade elip-kernels"
+        )
+    _check_keys("", saved, known=("version", "strategy", "settings"))
+    name, settings = saved.get("strategy"), saved.get("settings")
+    check("strategy", name, str)
+    check("settings", settings, dict)
+    if name not in NAMED:
+        raise ValueError(
+            f"strategy: expected one of {', '.join(NAMED)}, got {name!r}; pass one of your "
+            f"own whole, as strategy=, or {UPGRADE}"
+        )
+    kinds = {field.name: field for field in fields(NAMED[name])}
+    _check_keys("settings.", settings, known=kinds)
+    needed = (key for key, field in kinds.items() if field.default is MISSING)
+    missing = next((key for key in needed if key not in settings), None)
+    if missing is not None:
+        raise ValueError(f"settings.{missing}: expected one for {name!r}, got none")
+    read = {
+        key: _schedule(value) if kinds[key].type is Schedule else _tuples(value)
+        for key, value in settings.items()
+    }
+    with blame("settings"):
+        return NAMED[name](**read)
+
+
+def _check_keys(prefix: str, values: dict[str, Any], known: Iterable[str]) -> None:
+    known = list(known)
+    for key in values:
+        if key not in known:
+            close = did_you_mean(key, known)
+            raise ValueError(
+                f"{prefix}{key}: expected keys among {', '.join(known)}, got {key!r}{close}; "
+                f"{UPGRADE}"
+            )
+
+
+def _plain(value: Any) -> Any:
+    if not isinstance(value, Schedule):
+        return list(value) if isinstance(value, tuple) else value
+    flags = {field.name: getattr(value, field.name) for field in fields(value)[1:]}
+    said = {name: flag for name, flag in flags.items() if flag}
+    return {"groups": value.exact} | said if said else value.exact
+
+
+def _schedule(value: Any) -> Schedule:
+    if not isinstance(value, dict):
+        return Schedule.parse(value)
+    _check_keys("settings.schedule.", value, known=[field.name for field in fields(Schedule)])
+    flags = {name: flag for name, flag in value.items() if name != "groups"}
+    return replace(Schedule.parse(value.get("groups")), **flags)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

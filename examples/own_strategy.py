@@ -1,0 +1,60 @@
+"""A strategy of your own: keep the patches whose tokens are longest, merge the others.
+
+    pip install 'elip-kernels[models]'
+    python examples/own_strategy.py
+
+It takes part in all that the built-in ones do: checkpointing, torch.compile, keep=, at_flops.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import timm
+import torch
+
+import elip_models
+from elip_models.reduction.schedule import Stage
+from elip_models.reduction.strategy import Layer, StageInfo, Strategy
+
+
+@dataclass(frozen=True)
+class Longest(Strategy):
+    """Before block `first`, keep a share of the patches by the length of their tokens."""
+
+    name: ClassVar[str] = "longest"
+    keep: float = 0.5
+    first: int = 1
+
+    def stages(self, size):  # where it acts, and how many patches stay
+        keep = max(1, int(self.keep * size.num_patches))
+        return (Stage(self.first, size.depth - self.first, keep),) if self.keep < 1 else ()
+
+    def token_counts(self, size):  # tokens in each block: these count as FLOPs
+        counts = [size.num_tokens] * size.depth
+        for stage in self.stages(size):
+            left = size.num_prefix_tokens + stage.keep + 1  # the merged one is the last
+            counts[stage.first :] = [min(left, size.num_tokens)] * stage.layers
+        return tuple(Layer(n, n) for n in counts)
+
+    def step(self, tower, stage, tokens, context):  # tokens (B, N, D) -> (B, p + keep + 1, D)
+        row = tokens.detach().norm(dim=2) if context.replay is None else context.replay.attention
+        tokens, reduction = tower.reduce(tokens, row, stage.keep, merge=True)
+        return tokens, StageInfo(stage, reduction, row)
+
+    def at_strength(self, size, strength):  # from nothing (0) to all that it can (1)
+        return replace(self, keep=1 - strength * (1 - 1 / size.num_patches))
+
+
+def main():
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224").eval()
+    images = torch.randn(2, 3, 224, 224)
+    tokens, infos = elip_models.encode_image(model, images, strategy=Longest(), return_info=True)
+    print(f"{tokens.shape[1]} of 197 tokens; kept: {infos[0].reduction.kept[0, :8].tolist()} ..")
+    elip_models.reduce_(model, strategy=Longest(), keep=0.7)
+    print(elip_models.summary(model))
+    print(f"logits {tuple(model(images).shape)}")
+
+
+if __name__ == "__main__":
+    main()
