@@ -9,7 +9,7 @@ LEAST_ROUNDS = 10
 
 
 class Refused(Exception):
-    """Results that no table may show, or a README that has no place for them."""
+    """Results that no table may show, or a page that has no place for them."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""Write the README's tables, and the charts and tables in docs/, from the committed results.
+"""Write the tables of docs/benchmarks.md, and the charts and tables beside it, from the committed
+results.
 
-    python -m benchmarks.plot [--results DIR] [--readme README.md] [--check]
+    python -m benchmarks.plot [--results DIR] [--page PAGE] [--check]
 
 Reads DIR/<device>/bench*.json as `pytest benchmarks/ --benchmark-only --benchmark-json=FILE` wrote
 them. Results whose parity failed or was not checked, of a run that failed or stopped early, of no
@@ -21,14 +22,14 @@ ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 
-def readme_with(readme: str, results: list[Results]) -> str:
-    """`readme` with the tables between its two markers."""
+def page_with(page: str, results: list[Results]) -> str:
+    """`page` with the tables between its two markers."""
     block = "\n\n".join(device_tables(device) for device in results)
     block = block or "No results are committed yet."
     pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-    if pattern.search(readme) is None:
-        raise Refused(f"README: expected {BEGIN} and {END}, got neither or only one")
-    return pattern.sub(lambda _: f"{BEGIN}\n\n{block}\n\n{END}", readme, count=1)
+    if pattern.search(page) is None:
+        raise Refused(f"the page: expected {BEGIN} and {END}, got neither or only one")
+    return pattern.sub(lambda _: f"{BEGIN}\n\n{block}\n\n{END}", page, count=1)
 
 
 def write(device: Results, docs: Path) -> list[Path]:
@@ -57,25 +58,25 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0, or 1 where results are refused or, with --check, something is stale."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md")
     parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
     options = parser.parse_args(arguments)
     try:
         results = read_results(options.results)
-        current = options.readme.read_text(encoding="utf-8")
-        wanted = readme_with(current, results)
+        current = options.page.read_text(encoding="utf-8")
+        wanted = page_with(current, results)
     except Refused as reason:
         sys.stderr.write(f"refused: {reason}\n")
         return 1
-    docs = options.readme.parent / "docs"
+    docs = options.page.parent
     if options.check:
-        stale = [options.readme] * (wanted != current) + stale_files(results, docs)
+        stale = [options.page] * (wanted != current) + stale_files(results, docs)
         for path in stale:
             sys.stderr.write(f"{path}: missing or stale; run python -m benchmarks.plot\n")
         return int(bool(stale))
     for device in results:
         write(device, docs)
-    options.readme.write_text(wanted, encoding="utf-8")
+    options.page.write_text(wanted, encoding="utf-8")
     return 0
 
 

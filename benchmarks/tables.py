@@ -1,5 +1,5 @@
-"""The tables of one device in Markdown, towers, strategies and models for the README, ops for a
-page of their own: "no gain" stands where there is none."""
+"""The tables of one device in Markdown, towers, strategies and models for the page of benchmarks,
+ops for a page of their own: "no gain" stands where there is none."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ Entry = dict[str, Any]
 
 
 def device_tables(results: Results) -> str:
-    """Write what the README shows of a device: versions, towers, strategies, where the ops are."""
+    """Write what the page shows of a device: versions, towers, strategies, where the ops are."""
     machine = results.machine
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     about = f"CPU threads: {machine['threads']}; {versions}; commit {results.commit}."
@@ -37,7 +37,7 @@ def device_tables(results: Results) -> str:
         parts.append(replacements(replaced))
     if ops:
         parts.append(chart(results, "ops", "times over that of a copy"))
-        parts.append(f"[Every op, side by side](docs/{results.slug}-ops.md).")
+        parts.append(f"[Every op, side by side]({results.slug}-ops.md).")
     added = [entry for entry in results.entries if "overhead_microseconds" in entry]
     if added:
         parts.append(overhead(added))
@@ -46,7 +46,7 @@ def device_tables(results: Results) -> str:
 
 def chart(results: Results, kind: str, title: str) -> str:
     """The picture that `charts.draw` makes."""
-    return f"![{kind} on {results.machine['device']}: {title}](docs/{results.slug}-{kind}.svg)"
+    return f"![{kind} on {results.machine['device']}: {title}]({results.slug}-{kind}.svg)"
 
 
 def tower_table(entries: list[Entry]) -> list[str]:

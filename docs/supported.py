@@ -1,4 +1,4 @@
-"""Write the README's table of models, strategies and refusals, as the code itself answers.
+"""Write the table of models, strategies and refusals in models.md, as the code itself answers.
 
     python docs/supported.py             # rewrite the block between the two markers
     python docs/supported.py --check     # exit status 1 where it is stale
@@ -22,7 +22,7 @@ from elip_models.models.open_model import open_model
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.towers import as_image_text, as_tower
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).with_name("models.md")
 BEGIN, END = "<!-- supported:begin -->", "<!-- supported:end -->"
 
 
@@ -47,14 +47,26 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         "vit_small_patch16_rope_224", global_pool="token"
     ),
     "timm EVA-02, average pooling": named("timm:eva02_base_patch14_224"),
-    "timm ViT, average pooling": named("timm:vit_base_patch16_rpn_224"),
-    "timm SigLIP (map pooling)": named("timm:vit_base_patch16_siglip_224"),
+    "timm ViT, average pooling, no CLS (`vit_base_patch16_gap_224`)": named(
+        "timm:vit_base_patch16_gap_224"
+    ),
+    "timm SigLIP (attention pooling, no CLS)": named("timm:vit_base_patch16_siglip_224"),
+    "timm Perception Encoder": named("timm:vit_pe_core_base_patch16_224"),
+    "timm DINOv3, `dynamic_img_size=False`": lambda: timm.create_model(
+        "vit_small_patch16_dinov3", dynamic_img_size=False
+    ),
+    "timm ViTamin, hybrids": named("timm:vitamin_small_224"),
     "timm ViT, parallel blocks": named("timm:vit_small_patch16_18x2_224"),
+    "timm ViT, post-norm": named("timm:vit_base_patch16_rpn_224"),
+    "timm BEiT": named("timm:beit_base_patch16_224"),
+    "timm CaiT": named("timm:cait_xxs24_224"),
     "timm Swin": named("timm:swin_base_patch4_window7_224"),
     "open_clip CLIP, whole (`ViT-B-16`)": named("open_clip:ViT-B-16"),
     "open_clip image tower": lambda: open_model("open_clip:ViT-B-16", pretrained=False).visual,
-    "open_clip CoCa": named("open_clip:coca_ViT-B-32"),
-    "open_clip SigLIP, EVA, ConvNeXt (timm trunks)": named("open_clip:ViT-B-16-SigLIP"),
+    "open_clip CoCa, whole; no text guides it": named("open_clip:coca_ViT-B-32"),
+    "open_clip SigLIP, whole (a trunk of timm)": named("open_clip:ViT-B-16-SigLIP"),
+    "open_clip EVA-02, whole (a trunk of timm)": named("open_clip:EVA02-B-16"),
+    "open_clip ConvNeXt (a trunk of timm)": named("open_clip:convnext_base"),
     "open_clip ResNet": lambda: open_model("open_clip:RN50", pretrained=False).visual,
     "transformers `CLIPModel`, whole": configured("CLIPModel", "CLIPConfig"),
     "transformers `CLIPVisionModel`": configured("CLIPVisionModel", "CLIPVisionConfig"),
@@ -66,6 +78,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     ),
     "transformers `SiglipModel`, whole": configured("SiglipModel", "SiglipConfig"),
     "transformers `SiglipVisionModel`": configured("SiglipVisionModel", "SiglipVisionConfig"),
+    "transformers `CLIPForImageClassification`": configured(
+        "CLIPForImageClassification", "CLIPConfig"
+    ),
+    "transformers `SiglipForImageClassification`": configured(
+        "SiglipForImageClassification", "SiglipConfig"
+    ),
     "transformers Siglip2": configured("Siglip2VisionModel", "Siglip2VisionConfig"),
     "transformers DINOv2": configured("Dinov2Model", "Dinov2Config"),
     "transformers Swin": configured("SwinModel", "SwinConfig"),
@@ -86,13 +104,13 @@ def ask(model: nn.Module) -> dict[str, str | None]:
             STRATEGIES[name]().fitted(tower)
             answers[name] = None
         except (TypeError, ValueError) as error:
-            answers[name] = _reason(error, name)
+            answers[name] = reason_of(error)
     return answers
 
 
-def _reason(error: Exception, name: str) -> str:
+def reason_of(error: Exception) -> str:
     """What an error says after 'got NAME: '."""
-    return re.sub(rf"^.*? got '?{name}'?: ", "", str(error))
+    return re.sub(r"^.*? got '?\w+'?: ", "", str(error))
 
 
 def block() -> str:
@@ -108,7 +126,7 @@ def block() -> str:
         try:
             answers = ask(model)
         except TypeError as error:
-            refused.append(f"- {label}: {_reason(error, type(model).__name__)}.")
+            refused.append(f"- {label}: {reason_of(error)}.")
             continue
         cells = []
         for name, reason in answers.items():
@@ -123,25 +141,25 @@ def block() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 1 where the README is stale under --check."""
+    """Exit status 1 where the page is stale under --check."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
-    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args(arguments)
     logging.getLogger().setLevel(logging.ERROR)  # no word of weights that are not loaded
-    current = options.readme.read_text(encoding="utf-8")
+    current = options.page.read_text(encoding="utf-8")
     pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
     text = block()
     wanted = pattern.sub(lambda _: f"{BEGIN}\n\n{text}\n\n{END}", current, count=1)
     if f"{BEGIN}\n\n{text}\n\n{END}" not in wanted:
-        sys.stderr.write(f"{options.readme}: expected {BEGIN} and {END} in it, got neither\n")
+        sys.stderr.write(f"{options.page}: expected {BEGIN} and {END} in it, got neither\n")
         return 1
     if wanted == current:
         return 0
     if options.check:
         sys.stderr.write("the table of supported models is stale: run python docs/supported.py\n")
         return 1
-    options.readme.write_text(wanted, encoding="utf-8")
+    options.page.write_text(wanted, encoding="utf-8")
     return 0
 
 

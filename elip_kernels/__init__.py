@@ -8,9 +8,12 @@ from elip_kernels.info import BipartiteInfo, ReductionInfo, unmerge
 from elip_kernels.reduce import reduce
 from elip_kernels.score_reduce import score_reduce
 
+__version__ = "0.1.0"
+
 __all__ = [
     "BipartiteInfo",
     "ReductionInfo",
+    "__version__",
     "bipartite_merge",
     "cls_attend_from_tokens",
     "cls_attention",

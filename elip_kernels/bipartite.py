@@ -17,6 +17,8 @@ row that it belongs to: nothing is added atomically and a run repeats bit by bit
 Source: Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023, section 3.
 """
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,21 @@ from elip_kernels.info import BipartiteInfo, check_info
 from elip_kernels.rows import add_rows, flat_rows, largest, sum_rows
 
 
+@overload
+def bipartite_merge(
+    tokens: Tensor, metric: Tensor, r: int, *, size: Tensor | None = ...,
+    num_prefix_tokens: int = ..., return_info: Literal[False] = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def bipartite_merge(
+    tokens: Tensor, metric: Tensor, r: int, *, size: Tensor | None = ...,
+    num_prefix_tokens: int = ..., return_info: Literal[True],
+) -> tuple[Tensor, Tensor, BipartiteInfo]: ...  # fmt: skip
+@overload
+def bipartite_merge(
+    tokens: Tensor, metric: Tensor, r: int, *, size: Tensor | None = ...,
+    num_prefix_tokens: int = ..., return_info: bool,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, BipartiteInfo]: ...  # fmt: skip
 def bipartite_merge(
     tokens: Tensor,
     metric: Tensor,

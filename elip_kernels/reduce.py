@@ -11,6 +11,8 @@ Traffic: every program reads N scores and moves its slice of D once: x in, out o
 Source: ELIP, Eq. 3 and 4; EViT's unnormalised weights with `normalize=False`.
 """
 
+from typing import Literal, overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,6 +28,21 @@ from elip_kernels.select import load_tile, move_tile, select_and_weigh, store_se
 EPSILON = 1e-6  # added to the dropped mass before dividing by it (Eq. 4)
 
 
+@overload
+def reduce(
+    tokens: Tensor, attn: Tensor, keep: int | float, *, merge: bool = ..., normalize: bool = ...,
+    mask: Tensor | None = ..., num_prefix_tokens: int = ..., return_info: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def reduce(
+    tokens: Tensor, attn: Tensor, keep: int | float, *, merge: bool = ..., normalize: bool = ...,
+    mask: Tensor | None = ..., num_prefix_tokens: int = ..., return_info: Literal[True],
+) -> tuple[Tensor, ReductionInfo]: ...  # fmt: skip
+@overload
+def reduce(
+    tokens: Tensor, attn: Tensor, keep: int | float, *, merge: bool = ..., normalize: bool = ...,
+    mask: Tensor | None = ..., num_prefix_tokens: int = ..., return_info: bool,
+) -> Tensor | tuple[Tensor, ReductionInfo]: ...  # fmt: skip
 def reduce(
     tokens: Tensor,
     attn: Tensor,

@@ -13,6 +13,8 @@ movement, as in `reduce`; the row gets none.
 Source: ELIP, Eq. 2-4, the last layer's row read from the tokens as they enter the stage.
 """
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,27 @@ from elip_kernels.reduce import (
 from elip_kernels.select import load_tile, move_tile, select_and_weigh, store_selection
 
 
+@overload
+def score_reduce(
+    tokens: Tensor, cls: Tensor, keep: int | float, *, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, eps: float, q_weight: Tensor, q_bias: Tensor | None,
+    k_weight: Tensor, num_heads: int, scale: float | None = ..., merge: bool = ...,
+    normalize: bool = ..., row: Tensor | None = ..., return_info: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def score_reduce(
+    tokens: Tensor, cls: Tensor, keep: int | float, *, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, eps: float, q_weight: Tensor, q_bias: Tensor | None,
+    k_weight: Tensor, num_heads: int, scale: float | None = ..., merge: bool = ...,
+    normalize: bool = ..., row: Tensor | None = ..., return_info: Literal[True],
+) -> tuple[Tensor, ReductionInfo, Tensor]: ...  # fmt: skip
+@overload
+def score_reduce(
+    tokens: Tensor, cls: Tensor, keep: int | float, *, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, eps: float, q_weight: Tensor, q_bias: Tensor | None,
+    k_weight: Tensor, num_heads: int, scale: float | None = ..., merge: bool = ...,
+    normalize: bool = ..., row: Tensor | None = ..., return_info: bool,
+) -> Tensor | tuple[Tensor, ReductionInfo, Tensor]: ...  # fmt: skip
 def score_reduce(
     tokens: Tensor,
     cls: Tensor,

@@ -1,8 +1,9 @@
 """Text-guided vision token reduction for image-text models, and the models that train with it."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from elip_kernels import __version__
 from elip_models.reduction.encode import encode_image
 from elip_models.reduction.once import SlowScorerWarning, UnguidedWarning
 from elip_models.reduction.patch import (
@@ -20,6 +21,7 @@ from elip_models.reduction.strategies.elip import Elip
 from elip_models.reduction.strategies.evit import EViT
 from elip_models.reduction.strategies.tome import ToMe
 from elip_models.towers.sdpa import use_sdpa_
+from elip_models.validation import extra
 
 __all__ = [
     "STRATEGIES",
@@ -34,6 +36,7 @@ __all__ = [
     "ToMe",
     "Trips",
     "UnguidedWarning",
+    "__version__",
     "create_model",
     "encode_image",
     "guidance",
@@ -50,14 +53,14 @@ __all__ = [
 
 LAZY = {"create_model": "registry", "load_reduced": "saved", "save_reduced": "saved"}
 
+if TYPE_CHECKING:
+    from elip_models.models.registry import create_model
+    from elip_models.models.saved import load_reduced, save_reduced
+else:
 
-def __getattr__(name: str) -> Any:
-    """What brings timm and transformers in, on first use."""
-    if name not in LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        return getattr(import_module(f"elip_models.models.{LAZY[name]}"), name)
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"{name} needs {error.name}: pip install 'elip-kernels[models]'"
-        ) from error
+    def __getattr__(name: str) -> Any:
+        """What brings timm and transformers in, on first use."""
+        if name not in LAZY:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        with extra(name):
+            return getattr(import_module(f"elip_models.models.{LAZY[name]}"), name)

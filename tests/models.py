@@ -71,11 +71,36 @@ def siglip_vision(attention="sdpa", **options):
     return hf_vision("SiglipVisionModel", "SiglipVisionConfig", **options)
 
 
-def open_clip_pair(custom_text=False):
-    vision = {"layers": 6, "width": WIDTH, "head_width": 16} | SIZES
-    text = {"context_length": 8, "vocab_size": 50, "width": 24, "heads": 2, "layers": 2}
+def hf_classifier(family):
+    """One that averages the patches of the image tower of a whole model."""
+    config = getattr(transformers, f"{family}Config")(vision_config=HF, num_labels=5)
+    return enlarged(getattr(transformers, f"{family}ForImageClassification")(config))
+
+
+OPEN_CLIP_VISION = {"layers": 6, "width": WIDTH, "head_width": 16} | SIZES
+OPEN_CLIP_TEXT = {"context_length": 8, "vocab_size": 50, "width": 24, "heads": 2, "layers": 2}
+
+
+def open_clip_pair(custom_text=False, embed_dim=16, **vision):
     kind = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
-    return kind(16, vision, text, output_dict=True)
+    return kind(embed_dim, OPEN_CLIP_VISION | vision, OPEN_CLIP_TEXT, output_dict=True)
+
+
+def trunk_pair(trunk, embed_dim, head=None):
+    """An open_clip CLIP around a model of timm, which its configs know by name."""
+    model = open_clip_pair(custom_text=True, embed_dim=embed_dim)
+    model.visual = open_clip.timm_model.TimmModel("test_vit", embed_dim, pool="token", proj="none")
+    model.visual.trunk = trunk
+    model.visual.head = nn.Sequential() if head is None else nn.Sequential(nn.Dropout(), head)
+    return model
+
+
+def coca():
+    vision = OPEN_CLIP_VISION | {"attentional_pool": True, "attn_pooler_heads": 2}
+    vision |= {"attn_pooler_queries": 7, "output_tokens": True}
+    text = OPEN_CLIP_TEXT | {"embed_cls": True, "output_tokens": True}
+    decoder = {"context_length": 8, "vocab_size": 50, "width": 24, "heads": 2, "layers": 1}
+    return enlarged(open_clip.CoCa(24, decoder, text, vision))
 
 
 def hf_clip():
@@ -130,17 +155,58 @@ ROTARY = {
     "rope mixed": lambda: eva(attn_type="rope", rope_type="mixed", no_embed_class=True),
     "rope split q, k, v": lambda: eva(attn_type="rope", qkv_fused=False),
 }
+POOLED = {
+    "timm average": lambda: plain_vit(global_pool="avg"),
+    "timm average and maximum": lambda: plain_vit(global_pool="avgmax", reg_tokens=2),
+    "timm attention, CLS": lambda: plain_vit(global_pool="map", pool_include_prefix=True),
+    "EVA-02 average": lambda: eva(global_pool="avg", mlp_ratio=8 / 3, swiglu_mlp=True),
+    "Perception Encoder": lambda: eva(
+        global_pool="map",
+        attn_type="rope",
+        use_pre_transformer_norm=True,
+        rope_grid_indexing="xy",
+    ),
+    "open_clip average": lambda: open_clip_vit(pool_type="avg"),
+    "open_clip average, norm behind": lambda: open_clip_vit(
+        pool_type="avg", final_ln_after_pool=True
+    ),
+    "open_clip attention": lambda: open_clip_vit(
+        attentional_pool=True, attn_pooler_queries=7, attn_pooler_heads=2
+    ),
+    "HF CLIP average": lambda: hf_classifier("CLIP"),
+}
 WITHOUT_CLS = {
     "HF SigLIP vision": lambda: siglip_vision(attention_dropout=0.1),
     "HF SigLIP vision, eager": lambda: siglip_vision("eager"),
 }
+POOLED_WITHOUT_CLS = {
+    "timm SigLIP": lambda: plain_vit(global_pool="map", class_token=False),
+    "timm average, register": lambda: plain_vit(
+        global_pool="avg", class_token=False, reg_tokens=1, qk_norm=True
+    ),
+    "rope average, no CLS": lambda: eva(
+        attn_type="rope", global_pool="avg", class_token=False, use_abs_pos_emb=False
+    ),
+    "HF SigLIP average": lambda: hf_classifier("Siglip"),
+}
 PAIRS = {
     "open_clip pair": open_clip_pair,
     "open_clip pair, custom text": lambda: open_clip_pair(custom_text=True),
+    "open_clip pair, average": lambda: open_clip_pair(pool_type="avg"),
+    "open_clip pair, timm SigLIP": lambda: trunk_pair(
+        plain_vit(global_pool="map", class_token=False, num_classes=0), WIDTH
+    ),
+    "open_clip pair, timm EVA-02": lambda: trunk_pair(eva(num_classes=16), 16),
+    "open_clip pair, timm and linear": lambda: trunk_pair(
+        plain_vit(global_pool="avg", num_classes=0), 16, nn.Linear(WIDTH, 16, bias=False)
+    ),
     "HF CLIP pair": hf_clip,
     "HF BLIP pair": hf_blip,
     "HF SigLIP pair": hf_siglip,
 }
+
+
+UNGUIDED_PAIRS = {"open_clip CoCa": coca}
 
 
 def output(model, x):

@@ -17,8 +17,11 @@ from elip_models.towers import as_tower
 from tests.models import (
     HF,
     PAIRS,
+    POOLED,
+    POOLED_WITHOUT_CLS,
     ROTARY,
     TOWERS,
+    UNGUIDED_PAIRS,
     WITHOUT_CLS,
     eva,
     hf_siglip,
@@ -30,18 +33,22 @@ from tests.models import (
     siglip_vision,
 )
 from tests.tiers import tiered
-from tests.towers import SCHEDULE, WIDTH, gradients, images, plain_vit, text
+from tests.towers import SCHEDULE, WIDTH, gradients, images, plain_vit, text, whole_grid
 
-IMAGE_MODELS = TOWERS | ROTARY | WITHOUT_CLS
-MODELS = IMAGE_MODELS | PAIRS
-every_model = pytest.mark.parametrize("name", MODELS)
+LACK_CLS = WITHOUT_CLS | POOLED_WITHOUT_CLS
+IMAGE_MODELS = TOWERS | ROTARY | POOLED | LACK_CLS
+WHOLE = PAIRS | UNGUIDED_PAIRS
+MODELS = IMAGE_MODELS | WHOLE
+QUICK = [*TOWERS, *ROTARY, *WITHOUT_CLS, "timm average", "timm SigLIP"]
+QUICK += [name for name in PAIRS if "," not in name or name.endswith("text")] + [*UNGUIDED_PAIRS]
+every_model = pytest.mark.parametrize("name", tiered(MODELS, QUICK))
 
 
 class Call:
     """The output of a model for the same two images and texts each time, and the same draws."""
 
     def __init__(self, name):
-        self.is_pair = name in PAIRS
+        self.is_pair = name in WHOLE
         self.images, self.text = images(), ids() if self.is_pair else text()
 
     def dense(self, model, x=None):
@@ -75,11 +82,12 @@ def test_an_empty_schedule_is_the_untouched_model(name, mode):
 
 
 SCORERS = ["official", "exact", "cls", "last", 1]
-SCORED = [(name, s) for name in TOWERS | ROTARY for s in SCORERS]
-SCORED += [(name, s) for name in WITHOUT_CLS for s in ("exact", "last", 1)]
+SCORED = [(name, s) for name in TOWERS | ROTARY | POOLED for s in SCORERS]
+SCORED += [(name, s) for name in LACK_CLS for s in ("exact", "last", 1)]
+SCORED_QUICK = [(name, s) for name, s in SCORED if name in QUICK]
 
 
-@pytest.mark.parametrize(("name", "scorer"), SCORED)
+@pytest.mark.parametrize(("name", "scorer"), tiered(SCORED, SCORED_QUICK))
 def test_a_reduced_model_equals_encode_image(name, scorer):
     model, call = MODELS[name]().eval(), Call(name)
     tower, plan = as_tower(model), {"schedule": SCHEDULE, "scorer": scorer}
@@ -97,7 +105,8 @@ def test_a_reduced_model_equals_encode_image(name, scorer):
     handle = tower.blocks[-1].register_forward_hook(lambda m, args, out: seen.append(out))
     reduced = call(model)
     handle.remove()
-    assert torch.equal(tower.finish(seen[-1]), tokens)
+    pooled = whole_grid(tokens, infos) if tower.pools else tokens
+    assert torch.equal(tower.finish(seen[-1]), pooled)
     assert not torch.allclose(reduced, dense)
     assert list(model.state_dict()) == keys
     reduced.sum().backward()
@@ -169,7 +178,7 @@ def test_checkpointing_replays(name, how):
 
 
 COMPILED = ["timm q/k norm", "open_clip", "HF CLIP", "HF DeiT", "HF SigLIP vision"]
-COMPILED += ["EVA-02 tiny", "rope mixed", *PAIRS]
+COMPILED += ["EVA-02 tiny", "rope mixed", *POOLED, *POOLED_WITHOUT_CLS, *PAIRS]
 
 
 @pytest.mark.parametrize("name", tiered(COMPILED, ["open_clip pair"]))
@@ -193,11 +202,6 @@ def gated_eva():
     return model
 
 
-def siglip_classifier():
-    config = transformers.SiglipConfig(vision_config=HF, num_labels=3)
-    return transformers.SiglipForImageClassification(config)
-
-
 def padded_siglip():
     sizes = {name: value for name, value in HF.items() if name != "image_size"}
     return transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**sizes))
@@ -205,9 +209,6 @@ def padded_siglip():
 
 timm_vit = timm.models.vision_transformer
 UNSUPPORTED = [
-    ("'avg'", lambda: plain_vit(global_pool="avg")),
-    ("'map'", lambda: plain_vit(global_pool="map")),
-    ("no CLS", lambda: plain_vit(class_token=False, global_pool="")),
     ("patch dropout", lambda: plain_vit(patch_drop_rate=0.5)),
     ("parallel", lambda: plain_vit(block_fn=timm_vit.ParallelScalingBlock)),
     ("post-norm", lambda: plain_vit(block_fn=timm_vit.ResPostBlock)),
@@ -215,17 +216,11 @@ UNSUPPORTED = [
     ("dynamic_img_size", lambda: plain_vit(dynamic_img_size=True)),
     ("RmsNorm", lambda: plain_vit(norm_layer=timm.layers.RmsNorm)),
     ("ResNet", lambda: timm.create_model("resnet10t")),
-    ("pools by attention", lambda: open_clip_vit(attentional_pool=True)),
-    ("pools by 'avg'", lambda: open_clip_vit(pool_type="avg")),
     ("patch dropout", lambda: open_clip_vit(patch_dropout=0.5)),
     ("scaled cosine", lambda: open_clip_vit(scaled_cosine_attn=True)),
     ("output of each head", lambda: open_clip_vit(scale_heads=True)),
     ("padded patches", padded_siglip),
     ("has no layers of", lambda: hf_vision("Dinov2Model", "Dinov2Config")),
-    ("it averages its tokens", siglip_classifier),
-    ("pools by 'avg'", lambda: eva(global_pool="avg")),
-    ("pools by 'map'", lambda: eva(global_pool="map")),
-    ("no CLS token", lambda: eva(class_token=False, global_pool="")),
     ("patch dropout", lambda: eva(patch_drop_rate=0.5)),
     ("dynamic_img_size", lambda: eva(dynamic_img_size=True)),
     ("post-norm", lambda: eva(use_post_norm=True)),

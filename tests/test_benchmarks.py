@@ -90,8 +90,8 @@ def entries():
 
 @pytest.fixture
 def page(tmp_path):
-    """page(entries, **changes to the file) -> arguments of plot.py for a README and these results
-    of one device."""
+    """page(entries, **changes to the file) -> arguments of plot.py for a page and these results of
+    one device."""
 
     def write(entries, **changes):
         folder = tmp_path / "results" / "some-cpu"
@@ -104,9 +104,10 @@ def page(tmp_path):
             "benchmarks": [{"name": entry["op"], "extra_info": entry} for entry in entries],
         }
         (folder / "bench.json").write_text(json.dumps(content | changes))
-        readme = tmp_path / "README.md"
-        readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-        return ["--results", str(folder.parent), "--readme", str(readme)]
+        file = tmp_path / "docs" / "benchmarks.md"
+        file.parent.mkdir()
+        file.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+        return ["--results", str(folder.parent), "--page", str(file)]
 
     return write
 
@@ -116,7 +117,7 @@ def test_tables_and_charts_come_from_the_json(page, tmp_path):
     assert main([*arguments, "--check"]) == 1
     assert main(arguments) == 0
     assert main([*arguments, "--check"]) == 0
-    text = (tmp_path / "README.md").read_text()
+    text = (tmp_path / "docs" / "benchmarks.md").read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     text += (tmp_path / "docs" / "some-cpu-ops.md").read_text()
     for part in (
@@ -139,7 +140,7 @@ def test_tables_and_charts_come_from_the_json(page, tmp_path):
     ):
         assert part in text, part
     for name in ("some-cpu-towers.svg", "some-cpu-ops.svg"):
-        assert f"(docs/{name})" in text
+        assert f"({name})" in text
         assert "</svg>" in (tmp_path / "docs" / name).read_text()
 
 
@@ -177,7 +178,7 @@ def test_a_chart_that_is_missing_or_stale_is_found(page, tmp_path, capsys):
 def test_refuses_a_run_that_is_not_whole(page, tmp_path, capsys, change, reason):
     assert main(page(entries(), **change)) == 1
     assert reason in capsys.readouterr().err
-    assert not (tmp_path / "docs").exists()
+    assert [path.name for path in (tmp_path / "docs").iterdir()] == ["benchmarks.md"]
 
 
 @pytest.mark.parametrize(
@@ -193,22 +194,22 @@ def test_refuses_a_run_that_is_not_whole(page, tmp_path, capsys, change, reason)
 def test_refuses_what_was_not_held_to_parity(page, tmp_path, capsys, change, reason):
     op, *others = entries()
     arguments = page([*others, op | change])
-    before = (tmp_path / "README.md").read_text()
+    before = (tmp_path / "docs" / "benchmarks.md").read_text()
     assert main(arguments) == 1
     message = capsys.readouterr().err
     assert reason in message and "bench.json: reduce" in message
-    assert (tmp_path / "README.md").read_text() == before
-    assert not (tmp_path / "docs").exists()
+    assert (tmp_path / "docs" / "benchmarks.md").read_text() == before
+    assert [path.name for path in (tmp_path / "docs").iterdir()] == ["benchmarks.md"]
 
 
-def test_readme_without_markers_is_refused(page, tmp_path, capsys):
+def test_a_page_without_markers_is_refused(page, tmp_path, capsys):
     arguments = page(entries())
-    (tmp_path / "README.md").write_text("nothing")
+    (tmp_path / "docs" / "benchmarks.md").write_text("nothing")
     assert main(arguments) == 1
     assert BEGIN in capsys.readouterr().err
 
 
-def test_committed_readme_shows_the_committed_results():
+def test_the_committed_page_shows_the_committed_results():
     assert main(["--check"]) == 0
 
 
@@ -253,9 +254,9 @@ def measure(tmp_path):
 
 def refused(folder, capsys):
     """What plot.py says of the results in a folder."""
-    readme = folder / "README.md"
-    readme.write_text(f"{BEGIN}{END}")
-    assert main(["--results", str(folder), "--readme", str(readme)]) == 1
+    page = folder / "benchmarks.md"
+    page.write_text(f"{BEGIN}{END}")
+    assert main(["--results", str(folder), "--page", str(page)]) == 1
     return capsys.readouterr().err
 
 

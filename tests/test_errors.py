@@ -124,7 +124,7 @@ settings = {
     "without_text": ["skip", 1],
     "merge": ["yes", 1],
 }
-models = [None, "vit", torch.nn.Linear(3, 3), plain_vit(global_pool="avg")]
+models = [None, "vit", torch.nn.Linear(3, 3), plain_vit(dynamic_img_size=True)]
 text_cls = [
     [0.0] * WIDTH,
     torch.randn(WIDTH),

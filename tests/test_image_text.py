@@ -26,7 +26,12 @@ def guidance_of(model, tokens):
             return model.get_text_features(tokens).pooler_output
         if isinstance(model, transformers.BlipForImageTextRetrieval):
             return model.text_encoder(tokens).last_hidden_state[:, 0]
-        return model.encode_text(tokens, normalize=True) @ model.visual.proj.T
+        text = model.encode_text(tokens, normalize=True)
+        if not isinstance(model.visual, open_clip.timm_model.TimmModel):
+            return text @ model.visual.proj.T
+        layers = (model.visual.trunk.head, *model.visual.head)
+        linear = [layer for layer in layers if isinstance(layer, torch.nn.Linear)]
+        return text @ linear[0].weight if linear else text
 
 
 def image_model(model):

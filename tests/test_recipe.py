@@ -43,6 +43,8 @@ def test_reads_a_file_and_fills_the_defaults(recipe):
         ("optim.precision=bf16", "optim", "precision", "bf16"),
         ("data.train=*.tar", "data", "train", "*.tar"),
         ("data.train=a-{0000..0003}.tar", "data", "train", "a-{0000..0003}.tar"),
+        ("data.train=['a.json', '*.tar']", "data", "train", ("a.json", "*.tar")),
+        ("optim.no_decay=[]", "optim", "no_decay", ()),
         ("data.train=emoji_scenes:seed=3,size=5", "data", "train", "emoji_scenes:seed=3,size=5"),
         ("model.overrides.drop_path=0.1", "model", "overrides", {"drop_path": 0.1}),
         ("model.overrides={schedule: null}", "model", "overrides", {"schedule": None}),
@@ -61,8 +63,8 @@ def test_later_override_wins(recipe):
     [
         (
             "optim.weight_decy=1",
-            "lr_scale, weight_decay, betas, eps, max_grad_norm, precision, grad_checkpointing, "
-            "gather; did you mean 'optim.weight_decay'?",
+            "lr_scale, weight_decay, no_decay, betas, eps, max_grad_norm, precision, "
+            "grad_checkpointing, gather; did you mean 'optim.weight_decay'?",
         ),
         ("lr=1", "lr: no such key; a recipe has name, output_dir, model"),
         ("lr=1", "; did you mean 'optim.lr'?"),
@@ -89,8 +91,14 @@ def test_later_override_wins(recipe):
             "optim.lr_scale: expected a mapping, each a number above 0, got {'temperature': 0}",
         ),
         ("data.max_bad_share=2", "data.max_bad_share: expected a number in [0, 1], got 2"),
-        ("data.train=3", "data.train: expected a string, got 3"),
-        ("data.train=???", "data.train: expected a string, got ???; set data.train=VALUE"),
+        ("data.train=3", "data.train: expected a string or a list, each a string, got 3"),
+        ("data.train=???", "a list, each a string, got ???; set data.train=VALUE"),
+        ("data.train=[a.json,*.tar]", "put its items in quotes, such as data.train=['a.json', '*"),
+        ("data.weights=[1, 2]", "data.weights: expected one for each of the 1 sources of data.tr"),
+        ("data.weights=[0]", "data.weights: expected null or a list, each a number above 0, got"),
+        ("data.captions=clip", "expected one of 'plain', 'albef', 'blip' or null, got 'clip'"),
+        ("data.resize=pad", "data.resize: expected one of 'crop', 'squash' or null, got 'pad'"),
+        ("optim.warmup_lr=1", "optim.warmup_lr: expected at most optim.lr = 0.001, got 1.0"),
         ("model.overrides=3", "model.overrides: expected a mapping, got 3"),
         ("trackers=tensorboard", "trackers: expected a list, each a string, got 'tensorboard'"),
         ("report=[poem]", "report: expected a list, each one of 'retrieval', 'timing', 'picture'"),

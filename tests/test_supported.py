@@ -1,4 +1,4 @@
-"""The README's table of supported models is what the code answers now."""
+"""The table of supported models in docs/models.md is what the code answers now."""
 
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -18,19 +18,19 @@ def supported():
     return module
 
 
-def test_the_readme_is_up_to_date(supported):
+def test_the_page_is_up_to_date(supported):
     assert supported.main(["--check"]) == 0
 
 
 def test_a_stale_table_is_seen_and_rewritten(supported, tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- supported:begin -->\nold\n<!-- supported:end -->\nafter\n")
-    assert supported.main(["--check", "--readme", str(readme)]) == 1
-    assert supported.main(["--readme", str(readme)]) == 0
-    assert supported.main(["--check", "--readme", str(readme)]) == 0
-    text = readme.read_text()
+    page = tmp_path / "models.md"
+    page.write_text("before\n<!-- supported:begin -->\nold\n<!-- supported:end -->\nafter\n")
+    assert supported.main(["--check", "--page", str(page)]) == 1
+    assert supported.main(["--page", str(page)]) == 0
+    assert supported.main(["--check", "--page", str(page)]) == 0
+    text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| timm ViT (`vit_base_patch16_224`) | yes | yes |" in text
-    readme.write_text("no markers")
-    assert supported.main(["--readme", str(readme)]) == 1
-    assert readme.read_text() == "no markers"
+    page.write_text("no markers")
+    assert supported.main(["--page", str(page)]) == 1
+    assert page.read_text() == "no markers"

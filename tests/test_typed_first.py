@@ -108,6 +108,16 @@ def test_encode_image_and_reduce_have_the_same_defaults():
     assert torch.equal(model.forward_features(x), alone)
 
 
+def test_a_tower_without_cls_is_reduced_by_what_needs_none():
+    model, x = plain_vit(class_token=False, global_pool="avg").eval(), images()
+    dense = model(x)
+    elip_models.reduce_(model)
+    assert elip_models.summary(model).strategy == ToMe()
+    assert not torch.equal(model(x), dense)
+    elip_models.reduce_(model, keep=0.6)
+    assert elip_models.summary(model).keep == pytest.approx(0.6, abs=0.05)
+
+
 def test_a_summary_is_read_by_a_person():
     model = vit()
     assert str(elip_models.summary(model)) == "dense: 12×197 tokens, not reduced"

@@ -5,6 +5,7 @@ from functools import partial
 import timm
 import torch
 
+import elip_kernels
 import elip_models
 from elip_models.checkpoints.names import KINDS
 from elip_models.checkpoints.renaming import renamed
@@ -42,6 +43,14 @@ def images(batch=2):
 
 def text(batch=2):
     return torch.randn(batch, WIDTH)
+
+
+def whole_grid(tokens, infos):
+    """tokens (B, T, D) after all steps -> (B, N, D), each patch the token that it went into."""
+    source = None
+    for info in infos:
+        source = info.reduction.source_map(source)
+    return elip_kernels.unmerge(tokens, source)
 
 
 def gradients(model):

@@ -23,6 +23,7 @@ from elip_models.reduction.step import Forward
 from elip_models.reduction.strategies import Dense
 from elip_models.reduction.strategy import StageInfo
 from elip_models.towers import Tower
+from elip_models.validation import extra
 
 if TYPE_CHECKING:
     import numpy as np
@@ -198,12 +199,8 @@ def draw_concentration(
 
 
 def _new_figure(width: float, height: float) -> "Figure":
-    try:
+    with extra("elip_models.analysis.visualize"):
         from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            "elip_models.analysis.visualize needs matplotlib: pip install 'elip-kernels[demo]'"
-        ) from error
     return Figure(figsize=(width, height), layout="constrained")
 
 

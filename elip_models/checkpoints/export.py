@@ -27,6 +27,7 @@ from elip_models.data.transforms import CLIP_MEAN, CLIP_STD
 from elip_models.models.base import PretrainedModel
 from elip_models.models.blip import BLIPConfig
 from elip_models.models.clip import CLIPConfig
+from elip_models.validation import extra
 
 FORMATS = ("ours", "hf", "open_clip")
 BLIP_ARCHITECTURES = {
@@ -209,12 +210,8 @@ def _write_open_clip(model: PretrainedModel, folder: Path, *, has_tokenizer: boo
             f"to: expected 'ours' for {type(model).__name__}, which open_clip has no class of, got "
             "'open_clip'"
         )
-    try:
+    with extra("save_as"):
         import open_clip
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"save_as needs {error.name}: pip install 'elip-kernels[open-clip]'", name=error.name
-        ) from error
     from safetensors.torch import save_file
 
     config = open_clip_config(model.config)

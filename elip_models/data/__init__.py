@@ -1,8 +1,9 @@
 """Data: sources of images with captions, transforms, tokenizers and resumable loaders."""
 
-from elip_models.data.checks import extra
+from elip_models.validation import extra
 
-with extra("train", "elip_models.data"):
+with extra("elip_models.data"):
+    from elip_models.data.caption_rules import apply_caption_rule
     from elip_models.data.loader import (
         EpochSampler,
         EvaluationBatch,
@@ -10,7 +11,7 @@ with extra("train", "elip_models.data"):
         evaluation_batches,
         train_loader,
     )
-    from elip_models.data.readers import JsonSource, ShardSource, open_source
+    from elip_models.data.readers import JsonSource, MixedSource, ShardSource, open_source
     from elip_models.data.sample import Sample, SampleError, Source
     from elip_models.data.scenes import EmojiScenes, render
     from elip_models.data.skips import DataError, SkipReport, check_source
@@ -30,12 +31,14 @@ __all__ = [
     "Group",
     "ImageTextDataset",
     "JsonSource",
+    "MixedSource",
     "Sample",
     "SampleError",
     "Scene",
     "ShardSource",
     "SkipReport",
     "Source",
+    "apply_caption_rule",
     "check_source",
     "evaluation_batches",
     "image_transform",

@@ -1,20 +1,7 @@
-"""Checks of what no type hint says: samples, indexes, files, and packages that are missing."""
+"""Checks of what no type hint says: samples, indexes, files."""
 
-from collections.abc import Iterator, Sequence, Sized
-from contextlib import contextmanager
+from collections.abc import Sequence, Sized
 from pathlib import Path
-
-
-@contextmanager
-def extra(name: str, user: str) -> Iterator[None]:
-    """Around imports: an ImportError becomes one sentence that names the extra to install."""
-    try:
-        yield
-    except ImportError as error:
-        raise ImportError(
-            f"{user} needs the package {error.name}: pip install 'elip-kernels[{name}]'",
-            name=error.name,
-        ) from error
 
 
 def check_not_empty(argument: str, value: Sized) -> None:

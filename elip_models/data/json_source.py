@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elip_models.data.checks import check_index, existing_files, extra
+from elip_models.data.checks import check_index, existing_files
 from elip_models.data.sample import Sample, SampleError, clean_captions, decode_image
+from elip_models.validation import extra
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -50,7 +51,7 @@ class JsonSource:
 
 def _build_index(files: list[Path], image_root: str | Path | None) -> "Dataset":
     """Arrow table, one row an entry: folder, image, captions, id, entry ("list.json[3]")."""
-    with extra("train", "JsonSource"):
+    with extra("JsonSource"):
         from datasets import Dataset, Features, Value
 
     columns: dict[str, list[Any]] = {

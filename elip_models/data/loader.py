@@ -1,8 +1,9 @@
 """Batches whose content depends on (seed, epoch, offset) alone, so that a run resumes exactly.
 
 The order of an epoch is a permutation of (seed, epoch); the caption and the crop of a sample are a
-function of (seed, epoch, index). Neither the number of workers nor the moment of a restart changes
-a batch. A sample that cannot be read is replaced, counted and reported.
+function of (seed, turn, index), its turn being how often it has come before. Neither the number of
+workers nor the moment of a restart changes a batch. A sample that cannot be read is replaced,
+counted and reported.
 """
 
 import math
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from elip_models.data.caption_rules import CaptionRule, apply_caption_rule
 from elip_models.data.checks import check_not_empty
+from elip_models.data.mixture import check_weights, samples_an_epoch, turns
 from elip_models.data.sample import Sample, SampleError, Source
 from elip_models.data.skips import DataError, SkipReport, check_source
 from elip_models.data.tokenizer import tokenize
@@ -42,11 +45,12 @@ _GOLDEN_RATIO = 0.6180339887
 
 
 class ImageTextDataset(Dataset):
-    """A source as training samples, indexed by (epoch, index).
+    """A source as training samples, indexed by (turn, index): each turn draws a caption and a crop.
 
     A sample is {"images": (3, S, S), "input_ids": (L,), "attention_mask": (L,), "skipped": [(id,
     reason)]}, L = `context_length`, int64, padded to it or truncated. "skipped" names the sample
     that was drawn where it could not be read and another took its place.
+    A caption is tokenised as `captions` says, see `caption_rules`.
     `transform` may use torch's CPU generator; its state outside is untouched. Raises DataError
     where no sample can be read.
     """
@@ -60,6 +64,7 @@ class ImageTextDataset(Dataset):
         context_length: int,
         seed: int,
         max_bad_share: float = 0.05,
+        captions: CaptionRule = "plain",
     ) -> None:
         check_not_empty("source", source)
         check("transform", transform, Callable)
@@ -67,6 +72,7 @@ class ImageTextDataset(Dataset):
         check("context_length", context_length, Annotated[int, Bounds(3)])
         check("seed", seed, Count)
         check("max_bad_share", max_bad_share, Share)
+        check("captions", captions, CaptionRule)
         if tokenizer.pad_token_id is None:
             raise ValueError("tokenizer: expected one with a pad token; use load_tokenizer")
         self.source = source
@@ -75,15 +81,17 @@ class ImageTextDataset(Dataset):
         self.context_length = context_length
         self.seed = seed
         self.max_bad_share = max_bad_share
+        self.captions = captions
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, position: tuple[int, int]) -> dict[str, Any]:
-        epoch, index = position
+        turn, index = position
         sample, skipped = self._read(index)
-        rng = np.random.default_rng((self.seed, epoch, index))
+        rng = np.random.default_rng((self.seed, turn, index))
         caption = sample.captions[rng.integers(len(sample.captions))]
+        caption = apply_caption_rule(caption, self.captions)
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would reseed the accelerators of this process too.
             torch.default_generator.manual_seed(int(rng.integers(2**63)))
@@ -123,29 +131,41 @@ def _replacements(index: int, length: int) -> Iterator[int]:
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
-    """Endless batches of (epoch, index) for one rank.
+    """Endless batches of (turn, index) for one rank; without weights the turn is the epoch.
 
-    `batch_size` is that of one rank. A global batch is `world_size` of them, consecutive in the
-    epoch's permutation of `length` samples; rank r takes the r-th. The last, incomplete global
-    batch of an epoch is dropped. Raises TypeError or ValueError for an argument out of range.
+    `length` is the number of samples, or those of each source of a `MixedSource`; `weights`, one a
+    source, how often its samples come in an epoch, such as 1, 2 or 0.5. `batch_size` is that of one
+    rank. A global batch is `world_size` of them, consecutive in the epoch's permutation of all
+    sources together; rank r takes the r-th. The last, incomplete global batch of an epoch is
+    dropped. Raises TypeError or ValueError for an argument out of range.
     """
 
     def __init__(
-        self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        length: int | Sequence[int],
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        weights: Sequence[float] | None = None,
     ) -> None:
-        check("length", length, PositiveInt)
+        self.lengths = tuple(length) if isinstance(length, Sequence) else (length,)
+        for each in self.lengths:
+            check("length", each, PositiveInt)
         check("batch_size", batch_size, PositiveInt)
         check("seed", seed, Count)
         check("rank", rank, Count)
         check("world_size", world_size, PositiveInt)
+        self.weights = check_weights(weights, len(self.lengths))
         if rank >= world_size:
             raise ValueError(f"rank: expected less than world_size = {world_size}, got {rank}")
-        if batch_size * world_size > length:
+        self.samples = sum(map(samples_an_epoch, self.lengths, self.weights))
+        if batch_size * world_size > self.samples:
             raise ValueError(
-                f"batch_size: expected at most {length // world_size} a rank ({length} samples, "
-                f"{world_size} ranks), got {batch_size}"
+                f"batch_size: expected at most {self.samples // world_size} a rank "
+                f"({self.samples} samples, {world_size} ranks), got {batch_size}"
             )
-        self.length = length
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
@@ -154,8 +174,13 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         self.offset = 0
 
     @property
+    def length(self) -> int:
+        """Samples of all sources; an epoch has `samples` of them."""
+        return sum(self.lengths)
+
+    @property
     def batches_per_epoch(self) -> int:
-        return self.length // (self.batch_size * self.world_size)
+        return self.samples // (self.batch_size * self.world_size)
 
     def set_position(self, epoch: int, offset: int) -> None:
         """The next iterator begins at batch `offset` of `epoch`.
@@ -177,10 +202,12 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, offset = self.epoch, self.offset
         while True:
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+            drawn = turns(self.lengths, self.weights, self.seed, epoch)
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.samples)
             for batch in range(offset, self.batches_per_epoch):
                 start = (batch * self.world_size + self.rank) * self.batch_size
-                yield [(epoch, int(index)) for index in order[start : start + self.batch_size]]
+                chosen = drawn[order[start : start + self.batch_size]]
+                yield [(turn, index) for turn, index in chosen.tolist()]
             epoch, offset = epoch + 1, 0
 
 

@@ -2,16 +2,26 @@
 
 import glob
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from elip_models.data.checks import check_not_empty
 from elip_models.data.json_source import JsonSource
+from elip_models.data.mixture import MixedSource
 from elip_models.data.sample import Sample, SampleError, Source
 from elip_models.data.scenes import EmojiScenes
 from elip_models.data.shard_source import ShardSource
 from elip_models.validation import PositiveInt, check
 
-__all__ = ["JsonSource", "Sample", "SampleError", "ShardSource", "Source", "open_source"]
+__all__ = [
+    "JsonSource",
+    "MixedSource",
+    "Sample",
+    "SampleError",
+    "ShardSource",
+    "Source",
+    "open_source",
+]
 
 _BUILT_IN = "emoji_scenes"
 _FORMS = (
@@ -21,8 +31,8 @@ _FORMS = (
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
-def open_source(spec: str, *, image_size: int) -> Source:
-    """Open the data that `spec` names.
+def open_source(spec: str | Sequence[str], *, image_size: int) -> Source:
+    """Open the data that `spec` names; of several specs, all together, as a `MixedSource`.
 
     The forms: "emoji_scenes:seed=0,size=50000" (drawn at `image_size`), "list.json",
     "train-*.tar", "train-{0000..0003}.tar", a folder of tars, or several of these paths, separated
@@ -30,6 +40,10 @@ def open_source(spec: str, *, image_size: int) -> Source:
     Raises TypeError or ValueError for a malformed spec, FileNotFoundError where it matches no file.
     """
     check("image_size", image_size, PositiveInt)
+    if isinstance(spec, list | tuple):
+        check_not_empty("spec", spec)
+        sources = [open_source(each, image_size=image_size) for each in spec]
+        return sources[0] if len(sources) == 1 else MixedSource(sources)
     if not isinstance(spec, str):
         raise TypeError(f"spec: expected a text such as {_FORMS}, got {spec!r}")
     name, _, options = spec.partition(":")
@@ -44,7 +58,8 @@ def open_source(spec: str, *, image_size: int) -> Source:
     if kinds == {".tar"}:
         return ShardSource(files)
     raise ValueError(
-        f"spec: expected files that are all .json or all .tar, got {sorted(kinds)} in {spec!r}"
+        f"spec: expected files that are all .json or all .tar, got {sorted(kinds)} in {spec!r}; "
+        "name those of other kinds in specs of their own"
     )
 
 

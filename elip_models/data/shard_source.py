@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from elip_models.data.checks import check_index, existing_files, extra
+from elip_models.data.checks import check_index, existing_files
 from elip_models.data.sample import Sample, SampleError, clean_captions, decode_image
+from elip_models.validation import extra
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -86,7 +87,7 @@ class _OpenFiles:
 def _build_index(shards: list[Path]) -> "Dataset":
     """Arrow table, one row a sample: shard, key, offset and size of the image, captions, problem
     (why it cannot be read, or "")."""
-    with extra("train", "ShardSource"):
+    with extra("ShardSource"):
         from datasets import Dataset, Features, Value
 
     features = Features(

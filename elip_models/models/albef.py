@@ -9,7 +9,7 @@ Source: ALBEF (Li et al., 2021); ELIP, section 3 and its official ALBEF code.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class ALBEFConfig(MomentumConfig):
     """
 
     image_size: PositiveInt = 256
+    captions: Literal["plain", "albef", "blip"] = "albef"
     text_layers: Annotated[PositiveInt, below("text_depth")] = 6
     mask_token_id: TokenId = 103
     mask_probability: Share = 0.15

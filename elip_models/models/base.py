@@ -52,7 +52,19 @@ class Config:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReductionConfig(Config):
+class InputConfig(Config):
+    """How an image and a caption become what the model reads, in training and evaluation.
+
+    resize: 'crop' shows the centre of an image, 'squash' all of it whatever the ratio of its sides.
+    captions: 'plain', or by the rules of 'albef' or 'blip', see `data/caption_rules.py`.
+    """
+
+    resize: Literal["crop", "squash"] = "crop"
+    captions: Literal["plain", "albef", "blip"] = "plain"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReductionConfig(InputConfig):
     """How the image tower of a model is reduced by ELIP: by default as the paper does.
 
     schedule: '2(100%) 2(90%) 6(65%) 2(40%)', or None for a dense image tower.
@@ -87,9 +99,9 @@ class PretrainedModel(
     """Base of the models. `push_to_hub(repo_id)` is `ModelHubMixin`'s.
 
     A subclass names its `family` and its `config_class`, and keeps its config in `config`, which
-    has `image_size` and `context_length`. Its output has `loss`, and a `loss_..` for each part.
-    `visual` is the image model, and `tower` reads it. `ranks`: features of images and texts alone
-    can be compared.
+    has `image_size`, `context_length` and the fields of `InputConfig`. Its output has `loss`, and a
+    `loss_..` for each part. `visual` is the image model, and `tower` reads it. `ranks`: features of
+    images and texts alone can be compared.
     """
 
     reduces_itself = True
@@ -137,10 +149,11 @@ class PretrainedModel(
     def tokenise(
         self, tokenizer: "PreTrainedTokenizerBase", captions: Sequence[str]
     ) -> dict[str, Tensor]:
-        """B captions -> input_ids and attention_mask, (B, L) each."""
-        from elip_models.data import tokenize
+        """B captions -> input_ids and attention_mask, (B, L) each, by the rule of the config."""
+        from elip_models.data import apply_caption_rule, tokenize
 
-        return tokenize(tokenizer, captions, self.config.context_length)
+        texts = [apply_caption_rule(caption, self.config.captions) for caption in captions]
+        return tokenize(tokenizer, texts, self.config.context_length)
 
     def encode_guidance(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The same as `text_cls`."""

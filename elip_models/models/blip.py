@@ -10,7 +10,7 @@ Source: BLIP (Li et al., 2022); ELIP, section 3 and its official BLIP code.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ class BLIPConfig(MomentumConfig):
         False gives it weights of its own, as in models fine-tuned for captions or answers.
     """
 
+    captions: Literal["plain", "albef", "blip"] = "blip"
     vocab_size: PositiveInt = 30524
     decoder_token_id: TokenId = 30522
     encoder_token_id: TokenId = 30523

@@ -67,6 +67,7 @@ class MomentumConfig(CrossModalConfig):
     alpha_warmup_epochs: NonNegative = 1.0
     negative_epsilon: Share = 0.0
     momentum_reduction: Literal["none", "shared"] = "none"
+    resize: Literal["crop", "squash"] = "squash"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from elip_models.towers import ADAPTERS
-from elip_models.validation import check
+from elip_models.validation import check, extra
 
 FORMS = (
     "'timm:NAME', 'open_clip:NAME' or 'open_clip:NAME/TAG', 'hf:NAME' or 'hf:FOLDER', a name of "
@@ -49,10 +48,10 @@ def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Modu
     check("pretrained", pretrained, bool)
     library, name = split_spec(spec)
     if library is not None:
-        with _installed(library), _found(spec):
+        with extra("open_model"), _found(spec):
             return OPENERS[library](name, pretrained, options).eval()
-    with _installed("timm"):
-        from elip_models.models.registry import create_model, list_models
+    from elip_models.models.registry import create_model, list_models
+
     if spec in list_models():
         return create_model(spec, pretrained, **options).eval()
     if (Path(spec) / "config.json").is_file():
@@ -135,18 +134,6 @@ def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> nn.
         return load_model(folder, **options)
     kind = FAMILIES[family]
     return kind(kind.config_class.from_dict(config | options))
-
-
-@contextmanager
-def _installed(library: str) -> Iterator[None]:
-    """Turn the error of a missing library, inside, into one sentence that names the extra."""
-    extra = ADAPTERS["transformers" if library == "hf" else library].extra
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"open_model needs {error.name}: pip install 'elip-kernels[{extra}]'", name=error.name
-        ) from error
 
 
 @contextmanager

@@ -1,1 +1,5 @@
 """What a reduction costs and gains."""
+
+from elip_models.validation import needs
+
+needs("elip_models.profiling", "rich")

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Unpack
+from typing import Literal, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,24 @@ from elip_models.reduction.strategy_spec import get_strategy
 from elip_models.towers import Tower, as_tower, in_forward
 
 
+@overload
+def encode_image(
+    model: nn.Module, images: Tensor, text_cls: Tensor | None = ..., *, keep: float | None = ...,
+    schedule: Schedule | str | None = ..., strategy: str | Strategy = ...,
+    return_info: Literal[False] = ..., **options: Unpack[ElipOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def encode_image(
+    model: nn.Module, images: Tensor, text_cls: Tensor | None = ..., *, keep: float | None = ...,
+    schedule: Schedule | str | None = ..., strategy: str | Strategy = ...,
+    return_info: Literal[True], **options: Unpack[ElipOptions],
+) -> tuple[Tensor, list[StageInfo]]: ...  # fmt: skip
+@overload
+def encode_image(
+    model: nn.Module, images: Tensor, text_cls: Tensor | None = ..., *, keep: float | None = ...,
+    schedule: Schedule | str | None = ..., strategy: str | Strategy = ...,
+    return_info: bool, **options: Unpack[ElipOptions],
+) -> Tensor | tuple[Tensor, list[StageInfo]]: ...  # fmt: skip
 def encode_image(
     model: nn.Module,
     images: Tensor,

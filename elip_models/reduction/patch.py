@@ -23,7 +23,8 @@ from elip_models.reduction.stand_ins import (
     TextFirst,
     recording,
 )
-from elip_models.reduction.strategies.elip import ElipOptions
+from elip_models.reduction.strategies import default_strategy
+from elip_models.reduction.strategies.elip import Elip, ElipOptions
 from elip_models.reduction.strategy import StageInfo, Strategy
 from elip_models.reduction.strategy_spec import get_strategy
 from elip_models.reduction.summary import Summary
@@ -52,28 +53,27 @@ def reduce_(
         print(elip_models.summary(model))                   # tokens a layer, FLOPs against dense
         elip_models.unreduce_(model)                        # the untouched model again
 
-    Parameters, state_dict keys and the call stay the same. A further call replaces the settings and
-    costs some ten milliseconds, so that the rate may change from step to step.
-    The last block runs for all tokens, since the model's own forward may read them; CLIP's image
-    tower in inference runs it for CLS alone.
-    Call it before torch.compile, which does not see what comes later. Guidance, where there is any,
-    comes by `with guidance(model, text_cls):` around the forward. A whole language-image model
-    guides itself: its forward encodes the text first, without gradient, and again as it always did.
-    Image i is guided by text i, every image by a single text; with another number of texts, as in
-    zero-shot classification, and where images are encoded alone, no text guides.
+    Parameters, state_dict keys and the call stay the same. A further call replaces the settings, in
+    some ten milliseconds. The last block runs for all tokens, since the model's own forward may
+    read them. Call it before torch.compile, which does not see what comes later. Guidance, where
+    there is any, comes by `with guidance(model, text_cls):` around the forward. A whole
+    language-image model guides itself: its forward encodes the text first, without gradient, and
+    again as it always did. Image i is guided by text i, every image by a single text; with another
+    number of texts, as in zero-shot classification, and where images are encoded alone, none is.
 
     Args:
-        model: an image model of timm, open_clip or transformers with a CLS token, or SigLIP's; or
-            a whole open_clip CLIP, transformers CLIPModel, SiglipModel or
-            BlipForImageTextRetrieval.
+        model: an image model of timm, open_clip or transformers, or a whole language-image model;
+            one whose text cannot guide its images (CoCa) is reduced as its image tower alone.
         keep: the mean share of tokens over the layers, in (0, 1], that the strategy is set to, for
             every strategy; None leaves it as its settings or its schedule say.
         schedule: as '2(100%) 2(90%) 6(65%) 2(40%)', whose layers add up to the model's depth; or a
             preset of the paper's models, 'clip' (the default), 'albef', 'blip' or 'meter', scaled
             to that depth.
         strategy: a name in `elip_models.STRATEGIES`, or a line such as 'evit:keep_rate=0.6', or an
-            instance, which then holds all options; by default 'elip'. With no argument at all, a
-            dense model of transformers that was saved reduced is reduced as its `config.elip` says.
+            instance, which then holds all options; by default 'elip', and for an image model
+            without CLS and without options 'tome' or 'random' (`default_strategy`). With no
+            argument at all, a dense model of transformers that was saved reduced is reduced as its
+            `config.elip` says.
         options: scorer ('last' by default, 'exact', 'cls', 'official', or a number), fusion (0.8),
             guidance_norm ('none'), without_text ('vision'; 'dense' of a tower without CLS) and
             merge (True), see `ElipOptions`.
@@ -85,21 +85,45 @@ def reduce_(
     _refuse_compiled(model, "reduce_")
     image_text, tower = _read(model)
     if strategy is None:
-        strategy = "elip" if keep or schedule or options else _saved_strategy(model) or "elip"
+        named = schedule is not None or options
+        strategy = Elip.name if named else _unnamed_strategy(model, is_saved=keep is None)
     strategy = get_strategy(strategy, schedule=schedule, **options).fitted(tower)
     if keep is not None:
         strategy = strategy.at_keep(tower, keep)
-    reduction = Reduction(tower, strategy, image_text)
+    reduction = Reduction(tower, strategy, _guiding(image_text, strategy, tower))
     if any(_are_alike(reduction, other) for other in reductions_of(model)):
         return model  # nothing changes, not even for a compiler that has seen it
     _install(model, reduction)
     return model
 
 
+def _guiding(
+    image_text: ImageTextModel | None, strategy: Strategy, tower: Tower
+) -> ImageTextModel | None:
+    """The whole model, if its text can guide its images; raises where nothing else could."""
+    reason = None if image_text is None else image_text.refuses()
+    if reason is None:
+        return image_text
+    if strategy.is_guided and not tower.has_cls:
+        raise TypeError(
+            "model: expected one whose text can guide its images, got "
+            f"{type(image_text.model).__name__}: {reason}"
+        )
+    return None
+
+
 def _read(model: nn.Module) -> tuple[ImageTextModel | None, Tower]:
     """The whole image-text model, if it is one, and the tower of its image model."""
     image_text = as_image_text(model)
     return image_text, as_tower(model if image_text is None else image_text.image_model)
+
+
+def _unnamed_strategy(model: nn.Module, *, is_saved: bool) -> Strategy:
+    """What the model was saved with, if that may count; or else the default by what it is."""
+    image_text, tower = _read(model)
+    has_text = image_text is not None and image_text.refuses() is None
+    saved = _saved_strategy(model) if is_saved else None
+    return saved or default_strategy(tower, has_text=has_text)
 
 
 def _saved_strategy(model: nn.Module) -> Strategy | None:

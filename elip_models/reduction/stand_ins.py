@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from elip_kernels import BipartiteInfo, unmerge
 from elip_models.reduction.guidance import (
     drop_guide,
     guide_of,
@@ -32,6 +33,7 @@ from elip_models.towers.apart import apart
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+Stepped = tuple[Tensor, Tensor | None, bool, Tensor | None]
 Records = tuple[tuple[Sequence["Reduction"], list[StageInfo]], ...]
 
 RECORDS: ContextVar[Records] = ContextVar("RECORDS", default=())
@@ -64,6 +66,10 @@ class Reduction:
         first, last = min(stages, default=0), max(stages, default=0)
         self.carries = self.strategy.replaces_block or self.tower.is_rotary
         self.acts_at = tuple(stages)
+        self.unmerges = bool(stages) and self.tower.pools and self.strategy.merge
+        if self.unmerges:
+            self.carries, last = True, self.tower.depth - 1
+            self.acts_at = tuple(sorted({*stages, last}))
         if stages and (self.strategy.replaces_later or self.tower.is_rotary):
             last = self.tower.depth - 1
             self.acts_at = tuple(range(first, self.tower.depth))
@@ -131,11 +137,9 @@ class Reduction:
         except BaseException:
             self.running.pop(thread, None)
             raise
-        if step.info is not None:
-            if i not in forward.infos:
-                self._note(step.info)
-            forward.infos[i] = step.info
-        return step
+        if step.info is not None and i not in forward.infos:
+            self._note(step.info)
+        return self._taken(i, forward, step)
 
     def _note(self, info: StageInfo) -> None:
         """Tells who records in this thread or task."""
@@ -149,12 +153,17 @@ class Reduction:
             return self.begin().step(i, tokens)
         if self.forward is None or i == self.first:
             self.forward = self.begin()
-        step = self.forward.step(i, tokens)
-        if step.info is not None:
-            self.forward.infos[i] = step.info
+        forward = self.forward
         if i == self.last:
             self.forward = None
-        return step
+        return self._taken(i, forward, forward.step(i, tokens))
+
+    def _taken(self, i: int, forward: Forward, step: Step) -> Step:
+        """The forward knows of the step, and says at the end where its patches are."""
+        if step.info is not None:
+            forward.infos[i] = step.info
+        is_pooled = self.unmerges and i == self.last
+        return step._replace(slots=forward.slots()) if is_pooled else step
 
 
 @contextmanager
@@ -179,14 +188,16 @@ class ReducedBlock:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Block i on the tokens args[0] (B, N, D), as its library calls it."""
         if torch.compiler.is_compiling() and self.block._compiled_call_impl is not None:
-            tokens, positions, replaced_block = _outside_the_graph(self, args, kwargs)
+            from elip_models.reduction.outside_graph import outside_graph
+
+            tokens, positions, replaced_block, slots = outside_graph(self.step, args, kwargs)
         else:
-            tokens, positions, replaced_block = self.step(args, kwargs)
-        if replaced_block:
-            return tokens
-        if positions is not None:
-            kwargs = self.reduction.tower.moved(kwargs, positions)
-        return self.own_forward(tokens, *args[1:], **kwargs)
+            tokens, positions, replaced_block, slots = self.step(args, kwargs)
+        if not replaced_block:
+            if positions is not None:
+                kwargs = self.reduction.tower.moved(kwargs, positions)
+            tokens = self.own_forward(tokens, *args[1:], **kwargs)
+        return tokens if slots is None else unmerge(tokens, BipartiteInfo(slots, tokens.shape[1]))
 
     @property
     def block(self) -> nn.Module:
@@ -199,24 +210,13 @@ class ReducedBlock:
         block = self.block
         return type(block).forward(block, *args, **kwargs)
 
-    def step(self, args: Args, kwargs: Kwargs) -> tuple[Tensor, Tensor | None, bool]:
-        """The tokens, where they stand, and whether the block has run; see `Step`."""
+    def step(self, args: Args, kwargs: Kwargs) -> Stepped:
+        """Tokens, positions, whether the block has run, slots; see `Step`."""
         masks = (*args[1:], *(kwargs.get(name) for name in ("attn_mask", "attention_mask")))
         if any(mask is not None for mask in masks) or kwargs.get("is_causal"):
             raise ValueError("attn_mask: expected none on a reduced model, whose tokens change")
         step = self.reduction.step(self.i, args[0])
-        return step.tokens, step.positions, step.replaced_block
-
-
-@torch.compiler.disable
-def _outside_the_graph(
-    block: ReducedBlock, args: Args, kwargs: Kwargs
-) -> tuple[Tensor, Tensor | None, bool]:
-    """In a block that is compiled by itself the step runs eagerly, so that it can replay.
-
-    In the graph it would score again when the block is recomputed, without the guidance.
-    """
-    return block.step(args, kwargs)
+        return step.tokens, step.positions, step.replaced_block, step.slots
 
 
 class Entrance:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from elip_kernels import BipartiteInfo, ReductionInfo
 from elip_models.reduction.strategy import (
     Context,
     StageInfo,
@@ -29,12 +30,22 @@ class Step(NamedTuple):
     tokens: before the block, or after it where `replaced_block`.
     info: what the strategy did, None where it did nothing.
     positions: (B, N-p) where the tokens stand, if the tower reads it and some have left.
+    slots: (B, N) the token that each of block 0 is part of, behind the last block of a tower that
+        pools.
     """
 
     tokens: Tensor
     info: StageInfo | None
     positions: Tensor | None
     replaced_block: bool
+    slots: Tensor | None = None
+
+
+def _slots(reduction: BipartiteInfo | ReductionInfo) -> Tensor:
+    """(B, N) the token that each one that entered is part of, where none was dropped."""
+    if isinstance(reduction, BipartiteInfo):
+        return reduction.slots.long()
+    return reduction.source_map().byte().argmax(1)
 
 
 class Forward:
@@ -79,6 +90,15 @@ class Forward:
         """What the last step before block i did."""
         before = [first for first in self.infos if first < i]
         return self.infos[max(before)] if before else None
+
+    def slots(self) -> Tensor | None:
+        """(B, N) the token that each of block 0 is part of now, after steps that merge; None where
+        none has acted."""
+        slots = None
+        for info in self.infos.values():
+            each = _slots(info.reduction)
+            slots = each if slots is None else each.gather(1, slots)
+        return slots
 
     def positions(self, i: int) -> Tensor | None:
         """Where the tokens stand that enter block i, see `Step`."""
@@ -148,7 +168,7 @@ class Forward:
         """
         if self.takes_place_of(i):
             return self.tower.in_block(i, lambda tokens: self.step(i, tokens)[:2], tokens)
-        tokens, info, positions, _ = self.step(i, tokens)
+        tokens, info, positions, *_ = self.step(i, tokens)
         tower = self.tower if positions is None else self.tower.at(positions)
         if cls_only:
             return tower.cls_block(i, tokens, tokens[:, 0])[:, None], info

@@ -80,6 +80,7 @@ class Strategy:
     replaces_later: behind its first step all blocks run as `later` says, where no step is.
     changes_embedding: it takes the place of what makes tokens of images, by its `patchify`.
     is_guided: text changes what it does.
+    merge: every patch is part of a token that leaves; else some are dropped.
     """
 
     name: ClassVar[str]
@@ -87,6 +88,7 @@ class Strategy:
     replaces_later: ClassVar[bool] = False
     changes_embedding: ClassVar[bool] = False
     is_guided: bool = False
+    merge: bool = False
 
     def refuses(self, tower: Tower) -> str | None:
         """Why this tower cannot be reduced so, in one sentence, or None."""

@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from elip_models.data import (
     SkipReport,
     Source,
     evaluation_batches,
     image_transform,
-    tokenize,
 )
 from elip_models.reduction.once import UnguidedWarning
 from elip_models.validation import PositiveInt, check
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from elip_models.data import EvaluationBatch
+    from elip_models.models.base import PretrainedModel
 
 KS = (1, 5, 10)
 TIE_TOLERANCE = 1e-6
@@ -147,7 +147,7 @@ def chance_level(
 
 
 def evaluate_retrieval(
-    model: nn.Module,
+    model: "PretrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     source: Source,
     *,
@@ -160,8 +160,7 @@ def evaluate_retrieval(
     The model is put in eval mode and back; the state of the random generators is untouched.
 
     Args:
-        model: Has `image_features(images)`, `text_features(input_ids, attention_mask)` and a
-            `config` with `image_size` and `context_length`.
+        model: One that `ranks`; its config says how images and captions are prepared.
         tokenizer: Of the model.
         source: Images with one or several captions each.
         batch_size: Images, and captions, a forward pass.
@@ -172,7 +171,8 @@ def evaluate_retrieval(
         DataError: too many samples cannot be read, or all.
     """
     report = SkipReport(max_bad_share, length=len(source))
-    transform = image_transform(model.config.image_size, train=False)
+    config = model.config
+    transform = image_transform(config.image_size, train=False, resize=config.resize)
     batches = evaluation_batches(
         source, transform, batch_size, report=report, num_workers=num_workers
     )
@@ -197,7 +197,7 @@ def evaluate_retrieval(
 
 @torch.no_grad()
 def _encode_images(
-    model: nn.Module, batches: Iterable["EvaluationBatch"]
+    model: "PretrainedModel", batches: Iterable["EvaluationBatch"]
 ) -> tuple[Tensor, list[tuple[str, ...]]]:
     """Returns features (num_images, E) fp32 and the captions of each image."""
     device = next(model.parameters()).device
@@ -213,7 +213,10 @@ def _encode_images(
 
 @torch.no_grad()
 def _encode_texts(
-    model: nn.Module, tokenizer: "PreTrainedTokenizerBase", texts: list[str], batch_size: int
+    model: "PretrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: list[str],
+    batch_size: int,
 ) -> Tensor:
     """Returns features (num_texts, E) fp32."""
     device = next(model.parameters()).device
@@ -223,7 +226,7 @@ def _encode_texts(
         warnings.simplefilter("ignore", UnguidedWarning)
         for start in range(0, len(texts), batch_size):
             chunk = texts[start : start + batch_size]
-            tokens = tokenize(tokenizer, chunk, model.config.context_length)
+            tokens = model.tokenise(tokenizer, chunk)
             tokens = {name: ids.to(device) for name, ids in tokens.items()}
             features.append(model.text_features(**tokens).float())
     return torch.cat(features)

@@ -15,6 +15,7 @@ from elip_models.towers.image_text import ImageTextModel
 from elip_models.towers.in_place import in_forward
 from elip_models.towers.reducible import ImageModel, Reducible
 from elip_models.towers.size import Size
+from elip_models.validation import extra
 
 __all__ = [
     "ImageTextModel",
@@ -34,20 +35,17 @@ __all__ = [
 
 class Adapter(NamedTuple):
     """Where the classes of a library are read, as file and class, of image models and of whole
-    ones; the first that accepts a model judges it. And the extra that installs the library."""
+    ones; the first that accepts a model judges it."""
 
     towers: tuple[tuple[str, str], ...]
     image_texts: tuple[tuple[str, str], ...]
-    extra: str
 
 
 ADAPTERS = {
-    "timm": Adapter((("eva", "EvaTower"), ("timm", "TimmTower")), (), "models"),
-    "open_clip": Adapter(
-        (("open_clip", "OpenClipTower"),), (("open_clip", "OpenClipImageText"),), "open-clip"
-    ),
+    "timm": Adapter((("eva", "EvaTower"), ("timm", "TimmTower")), ()),
+    "open_clip": Adapter((("open_clip", "OpenClipTower"),), (("open_clip", "OpenClipImageText"),)),
     "transformers": Adapter(
-        (("hf", "HFTower"),), (("hf", "HFClip"), ("hf", "HFSiglip"), ("hf", "HFBlip")), "models"
+        (("hf", "HFTower"),), (("hf", "HFClip"), ("hf", "HFSiglip"), ("hf", "HFBlip"))
     ),
 }
 
@@ -59,7 +57,7 @@ def as_tower(model: nn.Module) -> Tower:
         TypeError: not a model that a tower reads, or a variant of one that it does not: why.
         ImportError: a library is missing.
     """
-    model = without_adapter(model)
+    model = _trunk(without_adapter(model))
     _check_sharding(model)
     library = library_of(model)
     if library is None:
@@ -67,7 +65,7 @@ def as_tower(model: nn.Module) -> Tower:
             f"model: expected an image model of {', '.join(ADAPTERS)}, got "
             f"{type(model).__name__}; of a wrapper, pass the image model inside"
         )
-    towers = (_load(library, name) for name in ADAPTERS[library].towers)
+    towers = (_load(name) for name in ADAPTERS[library].towers)
     tower = next(tower for tower in towers if tower.accepts(model))
     reason = tower.refuses(model)
     if reason is not None:
@@ -79,34 +77,27 @@ def as_tower(model: nn.Module) -> Tower:
 
 
 def as_image_text(model: nn.Module) -> ImageTextModel | None:
-    """The whole image-text model, or None where it is an image model alone.
-
-    Raises:
-        TypeError: one whose text cannot guide its images: why.
-    """
+    """The whole image-text model, or None where it is an image model alone."""
     model = without_adapter(model)
     _check_sharding(model)
     library = library_of(model)
     if library is None:
         return None
-    adapters = (_load(library, name) for name in ADAPTERS[library].image_texts)
+    adapters = (_load(name) for name in ADAPTERS[library].image_texts)
     adapter = next((adapter for adapter in adapters if adapter.accepts(model)), None)
-    if adapter is None:
-        return None
-    image_text = adapter(model)
-    reason = image_text.refuses()
-    if reason is not None:
-        raise TypeError(
-            f"model: expected one whose text can guide its images, got {type(model).__name__}: "
-            f"{reason}"
-        )
-    return image_text
+    return None if adapter is None else adapter(model)
 
 
 def without_adapter(model: nn.Module) -> nn.Module:
     """The model inside peft's, whose own layers are the adapted ones."""
     is_peft = any(cls.__module__ == "peft.peft_model" for cls in type(model).__mro__)
     return model.get_base_model() if is_peft else model
+
+
+def _trunk(model: nn.Module) -> nn.Module:
+    """The model of timm inside open_clip's, which puts a head behind it."""
+    is_timm = any(cls.__module__ == "open_clip.timm_model" for cls in type(model).__mro__)
+    return model.trunk if is_timm else model
 
 
 def as_reducible(model: nn.Module) -> Reducible:
@@ -119,7 +110,10 @@ def as_reducible(model: nn.Module) -> Reducible:
     """
     if isinstance(model, Reducible):
         return model
-    return as_image_text(model) or ImageModel(as_tower(model))
+    image_text = as_image_text(model)
+    if image_text is None or image_text.refuses() is not None:
+        return ImageModel(as_tower(model if image_text is None else image_text.image_model))
+    return image_text
 
 
 def _check_sharding(model: nn.Module) -> None:
@@ -136,11 +130,7 @@ def library_of(model: nn.Module) -> str | None:
     return next((root for root in roots if root in ADAPTERS), None)
 
 
-def _load(library: str, name: tuple[str, str]) -> Any:
+def _load(name: tuple[str, str]) -> Any:
     file, cls = name
-    try:
+    with extra("elip_models"):
         return getattr(import_module(f"elip_models.towers.{file}"), cls)
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"elip_models needs {error.name}: pip install 'elip-kernels[{ADAPTERS[library].extra}]'"
-        ) from error

@@ -59,7 +59,9 @@ class Tower:
 
     model, blocks: the library's own modules; a block maps tokens to tokens.
     width, depth, num_heads, num_patches, image_size (H, W), mlp_ratio: sizes.
-    num_prefix_tokens: tokens that always stay, first; CLS is number 0. None: a tower without CLS.
+    num_prefix_tokens: tokens that always stay, first: CLS and registers.
+    has_cls: token 0 is CLS, which scores; else a text from outside does.
+    pools: the model reads all of its patches after the last block, and counts them alike.
     absorbs_keys: a row is read without a key projection of the tokens.
     is_rotary: blocks rotate each token by its place in the image, which then follows the token.
     unsupported_methods: methods of the model that would return nonsense on a reduced one.
@@ -78,15 +80,12 @@ class Tower:
     image_size: tuple[int, int]
     mlp_ratio: float
     num_prefix_tokens: int = 1
+    has_cls: bool = True
+    pools: bool = False
     absorbs_keys: bool = True
     is_rotary: bool = False
     unsupported_methods: tuple[str, ...] = ()
     saved_config: Any = None
-
-    @property
-    def has_cls(self) -> bool:
-        """Token 0 is CLS, which scores; else a text from outside does."""
-        return self.num_prefix_tokens > 0
 
     @property
     def num_tokens(self) -> int:
@@ -150,6 +149,10 @@ class Tower:
 
         Only a rotary tower tells them apart.
         """
+        return self
+
+    def at_no_place(self) -> Self:
+        """The tower for one token that comes from outside the image."""
         return self
 
     def positions_after(self, reduction: ReductionInfo | BipartiteInfo) -> Tensor | None:
@@ -286,7 +289,7 @@ class Tower:
         x = with_cls(tokens, cls) if self.has_cls else tokens
         if weights is None:
             q, k, _ = self.qkv(i, x)
-            q = q if self.has_cls else self.qkv(i, cls[:, None])[0]
+            q = q if self.has_cls else self.at_no_place().qkv(i, cls[:, None])[0]
             return q[:, :, 0], k
         x = parts.norm(x)
         q = x[:, :1] if self.has_cls else parts.norm(cls[:, None])

@@ -1,4 +1,4 @@
-"""timm's Eva as a tower: EVA, EVA-02, the rotary ViTs (`vit_*_rope`), DINOv3 pooled by its CLS.
+"""timm's Eva as a tower: EVA, EVA-02, the rotary ViTs (`vit_*_rope`), DINOv3, Perception Encoder.
 
 Uses patch_embed, _pos_embed, norm_pre, rope, blocks (norm1, attn, gamma_1, drop_path1 and the
 second half alike) and norm. With r_n the rotation of the place in the image that token n stands at:
@@ -24,11 +24,11 @@ from elip_kernels import ReductionInfo
 from elip_models.towers.base import Block, Projections, Tower, is_plain
 from elip_models.towers.effective import Affine, affine, qkv_of, unwrapped
 from elip_models.towers.fsdp import library_class
-from elip_models.towers.timm import refuses_tokens, stats_of
+from elip_models.towers.timm import PATCH_DROP, mlp_ratio, pools, refuses_sizes, stats_of
 
 
 class EvaTower(Tower):
-    """A timm Eva with CLS pooling (or none) and pre-norm blocks; CLS and register tokens stay.
+    """A timm Eva of pre-norm blocks, by whatever pooling; CLS and register tokens stay.
 
     positions: (B, N-p) the patch that each of the tokens stands at, `num_patches` for a merged one;
         None where they are all patches in order.
@@ -52,10 +52,9 @@ class EvaTower(Tower):
         self.num_heads = model.blocks[0].attn.num_heads
         self.num_patches = model.patch_embed.num_patches
         self.num_prefix_tokens = model.num_prefix_tokens
+        self.has_cls, self.pools = model.cls_token is not None, pools(model)
         self.image_size = tuple(model.patch_embed.img_size)
-        linears = (m for m in model.blocks[0].mlp.children() if hasattr(m, "in_features"))
-        weights = sum(m.in_features * m.out_features for m in linears)
-        self.mlp_ratio = weights / (2 * self.width**2)
+        self.mlp_ratio = mlp_ratio(model)
         self.is_rotary = model.rope is not None
         self.positions = positions
         self.ropes = ropes  # of all patches, where they were made already
@@ -66,14 +65,12 @@ class EvaTower(Tower):
 
     @staticmethod
     def refuses(model: nn.Module) -> str | None:
-        if model.cls_token is None:
-            return "it has no CLS token to score with"
         if model.patch_drop is not None:
-            return "it has patch dropout of its own (patch_drop_rate), so patches have no position"
+            return PATCH_DROP
         if getattr(model.rope, "aug_active", False):
             return "it draws its rotations anew in every training step (coordinate augmentation)"
         reasons = (_refuses_block(block) for block in model.blocks)
-        return refuses_tokens(model) or next((r for r in reasons if r is not None), None)
+        return refuses_sizes(model) or next((r for r in reasons if r is not None), None)
 
     def image_stats(self) -> tuple[Sequence[float], Sequence[float]] | None:
         return stats_of(self.model)
@@ -87,6 +84,10 @@ class EvaTower(Tower):
             return self
         ropes = self._ropes() if self.ropes is None else self.ropes
         return EvaTower(self.model, positions, ropes)
+
+    def at_no_place(self) -> Self:
+        places = torch.full((1, max(0, 1 - self.num_prefix_tokens)), self.num_patches)
+        return self.at(places.to(self.model.patch_embed.proj.weight.device))
 
     def positions_after(self, reduction: ReductionInfo) -> Tensor | None:
         if not self.is_rotary:

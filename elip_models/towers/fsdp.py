@@ -8,18 +8,13 @@ either order of `fully_shard` and `reduce_`, and frees them in a forward hook. E
 
 A block that is read for a score is gathered once more than without, unless it is the current one.
 Only public methods of torch.distributed.fsdp are used. FSDP1 has none that fit, and is refused.
+Classes are known by their names, since importing them takes half as long as importing torch.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import (
-    FSDPModule,
-    FullyShardedDataParallel,
-    register_fsdp_forward_method,
-)
-from torch.distributed.tensor import DTensor
 
 FSDP1 = (
     "it is wrapped by FullyShardedDataParallel, which flattens the parameters that the reduction "
@@ -29,19 +24,17 @@ FSDP1 = (
 
 def is_sharded(module: nn.Module) -> bool:
     """`fully_shard` was applied to the module itself."""
-    return isinstance(module, FSDPModule)
+    return _is_a(module, "FSDPModule")
 
 
 def refuses_sharding(model: nn.Module) -> str | None:
     """Why the way the model is sharded hides its parameters, in one sentence, or None."""
-    wrapped = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
-    return FSDP1 if wrapped else None
+    return FSDP1 if any(_is_flattened(module) for module in model.modules()) else None
 
 
 def library_class(module: nn.Module) -> type[nn.Module]:
     """The module's class before `fully_shard` put its own in front."""
-    is_ours = isinstance(module, FSDPModule)
-    return type(module).__mro__[2] if is_ours else type(module)
+    return type(module).__mro__[2] if is_sharded(module) else type(module)
 
 
 @contextmanager
@@ -51,9 +44,9 @@ def unsharded(module: nn.Module, *tensors: Tensor) -> Iterator[tuple[Tensor, ...
     Yields `tensors`, in the dtype that mixed precision gathers the parameters in, as the module's
     forward would get them.
     """
-    if isinstance(module, FullyShardedDataParallel):
+    if _is_flattened(module):
         raise TypeError(f"model: expected one whose blocks can be read, but {FSDP1}")
-    if not isinstance(module, FSDPModule):
+    if not is_sharded(module):
         yield tensors
         return
     before = list(module.parameters())
@@ -69,16 +62,31 @@ def unsharded(module: nn.Module, *tensors: Tensor) -> Iterator[tuple[Tensor, ...
 
 def as_forward(module: nn.Module, function: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
     """`function(tokens)` in place of the module's forward, between FSDP's hooks."""
-    if not isinstance(module, FSDPModule):
+    if not is_sharded(module):
+        from torch.distributed.tensor import DTensor
+
         if isinstance(next(module.parameters()), DTensor):
             raise ValueError(
                 f"model: expected gathered parameters, got a {type(module).__name__} that is "
                 "sharded as part of another module; fully_shard it too, or call the whole model"
             )
         return function(tokens)
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
     module._as_forward = function
     register_fsdp_forward_method(module, "_as_forward")
     try:
         return module._as_forward(tokens)
     finally:
         del module._as_forward
+
+
+def _is_flattened(module: nn.Module) -> bool:
+    """FSDP1 was applied to the module itself."""
+    return _is_a(module, "FullyShardedDataParallel")
+
+
+def _is_a(module: nn.Module, name: str) -> bool:
+    """FSDP's class of that name is among the module's."""
+    mro = type(module).__mro__
+    return any(c.__name__ == name and c.__module__.startswith("torch.distributed.") for c in mro)

@@ -2,7 +2,8 @@
 
 CLIP's, ViT's, DeiT's (a distillation token beside CLS), BLIP's and SigLIP's (no CLS): embeddings, a
 list of layers of two halves, a last norm. BLIP's own forward attends eagerly; `attend` here runs on
-SDPA. SigLIP pools by a probe that attends to all tokens: to the kept and the merged one.
+SDPA. SigLIP pools by a probe that attends to all tokens: to the kept and the merged one; where
+patches are averaged, each token counts by how many it holds.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
     BlipForImageTextRetrieval,
+    CLIPForImageClassification,
     CLIPModel,
     SiglipForImageClassification,
     SiglipModel,
@@ -55,6 +57,9 @@ LAYERS = {
 }
 
 
+AVERAGED = (CLIPForImageClassification, SiglipForImageClassification)
+
+
 class HFTower(Tower):
     """The vision transformer inside a transformers model."""
 
@@ -72,7 +77,8 @@ class HFTower(Tower):
         self.num_patches = (height // rows) * (width // columns)
         self.num_prefix_tokens = 2 if hasattr(self.trunk.embeddings, "distillation_token") else 1
         if layer == "SiglipEncoderLayer":
-            self.num_prefix_tokens, self.absorbs_keys = 0, False
+            self.num_prefix_tokens, self.has_cls, self.absorbs_keys = 0, False, False
+        self.pools = isinstance(model, AVERAGED)
         self.mlp_ratio = config.intermediate_size / self.width
 
     @staticmethod
@@ -82,8 +88,6 @@ class HFTower(Tower):
             if type(model).__name__.startswith("Siglip2"):
                 return "it takes padded patches with a mask, which would not follow the tokens"
             return f"{type(model).__name__} has no layers of {', '.join(LAYERS)}"
-        if isinstance(model, SiglipForImageClassification):
-            return "it averages its tokens, which dropped tokens would change"
         _, layers = found
         names = LAYERS[library_class(layers[0]).__name__]
         parts = ("q_proj", "k_proj", "v_proj")

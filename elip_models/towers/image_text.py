@@ -12,6 +12,8 @@ from elip_models.towers.reducible import Reducible
 class ImageTextModel(Reducible):
     """A language-image model whose own forward takes images and text, image tower first or last.
 
+    One whose text cannot guide its images is reduced as its image tower alone would be.
+
     An adapter sets these, and defines the methods that raise NotImplementedError here.
 
     model, image_model: the whole model, and the one inside it that a tower reads.

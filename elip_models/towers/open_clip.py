@@ -11,7 +11,8 @@ from typing import Any
 import open_clip
 import torch
 from einops import rearrange
-from open_clip import CLIP, CustomTextCLIP
+from open_clip import CLIP, CoCa, CustomTextCLIP
+from open_clip.timm_model import TimmModel
 from open_clip.transformer import PatchDropout, VisionTransformer
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from elip_models.towers.base import (
 )
 from elip_models.towers.effective import (
     Affine,
+    affine,
     in_projection,
     is_lora_attention,
     out_projection,
@@ -38,7 +40,7 @@ LIBRARIES = ("torch", "open_clip")  # whose attention is read; a wrapper's is no
 
 
 class OpenClipTower(Tower):
-    """An open_clip VisionTransformer with CLS pooling (or none)."""
+    """An open_clip VisionTransformer, by whatever pooling."""
 
     unsupported_methods = ("forward_intermediates", "prune_intermediate_layers")
 
@@ -50,6 +52,7 @@ class OpenClipTower(Tower):
         self.num_heads = self.blocks[0].attn.num_heads
         self.num_patches = model.grid_size[0] * model.grid_size[1]
         self.image_size = tuple(model.image_size)
+        self.pools = model.attn_pool is not None or model.pool_type == "avg"
         self.mlp_ratio = self.blocks[0].mlp.c_fc.out_features / self.width
 
     @staticmethod
@@ -57,12 +60,8 @@ class OpenClipTower(Tower):
         if not isinstance(model, VisionTransformer):
             return (
                 f"its image tower is a {type(model).__name__} and not open_clip's "
-                "VisionTransformer; of a timm trunk pass the trunk itself"
+                "VisionTransformer, nor a trunk of timm"
             )
-        if model.attn_pool is not None:
-            return "it pools by attention over the patches, which dropped tokens would change"
-        if model.pool_type not in ("tok", "none"):
-            return f"it pools by {model.pool_type!r}, which dropped tokens would change"
         if isinstance(model.patch_dropout, PatchDropout) and model.patch_dropout.prob > 0:
             return "it has patch dropout of its own, so patches have no position"
         if not model.transformer.batch_first:
@@ -136,7 +135,10 @@ class OpenClipTower(Tower):
         return _refuses_block(block) is None and is_plain(block)
 
     def finish(self, tokens: Tensor) -> Tensor:
-        return self.model.ln_post(tokens)
+        model = self.model
+        pools_by_attention = model.attn_pool is not None and model.attn_pool_contrastive is None
+        is_behind = pools_by_attention or (self.pools and model.final_ln_after_pool)
+        return tokens if is_behind else model.ln_post(tokens)
 
     def _attention(self, i: int) -> nn.Module:
         """Block i's attention now: a wrapper may have come since the tower was made."""
@@ -148,21 +150,26 @@ class OpenClipTower(Tower):
 
 
 class OpenClipImageText(ImageTextModel):
-    """A whole open_clip CLIP: its text features guide its image tower."""
+    """A whole open_clip CLIP or CoCa: the text features of a CLIP guide its image tower, where they
+    are as wide or its projection maps them back."""
 
     unsupported_methods = ("forward_intermediates",)
 
-    def __init__(self, model: CLIP | CustomTextCLIP) -> None:
+    def __init__(self, model: CLIP | CustomTextCLIP | CoCa) -> None:
         self.model = model
         self.image_model = model.visual
 
     @staticmethod
     def accepts(model: nn.Module) -> bool:
-        return isinstance(model, (CLIP, CustomTextCLIP))
+        return isinstance(model, (CLIP, CustomTextCLIP, CoCa))
 
     def refuses(self) -> str | None:
-        proj = getattr(self.image_model, "proj", None)
-        return None if proj is not None else "its image tower has no projection to go back through"
+        if getattr(self.image_model, "attn_pool", None) is not None:
+            return "its image tower pools into the width of its text, with no projection to go back"
+        layers = _layers_behind(self.image_model)
+        if layers is None or len(layers) > 1 or any(affine(layer) is None for layer in layers):
+            return "its image tower has no linear projection to go back through"
+        return None
 
     def text_cls(self, image: Tensor | None = None, text: Any = None) -> Tensor | None:
         return self.encode_guidance(text) if self.pair(image, text) else None
@@ -170,7 +177,11 @@ class OpenClipImageText(ImageTextModel):
     def encode_guidance(self, text: Tensor) -> Tensor:
         features = self.model.encode_text(text, normalize=True)
         with unsharded(self.image_model, features) as (features,):
-            return features @ self.image_model.proj.T
+            if isinstance(self.image_model, VisionTransformer):
+                return features @ self.image_model.proj.T
+            for layer in _layers_behind(self.image_model):
+                features = features @ affine(layer).weight
+            return features
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
         length, vocab_size = self.model.context_length, self.model.vocab_size
@@ -185,6 +196,16 @@ class OpenClipImageText(ImageTextModel):
 
     def tokenise(self, tokenizer: Any, captions: Sequence[str]) -> dict[str, Tensor]:
         return {"text": tokenizer(list(captions))}
+
+
+def _layers_behind(visual: nn.Module) -> list[nn.Module] | None:
+    """What maps pooled tokens of timm to text features in a CLIP; None where it is unknown."""
+    if isinstance(visual, VisionTransformer):
+        return None if visual.proj is None else []
+    if not isinstance(visual, TimmModel):
+        return None
+    layers = (visual.trunk.get_classifier(), *visual.head)
+    return [layer for layer in layers if not isinstance(layer, (nn.Identity, nn.Dropout))]
 
 
 def _stats_of(visual: nn.Module) -> Stats | None:

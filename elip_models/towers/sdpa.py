@@ -5,13 +5,15 @@
 Every other tower here picks its attention by its library's own switch; BLIP's has none.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elip_models.towers.fsdp import library_class
 from elip_models.validation import check
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class SdpaForward:
@@ -32,7 +34,7 @@ class SdpaForward:
         return attn.projection(out.transpose(1, 2).flatten(2)), None
 
 
-def use_sdpa_(model: nn.Module, enabled: bool = True) -> nn.Module:
+def use_sdpa_(model: M, enabled: bool = True) -> M:
     """Give BLIP's vision layers fused attention, in place; returns the model.
 
     Parameters and state_dict keys stay; outputs agree up to rounding, and attention dropout draws

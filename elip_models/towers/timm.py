@@ -8,17 +8,44 @@ from collections.abc import Sequence
 
 import torch
 from einops import rearrange
-from timm.layers import Attention
+from timm.layers import Attention, PatchEmbed
 from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
 from elip_models.towers.base import Projections, Tower, interpolated, is_plain
 from elip_models.towers.effective import Affine, qkv_of, refuses_norm, unwrapped
 
+PATCH_DROP = (
+    "it has patch dropout of its own, so patches have no position (create it with "
+    "patch_drop_rate=0, and reduce it by strategy='patch_dropout')"
+)
+ARCHITECTURES = {
+    "beit": "adds a bias to its attention for each pair of positions, which would not follow the "
+    "tokens",
+    "cait": "mixes its attention heads before and after the softmax, and meets its class token in "
+    "its last layers alone",
+    "convit": "gates its attention by the positions of patches, which would not follow the tokens",
+    "crossvit": "runs two branches of patches side by side",
+    "deepseek_vit": "is another plain ViT (DeepSeek's encoder), which no adapter reads yet",
+    "gemma4_vit": "is another plain ViT (Gemma's encoder), which no adapter reads yet",
+    "naflexvit": "takes patches with a mask and a grid of their own, which would not follow the "
+    "tokens",
+    "pit": "is hierarchical: it pools its grid between stages",
+    "qwen3_vit": "is another plain ViT (Qwen's encoder), which no adapter reads yet",
+    "tnt": "runs a second transformer over the pixels of every patch",
+    "vision_transformer_relpos": "adds a bias to its attention for each pair of positions, which "
+    "would not follow the tokens",
+    "vision_transformer_sam": "keeps its patches in a grid, and attends in windows of it",
+    "volo": "is hierarchical, and attends in windows of its first grid (outlook attention)",
+    "xcit": "attends over channels and convolves the grid, which dropped tokens would break",
+}
+"""What a model's file of timm says of its architecture, where it has patches; others are
+hierarchical, or no transformers."""
+
 
 class TimmTower(Tower):
-    """A timm VisionTransformer with CLS pooling (or none) and pre-norm blocks; CLS, distillation
-    and register tokens stay."""
+    """A timm VisionTransformer of pre-norm blocks, by whatever pooling; CLS, distillation and
+    register tokens stay."""
 
     unsupported_methods = (
         "forward_intermediates",
@@ -36,22 +63,19 @@ class TimmTower(Tower):
         self.num_heads = model.blocks[0].attn.num_heads
         self.num_patches = model.patch_embed.num_patches
         self.num_prefix_tokens = model.num_prefix_tokens
+        self.has_cls = self.absorbs_keys = model.has_class_token
+        self.pools = pools(model)
         self.image_size = tuple(model.patch_embed.img_size)
-        self.mlp_ratio = model.blocks[0].mlp.fc1.out_features / self.width
+        self.mlp_ratio = mlp_ratio(model)
 
     @staticmethod
     def refuses(model: nn.Module) -> str | None:
         if not isinstance(model, vit.VisionTransformer):
-            return (
-                f"{type(model).__name__} is another architecture (windowed, hierarchical) or a "
-                "wrapper, whose image model is to be passed instead"
-            )
-        if not model.has_class_token:
-            return "it has no CLS token to score with"
+            return _refuses_architecture(model)
         if getattr(model.patch_drop, "prob", 0.0) > 0:
-            return "it has patch dropout of its own (patch_drop_rate), so patches have no position"
+            return PATCH_DROP
         reasons = (_refuses_block(block) for block in model.blocks)
-        return refuses_tokens(model) or next((r for r in reasons if r is not None), None)
+        return refuses_sizes(model) or next((r for r in reasons if r is not None), None)
 
     def image_stats(self) -> tuple[Sequence[float], Sequence[float]] | None:
         return stats_of(self.model)
@@ -63,6 +87,12 @@ class TimmTower(Tower):
     @property
     def entrance(self) -> list[tuple[nn.Module, str]]:
         return [(self.model.patch_embed, "forward"), (self.model, "_pos_embed")]
+
+    def refuses_resizing(self) -> str | None:
+        embed = self.model.patch_embed
+        if isinstance(embed, PatchEmbed):
+            return None
+        return f"its patches come from a {type(embed).__name__} and not from one convolution"
 
     def patchify(self, images: Tensor) -> Tensor:
         model = self.model
@@ -139,13 +169,35 @@ def stats_of(model: nn.Module) -> tuple[Sequence[float], Sequence[float]] | None
     return (tuple(config["mean"]), tuple(config["std"])) if config else None
 
 
-def refuses_tokens(model: nn.Module) -> str | None:
-    """Why a model of timm needs all of its tokens, in one sentence, or None."""
-    if model.global_pool not in ("token", ""):
-        return f"it pools by {model.global_pool!r}, which dropped tokens would change"
+def pools(model: nn.Module) -> bool:
+    """A model of timm reads its patches after the last block."""
+    return model.global_pool not in ("token", "")
+
+
+def mlp_ratio(model: nn.Module) -> float:
+    """The MLP's hidden width over the tokens', of a gated one that of the plain one of its size."""
+    linears = (m for m in model.blocks[0].mlp.children() if hasattr(m, "in_features"))
+    return sum(m.in_features * m.out_features for m in linears) / (2 * model.embed_dim**2)
+
+
+def refuses_sizes(model: nn.Module) -> str | None:
+    """Why a model of timm has no number of patches of its own, in one sentence, or None."""
     if model.dynamic_img_size:
-        return "its number of patches changes from call to call (dynamic_img_size)"
+        return (
+            "its number of patches changes from call to call (create it with "
+            "dynamic_img_size=False)"
+        )
     return None
+
+
+def _refuses_architecture(model: nn.Module) -> str:
+    file, name = type(model).__module__.rpartition(".")[2], type(model).__name__
+    reason = ARCHITECTURES.get(
+        file,
+        "is another architecture (windowed, hierarchical, convolutional) or a wrapper, whose image "
+        "model is to be passed instead",
+    )
+    return f"{name} {reason}"
 
 
 def _refuses_block(block: nn.Module) -> str | None:
@@ -153,7 +205,7 @@ def _refuses_block(block: nn.Module) -> str | None:
         return f"its blocks are {type(block).__name__} (parallel or post-norm), not pre-norm Block"
     attn = unwrapped(block.attn)
     if not isinstance(attn, Attention):
-        return f"its attention is {type(attn).__name__}, whose CLS row has no absorbed form"
+        return f"its attention is {type(attn).__name__} and not timm's plain Attention"
     if getattr(attn, "gate", None) is not None:
         return "it gates its attention output"
     return refuses_norm(block.norm1)

@@ -6,12 +6,14 @@ Buffers are not broadcast: the queue of features, their largest, is the same on 
 import logging
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from elip_models.training.recipe import RunConfig
 from elip_models.training.run_folder import RunFolder
-from elip_models.validation import ConfigError, blame
+from elip_models.validation import ConfigError, blame, extra
+
+with extra("elip_models.training"):
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 
 def make_accelerator(config: RunConfig, folder: RunFolder) -> Accelerator:

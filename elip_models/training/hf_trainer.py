@@ -3,11 +3,13 @@
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from elip_models.reduction.patch import reduce_, unreduce_
 from elip_models.reduction.strategy import Strategy
-from elip_models.validation import Count, PositiveShare, check
+from elip_models.validation import Count, PositiveShare, check, extra
+
+with extra("elip_models.training"):
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 class ReductionCallback(TrainerCallback):

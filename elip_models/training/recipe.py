@@ -7,21 +7,16 @@ names the key, what was expected and what was found.
 
 import dataclasses
 import os
-import types
-import typing
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import yaml
-
+from elip_models.data.caption_rules import CaptionRule
+from elip_models.data.transforms import Magnitude, ResizeMode
+from elip_models.training.yaml_config import from_mapping
 from elip_models.validation import (
-    UNIONS,
-    WORDS,
-    Bounds,
     ConfigError,
     Count,
     NonNegative,
@@ -30,16 +25,11 @@ from elip_models.validation import (
     PositiveShare,
     Rate,
     Share,
-    describe,
-    did_you_mean,
-    item_hints,
-    misfit,
+    extra,
 )
 
-REQUIRED = "???"
-"""The value a recipe gives to a key that the user has to set."""
-
-Magnitude = Annotated[int, Bounds(0, 10)]
+with extra("elip_models.training"):
+    import yaml
 
 
 @dataclass(frozen=True)
@@ -64,24 +54,32 @@ class DataConfig:
     """Where samples come from, and how captions become tokens.
 
     Args:
-        train: Source specification, as `open_source` takes it.
+        train: Source specification, as `open_source` takes it, or several, which are mixed.
+        weights: How often the samples of each source come in an epoch; null: once each.
         eval: Source for retrieval evaluation; None evaluates nothing.
         tokenizer: "train" trains one on the captions of `train`; else a local folder or hub name.
         vocab_size: Largest vocabulary of a tokenizer that is trained here.
         context_length: Tokens a caption is padded or truncated to.
-        crop_scale: Share of an image's area that a random crop shows, from and to; null shows the
-            middle of it whole, as evaluation does.
+        captions: What the tokenizer reads: "plain", or by the rules of "albef" or "blip"; null: as
+            the model's config says.
+        resize: What evaluation shows of an image: the centre of it ("crop"), or all of it whatever
+            the ratio of its sides ("squash"); null: as the model's config says.
+        crop_scale: Share of an image's area that a random crop shows, from and to; null shows in
+            training what evaluation shows.
         flip: Mirror every second image; not with captions that say left and right.
         randaugment: Operations and their magnitude of 10, as ALBEF's RandAugment; null for none.
         num_workers: Loader processes a rank; 0 loads in the training process.
         max_bad_share: A larger share of unreadable samples stops the run.
     """
 
-    train: str
+    train: str | tuple[str, ...]
+    weights: tuple[Positive, ...] | None = None
     eval: str | None = None
     tokenizer: str = "train"
     vocab_size: PositiveInt = 8192
     context_length: PositiveInt = 32
+    captions: CaptionRule | None = None
+    resize: ResizeMode | None = None
     crop_scale: tuple[Share, Share] | None = (0.9, 1.0)
     flip: bool = False
     randaugment: tuple[PositiveInt, Magnitude] | None = None
@@ -100,12 +98,17 @@ class OptimConfig:
         steps: Optimiser steps; set, it takes precedence over `epochs`.
         epochs: Passes over the training data.
         lr: Peak learning rate.
+        warmup_steps: Steps of linear warm-up, capped at a fifth of the run.
+        warmup_lr: Learning rate of the first step, from which it rises to `lr`; null: the first of
+            `warmup_steps` equal parts of `lr`.
         decay: Of the learning rate after warm-up: "cosine" or "linear" to `min_lr` at the end, or
             "step", by `decay_rate` each epoch, down to `min_lr`.
+        decay_each: "step", or "epoch", whose first step says the learning rate of the others.
         lr_scale: Multiples of the learning rate for parameters whose names fit a pattern, such as
             {"itm_head.*": 5}; the first that fits counts.
-        warmup_steps: Steps of linear warm-up, capped at a fifth of the run.
-        weight_decay: For matrices; biases, norms, single vectors and the temperature have none.
+        weight_decay: For all parameters but those in `no_decay`.
+        no_decay: Patterns of names, such as "*.bias"; null: biases, norms, single vectors and the
+            temperature.
         betas: AdamW's two.
         eps: AdamW's.
         max_grad_norm: Gradients are clipped to this norm; None leaves them.
@@ -120,11 +123,14 @@ class OptimConfig:
     epochs: Positive | None = None
     grad_accumulation: PositiveInt = 1
     warmup_steps: Count = 0
+    warmup_lr: NonNegative | None = None
     decay: Literal["cosine", "linear", "step"] = "cosine"
+    decay_each: Literal["step", "epoch"] = "step"
     min_lr: NonNegative = 0.0
     decay_rate: PositiveShare = 0.9
     lr_scale: dict[str, Positive] = field(default_factory=dict)
     weight_decay: NonNegative = 0.1
+    no_decay: tuple[str, ...] | None = None
     betas: tuple[Rate, Rate] = (0.9, 0.98)
     eps: Positive = 1e-6
     max_grad_norm: Positive | None = 1.0
@@ -163,15 +169,6 @@ class RunConfig:
     trackers: tuple[str, ...] = ("tensorboard",)
     report: tuple[Literal["retrieval", "timing", "picture"], ...] = ()
 
-
-YAML = WORDS | {
-    bool: "true or false",
-    types.NoneType: "null",
-    tuple: "a list",
-    dict: "a mapping",
-    **dict.fromkeys((ModelConfig, DataConfig, OptimConfig), "a section of keys"),
-}
-"""What YAML calls a type."""
 
 RESUMABLE_KEYS = (
     "name",
@@ -212,7 +209,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunC
         raise ConfigError(f"{path}: expected a mapping of keys, got {type(values).__name__}")
     for key, value in parse_overrides(overrides, "optim.lr=3e-4").items():
         _set_dotted(values, key, value)
-    config = _build(RunConfig, values, prefix="")
+    config = from_mapping(RunConfig, values)
     _check_together(config)
     return config
 
@@ -227,6 +224,11 @@ def parse_overrides(overrides: Sequence[str], example: str) -> dict[str, Any]:
         try:
             values[key.strip()] = yaml.safe_load(text)
         except yaml.YAMLError:
+            if text.lstrip().startswith("["):
+                raise ConfigError(
+                    f"override {override!r}: expected a list in YAML; put its items in quotes, "
+                    f"such as {key}=['a.json', '*.tar']"
+                ) from None
             values[key.strip()] = text  # a glob such as *.tar is not YAML, and is a string
     return values
 
@@ -275,6 +277,17 @@ def _check_together(config: RunConfig) -> None:
             f"optim.min_lr: expected at most optim.lr = {config.optim.lr}, got "
             f"{config.optim.min_lr}"
         )
+    if config.optim.warmup_lr is not None and config.optim.warmup_lr > config.optim.lr:
+        raise ConfigError(
+            f"optim.warmup_lr: expected at most optim.lr = {config.optim.lr}, got "
+            f"{config.optim.warmup_lr}"
+        )
+    sources = 1 if isinstance(config.data.train, str) else len(config.data.train)
+    if config.data.weights is not None and len(config.data.weights) != sources:
+        raise ConfigError(
+            f"data.weights: expected one for each of the {sources} sources of data.train, got "
+            f"{len(config.data.weights)}"
+        )
     if config.data.eval is None and (config.eval_every or config.report):
         raise ConfigError(
             "data.eval: expected a source, since eval_every or report asks for one, got null"
@@ -289,72 +302,6 @@ def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
             name = ".".join(sections[:depth])
             raise ConfigError(f"{key}: expected {name} to be a section, got {values!r}")
     values[last] = value
-
-
-def _build(cls: type, values: Any, prefix: str) -> Any:
-    """Makes the dataclass `cls` of a mapping; `prefix` is its dotted position, for messages."""
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{prefix[:-1]}: expected a section of keys, got {values!r}")
-    hints = typing.get_type_hints(cls, include_extras=True)
-    for key in values:
-        if key not in hints:
-            raise ConfigError(_unknown_key(f"{prefix}{key}"))
-    arguments = {}
-    for spec in dataclasses.fields(cls):
-        key = f"{prefix}{spec.name}"
-        if spec.name in values:
-            arguments[spec.name] = _convert(hints[spec.name], values[spec.name], key)
-        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{key}: expected {describe(hints[spec.name], YAML)}, got nothing")
-    return cls(**arguments)
-
-
-def _convert(hint: Any, value: Any, key: str) -> Any:
-    """Returns `value` as the type `hint` asks for, or raises."""
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, f"{key}.")
-    expected = describe(hint, YAML)
-    if isinstance(value, str) and value == REQUIRED:
-        raise ConfigError(f"{key}: expected {expected}, got {REQUIRED}; set {key}=VALUE")
-    parsed = _parse(value, hint)
-    if misfit(parsed, hint) is not None:
-        raise ConfigError(f"{key}: expected {expected}, got {value!r}")
-    return parsed
-
-
-def _parse(value: Any, hint: Any) -> Any:
-    """A value of YAML as `hint` has it: 1 and "1e-3" are floats, a list a tuple; else as it is."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Annotated:
-        return _parse(value, arguments[0])
-    if origin in UNIONS:
-        parsed = [(_parse(value, each), each) for each in arguments]
-        return next((new for new, each in parsed if misfit(new, each) is None), value)
-    if origin is tuple and isinstance(value, list | tuple):
-        hints = item_hints(arguments, len(value))
-        return tuple(map(_parse, value, hints)) if len(hints) == len(value) else value
-    if origin is dict and isinstance(value, dict):
-        return {key: _parse(item, arguments[1]) for key, item in value.items()}
-    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
-        with suppress(ValueError):
-            return float(value)
-    return value
-
-
-def _unknown_key(key: str) -> str:
-    known = list(_known_keys(RunConfig, ""))
-    section, _, leaf = key.rpartition(".")
-    same_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
-    siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
-    listed = f"; {section or 'a recipe'} has {', '.join(siblings)}" if siblings else ""
-    return f"{key}: no such key{listed}{did_you_mean(key, same_leaf or known, cutoff=0.0)}"
-
-
-def _known_keys(cls: type, prefix: str) -> Iterator[str]:
-    for name, hint in typing.get_type_hints(cls).items():
-        yield f"{prefix}{name}"
-        if dataclasses.is_dataclass(hint):
-            yield from _known_keys(hint, f"{prefix}{name}.")
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from elip_models.analysis.agreement import scorer_agreement
@@ -33,6 +30,12 @@ from elip_models.reduction.schedule import PRESETS
 from elip_models.reduction.scorers import SCORERS
 from elip_models.reduction.strategies.elip import Elip
 from elip_models.reduction.strategy import Strategy
+from elip_models.validation import extra
+
+with extra("elip_models.training"):
+    from rich.console import Console
+    from rich.table import Table
+    from timm.models.vision_transformer import VisionTransformer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -120,7 +123,8 @@ class Reporter:
     @torch.no_grad()
     def _guided(self, count: int) -> tuple[Tensor, list[str], Tensor]:
         """Read the first `count` readable samples -> images, captions, guidance (B, D)."""
-        transform = image_transform(self.model.config.image_size, train=False)
+        config = self.model.config
+        transform = image_transform(config.image_size, train=False, resize=config.resize)
         report = SkipReport(1.0, length=len(self.source))  # training and evaluation have judged
         batch = next(evaluation_batches(self.source, transform, count, report=report))
         captions = [several[0] for several in batch.captions]

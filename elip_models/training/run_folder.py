@@ -108,10 +108,10 @@ class RunFolder:
         """Where to write the checkpoint of `step`, before `commit_checkpoint`."""
         return self.checkpoints / f".step_{step:08d}"
 
-    def commit_checkpoint(self, step: int, *, keep: int, **invariants: int) -> None:
+    def commit_checkpoint(self, step: int, *, keep: int, **invariants: int | list[int]) -> None:
         """Puts the checkpoint of `step` in place, and keeps the `keep` newest.
 
-        `invariants` are numbers that a run which resumes it must have in common.
+        `invariants` are numbers, or lists of them, that a run which resumes it must have in common.
         """
         unfinished = self.unfinished_checkpoint(step)
         state = json.dumps({"step": step, "invariants": invariants})
@@ -123,7 +123,7 @@ class RunFolder:
             shutil.rmtree(old)
 
     @staticmethod
-    def checkpoint_step(checkpoint: Path, **invariants: int) -> int:
+    def checkpoint_step(checkpoint: Path, **invariants: int | list[int]) -> int:
         """The step of a checkpoint; TrainingError where it has other `invariants`."""
         state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
         for name, value in invariants.items():

@@ -13,35 +13,47 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate.utils import set_seed
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from elip_models.checkpoints.pretrained_towers import initialise_
 from elip_models.data import (
     EpochSampler,
-    ImageTextDataset,
+    MixedSource,
     Source,
-    image_transform,
     load_tokenizer,
     open_source,
     train_loader,
     train_tokenizer,
 )
+from elip_models.models.base import InputConfig
 from elip_models.models.registry import create_model, family_of
 from elip_models.tasks.retrieval import RetrievalScores, evaluate_retrieval
 from elip_models.training.accelerator import make_accelerator
 from elip_models.training.loss_log import LossLog, losses_of
 from elip_models.training.optim import learning_rate, parameter_groups
-from elip_models.training.recipe import ModelConfig, RunConfig
+from elip_models.training.recipe import RunConfig
 from elip_models.training.run_folder import RunFolder
-from elip_models.validation import ConfigError, blame
+from elip_models.training.training_data import (
+    input_fields,
+    model_config,
+    tokenizer_captions,
+    training_samples,
+)
+from elip_models.validation import ConfigError, blame, extra
+
+with extra("elip_models.training"):
+    from accelerate.utils import set_seed
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-MAX_TOKENIZER_SAMPLES = 50_000
 
 
 @dataclass(frozen=True)
@@ -137,7 +149,7 @@ class Trainer:
     def _build_data(self) -> None:
         """Sources, tokenizer and loader, and how many steps they make."""
         data, optim, accelerator = self.config.data, self.config.optim, self.accelerator
-        image_size = _image_size(self.config.model)
+        model = model_config(self.config)
         family = family_of(self.config.model.name)
         if not family.ranks and (self.config.eval_every or "retrieval" in self.config.report):
             raise ConfigError(
@@ -145,34 +157,22 @@ class Trainer:
                 "has no features of images and texts alone to rank"
             )
         with blame("data.train"):
-            source = open_source(data.train, image_size=image_size)
+            source = open_source(data.train, image_size=model.image_size)
         with blame("data.eval"):
-            self.eval_source = open_source(data.eval, image_size=image_size) if data.eval else None
-        self.tokenizer = self._make_tokenizer(source)
+            self.eval_source = data.eval and open_source(data.eval, image_size=model.image_size)
+        self.tokenizer = self._make_tokenizer(source, model)
         with blame("data.tokenizer"):
             self.text_sizes = family.fit_tokenizer(self.tokenizer, data.context_length)
         with blame("data"):
-            dataset = ImageTextDataset(
-                source,
-                image_transform(
-                    image_size,
-                    train=True,
-                    scale=data.crop_scale,
-                    flip=data.flip,
-                    randaugment=data.randaugment,
-                ),
-                self.tokenizer,
-                context_length=data.context_length,
-                seed=self.config.seed,
-                max_bad_share=data.max_bad_share,
-            )
+            dataset = training_samples(self.config, model, source, self.tokenizer)
         with blame("optim.batch_size"):
             self.sampler = EpochSampler(
-                len(dataset),
+                source.lengths if isinstance(source, MixedSource) else len(source),
                 optim.batch_size,
                 self.config.seed,
                 rank=accelerator.process_index,
                 world_size=accelerator.num_processes,
+                weights=data.weights,
             )
         self.loader = train_loader(dataset, self.sampler, data.num_workers)
         self.skips = dataset.skip_report()
@@ -184,14 +184,16 @@ class Trainer:
             learning_rate,
             lr=optim.lr,
             warmup_steps=optim.warmup_steps,
+            warmup_lr=optim.warmup_lr,
             total_steps=self.total_steps,
             decay=optim.decay,
+            decay_each=optim.decay_each,
             min_lr=optim.min_lr,
             decay_rate=optim.decay_rate,
             steps_per_epoch=self.steps_per_epoch,
         )
 
-    def _make_tokenizer(self, source: Source) -> "PreTrainedTokenizerBase":
+    def _make_tokenizer(self, source: Source, model: InputConfig) -> "PreTrainedTokenizerBase":
         """The tokenizer the recipe names, or one trained on the captions and kept in the folder."""
         data = self.config.data
         if data.tokenizer != "train":
@@ -199,9 +201,7 @@ class Trainer:
                 return load_tokenizer(data.tokenizer)
         with self.accelerator.main_process_first(), blame("data.vocab_size"):
             if not self.folder.tokenizer.exists():
-                stride = math.ceil(len(source) / MAX_TOKENIZER_SAMPLES)
-                indices = range(0, len(source), stride)
-                captions = (caption for i in indices for caption in source.captions(i))
+                captions = tokenizer_captions(source, model)
                 self.folder.save_tokenizer(
                     train_tokenizer(captions, data.vocab_size).save_pretrained
                 )
@@ -212,7 +212,9 @@ class Trainer:
         optim, seed = self.config.optim, self.config.seed
         set_seed(seed)
         with blame("model"):
-            overrides = self.text_sizes | self.config.model.overrides | {"gather": optim.gather}
+            inputs = input_fields(self.config.data)
+            overrides = self.text_sizes | inputs | self.config.model.overrides
+            overrides |= {"gather": optim.gather}
             model = create_model(self.config.model.name, **overrides)
             model.check_batch_size(optim.batch_size * self.accelerator.num_processes)
             model.read_vocabulary_(self.tokenizer)
@@ -223,7 +225,9 @@ class Trainer:
         if optim.grad_checkpointing:
             model.set_grad_checkpointing()
         with blame("optim"):
-            groups = parameter_groups(model, optim.weight_decay, optim.lr_scale)
+            groups = parameter_groups(
+                model, optim.weight_decay, optim.lr_scale, no_decay=optim.no_decay
+            )
         optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.bare_model = self.accelerator.unwrap_model(self.model)
@@ -247,11 +251,12 @@ class Trainer:
         purge = {"tensorboard": {"purge_step": self.step + 1}}
         self.accelerator.init_trackers(self.config.name, init_kwargs=purge)
 
-    def _invariants(self) -> dict[str, int]:
+    def _invariants(self) -> dict[str, int | list[int]]:
         """What a resumed run shares with the one that was saved, besides the recipe."""
+        lengths = self.sampler.lengths
         return {
             "num_processes": self.accelerator.num_processes,
-            "num_samples": self.sampler.length,
+            "num_samples": list(lengths) if len(lengths) > 1 else self.sampler.length,
         }
 
     def _train_step(self) -> None:
@@ -375,9 +380,3 @@ class Trainer:
         status = TextColumn("{task.fields[status]}")
         columns = (MofNCompleteColumn(), BarColumn(), status, TimeRemainingColumn())
         return Progress(*columns, console=self.console, disable=not self.console.is_terminal)
-
-
-def _image_size(config: ModelConfig) -> int:
-    """Image size of a model, from its config alone: the meta device holds no weights."""
-    with torch.device("meta"), blame("model"):
-        return create_model(config.name, **config.overrides).config.image_size

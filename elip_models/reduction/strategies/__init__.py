@@ -10,6 +10,7 @@ from elip_models.reduction.strategies.evit import EViT
 from elip_models.reduction.strategies.resize import Resize
 from elip_models.reduction.strategies.tome import ToMe
 from elip_models.reduction.strategy import Strategy
+from elip_models.towers import Tower
 
 __all__ = [
     "STRATEGIES",
@@ -22,9 +23,18 @@ __all__ = [
     "Resize",
     "ToMe",
     "Trips",
+    "default_strategy",
 ]
 
 STRATEGIES: dict[str, type[Strategy]] = {
     strategy.name: strategy
     for strategy in (Elip, EViT, ToMe, Trips, PatchDropout, Random, Resize, Adaptive)
 }
+
+
+def default_strategy(tower: Tower, *, has_text: bool) -> Strategy:
+    """What a tower is reduced by where nobody says: ELIP, where its CLS token or the model's own
+    text can score; else ToMe, or a random keep where ToMe refuses."""
+    if tower.has_cls or has_text:
+        return Elip()
+    return ToMe() if ToMe().refuses(tower) is None else Random()

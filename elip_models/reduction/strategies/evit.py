@@ -40,6 +40,7 @@ class EViT(Strategy):
 
     name: ClassVar[str] = "evit"
     replaces_block: ClassVar[bool] = True
+    merge: ClassVar[bool] = True
 
     keep_rate: PositiveShare = 0.7
     layers: Literal["all"] | tuple[Count, ...] | None = None

@@ -26,6 +26,7 @@ class ToMe(Strategy):
 
     name: ClassVar[str] = "tome"
     replaces_block: ClassVar[bool] = True
+    merge: ClassVar[bool] = True
 
     r: Count | tuple[Count, ...] = 8
     proportional: bool = True

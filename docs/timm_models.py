@@ -1,0 +1,146 @@
+"""Write docs/timm_models.md: which of timm's ViT-like models can be reduced, and why others cannot.
+
+    python docs/timm_models.py           # builds every model on the meta device: a few minutes
+
+Every name of the modules below is built under 500 M parameters, as `timm.create_model(name)` makes
+it, and asked of each strategy; where an error names a flag of `create_model`, once more with it.
+"""
+
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from supported import ask, reason_of
+
+PAGE = Path(__file__).with_name("timm_models.md")
+MODULES = (
+    *("vision_transformer", "deit", "eva", "vision_transformer_hybrid", "vitamin"),
+    *("beit", "cait", "convit", "crossvit", "deepseek_vit", "gemma4_vit", "naflexvit", "pit"),
+    *("qwen3_vit", "tnt", "vision_transformer_relpos", "vision_transformer_sam", "volo", "xcit"),
+)
+LARGEST = 500  # million parameters
+FLAGS: dict[str, dict[str, Any]] = {
+    f"{name}={value!r}": {name: value}
+    for name, value in (("dynamic_img_size", False), ("global_pool", "token"))
+}
+POOLING = {"token": "class token", "avg": "average", "map": "attention", "": "none"}
+WORKS, REFUSED, LARGE = "Reduced", "Refused", f"More than {LARGEST} M parameters, not asked"
+
+
+class Answer(NamedTuple):
+    """Where a name stands in the page: under two headings, in the line of its module; and notes:
+    why some strategies do not work."""
+
+    heading: str
+    kind: str
+    module: str
+    notes: tuple[str, ...] = ()
+
+
+def names() -> list[tuple[str, str]]:
+    """All names and their modules, in the order of `MODULES`."""
+    return [(name, module) for module in MODULES for name in timm.list_models(module=module)]
+
+
+def answer(name: str, module: str) -> Answer:
+    """What the library says of `timm.create_model(name)`."""
+    model = _built(name)
+    if sum(weight.numel() for weight in model.parameters()) >= LARGEST * 10**6:
+        return Answer(LARGE, "", module)
+    asked = _asked(model, module)
+    flag = next((flag for flag in FLAGS if flag in asked.kind), None)
+    if flag is None:
+        return asked
+    changed = _asked(_built(name, **FLAGS[flag]), module)
+    works = changed.heading == WORKS
+    return changed._replace(heading=f"{WORKS} with `{flag}`") if works else changed
+
+
+def _built(name: str, **options: Any) -> torch.nn.Module:
+    with torch.device("meta"):
+        return timm.create_model(name, **options)
+
+
+def _asked(model: torch.nn.Module, module: str) -> Answer:
+    """How it pools and what reduces it; or, in the words of the error, why nothing does."""
+    try:
+        refusals = {name: reason for name, reason in ask(model).items() if reason is not None}
+    except TypeError as error:
+        name = type(model).__name__
+        reason = re.sub(f"^{name} ", "it ", reason_of(error))
+        return Answer(REFUSED, f"{reason[0].upper()}{reason[1:]}", module)
+    kind = f"Pooling: {POOLING.get(model.global_pool, model.global_pool)}"
+    if refusals:
+        kind += f"; not by {', '.join(f'`{name}`' for name in refusals)}"
+    notes = tuple(f"`{name}`: {reason}" for name, reason in refusals.items())
+    return Answer(WORKS, kind, module, notes)
+
+
+def page(answers: dict[str, Answer]) -> str:
+    """The page of the answers by name."""
+    listed = ", ".join(f"`{module}`" for module in MODULES)
+    lines = [
+        "# timm's ViT-like models",
+        "",
+        f"What `docs/timm_models.py` found in timm {timm.__version__}: every name of the modules "
+        f"{listed}, as `timm.create_model(name)` builds it. Hierarchical models (Swin, Hiera, "
+        "MViT, PVT, LeViT and others) and convolutional ones are refused, and not listed. Of a "
+        "tower without class token `elip` and `adaptive` need a text as guidance; the others do "
+        "not.",
+        "",
+        "Where a strategy does not work:",
+        "",
+        *sorted({f"- {note}." for each in answers.values() for note in each.notes}),
+    ]
+    headings = sorted({each.heading for each in answers.values()}, key=_rank)
+    for heading in headings:
+        chosen = {name: each for name, each in answers.items() if each.heading == heading}
+        lines += ["", f"## {heading}: {len(chosen)}", *_by_kind(chosen)]
+    return "\n".join(lines) + "\n"
+
+
+def _rank(heading: str) -> tuple[bool, ...]:
+    return heading == LARGE, heading == REFUSED, heading != WORKS
+
+
+def _by_kind(answers: dict[str, Answer]) -> Iterable[str]:
+    """A paragraph for each kind, and in it a line for each module."""
+    kinds: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name, each in answers.items():
+        kinds[each.kind][each.module].append(name)
+    for kind, modules in kinds.items():
+        yield from ("", *([f"### {kind}", ""] if kind else []))
+        for module, found in modules.items():
+            yield f"- {module}: {', '.join(f'`{name}`' for name in found)}"
+
+
+def read(text: str) -> dict[str, Answer]:
+    """The answers that a page holds, by name, without notes."""
+    answers, heading, kind = {}, "", ""
+    for line in text[text.index("\n## ") :].splitlines():
+        if line.startswith("## "):
+            heading, kind = line[3:].rpartition(":")[0], ""
+        elif line.startswith("### "):
+            kind = line[4:]
+        elif line.startswith("- "):
+            module, _, found = line[2:].partition(": ")
+            answers |= dict.fromkeys(re.findall("`(.+?)`", found), Answer(heading, kind, module))
+    return answers
+
+
+def main() -> None:
+    """Write the page."""
+    answers = {}
+    for name, module in names():
+        answers[name] = answer(name, module)
+        sys.stderr.write(f"{name}: {answers[name].heading}\n")
+    PAGE.write_text(page(answers), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""RandAugment as ALBEF and BLIP have it: ten operations, none of which changes a hue.
+
+    ShearX, ShearY            x + f y, or y + f x, by f = +-0.3 m / 10
+    TranslateX, TranslateY    by +-10 m / 10 pixels
+    Rotate                    by +-30 m / 10 degrees
+    Brightness, Sharpness     factor 0.1 + 1.8 m / 10
+    Identity, AutoContrast, Equalize
+
+m is the magnitude, 0 to 10. Operations are drawn with replacement, each is then applied half of the
+time, with a drawn sign; what it uncovers is grey, 128.
+Source: RandAugment (Cubuk et al., 2020), with the operations and ranges of ALBEF and BLIP.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+
+OPERATIONS = (
+    *("Identity", "AutoContrast", "Equalize", "Brightness", "Sharpness"),
+    *("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"),
+)
+MAX_MAGNITUDE = 10
+PROBABILITY = 0.5
+GREY = (128, 128, 128)
+
+
+class RandAugment:
+    """RGB image -> RGB image of the same size, `operations` of them drawn at `magnitude`."""
+
+    def __init__(self, operations: int, magnitude: int) -> None:
+        self.operations = operations
+        self.strength = magnitude / MAX_MAGNITUDE
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return self.apply(image, self.draw())
+
+    def draw(self) -> list[tuple[str, int]]:
+        """Draw by torch's CPU generator -> names of the operations to apply, and a sign each."""
+        names = torch.randint(len(OPERATIONS), (self.operations,)).tolist()
+        chances, signs = torch.rand(2, self.operations).tolist()
+        return [
+            (OPERATIONS[name], 1 if sign < 0.5 else -1)
+            for name, chance, sign in zip(names, chances, signs, strict=True)
+            if chance < PROBABILITY
+        ]
+
+    def apply(self, image: Image.Image, drawn: Iterable[tuple[str, int]]) -> Image.Image:
+        """Apply the operations and signs that `draw` gives, in order."""
+        for name, sign in drawn:
+            image = self._apply_one(image, name, sign * self.strength)
+        return image
+
+    def _apply_one(self, image: Image.Image, name: str, strength: float) -> Image.Image:
+        factor = 0.1 + 1.8 * self.strength
+        match name:
+            case "AutoContrast":
+                return ImageOps.autocontrast(image)
+            case "Equalize":
+                return ImageOps.equalize(image)
+            case "Brightness":
+                return ImageEnhance.Brightness(image).enhance(factor)
+            case "Sharpness":
+                return ImageEnhance.Sharpness(image).enhance(factor)
+            case "ShearX":
+                return _affine(image, (1, -0.3 * strength, 0, 0, 1, 0))
+            case "ShearY":
+                return _affine(image, (1, 0, 0, -0.3 * strength, 1, 0))
+            case "TranslateX":
+                return _affine(image, (1, 0, -10 * strength, 0, 1, 0))
+            case "TranslateY":
+                return _affine(image, (1, 0, 0, 0, 1, -10 * strength))
+            case "Rotate":
+                centre = (image.width / 2 + 0.5, image.height / 2 + 0.5)  # a pixel, as OpenCV's
+                bilinear = Image.Resampling.BILINEAR
+                return image.rotate(30 * strength, bilinear, center=centre, fillcolor=GREY)
+        return image
+
+
+def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
+    """Pixel (x, y) of the result is that at (a x + b y + c, d x + e y + f) of the image."""
+    a, b, c, d, e, f = matrix
+    corner = (a, b, c + (1 - a - b) / 2, d, e, f + (1 - d - e) / 2)  # Pillow counts from corners
+    return image.transform(
+        image.size, Image.Transform.AFFINE, corner, Image.Resampling.BILINEAR, fillcolor=GREY
+    )

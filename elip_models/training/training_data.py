@@ -1,0 +1,63 @@
+"""What a recipe trains on, as its model reads it: samples, and captions for a tokenizer."""
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from elip_models.data import ImageTextDataset, Source, apply_caption_rule, image_transform
+from elip_models.models.base import InputConfig
+from elip_models.models.registry import create_model
+from elip_models.training.recipe import DataConfig, RunConfig
+from elip_models.validation import blame
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_TOKENIZER_SAMPLES = 50_000
+
+
+def input_fields(data: DataConfig) -> dict[str, str]:
+    """The fields of `InputConfig` that a recipe sets."""
+    fields = {"captions": data.captions, "resize": data.resize}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def model_config(config: RunConfig) -> InputConfig:
+    """The config of a recipe's model, without its weights: the meta device holds none."""
+    with torch.device("meta"), blame("model"):
+        fields = input_fields(config.data) | config.model.overrides
+        return create_model(config.model.name, **fields).config
+
+
+def training_samples(
+    config: RunConfig, model: InputConfig, source: Source, tokenizer: "PreTrainedTokenizerBase"
+) -> ImageTextDataset:
+    """Samples of `source`: augmented as the recipe says, prepared as the config `model` says."""
+    data = config.data
+    transform = image_transform(
+        model.image_size,
+        train=True,
+        scale=data.crop_scale,
+        flip=data.flip,
+        randaugment=data.randaugment,
+        resize=model.resize,
+    )
+    return ImageTextDataset(
+        source,
+        transform,
+        tokenizer,
+        context_length=data.context_length,
+        seed=config.seed,
+        max_bad_share=data.max_bad_share,
+        captions=model.captions,
+    )
+
+
+def tokenizer_captions(source: Source, model: InputConfig) -> Iterator[str]:
+    """The captions of at most 50,000 samples, spread over the source, as a tokenizer reads them."""
+    stride = math.ceil(len(source) / MAX_TOKENIZER_SAMPLES)
+    for index in range(0, len(source), stride):
+        for caption in source.captions(index):
+            yield apply_caption_rule(caption, model.captions)

@@ -1,0 +1,108 @@
+"""A frozen dataclass, and those inside it, from the mapping that a YAML file holds.
+
+Values are held to the type hints of the fields; a mistake is a `ConfigError` that names the dotted
+key, what was expected and what was found.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Annotated, Any
+
+from elip_models.validation import (
+    UNIONS,
+    WORDS,
+    ConfigError,
+    describe,
+    did_you_mean,
+    item_hints,
+    misfit,
+)
+
+REQUIRED = "???"
+"""The value a recipe gives to a key that the user has to set."""
+
+YAML = WORDS | {
+    bool: "true or false",
+    types.NoneType: "null",
+    tuple: "a list",
+    dict: "a mapping",
+}
+"""What YAML calls a type."""
+
+
+def from_mapping(cls: type, values: Any) -> Any:
+    """Makes the dataclass `cls` of a mapping."""
+    return _build(cls, values, "", cls)
+
+
+def _build(cls: type, values: Any, prefix: str, root: type) -> Any:
+    """Makes `cls`, which is `root` or a part of it; `prefix` is its dotted position."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{prefix[:-1]}: expected a section of keys, got {values!r}")
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for key in values:
+        if key not in hints:
+            raise ConfigError(_unknown_key(f"{prefix}{key}", root))
+    arguments = {}
+    for spec in dataclasses.fields(cls):
+        key = f"{prefix}{spec.name}"
+        if spec.name in values:
+            arguments[spec.name] = _convert(hints[spec.name], values[spec.name], key, root)
+        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{key}: expected {_expected(hints[spec.name])}, got nothing")
+    return cls(**arguments)
+
+
+def _expected(hint: Any) -> str:
+    return "a section of keys" if dataclasses.is_dataclass(hint) else describe(hint, YAML)
+
+
+def _convert(hint: Any, value: Any, key: str, root: type) -> Any:
+    """Returns `value` as the type `hint` asks for, or raises."""
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, f"{key}.", root)
+    expected = _expected(hint)
+    if isinstance(value, str) and value == REQUIRED:
+        raise ConfigError(f"{key}: expected {expected}, got {REQUIRED}; set {key}=VALUE")
+    parsed = _parse(value, hint)
+    if misfit(parsed, hint) is not None:
+        raise ConfigError(f"{key}: expected {expected}, got {value!r}")
+    return parsed
+
+
+def _parse(value: Any, hint: Any) -> Any:
+    """A value of YAML as `hint` has it: 1 and "1e-3" are floats, a list a tuple; else as it is."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _parse(value, arguments[0])
+    if origin in UNIONS:
+        parsed = [(_parse(value, each), each) for each in arguments]
+        return next((new for new, each in parsed if misfit(new, each) is None), value)
+    if origin is tuple and isinstance(value, list | tuple):
+        hints = item_hints(arguments, len(value))
+        return tuple(map(_parse, value, hints)) if len(hints) == len(value) else value
+    if origin is dict and isinstance(value, dict):
+        return {key: _parse(item, arguments[1]) for key, item in value.items()}
+    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
+        with suppress(ValueError):
+            return float(value)
+    return value
+
+
+def _unknown_key(key: str, root: type) -> str:
+    known = list(_known_keys(root, ""))
+    section, _, leaf = key.rpartition(".")
+    same_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
+    siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
+    listed = f"; {section or 'a recipe'} has {', '.join(siblings)}" if siblings else ""
+    return f"{key}: no such key{listed}{did_you_mean(key, same_leaf or known, cutoff=0.0)}"
+
+
+def _known_keys(cls: type, prefix: str) -> Iterator[str]:
+    for name, hint in typing.get_type_hints(cls).items():
+        yield f"{prefix}{name}"
+        if dataclasses.is_dataclass(hint):
+            yield from _known_keys(hint, f"{prefix}{name}.")
