@@ -1,10 +1,27 @@
-"""Rows of a batch by index, in PyTorch: what the reference forms move tokens with."""
+"""Rows of a batch by score and by index, in PyTorch: what the reference forms are made of."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from elip_kernels._operator import exports_onnx
+
+
+def order_key(scores: Tensor, real: Tensor | None) -> Tensor:
+    """Integers (B, N-p) in the order of selection: numbers above NaN above padding.
+
+    ONNX reads no bits: there the scores themselves, -inf being the least number, and NaN padding.
+    """
+    if exports_onnx():
+        is_last = scores.isnan() if real is None else scores.isnan() | ~real
+        key = scores.clamp(min=torch.finfo(scores.dtype).min)
+        return key.masked_fill(is_last, float("-inf"))
+    bits = torch.int32 if scores.dtype == torch.float32 else torch.int64
+    least, most = torch.iinfo(bits).min, torch.iinfo(bits).max
+    key = (scores + 0.0).view(bits)  # one zero
+    key = torch.where(key < 0, key ^ most, key)  # ascends with the number
+    key = key.masked_fill(scores.isnan(), least + 1)
+    return key if real is None else key.masked_fill(~real, least)
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
