@@ -27,6 +27,9 @@ def device_tables(results: Results) -> str:
         parts += [chart(results, "towers", "times relative to dense"), *tower_table(towers)]
     if compared:
         parts += strategy_table(compared)
+    exported = [entry for entry in results.entries if "onnxruntime" in entry]
+    if exported:
+        parts += onnx_table(exported)
     if steps:
         parts += pretraining_table(steps)
     replaced = [entry for entry in results.entries if "instead_of" in entry]
@@ -84,6 +87,25 @@ def strategy_table(entries: list[Entry]) -> list[str]:
     )
     header = ["tower, batch, dtype", "mode", "dense, ms", *names]
     return [note, table(header, rows, left=2)]
+
+
+def onnx_table(entries: list[Entry]) -> list[str]:
+    """Each cell: time relative to the dense tower in onnxruntime."""
+    names = list(entries[0]["ratios"])
+    rows = [
+        [
+            tower(entry),
+            milliseconds(entry["milliseconds"]["dense"]),
+            *(ratio(entry["ratios"][name]) for name in names),
+        ]
+        for entry in entries
+    ]
+    note = (
+        f"Inference in onnxruntime {entries[0]['onnxruntime']}, exported by `torch.onnx.export`: "
+        f"time relative to the dense tower there, at {entries[0]['share']:.3f} of its training "
+        "FLOPs each. `PyTorch` is the dense tower in PyTorch."
+    )
+    return [note, table(["tower, batch, dtype", "dense, ms", *names], rows, left=1)]
 
 
 def pretraining_table(entries: list[Entry]) -> list[str]:

@@ -5,7 +5,8 @@ small batches the host's microseconds are as many as the kernel's.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,33 @@ from elip_kernels._autocast import without_autocast
 
 LIBRARY = torch.library.Library("elip", "DEF")
 OPERATORS: dict[str, "Operator"] = {}
+_is_decomposed = False
+
+
+@contextmanager
+def decomposed() -> Iterator[None]:
+    """Inside, every op is its PyTorch form: what is captured runs where `elip::*` is unknown.
+
+    In inference, for a runtime without Python such as AOTInductor's: the graph holds aten's ops
+    alone, and none of our kernels::
+
+        with torch.no_grad(), elip_kernels.decomposed():
+            program = torch.export.export(model, (images,))
+        package = torch._inductor.aoti_compile_and_package(program)
+
+    `torch.onnx.export(model, ..)` does so by itself.
+    """
+    global _is_decomposed
+    before, _is_decomposed = _is_decomposed, True
+    try:
+        yield
+    finally:
+        _is_decomposed = before
+
+
+def exports_onnx() -> bool:
+    """Inside `torch.onnx.export`, which translates aten's ops and none of ours."""
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 class Operator:
@@ -46,7 +74,8 @@ class Operator:
         self.name, self.reference, self.launcher, self.fits = name, reference, launcher, fits
         schema = torch.library.infer_schema(reference, mutates_args=())
         LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
-        LIBRARY.impl(name, without_autocast(reference), "CompositeExplicitAutograd")
+        self.decomposition = without_autocast(reference)
+        LIBRARY.impl(name, self.decomposition, "CompositeExplicitAutograd")
         LIBRARY.impl(name, without_autocast(self.on_device), "CUDA")
         torch.library.register_fake(f"elip::{name}", fake, lib=LIBRARY)
         if backward is None:
@@ -57,6 +86,8 @@ class Operator:
         OPERATORS[name] = self
 
     def __call__(self, *args: Any) -> Any:
+        if _is_decomposed or exports_onnx():
+            return self.decomposition(*args)
         return self.overload(*args)
 
     def on_device(self, *args: Any) -> Any:

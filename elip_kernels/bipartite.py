@@ -35,7 +35,7 @@ from elip_kernels._validate import (
 from elip_kernels.absorbed import accumulator
 from elip_kernels.bipartite_kernels import SMALLEST_SQUARE, match, merge_bwd, merge_fwd
 from elip_kernels.info import BipartiteInfo, check_info
-from elip_kernels.rows import add_rows, flat_rows, sum_rows
+from elip_kernels.rows import add_rows, flat_rows, largest, sum_rows
 
 
 @overload
@@ -172,9 +172,9 @@ def match_reference(metric: Tensor, r: int, num_prefix_tokens: int) -> Tensor:
     unit = torch.where(has_direction, metric * square.rsqrt(), float("nan"))
     similarity = unit[:, ::2] @ unit[:, 1::2].mT  # (B, ceil(N/2), floor(N/2))
     best, partner = similarity.masked_fill(similarity.isnan(), float("-inf")).max(2)
-    order = best[:, num_prefix_tokens:].sort(dim=1, descending=True, stable=True).indices
+    merged = largest(best[:, num_prefix_tokens:], r)
     is_merged = torch.zeros(B, num_a, dtype=torch.bool, device=metric.device)
-    is_merged.scatter_(1, order[:, :r] + num_prefix_tokens, True)
+    is_merged.scatter_(1, merged + num_prefix_tokens, True)
     rows = torch.arange(num_a, device=metric.device)
     slots = torch.empty(B, N, dtype=torch.int32, device=metric.device)
     slots[:, ::2] = torch.where(is_merged, first_b + partner, rows - is_merged.cumsum(1))

@@ -22,7 +22,7 @@ from elip_kernels._operator import Operator
 from elip_kernels._triton import tl, triton
 from elip_kernels._validate import check_flags, reduce_arguments
 from elip_kernels.info import ReductionInfo
-from elip_kernels.rows import add_rows, merge_rows, sum_rows, take_rows
+from elip_kernels.rows import add_rows, merge_rows, order_key, sum_rows, take_rows
 from elip_kernels.select import load_tile, move_tile, select_and_weigh, store_selection
 
 EPSILON = 1e-6  # added to the dropped mass before dividing by it (Eq. 4)
@@ -151,7 +151,7 @@ def _accumulator(tokens: Tensor, scores: Tensor) -> torch.dtype:
 def _places(scores: Tensor, real: Tensor | None, keep: int) -> Tensor:
     """(B, N-p): the output rows of those that are kept, 0 .. K-1, then places of the others; each
     in image order, but padding that is kept comes last of those."""
-    key = _key(scores, real)
+    key = order_key(scores, real)
     last = key.topk(keep, dim=1, sorted=False).values.amin(1, keepdim=True)  # that is kept
     above, equal = key > last, key == last
     is_kept = above | (equal & (equal.cumsum(1) <= keep - above.sum(1, keepdim=True)))
@@ -162,16 +162,6 @@ def _places(scores: Tensor, real: Tensor | None, keep: int) -> Tensor:
         filled = fills.cumsum(1)
         count = torch.where(fills, keep - filled[:, -1:] + filled, count - filled)
     return torch.where(is_kept, count - 1, others)
-
-
-def _key(scores: Tensor, real: Tensor | None) -> Tensor:
-    """Integers (B, N-p) in the order of selection: numbers above NaN above padding."""
-    bits = torch.int32 if scores.dtype == torch.float32 else torch.int64
-    least, most = torch.iinfo(bits).min, torch.iinfo(bits).max
-    key = (scores + 0.0).view(bits)  # one zero
-    key = torch.where(key < 0, key ^ most, key)  # ascends with the number
-    key = key.masked_fill(scores.isnan(), least + 1)
-    return key if real is None else key.masked_fill(~real, least)
 
 
 def reduce_backward_reference(

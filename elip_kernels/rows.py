@@ -1,8 +1,34 @@
-"""Rows of a batch by index, in PyTorch: what the reference forms move tokens with."""
+"""Rows of a batch by score and by index, in PyTorch: what the reference forms are made of."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from elip_kernels._operator import exports_onnx
+
+
+def order_key(scores: Tensor, real: Tensor | None) -> Tensor:
+    """Integers (B, N-p) in the order of selection: numbers above NaN above padding.
+
+    ONNX reads no bits: there the scores themselves, -inf being the least number, and NaN padding.
+    """
+    if exports_onnx():
+        is_last = scores.isnan() if real is None else scores.isnan() | ~real
+        key = scores.clamp(min=torch.finfo(scores.dtype).min)
+        return key.masked_fill(is_last, float("-inf"))
+    bits = torch.int32 if scores.dtype == torch.float32 else torch.int64
+    least, most = torch.iinfo(bits).min, torch.iinfo(bits).max
+    key = (scores + 0.0).view(bits)  # one zero
+    key = torch.where(key < 0, key ^ most, key)  # ascends with the number
+    key = key.masked_fill(scores.isnan(), least + 1)
+    return key if real is None else key.masked_fill(~real, least)
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """Positions (B, count) of the largest scores (B, N), descending; ties: the lower position."""
+    if exports_onnx():  # it has no stable sort, but a TopK that settles ties so
+        return scores.topk(count, dim=1).indices
+    return scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
 
 
 def flat_rows(rows: Tensor, N: int) -> Tensor:
@@ -20,6 +46,9 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
 def sum_rows(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     """x (B, N, D), rows and weight (B, G, M) -> (B, G, D), summed in the dtype of `weight`."""
     (B, N, D), (_, G, M) = x.shape, rows.shape
+    if exports_onnx():  # it has no bags, but a loop over them
+        taken = take_rows(x.to(weight.dtype), rows.reshape(B, G * M)).view(B, G, M, D)
+        return (weight[:, :, None] @ taken)[:, :, 0].to(x.dtype)
     sums = F.embedding_bag(
         flat_rows(rows, N).view(B * G, M),
         x.reshape(B * N, D).to(weight.dtype),

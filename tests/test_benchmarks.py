@@ -21,8 +21,8 @@ HELD = {"max_abs": 1e-7, "bound": 1e-6, "passed": True}
 
 
 def entries():
-    """An op's entry, a tower's, one of strategies, a pre-training step's, a way's that is replaced,
-    and an overhead's."""
+    """An op's entry, a tower's, of strategies, onnxruntime's, a pre-training step's, a way's that
+    is replaced, and an overhead's."""
     held = {"parity": dict(HELD), "rounds": 10, "dtype": "fp32"}
     op = held | {
         "op": "reduce",
@@ -54,6 +54,14 @@ def entries():
         "share": 0.702,
         "shape": {"B": 1, "image": 224},
     }
+    exported = held | {
+        "op": "vit_small_patch16_224",
+        "onnxruntime": "1.32.0",
+        "milliseconds": {"dense": 41.2, "tome": 30.0, "PyTorch": 63.2},
+        "ratios": {"tome": 0.728, "PyTorch": 1.534},
+        "share": 0.702,
+        "shape": {"B": 1, "image": 224},
+    }
     step = held | {
         "op": "albef",
         "direction": "training",
@@ -68,7 +76,16 @@ def entries():
     way = held | {"does": "ITM in one pass", "instead_of": "two passes"}
     ways = [way | {"op": name, "ratios": {"two passes": r}} for name, r in (("x", 0.9), ("y", 1))]
     overhead = held | {"op": "reduce", "overhead_microseconds": 21.4}
-    return [op, tower, strategies, step, step | {"op": "meter"} | unshared, *ways, overhead]
+    return [
+        op,
+        tower,
+        strategies,
+        exported,
+        step,
+        step | {"op": "meter"} | unshared,
+        *ways,
+        overhead,
+    ]
 
 
 @pytest.fixture
@@ -111,6 +128,8 @@ def test_tables_and_charts_come_from_the_json(page, tmp_path):
         "| vit_small_patch16 224 px, 1, fp32 | inference | 63.2 | 0.79 (0.70) | 0.98 no gain (",
         "0.702 of a dense training step each",
         "`tome(r=13)`",
+        "Inference in onnxruntime 1.32.0",
+        "| vit_small_patch16 224 px, 1, fp32 | 41.2 | 0.73 | 1.53 no gain |",
         "Pre-training step",
         "| albef 256 px, 4, fp32, width 192 | 1500 | 0.99 no gain (0.88, 0.81) | 0.73 (0.72, 0.80)",
         "| meter 256 px, 4, fp32, width 192 | 1500 | 0.90 (0.88, 0.81) | – |",

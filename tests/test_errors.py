@@ -87,7 +87,8 @@ def entered(context):
     return enter
 
 
-CONTEXTS = {each: entered(each) for each in (elip_models.guidance, elip_models.record)}
+CONTEXT_MANAGERS = (elip_kernels.decomposed, elip_models.guidance, elip_models.record)
+CONTEXTS = {each: entered(each) for each in CONTEXT_MANAGERS}
 
 
 matrix = [
@@ -138,6 +139,7 @@ text_cls = [
 ]
 
 TABLE = {
+    elip_kernels.decomposed: (dict, {}),
     elip_kernels.reduce: (
         good_reduce,
         {

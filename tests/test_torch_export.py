@@ -1,12 +1,19 @@
-"""torch.export of a reduced model."""
+"""torch.export of a reduced model, AOTInductor's package of it, and TorchScript."""
+
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from torch import nn
 
+import elip_kernels
 import elip_models
 from tests.models import ids, open_clip_pair
 from tests.test_strategies import strategies
-from tests.towers import SCHEDULE, clip_vit, images, text
+from tests.towers import SCHEDULE, clip_vit, images, plain_vit, text
 
 
 @strategies
@@ -32,3 +39,85 @@ def test_a_whole_model_is_exported_with_its_own_guidance():
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
     ours = {str(n.target) for n in program.graph.nodes if str(n.target).startswith("elip.")}
     assert ours == {"elip.score_reduce.default"}
+
+
+DECOMPOSED = {
+    "elip": {"schedule": SCHEDULE},
+    "evit": {"strategy": "evit"},
+    "tome": {"strategy": "tome"},
+}
+decomposed = pytest.mark.parametrize("options", DECOMPOSED.values(), ids=DECOMPOSED)
+
+
+def decomposed_program(options):
+    """A reduced model, exported inside `decomposed`, and the model."""
+    model = elip_models.reduce_(plain_vit().eval(), **options)
+    with torch.no_grad(), elip_kernels.decomposed():
+        return torch.export.export(model, (images(),)), model
+
+
+@decomposed
+def test_a_decomposed_program_holds_none_of_our_ops(options):
+    program, model = decomposed_program(options)
+    assert not [n.target for n in program.graph.nodes if str(n.target).startswith("elip.")]
+    x = images()
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(x), model(x), atol=1e-6, rtol=1e-5)
+
+
+def test_outside_of_it_ops_are_ops_again():
+    tokens, row = torch.randn(2, 9, 4), torch.rand(2, 9)
+
+    def ops():
+        with torch.profiler.profile() as profile:
+            elip_kernels.reduce(tokens, row, 3)
+        return [each.key for each in profile.key_averages() if each.key.startswith("elip::")]
+
+    with pytest.raises(KeyError), elip_kernels.decomposed():
+        assert ops() == []
+        raise KeyError
+    assert ops() == ["elip::reduce"]
+
+
+ALONE = """
+import sys, torch
+x, expected = torch.load(sys.argv[2])
+found = torch._inductor.aoti_load_package(sys.argv[1])(x)
+torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+assert not {"elip_kernels", "elip_models"} & sys.modules.keys()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="AOTInductor needs a C++ compiler"
+)
+@decomposed
+def test_aotinductor_runs_a_decomposed_program_where_our_ops_are_unknown(options, tmp_path):
+    program, model = decomposed_program(options)
+    x, package, tensors = images(), tmp_path / "model.pt2", tmp_path / "tensors.pt"
+    with torch.no_grad():
+        torch._inductor.aoti_compile_and_package(program, package_path=str(package))
+        torch.save((x, model(x)), tensors)
+    words = [sys.executable, "-c", ALONE, str(package), str(tensors)]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.Sequential], ids=["itself", "inside"])
+def test_scripting_is_refused_until_the_reduction_is_undone(wrap):
+    model = elip_models.reduce_(plain_vit().eval(), schedule=SCHEDULE)
+    with pytest.raises(
+        ValueError, match=r"torch\.jit\.script .*use torch.export or torch.jit.trace"
+    ):
+        torch.jit.script(wrap(model))
+    scripted = torch.jit.script(wrap(elip_models.unreduce_(model)))
+    x = images()
+    assert torch.equal(scripted(x), model(x))
+
+
+def test_a_trace_runs_other_images():
+    model = elip_models.reduce_(plain_vit().eval(), schedule=SCHEDULE)
+    with torch.no_grad():
+        traced, x = torch.jit.trace(model, images()), images(5)
+        assert torch.equal(traced(x), model(x))

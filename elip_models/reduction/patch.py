@@ -15,7 +15,7 @@ from elip_models.reduction.dense_outputs import DenseMethod, HiddenStates
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.settings import settings_of, strategy_of
 from elip_models.reduction.stand_ins import (
-    REPLICATE,
+    REFUSALS,
     Entrance,
     ReducedBlock,
     Reduction,
@@ -193,7 +193,7 @@ def note(reduction: Reduction) -> None:
 def _install_methods(reduction: Reduction) -> None:
     """In place of those of the model that read more of it than its own forward does."""
     model, tower = reduction.tower.model, reduction.tower
-    refused, dense = [*tower.unsupported_methods, REPLICATE], tower.dense_methods
+    refused, dense = [*tower.unsupported_methods, *REFUSALS], tower.dense_methods
     if reduction.strategy.changes_embedding:
         refused, dense = [*refused, *dense], ()
     for name in refused:

@@ -312,12 +312,13 @@ class Refusal:
         raise ValueError(f"{self.name}: {REFUSALS.get(self.name, UNSUPPORTED)}")
 
 
-REPLICATE = "_replicate_for_data_parallel"
 UNSUPPORTED = (
     "expected a model whose blocks all see every patch, got one that reduce_ has changed; "
     "unreduce_ it first"
 )
 REFUSALS = {
-    REPLICATE: "nn.DataParallel copies modules and not what reduce_ has put on them; use "
-    "DistributedDataParallel"
+    "_replicate_for_data_parallel": "nn.DataParallel copies modules and not what reduce_ has put "
+    "on them; use DistributedDataParallel",
+    "__prepare_scriptable__": "torch.jit.script compiles a model's source, which knows nothing of "
+    "what reduce_ has put on it; use torch.export or torch.jit.trace",
 }

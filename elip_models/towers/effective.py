@@ -101,6 +101,15 @@ def affine(layer: nn.Module) -> Affine | None:
     return _linear(layer)
 
 
+def through_transpose(x: Tensor, layer: nn.Module) -> Tensor:
+    """x (B, out) W -> (B, in) of a layer without bias; where only a call tells, of what it makes of
+    each input feature alone."""
+    known = affine(layer)
+    if known is not None:
+        return x @ known.weight
+    return x @ layer(torch.eye(layer.in_features, dtype=x.dtype, device=x.device)).T
+
+
 def qkv_of(*layers: nn.Module) -> list[Affine] | None:
     """Queries, keys and values of one layer that makes all three, or of three; None as `affine`."""
     maps = [affine(layer) for layer in layers]

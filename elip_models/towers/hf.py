@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from elip_models.towers.base import Block, Projections, Tower, is_plain, optional
-from elip_models.towers.effective import Affine, qkv_of, unwrapped
+from elip_models.towers.effective import Affine, qkv_of, through_transpose, unwrapped
 from elip_models.towers.fsdp import library_class
 from elip_models.towers.image_text import ImageTextModel
 from elip_models.towers.reducible import Stats, check_tokenizer_in, clip_stats, random_ids
@@ -271,7 +271,7 @@ class HFClip(HFImageText):
 
     def encode_guidance(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         features = super().encode_guidance(input_ids, attention_mask)
-        return F.normalize(features, dim=-1) @ self.model.visual_projection.weight
+        return through_transpose(F.normalize(features, dim=-1), self.model.visual_projection)
 
 
 class HFSiglip(HFImageText):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from elip_kernels import ReductionInfo
 from elip_kernels.reduce import EPSILON
+from elip_kernels.rows import largest
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.scorers import ScorerName
 from elip_models.reduction.strategies.elip import Elip, fused_cls
@@ -101,7 +102,8 @@ class Adaptive(Elip):
         """scores (B, n) -> the patches in each slot (B, K), which slots are real (B, K), and the
         merge weights (B, n)."""
         n = scores.shape[1]
-        ranked, order = scores.sort(dim=1, descending=True, stable=True)
+        order = largest(scores, n)
+        ranked = scores.gather(1, order)
         mass = ranked.cumsum(1) - ranked  # of the patches before
         enough = (mass < self.keep_mass * ranked.sum(1, keepdim=True)).sum(1, keepdim=True)
         count = enough.clamp(1, keep)

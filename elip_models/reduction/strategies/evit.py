@@ -10,6 +10,7 @@ from torch import Tensor
 
 import elip_kernels
 from elip_kernels import ReductionInfo
+from elip_kernels.rows import largest
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategy import (
     Context,
@@ -91,8 +92,7 @@ class EViT(Strategy):
         if context.replay is not None:
             chosen = context.replay.reduction.kept - p
         else:
-            chosen = scores.detach().sort(dim=1, descending=True, stable=True).indices
-            chosen = chosen[:, : stage.keep]
+            chosen = largest(scores.detach(), stage.keep)
         fused = scores.scatter(1, chosen, 0.0)
         patches = tokens[:, p:]
         kept = patches.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[2]))

@@ -1,0 +1,91 @@
+"""onnxruntime: strategies at equal training FLOPs against the dense tower, exported alike.
+
+Batch 1 and 16, as many threads as PyTorch has; PyTorch's own dense tower beside them.
+
+Parity: each graph's output against PyTorch's, of the same draws where a strategy draws.
+"""
+
+import io
+from unittest import mock
+
+import pytest
+import timm
+import torch
+
+from benchmarks.cases import DTYPE_NAMES, ON_GPU
+from benchmarks.parity import relative_error
+from elip_models import Elip, EViT, Random, ToMe, reduce_
+from elip_models.profiling.measure import milliseconds, ratios_to, time_side_by_side
+from elip_models.profiling.rows import DENSE
+from elip_models.reduction.flops import training_ratio
+from elip_models.reduction.schedule import PRESETS
+from elip_models.reduction.strategies import Dense
+from elip_models.towers import as_tower
+
+onnx = pytest.importorskip("onnx", reason="the extra 'onnx' is not installed")
+onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'onnx' is not installed")
+
+NAME, SIZE, BOUND = "vit_small_patch16_224", 224, 1e-5
+CPU = torch.device("cpu")
+
+
+def strategies_at_equal_flops(tower):
+    last = Elip(PRESETS["clip"], scorer="last", without_text="vision")
+    share = training_ratio(last, tower.size)
+    others = {"evit": EViT(), "tome": ToMe(), "random": Random(PRESETS["clip"])}
+    found = {name: each.at_flops(tower, share) for name, each in others.items()}
+    return {DENSE: Dense(), "last": last, **found}, share
+
+
+def exported(model, image):
+    """A call of the model in onnxruntime -> its output, and the draws it made."""
+    file = io.BytesIO()
+    torch.onnx.export(model, (image,), file, dynamo=True, verbose=False)
+    program = onnx.load_from_string(file.getvalue())
+    draws = [n.output[0] for n in program.graph.node if n.op_type.startswith("RandomUniform")]
+    program.graph.output.extend(onnx.ValueInfoProto(name=name) for name in draws)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(
+        program.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    feed = {session.get_inputs()[0].name: image.numpy()}
+    return lambda: [torch.from_numpy(each) for each in session.run(None, feed)]
+
+
+def error_of(call, model, image):
+    """How far a graph is from the model, which draws what it drew."""
+    output, *draws = call()
+    with mock.patch.object(torch, "rand", lambda *size, device: draws.pop(0).view(size)):
+        return relative_error(output, model(image).double())
+
+
+@pytest.mark.skipif(ON_GPU, reason="onnxruntime is timed on a CPU, beside PyTorch there")
+@pytest.mark.parametrize("batch", [1, 16])
+@torch.no_grad()
+def test_onnxruntime(record, rounds, batch):
+    model = timm.create_model(NAME, num_classes=0).eval()
+    strategies, share = strategies_at_equal_flops(as_tower(model))
+    image = torch.randn(batch, 3, SIZE, SIZE)
+    steps, errors = {}, {}
+    for name, strategy in strategies.items():
+        steps[name] = exported(reduce_(model, strategy=strategy), image)
+        errors[name] = error_of(steps[name], model, image)
+    worst = max(errors.values())
+    assert worst <= BOUND, f"parity: expected errors of at most {BOUND}, got {errors}"
+    reduce_(model, strategy=strategies[DENSE])
+    times = time_side_by_side(steps | {"PyTorch": lambda: model(image)}, device=CPU, rounds=rounds)
+    ratios = ratios_to(DENSE, times)
+    record(
+        steps["last"],
+        op=NAME,
+        direction="inference",
+        rounds=rounds,
+        ratios={name: each for name, each in ratios.items() if name != DENSE},
+        milliseconds=milliseconds(times),
+        onnxruntime=onnxruntime.__version__,
+        share=share,
+        shape={"B": batch, "image": SIZE},
+        dtype=DTYPE_NAMES[torch.float32],
+        parity={"max_abs": worst, "bound": BOUND, "passed": True, "errors": errors},
+    )
