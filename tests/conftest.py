@@ -9,6 +9,7 @@ import torch
 
 TESTS = Path(__file__).resolve().parent
 SHARED = TESTS.parents[1] / "shared"
+LONGEST = ("test_interpreter", "test_gpu_on_cpu", "test_distributed")
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
 if IS_WORKER:  # a core each, and for what its tests start
@@ -28,6 +29,12 @@ def pytest_cmdline_main(config):
     is_asked = IS_WORKER or option.usepdb or getattr(option, "numprocesses", 0) is not None
     if folders == {TESTS} and not is_asked:
         option.numprocesses, option.dist = 2, "loadscope"  # what a file shares is made once
+        option.loadscopereorder = False  # else files of few tests, the longest, come last
+
+
+def pytest_collection_modifyitems(items):
+    """The longest tests first, so that both workers end together."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 class Golden(dict):

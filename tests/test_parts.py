@@ -72,6 +72,7 @@ def test_what_guides_dropped_text_is_scoring():
     assert learned[IMAGE] == whole[IMAGE]
 
 
+@pytest.mark.slow
 def test_parts_are_printed_timed_and_written(tmp_path, capsys):
     output, options = tmp_path / "table.json", ("--rounds", 1, "--batch-size", 1)
     command = ("profile", "--model", "clip_tiny", "--strategy", "tome", "--mode", "training")

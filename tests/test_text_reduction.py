@@ -276,6 +276,7 @@ def test_every_weight_trains_under_autocast_though_the_image_came_first():
     assert not [n for n, p in model.named_parameters() if p.grad is None]
 
 
+@pytest.mark.slow
 def test_clip_compiles_whole():
     torch._dynamo.reset()
     model, inputs = (

@@ -213,6 +213,7 @@ def test_autocast():
         assert torch.isfinite(reduced()(x())).all()
 
 
+@pytest.mark.slow
 def test_compile_as_one_graph():
     model, pixels = reduced(), x()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
