@@ -92,9 +92,9 @@ assert not {"elip_kernels", "elip_models"} & sys.modules.keys()
 @pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="AOTInductor needs a C++ compiler"
 )
-@decomposed
-def test_aotinductor_runs_a_decomposed_program_where_our_ops_are_unknown(options, tmp_path):
-    program, model = decomposed_program(options)
+def test_aotinductor_runs_a_decomposed_program_where_our_ops_are_unknown(tmp_path):
+    """Of one strategy: it compiles for a minute, and the programs of all hold aten's ops alone."""
+    program, model = decomposed_program(DECOMPOSED["elip"])
     x, package, tensors = images(), tmp_path / "model.pt2", tmp_path / "tensors.pt"
     with torch.no_grad():
         torch._inductor.aoti_compile_and_package(program, package_path=str(package))
