@@ -69,6 +69,18 @@ def _isolated_rng(device: torch.device) -> AbstractContextManager[None]:
     return torch.random.fork_rng([device], device_type=device.type)
 
 
+def ranks_by_chunk(
+    queries: Tensor, candidates: Tensor, query_ids: Tensor, ids: Tensor, chunk_size: int = 1024
+) -> Tensor:
+    """`ranks_of` queries (Q, E) against candidates (C, E), relevant where their ids (Q,), (C,) are
+    equal, without the whole Q x C matrix at once -> (Q,)."""
+    chunks = zip(queries.split(chunk_size), query_ids.split(chunk_size), strict=True)
+    with torch.autocast(queries.device.type, enabled=False):
+        return torch.cat(
+            [ranks_of(query @ candidates.T, own[:, None] == ids) for query, own in chunks]
+        )
+
+
 def ranks_of(similarity: Tensor, relevant: Tensor) -> Tensor:
     """Candidates that rank before the best relevant one, a tie or a NaN counted as before.
 

@@ -21,7 +21,8 @@ from elip_models.data import (
     evaluation_batches,
     image_transform,
 )
-from elip_models.tasks.features import encode_images, encode_texts, ranks_of
+from elip_models.models.base import evaluating
+from elip_models.tasks.features import encode_images, encode_texts, ranks_by_chunk, ranks_of
 from elip_models.validation import PositiveInt, check
 
 if TYPE_CHECKING:
@@ -114,19 +115,11 @@ def recall_of_features(
         check("ks", k, PositiveInt)
     check("chunk_size", chunk_size, PositiveInt)
     image_ids = torch.arange(num_images, device=text_to_image.device)
-
-    def ranks(queries: Tensor, candidates: Tensor, query_ids: Tensor, ids: Tensor) -> Tensor:
-        chunks = zip(queries.split(chunk_size), query_ids.split(chunk_size), strict=True)
-        with torch.autocast(queries.device.type, enabled=False):
-            return torch.cat(
-                [ranks_of(query @ candidates.T, own[:, None] == ids) for query, own in chunks]
-            )
-
-    return _recalls(
-        ranks(image_features, text_features, image_ids, text_to_image),
-        ranks(text_features, image_features, text_to_image, image_ids),
-        ks,
+    image_ranks = ranks_by_chunk(
+        image_features, text_features, image_ids, text_to_image, chunk_size
     )
+    text_ranks = ranks_by_chunk(text_features, image_features, text_to_image, image_ids, chunk_size)
+    return _recalls(image_ranks, text_ranks, ks)
 
 
 def chance_level(
@@ -176,14 +169,10 @@ def evaluate_retrieval(
     batches = evaluation_batches(
         source, transform, batch_size, report=report, num_workers=num_workers
     )
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         image_features, captions = encode_images(model, batches)
         texts = [text for several in captions for text in several]
         text_features = encode_texts(model, tokenizer, texts, batch_size)
-    finally:
-        model.train(was_training)
     owners = [image for image, several in enumerate(captions) for _ in several]
     text_to_image = torch.tensor(owners, device=image_features.device)
     return RetrievalScores(

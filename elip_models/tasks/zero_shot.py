@@ -21,7 +21,7 @@ from elip_models.data import (
     image_transform,
 )
 from elip_models.models.base import evaluating
-from elip_models.tasks.features import encode_images, encode_texts, ranks_of
+from elip_models.tasks.features import encode_images, encode_texts, ranks_by_chunk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from elip_models.models.base import PretrainedModel
 
 KS = (1, 5)
-CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,8 @@ def evaluate_zero_shot(
         )
     number = {name: i for i, name in enumerate(source.classes)}
     labels = torch.tensor([number[name] for (name,) in found], device=images.device)
-    ranks = _ranks(images, classes, labels)
+    ids = torch.arange(len(classes), device=labels.device)
+    ranks = ranks_by_chunk(images, classes, labels, ids)
     return ZeroShotScores(
         accuracies={f"zero_shot_top{k}": (ranks < k).double().mean().item() for k in KS},
         chance={f"zero_shot_top{k}": min(1.0, k / len(classes)) for k in KS},
@@ -121,16 +121,3 @@ def class_features(
     texts = [template(name) for name in names for template in templates]
     features = encode_texts(model, tokenizer, texts, batch_size)
     return F.normalize(features.unflatten(0, (len(names), -1)).mean(1), dim=-1)
-
-
-def _ranks(images: Tensor, classes: Tensor, labels: Tensor) -> Tensor:
-    """images (N, E), classes (C, E), labels (N,) -> (N,), how many classes rank before the right
-    one."""
-    ids = torch.arange(len(classes), device=labels.device)
-    with torch.autocast(images.device.type, enabled=False):
-        return torch.cat(
-            [
-                ranks_of(chunk @ classes.T, own[:, None] == ids)
-                for chunk, own in zip(images.split(CHUNK), labels.split(CHUNK), strict=True)
-            ]
-        )
