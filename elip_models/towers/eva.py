@@ -10,7 +10,6 @@ rotation is the identity (sin 0, cos 1), as of CLS. The row takes the generic fo
 key has no absorbed projection.
 """
 
-from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -21,56 +20,30 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 
 from elip_kernels import ReductionInfo
-from elip_models.towers.base import Block, Projections, Tower, is_plain
+from elip_models.towers.base import Block, Projections, is_plain
 from elip_models.towers.effective import Affine, affine, qkv_of, unwrapped
 from elip_models.towers.fsdp import library_class
-from elip_models.towers.timm import ANY_SIZE, PATCH_DROP, mlp_ratio, pools, stats_of
+from elip_models.towers.timm import PATCH_DROP, PlainTimm
 
 
-class EvaTower(Tower):
-    """A timm Eva of pre-norm blocks, by whatever pooling; CLS and register tokens stay.
+class EvaTower(PlainTimm):
+    """A timm Eva of pre-norm blocks; CLS and register tokens stay.
 
     positions: (B, N-p) the patch that each of the tokens stands at, `num_patches` for a merged one;
         None where they are all patches in order.
     """
 
     absorbs_keys = False
-    dense_methods = ("forward_intermediates",)
-    unsupported_methods = ("prune_intermediate_layers",)
 
     def __init__(
         self, model: Eva, positions: Tensor | None = None, ropes: Tensor | None = None
     ) -> None:
-        self.model = model
-        self.blocks = model.blocks
-        self.width = model.embed_dim
-        self.depth = len(model.blocks)
-        self.num_heads = model.blocks[0].attn.num_heads
-        self.num_prefix_tokens = model.num_prefix_tokens
-        self.has_cls = model.cls_token is not None
-        self.mlp_ratio = mlp_ratio(model)
+        super().__init__(model)
         self.is_rotary = model.rope is not None
-        self.size_advice = "the model's set_input_size takes others" if self.is_rotary else ANY_SIZE
+        if self.is_rotary:
+            self.size_advice = "the model's set_input_size takes others"
         self.positions = positions
         self.ropes = ropes  # of all patches, where they were made already
-
-    @property
-    def num_patches(self) -> int:
-        """Now: `set_input_size` changes it."""
-        return self.model.patch_embed.num_patches
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        return tuple(self.model.patch_embed.img_size)
-
-    @property
-    def has_dynamic_size(self) -> bool:
-        return self.model.dynamic_img_size
-
-    @property
-    def pools(self) -> bool:
-        """Now: `reset_classifier` changes it."""
-        return pools(self.model)
 
     @staticmethod
     def accepts(model: nn.Module) -> bool:
@@ -89,13 +62,6 @@ class EvaTower(Tower):
             )
         reasons = (_refuses_block(block) for block in model.blocks)
         return next((reason for reason in reasons if reason is not None), None)
-
-    def image_stats(self) -> tuple[Sequence[float], Sequence[float]] | None:
-        return stats_of(self.model)
-
-    @property
-    def checkpointing(self) -> bool:
-        return self.model.grad_checkpointing
 
     def at(self, positions: Tensor | None) -> Self:
         if not self.is_rotary:
@@ -184,9 +150,6 @@ class EvaTower(Tower):
     def is_plain(self, i: int) -> bool:
         block = self.blocks[i]
         return _refuses_block(block) is None and is_plain(block)
-
-    def finish(self, tokens: Tensor) -> Tensor:
-        return self.model.norm(tokens)
 
     def _attention(self, i: int) -> nn.Module:
         """Block i's attention now: a wrapper may have come since the tower was made."""

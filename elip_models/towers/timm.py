@@ -46,23 +46,27 @@ ARCHITECTURES = {
 hierarchical, or no transformers."""
 
 
-class TimmTower(Tower):
-    """A timm VisionTransformer of pre-norm blocks, by whatever pooling; CLS, distillation and
-    register tokens stay."""
+class PlainTimm(Tower):
+    """What timm's plain transformers say of themselves alike, by whatever pooling.
+
+    Of an MLP with a gate, `mlp_ratio` is that of the plain one of its size.
+    """
 
     size_advice = ANY_SIZE
     dense_methods = ("forward_intermediates",)
     unsupported_methods = ("prune_intermediate_layers",)
 
-    def __init__(self, model: vit.VisionTransformer) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.blocks = model.blocks
         self.width = model.embed_dim
         self.depth = len(model.blocks)
         self.num_heads = model.blocks[0].attn.num_heads
         self.num_prefix_tokens = model.num_prefix_tokens
-        self.has_cls = self.absorbs_keys = model.has_class_token
-        self.mlp_ratio = mlp_ratio(model)
+        self.has_cls = model.cls_token is not None
+        linears = (m for m in model.blocks[0].mlp.children() if hasattr(m, "in_features"))
+        weights = sum(m.in_features * m.out_features for m in linears)
+        self.mlp_ratio = weights / (2 * self.width**2)
 
     @property
     def num_patches(self) -> int:
@@ -80,7 +84,27 @@ class TimmTower(Tower):
     @property
     def pools(self) -> bool:
         """Now: `reset_classifier` changes it."""
-        return pools(self.model)
+        return self.model.global_pool not in ("token", "")
+
+    def image_stats(self) -> tuple[Sequence[float], Sequence[float]] | None:
+        """Of a model that timm created by name; None of another."""
+        config = getattr(self.model, "pretrained_cfg", None)
+        return (tuple(config["mean"]), tuple(config["std"])) if config else None
+
+    @property
+    def checkpointing(self) -> bool:
+        return self.model.grad_checkpointing
+
+    def finish(self, tokens: Tensor) -> Tensor:
+        return self.model.norm(tokens)
+
+
+class TimmTower(PlainTimm):
+    """A timm VisionTransformer of pre-norm blocks; CLS, distillation and register tokens stay."""
+
+    def __init__(self, model: vit.VisionTransformer) -> None:
+        super().__init__(model)
+        self.absorbs_keys = self.has_cls
 
     @staticmethod
     def refuses(model: nn.Module) -> str | None:
@@ -90,13 +114,6 @@ class TimmTower(Tower):
             return PATCH_DROP
         reasons = (_refuses_block(block) for block in model.blocks)
         return next((reason for reason in reasons if reason is not None), None)
-
-    def image_stats(self) -> tuple[Sequence[float], Sequence[float]] | None:
-        return stats_of(self.model)
-
-    @property
-    def checkpointing(self) -> bool:
-        return self.model.grad_checkpointing
 
     @property
     def entrance(self) -> list[tuple[nn.Module, str]]:
@@ -163,9 +180,6 @@ class TimmTower(Tower):
         own = type(block) is vit.Block and type(unwrapped(block.attn)) is Attention
         return own and _refuses_block(block) is None and is_plain(block)
 
-    def finish(self, tokens: Tensor) -> Tensor:
-        return self.model.norm(tokens)
-
     def _attention(self, i: int) -> nn.Module:
         """Block i's attention now: a wrapper may have come since the tower was made."""
         attn = unwrapped(self.blocks[i].attn)
@@ -175,23 +189,6 @@ class TimmTower(Tower):
                 f"{i}; wrap its projections instead, or unreduce_ the model first"
             )
         return attn
-
-
-def stats_of(model: nn.Module) -> tuple[Sequence[float], Sequence[float]] | None:
-    """Mean and standard deviation of a model that timm created by name; None of another."""
-    config = getattr(model, "pretrained_cfg", None)
-    return (tuple(config["mean"]), tuple(config["std"])) if config else None
-
-
-def pools(model: nn.Module) -> bool:
-    """A model of timm reads its patches after the last block."""
-    return model.global_pool not in ("token", "")
-
-
-def mlp_ratio(model: nn.Module) -> float:
-    """The MLP's hidden width over the tokens', of a gated one that of the plain one of its size."""
-    linears = (m for m in model.blocks[0].mlp.children() if hasattr(m, "in_features"))
-    return sum(m.in_features * m.out_features for m in linears) / (2 * model.embed_dim**2)
 
 
 def _refuses_architecture(model: nn.Module) -> str:
