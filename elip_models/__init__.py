@@ -15,17 +15,25 @@ from elip_models.reduction.patch import (
     unreduce_,
 )
 from elip_models.reduction.schedule import Schedule
-from elip_models.reduction.strategies import STRATEGIES, PatchDropout, Random, Resize, Trips
-from elip_models.reduction.strategies.adaptive import Adaptive
-from elip_models.reduction.strategies.elip import Elip
-from elip_models.reduction.strategies.evit import EViT
-from elip_models.reduction.strategies.tome import ToMe
+from elip_models.reduction.strategies import (
+    STRATEGIES,
+    Adaptive,
+    Dense,
+    Elip,
+    EViT,
+    PatchDropout,
+    Random,
+    Resize,
+    ToMe,
+    Trips,
+)
 from elip_models.towers.sdpa import use_sdpa_
 from elip_models.validation import extra
 
 __all__ = [
     "STRATEGIES",
     "Adaptive",
+    "Dense",
     "EViT",
     "Elip",
     "PatchDropout",

@@ -30,9 +30,9 @@ def both(family, fusion, **options):
 def test_with_equal_weights_the_first_stage_is_that_of_exact(family, fusion):
     by_rows, by_exact = both(family, fusion)
     assert torch.equal(by_rows[0].reduction.kept, by_exact[0].reduction.kept)
-    row, exact = by_rows[0].attention, by_exact[0].attention
-    tolerance = {"rtol": 1e-9, "atol": 1e-12} if fusion == 1.0 else {"rtol": 0.3, "atol": 0.01}
-    torch.testing.assert_close(row, exact, **tolerance)
+    if fusion == 1.0:  # else a text's share in CLS moves the patches of exact, and not these
+        row, exact = by_rows[0].attention, by_exact[0].attention
+        torch.testing.assert_close(row, exact, rtol=1e-9, atol=1e-12)
 
 
 @FAMILIES

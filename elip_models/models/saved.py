@@ -155,7 +155,7 @@ def _reduction_in(model: nn.Module) -> tuple[Reduction, str]:
             f"model: expected one that reduce_ has changed, got {len(found) or 'no'} reductions in "
             f"it; {'save each model alone' if found else 'its library saves a dense one'}"
         )
-    owner = (found[0].image_text or found[0].tower).model
+    owner = found[0].model
     names = {id(module): name for name, module in without_adapter(model).named_modules()}
     if id(owner) not in names:
         raise ValueError(

@@ -1,7 +1,8 @@
 """reduce_, unreduce_, guidance: token reduction for a model somebody else owns.
 
-`reduce_` puts an object in place of the forward of each block that a strategy acts at: parameters
-and state_dict keys stay. All state is plain attributes of these objects (`stand_ins.py`).
+`reduce_` puts an object in place of the forward of each block from the first that a strategy acts
+at: parameters and state_dict keys stay. All state is plain attributes of these objects
+(`stand_ins.py`).
 """
 
 from collections.abc import Iterator
@@ -61,13 +62,12 @@ def reduce_(
     merged token wherever its patches were, zeros for what was dropped without merging. Call it
     before torch.compile, which does not see what comes later. Guidance, where there is any, comes
     by `with guidance(model, text_cls):` around the forward. A whole language-image model guides
-    itself: its forward encodes the text first, without gradient, and again as it always did. Image
-    i is guided by text i, every image by a single text; with another number of texts, as in
-    zero-shot classification, and where images are encoded alone, none is.
+    itself: its forward encodes the text first, without gradient. Image i is guided by text i, every
+    image by a single text; by none where the numbers differ otherwise or images are encoded alone.
 
     Args:
         model: an image model of timm, open_clip or transformers, or a whole language-image model;
-            one whose text cannot guide its images (CoCa) is reduced as its image tower alone.
+            CoCa, whose text cannot guide its images, is reduced as its image tower alone.
         keep: the mean share of tokens over the layers, in (0, 1], that the strategy is set to, for
             every strategy; None leaves it as its settings or its schedule say.
         schedule: as '2(100%) 2(90%) 6(65%) 2(40%)', whose layers add up to the model's depth; or a
@@ -86,15 +86,16 @@ def reduce_(
         ValueError: bad arguments.
     """
     _refuse_compiled(model, "reduce_")
-    image_text, tower = _read(model)
+    (image_text, tower), others = _read(model), reductions_of(model)
     if strategy is None:
+        is_saved = keep is None and not others
         named = schedule is not None or options
-        strategy = Elip.name if named else _unnamed_strategy(model, is_saved=keep is None)
+        strategy = Elip.name if named else _unnamed_strategy(image_text, tower, is_saved)
     strategy = get_strategy(strategy, schedule=schedule, **options).fitted(tower)
     if keep is not None:
         strategy = strategy.at_keep(tower, keep)
     reduction = Reduction(tower, strategy, _guiding(image_text, strategy, tower))
-    if not any(_are_alike(reduction, other) for other in reductions_of(model)):
+    if not any(_are_alike(reduction, other) for other in others):
         _install(model, reduction)  # else not even a compiler that has seen it sees a change
     return model
 
@@ -120,19 +121,17 @@ def _read(model: nn.Module) -> tuple[ImageTextModel | None, Tower]:
     return image_text, as_tower(model if image_text is None else image_text.image_model)
 
 
-def _unnamed_strategy(model: nn.Module, *, is_saved: bool) -> Strategy:
+def _unnamed_strategy(image_text: ImageTextModel | None, tower: Tower, is_saved: bool) -> Strategy:
     """What the model was saved with, if that may count; or else the default by what it is."""
-    image_text, tower = _read(model)
     has_text = image_text is not None and image_text.refuses() is None
-    saved = _saved_strategy(model) if is_saved else None
+    saved = _saved_strategy(image_text or tower) if is_saved else None
     return saved or default_strategy(tower, has_text=has_text)
 
 
-def _saved_strategy(model: nn.Module) -> Strategy | None:
-    """What the library's config says of a model that was saved reduced, and is dense now."""
-    image_text, tower = _read(model)
-    config = (image_text or tower).saved_config
-    saved = None if reductions_of(model) else getattr(config, "elip", None)
+def _saved_strategy(owner: ImageTextModel | Tower) -> Strategy | None:
+    """What the library's config says of how a model was reduced when it was saved."""
+    config = owner.saved_config
+    saved = getattr(config, "elip", None)
     if saved is None:
         return None
     with blame(f"{type(config).__name__}.elip"):
@@ -163,7 +162,7 @@ def _install(model: nn.Module, reduction: Reduction) -> None:
     _refuse_replaced(reduction)
     unreduce_(model)
     tower, strategy, image_text = reduction.tower, reduction.strategy, reduction.image_text
-    shown = tower.model if image_text is None else image_text.model
+    shown = reduction.model
     shown.extra_repr = Representation(reduction, vars(shown).get("extra_repr"))
     note(reduction)
     if not reduction.acts_at and not strategy.changes_embedding:

@@ -72,6 +72,11 @@ class Reduction:
         self.first, self.last = min(stages, default=tower.depth), tower.depth - 1
 
     @property
+    def model(self) -> nn.Module:
+        """What is reduced: the whole model, or an image model alone."""
+        return (self.image_text or self.tower).model
+
+    @property
     def carries(self) -> bool:
         """A block needs to know what those before it did."""
         tower = self.tower
@@ -294,8 +299,7 @@ class Representation:
 
     def __call__(self) -> str:
         """What the model says of itself, and the one line of the summary."""
-        image_text, tower = self.reduction.image_text, self.reduction.tower
-        model = tower.model if image_text is None else image_text.model
+        model = self.reduction.model
         said = self.replaced() if self.replaced is not None else type(model).extra_repr(model)
         return "\n".join(filter(None, (said, f"(reduced) {self.reduction.summary.line}")))
 

@@ -63,7 +63,7 @@ class Forward:
         """
         Args:
             tower: of the blocks.
-            strategy: checked, see `Strategy.check`.
+            strategy: for this tower, see `Strategy.fitted`.
             text_cls: (B, D), the guidance, detached, or None.
             num_tokens: that enter block 0; None: those of an image of the tower's own size.
             on_grid: blocks take and leave all tokens of block 0, each as the one that it went into.

@@ -76,7 +76,11 @@ def parse_reduce(words: Sequence[str]) -> tuple[Strategy, dict[str, Any]]:
         raise ValueError(f"expected one strategy and one keep=SHARE, got {' '.join(words)!r}")
     options: dict[str, Any] = {"strategy": names[0]}
     if shares:
-        options["keep"] = float(shares[0].removeprefix("keep="))
+        share = shares[0].removeprefix("keep=")
+        try:
+            options["keep"] = float(share)
+        except ValueError:
+            raise ValueError(f"keep: expected a number in (0, 1], got {share!r}") from None
     return get_strategy(names[0]), options
 
 
