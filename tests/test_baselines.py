@@ -182,9 +182,11 @@ def test_a_saved_model_comes_back_with_its_strategy(family, tmp_path):
 RUN = (
     "report=[]",
     "data.train=emoji_scenes:size=64",
-    "optim.batch_size=16",
+    "optim.batch_size=12",
     "optim.steps=40",
     "optim.warmup_steps=5",
+    "model.overrides.vision_depth=6",
+    "model.overrides.schedule=1(100%) 1(90%) 3(65%) 1(40%)",
 )
 SCENES = OPTIONS | {"tome": {"r": 2}, "resize": {"size": 24}, "adaptive": {"keep_mass": 0.7}}
 RUNS = [(f"{family}_tiny", strategy) for family in MODELS for strategy in OTHERS]

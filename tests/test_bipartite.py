@@ -216,10 +216,9 @@ def test_opcheck(with_size):
     opcheck(torch.ops.elip.bipartite_merge_backward.default, (grad, size, sizes, slots))
 
 
-@pytest.mark.parametrize("backend", tiered(["aot_eager", "inductor"], ["aot_eager"]))
-def test_compiles_whole_and_once_for_all_batches_and_counts(backend):
+def test_compiles_whole_and_once_for_all_batches_and_counts():
     torch._dynamo.reset()
-    compiles = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    compiles = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
     def loss(tokens, metric, size, r):
         merged, sizes, info = bipartite_merge(tokens, metric, r, size=size, return_info=True)
