@@ -31,10 +31,11 @@ from torch import Tensor
 
 from benchmarks.cases import DEVICE, DTYPE_NAMES, HEADS, ON_GPU, WIDTH, copies
 from benchmarks.comparison import as_step, copied
-from benchmarks.machine import commit, machine
+from benchmarks.machine import machine
 from elip_kernels import launch
 from elip_kernels._triton import HAS_TRITON, triton
 from elip_kernels.testing import model
+from elip_models.profiling.commit import commit
 from elip_models.profiling.measure import milliseconds, no_gain, ratios_to, time_side_by_side
 
 CHANNELS = WIDTH // HEADS
