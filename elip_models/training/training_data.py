@@ -1,12 +1,15 @@
 """What a recipe trains on, as its model reads it: samples, and captions for a tokenizer."""
 
+import json
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 
 from elip_models.data import ImageTextDataset, Source, apply_caption_rule, image_transform
+from elip_models.models.base import PretrainedModel
 from elip_models.models.config import InputConfig
 from elip_models.models.registry import create_model
 from elip_models.training.recipe import DataConfig, RunConfig
@@ -24,11 +27,22 @@ def input_fields(data: DataConfig) -> dict[str, str]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def model_config(config: RunConfig) -> InputConfig:
-    """The config of a recipe's model, without its weights: the meta device holds none."""
-    with torch.device("meta"), blame("model"):
+def meta_model(config: RunConfig) -> PretrainedModel:
+    """A recipe's model without its weights, to be read alone: recipes that agree share one."""
+    with blame("model"):
         fields = input_fields(config.data) | config.model.overrides
-        return create_model(config.model.name, **fields).config
+        return _meta_model(config.model.name, json.dumps(fields))
+
+
+@lru_cache(256)
+def _meta_model(name: str, fields: str) -> PretrainedModel:
+    with torch.device("meta"):
+        return create_model(name, **json.loads(fields))
+
+
+def model_config(config: RunConfig) -> InputConfig:
+    """The config of a recipe's model."""
+    return meta_model(config).config
 
 
 def training_samples(
