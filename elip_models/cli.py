@@ -1,5 +1,5 @@
 """The command line: `elip train RECIPE [key=value ...]`, `elip eval retrieval`, `elip eval
-zero-shot`, `elip visualize`, `elip profile`, `elip convert`, `elip data check`.
+zero-shot`, `elip visualize`, `elip profile`, `elip study NAME`, `elip convert`, `elip data check`.
 
 What the user can mend is one line on standard error and exit status 2, a bug is a traceback.
 """
@@ -16,12 +16,11 @@ try:
     import typer
     from rich.console import Console
     from rich.markup import escape
-    from rich.panel import Panel
     from rich.table import Table
 
     from elip_models.data import DataError
     from elip_models.tasks.tables import retrieval_table, zero_shot_table
-    from elip_models.training.recipe import RunConfig, load_recipe, parse_overrides, recipe_names
+    from elip_models.training.recipe import load_recipe, parse_overrides, recipe_names
     from elip_models.training.run_folder import TrainingError
     from elip_models.validation import ConfigError, blame, extra, names_extra
 except ImportError as error:
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
     from elip_models.models.base import PretrainedModel
     from elip_models.training.evaluation import Scores
-    from elip_models.training.trainer import TrainResult
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 eval_app = typer.Typer(no_args_is_help=True, help="Score a trained model.")
@@ -60,12 +58,13 @@ def train(
 ) -> None:
     """Train as a recipe says, then report. On several GPUs: torchrun -m elip_models.cli train .."""
     config = load_recipe(recipe, overrides or ())
+    from elip_models.training.summary import print_summary
     from elip_models.training.trainer import train as run_training
 
     console = Console()
     result = run_training(config, resume=resume, console=console)
     if result.is_main_process:
-        _report(config, result, console)
+        print_summary(config, result, console)
 
 
 SavedModel = Annotated[Path, typer.Option(help="Folder of a saved model and its tokenizer.")]
@@ -236,6 +235,39 @@ def profile(
 
 
 @app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="A built-in study, or a YAML file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Of the recipe, for every arm."),
+    ] = None,
+    only: Annotated[str | None, typer.Option(help="Arms, such as dense,tome.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Such as 0,1,2.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List runs and their cost.")] = False,
+    results: Annotated[
+        Path | None, typer.Option(help="JSON; default benchmarks/results/studies/NAME.json.")
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="Write this Markdown page from the results, run nothing.")
+    ] = None,
+) -> None:
+    """Train and compare the arms of a study over seeds; what is finished is not run again."""
+    from elip_models.study.command import Progress, write_page
+    from elip_models.study.plan import load_study, plan, seeds_of
+
+    chosen = load_study(name, parse_overrides(overrides or (), "optim.steps=100"))
+    runs = plan(chosen, only=only.split(",") if only else (), seeds=seeds_of(seeds))
+    found = results or Path("benchmarks/results/studies", f"{chosen.name}.json")
+    progress = Progress(chosen, runs, found, Console())
+    if page is not None:
+        write_page(found, page)
+    elif dry_run:
+        progress.plan()
+    else:
+        progress.run()
+
+
+@app.command()
 def convert(
     source: Annotated[
         Path, typer.Argument(help="File or folder of ALBEF, BLIP, METER, open_clip, transformers.")
@@ -342,29 +374,6 @@ def _exit_with(message: str) -> NoReturn:
         f"[bold red]error:[/] {escape(line)}", soft_wrap=True, highlight=False
     )
     raise SystemExit(2)
-
-
-def _report(config: RunConfig, result: "TrainResult", console: Console) -> None:
-    """What `config.report` asks for, then the summary."""
-    files = [result.output_dir / name for name in ("model", "metrics.jsonl")]
-    if {"timing", "picture"} & set(config.report):
-        from elip_models.training.report import Reporter
-
-        reporter = Reporter(result.model, result.tokenizer, result.eval_source, result.output_dir)
-        if "timing" in config.report:
-            files.append(reporter.timing(console))
-        if "picture" in config.report:
-            files.append(reporter.picture())
-    summary = Table.grid(padding=(0, 2))
-    summary.add_row("steps", str(result.step))
-    summary.add_row("loss", f"{result.loss:.4f}")
-    summary.add_row("skipped", escape(result.skipped))
-    if result.scores is not None:
-        summary.add_row("retrieval", retrieval_table(result.scores))
-    if result.zero_shot is not None:
-        summary.add_row("zero-shot", zero_shot_table(result.zero_shot))
-    summary.add_row("files", escape("\n".join(map(str, files))))
-    console.print(Panel(summary, title=escape(config.name), expand=False))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from elip_models.models.layers.text_reduction import TextReduction, TextStrategy
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.scorers import ScorerName
+from elip_models.reduction.settings import settings_of
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategies.elip import Elip, ElipOptions
 from elip_models.reduction.strategy import Strategy
@@ -98,6 +99,16 @@ class ReductionConfig(InputConfig):
     def elip(self, schedule: Schedule | str) -> Elip:
         """ELIP by that schedule, with the options that stand here."""
         return Elip(schedule, **{name: getattr(self, name) for name in ElipOptions.__annotations__})
+
+
+def reduction_fields(strategy: Strategy) -> dict[str, Any]:
+    """The fields of `ReductionConfig` that say a strategy's settings; of ELIP its schedule, whose
+    options are fields of their own, and of the others all but `without_text`, which is one."""
+    if type(strategy) is Elip:
+        return {"schedule": strategy.schedule.exact}
+    options = settings_of(strategy)["settings"]
+    options.pop("without_text", None)
+    return {"strategy": strategy.name, "strategy_options": options}
 
 
 @dataclass(frozen=True, kw_only=True)
