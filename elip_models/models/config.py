@@ -9,7 +9,7 @@ from elip_models.reduction.scorers import ScorerName
 from elip_models.reduction.settings import settings_of
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategies.elip import Elip, ElipOptions
-from elip_models.reduction.strategy import Strategy
+from elip_models.reduction.strategy import Merge, Strategy
 from elip_models.reduction.strategy_spec import get_strategy, kinds_of, parse_spec
 from elip_models.validation import Count, Rate, Share, below, check_fields, did_you_mean
 
@@ -70,7 +70,7 @@ class ReductionConfig(InputConfig):
     fusion: Share = Elip.fusion
     guidance_norm: Literal["none", "match"] = Elip.guidance_norm
     without_text: Literal["dense", "vision"] = "dense"
-    merge: bool = Elip.merge
+    merge: Merge = Elip.merge
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elip_models.reduction.nearest import merge_nearest, nearest_flops
 from elip_models.reduction.once import UnguidedWarning, warn_once
 from elip_models.reduction.schedule import PAPER, Schedule, Stage
 from elip_models.reduction.scorers import ScorerName, get_scorer
-from elip_models.reduction.strategy import Context, Layer, StageInfo, Strategy
+from elip_models.reduction.strategy import Context, Layer, Merge, StageInfo, Strategy
 from elip_models.towers import Size, Tower
 from elip_models.towers.apart import apart
 from elip_models.validation import Share, check_fields
@@ -36,14 +37,15 @@ class ElipOptions(TypedDict, total=False):
     without_text: where no text is given, 'vision' reduces by the image alone, 'dense' reduces
         nothing. The default is 'vision', and 'dense' of a tower without CLS, which only a text can
         score.
-    merge: append the merged token, as by default.
+    merge: True, the default, appends one token merged of all that are dropped; 'nearest' merges
+        each into the kept one whose key is most alike; False drops them.
     """
 
     scorer: ScorerName | None
     fusion: Share | None
     guidance_norm: Literal["none", "match"] | None
     without_text: Literal["dense", "vision"] | None
-    merge: bool | None
+    merge: Merge | None
 
 
 class Staged(Strategy):
@@ -53,7 +55,7 @@ class Staged(Strategy):
     """
 
     schedule: Schedule
-    merge: bool
+    merge: Merge
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", Schedule.parse(self.schedule))
@@ -69,7 +71,7 @@ class Staged(Strategy):
 
     def token_counts(self, size: Size) -> tuple[Layer, ...]:
         tokens = self.schedule.for_depth(size.depth).tokens_per_layer(
-            size.num_patches, merge=self.merge, num_prefix_tokens=size.num_prefix_tokens
+            size.num_patches, merge=self.merge is True, num_prefix_tokens=size.num_prefix_tokens
         )
         return tuple(Layer(n, n) for n in tokens)
 
@@ -78,6 +80,13 @@ class Staged(Strategy):
         counts = self.token_counts(size)
         firsts = [stage.first for stage in self.stages(size)]
         return [counts[i - 1].mlp if i else size.num_tokens for i in firsts]
+
+    def scoring_flops(self, size: Size) -> int:
+        """Of merging into the nearest, to which a subclass adds what its rows cost."""
+        if self.merge != "nearest":
+            return 0
+        steps = zip(self.stages(size), self.entering(size), strict=True)
+        return sum(size.keys_flops(n) + nearest_flops(size, n, stage.keep) for stage, n in steps)
 
     def score(self, tower: Tower, stage: Stage, tokens: Tensor, text: Tensor | None) -> Tensor:
         """The row (B, N) that selects, without gradient; prefix tokens' columns are not read."""
@@ -92,6 +101,8 @@ class Staged(Strategy):
             row = context.row
         else:
             row = self.score(tower, stage, tokens, context.text_cls)
+        if self.merge == "nearest":
+            return merge_nearest(tower, stage, tokens, row, context)
         tokens, info = tower.reduce(tokens, row, stage.keep, merge=self.merge)
         return tokens, StageInfo(stage, info, row)
 
@@ -119,7 +130,7 @@ class Elip(Staged):
     fusion: Share = 0.8
     guidance_norm: Literal["none", "match"] = "none"
     without_text: Literal["dense", "vision"] | None = None
-    merge: bool = True
+    merge: Merge = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -171,7 +182,7 @@ class Elip(Staged):
         return False
 
     def scoring_flops(self, size: Size) -> int:
-        scorer, total = get_scorer(self.scorer), 0
+        scorer, total = get_scorer(self.scorer), super().scoring_flops(size)
         for stage, tokens in zip(self.stages(size), self.entering(size), strict=True):
             total += scorer.layers(stage.layers) * size.block_flops(tokens, tokens)
             total += scorer.rows(stage.layers) * size.row_flops(tokens)
@@ -189,7 +200,7 @@ class Elip(Staged):
         """Fuse, score, reduce; one op where the scorer reads the tokens as they enter."""
         reads = get_scorer(self.scorer).reads
         drops = stage.keep < tokens.shape[1] - tower.num_prefix_tokens
-        if reads is None or not drops:
+        if reads is None or not drops or self.merge == "nearest":
             return super().step(tower, stage, tokens, context)
         row = None if context.replay is None else context.replay.attention
         with apart(tower.model, tokens):
