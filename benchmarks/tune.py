@@ -126,7 +126,7 @@ def arguments(op: str, shape: Shape) -> tuple[Any, ...]:
         q, k = random(B, HEADS, CHANNELS, dtype=dtype), random(B, HEADS, N, CHANNELS, dtype=dtype)
         return q, k, None, CHANNELS**-0.5
     if op.startswith("bipartite"):
-        matching = (random(B, N, CHANNELS, dtype=dtype), r, 1)
+        matching = (random(B, N, CHANNELS, dtype=dtype), None, r, 1)
         if op == "bipartite_match":
             return matching
         size, slots = torch.ones(B, N, device=DEVICE), torch.ops.elip.bipartite_match(*matching)

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import elip_models
-from elip_models import Adaptive, EViT, PatchDropout, Random, Resize, ToMe
+from elip_models import Adaptive, EViT, GuidedToMe, PatchDropout, Random, Resize, ToMe
 from elip_models.towers import as_tower
 from tests.towers import WIDTH, clip_vit, images, plain_vit, text
 
@@ -261,6 +261,7 @@ STRATEGIES = {
     "evit": EViT(0.7, layers=(1, 3)),
     "evit without gradient": EViT(0.7, layers=(1, 3), attention_gradient=False),
     "tome": ToMe(4),
+    "guided_tome": GuidedToMe(4),
     "patch_dropout": PatchDropout(0.5),
     "random": Random(SCHEDULE),
     "resize": Resize(32),

@@ -110,8 +110,53 @@ class Staged(Strategy):
         return replace(self, schedule=self.schedule.at_strength(size.num_patches, strength))
 
 
+class Guided(Strategy):
+    """A strategy that reads which tokens are asked for by the fused CLS token of Eq. 1.
+
+    A subclass has `fusion`, `guidance_norm` and `without_text` of `ElipOptions` among its fields.
+    """
+
+    fusion: float
+    guidance_norm: str
+    without_text: str | None
+
+    @property
+    def is_guided(self) -> bool:
+        return self.fusion < 1.0
+
+    def fitted(self, tower: Tower) -> Self:
+        """Without text by the tower's CLS token, if it has one."""
+        by_tower = "vision" if tower.has_cls else "dense"
+        return replace(super().fitted(tower), without_text=self.without_text or by_tower)
+
+    def refuses(self, tower: Tower) -> str | None:
+        reason = super().refuses(tower)
+        if reason is not None or tower.has_cls:
+            return reason
+        if self.fusion == 1.0 or self.without_text == "vision":
+            return (
+                "the tower has no CLS token, so a text alone can score its patches "
+                "(without_text='dense', fusion below 1)"
+            )
+        if self.guidance_norm == "match":
+            return "guidance_norm='match' needs the norm of a CLS token, and the tower has none"
+        return None
+
+    def reduces(self, text_cls: Tensor | None, training: bool = False) -> bool:
+        """Whether a forward with this guidance reduces; warns once where it does not."""
+        if text_cls is not None or self.fusion == 1.0 or self.without_text != "dense":
+            return True
+        if not torch.compiler.is_compiling():
+            warn_once(
+                "no text guidance was given, so nothing is reduced (without_text='dense'); "
+                "pass text_cls, or without_text='vision' for vision-only reduction",
+                UnguidedWarning,
+            )
+        return False
+
+
 @dataclass(frozen=True)
-class Elip(Staged):
+class Elip(Guided, Staged):
     """Text-guided dropping and merging in stages (ELIP, Algorithm 1).
 
     schedule: as '2(100%) 2(90%) 6(65%) 2(40%)', whose layers add up to the tower's depth; or a
@@ -142,44 +187,14 @@ class Elip(Staged):
                 f"'{self.schedule}', got {self.scorer}"
             )
 
-    @property
-    def is_guided(self) -> bool:
-        return self.fusion < 1.0
-
-    def fitted(self, tower: Tower) -> Self:
-        """With the schedule of the tower's depth; without text by its CLS token, if it has one."""
-        by_tower = "vision" if tower.has_cls else "dense"
-        return replace(super().fitted(tower), without_text=self.without_text or by_tower)
-
     def refuses(self, tower: Tower) -> str | None:
-        return None if tower.has_cls else self._refuses_without_cls()
-
-    def _refuses_without_cls(self) -> str | None:
-        if self.fusion == 1.0 or self.without_text == "vision":
-            return (
-                "the tower has no CLS token, so a text alone can score its patches "
-                "(without_text='dense', fusion below 1)"
-            )
-        if self.scorer in ("official", "cls"):
+        reason = super().refuses(tower)
+        if reason is None and not tower.has_cls and self.scorer in ("official", "cls"):
             return (
                 f"scorer={self.scorer!r} takes a CLS token through the layers, and the tower has "
                 "none; 'last', 'exact' and an int read the text's row from the patches"
             )
-        if self.guidance_norm == "match":
-            return "guidance_norm='match' needs the norm of a CLS token, and the tower has none"
-        return None
-
-    def reduces(self, text_cls: Tensor | None, training: bool = False) -> bool:
-        """Whether a forward with this guidance reduces; warns once where it does not."""
-        if text_cls is not None or self.fusion == 1.0 or self.without_text != "dense":
-            return True
-        if not torch.compiler.is_compiling():
-            warn_once(
-                "no text guidance was given, so nothing is reduced (without_text='dense'); "
-                "pass text_cls, or without_text='vision' for vision-only reduction",
-                UnguidedWarning,
-            )
-        return False
+        return reason
 
     def scoring_flops(self, size: Size) -> int:
         scorer, total = get_scorer(self.scorer), super().scoring_flops(size)
@@ -225,7 +240,7 @@ def check_text(text_cls: Tensor, expected: tuple[int, int], device: torch.device
         raise ValueError(f"text_cls: expected it on {device}, got {text_cls.device}")
 
 
-def fuse(cls: Tensor, text_cls: Tensor | None, strategy: Elip) -> Tensor:
+def fuse(cls: Tensor, text_cls: Tensor | None, strategy: Guided) -> Tensor:
     """Eq. 1: cls (B, D), text_cls (B, D) or None -> the fused CLS token (B, D)."""
     if text_cls is None or strategy.fusion == 1.0:
         return cls
@@ -235,7 +250,7 @@ def fuse(cls: Tensor, text_cls: Tensor | None, strategy: Elip) -> Tensor:
     return strategy.fusion * cls + (1.0 - strategy.fusion) * text
 
 
-def fused_cls(tower: Tower, tokens: Tensor, text_cls: Tensor | None, strategy: Elip) -> Tensor:
+def fused_cls(tower: Tower, tokens: Tensor, text_cls: Tensor | None, strategy: Guided) -> Tensor:
     """`fuse` of token 0, for a text that is checked here; without CLS the text itself.
 
     text_cls: (B, D), or (1, D) for all images.
