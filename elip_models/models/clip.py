@@ -236,13 +236,8 @@ class CLIP(PretrainedModel):
         if self.config.image_guides_text:
             dense_features = self._dense_features(images)
         text_features = self.encode_text(input_ids, attention_mask, image_features=dense_features)
-        guides = self.guides(
-            self.guidance(text_features),
-            text_features.detach(),
-            self.logit_scale.exp(),
-            guide_ids,
-            guide_mask,
-        )
+        text_cls, scale = self.guidance(text_features), self.logit_scale.exp()
+        guides = self.guides(text_cls, text_features, scale, guide_ids, guide_mask)
         image_features = self._encode_image(images, guides, self.reduction)
         features = image_features, text_features
         return CLIPOutput(self._loss(*features), *features)

@@ -261,9 +261,8 @@ class MomentumModel(CrossModalModel):
         text = self.read_pairs(images, input_ids, mask)
         if self.training:
             self._follow()
-        texts = online.text_features(text)
-        scale = 1 / self.temperature
-        guides = self.guides(text[:, 0], texts.detach(), scale, guide_ids, guide_mask)
+        texts, scale = online.text_features(text), 1 / self.temperature
+        guides = self.guides(text[:, 0], texts, scale, guide_ids, guide_mask)
         (image, image_mask), (image_m, image_mask_m) = self._images(images, guides)
         seen = image
         if self.config.guide == "after_itc" and self.reduction.is_guided:
