@@ -69,7 +69,7 @@ class Layer(NamedTuple):
 class Context(NamedTuple):
     """What a step knows besides its tokens.
 
-    text_cls: (B, D) guidance, detached, or None.
+    text_cls: (B, D) guidance, detached, or None; a row of zeros is no text for its image.
     previous: what the step before did in this forward.
     replay: what this step has done already, and is to do again: in the forward that is recomputed
         now, or in another tower of the same images.

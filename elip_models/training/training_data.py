@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_TOKENIZER_SAMPLES = 50_000
+MAX_COUNTED_SAMPLES = 1_000
 
 
 def input_fields(data: DataConfig) -> dict[str, str]:
@@ -66,7 +68,28 @@ def training_samples(
         seed=config.seed,
         max_bad_share=data.max_bad_share,
         captions=model.captions,
+        guide_captions=model.reads_guide_captions,
     )
+
+
+def check_guide_captions(model: InputConfig, source: Source) -> None:
+    """Warn where some images of `source` have no second caption, and the model takes one.
+
+    Raises:
+        ValueError: none of them has.
+    """
+    if not model.reads_guide_captions:
+        return
+    stride = math.ceil(len(source) / MAX_COUNTED_SAMPLES)
+    captions = [set(source.captions(index)) for index in range(0, len(source), stride)]
+    lonely = sum(len(each) < 2 for each in captions) / len(captions)
+    if lonely == 1:
+        raise ValueError("expected 'own', since no image has a second caption, got 'other'")
+    if lonely:
+        warnings.warn(
+            f"guide='other': {lonely:.0%} of the images have one caption, which guides them itself",
+            stacklevel=2,
+        )
 
 
 def tokenizer_captions(source: Source, model: InputConfig) -> Iterator[str]:

@@ -241,13 +241,15 @@ def check_text(text_cls: Tensor, expected: tuple[int, int], device: torch.device
 
 
 def fuse(cls: Tensor, text_cls: Tensor | None, strategy: Guided) -> Tensor:
-    """Eq. 1: cls (B, D), text_cls (B, D) or None -> the fused CLS token (B, D)."""
+    """Eq. 1: cls (B, D), text_cls (B, D) or None -> the fused CLS token (B, D); a text of zeros is
+    none, and leaves its image's CLS token as it is."""
     if text_cls is None or strategy.fusion == 1.0:
         return cls
     text = text_cls.to(cls.dtype)
+    is_text = (text != 0).any(1, keepdim=True)
     if strategy.guidance_norm == "match":
         text = F.normalize(text, dim=1) * cls.norm(dim=1, keepdim=True)
-    return strategy.fusion * cls + (1.0 - strategy.fusion) * text
+    return torch.where(is_text, strategy.fusion * cls + (1.0 - strategy.fusion) * text, cls)
 
 
 def fused_cls(tower: Tower, tokens: Tensor, text_cls: Tensor | None, strategy: Guided) -> Tensor:
