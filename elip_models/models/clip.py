@@ -196,6 +196,9 @@ class CLIP(PretrainedModel):
         text_cls = self.guidance(text_features) if reduce and text_features is not None else None
         strategy = self.reduction if reduce else self.dense
         tokens, _ = run_tower(self.tower, images, text_cls, strategy, cls_only=True)
+        return self.project_image(tokens)
+
+    def project_image(self, tokens: Tensor) -> Tensor:
         return F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
 
     def image_features(self, images: Tensor) -> Tensor:
