@@ -5,21 +5,24 @@ What the user can mend is one line on standard error and exit status 2, a bug is
 """
 
 import json
-import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 try:
     import typer
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
     from elip_models.data import DataError
-    from elip_models.tasks.tables import retrieval_table, zero_shot_table
+    from elip_models.tasks.tables import (
+        data_table,
+        retrieval_table,
+        selection_tables,
+        zero_shot_table,
+    )
     from elip_models.training.recipe import load_recipe, parse_overrides, recipe_names
     from elip_models.training.run_folder import TrainingError
     from elip_models.validation import ConfigError, blame, extra, names_extra
@@ -31,7 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from elip_models.models.base import PretrainedModel
-    from elip_models.training.evaluation import Scores
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 eval_app = typer.Typer(no_args_is_help=True, help="Score a trained model.")
@@ -95,7 +97,7 @@ def eval_retrieval(
     loading = {"batch_size": batch_size, "num_workers": num_workers, "max_bad_share": max_bad_share}
     scores = evaluate_retrieval(trained, tokenizer, source, **loading)
     Console().print(retrieval_table(scores))
-    _write_scores(scores, output)
+    _write_scores(asdict(scores), output)
 
 
 @eval_app.command("zero-shot")
@@ -119,13 +121,42 @@ def eval_zero_shot(
     loading = {"batch_size": batch_size, "num_workers": num_workers, "max_bad_share": max_bad_share}
     scores = evaluate_zero_shot(trained, tokenizer, source, **loading)
     Console().print(zero_shot_table(scores))
+    _write_scores(asdict(scores), output)
+
+
+@eval_app.command("selection")
+def eval_selection(
+    model: SavedModel,
+    data: Annotated[
+        str, typer.Option(help="emoji_scenes:size=200,clutter=4, or a JSON list with boxes.")
+    ],
+    strategy: Annotated[
+        str | None, typer.Option(help="Such as elip:scorer=exact, tome; default: the model's own.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=2, help="Samples of --data.")] = 200,
+    batch_size: BatchSize = 32,
+    output: ScoresFile = None,
+) -> None:
+    """What a reduction keeps of what captions name, against chance, and what that changes."""
+    from elip_models.analysis.selection import selection_scores
+    from elip_models.data import open_source
+    from elip_models.reduction.strategy_spec import get_strategy
+
+    trained, tokenizer = _open_trained(model, output, ranks=False)
+    with blame("--data"):
+        source = open_source(data, image_size=trained.config.image_size)
+    with blame("--strategy"):
+        chosen = get_strategy(strategy).fitted(trained.tower) if strategy else None
+    settings = {"limit": count, "batch_size": batch_size}
+    scores = selection_scores(trained, source, tokenizer, chosen, **settings)
+    Console().print(*selection_tables(scores))
     _write_scores(scores, output)
 
 
 def _open_trained(
-    model: Path, output: Path | None
+    model: Path, output: Path | None, *, ranks: bool = True
 ) -> "tuple[PretrainedModel, PreTrainedTokenizerBase]":
-    """A saved model that ranks, where it runs fastest, and its tokenizer."""
+    """A saved model that ranks, or any, where it runs fastest, and its tokenizer."""
     if output is not None and not output.parent.is_dir():
         raise ConfigError(f"--output: expected a file in an existing folder, got {output}")
     import torch
@@ -136,7 +167,7 @@ def _open_trained(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with blame("--model"):
         trained = load_model(model).to(device)
-        if not trained.ranks:
+        if ranks and not trained.ranks:
             raise ValueError(
                 f"expected a model with features to rank, got {type(trained).__name__}, which has "
                 "none of images and texts alone"
@@ -144,9 +175,9 @@ def _open_trained(
         return trained, load_tokenizer(str(model))
 
 
-def _write_scores(scores: "Scores", output: Path | None) -> None:
+def _write_scores(scores: dict[str, Any], output: Path | None) -> None:
     if output is not None:
-        output.write_text(json.dumps(asdict(scores), indent=2) + "\n", encoding="utf-8")
+        output.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
 
 
 @app.command()
@@ -244,12 +275,8 @@ def study(
     only: Annotated[str | None, typer.Option(help="Arms, such as dense,tome.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Such as 0,1,2.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List runs and their cost.")] = False,
-    results: Annotated[
-        Path | None, typer.Option(help="JSON; default benchmarks/results/studies/NAME.json.")
-    ] = None,
-    page: Annotated[
-        Path | None, typer.Option(help="Write this Markdown page from the results, run nothing.")
-    ] = None,
+    results: Annotated[Path | None, typer.Option(help="JSON file of all numbers.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Write this page, run nothing.")] = None,
 ) -> None:
     """Train and compare the arms of a study over seeds; what is finished is not run again."""
     from elip_models.study.command import Progress, write_page
@@ -339,16 +366,7 @@ def check_data(
     with console.status(f"reading {named}"):
         report = check_source(source, limit)
     captions = [text for i in range(report.seen) for text in source.captions(i)]
-    words = [len(text.split()) for text in captions] or [0]
-    table = Table(show_header=False)
-    table.add_row("data", named)
-    table.add_row("samples", f"{report.seen} of {len(source)} read")
-    table.add_row("unreadable", f"{len(report.reasons)} ({report.share:.1%})")
-    table.add_row(
-        "captions", f"{len(captions)}, {len(captions) / max(1, report.seen):.2f} a sample"
-    )
-    table.add_row("words a caption", f"{statistics.mean(words):.1f}, at most {max(words)}")
-    console.print(table)
+    console.print(data_table(named, len(source), report, captions))
     if report.reasons:
         console.print(escape(report.summary()), soft_wrap=True)
         raise typer.Exit(1)

@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import torch.nn.functional as F
 from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor, nn
 
@@ -66,6 +67,11 @@ class PretrainedModel(
     def image_features(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W), without text -> (B, E), normalised; where the model `ranks`."""
         raise NotImplementedError
+
+    def project_image(self, tokens: Tensor) -> Tensor:
+        """tokens (B, N, D) that the image tower leaves -> (B, E), normalised: the feature that is
+        compared with texts; of a model that does not rank, the CLS token."""
+        return F.normalize(tokens[:, 0], dim=-1)
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids, attention_mask (B, L) -> (B, E), normalised; where the model `ranks`."""

@@ -202,6 +202,9 @@ class CLIP(PretrainedModel):
     def _encode_image(self, images: Tensor, text_cls: Tensor | None, strategy: Strategy) -> Tensor:
         """images (B, 3, H, W), guided by text_cls (B, D) -> (B, E), normalised."""
         tokens, _ = run_tower(self.tower, images, text_cls, strategy, cls_only=True)
+        return self.project_image(tokens)
+
+    def project_image(self, tokens: Tensor) -> Tensor:
         return F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
 
     def image_features(self, images: Tensor) -> Tensor:

@@ -216,6 +216,9 @@ class MomentumModel(CrossModalModel):
     def image_features(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W), without text -> (B, E), normalised."""
         tokens, _ = run_tower(self.tower, images, None, self.reduction, cls_only=True)
+        return self.project_image(tokens)
+
+    def project_image(self, tokens: Tensor) -> Tensor:
         return self.encoders.image_features(tokens)
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
