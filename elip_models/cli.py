@@ -194,7 +194,7 @@ def visualize(
     count: Annotated[int, typer.Option(min=1, max=64, help="Samples of --data.")] = 4,
     output: Annotated[Path, typer.Option(help="PNG to write.")] = Path("kept.png"),
     schedule: Annotated[str | None, typer.Option(help="Such as '2(100%) 10(50%)'.")] = None,
-    scorer: Annotated[str | None, typer.Option(help="official, exact, cls, last, 1, ..")] = None,
+    scorer: Annotated[str | None, typer.Option(help="last, exact, official, mean, 1, ..")] = None,
     fusion: Annotated[float | None, typer.Option(help="1 is vision only, 0 text only.")] = None,
     pretrained: Annotated[bool, typer.Option(help="Load the model's weights.")] = True,
 ) -> None:

@@ -1,14 +1,17 @@
 """How far the scorers choose alike: the share of what `exact` drops that another drops too."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from elip_models.reduction.scorers import SCORERS
 from elip_models.reduction.step import Forward
 from elip_models.reduction.strategies.elip import Elip
 from elip_models.towers import Tower, as_tower
+
+OTHERS = tuple(name for name in SCORERS if name != "exact")
 
 
 def scorer_agreement(
@@ -16,10 +19,10 @@ def scorer_agreement(
     images: Tensor,
     text_cls: Tensor | None,
     strategy: Elip,
-    scorers: tuple[str, ...] = ("official", "cls", "last"),
+    scorers: Sequence[str | int] = OTHERS,
     *,
     rows: Mapping[int, Tensor] | None = None,
-) -> dict[str, list[float]]:
+) -> dict[str | int, list[float]]:
     """Share of the tokens that `exact` drops which each scorer drops too, by stage.
 
     All scorers see the tokens that `exact` lets through. 'chance' is what a random choice shares.
@@ -29,6 +32,7 @@ def scorer_agreement(
         images: (B, 3, H, W).
         text_cls: (B, D), the guidance in the tower's width, or None: vision only.
         strategy: whose scorer is not used.
+        scorers: by default all that have a name.
         rows: of the momentum tower, see `run_and_read`, whose share is 'momentum'.
     """
     shares = agreement_by_image(model, images, text_cls, strategy, scorers, rows=rows)
@@ -41,15 +45,15 @@ def agreement_by_image(
     images: Tensor,
     text_cls: Tensor | None,
     strategy: Elip,
-    scorers: tuple[str | int, ...],
+    scorers: Sequence[str | int],
     *,
     rows: Mapping[int, Tensor] | None = None,
-) -> dict[str, list[Tensor]]:
+) -> dict[str | int, list[Tensor]]:
     """`scorer_agreement` of each image, (B,) a stage."""
     tower, others = as_tower(model), {name: replace(strategy, scorer=name) for name in scorers}
     forward = Forward(tower, replace(strategy, scorer="exact"), text_cls)
     names = (*scorers, *(["momentum"] if rows else []), "chance")
-    shares: dict[str, list[Tensor]] = {name: [] for name in names}
+    shares: dict[str | int, list[Tensor]] = {name: [] for name in names}
     reader = Forward(tower, forward.strategy, text_cls, rows=rows)
     tokens = tower.embed(images)
     for i in range(tower.depth):

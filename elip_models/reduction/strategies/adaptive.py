@@ -85,7 +85,7 @@ class Adaptive(Elip):
         mask = None if context.previous is None else context.previous.reduction.mask
         with apart(tower.model, tokens):
             cls = fused_cls(tower, tokens, context.text_cls, self)
-            return tower.cls_attention(stage.first + stage.layers - 1, tokens, cls, mask=mask)
+            return tower.cls_attention(stage.last, tokens, cls, mask=mask)
 
     def _reduce(
         self, tower: Tower, stage: Stage, tokens: Tensor, row: Tensor, context: Context

@@ -30,7 +30,8 @@ class ElipOptions(TypedDict, total=False):
     """The options of ELIP besides its schedule, as keywords of whoever passes them on.
 
     scorer: 'last', the default, runs no layer twice; 'exact' is the paper's, 'official' its code's,
-        'cls' stands between; or m: m-1 whole layers, then the m-th's row.
+        'bf16', 'alternate', 'attention', 'cls' and 'mean' stand between (`scorers.py`); or m: m-1
+        whole layers, then the m-th's row.
     fusion: lam of Eq. 1, by default 0.8; 1 is vision-only, 0 text-only.
     guidance_norm: 'match' rescales the text to the norm of the image's CLS token; by default
         'none'.
@@ -200,6 +201,7 @@ class Elip(Guided, Staged):
         scorer, total = get_scorer(self.scorer), super().scoring_flops(size)
         for stage, tokens in zip(self.stages(size), self.entering(size), strict=True):
             total += scorer.layers(stage.layers) * size.block_flops(tokens, tokens)
+            total += scorer.attention_halves(stage.layers) * size.block_flops(tokens, 0)
             total += scorer.rows(stage.layers) * size.row_flops(tokens)
             total += scorer.cls_blocks(stage.layers) * size.block_flops(1, 1)
         return total
