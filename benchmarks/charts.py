@@ -8,11 +8,11 @@ import matplotlib
 from benchmarks.measured import Results
 from benchmarks.parity import OURS
 from benchmarks.tables import tower
+from elip_models.analysis.chart_style import GREY, METADATA, STYLE
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-GREY = "#808080"
 FORMS = {  # form or scorer: colour, marker
     "official": ("#d55e00", "s"),
     "eager": ("#e69f00", "^"),
@@ -22,18 +22,6 @@ FORMS = {  # form or scorer: colour, marker
     OURS: ("#009e73", "o"),
     "last": ("#009e73", "o"),
 }
-GREYS = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "elip",
-    "savefig.transparent": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "font.size": 9,
-    **dict.fromkeys(GREYS, GREY),
-}
-
 Rows = dict[str, dict[str, float]]
 
 
@@ -47,8 +35,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
             if panels:
                 figure = plot(panels, f"{kind} on {results.machine['device']}")
                 paths.append(folder / f"{results.slug}-{kind}.svg")
-                metadata = {"Date": None, "Creator": None}  # the same from the same results
-                figure.savefig(paths[-1], bbox_inches="tight", metadata=metadata)
+                figure.savefig(paths[-1], bbox_inches="tight", metadata=METADATA)
                 plt.close(figure)
     return paths
 

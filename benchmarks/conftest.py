@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from benchmarks.cases import ON_GPU
-from benchmarks.machine import commit, machine
+from benchmarks.machine import machine
+from elip_models.profiling.commit import commit
 from elip_models.profiling.measure import no_gain
 
 REPORTS = pytest.StashKey[list]()

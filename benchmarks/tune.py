@@ -31,10 +31,11 @@ from torch import Tensor
 
 from benchmarks.cases import DEVICE, DTYPE_NAMES, HEADS, ON_GPU, WIDTH, copies
 from benchmarks.comparison import as_step, copied
-from benchmarks.machine import commit, machine
+from benchmarks.machine import machine
 from elip_kernels import launch
 from elip_kernels._triton import HAS_TRITON, triton
 from elip_kernels.testing import model
+from elip_models.profiling.commit import commit
 from elip_models.profiling.measure import milliseconds, no_gain, ratios_to, time_side_by_side
 
 CHANNELS = WIDTH // HEADS
@@ -125,7 +126,7 @@ def arguments(op: str, shape: Shape) -> tuple[Any, ...]:
         q, k = random(B, HEADS, CHANNELS, dtype=dtype), random(B, HEADS, N, CHANNELS, dtype=dtype)
         return q, k, None, CHANNELS**-0.5
     if op.startswith("bipartite"):
-        matching = (random(B, N, CHANNELS, dtype=dtype), r, 1)
+        matching = (random(B, N, CHANNELS, dtype=dtype), None, r, 1)
         if op == "bipartite_match":
             return matching
         size, slots = torch.ones(B, N, device=DEVICE), torch.ops.elip.bipartite_match(*matching)

@@ -95,27 +95,40 @@ def check_keep(keep: int | float, candidates: int, *, all_allowed: bool = True) 
     return count
 
 
+def check_prefix(num_prefix_tokens: int, N: int) -> None:
+    """An int that leaves at least one of N tokens."""
+    if isinstance(num_prefix_tokens, bool) or not isinstance(num_prefix_tokens, int):
+        raise TypeError(message("num_prefix_tokens", "an int", num_prefix_tokens))
+    if not 0 <= num_prefix_tokens < N:
+        expected = f"0 <= num_prefix_tokens < N = {N}"
+        raise ValueError(message("num_prefix_tokens", expected, num_prefix_tokens))
+
+
+def check_metric(metric: Tensor, tokens: Tensor) -> None:
+    """(B, N, C) beside `tokens` (B, N, D)."""
+    B, N, _ = tokens.shape
+    check_tensor("metric", metric, "(B, N, C)", 3)
+    check_shape("metric", metric, (B, N, metric.shape[2]), "(B, N, C)")
+    check_device("metric", metric, "tokens", tokens)
+
+
 def reduce_arguments(
     tokens: Tensor, attn: Tensor, keep: int | float, mask: Tensor | None, num_prefix_tokens: int
 ) -> tuple[Tensor, int]:
     """Check every argument -> (scores (B, N-p) without gradient, keep as an int)."""
     check_tokens(tokens)
     B, N, _ = tokens.shape
-    if isinstance(num_prefix_tokens, bool) or not isinstance(num_prefix_tokens, int):
-        raise TypeError(message("num_prefix_tokens", "an int", num_prefix_tokens))
-    if not 0 <= num_prefix_tokens < N:
-        expected = f"0 <= num_prefix_tokens < N = {N}"
-        raise ValueError(message("num_prefix_tokens", expected, num_prefix_tokens))
+    check_prefix(num_prefix_tokens, N)
     candidates = N - num_prefix_tokens
     check_tensor("attn", attn, "(B, N-p), (B, N), (B, H, N) or (B, H, N, N)", (2, 3, 4))
     check_device("attn", attn, "tokens", tokens)
-    scores = _candidate_scores(attn, B, N, num_prefix_tokens)
+    scores = candidate_scores(attn, B, N, num_prefix_tokens)
     keep = check_keep(keep, candidates)
     check_mask(mask, (B, N), "tokens", tokens)
     return scores, keep
 
 
-def _candidate_scores(attn: Tensor, B: int, N: int, num_prefix_tokens: int) -> Tensor:
+def candidate_scores(attn: Tensor, B: int, N: int, num_prefix_tokens: int) -> Tensor:
     """Scores, rows or a map -> (B, N-p), averaged over heads, without gradient."""
     attn = attn.detach()
     if attn.dim() == 2:

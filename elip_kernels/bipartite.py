@@ -2,15 +2,15 @@
 
     unit    = metric / |metric| in fp32;  A = tokens 0, 2, 4 ..;  B = tokens 1, 3, 5 ..
     best_a  = max_b unit_a . unit_b;  partner_a = its arg-max        ties: the lower index
-    merged  = the r tokens of A with the largest best                ties: the lower index
+    merged  = the r tokens of A with the largest best - penalty      ties: the lower index
     rows    = [A without merged, ascending; all of B], N - r of them; slot_n = row of token n
-    S_i     = sum of size_n over slot_n = i;  w_n = size_n / S_(slot_n)
+    S_i     = sum of size_n over slot_n = i;  w_n = size_n / S_(slot_n), 0 where that is 0
     out_i   = sum of w_n x_n over slot_n = i                         (B, N-r, D), sizes S (B, N-r)
     grad_x_n = w_n grad_out_(slot_n)
 
 Ties are those of the computed values. The class token is in A and never merges. A metric with NaN,
 or whose squared norm is no normal number, has no direction: it ranks last, as source and as
-partner. No gradient to metric and sizes.
+partner; so does, as a source, one whose penalty is NaN. No gradient to metric, sizes and penalty.
 Sums are fp32 (fp64 for fp64); a row of one token is exact, its w being 1. The kernels never write
 the similarities, 2 B ceil(N/2) floor(N/2) C operations in tiles, and read every token once, for the
 row that it belongs to: nothing is added atomically and a run repeats bit by bit.
@@ -27,31 +27,38 @@ from elip_kernels._operator import Operator
 from elip_kernels._validate import (
     check_device,
     check_flags,
+    check_metric,
     check_shape,
     check_tensor,
     check_tokens,
     message,
 )
 from elip_kernels.absorbed import accumulator
-from elip_kernels.bipartite_kernels import SMALLEST_SQUARE, match, merge_bwd, merge_fwd
-from elip_kernels.info import BipartiteInfo, check_info
+from elip_kernels.bipartite_kernels import (
+    SMALLEST_SIZE,
+    SMALLEST_SQUARE,
+    match,
+    merge_bwd,
+    merge_fwd,
+)
+from elip_kernels.info import BipartiteInfo, ReductionInfo, check_slots
 from elip_kernels.rows import add_rows, flat_rows, largest, sum_rows
 
 
 @overload
 def bipartite_merge(
     tokens: Tensor, metric: Tensor, r: int, *, size: Tensor | None = ...,
-    num_prefix_tokens: int = ..., return_info: Literal[False] = ...,
+    penalty: Tensor | None = ..., num_prefix_tokens: int = ..., return_info: Literal[False] = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def bipartite_merge(
     tokens: Tensor, metric: Tensor, r: int, *, size: Tensor | None = ...,
-    num_prefix_tokens: int = ..., return_info: Literal[True],
+    penalty: Tensor | None = ..., num_prefix_tokens: int = ..., return_info: Literal[True],
 ) -> tuple[Tensor, Tensor, BipartiteInfo]: ...  # fmt: skip
 @overload
 def bipartite_merge(
     tokens: Tensor, metric: Tensor, r: int, *, size: Tensor | None = ...,
-    num_prefix_tokens: int = ..., return_info: bool,
+    penalty: Tensor | None = ..., num_prefix_tokens: int = ..., return_info: bool,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, BipartiteInfo]: ...  # fmt: skip
 def bipartite_merge(
     tokens: Tensor,
@@ -59,6 +66,7 @@ def bipartite_merge(
     r: int,
     *,
     size: Tensor | None = None,
+    penalty: Tensor | None = None,
     num_prefix_tokens: int = 1,
     return_info: bool = False,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, BipartiteInfo]:
@@ -71,6 +79,8 @@ def bipartite_merge(
             Without any, `tokens` itself is returned.
         size: (B, N) or (B, N, 1) fp32 or fp64, positive: how many tokens each stands for;
             None means one each.
+        penalty: (B, N) fp32 or fp64, taken off the similarity that a token merges by: where it is 3
+            no token merges before those where it is 0. Partners are chosen without it.
         num_prefix_tokens: p, 0 or 1: the class token, first, which is never merged.
         return_info: also return a `BipartiteInfo`.
 
@@ -81,61 +91,59 @@ def bipartite_merge(
     Raises:
         TypeError, ValueError: naming the argument, what was expected, what came, what to do.
     """
-    size = _check_arguments(tokens, metric, r, size, num_prefix_tokens)
+    _check_arguments(tokens, metric, r, num_prefix_tokens)
+    size, penalty = check_size(size, tokens), _check_penalty(penalty, metric)
     check_flags(return_info=return_info)
     B, N, _ = tokens.shape
     r = min(r, max(0, N - num_prefix_tokens) // 2)
     if r == 0:
         slots = torch.arange(N, dtype=torch.int32, device=tokens.device).expand(B, -1)
     else:
-        slots = _match_op(metric.detach(), r, num_prefix_tokens)
+        slots = _match_op(metric.detach(), penalty, r, num_prefix_tokens)
     info = BipartiteInfo(slots, N - r)
     merged, size = _merged(tokens, size, info)
     return (merged, size, info) if return_info else (merged, size)
 
 
 def merge_by(
-    tokens: Tensor, info: BipartiteInfo, size: Tensor | None = None
+    tokens: Tensor, info: BipartiteInfo | ReductionInfo, size: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Merge other tokens by a match already made: positions beside features, a recomputation.
 
     Args:
         tokens: (B, N, D), fp32, bf16, fp16 or fp64. Gradients reach tokens only.
-        info: of the `bipartite_merge` that matched N tokens.
-        size: (B, N) or (B, N, 1) fp32 or fp64, positive; None means one each.
+        info: of the `bipartite_merge` or `merge_nearest` that matched N tokens.
+        size: (B, N) or (B, N, 1) fp32 or fp64, positive, or zero of padding; None means one each.
 
     Returns:
-        merged (B, N-r, D) in the dtype of `tokens`, size (B, N-r), as `bipartite_merge`.
+        merged (B, R, D) in the dtype of `tokens`, size (B, R), as there.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected, what came, what to do.
     """
     check_tokens(tokens)
-    check_info(info)
+    check_slots(info)
     check_shape("tokens", tokens, (*info.slots.shape, tokens.shape[2]), "(B, N, D)")
     check_device("tokens", tokens, "info.slots", info.slots)
-    return _merged(tokens, _check_size(size, tokens), info)
+    return _merged(tokens, check_size(size, tokens), info)
 
 
-def _merged(tokens: Tensor, size: Tensor | None, info: BipartiteInfo) -> tuple[Tensor, Tensor]:
+def _merged(
+    tokens: Tensor, size: Tensor | None, info: BipartiteInfo | ReductionInfo
+) -> tuple[Tensor, Tensor]:
     """Tokens and sizes after the step; `tokens` itself where nothing is merged."""
     B, N, _ = tokens.shape
-    if info.num_rows != N:
-        return _merge_op(tokens, size, info.slots, info.num_rows)
+    if isinstance(info, ReductionInfo) or info.num_rows != N:
+        return merge_op(tokens, size, info.slots, info.num_rows)
     if size is None:
         size = tokens.new_ones(B, N, dtype=accumulator(tokens.dtype))
     return tokens, size
 
 
-def _check_arguments(
-    tokens: Tensor, metric: Tensor, r: int, size: Tensor | None, num_prefix_tokens: int
-) -> Tensor | None:
-    """Check every argument -> size (B, N) in the accumulator's dtype, without gradient."""
+def _check_arguments(tokens: Tensor, metric: Tensor, r: int, num_prefix_tokens: int) -> None:
+    """Raises where one of them is not what `bipartite_merge` takes."""
     check_tokens(tokens)
-    B, N, _ = tokens.shape
-    check_tensor("metric", metric, "(B, N, C)", 3)
-    check_shape("metric", metric, (B, N, metric.shape[2]), "(B, N, C)")
-    check_device("metric", metric, "tokens", tokens)
+    check_metric(metric, tokens)
     if isinstance(r, bool) or not isinstance(r, (int, torch.SymInt)):
         raise TypeError(message("r", "an int, the number of tokens to merge away", r))
     if r < 0:
@@ -145,33 +153,57 @@ def _check_arguments(
     if num_prefix_tokens not in (0, 1):
         remedy = "only a class token, first, can be protected"
         raise ValueError(message("num_prefix_tokens", "0 or 1", num_prefix_tokens, remedy))
-    return _check_size(size, tokens)
 
 
-def _check_size(size: Tensor | None, tokens: Tensor) -> Tensor | None:
+def check_size(size: Tensor | None, tokens: Tensor) -> Tensor | None:
     """Sizes (B, N) in the accumulator's dtype, without gradient; None stays None."""
     if size is None:
         return None
     B, N, _ = tokens.shape
     check_tensor("size", size, "(B, N) or (B, N, 1)", (2, 3))
-    if size.dtype not in (torch.float32, torch.float64):
-        raise TypeError(message("size", "fp32 or fp64", size, "cast it: size.float()"))
+    _check_fp32_or_fp64("size", size)
     shape = (B, N, 1)[: size.dim()]
     check_shape("size", size, shape, "(B, N) or (B, N, 1)")
     check_device("size", size, "tokens", tokens)
     return size.detach().reshape(B, N).to(accumulator(tokens.dtype))
 
 
-def match_reference(metric: Tensor, r: int, num_prefix_tokens: int) -> Tensor:
-    """The specification of the matching -> slots (B, N) int32."""
-    B, N, _ = metric.shape
-    num_a, first_b = (N + 1) // 2, (N + 1) // 2 - r
+def unit_rows(metric: Tensor) -> Tensor:
+    """metric (B, N, C) over its norm, in the accumulator's dtype; NaN where it has no direction."""
     metric = metric.to(accumulator(metric.dtype))
     square = metric.square().sum(2, keepdim=True)
     has_direction = (square >= SMALLEST_SQUARE) & square.isfinite()
-    unit = torch.where(has_direction, metric * square.rsqrt(), float("nan"))
+    return torch.where(has_direction, metric * square.rsqrt(), float("nan"))
+
+
+def _check_penalty(penalty: Tensor | None, metric: Tensor) -> Tensor | None:
+    """Penalties (B, N) in the accumulator's dtype, without gradient; None stays None."""
+    if penalty is None:
+        return None
+    check_tensor("penalty", penalty, "(B, N)", 2)
+    _check_fp32_or_fp64("penalty", penalty)
+    check_shape("penalty", penalty, tuple(metric.shape[:2]), "(B, N)")
+    check_device("penalty", penalty, "tokens", metric)
+    return penalty.detach().to(accumulator(metric.dtype))
+
+
+def _check_fp32_or_fp64(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise TypeError(message(name, "fp32 or fp64", tensor, f"cast it: {name}.float()"))
+
+
+def match_reference(
+    metric: Tensor, penalty: Tensor | None, r: int, num_prefix_tokens: int
+) -> Tensor:
+    """The specification of the matching -> slots (B, N) int32."""
+    B, N, _ = metric.shape
+    num_a, first_b = (N + 1) // 2, (N + 1) // 2 - r
+    unit = unit_rows(metric)
     similarity = unit[:, ::2] @ unit[:, 1::2].mT  # (B, ceil(N/2), floor(N/2))
     best, partner = similarity.masked_fill(similarity.isnan(), float("-inf")).max(2)
+    if penalty is not None:
+        best = best - penalty[:, ::2]
+        best = best.masked_fill(best.isnan(), float("-inf"))
     merged = largest(best[:, num_prefix_tokens:], r)
     is_merged = torch.zeros(B, num_a, dtype=torch.bool, device=metric.device)
     is_merged.scatter_(1, merged + num_prefix_tokens, True)
@@ -190,7 +222,7 @@ def merge_reference(
     if size is None:
         size = tokens.new_ones(B, N, dtype=accumulator(tokens.dtype))
     out_size = size.new_zeros(B * num_rows).index_add_(0, rows, size.reshape(-1))
-    weight = size / out_size.index_select(0, rows).view(B, N)
+    weight = size / out_size.clamp(min=SMALLEST_SIZE).index_select(0, rows).view(B, N)
     weighted = (tokens * weight[..., None]).reshape(B * N, D)
     out = size.new_zeros(B * num_rows, D).index_add_(0, rows, weighted)
     return out.to(tokens.dtype).view(B, num_rows, D), out_size.view(B, num_rows)
@@ -200,12 +232,12 @@ def merge_backward_reference(
     grad_out: Tensor, size: Tensor | None, out_size: Tensor, slots: Tensor
 ) -> Tensor:
     """grad_out (B, R, D) -> grad_tokens (B, N, D)."""
-    return sum_rows(grad_out, slots[..., None], _shares(size, out_size, slots)[..., None])
+    return sum_rows(grad_out, slots[..., None], shares(size, out_size, slots)[..., None])
 
 
-def _shares(size: Tensor | None, out_size: Tensor, slots: Tensor) -> Tensor:
+def shares(size: Tensor | None, out_size: Tensor, slots: Tensor) -> Tensor:
     """w (B, N): each token's share of its row."""
-    total = out_size.gather(1, slots.long())
+    total = out_size.clamp(min=SMALLEST_SIZE).gather(1, slots.long())
     return total.reciprocal() if size is None else size / total
 
 
@@ -239,7 +271,7 @@ def _save_shares(ctx, inputs, output) -> None:
 def _backward_of_backward(ctx, grad):
     """Linear in grad_out: the merge of `grad` by the same rows and shares."""
     slots = ctx.saved_tensors[2]
-    return add_rows(grad, slots, _shares(*ctx.saved_tensors), ctx.R), None, None, None
+    return add_rows(grad, slots, shares(*ctx.saved_tensors), ctx.R), None, None, None
 
 
 def _merge_flops(tokens_shape, *args, **kwargs) -> int:
@@ -261,7 +293,7 @@ _match_op = Operator(
     fake=lambda metric, *_: metric.new_empty(metric.shape[:2], dtype=torch.int32),
     flops=_match_flops,
 )
-_merge_op = Operator(
+merge_op = Operator(
     "bipartite_merge",
     merge_reference,
     launcher=merge_fwd,

@@ -18,6 +18,7 @@ from elip_kernels._triton import tl, triton
 from elip_kernels.select import kth_largest, order_key, output_slots
 
 SMALLEST_SQUARE = torch.finfo(torch.float32).tiny  # a smaller squared norm gives no direction
+SMALLEST_SIZE = torch.finfo(torch.float32).tiny  # a row of less weighs nothing
 
 
 @triton.jit
@@ -86,8 +87,8 @@ def _match_kernel(
 
 @triton.jit(do_not_specialize=["N", "R"])
 def _slots_kernel(
-    best_ptr, partner_ptr, slots_ptr, N, R,
-    P: tl.constexpr, BLOCK_A: tl.constexpr,
+    best_ptr, partner_ptr, penalty_ptr, slots_ptr, N, R,
+    P: tl.constexpr, HAS_PENALTY: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     """One program per image: the R best of A, and the output row of every token."""
     pid_b = tl.program_id(0).to(tl.int64)
@@ -98,6 +99,9 @@ def _slots_kernel(
     is_candidate = mask_a & (offs_a >= P)
     best = tl.load(best_ptr + pid_b * num_a + offs_a, mask=mask_a, other=0.0)
     partner = tl.load(partner_ptr + pid_b * num_a + offs_a, mask=mask_a, other=0)
+    if HAS_PENALTY:
+        best -= tl.load(penalty_ptr + pid_b * N + 2 * offs_a, mask=mask_a, other=0.0)
+        best = tl.where(best == best, best, float("-inf"))
     key = order_key(best, is_candidate, is_candidate)  # [BLOCK_A]
     is_merged, merged_before = output_slots(key, kth_largest(key, R), R)
     slot = tl.where(is_merged, first_b + partner, offs_a - merged_before)
@@ -193,10 +197,11 @@ def _merge_bwd_kernel(
     )
 
 
-def match(metric: Tensor, r: int, num_prefix_tokens: int) -> Tensor:
+def match(metric: Tensor, penalty: Tensor | None, r: int, num_prefix_tokens: int) -> Tensor:
     """Allocate, read the launch table, launch: scores and partners, then slots."""
     B, N, C = metric.shape
     metric = launch.addressable(metric)
+    penalty = None if penalty is None else penalty.contiguous()
     num_a = (N + 1) // 2
     best = metric.new_empty(B, num_a, dtype=torch.float32)
     partner = metric.new_empty(B, num_a, dtype=torch.int32)
@@ -216,7 +221,11 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int) -> Tensor:
         )
         block_a = max(16, launch.next_power_of_2(num_a))
         _slots_kernel[(B,)](
-            *(best, partner, slots, N, r), P=num_prefix_tokens, BLOCK_A=block_a, num_warps=4
+            *(best, partner, penalty, slots, N, r),
+            P=num_prefix_tokens,
+            HAS_PENALTY=penalty is not None,
+            BLOCK_A=block_a,
+            num_warps=4,
         )
     return slots
 

@@ -1,4 +1,4 @@
-"""Where each token went: what `reduce` and `bipartite_merge` say of a step, and how steps chain.
+"""Where each token went: what an op that reduces says of its step, and how steps chain.
 
 A source map (B, T, N) is True where output token t holds input token n. One step's map is T x N;
 maps chain over steps by "holds something that held", so that T tokens now are traced to N patches.
@@ -14,15 +14,17 @@ from elip_kernels.rows import take_rows
 
 
 class ReductionInfo(NamedTuple):
-    """What `reduce` kept and how it merged.
+    """What `reduce` or `merge_nearest` kept, and how the others were merged.
 
-    kept: (B, K) int64, positions in `tokens`, ascending; padding that fills slots comes last, but
-        stays in its place where all are kept.
+    kept: (B, K) int64, positions in `tokens`, of `reduce` ascending; padding that fills slots comes
+        last, but stays in its place where all are kept.
     weights: (B, N) fp32 (fp64 if an input is), zero at kept and prefix tokens, and everywhere
-        without merging.
-    mask: (B, p+K+1) bool, True where an output token is real; None when no mask was given.
+        without merging; of `merge_nearest` each token's share of its row.
+    mask: (B, R) bool, True where an output token is real; None when no mask was given.
     num_prefix_tokens: p, tokens that stay, first.
     merged: the last output token is the merged one; it holds all that were dropped.
+    slots: (B, N) int32, the output row that each token is part of, where all of them are part of a
+        kept one; else None.
     """
 
     kept: Tensor
@@ -30,12 +32,18 @@ class ReductionInfo(NamedTuple):
     mask: Tensor | None
     num_prefix_tokens: int = 1
     merged: bool = True
+    slots: Tensor | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """R, output rows."""
+        return self.num_prefix_tokens + self.kept.shape[1] + self.merged
 
     def source_map(self, earlier: Tensor | None = None) -> Tensor:
         """The tokens that each output token holds: prefix, kept in the order of `kept`, merged.
 
-        What the mask calls no real token holds nothing; padding counts to the merged token, though
-        it has no weight.
+        What the mask calls no real token holds nothing; padding counts to the merged token, or to
+        one that is kept, though it has no weight.
 
         Args:
             earlier: (B, N, P) bool, the map of the steps before, whose tokens were reduced here.
@@ -44,6 +52,8 @@ class ReductionInfo(NamedTuple):
             (B, T, N) bool, or (B, T, P) where an earlier map is given.
         """
         B, N = self.weights.shape
+        if self.slots is not None:
+            return _chained(_held(self.slots, self.num_rows), earlier)
         index = torch.arange(N, device=self.kept.device)
         prefix = index[: self.num_prefix_tokens].expand(B, -1)
         source = torch.cat([prefix, self.kept], dim=1)[..., None] == index
@@ -79,14 +89,14 @@ def unmerge(merged: Tensor, info: BipartiteInfo | ReductionInfo | Tensor) -> Ten
     Returns:
         (B, N, D).
     """
-    if isinstance(info, ReductionInfo):
+    if isinstance(info, ReductionInfo) and info.slots is None:
         info = info.source_map()
     check_tensor("merged", merged, "(B, T, D)", 3)
     D = merged.shape[2]
     if not isinstance(info, Tensor):
-        check_info(info)
+        check_slots(info)
         shape = (info.slots.shape[0], info.num_rows, D)
-        check_shape("merged", merged, shape, "(B, N-r, D)")
+        check_shape("merged", merged, shape, "(B, T, D)")
         check_device("merged", merged, "info.slots", info.slots)
         return take_rows(merged, info.slots)
     if info.dtype != torch.bool or info.dim() != 3:
@@ -99,15 +109,21 @@ def unmerge(merged: Tensor, info: BipartiteInfo | ReductionInfo | Tensor) -> Ten
 
 def source_matrix(info: BipartiteInfo) -> Tensor:
     """(B, N-r, N) bool: True where the input token is part of the output row."""
-    check_info(info)
-    rows = torch.arange(info.num_rows, device=info.slots.device)
-    return info.slots[:, None, :] == rows[None, :, None]
+    check_slots(info)
+    return _held(info.slots, info.num_rows)
 
 
-def check_info(info: BipartiteInfo) -> None:
-    """Raises TypeError where it is no `BipartiteInfo`."""
-    if not isinstance(info, BipartiteInfo):
-        raise TypeError(message("info", "the BipartiteInfo that bipartite_merge returns", info))
+def check_slots(info: BipartiteInfo | ReductionInfo) -> None:
+    """Raises TypeError where it does not say of each token which row it is part of."""
+    if not isinstance(info, (BipartiteInfo, ReductionInfo)) or info.slots is None:
+        expected = "the info that bipartite_merge or merge_nearest returns"
+        raise TypeError(message("info", expected, info))
+
+
+def _held(slots: Tensor, num_rows: int) -> Tensor:
+    """slots (B, N) -> (B, R, N) bool: True where the input token is part of the output row."""
+    rows = torch.arange(num_rows, device=slots.device)
+    return slots[:, None, :] == rows[None, :, None]
 
 
 def _chained(source: Tensor, earlier: Tensor | None) -> Tensor:

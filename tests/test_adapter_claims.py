@@ -81,10 +81,10 @@ def test_an_empty_schedule_is_the_untouched_model(name, mode):
     assert list(model.state_dict()) == keys
 
 
-SCORERS = ["official", "exact", "cls", "last", 1]
+SCORERS = ["official", "exact", "attention", "cls", "last", 1]
 SCORED = [(name, s) for name in TOWERS | ROTARY | POOLED for s in SCORERS]
 SCORED += [(name, s) for name in LACK_CLS for s in ("exact", "last", 1)]
-SCORED_QUICK = [(name, s) for name, s in SCORED if name in QUICK]
+SCORED_QUICK = [(name, s) for name, s in SCORED if name in QUICK and s != "attention"]
 
 
 @pytest.mark.parametrize(("name", "scorer"), tiered(SCORED, SCORED_QUICK))

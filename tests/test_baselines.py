@@ -22,17 +22,19 @@ from tests.towers import assert_equal_gradients
 OPTIONS = {
     "evit": {"keep_rate": 0.7},
     "tome": {"r": 3},
+    "guided_tome": {"r": 3, "protect": 0.5},
     "patch_dropout": {"keep": 0.5},
     "resize": {"size": 12},
     "adaptive": {"keep_mass": 0.4},
 }
 OTHERS = [name for name in STRATEGIES if name != "elip"]
 LEFT = {"evit": 10, "tome": 8, "patch_dropout": 9, "resize": 10, "adaptive": 10}
-LEFT |= {"trips": 10, "random": 10}
+LEFT |= {"trips": 10, "random": 10, "guided_tome": 8}
 MOMENTUM = ["albef", "blip"]
 CASES = [(family, strategy) for family in MODELS for strategy in OTHERS]
 QUICK = [
     ("albef", "tome"),
+    ("blip", "guided_tome"),
     ("blip", "adaptive"),
     ("meter", "evit"),
     ("meter", "random"),
@@ -70,7 +72,12 @@ def test_a_text_sees_the_tokens_that_are_left_of_its_image(family, strategy):
     assert model.reduction.token_counts(model.tower.size)[-1].mlp == LEFT[strategy]
     assert (mask_after(infos) is not None) == (strategy == "adaptive")
     whole, _ = model.eval().encode_image(images)
-    dense = strategy in ("trips", "adaptive", "patch_dropout")  # without text, or not in training
+    dense = strategy in (
+        "trips",
+        "adaptive",
+        "guided_tome",
+        "patch_dropout",
+    )  # without text, or not in training
     assert whole.shape[1] == (17 if dense else LEFT[strategy])
 
 
@@ -115,7 +122,7 @@ def test_a_momentum_tower_that_shares_keeps_the_same_tokens(family, strategy):
     assert seen.image_m.shape == seen.image.shape and not torch.equal(seen.image_m, seen.image)
 
 
-@pytest.mark.parametrize("strategy", ["evit", "tome", "trips", "resize"])
+@pytest.mark.parametrize("strategy", ["evit", "tome", "guided_tome", "trips", "resize"])
 def test_a_momentum_tower_may_choose_for_itself(strategy):
     model, batch = reduced("blip", strategy, momentum=1.0), batch_of_four()
     assert model.contrast(*batch).image_m.shape[1] == 17
@@ -188,7 +195,12 @@ RUN = (
     "model.overrides.vision_depth=6",
     "model.overrides.schedule=1(100%) 1(90%) 3(65%) 1(40%)",
 )
-SCENES = OPTIONS | {"tome": {"r": 2}, "resize": {"size": 24}, "adaptive": {"keep_mass": 0.7}}
+SCENES = OPTIONS | {
+    "tome": {"r": 2},
+    "guided_tome": {"r": 2},
+    "resize": {"size": 24},
+    "adaptive": {"keep_mass": 0.7},
+}
 RUNS = [(f"{family}_tiny", strategy) for family in MODELS for strategy in OTHERS]
 
 

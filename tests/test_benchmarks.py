@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.machine import commit
 from benchmarks.plot import BEGIN, END, main
+from elip_models.profiling.commit import commit
 from elip_models.profiling.measure import count_step
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,7 +20,7 @@ def inputs(B=2, N=13, D=6, C=8, dtype=torch.float32):
     return torch.randn(B, N, D).to(dtype), torch.randn(B, N, C).to(dtype), size
 
 
-def definition(tokens, metric, size, r, p):
+def definition(tokens, metric, size, r, p, penalty=None):
     """One image, by Python lists -> merged, size."""
     unit = torch.nn.functional.normalize(metric.double(), dim=-1)
     even, odd = range(0, len(tokens), 2), range(1, len(tokens), 2)
@@ -28,7 +28,8 @@ def definition(tokens, metric, size, r, p):
     for a in even:
         similarity, partner = max((float(unit[a] @ unit[b]), -b) for b in odd)
         best[a] = (similarity, -partner)
-    merged = sorted(even[p:], key=lambda a: (-best[a][0], a))[:r]
+    delay = torch.zeros(len(tokens)) if penalty is None else penalty
+    merged = sorted(even[p:], key=lambda a: (float(delay[a]) - best[a][0], a))[:r]
     groups = [[a] for a in even if a not in merged]
     groups += [[b, *(a for a in merged if best[a][1] == b)] for b in odd]
     sizes = torch.stack([sum(size[n] for n in group) for group in groups])
@@ -109,6 +110,32 @@ def test_is_the_definition(N, r, p):
         expected, expected_size = definition(tokens[b], metric[b], size[b], r, p)
         torch.testing.assert_close(merged[b].double(), expected, atol=1e-6, rtol=0)
         assert torch.equal(sizes[b], expected_size)
+
+
+@pytest.mark.parametrize("p", [0, 1])
+@pytest.mark.parametrize(("N", "r"), [(3, 1), (12, 5), (13, 3), (50, 9)])
+def test_a_penalty_is_the_definition(N, r, p):
+    tokens, metric, size = inputs(N=N)
+    penalty = torch.randn(2, N)
+    merged, sizes = bipartite_merge(
+        tokens, metric, r, size=size, penalty=penalty, num_prefix_tokens=p
+    )
+    for b in range(2):
+        expected, expected_size = definition(tokens[b], metric[b], size[b], r, p, penalty[b])
+        torch.testing.assert_close(merged[b].double(), expected, atol=1e-6, rtol=0)
+        assert torch.equal(sizes[b], expected_size)
+
+
+def test_where_the_penalty_is_three_tokens_merge_only_if_no_others_are_left():
+    tokens, metric, _ = inputs(N=21)
+    penalty = torch.zeros(2, 21)
+    penalty[:, 4:15:2] = 3.0  # six of the ten that may be sources
+    for r in range(1, 11):
+        _, _, info = bipartite_merge(tokens, metric, r, penalty=penalty, return_info=True)
+        is_merged = info.slots[:, ::2] >= 11 - r
+        assert (is_merged.sum(1) == r).all()
+        spared = (~is_merged[:, 2:8]).sum(1)
+        assert (spared == min(6, 10 - r)).all()
 
 
 def test_ties_go_to_the_lower_index():
@@ -195,20 +222,21 @@ def test_a_gradient_of_the_gradient(with_size):
 
 
 def test_gradient_reaches_tokens_only():
-    leaves = [t.requires_grad_() for t in inputs()]
-    tokens, metric, size = leaves
-    merged, sizes = bipartite_merge(tokens, metric, 4, size=size)
+    tokens, *others = [leaf.requires_grad_() for leaf in (*inputs(), torch.rand(2, 13))]
+    metric, size, penalty = others
+    merged, sizes = bipartite_merge(tokens, metric, 4, size=size, penalty=penalty)
     merged.square().sum().backward()
     assert tokens.grad.abs().sum(-1).min() > 0
-    assert metric.grad is None and size.grad is None and not sizes.requires_grad
+    assert all(other.grad is None for other in others) and not sizes.requires_grad
 
 
 @pytest.mark.parametrize("with_size", [True, False])
 def test_opcheck(with_size):
     tokens, metric, size = inputs()
     size = size if with_size else None
-    opcheck(torch.ops.elip.bipartite_match.default, (metric, 4, 1))
-    slots = torch.ops.elip.bipartite_match(metric, 4, 1)
+    for penalty in (None, torch.rand(2, 13)):
+        opcheck(torch.ops.elip.bipartite_match.default, (metric, penalty, 4, 1))
+    slots = torch.ops.elip.bipartite_match(metric, None, 4, 1)
     arguments = (tokens.requires_grad_(), size, slots, 9)
     opcheck(torch.ops.elip.bipartite_merge.default, arguments)
     merged, sizes = torch.ops.elip.bipartite_merge(*arguments)

@@ -98,6 +98,26 @@ def test_the_same_position_gives_the_same_sample_and_another_epoch_another(datas
     assert len(texts) == 5
 
 
+def test_a_second_caption_of_the_same_image_guides_and_changes_nothing_else(dataset, tokenizer):
+    guided = make_dataset(dataset.source, tokenizer, guide_captions=True)
+    seen = set()
+    for turn in range(40):
+        sample, plain = guided[turn, 3], dataset[turn, 3]
+        assert all(torch.equal(sample[name], plain[name]) for name in TENSORS)
+        assert sample["guide_mask"].sum() == (sample["guide_ids"] != tokenizer.pad_token_id).sum()
+        assert not torch.equal(sample["guide_ids"], sample["input_ids"])
+        seen.add(tuple(sample["guide_ids"].tolist()))
+    captions = {tuple(dataset[turn, 3]["input_ids"].tolist()) for turn in range(40)}
+    assert seen == captions
+    (batch,) = take(guided, EpochSampler(LENGTH, BATCH, 0), 1)
+    assert batch["guide_ids"].shape == batch["guide_mask"].shape == (BATCH, 24)
+
+
+def test_an_image_of_one_caption_is_guided_by_it(tokenizer):
+    sample = make_dataset(DamagedSource(LENGTH, set()), tokenizer, guide_captions=True)[0, 3]
+    assert torch.equal(sample["guide_ids"], sample["input_ids"])
+
+
 def test_a_pickled_dataset_gives_the_same_samples(dataset):
     copy = pickle.loads(pickle.dumps(dataset))
     assert all(torch.equal(copy[1, 3][name], dataset[1, 3][name]) for name in TENSORS)

@@ -156,7 +156,7 @@ def test_several_lists_each_with_paths_relative_to_itself(tmp_path):
         ("emoji_scenes", ValueError, "spec: expected a size, got 'emoji_scenes'; write emoji_sc"),
         ("emoji_scenes:size=x", ValueError, "spec: size: expected an int of 0 or more, got 'x'"),
         ("emoji_scenes:size=0", ValueError, "size: expected an integer at least 1, got 0"),
-        ("emoji_scenes:size=1,sed=2", ValueError, "expected the options seed and size, got 'sed'"),
+        ("emoji_scenes:size=1,sed=2", ValueError, "seed, size, clutter and textures, got 'sed'"),
     ],
 )
 def test_bad_specs(spec, error, message, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from elip_models.data import BACKGROUNDS, EMOJI, EmojiScenes, render
-from elip_models.data.captions import PLACES, TEMPLATES, counted, plural, with_article
+from elip_models.data.captions import GRID_PLACES, PLACES, TEMPLATES, counted, plural, with_article
 from elip_models.data.scenes import _font_path, draw_emoji
 from elip_models.data.world import COUNTS, GROUP_NUMBERS, LAYOUTS, Group, Scene
 
@@ -95,7 +95,7 @@ OBJECTS = {
     for name in EMOJI
     for count in COUNTS
 }
-PHRASES = {phrase: place for place, (_, _, phrase) in PLACES.items()}
+PHRASES = {phrase: place for place, (_, _, phrase) in (PLACES | GRID_PLACES).items()}
 
 
 def alternatives(words) -> str:

@@ -198,6 +198,11 @@ TABLE = {
                     torch.ones(2, 13, **META),
                 ),
             ],
+            "penalty": [
+                *([1.0] * 13, torch.ones(13), torch.ones(2, 12), torch.ones(2, 13, 1)),
+                *(torch.ones(2, 13).bool(), torch.ones(2, 13).half()),
+                torch.ones(2, 13, **META),
+            ],
             "num_prefix_tokens": [None, True, 1.0, -1, 2],
             "return_info": [1, None, "yes"],
         },

@@ -21,7 +21,7 @@ from tests.towers import (
     text,
 )
 
-SCORERS = ["official", "exact", "cls", "last", 1]
+SCORERS = ["official", "exact", "bf16", "cls", "last", 1]
 
 
 @pytest.fixture(params=[plain_vit, clip_vit], ids=["plain", "clip"])

@@ -25,6 +25,7 @@ from elip_models.profiling.rows import in_mode, profile_model, tokens_of, verdic
 from elip_models.profiling.table import runs
 from elip_models.profiling.workload import Workload
 from elip_models.reduction.patch import is_reduced
+from elip_models.reduction.scorers import SCORERS
 from elip_models.reduction.strategies import STRATEGIES, PatchDropout
 from elip_models.reduction.strategies.elip import Elip
 from elip_models.reduction.strategies.evit import EViT
@@ -201,7 +202,7 @@ def test_settings_of_a_strategy():
         ("tome:r=1.5", "r: expected an integer at least 0"),
         ("tome:r=none", "r: expected an integer at least 0"),
         ("elip:scorer=fast", "scorer: expected one of"),
-        ("elip:merge=1", "merge: expected true or false"),
+        ("elip:merge=1", "merge: expected True or False or 'nearest', got 1"),
         ("elip:schedule=12(50)", "schedule: expected groups"),
     ],
 )
@@ -240,7 +241,7 @@ def test_the_table_of_a_training_run():
         img_size=32, patch_size=8, embed_dim=32, num_heads=2, num_classes=0, pre_norm=True
     )
     costs = scorer_costs(Workload(tower, 1), rounds=1)
-    assert [cost.scorer for cost in costs] == ["dense", "official", "exact", "cls", "last"]
+    assert [cost.scorer for cost in costs] == ["dense", *SCORERS]
     assert costs[0].training == costs[0].inference == costs[0].memory == 1
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(_timing_table(costs, {"chance": [0.5], "last": [0.75]}, 1, "saved bytes"))

@@ -15,7 +15,7 @@ from torchao.quantization import (
 )
 
 import elip_models
-from elip_models import Adaptive, Elip, EViT, PatchDropout, Random, Resize, ToMe, Trips
+from elip_models import Adaptive, Elip, EViT, GuidedToMe, PatchDropout, Random, Resize, ToMe, Trips
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategies import Dense
 from elip_models.towers import as_tower
@@ -49,6 +49,7 @@ STRATEGIES = {
     **{f"elip {s}": Elip(**VISION, scorer=s) for s in ("last", "cls", "exact", "official", 1)},
     "adaptive": Adaptive(**VISION, keep_mass=0.5),
     "evit": EViT(0.7, layers=(1, 3)),
+    "guided_tome": GuidedToMe(4),
     "evit, no gradient": EViT(0.7, layers=(1, 3), attention_gradient=False),
     "patch_dropout": PatchDropout(0.5),  # does nothing in inference
     "random": Random(SCHEDULE),
@@ -62,6 +63,7 @@ NOTHING = {
     "evit": EViT(1.0),
     "random": Random("6(100%)"),
     "tome": ToMe(0),
+    "guided_tome": GuidedToMe(0),
     "trips": Trips("6(100%)"),
 }
 

@@ -20,6 +20,7 @@ from elip_models import (
     Adaptive,
     Elip,
     EViT,
+    GuidedToMe,
     PatchDropout,
     Random,
     Resize,
@@ -123,6 +124,7 @@ EVERY = [
     EViT(keep_rate=0.6, layers=(1, 3)),
     EViT(layers="all"),
     ToMe(r=(1, 2, 3, 4, 5, 6), proportional=False),
+    GuidedToMe(r=(1, 2, 3, 4, 5, 6), protect=0.5, guidance_norm="match"),
     PatchDropout(0.3, until=7),
     Resize(24),
 ]

@@ -12,6 +12,7 @@ from elip_models import (
     Adaptive,
     Elip,
     EViT,
+    GuidedToMe,
     PatchDropout,
     Random,
     Resize,
@@ -102,6 +103,7 @@ STRATEGIES = {
     "evit every layer": EViT(0.8, layers="all", attention_gradient=False),
     "tome": ToMe(4),
     "tome list": ToMe((0, 5, 0, 3, 2, 20), proportional=False),
+    "guided_tome": GuidedToMe((4, 0, 4, 5, 2, 20), protect=0.6, weight=0.5),
     "trips": Trips(SCHEDULE),
     "patch_dropout": PatchDropout(0.5),
     "random": Random(SCHEDULE),
@@ -127,7 +129,7 @@ def patched(model, strategy, x, t, call=None):
 
 
 REFUSED = {("HF SigLIP", "evit"), ("HF SigLIP", "evit every layer"), ("rotary", "resize")}
-REFUSED |= {("rotary", "tome"), ("rotary", "tome list")}
+REFUSED |= {("rotary", name) for name in ("tome", "tome list", "guided_tome")}
 PAIRS = [(library, name) for library in [*LIBRARIES, *OTHERS] for name in STRATEGIES]
 
 
@@ -337,6 +339,12 @@ def test_resize_agrees_with_timms_own_interpolation():
         (lambda: ToMe(-1), "r: expected an integer at least 0"),
         (lambda: ToMe(True), "r: expected an integer at least 0"),
         (lambda: ToMe(proportional=1), "proportional: expected True or False"),
+        (lambda: GuidedToMe(protect=1.0), r"protect: expected a number in \[0, 1\), got 1"),
+        (lambda: GuidedToMe(weight=-0.1), "weight: expected a number at least 0"),
+        (
+            lambda: elip_models.reduce_(siglip_vision(), strategy=GuidedToMe(fusion=1.0)),
+            "has no CLS token, so a text alone",
+        ),
         (lambda: EViT(attention_gradient="no"), "attention_gradient: expected True or False"),
         (lambda: Random(SCHEDULE, merge=1), "merge: expected True or False"),
         (lambda: PatchDropout(1.5), "keep: expected a number in"),

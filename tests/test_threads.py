@@ -169,12 +169,13 @@ def test_reentrant_checkpoints_of_several_threads_are_refused():
 
 
 IN_PLACE = [(name, "tome") for name in PAIRS if "EVA" not in name]  # which ToMe cannot reduce
+IN_PLACE.append((IN_PLACE[0][0], "guided_tome"))
 
 
 @pytest.mark.parametrize(("name", "strategy"), [*((name, "elip") for name in PAIRS), *IN_PLACE])
 def test_a_whole_model_guides_itself_in_every_thread(name, strategy):
     model, tokens = PAIRS[name]().eval(), [ids(2) for _ in range(THREADS)]
-    elip_models.reduce_(model, strategy=strategy, schedule=None if strategy == "tome" else SCHEDULE)
+    elip_models.reduce_(model, strategy=strategy, schedule=SCHEDULE if strategy == "elip" else None)
 
     @torch.no_grad()
     def run(model, i):

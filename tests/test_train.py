@@ -238,6 +238,29 @@ def test_config_is_checked():
         train("clip_tiny")
 
 
+def one_caption_each(folder, *second):
+    """A list of sixteen images, of which the first ones have a second caption too."""
+    captions = [[f"picture {i}", *second[i : i + 1]] for i in range(16)]
+    entries = [{"image": f"{i}.png", "caption": texts} for i, texts in enumerate(captions)]
+    (folder / "list.json").write_text(json.dumps(entries))
+    return f"data.train={folder / 'list.json'}"
+
+
+def test_images_of_one_caption_cannot_all_be_guided_by_another(tmp_path):
+    config = tiny_config(
+        tmp_path / "run", one_caption_each(tmp_path), "model.overrides.guide=other"
+    )
+    with pytest.raises(ConfigError, match=r"model\.overrides\.guide: expected 'own'.*'other'"):
+        train(config)
+
+
+def test_images_that_guide_themselves_for_lack_of_captions_are_counted(tmp_path):
+    data = one_caption_each(tmp_path, "a second one")
+    config = tiny_config(tmp_path / "run", data, "model.overrides.guide=other")
+    with pytest.warns(UserWarning, match="94% of the images have one"), pytest.raises(DataError):
+        train(config)  # no image is there
+
+
 def test_too_much_unreadable_data_stops_the_run(tmp_path):
     entries = [{"image": f"{i}.png", "caption": f"picture {i}"} for i in range(16)]
     (tmp_path / "list.json").write_text(json.dumps(entries))

@@ -63,6 +63,8 @@ RESUMED = [
         ("optim.compile=aot_eager",),
     )
 ]
+GUIDES = ("guide=other", "guide_negatives=0.5", "guide_dropout=0.3", "guidance_norm=match")
+RESUMED.append(("clip_tiny", tuple(f"model.overrides.{option}" for option in GUIDES)))
 
 
 @pytest.mark.parametrize(

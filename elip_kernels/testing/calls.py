@@ -59,8 +59,9 @@ def _attend_from_tokens(B: int, N: int, D: int, K: int, H: int, dtype: torch.dty
 
 
 def _bipartite_merge(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> None:
-    metric, size = torch.randn(B, N, D // H).to(dtype), torch.randint(1, 6, (B, N)).float()
-    merged, _ = elip_kernels.bipartite_merge(_tokens(B, N, D, dtype), metric, N - K, size=size)
+    metric, tokens = torch.randn(B, N, D // H).to(dtype), _tokens(B, N, D, dtype)
+    options = {"size": torch.randint(1, 6, (B, N)).float(), "penalty": torch.rand(B, N)}
+    merged, _ = elip_kernels.bipartite_merge(tokens, metric, N - K, **options)
     merged.backward(torch.ones_like(merged))
 
 

@@ -176,12 +176,20 @@ def select_move(
 
 
 def bipartite_merge(
-    B: int, N: int, D: int, C: int, r: int, dtype: torch.dtype, *, has_size: bool = False
+    B: int,
+    N: int,
+    D: int,
+    C: int,
+    r: int,
+    dtype: torch.dtype,
+    *,
+    has_size: bool = False,
+    has_penalty: bool = False,
 ) -> Work:
     """The three launches: `bipartite_match`, `bipartite_slots`, `bipartite_gather`."""
     return together(
         bipartite_match(B, N, C, dtype),
-        bipartite_slots(B, N),
+        bipartite_slots(B, N, has_penalty=has_penalty),
         bipartite_gather(B, N, D, r, dtype, has_size=has_size),
     )
 
@@ -195,10 +203,12 @@ def bipartite_match(B: int, N: int, C: int, dtype: torch.dtype, *, tiled: bool =
     return Work(read, written, 2 * B * num_a * num_b * C)
 
 
-def bipartite_slots(B: int, N: int) -> Work:
+def bipartite_slots(B: int, N: int, *, has_penalty: bool = False) -> Work:
     """The output row of every token."""
     num_a = (N + 1) // 2
     read = {"best": B * num_a * FP32, "partner": B * num_a * INT32}
+    if has_penalty:
+        read["penalty"] = B * num_a * FP32
     return Work(read, {"slots": B * N * INT32}, 0)
 
 

@@ -1,26 +1,28 @@
 """How far the scorers choose alike: the share of what `exact` drops that another drops too."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from elip_models.reduction.scorers import SCORERS
 from elip_models.reduction.step import Forward
 from elip_models.reduction.strategies.elip import Elip
 from elip_models.towers import Tower, as_tower
 
+OTHERS = tuple(name for name in SCORERS if name != "exact")
 
-@torch.no_grad()
+
 def scorer_agreement(
     model: nn.Module,
     images: Tensor,
     text_cls: Tensor | None,
     strategy: Elip,
-    scorers: tuple[str, ...] = ("official", "cls", "last"),
+    scorers: Sequence[str | int] = OTHERS,
     *,
     rows: Mapping[int, Tensor] | None = None,
-) -> dict[str, list[float]]:
+) -> dict[str | int, list[float]]:
     """Share of the tokens that `exact` drops which each scorer drops too, by stage.
 
     All scorers see the tokens that `exact` lets through. 'chance' is what a random choice shares.
@@ -30,12 +32,28 @@ def scorer_agreement(
         images: (B, 3, H, W).
         text_cls: (B, D), the guidance in the tower's width, or None: vision only.
         strategy: whose scorer is not used.
+        scorers: by default all that have a name.
         rows: of the momentum tower, see `run_and_read`, whose share is 'momentum'.
     """
+    shares = agreement_by_image(model, images, text_cls, strategy, scorers, rows=rows)
+    return {name: [each.mean().item() for each in stages] for name, stages in shares.items()}
+
+
+@torch.no_grad()
+def agreement_by_image(
+    model: nn.Module,
+    images: Tensor,
+    text_cls: Tensor | None,
+    strategy: Elip,
+    scorers: Sequence[str | int],
+    *,
+    rows: Mapping[int, Tensor] | None = None,
+) -> dict[str | int, list[Tensor]]:
+    """`scorer_agreement` of each image, (B,) a stage."""
     tower, others = as_tower(model), {name: replace(strategy, scorer=name) for name in scorers}
     forward = Forward(tower, replace(strategy, scorer="exact"), text_cls)
     names = (*scorers, *(["momentum"] if rows else []), "chance")
-    shares: dict[str, list[float]] = {name: [] for name in names}
+    shares: dict[str | int, list[Tensor]] = {name: [] for name in names}
     reader = Forward(tower, forward.strategy, text_cls, rows=rows)
     tokens = tower.embed(images)
     for i in range(tower.depth):
@@ -54,9 +72,10 @@ def scorer_agreement(
         forward.infos[i] = reader.infos[i] = info
         for name, row in found.items():
             both = _dropped(tower, entered, row, keep) & reference
-            shares[name].append((both.sum() / reference.sum()).item())
+            shares[name].append(both.sum(1) / reference.sum(1))
         candidates = entered.shape[1] - tower.num_prefix_tokens
-        shares["chance"].append((candidates - keep) / candidates)
+        dropped = reference.new_full(reference.shape[:1], candidates - keep, dtype=torch.float64)
+        shares["chance"].append(dropped / candidates)
     return shares
 
 

@@ -45,7 +45,7 @@ NOTE = (
 def surviving_patches(infos: Sequence[StageInfo], num_patches: int) -> list[Tensor]:
     """For each stage (B, num_patches) bool: the patches that are still tokens of their own."""
     survivors = []
-    for source in _source_maps(infos, num_patches)[1:]:
+    for source in source_maps(infos, num_patches)[1:]:
         alone = source & (source.sum(2, keepdim=True) == 1)
         survivors.append(alone.any(1))
     return survivors
@@ -55,18 +55,20 @@ def attention_maps(infos: Sequence[StageInfo], num_patches: int) -> list[Tensor]
     """For each stage (B, num_patches): the score of the token that holds the patch as the stage
     begins; NaN where the patch was dropped without merging."""
     maps = []
-    for info, source in zip(infos, _source_maps(infos, num_patches)[:-1], strict=True):
+    for info, source in zip(infos, source_maps(infos, num_patches)[:-1], strict=True):
         heat = unmerge(info.attention[..., None], source)[..., 0]
         maps.append(heat.masked_fill(~source.any(1), float("nan")))
     return maps
 
 
-def _source_maps(infos: Sequence[StageInfo], num_patches: int) -> list[Tensor]:
-    """(B, T, num_patches) before the first stage and after each; none without stages."""
+def source_maps(infos: Sequence[StageInfo], num_patches: int) -> list[Tensor]:
+    """(B, T, num_patches) bool, the patches that each token holds, before the first stage and after
+    each; none without stages."""
     if not infos:
         return [torch.empty(0, dtype=torch.bool)]
-    B, N = infos[0].attention.shape
-    source = torch.eye(N, dtype=torch.bool, device=infos[0].attention.device).expand(B, -1, -1)
+    first = infos[0].reduction.source_map()
+    B, _, N = first.shape
+    source = torch.eye(N, dtype=torch.bool, device=first.device).expand(B, -1, -1)
     sources = [source[..., N - num_patches :]]
     for info in infos:
         sources.append(info.reduction.source_map(sources[-1]))

@@ -13,7 +13,7 @@ with extra("elip_models.data"):
         train_loader,
     )
     from elip_models.data.readers import JsonSource, MixedSource, ShardSource, open_source
-    from elip_models.data.sample import Sample, SampleError, Source
+    from elip_models.data.sample import NamedMasks, Sample, SampleError, Source
     from elip_models.data.scenes import EmojiScenes, render
     from elip_models.data.skips import DataError, SkipReport, check_source
     from elip_models.data.tokenizer import load_tokenizer, tokenize, train_tokenizer
@@ -36,6 +36,7 @@ __all__ = [
     "ImageTextDataset",
     "JsonSource",
     "MixedSource",
+    "NamedMasks",
     "Sample",
     "SampleError",
     "Scene",

@@ -1,10 +1,11 @@
 """English captions of emoji scenes: one sentence a template, every one true of the scene."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from elip_models.data.world import Group, Scene
+from elip_models.data.world import GROUP_NUMBERS, Group, Scene
 
 PLACES: dict[str, tuple[int, int, str]] = {
     "top left": (-1, -1, "at the top left"),
@@ -18,6 +19,16 @@ PLACES: dict[str, tuple[int, int, str]] = {
     "bottom right": (1, 1, "at the bottom right"),
 }
 """Place -> column (left to right), row (top to bottom), phrase."""
+
+GRID_PLACES: dict[str, tuple[int, int, str]] = {
+    "top centre": (0, -1, "at the top centre"),
+    "middle left": (-1, 0, "at the middle left"),
+    "middle right": (1, 0, "at the middle right"),
+    "bottom centre": (0, 1, "at the bottom centre"),
+}
+"""Of grids alone, where "at the top" would leave open which; likewise."""
+
+_ALL_PLACES = PLACES | GRID_PLACES
 
 _NUMBERS = {2: "two", 3: "three"}
 _IRREGULAR_PLURALS = {
@@ -59,15 +70,19 @@ def relation(first: Group, second: Group) -> str:
     The axis on which their places are further apart decides; left and right win a tie. All copies
     of `first` then lie on that side of all copies of `second`.
     """
-    column, row, _ = PLACES[first.place]
-    other_column, other_row, _ = PLACES[second.place]
+    column, row, _ = _ALL_PLACES[first.place]
+    other_column, other_row, _ = _ALL_PLACES[second.place]
     if abs(column - other_column) >= abs(row - other_row):
         return "to the left of" if column < other_column else "to the right of"
     return "above" if row < other_row else "below"
 
 
+def _phrase(group: Group) -> str:
+    return _ALL_PLACES[group.place][2]
+
+
 def _placed(group: Group) -> str:
-    return f"{counted(group)} {PLACES[group.place][2]}"
+    return f"{counted(group)} {_phrase(group)}"
 
 
 def _enumerate(phrases: Sequence[str]) -> str:
@@ -81,7 +96,7 @@ def _everything(scene: Scene, groups: Sequence[Group]) -> str:
 
 
 def _background_first(scene: Scene, groups: Sequence[Group]) -> str:
-    placed = _enumerate([_placed(group) for group in groups[:2]])
+    placed = _enumerate([_placed(group) for group in groups])
     return f"{with_article(scene.background)} background with {placed}"
 
 
@@ -92,32 +107,56 @@ def _inventory(scene: Scene, groups: Sequence[Group]) -> str:
 
 def _places_first(scene: Scene, groups: Sequence[Group]) -> str:
     clauses = (
-        f"{PLACES[group.place][2]} there {'is' if group.count == 1 else 'are'} {counted(group)}"
-        for group in groups[:2]
+        f"{_phrase(group)} there {'is' if group.count == 1 else 'are'} {counted(group)}"
+        for group in groups
     )
     return " and ".join(clauses)
 
 
 def _relative(scene: Scene, groups: Sequence[Group]) -> str:
-    first, second = groups[:2]
+    first, second = groups
     related = f"{counted(first)} {relation(first, second)} {counted(second)}"
     return f"{related}, all on {scene.background}"
 
 
-TEMPLATES: tuple[Callable[[Scene, Sequence[Group]], str], ...] = (
-    _everything,
-    _background_first,
-    _inventory,
-    _places_first,
-    _relative,
+class Template(NamedTuple):
+    """A way to write a caption.
+
+    write: a scene, and the groups to name in their order -> the sentence.
+    most: groups that it can name.
+    """
+
+    write: Callable[[Scene, Sequence[Group]], str]
+    most: int
+
+
+_ANY = max(GROUP_NUMBERS)
+TEMPLATES = (
+    Template(_everything, _ANY),
+    Template(_background_first, 2),
+    Template(_inventory, _ANY),
+    Template(_places_first, 2),
+    Template(_relative, 2),
 )
-"""Each takes a scene and its groups in the order to name them; some name only the first two."""
 
 
-def describe(scene: Scene, rng: np.random.Generator) -> tuple[str, ...]:
-    """One caption a template, each naming the groups in an order of its own."""
-    captions = []
-    for template in TEMPLATES:
-        order = rng.permutation(len(scene.groups))
-        captions.append(template(scene, [scene.groups[i] for i in order]))
-    return tuple(captions)
+def named_groups(
+    scene: Scene, rng: np.random.Generator, clutter: int = 0
+) -> tuple[tuple[int, ...], ...]:
+    """Draw for each template which groups its caption names, by number, in the caption's order.
+
+    Of a scene with clutter each caption names as many groups as there would be without."""
+    named = len(scene.groups) - clutter
+    orders = (rng.permutation(len(scene.groups)) for _ in TEMPLATES)
+    return tuple(
+        tuple(order[: min(named, template.most)].tolist())
+        for template, order in zip(TEMPLATES, orders, strict=True)
+    )
+
+
+def describe(scene: Scene, named: Sequence[Sequence[int]]) -> tuple[str, ...]:
+    """One caption a template, each naming the groups that `named_groups` drew for it."""
+    return tuple(
+        template.write(scene, [scene.groups[i] for i in numbers])
+        for template, numbers in zip(TEMPLATES, named, strict=True)
+    )

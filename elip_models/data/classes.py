@@ -12,8 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-
 from elip_models.data.captions import PLACES, with_article
 from elip_models.data.checks import check_index
 from elip_models.data.readers import parse_options
@@ -51,6 +49,7 @@ class EmojiClasses(EmojiScenes):
     """A `ClassSource` of `size` pictures of one emoji each, as no training scene is.
 
     Picture `index` depends on (seed, index) alone; its class is the index-th, in turn.
+    `textures`: as of `EmojiScenes`.
     """
 
     classes = names = tuple(EMOJI)
@@ -58,6 +57,11 @@ class EmojiClasses(EmojiScenes):
         *map(_of_background, BACKGROUNDS),
         *(_at_place(phrase) for _, _, phrase in PLACES.values()),
     )
+
+    def __init__(
+        self, size: int, *, seed: int = 0, image_size: int = 64, textures: bool = False
+    ) -> None:
+        super().__init__(size, seed=seed, image_size=image_size, textures=textures)
 
     def __getitem__(self, index: int) -> Sample:
         sample_id = f"{_BUILT_IN}-{self.seed}-{index}"
@@ -67,11 +71,16 @@ class EmojiClasses(EmojiScenes):
         """The scene as data, not drawn."""
         check_index(index, self.size)
         name = self.classes[index % len(self.classes)]
-        return single_scene(name, np.random.default_rng((self.seed, index, 2)))
+        return self._on_texture(index, single_scene(name, self._rng(index, 2)))
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The class."""
         return (self.scene(index).groups[0].name,)
+
+    def named(self, index: int) -> tuple[tuple[int, ...], ...]:
+        """The one emoji."""
+        check_index(index, self.size)
+        return ((0,),)
 
 
 class ClassFolder:
@@ -122,7 +131,8 @@ def open_classes(spec: str, *, image_size: int) -> ClassSource:
         raise TypeError(f"spec: expected {_BUILT_IN}:seed=0,size=600 or a folder, got {spec!r}")
     name, _, options = spec.partition(":")
     if name.strip() == _BUILT_IN:
-        return EmojiClasses(**parse_options(spec, options), image_size=image_size)
+        allowed = ("seed", "size", "textures")
+        return EmojiClasses(**parse_options(spec, options, allowed), image_size=image_size)
     return ClassFolder(spec)
 
 

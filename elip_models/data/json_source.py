@@ -1,13 +1,20 @@
-"""ALBEF JSON lists: [{"image": path, "caption": text or texts, "image_id": optional}, ...]."""
+"""ALBEF JSON lists: [{"image": path, "caption": text or texts, "image_id": optional}, ...].
+
+An entry may say where the things are that its captions name: "boxes", for each caption a list of
+[left, top, width, height] in pixels of the image, as COCO has them.
+"""
 
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from PIL import Image
+
 from elip_models.data.checks import check_index, existing_files
 from elip_models.data.sample import Sample, SampleError, clean_captions, decode_image
-from elip_models.validation import extra
+from elip_models.validation import extra, misfit
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,7 +28,7 @@ class JsonSource:
     Image paths are relative to `image_root`, or to the folder of the list that names them. A
     sample's id is its "image_id", or the image path where it has none. A missing or damaged image
     and an empty caption are a SampleError of that sample. Raises FileNotFoundError for a missing
-    list, ValueError for a file that is not such a list.
+    list, ValueError for a file that is not such a list. It gives `NamedMasks` of its boxes.
     """
 
     def __init__(
@@ -48,30 +55,44 @@ class JsonSource:
         check_index(index, len(self))
         return tuple(self._index[index]["captions"])
 
+    def named_mask(self, index: int, caption: int) -> np.ndarray:
+        """(H, W) bool, the pixels in the boxes of a caption, by number; none where it has none."""
+        check_index(index, len(self))
+        row = self._index[index]
+        with Image.open(Path(row["folder"], row["image"])) as image:
+            mask = np.zeros((image.height, image.width), dtype=bool)
+        for left, top, width, height in row["boxes"][caption] if row["boxes"] else ():
+            rows = slice(max(0, round(top)), max(0, round(top + height)))
+            mask[rows, max(0, round(left)) : max(0, round(left + width))] = True
+        return mask
+
 
 def _build_index(files: list[Path], image_root: str | Path | None) -> "Dataset":
-    """Arrow table, one row an entry: folder, image, captions, id, entry ("list.json[3]")."""
+    """Arrow table, one row an entry: folder, image, captions, id, boxes, entry ("list.json[3]")."""
     with extra("JsonSource"):
         from datasets import Dataset, Features, Value
 
     columns: dict[str, list[Any]] = {
-        name: [] for name in ("folder", "image", "captions", "id", "entry")
+        name: [] for name in ("folder", "image", "captions", "id", "boxes", "entry")
     }
     for file in files:
         folder = str(file.parent if image_root is None else image_root)
-        for number, (image, captions, sample_id) in enumerate(_entries(file)):
+        for number, (image, captions, sample_id, boxes) in enumerate(_entries(file)):
             columns["folder"].append(folder)
             columns["image"].append(image)
             columns["captions"].append(captions)
             columns["id"].append(sample_id)
+            columns["boxes"].append(boxes)
             columns["entry"].append(f"{file.name}[{number}]")
     text = Value("string")
-    features = Features({name: [text] if name == "captions" else text for name in columns})
+    kinds = {"captions": [text], "boxes": [[[Value("float32")]]]}
+    features = Features({name: kinds.get(name, text) for name in columns})
     return Dataset.from_dict(columns, features=features)
 
 
-def _entries(file: Path) -> Iterator[tuple[str, list[str], str]]:
-    """The (image, captions, id) of every entry; ValueError names the first that is malformed."""
+def _entries(file: Path) -> Iterator[tuple[str, list[str], str, list[list[list[float]]]]]:
+    """Read image, captions, id and boxes of every entry; ValueError names the first that is
+    malformed."""
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -87,6 +108,24 @@ def _entries(file: Path) -> Iterator[tuple[str, list[str], str]]:
             raise ValueError(f"{where}: image: expected a path, got {image!r}")
         try:
             captions = clean_captions(entry["caption"])
+            boxes = _boxes(entry.get("boxes", []), len(captions))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        yield image, captions, str(entry.get("image_id", image))
+        yield image, captions, str(entry.get("image_id", image)), boxes
+
+
+def _boxes(value: Any, captions: int) -> list[list[list[float]]]:
+    """The boxes of each caption, or none at all; ValueError where `value` is anything else."""
+    if not _holds_boxes(value) or len(value) not in (0, captions):
+        raise ValueError(
+            f"boxes: expected a list for each of {captions} captions, of [left, top, width, "
+            f"height] each, got {value!r:.200}"
+        )
+    return value
+
+
+def _holds_boxes(value: Any) -> bool:
+    if not isinstance(value, list) or not all(isinstance(boxes, list) for boxes in value):
+        return False
+    each = (tuple(box) if isinstance(box, list) else box for boxes in value for box in boxes)
+    return all(misfit(box, tuple[float, float, float, float]) is None for box in each)

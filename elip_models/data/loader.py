@@ -49,7 +49,9 @@ class ImageTextDataset(Dataset):
 
     A sample is {"images": (3, S, S), "input_ids": (L,), "attention_mask": (L,), "skipped": [(id,
     reason)]}, L = `context_length`, int64, padded to it or truncated. "skipped" names the sample
-    that was drawn where it could not be read and another took its place.
+    that was drawn where it could not be read and another took its place. With `guide_captions`
+    there are "guide_ids" and "guide_mask" (L,) too, of another caption of the image, or of the same
+    where it has no other.
     A caption is tokenised as `captions` says, see `caption_rules`.
     `transform` may use torch's CPU generator; its state outside is untouched. Raises DataError
     where no sample can be read.
@@ -65,6 +67,7 @@ class ImageTextDataset(Dataset):
         seed: int,
         max_bad_share: float = 0.05,
         captions: CaptionRule = "plain",
+        guide_captions: bool = False,
     ) -> None:
         check_not_empty("source", source)
         check("transform", transform, Callable)
@@ -73,6 +76,7 @@ class ImageTextDataset(Dataset):
         check("seed", seed, Count)
         check("max_bad_share", max_bad_share, Share)
         check("captions", captions, CaptionRule)
+        check("guide_captions", guide_captions, bool)
         if tokenizer.pad_token_id is None:
             raise ValueError("tokenizer: expected one with a pad token; use load_tokenizer")
         self.source = source
@@ -82,6 +86,7 @@ class ImageTextDataset(Dataset):
         self.seed = seed
         self.max_bad_share = max_bad_share
         self.captions = captions
+        self.guide_captions = guide_captions
 
     def __len__(self) -> int:
         return len(self.source)
@@ -91,14 +96,21 @@ class ImageTextDataset(Dataset):
         sample, skipped = self._read(index)
         rng = np.random.default_rng((self.seed, turn, index))
         caption = sample.captions[rng.integers(len(sample.captions))]
-        caption = apply_caption_rule(caption, self.captions)
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would reseed the accelerators of this process too.
             torch.default_generator.manual_seed(int(rng.integers(2**63)))
             image = self.transform(sample.image)
-        text = tokenize(self.tokenizer, [caption], self.context_length)
-        text = {name: ids[0] for name, ids in text.items()}
+        text = self._tokenize(caption)
+        if self.guide_captions:
+            others = [other for other in sample.captions if other != caption] or [caption]
+            guide = self._tokenize(others[rng.integers(len(others))])
+            text |= {"guide_ids": guide["input_ids"], "guide_mask": guide["attention_mask"]}
         return {"images": image, **text, "skipped": skipped}
+
+    def _tokenize(self, caption: str) -> dict[str, Tensor]:
+        text = apply_caption_rule(caption, self.captions)
+        tokens = tokenize(self.tokenizer, [text], self.context_length)
+        return {name: ids[0] for name, ids in tokens.items()}
 
     def skip_report(self) -> SkipReport:
         """A fresh report for this dataset's batches, with its limit."""
@@ -242,7 +254,8 @@ def train_loader(dataset: ImageTextDataset, sampler: EpochSampler, num_workers: 
     """Endless batches over epochs, from the sampler's position at the time of `iter()`.
 
     A batch is {"images": (B, 3, S, S), "input_ids": (B, L), "attention_mask": (B, L), "skipped":
-    [(id, reason)] of the whole batch, "epoch": int, "offset": int}. `num_workers` changes no batch.
+    [(id, reason)] of the whole batch, "epoch": int, "offset": int}, and what else the samples have.
+    `num_workers` changes no batch.
     """
     check("num_workers", num_workers, Count)
     if sampler.length != len(dataset):
@@ -278,7 +291,8 @@ def _collate(samples: Sequence[dict[str, Any] | DataError]) -> dict[str, Any] | 
             return sample
     batch: dict[str, Any] = {
         name: torch.stack([sample[name] for sample in samples])
-        for name in ("images", "input_ids", "attention_mask")
+        for name in samples[0]
+        if name != "skipped"
     }
     batch["skipped"] = [skip for sample in samples for skip in sample["skipped"]]
     return batch

@@ -24,6 +24,8 @@ __all__ = [
 ]
 
 _BUILT_IN = "emoji_scenes"
+_OPTIONS = ("seed", "size", "clutter", "textures")
+_SWITCHES, _WORDS = ("textures",), {"true": True, "false": False}
 _FORMS = (
     '"emoji_scenes:seed=0,size=50000", "list.json", "train-*.tar", "train-{0000..0003}.tar", '
     "a folder of tars, or a comma separated list of paths of one kind"
@@ -34,7 +36,8 @@ _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 def open_source(spec: str | Sequence[str], *, image_size: int) -> Source:
     """Open the data that `spec` names; of several specs, all together, as a `MixedSource`.
 
-    The forms: "emoji_scenes:seed=0,size=50000" (drawn at `image_size`), "list.json",
+    The forms: "emoji_scenes:seed=0,size=50000" (drawn at `image_size`), with the options of
+    `EmojiScenes` "emoji_scenes:seed=0,size=50000,clutter=4,textures=true"; "list.json",
     "train-*.tar", "train-{0000..0003}.tar", a folder of tars, or several of these paths, separated
     by commas, all JSON or all tar. Stored images keep the size they have.
     Raises TypeError or ValueError for a malformed spec, FileNotFoundError where it matches no file.
@@ -48,7 +51,7 @@ def open_source(spec: str | Sequence[str], *, image_size: int) -> Source:
         raise TypeError(f"spec: expected a text such as {_FORMS}, got {spec!r}")
     name, _, options = spec.partition(":")
     if name.strip() == _BUILT_IN:
-        return EmojiScenes(**parse_options(spec, options), image_size=image_size)
+        return EmojiScenes(**parse_options(spec, options, _OPTIONS), image_size=image_size)
     files = [file for part in spec.split(",") if part.strip() for file in _expand(part.strip())]
     if not files:
         raise ValueError(f"spec: expected {_FORMS}, got {spec!r}")
@@ -63,16 +66,22 @@ def open_source(spec: str | Sequence[str], *, image_size: int) -> Source:
     )
 
 
-def parse_options(spec: str, options: str) -> dict[str, int]:
+def parse_options(spec: str, options: str, allowed: Sequence[str]) -> dict[str, int | bool]:
     """ "seed=0,size=100" -> {"seed": 0, "size": 100}; `size` is required."""
-    parsed = {}
+    parsed: dict[str, int | bool] = {}
     for option in filter(None, options.split(",")):
         name, _, value = (part.strip() for part in option.partition("="))
-        if name not in ("seed", "size"):
-            raise ValueError(f"spec: expected the options seed and size, got {name!r} in {spec!r}")
-        if not value.isdecimal():
+        if name not in allowed:
+            known = f"{', '.join(allowed[:-1])} and {allowed[-1]}"
+            raise ValueError(f"spec: expected the options {known}, got {name!r} in {spec!r}")
+        if name in _SWITCHES:
+            if value not in _WORDS:
+                raise ValueError(f"spec: {name}: expected true or false, got {value!r}")
+            parsed[name] = _WORDS[value]
+        elif value.isdecimal():
+            parsed[name] = int(value)
+        else:
             raise ValueError(f"spec: {name}: expected an int of 0 or more, got {value!r}")
-        parsed[name] = int(value)
     if "size" not in parsed:
         raise ValueError(
             f"spec: expected a size, got {spec!r}; write {spec.partition(':')[0]}:seed=0,size=500"

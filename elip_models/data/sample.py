@@ -3,8 +3,9 @@
 import struct
 import zlib
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 from PIL import Image
 
 # What Pillow's decoders raise on damaged bytes; UnidentifiedImageError is an OSError.
@@ -51,6 +52,16 @@ class Source(Protocol):
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions alone, no image decoded. Empty where the sample has none."""
+        ...
+
+
+@runtime_checkable
+class NamedMasks(Protocol):
+    """What a `Source` may also give: where in its images the things are that captions name."""
+
+    def named_mask(self, index: int, caption: int) -> np.ndarray:
+        """(H, W) bool over the stored image: the pixels that show what a caption, by its number
+        among those of the sample, names."""
         ...
 
 

@@ -6,10 +6,12 @@ named here; the names are Unicode's.
 
 import re
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+
+from elip_models.data.textures import Texture, sample_texture
 
 _CHARACTERS = (
     "🐶🐭🦊🐼🐯🐮🐸🐧🦉🦄🦋🐢🐙🐳🐊🐪🦘🦜🦚🐉"
@@ -90,6 +92,30 @@ LAYOUTS: tuple[dict[str, Box], ...] = (
 )
 """Places that fill the image without overlapping; a scene uses some places of one layout."""
 
+
+def _grid(rows: tuple[str, ...], columns: tuple[str, ...]) -> dict[str, Box]:
+    """Equal places: "top left", .., the middle of all "centre"."""
+    width, height = 1 / len(columns), 1 / len(rows)
+    return {
+        "centre" if row == "middle" and column == "centre" else f"{row} {column}": Box(
+            j * width, i * height, width, height
+        )
+        for i, row in enumerate(rows)
+        for j, column in enumerate(columns)
+    }
+
+
+_ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
+GRIDS: tuple[dict[str, Box], ...] = (
+    _grid(_ROWS, _COLUMNS),
+    _grid(_ROWS, ("left", "right")),
+    _grid(("top", "bottom"), _COLUMNS),
+)
+"""Layouts of scenes with clutter, one emoji a place."""
+
+MAX_CLUTTER = len(GRIDS[0]) - max(GROUP_NUMBERS)
+"""Groups for which there is a place beside those that a caption names."""
+
 # Slots (left, top, side) in a square box, in fractions of it, by count.
 _SQUARE_SLOTS = {
     1: ((0, 0, 1),),
@@ -98,14 +124,19 @@ _SQUARE_SLOTS = {
 }
 # Glyph side as a share of its slot. A few values only, so that the glyph cache stays small.
 _FILLS = (0.80, 0.88, 0.96)
+# Of textured scenes: by how much emoji are smaller, and their degrees. Few values, likewise.
+_SHRINKS = (0.76, 1.0)
+_TURNS = (-30, -15, 0, 15, 30)
 
 
 class Copy(NamedTuple):
-    """One drawn emoji: its centre and its longer side, in fractions of the image."""
+    """One drawn emoji: its centre and its longer side, in fractions of the image; `turn`, degrees
+    counterclockwise."""
 
     x: float
     y: float
     size: float
+    turn: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,21 +154,26 @@ class Group:
 
 @dataclass(frozen=True)
 class Scene:
-    """A `background` colour by name, and two or three groups of emoji; one in a picture of one."""
+    """A `background` colour by name, and groups of emoji: two or three, and those of the clutter;
+    one in a picture of one. `texture`: of the background, None where it is all of its colour."""
 
     background: str
     groups: tuple[Group, ...]
+    texture: Texture | None = None
 
 
-def sample_scene(rng: np.random.Generator) -> Scene:
-    """Draw a scene: background, layout, and for each place used an emoji and a count."""
+def sample_scene(rng: np.random.Generator, clutter: int = 0) -> Scene:
+    """Draw a scene: background, layout, and for each place used an emoji and a count, which is one
+    in a scene with clutter, that many groups more."""
     background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
-    number = GROUP_NUMBERS[rng.integers(len(GROUP_NUMBERS))]
-    layouts = [layout for layout in LAYOUTS if len(layout) >= number]
+    number = GROUP_NUMBERS[rng.integers(len(GROUP_NUMBERS))] + clutter
+    layouts = [layout for layout in (GRIDS if clutter else LAYOUTS) if len(layout) >= number]
     layout = layouts[rng.integers(len(layouts))]
     places = [list(layout)[i] for i in rng.permutation(len(layout))[:number]]
     names = [list(EMOJI)[i] for i in rng.choice(len(EMOJI), size=number, replace=False)]
     counts = rng.choice(list(COUNTS), p=list(COUNTS.values()), size=number)
+    if clutter:
+        counts = [1] * number  # two or more would be too small for a place of a grid
     groups = (
         Group(name, place, _place_copies(layout[place], int(count), rng))
         for name, place, count in zip(names, places, counts, strict=True)
@@ -151,6 +187,22 @@ def single_scene(name: str, rng: np.random.Generator) -> Scene:
     layout = LAYOUTS[rng.integers(len(LAYOUTS))]
     place = list(layout)[rng.integers(len(layout))]
     return Scene(background, (Group(name, place, _place_copies(layout[place], 1, rng)),))
+
+
+def textured(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene on a texture, each emoji smaller or not and turned about its own centre."""
+    number = sum(group.count for group in scene.groups)
+    drawn = (rng.choice(values, size=number).tolist() for values in (_SHRINKS, _TURNS))
+    varied = iter(zip(*drawn, strict=True))
+    groups = (
+        replace(group, copies=tuple(_varied(copy, *next(varied)) for copy in group.copies))
+        for group in scene.groups
+    )
+    return Scene(scene.background, tuple(groups), sample_texture(rng))
+
+
+def _varied(copy: Copy, shrink: float, turn: int) -> Copy:
+    return Copy(copy.x, copy.y, shrink * copy.size, turn)
 
 
 def _slots(box: Box, count: int) -> list[Box]:

@@ -124,6 +124,8 @@ class ALBEF(MomentumModel):
         input_ids: Tensor,
         attention_mask: Tensor,
         *,
+        guide_ids: Tensor | None = None,
+        guide_mask: Tensor | None = None,
         drawn: Drawn | None = None,
     ) -> ALBEFOutput:
         """Compute pre-training losses of a batch of pairs; in training momentum and queue move on.
@@ -131,10 +133,12 @@ class ALBEF(MomentumModel):
         Args:
             images: (B, 3, H, W).
             input_ids, attention_mask: (B, L), 1 = real.
+            guide_ids, guide_mask: (B, L), other captions of the images, where the config says
+                guide='other'.
             drawn: negatives and masked tokens instead of drawing them, so that a run can be
                 repeated by another implementation.
         """
-        seen = self.contrast(images, input_ids, attention_mask)
+        seen = self.contrast(images, input_ids, attention_mask, guide_ids, guide_mask)
         if drawn is None:
             drawn = self._draw(seen.similar, input_ids)
         loss_itm = self.matching_loss(

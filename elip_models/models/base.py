@@ -15,15 +15,18 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import torch.nn.functional as F
 from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor, nn
 
 from elip_models.models.config import Config
 from elip_models.models.hub import CARD, card_values, fetched, staged
+from elip_models.models.layers.guides import with_dropout, with_negatives
 from elip_models.reduction.strategies import PatchDropout
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
 from elip_models.towers import Reducible, Tower, as_tower
+from elip_models.towers.apart import apart
 from elip_models.towers.reducible import Stats, check_tokenizer_in, clip_stats
 
 if TYPE_CHECKING:
@@ -65,6 +68,11 @@ class PretrainedModel(
         """images (B, 3, H, W), without text -> (B, E), normalised; where the model `ranks`."""
         raise NotImplementedError
 
+    def project_image(self, tokens: Tensor) -> Tensor:
+        """tokens (B, N, D) that the image tower leaves -> (B, E), normalised: the feature that is
+        compared with texts; of a model that does not rank, the CLS token."""
+        return F.normalize(tokens[:, 0], dim=-1)
+
     def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids, attention_mask (B, L) -> (B, E), normalised; where the model `ranks`."""
         raise NotImplementedError
@@ -105,6 +113,45 @@ class PretrainedModel(
         """Read the image model, and reduce it as the config says."""
         self.tower, self.dense = as_tower(self.visual), Dense()
         self.reduction = self.config.reduction.fitted(self.tower)
+
+    def guides(
+        self,
+        text_cls: Tensor,
+        features: Tensor | None = None,
+        scale: Tensor | None = None,
+        guide_ids: Tensor | None = None,
+        guide_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Choose what guides the images of a step, as the config says.
+
+        Args:
+            text_cls: (B, D) of the captions that the images come with.
+            features: (B, E) of the same captions, normalised, and the inverse temperature `scale`,
+                where captions of other images may guide.
+            guide_ids, guide_mask: (B, L) of other captions of the same images, where those do.
+
+        Returns:
+            (B, D); a row of zeros is no text. In eval mode nothing is drawn.
+
+        Raises:
+            ValueError: no guide_ids where the config says guide='other'.
+        """
+        config = self.config
+        if not self.reduction.is_guided:
+            return text_cls
+        if config.reads_guide_captions:
+            if guide_ids is None:
+                raise ValueError(
+                    "guide_ids: expected another caption of each image, (B, L), with "
+                    "guide='other', got none; `elip train` gives them"
+                )
+            with apart(self, text_cls):
+                text_cls = self.text_cls(guide_ids, guide_mask)
+        if self.training and features is not None and config.guide_negatives:
+            text_cls = with_negatives(text_cls, features, scale, config.guide_negatives)
+        if self.training and config.guide_dropout:
+            text_cls = with_dropout(text_cls, config.guide_dropout)
+        return text_cls
 
     def begin_step(self, step: int, epoch: float = math.inf) -> None:
         """Prepare step `step` of training, from 0, after `epoch` passes over the data: patch

@@ -258,6 +258,8 @@ class BLIP(MomentumModel):
         input_ids: Tensor,
         attention_mask: Tensor,
         *,
+        guide_ids: Tensor | None = None,
+        guide_mask: Tensor | None = None,
         drawn: Drawn | None = None,
     ) -> BLIPOutput:
         """Compute pre-training losses of a batch of pairs; in training momentum and queue move on.
@@ -269,10 +271,12 @@ class BLIP(MomentumModel):
         Args:
             images: (B, 3, H, W).
             input_ids, attention_mask: (B, L), 1 = real.
+            guide_ids, guide_mask: (B, L), other captions of the images, where the config says
+                guide='other'.
             drawn: negatives instead of drawing them, so that a run can be repeated by another
                 implementation.
         """
-        seen = self.contrast(images, input_ids, attention_mask)
+        seen = self.contrast(images, input_ids, attention_mask, guide_ids, guide_mask)
         if drawn is None:
             drawn = Drawn(*self.draw_negatives(seen.similar))
         text, image = (input_ids, attention_mask), (seen.image, seen.image_mask)

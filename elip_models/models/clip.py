@@ -20,11 +20,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from elip_models.models.base import PretrainedModel
-from elip_models.models.config import ReductionConfig, TextReductionConfig, TokenId
+from elip_models.models.config import ContrastiveConfig, TextReductionConfig, TokenId
 from elip_models.models.layers.clip_text import CLIPTextTower
 from elip_models.models.layers.losses import contrastive_loss, sigmoid_loss
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.once import UnguidedWarning, warn_once
+from elip_models.reduction.strategy import Strategy
 from elip_models.towers.reducible import random_ids
 from elip_models.validation import (
     Bounds,
@@ -44,14 +45,14 @@ INITIAL_BIAS = -10.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class CLIPConfig(ReductionConfig, TextReductionConfig):
+class CLIPConfig(ContrastiveConfig, TextReductionConfig):
     """Hyper-parameters of a CLIP model.
 
     activation: of both towers' MLPs; 'quick_gelu', x sigmoid(1.702 x), is that of OpenAI's models.
     loss: 'itc', the softmax over all pairs, or 'sigmoid', SigLIP's, with a learned bias.
     temperature: of the similarities, at the start; None is 0.07, and with 'sigmoid' 0.1, SigLIP's.
     gather: where negatives come from, see `contrastive_loss`.
-    The other fields: see `ReductionConfig` and `TextReductionConfig`.
+    The other fields: see `ContrastiveConfig` and `TextReductionConfig`.
     """
 
     image_size: PositiveInt = 224
@@ -136,7 +137,9 @@ class CLIP(PretrainedModel):
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
         config = self.config
         sizes = config.context_length, config.vocab_size, config.eos_token_id
-        return {"images": images, "input_ids": random_ids(images, *sizes)}
+        inputs = {"images": images, "input_ids": random_ids(images, *sizes)}
+        guides = {"guide_ids": random_ids(images, *sizes)}
+        return inputs | (guides if config.reads_guide_captions else {})
 
     def guidance(self, text_features: Tensor) -> Tensor:
         """Map f_text (B, E) back to the vision width -> (B, D), detached."""
@@ -194,8 +197,14 @@ class CLIP(PretrainedModel):
             (B, E), normalised.
         """
         text_cls = self.guidance(text_features) if reduce and text_features is not None else None
-        strategy = self.reduction if reduce else self.dense
+        return self._encode_image(images, text_cls, self.reduction if reduce else self.dense)
+
+    def _encode_image(self, images: Tensor, text_cls: Tensor | None, strategy: Strategy) -> Tensor:
+        """images (B, 3, H, W), guided by text_cls (B, D) -> (B, E), normalised."""
         tokens, _ = run_tower(self.tower, images, text_cls, strategy, cls_only=True)
+        return self.project_image(tokens)
+
+    def project_image(self, tokens: Tensor) -> Tensor:
         return F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
 
     def image_features(self, images: Tensor) -> Tensor:
@@ -211,10 +220,16 @@ class CLIP(PretrainedModel):
         return self.guidance(self.encode_text(input_ids, attention_mask))
 
     def forward(
-        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
+        self,
+        images: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        guide_ids: Tensor | None = None,
+        guide_mask: Tensor | None = None,
     ) -> CLIPOutput:
         """Contrast images (B, 3, H, W) and texts, input_ids and attention_mask (B, L); row i of
-        each is one pair.
+        each is one pair. guide_ids and guide_mask are the texts that guide where the config says
+        guide='other'.
 
         text_reduction='learned' adds a dense forward pass of the image tower, without gradient, for
         the text needs the image before it can guide it: about ten times the multiply-adds that
@@ -224,7 +239,9 @@ class CLIP(PretrainedModel):
         if self.config.image_guides_text:
             dense_features = self._dense_features(images)
         text_features = self.encode_text(input_ids, attention_mask, image_features=dense_features)
-        image_features = self.encode_image(images, text_features)
+        text_cls, scale = self.guidance(text_features), self.logit_scale.exp()
+        guides = self.guides(text_cls, text_features, scale, guide_ids, guide_mask)
+        image_features = self._encode_image(images, guides, self.reduction)
         features = image_features, text_features
         return CLIPOutput(self._loss(*features), *features)
 

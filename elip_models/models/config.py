@@ -6,9 +6,10 @@ from typing import Annotated, Any, Literal, Self
 from elip_models.models.layers.text_reduction import TextReduction, TextStrategy
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.scorers import ScorerName
+from elip_models.reduction.settings import settings_of
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategies.elip import Elip, ElipOptions
-from elip_models.reduction.strategy import Strategy
+from elip_models.reduction.strategy import Merge, Strategy
 from elip_models.reduction.strategy_spec import get_strategy, kinds_of, parse_spec
 from elip_models.validation import Count, Rate, Share, below, check_fields, did_you_mean
 
@@ -43,6 +44,11 @@ class InputConfig(Config):
     resize: Literal["crop", "squash"] = "crop"
     captions: Literal["plain", "albef", "blip"] = "plain"
 
+    @property
+    def reads_guide_captions(self) -> bool:
+        """A step of training takes a second caption of each image, which guides it."""
+        return False
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReductionConfig(InputConfig):
@@ -56,6 +62,7 @@ class ReductionConfig(InputConfig):
         others their own.
     count_cls: keep ratios count CLS among the patches, as the official CLIP code.
     scorer, fusion, guidance_norm, without_text, merge: see `ElipOptions`.
+    guide_dropout: share of the images that training reduces without text, each by itself alone.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected, what came.
@@ -69,13 +76,25 @@ class ReductionConfig(InputConfig):
     fusion: Share = Elip.fusion
     guidance_norm: Literal["none", "match"] = Elip.guidance_norm
     without_text: Literal["dense", "vision"] = "dense"
-    merge: bool = Elip.merge
+    merge: Merge = Elip.merge
+    guide_dropout: Share = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.schedule is not None:
             self.elip(self.schedule).schedule.for_depth(self.vision_depth)
-        _ = self.reduction  # raises what is wrong with it
+        reduction = self.reduction  # raises what is wrong with it
+        if not reduction.is_guided and not isinstance(reduction, Dense):
+            self._check_unguided(reduction)
+
+    def _check_unguided(self, reduction: Strategy) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name.startswith("guide") and value != field.default:
+                raise ValueError(
+                    f"{field.name}: expected {field.default!r} where no text guides the reduction, "
+                    f"which is {reduction}, got {value!r}"
+                )
 
     @property
     def reduction(self) -> Strategy:
@@ -98,6 +117,36 @@ class ReductionConfig(InputConfig):
     def elip(self, schedule: Schedule | str) -> Elip:
         """ELIP by that schedule, with the options that stand here."""
         return Elip(schedule, **{name: getattr(self, name) for name in ElipOptions.__annotations__})
+
+
+def reduction_fields(strategy: Strategy) -> dict[str, Any]:
+    """The fields of `ReductionConfig` that say a strategy's settings; of ELIP its schedule, whose
+    options are fields of their own, and of the others all but `without_text`, which is one."""
+    if type(strategy) is Elip:
+        return {"schedule": strategy.schedule.exact}
+    options = settings_of(strategy)["settings"]
+    options.pop("without_text", None)
+    return {"strategy": strategy.name, "strategy_options": options}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastiveConfig(ReductionConfig):
+    """Which caption guides the image that ITC contrasts with its own, in training.
+
+    guide: 'own' is the paper's, the caption that the image is contrasted with: *which* tokens
+        stay tells the loss which caption that was. 'other' is another caption of the same image,
+        `guide_ids` of the forward.
+    guide_negatives: share of the images that a caption of another image guides, the more alike the
+        more often.
+    guide_dropout: as the other fields, see `ReductionConfig`.
+    """
+
+    guide: Literal["own", "other"] = "own"
+    guide_negatives: Share = 0.0
+
+    @property
+    def reads_guide_captions(self) -> bool:
+        return self.guide == "other"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,7 +104,9 @@ class CrossModalModel(PretrainedModel):
         config = self.config
         ids = random_ids(images, config.context_length, config.vocab_size, config.sep_token_id)
         mask, drawn = torch.ones_like(ids), self.fixed_draw(images, ids)
-        return {"images": images, "input_ids": ids, "attention_mask": mask, "drawn": drawn}
+        inputs = {"images": images, "input_ids": ids, "attention_mask": mask, "drawn": drawn}
+        guides = {"guide_ids": ids.roll(1, 0), "guide_mask": mask}
+        return inputs | (guides if config.reads_guide_captions else {})
 
     def fixed_draw(self, images: Tensor, input_ids: Tensor) -> tuple[Tensor, ...]:
         """What a step of pre-training draws at random, fixed instead: the same for the same inputs.

@@ -250,7 +250,7 @@ class METER(CrossModalModel):
     def _pass(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> tuple[ReducedText, Tensor]:
         """Encode and fuse a batch, pixels and ids -> text, fused (B, K, C), and image (B, N, C)."""
         text = self.read_pairs(images, input_ids, mask)
-        image, infos = self.encode_image(images, text.tokens[:, 0])
+        image, infos = self.encode_image(images, self.guides(text.tokens[:, 0]))
         tokens, image = self.fuse(text.tokens, text.mask, image, mask_after(infos))
         return text._replace(tokens=tokens), image
 

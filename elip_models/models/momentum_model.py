@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertConfig
 
+from elip_models.models.config import ContrastiveConfig
 from elip_models.models.cross_modal import CrossModalConfig, CrossModalModel
 from elip_models.models.layers.bert import BertTower
 from elip_models.models.layers.distributed import all_gather, rank_of
@@ -42,7 +43,7 @@ from elip_models.validation import Bounds, NonNegative, PositiveInt, Share, divi
 
 
 @dataclass(frozen=True, kw_only=True)
-class MomentumConfig(CrossModalConfig):
+class MomentumConfig(CrossModalConfig, ContrastiveConfig):
     """BERT beside the image tower, momentum encoders and a queue of their features.
 
     embed_dim: of the features. temperature: of their similarities, at the start.
@@ -55,9 +56,13 @@ class MomentumConfig(CrossModalConfig):
         that they changed.
     scorer: also 'momentum': the momentum image tower, which sees all patches anyway, runs first,
         and its rows select (`read_rows.py`); where it does not run, outside of the loss, 'exact'.
+    guide: also 'after_itc': the caption guides the images that ITM, MLM and LM see, and ITC sees
+        them once more, reduced by themselves alone: a second pass of the image tower.
+    The other fields: see `CrossModalConfig` and `ContrastiveConfig`.
     """
 
     scorer: ScorerName | Literal["momentum"] = "exact"
+    guide: Literal["own", "other", "after_itc"] = "own"
     text_depth: PositiveInt = 12
     text_heads: Annotated[PositiveInt, divisor_of("text_width")] = 12
     text_hidden: PositiveInt = 3072
@@ -79,6 +84,12 @@ class MomentumConfig(CrossModalConfig):
             raise ValueError(
                 "momentum_reduction: expected 'none' with scorer='momentum', whose rows are those "
                 f"of all patches, got {self.momentum_reduction!r}"
+            )
+        guided = self.scorer == "momentum" or self.momentum_reduction != "none"
+        if self.guide == "after_itc" and guided:
+            raise ValueError(
+                "guide: expected 'own' or 'other' with scorer='momentum' or a momentum_reduction, "
+                "by which the caption would reach ITC through the momentum tower, got 'after_itc'"
             )
 
     def elip(self, schedule: Schedule | str) -> Elip:
@@ -205,6 +216,9 @@ class MomentumModel(CrossModalModel):
     def image_features(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W), without text -> (B, E), normalised."""
         tokens, _ = run_tower(self.tower, images, None, self.reduction, cls_only=True)
+        return self.project_image(tokens)
+
+    def project_image(self, tokens: Tensor) -> Tensor:
         return self.encoders.image_features(tokens)
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -230,9 +244,16 @@ class MomentumModel(CrossModalModel):
         """The temperature, and alpha."""
         return {"temperature": self.temperature, "alpha": self.alpha}
 
-    def contrast(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> Contrast:
+    def contrast(
+        self,
+        images: Tensor,
+        input_ids: Tensor,
+        mask: Tensor,
+        guide_ids: Tensor | None = None,
+        guide_mask: Tensor | None = None,
+    ) -> Contrast:
         """Contrast images (B, 3, H, W) and texts (B, L), ITC; in training, momentum and queue move
-        on.
+        on. guide_ids and guide_mask as of `guides`.
 
         With gradient accumulation they move at each forward pass.
 
@@ -243,8 +264,13 @@ class MomentumModel(CrossModalModel):
         text = self.read_pairs(images, input_ids, mask)
         if self.training:
             self._follow()
-        (image, image_mask), (image_m, image_mask_m) = self._images(images, text[:, 0])
-        features = online.image_features(image), online.text_features(text)
+        texts, scale = online.text_features(text), 1 / self.temperature
+        guides = self.guides(text[:, 0], texts, scale, guide_ids, guide_mask)
+        (image, image_mask), (image_m, image_mask_m) = self._images(images, guides)
+        seen = image
+        if self.config.guide == "after_itc" and self.reduction.is_guided:
+            seen, _ = self.encode_image(images, torch.zeros_like(guides))
+        features = online.image_features(seen), texts
         features_m = self._momentum_features(image_m, input_ids, mask)
         reach = "global" if self.training else gather
         with torch.no_grad():

@@ -39,7 +39,7 @@ OF_MOMENTUM = {
 }
 CALLS: dict[str, dict[str, str]] = {
     "clip": {
-        "encode_image": IMAGE,
+        "_encode_image": IMAGE,
         "encode_text": TEXT,
         "_dense_features": SCORING,
         "image_projection": HEADS,
@@ -53,7 +53,13 @@ CALLS: dict[str, dict[str, str]] = {
         "encoders_m.predict": MOMENTUM,
     },
     "blip": OF_MOMENTUM
-    | {"read_pairs": TEXT, "dense_cls": SCORING, "fuse_pairs": FUSION, "_decode": FUSION},
+    | {
+        "encode_text": TEXT,
+        "read_pairs": TEXT,
+        "dense_cls": SCORING,
+        "fuse_pairs": FUSION,
+        "_decode": FUSION,
+    },
     "meter": {"encode_image": IMAGE, "read_pairs": TEXT, "dense_cls": SCORING, "fuse": FUSION},
 }
 """The part that a method or module of a model's step is, by family."""

@@ -51,8 +51,9 @@ def encode_image(
     Args:
         model: an image model that a tower of `elip_models.towers` reads, e.g. from timm.
         images: (B, 3, H, W).
-        text_cls: (B, D), the text encoder's CLS output in the tower's width D; detached here.
-            Strategies that no text guides do not read it.
+        text_cls: (B, D), the text encoder's CLS output in the tower's width D; detached here. A row
+            of zeros is no text: its image alone selects. Strategies that no text guides do not read
+            it.
         keep, schedule, strategy, options: as of `reduce_`, with the same defaults. The paper's are
             scorer='exact' and without_text='dense'.
         return_info: also return a `StageInfo` for every step.

@@ -32,7 +32,7 @@ def run_and_read(
     for i in range(tower.depth):
         if i in stages:
             stage, cls = stages[i], fused_cls(tower, tokens, text_cls, strategy)
-        if stage is not None and i == stage.first + stage.layers - 1:
+        if stage is not None and i == stage.last:
             rows[stage.first] = tower.cls_attention(i, tokens, cls)
         elif stage is not None:
             cls = tower.cls_block(i, tokens, cls)

@@ -29,6 +29,11 @@ class Stage:
     layers: int
     keep: int
 
+    @property
+    def last(self) -> int:
+        """The last block before another stage, or the end."""
+        return self.first + self.layers - 1
+
 
 @dataclass(frozen=True)
 class Schedule:

@@ -4,9 +4,10 @@ A scorer is (tower, stage, tokens, fused cls) -> row, and its cost. A new one is
 In a tower without CLS the text stands in for the fused cls, and is no token of any layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from elip_models.reduction.schedule import Stage
@@ -19,6 +20,7 @@ class Scorer(NamedTuple):
 
     row: (tower, stage, tokens (B, N, D), fused cls (B, D)) -> (B, N), column 0 is CLS.
     layers: how many whole layers it runs on the stage's tokens, of the stage's number of layers.
+    attention_halves: how many layers without their MLP, likewise.
     rows: how often CLS alone attends to these tokens, likewise.
     cls_blocks: how many layers CLS goes through alone, its attention to the tokens aside, likewise.
     reads: the layer whose row it reads from the tokens as they enter, where it does no more: the
@@ -26,7 +28,8 @@ class Scorer(NamedTuple):
     """
 
     row: Callable[[Tower, Stage, Tensor, Tensor], Tensor]
-    layers: Callable[[int], int]
+    layers: Callable[[int], int] = lambda layers: 0
+    attention_halves: Callable[[int], int] = lambda layers: 0
     rows: Callable[[int], int] = lambda layers: 1
     cls_blocks: Callable[[int], int] = lambda layers: 0
     reads: Callable[[Stage], int] | None = None
@@ -34,7 +37,7 @@ class Scorer(NamedTuple):
 
 def _official(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
     """All layers whole, the last with its N x N map, its output thrown away."""
-    last = stage.first + stage.layers - 1
+    last = stage.last
     tokens = with_cls(tokens, cls)
     for i in range(stage.first, last):
         tokens = tower.dry_block(i, tokens)
@@ -48,54 +51,103 @@ def _official(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor
 
 def _exact(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
     """All layers but the last, then only the CLS row of the last."""
-    return _after(stage.layers)(tower, stage, tokens, cls)
+    return _after(tower, range(stage.first, stage.last), stage.last, tokens, cls)
 
 
-def _after(layer: int) -> Callable[[Tower, Stage, Tensor, Tensor], Tensor]:
-    """The CLS row of the stage's `layer`-th layer (from 1), after the whole layers before it; of a
-    tower without CLS, the text's row."""
+def _bf16(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
+    """`exact`, its products of matrices in bf16; tokens of another dtype than fp32 keep theirs."""
+    device = tokens.device.type
+    if tokens.dtype != torch.float32 or device == "meta":  # which has no autocast
+        return _exact(tower, stage, tokens, cls)
+    with torch.autocast(device, torch.bfloat16, cache_enabled=False):
+        return _exact(tower, stage, tokens, cls)
+
+
+def _alternate(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
+    """Every second layer, the first of the stage among them, then the CLS row of the last."""
+    return _after(tower, range(stage.first, stage.last, 2), stage.last, tokens, cls)
+
+
+def _attention(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
+    """The attention halves of all layers but the last, no MLP, then the CLS row of the last."""
+    before = range(stage.first, stage.last)
+    return _after(tower, before, stage.last, tokens, cls, run=_attention_half)
+
+
+def _ordinal(layer: int) -> Callable[[Tower, Stage, Tensor, Tensor], Tensor]:
+    """The CLS row of the stage's `layer`-th layer (from 1), after the whole layers before it."""
 
     def row(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
         target = stage.first + layer - 1
-        if layer > 1:
-            tokens = with_cls(tokens, cls) if tower.has_cls else tokens
-            for i in range(stage.first, target):
-                tokens = tower.dry_block(i, tokens)
-            cls = tokens[:, 0] if tower.has_cls else cls
-        return tower.cls_attention(target, tokens, cls)
+        return _after(tower, range(stage.first, target), target, tokens, cls)
 
     return row
 
 
 def _cls(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
     """CLS alone goes through the layers, attending to the tokens as they entered the stage."""
-    last = stage.first + stage.layers - 1
-    for i in range(stage.first, last):
+    for i in range(stage.first, stage.last):
         cls = tower.cls_block(i, tokens, cls)
-    return tower.cls_attention(last, tokens, cls)
+    return tower.cls_attention(stage.last, tokens, cls)
+
+
+def _mean(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
+    """The mean of all layers' CLS rows, from the tokens as they entered the stage."""
+    layers = range(stage.first, stage.last + 1)
+    return torch.stack([tower.cls_attention(i, tokens, cls) for i in layers]).mean(0)
 
 
 def _last(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
     """The last layer's CLS row, from the tokens as they entered the stage: no layer runs."""
-    return tower.cls_attention(stage.first + stage.layers - 1, tokens, cls)
+    return tower.cls_attention(stage.last, tokens, cls)
+
+
+def _attention_half(tower: Tower, i: int, tokens: Tensor) -> Tensor:
+    with tower.unsharded(i, tokens) as (tokens,):
+        return tower.attend(i, tokens)
+
+
+def _block(tower: Tower, i: int, tokens: Tensor) -> Tensor:
+    return tower.dry_block(i, tokens)
+
+
+def _after(
+    tower: Tower,
+    before: Sequence[int],
+    target: int,
+    tokens: Tensor,
+    cls: Tensor,
+    *,
+    run: Callable[[Tower, int, Tensor], Tensor] = _block,
+) -> Tensor:
+    """The CLS row of block `target`, after `run` of the blocks `before`; of a tower without CLS,
+    the text's row."""
+    if before:
+        tokens = with_cls(tokens, cls) if tower.has_cls else tokens
+        for i in before:
+            tokens = run(tower, i, tokens)
+        cls = tokens[:, 0] if tower.has_cls else cls
+    return tower.cls_attention(target, tokens, cls)
 
 
 SCORERS: dict[str, Scorer] = {
     "official": Scorer(_official, layers=lambda layers: layers, rows=lambda layers: 0),
     "exact": Scorer(_exact, layers=lambda layers: layers - 1),
-    "cls": Scorer(
-        _cls,
-        layers=lambda layers: 0,
-        rows=lambda layers: 2 * layers - 1,
-        cls_blocks=lambda layers: layers - 1,
-    ),
-    "last": Scorer(_last, layers=lambda layers: 0, reads=lambda s: s.first + s.layers - 1),
+    "bf16": Scorer(_bf16, layers=lambda layers: layers - 1),
+    "alternate": Scorer(_alternate, layers=lambda layers: layers // 2),
+    "attention": Scorer(_attention, attention_halves=lambda layers: layers - 1),
+    "cls": Scorer(_cls, rows=lambda layers: 2 * layers - 1, cls_blocks=lambda layers: layers - 1),
+    "mean": Scorer(_mean, rows=lambda layers: layers),
+    "last": Scorer(_last, reads=lambda stage: stage.last),
 }
-ScorerName = Literal["official", "exact", "cls", "last"] | PositiveInt
+ScorerName = (
+    Literal["official", "exact", "bf16", "alternate", "attention", "cls", "mean", "last"]
+    | PositiveInt
+)
 
 
 def get_scorer(name: str | int) -> Scorer:
     """The scorer of a name in `SCORERS`, or of m: m-1 whole layers, then the m-th layer's row."""
     if isinstance(name, int):
-        return Scorer(_after(name), lambda layers: name - 1)
+        return Scorer(_ordinal(name), layers=lambda layers: name - 1)
     return SCORERS[name]

@@ -45,7 +45,7 @@ class Slots(NamedTuple):
 
 def slots_of(reduction: BipartiteInfo | ReductionInfo) -> Slots:
     """Where the tokens that entered one step are behind it."""
-    if isinstance(reduction, BipartiteInfo):
+    if isinstance(reduction, BipartiteInfo) or reduction.slots is not None:
         return Slots(reduction.slots.long(), reduction.num_rows, False)
     kept, p = reduction.kept, reduction.num_prefix_tokens
     (B, K), N = kept.shape, reduction.weights.shape[1]

@@ -7,7 +7,7 @@ this.
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from elip_models.reduction import flops
 from elip_models.reduction.once import SlowScorerWarning, once, warn_once
 from elip_models.reduction.schedule import Schedule, Stage
 from elip_models.towers import Size, Tower, as_image_text, as_tower
+
+Merge = bool | Literal["nearest"]
+"""Dropped tokens become one token, or are dropped; or each joins the kept one most alike."""
 
 LARGE = 2**20  # patches, of which no share below 1 rounds to all
 
@@ -66,7 +69,7 @@ class Layer(NamedTuple):
 class Context(NamedTuple):
     """What a step knows besides its tokens.
 
-    text_cls: (B, D) guidance, detached, or None.
+    text_cls: (B, D) guidance, detached, or None; a row of zeros is no text for its image.
     previous: what the step before did in this forward.
     replay: what this step has done already, and is to do again: in the forward that is recomputed
         now, or in another tower of the same images.
@@ -92,7 +95,7 @@ class Strategy:
     replaces_later: behind its first step all blocks run as `later` says, where no step is.
     changes_embedding: it takes the place of what makes tokens of images, by its `patchify`.
     is_guided: text changes what it does.
-    merge: every patch is part of a token that leaves; else some are dropped.
+    merge: how every patch becomes part of a token that leaves; False: some are dropped.
     """
 
     name: ClassVar[str]
@@ -100,7 +103,7 @@ class Strategy:
     replaces_later: ClassVar[bool] = False
     changes_embedding: ClassVar[bool] = False
     is_guided: bool = False
-    merge: bool = False
+    merge: Merge = False
 
     def refuses(self, tower: Tower) -> str | None:
         """Why this tower cannot be reduced so, in one sentence, or None."""

@@ -51,7 +51,7 @@ def encode_texts(
     """Returns features (num_texts, E) fp32."""
     device = next(model.parameters()).device
     features = []
-    with warnings.catch_warnings(), _isolated_rng(device):
+    with warnings.catch_warnings(), isolated_rng(device):
         # Models warn where they get no image to drop text tokens by; here that is meant.
         warnings.simplefilter("ignore", UnguidedWarning)
         for start in range(0, len(texts), batch_size):
@@ -62,7 +62,7 @@ def encode_texts(
     return torch.cat(features)
 
 
-def _isolated_rng(device: torch.device) -> AbstractContextManager[None]:
+def isolated_rng(device: torch.device) -> AbstractContextManager[None]:
     """Random numbers drawn inside, as text reduction may, leave the generators as they were."""
     if device.type == "cpu":
         return torch.random.fork_rng([])

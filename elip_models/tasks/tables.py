@@ -1,7 +1,8 @@
 """Scores as tables for a console."""
 
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 from elip_models.validation import extra
 
@@ -9,8 +10,23 @@ with extra("elip_models.tasks.tables"):
     from rich.table import Table
 
 if TYPE_CHECKING:
+    from elip_models.data import SkipReport
     from elip_models.tasks.retrieval import RetrievalScores
     from elip_models.tasks.zero_shot import ZeroShotScores
+
+
+def data_table(name: str, size: int, report: "SkipReport", captions: Sequence[str]) -> Table:
+    """What was read of a source of `size` samples: how many, and how long their captions are."""
+    words = [len(text.split()) for text in captions] or [0]
+    table = Table(show_header=False)
+    table.add_row("data", name)
+    table.add_row("samples", f"{report.seen} of {size} read")
+    table.add_row("unreadable", f"{len(report.reasons)} ({report.share:.1%})")
+    table.add_row(
+        "captions", f"{len(captions)}, {len(captions) / max(1, report.seen):.2f} a sample"
+    )
+    table.add_row("words a caption", f"{fmean(words):.1f}, at most {max(words)}")
+    return table
 
 
 def retrieval_table(scores: "RetrievalScores") -> Table:
@@ -39,6 +55,53 @@ def zero_shot_table(scores: "ZeroShotScores") -> Table:
         table.add_column(f"top-{key.rpartition('top')[2]} %", justify="right")
     table.add_row("accuracy", *_percents(scores.accuracies, scores.chance, scores.accuracies))
     return table
+
+
+STAGE_COLUMNS = {
+    "kept": "named kept %",
+    "purity": "purity %",
+    "changed_by_another_caption": "changed by another caption %",
+    "changed_by_another_image": "by another image's %",
+    "agrees": "agrees with exact %",
+}
+WHOLE_ROWS = {
+    "lost": "1 - cos(reduced, dense)",
+    "all_patches": "matching score, all patches",
+    "insertion": "insertion, area",
+    "random": "in random order",
+    "deletion": "deletion",
+}
+
+
+def selection_tables(scores: dict[str, Any]) -> tuple[Table, Table]:
+    """What `selection_scores` returns, with half of each 95% interval: by stage in percent, chance
+    in brackets, and of the whole."""
+    table = Table(
+        title=f"{scores['strategy']}\n{scores['num_images']} images, {scores['num_patches']} "
+        "patches (chance in brackets)"
+    )
+    table.add_column("block")
+    table.add_column("keep", justify="right")
+    for column in STAGE_COLUMNS.values():
+        table.add_column(column, justify="right")
+    for stage in scores["stages"]:
+        cells = (_interval(stage[key], 100, 1, stage.get(f"{key}_chance")) for key in STAGE_COLUMNS)
+        table.add_row(str(stage["block"]), str(stage["keep"]), *cells)
+    whole = Table(show_header=False)
+    for key, name in WHOLE_ROWS.items():
+        whole.add_row(name, _interval(scores[key], 1, 4))
+    return table, whole
+
+
+def _interval(
+    found: dict[str, Any] | None, scale: int, digits: int, chance: dict[str, Any] | None = None
+) -> str:
+    if found is None:
+        return "-"
+    text = f"{scale * found['mean']:.{digits}f}"
+    if found["high"] is not None:
+        text += f" ± {scale * (found['high'] - found['mean']):.{digits}f}"
+    return text if chance is None else f"{text} ({scale * chance['mean']:.{digits}f})"
 
 
 def _percents(

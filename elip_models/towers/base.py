@@ -114,7 +114,13 @@ class Tower:
             self.num_heads,
             self.depth,
             self.absorbs_keys,
+            self.averages_keys,
         )
+
+    @property
+    def averages_keys(self) -> bool:
+        """The head mean of a block's keys is one projection of the tokens."""
+        return self.projections(0).k_norm is None and not self.is_rotary
 
     @staticmethod
     def accepts(model: nn.Module) -> bool:
@@ -363,18 +369,6 @@ class Tower:
                 attended = row.flatten(1)
             cls = cls[:, None] + self.project(i, attended[:, None])
             return self.mlp(i, cls)[:, 0]
-
-
-def interpolated(positions: Tensor, grid: tuple[int, int], to: tuple[int, int], p: int) -> Tensor:
-    """Position embeddings (p + rows * columns, D) of a grid -> of another; those of p prefix tokens
-    stay."""
-    if grid == to:
-        return positions
-    at_least_fp32 = torch.promote_types(positions.dtype, torch.float32)
-    table = positions[p:].to(at_least_fp32).unflatten(0, grid).permute(2, 0, 1)[None]
-    table = F.interpolate(table, size=to, mode="bicubic", antialias=True, align_corners=False)
-    table = table[0].flatten(1).T.to(positions.dtype)
-    return torch.cat([positions[:p], table])
 
 
 def with_cls(tokens: Tensor, cls: Tensor) -> Tensor:

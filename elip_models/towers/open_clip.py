@@ -16,13 +16,7 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import PatchDropout, VisionTransformer
 from torch import Tensor, nn
 
-from elip_models.towers.base import (
-    Projections,
-    Tower,
-    interpolated,
-    is_plain,
-    optional,
-)
+from elip_models.towers.base import Projections, Tower, is_plain, optional
 from elip_models.towers.effective import (
     Affine,
     affine,
@@ -34,6 +28,7 @@ from elip_models.towers.effective import (
 )
 from elip_models.towers.fsdp import unsharded
 from elip_models.towers.image_text import ImageTextModel
+from elip_models.towers.positions import interpolated
 from elip_models.towers.reducible import Stats, clip_stats, random_ids
 
 LIBRARIES = ("torch", "open_clip")  # whose attention is read; a wrapper's is not

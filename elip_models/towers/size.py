@@ -8,6 +8,7 @@ class Size(NamedTuple):
     """What FLOPs and token counts depend on; image is (H, W), hidden the MLP's width.
 
     absorbs_keys: a row needs no key projection of the tokens.
+    averages_keys: the head mean of the keys needs a projection to one head's width alone.
     """
 
     image: tuple[int, int]
@@ -18,6 +19,7 @@ class Size(NamedTuple):
     heads: int
     depth: int
     absorbs_keys: bool = True
+    averages_keys: bool = True
 
     @property
     def num_tokens(self) -> int:
@@ -42,3 +44,8 @@ class Size(NamedTuple):
     def row_flops(self, tokens: int) -> int:
         """Of one CLS row."""
         return 2 * tokens * self.width * (self.heads if self.absorbs_keys else self.width + 1)
+
+    def keys_flops(self, tokens: int) -> int:
+        """Of the head mean of one block's keys."""
+        heads = 1 if self.averages_keys else self.heads
+        return 2 * tokens * self.width * heads * (self.width // self.heads)

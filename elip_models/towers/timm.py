@@ -12,8 +12,9 @@ from timm.layers import Attention, PatchEmbed
 from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
-from elip_models.towers.base import Projections, Tower, interpolated, is_plain
+from elip_models.towers.base import Projections, Tower, is_plain
 from elip_models.towers.effective import Affine, qkv_of, refuses_norm, unwrapped
+from elip_models.towers.positions import interpolated
 
 PATCH_DROP = (
     "it has patch dropout of its own, so patches have no position (create it with "

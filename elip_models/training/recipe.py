@@ -5,9 +5,10 @@ a path, applies `key=value` overrides and returns a `RunConfig`, or raises a `Co
 names the key, what was expected and what was found.
 """
 
+import copy
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -225,6 +226,15 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunC
     """
     if isinstance(overrides, str):
         raise ConfigError(f"overrides: expected several key=value, got the text {overrides!r}")
+    return recipe_with(name_or_path, parse_overrides(overrides, "optim.lr=3e-4"))
+
+
+def recipe_with(name_or_path: str | Path, overrides: Mapping[str, Any]) -> RunConfig:
+    """`load_recipe` with overrides as a mapping of dotted keys to values, the later one counting.
+
+    Raises:
+        ConfigError: as of `load_recipe`.
+    """
     path = _find_recipe(str(name_or_path))
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -232,8 +242,8 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunC
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, got {type(values).__name__}")
-    for key, value in parse_overrides(overrides, "optim.lr=3e-4").items():
-        _set_dotted(values, key, value)
+    for key, value in overrides.items():
+        _set_dotted(values, key, copy.deepcopy(value))  # a later key may change a part of it
     config = from_mapping(RunConfig, values)
     _check_together(config)
     return config
@@ -272,10 +282,12 @@ def recipe_names() -> list[str]:
     return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def resume_conflicts(saved: RunConfig, requested: RunConfig) -> list[str]:
+def resume_conflicts(
+    saved: RunConfig, requested: RunConfig, may_change: Container[str] = RESUMABLE_KEYS
+) -> list[str]:
     """One line "key: saved -> requested" for each key that differs and may not on resuming."""
     old, new = (_flatten(dataclasses.asdict(config)) for config in (saved, requested))
-    keys = [key for key in old | new if key not in RESUMABLE_KEYS and old.get(key) != new.get(key)]
+    keys = [key for key in old | new if key not in may_change and old.get(key) != new.get(key)]
     return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys]
 
 

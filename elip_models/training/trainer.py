@@ -40,6 +40,7 @@ from elip_models.training.optimizers import make_optimizer
 from elip_models.training.recipe import RunConfig
 from elip_models.training.run_folder import RunFolder
 from elip_models.training.training_data import (
+    check_guide_captions,
     model_config,
     tokenizer_captions,
     training_samples,
@@ -160,6 +161,8 @@ class Trainer:
         family = family_of(self.config.model.name)
         with blame("data.train"):
             source = open_source(data.train, image_size=model.image_size)
+        with blame("model.overrides.guide"):
+            check_guide_captions(model, source)
         self.evaluation = Evaluation(self.config, model.image_size)
         self.tokenizer = self._make_tokenizer(source, model)
         with blame("data.tokenizer"):

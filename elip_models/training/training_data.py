@@ -1,12 +1,16 @@
 """What a recipe trains on, as its model reads it: samples, and captions for a tokenizer."""
 
+import json
 import math
+import warnings
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 
 from elip_models.data import ImageTextDataset, Source, apply_caption_rule, image_transform
+from elip_models.models.base import PretrainedModel
 from elip_models.models.config import InputConfig
 from elip_models.models.registry import create_model
 from elip_models.training.recipe import DataConfig, RunConfig
@@ -16,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_TOKENIZER_SAMPLES = 50_000
+MAX_COUNTED_SAMPLES = 1_000
 
 
 def input_fields(data: DataConfig) -> dict[str, str]:
@@ -24,11 +29,22 @@ def input_fields(data: DataConfig) -> dict[str, str]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def model_config(config: RunConfig) -> InputConfig:
-    """The config of a recipe's model, without its weights: the meta device holds none."""
-    with torch.device("meta"), blame("model"):
+def meta_model(config: RunConfig) -> PretrainedModel:
+    """A recipe's model without its weights, to be read alone: recipes that agree share one."""
+    with blame("model"):
         fields = input_fields(config.data) | config.model.overrides
-        return create_model(config.model.name, **fields).config
+        return _meta_model(config.model.name, json.dumps(fields))
+
+
+@lru_cache(256)
+def _meta_model(name: str, fields: str) -> PretrainedModel:
+    with torch.device("meta"):
+        return create_model(name, **json.loads(fields))
+
+
+def model_config(config: RunConfig) -> InputConfig:
+    """The config of a recipe's model."""
+    return meta_model(config).config
 
 
 def training_samples(
@@ -52,7 +68,28 @@ def training_samples(
         seed=config.seed,
         max_bad_share=data.max_bad_share,
         captions=model.captions,
+        guide_captions=model.reads_guide_captions,
     )
+
+
+def check_guide_captions(model: InputConfig, source: Source) -> None:
+    """Warn where some images of `source` have no second caption, and the model takes one.
+
+    Raises:
+        ValueError: none of them has.
+    """
+    if not model.reads_guide_captions:
+        return
+    stride = math.ceil(len(source) / MAX_COUNTED_SAMPLES)
+    captions = [set(source.captions(index)) for index in range(0, len(source), stride)]
+    lonely = sum(len(each) < 2 for each in captions) / len(captions)
+    if lonely == 1:
+        raise ValueError("expected 'own', since no image has a second caption, got 'other'")
+    if lonely:
+        warnings.warn(
+            f"guide='other': {lonely:.0%} of the images have one caption, which guides them itself",
+            stacklevel=2,
+        )
 
 
 def tokenizer_captions(source: Source, model: InputConfig) -> Iterator[str]:

@@ -53,8 +53,8 @@ def test_opcheck_of_rows(device, dtype):
 def test_opcheck_of_bipartite_merge(device, dtype):
     tokens, metric, size, grad_out = on(device, ops.bipartite_inputs(2, 50, dtype, 64))
     r = 50 - grad_out.shape[1]
-    check(elip.bipartite_match.default, (metric, r, 1))
-    arguments = (tokens.requires_grad_(), size, elip.bipartite_match(metric, r, 1), 50 - r)
+    check(elip.bipartite_match.default, (metric, None, r, 1))
+    arguments = (tokens.requires_grad_(), size, elip.bipartite_match(metric, None, r, 1), 50 - r)
     check(elip.bipartite_merge.default, arguments)
     _, sizes = elip.bipartite_merge(*arguments)
     check(elip.bipartite_merge_backward.default, (grad_out, size, sizes, arguments[2]))

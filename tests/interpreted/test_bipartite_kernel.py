@@ -21,20 +21,23 @@ def inputs(B, N, D=40, C=24, dtype=torch.float32):
     return torch.randn(B, N, D).to(dtype), torch.randn(B, N, C).to(dtype), size
 
 
-def check(launches, tokens, metric, r, size=None, num_prefix_tokens=1):
+def check(launches, tokens, metric, r, size=None, num_prefix_tokens=1, penalty=None):
     """Forward and backward: slots equal, rows of one token bit by bit, the others within an ulp."""
     options = {"num_prefix_tokens": num_prefix_tokens, "return_info": True}
     before = launches.copy()
     leaf = tokens.detach().requires_grad_()
-    out, out_size, info = bipartite.bipartite_merge(leaf, metric, r, size=size, **options)
+    out, out_size, info = bipartite.bipartite_merge(
+        leaf, metric, r, size=size, penalty=penalty, **options
+    )
     grad_out = torch.randn(out.shape).to(out.dtype)
     out.backward(grad_out)
     assert launches - before == Counter(ALL_OPS)
 
     exact = tokens.detach().double().requires_grad_()
-    double = None if size is None else size.double()
+    double = {"size": size, "penalty": penalty}
+    double = {name: None if given is None else given.double() for name, given in double.items()}
     expected, expected_size, expected_info = bipartite.bipartite_merge(
-        exact, metric.double(), r, size=double, **options
+        exact, metric.double(), r, **double, **options
     )
     expected.backward(grad_out.double())
     assert torch.equal(info.slots, expected_info.slots)
@@ -96,6 +99,21 @@ def test_a_metric_without_direction_ranks_last(launches, r, bad):
     metric[1, ::2] = bad
     metric[2, 1::2] = bad
     check(launches, tokens, metric, r, size)
+
+
+@pytest.mark.parametrize("kind", ["strided", "three of all", "without a number"])
+def test_a_penalty_delays_a_source(launches, kind):
+    tokens, metric, size = inputs(3, 19)
+    penalty = torch.rand(19, 6).T[::2]
+    if kind == "three of all":
+        penalty = 3.0 * (penalty > 0.5)
+    elif kind == "without a number":
+        penalty = penalty.masked_fill(torch.rand(3, 19) < 0.3, NAN)
+        penalty[:, 4:9:2] = torch.tensor([INF, -INF, NAN])
+        metric[1, 6] = metric[2, 12] = NAN
+    _, plain = check(launches, tokens, metric, 4, size)
+    _, delayed = check(launches, tokens, metric, 4, size, penalty=penalty)
+    assert not torch.equal(plain.slots, delayed.slots)
 
 
 def test_a_token_touches_its_own_row_only(launches):

@@ -194,14 +194,16 @@ def test_score_reduce(scored, score_form):
     check(launcher("score_reduce"), scored[0].bfloat16(), *ABSORBED, K, True, True)
 
 
-def test_bipartite_match(scored):
-    check(launcher("bipartite_match"), torch.randn(1, N, 8), 5, 1)
+@pytest.mark.parametrize("has_penalty", [False, True])
+def test_bipartite_match(scored, has_penalty):
+    penalty = torch.rand(1, N) if has_penalty else None
+    check(launcher("bipartite_match"), torch.randn(1, N, 8), penalty, 5, 1)
 
 
 @pytest.mark.parametrize("has_size", [False, True])
 def test_bipartite_merge_and_backward(scored, has_size):
     merge = launcher("bipartite_merge")
-    slots = launcher("bipartite_match")(torch.randn(1, N, 8), 5, 1)
+    slots = launcher("bipartite_match")(torch.randn(1, N, 8), None, 5, 1)
     size = torch.rand(1, N) + 1 if has_size else None
     check(merge, scored[0], size, slots, N - 5)
     _, out_size = merge(scored[0], size, slots, N - 5)

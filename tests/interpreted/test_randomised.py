@@ -204,11 +204,12 @@ def test_score_reduce(launches, shape, share, H, dtype, layout, is_split, seed, 
     assert torch.allclose(info.weights.double(), exact.weights, atol=1e-6, rtol=0)
 
 
-def is_clear(metric, r, p):
+def is_clear(metric, penalty, r, p):
     """No two similarities that decide are so close that rounding could swap them."""
     unit = torch.nn.functional.normalize(metric.double(), dim=-1)
     best = (unit[:, ::2] @ unit[:, 1::2].mT).topk(min(2, unit.shape[1] // 2), dim=2).values
-    ranked = best[:, p:, 0].sort(1, descending=True).values
+    score = best[..., 0] if penalty is None else best[..., 0] - penalty[:, ::2]
+    ranked = score[:, p:].sort(1, descending=True).values
     gaps = [best[..., :-1] - best[..., 1:], ranked[:, r - 1 : r] - ranked[:, r : r + 1]]
     return all((gap > 1e-5).all() for gap in gaps)
 
@@ -222,23 +223,26 @@ def is_clear(metric, r, p):
     layout=layouts,
     kind=st.sampled_from(["normal", "ties", "some without direction"]),
     has_size=st.booleans(),
+    has_penalty=st.booleans(),
     p=st.integers(0, 1),
     seed=seeds,
 )
 def test_bipartite_merge(
-    launches, shape, C, share, dtype, metric_dtype, layout, kind, has_size, p, seed
+    launches, shape, C, share, dtype, metric_dtype, layout, kind, has_size, has_penalty, p, seed
 ):
     torch.manual_seed(seed)
     shape["N"] += p
     B, N = shape["B"], shape["N"]
     r = part(share, (N - p) // 2)
     metric = laid_out(layout, B, N, C, metric_dtype)
+    penalty = torch.rand(B, N) if has_penalty else None
     if kind == "ties":
         metric = torch.randint(2, (B, N, 4)).to(metric_dtype) * 2 - 1
+        penalty = None if penalty is None else penalty.round()
     else:
-        assume(is_clear(metric, r, p))
+        assume(is_clear(metric, penalty, r, p))
     if kind == "some without direction":
         metric = metric.masked_fill(torch.rand(B, N, 1) < 0.2, [NAN, 0.0, INF][seed % 3])
     size = torch.randint(1, 6, (B, N)).float() if has_size else None
     tokens = laid_out(layout, **shape, dtype=dtype)
-    bipartite.check(launches, tokens, metric, r, size, p)
+    bipartite.check(launches, tokens, metric, r, size, p, penalty)

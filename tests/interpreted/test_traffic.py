@@ -87,18 +87,19 @@ def generic_row_works(B, N, D, K, dtype, tiled=False):
     return [model.cls_attention(B, 3, N, D // 3 + 1, dtype)]
 
 
-def run_bipartite(B, N, D, K, dtype, has_size=True):
+def run_bipartite(B, N, D, K, dtype, has_size=True, has_penalty=False):
     tokens, metric, size = inputs(B, N, D, C, dtype)
-    size = size if has_size else None
-    out, _ = elip_kernels.bipartite_merge(tokens.requires_grad_(), metric, K, size=size)
+    options = {"size": size if has_size else None}
+    options["penalty"] = torch.rand(B, N) if has_penalty else None
+    out, _ = elip_kernels.bipartite_merge(tokens.requires_grad_(), metric, K, **options)
     out.sum().backward()
 
 
-def bipartite_works(B, N, D, K, dtype, has_size=True, tiled=False):
+def bipartite_works(B, N, D, K, dtype, has_size=True, has_penalty=False, tiled=False):
     r, options = min(K, (N - 1) // 2), {"has_size": has_size, "tiled": tiled}
     return [
         model.bipartite_match(B, N, C, dtype, tiled=tiled),
-        model.bipartite_slots(B, N),
+        model.bipartite_slots(B, N, has_penalty=has_penalty),
         model.bipartite_gather(B, N, D, r, dtype, **options),
         model.bipartite_merge_backward(B, N, D, r, dtype, **options),
     ]
@@ -186,8 +187,9 @@ def test_score_reduce_without_merging(launches, score_form):
     check("score_reduce", (2, 21, 70, 8, bf16), merge=False)
 
 
-def test_bipartite_without_sizes(launches):
-    check("bipartite", (2, 21, 70, 8, bf16), has_size=False)
+@pytest.mark.parametrize("options", [{"has_size": False}, {"has_penalty": True}], ids=str)
+def test_options_of_bipartite_merge(launches, options):
+    check("bipartite", (2, 21, 70, 8, bf16), **options)
 
 
 def flops(op, *case, **options):

@@ -7,6 +7,7 @@ from elip_models.reduction.strategies.baselines import PatchDropout, Random, Tri
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategies.elip import Elip
 from elip_models.reduction.strategies.evit import EViT
+from elip_models.reduction.strategies.guided_tome import GuidedToMe
 from elip_models.reduction.strategies.resize import Resize
 from elip_models.reduction.strategies.tome import ToMe
 from elip_models.reduction.strategy import Strategy
@@ -18,6 +19,7 @@ __all__ = [
     "Dense",
     "EViT",
     "Elip",
+    "GuidedToMe",
     "PatchDropout",
     "Random",
     "Resize",
@@ -28,7 +30,7 @@ __all__ = [
 
 STRATEGIES: dict[str, type[Strategy]] = {
     strategy.name: strategy
-    for strategy in (Elip, EViT, ToMe, Trips, PatchDropout, Random, Resize, Adaptive)
+    for strategy in (Elip, EViT, ToMe, GuidedToMe, Trips, PatchDropout, Random, Resize, Adaptive)
 }
 
 

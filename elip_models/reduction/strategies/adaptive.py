@@ -17,9 +17,10 @@ from torch import Tensor
 from elip_kernels import ReductionInfo
 from elip_kernels.reduce import EPSILON
 from elip_kernels.rows import largest
+from elip_models.reduction.nearest import merge_nearest
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.scorers import ScorerName
-from elip_models.reduction.strategies.elip import Elip, fused_cls
+from elip_models.reduction.strategies.elip import Elip, Staged, fused_cls
 from elip_models.reduction.strategy import Context, StageInfo
 from elip_models.towers import Size, Tower
 from elip_models.towers.apart import apart
@@ -49,7 +50,9 @@ class Adaptive(Elip):
                 f"the padding, got {self.scorer!r}"
             )
         if not self.merge:
-            raise ValueError("merge: expected True with strategy='adaptive', got False")
+            raise ValueError(
+                "merge: expected True or 'nearest' with strategy='adaptive', got False"
+            )
 
     def stages(self, size: Size) -> tuple[Stage, ...]:
         """The schedule's that drop patches: masking has nothing to do before."""
@@ -58,14 +61,15 @@ class Adaptive(Elip):
     def scoring_flops(self, size: Size) -> int:
         """All rows but the first mask padding, so that they project every key."""
         entering, masked = self.entering(size), size._replace(absorbs_keys=False)
-        return sum(map(size.row_flops, entering[:1])) + sum(map(masked.row_flops, entering[1:]))
+        rows = sum(map(size.row_flops, entering[:1])) + sum(map(masked.row_flops, entering[1:]))
+        return rows + Staged.scoring_flops(self, size)
 
     def step(
         self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
     ) -> tuple[Tensor, StageInfo]:
         row = self._row(tower, stage, tokens, context)
-        tokens, reduction = self._reduce(tower, stage.keep, tokens, row)
-        info, tower = StageInfo(stage, reduction, row), tower.at(tower.positions_after(reduction))
+        tokens, info = self._reduce(tower, stage, tokens, row, context)
+        tower = tower.at(tower.positions_after(info.reduction))
         return self.later(tower, stage.first, tokens, info), info
 
     def later(self, tower: Tower, i: int, tokens: Tensor, previous: StageInfo) -> Tensor:
@@ -81,14 +85,21 @@ class Adaptive(Elip):
         mask = None if context.previous is None else context.previous.reduction.mask
         with apart(tower.model, tokens):
             cls = fused_cls(tower, tokens, context.text_cls, self)
-            return tower.cls_attention(stage.first + stage.layers - 1, tokens, cls, mask=mask)
+            return tower.cls_attention(stage.last, tokens, cls, mask=mask)
 
     def _reduce(
-        self, tower: Tower, keep: int, tokens: Tensor, row: Tensor
-    ) -> tuple[Tensor, ReductionInfo]:
+        self, tower: Tower, stage: Stage, tokens: Tensor, row: Tensor, context: Context
+    ) -> tuple[Tensor, StageInfo]:
         p = tower.num_prefix_tokens
         with torch.no_grad():
-            chosen, real, weights = self._select(row[:, p:], keep)
+            chosen, real, weights = self._select(row[:, p:], stage.keep)
+        if self.merge == "nearest":
+            mask = torch.ones_like(row, dtype=torch.bool)
+            if context.previous is not None:
+                mask = context.previous.reduction.mask
+            kept = (chosen + p).masked_fill(~real, -1)
+            tokens, info = merge_nearest(tower, stage, tokens, row, context, kept=kept, mask=mask)
+            return tokens, info._replace(reduction=info.reduction._replace(kept=chosen + p))
         patches = tokens[:, p:]
         kept = patches.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[2]))
         merged = (weights.to(tokens.dtype)[:, None] @ patches).to(tokens.dtype)
@@ -96,7 +107,7 @@ class Adaptive(Elip):
         prefix = torch.ones_like(real[:, :1]).expand(-1, p)
         mask = torch.cat([prefix, real, weights.sum(1, keepdim=True) > 0], dim=1)
         weights = torch.cat([torch.zeros_like(row[:, :p]), weights], dim=1)
-        return tokens, ReductionInfo(chosen + p, weights, mask, p)
+        return tokens, StageInfo(stage, ReductionInfo(chosen + p, weights, mask, p), row)
 
     def _select(self, scores: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
         """scores (B, n) -> the patches in each slot (B, K), which slots are real (B, K), and the

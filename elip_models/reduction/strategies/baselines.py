@@ -9,7 +9,14 @@ from torch import Tensor
 from elip_models.reduction.schedule import PAPER, Schedule, Stage
 from elip_models.reduction.scorers import ScorerName
 from elip_models.reduction.strategies.elip import Elip, Staged
-from elip_models.reduction.strategy import Context, Layer, StageInfo, Strategy, least_share
+from elip_models.reduction.strategy import (
+    Context,
+    Layer,
+    Merge,
+    StageInfo,
+    Strategy,
+    least_share,
+)
 from elip_models.towers import Size, Tower
 from elip_models.validation import Count, PositiveShare, Share, check_fields
 
@@ -57,7 +64,7 @@ class Random(Drawn):
     name: ClassVar[str] = "random"
 
     schedule: Schedule = PAPER
-    merge: bool = True
+    merge: Merge = True
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elip_models.reduction.nearest import merge_nearest, nearest_flops
 from elip_models.reduction.once import UnguidedWarning, warn_once
 from elip_models.reduction.schedule import PAPER, Schedule, Stage
 from elip_models.reduction.scorers import ScorerName, get_scorer
-from elip_models.reduction.strategy import Context, Layer, StageInfo, Strategy
+from elip_models.reduction.strategy import Context, Layer, Merge, StageInfo, Strategy
 from elip_models.towers import Size, Tower
 from elip_models.towers.apart import apart
 from elip_models.validation import Share, check_fields
@@ -29,21 +30,23 @@ class ElipOptions(TypedDict, total=False):
     """The options of ELIP besides its schedule, as keywords of whoever passes them on.
 
     scorer: 'last', the default, runs no layer twice; 'exact' is the paper's, 'official' its code's,
-        'cls' stands between; or m: m-1 whole layers, then the m-th's row.
+        'bf16', 'alternate', 'attention', 'cls' and 'mean' stand between (`scorers.py`); or m: m-1
+        whole layers, then the m-th's row.
     fusion: lam of Eq. 1, by default 0.8; 1 is vision-only, 0 text-only.
     guidance_norm: 'match' rescales the text to the norm of the image's CLS token; by default
         'none'.
     without_text: where no text is given, 'vision' reduces by the image alone, 'dense' reduces
         nothing. The default is 'vision', and 'dense' of a tower without CLS, which only a text can
         score.
-    merge: append the merged token, as by default.
+    merge: True, the default, appends one token merged of all that are dropped; 'nearest' merges
+        each into the kept one whose key is most alike; False drops them.
     """
 
     scorer: ScorerName | None
     fusion: Share | None
     guidance_norm: Literal["none", "match"] | None
     without_text: Literal["dense", "vision"] | None
-    merge: bool | None
+    merge: Merge | None
 
 
 class Staged(Strategy):
@@ -53,7 +56,7 @@ class Staged(Strategy):
     """
 
     schedule: Schedule
-    merge: bool
+    merge: Merge
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", Schedule.parse(self.schedule))
@@ -69,7 +72,7 @@ class Staged(Strategy):
 
     def token_counts(self, size: Size) -> tuple[Layer, ...]:
         tokens = self.schedule.for_depth(size.depth).tokens_per_layer(
-            size.num_patches, merge=self.merge, num_prefix_tokens=size.num_prefix_tokens
+            size.num_patches, merge=self.merge is True, num_prefix_tokens=size.num_prefix_tokens
         )
         return tuple(Layer(n, n) for n in tokens)
 
@@ -78,6 +81,13 @@ class Staged(Strategy):
         counts = self.token_counts(size)
         firsts = [stage.first for stage in self.stages(size)]
         return [counts[i - 1].mlp if i else size.num_tokens for i in firsts]
+
+    def scoring_flops(self, size: Size) -> int:
+        """Of merging into the nearest, to which a subclass adds what its rows cost."""
+        if self.merge != "nearest":
+            return 0
+        steps = zip(self.stages(size), self.entering(size), strict=True)
+        return sum(size.keys_flops(n) + nearest_flops(size, n, stage.keep) for stage, n in steps)
 
     def score(self, tower: Tower, stage: Stage, tokens: Tensor, text: Tensor | None) -> Tensor:
         """The row (B, N) that selects, without gradient; prefix tokens' columns are not read."""
@@ -92,6 +102,8 @@ class Staged(Strategy):
             row = context.row
         else:
             row = self.score(tower, stage, tokens, context.text_cls)
+        if self.merge == "nearest":
+            return merge_nearest(tower, stage, tokens, row, context)
         tokens, info = tower.reduce(tokens, row, stage.keep, merge=self.merge)
         return tokens, StageInfo(stage, info, row)
 
@@ -99,8 +111,53 @@ class Staged(Strategy):
         return replace(self, schedule=self.schedule.at_strength(size.num_patches, strength))
 
 
+class Guided(Strategy):
+    """A strategy that reads which tokens are asked for by the fused CLS token of Eq. 1.
+
+    A subclass has `fusion`, `guidance_norm` and `without_text` of `ElipOptions` among its fields.
+    """
+
+    fusion: float
+    guidance_norm: str
+    without_text: str | None
+
+    @property
+    def is_guided(self) -> bool:
+        return self.fusion < 1.0
+
+    def fitted(self, tower: Tower) -> Self:
+        """Without text by the tower's CLS token, if it has one."""
+        by_tower = "vision" if tower.has_cls else "dense"
+        return replace(super().fitted(tower), without_text=self.without_text or by_tower)
+
+    def refuses(self, tower: Tower) -> str | None:
+        reason = super().refuses(tower)
+        if reason is not None or tower.has_cls:
+            return reason
+        if self.fusion == 1.0 or self.without_text == "vision":
+            return (
+                "the tower has no CLS token, so a text alone can score its patches "
+                "(without_text='dense', fusion below 1)"
+            )
+        if self.guidance_norm == "match":
+            return "guidance_norm='match' needs the norm of a CLS token, and the tower has none"
+        return None
+
+    def reduces(self, text_cls: Tensor | None, training: bool = False) -> bool:
+        """Whether a forward with this guidance reduces; warns once where it does not."""
+        if text_cls is not None or self.fusion == 1.0 or self.without_text != "dense":
+            return True
+        if not torch.compiler.is_compiling():
+            warn_once(
+                "no text guidance was given, so nothing is reduced (without_text='dense'); "
+                "pass text_cls, or without_text='vision' for vision-only reduction",
+                UnguidedWarning,
+            )
+        return False
+
+
 @dataclass(frozen=True)
-class Elip(Staged):
+class Elip(Guided, Staged):
     """Text-guided dropping and merging in stages (ELIP, Algorithm 1).
 
     schedule: as '2(100%) 2(90%) 6(65%) 2(40%)', whose layers add up to the tower's depth; or a
@@ -119,7 +176,7 @@ class Elip(Staged):
     fusion: Share = 0.8
     guidance_norm: Literal["none", "match"] = "none"
     without_text: Literal["dense", "vision"] | None = None
-    merge: bool = True
+    merge: Merge = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,49 +188,20 @@ class Elip(Staged):
                 f"'{self.schedule}', got {self.scorer}"
             )
 
-    @property
-    def is_guided(self) -> bool:
-        return self.fusion < 1.0
-
-    def fitted(self, tower: Tower) -> Self:
-        """With the schedule of the tower's depth; without text by its CLS token, if it has one."""
-        by_tower = "vision" if tower.has_cls else "dense"
-        return replace(super().fitted(tower), without_text=self.without_text or by_tower)
-
     def refuses(self, tower: Tower) -> str | None:
-        return None if tower.has_cls else self._refuses_without_cls()
-
-    def _refuses_without_cls(self) -> str | None:
-        if self.fusion == 1.0 or self.without_text == "vision":
-            return (
-                "the tower has no CLS token, so a text alone can score its patches "
-                "(without_text='dense', fusion below 1)"
-            )
-        if self.scorer in ("official", "cls"):
+        reason = super().refuses(tower)
+        if reason is None and not tower.has_cls and self.scorer in ("official", "cls"):
             return (
                 f"scorer={self.scorer!r} takes a CLS token through the layers, and the tower has "
                 "none; 'last', 'exact' and an int read the text's row from the patches"
             )
-        if self.guidance_norm == "match":
-            return "guidance_norm='match' needs the norm of a CLS token, and the tower has none"
-        return None
-
-    def reduces(self, text_cls: Tensor | None, training: bool = False) -> bool:
-        """Whether a forward with this guidance reduces; warns once where it does not."""
-        if text_cls is not None or self.fusion == 1.0 or self.without_text != "dense":
-            return True
-        if not torch.compiler.is_compiling():
-            warn_once(
-                "no text guidance was given, so nothing is reduced (without_text='dense'); "
-                "pass text_cls, or without_text='vision' for vision-only reduction",
-                UnguidedWarning,
-            )
-        return False
+        return reason
 
     def scoring_flops(self, size: Size) -> int:
-        scorer, total = get_scorer(self.scorer), 0
+        scorer, total = get_scorer(self.scorer), super().scoring_flops(size)
         for stage, tokens in zip(self.stages(size), self.entering(size), strict=True):
             total += scorer.layers(stage.layers) * size.block_flops(tokens, tokens)
+            total += scorer.attention_halves(stage.layers) * size.block_flops(tokens, 0)
             total += scorer.rows(stage.layers) * size.row_flops(tokens)
             total += scorer.cls_blocks(stage.layers) * size.block_flops(1, 1)
         return total
@@ -189,7 +217,7 @@ class Elip(Staged):
         """Fuse, score, reduce; one op where the scorer reads the tokens as they enter."""
         reads = get_scorer(self.scorer).reads
         drops = stage.keep < tokens.shape[1] - tower.num_prefix_tokens
-        if reads is None or not drops:
+        if reads is None or not drops or self.merge == "nearest":
             return super().step(tower, stage, tokens, context)
         row = None if context.replay is None else context.replay.attention
         with apart(tower.model, tokens):
@@ -214,17 +242,19 @@ def check_text(text_cls: Tensor, expected: tuple[int, int], device: torch.device
         raise ValueError(f"text_cls: expected it on {device}, got {text_cls.device}")
 
 
-def fuse(cls: Tensor, text_cls: Tensor | None, strategy: Elip) -> Tensor:
-    """Eq. 1: cls (B, D), text_cls (B, D) or None -> the fused CLS token (B, D)."""
+def fuse(cls: Tensor, text_cls: Tensor | None, strategy: Guided) -> Tensor:
+    """Eq. 1: cls (B, D), text_cls (B, D) or None -> the fused CLS token (B, D); a text of zeros is
+    none, and leaves its image's CLS token as it is."""
     if text_cls is None or strategy.fusion == 1.0:
         return cls
     text = text_cls.to(cls.dtype)
+    is_text = (text != 0).any(1, keepdim=True)
     if strategy.guidance_norm == "match":
         text = F.normalize(text, dim=1) * cls.norm(dim=1, keepdim=True)
-    return strategy.fusion * cls + (1.0 - strategy.fusion) * text
+    return torch.where(is_text, strategy.fusion * cls + (1.0 - strategy.fusion) * text, cls)
 
 
-def fused_cls(tower: Tower, tokens: Tensor, text_cls: Tensor | None, strategy: Elip) -> Tensor:
+def fused_cls(tower: Tower, tokens: Tensor, text_cls: Tensor | None, strategy: Guided) -> Tensor:
     """`fuse` of token 0, for a text that is checked here; without CLS the text itself.
 
     text_cls: (B, D), or (1, D) for all images.

@@ -11,10 +11,12 @@ from torch import Tensor
 import elip_kernels
 from elip_kernels import ReductionInfo
 from elip_kernels.rows import largest
+from elip_models.reduction.nearest import merge_nearest, nearest_flops
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategy import (
     Context,
     Layer,
+    Merge,
     StageInfo,
     Strategy,
     counts_of,
@@ -36,15 +38,16 @@ class EViT(Strategy):
         12), 'all' every block.
     attention_gradient: gradients reach the attention through the fused token, as in the paper's
         code.
+    merge: as of `ElipOptions`; True is the paper's. 'nearest' goes by this block's keys.
     """
 
     name: ClassVar[str] = "evit"
     replaces_block: ClassVar[bool] = True
-    merge: ClassVar[bool] = True
 
     keep_rate: PositiveShare = 0.7
     layers: Literal["all"] | tuple[Count, ...] | None = None
     attention_gradient: bool = True
+    merge: Merge = True
 
     def __post_init__(self) -> None:
         if isinstance(self.layers, list):
@@ -72,38 +75,53 @@ class EViT(Strategy):
             keep = math.ceil(self.keep_rate * candidates)
             if keep < candidates:
                 stages.append(Stage(i, following - i, keep))
-                candidates = keep + 1
+                candidates = keep + (self.merge is True)
         return tuple(stages)
 
     def token_counts(self, size: Size) -> tuple[Layer, ...]:
-        after = {s.first: size.num_prefix_tokens + s.keep + 1 for s in self.stages(size)}
+        more = size.num_prefix_tokens + (self.merge is True)
+        after = {stage.first: stage.keep + more for stage in self.stages(size)}
         return counts_of(size, lambda i, tokens: after.get(i, tokens))
 
     def scoring_flops(self, size: Size) -> int:
-        counts = self.token_counts(size)
-        return sum(2 * counts[s.first].attention * size.width for s in self.stages(size))
+        counts, total = self.token_counts(size), 0
+        for stage in self.stages(size):
+            tokens = counts[stage.first].attention
+            total += 2 * tokens * size.width
+            if self.merge == "nearest":
+                total += nearest_flops(size, tokens, stage.keep)
+        return total
 
     def step(
         self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
     ) -> tuple[Tensor, StageInfo]:
         i, p = stage.first, tower.num_prefix_tokens
-        tokens, row = self._attend(tower, i, tokens)
+        tokens, row, keys = self._attend(tower, i, tokens)
         scores = row[:, p:]
         if context.replay is not None:
             chosen = context.replay.reduction.kept - p
         else:
             chosen = largest(scores.detach(), stage.keep)
+        if self.merge == "nearest":
+            metric = keys.detach().mean(1)
+            tokens, info = merge_nearest(
+                tower, stage, tokens, row.detach(), context, kept=chosen + p, metric=metric
+            )
+            return tower.mlp(i, tokens), info
         fused = scores.scatter(1, chosen, 0.0)
         patches = tokens[:, p:]
         kept = patches.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[2]))
-        merged = fused.to(tokens.dtype)[:, None] @ patches
-        tokens = torch.cat([tokens[:, :p], kept, merged.to(tokens.dtype)], dim=1)
+        rows = [tokens[:, :p], kept]
+        if self.merge:
+            rows.append((fused.to(tokens.dtype)[:, None] @ patches).to(tokens.dtype))
+        else:
+            fused = torch.zeros_like(fused)
         weights = torch.cat([torch.zeros_like(row[:, :p]), fused], dim=1).detach()
-        reduction = ReductionInfo(chosen + p, weights, None, p)
-        return tower.mlp(i, tokens), StageInfo(stage, reduction, row.detach())
+        reduction = ReductionInfo(chosen + p, weights, None, p, self.merge)
+        return tower.mlp(i, torch.cat(rows, dim=1)), StageInfo(stage, reduction, row.detach())
 
-    def _attend(self, tower: Tower, i: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Block i's attention half, and its CLS row (B, N), head mean."""
+    def _attend(self, tower: Tower, i: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Block i's attention half, its CLS row (B, N), head mean, and its keys (B, H, N, d)."""
         q, k, v = tower.qkv(i, tokens)
         scale = tower.projections(i).scale
         if self.attention_gradient:
@@ -112,7 +130,7 @@ class EViT(Strategy):
             row = row.mean(1)[:, 0]
         else:
             row = elip_kernels.cls_attention(q[:, :, 0].detach(), k.detach(), scale=scale)
-        return tower.attend(i, tokens, qkv=(q, k, v)), row
+        return tower.attend(i, tokens, qkv=(q, k, v)), row, k
 
     def at_strength(self, size: Size, strength: float) -> Strategy:
         return replace(self, keep_rate=1 - strength * (1 - least_share(size)))

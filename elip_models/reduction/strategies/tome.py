@@ -69,8 +69,10 @@ class ToMe(Strategy):
     ) -> tuple[Tensor, StageInfo]:
         i, previous = stage.first, context.previous
         sizes = None if previous is None else previous.sizes
+        r, penalty = tokens.shape[1] - tower.num_prefix_tokens - stage.keep, None
+        if r > 0 and context.replay is None:
+            penalty = self.penalty(tower, i, tokens, context.text_cls)
         tokens, metric = self._attend(tower, i, tokens, sizes)
-        r = tokens.shape[1] - tower.num_prefix_tokens - stage.keep
         if context.replay is not None:
             match = context.replay.reduction
             tokens, sizes = elip_kernels.merge_by(tokens, match, sizes)
@@ -80,10 +82,18 @@ class ToMe(Strategy):
                 metric,
                 r,
                 size=sizes,
+                penalty=penalty,
                 num_prefix_tokens=tower.num_prefix_tokens,
                 return_info=True,
             )
         return tower.mlp(i, tokens), StageInfo(stage, match, sizes=sizes)
+
+    def penalty(
+        self, tower: Tower, i: int, tokens: Tensor, text_cls: Tensor | None
+    ) -> Tensor | None:
+        """What is taken off the similarity of each of the tokens (B, N, D) that enter block i, so
+        that they merge later: (B, N), or None."""
+        return None
 
     def _attend(
         self, tower: Tower, i: int, tokens: Tensor, sizes: Tensor | None

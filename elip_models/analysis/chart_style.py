@@ -1,0 +1,16 @@
+"""How charts look as SVG: readable on light and on dark pages, the same from the same numbers."""
+
+GREY = "#808080"
+GREYS = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "elip",
+    "savefig.transparent": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "font.size": 9,
+    **dict.fromkeys(GREYS, GREY),
+}
+METADATA = {"Date": None, "Creator": None}
+"""Of `savefig`."""

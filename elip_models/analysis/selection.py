@@ -1,0 +1,334 @@
+"""What a reduction keeps of what a caption names, and what that depends on and costs.
+
+    named    = patches of which a quarter or more shows what the caption names
+    kept     = share of the named patches that are still tokens, or what others merged into
+    purity   = mean over named patches of the share of their token that is named; 0 where dropped
+    changed  = share of the kept patches that another caption does not keep
+    agrees   = share of the tokens which scorer `exact` drops that this one drops too
+    lost     = 1 - cos(feature of the reduced image, feature of all patches)
+
+Chance is what the same reduction would score if as many patches, drawn at random, were named: for
+`kept` the share of all patches that are kept; for `purity`, where token t holds m_t of N patches
+and k are named, the mean over patches, (1/N) sum_t (1 + (m_t - 1) (k - 1) / (N - 1)).
+Where nothing is selected (ToMe), `kept` and `agrees` are None, and `changed` is the share of the
+patches whose token holds other patches.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from elip_kernels import ReductionInfo
+from elip_models.analysis.agreement import agreement_by_image
+from elip_models.analysis.removal import removal_areas
+from elip_models.analysis.visualize import patch_grid, source_maps
+from elip_models.data import NamedMasks, SampleError, Source, image_transform
+from elip_models.models.base import PretrainedModel, evaluating
+from elip_models.reduction.encode import run_tower
+from elip_models.reduction.once import deliberately_slow
+from elip_models.reduction.schedule import Stage
+from elip_models.reduction.strategies import Elip
+from elip_models.reduction.strategy import StageInfo, Strategy
+from elip_models.reduction.strategy_spec import get_strategy
+from elip_models.tasks.features import encode_texts, isolated_rng
+from elip_models.towers import Tower
+from elip_models.validation import PositiveInt, check
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LEAST_SHOWN = 0.25
+"""Of a named patch, the share that shows what is named."""
+NORMAL_95 = 1.96
+OF_A_STAGE = (
+    "kept",
+    "kept_chance",
+    "purity",
+    "purity_chance",
+    "changed_by_another_caption",
+    "changed_by_another_image",
+    "agrees",
+    "agrees_chance",
+)
+OF_THE_WHOLE = ("named", "lost", "insertion", "deletion", "random", "all_patches")
+
+
+def selection_scores(
+    model: PretrainedModel,
+    source: Source,
+    tokenizer: "PreTrainedTokenizerBase",
+    strategy: str | Strategy | None = None,
+    *,
+    limit: int = 200,
+    batch_size: int = 32,
+) -> dict[str, Any]:
+    """Reduce the images of a source, each guided by one of its captions, and measure what is kept.
+
+    The captions of the images take turns: the first of the first, the second of the second. The
+    model is put in eval mode and back; what is drawn at random is drawn from one seed, and the
+    state of the random generators is untouched.
+
+    Args:
+        model: of ours; its config says how images and captions are prepared.
+        source: images with captions. What a caption names is known of a source that gives
+            `NamedMasks`; the change by another caption, where an image has several.
+        tokenizer: of the model.
+        strategy: how images are reduced, as a line of text or an instance; None: as the model is.
+        limit: readable samples, the first ones; at least two.
+        batch_size: images a forward pass.
+
+    Returns:
+        What JSON can hold: 'strategy', 'num_images', 'num_patches'; 'stages', a list with 'block',
+        'keep' and the measures `OF_A_STAGE`; and those `OF_THE_WHOLE`: 'named' (share of the
+        patches), 'lost', and the areas of `removal_areas` where the first step has a row of scores
+        and the model `ranks`. Each is None where it is not defined, else the 'mean' over 'images',
+        and the 95% interval of that mean by the normal distribution, 'low' to 'high' (None of a
+        single image).
+
+    Raises:
+        TypeError, ValueError: a strategy that there is not, or that does not fit the model; fewer
+            than two readable samples.
+    """
+    check("limit", limit, PositiveInt)
+    check("batch_size", batch_size, PositiveInt)
+    chosen = model.reduction if strategy is None else get_strategy(strategy)
+    selector = _Selector(model, tokenizer, chosen.fitted(model.tower))
+    shown = list(islice(_read(model, source), limit))
+    if len(shown) < 2:
+        raise ValueError(f"source: expected two readable samples or more, got {len(shown)}")
+    found = _measure(selector, shown, batch_size)
+    return {
+        "strategy": str(selector.strategy),
+        "num_images": len(shown),
+        "num_patches": model.tower.num_patches,
+        "stages": [
+            {"block": stage.first, "keep": stage.keep}
+            | _summaries([batch.stages[stage] for batch in found], OF_A_STAGE)
+            for stage in found[0].stages
+        ],
+        **_summaries([batch.whole for batch in found], OF_THE_WHOLE),
+    }
+
+
+def _measure(selector: "_Selector", shown: "list[_Shown]", batch_size: int) -> "list[_Found]":
+    """What is found of each batch; the caption of another image is that of the next one."""
+    foreign = [each.own for each in (*shown[1:], shown[0])]
+    device, batches = next(selector.model.parameters()).device, range(0, len(shown), batch_size)
+    with evaluating(selector.model), torch.no_grad(), isolated_rng(device), deliberately_slow():
+        torch.manual_seed(0)
+        slices = (slice(start, start + batch_size) for start in batches)
+        return [selector.measure(shown[each], foreign[each]) for each in slices]
+
+
+def kept_patches(infos: Sequence[StageInfo], num_patches: int) -> list[Tensor] | None:
+    """For each stage (B, num_patches) bool: the patches whose own token is kept, whatever merged
+    into it; None where some step selects nothing."""
+    kept, patches = [], None
+    for info in infos:
+        reduction = info.reduction
+        if not isinstance(reduction, ReductionInfo):
+            return None
+        (B, K), p = reduction.kept.shape, reduction.num_prefix_tokens
+        nowhere = reduction.kept.new_full((B, p + 1), num_patches)
+        if patches is None:  # the patch that each token began as
+            index = torch.arange(num_patches, device=reduction.kept.device)
+            patches = torch.cat([nowhere[:, :p], index.expand(B, -1)], dim=1)
+        left = patches.gather(1, reduction.kept)
+        if reduction.mask is not None:
+            left = left.where(reduction.mask[:, p : p + K], num_patches)
+        flags = torch.zeros(B, num_patches + 1, dtype=torch.bool, device=left.device)
+        kept.append(flags.scatter(1, left, True)[:, :num_patches])
+        patches = torch.cat([nowhere[:, :p], left, nowhere[:, : reduction.merged]], dim=1)
+    return kept
+
+
+def purity(named: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+    """The purity of named patches, and its chance, see above; NaN where none is named.
+
+    Args:
+        named: (B, P) bool.
+        source: (B, T, P) bool, the patches that each token holds.
+
+    Returns:
+        (B,) and (B,).
+    """
+    P, count = named.shape[1], named.sum(1)
+    held, held_named = source.sum(2), (source & named[:, None]).sum(2)
+    pure = (held_named**2 / held.clamp(min=1)).sum(1) / count
+    expected = 1 + (held - 1) * (count[:, None] - 1) / (P - 1)
+    chance = (expected * (held > 0)).sum(1) / P
+    return pure, chance.where(count > 0, torch.nan)
+
+
+class _Shown(NamedTuple):
+    """An image (3, S, S), its patches (P,) bool that a caption names, that caption, and another."""
+
+    image: Tensor
+    named: Tensor
+    own: str
+    another: str | None
+
+
+def _read(model: PretrainedModel, source: Source) -> Iterator[_Shown]:
+    """The readable samples, each with one of its captions in turn and the one behind it."""
+    size, resize = model.config.image_size, model.config.resize
+    transform = image_transform(size, train=False, resize=resize)
+    as_it_is = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    mask_transform = image_transform(size, train=False, resize=resize, **as_it_is)
+    grid = patch_grid(model.tower)
+    for index in range(len(source)):
+        try:
+            image, captions, _ = source[index]
+        except SampleError:
+            continue
+        number = index % len(captions)
+        named = torch.zeros(model.tower.num_patches, dtype=torch.bool)
+        if isinstance(source, NamedMasks):
+            mask = Image.fromarray(np.asarray(source.named_mask(index, number))).convert("RGB")
+            shown = F.adaptive_avg_pool2d(mask_transform(mask)[:1], grid)
+            named = shown.flatten() >= LEAST_SHOWN
+        another = captions[(number + 1) % len(captions)] if len(captions) > 1 else None
+        yield _Shown(transform(image), named, captions[number], another)
+
+
+class _Found(NamedTuple):
+    """Measures of a batch by name, (B,) each: those of each stage, and those of the whole."""
+
+    stages: dict[Stage, dict[str, Tensor]]
+    whole: dict[str, Tensor]
+
+
+@dataclass
+class _Selector:
+    """A model in eval mode, and how its images are reduced."""
+
+    model: PretrainedModel
+    tokenizer: "PreTrainedTokenizerBase"
+    strategy: Strategy
+
+    def measure(self, shown: Sequence[_Shown], foreign: Sequence[str]) -> _Found:
+        """foreign: for each image, a caption of another one."""
+        device = next(self.model.parameters()).device
+        images = torch.stack([each.image for each in shown]).to(device)
+        named = torch.stack([each.named for each in shown]).to(device)
+        own = [each.own for each in shown]
+        features, infos = self._reduce(images, own)
+        by_stage = _kept(named, infos) | self._agreement(images, own)
+        if self.strategy.is_guided:
+            by_stage |= self._changes(images, infos, shown, foreign)
+        stages = {
+            info.stage: {name: values[i] for name, values in by_stage.items()}
+            for i, info in enumerate(infos)
+        }
+        tokens, _ = run_tower(self.model.tower, images, None, self.model.dense, cls_only=True)
+        lost = 1 - F.cosine_similarity(features, self.model.project_image(tokens))
+        whole = {"named": named.float().mean(1), "lost": lost}
+        return _Found(stages, whole | self._areas(images, own, infos))
+
+    def _guide(self, captions: Sequence[str]) -> Tensor | None:
+        if not self.strategy.is_guided:
+            return None
+        return self.model.encode_captions(self.tokenizer, captions)
+
+    def _reduce(self, images: Tensor, captions: Sequence[str]) -> tuple[Tensor, list[StageInfo]]:
+        """Images, each guided by its caption -> features (B, E), and what each step did."""
+        guide = self._guide(captions)
+        tokens, infos = run_tower(self.model.tower, images, guide, self.strategy)
+        return self.model.project_image(tokens), infos
+
+    def _agreement(self, images: Tensor, own: Sequence[str]) -> dict[str, list[Tensor]]:
+        if type(self.strategy) is not Elip:
+            return {}
+        scorer, model = self.strategy.scorer, self.model.visual
+        shares = agreement_by_image(model, images, self._guide(own), self.strategy, (scorer,))
+        return {"agrees": shares[scorer], "agrees_chance": shares["chance"]}
+
+    def _changes(
+        self,
+        images: Tensor,
+        infos: Sequence[StageInfo],
+        shown: Sequence[_Shown],
+        foreign: Sequence[str],
+    ) -> dict[str, list[Tensor]]:
+        another = [each.another or each.own for each in shown]
+        has_another = torch.tensor([each.another is not None for each in shown])
+        by_caption = _changed(infos, self._reduce(images, another)[1], self.model.tower)
+        return {
+            "changed_by_another_caption": [
+                each.where(has_another.to(each.device), torch.nan) for each in by_caption
+            ],
+            "changed_by_another_image": _changed(
+                infos, self._reduce(images, foreign)[1], self.model.tower
+            ),
+        }
+
+    def _areas(
+        self, images: Tensor, own: Sequence[str], infos: Sequence[StageInfo]
+    ) -> dict[str, Tensor]:
+        row = infos[0].attention if infos else None
+        if row is None or not self.model.ranks:
+            return {}
+        texts = encode_texts(self.model, self.tokenizer, list(own), len(own))
+        row = row[:, self.model.tower.num_prefix_tokens :]
+        return removal_areas(self.model, images, texts, row)
+
+
+def _kept(named: Tensor, infos: Sequence[StageInfo]) -> dict[str, list[Tensor]]:
+    """named (B, P) -> `kept`, `purity` and their chances by stage."""
+    if not infos:
+        return {}
+    P, count, found = named.shape[1], named.sum(1), {}
+    pairs = [purity(named, source) for source in source_maps(infos, P)[1:]]
+    found["purity"], found["purity_chance"] = map(list, zip(*pairs, strict=True))
+    kept = kept_patches(infos, P)
+    if kept is not None:
+        found["kept"] = [(each & named).sum(1) / count for each in kept]
+        chance = [each.float().mean(1) for each in kept]
+        found["kept_chance"] = [each.where(count > 0, torch.nan) for each in chance]
+    return found
+
+
+def _changed(infos: Sequence[StageInfo], others: Sequence[StageInfo], tower: Tower) -> list[Tensor]:
+    """How far two reductions of the same images differ, (B,) a stage, see `changed` above."""
+    P = tower.num_patches
+    kept, other = kept_patches(infos, P), kept_patches(others, P)
+    if kept is not None and other is not None:
+        pairs = zip(kept, other, strict=True)
+        return [(a & ~b).sum(1) / a.sum(1) for a, b in pairs]
+    pairs = zip(_together(infos, P), _together(others, P), strict=True)
+    return [(a != b).any(2).float().mean(1) for a, b in pairs]
+
+
+def _together(infos: Sequence[StageInfo], num_patches: int) -> Iterator[Tensor]:
+    """For each stage (B, P, P) bool: which patches are part of one token."""
+    for source in source_maps(infos, num_patches)[1:]:
+        held = source.float()
+        yield held.transpose(1, 2) @ held > 0
+
+
+def _summaries(measures: Sequence[dict[str, Tensor]], names: Sequence[str]) -> dict[str, Any]:
+    return {
+        name: _summary(torch.cat([each[name] for each in measures]))
+        if name in measures[0]
+        else None
+        for name in names
+    }
+
+
+def _summary(values: Tensor) -> dict[str, float | int | None] | None:
+    """The mean of the values that are numbers, and its 95% interval; None where there is none."""
+    values = values[~values.isnan()].double()
+    if not len(values):
+        return None
+    mean = values.mean().item()
+    if len(values) == 1:
+        return {"mean": mean, "low": None, "high": None, "images": 1}
+    reach = NORMAL_95 * (values.std() / len(values) ** 0.5).item()
+    return {"mean": mean, "low": mean - reach, "high": mean + reach, "images": len(values)}

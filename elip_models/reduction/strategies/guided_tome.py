@@ -1,0 +1,62 @@
+"""ToMe that spares what is asked for: text says which tokens merge last.
+
+x~_cls  = lam * x_cls + (1 - lam) * t_cls                                          ELIP, Eq. 1
+a       = this block's CLS row, of x~_cls, read from the tokens as they enter it
+penalty = 3 [a is among the `protect` largest] + weight * a / max a
+
+ToMe merges the r tokens of set A that are most alike to their partners in B; here, the r whose
+similarity less their penalty is largest. Similarities lie within 2 of each other, so that no
+protected token merges while r others may. It may still be a partner, whose mean then holds more.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from elip_kernels.rows import largest
+from elip_models.reduction.strategies.elip import Elip, Guided, fused_cls
+from elip_models.reduction.strategies.tome import ToMe
+from elip_models.towers import Size, Tower
+from elip_models.towers.apart import apart
+from elip_models.validation import NonNegative, Rate, Share
+
+PROTECTION = 3.0  # more than any two cosines differ by
+
+
+@dataclass(frozen=True)
+class GuidedToMe(Guided, ToMe):
+    """ToMe whose most asked-for tokens may not be merged away; ours, of ToMe's step and ELIP's row.
+
+    r, proportional: as of `ToMe`.
+    protect: share of the patches of every block that merge only if no others are left, in [0, 1).
+    weight: of a token's share in the row, the largest being 1, against its similarity.
+    fusion, guidance_norm, without_text: as of `Elip`.
+    """
+
+    name: ClassVar[str] = "guided_tome"
+
+    protect: Rate = 0.3
+    weight: NonNegative = 0.0
+    fusion: Share = Elip.fusion
+    guidance_norm: Literal["none", "match"] = Elip.guidance_norm
+    without_text: Literal["dense", "vision"] | None = Elip.without_text
+
+    def scoring_flops(self, size: Size) -> int:
+        """ToMe's, and a CLS row in every block that merges."""
+        rows = sum(size.row_flops(n) for n, m in self.token_counts(size) if m < n)
+        return super().scoring_flops(size) + rows
+
+    def penalty(self, tower: Tower, i: int, tokens: Tensor, text_cls: Tensor | None) -> Tensor:
+        p = tower.num_prefix_tokens
+        with apart(tower.model, tokens):
+            cls = fused_cls(tower, tokens, text_cls, self)
+            row = tower.cls_attention(i, tokens, cls)
+            patches = row[:, p:]
+            protected = largest(patches, int(self.protect * patches.shape[1])) + p
+            least = torch.finfo(row.dtype).tiny
+            importance = row / patches.amax(1, keepdim=True).clamp(min=least)
+            return (self.weight * importance).scatter_add(
+                1, protected, torch.full_like(protected, PROTECTION, dtype=row.dtype)
+            )

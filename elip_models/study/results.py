@@ -1,0 +1,136 @@
+"""The results of a study: one small JSON file, and what it says of each arm.
+
+    {"study": .., "question": .., "paper": .., "recipe": .., "overrides": {..}, "quality": [..],
+     "references": [..], "arms": {..}, "runs": [{"arm": .., "seed": .., "metrics": {..}, ..}, ..]}
+
+Arms of one seed share initialisation and data, so differences are taken seed by seed. An interval
+is that of the mean by Student's t: 95% of intervals made so hold the mean of all seeds.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+from filelock import FileLock
+
+from elip_models.models.base import write_file
+from elip_models.study.plan import RUNS, Run, Study
+from elip_models.study.runner import result_of
+from elip_models.validation import ConfigError, extra
+
+with extra("elip_models.study"):
+    from scipy.stats import t
+
+LEVEL = 0.95
+Document = dict[str, Any]
+
+
+class Interval(NamedTuple):
+    """A mean over seeds, and half the length of its interval; None with a single seed."""
+
+    mean: float
+    half: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Interval":
+        """Of one value a seed, at least one."""
+        n = len(values)
+        if n == 1:
+            return cls(values[0], None)
+        return cls(fmean(values), float(t.ppf((1 + LEVEL) / 2, n - 1)) * stdev(values) / n**0.5)
+
+    @property
+    def verdict(self) -> str:
+        """Of a difference: which side of zero the whole interval lies on."""
+        if self.half is None:
+            return "one seed"
+        if abs(self.mean) <= self.half:
+            return "no difference seen"
+        return "above" if self.mean > 0 else "below"
+
+
+def collect(study: Study) -> Document:
+    """All finished runs of a study that there are, of whatever seeds."""
+    runs = []
+    for arm in study.arms:
+        folders = (RUNS / study.name / arm).glob("*/")
+        for seed in sorted(int(folder.name) for folder in folders if folder.name.isdecimal()):
+            result = result_of(study, Run(arm, seed))
+            if result is not None:
+                runs.append(result)
+    said = asdict(study)
+    return {"study": said.pop("name")} | said | {"runs": runs}
+
+
+def write_results(study: Study, path: Path) -> Document:
+    """Writes `collect`, a line a run, and returns it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    RUNS.joinpath(study.name).mkdir(parents=True, exist_ok=True)
+    with FileLock(RUNS / study.name / "results.lock"):
+        document = collect(study)
+        runs = ",\n".join(f"    {json.dumps(run)}" for run in document["runs"])
+        text = json.dumps(document | {"runs": "RUNS"}, indent=2)
+        write_file(path, (text.replace('"RUNS"', f"[\n{runs}\n  ]") + "\n").encode())
+    return document
+
+
+def read_results(path: Path) -> Document:
+    """The file that `write_results` wrote.
+
+    Raises:
+        ConfigError: no such file.
+    """
+    if not path.is_file():
+        raise ConfigError(f"results: expected a file that `elip study` wrote, got {path}")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def by_seed(document: Document, arm: str, metric: str) -> dict[int, float]:
+    """A metric of an arm, or a number of its result such as "loss", by seed; those that have it."""
+    found: dict[int, float] = {}
+    for run in document["runs"]:
+        value = run["metrics"].get(metric, run.get(metric))
+        if run["arm"] == arm and value is not None:
+            found[run["seed"]] = value
+    return found
+
+
+def difference(document: Document, arm: str, reference: str, metric: str) -> Interval | None:
+    """The arm less the reference, seed by seed; None where they share no seed."""
+    ours, theirs = (by_seed(document, each, metric) for each in (arm, reference))
+    shared = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    return Interval.of(shared) if shared else None
+
+
+def relative_cost(document: Document, arm: str) -> float | None:
+    """Training FLOPs of the arm's tower against those of the first reference: of the whole run, or
+    of one step where it begins with another arm's model."""
+    steps = by_seed(document, arm, "step_flops")
+    if not steps:
+        return None
+    ratio = fmean(steps.values())
+    images = by_seed(document, arm, "images")
+    if document["arms"][arm]["parent"] is not None or not images:
+        return ratio
+    reference = document["references"][0]
+    theirs = by_seed(document, reference, "images"), by_seed(document, reference, "step_flops")
+    if not all(theirs):
+        return ratio
+    of_reference = fmean(theirs[0].values()) * fmean(theirs[1].values())
+    return ratio * fmean(images.values()) / of_reference
+
+
+def relative_time(document: Document, arm: str) -> float | None:
+    """Training time of the arm against that of the first reference, of the seeds that both have."""
+    ours, theirs = (_seconds(document, each) for each in (arm, document["references"][0]))
+    shared = [ours[seed] / theirs[seed] for seed in ours if seed in theirs]
+    return fmean(shared) if shared and document["arms"][arm]["parent"] is None else None
+
+
+def _seconds(document: Document, arm: str) -> dict[int, float]:
+    """Of training, by seed: the median step times the images of the run."""
+    per_step, images = (by_seed(document, arm, key) for key in ("seconds_per_step", "images"))
+    return {seed: per_step[seed] * images[seed] for seed in per_step}

@@ -1,0 +1,35 @@
+"""What `elip train` prints and writes after a run."""
+
+from elip_models.tasks.tables import retrieval_table, zero_shot_table
+from elip_models.training.recipe import RunConfig
+from elip_models.training.trainer import TrainResult
+from elip_models.validation import extra
+
+with extra("elip_models.training"):
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.panel import Panel
+    from rich.table import Table
+
+
+def print_summary(config: RunConfig, result: TrainResult, console: Console) -> None:
+    """Does what `config.report` asks for, then shows steps, loss, scores and files."""
+    files = [result.output_dir / name for name in ("model", "metrics.jsonl")]
+    if {"timing", "picture"} & set(config.report):
+        from elip_models.training.report import Reporter
+
+        reporter = Reporter(result.model, result.tokenizer, result.eval_source, result.output_dir)
+        if "timing" in config.report:
+            files.append(reporter.timing(console))
+        if "picture" in config.report:
+            files.append(reporter.picture())
+    summary = Table.grid(padding=(0, 2))
+    summary.add_row("steps", str(result.step))
+    summary.add_row("loss", f"{result.loss:.4f}")
+    summary.add_row("skipped", escape(result.skipped))
+    if result.scores is not None:
+        summary.add_row("retrieval", retrieval_table(result.scores))
+    if result.zero_shot is not None:
+        summary.add_row("zero-shot", zero_shot_table(result.zero_shot))
+    summary.add_row("files", escape("\n".join(map(str, files))))
+    console.print(Panel(summary, title=escape(config.name), expand=False))

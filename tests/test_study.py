@@ -1,0 +1,382 @@
+"""Studies: what is planned, that nothing runs twice, what intervals say, and the page."""
+
+import json
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from rich.console import Console
+
+from elip_models.reduction.strategies import STRATEGIES
+from elip_models.study import runner
+from elip_models.study.command import Progress, write_page
+from elip_models.study.measures import MEASURES
+from elip_models.study.page import sentences, table
+from elip_models.study.plan import Run, load_study, plan
+from elip_models.study.results import Interval, difference, relative_cost, relative_time
+from elip_models.training.run_folder import TrainingError
+from elip_models.training.trainer import Trainer
+from elip_models.validation import ConfigError
+from tests.study_case import tiny_study
+from tests.tiny_run import logged, own_process
+
+SCRIPT = Path(__file__).parents[1] / "docs" / "study.py"
+_spec = spec_from_file_location("study_page", SCRIPT)
+study_page = module_from_spec(_spec)
+_spec.loader.exec_module(study_page)
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with own_process():
+        yield
+
+
+def run_all(study, **options):
+    runs = plan(study, **options)
+    begun = []
+    runner.run_study(study, runs, console=QUIET, before=begun.append, after=lambda run: None)
+    return begun
+
+
+# What is planned
+
+
+def test_all_arms_of_a_seed_run_before_any_of_the_next(tmp_path):
+    study = tiny_study(tmp_path)
+    names = ["dense", "tome", "after-0.61", "after-0.81"]
+    assert plan(study) == [Run(name, seed) for seed in (0, 1) for name in names]
+    assert plan(study, seeds=[7]) == [Run(name, 7) for name in names]
+
+
+def test_some_arms_are_planned_with_what_they_begin_with(tmp_path):
+    study = tiny_study(tmp_path)
+    assert plan(study, only=["after-0.61"], seeds=[0]) == [Run("dense", 0), Run("after-0.61", 0)]
+    assert [run.arm for run in plan(study, only=["after"], seeds=[0])] == [
+        *("dense", "after-0.61", "after-0.81")
+    ]
+
+
+def test_an_arm_is_an_override_of_the_recipe_and_of_the_study(tmp_path):
+    arms = {"long": {"length": 2, "optim.lr": 1e-4, "from": "dense"}}
+    study = tiny_study(tmp_path, arms=arms)
+    dense, tome, long = (study.config(Run(arm, 1)) for arm in ("dense", "tome", "long"))
+    assert dense.seed == 1 and dense.report == () and dense.model.overrides["schedule"] is None
+    assert tome.model.overrides["strategy_options"] == {"r": [3, 3, 4], "proportional": True}
+    assert (long.optim.steps, long.optim.lr) == (6, 1e-4)
+    assert long.model.pretrained == long.data.tokenizer == "runs/studies/tiny/dense/1/model"
+    assert dense.data.tokenizer == tome.data.tokenizer == "runs/studies/tiny/tokenizer"
+
+
+def test_a_study_is_like_another_but_for_what_it_says(tmp_path):
+    tiny_study(tmp_path)
+    path = tmp_path / "twin.yaml"
+    path.write_text("like: tiny.yaml\noverrides: {optim.steps: 5}\narms: {more: {seed: 1}}")
+    twin = load_study(path, {"optim.lr": 2e-4})
+    assert [*twin.arms] == [*tiny_study(tmp_path).arms, "more"]
+    assert twin.overrides["optim.steps"] == 5 and twin.overrides["optim.lr"] == 2e-4
+    assert twin.overrides["optim.batch_size"] == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": [-1]}, "seeds: expected a list, each an integer at least 0"),
+        ({"measures": ["taste"]}, "measures: expected some of retrieval, objectives, got 'taste'"),
+        ({"references": ["danse"]}, "references: expected arms of .*got 'danse'"),
+        ({"colour": 1}, "colour: no such key"),
+        ({"arms": {"a": 3}}, "arms.a: expected a mapping of keys, got 3"),
+        ({"arms": {"a": {"at_flops": 2}}}, r"arms.a.at_flops: expected .*\(0, 1\].* got 2"),
+        ({"arms": {"a": {"from": "b"}}}, r"arms.a.from: expected one of .*got 'b'"),
+        ({"arms": {"a": {"length": 0}}}, "arms.a.length: expected above 0 without 'from', got 0"),
+        ({"arms": {"a": {"from": "after-0.61"}}}, "arms.a.from: expected an arm that trains"),
+    ],
+)
+def test_a_mistake_in_a_study_is_named(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny_study(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ({"optim.lrr": 1}, "arms.a: optim.lrr: no such key"),
+        ({"model.overrides.strategy": "tomee"}, "arms.a: model: strategy: expected NAME"),
+        ({"at_flops": 0.1}, "arms.a: at_flops: ratio: expected a share"),
+        ({"data.eval": None, "at_flops": 1}, "data.eval: expected held-out samples"),
+    ],
+)
+def test_a_mistake_in_an_arm_is_named_before_anything_runs(tmp_path, arm, message):
+    study = tiny_study(tmp_path, arms={"a": {"at_flops": 0.8} | arm})
+    with pytest.raises(ConfigError, match=message):
+        runner.check_settings(study, plan(study))
+
+
+def test_an_arm_or_study_that_there_is_not_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"--only: .*got 'tme'; did you mean 'tome'"):
+        plan(tiny_study(tmp_path), only=["tme"])
+    with pytest.raises(ConfigError, match="study 'qualty': expected a path"):
+        load_study("qualty")
+
+
+# What runs
+
+
+@pytest.fixture
+def stubbed(monkeypatch):
+    """A trainer and measures that do nothing; the names of the runs they saw."""
+    seen = []
+
+    def train(config, **options):
+        seen.append(config.name)
+        runner.RunFolder(config.output_dir).claim(config)
+
+    monkeypatch.setattr(runner, "train", train)
+    monkeypatch.setattr(runner, "_open", lambda *arguments: None)
+    monkeypatch.setattr(runner, "_make_tokenizer", lambda *arguments: None)
+    monkeypatch.setattr(runner, "measure", lambda finished, names: dict.fromkeys(names, 0.5))
+    return seen
+
+
+def test_a_study_that_is_killed_repeats_no_finished_run(tmp_path, stubbed, monkeypatch):
+    study, train = tiny_study(tmp_path), runner.train
+
+    def killed(config, **options):
+        train(config)
+        if config.name == "tiny/dense/1":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_all(study)
+    assert stubbed == ["tiny/dense/0", "tiny/tome/0", "tiny/dense/1"]
+    monkeypatch.setattr(runner, "train", train)
+    assert run_all(study) == plan(study, seeds=[1])
+    assert stubbed[3:] == ["tiny/dense/1", "tiny/tome/1"]
+    assert run_all(study) == []
+
+
+def test_a_run_that_another_process_holds_is_left_to_it_with_what_follows(tmp_path, stubbed):
+    study = tiny_study(tmp_path)
+    lock = study.folder(Run("dense", 0)).with_suffix(".lock")
+    lock.parent.mkdir(parents=True)
+    with FileLock(lock):
+        assert run_all(study, seeds=[0]) == [Run("tome", 0)]
+    assert [run.arm for run in run_all(study, seeds=[0])] == ["dense", "after-0.61", "after-0.81"]
+
+
+def test_a_run_that_fails_is_told_after_all_others_ran(tmp_path, stubbed, monkeypatch):
+    train = runner.train
+
+    def failing(config, **options):
+        train(config)
+        if config.name == "tiny/tome/0":
+            raise TrainingError("not finite")
+
+    monkeypatch.setattr(runner, "train", failing)
+    with pytest.raises(TrainingError, match="1 runs failed: tome, seed 0: not finite"):
+        run_all(tiny_study(tmp_path))
+    assert len(stubbed) == 4
+
+
+def test_a_result_of_other_settings_is_refused(tmp_path, stubbed):
+    run_all(tiny_study(tmp_path), only=["dense"])
+    changed = tiny_study(tmp_path, overrides={"optim.steps": 4})
+    message = r"tiny/dense/0 was made with other settings: optim.steps: 3 -> 4; remove it"
+    with pytest.raises(ConfigError, match=message):
+        runner.check_settings(changed, plan(changed))
+
+
+def test_a_measure_that_is_added_is_taken_without_training(tmp_path, stubbed):
+    run_all(tiny_study(tmp_path), only=["dense"])
+    study = tiny_study(tmp_path, measures=["retrieval", "objectives"])
+    assert len(run_all(study, only=["dense"])) == 2 and len(stubbed) == 2
+    result = runner.result_of(study, Run("dense", 1))
+    assert result["measures"] == ["retrieval", "objectives"]
+    assert result["metrics"] == {"retrieval": 0.5, "objectives": 0.5}
+
+
+def test_the_time_that_is_left_follows_from_what_was_finished(tmp_path, stubbed):
+    study = tiny_study(tmp_path)
+    progress = Progress(study, plan(study), tmp_path / "tiny.json", QUIET)
+    assert progress._left() == ""
+    for run, seconds in ((Run("dense", 0), 3600), (Run("after-0.61", 0), 360)):
+        runner.perform(study, run, QUIET)
+        path = study.folder(run) / runner.RESULT
+        path.write_text(json.dumps(runner.result_of(study, run) | {"seconds": seconds}))
+    assert progress._seconds(Run("dense", 1)) == 3600
+    assert progress._seconds(Run("after-0.81", 1)) == 360
+    share = progress.costs["tome"].flops / progress.costs["dense"].flops
+    assert progress._seconds(Run("tome", 0)) == pytest.approx(3600 * share)
+    assert share == pytest.approx(0.72, rel=0.01)
+    assert progress._left() == f"{1 + 2 * share + 0.3:.1f} h left"
+
+
+# What it says
+
+
+def test_an_interval_is_that_of_student():
+    assert Interval.of([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.302653 / 3**0.5, rel=1e-6))
+    assert Interval.of([5.0]) == (5.0, None)
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "verdict"),
+    [
+        (2.0, 1.9, "above"),
+        (-2.0, 1.9, "below"),
+        (2.0, 2.0, "no difference seen"),
+        (-0.1, 0.3, "no difference seen"),
+        (0.0, 0.0, "no difference seen"),
+        (2.0, None, "one seed"),
+    ],
+)
+def test_nothing_is_claimed_whose_interval_has_zero_in_it(mean, half, verdict):
+    assert Interval(mean, half).verdict == verdict
+
+
+def document(**arms):
+    """Results whose runs have these r1 by arm, a value a seed, in seconds that grow with it."""
+    runs = [
+        {
+            **{"arm": arm, "seed": seed, "metrics": {"r1": value}, "images": 100},
+            **{"step_flops": 1.0 if arm == "dense" else 0.5, "seconds_per_step": 1.0 + seed},
+            **{"measured_on": {"device": "cpu", "torch": "2"}, "commit": {"id": "0123456789"}},
+        }
+        for arm, values in arms.items()
+        for seed, value in enumerate(values)
+        if value is not None
+    ]
+    said = {arm: {"family": arm, "parent": None} for arm in arms}
+    return {
+        **{"study": "tiny", "question": "Is it?", "paper": "yes.", "recipe": "clip_tiny"},
+        **{"quality": ["r1"], "references": ["dense"], "overrides": {}},
+        **{"arms": said, "runs": runs},
+    }
+
+
+def test_differences_are_of_the_seeds_that_both_have():
+    found = document(dense=[0.5, 0.7, 0.6], better=[None, 0.8, 0.7])
+    assert difference(found, "better", "dense", "r1") == (
+        pytest.approx(0.1),
+        pytest.approx(0, abs=1e-9),
+    )
+    assert difference(found, "dense", "absent", "r1") is None
+
+
+def test_cost_is_that_of_the_whole_run_against_the_first_reference():
+    found = document(dense=[0.5, 0.7], half=[0.5, 0.6])
+    for run in found["runs"]:
+        if run["arm"] == "half":
+            run["images"] = 50
+    assert relative_cost(found, "half") == 0.25
+    assert relative_time(found, "half") == 0.5
+    found["arms"]["half"]["parent"] = "dense"
+    assert relative_cost(found, "half") == 0.5
+    assert relative_time(found, "half") is None
+
+
+def test_sentences_follow_from_intervals():
+    found = document(
+        dense=[0.50, 0.70, 0.60],
+        up=[0.60, 0.81, 0.70],
+        down=[0.40, 0.61, 0.50],
+        alike=[0.55, 0.68, 0.61],
+        once=[0.9, None, None],
+    )
+    assert sentences(found, "r1") == (
+        "r1, % against `dense`: **above**: `up` (+10.3 ± 1.4); **below**: `down` (−9.7 ± 1.4); "
+        "**no difference seen**: `alike` (+1.3 ± 8.7); **one seed**: `once` (+40.0)."
+    )
+
+
+def test_a_metric_that_no_run_has_is_named():
+    with pytest.raises(ConfigError, match="quality: expected metrics of r1, got 'r2'"):
+        table(document(dense=[0.5]), "r2")
+
+
+def test_the_page_is_that_of_the_results(tmp_path):
+    results, docs = tmp_path / "results", tmp_path / "docs"
+    results.mkdir(), docs.mkdir()
+    arguments = ["--results", str(results), "--docs", str(docs)]
+    (results / "tiny.json").write_text(json.dumps(document(dense=[0.5, 0.6], half=[0.5, 0.7])))
+    assert study_page.main([*arguments, "--check"]) == 1
+    assert study_page.main(arguments) == 0
+    assert study_page.main([*arguments, "--check"]) == 0
+    text = (docs / "study.md").read_text()
+    assert "## Is it?" in text and "commit 0123456" in text
+    assert "| `half` | 2 | 0.50 | 1.00 | – | 60.0 ± 127.1 | +5.0 ± 63.5 |" in text
+    assert "training FLOPs, dense = 1" in (docs / "study-tiny.svg").read_text()
+    (docs / "study.md").write_text(text.replace("60.0", "61.0"))
+    assert study_page.main([*arguments, "--check"]) == 1
+    assert [path.name for path in write_page(results / "tiny.json", docs / "own.md")] == [
+        *("own.md", "own.svg")
+    ]
+
+
+def test_the_committed_page_shows_the_committed_results():
+    assert study_page.main(["--check"]) == 0
+
+
+# All of it
+
+
+@pytest.mark.slow
+def test_a_tiny_study_runs_is_killed_goes_on_and_is_written(tmp_path, monkeypatch):
+    study = tiny_study(tmp_path, measures=[*MEASURES])
+    step, last = Trainer._train_step, study.folder(Run("tome", 1))
+
+    def killed(self):
+        if self.step == 2 and self.folder.path == last:
+            raise KeyboardInterrupt
+        step(self)
+
+    monkeypatch.setattr(Trainer, "_train_step", killed)
+    progress = Progress(study, plan(study), tmp_path / "results" / "tiny.json", QUIET)
+    with pytest.raises(KeyboardInterrupt):
+        progress.run()
+    before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("result.json")}
+    assert len(before) == 5
+    monkeypatch.setattr(Trainer, "_train_step", step)
+    progress.run()
+    assert (
+        before.items()
+        <= {p: p.stat().st_mtime_ns for p in Path("runs").rglob("result.json")}.items()
+    )
+    assert [row["step"] for row in logged(last, "loss", "step")] == [1, 2, 3]
+    found = json.loads((tmp_path / "results" / "tiny.json").read_text())
+    assert {(run["arm"], run["seed"]) for run in found["runs"]} == set(plan(study))
+    for run in found["runs"]:
+        metrics = run["metrics"]
+        assert metrics["objective.loss"] > 0 and 0 <= metrics["reduced.r1"] <= 1
+        assert ("loss" in run) == ("images" in run) == (not run["arm"].startswith("after"))
+    assert [*Path("runs").rglob("checkpoints")] == []
+    assert "+" in study_page.page(found, "chart.svg")
+
+
+@pytest.mark.slow
+def test_arms_of_a_seed_share_initialisation_and_batches(tmp_path):
+    arms = {name: {"model.overrides.strategy": name} for name in STRATEGIES}
+    study = tiny_study(tmp_path, arms=arms)
+
+    def begun(arm, seed):
+        config = study.config(Run(arm, seed))
+        runner._make_tokenizer(study, config)
+        trainer = Trainer(config, resume=True, console=QUIET)
+        weights = {name: value.clone() for name, value in trainer.bare_model.state_dict().items()}
+        trainer.model.train()
+        trainer._train_step()  # what a strategy draws at random must not move the data
+        batch = next(trainer.batches)
+        return weights | {name: batch[name] for name in ("images", "input_ids")}
+
+    Path("runs/studies/tiny").mkdir(parents=True)
+    reference = begun("dense", 0)
+    for name in STRATEGIES:
+        found = begun(name, 0)
+        assert found.keys() == reference.keys()
+        assert all(torch.equal(found[key], reference[key]) for key in found), name
+    assert not torch.equal(begun("dense", 1)["images"], reference["images"])
