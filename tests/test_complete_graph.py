@@ -72,6 +72,17 @@ def test_pitome_merges_as_a_tower_under_the_official_patch():
         assert 0.75 * (1 - i / 4) == case["margin"]
 
 
+def test_the_margin_of_pitome_falls_evenly_over_the_blocks():
+    keys, tower = torch.randn(4, 2, 31, 8), as_tower(plain_vit())
+    similarity = cosines(keys.mean(1)[:, 1:])
+    for i, margin in ((0, 0.9), (3, 0.45)):
+        pairs = PiToMe(margin=0.9).choose(tower, Stage(i, 1, 20), keys[:, 0], keys, None)
+        expected = pairs_by_energy(similarity, 10, margin).behind(1)
+        assert torch.equal(pairs.sources, expected.sources)
+        assert torch.equal(pairs.targets, expected.targets)
+    assert not torch.equal(expected.sources, pairs_by_energy(similarity, 10, 0.9).sources + 1)
+
+
 def crossget_by_hand(S, importance, r):
     """One image, by Python lists -> target of each source."""
     n = len(S)
