@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elip_kernels._autocast import without_autocast
 from elip_kernels._operator import exports_onnx
 
 
@@ -29,6 +30,13 @@ def largest(scores: Tensor, count: int) -> Tensor:
     if exports_onnx():  # it has no stable sort, but a TopK that settles ties so
         return scores.topk(count, dim=1).indices
     return scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
+
+
+@without_autocast
+def cosines(x: Tensor) -> Tensor:
+    """x (B, N, C) -> (B, N, N) in at least fp32: the cosine of each pair."""
+    unit = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=2)
+    return unit @ unit.mT
 
 
 def flat_rows(rows: Tensor, N: int) -> Tensor:

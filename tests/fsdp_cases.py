@@ -13,7 +13,17 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import elip_models
-from elip_models import Adaptive, EViT, GuidedToMe, PatchDropout, Random, Resize, ToMe
+from elip_models import (
+    Adaptive,
+    CrossGET,
+    EViT,
+    GuidedToMe,
+    PatchDropout,
+    PiToMe,
+    Random,
+    Resize,
+    ToMe,
+)
 from elip_models.towers import as_tower
 from tests.towers import WIDTH, clip_vit, images, plain_vit, text
 
@@ -262,6 +272,8 @@ STRATEGIES = {
     "evit without gradient": EViT(0.7, layers=(1, 3), attention_gradient=False),
     "tome": ToMe(4),
     "guided_tome": GuidedToMe(4),
+    "pitome": PiToMe(4),
+    "crossget": CrossGET(4),
     "patch_dropout": PatchDropout(0.5),
     "random": Random(SCHEDULE),
     "resize": Resize(32),

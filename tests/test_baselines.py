@@ -23,18 +23,23 @@ OPTIONS = {
     "evit": {"keep_rate": 0.7},
     "tome": {"r": 3},
     "guided_tome": {"r": 3, "protect": 0.5},
+    "pitome": {"r": 3},
+    "crossget": {"r": 3},
     "patch_dropout": {"keep": 0.5},
     "resize": {"size": 12},
     "adaptive": {"keep_mass": 0.4},
 }
 OTHERS = [name for name in STRATEGIES if name != "elip"]
 LEFT = {"evit": 10, "tome": 8, "patch_dropout": 9, "resize": 10, "adaptive": 10}
-LEFT |= {"trips": 10, "random": 10, "guided_tome": 8}
+LEFT |= {"trips": 10, "random": 10, "guided_tome": 8, "pitome": 8, "crossget": 8}
+DENSE = ("trips", "adaptive", "guided_tome", "crossget")  # without text
+DENSE += ("patch_dropout",)  # in evaluation
 MOMENTUM = ["albef", "blip"]
 CASES = [(family, strategy) for family in MODELS for strategy in OTHERS]
 QUICK = [
     ("albef", "tome"),
     ("blip", "guided_tome"),
+    ("albef", "crossget"),
     ("blip", "adaptive"),
     ("meter", "evit"),
     ("meter", "random"),
@@ -72,13 +77,7 @@ def test_a_text_sees_the_tokens_that_are_left_of_its_image(family, strategy):
     assert model.reduction.token_counts(model.tower.size)[-1].mlp == LEFT[strategy]
     assert (mask_after(infos) is not None) == (strategy == "adaptive")
     whole, _ = model.eval().encode_image(images)
-    dense = strategy in (
-        "trips",
-        "adaptive",
-        "guided_tome",
-        "patch_dropout",
-    )  # without text, or not in training
-    assert whole.shape[1] == (17 if dense else LEFT[strategy])
+    assert whole.shape[1] == (17 if strategy in DENSE else LEFT[strategy])
 
 
 @pytest.mark.parametrize("momentum", ["none", "shared", "own"])
@@ -122,7 +121,7 @@ def test_a_momentum_tower_that_shares_keeps_the_same_tokens(family, strategy):
     assert seen.image_m.shape == seen.image.shape and not torch.equal(seen.image_m, seen.image)
 
 
-@pytest.mark.parametrize("strategy", ["evit", "tome", "guided_tome", "trips", "resize"])
+@pytest.mark.parametrize("strategy", ["evit", "tome", "guided_tome", "crossget", "trips", "resize"])
 def test_a_momentum_tower_may_choose_for_itself(strategy):
     model, batch = reduced("blip", strategy, momentum=1.0), batch_of_four()
     assert model.contrast(*batch).image_m.shape[1] == 17
@@ -198,6 +197,8 @@ RUN = (
 SCENES = OPTIONS | {
     "tome": {"r": 2},
     "guided_tome": {"r": 2},
+    "pitome": {"r": 2},
+    "crossget": {"r": 2},
     "resize": {"size": 24},
     "adaptive": {"keep_mass": 0.7},
 }

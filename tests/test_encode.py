@@ -152,6 +152,8 @@ def strategies():
     yield elip_models.EViT(0.7, layers=(1, 3))
     yield elip_models.ToMe(4)
     yield elip_models.GuidedToMe(4)
+    yield elip_models.PiToMe(4)
+    yield elip_models.CrossGET(4)
     yield elip_models.Adaptive(SCHEDULE, keep_mass=0.5)
 
 

@@ -17,7 +17,19 @@ from torch.utils import _pytree as pytree
 import elip_kernels
 import elip_models
 from elip_kernels.testing.calls import CALLS
-from elip_models import Adaptive, Elip, EViT, GuidedToMe, PatchDropout, Random, Resize, ToMe, Trips
+from elip_models import (
+    Adaptive,
+    CrossGET,
+    Elip,
+    EViT,
+    GuidedToMe,
+    PatchDropout,
+    PiToMe,
+    Random,
+    Resize,
+    ToMe,
+    Trips,
+)
 from elip_models.towers import as_tower
 from tests.models import ROTARY, TOWERS, WITHOUT_CLS, hf_clip, ids, open_clip_pair
 from tests.towers import SCHEDULE, WIDTH, clip_vit, images, plain_vit, text
@@ -58,6 +70,8 @@ CASES = {
     **{f"elip {s}": Elip(**VISION, scorer=s) for s in ("last", "cls", "exact", "official", 1)},
     "adaptive": Adaptive(**VISION, keep_mass=0.5),
     "guided_tome": GuidedToMe(4, weight=0.5),
+    "pitome": PiToMe(4),
+    "crossget": CrossGET(4),
     "evit": EViT(0.7, layers=(1, 3)),
     "evit every layer": EViT(0.8, layers="all", attention_gradient=False),
     "patch_dropout": PatchDropout(0.5),  # does nothing in inference

@@ -15,7 +15,19 @@ from torchao.quantization import (
 )
 
 import elip_models
-from elip_models import Adaptive, Elip, EViT, GuidedToMe, PatchDropout, Random, Resize, ToMe, Trips
+from elip_models import (
+    Adaptive,
+    CrossGET,
+    Elip,
+    EViT,
+    GuidedToMe,
+    PatchDropout,
+    PiToMe,
+    Random,
+    Resize,
+    ToMe,
+    Trips,
+)
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategies import Dense
 from elip_models.towers import as_tower
@@ -50,6 +62,8 @@ STRATEGIES = {
     "adaptive": Adaptive(**VISION, keep_mass=0.5),
     "evit": EViT(0.7, layers=(1, 3)),
     "guided_tome": GuidedToMe(4),
+    "pitome": PiToMe(4),
+    "crossget": CrossGET(4),
     "evit, no gradient": EViT(0.7, layers=(1, 3), attention_gradient=False),
     "patch_dropout": PatchDropout(0.5),  # does nothing in inference
     "random": Random(SCHEDULE),
@@ -64,6 +78,8 @@ NOTHING = {
     "random": Random("6(100%)"),
     "tome": ToMe(0),
     "guided_tome": GuidedToMe(0),
+    "pitome": PiToMe(0),
+    "crossget": CrossGET(0),
     "trips": Trips("6(100%)"),
 }
 

@@ -18,10 +18,12 @@ from torch.distributed.fsdp import fully_shard
 import elip_models
 from elip_models import (
     Adaptive,
+    CrossGET,
     Elip,
     EViT,
     GuidedToMe,
     PatchDropout,
+    PiToMe,
     Random,
     Resize,
     Schedule,
@@ -124,6 +126,8 @@ EVERY = [
     EViT(keep_rate=0.6, layers=(1, 3)),
     EViT(layers="all"),
     ToMe(r=(1, 2, 3, 4, 5, 6), proportional=False),
+    PiToMe(r=2, margin=0.7),
+    CrossGET(r=2, fusion=0.4),
     GuidedToMe(r=(1, 2, 3, 4, 5, 6), protect=0.5, guidance_norm="match"),
     PatchDropout(0.3, until=7),
     Resize(24),

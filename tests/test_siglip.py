@@ -92,7 +92,9 @@ def test_without_text_it_stays_dense():
     assert torch.equal(model(x).pooler_output, dense)
 
 
-@pytest.mark.parametrize("name", ["tome", "guided_tome", "random", "patch_dropout", "trips"])
+@pytest.mark.parametrize(
+    "name", ["tome", "guided_tome", "pitome", "crossget", "random", "patch_dropout", "trips"]
+)
 def test_strategies_without_a_cls_row_run(name):
     model, x, t = siglip_vision().train(), images(), text()
     options = {"schedule": SCHEDULE} if name in ("random", "trips") else {}

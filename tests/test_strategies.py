@@ -10,10 +10,12 @@ import torch
 import elip_models
 from elip_models import (
     Adaptive,
+    CrossGET,
     Elip,
     EViT,
     GuidedToMe,
     PatchDropout,
+    PiToMe,
     Random,
     Resize,
     Schedule,
@@ -104,6 +106,8 @@ STRATEGIES = {
     "tome": ToMe(4),
     "tome list": ToMe((0, 5, 0, 3, 2, 20), proportional=False),
     "guided_tome": GuidedToMe((4, 0, 4, 5, 2, 20), protect=0.6, weight=0.5),
+    "pitome": PiToMe((4, 0, 4, 5, 2, 20)),
+    "crossget": CrossGET((4, 0, 4, 5, 2, 20), fusion=0.4),
     "trips": Trips(SCHEDULE),
     "patch_dropout": PatchDropout(0.5),
     "random": Random(SCHEDULE),
@@ -129,7 +133,7 @@ def patched(model, strategy, x, t, call=None):
 
 
 REFUSED = {("HF SigLIP", "evit"), ("HF SigLIP", "evit every layer"), ("rotary", "resize")}
-REFUSED |= {("rotary", name) for name in ("tome", "tome list", "guided_tome")}
+REFUSED |= {("rotary", name) for name in ("tome", "tome list", "guided_tome", "pitome", "crossget")}
 PAIRS = [(library, name) for library in [*LIBRARIES, *OTHERS] for name in STRATEGIES]
 
 
@@ -169,7 +173,9 @@ def test_every_block_sees_the_tokens_that_the_counts_say(strategy):
     for i, block in enumerate(model.blocks):
         for half in ("norm1", "norm2"):
             getattr(block, half).register_forward_hook(
-                lambda m, args, out, at=(i, half): seen.update({at: out.shape[1]})
+                lambda m, args, out, at=(i, half): seen.update(
+                    {at: max(seen.get(at, 0), out.shape[1])}
+                )
             )
     patched(model, replace(strategy, scorer="last") if strategy.name == "elip" else strategy, x, t)
     expected = strategy.token_counts(as_tower(model).size)

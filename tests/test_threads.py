@@ -10,10 +10,18 @@ from torch.utils.checkpoint import checkpoint
 
 import elip_models
 from tests.models import PAIRS, ids, output_of_pair
-from tests.test_strategies import strategies
+from tests.test_strategies import STRATEGIES
 from tests.towers import SCHEDULE, clip_vit, images, plain_vit, text
 
 THREADS = 8
+AS_GUIDED_TOME = ("tome", "tome list", "pitome", "crossget")  # in the place of a block, no more
+strategies = pytest.mark.parametrize(
+    "strategy",
+    [
+        pytest.param(strategy, id=name, marks=pytest.mark.slow if name in AS_GUIDED_TOME else ())
+        for name, strategy in STRATEGIES.items()
+    ],
+)
 
 
 def in_threads(run, count=THREADS):

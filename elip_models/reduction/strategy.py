@@ -31,6 +31,7 @@ class StageInfo(NamedTuple):
     attention: (B, N) the row that selected, prefix tokens included; None where none did.
     sizes: (B, N) how many patches each token stands for, where the strategy counts them.
     positions: (B, N-p) the patch that each token which leaves stands at, where the tower reads it.
+    weights: (B, N) what each token counted in its row's sum beside its size; None: 1 each.
     """
 
     stage: Stage
@@ -38,6 +39,7 @@ class StageInfo(NamedTuple):
     attention: Tensor | None = None
     sizes: Tensor | None = None
     positions: Tensor | None = None
+    weights: Tensor | None = None
 
     @property
     def mask(self) -> Tensor | None:

@@ -120,19 +120,18 @@ def row(q, k, mask=None):
 
 
 def bipartite_inputs(B, N, dtype, D=WIDTH, C=WIDTH // HEADS, r=0.25):
-    """tokens, metric, size, grad_out; every token stands for 1 to 5."""
+    """tokens, metric, size, penalty, grad_out; every token stands for 1 to 5."""
     rows = N - max(1, int(r * N))
     tokens, metric, grad_out = torch.randn(B, N, D), torch.randn(B, N, C), torch.randn(B, rows, D)
-    size = torch.randint(1, 6, (B, N)).float()
-    return tokens.to(dtype), metric.to(dtype), size, grad_out.to(dtype)
+    size, penalty = torch.randint(1, 6, (B, N)).float(), 3.0 * (torch.rand(B, N) < 0.3)
+    return tokens.to(dtype), metric.to(dtype), size, penalty, grad_out.to(dtype)
 
 
-def bipartite_merge(tokens, metric, size, grad_out):
+def bipartite_merge(tokens, metric, size, penalty, grad_out):
     """-> merged, sizes, slots, gradient."""
     leaf = tokens.detach().requires_grad_()
-    merged, sizes, info = elip_kernels.bipartite_merge(
-        leaf, metric, tokens.shape[1] - grad_out.shape[1], size=size, return_info=True
-    )
+    r, options = tokens.shape[1] - grad_out.shape[1], {"size": size, "penalty": penalty}
+    merged, sizes, info = elip_kernels.bipartite_merge(leaf, metric, r, **options, return_info=True)
     (gradient,) = torch.autograd.grad(merged, leaf, grad_out)
     return merged.detach(), sizes, info.slots, gradient
 

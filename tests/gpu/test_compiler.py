@@ -51,9 +51,10 @@ def test_opcheck_of_rows(device, dtype):
 
 @every_dtype
 def test_opcheck_of_bipartite_merge(device, dtype):
-    tokens, metric, size, grad_out = on(device, ops.bipartite_inputs(2, 50, dtype, 64))
+    inputs = on(device, ops.bipartite_inputs(2, 50, dtype, 64))
+    tokens, metric, size, penalty, grad_out = inputs
     r = 50 - grad_out.shape[1]
-    check(elip.bipartite_match.default, (metric, None, r, 1))
+    check(elip.bipartite_match.default, (metric, penalty, r, 1))
     arguments = (tokens.requires_grad_(), size, elip.bipartite_match(metric, None, r, 1), 50 - r)
     check(elip.bipartite_merge.default, arguments)
     _, sizes = elip.bipartite_merge(*arguments)

@@ -4,6 +4,7 @@ instance such as `ToMe(r=13)`, or the line of text that `get_strategy` reads.
 
 from elip_models.reduction.strategies.adaptive import Adaptive
 from elip_models.reduction.strategies.baselines import PatchDropout, Random, Trips
+from elip_models.reduction.strategies.complete_graph import CrossGET, PiToMe
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategies.elip import Elip
 from elip_models.reduction.strategies.evit import EViT
@@ -16,11 +17,13 @@ from elip_models.towers import Tower
 __all__ = [
     "STRATEGIES",
     "Adaptive",
+    "CrossGET",
     "Dense",
     "EViT",
     "Elip",
     "GuidedToMe",
     "PatchDropout",
+    "PiToMe",
     "Random",
     "Resize",
     "ToMe",
@@ -30,7 +33,10 @@ __all__ = [
 
 STRATEGIES: dict[str, type[Strategy]] = {
     strategy.name: strategy
-    for strategy in (Elip, EViT, ToMe, GuidedToMe, Trips, PatchDropout, Random, Resize, Adaptive)
+    for strategy in (
+        *(Elip, EViT, ToMe, GuidedToMe, PiToMe, CrossGET),
+        *(Trips, PatchDropout, Random, Resize, Adaptive),
+    )
 }
 
 

@@ -72,14 +72,14 @@ class ToMe(Strategy):
         r, penalty = tokens.shape[1] - tower.num_prefix_tokens - stage.keep, None
         if r > 0 and context.replay is None:
             penalty = self.penalty(tower, i, tokens, context.text_cls)
-        tokens, metric = self._attend(tower, i, tokens, sizes)
+        tokens, keys = self._attend(tower, i, tokens, sizes)
         if context.replay is not None:
             match = context.replay.reduction
             tokens, sizes = elip_kernels.merge_by(tokens, match, sizes)
         else:
             tokens, sizes, match = elip_kernels.bipartite_merge(
                 tokens,
-                metric,
+                keys.mean(1),
                 r,
                 size=sizes,
                 penalty=penalty,
@@ -98,12 +98,12 @@ class ToMe(Strategy):
     def _attend(
         self, tower: Tower, i: int, tokens: Tensor, sizes: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Block i's attention half, and the metric (B, N, d) that tokens are matched by."""
+        """Block i's attention half, and its keys (B, H, N, d), detached."""
         q, k, v = tower.qkv(i, tokens)
         bias = None
         if self.proportional and sizes is not None:
             bias = sizes.log().to(q.dtype)[:, None, None]
-        return tower.attend(i, tokens, bias, qkv=(q, k, v)), k.detach().mean(1)
+        return tower.attend(i, tokens, bias, qkv=(q, k, v)), k.detach()
 
     def at_strength(self, size: Size, strength: float) -> Strategy:
         total = round(strength * size.depth * size.num_patches // 2)

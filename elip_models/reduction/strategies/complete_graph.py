@@ -1,0 +1,200 @@
+"""Merging in every block by a complete graph: any patch may join any other, where ToMe's join one
+of a fixed half. PiToMe spares what is like nothing else, CrossGET what a text asks for.
+
+    S   = cosines of the patches' keys in this block, (B, n, n)
+    r sources join a target each, which is no source:  PiToMe and CrossGET choose both by S
+    x_t = (sum of weight_n size_n x_n) / (sum of size_n)       over what target t holds, t included
+
+All but sources stay, in image order. Nothing has a gradient through the choice. S is written, n x n
+of each image, and the sum is PyTorch's.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elip_kernels import BipartiteInfo
+from elip_kernels.rows import add_rows, cosines, largest
+from elip_models.reduction.schedule import Stage
+from elip_models.reduction.strategies.elip import Elip, Guided, fused_cls
+from elip_models.reduction.strategies.tome import ToMe
+from elip_models.reduction.strategy import Context, StageInfo
+from elip_models.towers import Size, Tower
+from elip_models.towers.apart import apart
+from elip_models.validation import Share
+
+
+class Pairs(NamedTuple):
+    """Sources and the target of each, positions (B, r) of N tokens; weights (B, N), None: 1."""
+
+    sources: Tensor
+    targets: Tensor
+    weights: Tensor | None = None
+
+    def behind(self, p: int) -> "Pairs":
+        """The same pairs, where p tokens that merge with none stand before these."""
+        weights = None if self.weights is None else F.pad(self.weights, (p, 0), value=1.0)
+        return Pairs(self.sources + p, self.targets + p, weights)
+
+    def match(self, N: int) -> BipartiteInfo:
+        """The row of every token."""
+        (B, r), device = self.sources.shape, self.sources.device
+        is_source = torch.zeros(B, N, dtype=torch.bool, device=device)
+        is_source = is_source.scatter(1, self.sources, True)
+        rows = (~is_source).cumsum(1, dtype=torch.int32) - 1
+        return BipartiteInfo(rows.scatter(1, self.sources, rows.gather(1, self.targets)), N - r)
+
+
+class CompleteGraph(ToMe):
+    """ToMe with pairs of a complete graph. A subclass has `choose`."""
+
+    def choose(
+        self, tower: Tower, stage: Stage, tokens: Tensor, keys: Tensor, text_cls: Tensor | None
+    ) -> Pairs:
+        """The pairs of which `stage.keep` patches are left.
+
+        tokens: (B, N, D) that enter the block. keys: (B, H, N, d), its own of these.
+        """
+        raise NotImplementedError
+
+    def channels(self, size: Size) -> int:
+        """Of the keys that are compared."""
+        raise NotImplementedError
+
+    def scoring_flops(self, size: Size) -> int:
+        patches = (n - size.num_prefix_tokens for n, m in self.token_counts(size) if m < n)
+        return sum(2 * n * n * self.channels(size) for n in patches)
+
+    def step(
+        self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
+    ) -> tuple[Tensor, StageInfo]:
+        (B, N, _), entered, previous = tokens.shape, tokens, context.previous
+        if N - tower.num_prefix_tokens == stage.keep:
+            return super().step(tower, stage, tokens, context)
+        sizes = None if previous is None else previous.sizes
+        tokens, keys = self._attend(tower, stage.first, tokens, sizes)
+        if context.replay is not None:
+            match, weights = context.replay.reduction, context.replay.weights
+        else:
+            with apart(tower.model, entered):
+                pairs = self.choose(tower, stage, entered, keys, context.text_cls)
+            match, weights = pairs.match(N), pairs.weights
+        if sizes is None:
+            dtype = torch.promote_types(tokens.dtype, torch.float32)
+            sizes = torch.ones(B, N, dtype=dtype, device=tokens.device)
+        tokens, sizes = merged(tokens, sizes, match, weights)
+        info = StageInfo(stage, match, sizes=sizes, weights=weights)
+        return tower.mlp(stage.first, tokens), info
+
+
+@dataclass(frozen=True)
+class PiToMe(CompleteGraph):
+    """Merge the r patches of the highest energy into the next r (Tran et al., NeurIPS 2024).
+
+        E_i = mean_j elu(S_ij - m), m = margin (1 - block / depth)           S of head-mean keys
+        sources and targets alternate among the 2 r of the highest E; a source joins the most alike
+
+    What is like many others has a high energy; the rest is protected.
+
+    r, proportional: as of `ToMe`.
+    margin: m in the first block, from which it falls evenly.
+    """
+
+    name: ClassVar[str] = "pitome"
+
+    margin: Share = 0.9
+
+    def channels(self, size: Size) -> int:
+        return size.width // size.heads
+
+    def choose(
+        self, tower: Tower, stage: Stage, tokens: Tensor, keys: Tensor, text_cls: Tensor | None
+    ) -> Pairs:
+        p = tower.num_prefix_tokens
+        similarity = cosines(keys.mean(1)[:, p:])
+        margin = self.margin * (1 - stage.first / tower.depth)
+        return pairs_by_energy(similarity, similarity.shape[1] - stage.keep, margin).behind(p)
+
+
+@dataclass(frozen=True)
+class CrossGET(Guided, CompleteGraph):
+    """Merge what is alike and not asked for, weighted by how much it is (Shi et al., ICML 2024).
+
+        I_i = cosine of key i and the query of the fused CLS token           S of all heads' keys
+        B_i = the largest S_ij of the j that are less alike to their best than i is to its own
+        sources = the r of the largest B - I; each joins the most alike that is no source
+        weights = of a source s 2 w_s, of its target 1 + sum over its sources of (2 w_t - 1)
+                  with (w_s, w_t) = softmax(I_s, I_t)
+
+    The paper learns tokens that stand in for the other modality, where it cannot be seen; here the
+    fused CLS token of ELIP asks (Eq. 1), which is none of the tokens of a layer.
+
+    r, proportional: as of `ToMe`. fusion, guidance_norm, without_text: as of `Elip`.
+    """
+
+    name: ClassVar[str] = "crossget"
+
+    fusion: Share = Elip.fusion
+    guidance_norm: Literal["none", "match"] = Elip.guidance_norm
+    without_text: Literal["dense", "vision"] | None = Elip.without_text
+
+    def channels(self, size: Size) -> int:
+        return size.width
+
+    def scoring_flops(self, size: Size) -> int:
+        """And the query, by the projections of one token, and its cosines."""
+        D, p = size.width, size.num_prefix_tokens
+        rows = (2 * (n - p) + 1 for n, m in self.token_counts(size) if m < n)
+        return super().scoring_flops(size) + sum(6 * D * D + 2 * row * D for row in rows)
+
+    def choose(
+        self, tower: Tower, stage: Stage, tokens: Tensor, keys: Tensor, text_cls: Tensor | None
+    ) -> Pairs:
+        p = tower.num_prefix_tokens
+        cls = fused_cls(tower, tokens, text_cls, self)
+        query = tower.qkv(stage.first, cls[:, None])[0]
+        asked = torch.cat([query, keys[:, :, p:]], dim=2).transpose(1, 2).flatten(2)
+        similarity = cosines(asked)  # (B, 1 + n, 1 + n)
+        importance, similarity = similarity[:, 0, 1:], similarity[:, 1:, 1:]
+        r = similarity.shape[1] - stage.keep
+        return pairs_by_importance(similarity, importance, r).behind(p)
+
+
+def pairs_by_energy(similarity: Tensor, r: int, margin: float) -> Pairs:
+    """PiToMe's, of S (B, n, n)."""
+    order = largest(F.elu(similarity - margin).mean(2), 2 * r)
+    sources, targets = order[:, ::2], order[:, 1::2]
+    rows = similarity.gather(1, sources[..., None].expand(-1, -1, similarity.shape[2]))
+    best = rows.gather(2, targets[:, None].expand(-1, r, -1)).argmax(2)
+    return Pairs(sources, targets.gather(1, best))
+
+
+def pairs_by_importance(similarity: Tensor, importance: Tensor, r: int) -> Pairs:
+    """CrossGET's, of S (B, n, n) and I (B, n)."""
+    n, never = similarity.shape[1], float("-inf")
+    itself = torch.eye(n, dtype=torch.bool, device=similarity.device)
+    similarity = similarity.masked_fill(itself, never)
+    rank = largest(similarity.amax(2), n).argsort(1)
+    is_later = rank[:, None] > rank[:, :, None]
+    best = similarity.masked_fill(~is_later, never).amax(2)
+    sources = largest(best - importance, r)
+    rows = similarity.gather(1, sources[..., None].expand(-1, -1, n))
+    is_source = torch.zeros_like(is_later[:, 0]).scatter(1, sources, True)
+    targets = rows.masked_fill(is_source[:, None], never).argmax(2)
+    both = torch.stack([importance.gather(1, sources), importance.gather(1, targets)], dim=2)
+    of_source, of_target = (2 * both.softmax(2)).unbind(2)
+    weights = torch.ones_like(importance).scatter(1, sources, of_source)
+    return Pairs(sources, targets, weights.scatter_add(1, targets, of_target - 1))
+
+
+def merged(
+    tokens: Tensor, sizes: Tensor, match: BipartiteInfo, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """tokens (B, N, D), sizes and weights (B, N) -> (B, R, D), its sizes (B, R)."""
+    slots = match.slots.long()
+    total = sizes.new_zeros(len(sizes), match.num_rows).scatter_add(1, slots, sizes)
+    share = (sizes if weights is None else sizes * weights) / total.gather(1, slots)
+    return add_rows(tokens, slots, share, match.num_rows), total
