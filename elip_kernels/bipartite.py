@@ -34,13 +34,7 @@ from elip_kernels._validate import (
     message,
 )
 from elip_kernels.absorbed import accumulator
-from elip_kernels.bipartite_kernels import (
-    SMALLEST_SIZE,
-    SMALLEST_SQUARE,
-    match,
-    merge_bwd,
-    merge_fwd,
-)
+from elip_kernels.bipartite_kernels import SMALLEST_SQUARE, match, merge_bwd, merge_fwd
 from elip_kernels.info import BipartiteInfo, ReductionInfo, check_slots
 from elip_kernels.rows import add_rows, flat_rows, largest, sum_rows
 
@@ -201,7 +195,7 @@ def merge_reference(
     if size is None:
         size = tokens.new_ones(B, N, dtype=accumulator(tokens.dtype))
     out_size = size.new_zeros(B * num_rows).index_add_(0, rows, size.reshape(-1))
-    weight = size / out_size.clamp(min=SMALLEST_SIZE).index_select(0, rows).view(B, N)
+    weight = size / _divisor(out_size).index_select(0, rows).view(B, N)
     weighted = (tokens * weight[..., None]).reshape(B * N, D)
     out = size.new_zeros(B * num_rows, D).index_add_(0, rows, weighted)
     return out.to(tokens.dtype).view(B, num_rows, D), out_size.view(B, num_rows)
@@ -216,8 +210,13 @@ def merge_backward_reference(
 
 def shares(size: Tensor | None, out_size: Tensor, slots: Tensor) -> Tensor:
     """w (B, N): each token's share of its row."""
-    total = out_size.clamp(min=SMALLEST_SIZE).gather(1, slots.long())
+    total = _divisor(out_size).gather(1, slots.long())
     return total.reciprocal() if size is None else size / total
+
+
+def _divisor(out_size: Tensor) -> Tensor:
+    """Rows that hold nothing divide nothing."""
+    return out_size.masked_fill(out_size == 0, 1.0)
 
 
 def _match_flops(metric_shape, *args, **kwargs) -> int:

@@ -18,7 +18,6 @@ from elip_kernels._triton import tl, triton
 from elip_kernels.select import kth_largest, order_key, output_slots
 
 SMALLEST_SQUARE = torch.finfo(torch.float32).tiny  # a smaller squared norm gives no direction
-SMALLEST_SIZE = torch.finfo(torch.float32).tiny  # a row of less weighs nothing
 
 
 @triton.jit

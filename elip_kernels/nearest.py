@@ -106,7 +106,7 @@ def merge_nearest(
         metric: (B, N, C), what likeness (its cosine) is measured on, such as the head mean of the
             keys.
         size: (B, N) or (B, N, 1) fp32 or fp64, positive: how many tokens each stands for, or
-            another weight, such as attention; None means one each.
+            another weight, such as attention; 0 of what weighs nothing. None means one each.
         mask: (B, N) bool, True = real. Padding goes nowhere, and nothing joins it.
         num_prefix_tokens: p, tokens that always stay, first.
         return_info: also return a `ReductionInfo`.

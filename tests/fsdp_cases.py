@@ -13,7 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import elip_models
-from elip_models import Adaptive, EViT, PatchDropout, Random, Resize, ToMe
+from elip_models import Adaptive, Elip, EViT, PatchDropout, Random, Resize, ToMe
 from elip_models.towers import as_tower
 from tests.towers import WIDTH, clip_vit, images, plain_vit, text
 
@@ -265,6 +265,7 @@ STRATEGIES = {
     "random": Random(SCHEDULE),
     "resize": Resize(32),
     "adaptive": Adaptive(SCHEDULE, keep_mass=0.5),
+    "nearest": Elip(SCHEDULE, merge="nearest"),
 }
 
 CASES = {

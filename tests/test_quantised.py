@@ -49,6 +49,7 @@ STRATEGIES = {
     **{f"elip {s}": Elip(**VISION, scorer=s) for s in ("last", "cls", "exact", "official", 1)},
     "adaptive": Adaptive(**VISION, keep_mass=0.5),
     "evit": EViT(0.7, layers=(1, 3)),
+    "nearest": Elip(**VISION, merge="nearest"),
     "evit, no gradient": EViT(0.7, layers=(1, 3), attention_gradient=False),
     "patch_dropout": PatchDropout(0.5),  # does nothing in inference
     "random": Random(SCHEDULE),
