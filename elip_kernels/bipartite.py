@@ -17,6 +17,8 @@ row that it belongs to: nothing is added atomically and a run repeats bit by bit
 Source: Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023, section 3.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, overload
 
 import torch
@@ -123,8 +125,10 @@ def _merged(
 ) -> tuple[Tensor, Tensor]:
     """Tokens and sizes after the step; `tokens` itself where nothing is merged."""
     B, N, _ = tokens.shape
-    if isinstance(info, ReductionInfo) or info.num_rows != N:
-        return merge_op(tokens, size, info.slots, info.num_rows)
+    if isinstance(info, ReductionInfo):
+        return nearest_merge_op(tokens, size, info.slots, info.num_rows)
+    if info.num_rows != N:
+        return _merge_op(tokens, size, info.slots, info.num_rows)
     if size is None:
         size = tokens.new_ones(B, N, dtype=accumulator(tokens.dtype))
     return tokens, size
@@ -271,16 +275,25 @@ _match_op = Operator(
     fake=lambda metric, *_: metric.new_empty(metric.shape[:2], dtype=torch.int32),
     flops=_match_flops,
 )
-merge_op = Operator(
-    "bipartite_merge",
-    merge_reference,
-    launcher=merge_fwd,
-    fits=lambda tokens, size, slots, _: launch.runs_kernel(tokens, candidates=slots.shape[1] - 1),
-    fake=_merge_fake,
-    flops=_merge_flops,
-    backward=_backward,
-    save=_save_for_backward,
-)
+
+
+def _merging(name: str, launcher: Callable[..., tuple[Tensor, Tensor]]) -> Operator:
+    return Operator(
+        name,
+        merge_reference,
+        launcher=launcher,
+        fits=lambda tokens, size, slots, _: launch.runs_kernel(
+            tokens, candidates=slots.shape[1] - 1
+        ),
+        fake=_merge_fake,
+        flops=_merge_flops,
+        backward=_backward,
+        save=_save_for_backward,
+    )
+
+
+_merge_op = _merging("bipartite_merge", merge_fwd)
+nearest_merge_op = _merging("nearest_merge", partial(merge_fwd, step=1))
 _merge_backward_op = Operator(
     "bipartite_merge_backward",
     merge_backward_reference,

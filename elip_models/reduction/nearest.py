@@ -52,5 +52,4 @@ def merge_nearest(
 
 def nearest_flops(size: Size, tokens: int, keep: int) -> int:
     """Of what is compared, the keys aside, of one image with `tokens`."""
-    dropped = tokens - size.num_prefix_tokens - keep
-    return 2 * keep * dropped * (size.width // size.heads)
+    return 2 * tokens * keep * (size.width // size.heads)
