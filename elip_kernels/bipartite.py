@@ -17,6 +17,8 @@ row that it belongs to: nothing is added atomically and a run repeats bit by bit
 Source: Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023, section 3.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, overload
 
 import torch
@@ -34,13 +36,7 @@ from elip_kernels._validate import (
     message,
 )
 from elip_kernels.absorbed import accumulator
-from elip_kernels.bipartite_kernels import (
-    SMALLEST_SIZE,
-    SMALLEST_SQUARE,
-    match,
-    merge_bwd,
-    merge_fwd,
-)
+from elip_kernels.bipartite_kernels import SMALLEST_SQUARE, match, merge_bwd, merge_fwd
 from elip_kernels.info import BipartiteInfo, ReductionInfo, check_slots
 from elip_kernels.rows import add_rows, flat_rows, largest, sum_rows
 
@@ -133,8 +129,10 @@ def _merged(
 ) -> tuple[Tensor, Tensor]:
     """Tokens and sizes after the step; `tokens` itself where nothing is merged."""
     B, N, _ = tokens.shape
-    if isinstance(info, ReductionInfo) or info.num_rows != N:
-        return merge_op(tokens, size, info.slots, info.num_rows)
+    if isinstance(info, ReductionInfo):
+        return nearest_merge_op(tokens, size, info.slots, info.num_rows)
+    if info.num_rows != N:
+        return _merge_op(tokens, size, info.slots, info.num_rows)
     if size is None:
         size = tokens.new_ones(B, N, dtype=accumulator(tokens.dtype))
     return tokens, size
@@ -222,7 +220,7 @@ def merge_reference(
     if size is None:
         size = tokens.new_ones(B, N, dtype=accumulator(tokens.dtype))
     out_size = size.new_zeros(B * num_rows).index_add_(0, rows, size.reshape(-1))
-    weight = size / out_size.clamp(min=SMALLEST_SIZE).index_select(0, rows).view(B, N)
+    weight = size / _divisor(out_size).index_select(0, rows).view(B, N)
     weighted = (tokens * weight[..., None]).reshape(B * N, D)
     out = size.new_zeros(B * num_rows, D).index_add_(0, rows, weighted)
     return out.to(tokens.dtype).view(B, num_rows, D), out_size.view(B, num_rows)
@@ -237,8 +235,13 @@ def merge_backward_reference(
 
 def shares(size: Tensor | None, out_size: Tensor, slots: Tensor) -> Tensor:
     """w (B, N): each token's share of its row."""
-    total = out_size.clamp(min=SMALLEST_SIZE).gather(1, slots.long())
+    total = _divisor(out_size).gather(1, slots.long())
     return total.reciprocal() if size is None else size / total
+
+
+def _divisor(out_size: Tensor) -> Tensor:
+    """Rows that hold nothing divide nothing."""
+    return out_size.masked_fill(out_size == 0, 1.0)
 
 
 def _match_flops(metric_shape, *args, **kwargs) -> int:
@@ -293,16 +296,25 @@ _match_op = Operator(
     fake=lambda metric, *_: metric.new_empty(metric.shape[:2], dtype=torch.int32),
     flops=_match_flops,
 )
-merge_op = Operator(
-    "bipartite_merge",
-    merge_reference,
-    launcher=merge_fwd,
-    fits=lambda tokens, size, slots, _: launch.runs_kernel(tokens, candidates=slots.shape[1] - 1),
-    fake=_merge_fake,
-    flops=_merge_flops,
-    backward=_backward,
-    save=_save_for_backward,
-)
+
+
+def _merging(name: str, launcher: Callable[..., tuple[Tensor, Tensor]]) -> Operator:
+    return Operator(
+        name,
+        merge_reference,
+        launcher=launcher,
+        fits=lambda tokens, size, slots, _: launch.runs_kernel(
+            tokens, candidates=slots.shape[1] - 1
+        ),
+        fake=_merge_fake,
+        flops=_merge_flops,
+        backward=_backward,
+        save=_save_for_backward,
+    )
+
+
+_merge_op = _merging("bipartite_merge", merge_fwd)
+nearest_merge_op = _merging("nearest_merge", partial(merge_fwd, step=1))
 _merge_backward_op = Operator(
     "bipartite_merge_backward",
     merge_backward_reference,

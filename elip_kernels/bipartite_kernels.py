@@ -2,12 +2,12 @@
 
     match      (image, tile of A): products with tiles of B, running arg-max -> best, partner
                (image): the r best of A -> slots, the output row of every token
-    merge_fwd  (image, 16 output rows, slice of D): a row looks its sources up in the slots of A
-               and gathers them one after the other, so nothing is added atomically
+    merge_fwd  (image, 16 output rows, slice of D): a row looks its sources up in the slots of A, or
+               of all tokens, and gathers them one after the other: nothing is added atomically
     merge_bwd  (image, 32 tokens, slice of D): a token gathers its row
 
 Traffic: each program of `match` reads its tile of A and all of B (from L2 after the first);
-`merge_fwd` reads every token once, and the ceil(N/2) slots and sizes of A with every tile.
+`merge_fwd` reads every token once, and the slots and sizes that it looks through with every tile.
 """
 
 import torch
@@ -18,14 +18,46 @@ from elip_kernels._triton import tl, triton
 from elip_kernels.select import kth_largest, order_key, output_slots
 
 SMALLEST_SQUARE = torch.finfo(torch.float32).tiny  # a smaller squared norm gives no direction
-SMALLEST_SIZE = torch.finfo(torch.float32).tiny  # a row of less weighs nothing
 
 
 @triton.jit
-def _inverse_norm(square, SMALLEST_SQUARE: tl.constexpr):
+def inverse_norm(square, SMALLEST_SQUARE: tl.constexpr):
     """1 / sqrt(square), NaN where there is no direction."""
     has_direction = (square >= SMALLEST_SQUARE) & (square < float("inf"))
     return tl.where(has_direction, tl.rsqrt(square), float("nan"))
+
+
+@triton.jit
+def tile_products(
+    metric_ptr, stride_mn, rows_a, rows_b, mask_a, mask_b, C,
+    WIDEN: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Products [BLOCK_A, BLOCK_B] of two lists of an image's tokens, and their squared norms."""
+    square_a = tl.zeros([BLOCK_A], tl.float32)
+    square_b = tl.zeros([BLOCK_B], tl.float32)
+    product = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
+    for start_c in range(0, C, BLOCK_C):
+        offs_c = start_c + tl.arange(0, BLOCK_C)
+        mask_c = offs_c < C
+        a = tl.load(
+            metric_ptr + rows_a[:, None] * stride_mn + offs_c[None, :],
+            mask=mask_a[:, None] & mask_c[None, :],
+            other=0.0,
+        )  # [BLOCK_A, BLOCK_C]
+        b = tl.load(
+            metric_ptr + rows_b[:, None] * stride_mn + offs_c[None, :],
+            mask=mask_b[:, None] & mask_c[None, :],
+            other=0.0,
+        )  # [BLOCK_B, BLOCK_C]
+        wide_a = a.to(tl.float32)
+        wide_b = b.to(tl.float32)
+        square_a += tl.sum(wide_a * wide_a, 1)
+        square_b += tl.sum(wide_b * wide_b, 1)
+        if WIDEN:  # the interpreter multiplies the bits of bf16 as integers
+            a = wide_a
+            b = wide_b
+        product = tl.dot(a, tl.trans(b), product, input_precision="ieee")
+    return product, square_a, square_b
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -47,38 +79,18 @@ def _match_kernel(
     for start_b in range(0, num_b, BLOCK_B):
         offs_b = start_b + tl.arange(0, BLOCK_B)
         mask_b = offs_b < num_b
-        square_a = tl.zeros([BLOCK_A], tl.float32)
-        square_b = tl.zeros([BLOCK_B], tl.float32)
-        product = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
-        for start_c in range(0, C, BLOCK_C):
-            offs_c = start_c + tl.arange(0, BLOCK_C)
-            mask_c = offs_c < C
-            a = tl.load(
-                metric_ptr + (2 * offs_a)[:, None] * stride_mn + offs_c[None, :],
-                mask=mask_a[:, None] & mask_c[None, :],
-                other=0.0,
-            )  # [BLOCK_A, BLOCK_C]
-            b = tl.load(
-                metric_ptr + (2 * offs_b + 1)[:, None] * stride_mn + offs_c[None, :],
-                mask=mask_b[:, None] & mask_c[None, :],
-                other=0.0,
-            )  # [BLOCK_B, BLOCK_C]
-            wide_a = a.to(tl.float32)
-            wide_b = b.to(tl.float32)
-            square_a += tl.sum(wide_a * wide_a, 1)
-            square_b += tl.sum(wide_b * wide_b, 1)
-            if WIDEN:  # the interpreter multiplies the bits of bf16 as integers
-                a = wide_a
-                b = wide_b
-            product = tl.dot(a, tl.trans(b), product, input_precision="ieee")
-        similarity = product * _inverse_norm(square_b, SMALLEST_SQUARE)[None, :]
+        product, square_a, square_b = tile_products(
+            metric_ptr, stride_mn, 2 * offs_a, 2 * offs_b + 1, mask_a, mask_b, C,
+            WIDEN, BLOCK_A, BLOCK_B, BLOCK_C,
+        )  # fmt: skip
+        similarity = product * inverse_norm(square_b, SMALLEST_SQUARE)[None, :]
         is_number = mask_b[None, :] & (similarity == similarity)
         similarity = tl.where(is_number, similarity, float("-inf"))
         tile_best, tile_partner = tl.max(similarity, 1, return_indices=True)
         is_better = tile_best > best
         best = tl.where(is_better, tile_best, best)
         partner = tl.where(is_better, start_b + tile_partner, partner)
-    best = best * _inverse_norm(square_a, SMALLEST_SQUARE)
+    best = best * inverse_norm(square_a, SMALLEST_SQUARE)
     has_direction = best == best
     row = pid_b * num_a + offs_a
     tl.store(best_ptr + row, tl.where(has_direction, best, float("-inf")), mask=mask_a)
@@ -113,9 +125,13 @@ def _slots_kernel(
 @triton.jit(do_not_specialize=["N", "R"])
 def _merge_fwd_kernel(
     tokens_ptr, size_ptr, slots_ptr, out_ptr, out_size_ptr, stride_tb, stride_tn, N, R, D,
-    HAS_SIZE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_SIZE: tl.constexpr, STEP: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program per (image, BLOCK_R output rows, slice of D): each row gathers its sources."""
+    """One program per (image, BLOCK_R output rows, slice of D): each row gathers its sources.
+
+    STEP 2: those of A, the even tokens; an odd one has a row of its own. STEP 1: all tokens.
+    """
     pid_b = tl.program_id(0).to(tl.int64)
     tokens_ptr += pid_b * stride_tb
     if HAS_SIZE:
@@ -123,37 +139,40 @@ def _merge_fwd_kernel(
     offs_a = tl.arange(0, BLOCK_A)
     offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask_a = 2 * offs_a < N
+    mask_a = STEP * offs_a < N
     mask_r = offs_r < R
     mask_d = offs_d < D
-    slot = tl.load(slots_ptr + pid_b * N + 2 * offs_a, mask=mask_a, other=-1)
+    slot = tl.load(slots_ptr + pid_b * N + STEP * offs_a, mask=mask_a, other=-1)
     size_a = tl.full([BLOCK_A], 1.0, tl.float32)
     if HAS_SIZE:
-        size_a = tl.load(size_ptr + 2 * offs_a, mask=mask_a, other=1.0)
+        size_a = tl.load(size_ptr + STEP * offs_a, mask=mask_a, other=1.0)
     is_source = slot[None, :] == offs_r[:, None]  # [BLOCK_R, BLOCK_A]
-
-    odd = 2 * (offs_r - (R - N // 2)) + 1  # the token of B whose row this is
-    has_odd = mask_r & (odd > 0)
-    size_odd = tl.where(has_odd, 1.0, 0.0)
-    if HAS_SIZE:
-        size_odd = tl.load(size_ptr + odd, mask=has_odd, other=0.0)
-    total = size_odd + tl.sum(tl.where(is_source, size_a[None, :], 0.0), 1)
-    divisor = tl.where(mask_r, total, 1.0)
-    x = tl.load(
-        tokens_ptr + odd[:, None] * stride_tn + offs_d[None, :],
-        mask=has_odd[:, None] & mask_d[None, :],
-        other=0.0,
-    )  # [BLOCK_R, BLOCK_D]
-    merged = x.to(tl.float32) * tl.div_rn(size_odd, divisor)[:, None]
+    total = tl.sum(tl.where(is_source, size_a[None, :], 0.0), 1)
+    merged = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    if STEP == 2:
+        odd = 2 * (offs_r - (R - N // 2)) + 1  # the token of B whose row this is
+        has_odd = mask_r & (odd > 0)
+        size_odd = tl.where(has_odd, 1.0, 0.0)
+        if HAS_SIZE:
+            size_odd = tl.load(size_ptr + odd, mask=has_odd, other=0.0)
+        total += size_odd
+    divisor = tl.where(total == 0, 1.0, total)
+    if STEP == 2:
+        x = tl.load(
+            tokens_ptr + odd[:, None] * stride_tn + offs_d[None, :],
+            mask=has_odd[:, None] & mask_d[None, :],
+            other=0.0,
+        )  # [BLOCK_R, BLOCK_D]
+        merged = x.to(tl.float32) * tl.div_rn(size_odd, divisor)[:, None]
 
     source = tl.min(tl.where(is_source, offs_a[None, :], BLOCK_A), 1)  # [BLOCK_R]
     while tl.min(source, 0) < BLOCK_A:
         has_source = source < BLOCK_A
         size_source = tl.where(has_source, 1.0, 0.0)
         if HAS_SIZE:
-            size_source = tl.load(size_ptr + 2 * source, mask=has_source, other=0.0)
+            size_source = tl.load(size_ptr + STEP * source, mask=has_source, other=0.0)
         x = tl.load(
-            tokens_ptr + (2 * source)[:, None] * stride_tn + offs_d[None, :],
+            tokens_ptr + (STEP * source)[:, None] * stride_tn + offs_d[None, :],
             mask=has_source[:, None] & mask_d[None, :],
             other=0.0,
         )  # [BLOCK_R, BLOCK_D]
@@ -189,7 +208,8 @@ def _merge_bwd_kernel(
     g = tl.load(
         grad_out_ptr + (pid_b * R + slot)[:, None] * D + offs_d[None, :], mask=mask_nd, other=0.0
     )  # [BLOCK_N, BLOCK_D]
-    scaled = g.to(tl.float32) * tl.div_rn(size, total)[:, None]
+    divisor = tl.where(total == 0, 1.0, total)
+    scaled = g.to(tl.float32) * tl.div_rn(size, divisor)[:, None]
     tl.store(
         grad_ptr + (pid_b * N + offs_n)[:, None] * D + offs_d[None, :],
         scaled.to(g.dtype),
@@ -231,7 +251,7 @@ def match(metric: Tensor, penalty: Tensor | None, r: int, num_prefix_tokens: int
 
 
 def merge_fwd(
-    tokens: Tensor, size: Tensor | None, slots: Tensor, num_rows: int
+    tokens: Tensor, size: Tensor | None, slots: Tensor, num_rows: int, step: int = 2
 ) -> tuple[Tensor, Tensor]:
     """Allocate, read the launch table, launch."""
     B, N, D = tokens.shape
@@ -239,8 +259,7 @@ def merge_fwd(
     size = None if size is None else size.contiguous()
     out = tokens.new_empty(B, num_rows, D)
     out_size = tokens.new_empty(B, num_rows, dtype=torch.float32)
-    num_a = (N + 1) // 2
-    block_a, block_r, block_d, num_warps = launch.bipartite_merge(num_a, tokens.element_size())
+    block_a, block_r, block_d, num_warps = launch.merge(triton.cdiv(N, step), tokens.element_size())
     if B == 0:
         return out, out_size
     with launch.on_device(tokens):
@@ -249,6 +268,7 @@ def merge_fwd(
             *(tokens, size, slots, out, out_size, tokens.stride(0), tokens.stride(1)),
             *(N, num_rows, D),
             HAS_SIZE=size is not None,
+            STEP=step,
             BLOCK_A=block_a,
             BLOCK_R=block_r,
             BLOCK_D=block_d,

@@ -138,10 +138,10 @@ def bipartite_match(channels: int, element_size: int) -> tuple[int, int, int, in
     return 32, 32, max(16, block_c), 4
 
 
-def bipartite_merge(num_a: int, element_size: int) -> tuple[int, int, int, int]:
+def merge(sources: int, element_size: int) -> tuple[int, int, int, int]:
     """BLOCK_A, BLOCK_R, BLOCK_D, warps: 16 rows of 512 bytes, so that reading N slots is little
-    beside them; both tiles, rows x A and rows x D, stay in registers (8 warps, at most 106)."""
-    return max(16, next_power_of_2(num_a)), 16, 512 // element_size, 8
+    beside them; rows x sources and rows x D stay in registers (8 warps, at most 106)."""
+    return max(16, next_power_of_2(sources)), 16, 512 // element_size, 8
 
 
 def runs_kernel(*tensors: Tensor, candidates: int, num_prefix_tokens: int = 1) -> bool:

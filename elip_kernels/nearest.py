@@ -11,7 +11,8 @@
 Ties are those of the computed values. Prefix tokens stay as they are, and nothing joins them. A
 metric with NaN, or whose squared norm is no normal number, has no direction: others rank before it,
 and it joins the first token that is kept. No gradient to metric and sizes. The merge is that of
-`bipartite.py`, with what it says of sums; here too the similarities are never written.
+`bipartite.py`, with what it says of sums. The kernel never writes the similarities, 2 B N K C
+operations in tiles: those of kept tokens too, which cost less than to leave them out.
 """
 
 from typing import Literal, overload
@@ -20,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elip_kernels import launch
 from elip_kernels._operator import Operator
+from elip_kernels._triton import tl, triton
 from elip_kernels._validate import (
     candidate_scores,
     check_device,
@@ -34,7 +37,8 @@ from elip_kernels._validate import (
     message,
 )
 from elip_kernels.absorbed import accumulator
-from elip_kernels.bipartite import check_size, merge_op, shares, unit_rows
+from elip_kernels.bipartite import check_size, nearest_merge_op, shares, unit_rows
+from elip_kernels.bipartite_kernels import SMALLEST_SQUARE, inverse_norm, tile_products
 from elip_kernels.info import ReductionInfo
 from elip_kernels.reduce import reduce_op
 from elip_kernels.rows import take_rows
@@ -106,7 +110,7 @@ def merge_nearest(
         metric: (B, N, C), what likeness (its cosine) is measured on, such as the head mean of the
             keys.
         size: (B, N) or (B, N, 1) fp32 or fp64, positive: how many tokens each stands for, or
-            another weight, such as attention; None means one each.
+            another weight, such as attention; 0 of what weighs nothing. None means one each.
         mask: (B, N) bool, True = real. Padding goes nowhere, and nothing joins it.
         num_prefix_tokens: p, tokens that always stay, first.
         return_info: also return a `ReductionInfo`.
@@ -134,7 +138,7 @@ def merge_nearest(
         tokens = tokens.masked_fill(~mask[..., None], 0.0)
         size = mask.to(accumulator(tokens.dtype)) if size is None else size.masked_fill(~mask, 0.0)
     slots = _match_op(metric.detach(), targets, p)
-    merged, sizes = merge_op(tokens, size, slots, p + kept.shape[1])
+    merged, sizes = nearest_merge_op(tokens, size, slots, p + kept.shape[1])
     if not return_info:
         return merged, sizes
     mask = None if mask is None else torch.cat([mask[:, :p], is_real], dim=1)
@@ -166,17 +170,80 @@ def match_reference(metric: Tensor, kept: Tensor, num_prefix_tokens: int) -> Ten
     return slots
 
 
-def _match_flops(metric_shape, kept_shape, num_prefix_tokens, *args, **kwargs) -> int:
-    """A multiply and an add for each channel of each pair of a dropped token and a kept one."""
+LEAST = tl.constexpr(torch.finfo(torch.float32).min)
+
+
+@triton.jit(do_not_specialize=["N", "K"])
+def _nearest_kernel(
+    metric_ptr, kept_ptr, slots_ptr, stride_mb, stride_mn, N, K, C,
+    P: tl.constexpr, SMALLEST_SQUARE: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program per (image, BLOCK_N tokens): products with tiles of kept, running arg-max."""
+    pid_b = tl.program_id(0).to(tl.int64)
+    metric_ptr += pid_b * stride_mb
+    kept_ptr += pid_b * K
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    best = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    nearest = tl.zeros([BLOCK_N], tl.int32)
+    own = tl.full([BLOCK_N], -1, tl.int32)
+    for start_k in range(0, K, BLOCK_K):
+        offs_k = start_k + tl.arange(0, BLOCK_K)
+        kept = tl.load(kept_ptr + offs_k, mask=offs_k < K, other=-1).to(tl.int32)
+        is_kept = kept >= 0
+        product, square_n, square_k = tile_products(
+            metric_ptr, stride_mn, offs_n, kept, mask_n, is_kept, C,
+            WIDEN, BLOCK_N, BLOCK_K, BLOCK_C,
+        )  # fmt: skip
+        similarity = product * inverse_norm(square_k, SMALLEST_SQUARE)[None, :]
+        similarity = similarity * inverse_norm(square_n, SMALLEST_SQUARE)[:, None]
+        similarity = tl.where(similarity == similarity, similarity, LEAST)
+        similarity = tl.where(is_kept[None, :], similarity, float("-inf"))
+        tile_best, tile_nearest = tl.max(similarity, 1, return_indices=True)
+        is_better = tile_best > best
+        best = tl.where(is_better, tile_best, best)
+        nearest = tl.where(is_better, start_k + tile_nearest, nearest)
+        is_own = kept[None, :] == offs_n[:, None]
+        own = tl.maximum(own, tl.max(tl.where(is_own, offs_k[None, :], -1), 1))
+    slot = P + tl.where(own < 0, nearest, own)
+    slot = tl.where(offs_n < P, offs_n, slot)
+    tl.store(slots_ptr + pid_b * N + offs_n, slot, mask=mask_n)
+
+
+def _match(metric: Tensor, kept: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Allocate, read launch.py, launch."""
+    (B, N, C), K = metric.shape, kept.shape[1]
+    metric, kept = launch.addressable(metric), kept.contiguous()
+    slots = metric.new_empty(B, N, dtype=torch.int32)
+    block_n, block_k, block_c, num_warps = launch.bipartite_match(C, metric.element_size())
+    if B == 0:
+        return slots
+    with launch.on_device(metric):
+        _nearest_kernel[(B, triton.cdiv(N, block_n))](
+            *(metric, kept, slots, metric.stride(0), metric.stride(1), N, K, C),
+            P=num_prefix_tokens,
+            SMALLEST_SQUARE=SMALLEST_SQUARE,
+            WIDEN=triton.knobs.runtime.interpret,
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+            BLOCK_C=block_c,
+            num_warps=num_warps,
+        )
+    return slots
+
+
+def _match_flops(metric_shape, kept_shape, *args, **kwargs) -> int:
+    """A multiply and an add for each channel of each pair of a token and a kept one."""
     (B, N, C), K = metric_shape, kept_shape[1]
-    return 2 * B * (N - num_prefix_tokens - K) * K * C
+    return 2 * B * N * K * C
 
 
 _match_op = Operator(
     "nearest_match",
     match_reference,
-    launcher=match_reference,
-    fits=lambda *arguments: False,
+    launcher=_match,
+    fits=lambda metric, *_: launch.runs_kernel(metric, candidates=metric.shape[1] - 1),
     fake=lambda metric, *_: metric.new_empty(metric.shape[:2], dtype=torch.int32),
     flops=_match_flops,
 )

@@ -42,7 +42,7 @@ def cosines(x: Tensor) -> Tensor:
 def flat_rows(rows: Tensor, N: int) -> Tensor:
     """rows (B, ...) of N rows an image -> (B * ...,), rows of all images counted through."""
     first = torch.arange(0, rows.shape[0] * N, N, device=rows.device)
-    return (rows + first.view(-1, *[1] * (rows.dim() - 1))).view(-1)
+    return (rows + first.view(-1, *[1] * (rows.dim() - 1))).reshape(-1)
 
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:

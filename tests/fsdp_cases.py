@@ -16,6 +16,7 @@ import elip_models
 from elip_models import (
     Adaptive,
     CrossGET,
+    Elip,
     EViT,
     GuidedToMe,
     PatchDropout,
@@ -278,6 +279,7 @@ STRATEGIES = {
     "random": Random(SCHEDULE),
     "resize": Resize(32),
     "adaptive": Adaptive(SCHEDULE, keep_mass=0.5),
+    "nearest": Elip(SCHEDULE, merge="nearest"),
 }
 
 CASES = {

@@ -118,6 +118,7 @@ OTHERS = {
     },
     "adaptive": {"strategy": "adaptive", "schedule": SCHEDULE},
     "trips": {"strategy": "trips", "schedule": SCHEDULE},
+    "nearest": {"schedule": SCHEDULE, "merge": "nearest"},
 }
 
 

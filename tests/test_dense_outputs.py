@@ -20,6 +20,7 @@ STRATEGIES = {
     "evit": {"strategy": "evit"},
     "tome": {"strategy": "tome:r=3"},
     "adaptive": {"strategy": "adaptive", "schedule": SCHEDULE},
+    "nearest": {"schedule": SCHEDULE, "merge": "nearest"},
 }
 TIMM = [name for name in TOWERS if name.startswith("timm")]
 HF = [name for name in TOWERS if name.startswith("HF")]

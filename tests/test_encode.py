@@ -155,9 +155,12 @@ def strategies():
     yield elip_models.PiToMe(4)
     yield elip_models.CrossGET(4)
     yield elip_models.Adaptive(SCHEDULE, keep_mass=0.5)
+    yield stage.Elip(SCHEDULE, merge="nearest")
+    yield elip_models.EViT(0.7, layers=(1, 3), merge="nearest")
+    yield elip_models.Adaptive(SCHEDULE, keep_mass=0.5, merge="nearest")
 
 
-@pytest.mark.parametrize("strategy", strategies(), ids=lambda s: s.name)
+@pytest.mark.parametrize("strategy", strategies(), ids=str)
 def test_another_tower_does_what_each_step_did(strategy):
     """The same tower, without the text: the same tokens only if every step is replayed."""
     tower, x = elip_models.towers.as_tower(clip_vit().eval()), images()

@@ -52,6 +52,11 @@ def good_unmerge():
     return {"merged": merged, "info": info}
 
 
+def good_nearest():
+    kept = torch.arange(1, 5).expand(B, -1)
+    return {"tokens": torch.randn(B, N, D), "kept": kept, "metric": torch.randn(B, N, 4)}
+
+
 def good_merge_by():
     return {"tokens": torch.randn(2, 13, 6), "info": good_unmerge()["info"]}
 
@@ -100,6 +105,28 @@ matrix = [
 ]
 vector = [3.0, torch.randn(1, D), torch.randn(D + 1), torch.ones(D).long(), torch.randn(D, **META)]
 flag = [1, None, "yes"]
+mask = [
+    *([True] * N, torch.ones(B, N), torch.ones(B, N - 1).bool()),
+    torch.ones(B, N, **META).bool(),
+]
+
+
+BAD_KEPT = [(4,), (B, 0), (B, N), (3, 4)]
+
+
+def metric(N):
+    """What (B, N, C) features are not."""
+    wrong = [None, torch.randn(B, N), torch.randn(B, N - 1, 8), torch.ones(B, N, 8).long()]
+    return [*wrong, torch.randn(B, N, 8, **META)]
+
+
+def size(N):
+    """What (B, N) sizes are not."""
+    wrong = [[1.0] * N, torch.ones(N), torch.ones(B, N - 1), torch.ones(B, N, 2)]
+    wrong += [torch.ones(B, N).bfloat16(), torch.ones(B, N).long(), torch.ones(B, N, **META)]
+    return wrong
+
+
 absorbed = {
     "tokens": [
         *(None, torch.randn(N, D), torch.ones(B, N, D).long()),
@@ -154,10 +181,7 @@ TABLE = {
             "keep": [None, True, "4", 0, -1, N, 0.0, 1.5, float("nan")],
             "merge": flag,
             "normalize": flag,
-            "mask": [
-                *([True] * N, torch.ones(B, N), torch.ones(B, N - 1).bool()),
-                torch.ones(B, N, **META).bool(),
-            ],
+            "mask": mask,
             "num_prefix_tokens": [None, True, 1.0, -1, N],
             "return_info": flag,
         },
@@ -174,10 +198,7 @@ TABLE = {
                 *(torch.randn(B, H, N, 4).double(), torch.randn(B, H, N, 4, **META)),
             ],
             "scale": ["small", True],
-            "mask": [
-                *([True] * N, torch.ones(B, N), torch.ones(B, N - 1).bool()),
-                torch.ones(B, N, **META).bool(),
-            ],
+            "mask": mask,
         },
     ),
     elip_kernels.cls_attention_from_tokens: (good_from_tokens, absorbed),
@@ -185,19 +206,9 @@ TABLE = {
         lambda: {"tokens": torch.randn(2, 13, 6), "metric": torch.randn(2, 13, 8), "r": 4},
         {
             "tokens": [None, [[1.0]], torch.randn(13, 6), torch.ones(2, 13, 6).long()],
-            "metric": [
-                *(None, torch.randn(2, 13), torch.randn(2, 12, 8), torch.ones(2, 13, 8).long()),
-                torch.randn(2, 13, 8, **META),
-            ],
+            "metric": metric(13),
             "r": [None, True, 2.0, "4", -1],
-            "size": [
-                *([1.0] * 13, torch.ones(13), torch.ones(2, 12), torch.ones(2, 13, 2)),
-                *(
-                    torch.ones(2, 13).bfloat16(),
-                    torch.ones(2, 13).long(),
-                    torch.ones(2, 13, **META),
-                ),
-            ],
+            "size": size(13),
             "penalty": [
                 *([1.0] * 13, torch.ones(13), torch.ones(2, 12), torch.ones(2, 13, 1)),
                 *(torch.ones(2, 13).bool(), torch.ones(2, 13).half()),
@@ -205,6 +216,27 @@ TABLE = {
             ],
             "num_prefix_tokens": [None, True, 1.0, -1, 2],
             "return_info": [1, None, "yes"],
+        },
+    ),
+    elip_kernels.select_tokens: (
+        lambda: {"attn": torch.rand(B, N), "keep": 4},
+        {
+            "attn": [None, torch.rand(B), torch.rand(B, H, N, N - 1), torch.ones(B, N).long()],
+            "keep": [None, True, "4", 0, -1, N, 0.0, 1.5],
+            "mask": mask,
+            "num_prefix_tokens": [None, True, 1.0, -1, N],
+        },
+    ),
+    elip_kernels.merge_nearest: (
+        good_nearest,
+        {
+            "tokens": [None, [[1.0]], torch.randn(N, D), torch.ones(B, N, D).long()],
+            "kept": [None, torch.rand(B, 4), *(torch.ones(shape).long() for shape in BAD_KEPT)],
+            "metric": metric(N),
+            "size": size(N),
+            "mask": mask,
+            "num_prefix_tokens": [None, True, 1.0, -1, N],
+            "return_info": flag,
         },
     ),
     elip_kernels.unmerge: (

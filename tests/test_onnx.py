@@ -75,6 +75,8 @@ CASES = {
     "evit": EViT(0.7, layers=(1, 3)),
     "evit every layer": EViT(0.8, layers="all", attention_gradient=False),
     "patch_dropout": PatchDropout(0.5),  # does nothing in inference
+    "nearest": Elip(**VISION, merge="nearest"),
+    "nearest adaptive": Adaptive(**VISION, keep_mass=0.5, merge="nearest"),
     "resize": Resize(32),
     "tome": ToMe(4),
     "tome list": ToMe((0, 5, 0, 3, 2, 20), proportional=False),

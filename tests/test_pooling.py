@@ -29,6 +29,7 @@ MERGING = {
     "trips": Trips(SCHEDULE),
     "random": Random(SCHEDULE),
     "adaptive": Adaptive(SCHEDULE, keep_mass=0.5),
+    "nearest": Elip(SCHEDULE, merge="nearest"),
 }
 DROPPING = {
     "elip": Elip(SCHEDULE, scorer="last", merge=False),

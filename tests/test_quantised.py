@@ -64,6 +64,7 @@ STRATEGIES = {
     "guided_tome": GuidedToMe(4),
     "pitome": PiToMe(4),
     "crossget": CrossGET(4),
+    "nearest": Elip(**VISION, merge="nearest"),
     "evit, no gradient": EViT(0.7, layers=(1, 3), attention_gradient=False),
     "patch_dropout": PatchDropout(0.5),  # does nothing in inference
     "random": Random(SCHEDULE),

@@ -105,18 +105,21 @@ def test_strategies_tell_the_later_blocks_where_their_tokens_stand(name, strateg
             assert torch.equal(model.forward_features(x), tokens)
 
 
-@pytest.mark.parametrize("strategy", ["elip", "evit"])
-def test_checkpointing_replays_the_places(model, strategy):
+EXACT = {"schedule": SCHEDULE, "scorer": "exact"}
+PLACED = {"elip": EXACT, "evit": {"strategy": "evit"}, "nearest": EXACT | {"merge": "nearest"}}
+
+
+@pytest.mark.parametrize("options", PLACED.values(), ids=PLACED)
+def test_checkpointing_replays_the_places(model, options):
     x, t = images(), text()
-    options = {"schedule": SCHEDULE, "scorer": "exact"} if strategy == "elip" else {}
-    elip_models.reduce_(model.train(), strategy=strategy, **options)
+    elip_models.reduce_(model.train(), **options)
     expected = gradients_of_a_step(model, x, t)
     model.set_grad_checkpointing(True)
     got = gradients_of_a_step(model, x, t)
     assert_equal_gradients(got, expected, atol=1e-5, rtol=1e-4)
     elip_models.unreduce_(model)
     model.zero_grad()
-    tokens = elip_models.encode_image(model, x, t, strategy=strategy, **options)
+    tokens = elip_models.encode_image(model, x, t, **options)
     model.forward_head(tokens).square().sum().backward()
     assert_equal_gradients(gradients(model), expected, atol=1e-5, rtol=1e-4)
 

@@ -121,6 +121,7 @@ EVERY = [
     Elip(SCHEDULE, scorer=1, guidance_norm="match", without_text="vision"),
     Elip(Schedule.parse(SCHEDULE, count_cls=True), scorer="exact", fusion=1.0, merge=False),
     Adaptive(SCHEDULE, keep_mass=0.8),
+    Elip(SCHEDULE, merge="nearest"),
     Trips(SCHEDULE),
     Random(Schedule(((2, 1.0), (4, 1 / 3)))),
     EViT(keep_rate=0.6, layers=(1, 3)),

@@ -113,6 +113,9 @@ STRATEGIES = {
     "random": Random(SCHEDULE),
     "resize": Resize(32),
     "adaptive": Adaptive(SCHEDULE, keep_mass=0.5),
+    "nearest": Elip(SCHEDULE, merge="nearest"),
+    "nearest evit": EViT(0.7, layers=(1, 3), merge="nearest"),
+    "nearest adaptive": Adaptive(SCHEDULE, keep_mass=0.5, merge="nearest"),
 }
 LIBRARIES = ["timm", "open_clip", "HF CLIP", "HF BLIP"]
 OTHERS = {"HF SigLIP": siglip_vision, "rotary": lambda: eva(qk_norm=True)}
@@ -132,7 +135,8 @@ def patched(model, strategy, x, t, call=None):
         return output(model if call is None else call, x)
 
 
-REFUSED = {("HF SigLIP", "evit"), ("HF SigLIP", "evit every layer"), ("rotary", "resize")}
+REFUSED = {("HF SigLIP", name) for name in ("evit", "evit every layer", "nearest evit")}
+REFUSED |= {("rotary", "resize")}
 REFUSED |= {("rotary", name) for name in ("tome", "tome list", "guided_tome", "pitome", "crossget")}
 PAIRS = [(library, name) for library in [*LIBRARIES, *OTHERS] for name in STRATEGIES]
 
@@ -352,7 +356,8 @@ def test_resize_agrees_with_timms_own_interpolation():
             "has no CLS token, so a text alone",
         ),
         (lambda: EViT(attention_gradient="no"), "attention_gradient: expected True or False"),
-        (lambda: Random(SCHEDULE, merge=1), "merge: expected True or False"),
+        (lambda: Random(SCHEDULE, merge=1), "merge: expected True or False or 'nearest', got 1"),
+        (lambda: Adaptive(SCHEDULE, merge=False), "merge: expected True or 'nearest' with"),
         (lambda: PatchDropout(1.5), "keep: expected a number in"),
         (lambda: PatchDropout(0.5, until=-1), "until: expected .* at least 0 or None, got -1"),
         (lambda: Resize(0), "size: expected an integer at least 1 or None, got 0"),

@@ -227,7 +227,7 @@ def bipartite_gather(
     `tiled`: every tile of every slice of D looks through A's slots and sizes.
     """
     size, num_a = dtype.itemsize, (N + 1) // 2
-    _, block_r, block_d, _ = launch.bipartite_merge(num_a, size)
+    _, block_r, block_d, _ = launch.merge(num_a, size)
     slices = ceil(D / block_d) if tiled else 1
     tiles = slices * ceil((N - r) / block_r) if tiled else 1
     read = {"tokens": B * N * D * size, "slots": B * tiles * num_a * INT32}

@@ -25,7 +25,6 @@ def merge_nearest(
     *,
     kept: Tensor | None = None,
     metric: Tensor | None = None,
-    mask: Tensor | None = None,
 ) -> tuple[Tensor, StageInfo]:
     """The tokens that leave, (B, p+K, D), and what was done.
 
@@ -34,7 +33,6 @@ def merge_nearest(
         row: (B, N), what selects.
         kept: (B, K), see `elip_kernels.merge_nearest`; None: the `stage.keep` that `row` selects.
         metric: (B, N, C), what tokens are compared by, where the block has made its keys already.
-        mask: (B, N) bool, True = real.
     """
     p = tower.num_prefix_tokens
     sizes = None if context.previous is None else context.previous.sizes
@@ -47,12 +45,11 @@ def merge_nearest(
     if metric is None:
         metric = mean_keys(tower, stage.first, tokens)
     tokens, sizes, reduction = elip_kernels.merge_nearest(
-        tokens, kept, metric, size=sizes, mask=mask, num_prefix_tokens=p, return_info=True
+        tokens, kept, metric, size=sizes, num_prefix_tokens=p, return_info=True
     )
     return tokens, StageInfo(stage, reduction, row, sizes)
 
 
 def nearest_flops(size: Size, tokens: int, keep: int) -> int:
     """Of what is compared, the keys aside, of one image with `tokens`."""
-    dropped = tokens - size.num_prefix_tokens - keep
-    return 2 * keep * dropped * (size.width // size.heads)
+    return 2 * tokens * keep * (size.width // size.heads)

@@ -79,9 +79,10 @@ class Reduction:
     @property
     def carries(self) -> bool:
         """A block needs to know what those before it did."""
-        tower = self.tower
+        tower, strategy = self.tower, self.strategy
         is_placed = tower.is_rotary or tower.has_dynamic_size or tower.pools
-        return is_placed or self.strategy.replaces_block or self.on_grid
+        weighs = strategy.replaces_block or strategy.merge == "nearest"
+        return is_placed or weighs or self.on_grid
 
     @property
     def summary(self) -> Summary:

@@ -93,18 +93,17 @@ class Adaptive(Elip):
         p = tower.num_prefix_tokens
         with torch.no_grad():
             chosen, real, weights = self._select(row[:, p:], stage.keep)
-        if self.merge == "nearest":
-            mask = torch.ones_like(row, dtype=torch.bool)
-            if context.previous is not None:
-                mask = context.previous.reduction.mask
+        prefix = torch.ones_like(real[:, :1]).expand(-1, p)
+        if self.merge == "nearest":  # padding is of size 0, and so weighs nothing
             kept = (chosen + p).masked_fill(~real, -1)
-            tokens, info = merge_nearest(tower, stage, tokens, row, context, kept=kept, mask=mask)
-            return tokens, info._replace(reduction=info.reduction._replace(kept=chosen + p))
+            tokens, info = merge_nearest(tower, stage, tokens, row, context, kept=kept)
+            mask = torch.cat([prefix, real], dim=1)
+            reduction = info.reduction._replace(kept=chosen + p, mask=mask)
+            return tokens, info._replace(reduction=reduction)
         patches = tokens[:, p:]
         kept = patches.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[2]))
         merged = (weights.to(tokens.dtype)[:, None] @ patches).to(tokens.dtype)
         tokens = torch.cat([tokens[:, :p], kept, merged], dim=1)
-        prefix = torch.ones_like(real[:, :1]).expand(-1, p)
         mask = torch.cat([prefix, real, weights.sum(1, keepdim=True) > 0], dim=1)
         weights = torch.cat([torch.zeros_like(row[:, :p]), weights], dim=1)
         return tokens, StageInfo(stage, ReductionInfo(chosen + p, weights, mask, p), row)

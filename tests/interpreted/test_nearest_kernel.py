@@ -1,0 +1,161 @@
+"""The merge_nearest kernels, run by the interpreter, against the PyTorch form in fp64."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from elip_kernels import merge_by, merge_nearest, select_tokens
+from tests.test_nearest import inputs
+from tests.tiers import tiered
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NAN, INF = float("nan"), float("inf")
+ALL_OPS = ["elip::nearest_match", "elip::nearest_merge", "elip::bipartite_merge_backward"]
+SHAPES = [(197, 127), (257, 166), (50, 32), (38, 1), (9, 7), (3, 1), (2, 1)]  # N, K
+
+
+def check(launches, tokens, kept, metric, size=None, num_prefix_tokens=1, mask=None):
+    """Forward and backward: slots equal, rows of one token bit by bit, the others within an ulp."""
+    options = {"num_prefix_tokens": num_prefix_tokens, "mask": mask, "return_info": True}
+    before = launches.copy()
+    leaf = tokens.detach().requires_grad_()
+    out, out_size, info = merge_nearest(leaf, kept, metric, size=size, **options)
+    grad_out = torch.randn(out.shape).to(out.dtype)
+    out.backward(grad_out)
+    assert launches - before == Counter(ALL_OPS)
+
+    exact = tokens.detach().double().requires_grad_()
+    double = None if size is None else size.double()
+    expected, expected_size, expected_info = merge_nearest(
+        exact, kept, metric.double(), size=double, **options
+    )
+    expected.backward(grad_out.double())
+    assert torch.equal(info.slots, expected_info.slots)
+    torch.testing.assert_close(out_size.double(), expected_size, atol=0, rtol=1e-6)
+    # The interpreter truncates where the hardware rounds to bf16: one ulp instead of half.
+    ulp = torch.finfo(out.dtype).eps
+    alone = info.source_map().sum(2) == 1
+    alone &= out_size > 0
+    assert torch.equal(out[alone], expected[alone].to(out.dtype))
+    for got, right in ((out, expected), (leaf.grad, exact.grad)):
+        assert ((got.double() - right).abs() <= 1e-6 + 2 * ulp * right.abs()).all()
+    return out, info
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("N", "K"), tiered(SHAPES, SHAPES[2:]))
+def test_kernel_agrees_with_fp64(launches, N, K, dtype):
+    check(launches, *inputs(2, N, 40, 24, K, dtype=dtype))
+
+
+@pytest.mark.parametrize("p", [0, 1, 3])
+def test_every_number_kept_after_any_prefix(launches, p):
+    for K in range(1, 12 - p, 3):
+        check(launches, *inputs(2, 12, K=K, p=p), num_prefix_tokens=p)
+        tokens, kept, metric, _ = inputs(2, 12, K=K, p=p)
+        check(launches, tokens, kept, metric, num_prefix_tokens=p)
+
+
+@pytest.mark.parametrize(("D", "C"), [(1, 1), (63, 64), (130, 65), (300, 200)])
+def test_any_width(launches, D, C):
+    tokens, kept, metric, size = inputs(2, 21, D, C, 9, dtype=torch.bfloat16)
+    check(launches, tokens, kept, metric if C > 1 else metric.sign(), size)
+
+
+@pytest.mark.slow
+def test_the_longest_image_and_a_metric_of_another_dtype(launches):
+    tokens, kept, metric, size = inputs(1, 1025, 8, 16, 500)
+    check(launches, tokens.bfloat16(), kept, metric, size)
+    check(launches, tokens[:, :70], kept.clamp(max=69)[:, :1], metric[:, :70].half())
+
+
+def test_ties_go_to_the_lower_row(launches):
+    metric = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1]])[torch.randint(2, (3, 70))]
+    metric[0] = 1.0
+    tokens, kept, _, _ = inputs(3, 70, K=40)
+    check(launches, tokens, kept, metric)
+    _, info = check(launches, tokens, kept, torch.ones(3, 70, 4).bfloat16())
+    assert (info.source_map()[:, 1].sum(1) == 70 - 40).all()
+
+
+@pytest.mark.parametrize("bad", [NAN, 0.0, INF])
+def test_a_metric_without_direction_ranks_last(launches, bad):
+    tokens, kept, metric, size = inputs(3, 19)
+    metric[0, 1] = metric[0, 6] = metric[0, 7] = bad
+    metric[1] = bad
+    metric[2].scatter_(0, kept[2, :3, None].expand(-1, 8), bad)
+    check(launches, tokens, kept, metric, size)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, 1.0])
+def test_padding_is_neither_kept_nor_merged(launches, bad):
+    tokens, _, metric, size = inputs(3, 40)
+    mask = torch.rand(3, 40) < 0.5
+    mask[:, 0] = True
+    mask[1, 6:] = False
+    tokens[~mask] = metric[~mask] = bad
+    kept = select_tokens(torch.rand(3, 40), 9, mask=mask)
+    launches.clear()
+    out, info = check(launches, tokens, kept, metric, size, mask=mask)
+    assert info.mask.sum(1)[1] < 9 and not out[~info.mask].any()
+
+
+def test_a_row_of_padding_holds_nothing(launches):
+    tokens, kept, metric, size = inputs(2, 19)
+    kept[0, 2] = kept[1, 0] = -1
+    out, info = check(launches, tokens, kept, metric, size)
+    assert not info.source_map()[0, 3].any() and not out[0, 3].any()
+
+
+@pytest.mark.parametrize("layout", ["LND", "sliced", "every second", "expanded"])
+def test_strided_inputs(launches, layout):
+    tokens, kept, metric, size = inputs(3, 20, 32, 16, 7)
+    if layout == "LND":
+        tokens, metric = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (tokens, metric))
+        kept = kept.T.contiguous().T
+    elif layout == "sliced":
+        tokens = torch.randn(3, 25, 40)[:, 3:23, 5:37]
+        metric, size = torch.randn(3, 25, 40)[:, 2:22, 9:25], torch.rand(3, 60)[:, 1:60:3] + 1
+    elif layout == "every second":
+        tokens, metric = torch.randn(3, 20, 64)[..., ::2], torch.randn(3, 20, 32)[..., ::2]
+    else:
+        tokens, metric, kept, size = (
+            x[:1].expand(3, *x.shape[1:]) for x in (tokens, metric, kept, size)
+        )
+    check(launches, tokens, kept, metric, size)
+
+
+def test_empty_batch_launches_nothing(launches):
+    tokens, kept = torch.randn(0, 20, 8, requires_grad=True), torch.ones(0, 5).long()
+    merged, size = merge_nearest(tokens, kept, torch.randn(0, 20, 4))
+    merged.sum().backward()
+    assert merged.shape == (0, 6, 8) and size.shape == (0, 6)
+    assert tokens.grad.shape == tokens.shape
+
+
+def test_no_output_is_left_unwritten_and_runs_repeat(launches, poisoned_memory):
+    tokens, kept, metric, size = inputs(2, 35, 72, K=11)
+    runs = []
+    for _ in range(2):
+        leaf = tokens.detach().requires_grad_()
+        merged, sizes, info = merge_nearest(leaf, kept, metric, size=size, return_info=True)
+        merged.square().sum().backward()
+        again, _ = merge_by(tokens, info, size)
+        assert torch.equal(again, merged)
+        runs.append((merged.detach(), sizes, info.slots, leaf.grad))
+    assert all(map(torch.equal, *runs))
+    assert merged.isfinite().all() and leaf.grad.isfinite().all()
+    assert (sizes.sum(1) == size.sum(1)).all()
+
+
+def test_tokens_are_selected_as_by_the_pytorch_form(launches):
+    attn, mask = torch.randn(3, 67), torch.rand(3, 67) < 0.7
+    attn[:, 5:20] = attn[:, 9:10]
+    for real in (None, mask):
+        for scores in (attn, attn.bfloat16(), attn[:, :60]):
+            real = real if real is None else real[:, : scores.shape[1]]
+            kept = select_tokens(scores, 12, mask=real, num_prefix_tokens=2)
+            exact = select_tokens(scores.double(), 12, mask=real, num_prefix_tokens=2)
+            assert torch.equal(kept, exact)
+    assert launches == Counter({"elip::reduce": 12})
