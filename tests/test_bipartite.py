@@ -7,7 +7,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from elip_kernels.bipartite import bipartite_merge
 from elip_kernels.info import source_matrix, unmerge
-from tests.tiers import tiered
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Cases 4 and 5 of the golden tensors protect a distillation token, which this op does not.
