@@ -67,8 +67,8 @@ def test_clutter_adds_so_many_emoji_each_at_a_place_of_its_own(clutter):
 
 def test_emoji_are_large_enough_to_be_told_apart_at_64_pixels(scenes):
     sides = {round(64 * group.copies[0].size) for scene in scenes for group in scene.groups}
-    assert 12 < min(sides) < 16 < max(sides)
-    assert {group.copies[0].turn for scene in scenes for group in scene.groups} >= {-30, 0, 30}
+    assert 13 < min(sides) < 16 < max(sides)
+    assert {group.copies[0].turn for scene in scenes for group in scene.groups} >= {-20, 0, 20}
 
 
 def test_captions_are_true_and_name_what_the_source_says(source, scenes):

@@ -107,13 +107,14 @@ def _grid(rows: tuple[str, ...], columns: tuple[str, ...]) -> dict[str, Box]:
 
 _ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 GRIDS: tuple[dict[str, Box], ...] = (
+    _CORNERS,
     _grid(_ROWS, _COLUMNS),
     _grid(_ROWS, ("left", "right")),
     _grid(("top", "bottom"), _COLUMNS),
 )
 """Layouts of scenes with clutter, one emoji a place."""
 
-MAX_CLUTTER = len(GRIDS[0]) - max(GROUP_NUMBERS)
+MAX_CLUTTER = max(map(len, GRIDS)) - max(GROUP_NUMBERS)
 """Groups for which there is a place beside those that a caption names."""
 
 # Slots (left, top, side) in a square box, in fractions of it, by count.
@@ -125,8 +126,8 @@ _SQUARE_SLOTS = {
 # Glyph side as a share of its slot. A few values only, so that the glyph cache stays small.
 _FILLS = (0.80, 0.88, 0.96)
 # Of textured scenes: by how much emoji are smaller, and their degrees. Few values, likewise.
-_SHRINKS = (0.76, 1.0)
-_TURNS = (-30, -15, 0, 15, 30)
+_SHRINKS = (0.82, 1.0)
+_TURNS = (-20, -10, 0, 10, 20)
 
 
 class Copy(NamedTuple):
