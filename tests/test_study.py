@@ -14,10 +14,11 @@ from elip_models.study import runner
 from elip_models.study.command import Progress, write_page
 from elip_models.study.measures import MEASURES
 from elip_models.study.page import sentences, table
-from elip_models.study.plan import Run, load_study, plan
+from elip_models.study.plan import Run, load_study, plan, study_names
 from elip_models.study.results import Interval, difference, relative_cost, relative_time
 from elip_models.training.run_folder import TrainingError
 from elip_models.training.trainer import Trainer
+from elip_models.training.training_data import meta_model
 from elip_models.validation import ConfigError
 from tests.study_case import tiny_study
 from tests.tiny_run import logged, own_process
@@ -86,7 +87,10 @@ def test_a_study_is_like_another_but_for_what_it_says(tmp_path):
     ("changes", "message"),
     [
         ({"seeds": [-1]}, "seeds: expected a list, each an integer at least 0"),
-        ({"measures": ["taste"]}, "measures: expected some of retrieval, objectives, got 'taste'"),
+        (
+            {"measures": ["taste"]},
+            "measures: expected some of retrieval, objectives, selection, got 'taste'",
+        ),
         ({"references": ["danse"]}, "references: expected arms of .*got 'danse'"),
         ({"colour": 1}, "colour: no such key"),
         ({"arms": {"a": 3}}, "arms.a: expected a mapping of keys, got 3"),
@@ -322,12 +326,58 @@ def test_the_committed_page_shows_the_committed_results():
     assert study_page.main(["--check"]) == 0
 
 
+# The built-in studies
+
+
+CPU = [name for name in study_names() if not name.endswith("_full")]
+DATA = {"data.train": "emoji_scenes:size=900", "data.eval": "emoji_scenes:seed=1,size=9"}
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_a_built_in_study_is_read_and_has_its_twin(name):
+    study = load_study(name, DATA)
+    assert study.question and study.paper and len(study.seeds) >= 3
+    for arm in study.arms.values():
+        assert "steps" not in str(arm.overrides)  # `length` is of any recipe
+    if name.endswith("_full"):
+        twin = load_study(name.removesuffix("_full"), DATA)
+        assert study.arms == twin.arms and study.recipe != twin.recipe
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CPU)
+def test_every_arm_of_a_built_in_study_can_be(name):
+    study = load_study(name, DATA)
+    runner.check_settings(study, plan(study, seeds=[0]))
+
+
+@pytest.mark.slow
+def test_the_twins_at_full_size_take_a_step_as_they_are():
+    seen = set()
+    for name in study_names():
+        study = load_study(name, DATA)
+        for arm in study.arms if name.endswith("_full") else ():
+            overrides = study.overrides | study.arms[arm].overrides
+            strategy = str(overrides.get("model.overrides.strategy")).partition(":")[0]
+            kinds = {study.recipe, (strategy, overrides.get("model.overrides.guide"))}
+            if kinds <= seen:
+                continue
+            seen |= kinds
+            model = meta_model(study.config(Run(arm, 0))).train()
+            with torch.device("meta"), model.tracing():
+                images = torch.randn(2, 3, *model.tower.image_size)
+                model(**model.random_inputs(images)).loss.backward()
+            assert all(p.grad is not None for p in model.tower.model.parameters()), (name, arm)
+    assert len(seen) > 12
+
+
 # All of it
 
 
 @pytest.mark.slow
 def test_a_tiny_study_runs_is_killed_goes_on_and_is_written(tmp_path, monkeypatch):
-    study = tiny_study(tmp_path, measures=[*MEASURES])
+    other = {"model.overrides.guide": "other", "model.overrides.fusion": 0.5}
+    study = tiny_study(tmp_path, measures=[*MEASURES], arms={"other": other})
     step, last = Trainer._train_step, study.folder(Run("tome", 1))
 
     def killed(self):
@@ -340,7 +390,7 @@ def test_a_tiny_study_runs_is_killed_goes_on_and_is_written(tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         progress.run()
     before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("result.json")}
-    assert len(before) == 5
+    assert len(before) == 6
     monkeypatch.setattr(Trainer, "_train_step", step)
     progress.run()
     assert (
@@ -353,6 +403,8 @@ def test_a_tiny_study_runs_is_killed_goes_on_and_is_written(tmp_path, monkeypatc
     for run in found["runs"]:
         metrics = run["metrics"]
         assert metrics["objective.loss"] > 0 and 0 <= metrics["reduced.r1"] <= 1
+        assert ("selection.lost" in metrics) == (run["arm"] != "dense")
+        assert ("selection.1.kept" in metrics) == (run["arm"] not in ("dense", "tome"))
         assert ("loss" in run) == ("images" in run) == (not run["arm"].startswith("after"))
     assert [*Path("runs").rglob("checkpoints")] == []
     assert "+" in study_page.page(found, "chart.svg")
@@ -361,6 +413,7 @@ def test_a_tiny_study_runs_is_killed_goes_on_and_is_written(tmp_path, monkeypatc
 @pytest.mark.slow
 def test_arms_of_a_seed_share_initialisation_and_batches(tmp_path):
     arms = {name: {"model.overrides.strategy": name} for name in STRATEGIES}
+    arms["guided by another"] = {"model.overrides.guide": "other"}
     study = tiny_study(tmp_path, arms=arms)
 
     def begun(arm, seed):
@@ -375,7 +428,7 @@ def test_arms_of_a_seed_share_initialisation_and_batches(tmp_path):
 
     Path("runs/studies/tiny").mkdir(parents=True)
     reference = begun("dense", 0)
-    for name in STRATEGIES:
+    for name in arms:
         found = begun(name, 0)
         assert found.keys() == reference.keys()
         assert all(torch.equal(found[key], reference[key]) for key in found), name

@@ -120,13 +120,15 @@ class ReductionConfig(InputConfig):
 
 
 def reduction_fields(strategy: Strategy) -> dict[str, Any]:
-    """The fields of `ReductionConfig` that say a strategy's settings; of ELIP its schedule, whose
-    options are fields of their own, and of the others all but `without_text`, which is one."""
-    if type(strategy) is Elip:
-        return {"schedule": strategy.schedule.exact}
-    options = settings_of(strategy)["settings"]
-    options.pop("without_text", None)
-    return {"strategy": strategy.name, "strategy_options": options}
+    """The fields of `ReductionConfig` that say a strategy's settings, but for those that are fields
+    of their own: `count_cls`, `without_text` and the options of ELIP."""
+    schedule = getattr(strategy, "schedule", None)
+    found = {} if schedule is None else {"schedule": schedule.exact}
+    if type(strategy) is not Elip:
+        settings = settings_of(strategy)["settings"]
+        own = {key: v for key, v in settings.items() if key not in ("schedule", "without_text")}
+        found |= {"strategy": strategy.name, "strategy_options": own}
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

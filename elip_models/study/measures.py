@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from elip_models.analysis.selection import selection_scores
 from elip_models.data import (
     EvaluationBatch,
     SkipReport,
@@ -22,7 +23,7 @@ from elip_models.models.base import PretrainedModel
 from elip_models.models.layers.losses import contrastive_loss
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
-from elip_models.tasks.features import encode_images, encode_texts
+from elip_models.tasks.features import encode_images, encode_texts, ranks_of
 from elip_models.tasks.retrieval import recall_of_features
 from elip_models.training.loss_log import losses_of
 from elip_models.training.recipe import RunConfig
@@ -61,8 +62,10 @@ class Finished:
 
 
 def retrieval(run: Finished) -> dict[str, float]:
-    """R@1 and R@5 both ways, r1, the mean of both R@1, and the contrastive loss, of images encoded
-    "dense.", and "reduced." as the run reduces them, by the image alone; texts see no image."""
+    """R@1 and R@5 both ways, r1, the mean of both R@1, and of batches of 100 pairs the contrastive
+    loss and top1, the share of images and of texts whose own pair is the most alike; of images
+    encoded "dense.", and "reduced." as the run reduces them, by the image alone. Texts see no
+    image."""
     model, found = run.model, {}
     texts: Tensor | None = None
     for name, strategy in {"dense": model.dense, "reduced": without_text(model.reduction)}.items():
@@ -89,28 +92,53 @@ def _retrieval_of(
     scale = 1 / model.monitored()["temperature"]
     whole = len(images) // CONTRASTED * CONTRASTED or len(images)
     batches = zip(images[:whole].split(CONTRASTED), firsts[:whole].split(CONTRASTED), strict=True)
-    losses = [contrastive_loss(image, text, scale) for image, text in batches]
+    losses, firsts_ranked = [], []
+    for image, text in batches:
+        losses.append(contrastive_loss(image, text, scale))
+        similar, own = image @ text.T, torch.eye(len(image), dtype=torch.bool, device=image.device)
+        firsts_ranked += [ranks_of(similar, own) == 0, ranks_of(similar.T, own) == 0]
+    scores["top1"] = torch.cat(firsts_ranked).double().mean().item()
     return scores | {"contrastive_loss": torch.stack(losses).mean().item()}
 
 
 def objectives(run: Finished) -> dict[str, float]:
     """Each loss of the model's training step, "objective.loss" and those it is made of, over whole
-    batches: each image reduced as in training, under its own caption where that guides."""
+    batches: each image reduced as in training, under its first caption, or its second where another
+    than the contrasted one guides."""
     losses: list[dict[str, Tensor]] = []
     device = next(run.model.parameters()).device
     for batch in run.batches():
         firsts = [several[0] for several in batch.captions]
         if len(firsts) == run.config.optim.batch_size or not losses:
-            text = run.model.tokenise(run.tokenizer, firsts)
-            inputs = {"images": batch.images, **text}
+            inputs = {"images": batch.images, **run.model.tokenise(run.tokenizer, firsts)}
+            if run.model.config.reads_guide_captions:
+                others = [several[1 % len(several)] for several in batch.captions]
+                text = run.model.tokenise(run.tokenizer, others)
+                inputs |= {"guide_ids": text["input_ids"], "guide_mask": text["attention_mask"]}
             losses.append(losses_of(run.model(**{k: v.to(device) for k, v in inputs.items()})))
     means = {name: torch.stack([each[name] for each in losses]).mean() for name in losses[0]}
     return {f"objective.{name}": mean.item() for name, mean in means.items()}
 
 
+def selection(run: Finished) -> dict[str, float]:
+    """What the reduction keeps of what captions name, see `selection_scores`: "selection.lost" and
+    the others of the whole, and those of its steps, "selection.1.kept", .., "selection.last.kept";
+    of more than four steps the last alone. Nothing of a run that does not reduce."""
+    if isinstance(run.model.reduction, Dense):
+        return {}
+    scores = selection_scores(run.model, run.source, run.tokenizer)
+    stages = scores["stages"]
+    parts = {str(i): stage for i, stage in enumerate(stages[:-1], 1) if len(stages) <= 4}
+    found = {f"last.{name}": value for name, value in stages[-1].items()}
+    found |= {f"{i}.{name}": value for i, stage in parts.items() for name, value in stage.items()}
+    found |= {name: value for name, value in scores.items() if name != "stages"}
+    return {f"selection.{k}": v["mean"] for k, v in found.items() if isinstance(v, dict)}
+
+
 MEASURES: dict[str, Callable[[Finished], dict[str, float]]] = {
     "retrieval": retrieval,
     "objectives": objectives,
+    "selection": selection,
 }
 
 
