@@ -98,7 +98,9 @@ SWEEPS = (
     Sweep("cls_attention", "cls_attention", TILE),
     Sweep("cls_attend_from_tokens", "cls_attend", ATTEND),
     Sweep("bipartite_match", "bipartite_match", {0: (16, 32, 64), 1: (32, 64), 3: (4, 8)}),
-    Sweep("bipartite_merge", "bipartite_merge", {1: (0.5, 1.0, 2.0), 2: (0.5, 1.0), 3: (4, 8)}),
+    Sweep("bipartite_merge", "merge", {1: (0.5, 1.0, 2.0), 2: (0.5, 1.0), 3: (4, 8)}),
+    Sweep("nearest_match", "bipartite_match", {0: (16, 32, 64), 1: (32, 64), 3: (4, 8)}),
+    Sweep("nearest_merge", "merge", {1: (0.5, 1.0, 2.0), 2: (0.5, 1.0), 3: (4, 8)}),
     Sweep("bipartite_merge_backward", "reduce_backward", ROWS),
 )
 SIZES = ((256, 257), (256, 197), (64, 257), (16, 257), (1, 257), (64, 197), (64, 577), (256, 577))
@@ -134,6 +136,13 @@ def arguments(op: str, shape: Shape) -> tuple[Any, ...]:
             return tokens, size, slots, N - r
         out, out_size = torch.ops.elip.bipartite_merge(tokens, size, slots, N - r)
         return torch.randn_like(out), size, out_size, slots
+    if op.startswith("nearest"):
+        kept = torch.ops.elip.select(random(B, N - 1), None, K, 1)
+        matching = (random(B, N, CHANNELS, dtype=dtype), kept, 1)
+        if op == "nearest_match":
+            return matching
+        slots = torch.ops.elip.nearest_match(*matching)
+        return tokens, torch.ones(B, N, device=DEVICE), slots, 1 + K
     query = random(B, HEADS, WIDTH) * CHANNELS**-0.5
     reading = (tokens, random(B, WIDTH), query, 1e-6)
     return (*reading, K, True, True) if op == "score_reduce" else reading
@@ -155,6 +164,8 @@ def least_bytes(op: str, shape: Shape) -> int:
         "bipartite_merge_backward": lambda: model.bipartite_merge_backward(
             B, N, WIDTH, r, dtype, **size
         ),
+        "nearest_match": lambda: model.nearest_match(B, N, CHANNELS, K, dtype),
+        "nearest_merge": lambda: model.nearest_gather(B, N, WIDTH, 1 + K, dtype, **size),
     }
     rows = partial(getattr(model, op), B, N, WIDTH, HEADS, dtype)
     return works.get(op, rows)().bytes

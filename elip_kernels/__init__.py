@@ -5,9 +5,10 @@ from elip_kernels.bipartite import bipartite_merge, merge_by
 from elip_kernels.cls_attend import cls_attend_from_tokens
 from elip_kernels.cls_attention import cls_attention, cls_attention_from_tokens
 from elip_kernels.info import BipartiteInfo, ReductionInfo, unmerge
-from elip_kernels.nearest import merge_nearest, select_tokens
+from elip_kernels.nearest import merge_nearest
 from elip_kernels.reduce import reduce
 from elip_kernels.score_reduce import score_reduce
+from elip_kernels.select_tokens import select_tokens
 
 __version__ = "0.1.0"
 

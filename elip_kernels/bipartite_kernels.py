@@ -122,6 +122,17 @@ def _slots_kernel(
     tl.store(slots_ptr + 1, first_b + offs_a, mask=2 * offs_a + 1 < N)
 
 
+@triton.jit
+def _load_rows(tokens_ptr, stride_tn, rows, mask_r, offs_d, mask_d):
+    """x [BLOCK_R, BLOCK_D] fp32: these tokens of an image, 0 where masked."""
+    x = tl.load(
+        tokens_ptr + rows[:, None] * stride_tn + offs_d[None, :],
+        mask=mask_r[:, None] & mask_d[None, :],
+        other=0.0,
+    )
+    return x.to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["N", "R"])
 def _merge_fwd_kernel(
     tokens_ptr, size_ptr, slots_ptr, out_ptr, out_size_ptr, stride_tb, stride_tn, N, R, D,
@@ -147,23 +158,16 @@ def _merge_fwd_kernel(
     if HAS_SIZE:
         size_a = tl.load(size_ptr + STEP * offs_a, mask=mask_a, other=1.0)
     is_source = slot[None, :] == offs_r[:, None]  # [BLOCK_R, BLOCK_A]
-    total = tl.sum(tl.where(is_source, size_a[None, :], 0.0), 1)
-    merged = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    if STEP == 2:
-        odd = 2 * (offs_r - (R - N // 2)) + 1  # the token of B whose row this is
-        has_odd = mask_r & (odd > 0)
-        size_odd = tl.where(has_odd, 1.0, 0.0)
-        if HAS_SIZE:
-            size_odd = tl.load(size_ptr + odd, mask=has_odd, other=0.0)
-        total += size_odd
+
+    odd = 2 * (offs_r - (R - N // 2)) + 1  # the token of B whose row this is
+    has_odd = mask_r & (odd > 0) & (STEP == 2)
+    size_odd = tl.where(has_odd, 1.0, 0.0)
+    if HAS_SIZE:
+        size_odd = tl.load(size_ptr + odd, mask=has_odd, other=0.0)
+    total = size_odd + tl.sum(tl.where(is_source, size_a[None, :], 0.0), 1)
     divisor = tl.where(total == 0, 1.0, total)
-    if STEP == 2:
-        x = tl.load(
-            tokens_ptr + odd[:, None] * stride_tn + offs_d[None, :],
-            mask=has_odd[:, None] & mask_d[None, :],
-            other=0.0,
-        )  # [BLOCK_R, BLOCK_D]
-        merged = x.to(tl.float32) * tl.div_rn(size_odd, divisor)[:, None]
+    x = _load_rows(tokens_ptr, stride_tn, odd, has_odd, offs_d, mask_d)
+    merged = x * tl.div_rn(size_odd, divisor)[:, None]
 
     source = tl.min(tl.where(is_source, offs_a[None, :], BLOCK_A), 1)  # [BLOCK_R]
     while tl.min(source, 0) < BLOCK_A:
@@ -171,12 +175,8 @@ def _merge_fwd_kernel(
         size_source = tl.where(has_source, 1.0, 0.0)
         if HAS_SIZE:
             size_source = tl.load(size_ptr + STEP * source, mask=has_source, other=0.0)
-        x = tl.load(
-            tokens_ptr + (STEP * source)[:, None] * stride_tn + offs_d[None, :],
-            mask=has_source[:, None] & mask_d[None, :],
-            other=0.0,
-        )  # [BLOCK_R, BLOCK_D]
-        merged += x.to(tl.float32) * tl.div_rn(size_source, divisor)[:, None]
+        x = _load_rows(tokens_ptr, stride_tn, STEP * source, has_source, offs_d, mask_d)
+        merged += x * tl.div_rn(size_source, divisor)[:, None]
         is_later = is_source & (offs_a[None, :] > source[:, None])
         source = tl.min(tl.where(is_later, offs_a[None, :], BLOCK_A), 1)
 

@@ -25,14 +25,11 @@ from elip_kernels import launch
 from elip_kernels._operator import Operator
 from elip_kernels._triton import tl, triton
 from elip_kernels._validate import (
-    candidate_scores,
     check_device,
     check_flags,
-    check_keep,
     check_mask,
     check_metric,
     check_prefix,
-    check_tensor,
     check_tokens,
     message,
 )
@@ -40,37 +37,7 @@ from elip_kernels.absorbed import accumulator
 from elip_kernels.bipartite import check_size, nearest_merge_op, shares, unit_rows
 from elip_kernels.bipartite_kernels import SMALLEST_SQUARE, inverse_norm, tile_products
 from elip_kernels.info import ReductionInfo
-from elip_kernels.reduce import reduce_op
 from elip_kernels.rows import take_rows
-
-
-def select_tokens(
-    attn: Tensor, keep: int | float, *, mask: Tensor | None = None, num_prefix_tokens: int = 1
-) -> Tensor:
-    """The `keep` most attended tokens in image order, as `reduce` keeps them, without moving any.
-
-    Args:
-        attn: scores (B, N), whose first p are not read; or attention rows (B, H, N) or a whole map
-            (B, H, N, N), whose CLS row is averaged over heads. fp32, bf16, fp16 or fp64.
-        keep: int, or float ratio r in (0, 1] of the N-p candidates, max(1, int(r * (N-p))).
-        mask: (B, N) bool, True = real. Padding comes last.
-        num_prefix_tokens: p.
-
-    Returns:
-        kept (B, K) int64, positions of N.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected, what came, what to do.
-    """
-    check_tensor("attn", attn, "(B, N), (B, H, N) or (B, H, N, N)", (2, 3, 4))
-    (B, *_, N), p = attn.shape, num_prefix_tokens
-    check_prefix(p, N)
-    check_mask(mask, (B, N), "attn", attn)
-    scores = candidate_scores(attn, B, N, p)
-    keep = check_keep(keep, N - p)
-    real = None if mask is None else mask[:, p:]
-    _, kept, *_ = reduce_op(scores[..., None], scores, real, keep, 0, False, False)
-    return kept + p
 
 
 @overload

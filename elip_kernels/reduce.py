@@ -125,7 +125,7 @@ def reduce_reference(
     first_dropped = num_prefix_tokens + keep
     real = None if mask is None else mask[:, num_prefix_tokens:]
     scores = scores.to(_accumulator(tokens, scores))
-    place = F.pad(_places(scores, real, keep) + num_prefix_tokens, (num_prefix_tokens, 0))
+    place = F.pad(places(scores, real, keep) + num_prefix_tokens, (num_prefix_tokens, 0))
     index = torch.arange(N, device=tokens.device)
     place[:, :num_prefix_tokens] = index[:num_prefix_tokens]
     order = torch.empty_like(place).scatter_(1, place, index.expand(B, -1))
@@ -148,7 +148,7 @@ def _accumulator(tokens: Tensor, scores: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(tokens.dtype, scores.dtype), torch.float32)
 
 
-def _places(scores: Tensor, real: Tensor | None, keep: int) -> Tensor:
+def places(scores: Tensor, real: Tensor | None, keep: int) -> Tensor:
     """(B, N-p): the output rows of those that are kept, 0 .. K-1, then places of the others; each
     in image order, but padding that is kept comes last of those."""
     key = order_key(scores, real)

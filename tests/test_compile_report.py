@@ -104,8 +104,9 @@ def test_few_images_score_and_move_by_128_bits(N, registers):
 
 
 @pytest.mark.parametrize("dtype", tiered(SIZE, ["bf16"]))
-def test_bipartite_merge_stays_in_registers(dtype):
-    for name, (_, code) in compiled("bipartite_merge", 577, dtype).items():
+@pytest.mark.parametrize("call", ["bipartite_merge", "merge_nearest"])
+def test_merging_stays_in_registers(call, dtype):
+    for name, (_, code) in compiled(call, 577, dtype).items():
         assert is_clean(code), name
         assert code.registers <= (40 if name == "_merge_bwd_kernel" else 128), name
 

@@ -202,6 +202,9 @@ def test_opcheck():
     _, kept, metric, _ = inputs()
     kept[0, 1] = -1
     opcheck(torch.ops.elip.nearest_match.default, (metric, kept, 1))
+    mask = torch.rand(2, 12) < 0.5
+    for real in (None, mask):
+        opcheck(torch.ops.elip.select.default, (torch.rand(2, 12), real, 5, 1))
 
 
 @pytest.mark.parametrize("backend", tiered(["aot_eager", "inductor"], ["aot_eager"]))

@@ -65,6 +65,13 @@ def _bipartite_merge(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype)
     merged.backward(torch.ones_like(merged))
 
 
+def _merge_nearest(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> None:
+    metric, size = torch.randn(B, N, D // H).to(dtype), torch.randint(1, 6, (B, N)).float()
+    kept = elip_kernels.select_tokens(torch.randn(B, N).to(dtype), K)
+    merged, _ = elip_kernels.merge_nearest(_tokens(B, N, D, dtype), kept, metric, size=size)
+    merged.backward(torch.ones_like(merged))
+
+
 CALLS: dict[str, Call] = {
     "reduce": _reduce,
     "score_reduce": _score_reduce,
@@ -72,4 +79,5 @@ CALLS: dict[str, Call] = {
     "cls_attention_from_tokens": _from_tokens,
     "cls_attend_from_tokens": _attend_from_tokens,
     "bipartite_merge": _bipartite_merge,
+    "merge_nearest": _merge_nearest,
 }

@@ -261,6 +261,61 @@ def bipartite_merge_backward(
     return Work(read, {"grad": B * N * D * size}, B * N * D)
 
 
+def merge_nearest(
+    B: int,
+    N: int,
+    D: int,
+    C: int,
+    K: int,
+    dtype: torch.dtype,
+    *,
+    has_size: bool = False,
+    p: int = 1,
+) -> Work:
+    """The launches `nearest_match` and `nearest_gather`, behind `select`; backward is
+    `bipartite_merge_backward` with N - p - K tokens merged away."""
+    gathered = nearest_gather(B, N, D, p + K, dtype, has_size=has_size)
+    return together(nearest_match(B, N, C, K, dtype), gathered)
+
+
+def select(B: int, N: int, K: int, *, num_prefix_tokens: int = 1) -> Work:
+    """Scores in, positions out."""
+    read = {"scores": B * (N - num_prefix_tokens) * FP32}
+    return Work(read, {"kept": B * K * INT64}, 0)
+
+
+def nearest_match(
+    B: int, N: int, C: int, K: int, dtype: torch.dtype, *, tiled: bool = False
+) -> Work:
+    """The output row of every token. `tiled`: each tile of tokens reads all kept ones."""
+    size = dtype.itemsize
+    tiles = ceil(N / launch.bipartite_match(C, size)[0]) if tiled else 1
+    read = {"metric": B * (N - K + tiles * K) * C * size, "kept": B * tiles * K * INT64}
+    return Work(read, {"slots": B * N * INT32}, 2 * B * N * K * C)
+
+
+def nearest_gather(
+    B: int,
+    N: int,
+    D: int,
+    R: int,
+    dtype: torch.dtype,
+    *,
+    has_size: bool = False,
+    tiled: bool = False,
+) -> Work:
+    """Tokens to their R rows. `tiled`: every tile of every slice of D looks through all slots and
+    sizes."""
+    size = dtype.itemsize
+    _, block_r, block_d, _ = launch.merge(N, size)
+    tiles = ceil(D / block_d) * ceil(R / block_r) if tiled else 1
+    read = {"tokens": B * N * D * size, "slots": B * tiles * N * INT32}
+    if has_size:
+        read["size"] = B * tiles * N * FP32
+    written = {"out": B * R * D * size, "out_size": B * R * FP32}
+    return Work(read, written, 2 * B * N * D)
+
+
 def _patches(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> dict[str, int]:
     """What scoring reads; u comes in two parts where tokens have two bytes."""
     size = dtype.itemsize

@@ -136,6 +136,23 @@ def bipartite_merge(tokens, metric, size, penalty, grad_out):
     return merged.detach(), sizes, info.slots, gradient
 
 
+def nearest_inputs(B, N, dtype, D=WIDTH, C=WIDTH // HEADS, share=0.5):
+    """tokens, kept, metric, size, grad_out; every token stands for 1 to 5."""
+    tokens, metric, size, _ = bipartite_inputs(B, N, dtype, D, C)
+    kept = torch.rand(B, N - 1).topk(max(1, int(share * (N - 1)))).indices + 1
+    return tokens, kept, metric, size, torch.randn(B, 1 + kept.shape[1], D).to(dtype)
+
+
+def merge_nearest(tokens, kept, metric, size, grad_out):
+    """-> merged, sizes, slots, gradient."""
+    leaf = tokens.detach().requires_grad_()
+    merged, sizes, info = elip_kernels.merge_nearest(
+        leaf, kept, metric, size=size, return_info=True
+    )
+    (gradient,) = torch.autograd.grad(merged, leaf, grad_out)
+    return merged.detach(), sizes, info.slots, gradient
+
+
 OPS = {
     "reduce": Op(reduce_inputs, reduce),
     "cls_attention": Op(row_inputs, row),
@@ -143,6 +160,7 @@ OPS = {
     "cls_attend_from_tokens": Op(attend_inputs, attend_from_tokens),
     "score_reduce": Op(score_reduce_inputs, score_reduce),
     "bipartite_merge": Op(bipartite_inputs, bipartite_merge),
+    "merge_nearest": Op(nearest_inputs, merge_nearest),
 }
 
 

@@ -7,6 +7,7 @@ rows absolute on N(0, 1) inputs, and half an ulp where they are rounded to two b
 import pytest
 import torch
 
+import elip_kernels
 from elip_kernels import BipartiteInfo, launch
 from elip_kernels.testing import Case, cases
 from tests.gpu import ops
@@ -243,6 +244,30 @@ def test_bipartite_merge(device, launches, N, r, dtype):
     assert_rounded(merged, exact)
     assert_rounded(gradient, exact_gradient)
     assert launches.total() == 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("N", REAL)
+def test_select_tokens(device, launches, N, dtype):
+    attn, mask = torch.randn(4, N).to(dtype), torch.rand(4, N) < 0.7
+    kept = elip_kernels.select_tokens(attn.to(device), 0.5, mask=mask.to(device))
+    assert torch.equal(kept.cpu(), elip_kernels.select_tokens(attn.double(), 0.5, mask=mask))
+    assert launches.total() == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("N", "share"), SHARES)
+def test_merge_nearest(device, launches, N, share, dtype):
+    inputs = ops.nearest_inputs(4, N, dtype, share=share or 0.5)
+    merged, sizes, slots, gradient = ops.merge_nearest(*on(device, inputs))
+    exact, exact_sizes, exact_slots, exact_gradient = ops.merge_nearest(*widened(inputs))
+    assert torch.equal(slots.cpu(), exact_slots)
+    assert torch.equal(sizes.cpu().double(), exact_sizes)  # small integers
+    alone = BipartiteInfo(exact_slots, exact.shape[1]).source_map().sum(2) == 1
+    assert torch.equal(merged.cpu()[alone], exact[alone].to(dtype))
+    assert_rounded(merged, exact)
+    assert_rounded(gradient, exact_gradient)
+    assert launches.total() == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "N1100"])

@@ -61,6 +61,15 @@ def test_opcheck_of_bipartite_merge(device, dtype):
     check(elip.bipartite_merge_backward.default, (grad_out, size, sizes, arguments[2]))
 
 
+@every_dtype
+def test_opcheck_of_merge_nearest(device, dtype):
+    tokens, kept, metric, size, _ = on(device, ops.nearest_inputs(2, 50, dtype, 64))
+    check(elip.select.default, (size, None, 20, 1))
+    check(elip.nearest_match.default, (metric, kept, 1))
+    slots = elip.nearest_match(metric, kept, 1)
+    check(elip.nearest_merge.default, (tokens.requires_grad_(), size, slots, 1 + kept.shape[1]))
+
+
 def reduced(tokens, cls, *block, keep):
     row = elip_kernels.cls_attention_from_tokens(tokens, cls, **ops.named(*block))
     return elip_kernels.reduce(tokens, row, keep)

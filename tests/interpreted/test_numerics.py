@@ -6,6 +6,7 @@ import torch
 import elip_kernels
 from elip_kernels.testing import Case
 from tests.interpreted import test_bipartite_kernel as bipartite
+from tests.interpreted import test_nearest_kernel as nearest
 from tests.interpreted import test_reduce_kernel as reduce
 from tests.interpreted.test_cls_attention_kernel import BUDGET, block, error, in_fp64
 
@@ -59,3 +60,8 @@ def test_reduce(launches, keep, dtype):
 def test_bipartite_merge(launches, dtype):
     tokens, metric, size = bipartite.inputs(1, N, D, D // H, dtype)
     bipartite.check(launches, tokens, metric, 64, size)
+
+
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+def test_merge_nearest(launches, dtype):
+    nearest.check(launches, *nearest.inputs(1, N, D, D // H, 166, dtype=dtype))

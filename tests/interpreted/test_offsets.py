@@ -200,6 +200,14 @@ def test_bipartite_match(scored, has_penalty):
     check(launcher("bipartite_match"), torch.randn(1, N, 8), penalty, 5, 1)
 
 
+def test_nearest(scored):
+    kept = launcher("select")(torch.rand(1, N - 1), None, 6, 1)
+    check(launcher("select"), torch.rand(1, N - 1), torch.rand(1, N - 1) < 0.7, 6, 1)
+    check(launcher("nearest_match"), torch.randn(1, N, 8), kept, 1)
+    slots = launcher("nearest_match")(torch.randn(1, N, 8), kept, 1)
+    check(launcher("nearest_merge"), scored[0], torch.rand(1, N) + 1, slots, 7)
+
+
 @pytest.mark.parametrize("has_size", [False, True])
 def test_bipartite_merge_and_backward(scored, has_size):
     merge = launcher("bipartite_merge")

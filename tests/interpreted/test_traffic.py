@@ -105,11 +105,29 @@ def bipartite_works(B, N, D, K, dtype, has_size=True, has_penalty=False, tiled=F
     ]
 
 
+def run_nearest(B, N, D, K, dtype, has_size=True):
+    tokens, metric, size = inputs(B, N, D, C, dtype)
+    kept, size = elip_kernels.select_tokens(torch.rand(B, N), K), size if has_size else None
+    out, _ = elip_kernels.merge_nearest(tokens.requires_grad_(), kept, metric, size=size)
+    out.sum().backward()
+
+
+def nearest_works(B, N, D, K, dtype, has_size=True, tiled=False):
+    options = {"has_size": has_size, "tiled": tiled}
+    return [
+        model.select(B, N, K),
+        model.nearest_match(B, N, C, K, dtype, tiled=tiled),
+        model.nearest_gather(B, N, D, 1 + K, dtype, **options),
+        model.bipartite_merge_backward(B, N, D, N - 1 - K, dtype, **options),
+    ]
+
+
 OPS = {
     "reduce": (run_reduce, reduce_works),
     "generic_row": (run_generic_row, generic_row_works),
     "attend": (run_attend, attend_works),
     "bipartite": (run_bipartite, bipartite_works),
+    "nearest": (run_nearest, nearest_works),
     "score_reduce": (run_score_reduce, score_reduce_works),
     "row_from_tokens": (run_row_from_tokens, row_from_tokens_works),
 }
@@ -148,14 +166,14 @@ def test_each_byte_moves_once_in_both_forms(launches, score_form, op, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", REAL, ids=str)
-@pytest.mark.parametrize("op", [op for op in OPS if op != "bipartite"])
+@pytest.mark.parametrize("op", [op for op in OPS if op not in ("bipartite", "nearest")])
 def test_programs_touch_little_more_than_they_must(launches, one_program_an_image, op, case):
     for launched, work in zip(*check(op, case), strict=True):
         assert launched.per_program <= MOST * work.bytes, launched
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", ["bipartite", *SPLIT])
+@pytest.mark.parametrize("op", ["bipartite", "nearest", *SPLIT])
 def test_programs_touch_what_the_tiling_implies(launches, op):
     case = (1, 257, 768, 64, bf16)
     launched, _ = check(op, case)
@@ -187,9 +205,13 @@ def test_score_reduce_without_merging(launches, score_form):
     check("score_reduce", (2, 21, 70, 8, bf16), merge=False)
 
 
-@pytest.mark.parametrize("options", [{"has_size": False}, {"has_penalty": True}], ids=str)
-def test_options_of_bipartite_merge(launches, options):
-    check("bipartite", (2, 21, 70, 8, bf16), **options)
+@pytest.mark.parametrize("op", ["bipartite", "nearest"])
+def test_merging_without_sizes(launches, op):
+    check(op, (2, 21, 70, 8, bf16), has_size=False)
+
+
+def test_merging_with_a_penalty(launches):
+    check("bipartite", (2, 21, 70, 8, bf16), has_penalty=True)
 
 
 def flops(op, *case, **options):
