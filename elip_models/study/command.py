@@ -9,7 +9,7 @@ from typing import NamedTuple
 from elip_models.data import open_source
 from elip_models.reduction import flops
 from elip_models.study.chart import draw
-from elip_models.study.page import INTERVALS, page, table
+from elip_models.study.page import INTERVALS, VALUE, page, table
 from elip_models.study.plan import Run, Study
 from elip_models.study.results import Document, read_results, write_results
 from elip_models.study.runner import check_settings, is_finished, result_of, run_study
@@ -126,7 +126,9 @@ def show_results(document: Document, console: Console) -> None:
     """The tables of the page."""
     for metric in document["quality"]:
         header, rows = table(document, metric)
-        shown = Table(title=document["study"], caption="± 95% over seeds; differences are paired")
+        title = f"{document['study']}: {header[VALUE]}"
+        shown = Table(title=title, caption="± 95% over seeds; differences are paired")
+        header[VALUE] = "mean"
         for name in header:
             shown.add_column(name.replace("`", ""), justify="right" if shown.columns else "left")
         for row in rows:

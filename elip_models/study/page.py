@@ -18,6 +18,7 @@ from elip_models.study.results import (
 from elip_models.validation import ConfigError
 
 NONE = "–"
+VALUE = 5  # the column of `table` whose name is the metric's
 
 
 def page(document: Document, chart: str) -> str:
