@@ -1,4 +1,4 @@
-"""select_tokens and merge_nearest, forward, backward, both, against a good eager form and a copy."""
+"""select_tokens and merge_nearest, forward, backward, both: against an eager form and a copy."""
 
 import pytest
 import torch
