@@ -140,7 +140,7 @@ def bipartite_match(channels: int, element_size: int) -> tuple[int, int, int, in
 
 def merge(sources: int, element_size: int) -> tuple[int, int, int, int]:
     """BLOCK_A, BLOCK_R, BLOCK_D, warps: 16 rows of 512 bytes, so that reading N slots is little
-    beside them; rows x sources and rows x D stay in registers (8 warps, at most 106)."""
+    beside them; rows x sources and rows x D stay in registers (8 warps, at most 110)."""
     return max(16, next_power_of_2(sources)), 16, 512 // element_size, 8
 
 

@@ -51,6 +51,17 @@ def test_a_merged_token_has_the_scores_of_all_that_it_holds():
     torch.testing.assert_close(infos[1].attention[:, -1], (rows[5] * dropped).sum(1))
 
 
+def test_so_has_one_that_others_joined():
+    model = made("blip", **DEEP, scorer="momentum", merge="nearest").eval()
+    images, ids, mask = batch_of_four()
+    text_cls = model.encode_text(ids, mask)[:, 0].detach()
+    _, rows = run_and_read(model.tower_m, images, text_cls, model.reduction)
+    _, infos = run_tower(model.tower, images, text_cls, model.reduction, rows=rows)
+    held = infos[0].reduction.source_map().to(rows[5].dtype)
+    torch.testing.assert_close(infos[1].attention, (held @ rows[5][..., None])[..., 0])
+    assert (held.sum(2) > 1).any()
+
+
 @FAMILIES
 def test_a_step_scores_nothing_and_trains(family, monkeypatch):
     torch.manual_seed(0)

@@ -16,6 +16,7 @@ import tests.interpreted.profiles  # noqa: F401
 from elip_kernels import launch
 from elip_kernels.testing import kernels_on_cpu
 from tests.interpreted import test_bipartite_kernel as bipartite
+from tests.interpreted import test_nearest_kernel as nearest
 from tests.interpreted import test_reduce_kernel as reduce
 from tests.interpreted.test_cls_attention_kernel import BUDGET, block, error, in_fp64
 
@@ -246,3 +247,47 @@ def test_bipartite_merge(
     size = torch.randint(1, 6, (B, N)).float() if has_size else None
     tokens = laid_out(layout, **shape, dtype=dtype)
     bipartite.check(launches, tokens, metric, r, size, p, penalty)
+
+
+def is_near(metric, kept):
+    """No two kept tokens are so alike to another that rounding could swap them."""
+    unit = torch.nn.functional.normalize(metric.double(), dim=-1)
+    targets = unit.gather(1, kept[..., None].expand(-1, -1, unit.shape[2]))
+    best = (unit @ targets.mT).topk(min(2, kept.shape[1]), dim=2).values
+    return (best[..., :-1] - best[..., 1:] > 1e-5).all()
+
+
+@given(
+    shape=shapes,
+    C=st.integers(4, 80),
+    share=shares,
+    dtype=dtypes,
+    metric_dtype=dtypes,
+    layout=layouts,
+    kind=st.sampled_from(["normal", "ties", "some without direction"]),
+    has_size=st.booleans(),
+    masked=st.booleans(),
+    p=st.integers(0, 3),
+    seed=seeds,
+)
+def test_merge_nearest(
+    launches, shape, C, share, dtype, metric_dtype, layout, kind, has_size, masked, p, seed
+):
+    torch.manual_seed(seed)
+    shape["N"] += p
+    B, N = shape["B"], shape["N"]
+    mask = torch.rand(B, N) < 0.7 if masked else None
+    attn = torch.rand(B, N)
+    keep, options = part(share, N - p), {"mask": mask, "num_prefix_tokens": p}
+    kept = elip_kernels.select_tokens(attn, keep, **options)
+    assert torch.equal(kept, elip_kernels.select_tokens(attn.double(), keep, **options))
+    metric = laid_out(layout, B, N, C, metric_dtype)
+    if kind == "ties":
+        metric = torch.randint(2, (B, N, 4)).to(metric_dtype) * 2 - 1
+    else:
+        assume(is_near(metric, kept))
+    if kind == "some without direction":
+        metric = metric.masked_fill(torch.rand(B, N, 1) < 0.2, [NAN, 0.0, INF][seed % 3])
+    size = torch.randint(1, 6, (B, N)).float() if has_size else None
+    tokens = laid_out(layout, **shape, dtype=dtype)
+    nearest.check(launches, tokens, kept, metric, size, **options)

@@ -1,0 +1,71 @@
+"""select_tokens and merge_nearest, forward, backward, both: against an eager form and a copy."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.bench_bipartite import CHANNELS, IMAGES
+from benchmarks.cases import described, sweep
+from benchmarks.comparison import compare
+from benchmarks.parity import OURS, in_fp64, on_device, parity, with_compiled, with_gradient
+from elip_kernels import merge_nearest, select_tokens
+from elip_kernels.testing import model
+
+
+def eager_merge(
+    tokens: Tensor, metric: Tensor, scores: Tensor, K: int, size: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same by topk, gather, arg-max and scatter_add, sizes as one more channel."""
+    B, _, D = tokens.shape
+    with torch.no_grad():
+        kept = scores[:, 1:].topk(K).indices.sort(dim=1).values + 1
+        unit = torch.nn.functional.normalize(metric.to(size.dtype), dim=-1)
+        targets = unit.gather(1, kept[..., None].expand(-1, -1, unit.shape[2]))
+        slots = 1 + torch.bmm(unit, targets.mT).argmax(dim=-1)
+        slots = slots.scatter(1, kept, torch.arange(1, 1 + K, device=kept.device).expand(B, -1))
+        slots[:, 0] = 0
+    sums = torch.cat([tokens * size[..., None], size[..., None]], dim=2)
+    rows = slots[..., None].expand(-1, -1, D + 1)
+    sums = sums.new_zeros(B, 1 + K, D + 1).scatter_add(1, rows, sums)
+    return (sums[..., :-1] / sums[..., -1:]).to(tokens.dtype), sums[..., -1]
+
+
+def work_of(case, direction):
+    shape, more = (case.B, case.N, case.D), {"has_size": True}
+    forward = model.together(
+        model.select(case.B, case.N, case.K),
+        model.merge_nearest(*shape, CHANNELS, case.K, case.dtype, **more),
+    )
+    merged_away = case.N - 1 - case.K
+    backward = model.bipartite_merge_backward(*shape, merged_away, case.dtype, **more)
+    works = {"forward": forward, "backward": backward}
+    return works[direction] if direction in works else model.together(*works.values())
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "training"])
+@pytest.mark.parametrize("case", sweep(), ids=str)
+def test_merge_nearest(record, rounds, case, direction):
+    tokens, scores = case.inputs()
+    metric = torch.randn(case.B, case.N, CHANNELS).to(case.dtype)
+    scores = torch.nn.functional.pad(scores, (1, 0))
+    inputs = [tokens, metric, scores, torch.randint(1, 5, (case.B, case.N)).float()]
+    if direction != "forward":
+        tokens.requires_grad_()
+        inputs.append(torch.randn(case.B, 1 + case.K, case.D).to(case.dtype))
+    inputs = on_device(inputs)
+    forms = {
+        "eager": lambda tokens, metric, scores, size: eager_merge(
+            tokens, metric, scores, case.K, size
+        ),
+        OURS: lambda tokens, metric, scores, size: merge_nearest(
+            tokens, select_tokens(scores, case.K), metric, size=size
+        ),
+    }
+    exact = with_gradient(forms["eager"], *in_fp64(inputs, IMAGES))
+    forms, left_out = with_compiled(forms, case, inputs)
+    held = parity(exact, {name: with_gradient(form, *inputs) for name, form in forms.items()})
+    facts, step = compare(
+        forms, inputs, work_of(case, direction), direction=direction, rounds=rounds
+    )
+    facts |= described(case, K=case.K, C=CHANNELS)
+    record(step, **facts, op="merge_nearest", parity=held, left_out=left_out)
