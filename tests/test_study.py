@@ -1,6 +1,7 @@
 """Studies: what is planned, that nothing runs twice, what intervals say, and the page."""
 
 import json
+import shutil
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -15,7 +16,13 @@ from elip_models.study.command import Progress, write_page
 from elip_models.study.measures import MEASURES
 from elip_models.study.page import sentences, table
 from elip_models.study.plan import Run, load_study, plan, study_names
-from elip_models.study.results import Interval, difference, relative_cost, relative_time
+from elip_models.study.results import (
+    Interval,
+    difference,
+    relative_cost,
+    relative_time,
+    write_results,
+)
 from elip_models.training.run_folder import TrainingError
 from elip_models.training.trainer import Trainer
 from elip_models.training.training_data import meta_model
@@ -202,6 +209,20 @@ def test_a_measure_that_is_added_is_taken_without_training(tmp_path, stubbed):
     result = runner.result_of(study, Run("dense", 1))
     assert result["measures"] == ["retrieval", "objectives"]
     assert result["metrics"] == {"retrieval": 0.5, "objectives": 0.5}
+
+
+def test_results_outlive_the_folders_of_their_runs_while_their_arm_is_what_it_was(tmp_path, stubbed):
+    path, study = tmp_path / "tiny.json", tiny_study(tmp_path)
+    run_all(study, only=["dense", "tome"], seeds=[0])
+    written = write_results(study, path)["runs"]
+    shutil.rmtree(study.folder(Run("dense", 0)).parent)
+    run_all(study, only=["dense"], seeds=[1])
+    runs = write_results(study, path)["runs"]
+    assert [(run["arm"], run["seed"]) for run in runs] == [("dense", 0), ("dense", 1), ("tome", 0)]
+    assert runs[::2] == written
+    changed = tiny_study(tmp_path, arms={"dense": {"optim.lr": 1e-4}})
+    shutil.rmtree(study.folder(Run("dense", 1)).parent)
+    assert [run["arm"] for run in write_results(changed, path)["runs"]] == ["tome"]
 
 
 def test_the_time_that_is_left_follows_from_what_was_finished(tmp_path, stubbed):

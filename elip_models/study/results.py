@@ -66,15 +66,29 @@ def collect(study: Study) -> Document:
 
 
 def write_results(study: Study, path: Path) -> Document:
-    """Writes `collect`, a line a run, and returns it."""
+    """Writes `collect`, a line a run, and returns it. Runs that the file has, and whose folder is
+    gone, stay there as long as their arm is what it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     RUNS.joinpath(study.name).mkdir(parents=True, exist_ok=True)
     with FileLock(RUNS / study.name / "results.lock"):
-        document = collect(study)
+        document = json.loads(json.dumps(collect(study)))
+        if path.is_file():
+            document["runs"] = _with_those_before(document, read_results(path))
         runs = ",\n".join(f"    {json.dumps(run)}" for run in document["runs"])
         text = json.dumps(document | {"runs": "RUNS"}, indent=2)
         write_file(path, (text.replace('"RUNS"', f"[\n{runs}\n  ]") + "\n").encode())
     return document
+
+
+def _with_those_before(document: Document, before: Document) -> list[dict[str, Any]]:
+    """The runs of both, by arm and seed."""
+    arms = list(document["arms"])
+    if any(before.get(key) != document[key] for key in ("recipe", "overrides")):
+        return document["runs"]
+    unchanged = {arm for arm in arms if before["arms"].get(arm) == document["arms"][arm]}
+    old = {(run["arm"], run["seed"]): run for run in before["runs"] if run["arm"] in unchanged}
+    runs = old | {(run["arm"], run["seed"]): run for run in document["runs"]}
+    return [runs[key] for key in sorted(runs, key=lambda key: (arms.index(key[0]), key[1]))]
 
 
 def read_results(path: Path) -> Document:
