@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 

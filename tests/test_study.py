@@ -211,7 +211,7 @@ def test_a_measure_that_is_added_is_taken_without_training(tmp_path, stubbed):
     assert result["metrics"] == {"retrieval": 0.5, "objectives": 0.5}
 
 
-def test_results_outlive_the_folders_of_their_runs_while_their_arm_is_what_it_was(tmp_path, stubbed):
+def test_results_outlive_their_folders_while_their_arm_is_what_it_was(tmp_path, stubbed):
     path, study = tmp_path / "tiny.json", tiny_study(tmp_path)
     run_all(study, only=["dense", "tome"], seeds=[0])
     written = write_results(study, path)["runs"]
