@@ -167,8 +167,9 @@ def least_bytes(op: str, shape: Shape) -> int:
         "nearest_match": lambda: model.nearest_match(B, N, CHANNELS, K, dtype),
         "nearest_merge": lambda: model.nearest_gather(B, N, WIDTH, 1 + K, dtype, **size),
     }
-    rows = partial(getattr(model, op), B, N, WIDTH, HEADS, dtype)
-    return works.get(op, rows)().bytes
+    if op in works:
+        return works[op]().bytes
+    return getattr(model, op)(B, N, WIDTH, HEADS, dtype).bytes
 
 
 def changed(answer: Any, changes: dict[str | int, Number]) -> Any:

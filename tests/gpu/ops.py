@@ -138,7 +138,7 @@ def bipartite_merge(tokens, metric, size, penalty, grad_out):
 
 def nearest_inputs(B, N, dtype, D=WIDTH, C=WIDTH // HEADS, share=0.5):
     """tokens, kept, metric, size, grad_out; every token stands for 1 to 5."""
-    tokens, metric, size, _ = bipartite_inputs(B, N, dtype, D, C)
+    tokens, metric, size, *_ = bipartite_inputs(B, N, dtype, D, C)
     kept = torch.rand(B, N - 1).topk(max(1, int(share * (N - 1)))).indices + 1
     return tokens, kept, metric, size, torch.randn(B, 1 + kept.shape[1], D).to(dtype)
 
