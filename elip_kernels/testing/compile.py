@@ -98,7 +98,7 @@ class Compiled:
 def recorded_launches(arch: Arch) -> Iterator[list[RecordedLaunch]]:
     """Inside, ops on CPU tensors are launched as on `arch`; yields the launches, which do not run.
 
-    Outputs stay unwritten. Launchers that ask for ROCm or shared memory get the answer of `arch`.
+    Outputs stay unwritten; positions are zero, and so within bounds. Launchers that ask for ROCm or shared memory get the answer of `arch`.
 
     Raises:
         RuntimeError: the kernels were decorated for the interpreter.
@@ -119,6 +119,7 @@ def recorded_launches(arch: Arch) -> Iterator[list[RecordedLaunch]]:
         patch.object(JITFunction, "run", record),
         patch.object(torch.version, "hip", rocm),
         patch.object(launch, "shared_memory", lambda tensor: most),
+        patch.object(torch.Tensor, "new_empty", torch.Tensor.new_zeros),
         launchers_on_cpu(),
     ):
         yield launches
