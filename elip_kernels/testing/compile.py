@@ -98,7 +98,8 @@ class Compiled:
 def recorded_launches(arch: Arch) -> Iterator[list[RecordedLaunch]]:
     """Inside, ops on CPU tensors are launched as on `arch`; yields the launches, which do not run.
 
-    Outputs stay unwritten; positions are zero, and so within bounds. Launchers that ask for ROCm or shared memory get the answer of `arch`.
+    Outputs stay unwritten; positions are zero, and so within bounds. Launchers that ask for ROCm or
+    shared memory get the answer of `arch`.
 
     Raises:
         RuntimeError: the kernels were decorated for the interpreter.
