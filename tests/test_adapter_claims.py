@@ -178,10 +178,12 @@ def test_checkpointing_replays(name, how):
 
 
 COMPILED = ["timm q/k norm", "open_clip", "HF CLIP", "HF DeiT", "HF SigLIP vision"]
-COMPILED += ["EVA-02 tiny", "rope mixed", *POOLED, *POOLED_WITHOUT_CLS, *PAIRS]
+COMPILED += ["EVA-02 tiny", "rope mixed", "timm average", "timm SigLIP", "Perception Encoder"]
+COMPILED += ["open_clip attention", "HF SigLIP average"]
+COMPILED += ["open_clip pair", "open_clip pair, timm EVA-02", "HF CLIP pair", "HF BLIP pair"]
 
 
-@pytest.mark.parametrize("name", tiered(COMPILED, ["open_clip pair"]))
+@pytest.mark.parametrize("name", tiered(COMPILED, ["HF DeiT"]))
 def test_compiles_whole_and_once(name):
     """A reduction before a block; those in its place and before the tower: test_strategies.py."""
     torch._dynamo.reset()

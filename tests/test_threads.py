@@ -60,6 +60,7 @@ IMAGES = [images(2) for _ in range(THREADS)]
 TEXTS = [4 * text(2) for _ in range(THREADS)]
 
 
+@pytest.mark.slow
 def test_no_output_of_a_thousand_is_wrong():
     model = clip_vit().eval()
     elip_models.reduce_(model, schedule=SCHEDULE, fusion=0.2)

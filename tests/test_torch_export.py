@@ -12,12 +12,14 @@ from torch import nn
 import elip_kernels
 import elip_models
 from tests.models import ids, open_clip_pair
-from tests.test_strategies import strategies
+from tests.test_strategies import MECHANISMS, STRATEGIES
+from tests.tiers import tiered
 from tests.towers import SCHEDULE, clip_vit, images, plain_vit, text
 
 
-@strategies
-def test_a_guided_model_is_exported_with_its_guidance(strategy):
+@pytest.mark.parametrize("name", tiered(STRATEGIES, MECHANISMS))
+def test_a_guided_model_is_exported_with_its_guidance(name):
+    strategy = STRATEGIES[name]
     if strategy.name in ("random", "patch_dropout"):
         pytest.skip("it draws, or does nothing in inference")
     model, x, t = clip_vit().eval(), images(), text()
