@@ -103,7 +103,8 @@ def test_few_images_score_and_move_by_128_bits(N, registers):
     assert moves_wide(code, (N - 1) * launch.arguments["BLOCK_D"] * 2)
 
 
-@pytest.mark.parametrize("dtype", tiered(SIZE, ["bf16"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", SIZE)
 @pytest.mark.parametrize("call", ["bipartite_merge", "merge_nearest"])
 def test_merging_stays_in_registers(call, dtype):
     for name, (_, code) in compiled(call, 577, dtype).items():

@@ -39,6 +39,7 @@ def outcomes(report):
         yield name, None if skipped is None else skipped.get("message")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so there is no kernel to interpret")
 def test_every_gpu_test_passes_on_small_cases(request, tmp_path):
     report, golden = tmp_path / "report.xml", request.config.getoption("--golden")

@@ -11,6 +11,7 @@ import pytest
 from elip_kernels._triton import HAS_TRITON
 
 FOLDER = Path(__file__).parent / "interpreted"
+RANDOMISED = "test_randomised.py"
 WITH_SLOW = sorted(
     file.name
     for file in FOLDER.glob("test_*.py")
@@ -34,7 +35,7 @@ def number_passed(*words):
 
 
 def test_kernels_under_the_interpreter():
-    assert number_passed(str(FOLDER)) >= 60
+    assert number_passed(str(FOLDER), f"--ignore={FOLDER / RANDOMISED}") >= 60
 
 
 @pytest.mark.slow
@@ -44,6 +45,6 @@ def test_further_cases_under_the_interpreter(name):
 
 
 @pytest.mark.slow
-def test_more_random_cases_under_the_interpreter():
+def test_random_cases_under_the_interpreter():
     profile = ("-p", "tests.interpreted.profiles", "--hypothesis-profile", "slow")
-    assert number_passed(*profile, str(FOLDER / "test_randomised.py")) > 0
+    assert number_passed(*profile, str(FOLDER / RANDOMISED)) > 0

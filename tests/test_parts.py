@@ -60,6 +60,7 @@ def test_parts_add_up_to_all_that_is_counted(family):
     assert found["dense"].flops[FUSION] >= found["exact"].flops[FUSION]
 
 
+@pytest.mark.slow
 def test_what_guides_dropped_text_is_scoring():
     found = [
         profile_parts("m", workload("blip", text_reduction=way), {"dense": Dense()}, rounds=None)[0]

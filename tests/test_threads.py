@@ -11,17 +11,12 @@ from torch.utils.checkpoint import checkpoint
 import elip_models
 from tests.models import PAIRS, ids, output_of_pair
 from tests.test_strategies import STRATEGIES
+from tests.tiers import tiered
 from tests.towers import SCHEDULE, clip_vit, images, plain_vit, text
 
 THREADS = 8
-AS_GUIDED_TOME = ("tome", "tome list", "pitome", "crossget")  # in the place of a block, no more
-strategies = pytest.mark.parametrize(
-    "strategy",
-    [
-        pytest.param(strategy, id=name, marks=pytest.mark.slow if name in AS_GUIDED_TOME else ())
-        for name, strategy in STRATEGIES.items()
-    ],
-)
+QUICK = ("elip", "evit", "guided_tome", "nearest adaptive", "resize")
+strategies = pytest.mark.parametrize("name", tiered(STRATEGIES, QUICK))
 
 
 def in_threads(run, count=THREADS):
@@ -73,7 +68,8 @@ def test_no_output_of_a_thousand_is_wrong():
 
 
 @strategies
-def test_every_strategy_serves_threads(strategy):
+def test_every_strategy_serves_threads(name):
+    strategy = STRATEGIES[name]
     model = clip_vit().eval()
     elip_models.reduce_(model, strategy=strategy)
     if strategy.name == "random":  # what it draws is drawn from one state for all threads
@@ -84,7 +80,8 @@ def test_every_strategy_serves_threads(strategy):
 
 
 @strategies
-def test_threads_without_guidance_are_unguided(strategy):
+def test_threads_without_guidance_are_unguided(name):
+    strategy = STRATEGIES[name]
     """Also while another thread is guided."""
     if strategy.name == "random":
         pytest.skip("its draws differ from call to call")
@@ -139,7 +136,8 @@ def test_tasks_of_one_thread_have_their_own_guidance():
 
 
 @strategies
-def test_gradients_in_threads_are_those_of_one_at_a_time(strategy):
+def test_gradients_in_threads_are_those_of_one_at_a_time(name):
+    strategy = STRATEGIES[name]
     """With and without activation checkpointing, whose blocks find their own forward again."""
     if strategy.name in ("random", "patch_dropout"):
         pytest.skip("its draws differ from call to call")
@@ -181,7 +179,11 @@ IN_PLACE = [(name, "tome") for name in PAIRS if "EVA" not in name]  # which ToMe
 IN_PLACE.append((IN_PLACE[0][0], "guided_tome"))
 
 
-@pytest.mark.parametrize(("name", "strategy"), [*((name, "elip") for name in PAIRS), *IN_PLACE])
+WHOLE = [*((name, "elip") for name in PAIRS), *IN_PLACE]
+GUIDED = [(name, "elip") for name in ("open_clip pair", "HF CLIP pair", "HF SigLIP pair")]
+
+
+@pytest.mark.parametrize(("name", "strategy"), tiered(WHOLE, [*GUIDED, IN_PLACE[-1]]))
 def test_a_whole_model_guides_itself_in_every_thread(name, strategy):
     model, tokens = PAIRS[name]().eval(), [ids(2) for _ in range(THREADS)]
     elip_models.reduce_(model, strategy=strategy, schedule=SCHEDULE if strategy == "elip" else None)

@@ -67,9 +67,7 @@ GUIDES = ("guide=other", "guide_negatives=0.5", "guide_dropout=0.3", "guidance_n
 RESUMED.append(("clip_tiny", tuple(f"model.overrides.{option}" for option in GUIDES)))
 
 
-@pytest.mark.parametrize(
-    ("recipe", "options"), tiered(RESUMED, [RESUMED[0], RESUMED[1], RESUMED[6]])
-)
+@pytest.mark.parametrize(("recipe", "options"), tiered(RESUMED, [RESUMED[0], RESUMED[1]]))
 def test_resuming_is_exact(recipe, options, tmp_path):
     assert_same(*train_resumed(tmp_path, *options, recipe=recipe))
 
@@ -95,7 +93,7 @@ def test_muon_takes_the_weights_of_linear_layers_and_adamw_the_rest(recipe):
     assert left <= {"itm_head.weight", "token_types.weight"}
 
 
-@pytest.mark.parametrize("name", ["lion", "muon"])
+@pytest.mark.parametrize("name", tiered(["lion", "muon"], ["lion"]))
 def test_every_optimiser_trains(name, tmp_path):
     lr = {"lion": "3e-4", "muon": "0.003"}[name]
     data = ("data.train=emoji_scenes:size=16", "optim.steps=30")
