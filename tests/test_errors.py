@@ -151,6 +151,7 @@ settings = {
     "guidance_norm": ["l2", 2],
     "without_text": ["skip", 1],
     "merge": ["yes", 1],
+    "proportional": ["yes", 1, True],
 }
 models = [
     None,

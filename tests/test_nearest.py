@@ -1,5 +1,7 @@
 """merge_nearest as its users call it, and merge='nearest' of the strategies that select."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -10,6 +12,9 @@ import elip_kernels
 import elip_models
 from elip_kernels import merge_by, merge_nearest, select_tokens, unmerge
 from elip_models import Adaptive, Elip, EViT, Random
+from elip_models.reduction.schedule import Schedule
+from elip_models.reduction.strategies.elip import Staged
+from elip_models.reduction.strategy import Merge
 from elip_models.towers import as_tower
 from elip_models.towers.keys import mean_keys
 from tests.models import TOWERS, eva
@@ -262,9 +267,12 @@ def test_the_metric_is_the_head_mean_of_the_keys(name):
 STRATEGIES = {
     "elip": Elip(SCHEDULE, merge="nearest"),
     "exact": Elip(SCHEDULE, scorer="exact", merge="nearest"),
-    "random": Random(SCHEDULE, merge="nearest"),
+    "random": Random(SCHEDULE, merge="nearest", proportional=True),
     "evit": EViT(0.7, layers=(1, 3), merge="nearest"),
     "adaptive": Adaptive(SCHEDULE, keep_mass=0.5, merge="nearest"),
+    "adaptive, in proportion": Adaptive(
+        SCHEDULE, keep_mass=0.5, merge="nearest", proportional=True
+    ),
 }
 
 
@@ -284,6 +292,33 @@ def test_every_patch_is_part_of_one_token_and_counts_once(strategy):
     assert torch.equal(infos[-1].sizes, source.sum(2).float())
     assert torch.equal(source[:, 0], torch.arange(37).expand(2, -1) == 0)  # CLS is CLS alone
     assert infos[-1].sizes.max() > 2
+
+
+@dataclass(frozen=True)
+class UpperHalf(Staged):
+    """Keeps the first patches."""
+
+    name = "upper half"
+    schedule: Schedule = SCHEDULE
+    merge: Merge = "nearest"
+    proportional: bool = False
+
+    def score(self, tower, stage, tokens, text):
+        return torch.arange(tokens.shape[1], 0, -1.0, dtype=tokens.dtype).expand(len(tokens), -1)
+
+
+@pytest.mark.parametrize("proportional", [True, False])
+def test_attention_in_proportion_loses_nothing_of_patches_that_are_the_same(proportional):
+    """The lower half of the image is the upper one again, and no position tells them apart."""
+    model, x = plain_vit().double().eval(), images().double()
+    torch.nn.init.zeros_(model.pos_embed)
+    x[:, :, x.shape[2] // 2 :] = x[:, :, : x.shape[2] // 2]
+    dense = model(x)
+    elip_models.reduce_(model, strategy=UpperHalf("2(100%) 4(50%)", proportional=proportional))
+    with elip_models.record(model) as infos:
+        error = (model(x) - dense).abs().max()
+    assert infos[0].sizes[0].tolist() == [1] + 18 * [2]
+    assert error < 1e-10 if proportional else error > 1e-3
 
 
 def test_a_stage_merges_by_the_keys_of_its_first_block():

@@ -61,7 +61,7 @@ class ReductionConfig(InputConfig):
     schedule: '2(100%) 2(90%) 6(65%) 2(40%)', or a preset; None for a dense image tower, and for the
         others their own.
     count_cls: keep ratios count CLS among the patches, as the official CLIP code.
-    scorer, fusion, guidance_norm, without_text, merge: see `ElipOptions`.
+    scorer, fusion, guidance_norm, without_text, merge, proportional: see `ElipOptions`.
     guide_dropout: share of the images that training reduces without text, each by itself alone.
 
     Raises:
@@ -77,6 +77,7 @@ class ReductionConfig(InputConfig):
     guidance_norm: Literal["none", "match"] = Elip.guidance_norm
     without_text: Literal["dense", "vision"] = "dense"
     merge: Merge = Elip.merge
+    proportional: bool = Elip.proportional
     guide_dropout: Share = 0.0
 
     def __post_init__(self) -> None:

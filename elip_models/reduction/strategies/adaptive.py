@@ -74,6 +74,8 @@ class Adaptive(Elip):
 
     def later(self, tower: Tower, i: int, tokens: Tensor, previous: StageInfo) -> Tensor:
         """Block i, in which nothing attends to padding."""
+        if self.proportional:  # padding is of size 0
+            return super().later(tower, i, tokens, previous)
         mask = previous.reduction.mask
         bias = torch.zeros_like(mask, dtype=tokens.dtype).masked_fill(~mask, float("-inf"))
         return tower.mlp(i, tower.attend(i, tokens, bias[:, None, None]))

@@ -58,13 +58,14 @@ class Drawn(Staged):
 class Random(Drawn):
     """ELIP's schedule with patches kept at random and the others averaged: the control.
 
-    schedule, merge: as of `Elip`.
+    schedule, merge, proportional: as of `Elip`.
     """
 
     name: ClassVar[str] = "random"
 
     schedule: Schedule = PAPER
     merge: Merge = True
+    proportional: bool = False
 
 
 @dataclass(frozen=True)

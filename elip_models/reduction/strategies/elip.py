@@ -40,6 +40,8 @@ class ElipOptions(TypedDict, total=False):
         score.
     merge: True, the default, appends one token merged of all that are dropped; 'nearest' merges
         each into the kept one whose key is most alike; False drops them.
+    proportional: with merge='nearest', add log(size) of each key to the scores of the blocks that
+        follow, as ToMe does; by default False.
     """
 
     scorer: ScorerName | None
@@ -47,6 +49,7 @@ class ElipOptions(TypedDict, total=False):
     guidance_norm: Literal["none", "match"] | None
     without_text: Literal["dense", "vision"] | None
     merge: Merge | None
+    proportional: bool | None
 
 
 class Staged(Strategy):
@@ -57,10 +60,25 @@ class Staged(Strategy):
 
     schedule: Schedule
     merge: Merge
+    proportional: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", Schedule.parse(self.schedule))
         check_fields(self)
+        if self.proportional and self.merge != "nearest":
+            raise ValueError(
+                "proportional: expected False unless merge='nearest', whose tokens have sizes, got "
+                f"True with merge={self.merge!r}"
+            )
+
+    @property
+    def replaces_block(self) -> bool:
+        """Sizes weigh in the attention of a step's own block too."""
+        return self.proportional
+
+    @property
+    def replaces_later(self) -> bool:
+        return self.proportional
 
     def fitted(self, tower: Tower) -> Self:
         """With the schedule of the tower's depth."""
@@ -102,10 +120,19 @@ class Staged(Strategy):
             row = context.row
         else:
             row = self.score(tower, stage, tokens, context.text_cls)
-        if self.merge == "nearest":
-            return merge_nearest(tower, stage, tokens, row, context)
-        tokens, info = tower.reduce(tokens, row, stage.keep, merge=self.merge)
-        return tokens, StageInfo(stage, info, row)
+        if self.merge != "nearest":
+            tokens, info = tower.reduce(tokens, row, stage.keep, merge=self.merge)
+            return tokens, StageInfo(stage, info, row)
+        tokens, info = merge_nearest(tower, stage, tokens, row, context)
+        if self.proportional:
+            tower = tower.at(tower.positions_after(info.reduction))
+            tokens = self.later(tower, stage.first, tokens, info)
+        return tokens, info
+
+    def later(self, tower: Tower, i: int, tokens: Tensor, previous: StageInfo) -> Tensor:
+        """Block i, which attends to a token as often as it holds patches."""
+        bias = previous.sizes.log().to(tokens.dtype)[:, None, None]
+        return tower.mlp(i, tower.attend(i, tokens, bias))
 
     def at_strength(self, size: Size, strength: float) -> Strategy:
         return replace(self, schedule=self.schedule.at_strength(size.num_patches, strength))
@@ -162,8 +189,9 @@ class Elip(Guided, Staged):
 
     schedule: as '2(100%) 2(90%) 6(65%) 2(40%)', whose layers add up to the tower's depth; or a
         preset, 'clip', 'albef', 'blip' or 'meter', scaled to it.
-    scorer, fusion, guidance_norm, without_text, merge: see `ElipOptions`. The paper scores by
-        'exact' and leaves images without text as they were ('dense'), and so do its models here.
+    scorer, fusion, guidance_norm, without_text, merge, proportional: see `ElipOptions`. The paper
+        scores by 'exact' and leaves images without text as they were ('dense'), and so do its
+        models here.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected, what came.
@@ -177,6 +205,7 @@ class Elip(Guided, Staged):
     guidance_norm: Literal["none", "match"] = "none"
     without_text: Literal["dense", "vision"] | None = None
     merge: Merge = True
+    proportional: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
