@@ -183,8 +183,7 @@ COMPILED += ["open_clip attention", "HF SigLIP average"]
 COMPILED += ["open_clip pair", "open_clip pair, timm EVA-02", "HF CLIP pair", "HF BLIP pair"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", tiered(COMPILED, []))
 def test_compiles_whole_and_once(name):
     """A reduction before a block; those in its place and before the tower: test_strategies.py."""
     torch._dynamo.reset()

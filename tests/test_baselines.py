@@ -188,11 +188,9 @@ def test_a_saved_model_comes_back_with_its_strategy(family, tmp_path):
 RUN = (
     "report=[]",
     "data.train=emoji_scenes:size=64",
-    "optim.batch_size=12",
+    "optim.batch_size=16",
     "optim.steps=40",
     "optim.warmup_steps=5",
-    "model.overrides.vision_depth=6",
-    "model.overrides.schedule=1(100%) 1(90%) 3(65%) 1(40%)",
 )
 SCENES = OPTIONS | {
     "tome": {"r": 2},
@@ -213,9 +211,8 @@ def test_all_losses_fall_on_scenes(recipe, strategy, tmp_path):
     assert_all_losses_fall(tmp_path, recipe)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("way", tiered(["random", "post", "learned"], []))
 @pytest.mark.parametrize("recipe", ["blip_tiny", "meter_tiny"])
-@pytest.mark.parametrize("way", ["random", "post", "learned"])
 def test_all_losses_fall_on_scenes_without_some_text_tokens(recipe, way, tmp_path):
     with own_process():
         train(config(tmp_path, recipe, *RUN, f"model.overrides.text_reduction={way}"))

@@ -262,8 +262,7 @@ def test_such_a_call_compiles_whole(strategy):
     assert torch.compile(model, fullgraph=True, backend="eager")(x).shape == (2, 5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", tiered(STRATEGIES, []))
 def test_hidden_states_of_a_compiled_model_of_transformers_are_grids(strategy):
     torch._dynamo.reset()
     model, x = reduce_(TOWERS["HF CLIP"]().eval(), **STRATEGIES[strategy]), images()

@@ -32,6 +32,7 @@ from elip_models import (
 )
 from elip_models.towers import as_tower
 from tests.models import ROTARY, TOWERS, WITHOUT_CLS, hf_clip, ids, open_clip_pair
+from tests.tiers import tiered
 from tests.towers import SCHEDULE, WIDTH, clip_vit, images, plain_vit, text
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}  # two libraries' fp32, sums in another order
@@ -94,15 +95,13 @@ def test_a_small_model():
     assert_runs_alike(exported(model, (images(),)), model, images())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", tiered(CASES, []))
 def test_a_strategy_gives_in_onnxruntime_what_it_gives_here(name):
     model = elip_models.reduce_(plain_vit().eval(), strategy=CASES[name])
     assert_runs_alike(exported(model, (images(),)), model, images())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["elip last", "evit", "tome"])
+@pytest.mark.parametrize("name", tiered(["elip last", "evit", "tome"], []))
 def test_the_batch_may_be_of_any_size(name):
     model = elip_models.reduce_(plain_vit().eval(), strategy=CASES[name])
     program = exported(model, (images(),), dynamic=({0: BATCH},))
@@ -132,8 +131,7 @@ def test_random_draws_in_every_run_and_keeps_what_it_drew(monkeypatch):
 OTHERS = ("timm registers", "open_clip", "HF CLIP", "EVA-02 tiny", "HF SigLIP vision")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", tiered(OTHERS, []))
 def test_other_towers(name):
     model = (TOWERS | ROTARY | WITHOUT_CLS)[name]().eval()
     elip_models.reduce_(
@@ -216,6 +214,8 @@ def calls():
             (tokens, torch.randn(2, 9, 4), size),
         ),
     )
+    kept, metric = torch.tensor([[1, 4, 8], [2, 3, 7]]), torch.randn(2, 9, 4)
+    yield "merge_nearest", (Call(elip_kernels.merge_nearest), (tokens, kept, metric))
 
 
 @pytest.mark.slow

@@ -146,8 +146,7 @@ def test_compiles_whole_forward_and_backward(scorer):
         torch.testing.assert_close(out, model(x))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scorer", ["exact", "cls"])
+@pytest.mark.parametrize("scorer", tiered(["cls", "exact"], []))
 def test_compiles_with_inductor_and_autocast(scorer):
     torch._dynamo.reset()
     model = plain_vit(depth=3)

@@ -15,6 +15,7 @@ from elip_models.training.optim import learning_rate, parameter_groups
 from elip_models.training.run_folder import RunFolder, TrainingError
 from elip_models.training.trainer import train
 from elip_models.validation import ConfigError
+from tests.tiers import tiered
 from tests.tiny_run import logged, own_process, tiny_arguments, tiny_config
 
 
@@ -200,8 +201,10 @@ def test_tensorboard_holds_the_log(tmp_path):
 OPTIONS = ("optim.name=muon", "optim.ema=0.7", "optim.compile=aot_eager")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [(), (*OPTIONS, "model.overrides.loss=sigmoid")])
+SIGMOID = (*OPTIONS, "model.overrides.loss=sigmoid")
+
+
+@pytest.mark.parametrize("options", tiered([((),), (SIGMOID,)], []))
 def test_two_processes_equal_one_with_the_whole_batch(tmp_path, options):
     one = tiny_config(tmp_path / "one", *options, "optim.batch_size=8", "optim.gather=global")
     train(one)

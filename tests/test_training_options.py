@@ -142,8 +142,7 @@ def test_a_compiled_step_is_compiled_anew_only_where_patch_dropout_ends(tmp_path
 COMPILED = ("clip_tiny", "albef_tiny", "blip_tiny", "meter_tiny")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", COMPILED)
+@pytest.mark.parametrize("recipe", tiered(COMPILED, []))
 def test_compiled_training_gives_the_losses_of_uncompiled(recipe, tmp_path):
     for name in ("false", "aot_eager"):
         torch.compiler.reset()

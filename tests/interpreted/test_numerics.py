@@ -26,11 +26,9 @@ def inputs(kind, dtype):
     return tokens, torch.randn(1, D).to(dtype), block(D, H * 8, dtype) | {"num_heads": H}
 
 
-@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("dtype", BUDGET, ids=str)
 @pytest.mark.parametrize("kind", INPUTS)
-def test_row_from_tokens(launches, score_form, kind, dtype, seed):
-    torch.manual_seed(seed)
+def test_row_from_tokens(launches, score_form, kind, dtype):
     tokens, cls, arguments = inputs(kind, dtype)
     row = elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)
     assert launches["elip::cls_attention_from_tokens"] == 1
