@@ -200,4 +200,4 @@ def _origin() -> Result:
 
 def _device() -> torch.device:
     """Where runs are trained and measured."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
