@@ -16,6 +16,7 @@ import pytest
 
 import elip_kernels
 import elip_models
+from tests.tiers import tiered
 
 ROOT = Path(__file__).parents[1]
 HEAVY = [
@@ -177,8 +178,7 @@ def test_imports_of_the_wheel_work_or_name_their_extra(installed):
     check_imports(path=site_packages(environment), cwd=environment)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["wheel", "editable"])
+@pytest.mark.parametrize("kind", tiered(["editable", "wheel"], []))
 def test_a_users_script_is_typed_against(installed, built, kind):
     environment = installed(kind)
     script = environment / "script.py"

@@ -44,8 +44,7 @@ def assert_all_losses_fall(folder, recipe):
         assert last < first, name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", tiered(RECIPES, []))
 def test_all_losses_fall(recipe, tmp_path):
     result = train(
         config(
@@ -67,8 +66,7 @@ def test_all_losses_fall(recipe, tmp_path):
     assert len(load_tokenizer(tmp_path / "model")) == other.config.vocab_size
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", tiered(reversed(RECIPES), []))
 def test_real_shards_train_too(recipe, tmp_path, emoji):
     shards = emoji / "train-000{0..3}.tar"
     sizes = ("optim.batch_size=16", "optim.steps=100", "optim.warmup_steps=10")
