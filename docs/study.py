@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parent
 RESULTS = FOLDER.parent / "benchmarks" / "results" / "studies"
 INTRO = f"""# Study: what a reduction keeps, at equal cost
 
-Written by `python docs/study.py` from `benchmarks/results/studies`, which `elip study NAME` writes
+Written by `python docs/study.py` from `benchmarks/results/studies`, results of `elip study NAME`
 ([how](training.md#studies)). Images are encoded without text wherever something is measured:
 `dense`, with all patches, and `reduced`, by the arm's strategy and the image alone.
 

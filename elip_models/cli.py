@@ -1,5 +1,5 @@
-"""The command line: `elip train RECIPE [key=value ...]`, `elip eval retrieval`, `elip eval
-zero-shot`, `elip visualize`, `elip profile`, `elip study NAME`, `elip convert`, `elip data check`.
+"""The command line: `elip train RECIPE [key=value ...]`, `elip eval retrieval | zero-shot |
+selection`, `elip visualize`, `elip profile`, `elip study NAME`, `elip convert`, `elip data check`.
 
 What the user can mend is one line on standard error and exit status 2, a bug is a traceback.
 """
@@ -280,11 +280,11 @@ def study(
 ) -> None:
     """Train and compare the arms of a study over seeds; what is finished is not run again."""
     from elip_models.study.command import Progress, write_page
-    from elip_models.study.plan import load_study, plan, seeds_of
+    from elip_models.study.plan import RUNS, load_study, plan, seeds_of
 
     chosen = load_study(name, parse_overrides(overrides or (), "optim.steps=100"))
     runs = plan(chosen, only=only.split(",") if only else (), seeds=seeds_of(seeds))
-    found = results or Path("benchmarks/results/studies", f"{chosen.name}.json")
+    found = results or RUNS / chosen.name / "results.json"
     progress = Progress(chosen, runs, found, Console())
     if page is not None:
         write_page(found, page)

@@ -78,8 +78,8 @@ def reduce_(
             without CLS and without options 'tome' or 'random' (`default_strategy`). With no
             argument at all, a saved model of transformers is reduced as its `config.elip` says.
         options: scorer ('last' by default, 'exact', 'cls', 'official', or a number), fusion (0.8),
-            guidance_norm ('none'), without_text ('vision'; 'dense' of a tower without CLS) and
-            merge (True), see `ElipOptions`.
+            guidance_norm ('none'), without_text ('vision'; 'dense' of a tower without CLS), merge
+            (True) and proportional (False), see `ElipOptions`.
 
     Raises:
         TypeError: a model that cannot be reduced, or a compiled one, with the reason.

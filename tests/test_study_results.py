@@ -1,0 +1,120 @@
+"""What a study says: intervals, costs, sentences, and the page."""
+
+import json
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+
+from elip_models.study.command import write_page
+from elip_models.study.page import sentences, table
+from elip_models.study.results import Interval, difference, relative_cost, relative_time
+from elip_models.validation import ConfigError
+
+SCRIPT = Path(__file__).parents[1] / "docs" / "study.py"
+_spec = spec_from_file_location("study_page", SCRIPT)
+study_page = module_from_spec(_spec)
+_spec.loader.exec_module(study_page)
+
+
+def test_an_interval_is_that_of_student():
+    assert Interval.of([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.302653 / 3**0.5, rel=1e-6))
+    assert Interval.of([5.0]) == (5.0, None)
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "verdict"),
+    [
+        (2.0, 1.9, "above"),
+        (-2.0, 1.9, "below"),
+        (2.0, 2.0, "no difference seen"),
+        (-0.1, 0.3, "no difference seen"),
+        (0.0, 0.0, "no difference seen"),
+        (2.0, None, "one seed"),
+    ],
+)
+def test_nothing_is_claimed_whose_interval_has_zero_in_it(mean, half, verdict):
+    assert Interval(mean, half).verdict == verdict
+
+
+def document(**arms):
+    """Results whose runs have these r1 by arm, a value a seed, in seconds that grow with it."""
+    runs = [
+        {
+            **{"arm": arm, "seed": seed, "metrics": {"r1": value}, "images": 100},
+            **{"step_flops": 1.0 if arm == "dense" else 0.5, "seconds_per_step": 1.0 + seed},
+            **{"measured_on": {"device": "cpu", "torch": "2"}, "commit": {"id": "0123456789"}},
+        }
+        for arm, values in arms.items()
+        for seed, value in enumerate(values)
+        if value is not None
+    ]
+    said = {arm: {"family": arm, "parent": None} for arm in arms}
+    return {
+        **{"study": "tiny", "question": "Is it?", "paper": "yes.", "recipe": "clip_tiny"},
+        **{"quality": ["r1"], "references": ["dense"], "overrides": {}},
+        **{"arms": said, "runs": runs},
+    }
+
+
+def test_differences_are_of_the_seeds_that_both_have():
+    found = document(dense=[0.5, 0.7, 0.6], better=[None, 0.8, 0.7])
+    assert difference(found, "better", "dense", "r1") == (
+        pytest.approx(0.1),
+        pytest.approx(0, abs=1e-9),
+    )
+    assert difference(found, "dense", "absent", "r1") is None
+
+
+def test_cost_is_that_of_the_whole_run_against_the_first_reference():
+    found = document(dense=[0.5, 0.7], half=[0.5, 0.6])
+    for run in found["runs"]:
+        if run["arm"] == "half":
+            run["images"] = 50
+    assert relative_cost(found, "half") == 0.25
+    assert relative_time(found, "half") == 0.5
+    found["arms"]["half"]["parent"] = "dense"
+    assert relative_cost(found, "half") == 0.5
+    assert relative_time(found, "half") is None
+
+
+def test_sentences_follow_from_intervals():
+    found = document(
+        dense=[0.50, 0.70, 0.60],
+        up=[0.60, 0.81, 0.70],
+        down=[0.40, 0.61, 0.50],
+        alike=[0.55, 0.68, 0.61],
+        once=[0.9, None, None],
+    )
+    assert sentences(found, "r1") == (
+        "r1, % against `dense`: **above**: `up` (+10.3 ± 1.4); **below**: `down` (−9.7 ± 1.4); "
+        "**no difference seen**: `alike` (+1.3 ± 8.7); **one seed**: `once` (+40.0)."
+    )
+
+
+def test_a_metric_that_no_run_has_is_named():
+    with pytest.raises(ConfigError, match="quality: expected metrics of r1, got 'r2'"):
+        table(document(dense=[0.5]), "r2")
+
+
+def test_the_page_is_that_of_the_results(tmp_path):
+    results, docs = tmp_path / "results", tmp_path / "docs"
+    results.mkdir(), docs.mkdir()
+    arguments = ["--results", str(results), "--docs", str(docs)]
+    (results / "tiny.json").write_text(json.dumps(document(dense=[0.5, 0.6], half=[0.5, 0.7])))
+    assert study_page.main([*arguments, "--check"]) == 1
+    assert study_page.main(arguments) == 0
+    assert study_page.main([*arguments, "--check"]) == 0
+    text = (docs / "study.md").read_text()
+    assert "## Is it?" in text and "commit 0123456" in text
+    assert "| `half` | 2 | 0.50 | 1.00 | – | 60.0 ± 127.1 | +5.0 ± 63.5 |" in text
+    assert "training FLOPs, dense = 1" in (docs / "study-tiny.svg").read_text()
+    (docs / "study.md").write_text(text.replace("60.0", "61.0"))
+    assert study_page.main([*arguments, "--check"]) == 1
+    assert [path.name for path in write_page(results / "tiny.json", docs / "own.md")] == [
+        *("own.md", "own.svg")
+    ]
+
+
+def test_the_committed_page_shows_the_committed_results():
+    assert study_page.main(["--check"]) == 0
