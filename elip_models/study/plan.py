@@ -109,9 +109,8 @@ class Study:
             values |= _length_of(config, arm.length or 1.0)
             if arm.at_flops is not None:
                 values |= _at_flops(config, arm.at_flops)
-            if config.data.tokenizer == "train" and not any(
-                k[:5] == "data." for k in arm.overrides
-            ):
+            own_data = any(key.startswith("data.") for key in arm.overrides)
+            if config.data.tokenizer == "train" and not own_data:
                 values["data.tokenizer"] = str(self.tokenizer)
             config = recipe_with(self.recipe, values)
         if config.data.eval is None:
