@@ -284,7 +284,7 @@ def study(
 
     chosen = load_study(name, parse_overrides(overrides or (), "optim.steps=100"))
     runs = plan(chosen, only=only.split(",") if only else (), seeds=seeds_of(seeds))
-    found = results or RUNS / chosen.name / "results.json"
+    found = results or RUNS / f"{chosen.name}.json"
     progress = Progress(chosen, runs, found, Console())
     if page is not None:
         write_page(found, page)

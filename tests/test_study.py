@@ -69,6 +69,27 @@ def test_an_arm_is_an_override_of_the_recipe_and_of_the_study(tmp_path):
     assert dense.data.tokenizer == tome.data.tokenizer == "runs/studies/tiny/tokenizer"
 
 
+def test_arms_begin_with_the_one_that_the_study_names(tmp_path):
+    study = tiny_study(tmp_path, **{"from": "dense", "arms": {"fresh": {"from": None}}})
+    parents = {name: arm.parent for name, arm in study.arms.items()}
+    assert parents.pop("dense") is parents.pop("fresh") is None
+    assert set(parents.values()) == {"dense"}
+
+
+def test_studies_of_a_group_train_an_arm_once(tmp_path, stubbed):
+    quality, later = (tmp_path / name for name in ("quality.yaml", "later.yaml"))
+    tiny_study(tmp_path)
+    quality.write_text("like: tiny.yaml\ngroup: world\nmeasures: [retrieval]")
+    later.write_text("like: tiny.yaml\ngroup: world\narms: {more: {seed: 1}}")
+    ours, theirs = load_study(quality), load_study(later)
+    assert len(run_all(ours)) == 8
+    assert run_all(theirs) == [Run("more", 0), Run("more", 1)]
+    assert stubbed[0] == "world/dense/0" and "world" in str(ours.tokenizer)
+    changed = load_study(later, {"optim.lr": 0.5})
+    with pytest.raises(ConfigError, match="was made with other settings"):
+        runner.check_settings(changed, plan(changed))
+
+
 def test_a_study_is_like_another_but_for_what_it_says(tmp_path):
     tiny_study(tmp_path)
     path = tmp_path / "twin.yaml"

@@ -10,6 +10,10 @@
       tome: {model.overrides.strategy: tome, at_flops: 0.71}
       tome-after: {model.overrides.strategy: tome, at_flops: [0.5, 0.7], from: dense, length: 0}
 
+`from: start` beside them says which arm the others begin with that do not say so themselves, and
+`group: clutter` in which folder the runs lie: studies of one group have arms of equal names and
+settings run once.
+
 What is no key of `Arm` in an arm is an override of the recipe. A seed decides initialisation, data
 order and augmentation, so that arms of one seed begin alike and see the same batches.
 """
@@ -78,11 +82,13 @@ class Study:
     quality: metrics of `MEASURES` that are compared; the first is drawn.
     references: arms that all others are compared with, seed by seed.
     measures: names of `MEASURES`.
+    group: folder of the runs, in `RUNS`; of several studies, or the study's own.
     question, paper: what is asked, and what the paper says of it, for the page.
     arms: by name, in the order in which they run.
     """
 
     name: str
+    group: str
     recipe: str
     seeds: tuple[Count, ...]
     quality: tuple[str, ...]
@@ -101,7 +107,7 @@ class Study:
         """
         arm, folder = self.arms[run.arm], self.folder(run)
         values = {**QUIET, **self.overrides, **arm.overrides, "seed": run.seed}
-        values |= {"name": f"{self.name}/{run.arm}/{run.seed}", "output_dir": str(folder)}
+        values |= {"name": f"{self.group}/{run.arm}/{run.seed}", "output_dir": str(folder)}
         if arm.parent is not None:
             values |= self._beginning(Run(arm.parent, run.seed))
         with blame(f"arms.{run.arm}"):
@@ -120,11 +126,16 @@ class Study:
     @property
     def tokenizer(self) -> Path:
         """That of all arms which do not change the data, where the recipe has none."""
-        return RUNS / self.name / "tokenizer"
+        return self.root / "tokenizer"
+
+    @property
+    def root(self) -> Path:
+        """Where all runs are written."""
+        return RUNS / self.group
 
     def folder(self, run: "Run") -> Path:
         """Where a run is written."""
-        return RUNS / self.name / run.arm / str(run.seed)
+        return self.root / run.arm / str(run.seed)
 
     def _beginning(self, parent: "Run") -> dict[str, Any]:
         """Keys of a run that begins with the model of another."""
@@ -154,8 +165,9 @@ def load_study(name_or_path: str | Path, overrides: Mapping[str, Any] | None = N
     if not isinstance(arms, dict) or not arms:
         raise ConfigError(f"arms: expected a mapping of names to arms, got {arms!r:.100}")
     values["overrides"] = values.get("overrides", {}) | dict(overrides or {})
-    values["arms"] = dict(_arms(arms))
-    study = from_mapping(Study, values | {"name": Path(name_or_path).stem})
+    values["arms"] = dict(_arms(arms, values.pop("from", None)))
+    name = Path(name_or_path).stem
+    study = from_mapping(Study, {"group": name} | values | {"name": name})
     _check(study)
     return study
 
@@ -228,13 +240,15 @@ def _built_in() -> Path:
     return Path(str(resources.files("elip_models") / "recipes" / "studies"))
 
 
-def _arms(values: dict[str, Any]) -> Iterable[tuple[str, Arm]]:
-    """Arms by name; one of several shares of FLOPs is as many arms."""
+def _arms(values: dict[str, Any], start: str | None) -> Iterable[tuple[str, Arm]]:
+    """Arms by name, those that do not say otherwise `from` start; one of several shares of FLOPs
+    is as many arms."""
     for family, said in values.items():
         if not isinstance(said, dict):
             raise ConfigError(f"arms.{family}: expected a mapping of keys, got {said!r}")
         own = {key: said[key] for key in ("at_flops", "length") if key in said}
-        own |= {"parent": said.get("from"), "family": family}
+        parent = said.get("from", None if family == start else start)
+        own |= {"parent": parent, "family": family}
         own["overrides"] = {k: v for k, v in said.items() if k not in ("from", *own)}
         shares = own.get("at_flops")
         for share in shares if isinstance(shares, list) else [shares]:

@@ -56,7 +56,7 @@ def collect(study: Study) -> Document:
     """All finished runs of a study that there are, of whatever seeds."""
     runs = []
     for arm in study.arms:
-        folders = (RUNS / study.name / arm).glob("*/")
+        folders = (study.root / arm).glob("*/")
         for seed in sorted(int(folder.name) for folder in folders if folder.name.isdecimal()):
             result = result_of(study, Run(arm, seed))
             if result is not None:
@@ -69,8 +69,8 @@ def write_results(study: Study, path: Path) -> Document:
     """Writes `collect`, a line a run, and returns it. Runs that the file has, and whose folder is
     gone, stay there as long as their arm is what it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    RUNS.joinpath(study.name).mkdir(parents=True, exist_ok=True)
-    with FileLock(RUNS / study.name / "results.lock"):
+    RUNS.mkdir(parents=True, exist_ok=True)
+    with FileLock(RUNS / f"{study.name}.lock"):
         document = json.loads(json.dumps(collect(study)))
         if path.is_file():
             document["runs"] = _with_those_before(document, read_results(path))

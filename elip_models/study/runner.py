@@ -1,9 +1,9 @@
 """Runs of a study: each trained, or only measured, once; a killed one goes on where it stopped.
 
-    runs/studies/NAME/tokenizer/              of all arms that do not change the data
-    runs/studies/NAME/ARM/SEED/               a run as `elip train` leaves it, without checkpoints
-    runs/studies/NAME/ARM/SEED/result.json    its numbers, written last: the run is finished
-    runs/studies/NAME/ARM/SEED.lock           held by the process that works on it
+    runs/studies/GROUP/tokenizer/              of all arms that do not change the data
+    runs/studies/GROUP/ARM/SEED/               a run as `elip train` leaves it, without checkpoints
+    runs/studies/GROUP/ARM/SEED/result.json    its numbers, written last: the run is finished
+    runs/studies/GROUP/ARM/SEED.lock           held by the process that works on it
 
 Several processes may work on one study: each takes runs that no other holds. A measure that is
 added to a study is taken of its finished runs too, whose models are there.
