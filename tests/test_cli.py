@@ -126,6 +126,6 @@ def test_bug_keeps_its_traceback(monkeypatch):
     def broken(*_):
         raise ValueError("a bug")
 
-    monkeypatch.setattr("elip_models.cli.load_recipe", broken)
+    monkeypatch.setattr("elip_models.commands.train.load_recipe", broken)
     with pytest.raises(ValueError, match="a bug"):
         main(["train", "clip_tiny"])

@@ -21,6 +21,7 @@ FLOORS = (
     ("elip_models.analysis",),
     ("elip_models.training",),
     ("elip_models.study",),
+    ("elip_models.commands",),
     ("elip_models", "elip_models.cli"),
 )
 """From the ground up; a module is on the floor of its longest name here."""

@@ -1,0 +1,65 @@
+"""`elip convert`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from elip_models.training.recipe import parse_overrides
+from elip_models.validation import blame, extra
+
+with extra("elip_models.commands"):
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+
+
+def convert(
+    source: Annotated[
+        Path, typer.Argument(help="File or folder of ALBEF, BLIP, METER, open_clip, transformers.")
+    ],
+    output: Annotated[Path, typer.Argument(help="Folder to write, new or empty.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Fields of the model: activation=quick_gelu"),
+    ] = None,
+    to: Annotated[str, typer.Option(help="ours, hf or open_clip.")] = "ours",
+    kind: Annotated[str | None, typer.Option(help="Of the source; default: by its names.")] = None,
+    architecture: Annotated[
+        str | None, typer.Option(help="Of BLIP in transformers: BlipForImageTextRetrieval, ..")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Interpolate position embeddings to it.")
+    ] = None,
+    allow_missing: Annotated[
+        list[str] | None, typer.Option(help="Our names that may be missing, such as 'itm_head.*'.")
+    ] = None,
+    allow_unexpected: Annotated[
+        list[str] | None, typer.Option(help="Names of the source to leave aside.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or name: its ids, and its files; default: the files of the source."
+        ),
+    ] = None,
+) -> None:
+    """Turn another library's checkpoint into one of our models, or ours into theirs."""
+    from elip_models.checkpoints.export import save_as
+    from elip_models.checkpoints.load import convert_checkpoint
+    from elip_models.data import load_tokenizer
+
+    fields = parse_overrides(overrides or (), "vision_heads=12")
+    fields |= {"image_size": image_size} if image_size else {}
+    with blame("convert"):
+        loaded = load_tokenizer(tokenizer) if tokenizer else None
+        has_own = loaded is None and (source / "tokenizer_config.json").is_file()
+        beside = load_tokenizer(source) if has_own else loaded
+        model = convert_checkpoint(
+            source,
+            kind=kind,
+            tokenizer=loaded,
+            allow_missing=allow_missing or (),
+            allow_unexpected=allow_unexpected or (),
+            **fields,
+        )
+        save_as(model, output, to, architecture=architecture, tokenizer=beside)
+    Console().print(escape(f"{type(model).__name__}: {output}"), soft_wrap=True)

@@ -1,0 +1,60 @@
+"""`elip train RECIPE [key=value ...]` and `elip study NAME`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from elip_models.training.recipe import load_recipe, parse_overrides, recipe_names
+from elip_models.validation import extra
+
+with extra("elip_models.commands"):
+    import typer
+    from rich.console import Console
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help=f"{', '.join(recipe_names())}, or a YAML file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Such as optim.lr=3e-4 data.train=a.json."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the newest checkpoint.")
+    ] = False,
+) -> None:
+    """Train as a recipe says, then report. On several GPUs: torchrun -m elip_models.cli train .."""
+    config = load_recipe(recipe, overrides or ())
+    from elip_models.training.summary import print_summary
+    from elip_models.training.trainer import train as run_training
+
+    console = Console()
+    result = run_training(config, resume=resume, console=console)
+    if result.is_main_process:
+        print_summary(config, result, console)
+
+
+def study(
+    name: Annotated[str, typer.Argument(help="A built-in study, or a YAML file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Of the recipe, for every arm."),
+    ] = None,
+    only: Annotated[str | None, typer.Option(help="Arms, such as dense,tome.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Such as 0,1,2.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List runs and their cost.")] = False,
+    results: Annotated[Path | None, typer.Option(help="JSON file of all numbers.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Write this page, run nothing.")] = None,
+) -> None:
+    """Train and compare the arms of a study over seeds; what is finished is not run again."""
+    from elip_models.study.command import Progress, write_page
+    from elip_models.study.plan import RUNS, load_study, plan, seeds_of
+
+    chosen = load_study(name, parse_overrides(overrides or (), "optim.steps=100"))
+    runs = plan(chosen, only=only.split(",") if only else (), seeds=seeds_of(seeds))
+    found = results or RUNS / f"{chosen.name}.json"
+    progress = Progress(chosen, runs, found, Console())
+    if page is not None:
+        write_page(found, page)
+    elif dry_run:
+        progress.plan()
+    else:
+        progress.run()
