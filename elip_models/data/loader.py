@@ -8,6 +8,7 @@ counted and reported.
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,8 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from elip_models.data.checks import check_not_empty
+from elip_models.data.examples import Example, ExampleSource
 from elip_models.data.mixture import check_weights, samples_an_epoch, turns
-from elip_models.data.sample import SampleError, Source
+from elip_models.data.sample import Sample, SampleError, Source
 from elip_models.data.skips import DataError, SkipReport, check_source
 from elip_models.data.training_samples import ImageTextDataset, TrainingSamples
 from elip_models.validation import Count, PositiveInt, check
@@ -29,10 +31,12 @@ __all__ = [
     "DataError",
     "EpochSampler",
     "EvaluationBatch",
+    "ExampleBatch",
     "ImageTextDataset",
     "SkipReport",
     "check_source",
     "evaluation_batches",
+    "example_batches",
     "train_loader",
 ]
 
@@ -214,41 +218,93 @@ def evaluation_batches(
     Samples that cannot be read are left out and counted in `report`, which raises DataError above
     its limit (default: 5%). DataError also where none can be read.
     """
-    check_not_empty("source", source)
     check("transform", transform, Callable)
-    check("batch_size", batch_size, PositiveInt)
-    check("num_workers", num_workers, Count)
-    report = SkipReport(length=len(source)) if report is None else report
-    loader = DataLoader(
-        _EvaluationDataset(source, transform),
-        batch_size=batch_size,
-        collate_fn=list,
-        **_worker_options(num_workers),
+    prepare = partial(_with_captions, transform)
+    rows = _in_order(source, prepare, batch_size, report, num_workers)
+    batches = (zip(*each, strict=True) for each in rows)
+    return (
+        EvaluationBatch(torch.stack(images), list(ids), list(captions))
+        for images, ids, captions in batches
     )
-    return _readable_batches(loader, report)
 
 
-class _EvaluationDataset(Dataset):
-    """Samples as (image tensor, id, captions), or as the SampleError."""
+class ExampleBatch(NamedTuple):
+    """Images (B, 3, S, S) in the order of the source, or (B, I, 3, S, S) where an example has
+    several, and the examples without their images."""
 
-    def __init__(self, source: Source, transform: Callable[["Image.Image"], Tensor]) -> None:
+    images: Tensor
+    examples: list[Example]
+
+
+def example_batches(
+    source: ExampleSource,
+    transform: Callable[["Image.Image"], Tensor],
+    batch_size: int,
+    *,
+    report: SkipReport | None = None,
+    num_workers: int = 0,
+) -> Iterator[ExampleBatch]:
+    """Every readable example once, in order, as `evaluation_batches` does; raises alike."""
+    check("transform", transform, Callable)
+    prepare = partial(_as_tensors, transform)
+    rows = _in_order(source, prepare, batch_size, report, num_workers)
+    batches = (zip(*each, strict=True) for each in rows)
+    return (ExampleBatch(torch.stack(images), list(examples)) for images, examples in batches)
+
+
+def _with_captions(
+    transform: Callable[["Image.Image"], Tensor], sample: Sample
+) -> tuple[Tensor, str, tuple[str, ...]]:
+    return transform(sample.image), sample.id, sample.captions
+
+
+def _as_tensors(
+    transform: Callable[["Image.Image"], Tensor], example: Example
+) -> tuple[Tensor, Example]:
+    images = torch.stack([transform(image) for image in example.images])
+    return images[0] if len(images) == 1 else images, example._replace(images=())
+
+
+class _Evaluated(Dataset):
+    """What `prepare` makes of each sample, or the SampleError."""
+
+    def __init__(self, source: Source | ExampleSource, prepare: Callable[[Any], tuple]) -> None:
         self.source = source
-        self.transform = transform
+        self.prepare = prepare
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, str, tuple[str, ...]] | SampleError:
+    def __getitem__(self, index: int) -> tuple | SampleError:
         try:
             sample = self.source[index]
         except SampleError as error:
             return error
-        return self.transform(sample.image), sample.id, sample.captions
+        return self.prepare(sample)
 
 
-def _readable_batches(
-    loader: Iterable[list[tuple[Tensor, str, tuple[str, ...]] | SampleError]], report: SkipReport
-) -> Iterator[EvaluationBatch]:
+def _in_order(
+    source: Source | ExampleSource,
+    prepare: Callable[[Any], tuple],
+    batch_size: int,
+    report: SkipReport | None,
+    num_workers: int,
+) -> Iterator[list[tuple]]:
+    """What `prepare` makes of all samples that can be read, in batches."""
+    check_not_empty("source", source)
+    check("batch_size", batch_size, PositiveInt)
+    check("num_workers", num_workers, Count)
+    report = SkipReport(length=len(source)) if report is None else report
+    options = _worker_options(num_workers)
+    dataset = _Evaluated(source, prepare)
+    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=list, **options)
+    return _readable(loader, report)
+
+
+def _readable(
+    loader: Iterable[list[tuple | SampleError]], report: SkipReport
+) -> Iterator[list[tuple]]:
+    """The rows that could be read, batch by batch, the others counted."""
     found = False
     for rows in loader:
         errors = [row for row in rows if isinstance(row, SampleError)]
@@ -256,7 +312,6 @@ def _readable_batches(
         report.update([(error.id, error.reason) for error in errors], len(rows))
         if readable:
             found = True
-            images, ids, captions = zip(*readable, strict=True)
-            yield EvaluationBatch(torch.stack(images), list(ids), list(captions))
+            yield readable
     if not found:
         raise DataError(f"no readable sample: {report.summary()}")
