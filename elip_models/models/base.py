@@ -47,6 +47,8 @@ class PretrainedModel(
     has `image_size`, `context_length` and the fields of `InputConfig`. Its output has `loss`, and a
     `loss_..` for each part. `visual` is the image model, and `tower` reads it. `ranks`: features of
     images and texts alone can be compared.
+    That of a downstream task names its `task`, the class whose weights it begins with,
+    `pretraining`, and how, by `begin`.
     """
 
     reduces_itself = True
@@ -58,6 +60,21 @@ class PretrainedModel(
     reduction: Strategy
     dense: Strategy
     ranks: ClassVar[bool] = True
+    task: ClassVar[str | None] = None
+    pretraining: ClassVar[type["PretrainedModel"]]
+
+    @classmethod
+    def begin(cls, weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+        """Name pre-trained weights as the parts of this model that begin with them.
+
+        Args:
+            weights: by the names of `pretraining`; left as they are.
+            config: of this model.
+
+        Returns:
+            by the names of this model; what it has beside them stays as initialised.
+        """
+        return weights
 
     @property
     def image_model(self) -> nn.Module:
