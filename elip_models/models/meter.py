@@ -125,13 +125,10 @@ class Drawn(NamedTuple):
     false_images: Tensor
 
 
-class METER(CrossModalModel):
-    """Image and text towers, co-attention layers, poolers and both heads."""
+class METERBackbone(CrossModalModel):
+    """Image and text towers, co-attention layers and poolers: what METER is below its heads."""
 
-    family = "meter"
-    config_class = METERConfig
     config: METERConfig
-    continues: Tensor | None
     ranks = False
 
     def __init__(self, config: METERConfig) -> None:
@@ -144,7 +141,6 @@ class METER(CrossModalModel):
         self.text = BertTower(config.bert("text"), embeddings=EMBEDDINGS[config.text_encoder])
         self.text_reduction = config.text_token_reduction
         self._add_fusion(config)
-        self.register_buffer("continues", None, persistent=False)
 
     def _add_fusion(self, config: METERConfig) -> None:
         width, bert = config.cross_width, config.bert("cross")
@@ -155,32 +151,9 @@ class METER(CrossModalModel):
         self.text_layers = BertTower(bert, cross_attention=every, embeddings=None)
         self.image_layers = BertTower(bert, cross_attention=every, embeddings=None)
         self.text_pooler, self.image_pooler = BertPooler(bert), BertPooler(bert)
-        self.itm_head = nn.Linear(2 * width, 2)
-        self.language_head = masked_language_head(self.text_layers)
-        made = (self.text_transform, self.image_transform, self.token_types, self.itm_head)
-        for module in (*made, self.text_pooler, self.image_pooler, self.language_head):
+        made = (self.text_transform, self.image_transform, self.token_types)
+        for module in (*made, self.text_pooler, self.image_pooler):
             module.apply(self.text_layers.init)
-
-    def read_vocabulary_(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Learn which tokens continue a word, '##..' as in BERT, where words are masked whole.
-
-        Raises:
-            ValueError: a tokenizer that does not mark them so, or with ids beyond the model's.
-        """
-        if not self.config.mask_whole_words:
-            return
-        pieces = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
-        mark, size = getattr(pieces, "continuing_subword_prefix", None), self.config.vocab_size
-        if not mark:
-            raise ValueError(
-                "mask_whole_words: expected False, or a tokenizer that marks what continues a word "
-                f"as BERT's does by '##', got {type(tokenizer).__name__} of {pieces!r:.40}"
-            )
-        names = {token: name for name, token in tokenizer.get_vocab().items()}
-        if max(names) >= size:
-            raise ValueError(f"tokenizer: expected ids below {size}, got {max(names)}")
-        marked = torch.tensor([names.get(token, "").startswith(mark) for token in range(size)])
-        self.continues = marked.to(self.token_types.weight.device)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids, attention_mask (B, L) -> hidden states (B, L, D) of the text alone."""
@@ -203,10 +176,69 @@ class METER(CrossModalModel):
             )
         return text, image
 
+    def pool(self, text: Tensor, image: Tensor) -> Tensor:
+        """Fused text (B, L, C) and image (B, N, C) -> (B, 2C), what the heads read."""
+        return torch.cat([self.text_pooler(text), self.image_pooler(image)], dim=-1)
+
+    def read_pairs(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> ReducedText:
+        """images, input_ids, mask (B, L) -> the texts alone, half way without the tokens that
+        `text_reduction` drops."""
+        image_cls = self.dense_cls(images) if self.config.image_guides_text else None
+        hidden, every = self.text.embed(input_ids), range(self.config.text_depth)
+        return self.text.run_reduced(hidden, mask, every, self.text_reduction, image_cls=image_cls)
+
+    def _pass(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> tuple[ReducedText, Tensor]:
+        """Encode and fuse a batch, pixels and ids -> text, fused (B, K, C), and image (B, N, C)."""
+        text = self.read_pairs(images, input_ids, mask)
+        image, infos = self.encode_image(images, self.guides(text.tokens[:, 0]))
+        tokens, image = self.fuse(text.tokens, text.mask, image, mask_after(infos))
+        return text._replace(tokens=tokens), image
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute layers in backward instead of saving their activations."""
+        for part in (self.visual, self.text, self.text_layers, self.image_layers):
+            part.set_grad_checkpointing(enable)
+
+
+class METER(METERBackbone):
+    """The backbone, and the heads of both losses."""
+
+    family = "meter"
+    config_class = METERConfig
+    continues: Tensor | None
+
+    def __init__(self, config: METERConfig) -> None:
+        super().__init__(config)
+        self.itm_head = nn.Linear(2 * config.cross_width, 2)
+        self.language_head = masked_language_head(self.text_layers)
+        for head in (self.itm_head, self.language_head):
+            head.apply(self.text_layers.init)
+        self.register_buffer("continues", None, persistent=False)
+
+    def read_vocabulary_(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Learn which tokens continue a word, '##..' as in BERT, where words are masked whole.
+
+        Raises:
+            ValueError: a tokenizer that does not mark them so, or with ids beyond the model's.
+        """
+        if not self.config.mask_whole_words:
+            return
+        pieces = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+        mark, size = getattr(pieces, "continuing_subword_prefix", None), self.config.vocab_size
+        if not mark:
+            raise ValueError(
+                "mask_whole_words: expected False, or a tokenizer that marks what continues a word "
+                f"as BERT's does by '##', got {type(tokenizer).__name__} of {pieces!r:.40}"
+            )
+        names = {token: name for name, token in tokenizer.get_vocab().items()}
+        if max(names) >= size:
+            raise ValueError(f"tokenizer: expected ids below {size}, got {max(names)}")
+        marked = torch.tensor([names.get(token, "").startswith(mark) for token in range(size)])
+        self.continues = marked.to(self.token_types.weight.device)
+
     def match(self, text: Tensor, image: Tensor) -> Tensor:
         """Judge fused text (B, L, C) and image (B, N, C) -> logits (B, 2): no pair, or a pair."""
-        pooled = torch.cat([self.text_pooler(text), self.image_pooler(image)], dim=-1)
-        return self.itm_head(pooled)
+        return self.itm_head(self.pool(text, image))
 
     def forward(
         self,
@@ -240,20 +272,6 @@ class METER(CrossModalModel):
         loss_itm = F.cross_entropy(itm_logits.float(), drawn.itm_labels)
         return METEROutput(loss_mlm + loss_itm, loss_mlm, loss_itm, mlm_logits, itm_logits)
 
-    def read_pairs(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> ReducedText:
-        """images, input_ids, mask (B, L) -> the texts alone, half way without the tokens that
-        `text_reduction` drops."""
-        image_cls = self.dense_cls(images) if self.config.image_guides_text else None
-        hidden, every = self.text.embed(input_ids), range(self.config.text_depth)
-        return self.text.run_reduced(hidden, mask, every, self.text_reduction, image_cls=image_cls)
-
-    def _pass(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> tuple[ReducedText, Tensor]:
-        """Encode and fuse a batch, pixels and ids -> text, fused (B, K, C), and image (B, N, C)."""
-        text = self.read_pairs(images, input_ids, mask)
-        image, infos = self.encode_image(images, self.guides(text.tokens[:, 0]))
-        tokens, image = self.fuse(text.tokens, text.mask, image, mask_after(infos))
-        return text._replace(tokens=tokens), image
-
     def fixed_draw(self, images: Tensor, input_ids: Tensor) -> Drawn:
         masked = mask_every(input_ids, self.config.mask_token_id)
         keeps_image = 1 - torch.arange(len(images), device=images.device) % 2
@@ -280,8 +298,3 @@ class METER(CrossModalModel):
         shift = torch.randint(1, max(2, B), (B,), device=device)
         others = (torch.arange(B, device=device) + shift) % B
         return Drawn(*masked, itm_labels, images[others])
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute layers in backward instead of saving their activations."""
-        for part in (self.visual, self.text, self.text_layers, self.image_layers):
-            part.set_grad_checkpointing(enable)
