@@ -125,6 +125,16 @@ class Drawn(NamedTuple):
     false_images: Tensor
 
 
+def draw_others(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw for ITM, of a batch (B, 3, H, W) -> labels (B,) int64, 1 for the half that stays as it
+    is, and for every image the number of another."""
+    B, device = len(images), images.device
+    pairs = max(1, B // 2)  # a single image has no other
+    labels = (torch.randperm(B, device=device) < pairs).long()
+    shift = torch.randint(1, max(2, B), (B,), device=device)
+    return labels, (torch.arange(B, device=device) + shift) % B
+
+
 class METERBackbone(CrossModalModel):
     """Image and text towers, co-attention layers and poolers: what METER is below its heads."""
 
@@ -161,12 +171,20 @@ class METERBackbone(CrossModalModel):
         return self.text.run(self.text.embed(input_ids), attention_mask, every)
 
     def fuse(
-        self, text: Tensor, mask: Tensor, image: Tensor, image_mask: Tensor | None = None
+        self,
+        text: Tensor,
+        mask: Tensor,
+        image: Tensor,
+        image_mask: Tensor | None = None,
+        image_types: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """text (B, L, D), mask (B, L), image (B, N, D) and image_mask (B, N), None where all are
-        real -> (B, L, C), (B, N, C) of co-attention."""
-        text = self.text_transform(text) + self.token_types.weight[TEXT]
-        image = self.image_transform(image) + self.token_types.weight[IMAGE]
+        real; image_types (B,), rows of the token type embeddings, `IMAGE` by default -> (B, L, C),
+        (B, N, C) of co-attention."""
+        types = self.token_types.weight
+        image_type = types[IMAGE] if image_types is None else types[image_types][:, None]
+        text = self.text_transform(text) + types[TEXT]
+        image = self.image_transform(image) + image_type
         own_mask = mask.new_ones(image.shape[:2]) if image_mask is None else image_mask
         for i in range(self.config.cross_depth):
             layer = range(i, i + 1)
@@ -187,11 +205,18 @@ class METERBackbone(CrossModalModel):
         hidden, every = self.text.embed(input_ids), range(self.config.text_depth)
         return self.text.run_reduced(hidden, mask, every, self.text_reduction, image_cls=image_cls)
 
-    def _pass(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> tuple[ReducedText, Tensor]:
-        """Encode and fuse a batch, pixels and ids -> text, fused (B, K, C), and image (B, N, C)."""
+    def read_and_fuse(
+        self,
+        images: Tensor,
+        input_ids: Tensor,
+        mask: Tensor,
+        image_types: Tensor | None = None,
+    ) -> tuple[ReducedText, Tensor]:
+        """Pixels and ids of a batch, and image_types (B,) as of `fuse` -> text, fused (B, K, C),
+        and image (B, N, C)."""
         text = self.read_pairs(images, input_ids, mask)
         image, infos = self.encode_image(images, self.guides(text.tokens[:, 0]))
-        tokens, image = self.fuse(text.tokens, text.mask, image, mask_after(infos))
+        tokens, image = self.fuse(text.tokens, text.mask, image, mask_after(infos), image_types)
         return text._replace(tokens=tokens), image
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -200,8 +225,48 @@ class METERBackbone(CrossModalModel):
             part.set_grad_checkpointing(enable)
 
 
-class METER(METERBackbone):
-    """The backbone, and the heads of both losses."""
+class METERMatcher(METERBackbone):
+    """The backbone, and the head that judges whether a text and an image are a pair."""
+
+    def __init__(self, config: METERConfig) -> None:
+        super().__init__(config)
+        self.itm_head = nn.Linear(2 * config.cross_width, 2)
+        self.itm_head.apply(self.text_layers.init)
+
+    def match(self, text: Tensor, image: Tensor) -> Tensor:
+        """Judge fused text (B, L, C) and image (B, N, C) -> logits (B, 2): no pair, or a pair."""
+        return self.itm_head(self.pool(text, image))
+
+    def rank(self, pooled: Tensor) -> Tensor:
+        """Pooled text and image (B, 2C) -> (B,), the logit of a pair."""
+        return self.itm_head(pooled)[:, 1]
+
+    def matching_tokens(
+        self, images: Tensor, text_cls: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """images (B, 3, H, W), which no text guides unless text_cls (B, D) is given -> tokens
+        (B, N, D) and their mask (B, N), True = real, or None where all are."""
+        tokens, infos = self.encode_image(images, text_cls)
+        return tokens, mask_after(infos)
+
+    def matching_logits(
+        self, tokens: Tensor, image_mask: Tensor | None, input_ids: Tensor, attention_mask: Tensor
+    ) -> Tensor:
+        """Judge how well each text fits the image of its row.
+
+        Args:
+            tokens, image_mask: (B, N, D) and (B, N), of `matching_tokens`.
+            input_ids, attention_mask: (B, L), 1 = real.
+
+        Returns:
+            (B,), the larger the better.
+        """
+        text = self.encode_text(input_ids, attention_mask)
+        return self.rank(self.pool(*self.fuse(text, attention_mask, tokens, image_mask)))
+
+
+class METER(METERMatcher):
+    """The matcher, and the head of MLM."""
 
     family = "meter"
     config_class = METERConfig
@@ -209,10 +274,8 @@ class METER(METERBackbone):
 
     def __init__(self, config: METERConfig) -> None:
         super().__init__(config)
-        self.itm_head = nn.Linear(2 * config.cross_width, 2)
         self.language_head = masked_language_head(self.text_layers)
-        for head in (self.itm_head, self.language_head):
-            head.apply(self.text_layers.init)
+        self.language_head.apply(self.text_layers.init)
         self.register_buffer("continues", None, persistent=False)
 
     def read_vocabulary_(self, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -236,10 +299,6 @@ class METER(METERBackbone):
         marked = torch.tensor([names.get(token, "").startswith(mark) for token in range(size)])
         self.continues = marked.to(self.token_types.weight.device)
 
-    def match(self, text: Tensor, image: Tensor) -> Tensor:
-        """Judge fused text (B, L, C) and image (B, N, C) -> logits (B, 2): no pair, or a pair."""
-        return self.itm_head(self.pool(text, image))
-
     def forward(
         self,
         images: Tensor,
@@ -262,12 +321,12 @@ class METER(METERBackbone):
         """
         if drawn is None:
             drawn = self._draw(images, input_ids)
-        text, _ = self._pass(images, drawn.masked_ids, attention_mask)
+        text, _ = self.read_and_fuse(images, drawn.masked_ids, attention_mask)
         mlm_logits, labels = self.language_head(text.tokens), text.labels(drawn.labels)
         loss_mlm = distilled_language_loss(mlm_logits, labels, gather=self.config.gather)
         is_pair = (drawn.itm_labels == 1)[:, None, None, None]
         itm_images = torch.where(is_pair, images, drawn.false_images)
-        text, image = self._pass(itm_images, input_ids, attention_mask)
+        text, image = self.read_and_fuse(itm_images, input_ids, attention_mask)
         itm_logits = self.match(text.tokens, image)
         loss_itm = F.cross_entropy(itm_logits.float(), drawn.itm_labels)
         return METEROutput(loss_mlm + loss_itm, loss_mlm, loss_itm, mlm_logits, itm_logits)
@@ -279,7 +338,7 @@ class METER(METERBackbone):
 
     def _draw(self, images: Tensor, input_ids: Tensor) -> Drawn:
         """Draw masked tokens; half of the batch stay pairs, the rest get the image of another."""
-        config, B, device = self.config, len(images), images.device
+        config = self.config
         if config.mask_whole_words and self.continues is None:
             raise ValueError(
                 "mask_whole_words: expected read_vocabulary_(tokenizer) before tokens are masked, "
@@ -293,8 +352,5 @@ class METER(METERBackbone):
             probability=config.mask_probability,
             continues=self.continues,
         )
-        pairs = max(1, B // 2)  # a single image has no other
-        itm_labels = (torch.randperm(B, device=device) < pairs).long()
-        shift = torch.randint(1, max(2, B), (B,), device=device)
-        others = (torch.arange(B, device=device) + shift) % B
+        itm_labels, others = draw_others(images)
         return Drawn(*masked, itm_labels, images[others])
