@@ -11,7 +11,7 @@ Source: METER (Dou et al., 2022); ELIP, section 3 and its official METER code.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ ROBERTA = {  # the fields of METERConfig that roberta-base has other values for
     "sep_token_id": 2,
     "mask_token_id": 50264,
 }
-TEXT, IMAGE = 0, 1  # rows of the token type embeddings
+TEXT, IMAGE = 0, 1  # rows of the token type embeddings; of further images behind them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +136,13 @@ def draw_others(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class METERBackbone(CrossModalModel):
-    """Image and text towers, co-attention layers and poolers: what METER is below its heads."""
+    """Image and text towers, co-attention layers and poolers: what METER is below its heads.
+
+    images_each: how many images a text is about, each of a token type of its own.
+    """
 
     config: METERConfig
+    images_each: ClassVar[int] = 1
     ranks = False
 
     def __init__(self, config: METERConfig) -> None:
@@ -156,7 +160,7 @@ class METERBackbone(CrossModalModel):
         width, bert = config.cross_width, config.bert("cross")
         self.text_transform = nn.Linear(config.text_width, width)
         self.image_transform = nn.Linear(config.vision_width, width)
-        self.token_types = nn.Embedding(2, width)
+        self.token_types = nn.Embedding(IMAGE + self.images_each, width)
         every = range(config.cross_depth)
         self.text_layers = BertTower(bert, cross_attention=every, embeddings=None)
         self.image_layers = BertTower(bert, cross_attention=every, embeddings=None)
