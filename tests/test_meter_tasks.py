@@ -4,11 +4,13 @@ The weights of the recorded runs are drawn by a rule from their official names, 
 """
 
 import zlib
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from elip_models.checkpoints.names import KINDS
@@ -22,6 +24,7 @@ from elip_models.models.downstream.meter import (
     METERRetrieval,
 )
 from elip_models.models.meter import METER
+from elip_models.training.optim import parameter_groups
 from tests.tiers import tiered
 from tests.towers import assert_equal_gradients, gradients
 
@@ -317,3 +320,23 @@ def test_the_official_sizes_are_the_defaults(task):
     assert model.config.image_size == sizes[task]
     assert (model_class.family, model_class.pretraining) == (f"meter_{task}", METER)
     assert not model_class.ranks
+
+
+@task_of
+def test_a_recipe_decays_and_scales_what_the_original_does(task):
+    recipe = files("elip_models") / "recipes" / "finetune" / f"{task}_meter.yaml"
+    values = yaml.safe_load(recipe.read_text())
+    optim, model = values["optim"], made(task)
+    groups = parameter_groups(model, 0.1, optim["lr_scale"], no_decay=optim["no_decay"])
+    found = {p: (g["lr_scale"], g["weight_decay"] > 0) for g in groups for p in g["params"]}
+    head = {"vqa": 50, "entailment": 10, "nlvr2": 10, "retrieval": 1}[task]
+    theirs = renamed(dict(model.named_parameters()), backwards(names_of(task)))
+    for name, parameter in theirs.items():
+        scale = head if "classifier" in name else 5 if "cross_modal" in name else 1
+        decays = not ("bias" in name or "LayerNorm" in name)
+        if parameter.requires_grad:
+            assert found[parameter] == (scale, decays), name
+    assert values["model"]["overrides"].keys() <= vars(model.config).keys()
+    defaults = type(model.config)()
+    for name, value in values["model"]["overrides"].items():
+        assert getattr(defaults, name) == value, name
