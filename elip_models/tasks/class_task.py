@@ -16,7 +16,7 @@ from torch import Tensor
 
 from elip_models.data import Example, ExampleSource, example_batches
 from elip_models.models.base import evaluating
-from elip_models.tasks.intervals import bootstrap
+from elip_models.tasks.intervals import bootstrap_interval
 from elip_models.tasks.task import (
     Loading,
     Prediction,
@@ -110,7 +110,7 @@ class ClassTask(Task):
         ids = [each.id for each in examples]
         return TaskScores(
             task=self.name,
-            scores={"accuracy": bootstrap(right)},
+            scores={"accuracy": bootstrap_interval(right)},
             baselines={
                 "chance": 1 / len(answers),
                 "majority": fmean(each.answers.get(always, 0.0) for each in examples),

@@ -1,4 +1,4 @@
-"""The mean of scores with the interval that a bootstrap of the examples gives it."""
+"""How far a score on so many examples may be trusted: percentile bootstrap intervals."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,35 +6,36 @@ from typing import NamedTuple
 import numpy as np
 
 LEVEL = 0.95
-RESAMPLES = 1000
-_AT_ONCE = 2**22
+RESAMPLES = 10_000
 
 
 class Interval(NamedTuple):
-    """A mean, and the ends of its 95% interval."""
+    """A mean, and the ends of its interval."""
 
     mean: float
     low: float
     high: float
 
 
-def bootstrap(scores: Sequence[float], *, seed: int = 0) -> Interval:
-    """Resample the examples 1,000 times: the percentiles of their means.
+def bootstrap_interval(
+    scores: Sequence[float] | np.ndarray, *, level: float = LEVEL, seed: int = 0
+) -> Interval:
+    """Find the percentile interval of a mean over examples, drawn anew with replacement.
+
+    How often each distinct score is drawn is multinomial, so that the work does not grow with the
+    number of examples where scores take few values, as right and wrong do.
 
     Args:
-        scores: of each example, at least one.
-        seed: of the resampling.
+        scores: (N,), one an example, at least one.
+        level: share of intervals made so that hold the mean of all examples.
 
-    Raises:
-        ValueError: no scores.
+    Returns:
+        The same for the same seed.
     """
-    values = np.asarray(scores, dtype=np.float64)
-    if not values.size:
-        raise ValueError("scores: expected at least one, got none")
-    rng, n = np.random.default_rng(seed), len(values)
-    rows = max(1, _AT_ONCE // n)
-    sizes = [min(rows, RESAMPLES - start) for start in range(0, RESAMPLES, rows)]
-    means = np.concatenate([values[rng.integers(n, size=(size, n))].mean(1) for size in sizes])
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(float(values.mean()), float(low), float(high))
+    values, counts = np.unique(np.asarray(scores, dtype=np.float64), return_counts=True)
+    n = int(counts.sum())
+    if n == 0:
+        raise ValueError("scores: expected one an example, got none")
+    drawn = np.random.default_rng(seed).multinomial(n, counts / n, size=RESAMPLES)
+    low, high = np.quantile(drawn @ values / n, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(counts @ values / n), float(low), float(high))

@@ -24,7 +24,7 @@ from elip_models.data import Sample, Source, evaluation_batches, open_source
 from elip_models.models.base import evaluating
 from elip_models.reduction.once import UnguidedWarning
 from elip_models.tasks.features import encode_texts, ranks_of
-from elip_models.tasks.intervals import bootstrap
+from elip_models.tasks.intervals import bootstrap_interval
 from elip_models.tasks.retrieval import KS, chance_level
 from elip_models.tasks.task import (
     Loading,
@@ -246,7 +246,7 @@ def _ranks_both(of_images: Tensor, of_texts: Tensor, owners: Tensor) -> tuple[Te
 def _recalls(ranks: Sequence[Tensor]) -> dict:
     """Recall@k both ways, with intervals."""
     return {
-        f"{way}_r{k}": bootstrap((of_way < k).double().tolist())
+        f"{way}_r{k}": bootstrap_interval((of_way < k).double().tolist())
         for way, of_way in zip(WAYS, ranks, strict=True)
         for k in KS
     }
