@@ -26,6 +26,7 @@ from elip_models.checkpoints.names import KINDS, Kind, recognise
 from elip_models.checkpoints.renaming import renamed
 from elip_models.models.base import PretrainedModel, first_names, load_weights, read_config
 from elip_models.models.registry import MODELS
+from elip_models.models.saved_adapter import has_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -177,6 +178,11 @@ def read_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
     if name in (None, OURS) and folder is not None and (folder / "config.json").is_file():
         family, config = read_config(folder, with_weights=False)
     if family in MODELS:
+        if has_adapter(folder):
+            raise ValueError(
+                f"source: expected plain weights, got adapters beside them in {folder}; load it by "
+                "load_model, merge_ it, and save it elsewhere"
+            )
         return Checkpoint(Kind(family, {}, has=()), weights, config)
     if name == OURS:
         raise ValueError(f"kind: expected a folder that save_pretrained wrote, got {path}")
