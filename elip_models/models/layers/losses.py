@@ -24,6 +24,7 @@ def soft_contrastive_loss(
     momentum: tuple[Tensor, Tensor],
     alpha: Tensor | float,
     first: int = 0,
+    positives: Tensor | None = None,
 ) -> Tensor:
     """Compute ITC with momentum distillation, the mean of both directions, in fp32.
 
@@ -32,24 +33,35 @@ def soft_contrastive_loss(
         momentum: the same of the momentum encoders; without gradient.
         alpha: weight of the momentum targets.
         first: row i is the pair of column first + i.
+        positives: (B, C) bool, columns that are as right for a row as its pair; None: it alone is.
     """
     losses = []
     for online, teacher in zip(similarities, momentum, strict=True):
         log_probability = online.float().log_softmax(1)
         soft = (log_probability * teacher.float().softmax(1)).sum(1)
-        own = log_probability.diagonal(first)
+        if positives is None:
+            own = log_probability.diagonal(first)
+        else:
+            own = (log_probability * positives).sum(1) / positives.sum(1)
         losses.append(-(alpha * soft + (1 - alpha) * own).mean())
     return (losses[0] + losses[1]) / 2
 
 
 @torch.no_grad()
-def hard_negatives(similarities: Tensor, epsilon: float = 0.0, first: int = 0) -> Tensor:
+def hard_negatives(
+    similarities: Tensor,
+    epsilon: float = 0.0,
+    first: int = 0,
+    positives: Tensor | None = None,
+) -> Tensor:
     """Draw for each row a column of another pair, by the row's softmax.
 
     Args:
         similarities: (B, C), over the temperature.
         epsilon: added to each weight, so that no row is all zero.
         first: row i is the pair of column first + i.
+        positives: (B, C) bool, columns that are no negatives of a row either; where none is left,
+            they are drawn still.
 
     Returns:
         (B,) int64. A single column has no negative but itself.
@@ -58,6 +70,9 @@ def hard_negatives(similarities: Tensor, epsilon: float = 0.0, first: int = 0) -
     columns = torch.arange(weights.shape[1], device=weights.device)
     rows = torch.arange(first, first + len(weights), device=weights.device)
     others = (columns != rows[:, None]).float()
+    if positives is not None:
+        negatives = others * ~positives
+        others = torch.where(negatives.any(1, keepdim=True), negatives, others)
     weights = weights * others
     lonely = ~(weights.sum(1, keepdim=True) > 0)  # all is on the pair itself, or not a number
     weights = torch.where(lonely, others, weights)
