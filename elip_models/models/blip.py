@@ -110,6 +110,7 @@ class BLIP(MomentumModel):
     config: BLIPConfig
     encoders: BLIPEncoders
     masks_text = False
+    fuses_ids = True
 
     def __init__(self, config: BLIPConfig) -> None:
         super().__init__(config, BLIPEncoders(config))
