@@ -115,13 +115,16 @@ class MomentumConfig(CrossModalConfig, ContrastiveConfig):
 
 
 class Encoders(nn.Module):
-    """The parts that have a momentum copy: both towers and a projection each."""
+    """The parts that have a momentum copy: both towers and, where `projected`, a projection
+    each."""
 
     text: BertTower
 
-    def __init__(self, config: MomentumConfig) -> None:
+    def __init__(self, config: MomentumConfig, *, projected: bool = True) -> None:
         super().__init__()
         self.visual = config.vit()
+        if not projected:
+            return
         self.image_projection = nn.Linear(config.vision_width, config.embed_dim)
         self.text_projection = nn.Linear(config.text_width, config.embed_dim)
 
