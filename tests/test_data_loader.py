@@ -21,7 +21,7 @@ from elip_models.data import (
     image_transform,
     train_loader,
 )
-from elip_models.data.loader import _replacements
+from elip_models.data.training_samples import _replacements
 
 SIZE, BATCH, LENGTH = 16, 4, 22
 TENSORS = ("images", "input_ids", "attention_mask")

@@ -6,140 +6,39 @@ workers nor the moment of a restart changes a batch. A sample that cannot be rea
 counted and reported.
 """
 
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from elip_models.data.caption_rules import CaptionRule, apply_caption_rule
 from elip_models.data.checks import check_not_empty
+from elip_models.data.examples import Example, ExampleSource
 from elip_models.data.mixture import check_weights, samples_an_epoch, turns
 from elip_models.data.sample import Sample, SampleError, Source
 from elip_models.data.skips import DataError, SkipReport, check_source
-from elip_models.data.tokenizer import tokenize
-from elip_models.validation import Bounds, Count, PositiveInt, Share, check
+from elip_models.data.training_samples import ImageTextDataset, TrainingSamples
+from elip_models.validation import Count, PositiveInt, check
 
 if TYPE_CHECKING:
     from PIL import Image
-    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "DataError",
     "EpochSampler",
     "EvaluationBatch",
+    "ExampleBatch",
     "ImageTextDataset",
     "SkipReport",
     "check_source",
     "evaluation_batches",
+    "example_batches",
     "train_loader",
 ]
-
-# A share of unreadable samples that no limit could allow, long before the whole source is tried.
-_MAX_REPLACEMENTS = 1000
-_GOLDEN_RATIO = 0.6180339887
-
-
-class ImageTextDataset(Dataset):
-    """A source as training samples, indexed by (turn, index): each turn draws a caption and a crop.
-
-    A sample is {"images": (3, S, S), "input_ids": (L,), "attention_mask": (L,), "skipped": [(id,
-    reason)]}, L = `context_length`, int64, padded to it or truncated. "skipped" names the sample
-    that was drawn where it could not be read and another took its place. With `guide_captions`
-    there are "guide_ids" and "guide_mask" (L,) too, of another caption of the image, or of the same
-    where it has no other.
-    A caption is tokenised as `captions` says, see `caption_rules`.
-    `transform` may use torch's CPU generator; its state outside is untouched. Raises DataError
-    where no sample can be read.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        transform: Callable[["Image.Image"], Tensor],
-        tokenizer: "PreTrainedTokenizerBase",
-        *,
-        context_length: int,
-        seed: int,
-        max_bad_share: float = 0.05,
-        captions: CaptionRule = "plain",
-        guide_captions: bool = False,
-    ) -> None:
-        check_not_empty("source", source)
-        check("transform", transform, Callable)
-        check("tokenizer", tokenizer, Callable)
-        check("context_length", context_length, Annotated[int, Bounds(3)])
-        check("seed", seed, Count)
-        check("max_bad_share", max_bad_share, Share)
-        check("captions", captions, CaptionRule)
-        check("guide_captions", guide_captions, bool)
-        if tokenizer.pad_token_id is None:
-            raise ValueError("tokenizer: expected one with a pad token; use load_tokenizer")
-        self.source = source
-        self.transform = transform
-        self.tokenizer = tokenizer
-        self.context_length = context_length
-        self.seed = seed
-        self.max_bad_share = max_bad_share
-        self.captions = captions
-        self.guide_captions = guide_captions
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, position: tuple[int, int]) -> dict[str, Any]:
-        turn, index = position
-        sample, skipped = self._read(index)
-        rng = np.random.default_rng((self.seed, turn, index))
-        caption = sample.captions[rng.integers(len(sample.captions))]
-        with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed, which would reseed the accelerators of this process too.
-            torch.default_generator.manual_seed(int(rng.integers(2**63)))
-            image = self.transform(sample.image)
-        text = self._tokenize(caption)
-        if self.guide_captions:
-            others = [other for other in sample.captions if other != caption] or [caption]
-            guide = self._tokenize(others[rng.integers(len(others))])
-            text |= {"guide_ids": guide["input_ids"], "guide_mask": guide["attention_mask"]}
-        return {"images": image, **text, "skipped": skipped}
-
-    def _tokenize(self, caption: str) -> dict[str, Tensor]:
-        text = apply_caption_rule(caption, self.captions)
-        tokens = tokenize(self.tokenizer, [text], self.context_length)
-        return {name: ids[0] for name, ids in tokens.items()}
-
-    def skip_report(self) -> SkipReport:
-        """A fresh report for this dataset's batches, with its limit."""
-        return SkipReport(self.max_bad_share, length=len(self))
-
-    def _read(self, index: int) -> tuple[Sample, list[tuple[str, str]]]:
-        """The sample, or the first readable one of a fixed order that begins at `index`.
-
-        Only the sample at `index` is reported: the others are when they are drawn themselves, so
-        that the share of reported samples is the share of unreadable ones.
-        """
-        skipped: list[tuple[str, str]] = []
-        for candidate in _replacements(index, len(self)):
-            try:
-                return self.source[candidate], skipped[:1]
-            except SampleError as error:
-                skipped.append((error.id, error.reason))
-        report = SkipReport(0.0)
-        report.record(skipped, len(skipped))
-        raise DataError(f"no readable sample: {report.summary()}")
-
-
-def _replacements(index: int, length: int) -> Iterator[int]:
-    """`index`, then others spread over the source, each once: neighbours are often bad together."""
-    stride = max(1, round(length * _GOLDEN_RATIO))
-    while math.gcd(stride, length) != 1:
-        stride += 1
-    for step in range(min(length, _MAX_REPLACEMENTS)):
-        yield (index + step * stride) % length
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
@@ -227,7 +126,7 @@ class _ErrorsAsSamples(Dataset):
     """Returns a DataError as the sample: raised in a worker, it would reach the user as the text of
     that worker's traceback."""
 
-    def __init__(self, dataset: ImageTextDataset) -> None:
+    def __init__(self, dataset: TrainingSamples) -> None:
         self.dataset = dataset
 
     def __getitem__(self, position: tuple[int, int]) -> dict[str, Any] | DataError:
@@ -250,7 +149,7 @@ class _TrainLoader(DataLoader):
             yield {**batch, "epoch": epoch, "offset": offset}
 
 
-def train_loader(dataset: ImageTextDataset, sampler: EpochSampler, num_workers: int) -> DataLoader:
+def train_loader(dataset: TrainingSamples, sampler: EpochSampler, num_workers: int) -> DataLoader:
     """Endless batches over epochs, from the sampler's position at the time of `iter()`.
 
     A batch is {"images": (B, 3, S, S), "input_ids": (B, L), "attention_mask": (B, L), "skipped":
@@ -319,41 +218,93 @@ def evaluation_batches(
     Samples that cannot be read are left out and counted in `report`, which raises DataError above
     its limit (default: 5%). DataError also where none can be read.
     """
-    check_not_empty("source", source)
     check("transform", transform, Callable)
-    check("batch_size", batch_size, PositiveInt)
-    check("num_workers", num_workers, Count)
-    report = SkipReport(length=len(source)) if report is None else report
-    loader = DataLoader(
-        _EvaluationDataset(source, transform),
-        batch_size=batch_size,
-        collate_fn=list,
-        **_worker_options(num_workers),
+    prepare = partial(_with_captions, transform)
+    rows = _in_order(source, prepare, batch_size, report, num_workers)
+    batches = (zip(*each, strict=True) for each in rows)
+    return (
+        EvaluationBatch(torch.stack(images), list(ids), list(captions))
+        for images, ids, captions in batches
     )
-    return _readable_batches(loader, report)
 
 
-class _EvaluationDataset(Dataset):
-    """Samples as (image tensor, id, captions), or as the SampleError."""
+class ExampleBatch(NamedTuple):
+    """Images (B, 3, S, S) in the order of the source, or (B, I, 3, S, S) where an example has
+    several, and the examples without their images."""
 
-    def __init__(self, source: Source, transform: Callable[["Image.Image"], Tensor]) -> None:
+    images: Tensor
+    examples: list[Example]
+
+
+def example_batches(
+    source: ExampleSource,
+    transform: Callable[["Image.Image"], Tensor],
+    batch_size: int,
+    *,
+    report: SkipReport | None = None,
+    num_workers: int = 0,
+) -> Iterator[ExampleBatch]:
+    """Every readable example once, in order, as `evaluation_batches` does; raises alike."""
+    check("transform", transform, Callable)
+    prepare = partial(_as_tensors, transform)
+    rows = _in_order(source, prepare, batch_size, report, num_workers)
+    batches = (zip(*each, strict=True) for each in rows)
+    return (ExampleBatch(torch.stack(images), list(examples)) for images, examples in batches)
+
+
+def _with_captions(
+    transform: Callable[["Image.Image"], Tensor], sample: Sample
+) -> tuple[Tensor, str, tuple[str, ...]]:
+    return transform(sample.image), sample.id, sample.captions
+
+
+def _as_tensors(
+    transform: Callable[["Image.Image"], Tensor], example: Example
+) -> tuple[Tensor, Example]:
+    images = torch.stack([transform(image) for image in example.images])
+    return images[0] if len(images) == 1 else images, example._replace(images=())
+
+
+class _Evaluated(Dataset):
+    """What `prepare` makes of each sample, or the SampleError."""
+
+    def __init__(self, source: Source | ExampleSource, prepare: Callable[[Any], tuple]) -> None:
         self.source = source
-        self.transform = transform
+        self.prepare = prepare
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, str, tuple[str, ...]] | SampleError:
+    def __getitem__(self, index: int) -> tuple | SampleError:
         try:
             sample = self.source[index]
         except SampleError as error:
             return error
-        return self.transform(sample.image), sample.id, sample.captions
+        return self.prepare(sample)
 
 
-def _readable_batches(
-    loader: Iterable[list[tuple[Tensor, str, tuple[str, ...]] | SampleError]], report: SkipReport
-) -> Iterator[EvaluationBatch]:
+def _in_order(
+    source: Source | ExampleSource,
+    prepare: Callable[[Any], tuple],
+    batch_size: int,
+    report: SkipReport | None,
+    num_workers: int,
+) -> Iterator[list[tuple]]:
+    """What `prepare` makes of all samples that can be read, in batches."""
+    check_not_empty("source", source)
+    check("batch_size", batch_size, PositiveInt)
+    check("num_workers", num_workers, Count)
+    report = SkipReport(length=len(source)) if report is None else report
+    options = _worker_options(num_workers)
+    dataset = _Evaluated(source, prepare)
+    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=list, **options)
+    return _readable(loader, report)
+
+
+def _readable(
+    loader: Iterable[list[tuple | SampleError]], report: SkipReport
+) -> Iterator[list[tuple]]:
+    """The rows that could be read, batch by batch, the others counted."""
     found = False
     for rows in loader:
         errors = [row for row in rows if isinstance(row, SampleError)]
@@ -361,7 +312,6 @@ def _readable_batches(
         report.update([(error.id, error.reason) for error in errors], len(rows))
         if readable:
             found = True
-            images, ids, captions = zip(*readable, strict=True)
-            yield EvaluationBatch(torch.stack(images), list(ids), list(captions))
+            yield readable
     if not found:
         raise DataError(f"no readable sample: {report.summary()}")

@@ -9,7 +9,7 @@ Source: ALBEF (Li et al., 2021); ELIP, section 3 and its official ALBEF code.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +40,11 @@ class ALBEFConfig(MomentumConfig):
     mask_token_id: TokenId = 103
     mask_probability: Share = 0.15
 
+    @property
+    def fusion_layers(self) -> range:
+        """The layers of the text encoder that see the image."""
+        return range(self.text_layers, self.text_depth)
+
 
 @dataclass
 class ALBEFOutput:
@@ -67,15 +72,13 @@ class Drawn(NamedTuple):
     labels: Tensor
 
 
-class ALBEFEncoders(Encoders):
-    """The parts that have a momentum copy; here the language head is one of them."""
+class ALBEFTowers(Encoders):
+    """Image tower and BERT, whose last layers see the image."""
 
-    def __init__(self, config: ALBEFConfig) -> None:
-        super().__init__(config)
-        self.reads = range(config.text_layers)
-        self.fuses = range(config.text_layers, config.text_depth)
+    def __init__(self, config: ALBEFConfig, *, projects: bool = True) -> None:
+        super().__init__(config, projects=projects)
+        self.reads, self.fuses = range(config.text_layers), config.fusion_layers
         self.text = BertTower(config.bert, cross_attention=self.fuses)
-        self.language_head = masked_language_head(self.text)
 
     def read(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """input_ids, mask (B, L) -> (B, L, D): the text alone."""
@@ -87,6 +90,14 @@ class ALBEFEncoders(Encoders):
         """hidden (B, L, D) attends to image_tokens (B, N, D) where image_mask (B, N) says that they
         are real, or to all -> (B, L, D)."""
         return self.text.run(hidden, mask, self.fuses, image_tokens, image_mask)
+
+
+class ALBEFEncoders(ALBEFTowers):
+    """The parts that have a momentum copy; here the language head is one of them."""
+
+    def __init__(self, config: ALBEFConfig) -> None:
+        super().__init__(config)
+        self.language_head = masked_language_head(self.text)
 
     def predict(
         self,
@@ -106,10 +117,11 @@ class ALBEF(MomentumModel):
     family = "albef"
     config_class = ALBEFConfig
     config: ALBEFConfig
+    encoders_class: ClassVar[type[ALBEFTowers]] = ALBEFEncoders
     encoders: ALBEFEncoders
 
     def __init__(self, config: ALBEFConfig) -> None:
-        super().__init__(config, ALBEFEncoders(config))
+        super().__init__(config, self.encoders_class(config))
 
     def fuse(
         self, text: Tensor, mask: Tensor, image: Tensor, image_mask: Tensor | None = None

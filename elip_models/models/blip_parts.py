@@ -10,10 +10,10 @@ from transformers.models.bert.modeling_bert import BertOnlyMLMHead
 from elip_models.models.base import evaluating
 from elip_models.models.config import TextReductionConfig, TokenId
 from elip_models.models.cross_modal import CrossModalModel
+from elip_models.models.distilled_model import Encoders, MomentumConfig
 from elip_models.models.layers.bert import BertTower, UntypedEmbeddings
 from elip_models.models.layers.generation import CAPTIONS, Decoding, write
 from elip_models.models.layers.text_reduction import ReducedText, TextReduction
-from elip_models.models.momentum_model import Encoders, MomentumConfig
 from elip_models.reduction.strategy import mask_after
 from elip_models.validation import NonNegative, PositiveInt, Share
 
@@ -47,8 +47,8 @@ class BLIPConfig(MomentumConfig, TextReductionConfig):
 class BLIPEncoders(Encoders):
     """The parts that have a momentum copy."""
 
-    def __init__(self, config: BLIPConfig, *, projected: bool = True) -> None:
-        super().__init__(config, projected=projected)
+    def __init__(self, config: BLIPConfig, *, projects: bool = True) -> None:
+        super().__init__(config, projects=projects)
         self.layers = range(config.text_depth)
         self.text = BertTower(config.bert, self.layers, embeddings=UntypedEmbeddings)
 
@@ -70,6 +70,7 @@ class BLIPReader(CrossModalModel):
 
     encoders: BLIPEncoders
     masks_text = False
+    fuses_ids = True
 
     @classmethod
     def fit_tokenizer(

@@ -24,6 +24,7 @@ def soft_contrastive_loss(
     momentum: tuple[Tensor, Tensor],
     alpha: Tensor | float,
     first: int = 0,
+    positives: Tensor | None = None,
 ) -> Tensor:
     """Compute ITC with momentum distillation, the mean of both directions, in fp32.
 
@@ -32,24 +33,35 @@ def soft_contrastive_loss(
         momentum: the same of the momentum encoders; without gradient.
         alpha: weight of the momentum targets.
         first: row i is the pair of column first + i.
+        positives: (B, C) bool, columns that are as right for a row as its pair; None: it alone is.
     """
     losses = []
     for online, teacher in zip(similarities, momentum, strict=True):
         log_probability = online.float().log_softmax(1)
         soft = (log_probability * teacher.float().softmax(1)).sum(1)
-        own = log_probability.diagonal(first)
+        if positives is None:
+            own = log_probability.diagonal(first)
+        else:
+            own = (log_probability * positives).sum(1) / positives.sum(1)
         losses.append(-(alpha * soft + (1 - alpha) * own).mean())
     return (losses[0] + losses[1]) / 2
 
 
 @torch.no_grad()
-def hard_negatives(similarities: Tensor, epsilon: float = 0.0, first: int = 0) -> Tensor:
+def hard_negatives(
+    similarities: Tensor,
+    epsilon: float = 0.0,
+    first: int = 0,
+    positives: Tensor | None = None,
+) -> Tensor:
     """Draw for each row a column of another pair, by the row's softmax.
 
     Args:
         similarities: (B, C), over the temperature.
         epsilon: added to each weight, so that no row is all zero.
         first: row i is the pair of column first + i.
+        positives: (B, C) bool, columns that are no negatives of a row either; where none is left,
+            they are drawn still.
 
     Returns:
         (B,) int64. A single column has no negative but itself.
@@ -58,6 +70,9 @@ def hard_negatives(similarities: Tensor, epsilon: float = 0.0, first: int = 0) -
     columns = torch.arange(weights.shape[1], device=weights.device)
     rows = torch.arange(first, first + len(weights), device=weights.device)
     others = (columns != rows[:, None]).float()
+    if positives is not None:
+        negatives = others * ~positives
+        others = torch.where(negatives.any(1, keepdim=True), negatives, others)
     weights = weights * others
     lonely = ~(weights.sum(1, keepdim=True) > 0)  # all is on the pair itself, or not a number
     weights = torch.where(lonely, others, weights)
@@ -119,6 +134,38 @@ def next_rows(count: int, device: torch.device) -> Tensor:
     return torch.arange(count, device=device).roll(-1)
 
 
+def distilled_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    teacher: Tensor | None = None,
+    alpha: Tensor | float = 0.0,
+    smoothing: float = 0.0,
+) -> Tensor:
+    """Compute (1 - alpha) CE + alpha soft CE against the teacher, of each label by itself.
+
+    Args:
+        logits, teacher: (.., V); the teacher's without gradient, or None.
+        labels: (..), -100 = ignored.
+        alpha: weight of the teacher.
+        smoothing: of the labels.
+
+    Returns:
+        (..) fp32, 0 where ignored.
+    """
+    logits = logits.float()
+    hard = F.cross_entropy(
+        logits.flatten(0, -2),
+        labels.flatten(),
+        ignore_index=IGNORED,
+        reduction="none",
+        label_smoothing=smoothing,
+    ).view_as(labels)
+    if teacher is None:
+        return hard
+    soft = -(logits.log_softmax(-1) * teacher.float().softmax(-1)).sum(-1)
+    return (1 - alpha) * hard + alpha * soft * (labels != IGNORED)
+
+
 def distilled_language_loss(
     logits: Tensor,
     labels: Tensor,
@@ -126,25 +173,16 @@ def distilled_language_loss(
     alpha: Tensor | float = 0.0,
     gather: Gather = "local",
 ) -> Tensor:
-    """Compute (1 - alpha) CE + alpha soft CE against the teacher, means over labelled positions.
+    """Compute the mean of `distilled_cross_entropy` over labelled positions.
 
     Where no position is labelled it is 0.
 
     Args:
-        logits, teacher: (B, L, V); the teacher's without gradient, or None.
-        labels: (B, L), -100 = ignored.
-        alpha: weight of the teacher.
+        logits, labels, teacher, alpha: as there, (B, L, V) and (B, L).
         gather: whose labelled positions are counted, see `labelled_count`.
     """
-    logits, labelled = logits.float(), labels != IGNORED
-    count = labelled_count(labelled, gather)
-    loss = F.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
-    if teacher is None:
-        return loss / count
-    soft = -(logits.log_softmax(-1) * teacher.float().softmax(-1)).sum(-1)
-    return ((1 - alpha) * loss + alpha * (soft * labelled).sum()) / count
+    losses = distilled_cross_entropy(logits, labels, teacher, alpha)
+    return losses.sum() / labelled_count(labels != IGNORED, gather)
 
 
 def next_tokens(input_ids: Tensor, mask: Tensor) -> Tensor:
@@ -167,14 +205,8 @@ def language_loss(
         smoothing: of the labels.
         gather: whose labelled positions are counted, see `labelled_count`.
     """
-    loss = F.cross_entropy(
-        logits.float().flatten(0, 1),
-        labels.flatten(),
-        ignore_index=IGNORED,
-        reduction="sum",
-        label_smoothing=smoothing,
-    )
-    return loss / labelled_count(labels != IGNORED, gather)
+    losses = distilled_cross_entropy(logits, labels, smoothing=smoothing)
+    return losses.sum() / labelled_count(labels != IGNORED, gather)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:

@@ -24,28 +24,39 @@ def update_momentum_(copied: nn.Module, online: nn.Module, momentum: float) -> N
     torch._foreach_lerp_(theirs, ours, 1.0 - momentum)
 
 
+NO_IMAGE = -100  # the number of an image in a queue's columns that were never filled
+
+
 class FeatureQueue(nn.Module):
     """The latest features of images and texts, (E, Q) each, normalised.
 
     Args:
         width: E.
         size: Q.
+        with_ids: it also holds which image each pair shows, `ids` (Q,) int64.
     """
 
     image: Tensor
     text: Tensor
+    ids: Tensor | None
     pointer: Tensor
 
-    def __init__(self, width: int, size: int) -> None:
+    def __init__(self, width: int, size: int, *, with_ids: bool = False) -> None:
         super().__init__()
         for name in ("image", "text"):
             features = nn.functional.normalize(torch.randn(width, size), dim=0)
             self.register_buffer(name, features)
+        self.register_buffer("ids", torch.full((size,), NO_IMAGE) if with_ids else None)
         self.register_buffer("pointer", torch.zeros(1, dtype=torch.long))
 
     def behind(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Put the queue behind the batch of image and text (B, E) -> (E, B + Q) each."""
         return torch.cat([image.T, self.image], dim=1), torch.cat([text.T, self.text], dim=1)
+
+    def positives(self, own: Tensor, batch: Tensor) -> Tensor:
+        """Which of the batch and the queue behind it show the images `own` (B,) -> (B, C + Q) bool;
+        batch: (C,), those of the batch."""
+        return own[:, None] == torch.cat([batch, self.ids])
 
     def check(self, batch_size: int) -> None:
         """Raises ValueError where a batch is longer than the queue."""
@@ -57,8 +68,9 @@ class FeatureQueue(nn.Module):
             )
 
     @torch.no_grad()
-    def enqueue_(self, image: Tensor, text: Tensor) -> None:
-        """Overwrite the oldest B features by image and text (B, E), without a host synchronisation.
+    def enqueue_(self, image: Tensor, text: Tensor, ids: Tensor | None = None) -> None:
+        """Overwrite the oldest B features by image and text (B, E), of the images `ids` (B,) where
+        the queue holds them, without a host synchronisation.
 
         Raises:
             ValueError: more features than the queue holds.
@@ -68,6 +80,8 @@ class FeatureQueue(nn.Module):
         columns = (self.pointer + torch.arange(B, device=image.device)) % size
         self.image.index_copy_(1, columns, image.T.to(self.image.dtype))
         self.text.index_copy_(1, columns, text.T.to(self.text.dtype))
+        if self.ids is not None:
+            self.ids.index_copy_(0, columns, ids)
         self.pointer.copy_((self.pointer + B) % size)
 
 

@@ -1,0 +1,212 @@
+"""Encoders and their momentum copies, which follow them and say what they would answer.
+
+    text    hidden states of the text alone; their CLS output guides the image tower
+    image   ViT reduced by ELIP
+
+The momentum encoders follow before each step's forward, and see all patches unless
+`momentum_reduction` says otherwise.
+Source: ALBEF (Li et al., 2021), section 3.2 and 3.3.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import BertConfig
+
+from elip_models.models.config import ContrastiveConfig
+from elip_models.models.cross_modal import CrossModalConfig, CrossModalModel
+from elip_models.models.layers.bert import BertTower
+from elip_models.models.layers.momentum import momentum_copy, update_momentum_
+from elip_models.reduction.encode import run_tower
+from elip_models.reduction.read_rows import run_and_read
+from elip_models.reduction.schedule import Schedule
+from elip_models.reduction.scorers import ScorerName
+from elip_models.reduction.strategies.elip import Elip
+from elip_models.reduction.strategy import mask_after
+from elip_models.towers import as_tower
+from elip_models.towers.fsdp import is_sharded
+from elip_models.validation import Bounds, NonNegative, PositiveInt, Share, divisor_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class MomentumConfig(CrossModalConfig, ContrastiveConfig):
+    """BERT beside the image tower, momentum encoders and a queue of their features.
+
+    embed_dim: of the features. temperature: of their similarities, at the start.
+    queue_size: features in the queue. momentum: of the momentum encoders.
+    alpha: weight of the momentum targets, reached linearly over `alpha_warmup_epochs`.
+    negative_epsilon: added to each weight that hard negatives are drawn by.
+    momentum_reduction: 'none' shows the momentum image tower all patches, as ELIP does; 'shared'
+        the tokens that the online one kept and merged, by the same weights: no scoring; 'own' lets
+        it choose for itself, by the same text if any, as EViT and ToMe do in a copy of the tower
+        that they changed.
+    scorer: also 'momentum': the momentum image tower, which sees all patches anyway, runs first,
+        and its rows select (`read_rows.py`); where it does not run, outside of the loss, 'exact'.
+    guide: also 'after_itc': the caption guides the images that ITM, MLM and LM see, and ITC sees
+        them once more, reduced by themselves alone: a second pass of the image tower.
+    The other fields: see `CrossModalConfig` and `ContrastiveConfig`.
+    """
+
+    scorer: ScorerName | Literal["momentum"] = "exact"
+    guide: Literal["own", "other", "after_itc"] = "own"
+    text_depth: PositiveInt = 12
+    text_heads: Annotated[PositiveInt, divisor_of("text_width")] = 12
+    text_hidden: PositiveInt = 3072
+    text_dropout: Share = 0.1
+    text_norm_eps: NonNegative = 1e-12
+    embed_dim: PositiveInt = 256
+    temperature: Annotated[float, Bounds(0.001)] = 0.07
+    queue_size: PositiveInt = 65536
+    momentum: Share = 0.995
+    alpha: Share = 0.4
+    alpha_warmup_epochs: NonNegative = 1.0
+    negative_epsilon: Share = 0.0
+    momentum_reduction: Literal["none", "shared", "own"] = "none"
+    resize: Literal["crop", "squash"] = "squash"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scorer == "momentum" and self.momentum_reduction != "none":
+            raise ValueError(
+                "momentum_reduction: expected 'none' with scorer='momentum', whose rows are those "
+                f"of all patches, got {self.momentum_reduction!r}"
+            )
+        guided = self.scorer == "momentum" or self.momentum_reduction != "none"
+        if self.guide == "after_itc" and guided:
+            raise ValueError(
+                "guide: expected 'own' or 'other' with scorer='momentum' or a momentum_reduction, "
+                "by which the caption would reach ITC through the momentum tower, got 'after_itc'"
+            )
+
+    def elip(self, schedule: Schedule | str) -> Elip:
+        by_momentum = self.scorer == "momentum"
+        return (replace(self, scorer="exact") if by_momentum else super()).elip(schedule)
+
+    @property
+    def bert(self) -> BertConfig:
+        """The config of the text encoder."""
+        return BertConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.text_width,
+            num_hidden_layers=self.text_depth,
+            num_attention_heads=self.text_heads,
+            intermediate_size=self.text_hidden,
+            hidden_dropout_prob=self.text_dropout,
+            attention_probs_dropout_prob=self.text_dropout,
+            max_position_embeddings=self.max_positions,
+            layer_norm_eps=self.text_norm_eps,
+            initializer_range=self.initializer_range,
+            pad_token_id=self.pad_token_id,
+        )
+
+    @property
+    def full_alpha(self) -> float:
+        """What the weight of the momentum targets is warmed up to."""
+        return self.alpha
+
+
+class Encoders(nn.Module):
+    """The parts that have a momentum copy: both towers and, where features are compared, a
+    projection each."""
+
+    text: BertTower
+
+    def __init__(self, config: MomentumConfig, *, projects: bool = True) -> None:
+        super().__init__()
+        self.visual = config.vit()
+        if not projects:
+            return
+        self.image_projection = nn.Linear(config.vision_width, config.embed_dim)
+        self.text_projection = nn.Linear(config.text_width, config.embed_dim)
+
+    def image_features(self, tokens: Tensor) -> Tensor:
+        """tokens (B, N, D) -> (B, E), normalised."""
+        return F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
+
+    def text_features(self, hidden: Tensor) -> Tensor:
+        """hidden (B, L, D) -> (B, E), normalised."""
+        return F.normalize(self.text_projection(hidden[:, 0]), dim=-1)
+
+    def read(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """input_ids, mask (B, L) -> (B, L, D): the text alone."""
+        raise NotImplementedError
+
+
+Masked = tuple[Tensor, Tensor | None]
+"""Image tokens (B, N, D), and which of them are real (B, N), None where all are."""
+
+
+class DistilledModel(CrossModalModel):
+    """Encoders and their momentum copies, `encoders_m`; None where nothing is distilled."""
+
+    config: MomentumConfig
+    encoders: Encoders
+    encoders_m: Encoders | None
+    alpha: Tensor
+
+    def __init__(self, config: MomentumConfig, encoders: Encoders, *, distill: bool = True) -> None:
+        super().__init__(config)
+        self.encoders = encoders
+        self.encoders_m = momentum_copy(encoders) if distill else None
+        self.read_tower()
+        self.tower_m = as_tower(self.encoders_m.visual) if distill else None
+        self.register_buffer("alpha", torch.tensor(float(config.full_alpha)), persistent=False)
+
+    @property
+    def visual(self) -> nn.Module:
+        """The image model."""
+        return self.encoders.visual
+
+    def moved_in_training(self) -> tuple[Tensor, ...]:
+        """The momentum encoders."""
+        return () if self.encoders_m is None else tuple(self.encoders_m.parameters())
+
+    def reset_momentum_(self) -> None:
+        """Make the momentum encoders equal to the online ones."""
+        if self.encoders_m is not None:
+            self.encoders_m.load_state_dict(self.encoders.state_dict())
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """input_ids, attention_mask (B, L) -> hidden states (B, L, D) of the text alone."""
+        return self.encoders.read(input_ids, attention_mask)
+
+    def begin_step(self, step: int, epoch: float = math.inf) -> None:
+        """Warm alpha up too, before step `step` of training, after `epoch` passes over the data."""
+        super().begin_step(step, epoch)
+        warmup = self.config.alpha_warmup_epochs
+        self.alpha.fill_(self.config.full_alpha * min(1.0, epoch / warmup if warmup else 1.0))
+
+    def monitored(self) -> dict[str, Tensor]:
+        """Alpha, where anything is distilled."""
+        return {} if self.encoders_m is None else {"alpha": self.alpha}
+
+    def _follow(self) -> None:
+        """Move the momentum encoders on; raises TypeError where they would follow what FSDP throws
+        away."""
+        if any(map(is_sharded, self.modules())):
+            raise TypeError(
+                f"model: expected {type(self).__name__} under DistributedDataParallel in training, "
+                "got one that fully_shard was applied to, whose gathered parameters a step of the "
+                "momentum encoders would not outlive; CLIP and METER have none and can be sharded"
+            )
+        update_momentum_(self.encoders_m, self.encoders, self.config.momentum)
+
+    def _images(self, images: Tensor, text_cls: Tensor) -> tuple[Masked, Masked]:
+        """Encode images (B, 3, H, W), guided by text_cls (B, D) -> tokens of the online tower, and
+        of the momentum tower, without gradient: of all patches, or of those that are left."""
+        how = self.config.momentum_reduction
+        if self.config.scorer == "momentum" and type(self.reduction) is Elip:
+            image_m, rows = run_and_read(self.tower_m, images, text_cls.detach(), self.reduction)
+            image, infos = self.encode_image(images, text_cls, rows)
+            return (image, mask_after(infos)), (image_m, None)
+        image, infos = self.encode_image(images, text_cls)
+        strategy, replays = self.dense if how == "none" else self.reduction, None
+        if how == "shared":
+            replays = infos
+        with torch.no_grad():
+            image_m, infos_m = run_tower(self.tower_m, images, text_cls, strategy, replays=replays)
+        return (image, mask_after(infos)), (image_m, mask_after(infos_m))
