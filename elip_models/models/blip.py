@@ -14,8 +14,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from elip_models.models.blip_parts import BLIPConfig, BLIPEncoders, Captioner, begin_with
-from elip_models.models.layers.bert import masked_language_head, tied_decoder, untied_decoder
+from elip_models.models.blip_parts import BLIPConfig, BLIPEncoders, Captioner, Reader, begin_with
+from elip_models.models.layers.bert import (
+    BertTower,
+    masked_language_head,
+    tied_decoder,
+    untied_decoder,
+)
 from elip_models.models.layers.losses import language_loss, next_rows, next_tokens
 from elip_models.models.momentum_model import MomentumModel
 
@@ -43,7 +48,7 @@ class Drawn(NamedTuple):
     negative_texts: Tensor
 
 
-class BLIP(Captioner, MomentumModel):
+class BLIP(Reader, Captioner, MomentumModel):
     """Image and text towers, decoder, their momentum copies and the feature queue."""
 
     family = "blip"
@@ -57,6 +62,10 @@ class BLIP(Captioner, MomentumModel):
         text = self.encoders.text
         self.decoder = tied_decoder(text) if config.tie_decoder else untied_decoder(text)
         self.language_head = masked_language_head(self.decoder)
+
+    @property
+    def text_towers(self) -> tuple[BertTower, ...]:
+        return self.encoders.text, self.decoder
 
     def read_pairs(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
         """images, input_ids, mask -> (B, K, D), the texts alone, half way without the tokens that

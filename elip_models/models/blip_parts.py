@@ -65,12 +65,12 @@ class BLIPEncoders(Encoders):
         return self.text.run(hidden, mask, self.layers, image_tokens, image_mask)
 
 
-class BLIPReader(CrossModalModel):
-    """Reads a text with the image, from [ENC] on."""
+class BLIPBase(CrossModalModel):
+    """The tokens of BLIP, and what its text towers have in common."""
 
-    encoders: BLIPEncoders
+    config: BLIPConfig
+    encoders: Encoders
     masks_text = False
-    fuses_ids = True
 
     @classmethod
     def fit_tokenizer(
@@ -82,6 +82,27 @@ class BLIPReader(CrossModalModel):
         sizes = super().fit_tokenizer(tokenizer, context_length)
         return sizes | {"decoder_token_id": decoder, "encoder_token_id": encoder}
 
+    @property
+    def text_towers(self) -> tuple[BertTower, ...]:
+        """All that read or write."""
+        raise NotImplementedError
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute layers in backward instead of saving their activations."""
+        for tower in (self.encoders.visual, *self.text_towers):
+            tower.set_grad_checkpointing(enable)
+
+
+class Reader(BLIPBase):
+    """Reads a text that sees the image, from [ENC] on."""
+
+    encoders: BLIPEncoders
+    fuses_ids = True
+
+    @property
+    def text_towers(self) -> tuple[BertTower, ...]:
+        return (self.encoders.text,)
+
     def fuse(
         self, text: Tensor, mask: Tensor, image: Tensor, image_mask: Tensor | None = None
     ) -> Tensor:
@@ -90,27 +111,16 @@ class BLIPReader(CrossModalModel):
         ids = begin_with(text, self.config.encoder_token_id)
         return self.encoders.read(ids, mask, image, image_mask)
 
-    @property
-    def text_towers(self) -> tuple[BertTower, ...]:
-        """All that read or write."""
-        return (self.encoders.text,)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute layers in backward instead of saving their activations."""
-        for tower in (self.encoders.visual, *self.text_towers):
-            tower.set_grad_checkpointing(enable)
-
-
-class Writer(BLIPReader):
+class Writer(BLIPBase):
     """Writes by a causal tower, `decoder`, and a head over it, from [DEC] on."""
 
-    config: BLIPConfig
     decoder: BertTower
     language_head: BertOnlyMLMHead
 
     @property
     def text_towers(self) -> tuple[BertTower, ...]:
-        return (*super().text_towers, self.decoder)
+        return (self.decoder,)
 
     def predict(
         self,
