@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 from elip_models.models.base import load_weights
 from elip_models.models.downstream.blip_captioning import BLIPCaptioning
 from elip_models.models.downstream.blip_nlvr2 import BLIPNLVR2
+from elip_models.models.downstream.blip_retrieval import BLIPRetrieval
 from elip_models.models.downstream.blip_vqa import BLIPVQA
+from elip_models.models.downstream.momentum_retrieval import Drawn
 from elip_models.models.layers.generation import Decoding
 from tests.golden_weights import ruled
 from tests.towers import gradients, our_names
@@ -37,7 +39,7 @@ SIZES = {
     "embed_dim": 8,
     "queue_size": 6,
 }
-MODELS = {model.task: model for model in (BLIPVQA, BLIPNLVR2, BLIPCaptioning)}
+MODELS = {model.task: model for model in (BLIPVQA, BLIPNLVR2, BLIPRetrieval, BLIPCaptioning)}
 OWN = {"vqa": {"drop_path": 0.0}, "nlvr2": {"text_depth": 8, "drop_path": 0.0}}
 TASKS = pytest.mark.parametrize("task", MODELS)
 BOUND = 2e-6  # of the largest entry: the official runs are fp64, our losses are fp32 inside
@@ -50,6 +52,7 @@ def made(task, **options):
     for name, weight in model.named_parameters():
         if name != "temperature":
             weight.data = ruled(name, tuple(weight.shape))
+    model.reset_momentum_()
     return model
 
 
@@ -66,12 +69,14 @@ def our_name(name):
 def loaded(task, case, **options):
     """Our model with the weights of the official one."""
     model = made(task, **options)
-    names = [n.removeprefix("grad/") for n in case if n.startswith("grad/")]
-    shapes = {n: p.shape for n, p in model.named_parameters()}
-    weights = {n: ruled(n, tuple(case[f"grad/{n}"].shape)) for n in names}
-    weights = {our_name(n): w.view(shapes[our_name(n)]) for n, w in weights.items()}
-    load_weights(model, weights, allow_missing=["encoders_m.*", "queue.*", "temperature"])
-    assert weights.keys() <= shapes.keys()
+    state = model.state_dict()
+    shapes = {n.removeprefix("grad/"): tuple(g.shape) for n, g in case.items() if "grad/" in n}
+    shapes |= {n.replace(".", "_m.", 1): shape for n, shape in shapes.items() if "." in n}
+    weights = {our_name(n): ruled(n, shape) for n, shape in shapes.items() if n != "temp"}
+    weights = {n: w.view(state[n].shape) for n, w in weights.items() if n in state}
+    weights |= {n: t for n, t in case.items() if n.startswith("queue.")}
+    missing = ["temperature"] if task == "retrieval" else []
+    load_weights(model, weights, allow_missing=missing)
     return model
 
 
@@ -95,6 +100,9 @@ def batch_of(task, case=None):
     batch = {"images": case["images"], "input_ids": ids, "attention_mask": mask_of(ids)}
     if task == "vqa":
         return batch | answers_of(case)
+    if task == "retrieval":
+        drawn = Drawn(case["negative_images"], case["negative_texts"])
+        return batch | {"image_ids": case["image_ids"], "drawn": drawn}
     return batch | ({"labels": case["labels"]} if task == "nlvr2" else {})
 
 
@@ -117,6 +125,31 @@ def test_the_official_loss_and_gradients_are_reproduced(task):
     least = 1e-6 * max(grad.abs().max() for grad in expected.values())
     for name, grad in expected.items():
         assert_close(got[name], grad, name, least)
+
+
+def test_the_official_queue_and_momentum_encoders_are_reproduced():
+    case = recorded("retrieval")
+    model = loaded("retrieval", case)
+    out = model(**batch_of("retrieval", case))
+    assert_close(out.loss_itc, case["loss_itc"])
+    assert_close(out.loss_itm, case["loss_itm"])
+    state = model.state_dict()
+    after = {our_name(n.removeprefix("after/")): t for n, t in case.items() if "after/" in n}
+    assert len(after) == 6
+    for name, tensor in after.items():
+        assert_close(state[name], tensor.double(), name)
+
+
+def test_negatives_are_drawn_by_the_official_chances():
+    case = recorded("retrieval")
+    model = loaded("retrieval", case)
+    batch = batch_of("retrieval", case)
+    text = batch["input_ids"], batch["attention_mask"]
+    seen = model.contrast(batch["images"], *text, None, None, case["image_ids"])
+    own = case["image_ids"][:, None] == case["image_ids"]
+    image_to_text, text_to_image = (s.softmax(1).masked_fill(own, 0) for s in seen.similar)
+    assert_close(text_to_image, case["chances_images"])
+    assert_close(image_to_text, case["chances_texts"])
 
 
 def test_the_official_logits_of_nlvr2_are_reproduced():
