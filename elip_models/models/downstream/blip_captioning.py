@@ -84,8 +84,7 @@ class BLIPCaptioning(Captioner, BLIPTask):
     ) -> dict[str, int]:
         """Also the tokens of the original's prompt; with another one, set `prompt_tokens` too."""
         sizes = super().fit_tokenizer(tokenizer, context_length)
-        prompt = tokenizer(cls.config_class.prompt).input_ids[1:-1]
-        return sizes | {"prompt_tokens": len(prompt)}
+        return sizes | {"prompt_tokens": len(_tokens(tokenizer, cls.config_class.prompt))}
 
     def prompt_ids(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
         """The prompt's tokens, without the first and the last special one.
@@ -94,7 +93,7 @@ class BLIPCaptioning(Captioner, BLIPTask):
             ValueError: more or fewer than `prompt_tokens`.
         """
         config = self.config
-        ids = tokenizer(config.prompt).input_ids[1:-1]
+        ids = _tokens(tokenizer, config.prompt)
         if len(ids) != config.prompt_tokens:
             raise ValueError(
                 f"prompt_tokens: expected {len(ids)}, the tokens of prompt = {config.prompt!r}, "
@@ -128,3 +127,8 @@ class BLIPCaptioning(Captioner, BLIPTask):
         labels[:, : self.config.prompt_tokens] = IGNORED
         loss = language_loss(logits, labels, self.config.label_smoothing, self.config.gather)
         return BLIPCaptioningOutput(loss, loss, logits)
+
+
+def _tokens(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
+    """The ids of a prompt, whose last space is the next word's, without special tokens."""
+    return tokenizer(prompt.rstrip()).input_ids[1:-1]
