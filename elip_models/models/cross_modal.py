@@ -101,12 +101,17 @@ class CrossModalModel(PretrainedModel):
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
         """Also what a step draws, fixed as `fixed_draw` says."""
+        text = self.random_text(images)
+        ids, mask = text.values()
+        inputs = {"images": images, **text, "drawn": self.fixed_draw(images, ids)}
+        guides = {"guide_ids": ids.roll(1, 0), "guide_mask": mask}
+        return inputs | (guides if self.config.reads_guide_captions else {})
+
+    def random_text(self, images: Tensor) -> dict[str, Tensor]:
+        """input_ids and attention_mask, (B, L) each, of a text of full length for each image."""
         config = self.config
         ids = random_ids(images, config.context_length, config.vocab_size, config.sep_token_id)
-        mask, drawn = torch.ones_like(ids), self.fixed_draw(images, ids)
-        inputs = {"images": images, "input_ids": ids, "attention_mask": mask, "drawn": drawn}
-        guides = {"guide_ids": ids.roll(1, 0), "guide_mask": mask}
-        return inputs | (guides if config.reads_guide_captions else {})
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def fixed_draw(self, images: Tensor, input_ids: Tensor) -> tuple[Tensor, ...]:
         """What a step of pre-training draws at random, fixed instead: the same for the same inputs.

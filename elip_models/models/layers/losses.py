@@ -150,9 +150,9 @@ def distilled_cross_entropy(
         smoothing: of the labels.
 
     Returns:
-        (..) fp32, 0 where ignored.
+        (..) fp32, of fp64 logits fp64; 0 where ignored.
     """
-    logits = logits.float()
+    logits = at_least_fp32(logits)
     hard = F.cross_entropy(
         logits.flatten(0, -2),
         labels.flatten(),
@@ -162,7 +162,7 @@ def distilled_cross_entropy(
     ).view_as(labels)
     if teacher is None:
         return hard
-    soft = -(logits.log_softmax(-1) * teacher.float().softmax(-1)).sum(-1)
+    soft = -(logits.log_softmax(-1) * at_least_fp32(teacher).softmax(-1)).sum(-1)
     return (1 - alpha) * hard + alpha * soft * (labels != IGNORED)
 
 
@@ -207,6 +207,10 @@ def language_loss(
     """
     losses = distilled_cross_entropy(logits, labels, smoothing=smoothing)
     return losses.sum() / labelled_count(labels != IGNORED, gather)
+
+
+def at_least_fp32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
