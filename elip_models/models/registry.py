@@ -8,6 +8,21 @@ from elip_models.models.albef import ALBEF, ALBEFConfig
 from elip_models.models.base import PretrainedModel, read_config, with_overrides
 from elip_models.models.blip import BLIP, BLIPConfig
 from elip_models.models.clip import CLIP, CLIPConfig
+from elip_models.models.downstream.albef_entailment import ALBEFEntailment
+from elip_models.models.downstream.albef_nlvr2 import ALBEFNLVR2
+from elip_models.models.downstream.albef_retrieval import ALBEFRetrieval
+from elip_models.models.downstream.albef_vqa import ALBEFVQA
+from elip_models.models.downstream.blip_captioning import BLIPCaptioning
+from elip_models.models.downstream.blip_nlvr2 import BLIPNLVR2
+from elip_models.models.downstream.blip_retrieval import BLIPRetrieval
+from elip_models.models.downstream.blip_vqa import BLIPVQA
+from elip_models.models.downstream.clip import CLIPClassification
+from elip_models.models.downstream.meter import (
+    METERNLVR2,
+    METERVQA,
+    METEREntailment,
+    METERRetrieval,
+)
 from elip_models.models.hub import fetched
 from elip_models.models.meter import METER, METERConfig
 from elip_models.reduction.schedule import PRESETS, Schedule
@@ -17,7 +32,15 @@ from elip_models.validation import did_you_mean
 FAMILIES: dict[str, type[PretrainedModel]] = {
     model.family: model for model in (CLIP, ALBEF, BLIP, METER)
 }
-DOWNSTREAM: dict[str, type[PretrainedModel]] = {model.family: model for model in ()}
+DOWNSTREAM: dict[str, type[PretrainedModel]] = {
+    model.family: model
+    for model in (
+        *(ALBEFRetrieval, ALBEFVQA, ALBEFEntailment, ALBEFNLVR2),
+        *(BLIPRetrieval, BLIPVQA, BLIPNLVR2, BLIPCaptioning),
+        *(METERRetrieval, METERVQA, METEREntailment, METERNLVR2),
+        CLIPClassification,
+    )
+}
 MODELS = FAMILIES | DOWNSTREAM
 """All that are saved and loaded: those of pre-training, and those of downstream tasks."""
 TINY = {"image_size": 64, "patch_size": 8, "vision_heads": 2, "vision_width": 64, "text_width": 64}

@@ -1,0 +1,197 @@
+"""BLIP answers questions: an encoder reads question and image, a decoder writes the answer.
+
+    question   [ENC] q_1 .. q_n, each layer attending to the image tokens -> states
+    answer     [DEC] a_1 .. a_m [SEP], each layer attending to the states
+    loss       sum over answers of weight * sum over tokens of CE (label smoothing), over images
+    ranking    k candidates by their first token, then the one of the least loss, smoothing included
+
+Source: BLIP's models/blip_vqa.py, configs/vqa.yaml. Its generation attends to the padding of the
+questions too; this one does not.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elip_models.models.base import evaluating
+from elip_models.models.blip import BLIP
+from elip_models.models.blip_parts import BLIPEncoders, Writer
+from elip_models.models.downstream.blip import (
+    BLIPReadingTask,
+    BLIPTaskConfig,
+    decoder_weights,
+    under,
+)
+from elip_models.models.layers.bert import (
+    BertTower,
+    masked_language_head,
+    tied_decoder,
+    untied_decoder,
+)
+from elip_models.models.layers.generation import Decoding
+from elip_models.models.layers.losses import distilled_cross_entropy, next_tokens
+from elip_models.validation import PositiveInt, Rate, check
+
+ANSWERS = Decoding(max_length=10, min_length=1)
+"""How the original writes answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BLIPVQAConfig(BLIPTaskConfig):
+    """Hyper-parameters of BLIP for VQA: see `BLIPTaskConfig`."""
+
+    image_size: PositiveInt = 480
+    context_length: PositiveInt = 35
+    tie_decoder: bool = False
+    drop_path: Rate = 0.1
+
+
+@dataclass
+class BLIPVQAOutput:
+    """loss, loss_lm: the same scalar."""
+
+    loss: Tensor
+    loss_lm: Tensor
+
+
+class BLIPVQA(Writer, BLIPReadingTask):
+    """Image tower, question encoder, answer decoder."""
+
+    family = "blip_vqa"
+    task = "vqa"
+    config_class = BLIPVQAConfig
+    config: BLIPVQAConfig
+    pretraining = BLIP
+
+    def __init__(self, config: BLIPVQAConfig) -> None:
+        super().__init__(config, BLIPEncoders(config, projects=False))
+        text = self.encoders.text
+        self.decoder = tied_decoder(text) if config.tie_decoder else untied_decoder(text)
+        self.language_head = masked_language_head(self.decoder)
+
+    @classmethod
+    def begin(cls, weights: dict[str, Tensor], config: BLIPVQAConfig) -> dict[str, Tensor]:
+        """Weights of BLIP -> of this model, all of them: towers, decoder and head as they are."""
+        return under(("encoders.visual.", "encoders.text."), weights) | decoder_weights(weights)
+
+    @property
+    def text_towers(self) -> tuple[BertTower, ...]:
+        return self.encoders.text, self.decoder
+
+    def random_inputs(self, images: Tensor) -> dict[str, Any]:
+        """Also one answer a question, of half its length."""
+        inputs = super().random_inputs(images)
+        answers = inputs["input_ids"][:, None, : self.config.context_length // 2 + 1]
+        weights = torch.ones(answers.shape[:2], device=images.device)
+        answered = {"answer_ids": answers, "answer_mask": torch.ones_like(answers)}
+        return inputs | answered | {"answer_weights": weights}
+
+    def read_question(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """images (B, 3, H, W), input_ids, attention_mask (B, L) -> states (B, L, D) of the
+        questions."""
+        image = self.see(images, self.task_guides(input_ids, attention_mask))
+        return self.fuse(input_ids, attention_mask, *image)
+
+    def forward(
+        self,
+        images: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        answer_ids: Tensor,
+        answer_mask: Tensor,
+        answer_weights: Tensor,
+    ) -> BLIPVQAOutput:
+        """Compute the loss of the answers to a batch of questions.
+
+        Args:
+            images: (B, 3, H, W).
+            input_ids, attention_mask: (B, L) of the questions, 1 = real.
+            answer_ids, answer_mask: (B, A, La), up to A answers a question.
+            answer_weights: (B, A) fp32; 0 where there is no answer.
+        """
+        states = self.read_question(images, input_ids, attention_mask)
+        B, A, _ = answer_ids.shape
+        question = torch.arange(B, device=images.device).repeat_interleave(A)
+        losses = self._answer_losses(
+            states[question],
+            attention_mask[question],
+            answer_ids.flatten(0, 1),
+            answer_mask.flatten(0, 1),
+        )
+        loss = (answer_weights.flatten() * losses).sum() / B
+        return BLIPVQAOutput(loss, loss)
+
+    def _answer_losses(
+        self, states: Tensor, states_mask: Tensor, ids: Tensor, mask: Tensor
+    ) -> Tensor:
+        """Ask for answers ids, mask (R, La), seeing states (R, L, D) and their mask -> the sum of
+        each one's losses (R,)."""
+        mask = mask.clone()
+        mask[:, 0] = 1  # [DEC], which sees itself where there is no answer
+        logits = self.predict(ids, mask, states, states_mask)
+        labels, smoothing = next_tokens(ids, mask), self.config.label_smoothing
+        return distilled_cross_entropy(logits, labels, smoothing=smoothing).sum(1)
+
+    @torch.no_grad()
+    def rank_answers(
+        self,
+        images: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        answer_ids: Tensor,
+        answer_mask: Tensor,
+        k: int,
+    ) -> Tensor:
+        """Choose an answer to each question, without dropout, whatever the mode of the model.
+
+        Args:
+            images: (B, 3, H, W).
+            input_ids, attention_mask: (B, L) of the questions, 1 = real.
+            answer_ids, answer_mask: (C, La), the candidates, La at least 2.
+            k: candidates by the probability of their first token whose whole is compared; all where
+                there are fewer. B * k answers are read at once.
+
+        Returns:
+            (B,) int64, which candidate.
+        """
+        check("k", k, PositiveInt)
+        k = min(k, len(answer_ids))
+        with evaluating(self):
+            states = self.read_question(images, input_ids, attention_mask)
+            begin = answer_ids[:1, :1].expand(len(states), 1)
+            first = self.predict(begin, torch.ones_like(begin), states, attention_mask)[:, 0]
+            probabilities = first.float().softmax(1)[:, answer_ids[:, 1]]
+            likely = probabilities.topk(k, dim=1).indices
+            losses = self._answer_losses(
+                states.repeat_interleave(k, 0),
+                attention_mask.repeat_interleave(k, 0),
+                answer_ids[likely.flatten()],
+                answer_mask[likely.flatten()],
+            )
+        best = losses.view(-1, k).argmin(1, keepdim=True)
+        return likely.gather(1, best)[:, 0]
+
+    @torch.no_grad()
+    def generate_answers(
+        self,
+        images: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        decoding: Decoding = ANSWERS,
+    ) -> Tensor:
+        """Write an answer to each question, without dropout, whatever the mode of the model.
+
+        Args:
+            images: (B, 3, H, W).
+            input_ids, attention_mask: (B, L) of the questions, 1 = real.
+            decoding: beam search or nucleus sampling, and how long.
+
+        Returns:
+            (B, L) int64: [DEC], the answer and its end, then padding.
+        """
+        with evaluating(self):
+            states = self.read_question(images, input_ids, attention_mask)
+        return self.generate_from_tokens(states, attention_mask, decoding=decoding)
