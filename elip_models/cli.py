@@ -1,5 +1,6 @@
-"""The command line: `elip train RECIPE [key=value ...]`, `elip eval retrieval | zero-shot |
-selection`, `elip visualize`, `elip profile`, `elip study NAME`, `elip convert`, `elip data check`.
+"""The command line: `elip train RECIPE [key=value ...]`, `elip finetune TASK --from CHECKPOINT`,
+`elip eval retrieval | vqa | ..`, `elip visualize`, `elip profile`, `elip study NAME`, `elip
+convert`, `elip data check`.
 
 What the user can mend is one line on standard error and exit status 2, a bug is a traceback.
 """
@@ -13,7 +14,7 @@ try:
     from rich.console import Console
     from rich.markup import escape
 
-    from elip_models.commands import convert, data, evaluate, look, train
+    from elip_models.commands import convert, data, evaluate, finetune, look, train
     from elip_models.data import DataError
     from elip_models.training.run_folder import TrainingError
     from elip_models.validation import ConfigError, extra, names_extra
@@ -23,6 +24,7 @@ except ImportError as error:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(train.train)
+app.command()(finetune.finetune)
 app.add_typer(evaluate.app, name="eval")
 app.command()(look.visualize)
 app.command()(look.profile)

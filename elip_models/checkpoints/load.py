@@ -25,7 +25,8 @@ from elip_models.checkpoints.model_config import OPEN_CLIP_CONFIG, fields_of, he
 from elip_models.checkpoints.names import KINDS, Kind, recognise
 from elip_models.checkpoints.renaming import renamed
 from elip_models.models.base import PretrainedModel, first_names, load_weights, read_config
-from elip_models.models.registry import FAMILIES
+from elip_models.models.registry import MODELS
+from elip_models.models.saved_adapter import has_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,7 +87,7 @@ def convert_checkpoint(
     if kind is not None and kind not in (*KINDS, OURS):
         raise ValueError(f"kind: expected one of {', '.join((*KINDS, OURS))}, got {kind!r}")
     read = read_checkpoint(Path(source), kind)
-    family = FAMILIES[read.kind.family]
+    family = MODELS[read.kind.family]
     fields = read.fields | _ids(family, tokenizer, read.fields) | overrides
     model = family(family.config_class.from_dict(fields | heads_of(fields)))
     _load_(model, read, tuple(allow_missing), tuple(allow_unexpected))
@@ -176,7 +177,12 @@ def read_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
     family, config = None, {}
     if name in (None, OURS) and folder is not None and (folder / "config.json").is_file():
         family, config = read_config(folder, with_weights=False)
-    if family in FAMILIES:
+    if family in MODELS:
+        if has_adapter(folder):
+            raise ValueError(
+                f"source: expected plain weights, got adapters beside them in {folder}; load it by "
+                "load_model, merge_ it, and save it elsewhere"
+            )
         return Checkpoint(Kind(family, {}, has=()), weights, config)
     if name == OURS:
         raise ValueError(f"kind: expected a folder that save_pretrained wrote, got {path}")

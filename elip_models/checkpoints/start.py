@@ -6,6 +6,7 @@
     new           what stays as initialised
     left out      tensors of the checkpoint that are not used
 
+The model of a downstream task begins as its `begin` says, with the weights of a pre-trained one.
 This is where training starts, not where it goes on: momentum encoders begin as copies and a queue
 at random, whatever the checkpoint has. Sizes, schedule and tokens are the model's own; heads,
 activation and epsilons, which no tensor shows, have to be those that the checkpoint's config says.
@@ -14,12 +15,18 @@ activation and epsilons, which no tensor shows, have to be those that the checkp
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from elip_models.checkpoints.load import check_tied, fill_, fitted, read_checkpoint
+from elip_models.checkpoints.load import (
+    Checkpoint,
+    check_tied,
+    fill_,
+    fitted,
+    read_checkpoint,
+)
 from elip_models.checkpoints.names import INFERENCE
 from elip_models.models.base import PretrainedModel, first_names, load_weights
 
@@ -65,7 +72,8 @@ def start_from_(
     allow_missing: Iterable[str] = (),
     allow_unexpected: Iterable[str] = (),
 ) -> Start:
-    """Overwrite a fresh model by a checkpoint of its family, in place.
+    """Overwrite a fresh model by a checkpoint of its family, in place; that of a downstream task
+    also by one of the family that it was pre-trained as.
 
     Args:
         source: a file or a folder, as `convert_checkpoint` takes it.
@@ -81,6 +89,8 @@ def start_from_(
     """
     read, state = read_checkpoint(Path(source)), model.state_dict()
     missing, left_out = tuple(allow_missing), tuple(allow_unexpected)
+    if model.task is not None and read.kind.family == model.pretraining.family:
+        return _begin_(model, source, read, missing, left_out)
     _check_alike(model, read.kind.family, read.fields)
     _check_patterns("allow_missing", missing, state)
     _check_patterns("allow_unexpected", left_out, read.weights)
@@ -116,6 +126,43 @@ def start_from_(
     )
 
 
+def _begin_(
+    model: PretrainedModel,
+    source: str | os.PathLike,
+    read: Checkpoint,
+    missing: Sequence[str],
+    left_out: Sequence[str],
+) -> Start:
+    """`start_from_` of a downstream model, by way of the pre-trained one; the checkpoint's momentum
+    encoders and queue go on, where the original's do."""
+    config = model.pretraining.config_class
+    known = {field.name for field in fields(config)}
+    shared = {name: value for name, value in vars(model.config).items() if name in known}
+    trained = model.pretraining(config.from_dict(shared))
+    start = start_from_(trained, source, allow_missing=missing, allow_unexpected=left_out)
+    weights = trained.state_dict()
+    for name in weights:
+        own = read.weights.get(name)
+        if name.startswith(tuple(INFERENCE)) and own is not None:
+            weights[name] = own if own.shape == weights[name].shape else weights[name]
+    state, given = model.state_dict(), model.begin(weights, model.config)
+    begun = {name: weight for name, weight in given.items() if name in state}
+    load_weights(model, begun, allow_missing=[name for name in state if name not in begun])
+    first = first_names(model)
+    tied = {first[name] for name in begun}
+    return replace(
+        start,
+        loaded=tuple(begun),
+        copied={},
+        new=tuple(name for name in state if first[name] not in tied),
+        left_out=(*start.left_out, *(name for name in given if name not in state)),
+    )
+
+
+def _has(names: Iterable[str], part: str) -> bool:
+    return any(name.startswith(part) for name in names)
+
+
 def _absent(
     fills: dict[str, str | None], weights: Iterable[str], state: Iterable[str]
 ) -> dict[str, str | None]:
@@ -123,23 +170,22 @@ def _absent(
     return {
         part: other
         for part, other in fills.items()
-        if any(name.startswith(part) for name in state)
-        and not any(name.startswith(part) for name in weights)
+        if _has(state, part) and not _has(weights, part)
     }
 
 
-def _check_alike(model: PretrainedModel, family: str, fields: dict[str, Any]) -> None:
+def _check_alike(model: PretrainedModel, family: str, said: dict[str, Any]) -> None:
     """Raises ValueError where a checkpoint is of another family, or its config computes
     otherwise."""
     if family != model.family:
         raise ValueError(f"expected a checkpoint of {model.family!r}, got one of {family!r}")
     ours = vars(model.config)
-    differing = [n for n in ours if n.endswith(UNSHOWN) and fields.get(n, ours[n]) != ours[n]]
+    differing = [n for n in ours if n.endswith(UNSHOWN) and said.get(n, ours[n]) != ours[n]]
     if differing:
         name = differing[0]
         raise ValueError(
             f"{name}: expected {ours[name]!r}, as the model has it, in the config of the "
-            f"checkpoint, got {fields[name]!r}; set {name} of the model to it"
+            f"checkpoint, got {said[name]!r}; set {name} of the model to it"
         )
 
 

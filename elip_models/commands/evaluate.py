@@ -1,11 +1,12 @@
-"""`elip eval retrieval | zero-shot | selection`."""
+"""`elip eval retrieval | zero-shot | selection`, and `vqa | ..`, the downstream tasks."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from elip_models.tasks.tables import retrieval_table, selection_tables, zero_shot_table
+from elip_models.tasks.tables import retrieval_table, selection_tables, task_table, zero_shot_table
+from elip_models.training.recipe import parse_overrides
 from elip_models.validation import ConfigError, blame, extra
 
 with extra("elip_models.commands"):
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from elip_models.models.base import PretrainedModel
+    from elip_models.tasks.task import Loading, Task
 
 app = typer.Typer(no_args_is_help=True, help="Score a trained model.")
 
@@ -35,17 +37,24 @@ def eval_retrieval(
     batch_size: BatchSize = 64,
     num_workers: NumWorkers = 0,
     max_bad_share: MaxBadShare = 0.05,
+    rerank: Annotated[
+        int | None, typer.Option(min=1, help="Candidates that ITM ranks anew.")
+    ] = None,
     output: ScoresFile = None,
 ) -> None:
     """Recall@1/5/10 from image to text and from text to image."""
     from elip_models.data import open_source
+    from elip_models.tasks.matching import Retrieval
     from elip_models.tasks.retrieval import evaluate_retrieval
+    from elip_models.tasks.task import Loading
 
-    trained, tokenizer = _open_trained(model, output)
+    loading = Loading(batch_size, num_workers, max_bad_share)
+    if rerank is not None:
+        return _evaluate(Retrieval(candidates=rerank), model, data, loading, output)
+    trained, tokenizer = _open_trained(model, output, ranks=True)
     with blame("--data"):
         source = open_source(data, image_size=trained.config.image_size)
-    loading = {"batch_size": batch_size, "num_workers": num_workers, "max_bad_share": max_bad_share}
-    scores = evaluate_retrieval(trained, tokenizer, source, **loading)
+    scores = evaluate_retrieval(trained, tokenizer, source, **loading._asdict())
     Console().print(retrieval_table(scores))
     _write_scores(asdict(scores), output)
 
@@ -65,7 +74,7 @@ def eval_zero_shot(
     from elip_models.data import open_classes
     from elip_models.tasks.zero_shot import evaluate_zero_shot
 
-    trained, tokenizer = _open_trained(model, output)
+    trained, tokenizer = _open_trained(model, output, ranks=True)
     with blame("--data"):
         source = open_classes(data, image_size=trained.config.image_size)
     loading = {"batch_size": batch_size, "num_workers": num_workers, "max_bad_share": max_bad_share}
@@ -92,7 +101,7 @@ def eval_selection(
     from elip_models.data import open_source
     from elip_models.reduction.strategy_spec import get_strategy
 
-    trained, tokenizer = _open_trained(model, output, ranks=False)
+    trained, tokenizer = _open_trained(model, output)
     with blame("--data"):
         source = open_source(data, image_size=trained.config.image_size)
     with blame("--strategy"):
@@ -104,7 +113,7 @@ def eval_selection(
 
 
 def _open_trained(
-    model: Path, output: Path | None, *, ranks: bool = True
+    model: Path, output: Path | None, *, ranks: bool = False
 ) -> "tuple[PretrainedModel, PreTrainedTokenizerBase]":
     """A saved model that ranks, or any, where it runs fastest, and its tokenizer."""
     if output is not None and not output.parent.is_dir():
@@ -123,6 +132,59 @@ def _open_trained(
                 "none of images and texts alone"
             )
         return trained, load_tokenizer(str(model))
+
+
+def _evaluate(
+    task: "Task", model: Path, data: str, loading: "Loading", output: Path | None
+) -> None:
+    """Score a saved model on a downstream task."""
+    trained, tokenizer = _open_trained(model, output)
+    with blame("--model"):
+        _check_task(task, trained)
+    with blame("--data"):
+        source = task.open(data, image_size=trained.config.image_size)
+    scores = task.evaluate(trained, tokenizer, source, loading)
+    Console().print(task_table(scores))
+    _write_scores(scores.as_dict(), output)
+
+
+def _check_task(task: "Task", model: "PretrainedModel") -> None:
+    """Raises ValueError for a model that was trained for another task, or for none that it can
+    do."""
+    fits = hasattr(model, "matching_logits") if task.name == "retrieval" else False
+    if model.task != task.name and not fits:
+        found = f"one for {model.task}" if model.task else "a pre-trained one"
+        raise ValueError(
+            f"expected a model that `elip finetune {task.name}` left, got {type(model).__name__}, "
+            f"{found}"
+        )
+
+
+def _add_command(name: str) -> None:
+    """`elip eval NAME` of a downstream task."""
+
+    @app.command(name, help=f"Score a model that `elip finetune {name}` left.")
+    def command(
+        model: SavedModel,
+        data: Annotated[str, typer.Option(help="As data.eval of the task's recipes.")],
+        batch_size: BatchSize = 64,
+        num_workers: NumWorkers = 0,
+        max_bad_share: MaxBadShare = 0.05,
+        options: Annotated[
+            list[str] | None, typer.Option("--set", help="Of the task, such as candidates=64.")
+        ] = None,
+        output: ScoresFile = None,
+    ) -> None:
+        from elip_models.tasks.registry import get_task
+        from elip_models.tasks.task import Loading
+
+        with blame("--set"):
+            task = get_task(name, **parse_overrides(options or (), "candidates=64"))
+        _evaluate(task, model, data, Loading(batch_size, num_workers, max_bad_share), output)
+
+
+for _name in ("vqa", "entailment", "nlvr2", "captioning", "classification"):
+    _add_command(_name)
 
 
 def _write_scores(scores: dict[str, Any], output: Path | None) -> None:

@@ -30,7 +30,7 @@ GRID_PLACES: dict[str, tuple[int, int, str]] = {
 
 _ALL_PLACES = PLACES | GRID_PLACES
 
-_NUMBERS = {2: "two", 3: "three"}
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 _IRREGULAR_PLURALS = {
     "fish": "fish",
     "maple leaf": "maple leaves",
@@ -57,11 +57,14 @@ def plural(name: str) -> str:
     return f"{name}es" if name.endswith(("s", "x", "ch", "sh")) else f"{name}s"
 
 
+def in_words(count: int, name: str) -> str:
+    """ "one dog", "three dogs"."""
+    return f"{NUMBERS[count]} {name if count == 1 else plural(name)}"
+
+
 def counted(group: Group) -> str:
     """ "a dog", "three dogs"."""
-    if group.count == 1:
-        return with_article(group.name)
-    return f"{_NUMBERS[group.count]} {plural(group.name)}"
+    return with_article(group.name) if group.count == 1 else in_words(group.count, group.name)
 
 
 def relation(first: Group, second: Group) -> str:
@@ -77,8 +80,13 @@ def relation(first: Group, second: Group) -> str:
     return "above" if row < other_row else "below"
 
 
+def at_place(place: str) -> str:
+    """ "left" -> "on the left"."""
+    return _ALL_PLACES[place][2]
+
+
 def _phrase(group: Group) -> str:
-    return _ALL_PLACES[group.place][2]
+    return at_place(group.place)
 
 
 def _placed(group: Group) -> str:

@@ -18,8 +18,10 @@ from elip_models.data.sample import Sample
 from elip_models.data.textures import draw_texture
 from elip_models.data.world import (
     BACKGROUNDS,
+    COVER,
     EMOJI,
     MAX_CLUTTER,
+    Box,
     Scene,
     sample_scene,
     textured,
@@ -68,7 +70,16 @@ def render(scene: Scene, image_size: int) -> Image.Image:
         canvas = draw_texture(scene.texture, colour, image_size)
     for _, glyph, corner in _glyphs(scene, image_size):
         canvas.paste(glyph, corner, glyph)
+    if scene.cover is not None:
+        canvas.paste(COVER, _pixels(scene.cover, image_size))
     return canvas
+
+
+def _pixels(box: Box, image_size: int) -> tuple[int, int, int, int]:
+    """Left, upper, right and lower edge."""
+    left, top, width, height = box
+    edges = (left, top, left + width, top + height)
+    return tuple(round(edge * image_size) for edge in edges)
 
 
 def visible_masks(scene: Scene, image_size: int) -> np.ndarray:

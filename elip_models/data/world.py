@@ -44,6 +44,9 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 }
 """Name -> RGB; light enough for the glyphs' black outlines."""
 
+COVER = (40, 40, 44)
+"""RGB of the board that hides a place; darker than any background."""
+
 COUNTS = {1: 0.6, 2: 0.25, 3: 0.15}
 """Copies of one emoji in a group -> how often; few copies are large ones."""
 
@@ -142,11 +145,13 @@ class Copy(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """`count` copies of the emoji `name` at `place`. No two groups of a scene share either."""
+    """`count` copies of the emoji `name` at `place`. No two groups of a scene share either. `box`:
+    what the place is of the image, None where nobody asks."""
 
     name: str
     place: str
     copies: tuple[Copy, ...]
+    box: Box | None = None
 
     @property
     def count(self) -> int:
@@ -156,11 +161,13 @@ class Group:
 @dataclass(frozen=True)
 class Scene:
     """A `background` colour by name, and groups of emoji: two or three, and those of the clutter;
-    one in a picture of one. `texture`: of the background, None where it is all of its colour."""
+    one in a picture of one. `texture`: of the background, None where it is all of its colour.
+    `cover`: a dark board that hides what is there; no group is where it is."""
 
     background: str
     groups: tuple[Group, ...]
     texture: Texture | None = None
+    cover: Box | None = None
 
 
 def sample_scene(rng: np.random.Generator, clutter: int = 0) -> Scene:
@@ -176,7 +183,7 @@ def sample_scene(rng: np.random.Generator, clutter: int = 0) -> Scene:
     if clutter:
         counts = [1] * number  # two or more would be too small for a place of a grid
     groups = (
-        Group(name, place, _place_copies(layout[place], int(count), rng))
+        Group(name, place, _place_copies(layout[place], int(count), rng), layout[place])
         for name, place, count in zip(names, places, counts, strict=True)
     )
     return Scene(background, tuple(groups))
@@ -187,7 +194,8 @@ def single_scene(name: str, rng: np.random.Generator) -> Scene:
     background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
     layout = LAYOUTS[rng.integers(len(LAYOUTS))]
     place = list(layout)[rng.integers(len(layout))]
-    return Scene(background, (Group(name, place, _place_copies(layout[place], 1, rng)),))
+    copies = _place_copies(layout[place], 1, rng)
+    return Scene(background, (Group(name, place, copies, layout[place]),))
 
 
 def textured(scene: Scene, rng: np.random.Generator) -> Scene:
@@ -199,7 +207,7 @@ def textured(scene: Scene, rng: np.random.Generator) -> Scene:
         replace(group, copies=tuple(_varied(copy, *next(varied)) for copy in group.copies))
         for group in scene.groups
     )
-    return Scene(scene.background, tuple(groups), sample_texture(rng))
+    return replace(scene, groups=tuple(groups), texture=sample_texture(rng))
 
 
 def _varied(copy: Copy, shrink: float, turn: int) -> Copy:

@@ -1,8 +1,8 @@
 """What all models have in common: a config that is data, weights on disk, and what training asks.
 
-A saved folder holds config.json, which names the family, model.safetensors, a model card, and the
-tokenizer's files. A tensor that has several names, such as tied embeddings, is written once, under
-its first.
+A saved folder holds config.json, which names the family, model.safetensors, a model card, the
+tokenizer's files, and adapters of `adapt_` beside the weights without them. A tensor that has
+several names, such as tied embeddings, is written once, under its first.
 """
 
 import json
@@ -19,9 +19,16 @@ import torch.nn.functional as F
 from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor, nn
 
+from elip_models.models.adapt import Adapted, adapt_, plain_name
 from elip_models.models.config import Config
 from elip_models.models.hub import CARD, card_values, fetched, staged
 from elip_models.models.layers.guides import with_dropout, with_negatives
+from elip_models.models.saved_adapter import (
+    forget_adapter,
+    has_adapter,
+    load_adapter_,
+    save_adapter,
+)
 from elip_models.reduction.strategies import PatchDropout
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
@@ -46,7 +53,9 @@ class PretrainedModel(
     A subclass names its `family` and its `config_class`, and keeps its config in `config`, which
     has `image_size`, `context_length` and the fields of `InputConfig`. Its output has `loss`, and a
     `loss_..` for each part. `visual` is the image model, and `tower` reads it. `ranks`: features of
-    images and texts alone can be compared.
+    images and texts alone can be compared. `adapted` is what `adapt_` did to it. That of a
+    downstream task names its `task`, the class whose weights it begins with, `pretraining`, and
+    how, by `begin`.
     """
 
     reduces_itself = True
@@ -57,7 +66,23 @@ class PretrainedModel(
     tower: Tower
     reduction: Strategy
     dense: Strategy
+    adapted: Adapted | None = None
     ranks: ClassVar[bool] = True
+    task: ClassVar[str | None] = None
+    pretraining: ClassVar[type["PretrainedModel"]]
+
+    @classmethod
+    def begin(cls, weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+        """Name pre-trained weights as the parts of this model that begin with them.
+
+        Args:
+            weights: by the names of `pretraining`; left as they are.
+            config: of this model.
+
+        Returns:
+            by the names of this model; what it has beside them stays as initialised.
+        """
+        return weights
 
     @property
     def image_model(self) -> nn.Module:
@@ -204,6 +229,8 @@ class PretrainedModel(
         """
         with staged(Path(folder)) as stage:
             super().save_pretrained(stage, **({"repo_id": Path(folder).name} | options))
+        if self.adapted is None:
+            forget_adapter(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         return Path(folder)
@@ -213,10 +240,12 @@ class PretrainedModel(
 
         first, state = first_names(self), self.state_dict()
         weights = {
-            name: weight.detach().cpu().contiguous()
+            plain_name(name): weight.detach().cpu().contiguous()
             for name, weight in state.items()
-            if first[name] == name
+            if first[name] == name and plain_name(name)
         }
+        if self.adapted is not None:
+            save_adapter(self, save_directory)
         write_file(save_directory / "model.safetensors", save(weights, metadata={"format": "pt"}))
         config = {"model": self.family, **asdict(self.config)}
         write_file(save_directory / "config.json", (json.dumps(config, indent=2) + "\n").encode())
@@ -259,7 +288,7 @@ class PretrainedModel(
             raise ValueError(
                 f"folder: expected weights that fit {path}/config.json: {error}"
             ) from error
-        return model
+        return load_adapter_(model, path) if has_adapter(path) else model
 
 
 def with_overrides(model: PretrainedModel, overrides: dict[str, Any]) -> PretrainedModel:
@@ -271,6 +300,8 @@ def with_overrides(model: PretrainedModel, overrides: dict[str, Any]) -> Pretrai
     if not overrides:
         return model
     other = type(model)(type(model.config).from_dict(vars(model.config) | overrides))
+    if model.adapted is not None:
+        adapt_(other, model.adapted.config)
     load_weights(other, model.state_dict())
     return other
 

@@ -78,6 +78,24 @@ class CLIPConfig(ContrastiveConfig, TextReductionConfig):
     temperature: Annotated[float, Bounds(1e-4, 1e4)] | None = None
     gather: Literal["local", "global"] = "local"
 
+    def vit(self) -> VisionTransformer:
+        """The image tower, without a head."""
+        visual = VisionTransformer(
+            img_size=self.image_size,
+            patch_size=self.patch_size,
+            embed_dim=self.vision_width,
+            depth=self.vision_depth,
+            num_heads=self.vision_heads,
+            mlp_ratio=self.vision_mlp_ratio,
+            act_layer=self.activation,
+            drop_path_rate=self.drop_path,
+            pre_norm=True,
+            norm_layer=partial(nn.LayerNorm, eps=self.vision_norm_eps),
+            num_classes=0,
+        )
+        _init_visual(visual)
+        return visual
+
 
 @dataclass
 class CLIPOutput:
@@ -97,20 +115,7 @@ class CLIP(PretrainedModel):
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
         self.config = config
-        self.visual = VisionTransformer(
-            img_size=config.image_size,
-            patch_size=config.patch_size,
-            embed_dim=config.vision_width,
-            depth=config.vision_depth,
-            num_heads=config.vision_heads,
-            mlp_ratio=config.vision_mlp_ratio,
-            act_layer=config.activation,
-            drop_path_rate=config.drop_path,
-            pre_norm=True,
-            norm_layer=partial(nn.LayerNorm, eps=config.vision_norm_eps),
-            num_classes=0,
-        )
-        _init_visual(self.visual)
+        self.visual = config.vit()
         self.read_tower()
         self.text = CLIPTextTower(
             width=config.text_width,

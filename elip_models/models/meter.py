@@ -11,7 +11,7 @@ Source: METER (Dou et al., 2022); ELIP, section 3 and its official METER code.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ ROBERTA = {  # the fields of METERConfig that roberta-base has other values for
     "sep_token_id": 2,
     "mask_token_id": 50264,
 }
-TEXT, IMAGE = 0, 1  # rows of the token type embeddings
+TEXT, IMAGE = 0, 1  # rows of the token type embeddings; of further images behind them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,13 +125,24 @@ class Drawn(NamedTuple):
     false_images: Tensor
 
 
-class METER(CrossModalModel):
-    """Image and text towers, co-attention layers, poolers and both heads."""
+def draw_others(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw for ITM, of a batch (B, 3, H, W) -> labels (B,) int64, 1 for the half that stays as it
+    is, and for every image the number of another."""
+    B, device = len(images), images.device
+    pairs = max(1, B // 2)  # a single image has no other
+    labels = (torch.randperm(B, device=device) < pairs).long()
+    shift = torch.randint(1, max(2, B), (B,), device=device)
+    return labels, (torch.arange(B, device=device) + shift) % B
 
-    family = "meter"
-    config_class = METERConfig
+
+class METERBackbone(CrossModalModel):
+    """Image and text towers, co-attention layers and poolers: what METER is below its heads.
+
+    images_each: how many images a text is about, each of a token type of its own.
+    """
+
     config: METERConfig
-    continues: Tensor | None
+    images_each: ClassVar[int] = 1
     ranks = False
 
     def __init__(self, config: METERConfig) -> None:
@@ -144,22 +155,132 @@ class METER(CrossModalModel):
         self.text = BertTower(config.bert("text"), embeddings=EMBEDDINGS[config.text_encoder])
         self.text_reduction = config.text_token_reduction
         self._add_fusion(config)
-        self.register_buffer("continues", None, persistent=False)
 
     def _add_fusion(self, config: METERConfig) -> None:
         width, bert = config.cross_width, config.bert("cross")
         self.text_transform = nn.Linear(config.text_width, width)
         self.image_transform = nn.Linear(config.vision_width, width)
-        self.token_types = nn.Embedding(2, width)
+        self.token_types = nn.Embedding(IMAGE + self.images_each, width)
         every = range(config.cross_depth)
         self.text_layers = BertTower(bert, cross_attention=every, embeddings=None)
         self.image_layers = BertTower(bert, cross_attention=every, embeddings=None)
         self.text_pooler, self.image_pooler = BertPooler(bert), BertPooler(bert)
-        self.itm_head = nn.Linear(2 * width, 2)
-        self.language_head = masked_language_head(self.text_layers)
-        made = (self.text_transform, self.image_transform, self.token_types, self.itm_head)
-        for module in (*made, self.text_pooler, self.image_pooler, self.language_head):
+        made = (self.text_transform, self.image_transform, self.token_types)
+        for module in (*made, self.text_pooler, self.image_pooler):
             module.apply(self.text_layers.init)
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """input_ids, attention_mask (B, L) -> hidden states (B, L, D) of the text alone."""
+        every = range(self.config.text_depth)
+        return self.text.run(self.text.embed(input_ids), attention_mask, every)
+
+    def fuse(
+        self,
+        text: Tensor,
+        mask: Tensor,
+        image: Tensor,
+        image_mask: Tensor | None = None,
+        image_types: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """text (B, L, D), mask (B, L), image (B, N, D) and image_mask (B, N), None where all are
+        real; image_types (B,), rows of the token type embeddings, `IMAGE` by default -> (B, L, C),
+        (B, N, C) of co-attention."""
+        types = self.token_types.weight
+        image_type = types[IMAGE] if image_types is None else types[image_types][:, None]
+        text = self.text_transform(text) + types[TEXT]
+        image = self.image_transform(image) + image_type
+        own_mask = mask.new_ones(image.shape[:2]) if image_mask is None else image_mask
+        for i in range(self.config.cross_depth):
+            layer = range(i, i + 1)
+            text, image = (
+                self.text_layers.run(text, mask, layer, image, image_mask),
+                self.image_layers.run(image, own_mask, layer, text, mask),
+            )
+        return text, image
+
+    def pool(self, text: Tensor, image: Tensor) -> Tensor:
+        """Fused text (B, L, C) and image (B, N, C) -> (B, 2C), what the heads read."""
+        return torch.cat([self.text_pooler(text), self.image_pooler(image)], dim=-1)
+
+    def read_pairs(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> ReducedText:
+        """images, input_ids, mask (B, L) -> the texts alone, half way without the tokens that
+        `text_reduction` drops."""
+        image_cls = self.dense_cls(images) if self.config.image_guides_text else None
+        hidden, every = self.text.embed(input_ids), range(self.config.text_depth)
+        return self.text.run_reduced(hidden, mask, every, self.text_reduction, image_cls=image_cls)
+
+    def read_and_fuse(
+        self,
+        images: Tensor,
+        input_ids: Tensor,
+        mask: Tensor,
+        image_types: Tensor | None = None,
+    ) -> tuple[ReducedText, Tensor]:
+        """Pixels and ids of a batch, and image_types (B,) as of `fuse` -> text, fused (B, K, C),
+        and image (B, N, C)."""
+        text = self.read_pairs(images, input_ids, mask)
+        image, infos = self.encode_image(images, self.guides(text.tokens[:, 0]))
+        tokens, image = self.fuse(text.tokens, text.mask, image, mask_after(infos), image_types)
+        return text._replace(tokens=tokens), image
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute layers in backward instead of saving their activations."""
+        for part in (self.visual, self.text, self.text_layers, self.image_layers):
+            part.set_grad_checkpointing(enable)
+
+
+class METERMatcher(METERBackbone):
+    """The backbone, and the head that judges whether a text and an image are a pair."""
+
+    def __init__(self, config: METERConfig) -> None:
+        super().__init__(config)
+        self.itm_head = nn.Linear(2 * config.cross_width, 2)
+        self.itm_head.apply(self.text_layers.init)
+
+    def match(self, text: Tensor, image: Tensor) -> Tensor:
+        """Judge fused text (B, L, C) and image (B, N, C) -> logits (B, 2): no pair, or a pair."""
+        return self.itm_head(self.pool(text, image))
+
+    def rank(self, pooled: Tensor) -> Tensor:
+        """Pooled text and image (B, 2C) -> (B,), the logit of a pair."""
+        return self.itm_head(pooled)[:, 1]
+
+    def matching_tokens(
+        self, images: Tensor, text_cls: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """images (B, 3, H, W), which no text guides unless text_cls (B, D) is given -> tokens
+        (B, N, D) and their mask (B, N), True = real, or None where all are."""
+        tokens, infos = self.encode_image(images, text_cls)
+        return tokens, mask_after(infos)
+
+    def matching_logits(
+        self, tokens: Tensor, image_mask: Tensor | None, input_ids: Tensor, attention_mask: Tensor
+    ) -> Tensor:
+        """Judge how well each text fits the image of its row.
+
+        Args:
+            tokens, image_mask: (B, N, D) and (B, N), of `matching_tokens`.
+            input_ids, attention_mask: (B, L), 1 = real.
+
+        Returns:
+            (B,), the larger the better.
+        """
+        text = self.encode_text(input_ids, attention_mask)
+        return self.rank(self.pool(*self.fuse(text, attention_mask, tokens, image_mask)))
+
+
+class METER(METERMatcher):
+    """The matcher, and the head of MLM."""
+
+    family = "meter"
+    config_class = METERConfig
+    continues: Tensor | None
+
+    def __init__(self, config: METERConfig) -> None:
+        super().__init__(config)
+        self.language_head = masked_language_head(self.text_layers)
+        self.language_head.apply(self.text_layers.init)
+        self.register_buffer("continues", None, persistent=False)
 
     def read_vocabulary_(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Learn which tokens continue a word, '##..' as in BERT, where words are masked whole.
@@ -181,32 +302,6 @@ class METER(CrossModalModel):
             raise ValueError(f"tokenizer: expected ids below {size}, got {max(names)}")
         marked = torch.tensor([names.get(token, "").startswith(mark) for token in range(size)])
         self.continues = marked.to(self.token_types.weight.device)
-
-    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """input_ids, attention_mask (B, L) -> hidden states (B, L, D) of the text alone."""
-        every = range(self.config.text_depth)
-        return self.text.run(self.text.embed(input_ids), attention_mask, every)
-
-    def fuse(
-        self, text: Tensor, mask: Tensor, image: Tensor, image_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """text (B, L, D), mask (B, L), image (B, N, D) and image_mask (B, N), None where all are
-        real -> (B, L, C), (B, N, C) of co-attention."""
-        text = self.text_transform(text) + self.token_types.weight[TEXT]
-        image = self.image_transform(image) + self.token_types.weight[IMAGE]
-        own_mask = mask.new_ones(image.shape[:2]) if image_mask is None else image_mask
-        for i in range(self.config.cross_depth):
-            layer = range(i, i + 1)
-            text, image = (
-                self.text_layers.run(text, mask, layer, image, image_mask),
-                self.image_layers.run(image, own_mask, layer, text, mask),
-            )
-        return text, image
-
-    def match(self, text: Tensor, image: Tensor) -> Tensor:
-        """Judge fused text (B, L, C) and image (B, N, C) -> logits (B, 2): no pair, or a pair."""
-        pooled = torch.cat([self.text_pooler(text), self.image_pooler(image)], dim=-1)
-        return self.itm_head(pooled)
 
     def forward(
         self,
@@ -230,29 +325,15 @@ class METER(CrossModalModel):
         """
         if drawn is None:
             drawn = self._draw(images, input_ids)
-        text, _ = self._pass(images, drawn.masked_ids, attention_mask)
+        text, _ = self.read_and_fuse(images, drawn.masked_ids, attention_mask)
         mlm_logits, labels = self.language_head(text.tokens), text.labels(drawn.labels)
         loss_mlm = distilled_language_loss(mlm_logits, labels, gather=self.config.gather)
         is_pair = (drawn.itm_labels == 1)[:, None, None, None]
         itm_images = torch.where(is_pair, images, drawn.false_images)
-        text, image = self._pass(itm_images, input_ids, attention_mask)
+        text, image = self.read_and_fuse(itm_images, input_ids, attention_mask)
         itm_logits = self.match(text.tokens, image)
         loss_itm = F.cross_entropy(itm_logits.float(), drawn.itm_labels)
         return METEROutput(loss_mlm + loss_itm, loss_mlm, loss_itm, mlm_logits, itm_logits)
-
-    def read_pairs(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> ReducedText:
-        """images, input_ids, mask (B, L) -> the texts alone, half way without the tokens that
-        `text_reduction` drops."""
-        image_cls = self.dense_cls(images) if self.config.image_guides_text else None
-        hidden, every = self.text.embed(input_ids), range(self.config.text_depth)
-        return self.text.run_reduced(hidden, mask, every, self.text_reduction, image_cls=image_cls)
-
-    def _pass(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> tuple[ReducedText, Tensor]:
-        """Encode and fuse a batch, pixels and ids -> text, fused (B, K, C), and image (B, N, C)."""
-        text = self.read_pairs(images, input_ids, mask)
-        image, infos = self.encode_image(images, self.guides(text.tokens[:, 0]))
-        tokens, image = self.fuse(text.tokens, text.mask, image, mask_after(infos))
-        return text._replace(tokens=tokens), image
 
     def fixed_draw(self, images: Tensor, input_ids: Tensor) -> Drawn:
         masked = mask_every(input_ids, self.config.mask_token_id)
@@ -261,7 +342,7 @@ class METER(CrossModalModel):
 
     def _draw(self, images: Tensor, input_ids: Tensor) -> Drawn:
         """Draw masked tokens; half of the batch stay pairs, the rest get the image of another."""
-        config, B, device = self.config, len(images), images.device
+        config = self.config
         if config.mask_whole_words and self.continues is None:
             raise ValueError(
                 "mask_whole_words: expected read_vocabulary_(tokenizer) before tokens are masked, "
@@ -275,13 +356,5 @@ class METER(CrossModalModel):
             probability=config.mask_probability,
             continues=self.continues,
         )
-        pairs = max(1, B // 2)  # a single image has no other
-        itm_labels = (torch.randperm(B, device=device) < pairs).long()
-        shift = torch.randint(1, max(2, B), (B,), device=device)
-        others = (torch.arange(B, device=device) + shift) % B
+        itm_labels, others = draw_others(images)
         return Drawn(*masked, itm_labels, images[others])
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute layers in backward instead of saving their activations."""
-        for part in (self.visual, self.text, self.text_layers, self.image_layers):
-            part.set_grad_checkpointing(enable)

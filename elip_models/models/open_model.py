@@ -100,10 +100,10 @@ def _open_hf(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     from transformers import AutoConfig, AutoModel, BlipForImageTextRetrieval, PretrainedConfig
 
     from elip_models.models.hub import fetched
-    from elip_models.models.registry import FAMILIES
+    from elip_models.models.registry import MODELS
 
     described, _ = PretrainedConfig.get_config_dict(name)
-    if described.get("model") in FAMILIES:
+    if described.get("model") in MODELS:
         return _from_folder(fetched(name), pretrained, options)
     config = AutoConfig.from_pretrained(name, **options)
     architectures = config.architectures or [BlipForImageTextRetrieval.__name__]
@@ -125,14 +125,14 @@ def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> nn.
     """Open our model of a folder, its config changed by `options`; a config is enough for random
     weights."""
     from elip_models.models.base import read_config
-    from elip_models.models.registry import FAMILIES, load_model
+    from elip_models.models.registry import MODELS, load_model
 
     family, config = read_config(folder, with_weights=pretrained)
-    if family not in FAMILIES:
+    if family not in MODELS:
         raise ValueError(f"spec: expected a folder of our models, or 'hf:{folder}', got {folder}")
     if pretrained:
         return load_model(folder, **options)
-    kind = FAMILIES[family]
+    kind = MODELS[family]
     return kind(kind.config_class.from_dict(config | options))
 
 

@@ -8,6 +8,21 @@ from elip_models.models.albef import ALBEF, ALBEFConfig
 from elip_models.models.base import PretrainedModel, read_config, with_overrides
 from elip_models.models.blip import BLIP, BLIPConfig
 from elip_models.models.clip import CLIP, CLIPConfig
+from elip_models.models.downstream.albef_entailment import ALBEFEntailment
+from elip_models.models.downstream.albef_nlvr2 import ALBEFNLVR2
+from elip_models.models.downstream.albef_retrieval import ALBEFRetrieval
+from elip_models.models.downstream.albef_vqa import ALBEFVQA
+from elip_models.models.downstream.blip_captioning import BLIPCaptioning
+from elip_models.models.downstream.blip_nlvr2 import BLIPNLVR2
+from elip_models.models.downstream.blip_retrieval import BLIPRetrieval
+from elip_models.models.downstream.blip_vqa import BLIPVQA
+from elip_models.models.downstream.clip import CLIPClassification
+from elip_models.models.downstream.meter import (
+    METERNLVR2,
+    METERVQA,
+    METEREntailment,
+    METERRetrieval,
+)
 from elip_models.models.hub import fetched
 from elip_models.models.meter import METER, METERConfig
 from elip_models.reduction.schedule import PRESETS, Schedule
@@ -17,6 +32,17 @@ from elip_models.validation import did_you_mean
 FAMILIES: dict[str, type[PretrainedModel]] = {
     model.family: model for model in (CLIP, ALBEF, BLIP, METER)
 }
+DOWNSTREAM: dict[str, type[PretrainedModel]] = {
+    model.family: model
+    for model in (
+        *(ALBEFRetrieval, ALBEFVQA, ALBEFEntailment, ALBEFNLVR2),
+        *(BLIPRetrieval, BLIPVQA, BLIPNLVR2, BLIPCaptioning),
+        *(METERRetrieval, METERVQA, METEREntailment, METERNLVR2),
+        CLIPClassification,
+    )
+}
+MODELS = FAMILIES | DOWNSTREAM
+"""All that are saved and loaded: those of pre-training, and those of downstream tasks."""
 TINY = {"image_size": 64, "patch_size": 8, "vision_heads": 2, "vision_width": 64, "text_width": 64}
 TINY_BERT = TINY | {
     "text_depth": 4,
@@ -85,7 +111,11 @@ def list_models() -> list[str]:
 
 
 def create_model(
-    name: str, pretrained: bool | str | os.PathLike = False, **overrides: Any
+    name: str,
+    pretrained: bool | str | os.PathLike = False,
+    *,
+    task: str | None = None,
+    **overrides: Any,
 ) -> PretrainedModel:
     """Create a model of the paper by name.
 
@@ -96,6 +126,7 @@ def create_model(
             `save_pretrained` filled, or a repository of the hub, 'owner/name'; then its own sizes
             hold, whatever the name says, and its own schedule, unless it has none (the paper's) or
             the name is without 'elip_' (dense).
+        task: for the model of a downstream task, of the same sizes: 'vqa', 'nlvr2', ..
         overrides: fields of the model's config, such as `CLIPConfig`.
 
     Raises:
@@ -105,7 +136,7 @@ def create_model(
     """
     if isinstance(name, str) and name.startswith(HUB):
         return load_model(name.removeprefix(HUB), **overrides)
-    family = family_of(name)
+    family = family_of(name, task)
     if not isinstance(pretrained, (bool, str, os.PathLike)):
         raise TypeError(
             "pretrained: expected False, or a folder written by save_pretrained, "
@@ -118,7 +149,7 @@ def create_model(
         )
     config = CONFIGS[name.removeprefix(PREFIX)]
     if name.startswith(PREFIX):
-        config = replace(config, schedule=PRESETS[family.family])
+        config = replace(config, schedule=PRESETS[family_of(name).family])
     if not pretrained:
         return family(family.config_class.from_dict(vars(config) | overrides))
     trained = family.from_pretrained(pretrained)
@@ -126,13 +157,25 @@ def create_model(
     return with_overrides(trained, {"schedule": own or config.schedule} | overrides)
 
 
-def family_of(name: str) -> type[PretrainedModel]:
-    """Find the class of the model that `create_model(name)` gives."""
+def family_of(name: str, task: str | None = None) -> type[PretrainedModel]:
+    """Find the class of the model that `create_model(name, task=task)` gives."""
     if name not in list_models():
         close = did_you_mean(name, list_models())
         raise ValueError(f"name: expected one of {list_models()}, got {name!r}{close}")
     config = type(CONFIGS[name.removeprefix(PREFIX)])
-    return next(model for model in FAMILIES.values() if model.config_class is config)
+    family = next(model for model in FAMILIES.values() if model.config_class is config)
+    return family if task is None else downstream_of(family, task)
+
+
+def downstream_of(family: type[PretrainedModel], task: str) -> type[PretrainedModel]:
+    """Find the class of a pre-trained family's model for a downstream task."""
+    tasks = {each.task: each for each in DOWNSTREAM.values() if each.pretraining is family}
+    if task not in tasks:
+        raise ValueError(
+            f"task: expected one of those of {family.__name__}, {', '.join(sorted(tasks))}, got "
+            f"{task!r}{did_you_mean(task, tasks)}"
+        )
+    return tasks[task]
 
 
 def load_model(
@@ -152,12 +195,12 @@ def load_model(
     """
     folder = fetched(folder, token=token)
     family, _ = read_config(folder)
-    if family not in FAMILIES:
+    if family not in MODELS:
         raise ValueError(
-            f"folder: expected a model of {sorted(FAMILIES)}, as save_pretrained writes them, got "
+            f"folder: expected a model of {sorted(MODELS)}, as save_pretrained writes them, got "
             f"another in {folder}"
         )
-    return with_overrides(FAMILIES[family].from_pretrained(folder), overrides)
+    return with_overrides(MODELS[family].from_pretrained(folder), overrides)
 
 
 def elip_strategy(model: PretrainedModel) -> Elip:

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from elip_models.models.base import PretrainedModel, write_file
 from elip_models.models.hub import CARD, card_values, fetched, staged
-from elip_models.models.registry import FAMILIES, load_model
+from elip_models.models.registry import MODELS, load_model
 from elip_models.reduction.patch import note, reduce_, reductions_of
 from elip_models.reduction.settings import settings_of, strategy_of
 from elip_models.reduction.stand_ins import Reduction
@@ -200,7 +200,7 @@ def _opened(folder: Path) -> nn.Module:
 
         return open_clip.create_model(f"local-dir:{folder}").eval()
     config = _read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    if config.get("model") in FAMILIES:
+    if config.get("model") in MODELS:
         return load_model(folder).eval()
     if "architecture" in config:
         import timm

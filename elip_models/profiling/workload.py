@@ -70,13 +70,15 @@ class Workload:
 
     def reduced_by(self, strategy: Strategy | None) -> Callable[..., object]:
         """Prepare what is called with the inputs; it shares all weights with the model."""
+        if self.reducible.reduces_itself:
+            model = shared_copy(self.model)
+            model.reduction = (strategy or model.dense).fitted(model.tower)
+            return model
         if not self.reducible.has_text:
             strategy = (strategy or Dense()).fitted(self.tower)
             return partial(encode_image, self.model, strategy=strategy)
         model = shared_copy(self.model)
-        if self.reducible.reduces_itself:
-            model.reduction = (strategy or model.dense).fitted(model.tower)
-        elif strategy is not None:
+        if strategy is not None:
             reduce_(model, strategy=strategy)
         return model
 

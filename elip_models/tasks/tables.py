@@ -12,6 +12,7 @@ with extra("elip_models.tasks.tables"):
 if TYPE_CHECKING:
     from elip_models.data import SkipReport
     from elip_models.tasks.retrieval import RetrievalScores
+    from elip_models.tasks.task import TaskScores
     from elip_models.tasks.zero_shot import ZeroShotScores
 
 
@@ -54,6 +55,19 @@ def zero_shot_table(scores: "ZeroShotScores") -> Table:
     for key in scores.accuracies:
         table.add_column(f"top-{key.rpartition('top')[2]} %", justify="right")
     table.add_row("accuracy", *_percents(scores.accuracies, scores.chance, scores.accuracies))
+    return table
+
+
+def task_table(scores: "TaskScores") -> Table:
+    """Scores in percent with the ends of their 95% intervals, and baselines."""
+    table = Table(title=f"{scores.task}: {scores.num_examples} examples")
+    for column in ("", "%", "95% interval"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, found in scores.scores.items():
+        ends = f"{100 * found.low:.1f} to {100 * found.high:.1f}"
+        table.add_row(name, f"{100 * found.mean:.1f}", ends)
+    for name, value in scores.baselines.items():
+        table.add_row(name, f"{100 * value:.1f}", "", style="dim")
     return table
 
 

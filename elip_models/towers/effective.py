@@ -21,7 +21,7 @@ from elip_kernels._autocast import no_autocast
 from elip_models.towers.fsdp import is_sharded
 
 LIBRARIES = ("torch.nn.", "timm.", "open_clip.", "transformers.")
-PEFT = ("peft.tuners.lora.", "peft.utils.other")
+PEFT = ("peft.tuners.lora.", "peft.utils.other", "elip_models.models.adapt")
 
 
 class Affine(NamedTuple):

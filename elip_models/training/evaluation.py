@@ -6,19 +6,22 @@ from elip_models.data import ClassSource, Source, open_classes, open_source
 from elip_models.models.base import PretrainedModel
 from elip_models.models.registry import family_of
 from elip_models.tasks.retrieval import RetrievalScores, evaluate_retrieval
+from elip_models.tasks.task import Loading, TaskScores
 from elip_models.tasks.zero_shot import ZeroShotScores, evaluate_zero_shot
 from elip_models.training.recipe import RunConfig
+from elip_models.training.training_data import open_samples, task_of
 from elip_models.validation import ConfigError, blame
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Scores = RetrievalScores | ZeroShotScores
-TASKS = {"retrieval": evaluate_retrieval, "zero_shot": evaluate_zero_shot}
+Scores = RetrievalScores | ZeroShotScores | TaskScores
+OF_PRETRAINING = {"retrieval": evaluate_retrieval, "zero_shot": evaluate_zero_shot}
 
 
 class Evaluation:
-    """The tasks that a recipe names, their data, and the last scores of each.
+    """The tasks that a recipe names, or the one that it fine-tunes for, their data, and the last
+    scores of each.
 
     Raises:
         ConfigError: data that cannot be opened, or a model that has nothing to rank.
@@ -28,11 +31,21 @@ class Evaluation:
         self.config = config
         self.scores: dict[str, Scores] = {}
         self.sources: dict[str, Source | ClassSource] = {}
-        self.at_end = [task for task in TASKS if task in config.report]
+        self.task = task_of(config)
+        if self.task is None:
+            self._open_of_pretraining(image_size)
+        elif config.data.eval is not None:
+            with blame("data.eval"):
+                self.sources[self.task.name] = open_samples(config, config.data.eval, image_size)
+        self.at_end = [name for name in self.sources if self.task or name in config.report]
+
+    def _open_of_pretraining(self, image_size: int) -> None:
+        config = self.config
         family = family_of(config.model.name)
-        if not family.ranks and (config.eval_every or self.at_end):
+        asked = [name for name in OF_PRETRAINING if name in config.report]
+        if not family.ranks and (config.eval_every or asked):
             raise ConfigError(
-                f"report: expected no {' or '.join(self.at_end) or 'retrieval'}, and eval_every=0, "
+                f"report: expected no {' or '.join(asked) or 'retrieval'}, and eval_every=0, "
                 f"for {family.__name__}, which has no features of images and texts alone to rank"
             )
         if config.data.eval is not None:
@@ -55,12 +68,11 @@ class Evaluation:
         self, task: str, model: PretrainedModel, tokenizer: "PreTrainedTokenizerBase"
     ) -> Scores:
         """Evaluates one task; its scores are kept."""
-        self.scores[task] = TASKS[task](
-            model,
-            tokenizer,
-            self.sources[task],
-            batch_size=self.config.optim.batch_size,
-            num_workers=self.config.data.num_workers,
-            max_bad_share=self.config.data.max_bad_share,
-        )
+        data, source = self.config.data, self.sources[task]
+        loading = Loading(self.config.optim.batch_size, data.num_workers, data.max_bad_share)
+        if self.task is not None:
+            self.scores[task] = self.task.evaluate(model, tokenizer, source, loading)
+        else:
+            evaluate = OF_PRETRAINING[task]
+            self.scores[task] = evaluate(model, tokenizer, source, **loading._asdict())
         return self.scores[task]

@@ -32,7 +32,8 @@ def make_model(
     """Creates the model, and gives it the weights that the recipe begins with.
 
     Args:
-        text_sizes: Fields of the model's config that follow from the tokenizer.
+        text_sizes: Fields of the model's config that follow from the tokenizer, and from the data
+            of its task.
         num_processes: Ranks, whose batches make one step.
         resumed: A checkpoint of the run follows, so that nothing else is loaded.
         console: Told what `model.pretrained` gave.
@@ -43,7 +44,8 @@ def make_model(
     optim = config.optim
     with blame("model"):
         overrides = text_sizes | input_fields(config.data) | config.model.overrides
-        model = create_model(config.model.name, **overrides | {"gather": optim.gather})
+        overrides |= {"gather": optim.gather}
+        model = create_model(config.model.name, task=config.task, **overrides)
         model.check_batch_size(optim.batch_size * num_processes)
         model.read_vocabulary_(tokenizer)
     if not resumed:

@@ -74,10 +74,10 @@ def parameter_groups(
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
     fitted = set()
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
         pattern = next((p for p in scales if fnmatchcase(name, p)), None)
         fitted.add(pattern)
+        if not parameter.requires_grad:
+            continue
         exempt = _any_fits(name, no_decay) if no_decay is not None else _is_vector(parameter)
         key = scales.get(pattern, 1.0), not exempt
         groups.setdefault(key, []).append(parameter)

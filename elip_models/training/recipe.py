@@ -179,6 +179,9 @@ class RunConfig:
         keep_checkpoints: Checkpoints kept, the newest.
         trackers: Names of `accelerate` trackers, such as "tensorboard" or "wandb".
         report: What follows training.
+        task: Pre-training where it is null; or the downstream task that the model is fine-tuned
+            for, as `elip_models.tasks.TASKS` names it, whose data `data.train` and `data.eval` are.
+        task_options: Settings of the task, fields of its class.
     """
 
     name: str
@@ -193,8 +196,11 @@ class RunConfig:
     keep_checkpoints: PositiveInt = 2
     trackers: tuple[str, ...] = ("tensorboard",)
     report: tuple[Literal["retrieval", "zero_shot", "timing", "picture"], ...] = ()
+    task: str | None = None
+    task_options: dict[str, Any] = field(default_factory=dict)
 
 
+FINETUNE = "finetune"
 RESUMABLE_KEYS = (
     "name",
     "output_dir",
@@ -229,8 +235,13 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunC
     return recipe_with(name_or_path, parse_overrides(overrides, "optim.lr=3e-4"))
 
 
-def recipe_with(name_or_path: str | Path, overrides: Mapping[str, Any]) -> RunConfig:
-    """`load_recipe` with overrides as a mapping of dotted keys to values, the later one counting.
+def recipe_with(
+    name_or_path: str | Path,
+    overrides: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """`load_recipe` with overrides as a mapping of dotted keys to values, the later one counting;
+    `defaults` are of `model.overrides`, where the recipe does not say otherwise.
 
     Raises:
         ConfigError: as of `load_recipe`.
@@ -242,6 +253,9 @@ def recipe_with(name_or_path: str | Path, overrides: Mapping[str, Any]) -> RunCo
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, got {type(values).__name__}")
+    if defaults:
+        model = values.setdefault("model", {})
+        model["overrides"] = {**defaults, **(model.get("overrides") or {})}
     for key, value in overrides.items():
         _set_dotted(values, key, copy.deepcopy(value))  # a later key may change a part of it
     config = from_mapping(RunConfig, values)
@@ -276,10 +290,11 @@ def save_recipe(config: RunConfig, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def recipe_names() -> list[str]:
-    """Names of the built-in recipes, sorted."""
-    folder = resources.files("elip_models") / "recipes"
-    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+def recipe_names(part: str = "") -> list[str]:
+    """Names of the built-in recipes, sorted: of pre-training, or of the part 'finetune'."""
+    folder = resources.files("elip_models") / "recipes" / part
+    names = (entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(f"{part}/{name}" if part else name for name in names)
 
 
 def resume_conflicts(
@@ -297,7 +312,7 @@ def _find_recipe(name_or_path: str) -> Path:
         if not path.is_file():
             raise ConfigError(f"recipe {name_or_path}: no such file")
         return path
-    names = recipe_names()
+    names = recipe_names() + recipe_names(FINETUNE)
     if name_or_path not in names:
         raise ConfigError(
             f"recipe {name_or_path!r}: expected a path ending in .yaml or one of {', '.join(names)}"

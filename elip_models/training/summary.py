@@ -1,8 +1,10 @@
 """What `elip train` prints and writes after a run."""
 
-from elip_models.tasks.tables import retrieval_table, zero_shot_table
+from pathlib import Path
+
+from elip_models.tasks.tables import retrieval_table, task_table, zero_shot_table
 from elip_models.training.recipe import RunConfig
-from elip_models.training.trainer import TrainResult
+from elip_models.training.result import TrainResult
 from elip_models.validation import extra
 
 with extra("elip_models.training"):
@@ -15,7 +17,9 @@ with extra("elip_models.training"):
 def print_summary(config: RunConfig, result: TrainResult, console: Console) -> None:
     """Does what `config.report` asks for, then shows steps, loss, scores and files."""
     files = [result.output_dir / name for name in ("model", "metrics.jsonl")]
-    if {"timing", "picture"} & set(config.report):
+    if config.task is not None:
+        files += _of_task(config, result)
+    elif {"timing", "picture"} & set(config.report):
         from elip_models.training.report import Reporter
 
         reporter = Reporter(result.model, result.tokenizer, result.eval_source, result.output_dir)
@@ -31,5 +35,22 @@ def print_summary(config: RunConfig, result: TrainResult, console: Console) -> N
         summary.add_row("retrieval", retrieval_table(result.scores))
     if result.zero_shot is not None:
         summary.add_row("zero-shot", zero_shot_table(result.zero_shot))
+    if result.task_scores is not None:
+        summary.add_row(config.task, task_table(result.task_scores))
     summary.add_row("files", escape("\n".join(map(str, files))))
     console.print(Panel(summary, title=escape(config.name), expand=False))
+
+
+def _of_task(config: RunConfig, result: TrainResult) -> list[Path]:
+    """Files that say what a fine-tuned model did on `data.eval`."""
+    scores = result.task_scores
+    if scores is None:
+        return []
+    files = [scores.write(result.output_dir / "scores.json")]
+    if "picture" in config.report and scores.predictions:
+        from elip_models.analysis.predictions import draw_predictions
+
+        path = result.output_dir / "predictions.png"
+        shown = result.model, result.tokenizer, result.eval_source, scores
+        files.append(draw_predictions(*shown, path))
+    return files

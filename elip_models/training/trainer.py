@@ -8,13 +8,12 @@ resumed computes what one that was never killed does.
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from elip_models.data import (
@@ -22,15 +21,12 @@ from elip_models.data import (
     MixedSource,
     Source,
     load_tokenizer,
-    open_source,
     train_loader,
     train_tokenizer,
 )
 from elip_models.models.base import PretrainedModel
 from elip_models.models.config import InputConfig
 from elip_models.models.registry import family_of
-from elip_models.tasks.retrieval import RetrievalScores
-from elip_models.tasks.zero_shot import ZeroShotScores
 from elip_models.training.accelerator import make_accelerator
 from elip_models.training.evaluation import Evaluation, Scores
 from elip_models.training.loss_log import LossLog, losses_of
@@ -38,14 +34,17 @@ from elip_models.training.model import make_model
 from elip_models.training.optim import learning_rate
 from elip_models.training.optimizers import make_optimizer
 from elip_models.training.recipe import RunConfig
+from elip_models.training.result import TrainResult
 from elip_models.training.run_folder import RunFolder
 from elip_models.training.training_data import (
     check_guide_captions,
     model_config,
+    open_samples,
+    task_of,
     tokenizer_captions,
     training_samples,
 )
-from elip_models.validation import blame, extra
+from elip_models.validation import ConfigError, blame, extra
 
 with extra("elip_models.training"):
     from accelerate.utils import set_seed
@@ -60,35 +59,6 @@ with extra("elip_models.training"):
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a finished run leaves in memory.
-
-    Args:
-        model: Trained, in eval mode, without the wrappers of training.
-        tokenizer: Of the model.
-        eval_source: `data.eval`, opened; None where the recipe names none.
-        output_dir: Folder of the run.
-        step: Optimiser steps done.
-        loss: Of the last step.
-        scores: Of the last retrieval; None where there was none.
-        zero_shot: Of the last zero-shot classification; None where there was none.
-        skipped: In words, the samples that could not be read.
-        is_main_process: False on the other ranks of `torchrun`.
-    """
-
-    model: nn.Module
-    tokenizer: "PreTrainedTokenizerBase"
-    eval_source: Source | None
-    output_dir: Path
-    step: int
-    loss: float
-    scores: RetrievalScores | None
-    zero_shot: ZeroShotScores | None
-    skipped: str
-    is_main_process: bool
 
 
 def train(
@@ -158,15 +128,17 @@ class Trainer:
         """Sources, tokenizer and loader, and how many steps they make."""
         data, optim, accelerator = self.config.data, self.config.optim, self.accelerator
         model = model_config(self.config)
-        family = family_of(self.config.model.name)
+        family, task = family_of(self.config.model.name, self.config.task), task_of(self.config)
         with blame("data.train"):
-            source = open_source(data.train, image_size=model.image_size)
+            source = open_samples(self.config, data.train, model.image_size)
         with blame("model.overrides.guide"):
             check_guide_captions(model, source)
         self.evaluation = Evaluation(self.config, model.image_size)
         self.tokenizer = self._make_tokenizer(source, model)
         with blame("data.tokenizer"):
             self.text_sizes = family.fit_tokenizer(self.tokenizer, data.context_length)
+        if task is not None:
+            self.text_sizes |= task.fields(source, model)
         with blame("data"):
             dataset = training_samples(self.config, model, source, self.tokenizer)
         with blame("optim.batch_size"):
@@ -203,6 +175,11 @@ class Trainer:
         if data.tokenizer != "train":
             with blame("data.tokenizer"):
                 return load_tokenizer(data.tokenizer)
+        if self.config.task is not None:
+            raise ConfigError(
+                "data.tokenizer: expected the folder of the pre-trained model's, got 'train', "
+                "which makes another"
+            )
         with self.accelerator.main_process_first(), blame("data.vocab_size"):
             if not self.folder.tokenizer.exists():
                 captions = tokenizer_captions(source, model)
@@ -362,12 +339,13 @@ class Trainer:
         return TrainResult(
             model=model,
             tokenizer=self.tokenizer,
-            eval_source=self.evaluation.sources.get("retrieval"),
+            eval_source=self.evaluation.sources.get(self.config.task or "retrieval"),
             output_dir=self.folder.path,
             step=self.step,
             loss=self.loss,
             scores=self.evaluation.scores.get("retrieval"),
             zero_shot=self.evaluation.scores.get("zero_shot"),
+            task_scores=self.evaluation.scores.get(self.config.task) if self.config.task else None,
             skipped=self.skips.summary(),
             is_main_process=self.accelerator.is_main_process,
         )

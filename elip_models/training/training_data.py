@@ -3,16 +3,26 @@
 import json
 import math
 import warnings
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from elip_models.data import ImageTextDataset, Source, apply_caption_rule, image_transform
+from elip_models.data import (
+    ExampleSource,
+    ImageTextDataset,
+    Source,
+    TrainingSamples,
+    apply_caption_rule,
+    image_transform,
+    open_source,
+)
 from elip_models.models.base import PretrainedModel
 from elip_models.models.config import InputConfig
 from elip_models.models.registry import create_model
+from elip_models.tasks.registry import get_task
+from elip_models.tasks.task import Reading, Task
 from elip_models.training.recipe import DataConfig, RunConfig
 from elip_models.validation import blame
 
@@ -33,13 +43,13 @@ def meta_model(config: RunConfig) -> PretrainedModel:
     """A recipe's model without its weights, to be read alone: recipes that agree share one."""
     with blame("model"):
         fields = input_fields(config.data) | config.model.overrides
-        return _meta_model(config.model.name, json.dumps(fields))
+        return _meta_model(config.model.name, config.task, json.dumps(fields))
 
 
 @lru_cache(256)
-def _meta_model(name: str, fields: str) -> PretrainedModel:
+def _meta_model(name: str, task: str | None, fields: str) -> PretrainedModel:
     with torch.device("meta"):
-        return create_model(name, **json.loads(fields))
+        return create_model(name, task=task, **json.loads(fields))
 
 
 def model_config(config: RunConfig) -> InputConfig:
@@ -47,11 +57,33 @@ def model_config(config: RunConfig) -> InputConfig:
     return meta_model(config).config
 
 
+def task_of(config: RunConfig) -> Task | None:
+    """The downstream task of a recipe; None in pre-training."""
+    if config.task is None:
+        return None
+    with blame("task"):
+        return get_task(config.task, **config.task_options)
+
+
+def open_samples(
+    config: RunConfig, spec: str | Sequence[str], image_size: int
+) -> Source | ExampleSource:
+    """The data that `spec` names, as the recipe's task, or pre-training, reads it."""
+    task = task_of(config)
+    if task is None:
+        return open_source(spec, image_size=image_size)
+    return task.open(spec, image_size=image_size)
+
+
 def training_samples(
-    config: RunConfig, model: InputConfig, source: Source, tokenizer: "PreTrainedTokenizerBase"
-) -> ImageTextDataset:
-    """Samples of `source`: augmented as the recipe says, prepared as the config `model` says."""
-    data = config.data
+    config: RunConfig,
+    model: InputConfig,
+    source: Source | ExampleSource,
+    tokenizer: "PreTrainedTokenizerBase",
+) -> TrainingSamples:
+    """Samples of `source`: augmented as the recipe says, prepared as the config `model`, and the
+    task, say."""
+    data, task = config.data, task_of(config)
     transform = image_transform(
         model.image_size,
         train=True,
@@ -60,6 +92,10 @@ def training_samples(
         randaugment=data.randaugment,
         resize=model.resize,
     )
+    if task is not None:
+        reading = Reading(source, transform, tokenizer, model, data.context_length)
+        prepare = partial(task.sample, reading)
+        return TrainingSamples(source, prepare, seed=config.seed, max_bad_share=data.max_bad_share)
     return ImageTextDataset(
         source,
         transform,

@@ -1,0 +1,111 @@
+"""One page of what a model said: examples, their right answers, and what was kept of each image."""
+
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from elip_models.analysis.visualize import dimmed, new_figure, patch_grid, surviving_patches
+from elip_models.data import Example, ExampleSource, SampleError, Source
+from elip_models.reduction.encode import run_tower
+from elip_models.reduction.once import deliberately_slow
+from elip_models.reduction.strategies import Dense
+from elip_models.tasks.task import TaskScores, evaluation_transform
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from elip_models.data import Sample
+    from elip_models.models.base import PretrainedModel
+
+COLUMNS = 4
+COLOURS = {True: "#2a7f3f", False: "#b3372f"}
+
+
+def draw_predictions(
+    model: "PretrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    source: Source | ExampleSource,
+    scores: TaskScores,
+    path: Path,
+    *,
+    count: int = 12,
+) -> Path:
+    """Write a PNG of examples spread over the source: images, what is asked, what the model said.
+
+    Where the model reduces its image tower, patches that were dropped or merged are grey.
+
+    Args:
+        scores: of the model on the source, with predictions.
+        path: of the PNG.
+        count: examples, at most.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    said = {each.id: each for each in scores.predictions}
+    shown = []
+    for index in range(0, len(source), max(1, len(source) // count)):
+        try:
+            sample = source[index]
+        except SampleError:
+            continue
+        if sample.id in said and len(shown) < count:
+            shown.append((sample, said[sample.id]))
+    rows = -(-len(shown) // COLUMNS)
+    figure = new_figure(3.2 * COLUMNS, 3.6 * rows)
+    axes = figure.subplots(rows, COLUMNS, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, (sample, prediction) in zip(axes.flat, shown, strict=False):
+        images, text, right = _parts(sample)
+        pixels = torch.cat([_pixels(model, tokenizer, image, text) for image in images], dim=2)
+        axis.imshow(pixels.permute(1, 2, 0).numpy())
+        asked = textwrap.fill(textwrap.shorten(text, 120, placeholder=" .."), 38)
+        axis.set_title(asked, fontsize=8, parse_math=False)
+        answer = f"{prediction.said}\n(right: {right})"
+        axis.text(
+            *(0.5, -0.04),
+            "\n".join(textwrap.fill(line, 42) for line in answer.splitlines()),
+            transform=axis.transAxes,
+            ha="center",
+            va="top",
+            fontsize=8,
+            color=COLOURS[prediction.score >= 0.5],
+            parse_math=False,
+        )
+    figure.suptitle(scores.summary(), fontsize=10)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _parts(sample: "Sample | Example") -> tuple[tuple, str, str]:
+    """Images, what is asked, and what would be right."""
+    if isinstance(sample, Example):
+        return sample.images, sample.text, ", ".join(sample.answers)
+    return (sample.image,), "", sample.captions[0]
+
+
+@torch.no_grad()
+def _pixels(
+    model: "PretrainedModel", tokenizer: "PreTrainedTokenizerBase", image: object, text: str
+) -> Tensor:
+    """What the model sees of an image (3, H, W) in [0, 1], grey where no token is left."""
+    device = next(model.parameters()).device
+    seen = evaluation_transform(model)(image)
+    mean, std = (torch.tensor(value)[:, None, None] for value in model.image_stats())
+    pixels = (seen * std + mean).clamp(0, 1)
+    if isinstance(model.reduction, Dense):
+        return pixels
+    guide = None
+    if text and model.reduction.is_guided:
+        read = {name: ids.to(device) for name, ids in model.tokenise(tokenizer, [text]).items()}
+        guide = model.text_cls(**read)
+    with deliberately_slow():
+        _, infos = run_tower(model.tower, seen[None].to(device), guide, model.reduction)
+    if not infos:
+        return pixels
+    alive = surviving_patches(infos, model.tower.num_patches)[-1][0]
+    return torch.from_numpy(dimmed(pixels, alive.view(patch_grid(model.tower)))).permute(2, 0, 1)

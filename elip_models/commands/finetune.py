@@ -1,0 +1,43 @@
+"""`elip finetune TASK --from CHECKPOINT [key=value ...]`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from elip_models.training.recipe import parse_overrides
+from elip_models.validation import extra
+
+with extra("elip_models.commands"):
+    import typer
+    from rich.console import Console
+
+
+def finetune(
+    task: Annotated[
+        str,
+        typer.Argument(help="retrieval, vqa, .., a recipe such as vqa_tiny, or a YAML file."),
+    ],
+    start: Annotated[
+        Path, typer.Option("--from", help="Folder of a pre-trained model, or of its run.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Such as data.train=vqa.json optim.lr=2e-5."),
+    ] = None,
+    reduced: Annotated[
+        bool, typer.Option("--reduced", help="Reduce the image tower as the model was trained.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the newest checkpoint.")
+    ] = False,
+) -> None:
+    """Fine-tune a model for a downstream task, then score it."""
+    from elip_models.training.finetune import finetune_recipe
+    from elip_models.training.summary import print_summary
+    from elip_models.training.trainer import train
+
+    said = parse_overrides(overrides or (), "optim.lr=2e-5")
+    config = finetune_recipe(task, start, said, reduced=reduced)
+    console = Console()
+    result = train(config, resume=resume, console=console)
+    if result.is_main_process:
+        print_summary(config, result, console)

@@ -1,0 +1,1 @@
+"""Data of the downstream tasks: built-in worlds, standard files, and what texts alone say."""

@@ -1,0 +1,104 @@
+"""Captions of an image, written by beam search, against those that people wrote.
+
+Source: BLIP (Li et al., 2022); CIDEr (Vedantam et al., 2015).
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from elip_models.data import Sample, Source, evaluation_batches, open_source
+from elip_models.models.base import evaluating
+from elip_models.models.layers.generation import Decoding
+from elip_models.tasks.caption_metrics import caption_scores
+from elip_models.tasks.task import (
+    Loading,
+    Prediction,
+    Reading,
+    Task,
+    TaskScores,
+    evaluation_transform,
+    skip_report,
+)
+from elip_models.validation import PositiveInt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from elip_models.models.base import PretrainedModel
+
+
+@dataclass(frozen=True)
+class Captioning(Task):
+    """Captions of an image.
+
+    prompt: that every caption begins with. num_beams, max_length, min_length: see `Decoding`.
+    """
+
+    name: ClassVar[str] = "captioning"
+    prompt: str = "a picture of "
+    num_beams: PositiveInt = 3
+    max_length: PositiveInt = 20
+    min_length: PositiveInt = 5
+
+    def open(self, spec: str, *, image_size: int) -> Source:
+        return open_source(spec, image_size=image_size)
+
+    def fields(self, source: Source, config: Any) -> dict[str, Any]:
+        return {"prompt": self.prompt}
+
+    def sample(
+        self, reading: Reading, sample: Sample, index: int, rng: np.random.Generator
+    ) -> dict[str, Tensor]:
+        caption = sample.captions[rng.integers(len(sample.captions))]
+        return {"images": reading.image(sample.image, rng), **reading.text(self.prompt + caption)}
+
+    def evaluate(
+        self,
+        model: "PretrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        source: Source,
+        loading: Loading,
+    ) -> TaskScores:
+        report = skip_report(source, loading.max_bad_share)
+        batches = evaluation_batches(
+            source,
+            evaluation_transform(model),
+            loading.batch_size,
+            report=report,
+            num_workers=loading.num_workers,
+        )
+        written: list[str] = []
+        captions: list[tuple[str, ...]] = []
+        ids: list[str] = []
+        with evaluating(model):
+            device = next(model.parameters()).device
+            for batch in batches:
+                written += self.write(model, tokenizer, batch.images.to(device))
+                captions += batch.captions
+                ids += batch.ids
+        found = caption_scores(written, captions)
+        return TaskScores(
+            task=self.name,
+            scores=found.scores,
+            baselines={},
+            num_examples=len(written),
+            num_skipped=len(report.reasons),
+            predictions=tuple(map(Prediction, ids, written, found.each)),
+        )
+
+    def write(
+        self, model: "PretrainedModel", tokenizer: "PreTrainedTokenizerBase", images: Tensor
+    ) -> list[str]:
+        """images (B, 3, S, S) -> a caption each, without the prompt."""
+        prompt = model.tokenise(tokenizer, [self.prompt])
+        length = int(prompt["attention_mask"].sum())
+        begun = prompt["input_ids"][:, 1 : length - 1].expand(len(images), -1)
+        decoding = Decoding(
+            num_beams=self.num_beams, max_length=self.max_length, min_length=self.min_length
+        )
+        ids = model.generate(images, prompt=begun.to(images.device), decoding=decoding)
+        rest = ids[:, 1 + begun.shape[1] :]
+        return [text.strip() for text in tokenizer.batch_decode(rest, skip_special_tokens=True)]

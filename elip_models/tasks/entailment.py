@@ -1,0 +1,20 @@
+"""Visual entailment: does a picture entail a hypothesis, contradict it, or neither.
+
+Source: SNLI-VE (Xie et al., 2019).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from elip_models.data import ExampleSource, open_examples
+from elip_models.tasks.class_task import ClassTask
+
+
+@dataclass(frozen=True)
+class Entailment(ClassTask):
+    """Three classes."""
+
+    name: ClassVar[str] = "entailment"
+
+    def open(self, spec: str, *, image_size: int) -> ExampleSource:
+        return open_examples(self.name, spec, image_size=image_size)

@@ -1,0 +1,252 @@
+"""Image-text retrieval, fine-tuned: features rank all, and ITM ranks the first of them anew.
+
+    ITC      (I, T) similarities of features, each side encoded alone
+    ITM      of each query's k most similar candidates, how well the pair fits, read together
+    score    ITM (ALBEF), or ITM + ITC (BLIP); what is not among the k ranks behind
+
+A model without features (METER) reads every pair. Images are encoded without text for the index;
+with `guided` a *query* caption reduces the images that it is matched with, when the first are
+ranked anew, and never an image that looks for its captions.
+Source: ALBEF (Li et al., 2021), section 4; BLIP (Li et al., 2022).
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from elip_models.data import Sample, Source, evaluation_batches, open_source
+from elip_models.models.base import evaluating
+from elip_models.reduction.once import UnguidedWarning
+from elip_models.tasks.features import encode_texts, ranks_of
+from elip_models.tasks.intervals import bootstrap_interval
+from elip_models.tasks.retrieval import KS, chance_level
+from elip_models.tasks.task import (
+    Loading,
+    Reading,
+    Task,
+    TaskScores,
+    evaluation_transform,
+    skip_report,
+)
+from elip_models.validation import PositiveInt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from elip_models.models.base import PretrainedModel
+
+WAYS = ("image_to_text", "text_to_image")
+
+
+@dataclass(frozen=True)
+class Retrieval(Task):
+    """Images and captions that find one another.
+
+    candidates: k, of which ITM ranks anew; 128 and 256 in the originals.
+    adds_similarity: to ITM's scores, as BLIP.
+    guided: a query caption reduces its candidates, see above.
+    """
+
+    name: ClassVar[str] = "retrieval"
+    candidates: PositiveInt = 128
+    adds_similarity: bool = False
+    guided: bool = False
+
+    def open(self, spec: str, *, image_size: int) -> Source:
+        return open_source(spec, image_size=image_size)
+
+    def sample(
+        self, reading: Reading, sample: Sample, index: int, rng: np.random.Generator
+    ) -> dict[str, Tensor]:
+        caption = sample.captions[rng.integers(len(sample.captions))]
+        found = {"images": reading.image(sample.image, rng), **reading.text(caption)}
+        number = getattr(reading.model, "false_texts", 0)  # METER learns by them
+        if not number:
+            return found | {"image_ids": torch.tensor(index)}
+        others = [reading.text(text) for text in _others(reading.source, index, number, rng)]
+        return found | {
+            "false_ids": torch.stack([text["input_ids"] for text in others]),
+            "false_mask": torch.stack([text["attention_mask"] for text in others]),
+        }
+
+    def evaluate(
+        self,
+        model: "PretrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        source: Source,
+        loading: Loading,
+    ) -> TaskScores:
+        report = skip_report(source, loading.max_bad_share)
+        batches = evaluation_batches(
+            source,
+            evaluation_transform(model),
+            loading.batch_size,
+            report=report,
+            num_workers=loading.num_workers,
+        )
+        with evaluating(model), torch.no_grad(), warnings.catch_warnings():
+            # Models warn where they get no text to reduce by; here that is meant.
+            warnings.simplefilter("ignore", UnguidedWarning)
+            index = _Index.of(model, tokenizer, batches, loading.batch_size, guided=self.guided)
+            similar = index.similarities()
+            ranks = self._ranks(index, similar)
+        first = ranks if similar is None else _ranks_both(similar, similar.T, index.owners)
+        baselines = chance_level(index.owners, len(index.tokens))
+        if similar is not None:
+            baselines |= {f"features_{name}": r.mean for name, r in _recalls(first).items()}
+        return TaskScores(
+            task=self.name,
+            scores=_recalls(ranks),
+            baselines=baselines,
+            num_examples=len(index.tokens),
+            num_skipped=len(report.reasons),
+        )
+
+    def _ranks(self, index: "_Index", similar: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Of each image and each text: how many candidates stand before a right one."""
+        images, texts = len(index.tokens), len(index.ids)
+        scores = torch.full((2, images, texts), -math.inf)
+        for row in range(images):
+            chosen = self._first(None if similar is None else similar[row], texts)
+            scores[0, row, chosen] = index.match(torch.full_like(chosen, row), chosen)
+        for row in range(texts):
+            chosen = self._first(None if similar is None else similar[:, row], images)
+            query = torch.full_like(chosen, row)
+            guide = row if self.guided else None
+            scores[1, chosen, row] = index.match(chosen, query, guide=guide)
+        if similar is not None and self.adds_similarity:
+            scores += similar
+        return _ranks_both(scores[0], scores[1].T, index.owners)
+
+    def _first(self, similar: Tensor | None, number: int) -> Tensor:
+        """The candidates that are ranked anew; all of them where nothing ranked them before."""
+        if similar is None:
+            return torch.arange(number)
+        return similar.topk(min(self.candidates, number)).indices
+
+
+def _others(source: Source, index: int, number: int, rng: np.random.Generator) -> list[str]:
+    """Captions of other images, drawn at random."""
+    found: list[str] = []
+    while len(found) < number:
+        other = (index + 1 + int(rng.integers(len(source) - 1))) % len(source)
+        if captions := source.captions(other):
+            found.append(captions[rng.integers(len(captions))])
+    return found
+
+
+@dataclass(frozen=True)
+class _Index:
+    """Encoded images and texts, on the host.
+
+    tokens: (N, D) of each image; masks: (N,) of each, None where all are real. images: (3, S, S)
+    of each where queries guide. features: (I, E), (T, E). ids, mask: (T, L). owners: (T,), the
+    image of each text. batch_size: pairs that are read at once.
+    """
+
+    model: "PretrainedModel"
+    tokens: Tensor
+    masks: Tensor | None
+    images: Tensor | None
+    features: tuple[Tensor, Tensor] | None
+    ids: Tensor
+    mask: Tensor
+    owners: Tensor
+    batch_size: int
+
+    @classmethod
+    def of(
+        cls,
+        model: "PretrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        batches: "object",
+        batch_size: int,
+        *,
+        guided: bool,
+    ) -> "_Index":
+        """Encode all images without text, and all captions alone."""
+        device, captions, kept = next(model.parameters()).device, [], _Kept([], [], [], [])
+        for batch in batches:
+            tokens, mask = model.matching_tokens(batch.images.to(device))
+            kept.tokens.append(tokens.float().cpu())
+            kept.masks.append(None if mask is None else mask.cpu())
+            kept.images.append(batch.images)
+            if model.ranks:
+                kept.features.append(model.project_image(tokens).float().cpu())
+            captions += batch.captions
+        texts = [text for several in captions for text in several]
+        owners = [image for image, several in enumerate(captions) for _ in several]
+        features = None
+        if model.ranks:
+            of_texts = encode_texts(model, tokenizer, texts, batch_size).cpu()
+            features = torch.cat(kept.features), of_texts
+        read = model.tokenise(tokenizer, texts)
+        has_mask = kept.masks[0] is not None
+        return cls(
+            model=model,
+            tokens=torch.cat(kept.tokens),
+            masks=torch.cat(kept.masks) if has_mask else None,
+            images=torch.cat(kept.images) if guided else None,
+            features=features,
+            ids=read["input_ids"],
+            mask=read["attention_mask"],
+            owners=torch.tensor(owners),
+            batch_size=batch_size,
+        )
+
+    def similarities(self) -> Tensor | None:
+        """(I, T) of features; None where the model has none."""
+        return None if self.features is None else self.features[0] @ self.features[1].T
+
+    def match(self, images: Tensor, texts: Tensor, guide: int | None = None) -> Tensor:
+        """How well pairs fit, numbers of images and texts (P,) -> (P,); text `guide` reduces."""
+        device = next(self.model.parameters()).device
+        found = []
+        for some, others in zip(
+            images.split(self.batch_size), texts.split(self.batch_size), strict=True
+        ):
+            tokens, mask = self._tokens(some, guide, device)
+            ids, real = self.ids[others].to(device), self.mask[others].to(device)
+            found.append(self.model.matching_logits(tokens, mask, ids, real).float().cpu())
+        return torch.cat(found)
+
+    def _tokens(
+        self, images: Tensor, guide: int | None, device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
+        if guide is None:
+            mask = None if self.masks is None else self.masks[images].to(device)
+            return self.tokens[images].to(device), mask
+        rows = slice(guide, guide + 1)
+        text_cls = self.model.text_cls(self.ids[rows].to(device), self.mask[rows].to(device))
+        pixels = self.images[images].to(device)
+        return self.model.matching_tokens(pixels, text_cls.expand(len(pixels), -1))
+
+
+class _Kept(NamedTuple):
+    """Lists of what batches leave."""
+
+    tokens: list[Tensor]
+    masks: list[Tensor | None]
+    images: list[Tensor]
+    features: list[Tensor]
+
+
+def _ranks_both(of_images: Tensor, of_texts: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores (I, T) that images look by, and (T, I) that texts look by -> ranks (I,), (T,)."""
+    relevant = torch.arange(len(of_images))[:, None] == owners[None]
+    return ranks_of(of_images, relevant), ranks_of(of_texts, relevant.T)
+
+
+def _recalls(ranks: Sequence[Tensor]) -> dict:
+    """Recall@k both ways, with intervals."""
+    return {
+        f"{way}_r{k}": bootstrap_interval((of_way < k).double().tolist())
+        for way, of_way in zip(WAYS, ranks, strict=True)
+        for k in KS
+    }

@@ -1,0 +1,84 @@
+"""The recipe that fine-tunes a saved model for a downstream task.
+
+    finetune/vqa_albef    the originals' settings, by task and family
+    finetune/vqa_tiny     on the built-in world, for any family
+
+What shapes the weights is the saved model's; the recipe may say another image size. Its image tower
+is dense unless asked otherwise, as in the paper.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from elip_models.models.base import read_config
+from elip_models.models.config import ContrastiveConfig, TextReductionConfig
+from elip_models.models.registry import MODELS, downstream_of
+from elip_models.tasks.registry import TASKS
+from elip_models.training.recipe import FINETUNE, RunConfig, recipe_names, recipe_with
+from elip_models.validation import ConfigError, blame, did_you_mean
+
+REDUCTION = {
+    each.name for config in (ContrastiveConfig, TextReductionConfig) for each in fields(config)
+} - {"resize", "captions"}
+
+
+def finetune_recipe(
+    task: str, start: Path, overrides: Mapping[str, Any], *, reduced: bool = False
+) -> RunConfig:
+    """The recipe of a run that fine-tunes the model in the folder `start`.
+
+    Args:
+        task: its name, for the recipe of the model's family; or the name or path of a recipe.
+        start: as `save_pretrained` or `elip train` wrote it.
+        overrides: dotted keys of the recipe.
+        reduced: the image tower as the saved model reduces it.
+
+    Raises:
+        ConfigError: an unknown task or recipe, a folder of other content, or a setting that cannot
+            be.
+    """
+    with blame("--from"):
+        folder = start / "model" if (start / "model" / "config.json").is_file() else start
+        family, config = _saved(folder)
+    recipe = _recipe_of(task, family)
+    chosen = recipe_with(recipe, {"model.name": family, **overrides})
+    if chosen.task is None:
+        raise ConfigError(f"recipe {recipe}: expected one with a task, got none")
+    with blame("task"):
+        model = downstream_of(MODELS[family], chosen.task)
+    known = {each.name for each in fields(model.config_class)}
+    dropped = {"gather"} | (set() if reduced else REDUCTION)
+    kept = {name: value for name, value in config.items() if name in known - dropped}
+    begun = {
+        "model.name": family,
+        "model.pretrained": str(folder),
+        "data.tokenizer": str(folder),
+    }
+    return recipe_with(recipe, begun | dict(overrides), kept)
+
+
+def _saved(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Family, of pre-training, and config of a folder."""
+    family, config = read_config(folder)
+    if family not in MODELS:
+        raise ValueError(f"expected a folder of one of our models, got {folder}")
+    if MODELS[family].task is not None:
+        family = MODELS[family].pretraining.family
+    return family, config
+
+
+def _recipe_of(task: str, family: str) -> str:
+    """The recipe that a name says."""
+    names = [name.removeprefix(f"{FINETUNE}/") for name in recipe_names(FINETUNE)]
+    if task in TASKS:
+        task = f"{task}_{family}"
+    if task in names:
+        return f"{FINETUNE}/{task}"
+    if task.endswith((".yaml", ".yml")):
+        return task
+    raise ConfigError(
+        f"TASK: expected one of {', '.join(TASKS)}, a recipe of {', '.join(names)}, or a YAML "
+        f"file, got {task!r}{did_you_mean(task, [*TASKS, *names])}"
+    )

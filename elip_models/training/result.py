@@ -1,0 +1,46 @@
+"""What a run leaves in memory."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from elip_models.data import Source
+from elip_models.tasks.retrieval import RetrievalScores
+from elip_models.tasks.task import TaskScores
+from elip_models.tasks.zero_shot import ZeroShotScores
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run leaves in memory.
+
+    Args:
+        model: Trained, in eval mode, without the wrappers of training.
+        tokenizer: Of the model.
+        eval_source: `data.eval`, opened; None where the recipe names none.
+        output_dir: Folder of the run.
+        step: Optimiser steps done.
+        loss: Of the last step.
+        scores: Of the last retrieval; None where there was none.
+        zero_shot: Of the last zero-shot classification; None where there was none.
+        task_scores: Of the downstream task that the run fine-tunes for; None where there is none.
+        skipped: In words, the samples that could not be read.
+        is_main_process: False on the other ranks of `torchrun`.
+    """
+
+    model: nn.Module
+    tokenizer: "PreTrainedTokenizerBase"
+    eval_source: Source | None
+    output_dir: Path
+    step: int
+    loss: float
+    scores: RetrievalScores | None
+    zero_shot: ZeroShotScores | None
+    task_scores: TaskScores | None
+    skipped: str
+    is_main_process: bool
