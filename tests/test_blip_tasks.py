@@ -73,7 +73,7 @@ def recorded(task):
 
 
 def our_name(name):
-    return our_names("blip")(name).replace("cls_head.", "head.")
+    return our_names("blip")(name).replace("cls_head.", "classifier.")
 
 
 def loaded(task, case, **options):
@@ -210,6 +210,15 @@ def test_checkpointing_leaves_the_gradients(task, options):
 
 
 @TASKS
+def test_random_inputs_are_a_batch(task):
+    model = made(task)
+    inputs = model.random_inputs(torch.randn(4, 3, 24, 24).double())
+    out = model(**inputs)
+    parts = [value for name, value in vars(out).items() if name.startswith("loss_")]
+    assert out.loss.isfinite() and torch.equal(out.loss, sum(parts))
+
+
+@TASKS
 def test_a_saved_model_loads_and_says_the_same(task, tmp_path):
     model = made(task, **REDUCED).float().eval()
     batch = {n: t.float() if n == "images" else t for n, t in batch_of(task).items()}
@@ -280,14 +289,14 @@ def test_nlvr2_begins_with_two_copies_of_each_cross_attention(tmp_path):
     """Two images that are one are then read as BLIP reads it."""
     model, case = pretrained(), recorded("nlvr2")
     sizes = {"text_depth": 3, "merge_from": 3}
-    ours, new = begun("nlvr2", model, tmp_path, ["head.*"], **sizes)
-    assert new == {"head.0.weight", "head.2.weight"}
+    ours, new = begun("nlvr2", model, tmp_path, ["classifier.*"], **sizes)
+    assert new == {"classifier.0.weight", "classifier.2.weight"}
     x, ids = case["images"][:, :1], case["input_ids"]
     states = model.fuse(ids, mask_of(ids), model.encode_image(x[:, 0])[0])
     logits = ours.logits(x.expand(-1, 2, -1, -1, -1), ids, mask_of(ids))
-    torch.testing.assert_close(logits, ours.head(states[:, 0]))
+    torch.testing.assert_close(logits, ours.classifier(states[:, 0]))
     sizes = {"text_depth": 3, "merge_from": 1}
-    _, new = begun("nlvr2", model, tmp_path, ["head.*", "*.merge_layer.*"], **sizes)
+    _, new = begun("nlvr2", model, tmp_path, ["classifier.*", "*.merge_layer.*"], **sizes)
     assert {n for n in new if "merge" in n} == {
         f"encoders.text.layers.{i}.crossattention.output.merge_layer.weight" for i in (1, 2)
     }

@@ -17,7 +17,7 @@ from elip_models.models.albef import ALBEFTowers
 from elip_models.models.base import evaluating
 from elip_models.models.downstream.albef_parts import ALBEFTask, ALBEFTaskConfig
 from elip_models.models.downstream.distillation import Weights
-from elip_models.models.downstream.generated_answers import Answers, States, rank_candidates
+from elip_models.models.downstream.generated_answers import Answers, States, score_candidates
 from elip_models.models.layers.bert import BertTower, masked_language_head
 from elip_models.validation import PositiveInt
 
@@ -138,8 +138,8 @@ class ALBEFVQA(ALBEFTask):
         with evaluating(self):
             states = States(self.read(images, input_ids, attention_mask), attention_mask)
             answers = answer_ids, answer_mask
-            candidates, scores = rank_candidates(self.encoders.decode, states, *answers, k)
-        return candidates.gather(1, scores.argmax(1, keepdim=True))[:, 0]
+            candidates = score_candidates(self.encoders.decode, states, *answers, k)
+        return candidates.best(candidates.first + candidates.whole)
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
         """Also two answers, of two tokens behind the first."""

@@ -7,7 +7,6 @@ that is the question or statement, which is read alone first; without guidance n
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -15,7 +14,6 @@ from elip_models.models.blip_parts import BLIPBase, BLIPConfig, BLIPEncoders, Re
 from elip_models.models.distilled_model import DistilledModel, Encoders, Masked
 from elip_models.reduction.strategy import mask_after
 from elip_models.towers.apart import apart
-from elip_models.towers.reducible import random_ids
 from elip_models.validation import Rate
 
 
@@ -51,9 +49,7 @@ class BLIPTask(BLIPBase, DistilledModel):
         super().__init__(config, encoders, distill=False)
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
-        config = self.config
-        ids = random_ids(images, config.context_length, config.vocab_size, config.sep_token_id)
-        return {"images": images, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return {"images": images, **self.random_text(images)}
 
 
 class BLIPReadingTask(Reader, BLIPTask):

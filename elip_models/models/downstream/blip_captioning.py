@@ -51,7 +51,7 @@ class BLIPCaptioningConfig(BLIPTaskConfig):
 
 @dataclass
 class BLIPCaptioningOutput:
-    """loss, loss_lm: the same scalar. logits: (B, L, V) of each next token."""
+    """loss, and loss_lm, which is all of it, scalars. logits: (B, L, V) of each next token."""
 
     loss: Tensor
     loss_lm: Tensor

@@ -19,6 +19,7 @@ from transformers.models.bert.modeling_bert import BertAttention
 from elip_models.models.blip import BLIP
 from elip_models.models.blip_parts import BLIPEncoders
 from elip_models.models.downstream.blip import BLIPReadingTask, BLIPTaskConfig, under
+from elip_models.models.layers.losses import at_least_fp32
 from elip_models.validation import Count, PositiveInt, Rate
 
 DOUBLED = "crossattention.self.", "crossattention.output.dense."
@@ -97,7 +98,7 @@ class TwinEncoders(BLIPEncoders):
 
 @dataclass
 class BLIPNLVR2Output:
-    """loss, loss_class: the same scalar. logits: (B, 2)."""
+    """loss, and loss_class, which is all of it, scalars. logits: (B, 2)."""
 
     loss: Tensor
     loss_class: Tensor
@@ -116,7 +117,7 @@ class BLIPNLVR2(BLIPReadingTask):
     def __init__(self, config: BLIPNLVR2Config) -> None:
         super().__init__(config, TwinEncoders(config))
         width = config.text_width
-        self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
+        self.classifier = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
 
     @classmethod
     def begin(cls, weights: dict[str, Tensor], config: BLIPNLVR2Config) -> dict[str, Tensor]:
@@ -142,7 +143,7 @@ class BLIPNLVR2(BLIPReadingTask):
         tokens, mask = self.see(images.flatten(0, 1), guides)
         pairs = tokens.unflatten(0, (-1, 2)).flatten(1, 2)
         mask = None if mask is None else mask.unflatten(0, (-1, 2)).flatten(1, 2)
-        return self.head(self.fuse(input_ids, attention_mask, pairs, mask)[:, 0])
+        return self.classifier(self.fuse(input_ids, attention_mask, pairs, mask)[:, 0])
 
     def forward(
         self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
@@ -155,5 +156,5 @@ class BLIPNLVR2(BLIPReadingTask):
             labels: (B,) int64, 0 = false, 1 = true.
         """
         logits = self.logits(images, input_ids, attention_mask)
-        loss = F.cross_entropy(logits.float(), labels)
+        loss = F.cross_entropy(at_least_fp32(logits), labels)
         return BLIPNLVR2Output(loss, loss, logits)

@@ -24,6 +24,7 @@ from elip_models.models.downstream.blip import (
     decoder_weights,
     under,
 )
+from elip_models.models.downstream.generated_answers import Answers, States, score_candidates
 from elip_models.models.layers.bert import (
     BertTower,
     masked_language_head,
@@ -31,8 +32,7 @@ from elip_models.models.layers.bert import (
     untied_decoder,
 )
 from elip_models.models.layers.generation import Decoding
-from elip_models.models.layers.losses import distilled_cross_entropy, next_tokens
-from elip_models.validation import PositiveInt, Rate, check
+from elip_models.validation import PositiveInt, Rate
 
 ANSWERS = Decoding(max_length=10, min_length=1)
 """How the original writes answers."""
@@ -50,10 +50,11 @@ class BLIPVQAConfig(BLIPTaskConfig):
 
 @dataclass
 class BLIPVQAOutput:
-    """loss, loss_lm: the same scalar."""
+    """loss, and loss_answers, which is all of it, scalars. logits: (B * A, La, V)."""
 
     loss: Tensor
-    loss_lm: Tensor
+    loss_answers: Tensor
+    logits: Tensor
 
 
 class BLIPVQA(Writer, BLIPReadingTask):
@@ -81,12 +82,12 @@ class BLIPVQA(Writer, BLIPReadingTask):
         return self.encoders.text, self.decoder
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
-        """Also one answer a question, of half its length."""
+        """Also an answer, of two tokens behind the first."""
         inputs = super().random_inputs(images)
-        answers = inputs["input_ids"][:, None, : self.config.context_length // 2 + 1]
-        weights = torch.ones(answers.shape[:2], device=images.device)
-        answered = {"answer_ids": answers, "answer_mask": torch.ones_like(answers)}
-        return inputs | answered | {"answer_weights": weights}
+        ids = inputs["input_ids"][:, None, -3:]
+        weights = torch.ones(ids.shape[:2], device=ids.device)
+        answers = {"answer_ids": ids, "answer_mask": torch.ones_like(ids)}
+        return inputs | answers | {"answer_weights": weights}
 
     def read_question(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """images (B, 3, H, W), input_ids, attention_mask (B, L) -> states (B, L, D) of the
@@ -111,28 +112,16 @@ class BLIPVQA(Writer, BLIPReadingTask):
             answer_ids, answer_mask: (B, A, La), up to A answers a question.
             answer_weights: (B, A) fp32; 0 where there is no answer.
         """
-        states = self.read_question(images, input_ids, attention_mask)
-        B, A, _ = answer_ids.shape
-        question = torch.arange(B, device=images.device).repeat_interleave(A)
-        losses = self._answer_losses(
-            states[question],
-            attention_mask[question],
-            answer_ids.flatten(0, 1),
-            answer_mask.flatten(0, 1),
-        )
-        loss = (answer_weights.flatten() * losses).sum() / B
-        return BLIPVQAOutput(loss, loss)
+        states = States(self.read_question(images, input_ids, attention_mask), attention_mask)
+        answers = Answers(answer_ids, answer_mask, answer_weights)
+        logits = answers.logits(self.write, states)
+        loss = answers.loss(logits, smoothing=self.config.label_smoothing)
+        return BLIPVQAOutput(loss, loss, logits)
 
-    def _answer_losses(
-        self, states: Tensor, states_mask: Tensor, ids: Tensor, mask: Tensor
-    ) -> Tensor:
-        """Ask for answers ids, mask (R, La), seeing states (R, L, D) and their mask -> the sum of
-        each one's losses (R,)."""
-        mask = mask.clone()
-        mask[:, 0] = 1  # [DEC], which sees itself where there is no answer
-        logits = self.predict(ids, mask, states, states_mask)
-        labels, smoothing = next_tokens(ids, mask), self.config.label_smoothing
-        return distilled_cross_entropy(logits, labels, smoothing=smoothing).sum(1)
+    def write(self, input_ids: Tensor, mask: Tensor, states: States) -> Tensor:
+        """Predict the token behind each of an answer, input_ids, mask (B, La), from the states of
+        its question -> (B, La, V)."""
+        return self.predict(input_ids, mask, *states)
 
     @torch.no_grad()
     def rank_answers(
@@ -156,22 +145,11 @@ class BLIPVQA(Writer, BLIPReadingTask):
         Returns:
             (B,) int64, which candidate.
         """
-        check("k", k, PositiveInt)
-        k = min(k, len(answer_ids))
         with evaluating(self):
-            states = self.read_question(images, input_ids, attention_mask)
-            begin = answer_ids[:1, :1].expand(len(states), 1)
-            first = self.predict(begin, torch.ones_like(begin), states, attention_mask)[:, 0]
-            probabilities = first.float().softmax(1)[:, answer_ids[:, 1]]
-            likely = probabilities.topk(k, dim=1).indices
-            losses = self._answer_losses(
-                states.repeat_interleave(k, 0),
-                attention_mask.repeat_interleave(k, 0),
-                answer_ids[likely.flatten()],
-                answer_mask[likely.flatten()],
-            )
-        best = losses.view(-1, k).argmin(1, keepdim=True)
-        return likely.gather(1, best)[:, 0]
+            states = States(self.read_question(images, input_ids, attention_mask), attention_mask)
+            answers, smoothing = (answer_ids, answer_mask), self.config.label_smoothing
+            candidates = score_candidates(self.write, states, *answers, k, smoothing)
+        return candidates.best(candidates.whole)
 
     @torch.no_grad()
     def generate_answers(

@@ -1,10 +1,10 @@
 """Answers that a decoder writes, from the states of a question that saw its image.
 
     loss   sum of w_a (-log p(a | states)) over a question's answers, the mean over questions
-    rank   the k candidates of the most probable first token; of those, by log p(first) + log p(a)
+    rank   the k candidates of the most probable first token; of those, by log p(a) in BLIP, by
+           log p(first) + log p(a) in ALBEF, which counts the first token that is written twice
 
-Each answer begins with a first token that is given and ends with an end token. The second rule
-counts the first token that is written twice, as the official codes do.
+Each answer begins with a first token that is given and ends with an end token.
 Source: ALBEF's models/model_vqa.py, and BLIP's models/blip_vqa.py.
 """
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from elip_models.models.layers.losses import distilled_cross_entropy, next_tokens
+from elip_models.validation import PositiveInt, check
 
 
 class States(NamedTuple):
@@ -63,25 +64,42 @@ class Answers(NamedTuple):
         return (self.weights.flatten() * losses).sum() / len(self.weights)
 
 
-def rank_candidates(
+class Candidates(NamedTuple):
+    """The likeliest answers of each question, in the order of their first token's probability.
+
+    numbers: (B, k) int64. first, whole: (B, k) fp32, log-probability of the first token, and of all
+    of them; where labels are smoothed, the loss instead, negative.
+    """
+
+    numbers: Tensor
+    first: Tensor
+    whole: Tensor
+
+    def best(self, scores: Tensor) -> Tensor:
+        """The numbers (B,) of those with the largest scores (B, k)."""
+        return self.numbers.gather(1, scores.argmax(1, keepdim=True))[:, 0]
+
+
+def score_candidates(
     decode: Decoder, states: States, ids: Tensor, mask: Tensor, k: int, smoothing: float = 0.0
-) -> tuple[Tensor, Tensor]:
+) -> Candidates:
     """Score the likeliest of C candidates as the answer of each question.
 
     Args:
         decode, states: see `Decoder` and `States`.
-        ids, mask: (C, La) of the candidates, 1 = real.
-        k: how many are written whole, at most C of them.
+        ids, mask: (C, La) of the candidates, 1 = real, La at least 2.
+        k: how many are written whole, at most C of them; B * k are at once.
         smoothing: of labels, as in training.
 
-    Returns:
-        candidates (B, k) int64 and their scores (B, k) fp32, in the order of the first token's.
+    Raises:
+        TypeError, ValueError: k is no integer from 1 on.
     """
+    check("k", k, PositiveInt)
     B = len(states.tokens)
     begin = ids[:1, :1].expand(B, 1)
     first = decode(begin, torch.ones_like(begin), states)[:, 0].float().softmax(1)
-    chances, candidates = first[:, ids[:, 1]].topk(min(k, len(ids)), dim=1)
-    chosen = Answers(ids[candidates], mask[candidates], torch.ones_like(chances))
+    chances, numbers = first[:, ids[:, 1]].topk(min(k, len(ids)), dim=1)
+    chosen = Answers(ids[numbers], mask[numbers], torch.ones_like(chances))
     labels = next_tokens(chosen.ids.flatten(0, 1), chosen.mask.flatten(0, 1))
     losses = distilled_cross_entropy(chosen.logits(decode, states), labels, smoothing=smoothing)
-    return candidates, chances.log() - losses.sum(1).view_as(chances)
+    return Candidates(numbers, chances.log(), -losses.sum(1).view_as(chances))
