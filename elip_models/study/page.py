@@ -132,6 +132,6 @@ INTERVALS = (
     f"± is half of the {LEVEL:.0%} interval of the mean over seeds (Student's t), one comparison "
     "at a time; differences are taken seed by seed, as arms of one seed share initialisation and "
     "data. FLOPs: of training the image tower, scorer included, against the first reference; of an "
-    "arm that begins with a trained model, of one step. Time: of training, by the median step, on "
-    "a machine that does other work too."
+    "arm that begins with another model than that, of one step. Time: of training, by the median "
+    "step, on a machine that does other work too."
 )

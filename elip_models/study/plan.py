@@ -211,7 +211,8 @@ def seeds_of(text: str | None) -> tuple[int, ...]:
 
 
 def _read(name_or_path: str) -> dict[str, Any]:
-    """The mapping of a YAML file; where it is `like` another, on top of that one's."""
+    """The mapping of a YAML file; where it is `like` another, on top of that one's, without the
+    arms that are null."""
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
         if name_or_path not in study_names():
@@ -233,6 +234,7 @@ def _read(name_or_path: str) -> dict[str, Any]:
         return values
     base = _read(like)
     merged = {key: base.get(key, {}) | values.get(key, {}) for key in ("overrides", "arms")}
+    merged["arms"] = {name: arm for name, arm in merged["arms"].items() if arm is not None}
     return base | values | merged
 
 
@@ -241,9 +243,9 @@ def _built_in() -> Path:
 
 
 def _arms(values: dict[str, Any], start: str | None) -> Iterable[tuple[str, Arm]]:
-    """Arms by name, those that do not say otherwise `from` start; one of several shares of FLOPs
-    is as many arms."""
-    for family, said in values.items():
+    """Arms by name, `start` first, and `from` it those that do not say otherwise; one of several
+    shares of FLOPs is as many arms."""
+    for family, said in sorted(values.items(), key=lambda item: item[0] != start):
         if not isinstance(said, dict):
             raise ConfigError(f"arms.{family}: expected a mapping of keys, got {said!r}")
         own = {key: said[key] for key in ("at_flops", "length") if key in said}

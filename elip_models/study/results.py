@@ -121,15 +121,15 @@ def difference(document: Document, arm: str, reference: str, metric: str) -> Int
 
 def relative_cost(document: Document, arm: str) -> float | None:
     """Training FLOPs of the arm's tower against those of the first reference: of the whole run, or
-    of one step where it begins with another arm's model."""
+    of one step where it begins with another model than that."""
     steps = by_seed(document, arm, "step_flops")
     if not steps:
         return None
     ratio = fmean(steps.values())
     images = by_seed(document, arm, "images")
-    if document["arms"][arm]["parent"] is not None or not images:
-        return ratio
     reference = document["references"][0]
+    if not images or not _begin_alike(document, arm, reference):
+        return ratio
     theirs = by_seed(document, reference, "images"), by_seed(document, reference, "step_flops")
     if not all(theirs):
         return ratio
@@ -139,9 +139,16 @@ def relative_cost(document: Document, arm: str) -> float | None:
 
 def relative_time(document: Document, arm: str) -> float | None:
     """Training time of the arm against that of the first reference, of the seeds that both have."""
-    ours, theirs = (_seconds(document, each) for each in (arm, document["references"][0]))
+    reference = document["references"][0]
+    ours, theirs = (_seconds(document, each) for each in (arm, reference))
     shared = [ours[seed] / theirs[seed] for seed in ours if seed in theirs]
-    return fmean(shared) if shared and document["arms"][arm]["parent"] is None else None
+    return fmean(shared) if shared and _begin_alike(document, arm, reference) else None
+
+
+def _begin_alike(document: Document, arm: str, other: str) -> bool:
+    """Both begin at random, or with the same model."""
+    arms = document["arms"]
+    return arms[arm]["parent"] == arms[other]["parent"]
 
 
 def _seconds(document: Document, arm: str) -> dict[int, float]:
