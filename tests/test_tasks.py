@@ -125,10 +125,10 @@ def pixels(image):
 
 def test_every_task_is_made_by_name_and_wrong_settings_are_named():
     assert [get_task(name).name for name in TASKS] == list(TASKS)
-    with pytest.raises(ValueError, match="task: expected one of retrieval, .*did you mean 'vqa'"):
+    with pytest.raises(ValueError, match=r"task: expected one of retrieval, .*did you mean 'vqa'"):
         get_task("vqaa")
     with pytest.raises(
-        ValueError, match="task_options: expected some of .*candidates.*got 'beams'"
+        ValueError, match=r"task_options: .*candidates.*got 'beams'"
     ):
         get_task("vqa", beams=3)
     with pytest.raises(ValueError, match="candidates: expected an integer at least 1, got 0"):
