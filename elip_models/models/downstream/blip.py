@@ -22,7 +22,8 @@ class BLIPTaskConfig(BLIPConfig):
     """Hyper-parameters of a BLIP that is fine-tuned; the defaults are the original's.
 
     drop_path: rate at which the last block of the image tower is passed by; 0 at the first one.
-    The other fields: see `BLIPConfig`. Texts lose no tokens here.
+    The other fields: see `BLIPConfig`. Texts lose no tokens here, and `tie_decoder` says nothing:
+    what writes has weights of its own.
     """
 
     drop_path: Rate = 0.0

@@ -8,7 +8,6 @@ does so by the image alone.
 Source: BLIP_Decoder of BLIP's models/blip.py, configs/caption_coco.yaml.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -35,15 +34,15 @@ COCO = Decoding(max_length=20, min_length=5)
 class BLIPCaptioningConfig(BLIPTaskConfig):
     """Hyper-parameters of BLIP for captioning.
 
-    prompt: what every caption begins with, in training and generation.
-    prompt_tokens: how many tokens that is, see `BLIPCaptioning.fit_tokenizer`.
+    prompt: what every caption begins with, in training and generation; the model is given its
+        tokens, before those of the caption.
+    prompt_tokens: how many they are, see `BLIPCaptioning.fit_tokenizer`.
     without_text: 'vision' lets a schedule reduce by the image alone, for there is no text.
     The other fields: see `BLIPTaskConfig`.
     """
 
     image_size: PositiveInt = 384
     context_length: PositiveInt = 40
-    tie_decoder: bool = False
     without_text: Literal["dense", "vision"] = "vision"
     prompt: str = "a picture of "
     prompt_tokens: Count = 3
@@ -101,16 +100,9 @@ class BLIPCaptioning(Captioner, BLIPTask):
             )
         return ids
 
-    def tokenise(
-        self, tokenizer: "PreTrainedTokenizerBase", captions: Sequence[str]
-    ) -> dict[str, Tensor]:
-        """B captions -> input_ids and attention_mask, (B, L) each, the prompt before them."""
-        from elip_models.data import apply_caption_rule, tokenize
-
-        config = self.config
+    def read_vocabulary_(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Check that `prompt_tokens` are those of the prompt; raises as `prompt_ids`."""
         self.prompt_ids(tokenizer)
-        texts = [config.prompt + apply_caption_rule(text, config.captions) for text in captions]
-        return tokenize(tokenizer, texts, config.context_length)
 
     def forward(
         self, images: Tensor, input_ids: Tensor, attention_mask: Tensor

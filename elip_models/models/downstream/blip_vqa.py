@@ -28,7 +28,6 @@ from elip_models.models.downstream.generated_answers import Answers, States, sco
 from elip_models.models.layers.bert import (
     BertTower,
     masked_language_head,
-    tied_decoder,
     untied_decoder,
 )
 from elip_models.models.layers.generation import Decoding
@@ -44,7 +43,6 @@ class BLIPVQAConfig(BLIPTaskConfig):
 
     image_size: PositiveInt = 480
     context_length: PositiveInt = 35
-    tie_decoder: bool = False
     drop_path: Rate = 0.1
 
 
@@ -68,8 +66,7 @@ class BLIPVQA(Writer, BLIPReadingTask):
 
     def __init__(self, config: BLIPVQAConfig) -> None:
         super().__init__(config, BLIPEncoders(config, projects=False))
-        text = self.encoders.text
-        self.decoder = tied_decoder(text) if config.tie_decoder else untied_decoder(text)
+        self.decoder = untied_decoder(self.encoders.text)
         self.language_head = masked_language_head(self.decoder)
 
     @classmethod
