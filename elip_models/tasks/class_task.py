@@ -112,8 +112,8 @@ class ClassTask(Task):
             task=self.name,
             scores={"accuracy": bootstrap_interval(right)},
             baselines={
-                "chance": 1 / len(answers),
-                "majority": fmean(each.answers.get(always, 0.0) for each in examples),
+                "chance": {"accuracy": 1 / len(answers)},
+                "majority": {"accuracy": fmean(each.answers.get(always, 0.0) for each in examples)},
             },
             num_examples=len(examples),
             num_skipped=num_skipped,

@@ -98,11 +98,10 @@ class Retrieval(Task):
             index = _Index.of(model, tokenizer, batches, loading.batch_size, guided=self.guided)
             similar = index.similarities()
             of_images, of_texts = self._scores(index, similar)
-        chance = chance_level(index.owners, len(index.tokens))
-        baselines = {f"chance_{name}": value for name, value in chance.items()}
+        baselines = {"chance": chance_level(index.owners, len(index.tokens))}
         if similar is not None:
             by_features = _recalls(similar, similar.T, index.owners)
-            baselines |= {f"features_{name}": found.mean for name, found in by_features.items()}
+            baselines["features"] = {name: found.mean for name, found in by_features.items()}
         first = of_images.argmax(1)
         said = [index.texts[text] for text in first.tolist()]
         right = (index.owners[first] == torch.arange(len(first))).double().tolist()

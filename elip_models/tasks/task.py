@@ -57,7 +57,7 @@ class TaskScores:
     Args:
         task: its name.
         scores: by metric, over the examples, with its interval.
-        baselines: what a model that does not look would reach, by its name.
+        baselines: what else would reach, by its name and by metric: {"chance": {"accuracy": 0.5}}.
         num_examples: scored.
         num_skipped: that could not be read.
         predictions: of each example, in order.
@@ -65,7 +65,7 @@ class TaskScores:
 
     task: str
     scores: dict[str, Interval]
-    baselines: dict[str, float]
+    baselines: dict[str, dict[str, float]]
     num_examples: int
     num_skipped: int = 0
     predictions: tuple[Prediction, ...] = field(default=(), repr=False)
