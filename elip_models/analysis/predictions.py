@@ -65,7 +65,8 @@ def draw_predictions(
         axis.imshow(pixels.permute(1, 2, 0).numpy())
         asked = textwrap.fill(textwrap.shorten(text, 120, placeholder=" .."), 38)
         axis.set_title(asked, fontsize=8, parse_math=False)
-        answer = f"{prediction.said}\n(right: {right})"
+        is_right = prediction.score >= 0.5
+        answer = prediction.said if is_right else f"{prediction.said}\n(right: {right})"
         axis.text(
             *(0.5, -0.04),
             "\n".join(textwrap.fill(line, 42) for line in answer.splitlines()),
@@ -73,7 +74,7 @@ def draw_predictions(
             ha="center",
             va="top",
             fontsize=8,
-            color=COLOURS[prediction.score >= 0.5],
+            color=COLOURS[is_right],
             parse_math=False,
         )
     figure.suptitle(scores.summary(), fontsize=10)

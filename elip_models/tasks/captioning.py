@@ -12,7 +12,6 @@ from torch import Tensor
 from elip_models.data import Sample, Source, evaluation_batches, open_source
 from elip_models.models.base import evaluating
 from elip_models.models.layers.generation import Decoding
-from elip_models.tasks.caption_metrics import caption_scores
 from elip_models.tasks.task import (
     Loading,
     Prediction,
@@ -62,6 +61,8 @@ class Captioning(Task):
         source: Source,
         loading: Loading,
     ) -> TaskScores:
+        from elip_models.tasks.caption_metrics import caption_scores
+
         report = skip_report(source, loading.max_bad_share)
         batches = evaluation_batches(
             source,

@@ -12,7 +12,7 @@ Source: ALBEF (Li et al., 2021), section 4; BLIP (Li et al., 2022).
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -20,14 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elip_models.data import Sample, Source, evaluation_batches, open_source
+from elip_models.data import EvaluationBatch, Sample, Source, evaluation_batches, open_source
 from elip_models.models.base import evaluating
 from elip_models.reduction.once import UnguidedWarning
 from elip_models.tasks.features import encode_texts, ranks_of
-from elip_models.tasks.intervals import bootstrap_interval
+from elip_models.tasks.intervals import Interval, bootstrap_interval
 from elip_models.tasks.retrieval import KS, chance_level
 from elip_models.tasks.task import (
     Loading,
+    Prediction,
     Reading,
     Task,
     TaskScores,
@@ -66,9 +67,10 @@ class Retrieval(Task):
     ) -> dict[str, Tensor]:
         caption = sample.captions[rng.integers(len(sample.captions))]
         found = {"images": reading.image(sample.image, rng), **reading.text(caption)}
+        found["image_ids"] = torch.tensor(index)
         number = getattr(reading.model, "false_texts", 0)  # METER learns by them
         if not number:
-            return found | {"image_ids": torch.tensor(index)}
+            return found
         others = [reading.text(text) for text in _others(reading.source, index, number, rng)]
         return found | {
             "false_ids": torch.stack([text["input_ids"] for text in others]),
@@ -95,21 +97,26 @@ class Retrieval(Task):
             warnings.simplefilter("ignore", UnguidedWarning)
             index = _Index.of(model, tokenizer, batches, loading.batch_size, guided=self.guided)
             similar = index.similarities()
-            ranks = self._ranks(index, similar)
-        first = ranks if similar is None else _ranks_both(similar, similar.T, index.owners)
-        baselines = chance_level(index.owners, len(index.tokens))
+            of_images, of_texts = self._scores(index, similar)
+        chance = chance_level(index.owners, len(index.tokens))
+        baselines = {f"chance_{name}": value for name, value in chance.items()}
         if similar is not None:
-            baselines |= {f"features_{name}": r.mean for name, r in _recalls(first).items()}
+            by_features = _recalls(similar, similar.T, index.owners)
+            baselines |= {f"features_{name}": found.mean for name, found in by_features.items()}
+        first = of_images.argmax(1)
+        said = [index.texts[text] for text in first.tolist()]
+        right = (index.owners[first] == torch.arange(len(first))).double().tolist()
         return TaskScores(
             task=self.name,
-            scores=_recalls(ranks),
+            scores=_recalls(of_images, of_texts, index.owners),
             baselines=baselines,
             num_examples=len(index.tokens),
             num_skipped=len(report.reasons),
+            predictions=tuple(map(Prediction, index.names, said, right)),
         )
 
-    def _ranks(self, index: "_Index", similar: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Of each image and each text: how many candidates stand before a right one."""
+    def _scores(self, index: "_Index", similar: Tensor | None) -> tuple[Tensor, Tensor]:
+        """How well pairs fit: (I, T) of images that look for texts, (T, I) of texts."""
         images, texts = len(index.tokens), len(index.ids)
         scores = torch.full((2, images, texts), -math.inf)
         for row in range(images):
@@ -122,7 +129,7 @@ class Retrieval(Task):
             scores[1, chosen, row] = index.match(chosen, query, guide=guide)
         if similar is not None and self.adds_similarity:
             scores += similar
-        return _ranks_both(scores[0], scores[1].T, index.owners)
+        return scores[0], scores[1].T
 
     def _first(self, similar: Tensor | None, number: int) -> Tensor:
         """The candidates that are ranked anew; all of them where nothing ranked them before."""
@@ -147,7 +154,8 @@ class _Index:
 
     tokens: (N, D) of each image; masks: (N,) of each, None where all are real. images: (3, S, S)
     of each where queries guide. features: (I, E), (T, E). ids, mask: (T, L). owners: (T,), the
-    image of each text. batch_size: pairs that are read at once.
+    image of each text. names: of the images. texts: as they stand. batch_size: pairs that are read
+    at once.
     """
 
     model: "PretrainedModel"
@@ -158,6 +166,8 @@ class _Index:
     ids: Tensor
     mask: Tensor
     owners: Tensor
+    names: list[str]
+    texts: list[str]
     batch_size: int
 
     @classmethod
@@ -165,13 +175,15 @@ class _Index:
         cls,
         model: "PretrainedModel",
         tokenizer: "PreTrainedTokenizerBase",
-        batches: "object",
+        batches: "Iterable[EvaluationBatch]",
         batch_size: int,
         *,
         guided: bool,
     ) -> "_Index":
         """Encode all images without text, and all captions alone."""
-        device, captions, kept = next(model.parameters()).device, [], _Kept([], [], [], [])
+        device, kept = next(model.parameters()).device, _Kept([], [], [], [])
+        captions: list[tuple[str, ...]] = []
+        names: list[str] = []
         for batch in batches:
             tokens, mask = model.matching_tokens(batch.images.to(device))
             kept.tokens.append(tokens.float().cpu())
@@ -180,6 +192,7 @@ class _Index:
             if model.ranks:
                 kept.features.append(model.project_image(tokens).float().cpu())
             captions += batch.captions
+            names += batch.ids
         texts = [text for several in captions for text in several]
         owners = [image for image, several in enumerate(captions) for _ in several]
         features = None
@@ -197,6 +210,8 @@ class _Index:
             ids=read["input_ids"],
             mask=read["attention_mask"],
             owners=torch.tensor(owners),
+            names=names,
+            texts=texts,
             batch_size=batch_size,
         )
 
@@ -237,14 +252,10 @@ class _Kept(NamedTuple):
     features: list[Tensor]
 
 
-def _ranks_both(of_images: Tensor, of_texts: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores (I, T) that images look by, and (T, I) that texts look by -> ranks (I,), (T,)."""
+def _recalls(of_images: Tensor, of_texts: Tensor, owners: Tensor) -> dict[str, Interval]:
+    """Recall@k both ways, by scores (I, T) that images look by and (T, I) that texts look by."""
     relevant = torch.arange(len(of_images))[:, None] == owners[None]
-    return ranks_of(of_images, relevant), ranks_of(of_texts, relevant.T)
-
-
-def _recalls(ranks: Sequence[Tensor]) -> dict:
-    """Recall@k both ways, with intervals."""
+    ranks = ranks_of(of_images, relevant), ranks_of(of_texts, relevant.T)
     return {
         f"{way}_r{k}": bootstrap_interval((of_way < k).double().tolist())
         for way, of_way in zip(WAYS, ranks, strict=True)

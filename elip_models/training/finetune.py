@@ -14,7 +14,7 @@ from typing import Any
 
 from elip_models.models.base import read_config
 from elip_models.models.config import ContrastiveConfig, TextReductionConfig
-from elip_models.models.registry import MODELS, downstream_of
+from elip_models.models.registry import CONFIGS, MODELS, downstream_of, family_of
 from elip_models.tasks.registry import TASKS
 from elip_models.training.recipe import FINETUNE, RunConfig, recipe_names, recipe_with
 from elip_models.validation import ConfigError, blame, did_you_mean
@@ -43,7 +43,8 @@ def finetune_recipe(
         folder = start / "model" if (start / "model" / "config.json").is_file() else start
         family, config = _saved(folder)
     recipe = _recipe_of(task, family)
-    chosen = recipe_with(recipe, {"model.name": family, **overrides})
+    name = next(name for name in CONFIGS if family_of(name) is MODELS[family])
+    chosen = recipe_with(recipe, {"data.tokenizer": str(folder), **overrides})
     if chosen.task is None:
         raise ConfigError(f"recipe {recipe}: expected one with a task, got none")
     with blame("task"):
@@ -52,7 +53,7 @@ def finetune_recipe(
     dropped = {"gather"} | (set() if reduced else REDUCTION)
     kept = {name: value for name, value in config.items() if name in known - dropped}
     begun = {
-        "model.name": family,
+        "model.name": name,
         "model.pretrained": str(folder),
         "data.tokenizer": str(folder),
     }

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from elip_models.checkpoints.pretrained_towers import initialise_
 from elip_models.checkpoints.start import Start, start_from_
+from elip_models.models.adapt import adapt_, trainable_counts
 from elip_models.models.base import PretrainedModel
 from elip_models.models.registry import create_model
 from elip_models.training.recipe import RunConfig
@@ -50,6 +51,11 @@ def make_model(
         model.read_vocabulary_(tokenizer)
     if not resumed:
         _begin_(model, config, console)
+    with blame("peft"):
+        adapt_(model, config.peft)
+    if model.adapted is not None:
+        trained, every = trainable_counts(model)
+        console.print(f"{trained} of {every} parameters train ({trained / every:.2%})")
     if optim.grad_checkpointing:
         model.set_grad_checkpointing()
     return model

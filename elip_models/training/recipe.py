@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from elip_models.data.caption_rules import CaptionRule
 from elip_models.data.transforms import Magnitude, ResizeMode
+from elip_models.models.adapt import AdaptConfig
 from elip_models.training.yaml_config import from_mapping
 from elip_models.validation import (
     ConfigError,
@@ -182,6 +183,7 @@ class RunConfig:
         task: Pre-training where it is null; or the downstream task that the model is fine-tuned
             for, as `elip_models.tasks.TASKS` names it, whose data `data.train` and `data.eval` are.
         task_options: Settings of the task, fields of its class.
+        peft: Which parameters train: all, or adapters beside weights that stay.
     """
 
     name: str
@@ -198,6 +200,7 @@ class RunConfig:
     report: tuple[Literal["retrieval", "zero_shot", "timing", "picture"], ...] = ()
     task: str | None = None
     task_options: dict[str, Any] = field(default_factory=dict)
+    peft: AdaptConfig = field(default_factory=AdaptConfig)
 
 
 FINETUNE = "finetune"

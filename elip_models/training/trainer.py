@@ -336,16 +336,17 @@ class Trainer:
         if self.accelerator.is_main_process:
             model.save_pretrained(self.folder.model, tokenizer=self.tokenizer)
         self.accelerator.end_training()
+        task, scores = self.config.task, self.evaluation.scores
         return TrainResult(
             model=model,
             tokenizer=self.tokenizer,
-            eval_source=self.evaluation.sources.get(self.config.task or "retrieval"),
+            eval_source=self.evaluation.sources.get(task or "retrieval"),
             output_dir=self.folder.path,
             step=self.step,
             loss=self.loss,
-            scores=self.evaluation.scores.get("retrieval"),
-            zero_shot=self.evaluation.scores.get("zero_shot"),
-            task_scores=self.evaluation.scores.get(self.config.task) if self.config.task else None,
+            scores=None if task else scores.get("retrieval"),
+            zero_shot=scores.get("zero_shot"),
+            task_scores=scores.get(task) if task else None,
             skipped=self.skips.summary(),
             is_main_process=self.accelerator.is_main_process,
         )

@@ -1,0 +1,229 @@
+"""Downstream tasks: what a training sample holds, and what a known model scores."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from elip_models.data import Example, Sample
+from elip_models.tasks.matching import Retrieval
+from elip_models.tasks.registry import TASKS, get_task
+from elip_models.tasks.task import Loading, Reading, evaluation_transform
+from elip_models.tasks.vqa import VQA
+
+LOADING = Loading(batch_size=3)
+SIZE = 8
+
+
+def grey(value):
+    return Image.new("RGB", (SIZE, SIZE), (value, value, value))
+
+
+class Greys:
+    """Images of one grey each, about which something is asked."""
+
+    answers = ("dark", "bright")
+
+    def __init__(self, images=1):
+        self.images = images
+
+    def __len__(self):
+        return 8
+
+    def text_alone(self, index):
+        right = self.answers[index % 2]
+        return Example((), f"how is {index}", {right: 1.0, "grey": 0.3}, f"g{index}")
+
+    def __getitem__(self, index):
+        image = grey(200 if index % 2 else 20)
+        return self.text_alone(index)._replace(images=(image,) * self.images)
+
+
+class Captioned:
+    """As many images as greys, two captions each."""
+
+    def __len__(self):
+        return 6
+
+    def captions(self, index):
+        return (f"grey {index}", f"number {index}")
+
+    def __getitem__(self, index):
+        return Sample(grey(40 * index), self.captions(index), f"c{index}")
+
+
+class Tokens:
+    """A tokenizer of the digits in a text."""
+
+    pad_token_id = 0
+
+    def __call__(self, texts, *, max_length, **options):
+        ids = torch.zeros(len(texts), max_length, dtype=torch.long)
+        for row, text in enumerate(texts):
+            for place, digit in enumerate([c for c in text if c.isdigit()][:max_length]):
+                ids[row, place] = int(digit) + 1
+        return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+
+class Config:
+    image_size, resize, captions, context_length = SIZE, "squash", "plain", 4
+
+
+class Stub(nn.Module):
+    """What tasks ask of a model, from pixels and digits."""
+
+    ranks = True
+
+    def __init__(self, **config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.config = type("Config", (Config,), config)
+        self.guides = []
+
+    def tokenise(self, tokenizer, texts):
+        return tokenizer(texts, max_length=self.config.context_length)
+
+    def logits(self, images, input_ids, attention_mask):
+        level = images.flatten(1).mean(1)
+        return torch.stack([-level, level], dim=1)
+
+    def rank_answers(self, images, input_ids, attention_mask, answer_ids, answer_mask, k):
+        self.asked = answer_ids.shape, k
+        return self.logits(images, input_ids, attention_mask).argmax(1)
+
+    # Retrieval: features say nothing, the pair says all
+
+    def matching_tokens(self, images, text_cls=None):
+        self.guides.append(text_cls)
+        return images.flatten(2).transpose(1, 2), None
+
+    def project_image(self, tokens):
+        return torch.ones(len(tokens), 2)
+
+    def text_features(self, input_ids, attention_mask):
+        return torch.ones(len(input_ids), 2)
+
+    def text_cls(self, input_ids, attention_mask):
+        return input_ids[:, :1].float()
+
+    def matching_logits(self, tokens, image_mask, input_ids, attention_mask):
+        levels = torch.linspace(float(self.low), float(self.high), 6)
+        return -(tokens.mean((1, 2)) - levels[input_ids[:, 0] - 1]).abs()
+
+
+def reading(source, **config):
+    return Reading(source, pixels, Tokens(), Stub(**config).config, 4)
+
+
+def pixels(image):
+    return torch.tensor(np.asarray(image)).permute(2, 0, 1).float()
+
+
+def test_every_task_is_made_by_name_and_wrong_settings_are_named():
+    assert [get_task(name).name for name in TASKS] == list(TASKS)
+    with pytest.raises(ValueError, match=r"task: expected one of retrieval, .*did you mean 'vqa'"):
+        get_task("vqaa")
+    with pytest.raises(
+        ValueError, match=r"task_options: .*candidates.*got 'beams'"
+    ):
+        get_task("vqa", beams=3)
+    with pytest.raises(ValueError, match="candidates: expected an integer at least 1, got 0"):
+        get_task("vqa", candidates=0)
+
+
+@pytest.mark.parametrize(("task", "images"), [("entailment", 1), ("nlvr2", 2)])
+def test_a_sample_of_classes_has_images_text_and_the_number_of_the_answer(task, images):
+    source, rng = Greys(images), np.random.default_rng(0)
+    sample = get_task(task).sample(reading(source), source[3], 3, rng)
+    shape = (3, SIZE, SIZE) if images == 1 else (2, 3, SIZE, SIZE)
+    assert sample["images"].shape == shape and sample["labels"] == 1
+    assert sample["input_ids"].tolist() == [4, 0, 0, 0]
+
+
+def test_an_image_is_classified_without_a_text():
+    source = Greys()
+    sample = get_task("classification").sample(
+        reading(source, num_classes=2), source[0], 0, np.random.default_rng(0)
+    )
+    assert sample.keys() == {"images", "labels"}
+
+
+def test_answers_are_written_with_weights_or_told_apart_by_scores():
+    source, rng = Greys(), np.random.default_rng(0)
+    task = VQA(answers_per_question=3, answer_length=5)
+    written = task.sample(reading(source), source[1], 1, rng)
+    assert written["answer_ids"].shape == written["answer_mask"].shape == (3, 5)
+    assert written["answer_weights"].tolist() == pytest.approx([1.0, 0.3, 0.0])
+    classified = task.sample(reading(source, num_classes=2), source[1], 1, rng)
+    assert classified["answer_scores"].tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("config", [{}, {"num_classes": 2}])
+def test_a_model_that_sees_scores_all_and_its_predictions_are_kept(config, tmp_path):
+    scores = VQA(candidates=9).evaluate(Stub(**config), Tokens(), Greys(), LOADING)
+    assert scores.scores["accuracy"] == (1.0, 1.0, 1.0)
+    assert scores.baselines == {"chance": 0.5, "majority": 0.5}
+    assert [each.said for each in scores.predictions] == ["dark", "bright"] * 4
+    assert scores.summary() == "vqa: accuracy 100.0%"
+    written = json.loads(scores.write(tmp_path / "scores.json").read_text())
+    assert written["scores"]["accuracy"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    assert written["predictions"][0] == {"id": "g0", "said": "dark", "score": 1.0}
+
+
+def test_candidates_are_at_most_the_answers_there_are():
+    model = Stub()
+    VQA(candidates=9, answer_length=6).evaluate(model, Tokens(), Greys(), LOADING)
+    assert model.asked == ((2, 6), 2)
+
+
+def test_a_retrieval_sample_says_its_image_and_brings_false_texts_where_the_model_has_them():
+    source, rng = Captioned(), np.random.default_rng(0)
+    sample = Retrieval().sample(reading(source), source[2], 2, rng)
+    assert sample["image_ids"] == 2 and "false_ids" not in sample
+    sample = Retrieval().sample(reading(source, false_texts=5), source[2], 2, rng)
+    assert sample["false_ids"].shape == sample["false_mask"].shape == (5, 4)
+    assert not (sample["false_ids"][:, 0] == 3).any()  # of other images
+
+
+def matcher():
+    model, source = Stub(), Captioned()
+    transform = evaluation_transform(model)
+    model.low = transform(source[0].image).mean()
+    model.high = transform(source[5].image).mean()
+    return model, source
+
+
+def test_matching_ranks_anew_what_features_cannot_tell_apart():
+    model, source = matcher()
+    found = Retrieval(candidates=12).evaluate(model, Tokens(), source, LOADING)
+    assert found.scores["image_to_text_r1"].mean == found.scores["text_to_image_r1"].mean == 1
+    assert found.baselines["features_text_to_image_r1"] == 0  # all alike, ties count against it
+    assert found.baselines["chance_text_to_image_r1"] == pytest.approx(1 / 6)
+    assert [each.score for each in found.predictions] == [1.0] * 6
+    few = Retrieval(candidates=1).evaluate(model, Tokens(), source, LOADING)
+    assert few.scores["text_to_image_r1"].mean == pytest.approx(1 / 6)  # the first image's alone
+
+
+def test_a_model_without_features_reads_every_pair():
+    model, source = matcher()
+    model.ranks = False
+    found = Retrieval(candidates=1).evaluate(model, Tokens(), source, LOADING)
+    assert found.scores["image_to_text_r1"].mean == found.scores["text_to_image_r1"].mean == 1
+    assert not any(name.startswith("features") for name in found.baselines)
+
+
+def test_no_image_of_the_index_is_encoded_under_a_text_and_queries_guide_their_candidates_alone():
+    model, source = matcher()
+    Retrieval(candidates=4).evaluate(model, Tokens(), source, LOADING)
+    assert model.guides == [None] * math.ceil(len(source) / LOADING.batch_size)
+    model.guides.clear()
+    Retrieval(candidates=2, guided=True).evaluate(model, Tokens(), source, LOADING)
+    index, queries = model.guides[:2], model.guides[2:]
+    assert index == [None, None]
+    # Images look for texts first, by the index; then each text guides the two images it may fit.
+    expected = [float(image + 1) for image in range(6) for _ in range(2)]
+    assert [guide.flatten().tolist() for guide in queries] == [[text] * 2 for text in expected]
