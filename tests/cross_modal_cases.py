@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from elip_models.models import albef, blip, meter
+from elip_models.models.downstream.albef_retrieval import ALBEFRetrieval
 from tests.fsdp_cases import half
 from tests.towers import assert_equal_gradients, gradients
 
@@ -41,13 +42,15 @@ MODELS = {
     "blip": (blip.BLIP, {**DISTILLED, "decoder_token_id": 4, "encoder_token_id": 5}),
     "meter": (meter.METER, {**CROSS, "cross_hidden": 32, "dropout": 0.0, "mask_token_id": MASK}),
 }
+RETRIEVAL = {"albef_retrieval": (ALBEFRetrieval, MODELS["albef"][1])}
+IMAGE_IDS = (7, 3, 7, 5)  # of four pairs for retrieval: both ranks show the first image
 PADDED = {"strategy": "adaptive:keep_mass=0.4"}
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # the losses are fp32
 
 
 def made(family, gather="local", **options):
     """A model in fp64, with weights that matter."""
-    model_class, own = MODELS[family]
+    model_class, own = (MODELS | RETRIEVAL)[family]
     sizes = SIZES | own | {"gather": gather} | options
     model = model_class(model_class.config_class(**sizes)).double()
     online = getattr(model, "encoders", model)
@@ -59,12 +62,14 @@ def made(family, gather="local", **options):
     return model
 
 
-def batch_of_four():
-    """images, ids and mask of four pairs; the texts of the first two are longer."""
+def batch_of_four(family=None):
+    """images, ids and mask of four pairs, for retrieval also which image each shows; the texts of
+    the first two are longer."""
     ids = torch.randint(6, VOCABULARY, (4, LENGTH))
     mask = (torch.arange(LENGTH) < torch.tensor(REAL)[:, None]).long()
     ids[:, 0] = 1
-    return torch.randn(4, 3, 16, 16).double(), ids * mask, mask
+    shown = [torch.tensor(IMAGE_IDS)] if family in RETRIEVAL else []
+    return torch.randn(4, 3, 16, 16).double(), ids * mask, mask, *shown
 
 
 def draws(family, images, ids, mask, gather):
@@ -76,7 +81,7 @@ def draws(family, images, ids, mask, gather):
     masked = torch.where(labels == -100, ids, MASK)
     if family == "albef":
         return albef.Drawn(other, other.flip(0) if gather == "global" else other, masked, labels)
-    if family == "blip":
+    if family == "blip" or family in RETRIEVAL:
         return blip.Drawn(other, other)
     itm_labels, false_images = torch.tensor([1, 0, 0, 1]), torch.randn_like(images)
     return meter.Drawn(masked, labels, itm_labels, false_images)
@@ -127,8 +132,8 @@ def whole_batch(rank, family, checkpointing=False, **options):
     model.set_grad_checkpointing(checkpointing)
     wrapped = DistributedDataParallel(model)
     for _ in range(2):
-        batch = batch_of_four()
-        drawn = draws(family, *batch, "global")
+        batch = batch_of_four(family)
+        drawn = draws(family, *batch[:3], "global")
         with alone():
             expected, expected_gradients = step(single, batch, drawn)
         got, got_gradients = step(wrapped, [half(rank, t) for t in batch], halved(rank, drawn))
@@ -253,6 +258,7 @@ DRAWN = [(family, gather) for family in ("albef", "blip") for gather in ("global
 CASES = {
     **{f"{family}, global": partial(whole_batch, family=family) for family in MODELS},
     **{f"{family}, local": partial(own_pairs, family=family) for family in MODELS},
+    **{f"{family}, global": partial(whole_batch, family=family) for family in RETRIEVAL},
     "albef, global, checkpointing": partial(whole_batch, family="albef", checkpointing=True),
     "albef, global, after ITC": partial(whole_batch, family="albef", guide="after_itc"),
     "albef, global, tome": partial(whole_batch, family="albef", strategy="tome:r=3"),

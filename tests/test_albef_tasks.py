@@ -1,15 +1,197 @@
-"""ALBEF's downstream models: their losses, what they begin as, and what they promise beside."""
+"""ALBEF's downstream models against the official ones, and what they promise beside."""
+
+import copy
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from elip_models.models.base import load_weights
+from elip_models.models.downstream.albef_entailment import ALBEFEntailment
+from elip_models.models.downstream.albef_nlvr2 import ALBEFNLVR2
 from elip_models.models.downstream.albef_retrieval import ALBEFRetrieval
+from elip_models.models.downstream.albef_vqa import ALBEFVQA
+from elip_models.models.downstream.generated_answers import States, rank_candidates
+from elip_models.models.downstream.momentum_retrieval import Drawn
 from elip_models.models.layers.losses import hard_negatives, soft_contrastive_loss
 from elip_models.models.layers.momentum import NO_IMAGE
+from elip_models.reduction.strategies import STRATEGIES
 from tests import cross_modal_cases
 from tests.cross_modal_cases import DISTILLED, MASK, SIZES, batch_of_four
+from tests.hashed import fill_hashed_, hashed
+from tests.test_baselines import OPTIONS
+from tests.tiers import tiered
+from tests.towers import assert_equal_gradients, gradients
 
+GOLDEN = Path(__file__).parent / "golden"
+OFFICIAL = {
+    "image_size": 24,
+    "patch_size": 8,
+    "vision_depth": 2,
+    "vision_mlp_ratio": 2.0,
+    **{f"{part}_width": 8 for part in ("vision", "text")},
+    **{f"{part}_heads": 2 for part in ("vision", "text")},
+    "text_hidden": 16,
+    "text_dropout": 0.0,
+    "vocab_size": 30,
+    "context_length": 8,
+    "max_positions": 8,
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+    "mask_token_id": 3,
+    "embed_dim": 6,
+    "queue_size": 8,
+}
+DEPTHS = {
+    ALBEFVQA: {"text_depth": 7, "text_layers": 1},
+    ALBEFEntailment: {"text_depth": 4, "text_layers": 2},
+    ALBEFNLVR2: {"text_depth": 12, "text_layers": 6},
+    ALBEFRetrieval: {"text_depth": 4, "text_layers": 2},
+}
+THEIRS = {  # how names begin, ours and theirs
+    "encoders.visual.": "visual_encoder.",
+    "encoders.text.layers.": "text_encoder.encoder.layer.",
+    "encoders.text.": "text_encoder.",
+    "encoders.decoder.layers.": "text_decoder.bert.encoder.layer.",
+    "encoders.decoder.": "text_decoder.bert.",
+    "encoders.language_head.": "text_decoder.cls.",
+    "encoders.classifier.": "cls_head.",
+    "encoders.image_projection.": "vision_proj.",
+    "encoders.text_projection.": "text_proj.",
+    "itm_head.": "itm_head.",
+    "temperature": "temp",
+}
 OWN = SIZES | DISTILLED | {"text_layers": 1, "mask_token_id": MASK}
+TASKS = {model.task: model for model in (ALBEFVQA, ALBEFEntailment, ALBEFNLVR2, ALBEFRetrieval)}
+STEPS = [(task, strategy) for task in TASKS for strategy in STRATEGIES]
+QUICK = [("vqa", "elip"), ("entailment", "tome"), ("nlvr2", "adaptive"), ("retrieval", "evit")]
+
+
+def official_name(name):
+    online = name.replace("encoders_m.", "encoders.")
+    ours = next(part for part in THEIRS if online.startswith(part))
+    theirs = THEIRS[ours]
+    if online != name:
+        theirs = theirs.replace(".", "_m.", 1)
+    return theirs + online.removeprefix(ours)
+
+
+def official(model_class, **options):
+    """What was recorded of the official model, and ours with its weights, in fp64."""
+    case = load_file(GOLDEN / f"{model_class.family}.safetensors")
+    config = model_class.config_class(**OFFICIAL, **DEPTHS[model_class], **options)
+    model = model_class(config)
+    fill_hashed_(model, official_name, without=("temp",))  # in fp32, as theirs
+    model.double().alpha.fill_(config.full_alpha)
+    long = {n: t.long() for n, t in case.items() if not t.is_floating_point()}
+    return case | long, model
+
+
+def text_of(case):
+    return case["input_ids"], case["attention_mask"]
+
+
+def assert_close(got, expected):
+    """Within 2e-6 of the largest entry."""
+    bound = 2e-6 * max(expected.abs().max().item(), 1e-12)
+    torch.testing.assert_close(got.double(), expected.double(), rtol=0, atol=bound)
+
+
+def assert_official_gradients(model, case):
+    """Within 2e-6 of the largest entry of each tensor; where the gradient is zero but for rounding,
+    as of a key's bias, of a thousandth of the largest of all."""
+    expected = {n.removeprefix("grad/"): g for n, g in case.items() if n.startswith("grad/")}
+    got = {official_name(n): g for n, g in gradients(model).items()}
+    assert got.keys() == expected.keys()
+    largest = max(grad.abs().max() for grad in expected.values())
+    for name, grad in expected.items():
+        bound = 2e-6 * max(grad.abs().max(), 1e-3 * largest)
+        assert (got[name] - grad).abs().max() <= bound, name
+
+
+def answers_of(case):
+    """The recorded list of answers, as a batch of up to three of each question."""
+    counts, length = case["counts"].tolist(), case["answer_ids"].shape[1]
+    ids, mask = torch.zeros(2, len(counts), max(counts), length, dtype=torch.long)
+    weights, start = torch.zeros(len(counts), max(counts)), 0
+    for row, count in enumerate(counts):
+        those = slice(start, start + count)
+        ids[row, :count], mask[row, :count] = case["answer_ids"][those], case["answer_mask"][those]
+        weights[row, :count] = case["answer_weights"][those]
+        start += count
+    return ids, mask, weights
+
+
+def test_vqa_is_the_official_one():
+    case, model = official(ALBEFVQA)
+    images = 4 * hashed("images", 3, 3, 24, 24)
+    out = model(images, *text_of(case), *answers_of(case))
+    assert_close(out.loss, case["loss"])
+    out.loss.backward()
+    assert_official_gradients(model, case)
+    _, plain = official(ALBEFVQA, distill=False)
+    assert_close(plain(images, *text_of(case), *answers_of(case)).loss, case["loss_plain"])
+
+
+def test_answers_are_ranked_as_officially():
+    case, model = official(ALBEFVQA)
+    images, text = 4 * hashed("images", 3, 3, 24, 24), text_of(case)
+    candidates = case["candidate_ids"], case["candidate_mask"]
+    best = model.rank_answers(images, *text, *candidates, k=4)
+    assert torch.equal(best, case["topk_ids"][:, 0])
+    states = States(model.read(images, *text), text[1])
+    found, scores = rank_candidates(model.encoders.decode, states, *candidates, k=4)
+    chances, order = scores.softmax(1).sort(descending=True)
+    assert torch.equal(found.gather(1, order), case["topk_ids"])
+    assert_close(chances, case["topk_probs"])
+    assert torch.equal(model.rank_answers(images, *text, *candidates, k=99), best)
+
+
+@pytest.mark.parametrize("model_class", [ALBEFEntailment, ALBEFNLVR2])
+def test_a_classifier_is_the_official_one(model_class):
+    case, model = official(model_class)
+    if model_class is ALBEFNLVR2:
+        images = 4 * hashed("pairs", 3, 2, 3, 24, 24)
+    else:
+        images = 4 * hashed("images", 3, 3, 24, 24)
+    batch = images, *text_of(case), case["labels"]
+    assert_close(model.logits(*batch[:3]), case["logits"])
+    out = model(*batch)
+    assert_close(out.logits, case["logits"])
+    assert_close(out.loss, case["loss"])
+    out.loss.backward()
+    assert_official_gradients(model, case)
+    _, plain = official(model_class, distill=False)
+    assert_close(plain(*batch).loss, case["loss_plain"])
+
+
+@torch.no_grad()
+def fill_queue_(queue):
+    for name in ("image", "text"):
+        features = torch.nn.functional.normalize(hashed(f"{name}_queue", 6, 8), dim=0)
+        getattr(queue, name).copy_(features)
+    queue.ids.copy_(torch.tensor([9, 1, 4, NO_IMAGE, 5, 6, 7, 2]))
+    queue.pointer.fill_(4)
+
+
+def test_retrieval_is_the_official_one():
+    case, model = official(ALBEFRetrieval)
+    fill_queue_(model.queue)
+    batch = 4 * hashed("shown", 4, 3, 24, 24), *text_of(case), case["image_ids"]
+    drawn = Drawn(case["negative_images"], case["negative_texts"])
+    out = model(*batch, drawn=drawn)
+    for name in ("loss", "loss_itc", "loss_itm"):
+        assert_close(getattr(out, name), case[name])
+    out.loss.backward()
+    assert_official_gradients(model, case)
+    for name in ("image", "text"):
+        assert_close(getattr(model.queue, name), case[f"after/{name}_queue"])
+    assert torch.equal(model.queue.ids, case["after/idx_queue"][0])
+    assert torch.equal(model.queue.pointer, case["after/queue_ptr"])
+    _, plain = official(ALBEFRetrieval, distill=False)
+    fill_queue_(plain.queue)
+    assert_close(plain(*batch, drawn=drawn).loss_itc, case["loss_itc_plain"])
 
 
 def made(model_class, **options):
@@ -67,3 +249,236 @@ def test_matching_logits_are_those_of_itm(family):
     assert torch.equal(logits, expected.float())
     guided, _ = model.matching_tokens(images, model.text_cls(ids, mask))
     assert guided.shape[1] < 17
+
+
+def batch_for(model):
+    """What `random_inputs` gives for four images, with texts of several lengths."""
+    images, ids, mask = batch_of_four()
+    return model.random_inputs(images) | {"input_ids": ids, "attention_mask": mask}
+
+
+def reduced(task, strategy, **options):
+    return made(TASKS[task], strategy=strategy, strategy_options=OPTIONS.get(strategy), **options)
+
+
+def step(model, batch):
+    torch.manual_seed(3)
+    out = model(**batch)
+    out.loss.backward()
+    return out.loss.detach(), gradients(model)
+
+
+@pytest.mark.parametrize(("task", "strategy"), tiered(STEPS, QUICK))
+def test_every_strategy_trains_and_checkpointing_changes_nothing(task, strategy):
+    model = reduced(task, strategy)
+    batch, other = batch_for(model), copy.deepcopy(model)
+    other.set_grad_checkpointing()
+    loss, expected = step(model, batch)
+    same, recomputed = step(other, batch)
+    assert loss.isfinite() and torch.equal(same, loss)
+    assert expected.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert_equal_gradients(recomputed, expected)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_by_default_all_patches_are_seen(task):
+    config = TASKS[task].config_class()
+    assert config.schedule is None and config.image_size == 384 and config.captions == "albef"
+    assert config.distill and config.alpha == config.full_alpha == 0.4
+
+
+@pytest.mark.parametrize("task", ["vqa", "entailment", "nlvr2"])
+def test_the_text_guides_every_image_that_it_comes_with(task):
+    model = made(TASKS[task])
+    batch, found = batch_for(model), []
+    model.encode_image = lambda *given: (
+        found.append(given) or type(model).encode_image(model, *given)
+    )
+    model.read(batch["images"], batch["input_ids"], batch["attention_mask"])
+    model(**batch)
+    cls = model.text_cls(batch["input_ids"], batch["attention_mask"])
+    images = batch["images"].flatten(0, -4)
+    for seen, guides in found:
+        assert torch.equal(seen, images)
+        assert torch.equal(guides, cls.repeat_interleave(len(images) // 4, 0))
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_what_is_saved_comes_back(task, tmp_path):
+    model = made(TASKS[task], distill=task == "retrieval").float()
+    batch = {
+        n: t.float() if t.is_floating_point() else t
+        for n, t in batch_for(model).items()
+        if n != "drawn"
+    }
+    if task == "retrieval":
+        model(**batch)
+    other = TASKS[task].from_pretrained(model.eval().save_pretrained(tmp_path)).eval()
+    assert other.config == model.config
+    for name, weight in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], weight), name
+    torch.manual_seed(0)
+    expected = model(**batch).loss
+    torch.manual_seed(0)
+    assert torch.equal(other(**batch).loss, expected)
+
+
+def pretrained():
+    """An ALBEF whose momentum encoders are not its encoders."""
+    model = cross_modal_cases.made("albef", text_depth=3)
+    for weight in model.encoders_m.parameters():
+        weight.data += 0.1 * torch.randn_like(weight)
+    return model
+
+
+HEADS = {
+    "vqa": (),
+    "entailment": ("*.classifier.*",),
+    "nlvr2": ("*.classifier.*",),
+    "retrieval": ("queue.ids",),
+}
+
+
+def begun(task, model, **options):
+    """A downstream model that begins as the pre-trained one."""
+    other = made(TASKS[task], text_depth=3, **options)
+    weights = TASKS[task].begin(model.state_dict(), other.config)
+    load_weights(other, weights, allow_missing=HEADS[task])
+    return other
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_it_begins_as_pretraining_left_it(task):
+    """Every weight but those of a new head, and momentum encoders as the momentum encoders."""
+    model = pretrained()
+    other, (images, ids, mask) = begun(task, model), batch_of_four()
+    for ours, theirs in ((other.encoders, model.encoders), (other.encoders_m, model.encoders_m)):
+        tokens, text = theirs.visual.forward_features(images), theirs.read(ids, mask)
+        assert torch.equal(ours.visual.forward_features(images), tokens)
+        assert torch.equal(ours.read(ids, mask), text)
+        if task != "nlvr2":
+            assert torch.equal(ours.fuse(text, mask, tokens), theirs.fuse(text, mask, tokens))
+    if task == "retrieval":
+        assert torch.equal(other.queue.image, model.queue.image)
+        assert torch.equal(other.text_features(ids, mask), model.text_features(ids, mask))
+        logits = [m.matching_logits(*m.matching_tokens(images), ids, mask) for m in (model, other)]
+        assert torch.equal(*logits)
+
+
+def test_a_decoder_begins_as_the_fusion_layers():
+    """With the states of all layers that fuse, but not causal, it is what fuses."""
+    model = pretrained()
+    other, (images, ids, mask) = begun("vqa", model), batch_of_four()
+    for ours, theirs in ((other.encoders, model.encoders), (other.encoders_m, model.encoders_m)):
+        tokens, hidden = theirs.visual.forward_features(images), theirs.text.embed(ids)
+        assert torch.equal(ours.decoder.embed(ids), hidden)
+        written = ours.decoder.run(hidden, mask, ours.writes, tokens)
+        assert torch.equal(written, theirs.fuse(hidden, mask, tokens))
+        assert torch.equal(ours.language_head(written), theirs.language_head(written))
+    head, embeddings = other.encoders.language_head.predictions, other.encoders.decoder.embeddings
+    assert head.decoder.weight is embeddings.word_embeddings.weight
+    assert embeddings.word_embeddings is not other.encoders.text.embeddings.word_embeddings
+
+
+def test_both_layers_of_a_pair_begin_as_the_one_of_pretraining():
+    model = pretrained()
+    other, (_, ids, mask) = begun("nlvr2", model), batch_of_four()
+    assert len(other.encoders.text.layers) == 1 + 2 * 2
+    for ours, theirs in ((other.encoders, model.encoders), (other.encoders_m, model.encoders_m)):
+        tokens, hidden = torch.randn(8, 17, 16).double(), theirs.read(ids, mask)
+        expected = hidden
+        for i in (1, 2):
+            for image in (tokens[0::2], tokens[1::2]):
+                expected = theirs.text.run(expected, mask, range(i, i + 1), image)
+        assert torch.equal(ours.fuse(hidden, mask, tokens), expected)
+        for i in (1, 3):
+            first, second = (ours.text.layers[j].crossattention.self for j in (i, i + 1))
+            assert first.key is second.key and first.value is second.value
+            assert first.query is not second.query
+
+
+def test_without_momentum_encoders_they_begin_as_the_encoders():
+    model = pretrained()
+    weights = {n: w for n, w in model.state_dict().items() if not n.startswith("encoders_m.")}
+    for task, model_class in TASKS.items():
+        begins = model_class.begin(weights, made(model_class, text_depth=3).config)
+        copies = {n: w for n, w in begins.items() if n.startswith("encoders_m.")}
+        assert copies, task
+        assert all(w is begins[n.replace("encoders_m.", "encoders.")] for n, w in copies.items())
+
+
+def test_another_length_of_queue_begins_anew():
+    weights = pretrained().state_dict()
+    config = made(ALBEFRetrieval, text_depth=3, queue_size=12).config
+    assert not any(name.startswith("queue.") for name in ALBEFRetrieval.begin(weights, config))
+
+
+@pytest.mark.parametrize("task", ["vqa", "entailment", "nlvr2"])
+def test_without_distillation_there_is_no_momentum_encoder(task):
+    model = made(TASKS[task], distill=False)
+    assert model.encoders_m is None and model.moved_in_training() == () and not model.monitored()
+    names = TASKS[task].begin(pretrained().state_dict(), model.config)
+    assert not any(name.startswith("encoders_m.") for name in names)
+    model.begin_step(0, 0.0)
+    assert model(**batch_for(model)).loss.isfinite()
+    with pytest.raises(ValueError, match="distill: expected True with scorer='momentum'"):
+        made(TASKS[task], distill=False, scorer="momentum")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_momentum_encoders_follow_in_training_alone(task):
+    model = made(TASKS[task])
+    batch, momentum = batch_for(model), dict(model.encoders_m.named_parameters())
+    for weight in model.encoders.parameters():
+        weight.data += 0.1
+    before = {n: p.clone() for n, p in momentum.items()}
+    model.eval()(**batch)
+    assert all(torch.equal(p, before[n]) for n, p in momentum.items())
+    model.train()(**batch)
+    online = dict(model.encoders.named_parameters())
+    for name, p in momentum.items():
+        torch.testing.assert_close(p, (before[name] + online[name]) / 2)
+
+
+def test_entailment_does_not_warm_alpha_up():
+    for task, alpha in (("entailment", 0.4), ("vqa", 0.2), ("nlvr2", 0.2), ("retrieval", 0.2)):
+        model = made(TASKS[task])
+        model.begin_step(5, 0.5)
+        assert model.alpha.item() == pytest.approx(alpha)
+    model = made(ALBEFRetrieval, distill=False)
+    model.begin_step(5, 0.5)
+    assert model.alpha == 0
+
+
+def test_an_answer_that_is_not_there_changes_nothing():
+    model = made(ALBEFVQA).eval()
+    batch = batch_for(model)
+    expected = model(**batch).loss
+    for name in ("answer_ids", "answer_mask", "answer_weights"):
+        empty = torch.zeros_like(batch[name][:, :1])
+        batch[name] = torch.cat([batch[name], empty], dim=1)
+    loss = model(**batch).loss
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(grad.isfinite().all() for grad in gradients(model).values())
+
+
+def test_a_momentum_tower_may_share_or_score_the_reduction():
+    for options in ({"momentum_reduction": "shared"}, {"scorer": "momentum"}):
+        for task in TASKS:
+            model = made(TASKS[task], **options)
+            assert model(**batch_for(model)).loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guide": "other"}, "guide: expected 'own'"),
+        ({"guide_negatives": 0.5}, r"guide_negatives: expected a number in \[0, 0\], got 0.5"),
+        ({"num_classes": 0}, "num_classes: expected an integer at least 1, got 0"),
+    ],
+)
+def test_a_bad_config_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        made(ALBEFEntailment, **options)
