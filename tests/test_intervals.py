@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from elip_models.tasks import intervals
 from elip_models.tasks.intervals import LEVEL, RESAMPLES, bootstrap_interval
 
 ENDS = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
@@ -55,6 +56,13 @@ def test_it_is_repeated_by_its_seed_and_narrows_with_more_examples():
     assert widths[0] == pytest.approx(10 * widths[1], rel=0.15)
     narrow = bootstrap_interval(few, level=0.5)
     assert narrow.high - narrow.low < widths[0]
+
+
+def test_it_is_the_same_however_many_are_drawn_at_once(monkeypatch):
+    scores = np.random.default_rng(1).random(40)
+    expected = bootstrap_interval(scores)
+    monkeypatch.setattr(intervals, "DRAWN_AT_ONCE", 40 * 999)
+    assert bootstrap_interval(scores) == pytest.approx(expected)
 
 
 def test_where_nothing_varies_it_is_a_point():

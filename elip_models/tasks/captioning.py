@@ -88,6 +88,7 @@ class Captioning(Task):
             num_examples=len(written),
             num_skipped=len(report.reasons),
             predictions=tuple(map(Prediction, ids, written, found.each)),
+            notes={"tokens": found.tokenizer},
         )
 
     def write(

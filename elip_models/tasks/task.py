@@ -61,6 +61,7 @@ class TaskScores:
         num_examples: scored.
         num_skipped: that could not be read.
         predictions: of each example, in order.
+        notes: what else the scores depend on, by its name.
     """
 
     task: str
@@ -69,6 +70,7 @@ class TaskScores:
     num_examples: int
     num_skipped: int = 0
     predictions: tuple[Prediction, ...] = field(default=(), repr=False)
+    notes: dict[str, str] = field(default_factory=dict)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -83,6 +85,7 @@ class TaskScores:
             "baselines": self.baselines,
             "num_examples": self.num_examples,
             "num_skipped": self.num_skipped,
+            "notes": self.notes,
             "predictions": [each._asdict() for each in self.predictions],
         }
 
