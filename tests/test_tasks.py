@@ -36,7 +36,7 @@ class Greys:
 
     def text_alone(self, index):
         right = self.answers[index % 2]
-        return Example((), f"how is {index}", {right: 1.0, "grey": 0.3}, f"g{index}")
+        return Example((), f"how is {index}", {right: 0.7, "grey": 0.1}, f"g{index}")
 
     def __getitem__(self, index):
         image = grey(200 if index % 2 else 20)
@@ -155,7 +155,7 @@ def test_answers_are_written_with_weights_or_told_apart_by_scores():
     task = VQA(answers_per_question=3, answer_length=5)
     written = task.sample(reading(source), source[1], 1, rng)
     assert written["answer_ids"].shape == written["answer_mask"].shape == (3, 5)
-    assert written["answer_weights"].tolist() == pytest.approx([1.0, 0.3, 0.0])
+    assert written["answer_weights"].tolist() == pytest.approx([0.7, 0.1, 0.0])
     classified = task.sample(reading(source, num_classes=2), source[1], 1, rng)
     assert classified["answer_scores"].tolist() == [0.0, 1.0]
 

@@ -12,7 +12,7 @@ Source: ALBEF (Li et al., 2021), section 4; BLIP (Li et al., 2022).
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -83,6 +83,7 @@ class Retrieval(Task):
         tokenizer: "PreTrainedTokenizerBase",
         source: Source,
         loading: Loading,
+        answers: Sequence[str] | None = None,
     ) -> TaskScores:
         report = skip_report(source, loading.max_bad_share)
         batches = evaluation_batches(

@@ -5,7 +5,7 @@ A task is a frozen dataclass of its settings in a file of its own; `tasks/__init
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -43,11 +43,11 @@ class Loading(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What a model said of an example, and how right that is."""
+    """What a model said of an example, and how right that is; None where nobody knows."""
 
     id: str
     said: str
-    score: float
+    score: float | None
 
 
 @dataclass(frozen=True)
@@ -161,9 +161,13 @@ class Task(ABC):
         tokenizer: "PreTrainedTokenizerBase",
         source: Source | ExampleSource,
         loading: Loading,
-    ) -> Any:
-        """Score a model, which is put in eval mode and back; the result has `metrics` and
-        `summary()`.
+        answers: Sequence[str] | None = None,
+    ) -> TaskScores:
+        """Score a model, which is put in eval mode and back.
+
+        Args:
+            answers: all that the model can answer, in the order of its outputs: those of the data
+                that it learned from. None: those of `source`.
 
         Raises:
             DataError: too many samples cannot be read, or all.
