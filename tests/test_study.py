@@ -278,6 +278,14 @@ def test_a_built_in_study_is_read_and_has_its_twin(name):
         assert ours == theirs and study.recipe != twin.recipe and study.group != twin.group
 
 
+def test_studies_of_a_group_mean_the_same_by_the_name_of_an_arm():
+    seen = {}
+    for study in (load_study(name, DATA) for name in study_names()):
+        for name, arm in study.arms.items():
+            said = study.recipe, study.overrides | arm.overrides, arm.parent, arm.length
+            assert seen.setdefault((study.group, name), said) == said, (study.name, name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CPU)
 def test_every_arm_of_a_built_in_study_can_be(name):
