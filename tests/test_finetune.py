@@ -1,19 +1,23 @@
 """`elip finetune`: recipes by task and family, what a model begins with, runs from end to end."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
-from elip_models.data import open_source, train_tokenizer
+from elip_models.data import export, open_source, train_tokenizer
 from elip_models.models.registry import CONFIGS, DOWNSTREAM, create_model, family_of, load_model
 from elip_models.tasks.registry import TASKS, get_task
 from elip_models.training.finetune import finetune_recipe
 from elip_models.training.recipe import FINETUNE, load_recipe, recipe_names
-from elip_models.training.trainer import train
+from elip_models.training.summary import print_summary
+from elip_models.training.trainer import Trainer, train
 from elip_models.training.training_data import meta_model
 from elip_models.validation import ConfigError
+from tests.test_cli import elip
 from tests.tiny_run import logged, own_process
 
 QUIET = Console(quiet=True)
@@ -25,6 +29,7 @@ DATA = {
     "captioning": "emoji_scenes:seed={},size={}",
     "classification": "emoji_classes:seed={},size={}",
 }
+PARTS = {"train": (0, 16), "eval": (1, 6)}
 FULL = [name for name in recipe_names(FINETUNE) if not name.endswith("_tiny")]
 TINY = {"optim.steps": 2, "optim.batch_size": 4, "trackers": [], "report": [], "log_every": 1}
 
@@ -57,12 +62,12 @@ def saved(tmp_path_factory):
     return folder
 
 
-def run(saved, family, task, **changes):
+def run(saved, family, task, *, resume=False, **changes):
     """A run of two steps: its recipe, and what it left."""
-    data = {"data.train": DATA[task].format(0, 16), "data.eval": DATA[task].format(1, 6)}
+    data = {f"data.{part}": DATA[task].format(*which) for part, which in PARTS.items()}
     overrides = TINY | data | {"output_dir": "run"} | changes
     config = finetune_recipe(f"{task}_tiny", saved(family), overrides)
-    return config, train(config, console=QUIET)
+    return config, train(config, resume=resume, console=QUIET)
 
 
 def pairs(*quick):
@@ -83,17 +88,72 @@ def test_a_model_is_fine_tuned_scored_and_loaded_again(saved, family, task):
         assert torch.equal(weight.cpu(), again.state_dict()[name]), name
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been(saved):
-    config, whole = run(saved, "albef", "entailment", output_dir="whole", checkpoint_every=1)
-    config, _ = run(saved, "albef", "entailment", **{"optim.steps": 1, "checkpoint_every": 1})
-    overrides = {"output_dir": "run", "checkpoint_every": 1} | TINY
-    data = {key: getattr(config.data, key.split(".")[1]) for key in ("data.train", "data.eval")}
-    longer = finetune_recipe("entailment_tiny", saved("albef"), overrides | data)
-    resumed = train(longer, resume=True, console=QUIET)
-    assert resumed.step == 2
-    lr = logged(resumed.output_dir, "lr")
-    assert len(lr) == 2  # the schedule of a longer run differs, what it has read does not
-    assert whole.task_scores.num_examples == resumed.task_scores.num_examples
+@pytest.mark.parametrize(("family", "task"), pairs(("albef", "nlvr2")))
+def test_files_in_the_standard_formats_give_what_the_built_in_world_gives(
+    saved, family, task, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    specs = {f"data.{part}": DATA[task].format(*which) for part, which in PARTS.items()}
+    _, built_in = run(saved, family, task, output_dir="built_in")
+    files = {
+        key: export(task, spec, tmp_path / key, image_size=32)[-1] for key, spec in specs.items()
+    }
+    _, read = run(saved, family, task, output_dir="files", **files)
+    assert read.loss == built_in.loss
+    assert read.task_scores.scores == built_in.task_scores.scores
+    said = ([each.said for each in r.task_scores.predictions] for r in (read, built_in))
+    assert next(said) == next(said)
+
+
+def test_a_page_shows_examples_and_what_was_said(saved, tmp_path):
+    pytest.importorskip("matplotlib")
+    config, result = run(saved, "albef", "nlvr2", report=["picture"])
+    console = Console(file=(tmp_path / "said.txt").open("w"), width=200)
+    print_summary(config, result, console)
+    with Image.open("run/predictions.png") as page:
+        assert page.size[0] > 500
+    text = (tmp_path / "said.txt").read_text()
+    assert "nlvr2: 6 examples" in text and "majority" in text and "scores.json" in text
+    scores = json.loads(Path("run/scores.json").read_text())
+    assert len(scores["predictions"]) == 6
+
+
+def test_the_commands_fine_tune_and_score(saved, capsys):
+    given = [f"{key}={value}" for key, value in TINY.items()]
+    data = [f"data.train={DATA['vqa'].format(0, 16)}", f"data.eval={DATA['vqa'].format(1, 6)}"]
+    assert elip("finetune", "vqa_tiny", "--from", saved("meter"), *given, *data) == 0
+    written = json.loads(Path("runs/vqa_tiny/scores.json").read_text())
+    folder, spec = "runs/vqa_tiny/model", DATA["vqa"].format(1, 6)
+    assert elip("eval", "vqa", "--model", folder, "--data", spec, "--output", "again.json") == 0
+    assert json.loads(Path("again.json").read_text()) == written
+    capsys.readouterr()
+    assert elip("eval", "nlvr2", "--model", folder, "--data", DATA["nlvr2"].format(1, 6)) == 2
+    said = capsys.readouterr().err
+    assert "expected a model that `elip finetune nlvr2` left, got METERVQA, one for vqa" in said
+
+
+def test_a_pre_trained_model_is_ranked_anew_by_the_command(saved, capsys):
+    data = DATA["retrieval"].format(1, 6)
+    arguments = ("--model", saved("blip"), "--data", data, "--rerank", 3)
+    assert elip("eval", "retrieval", *arguments) == 0
+    assert "features" in capsys.readouterr().out
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(saved, monkeypatch):
+    _, whole = run(saved, "albef", "entailment", output_dir="whole")
+    step = Trainer._train_step
+
+    def killed(trainer):
+        if trainer.step == 1:
+            raise KeyboardInterrupt
+        step(trainer)
+
+    again = {"output_dir": "killed", "checkpoint_every": 1}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_train_step", killed)
+        run(saved, "albef", "entailment", **again)
+    _, resumed = run(saved, "albef", "entailment", resume=True, **again)
+    assert (resumed.loss, resumed.task_scores) == (whole.loss, whole.task_scores)
 
 
 @pytest.mark.parametrize("name", FULL)
@@ -139,7 +199,7 @@ def test_a_task_that_there_is_not_is_named(saved, task, family, message):
 
 
 def test_a_folder_of_other_content_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="--from: folder: expected config.json"):
+    with pytest.raises(ConfigError, match=r"--from: folder: expected config.json"):
         finetune_recipe("vqa", tmp_path, {})
 
 
