@@ -12,7 +12,7 @@ from elip_models.models.downstream.albef_entailment import ALBEFEntailment
 from elip_models.models.downstream.albef_nlvr2 import ALBEFNLVR2
 from elip_models.models.downstream.albef_retrieval import ALBEFRetrieval
 from elip_models.models.downstream.albef_vqa import ALBEFVQA
-from elip_models.models.downstream.generated_answers import States, rank_candidates
+from elip_models.models.downstream.generated_answers import States, score_candidates
 from elip_models.models.downstream.momentum_retrieval import Drawn
 from elip_models.models.layers.losses import hard_negatives, soft_contrastive_loss
 from elip_models.models.layers.momentum import NO_IMAGE
@@ -141,9 +141,9 @@ def test_answers_are_ranked_as_officially():
     best = model.rank_answers(images, *text, *candidates, k=4)
     assert torch.equal(best, case["topk_ids"][:, 0])
     states = States(model.read(images, *text), text[1])
-    found, scores = rank_candidates(model.encoders.decode, states, *candidates, k=4)
-    chances, order = scores.softmax(1).sort(descending=True)
-    assert torch.equal(found.gather(1, order), case["topk_ids"])
+    found = score_candidates(model.encoders.decode, states, *candidates, k=4)
+    chances, order = (found.first + found.whole).softmax(1).sort(descending=True)
+    assert torch.equal(found.numbers.gather(1, order), case["topk_ids"])
     assert_close(chances, case["topk_probs"])
     assert torch.equal(model.rank_answers(images, *text, *candidates, k=99), best)
 
