@@ -1,6 +1,7 @@
 """ALBEF's downstream models against the official ones, and what they promise beside."""
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from elip_models.models.layers.momentum import NO_IMAGE
 from elip_models.reduction.strategies import STRATEGIES
 from tests import cross_modal_cases
 from tests.cross_modal_cases import DISTILLED, MASK, SIZES, batch_of_four
-from tests.hashed import fill_hashed_, hashed
+from tests.golden_weights import matrix, ruled
 from tests.test_baselines import OPTIONS
 from tests.tiers import tiered
 from tests.towers import assert_equal_gradients, gradients
@@ -82,10 +83,18 @@ def official(model_class, **options):
     case = load_file(GOLDEN / f"{model_class.family}.safetensors")
     config = model_class.config_class(**OFFICIAL, **DEPTHS[model_class], **options)
     model = model_class(config)
-    fill_hashed_(model, official_name, without=("temp",))  # in fp32, as theirs
+    for name, weight in model.named_parameters():
+        if name != "temperature":
+            weight.data = ruled(official_name(name), weight.shape).float()  # as theirs
     model.double().alpha.fill_(config.full_alpha)
     long = {n: t.long() for n, t in case.items() if not t.is_floating_point()}
     return case | long, model
+
+
+def pixels(name, *batch):
+    """Images (*batch, 3, 24, 24) that were shown under that name."""
+    shape = *batch, 3, 24, 24
+    return 2 * matrix(1, math.prod(shape), name).view(shape)
 
 
 def text_of(case):
@@ -125,7 +134,7 @@ def answers_of(case):
 
 def test_vqa_is_the_official_one():
     case, model = official(ALBEFVQA)
-    images = 4 * hashed("images", 3, 3, 24, 24)
+    images = pixels("images", 3)
     out = model(images, *text_of(case), *answers_of(case))
     assert_close(out.loss, case["loss"])
     out.loss.backward()
@@ -136,7 +145,7 @@ def test_vqa_is_the_official_one():
 
 def test_answers_are_ranked_as_officially():
     case, model = official(ALBEFVQA)
-    images, text = 4 * hashed("images", 3, 3, 24, 24), text_of(case)
+    images, text = pixels("images", 3), text_of(case)
     candidates = case["candidate_ids"], case["candidate_mask"]
     best = model.rank_answers(images, *text, *candidates, k=4)
     assert torch.equal(best, case["topk_ids"][:, 0])
@@ -151,10 +160,7 @@ def test_answers_are_ranked_as_officially():
 @pytest.mark.parametrize("model_class", [ALBEFEntailment, ALBEFNLVR2])
 def test_a_classifier_is_the_official_one(model_class):
     case, model = official(model_class)
-    if model_class is ALBEFNLVR2:
-        images = 4 * hashed("pairs", 3, 2, 3, 24, 24)
-    else:
-        images = 4 * hashed("images", 3, 3, 24, 24)
+    images = pixels("pairs", 3, 2) if model_class is ALBEFNLVR2 else pixels("images", 3)
     batch = images, *text_of(case), case["labels"]
     assert_close(model.logits(*batch[:3]), case["logits"])
     out = model(*batch)
@@ -169,7 +175,7 @@ def test_a_classifier_is_the_official_one(model_class):
 @torch.no_grad()
 def fill_queue_(queue):
     for name in ("image", "text"):
-        features = torch.nn.functional.normalize(hashed(f"{name}_queue", 6, 8), dim=0)
+        features = torch.nn.functional.normalize(matrix(6, 8, f"{name}_queue"), dim=0)
         getattr(queue, name).copy_(features)
     queue.ids.copy_(torch.tensor([9, 1, 4, NO_IMAGE, 5, 6, 7, 2]))
     queue.pointer.fill_(4)
@@ -178,7 +184,7 @@ def fill_queue_(queue):
 def test_retrieval_is_the_official_one():
     case, model = official(ALBEFRetrieval)
     fill_queue_(model.queue)
-    batch = 4 * hashed("shown", 4, 3, 24, 24), *text_of(case), case["image_ids"]
+    batch = pixels("shown", 4), *text_of(case), case["image_ids"]
     drawn = Drawn(case["negative_images"], case["negative_texts"])
     out = model(*batch, drawn=drawn)
     for name in ("loss", "loss_itc", "loss_itm"):

@@ -73,12 +73,9 @@ def pairs(*quick):
 
 @pytest.mark.parametrize(("family", "task"), pairs(("albef", "vqa"), ("clip", "classification")))
 def test_a_model_is_fine_tuned_scored_and_loaded_again(saved, family, task):
-    if task == "captioning":
-        pytest.importorskip("pycocoevalcap")
     config, result = run(saved, family, task)
     assert config.model.overrides["vision_depth"] == 2 and not result.model.config.schedule
-    rows = logged(result.output_dir, "step", *result.task_scores.metrics)
-    assert all(torch.tensor(list(row.values())).isfinite().all() for row in rows)
+    assert logged(result.output_dir, *result.task_scores.metrics) == [result.task_scores.metrics]
     folder = result.output_dir / "model"
     assert json.loads((folder / "config.json").read_text())["model"] == f"{family}_{task}"
     again = load_model(folder)

@@ -65,7 +65,7 @@ def draw_predictions(
         axis.imshow(pixels.permute(1, 2, 0).numpy())
         asked = textwrap.fill(textwrap.shorten(text, 120, placeholder=" .."), 38)
         axis.set_title(asked, fontsize=8, parse_math=False)
-        is_right = prediction.score >= 0.5
+        is_right = (prediction.score or 0.0) >= 0.5
         answer = prediction.said if is_right else f"{prediction.said}\n(right: {right})"
         axis.text(
             *(0.5, -0.04),

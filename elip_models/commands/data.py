@@ -1,16 +1,29 @@
-"""`elip data check`."""
+"""`elip data check | export`."""
 
-from typing import Annotated
+from collections import Counter
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Annotated
 
 from elip_models.tasks.tables import data_table
-from elip_models.validation import blame, extra
+from elip_models.validation import ConfigError, blame, check, extra
 
 with extra("elip_models.commands"):
     import typer
     from rich.console import Console
     from rich.markup import escape
+    from rich.table import Table
 
-app = typer.Typer(no_args_is_help=True, help="Look at data before training on it.")
+if TYPE_CHECKING:
+    from elip_models.data import ExampleSource, SkipReport
+
+app = typer.Typer(no_args_is_help=True, help="Look at data before training on it; write it.")
+
+TASKS = "vqa, entailment, nlvr2, classification, retrieval or captioning"
+LISTED = 20
+"""Answers whose counts are shown."""
+
+ImageSize = Annotated[int, typer.Option(min=1, help="Of built-in scenes.")]
 
 
 @app.command("check")
@@ -19,19 +32,79 @@ def check_data(
         list[str],
         typer.Argument(metavar="SPEC...", help="JSON list, tar shards, emoji_scenes:size=500."),
     ],
+    task: Annotated[str, typer.Option(help=f"What the data is for: {TASKS}.")] = "retrieval",
     limit: Annotated[int | None, typer.Option(min=1, help="Read only the first samples.")] = None,
-    image_size: Annotated[int, typer.Option(min=1, help="Of built-in scenes.")] = 224,
+    image_size: ImageSize = 224,
 ) -> None:
     """Read every sample of the sources; exit status 1 where some cannot be read."""
-    from elip_models.data import check_source, open_source
+    from elip_models.data import check_source, open_examples, open_source
 
+    _check_task(task)
+    has_captions = task in ("retrieval", "captioning")
     with blame("SPEC"):
-        source = open_source(specs, image_size=image_size)
+        if has_captions:
+            source = open_source(specs, image_size=image_size)
+        else:
+            source = open_examples(task, specs, image_size=image_size)
     console, named = Console(), escape(", ".join(specs))
     with console.status(f"reading {named}"):
         report = check_source(source, limit)
-    captions = [text for i in range(report.seen) for text in source.captions(i)]
-    console.print(data_table(named, len(source), report, captions))
+    if has_captions:
+        captions = [text for i in range(report.seen) for text in source.captions(i)]
+        console.print(data_table(named, len(source), report, captions))
+    else:
+        console.print(_examples_table(named, source, report))
     if report.reasons:
         console.print(escape(report.summary()), soft_wrap=True)
         raise typer.Exit(1)
+
+
+@app.command("export")
+def export_data(
+    task: Annotated[str, typer.Argument(help=f"{TASKS}.")],
+    spec: Annotated[str, typer.Argument(help="Such as emoji_questions:seed=1,size=500.")],
+    folder: Annotated[Path, typer.Argument(help="A new or an empty one.")],
+    image_size: ImageSize = 64,
+) -> None:
+    """Write data as files in the standard format of a task, and say what reads them."""
+    from elip_models.data import SampleError, export
+
+    _check_task(task)
+    console = Console()
+    try:
+        with blame("SPEC"), console.status(f"writing {escape(str(folder))}"):
+            written = export(task, spec, folder, image_size=image_size)
+    except (SampleError, FileExistsError) as error:
+        raise ConfigError(str(error)) from error
+    for each in written:
+        console.print(escape(each), soft_wrap=True, highlight=False)
+
+
+def _check_task(task: str) -> None:
+    from elip_models.data.tasks.export import ExportedTask
+
+    with blame("TASK"):
+        check("task", task, ExportedTask)
+
+
+def _examples_table(name: str, source: "ExampleSource", report: "SkipReport") -> Table:
+    """What was read of a source: how many, how long the texts, how often each answer is right."""
+    examples = [source.text_alone(index) for index in range(report.seen)]
+    words = [len(example.text.split()) for example in examples] or [0]
+    right = Counter(answer for example in examples for answer in example.answers)
+    listed = set(source.answers)
+    table = Table(show_header=False)
+    table.add_row("data", name)
+    table.add_row("examples", f"{report.seen} of {len(source)} read")
+    table.add_row("unreadable", f"{len(report.reasons)} ({report.share:.1%})")
+    table.add_row("different texts", str(len({example.text for example in examples})))
+    table.add_row("words a text", f"{fmean(words):.1f}, at most {max(words)}")
+    table.add_row("answers to choose from", str(len(source.answers)))
+    table.add_row("answers given", f"{right.total()}, {len(right)} different ones")
+    table.add_row("not to choose", f"{sum(right[each] for each in right.keys() - listed)}")
+    table.add_row("without an answer", f"{sum(not example.answers for example in examples)}")
+    for answer, count in right.most_common(LISTED):
+        table.add_row(f"  {escape(answer)}", f"{count} ({count / right.total():.1%})")
+    if len(right) > LISTED:
+        table.add_row("  ..", f"{len(right) - LISTED} more")
+    return table

@@ -138,12 +138,14 @@ def _evaluate(
     task: "Task", model: Path, data: str, loading: "Loading", output: Path | None
 ) -> None:
     """Score a saved model on a downstream task."""
+    from elip_models.tasks.registry import read_answers
+
     trained, tokenizer = _open_trained(model, output)
     with blame("--model"):
         _check_task(task, trained)
     with blame("--data"):
         source = task.open(data, image_size=trained.config.image_size)
-    scores = task.evaluate(trained, tokenizer, source, loading)
+    scores = task.evaluate(trained, tokenizer, source, loading, read_answers(model))
     Console().print(task_table(scores))
     _write_scores(scores.as_dict(), output)
 

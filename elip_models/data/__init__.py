@@ -4,8 +4,14 @@ from elip_models.validation import extra
 
 with extra("elip_models.data"):
     from elip_models.data.caption_rules import apply_caption_rule
-    from elip_models.data.classes import ClassFolder, ClassSource, EmojiClasses, open_classes
-    from elip_models.data.examples import Example, ExampleSource
+    from elip_models.data.classes import (
+        ClassDataset,
+        ClassFolder,
+        ClassSource,
+        EmojiClasses,
+        open_classes,
+    )
+    from elip_models.data.examples import Example, ExampleSource, soft_scores
     from elip_models.data.loader import (
         EpochSampler,
         EvaluationBatch,
@@ -19,6 +25,12 @@ with extra("elip_models.data"):
     from elip_models.data.sample import NamedMasks, Sample, SampleError, Source
     from elip_models.data.scenes import EmojiScenes, render
     from elip_models.data.skips import DataError, SkipReport, check_source
+    from elip_models.data.tasks.entailment import EmojiEntailment
+    from elip_models.data.tasks.export import export
+    from elip_models.data.tasks.opening import open_examples
+    from elip_models.data.tasks.pairs import EmojiPairs
+    from elip_models.data.tasks.questions import EmojiQuestions
+    from elip_models.data.tasks.text_only import question_only_accuracy
     from elip_models.data.tokenizer import load_tokenizer, tokenize, train_tokenizer
     from elip_models.data.training_samples import TrainingSamples, drawn
     from elip_models.data.transforms import CLIP_MEAN, CLIP_STD, image_transform
@@ -29,10 +41,14 @@ __all__ = [
     "CLIP_MEAN",
     "CLIP_STD",
     "EMOJI",
+    "ClassDataset",
     "ClassFolder",
     "ClassSource",
     "DataError",
     "EmojiClasses",
+    "EmojiEntailment",
+    "EmojiPairs",
+    "EmojiQuestions",
     "EmojiScenes",
     "EpochSampler",
     "EvaluationBatch",
@@ -56,11 +72,15 @@ __all__ = [
     "drawn",
     "evaluation_batches",
     "example_batches",
+    "export",
     "image_transform",
     "load_tokenizer",
     "open_classes",
+    "open_examples",
     "open_source",
+    "question_only_accuracy",
     "render",
+    "soft_scores",
     "tokenize",
     "train_loader",
     "train_tokenizer",

@@ -2,26 +2,33 @@
 
     emoji_classes:seed=0,size=600    the built-in world, one emoji an image, each as often
     FOLDER                           a folder of images a class, as ImageNet's validation images are
+    datasets:NAME,split=test         a data set of the hub, or a folder of parquet files, as CIFAR's
 
 What a text calls a class, and in which sentences, follows open_clip where it is installed: its
 names of ImageNet's classes, for folders named by WordNet ids, and its templates.
 """
 
+import io
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from elip_models.data.captions import PLACES, with_article
 from elip_models.data.checks import check_index
 from elip_models.data.readers import parse_options
 from elip_models.data.sample import Sample, Source, decode_image
 from elip_models.data.scenes import EmojiScenes, render
+from elip_models.data.specs import parse_files
 from elip_models.data.world import BACKGROUNDS, EMOJI, Scene, single_scene
 from elip_models.validation import extra
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 Template = Callable[[str], str]
 _BUILT_IN = "emoji_classes"
+_DATASETS = "datasets"
 
 
 class ClassSource(Source, Protocol):
@@ -31,6 +38,10 @@ class ClassSource(Source, Protocol):
     classes: tuple[str, ...]
     names: tuple[str, ...]
     templates: tuple[Template, ...]
+
+    def sample_id(self, index: int) -> str:
+        """The id of a sample, no image decoded."""
+        ...
 
 
 def _of_background(background: str) -> Template:
@@ -64,8 +75,12 @@ class EmojiClasses(EmojiScenes):
         super().__init__(size, seed=seed, image_size=image_size, textures=textures)
 
     def __getitem__(self, index: int) -> Sample:
-        sample_id = f"{_BUILT_IN}-{self.seed}-{index}"
-        return Sample(render(self.scene(index), self.image_size), self.captions(index), sample_id)
+        image = render(self.scene(index), self.image_size)
+        return Sample(image, self.captions(index), self.sample_id(index))
+
+    def sample_id(self, index: int) -> str:
+        """The id of a sample, no image drawn."""
+        return f"{_BUILT_IN}-{self.seed}-{index}"
 
     def scene(self, index: int) -> Scene:
         """The scene as data, not drawn."""
@@ -83,7 +98,20 @@ class EmojiClasses(EmojiScenes):
         return ((0,),)
 
 
-class ClassFolder:
+class _OfPhotos:
+    """What classes of photographs share."""
+
+    @property
+    def templates(self) -> tuple[Template, ...]:
+        """Of open_clip; not kept, for functions do not go to loader processes."""
+        if find_spec("open_clip") is None:
+            return (_photo,)
+        from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+        return tuple(OPENAI_IMAGENET_TEMPLATES)
+
+
+class ClassFolder(_OfPhotos):
     """A `ClassSource` of a folder with a folder of images for each class.
 
     Raises FileNotFoundError where there is no such folder, or one of a class without an image.
@@ -97,23 +125,19 @@ class ClassFolder:
         self.names = _names_of(self.classes)
         self._samples = folder.samples
 
-    @property
-    def templates(self) -> tuple[Template, ...]:
-        """Of open_clip; not kept, for functions do not go to loader processes."""
-        if find_spec("open_clip") is None:
-            return (_photo,)
-        from open_clip import OPENAI_IMAGENET_TEMPLATES
-
-        return tuple(OPENAI_IMAGENET_TEMPLATES)
-
     def __len__(self) -> int:
         return len(self._samples)
 
     def __getitem__(self, index: int) -> Sample:
         check_index(index, len(self))
+        sample_id = self.sample_id(index)
+        image = decode_image(Path(self._samples[index][0]), sample_id)
+        return Sample(image, self.captions(index), sample_id)
+
+    def sample_id(self, index: int) -> str:
+        """The folder and the name of an image."""
         path = Path(self._samples[index][0])
-        sample_id = f"{path.parent.name}/{path.name}"
-        return Sample(decode_image(path, sample_id), self.captions(index), sample_id)
+        return f"{path.parent.name}/{path.name}"
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The class."""
@@ -121,15 +145,75 @@ class ClassFolder:
         return (self.classes[self._samples[index][1]],)
 
 
+class ClassDataset(_OfPhotos):
+    """A `ClassSource` of a data set of the hub, or of a folder of parquet files, by `datasets`.
+
+    The column of images is the only one of that type, that of classes the only one of theirs or the
+    one that `label` names. Raises FileNotFoundError where there is no such data set, ValueError
+    where it has no such split or columns.
+    """
+
+    def __init__(self, path: str, *, split: str, label: str | None = None) -> None:
+        with extra("ClassDataset"):
+            import datasets
+        try:
+            table = datasets.load_dataset(str(Path(path).expanduser()), split=split)
+        except ConnectionError as error:
+            raise FileNotFoundError(
+                f"expected a folder of parquet files, or a data set of the hub, got {path!r}, "
+                f"and no hub: {error}"
+            ) from error
+        image = _only_column(table, datasets.Image, None)
+        self._label = _only_column(table, datasets.ClassLabel, label)
+        self._images = table.cast_column(image, datasets.Image(decode=False))[image]
+        self._numbers = table[self._label]
+        self._name = f"{Path(path).name}-{split}"
+        self.classes = tuple(table.features[self._label].names)
+        self.names = _names_of(self.classes)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Sample:
+        captions, sample_id = self.captions(index), self.sample_id(index)
+        stored = self._images[index]
+        file = Path(stored["path"]) if stored["bytes"] is None else io.BytesIO(stored["bytes"])
+        return Sample(decode_image(file, sample_id), captions, sample_id)
+
+    def sample_id(self, index: int) -> str:
+        """The name of the data set, its split, and the number of the row."""
+        return f"{self._name}-{index}"
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The class."""
+        check_index(index, len(self))
+        return (self.classes[self._numbers[index]],)
+
+
+def _only_column(table: "Dataset", kind: type, name: str | None) -> str:
+    """The column of a type: the one of that name, or the only one."""
+    found = [column for column, feature in table.features.items() if isinstance(feature, kind)]
+    chosen = [column for column in found if name in (None, column)]
+    if len(chosen) != 1:
+        wanted = f"a column of {kind.__name__}" + (f" named {name!r}" if name else "")
+        raise ValueError(f"expected {wanted}, got {found} of {table.column_names}; say label=NAME")
+    return chosen[0]
+
+
 def open_classes(spec: str, *, image_size: int) -> ClassSource:
     """Open the images that `spec` names, see above; built-in ones are drawn at `image_size`.
 
     Raises TypeError or ValueError for a malformed spec, FileNotFoundError where there is no such
-    folder.
+    folder or data set.
     """
     if not isinstance(spec, str):
         raise TypeError(f"spec: expected {_BUILT_IN}:seed=0,size=600 or a folder, got {spec!r}")
     name, _, options = spec.partition(":")
+    if name.strip() == _DATASETS:
+        named = parse_files(options, ("split", "label"))
+        if len(named.files) != 1 or named.split is None:
+            raise ValueError(f"spec: expected {_DATASETS}:NAME_OR_FOLDER,split=test, got {spec!r}")
+        return ClassDataset(named.files[0], split=named.split, label=named.label)
     if name.strip() == _BUILT_IN:
         allowed = ("seed", "size", "textures")
         return EmojiClasses(**parse_options(spec, options, allowed), image_size=image_size)

@@ -1,10 +1,10 @@
-"""ALBEF JSON lists: [{"image": path, "caption": text or texts, "image_id": optional}, ...].
+"""Images with captions in JSON: ALBEF's lists, Karpathy's splits, COCO's captions.
 
-An entry may say where the things are that its captions name: "boxes", for each caption a list of
-[left, top, width, height] in pixels of the image, as COCO has them.
+A list is [{"image": path, "caption": text or texts, "image_id": optional}, ...]; the others stand
+in `caption_files`. An entry of a list may say where the things are that its captions name: "boxes",
+for each caption a list of [left, top, width, height] in pixels of the image, as COCO has them.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,31 +12,43 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from elip_models.data.caption_files import captioned
 from elip_models.data.checks import check_index, existing_files
+from elip_models.data.json_files import read_json
 from elip_models.data.sample import Sample, SampleError, clean_captions, decode_image
-from elip_models.validation import extra, misfit
+from elip_models.validation import check, extra, misfit
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_EXPECTED = 'a list of {"image": path, "caption": text or list of texts}'
+_EXPECTED = (
+    'a list of {"image": path, "caption": text or list of texts}, or {"images": ..} as in '
+    "Karpathy's splits and COCO's captions"
+)
 
 
 class JsonSource:
-    """A `Source` over one or several ALBEF lists.
+    """A `Source` over one or several such files.
 
-    Image paths are relative to `image_root`, or to the folder of the list that names them. A
-    sample's id is its "image_id", or the image path where it has none. A missing or damaged image
-    and an empty caption are a SampleError of that sample. Raises FileNotFoundError for a missing
-    list, ValueError for a file that is not such a list. It gives `NamedMasks` of its boxes.
+    Image paths are relative to `image_root`, or to the folder of the file that names them. A
+    sample's id is its "image_id", or the image path where it has none; of the others COCO's id, or
+    Karpathy's "imgid". `split` is of Karpathy's files: "test", or several, "train+restval".
+    A missing or damaged image and an empty caption are a SampleError of that sample. Raises
+    FileNotFoundError for a missing file, ValueError for one that is none of these. It gives
+    `NamedMasks` of its boxes.
     """
 
     def __init__(
-        self, paths: str | Path | Sequence[str | Path], *, image_root: str | Path | None = None
+        self,
+        paths: str | Path | Sequence[str | Path],
+        *,
+        image_root: str | Path | None = None,
+        split: str | None = None,
     ) -> None:
         if not isinstance(image_root, str | Path | None):
             raise TypeError(f"image_root: expected a folder or None, got {image_root!r}")
-        self._index = _build_index(existing_files("paths", paths), image_root)
+        check("split", split, str | None)
+        self._index = _build_index(existing_files("paths", paths), image_root, split)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -67,7 +79,7 @@ class JsonSource:
         return mask
 
 
-def _build_index(files: list[Path], image_root: str | Path | None) -> "Dataset":
+def _build_index(files: list[Path], image_root: str | Path | None, split: str | None) -> "Dataset":
     """Arrow table, one row an entry: folder, image, captions, id, boxes, entry ("list.json[3]")."""
     with extra("JsonSource"):
         from datasets import Dataset, Features, Value
@@ -77,7 +89,7 @@ def _build_index(files: list[Path], image_root: str | Path | None) -> "Dataset":
     }
     for file in files:
         folder = str(file.parent if image_root is None else image_root)
-        for number, (image, captions, sample_id, boxes) in enumerate(_entries(file)):
+        for number, image, captions, sample_id, boxes in _entries(file, split):
             columns["folder"].append(folder)
             columns["image"].append(image)
             columns["captions"].append(captions)
@@ -90,15 +102,20 @@ def _build_index(files: list[Path], image_root: str | Path | None) -> "Dataset":
     return Dataset.from_dict(columns, features=features)
 
 
-def _entries(file: Path) -> Iterator[tuple[str, list[str], str, list[list[list[float]]]]]:
-    """Read image, captions, id and boxes of every entry; ValueError names the first that is
+def _entries(
+    file: Path, split: str | None
+) -> Iterator[tuple[int, str, list[str], str, list[list[list[float]]]]]:
+    """Number, image, captions, id and boxes of the entries; ValueError names the first that is
     malformed."""
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: expected {_EXPECTED}, got no valid JSON: {error}") from error
+    entries = read_json(file, _EXPECTED)
+    if isinstance(entries, dict) and "images" in entries:
+        for number, image, captions, sample_id in captioned(file, entries, split):
+            yield number, image, clean_captions(captions), sample_id, []
+        return
     if not isinstance(entries, list):
         raise ValueError(f"{file}: expected {_EXPECTED}, got a {type(entries).__name__}")
+    if split is not None:
+        raise ValueError(f"split: expected none, for {file} has none, got {split!r}")
     for number, entry in enumerate(entries):
         where = f"{file}[{number}]"
         if not isinstance(entry, dict) or not {"image", "caption"} <= entry.keys():
@@ -111,7 +128,7 @@ def _entries(file: Path) -> Iterator[tuple[str, list[str], str, list[list[list[f
             boxes = _boxes(entry.get("boxes", []), len(captions))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        yield image, captions, str(entry.get("image_id", image)), boxes
+        yield number, image, captions, str(entry.get("image_id", image)), boxes
 
 
 def _boxes(value: Any, captions: int) -> list[list[list[float]]]:

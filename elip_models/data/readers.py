@@ -2,8 +2,9 @@
 
 import glob
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from elip_models.data.checks import check_not_empty
 from elip_models.data.json_source import JsonSource
@@ -11,6 +12,7 @@ from elip_models.data.mixture import MixedSource
 from elip_models.data.sample import Sample, SampleError, Source
 from elip_models.data.scenes import EmojiScenes
 from elip_models.data.shard_source import ShardSource
+from elip_models.data.specs import parse_files
 from elip_models.validation import PositiveInt, check
 
 __all__ = [
@@ -33,13 +35,19 @@ _FORMS = (
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
-def open_source(spec: str | Sequence[str], *, image_size: int) -> Source:
+Spec = str | Mapping[str, Any]
+"""A line, or the files of `FileSpec` as a mapping."""
+
+
+def open_source(spec: Spec | Sequence[Spec], *, image_size: int) -> Source:
     """Open the data that `spec` names; of several specs, all together, as a `MixedSource`.
 
     The forms: "emoji_scenes:seed=0,size=50000" (drawn at `image_size`), with the options of
     `EmojiScenes` "emoji_scenes:seed=0,size=50000,clutter=4,textures=true"; "list.json",
     "train-*.tar", "train-{0000..0003}.tar", a folder of tars, or several of these paths, separated
-    by commas, all JSON or all tar. Stored images keep the size they have.
+    by commas, all JSON or all tar; JSON of Karpathy's splits and COCO's captions too, and with the
+    options of `FileSpec` "dataset_coco.json,images=coco,split=test", or {"files": [..], "images":
+    ..}. Stored images keep the size they have.
     Raises TypeError or ValueError for a malformed spec, FileNotFoundError where it matches no file.
     """
     check("image_size", image_size, PositiveInt)
@@ -47,18 +55,21 @@ def open_source(spec: str | Sequence[str], *, image_size: int) -> Source:
         check_not_empty("spec", spec)
         sources = [open_source(each, image_size=image_size) for each in spec]
         return sources[0] if len(sources) == 1 else MixedSource(sources)
-    if not isinstance(spec, str):
+    if not isinstance(spec, str | Mapping):
         raise TypeError(f"spec: expected a text such as {_FORMS}, got {spec!r}")
-    name, _, options = spec.partition(":")
+    name, _, options = spec.partition(":") if isinstance(spec, str) else ("", "", "")
     if name.strip() == _BUILT_IN:
         return EmojiScenes(**parse_options(spec, options, _OPTIONS), image_size=image_size)
-    files = [file for part in spec.split(",") if part.strip() for file in _expand(part.strip())]
+    named = parse_files(spec, ("images", "split"))
+    files = [file for part in named.files for file in _expand(part)]
     if not files:
         raise ValueError(f"spec: expected {_FORMS}, got {spec!r}")
     kinds = {file.suffix.lower() for file in files}
     if kinds == {".json"}:
-        return JsonSource(files)
+        return JsonSource(files, image_root=named.images, split=named.split)
     if kinds == {".tar"}:
+        if named.images or named.split:
+            raise ValueError(f"spec: expected images and split of .json files alone, got {spec!r}")
         return ShardSource(files)
     raise ValueError(
         f"spec: expected files that are all .json or all .tar, got {sorted(kinds)} in {spec!r}; "

@@ -41,6 +41,10 @@ ROBERTA = {  # the fields of METERConfig that roberta-base has other values for
     "sep_token_id": 2,
     "mask_token_id": 50264,
 }
+DRAWN = (  # parts of BERT's initialisation, in the order in which a seed draws them
+    *("text_transform", "image_transform", "token_types", "itm_head"),
+    *("text_pooler", "image_pooler", "language_head"),
+)
 TEXT, IMAGE = 0, 1  # rows of the token type embeddings; of further images behind them
 
 
@@ -165,9 +169,14 @@ class METERBackbone(CrossModalModel):
         self.text_layers = BertTower(bert, cross_attention=every, embeddings=None)
         self.image_layers = BertTower(bert, cross_attention=every, embeddings=None)
         self.text_pooler, self.image_pooler = BertPooler(bert), BertPooler(bert)
-        made = (self.text_transform, self.image_transform, self.token_types)
-        for module in (*made, self.text_pooler, self.image_pooler):
-            module.apply(self.text_layers.init)
+        self._add_heads(config)
+        parts = dict(self.named_children())
+        for name in DRAWN:
+            if name in parts:
+                parts[name].apply(self.text_layers.init)
+
+    def _add_heads(self, config: METERConfig) -> None:
+        """Add what stands on the backbone and is among `DRAWN`."""
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids, attention_mask (B, L) -> hidden states (B, L, D) of the text alone."""
@@ -232,10 +241,8 @@ class METERBackbone(CrossModalModel):
 class METERMatcher(METERBackbone):
     """The backbone, and the head that judges whether a text and an image are a pair."""
 
-    def __init__(self, config: METERConfig) -> None:
-        super().__init__(config)
+    def _add_heads(self, config: METERConfig) -> None:
         self.itm_head = nn.Linear(2 * config.cross_width, 2)
-        self.itm_head.apply(self.text_layers.init)
 
     def match(self, text: Tensor, image: Tensor) -> Tensor:
         """Judge fused text (B, L, C) and image (B, N, C) -> logits (B, 2): no pair, or a pair."""
@@ -278,9 +285,11 @@ class METER(METERMatcher):
 
     def __init__(self, config: METERConfig) -> None:
         super().__init__(config)
-        self.language_head = masked_language_head(self.text_layers)
-        self.language_head.apply(self.text_layers.init)
         self.register_buffer("continues", None, persistent=False)
+
+    def _add_heads(self, config: METERConfig) -> None:
+        super()._add_heads(config)
+        self.language_head = masked_language_head(self.text_layers)
 
     def read_vocabulary_(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Learn which tokens continue a word, '##..' as in BERT, where words are masked whole.

@@ -3,15 +3,18 @@
 Source: BLIP (Li et al., 2022); CIDEr (Vedantam et al., 2015).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from elip_models.data import Sample, Source, evaluation_batches, open_source
 from elip_models.models.base import evaluating
 from elip_models.models.layers.generation import Decoding
+from elip_models.tasks.caption_metrics import caption_scores
 from elip_models.tasks.task import (
     Loading,
     Prediction,
@@ -31,13 +34,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Captioning(Task):
-    """Captions of an image.
+    """Captions of an image, each behind the model's prompt.
 
-    prompt: that every caption begins with. num_beams, max_length, min_length: see `Decoding`.
+    num_beams, max_length, min_length: see `Decoding`.
     """
 
     name: ClassVar[str] = "captioning"
-    prompt: str = "a picture of "
     num_beams: PositiveInt = 3
     max_length: PositiveInt = 20
     min_length: PositiveInt = 5
@@ -45,14 +47,12 @@ class Captioning(Task):
     def open(self, spec: str, *, image_size: int) -> Source:
         return open_source(spec, image_size=image_size)
 
-    def fields(self, source: Source, config: Any) -> dict[str, Any]:
-        return {"prompt": self.prompt}
-
     def sample(
         self, reading: Reading, sample: Sample, index: int, rng: np.random.Generator
     ) -> dict[str, Tensor]:
         caption = sample.captions[rng.integers(len(sample.captions))]
-        return {"images": reading.image(sample.image, rng), **reading.text(self.prompt + caption)}
+        text = reading.model.prompt + caption
+        return {"images": reading.image(sample.image, rng), **reading.text(text)}
 
     def evaluate(
         self,
@@ -60,9 +60,8 @@ class Captioning(Task):
         tokenizer: "PreTrainedTokenizerBase",
         source: Source,
         loading: Loading,
+        answers: Sequence[str] | None = None,
     ) -> TaskScores:
-        from elip_models.tasks.caption_metrics import caption_scores
-
         report = skip_report(source, loading.max_bad_share)
         batches = evaluation_batches(
             source,
@@ -95,12 +94,11 @@ class Captioning(Task):
         self, model: "PretrainedModel", tokenizer: "PreTrainedTokenizerBase", images: Tensor
     ) -> list[str]:
         """images (B, 3, S, S) -> a caption each, without the prompt."""
-        prompt = model.tokenise(tokenizer, [self.prompt])
-        length = int(prompt["attention_mask"].sum())
-        begun = prompt["input_ids"][:, 1 : length - 1].expand(len(images), -1)
+        prompt = torch.tensor(model.prompt_ids(tokenizer), device=images.device)
+        prompt = prompt.expand(len(images), -1)
         decoding = Decoding(
             num_beams=self.num_beams, max_length=self.max_length, min_length=self.min_length
         )
-        ids = model.generate(images, prompt=begun.to(images.device), decoding=decoding)
-        rest = ids[:, 1 + begun.shape[1] :]
+        ids = model.generate(images, prompt=prompt, decoding=decoding)
+        rest = ids[:, 1 + prompt.shape[1] :]
         return [text.strip() for text in tokenizer.batch_decode(rest, skip_special_tokens=True)]

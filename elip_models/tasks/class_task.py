@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elip_models.data import Example, ExampleSource, example_batches
+from elip_models.data import DataError, Example, ExampleSource, example_batches
 from elip_models.models.base import evaluating
 from elip_models.tasks.intervals import bootstrap_interval
 from elip_models.tasks.task import (
@@ -38,6 +38,10 @@ class ClassTask(Task):
     """Base of these tasks. `reads_text`: the model's `logits` take a text too."""
 
     reads_text: ClassVar[bool] = True
+
+    def worth(self, answers: dict[str, float]) -> dict[str, float]:
+        """How right each answer of an example is, in [0, 1]."""
+        return answers
 
     @abstractmethod
     def open(self, spec: str, *, image_size: int) -> ExampleSource: ...
@@ -71,7 +75,9 @@ class ClassTask(Task):
         tokenizer: "PreTrainedTokenizerBase",
         source: ExampleSource,
         loading: Loading,
+        answers: Sequence[str] | None = None,
     ) -> TaskScores:
+        answers = source.answers if answers is None else answers
         report = skip_report(source, loading.max_bad_share)
         batches = example_batches(
             source,
@@ -84,7 +90,7 @@ class ClassTask(Task):
         chosen: list[int] = []
         with evaluating(model), torch.no_grad():
             device = next(model.parameters()).device
-            choose = self.chooser(model, tokenizer, source.answers)
+            choose = self.chooser(model, tokenizer, answers)
             for batch in batches:
                 inputs = {"images": batch.images}
                 if self.reads_text:
@@ -92,7 +98,7 @@ class ClassTask(Task):
                 inputs = {name: value.to(device) for name, value in inputs.items()}
                 chosen += choose(**inputs).tolist()
                 examples += batch.examples
-        return self._scores(source.answers, examples, chosen, num_skipped=len(report.reasons))
+        return self._scores(answers, examples, chosen, num_skipped=len(report.reasons))
 
     def _scores(
         self,
@@ -102,20 +108,24 @@ class ClassTask(Task):
         *,
         num_skipped: int,
     ) -> TaskScores:
-        """An answer is as right as its example says that it counts."""
-        said = [answers[number] for number in chosen]
-        right = [each.answers.get(text, 0.0) for each, text in zip(examples, said, strict=True)]
-        heaviest = Counter(max(each.answers, key=each.answers.get) for each in examples)
+        """An answer is as right as `worth` says; examples without answers are not judged."""
+        said = {each.id: answers[number] for each, number in zip(examples, chosen, strict=True)}
+        worth = {each.id: self.worth(each.answers) for each in examples if each.answers}
+        if not worth:
+            raise DataError("no example says what is right: expected answers, got none")
+        right = {name: each.get(said[name], 0.0) for name, each in worth.items()}
+        heaviest = Counter(max(each, key=each.get) for each in worth.values())
         always = heaviest.most_common(1)[0][0]
-        ids = [each.id for each in examples]
         return TaskScores(
             task=self.name,
-            scores={"accuracy": bootstrap_interval(right)},
+            scores={"accuracy": bootstrap_interval([*right.values()])},
             baselines={
-                "chance": 1 / len(answers),
-                "majority": fmean(each.answers.get(always, 0.0) for each in examples),
+                "chance": {"accuracy": 1 / len(answers)},
+                "majority": {"accuracy": fmean(each.get(always, 0.0) for each in worth.values())},
             },
-            num_examples=len(examples),
+            num_examples=len(right),
             num_skipped=num_skipped,
-            predictions=tuple(map(Prediction, ids, said, right)),
+            predictions=tuple(
+                Prediction(name, text, right.get(name)) for name, text in said.items()
+            ),
         )

@@ -12,7 +12,7 @@ Source: ALBEF (Li et al., 2021), section 4; BLIP (Li et al., 2022).
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -83,6 +83,7 @@ class Retrieval(Task):
         tokenizer: "PreTrainedTokenizerBase",
         source: Source,
         loading: Loading,
+        answers: Sequence[str] | None = None,
     ) -> TaskScores:
         report = skip_report(source, loading.max_bad_share)
         batches = evaluation_batches(
@@ -98,11 +99,10 @@ class Retrieval(Task):
             index = _Index.of(model, tokenizer, batches, loading.batch_size, guided=self.guided)
             similar = index.similarities()
             of_images, of_texts = self._scores(index, similar)
-        chance = chance_level(index.owners, len(index.tokens))
-        baselines = {f"chance_{name}": value for name, value in chance.items()}
+        baselines = {"chance": chance_level(index.owners, len(index.tokens))}
         if similar is not None:
             by_features = _recalls(similar, similar.T, index.owners)
-            baselines |= {f"features_{name}": found.mean for name, found in by_features.items()}
+            baselines["features"] = {name: found.mean for name, found in by_features.items()}
         first = of_images.argmax(1)
         said = [index.texts[text] for text in first.tolist()]
         right = (index.owners[first] == torch.arange(len(first))).double().tolist()

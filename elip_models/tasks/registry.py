@@ -1,7 +1,11 @@
-"""get_task and the names of the downstream tasks."""
+"""get_task, the names of the downstream tasks, and the answers that a model of one learned."""
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from elip_models.models.base import write_file
 from elip_models.tasks.captioning import Captioning
 from elip_models.tasks.classification import Classification
 from elip_models.tasks.entailment import Entailment
@@ -35,3 +39,17 @@ def get_task(name: str, **options: Any) -> Task:
                 f"{did_you_mean(option, known)}"
             )
     return TASKS[name](**options)
+
+
+ANSWERS = "answers.json"
+
+
+def save_answers(folder: Path, answers: Sequence[str]) -> None:
+    """Write, beside a model, all that it can answer, in the order of its outputs."""
+    write_file(folder / ANSWERS, (json.dumps([*answers]) + "\n").encode())
+
+
+def read_answers(folder: Path) -> tuple[str, ...] | None:
+    """What `save_answers` wrote; None where it did not."""
+    path = folder / ANSWERS
+    return tuple(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None

@@ -61,13 +61,13 @@ def zero_shot_table(scores: "ZeroShotScores") -> Table:
 def task_table(scores: "TaskScores") -> Table:
     """Scores in percent with the ends of their 95% intervals, and baselines."""
     table = Table(title=f"{scores.task}: {scores.num_examples} examples")
-    for column in ("", "%", "95% interval"):
+    for column in ("", "%", "95% interval", *scores.baselines):
         table.add_column(column, justify="right" if column else "left")
     for name, found in scores.scores.items():
         ends = f"{100 * found.low:.1f} to {100 * found.high:.1f}"
-        table.add_row(name, f"{100 * found.mean:.1f}", ends)
-    for name, value in scores.baselines.items():
-        table.add_row(name, f"{100 * value:.1f}", "", style="dim")
+        others = (each.get(name) for each in scores.baselines.values())
+        shown = ("" if value is None else f"{100 * value:.1f}" for value in others)
+        table.add_row(name, f"{100 * found.mean:.1f}", ends, *shown)
     return table
 
 

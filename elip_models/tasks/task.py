@@ -5,7 +5,7 @@ A task is a frozen dataclass of its settings in a file of its own; `tasks/__init
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -43,11 +43,11 @@ class Loading(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What a model said of an example, and how right that is."""
+    """What a model said of an example, and how right that is; None where nobody knows."""
 
     id: str
     said: str
-    score: float
+    score: float | None
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class TaskScores:
     Args:
         task: its name.
         scores: by metric, over the examples, with its interval.
-        baselines: what a model that does not look would reach, by its name.
+        baselines: what else would reach, by its name and by metric: {"chance": {"accuracy": 0.5}}.
         num_examples: scored.
         num_skipped: that could not be read.
         predictions: of each example, in order.
@@ -66,7 +66,7 @@ class TaskScores:
 
     task: str
     scores: dict[str, Interval]
-    baselines: dict[str, float]
+    baselines: dict[str, dict[str, float]]
     num_examples: int
     num_skipped: int = 0
     predictions: tuple[Prediction, ...] = field(default=(), repr=False)
@@ -161,9 +161,13 @@ class Task(ABC):
         tokenizer: "PreTrainedTokenizerBase",
         source: Source | ExampleSource,
         loading: Loading,
-    ) -> Any:
-        """Score a model, which is put in eval mode and back; the result has `metrics` and
-        `summary()`.
+        answers: Sequence[str] | None = None,
+    ) -> TaskScores:
+        """Score a model, which is put in eval mode and back.
+
+        Args:
+            answers: all that the model can answer, in the order of its outputs: those of the data
+                that it learned from. None: those of `source`.
 
         Raises:
             DataError: too many samples cannot be read, or all.

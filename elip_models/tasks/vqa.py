@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from elip_models.data import Example, ExampleSource, open_examples, tokenize
+from elip_models.data import Example, ExampleSource, open_examples, soft_scores, tokenize
 from elip_models.tasks.class_task import ClassTask
 from elip_models.tasks.task import Reading
 from elip_models.validation import PositiveInt
@@ -43,9 +43,13 @@ class VQA(ClassTask):
     def open(self, spec: str, *, image_size: int) -> ExampleSource:
         return open_examples(self.name, spec, image_size=image_size)
 
+    def worth(self, answers: dict[str, float]) -> dict[str, float]:
+        return soft_scores(answers)
+
     def targets(self, reading: Reading, example: Example) -> dict[str, Tensor]:
         if classifies(reading.model):
-            scores = [example.answers.get(answer, 0.0) for answer in reading.source.answers]
+            worth = self.worth(example.answers)
+            scores = [worth.get(answer, 0.0) for answer in reading.source.answers]
             return {"answer_scores": torch.tensor(scores)}
         return self._answers(reading, example)
 

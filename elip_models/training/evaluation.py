@@ -29,6 +29,7 @@ class Evaluation:
 
     def __init__(self, config: RunConfig, image_size: int) -> None:
         self.config = config
+        self.answers: tuple[str, ...] | None = None  # that the model learns to give
         self.scores: dict[str, Scores] = {}
         self.sources: dict[str, Source | ClassSource] = {}
         self.task = task_of(config)
@@ -71,7 +72,7 @@ class Evaluation:
         data, source = self.config.data, self.sources[task]
         loading = Loading(self.config.optim.batch_size, data.num_workers, data.max_bad_share)
         if self.task is not None:
-            self.scores[task] = self.task.evaluate(model, tokenizer, source, loading)
+            self.scores[task] = self.task.evaluate(model, tokenizer, source, loading, self.answers)
         else:
             evaluate = OF_PRETRAINING[task]
             self.scores[task] = evaluate(model, tokenizer, source, **loading._asdict())

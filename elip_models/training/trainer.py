@@ -27,6 +27,7 @@ from elip_models.data import (
 from elip_models.models.base import PretrainedModel
 from elip_models.models.config import InputConfig
 from elip_models.models.registry import family_of
+from elip_models.tasks.registry import save_answers
 from elip_models.training.accelerator import make_accelerator
 from elip_models.training.evaluation import Evaluation, Scores
 from elip_models.training.loss_log import LossLog, losses_of
@@ -139,6 +140,7 @@ class Trainer:
             self.text_sizes = family.fit_tokenizer(self.tokenizer, data.context_length)
         if task is not None:
             self.text_sizes |= task.fields(source, model)
+            self.evaluation.answers = getattr(source, "answers", None)
         with blame("data"):
             dataset = training_samples(self.config, model, source, self.tokenizer)
         with blame("optim.batch_size"):
@@ -335,6 +337,8 @@ class Trainer:
         model = self.trained_model.eval()
         if self.accelerator.is_main_process:
             model.save_pretrained(self.folder.model, tokenizer=self.tokenizer)
+            if self.evaluation.answers is not None:
+                save_answers(self.folder.model, self.evaluation.answers)
         self.accelerator.end_training()
         task, scores = self.config.task, self.evaluation.scores
         return TrainResult(

@@ -1,0 +1,50 @@
+"""JSON files of others, read with errors that name file, entry, what was expected and what is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from elip_models.validation import describe, misfit
+
+
+def read_json(file: Path, expected: str) -> Any:
+    """What a file holds; ValueError, which says what was expected, where that is no JSON."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: expected {expected}, got no valid JSON: {error}") from error
+
+
+def read_entries(file: Path, expected: str) -> list[Any]:
+    """The entries of a JSON list, or of a file with one JSON object a line, whatever its name."""
+    with file.open(encoding="utf-8", errors="replace") as opened:
+        begins = opened.read(1)
+    if begins != "{":
+        entries = read_json(file, expected)
+        if not isinstance(entries, list):
+            raise ValueError(f"{file}: expected {expected}, got a {type(entries).__name__}")
+        return entries
+    entries = []
+    for number, line in enumerate(file.read_bytes().splitlines()):
+        try:
+            entries.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(
+                f"{file}[{number}]: expected one JSON object a line, got {line!r:.80}: {error}"
+            ) from error
+    return entries
+
+
+def read_fields(where: str, entry: Any, **expected: Any) -> tuple[Any, ...]:
+    """The fields of one entry, each held to a type hint; a ValueError begins with `where`."""
+    if not isinstance(entry, dict) or not expected.keys() <= entry.keys():
+        raise ValueError(f"{where}: expected the keys {', '.join(expected)}, got {entry!r:.200}")
+    for name, hint in expected.items():
+        if misfit(entry[name], hint) is not None:
+            got = f"{entry[name]!r:.200}"
+            raise ValueError(f"{where}: {name}: expected {_in_words(hint)}, got {got}")
+    return tuple(entry[name] for name in expected)
+
+
+def _in_words(hint: Any) -> str:
+    return "a list" if hint is list else describe(hint)

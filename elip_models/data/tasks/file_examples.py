@@ -1,0 +1,83 @@
+"""Examples of files: rows of a table, whose images are read when asked for."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from elip_models.data.checks import check_index
+from elip_models.data.examples import Example
+from elip_models.data.sample import decode_image
+from elip_models.validation import extra
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_SUFFIXES = (".jpg", ".png")
+
+
+class Row(NamedTuple):
+    """An example of a file, not read yet.
+
+    entry: where it stands, "train.json[3]". images: paths; where a data set names images by their
+    ids, without a suffix: .jpg, or else .png. answers: as of `Example`.
+    """
+
+    entry: str
+    id: str
+    text: str
+    answers: dict[str, float]
+    images: tuple[Path, ...]
+
+
+class FileExamples:
+    """An `ExampleSource` of rows, and of `answers`, all that can be answered.
+
+    A missing or damaged image is a SampleError of that example.
+    """
+
+    def __init__(self, rows: Iterable[Row], answers: tuple[str, ...]) -> None:
+        self._index = _build_index(rows)
+        self.answers = answers
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: int) -> Example:
+        check_index(index, len(self))
+        row = self._index[index]
+        paths = [_existing(Path(image)) for image in row["images"]]
+        images = tuple(decode_image(path, f"{row['entry']} {path.name}") for path in paths)
+        return _example(row)._replace(images=images)
+
+    def text_alone(self, index: int) -> Example:
+        """The example with no image, and none decoded."""
+        check_index(index, len(self))
+        return _example(self._index[index])
+
+
+def _existing(path: Path) -> Path:
+    if path.suffix:
+        return path
+    named = [path.with_name(path.name + suffix) for suffix in _SUFFIXES]
+    return next((each for each in named if each.is_file()), named[0])
+
+
+def _example(row: dict) -> Example:
+    answers = dict(zip(row["answers"], row["shares"], strict=True))
+    return Example((), row["text"], answers, row["id"])
+
+
+def _build_index(rows: Iterable[Row]) -> "Dataset":
+    """Arrow table, one row an example: entry, id, text, answers, their shares, images."""
+    with extra("FileExamples"):
+        from datasets import Dataset, Features, Value
+
+    text, names = Value("string"), ("entry", "id", "text", "answers", "shares", "images")
+    kinds = {"answers": [text], "shares": [Value("float64")], "images": [text]}
+    columns = {name: [] for name in names}
+    for entry, row_id, question, answers, images in rows:
+        values = (entry, row_id, question, list(answers), list(answers.values()))
+        for name, value in zip(names, (*values, [str(image) for image in images]), strict=True):
+            columns[name].append(value)
+    features = Features({name: kinds.get(name, text) for name in names})
+    return Dataset.from_dict(columns, features=features)
