@@ -15,7 +15,7 @@ from elip_models.models.downstream.blip_vqa import BLIPVQA
 from elip_models.models.downstream.momentum_retrieval import Drawn
 from elip_models.models.layers.generation import Decoding
 from elip_models.reduction.strategies import STRATEGIES
-from tests.hashed import hashed
+from tests.golden_weights import ruled
 from tests.tiers import tiered
 from tests.towers import assert_equal_gradients, gradients, our_names
 
@@ -47,12 +47,6 @@ OWN = {"vqa": {"drop_path": 0.0}, "nlvr2": {"text_depth": 8, "drop_path": 0.0}}
 REDUCED = {"schedule": "1(100%) 1(50%)"}
 TASKS = pytest.mark.parametrize("task", MODELS)
 BOUND = 2e-6  # of the largest entry: the official runs are fp64, our losses are fp32 inside
-
-
-def ruled(name, shape):
-    """A weight that follows from its official name: norms about 1, others within .35."""
-    values = 0.7 * hashed(name, *shape)
-    return 1 + values if "norm" in name.lower() and name.endswith("weight") else values
 
 
 def fresh(task, **options):
