@@ -18,6 +18,7 @@ from elip_models.training.trainer import Trainer, train
 from elip_models.training.training_data import meta_model
 from elip_models.validation import ConfigError
 from tests.test_cli import elip
+from tests.tiers import tiered
 from tests.tiny_run import logged, own_process
 
 QUIET = Console(quiet=True)
@@ -70,13 +71,13 @@ def run(saved, family, task, *, resume=False, **changes):
     return config, train(config, resume=resume, console=QUIET)
 
 
-def pairs(*quick):
-    """Families of models for tasks, all but the quick ones slow."""
-    every = [(m.pretraining.family, m.task) for m in DOWNSTREAM.values()]
-    return [pytest.param(*p, marks=() if p in quick else pytest.mark.slow) for p in every]
+QUICK = [("albef", "vqa"), ("clip", "classification")]
+PAIRS = [(model.pretraining.family, model.task) for model in DOWNSTREAM.values()]
 
 
-@pytest.mark.parametrize(("family", "task"), pairs(("albef", "vqa"), ("clip", "classification")))
+@pytest.mark.parametrize(
+    ("family", "task"), tiered(PAIRS, QUICK)
+)
 def test_a_model_is_fine_tuned_scored_and_loaded_again(saved, family, task):
     config, result = run(saved, family, task)
     assert config.model.overrides["vision_depth"] == 2 and not result.model.config.schedule
@@ -88,7 +89,7 @@ def test_a_model_is_fine_tuned_scored_and_loaded_again(saved, family, task):
         assert torch.equal(weight.cpu(), again.state_dict()[name]), name
 
 
-@pytest.mark.parametrize(("family", "task"), pairs(("albef", "nlvr2")))
+@pytest.mark.parametrize(("family", "task"), tiered(PAIRS, [("albef", "nlvr2")]))
 def test_files_in_the_standard_formats_give_what_the_built_in_world_gives(
     saved, family, task, tmp_path, monkeypatch
 ):
@@ -156,7 +157,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(saved, monkeypatch):
     assert (resumed.loss, resumed.task_scores) == (whole.loss, whole.task_scores)
 
 
-@pytest.mark.parametrize("name", FULL)
+@pytest.mark.parametrize("name", tiered(FULL, [f"{FINETUNE}/entailment_meter"]))
 def test_a_recipe_at_full_size_takes_a_step_as_it_is(name):
     task, _, family = name.removeprefix(f"{FINETUNE}/").partition("_")
     given = ["data.train=a", "data.eval=b", "data.tokenizer=c", "model.pretrained=d"]
