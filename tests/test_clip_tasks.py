@@ -10,7 +10,9 @@ import yaml
 
 import elip_models
 from elip_models.data import EmojiClasses
+from elip_models.models.clip import CLIP
 from elip_models.models.downstream.clip import CLIPClassification, CLIPClassificationConfig
+from elip_models.models.registry import create_model
 from elip_models.profiling.workload import Workload
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.tasks.zero_shot import class_features
@@ -194,3 +196,19 @@ def test_recipes_have_the_papers_hyper_parameters(name):
     config = CLIPClassificationConfig(**recipe["model"]["overrides"])
     assert config.num_classes == 1000
     assert config.schedule is None
+
+
+def test_captions_of_one_image_are_no_negatives_of_it():
+    torch.manual_seed(0)
+    model = create_model("clip_tiny", task="retrieval", image_size=32, vision_depth=2).eval()
+    images, ids = torch.randn(4, 3, 32, 32), torch.randint(3, 900, (4, 32))
+    inputs = {"images": images, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    apart = model(**inputs, image_ids=torch.arange(4))
+    plain = CLIP.forward(model, **inputs)
+    torch.testing.assert_close(apart.loss, plain.loss)
+    one = model(**inputs, image_ids=torch.zeros(4, dtype=torch.long))
+    similar = model.logit_scale.exp() * plain.image_features @ plain.text_features.T
+    uniform = -(similar.log_softmax(1).mean() + similar.log_softmax(0).mean()) / 2
+    torch.testing.assert_close(one.loss, uniform)
+    with pytest.raises(ValueError, match="loss: expected 'itc' for retrieval, got 'sigmoid'"):
+        create_model("clip_tiny", task="retrieval", loss="sigmoid")

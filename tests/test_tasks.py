@@ -214,6 +214,35 @@ def test_a_model_without_features_reads_every_pair():
     assert found.baselines.keys() == {"chance"}
 
 
+def test_a_model_without_matching_ranks_by_features():
+    class Features:  # of an image its level, of a text that of its digit
+        ranks = True
+
+        def __init__(self):
+            self.stub, _ = matcher()
+            self.config, self.text_cls = self.stub.config, self.stub.text_cls
+
+        def __getattr__(self, name):
+            if name.startswith("matching"):
+                raise AttributeError(name)
+            return getattr(self.stub, name)
+
+        def image_features(self, images):
+            level = images.mean((1, 2, 3))
+            low, high = float(self.stub.low), float(self.stub.high)
+            return angle((level - low) / (high - low))
+
+        def text_features(self, input_ids, attention_mask):
+            return angle((input_ids[:, 0] - 1) / 5)
+
+    def angle(share):
+        return torch.stack([share.cos(), share.sin()], dim=1)
+
+    found = Retrieval().evaluate(Features(), Tokens(), Captioned(), LOADING)
+    assert found.scores["image_to_text_r1"].mean == found.scores["text_to_image_r1"].mean == 1
+    assert found.baselines.keys() == {"chance"}
+
+
 def test_no_image_of_the_index_is_encoded_under_a_text_and_queries_guide_their_candidates_alone():
     model, source = matcher()
     Retrieval(candidates=4).evaluate(model, Tokens(), source, LOADING)

@@ -1,7 +1,7 @@
 """What BLIP and the models fine-tuned from it share: encoders, and writing by a decoder."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -66,8 +66,12 @@ class BLIPEncoders(Encoders):
 
 
 class BLIPBase(CrossModalModel):
-    """The tokens of BLIP, and what its text towers have in common."""
+    """The tokens of BLIP, and what its text towers have in common.
 
+    adds_similarity: re-ranking adds the similarity of features to ITM's score.
+    """
+
+    adds_similarity: ClassVar[bool] = True
     config: BLIPConfig
     encoders: Encoders
     masks_text = False

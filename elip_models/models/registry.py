@@ -17,6 +17,7 @@ from elip_models.models.downstream.blip_nlvr2 import BLIPNLVR2
 from elip_models.models.downstream.blip_retrieval import BLIPRetrieval
 from elip_models.models.downstream.blip_vqa import BLIPVQA
 from elip_models.models.downstream.clip import CLIPClassification
+from elip_models.models.downstream.clip_retrieval import CLIPRetrieval
 from elip_models.models.downstream.meter import (
     METERNLVR2,
     METERVQA,
@@ -38,7 +39,7 @@ DOWNSTREAM: dict[str, type[PretrainedModel]] = {
         *(ALBEFRetrieval, ALBEFVQA, ALBEFEntailment, ALBEFNLVR2),
         *(BLIPRetrieval, BLIPVQA, BLIPNLVR2, BLIPCaptioning),
         *(METERRetrieval, METERVQA, METEREntailment, METERNLVR2),
-        CLIPClassification,
+        *(CLIPRetrieval, CLIPClassification),
     )
 }
 MODELS = FAMILIES | DOWNSTREAM

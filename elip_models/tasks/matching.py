@@ -4,9 +4,9 @@
     ITM      of each query's k most similar candidates, how well the pair fits, read together
     score    ITM (ALBEF), or ITM + ITC (BLIP); what is not among the k ranks behind
 
-A model without features (METER) reads every pair. Images are encoded without text for the index;
-with `guided` a *query* caption reduces the images that it is matched with, when the first are
-ranked anew, and never an image that looks for its captions.
+A model without features (METER) reads every pair, one without ITM (CLIP) ranks by features. Images
+are encoded without text for the index; with `guided` a *query* caption reduces the images that it
+is matched with, when the first are ranked anew, and never an image that looks for its captions.
 Source: ALBEF (Li et al., 2021), section 4; BLIP (Li et al., 2022).
 """
 
@@ -50,13 +50,13 @@ class Retrieval(Task):
     """Images and captions that find one another.
 
     candidates: k, of which ITM ranks anew; 128 and 256 in the originals.
-    adds_similarity: to ITM's scores, as BLIP.
+    adds_similarity: of features, to ITM's scores; None: as the model's original does (BLIP).
     guided: a query caption reduces its candidates, see above.
     """
 
     name: ClassVar[str] = "retrieval"
     candidates: PositiveInt = 128
-    adds_similarity: bool = False
+    adds_similarity: bool | None = None
     guided: bool = False
 
     def open(self, spec: str, *, image_size: int) -> Source:
@@ -98,11 +98,13 @@ class Retrieval(Task):
             warnings.simplefilter("ignore", UnguidedWarning)
             index = _Index.of(model, tokenizer, batches, loading.batch_size, guided=self.guided)
             similar = index.similarities()
-            of_images, of_texts = self._scores(index, similar)
+            by_features = (similar, similar.T) if similar is not None else None
+            matches = hasattr(model, "matching_logits")
+            of_images, of_texts = self._scores(index, similar) if matches else by_features
         baselines = {"chance": chance_level(index.owners, len(index.tokens))}
-        if similar is not None:
-            by_features = _recalls(similar, similar.T, index.owners)
-            baselines["features"] = {name: found.mean for name, found in by_features.items()}
+        if matches and by_features is not None:
+            found = _recalls(*by_features, index.owners)
+            baselines["features"] = {name: recall.mean for name, recall in found.items()}
         first = of_images.argmax(1)
         said = [index.texts[text] for text in first.tolist()]
         right = (index.owners[first] == torch.arange(len(first))).double().tolist()
@@ -127,7 +129,10 @@ class Retrieval(Task):
             query = torch.full_like(chosen, row)
             guide = row if self.guided else None
             scores[1, chosen, row] = index.match(chosen, query, guide=guide)
-        if similar is not None and self.adds_similarity:
+        adds = self.adds_similarity
+        if adds is None:
+            adds = getattr(index.model, "adds_similarity", False)
+        if similar is not None and adds:
             scores += similar
         return scores[0], scores[1].T
 
@@ -185,12 +190,17 @@ class _Index:
         captions: list[tuple[str, ...]] = []
         names: list[str] = []
         for batch in batches:
-            tokens, mask = model.matching_tokens(batch.images.to(device))
+            if hasattr(model, "matching_tokens"):
+                tokens, mask = model.matching_tokens(batch.images.to(device))
+                features = model.project_image(tokens) if model.ranks else None
+            else:  # its features are all there is
+                features, mask = model.image_features(batch.images.to(device)), None
+                tokens = features[:, None]
             kept.tokens.append(tokens.float().cpu())
             kept.masks.append(None if mask is None else mask.cpu())
             kept.images.append(batch.images)
-            if model.ranks:
-                kept.features.append(model.project_image(tokens).float().cpu())
+            if features is not None:
+                kept.features.append(features.float().cpu())
             captions += batch.captions
             names += batch.ids
         texts = [text for several in captions for text in several]

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,9 +24,11 @@ from elip_models.data import (
     train_loader,
     train_tokenizer,
 )
+from elip_models.models.adapt import trainable_counts
 from elip_models.models.base import PretrainedModel
 from elip_models.models.config import InputConfig
 from elip_models.models.registry import family_of
+from elip_models.profiling.measure import saved_bytes
 from elip_models.tasks.registry import save_answers
 from elip_models.training.accelerator import make_accelerator
 from elip_models.training.evaluation import Evaluation, Scores
@@ -111,6 +113,8 @@ class Trainer:
     def run(self) -> TrainResult:
         """Trains to the last step, then saves the model."""
         self.model.train()
+        trained, every = trainable_counts(self.bare_model)
+        self.what_trains = {"trainable": trained, "trainable_share": round(trained / every, 6)}
         self._start_window()
         with self._progress() as progress:
             task = progress.add_task("", total=self.total_steps, completed=self.step, status="")
@@ -262,7 +266,7 @@ class Trainer:
             tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
             tensors = {n: t.to(accelerator.device, non_blocking=True) for n, t in tensors.items()}
             with accelerator.accumulate(self.model):
-                output = self.step_model(**tensors)
+                output = self._forward(tensors)
                 accelerator.backward(output.loss)
             losses.append(losses_of(output))
         max_norm = math.inf if optim.max_grad_norm is None else optim.max_grad_norm
@@ -275,6 +279,15 @@ class Trainer:
         self.losses.add(losses, grad_norm)
         self.step += 1
 
+    def _forward(self, tensors: dict[str, Tensor]) -> Any:
+        """The model's output; of the first forward, what it saves for backward is counted."""
+        if self.step > self.first_step or self.config.optim.compile:
+            return self.step_model(**tensors)
+        with saved_bytes(self.model.parameters()) as count:
+            output = self.step_model(**tensors)
+        self.what_trains["saved_bytes"] = count()
+        return output
+
     def _log_step(self) -> str:
         """Logs the last step; returns it in words."""
         read = self._read_losses()
@@ -283,7 +296,9 @@ class Trainer:
         speed = images * self.accelerator.num_processes / (time.perf_counter() - start)
         monitored = {name: value.item() for name, value in self.bare_model.monitored().items()}
         lr = self.learning_rate(self.step - 1)
-        self._log({**read, "lr": lr, "images_per_second": round(speed, 2), **monitored})
+        own = {"images_per_second": round(speed, 2), **self.what_trains}
+        self.what_trains = {}  # said once
+        self._log({**read, "lr": lr, **own, **monitored})
         self._start_window()
         parts = (f"{n[5:]} {v:.3f}" for n, v in read.items() if n.startswith("loss_"))
         status = "  ".join([f"loss {self.loss:.3f}", *parts, f"{speed:.0f} images/s"])

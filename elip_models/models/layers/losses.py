@@ -225,12 +225,15 @@ def contrastive_loss(
     scale: Tensor,
     *,
     gather: Gather = "local",
+    image_ids: Tensor | None = None,
 ) -> Tensor:
     """Compute the symmetric cross entropy over the batch.
 
     Args:
         image_features, text_features: (B, E), normalised; row i of both is one pair.
         scale: scalar, the inverse temperature.
+        image_ids: (B,) int64, equal where two pairs show the same image: all of them are right
+            then, in equal parts. None: each pair alone is.
         gather: 'local' takes negatives from this rank; 'global' from all ranks, so that the mean
             over ranks, and its gradient, equal one process with the whole batch.
 
@@ -241,6 +244,9 @@ def contrastive_loss(
     images, texts = image_features.float(), text_features.float()
     all_images, all_texts = all_gather(images, gather), all_gather(texts, gather)
     labels = torch.arange(B, device=images.device) + rank_of(gather) * B
+    if image_ids is not None:
+        same = (image_ids[:, None] == all_gather(image_ids, gather)).float()
+        labels = same / same.sum(1, keepdim=True)
     with without_autocast(images.device):
         image_to_text = F.cross_entropy(scale.float() * images @ all_texts.T, labels)
         text_to_image = F.cross_entropy(scale.float() * texts @ all_images.T, labels)
