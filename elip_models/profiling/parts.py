@@ -58,7 +58,7 @@ CALLS: dict[str, dict[str, str]] = {
         "read_pairs": TEXT,
         "dense_cls": SCORING,
         "fuse_pairs": FUSION,
-        "_decode": FUSION,
+        "decode": FUSION,
     },
     "meter": {"encode_image": IMAGE, "read_pairs": TEXT, "dense_cls": SCORING, "fuse": FUSION},
 }
