@@ -1,11 +1,12 @@
 """Answers are written alike as the evaluation page of VQA says, and scored by its formula."""
 
+import json
 from itertools import combinations
 
-import numpy as np
 import pytest
 
-from elip_models.tasks.vqa_accuracy import normalise_answer, vqa_accuracies, vqa_accuracy
+from elip_models.data import open_examples, soft_scores
+from elip_models.data.tasks.vqa_answers import normalise_answer
 
 
 @pytest.mark.parametrize(
@@ -43,21 +44,29 @@ def test_answers_are_written_alike(answer, written):
     assert normalise_answer(written) == written
 
 
-@pytest.mark.parametrize(
-    ("agree", "accuracy"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)]
-)
+@pytest.mark.parametrize(("agree", "accuracy"), [(1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
 def test_accuracy_is_the_mean_over_all_sets_of_nine(agree, accuracy):
-    given = ["Yes."] * agree + ["no"] * (10 - agree)
-    assert vqa_accuracy("yes", given) == pytest.approx(accuracy, abs=1e-12)
-    sets = [min(nine.count("Yes.") / 3, 1) for nine in combinations(given, 9)]
-    assert vqa_accuracy("yes", given) == pytest.approx(sum(sets) / 10, abs=1e-12)
+    given = ["yes"] * agree + ["no"] * (10 - agree)
+    assert soft_scores({"yes": agree / 10})["yes"] == pytest.approx(accuracy, abs=1e-12)
+    sets = [min(nine.count("yes") / 3, 1) for nine in combinations(given, 9)]
+    assert sum(sets) / 10 == pytest.approx(accuracy, abs=1e-12)
 
 
-def test_each_question_has_its_accuracy():
-    given = [["two"] * 10, ["a cat"] * 2 + ["dog"] * 8]
-    found = vqa_accuracies(["2", "cat"], given)
-    np.testing.assert_allclose(found, [1.0, 0.6], rtol=0, atol=1e-12)
-    with pytest.raises(ValueError):
-        vqa_accuracies(["2"], given)
-    with pytest.raises(ValueError, match="given: expected the answers of at least two people"):
-        vqa_accuracy("2", ["2"])
+def test_annotations_are_read_in_one_writing(tmp_path):
+    said = ["Two dogs."] * 4 + ["2 dogs"] * 3 + ["the"] * 3
+    question = {"question_id": 7, "image_id": 1, "question": "what?"}
+    annotation = {
+        "question_id": 7,
+        "answers": [{"answer": each} for each in said],
+        "multiple_choice_answer": "Two dogs.",
+    }
+    files = {
+        "questions.json": {"questions": [question], "data_subtype": "val2014"},
+        "annotations.json": {"annotations": [annotation]},
+        "list.json": ["2 dogs", "the"],
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    spec = f"{tmp_path}/questions.json,{tmp_path}/annotations.json,answers={tmp_path}/list.json"
+    source = open_examples("vqa", spec, image_size=8)
+    assert source.text_alone(0).answers == {"2 dogs": 0.7, "the": 0.3}

@@ -4,11 +4,11 @@
     {"annotations": [{"question_id", "answers": [{"answer"}, ..], "multiple_choice_answer"}, ..]}
     [{"image": path, "question", "question_id", "answer": a list of ten, or one text}, ..]
 
-Questions without annotations, as those of the test set, have no answers. An answer's share is that
-of the people who gave it; see `soft_scores`. What can be answered is a JSON list of texts, such as
-ALBEF's answer_list.json; or, made of the data, all that at least nine questions have as their first
-answer, as METER's list is: 3,129 of the training and validation set, whose answers it has in one
-writing before it counts.
+Questions without annotations, as those of the test set, have no answers. Those of annotations are
+in one writing, see `vqa_answers`; lists have their own. An answer's share is that of the people who
+gave it; see `soft_scores`. What can be answered is a JSON list of texts, such as ALBEF's
+answer_list.json; or, made of the data, all that at least nine questions have as their first answer,
+as METER's list is: 3,129 of the training and validation set.
 """
 
 from collections import Counter
@@ -19,6 +19,7 @@ from typing import Any
 from elip_models.data.json_files import read_fields, read_json
 from elip_models.data.specs import FileSpec
 from elip_models.data.tasks.file_examples import FileExamples, Row
+from elip_models.data.tasks.vqa_answers import normalise_answer
 
 _EXPECTED = (
     'VQA v2\'s {"questions": ..} or {"annotations": ..}, or a list of {"image", "question", '
@@ -64,7 +65,7 @@ def _annotations(loaded: dict[Path, Any]) -> dict[int, tuple[list[str], str]] | 
             ]
             if not answers:
                 raise ValueError(f"{where}: answers: expected at least one, got none")
-            found[question] = (answers, first)
+            found[question] = ([_alike(each) for each in answers], _alike(first))
     return found if any_file else None
 
 
@@ -109,6 +110,10 @@ def _listed(file: Path, data: list[Any], root: Path) -> Iterator[tuple[Row, str 
         question_id = str(entry.get("question_id", number))
         row = Row(f"{file.name}[{number}]", question_id, question, shares, (root / image,))
         yield row, max(shares, key=shares.get, default=None)
+
+
+def _alike(answer: str) -> str:
+    return normalise_answer(answer) or answer
 
 
 def _shares(given: list[str]) -> dict[str, float]:

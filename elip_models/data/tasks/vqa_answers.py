@@ -1,10 +1,4 @@
-"""VQA accuracy: an answer is right to the degree that people gave it too.
-
-Ten people answered each question. An answer that three of them gave is fully right, and what is
-averaged is that over the ten sets of nine: min(m / 3, 1) with the m of a set that agree. So m of
-ten are worth 0.3, 0.6, 0.9, and 1 from four on.
-
-Before answers are compared, the model's and people's, their writing is made alike:
+"""One writing of an answer, as the metric of VQA compares the model's and people's.
 
     "Two"        lower case, and number words as digits            "2"
     "1,000"      no comma between digits                           "1000"
@@ -17,11 +11,7 @@ Source: VQA (Antol et al., 2015), and the evaluation page of visualqa.org.
 """
 
 import re
-from collections.abc import Sequence
 
-import numpy as np
-
-ENOUGH = 3  # people who agree
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 DIGITS = {"none": "0"} | {word: str(number) for number, word in enumerate(NUMBERS)}
 ARTICLES = ("a", "an", "the")
@@ -52,23 +42,3 @@ def normalise_answer(answer: str) -> str:
     text = PUNCTUATION.sub(" ", NO_DECIMAL.sub("", text))
     words = (DIGITS.get(word, word) for word in text.split() if word not in ARTICLES)
     return " ".join(CONTRACTIONS.get(word, word) for word in words)
-
-
-def vqa_accuracy(answer: str, given: Sequence[str]) -> float:
-    """How right an answer is, in [0, 1].
-
-    Args:
-        answer: of a model.
-        given: what people answered, ten of them in VQA; at least two.
-    """
-    people = len(given)
-    if people < 2:
-        raise ValueError(f"given: expected the answers of at least two people, got {people}")
-    agree = [normalise_answer(each) for each in given].count(normalise_answer(answer))
-    without_one, with_all = min((agree - 1) / ENOUGH, 1.0), min(agree / ENOUGH, 1.0)
-    return (agree * without_one + (people - agree) * with_all) / people
-
-
-def vqa_accuracies(answers: Sequence[str], given: Sequence[Sequence[str]]) -> np.ndarray:
-    """`vqa_accuracy` of each question: answers (Q,), given (Q,) of what people said -> (Q,)."""
-    return np.array([vqa_accuracy(*pair) for pair in zip(answers, given, strict=True)])
