@@ -99,7 +99,7 @@ def test_no_loss_sees_the_padding_of_adaptive(family, momentum):
         model._images = lambda *args: tuple(disturbed(*each) for each in images(*args))
     else:
         fuse = model.fuse
-        model.fuse = lambda text, mask, *image: fuse(text, mask, *disturbed(*image))
+        model.fuse = lambda *given: fuse(*given[:2], *disturbed(*given[2:4]), *given[4:])
     got, _ = step(model, batch, drawn)
     assert len(found) == 2 - (family in MOMENTUM and momentum == "none")
     assert all((~mask).any() for mask in found)
