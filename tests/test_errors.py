@@ -300,6 +300,7 @@ TABLE = {
         {
             "name": [None, "clip", "elip_clip_tniy"],
             "pretrained": [True, "no/such/folder", 3],
+            "task": ["vqaa", "captioning", 3],
             "overrides": [
                 *({"widht": 3}, {"vision_heads": 7}, {"schedule": "3(100%)"}, {"patch_size": 0}),
                 *({"vision_width": "abc"}, {"temperature": 0}, {"temperature": -1}),
