@@ -21,8 +21,7 @@ from elip_models.tasks.task import (
     Reading,
     Task,
     TaskScores,
-    evaluation_transform,
-    skip_report,
+    read_all,
 )
 from elip_models.validation import PositiveInt
 
@@ -62,14 +61,7 @@ class Captioning(Task):
         loading: Loading,
         answers: Sequence[str] | None = None,
     ) -> TaskScores:
-        report = skip_report(source, loading.max_bad_share)
-        batches = evaluation_batches(
-            source,
-            evaluation_transform(model),
-            loading.batch_size,
-            report=report,
-            num_workers=loading.num_workers,
-        )
+        batches, report = read_all(evaluation_batches, model, source, loading)
         written: list[str] = []
         captions: list[tuple[str, ...]] = []
         ids: list[str] = []

@@ -3,7 +3,6 @@
 The classes are the answers of the source, in the order of the model's outputs.
 """
 
-from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elip_models.data import DataError, Example, ExampleSource, example_batches
+from elip_models.data import DataError, Example, ExampleSource, example_batches, open_examples
 from elip_models.models.base import evaluating
 from elip_models.tasks.intervals import bootstrap_interval
 from elip_models.tasks.task import (
@@ -23,8 +22,7 @@ from elip_models.tasks.task import (
     Reading,
     Task,
     TaskScores,
-    evaluation_transform,
-    skip_report,
+    read_all,
 )
 
 if TYPE_CHECKING:
@@ -43,8 +41,8 @@ class ClassTask(Task):
         """How right each answer of an example is, in [0, 1]."""
         return answers
 
-    @abstractmethod
-    def open(self, spec: str, *, image_size: int) -> ExampleSource: ...
+    def open(self, spec: str, *, image_size: int) -> ExampleSource:
+        return open_examples(self.name, spec, image_size=image_size)
 
     def fields(self, source: ExampleSource, config: Any) -> dict[str, Any]:
         return {"num_classes": len(source.answers)} if hasattr(config, "num_classes") else {}
@@ -78,14 +76,7 @@ class ClassTask(Task):
         answers: Sequence[str] | None = None,
     ) -> TaskScores:
         answers = source.answers if answers is None else answers
-        report = skip_report(source, loading.max_bad_share)
-        batches = example_batches(
-            source,
-            evaluation_transform(model),
-            loading.batch_size,
-            report=report,
-            num_workers=loading.num_workers,
-        )
+        batches, report = read_all(example_batches, model, source, loading)
         examples: list[Example] = []
         chosen: list[int] = []
         with evaluating(model), torch.no_grad():

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from elip_models.data import ExampleSource, open_examples
 from elip_models.tasks.class_task import ClassTask
 
 
@@ -13,6 +12,3 @@ class Classification(ClassTask):
 
     name: ClassVar[str] = "classification"
     reads_text: ClassVar[bool] = False
-
-    def open(self, spec: str, *, image_size: int) -> ExampleSource:
-        return open_examples(self.name, spec, image_size=image_size)

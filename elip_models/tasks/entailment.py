@@ -6,7 +6,6 @@ Source: SNLI-VE (Xie et al., 2019).
 from dataclasses import dataclass
 from typing import ClassVar
 
-from elip_models.data import ExampleSource, open_examples
 from elip_models.tasks.class_task import ClassTask
 
 
@@ -15,6 +14,3 @@ class Entailment(ClassTask):
     """Three classes."""
 
     name: ClassVar[str] = "entailment"
-
-    def open(self, spec: str, *, image_size: int) -> ExampleSource:
-        return open_examples(self.name, spec, image_size=image_size)

@@ -32,8 +32,7 @@ from elip_models.tasks.task import (
     Reading,
     Task,
     TaskScores,
-    evaluation_transform,
-    skip_report,
+    read_all,
 )
 from elip_models.validation import PositiveInt
 
@@ -85,14 +84,7 @@ class Retrieval(Task):
         loading: Loading,
         answers: Sequence[str] | None = None,
     ) -> TaskScores:
-        report = skip_report(source, loading.max_bad_share)
-        batches = evaluation_batches(
-            source,
-            evaluation_transform(model),
-            loading.batch_size,
-            report=report,
-            num_workers=loading.num_workers,
-        )
+        batches, report = read_all(evaluation_batches, model, source, loading)
         with evaluating(model), torch.no_grad(), warnings.catch_warnings():
             # Models warn where they get no text to reduce by; here that is meant.
             warnings.simplefilter("ignore", UnguidedWarning)

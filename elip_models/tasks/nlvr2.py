@@ -6,7 +6,6 @@ Source: NLVR2 (Suhr et al., 2019).
 from dataclasses import dataclass
 from typing import ClassVar
 
-from elip_models.data import ExampleSource, open_examples
 from elip_models.tasks.class_task import ClassTask
 
 
@@ -15,6 +14,3 @@ class NLVR2(ClassTask):
     """True or false; an example has two images."""
 
     name: ClassVar[str] = "nlvr2"
-
-    def open(self, spec: str, *, image_size: int) -> ExampleSource:
-        return open_examples(self.name, spec, image_size=image_size)

@@ -5,7 +5,7 @@ A task is a frozen dataclass of its settings in a file of its own; `tasks/__init
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -24,7 +24,7 @@ from elip_models.data import (
 )
 from elip_models.models.base import write_file
 from elip_models.tasks.intervals import Interval
-from elip_models.validation import Share, check_fields
+from elip_models.validation import check_fields
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -180,6 +180,14 @@ def evaluation_transform(model: "PretrainedModel") -> "Callable[[Image.Image], T
     return image_transform(config.image_size, train=False, resize=config.resize)
 
 
-def skip_report(source: Source | ExampleSource, max_bad_share: Share) -> SkipReport:
-    """An empty report of what cannot be read of a source."""
-    return SkipReport(max_bad_share, length=len(source))
+def read_all(
+    batches: Callable[..., Iterator[Any]],
+    model: "PretrainedModel",
+    source: Source | ExampleSource,
+    loading: Loading,
+) -> tuple[Iterator[Any], SkipReport]:
+    """All of a source as the model sees it, by `evaluation_batches` or `example_batches`, and the
+    report of what cannot be read, which fills as they pass."""
+    report = SkipReport(loading.max_bad_share, length=len(source))
+    options = {"report": report, "num_workers": loading.num_workers}
+    return batches(source, evaluation_transform(model), loading.batch_size, **options), report

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from elip_models.data import Example, ExampleSource, open_examples, soft_scores, tokenize
+from elip_models.data import Example, soft_scores, tokenize
 from elip_models.tasks.class_task import ClassTask
 from elip_models.tasks.task import Reading
 from elip_models.validation import PositiveInt
@@ -39,9 +39,6 @@ class VQA(ClassTask):
     answers_per_question: PositiveInt = 10
     answer_length: PositiveInt = 10
     candidates: PositiveInt = 128
-
-    def open(self, spec: str, *, image_size: int) -> ExampleSource:
-        return open_examples(self.name, spec, image_size=image_size)
 
     def worth(self, answers: dict[str, float]) -> dict[str, float]:
         return soft_scores(answers)
