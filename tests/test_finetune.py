@@ -71,11 +71,10 @@ def run(saved, family, task, *, resume=False, **changes):
     return config, train(config, resume=resume, console=QUIET)
 
 
-QUICK = [("albef", "vqa"), ("clip", "classification")]
 PAIRS = [(model.pretraining.family, model.task) for model in DOWNSTREAM.values()]
 
 
-@pytest.mark.parametrize(("family", "task"), tiered(PAIRS, QUICK))
+@pytest.mark.parametrize(("family", "task"), tiered(PAIRS, [("albef", "vqa")]))
 def test_a_model_is_fine_tuned_scored_and_loaded_again(saved, family, task):
     config, result = run(saved, family, task)
     assert config.model.overrides["vision_depth"] == 2 and not result.model.config.schedule
@@ -87,7 +86,7 @@ def test_a_model_is_fine_tuned_scored_and_loaded_again(saved, family, task):
         assert torch.equal(weight.cpu(), again.state_dict()[name]), name
 
 
-@pytest.mark.parametrize(("family", "task"), tiered(PAIRS, [("albef", "nlvr2")]))
+@pytest.mark.parametrize(("family", "task"), tiered(PAIRS, []))
 def test_files_in_the_standard_formats_give_what_the_built_in_world_gives(
     saved, family, task, tmp_path, monkeypatch
 ):
@@ -202,6 +201,7 @@ def test_a_folder_of_other_content_is_named(tmp_path):
         finetune_recipe("vqa", tmp_path, {})
 
 
+@pytest.mark.slow
 def test_lora_trains_few_parameters_and_saves_less_for_backward(saved):
     _, full = run(saved, "albef", "vqa", output_dir="full")
     _, lora = run(saved, "albef", "vqa", **{"peft.kind": "lora", "peft.r": 2})
