@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from elip_models.models.base import PretrainedModel
 
 COLUMNS = 4
+WIDTH = 3.2  # inches
 COLOURS = {True: "#2a7f3f", False: "#b3372f"}
 
 
@@ -55,14 +56,17 @@ def draw_predictions(
         if sample.id in said and len(shown) < count:
             shown.append((sample, said[sample.id]))
     rows = -(-len(shown) // COLUMNS)
-    figure = new_figure(3.2 * COLUMNS, 3.6 * rows)
+    number = len(_parts(shown[0][0])[0])  # images side by side
+    figure = new_figure(WIDTH * COLUMNS, (WIDTH / number + 0.8) * rows)
     axes = figure.subplots(rows, COLUMNS, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, (sample, prediction) in zip(axes.flat, shown, strict=False):
         images, text, right = _parts(sample)
-        pixels = torch.cat([_pixels(model, tokenizer, image, text) for image in images], dim=2)
-        axis.imshow(pixels.permute(1, 2, 0).numpy())
+        pixels = [_pixels(model, tokenizer, image, text) for image in images]
+        gap = torch.ones(*pixels[0].shape[:2], 1)
+        beside = [part for each in pixels for part in (gap, each)][1:]
+        axis.imshow(torch.cat(beside, dim=2).permute(1, 2, 0).numpy())
         asked = textwrap.fill(textwrap.shorten(text, 120, placeholder=" .."), 38)
         axis.set_title(asked, fontsize=8, parse_math=False)
         is_right = (prediction.score or 0.0) >= 0.5

@@ -72,10 +72,12 @@ class Captioning(Task):
                 captions += batch.captions
                 ids += batch.ids
         found = caption_scores(written, captions)
+        of_others = [captions[i - 1][0] for i in range(len(captions))]
+        blind = caption_scores(of_others, captions).scores
         return TaskScores(
             task=self.name,
             scores=found.scores,
-            baselines={},
+            baselines={"another image's": {name: each.mean for name, each in blind.items()}},
             num_examples=len(written),
             num_skipped=len(report.reasons),
             predictions=tuple(map(Prediction, ids, written, found.each)),
