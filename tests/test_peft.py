@@ -382,8 +382,7 @@ def test_under_five_percent_train_at_full_size(name, kind):
         assert list(merge_(model).state_dict()) == names
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiered(KINDS, []))
 def test_compiles_whole(kind):
     torch._dynamo.reset()
     model, inputs = adapted("clip", kind), inputs_of("clip")

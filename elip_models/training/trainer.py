@@ -113,8 +113,6 @@ class Trainer:
     def run(self) -> TrainResult:
         """Trains to the last step, then saves the model."""
         self.model.train()
-        trained, every = trainable_counts(self.bare_model)
-        self.what_trains = {"trainable": trained, "trainable_share": round(trained / every, 6)}
         self._start_window()
         with self._progress() as progress:
             task = progress.add_task("", total=self.total_steps, completed=self.step, status="")
@@ -211,6 +209,8 @@ class Trainer:
         self.average = None if optim.ema is None else self._average_of(model, optim.ema)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.bare_model = self.accelerator.unwrap_model(self.model)
+        trained, every = trainable_counts(self.bare_model)
+        self.what_trains = {"trainable": trained, "trainable_share": round(trained / every, 6)}
         backend = "inductor" if optim.compile is True else optim.compile
         self.step_model = torch.compile(self.model, backend=backend) if backend else self.model
         set_seed(seed, device_specific=True)
