@@ -128,7 +128,7 @@ def test_without_java_the_result_says_so(monkeypatch):
 
 
 @java
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_meteor_runs_in_java():
     found = caption_scores(
         ["a cat sits here", "x"], [["a cat sits here"], ["dog"]], also=["meteor"]
