@@ -280,8 +280,10 @@ class Trainer:
         self.step += 1
 
     def _forward(self, tensors: dict[str, Tensor]) -> Any:
-        """The model's output; of the first forward, what it saves for backward is counted."""
-        if self.step > self.first_step or self.config.optim.compile:
+        """The model's output; of the first forward, what it saves for backward is counted, where
+        one process runs it as it is written."""
+        is_counted = self.accelerator.num_processes == 1 and not self.config.optim.compile
+        if self.step > self.first_step or not is_counted:
             return self.step_model(**tensors)
         with saved_bytes(self.model.parameters()) as count:
             output = self.step_model(**tensors)
