@@ -197,6 +197,7 @@ def test_captions_are_written_as_the_official_model_does():
     assert torch.equal(written, case["written"])
 
 
+@pytest.mark.slow
 @TASKS
 @pytest.mark.parametrize("options", [{}, REDUCED], ids=["dense", "elip"])
 def test_checkpointing_leaves_the_gradients(task, options):

@@ -256,6 +256,7 @@ def test_the_second_image_is_told_from_the_first():
     assert not torch.allclose(logits, model.logits(batch["images"].flip(1), *texts), atol=1e-3)
 
 
+@pytest.mark.slow
 @task_of
 def test_checkpointing_changes_no_gradient(task):
     found = []
