@@ -82,7 +82,7 @@ def draws(family, images, ids, mask, gather):
     if family == "albef":
         return albef.Drawn(other, other.flip(0) if gather == "global" else other, masked, labels)
     if family == "blip" or family in RETRIEVAL:
-        return blip.Drawn(other, other)
+        return blip.Negatives(other, other)
     itm_labels, false_images = torch.tensor([1, 0, 0, 1]), torch.randn_like(images)
     return meter.Drawn(masked, labels, itm_labels, false_images)
 

@@ -14,9 +14,9 @@ from elip_models.models.downstream.albef_nlvr2 import ALBEFNLVR2
 from elip_models.models.downstream.albef_retrieval import ALBEFRetrieval
 from elip_models.models.downstream.albef_vqa import ALBEFVQA
 from elip_models.models.downstream.generated_answers import States, score_candidates
-from elip_models.models.downstream.momentum_retrieval import Drawn
 from elip_models.models.layers.losses import hard_negatives, soft_contrastive_loss
 from elip_models.models.layers.momentum import NO_IMAGE
+from elip_models.models.momentum_model import Negatives
 from elip_models.reduction.strategies import STRATEGIES
 from tests import cross_modal_cases
 from tests.cross_modal_cases import DISTILLED, MASK, SIZES, batch_of_four
@@ -185,7 +185,7 @@ def test_retrieval_is_the_official_one():
     case, model = official(ALBEFRetrieval)
     fill_queue_(model.queue)
     batch = pixels("shown", 4), *text_of(case), case["image_ids"]
-    drawn = Drawn(case["negative_images"], case["negative_texts"])
+    drawn = Negatives(case["negative_images"], case["negative_texts"])
     out = model(*batch, drawn=drawn)
     for name in ("loss", "loss_itc", "loss_itm"):
         assert_close(getattr(out, name), case[name])

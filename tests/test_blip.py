@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from elip_models.models.blip import BLIP, BLIPConfig, Drawn
+from elip_models.models.blip import BLIP, BLIPConfig
+from elip_models.models.momentum_model import Negatives
 from tests.test_golden import check_gradients
 from tests.towers import our_names
 
@@ -54,7 +55,7 @@ def inputs(case):
 
 
 def drawn(case):
-    return Drawn(case["neg_image_idx"].long(), case["neg_text_idx"].long())
+    return Negatives(case["neg_image_idx"].long(), case["neg_text_idx"].long())
 
 
 def gradients(model):

@@ -12,8 +12,8 @@ from elip_models.models.downstream.blip_captioning import BLIPCaptioning
 from elip_models.models.downstream.blip_nlvr2 import BLIPNLVR2
 from elip_models.models.downstream.blip_retrieval import BLIPRetrieval
 from elip_models.models.downstream.blip_vqa import BLIPVQA
-from elip_models.models.downstream.momentum_retrieval import Drawn
 from elip_models.models.layers.generation import Decoding
+from elip_models.models.momentum_model import Negatives
 from elip_models.reduction.strategies import STRATEGIES
 from tests.golden_weights import ruled
 from tests.tiers import tiered
@@ -111,7 +111,7 @@ def batch_of(task, case=None):
     if task == "vqa":
         return batch | answers_of(case)
     if task == "retrieval":
-        drawn = Drawn(case["negative_images"], case["negative_texts"])
+        drawn = Negatives(case["negative_images"], case["negative_texts"])
         return batch | {"image_ids": case["image_ids"], "drawn": drawn}
     return batch | ({"labels": case["labels"]} if task == "nlvr2" else {})
 

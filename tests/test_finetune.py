@@ -175,6 +175,26 @@ def test_every_model_of_a_task_has_a_recipe_and_every_task_one_for_tiny_models()
     assert wanted <= names
 
 
+@pytest.mark.parametrize(("family", "task"), PAIRS)
+def test_a_task_by_its_name_is_the_recipe_of_the_model(saved, family, task):
+    data = {"data.train": "train.json", "data.eval": "eval.json"}
+    config = finetune_recipe(task, saved(family), data)
+    assert (config.task, config.model.pretrained) == (task, str(saved(family)))
+    model = meta_model(config).config
+    assert model.vision_width == 64 and model.schedule is None  # the saved model's, but dense
+    if family != "clip":
+        assert model.image_size == config.model.overrides["image_size"] > 32  # the recipe's
+    assert model.resize == (config.data.resize or "crop")
+
+
+def test_a_recipe_at_full_size_runs_on_a_small_model(saved):
+    data = {f"data.{part}": DATA["vqa"].format(*which) for part, which in PARTS.items()}
+    small = {"model.overrides.image_size": 32, "optim.steps": 1, "data.num_workers": 0}
+    overrides = TINY | small | data | {"output_dir": "run", "data.context_length": 32}
+    result = train(finetune_recipe("vqa", saved("meter"), overrides), console=QUIET)
+    assert result.task_scores.num_examples == 6
+
+
 def test_the_tower_is_dense_unless_it_stays_reduced(saved):
     dense = finetune_recipe("vqa_tiny", saved("albef"), {})
     assert "schedule" not in dense.model.overrides
@@ -188,6 +208,7 @@ def test_the_tower_is_dense_unless_it_stays_reduced(saved):
     ("task", "family", "message"),
     [
         ("vqaa", "albef", "TASK: expected one of .*did you mean 'vqa"),
+        ("entailment", "blip", "TASK: task: expected one of those of BLIP, .*got 'entailment'"),
         ("captioning_tiny", "albef", "task: expected one of those of ALBEF, .*got 'captioning'"),
     ],
 )

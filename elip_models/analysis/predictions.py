@@ -55,8 +55,8 @@ def draw_predictions(
             continue
         if sample.id in said and len(shown) < count:
             shown.append((sample, said[sample.id]))
-    rows = -(-len(shown) // COLUMNS)
-    number = len(_parts(shown[0][0])[0])  # images side by side
+    rows = max(1, -(-len(shown) // COLUMNS))
+    number = max((len(_parts(sample)[0]) for sample, _ in shown), default=1)  # side by side
     figure = new_figure(WIDTH * COLUMNS, (WIDTH / number + 0.8) * rows)
     axes = figure.subplots(rows, COLUMNS, squeeze=False)
     for axis in axes.flat:

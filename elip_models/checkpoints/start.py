@@ -6,10 +6,11 @@
     new           what stays as initialised
     left out      tensors of the checkpoint that are not used
 
-The model of a downstream task begins as its `begin` says, with the weights of a pre-trained one.
 This is where training starts, not where it goes on: momentum encoders begin as copies and a queue
-at random, whatever the checkpoint has. Sizes, schedule and tokens are the model's own; heads,
-activation and epsilons, which no tensor shows, have to be those that the checkpoint's config says.
+at random, whatever the checkpoint has. The model of a downstream task begins as its `begin` says,
+with what a pre-trained one has, momentum encoders and queue where the original takes them. Sizes,
+schedule and tokens are the model's own; heads, activation and epsilons, which no tensor shows, have
+to be those that the checkpoint's config says.
 """
 
 import os

@@ -10,7 +10,6 @@ Source: BLIP (Li et al., 2022); ELIP, section 3 and its official BLIP code.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from elip_models.models.layers.bert import (
     untied_decoder,
 )
 from elip_models.models.layers.losses import language_loss, next_rows, next_tokens
-from elip_models.models.momentum_model import MomentumModel
+from elip_models.models.momentum_model import MomentumModel, Negatives
 
 
 @dataclass
@@ -35,17 +34,6 @@ class BLIPOutput:
     loss_lm: Tensor
     image_features: Tensor
     text_features: Tensor
-
-
-class Drawn(NamedTuple):
-    """What `forward` draws at random, for a caller that has drawn it.
-
-    negative_images: (B,) for each text. negative_texts: (B,) for each image; both number the pairs
-        of all ranks where gather='global'.
-    """
-
-    negative_images: Tensor
-    negative_texts: Tensor
 
 
 class BLIP(Reader, Captioner, MomentumModel):
@@ -95,7 +83,7 @@ class BLIP(Reader, Captioner, MomentumModel):
         *,
         guide_ids: Tensor | None = None,
         guide_mask: Tensor | None = None,
-        drawn: Drawn | None = None,
+        drawn: Negatives | None = None,
     ) -> BLIPOutput:
         """Compute pre-training losses of a batch of pairs; in training momentum and queue move on.
 
@@ -113,7 +101,7 @@ class BLIP(Reader, Captioner, MomentumModel):
         """
         seen = self.contrast(images, input_ids, attention_mask, guide_ids, guide_mask)
         if drawn is None:
-            drawn = Drawn(*self.draw_negatives(seen.similar))
+            drawn = self.draw_negatives(seen.similar)
         text, image = (input_ids, attention_mask), (seen.image, seen.image_mask)
         loss_itm = self.matching_loss(*text, seen.image, drawn, image_mask=seen.image_mask)
         written = self.decode(*text, image, self.text_reduction)
@@ -126,6 +114,6 @@ class BLIP(Reader, Captioner, MomentumModel):
         loss = seen.loss + loss_itm + loss_lm
         return BLIPOutput(loss, seen.loss, loss_itm, loss_lm, *seen.features)
 
-    def fixed_draw(self, images: Tensor, input_ids: Tensor) -> Drawn:
+    def fixed_draw(self, images: Tensor, input_ids: Tensor) -> Negatives:
         others = next_rows(len(images), images.device)
-        return Drawn(others, others)
+        return Negatives(others, others)

@@ -41,6 +41,16 @@ class Contrast(NamedTuple):
     similar: tuple[Tensor, Tensor]
 
 
+class Negatives(NamedTuple):
+    """The hard negatives of a step; both number the pairs of all ranks where gather='global'.
+
+    images: (B,) int64, for each text. texts: (B,), for each image.
+    """
+
+    images: Tensor
+    texts: Tensor
+
+
 class MomentumModel(DistilledModel):
     """Towers with momentum copies, the queue of their features, contrastive and matching losses.
 
@@ -181,20 +191,16 @@ class MomentumModel(DistilledModel):
 
     def draw_negatives(
         self, similar: tuple[Tensor, Tensor], image_ids: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Negatives:
         """Draw hard negatives by the similarities (B, C): an image for each text, a text for each
-        image; no other pair of the same image, where image_ids (B,) say which it is.
-
-        Returns:
-            (B,) int64 each; they number the pairs of all ranks where gather='global'.
-        """
+        image; no other pair of the same image, where image_ids (B,) say which it is."""
         image_to_text, text_to_image = similar
         gather, positives = self.config.gather, None
         if image_ids is not None:
             positives = image_ids[:, None] == all_gather(image_ids, gather)
         how = self.config.negative_epsilon, rank_of(gather) * len(image_to_text), positives
         negative_images = hard_negatives(text_to_image, *how)
-        return negative_images, hard_negatives(image_to_text, *how)
+        return Negatives(negative_images, hard_negatives(image_to_text, *how))
 
     def matching_loss(
         self,

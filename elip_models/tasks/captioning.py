@@ -23,7 +23,7 @@ from elip_models.tasks.task import (
     TaskScores,
     read_all,
 )
-from elip_models.validation import PositiveInt
+from elip_models.validation import PositiveInt, needs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +44,7 @@ class Captioning(Task):
     min_length: PositiveInt = 5
 
     def open(self, spec: str, *, image_size: int) -> Source:
+        needs("captioning", "pycocoevalcap")  # said before a run, and not at its end
         return open_source(spec, image_size=image_size)
 
     def sample(

@@ -17,6 +17,7 @@ from elip_models.models.config import ContrastiveConfig, TextReductionConfig
 from elip_models.models.registry import CONFIGS, MODELS, downstream_of, family_of
 from elip_models.tasks.registry import TASKS
 from elip_models.training.recipe import FINETUNE, RunConfig, recipe_names, recipe_with
+from elip_models.training.training_data import input_fields
 from elip_models.validation import ConfigError, blame, did_you_mean
 
 REDUCTION = {
@@ -43,21 +44,21 @@ def finetune_recipe(
         folder = start / "model" if (start / "model" / "config.json").is_file() else start
         family, config = _saved(folder)
     recipe = _recipe_of(task, family)
-    name = next(name for name in CONFIGS if family_of(name) is MODELS[family])
-    chosen = recipe_with(recipe, {"data.tokenizer": str(folder), **overrides})
+    begun = {
+        "model.name": next(name for name in CONFIGS if family_of(name) is MODELS[family]),
+        "model.pretrained": str(folder),
+        "data.tokenizer": str(folder),
+        **overrides,
+    }
+    chosen = recipe_with(recipe, begun)
     if chosen.task is None:
         raise ConfigError(f"recipe {recipe}: expected one with a task, got none")
     with blame("task"):
         model = downstream_of(MODELS[family], chosen.task)
     known = {each.name for each in fields(model.config_class)}
-    dropped = {"gather"} | (set() if reduced else REDUCTION)
+    dropped = {"gather", *input_fields(chosen.data)} | (set() if reduced else REDUCTION)
     kept = {name: value for name, value in config.items() if name in known - dropped}
-    begun = {
-        "model.name": name,
-        "model.pretrained": str(folder),
-        "data.tokenizer": str(folder),
-    }
-    return recipe_with(recipe, begun | dict(overrides), kept)
+    return recipe_with(recipe, begun, kept)
 
 
 def _saved(folder: Path) -> tuple[str, dict[str, Any]]:
@@ -74,6 +75,8 @@ def _recipe_of(task: str, family: str) -> str:
     """The recipe that a name says."""
     names = [name.removeprefix(f"{FINETUNE}/") for name in recipe_names(FINETUNE)]
     if task in TASKS:
+        with blame("TASK"):
+            downstream_of(MODELS[family], task)
         task = f"{task}_{family}"
     if task in names:
         return f"{FINETUNE}/{task}"

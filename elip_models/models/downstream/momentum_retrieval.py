@@ -9,7 +9,7 @@ Source: the official codes' models/model_retrieval.py (ALBEF) and models/blip_re
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from elip_models.models.distilled_model import MomentumConfig
 from elip_models.models.downstream.distillation import Weights, begin_encoders
 from elip_models.models.layers.losses import next_rows
-from elip_models.models.momentum_model import MomentumModel
+from elip_models.models.momentum_model import MomentumModel, Negatives
 
 
 @dataclass
@@ -29,17 +29,6 @@ class RetrievalOutput:
     loss_itm: Tensor
     image_features: Tensor
     text_features: Tensor
-
-
-class Drawn(NamedTuple):
-    """What `forward` draws at random, for a caller that has drawn it.
-
-    negative_images: (B,) for each text. negative_texts: (B,) for each image; both number the pairs
-        of all ranks where gather='global'.
-    """
-
-    negative_images: Tensor
-    negative_texts: Tensor
 
 
 class MomentumRetrieval(MomentumModel):
@@ -60,7 +49,7 @@ class MomentumRetrieval(MomentumModel):
         *,
         guide_ids: Tensor | None = None,
         guide_mask: Tensor | None = None,
-        drawn: Drawn | None = None,
+        drawn: Negatives | None = None,
     ) -> RetrievalOutput:
         """Compute the losses of a batch of pairs; in training momentum and queue move on.
 
@@ -76,7 +65,7 @@ class MomentumRetrieval(MomentumModel):
         text = input_ids, attention_mask
         seen = self.contrast(images, *text, guide_ids, guide_mask, image_ids)
         if drawn is None:
-            drawn = Drawn(*self.draw_negatives(seen.similar, image_ids))
+            drawn = self.draw_negatives(seen.similar, image_ids)
         fused = input_ids if self.fuses_ids else seen.text
         loss_itm = self.matching_loss(
             fused, attention_mask, seen.image, drawn, image_mask=seen.image_mask
@@ -88,9 +77,9 @@ class MomentumRetrieval(MomentumModel):
         ids = torch.arange(len(images), device=images.device)
         return super().random_inputs(images) | {"image_ids": ids}
 
-    def fixed_draw(self, images: Tensor, input_ids: Tensor) -> Drawn:
+    def fixed_draw(self, images: Tensor, input_ids: Tensor) -> Negatives:
         others = next_rows(len(images), images.device)
-        return Drawn(others, others)
+        return Negatives(others, others)
 
 
 def begin_retrieval(
