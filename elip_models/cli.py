@@ -16,7 +16,7 @@ try:
 
     from elip_models.commands import convert, data, evaluate, finetune, look, train
     from elip_models.data import DataError
-    from elip_models.training.run_folder import TrainingError
+    from elip_models.training.errors import Stopped, TrainingError
     from elip_models.validation import ConfigError, extra, names_extra
 except ImportError as error:
     sys.stderr.write(f"elip needs the train extra: pip install 'elip-kernels[train]' ({error})\n")
@@ -47,17 +47,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if not names_extra(error):
             raise
         _exit_with(str(error))
+    except Stopped as stopped:
+        _exit_with(str(stopped), stopped.status)
     except (ConfigError, DataError, TrainingError) as error:
         _exit_with(str(error))
     raise SystemExit(0)
 
 
-def _exit_with(message: str) -> NoReturn:
+def _exit_with(message: str, status: int = 2) -> NoReturn:
     line = " ".join(message.split())
     Console(stderr=True).print(
         f"[bold red]error:[/] {escape(line)}", soft_wrap=True, highlight=False
     )
-    raise SystemExit(2)
+    raise SystemExit(status)
 
 
 if __name__ == "__main__":

@@ -207,6 +207,7 @@ EXTRAS = {
     "accelerate": "train",
     "datasets": "train",
     "einops": "models",
+    "filelock": "train",
     "huggingface_hub": "models",
     "matplotlib": "demo",
     "numpy": "train",

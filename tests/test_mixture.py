@@ -19,7 +19,8 @@ from elip_models.data import (
     check_source,
     open_source,
 )
-from elip_models.training.run_folder import RunFolder, TrainingError
+from elip_models.training.errors import TrainingError
+from elip_models.training.run_folder import RunFolder
 from elip_models.training.trainer import train
 from elip_models.validation import ConfigError
 from tests.tiny_run import logged, own_process, tiny_config
@@ -181,18 +182,16 @@ def test_a_list_and_shards_train_together_and_resume_exactly(weights, list_and_s
     with own_process():
         train(tiny_config(whole, *overrides))
     shutil.copytree(whole, resumed)
-    shutil.rmtree(RunFolder(resumed).latest_checkpoint())
+    shutil.rmtree(RunFolder(resumed).checkpoints.latest())
     shutil.rmtree(resumed / "model")
     with own_process():
         result = train(tiny_config(resumed, *overrides), resume=True)
     assert logged(resumed, "loss", "epoch") == logged(whole, "loss", "epoch")
     assert logged(resumed, "epoch")[-1]["epoch"] > 1
-    saved = torch.load(RunFolder(whole).latest_checkpoint() / "optimizer.bin", weights_only=True)[
-        "state"
-    ]
-    again = torch.load(RunFolder(resumed).latest_checkpoint() / "optimizer.bin", weights_only=True)[
-        "state"
-    ]
+    newest = [RunFolder(folder).checkpoints.latest() for folder in (whole, resumed)]
+    saved, again = (
+        torch.load(each / "optimizer.bin", weights_only=True)["state"] for each in newest
+    )
     assert result.step == 9 and saved.keys() == again.keys()
     assert all(torch.equal(saved[key]["exp_avg"], again[key]["exp_avg"]) for key in saved)
 

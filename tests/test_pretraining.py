@@ -9,9 +9,10 @@ from transformers import BertConfig, BertModel
 
 from elip_models.data import load_tokenizer
 from elip_models.models.registry import create_model, load_model
+from elip_models.training.errors import TrainingError
 from elip_models.training.optim import learning_rate, parameter_groups
 from elip_models.training.recipe import load_recipe
-from elip_models.training.run_folder import RunFolder, TrainingError
+from elip_models.training.run_folder import RunFolder
 from elip_models.training.trainer import train
 from elip_models.validation import ConfigError
 from tests.tiers import tiered
@@ -82,9 +83,9 @@ def test_resuming_is_exact_with_queue_momentum_and_random_state(recipe, tmp_path
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     train(config(whole, recipe, *overrides))
     shutil.copytree(whole, resumed)
-    shutil.rmtree(RunFolder(resumed).latest_checkpoint())
+    shutil.rmtree(RunFolder(resumed).checkpoints.latest())
     shutil.rmtree(resumed / "model")
-    assert RunFolder(resumed).latest_checkpoint().name == "step_00000005"
+    assert RunFolder(resumed).checkpoints.latest().name == "step_00000005"
     train(config(resumed, recipe, *overrides), resume=True)
     assert len(logged(resumed, *LOSSES[recipe])) == 8
     assert logged(resumed, *LOSSES[recipe]) == logged(whole, *LOSSES[recipe])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from elip_models.study.measures import MEASURES
 from elip_models.study.page import page
 from elip_models.study.plan import Run, load_study, plan, study_names
 from elip_models.study.results import write_results
-from elip_models.training.run_folder import TrainingError
+from elip_models.training.errors import Stopped, TrainingError
 from elip_models.training.trainer import Trainer
 from elip_models.training.training_data import meta_model
 from elip_models.validation import ConfigError
@@ -193,6 +194,16 @@ def test_a_run_that_another_process_holds_is_left_to_it_with_what_follows(tmp_pa
     with FileLock(lock):
         assert run_all(study, seeds=[0]) == [Run("tome", 0)]
     assert [run.arm for run in run_all(study, seeds=[0])] == ["dense", "after-0.61", "after-0.81"]
+
+
+def test_a_signal_ends_the_study_with_its_run(tmp_path, stubbed, monkeypatch):
+    def stopping(config, **options):
+        raise Stopped("ended", signal.SIGTERM)
+
+    monkeypatch.setattr(runner, "train", stopping)
+    with pytest.raises(Stopped, match="ended"):
+        run_all(tiny_study(tmp_path))
+    assert not stubbed
 
 
 def test_a_run_that_fails_is_told_after_all_others_ran(tmp_path, stubbed, monkeypatch):

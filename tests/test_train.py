@@ -11,8 +11,9 @@ import torch
 from elip_models.data import DataError
 from elip_models.models.clip import CLIP
 from elip_models.models.registry import create_model
+from elip_models.training.errors import TrainingError
 from elip_models.training.optim import learning_rate, parameter_groups
-from elip_models.training.run_folder import RunFolder, TrainingError
+from elip_models.training.run_folder import RunFolder
 from elip_models.training.trainer import train
 from elip_models.validation import ConfigError
 from tests.tiers import tiered
@@ -149,7 +150,7 @@ def test_accumulation_takes_half_as_many_steps_of_the_epoch(tmp_path):
         (3, 0.75),
         (4, 1.0),
     ]
-    checkpoint = RunFolder(tmp_path).latest_checkpoint()
+    checkpoint = RunFolder(tmp_path).checkpoints.latest()
     state = torch.load(checkpoint / "optimizer.bin", weights_only=True)["state"]
     assert {int(moments["step"]) for moments in state.values()} == {4}
 
@@ -177,7 +178,7 @@ def test_non_finite_loss_stops_the_run_and_saves_nothing(tmp_path):
     )
     with pytest.raises(TrainingError, match=r"step 2: loss nan.*lower optim\.lr"):
         train(config)
-    assert RunFolder(tmp_path).latest_checkpoint() is None
+    assert RunFolder(tmp_path).checkpoints.latest() is None
 
 
 def test_evaluates_on_the_way_and_at_the_end(tmp_path):

@@ -39,9 +39,9 @@ def train_resumed(folder, *overrides, **options):
     settings = ("optim.steps=6", "checkpoint_every=4", *overrides)
     train(tiny_config(whole, *settings, **options))
     shutil.copytree(whole, resumed)
-    shutil.rmtree(RunFolder(resumed).latest_checkpoint())
+    shutil.rmtree(RunFolder(resumed).checkpoints.latest())
     shutil.rmtree(resumed / "model")
-    assert RunFolder(resumed).latest_checkpoint().name == "step_00000004"
+    assert RunFolder(resumed).checkpoints.latest().name == "step_00000004"
     train(tiny_config(resumed, *settings, **options), resume=True)
     assert losses(resumed) == losses(whole)
     return [load_model(run / "model").state_dict() for run in (whole, resumed)]

@@ -7,6 +7,7 @@ counted and reported.
 """
 
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -180,7 +181,13 @@ def _worker_options(num_workers: int) -> dict[str, Any]:
         # The loader draws a seed for its workers: not from the global generator, which a resumed
         # run restores.
         "generator": torch.Generator(),
+        "worker_init_fn": _leave_interrupts if num_workers else None,
     }
+
+
+def _leave_interrupts(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal: the run decides what it means."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _collate(samples: Sequence[dict[str, Any] | DataError]) -> dict[str, Any] | DataError:

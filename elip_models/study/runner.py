@@ -29,8 +29,9 @@ from elip_models.profiling.measure import measured_on
 from elip_models.reduction import flops
 from elip_models.study.measures import Finished, measure
 from elip_models.study.plan import Run, Study
+from elip_models.training.errors import Stopped, TrainingError
 from elip_models.training.recipe import RunConfig, load_recipe, resume_conflicts, save_recipe
-from elip_models.training.run_folder import RunFolder, TrainingError
+from elip_models.training.run_folder import RunFolder
 from elip_models.training.trainer import train
 from elip_models.training.training_data import meta_model, tokenizer_captions
 from elip_models.validation import ConfigError, blame, extra
@@ -60,6 +61,7 @@ def run_study(
     Raises:
         ConfigError: see `check_settings`.
         TrainingError: runs that failed, after all others.
+        Stopped: a signal ended the run that was trained.
     """
     failed: dict[Run, TrainingError] = {}
     while (found := _next(study, [run for run in runs if run not in failed])) is not None:
@@ -68,6 +70,8 @@ def run_study(
             before(run)
             try:
                 perform(study, run, console)
+            except Stopped:
+                raise
             except TrainingError as error:
                 failed[run] = error
             after(run)
@@ -93,7 +97,7 @@ def perform(study: Study, run: Run, console: Console) -> None:
     start = time.monotonic()
     config, result = study.config(run), result_of(study, run)
     folder = RunFolder(config.output_dir)
-    folder.prepare()
+    folder.make()
     if result is None:
         _make_tokenizer(study, config)
         if study.arms[run.arm].length:
@@ -108,7 +112,7 @@ def perform(study: Study, run: Run, console: Console) -> None:
     result["measures"] += missing
     result["seconds"] = round(result["seconds"] + time.monotonic() - start, 1)
     write_file(folder.path / RESULT, (json.dumps(result, indent=2) + "\n").encode())
-    shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    shutil.rmtree(folder.checkpoints.path, ignore_errors=True)
 
 
 def _next(study: Study, runs: Sequence[Run]) -> tuple[Run, FileLock] | None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from elip_models.training.run_folder import TrainingError
+from elip_models.training.errors import TrainingError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -4,7 +4,7 @@
     tokenizer/                   the tokenizer, where it was trained on the captions
     metrics.jsonl                a row every `log_every` steps, and one an evaluation
     tensorboard/                 the same, for TensorBoard
-    checkpoints/step_00001000/   model, optimiser, random generators; the newest few
+    checkpoints/step_00001000/   model, optimiser, random generators; the newest few whole ones
     model/                       the trained model and its tokenizer
 
 A checkpoint and a tokenizer are written under a name that nothing reads, and renamed when complete.
@@ -12,20 +12,21 @@ A checkpoint and a tokenizer are written under a name that nothing reads, and re
 
 import json
 import os
-import re
 import shutil
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from elip_models.models.base import write_file
+from elip_models.training.errors import TrainingError
 from elip_models.training.recipe import RunConfig, load_recipe, resume_conflicts, save_recipe
+from elip_models.training.run_checkpoints import Checkpoints
+from elip_models.validation import extra
 
-CHECKPOINT_NAME = re.compile(r"step_\d{8,}")
-STATE_FILE = "run.json"
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot start, continue or go on; the message says what to do."""
+with extra("elip_models.training"):
+    from filelock import FileLock, Timeout
 
 
 class RunFolder:
@@ -36,9 +37,10 @@ class RunFolder:
         self.recipe = self.path / "recipe.yaml"
         self.tokenizer = self.path / "tokenizer"
         self.tensorboard = self.path / "tensorboard"
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints = Checkpoints(self.path / "checkpoints")
         self.metrics = self.path / "metrics.jsonl"
         self.model = self.path / "model"
+        self._owner = self.path / ".owner"
 
     def check(self, config: RunConfig, *, resume: bool) -> None:
         """Raises TrainingError for a run that is not to be resumed, or one of another recipe."""
@@ -54,14 +56,51 @@ class RunFolder:
                 f"{self.path} cannot be resumed with another recipe: {'; '.join(conflicts)}"
             )
 
-    def prepare(self) -> None:
-        """Makes the folder; what a start that failed left in it goes."""
+    @contextmanager
+    def held(self, config: RunConfig, *, resume: bool) -> Iterator[None]:
+        """Inside, the folder is this run's alone; it is made where it is not there.
+
+        Of several processes the first holds it for all.
+
+        Raises:
+            TrainingError: another run holds it, the folder cannot be made, or `check` does.
+        """
+        self.check(config, resume=resume)
+        if int(os.environ.get("RANK", "0")) > 0:
+            yield
+            return
+        self.make()
+        lock = FileLock(self.path / ".lock", timeout=0)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+            with _writes(self.path):
+                lock.acquire()
+        except Timeout:
             raise TrainingError(
-                f"output_dir: expected a folder that can be made, got {self.path}: {error}"
-            ) from error
+                f"{self.path} is in use by {self._holder()}: wait until it ends, or set another "
+                "output_dir"
+            ) from None
+        try:
+            self.check(config, resume=resume)  # another run may have come and gone
+            write_file(self._owner, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            yield
+        finally:
+            self._owner.unlink(missing_ok=True)
+            lock.release()
+
+    def _holder(self) -> str:
+        """Who holds the folder, in words."""
+        try:
+            return self._owner.read_text(encoding="utf-8")
+        except OSError:
+            return "another run"
+
+    def make(self) -> None:
+        """Makes the folder; TrainingError where that cannot be."""
+        with _writes(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+
+    def prepare(self) -> None:
+        """What a start that failed left in the folder goes."""
         if not self.recipe.exists():
             shutil.rmtree(self.tokenizer, ignore_errors=True)
 
@@ -99,46 +138,15 @@ class RunFolder:
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, self.metrics)
 
-    def latest_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint; None where there is none."""
-        complete = self._complete_checkpoints()
-        return complete[-1] if complete else None
 
-    def unfinished_checkpoint(self, step: int) -> Path:
-        """Where to write the checkpoint of `step`, before `commit_checkpoint`."""
-        return self.checkpoints / f".step_{step:08d}"
-
-    def commit_checkpoint(self, step: int, *, keep: int, **invariants: int | list[int]) -> None:
-        """Puts the checkpoint of `step` in place, and keeps the `keep` newest.
-
-        `invariants` are numbers, or lists of them, that a run which resumes it must have in common.
-        """
-        unfinished = self.unfinished_checkpoint(step)
-        state = json.dumps({"step": step, "invariants": invariants})
-        (unfinished / STATE_FILE).write_text(state, encoding="utf-8")
-        final = self.checkpoints / f"step_{step:08d}"
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(unfinished, final)
-        for old in self._complete_checkpoints()[:-keep]:
-            shutil.rmtree(old)
-
-    @staticmethod
-    def checkpoint_step(checkpoint: Path, **invariants: int | list[int]) -> int:
-        """The step of a checkpoint; TrainingError where it has other `invariants`."""
-        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-        for name, value in invariants.items():
-            if state["invariants"].get(name) != value:
-                raise TrainingError(
-                    f"{checkpoint} cannot be resumed: expected {name} = "
-                    f"{state['invariants'].get(name)}, got {value}"
-                )
-        return state["step"]
-
-    def _complete_checkpoints(self) -> list[Path]:
-        """Oldest first; a folder without its state is half-copied or half-removed."""
-        complete = [
-            folder
-            for folder in self.checkpoints.glob("step_*")
-            if CHECKPOINT_NAME.fullmatch(folder.name) and (folder / STATE_FILE).is_file()
-        ]
-        return sorted(complete, key=lambda folder: int(folder.name.removeprefix("step_")))
+@contextmanager
+def _writes(path: Path) -> Iterator[None]:
+    """Inside, what the system does not allow in the folder `path` is a TrainingError."""
+    try:
+        yield
+    except Timeout:  # an OSError too
+        raise
+    except OSError as error:
+        raise TrainingError(
+            f"output_dir: expected a folder that can be written, got {path}: {error}"
+        ) from error

@@ -6,11 +6,12 @@ resumed computes what one that was never killed does.
 """
 
 import math
+import signal
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,18 +20,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from elip_models.data import (
     EpochSampler,
     MixedSource,
-    Source,
-    load_tokenizer,
     train_loader,
-    train_tokenizer,
 )
 from elip_models.models.adapt import trainable_counts
 from elip_models.models.base import PretrainedModel
-from elip_models.models.config import InputConfig
 from elip_models.models.registry import family_of
 from elip_models.profiling.measure import saved_bytes
 from elip_models.tasks.registry import save_answers
 from elip_models.training.accelerator import make_accelerator
+from elip_models.training.errors import Stopped, TrainingError
 from elip_models.training.evaluation import Evaluation, Scores
 from elip_models.training.loss_log import LossLog, losses_of
 from elip_models.training.model import make_model
@@ -38,20 +36,23 @@ from elip_models.training.optim import learning_rate
 from elip_models.training.optimizers import make_optimizer
 from elip_models.training.recipe import RunConfig
 from elip_models.training.result import TrainResult
+from elip_models.training.run_checkpoints import step_of
 from elip_models.training.run_folder import RunFolder
+from elip_models.training.stop import Stop
 from elip_models.training.training_data import (
     check_guide_captions,
+    make_tokenizer,
     model_config,
     open_samples,
     task_of,
-    tokenizer_captions,
     training_samples,
 )
-from elip_models.validation import ConfigError, blame, extra
+from elip_models.validation import blame, extra
 
 with extra("elip_models.training"):
-    from accelerate.utils import set_seed
+    from accelerate.utils import broadcast_object_list, set_seed
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -59,9 +60,6 @@ with extra("elip_models.training"):
         TextColumn,
         TimeRemainingColumn,
     )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def train(
@@ -77,13 +75,15 @@ def train(
     Raises:
         TypeError: `config` is no RunConfig.
         ConfigError: a setting that does not fit the data, the model or the machine.
-        TrainingError: `output_dir` holds a run already, another recipe is resumed, or the loss is
-            not finite.
+        TrainingError: `output_dir` holds a run already or is in use, another recipe is resumed, no
+            checkpoint is whole, or the loss is not finite.
+        Stopped: SIGTERM or SIGINT came; a checkpoint of the last step is there.
         DataError: the data cannot be read, or too much of it.
     """
     if not isinstance(config, RunConfig):
         raise TypeError(f"config: expected a RunConfig from load_recipe, got {config!r:.100}")
-    return Trainer(config, resume=resume, console=console or Console(quiet=True)).run()
+    with RunFolder(config.output_dir).held(config, resume=resume):
+        return Trainer(config, resume=resume, console=console or Console(quiet=True)).run()
 
 
 class Trainer:
@@ -95,7 +95,6 @@ class Trainer:
     def __init__(self, config: RunConfig, *, resume: bool, console: Console) -> None:
         self.config = config
         self.folder = RunFolder(config.output_dir)
-        self.folder.check(config, resume=resume)
         self.accelerator = make_accelerator(config, self.folder)
         self.console = console if self.accelerator.is_main_process else Console(quiet=True)
         self.losses = LossLog(self.accelerator)
@@ -103,7 +102,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.folder.prepare()
         self.accelerator.wait_for_everyone()
-        checkpoint = self.folder.latest_checkpoint() if resume else None
+        checkpoint = self._checkpoint() if resume else None
         self._build_data()
         self._build_model(resumed=checkpoint is not None)
         if self.accelerator.is_main_process:
@@ -114,7 +113,7 @@ class Trainer:
         """Trains to the last step, then saves the model."""
         self.model.train()
         self._start_window()
-        with self._progress() as progress:
+        with Stop() as stop, self._progress() as progress:
             task = progress.add_task("", total=self.total_steps, completed=self.step, status="")
             while self.step < self.total_steps:
                 self._train_step()
@@ -123,9 +122,37 @@ class Trainer:
                     progress.update(task, status=self._log_step())
                 if due := self.evaluation.due(self.step, self.total_steps):
                     self._log_scores(due)
-                if self._due(self.config.checkpoint_every):
+                is_stopped = stop.came(self.accelerator, may_wait=self._due(self.config.log_every))
+                if self._due(self.config.checkpoint_every) or is_stopped:
                     self._save_checkpoint()
+                if is_stopped and self.step < self.total_steps:
+                    raise self._stopped(stop.signal)
         return self._finish()
+
+    def _stopped(self, number: int) -> Stopped:
+        """Why the run ends here."""
+        return Stopped(
+            f"{self.folder.path}: {signal.Signals(number).name} ended the run after step "
+            f"{self.step} of {self.total_steps}, whose checkpoint is there: continue it with "
+            "--resume",
+            number,
+        )
+
+    def _checkpoint(self) -> Path | None:
+        """The newest whole checkpoint, as the first process finds it; None where there is none."""
+        found: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                found[0] = self.folder.checkpoints.latest(self._tell)
+            except TrainingError as error:
+                found[1] = str(error)
+        checkpoint, problem = broadcast_object_list(found)
+        if problem is not None:
+            raise TrainingError(problem)
+        return checkpoint
+
+    def _tell(self, line: str) -> None:
+        self.console.print(f"[bold yellow]warning:[/] {escape(line)}", soft_wrap=True)
 
     def _build_data(self) -> None:
         """Sources, tokenizer and loader, and how many steps they make."""
@@ -137,7 +164,7 @@ class Trainer:
         with blame("model.overrides.guide"):
             check_guide_captions(model, source)
         self.evaluation = Evaluation(self.config, model.image_size)
-        self.tokenizer = self._make_tokenizer(source, model)
+        self.tokenizer = make_tokenizer(self.config, source, model, self.folder, accelerator)
         with blame("data.tokenizer"):
             self.text_sizes = family.fit_tokenizer(self.tokenizer, data.context_length)
         if task is not None:
@@ -172,25 +199,6 @@ class Trainer:
             decay_rate=optim.decay_rate,
             steps_per_epoch=self.steps_per_epoch,
         )
-
-    def _make_tokenizer(self, source: Source, model: InputConfig) -> "PreTrainedTokenizerBase":
-        """The tokenizer the recipe names, or one trained on the captions and kept in the folder."""
-        data = self.config.data
-        if data.tokenizer != "train":
-            with blame("data.tokenizer"):
-                return load_tokenizer(data.tokenizer)
-        if self.config.task is not None:
-            raise ConfigError(
-                "data.tokenizer: expected the folder of the pre-trained model's, got 'train', "
-                "which makes another"
-            )
-        with self.accelerator.main_process_first(), blame("data.vocab_size"):
-            if not self.folder.tokenizer.exists():
-                captions = tokenizer_captions(source, model)
-                self.folder.save_tokenizer(
-                    train_tokenizer(captions, data.vocab_size).save_pretrained
-                )
-        return load_tokenizer(str(self.folder.tokenizer))
 
     def _build_model(self, *, resumed: bool) -> None:
         """Model and optimiser; the same weights on every rank, other dropout."""
@@ -231,7 +239,7 @@ class Trainer:
         """Puts model, optimiser, random generators, data and log where `checkpoint` left them."""
         self.first_step = 0
         if checkpoint is not None:
-            self.first_step = self.folder.checkpoint_step(checkpoint, **self._invariants())
+            self.first_step = step_of(checkpoint, **self._invariants())
         self.step = self.first_step
         batches_done = self.step * self.config.optim.grad_accumulation
         self.sampler.set_position(*divmod(batches_done, self.batches_per_epoch))
@@ -339,10 +347,10 @@ class Trainer:
     def _save_checkpoint(self) -> None:
         if self.losses:
             self._read_losses()
-        self.accelerator.save_state(str(self.folder.unfinished_checkpoint(self.step)))
+        self.accelerator.save_state(str(self.folder.checkpoints.unfinished(self.step)))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            self.folder.commit_checkpoint(
+            self.folder.checkpoints.commit(
                 self.step, keep=self.config.keep_checkpoints, **self._invariants()
             )
         self._start_window()

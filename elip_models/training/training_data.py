@@ -16,7 +16,9 @@ from elip_models.data import (
     TrainingSamples,
     apply_caption_rule,
     image_transform,
+    load_tokenizer,
     open_source,
+    train_tokenizer,
 )
 from elip_models.models.base import PretrainedModel
 from elip_models.models.config import InputConfig
@@ -24,9 +26,11 @@ from elip_models.models.registry import create_model
 from elip_models.tasks.registry import get_task
 from elip_models.tasks.task import Reading, Task
 from elip_models.training.recipe import DataConfig, RunConfig
-from elip_models.validation import blame
+from elip_models.training.run_folder import RunFolder
+from elip_models.validation import ConfigError, blame
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from transformers import PreTrainedTokenizerBase
 
 MAX_TOKENIZER_SAMPLES = 50_000
@@ -126,6 +130,31 @@ def check_guide_captions(model: InputConfig, source: Source) -> None:
             f"guide='other': {lonely:.0%} of the images have one caption, which guides them itself",
             stacklevel=2,
         )
+
+
+def make_tokenizer(
+    config: RunConfig,
+    source: Source,
+    model: InputConfig,
+    folder: RunFolder,
+    accelerator: "Accelerator",
+) -> "PreTrainedTokenizerBase":
+    """The tokenizer that a recipe names, or one that the first process trains on the captions, and
+    keeps in the run's folder."""
+    data = config.data
+    if data.tokenizer != "train":
+        with blame("data.tokenizer"):
+            return load_tokenizer(data.tokenizer)
+    if config.task is not None:
+        raise ConfigError(
+            "data.tokenizer: expected the folder of the pre-trained model's, got 'train', "
+            "which makes another"
+        )
+    with accelerator.main_process_first(), blame("data.vocab_size"):
+        if not folder.tokenizer.exists():
+            captions = tokenizer_captions(source, model)
+            folder.save_tokenizer(train_tokenizer(captions, data.vocab_size).save_pretrained)
+    return load_tokenizer(str(folder.tokenizer))
 
 
 def tokenizer_captions(source: Source, model: InputConfig) -> Iterator[str]:
