@@ -94,11 +94,13 @@ def test_a_reduced_model_is_loaded_reduced_and_by_its_library_dense(library, tmp
     elip_models.save_reduced(model, tmp_path, config=config)
     other = elip_models.load_reduced(tmp_path)
     assert type(other) is type(model)
-    assert torch.equal(features(other), expected)
-    assert torch.equal(features(load(tmp_path).eval()), dense)
-    assert torch.equal(
-        features(elip_models.load_reduced(tmp_path, load(tmp_path).eval())), expected
-    )
+    given = elip_models.load_reduced(tmp_path, load(tmp_path).eval())
+    # other memory formats of equal weights: convolutions may round otherwise
+    torch.testing.assert_close(features(other), expected)
+    torch.testing.assert_close(features(given), expected)
+    torch.testing.assert_close(features(load(tmp_path).eval()), dense)
+    weights = model.state_dict()
+    assert all(torch.equal(each, weights[name]) for name, each in other.state_dict().items())
 
 
 def test_our_model_is_loaded_as_its_config_says(tmp_path):

@@ -84,7 +84,8 @@ def test_zero_shot_pipeline_with_more_prompts_than_images(tokenizer, picture, tm
     assert found != dense
     model.save_pretrained(tmp_path)
     again = elip_models.reduce_(transformers.CLIPModel.from_pretrained(tmp_path))
-    assert scores(again) == scores(elip_models.load_reduced(tmp_path)) == found
+    for other in (again, elip_models.load_reduced(tmp_path)):
+        assert scores(other) == pytest.approx(found, rel=1e-5) != dense
 
 
 def test_image_features_alone():

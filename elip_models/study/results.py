@@ -14,14 +14,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from filelock import FileLock
-
 from elip_models.models.base import write_file
 from elip_models.study.plan import RUNS, Run, Study
 from elip_models.study.runner import result_of
 from elip_models.validation import ConfigError, extra
 
 with extra("elip_models.study"):
+    from filelock import FileLock
     from scipy.stats import t
 
 LEVEL = 0.95

@@ -18,7 +18,6 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from elip_models.data import load_tokenizer, open_source, train_tokenizer
 from elip_models.models.base import write_file
@@ -37,6 +36,7 @@ from elip_models.training.training_data import meta_model, tokenizer_captions
 from elip_models.validation import ConfigError, blame, extra
 
 with extra("elip_models.study"):
+    from filelock import FileLock, Timeout
     from rich.console import Console
 
 LAST_STEPS = 50  # whose losses are averaged
