@@ -17,6 +17,7 @@ from elip_models.models.registry import create_model
 from elip_models.reduction.encode import encode_image
 from tests import test_albef, test_blip, test_meter
 from tests.test_saving import CONFIG
+from tests.tiers import tiered
 
 SHARED = ("vision_heads", "text_heads", "cls_token_id", "sep_token_id", "context_length")
 UNSAID = {  # what no tensor says
@@ -109,7 +110,7 @@ def test_an_open_clip_checkpoint_gives_the_recorded_features(golden, tmp_path, f
     torch.testing.assert_close(pooled, case["out_pooled"], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("part", ["retrieval", "caption", "vqa"])
+@pytest.mark.parametrize("part", tiered(["retrieval", "caption", "vqa"], ["vqa"]))
 def test_what_a_fine_tuned_blip_lacks_is_filled(golden, tmp_path, part):
     case = golden("blip_pretrain")
     config = test_blip.loaded(case).config
@@ -137,7 +138,7 @@ def test_what_a_fine_tuned_blip_lacks_is_filled(golden, tmp_path, part):
             assert torch.equal(state[name].flatten(), weight.flatten()), name
 
 
-@pytest.mark.parametrize("family", ["albef", "blip"])
+@pytest.mark.parametrize("family", tiered(["albef", "blip"], ["albef"]))
 def test_a_pre_trained_model_may_come_without_what_training_alone_needs(golden, tmp_path, family):
     case = golden(f"{family}_pretrain")
     options = unsaid(OFFICIAL[family].loaded(case).config, family) | {"queue_size": 10}

@@ -112,8 +112,13 @@ def test_merging_stays_in_registers(call, dtype):
         assert code.registers <= (40 if name == "_merge_bwd_kernel" else 128), name
 
 
-@pytest.mark.parametrize("arch", tiered(ARCHITECTURES, [90]))
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    ("call", "arch"),
+    tiered(
+        [(call, arch) for arch in ARCHITECTURES for call in CALLS],
+        [(call, 90) for call in ("reduce", "score_reduce", "cls_attention", "bipartite_merge")],
+    ),
+)
 def test_every_kernel_compiles_everywhere_without_a_spill(call, arch):
     for B in BATCHES:
         codes = compiled(call, 257, "bf16", arch, B)
@@ -216,6 +221,7 @@ def test_launches_are_recorded_as_they_were_made():
     assert list(forward.arguments) == forward.kernel.arg_names
 
 
+@pytest.mark.slow
 def test_an_architecture_gets_its_own_configuration():
     hip = torch.version.hip
     for dtype, arch, precision, num_stages in (
@@ -284,6 +290,7 @@ def crash(job):
     os._exit(1)
 
 
+@pytest.mark.slow
 def test_what_does_not_compile_is_a_row(monkeypatch):
     job = report.Job("reduce", 2, 197, 127, "bf16", 90, 0)
     monkeypatch.setattr(report, "compile_launch", refuse)

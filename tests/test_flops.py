@@ -38,7 +38,8 @@ MODELS = {
 }
 TRAINING = "training"
 COUNTED = [(model, case) for model in MODELS for case in CASES]
-QUICK = [(model, case) for model, case in COUNTED if model == VIT or case == "elip"]
+QUICK = [(model, case) for model, case in COUNTED if case == "elip"]
+QUICK += [(VIT, case) for case in (*STRATEGIES, "elip-exact", "elip-cls") if case != "elip"]
 
 
 @cache
@@ -71,8 +72,13 @@ def test_worked_out_and_counted_flops_agree(model, case):
     assert sum(counted) < sum(counted_dense(model))
 
 
-@pytest.mark.parametrize("ratio", tiered([0.9, 0.75, 0.6], [0.75]))
-@pytest.mark.parametrize("case", AT_FLOPS)
+@pytest.mark.parametrize(
+    ("case", "ratio"),
+    tiered(
+        [(case, ratio) for case in AT_FLOPS for ratio in (0.9, 0.75, 0.6)],
+        [(case, 0.75) for case in ("elip", "evit", "tome", "adaptive", "resize")],
+    ),
+)
 def test_at_flops_sets_the_counted_flops(case, ratio):
     tower = workload(VIT).tower
     reach = [training_ratio(CASES[case].at_strength(tower.size, s), tower.size) for s in STRENGTHS]

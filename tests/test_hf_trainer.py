@@ -104,6 +104,7 @@ def test_the_trainer_trains_by_it(tmp_path):
     assert watch.tokens() == [19] * 4 + [37]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_one_that_was_not_stopped(tmp_path):
     def callback():
         return ReductionCallback(Elip(SCHEDULE, scorer="last"), until=3)

@@ -75,7 +75,7 @@ def test_real_shards_train_too(recipe, tmp_path, emoji):
     assert_all_losses_fall(tmp_path, recipe)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", tiered(RECIPES, ["albef_tiny"]))
 def test_resuming_is_exact_with_queue_momentum_and_random_state(recipe, tmp_path):
     """Dropout draws, negatives are drawn, tokens are masked, and the queue wraps around."""
     dropout = "dropout" if recipe == "meter_tiny" else "text_dropout"
@@ -93,7 +93,7 @@ def test_resuming_is_exact_with_queue_momentum_and_random_state(recipe, tmp_path
     assert all(torch.equal(one[name], weight) for name, weight in two.items())
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", tiered(RECIPES, ["blip_tiny"]))
 def test_a_step_never_waits_for_the_host(name):
     """Draws, queue, momentum and backward run on the meta device, which has no values."""
     with torch.device("meta"):

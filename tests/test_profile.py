@@ -45,6 +45,7 @@ def tiny_clip():
     return open_model("clip_tiny", pretrained=False)
 
 
+@pytest.mark.slow
 def test_flops_only_of_two_models_as_json(tmp_path, capsys):
     output = tmp_path / "table.json"
     models = ("--model", "timm:vit_base_patch16_224", "--model", "clip_tiny")
@@ -92,7 +93,7 @@ def test_a_timed_run_prints_ratios(tmp_path, capsys):
     assert [row["memory"] for row in inference] == [None, None]
 
 
-@pytest.mark.parametrize("name", tiered(PAIRS, ["CLIPModel"]))
+@pytest.mark.parametrize("name", tiered(PAIRS, []))
 def test_a_whole_model_counts_its_second_text_pass(name):
     model, strategies = PAIRS[name](), {"evit": EViT(), "elip": Elip(SCHEDULE)}
     options = {"batch_size": 2, "modes": ["inference"], "rounds": None}

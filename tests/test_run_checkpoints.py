@@ -9,11 +9,13 @@ import sys
 import time
 
 import pytest
+from rich.console import Console
 
 from elip_models.training.errors import Stopped, TrainingError
 from elip_models.training.run_checkpoints import Checkpoints, damage_of, step_of
 from elip_models.training.run_folder import RunFolder
 from elip_models.training.trainer import train
+from tests.tiers import tiered
 from tests.tiny_run import logged, own_process, tiny_arguments, tiny_config
 
 COMMAND = [sys.executable, "-m", "elip_models.cli"]
@@ -89,7 +91,7 @@ def test_the_newest_are_kept_and_one_step_is_written_over(tmp_path):
         step_of(checkpoints.latest(), num_samples=8)
 
 
-def test_a_run_goes_on_from_the_last_whole_checkpoint(tmp_path, capfd):
+def test_a_run_goes_on_from_the_last_whole_checkpoint(tmp_path):
     whole, damaged = tmp_path / "whole", tmp_path / "damaged"
     with own_process():
         train(tiny_config(whole, "checkpoint_every=1"))
@@ -97,16 +99,14 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint(tmp_path, capfd):
     newest = RunFolder(damaged).checkpoints.latest()
     (newest / "random_states_0.pkl").unlink()
     shutil.rmtree(damaged / "model")
-    elip(damaged, "checkpoint_every=1", "--resume")
-    said = " ".join(capfd.readouterr().out.split())
+    console = Console(record=True)
+    with own_process():
+        train(tiny_config(damaged, "checkpoint_every=1"), resume=True, console=console)
+    said = " ".join(console.export_text().split())
     assert "random_states_0.pkl is missing" in said and "resuming step_00000003 instead" in said
     assert logged(damaged, "loss", "step") == logged(whole, "loss", "step")
     weights = [(each / "model" / "model.safetensors").read_bytes() for each in (whole, damaged)]
     assert weights[0] == weights[1]
-
-
-def elip(folder, *overrides):
-    subprocess.run([*COMMAND, *tiny_arguments(folder, *overrides)], check=True, env=ENVIRONMENT)
 
 
 def started(folder, *overrides):
@@ -122,7 +122,7 @@ def started(folder, *overrides):
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", tiered([signal.SIGTERM, signal.SIGINT], [signal.SIGTERM]))
 def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step(tmp_path, number):
     process = started(tmp_path, "checkpoint_every=100000", "data.num_workers=1")
     other = tiny_config(tmp_path, "optim.steps=100000")

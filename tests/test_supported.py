@@ -18,6 +18,7 @@ def supported():
     return module
 
 
+@pytest.mark.slow
 def test_the_page_is_up_to_date(supported):
     assert supported.main(["--check"]) == 0
 

@@ -30,6 +30,7 @@ def test_a_guided_model_is_exported_with_its_guidance(name):
     assert torch.equal(exported(x), expected)
 
 
+@pytest.mark.slow
 def test_a_whole_model_is_exported_with_its_own_guidance():
     """Of our ops only those of the reduction: none that asks which thread guides."""
     model = elip_models.reduce_(open_clip_pair().eval(), schedule=SCHEDULE)
@@ -57,7 +58,7 @@ def decomposed_program(options):
         return torch.export.export(model, (images(),)), model
 
 
-@pytest.mark.parametrize("name", tiered(DECOMPOSED, ["elip"]))
+@pytest.mark.parametrize("name", tiered(DECOMPOSED, []))
 def test_a_decomposed_program_holds_none_of_our_ops(name):
     program, model = decomposed_program(DECOMPOSED[name])
     assert not [n.target for n in program.graph.nodes if str(n.target).startswith("elip.")]
