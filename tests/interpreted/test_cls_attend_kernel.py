@@ -18,7 +18,7 @@ SHAPES = [  # B, N, D, H, d
     (1, 33, 512, 16, 32),
     (1, 1025, 64, 4, 128),
 ]
-QUICK_SHAPES = [*SHAPES[:-1], pytest.param(SHAPES[-1], marks=pytest.mark.slow)]
+CASES = [*SHAPES[:-1], pytest.param(SHAPES[-1], marks=pytest.mark.slow)]
 NAME = "elip::cls_attend_from_tokens"
 
 
@@ -52,7 +52,7 @@ def error(got, exact):
 
 
 @pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.float32]), ids=str)
-@pytest.mark.parametrize("shape", QUICK_SHAPES, ids="B{0[0]}-N{0[1]}-D{0[2]}-H{0[3]}-d{0[4]}".format)
+@pytest.mark.parametrize("shape", CASES, ids="B{0[0]}-N{0[1]}-D{0[2]}-H{0[3]}-d{0[4]}".format)
 def test_output_agrees_with_fp64(launches, poisoned_memory, shape, dtype):
     B, N, D, H, d = shape
     (tokens, cls), arguments = tokens_and_cls(B, N, D, dtype), block(D, H, d, dtype)
