@@ -235,7 +235,7 @@ def test_image_root_replaces_the_folder_of_the_list(tmp_path):
         ({"image": "missing.png", "caption": "a"}, "no such file: .*missing.png"),
         ({"image": "bad.png", "caption": "a"}, "not a readable image"),
         ({"image": "cut.png", "caption": "a"}, "not a readable image: .*truncated"),
-        ({"image": ".", "caption": "a"}, "not a readable image: .*directory"),
+        ({"image": ".", "caption": "a"}, "not a file: .*"),
         ({"image": "a.png", "caption": "  "}, "no caption"),
         ({"image": "a.png", "caption": [""]}, "no caption"),
         ({"image": "a.png", "caption": None}, "no caption"),
@@ -347,13 +347,11 @@ def test_more_shards_than_handles_may_be_open(tmp_path, monkeypatch):
     assert len(source._files._handles) == 2
 
 
-@pytest.mark.parametrize("content", ["text", "empty", "compressed", "truncated"])
-def test_a_file_that_is_no_whole_tar_is_refused(content, tmp_path):
+@pytest.mark.parametrize("content", ["text", "empty", "compressed"])
+def test_a_file_that_is_no_tar_is_refused(content, tmp_path):
     path = tmp_path / "s.tar"
     if content == "compressed":
         write_tar(path, {"k.txt": b"a"}, "w:gz")
-    elif content == "truncated":
-        path.write_bytes(write_shard(path, ["k"]).read_bytes()[:600])
     else:
         path.write_bytes(b"text" * 300 if content == "text" else b"")
     with pytest.raises(ValueError, match=r"s\.tar: expected a whole, uncompressed tar, got"):

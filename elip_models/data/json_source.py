@@ -10,12 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from elip_models.data.caption_files import captioned
 from elip_models.data.checks import check_index, existing_files
 from elip_models.data.json_files import read_json
-from elip_models.data.sample import Sample, SampleError, clean_captions, decode_image
+from elip_models.data.sample import (
+    Sample,
+    SampleError,
+    TextError,
+    check_text,
+    clean_captions,
+    decode_image,
+    opened_image,
+)
 from elip_models.validation import check, extra, misfit
 
 if TYPE_CHECKING:
@@ -33,7 +40,8 @@ class JsonSource:
     Image paths are relative to `image_root`, or to the folder of the file that names them. A
     sample's id is its "image_id", or the image path where it has none; of the others COCO's id, or
     Karpathy's "imgid". `split` is of Karpathy's files: "test", or several, "train+restval".
-    A missing or damaged image and an empty caption are a SampleError of that sample. Raises
+    A missing or damaged image, an empty caption and text that is no Unicode are a SampleError of
+    that sample. Raises
     FileNotFoundError for a missing file, ValueError for one that is none of these. It gives
     `NamedMasks` of its boxes.
     """
@@ -57,8 +65,8 @@ class JsonSource:
         check_index(index, len(self))
         row = self._index[index]
         name = f"{row['entry']} {row['image']}"
-        if not row["captions"]:
-            raise SampleError(name, "no caption")
+        if problem := row["problem"] or ("" if row["captions"] else "no caption"):
+            raise SampleError(name, problem)
         image = decode_image(Path(row["folder"], row["image"]), name)
         return Sample(image, tuple(row["captions"]), row["id"])
 
@@ -71,7 +79,7 @@ class JsonSource:
         """(H, W) bool, the pixels in the boxes of a caption, by number; none where it has none."""
         check_index(index, len(self))
         row = self._index[index]
-        with Image.open(Path(row["folder"], row["image"])) as image:
+        with opened_image(Path(row["folder"], row["image"]), row["entry"]) as image:
             mask = np.zeros((image.height, image.width), dtype=bool)
         for left, top, width, height in row["boxes"][caption] if row["boxes"] else ():
             rows = slice(max(0, round(top)), max(0, round(top + height)))
@@ -80,21 +88,19 @@ class JsonSource:
 
 
 def _build_index(files: list[Path], image_root: str | Path | None, split: str | None) -> "Dataset":
-    """Arrow table, one row an entry: folder, image, captions, id, boxes, entry ("list.json[3]")."""
+    """Arrow table, one row an entry: folder, image, captions, id, boxes, problem (why it cannot be
+    read, or ""), entry ("list.json[3]")."""
     with extra("JsonSource"):
         from datasets import Dataset, Features, Value
 
     columns: dict[str, list[Any]] = {
-        name: [] for name in ("folder", "image", "captions", "id", "boxes", "entry")
+        name: [] for name in ("folder", "image", "captions", "id", "boxes", "problem", "entry")
     }
     for file in files:
         folder = str(file.parent if image_root is None else image_root)
-        for number, image, captions, sample_id, boxes in _entries(file, split):
-            columns["folder"].append(folder)
-            columns["image"].append(image)
-            columns["captions"].append(captions)
-            columns["id"].append(sample_id)
-            columns["boxes"].append(boxes)
+        for number, entry in _entries(file, split):
+            for name, value in (_checked(entry) | {"folder": folder}).items():
+                columns[name].append(value)
             columns["entry"].append(f"{file.name}[{number}]")
     text = Value("string")
     kinds = {"captions": [text], "boxes": [[[Value("float32")]]]}
@@ -102,15 +108,13 @@ def _build_index(files: list[Path], image_root: str | Path | None, split: str | 
     return Dataset.from_dict(columns, features=features)
 
 
-def _entries(
-    file: Path, split: str | None
-) -> Iterator[tuple[int, str, list[str], str, list[list[list[float]]]]]:
-    """Number, image, captions, id and boxes of the entries; ValueError names the first that is
+def _entries(file: Path, split: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number, and image, captions, id and boxes of the entries; ValueError names the first that is
     malformed."""
     entries = read_json(file, _EXPECTED)
     if isinstance(entries, dict) and "images" in entries:
         for number, image, captions, sample_id in captioned(file, entries, split):
-            yield number, image, clean_captions(captions), sample_id, []
+            yield number, {"image": image, "captions": captions, "id": sample_id, "boxes": []}
         return
     if not isinstance(entries, list):
         raise ValueError(f"{file}: expected {_EXPECTED}, got a {type(entries).__name__}")
@@ -124,11 +128,23 @@ def _entries(
         if not isinstance(image, str):
             raise ValueError(f"{where}: image: expected a path, got {image!r}")
         try:
-            captions = clean_captions(entry["caption"])
+            captions = clean_captions(entry["caption"], checked=False)
             boxes = _boxes(entry.get("boxes", []), len(captions))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        yield number, image, captions, str(entry.get("image_id", image)), boxes
+        sample_id = str(entry.get("image_id", image))
+        yield number, {"image": image, "captions": captions, "id": sample_id, "boxes": boxes}
+
+
+def _checked(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry with its problem; what is no Unicode text stands in it in no place."""
+    try:
+        for name in ("image", "id"):
+            check_text(name, entry[name])
+        return entry | {"captions": clean_captions(entry["captions"]), "problem": ""}
+    except TextError as error:
+        names = {name: ascii(entry[name]) for name in ("image", "id")}
+        return entry | names | {"captions": [], "boxes": [], "problem": str(error)}
 
 
 def _boxes(value: Any, captions: int) -> list[list[list[float]]]:

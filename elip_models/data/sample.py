@@ -1,24 +1,18 @@
 """What every source of data gives: `Sample`, the `Source` protocol, and how raw bytes become it."""
 
-import struct
-import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
 
-# What Pillow's decoders raise on damaged bytes; UnidentifiedImageError is an OSError.
-_DAMAGED = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""What is opened, whatever a file is called: raster formats, none of which runs another program."""
+
+MAX_PIXELS = 64_000_000  # 256 MB as RGBA
+MAX_ASPECT = 64  # the long side over the short one: resizing makes the short one as long as asked
 
 
 class Sample(NamedTuple):
@@ -65,31 +59,66 @@ class NamedMasks(Protocol):
         ...
 
 
-def clean_captions(value: Any) -> list[str]:
+def clean_captions(value: Any, *, checked: bool = True) -> list[str]:
     """A caption, a list of captions or None -> those with text, white space collapsed.
 
-    Raises ValueError where `value` is anything else.
+    Raises ValueError where `value` is anything else, and TextError, unless `checked` is False,
+    where a text is no Unicode.
     """
     captions = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
         raise ValueError(f"caption: expected a text or a list of texts, got {value!r}")
+    for text in captions if checked else ():
+        check_text("caption", text)
     collapsed = (" ".join(text.split()) for text in captions)
     return [text for text in collapsed if text]
+
+
+class TextError(ValueError):
+    """A text that is none: it holds half of a surrogate pair, as JSON can and no file of text."""
+
+
+def check_text(name: str, text: str) -> None:
+    """Raises TextError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(f"{name}: expected Unicode text, got {text!r:.100}") from error
 
 
 def decode_image(file: BinaryIO | Path, sample_id: str) -> Image.Image:
     """Decode the whole image -> RGB, transparency composited on white.
 
-    Raises SampleError under `sample_id` where the file is missing or damaged.
+    Raises SampleError under `sample_id` where the file is missing or damaged, of another format
+    than `FORMATS`, or larger than `MAX_PIXELS` and `MAX_ASPECT` allow.
     """
+    with opened_image(file, sample_id) as image:
+        image.load()
+        return _to_rgb(image)
+
+
+@contextmanager
+def opened_image(file: BinaryIO | Path, sample_id: str) -> Iterator[Image.Image]:
+    """The image of a file, its header read; what fails inside is a SampleError, as above."""
+    if isinstance(file, Path) and not file.is_file():
+        what = "not a file" if file.exists() else "no such file"
+        raise SampleError(sample_id, f"{what}: {file}")
     try:
-        with Image.open(file) as image:
-            image.load()
-            return _to_rgb(image)
-    except FileNotFoundError as error:
-        raise SampleError(sample_id, f"no such file: {file}") from error
-    except _DAMAGED as error:
-        raise SampleError(sample_id, f"not a readable image: {error}") from error
+        with Image.open(file, formats=FORMATS) as image:
+            _check_size(*image.size)
+            yield image
+    except Exception as error:  # decoders raise whatever they meet in damaged bytes
+        reason = str(error) or type(error).__name__
+        raise SampleError(sample_id, f"not a readable image: {reason}") from error
+
+
+def _check_size(width: int, height: int) -> None:
+    short, long = sorted((width, height))
+    if width * height > MAX_PIXELS or long > MAX_ASPECT * max(short, 1):
+        raise ValueError(
+            f"expected at most {MAX_PIXELS} pixels and sides of at most {MAX_ASPECT}:1, got "
+            f"{width} x {height}"
+        )
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -3,7 +3,7 @@
 import io
 import json
 import os
-import tarfile
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from elip_models.data.checks import check_index, existing_files
 from elip_models.data.sample import Sample, SampleError, clean_captions, decode_image
+from elip_models.data.tar_members import Damage, Member, read_members
 from elip_models.validation import extra
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 _IMAGE_EXTENSIONS = ("jpeg", "jpg", "png", "webp")
 _TEXT_EXTENSIONS = ("json", "txt")
 _MAX_OPEN_SHARDS = 64
+_MAX_TEXT_BYTES = 2**20
+_MAX_IMAGE_BYTES = 2**28
 
 
 class ShardSource:
@@ -27,7 +30,8 @@ class ShardSource:
     Members with one name up to the first dot are one sample: an image (png, jpg, jpeg or webp),
     and its captions in a .json ("captions" or "caption"), a .txt, or both. A sample's id is
     "shard:key". A sample without an image, with a damaged one, or without a caption is a
-    SampleError when read. Building the index reads every shard's headers and captions once. Safe
+    SampleError when read, and so is everything that a damaged shard has lost: it has an index of
+    its own, and is counted. Building the index reads every shard's headers and captions once. Safe
     in forked and spawned workers. Raises FileNotFoundError for a missing shard, ValueError for a
     file that is no tar.
     """
@@ -110,35 +114,52 @@ def _build_index(shards: list[Path]) -> "Dataset":
 
 
 def _rows(shard: Path) -> Iterator[dict[str, Any]]:
-    """One row a key, in the order of first appearance."""
-    images: dict[str, tarfile.TarInfo] = {}
-    texts: dict[str, dict[str, bytes]] = {}
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                key, extension = _split_name(member.name)
-                if not member.isfile() or extension not in _IMAGE_EXTENSIONS + _TEXT_EXTENSIONS:
-                    continue
-                texts.setdefault(key, {})
-                if extension in _IMAGE_EXTENSIONS:
-                    images[key] = member
-                else:
-                    texts[key][extension] = tar.extractfile(member).read()
-    except tarfile.TarError as error:
-        raise ValueError(
-            f"{shard}: expected a whole, uncompressed tar, got a file that does not read as one "
-            f"({error}); decompress it or build it again"
-        ) from error
-    for key, members in texts.items():
-        captions, problem = _parse_captions(members)
-        image = images.get(key)
-        yield {
-            "key": key,
-            "offset": image.offset_data if image else 0,
-            "size": image.size if image else 0,
-            "captions": captions,
-            "problem": problem if image else "no image member",
-        }
+    """One row a key, in the order of first appearance, and one for everything that is lost."""
+    images: dict[str, Member] = {}
+    texts: dict[str, dict[str, Member]] = {}
+    lost: list[tuple[str, str]] = []
+    for member in read_members(shard):
+        if isinstance(member, Damage):
+            lost.append((f"byte {member.offset}", member.what))
+            continue
+        key, extension = _split_name(member.name)
+        if extension not in _IMAGE_EXTENSIONS + _TEXT_EXTENSIONS:
+            continue
+        of_key = texts.setdefault(key, {})
+        if extension in of_key or (extension in _IMAGE_EXTENSIONS and key in images):
+            lost.append((member.name, f"{key} has another {extension} or image before it"))
+        elif extension in _IMAGE_EXTENSIONS:
+            images[key] = member
+        else:
+            of_key[extension] = member
+    with shard.open("rb") as file:
+        for key, members in texts.items():
+            captions, problem = _read_captions(file, members)
+            image = images.get(key)
+            yield {
+                "key": key,
+                "offset": image.offset if image else 0,
+                "size": image.size if image else 0,
+                "captions": captions,
+                "problem": _problem_of(image) or problem,
+            }
+    if lost:
+        warnings.warn(
+            f"{shard} is damaged: {'; '.join(what for _, what in lost[:3])}"
+            f"{'; ..' * (len(lost) > 3)}; each counts as an unreadable sample",
+            stacklevel=2,
+        )
+    for key, problem in lost:
+        yield {"key": key, "offset": 0, "size": 0, "captions": [], "problem": problem}
+
+
+def _problem_of(image: Member | None) -> str:
+    """Why an image is not even read, or ""."""
+    if image is None:
+        return "no image member"
+    if image.size > _MAX_IMAGE_BYTES:
+        return f"an image of {image.size} bytes; at most {_MAX_IMAGE_BYTES} are read"
+    return ""
 
 
 def _split_name(name: str) -> tuple[str, str]:
@@ -148,17 +169,23 @@ def _split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-def _parse_captions(members: dict[str, bytes]) -> tuple[list[str], str]:
+def _read_captions(file: BinaryIO, members: dict[str, Member]) -> tuple[list[str], str]:
     """Captions of the json, then of the txt, each once -> (captions, what is wrong with them)."""
     captions: list[str] = []
     try:
-        if "json" in members:
-            content = json.loads(members["json"])
-            if not isinstance(content, dict):
-                raise ValueError(f"json: expected an object, got {content!r:.100}")
-            captions += clean_captions(content.get("captions", content.get("caption")))
-        if "txt" in members:
-            captions += clean_captions(members["txt"].decode())
-    except ValueError as error:
+        for extension, member in sorted(members.items()):
+            if member.size > _MAX_TEXT_BYTES:
+                raise ValueError(f"{member.size} bytes; at most {_MAX_TEXT_BYTES} are read")
+            file.seek(member.offset)
+            content: Any = file.read(member.size)
+            if extension == "json":
+                content = json.loads(content)
+                if not isinstance(content, dict):
+                    raise ValueError(f"json: expected an object, got {content!r:.100}")
+                content = content.get("captions", content.get("caption"))
+            else:
+                content = content.decode()
+            captions += clean_captions(content)
+    except (ValueError, RecursionError) as error:
         return [], f"captions not readable: {error}"
     return list(dict.fromkeys(captions)), ""
