@@ -51,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _exit_with(str(stopped), stopped.status)
     except (ConfigError, DataError, TrainingError) as error:
         _exit_with(str(error))
+    except OSError as error:  # a full disk, a folder that may not be written: not ours to mend
+        named = f"{error.filename}: " if error.filename is not None else ""
+        _exit_with(f"{named}{error.strerror or error}")
     raise SystemExit(0)
 
 

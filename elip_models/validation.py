@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import math
 import operator
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 
@@ -54,7 +56,7 @@ class Bounds:
         return above and below and value < math.inf
 
     def __str__(self) -> str:
-        if math.isinf(self.high):
+        if self.high >= sys.maxsize:
             return f"{'at least' if self.includes_low else 'above'} {self.low}"
         left, right = "(["[self.includes_low], ")]"[self.includes_high]
         return f"in {left}{self.low}, {self.high}{right}"
@@ -84,8 +86,12 @@ def same_as(other: str, why: str) -> FieldRule:
     return FieldRule(other, f"{{}}, {why}", operator.eq)
 
 
-Count = Annotated[int, Bounds(0)]
-PositiveInt = Annotated[int, Bounds(1)]
+Count = Annotated[int, Bounds(0, sys.maxsize)]
+PositiveInt = Annotated[int, Bounds(1, sys.maxsize)]
+Depth = Annotated[int, Bounds(1, 1024)]  # layers: more are a mistake that would take all memory
+Size = Annotated[int, Bounds(1, 2**20)]  # of a tensor, likewise
+Workers = Annotated[int, Bounds(0, 1024)]  # processes
+Seed = Annotated[int, Bounds(0, 2**32 - 1)]
 NonNegative = Annotated[float, Bounds(0)]
 Positive = Annotated[float, Bounds(0, includes_low=False)]
 Share = Annotated[float, Bounds(0, 1)]
@@ -193,12 +199,18 @@ def did_you_mean(name: Any, known: Iterable[str], *, cutoff: float = 0.6) -> str
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def check_output(option: str, output: Path | None) -> None:
+    """Raises ConfigError where a file cannot be written at the end of what takes long."""
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise ConfigError(f"{option}: expected a file in an existing folder, got {output}")
+
+
 @contextmanager
 def blame(key: str) -> Iterator[None]:
     """Turns an argument error of what runs inside into a ConfigError that begins with `key`."""
     try:
         yield
-    except (TypeError, ValueError, FileNotFoundError) as error:
+    except (TypeError, ValueError, OverflowError, RecursionError, OSError) as error:
         raise ConfigError(f"{key}: {error}") from error
 
 

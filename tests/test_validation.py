@@ -1,6 +1,7 @@
 """Type hints as the one form of a check: what fits, which error is raised, and what it says."""
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal, get_args
@@ -36,7 +37,7 @@ Layers = Literal["all"] | tuple[Count, ...] | None
 @pytest.mark.parametrize(
     ("hint", "fits", "out_of_range", "of_another_type"),
     [
-        (PositiveInt, [1, 10**400], [0, -1], [True, 1.0, "1", None]),
+        (PositiveInt, [1, sys.maxsize], [0, -1, 10**400], [True, 1.0, "1", None]),
         (Positive, [1, 0.5], [0, -1.0, math.nan, math.inf], [True, "0.5", None, 1j]),
         (NonNegative, [0, 0.0], [-1e-9], ["0"]),
         (Share, [0, 1, 0.5], [1.1, -0.1], [False, "1e-3"]),

@@ -24,7 +24,8 @@ from torch import Tensor
 from elip_models.checkpoints.model_config import OPEN_CLIP_CONFIG, fields_of, heads_of, sizes_of
 from elip_models.checkpoints.names import KINDS, Kind, recognise
 from elip_models.checkpoints.renaming import renamed
-from elip_models.models.base import PretrainedModel, first_names, load_weights, read_config
+from elip_models.models.base import PretrainedModel, first_names, load_weights
+from elip_models.models.files import read_config, read_tensors
 from elip_models.models.registry import MODELS
 from elip_models.models.saved_adapter import has_adapter
 
@@ -124,13 +125,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def _read_file(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"source: expected a safetensors file, got {path}: {error}") from error
+            return read_tensors(path)
+        except ValueError as error:
+            raise ValueError(f"source: {error}") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:

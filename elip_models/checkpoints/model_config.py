@@ -164,7 +164,7 @@ def fields_of(kind: Kind, folder: Path | None, vocab_size: int) -> dict[str, Any
     if kind.architecture is not None and (folder / "config.json").is_file():
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         return _of_hf_clip(config) if kind.family == "clip" else _of_hf_blip(config)
     if kind.architecture is None and (folder / OPEN_CLIP_CONFIG).is_file():
         text = (folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8")

@@ -48,7 +48,7 @@ def check_data(
             source = open_examples(task, specs, image_size=image_size)
     console, named = Console(), escape(", ".join(specs))
     with console.status(f"reading {named}"):
-        report = check_source(source, limit)
+        report = check_source(source, limit and min(limit, len(source)))
     if has_captions:
         captions = [text for i in range(report.seen) for text in source.captions(i)]
         console.print(data_table(named, len(source), report, captions))

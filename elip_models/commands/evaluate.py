@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from elip_models.tasks.tables import retrieval_table, selection_tables, task_table, zero_shot_table
 from elip_models.training.recipe import parse_overrides
-from elip_models.validation import ConfigError, blame, extra
+from elip_models.validation import blame, check_output, extra
 
 with extra("elip_models.commands"):
     import typer
@@ -116,8 +116,7 @@ def _open_trained(
     model: Path, output: Path | None, *, ranks: bool = False
 ) -> "tuple[PretrainedModel, PreTrainedTokenizerBase]":
     """A saved model that ranks, or any, where it runs fastest, and its tokenizer."""
-    if output is not None and not output.parent.is_dir():
-        raise ConfigError(f"--output: expected a file in an existing folder, got {output}")
+    check_output("--output", output)
     import torch
 
     from elip_models.data import load_tokenizer

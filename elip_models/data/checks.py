@@ -1,5 +1,6 @@
 """Checks of what no type hint says: samples, indexes, files."""
 
+import os
 from collections.abc import Sequence, Sized
 from pathlib import Path
 
@@ -14,6 +15,14 @@ def check_index(index: int, length: int) -> None:
     """Raise IndexError unless 0 <= index < length, so that a `for` over a source ends."""
     if not 0 <= index < length:
         raise IndexError(f"index: expected 0 <= index < {length}, got {index}")
+
+
+def expanded(path: str | Path) -> Path:
+    """The path, with ~ and ~user as their home folders; FileNotFoundError without such a user."""
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise FileNotFoundError(f"{path}: expected a user with a home folder; or write ./{path}")
+    return Path(found)
 
 
 def existing_files(argument: str, value: str | Path | Sequence[str | Path]) -> list[Path]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from elip_models.data.captions import PLACES, with_article
-from elip_models.data.checks import check_index
+from elip_models.data.checks import check_index, expanded
 from elip_models.data.readers import parse_options
 from elip_models.data.sample import Sample, Source, decode_image
 from elip_models.data.scenes import EmojiScenes, render
@@ -120,7 +120,7 @@ class ClassFolder(_OfPhotos):
     def __init__(self, path: str | Path) -> None:
         with extra("ClassFolder"):
             from torchvision.datasets import ImageFolder
-        folder = ImageFolder(str(Path(path).expanduser()))
+        folder = ImageFolder(str(expanded(path)))
         self.classes = tuple(folder.classes)
         self.names = _names_of(self.classes)
         self._samples = folder.samples
@@ -157,7 +157,7 @@ class ClassDataset(_OfPhotos):
         with extra("ClassDataset"):
             import datasets
         try:
-            table = datasets.load_dataset(str(Path(path).expanduser()), split=split)
+            table = datasets.load_dataset(str(expanded(path)), split=split)
         except ConnectionError as error:
             raise FileNotFoundError(
                 f"expected a folder of parquet files, or a data set of the hub, got {path!r}, "

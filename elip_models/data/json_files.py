@@ -11,7 +11,7 @@ def read_json(file: Path, expected: str) -> Any:
     """What a file holds; ValueError, which says what was expected, where that is no JSON."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: expected {expected}, got no valid JSON: {error}") from error
 
 
@@ -28,7 +28,7 @@ def read_entries(file: Path, expected: str) -> list[Any]:
     for number, line in enumerate(file.read_bytes().splitlines()):
         try:
             entries.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{file}[{number}]: expected one JSON object a line, got {line!r:.80}: {error}"
             ) from error

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from elip_models.data.checks import check_not_empty
+from elip_models.data.checks import check_not_empty, expanded
 from elip_models.data.json_source import JsonSource
 from elip_models.data.mixture import MixedSource
 from elip_models.data.sample import Sample, SampleError, Source
@@ -102,7 +102,7 @@ def parse_options(spec: str, options: str, allowed: Sequence[str]) -> dict[str, 
 
 def _expand(path: str) -> list[Path]:
     """A path, range, glob or folder -> the files it names, in order; at least one."""
-    plain = Path(path).expanduser()
+    plain = expanded(path)
     if plain.is_file():
         return [plain]
     if plain.is_dir():

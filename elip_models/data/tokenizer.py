@@ -70,7 +70,7 @@ def load_tokenizer(name_or_path: str | Path) -> "PreTrainedTokenizerBase":
     with extra("load_tokenizer"):
         from transformers import AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"name_or_path: expected a folder with a saved tokenizer or a name on the hub, "

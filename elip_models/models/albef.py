@@ -23,7 +23,7 @@ from elip_models.models.layers.losses import (
     next_rows,
 )
 from elip_models.models.momentum_model import Encoders, MomentumConfig, MomentumModel
-from elip_models.validation import PositiveInt, Share, below
+from elip_models.validation import PositiveInt, Share, Size, below
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class ALBEFConfig(MomentumConfig):
     The other fields: see `MomentumConfig`; alpha weighs the momentum targets of ITC and MLM.
     """
 
-    image_size: PositiveInt = 256
+    image_size: Size = 256
     captions: Literal["plain", "albef", "blip"] = "albef"
     text_layers: Annotated[PositiveInt, below("text_depth")] = 6
     mask_token_id: TokenId = 103

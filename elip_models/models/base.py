@@ -15,12 +15,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor, nn
 
 from elip_models.models.adapt import Adapted, adapt_, plain_name
 from elip_models.models.config import Config
+from elip_models.models.files import read_config, read_tensors, write_file
 from elip_models.models.hub import CARD, card_values, fetched, staged
 from elip_models.models.layers.guides import with_dropout, with_negatives
 from elip_models.models.saved_adapter import (
@@ -275,19 +277,20 @@ class PretrainedModel(
                 model.safetensors.
             ValueError: a config of another model, or weights that do not fit it.
         """
-        from safetensors.torch import load_file
-
         path = fetched(folder, token=token)
         family, config = read_config(path)
         if family != cls.family:
             raise ValueError(f"folder: expected a {cls.__name__} config, got another in {path}")
-        model = cls(cls.config_class.from_dict(config))
+        weights, made = read_tensors(path / "model.safetensors"), cls.config_class.from_dict(config)
         try:
-            load_weights(model, load_file(path / "model.safetensors"))
+            with torch.device("meta"):  # what does not fit takes no memory
+                check_weights(cls(made), weights)
         except ValueError as error:
             raise ValueError(
                 f"folder: expected weights that fit {path}/config.json: {error}"
             ) from error
+        model = cls(made)
+        load_weights(model, weights)
         return load_adapter_(model, path) if has_adapter(path) else model
 
 
@@ -304,23 +307,6 @@ def with_overrides(model: PretrainedModel, overrides: dict[str, Any]) -> Pretrai
         adapt_(other, model.adapted.config)
     load_weights(other, model.state_dict())
     return other
-
-
-def read_config(folder: str | os.PathLike, *, with_weights: bool = True) -> tuple[str | None, dict]:
-    """Read family and config of a folder that `save_pretrained` wrote; no family in another's.
-
-    Raises:
-        FileNotFoundError: it lacks config.json, or model.safetensors where `with_weights`.
-    """
-    path = Path(folder)
-    for name in ("config.json", "model.safetensors") if with_weights else ("config.json",):
-        if not (path / name).is_file():
-            raise FileNotFoundError(
-                f"folder: expected config.json and model.safetensors, as save_pretrained "
-                f"writes them, got no {name} in {path}"
-            )
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    return config.pop("model", None), config
 
 
 @contextmanager
@@ -360,9 +346,22 @@ def load_weights(
         ValueError: names that are missing or unexpected, or shapes that differ, all listed; the
             model is unchanged then.
     """
-    first = first_names(model)
-    state = model.state_dict()
+    check_weights(model, weights, allow_missing=allow_missing, allow_unexpected=allow_unexpected)
+    first, state = first_names(model), model.state_dict()
     by_first = {first[name]: weight for name, weight in weights.items() if name in first}
+    model.load_state_dict({name: by_first.get(first[name], state[name]) for name in state})
+
+
+def check_weights(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    *,
+    allow_missing: Iterable[str] = (),
+    allow_unexpected: Iterable[str] = (),
+) -> None:
+    """Raises as `load_weights` does, of a model that may be on the meta device."""
+    first, state = first_names(model), model.state_dict()
+    by_first = {first[name] for name in weights if name in first}
     missing = [
         name for name in state if first[name] not in by_first and not _matches(name, allow_missing)
     ]
@@ -380,19 +379,7 @@ def load_weights(
             "weights: expected those of the model; "
             + "; ".join(f"{what}: {', '.join(names)}" for what, names in faults.items() if names)
         )
-    kept = {name: by_first.get(first[name], state[name]) for name in state}
-    model.load_state_dict(kept)
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, with the permissions of any new file."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

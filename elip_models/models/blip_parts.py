@@ -15,7 +15,7 @@ from elip_models.models.layers.bert import BertTower, UntypedEmbeddings
 from elip_models.models.layers.generation import CAPTIONS, Decoding, write
 from elip_models.models.layers.text_reduction import ReducedText, TextReduction
 from elip_models.reduction.strategy import mask_after
-from elip_models.validation import NonNegative, PositiveInt, Share
+from elip_models.validation import NonNegative, Share, Size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,10 +34,10 @@ class BLIPConfig(MomentumConfig, TextReductionConfig):
     """
 
     captions: Literal["plain", "albef", "blip"] = "blip"
-    vocab_size: PositiveInt = 30524
+    vocab_size: Size = 30524
     decoder_token_id: TokenId = 30522
     encoder_token_id: TokenId = 30523
-    queue_size: PositiveInt = 57600
+    queue_size: Size = 57600
     alpha_warmup_epochs: NonNegative = 2.0
     label_smoothing: Share = 0.1
     negative_epsilon: Share = 1e-4

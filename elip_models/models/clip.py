@@ -29,10 +29,12 @@ from elip_models.reduction.strategy import Strategy
 from elip_models.towers.reducible import random_ids
 from elip_models.validation import (
     Bounds,
+    Depth,
     NonNegative,
     Positive,
     PositiveInt,
     Rate,
+    Size,
     divisor_of,
 )
 
@@ -55,23 +57,23 @@ class CLIPConfig(ContrastiveConfig, TextReductionConfig):
     The other fields: see `ContrastiveConfig` and `TextReductionConfig`.
     """
 
-    image_size: PositiveInt = 224
-    patch_size: Annotated[PositiveInt, divisor_of("image_size")] = 16
-    vision_width: PositiveInt = 768
-    vision_depth: PositiveInt = 12
+    image_size: Size = 224
+    patch_size: Annotated[Size, divisor_of("image_size")] = 16
+    vision_width: Size = 768
+    vision_depth: Depth = 12
     vision_heads: Annotated[PositiveInt, divisor_of("vision_width")] = 12
     vision_mlp_ratio: Positive = 4.0
     vision_norm_eps: NonNegative = 1e-5
-    text_width: PositiveInt = 512
-    text_depth: PositiveInt = 12
+    text_width: Size = 512
+    text_depth: Depth = 12
     text_heads: Annotated[PositiveInt, divisor_of("text_width")] = 8
     text_mlp_ratio: Positive = 4.0
     text_norm_eps: NonNegative = 1e-5
-    vocab_size: PositiveInt = 49408
-    context_length: PositiveInt = 77
+    vocab_size: Size = 49408
+    context_length: Size = 77
     eos_token_id: TokenId = 49407
     pad_token_id: TokenId = 0
-    embed_dim: PositiveInt = 512
+    embed_dim: Size = 512
     activation: Literal["gelu", "quick_gelu"] = "gelu"
     drop_path: Rate = 0.0
     loss: Literal["itc", "sigmoid"] = "itc"

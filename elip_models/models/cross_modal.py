@@ -15,7 +15,15 @@ from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategy import StageInfo
 from elip_models.towers.apart import apart
 from elip_models.towers.reducible import random_ids
-from elip_models.validation import NonNegative, Positive, PositiveInt, divisor_of, same_as
+from elip_models.validation import (
+    Depth,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Size,
+    divisor_of,
+    same_as,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,17 +48,17 @@ class CrossModalConfig(ReductionConfig):
         TypeError, ValueError: naming the field, what was expected, what came.
     """
 
-    image_size: PositiveInt = 224
-    patch_size: Annotated[PositiveInt, divisor_of("image_size")] = 16
-    vision_width: PositiveInt = 768
-    vision_depth: PositiveInt = 12
+    image_size: Size = 224
+    patch_size: Annotated[Size, divisor_of("image_size")] = 16
+    vision_width: Size = 768
+    vision_depth: Depth = 12
     vision_heads: Annotated[PositiveInt, divisor_of("vision_width")] = 12
     vision_mlp_ratio: Positive = 4.0
     vision_norm_eps: NonNegative = 1e-6
-    text_width: Annotated[PositiveInt, same_as("vision_width", FUSED)] = 768
-    context_length: PositiveInt = 30
-    max_positions: PositiveInt = 512
-    vocab_size: PositiveInt = 30522
+    text_width: Annotated[Size, same_as("vision_width", FUSED)] = 768
+    context_length: Size = 30
+    max_positions: Size = 512
+    vocab_size: Size = 30522
     pad_token_id: TokenId = 0
     cls_token_id: TokenId = 101
     sep_token_id: TokenId = 102

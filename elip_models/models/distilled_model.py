@@ -29,7 +29,7 @@ from elip_models.reduction.strategies.elip import Elip
 from elip_models.reduction.strategy import mask_after
 from elip_models.towers import as_tower
 from elip_models.towers.fsdp import is_sharded
-from elip_models.validation import Bounds, NonNegative, PositiveInt, Share, divisor_of
+from elip_models.validation import Bounds, Depth, NonNegative, PositiveInt, Share, Size, divisor_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +53,14 @@ class MomentumConfig(CrossModalConfig, ContrastiveConfig):
 
     scorer: ScorerName | Literal["momentum"] = "exact"
     guide: Literal["own", "other", "after_itc"] = "own"
-    text_depth: PositiveInt = 12
+    text_depth: Depth = 12
     text_heads: Annotated[PositiveInt, divisor_of("text_width")] = 12
-    text_hidden: PositiveInt = 3072
+    text_hidden: Size = 3072
     text_dropout: Share = 0.1
     text_norm_eps: NonNegative = 1e-12
-    embed_dim: PositiveInt = 256
+    embed_dim: Size = 256
     temperature: Annotated[float, Bounds(0.001)] = 0.07
-    queue_size: PositiveInt = 65536
+    queue_size: Size = 65536
     momentum: Share = 0.995
     alpha: Share = 0.4
     alpha_warmup_epochs: NonNegative = 1.0

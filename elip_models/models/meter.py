@@ -26,7 +26,7 @@ from elip_models.models.layers.bert import BertTower, masked_language_head
 from elip_models.models.layers.losses import distilled_language_loss, mask_every, mask_tokens
 from elip_models.models.layers.text_reduction import ReducedText
 from elip_models.reduction.strategy import mask_after
-from elip_models.validation import NonNegative, PositiveInt, Share, divisor_of
+from elip_models.validation import Depth, NonNegative, PositiveInt, Share, Size, divisor_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,17 +61,17 @@ class METERConfig(CrossModalConfig, TextReductionConfig):
     `METER.forward` lose tokens half way through the text encoder, before fusion.
     """
 
-    vision_depth: PositiveInt = 11
+    vision_depth: Depth = 11
     vision_norm_eps: NonNegative = 1e-5
-    context_length: PositiveInt = 50
+    context_length: Size = 50
     text_encoder: Literal["bert", "roberta"] = "bert"
-    text_depth: PositiveInt = 12
+    text_depth: Depth = 12
     text_heads: Annotated[PositiveInt, divisor_of("text_width")] = 12
-    text_hidden: PositiveInt = 3072
-    cross_width: PositiveInt = 768
-    cross_depth: PositiveInt = 6
+    text_hidden: Size = 3072
+    cross_width: Size = 768
+    cross_depth: Depth = 6
     cross_heads: Annotated[PositiveInt, divisor_of("cross_width")] = 12
-    cross_hidden: PositiveInt = 3072
+    cross_hidden: Size = 3072
     dropout: Share = 0.1
     mask_token_id: TokenId = 103
     mask_probability: Share = 0.15

@@ -105,7 +105,7 @@ def _open_hf(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     described, _ = PretrainedConfig.get_config_dict(name)
     if described.get("model") in MODELS:
         return _from_folder(fetched(name), pretrained, options)
-    config = AutoConfig.from_pretrained(name, **options)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
     architectures = config.architectures or [BlipForImageTextRetrieval.__name__]
     is_blip = config.model_type == "blip" and BlipForImageTextRetrieval.__name__ in architectures
     kind = BlipForImageTextRetrieval if is_blip else AutoModel
@@ -124,7 +124,7 @@ OPENERS: dict[str, Callable[[str, bool, dict[str, Any]], nn.Module]] = {
 def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     """Open our model of a folder, its config changed by `options`; a config is enough for random
     weights."""
-    from elip_models.models.base import read_config
+    from elip_models.models.files import read_config
     from elip_models.models.registry import MODELS, load_model
 
     family, config = read_config(folder, with_weights=pretrained)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from elip_models.models.albef import ALBEF, ALBEFConfig
-from elip_models.models.base import PretrainedModel, read_config, with_overrides
+from elip_models.models.base import PretrainedModel, with_overrides
 from elip_models.models.blip import BLIP, BLIPConfig
 from elip_models.models.clip import CLIP, CLIPConfig
 from elip_models.models.downstream.albef_entailment import ALBEFEntailment
@@ -24,6 +24,7 @@ from elip_models.models.downstream.meter import (
     METEREntailment,
     METERRetrieval,
 )
+from elip_models.models.files import read_config
 from elip_models.models.hub import fetched
 from elip_models.models.meter import METER, METERConfig
 from elip_models.reduction.schedule import PRESETS, Schedule

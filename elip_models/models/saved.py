@@ -21,7 +21,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from elip_models.models.base import PretrainedModel, write_file
+from elip_models.models.base import PretrainedModel
+from elip_models.models.files import write_file
 from elip_models.models.hub import CARD, card_values, fetched, staged
 from elip_models.models.registry import MODELS, load_model
 from elip_models.reduction.patch import note, reduce_, reductions_of

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from elip_models.models.adapt import AdaptConfig, adapt_, layer_of
+from elip_models.models.files import read_object, read_tensors
 from elip_models.models.hub import staged
 
 if TYPE_CHECKING:
@@ -53,14 +54,12 @@ def load_adapter_(model: "PretrainedModel", folder: str | Path) -> "PretrainedMo
         FileNotFoundError: a folder without adapter.
         ValueError: an adapter of another model.
     """
-    from safetensors.torch import load_file
-
     if not has_adapter(folder):
         raise FileNotFoundError(f"folder: expected {SETTINGS}, as save_adapter writes, in {folder}")
-    values = json.loads((Path(folder) / SETTINGS).read_text(encoding="utf-8"))
+    values = read_object(Path(folder) / SETTINGS)
     tuples = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     adapt_(model, AdaptConfig.from_dict(tuples))
-    weights, parameters = load_file(Path(folder) / WEIGHTS), _saved(model)
+    weights, parameters = read_tensors(Path(folder) / WEIGHTS), _saved(model)
     shapes, expected = ({n: tuple(t.shape) for n, t in d.items()} for d in (weights, parameters))
     if other := sorted(shapes.items() ^ expected.items()):
         raise ValueError(f"folder: expected an adapter of this model, which differs in {other[0]}")

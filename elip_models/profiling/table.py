@@ -32,7 +32,7 @@ from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.strategy_spec import get_strategy, kinds_of, parse_spec
 from elip_models.reduction.summary import runs
 from elip_models.towers import as_reducible, as_tower
-from elip_models.validation import ConfigError, blame
+from elip_models.validation import ConfigError, blame, check_output
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WIDTH = 180  # of what is not printed on a terminal
@@ -286,8 +286,7 @@ def print_profile(
     """
     if not settings.models and not paper:
         raise ConfigError(f"--model: expected one or more, {FORMS}; or --paper")
-    if output is not None and not output.parent.is_dir():
-        raise ConfigError(f"--output: expected a file in an existing folder, got {output}")
+    check_output("--output", output)
     if not console.is_terminal:
         console = Console(width=WIDTH)
     document: dict[str, Any] = {}

@@ -28,19 +28,17 @@ from elip_models.models.config import reduction_fields
 from elip_models.study.measures import MEASURES
 from elip_models.training.recipe import RunConfig, recipe_with
 from elip_models.training.training_data import meta_model
-from elip_models.training.yaml_config import from_mapping
+from elip_models.training.yaml_config import from_mapping, read_mapping
 from elip_models.validation import (
     ConfigError,
     Count,
     NonNegative,
     PositiveShare,
+    Seed,
     blame,
     did_you_mean,
-    extra,
+    misfit,
 )
-
-with extra("elip_models.study"):
-    import yaml
 
 RUNS = Path("runs/studies")
 QUIET = {
@@ -205,8 +203,8 @@ def plan(study: Study, *, only: Sequence[str] = (), seeds: Sequence[int] = ()) -
 def seeds_of(text: str | None) -> tuple[int, ...]:
     """The seeds that '0,1,2' writes; none of None."""
     words = text.split(",") if text else []
-    if not all(word.strip().isdecimal() for word in words):
-        raise ConfigError(f"--seeds: expected numbers such as 0,1,2, got {text!r}")
+    if not all(word.strip().isdecimal() and misfit(int(word), Seed) is None for word in words):
+        raise ConfigError(f"--seeds: expected numbers such as 0,1,2, got {text!r:.200}")
     return tuple(int(word) for word in words)
 
 
@@ -223,12 +221,7 @@ def _read(name_or_path: str) -> dict[str, Any]:
         path = _built_in() / f"{name_or_path}.yaml"
     if not path.is_file():
         raise ConfigError(f"study {name_or_path}: no such file")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys, got {type(values).__name__}")
+    values = read_mapping(path)
     like = values.pop("like", None)
     if like is None:
         return values

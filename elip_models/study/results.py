@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from elip_models.models.base import write_file
+from elip_models.models.files import write_file
 from elip_models.study.plan import RUNS, Run, Study
 from elip_models.study.runner import result_of
 from elip_models.validation import ConfigError, extra

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from elip_models.data import load_tokenizer, open_source, train_tokenizer
-from elip_models.models.base import write_file
 from elip_models.models.config import ReductionConfig
+from elip_models.models.files import write_file
 from elip_models.models.registry import load_model
 from elip_models.profiling.commit import commit
 from elip_models.profiling.measure import measured_on

@@ -242,7 +242,7 @@ class HFImageText(ImageTextModel):
     def load_tokenizer(self, name: str) -> Any:
         if Path(name).is_dir():
             check_tokenizer_in(Path(name))
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
     def tokenise(self, tokenizer: Any, captions: Sequence[str]) -> dict[str, Tensor]:
         longest = self.model.config.text_config.max_position_embeddings
@@ -318,7 +318,9 @@ def _stats_of(model: nn.Module) -> Stats | None:
     if not model.config.name_or_path:
         return None
     try:
-        processor = AutoImageProcessor.from_pretrained(model.config.name_or_path)
+        processor = AutoImageProcessor.from_pretrained(
+            model.config.name_or_path, trust_remote_code=False
+        )
     except (OSError, ValueError):
         return None
     return tuple(processor.image_mean), tuple(processor.image_std)

@@ -12,8 +12,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from elip_models.models.base import read_config
 from elip_models.models.config import ContrastiveConfig, TextReductionConfig
+from elip_models.models.files import read_config
 from elip_models.models.registry import CONFIGS, MODELS, downstream_of, family_of
 from elip_models.tasks.registry import TASKS
 from elip_models.training.recipe import FINETUNE, RunConfig, recipe_names, recipe_with

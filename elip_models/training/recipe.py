@@ -17,7 +17,7 @@ from typing import Any, Literal
 from elip_models.data.caption_rules import CaptionRule
 from elip_models.data.transforms import Magnitude, ResizeMode
 from elip_models.models.adapt import AdaptConfig
-from elip_models.training.yaml_config import from_mapping
+from elip_models.training.yaml_config import from_mapping, read_mapping
 from elip_models.validation import (
     ConfigError,
     Count,
@@ -26,7 +26,10 @@ from elip_models.validation import (
     PositiveInt,
     PositiveShare,
     Rate,
+    Seed,
     Share,
+    Size,
+    Workers,
     extra,
 )
 
@@ -92,14 +95,14 @@ class DataConfig:
     eval: str | None = None
     zero_shot: str | None = None
     tokenizer: str = "train"
-    vocab_size: PositiveInt = 8192
-    context_length: PositiveInt = 32
+    vocab_size: Size = 8192
+    context_length: Size = 32
     captions: CaptionRule | None = None
     resize: ResizeMode | None = None
     crop_scale: tuple[Share, Share] | None = (0.9, 1.0)
     flip: bool = False
     randaugment: tuple[PositiveInt, Magnitude] | None = None
-    num_workers: Count = 0
+    num_workers: Workers = 0
     max_bad_share: Share = 0.05
 
 
@@ -191,7 +194,7 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     optim: OptimConfig
-    seed: Count = 0
+    seed: Seed = 0
     log_every: PositiveInt = 10
     eval_every: Count = 0
     checkpoint_every: PositiveInt = 1000
@@ -250,12 +253,7 @@ def recipe_with(
         ConfigError: as of `load_recipe`.
     """
     path = _find_recipe(str(name_or_path))
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys, got {type(values).__name__}")
+    values = read_mapping(path)
     if defaults:
         model = values.setdefault("model", {})
         model["overrides"] = {**defaults, **(model.get("overrides") or {})}
@@ -275,7 +273,7 @@ def parse_overrides(overrides: Sequence[str], example: str) -> dict[str, Any]:
             raise ConfigError(f"override {override!r}: expected key=value, such as {example}")
         try:
             values[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, RecursionError):
             if text.lstrip().startswith("["):
                 raise ConfigError(
                     f"override {override!r}: expected a list in YAML; put its items in quotes, "
@@ -325,6 +323,8 @@ def _find_recipe(name_or_path: str) -> Path:
 
 def _check_together(config: RunConfig) -> None:
     """What one key alone cannot tell."""
+    if not config.output_dir.strip():
+        raise ConfigError("output_dir: expected the name of a folder, got an empty one")
     if config.optim.steps is None and config.optim.epochs is None:
         raise ConfigError("optim.steps: expected it or optim.epochs to be set, got neither")
     if config.model.pretrained and (config.model.vision_init or config.model.text_init):

@@ -15,11 +15,11 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from elip_models.models.base import write_file
+from elip_models.models.files import write_file
 from elip_models.training.errors import TrainingError
 from elip_models.training.recipe import RunConfig, load_recipe, resume_conflicts, save_recipe
 from elip_models.training.run_checkpoints import Checkpoints
@@ -69,6 +69,7 @@ class RunFolder:
         if int(os.environ.get("RANK", "0")) > 0:
             yield
             return
+        made = [each for each in (self.path, *self.path.parents) if not each.exists()]
         self.make()
         lock = FileLock(self.path / ".lock", timeout=0)
         try:
@@ -86,6 +87,8 @@ class RunFolder:
         finally:
             self._owner.unlink(missing_ok=True)
             lock.release()
+            if made and not self.recipe.exists():
+                self._unmake(made)
 
     def _holder(self) -> str:
         """Who holds the folder, in words."""
@@ -98,6 +101,15 @@ class RunFolder:
         """Makes the folder; TrainingError where that cannot be."""
         with _writes(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+
+    def _unmake(self, made: list[Path]) -> None:
+        """Removes what a run made that failed before it began, unless something else is there."""
+        shutil.rmtree(self.tokenizer, ignore_errors=True)
+        with suppress(OSError):
+            if [each.name for each in self.path.iterdir()] == [".lock"]:
+                (self.path / ".lock").unlink()
+            for folder in made:
+                folder.rmdir()
 
     def prepare(self) -> None:
         """What a start that failed left in the folder goes."""

@@ -9,6 +9,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, Any
 
 from elip_models.validation import (
@@ -17,9 +18,13 @@ from elip_models.validation import (
     ConfigError,
     describe,
     did_you_mean,
+    extra,
     item_hints,
     misfit,
 )
+
+with extra("elip_models.training"):
+    import yaml
 
 REQUIRED = "???"
 """The value a recipe gives to a key that the user has to set."""
@@ -31,6 +36,19 @@ YAML = WORDS | {
     dict: "a mapping",
 }
 """What YAML calls a type."""
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds; ConfigError where it holds none, or cannot be read."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid YAML: nested too deep") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys, got {type(values).__name__}")
+    return values
 
 
 def from_mapping(cls: type, values: Any) -> Any:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from elip_models.data.checks import expanded
 from elip_models.data.examples import ExampleSource
 from elip_models.data.readers import open_source
 from elip_models.data.sample import Source
@@ -37,7 +38,7 @@ def export(task: ExportedTask, spec: str, folder: str | Path, *, image_size: int
     `open_source` do; SampleError for an example that cannot be read.
     """
     check("task", task, ExportedTask)
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"folder: expected a new or an empty one, got {folder}")
     writer = _WRITERS[task]

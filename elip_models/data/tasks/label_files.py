@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from elip_models.data.checks import expanded
 from elip_models.data.json_files import read_entries, read_fields
 from elip_models.data.specs import FileSpec
 from elip_models.data.tasks.entailment import LABELS
@@ -47,7 +48,7 @@ def _rows(
     labels: tuple[str, ...],
 ) -> Iterator[Row]:
     for file in files:
-        root = file.parent if spec.images is None else Path(spec.images).expanduser()
+        root = file.parent if spec.images is None else expanded(spec.images)
         for number, entry in enumerate(read_entries(file, _EXPECTED[task])):
             where, name = f"{file}[{number}]", f"{file.name}[{number}]"
             row_id, text, label, images = parse(where, entry, root, str(number))

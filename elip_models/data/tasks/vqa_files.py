@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from elip_models.data.checks import expanded
 from elip_models.data.json_files import read_fields, read_json
 from elip_models.data.specs import FileSpec
 from elip_models.data.tasks.file_examples import FileExamples, Row
@@ -39,7 +40,7 @@ def vqa_examples(spec: FileSpec, files: Sequence[Path]) -> FileExamples:
     annotations = _annotations(loaded)
     rows, first_answers = [], Counter()
     for file, data in loaded.items():
-        root = file.parent if spec.images is None else Path(spec.images).expanduser()
+        root = file.parent if spec.images is None else expanded(spec.images)
         read = _listed(file, data, root) if isinstance(data, list) else None
         for row, first in read or _questions(file, data, root, annotations):
             shares = {answer: spec.weight * share for answer, share in row.answers.items()}
@@ -129,7 +130,7 @@ def _answer_list(spec: FileSpec, first_answers: Counter[str]) -> tuple[str, ...]
                 f"questions, got {len(first_answers)} rarer ones; write answers=answer_list.json"
             )
         return tuple(listed)
-    file = Path(spec.answers).expanduser()
+    file = expanded(spec.answers)
     listed = read_json(file, "a list of texts")
     if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
         raise ValueError(f"{file}: expected a list of texts, got {listed!r:.200}")

@@ -6,7 +6,7 @@ Source: ALBEF's models/model_ve.py, VE.py and configs/VE.yaml.
 from dataclasses import dataclass
 
 from elip_models.models.downstream.albef_parts import ALBEFClassifier, ALBEFClassifierConfig
-from elip_models.validation import NonNegative, PositiveInt
+from elip_models.validation import NonNegative, Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,7 @@ class ALBEFEntailmentConfig(ALBEFClassifierConfig):
     The fields: see `ALBEFClassifierConfig`; alpha is not warmed up.
     """
 
-    num_classes: PositiveInt = 3
+    num_classes: Size = 3
     alpha_warmup_epochs: NonNegative = 0.0
 
 

@@ -21,7 +21,7 @@ from elip_models.models.downstream.albef_parts import (
     ClassifierEncoders,
 )
 from elip_models.models.downstream.distillation import Weights
-from elip_models.validation import PositiveInt
+from elip_models.validation import Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class ALBEFNLVR2Config(ALBEFClassifierConfig):
     The fields: see `ALBEFClassifierConfig`; `text_depth` is that of pre-training.
     """
 
-    num_classes: PositiveInt = 2
+    num_classes: Size = 2
 
     @property
     def fusion_layers(self) -> range:

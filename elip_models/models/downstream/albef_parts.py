@@ -20,7 +20,7 @@ from elip_models.models.downstream.distillation import (
 )
 from elip_models.models.layers.losses import at_least_fp32, distilled_cross_entropy
 from elip_models.reduction.strategy import mask_after
-from elip_models.validation import Bounds, PositiveInt
+from elip_models.validation import Bounds, Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class ALBEFTaskConfig(ALBEFConfig, DistillationConfig):
     tower is reduced.
     """
 
-    image_size: PositiveInt = 384
+    image_size: Size = 384
     guide: Literal["own"] = "own"
     guide_negatives: Annotated[float, Bounds(0, 0)] = 0.0
 
@@ -111,7 +111,7 @@ class ALBEFTask(DistilledModel):
 class ALBEFClassifierConfig(ALBEFTaskConfig):
     """num_classes: of the answers. The other fields: see `ALBEFTaskConfig`."""
 
-    num_classes: PositiveInt
+    num_classes: Size
 
 
 @dataclass

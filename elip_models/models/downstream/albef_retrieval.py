@@ -11,7 +11,7 @@ from torch import Tensor
 from elip_models.models.albef import ALBEF, ALBEFConfig, ALBEFTowers
 from elip_models.models.downstream.distillation import DistillationConfig, Weights
 from elip_models.models.downstream.momentum_retrieval import MomentumRetrieval, begin_retrieval
-from elip_models.validation import PositiveInt
+from elip_models.validation import Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class ALBEFRetrievalConfig(ALBEFConfig, DistillationConfig):
     `DistillationConfig`.
     """
 
-    image_size: PositiveInt = 384
+    image_size: Size = 384
 
 
 class ALBEFRetrieval(MomentumRetrieval, ALBEF):

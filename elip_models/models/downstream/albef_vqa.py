@@ -19,7 +19,7 @@ from elip_models.models.downstream.albef_parts import ALBEFTask, ALBEFTaskConfig
 from elip_models.models.downstream.distillation import Weights
 from elip_models.models.downstream.generated_answers import Answers, States, score_candidates
 from elip_models.models.layers.bert import BertTower, masked_language_head
-from elip_models.validation import PositiveInt
+from elip_models.validation import Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class ALBEFVQAConfig(ALBEFTaskConfig):
     The fields: see `ALBEFTaskConfig`; the decoder has as many layers as fuse in pre-training.
     """
 
-    context_length: PositiveInt = 25
+    context_length: Size = 25
 
 
 @dataclass

@@ -21,7 +21,7 @@ from elip_models.models.layers.bert import BertTower, UntypedEmbeddings, masked_
 from elip_models.models.layers.generation import Decoding
 from elip_models.models.layers.losses import IGNORED, language_loss, next_tokens
 from elip_models.reduction.strategy import mask_after
-from elip_models.validation import Count, PositiveInt
+from elip_models.validation import Count, Size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,8 +41,8 @@ class BLIPCaptioningConfig(BLIPTaskConfig):
     The other fields: see `BLIPTaskConfig`.
     """
 
-    image_size: PositiveInt = 384
-    context_length: PositiveInt = 40
+    image_size: Size = 384
+    context_length: Size = 40
     without_text: Literal["dense", "vision"] = "vision"
     prompt: str = "a picture of "
     prompt_tokens: Count = 3

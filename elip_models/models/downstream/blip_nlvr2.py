@@ -20,7 +20,7 @@ from elip_models.models.blip import BLIP
 from elip_models.models.blip_parts import BLIPEncoders
 from elip_models.models.downstream.blip import BLIPReadingTask, BLIPTaskConfig, under
 from elip_models.models.layers.losses import at_least_fp32
-from elip_models.validation import Count, PositiveInt, Rate
+from elip_models.validation import Count, Rate, Size
 
 DOUBLED = "crossattention.self.", "crossattention.output.dense."
 """What is there twice, in names of BLIP."""
@@ -35,8 +35,8 @@ class BLIPNLVR2Config(BLIPTaskConfig):
     The other fields: see `BLIPTaskConfig`.
     """
 
-    image_size: PositiveInt = 384
-    context_length: PositiveInt = 64
+    image_size: Size = 384
+    context_length: Size = 64
     drop_path: Rate = 0.1
     merge_from: Count = 6
 

@@ -16,15 +16,15 @@ from elip_models.models.downstream.momentum_retrieval import MomentumRetrieval, 
 from elip_models.models.layers.distributed import all_gather
 from elip_models.models.layers.momentum import similarities
 from elip_models.models.momentum_model import Contrast
-from elip_models.validation import NonNegative, PositiveInt, Share
+from elip_models.validation import NonNegative, Share, Size
 
 
 @dataclass(frozen=True, kw_only=True)
 class BLIPRetrievalConfig(BLIPTaskConfig):
     """Hyper-parameters of BLIP for retrieval: see `BLIPTaskConfig`."""
 
-    image_size: PositiveInt = 384
-    context_length: PositiveInt = 35
+    image_size: Size = 384
+    context_length: Size = 35
     alpha_warmup_epochs: NonNegative = 1.0
     negative_epsilon: Share = 0.0
 

@@ -31,7 +31,7 @@ from elip_models.models.layers.bert import (
     untied_decoder,
 )
 from elip_models.models.layers.generation import Decoding
-from elip_models.validation import PositiveInt, Rate
+from elip_models.validation import Rate, Size
 
 ANSWERS = Decoding(max_length=10, min_length=1)
 """How the original writes answers."""
@@ -41,8 +41,8 @@ ANSWERS = Decoding(max_length=10, min_length=1)
 class BLIPVQAConfig(BLIPTaskConfig):
     """Hyper-parameters of BLIP for VQA: see `BLIPTaskConfig`."""
 
-    image_size: PositiveInt = 480
-    context_length: PositiveInt = 35
+    image_size: Size = 480
+    context_length: Size = 35
     drop_path: Rate = 0.1
 
 

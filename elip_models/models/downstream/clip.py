@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from elip_models.models.base import PretrainedModel
 from elip_models.models.clip import CLIP, CLIPConfig
 from elip_models.reduction.encode import run_tower
-from elip_models.validation import PositiveInt, Share
+from elip_models.validation import Share, Size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +42,7 @@ class CLIPClassificationConfig(CLIPConfig):
     The other fields: see `CLIPConfig`; those of texts are not read.
     """
 
-    num_classes: PositiveInt = 1000
+    num_classes: Size = 1000
     tuning: Literal["probe", "full"] = "full"
     projects: bool = False
     label_smoothing: Share = 0.0

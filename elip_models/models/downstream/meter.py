@@ -25,7 +25,7 @@ from elip_models.models.meter import (
     draw_others,
 )
 from elip_models.towers.reducible import random_ids
-from elip_models.validation import PositiveInt
+from elip_models.validation import PositiveInt, Size
 
 PRETRAINED_HEADS = ("language_head.", "itm_head.")
 
@@ -34,24 +34,24 @@ PRETRAINED_HEADS = ("language_head.", "itm_head.")
 class METERVQAConfig(METERConfig):
     """num_classes: answers to choose from. The other fields: see `METERConfig`."""
 
-    image_size: PositiveInt = 576
-    num_classes: PositiveInt = 3129
+    image_size: Size = 576
+    num_classes: Size = 3129
 
 
 @dataclass(frozen=True, kw_only=True)
 class METEREntailmentConfig(METERConfig):
     """num_classes: entailment, neutral, contradiction. The other fields: see `METERConfig`."""
 
-    image_size: PositiveInt = 384
-    num_classes: PositiveInt = 3
+    image_size: Size = 384
+    num_classes: Size = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class METERNLVR2Config(METERConfig):
     """num_classes: false, true. The other fields: see `METERConfig`."""
 
-    image_size: PositiveInt = 288
-    num_classes: PositiveInt = 2
+    image_size: Size = 288
+    num_classes: Size = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +59,8 @@ class METERRetrievalConfig(METERConfig):
     """false_texts: how many beside the true text of an image, in training. The other fields: see
     `METERConfig`."""
 
-    image_size: PositiveInt = 384
-    context_length: PositiveInt = 40
+    image_size: Size = 384
+    context_length: Size = 40
     false_texts: PositiveInt = 15
 
 
