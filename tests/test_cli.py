@@ -30,7 +30,15 @@ def test_train_prints_loss_scores_chance_and_place(tmp_path, capsys):
     for text in ("step 4/4", "loss", "image to text", "text to image", "(10.0)", "could be read"):
         assert text in printed
     files = {path.name for path in (tmp_path / "run").iterdir()}
-    assert files == {".lock", "recipe.yaml", "tokenizer", "metrics.jsonl", "checkpoints", "model"}
+    assert files == {
+        ".lock",
+        "origin.jsonl",
+        "recipe.yaml",
+        "tokenizer",
+        "metrics.jsonl",
+        "checkpoints",
+        "model",
+    }
 
 
 def test_train_reports_what_the_recipe_asks_for(tmp_path, monkeypatch, capsys):

@@ -159,6 +159,7 @@ def test_setting_that_does_not_fit_is_named(tmp_path, recipe, override, message)
 def test_diverging_is_told_as_such(tmp_path):
     """Not by the drawing of negatives, which has weights that are no numbers then."""
     settings = ("optim.lr=1e30", "optim.max_grad_norm=null", "optim.steps=4", "log_every=4")
+    settings += ("optim.max_nonfinite_steps=2",)
     with pytest.raises(TrainingError, match="not finite"):
         train(config(tmp_path, "albef_tiny", *settings))
 

@@ -1,5 +1,6 @@
 """Losses of training steps, read back from the device a few steps at a time."""
 
+import math
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +24,19 @@ def losses_of(output: Any) -> dict[str, Tensor]:
 
 
 class LossLog:
-    """Steps whose losses and gradient norms are still on the device."""
+    """Steps whose losses and gradient norms are still on the device.
 
-    def __init__(self, accelerator: "Accelerator") -> None:
-        self.accelerator = accelerator
+    Args:
+        most: steps in a row that may be skipped, because they are not finite, less one.
+    """
+
+    def __init__(self, accelerator: "Accelerator", *, most: int) -> None:
+        self.accelerator, self.most = accelerator, most
         self.names: tuple[str, ...] = ()
         self.losses: list[Tensor] = []  # (one a name,) of each step
         self.norms: list[Tensor] = []
+        self.skipped, self.in_a_row = 0, 0
+        self.last: dict[str, float] = {}  # of the last finite step
 
     def __len__(self) -> int:
         return len(self.losses)
@@ -48,27 +55,38 @@ class LossLog:
             step: how many are done.
 
         Returns:
-            The losses of the last one, means over ranks, and its `grad_norm`.
+            The losses of the last finite one, means over ranks, and its `grad_norm`; `nonfinite`,
+            how many were not and were skipped, once there was one.
 
         Raises:
-            TrainingError: a loss, or without a gradient scaler a gradient norm, is not finite.
+            TrainingError: `most` steps in a row had a loss, or without a gradient scaler a gradient
+                norm, that is not finite.
         """
         losses, norms = torch.stack(self.losses).float(), torch.stack(self.norms).float()
         losses = self.accelerator.reduce(losses, "mean")
         finite = losses.isfinite().all(1)
         if self.accelerator.scaler is None:
             finite &= norms.isfinite()
-        if not finite.all():
-            first = int((~finite).nonzero()[0])
-            found = zip(self.names, losses[first].tolist(), strict=True)
-            named = ", ".join(f"{name.replace('_', ' ')} {loss:.4g}" for name, loss in found)
-            raise TrainingError(
-                f"step {step - len(self) + first + 1}: {named}, gradient norm "
-                f"{norms[first]:.4g}: not finite; lower optim.lr, lengthen optim.warmup_steps, or "
-                "set optim.max_grad_norm or optim.precision"
-            )
-        last = dict(zip(self.names, losses[-1].tolist(), strict=True))
-        grad_norm = norms[-1].item()
+        first = step - len(self) + 1
+        rows = zip(finite.tolist(), losses.tolist(), norms.tolist(), strict=True)
+        for number, (is_finite, values, norm) in enumerate(rows, first):
+            named = dict(zip(self.names, values, strict=True))
+            self.in_a_row = 0 if is_finite else self.in_a_row + 1
+            self.skipped += not is_finite
+            if is_finite:
+                self.last = named | {"grad_norm": norm}
+            if self.in_a_row >= self.most:
+                raise _diverged(number, self.most, named, norm)
         self.losses.clear()
         self.norms.clear()
-        return last | {"grad_norm": grad_norm}
+        nonfinite = {"nonfinite": self.skipped} if self.skipped else {}
+        return {name: math.nan for name in self.names} | self.last | nonfinite
+
+
+def _diverged(step: int, most: int, losses: dict[str, float], norm: float) -> TrainingError:
+    named = ", ".join(f"{name.replace('_', ' ')} {loss:.4g}" for name, loss in losses.items())
+    return TrainingError(
+        f"step {step}, the last of {most} in a row: {named}, gradient norm {norm:.4g}: not finite; "
+        "lower optim.lr, lengthen optim.warmup_steps, or set optim.max_grad_norm or "
+        "optim.precision; --resume goes on from the last checkpoint"
+    )

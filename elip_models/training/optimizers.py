@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from elip_models.training.optim import parameter_groups
@@ -32,7 +32,29 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> Optimizer:
     if optim.name == "muon":
         groups = _split(groups, _hidden_matrices(model), optim.eps)
         return Muon(groups, lr=optim.lr, betas=optim.betas, nesterov=True)
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+    fused = torch.cuda.is_available() or None  # which skips a step without the host: `step_`
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused)
+
+
+def step_(optimizer: Optimizer, grad_norm: Tensor) -> None:
+    """A step of the optimiser, or none where the gradient's norm is not finite.
+
+    AdamW, fused on a GPU, is told so there and leaves parameters and state alone; for another the
+    host waits for the norm.
+    """
+    is_fused = all(group.get("fused") for group in optimizer.param_groups)
+    if is_fused and grad_norm.device.type != "cpu":
+        tell_(optimizer, grad_norm)
+        optimizer.step()
+    elif grad_norm.isfinite():
+        optimizer.step()
+
+
+def tell_(optimizer: Optimizer, grad_norm: Tensor) -> None:
+    """Let a fused optimiser skip its next step where the norm is not finite, as a gradient scaler
+    would."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # of accelerate's wrapper
+    inner.grad_scale, inner.found_inf = None, (~grad_norm.isfinite()).float()
 
 
 def _hidden_matrices(model: nn.Module) -> set[nn.Parameter]:

@@ -134,6 +134,8 @@ class OptimConfig:
         betas: AdamW's two, or Lion's.
         eps: AdamW's.
         max_grad_norm: Gradients are clipped to this norm; None leaves them.
+        max_nonfinite_steps: Steps in a row whose loss or gradient is not finite, and which are
+            skipped, before the run ends.
         precision: "fp32", or autocast to "bf16" or "fp16".
         grad_checkpointing: Recompute activations in the backward pass.
         compile: torch.compile the training step's model; true, or the name of a backend. Evaluation
@@ -161,6 +163,7 @@ class OptimConfig:
     betas: tuple[Rate, Rate] = (0.9, 0.98)
     eps: Positive = 1e-6
     max_grad_norm: Positive | None = 1.0
+    max_nonfinite_steps: PositiveInt = 20
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     grad_checkpointing: bool = False
     compile: bool | Literal["inductor", "aot_eager", "eager"] = False
@@ -216,6 +219,7 @@ RESUMABLE_KEYS = (
     "data.max_bad_share",
     "optim.steps",
     "optim.epochs",
+    "optim.max_nonfinite_steps",
     "log_every",
     "eval_every",
     "checkpoint_every",

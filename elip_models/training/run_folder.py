@@ -1,6 +1,7 @@
 """The folder of a run, written so that a process killed at any moment leaves it whole.
 
     recipe.yaml                  the resolved recipe
+    origin.jsonl                 versions, commit, command and data, a line each time it began
     tokenizer/                   the tokenizer, where it was trained on the captions
     metrics.jsonl                a row every `log_every` steps, and one an evaluation
     tensorboard/                 the same, for TensorBoard
@@ -39,6 +40,7 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = Checkpoints(self.path / "checkpoints")
         self.metrics = self.path / "metrics.jsonl"
+        self.origin = self.path / "origin.jsonl"
         self.model = self.path / "model"
         self._owner = self.path / ".owner"
 
@@ -116,8 +118,11 @@ class RunFolder:
         if not self.recipe.exists():
             shutil.rmtree(self.tokenizer, ignore_errors=True)
 
-    def claim(self, config: RunConfig) -> None:
-        """Writes the recipe: from here on the folder holds a run."""
+    def claim(self, config: RunConfig, origin: dict[str, Any]) -> None:
+        """Writes where the run comes from, a line each time it is begun or resumed, and the recipe:
+        from here on the folder holds a run."""
+        with self.origin.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(origin) + "\n")
         save_recipe(config, self.recipe)
 
     def save_tokenizer(self, save: Callable[[Path], Any]) -> None:

@@ -33,7 +33,8 @@ from elip_models.training.evaluation import Evaluation, Scores
 from elip_models.training.loss_log import LossLog, losses_of
 from elip_models.training.model import make_model
 from elip_models.training.optim import learning_rate
-from elip_models.training.optimizers import make_optimizer
+from elip_models.training.optimizers import make_optimizer, step_
+from elip_models.training.origin import origin
 from elip_models.training.recipe import RunConfig
 from elip_models.training.result import TrainResult
 from elip_models.training.run_checkpoints import step_of
@@ -97,7 +98,7 @@ class Trainer:
         self.folder = RunFolder(config.output_dir)
         self.accelerator = make_accelerator(config, self.folder)
         self.console = console if self.accelerator.is_main_process else Console(quiet=True)
-        self.losses = LossLog(self.accelerator)
+        self.losses = LossLog(self.accelerator, most=config.optim.max_nonfinite_steps)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.folder.prepare()
@@ -106,7 +107,7 @@ class Trainer:
         self._build_data()
         self._build_model(resumed=checkpoint is not None)
         if self.accelerator.is_main_process:
-            self.folder.claim(config)
+            self.folder.claim(config, origin(self.source, checkpoint))
         self._restore(checkpoint)
 
     def run(self) -> TrainResult:
@@ -160,7 +161,7 @@ class Trainer:
         model = model_config(self.config)
         family, task = family_of(self.config.model.name, self.config.task), task_of(self.config)
         with blame("data.train"):
-            source = open_samples(self.config, data.train, model.image_size)
+            source = self.source = open_samples(self.config, data.train, model.image_size)
         with blame("model.overrides.guide"):
             check_guide_captions(model, source)
         self.evaluation = Evaluation(self.config, model.image_size)
@@ -279,7 +280,10 @@ class Trainer:
             losses.append(losses_of(output))
         max_norm = math.inf if optim.max_grad_norm is None else optim.max_grad_norm
         grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
-        self.optimizer.step()
+        if accelerator.scaler is None:
+            step_(self.optimizer, grad_norm)
+        else:
+            self.optimizer.step()  # the scaler leaves it out where the gradient is not finite
         self.optimizer.zero_grad()
         self.bare_model.clamp_temperature_()
         if self.average is not None:

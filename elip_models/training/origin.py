@@ -1,0 +1,50 @@
+"""Where a run came from: what is needed to know, later, what made a model."""
+
+import hashlib
+import math
+import os
+import platform
+import socket
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from elip_models.data import ExampleSource, Source
+from elip_models.profiling.commit import commit
+
+PACKAGES = ("elip-kernels", "torch", "timm", "transformers", "accelerate", "datasets", "peft")
+MAX_READ_SAMPLES = 1_000
+
+
+def origin(source: Source | ExampleSource, checkpoint: Path | None) -> dict[str, Any]:
+    """Time, machine, command, versions, commit and data of a run that begins now, or goes on from a
+    checkpoint."""
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "resumed": None if checkpoint is None else checkpoint.name,
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "commit": commit(),
+        "data": {"samples": len(source), "sha256": fingerprint(source)},
+    }
+
+
+def fingerprint(source: Source | ExampleSource) -> str:
+    """SHA-256 of the texts of at most 1,000 samples, spread over the source, and of its length."""
+    digest, has_captions = hashlib.sha256(str(len(source)).encode()), hasattr(source, "captions")
+    for index in range(0, len(source), math.ceil(len(source) / MAX_READ_SAMPLES)):
+        text = source.captions(index) if has_captions else source.text_alone(index)
+        digest.update(repr(text).encode("utf-8", "backslashreplace"))
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
