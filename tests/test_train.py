@@ -174,9 +174,14 @@ def test_bf16_is_finite_and_near_fp32(tmp_path):
 
 def test_non_finite_loss_stops_the_run_and_saves_nothing(tmp_path):
     config = tiny_config(
-        tmp_path, "optim.lr=1e30", "optim.warmup_steps=0", "log_every=3", "checkpoint_every=3"
+        tmp_path,
+        "optim.lr=1e30",
+        "optim.warmup_steps=0",
+        "optim.max_nonfinite_steps=2",
+        "log_every=3",
+        "checkpoint_every=3",
     )
-    with pytest.raises(TrainingError, match=r"step 2: loss nan.*lower optim\.lr"):
+    with pytest.raises(TrainingError, match=r"step 3, the last of 2.*loss nan.*lower optim\.lr"):
         train(config)
     assert RunFolder(tmp_path).checkpoints.latest() is None
 
