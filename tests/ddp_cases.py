@@ -1,6 +1,7 @@
 """DistributedDataParallel, half of the batch each, against one process with the whole of it."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 from unittest import mock
 
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 import elip_models
 from elip_models.models.layers.losses import contrastive_loss, sigmoid_loss
 from tests.fsdp_cases import CLOSE, half, open_clip_pair
+from tests.test_slices import tiny_clip
 from tests.towers import SCHEDULE, assert_equal_gradients, clip_vit, gradients, images, text
 
 
@@ -65,7 +67,28 @@ def gathered(rank, loss_of=contrastive_loss, scalars=(10.0,)):
     torch.testing.assert_close(loss_of(*own, gather="local"), alone, atol=1e-6, rtol=0)
 
 
+def in_slices(rank):
+    """Gradient caching: each rank's half in two slices, the loss over all, recomputed blocks."""
+    model = tiny_clip(gather="global").double()
+    batch = {
+        "images": torch.randn(4, 3, 32, 32).double(),
+        "input_ids": torch.randint(1, 40, (4, 8)),
+    }
+    batch["input_ids"][:, -1] = model.config.eos_token_id
+    whole = copy.deepcopy(model)
+    whole.config = replace(model.config, gather="local")
+    whole(**batch).loss.backward()
+    model.set_batch_slices(2)
+    model.set_grad_checkpointing()
+    wrapped = DistributedDataParallel(model)
+    wrapped(**{name: half(rank, each) for name, each in batch.items()}).loss.backward()
+    assert_equal_gradients(
+        gradients(model), gradients(whole), rtol=1e-6, atol=1e-6
+    )  # the loss is fp32
+
+
 CASES = {
+    "gradient caching": in_slices,
     **{f"timm tower, {scorer}": partial(tower, scorer=scorer) for scorer in ("exact", "last")},
     "open_clip, loss over all": partial(contrastive, local_loss=False),
     "open_clip, loss of each": partial(contrastive, local_loss=True, scorer="exact"),

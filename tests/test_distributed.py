@@ -15,6 +15,7 @@ QUICK = [
     "timm tower, last",
     "contrastive loss over all",
     "sigmoid loss over all",
+    "gradient caching",
     "patched last",
     "blip, global",
 ]

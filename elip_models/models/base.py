@@ -108,6 +108,19 @@ class PretrainedModel(
         """input_ids, attention_mask (B, L) -> (B, D), what guides the image tower."""
         raise NotImplementedError
 
+    def set_batch_slices(self, count: int) -> None:
+        """Encode a batch in `count` slices and recompute them in backward: the same gradients for
+        less memory, where the loss is over features alone (`layers/slices.py`).
+
+        Raises:
+            ValueError: a model whose loss is over more.
+        """
+        if count != 1:
+            raise ValueError(
+                f"expected 1, as the losses of {self.family} are over more than features, "
+                f"got {count}"
+            )
+
     def as_tensor(self, output: Any) -> Tensor:
         """The loss."""
         return output.loss

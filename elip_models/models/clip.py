@@ -23,6 +23,7 @@ from elip_models.models.base import PretrainedModel
 from elip_models.models.config import ContrastiveConfig, TextReductionConfig, TokenId
 from elip_models.models.layers.clip_text import CLIPTextTower
 from elip_models.models.layers.losses import contrastive_loss, sigmoid_loss
+from elip_models.models.layers.slices import in_slices
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.once import UnguidedWarning, warn_once
 from elip_models.reduction.strategy import Strategy
@@ -35,6 +36,7 @@ from elip_models.validation import (
     PositiveInt,
     Rate,
     Size,
+    check,
     divisor_of,
 )
 
@@ -113,6 +115,7 @@ class CLIP(PretrainedModel):
 
     family = "clip"
     config_class = CLIPConfig
+    batch_slices = 1
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
@@ -245,12 +248,24 @@ class CLIP(PretrainedModel):
         dense_features = None
         if self.config.image_guides_text:
             dense_features = self._dense_features(images)
-        text_features = self.encode_text(input_ids, attention_mask, image_features=dense_features)
+        text_features = in_slices(
+            self._encode_texts, self.batch_slices, input_ids, attention_mask, dense_features
+        )
         text_cls, scale = self.guidance(text_features), self.logit_scale.exp()
         guides = self.guides(text_cls, text_features, scale, guide_ids, guide_mask)
-        image_features = self._encode_image(images, guides, self.reduction)
+        encode = partial(self._encode_image, strategy=self.reduction)
+        image_features = in_slices(encode, self.batch_slices, images, guides)
         features = image_features, text_features
         return CLIPOutput(self._loss(*features), *features)
+
+    def _encode_texts(
+        self, input_ids: Tensor, attention_mask: Tensor | None, image_features: Tensor | None
+    ) -> Tensor:
+        return self.encode_text(input_ids, attention_mask, image_features=image_features)
+
+    def set_batch_slices(self, count: int) -> None:
+        check("count", count, PositiveInt)
+        self.batch_slices = count
 
     def _loss(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         features, scale = (image_features, text_features), self.logit_scale.exp()

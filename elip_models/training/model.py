@@ -56,6 +56,8 @@ def make_model(
     if model.adapted is not None:
         trained, every = trainable_counts(model)
         console.print(f"{trained} of {every} parameters train ({trained / every:.2%})")
+    with blame("optim.batch_slices"):
+        model.set_batch_slices(optim.batch_slices)
     if optim.grad_checkpointing:
         model.set_grad_checkpointing()
     return model

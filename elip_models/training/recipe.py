@@ -138,6 +138,8 @@ class OptimConfig:
             skipped, before the run ends.
         precision: "fp32", or autocast to "bf16" or "fp16".
         grad_checkpointing: Recompute activations in the backward pass.
+        batch_slices: CLIP encodes a batch in so many slices, recomputed in backward: the gradients
+            of the whole batch for the memory of one slice.
         compile: torch.compile the training step's model; true, or the name of a backend. Evaluation
             runs uncompiled.
         ema: Decay of an exponential moving average of the weights, such as 0.9999, which is then
@@ -166,6 +168,7 @@ class OptimConfig:
     max_nonfinite_steps: PositiveInt = 20
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     grad_checkpointing: bool = False
+    batch_slices: PositiveInt = 1
     compile: bool | Literal["inductor", "aot_eager", "eager"] = False
     ema: Rate | None = None
     gather: Literal["local", "global"] = "local"
