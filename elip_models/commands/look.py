@@ -52,7 +52,9 @@ def profile(
     ] = None,
     strategy: Annotated[
         list[str] | None,
-        typer.Option(help="Such as evit, tome:r=13, elip:scorer=exact; default all."),
+        typer.Option(
+            help="Such as evit, tome:r=13, elip:scorer=exact; default: all."
+        ),
     ] = None,
     schedule: Annotated[str | None, typer.Option(help="Of strategies that say none.")] = None,
     flops: Annotated[
@@ -74,6 +76,10 @@ def profile(
     paper: Annotated[
         bool, typer.Option("--paper", help="The FLOPs of the paper's models.")
     ] = False,
+    max_batch: Annotated[
+        bool, typer.Option("--max-batch", help="Instead: the largest training batch.")
+    ] = False,
+    memory: Annotated[str, typer.Option(help="That it has to fit into.")] = "16GB",
     output: Annotated[Path | None, typer.Option(help="Write the table here, as JSON.")] = None,
 ) -> None:
     """Tokens, FLOPs, time and memory of models under token reduction, against dense."""
@@ -81,7 +87,7 @@ def profile(
 
     settings = settings_of(
         models=model or (),
-        strategies=strategy or (),
+        strategies=strategy or ("elip:scorer=exact",) * max_batch,
         schedule=schedule,
         flops=flops,
         keep=keep,
@@ -91,4 +97,9 @@ def profile(
         rounds=None if flops_only else rounds,
         parts=parts,
     )
-    print_profile(settings, paper=paper, output=output, console=Console())
+    if max_batch:
+        from elip_models.profiling.max_batch import print_largest_batches
+
+        print_largest_batches(settings, memory, output=output, console=Console())
+    else:
+        print_profile(settings, paper=paper, output=output, console=Console())

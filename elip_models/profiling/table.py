@@ -112,8 +112,8 @@ def run_profile(settings: ProfileSettings, say: Callable[[str], None] | None = N
     left_out: list[LeftOut] = []
     parts: list[Parts] = []
     for spec in settings.models:
-        model = _opened(spec, settings)
-        strategies, refused = _fitting(spec, model, settings)
+        model = opened(spec, settings)
+        strategies, refused = fitting(spec, model, settings)
         left_out += refused
         for batch_size in settings.batch_sizes:
             if say is not None:
@@ -134,7 +134,7 @@ def run_profile(settings: ProfileSettings, say: Callable[[str], None] | None = N
     return Profile(settings, tuple(rows), tuple(left_out), tuple(parts))
 
 
-def _opened(spec: str, settings: ProfileSettings) -> nn.Module:
+def opened(spec: str, settings: ProfileSettings) -> nn.Module:
     """Open the model with random weights, on the meta device where nothing is timed."""
     with blame("--model"), settings.device, _quietly():
         model = open_model(spec, pretrained=False).to(DTYPES[settings.dtype])
@@ -152,7 +152,7 @@ def _quietly() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _fitting(
+def fitting(
     name: str, model: nn.Module, settings: ProfileSettings
 ) -> tuple[dict[str, Strategy], list[LeftOut]]:
     """Try the strategies on the model -> those that fit, by the name of their rows, and the

@@ -1,0 +1,140 @@
+"""The largest training batch in a given memory, dense and reduced (the paper's Table 9).
+
+    bytes(B) = held + fixed + B * each;    the largest B with bytes(B) <= memory
+
+held: weights, and of those that train a gradient and AdamW's two moments, in the model's dtype.
+fixed, each: the line through a step's memory at two small batches: on a GPU its peak, elsewhere
+what autograd saves for backward, which leaves out what a step needs for a moment.
+"""
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from elip_models.profiling.measure import memory_is, memory_of
+from elip_models.profiling.table import FORMS, ProfileSettings, fitting, opened
+from elip_models.profiling.workload import Workload
+from elip_models.reduction.strategy import Strategy
+from elip_models.validation import ConfigError, check_output, extra
+
+with extra("elip_models.profiling"):
+    from rich.console import Console
+    from rich.table import Table
+
+BATCHES = (2, 6)
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+MOMENTS = 2  # of AdamW
+
+
+@dataclass(frozen=True)
+class MaxBatch:
+    """What a training step of a model takes under a strategy.
+
+    Args:
+        held: Bytes of weights, gradients and moments.
+        fixed: Bytes of a step that do not grow with the batch.
+        each: Bytes of a step for each image and its text.
+        batch: The largest that fits; 0 where not even the weights do.
+        ratio: To that of the dense model.
+    """
+
+    model: str
+    strategy: str
+    held: int
+    fixed: int
+    each: int
+    batch: int
+    ratio: float
+
+
+def bytes_of(memory: str) -> int:
+    """ "16GB" or "16G" -> bytes, by powers of 1,024.
+
+    Raises:
+        ConfigError: another text.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", memory, re.IGNORECASE)
+    if found is None:
+        raise ConfigError(f"--memory: expected a size such as 16GB, got {memory!r}")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def largest_batches(
+    name: str, model: nn.Module, strategies: dict[str, Strategy | None], memory: int
+) -> list[MaxBatch]:
+    """A row for the dense model, then one for each strategy.
+
+    Args:
+        name: of the model.
+        strategies: by the name of their row.
+        memory: in bytes.
+
+    Raises:
+        TypeError, ValueError: a strategy that does not fit the model.
+    """
+    model.train()
+    held = sum(
+        each.numel() * each.element_size() * (2 + MOMENTS if each.requires_grad else 1)
+        for each in model.parameters()
+    )
+    rows: list[MaxBatch] = []
+    for row, strategy in ({"dense": None} | strategies).items():
+        fixed, each = _line(model, strategy)
+        batch = max(0, (memory - held - fixed) // each)
+        ratio = batch / rows[0].batch if rows and rows[0].batch else 1.0
+        rows.append(MaxBatch(name, row, held, fixed, each, batch, round(ratio, 3)))
+    return rows
+
+
+def _line(model: nn.Module, strategy: Strategy | None) -> tuple[int, int]:
+    """Bytes of a step without images, and of each image."""
+    found = []
+    for batch in BATCHES:
+        workload = Workload(model, batch)
+        forward = workload.forward(strategy)
+        step, parameters = partial(workload.train_step, forward), list(model.parameters())
+        found.append(memory_of(step, workload.device, forward=forward, parameters=parameters))
+    each = max(1, round((found[1] - found[0]) / (BATCHES[1] - BATCHES[0])))
+    return max(0, found[0] - BATCHES[0] * each), each
+
+
+def batches_table(rows: list[MaxBatch], memory: str, measured: str) -> Table:
+    """The rows, for a terminal."""
+    table = Table(title=f"largest training batch in {memory}", caption=f"by the {measured}")
+    for column in ("model", "strategy", "MiB held", "MiB a step", "MiB an image", "batch", "ratio"):
+        table.add_column(column, justify="left" if column in ("model", "strategy") else "right")
+    for row in rows:
+        sizes = (f"{each / 2**20:.1f}" for each in (row.held, row.fixed, row.each))
+        table.add_row(row.model, row.strategy, *sizes, str(row.batch), f"{row.ratio:.2f}")
+    return table
+
+
+def print_largest_batches(
+    settings: ProfileSettings, memory: str, *, output: Path | None, console: Console
+) -> None:
+    """Measures, prints, and writes `output` as JSON.
+
+    Raises:
+        ConfigError: a model that cannot be opened or reduced, or a memory that is none.
+    """
+    size = bytes_of(memory)
+    check_output("--output", output)
+    if not settings.models:
+        raise ConfigError(f"--model: expected one or more, {FORMS}")
+    rows: list[MaxBatch] = []
+    for name in settings.models:
+        with console.status(f"measuring {name}"):
+            model = opened(name, settings)
+            strategies, left_out = fitting(name, model, settings)
+            rows += largest_batches(name, model, strategies, size)
+        for each in left_out:
+            console.print(f"{each.model}: {each.strategy} is left out: {each.reason}", markup=False)
+    measured = memory_is(next(model.parameters()).device)
+    console.print(batches_table(rows, memory, measured))
+    if output is not None:
+        document = {"memory": size, "measured": measured, "rows": [asdict(each) for each in rows]}
+        output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
