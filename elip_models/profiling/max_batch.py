@@ -25,7 +25,7 @@ with extra("elip_models.profiling"):
     from rich.console import Console
     from rich.table import Table
 
-BATCHES = (2, 6)
+BATCHES = (2, 4)
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 MOMENTS = 2  # of AdamW
 
