@@ -482,7 +482,7 @@ def test_a_momentum_tower_may_share_or_score_the_reduction():
     [
         ({"guide": "other"}, "guide: expected 'own'"),
         ({"guide_negatives": 0.5}, r"guide_negatives: expected a number in \[0, 0\], got 0.5"),
-        ({"num_classes": 0}, "num_classes: expected an integer at least 1, got 0"),
+        ({"num_classes": 0}, r"num_classes: expected an integer in \[1, 1048576\], got 0"),
     ],
 )
 def test_a_bad_config_is_named(options, message):

@@ -288,7 +288,7 @@ def test_the_error_names_what_a_pickle_holds(tmp_path):
 def test_a_broken_file_is_refused(tmp_path):
     for name in ("broken.pth", "broken.safetensors"):
         (tmp_path / name).write_bytes(b"not weights")
-        with pytest.raises(ValueError, match="source: expected"):
+        with pytest.raises(ValueError, match=rf"source: .*{name}"):
             convert_checkpoint(tmp_path / name)
 
 

@@ -19,6 +19,7 @@ BEYOND = ORIGINALS.pop("beyond")
 NOT_OF_THE_PAPER = {  # what to train on, what touches no gradient, and what no recipe uses
     *("data.train", "data.weights", "data.eval", "data.num_workers", "data.max_bad_share"),
     *("model.overrides", "optim.grad_checkpointing", "optim.compile", "data.zero_shot"),
+    *("optim.batch_slices", "optim.max_nonfinite_steps"),
     *("model.pretrained", "model.allow_missing", "model.allow_unexpected", "optim.ema"),
 }
 

@@ -63,8 +63,9 @@ def test_later_override_wins(recipe):
     [
         (
             "optim.weight_decy=1",
-            "lr_scale, weight_decay, no_decay, betas, eps, max_grad_norm, precision, "
-            "grad_checkpointing, compile, ema, gather; did you mean 'optim.weight_decay'?",
+            "lr_scale, weight_decay, no_decay, betas, eps, max_grad_norm, max_nonfinite_steps, "
+            "precision, grad_checkpointing, batch_slices, compile, ema, gather; "
+            "did you mean 'optim.weight_decay'?",
         ),
         ("lr=1", "lr: no such key; a recipe has name, output_dir, model"),
         ("lr=1", "; did you mean 'optim.lr'?"),

@@ -160,7 +160,7 @@ def stubbed(monkeypatch):
 
     def train(config, **options):
         seen.append(config.name)
-        runner.RunFolder(config.output_dir).claim(config)
+        runner.RunFolder(config.output_dir).claim(config, {})
 
     monkeypatch.setattr(runner, "train", train)
     monkeypatch.setattr(runner, "_open", lambda *arguments: None)

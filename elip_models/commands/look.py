@@ -52,9 +52,7 @@ def profile(
     ] = None,
     strategy: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Such as evit, tome:r=13, elip:scorer=exact; default: all."
-        ),
+        typer.Option(help="Such as evit, tome:r=13, elip:scorer=exact; default: all."),
     ] = None,
     schedule: Annotated[str | None, typer.Option(help="Of strategies that say none.")] = None,
     flops: Annotated[
