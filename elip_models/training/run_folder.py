@@ -114,7 +114,8 @@ class RunFolder:
                 folder.rmdir()
 
     def prepare(self) -> None:
-        """What a start that failed left in the folder goes."""
+        """The folder is there, and what a start that failed left in it goes."""
+        self.make()
         if not self.recipe.exists():
             shutil.rmtree(self.tokenizer, ignore_errors=True)
 
