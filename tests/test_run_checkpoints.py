@@ -14,6 +14,7 @@ from rich.console import Console
 from elip_models.training.errors import Stopped, TrainingError
 from elip_models.training.run_checkpoints import Checkpoints, damage_of, step_of
 from elip_models.training.run_folder import RunFolder
+from elip_models.training.stop import Stop
 from elip_models.training.trainer import train
 from tests.tiers import tiered
 from tests.tiny_run import logged, own_process, tiny_arguments, tiny_config
@@ -170,6 +171,21 @@ def test_the_handlers_of_a_program_are_given_back(tmp_path):
     with own_process():
         train(tiny_config(tmp_path))
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_a_checkpoint_in_time_lets_the_process_live(monkeypatch):
+    ended = []
+    monkeypatch.setattr("elip_models.training.stop.PATIENCE", 0.2)
+    monkeypatch.setattr("elip_models.training.stop.os._exit", ended.append)
+    with Stop() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+    time.sleep(0.4)
+    assert ended == []
+    with Stop():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.4)
+    assert ended == [130]
 
 
 def test_a_folder_is_free_again_when_its_run_has_ended(tmp_path):

@@ -168,13 +168,10 @@ def _open_text(spec: str) -> nn.Module:
 
     name = spec.removeprefix("hf:")
     try:
-        architectures = (
-            AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or ()
-        )
-        has_head = any(one.endswith("ForMaskedLM") for one in architectures)
-        return (AutoModelForMaskedLM if has_head else AutoModel).from_pretrained(
-            name, trust_remote_code=False
-        )
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        has_head = any(one.endswith("ForMaskedLM") for one in config.architectures or ())
+        kind = AutoModelForMaskedLM if has_head else AutoModel
+        return kind.from_pretrained(name, trust_remote_code=False)
     except OSError as error:
         raise ValueError(
             f"text: expected a model whose files are here or can be fetched, got {spec!r}: {error}"

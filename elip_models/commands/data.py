@@ -1,5 +1,6 @@
 """`elip data check | export`."""
 
+import sys
 from collections import Counter
 from pathlib import Path
 from statistics import fmean
@@ -33,7 +34,9 @@ def check_data(
         typer.Argument(metavar="SPEC...", help="JSON list, tar shards, emoji_scenes:size=500."),
     ],
     task: Annotated[str, typer.Option(help=f"What the data is for: {TASKS}.")] = "retrieval",
-    limit: Annotated[int | None, typer.Option(min=1, help="Read only the first samples.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, max=sys.maxsize, help="Read only the first.")
+    ] = None,
     image_size: ImageSize = 224,
 ) -> None:
     """Read every sample of the sources; exit status 1 where some cannot be read."""
@@ -48,7 +51,7 @@ def check_data(
             source = open_examples(task, specs, image_size=image_size)
     console, named = Console(), escape(", ".join(specs))
     with console.status(f"reading {named}"):
-        report = check_source(source, limit and min(limit, len(source)))
+        report = check_source(source, limit)
     if has_captions:
         captions = [text for i in range(report.seen) for text in source.captions(i)]
         console.print(data_table(named, len(source), report, captions))

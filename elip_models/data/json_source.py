@@ -113,7 +113,8 @@ def _entries(file: Path, split: str | None) -> Iterator[tuple[int, dict[str, Any
     malformed."""
     entries = read_json(file, _EXPECTED)
     if isinstance(entries, dict) and "images" in entries:
-        for number, image, captions, sample_id in captioned(file, entries, split):
+        for number, image, texts, sample_id in captioned(file, entries, split):
+            captions = clean_captions(texts)
             yield number, {"image": image, "captions": captions, "id": sample_id, "boxes": []}
         return
     if not isinstance(entries, list):
@@ -128,7 +129,7 @@ def _entries(file: Path, split: str | None) -> Iterator[tuple[int, dict[str, Any
         if not isinstance(image, str):
             raise ValueError(f"{where}: image: expected a path, got {image!r}")
         try:
-            captions = clean_captions(entry["caption"], checked=False)
+            captions = clean_captions(entry["caption"])
             boxes = _boxes(entry.get("boxes", []), len(captions))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
@@ -139,9 +140,10 @@ def _entries(file: Path, split: str | None) -> Iterator[tuple[int, dict[str, Any
 def _checked(entry: dict[str, Any]) -> dict[str, Any]:
     """The entry with its problem; what is no Unicode text stands in it in no place."""
     try:
-        for name in ("image", "id"):
-            check_text(name, entry[name])
-        return entry | {"captions": clean_captions(entry["captions"]), "problem": ""}
+        check_text("image", entry["image"])
+        check_text("image_id", entry["id"])
+        check_text("caption", *entry["captions"])
+        return entry | {"problem": ""}
     except TextError as error:
         names = {name: ascii(entry[name]) for name in ("image", "id")}
         return entry | names | {"captions": [], "boxes": [], "problem": str(error)}

@@ -59,17 +59,14 @@ class NamedMasks(Protocol):
         ...
 
 
-def clean_captions(value: Any, *, checked: bool = True) -> list[str]:
+def clean_captions(value: Any) -> list[str]:
     """A caption, a list of captions or None -> those with text, white space collapsed.
 
-    Raises ValueError where `value` is anything else, and TextError, unless `checked` is False,
-    where a text is no Unicode.
+    Raises ValueError where `value` is anything else.
     """
     captions = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
         raise ValueError(f"caption: expected a text or a list of texts, got {value!r}")
-    for text in captions if checked else ():
-        check_text("caption", text)
     collapsed = (" ".join(text.split()) for text in captions)
     return [text for text in collapsed if text]
 
@@ -78,12 +75,13 @@ class TextError(ValueError):
     """A text that is none: it holds half of a surrogate pair, as JSON can and no file of text."""
 
 
-def check_text(name: str, text: str) -> None:
+def check_text(name: str, *texts: str) -> None:
     """Raises TextError."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise TextError(f"{name}: expected Unicode text, got {text!r:.100}") from error
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TextError(f"{name}: expected Unicode text, got {text!r:.100}") from error
 
 
 def decode_image(file: BinaryIO | Path, sample_id: str) -> Image.Image:

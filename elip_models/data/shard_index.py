@@ -21,7 +21,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from elip_models.data.sample import clean_captions
+from elip_models.data.checks import expanded
+from elip_models.data.sample import check_text, clean_captions
 from elip_models.data.tar_members import Damage, Member, read_members
 from elip_models.validation import extra
 
@@ -93,8 +94,8 @@ def _cache_folder() -> Path | None:
     said = os.environ.get("ELIP_CACHE")
     if said == "":
         return None
-    root = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    return _writable(Path(said) if said else root / "elip")
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return _writable(expanded(said) if said else root / "elip")
 
 
 @cache
@@ -265,6 +266,7 @@ def _read_captions(file: BinaryIO, members: dict[str, Member]) -> tuple[list[str
             else:
                 content = content.decode()
             captions += clean_captions(content)
+        check_text("caption", *captions)
     except (ValueError, RecursionError) as error:
         return [], f"captions not readable: {error}"
     return list(dict.fromkeys(captions)), ""

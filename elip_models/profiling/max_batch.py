@@ -125,6 +125,8 @@ def print_largest_batches(
     check_output("--output", output)
     if not settings.models:
         raise ConfigError(f"--model: expected one or more, {FORMS}")
+    if settings.rounds is None:
+        raise ConfigError("--flops-only: expected without --max-batch, which measures memory")
     rows: list[MaxBatch] = []
     for name in settings.models:
         with console.status(f"measuring {name}"):

@@ -27,7 +27,7 @@ class LossLog:
     """Steps whose losses and gradient norms are still on the device.
 
     Args:
-        most: steps in a row that may be skipped, because they are not finite, less one.
+        most: so many steps in a row that are not finite end the run.
     """
 
     def __init__(self, accelerator: "Accelerator", *, most: int) -> None:

@@ -29,6 +29,7 @@ class Stop:
     def __init__(self) -> None:
         self.signal: int | None = None
         self._before: dict[int, Any] = {}
+        self._patience: threading.Timer | None = None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -38,6 +39,8 @@ class Stop:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._patience is not None:
+            self._patience.cancel()  # the checkpoint is there
 
     def came(self, accelerator: "Accelerator", *, may_wait: bool) -> bool:
         """Whether one came; of several processes, to any, as all of them are told.
@@ -57,6 +60,6 @@ class Stop:
         if self.signal is not None:
             os._exit(128 + number)
         self.signal = number
-        timer = threading.Timer(PATIENCE, os._exit, (128 + number,))
-        timer.daemon = True
-        timer.start()
+        self._patience = threading.Timer(PATIENCE, os._exit, (128 + number,))
+        self._patience.daemon = True
+        self._patience.start()

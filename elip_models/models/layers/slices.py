@@ -10,6 +10,7 @@ which draws again what dropout drew.
 """
 
 from collections.abc import Callable
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -29,8 +30,6 @@ def in_slices(encode: Callable[..., Tensor], count: int, *inputs: Tensor | None)
     """
     if count == 1 or not torch.is_grad_enabled():
         return encode(*inputs)
-    batch = next(len(each) for each in inputs if each is not None)
-    sizes = [len(part) for part in torch.empty(batch).chunk(count)]
-    parts = [[None] * len(sizes) if each is None else each.split(sizes) for each in inputs]
-    features = [checkpoint(encode, *part, use_reentrant=False) for part in zip(*parts, strict=True)]
-    return torch.cat(features)
+    parts = [repeat(None) if each is None else each.chunk(count) for each in inputs]
+    slices = zip(*parts, strict=False)  # a None has no end
+    return torch.cat([checkpoint(encode, *each, use_reentrant=False) for each in slices])
