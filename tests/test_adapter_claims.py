@@ -41,7 +41,17 @@ WHOLE = PAIRS | UNGUIDED_PAIRS
 MODELS = IMAGE_MODELS | WHOLE
 QUICK = [*TOWERS, *ROTARY, *WITHOUT_CLS, "timm average", "timm SigLIP"]
 QUICK += [name for name in PAIRS if "," not in name or name.endswith("text")] + [*UNGUIDED_PAIRS]
+EACH_LIBRARY = ("timm", "open_clip", "HF CLIP", "HF CLIP pair")
 every_model = pytest.mark.parametrize("name", tiered(MODELS, QUICK))
+
+
+def every_model_in(ways, argument):
+    """Each model in each of the ways; quick are the first one, and all for a model a library."""
+    ways = list(ways)
+    cases = [(name, way) for name in MODELS for way in ways]
+    quick = [(name, ways[0]) for name in QUICK]
+    quick += [(name, way) for name in EACH_LIBRARY for way in ways[1:]]
+    return pytest.mark.parametrize(("name", argument), tiered(cases, quick))
 
 
 class Call:
@@ -71,8 +81,7 @@ def contents(model):
     }
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
-@every_model
+@every_model_in(["eval", "train"], "mode")
 def test_an_empty_schedule_is_the_untouched_model(name, mode):
     model, call = getattr(MODELS[name](), mode)(), Call(name)
     expected, keys = call.dense(model), list(model.state_dict())
@@ -84,7 +93,11 @@ def test_an_empty_schedule_is_the_untouched_model(name, mode):
 SCORERS = ["official", "exact", "attention", "cls", "last", 1]
 SCORED = [(name, s) for name in TOWERS | ROTARY | POOLED for s in SCORERS]
 SCORED += [(name, s) for name in LACK_CLS for s in ("exact", "last", 1)]
-SCORED_QUICK = [(name, s) for name, s in SCORED if name in QUICK and s != "attention"]
+SCORED_QUICK = [
+    (name, s)
+    for name, s in SCORED
+    if (name in QUICK and s in ("exact", "last")) or name in EACH_LIBRARY
+]
 
 
 @pytest.mark.parametrize(("name", "scorer"), tiered(SCORED, SCORED_QUICK))
@@ -130,8 +143,7 @@ COPIES = {
 }
 
 
-@pytest.mark.parametrize("how", COPIES)
-@every_model
+@every_model_in(COPIES, "how")
 def test_a_copy_is_reduced_apart_and_can_be_undone(name, how):
     model, call = MODELS[name]().eval(), Call(name)
     dense = call.dense(model)
@@ -154,8 +166,7 @@ def switched_on(model):
         model.set_grad_checkpointing(True)
 
 
-@pytest.mark.parametrize("how", ["of the library", "re-entrant"])
-@every_model
+@every_model_in(["of the library", "re-entrant"], "how")
 def test_checkpointing_replays(name, how):
     if (name, how) == ("open_clip own attention", "of the library"):
         pytest.skip("open_clip 3.3 itself cannot checkpoint its CustomResidualAttentionBlock")

@@ -260,6 +260,7 @@ def refused(folder, capsys):
     return capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_benchmark_records_parity_and_nothing_private(measure, tmp_path, capsys):
     words = ("benchmarks/bench_reduce.py", "--rounds", "1", "-k", "B1- and training")
     status, content = measure(*words)

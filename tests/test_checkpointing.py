@@ -12,7 +12,8 @@ import elip_models
 from elip_models.reduction import scorers
 from elip_models.reduction.replay import MAX_REENTRANT
 from elip_models.reduction.strategies import elip as stage
-from tests.test_strategies import patched, strategies
+from tests.test_strategies import STRATEGIES, patched, strategies
+from tests.tiers import tiered
 from tests.towers import (
     SCHEDULE,
     assert_equal_gradients,
@@ -21,6 +22,11 @@ from tests.towers import (
     gradients_of_a_step,
     images,
     text,
+)
+
+EACH_WAY = tiered(
+    [(name, use_reentrant) for name in STRATEGIES for use_reentrant in (True, False)],
+    [*((name, True) for name in STRATEGIES), ("elip", False), ("tome", False)],
 )
 
 
@@ -191,9 +197,9 @@ def test_a_forward_in_a_backward_hook_is_a_forward(use_reentrant):
     assert torch.equal(within[0], expected)
 
 
-@strategies
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_a_recomputed_block_does_what_its_forward_did(strategy, use_reentrant):
+@pytest.mark.parametrize(("name", "use_reentrant"), EACH_WAY)
+def test_a_recomputed_block_does_what_its_forward_did(name, use_reentrant):
+    strategy = STRATEGIES[name]
     model, x, t = clip_vit(proj_drop_rate=0.2, drop_path_rate=0.1), images(3), text(3)
 
     def checkpointed(x):
@@ -210,11 +216,11 @@ def test_a_recomputed_block_does_what_its_forward_did(strategy, use_reentrant):
     assert_equal_gradients(*gradients)
 
 
-@strategies
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_a_recomputed_block_finds_its_own_pass(strategy, use_reentrant):
+@pytest.mark.parametrize(("name", "use_reentrant"), EACH_WAY)
+def test_a_recomputed_block_finds_its_own_pass(name, use_reentrant):
     """Two batches wait for backward, no pass without checkpoints came before, one without gradient
     lies between."""
+    strategy = STRATEGIES[name]
     model, batches = clip_vit(), [(images(3), text(3)) for _ in range(2)]
 
     def step(reduced, run):

@@ -246,7 +246,7 @@ def test_guidance_reaches_such_a_call():
     assert not torch.equal(plain, final)
 
 
-@pytest.mark.parametrize("strategy", tiered(list(STRATEGIES), ["elip"]))
+@pytest.mark.parametrize("strategy", tiered(list(STRATEGIES), []))
 def test_such_a_call_compiles_whole(strategy):
     torch._dynamo.reset()
     settings = dict(STRATEGIES[strategy])

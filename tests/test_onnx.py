@@ -90,6 +90,7 @@ def test_every_strategy_is_tested():
     assert names == elip_models.STRATEGIES.keys()
 
 
+@pytest.mark.slow
 def test_a_small_model():
     model = elip_models.reduce_(plain_vit(depth=2).eval(), schedule="1(100%) 1(50%)")
     assert_runs_alike(exported(model, (images(),)), model, images())

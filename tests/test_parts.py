@@ -39,7 +39,7 @@ def workload(family, **options):
         return Workload(model, 2)
 
 
-@pytest.mark.parametrize("family", tiered(FAMILIES, ["blip"]))
+@pytest.mark.parametrize("family", tiered(FAMILIES, ["clip"]))
 def test_parts_add_up_to_all_that_is_counted(family):
     measured = workload(family)
     counted = count(measured, STRATEGIES, "training")

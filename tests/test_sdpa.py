@@ -66,6 +66,7 @@ def test_a_reduced_model_and_its_copies_take_it_too(how):
     assert got.shape == (2, 12, WIDTH)
 
 
+@pytest.mark.slow
 def test_compiles_whole():
     torch._dynamo.reset()
     model, x = elip_models.use_sdpa_(blip()).eval(), images()

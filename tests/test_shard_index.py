@@ -89,6 +89,7 @@ def test_a_folder_that_cannot_be_written_is_said_and_read_without(tmp_path, monk
         assert len(ShardSource(three(tmp_path))) == 6
 
 
+@pytest.mark.slow
 def test_several_processes_build_each_shard_once(tmp_path, cache):
     paths = [shard(tmp_path / f"{n}.tar") for n in range(8)]
     code = (
@@ -104,6 +105,7 @@ def test_several_processes_build_each_shard_once(tmp_path, cache):
     assert sorted(said) == sorted(path.name for path in paths)
 
 
+@pytest.mark.slow
 def test_many_bytes_are_shared_among_helpers(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(shard_index, "SHARED_FROM", 1)
     monkeypatch.setattr(os, "cpu_count", lambda: 3)

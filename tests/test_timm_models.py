@@ -11,6 +11,7 @@ import torch
 
 import elip_models
 from elip_models.towers import as_tower
+from tests.tiers import tiered
 
 DOCS = Path(__file__).parents[1] / "docs"
 QUICK = {
@@ -44,7 +45,7 @@ is_of_this_timm = pytest.mark.skipif(
 
 
 @is_of_this_timm
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", tiered(QUICK, ["vit_small_patch16_dinov3"]))
 def test_the_page_is_what_the_code_answers(name):
     assert timm_models.answer(name, QUICK[name])._replace(notes=()) == ANSWERS[name]
 

@@ -13,6 +13,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAN, INF = float("nan"), float("inf")
 ALL_OPS = ["elip::nearest_match", "elip::nearest_merge", "elip::bipartite_merge_backward"]
 SHAPES = [(197, 127), (257, 166), (50, 32), (38, 1), (9, 7), (3, 1), (2, 1)]  # N, K
+CASES = [(*shape, dtype) for shape in SHAPES for dtype in DTYPES]
+QUICK = [(*shape, torch.float32) for shape in SHAPES[2:]]
+QUICK += [(9, 7, torch.bfloat16), (50, 32, torch.float16)]
 
 
 def check(launches, tokens, kept, metric, size=None, num_prefix_tokens=1, mask=None):
@@ -43,13 +46,12 @@ def check(launches, tokens, kept, metric, size=None, num_prefix_tokens=1, mask=N
     return out, info
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("N", "K"), tiered(SHAPES, SHAPES[2:]))
+@pytest.mark.parametrize(("N", "K", "dtype"), tiered(CASES, QUICK), ids=str)
 def test_kernel_agrees_with_fp64(launches, N, K, dtype):
     check(launches, *inputs(2, N, 40, 24, K, dtype=dtype))
 
 
-@pytest.mark.parametrize("p", tiered([0, 1, 3], [1]))
+@pytest.mark.parametrize("p", tiered([0, 1, 3], []))
 def test_every_number_kept_after_any_prefix(launches, p):
     for K in range(1, 12 - p, 3):
         check(launches, *inputs(2, 12, K=K, p=p), num_prefix_tokens=p)
@@ -88,7 +90,7 @@ def test_a_metric_without_direction_ranks_last(launches, bad):
     check(launches, tokens, kept, metric, size)
 
 
-@pytest.mark.parametrize("bad", [NAN, INF, 1.0])
+@pytest.mark.parametrize("bad", tiered([NAN, INF, 1.0], [NAN]))
 def test_padding_is_neither_kept_nor_merged(launches, bad):
     tokens, _, metric, size = inputs(3, 40)
     mask = torch.rand(3, 40) < 0.5
