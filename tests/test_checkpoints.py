@@ -1,6 +1,7 @@
 """Other people's checkpoints as our models: what they compute, and what does not convert."""
 
 import argparse
+import zipfile
 from dataclasses import replace
 
 import pytest
@@ -290,6 +291,20 @@ def test_a_broken_file_is_refused(tmp_path):
         (tmp_path / name).write_bytes(b"not weights")
         with pytest.raises(ValueError, match=rf"source: .*{name}"):
             convert_checkpoint(tmp_path / name)
+
+
+def test_a_small_file_that_would_fill_the_memory_is_refused(tmp_path):
+    plain, bomb = tmp_path / "plain.pth", tmp_path / "bomb.pth"
+    torch.save({"model": {"a": torch.zeros(10**6)}}, plain)
+    with (
+        zipfile.ZipFile(plain) as source,
+        zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
+        for name in source.namelist():
+            archive.writestr(name, source.read(name))
+    assert torch.load(bomb, weights_only=True) and bomb.stat().st_size < 10**5
+    with pytest.raises(ValueError, match="which would unpack to 4000"):
+        convert_checkpoint(bomb)
 
 
 def test_stacked_projections_come_apart_and_together_again():

@@ -12,6 +12,7 @@ Names and what fills missing parts: `names.py`; the config: `model_config.py`; t
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -129,6 +130,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             return read_tensors(path)
         except ValueError as error:
             raise ValueError(f"source: {error}") from error
+    _check_unpacked(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
@@ -138,6 +140,20 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             "save its state dict alone, torch.save({'model': state_dict}, ..)"
         ) from error
     return _unwrapped(content, path)
+
+
+def _check_unpacked(path: Path) -> None:
+    """Nothing in it is compressed, as torch.save leaves it: a small file cannot fill the memory."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return  # of the older format, or damaged, which torch.load says
+    if unpacked > path.stat().st_size:
+        raise ValueError(
+            f"source: expected a file that torch.save wrote, which compresses nothing, got {path} "
+            f"of {path.stat().st_size} bytes, which would unpack to {unpacked}"
+        )
 
 
 def _other_content(path: Path) -> str:
