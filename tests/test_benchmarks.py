@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from benchmarks.plot import BEGIN, END, main
 from elip_models.profiling.commit import commit
 from elip_models.profiling.measure import count_step
+from tests.tiers import tiered
 
 ROOT = Path(__file__).resolve().parents[1]
 HELD = {"max_abs": 1e-7, "bound": 1e-6, "passed": True}
@@ -312,10 +313,9 @@ def pytest_runtest_setup(item):
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stops_at", "failed", "missing"),
-    [("", ["reduce"], []), ("reduce", [], ["reduce"])],
+    tiered([("", ["reduce"], []), ("reduce", [], ["reduce"])], []),
 )
 def test_a_run_that_failed_or_was_stopped_is_refused(
     measure, tmp_path, capsys, stops_at, failed, missing

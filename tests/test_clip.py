@@ -175,7 +175,7 @@ def test_checkpointing_gives_the_same_gradients():
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_compiles_whole():
     torch._dynamo.reset()
     model, inputs = tiny(), batch()

@@ -262,7 +262,8 @@ def test_such_a_call_compiles_whole(strategy):
     assert torch.compile(model, fullgraph=True, backend="eager")(x).shape == (2, 5)
 
 
-@pytest.mark.parametrize("strategy", tiered(STRATEGIES, []))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_hidden_states_of_a_compiled_model_of_transformers_are_grids(strategy):
     torch._dynamo.reset()
     model, x = reduce_(TOWERS["HF CLIP"]().eval(), **STRATEGIES[strategy]), images()
@@ -273,7 +274,7 @@ def test_hidden_states_of_a_compiled_model_of_transformers_are_grids(strategy):
     torch.testing.assert_close(compiled(x).image_embeds, expected.image_embeds)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_blocks_that_are_compiled_one_by_one_give_grids():
     torch._dynamo.reset()
     model, x = reduce_(plain_vit().eval(), schedule=SCHEDULE), images()

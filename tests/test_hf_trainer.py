@@ -137,7 +137,7 @@ def test_accumulated_batches_are_one_step(tmp_path):
     assert watch.tokens() == [19] * 2 + [37] * 8
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_what_the_trainer_compiles_changes_where_the_reduction_ends(tmp_path):
     options = {"max_steps": 3}
     eager, _ = run(tmp_path / "eager", ReductionCallback(ToMe(3), until=2), **options)

@@ -165,7 +165,7 @@ def test_a_changed_block_runs_whole(calls):
     assert len(calls) == depth
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @torch.no_grad()
 def test_compiles_whole_and_exports():
     torch._dynamo.reset()

@@ -102,7 +102,8 @@ def test_a_strategy_gives_in_onnxruntime_what_it_gives_here(name):
     assert_runs_alike(exported(model, (images(),)), model, images())
 
 
-@pytest.mark.parametrize("name", tiered(["elip last", "evit", "tome"], []))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["elip last", "evit", "tome"])
 def test_the_batch_may_be_of_any_size(name):
     model = elip_models.reduce_(plain_vit().eval(), strategy=CASES[name])
     program = exported(model, (images(),), dynamic=({0: BATCH},))
@@ -132,7 +133,8 @@ def test_random_draws_in_every_run_and_keeps_what_it_drew(monkeypatch):
 OTHERS = ("timm registers", "open_clip", "HF CLIP", "EVA-02 tiny", "HF SigLIP vision")
 
 
-@pytest.mark.parametrize("name", tiered(OTHERS, []))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", OTHERS)
 def test_other_towers(name):
     model = (TOWERS | ROTARY | WITHOUT_CLS)[name]().eval()
     elip_models.reduce_(

@@ -66,7 +66,7 @@ def test_open_clip_trains_and_resumes_what_it_saved(data, tmp_path, reduction):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_reduced_run_is_not_the_dense_one_and_tome_of_nothing_is(data, tmp_path):
     both = [
         losses(train(data, tmp_path / name, "--epochs", "1", "--reduce", name))

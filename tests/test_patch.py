@@ -146,7 +146,8 @@ def test_compiles_whole_forward_and_backward(scorer):
         torch.testing.assert_close(out, model(x))
 
 
-@pytest.mark.parametrize("scorer", tiered(["cls", "exact"], []))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("scorer", ["cls", "exact"])
 def test_compiles_with_inductor_and_autocast(scorer):
     torch._dynamo.reset()
     model = plain_vit(depth=3)

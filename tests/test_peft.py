@@ -380,7 +380,8 @@ def test_under_five_percent_train_at_full_size(name, kind):
         assert list(merge_(model).state_dict()) == names
 
 
-@pytest.mark.parametrize("kind", tiered(KINDS, []))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kind", KINDS)
 def test_compiles_whole(kind):
     torch._dynamo.reset()
     model, inputs = adapted("clip", kind), inputs_of("clip")

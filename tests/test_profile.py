@@ -280,7 +280,7 @@ def blip_counts():
     return step_counts("blip")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_step_of_blip_is_the_papers(blip_counts):
     paper, counted = TABLE1["BLIP"], ratios(blip_counts)
     assert blip_counts["dense"] == pytest.approx(paper.dense, rel=0.01)

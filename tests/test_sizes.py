@@ -153,7 +153,8 @@ def test_a_compiled_model_takes_images_of_two_sizes(strategy, backend):
     assert_equal_gradients(gradients(model), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("strategy", tiered(STRATEGIES, []))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_compiled_model_of_transformers_takes_images_of_two_sizes(strategy):
     """One graph a size: ToMe's counts as terms of the image's size would take minutes."""
     torch._dynamo.reset()

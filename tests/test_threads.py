@@ -233,8 +233,7 @@ def test_a_compiled_model_never_answers_with_the_guidance_of_another_thread():
         assert torch.equal(compiled(IMAGES[0]), unguided)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["evit", "tome"])
+@pytest.mark.parametrize("strategy", tiered(["evit", "tome"], []))
 def test_a_compiled_model_that_no_text_guides_serves_threads(strategy):
     torch._dynamo.reset()
     model = plain_vit().eval()

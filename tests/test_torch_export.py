@@ -90,7 +90,7 @@ assert not {"elip_kernels", "elip_models"} & sys.modules.keys()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="AOTInductor needs a C++ compiler"
 )

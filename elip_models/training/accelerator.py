@@ -4,6 +4,7 @@ Buffers are not broadcast: the queue of features, their largest, is the same on 
 """
 
 import logging
+import os
 
 import torch
 
@@ -15,13 +16,16 @@ with extra("elip_models.training"):
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
+STORE_OF_ITS_OWN = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+
 
 def make_accelerator(config: RunConfig, folder: RunFolder) -> Accelerator:
     """Precision, accumulation and trackers of `config`, files of trackers in `folder`.
 
     Raises:
-        ConfigError: a precision or a tracker that there is not.
+        ConfigError: a precision or a tracker that there is not, or restarts that could hang.
     """
+    _check_restarts()
     optim = config.optim
     told = logging.getLogger("accelerate.utils.other")
     told.addFilter(lambda record: "Removed shared tensor" not in record.getMessage())  # tied: meant
@@ -37,3 +41,15 @@ def make_accelerator(config: RunConfig, folder: RunFolder) -> Accelerator:
     if missing := set(config.trackers) - {str(tracker) for tracker in accelerator.log_with}:
         raise ConfigError(f"trackers: expected installed ones, got {sorted(missing)}")
     return accelerator
+
+
+def _check_restarts() -> None:
+    """Where torchrun lends its own store, restarted processes find the addresses of those that have
+    ended in it, and may wait for them for ever (torch 2.13)."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    is_lent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if restarts and is_lent and os.environ.get(STORE_OF_ITS_OWN) != "1":
+        raise ConfigError(
+            f"torchrun: expected {STORE_OF_ITS_OWN}=1 in the environment beside "
+            f"--max-restarts={restarts}, or restarted processes may wait for those that have ended"
+        )

@@ -9,6 +9,5 @@ As a plugin, so that the profile is known when the option is read:
 from hypothesis import settings
 
 settings.register_profile("sample", max_examples=4, derandomize=True, deadline=None, database=None)
-settings.register_profile("slow", settings.get_profile("sample"), max_examples=8)
 settings.register_profile("full", settings.get_profile("sample"), max_examples=100)
 settings.load_profile("sample")

@@ -75,7 +75,7 @@ def test_any_width(launches, D, C):
     check(launches, tokens, metric, 7, size)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_longest_image_and_a_metric_of_another_dtype(launches):
     tokens, metric, size = inputs(1, 1025, 8, 16)
     check(launches, tokens.bfloat16(), metric, 512, size)

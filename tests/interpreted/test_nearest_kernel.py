@@ -65,7 +65,7 @@ def test_any_width(launches, D, C):
     check(launches, tokens, kept, metric if C > 1 else metric.sign(), size)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_longest_image_and_a_metric_of_another_dtype(launches):
     tokens, kept, metric, size = inputs(1, 1025, 8, 16, 500)
     check(launches, tokens.bfloat16(), kept, metric, size)
