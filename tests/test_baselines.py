@@ -106,7 +106,7 @@ def test_no_loss_sees_the_padding_of_adaptive(family, momentum):
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("strategy", OTHERS)
+@pytest.mark.parametrize("strategy", tiered(OTHERS, ["tome", "trips"]))
 @pytest.mark.parametrize("family", MOMENTUM)
 def test_a_momentum_tower_that_shares_keeps_the_same_tokens(family, strategy):
     """One that equals the online tower has its tokens, to the bit; one that does not, its own."""

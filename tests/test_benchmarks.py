@@ -279,7 +279,7 @@ def test_a_benchmark_records_parity_and_nothing_private(measure, tmp_path, capsy
     assert "rounds" in refused(tmp_path, capsys)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_step_of_pretraining_is_measured_dense_and_reduced(measure):
     words = ("benchmarks/bench_pretraining.py", "--tiny", "--rounds", "1")
     status, content = measure(*words, "-k", "albef or negatives")

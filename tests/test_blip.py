@@ -104,6 +104,7 @@ def test_the_decoder_sees_no_later_token(golden):
     assert not torch.allclose(logits[:, 6:], other[:, 6:], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_checkpointing_leaves_the_gradients(golden):
     case = golden("blip_pretrain")
     got = []

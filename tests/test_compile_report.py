@@ -90,7 +90,7 @@ def test_many_images_score_and_move_by_128_bits(N, registers):
     assert moves_wide(code, (N - 1) * launch.arguments["BLOCK_D"] * 2)
 
 
-@pytest.mark.parametrize(("N", "registers"), tiered([(257, 64), (577, 128)], [(257, 64)]))
+@pytest.mark.parametrize(("N", "registers"), tiered([(577, 128), (257, 64)], []))
 def test_few_images_score_and_move_by_128_bits(N, registers):
     codes = compiled("score_reduce", N, "bf16")
     launch, code = codes["scores_kernel"]
@@ -116,7 +116,7 @@ def test_merging_stays_in_registers(call, dtype):
     ("call", "arch"),
     tiered(
         [(call, arch) for arch in ARCHITECTURES for call in CALLS],
-        [(call, 90) for call in ("reduce", "bipartite_merge")],
+        [(call, 90) for call in ("reduce",)],
     ),
 )
 def test_every_kernel_compiles_everywhere_without_a_spill(call, arch):
@@ -264,7 +264,7 @@ def test_outside_the_recorder_the_reference_runs():
     assert torch.equal(kept[:, 0], tokens[:, 0])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_command_writes_a_table_and_json(tmp_path):
     path = tmp_path / "report.json"
     command = [sys.executable, "-m", "elip_kernels.testing", "report"]

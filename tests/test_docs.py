@@ -12,6 +12,7 @@ import typer
 import elip_models
 from elip_models.cli import app
 from elip_models.models import registry
+from tests.tiers import tiered
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -59,8 +60,13 @@ def small(monkeypatch):
     monkeypatch.setattr(registry, "create_model", tiny)
 
 
+PYTHON = [page for page in RUN if blocks(page, "python")]
+
+
 @pytest.mark.parametrize(
-    "page", [page for page in RUN if blocks(page, "python")], ids=lambda page: page.name
+    "page",
+    tiered(PYTHON, [page for page in PYTHON if page.name != "models.md"]),
+    ids=lambda p: p.name,
 )
 def test_the_python_of_a_page_runs(page, small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -16,7 +16,6 @@ import pytest
 
 import elip_kernels
 import elip_models
-from tests.tiers import tiered
 
 ROOT = Path(__file__).parents[1]
 HEAVY = [
@@ -96,6 +95,7 @@ def test_the_import_brings_no_heavy_library():
     assert run(sys.executable, "-c", code).stdout == "[]\n"
 
 
+@pytest.mark.slow
 def test_with_torch_alone_every_import_works_or_names_its_extra():
     check_imports()
 
@@ -178,7 +178,8 @@ def test_imports_of_the_wheel_work_or_name_their_extra(installed):
     check_imports(path=site_packages(environment), cwd=environment)
 
 
-@pytest.mark.parametrize("kind", tiered(["editable", "wheel"], []))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kind", ["editable", "wheel"])
 def test_a_users_script_is_typed_against(installed, built, kind):
     environment = installed(kind)
     script = environment / "script.py"
@@ -205,5 +206,6 @@ def test_every_public_function_is_typed():
             assert [each.name for each in public if not is_typed(each)] == [], path
 
 
+@pytest.mark.slow
 def test_the_typed_script_runs():
     run(sys.executable, ROOT / "tests" / "typed_user_script.py")

@@ -81,6 +81,7 @@ def test_equal_cost_leaves_out_what_cannot_reach_it(tmp_path, capsys):
     assert [each["strategy"] for each in found["left_out"]] == ["elip:scorer=official"]
 
 
+@pytest.mark.slow
 def test_a_timed_run_prints_ratios(tmp_path, capsys):
     output = tmp_path / "table.json"
     options = ("--strategy", "elip:scorer=last", "--rounds", 1, "--batch-size", 1)
@@ -293,7 +294,7 @@ def test_a_step_of_blip_is_the_papers(blip_counts):
     assert nearest(blip_counts, paper)[0] == "official"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_report_on_table_1_is_made_of_the_counts(blip_counts):
     without = {name: flops for name, flops in blip_counts.items() if name not in OF_MOMENTUM}
     counts = {"albef": blip_counts, "blip": blip_counts, "meter": without, "meter_b32": without}

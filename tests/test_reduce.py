@@ -8,7 +8,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import elip_kernels
 from elip_kernels._operator import OPERATORS
 from elip_kernels.testing import Case, cases
-from tests.tiers import tiered
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -132,7 +131,9 @@ def test_opcheck(merge, masked):
     opcheck(torch.ops.elip.reduce_backward.default, args)
 
 
-@pytest.mark.parametrize("backend", tiered(["aot_eager", "inductor"], ["aot_eager"]))
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)]
+)
 def test_compiles_whole_and_once_for_all_batches_and_counts(backend):
     torch._dynamo.reset()
     compiles = torch._dynamo.testing.CompileCounterWithBackend(backend)

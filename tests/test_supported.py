@@ -23,6 +23,7 @@ def test_the_page_is_up_to_date(supported):
     assert supported.main(["--check"]) == 0
 
 
+@pytest.mark.slow
 def test_a_stale_table_is_seen_and_rewritten(supported, tmp_path):
     page = tmp_path / "models.md"
     page.write_text("before\n<!-- supported:begin -->\nold\n<!-- supported:end -->\nafter\n")

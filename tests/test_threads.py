@@ -15,7 +15,7 @@ from tests.tiers import tiered
 from tests.towers import SCHEDULE, clip_vit, images, plain_vit, text
 
 THREADS = 8
-QUICK = ("elip", "guided_tome")
+QUICK = ("elip",)
 strategies = pytest.mark.parametrize("name", tiered(STRATEGIES, QUICK))
 
 
@@ -183,7 +183,7 @@ WHOLE = [*((name, "elip") for name in PAIRS), *IN_PLACE]
 GUIDED = [(name, "elip") for name in ("open_clip pair", "HF CLIP pair", "HF SigLIP pair")]
 
 
-@pytest.mark.parametrize(("name", "strategy"), tiered(WHOLE, [GUIDED[0], IN_PLACE[-1]]))
+@pytest.mark.parametrize(("name", "strategy"), tiered(WHOLE, [GUIDED[0]]))
 def test_a_whole_model_guides_itself_in_every_thread(name, strategy):
     model, tokens = PAIRS[name]().eval(), [ids(2) for _ in range(THREADS)]
     elip_models.reduce_(model, strategy=strategy, schedule=SCHEDULE if strategy == "elip" else None)

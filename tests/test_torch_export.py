@@ -17,7 +17,7 @@ from tests.tiers import tiered
 from tests.towers import SCHEDULE, clip_vit, images, plain_vit, text
 
 
-@pytest.mark.parametrize("name", tiered(STRATEGIES, ["elip"]))
+@pytest.mark.parametrize("name", tiered(STRATEGIES, []))
 def test_a_guided_model_is_exported_with_its_guidance(name):
     strategy = STRATEGIES[name]
     if strategy.name in ("random", "patch_dropout"):

@@ -142,6 +142,7 @@ def test_zero_shot_classifier_of_open_clip():
     torch.testing.assert_close(found["image_features"], features)
 
 
+@pytest.mark.slow
 def test_a_model_of_open_clip_by_name():
     model = open_clip.create_model("ViT-B-32", device="meta")
     elip_models.reduce_(model)

@@ -135,6 +135,7 @@ def test_images_are_encoded_without_any_text(tmp_path, monkeypatch):
     assert guided == [None, None]
 
 
+@pytest.mark.slow
 def test_it_is_logged_during_training_and_written_as_json(tmp_path):
     settings = (
         "data.eval=null",

@@ -75,7 +75,7 @@ def _eager(tokens, cls, arguments):
 
 @pytest.mark.parametrize("dtype", BUDGET, ids=str)
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("d", [32, 37, 64])
+@pytest.mark.parametrize("d", tiered([32, 37, 64], [37]))
 def test_generic_row_agrees_with_fp64(launches, d, masked, dtype):
     q, k = torch.randn(2, 3, d).to(dtype), torch.randn(2, 3, 45, d).to(dtype)
     mask = torch.rand(2, 45) > 0.3 if masked else None

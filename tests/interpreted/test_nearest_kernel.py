@@ -59,7 +59,9 @@ def test_every_number_kept_after_any_prefix(launches, p):
         check(launches, tokens, kept, metric, num_prefix_tokens=p)
 
 
-@pytest.mark.parametrize(("D", "C"), [(1, 1), (63, 64), (130, 65), (300, 200)])
+@pytest.mark.parametrize(
+    ("D", "C"), tiered([(1, 1), (63, 64), (130, 65), (300, 200)], [(1, 1), (130, 65)])
+)
 def test_any_width(launches, D, C):
     tokens, kept, metric, size = inputs(2, 21, D, C, 9, dtype=torch.bfloat16)
     check(launches, tokens, kept, metric if C > 1 else metric.sign(), size)
@@ -110,7 +112,7 @@ def test_a_row_of_padding_holds_nothing(launches):
     assert not info.source_map()[0, 3].any() and not out[0, 3].any()
 
 
-@pytest.mark.parametrize("layout", ["LND", "sliced", "every second", "expanded"])
+@pytest.mark.parametrize("layout", tiered(["LND", "sliced", "every second", "expanded"], ["LND"]))
 def test_strided_inputs(launches, layout):
     tokens, kept, metric, size = inputs(3, 20, 32, 16, 7)
     if layout == "LND":
