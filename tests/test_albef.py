@@ -42,8 +42,8 @@ def loaded(case, **options):
     )
     model = ALBEF(config)
     weights = {our_name(n): w for n, w in case.under("sd/").items()}
-    shapes = {n: t.shape for n, t in model.state_dict().items()}
-    weights = {n: w.view(shapes[n]).to(model.state_dict()[n].dtype) for n, w in weights.items()}
+    own = model.state_dict()
+    weights = {n: w.view(own[n].shape).to(own[n].dtype) for n, w in weights.items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected
     tied = ("predictions.decoder.weight", "predictions.decoder.bias", "position_ids")

@@ -24,6 +24,7 @@ from tests.golden_weights import matrix, ruled
 from tests.test_baselines import OPTIONS
 from tests.tiers import tiered
 from tests.towers import assert_equal_gradients, gradients
+from tests.weights import assert_equal_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 OFFICIAL = {
@@ -322,8 +323,7 @@ def test_what_is_saved_comes_back(task, tmp_path):
         model(**batch)
     other = TASKS[task].from_pretrained(model.eval().save_pretrained(tmp_path)).eval()
     assert other.config == model.config
-    for name, weight in model.state_dict().items():
-        assert torch.equal(other.state_dict()[name], weight), name
+    assert_equal_weights(other, model)
     torch.manual_seed(0)
     expected = model(**batch).loss
     torch.manual_seed(0)

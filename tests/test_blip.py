@@ -42,8 +42,8 @@ def loaded(case, **options):
     )
     model = BLIP(config)
     weights = {our_name(n): w for n, w in case.under("sd/").items()}
-    shapes = {n: t.shape for n, t in model.state_dict().items()}
-    weights = {n: w.view(shapes[n]).to(model.state_dict()[n].dtype) for n, w in weights.items()}
+    own = model.state_dict()
+    weights = {n: w.view(own[n].shape).to(own[n].dtype) for n, w in weights.items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected
     assert set(missing) == {our_name(alias) for alias in case.meta["aliases"]}
@@ -74,8 +74,9 @@ def test_the_official_step_is_reproduced(golden, scorer):
     got = gradients(model)
     check_gradients(got, expected)
     assert got.keys() == expected.keys()
+    states = model.state_dict()
     for name, after in case.under("after/").items():
-        state = model.state_dict()[our_name(name)]
+        state = states[our_name(name)]
         after = after.view(state.shape).to(state.dtype)
         torch.testing.assert_close(state, after, atol=1e-6, rtol=0, msg=name)
 

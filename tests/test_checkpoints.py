@@ -19,6 +19,7 @@ from elip_models.reduction.encode import encode_image
 from tests import test_albef, test_blip, test_meter
 from tests.test_saving import CONFIG
 from tests.tiers import tiered
+from tests.weights import assert_equal_weights
 
 SHARED = ("vision_heads", "text_heads", "cls_token_id", "sep_token_id", "context_length")
 UNSAID = {  # what no tensor says
@@ -66,8 +67,7 @@ def test_official_checkpoints_give_the_recorded_losses(golden, tmp_path, name, f
     path = saved(weights, tmp_path, key=key)
     model = convert_checkpoint(path, **unsaid(expected.config, family))
     assert model.config == expected.config
-    for tensor, weight in expected.state_dict().items():
-        assert torch.equal(model.state_dict()[tensor], weight), tensor
+    assert_equal_weights(model, expected)
     if family == "meter":
         model.reduction = expected.reduction
     inputs = case["image"], case["input_ids"].long(), case["attention_mask"]
@@ -132,8 +132,7 @@ def test_what_a_fine_tuned_blip_lacks_is_filled(golden, tmp_path, part):
     is_filled = torch.equal(state[f"decoder.{attention}"], state[f"encoders.text.{attention}"])
     assert is_filled == (part != "vqa")
     if part != "retrieval":
-        for name, weight in model.encoders.state_dict().items():
-            assert torch.equal(model.encoders_m.state_dict()[name], weight), name
+        assert_equal_weights(model.encoders_m, model.encoders)
     for name, weight in renamed(weights, KINDS[f"blip_{part}"].names).items():
         if name in state:
             assert torch.equal(state[name].flatten(), weight.flatten()), name
@@ -346,8 +345,7 @@ def test_a_meter_that_reads_with_roberta_is_recognised(tmp_path):
     same = {name: getattr(model.config, name) for name in unsaid}
     assert model.config == replace(expected.config, **same)
     assert model.config.text_encoder == "roberta"
-    for name, weight in expected.state_dict().items():
-        assert torch.equal(model.state_dict()[name], weight), name
+    assert_equal_weights(model, expected)
 
 
 @pytest.mark.parametrize("form", ["shards", "bin"])
@@ -360,10 +358,7 @@ def test_folders_of_transformers_in_other_forms(tmp_path, form):
         (tmp_path / "model.safetensors").unlink()
         torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
     model = convert_checkpoint(tmp_path)
-    assert all(
-        torch.equal(weight, theirs.state_dict()[name])
-        for name, weight in to_hf(model).state_dict().items()
-    )
+    assert_equal_weights(theirs, to_hf(model))
 
 
 def test_a_checkpoint_of_two_kinds_asks_which(albef):

@@ -12,6 +12,7 @@ from elip_models.checkpoints.load import convert_checkpoint
 from elip_models.models.clip import CLIP
 from elip_models.models.registry import create_model, load_model
 from tests.test_cli import elip
+from tests.weights import assert_equal_weights
 
 WIDTH, IDS = 32, 50
 VISION = {
@@ -191,8 +192,7 @@ def test_our_clip_goes_and_returns(tmp_path, to, options):
     x, ids = torch.randn(2, 3, 64, 64), torch.randint(8, 1024, (2, 32))
     ids[:, 9] = 7
     image, text = model.encode_image(x), model.encode_text(ids)
-    for name, weight in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name], weight), name
+    assert_equal_weights(again, model)
     if to == "open_clip":
         theirs = open_clip.create_model(f"local-dir:{tmp_path / to}").eval()
         image_, text_ = theirs.encode_image(x, True), theirs.encode_text(ids, True)

@@ -20,6 +20,7 @@ from elip_models.validation import ConfigError
 from tests.test_cli import elip
 from tests.tiers import tiered
 from tests.tiny_run import logged, own_process
+from tests.weights import assert_equal_weights
 
 QUIET = Console(quiet=True)
 DATA = {
@@ -82,8 +83,7 @@ def test_a_model_is_fine_tuned_scored_and_loaded_again(saved, family, task):
     folder = result.output_dir / "model"
     assert json.loads((folder / "config.json").read_text())["model"] == f"{family}_{task}"
     again = load_model(folder)
-    for name, weight in result.model.state_dict().items():
-        assert torch.equal(weight.cpu(), again.state_dict()[name]), name
+    assert_equal_weights(again, result.model)
 
 
 @pytest.mark.parametrize(("family", "task"), tiered(PAIRS, []))
@@ -237,5 +237,4 @@ def test_lora_trains_few_parameters_and_saves_less_for_backward(saved):
     assert of_lora[0]["saved_bytes"] < of_full[0]["saved_bytes"]
     again = load_model(lora.output_dir / "model")
     assert again.adapted is not None
-    for name, weight in lora.model.state_dict().items():
-        assert torch.equal(weight.cpu(), again.state_dict()[name]), name
+    assert_equal_weights(again, lora.model)

@@ -12,6 +12,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, RobertaConfig, 
 from elip_models.checkpoints.pretrained_towers import initialise_
 from elip_models.models.meter import ROBERTA
 from elip_models.models.registry import create_model
+from tests.weights import assert_equal_weights
 
 BERT = {
     "vocab_size": 1024,
@@ -41,8 +42,7 @@ def bert(kind=BertModel, **options):
 
 
 def assert_momentum_equals(model):
-    for name, weight in model.encoders.state_dict().items():
-        assert torch.equal(model.encoders_m.state_dict()[name], weight), name
+    assert_equal_weights(model.encoders_m, model.encoders)
 
 
 @pytest.mark.parametrize("name", ["albef_tiny", "blip_tiny"])

@@ -179,8 +179,8 @@ def test_a_model_begins_as_the_official_one(task):
         *("language_head", "token_types"),
         *(("itm_head",) if task != "retrieval" else ()),
     }
-    for name in shared:
-        assert torch.equal(model.state_dict()[name], before.state_dict()[name]), name
+    after, before = model.state_dict(), before.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in shared)
 
 
 def test_ranks_begin_as_the_logits_of_a_pair():

@@ -30,6 +30,7 @@ from tests.cross_modal_cases import batch_of_four, draws, losses, made
 from tests.test_clip import batch, tiny
 from tests.test_clip_tasks import OPTIONS, STAGED, classifier
 from tests.tiers import tiered
+from tests.weights import assert_equal_weights
 
 KINDS = ("lora", "adapter")
 FAMILIES = ("clip", "albef", "blip", "meter")
@@ -323,8 +324,7 @@ def test_a_saved_model_keeps_its_adapters_beside_plain_weights(family, kind, tmp
     assert {name for name, p in loaded.named_parameters() if p.requires_grad} == trained
     again = elip_models.create_model(f"hf:{folder}", scorer="exact")
     assert again.config.scorer == "exact"
-    for name, weight in again.state_dict().items():
-        assert torch.equal(weight, model.float().state_dict()[name])
+    assert_equal_weights(model.float(), again)
 
 
 def test_a_merged_model_is_saved_without_adapter(tmp_path):

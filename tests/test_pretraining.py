@@ -17,6 +17,7 @@ from elip_models.training.trainer import train
 from elip_models.validation import ConfigError
 from tests.tiers import tiered
 from tests.tiny_run import logged, own_process, tiny_config
+from tests.weights import assert_equal_weights
 
 RECIPES = ("albef_tiny", "blip_tiny", "meter_tiny")
 LOSSES = {
@@ -62,8 +63,7 @@ def test_all_losses_fall(recipe, tmp_path):
         last = [row["loss_itc"] for row in logged(tmp_path, "loss_itc")][-20:]
         assert sum(last) / 20 < math.log(16 + result.model.config.queue_size) - 0.2
     other = load_model(tmp_path / "model")
-    for name, weight in result.model.state_dict().items():
-        assert torch.equal(other.state_dict()[name], weight), name
+    assert_equal_weights(other, result.model)
     assert len(load_tokenizer(tmp_path / "model")) == other.config.vocab_size
 
 

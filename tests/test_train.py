@@ -18,6 +18,7 @@ from elip_models.training.trainer import train
 from elip_models.validation import ConfigError
 from tests.tiers import tiered
 from tests.tiny_run import logged, own_process, tiny_arguments, tiny_config
+from tests.weights import assert_equal_weights
 
 
 @pytest.fixture(autouse=True)
@@ -122,8 +123,7 @@ def test_loss_falls_and_the_saved_model_is_the_trained_one(tmp_path):
     assert losses(tmp_path)[-1] < 0.8 * losses(tmp_path)[0]
     assert result.loss == losses(tmp_path)[-1]
     saved = CLIP.from_pretrained(tmp_path / "model")
-    for name, weight in result.model.state_dict().items():
-        assert torch.equal(saved.state_dict()[name], weight), name
+    assert_equal_weights(saved, result.model)
 
 
 def test_same_seed_same_losses_other_seed_other_losses(tmp_path):
