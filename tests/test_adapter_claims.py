@@ -94,9 +94,7 @@ SCORERS = ["official", "exact", "attention", "cls", "last", 1]
 SCORED = [(name, s) for name in TOWERS | ROTARY | POOLED for s in SCORERS]
 SCORED += [(name, s) for name in LACK_CLS for s in ("exact", "last", 1)]
 SCORED_QUICK = [
-    (name, s)
-    for name, s in SCORED
-    if (name in QUICK and s in ("exact", "last")) or name in EACH_LIBRARY
+    (name, s) for name, s in SCORED if (name in QUICK and s == "exact") or name in EACH_LIBRARY
 ]
 
 

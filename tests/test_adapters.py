@@ -143,17 +143,15 @@ def test_siglip_is_scored_by_what_is_merged(order):
     assert_equal_outputs(model, merged(model, how))
 
 
-def cases():
-    """Models and what they are reduced by; ToMe refuses several prefix tokens, and rotations."""
-    for name in MODELS:
-        yield pytest.param(name, elip("last"), id=f"{name}-elip")
-        yield pytest.param(name, EVIT, id=f"{name}-evit")
-        if name not in ("timm registers", "Eva"):
-            yield pytest.param(name, TOME, id=f"{name}-tome")
+HOW = {"elip": elip("last"), "evit": EVIT, "tome": TOME}
+REFUSED = {(name, "tome") for name in ("timm registers", "Eva")}  # prefix tokens, and rotations
+TRAINED = [(name, how) for name in MODELS for how in HOW if (name, how) not in REFUSED]
+TRAINED = tiered(TRAINED, [case for case in TRAINED if case[0] == "timm" or case[1] == "elip"])
 
 
-@pytest.mark.parametrize(("name", "how"), cases())
+@pytest.mark.parametrize(("name", "how"), TRAINED)
 def test_its_gradient_is_that_of_the_merged_weight(name, how):
+    how = HOW[how]
     make, targets = MODELS[name]
     model = adapted(make(), "reduce first", how, lora(targets))
     whole, x, t = merged(model, how), images(), text()

@@ -89,7 +89,7 @@ def sequential(model, x):
     return model.forward_head(model.norm(x))
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("mode", tiered(["train", "eval"], ["train"]))
 @pytest.mark.parametrize("order", ["first in, first out", "last in, first out"])
 @pytest.mark.parametrize(
     "forward", [checkpointed(True), checkpointed(False), sequential], ids=["re", "non-re", "seq"]
