@@ -139,6 +139,7 @@ def test_a_reentrant_pass_that_was_forgotten_is_an_error():
         loss.backward()
 
 
+@pytest.mark.slow
 def test_another_is_never_forgotten():
     model, x, t = clip_vit(), images(1), text(1)
     elip_models.reduce_(model, schedule=SCHEDULE)

@@ -75,9 +75,7 @@ def loads_wide(code, tile):
     return code.wide_bytes()[0] * 32 * code.num_warps >= code.num_stages * tile
 
 
-@pytest.mark.parametrize(
-    ("N", "registers"), tiered([(197, 72), (257, 72), (577, 128)], [(257, 72)])
-)
+@pytest.mark.parametrize(("N", "registers"), tiered([(257, 72), (197, 72), (577, 128)], []))
 def test_many_images_score_and_move_by_128_bits(N, registers):
     codes = compiled("score_reduce", N, "bf16", B=128)
     launch, code = codes["_score_select_kernel"]
@@ -196,6 +194,7 @@ def copy(x, stride=1, n=1008):
     return launches[0]
 
 
+@pytest.mark.slow
 def test_a_launch_specialises_on_alignment_divisibility_and_one():
     x = torch.empty(2048)
     assert compile_launch(copy(x), 90).wide_share() == 1

@@ -103,6 +103,7 @@ def test_files_in_the_standard_formats_give_what_the_built_in_world_gives(
     assert next(said) == next(said)
 
 
+@pytest.mark.slow
 def test_a_page_shows_examples_and_what_was_said(saved, tmp_path):
     pytest.importorskip("matplotlib")
     config, result = run(saved, "albef", "nlvr2", report=["picture"])
@@ -137,6 +138,7 @@ def test_a_pre_trained_model_is_ranked_anew_by_the_command(saved, capsys):
     assert "features" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_it_had_not_been(saved, monkeypatch):
     _, whole = run(saved, "albef", "entailment", output_dir="whole")
     step = Trainer._train_step

@@ -175,6 +175,7 @@ def test_a_wide_tower(monkeypatch, files, tmp_path):
     assert Image.open(output).width > 3 * Image.open(output).height
 
 
+@pytest.mark.slow
 def test_the_command_draws_two_pictures(tmp_path, tokenizer, files, capsys):
     model = our_folder(tmp_path / "model", tokenizer)
     output = tmp_path / "kept.png"

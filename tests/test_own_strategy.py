@@ -18,6 +18,7 @@ from elip_models.reduction.summary import Summary
 from elip_models.towers import as_tower
 from tests.models import TOWERS, eva, open_clip_pair, output, siglip_vision
 from tests.test_examples import load
+from tests.tiers import tiered
 from tests.towers import SCHEDULE, assert_equal_gradients, gradients, images, plain_vit, text
 
 Longest = load("own_strategy").Longest
@@ -71,7 +72,7 @@ EVERY = TOWERS | {"rotary": eva, "HF SigLIP": siglip_vision}
 
 
 @own
-@pytest.mark.parametrize("library", EVERY)
+@pytest.mark.parametrize("library", tiered(EVERY, ["timm", "open_clip", "HF CLIP"]))
 def test_every_tower_is_reduced_by_it(library, strategy):
     model, x = EVERY[library]().eval(), images()
     dense = output(model, x)

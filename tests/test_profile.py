@@ -116,6 +116,7 @@ def test_a_whole_model_counts_its_second_text_pass(name):
         assert evit == pytest.approx(dense)
 
 
+@pytest.mark.slow
 def test_training_a_whole_model_leaves_it_as_it_was():
     model = open_clip_pair().eval()
     weights = {name: id(weight) for name, weight in model.named_parameters()}
@@ -126,6 +127,7 @@ def test_training_a_whole_model_leaves_it_as_it_was():
     assert all(weight.grad is None for weight in model.parameters())
 
 
+@pytest.mark.slow
 def test_our_clip_keeps_its_own_reduction():
     model = tiny_clip()
     strategy = model.reduction

@@ -79,7 +79,7 @@ def test_every_strategy_serves_threads(name):
     assert wrong_of(model, guided, 12) == 0
 
 
-@strategies
+@pytest.mark.parametrize("name", tiered(STRATEGIES, []))
 def test_threads_without_guidance_are_unguided(name):
     strategy = STRATEGIES[name]
     """Also while another thread is guided."""

@@ -222,6 +222,7 @@ def test_compile_as_one_graph():
     torch.testing.assert_close(compiled(pixels), model(pixels))
 
 
+@pytest.mark.slow
 def test_export_and_trace():
     model, pixels = reduced(), x()
     exported = torch.export.export(model, (pixels,)).module()
