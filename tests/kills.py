@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -66,25 +67,32 @@ def ranks(process):
     return [each.pid for each in psutil.Process(process.pid).children()]
 
 
+def are_others(process, before):
+    """None of its ranks is one of those before."""
+    return not before & set(ranks(process))
+
+
 def killed(folder, recipe, processes, count, rng):
     """Kill a run `count` times, and let it end; how many of them met a checkpoint half written."""
     targets = sorted(rng.sample(range(1, STEPS - 6), count))
     process, met = start(folder, recipe, processes, count), 0
-    for number, target in enumerate(targets):
-        wait_until(lambda target=target: last_step(folder) >= target, process)
-        if number % 2:
-            wait_until(lambda: is_saving(folder), process)
-        before = ranks(process)
-        os.kill(rng.choice(before), signal.SIGKILL)
-        met += is_saving(folder)
-        if processes == 1:
-            process.wait()
-            process = start(folder, recipe, processes, count)
-        else:
-            while set(ranks(process)) & set(before):
-                time.sleep(0.1)
-    if process.wait(SECONDS) != 0:
-        raise AssertionError(f"the run ended with {process.returncode}")
+    try:
+        for number, target in enumerate(targets):
+            wait_until(lambda target=target: last_step(folder) >= target, process)
+            if number % 2:
+                wait_until(lambda: is_saving(folder), process)
+            before = set(ranks(process))
+            os.kill(rng.choice(sorted(before)), signal.SIGKILL)
+            met += is_saving(folder)
+            if processes == 1:
+                process.wait()
+                process = start(folder, recipe, processes, count)
+            else:
+                wait_until(partial(are_others, process, before), process)
+        if process.wait(SECONDS) != 0:
+            raise AssertionError(f"the run ended with {process.returncode}")
+    finally:
+        process.terminate()  # torchrun ends its ranks; nothing where it has ended
     return met
 
 
