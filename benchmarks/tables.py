@@ -41,6 +41,7 @@ def device_tables(results: Results) -> str:
     added = [entry for entry in results.entries if "overhead_microseconds" in entry]
     if added:
         parts.append(overhead(added))
+    parts += [serving(entry) for entry in results.entries if "latency" in entry]
     return "\n\n".join(parts)
 
 
@@ -178,6 +179,21 @@ def overhead(entries: list[Entry]) -> str:
     """Write the overhead of public calls, in one sentence."""
     added = ", ".join(f"{e['op']} {e['overhead_microseconds']:.0f} µs" for e in entries)
     return f"What a public call adds to the body of its op: {added}."
+
+
+def serving(entry: Entry) -> str:
+    """Write latencies and memory of many requests, in a few sentences."""
+    by, latency = entry["served_by"], entry["latency"]
+    said = [
+        f"{name} {' / '.join(milliseconds(latency[of][name]) for of in ('dense', 'last'))} ms"
+        for name in latency["last"]
+    ]
+    return (
+        f"Serving: {by['threads']} threads share one model, `{by['strategy']}`, each guided by its "
+        f"own text; {tower(entry)}, {entry['requests']:,} requests. Time of a thousand relative to "
+        f"dense {ratio(entry['ratios']['last'])}; latency dense / reduced {', '.join(said)}; the "
+        f"process grew by {entry['grown_bytes'] / 2**20:.1f} MiB."
+    )
 
 
 def tower(entry: Entry) -> str:

@@ -23,7 +23,7 @@ HELD = {"max_abs": 1e-7, "bound": 1e-6, "passed": True}
 
 def entries():
     """An op's entry, a tower's, of strategies, onnxruntime's, a pre-training step's, a way's that
-    is replaced, and an overhead's."""
+    is replaced, an overhead's, and one of serving."""
     held = {"parity": dict(HELD), "rounds": 10, "dtype": "fp32"}
     op = held | {
         "op": "reduce",
@@ -77,6 +77,15 @@ def entries():
     way = held | {"does": "ITM in one pass", "instead_of": "two passes"}
     ways = [way | {"op": name, "ratios": {"two passes": r}} for name, r in (("x", 0.9), ("y", 1))]
     overhead = held | {"op": "reduce", "overhead_microseconds": 21.4}
+    serving = held | {
+        "op": "vit_tiny_patch16_224",
+        "ratios": {"last": 0.8},
+        "latency": {"dense": {"p50": 40.2, "p99": 90.0}, "last": {"p50": 30.4, "p99": 81.0}},
+        "served_by": {"threads": 8, "strategy": "elip:scorer=last"},
+        "requests": 12000,
+        "grown_bytes": 2**19,
+        "shape": {"B": 1, "image": 224},
+    }
     return [
         op,
         tower,
@@ -86,6 +95,7 @@ def entries():
         step | {"op": "meter"} | unshared,
         *ways,
         overhead,
+        serving,
     ]
 
 
@@ -138,6 +148,8 @@ def test_tables_and_charts_come_from_the_json(page, tmp_path):
         "compiled was not measured: no compiler.",
         "no kernel runs here",
         "reduce 21 µs",
+        "12,000 requests. Time of a thousand relative to dense 0.80; latency dense / reduced "
+        "p50 40.2 / 30.4 ms, p99 90 / 81 ms; the process grew by 0.5 MiB.",
     ):
         assert part in text, part
     for name in ("some-cpu-towers.svg", "some-cpu-ops.svg"):

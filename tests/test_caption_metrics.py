@@ -100,6 +100,7 @@ def test_plain_words_are_split_as_in_ptb():
     assert plain_tokens([[text], []]) == [[expected], []]
 
 
+@pytest.mark.exhaustive
 @java
 def test_captions_of_scenes_are_the_same_by_both_tokenizers(captions):
     assert plain_tokens([captions]) == ptb_tokens([captions])

@@ -26,7 +26,7 @@ from tests.towers import (
 
 EACH_WAY = tiered(
     [(name, use_reentrant) for name in STRATEGIES for use_reentrant in (True, False)],
-    [*((name, True) for name in STRATEGIES), ("elip", False), ("tome", False)],
+    [("elip", True), ("elip", False), ("tome", True), ("evit", True), ("adaptive", True)],
 )
 
 
@@ -89,8 +89,11 @@ def sequential(model, x):
     return model.forward_head(model.norm(x))
 
 
+FIRST_IN = ["first in, first out", "last in, first out"]
+
+
 @pytest.mark.parametrize("mode", tiered(["train", "eval"], ["train"]))
-@pytest.mark.parametrize("order", ["first in, first out", "last in, first out"])
+@pytest.mark.parametrize("order", tiered(FIRST_IN, FIRST_IN[1:]))
 @pytest.mark.parametrize(
     "forward", [checkpointed(True), checkpointed(False), sequential], ids=["re", "non-re", "seq"]
 )

@@ -15,7 +15,6 @@ from tests.cross_modal_cases import (
     made,
     step,
 )
-from tests.tiers import tiered
 from tests.towers import assert_equal_gradients, gradients
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -30,7 +29,8 @@ REDUCED = {
 CASES = [*((family, {}) for family in MODELS), *REDUCED.items()]
 
 
-@pytest.mark.parametrize(("family", "options"), tiered(CASES, []))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("family", "options"), CASES)
 def test_a_training_step_is_one_graph_that_serves_the_next_one_too(family, options):
     model = made(family, **SHALLOW, **ONE_LAYER[family], **options)
     eager = copy.deepcopy(model)

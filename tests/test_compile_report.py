@@ -101,8 +101,7 @@ def test_few_images_score_and_move_by_128_bits(N, registers):
     assert moves_wide(code, (N - 1) * launch.arguments["BLOCK_D"] * 2)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", SIZE)
+@pytest.mark.parametrize("dtype", tiered(SIZE, []))
 @pytest.mark.parametrize("call", ["bipartite_merge", "merge_nearest"])
 def test_merging_stays_in_registers(call, dtype):
     for name, (_, code) in compiled(call, 577, dtype).items():
@@ -114,7 +113,7 @@ def test_merging_stays_in_registers(call, dtype):
     ("call", "arch"),
     tiered(
         [(call, arch) for arch in ARCHITECTURES for call in CALLS],
-        [(call, 90) for call in ("reduce",)],
+        [],
     ),
 )
 def test_every_kernel_compiles_everywhere_without_a_spill(call, arch):
@@ -128,8 +127,9 @@ def test_every_kernel_compiles_everywhere_without_a_spill(call, arch):
                 assert is_clean(code), (name, code)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("call", ["cls_attention", "cls_attention_from_tokens", "score_reduce"])
+@pytest.mark.parametrize(
+    "call", tiered(["score_reduce", "cls_attention", "cls_attention_from_tokens"], [])
+)
 def test_the_largest_image_compiles_without_a_spill(call, monkeypatch):
     monkeypatch.setattr(report, "WIDTH", 1536)
     monkeypatch.setattr(report, "HEADS", 24)
@@ -138,8 +138,7 @@ def test_the_largest_image_compiles_without_a_spill(call, monkeypatch):
             assert is_clean(compile_launch(launch, 90)), launch.name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", [90, "gfx942"])
+@pytest.mark.parametrize("arch", tiered([90, "gfx942"], []))
 def test_other_variants_compile_without_a_spill(arch):
     tokens = torch.randn(2, 197, 768).half()
     mask, size = torch.ones(2, 197, dtype=torch.bool), torch.ones(2, 197)
@@ -236,6 +235,7 @@ def test_an_architecture_gets_its_own_configuration():
     assert torch.version.hip == hip
 
 
+@pytest.mark.slow
 def test_what_fits_neither_registers_nor_shared_memory_takes_the_pytorch_form(monkeypatch):
     assert not report.recorded_call("cls_attend_from_tokens", 2, 257, 166, "fp32", 90)
     monkeypatch.setattr(report, "WIDTH", 384)

@@ -38,8 +38,8 @@ MODELS = {
 }
 TRAINING = "training"
 COUNTED = [(model, case) for model in MODELS for case in CASES]
-QUICK = [(model, case) for model, case in COUNTED if case == "elip"]
-QUICK += [(VIT, case) for case in ("elip-exact", "evit", "tome", "resize")]
+QUICK = [("transformers-CLIP-B-32", "elip")]
+QUICK += [(VIT, case) for case in ("elip", "elip-exact", "tome", "resize")]
 
 
 @cache
@@ -53,7 +53,7 @@ def counted_dense(name):
     return count(workload(name), {"dense": None}, TRAINING)["dense"]
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", tiered(MODELS, [VIT]))
 def test_worked_out_and_counted_flops_of_a_dense_tower_agree(model):
     worked_out, counted = dense_flops(workload(model).tower.size), counted_dense(model)
     assert worked_out.forward == pytest.approx(counted.forward, rel=0.01)
@@ -76,7 +76,7 @@ def test_worked_out_and_counted_flops_agree(model, case):
     ("case", "ratio"),
     tiered(
         [(case, ratio) for case in AT_FLOPS for ratio in (0.9, 0.75, 0.6)],
-        [(case, 0.75) for case in ("elip", "tome")],
+        [("elip", 0.75)],
     ),
 )
 def test_at_flops_sets_the_counted_flops(case, ratio):

@@ -18,6 +18,7 @@ from elip_models.reduction.strategy import Merge
 from elip_models.towers import as_tower
 from elip_models.towers.keys import mean_keys
 from tests.models import TOWERS, eva
+from tests.tiers import tiered
 from tests.towers import SCHEDULE, images, plain_vit, text
 
 NAN, INF = float("nan"), float("inf")
@@ -211,9 +212,7 @@ def test_opcheck():
         opcheck(torch.ops.elip.select.default, (torch.rand(2, 12), real, 5, 1))
 
 
-@pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.parametrize("backend", tiered(["aot_eager", "inductor"], []))
 def test_compiles_whole_and_once_for_all_batches_and_counts(backend):
     torch._dynamo.reset()
     compiles = torch._dynamo.testing.CompileCounterWithBackend(backend)

@@ -111,7 +111,7 @@ def test_the_batch_may_be_of_any_size(name):
         assert_runs_alike(program, model, images(batch))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_random_draws_in_every_run_and_keeps_what_it_drew(monkeypatch):
     """The graph draws, seeded by onnxruntime; of the same draws both make the same."""
     model = elip_models.reduce_(plain_vit().eval(), strategy=Random(SCHEDULE))
@@ -143,7 +143,7 @@ def test_other_towers(name):
     assert_runs_alike(exported(model, (images(),)), model, images())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_guidance_is_baked_in():
     model, x, t = clip_vit().eval(), images(), text()
     elip_models.reduce_(model, schedule=SCHEDULE, fusion=0.0)

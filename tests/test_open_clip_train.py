@@ -12,6 +12,7 @@ from PIL import Image
 
 from elip_models.training.open_clip import main, parse_reduce, reducing_first, with_globals
 from tests.models import open_clip_pair
+from tests.tiers import tiered
 
 VISION = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 4}
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
@@ -48,8 +49,7 @@ def losses(log):
     return [float(loss) for loss in re.findall(r"Contrastive_loss: ([\d.]+)", log)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("reduction", [("keep=0.7",), ("evit", "keep=0.8")])
+@pytest.mark.parametrize("reduction", tiered([(("keep=0.7",),), (("evit", "keep=0.8"),)], []))
 def test_open_clip_trains_and_resumes_what_it_saved(data, tmp_path, reduction):
     log = train(data, tmp_path, "--epochs", "1", "--reduce", *reduction)
     assert "Image tower reduced" in log and len(losses(log)) == 2

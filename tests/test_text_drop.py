@@ -134,7 +134,7 @@ def test_a_token_that_left_writes_no_next_one():
     torch.testing.assert_close(loss, expected)
 
 
-@pytest.mark.parametrize(("family", "way"), tiered(CASES, CASES[:1]))
+@pytest.mark.parametrize(("family", "way"), tiered(CASES, []))
 def test_it_trains_and_checkpointing_changes_nothing(family, way):
     model, batch = dropping(family, way), batch_of_four()
     drawn, other = draws(family, *batch, "local"), copy.deepcopy(model)

@@ -94,7 +94,7 @@ def test_muon_takes_the_weights_of_linear_layers_and_adamw_the_rest(recipe):
     assert left <= {"itm_head.weight", "token_types.weight"}
 
 
-@pytest.mark.parametrize("name", tiered(["lion", "muon"], ["lion"]))
+@pytest.mark.parametrize("name", tiered(["muon", "lion"], []))
 def test_every_optimiser_trains(name, tmp_path):
     lr = {"lion": "3e-4", "muon": "0.003"}[name]
     data = ("data.train=emoji_scenes:size=16", "optim.steps=30")

@@ -34,7 +34,8 @@ from elip_models.towers import ImageTextModel, Tower, as_image_text, as_tower
 from elip_models.validation import blame
 
 M = TypeVar("M", bound=nn.Module)
-StandIn = ReducedBlock | Entrance | Refusal | Representation | DenseMethod
+StandIn = (ReducedBlock, Entrance, Refusal, Representation, DenseMethod)
+KNOWING = (ReducedBlock, Entrance, Representation)  # a Reduction
 Hook = TextFirst | HiddenStates
 
 
@@ -329,8 +330,7 @@ def guidance(model: nn.Module, text_cls: Tensor) -> Iterator[None]:
 def reductions_of(model: nn.Module) -> list[Reduction]:
     """What has changed the model, or one inside it."""
     stand_ins = (value for module in model.modules() for value in vars(module).values())
-    knowing = ReducedBlock | Entrance | Representation
-    found = (each.reduction for each in stand_ins if isinstance(each, knowing))
+    found = (each.reduction for each in stand_ins if isinstance(each, KNOWING))
     return list({id(reduction): reduction for reduction in found}.values())
 
 

@@ -9,8 +9,9 @@ from tests.interpreted import test_bipartite_kernel as bipartite
 from tests.interpreted import test_nearest_kernel as nearest
 from tests.interpreted import test_reduce_kernel as reduce
 from tests.interpreted.test_cls_attention_kernel import BUDGET, block, error, in_fp64
+from tests.tiers import tiered
 
-pytestmark = pytest.mark.slow
+every_dtype = pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.bfloat16]), ids=str)
 N, D, H = 257, 768, 12
 INPUTS = {
     "N(0, 1)": lambda x: x,
@@ -26,7 +27,7 @@ def inputs(kind, dtype):
     return tokens, torch.randn(1, D).to(dtype), block(D, H * 8, dtype) | {"num_heads": H}
 
 
-@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+@every_dtype
 @pytest.mark.parametrize("kind", INPUTS)
 def test_row_from_tokens(launches, score_form, kind, dtype):
     tokens, cls, arguments = inputs(kind, dtype)
@@ -35,7 +36,7 @@ def test_row_from_tokens(launches, score_form, kind, dtype):
     assert error(row, in_fp64(tokens, cls, arguments)) <= BUDGET[dtype]
 
 
-@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+@every_dtype
 def test_generic_row(launches, dtype):
     q, k = torch.randn(1, H, D // H).to(dtype), torch.randn(1, H, N, D // H).to(dtype)
     row = elip_kernels.cls_attention(q, k)
@@ -44,7 +45,7 @@ def test_generic_row(launches, dtype):
 
 
 @pytest.mark.parametrize("keep", [230, 102])
-@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+@every_dtype
 def test_reduce(launches, keep, dtype):
     tokens, scores = Case(1, N, D, keep, dtype).inputs()
     out, _ = reduce.check(launches, tokens, scores, keep)
@@ -54,12 +55,12 @@ def test_reduce(launches, keep, dtype):
         assert (out[:, -1] - exact[:, -1]).abs().max() <= 1e-6
 
 
-@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+@every_dtype
 def test_bipartite_merge(launches, dtype):
     tokens, metric, size = bipartite.inputs(1, N, D, D // H, dtype)
     bipartite.check(launches, tokens, metric, 64, size)
 
 
-@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+@every_dtype
 def test_merge_nearest(launches, dtype):
     nearest.check(launches, *nearest.inputs(1, N, D, D // H, 166, dtype=dtype))
