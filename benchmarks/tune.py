@@ -34,6 +34,7 @@ from benchmarks.comparison import as_step, copied
 from benchmarks.machine import machine
 from elip_kernels import launch
 from elip_kernels._triton import HAS_TRITON, triton
+from elip_kernels.absorbed_query import QueryArguments
 from elip_kernels.testing import model
 from elip_models.profiling.commit import commit
 from elip_models.profiling.measure import milliseconds, no_gain, ratios_to, time_side_by_side
@@ -47,8 +48,7 @@ Number = int | float
 @dataclass(frozen=True)
 class Sweep:
     """What to try for one op: `axes` of the answers of `launch.<table>`, by field (by position
-    where the answer is a plain tuple, `answer` where it is one value). An int takes the place of
-    the number, a float scales it."""
+    where the answer is a plain tuple). An int takes the place of the number, a float scales it."""
 
     op: str
     table: str
@@ -83,18 +83,16 @@ class Shape:
 
 TILE = {"block_d": (0.5, 1.0, 2.0), "num_warps": (4, 8, 16)}
 ROWS = {"block_n": (0.5, 1.0, 2.0), "block_d": (0.5, 1.0, 2.0), "num_warps": (4, 8)}
-SCORE = {"BLOCK_K": (16, 32, 64), "num_warps": (4, 8, 16), "num_stages": (2, 3, 4)}
+QUERY = {"BLOCK_D": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)}
 TILES = {"BLOCK_N": (32, 64, 128), "BLOCK_K": (0.5, 1.0), "num_warps": (4, 8), "num_stages": (2, 3)}
 ATTEND = {"BLOCK_N": (1.0, 2.0), "num_warps": (0.5, 1.0), "num_stages": (1, 2)}
 SWEEPS = (
     Sweep("reduce", "reduce_forward", TILE),
     Sweep("reduce_backward", "reduce_backward", ROWS),
-    Sweep("score_reduce", "splits_score", {"answer": (False, True)}),
-    Sweep("score_reduce", "score", SCORE),
+    Sweep("score_reduce", "query", QUERY),
     Sweep("score_reduce", "score_tiles", TILES),
-    Sweep("score_reduce", "reduce_forward", TILE),
-    Sweep("cls_attention_from_tokens", "score", SCORE),
-    Sweep("cls_attention_from_tokens", "row_of_scores", {2: (2, 4, 8)}),
+    Sweep("score_reduce", "select", {2: (0.5, 1.0, 2.0)}),
+    Sweep("score_reduce", "move", TILE),
     Sweep("cls_attention", "cls_attention", TILE),
     Sweep("cls_attend_from_tokens", "cls_attend", ATTEND),
     Sweep("bipartite_match", "bipartite_match", {0: (16, 32, 64), 1: (32, 64), 3: (4, 8)}),
@@ -143,9 +141,14 @@ def arguments(op: str, shape: Shape) -> tuple[Any, ...]:
             return matching
         slots = torch.ops.elip.nearest_match(*matching)
         return tokens, torch.ones(B, N, device=DEVICE), slots, 1 + K
-    query = random(B, HEADS, WIDTH) * CHANNELS**-0.5
-    reading = (tokens, random(B, WIDTH), query, 1e-6)
-    return (*reading, K, True, True) if op == "score_reduce" else reading
+    cls, text = random(2, B, WIDTH, dtype=dtype)
+    gamma, beta, bias = random(3, WIDTH, dtype=dtype)
+    matrices = random(2, WIDTH, WIDTH, dtype=dtype) / WIDTH**0.5
+    query = QueryArguments(
+        *(cls, text, 0.8, False, gamma, beta, 1e-6),
+        *(matrices[0], bias, matrices[1], HEADS, CHANNELS**-0.5),
+    )
+    return (tokens, *query, K, True, True) if op == "score_reduce" else (tokens, *query)
 
 
 def least_bytes(op: str, shape: Shape) -> int:
@@ -173,9 +176,7 @@ def least_bytes(op: str, shape: Shape) -> int:
 
 
 def changed(answer: Any, changes: dict[str | int, Number]) -> Any:
-    """Replace some numbers in an answer of the table: a NamedTuple, dict, tuple or one value."""
-    if isinstance(answer, int):
-        return changes.get("answer", answer)
+    """Replace some numbers in an answer of the table: a NamedTuple, dict or tuple."""
     if isinstance(answer, dict):
         fields: dict[Any, Any] = answer
     else:
@@ -220,7 +221,7 @@ def check(
     selection to that of `reduce` on this row.
     """
     if op == "score_reduce":
-        tokens, _, _, _, *others = args
+        tokens, *others = args[0], *args[1 + len(QueryArguments._fields) :]
         given = torch.ops.elip.reduce(tokens, got[-1][:, 1:], None, others[0], 1, *others[1:])
         right = (*given, right[-1])
     for ours, theirs in zip(got, right, strict=True):

@@ -18,16 +18,18 @@ read x once for each 16; features that do not fit registers take the PyTorch for
 Source: associativity, and the running softmax of Milakov and Gimelshein (2018).
 """
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from elip_kernels import launch
 from elip_kernels._autocast import no_autocast
 from elip_kernels._operator import Operator
 from elip_kernels._triton import tl, triton
-from elip_kernels.absorbed import absorbed_operands, absorbed_query, accumulator, check_absorbed
-from elip_kernels.cls_attention import absorbed_reference
+from elip_kernels.absorbed import accumulator, query_arguments, split
+from elip_kernels.absorbed_query import QueryArguments, launch_query
+from elip_kernels.cls_attention import absorbed_fits, absorbed_flops, absorbed_reference
 
 
 def cls_attend_from_tokens(
@@ -59,11 +61,9 @@ def cls_attend_from_tokens(
     norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
     matrices = {"q_weight": q_weight, "k_weight": k_weight, "v_weight": v_weight}
     biases = {"q_bias": q_bias, "v_bias": v_bias}
-    scale = check_absorbed(tokens, cls, eps, num_heads, scale, norm, matrices, biases)
+    query = query_arguments(tokens, cls, eps, num_heads, scale, norm, matrices, biases)
     with torch.no_grad(), no_autocast(tokens):
-        cls = cls.to(accumulator(tokens.dtype))
-        query = absorbed_query(cls, norm, eps, q_weight, q_bias, k_weight, num_heads, scale)
-        mixed = _attend_op(tokens.detach(), cls.detach(), query, eps)  # (B, H, D)
+        mixed = _attend_op(tokens.detach(), *query)  # (B, H, D)
         if norm_weight is not None:
             mixed = mixed * norm_weight
         if norm_bias is not None:
@@ -73,9 +73,25 @@ def cls_attend_from_tokens(
         return (out if v_bias is None else out + v_bias).to(tokens.dtype)
 
 
-def attend_reference(tokens: Tensor, cls: Tensor, query: Tensor, eps: float) -> Tensor:
+def attend_reference(
+    tokens: Tensor,
+    cls: Tensor,
+    text: Tensor | None,
+    fusion: float,
+    match: bool,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    k_weight: Tensor,
+    num_heads: int,
+    scale: float,
+) -> Tensor:
     """The specification: m (B, H, D) of the formula above."""
-    normed, rows = absorbed_reference(tokens, cls, query, eps)
+    matrices = (q_weight, q_bias, k_weight, num_heads, scale)
+    query = (cls, text, fusion, match, norm_weight, norm_bias, eps, *matrices)
+    normed, rows = absorbed_reference(tokens, *query)
     return torch.bmm(rows, normed)
 
 
@@ -121,25 +137,23 @@ def _multiply(left, rest, right, acc, HAS_REST: tl.constexpr, PRECISION: tl.cons
 
 @triton.jit(do_not_specialize=["N"])
 def _attend_kernel(
-    tokens_ptr, query_ptr, rest_ptr, cls_score_ptr, cls_ptr, out_ptr, stride_tb, stride_tn,
-    stride_ub, stride_uh, N, D, H, eps,
+    tokens_ptr, query_ptr, cls_score_ptr, cls_ptr, out_ptr, stride_tb, stride_tn, N, D, H, eps,
     HAS_REST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """One program per (image, BLOCK_H heads): tile by tile of whole tokens, the next under way."""
     pid_b = tl.program_id(0).to(tl.int64)
     tokens_ptr += pid_b * stride_tb
-    query_ptr += pid_b * stride_ub
-    rest_ptr += pid_b * stride_ub
+    query_ptr += pid_b * H * D
     out_ptr += pid_b * H * D
     offs_n = tl.arange(0, BLOCK_N)
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
-    offs_u = offs_h[:, None] * stride_uh + offs_d[None, :]
     mask_u = (offs_h < H)[:, None] & mask_d[None, :]
-    u = _slices(tl.load(query_ptr + offs_u, mask=mask_u, other=0.0), SLICES, WIDEN)  # [S, H, D/S]
-    rest = _slices(tl.load(rest_ptr + offs_u, mask=mask_u, other=0.0), SLICES, WIDEN)
+    u = tl.load(query_ptr + offs_h[:, None] * D + offs_d[None, :], mask=mask_u, other=0.0)
+    u, rest = split(u, tokens_ptr.dtype.element_ty)
+    u, rest = _slices(u, SLICES, WIDEN), _slices(rest, SLICES, WIDEN)  # [S, H, D/S]
     # CLS comes first: weight 1, its z as it is
     cls = tl.load(cls_ptr + pid_b * D + offs_d, mask=mask_d, other=0.0)
     acc = tl.zeros([SLICES, BLOCK_H, BLOCK_D // SLICES], tl.float32)
@@ -180,42 +194,37 @@ def _attend_kernel(
     tl.store(out_ptr + offs_h[None, :, None] * D + offs_d[:, None, :], out, mask=mask)
 
 
-def _attend(tokens: Tensor, cls: Tensor, query: Tensor, eps: float) -> Tensor:
+def _attend(tokens: Tensor, *query: Any) -> Tensor:
     """Allocate, read launch.py, launch."""
-    (B, _, D), H = tokens.shape, query.shape[1]
-    tokens = launch.addressable(tokens)
-    out = query.new_empty(B, H, D)
-    if out.numel() == 0:
+    (B, N, D), arguments = tokens.shape, QueryArguments(*query)
+    H, tokens = arguments.num_heads, launch.addressable(tokens)
+    out = tokens.new_empty(B, H, D, dtype=torch.float32)
+    if B == 0:
         return out
-    query = query - query.mean(-1, keepdim=True)  # the kernel relies on it, whoever calls the op
-    rounded, rest, cls_score = absorbed_operands(tokens, cls, query, eps)
-    normed = F.layer_norm(cls, (D,), eps=eps)
     settings = launch.cls_attend(tokens)
     with launch.on_device(tokens):
+        u, cls_score, cls = launch_query(arguments, normed=True)
         _attend_kernel[(B, triton.cdiv(H, settings["BLOCK_H"]))](
-            *(tokens, rounded, rounded if rest is None else rest, cls_score, normed, out),
-            *(*tokens.stride()[:2], *rounded.stride()[:2], tokens.shape[1], D, H, eps),
+            *(tokens, u, cls_score, cls, out, *tokens.stride()[:2], N, D, H, arguments.eps),
             **settings,
         )
     return out
 
 
-def _fits(tokens: Tensor, cls: Tensor, query: Tensor, eps: float) -> bool:
-    fits = launch.runs_kernel(tokens, query, candidates=tokens.shape[1] - 1)
-    return fits and launch.runs_cls_attend(tokens)
-
-
-def _flops(tokens_shape, cls_shape, query_shape, *args, **kwargs) -> int:
-    """4 B H N D: scores and weighted sum."""
-    B, H, D = query_shape
-    return 4 * B * H * tokens_shape[1] * D
+def _flops(tokens_shape, *shapes, **kwargs) -> int:
+    """The query's, and 4 B H N D: scores and weighted sum."""
+    B, N, D = tokens_shape
+    H = QueryArguments(*shapes[: len(QueryArguments._fields)]).num_heads
+    return absorbed_flops(tokens_shape, *shapes) + 2 * B * H * N * D
 
 
 _attend_op = Operator(
     "cls_attend_from_tokens",
     attend_reference,
     launcher=_attend,
-    fits=_fits,
-    fake=lambda tokens, cls, query, eps: query.new_empty(query.shape),
+    fits=lambda tokens, *query: absorbed_fits(tokens, *query) and launch.runs_cls_attend(tokens),
+    fake=lambda tokens, cls, *query: tokens.new_empty(
+        len(tokens), query[-2], tokens.shape[2], dtype=accumulator(tokens.dtype)
+    ),
     flops=_flops,
 )

@@ -11,25 +11,29 @@ for fp64 tokens). No gradient: a row selects, it is not trained through.
 Source: ELIP, Eq. 2; the absorption is associativity.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from elip_kernels import launch
-from elip_kernels._autocast import no_autocast
 from elip_kernels._operator import Operator
 from elip_kernels._triton import tl, triton
 from elip_kernels._validate import check_device, check_mask, check_shape, check_tensor, message
 from elip_kernels.absorbed import (
-    absorbed_operands,
-    absorbed_query,
-    absorbed_row,
     accumulator,
-    check_absorbed,
     check_scale,
+    query_arguments,
     row_of_scores,
     score_tiles,
     store_row,
+)
+from elip_kernels.absorbed_query import (
+    QueryArguments,
+    absorbed_query,
+    launch_query,
+    query_flops,
 )
 
 
@@ -95,11 +99,9 @@ def cls_attention_from_tokens(
     """
     norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
     matrices = {"q_weight": q_weight, "k_weight": k_weight}
-    scale = check_absorbed(tokens, cls, eps, num_heads, scale, norm, matrices, {"q_bias": q_bias})
-    with torch.no_grad(), no_autocast(tokens):
-        cls = cls.to(accumulator(tokens.dtype))
-        query = absorbed_query(cls, norm, eps, q_weight, q_bias, k_weight, num_heads, scale)
-        return _from_tokens_op(tokens.detach(), cls.detach(), query, eps)
+    biases = {"q_bias": q_bias}
+    query = query_arguments(tokens, cls, eps, num_heads, scale, norm, matrices, biases)
+    return _from_tokens_op(tokens.detach(), *query)
 
 
 def cls_attention_reference(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -111,37 +113,35 @@ def cls_attention_reference(q: Tensor, k: Tensor, mask: Tensor | None, scale: fl
     return scores.softmax(-1).mean(1)
 
 
-def absorbed_reference(
-    tokens: Tensor, cls: Tensor, query: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """The specification of the absorbed forms -> z (B, N, D) and the rows (B, H, N)."""
-    D = tokens.shape[2]
-    normed = F.layer_norm(tokens.to(query.dtype), (D,), eps=eps)
-    normed[:, 0] = F.layer_norm(cls.to(query.dtype), (D,), eps=eps)
-    return normed, torch.bmm(query, normed.mT).softmax(-1)
+def absorbed_reference(tokens: Tensor, *query: Any) -> tuple[Tensor, Tensor]:
+    """The specification of the absorbed forms, of QueryArguments -> z (B, N, D) and the softmax
+    rows (B, H, N)."""
+    dtype, arguments = accumulator(tokens.dtype), QueryArguments(*query)
+    u, cls = absorbed_query(dtype, *query)
+    normed = F.layer_norm(tokens.to(dtype), (tokens.shape[2],), eps=arguments.eps)
+    normed[:, 0] = cls
+    return normed, torch.bmm(u, normed.mT).softmax(-1)
 
 
-def from_tokens_reference(tokens: Tensor, cls: Tensor, query: Tensor, eps: float) -> Tensor:
+def from_tokens_reference(
+    tokens: Tensor,
+    cls: Tensor,
+    text: Tensor | None,
+    fusion: float,
+    match: bool,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    k_weight: Tensor,
+    num_heads: int,
+    scale: float,
+) -> Tensor:
     """The specification of `cls_attention_from_tokens` -> (B, N)."""
-    return absorbed_reference(tokens, cls, query, eps)[1].mean(1)
-
-
-@triton.jit(do_not_specialize=["N"])
-def _from_tokens_kernel(
-    tokens_ptr, query_ptr, rest_ptr, cls_score_ptr, out_ptr, stride_tb, stride_tn,
-    stride_ub, stride_uh, N, D, H, eps,
-    HAS_REST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """One program an image: x and u are read once, the row is written once."""
-    pid_b = tl.program_id(0).to(tl.int64)
-    row, cls_row = absorbed_row(
-        tokens_ptr + pid_b * stride_tb, query_ptr + pid_b * stride_ub, rest_ptr + pid_b * stride_ub,
-        cls_score_ptr + pid_b * H, stride_tn, stride_uh, N, D, H, eps,
-        HAS_REST, WIDEN, PRECISION, BLOCK_N, BLOCK_H, BLOCK_K,
-    )  # fmt: skip
-    offs_n = tl.arange(0, BLOCK_N)
-    store_row(out_ptr + pid_b * N, row, cls_row, offs_n, offs_n < N - 1)
+    matrices = (q_weight, q_bias, k_weight, num_heads, scale)
+    query = (cls, text, fusion, match, norm_weight, norm_bias, eps, *matrices)
+    return absorbed_reference(tokens, *query)[1].mean(1)
 
 
 @triton.jit(do_not_specialize=["N", "T"])
@@ -197,31 +197,24 @@ def _cls_attention_kernel(
     tl.store(out_ptr + pid_b * N + offs_n, row, mask=mask_n)
 
 
-def _from_tokens(tokens: Tensor, cls: Tensor, query: Tensor, eps: float) -> Tensor:
-    """Allocate, read launch.py, launch."""
-    (B, N, D), H = tokens.shape, query.shape[1]
-    tokens = launch.addressable(tokens)
+def _from_tokens(tokens: Tensor, *query: Any) -> Tensor:
+    """Allocate, read launch.py, launch: u, the scores, the row."""
+    B, N, _ = tokens.shape
+    arguments, tokens = QueryArguments(*query), launch.addressable(tokens)
     out = tokens.new_empty(B, N, dtype=torch.float32)
     if B == 0:
         return out
-    rounded, rest, cls_score = absorbed_operands(tokens, cls, query, eps)
     with launch.on_device(tokens):
-        if launch.splits_score(H, tokens):
-            parts = score_tiles(tokens, rounded, rest, eps)
-            T = parts[1].shape[2]
-            block_n, block_t, num_warps = launch.row_of_scores(N - 1, T)
-            _row_kernel[(B,)](
-                *(*parts, cls_score, out, N, H, T),
-                BLOCK_N=block_n,
-                BLOCK_T=block_t,
-                num_warps=num_warps,
-            )
-        else:
-            _from_tokens_kernel[(B,)](
-                *(tokens, rounded, rounded if rest is None else rest, cls_score, out),
-                *(*tokens.stride()[:2], *rounded.stride()[:2], N, D, H, eps),
-                **launch.score(H, tokens),
-            )
+        u, cls_score, _ = launch_query(arguments)
+        scores, tops, totals = score_tiles(tokens, u, arguments.eps)
+        H, T = tops.shape[1:]
+        block_n, block_t, num_warps = launch.select(N - 1, T)
+        _row_kernel[(B,)](
+            *(scores, tops, totals, cls_score, out, N, H, T),
+            BLOCK_N=block_n,
+            BLOCK_T=block_t,
+            num_warps=num_warps,
+        )
     return out
 
 
@@ -253,10 +246,18 @@ def _flops(q_shape, k_shape, *args, **kwargs) -> int:
     return 2 * B * H * N * d
 
 
-def _from_tokens_flops(tokens_shape, cls_shape, query_shape, *args, **kwargs) -> int:
-    """2 B H N D."""
-    B, H, D = query_shape
-    return 2 * B * H * tokens_shape[1] * D
+def absorbed_flops(tokens_shape: tuple[int, ...], *shapes: Any) -> int:
+    """The query's, and 2 B H N D of the scores."""
+    query = QueryArguments(*shapes[: len(QueryArguments._fields)])
+    B, N, D = tokens_shape
+    return query_flops((B, D), query.q_weight) + 2 * B * query.num_heads * N * D
+
+
+def absorbed_fits(tokens: Tensor, *query: Any) -> bool:
+    """The kernels take the arguments of an absorbed op."""
+    tensors = (t for t in query[: len(QueryArguments._fields)] if isinstance(t, Tensor))
+    candidates = tokens.shape[1] - 1
+    return launch.runs_kernel(tokens, *tensors, candidates=candidates, most=launch.MAX_SELECTED)
 
 
 _cls_attention_op = Operator(
@@ -271,9 +272,7 @@ _from_tokens_op = Operator(
     "cls_attention_from_tokens",
     from_tokens_reference,
     launcher=_from_tokens,
-    fits=lambda tokens, cls, query, eps: launch.runs_kernel(
-        tokens, query, candidates=tokens.shape[1] - 1
-    ),
-    fake=lambda tokens, cls, query, eps: query.new_empty(tokens.shape[:2]),
-    flops=_from_tokens_flops,
+    fits=absorbed_fits,
+    fake=lambda tokens, *query: tokens.new_empty(tokens.shape[:2], dtype=accumulator(tokens.dtype)),
+    flops=lambda tokens_shape, *shapes, **kwargs: absorbed_flops(tokens_shape, *shapes),
 )

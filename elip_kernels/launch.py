@@ -13,7 +13,8 @@ from torch import Tensor
 
 from elip_kernels._triton import HAS_TRITON, triton
 
-MAX_CANDIDATES = 1024  # one program holds an image's candidates
+MAX_CANDIDATES = 1024  # one program holds an image's candidates, and a line of each
+MAX_SELECTED = 4096  # one program holds their scores alone
 MAX_PREFIX_TOKENS = 16  # a copy of each is in the code
 
 
@@ -43,41 +44,33 @@ def reduce_backward(element_size: int) -> Launch:
     return Launch(32, 256 // element_size, 8)
 
 
-def _dot(heads: int, tokens: Tensor) -> dict[str, Any]:
-    """What both forms of the absorbed row share. ROCm compiles no tf32x3; the interpreter's
-    products are wrong in bf16, so there all is fp32."""
+def _precision(wide: bool) -> dict[str, Any]:
+    """How products are computed: ROCm compiles no tf32x3, and the interpreter knows but one way."""
     hip, interpreted = torch.version.hip is not None, triton.knobs.runtime.interpret
+    return {"PRECISION": "tf32x3" if wide and not hip and not interpreted else "ieee"}
+
+
+def _dot(heads: int, tokens: Tensor) -> dict[str, Any]:
+    """What the absorbed forms share. The interpreter's products are wrong in bf16, so there all is
+    fp32."""
     wide = tokens.dtype == torch.float32
-    return {
+    return _precision(wide) | {
         "HAS_REST": not wide,
-        "WIDEN": interpreted,
-        "PRECISION": "tf32x3" if wide and not hip and not interpreted else "ieee",
+        "WIDEN": triton.knobs.runtime.interpret,
         "BLOCK_H": max(16, next_power_of_2(heads)),
     }
 
 
-def score(heads: int, tokens: Tensor) -> dict[str, Any]:
-    """The absorbed row of large batches: an image in one program, BLOCK_K features a step.
-
-    51 registers at 256 candidates in bf16 with 16 warps, where 8 take 108; 97 at 1,024. 16
-    features a step hold fp16 at 55, where 32 take 76. Four stages of loads, three where they fill
-    shared memory, and on ROCm, which does not compile four.
-    """
-    block_n = max(16, next_power_of_2(tokens.shape[1] - 1))
-    wide, hip = tokens.dtype == torch.float32, torch.version.hip is not None
-    return _dot(heads, tokens) | {
-        "BLOCK_N": block_n,
-        "BLOCK_K": 32 if tokens.dtype == torch.bfloat16 and block_n <= 512 else 16,
-        "num_warps": 4 if block_n <= 64 else 8 if block_n <= 128 else 16,
-        "num_stages": 3 if wide or hip or block_n > 256 else 4,
+def query(channels: int) -> dict[str, Any]:
+    """Sixteen images, the least that a product takes, of one head, 64 features a step."""
+    return _precision(True) | {
+        "BLOCK_B": 16,
+        "BLOCK_W": max(16, next_power_of_2(channels)),
+        "BLOCK_D": 64,
+        "BLOCK_R": 256,
+        "num_warps": 8,
+        "num_stages": 1,
     }
-
-
-def splits_score(heads: int, tokens: Tensor) -> bool:
-    """Tiles of patches instead: under 96 images a program each leaves most of 132 SMs idle; fp32
-    and fp16 beyond 256 candidates, and more than 16 heads, spill as one program."""
-    B, N, _ = tokens.shape
-    return B < 96 or heads > 16 or (tokens.dtype != torch.bfloat16 and N > 257)
 
 
 def score_tiles(heads: int, tokens: Tensor) -> dict[str, Any]:
@@ -91,10 +84,18 @@ def score_tiles(heads: int, tokens: Tensor) -> dict[str, Any]:
     }
 
 
-def row_of_scores(candidates: int, tiles: int) -> tuple[int, int, int]:
-    """BLOCK_N, BLOCK_T, warps: one vector a head, 32 registers."""
+def select(candidates: int, tiles: int) -> tuple[int, int, int]:
+    """BLOCK_N, BLOCK_T, warps of one image's row and selection: 30 registers at 256 candidates, 50
+    at 1,024, 114 at 4,096, sixteen of them a thread."""
     block_n = max(16, next_power_of_2(candidates))
     return block_n, next_power_of_2(tiles), 4 if block_n <= 256 else 8
+
+
+def move(candidates: int, element_size: int) -> Launch:
+    """A line of at most 64 candidates a step, however many follow: 63 registers with 4 warps, where
+    256 take 124 on 8."""
+    block_n = min(64, max(16, next_power_of_2(candidates)))
+    return Launch(block_n, 128 // element_size, 4)
 
 
 def cls_attention(num_tokens: int, element_size: int) -> Launch:
@@ -144,10 +145,12 @@ def merge(sources: int, element_size: int) -> tuple[int, int, int, int]:
     return max(16, next_power_of_2(sources)), 16, 512 // element_size, 8
 
 
-def runs_kernel(*tensors: Tensor, candidates: int, num_prefix_tokens: int = 1) -> bool:
+def runs_kernel(
+    *tensors: Tensor, candidates: int, num_prefix_tokens: int = 1, most: int = MAX_CANDIDATES
+) -> bool:
     """Triton takes it: there is one, no fp64, and an image's candidates fit one program."""
     has_fp64 = any(t.dtype == torch.float64 for t in tensors)
-    fits = candidates <= MAX_CANDIDATES and num_prefix_tokens <= MAX_PREFIX_TOKENS
+    fits = candidates <= most and num_prefix_tokens <= MAX_PREFIX_TOKENS
     return HAS_TRITON and not has_fp64 and fits
 
 

@@ -90,7 +90,7 @@ def _select(scores: Tensor, real: Tensor | None, keep: int, num_prefix_tokens: i
     scores = scores if scores.stride(1) == 1 else scores.contiguous()
     real = real if real is None or real.stride(1) == 1 else real.contiguous()
     kept = scores.new_empty(B, keep, dtype=torch.int64)
-    block_n, _, num_warps = launch.row_of_scores(N, 1)
+    block_n, _, num_warps = launch.select(N, 1)
     if B == 0:
         return kept
     with launch.on_device(scores):

@@ -7,7 +7,7 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import elip_kernels
-from elip_kernels.absorbed import absorbed_query
+from elip_kernels.absorbed_query import QueryArguments
 
 B, N, D, H = 2, 37, 48, 4
 
@@ -93,21 +93,22 @@ def test_autocast_does_not_cast():
 
 CALLS = {
     "cls_attention": lambda: (torch.randn(B, H, 12), torch.randn(B, H, N, 12), None, 0.3),
-    "cls_attention_from_tokens": lambda: (
-        torch.randn(B, N, D),
-        torch.randn(B, D),
-        torch.randn(B, H, D),
-        1e-6,
-    ),
+    "cls_attention_from_tokens": lambda: op_arguments(torch.randn(B, N, D)),
 }
 
 
-def test_opcheck_with_the_query_that_a_block_makes():
-    tokens, cls, arguments = torch.randn(B, N, D), torch.randn(B, D), block(torch.float32)
-    norm = {n: arguments[n] for n in ("norm_weight", "norm_bias")}
-    projections = [arguments[n] for n in ("q_weight", "q_bias", "k_weight")]
-    query = absorbed_query(cls, norm, 1e-6, *projections, H, 0.3)
-    opcheck(torch.ops.elip.cls_attention_from_tokens.default, (tokens, cls, query, 1e-6))
+def op_arguments(tokens, **changes):
+    """Of an absorbed op: tokens, and what makes the query, 0.7 of it of the CLS token."""
+    dtype, block_ = tokens.dtype, block(torch.promote_types(tokens.dtype, torch.float32))
+    cls, text = torch.randn(2, len(tokens), D).to(dtype)
+    made = block_ | {"cls": cls, "text": text, "fusion": 0.7, "match": True, "scale": 0.3}
+    return tokens, *QueryArguments(**made | changes)
+
+
+def test_opcheck_without_parameters_that_a_block_may_lack():
+    lacking = dict.fromkeys(("text", "norm_weight", "norm_bias", "q_bias"))
+    op = torch.ops.elip.cls_attention_from_tokens.default
+    opcheck(op, op_arguments(torch.randn(B, N, D), **lacking))
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -27,7 +27,7 @@ from elip_kernels.testing.compile import (
 )
 from tests.tiers import tiered
 
-KEEP = dict(REAL_CASES)
+KEEP = dict(REAL_CASES) | {1025: 400, 4097: 1600}
 SIZE = {"bf16": 2, "fp32": 4}
 TRITON_3_6 = triton.__version__.startswith("3.6.")
 
@@ -75,30 +75,30 @@ def loads_wide(code, tile):
     return code.wide_bytes()[0] * 32 * code.num_warps >= code.num_stages * tile
 
 
-@pytest.mark.parametrize(("N", "registers"), tiered([(257, 72), (197, 72), (577, 128)], []))
-def test_many_images_score_and_move_by_128_bits(N, registers):
-    codes = compiled("score_reduce", N, "bf16", B=128)
-    launch, code = codes["_score_select_kernel"]
-    assert is_clean(code)
-    assert code.registers <= registers
-    assert loads_wide(code, (N - 1) * launch.arguments["BLOCK_K"] * 2)
-    launch, code = codes["_move_kernel"]
-    assert is_clean(code)
-    assert code.registers <= (64 if N <= 257 else 128)
-    assert moves_wide(code, (N - 1) * launch.arguments["BLOCK_D"] * 2)
-
-
-@pytest.mark.parametrize(("N", "registers"), tiered([(577, 128), (257, 64)], []))
-def test_few_images_score_and_move_by_128_bits(N, registers):
-    codes = compiled("score_reduce", N, "bf16")
+@pytest.mark.parametrize("dtype", tiered(SIZE, ["bf16"]))
+@pytest.mark.parametrize("N", tiered([577, 257, 1025, 4097], [577]))
+def test_a_boundary_scores_and_moves_by_128_bits_at_every_size(N, dtype):
+    codes = compiled("score_reduce", N, dtype)
+    assert list(codes)[:4] == ["_query_kernel", "scores_kernel", "_select_kernel", "_move_kernel"]
+    assert all(is_clean(code) for _, code in codes.values())
+    most = {"_query_kernel": 160, "scores_kernel": 80, "_move_kernel": 64}
+    most["_select_kernel"] = 128 if N > 1025 else 64
+    for name, registers in most.items():
+        assert codes[name][1].registers <= registers, name
     launch, code = codes["scores_kernel"]
-    assert is_clean(code)
-    assert code.registers <= 80
-    assert loads_wide(code, launch.arguments["BLOCK_N"] * launch.arguments["BLOCK_K"] * 2)
-    launch, code = codes["_select_move_kernel"]
-    assert is_clean(code)
-    assert code.registers <= registers
-    assert moves_wide(code, (N - 1) * launch.arguments["BLOCK_D"] * 2)
+    assert loads_wide(code, launch.arguments["BLOCK_N"] * launch.arguments["BLOCK_K"] * SIZE[dtype])
+    launch, code = codes["_move_kernel"]
+    assert code.occupancy[0] >= 32
+    assert moves_wide(code, launch.arguments["BLOCK_N"] * launch.arguments["BLOCK_D"] * SIZE[dtype])
+
+
+@pytest.mark.parametrize("dtype", tiered(SIZE, []))
+@pytest.mark.parametrize(("width", "heads"), [(1280, 16), (1024, 16), (384, 6)])
+def test_heads_of_every_width_make_their_query_without_a_spill(width, heads, dtype, monkeypatch):
+    monkeypatch.setattr(report, "WIDTH", width)
+    monkeypatch.setattr(report, "HEADS", heads)
+    query, *_ = report.recorded_call("score_reduce", 2, 257, 166, dtype, 90)
+    assert is_clean(compile_launch(query, 90))
 
 
 @pytest.mark.parametrize("dtype", tiered(SIZE, []))
@@ -151,9 +151,15 @@ def test_other_variants_compile_without_a_spill(arch):
             CALLS["cls_attend_from_tokens"](2, 197, 64, 100, 2, torch.float32)
         for N, dtype in ((577, torch.float16), (197, torch.float16), (197, torch.float32)):
             CALLS["cls_attention_from_tokens"](128, N, 768, 100, 12, dtype)
+        guide = {"text": torch.randn(1, 768).half(), "fusion": 0.8, "guidance_norm": "match"}
+        matrices = {name: torch.randn(768, 768).half() for name in ("q_weight", "k_weight")}
+        lacking = dict.fromkeys(("norm_weight", "norm_bias", "q_bias"))
+        elip_kernels.score_reduce(
+            *(tokens, tokens[:, 0], 90), **guide, **matrices, **lacking, num_heads=12, eps=1e-6
+        )
         elip_kernels.bipartite_merge(tokens, k[:, 0], 1)
         elip_kernels.bipartite_merge(tokens, k[:, 0], 16, size=size, num_prefix_tokens=0)
-    assert len(launches) == 13 + (arch == 90)
+    assert len(launches) == 22 + 2 * (arch == 90)
     for launch in launches:
         assert is_clean(compile_launch(launch, arch)), launch.name
 
@@ -222,16 +228,16 @@ def test_launches_are_recorded_as_they_were_made():
 @pytest.mark.slow
 def test_an_architecture_gets_its_own_configuration():
     hip = torch.version.hip
-    for dtype, arch, precision, num_stages in (
-        ("bf16", 90, "ieee", 4),
-        ("fp32", 90, "tf32x3", 3),
-        ("bf16", "gfx942", "ieee", 3),
-        ("fp32", "gfx942", "ieee", 3),
+    for dtype, arch, scores, query in (
+        ("bf16", 90, "ieee", "tf32x3"),
+        ("fp32", 90, "tf32x3", "tf32x3"),
+        ("bf16", "gfx942", "ieee", "ieee"),
+        ("fp32", "gfx942", "ieee", "ieee"),
     ):
-        select, *_ = report.recorded_call("score_reduce", BATCHES[1], 257, 166, dtype, arch)
-        assert select.name == "_score_select_kernel"
-        assert select.arguments["PRECISION"] == precision
-        assert select.options["num_stages"] == num_stages
+        first, second, *_ = report.recorded_call("score_reduce", 2, 257, 166, dtype, arch)
+        assert (first.name, second.name) == ("_query_kernel", "scores_kernel")
+        assert first.arguments["PRECISION"] == query
+        assert second.arguments["PRECISION"] == scores
     assert torch.version.hip == hip
 
 
@@ -239,7 +245,7 @@ def test_an_architecture_gets_its_own_configuration():
 def test_what_fits_neither_registers_nor_shared_memory_takes_the_pytorch_form(monkeypatch):
     assert not report.recorded_call("cls_attend_from_tokens", 2, 257, 166, "fp32", 90)
     monkeypatch.setattr(report, "WIDTH", 384)
-    (launch,) = report.recorded_call("cls_attend_from_tokens", 2, 257, 166, "fp32", 80)
+    _, launch = report.recorded_call("cls_attend_from_tokens", 2, 257, 166, "fp32", 80)
     assert is_clean(compile_launch(launch, 80))
     monkeypatch.setitem(SHARED_MEMORY, 80, 100 * 1024)
     assert not report.recorded_call("cls_attend_from_tokens", 2, 257, 166, "fp32", 80)

@@ -263,6 +263,8 @@ TABLE = {
         absorbed
         | dict.fromkeys(["merge", "normalize", "return_info"], flag)
         | {"keep": [None, True, "4", 0, N - 1, 0.0, 1.0]}
+        | {"fusion": [None, True, "0.5", -0.1, 1.1], "guidance_norm": [None, 1, "l2"]}
+        | {"text": [1.0, torch.randn(3, D), torch.randn(D), torch.ones(B, D).long()]}
         | {"row": [1, torch.rand(B, N).double(), torch.rand(B, N - 1), torch.rand(B, N, **META)]},
     ),
     elip_kernels.cls_attend_from_tokens: (
@@ -336,7 +338,7 @@ TABLE = {
         {"text": [None, 12, "", "2(100)"], "count_cls": [None, 1]},
     ),
 }
-ALIASES = {"text": "schedule", "pretrained": "(pretrained|folder)", "overrides": r"\w+"}
+ALIASES = {"text": "(schedule|text)", "pretrained": "(pretrained|folder)", "overrides": r"\w+"}
 CASES = [
     pytest.param(function, good, argument, value, id=f"{function.__name__}-{argument}-{i}")
     for function, (good, table) in TABLE.items()

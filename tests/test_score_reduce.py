@@ -5,13 +5,19 @@ from collections import Counter
 import pytest
 import torch
 from torch.library import opcheck
+from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import elip_kernels
 import elip_models
 from elip_kernels._triton import HAS_TRITON
-from tests.towers import SCHEDULE, clip_vit, images, text
+from elip_kernels.absorbed_query import QueryArguments
+from elip_models.reduction.strategies.elip import Elip
+from elip_models.reduction.strategy import Context
+from elip_models.towers import as_tower
+from tests.models import open_clip_vit
+from tests.towers import SCHEDULE, WIDTH, clip_vit, images, plain_vit, text
 
 B, N, D, H, K = 2, 21, 24, 3, 8
 
@@ -69,21 +75,23 @@ def test_a_row_selects_again_and_nothing_is_scored(merge):
 def arguments_of_the_op(dtype=torch.float32):
     """Few numbers, each of which a gradient of a gradient takes two calls for."""
     tokens = torch.randn(2, 7, 4, dtype=dtype, requires_grad=True)
-    cls, query = torch.randn(2, 4, dtype=dtype), torch.randn(2, 2, 4, dtype=dtype)
-    return tokens, cls, query, 1e-6, 3, True, True
+    cls, text, (gamma, beta, bias) = torch.randn(2, 4), torch.randn(1, 4), torch.randn(3, 4)
+    matrices = torch.randn(4, 4), bias, torch.randn(4, 4)
+    query = QueryArguments(cls, text, 0.7, False, gamma, beta, 1e-6, *matrices, 2, 0.5)
+    return tokens, query, 3, True, True
 
 
 def test_opcheck_and_gradcheck():
-    opcheck(torch.ops.elip.score_reduce.default, arguments_of_the_op())
-    tokens, cls, _, *others = arguments_of_the_op()
+    tokens, query, *others = arguments_of_the_op()
+    opcheck(torch.ops.elip.score_reduce.default, (tokens, *query, *others))
     row = torch.rand(tokens.shape[:2])
-    opcheck(torch.ops.elip.score_reduce.default, (tokens, cls, None, *others, row))
-    tokens, *others = arguments_of_the_op(torch.float64)
+    opcheck(torch.ops.elip.score_reduce.default, (tokens, *query, *others, row))
+    tokens, query, *others = arguments_of_the_op(torch.float64)
     # The row depends on the tokens, but passes no gradient: hold it by a large margin.
-    others[1] = others[1] * 0
+    query = query._replace(k_weight=query.k_weight * 0)
 
     def out(t):
-        return torch.ops.elip.score_reduce(t, *others)[0]
+        return torch.ops.elip.score_reduce(t, *query, *others)[0]
 
     assert torch.autograd.gradcheck(out, (tokens,))
     assert torch.autograd.gradgradcheck(lambda t: out(t).square(), (tokens,))
@@ -110,9 +118,8 @@ def test_flops():
     tokens, cls = torch.randn(B, N, D), torch.randn(B, D)
     with FlopCounterMode(display=False) as counter:
         elip_kernels.score_reduce(tokens, cls, K, **block())
-    assert counter.get_flop_counts()["Global"][torch.ops.elip.score_reduce] == 2 * B * D * (
-        H * N + N - 1 - K
-    )
+    rows, query = H * N + N - 1 - K, 2 * D
+    assert counter.get_total_flops() == 2 * B * D * (rows + query)
 
 
 class CountOps(TorchDispatchMode):
@@ -134,15 +141,37 @@ def test_a_stage_boundary_of_last_is_one_op():
     assert counter.calls == {"elip::score_reduce": 3}
 
 
+VIEWS = {"detach", "select", "as_strided", "chunk", "split", "narrow", "slice", "unbind"}
+ALLOCATE = {"empty", "empty_strided", "new_empty", "new_zeros", "zero_", "fill_"}
+"""The recorder clears what is allocated."""
+BOUNDARY = ["_query_kernel", "scores_kernel", "_select_kernel", "_move_kernel"]
+
+
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so nothing is launched")
-@pytest.mark.parametrize("batch", [2, 96])
-def test_a_stage_boundary_of_last_launches_two_kernels(batch):
+@pytest.mark.parametrize("batch", [1, 96])
+def test_a_stage_boundary_of_last_launches_the_same_kernels_whatever_the_batch(batch):
     from elip_kernels.testing.compile import recorded_launches
 
     arguments = {"schedule": SCHEDULE, "scorer": "last"}
     with recorded_launches(90) as launches, CountOps() as counter:
         elip_models.encode_image(clip_vit(), images(batch), text(batch), **arguments)
     assert counter.calls == {"elip::score_reduce": 3}
-    first = "scores_kernel" if batch == 2 else "_score_select_kernel"
-    second = "_select_move_kernel" if batch == 2 else "_move_kernel"
-    assert [launch.name for launch in launches] == [first, second] * 3
+    assert [launch.name for launch in launches] == BOUNDARY * 3
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so nothing is launched")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("make", [plain_vit, open_clip_vit])
+def test_a_stage_boundary_of_last_launches_nothing_else(make, dtype):
+    """PyTorch's ops in it, those inside the op too, make views and memory alone."""
+    from elip_kernels.testing.compile import recorded_launches
+
+    tower = as_tower(make().to(dtype).eval())
+    tokens, t = torch.randn(2, 37, WIDTH).to(dtype), text(2).to(dtype)
+    strategy = Elip("3(100%) 3(50%)", scorer="last", guidance_norm="match")
+    stage, context = strategy.stages(tower.size)[0], Context(text_cls=t)
+    with recorded_launches(90) as launches, torch.no_grad(), profile() as seen:
+        strategy.step(tower, stage, tokens, context)
+    assert [launch.name for launch in launches] == BOUNDARY
+    ops = {event.name.removeprefix("aten::") for event in seen.events()}
+    assert ops <= {"elip::score_reduce"} | VIEWS | ALLOCATE, ops

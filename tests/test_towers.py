@@ -37,7 +37,7 @@ def test_parts_add_up_to_the_block(model):
         row = tower.attention_map(i, tokens)[:, :, 0].mean(1)
         got = tower.cls_attention(i, tokens, tokens[:, 0])
         torch.testing.assert_close(got, row, atol=1e-5, rtol=0)
-        out, info, scored = tower.score_reduce(i, tokens, tokens[:, 0], 10, merge=True)
+        out, info, scored = tower.score_reduce(i, tokens, tokens[:, 0], keep=10, merge=True)
         torch.testing.assert_close(scored, got, atol=1e-6, rtol=0)
         expected, kept = elip_kernels.reduce(
             tokens, scored, 10, num_prefix_tokens=tower.num_prefix_tokens, return_info=True

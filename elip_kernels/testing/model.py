@@ -3,13 +3,12 @@
 Counted is what a launch reads and writes, each byte once, under the names of the kernel's pointers:
 inputs, outputs, and what one launch leaves for the next or for the backward pass. Rows on which
 no output depends are not: the CLS row that `cls` replaces, dropped tokens when nothing merges.
-Not counted is what PyTorch prepares from the CLS token alone (query, rest, cls_score), beyond
-reading it. Scores, rows, weights and sizes are fp32, slots int32, kept positions int64.
+Not counted are vectors of a block's parameters, a thousandth of its matrices. Rows, weights, sizes
+and the query are fp32, slots int32, kept positions int64.
 
 An op of several launches is their sum: `score_reduce` reads the tokens twice, once to score and
-once to move, since an image's tokens do not fit one program. `split` is the form of small batches:
-tiles of patches are scored, and the next launch reads their scores. Where a tiling lets programs
-read the same bytes, `tiled` counts what each of them reads, as launched: from L2 after the first.
+once to move, since an image's tokens do not fit one program. Where a tiling lets programs read the
+same bytes, `tiled` counts what each of them reads, as launched: from L2 after the first.
 Operations are those of the op's FLOP formula, a multiply and an add being two.
 """
 
@@ -90,89 +89,80 @@ def cls_attention(B: int, H: int, N: int, d: int, dtype: torch.dtype) -> Work:
     return Work(read, {"out": B * N * FP32}, 2 * B * H * N * d)
 
 
-def cls_attention_from_tokens(
-    B: int, N: int, D: int, H: int, dtype: torch.dtype, *, split: bool = False
-) -> Work:
-    """Patches and the absorbed query in, a row out; `split`: `score_tiles`, then `row`."""
-    if split:
-        return together(score_tiles(B, N, D, H, dtype), row(B, N, D, H, dtype))
-    read = _patches(B, N, D, H, dtype) | {"cls_score": B * H * FP32}
-    return Work(read, {"out": B * N * FP32}, 2 * B * H * N * D)
+def cls_attention_from_tokens(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> Work:
+    """`query`, `score_tiles`, `row`, under one name each for what is not handed on."""
+    tiles = score_tiles(B, N, D, H, dtype)
+    return together(query(B, D, H, dtype), tiles, row(B, N, D, H, dtype))
 
 
 def cls_attend_from_tokens(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> Work:
-    """Patches, the absorbed query and CLS normalised in, a sum of normalised tokens a head out."""
-    read = _patches(B, N, D, H, dtype) | {"cls_score": B * H * FP32, "cls": B * D * FP32}
-    return Work(read, {"out": B * H * D * FP32}, 4 * B * H * N * D)
+    """`query`, and `attend`."""
+    return together(query(B, D, H, dtype, normed=True), attend(B, N, D, H, dtype))
 
 
 def score_reduce(
+    B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype, *, merge: bool = True
+) -> Work:
+    """`query`, `score_tiles`, `select_row`, `move`."""
+    first = together(query(B, D, H, dtype), score_tiles(B, N, D, H, dtype))
+    second = together(select_row(B, N, D, K, H, dtype), move(B, N, D, K, dtype, merge=merge))
+    return together(first, second)
+
+
+def query(
     B: int,
-    N: int,
     D: int,
-    K: int,
     H: int,
     dtype: torch.dtype,
     *,
-    merge: bool = True,
-    split: bool = False,
+    width: int | None = None,
+    has_text: bool = False,
+    normed: bool = False,
 ) -> Work:
-    """`score_select`, then `move`; `split`: `score_tiles`, then `select_move`."""
-    if split:
-        first = score_tiles(B, N, D, H, dtype)
-        return together(first, select_move(B, N, D, K, H, dtype, merge=merge))
-    first = score_select(B, N, D, K, H, dtype)
-    return together(first, move(B, N, D, K, dtype, merge=merge))
+    """CLS tokens, texts and two matrices (`width`, D) in; u and the CLS token's scores out."""
+    size, width = dtype.itemsize, width or D
+    read = {"cls": B * D * size, "q_weight": width * D * size, "k_weight": width * D * size}
+    if has_text:
+        read["text"] = B * D * size
+    written = {"query": B * H * D * FP32, "cls_score": B * H * FP32}
+    if normed:
+        written["normed"] = B * D * FP32
+    return Work(read, written, 4 * B * D * width + 2 * B * H * D)
 
 
-def score_select(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> Work:
-    """The row and what it selects."""
-    scored = cls_attention_from_tokens(B, N, D, H, dtype)
-    return scored._replace(written={"row": scored.written["out"], **_selection(B, N, K)})
+def attend(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> Work:
+    """Patches, u and CLS normalised in, a sum of normalised tokens a head out."""
+    read = _patches(B, N, D, H, dtype) | {"cls_score": B * H * FP32, "cls": B * D * FP32}
+    return Work(read, {"out": B * H * D * FP32}, 4 * B * H * N * D - 2 * B * H * D)
+
+
+def select_row(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> Work:
+    """The row, and what it selects."""
+    made = row(B, N, D, H, dtype)
+    return made._replace(written={"row": made.written["out"], **_selection(B, N, K)})
 
 
 def move(B: int, N: int, D: int, K: int, dtype: torch.dtype, *, merge: bool = True) -> Work:
     """Tokens to the rows that were selected."""
-    moved = _moved(B, N, D, K, dtype, merge)
-    moved.read["slots"] = B * (N - 1) * INT32
+    row_size = B * D * dtype.itemsize
+    read = {"tokens": (N if merge else K + 1) * row_size, "slots": B * (N - 1) * INT32}
     if merge:
-        moved.read["weights"] = B * (N - 1) * FP32
-    return moved
+        read["weights"] = B * (N - 1) * FP32
+    written = {"out": (K + 1 + merge) * row_size}
+    return Work(read, written, 2 * B * (N - 1 - K) * D * merge)
 
 
 def score_tiles(B: int, N: int, D: int, H: int, dtype: torch.dtype, *, tiled: bool = False) -> Work:
     """Scores of the patches, and each tile's maximum and sum. `tiled`: each tile reads u."""
     tiles, read = _tiles(B, N, D, H, dtype), _patches(B, N, D, H, dtype)
-    repeats = tiles if tiled else 1
-    read = {name: n * (1 if name == "tokens" else repeats) for name, n in read.items()}
+    read["query"] *= tiles if tiled else 1
     return Work(read, _scores(B, N, H, tiles), 2 * B * H * (N - 1) * D)
 
 
 def row(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> Work:
-    """The row from the scores of the tiles; CLS's own scores were made with the query."""
+    """The row from the scores of the tiles; CLS's own were made with the query."""
     read = _scores(B, N, H, _tiles(B, N, D, H, dtype)) | {"cls_score": B * H * FP32}
-    return Work(read, {"out": B * N * FP32}, 2 * B * H * D)
-
-
-def select_move(
-    B: int,
-    N: int,
-    D: int,
-    K: int,
-    H: int,
-    dtype: torch.dtype,
-    *,
-    merge: bool = True,
-    tiled: bool = False,
-) -> Work:
-    """Row and selection from the scores, and tokens to their rows. `tiled`: each slice of D reads
-    the scores."""
-    block_d = launch.reduce_forward(N - 1, dtype.itemsize).block_d
-    slices = ceil(D / block_d) if tiled else 1
-    scores, moved = row(B, N, D, H, dtype), _moved(B, N, D, K, dtype, merge)
-    read = {name: n * slices for name, n in scores.read.items()} | moved.read
-    written = {"row": scores.written["out"], **_selection(B, N, K), **moved.written}
-    return Work(read, written, scores.operations + moved.operations)
+    return Work(read, {"out": B * N * FP32}, 0)
 
 
 def bipartite_merge(
@@ -317,10 +307,8 @@ def nearest_gather(
 
 
 def _patches(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> dict[str, int]:
-    """What scoring reads; u comes in two parts where tokens have two bytes."""
-    size = dtype.itemsize
-    read = {"tokens": B * (N - 1) * D * size, "query": B * H * D * size}
-    return read | ({} if dtype == torch.float32 else {"rest": B * H * D * size})
+    """What scoring reads."""
+    return {"tokens": B * (N - 1) * D * dtype.itemsize, "query": B * H * D * FP32}
 
 
 def _tiles(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> int:
@@ -333,14 +321,6 @@ def _scores(B: int, N: int, H: int, tiles: int) -> dict[str, int]:
     """What the tiles leave behind."""
     totals = B * H * tiles * FP32
     return {"scores": B * H * (N - 1) * FP32, "tops": totals, "totals": totals}
-
-
-def _moved(B: int, N: int, D: int, K: int, dtype: torch.dtype, merge: bool) -> Work:
-    """Tokens in and out, CLS first."""
-    row_size = B * D * dtype.itemsize
-    read = {"tokens": (N if merge else K + 1) * row_size}
-    written = {"out": (K + 1 + merge) * row_size}
-    return Work(read, written, 2 * B * (N - 1 - K) * D * merge)
 
 
 def _selection(B: int, N: int, K: int) -> dict[str, int]:

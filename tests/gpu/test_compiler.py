@@ -10,6 +10,7 @@ from torch._inductor import cudagraph_trees
 from torch.library import opcheck
 
 import elip_kernels
+from elip_kernels.absorbed_query import QueryArguments
 from tests.gpu import ops
 from tests.gpu.ops import HALF, TOKENS, on, pick
 
@@ -41,9 +42,9 @@ def test_opcheck_of_reduce(device, dtype):
 @every_dtype
 def test_opcheck_of_rows(device, dtype):
     check(elip.cls_attention.default, (*on(device, ops.row_inputs(2, 50, dtype)), None, 0.125))
-    tokens, cls, *_ = on(device, ops.block_inputs(2, 50, dtype, 64))
-    query = torch.randn(2, 4, 64, device=device)
-    arguments = (tokens.requires_grad_(), cls.float(), query, 1e-6)
+    tokens, cls, *block = on(device, ops.block_inputs(2, 50, dtype, 64))
+    made = ops.named(*block) | {"cls": cls, "text": cls.flip(0), "fusion": 0.7, "match": True}
+    arguments = (tokens.requires_grad_(), *QueryArguments(**made, scale=0.125))
     check(elip.cls_attention_from_tokens.default, arguments)
     check(elip.cls_attend_from_tokens.default, arguments)
     check(elip.score_reduce.default, (*arguments, 20, True, True))

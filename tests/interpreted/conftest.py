@@ -15,13 +15,3 @@ def launches():
 
     with kernels_on_cpu() as counter:
         yield counter
-
-
-@pytest.fixture(params=["tiles of patches", "one program an image"])
-def score_form(request, monkeypatch):
-    """Either form of the absorbed row, whatever the batch."""
-    from elip_kernels import launch
-
-    is_split = request.param == "tiles of patches"
-    monkeypatch.setattr(launch, "splits_score", lambda heads, tokens: is_split)
-    return request.param

@@ -5,6 +5,7 @@ import torch
 
 import elip_kernels
 from elip_kernels._operator import OPERATORS
+from elip_kernels.absorbed_query import QueryArguments
 from tests.interpreted.test_cls_attention_kernel import BUDGET
 from tests.tiers import tiered
 
@@ -63,8 +64,13 @@ def test_output_agrees_with_fp64(launches, poisoned_memory, shape, dtype):
     assert error(got, in_fp64(tokens, cls, arguments)) <= BUDGET[dtype] + rounding
 
 
-def mixed(tokens, cls, query, eps=1e-6):
-    return torch.ops.elip.cls_attend_from_tokens(tokens, cls, query, eps)
+def mixed(tokens, cls, key, eps=1e-6):
+    """What the op returns for heads of one channel, whose query is 1 and whose keys these are."""
+    q_weight, q_bias = torch.zeros_like(key), key.new_ones(len(key))
+    query = QueryArguments(
+        *(cls, None, 1.0, False, None, None, eps, q_weight, q_bias, key, len(key), 1.0)
+    )
+    return torch.ops.elip.cls_attend_from_tokens(tokens, *query)
 
 
 @pytest.mark.parametrize("N", tiered([50, 197], [50]))
@@ -72,11 +78,11 @@ def mixed(tokens, cls, query, eps=1e-6):
 def test_weighted_sum_is_fp32_and_within_its_budget(launches, poisoned_memory, dtype, N):
     """What the op itself returns, before any rounding to the dtype of the tokens."""
     tokens, cls = tokens_and_cls(1, N, 768, dtype)
-    query = torch.randn(1, 12, 768) / 768**0.5
-    got = mixed(tokens, cls.float(), query)
+    key = torch.randn(12, 768) / 768**0.5
+    got = mixed(tokens, cls.float(), key)
     assert launches[NAME] == 1
     assert got.dtype == torch.float32
-    assert error(got, mixed(tokens.double(), cls.double(), query.double())) <= BUDGET[dtype]
+    assert error(got, mixed(tokens.double(), cls.double(), key.double())) <= BUDGET[dtype]
 
 
 @pytest.mark.parametrize("dtype", BUDGET, ids=str)
@@ -84,9 +90,9 @@ def test_weighted_sum_is_fp32_and_within_its_budget(launches, poisoned_memory, d
 def test_flat_and_sharp_rows(launches, dtype, sharpness):
     """A tile with a far higher score rescales all before it; a score's error grows with it."""
     tokens, cls = tokens_and_cls(2, 70, 64, dtype)
-    query = sharpness * torch.randn(2, 4, 64) / 8
-    got = mixed(tokens, cls.float(), query)
-    exact = mixed(tokens.double(), cls.double(), query.double())
+    key = sharpness * torch.randn(4, 64) / 8
+    got = mixed(tokens, cls.float(), key)
+    exact = mixed(tokens.double(), cls.double(), key.double())
     assert launches[NAME] == 2  # the fp64 one is handed on
     assert error(got, exact) <= max(1.0, sharpness) * BUDGET[dtype]
 
@@ -94,13 +100,13 @@ def test_flat_and_sharp_rows(launches, dtype, sharpness):
 @pytest.mark.parametrize("dtype", BUDGET, ids=str)
 def test_a_mean_far_from_zero_is_taken_out_again(launches, dtype):
     tokens, cls = tokens_and_cls(2, 40, 64, dtype, offset=30.0)
-    query = torch.randn(2, 4, 64) / 8
-    got = mixed(tokens, cls.float(), query)
+    key = torch.randn(4, 64) / 8
+    got = mixed(tokens, cls.float(), key)
     assert launches[NAME] == 1
     z = torch.nn.functional.layer_norm(tokens, (64,), eps=1e-6)
     z[:, 0] = torch.nn.functional.layer_norm(cls, (64,), eps=1e-6)
-    eager = (query.to(dtype) @ z.mT).softmax(-1) @ z
-    exact = mixed(tokens.double(), cls.double(), query.double())
+    eager = (key.to(dtype) @ z.mT).softmax(-1) @ z
+    exact = mixed(tokens.double(), cls.double(), key.double())
     assert error(got, exact) <= max(2 * error(eager, exact), BUDGET[dtype])
 
 
@@ -109,20 +115,20 @@ def test_zero_token_and_an_eps_beyond_half_precision(launches, dtype):
     """1 / sqrt(eps) is more than fp16 holds; a merged token of no mass is zero."""
     tokens, cls = tokens_and_cls(1, 20, 64, dtype)
     tokens[:, [3, 19]] = 0.0
-    query = torch.randn(1, 4, 64) / 8
-    got = mixed(tokens, cls.float(), query, 1e-12)
+    key = torch.randn(4, 64) / 8
+    got = mixed(tokens, cls.float(), key, 1e-12)
     assert launches[NAME] == 1
-    exact = mixed(tokens.double(), cls.double(), query.double(), 1e-12)
+    exact = mixed(tokens.double(), cls.double(), key.double(), 1e-12)
     assert error(got, exact) <= BUDGET[dtype]
 
 
 def test_token_without_variance_and_no_eps_beyond_the_last(launches):
     """Rows that pad the last tile do not turn into NaN, even where eps is 0."""
     tokens, cls = tokens_and_cls(1, 11, 32, torch.float32)
-    query = torch.randn(1, 2, 32)
-    got = mixed(tokens, cls, query, 0.0)
+    key = torch.randn(2, 32)
+    got = mixed(tokens, cls, key, 0.0)
     assert launches[NAME] == 1
-    assert error(got, mixed(tokens.double(), cls.double(), query.double(), 0.0)) <= 1e-5
+    assert error(got, mixed(tokens.double(), cls.double(), key.double(), 0.0)) <= 1e-5
 
 
 def test_strided_tokens(launches, poisoned_memory):
@@ -164,7 +170,7 @@ def test_features_that_do_not_fit_take_the_pytorch_form(
     launches, monkeypatch, width, dtype, kernel
 ):
     tokens, cls = tokens_and_cls(1, 5, width, dtype)
-    query = torch.randn(1, 3, width) / width**0.5
+    key = torch.randn(3, width) / width**0.5
     calls = []
 
     def counted(*args):
@@ -174,7 +180,7 @@ def test_features_that_do_not_fit_take_the_pytorch_form(
     operator = OPERATORS[NAME.removeprefix("elip::")]
     launcher = operator.launcher
     monkeypatch.setattr(operator, "launcher", counted)
-    got = mixed(tokens, cls.float(), query)
+    got = mixed(tokens, cls.float(), key)
     assert launches[NAME] == 1
     assert bool(calls) == kernel
-    assert error(got, mixed(tokens.double(), cls.double(), query.double())) <= BUDGET[dtype]
+    assert error(got, mixed(tokens.double(), cls.double(), key.double())) <= BUDGET[dtype]

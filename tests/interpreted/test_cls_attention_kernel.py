@@ -42,7 +42,7 @@ def in_fp64(tokens, cls, arguments):
 
 @pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.float32]), ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids="B{0[0]}-N{0[1]}-D{0[2]}-H{0[3]}".format)
-def test_absorbed_row_agrees_with_fp64(launches, score_form, shape, dtype):
+def test_absorbed_row_agrees_with_fp64(launches, shape, dtype):
     B, N, D, H = shape
     tokens, cls = torch.randn(B, N, D).to(dtype), torch.randn(B, D).to(dtype)
     arguments = block(D, H, dtype)
@@ -53,7 +53,7 @@ def test_absorbed_row_agrees_with_fp64(launches, score_form, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", BUDGET, ids=str)
-def test_a_mean_far_from_zero_does_not_cancel(launches, score_form, dtype):
+def test_a_mean_far_from_zero_does_not_cancel(launches, dtype):
     tokens, cls = (30 + torch.randn(2, 40, 64)).to(dtype), torch.randn(2, 64).to(dtype)
     arguments = block(64, 2, dtype)
     got = elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)

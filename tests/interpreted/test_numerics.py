@@ -29,7 +29,7 @@ def inputs(kind, dtype):
 
 @every_dtype
 @pytest.mark.parametrize("kind", INPUTS)
-def test_row_from_tokens(launches, score_form, kind, dtype):
+def test_row_from_tokens(launches, kind, dtype):
     tokens, cls, arguments = inputs(kind, dtype)
     row = elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)
     assert launches["elip::cls_attention_from_tokens"] == 1

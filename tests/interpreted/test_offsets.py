@@ -20,7 +20,7 @@ from elip_kernels import launch
 from elip_kernels._operator import OPERATORS
 from elip_kernels.testing.traffic import Memory
 
-B = 2**31 - 1  # every tensor of two or more elements an image passes 2^31
+B = 2**31 - 15  # of 16 images a program the last has one; two elements an image pass 2^31
 N, D, H, K = 19, 24, 2, 7
 
 
@@ -30,6 +30,7 @@ class LastImage:
     def __init__(self):
         self.images = {}  # by batch: the last image (1, ...)
         self.placed = []  # (address of the batch, tensor of the batch, its last image)
+        self.shared = []  # addresses of what all images share
 
     def batch_of(self, image):
         """A tensor (B, ...) on meta whose last image is `image` (1, ...)."""
@@ -52,6 +53,10 @@ class LastImage:
         """What the interpreter takes for a pointer."""
         if not torch.is_tensor(argument):
             return argument
+        if not argument.is_meta:
+            start = argument.data_ptr()
+            self.shared.append((start, start + argument.numel() * argument.element_size()))
+            return argument
         image = self.image_of(argument)
         start = next(start for start, _, i in self.placed if i is image)
         return SimpleNamespace(dtype=argument.dtype, data_ptr=lambda: start)
@@ -68,6 +73,8 @@ class LastImage:
             address = image.data_ptr() + element * batch.element_size()
             real[is_mine] = address[is_mine].astype(np.uint64)
             is_found |= is_mine
+        for start, end in self.shared:
+            is_found |= (start <= pointers) & (pointers < end)
         if not is_found.all():
             raise IndexError(f"{kind} of {(~is_found).sum()} lanes outside the last image")
         return real
@@ -124,11 +131,12 @@ def launcher(name):
     return OPERATORS[name].launcher
 
 
-def check(run, *arguments):
-    """The last image of an enormous batch gives what it gives alone."""
-    expected = run(*arguments)
+def check(run, *arguments, shared=()):
+    """The last image of an enormous batch gives what it gives alone; `shared` come last."""
+    expected = run(*arguments, *shared)
     with LastImage() as last:
         batches = [last.batch_of(a) if torch.is_tensor(a) else a for a in arguments]
+        batches += shared
         got = run(*batches)
     single = torch.is_tensor(got)
     got, expected = ([got], [expected]) if single else (got, expected)
@@ -178,20 +186,28 @@ def test_generic_row_of_keys_head_by_head():
     assert torch.equal(last.image_of(row), run(q, k, None, 0.5))
 
 
-# What PyTorch makes of query and CLS is zero on meta tensors, so both are zero here too.
-ABSORBED = (torch.zeros(1, D), torch.zeros(1, H, D), 1e-6)
+def absorbed(*more):
+    """cls and text of the last image, and then what all images share."""
+    (gamma, beta, bias), matrices = torch.randn(3, D), torch.randn(2, D, D)
+    query = (True, gamma, beta, 1e-6, matrices[0], bias, matrices[1], H, 0.3)
+    return (*torch.randn(2, 1, D), 0.7), (*query, *more)
 
 
-def test_row_from_tokens(scored, score_form):
-    check(launcher("cls_attention_from_tokens"), scored[0].bfloat16(), *ABSORBED)
+def test_row_from_tokens(scored):
+    of_image, shared = absorbed()
+    run = launcher("cls_attention_from_tokens")
+    check(run, scored[0].bfloat16(), *of_image, shared=shared)
 
 
 def test_attention_output(scored):
-    check(launcher("cls_attend_from_tokens"), scored[0].bfloat16(), *ABSORBED)
+    of_image, shared = absorbed()
+    run = launcher("cls_attend_from_tokens")
+    check(run, scored[0].bfloat16(), *of_image, shared=shared)
 
 
-def test_score_reduce(scored, score_form):
-    check(launcher("score_reduce"), scored[0].bfloat16(), *ABSORBED, K, True, True)
+def test_score_reduce(scored):
+    of_image, shared = absorbed(K, True, True)
+    check(launcher("score_reduce"), scored[0].bfloat16(), *of_image, shared=shared)
 
 
 @pytest.mark.parametrize("has_penalty", [False, True])

@@ -3,9 +3,6 @@
 The suite runs a sample; `profiles.py` says how to run many. The draws repeat from run to run.
 """
 
-from contextlib import contextmanager
-from unittest.mock import patch
-
 import pytest
 import torch
 from hypothesis import assume, given
@@ -13,7 +10,7 @@ from hypothesis import strategies as st
 
 import elip_kernels
 import tests.interpreted.profiles  # noqa: F401
-from elip_kernels import launch
+from elip_kernels.absorbed_query import fuse
 from elip_kernels.testing import kernels_on_cpu
 from tests.interpreted import test_bipartite_kernel as bipartite
 from tests.interpreted import test_nearest_kernel as nearest
@@ -44,13 +41,6 @@ def launches():
 def part(share, most):
     """1 .. most."""
     return 1 + round(share * (most - 1))
-
-
-@contextmanager
-def split(is_split):
-    """Inside, the form of the absorbed row that is asked for, whatever the batch."""
-    with patch.object(launch, "splits_score", lambda heads, tokens: is_split):
-        yield
 
 
 def laid_out(layout, B, N, D, dtype):
@@ -148,14 +138,13 @@ def test_generic_row(launches, B, H, N, d, dtype, scale, is_open, packed, seed):
         assert error(got[~closed], exact[~closed]) <= BUDGET[dtype]
 
 
-@given(shape=shapes, H=heads, dtype=dtypes, layout=layouts, is_split=st.booleans(), seed=seeds)
-def test_row_from_tokens(launches, shape, H, dtype, layout, is_split, seed):
+@given(shape=shapes, H=heads, dtype=dtypes, layout=layouts, seed=seeds)
+def test_row_from_tokens(launches, shape, H, dtype, layout, seed):
     torch.manual_seed(seed)
     tokens = laid_out(layout, **shape, dtype=dtype)
     cls, arguments = torch.randn(shape["B"], shape["D"]).to(dtype), block(shape["D"], H, dtype)
     before = launches["elip::cls_attention_from_tokens"]
-    with split(is_split):
-        got = elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)
+    got = elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)
     assert launches["elip::cls_attention_from_tokens"] == before + 1
     assert error(got, in_fp64(tokens, cls, arguments)) <= BUDGET[dtype]
 
@@ -184,22 +173,28 @@ def test_attention_output(launches, shape, H, dtype, layout, biased, seed):
     layout=layouts,
     merge=st.booleans(),
     normalize=st.booleans(),
-    is_split=st.booleans(),
+    fusion=st.sampled_from([0.0, 0.3, 1.0]),
+    guidance_norm=st.sampled_from(["none", "match"]),
     seed=seeds,
 )
-def test_score_reduce(launches, shape, share, H, dtype, layout, is_split, seed, **flags):
+def test_score_reduce(
+    launches, shape, share, H, dtype, layout, fusion, guidance_norm, seed, **flags
+):
     torch.manual_seed(seed)
     shape["N"] += 1
     tokens = laid_out(layout, **shape, dtype=dtype)
     cls, arguments = torch.randn(shape["B"], shape["D"]).to(dtype), block(shape["D"], H, dtype)
     leaf, keep = tokens.detach().requires_grad_(), part(share, shape["N"] - 2)
     before = launches["elip::score_reduce"]
-    with split(is_split):
-        out, info, row = elip_kernels.score_reduce(
-            leaf, cls, keep, return_info=True, **flags, **arguments
-        )
+    text = torch.randn(shape["B"], shape["D"]).to(dtype)
+    text[0] = 0
+    guide = {"text": text, "fusion": fusion, "guidance_norm": guidance_norm}
+    out, info, row = elip_kernels.score_reduce(
+        leaf, cls, keep, return_info=True, **flags, **guide, **arguments
+    )
     assert launches["elip::score_reduce"] == before + 1
-    assert error(row, in_fp64(tokens, cls, arguments)) <= BUDGET[dtype]
+    fused = fuse(cls.double(), text.double(), fusion, guidance_norm == "match")
+    assert error(row, in_fp64(tokens, fused, arguments)) <= BUDGET[dtype]
     exact = check_moved(launches, out, tokens, leaf, row, keep, **flags)
     assert torch.equal(info.kept, exact.kept)
     assert torch.allclose(info.weights.double(), exact.weights, atol=1e-6, rtol=0)

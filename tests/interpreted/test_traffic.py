@@ -7,7 +7,6 @@ import triton.language as tl
 from torch.utils.flop_counter import FlopCounterMode
 
 import elip_kernels
-from elip_kernels import launch
 from elip_kernels.testing import Case, model
 from elip_kernels.testing.traffic import traffic
 from tests.interpreted.test_bipartite_kernel import inputs
@@ -40,22 +39,28 @@ def absorbed(B, N, D, dtype, **more):
     return {"tokens": tokens, "cls": cls} | block(D, H, dtype) | more
 
 
-def is_split(B, N, D, dtype):
-    return launch.splits_score(H, torch.empty(B, N, D, dtype=dtype, device="meta"))
-
-
-def run_score_reduce(B, N, D, K, dtype, **options):
+def run_score_reduce(B, N, D, K, dtype, has_text=False, **options):
+    if has_text:
+        options |= {"text": torch.randn(B, D).to(dtype), "fusion": 0.8}
     out = elip_kernels.score_reduce(**absorbed(B, N, D, dtype, keep=K, **options))
     out.sum().backward()
 
 
-def score_reduce_works(B, N, D, K, dtype, tiled=False, **options):
-    backward = model.reduce_backward(B, N, D, K, dtype, **options)
-    if is_split(B, N, D, dtype):
-        second = model.select_move(B, N, D, K, H, dtype, tiled=tiled, **options)
-        return [model.score_tiles(B, N, D, H, dtype, tiled=tiled), second, backward]
-    first = model.score_select(B, N, D, K, H, dtype)
-    return [first, model.move(B, N, D, K, dtype, **options), backward]
+VECTORS = {"norm_weight", "norm_bias", "q_bias"}  # which the model leaves out
+
+
+def query_work(B, D, dtype, tiled=False, **options):
+    return model.query(B, D, H, dtype, width=H * 8, **options)
+
+
+def score_reduce_works(B, N, D, K, dtype, tiled=False, merge=True, has_text=False):
+    return [
+        query_work(B, D, dtype, has_text=has_text),
+        model.score_tiles(B, N, D, H, dtype, tiled=tiled),
+        model.select_row(B, N, D, K, H, dtype),
+        model.move(B, N, D, K, dtype, merge=merge),
+        model.reduce_backward(B, N, D, K, dtype, merge=merge),
+    ]
 
 
 def run_row_from_tokens(B, N, D, K, dtype):
@@ -63,10 +68,8 @@ def run_row_from_tokens(B, N, D, K, dtype):
 
 
 def row_from_tokens_works(B, N, D, K, dtype, tiled=False):
-    if is_split(B, N, D, dtype):
-        first = model.score_tiles(B, N, D, H, dtype, tiled=tiled)
-        return [first, model.row(B, N, D, H, dtype)]
-    return [model.cls_attention_from_tokens(B, N, D, H, dtype)]
+    tiles = model.score_tiles(B, N, D, H, dtype, tiled=tiled)
+    return [query_work(B, D, dtype), tiles, model.row(B, N, D, H, dtype)]
 
 
 def run_attend(B, N, D, K, dtype):
@@ -75,7 +78,7 @@ def run_attend(B, N, D, K, dtype):
 
 
 def attend_works(B, N, D, K, dtype, tiled=False):
-    return [model.cls_attend_from_tokens(B, N, D, H, dtype)]
+    return [query_work(B, D, dtype, normed=True), model.attend(B, N, D, H, dtype)]
 
 
 def run_generic_row(B, N, D, K, dtype):
@@ -131,7 +134,7 @@ OPS = {
     "score_reduce": (run_score_reduce, score_reduce_works),
     "row_from_tokens": (run_row_from_tokens, row_from_tokens_works),
 }
-SPLIT = ["score_reduce", "row_from_tokens"]
+ABSORBED = ["score_reduce", "row_from_tokens", "attend"]
 
 
 def check(op, case, **options):
@@ -141,43 +144,36 @@ def check(op, case, **options):
         run(*case, **options)
     least = works(*case, **options)
     for launched, work in zip(launches, least, strict=True):
-        assert {name: access.unique for name, access in launched.loads.items()} == work.read
+        read = {name: access.unique for name, access in launched.loads.items()}
+        assert {name: n for name, n in read.items() if name not in VECTORS} == work.read
         assert {name: access.unique for name, access in launched.stores.items()} == work.written
         assert {name: access.requested for name, access in launched.stores.items()} == work.written
     return launches, least
 
 
-@pytest.fixture
-def one_program_an_image(monkeypatch):
-    monkeypatch.setattr(launch, "splits_score", lambda heads, tokens: False)
-
-
 @pytest.mark.parametrize("case", SMALL, ids=str)
-@pytest.mark.parametrize("op", [op for op in OPS if op not in SPLIT])
+@pytest.mark.parametrize("op", OPS)
 def test_each_byte_moves_once(launches, op, case):
-    check(op, case)
-
-
-@pytest.mark.parametrize("case", SMALL, ids=str)
-@pytest.mark.parametrize("op", SPLIT)
-def test_each_byte_moves_once_in_both_forms(launches, score_form, op, case):
     check(op, case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", REAL, ids=str)
 @pytest.mark.parametrize("op", [op for op in OPS if op not in ("bipartite", "nearest")])
-def test_programs_touch_little_more_than_they_must(launches, one_program_an_image, op, case):
+def test_programs_touch_little_more_than_they_must(launches, op, case):
     for launched, work in zip(*check(op, case), strict=True):
-        assert launched.per_program <= MOST * work.bytes, launched
+        if launched.kernel not in ("_query_kernel", "scores_kernel"):  # what all images share, u
+            assert launched.per_program <= MOST * work.bytes, launched
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", ["bipartite", "nearest", *SPLIT])
+@pytest.mark.parametrize("op", ["bipartite", "nearest", *ABSORBED])
 def test_programs_touch_what_the_tiling_implies(launches, op):
     case = (1, 257, 768, 64, bf16)
     launched, _ = check(op, case)
     for seen, most in zip(launched, OPS[op][1](*case, tiled=True), strict=True):
+        if seen.kernel == "_query_kernel":
+            continue  # every head goes through CLS and text, and twice through its keys' weights
         if seen.kernel == "_merge_bwd_kernel":  # a row's sources may share a tile
             assert seen.per_program <= most.bytes
         elif seen.kernel == "_reduce_bwd_kernel":
@@ -201,8 +197,9 @@ def test_options_of_reduce(launches, options):
     check("reduce", (2, 21, 70, 8, fp32), **options)
 
 
-def test_score_reduce_without_merging(launches, score_form):
-    check("score_reduce", (2, 21, 70, 8, bf16), merge=False)
+@pytest.mark.parametrize("options", [{"merge": False}, {"has_text": True}], ids=str)
+def test_options_of_score_reduce(launches, options):
+    check("score_reduce", (2, 21, 70, 8, bf16), **options)
 
 
 @pytest.mark.parametrize("op", ["bipartite", "nearest"])
@@ -234,10 +231,11 @@ def test_pruning_alone_multiplies_nothing(op):
     assert sum(work.operations for work in works) == flops(op, *case, merge=False)
 
 
-def test_the_work_of_an_op_is_that_of_its_launches(score_form):
-    (B, N, D, K, dtype), split = REAL[0], score_form == "tiles of patches"
-    launches = score_reduce_works(B, N, D, K, dtype)[:2]
-    assert model.score_reduce(B, N, D, K, H, dtype, split=split) == model.together(*launches)
+def test_the_work_of_an_op_is_that_of_its_launches():
+    B, N, D, K, dtype = REAL[0]
+    launches = score_reduce_works(B, N, D, K, dtype)[1:-1]
+    launches.insert(0, model.query(B, D, H, dtype))
+    assert model.score_reduce(B, N, D, K, H, dtype) == model.together(*launches)
 
 
 @triton.jit

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self, TypedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from elip_kernels.absorbed_query import fuse
 from elip_models.reduction.nearest import merge_nearest, nearest_flops
 from elip_models.reduction.once import UnguidedWarning, warn_once
 from elip_models.reduction.schedule import PAPER, Schedule, Stage
@@ -249,10 +249,13 @@ class Elip(Guided, Staged):
         if reads is None or not drops or self.merge == "nearest":
             return super().step(tower, stage, tokens, context)
         row = None if context.replay is None else context.replay.attention
-        with apart(tower.model, tokens):
-            cls = fused_cls(tower, tokens, context.text_cls, self)
+        text = checked_text(tokens, context.text_cls)
+        if tower.has_cls:
+            guide = (tokens[:, 0], text, self.fusion, self.guidance_norm)
+        else:
+            guide = (text.to(tokens.dtype), None, 1.0, "none")
         tokens, info, row = tower.score_reduce(
-            reads(stage), tokens, cls, stage.keep, merge=self.merge, row=row
+            reads(stage), tokens, *guide, keep=stage.keep, merge=self.merge, row=row
         )
         return tokens, StageInfo(stage, info, row)
 
@@ -271,25 +274,24 @@ def check_text(text_cls: Tensor, expected: tuple[int, int], device: torch.device
         raise ValueError(f"text_cls: expected it on {device}, got {text_cls.device}")
 
 
-def fuse(cls: Tensor, text_cls: Tensor | None, strategy: Guided) -> Tensor:
-    """Eq. 1: cls (B, D), text_cls (B, D) or None -> the fused CLS token (B, D); a text of zeros is
-    none, and leaves its image's CLS token as it is."""
-    if text_cls is None or strategy.fusion == 1.0:
-        return cls
-    text = text_cls.to(cls.dtype)
-    is_text = (text != 0).any(1, keepdim=True)
-    if strategy.guidance_norm == "match":
-        text = F.normalize(text, dim=1) * cls.norm(dim=1, keepdim=True)
-    return torch.where(is_text, strategy.fusion * cls + (1.0 - strategy.fusion) * text, cls)
+def checked_text(tokens: Tensor, text_cls: Tensor | None) -> Tensor | None:
+    """The text (B, D) that guides `tokens`, of which (1, D) is for all images; None where none
+    does."""
+    if text_cls is None:
+        return None
+    if text_cls.shape[0] == 1:
+        text_cls = text_cls.expand(tokens.shape[0], -1)
+    check_text(text_cls, (tokens.shape[0], tokens.shape[2]), tokens.device)
+    return text_cls
 
 
 def fused_cls(tower: Tower, tokens: Tensor, text_cls: Tensor | None, strategy: Guided) -> Tensor:
-    """`fuse` of token 0, for a text that is checked here; without CLS the text itself.
+    """Token 0 fused with a text by Eq. 1; without CLS the text itself.
 
     text_cls: (B, D), or (1, D) for all images.
     """
-    if text_cls is not None:
-        if text_cls.shape[0] == 1:
-            text_cls = text_cls.expand(tokens.shape[0], -1)
-        check_text(text_cls, (tokens.shape[0], tokens.shape[2]), tokens.device)
-    return fuse(tokens[:, 0], text_cls, strategy) if tower.has_cls else text_cls.to(tokens.dtype)
+    text = checked_text(tokens, text_cls)
+    if not tower.has_cls:
+        return text.to(tokens.dtype)
+    match = strategy.guidance_norm == "match"
+    return fuse(tokens[:, 0], text, strategy.fusion, match)

@@ -1,0 +1,293 @@
+"""The query u that absorbs a block's key projection, made from the CLS token alone: one kernel.
+
+    c   = f x_cls + (1 - f) x_text  (Eq. 1), x_text first scaled to the norm of x_cls by "match"
+    z   = (c - mean) * rstd                                                        (B, D)
+    q   = (W_q (gamma z + beta) + b_q) * scale                                     (B, H, d)
+    u_h = gamma * (W_k,h^T q_h), less its mean;   u_h . z, the CLS token's score   (B, H, D), (B, H)
+
+z has no mean, so u needs none. What u_h has of one is q_h . w_h, w the mean of the rows of gamma *
+W_k, and the CLS token's score is q_h . (W_k,h (gamma z)): both are known before u, so W_q is read
+once and W_k twice, whatever the batch. Nothing of the weights is kept from call to call: in
+training they change with each step, and a graph reads what they are when it runs.
+Source: ELIP, Eq. 1-2; the absorption is associativity.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elip_kernels import launch
+from elip_kernels._triton import tl, triton
+
+LEAST_NORM = 1e-12  # of a text, as of torch.nn.functional.normalize
+
+
+class QueryArguments(NamedTuple):
+    """What the absorbed ops make u of, without gradient, in the order of their schemas."""
+
+    cls: Tensor
+    text: Tensor | None
+    fusion: float
+    match: bool
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    eps: float
+    q_weight: Tensor
+    q_bias: Tensor | None
+    k_weight: Tensor
+    num_heads: int
+    scale: float
+
+
+def fuse(cls: Tensor, text: Tensor | None, fusion: float, match: bool) -> Tensor:
+    """Eq. 1 -> the fused CLS token (B, D), in the dtype of `cls`.
+
+    Args:
+        cls: (B, D).
+        text: (B, D) or (1, D), a vector of zeros being none; or None.
+        fusion: the share of `cls`, in [0, 1].
+        match: scale `text` to the norm of `cls` first.
+    """
+    if text is None or fusion == 1.0:
+        return cls
+    text = text.to(cls.dtype)
+    is_text = (text != 0).any(1, keepdim=True)
+    if match:
+        text = F.normalize(text, dim=1, eps=LEAST_NORM) * cls.norm(dim=1, keepdim=True)
+    return torch.where(is_text, fusion * cls + (1.0 - fusion) * text, cls)
+
+
+def absorbed_query(
+    dtype: torch.dtype,
+    cls: Tensor,
+    text: Tensor | None,
+    fusion: float,
+    match: bool,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    k_weight: Tensor,
+    num_heads: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The specification -> u (B, H, D), centred, and z (B, D), in `dtype`.
+
+    Here it is the rows of W_k gamma that are centred, D x D numbers where u has B H D. The products
+    follow `torch.set_float32_matmul_precision`.
+    """
+    cls = fuse(cls, text, fusion, match).to(dtype)
+    (B, D), width = cls.shape, q_weight.shape[0]
+    vectors = (norm_weight, norm_bias, q_bias)
+    gamma, beta, bias = (None if t is None else t.to(dtype) for t in vectors)
+    query = F.linear(F.layer_norm(cls, (D,), gamma, beta, eps), q_weight.to(dtype), bias) * scale
+    key = (k_weight if gamma is None else k_weight * gamma).to(dtype)
+    key = key - key.mean(1, keepdim=True)
+    heads = (num_heads, width // num_heads)
+    u = torch.einsum("bhd,hdc->bhc", query.view(B, *heads), key.view(*heads, D))
+    return u, F.layer_norm(cls, (D,), eps=eps)
+
+
+def query_flops(cls_shape: tuple[int, ...], q_weight_shape: tuple[int, ...]) -> int:
+    """4 B D H d: a product with each matrix."""
+    B, D = cls_shape
+    return 4 * B * D * q_weight_shape[0]
+
+
+@triton.jit
+def _fused(cls_ptr, text_ptr, offs_c, offs_t, mask, of_cls, of_text, HAS_TEXT: tl.constexpr):
+    """A slice of c, fp32 [BLOCK_B, features]."""
+    cls = tl.load(cls_ptr + offs_c, mask=mask, other=0.0).to(tl.float32)
+    if HAS_TEXT:
+        text = tl.load(text_ptr + offs_t, mask=mask, other=0.0).to(tl.float32)
+        cls = cls * of_cls[:, None] + text * of_text[:, None]
+    return cls
+
+
+@triton.jit
+def _shares(
+    cls_ptr, text_ptr, row_c, row_t, mask_b, D, fusion, BLOCK_B: tl.constexpr,
+    BLOCK_R: tl.constexpr, HAS_TEXT: tl.constexpr, MATCH: tl.constexpr, LEAST_NORM: tl.constexpr,
+):  # fmt: skip
+    """What c takes of CLS and of the text [BLOCK_B]: all of CLS where the text is zeros."""
+    of_cls = tl.full([BLOCK_B], 1.0, tl.float32)
+    of_text = tl.zeros([BLOCK_B], tl.float32)
+    if HAS_TEXT:
+        is_text = tl.zeros([BLOCK_B], tl.int32)
+        norm_cls = tl.zeros([BLOCK_B], tl.float32)
+        norm_text = tl.zeros([BLOCK_B], tl.float32)
+        for d in range(0, D, BLOCK_R):
+            offs = (d + tl.arange(0, BLOCK_R))[None, :]
+            mask = mask_b[:, None] & (offs < D)
+            text = tl.load(text_ptr + row_t + offs, mask=mask, other=0.0).to(tl.float32)
+            is_text = tl.maximum(is_text, tl.max((text != 0).to(tl.int32), 1))
+            if MATCH:
+                cls = tl.load(cls_ptr + row_c + offs, mask=mask, other=0.0).to(tl.float32)
+                norm_cls += tl.sum(cls * cls, 1)
+                norm_text += tl.sum(text * text, 1)
+        of_cls = tl.where(is_text == 1, fusion, 1.0)
+        of_text = tl.where(is_text == 1, 1.0 - fusion, 0.0)
+        if MATCH:
+            of_text *= tl.sqrt(norm_cls) / tl.maximum(tl.sqrt(norm_text), LEAST_NORM)
+    return of_cls, of_text
+
+
+@triton.jit
+def _moments(
+    cls_ptr, text_ptr, row_c, row_t, mask_b, D, eps, of_cls, of_text,
+    BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, HAS_TEXT: tl.constexpr,
+):  # fmt: skip
+    """Mean and rstd of c [BLOCK_B]; what is read twice is in the cache."""
+    total = tl.zeros([BLOCK_B], tl.float32)
+    for d in range(0, D, BLOCK_R):
+        offs = (d + tl.arange(0, BLOCK_R))[None, :]
+        mask = mask_b[:, None] & (offs < D)
+        c = _fused(cls_ptr, text_ptr, row_c + offs, row_t + offs, mask, of_cls, of_text, HAS_TEXT)
+        total += tl.sum(c, 1)
+    mean = total / D
+    squares = tl.zeros([BLOCK_B], tl.float32)
+    for d in range(0, D, BLOCK_R):
+        offs = (d + tl.arange(0, BLOCK_R))[None, :]
+        mask = mask_b[:, None] & (offs < D)
+        c = _fused(cls_ptr, text_ptr, row_c + offs, row_t + offs, mask, of_cls, of_text, HAS_TEXT)
+        c = tl.where(mask, c - mean[:, None], 0.0)
+        squares += tl.sum(c * c, 1)
+    return mean, 1.0 / tl.sqrt(squares / D + eps)
+
+
+@triton.jit
+def _vector(ptr, offs, mask, OTHER: tl.constexpr):
+    """A slice of a vector of parameters, fp32; OTHER where there is none."""
+    if ptr is None:
+        values = tl.full([offs.shape[0]], OTHER, tl.float32)
+    else:
+        values = tl.load(ptr + offs, mask=mask, other=OTHER).to(tl.float32)
+    return values
+
+
+@triton.jit
+def _matrix(rows_ptr, d, mask_w, D, BLOCK_D: tl.constexpr):
+    """Features d, .. of a head's rows [BLOCK_W, BLOCK_D], zero beyond D."""
+    offs = d + tl.arange(0, BLOCK_D)
+    return tl.load(rows_ptr + offs[None, :], mask=mask_w[:, None] & (offs < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _projected(
+    cls_ptr, text_ptr, gamma_ptr, beta_ptr, rows_ptr, z_ptr, row_c, row_t, row_z, mask_b, mask_w,
+    mask_z, D, of_cls, of_text, mean, rstd, w, AFFINE: tl.constexpr, HAS_TEXT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A head's rows times gamma z + beta if AFFINE [BLOCK_B, BLOCK_W]; else the rows times gamma,
+    times z, and the sums of these rows and of z. `w` is the first slice of the rows; the next one
+    is under way while one is multiplied. z goes to `z_ptr`, if there is one."""
+    acc = tl.zeros([BLOCK_B, BLOCK_W], tl.float32)
+    sum_rows = tl.zeros([BLOCK_W], tl.float32)
+    sum_z = tl.zeros([BLOCK_B], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        offs_d = d + tl.arange(0, BLOCK_D)
+        offs = offs_d[None, :]
+        mask = mask_b[:, None] & (offs < D)
+        c = _fused(cls_ptr, text_ptr, row_c + offs, row_t + offs, mask, of_cls, of_text, HAS_TEXT)
+        z = tl.where(mask, (c - mean[:, None]) * rstd[:, None], 0.0)
+        if z_ptr is not None:
+            tl.store(z_ptr + row_z + offs, z, mask=mask & mask_z[:, None])
+        gamma = _vector(gamma_ptr, offs_d, offs_d < D, 1.0)
+        now = w.to(tl.float32)
+        w = _matrix(rows_ptr, d + BLOCK_D, mask_w, D, BLOCK_D)
+        if AFFINE:
+            beta = _vector(beta_ptr, offs_d, offs_d < D, 0.0)
+            z = tl.where(mask, z * gamma[None, :] + beta[None, :], 0.0)
+        else:
+            now *= gamma[None, :]
+            sum_rows += tl.sum(now, 1)
+            sum_z += tl.sum(z, 1)
+        acc = tl.dot(z, tl.trans(now), acc, input_precision=PRECISION)
+    return acc, sum_rows, sum_z
+
+
+@triton.jit(do_not_specialize=["B"])
+def _query_kernel(
+    cls_ptr, text_ptr, norm_weight_ptr, norm_bias_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr,
+    query_ptr, cls_score_ptr, normed_ptr, stride_cb, stride_tb, stride_q, stride_k,
+    B, D, H, W, fusion, scale, eps,
+    HAS_TEXT: tl.constexpr, MATCH: tl.constexpr, LEAST_NORM: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One program per (BLOCK_B images, head of W channels)."""
+    pid_h = tl.program_id(1)
+    offs_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    offs_w = tl.arange(0, BLOCK_W)
+    mask_b, mask_w = offs_b < B, offs_w < W
+    image = offs_b.to(tl.int64)[:, None]
+    row_c, row_t, row_z = image * stride_cb, image * stride_tb, image * D
+    channel = pid_h * W + offs_w
+    q_rows = q_weight_ptr + channel[:, None] * stride_q
+    k_rows = k_weight_ptr + channel[:, None] * stride_k
+    w = _matrix(q_rows, 0, mask_w, D, BLOCK_D)
+    of_cls, of_text = _shares(
+        cls_ptr, text_ptr, row_c, row_t, mask_b, D, fusion,
+        BLOCK_B, BLOCK_R, HAS_TEXT, MATCH, LEAST_NORM,
+    )  # fmt: skip
+    mean, rstd = _moments(
+        cls_ptr, text_ptr, row_c, row_t, mask_b, D, eps, of_cls, of_text,
+        BLOCK_B, BLOCK_R, HAS_TEXT,
+    )  # fmt: skip
+    is_first = pid_h + tl.zeros([BLOCK_B], tl.int32) == 0  # z is the same in all heads
+    q, _, _ = _projected(
+        cls_ptr, text_ptr, norm_weight_ptr, norm_bias_ptr, q_rows, normed_ptr, row_c, row_t, row_z,
+        mask_b, mask_w, is_first, D, of_cls, of_text, mean, rstd, w,
+        True, HAS_TEXT, PRECISION, BLOCK_B, BLOCK_W, BLOCK_D,
+    )  # fmt: skip
+    w = _matrix(k_rows, 0, mask_w, D, BLOCK_D)
+    q = (q + _vector(q_bias_ptr, channel, mask_w, 0.0)[None, :]) * scale
+    key, sum_key, sum_z = _projected(  # the CLS token's key, without what beta and a bias add
+        cls_ptr, text_ptr, norm_weight_ptr, None, k_rows, None, row_c, row_t, row_z,
+        mask_b, mask_w, is_first, D, of_cls, of_text, mean, rstd, w,
+        False, HAS_TEXT, PRECISION, BLOCK_B, BLOCK_W, BLOCK_D,
+    )  # fmt: skip
+    w = _matrix(k_rows, 0, mask_w, D, BLOCK_D)
+    mean_u = tl.sum(q * (sum_key / D)[None, :], 1)  # [BLOCK_B]
+    score = tl.sum(q * key, 1) - mean_u * sum_z
+    tl.store(cls_score_ptr + offs_b.to(tl.int64) * H + pid_h, score, mask=mask_b)
+    for d in range(0, D, BLOCK_D):
+        offs_d = d + tl.arange(0, BLOCK_D)
+        now = w.to(tl.float32) * _vector(norm_weight_ptr, offs_d, offs_d < D, 1.0)[None, :]
+        w = _matrix(k_rows, d + BLOCK_D, mask_w, D, BLOCK_D)
+        u = tl.dot(q, now, input_precision=PRECISION) - mean_u[:, None]
+        at = query_ptr + (image * H + pid_h) * D + offs_d[None, :]
+        tl.store(at, u, mask=mask_b[:, None] & (offs_d < D)[None, :])
+
+
+def launch_query(
+    arguments: QueryArguments, *, normed: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Allocate, read launch.py, launch -> u (B, H, D), the CLS token's scores (B, H) and, if
+    `normed`, z (B, D), all fp32."""
+    a = arguments
+    (B, D), H, W = a.cls.shape, a.num_heads, a.q_weight.shape[0] // a.num_heads
+    query = a.cls.new_empty(B, H, D, dtype=torch.float32)
+    cls_score, z = query.new_empty(B, H), query.new_empty(B, D) if normed else None
+    text = None if a.fusion == 1.0 else a.text
+    cls, text, q_weight, k_weight = (
+        t if t is None or t.stride(1) == 1 else t.contiguous()
+        for t in (a.cls, text, a.q_weight, a.k_weight)
+    )
+    vectors = (t if t is None else t.contiguous() for t in (a.norm_weight, a.norm_bias, a.q_bias))
+    gamma, beta, bias = vectors
+    text_stride = 0 if text is None or text.shape[0] == 1 else text.stride(0)
+    settings = launch.query(W)
+    _query_kernel[(triton.cdiv(B, settings["BLOCK_B"]), H)](
+        *(cls, text, gamma, beta, q_weight, bias, k_weight, query, cls_score, z),
+        *(cls.stride(0), text_stride, q_weight.stride(0), k_weight.stride(0)),
+        *(B, D, H, W, a.fusion, a.scale, a.eps),
+        HAS_TEXT=text is not None,
+        MATCH=a.match,
+        LEAST_NORM=LEAST_NORM,
+        **settings,
+    )
+    return query, cls_score, z
