@@ -5,6 +5,7 @@ small batches the host's microseconds are as many as the kernel's.
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from elip_kernels._autocast import without_autocast
 
 LIBRARY = torch.library.Library("elip", "DEF")
 OPERATORS: dict[str, "Operator"] = {}
+_SAID: set[tuple[str, str]] = set()
 _is_decomposed = False
 
 
@@ -52,7 +54,7 @@ class Operator:
         name: of the op, without namespace.
         reference: its PyTorch form, for every device; the annotations make the schema.
         launcher: its form by kernels, same arguments.
-        fits: whether the kernels take these arguments; the PyTorch form takes all.
+        refuses: why the kernels do not take these arguments, or None; the PyTorch form takes all.
         fake: its outputs, unwritten, same arguments.
         flops: its FLOP formula, of the shapes of its tensors.
         backward, save: as `torch.library.register_autograd` takes them; without them the outputs
@@ -65,13 +67,14 @@ class Operator:
         reference: Callable[..., Any],
         *,
         launcher: Callable[..., Any],
-        fits: Callable[..., bool],
+        refuses: Callable[..., str | None],
         fake: Callable[..., Any],
         flops: Callable[..., int],
         backward: Callable[..., Any] | None = None,
         save: Callable[..., None] | None = None,
     ) -> None:
-        self.name, self.reference, self.launcher, self.fits = name, reference, launcher, fits
+        self.name, self.reference, self.launcher = name, reference, launcher
+        self.refuses = refuses
         schema = torch.library.infer_schema(reference, mutates_args=())
         LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
         self.decomposition = without_autocast(reference)
@@ -91,8 +94,24 @@ class Operator:
         return self.overload(*args)
 
     def on_device(self, *args: Any) -> Any:
-        """The form of CUDA and ROCm tensors."""
-        return (self.launcher if self.fits(*args) else self.reference)(*args)
+        """The form of CUDA and ROCm tensors; warns once where it is not the kernels'."""
+        reason = self.refuses(*args)
+        if reason is None:
+            return self.launcher(*args)
+        _warn_once(self.name, reason, tuple(args[0].shape))
+        return self.reference(*args)
+
+
+class PyTorchFormWarning(UserWarning):
+    """An op runs its PyTorch form on a device that has kernels."""
+
+
+def _warn_once(name: str, reason: str, shape: tuple[int, ...]) -> None:
+    """Once for each op and reason, of whatever shape."""
+    if (name, reason) not in _SAID:
+        _SAID.add((name, reason))
+        message = f"elip::{name} of {shape} runs its PyTorch form: {reason}"
+        warnings.warn(message, PyTorchFormWarning, stacklevel=3)
 
 
 def _no_gradient(reference: Callable[..., Any]) -> Callable[..., Any]:

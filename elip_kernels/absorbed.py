@@ -34,7 +34,7 @@ def query_arguments(
     *,
     least: int = 1,
     text: Tensor | None = None,
-    fusion: float = 1.0,
+    fusion: float = 1,
     guidance_norm: str = "none",
 ) -> QueryArguments:
     """Check the arguments of the absorbed forms -> what u is made of; `least` tokens, CLS

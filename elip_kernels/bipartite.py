@@ -292,7 +292,7 @@ _match_op = Operator(
     "bipartite_match",
     match_reference,
     launcher=match,
-    fits=lambda metric, *_: launch.runs_kernel(metric, candidates=metric.shape[1] - 1),
+    refuses=lambda metric, *_: launch.refuses(metric, candidates=metric.shape[1] - 1),
     fake=lambda metric, *_: metric.new_empty(metric.shape[:2], dtype=torch.int32),
     flops=_match_flops,
 )
@@ -303,7 +303,7 @@ def _merging(name: str, launcher: Callable[..., tuple[Tensor, Tensor]]) -> Opera
         name,
         merge_reference,
         launcher=launcher,
-        fits=lambda tokens, size, slots, _: launch.runs_kernel(
+        refuses=lambda tokens, size, slots, _: launch.refuses(
             tokens, candidates=slots.shape[1] - 1
         ),
         fake=_merge_fake,
@@ -319,9 +319,7 @@ _merge_backward_op = Operator(
     "bipartite_merge_backward",
     merge_backward_reference,
     launcher=merge_bwd,
-    fits=lambda grad_out, size, out_size, slots: launch.runs_kernel(
-        grad_out, candidates=slots.shape[1] - 1
-    ),
+    refuses=lambda grad_out, *_: launch.refuses(grad_out),
     fake=lambda grad_out, size, out_size, slots: grad_out.new_empty(
         *slots.shape, grad_out.shape[2]
     ),

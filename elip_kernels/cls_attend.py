@@ -29,7 +29,7 @@ from elip_kernels._operator import Operator
 from elip_kernels._triton import tl, triton
 from elip_kernels.absorbed import accumulator, query_arguments, split
 from elip_kernels.absorbed_query import QueryArguments, launch_query
-from elip_kernels.cls_attention import absorbed_fits, absorbed_flops, absorbed_reference
+from elip_kernels.cls_attention import absorbed_flops, absorbed_reference, absorbed_refuses
 
 
 def cls_attend_from_tokens(
@@ -222,7 +222,9 @@ _attend_op = Operator(
     "cls_attend_from_tokens",
     attend_reference,
     launcher=_attend,
-    fits=lambda tokens, *query: absorbed_fits(tokens, *query) and launch.runs_cls_attend(tokens),
+    refuses=lambda tokens, *query: (
+        absorbed_refuses(tokens, *query, most=tokens.shape[1]) or launch.refuses_width(tokens)
+    ),
     fake=lambda tokens, cls, *query: tokens.new_empty(
         len(tokens), query[-2], tokens.shape[2], dtype=accumulator(tokens.dtype)
     ),

@@ -253,18 +253,18 @@ def absorbed_flops(tokens_shape: tuple[int, ...], *shapes: Any) -> int:
     return query_flops((B, D), query.q_weight) + 2 * B * query.num_heads * N * D
 
 
-def absorbed_fits(tokens: Tensor, *query: Any) -> bool:
-    """The kernels take the arguments of an absorbed op."""
+def absorbed_refuses(tokens: Tensor, *query: Any, most: int = launch.MAX_SELECTED) -> str | None:
+    """Why the kernels do not take the arguments of an absorbed op, or None."""
     tensors = (t for t in query[: len(QueryArguments._fields)] if isinstance(t, Tensor))
     candidates = tokens.shape[1] - 1
-    return launch.runs_kernel(tokens, *tensors, candidates=candidates, most=launch.MAX_SELECTED)
+    return launch.refuses(tokens, *tensors, candidates=candidates, most=most)
 
 
 _cls_attention_op = Operator(
     "cls_attention",
     cls_attention_reference,
     launcher=_cls_attention,
-    fits=lambda q, k, *_: launch.runs_kernel(q, k, candidates=k.shape[2] - 1),
+    refuses=lambda q, k, *_: launch.refuses(q, k, candidates=k.shape[2] - 1),
     fake=lambda q, k, mask, scale: k.new_empty(k.shape[0], k.shape[2], dtype=accumulator(k.dtype)),
     flops=_flops,
 )
@@ -272,7 +272,7 @@ _from_tokens_op = Operator(
     "cls_attention_from_tokens",
     from_tokens_reference,
     launcher=_from_tokens,
-    fits=absorbed_fits,
+    refuses=absorbed_refuses,
     fake=lambda tokens, *query: tokens.new_empty(tokens.shape[:2], dtype=accumulator(tokens.dtype)),
     flops=lambda tokens_shape, *shapes, **kwargs: absorbed_flops(tokens_shape, *shapes),
 )

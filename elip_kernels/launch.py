@@ -121,14 +121,17 @@ def cls_attend(tokens: Tensor) -> dict[str, Any]:
     }
 
 
-def runs_cls_attend(tokens: Tensor) -> bool:
-    """1,024 features of two bytes fit registers, 512 of fp32, on ROCm none; and a device's shared
-    memory, of which NVIDIA's take 64 bytes for each byte of a token."""
+def refuses_width(tokens: Tensor) -> str | None:
+    """Why `cls_attend` does not take tokens so wide, or None: 1,024 features of two bytes fit
+    registers, 512 of fp32, on ROCm none; and a device's shared memory, of which NVIDIA's take 64
+    bytes for each byte of a token."""
     wide, width = tokens.dtype == torch.float32, cls_attend(tokens)["BLOCK_D"]
-    if torch.version.hip is not None:
-        return width <= 1024 and not wide
     row = width * tokens.element_size()
-    return row <= 2048 and 64 * row <= shared_memory(tokens)
+    if torch.version.hip is not None:
+        fits = width <= 1024 and not wide
+    else:
+        fits = row <= 2048 and 64 * row <= shared_memory(tokens)
+    return None if fits else f"its kernel does not take {tokens.shape[2]:,} features on this device"
 
 
 def bipartite_match(channels: int, element_size: int) -> tuple[int, int, int, int]:
@@ -145,13 +148,19 @@ def merge(sources: int, element_size: int) -> tuple[int, int, int, int]:
     return max(16, next_power_of_2(sources)), 16, 512 // element_size, 8
 
 
-def runs_kernel(
-    *tensors: Tensor, candidates: int, num_prefix_tokens: int = 1, most: int = MAX_CANDIDATES
-) -> bool:
-    """Triton takes it: there is one, no fp64, and an image's candidates fit one program."""
-    has_fp64 = any(t.dtype == torch.float64 for t in tensors)
-    fits = candidates <= most and num_prefix_tokens <= MAX_PREFIX_TOKENS
-    return HAS_TRITON and not has_fp64 and fits
+def refuses(
+    *tensors: Tensor, candidates: int = 0, num_prefix_tokens: int = 1, most: int = MAX_CANDIDATES
+) -> str | None:
+    """Why no kernel takes it, in a few words, or None."""
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if any(t.dtype == torch.float64 for t in tensors):
+        return "no kernel computes in fp64"
+    if candidates > most:
+        return f"its kernels take at most {most:,} candidates an image"
+    if num_prefix_tokens > MAX_PREFIX_TOKENS:
+        return f"its kernels take at most {MAX_PREFIX_TOKENS} prefix tokens"
+    return None
 
 
 def shared_memory(tensor: Tensor) -> int:

@@ -210,7 +210,7 @@ _match_op = Operator(
     "nearest_match",
     match_reference,
     launcher=_match,
-    fits=lambda metric, *_: launch.runs_kernel(metric, candidates=metric.shape[1] - 1),
+    refuses=lambda metric, *_: launch.refuses(metric, candidates=metric.shape[1] - 1),
     fake=lambda metric, *_: metric.new_empty(metric.shape[:2], dtype=torch.int32),
     flops=_match_flops,
 )

@@ -22,6 +22,7 @@ from elip_kernels._operator import Operator
 from elip_kernels._triton import tl, triton
 from elip_kernels._validate import check_flags, reduce_arguments
 from elip_kernels.info import ReductionInfo
+from elip_kernels.move import launch_move, launch_select
 from elip_kernels.rows import add_rows, merge_rows, order_key, sum_rows, take_rows
 from elip_kernels.select import load_tile, move_tile, select_and_weigh, store_selection
 
@@ -277,11 +278,15 @@ def _reduce_fwd(
     scores = scores if scores.stride(1) == 1 else scores.contiguous()
     mask = mask if mask is None or mask.stride(1) == 1 else mask.contiguous()
     out, kept, weights, slots = empty_outputs(tokens, keep, num_prefix_tokens, merge)
-    block_n, block_d, num_warps = launch.reduce_forward(
-        N - num_prefix_tokens, tokens.element_size()
-    )
     if tokens.numel() == 0:
         return out, kept, weights, slots
+    if scores.shape[1] > launch.MAX_CANDIDATES:
+        flags = {"MERGE": merge, "NORMALIZE": normalize, "EPSILON": EPSILON}
+        with launch.on_device(tokens):
+            launch_select(scores, mask, (kept, weights, slots), num_prefix_tokens, **flags)
+            launch_move(tokens, out, weights, slots, merge=merge)
+        return out, kept, weights, slots
+    block_n, block_d, num_warps = launch.reduce_forward(scores.shape[1], tokens.element_size())
     with launch.on_device(tokens):
         _reduce_fwd_kernel[(B, triton.cdiv(D, block_d))](
             *(tokens, scores, mask, out, kept, weights, slots),
@@ -366,8 +371,11 @@ reduce_op = Operator(
     "reduce",
     reduce_reference,
     launcher=_reduce_fwd,
-    fits=lambda tokens, scores, mask, keep, num_prefix_tokens, *_: launch.runs_kernel(
-        tokens, scores, candidates=scores.shape[1], num_prefix_tokens=num_prefix_tokens
+    refuses=lambda tokens, scores, mask, keep, num_prefix_tokens, *_: launch.refuses(
+        *(tokens, scores),
+        candidates=scores.shape[1],
+        num_prefix_tokens=num_prefix_tokens,
+        most=launch.MAX_SELECTED,
     ),
     fake=_fake,
     flops=_flops,
@@ -378,9 +386,7 @@ reduce_backward_op = Operator(
     "reduce_backward",
     reduce_backward_reference,
     launcher=_reduce_bwd,
-    fits=lambda grad_out, slots, weights, merge: launch.runs_kernel(
-        grad_out, weights, candidates=slots.shape[1] - 1
-    ),
+    refuses=lambda grad_out, slots, weights, merge: launch.refuses(grad_out, weights),
     fake=_backward_fake,
     flops=_backward_flops,
     backward=_backward_of_backward,

@@ -31,8 +31,9 @@ from elip_kernels.absorbed import (
     store_row,
 )
 from elip_kernels.absorbed_query import QueryArguments, launch_query
-from elip_kernels.cls_attention import absorbed_fits, absorbed_flops, absorbed_reference
+from elip_kernels.cls_attention import absorbed_flops, absorbed_reference, absorbed_refuses
 from elip_kernels.info import ReductionInfo
+from elip_kernels.move import launch_move
 from elip_kernels.reduce import (
     EPSILON,
     empty_outputs,
@@ -40,7 +41,7 @@ from elip_kernels.reduce import (
     reduce_op,
     reduce_reference,
 )
-from elip_kernels.select import load_tile, select_and_weigh, store_selection, zero_rows
+from elip_kernels.select import select_and_weigh, store_selection
 
 
 @overload
@@ -81,7 +82,7 @@ def score_reduce(
     num_heads: int,
     scale: float | None = None,
     text: Tensor | None = None,
-    fusion: float = 1.0,
+    fusion: float = 1,
     guidance_norm: Literal["none", "match"] = "none",
     merge: bool = True,
     normalize: bool = True,
@@ -170,7 +171,7 @@ def score_reduce_reference(
 
 
 @triton.jit(do_not_specialize=["N", "K", "T"])
-def _select_kernel(
+def _score_select_kernel(
     scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, row_ptr, kept_ptr, weights_ptr, slots_ptr,
     N, K, H, T,
     MERGE: tl.constexpr, NORMALIZE: tl.constexpr, EPSILON: tl.constexpr,
@@ -190,42 +191,6 @@ def _select_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["N", "K"])
-def _move_kernel(
-    tokens_ptr, out_ptr, weights_ptr, slots_ptr, stride_tb, stride_tn, N, K, D,
-    MERGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """One program per (image, slice of D): tile by tile, tokens to the rows selected before."""
-    pid_b = tl.program_id(0).to(tl.int64)
-    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask_d = offs_d < D
-    tokens_ptr += pid_b * stride_tb
-    out_ptr += pid_b * (1 + K + MERGE) * D
-    merged = tl.zeros([BLOCK_D], tl.float32)
-    for first in range(1, N, BLOCK_N):
-        offs_n = first + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < N
-        slot = tl.load(slots_ptr + pid_b * N + offs_n, mask=mask_n, other=0)
-        is_kept = mask_n & (slot <= K)
-        if MERGE:
-            x = load_tile(tokens_ptr, stride_tn, offs_n, offs_d, mask_n, mask_d, 0)
-            weight = tl.load(weights_ptr + pid_b * N + offs_n, mask=mask_n, other=0.0)
-            share = zero_rows(x, weight != 0).to(tl.float32) * weight[:, None]
-            merged += tl.sum(share, 0)
-        else:
-            x = load_tile(tokens_ptr, stride_tn, offs_n, offs_d, is_kept, mask_d, 0)
-        tl.store(
-            out_ptr + slot[:, None] * D + offs_d[None, :],
-            x,
-            mask=is_kept[:, None] & mask_d[None, :],
-        )
-    cls = tl.load(tokens_ptr + offs_d, mask=mask_d)
-    tl.store(out_ptr + offs_d, cls, mask=mask_d)
-    if MERGE:
-        out_ptr += (1 + K) * D
-        tl.store(out_ptr + offs_d, merged.to(tokens_ptr.dtype.element_ty), mask=mask_d)
-
-
 def _score_reduce(tokens: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Allocate, read launch.py, launch; a row that is given is `reduce`'s, one launch."""
     query, (keep, merge, normalize, *rest) = _parted(arguments)
@@ -233,7 +198,7 @@ def _score_reduce(tokens: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tens
     if row is not None:
         selected = reduce_op.on_device(tokens, row[:, 1:], None, keep, 1, merge, normalize)
         return *selected, row.clone()
-    B, N, D = tokens.shape
+    B, N, _ = tokens.shape
     tokens = launch.addressable(tokens)
     out, kept, weights, slots = empty_outputs(tokens, keep, 1, merge)
     row = tokens.new_empty(B, N, dtype=torch.float32)
@@ -245,7 +210,7 @@ def _score_reduce(tokens: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tens
         scores, tops, totals = score_tiles(tokens, u, query.eps)
         H, T = tops.shape[1:]
         block_n, block_t, num_warps = launch.select(N - 1, T)
-        _select_kernel[(B,)](
+        _score_select_kernel[(B,)](
             *(scores, tops, totals, cls_score, row, kept, weights, slots, N, keep, H, T),
             MERGE=merge,
             NORMALIZE=normalize,
@@ -254,14 +219,7 @@ def _score_reduce(tokens: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tens
             BLOCK_T=block_t,
             num_warps=num_warps,
         )
-        block_n, block_d, num_warps = launch.move(N - 1, tokens.element_size())
-        _move_kernel[(B, triton.cdiv(D, block_d))](
-            *(tokens, out, weights, slots, *tokens.stride()[:2], N, keep, D),
-            MERGE=merge,
-            BLOCK_N=block_n,
-            BLOCK_D=block_d,
-            num_warps=num_warps,
-        )
+        launch_move(tokens, out, weights, slots, merge=merge)
     return outputs
 
 
@@ -304,7 +262,7 @@ _score_reduce_op = Operator(
     "score_reduce",
     score_reduce_reference,
     launcher=_score_reduce,
-    fits=absorbed_fits,
+    refuses=absorbed_refuses,
     fake=_fake,
     flops=_flops,
     backward=_backward,

@@ -108,7 +108,9 @@ _select_op = Operator(
     "select",
     select_reference,
     launcher=_select,
-    fits=lambda scores, *_: launch.runs_kernel(scores, candidates=scores.shape[1]),
+    refuses=lambda scores, *_: launch.refuses(
+        scores, candidates=scores.shape[1], most=launch.MAX_SELECTED
+    ),
     fake=lambda scores, real, keep, _: scores.new_empty(scores.shape[0], keep, dtype=torch.int64),
     flops=lambda *shapes, **kwargs: 0,
 )

@@ -1,12 +1,17 @@
 """reduce as its users call it: the PyTorch form by dispatch, and the op's citizenship."""
 
+import re
+import warnings
+
 import pytest
 import torch
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import elip_kernels
+from elip_kernels import _operator
 from elip_kernels._operator import OPERATORS
+from elip_kernels._triton import HAS_TRITON
 from elip_kernels.testing import Case, cases
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -111,12 +116,26 @@ def test_weights_are_fp64_wherever_an_input_is():
         assert info.weights.dtype == torch.float64
 
 
-@pytest.mark.parametrize(("p", "N", "fits"), [(0, 1025, False), (1, 1025, True), (5, 1029, True)])
-def test_the_kernel_takes_1024_candidates(p, N, fits):
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so everything is the PyTorch form")
+def test_what_no_kernel_takes_is_said_once():
+    from elip_kernels.testing import launchers_on_cpu
+
+    _operator._SAID.clear()
+    with launchers_on_cpu(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for N in (4200, 4300):
+            elip_kernels.reduce(torch.randn(1, N, 4), torch.rand(1, N - 1), 9)
+    (warning,) = said
+    assert issubclass(warning.category, _operator.PyTorchFormWarning)
+    assert re.search(r"elip::reduce of \(1, 4200, 4\).*at most 4,096", str(warning.message))
+
+
+@pytest.mark.parametrize(("p", "N", "fits"), [(0, 4097, False), (1, 4097, True), (5, 4101, True)])
+def test_the_kernels_take_4096_candidates(p, N, fits):
     tokens, scores = torch.empty(1, N, 4), torch.empty(1, N - p)
     operator = OPERATORS["reduce"]
-    assert operator.fits(tokens, scores, None, 3, p, True, True) is fits
-    assert not operator.fits(tokens[:, :40], scores[:, :20], None, 3, 20, True, True)
+    assert (operator.refuses(tokens, scores, None, 3, p, True, True) is None) is fits
+    assert "16 prefix" in operator.refuses(tokens[:, :40], scores[:, :20], None, 3, 20, True, True)
 
 
 @pytest.mark.parametrize("masked", [False, True])

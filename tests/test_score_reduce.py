@@ -144,7 +144,7 @@ def test_a_stage_boundary_of_last_is_one_op():
 VIEWS = {"detach", "select", "as_strided", "chunk", "split", "narrow", "slice", "unbind"}
 ALLOCATE = {"empty", "empty_strided", "new_empty", "new_zeros", "zero_", "fill_"}
 """The recorder clears what is allocated."""
-BOUNDARY = ["_query_kernel", "scores_kernel", "_select_kernel", "_move_kernel"]
+BOUNDARY = ["_query_kernel", "scores_kernel", "_score_select_kernel", "_move_kernel"]
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so nothing is launched")

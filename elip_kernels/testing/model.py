@@ -145,9 +145,9 @@ def select_row(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> Wo
 def move(B: int, N: int, D: int, K: int, dtype: torch.dtype, *, merge: bool = True) -> Work:
     """Tokens to the rows that were selected."""
     row_size = B * D * dtype.itemsize
-    read = {"tokens": (N if merge else K + 1) * row_size, "slots": B * (N - 1) * INT32}
+    read = {"tokens": (N if merge else K + 1) * row_size, "slots": B * N * INT32}
     if merge:
-        read["weights"] = B * (N - 1) * FP32
+        read["weights"] = B * N * FP32
     written = {"out": (K + 1 + merge) * row_size}
     return Work(read, written, 2 * B * (N - 1 - K) * D * merge)
 

@@ -326,7 +326,7 @@ class Tower:
         tokens: Tensor,
         cls: Tensor,
         text: Tensor | None = None,
-        fusion: float = 1.0,
+        fusion: float = 1,
         guidance_norm: GuidanceNorm = "none",
         *,
         keep: int,

@@ -37,6 +37,40 @@ def test_a_boundary_of_many_tokens_runs_the_kernels(launches, monkeypatch, N, D,
     assert tokens.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.float32]), ids=str)
+@pytest.mark.parametrize("options", [{}, {"merge": False}, {"normalize": False}], ids=str)
+@pytest.mark.parametrize(("N", "p"), tiered([(1026, 1), (2305, 0), (4101, 5)], [(1026, 1)]))
+def test_reduce_selects_and_moves_apart(launches, poisoned_memory, N, p, options, dtype):
+    tokens, scores = torch.randn(2, N, 40).to(dtype), torch.rand(2, N - p)
+    mask = torch.rand(2, N) < 0.8
+    options |= {"mask": mask, "num_prefix_tokens": p, "return_info": True}
+    leaf, wide = tokens.requires_grad_(), tokens.detach().double().requires_grad_()
+    out, info = elip_kernels.reduce(leaf, scores, N // 2, **options)
+    expected, exact = elip_kernels.reduce(wide, scores.double(), N // 2, **options)
+    assert launches["elip::reduce"] == 2  # the fp64 one is handed on
+    assert torch.equal(info.kept, exact.kept) and torch.equal(info.mask, exact.mask)
+    torch.testing.assert_close(info.weights.double(), exact.weights, atol=1e-6, rtol=1e-5)
+    copied = p + N // 2
+    assert torch.equal(out[:, :copied], expected[:, :copied].to(dtype))
+    close = {"atol": 1e-4, "rtol": 2 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(out.double(), expected, **close)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    expected.backward(grad.double())
+    torch.testing.assert_close(leaf.grad.double(), wide.grad, **close)
+
+
+def test_an_output_of_ten_thousand_tokens(launches):
+    tokens, cls = torch.randn(1, 10_001, 16), torch.randn(1, 16)
+    arguments = block(16, 2, torch.float32)
+    value = {"v_weight": torch.randn(16, 16), "v_bias": None}
+    got = elip_kernels.cls_attend_from_tokens(tokens, cls, **arguments, **value)
+    assert launches["elip::cls_attend_from_tokens"] == 1
+    wide = {n: v.double() if torch.is_tensor(v) else v for n, v in (arguments | value).items()}
+    exact = elip_kernels.cls_attend_from_tokens(tokens.double(), cls.double(), **wide)
+    assert (got - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
 @pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.bfloat16]), ids=str)
 def test_an_image_selects_the_same_alone_and_in_a_batch_of_two_hundred(launches, dtype):
     """Images that come first in a tile of 16: here a product's last bit hangs on the row that it is

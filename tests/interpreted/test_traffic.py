@@ -27,10 +27,14 @@ def run_reduce(B, N, D, K, dtype, masked=False, **options):
 
 
 def reduce_works(*case, tiled=False, masked=False, normalize=True, **options):
-    forward = model.reduce(*case, **options)
+    forward, backward = model.reduce(*case, **options), model.reduce_backward(*case, **options)
     if masked:
         forward.read["mask"] = case[0] * (case[1] - options.get("num_prefix_tokens", 1))
-    return [forward, model.reduce_backward(*case, **options)]
+    if case[1] <= 1024:
+        return [forward, backward]
+    selected = {n: v for n, v in forward.written.items() if n != "out"}
+    first = model.Work({n: v for n, v in forward.read.items() if n != "tokens"}, selected, 0)
+    return [first, model.move(*case, **options), backward]
 
 
 def absorbed(B, N, D, dtype, **more):
@@ -200,6 +204,11 @@ def test_options_of_reduce(launches, options):
 @pytest.mark.parametrize("options", [{"merge": False}, {"has_text": True}], ids=str)
 def test_options_of_score_reduce(launches, options):
     check("score_reduce", (2, 21, 70, 8, bf16), **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"merge": False, "masked": True}], ids=str)
+def test_many_tokens_are_selected_first(launches, options):
+    check("reduce", (2, 1100, 70, 300, bf16), **options)
 
 
 @pytest.mark.parametrize("op", ["bipartite", "nearest"])
