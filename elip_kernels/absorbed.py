@@ -243,6 +243,8 @@ def score_tiles(tokens: Tensor, query: Tensor, eps: float) -> tuple[Tensor, Tens
     scores = query.new_empty(B, H, N - 1)
     tops, totals = query.new_empty(2, B, H, T)
     scores_kernel[(B, T)](
-        *(tokens, query, scores, tops, totals, *tokens.stride()[:2], N, D, H, eps), **settings
+        *(tokens, query, scores, tops, totals, *tokens.stride()[:2], N, D, H, eps),
+        **settings,
+        **launch.CODE,
     )
     return scores, tops, totals

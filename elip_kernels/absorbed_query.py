@@ -289,5 +289,6 @@ def launch_query(
         MATCH=a.match,
         LEAST_NORM=LEAST_NORM,
         **settings,
+        **launch.CODE,
     )
     return query, cls_score, z

@@ -238,6 +238,7 @@ def match(metric: Tensor, penalty: Tensor | None, r: int, num_prefix_tokens: int
             BLOCK_B=block_b,
             BLOCK_C=block_c,
             num_warps=num_warps,
+            **launch.CODE,
         )
         block_a = max(16, launch.next_power_of_2(num_a))
         _slots_kernel[(B,)](
@@ -246,6 +247,7 @@ def match(metric: Tensor, penalty: Tensor | None, r: int, num_prefix_tokens: int
             HAS_PENALTY=penalty is not None,
             BLOCK_A=block_a,
             num_warps=4,
+            **launch.CODE,
         )
     return slots
 
@@ -273,6 +275,7 @@ def merge_fwd(
             BLOCK_R=block_r,
             BLOCK_D=block_d,
             num_warps=num_warps,
+            **launch.CODE,
         )
     return out, out_size
 
@@ -293,5 +296,6 @@ def merge_bwd(grad_out: Tensor, size: Tensor | None, out_size: Tensor, slots: Te
             BLOCK_N=block_n,
             BLOCK_D=block_d,
             num_warps=num_warps,
+            **launch.CODE,
         )
     return grad

@@ -207,6 +207,7 @@ def _attend(tokens: Tensor, *query: Any) -> Tensor:
         _attend_kernel[(B, triton.cdiv(H, settings["BLOCK_H"]))](
             *(tokens, u, cls_score, cls, out, *tokens.stride()[:2], N, D, H, arguments.eps),
             **settings,
+            **launch.CODE,
         )
     return out
 

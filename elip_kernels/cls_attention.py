@@ -214,6 +214,7 @@ def _from_tokens(tokens: Tensor, *query: Any) -> Tensor:
             BLOCK_N=block_n,
             BLOCK_T=block_t,
             num_warps=num_warps,
+            **launch.CODE,
         )
     return out
 
@@ -236,6 +237,7 @@ def _cls_attention(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> T
             BLOCK_N=block_n,
             BLOCK_D=block_d,
             num_warps=num_warps,
+            **launch.CODE,
         )
     return out
 

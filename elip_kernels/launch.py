@@ -15,6 +15,7 @@ from elip_kernels._triton import HAS_TRITON, triton
 
 MAX_CANDIDATES = 1024  # one program holds an image's candidates, and a line of each
 MAX_SELECTED = 4096  # one program holds their scores alone
+CODE = {"enable_fp_fusion": True}  # of every launch, whatever the default of a Triton
 MAX_PREFIX_TOKENS = 16  # a copy of each is in the code
 
 

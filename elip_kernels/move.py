@@ -89,6 +89,7 @@ def launch_select(
         HAS_MASK=mask is not None,
         BLOCK_N=block_n,
         num_warps=num_warps,
+        **launch.CODE,
         **flags,
     )
 
@@ -105,4 +106,5 @@ def launch_move(
         BLOCK_N=block_n,
         BLOCK_D=block_d,
         num_warps=num_warps,
+        **launch.CODE,
     )

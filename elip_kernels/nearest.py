@@ -196,6 +196,7 @@ def _match(metric: Tensor, kept: Tensor, num_prefix_tokens: int) -> Tensor:
             BLOCK_K=block_k,
             BLOCK_C=block_c,
             num_warps=num_warps,
+            **launch.CODE,
         )
     return slots
 

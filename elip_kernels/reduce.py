@@ -300,6 +300,7 @@ def _reduce_fwd(
             BLOCK_N=block_n,
             BLOCK_D=block_d,
             num_warps=num_warps,
+            **launch.CODE,
         )
     return out, kept, weights, slots
 
@@ -319,6 +320,7 @@ def _reduce_bwd(grad_out: Tensor, slots: Tensor, weights: Tensor, merge: bool) -
             BLOCK_N=block_n,
             BLOCK_D=block_d,
             num_warps=num_warps,
+            **launch.CODE,
         )
     return grad
 

@@ -218,6 +218,7 @@ def _score_reduce(tokens: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tens
             BLOCK_N=block_n,
             BLOCK_T=block_t,
             num_warps=num_warps,
+            **launch.CODE,
         )
         launch_move(tokens, out, weights, slots, merge=merge)
     return outputs

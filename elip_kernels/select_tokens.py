@@ -100,6 +100,7 @@ def _select(scores: Tensor, real: Tensor | None, keep: int, num_prefix_tokens: i
             HAS_MASK=real is not None,
             BLOCK_N=block_n,
             num_warps=num_warps,
+            **launch.CODE,
         )
     return kept
 

@@ -176,6 +176,9 @@ def test_other_variants_compile_without_a_spill(arch):
         (100, 32, 228 * 1024, 8, (0, "shared")),
         (90, 16, 0, 1, (32, "blocks")),
         (90, 32, 0, 8, (64, "warps")),
+        (86, 32, 0, 8, (48, "warps")),
+        (86, 16, 0, 1, (16, "blocks")),
+        (120, 32, 99 * 1024, 8, (8, "shared")),
         ("gfx942", 64, 0, 4, (32, "warps")),
         ("gfx942", 65, 0, 4, (28, "registers")),
         ("gfx942", 128, 0, 8, (16, "registers")),
@@ -212,6 +215,12 @@ def test_a_launch_compiles_for_an_architecture_that_is_not_there(arch):
     code = compile_launch(copy(torch.empty(2048)), arch)
     assert code.wide_bytes() == ((16, 16) if arch == "gfx942" else (32, 32))
     assert code.loads.total() > 0 and is_clean(code)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_every_launch_says_how_its_products_and_sums_round(call):
+    for launch in report.recorded_call(call, 2, 257, 166, "bf16", 90):
+        assert launch.options["enable_fp_fusion"] is True, launch.name
 
 
 def test_launches_are_recorded_as_they_were_made():

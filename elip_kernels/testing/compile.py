@@ -5,7 +5,7 @@
                                     the arguments as it would there, no signature is written by hand
     Compiled                        registers, spills, shared memory, occupancy, access widths
 
-An architecture is 80, 90 or 100 (compute capability times ten) or "gfx942".
+An architecture is 80, 86, 89, 90, 100 or 120 (compute capability times ten) or "gfx942".
 """
 
 import os
@@ -30,7 +30,10 @@ from elip_kernels.testing import launchers_on_cpu
 
 Arch = int | str
 # Shared memory of an SM, LDS of a CU, in bytes; a block on an SM has 1 KB of it less.
-SHARED_MEMORY = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024, "gfx942": 64 * 1024}
+SHARED_MEMORY = {80: 164 * 1024, 86: 100 * 1024, 89: 100 * 1024, 90: 228 * 1024}
+SHARED_MEMORY |= {100: 228 * 1024, 120: 100 * 1024, "gfx942": 64 * 1024}
+RESIDENT = {86: (48, 16), 89: (48, 24), 120: (48, 24), "gfx942": (32, 16)}  # warps, blocks; else
+LARGEST = (64, 32)  # these
 BLOCK_OVERHEAD = 1024
 ARCHITECTURES: tuple[Arch, ...] = tuple(SHARED_MEMORY)
 
@@ -227,15 +230,15 @@ def _read_amdgcn(assembly: str) -> dict[str, Any]:
 def warps_at_once(arch: Arch, registers: int, shared: int, num_warps: int) -> tuple[int, str]:
     """Warps of an SM or CU that run blocks of `num_warps`, and the scarcest of what limits them.
 
-    NVIDIA: 64 warps and 32 blocks; 4 x 16,384 registers, given by 256 to a warp; shared memory by
-    128 bytes, 1 KB a block of it for the system. CDNA3: 4 x 8 waves, 16 workgroups; 4 x 512
-    vector registers a lane, given by 8 to a wave; 64 KB of LDS.
+    NVIDIA: 4 x 16,384 registers, given by 256 to a warp; shared memory by 128 bytes, 1 KB a block
+    of it for the system. CDNA3: 4 x 512 vector registers a lane, given by 8 to a wave; 64 KB of
+    LDS. Warps and blocks: the tables of the CUDA programming guide, and of the CDNA3 ISA.
     """
+    warps, blocks = RESIDENT.get(arch, LARGEST)
     if _is_amd(arch):
-        warps, blocks, memory = 32, 16, SHARED_MEMORY[arch] // max(1, shared)
+        memory = SHARED_MEMORY[arch] // max(1, shared)
         by_registers = 4 * (512 // _round_up(registers, 8))
     else:
-        warps, blocks = 64, 32
         memory = SHARED_MEMORY[arch] // _round_up(shared + BLOCK_OVERHEAD, 128)
         by_registers = 4 * (16384 // _round_up(registers * 32, 256))
     limits = {"warps": warps // num_warps, "blocks": blocks}
