@@ -38,7 +38,7 @@ from elip_kernels._validate import (
 from elip_kernels.absorbed import accumulator
 from elip_kernels.bipartite_kernels import SMALLEST_SQUARE, match, merge_bwd, merge_fwd
 from elip_kernels.info import BipartiteInfo, ReductionInfo, check_slots
-from elip_kernels.rows import add_rows, flat_rows, largest, sum_rows
+from elip_kernels.rows import add_rows, flat_rows, largest, sum_rows, sums_by
 
 
 @overload
@@ -219,10 +219,10 @@ def merge_reference(
     (B, N, D), rows = tokens.shape, flat_rows(slots, num_rows)
     if size is None:
         size = tokens.new_ones(B, N, dtype=accumulator(tokens.dtype))
-    out_size = size.new_zeros(B * num_rows).index_add_(0, rows, size.reshape(-1))
+    out_size = sums_by(rows, size.reshape(-1), B * num_rows)
     weight = size / _divisor(out_size).index_select(0, rows).view(B, N)
     weighted = (tokens * weight[..., None]).reshape(B * N, D)
-    out = size.new_zeros(B * num_rows, D).index_add_(0, rows, weighted)
+    out = sums_by(rows, weighted, B * num_rows)
     return out.to(tokens.dtype).view(B, num_rows, D), out_size.view(B, num_rows)
 
 

@@ -66,12 +66,20 @@ def sum_rows(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     return sums.view(B, G, D).to(x.dtype)
 
 
+def sums_by(rows: Tensor, values: Tensor, count: int) -> Tensor:
+    """values (M, ...), added up by rows (M,) -> (count, ...), in the same order every time: on CUDA
+    by sorting, where `index_add` adds as its threads come."""
+    sums = values.new_zeros(count, *values.shape[1:])
+    if values.is_cuda:
+        return sums.index_put((rows.long(),), values, accumulate=True)
+    return sums.index_add(0, rows, values)
+
+
 def add_rows(x: Tensor, rows: Tensor, weight: Tensor, R: int) -> Tensor:
     """x (B, N, D) times weight (B, N), added up by rows (B, N) -> (B, R, D)."""
     B, _, D = x.shape
     weighted = (x * weight[..., None]).reshape(-1, D)
-    sums = weighted.new_zeros(B * R, D).index_add(0, flat_rows(rows, R), weighted)
-    return sums.view(B, R, D).to(x.dtype)
+    return sums_by(flat_rows(rows, R), weighted, B * R).view(B, R, D).to(x.dtype)
 
 
 def merge_rows(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
