@@ -71,8 +71,8 @@ def sums_by(rows: Tensor, values: Tensor, count: int) -> Tensor:
     by sorting, where `index_add` adds as its threads come."""
     sums = values.new_zeros(count, *values.shape[1:])
     if values.is_cuda:
-        return sums.index_put((rows.long(),), values, accumulate=True)
-    return sums.index_add(0, rows, values)
+        return sums.index_put_((rows.long(),), values, accumulate=True)
+    return sums.index_add_(0, rows, values)
 
 
 def add_rows(x: Tensor, rows: Tensor, weight: Tensor, R: int) -> Tensor:
