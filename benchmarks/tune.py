@@ -93,7 +93,6 @@ SWEEPS = (
     Sweep("score_reduce", "score_tiles", TILES),
     Sweep("score_reduce", "select", {2: (0.5, 1.0, 2.0)}),
     Sweep("score_reduce", "move", TILE),
-    Sweep("cls_attention", "cls_attention", TILE),
     Sweep("cls_attend_from_tokens", "cls_attend", ATTEND),
     Sweep("bipartite_match", "bipartite_match", {0: (16, 32, 64), 1: (32, 64), 3: (4, 8)}),
     Sweep("bipartite_merge", "merge", {1: (0.5, 1.0, 2.0), 2: (0.5, 1.0), 3: (4, 8)}),

@@ -159,42 +159,45 @@ def _row_kernel(
 
 
 @triton.jit(do_not_specialize=["N"])
-def _cls_attention_kernel(
-    q_ptr, k_ptr, mask_ptr, out_ptr, stride_qb, stride_qh, stride_kb, stride_kh, stride_kn,
-    stride_mb, scale, N, H, D, HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+def _keys_kernel(
+    q_ptr, k_ptr, mask_ptr, scores_ptr, tops_ptr, totals_ptr, cls_score_ptr,
+    stride_qb, stride_qh, stride_kb, stride_kh, stride_kn, stride_mb, scale, N, D,
+    HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program an image; head by head, k is read once."""
+    """One program per (image, head, tile of keys behind the first): scores, maximum and sum, as
+    `scores_kernel` leaves them; the first tile's scores the first key too."""
     pid_b = tl.program_id(0).to(tl.int64)
-    offs_n = tl.arange(0, BLOCK_N)
+    pid_h = tl.program_id(1).to(tl.int64)
+    pid_t = tl.program_id(2)
+    head = pid_b * tl.num_programs(1) + pid_h
+    offs_n = pid_t * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
-    mask_n = offs_n < N
+    mask_n = offs_n < N - 1
+    mask_d = offs_d < D
+    k_ptr += pid_b * stride_kb + pid_h * stride_kh
+    q = tl.load(q_ptr + pid_b * stride_qb + pid_h * stride_qh + offs_d, mask=mask_d, other=0.0)
+    q = q.to(tl.float32) * scale
+    k = tl.load(
+        k_ptr + (1 + offs_n)[:, None] * stride_kn + offs_d[None, :],
+        mask=mask_n[:, None] & mask_d[None, :],
+        other=0.0,
+    )  # [BLOCK_N, BLOCK_D]
     is_open = mask_n
     if HAS_MASK:
-        allowed = tl.load(mask_ptr + pid_b * stride_mb + offs_n, mask=mask_n, other=0)
-        is_open = mask_n & (allowed != 0)
-    row = tl.zeros([BLOCK_N], tl.float32)
-    for h in range(0, H):
-        score = tl.zeros([BLOCK_N], tl.float32)
-        head = tl.cast(h, tl.int64)
-        for d in range(0, D, BLOCK_D):
-            mask_d = d + offs_d < D
-            q = tl.load(
-                q_ptr + pid_b * stride_qb + head * stride_qh + d + offs_d, mask=mask_d, other=0.0
-            )
-            k = tl.load(
-                k_ptr
-                + pid_b * stride_kb
-                + head * stride_kh
-                + offs_n[:, None] * stride_kn
-                + (d + offs_d)[None, :],
-                mask=mask_n[:, None] & mask_d[None, :],
-                other=0.0,
-            )  # [BLOCK_N, BLOCK_D]
-            score += tl.sum(k.to(tl.float32) * q.to(tl.float32)[None, :], 1)
-        score = tl.where(is_open, score * scale, float("-inf"))
-        weight = tl.exp(score - tl.max(score, 0))
-        row += weight / (tl.sum(weight, 0) * H)
-    tl.store(out_ptr + pid_b * N + offs_n, row, mask=mask_n)
+        mask_ptr += pid_b * stride_mb
+        is_open = mask_n & (tl.load(mask_ptr + 1 + offs_n, mask=mask_n, other=0) != 0)
+    score = tl.where(is_open, tl.sum(k.to(tl.float32) * q[None, :], 1), float("-inf"))
+    top = tl.max(score, 0)
+    total = tl.sum(tl.where(is_open, tl.exp(score - top), 0.0), 0)
+    tl.store(scores_ptr + head * (N - 1) + offs_n, score, mask=mask_n)
+    tl.store(tops_ptr + head * tl.num_programs(2) + pid_t, top)
+    tl.store(totals_ptr + head * tl.num_programs(2) + pid_t, total)
+    if pid_t == 0:
+        first = tl.load(k_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+        cls_score = tl.sum(first * q, 0)
+        if HAS_MASK:
+            cls_score = tl.where(tl.load(mask_ptr) != 0, cls_score, float("-inf"))
+        tl.store(cls_score_ptr + head, cls_score)
 
 
 def _from_tokens(tokens: Tensor, *query: Any) -> Tensor:
@@ -206,17 +209,23 @@ def _from_tokens(tokens: Tensor, *query: Any) -> Tensor:
         return out
     with launch.on_device(tokens):
         u, cls_score, _ = launch_query(arguments)
-        scores, tops, totals = score_tiles(tokens, u, arguments.eps)
-        H, T = tops.shape[1:]
-        block_n, block_t, num_warps = launch.select(N - 1, T)
-        _row_kernel[(B,)](
-            *(scores, tops, totals, cls_score, out, N, H, T),
-            BLOCK_N=block_n,
-            BLOCK_T=block_t,
-            num_warps=num_warps,
-            **launch.CODE,
-        )
+        _launch_row(*score_tiles(tokens, u, arguments.eps), cls_score, out)
     return out
+
+
+def _launch_row(
+    scores: Tensor, tops: Tensor, totals: Tensor, cls_score: Tensor, out: Tensor
+) -> None:
+    """Write the row of each image's tiles."""
+    (B, N), (_, H, T) = out.shape, tops.shape
+    block_n, block_t, num_warps = launch.select(N - 1, T)
+    _row_kernel[(B,)](
+        *(scores, tops, totals, cls_score, out, N, H, T),
+        BLOCK_N=block_n,
+        BLOCK_T=block_t,
+        num_warps=num_warps,
+        **launch.CODE,
+    )
 
 
 def _cls_attention(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -228,17 +237,20 @@ def _cls_attention(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> T
     out = k.new_empty(B, N, dtype=torch.float32)
     if out.numel() == 0:
         return out
-    block_n, block_d, num_warps = launch.cls_attention(N, k.element_size())
+    T = max(1, triton.cdiv(N - 1, launch.KEYS))
+    scores, cls_score = out.new_empty(B, H, N - 1), out.new_empty(B, H)
+    tops, totals = out.new_empty(2, B, H, T)
     with launch.on_device(k):
-        _cls_attention_kernel[(B,)](
-            *(q, k, mask, out, q.stride(0), q.stride(1), *k.stride()[:3]),
-            *(0 if mask is None else mask.stride(0), scale, N, H, d),
+        _keys_kernel[(B, H, T)](
+            *(q, k, mask, scores, tops, totals, cls_score, *q.stride()[:2], *k.stride()[:3]),
+            *(0 if mask is None else mask.stride(0), scale, N, d),
             HAS_MASK=mask is not None,
-            BLOCK_N=block_n,
-            BLOCK_D=block_d,
-            num_warps=num_warps,
+            BLOCK_N=launch.KEYS,
+            BLOCK_D=launch.next_power_of_2(d),
+            num_warps=4,
             **launch.CODE,
         )
+        _launch_row(scores, tops, totals, cls_score, out)
     return out
 
 
@@ -266,7 +278,9 @@ _cls_attention_op = Operator(
     "cls_attention",
     cls_attention_reference,
     launcher=_cls_attention,
-    refuses=lambda q, k, *_: launch.refuses(q, k, candidates=k.shape[2] - 1),
+    refuses=lambda q, k, *_: launch.refuses(
+        q, k, candidates=k.shape[2] - 1, most=launch.MAX_SELECTED
+    ),
     fake=lambda q, k, mask, scale: k.new_empty(k.shape[0], k.shape[2], dtype=accumulator(k.dtype)),
     flops=_flops,
 )

@@ -16,6 +16,7 @@ from elip_kernels._triton import HAS_TRITON, triton
 MAX_CANDIDATES = 1024  # one program holds an image's candidates, and a line of each
 MAX_SELECTED = 4096  # one program holds their scores alone
 CODE = {"enable_fp_fusion": True}  # of every launch, whatever the default of a Triton
+KEYS = 64  # of a head in one program of the generic row
 MAX_PREFIX_TOKENS = 16  # a copy of each is in the code
 
 
@@ -97,14 +98,6 @@ def move(candidates: int, element_size: int) -> Launch:
     256 take 124 on 8."""
     block_n = min(64, max(16, next_power_of_2(candidates)))
     return Launch(block_n, 128 // element_size, 4)
-
-
-def cls_attention(num_tokens: int, element_size: int) -> Launch:
-    """The generic row: 64 bytes of each of a head's keys a step, 32 beyond 1,024 keys. 64 registers
-    at N = 257 and 101 at 577 with 16 warps, where 8 warps spill in fp32."""
-    block_n = max(16, next_power_of_2(num_tokens))
-    step = 64 if block_n <= 1024 else 32
-    return Launch(block_n, step // element_size, min(16, max(4, block_n // 32)))
 
 
 def cls_attend(tokens: Tensor) -> dict[str, Any]:

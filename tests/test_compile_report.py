@@ -111,10 +111,11 @@ def test_merging_stays_in_registers(call, dtype):
 
 @pytest.mark.parametrize(
     ("call", "arch"),
-    tiered(
-        [(call, arch) for arch in ARCHITECTURES for call in CALLS],
-        [],
-    ),
+    [
+        pytest.param(call, arch, marks=pytest.mark.slow if arch == 90 else pytest.mark.exhaustive)
+        for arch in ARCHITECTURES
+        for call in CALLS
+    ],
 )
 def test_every_kernel_compiles_everywhere_without_a_spill(call, arch):
     for B in BATCHES:

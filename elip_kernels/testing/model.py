@@ -83,10 +83,23 @@ def reduce_backward(
 
 
 def cls_attention(B: int, H: int, N: int, d: int, dtype: torch.dtype) -> Work:
-    """q and k in, a row out."""
-    size = dtype.itemsize
-    read = {"q": B * H * d * size, "k": B * H * N * d * size}
-    return Work(read, {"out": B * N * FP32}, 2 * B * H * N * d)
+    """`key_scores`, and `row`."""
+    return together(key_scores(B, H, N, d, dtype), row_of_keys(B, H, N))
+
+
+def key_scores(B: int, H: int, N: int, d: int, dtype: torch.dtype, *, tiled: bool = False) -> Work:
+    """q and k in, scores, and each tile's maximum and sum out. `tiled`: each tile reads q."""
+    size, tiles = dtype.itemsize, max(1, ceil((N - 1) / launch.KEYS))
+    read = {"q": B * H * d * size * (tiles if tiled else 1), "k": B * H * N * d * size}
+    written = _scores(B, N, H, tiles) | {"cls_score": B * H * FP32}
+    return Work(read, written, 2 * B * H * N * d)
+
+
+def row_of_keys(B: int, H: int, N: int) -> Work:
+    """The row from the scores of the tiles."""
+    tiles = max(1, ceil((N - 1) / launch.KEYS))
+    read = _scores(B, N, H, tiles) | {"cls_score": B * H * FP32}
+    return Work(read, {"out": B * N * FP32}, 0)
 
 
 def cls_attention_from_tokens(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> Work:
