@@ -23,7 +23,7 @@ def test_dense_schedule_is_timms_own_forward(make):
     assert torch.equal(unguided, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_exact_keeps_what_official_keeps_on_vit_s16():
     model = timm.create_model("vit_small_patch16_224", num_classes=0).eval()
     torch.manual_seed(1)

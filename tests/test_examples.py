@@ -19,6 +19,13 @@ PRINTED = {
 """What the whole output is, and a percentage in it that must be better than chance."""
 
 
+SAMPLE = ("timm_finetuning", "own_strategy")  # of what `pytest -m slow` runs
+
+
+def tier(name):
+    return pytest.mark.slow if name in SAMPLE else pytest.mark.exhaustive
+
+
 def load(name):
     """An example as a module, without running it."""
     spec = spec_from_file_location(name, EXAMPLES / f"{name}.py")
@@ -38,8 +45,7 @@ def test_an_example_is_read_in_a_minute_and_says_what_to_install(name):
     assert "pip install 'elip-kernels[" in text.split('"""')[1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PRINTED)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=tier(name)) for name in PRINTED])
 def test_an_example_prints_what_it_promises(name, tmp_path):
     command = [sys.executable, str(EXAMPLES / f"{name}.py")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

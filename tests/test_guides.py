@@ -151,7 +151,7 @@ def test_checkpointing_does_not_change_gradients(options):
 SHALLOW = {"vision_depth": 2, "schedule": "1(100%) 1(50%)"}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_step_that_encodes_twice_is_one_graph():
     model = made("blip", **SEEN, **SHALLOW, guide="after_itc", text_depth=1).train()
     inputs, state = pairs("blip"), {n: t.clone() for n, t in model.state_dict().items()}

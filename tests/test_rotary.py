@@ -125,7 +125,7 @@ def test_checkpointing_replays_the_places(model, how):
     assert_equal_gradients(gradients(model), expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_blocks_compiled_one_by_one_replay_the_places_too():
     torch._dynamo.reset()
     model, x, t = eva(depth=4).train(), images(), text()

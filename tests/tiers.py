@@ -3,12 +3,12 @@ the others, `pytest -m exhaustive` the rest."""
 
 import pytest
 
-SAMPLE = 16  # one in so many
+SAMPLE = 24  # one in so many
 
 
 def tiered(cases, quick):
     """`cases` as parameters, a tuple for several arguments. Of those not in `quick` the first is
-    slow, and every sixteenth one behind it; the others are exhaustive."""
+    slow, and every twenty-fourth one behind it; the others are exhaustive."""
     cases, quick = list(cases), list(quick)
     unknown = [case for case in quick if case not in cases]
     assert not unknown, f"quick: expected some of the cases, got {unknown}"
