@@ -68,8 +68,9 @@ def ranks(process):
 
 
 def are_others(process, before):
-    """None of its ranks is one of those before."""
-    return not before & set(ranks(process))
+    """It has ranks again, as many as before, and none of those."""
+    now = set(ranks(process))
+    return len(now) == len(before) and not before & now
 
 
 def killed(folder, recipe, processes, count, rng):
