@@ -1,6 +1,6 @@
 """Fused kernels for vision token reduction: tensors in, tensors out."""
 
-from elip_kernels._operator import decomposed
+from elip_kernels._operator import PyTorchFormWarning, decomposed
 from elip_kernels.bipartite import bipartite_merge, merge_by
 from elip_kernels.cls_attend import cls_attend_from_tokens
 from elip_kernels.cls_attention import cls_attention, cls_attention_from_tokens
@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BipartiteInfo",
+    "PyTorchFormWarning",
     "ReductionInfo",
     "__version__",
     "bipartite_merge",

@@ -7,7 +7,7 @@
 
 z has no mean, so u needs none. What u_h has of one is q_h . w_h, w the mean of the rows of gamma *
 W_k, and the CLS token's score is q_h . (W_k,h (gamma z)): both are known before u, so W_q is read
-once and W_k twice, whatever the batch. Nothing of the weights is kept from call to call: in
+once and W_k twice for each sixteen images. Nothing of the weights is kept from call to call: in
 training they change with each step, and a graph reads what they are when it runs.
 Source: ELIP, Eq. 1-2; the absorption is associativity.
 """
@@ -79,7 +79,7 @@ def absorbed_query(
     Here it is the rows of W_k gamma that are centred, D x D numbers where u has B H D. The products
     follow `torch.set_float32_matmul_precision`.
     """
-    cls = fuse(cls, text, fusion, match).to(dtype)
+    cls = fuse(cls.to(dtype), text, fusion, match)
     (B, D), width = cls.shape, q_weight.shape[0]
     vectors = (norm_weight, norm_bias, q_bias)
     gamma, beta, bias = (None if t is None else t.to(dtype) for t in vectors)

@@ -12,9 +12,9 @@ tile by tile of whole tokens, with a running softmax that CLS begins:
     y_h    = p_h(cls) z_cls + sum_n p rstd x,  m_h = (y_h - mean of y_h) / (p_h(cls) + sum_n p)
 
 so that x of two bytes enters both products as it is: s needs no mean, since u is centred, and what
-y has of it is the same in all features, since z has none. There u and p rstd come as rounded + rest
-of x's type; in fp32 x is centred first. No gradient: inference and scoring only. More than 16 heads
-read x once for each 16; features that do not fit registers take the PyTorch form.
+y has of it is the same in all features, since z has none. There u and p rstd are split into rounded
++ rest of x's type; in fp32 x is centred first. No gradient: inference and scoring only. More than
+16 heads read x once for each 16; features that do not fit registers take the PyTorch form.
 Source: associativity, and the running softmax of Milakov and Gimelshein (2018).
 """
 
@@ -227,7 +227,7 @@ _attend_op = Operator(
         absorbed_refuses(tokens, *query, most=tokens.shape[1]) or launch.refuses_width(tokens)
     ),
     fake=lambda tokens, cls, *query: tokens.new_empty(
-        len(tokens), query[-2], tokens.shape[2], dtype=accumulator(tokens.dtype)
+        tokens.shape[0], query[-2], tokens.shape[2], dtype=accumulator(tokens.dtype)
     ),
     flops=_flops,
 )

@@ -188,7 +188,7 @@ def _keys_kernel(
         is_open = mask_n & (tl.load(mask_ptr + 1 + offs_n, mask=mask_n, other=0) != 0)
     score = tl.where(is_open, tl.sum(k.to(tl.float32) * q[None, :], 1), float("-inf"))
     top = tl.max(score, 0)
-    total = tl.sum(tl.where(is_open, tl.exp(score - top), 0.0), 0)
+    total = tl.sum(tl.where(score != float("-inf"), tl.exp(score - top), 0.0), 0)
     tl.store(scores_ptr + head * (N - 1) + offs_n, score, mask=mask_n)
     tl.store(tops_ptr + head * tl.num_programs(2) + pid_t, top)
     tl.store(totals_ptr + head * tl.num_programs(2) + pid_t, total)
@@ -269,8 +269,13 @@ def absorbed_flops(tokens_shape: tuple[int, ...], *shapes: Any) -> int:
 
 def absorbed_refuses(tokens: Tensor, *query: Any, most: int = launch.MAX_SELECTED) -> str | None:
     """Why the kernels do not take the arguments of an absorbed op, or None."""
-    tensors = (t for t in query[: len(QueryArguments._fields)] if isinstance(t, Tensor))
-    candidates = tokens.shape[1] - 1
+    arguments, candidates = (
+        QueryArguments(*query[: len(QueryArguments._fields)]),
+        tokens.shape[1] - 1,
+    )
+    if arguments.q_weight.shape[0] > launch.MAX_CHANNELS * arguments.num_heads:
+        return f"its kernels take heads of at most {launch.MAX_CHANNELS} channels"
+    tensors = (t for t in arguments if isinstance(t, Tensor))
     return launch.refuses(tokens, *tensors, candidates=candidates, most=most)
 
 

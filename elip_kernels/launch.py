@@ -17,6 +17,7 @@ MAX_CANDIDATES = 1024  # one program holds an image's candidates, and a line of 
 MAX_SELECTED = 4096  # one program holds their scores alone
 CODE = {"enable_fp_fusion": True}  # of every launch, whatever the default of a Triton
 KEYS = 64  # of a head in one program of the generic row
+MAX_CHANNELS = 128  # of a head whose query one program makes
 MAX_PREFIX_TOKENS = 16  # a copy of each is in the code
 
 

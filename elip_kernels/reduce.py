@@ -8,6 +8,7 @@
 
 The scores get no gradient. Sums are fp32 (fp64 if an input is fp64), kept rows are bit-exact.
 Traffic: every program reads N scores and moves its slice of D once: x in, out out, nothing twice.
+Beyond 1,024 candidates the selection is a launch of its own, and the movement goes by tiles (`move.py`).
 Source: ELIP, Eq. 3 and 4; EViT's unnormalised weights with `normalize=False`.
 """
 

@@ -7,6 +7,8 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import elip_kernels
+from elip_kernels._operator import OPERATORS
+from elip_kernels.absorbed_query import QueryArguments
 from tests.test_cls_attention import BUDGET, B, D, H, N, attention, block, op_arguments
 
 
@@ -86,3 +88,26 @@ def test_flops_have_no_projection_of_the_tokens():
         elip_kernels.cls_attend_from_tokens(tokens, cls, **block(torch.float32), **values())
     scores_and_sums, projections = 4 * B * H * N * D, 3 * 2 * B * D * D
     assert counter.get_total_flops() == scores_and_sums + projections
+
+
+def test_one_graph_serves_all_batches():
+    def output(tokens, cls):
+        return elip_kernels.cls_attend_from_tokens(tokens, cls, **arguments)
+
+    arguments = block(torch.float32) | values()
+    torch._dynamo.reset()
+    compiles = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(output, fullgraph=True, backend=compiles)
+    for batch in (2, 3, 4, 5):
+        given = torch.randn(batch, N, D), torch.randn(batch, D)
+        torch.testing.assert_close(compiled(*given), output(*given))
+    assert compiles.frame_count == 2  # the first, and then one of any batch
+
+
+def test_a_head_too_wide_for_its_kernel_takes_the_pytorch_form():
+    operator = OPERATORS["cls_attend_from_tokens"]
+    tokens, *query = op_arguments(torch.randn(B, N, D))
+    assert "Triton" in (operator.refuses(tokens, *query) or "Triton")
+    matrices = {name: torch.randn(2 * 129, D) for name in ("q_weight", "k_weight")}
+    wide = QueryArguments(*query)._replace(num_heads=2, q_bias=None, **matrices)
+    assert "at most 128 channels" in operator.refuses(tokens, *wide)

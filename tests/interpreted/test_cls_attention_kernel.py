@@ -85,6 +85,19 @@ def test_generic_row_agrees_with_fp64(launches, d, masked, dtype):
     assert error(got, exact) <= BUDGET[dtype]
 
 
+@pytest.mark.parametrize("closed", ["by the mask", "by its scores"])
+def test_a_tile_of_keys_that_none_attends_to(launches, closed):
+    q, k = torch.ones(1, 2, 8), torch.randn(1, 2, 130, 8)
+    mask = torch.ones(1, 130, dtype=torch.bool)
+    if closed == "by the mask":
+        mask[:, 1:65] = False
+    else:
+        k[:, :, 1:65, 0] = -torch.inf
+    got = elip_kernels.cls_attention(q, k, mask=mask)
+    exact = elip_kernels.cls_attention(q.double(), k.double(), mask=mask)
+    assert not got[:, 1:65].any() and error(got, exact) <= 1e-5
+
+
 def test_strided_inputs(launches, poisoned_memory):
     qkv = torch.randn(2, 19, 3, 4, 16).permute(2, 0, 3, 1, 4)
     got = elip_kernels.cls_attention(qkv[0][:, :, 0], qkv[1])

@@ -1,4 +1,4 @@
-"""The two kernels of score_reduce, run by the interpreter, against the PyTorch form in fp64."""
+"""The four kernels of score_reduce, run by the interpreter, against the PyTorch form in fp64."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def in_fp64(tokens, cls, keep, arguments, **options):
 @pytest.mark.parametrize(
     "shape", tiered(SHAPES, SHAPES[2:]), ids="B{0[0]}-N{0[1]}-D{0[2]}-H{0[3]}-K{0[4]}".format
 )
-def test_two_kernels_agree_with_fp64(launches, poisoned_memory, shape, merge, dtype):
+def test_four_kernels_agree_with_fp64(launches, poisoned_memory, shape, merge, dtype):
     B, N, D, H, keep = shape
     tokens, cls = torch.randn(B, N, D).to(dtype).requires_grad_(), torch.randn(B, D).to(dtype)
     arguments = block(D, H, dtype)
