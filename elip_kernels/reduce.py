@@ -1,4 +1,4 @@
-"""Keep the K most attended tokens in image order and merge the others into one, in one pass.
+"""Keep the K most attended tokens in image order and merge the others into one.
 
     tokens x (B, N, D), p prefix tokens first; scores a (B, N-p); K kept candidates
     kept    = the K largest a, ascending; ties: the lower index; NaN after all numbers, padding last
@@ -8,7 +8,7 @@
 
 The scores get no gradient. Sums are fp32 (fp64 if an input is fp64), kept rows are bit-exact.
 Traffic: every program reads N scores and moves its slice of D once: x in, out out, nothing twice.
-Beyond 1,024 candidates the selection is a launch of its own, and the movement goes by tiles (`move.py`).
+Beyond 1,024 candidates selection and movement are two launches, the latter by tiles (`move.py`).
 Source: ELIP, Eq. 3 and 4; EViT's unnormalised weights with `normalize=False`.
 """
 
