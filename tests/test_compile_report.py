@@ -81,7 +81,7 @@ def test_a_boundary_scores_and_moves_by_128_bits_at_every_size(N, dtype):
     codes = compiled("score_reduce", N, dtype)
     assert all(is_clean(code) for _, code in codes.values())
     most = {"_query_kernel": 160, "scores_kernel": 80, "_score_select_kernel": 64}
-    most |= {"_move_kernel": 64} | ({"_score_select_kernel": 128} if N > 1025 else {})
+    most |= {"_move_kernel": 64} | ({"_score_select_kernel": 160} if N > 1025 else {})
     assert list(codes)[:4] == list(most)
     for name, registers in most.items():
         assert codes[name][1].registers <= registers, name
