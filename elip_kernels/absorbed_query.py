@@ -280,7 +280,7 @@ def launch_query(
     vectors = (t if t is None else t.contiguous() for t in (a.norm_weight, a.norm_bias, a.q_bias))
     gamma, beta, bias = vectors
     text_stride = 0 if text is None or text.shape[0] == 1 else text.stride(0)
-    settings = launch.query(W)
+    settings = launch.query(W, a.norm_weight is not None)
     _query_kernel[(triton.cdiv(B, settings["BLOCK_B"]), H)](
         *(cls, text, gamma, beta, q_weight, bias, k_weight, query, cls_score, z),
         *(cls.stride(0), text_stride, q_weight.stride(0), k_weight.stride(0)),
