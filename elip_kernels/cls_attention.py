@@ -269,10 +269,8 @@ def absorbed_flops(tokens_shape: tuple[int, ...], *shapes: Any) -> int:
 
 def absorbed_refuses(tokens: Tensor, *query: Any, most: int = launch.MAX_SELECTED) -> str | None:
     """Why the kernels do not take the arguments of an absorbed op, or None."""
-    arguments, candidates = (
-        QueryArguments(*query[: len(QueryArguments._fields)]),
-        tokens.shape[1] - 1,
-    )
+    arguments = QueryArguments(*query[: len(QueryArguments._fields)])
+    candidates = tokens.shape[1] - 1
     if arguments.q_weight.shape[0] > launch.MAX_CHANNELS * arguments.num_heads:
         return f"its kernels take heads of at most {launch.MAX_CHANNELS} channels"
     tensors = (t for t in arguments if isinstance(t, Tensor))
