@@ -190,7 +190,7 @@ def serving(entry: Entry) -> str:
     ]
     return (
         f"Serving: {by['threads']} threads share one model, `{by['strategy']}`, each guided by its "
-        f"own text; {tower(entry)}, {entry['requests']:,} requests. Time of a thousand relative to "
+        f"own text; {tower(entry)}, {entry['requests']:,} requests. Time relative to "
         f"dense {ratio(entry['ratios']['last'])}; latency dense / reduced {', '.join(said)}; the "
         f"process grew by {entry['grown_bytes'] / 2**20:.1f} MiB."
     )

@@ -148,7 +148,7 @@ def test_tables_and_charts_come_from_the_json(page, tmp_path):
         "compiled was not measured: no compiler.",
         "no kernel runs here",
         "reduce 21 µs",
-        "12,000 requests. Time of a thousand relative to dense 0.80; latency dense / reduced "
+        "12,000 requests. Time relative to dense 0.80; latency dense / reduced "
         "p50 40.2 / 30.4 ms, p99 90 / 81 ms; the process grew by 0.5 MiB.",
     ):
         assert part in text, part
