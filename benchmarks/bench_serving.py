@@ -1,7 +1,7 @@
 """Eight threads ask one reduced model, each guided by its own text: latency, throughput, memory.
 
-A round is a hundred requests of one image, twelve a thread, one after the other in each, to the dense
-and to the reduced model; `--rounds 100` makes ten thousand of each.
+A round is a hundred requests of one image, twelve a thread, one after the other in each, to the
+dense and to the reduced model; `--rounds 100` makes ten thousand of each.
 """
 
 import copy
