@@ -147,7 +147,7 @@ def arguments(op: str, shape: Shape) -> tuple[Any, ...]:
         *(cls, text, 0.8, False, gamma, beta, 1e-6),
         *(matrices[0], bias, matrices[1], HEADS, CHANNELS**-0.5),
     )
-    return (tokens, *query, K, True, True) if op == "score_reduce" else (tokens, *query)
+    return (tokens, *query, K, True, True, None) if op == "score_reduce" else (tokens, *query)
 
 
 def least_bytes(op: str, shape: Shape) -> int:
@@ -221,7 +221,7 @@ def check(
     """
     if op == "score_reduce":
         tokens, *others = args[0], *args[1 + len(QueryArguments._fields) :]
-        given = torch.ops.elip.reduce(tokens, got[-1][:, 1:], None, others[0], 1, *others[1:])
+        given = torch.ops.elip.reduce(tokens, got[-1][:, 1:], None, others[0], 1, *others[1:3])
         right = (*given, right[-1])
     for ours, theirs in zip(got, right, strict=True):
         rtol = 2 * torch.finfo(ours.dtype).eps if ours.is_floating_point() else 0

@@ -12,7 +12,9 @@ training they change with each step, and a graph reads what they are when it run
 Source: ELIP, Eq. 1-2; the absorption is associativity.
 """
 
-from typing import NamedTuple
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,8 @@ from torch import Tensor
 
 from elip_kernels import launch
 from elip_kernels._triton import tl, triton
+
+R = TypeVar("R", bound=Callable[..., Any])
 
 LEAST_NORM = 1e-12  # of a text, as of torch.nn.functional.normalize
 
@@ -59,36 +63,36 @@ def fuse(cls: Tensor, text: Tensor | None, fusion: float, match: bool) -> Tensor
     return torch.where(is_text, fusion * cls + (1.0 - fusion) * text, cls)
 
 
-def absorbed_query(
-    dtype: torch.dtype,
-    cls: Tensor,
-    text: Tensor | None,
-    fusion: float,
-    match: bool,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    q_weight: Tensor,
-    q_bias: Tensor | None,
-    k_weight: Tensor,
-    num_heads: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def takes_query(**others: Any) -> Callable[[R], R]:
+    """Name the arguments of `reference(tokens, *query, *others)` one by one, as a schema wants it:
+    the fields of QueryArguments, and then `others`, types by name."""
+    hints = {"tokens": Tensor} | QueryArguments.__annotations__ | others
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    named = [inspect.Parameter(name, kind, annotation=hint) for name, hint in hints.items()]
+
+    def sign(reference: R) -> R:
+        reference.__signature__ = inspect.signature(reference).replace(parameters=named)
+        return reference
+
+    return sign
+
+
+def absorbed_query(dtype: torch.dtype, query: QueryArguments) -> tuple[Tensor, Tensor]:
     """The specification -> u (B, H, D), centred, and z (B, D), in `dtype`.
 
     Here it is the rows of W_k gamma that are centred, D x D numbers where u has B H D. The products
     follow `torch.set_float32_matmul_precision`.
     """
-    cls = fuse(cls.to(dtype), text, fusion, match)
-    (B, D), width = cls.shape, q_weight.shape[0]
-    vectors = (norm_weight, norm_bias, q_bias)
+    a = query
+    cls = fuse(a.cls.to(dtype), a.text, a.fusion, a.match)
+    (B, D), heads = cls.shape, (a.num_heads, a.q_weight.shape[0] // a.num_heads)
+    vectors = (a.norm_weight, a.norm_bias, a.q_bias)
     gamma, beta, bias = (None if t is None else t.to(dtype) for t in vectors)
-    query = F.linear(F.layer_norm(cls, (D,), gamma, beta, eps), q_weight.to(dtype), bias) * scale
-    key = (k_weight if gamma is None else k_weight * gamma).to(dtype)
+    q = F.linear(F.layer_norm(cls, (D,), gamma, beta, a.eps), a.q_weight.to(dtype), bias) * a.scale
+    key = (a.k_weight if gamma is None else a.k_weight * gamma).to(dtype)
     key = key - key.mean(1, keepdim=True)
-    heads = (num_heads, width // num_heads)
-    u = torch.einsum("bhd,hdc->bhc", query.view(B, *heads), key.view(*heads, D))
-    return u, F.layer_norm(cls, (D,), eps=eps)
+    u = torch.einsum("bhd,hdc->bhc", q.view(B, *heads), key.view(*heads, D))
+    return u, F.layer_norm(cls, (D,), eps=a.eps)
 
 
 def query_flops(cls_shape: tuple[int, ...], q_weight_shape: tuple[int, ...]) -> int:

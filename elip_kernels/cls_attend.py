@@ -28,7 +28,7 @@ from elip_kernels._autocast import no_autocast
 from elip_kernels._operator import Operator
 from elip_kernels._triton import tl, triton
 from elip_kernels.absorbed import accumulator, query_arguments, split
-from elip_kernels.absorbed_query import QueryArguments, launch_query
+from elip_kernels.absorbed_query import QueryArguments, launch_query, takes_query
 from elip_kernels.cls_attention import absorbed_flops, absorbed_reference, absorbed_refuses
 
 
@@ -73,24 +73,9 @@ def cls_attend_from_tokens(
         return (out if v_bias is None else out + v_bias).to(tokens.dtype)
 
 
-def attend_reference(
-    tokens: Tensor,
-    cls: Tensor,
-    text: Tensor | None,
-    fusion: float,
-    match: bool,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    q_weight: Tensor,
-    q_bias: Tensor | None,
-    k_weight: Tensor,
-    num_heads: int,
-    scale: float,
-) -> Tensor:
+@takes_query()
+def attend_reference(tokens: Tensor, *query: Any) -> Tensor:
     """The specification: m (B, H, D) of the formula above."""
-    matrices = (q_weight, q_bias, k_weight, num_heads, scale)
-    query = (cls, text, fusion, match, norm_weight, norm_bias, eps, *matrices)
     normed, rows = absorbed_reference(tokens, *query)
     return torch.bmm(rows, normed)
 

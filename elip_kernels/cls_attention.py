@@ -34,6 +34,7 @@ from elip_kernels.absorbed_query import (
     absorbed_query,
     launch_query,
     query_flops,
+    takes_query,
 )
 
 
@@ -117,30 +118,15 @@ def absorbed_reference(tokens: Tensor, *query: Any) -> tuple[Tensor, Tensor]:
     """The specification of the absorbed forms, of QueryArguments -> z (B, N, D) and the softmax
     rows (B, H, N)."""
     dtype, arguments = accumulator(tokens.dtype), QueryArguments(*query)
-    u, cls = absorbed_query(dtype, *query)
+    u, cls = absorbed_query(dtype, arguments)
     normed = F.layer_norm(tokens.to(dtype), (tokens.shape[2],), eps=arguments.eps)
     normed[:, 0] = cls
     return normed, torch.bmm(u, normed.mT).softmax(-1)
 
 
-def from_tokens_reference(
-    tokens: Tensor,
-    cls: Tensor,
-    text: Tensor | None,
-    fusion: float,
-    match: bool,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    q_weight: Tensor,
-    q_bias: Tensor | None,
-    k_weight: Tensor,
-    num_heads: int,
-    scale: float,
-) -> Tensor:
+@takes_query()
+def from_tokens_reference(tokens: Tensor, *query: Any) -> Tensor:
     """The specification of `cls_attention_from_tokens` -> (B, N)."""
-    matrices = (q_weight, q_bias, k_weight, num_heads, scale)
-    query = (cls, text, fusion, match, norm_weight, norm_bias, eps, *matrices)
     return absorbed_reference(tokens, *query)[1].mean(1)
 
 

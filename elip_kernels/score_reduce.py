@@ -30,7 +30,7 @@ from elip_kernels.absorbed import (
     score_tiles,
     store_row,
 )
-from elip_kernels.absorbed_query import QueryArguments, launch_query
+from elip_kernels.absorbed_query import QueryArguments, launch_query, takes_query
 from elip_kernels.cls_attention import absorbed_flops, absorbed_reference, absorbed_refuses
 from elip_kernels.info import ReductionInfo
 from elip_kernels.move import launch_move
@@ -140,33 +140,14 @@ def _check_row(row: Tensor, tokens: Tensor) -> None:
         )
 
 
+@takes_query(keep=int, merge=bool, normalize=bool, row=Tensor | None)
 def score_reduce_reference(
-    tokens: Tensor,
-    cls: Tensor,
-    text: Tensor | None,
-    fusion: float,
-    match: bool,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    q_weight: Tensor,
-    q_bias: Tensor | None,
-    k_weight: Tensor,
-    num_heads: int,
-    scale: float,
-    keep: int,
-    merge: bool,
-    normalize: bool,
-    row: Tensor | None = None,
+    tokens: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The specification -> out, kept, weights, slots as `reduce`, and the row (B, N), of which a
     given one is a copy."""
-    if row is None:
-        matrices = (q_weight, q_bias, k_weight, num_heads, scale)
-        query = (cls, text, fusion, match, norm_weight, norm_bias, eps, *matrices)
-        row = absorbed_reference(tokens, *query)[1].mean(1)
-    else:
-        row = row.clone()
+    query, (keep, merge, normalize, row) = _parted(arguments)
+    row = absorbed_reference(tokens, *query)[1].mean(1) if row is None else row.clone()
     return *reduce_reference(tokens, row[:, 1:], None, keep, 1, merge, normalize), row
 
 
@@ -193,8 +174,7 @@ def _score_select_kernel(
 
 def _score_reduce(tokens: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Allocate, read launch.py, launch; a row that is given is `reduce`'s, one launch."""
-    query, (keep, merge, normalize, *rest) = _parted(arguments)
-    row = rest[0] if rest else None
+    query, (keep, merge, normalize, row) = _parted(arguments)
     if row is not None:
         selected = reduce_op.on_device(tokens, row[:, 1:], None, keep, 1, merge, normalize)
         return *selected, row.clone()
@@ -253,9 +233,9 @@ def _backward(ctx, grad_out, *_):
 
 def _flops(tokens_shape, *shapes, **kwargs) -> int:
     """Of the row, and 2 for each element of a dropped token that is merged."""
-    _, (keep, merge, _, *row) = _parted(shapes)
+    _, (keep, merge, _, row) = _parted(shapes)
     B, N, D = tokens_shape
-    scored = 0 if row and row[0] is not None else absorbed_flops(tokens_shape, *shapes)
+    scored = absorbed_flops(tokens_shape, *shapes) if row is None else 0
     return scored + 2 * B * D * (N - 1 - keep) * merge
 
 

@@ -78,14 +78,14 @@ def arguments_of_the_op(dtype=torch.float32):
     cls, text, (gamma, beta, bias) = torch.randn(2, 4), torch.randn(1, 4), torch.randn(3, 4)
     matrices = torch.randn(4, 4), bias, torch.randn(4, 4)
     query = QueryArguments(cls, text, 0.7, False, gamma, beta, 1e-6, *matrices, 2, 0.5)
-    return tokens, query, 3, True, True
+    return tokens, query, 3, True, True, None
 
 
 def test_opcheck_and_gradcheck():
     tokens, query, *others = arguments_of_the_op()
     opcheck(torch.ops.elip.score_reduce.default, (tokens, *query, *others))
     row = torch.rand(tokens.shape[:2])
-    opcheck(torch.ops.elip.score_reduce.default, (tokens, *query, *others, row))
+    opcheck(torch.ops.elip.score_reduce.default, (tokens, *query, *others[:-1], row))
     tokens, query, *others = arguments_of_the_op(torch.float64)
     # The row depends on the tokens, but passes no gradient: hold it by a large margin.
     query = query._replace(k_weight=query.k_weight * 0)

@@ -206,7 +206,7 @@ def test_attention_output(scored):
 
 
 def test_score_reduce(scored):
-    of_image, shared = absorbed(K, True, True)
+    of_image, shared = absorbed(K, True, True, None)
     check(launcher("score_reduce"), scored[0].bfloat16(), *of_image, shared=shared)
 
 
