@@ -20,6 +20,7 @@ from elip_kernels._validate import (
     message,
 )
 from elip_kernels.absorbed_query import QueryArguments
+from elip_kernels.fuse_text import check_guidance
 
 
 def query_arguments(
@@ -62,7 +63,7 @@ def query_arguments(
     for name, value in ({"cls": cls} | matrices | norm | biases).items():
         if value is not None:
             check_device(name, value, "tokens", tokens)
-    _check_guidance(tokens, text, fusion, guidance_norm)
+    check_guidance(tokens, text, fusion, guidance_norm)
     scale = check_scale(scale, width // num_heads)
     projections = matrices["q_weight"], biases["q_bias"], matrices["k_weight"]
     given = (cls, text, *norm.values(), *projections)
@@ -71,21 +72,6 @@ def query_arguments(
     return QueryArguments(
         *(cls, text, float(fusion), match, gamma, beta, eps), *projections, num_heads, scale
     )
-
-
-def _check_guidance(tokens: Tensor, text: Tensor | None, fusion: float, guidance_norm: str) -> None:
-    B, _, D = tokens.shape
-    if text is not None:
-        check_tensor("text", text, "(B, D) or (1, D)", 2)
-        if text.shape not in ((B, D), (1, D)):
-            raise ValueError(message("text", f"(B, D) = {(B, D)}, or (1, D) for all images", text))
-        check_device("text", text, "tokens", tokens)
-    if isinstance(fusion, bool) or not isinstance(fusion, (int, float)):
-        raise TypeError(message("fusion", "a float in [0, 1]", fusion))
-    if not 0 <= fusion <= 1:
-        raise ValueError(message("fusion", "a float in [0, 1]", fusion))
-    if guidance_norm not in ("none", "match"):
-        raise ValueError(message("guidance_norm", "'none' or 'match'", guidance_norm))
 
 
 def check_scale(scale: float | None, head_dim: int) -> float:

@@ -22,10 +22,9 @@ from torch import Tensor
 
 from elip_kernels import launch
 from elip_kernels._triton import tl, triton
+from elip_kernels.fuse_text import LEAST_NORM, fuse, fused, shares
 
 R = TypeVar("R", bound=Callable[..., Any])
-
-LEAST_NORM = 1e-12  # of a text, as of torch.nn.functional.normalize
 
 
 class QueryArguments(NamedTuple):
@@ -43,24 +42,6 @@ class QueryArguments(NamedTuple):
     k_weight: Tensor
     num_heads: int
     scale: float
-
-
-def fuse(cls: Tensor, text: Tensor | None, fusion: float, match: bool) -> Tensor:
-    """Eq. 1 -> the fused CLS token (B, D), in the dtype of `cls`.
-
-    Args:
-        cls: (B, D).
-        text: (B, D) or (1, D), a vector of zeros being none; or None.
-        fusion: the share of `cls`, in [0, 1].
-        match: scale `text` to the norm of `cls` first.
-    """
-    if text is None or fusion == 1.0:
-        return cls
-    text = text.to(cls.dtype)
-    is_text = (text != 0).any(1, keepdim=True)
-    if match:
-        text = F.normalize(text, dim=1, eps=LEAST_NORM) * cls.norm(dim=1, keepdim=True)
-    return torch.where(is_text, fusion * cls + (1.0 - fusion) * text, cls)
 
 
 def takes_query(**others: Any) -> Callable[[R], R]:
@@ -102,44 +83,6 @@ def query_flops(cls_shape: tuple[int, ...], q_weight_shape: tuple[int, ...]) -> 
 
 
 @triton.jit
-def _fused(cls_ptr, text_ptr, offs_c, offs_t, mask, of_cls, of_text, HAS_TEXT: tl.constexpr):
-    """A slice of c, fp32 [BLOCK_B, features]."""
-    cls = tl.load(cls_ptr + offs_c, mask=mask, other=0.0).to(tl.float32)
-    if HAS_TEXT:
-        text = tl.load(text_ptr + offs_t, mask=mask, other=0.0).to(tl.float32)
-        cls = cls * of_cls[:, None] + text * of_text[:, None]
-    return cls
-
-
-@triton.jit
-def _shares(
-    cls_ptr, text_ptr, row_c, row_t, mask_b, D, fusion, BLOCK_B: tl.constexpr,
-    BLOCK_R: tl.constexpr, HAS_TEXT: tl.constexpr, MATCH: tl.constexpr, LEAST_NORM: tl.constexpr,
-):  # fmt: skip
-    """What c takes of CLS and of the text [BLOCK_B]: all of CLS where the text is zeros."""
-    of_cls = tl.full([BLOCK_B], 1.0, tl.float32)
-    of_text = tl.zeros([BLOCK_B], tl.float32)
-    if HAS_TEXT:
-        is_text = tl.zeros([BLOCK_B], tl.int32)
-        norm_cls = tl.zeros([BLOCK_B], tl.float32)
-        norm_text = tl.zeros([BLOCK_B], tl.float32)
-        for d in range(0, D, BLOCK_R):
-            offs = (d + tl.arange(0, BLOCK_R))[None, :]
-            mask = mask_b[:, None] & (offs < D)
-            text = tl.load(text_ptr + row_t + offs, mask=mask, other=0.0).to(tl.float32)
-            is_text = tl.maximum(is_text, tl.max((text != 0).to(tl.int32), 1))
-            if MATCH:
-                cls = tl.load(cls_ptr + row_c + offs, mask=mask, other=0.0).to(tl.float32)
-                norm_cls += tl.sum(cls * cls, 1)
-                norm_text += tl.sum(text * text, 1)
-        of_cls = tl.where(is_text == 1, fusion, 1.0)
-        of_text = tl.where(is_text == 1, 1.0 - fusion, 0.0)
-        if MATCH:
-            of_text *= tl.sqrt(norm_cls) / tl.maximum(tl.sqrt(norm_text), LEAST_NORM)
-    return of_cls, of_text
-
-
-@triton.jit
 def _moments(
     cls_ptr, text_ptr, row_c, row_t, mask_b, D, eps, of_cls, of_text,
     BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, HAS_TEXT: tl.constexpr,
@@ -149,14 +92,14 @@ def _moments(
     for d in range(0, D, BLOCK_R):
         offs = (d + tl.arange(0, BLOCK_R))[None, :]
         mask = mask_b[:, None] & (offs < D)
-        c = _fused(cls_ptr, text_ptr, row_c + offs, row_t + offs, mask, of_cls, of_text, HAS_TEXT)
+        c = fused(cls_ptr, text_ptr, row_c + offs, row_t + offs, mask, of_cls, of_text, HAS_TEXT)
         total += tl.sum(c, 1)
     mean = total / D
     squares = tl.zeros([BLOCK_B], tl.float32)
     for d in range(0, D, BLOCK_R):
         offs = (d + tl.arange(0, BLOCK_R))[None, :]
         mask = mask_b[:, None] & (offs < D)
-        c = _fused(cls_ptr, text_ptr, row_c + offs, row_t + offs, mask, of_cls, of_text, HAS_TEXT)
+        c = fused(cls_ptr, text_ptr, row_c + offs, row_t + offs, mask, of_cls, of_text, HAS_TEXT)
         c = tl.where(mask, c - mean[:, None], 0.0)
         squares += tl.sum(c * c, 1)
     return mean, 1.0 / tl.sqrt(squares / D + eps)
@@ -195,7 +138,7 @@ def _projected(
         offs_d = d + tl.arange(0, BLOCK_D)
         offs = offs_d[None, :]
         mask = mask_b[:, None] & (offs < D)
-        c = _fused(cls_ptr, text_ptr, row_c + offs, row_t + offs, mask, of_cls, of_text, HAS_TEXT)
+        c = fused(cls_ptr, text_ptr, row_c + offs, row_t + offs, mask, of_cls, of_text, HAS_TEXT)
         z = tl.where(mask, (c - mean[:, None]) * rstd[:, None], 0.0)
         if z_ptr is not None:
             tl.store(z_ptr + row_z + offs, z, mask=mask & mask_z[:, None])
@@ -233,7 +176,7 @@ def _query_kernel(
     q_rows = q_weight_ptr + channel[:, None] * stride_q
     k_rows = k_weight_ptr + channel[:, None] * stride_k
     w = _matrix(q_rows, 0, mask_w, D, BLOCK_D)
-    of_cls, of_text = _shares(
+    of_cls, of_text = shares(
         cls_ptr, text_ptr, row_c, row_t, mask_b, D, fusion,
         BLOCK_B, BLOCK_R, HAS_TEXT, MATCH, LEAST_NORM,
     )  # fmt: skip

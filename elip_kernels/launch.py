@@ -16,6 +16,7 @@ from elip_kernels._triton import HAS_TRITON, triton
 MAX_CANDIDATES = 1024  # one program holds an image's candidates, and a line of each
 MAX_SELECTED = 4096  # one program holds their scores alone
 CODE = {"enable_fp_fusion": True}  # of every launch, whatever the default of a Triton
+FEATURES = 256  # of a CLS token in one step, where an image has a program
 KEYS = 64  # of a head in one program of the generic row
 MAX_CHANNELS = 128  # of a head whose query one program makes
 MAX_PREFIX_TOKENS = 16  # a copy of each is in the code
@@ -71,7 +72,7 @@ def query(channels: int, has_norm: bool) -> dict[str, Any]:
         "BLOCK_B": 16,
         "BLOCK_W": max(16, next_power_of_2(channels)),
         "BLOCK_D": 64 if has_norm else 32,
-        "BLOCK_R": 256,
+        "BLOCK_R": FEATURES,
         "num_warps": 8,
         "num_stages": 1,
     }
@@ -100,6 +101,11 @@ def move(candidates: int, element_size: int) -> Launch:
     256 take 124 on 8."""
     block_n = min(64, max(16, next_power_of_2(candidates)))
     return Launch(block_n, 128 // element_size, 4)
+
+
+def copy(element_size: int) -> Launch:
+    """16 tokens, 512 bytes of each a step: 16 bytes a thread, twice."""
+    return Launch(16, 512 // element_size, 8)
 
 
 def cls_attend(tokens: Tensor) -> dict[str, Any]:

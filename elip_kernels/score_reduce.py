@@ -10,7 +10,8 @@ and leaves 4 HN bytes of scores (`absorbed.py`); the third makes the row of an i
 what it selects; the fourth moves each slice of D once, a tile of tokens after the other, however
 many there are. An image selects the same bits whatever the batch it is in. `tokens` and the fused
 CLS token are apart, so nothing is copied to put one into the other: x_cls of the output is the
-token's own. Gradients reach `tokens` through the movement, as in `reduce`; the row gets none.
+token's own. So are the tokens that are `scored`, where a dry run has gone ahead, and those that
+move. Gradients reach `tokens` through the movement, as in `reduce`; the row gets none.
 Source: ELIP, Eq. 1-4, the last layer's row read from the tokens as they enter the stage.
 """
 
@@ -22,7 +23,13 @@ from torch import Tensor
 from elip_kernels import launch
 from elip_kernels._operator import Operator
 from elip_kernels._triton import tl, triton
-from elip_kernels._validate import check_flags, check_keep
+from elip_kernels._validate import (
+    check_device,
+    check_flags,
+    check_keep,
+    check_shape,
+    check_tensor,
+)
 from elip_kernels.absorbed import (
     accumulator,
     query_arguments,
@@ -50,7 +57,8 @@ def score_reduce(
     norm_bias: Tensor | None, eps: float, q_weight: Tensor, q_bias: Tensor | None,
     k_weight: Tensor, num_heads: int, scale: float | None = ..., text: Tensor | None = ...,
     fusion: float = ..., guidance_norm: Literal["none", "match"] = ..., merge: bool = ...,
-    normalize: bool = ..., row: Tensor | None = ..., return_info: Literal[False] = ...,
+    normalize: bool = ..., scored: Tensor | None = ...,
+    row: Tensor | None = ..., return_info: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def score_reduce(
@@ -58,7 +66,8 @@ def score_reduce(
     norm_bias: Tensor | None, eps: float, q_weight: Tensor, q_bias: Tensor | None,
     k_weight: Tensor, num_heads: int, scale: float | None = ..., text: Tensor | None = ...,
     fusion: float = ..., guidance_norm: Literal["none", "match"] = ..., merge: bool = ...,
-    normalize: bool = ..., row: Tensor | None = ..., return_info: Literal[True],
+    normalize: bool = ..., scored: Tensor | None = ...,
+    row: Tensor | None = ..., return_info: Literal[True],
 ) -> tuple[Tensor, ReductionInfo, Tensor]: ...  # fmt: skip
 @overload
 def score_reduce(
@@ -66,7 +75,8 @@ def score_reduce(
     norm_bias: Tensor | None, eps: float, q_weight: Tensor, q_bias: Tensor | None,
     k_weight: Tensor, num_heads: int, scale: float | None = ..., text: Tensor | None = ...,
     fusion: float = ..., guidance_norm: Literal["none", "match"] = ..., merge: bool = ...,
-    normalize: bool = ..., row: Tensor | None = ..., return_info: bool,
+    normalize: bool = ..., scored: Tensor | None = ...,
+    row: Tensor | None = ..., return_info: bool,
 ) -> Tensor | tuple[Tensor, ReductionInfo, Tensor]: ...  # fmt: skip
 def score_reduce(
     tokens: Tensor,
@@ -86,6 +96,7 @@ def score_reduce(
     guidance_norm: Literal["none", "match"] = "none",
     merge: bool = True,
     normalize: bool = True,
+    scored: Tensor | None = None,
     row: Tensor | None = None,
     return_info: bool = False,
 ) -> Tensor | tuple[Tensor, ReductionInfo, Tensor]:
@@ -101,6 +112,8 @@ def score_reduce(
         fusion: share of `cls` in it, in [0, 1]; at 1 no text is read.
         guidance_norm: "match" scales a text to the norm of its `cls` first.
         merge, normalize: see `reduce`.
+        scored: (B, N, D), the tokens as a dry run left them, which are scored in place of `tokens`;
+            no gradient reaches them.
         row: (B, N) fp32, the row that an earlier call returned: it selects again, and nothing is
             scored. So a recomputed stage boundary keeps what its forward kept.
         return_info: also return the `ReductionInfo` and the attention row (B, N).
@@ -113,21 +126,29 @@ def score_reduce(
     """
     norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
     matrices = {"q_weight": q_weight, "k_weight": k_weight}
-    biases = {"q_bias": q_bias}
+    guide = {"text": text, "fusion": fusion, "guidance_norm": guidance_norm}
     query = query_arguments(
-        *(tokens, cls, eps, num_heads, scale, norm, matrices, biases),
-        **{"least": 3, "text": text, "fusion": fusion, "guidance_norm": guidance_norm},
+        *(tokens, cls, eps, num_heads, scale, norm, matrices, {"q_bias": q_bias}), **guide, least=3
     )
     keep = check_keep(keep, tokens.shape[1] - 1, all_allowed=False)
     check_flags(merge=merge, normalize=normalize, return_info=return_info)
-    if row is not None:
-        _check_row(row, tokens)
-    out, kept, weights, _, row = _score_reduce_op(tokens, *query, keep, merge, normalize, row)
+    other = _checked(scored, row, tokens)
+    out, kept, weights, _, row = _score_reduce_op(tokens, *query, keep, merge, normalize, *other)
     return (out, ReductionInfo(kept, weights, None, 1, merge), row) if return_info else out
 
 
-def _check_row(row: Tensor, tokens: Tensor) -> None:
-    expected = accumulator(tokens.dtype)
+def _checked(
+    scored: Tensor | None, row: Tensor | None, tokens: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """`scored`, without gradient, and `row`."""
+    if scored is not None:
+        check_tensor("scored", scored, "(B, N, D)", 3)
+        check_shape("scored", scored, tuple(tokens.shape), "(B, N, D)")
+        check_device("scored", scored, "tokens", tokens)
+        scored = scored.detach()
+    if row is None:
+        return scored, row
+    expected = accumulator(tokens.dtype if scored is None else scored.dtype)
     if not isinstance(row, Tensor) or row.dtype != expected:
         raise TypeError(
             f"row: expected a {expected} tensor, as score_reduce returns it, got "
@@ -138,16 +159,18 @@ def _check_row(row: Tensor, tokens: Tensor) -> None:
             f"row: expected (B, N) = {tuple(tokens.shape[:2])} on {tokens.device}, got "
             f"{tuple(row.shape)} on {row.device}"
         )
+    return scored, row
 
 
-@takes_query(keep=int, merge=bool, normalize=bool, row=Tensor | None)
+@takes_query(keep=int, merge=bool, normalize=bool, scored=Tensor | None, row=Tensor | None)
 def score_reduce_reference(
     tokens: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The specification -> out, kept, weights, slots as `reduce`, and the row (B, N), of which a
     given one is a copy."""
-    query, (keep, merge, normalize, row) = _parted(arguments)
-    row = absorbed_reference(tokens, *query)[1].mean(1) if row is None else row.clone()
+    query, (keep, merge, normalize, scored, row) = _parted(arguments)
+    scored = tokens if scored is None else scored
+    row = absorbed_reference(scored, *query)[1].mean(1) if row is None else row.clone()
     return *reduce_reference(tokens, row[:, 1:], None, keep, 1, merge, normalize), row
 
 
@@ -174,12 +197,13 @@ def _score_select_kernel(
 
 def _score_reduce(tokens: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Allocate, read launch.py, launch; a row that is given is `reduce`'s, one launch."""
-    query, (keep, merge, normalize, row) = _parted(arguments)
+    query, (keep, merge, normalize, scored, row) = _parted(arguments)
     if row is not None:
         selected = reduce_op.on_device(tokens, row[:, 1:], None, keep, 1, merge, normalize)
         return *selected, row.clone()
     B, N, _ = tokens.shape
     tokens = launch.addressable(tokens)
+    scored = tokens if scored is None else launch.addressable(scored)
     out, kept, weights, slots = empty_outputs(tokens, keep, 1, merge)
     row = tokens.new_empty(B, N, dtype=torch.float32)
     outputs = out, kept, weights, slots, row
@@ -187,7 +211,7 @@ def _score_reduce(tokens: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tens
         return outputs
     with launch.on_device(tokens):
         u, cls_score, _ = launch_query(query)
-        scores, tops, totals = score_tiles(tokens, u, query.eps)
+        scores, tops, totals = score_tiles(scored, u, query.eps)
         H, T = tops.shape[1:]
         block_n, block_t, num_warps = launch.select(N - 1, T)
         _score_select_kernel[(B,)](
@@ -211,11 +235,17 @@ def _parted(arguments: tuple[Any, ...]) -> tuple[QueryArguments, tuple[Any, ...]
 
 
 def _fake(tokens, *arguments):
-    _, (keep, merge, *_) = _parted(arguments)
-    weights = accumulator(tokens.dtype)
-    return *empty_outputs(tokens, keep, 1, merge, weights=weights), tokens.new_empty(
-        tokens.shape[:2], dtype=weights
-    )
+    _, (keep, merge, _, scored, _) = _parted(arguments)
+    row = accumulator(tokens.dtype if scored is None else scored.dtype)
+    outputs = empty_outputs(tokens, keep, 1, merge, weights=accumulator(tokens.dtype))
+    return *outputs, tokens.new_empty(tokens.shape[:2], dtype=row)
+
+
+def _refuses(tokens: Tensor, *arguments: Any) -> str | None:
+    """Why no kernel takes it, in a few words, or None."""
+    query, (*_, scored, _) = _parted(arguments)
+    reason = absorbed_refuses(tokens, *query)
+    return reason if scored is None or reason is not None else launch.refuses(scored)
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
@@ -233,7 +263,7 @@ def _backward(ctx, grad_out, *_):
 
 def _flops(tokens_shape, *shapes, **kwargs) -> int:
     """Of the row, and 2 for each element of a dropped token that is merged."""
-    _, (keep, merge, _, row) = _parted(shapes)
+    _, (keep, merge, _, _, row) = _parted(shapes)
     B, N, D = tokens_shape
     scored = absorbed_flops(tokens_shape, *shapes) if row is None else 0
     return scored + 2 * B * D * (N - 1 - keep) * merge
@@ -243,7 +273,7 @@ _score_reduce_op = Operator(
     "score_reduce",
     score_reduce_reference,
     launcher=_score_reduce,
-    refuses=absorbed_refuses,
+    refuses=_refuses,
     fake=_fake,
     flops=_flops,
     backward=_backward,

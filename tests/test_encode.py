@@ -5,7 +5,7 @@ import timm
 import torch
 
 import elip_models
-from elip_kernels.absorbed_query import fuse
+from elip_kernels.fuse_text import fuse
 from elip_models.reduction import flops
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategies import elip as stage

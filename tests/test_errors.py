@@ -265,6 +265,7 @@ TABLE = {
         | {"keep": [None, True, "4", 0, N - 1, 0.0, 1.0]}
         | {"fusion": [None, True, "0.5", -0.1, 1.1], "guidance_norm": [None, 1, "l2"]}
         | {"text": [1.0, torch.randn(3, D), torch.randn(D), torch.ones(B, D).long()]}
+        | {"scored": [1, torch.randn(B, N, D + 1), torch.randn(B, N, D, **META)]}
         | {"row": [1, torch.rand(B, N).double(), torch.rand(B, N - 1), torch.rand(B, N, **META)]},
     ),
     elip_kernels.cls_attend_from_tokens: (

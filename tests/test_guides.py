@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import elip_models
-from elip_kernels.absorbed_query import fuse
+from elip_kernels.fuse_text import fuse
 from elip_models.models.layers.guides import with_dropout, with_negatives
 from elip_models.profiling.rows import count
 from elip_models.profiling.workload import Workload

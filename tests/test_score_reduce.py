@@ -15,7 +15,7 @@ from elip_kernels._triton import HAS_TRITON
 from elip_kernels.absorbed_query import QueryArguments
 from elip_models.reduction.strategies.elip import Elip
 from elip_models.reduction.strategy import Context
-from elip_models.towers import as_tower
+from elip_models.towers import Tower, as_tower
 from tests.models import open_clip_vit
 from tests.towers import SCHEDULE, WIDTH, clip_vit, images, plain_vit, text
 
@@ -72,13 +72,32 @@ def test_a_row_selects_again_and_nothing_is_scored(merge):
     assert torch.equal(ours.grad, theirs.grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_other_tokens_score_than_those_that_move(dtype):
+    scored, cls, arguments = torch.randn(B, N, D).to(dtype), torch.randn(B, D), block()
+    row = elip_kernels.cls_attention_from_tokens(scored, cls, **arguments)
+    ours, theirs = (torch.ones(B, N, 1) * torch.randn(N, D) for _ in range(2))
+    theirs.copy_(ours)
+    ours.requires_grad_(), theirs.requires_grad_(), scored.requires_grad_()
+    expected, info = elip_kernels.reduce(theirs, row, K, return_info=True)
+    options = {"scored": scored, "return_info": True, **arguments}
+    got, its, own = elip_kernels.score_reduce(ours, cls, K, **options)
+    assert torch.equal(got, expected)
+    assert torch.equal(own, row)
+    assert torch.equal(its.kept, info.kept)
+    got.sum().backward()
+    expected.sum().backward()
+    assert torch.equal(ours.grad, theirs.grad)
+    assert scored.grad is None
+
+
 def arguments_of_the_op(dtype=torch.float32):
     """Few numbers, each of which a gradient of a gradient takes two calls for."""
     tokens = torch.randn(2, 7, 4, dtype=dtype, requires_grad=True)
     cls, text, (gamma, beta, bias) = torch.randn(2, 4), torch.randn(1, 4), torch.randn(3, 4)
     matrices = torch.randn(4, 4), bias, torch.randn(4, 4)
     query = QueryArguments(cls, text, 0.7, False, gamma, beta, 1e-6, *matrices, 2, 0.5)
-    return tokens, query, 3, True, True, None
+    return tokens, query, 3, True, True, None, None
 
 
 def test_opcheck_and_gradcheck():
@@ -86,6 +105,8 @@ def test_opcheck_and_gradcheck():
     opcheck(torch.ops.elip.score_reduce.default, (tokens, *query, *others))
     row = torch.rand(tokens.shape[:2])
     opcheck(torch.ops.elip.score_reduce.default, (tokens, *query, *others[:-1], row))
+    scored = torch.randn(2, 7, 4, dtype=torch.bfloat16)
+    opcheck(torch.ops.elip.score_reduce.default, (tokens, *query, *others[:-2], scored, None))
     tokens, query, *others = arguments_of_the_op(torch.float64)
     # The row depends on the tokens, but passes no gradient: hold it by a large margin.
     query = query._replace(k_weight=query.k_weight * 0)
@@ -141,7 +162,18 @@ def test_a_stage_boundary_of_last_is_one_op():
     assert counter.calls == {"elip::score_reduce": 3}
 
 
-VIEWS = {"detach", "select", "as_strided", "chunk", "split", "narrow", "slice", "unbind"}
+VIEWS = {
+    "detach",
+    "select",
+    "as_strided",
+    "chunk",
+    "split",
+    "narrow",
+    "slice",
+    "unbind",
+    "squeeze",
+    "unsqueeze",
+}
 ALLOCATE = {"empty", "empty_strided", "new_empty", "new_zeros", "zero_", "fill_"}
 """The recorder clears what is allocated."""
 BOUNDARY = ["_query_kernel", "scores_kernel", "_score_select_kernel", "_move_kernel"]
@@ -159,19 +191,28 @@ def test_a_stage_boundary_of_last_launches_the_same_kernels_whatever_the_batch(b
     assert [launch.name for launch in launches] == BOUNDARY * 3
 
 
+DRY_RUNS = {"last": 0, "cls": 1, "exact": 1, "bf16": 1, "alternate": 1, 2: 1}
+"""Launches of its own that a dry run begins with."""
+
+
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so nothing is launched")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("make", [plain_vit, open_clip_vit])
-def test_a_stage_boundary_of_last_launches_nothing_else(make, dtype):
-    """PyTorch's ops in it, those inside the op too, make views and memory alone."""
+@pytest.mark.parametrize("scorer", DRY_RUNS)
+def test_a_stage_boundary_launches_nothing_else(scorer, make, dtype, monkeypatch):
+    """Besides the blocks of a dry run, which are left out here: PyTorch's ops in a boundary, those
+    inside its ops too, make views and memory alone."""
     from elip_kernels.testing.compile import recorded_launches
 
+    monkeypatch.setattr(Tower, "dry_block", lambda tower, i, tokens: tokens)
+    monkeypatch.setattr(Tower, "cls_block", lambda tower, i, tokens, cls: cls)
     tower = as_tower(make().to(dtype).eval())
     tokens, t = torch.randn(2, 37, WIDTH).to(dtype), text(2).to(dtype)
-    strategy = Elip("3(100%) 3(50%)", scorer="last", guidance_norm="match")
+    strategy = Elip("3(100%) 3(50%)", scorer=scorer, guidance_norm="match")
     stage, context = strategy.stages(tower.size)[0], Context(text_cls=t)
     with recorded_launches(90) as launches, torch.no_grad(), profile() as seen:
         strategy.step(tower, stage, tokens, context)
-    assert [launch.name for launch in launches] == BOUNDARY
+    dry_run = ["_fuse_kernel"] * DRY_RUNS[scorer]
+    assert [launch.name for launch in launches] == dry_run + BOUNDARY
     ops = {event.name.removeprefix("aten::") for event in seen.events()}
-    assert ops <= {"elip::score_reduce"} | VIEWS | ALLOCATE, ops
+    assert ops <= {"elip::score_reduce", "elip::fuse_text"} | VIEWS | ALLOCATE, ops

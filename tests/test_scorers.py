@@ -5,8 +5,8 @@ import torch
 
 import elip_models
 from elip_models.reduction.schedule import Stage
-from elip_models.reduction.scorers import SCORERS, get_scorer
-from elip_models.towers import as_tower, with_cls
+from elip_models.reduction.scorers import get_scorer, row_of
+from elip_models.towers import Query, as_tower, with_cls
 from tests.models import POOLED, POOLED_WITHOUT_CLS, ROTARY, TOWERS, WITHOUT_CLS
 from tests.towers import SCHEDULE, clip_vit, images, plain_vit, text
 
@@ -17,14 +17,15 @@ BETWEEN = ("bf16", "alternate", "attention", "mean")
 
 
 def entered(model):
-    """The tower, and tokens and CLS that enter its stage."""
+    """The tower, tokens that enter its stage, and a text as the CLS token that looks at them."""
     tower = as_tower(model.eval())
     return tower, tower.embed(images()), text()
 
 
-def row_of(scorer, tower, tokens, cls):
+def row(scorer, tower, tokens, cls, stage=STAGE):
     with torch.no_grad():
-        return get_scorer(scorer).row(tower, STAGE, tokens, cls)
+        query = Query(tokens[:, 0], cls, fusion=0.0)
+        return row_of(get_scorer(scorer), tower, stage, tokens, query)
 
 
 def switch_off(*linears):
@@ -37,40 +38,40 @@ def switch_off(*linears):
 def test_attention_is_exact_where_no_mlp_adds_anything(make):
     model = make()
     tower, *given = entered(model)
-    assert not torch.allclose(row_of("attention", tower, *given), row_of("exact", tower, *given))
+    assert not torch.allclose(row("attention", tower, *given), row("exact", tower, *given))
     switch_off(*(model.blocks[i].mlp.fc2 for i in LAYERS[:-1]))
-    torch.testing.assert_close(row_of("attention", tower, *given), row_of("exact", tower, *given))
+    torch.testing.assert_close(row("attention", tower, *given), row("exact", tower, *given))
 
 
 @pytest.mark.parametrize("make", [plain_vit, clip_vit])
 def test_alternate_is_exact_where_every_second_layer_adds_nothing(make):
     model = make()
     tower, *given = entered(model)
-    assert not torch.allclose(row_of("alternate", tower, *given), row_of("exact", tower, *given))
+    assert not torch.allclose(row("alternate", tower, *given), row("exact", tower, *given))
     for i in (2, 4):
         switch_off(model.blocks[i].attn.proj, model.blocks[i].mlp.fc2)
-    torch.testing.assert_close(row_of("alternate", tower, *given), row_of("exact", tower, *given))
+    torch.testing.assert_close(row("alternate", tower, *given), row("exact", tower, *given))
 
 
 def test_mean_is_that_of_the_maps_of_all_layers_of_the_stage():
     tower, tokens, cls = entered(plain_vit())
     x = with_cls(tokens, cls)
     maps = torch.stack([tower.attention_map(i, x)[:, :, 0].mean(1) for i in LAYERS])
-    torch.testing.assert_close(row_of("mean", tower, tokens, cls), maps.mean(0))
+    torch.testing.assert_close(row("mean", tower, tokens, cls), maps.mean(0))
 
 
 def test_bf16_is_exact_under_autocast_and_leaves_other_dtypes_as_they_are():
     model = plain_vit()
     tower, *given = entered(model)
     with torch.autocast("cpu", torch.bfloat16):
-        expected = row_of("exact", tower, *given)
-    low, exact = row_of("bf16", tower, *given), row_of("exact", tower, *given)
+        expected = row("exact", tower, *given)
+    low, exact = row("bf16", tower, *given), row("exact", tower, *given)
     assert torch.equal(low, expected)
     assert low.dtype == torch.float32
     assert not torch.equal(low, exact)
     assert (low - exact).abs().max() < 0.05 * exact.max()
     tower, given = as_tower(model.double()), [each.double() for each in given]
-    assert torch.equal(row_of("bf16", tower, *given), row_of("exact", tower, *given))
+    assert torch.equal(row("bf16", tower, *given), row("exact", tower, *given))
 
 
 def test_bf16_in_the_dry_run_casts_no_weight_of_the_training_pass():
@@ -87,9 +88,9 @@ def test_bf16_in_the_dry_run_casts_no_weight_of_the_training_pass():
 def test_a_stage_of_one_layer_is_scored_alike_by_all():
     stage = Stage(first=3, layers=1, keep=10)
     tower, *given = entered(clip_vit())
-    expected = SCORERS["exact"].row(tower, stage, *given)
+    expected = row("exact", tower, *given, stage)
     for name in ("alternate", "attention", "cls", "mean", "last"):
-        torch.testing.assert_close(SCORERS[name].row(tower, stage, *given), expected)
+        torch.testing.assert_close(row(name, tower, *given, stage), expected)
 
 
 @pytest.mark.slow

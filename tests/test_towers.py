@@ -10,7 +10,7 @@ from torch import nn
 import elip_kernels
 import elip_models
 from elip_models.reduction.schedule import Schedule
-from elip_models.towers import as_tower
+from elip_models.towers import Query, as_tower
 from tests.models import HF, TOWERS, open_clip_vit
 from tests.test_golden import OPENCLIP_NAMES, check_gradients, check_stages
 from tests.test_golden import SCHEDULE as PAPER
@@ -35,9 +35,10 @@ def test_parts_add_up_to_the_block(model):
         alone = tower.cls_block(i, tokens, tokens[:, 0])
         torch.testing.assert_close(alone, whole[:, 0], **close)
         row = tower.attention_map(i, tokens)[:, :, 0].mean(1)
-        got = tower.cls_attention(i, tokens, tokens[:, 0])
+        query = Query(tokens[:, 0])
+        got = tower.cls_attention(i, tokens, query.cls)
         torch.testing.assert_close(got, row, atol=1e-5, rtol=0)
-        out, info, scored = tower.score_reduce(i, tokens, tokens[:, 0], keep=10, merge=True)
+        out, info, scored = tower.score_reduce(i, tokens, tokens, query, keep=10, merge=True)
         torch.testing.assert_close(scored, got, atol=1e-6, rtol=0)
         expected, kept = elip_kernels.reduce(
             tokens, scored, 10, num_prefix_tokens=tower.num_prefix_tokens, return_info=True

@@ -1,4 +1,4 @@
-"""Every public op by name, called as models call it: what reports and tests run.
+"""Every op by name, called as models call it: what reports and tests run.
 
 A call is forward, and backward where there is one, on CPU tensors of N(0, 1): B images, all alike,
 of N tokens, D wide, of which K stay; H heads.
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import elip_kernels
+from elip_kernels.fuse_text import fuse_text
 
 Call = Callable[[int, int, int, int, int, torch.dtype], None]
 
@@ -40,6 +41,10 @@ def _score_reduce(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) ->
     cls = torch.randn(B, D).to(dtype)
     out = elip_kernels.score_reduce(_tokens(B, N, D, dtype), cls, K, **_block(D, H, dtype))
     out.backward(torch.ones_like(out))
+
+
+def _fuse_text(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> None:
+    fuse_text(_tokens(B, N, D, dtype), torch.randn(B, D).to(dtype), 0.8, "match")
 
 
 def _cls_attention(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> None:
@@ -75,6 +80,7 @@ def _merge_nearest(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -
 CALLS: dict[str, Call] = {
     "reduce": _reduce,
     "score_reduce": _score_reduce,
+    "fuse_text": _fuse_text,
     "cls_attention": _cls_attention,
     "cls_attention_from_tokens": _from_tokens,
     "cls_attend_from_tokens": _attend_from_tokens,

@@ -122,6 +122,13 @@ def score_reduce(
     return together(first, second)
 
 
+def fuse_text(B: int, N: int, D: int, dtype: torch.dtype, *, text_for_all: bool = False) -> Work:
+    """Tokens and texts in, the tokens of a dry run out."""
+    size = dtype.itemsize
+    read = {"tokens": B * N * D * size, "text": (1 if text_for_all else B) * D * size}
+    return Work(read, {"out": B * N * D * size}, 0)
+
+
 def query(
     B: int,
     D: int,

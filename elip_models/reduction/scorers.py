@@ -1,7 +1,7 @@
 """Where the attention row of a stage comes from (ELIP, Eq. 2): a table of small functions.
 
-A scorer is (tower, stage, tokens, fused cls) -> row, and its cost. A new one is ten lines here.
-In a tower without CLS the text stands in for the fused cls, and is no token of any layer.
+A scorer says which row is read, after which layers, and what that costs. A new one is ten lines
+here. In a tower without CLS the text stands in for the CLS token, and is no token of any layer.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,34 +11,50 @@ import torch
 from torch import Tensor
 
 from elip_models.reduction.schedule import Stage
-from elip_models.towers import Tower, with_cls
+from elip_models.towers import Query, Tower
 from elip_models.validation import PositiveInt
+
+
+class Reading(NamedTuple):
+    """A row of attention: that of block `layer` over `tokens` (B, N, D) as they enter it."""
+
+    layer: int
+    tokens: Tensor
+    query: Query
 
 
 class Scorer(NamedTuple):
     """A way to get the attention row that selects.
 
-    row: (tower, stage, tokens (B, N, D), fused cls (B, D)) -> (B, N), column 0 is CLS.
+    read: (tower, stage, tokens (B, N, D), query) -> the one row that it reads; a stage boundary is
+        one op then, behind what runs before it.
+    row: (tower, stage, tokens, query) -> (B, N), column 0 is CLS, where it is not one block's.
     layers: how many whole layers it runs on the stage's tokens, of the stage's number of layers.
     attention_halves: how many layers without their MLP, likewise.
     rows: how often CLS alone attends to these tokens, likewise.
     cls_blocks: how many layers CLS goes through alone, its attention to the tokens aside, likewise.
-    reads: the layer whose row it reads from the tokens as they enter, where it does no more: the
-        boundary is then one op.
     """
 
-    row: Callable[[Tower, Stage, Tensor, Tensor], Tensor]
+    read: Callable[[Tower, Stage, Tensor, Query], Reading] | None = None
+    row: Callable[[Tower, Stage, Tensor, Query], Tensor] | None = None
     layers: Callable[[int], int] = lambda layers: 0
     attention_halves: Callable[[int], int] = lambda layers: 0
     rows: Callable[[int], int] = lambda layers: 1
     cls_blocks: Callable[[int], int] = lambda layers: 0
-    reads: Callable[[Stage], int] | None = None
 
 
-def _official(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
+def row_of(scorer: Scorer, tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> Tensor:
+    """The row (B, N) that `scorer` selects by, column 0 being CLS."""
+    if scorer.read is None:
+        return scorer.row(tower, stage, tokens, query)
+    layer, tokens, query = scorer.read(tower, stage, tokens, query)
+    return tower.cls_attention(layer, tokens, query.fused())
+
+
+def _official(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> Tensor:
     """All layers whole, the last with its N x N map, its output thrown away."""
     last = stage.last
-    tokens = with_cls(tokens, cls)
+    tokens = query.into(tokens)
     for i in range(stage.first, last):
         tokens = tower.dry_block(i, tokens)
     with tower.unsharded(last, tokens) as (tokens,):
@@ -49,57 +65,58 @@ def _official(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor
     return attention[:, :, 0].mean(1)
 
 
-def _exact(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
+def _exact(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> Reading:
     """All layers but the last, then only the CLS row of the last."""
-    return _after(tower, range(stage.first, stage.last), stage.last, tokens, cls)
+    return _after(tower, range(stage.first, stage.last), stage.last, tokens, query)
 
 
-def _bf16(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
+def _bf16(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> Reading:
     """`exact`, its products of matrices in bf16; tokens of another dtype than fp32 keep theirs."""
     device = tokens.device.type
     if tokens.dtype != torch.float32 or device == "meta":  # which has no autocast
-        return _exact(tower, stage, tokens, cls)
+        return _exact(tower, stage, tokens, query)
     with torch.autocast(device, torch.bfloat16, cache_enabled=False):
-        return _exact(tower, stage, tokens, cls)
+        return _exact(tower, stage, tokens, query)
 
 
-def _alternate(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
+def _alternate(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> Reading:
     """Every second layer, the first of the stage among them, then the CLS row of the last."""
-    return _after(tower, range(stage.first, stage.last, 2), stage.last, tokens, cls)
+    return _after(tower, range(stage.first, stage.last, 2), stage.last, tokens, query)
 
 
-def _attention(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
+def _attention(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> Reading:
     """The attention halves of all layers but the last, no MLP, then the CLS row of the last."""
     before = range(stage.first, stage.last)
-    return _after(tower, before, stage.last, tokens, cls, run=_attention_half)
+    return _after(tower, before, stage.last, tokens, query, run=_attention_half)
 
 
-def _ordinal(layer: int) -> Callable[[Tower, Stage, Tensor, Tensor], Tensor]:
+def _ordinal(layer: int) -> Callable[[Tower, Stage, Tensor, Query], Reading]:
     """The CLS row of the stage's `layer`-th layer (from 1), after the whole layers before it."""
 
-    def row(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
+    def read(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> Reading:
         target = stage.first + layer - 1
-        return _after(tower, range(stage.first, target), target, tokens, cls)
+        return _after(tower, range(stage.first, target), target, tokens, query)
 
-    return row
+    return read
 
 
-def _cls(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
+def _cls(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> Reading:
     """CLS alone goes through the layers, attending to the tokens as they entered the stage."""
+    cls = query.fused()
     for i in range(stage.first, stage.last):
         cls = tower.cls_block(i, tokens, cls)
-    return tower.cls_attention(stage.last, tokens, cls)
+    return Reading(stage.last, tokens, Query(cls))
 
 
-def _mean(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
+def _mean(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> Tensor:
     """The mean of all layers' CLS rows, from the tokens as they entered the stage."""
-    layers = range(stage.first, stage.last + 1)
+    layers, cls = range(stage.first, stage.last + 1), query.fused()
     return torch.stack([tower.cls_attention(i, tokens, cls) for i in layers]).mean(0)
 
 
-def _last(tower: Tower, stage: Stage, tokens: Tensor, cls: Tensor) -> Tensor:
+def _last(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> Reading:
     """The last layer's CLS row, from the tokens as they entered the stage: no layer runs."""
-    return tower.cls_attention(stage.last, tokens, cls)
+    return Reading(stage.last, tokens, query)
 
 
 def _attention_half(tower: Tower, i: int, tokens: Tensor) -> Tensor:
@@ -116,29 +133,29 @@ def _after(
     before: Sequence[int],
     target: int,
     tokens: Tensor,
-    cls: Tensor,
+    query: Query,
     *,
     run: Callable[[Tower, int, Tensor], Tensor] = _block,
-) -> Tensor:
+) -> Reading:
     """The CLS row of block `target`, after `run` of the blocks `before`; of a tower without CLS,
     the text's row."""
     if before:
-        tokens = with_cls(tokens, cls) if tower.has_cls else tokens
+        tokens = query.into(tokens) if tower.has_cls else tokens
         for i in before:
             tokens = run(tower, i, tokens)
-        cls = tokens[:, 0] if tower.has_cls else cls
-    return tower.cls_attention(target, tokens, cls)
+        query = Query(tokens[:, 0]) if tower.has_cls else query
+    return Reading(target, tokens, query)
 
 
 SCORERS: dict[str, Scorer] = {
-    "official": Scorer(_official, layers=lambda layers: layers, rows=lambda layers: 0),
+    "official": Scorer(row=_official, layers=lambda layers: layers, rows=lambda layers: 0),
     "exact": Scorer(_exact, layers=lambda layers: layers - 1),
     "bf16": Scorer(_bf16, layers=lambda layers: layers - 1),
     "alternate": Scorer(_alternate, layers=lambda layers: layers // 2),
     "attention": Scorer(_attention, attention_halves=lambda layers: layers - 1),
     "cls": Scorer(_cls, rows=lambda layers: 2 * layers - 1, cls_blocks=lambda layers: layers - 1),
-    "mean": Scorer(_mean, rows=lambda layers: layers),
-    "last": Scorer(_last, reads=lambda stage: stage.last),
+    "mean": Scorer(row=_mean, rows=lambda layers: layers),
+    "last": Scorer(_last),
 }
 ScorerName = (
     Literal["official", "exact", "bf16", "alternate", "attention", "cls", "mean", "last"]

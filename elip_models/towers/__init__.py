@@ -13,6 +13,7 @@ from elip_models.towers.base import Projections, Tower, with_cls
 from elip_models.towers.fsdp import refuses_sharding
 from elip_models.towers.image_text import ImageTextModel
 from elip_models.towers.in_place import in_forward
+from elip_models.towers.query import Query
 from elip_models.towers.reducible import ImageModel, Reducible
 from elip_models.towers.size import Size
 from elip_models.validation import extra
@@ -20,6 +21,7 @@ from elip_models.validation import extra
 __all__ = [
     "ImageTextModel",
     "Projections",
+    "Query",
     "Reducible",
     "Size",
     "Tower",

@@ -12,7 +12,7 @@ through a block are worked out of them here, once for all libraries.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, NamedTuple, ParamSpec, Self, TypeVar
+from typing import Any, NamedTuple, ParamSpec, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 import elip_kernels
 from elip_kernels import BipartiteInfo, ReductionInfo
-from elip_kernels.absorbed_query import fuse
 from elip_models.towers.apart import apart
 from elip_models.towers.effective import Affine, is_hooked, is_known, is_layer_norm
 from elip_models.towers.fsdp import unsharded
 from elip_models.towers.in_place import in_place_of, own_forward
+from elip_models.towers.query import Query
 from elip_models.towers.size import Size
 
 P = ParamSpec("P")
@@ -32,7 +32,6 @@ R = TypeVar("R")
 
 IDENTITY = nn.Identity()
 QKV = tuple[Tensor, Tensor, Tensor]
-GuidanceNorm = Literal["none", "match"]
 Block = Callable[..., Tensor]
 
 
@@ -324,31 +323,30 @@ class Tower:
         self,
         i: int,
         tokens: Tensor,
-        cls: Tensor,
-        text: Tensor | None = None,
-        fusion: float = 1,
-        guidance_norm: GuidanceNorm = "none",
+        scored: Tensor,
+        query: Query,
         *,
         keep: int,
         merge: bool,
         row: Tensor | None = None,
     ) -> tuple[Tensor, ReductionInfo, Tensor]:
-        """Block i's CLS row selects among `tokens` -> reduced tokens, what was kept, the row.
+        """Block i's CLS row over `scored` selects among `tokens` -> reduced tokens, what was kept,
+        the row.
 
-        text, fusion, guidance_norm: what `cls` is fused with, as `elip_kernels.score_reduce` does.
+        scored: (B, N, D), `tokens` themselves, or as a dry run left them.
         row: (B, N), where it is known already, and nothing is to be scored.
         """
-        with self.unsharded(i, tokens, cls) as (tokens, cls):
+        with self.unsharded(i, scored, query.cls) as (read, cls):
             arguments = self.absorbed(i) if self.num_prefix_tokens == 1 else None
             if arguments is not None:
-                arguments |= {"text": text, "fusion": fusion, "guidance_norm": guidance_norm}
+                arguments |= query._replace(cls=cls)._asdict()
+                arguments |= {"scored": None if read is tokens else read, "row": row}
                 return elip_kernels.score_reduce(
-                    tokens, cls, keep, merge=merge, row=row, return_info=True, **arguments
+                    tokens, keep=keep, merge=merge, return_info=True, **arguments
                 )
-            if row is None:
-                with apart(self.model, tokens):
-                    cls = fuse(cls, text, fusion, guidance_norm == "match")
-                    row = self.cls_attention(i, tokens, cls)
+        if row is None:
+            with apart(self.model, tokens):
+                row = self.cls_attention(i, scored, query.fused())
         return *self.reduce(tokens, row, keep, merge=merge), row
 
     def reduce(

@@ -47,7 +47,7 @@ def test_opcheck_of_rows(device, dtype):
     arguments = (tokens.requires_grad_(), *QueryArguments(**made, scale=0.125))
     check(elip.cls_attention_from_tokens.default, arguments)
     check(elip.cls_attend_from_tokens.default, arguments)
-    check(elip.score_reduce.default, (*arguments, 20, True, True, None))
+    check(elip.score_reduce.default, (*arguments, 20, True, True, None, None))
 
 
 @every_dtype

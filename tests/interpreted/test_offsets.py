@@ -206,8 +206,12 @@ def test_attention_output(scored):
 
 
 def test_score_reduce(scored):
-    of_image, shared = absorbed(K, True, True, None)
+    of_image, shared = absorbed(K, True, True, None, None)
     check(launcher("score_reduce"), scored[0].bfloat16(), *of_image, shared=shared)
+
+
+def test_fuse_text(scored):
+    check(launcher("fuse_text"), scored[0], torch.randn(1, D), 0.7, True)
 
 
 @pytest.mark.parametrize("has_penalty", [False, True])

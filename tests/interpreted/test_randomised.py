@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import elip_kernels
 import tests.interpreted.profiles  # noqa: F401
-from elip_kernels.absorbed_query import fuse
+from elip_kernels.fuse_text import fuse
 from elip_kernels.testing import kernels_on_cpu
 from tests.interpreted import test_bipartite_kernel as bipartite
 from tests.interpreted import test_nearest_kernel as nearest
@@ -175,10 +175,11 @@ def test_attention_output(launches, shape, H, dtype, layout, biased, seed):
     normalize=st.booleans(),
     fusion=st.sampled_from([0.0, 0.3, 1.0]),
     guidance_norm=st.sampled_from(["none", "match"]),
+    has_dry_run=st.booleans(),
     seed=seeds,
 )
 def test_score_reduce(
-    launches, shape, share, H, dtype, layout, fusion, guidance_norm, seed, **flags
+    launches, shape, share, H, dtype, layout, fusion, guidance_norm, has_dry_run, seed, **flags
 ):
     torch.manual_seed(seed)
     shape["N"] += 1
@@ -189,12 +190,14 @@ def test_score_reduce(
     text = torch.randn(shape["B"], shape["D"]).to(dtype)
     text[0] = 0
     guide = {"text": text, "fusion": fusion, "guidance_norm": guidance_norm}
+    scored = torch.randn(tokens.shape).to(dtype) if has_dry_run else None
     out, info, row = elip_kernels.score_reduce(
-        leaf, cls, keep, return_info=True, **flags, **guide, **arguments
+        leaf, cls, keep, scored=scored, return_info=True, **flags, **guide, **arguments
     )
     assert launches["elip::score_reduce"] == before + 1
     fused = fuse(cls.double(), text.double(), fusion, guidance_norm == "match")
-    assert error(row, in_fp64(tokens, fused, arguments)) <= BUDGET[dtype]
+    scored = tokens if scored is None else scored
+    assert error(row, in_fp64(scored, fused, arguments)) <= BUDGET[dtype]
     exact = check_moved(launches, out, tokens, leaf, row, keep, **flags)
     assert torch.equal(info.kept, exact.kept)
     assert torch.allclose(info.weights.double(), exact.weights, atol=1e-6, rtol=0)

@@ -15,13 +15,12 @@ from typing import ClassVar, Literal, Self, TypedDict
 import torch
 from torch import Tensor
 
-from elip_kernels.absorbed_query import fuse
 from elip_models.reduction.nearest import merge_nearest, nearest_flops
 from elip_models.reduction.once import UnguidedWarning, warn_once
 from elip_models.reduction.schedule import PAPER, Schedule, Stage
-from elip_models.reduction.scorers import ScorerName, get_scorer
+from elip_models.reduction.scorers import Reading, ScorerName, get_scorer, row_of
 from elip_models.reduction.strategy import Context, Layer, Merge, StageInfo, Strategy
-from elip_models.towers import Size, Tower
+from elip_models.towers import Query, Size, Tower
 from elip_models.towers.apart import apart
 from elip_models.validation import Share, check_fields
 
@@ -237,27 +236,28 @@ class Elip(Guided, Staged):
 
     def score(self, tower: Tower, stage: Stage, tokens: Tensor, text: Tensor | None) -> Tensor:
         with apart(tower.model, tokens):
-            cls = fused_cls(tower, tokens, text, self)
-            return get_scorer(self.scorer).row(tower, stage, tokens, cls)
+            query = query_of(tower, tokens, text, self)
+            return row_of(get_scorer(self.scorer), tower, stage, tokens, query)
 
     def step(
         self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
     ) -> tuple[Tensor, StageInfo]:
-        """Fuse, score, reduce; one op where the scorer reads the tokens as they enter."""
-        reads = get_scorer(self.scorer).reads
+        """Fuse, score, reduce; what reads and reduces is one op where one block's row selects."""
+        read = get_scorer(self.scorer).read
         drops = stage.keep < tokens.shape[1] - tower.num_prefix_tokens
-        if reads is None or not drops or self.merge == "nearest":
+        if read is None or context.row is not None or not drops or self.merge == "nearest":
             return super().step(tower, stage, tokens, context)
         row = None if context.replay is None else context.replay.attention
-        text = checked_text(tokens, context.text_cls)
-        if tower.has_cls:
-            guide = (tokens[:, 0], text, self.fusion, self.guidance_norm)
-        else:
-            guide = (text.to(tokens.dtype), None, 1.0, "none")
-        tokens, info, row = tower.score_reduce(
-            reads(stage), tokens, *guide, keep=stage.keep, merge=self.merge, row=row
+        with apart(tower.model, tokens):
+            query = query_of(tower, tokens, context.text_cls, self)
+            reading = Reading(stage.last, tokens, query)
+            if row is None:
+                reading = read(tower, stage, tokens, query)
+        layer, scored, query = reading
+        reduced, info, row = tower.score_reduce(
+            layer, tokens, scored, query, keep=stage.keep, merge=self.merge, row=row
         )
-        return tokens, StageInfo(stage, info, row)
+        return reduced, StageInfo(stage, info, row)
 
 
 def check_text(text_cls: Tensor, expected: tuple[int, int], device: torch.device) -> None:
@@ -285,13 +285,17 @@ def checked_text(tokens: Tensor, text_cls: Tensor | None) -> Tensor | None:
     return text_cls
 
 
-def fused_cls(tower: Tower, tokens: Tensor, text_cls: Tensor | None, strategy: Guided) -> Tensor:
-    """Token 0 fused with a text by Eq. 1; without CLS the text itself.
+def query_of(tower: Tower, tokens: Tensor, text_cls: Tensor | None, strategy: Guided) -> Query:
+    """Token 0 and the text that it is fused with; without CLS the text itself.
 
     text_cls: (B, D), or (1, D) for all images.
     """
     text = checked_text(tokens, text_cls)
     if not tower.has_cls:
-        return text.to(tokens.dtype)
-    match = strategy.guidance_norm == "match"
-    return fuse(tokens[:, 0], text, strategy.fusion, match)
+        return Query(text.to(tokens.dtype))
+    return Query(tokens[:, 0], text, strategy.fusion, strategy.guidance_norm)
+
+
+def fused_cls(tower: Tower, tokens: Tensor, text_cls: Tensor | None, strategy: Guided) -> Tensor:
+    """Token 0 fused with a text by Eq. 1; without CLS the text itself."""
+    return query_of(tower, tokens, text_cls, strategy).fused()
