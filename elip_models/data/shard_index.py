@@ -19,11 +19,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from elip_models.data.checks import expanded
-from elip_models.data.sample import check_text, clean_captions
 from elip_models.data.tar_members import Damage, Member, read_members
+from elip_models.data.tar_samples import (
+    IMAGE_EXTENSIONS,
+    TEXT_EXTENSIONS,
+    problem_of,
+    read_captions,
+    split_name,
+)
 from elip_models.validation import extra
 
 if TYPE_CHECKING:
@@ -33,10 +39,6 @@ if TYPE_CHECKING:
 CACHED_FROM = 2**24  # bytes of a shard; a smaller one is read in less time than it is worth
 SHARED_FROM = 2**30  # bytes of all that are missing, from which on several processes build them
 FORMAT = 1  # of the cached tables
-_IMAGE_EXTENSIONS = ("jpeg", "jpg", "png", "webp")
-_TEXT_EXTENSIONS = ("json", "txt")
-_MAX_TEXT_BYTES = 2**20
-_MAX_IMAGE_BYTES = 2**28
 
 
 def read_index(shards: Sequence[Path]) -> tuple["Dataset", list[int]]:
@@ -202,26 +204,31 @@ def _rows(shard: Path) -> Iterator[dict[str, Any]]:
         if isinstance(member, Damage):
             lost.append((f"byte {member.offset}", member.what))
             continue
-        key, extension = _split_name(member.name)
-        if extension not in _IMAGE_EXTENSIONS + _TEXT_EXTENSIONS:
+        key, extension = split_name(member.name)
+        if extension not in IMAGE_EXTENSIONS + TEXT_EXTENSIONS:
             continue
         of_key = texts.setdefault(key, {})
-        if extension in of_key or (extension in _IMAGE_EXTENSIONS and key in images):
+        if extension in of_key or (extension in IMAGE_EXTENSIONS and key in images):
             lost.append((member.name, f"{key} has another {extension} or image before it"))
-        elif extension in _IMAGE_EXTENSIONS:
+        elif extension in IMAGE_EXTENSIONS:
             images[key] = member
         else:
             of_key[extension] = member
     with shard.open("rb") as file:
+
+        def read(member: Member) -> bytes:
+            file.seek(member.offset)
+            return file.read(member.size)
+
         for key, members in texts.items():
-            captions, problem = _read_captions(file, members)
+            captions, problem = read_captions(members, read)
             image = images.get(key)
             yield {
                 "key": key,
                 "offset": image.offset if image else 0,
                 "size": image.size if image else 0,
                 "captions": captions,
-                "problem": _problem_of(image) or problem,
+                "problem": problem_of(image) or problem,
             }
     if lost:
         warnings.warn(
@@ -231,45 +238,6 @@ def _rows(shard: Path) -> Iterator[dict[str, Any]]:
         )
     for key, problem in lost:
         yield {"key": key, "offset": 0, "size": 0, "captions": [], "problem": problem}
-
-
-def _problem_of(image: Member | None) -> str:
-    """Why an image is not even read, or ""."""
-    if image is None:
-        return "no image member"
-    if image.size > _MAX_IMAGE_BYTES:
-        return f"an image of {image.size} bytes; at most {_MAX_IMAGE_BYTES} are read"
-    return ""
-
-
-def _split_name(name: str) -> tuple[str, str]:
-    """ "folder/a.b.png" -> ("folder/a", "b.png"), the extension in lower case."""
-    folder, slash, file = name.rpartition("/")
-    stem, _, extension = file.partition(".")
-    return folder + slash + stem, extension.lower()
-
-
-def _read_captions(file: BinaryIO, members: dict[str, Member]) -> tuple[list[str], str]:
-    """Captions of the json, then of the txt, each once -> (captions, what is wrong with them)."""
-    captions: list[str] = []
-    try:
-        for extension, member in sorted(members.items()):
-            if member.size > _MAX_TEXT_BYTES:
-                raise ValueError(f"{member.size} bytes; at most {_MAX_TEXT_BYTES} are read")
-            file.seek(member.offset)
-            content: Any = file.read(member.size)
-            if extension == "json":
-                content = json.loads(content)
-                if not isinstance(content, dict):
-                    raise ValueError(f"json: expected an object, got {content!r:.100}")
-                content = content.get("captions", content.get("caption"))
-            else:
-                content = content.decode()
-            captions += clean_captions(content)
-        check_text("caption", *captions)
-    except (ValueError, RecursionError) as error:
-        return [], f"captions not readable: {error}"
-    return list(dict.fromkeys(captions)), ""
 
 
 if __name__ == "__main__":  # a helper of `_build`, which is asked for tables of shards

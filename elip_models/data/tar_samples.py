@@ -1,0 +1,127 @@
+"""What of a tar is one sample: members with one name up to the first dot. They are an image and its
+captions, in a .json ("captions" or "caption"), a .txt, or both."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from elip_models.data.sample import check_text, clean_captions
+from elip_models.data.tar_members import Damage, Member, Tar, members_of
+
+IMAGE_EXTENSIONS = ("jpeg", "jpg", "png", "webp")
+TEXT_EXTENSIONS = ("json", "txt")
+MAX_TEXT_BYTES = 2**20
+MAX_IMAGE_BYTES = 2**28
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """ "folder/a.b.png" -> ("folder/a", "b.png"), the extension in lower case."""
+    folder, slash, file = name.rpartition("/")
+    stem, _, extension = file.partition(".")
+    return folder + slash + stem, extension.lower()
+
+
+def problem_of(image: Member | None) -> str:
+    """Why an image is not even read, or ""."""
+    if image is None:
+        return "no image member"
+    if image.size > MAX_IMAGE_BYTES:
+        return f"an image of {image.size} bytes; at most {MAX_IMAGE_BYTES} are read"
+    return ""
+
+
+def read_captions(
+    texts: Mapping[str, Member], read: Callable[[Member], bytes]
+) -> tuple[list[str], str]:
+    """Captions of the json, then of the txt, each once -> (captions, what is wrong with them)."""
+    captions: list[str] = []
+    try:
+        for extension, member in sorted(texts.items()):
+            if member.size > MAX_TEXT_BYTES:
+                raise ValueError(f"{member.size} bytes; at most {MAX_TEXT_BYTES} are read")
+            content: Any = read(member)
+            if extension == "json":
+                content = json.loads(content)
+                if not isinstance(content, dict):
+                    raise ValueError(f"json: expected an object, got {content!r:.100}")
+                content = content.get("captions", content.get("caption"))
+            else:
+                content = content.decode()
+            captions += clean_captions(content)
+        check_text("caption", *captions)
+    except (ValueError, RecursionError) as error:
+        return [], f"captions not readable: {error}"
+    return list(dict.fromkeys(captions)), ""
+
+
+class TarSample(NamedTuple):
+    """A sample as it is stored, or what is lost: `problem` says why it cannot be read, or ""."""
+
+    key: str
+    image: bytes
+    captions: tuple[str, ...]
+    problem: str
+
+
+def read_samples(tar: Tar, name: str) -> Iterator[TarSample]:
+    """The samples of an archive that is read once, from its beginning to its end, and what is lost.
+
+    As WebDataset says, the members of a sample stand together: one behind another sample is lost.
+
+    Raises:
+        ValueError: `tar`, which is called `name`, is none.
+    """
+    ended: set[str] = set()
+    current = None
+    for member in members_of(tar, name):
+        if isinstance(member, Damage):
+            yield TarSample(f"byte {member.offset}", b"", (), member.what)
+            continue
+        key, extension = split_name(member.name)
+        if extension not in IMAGE_EXTENSIONS + TEXT_EXTENSIONS:
+            continue
+        if key in ended:
+            what = f"{key} has ended before it; members of a sample in a stream stand together"
+            yield TarSample(member.name, b"", (), what)
+            continue
+        if current is None or current.key != key:
+            if current is not None:
+                ended.add(current.key)
+                yield current.sample()
+            current = _OpenSample(key, tar)
+        if not current.take(extension, member):
+            what = f"{key} has another {extension} or image before it"
+            yield TarSample(member.name, b"", (), what)
+    if current is not None:
+        yield current.sample()
+
+
+class _OpenSample:
+    """A sample of which more members may come."""
+
+    def __init__(self, key: str, tar: Tar) -> None:
+        self.key, self._tar = key, tar
+        self._image: Member | None = None
+        self._texts: dict[str, Member] = {}
+        self._contents: dict[Member, bytes] = {}
+
+    def take(self, extension: str, member: Member) -> bool:
+        """Reads a member; False where the sample has one of its kind."""
+        is_image = extension in IMAGE_EXTENSIONS
+        if extension in self._texts or (is_image and self._image is not None):
+            return False
+        if is_image:
+            self._image = member
+        else:
+            self._texts[extension] = member
+        if member.size <= (MAX_IMAGE_BYTES if is_image else MAX_TEXT_BYTES):
+            self._tar.seek(member.offset)
+            self._contents[member] = self._tar.read(member.size)
+        return True
+
+    def sample(self) -> TarSample:
+        captions, problem = read_captions(self._texts, self._contents.__getitem__)
+        problem = problem_of(self._image) or problem or ("" if captions else "no caption")
+        if problem:
+            return TarSample(self.key, b"", (), problem)
+        return TarSample(self.key, self._contents[self._image], tuple(captions), "")
