@@ -31,7 +31,10 @@ ImageSize = Annotated[int, typer.Option(min=1, help="Of built-in scenes.")]
 def check_data(
     specs: Annotated[
         list[str],
-        typer.Argument(metavar="SPEC...", help="JSON list, tar shards, emoji_scenes:size=500."),
+        typer.Argument(
+            metavar="SPEC...",
+            help="JSON list, tar shards, emoji_scenes:size=500, or https://host/shard.tar alone.",
+        ),
     ],
     task: Annotated[str, typer.Option(help=f"What the data is for: {TASKS}.")] = "retrieval",
     limit: Annotated[
@@ -40,19 +43,27 @@ def check_data(
     image_size: ImageSize = 224,
 ) -> None:
     """Read every sample of the sources; exit status 1 where some cannot be read."""
-    from elip_models.data import check_source, open_examples, open_source
+    from elip_models.data import check_source, is_stream, open_examples, open_source, open_stream
 
     _check_task(task)
     has_captions = task in ("retrieval", "captioning")
+    streams = has_captions and len(specs) == 1 and is_stream(specs[0])
     with blame("SPEC"):
-        if has_captions:
+        if streams:
+            source = open_stream(specs[0], samples=1)  # how many there are is found here
+        elif has_captions:
             source = open_source(specs, image_size=image_size)
         else:
             source = open_examples(task, specs, image_size=image_size)
     console, named = Console(), escape(", ".join(specs))
     with console.status(f"reading {named}"):
-        report = check_source(source, limit)
-    if has_captions:
+        if streams:
+            report, captions = source.check(limit)
+        else:
+            report = check_source(source, limit)
+    if streams:
+        console.print(data_table(named, report.seen, report, captions))
+    elif has_captions:
         captions = [text for i in range(report.seen) for text in source.captions(i)]
         console.print(data_table(named, len(source), report, captions))
     else:

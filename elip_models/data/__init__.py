@@ -25,6 +25,8 @@ with extra("elip_models.data"):
     from elip_models.data.sample import NamedMasks, Sample, SampleError, Source
     from elip_models.data.scenes import EmojiScenes, render
     from elip_models.data.skips import DataError, SkipReport, check_source
+    from elip_models.data.stream_loader import StreamBatches, stream_loader
+    from elip_models.data.stream_source import StreamSource, is_stream, open_stream
     from elip_models.data.tasks.entailment import EmojiEntailment
     from elip_models.data.tasks.export import export
     from elip_models.data.tasks.opening import open_examples
@@ -32,7 +34,7 @@ with extra("elip_models.data"):
     from elip_models.data.tasks.questions import EmojiQuestions
     from elip_models.data.tasks.text_only import question_only_accuracy
     from elip_models.data.tokenizer import load_tokenizer, tokenize, train_tokenizer
-    from elip_models.data.training_samples import TrainingSamples, drawn
+    from elip_models.data.training_samples import ImageTextPreparation, TrainingSamples, drawn
     from elip_models.data.transforms import CLIP_MEAN, CLIP_STD, image_transform
     from elip_models.data.world import BACKGROUNDS, EMOJI, Group, Scene
 
@@ -57,6 +59,7 @@ __all__ = [
     "ExampleSource",
     "Group",
     "ImageTextDataset",
+    "ImageTextPreparation",
     "JsonSource",
     "MixedSource",
     "NamedMasks",
@@ -66,6 +69,8 @@ __all__ = [
     "ShardSource",
     "SkipReport",
     "Source",
+    "StreamBatches",
+    "StreamSource",
     "TrainingSamples",
     "apply_caption_rule",
     "check_source",
@@ -74,13 +79,16 @@ __all__ = [
     "example_batches",
     "export",
     "image_transform",
+    "is_stream",
     "load_tokenizer",
     "open_classes",
     "open_examples",
     "open_source",
+    "open_stream",
     "question_only_accuracy",
     "render",
     "soft_scores",
+    "stream_loader",
     "tokenize",
     "train_loader",
     "train_tokenizer",

@@ -166,12 +166,12 @@ def train_loader(dataset: TrainingSamples, sampler: EpochSampler, num_workers: i
         _ErrorsAsSamples(dataset),
         batch_sampler=sampler,
         collate_fn=_collate,
-        **_worker_options(num_workers),
+        **worker_options(num_workers),
     )
 
 
-def _worker_options(num_workers: int) -> dict[str, Any]:
-    """What every loader here passes to DataLoader."""
+def worker_options(num_workers: int) -> dict[str, Any]:
+    """What every loader passes to DataLoader."""
     if num_workers:
         # A fork after parallel tokenisation makes the tokenizer warn in every worker otherwise.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -181,13 +181,15 @@ def _worker_options(num_workers: int) -> dict[str, Any]:
         # The loader draws a seed for its workers: not from the global generator, which a resumed
         # run restores.
         "generator": torch.Generator(),
-        "worker_init_fn": _leave_interrupts if num_workers else None,
+        "worker_init_fn": _leave_signals if num_workers else None,
     }
 
 
-def _leave_interrupts(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal: the run decides what it means."""
+def _leave_signals(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal, and SIGTERM those of a Slurm job: the run decides
+    what they mean. A second SIGTERM ends the worker, as does the end of the run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 def _collate(samples: Sequence[dict[str, Any] | DataError]) -> dict[str, Any] | DataError:
@@ -195,13 +197,13 @@ def _collate(samples: Sequence[dict[str, Any] | DataError]) -> dict[str, Any] | 
     for sample in samples:
         if isinstance(sample, DataError):
             return sample
-    batch: dict[str, Any] = {
-        name: torch.stack([sample[name] for sample in samples])
-        for name in samples[0]
-        if name != "skipped"
-    }
-    batch["skipped"] = [skip for sample in samples for skip in sample["skipped"]]
-    return batch
+    return stacked(samples) | {"skipped": [skip for each in samples for skip in each["skipped"]]}
+
+
+def stacked(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The tensors of samples, by name, as those of a batch."""
+    names = [name for name, value in samples[0].items() if isinstance(value, Tensor)]
+    return {name: torch.stack([sample[name] for sample in samples]) for name in names}
 
 
 class EvaluationBatch(NamedTuple):
@@ -302,7 +304,7 @@ def _in_order(
     check("batch_size", batch_size, PositiveInt)
     check("num_workers", num_workers, Count)
     report = SkipReport(length=len(source)) if report is None else report
-    options = _worker_options(num_workers)
+    options = worker_options(num_workers)
     dataset = _Evaluated(source, prepare)
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=list, **options)
     return _readable(loader, report)

@@ -1,8 +1,7 @@
 """The sources of data, and `open_source`, which opens what one line names."""
 
 import glob
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ from elip_models.data.mixture import MixedSource
 from elip_models.data.sample import Sample, SampleError, Source
 from elip_models.data.scenes import EmojiScenes
 from elip_models.data.shard_source import ShardSource
-from elip_models.data.specs import parse_files
+from elip_models.data.specs import expand_ranges, parse_files
+from elip_models.data.stream_source import is_stream
 from elip_models.validation import PositiveInt, check
 
 __all__ = [
@@ -32,7 +32,6 @@ _FORMS = (
     '"emoji_scenes:seed=0,size=50000", "list.json", "train-*.tar", "train-{0000..0003}.tar", '
     "a folder of tars, or a comma separated list of paths of one kind"
 )
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 Spec = str | Mapping[str, Any]
@@ -48,13 +47,19 @@ def open_source(spec: Spec | Sequence[Spec], *, image_size: int) -> Source:
     by commas, all JSON or all tar; JSON of Karpathy's splits and COCO's captions too, and with the
     options of `FileSpec` "dataset_coco.json,images=coco,split=test", or {"files": [..], "images":
     ..}. Stored images keep the size they have.
-    Raises TypeError or ValueError for a malformed spec, FileNotFoundError where it matches no file.
+    Raises TypeError or ValueError for a malformed spec, or one of a stream, which `open_stream`
+    opens, FileNotFoundError where it matches no file.
     """
     check("image_size", image_size, PositiveInt)
     if isinstance(spec, list | tuple):
         check_not_empty("spec", spec)
         sources = [open_source(each, image_size=image_size) for each in spec]
         return sources[0] if len(sources) == 1 else MixedSource(sources)
+    if is_stream(spec):
+        raise ValueError(
+            f"spec: expected data on disk, whose samples can be counted, got {spec!r}; a stream is "
+            "for data.train of pre-training, alone, and for `elip data check`"
+        )
     if not isinstance(spec, str | Mapping):
         raise TypeError(f"spec: expected a text such as {_FORMS}, got {spec!r}")
     name, _, options = spec.partition(":") if isinstance(spec, str) else ("", "", "")
@@ -111,7 +116,7 @@ def _expand(path: str) -> list[Path]:
             raise FileNotFoundError(f"spec: expected a folder of .tar files, got none in {path!r}")
         return files
     files = []
-    for name in _expand_ranges(str(plain)):
+    for name in expand_ranges(str(plain)):
         matches = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
         if not matches or not Path(matches[0]).is_file():
             raise FileNotFoundError(
@@ -119,18 +124,3 @@ def _expand(path: str) -> list[Path]:
             )
         files += [Path(match) for match in matches]
     return files
-
-
-def _expand_ranges(path: str) -> Iterator[str]:
-    """ "a-{08..10}.tar" -> "a-08.tar", "a-09.tar", "a-10.tar", as the shell does."""
-    found = _RANGE.search(path)
-    if found is None:
-        yield path
-        return
-    first, last = found.groups()
-    if int(first) > int(last):
-        raise ValueError(f"spec: expected a rising range, got {found.group()!r} in {path!r}")
-    for number in range(int(first), int(last) + 1):
-        rest = path[found.end() :]
-        for tail in _expand_ranges(rest):
-            yield f"{path[: found.start()]}{number:0{len(first)}d}{tail}"

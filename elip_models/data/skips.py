@@ -1,6 +1,7 @@
 """Samples that cannot be read: counted, reported, and an error where they are too many."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Self
 
 from elip_models.data.sample import SampleError, Source
 from elip_models.validation import Count, PositiveInt, Share, check
@@ -21,17 +22,30 @@ class SkipReport:
 
     `length` is the number of samples of the source: repeats of later epochs then do not dilute the
     share, and a source of fewer than 100 is judged once as many samples as it has were seen.
+    `what` is what they are called.
     """
 
     def __init__(
-        self, max_bad_share: float = DEFAULT_MAX_BAD_SHARE, *, length: int | None = None
+        self,
+        max_bad_share: float = DEFAULT_MAX_BAD_SHARE,
+        *,
+        length: int | None = None,
+        what: str = "samples",
     ) -> None:
         check("max_bad_share", max_bad_share, Share)
         check("length", length, Count | None)
         self.max_bad_share = max_bad_share
         self.length = length
+        self.what = what
         self.seen = 0
         self.reasons: dict[str, str] = {}
+
+    @classmethod
+    def of(cls, skipped: Sequence[tuple[str, str]]) -> Self:
+        """One of samples of which none could be read."""
+        report = cls(0.0)
+        report.record(skipped, len(skipped))
+        return report
 
     @property
     def share(self) -> float:
@@ -61,12 +75,12 @@ class SkipReport:
     def summary(self) -> str:
         """One sentence: count, share, and up to five examples with their reasons."""
         if not self.reasons:
-            return f"All of {self.seen} samples could be read."
+            return f"All of {self.seen} {self.what} could be read."
         examples = list(self.reasons.items())[:_EXAMPLES]
         listed = "; ".join(f"{sample_id} ({reason})" for sample_id, reason in examples)
         more = ", among them" if len(self.reasons) > len(examples) else ""
         return (
-            f"{len(self.reasons)} of {self.seen} samples ({self.share:.1%}) could not be read"
+            f"{len(self.reasons)} of {self.seen} {self.what} ({self.share:.1%}) could not be read"
             f"{more}: {listed}."
         )
 

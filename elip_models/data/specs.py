@@ -4,7 +4,8 @@ questions.json,annotations.json,images=val2014
 {files: [questions.json, annotations.json], images: val2014}
 """
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -35,6 +36,7 @@ class FileSpec:
         check_fields(self)
 
 
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 OPTIONS = tuple(field.name for field in fields(FileSpec) if field.name != "files")
 
 
@@ -73,3 +75,18 @@ def _number(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text
+
+
+def expand_ranges(path: str) -> Iterator[str]:
+    """ "a-{08..10}.tar" -> "a-08.tar", "a-09.tar", "a-10.tar", as the shell does."""
+    found = _RANGE.search(path)
+    if found is None:
+        yield path
+        return
+    first, last = found.groups()
+    if int(first) > int(last):
+        raise ValueError(f"spec: expected a rising range, got {found.group()!r} in {path!r}")
+    for number in range(int(first), int(last) + 1):
+        rest = path[found.end() :]
+        for tail in expand_ranges(rest):
+            yield f"{path[: found.start()]}{number:0{len(first)}d}{tail}"

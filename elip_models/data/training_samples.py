@@ -80,19 +80,13 @@ class TrainingSamples(Dataset):
                 return self.source[candidate], candidate, skipped[:1]
             except SampleError as error:
                 skipped.append((error.id, error.reason))
-        report = SkipReport(0.0)
-        report.record(skipped, len(skipped))
-        raise DataError(f"no readable sample: {report.summary()}")
+        raise DataError(f"no readable sample: {SkipReport.of(skipped).summary()}")
 
 
 class ImageTextDataset(TrainingSamples):
     """Images with a caption each: every turn draws a caption and a crop.
 
-    A sample is {"images": (3, S, S), "input_ids": (L,), "attention_mask": (L,), "skipped": ..}, L =
-    `context_length`, int64, padded to it or truncated. With `guide_captions` there are "guide_ids"
-    and "guide_mask" (L,) too, of another caption of the image, or of the same where it has no
-    other. A caption is tokenised as `captions` says, see `caption_rules`.
-    `transform` may use torch's CPU generator; its state outside is untouched.
+    A sample is what `ImageTextPreparation` makes of the source's, and "skipped".
     """
 
     def __init__(
@@ -107,7 +101,34 @@ class ImageTextDataset(TrainingSamples):
         captions: CaptionRule = "plain",
         guide_captions: bool = False,
     ) -> None:
-        super().__init__(source, self._prepare, seed=seed, max_bad_share=max_bad_share)
+        prepare = ImageTextPreparation(
+            transform,
+            tokenizer,
+            context_length=context_length,
+            captions=captions,
+            guide_captions=guide_captions,
+        )
+        super().__init__(source, prepare, seed=seed, max_bad_share=max_bad_share)
+
+
+class ImageTextPreparation:
+    """A sample as an image and one of its captions: {"images": (3, S, S), "input_ids": (L,),
+    "attention_mask": (L,)}, L = `context_length`, int64, padded to it or truncated.
+
+    With `guide_captions` there are "guide_ids" and "guide_mask" (L,) too, of another caption of the
+    image, or of the same where it has no other. A caption is tokenised as `captions` says, see
+    `caption_rules`. `transform` may use torch's CPU generator; its state outside is untouched.
+    """
+
+    def __init__(
+        self,
+        transform: "Callable[[Image.Image], Tensor]",
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        context_length: int,
+        captions: CaptionRule = "plain",
+        guide_captions: bool = False,
+    ) -> None:
         check("transform", transform, Callable)
         check("tokenizer", tokenizer, Callable)
         check("context_length", context_length, Annotated[int, Bounds(3)])
@@ -121,7 +142,7 @@ class ImageTextDataset(TrainingSamples):
         self.captions = captions
         self.guide_captions = guide_captions
 
-    def _prepare(self, sample: Sample, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
+    def __call__(self, sample: Sample, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
         caption = sample.captions[rng.integers(len(sample.captions))]
         image = drawn(self.transform, sample.image, rng)
         text = self._tokenize(caption)

@@ -1,0 +1,179 @@
+"""Endless batches of a stream, whose content depends on (seed, number of readers) alone.
+
+A reader is one worker of one rank. Every pass over the shards is a permutation of (seed, pass), of
+which each reader takes every n-th. It goes on with its own next pass, so that none waits for
+another, however few shards it has. The caption and the crop of a sample are a function of (seed,
+reader, turn, place): the turn counts the shards of the reader, the place what came in the shard.
+
+A batch says which shard its reader has to begin with so that no sample is left out of what follows.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from elip_models.data.loader import stacked, worker_options
+from elip_models.data.sample import Sample, SampleError
+from elip_models.data.skips import DataError, SkipReport
+from elip_models.data.stream_source import (
+    LOST_SHARD,
+    MAX_IN_A_ROW,
+    ShardEnd,
+    StreamSource,
+    decoded,
+)
+from elip_models.data.tar_samples import TarSample
+from elip_models.validation import Count, PositiveInt, check
+
+_MAX_HELD_BYTES = 2**28
+
+
+class _Stored(NamedTuple):
+    """A stored sample, or the end of a shard, where it came."""
+
+    stored: TarSample | ShardEnd
+    turn: int
+    place: int
+
+
+class StreamBatches(IterableDataset):
+    """Batches of one rank: {"images": (B, 3, S, S), ..} as `prepare` makes of each sample, and
+
+        skipped  [(id, reason)] of what could not be read on the way to this batch
+        shards   [(id, problem)] of shards that have ended, the problem "" where all of one came
+        worker   whose batch it is, turn: with which of its shards it is to go on
+
+    Set `turns`, of each worker, and `done`, the number of batches before, to go on where others
+    stopped. Where no sample can be read, a DataError comes in place of a batch. Raises ValueError
+    where there are fewer shards than readers, and the stream is not resampled.
+    """
+
+    def __init__(
+        self,
+        source: StreamSource,
+        prepare: Callable[[Sample, int, np.random.Generator], dict[str, Tensor]],
+        batch_size: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+    ) -> None:
+        check("batch_size", batch_size, PositiveInt)
+        check("seed", seed, Count)
+        check("num_workers", num_workers, Count)
+        self.source = source
+        self.prepare = prepare
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.num_workers = num_workers
+        self.workers = max(1, num_workers)
+        self.readers = world_size * self.workers
+        if len(source.shards) < self.readers and not source.spec.resample:
+            raise ValueError(
+                f"stream: expected at least {self.readers} shards, one for each reader (processes "
+                f"x workers: {world_size} x {self.workers}), got {len(source.shards)}; take fewer "
+                "processes or a lower data.num_workers, or resample: true"
+            )
+        self.turns = [0] * self.workers
+        self.done = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any] | DataError]:
+        info = get_worker_info()
+        first = 0 if info is None else info.id  # the loader takes a batch of each, in turn
+        try:
+            yield from self._batches((first + self.done) % self.workers)
+        except DataError as error:
+            yield error
+
+    def _batches(self, worker: int) -> Iterator[dict[str, Any]]:
+        reader, first = self.rank * self.workers + worker, self.turns[worker]
+        buffer = _Buffer(
+            self.source.spec.shuffle, np.random.default_rng((self.seed, reader, first))
+        )
+        samples, skipped, shards, undecoded = [], [], [], 0
+        for stored, turn, place in buffer.shuffled(self._stored(reader, first)):
+            try:
+                if isinstance(stored, ShardEnd):
+                    shards.append(tuple(stored))
+                    stored.check()
+                else:
+                    rng = np.random.default_rng((self.seed, reader, turn, place))
+                    samples.append(self.prepare(decoded(stored), place, rng))
+                    undecoded = 0
+            except SampleError as error:
+                skipped.append((error.id, error.reason))
+                undecoded += not stored.problem
+            if undecoded + buffer.lost_in_a_row >= MAX_IN_A_ROW:
+                raise DataError(f"no readable sample: {SkipReport.of(skipped).summary()}")
+            if len(samples) == self.batch_size:
+                about = {"skipped": skipped, "shards": shards, "worker": worker}
+                yield stacked(samples) | about | {"turn": buffer.oldest}
+                samples, skipped, shards = [], [], []
+
+    def _stored(self, reader: int, first: int) -> Iterator[_Stored]:
+        """What comes in the shards of a reader, from turn `first` on, without end."""
+        for turn in itertools.count(first):
+            for place, stored in enumerate(self.source.read(self._shard(reader, turn))):
+                yield _Stored(stored, turn, place)
+
+    def _shard(self, reader: int, turn: int) -> int:
+        """The number of the shard that a reader reads in a turn."""
+        number = len(self.source.shards)
+        if self.source.spec.resample:
+            return int(np.random.default_rng((self.seed, reader, turn)).integers(number))
+        this_pass, place = divmod(turn, len(range(reader, number, self.readers)))
+        order = np.random.default_rng((self.seed, this_pass)).permutation(number)
+        return int(order[reader + place * self.readers])
+
+
+class _Buffer:
+    """Holds stored samples, and gives one for each that comes. What is lost passes through, and is
+    counted until the next sample comes."""
+
+    def __init__(self, size: int, rng: np.random.Generator) -> None:
+        self._size, self._rng = size, rng
+        self._held: list[_Stored] = []
+        self._bytes = 0
+        self._turn = 0
+        self.lost_in_a_row = 0
+
+    @property
+    def oldest(self) -> int:
+        """The first turn of which a sample has not been given."""
+        return min((each.turn for each in self._held), default=self._turn)
+
+    def shuffled(self, stored: Iterator[_Stored]) -> Iterator[_Stored]:
+        for each in stored:
+            self._turn = each.turn
+            is_end = isinstance(each.stored, ShardEnd)
+            if is_end or each.stored.problem:
+                self.lost_in_a_row += (LOST_SHARD if is_end else 1) * bool(each.stored.problem)
+                yield each
+                continue
+            self.lost_in_a_row = 0
+            self._held.append(each)
+            self._bytes += len(each.stored.image)
+            while len(self._held) >= self._size or self._bytes > _MAX_HELD_BYTES:
+                number = self._rng.integers(len(self._held))
+                self._held[number], self._held[-1] = self._held[-1], self._held[number]
+                given = self._held.pop()
+                self._bytes -= len(given.stored.image)
+                yield given
+
+
+def stream_loader(batches: StreamBatches) -> DataLoader:
+    """Loads `batches` with the workers that they are made for, from where they stand at the time of
+    `iter()`."""
+    return DataLoader(
+        batches, batch_size=None, collate_fn=_as_it_is, **worker_options(batches.num_workers)
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

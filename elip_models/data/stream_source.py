@@ -1,0 +1,208 @@
+"""Tar shards that are not on disk: what a spec says of them, and their samples, read forwards.
+
+{stream: "https://host/cc12m-{0000..1242}.tar", samples: 10000000}
+https://host/cc12m-{0000..1242}.tar,samples=10000000
+"""
+
+import io
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import fsspec
+
+from elip_models.data.sample import Sample, SampleError, decode_image
+from elip_models.data.skips import DataError, SkipReport
+from elip_models.data.specs import expand_ranges
+from elip_models.data.streams import PIPE, WEB, StreamTar, scheme_of
+from elip_models.data.tar_samples import TarSample, read_samples
+from elip_models.validation import PositiveInt, Size, check_fields, did_you_mean
+
+_URL = re.compile(rf"{PIPE}|[a-z][a-z0-9+.-]*://")
+_OPTIONS = re.compile(r",(samples|resample|shuffle)=(\w+)$")
+_VALUES = {"true": True, "false": False}
+_FORM = "{stream: 'https://host/train-{0000..0099}.tar', samples: 1000000}"
+
+MAX_IN_A_ROW = 1000
+"""Samples that cannot be read, one after the other: a share that no limit could allow."""
+LOST_SHARD = 50
+"""How many of them a shard is, of which nothing came."""
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """Shards and how they are read.
+
+    Args:
+        stream: URLs of the shards, with ranges such as {0000..0012}: https://, hf://, any other
+            that fsspec opens; or "pipe:" and a command of the shell that writes one.
+        samples: How many make an epoch, which decides the steps of `optim.epochs`; reading never
+            ends. Nobody counts them.
+        resample: Each reader draws its shards, with replacement; otherwise all of them come before
+            one comes again, and there have to be as many as readers.
+        shuffle: Samples that a reader holds, and of which it draws the next; 1 keeps their order.
+    """
+
+    stream: tuple[str, ...]
+    samples: PositiveInt
+    resample: bool = False
+    shuffle: Size = 1000
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def is_stream(spec: Any) -> bool:
+    """Whether a spec names shards that are not on disk."""
+    if isinstance(spec, Mapping):
+        return "stream" in spec
+    return isinstance(spec, str) and _URL.match(spec) is not None
+
+
+def parse_stream(spec: str | Mapping[str, Any], *, samples: int | None = None) -> StreamSpec:
+    """Raises TypeError or ValueError for a malformed one."""
+    given: dict[str, Any] = {} if samples is None else {"samples": samples}
+    given |= _parts(spec) if isinstance(spec, str) else spec
+    known = [field.name for field in fields(StreamSpec)]
+    for name in given:
+        if name not in known:
+            raise ValueError(
+                f"spec: expected {', '.join(known)}, got {name!r} in {spec!r}"
+                f"{did_you_mean(name, known)}"
+            )
+    if "samples" not in given:
+        raise ValueError(
+            f"spec: expected samples, how many make an epoch, got {spec!r}; write {_FORM}, or "
+            "samples=1000000 behind a comma"
+        )
+    urls = given.pop("stream")
+    urls = (urls,) if isinstance(urls, str) else urls
+    return StreamSpec(tuple(urls) if isinstance(urls, list | tuple) else urls, **given)
+
+
+def _parts(spec: str) -> dict[str, Any]:
+    """Options stand at the end, so that a URL or a command may have commas."""
+    found: dict[str, Any] = {}
+    while option := _OPTIONS.search(spec):
+        name, value = option.groups()
+        number = int(value) if value.isdecimal() else value
+        found.setdefault(name, _VALUES.get(value, number))
+        spec = spec[: option.start()]
+    return {"stream": spec, **found}
+
+
+def open_stream(spec: str | Mapping[str, Any], *, samples: int | None = None) -> "StreamSource":
+    """The shards that `spec` names, see `StreamSpec`, with `samples` where it does not say them; no
+    shard is opened.
+
+    Raises:
+        TypeError, ValueError: a malformed spec, or a kind of URL that nothing opens.
+    """
+    return StreamSource(parse_stream(spec, samples=samples))
+
+
+class ShardEnd(NamedTuple):
+    """Behind the samples of a shard; `problem` says why not all of them came, or ""."""
+
+    key: str
+    problem: str
+
+    def check(self) -> None:
+        """Raises SampleError where not all came."""
+        if self.problem:
+            raise SampleError(self.key, self.problem)
+
+
+class StreamSource:
+    """Shards of a `StreamSpec`. Its length is the number of samples that make an epoch."""
+
+    def __init__(self, spec: StreamSpec) -> None:
+        self.spec = spec
+        self.shards = [shard for url in spec.stream for shard in expand_ranges(url)]
+        if not self.shards:
+            raise ValueError(f"stream: expected at least one URL, such as {_FORM}, got none")
+        for shard in self.shards:
+            _check_url(shard)
+
+    def __len__(self) -> int:
+        return self.spec.samples
+
+    def read(self, number: int) -> Iterator[TarSample | ShardEnd]:
+        """The samples of a shard as they are stored, their ids as keys, and what is lost."""
+        url = self.shards[number]
+        name, problem, is_empty = _name(url), "", True
+        with StreamTar(url) as tar:
+            try:
+                for sample in read_samples(tar, name):
+                    is_empty = False
+                    yield sample._replace(key=f"{name}:{sample.key}")
+            except ValueError as error:
+                problem = str(error)
+            yield ShardEnd(name, tar.problem or problem or "no sample" * is_empty)
+
+    def first_captions(self, count: int) -> Iterator[tuple[str, ...]]:
+        """Captions of the first `count` samples that can be read; no image is decoded.
+
+        Raises:
+            DataError: none of a thousand can.
+        """
+        found, skipped = 0, []
+        for number in range(len(self.shards)):
+            for each in self.read(number):
+                if each.problem:
+                    skipped.append((each.key, each.problem))
+                elif isinstance(each, TarSample):
+                    yield each.captions
+                    found += 1
+                    if found == count:
+                        return
+            if not found and len(skipped) + LOST_SHARD * (number + 1) >= MAX_IN_A_ROW:
+                break
+        if not found:
+            raise DataError(f"no readable sample: {SkipReport.of(skipped).summary()}")
+
+    def check(self, limit: int | None = None) -> tuple[SkipReport, list[str]]:
+        """Reads every shard once, or the first `limit` samples -> what cannot be read, shards of
+        which not all came among it, and the captions of the rest."""
+        report = SkipReport()
+        captions: list[str] = []
+        everything = (each for number in range(len(self.shards)) for each in self.read(number))
+        for each in everything:
+            try:
+                if isinstance(each, ShardEnd):
+                    each.check()
+                    continue
+                captions += decoded(each).captions
+                report.record([], 1)
+            except SampleError as error:
+                report.record([(error.id, error.reason)], 1)
+            if report.seen == limit:
+                break
+        return report, captions
+
+
+def decoded(stored: TarSample) -> Sample:
+    """Raises SampleError where it cannot be read."""
+    if stored.problem:
+        raise SampleError(stored.key, stored.problem)
+    image = decode_image(io.BytesIO(stored.image), stored.key)
+    return Sample(image, stored.captions, stored.key)
+
+
+def _name(url: str) -> str:
+    """A shard in the ids of its samples: the name of the file, or the command."""
+    return url if url.startswith(PIPE) else PurePosixPath(urlsplit(url).path).name or url
+
+
+def _check_url(url: str) -> None:
+    if url.startswith(PIPE) or scheme_of(url) in WEB:
+        return
+    if not is_stream(url):
+        raise ValueError(f"stream: expected https://, hf:// or pipe:COMMAND, got {url!r}")
+    try:
+        fsspec.get_filesystem_class(scheme_of(url))
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"stream: {url!r} cannot be opened: {error}") from error
