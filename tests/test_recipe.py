@@ -92,7 +92,10 @@ def test_later_override_wins(recipe):
             "optim.lr_scale: expected a mapping, each a number above 0, got {'temperature': 0}",
         ),
         ("data.max_bad_share=2", "data.max_bad_share: expected a number in [0, 1], got 2"),
-        ("data.train=3", "data.train: expected a string or a list, each a string, got 3"),
+        (
+            "data.train=3",
+            "data.train: expected a string or a mapping or a list, each a string, got 3",
+        ),
         ("data.train=???", "a list, each a string, got ???; set data.train=VALUE"),
         ("data.train=[a.json,*.tar]", "put its items in quotes, such as data.train=['a.json', '*"),
         ("data.weights=[1, 2]", "data.weights: expected one for each of the 1 sources of data.tr"),

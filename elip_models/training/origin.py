@@ -11,14 +11,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from elip_models.data import ExampleSource, Source
+from elip_models.data import ExampleSource, Source, StreamSource
 from elip_models.profiling.commit import commit
 
 PACKAGES = ("elip-kernels", "torch", "timm", "transformers", "accelerate", "datasets", "peft")
 MAX_READ_SAMPLES = 1_000
 
 
-def origin(source: Source | ExampleSource, checkpoint: Path | None) -> dict[str, Any]:
+def origin(
+    source: Source | ExampleSource | StreamSource, checkpoint: Path | None
+) -> dict[str, Any]:
     """Time, machine, command, versions, commit and data of a run that begins now, or goes on from a
     checkpoint."""
     return {
@@ -34,8 +36,11 @@ def origin(source: Source | ExampleSource, checkpoint: Path | None) -> dict[str,
     }
 
 
-def fingerprint(source: Source | ExampleSource) -> str:
-    """SHA-256 of the texts of at most 1,000 samples, spread over the source, and of its length."""
+def fingerprint(source: Source | ExampleSource | StreamSource) -> str:
+    """SHA-256 of the texts of at most 1,000 samples, spread over the source, and of its length; of
+    a stream, of the URLs of its shards."""
+    if isinstance(source, StreamSource):
+        return hashlib.sha256(repr(source.shards).encode()).hexdigest()
     digest, has_captions = hashlib.sha256(str(len(source)).encode()), hasattr(source, "captions")
     for index in range(0, len(source), math.ceil(len(source) / MAX_READ_SAMPLES)):
         text = source.captions(index) if has_captions else source.text_alone(index)

@@ -1,8 +1,8 @@
 """The recipe of a run: frozen dataclasses read from YAML and changed by dotted overrides.
 
-A recipe is data, never code. `load_recipe` takes the name of a file in `elip_models/recipes` or
-a path, applies `key=value` overrides and returns a `RunConfig`, or raises a `ConfigError` that
-names the key, what was expected and what was found.
+A recipe is data, never code, but for a `pipe:` of `data.train`, which is a command. `load_recipe`
+takes the name of a file in `elip_models/recipes` or a path, applies `key=value` overrides and
+returns a `RunConfig`, or raises a `ConfigError` that names the key, what was expected and found.
 """
 
 import copy
@@ -69,7 +69,8 @@ class DataConfig:
     """Where samples come from, and how captions become tokens.
 
     Args:
-        train: Source specification, as `open_source` takes it, or several, which are mixed.
+        train: Source specification, as `open_source` takes it, or several, which are mixed; or, of
+            pre-training, a stream, as `StreamSpec` says: {stream: "https://..", samples: 1000000}.
         weights: How often the samples of each source come in an epoch; null: once each.
         eval: Source for retrieval evaluation; None evaluates nothing.
         zero_shot: Images of classes for zero-shot classification, as `open_classes` takes them:
@@ -90,7 +91,7 @@ class DataConfig:
         max_bad_share: A larger share of unreadable samples stops the run.
     """
 
-    train: str | tuple[str, ...]
+    train: str | dict[str, Any] | tuple[str, ...]
     weights: tuple[Positive, ...] | None = None
     eval: str | None = None
     zero_shot: str | None = None
@@ -349,7 +350,7 @@ def _check_together(config: RunConfig) -> None:
             f"optim.warmup_lr: expected at most optim.lr = {config.optim.lr}, got "
             f"{config.optim.warmup_lr}"
         )
-    sources = 1 if isinstance(config.data.train, str) else len(config.data.train)
+    sources = len(config.data.train) if isinstance(config.data.train, tuple) else 1
     if config.data.weights is not None and len(config.data.weights) != sources:
         raise ConfigError(
             f"data.weights: expected one for each of the {sources} sources of data.train, got "

@@ -2,7 +2,7 @@
 
 A checkpoint lies between two optimiser steps. The order of the data is a function of (seed, epoch);
 the position in it and the learning rate are functions of the step. So a run that was killed and
-resumed computes what one that was never killed does.
+resumed computes what one that was never killed does; on a stream it goes on at a shard (`feed`).
 """
 
 import math
@@ -17,11 +17,6 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from elip_models.data import (
-    EpochSampler,
-    MixedSource,
-    train_loader,
-)
 from elip_models.models.adapt import trainable_counts
 from elip_models.models.base import PretrainedModel
 from elip_models.models.registry import family_of
@@ -30,6 +25,7 @@ from elip_models.tasks.registry import save_answers
 from elip_models.training.accelerator import make_accelerator
 from elip_models.training.errors import Stopped, TrainingError
 from elip_models.training.evaluation import Evaluation, Scores
+from elip_models.training.feed import make_feed
 from elip_models.training.loss_log import LossLog, losses_of
 from elip_models.training.model import make_model
 from elip_models.training.optim import learning_rate
@@ -44,9 +40,8 @@ from elip_models.training.training_data import (
     check_guide_captions,
     make_tokenizer,
     model_config,
-    open_samples,
+    open_training,
     task_of,
-    training_samples,
 )
 from elip_models.validation import blame, extra
 
@@ -156,12 +151,12 @@ class Trainer:
         self.console.print(f"[bold yellow]warning:[/] {escape(line)}", soft_wrap=True)
 
     def _build_data(self) -> None:
-        """Sources, tokenizer and loader, and how many steps they make."""
+        """Sources, tokenizer and feed, and how many steps they make."""
         data, optim, accelerator = self.config.data, self.config.optim, self.accelerator
         model = model_config(self.config)
         family, task = family_of(self.config.model.name, self.config.task), task_of(self.config)
         with blame("data.train"):
-            source = self.source = open_samples(self.config, data.train, model.image_size)
+            source = self.source = open_training(self.config, model.image_size)
         with blame("model.overrides.guide"):
             check_guide_captions(model, source)
         self.evaluation = Evaluation(self.config, model.image_size)
@@ -171,20 +166,8 @@ class Trainer:
         if task is not None:
             self.text_sizes |= task.fields(source, model)
             self.evaluation.answers = getattr(source, "answers", None)
-        with blame("data"):
-            dataset = training_samples(self.config, model, source, self.tokenizer)
-        with blame("optim.batch_size"):
-            self.sampler = EpochSampler(
-                source.lengths if isinstance(source, MixedSource) else len(source),
-                optim.batch_size,
-                self.config.seed,
-                rank=accelerator.process_index,
-                world_size=accelerator.num_processes,
-                weights=data.weights,
-            )
-        self.loader = train_loader(dataset, self.sampler, data.num_workers)
-        self.skips = dataset.skip_report()
-        self.batches_per_epoch = self.sampler.batches_per_epoch
+        self.feed = make_feed(self.config, model, source, self.tokenizer, accelerator)
+        self.batches_per_epoch = self.feed.batches_per_epoch
         passes = (optim.epochs or 0) * self.batches_per_epoch
         self.total_steps = optim.steps or math.ceil(passes / optim.grad_accumulation)
         self.steps_per_epoch = self.batches_per_epoch / optim.grad_accumulation
@@ -243,8 +226,7 @@ class Trainer:
             self.first_step = step_of(checkpoint, **self._invariants())
         self.step = self.first_step
         batches_done = self.step * self.config.optim.grad_accumulation
-        self.sampler.set_position(*divmod(batches_done, self.batches_per_epoch))
-        self.batches = iter(self.loader)
+        self.feed.start(batches_done, checkpoint)
         if checkpoint is not None:
             self.accelerator.load_state(str(checkpoint))
         if self.accelerator.is_main_process:
@@ -256,11 +238,7 @@ class Trainer:
 
     def _invariants(self) -> dict[str, int | list[int]]:
         """What a resumed run shares with the one that was saved, besides the recipe."""
-        lengths = self.sampler.lengths
-        return {
-            "num_processes": self.accelerator.num_processes,
-            "num_samples": list(lengths) if len(lengths) > 1 else self.sampler.length,
-        }
+        return {"num_processes": self.accelerator.num_processes, **self.feed.invariants()}
 
     def _train_step(self) -> None:
         """One optimiser step over `grad_accumulation` batches."""
@@ -270,9 +248,7 @@ class Trainer:
             group["lr"] = self.learning_rate(self.step) * group["lr_scale"]
         losses = []
         for _ in range(optim.grad_accumulation):
-            batch = next(self.batches)
-            self.skips.update(batch["skipped"], len(batch["images"]))
-            tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+            tensors = self.feed.next_batch()
             tensors = {n: t.to(accelerator.device, non_blocking=True) for n, t in tensors.items()}
             with accelerator.accumulate(self.model):
                 output = self._forward(tensors)
@@ -351,7 +327,9 @@ class Trainer:
     def _save_checkpoint(self) -> None:
         if self.losses:
             self._read_losses()
-        self.accelerator.save_state(str(self.folder.checkpoints.unfinished(self.step)))
+        unfinished = self.folder.checkpoints.unfinished(self.step)
+        self.accelerator.save_state(str(unfinished))
+        self.feed.save(unfinished)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.folder.checkpoints.commit(
@@ -380,7 +358,7 @@ class Trainer:
             scores=None if task else scores.get("retrieval"),
             zero_shot=scores.get("zero_shot"),
             task_scores=scores.get(task) if task else None,
-            skipped=self.skips.summary(),
+            skipped=self.feed.summary(),
             is_main_process=self.accelerator.is_main_process,
         )
 

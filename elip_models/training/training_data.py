@@ -3,23 +3,28 @@
 import json
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from elip_models.data import (
     ExampleSource,
-    ImageTextDataset,
+    ImageTextPreparation,
     Source,
-    TrainingSamples,
+    StreamSource,
     apply_caption_rule,
     image_transform,
+    is_stream,
     load_tokenizer,
     open_source,
+    open_stream,
     train_tokenizer,
 )
+from elip_models.data.readers import Spec
 from elip_models.models.base import PretrainedModel
 from elip_models.models.config import InputConfig
 from elip_models.models.registry import create_model
@@ -70,7 +75,7 @@ def task_of(config: RunConfig) -> Task | None:
 
 
 def open_samples(
-    config: RunConfig, spec: str | Sequence[str], image_size: int
+    config: RunConfig, spec: Spec | Sequence[Spec], image_size: int
 ) -> Source | ExampleSource:
     """The data that `spec` names, as the recipe's task, or pre-training, reads it."""
     task = task_of(config)
@@ -79,14 +84,32 @@ def open_samples(
     return task.open(spec, image_size=image_size)
 
 
-def training_samples(
+def open_training(config: RunConfig, image_size: int) -> Source | ExampleSource | StreamSource:
+    """The data that a recipe trains on: in pre-training it may be a stream, alone."""
+    specs = config.data.train
+    specs = specs if isinstance(specs, tuple) else (specs,)
+    if not any(map(is_stream, specs)):
+        return open_samples(config, config.data.train, image_size)
+    if config.task is not None:
+        raise ValueError(f"expected data on disk for {config.task}, got a stream")
+    if len(specs) > 1:
+        raise ValueError(
+            f"expected a stream alone, since its samples have no numbers to be mixed by, got "
+            f"{len(specs)} sources; one stream may have several URLs"
+        )
+    if config.data.weights is not None:
+        raise ValueError("expected data.weights: null with a stream, whose samples say an epoch")
+    return open_stream(specs[0])
+
+
+def preparation(
     config: RunConfig,
     model: InputConfig,
-    source: Source | ExampleSource,
+    source: Source | ExampleSource | StreamSource,
     tokenizer: "PreTrainedTokenizerBase",
-) -> TrainingSamples:
-    """Samples of `source`: augmented as the recipe says, prepared as the config `model`, and the
-    task, say."""
+) -> Callable[[Any, int, np.random.Generator], dict[str, Tensor]]:
+    """What makes a training sample of one of `source`: augmented as the recipe says, prepared as
+    the config `model`, and the task, say."""
     data, task = config.data, task_of(config)
     transform = image_transform(
         model.image_size,
@@ -98,30 +121,26 @@ def training_samples(
     )
     if task is not None:
         reading = Reading(source, transform, tokenizer, model, data.context_length)
-        prepare = partial(task.sample, reading)
-        return TrainingSamples(source, prepare, seed=config.seed, max_bad_share=data.max_bad_share)
-    return ImageTextDataset(
-        source,
+        return partial(task.sample, reading)
+    return ImageTextPreparation(
         transform,
         tokenizer,
         context_length=data.context_length,
-        seed=config.seed,
-        max_bad_share=data.max_bad_share,
         captions=model.captions,
         guide_captions=model.reads_guide_captions,
     )
 
 
-def check_guide_captions(model: InputConfig, source: Source) -> None:
-    """Warn where some images of `source` have no second caption, and the model takes one.
+def check_guide_captions(model: InputConfig, source: Source | StreamSource) -> None:
+    """Warn where some images of `source` have no second caption, and the model takes one. Of many,
+    a thousand are read.
 
     Raises:
         ValueError: none of them has.
     """
     if not model.reads_guide_captions:
         return
-    stride = math.ceil(len(source) / MAX_COUNTED_SAMPLES)
-    captions = [set(source.captions(index)) for index in range(0, len(source), stride)]
+    captions = [set(each) for each in some_captions(source, MAX_COUNTED_SAMPLES)]
     lonely = sum(len(each) < 2 for each in captions) / len(captions)
     if lonely == 1:
         raise ValueError("expected 'own', since no image has a second caption, got 'other'")
@@ -134,7 +153,7 @@ def check_guide_captions(model: InputConfig, source: Source) -> None:
 
 def make_tokenizer(
     config: RunConfig,
-    source: Source,
+    source: Source | ExampleSource | StreamSource,
     model: InputConfig,
     folder: RunFolder,
     accelerator: "Accelerator",
@@ -157,9 +176,16 @@ def make_tokenizer(
     return load_tokenizer(str(folder.tokenizer))
 
 
-def tokenizer_captions(source: Source, model: InputConfig) -> Iterator[str]:
-    """The captions of at most 50,000 samples, spread over the source, as a tokenizer reads them."""
-    stride = math.ceil(len(source) / MAX_TOKENIZER_SAMPLES)
-    for index in range(0, len(source), stride):
-        for caption in source.captions(index):
+def tokenizer_captions(source: Source | StreamSource, model: InputConfig) -> Iterator[str]:
+    """The captions of at most 50,000 samples as a tokenizer reads them."""
+    for captions in some_captions(source, MAX_TOKENIZER_SAMPLES):
+        for caption in captions:
             yield apply_caption_rule(caption, model.captions)
+
+
+def some_captions(source: Source | StreamSource, count: int) -> Iterator[tuple[str, ...]]:
+    """Those of at most `count` samples, spread over the source; of a stream, of the first."""
+    if isinstance(source, StreamSource):
+        return source.first_captions(count)
+    stride = math.ceil(len(source) / count)
+    return (source.captions(index) for index in range(0, len(source), stride))

@@ -1,0 +1,194 @@
+"""What feeds a run: the next batch, where in the data it stands, and what could not be read.
+
+Of data that can be counted a position is a function of the step, and nothing of it is saved. Of a
+stream a checkpoint holds, for each process, the shard that each of its workers is to begin with.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from elip_models.data import (
+    DataError,
+    EpochSampler,
+    ExampleSource,
+    MixedSource,
+    SkipReport,
+    Source,
+    StreamBatches,
+    StreamSource,
+    TrainingSamples,
+    stream_loader,
+    train_loader,
+)
+from elip_models.models.config import InputConfig
+from elip_models.training.recipe import RunConfig
+from elip_models.training.training_data import preparation
+from elip_models.validation import blame
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedTokenizerBase
+
+
+class Feed(Protocol):
+    """The batches of one process, without end."""
+
+    batches_per_epoch: int
+
+    def start(self, batches_done: int, checkpoint: Path | None) -> None:
+        """The next batch follows so many, after which `checkpoint` was written."""
+        ...
+
+    def next_batch(self) -> dict[str, Tensor]:
+        """Raises DataError where too much cannot be read."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Adds to a checkpoint what its step does not say of the position."""
+        ...
+
+    def invariants(self) -> dict[str, int | list[int]]:
+        """What a run that goes on must have in common, besides the recipe."""
+        ...
+
+    def summary(self) -> str:
+        """What could not be read, in words."""
+        ...
+
+
+def make_feed(
+    config: RunConfig,
+    model: InputConfig,
+    source: Source | ExampleSource | StreamSource,
+    tokenizer: "PreTrainedTokenizerBase",
+    accelerator: "Accelerator",
+) -> Feed:
+    """That of this process, of the data that a recipe trains on.
+
+    Raises:
+        ConfigError: data and settings do not fit each other.
+    """
+    with blame("data"):
+        prepare = preparation(config, model, source, tokenizer)
+    place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    if isinstance(source, StreamSource):
+        return _StreamFeed(config, source, prepare, **place)
+    return _CountedFeed(config, source, prepare, **place)
+
+
+class _CountedFeed:
+    """Of a source whose samples have numbers."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        source: Source | ExampleSource,
+        prepare: Any,
+        *,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        data, seed = config.data, config.seed
+        with blame("data"):
+            dataset = TrainingSamples(source, prepare, seed=seed, max_bad_share=data.max_bad_share)
+        with blame("optim.batch_size"):
+            self._sampler = EpochSampler(
+                source.lengths if isinstance(source, MixedSource) else len(source),
+                config.optim.batch_size,
+                seed,
+                rank=rank,
+                world_size=world_size,
+                weights=data.weights,
+            )
+        self._loader = train_loader(dataset, self._sampler, data.num_workers)
+        self._skips = dataset.skip_report()
+        self.batches_per_epoch = self._sampler.batches_per_epoch
+
+    def start(self, batches_done: int, checkpoint: Path | None) -> None:
+        self._sampler.set_position(*divmod(batches_done, self.batches_per_epoch))
+        self._batches = iter(self._loader)
+
+    def next_batch(self) -> dict[str, Tensor]:
+        batch = next(self._batches)
+        self._skips.update(batch["skipped"], len(batch["images"]))
+        return _tensors(batch)
+
+    def save(self, folder: Path) -> None:
+        pass
+
+    def invariants(self) -> dict[str, int | list[int]]:
+        lengths = self._sampler.lengths
+        return {"num_samples": list(lengths) if len(lengths) > 1 else self._sampler.length}
+
+    def summary(self) -> str:
+        return self._skips.summary()
+
+
+class _StreamFeed:
+    """Of shards that are read forwards."""
+
+    def __init__(
+        self, config: RunConfig, source: StreamSource, prepare: Any, *, rank: int, world_size: int
+    ) -> None:
+        data, batch_size = config.data, config.optim.batch_size
+        with blame("data.train"):
+            self._stream = StreamBatches(
+                source,
+                prepare,
+                batch_size,
+                seed=config.seed,
+                rank=rank,
+                world_size=world_size,
+                num_workers=data.num_workers,
+            )
+        self.batches_per_epoch = len(source) // (batch_size * world_size)
+        if not self.batches_per_epoch:
+            with blame("optim.batch_size"):
+                raise ValueError(
+                    f"expected at most {len(source) // world_size} a process, as samples of the "
+                    f"stream says of an epoch, got {batch_size}"
+                )
+        self._source = source
+        self._file = f"stream_{rank}.json"
+        self._skips = SkipReport(data.max_bad_share)
+        self._shards = SkipReport(data.max_bad_share, what="shards")
+
+    def start(self, batches_done: int, checkpoint: Path | None) -> None:
+        if checkpoint is not None:
+            self._stream.turns = json.loads((checkpoint / self._file).read_text(encoding="utf-8"))
+        self._stream.done = batches_done
+        self._turns = list(self._stream.turns)
+        self._batches = iter(stream_loader(self._stream))
+
+    def next_batch(self) -> dict[str, Tensor]:
+        batch = next(self._batches)
+        if isinstance(batch, DataError):
+            raise batch
+        skipped = batch["skipped"]
+        self._skips.update(skipped, len(batch["images"]) + len(skipped))
+        for name, problem in batch["shards"]:
+            number = self._shards.seen + 1  # one that is lost once may come the next time
+            self._shards.update([(f"{number}. {name}", problem)] if problem else [], 1)
+        self._turns[batch["worker"]] = batch["turn"]
+        return _tensors(batch)
+
+    def save(self, folder: Path) -> None:
+        (folder / self._file).write_text(json.dumps(self._turns), encoding="utf-8")
+
+    def invariants(self) -> dict[str, int | list[int]]:
+        return {
+            "num_samples": len(self._source),
+            "num_shards": len(self._source.shards),
+            "num_workers": self._stream.num_workers,
+        }
+
+    def summary(self) -> str:
+        lost = self._shards.reasons
+        return self._skips.summary() + f" {self._shards.summary()}" * bool(lost)
+
+
+def _tensors(batch: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
