@@ -7,6 +7,7 @@ import types
 import pytest
 
 from elip_models.cli import main
+from tests.test_damaged_files import shard
 from tests.tiny_run import logged, own_process, tiny_arguments
 
 
@@ -88,6 +89,16 @@ def test_data_check(capsys):
     printed = capsys.readouterr().out
     assert "6 of 6 read" in printed
     assert "30, 5.00 a sample" in printed
+
+
+def test_data_check_of_a_stream_counts_what_there_is(tmp_path, capsys):
+    command = f"pipe:cat {shard(tmp_path / '0.tar').parent}/{{0..1}}.tar"
+    assert elip("data", "check", command) == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "7 of 7 read" in printed and "1.tar: No such file" in printed
+    shard(tmp_path / "1.tar")
+    assert elip("data", "check", command) == 0
+    assert "12 of 12 read" in capsys.readouterr().out
 
 
 def test_data_check_fails_on_unreadable_samples(tmp_path, capsys):

@@ -47,7 +47,10 @@ def open_url(url: str) -> Stream:
         return _Pipe(url.removeprefix(PIPE))
     if scheme_of(url) in WEB:
         return _Web(url)
-    return fsspec.open(url, "rb").open()
+    try:
+        return fsspec.open(url, "rb").open()
+    except FileNotFoundError as error:  # which says the path alone
+        raise FileNotFoundError(f"no such file: {error}") from error
 
 
 def scheme_of(url: str) -> str:
