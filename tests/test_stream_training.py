@@ -32,6 +32,7 @@ from elip_models.training.trainer import train
 from elip_models.training.training_data import open_training
 from elip_models.validation import ConfigError
 from tests.streaming import served
+from tests.test_damaged_files import shard
 from tests.tiny_run import logged, own_process, tiny_arguments, tiny_config
 
 SHARDS, SAMPLES = 5, 4
@@ -172,6 +173,14 @@ def test_a_stream_of_which_nothing_comes_is_an_error_and_no_wait(folder):
     assert isinstance(batch, DataError)
     assert "pipe:exit 7 (exit status 7)" in str(batch)
     assert time.monotonic() - start < 10
+
+
+def test_images_of_which_none_can_be_decoded_are_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("elip_models.data.stream_batches.MAX_IN_A_ROW", 20)
+    path = shard(tmp_path / "a.tar", [("a.png", b"no image"), ("a.txt", b"a")])
+    [batch] = take(9, batches_of({"stream": f"pipe:cat {path}", "samples": 5, "shuffle": 2}))
+    assert isinstance(batch, DataError)
+    assert "a.tar:a (not a readable image" in str(batch)
 
 
 NUMBERS = ("loss", "step", "epoch", "lr", "grad_norm")

@@ -25,7 +25,7 @@ with extra("elip_models.data"):
     from elip_models.data.sample import NamedMasks, Sample, SampleError, Source
     from elip_models.data.scenes import EmojiScenes, render
     from elip_models.data.skips import DataError, SkipReport, check_source
-    from elip_models.data.stream_loader import StreamBatches, stream_loader
+    from elip_models.data.stream_batches import StreamBatches, stream_loader
     from elip_models.data.stream_source import StreamSource, is_stream, open_stream
     from elip_models.data.tasks.entailment import EmojiEntailment
     from elip_models.data.tasks.export import export
