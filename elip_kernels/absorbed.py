@@ -155,13 +155,6 @@ def patch_scores(
     return score * rstd[:, None]
 
 
-@triton.jit
-def store_row(row_ptr, row, cls_row, offs_n, mask_n):
-    """An image's row (N,), CLS first."""
-    tl.store(row_ptr + 1 + offs_n, row, mask=mask_n)
-    tl.store(row_ptr, cls_row)
-
-
 @triton.jit(do_not_specialize=["N"])
 def scores_kernel(
     tokens_ptr, query_ptr, scores_ptr, tops_ptr, totals_ptr, stride_tb, stride_tn, N, D, H, eps,
@@ -193,12 +186,12 @@ def scores_kernel(
 
 @triton.jit
 def row_of_scores(
-    scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, pid_b, N, H, T,
+    scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, pid_b, first, N, H, T,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """What `scores_kernel` wrote of T tiles -> head mean of the softmax rows:
-    patches [BLOCK_N], CLS scalar."""
-    offs_n = tl.arange(0, BLOCK_N)
+    patches from `first` on [BLOCK_N], CLS scalar."""
+    offs_n = first + tl.arange(0, BLOCK_N)
     offs_t = tl.arange(0, BLOCK_T)
     mask_n = offs_n < N - 1
     mask_t = offs_t < T
@@ -221,6 +214,23 @@ def row_of_scores(
     return row, cls_row
 
 
+@triton.jit(do_not_specialize=["N", "T"])
+def _row_kernel(
+    scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, out_ptr, N, H, T,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """One program per (image, BLOCK_N patches): the row from the scores of its tiles."""
+    pid_b = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * BLOCK_N
+    row, cls_row = row_of_scores(
+        scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, pid_b, first, N, H, T, BLOCK_N, BLOCK_T
+    )
+    offs_n = first + tl.arange(0, BLOCK_N)
+    tl.store(out_ptr + pid_b * N + 1 + offs_n, row, mask=offs_n < N - 1)
+    if first == 0:
+        tl.store(out_ptr + pid_b * N, cls_row)
+
+
 def score_tiles(tokens: Tensor, query: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Launch `scores_kernel` -> scores (B, H, N-1), tops and totals (B, H, T) of the T tiles."""
     (B, N, D), H = tokens.shape, query.shape[1]
@@ -234,3 +244,18 @@ def score_tiles(tokens: Tensor, query: Tensor, eps: float) -> tuple[Tensor, Tens
         **launch.CODE,
     )
     return scores, tops, totals
+
+
+def launch_row(
+    scores: Tensor, tops: Tensor, totals: Tensor, cls_score: Tensor, out: Tensor
+) -> None:
+    """Write the row (B, N) of each image's tiles."""
+    (B, N), (_, H, T) = out.shape, tops.shape
+    block_n, block_t, num_warps = launch.row(N - 1, T)
+    _row_kernel[(B, max(1, triton.cdiv(N - 1, block_n)))](
+        *(scores, tops, totals, cls_score, out, N, H, T),
+        BLOCK_N=block_n,
+        BLOCK_T=block_t,
+        num_warps=num_warps,
+        **launch.CODE,
+    )

@@ -1,7 +1,8 @@
 """The Triton kernels of `bipartite.py`, which holds the mathematics, and their launchers.
 
     match      (image, tile of A): products with tiles of B, running arg-max -> best, partner
-               (image): the r best of A -> slots, the output row of every token
+               (image): the r best of A -> slots, the output row of every token; beyond 4,096 of
+               A they are selected first (`selection.py`), and each tile of A looks them up
     merge_fwd  (image, 16 output rows, slice of D): a row looks its sources up in the slots of A, or
                of all tokens, and gathers them one after the other: nothing is added atomically
     merge_bwd  (image, 32 tokens, slice of D): a token gathers its row
@@ -16,6 +17,7 @@ from torch import Tensor
 from elip_kernels import launch
 from elip_kernels._triton import tl, triton
 from elip_kernels.select import kth_largest, order_key, output_slots
+from elip_kernels.selection import launch_select
 
 SMALLEST_SQUARE = torch.finfo(torch.float32).tiny  # a smaller squared norm gives no direction
 
@@ -62,11 +64,12 @@ def tile_products(
 
 @triton.jit(do_not_specialize=["N"])
 def _match_kernel(
-    metric_ptr, best_ptr, partner_ptr, stride_mb, stride_mn, N, C,
-    SMALLEST_SQUARE: tl.constexpr, WIDEN: tl.constexpr,
+    metric_ptr, penalty_ptr, best_ptr, partner_ptr, stride_mb, stride_mn, N, C,
+    SMALLEST_SQUARE: tl.constexpr, HAS_PENALTY: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program per (image, BLOCK_A tokens of A): products with tiles of B, running arg-max."""
+    """One program per (image, BLOCK_A tokens of A): products with tiles of B, running arg-max; what
+    it is worth, less a penalty."""
     pid_b = tl.program_id(0).to(tl.int64)
     metric_ptr += pid_b * stride_mb
     num_a = (N + 1) // 2
@@ -93,14 +96,17 @@ def _match_kernel(
     best = best * inverse_norm(square_a, SMALLEST_SQUARE)
     has_direction = best == best
     row = pid_b * num_a + offs_a
-    tl.store(best_ptr + row, tl.where(has_direction, best, float("-inf")), mask=mask_a)
+    best = tl.where(has_direction, best, float("-inf"))
+    if HAS_PENALTY:
+        best -= tl.load(penalty_ptr + pid_b * N + 2 * offs_a, mask=mask_a, other=0.0)
+        best = tl.where(best == best, best, float("-inf"))
+    tl.store(best_ptr + row, best, mask=mask_a)
     tl.store(partner_ptr + row, tl.where(has_direction, partner, 0), mask=mask_a)
 
 
 @triton.jit(do_not_specialize=["N", "R"])
 def _slots_kernel(
-    best_ptr, partner_ptr, penalty_ptr, slots_ptr, N, R,
-    P: tl.constexpr, HAS_PENALTY: tl.constexpr, BLOCK_A: tl.constexpr,
+    best_ptr, partner_ptr, slots_ptr, N, R, P: tl.constexpr, BLOCK_A: tl.constexpr
 ):  # fmt: skip
     """One program per image: the R best of A, and the output row of every token."""
     pid_b = tl.program_id(0).to(tl.int64)
@@ -111,15 +117,41 @@ def _slots_kernel(
     is_candidate = mask_a & (offs_a >= P)
     best = tl.load(best_ptr + pid_b * num_a + offs_a, mask=mask_a, other=0.0)
     partner = tl.load(partner_ptr + pid_b * num_a + offs_a, mask=mask_a, other=0)
-    if HAS_PENALTY:
-        best -= tl.load(penalty_ptr + pid_b * N + 2 * offs_a, mask=mask_a, other=0.0)
-        best = tl.where(best == best, best, float("-inf"))
     key = order_key(best, is_candidate, is_candidate)  # [BLOCK_A]
     is_merged, merged_before = output_slots(key, kth_largest(key, R), R)
     slot = tl.where(is_merged, first_b + partner, offs_a - merged_before)
-    slots_ptr += pid_b * N + 2 * offs_a
-    tl.store(slots_ptr, slot, mask=mask_a)
-    tl.store(slots_ptr + 1, first_b + offs_a, mask=2 * offs_a + 1 < N)
+    _store_slots(slots_ptr + pid_b * N, slot, offs_a, mask_a, first_b, N)
+
+
+@triton.jit
+def _store_slots(slots_ptr, slot, offs_a, mask_a, first_b, N):
+    """The output rows of an image's tokens: those of A, `slot`; those of B, behind the A that
+    stay."""
+    tl.store(slots_ptr + 2 * offs_a, slot, mask=mask_a)
+    tl.store(slots_ptr + 2 * offs_a + 1, first_b + offs_a, mask=2 * offs_a + 1 < N)
+
+
+@triton.jit(do_not_specialize=["N", "R"])
+def _slots_of_kernel(
+    merged_ptr, partner_ptr, slots_ptr, N, R, BITS: tl.constexpr, BLOCK_A: tl.constexpr
+):  # fmt: skip
+    """One program per (image, BLOCK_A tokens of A): `_slots_kernel` where the R of A that are
+    merged are known, in order; each token looks by bisection for its place among them."""
+    pid_b = tl.program_id(0).to(tl.int64)
+    merged_ptr += pid_b * R
+    num_a = (N + 1) // 2
+    first_b = num_a - R
+    offs_a = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
+    mask_a = offs_a < num_a
+    before = tl.zeros([BLOCK_A], tl.int32)  # how many of the R come before, a bit a step
+    for bit in tl.static_range(BITS):
+        place = before + (1 << (BITS - 1 - bit))
+        known = tl.load(merged_ptr + place - 1, mask=place <= R, other=N)
+        before = tl.where(known < offs_a, place, before)
+    known = tl.load(merged_ptr + before, mask=before < R, other=N)
+    partner = tl.load(partner_ptr + pid_b * num_a + offs_a, mask=mask_a, other=0)
+    slot = tl.where(known == offs_a, first_b + partner, offs_a - before)
+    _store_slots(slots_ptr + pid_b * N, slot, offs_a, mask_a, first_b, N)
 
 
 @triton.jit
@@ -133,52 +165,67 @@ def _load_rows(tokens_ptr, stride_tn, rows, mask_r, offs_d, mask_d):
     return x.to(tl.float32)
 
 
+@triton.jit
+def _sources(slots_ptr, first, offs_r, N, STEP: tl.constexpr, BLOCK_A: tl.constexpr):
+    """-> sources from `first` on [BLOCK_A], which there are, and which row is whose
+    [BLOCK_R, BLOCK_A]."""
+    offs_a = first + tl.arange(0, BLOCK_A)
+    mask_a = STEP * offs_a < N
+    slot = tl.load(slots_ptr + STEP * offs_a, mask=mask_a, other=-1)
+    return offs_a, mask_a, slot[None, :] == offs_r[:, None]
+
+
 @triton.jit(do_not_specialize=["N", "R"])
 def _merge_fwd_kernel(
     tokens_ptr, size_ptr, slots_ptr, out_ptr, out_size_ptr, stride_tb, stride_tn, N, R, D,
-    HAS_SIZE: tl.constexpr, STEP: tl.constexpr,
+    HAS_SIZE: tl.constexpr, STEP: tl.constexpr, IS_ONE_TILE: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program per (image, BLOCK_R output rows, slice of D): each row gathers its sources.
 
-    STEP 2: those of A, the even tokens; an odd one has a row of its own. STEP 1: all tokens.
+    STEP 2: those of A, the even tokens; an odd one has a row of its own. STEP 1: all tokens. They
+    are looked through BLOCK_A at a time: once for a row's size, and once to gather.
     """
     pid_b = tl.program_id(0).to(tl.int64)
     tokens_ptr += pid_b * stride_tb
+    slots_ptr += pid_b * N
     if HAS_SIZE:
         size_ptr += pid_b * N
-    offs_a = tl.arange(0, BLOCK_A)
     offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask_a = STEP * offs_a < N
     mask_r = offs_r < R
     mask_d = offs_d < D
-    slot = tl.load(slots_ptr + pid_b * N + STEP * offs_a, mask=mask_a, other=-1)
-    size_a = tl.full([BLOCK_A], 1.0, tl.float32)
-    if HAS_SIZE:
-        size_a = tl.load(size_ptr + STEP * offs_a, mask=mask_a, other=1.0)
-    is_source = slot[None, :] == offs_r[:, None]  # [BLOCK_R, BLOCK_A]
+    end = BLOCK_A if IS_ONE_TILE else tl.cdiv(N, STEP)  # a loop of one step is none
 
     odd = 2 * (offs_r - (R - N // 2)) + 1  # the token of B whose row this is
     has_odd = mask_r & (odd > 0) & (STEP == 2)
     size_odd = tl.where(has_odd, 1.0, 0.0)
     if HAS_SIZE:
         size_odd = tl.load(size_ptr + odd, mask=has_odd, other=0.0)
-    total = size_odd + tl.sum(tl.where(is_source, size_a[None, :], 0.0), 1)
+    total = size_odd
+    for first in range(0, end, BLOCK_A):
+        offs_a, mask_a, is_source = _sources(slots_ptr, first, offs_r, N, STEP, BLOCK_A)
+        size_a = tl.full([BLOCK_A], 1.0, tl.float32)
+        if HAS_SIZE:
+            size_a = tl.load(size_ptr + STEP * offs_a, mask=mask_a, other=1.0)
+        total += tl.sum(tl.where(is_source, size_a[None, :], 0.0), 1)
     divisor = tl.where(total == 0, 1.0, total)
     x = _load_rows(tokens_ptr, stride_tn, odd, has_odd, offs_d, mask_d)
     merged = x * tl.div_rn(size_odd, divisor)[:, None]
 
-    source = tl.min(tl.where(is_source, offs_a[None, :], BLOCK_A), 1)  # [BLOCK_R]
-    while tl.min(source, 0) < BLOCK_A:
-        has_source = source < BLOCK_A
-        size_source = tl.where(has_source, 1.0, 0.0)
-        if HAS_SIZE:
-            size_source = tl.load(size_ptr + STEP * source, mask=has_source, other=0.0)
-        x = _load_rows(tokens_ptr, stride_tn, STEP * source, has_source, offs_d, mask_d)
-        merged += x * tl.div_rn(size_source, divisor)[:, None]
-        is_later = is_source & (offs_a[None, :] > source[:, None])
-        source = tl.min(tl.where(is_later, offs_a[None, :], BLOCK_A), 1)
+    for first in range(0, end, BLOCK_A):
+        offs_a, mask_a, is_source = _sources(slots_ptr, first, offs_r, N, STEP, BLOCK_A)
+        last = first + BLOCK_A
+        source = tl.min(tl.where(is_source, offs_a[None, :], last), 1)  # [BLOCK_R]
+        while tl.min(source, 0) < last:
+            has_source = source < last
+            size_source = tl.where(has_source, 1.0, 0.0)
+            if HAS_SIZE:
+                size_source = tl.load(size_ptr + STEP * source, mask=has_source, other=0.0)
+            x = _load_rows(tokens_ptr, stride_tn, STEP * source, has_source, offs_d, mask_d)
+            merged += x * tl.div_rn(size_source, divisor)[:, None]
+            is_later = is_source & (offs_a[None, :] > source[:, None])
+            source = tl.min(tl.where(is_later, offs_a[None, :], last), 1)
 
     tl.store(
         out_ptr + (pid_b * R + offs_r)[:, None] * D + offs_d[None, :],
@@ -231,8 +278,9 @@ def match(metric: Tensor, penalty: Tensor | None, r: int, num_prefix_tokens: int
         return slots
     with launch.on_device(metric):
         _match_kernel[(B, triton.cdiv(num_a, block_a))](
-            *(metric, best, partner, metric.stride(0), metric.stride(1), N, C),
+            *(metric, penalty, best, partner, metric.stride(0), metric.stride(1), N, C),
             SMALLEST_SQUARE=SMALLEST_SQUARE,
+            HAS_PENALTY=penalty is not None,
             WIDEN=triton.knobs.runtime.interpret,
             BLOCK_A=block_a,
             BLOCK_B=block_b,
@@ -240,16 +288,34 @@ def match(metric: Tensor, penalty: Tensor | None, r: int, num_prefix_tokens: int
             num_warps=num_warps,
             **launch.CODE,
         )
-        block_a = max(16, launch.next_power_of_2(num_a))
+        _launch_slots(best, partner, slots, r, num_prefix_tokens)
+    return slots
+
+
+def _launch_slots(
+    best: Tensor, partner: Tensor, slots: Tensor, r: int, num_prefix_tokens: int
+) -> None:
+    """Write the slots, at once, or the r best first where there are many."""
+    (B, num_a), N = best.shape, slots.shape[1]
+    if num_a <= launch.MAX_SELECTED:
+        block_a, _, num_warps = launch.slots(num_a)
         _slots_kernel[(B,)](
-            *(best, partner, penalty, slots, N, r),
+            *(best, partner, slots, N, r),
             P=num_prefix_tokens,
-            HAS_PENALTY=penalty is not None,
             BLOCK_A=block_a,
-            num_warps=4,
+            num_warps=num_warps,
             **launch.CODE,
         )
-    return slots
+        return
+    merged = best.new_empty(B, r, dtype=torch.int64)
+    launch_select(best[:, num_prefix_tokens:], None, merged, num_prefix_tokens=num_prefix_tokens)
+    _slots_of_kernel[(B, triton.cdiv(num_a, launch.KEYS))](
+        *(merged, partner, slots, N, r),
+        BITS=r.bit_length(),
+        BLOCK_A=launch.KEYS,
+        num_warps=2,
+        **launch.CODE,
+    )
 
 
 def merge_fwd(
@@ -271,10 +337,12 @@ def merge_fwd(
             *(N, num_rows, D),
             HAS_SIZE=size is not None,
             STEP=step,
+            IS_ONE_TILE=block_a * step >= N,
             BLOCK_A=block_a,
             BLOCK_R=block_r,
             BLOCK_D=block_d,
             num_warps=num_warps,
+            num_stages=1,
             **launch.CODE,
         )
     return out, out_size

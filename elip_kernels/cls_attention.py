@@ -24,10 +24,9 @@ from elip_kernels._validate import check_device, check_mask, check_shape, check_
 from elip_kernels.absorbed import (
     accumulator,
     check_scale,
+    launch_row,
     query_arguments,
-    row_of_scores,
     score_tiles,
-    store_row,
 )
 from elip_kernels.absorbed_query import (
     QueryArguments,
@@ -130,20 +129,6 @@ def from_tokens_reference(tokens: Tensor, *query: Any) -> Tensor:
     return absorbed_reference(tokens, *query)[1].mean(1)
 
 
-@triton.jit(do_not_specialize=["N", "T"])
-def _row_kernel(
-    scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, out_ptr, N, H, T,
-    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
-):  # fmt: skip
-    """One program an image: the row from the scores of its tiles."""
-    pid_b = tl.program_id(0).to(tl.int64)
-    row, cls_row = row_of_scores(
-        scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, pid_b, N, H, T, BLOCK_N, BLOCK_T
-    )
-    offs_n = tl.arange(0, BLOCK_N)
-    store_row(out_ptr + pid_b * N, row, cls_row, offs_n, offs_n < N - 1)
-
-
 @triton.jit(do_not_specialize=["N"])
 def _keys_kernel(
     q_ptr, k_ptr, mask_ptr, scores_ptr, tops_ptr, totals_ptr, cls_score_ptr,
@@ -195,23 +180,8 @@ def _from_tokens(tokens: Tensor, *query: Any) -> Tensor:
         return out
     with launch.on_device(tokens):
         u, cls_score, _ = launch_query(arguments)
-        _launch_row(*score_tiles(tokens, u, arguments.eps), cls_score, out)
+        launch_row(*score_tiles(tokens, u, arguments.eps), cls_score, out)
     return out
-
-
-def _launch_row(
-    scores: Tensor, tops: Tensor, totals: Tensor, cls_score: Tensor, out: Tensor
-) -> None:
-    """Write the row of each image's tiles."""
-    (B, N), (_, H, T) = out.shape, tops.shape
-    block_n, block_t, num_warps = launch.select(N - 1, T)
-    _row_kernel[(B,)](
-        *(scores, tops, totals, cls_score, out, N, H, T),
-        BLOCK_N=block_n,
-        BLOCK_T=block_t,
-        num_warps=num_warps,
-        **launch.CODE,
-    )
 
 
 def _cls_attention(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -236,7 +206,7 @@ def _cls_attention(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> T
             num_warps=4,
             **launch.CODE,
         )
-        _launch_row(scores, tops, totals, cls_score, out)
+        launch_row(scores, tops, totals, cls_score, out)
     return out
 
 
@@ -253,7 +223,7 @@ def absorbed_flops(tokens_shape: tuple[int, ...], *shapes: Any) -> int:
     return query_flops((B, D), query.q_weight) + 2 * B * query.num_heads * N * D
 
 
-def absorbed_refuses(tokens: Tensor, *query: Any, most: int = launch.MAX_SELECTED) -> str | None:
+def absorbed_refuses(tokens: Tensor, *query: Any, most: int | None = None) -> str | None:
     """Why the kernels do not take the arguments of an absorbed op, or None."""
     arguments = QueryArguments(*query[: len(QueryArguments._fields)])
     candidates = tokens.shape[1] - 1
@@ -267,9 +237,7 @@ _cls_attention_op = Operator(
     "cls_attention",
     cls_attention_reference,
     launcher=_cls_attention,
-    refuses=lambda q, k, *_: launch.refuses(
-        q, k, candidates=k.shape[2] - 1, most=launch.MAX_SELECTED
-    ),
+    refuses=lambda q, k, *_: launch.refuses(q, k, candidates=k.shape[2] - 1),
     fake=lambda q, k, mask, scale: k.new_empty(k.shape[0], k.shape[2], dtype=accumulator(k.dtype)),
     flops=_flops,
 )

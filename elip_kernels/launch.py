@@ -13,8 +13,10 @@ from torch import Tensor
 
 from elip_kernels._triton import HAS_TRITON, triton
 
-MAX_CANDIDATES = 1024  # one program holds an image's candidates, and a line of each
+MAX_MOVED = 1024  # one program holds an image's candidates, and a line of each
 MAX_SELECTED = 4096  # one program holds their scores alone
+MAX_STREAMED = 65536  # one program reads their scores tile by tile
+TILE = 2048  # of them
 CODE = {"enable_fp_fusion": True}  # of every launch, whatever the default of a Triton
 FEATURES = 256  # of a CLS token in one step, where an image has a program
 KEYS = 64  # of a head in one program of the generic row
@@ -96,6 +98,11 @@ def select(candidates: int, tiles: int) -> tuple[int, int, int]:
     return block_n, next_power_of_2(tiles), 4 if block_n <= 256 else 8
 
 
+def row(candidates: int, tiles: int) -> tuple[int, int, int]:
+    """BLOCK_N, BLOCK_T, warps of a piece of one image's row."""
+    return min(256, max(16, next_power_of_2(candidates))), next_power_of_2(tiles), 4
+
+
 def move(candidates: int, element_size: int) -> Launch:
     """A line of at most 64 candidates a step, however many follow: 63 registers with 4 warps, where
     256 take 124 on 8."""
@@ -144,20 +151,29 @@ def bipartite_match(channels: int, element_size: int) -> tuple[int, int, int, in
     return 32, 32, max(16, block_c), 4
 
 
+def slots(num_a: int) -> tuple[int, int, int]:
+    """As `select`, with the warps of its smaller sizes up to 1,024."""
+    block_a, tiles, num_warps = select(num_a, 1)
+    return block_a, tiles, 4 if block_a <= 1024 else num_warps
+
+
 def merge(sources: int, element_size: int) -> tuple[int, int, int, int]:
     """BLOCK_A, BLOCK_R, BLOCK_D, warps: 16 rows of 512 bytes, so that reading N slots is little
-    beside them; rows x sources and rows x D stay in registers (8 warps, at most 110)."""
-    return max(16, next_power_of_2(sources)), 16, 512 // element_size, 8
+    beside them; rows x sources, all up to 512, else 128 at a time, and rows x D stay in registers
+    (8 warps, at most 110)."""
+    block_a = max(16, next_power_of_2(sources))
+    return block_a if block_a <= 512 else 128, 16, 512 // element_size, 8
 
 
 def refuses(
-    *tensors: Tensor, candidates: int = 0, num_prefix_tokens: int = 1, most: int = MAX_CANDIDATES
+    *tensors: Tensor, candidates: int = 0, num_prefix_tokens: int = 1, most: int | None = None
 ) -> str | None:
     """Why no kernel takes it, in a few words, or None."""
     if not HAS_TRITON:
         return "Triton is not installed"
     if any(t.dtype == torch.float64 for t in tensors):
         return "no kernel computes in fp64"
+    most = MAX_STREAMED if most is None else most
     if candidates > most:
         return f"its kernels take at most {most:,} candidates an image"
     if num_prefix_tokens > MAX_PREFIX_TOKENS:

@@ -1,38 +1,15 @@
-"""Selection and movement apart, for images whose tokens do not fit one program with their features.
+"""Movement alone, for images whose tokens do not fit one program with their features.
 
-    select   one program an image: kept positions, weights and output rows of its scores
-    move     one program per (image, slice of D): tile by tile, each token to its output row
-
-`reduce` does both at once where it can (`reduce.py`); a boundary that scores selects by a kernel of
-its own (`score_reduce.py`). Tokens are read once and written once; prefix tokens are rows like any.
+One program per (image, slice of D): tile by tile, each token to its output row. Tokens are read
+once and written once; prefix tokens are rows like any. What was selected is known (`selection.py`).
 """
 
+import torch
 from torch import Tensor
 
 from elip_kernels import launch
 from elip_kernels._triton import tl, triton
-from elip_kernels.select import load_tile, select_and_weigh, store_selection, zero_rows
-
-
-@triton.jit(do_not_specialize=["N", "K"])
-def _select_kernel(
-    scores_ptr, mask_ptr, kept_ptr, weights_ptr, slots_ptr, stride_sb, stride_mb, N, K,
-    P: tl.constexpr, MERGE: tl.constexpr, NORMALIZE: tl.constexpr, HAS_MASK: tl.constexpr,
-    EPSILON: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """One program an image; the N - P scores are given."""
-    pid_b = tl.program_id(0).to(tl.int64)
-    offs_n = tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N - P
-    score = tl.load(scores_ptr + pid_b * stride_sb + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    is_real = mask_n
-    if HAS_MASK:
-        real = tl.load(mask_ptr + pid_b * stride_mb + P + offs_n, mask=mask_n, other=0)
-        is_real = mask_n & (real != 0)
-    is_kept, slot, weight = select_and_weigh(score, is_real, mask_n, K, MERGE, NORMALIZE, EPSILON)
-    store_selection(
-        kept_ptr, weights_ptr, slots_ptr, is_kept, slot, weight, offs_n, mask_n, pid_b, N, K, P
-    )
+from elip_kernels.select import load_tile, zero_rows
 
 
 @triton.jit(do_not_specialize=["N", "R"])
@@ -69,28 +46,21 @@ def _move_kernel(
         tl.store(out_ptr + R * D + offs_d, merged, mask=mask_d)
 
 
-def launch_select(
-    scores: Tensor,
-    mask: Tensor | None,
-    selection: tuple[Tensor, Tensor, Tensor],
+def empty_outputs(
+    tokens: Tensor,
+    keep: int,
     num_prefix_tokens: int,
-    **flags: bool | float,
-) -> None:
-    """Write kept, weights and slots of the scores (B, N-p), side by side as the mask (B, N) is.
-
-    flags: MERGE, NORMALIZE and EPSILON of the kernel.
-    """
-    (B, candidates), (kept, weights, slots) = scores.shape, selection
-    block_n, _, num_warps = launch.select(candidates, 1)
-    _select_kernel[(B,)](
-        *(scores, mask, kept, weights, slots, scores.stride(0)),
-        *(0 if mask is None else mask.stride(0), slots.shape[1], kept.shape[1]),
-        P=num_prefix_tokens,
-        HAS_MASK=mask is not None,
-        BLOCK_N=block_n,
-        num_warps=num_warps,
-        **launch.CODE,
-        **flags,
+    merge: bool,
+    *,
+    weights: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out (B, R, D), kept (B, K), weights (B, N), slots (B, N), unwritten."""
+    B, N, D = tokens.shape
+    return (
+        tokens.new_empty(B, num_prefix_tokens + keep + int(merge), D),
+        tokens.new_empty(B, keep, dtype=torch.int64),
+        tokens.new_empty(B, N, dtype=weights),
+        tokens.new_empty(B, N, dtype=torch.int32),
     )
 
 

@@ -23,9 +23,16 @@ from elip_kernels._operator import Operator
 from elip_kernels._triton import tl, triton
 from elip_kernels._validate import check_flags, reduce_arguments
 from elip_kernels.info import ReductionInfo
-from elip_kernels.move import launch_move, launch_select
+from elip_kernels.move import empty_outputs, launch_move
 from elip_kernels.rows import add_rows, merge_rows, order_key, sum_rows, take_rows
-from elip_kernels.select import load_tile, move_tile, select_and_weigh, store_selection
+from elip_kernels.select import (
+    load_tile,
+    move_tile,
+    select_and_weigh,
+    store_prefix,
+    store_selection,
+)
+from elip_kernels.selection import launch_select
 
 EPSILON = 1e-6  # added to the dropped mass before dividing by it (Eq. 4)
 
@@ -210,6 +217,7 @@ def _reduce_fwd_kernel(
         store_selection(
             kept_ptr, weights_ptr, slots_ptr, is_kept, slot, weight, offs_n, mask_n, pid_b, N, K, P
         )
+        store_prefix(weights_ptr, slots_ptr, pid_b, N, P)
     if not MERGE:
         x = load_tile(tokens_ptr, stride_tn, offs_n, offs_d, is_kept, mask_d, P)
     move_tile(
@@ -246,24 +254,6 @@ def _reduce_bwd_kernel(
     )
 
 
-def empty_outputs(
-    tokens: Tensor,
-    keep: int,
-    num_prefix_tokens: int,
-    merge: bool,
-    *,
-    weights: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out (B, R, D), kept (B, K), weights (B, N), slots (B, N), unwritten."""
-    B, N, D = tokens.shape
-    return (
-        tokens.new_empty(B, num_prefix_tokens + keep + int(merge), D),
-        tokens.new_empty(B, keep, dtype=torch.int64),
-        tokens.new_empty(B, N, dtype=weights),
-        tokens.new_empty(B, N, dtype=torch.int32),
-    )
-
-
 def _reduce_fwd(
     tokens: Tensor,
     scores: Tensor,
@@ -281,10 +271,13 @@ def _reduce_fwd(
     out, kept, weights, slots = empty_outputs(tokens, keep, num_prefix_tokens, merge)
     if tokens.numel() == 0:
         return out, kept, weights, slots
-    if scores.shape[1] > launch.MAX_CANDIDATES:
-        flags = {"MERGE": merge, "NORMALIZE": normalize, "EPSILON": EPSILON}
+    if scores.shape[1] > launch.MAX_MOVED:
+        real = None if mask is None else mask[:, num_prefix_tokens:]
+        flags = {"merge": merge, "normalize": normalize, "epsilon": EPSILON}
         with launch.on_device(tokens):
-            launch_select(scores, mask, (kept, weights, slots), num_prefix_tokens, **flags)
+            launch_select(
+                *(scores, real, kept, weights, slots), num_prefix_tokens=num_prefix_tokens, **flags
+            )
             launch_move(tokens, out, weights, slots, merge=merge)
         return out, kept, weights, slots
     block_n, block_d, num_warps = launch.reduce_forward(scores.shape[1], tokens.element_size())
@@ -378,7 +371,6 @@ reduce_op = Operator(
         *(tokens, scores),
         candidates=scores.shape[1],
         num_prefix_tokens=num_prefix_tokens,
-        most=launch.MAX_SELECTED,
     ),
     fake=_fake,
     flops=_flops,

@@ -32,23 +32,23 @@ from elip_kernels._validate import (
 )
 from elip_kernels.absorbed import (
     accumulator,
+    launch_row,
     query_arguments,
     row_of_scores,
     score_tiles,
-    store_row,
 )
 from elip_kernels.absorbed_query import QueryArguments, launch_query, takes_query
 from elip_kernels.cls_attention import absorbed_flops, absorbed_reference, absorbed_refuses
 from elip_kernels.info import ReductionInfo
-from elip_kernels.move import launch_move
+from elip_kernels.move import empty_outputs, launch_move
 from elip_kernels.reduce import (
     EPSILON,
-    empty_outputs,
     reduce_backward_op,
     reduce_op,
     reduce_reference,
 )
-from elip_kernels.select import select_and_weigh, store_selection
+from elip_kernels.select import select_and_weigh, store_prefix, store_selection
+from elip_kernels.selection import launch_select
 
 
 @overload
@@ -186,13 +186,15 @@ def _score_select_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     mask_n = offs_n < N - 1
     row, cls_row = row_of_scores(
-        scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, pid_b, N, H, T, BLOCK_N, BLOCK_T
+        scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, pid_b, 0, N, H, T, BLOCK_N, BLOCK_T
     )
-    store_row(row_ptr + pid_b * N, row, cls_row, offs_n, mask_n)
+    tl.store(row_ptr + pid_b * N + 1 + offs_n, row, mask=mask_n)
+    tl.store(row_ptr + pid_b * N, cls_row)
     is_kept, slot, weight = select_and_weigh(row, mask_n, mask_n, K, MERGE, NORMALIZE, EPSILON)
     store_selection(
         kept_ptr, weights_ptr, slots_ptr, is_kept, slot, weight, offs_n, mask_n, pid_b, N, K, 1
     )
+    store_prefix(weights_ptr, slots_ptr, pid_b, N, 1)
 
 
 def _score_reduce(tokens: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -211,21 +213,41 @@ def _score_reduce(tokens: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tens
         return outputs
     with launch.on_device(tokens):
         u, cls_score, _ = launch_query(query)
-        scores, tops, totals = score_tiles(scored, u, query.eps)
-        H, T = tops.shape[1:]
-        block_n, block_t, num_warps = launch.select(N - 1, T)
-        _score_select_kernel[(B,)](
-            *(scores, tops, totals, cls_score, row, kept, weights, slots, N, keep, H, T),
-            MERGE=merge,
-            NORMALIZE=normalize,
-            EPSILON=EPSILON,
-            BLOCK_N=block_n,
-            BLOCK_T=block_t,
-            num_warps=num_warps,
-            **launch.CODE,
-        )
+        tiles = score_tiles(scored, u, query.eps)
+        _launch_selection(*tiles, cls_score, outputs[1:], merge=merge, normalize=normalize)
         launch_move(tokens, out, weights, slots, merge=merge)
     return outputs
+
+
+def _launch_selection(
+    scores: Tensor,
+    tops: Tensor,
+    totals: Tensor,
+    cls_score: Tensor,
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    *,
+    merge: bool,
+    normalize: bool,
+) -> None:
+    """Write kept, weights, slots and the row: at once, or the row first where it is long."""
+    kept, weights, slots, row = outputs
+    (B, N), (_, H, T) = row.shape, tops.shape
+    if N - 1 > launch.MAX_SELECTED:
+        launch_row(scores, tops, totals, cls_score, row)
+        flags = {"merge": merge, "normalize": normalize, "epsilon": EPSILON}
+        launch_select(row[:, 1:], None, kept, weights, slots, num_prefix_tokens=1, **flags)
+        return
+    block_n, block_t, num_warps = launch.select(N - 1, T)
+    _score_select_kernel[(B,)](
+        *(scores, tops, totals, cls_score, row, kept, weights, slots, N, kept.shape[1], H, T),
+        MERGE=merge,
+        NORMALIZE=normalize,
+        EPSILON=EPSILON,
+        BLOCK_N=block_n,
+        BLOCK_T=block_t,
+        num_warps=num_warps,
+        **launch.CODE,
+    )
 
 
 def _parted(arguments: tuple[Any, ...]) -> tuple[QueryArguments, tuple[Any, ...]]:

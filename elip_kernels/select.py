@@ -37,19 +37,29 @@ def kth_largest(key, K):
 
 
 @triton.jit
-def output_slots(key, threshold, K):
-    """-> (is_kept bool, slot int32) [BLOCK_N]: image order; kept padding fills the last slots."""
+def kept_among(key, threshold, above_before, equal_before, quota, K):
+    """-> (is_kept bool, slot int32) [BLOCK_N]: image order; kept padding fills the last slots.
+
+    Of the keys before these, `above_before` are larger than the K-th largest, and `equal_before`
+    equal it; of all, `quota` equal ones are kept.
+    """
     above = (key > threshold).to(tl.int32)
     equal = (key == threshold).to(tl.int32)
     packed = above | (equal << 16)
     before = tl.cumsum(packed, 0) - packed
-    above_before = before & 0xFFFF
-    equal_before = before >> 16
-    quota = K - tl.sum(above, 0)
+    above_before += before & 0xFFFF
+    equal_before += before >> 16
     is_kept = (above == 1) | ((equal == 1) & (equal_before < quota))
     in_order = above_before + tl.minimum(equal_before, quota)
     padding_last = tl.where(equal == 1, K - quota + equal_before, above_before)
     return is_kept, tl.where(threshold == PADDING_KEY, padding_last, in_order)
+
+
+@triton.jit
+def output_slots(key, threshold, K):
+    """`kept_among` of all keys of an image."""
+    quota = K - tl.sum((key > threshold).to(tl.int32), 0)
+    return kept_among(key, threshold, 0, 0, quota, K)
 
 
 @triton.jit
@@ -85,14 +95,22 @@ def store_selection(
     kept_ptr, weights_ptr, slots_ptr, is_kept, slot, weight, offs_n, mask_n, pid_b, N, K,
     P: tl.constexpr,
 ):  # fmt: skip
-    """One image's kept positions, weights and output rows, prefix tokens included."""
+    """Kept positions, weights and output rows of an image's candidates; of its N tokens, P are
+    prefix tokens. Where there are no weights, positions alone."""
     row = pid_b * N + P + offs_n
     tl.store(kept_ptr + pid_b * K + slot, (P + offs_n).to(tl.int64), mask=is_kept)
-    tl.store(weights_ptr + row, weight, mask=mask_n)
-    tl.store(slots_ptr + row, P + tl.where(is_kept, slot, K), mask=mask_n)
-    for i in tl.static_range(P):
-        tl.store(weights_ptr + pid_b * N + i, 0.0)
-        tl.store(slots_ptr + pid_b * N + i, i)
+    if weights_ptr is not None:
+        tl.store(weights_ptr + row, weight, mask=mask_n)
+        tl.store(slots_ptr + row, P + tl.where(is_kept, slot, K), mask=mask_n)
+
+
+@triton.jit
+def store_prefix(weights_ptr, slots_ptr, pid_b, N, P: tl.constexpr):
+    """Weights and output rows of an image's prefix tokens."""
+    if weights_ptr is not None:
+        for i in tl.static_range(P):
+            tl.store(weights_ptr + pid_b * N + i, 0.0)
+            tl.store(slots_ptr + pid_b * N + i, i)
 
 
 @triton.jit

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from elip_kernels import launch
 from elip_kernels._operator import Operator
-from elip_kernels._triton import tl, triton
 from elip_kernels._validate import (
     candidate_scores,
     check_keep,
@@ -23,7 +22,7 @@ from elip_kernels._validate import (
 )
 from elip_kernels.absorbed import accumulator
 from elip_kernels.reduce import places
-from elip_kernels.select import kth_largest, order_key, output_slots
+from elip_kernels.selection import launch_select
 
 
 def select_tokens(
@@ -64,44 +63,16 @@ def select_reference(
     return order[:, :keep].contiguous()
 
 
-@triton.jit(do_not_specialize=["N", "K"])
-def _select_kernel(
-    scores_ptr, real_ptr, kept_ptr, stride_sb, stride_rb, N, K,
-    P: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """One program per image: the K largest of its N scores, as `reduce` finds them."""
-    pid_b = tl.program_id(0).to(tl.int64)
-    offs_n = tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
-    score = tl.load(scores_ptr + pid_b * stride_sb + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    is_real = mask_n
-    if HAS_MASK:
-        is_real = mask_n & (
-            tl.load(real_ptr + pid_b * stride_rb + offs_n, mask=mask_n, other=0) != 0
-        )
-    key = order_key(score, is_real, mask_n)
-    is_kept, slot = output_slots(key, kth_largest(key, K), K)
-    tl.store(kept_ptr + pid_b * K + slot, (P + offs_n).to(tl.int64), mask=is_kept)
-
-
 def _select(scores: Tensor, real: Tensor | None, keep: int, num_prefix_tokens: int) -> Tensor:
     """Allocate, read launch.py, launch."""
-    B, N = scores.shape
+    B = scores.shape[0]
     scores = scores if scores.stride(1) == 1 else scores.contiguous()
     real = real if real is None or real.stride(1) == 1 else real.contiguous()
     kept = scores.new_empty(B, keep, dtype=torch.int64)
-    block_n, _, num_warps = launch.select(N, 1)
     if B == 0:
         return kept
     with launch.on_device(scores):
-        _select_kernel[(B,)](
-            *(scores, real, kept, scores.stride(0), 0 if real is None else real.stride(0), N, keep),
-            P=num_prefix_tokens,
-            HAS_MASK=real is not None,
-            BLOCK_N=block_n,
-            num_warps=num_warps,
-            **launch.CODE,
-        )
+        launch_select(scores, real, kept, num_prefix_tokens=num_prefix_tokens)
     return kept
 
 
@@ -109,9 +80,7 @@ _select_op = Operator(
     "select",
     select_reference,
     launcher=_select,
-    refuses=lambda scores, *_: launch.refuses(
-        scores, candidates=scores.shape[1], most=launch.MAX_SELECTED
-    ),
+    refuses=lambda scores, *_: launch.refuses(scores, candidates=scores.shape[1]),
     fake=lambda scores, real, keep, _: scores.new_empty(scores.shape[0], keep, dtype=torch.int64),
     flops=lambda *shapes, **kwargs: 0,
 )

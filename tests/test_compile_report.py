@@ -27,7 +27,7 @@ from elip_kernels.testing.compile import (
 )
 from tests.tiers import tiered
 
-KEEP = dict(REAL_CASES) | {1025: 400, 4097: 1600}
+KEEP = dict(REAL_CASES) | {1025: 400, 4097: 1600, 16_385: 6000}
 SIZE = {"bf16": 2, "fp32": 4}
 TRITON_3_6 = triton.__version__.startswith("3.6.")
 
@@ -76,13 +76,17 @@ def loads_wide(code, tile):
 
 
 @pytest.mark.parametrize("dtype", tiered(SIZE, ["bf16"]))
-@pytest.mark.parametrize("N", tiered([577, 257, 1025, 4097], [577]))
+@pytest.mark.parametrize("N", tiered([577, 257, 1025, 4097, 16_385], [577]))
 def test_a_boundary_scores_and_moves_by_128_bits_at_every_size(N, dtype):
     codes = compiled("score_reduce", N, dtype)
     assert all(is_clean(code) for _, code in codes.values())
-    most = {"_query_kernel": 160, "scores_kernel": 80, "_score_select_kernel": 64}
-    most |= {"_move_kernel": 64} | ({"_score_select_kernel": 160} if N > 1025 else {})
-    assert list(codes)[:4] == list(most)
+    most = {"_query_kernel": 160, "scores_kernel": 80}
+    if N > 4097:
+        most |= {"_row_kernel": 40, "_stream_kernel": 128}
+    else:
+        most["_score_select_kernel"] = 64 if N <= 1025 else 160
+    most["_move_kernel"] = 64
+    assert list(codes)[: len(most)] == list(most)
     for name, registers in most.items():
         assert codes[name][1].registers <= registers, name
     launch, code = codes["scores_kernel"]
@@ -103,8 +107,9 @@ def test_heads_of_every_width_make_their_query_without_a_spill(width, heads, dty
 
 @pytest.mark.parametrize("dtype", tiered(SIZE, []))
 @pytest.mark.parametrize("call", ["bipartite_merge", "merge_nearest"])
-def test_merging_stays_in_registers(call, dtype):
-    for name, (_, code) in compiled(call, 577, dtype).items():
+@pytest.mark.parametrize("N", [577, 1025, 16_385])
+def test_merging_stays_in_registers(N, call, dtype):
+    for name, (_, code) in compiled(call, N, dtype).items():
         assert is_clean(code), name
         assert code.registers <= (40 if name == "_merge_bwd_kernel" else 128), name
 

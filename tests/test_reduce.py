@@ -123,15 +123,17 @@ def test_what_no_kernel_takes_is_said_once():
     _operator._SAID.clear()
     with launchers_on_cpu(), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        for N in (4200, 4300):
+        for N in (70_000, 70_001):
             elip_kernels.reduce(torch.randn(1, N, 4), torch.rand(1, N - 1), 9)
     (warning,) = said
     assert issubclass(warning.category, _operator.PyTorchFormWarning)
-    assert re.search(r"elip::reduce of \(1, 4200, 4\).*at most 4,096", str(warning.message))
+    assert re.search(r"elip::reduce of \(1, 70000, 4\).*at most 65,536", str(warning.message))
 
 
-@pytest.mark.parametrize(("p", "N", "fits"), [(0, 4097, False), (1, 4097, True), (5, 4101, True)])
-def test_the_kernels_take_4096_candidates(p, N, fits):
+@pytest.mark.parametrize(
+    ("p", "N", "fits"), [(0, 65_537, False), (1, 65_537, True), (5, 65_541, True)]
+)
+def test_the_kernels_take_65536_candidates(p, N, fits):
     tokens, scores = torch.empty(1, N, 4), torch.empty(1, N - p)
     operator = OPERATORS["reduce"]
     assert (operator.refuses(tokens, scores, None, 3, p, True, True) is None) is fits

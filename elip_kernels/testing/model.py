@@ -95,10 +95,9 @@ def key_scores(B: int, H: int, N: int, d: int, dtype: torch.dtype, *, tiled: boo
     return Work(read, written, 2 * B * H * N * d)
 
 
-def row_of_keys(B: int, H: int, N: int) -> Work:
-    """The row from the scores of the tiles."""
-    tiles = max(1, ceil((N - 1) / launch.KEYS))
-    read = _scores(B, N, H, tiles) | {"cls_score": B * H * FP32}
+def row_of_keys(B: int, H: int, N: int, *, tiled: bool = False) -> Work:
+    """The row from the scores of the tiles, as `row`."""
+    read = _row_read(B, N, H, max(1, ceil((N - 1) / launch.KEYS)), tiled)
     return Work(read, {"out": B * N * FP32}, 0)
 
 
@@ -179,9 +178,10 @@ def score_tiles(B: int, N: int, D: int, H: int, dtype: torch.dtype, *, tiled: bo
     return Work(read, _scores(B, N, H, tiles), 2 * B * H * (N - 1) * D)
 
 
-def row(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> Work:
-    """The row from the scores of the tiles; CLS's own were made with the query."""
-    read = _scores(B, N, H, _tiles(B, N, D, H, dtype)) | {"cls_score": B * H * FP32}
+def row(B: int, N: int, D: int, H: int, dtype: torch.dtype, *, tiled: bool = False) -> Work:
+    """The row from the scores of the tiles; CLS's own were made with the query. `tiled`: each piece
+    of a row reads what the tiles add up to."""
+    read = _row_read(B, N, H, _tiles(B, N, D, H, dtype), tiled)
     return Work(read, {"out": B * N * FP32}, 0)
 
 
@@ -198,27 +198,29 @@ def bipartite_merge(
 ) -> Work:
     """The three launches: `bipartite_match`, `bipartite_slots`, `bipartite_gather`."""
     return together(
-        bipartite_match(B, N, C, dtype),
-        bipartite_slots(B, N, has_penalty=has_penalty),
+        bipartite_match(B, N, C, dtype, has_penalty=has_penalty),
+        bipartite_slots(B, N),
         bipartite_gather(B, N, D, r, dtype, has_size=has_size),
     )
 
 
-def bipartite_match(B: int, N: int, C: int, dtype: torch.dtype, *, tiled: bool = False) -> Work:
-    """Scores and partners of A. `tiled`: each tile of A reads all of B."""
+def bipartite_match(
+    B: int, N: int, C: int, dtype: torch.dtype, *, has_penalty: bool = False, tiled: bool = False
+) -> Work:
+    """Scores, less a penalty, and partners of A. `tiled`: each tile of A reads all of B."""
     size, num_a, num_b = dtype.itemsize, (N + 1) // 2, N // 2
     tiles = ceil(num_a / launch.bipartite_match(C, size)[0]) if tiled else 1
     read = {"metric": B * (num_a + tiles * num_b) * C * size}
+    if has_penalty:
+        read["penalty"] = B * num_a * FP32
     written = {"best": B * num_a * FP32, "partner": B * num_a * INT32}
     return Work(read, written, 2 * B * num_a * num_b * C)
 
 
-def bipartite_slots(B: int, N: int, *, has_penalty: bool = False) -> Work:
+def bipartite_slots(B: int, N: int) -> Work:
     """The output row of every token."""
     num_a = (N + 1) // 2
     read = {"best": B * num_a * FP32, "partner": B * num_a * INT32}
-    if has_penalty:
-        read["penalty"] = B * num_a * FP32
     return Work(read, {"slots": B * N * INT32}, 0)
 
 
@@ -335,6 +337,13 @@ def _tiles(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> int:
     """Tiles of patches an image."""
     tokens = torch.empty(B, N, D, dtype=dtype, device="meta")
     return ceil((N - 1) / launch.score_tiles(H, tokens)["BLOCK_N"])
+
+
+def _row_read(B: int, N: int, H: int, tiles: int, tiled: bool) -> dict[str, int]:
+    """What pieces of a row read."""
+    pieces = max(1, ceil((N - 1) / launch.row(N - 1, tiles)[0])) if tiled else 1
+    read = _scores(B, N, H, tiles) | {"cls_score": B * H * FP32}
+    return read | {name: pieces * n for name, n in read.items() if name != "scores"}
 
 
 def _scores(B: int, N: int, H: int, tiles: int) -> dict[str, int]:

@@ -74,6 +74,13 @@ def test_reduce(device, launches, case):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("N", pick([1026, 4098, 16_385], [1026]))
+def test_reduce_of_many_tokens(device, launches, N, dtype):
+    check_reduce(device, ops.reduce_inputs(2, N, dtype, pick(WIDTH, 8)))
+    assert launches.total() == 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("D", pick([1, 63, 64, 96, 130, 1024], [1, 65]))
 def test_reduce_of_any_width(device, launches, D, dtype):
     check_reduce(device, ops.reduce_inputs(3, pick(99, TOKENS), dtype, D))
@@ -270,17 +277,17 @@ def test_merge_nearest(device, launches, N, share, dtype):
     assert launches.total() == 3
 
 
-LONG = dict.fromkeys(("bipartite_merge", "merge_nearest"), 1100)
-LONG |= dict.fromkeys(("reduce", "score_reduce"), 4200)
-LONG |= dict.fromkeys(("cls_attention", "cls_attention_from_tokens"), 4200)
-NOT_TAKEN = [(name, 60, torch.float64) for name in ops.OPS]
-NOT_TAKEN += [(name, N, torch.float32) for name, N in LONG.items()]
+NOT_TAKEN = [(name, torch.float64, launch.MAX_STREAMED) for name in ops.OPS]
+NOT_TAKEN += [(name, torch.float32, 30) for name in ops.OPS if name != "cls_attend_from_tokens"]
 
 
-@pytest.mark.parametrize(("name", "N", "dtype"), NOT_TAKEN)
-def test_fp64_and_long_inputs_take_the_pytorch_form(device, launches, name, N, dtype):
+@pytest.mark.parametrize(("name", "dtype", "most"), NOT_TAKEN)
+def test_fp64_and_long_inputs_take_the_pytorch_form(
+    device, launches, monkeypatch, name, dtype, most
+):
+    monkeypatch.setattr(launch, "MAX_STREAMED", most)
     op = ops.OPS[name]
-    inputs = op.inputs(2, N, dtype)
+    inputs = op.inputs(2, 60, dtype)
     got = op.run(*on(device, inputs))
     any_size = {"_reduce_bwd_kernel", "_merge_bwd_kernel"}
     assert not launches or (dtype != torch.float64 and launches.keys() <= any_size)

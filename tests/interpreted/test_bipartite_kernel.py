@@ -196,7 +196,7 @@ def test_fp64_and_long_inputs_take_the_pytorch_form(launches, monkeypatch):
     tokens, metric, size = inputs(1, 9)
     leaf = tokens.double().requires_grad_()
     bipartite.bipartite_merge(leaf, metric.double(), 3, size=size)[0].sum().backward()
-    monkeypatch.setattr("elip_kernels.launch.MAX_CANDIDATES", 7)
+    monkeypatch.setattr("elip_kernels.launch.MAX_STREAMED", 7)
     leaf = tokens.requires_grad_()
     bipartite.bipartite_merge(leaf, metric, 3)[0].sum().backward()
     assert launches == Counter(dict.fromkeys(ALL_OPS, 2))  # dispatched, and handed on

@@ -9,11 +9,11 @@ from tests.interpreted.test_cls_attention_kernel import BUDGET, block, error
 from tests.interpreted.test_score_reduce_kernel import in_fp64
 from tests.tiers import tiered
 
-SIZES = [(785, 24), (1025, 24), (1370, 24), (2305, 16), (4097, 16)]
+SIZES = [(785, 24), (1025, 24), (1370, 24), (2305, 16), (4097, 16), (16_385, 5)]
 
 
 @pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.bfloat16]), ids=str)
-@pytest.mark.parametrize(("N", "D"), tiered(SIZES, SIZES[1:2] + SIZES[-1:]))
+@pytest.mark.parametrize(("N", "D"), tiered(SIZES, [SIZES[1], SIZES[4]]))
 def test_a_boundary_of_many_tokens_runs_the_kernels(launches, monkeypatch, N, D, dtype):
     def never(*args):
         raise AssertionError("the PyTorch form ran")
@@ -39,7 +39,9 @@ def test_a_boundary_of_many_tokens_runs_the_kernels(launches, monkeypatch, N, D,
 
 @pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.float32]), ids=str)
 @pytest.mark.parametrize("options", [{}, {"merge": False}, {"normalize": False}], ids=str)
-@pytest.mark.parametrize(("N", "p"), tiered([(1026, 1), (2305, 0), (4101, 5)], [(1026, 1)]))
+@pytest.mark.parametrize(
+    ("N", "p"), tiered([(1026, 1), (2305, 0), (4101, 5), (4102, 5), (16_385, 1)], [(1026, 1)])
+)
 def test_reduce_selects_and_moves_apart(launches, poisoned_memory, N, p, options, dtype):
     tokens, scores = torch.randn(2, N, 40).to(dtype), torch.rand(2, N - p)
     mask = torch.rand(2, N) < 0.8
@@ -60,8 +62,59 @@ def test_reduce_selects_and_moves_apart(launches, poisoned_memory, N, p, options
     torch.testing.assert_close(leaf.grad.double(), wide.grad, **close)
 
 
-def test_an_output_of_ten_thousand_tokens(launches):
-    tokens, cls = torch.randn(1, 10_001, 16), torch.randn(1, 16)
+SCORES = {
+    "random": lambda scores: scores,
+    "ties": lambda scores: (scores * 3).round(),
+    "all alike": torch.zeros_like,
+    "signs": lambda scores: scores.sign() * 0,
+    "not numbers": lambda scores: scores.where(scores < 1, float("nan")),
+    "infinities": lambda scores: scores.where(scores < 1, float("inf")),
+    "mostly minus infinity": lambda scores: scores.where(scores > 1.5, float("-inf")),
+}
+
+
+@pytest.mark.parametrize("keep", [1, 70, 199])
+@pytest.mark.parametrize("kind", tiered(SCORES, ["ties", "not numbers", "infinities"]))
+def test_scores_tile_by_tile_select_what_scores_at_once_do(launches, monkeypatch, kind, keep):
+    scores, mask = SCORES[kind](torch.randn(2, 201)), torch.rand(2, 201) < 0.8
+    mask[0] = torch.arange(201) < 40  # fewer than are kept
+    tokens, options = torch.randn(2, 201, 3), {"mask": mask, "return_info": True}
+    held = elip_kernels.reduce(tokens, scores, keep, **options)
+    kept = elip_kernels.select_tokens(scores, keep, mask=mask)
+    for name, value in {"MAX_MOVED": 9, "MAX_SELECTED": 9, "TILE": 64}.items():
+        monkeypatch.setattr(f"elip_kernels.launch.{name}", value)
+    streamed = elip_kernels.reduce(tokens, scores, keep, **options)
+    assert torch.equal(streamed[1].kept, held[1].kept)
+    assert torch.equal(streamed[1].mask, held[1].mask)
+    torch.testing.assert_close(streamed[1].weights, held[1].weights, equal_nan=True)
+    torch.testing.assert_close(streamed[0], held[0], equal_nan=True)
+    assert torch.equal(elip_kernels.select_tokens(scores, keep, mask=mask), kept)
+    assert launches["elip::reduce"] == 2 and launches["elip::select"] == 2
+
+
+@pytest.mark.parametrize("N", tiered([1026, 4097, 16_385], [1026]))
+def test_merging_many_tokens(launches, monkeypatch, N):
+    """By large tiles, of which the interpreter takes few."""
+    monkeypatch.setattr("elip_kernels.launch.bipartite_match", lambda C, size: (512, 512, 16, 4))
+    tokens, metric = torch.randn(1, N, 3), torch.randn(1, N, 8)
+    size, penalty = torch.randint(1, 6, (1, N)).float(), 3.0 * (torch.rand(1, N) < 0.3)
+    kept, r = elip_kernels.select_tokens(torch.rand(1, N), N // 8), N // 3
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        leaf, wide = tokens.to(dtype, copy=True).requires_grad_(), metric.to(dtype)
+        options = {"size": size.to(dtype), "return_info": True}
+        pairs = elip_kernels.bipartite_merge(leaf, wide, r, penalty=penalty.to(dtype), **options)
+        nearest = elip_kernels.merge_nearest(leaf, kept, wide, **options)
+        (pairs[0].square().sum() + nearest[0].square().sum()).backward()
+        slots = [pairs[2].slots, nearest[2].slots]
+        results.append([*pairs[:2], *nearest[:2], leaf.grad, *slots])
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours, exact.to(ours.dtype), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("N", tiered([4097, 16_385], [4097]))
+def test_an_output_of_many_tokens(launches, N):
+    tokens, cls = torch.randn(1, N, 16), torch.randn(1, 16)
     arguments = block(16, 2, torch.float32)
     value = {"v_weight": torch.randn(16, 16), "v_bias": None}
     got = elip_kernels.cls_attend_from_tokens(tokens, cls, **arguments, **value)

@@ -147,6 +147,6 @@ def test_no_output_is_left_unwritten(launches, poisoned_memory):
 def test_fp64_and_long_inputs_take_the_pytorch_form(launches):
     elip_kernels.reduce(torch.randn(1, 9, 4, dtype=torch.float64), torch.rand(1, 8), 3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("elip_kernels.launch.MAX_CANDIDATES", 7)
+        patch.setattr("elip_kernels.launch.MAX_STREAMED", 7)
         elip_kernels.reduce(torch.randn(1, 9, 4), torch.rand(1, 8), 3)
     assert launches["elip::reduce"] == 2  # dispatched, and handed on

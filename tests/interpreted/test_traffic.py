@@ -7,6 +7,7 @@ import triton.language as tl
 from torch.utils.flop_counter import FlopCounterMode
 
 import elip_kernels
+from elip_kernels import launch
 from elip_kernels.fuse_text import fuse_text
 from elip_kernels.testing import Case, model
 from elip_kernels.testing.traffic import traffic
@@ -31,10 +32,11 @@ def reduce_works(*case, tiled=False, masked=False, normalize=True, **options):
     forward, backward = model.reduce(*case, **options), model.reduce_backward(*case, **options)
     if masked:
         forward.read["mask"] = case[0] * (case[1] - options.get("num_prefix_tokens", 1))
-    if case[1] <= 1024:
+    if case[1] <= launch.MAX_MOVED:
         return [forward, backward]
     selected = {n: v for n, v in forward.written.items() if n != "out"}
-    first = model.Work({n: v for n, v in forward.read.items() if n != "tokens"}, selected, 0)
+    names = {"scores": "scores", "mask": "real"}
+    first = model.Work({names[n]: v for n, v in forward.read.items() if n in names}, selected, 0)
     return [first, model.move(*case, **options), backward]
 
 
@@ -58,11 +60,21 @@ def query_work(B, D, dtype, tiled=False, **options):
     return model.query(B, D, H, dtype, width=H * 8, **options)
 
 
+def selection_works(B, N, D, K, dtype):
+    """One launch; or the row, and then the selection by it."""
+    at_once = model.select_row(B, N, D, K, H, dtype)
+    if N - 1 <= launch.MAX_SELECTED:
+        return [at_once]
+    row, written = model.row(B, N, D, H, dtype), dict(at_once.written)
+    del written["row"]
+    return [row, model.Work({"scores": B * (N - 1) * 4}, written, 0)]
+
+
 def score_reduce_works(B, N, D, K, dtype, tiled=False, merge=True, has_text=False):
     return [
         query_work(B, D, dtype, has_text=has_text),
         model.score_tiles(B, N, D, H, dtype, tiled=tiled),
-        model.select_row(B, N, D, K, H, dtype),
+        *selection_works(B, N, D, K, dtype),
         model.move(B, N, D, K, dtype, merge=merge),
         model.reduce_backward(B, N, D, K, dtype, merge=merge),
     ]
@@ -83,7 +95,7 @@ def run_row_from_tokens(B, N, D, K, dtype):
 
 def row_from_tokens_works(B, N, D, K, dtype, tiled=False):
     tiles = model.score_tiles(B, N, D, H, dtype, tiled=tiled)
-    return [query_work(B, D, dtype), tiles, model.row(B, N, D, H, dtype)]
+    return [query_work(B, D, dtype), tiles, model.row(B, N, D, H, dtype, tiled=tiled)]
 
 
 def run_attend(B, N, D, K, dtype):
@@ -102,7 +114,7 @@ def run_generic_row(B, N, D, K, dtype):
 
 def generic_row_works(B, N, D, K, dtype, tiled=False):
     first = model.key_scores(B, 3, N, D // 3 + 1, dtype, tiled=tiled)
-    return [first, model.row_of_keys(B, 3, N)]
+    return [first, model.row_of_keys(B, 3, N, tiled=tiled)]
 
 
 def run_bipartite(B, N, D, K, dtype, has_size=True, has_penalty=False):
@@ -116,8 +128,8 @@ def run_bipartite(B, N, D, K, dtype, has_size=True, has_penalty=False):
 def bipartite_works(B, N, D, K, dtype, has_size=True, has_penalty=False, tiled=False):
     r, options = min(K, (N - 1) // 2), {"has_size": has_size, "tiled": tiled}
     return [
-        model.bipartite_match(B, N, C, dtype, tiled=tiled),
-        model.bipartite_slots(B, N, has_penalty=has_penalty),
+        model.bipartite_match(B, N, C, dtype, has_penalty=has_penalty, tiled=tiled),
+        model.bipartite_slots(B, N),
         model.bipartite_gather(B, N, D, r, dtype, **options),
         model.bipartite_merge_backward(B, N, D, r, dtype, **options),
     ]
@@ -223,8 +235,14 @@ def test_a_text_for_all_images_is_fused(launches):
 
 
 @pytest.mark.parametrize("options", [{}, {"merge": False, "masked": True}], ids=str)
-def test_many_tokens_are_selected_first(launches, options):
-    check("reduce", (2, 1100, 70, 300, bf16), **options)
+@pytest.mark.parametrize(
+    "limits", [{"MAX_SELECTED": 200}, {"MAX_SELECTED": 64, "TILE": 64}], ids=str
+)
+def test_many_tokens_are_selected_first(launches, monkeypatch, limits, options):
+    for name, value in ({"MAX_MOVED": 64} | limits).items():
+        monkeypatch.setattr(launch, name, value)
+    check("reduce", (2, 150, 70, 60, bf16), **options)
+    check("score_reduce", (1, 150, 40, 60, bf16))
 
 
 @pytest.mark.parametrize("op", ["bipartite", "nearest"])
