@@ -64,7 +64,7 @@ def test_later_override_wins(recipe):
         (
             "optim.weight_decy=1",
             "lr_scale, weight_decay, no_decay, betas, eps, max_grad_norm, max_nonfinite_steps, "
-            "precision, grad_checkpointing, batch_slices, compile, ema, gather; "
+            "precision, grad_checkpointing, batch_slices, compile, ema, gather, shard; "
             "did you mean 'optim.weight_decay'?",
         ),
         ("lr=1", "lr: no such key; a recipe has name, output_dir, model"),

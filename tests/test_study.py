@@ -373,7 +373,7 @@ def test_arms_of_a_seed_share_initialisation_and_batches(tmp_path):
         config = study.config(Run(arm, seed))
         runner._make_tokenizer(study, config)
         trainer = Trainer(config, resume=True, console=QUIET)
-        weights = {name: value.clone() for name, value in trainer.bare_model.state_dict().items()}
+        weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
         trainer.model.train()
         trainer._train_step()  # what a strategy draws at random must not move the data
         batch = next(trainer.batches)

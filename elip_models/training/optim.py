@@ -96,4 +96,4 @@ def _any_fits(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _is_vector(parameter: nn.Parameter) -> bool:
-    return parameter.squeeze().ndim < 2
+    return sum(size != 1 for size in parameter.shape) < 2

@@ -146,6 +146,7 @@ class OptimConfig:
         ema: Decay of an exponential moving average of the weights, such as 0.9999, which is then
             what is evaluated and saved as the model; checkpoints hold both. null keeps none.
         gather: Contrast within a rank ("local") or over all of them ("global").
+        shard: Shard CLIP or METER over the ranks, by FSDP2, instead of a whole model on each.
     """
 
     batch_size: PositiveInt
@@ -173,6 +174,7 @@ class OptimConfig:
     compile: bool | Literal["inductor", "aot_eager", "eager"] = False
     ema: Rate | None = None
     gather: Literal["local", "global"] = "local"
+    shard: bool = False
 
 
 @dataclass(frozen=True)

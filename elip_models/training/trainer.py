@@ -13,12 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from elip_models.models.adapt import trainable_counts
-from elip_models.models.base import PretrainedModel
 from elip_models.models.registry import family_of
 from elip_models.profiling.measure import saved_bytes
 from elip_models.tasks.registry import save_answers
@@ -29,12 +26,13 @@ from elip_models.training.feed import make_feed
 from elip_models.training.loss_log import LossLog, losses_of
 from elip_models.training.model import make_model
 from elip_models.training.optim import learning_rate
-from elip_models.training.optimizers import make_optimizer, step_
 from elip_models.training.origin import origin
 from elip_models.training.recipe import RunConfig
+from elip_models.training.replicated import Replicated
 from elip_models.training.result import TrainResult
 from elip_models.training.run_checkpoints import step_of
 from elip_models.training.run_folder import RunFolder
+from elip_models.training.sharded import Sharded, check_sharding
 from elip_models.training.stop import Stop
 from elip_models.training.training_data import (
     check_guide_captions,
@@ -92,6 +90,8 @@ class Trainer:
         self.config = config
         self.folder = RunFolder(config.output_dir)
         self.accelerator = make_accelerator(config, self.folder)
+        if config.optim.shard:
+            check_sharding(config, self.accelerator.num_processes)
         self.console = console if self.accelerator.is_main_process else Console(quiet=True)
         self.losses = LossLog(self.accelerator, most=config.optim.max_nonfinite_steps)
         self.accelerator.wait_for_everyone()
@@ -196,28 +196,12 @@ class Trainer:
             resumed=resumed,
             console=self.console,
         )
-        with blame("optim"):
-            optimizer = make_optimizer(model, optim)
-        self.average = None if optim.ema is None else self._average_of(model, optim.ema)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.bare_model = self.accelerator.unwrap_model(self.model)
-        trained, every = trainable_counts(self.bare_model)
+        place = Sharded if optim.shard else Replicated
+        self.parallel = place(self.accelerator, model, optim)
+        self.model = self.parallel.model
+        trained, every = trainable_counts(self.model)
         self.what_trains = {"trainable": trained, "trainable_share": round(trained / every, 6)}
-        backend = "inductor" if optim.compile is True else optim.compile
-        self.step_model = torch.compile(self.model, backend=backend) if backend else self.model
         set_seed(seed, device_specific=True)
-
-    def _average_of(self, model: PretrainedModel, decay: float) -> AveragedModel:
-        """The moving average of the weights, as part of the checkpoints."""
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
-        average.module.to(self.accelerator.device)  # the count of steps stays with the host
-        self.accelerator.register_for_checkpointing(average)
-        return average
-
-    @property
-    def trained_model(self) -> PretrainedModel:
-        """What is evaluated and saved: the average, where there is one."""
-        return self.bare_model if self.average is None else self.average.module
 
     def _restore(self, checkpoint: Path | None) -> None:
         """Puts model, optimiser, random generators, data and log where `checkpoint` left them."""
@@ -228,7 +212,7 @@ class Trainer:
         batches_done = self.step * self.config.optim.grad_accumulation
         self.feed.start(batches_done, checkpoint)
         if checkpoint is not None:
-            self.accelerator.load_state(str(checkpoint))
+            self.parallel.load(checkpoint)
         if self.accelerator.is_main_process:
             self.folder.truncate_rows(self.step)
         losses = [row["loss"] for row in self.folder.rows() if "loss" in row]
@@ -242,29 +226,19 @@ class Trainer:
 
     def _train_step(self) -> None:
         """One optimiser step over `grad_accumulation` batches."""
-        self.bare_model.begin_step(self.step, self.step / self.steps_per_epoch)
+        self.model.begin_step(self.step, self.step / self.steps_per_epoch)
         optim, accelerator = self.config.optim, self.accelerator
-        for group in self.optimizer.param_groups:
+        for group in self.parallel.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step) * group["lr_scale"]
         losses = []
         for _ in range(optim.grad_accumulation):
             tensors = self.feed.next_batch()
             tensors = {n: t.to(accelerator.device, non_blocking=True) for n, t in tensors.items()}
-            with accelerator.accumulate(self.model):
+            with self.parallel.accumulate():
                 output = self._forward(tensors)
                 accelerator.backward(output.loss)
             losses.append(losses_of(output))
-        max_norm = math.inf if optim.max_grad_norm is None else optim.max_grad_norm
-        grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
-        if accelerator.scaler is None:
-            step_(self.optimizer, grad_norm)
-        else:
-            self.optimizer.step()  # the scaler leaves it out where the gradient is not finite
-        self.optimizer.zero_grad()
-        self.bare_model.clamp_temperature_()
-        if self.average is not None:
-            self.average.update_parameters(self.bare_model)
-        self.losses.add(losses, grad_norm)
+        self.losses.add(losses, self.parallel.step_(optim.max_grad_norm))
         self.step += 1
 
     def _forward(self, tensors: dict[str, Tensor]) -> Any:
@@ -272,9 +246,9 @@ class Trainer:
         one process runs it as it is written."""
         is_counted = self.accelerator.num_processes == 1 and not self.config.optim.compile
         if self.step > self.first_step or not is_counted:
-            return self.step_model(**tensors)
+            return self.parallel.forward(**tensors)
         with saved_bytes(self.model.parameters()) as count:
-            output = self.step_model(**tensors)
+            output = self.parallel.forward(**tensors)
         self.what_trains["saved_bytes"] = count()
         return output
 
@@ -284,7 +258,7 @@ class Trainer:
         optim, first_step, start = self.config.optim, *self.window
         images = (self.step - first_step) * optim.grad_accumulation * optim.batch_size
         speed = images * self.accelerator.num_processes / (time.perf_counter() - start)
-        monitored = {name: value.item() for name, value in self.bare_model.monitored().items()}
+        monitored = {name: value.item() for name, value in self.model.monitored().items()}
         lr = self.learning_rate(self.step - 1)
         own = {"images_per_second": round(speed, 2), **self.what_trains}
         self.what_trains = {}  # said once
@@ -317,10 +291,9 @@ class Trainer:
     def _evaluate(self, tasks: Sequence[str]) -> list[Scores]:
         """Scores of the main process, while the others wait; none on those."""
         found = []
-        if self.accelerator.is_main_process:
-            with self.accelerator.autocast():
-                model, tokenizer = self.trained_model, self.tokenizer
-                found = [self.evaluation.run(task, model, tokenizer) for task in tasks]
+        with self.parallel.evaluated() as model, self.accelerator.autocast():
+            if self.accelerator.is_main_process:
+                found = [self.evaluation.run(task, model, self.tokenizer) for task in tasks]
         self.accelerator.wait_for_everyone()
         return found
 
@@ -328,7 +301,7 @@ class Trainer:
         if self.losses:
             self._read_losses()
         unfinished = self.folder.checkpoints.unfinished(self.step)
-        self.accelerator.save_state(str(unfinished))
+        self.parallel.save(unfinished)
         self.feed.save(unfinished)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
@@ -340,8 +313,7 @@ class Trainer:
     def _finish(self) -> TrainResult:
         if self.first_step >= self.total_steps:  # resumed after its last step, not evaluated yet
             self._evaluate(self.evaluation.at_end)
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # takes autocast off it
-        model = self.trained_model.eval()
+        model = self.parallel.finish()
         if self.accelerator.is_main_process:
             model.save_pretrained(self.folder.model, tokenizer=self.tokenizer)
             if self.evaluation.answers is not None:

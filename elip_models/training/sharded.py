@@ -1,0 +1,213 @@
+"""A model whose weights, gradients and moments are sharded over the processes: FSDP2.
+
+    unit        each transformer layer by itself, then all that is left, by `fully_shard`
+    whole       scalars, such as the temperature: on every process, their gradients averaged here
+    precision   autocast, as under DistributedDataParallel, but without its cache: a cast weight
+                that two passes share has its gradient when FSDP has reduced that of the layer
+    checkpoint  each process writes its shards, by torch.distributed.checkpoint
+
+Ranks, device, accumulation, trackers and random generators are accelerate's still. Where a whole
+model is asked for, to evaluate and to save, the main process gathers the weights into a copy that
+waits in host memory.
+"""
+
+import copy
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+from transformers.models.bert.modeling_bert import BertLayer
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+
+from elip_models.models.base import PretrainedModel
+from elip_models.models.distilled_model import DistilledModel
+from elip_models.models.registry import family_of
+from elip_models.training.optimizers import make_optimizer, step_
+from elip_models.training.recipe import OptimConfig, RunConfig
+from elip_models.validation import ConfigError, blame, extra
+
+with extra("elip_models.training"):
+    from accelerate.utils import AutocastKwargs
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+LAYERS = (Block, BertLayer, CLIPEncoderLayer)
+SHARDS = "shards"
+"""Folder of a checkpoint."""
+
+
+def check_sharding(config: RunConfig, num_processes: int) -> None:
+    """Raises ConfigError where the recipe asks for what cannot be sharded."""
+    optim = config.optim
+    with blame("model.name"):
+        family = family_of(config.model.name, config.task)
+    if num_processes == 1:
+        raise ConfigError(
+            "optim.shard: expected false on one process, which would hold every shard, got true; "
+            "start several with torchrun --nproc-per-node"
+        )
+    if issubclass(family, DistilledModel):
+        raise ConfigError(
+            f"optim.shard: expected false for {family.__name__}, whose momentum encoders would "
+            "follow gathered weights that FSDP frees, got true; CLIP and METER can be sharded"
+        )
+    refused = {
+        "precision": ("fp16", "'fp32' or 'bf16'", "the gradient scaler would see one shard alone"),
+        "name": ("muon", "'adamw' or 'lion'", "Muon makes whole matrices orthogonal, not shards"),
+    }
+    for name, (value, expected, reason) in refused.items():
+        if getattr(optim, name) == value:
+            raise _with_shard(name, expected, reason, value)
+    if optim.ema is not None:
+        raise _with_shard("ema", "null", "the average is kept of a whole model", optim.ema)
+    if optim.compile:
+        raise _with_shard("compile", "false", "compiled shards are not tested", optim.compile)
+
+
+def _with_shard(name: str, expected: str, reason: str, got: object) -> ConfigError:
+    return ConfigError(
+        f"optim.{name}: expected {expected} with optim.shard=true, as {reason}, got {got!r}"
+    )
+
+
+class Sharded:
+    """The model and its optimiser, as `Replicated` offers them.
+
+    `model` is sharded; its temperature is whole. All processes call every method together.
+    """
+
+    def __init__(
+        self, accelerator: "Accelerator", model: PretrainedModel, optim: OptimConfig
+    ) -> None:
+        self.accelerator = accelerator
+        self.copy = copy.deepcopy(model) if accelerator.is_main_process else None
+        self.scalars = {each for each in model.parameters() if each.ndim == 0}
+        self.model = shard_(model, self.scalars, accelerator.device)
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # only read
+        with blame("optim"):
+            self.optimizer = make_optimizer(model, optim)
+        _set_apart_(self.optimizer, self.scalars)
+
+    def forward(self, **tensors: Tensor) -> Any:
+        """The model's output, in the precision of the run."""
+        with self.accelerator.autocast(AutocastKwargs(cache_enabled=False)):
+            return self.model(**tensors)
+
+    def accumulate(self) -> AbstractContextManager[None]:
+        """Around forward and backward of a batch, whose gradients are reduced at once, for whole
+        ones are not to be kept."""
+        return self.accelerator.accumulate()
+
+    def step_(self, max_norm: float | None) -> Tensor:
+        """Clips the gradients and takes a step, unless they are not finite.
+
+        Returns:
+            Their norm, of all processes, before clipping.
+        """
+        for each in self.scalars:
+            if each.grad is not None:
+                each.grad = self.accelerator.reduce(each.grad, "mean")
+        grad_norm = clip_grad_norm_(self.model, math.inf if max_norm is None else max_norm)
+        step_(self.optimizer, grad_norm)
+        self.optimizer.zero_grad()
+        self.model.clamp_temperature_()
+        return grad_norm
+
+    @contextmanager
+    def evaluated(self) -> Iterator[PretrainedModel | None]:
+        """The whole model on the main process, on its device while it is used; None on others."""
+        yield self._gathered()
+        if self.copy is not None:
+            self.copy.to("cpu")
+
+    def finish(self) -> PretrainedModel:
+        """The whole model on the main process, what is sharded on the others, in eval mode."""
+        return (self._gathered() or self.model).eval()
+
+    def _gathered(self) -> PretrainedModel | None:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(self.model, options=options)
+        if self.copy is None:
+            return None
+        self.copy.load_state_dict(state)
+        return self.copy.to(self.accelerator.device)
+
+    def save(self, folder: Path) -> None:
+        """Writes the shards of model and optimiser, and the random generators of each process."""
+        self.accelerator.save_state(str(folder))
+        dcp.save(self._state(), checkpoint_id=folder / SHARDS)
+
+    def load(self, folder: Path) -> None:
+        """Reads what `save` wrote."""
+        state = self._state()
+        dcp.load(state, checkpoint_id=folder / SHARDS)
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+        self.accelerator.load_state(str(folder))
+
+    def _state(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer}
+
+
+def shard_(
+    model: PretrainedModel, scalars: set[nn.Parameter], device: torch.device
+) -> PretrainedModel:
+    """Shards each transformer layer, then the model but for its `scalars`, in place; each goes to
+    `device` when its turn comes."""
+    for module in model.modules():
+        if isinstance(module, LAYERS):
+            fully_shard(module)
+    fully_shard(model, ignored_params=scalars)
+    for each in scalars:
+        each.data = each.data.to(device)
+    return model
+
+
+def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
+    """Clips gradients, of which some are shards -> the norm of all of them, whole, on every
+    process."""
+    given = [each for each in model.parameters() if each.grad is not None]
+    groups = [
+        [each for each in given if isinstance(each, DTensor) == kind] for kind in (True, False)
+    ]
+    groups = [group for group in groups if group]
+    norms = [get_total_norm([each.grad for each in group]) for group in groups]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    grad_norm = torch.linalg.vector_norm(torch.stack(whole))
+    for group in groups:
+        clip_grads_with_norm_(group, max_norm, grad_norm)
+    return grad_norm
+
+
+def _set_apart_(optimizer: Optimizer, scalars: set[nn.Parameter]) -> None:
+    """Gives whole parameters groups of their own, for a fused optimiser takes no mixed ones; empty
+    groups go."""
+    groups, optimizer.param_groups = optimizer.param_groups, []
+    for group in groups:
+        for is_whole in (False, True):
+            chosen = [each for each in group["params"] if (each in scalars) == is_whole]
+            if chosen:
+                optimizer.add_param_group(group | {"params": chosen})
