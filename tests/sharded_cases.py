@@ -1,5 +1,6 @@
 """Recipes trained on two processes, sharded by FSDP2 and whole under DistributedDataParallel."""
 
+import json
 import os
 import shutil
 from contextlib import contextmanager
@@ -93,8 +94,9 @@ def resumed(rank, options=(), recipe="clip_tiny"):
             shutil.rmtree(stopped / "model")
             checkpoint = RunFolder(stopped).checkpoints.latest()
             assert checkpoint.name == "step_00000004"
-            shards = {each.name for each in (checkpoint / "shards").iterdir()}
-            assert shards == {".metadata", "__0_0.distcp", "__1_0.distcp"}
+            written = set(json.loads((checkpoint / "run.json").read_text())["files"])
+            shards = {f"shards/{name}" for name in (".metadata", "__0_0.distcp", "__1_0.distcp")}
+            assert written == shards | {f"random_states_{rank}.pkl" for rank in range(2)}
         dist.barrier()
         run(stopped, *options, resume=True, recipe=recipe)
         assert_equal_runs(stopped, whole, **EXACT)

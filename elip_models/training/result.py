@@ -20,7 +20,8 @@ class TrainResult:
     """What a finished run leaves in memory.
 
     Args:
-        model: Trained, in eval mode, without the wrappers of training.
+        model: Trained, in eval mode, without the wrappers of training. Of a sharded run it is whole
+            on the main process, and on the others sharded.
         tokenizer: Of the model.
         eval_source: `data.eval`, opened; None where the recipe names none.
         output_dir: Folder of the run.

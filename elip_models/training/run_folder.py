@@ -5,7 +5,8 @@
     tokenizer/                   the tokenizer, where it was trained on the captions
     metrics.jsonl                a row every `log_every` steps, and one an evaluation
     tensorboard/                 the same, for TensorBoard
-    checkpoints/step_00001000/   model, optimiser, random generators; the newest few whole ones
+    checkpoints/step_00001000/   model, optimiser, random generators, whole or in shards; the newest
+                                 few complete ones
     model/                       the trained model and its tokenizer
 
 A checkpoint and a tokenizer are written under a name that nothing reads, and renamed when complete.

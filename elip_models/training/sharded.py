@@ -99,12 +99,12 @@ class Sharded:
     ) -> None:
         self.accelerator = accelerator
         self.copy = copy.deepcopy(model) if accelerator.is_main_process else None
-        self.scalars = {each for each in model.parameters() if each.ndim == 0}
-        self.model = shard_(model, self.scalars, accelerator.device)
+        self.model = model
+        self.scalars = shard_(model, accelerator.device)
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # only read
         with blame("optim"):
             self.optimizer = make_optimizer(model, optim)
-        _set_apart_(self.optimizer, self.scalars)
+        _set_apart_(self.optimizer)
 
     def forward(self, **tensors: Tensor) -> Any:
         """The model's output, in the precision of the run."""
@@ -172,18 +172,21 @@ class Sharded:
         return {"model": model, "optimizer": optimizer}
 
 
-def shard_(
-    model: PretrainedModel, scalars: set[nn.Parameter], device: torch.device
-) -> PretrainedModel:
-    """Shards each transformer layer, then the model but for its `scalars`, in place; each goes to
-    `device` when its turn comes."""
+def shard_(model: nn.Module, device: torch.device) -> list[nn.Parameter]:
+    """Shards each transformer layer, then the model, in place; each goes to `device` when its turn
+    comes.
+
+    Returns:
+        The scalars, which stay whole, in the same order on every process.
+    """
     for module in model.modules():
         if isinstance(module, LAYERS):
             fully_shard(module)
-    fully_shard(model, ignored_params=scalars)
+    scalars = [each for each in model.parameters() if each.ndim == 0]
+    fully_shard(model, ignored_params=set(scalars))
     for each in scalars:
         each.data = each.data.to(device)
-    return model
+    return scalars
 
 
 def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
@@ -191,7 +194,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     process."""
     given = [each for each in model.parameters() if each.grad is not None]
     groups = [
-        [each for each in given if isinstance(each, DTensor) == kind] for kind in (True, False)
+        [each for each in given if isinstance(each, DTensor) == is_shard]
+        for is_shard in (True, False)
     ]
     groups = [group for group in groups if group]
     norms = [get_total_norm([each.grad for each in group]) for group in groups]
@@ -202,12 +206,12 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     return grad_norm
 
 
-def _set_apart_(optimizer: Optimizer, scalars: set[nn.Parameter]) -> None:
+def _set_apart_(optimizer: Optimizer) -> None:
     """Gives whole parameters groups of their own, for a fused optimiser takes no mixed ones; empty
     groups go."""
     groups, optimizer.param_groups = optimizer.param_groups, []
     for group in groups:
-        for is_whole in (False, True):
-            chosen = [each for each in group["params"] if (each in scalars) == is_whole]
+        for is_shard in (True, False):
+            chosen = [each for each in group["params"] if isinstance(each, DTensor) == is_shard]
             if chosen:
                 optimizer.add_param_group(group | {"params": chosen})
