@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # What only a GPU can show, without a network or an installation, each in less than nine minutes.
 #   benchmarks/gpu.sh tests   tests/gpu; GOLDEN=FOLDER names the golden tensors
+#   benchmarks/gpu.sh sanitize  small cases of tests/gpu under compute-sanitizer: memcheck, racecheck,
+#                             initcheck; sanitize TOOL runs one
 #   benchmarks/gpu.sh tune    the numbers of elip_kernels/launch.py, tried against each other
 #   benchmarks/gpu.sh bench   benchmarks/ against the official algorithm, eager forms and a copy;
 #                             bench tower, or another NAME, runs bench_NAME.py alone
@@ -19,11 +21,15 @@ refuse() {
 
 case "${1:-}" in
   tests) ;;
+  sanitize)
+    command -v compute-sanitizer >/dev/null ||
+      refuse "expected compute-sanitizer of the CUDA toolkit on the PATH, got none"
+    ;;
   tune | bench)
     [[ -n ${COMMIT:-} ]] || git rev-parse --quiet --verify HEAD >/dev/null 2>&1 ||
       refuse "expected the commit that is measured in COMMIT, as there is no .git; got none"
     ;;
-  *) refuse "expected tests, tune or bench, got '${1:-}'" ;;
+  *) refuse "expected tests, sanitize, tune or bench, got '${1:-}'" ;;
 esac
 device=$(python3 -c 'import torch; print(torch.cuda.get_device_name())' 2>/dev/null) ||
   refuse "expected PyTorch and a CUDA or ROCm device, got none; run it on a machine with a GPU"
@@ -41,6 +47,16 @@ case $1 in
   tests)
     limited -m pytest -p no:cacheprovider -m gpu --durations=20 \
       ${golden:+--golden "$golden"} tests/gpu
+    ;;
+  sanitize)
+    tools=(memcheck racecheck initcheck)
+    [[ -z ${2:-} ]] || tools=("$2")
+    for tool in "${tools[@]}"; do
+      timeout --signal=INT --kill-after=15 "$((500 / ${#tools[@]}))" \
+        compute-sanitizer --tool "$tool" --error-exitcode 1 \
+        python3 -m pytest -p no:cacheprovider -q -m gpu -k "empty or any_width or score_reduce" \
+        tests/gpu/test_accuracy.py 2>&1 | tee -a "$log"
+    done
     ;;
   tune)
     limited -m benchmarks.tune --out "$out/tune.json" --seconds 440

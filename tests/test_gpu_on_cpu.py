@@ -66,7 +66,12 @@ def started(tmp_path):
     stub.write_text(
         '#!/bin/sh\n[ "$1" = -c ] && echo "NVIDIA H100" && exit\nprintf "%s\\n" "$@" >>"$CALLS"\n'
     )
-    stub.chmod(0o755)
+    sanitizer = tmp_path / "compute-sanitizer"
+    sanitizer.write_text(
+        '#!/bin/sh\necho "$2" >>"$CALLS"\nuntil [ "$1" = python3 ]; do shift; done\nexec "$@"\n'
+    )
+    for each in (stub, sanitizer):
+        each.chmod(0o755)
 
     def start(*words):
         calls = tmp_path / "calls"
@@ -88,6 +93,15 @@ def test_gpu_sh_starts_tests_that_are_there(started, tmp_path):
     assert words[:2] == ["-m", "pytest"] and words[-1] == "tests/gpu"
     assert words[words.index("-m", 1) + 1] == "gpu"
     assert words[words.index("--golden") + 1] == str(tmp_path)
+
+
+@pytest.mark.parametrize("tools", [["memcheck", "racecheck", "initcheck"], ["racecheck"]])
+def test_gpu_sh_sanitizes_tests_that_are_there(started, tools):
+    words = started("sanitize", *(tools if len(tools) == 1 else []))
+    assert [word for word in words if word.endswith("check")] == tools
+    assert words.count("tests/gpu/test_accuracy.py") == len(tools)
+    names = words[words.index("-k") + 1].split(" or ")
+    assert all(any(name in test for test in defined()) for name in names)
 
 
 def test_gpu_sh_starts_a_sweep_with_options_that_it_has(started, monkeypatch, tmp_path):

@@ -1,5 +1,9 @@
 """Every kernel at the real cases, compiled ahead of time: one row per kernel, tokens, dtype and
-architecture. fp16 compiles as bf16 does."""
+architecture. fp16 compiles as bf16 does.
+
+Of three machines a row says how many programs a batch starts, and in how many waves they run, as
+many at once as the occupancy lets: 12/1 is twelve programs in one wave.
+"""
 
 import os
 import threading
@@ -7,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import product
+from math import ceil, prod
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
@@ -20,6 +25,9 @@ HEADS, WIDTH = 12, 768
 KEY = ("kernel", "N", "dtype", "arch")
 COLUMNS = (*KEY, "warps", "stages", "registers", "stack", "spills", "shared")
 COLUMNS += ("occupancy", "limit", "wide_share", "instructions")
+FILLED = (1, 8, 32, 64, 256)  # images in a batch, of which programs and waves are said
+PROCESSORS = {90: 132, 100: 148, "gfx942": 304}  # SMs or CUs of an H100 SXM, a B200, an MI300X
+COLUMNS += tuple(f"B={B}" for B in FILLED)
 
 
 class Job(NamedTuple):
@@ -42,7 +50,30 @@ def report(archs: Sequence[Arch], calls: Sequence[str]) -> list[dict[str, Any]]:
             jobs.setdefault((launch.name, N, dtype, arch), Job(call, B, N, K, dtype, arch, index))
     with ThreadPoolExecutor(os.cpu_count()) as lanes:
         facts = list(lanes.map(_compile_apart, jobs.values()))
-    return [dict(zip(KEY, key, strict=True)) | f for key, f in zip(jobs, facts, strict=True)]
+    rows = [dict(zip(KEY, key, strict=True)) | f for key, f in zip(jobs, facts, strict=True)]
+    started = programs(calls) if PROCESSORS.keys() & set(archs) else {}
+    for row in rows:
+        if row["arch"] in PROCESSORS and row.get("occupancy"):
+            counts = started[row["kernel"], row["N"], row["dtype"]]
+            row |= {f"B={B}": f"{n}/{waves(n, row)}" for B, n in counts.items()}
+    return rows
+
+
+def programs(
+    calls: Sequence[str], batches: Sequence[int] = FILLED
+) -> dict[tuple[str, int, str], dict[int, int]]:
+    """By kernel, tokens and dtype: how many programs a batch of each size starts."""
+    found: dict[tuple[str, int, str], dict[int, int]] = {}
+    for call, (N, K), dtype, B in product(calls, REAL_CASES, DTYPES, batches):
+        for launch in recorded_call(call, B, N, K, dtype, 90):
+            found.setdefault((launch.name, N, dtype), {})[B] = prod(launch.grid)
+    return found
+
+
+def waves(count: int, row: dict[str, Any]) -> int:
+    """In how many turns a machine runs so many programs of a row's kernel."""
+    at_once = row["occupancy"] // row["warps"] * PROCESSORS[row["arch"]]
+    return ceil(count / at_once)
 
 
 def recorded_call(
