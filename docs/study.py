@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import yaml
+
 from elip_models.study.chart import draw
-from elip_models.study.page import INTERVALS, page
-from elip_models.study.results import read_results
+from elip_models.study.page import INTERVALS, is_loss, page, shown
+from elip_models.study.results import Document, Interval, difference, read_results
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER.parent / "benchmarks" / "results" / "studies"
@@ -25,11 +27,60 @@ Written by `python docs/study.py` from `benchmarks/results/studies`, results of 
 """
 
 
+ANSWERS = FOLDER / "answers.yaml"
+MEASURED = ("reduced.top1", "reduced.contrastive_loss")
+
+
+def answers(documents: dict[str, Document]) -> str:
+    """Each question of `answers.yaml`, the differences that bear on it, and what they tell."""
+    parts = [
+        "## Answers",
+        "Better and worse are said where an interval leaves zero out, which one in twenty does by "
+        "chance. Everything is of one small model on drawn scenes.",
+    ]
+    for entry in yaml.safe_load(ANSWERS.read_text(encoding="utf-8")):
+        lines = [
+            "| arm | against | study | reduced.top1, % | reduced.contrastive_loss |",
+            "| --- | --- | --- | --: | --: |",
+        ]
+        said, alike = [], []
+        for each in entry["differences"]:
+            study, arm, against = each["study"], each["arm"], each["against"]
+            if study not in documents:
+                continue
+            gaps = {name: difference(documents[study], arm, against, name) for name in MEASURED}
+            cells = [f"`{arm}`", f"`{against}`", study]
+            cells += [shown(gap, name) for name, gap in gaps.items()]
+            lines.append(f"| {' | '.join(cells)} |")
+            if word := told(gaps):
+                said.append(f"`{arm}` is {word} than `{against}`")
+            else:
+                alike.append(f"`{arm}` and `{against}`")
+        if alike:
+            said.append(f"no difference is seen between {', nor between '.join(alike)}")
+        sentence = "; ".join(said)
+        parts += [f"### {entry['question']}", entry["about"], f"**{sentence}.**"]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def told(gaps: dict[str, Interval | None]) -> str:
+    """ "better" or "worse", where an interval says so of the first of two arms; or ""."""
+    words = {
+        "better" if (gap.verdict == "below") == is_loss(name) else "worse"
+        for name, gap in gaps.items()
+        if gap is not None and gap.verdict in ("above", "below")
+    }
+    return " and ".join(sorted(words))
+
+
 def write(results: Path, docs: Path) -> list[Path]:
     """The page, and a chart a study, in `docs`."""
+    documents = {path.stem: read_results(path) for path in sorted(results.glob("*.json"))}
     sections, written = [INTRO], []
-    for path in sorted(results.glob("*.json")):
-        document = read_results(path)
+    if documents:
+        sections.append(answers(documents))
+    for document in documents.values():
         written.append(draw(document, docs / f"study-{document['study']}.svg"))
         sections.append(page(document, written[-1].name))
     if not written:

@@ -5,6 +5,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+import yaml
 
 from elip_models.study.command import write_page
 from elip_models.study.page import sentences, table
@@ -118,3 +119,48 @@ def test_the_page_is_that_of_the_results(tmp_path):
 
 def test_the_committed_page_shows_the_committed_results():
     assert study_page.main(["--check"]) == 0
+
+
+LOSS = "reduced.contrastive_loss"
+
+
+@pytest.mark.parametrize(
+    ("recall", "loss", "word"),
+    [
+        ((2.0, 1.0), (-1.0, 2.0), "better"),
+        ((2.0, 3.0), (-1.0, 0.5), "better"),
+        ((0.1, 3.0), (1.0, 0.5), "worse"),
+        ((2.0, 1.0), (1.0, 0.5), "better and worse"),
+        ((2.0, 3.0), (1.0, 1.5), ""),
+        ((2.0, None), (1.0, None), ""),
+    ],
+)
+def test_an_answer_is_what_intervals_tell(recall, loss, word):
+    gaps = {"reduced.top1": Interval(*recall), LOSS: Interval(*loss)}
+    assert study_page.told(gaps) == word
+
+
+def test_answers_are_made_of_what_is_there(monkeypatch, tmp_path):
+    found = document(dense=[0.5, 0.52, 0.51], tome=[0.6, 0.62, 0.61], last=[0.4, 0.52, 0.45])
+    for run in found["runs"]:
+        value = run["metrics"].pop("r1")
+        run["metrics"] = {"reduced.top1": value, LOSS: -value}
+    asked = tmp_path / "answers.yaml"
+    asked.write_text(
+        "- question: Which?\n  about: Of two.\n  differences:\n"
+        "    - {study: tiny, arm: tome, against: dense}\n"
+        "    - {study: tiny, arm: last, against: dense}\n"
+        "    - {study: another, arm: last, against: dense}\n"
+    )
+    monkeypatch.setattr(study_page, "ANSWERS", asked)
+    text = study_page.answers({"tiny": found})
+    assert "**`tome` is better than `dense`; no difference is seen between `last` and" in text
+    assert text.count("| tiny |") == 2 and "another" not in text
+
+
+def test_every_difference_asked_for_is_of_arms_that_there_are():
+    results = {path.stem: json.loads(path.read_text()) for path in study_page.RESULTS.glob("*")}
+    for entry in yaml.safe_load(study_page.ANSWERS.read_text()):
+        for each in entry["differences"]:
+            arms = {run["arm"] for run in results[each["study"]]["runs"]}
+            assert {each["arm"], each["against"]} <= arms, each

@@ -61,7 +61,7 @@ def table(document: Document, metric: str) -> tuple[list[str], list[list[str]]]:
             cells.append(_mean(document, arm, metric))
             gaps = (difference(document, arm, each, metric) for each in references if each != arm)
             found = dict(zip([each for each in references if each != arm], gaps, strict=True))
-            rows.append([*cells, *(_gap(found.get(each), metric) for each in references)])
+            rows.append([*cells, *(shown(found.get(each), metric) for each in references)])
     return header, rows
 
 
@@ -73,7 +73,7 @@ def sentences(document: Document, metric: str) -> str:
         for arm in document["arms"]:
             gap = None if arm == reference else difference(document, arm, reference, metric)
             if gap is not None:
-                sides[gap.verdict].append(f"`{arm}` ({_gap(gap, metric)})")
+                sides[gap.verdict].append(f"`{arm}` ({shown(gap, metric)})")
         said = [f"**{side}**: {', '.join(arms)}" for side, arms in sorted(sides.items())]
         if said:
             lines.append(f"{_title(metric)} against `{reference}`: {'; '.join(said)}.")
@@ -102,7 +102,8 @@ def _mean(document: Document, arm: str, metric: str) -> str:
     return _number(found.mean, metric) + half
 
 
-def _gap(gap: Interval | None, metric: str) -> str:
+def shown(gap: Interval | None, metric: str) -> str:
+    """A difference and half its interval, in the unit of the metric."""
     if gap is None:
         return NONE
     sign = "+" if gap.mean >= 0 else "−"
