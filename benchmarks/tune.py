@@ -147,7 +147,7 @@ def arguments(op: str, shape: Shape) -> tuple[Any, ...]:
         *(cls, text, 0.8, False, gamma, beta, 1e-6),
         *(matrices[0], bias, matrices[1], HEADS, CHANNELS**-0.5),
     )
-    return (tokens, *query, K, True, True, None) if op == "score_reduce" else (tokens, *query)
+    return (tokens, *query, K, True, True, None, None) if op == "score_reduce" else (tokens, *query)
 
 
 def least_bytes(op: str, shape: Shape) -> int:
