@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # What only a GPU can show, without a network or an installation, each in less than nine minutes.
 #   benchmarks/gpu.sh tests   tests/gpu; GOLDEN=FOLDER names the golden tensors
-#   benchmarks/gpu.sh sanitize  small cases of tests/gpu under compute-sanitizer: memcheck, racecheck,
-#                             initcheck; sanitize TOOL runs one
+#   benchmarks/gpu.sh sanitize
+#                             some of tests/gpu under compute-sanitizer: memcheck, racecheck, initcheck;
+#                             sanitize TOOL runs one
 #   benchmarks/gpu.sh tune    the numbers of elip_kernels/launch.py, tried against each other
 #   benchmarks/gpu.sh bench   benchmarks/ against the official algorithm, eager forms and a copy;
 #                             bench tower, or another NAME, runs bench_NAME.py alone
@@ -51,6 +52,8 @@ case $1 in
   sanitize)
     tools=(memcheck racecheck initcheck)
     [[ -z ${2:-} ]] || tools=("$2")
+    rm -f "$log"
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # or a byte behind a tensor is still one of PyTorch's
     for tool in "${tools[@]}"; do
       timeout --signal=INT --kill-after=15 "$((500 / ${#tools[@]}))" \
         compute-sanitizer --tool "$tool" --error-exitcode 1 \

@@ -298,7 +298,7 @@ def _launch_slots(
     """Write the slots, at once, or the r best first where there are many."""
     (B, num_a), N = best.shape, slots.shape[1]
     if num_a <= launch.MAX_SELECTED:
-        block_a, _, num_warps = launch.slots(num_a)
+        block_a, _, num_warps = launch.select(num_a, 1)
         _slots_kernel[(B,)](
             *(best, partner, slots, N, r),
             P=num_prefix_tokens,
@@ -309,11 +309,12 @@ def _launch_slots(
         return
     merged = best.new_empty(B, r, dtype=torch.int64)
     launch_select(best[:, num_prefix_tokens:], None, merged, num_prefix_tokens=num_prefix_tokens)
-    _slots_of_kernel[(B, triton.cdiv(num_a, launch.KEYS))](
+    block_a, _, num_warps = launch.row(num_a, 1)
+    _slots_of_kernel[(B, triton.cdiv(num_a, block_a))](
         *(merged, partner, slots, N, r),
         BITS=r.bit_length(),
-        BLOCK_A=launch.KEYS,
-        num_warps=2,
+        BLOCK_A=block_a,
+        num_warps=num_warps,
         **launch.CODE,
     )
 

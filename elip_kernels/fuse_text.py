@@ -77,8 +77,10 @@ def fuse(cls: Tensor, text: Tensor | None, fusion: float, match: bool) -> Tensor
 
 
 def fuse_text_reference(tokens: Tensor, text: Tensor, fusion: float, match: bool) -> Tensor:
-    """The specification."""
-    return torch.cat([fuse(tokens[:, 0], text, fusion, match)[:, None], tokens[:, 1:]], 1)
+    """The specification: fused in full precision, and rounded once."""
+    wide = tokens[:, :1].to(torch.promote_types(tokens.dtype, torch.float32))
+    cls = fuse(wide[:, 0], text, fusion, match)[:, None].to(tokens.dtype)
+    return torch.cat([cls, tokens[:, 1:]], 1)
 
 
 @triton.jit

@@ -151,12 +151,6 @@ def bipartite_match(channels: int, element_size: int) -> tuple[int, int, int, in
     return 32, 32, max(16, block_c), 4
 
 
-def slots(num_a: int) -> tuple[int, int, int]:
-    """As `select`, with the warps of its smaller sizes up to 1,024."""
-    block_a, tiles, num_warps = select(num_a, 1)
-    return block_a, tiles, 4 if block_a <= 1024 else num_warps
-
-
 def merge(sources: int, element_size: int) -> tuple[int, int, int, int]:
     """BLOCK_A, BLOCK_R, BLOCK_D, warps: 16 rows of 512 bytes, so that reading N slots is little
     beside them; rows x sources, all up to 512, else 128 at a time, and rows x D stay in registers

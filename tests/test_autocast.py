@@ -36,7 +36,7 @@ def test_a_scorer_leaves_none(cached, strategy, scorer):
     with torch.autocast("cpu", torch.bfloat16):
         model(images())
         assert torch.is_autocast_cache_enabled()
-    assert len(cached) >= 2 and not any(cached)
+    assert cached == [False] * 2  # two stages have a block to run
 
 
 def test_the_generic_row_leaves_none(cached):

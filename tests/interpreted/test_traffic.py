@@ -264,7 +264,9 @@ def flops(op, *case, **options):
 @pytest.mark.parametrize("op", OPS)
 def test_operations_are_those_of_the_flop_formulas(op):
     case = (2, 21, 36, 8, fp32)
-    assert sum(work.operations for work in OPS[op][1](*case)) == flops(op, *case)
+    counted = flops(op, *case)
+    assert sum(work.operations for work in OPS[op][1](*case)) == counted
+    assert (counted > 0) == (op != "fuse_text")  # which changes one token of an image
 
 
 @pytest.mark.parametrize("op", ["reduce", "score_reduce"])
