@@ -312,7 +312,8 @@ def test_a_worker_does_not_end_when_a_scheduler_ends_the_job():
     dataset = TrainingSamples(EmojiScenes(8, image_size=8), numbered, seed=0)
     others = _children()
     batches = iter(train_loader(dataset, EpochSampler(8, 2, 0), 2))
-    next(batches)
+    for _ in range(2):
+        next(batches)  # of each worker: both have begun
     children = _children() - others
     assert len(children) >= 2
     for pid in children:
