@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 import elip_kernels
 import elip_models
+from elip_kernels.fuse_text import fuse_text
 from elip_kernels.testing.calls import CALLS
 from elip_models import (
     Adaptive,
@@ -209,6 +210,8 @@ def calls():
     yield "cls_attention_from_tokens", absorbed(elip_kernels.cls_attention_from_tokens)
     value = {"v_weight": torch.randn(WIDTH, WIDTH) / 6, "v_bias": torch.randn(WIDTH)}
     yield "cls_attend_from_tokens", absorbed(elip_kernels.cls_attend_from_tokens, **value)
+    fuse = Call(fuse_text, fusion=0.8, guidance_norm="match")
+    yield "fuse_text", (fuse, (tokens, torch.randn(2, WIDTH)))
     yield "score_reduce", absorbed(partial(elip_kernels.score_reduce, keep=4))
     yield (
         "bipartite_merge",
@@ -222,7 +225,7 @@ def calls():
 
 
 @pytest.mark.slow
-def test_every_public_op():
+def test_every_op():
     assert {name.removesuffix(" with a mask") for name, _ in calls()} == CALLS.keys()
     for _, (model, args) in calls():
         assert_runs_alike(exported(model, args), model, *args)

@@ -376,7 +376,7 @@ def test_arms_of_a_seed_share_initialisation_and_batches(tmp_path):
         weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
         trainer.model.train()
         trainer._train_step()  # what a strategy draws at random must not move the data
-        batch = next(trainer.batches)
+        batch = trainer.feed.next_batch()
         return weights | {name: batch[name] for name in ("images", "input_ids")}
 
     Path("runs/studies/tiny").mkdir(parents=True)

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -33,8 +32,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
-from transformers.models.bert.modeling_bert import BertLayer
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from elip_models.models.base import PretrainedModel
 from elip_models.models.distilled_model import DistilledModel
@@ -45,6 +42,9 @@ from elip_models.validation import ConfigError, blame, extra
 
 with extra("elip_models.training"):
     from accelerate.utils import AutocastKwargs
+    from timm.models.vision_transformer import Block
+    from transformers.models.bert.modeling_bert import BertLayer
+    from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from elip_models.data import ExampleSource, Source, StreamSource
 from elip_models.models.adapt import trainable_counts
 from elip_models.models.registry import family_of
 from elip_models.profiling.measure import saved_bytes
@@ -156,6 +157,7 @@ class Trainer:
         model = model_config(self.config)
         family, task = family_of(self.config.model.name, self.config.task), task_of(self.config)
         with blame("data.train"):
+            source: Source | ExampleSource | StreamSource
             source = self.source = open_training(self.config, model.image_size)
         with blame("model.overrides.guide"):
             check_guide_captions(model, source)
