@@ -2,14 +2,18 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 
 from elip_models.data import EmojiScenes
+from elip_models.training import trainer
+from elip_models.training.accelerator import make_accelerator
 from elip_models.training.errors import TrainingError
 from elip_models.training.run_folder import RunFolder
 from elip_models.training.trainer import train
@@ -104,6 +108,39 @@ def test_keeps_the_newest_checkpoints(tmp_path):
     train(tiny_config(tmp_path, "checkpoint_every=1", "keep_checkpoints=2"))
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step_00000003", "step_00000004"]
+
+
+def scaled(config, folder):
+    """As on a GPU in fp16, but for the precision; its first steps overflow, and are skipped."""
+    accelerator = make_accelerator(config, folder)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=2)
+    return accelerator
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_a_gradient_scaler_goes_on_where_it_was(tmp_path, monkeypatch, step):
+    monkeypatch.setattr(trainer, "make_accelerator", scaled)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    overrides = ("optim.steps=8", "checkpoint_every=1", "keep_checkpoints=9")
+    train(tiny_config(whole, *overrides))
+    shutil.copytree(whole, stopped)
+    shutil.rmtree(stopped / "model")
+    for number in range(step + 1, 9):
+        shutil.rmtree(stopped / "checkpoints" / f"step_{number:08}")
+    train(tiny_config(stopped, *overrides), resume=True)
+    norms = [row["grad_norm"] for row in logged(whole, "grad_norm")]
+    assert len(norms) == 8
+    assert logged(stopped, *NUMBERS) == logged(whole, *NUMBERS)
+    scales = [
+        torch.load(folder / "checkpoints" / f"step_{number:08}" / "scaler.pt")["scale"]
+        for number in (1, step, 8)
+        for folder in (whole, stopped)
+    ]
+    assert scales[0] < 2.0**127
+    assert scales[::2] == scales[1::2]
+    assert len(set(scales)) == 3
+    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (whole, stopped)]
+    assert weights[0] == weights[1]
 
 
 def test_folder_with_a_run_is_refused_and_left_alone(tmp_path):

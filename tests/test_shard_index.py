@@ -63,7 +63,10 @@ def test_a_shard_that_changed_is_read_anew(tmp_path, cache, monkeypatch):
     assert len(ShardSource(path)) == 1
     shard(path)
     os.utime(path, ns=(1, 1))
+    (old,) = cache.iterdir()
     assert len(ShardSource(path)) == 6 and built == ["0.tar", "0.tar"]
+    (new,) = cache.iterdir()
+    assert new != old
 
 
 def test_a_damaged_table_is_built_again(tmp_path, cache, monkeypatch):

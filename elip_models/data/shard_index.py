@@ -2,7 +2,8 @@
 
 The table of a shard of at least `CACHED_FROM` bytes is kept in the cache folder, under a name made
 of the shard's path, size and time of change, and mapped into memory by every rank and worker that
-reads it. Where several are missing, several processes build them, and no two the same one.
+reads it; that of a shard that has changed takes the old one's place. Where several are missing,
+several processes build them, and no two the same one.
 
 The cache folder is $ELIP_CACHE, or `elip` in $XDG_CACHE_HOME or ~/.cache. Nothing is kept where
 $ELIP_CACHE is empty, or where the folder cannot be written.
@@ -88,8 +89,13 @@ def _cached(shard: Path) -> Path | None:
     root = _cache_folder()
     if stat.st_size < CACHED_FROM or root is None:
         return None
-    known = f"{FORMAT}\n{shard.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}"
-    return root / "shards" / f"{hashlib.sha256(known.encode()).hexdigest()[:32]}.arrow"
+    state = f"{FORMAT}\n{stat.st_size}\n{stat.st_mtime_ns}"
+    name = f"{_digest(os.fsencode(shard.resolve()))}-{_digest(state.encode())}.arrow"
+    return root / "shards" / name
+
+
+def _digest(value: bytes) -> str:
+    return hashlib.sha256(value).hexdigest()[:32]
 
 
 def _cache_folder() -> Path | None:
@@ -164,7 +170,7 @@ def _built(tables: dict[Path, Path]) -> Iterator[Path]:
 
 
 def _write(table: "pyarrow.Table", path: Path) -> None:
-    """Whole or not at all."""
+    """Whole or not at all, in place of what the shard was before."""
     import pyarrow
 
     unfinished = path.with_suffix(f".{os.getpid()}")
@@ -177,6 +183,9 @@ def _write(table: "pyarrow.Table", path: Path) -> None:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+    for older in path.parent.glob(f"{path.stem.partition('-')[0]}-*.arrow"):
+        if older != path:
+            older.unlink(missing_ok=True)
 
 
 def _table(shard: Path) -> "pyarrow.Table":
