@@ -1,9 +1,9 @@
 """Runs that are killed again and again: python -m tests.kills --count 40
 
-Of each recipe, in one process and in two under torchrun: a run that nothing disturbs, and one that
-SIGKILL ends at random steps, every second time while a checkpoint is being written. `--resume`
-takes it up, of two processes torchrun itself, when one of them is killed. What must hold: the same
-losses in the log, and the same bits in the saved weights.
+Of each recipe, in one process and in two under torchrun, and of a model that two share: a run that
+nothing disturbs, and one that SIGKILL ends at random steps, every second time while a checkpoint is
+being written. `--resume` takes it up, of two processes torchrun itself, when one of them is killed.
+What must hold: the same losses in the log, and the same bits in the saved weights.
 """
 
 import argparse
@@ -16,25 +16,41 @@ import time
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import psutil
 
 from elip_models.training.accelerator import STORE_OF_ITS_OWN
 from tests.tiny_run import logged, tiny_arguments
 
-RUNS = [(recipe, count) for count in (1, 2) for recipe in ("clip_tiny", "albef_tiny")]
 STEPS, SECONDS = 60, 180  # of a run; until a step or a save must have come
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", STORE_OF_ITS_OWN: "1"}
 OPTIONS = (f"optim.steps={STEPS}", "checkpoint_every=3", "keep_checkpoints=2")
 
 
-def start(folder, recipe, processes, restarts):
+class Case(NamedTuple):
+    """A recipe, in so many processes, with these options."""
+
+    recipe: str
+    processes: int = 1
+    options: tuple[str, ...] = ()
+
+    def __str__(self):
+        return ", ".join((self.recipe, f"{self.processes} processes", *self.options))
+
+
+CASES = [Case(recipe, count) for count in (1, 2) for recipe in ("clip_tiny", "albef_tiny")]
+CASES.append(Case("clip_tiny", 2, ("optim.shard=true",)))
+
+
+def start(folder, case, restarts):
     """The run of a folder, begun or taken up."""
     command = [sys.executable, "-m"]
-    if processes > 1:
-        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    if case.processes > 1:
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={case.processes}"]
         command += [f"--max-restarts={restarts}", "-m"]
-    command += ["elip_models.cli", *tiny_arguments(folder, *OPTIONS, recipe=recipe), "--resume"]
+    options = tiny_arguments(folder, *OPTIONS, *case.options, recipe=case.recipe)
+    command += ["elip_models.cli", *options, "--resume"]
     with (folder.parent / f"{folder.name}.txt").open("ab") as said:
         return subprocess.Popen(command, stdout=said, stderr=said, env=ENVIRONMENT)
 
@@ -73,10 +89,10 @@ def are_others(process, before):
     return len(now) == len(before) and not before & now
 
 
-def killed(folder, recipe, processes, count, rng):
+def killed(folder, case, count, rng):
     """Kill a run `count` times, and let it end; how many of them met a checkpoint half written."""
     targets = sorted(rng.sample(range(1, STEPS - 6), count))
-    process, met = start(folder, recipe, processes, count), 0
+    process, met = start(folder, case, count), 0
     try:
         for number, target in enumerate(targets):
             wait_until(lambda target=target: last_step(folder) >= target, process)
@@ -85,9 +101,9 @@ def killed(folder, recipe, processes, count, rng):
             before = set(ranks(process))
             os.kill(rng.choice(sorted(before)), signal.SIGKILL)
             met += is_saving(folder)
-            if processes == 1:
+            if case.processes == 1:
                 process.wait()
-                process = start(folder, recipe, processes, count)
+                process = start(folder, case, count)
             else:
                 wait_until(partial(are_others, process, before), process)
         if process.wait(SECONDS) != 0:
@@ -97,26 +113,26 @@ def killed(folder, recipe, processes, count, rng):
     return met
 
 
-def compare(root, recipe, processes, count, seed):
+def compare(root, case, count, seed):
     """One run whole, and one that is killed `count` times -> how often in the middle of a save.
 
     Raises:
         AssertionError: they differ, with the end of what the killed one said.
     """
-    whole, broken = root / f"{recipe}-{processes}-whole", root / f"{recipe}-{processes}-killed"
+    whole, broken = root / "whole", root / "killed"
     for folder in (whole, broken):
         folder.mkdir()
     try:
-        if start(whole, recipe, processes, 0).wait(SECONDS) != 0:
+        if start(whole, case, 0).wait(SECONDS) != 0:
             raise AssertionError("the undisturbed run failed")
-        met = killed(broken, recipe, processes, count, random.Random(f"{seed} {recipe}"))
+        met = killed(broken, case, count, random.Random(f"{seed} {case.recipe}"))
         losses = [logged(folder, "loss", "step") for folder in (whole, broken)]
         weights = [(each / "model" / "model.safetensors").read_bytes() for each in (whole, broken)]
         if len(losses[0]) != STEPS or losses[0] != losses[1] or weights[0] != weights[1]:
             raise AssertionError("other losses or weights than those of the undisturbed run")
     except (AssertionError, OSError, psutil.Error, subprocess.TimeoutExpired) as error:
         said = (root / f"{broken.name}.txt").read_text(errors="replace")[-3000:]
-        raise AssertionError(f"{recipe}, {processes} processes: {error}\n{said}") from error
+        raise AssertionError(f"{case}: {error}\n{said}") from error
     return met
 
 
@@ -125,13 +141,13 @@ def main():
     parser.add_argument("--count", type=int, default=40, help="kills in all")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    count = -(-options.count // len(RUNS))
-    with TemporaryDirectory() as root:
-        for recipe, processes in RUNS:
-            met = compare(Path(root), recipe, processes, count, options.seed)
-            words = f"{recipe}, {processes} processes: {count} kills, {met} of them within a save"
-            sys.stdout.write(f"{words}: the same losses and the same weights\n")
-            sys.stdout.flush()
+    count = -(-options.count // len(CASES))
+    for case in CASES:
+        with TemporaryDirectory() as root:
+            met = compare(Path(root), case, count, options.seed)
+        words = f"{case}: {count} kills, {met} of them within a save"
+        sys.stdout.write(f"{words}: the same losses and the same weights\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -5,15 +5,15 @@ import pytest
 from elip_models.training.accelerator import STORE_OF_ITS_OWN, make_accelerator
 from elip_models.training.run_folder import RunFolder
 from elip_models.validation import ConfigError
-from tests.kills import RUNS, compare
+from tests.kills import CASES, compare
 from tests.tiny_run import own_process, tiny_config
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(("recipe", "processes"), RUNS)
-def test_a_killed_run_is_the_one_that_was_not(recipe, processes, tmp_path):
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_killed_run_is_the_one_that_was_not(case, tmp_path):
     """Of two processes one is killed: torchrun ends the other and starts both again."""
-    compare(tmp_path, recipe, processes, 1, seed=0)
+    compare(tmp_path, case, 1, seed=0)
 
 
 def test_restarts_that_could_hang_are_refused(tmp_path, monkeypatch):
