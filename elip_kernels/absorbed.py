@@ -187,44 +187,51 @@ def scores_kernel(
 @triton.jit
 def row_of_scores(
     scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, pid_b, first, N, H, T,
-    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """What `scores_kernel` wrote of T tiles -> head mean of the softmax rows:
+    """What `scores_kernel` wrote of T tiles -> head mean of the softmax rows, BLOCK_H heads a step:
     patches from `first` on [BLOCK_N], CLS scalar."""
     offs_n = first + tl.arange(0, BLOCK_N)
     offs_t = tl.arange(0, BLOCK_T)
     mask_n = offs_n < N - 1
     mask_t = offs_t < T
-    scores_ptr += pid_b * H * (N - 1)
-    tops_ptr += pid_b * H * T
-    totals_ptr += pid_b * H * T
-    cls_score_ptr += pid_b * H
     row = tl.zeros([BLOCK_N], tl.float32)
     cls_row = 0.0
-    for h in range(0, H):
-        score = tl.load(scores_ptr + h * (N - 1) + offs_n, mask=mask_n, other=float("-inf"))
-        tops = tl.load(tops_ptr + h * T + offs_t, mask=mask_t, other=float("-inf"))
-        totals = tl.load(totals_ptr + h * T + offs_t, mask=mask_t, other=0.0)
-        cls_score = tl.load(cls_score_ptr + h)
-        top = tl.maximum(tl.max(tops, 0), cls_score)
+    for h in range(0, H, BLOCK_H):
+        offs_h = h + tl.arange(0, BLOCK_H)
+        mask_h = offs_h < H
+        head = pid_b * H + offs_h
+        score = tl.load(
+            scores_ptr + head[:, None] * (N - 1) + offs_n[None, :],
+            mask=mask_h[:, None] & mask_n[None, :],
+            other=float("-inf"),
+        )  # [BLOCK_H, BLOCK_N]
+        offs = head[:, None] * T + offs_t[None, :]
+        mask = mask_h[:, None] & mask_t[None, :]
+        tops = tl.load(tops_ptr + offs, mask=mask, other=float("-inf"))  # [BLOCK_H, BLOCK_T]
+        totals = tl.load(totals_ptr + offs, mask=mask, other=0.0)
+        cls_score = tl.load(cls_score_ptr + head, mask=mask_h, other=0.0)
+        top = tl.maximum(tl.max(tops, 1), cls_score)
         cls_weight = tl.exp(cls_score - top)
-        share = 1.0 / ((tl.sum(totals * tl.exp(tops - top), 0) + cls_weight) * H)
-        row += tl.exp(score - top) * share
-        cls_row += cls_weight * share
+        total = tl.sum(totals * tl.exp(tops - top[:, None]), 1) + cls_weight
+        share = tl.where(mask_h, 1.0 / (total * H), 0.0)
+        row += tl.sum(tl.exp(score - top[:, None]) * share[:, None], 0)
+        cls_row += tl.sum(cls_weight * share, 0)
     return row, cls_row
 
 
 @triton.jit(do_not_specialize=["N", "T"])
 def _row_kernel(
     scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, out_ptr, N, H, T,
-    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """One program per (image, BLOCK_N patches): the row from the scores of its tiles."""
     pid_b = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCK_N
     row, cls_row = row_of_scores(
-        scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, pid_b, first, N, H, T, BLOCK_N, BLOCK_T
-    )
+        scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, pid_b, first, N, H, T,
+        BLOCK_N, BLOCK_T, BLOCK_H,
+    )  # fmt: skip
     offs_n = first + tl.arange(0, BLOCK_N)
     tl.store(out_ptr + pid_b * N + 1 + offs_n, row, mask=offs_n < N - 1)
     if first == 0:
@@ -256,6 +263,7 @@ def launch_row(
         *(scores, tops, totals, cls_score, out, N, H, T),
         BLOCK_N=block_n,
         BLOCK_T=block_t,
+        BLOCK_H=launch.heads_a_step(block_n, block_t, num_warps),
         num_warps=num_warps,
         **launch.CODE,
     )

@@ -92,8 +92,8 @@ def score_tiles(heads: int, tokens: Tensor) -> dict[str, Any]:
 
 
 def select(candidates: int, tiles: int) -> tuple[int, int, int]:
-    """BLOCK_N, BLOCK_T, warps of one image's row and selection: 30 registers at 256 candidates, 50
-    at 1,024, 114 at 4,096, sixteen of them a thread."""
+    """BLOCK_N, BLOCK_T, warps of one image's row and selection: 40 registers at 256 candidates, 50
+    at 1,024, 116 at 4,096, sixteen of them a thread."""
     block_n = max(16, next_power_of_2(candidates))
     return block_n, next_power_of_2(tiles), 4 if block_n <= 256 else 8
 
@@ -101,6 +101,12 @@ def select(candidates: int, tiles: int) -> tuple[int, int, int]:
 def row(candidates: int, tiles: int) -> tuple[int, int, int]:
     """BLOCK_N, BLOCK_T, warps of a piece of one image's row."""
     return min(256, max(16, next_power_of_2(candidates))), next_power_of_2(tiles), 4
+
+
+def heads_a_step(block_n: int, block_t: int, num_warps: int) -> int:
+    """Heads whose scores a piece of a row loads at once: 8 scores a thread, of four heads where
+    256 candidates have 4 warps."""
+    return max(1, min(16, 256 * num_warps // max(block_n, block_t)))
 
 
 def move(candidates: int, element_size: int) -> Launch:

@@ -179,15 +179,16 @@ def _score_select_kernel(
     scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, row_ptr, kept_ptr, weights_ptr, slots_ptr,
     N, K, H, T,
     MERGE: tl.constexpr, NORMALIZE: tl.constexpr, EPSILON: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """One program an image: the row, and from it kept positions, weights and output rows."""
     pid_b = tl.program_id(0).to(tl.int64)
     offs_n = tl.arange(0, BLOCK_N)
     mask_n = offs_n < N - 1
     row, cls_row = row_of_scores(
-        scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, pid_b, 0, N, H, T, BLOCK_N, BLOCK_T
-    )
+        scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, pid_b, 0, N, H, T,
+        BLOCK_N, BLOCK_T, BLOCK_H,
+    )  # fmt: skip
     tl.store(row_ptr + pid_b * N + 1 + offs_n, row, mask=mask_n)
     tl.store(row_ptr + pid_b * N, cls_row)
     is_kept, slot, weight = select_and_weigh(row, mask_n, mask_n, K, MERGE, NORMALIZE, EPSILON)
@@ -245,6 +246,7 @@ def _launch_selection(
         EPSILON=EPSILON,
         BLOCK_N=block_n,
         BLOCK_T=block_t,
+        BLOCK_H=launch.heads_a_step(block_n, block_t, num_warps),
         num_warps=num_warps,
         **launch.CODE,
     )
