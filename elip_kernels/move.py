@@ -1,7 +1,8 @@
 """Movement alone, for images whose tokens do not fit one program with their features.
 
-One program per (image, slice of D): tile by tile, each token to its output row. Tokens are read
-once and written once; prefix tokens are rows like any. What was selected is known (`selection.py`).
+One program per (image, slice of D), the last image first: tile by tile, each token to its output
+row. Tokens are read once and written once; prefix tokens are rows like any. What was selected is
+known (`selection.py`).
 """
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from elip_kernels import launch
 from elip_kernels._triton import tl, triton
-from elip_kernels.select import load_tile, zero_rows
+from elip_kernels.select import load_tile, part_and_slice, zero_rows
 
 
 @triton.jit(do_not_specialize=["N", "R"])
@@ -18,8 +19,10 @@ def _move_kernel(
     MERGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program per (image, slice of D); R rows are copied, row R is the merged one."""
-    pid_b = tl.program_id(0).to(tl.int64)
-    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)  # what was scored last is in the cache
+    pid_b, pid_d = part_and_slice(pid, D, BLOCK_D)
+    pid_b = pid_b.to(tl.int64)
+    offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     tokens_ptr += pid_b * stride_tb
     out_ptr += pid_b * (R + MERGE) * D
@@ -70,7 +73,7 @@ def launch_move(
     """Write `out` (B, R, D) of the tokens (B, N, D), whose features lie side by side."""
     (B, N, D), R = tokens.shape, out.shape[1] - merge
     block_n, block_d, num_warps = launch.move(N, tokens.element_size())
-    _move_kernel[(B, triton.cdiv(D, block_d))](
+    _move_kernel[(B * triton.cdiv(D, block_d),)](
         *(tokens, out, weights, slots, *tokens.stride()[:2], N, R, D),
         MERGE=merge,
         BLOCK_N=block_n,

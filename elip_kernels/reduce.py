@@ -28,6 +28,7 @@ from elip_kernels.rows import add_rows, merge_rows, order_key, sum_rows, take_ro
 from elip_kernels.select import (
     load_tile,
     move_tile,
+    part_and_slice,
     select_and_weigh,
     store_prefix,
     store_selection,
@@ -197,8 +198,8 @@ def _reduce_fwd_kernel(
     EPSILON: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program per (image, slice of D); each derives the selection anew from the N-P scores."""
-    pid_b = tl.program_id(0).to(tl.int64)
-    pid_d = tl.program_id(1)
+    pid_b, pid_d = part_and_slice(tl.program_id(0), D, BLOCK_D)
+    pid_b = pid_b.to(tl.int64)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_n = offs_n < N - P
@@ -231,9 +232,11 @@ def _reduce_bwd_kernel(
     MERGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program per (image, BLOCK_N tokens, slice of D); a row is written once, no atomics."""
-    pid_b = tl.program_id(0).to(tl.int64)
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    pid, pid_d = part_and_slice(tl.program_id(0), D, BLOCK_D)
+    tiles = tl.cdiv(N, BLOCK_N)
+    pid_b = (pid // tiles).to(tl.int64)
+    offs_n = pid % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_n = offs_n < N
     mask_d = offs_d < D
     slot = tl.load(slots_ptr + pid_b * N + offs_n, mask=mask_n, other=0)
@@ -282,7 +285,7 @@ def _reduce_fwd(
         return out, kept, weights, slots
     block_n, block_d, num_warps = launch.reduce_forward(scores.shape[1], tokens.element_size())
     with launch.on_device(tokens):
-        _reduce_fwd_kernel[(B, triton.cdiv(D, block_d))](
+        _reduce_fwd_kernel[(B * triton.cdiv(D, block_d),)](
             *(tokens, scores, mask, out, kept, weights, slots),
             *(tokens.stride(0), tokens.stride(1), scores.stride(0)),
             *(0 if mask is None else mask.stride(0), N, keep, D),
@@ -308,7 +311,7 @@ def _reduce_bwd(grad_out: Tensor, slots: Tensor, weights: Tensor, merge: bool) -
     if grad.numel() == 0:
         return grad
     with launch.on_device(grad_out):
-        _reduce_bwd_kernel[(B, triton.cdiv(N, block_n), triton.cdiv(D, block_d))](
+        _reduce_bwd_kernel[(B * triton.cdiv(N, block_n) * triton.cdiv(D, block_d),)](
             *(grad_out, slots, weights, grad, N, R, D),
             MERGE=merge,
             BLOCK_N=block_n,

@@ -63,6 +63,14 @@ def output_slots(key, threshold, K):
 
 
 @triton.jit
+def part_and_slice(pid, D, BLOCK_D: tl.constexpr):
+    """Which part of the batch, and which slice of D, is a program's. Slices of a part follow one
+    another: programs that run together read whole tokens, not a line here and there."""
+    slices = tl.cdiv(D, BLOCK_D)
+    return pid // slices, pid % slices
+
+
+@triton.jit
 def zero_rows(x, is_read):
     """x [BLOCK_N, BLOCK_D] with the rows that are not read set to zero, whatever they hold.
 

@@ -22,6 +22,7 @@ from elip_kernels.testing.traffic import Memory
 
 B = 2**31 - 15  # of 16 images a program the last has one; two elements an image pass 2^31
 N, D, H, K = 19, 24, 2, 7
+BACKWARDS = {"_move_kernel"}  # whose first program has the last image
 
 
 class LastImage:
@@ -86,10 +87,11 @@ class LastImage:
         def last_programs(self, *args, **kwargs):
             images, *rest = self.grid
             self.grid = (1, *rest)
+            last = 0 if self.fn.__name__ in BACKWARDS else images - 1
 
             def move_to_last(builder, x, y, z):
-                move_on(builder, x, y, z)
-                builder.grid_idx = (images - 1, y, z)
+                builder.set_grid_dim(images, *builder.grid_dim[1:])
+                move_on(builder, last, y, z)
 
             with patch.object(builder, "set_grid_idx", move_to_last):
                 execute(self, *args, **kwargs)
