@@ -101,7 +101,7 @@ def test_a_function_reads_another_global_and_its_module_keeps_its_own():
 
 def test_reduce_is_a_strategy_or_a_share_or_both():
     assert parse_reduce(["tome:r=8"])[1] == {"strategy": "tome:r=8"}
-    assert parse_reduce(["keep=0.7"])[1] == {"strategy": "elip", "keep": 0.7}
+    assert parse_reduce(["keep=0.7"])[1] == {"strategy": "tome", "keep": 0.7}
     spec, options = parse_reduce(["evit", "keep=0.7"])
     assert spec.name == "evit" and options == {"strategy": "evit", "keep": 0.7}
     with pytest.raises(ValueError, match="expected one strategy and one keep=SHARE, got"):
@@ -114,7 +114,7 @@ def test_reduce_is_a_strategy_or_a_share_or_both():
         (["--model", "ViT-B-16"], "required: --reduce"),
         (["--reduce", "tomato"], "--reduce: strategy: expected NAME or NAME:key=value"),
         (["--reduce", "keep=much"], "--reduce: keep: expected a number in (0, 1], got 'much'"),
-        (["--reduce", "keep=0.7", "--val-data", "a.csv"], "--val-data: expected none where"),
+        (["--reduce", "elip", "--val-data", "a.csv"], "--val-data: expected none where"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_refused_before_a_model_is_made(

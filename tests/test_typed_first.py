@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import warnings
 
 import pytest
 import timm
@@ -10,6 +11,7 @@ import torch
 import elip_models
 from elip_models import Elip, ToMe
 from elip_models.reduction.flops import kept_share
+from elip_models.reduction.once import warn_once
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.strategy_spec import get_strategy
 from elip_models.towers import as_tower
@@ -24,9 +26,19 @@ def vit(depth=12, **options):
 
 
 @pytest.mark.parametrize("depth", [3, 4, 12, 24])
-def test_no_argument_means_the_papers_schedule_at_any_depth(depth):
+def test_no_argument_means_tome_at_any_depth(depth):
     model, x = vit(depth), torch.randn(1, 3, 224, 224)
     elip_models.reduce_(model)
+    summary = elip_models.summary(model)
+    assert summary.strategy == ToMe().at_keep(model, 0.7)
+    assert summary.keep == pytest.approx(0.7, abs=2 / 197)
+    assert model(x).shape == (1, 3)
+
+
+@pytest.mark.parametrize("depth", [3, 4, 12, 24])
+def test_elip_alone_means_the_papers_schedule_at_any_depth(depth):
+    model, x = vit(depth), torch.randn(1, 3, 224, 224)
+    elip_models.reduce_(model, strategy="elip")
     counts = [layer.attention for layer in elip_models.summary(model).tokens]
     assert sorted(set(counts), reverse=True) == [197, 178, 129, 80][-depth:]
     assert model(x).shape == (1, 3)
@@ -67,7 +79,11 @@ def test_one_number_in_a_forward():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keep": 0.05}, "keep: expected at least 0.17.*got 0.05; reduce in earlier layers"),
+        ({"keep": 0.05}, "keep: expected at least 0.13.*got 0.05; reduce in earlier layers"),
+        (
+            {"keep": 0.05, "strategy": "elip"},
+            "keep: expected at least 0.17.*got 0.05; reduce in earlier layers",
+        ),
         ({"keep": 0}, "keep: expected a number in"),
         ({"keep": True}, "keep: expected a number in"),
         ({"keep": "0.7"}, "keep: expected a number in"),
@@ -97,14 +113,14 @@ def test_defaults_are_the_same_by_name_by_instance_and_by_line():
     assert (found[0].scorer, found[0].without_text) == ("last", "vision")
 
 
-def test_encode_image_and_reduce_have_the_same_defaults():
+def test_encode_image_is_elip_as_reduce_has_it():
     model, x, t = plain_vit(), images(), text()
     tokens = elip_models.encode_image(model, x, t)
     alone = elip_models.encode_image(model, x, keep=0.6)
-    elip_models.reduce_(model)
+    elip_models.reduce_(model, strategy="elip")
     with elip_models.guidance(model, t):
         assert torch.equal(model.forward_features(x), tokens)
-    elip_models.reduce_(model, keep=0.6)
+    elip_models.reduce_(model, strategy="elip", keep=0.6)
     assert torch.equal(model.forward_features(x), alone)
 
 
@@ -112,7 +128,7 @@ def test_a_tower_without_cls_is_reduced_by_what_needs_none():
     model, x = plain_vit(class_token=False, global_pool="avg").eval(), images()
     dense = model(x)
     elip_models.reduce_(model)
-    assert elip_models.summary(model).strategy == ToMe()
+    assert elip_models.summary(model).strategy == ToMe().at_keep(model, 0.7)
     assert not torch.equal(model(x), dense)
     elip_models.reduce_(model, keep=0.6)
     assert elip_models.summary(model).keep == pytest.approx(0.6, abs=0.05)
@@ -123,7 +139,7 @@ def test_a_summary_is_read_by_a_person():
     assert str(elip_models.summary(model)) == "dense: 12×197 tokens, not reduced"
     assert not elip_models.is_reduced(model)
     before = repr(model)
-    elip_models.reduce_(model)
+    elip_models.reduce_(model, strategy="elip")
     said = str(elip_models.summary(model))
     for part in (
         "scorer='last'",
@@ -141,7 +157,7 @@ def test_a_summary_is_read_by_a_person():
 @pytest.mark.parametrize("make", PAIRS.values(), ids=PAIRS)
 def test_a_whole_model_says_so_too(make):
     model = make()
-    elip_models.reduce_(model)
+    elip_models.reduce_(model, strategy="elip")
     assert "its own text" in elip_models.summary(model).guided_by
     assert repr(model).count("(reduced)") == 1
 
@@ -202,6 +218,19 @@ def test_one_vector_guides_all_images():
         expected = model(x)
     with elip_models.guidance(model, t):
         assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "reads"), [({}, False), ({"fusion": 1.0}, False), ({"strategy": "elip"}, True)]
+)
+def test_a_text_for_what_reads_none_is_said(options, reads):
+    warn_once.cache_clear()
+    model, x, t = plain_vit(), images(), text()
+    alone = elip_models.reduce_(model, **options)(x)
+    with warnings.catch_warnings(record=True) as said, elip_models.guidance(model, t):
+        guided = model(x)
+    assert any("reads no text" in str(each.message) for each in said) != reads
+    assert torch.equal(alone, guided) != reads
 
 
 def test_a_line_is_a_strategy():

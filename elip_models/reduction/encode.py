@@ -54,8 +54,8 @@ def encode_image(
         text_cls: (B, D), the text encoder's CLS output in the tower's width D; detached here. A row
             of zeros is no text: its image alone selects. Strategies that no text guides do not read
             it.
-        keep, schedule, strategy, options: as of `reduce_`, with the same defaults. The paper's are
-            scorer='exact' and without_text='dense'.
+        keep, schedule, strategy, options: as of `reduce_`, but that the strategy is 'elip' where
+            none is named. The paper's are scorer='exact' and without_text='dense'.
         return_info: also return a `StageInfo` for every step.
 
     Returns:

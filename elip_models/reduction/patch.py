@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from elip_models.reduction.dense_outputs import DenseMethod, HiddenStates
+from elip_models.reduction.once import UnguidedWarning, warn_once
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.settings import settings_of, strategy_of
 from elip_models.reduction.stand_ins import (
@@ -50,9 +51,9 @@ def reduce_(
     """Make an image model drop and merge tokens, in place; returns the model.
 
         model = timm.create_model("vit_base_patch16_224", pretrained=True)
-        elip_models.reduce_(model)                          # the paper's schedule
-        elip_models.reduce_(model, keep=0.7)                # 70% of the tokens, mean over layers
-        elip_models.reduce_(model, strategy="tome:r=8")     # another strategy, with its settings
+        elip_models.reduce_(model)                          # ToMe, to 70% of the tokens
+        elip_models.reduce_(model, keep=0.5)                # to half of them, mean over layers
+        elip_models.reduce_(model, strategy="elip")         # the paper's: a text guides, in stages
         elip_models.reduce_(model, schedule="2(100%) 10(50%)", scorer="exact")
         print(elip_models.summary(model))                   # tokens a layer, FLOPs against dense
         elip_models.unreduce_(model)                        # the untouched model again
@@ -61,10 +62,10 @@ def reduce_(
     some ten milliseconds. Ratios are of the patches of each image, whatever its size. Calls for the
     tokens of several blocks (forward_intermediates, output_hidden_states=True) give whole grids: a
     merged token wherever its patches were, zeros for what was dropped without merging. Call it
-    before torch.compile, which does not see what comes later. Guidance, where there is any, comes
-    by `with guidance(model, text_cls):` around the forward. A whole language-image model guides
-    itself: its forward encodes the text first, without gradient. Image i is guided by text i, every
-    image by a single text; by none where the numbers differ otherwise or images are encoded alone.
+    before torch.compile, which does not see what comes later. Guidance, of a strategy that reads a
+    text, comes by `with guidance(model, text_cls):` around the forward. A whole language-image
+    model then guides itself: its forward encodes the text first, without gradient. Image i is
+    guided by text i, every image by a single text, else by itself.
 
     Args:
         model: an image model of timm, open_clip or transformers, or a whole language-image model;
@@ -75,9 +76,9 @@ def reduce_(
             preset of the paper's models, 'clip' (the default), 'albef', 'blip' or 'meter', scaled
             to that depth.
         strategy: a name in `elip_models.STRATEGIES`, or a line such as 'evit:keep_rate=0.6', or an
-            instance, which then holds all options; by default 'elip', and for an image model
-            without CLS and without options 'tome' or 'random' (`default_strategy`). With no
-            argument at all, a saved model of transformers is reduced as its `config.elip` says.
+            instance, which then holds all options; by default 'elip' where there is a schedule or
+            an option, else 'tome' at 0.7 of the tokens, where it can be (`default_strategy`). With
+            no argument at all, a saved model of transformers is reduced as its `config.elip` says.
         options: scorer ('last' by default, 'exact', 'cls', 'official', or a number), fusion (0.8),
             guidance_norm ('none'), without_text ('vision'; 'dense' of a tower without CLS), merge
             (True) and proportional (False), see `ElipOptions`.
@@ -308,6 +309,12 @@ def guidance(model: nn.Module, text_cls: Tensor) -> Iterator[None]:
         TypeError, ValueError: a model that `reduce_` has not changed, or text_cls not (B, D).
     """
     reductions = _reduced(model)
+    for strategy in (each.strategy for each in reductions if not each.strategy.is_guided):
+        warn_once(
+            f"{strategy.name!r} reads no text, so none guides it; reduce_(model, strategy='elip') "
+            "or 'guided_tome' does, with fusion below 1",
+            UnguidedWarning,
+        )
     if not isinstance(text_cls, Tensor) or not text_cls.is_floating_point():
         raise TypeError(f"text_cls: expected a floating-point tensor (B, D), got {text_cls!r:.80}")
     for width in (reduction.tower.width for reduction in reductions):

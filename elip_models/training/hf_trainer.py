@@ -25,7 +25,7 @@ class ReductionCallback(TrainerCallback):
 
     def __init__(
         self,
-        strategy: str | Strategy = "elip",
+        strategy: str | Strategy | None = None,
         *,
         until: Count | PositiveShare | None = None,
         **options: Any,

@@ -71,7 +71,7 @@ def parse_reduce(words: Sequence[str]) -> tuple[Strategy, dict[str, Any]]:
         TypeError, ValueError: another strategy, setting or word.
     """
     shares = [word for word in words if word.startswith("keep=")]
-    names = [word for word in words if word not in shares] or ["elip"]
+    names = [word for word in words if word not in shares] or ["tome"]
     if len(names) > 1 or len(shares) > 1:
         raise ValueError(f"expected one strategy and one keep=SHARE, got {' '.join(words)!r}")
     options: dict[str, Any] = {"strategy": names[0]}

@@ -40,9 +40,14 @@ STRATEGIES: dict[str, type[Strategy]] = {
 }
 
 
+DEFAULT_KEEP = 0.7  # of a tower's tokens, mean over its layers
+
+
 def default_strategy(tower: Tower, *, has_text: bool) -> Strategy:
-    """What a tower is reduced by where nobody says: ELIP, where its CLS token or the model's own
-    text can score; else ToMe, or a random keep where ToMe refuses."""
-    if tower.has_cls or has_text:
-        return Elip()
-    return ToMe() if ToMe().refuses(tower) is None else Random()
+    """What a tower is reduced by where nobody says: ToMe, of which no loss is seen (docs/study.md).
+
+    Where ToMe refuses: ELIP, if a CLS token or the model's own text can score, or a random keep.
+    """
+    if ToMe().refuses(tower) is None:
+        return ToMe().at_keep(tower, DEFAULT_KEEP)
+    return Elip() if tower.has_cls or has_text else Random()
