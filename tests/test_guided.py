@@ -181,14 +181,24 @@ def test_the_command_draws_two_pictures(tmp_path, tokenizer, files, capsys):
     output = tmp_path / "kept.png"
     data = ["--data", "emoji_scenes:seed=1,size=5", "--count", 2, "--scorer", "exact"]
     assert elip("visualize", "--model", model, *data, "--output", output) == 0
-    second = tmp_path / "kept_concentration.png"
-    assert capsys.readouterr().out.split() == [str(output), str(second)]
+    others = [tmp_path / "kept_merged.png", tmp_path / "kept_concentration.png"]
+    assert capsys.readouterr().out.split() == [str(output), *map(str, others)]
     assert Image.open(output).width > Image.open(output).height > 400
-    assert second.is_file()
+    assert all(path.is_file() for path in others)
     entries = [{"image": "gone.png", "caption": "a"}, {"image": "b.png", "caption": ["b", "c"]}]
     (tmp_path / "list.json").write_text(json.dumps(entries))
     data = ["--data", tmp_path / "list.json", "--fusion", 1]
     assert elip("visualize", "--model", model, *data, "--output", output) == 0
+
+
+@pytest.mark.parametrize("strategy", ["tome", "guided_tome:fusion=1", "pitome"])
+def test_a_strategy_without_scores_is_drawn_by_what_it_merges(strategy, tmp_path, files, capsys):
+    output, model = tmp_path / "merged.png", ["--model", "clip_tiny", "--no-pretrained"]
+    shown = ["--image", files[0], "--caption", "a", "--strategy", strategy, "--keep", 0.7]
+    assert elip("visualize", *model, *shown, "--output", output) == 0
+    second = tmp_path / "merged_concentration.png"
+    assert capsys.readouterr().out.split() == [str(output), str(second)]
+    assert Image.open(output).width > 2 * Image.open(output).height > 400
 
 
 def test_samples_that_cannot_be_read_are_passed_over(files, tmp_path):
@@ -222,6 +232,19 @@ TINY = ["--model", "clip_tiny", "--no-pretrained"]
         ([*TINY, "--data", "a.json", "--schedule", "12(100%)"], "--schedule: expected a group"),
         ([*TINY, "--data", "a.json", "--scorer", "lats"], "--scorer: expected one of"),
         ([*TINY, "--data", "a.json", "--fusion", "2"], "--fusion: expected a number in [0, 1]"),
+        ([*TINY, "--data", "a.json", "--strategy", "tom"], "--strategy: strategy: expected"),
+        (
+            [*TINY, "--data", "a.json", "--strategy", "tome", "--schedule", "clip"],
+            "--strategy: schedule: expected none",
+        ),
+        (
+            [*TINY, "--data", "a.json", "--strategy", "tome", "--keep", "0"],
+            "--keep: keep: expected a number in",
+        ),
+        (
+            [*TINY, "--data", "emoji_scenes:size=1", "--strategy", "patch_dropout"],
+            "--strategy: expected one that merges or drops tokens in inference",
+        ),
         (["--model", "clip_tiny", "--data", "a.json"], "--model: pretrained: expected False"),
         (["--model", "timm:nope", "--data", "a.json"], "--model: spec: expected a model that timm"),
         (["--model", "nope", "--data", "a.json"], "--model: spec: expected 'timm:NAME'"),

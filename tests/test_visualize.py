@@ -10,7 +10,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 import elip_kernels
 import elip_models
+from elip_models.analysis.merging import draw_merging, merged_image, tokens_of_patches
 from elip_models.analysis.visualize import (
+    GREY,
     attention_maps,
     concentration,
     draw_concentration,
@@ -133,6 +135,45 @@ def test_the_picture_has_a_row_an_image(batch, tmp_path):
         title="$",
     )
     assert rows_of(path) == batch
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_merged_patch_shows_the_token_that_holds_it(merge):
+    infos, p = reduce_images(merge)
+    found = tokens_of_patches(infos, NUM_PATCHES)
+    for b in range(2):
+        for held, tokens in zip(held_by_tokens(infos, b, p, merge)[1:], found, strict=True):
+            expected = torch.full((NUM_PATCHES,), -1)
+            for token, patches in enumerate(held):
+                expected[sorted(patches)] = token
+            assert torch.equal(tokens[b], expected)
+
+
+def test_patches_of_a_token_have_their_mean_colour_and_dropped_ones_are_grey():
+    image, side = torch.rand(3, 4, 6), 128
+    drawn = merged_image(image, torch.tensor([[0, 0, 1], [2, -1, 2]]))
+    assert drawn.shape == (3, 2 * side, 3 * side)
+
+    def patch(row, column):  # without the lines on its left and above
+        rows, columns = (slice(side * k + 1, side * (k + 1)) for k in (row, column))
+        return drawn[:, rows, columns]
+
+    mean = image[:, :2, :4].mean((1, 2))[:, None, None]
+    torch.testing.assert_close(patch(0, 0), mean.expand(3, side - 1, side - 1))
+    torch.testing.assert_close(patch(0, 0), patch(0, 1))
+    torch.testing.assert_close(patch(1, 0), patch(1, 2))
+    assert patch(1, 1).unique().tolist() == [pytest.approx(GREY)]
+    alone = image[:, :2, 4:].repeat_interleave(side // 2, 1).repeat_interleave(side // 2, 2)
+    assert torch.equal(patch(0, 2), alone[:, 1:, 1:])
+
+
+@pytest.mark.parametrize("strategy", ["tome:r=3", "elip"])
+def test_the_merging_is_a_picture_with_a_row_an_image(strategy, tmp_path):
+    model, x = plain_vit(), images(3)
+    _, infos = elip_models.encode_image(model, x, strategy=strategy, return_info=True)
+    pixels = torch.rand(3, 3, 48, 48) / 2
+    path = draw_merging(pixels, ["a $"] * 3, infos, tmp_path / "m.png", grid=(6, 6), title="$")
+    assert rows_of(path) == 3
 
 
 def test_the_concentration_is_a_picture(tmp_path):

@@ -21,7 +21,8 @@ from elip_models.models.open_model import open_model, split_spec
 from elip_models.models.registry import elip_strategy
 from elip_models.reduction.encode import encode_image
 from elip_models.reduction.strategies.elip import Elip
-from elip_models.reduction.strategy import StageInfo
+from elip_models.reduction.strategy import StageInfo, Strategy
+from elip_models.reduction.strategy_spec import get_strategy
 from elip_models.towers import Reducible, Tower, as_reducible, as_tower
 from elip_models.validation import ConfigError, blame
 
@@ -45,7 +46,7 @@ class Guided:
     name: str
     image_model: nn.Module
     tower: Tower
-    strategy: Elip
+    strategy: Strategy
     guide: Guide | None
     mean: Tensor
     std: Tensor
@@ -71,7 +72,7 @@ class Guided:
         text_cls, strategy = None, self.strategy
         if self.guide is not None:
             text_cls = self.guide(captions)
-        elif self.tower.has_cls:
+        elif self.tower.has_cls and strategy.is_guided:
             strategy = replace(strategy, without_text="vision")
         _, infos = encode_image(
             self.image_model, images, text_cls, strategy=strategy, return_info=True
@@ -80,6 +81,8 @@ class Guided:
 
     def __str__(self) -> str:
         s = self.strategy
+        if not isinstance(s, Elip):
+            return f"{self.name}\n{s}"
         how = "vision only" if self.guide is None else f"text-guided, fusion {s.fusion:g}"
         return f"{self.name}\n{s.schedule}, scorer {s.scorer}, {how}"
 
@@ -88,11 +91,15 @@ def open_guided(
     spec: str,
     *,
     pretrained: bool = True,
+    strategy: str | None = None,
+    keep: float | None = None,
     schedule: str | None = None,
     scorer: str | int | None = None,
     fusion: float | None = None,
 ) -> Guided:
     """Open a model for reduction; what is None stays as its own config says, or else the paper.
+
+    strategy: a line as of `reduce_`; ELIP's without one. keep: as of `reduce_`.
 
     Raises:
         ConfigError: naming the option, what was expected, what came.
@@ -105,13 +112,19 @@ def open_guided(
         mean, std = (torch.tensor(each)[:, None, None] for each in reducible.image_stats())
     options = {"schedule": schedule, "scorer": scorer, "fusion": fusion}
     given = {name: value for name, value in options.items() if value is not None}
-    own = elip_strategy(model) if reducible.reduces_itself else Elip()
-    strategy = _changed(own, tower, given)
+    if strategy is None:
+        own = elip_strategy(model) if reducible.reduces_itself else Elip()
+        chosen = _changed(own, tower, given)
+    else:
+        with blame("--strategy"):
+            chosen = get_strategy(strategy, **given).fitted(tower)
+    if keep is not None:
+        with blame("--keep"):
+            chosen = chosen.at_keep(tower, keep)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    is_guided = reducible.has_text and strategy.fusion < 1.0
-    guide = _guide_of(reducible, spec) if is_guided else None
+    guide = _guide_of(reducible, spec) if reducible.has_text and chosen.is_guided else None
     name = spec if pretrained else f"{spec} (random weights)"
-    return Guided(name, reducible.image_model, tower, strategy, guide, mean, std)
+    return Guided(name, reducible.image_model, tower, chosen, guide, mean, std)
 
 
 def _changed(strategy: Elip, tower: Tower, given: dict[str, Any]) -> Elip:

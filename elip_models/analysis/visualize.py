@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elip_kernels import unmerge
-from elip_models.reduction.once import deliberately_slow
 from elip_models.reduction.step import Forward
 from elip_models.reduction.strategies import Dense
 from elip_models.reduction.strategy import StageInfo
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
     import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from elip_models.analysis.guided import Guided, Shown
 
 DIM, GREY = 0.15, 0.45  # what is left of a dropped patch's colour, and what the rest is
 SHARES = (0.05, 0.10, 0.25, 0.50)
@@ -98,25 +95,6 @@ def concentration(tower: Tower, images: Tensor, shares: Sequence[float] = SHARES
     return torch.stack(masses)
 
 
-def draw_pictures(guided: "Guided", shown: "Shown", path: Path) -> tuple[Path, Path]:
-    """Reduce images guided by their captions, and draw it.
-
-    Returns:
-        `path`, as `draw_reduction` writes it, and beside it NAME_concentration.png, the
-        concentration averaged over these images.
-    """
-    captions = [caption for _, caption in shown]
-    pixels = guided.pixels([image for image, _ in shown])
-    images, tower = guided.normalised(pixels), guided.tower
-    with deliberately_slow():
-        infos = guided.stage_infos(images, captions)
-    draw_reduction(pixels, captions, infos, path, grid=patch_grid(tower), title=str(guided))
-    masses = concentration(tower, images)
-    second = path.with_stem(f"{path.stem}_concentration")
-    title = f"{guided.name}\nCLS attention of the dense tower, heads averaged, {len(shown)} images"
-    return path, draw_concentration(masses, second, title=title)
-
-
 def patch_grid(tower: Tower) -> tuple[int, int]:
     """Rows and columns of the patches, which are taken to be as square as their number allows."""
     height, width = tower.image_size
@@ -153,7 +131,7 @@ def draw_reduction(
     survivors = surviving_patches(infos, num_patches)
     heats = attention_maps(infos, num_patches)
     heats = [h * info.attention.shape[1] for h, info in zip(heats, infos, strict=True)]
-    figure, axes = _panels(len(images), 2 * len(infos) + 1, images.shape[3] / images.shape[2])
+    figure, axes = panels(len(images), 2 * len(infos) + 1, images.shape[3] / images.shape[2])
     rows = zip(axes, images.cpu(), captions, strict=True)
     for b, (row, image, caption) in enumerate(rows):
         stages = zip(survivors, heats, strict=True)
@@ -164,10 +142,15 @@ def draw_reduction(
         before = f"before layer {info.stage.first + 1}"
         axes[0, 1 + 2 * s].set_title(f"{before}:\n{info.stage.keep} kept", fontsize=9)
         axes[0, 2 + 2 * s].set_title("by this CLS\nattention", fontsize=9)
+    return save(figure, path, title=title, note=NOTE)
+
+
+def save(figure: "Figure", path: Path, *, title: str, note: str) -> Path:
+    """Write a PNG, its title above, what it shows below."""
     width = figure.get_figwidth()  # inches
     title = "\n".join(textwrap.fill(line, int(12 * width)) for line in title.splitlines())
     figure.suptitle(title, fontsize=10, parse_math=False)
-    figure.supxlabel(textwrap.fill(NOTE, int(16 * width)), fontsize=8)
+    figure.supxlabel(textwrap.fill(note, int(16 * width)), fontsize=8)
     figure.savefig(path, dpi=130)
     return path
 
@@ -206,7 +189,7 @@ def new_figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _panels(rows: int, columns: int, wide: float) -> "tuple[Figure, np.ndarray]":
+def panels(rows: int, columns: int, wide: float) -> "tuple[Figure, np.ndarray]":
     """Axes (rows, columns + 1): pictures `wide` times as wide as high, and room for a caption."""
     figure = new_figure(1.7 * wide * columns + 2.4, 1.85 * rows + 0.9)
     widths = [wide] * columns + [1.3]
@@ -230,8 +213,13 @@ def _draw_row(
         known = heat[~heat.isnan()].tolist() or [float("nan")]
         scale = f"{min(known):.2f} to {max(known):.2f} times even"
         axis.text(0.5, -0.03, scale, fontsize=7, ha="center", va="top", transform=axis.transAxes)
+    write_caption(axes[-1], caption)
+
+
+def write_caption(axis: "Axes", caption: str) -> None:
+    """Beside the pictures of a row."""
     text = textwrap.fill(textwrap.shorten(caption, MAX_CAPTION, placeholder=" .."), 26)
-    axes[-1].text(0.0, 0.5, text, fontsize=9, va="center", parse_math=False)
+    axis.text(0.0, 0.5, text, fontsize=9, va="center", parse_math=False)
 
 
 def dimmed(image: Tensor, alive: Tensor) -> "np.ndarray":

@@ -23,24 +23,27 @@ def visualize(
     ] = None,
     count: Annotated[int, typer.Option(min=1, max=64, help="Samples of --data.")] = 4,
     output: Annotated[Path, typer.Option(help="PNG to write.")] = Path("kept.png"),
+    strategy: Annotated[
+        str | None, typer.Option(help="Such as tome, elip:merge=nearest; default: elip.")
+    ] = None,
+    keep: Annotated[float | None, typer.Option(help="Share of tokens, mean over layers.")] = None,
     schedule: Annotated[str | None, typer.Option(help="Such as '2(100%) 10(50%)'.")] = None,
     scorer: Annotated[str | None, typer.Option(help="last, exact, official, mean, 1, ..")] = None,
     fusion: Annotated[float | None, typer.Option(help="1 is vision only, 0 text only.")] = None,
     pretrained: Annotated[bool, typer.Option(help="Load the model's weights.")] = True,
 ) -> None:
-    """Draw the patches that survive each stage, the CLS attention, and how concentrated it is."""
+    """Draw what stays and what merges into what, the CLS attention, and how concentrated it is."""
     if bool(image) == (data is not None):
         raise ConfigError("--image: expected images with captions, or else --data, not both")
     if output.suffix != ".png" or not output.parent.is_dir():
         raise ConfigError(f"--output: expected a .png in an existing folder, got {output}")
     from elip_models.analysis.guided import open_guided, read_pairs, read_source
-    from elip_models.analysis.visualize import draw_pictures
+    from elip_models.analysis.pictures import draw_pictures
 
     pairs = read_pairs(image, caption or []) if image else None
     number = int(scorer) if scorer is not None and scorer.isdecimal() else scorer
-    guided = open_guided(
-        model, pretrained=pretrained, schedule=schedule, scorer=number, fusion=fusion
-    )
+    options = {"schedule": schedule, "scorer": number, "fusion": fusion}
+    guided = open_guided(model, pretrained=pretrained, strategy=strategy, keep=keep, **options)
     shown = read_source(data, count, guided.tower) if pairs is None else pairs
     for path in draw_pictures(guided, shown, output):
         Console().print(escape(str(path)), soft_wrap=True)

@@ -1,0 +1,97 @@
+"""Pictures of a merging: patches that are one token, in their mean colour, a line around them.
+
+token_s(n) = the token that holds patch n after step s, by the source maps of all steps   (B, P)
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elip_models.analysis.visualize import GREY, panels, save, source_maps, write_caption
+from elip_models.reduction.strategy import StageInfo
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MOST_STEPS = 4  # of many, evenly spaced, the last among them
+PIXELS = 256  # of an image's height at the least, so that a line is thin
+NOTE = (
+    "Patches that are one token have their mean colour, and a line around them; a patch that is a "
+    "token of its own is as it was; grey was dropped."
+)
+
+
+def tokens_of_patches(infos: Sequence[StageInfo], num_patches: int) -> list[Tensor]:
+    """For each step (B, num_patches) int64: the token that holds the patch; -1 where none does."""
+    found = []
+    for source in source_maps(infos, num_patches)[1:]:
+        holds, token = source.to(torch.uint8).max(1)
+        found.append(token.masked_fill(holds == 0, -1))
+    return found
+
+
+def merged_image(image: Tensor, tokens: Tensor) -> Tensor:
+    """A picture of which patches are one token.
+
+    Args:
+        image: (3, H, W) in [0, 1].
+        tokens: (rows, columns) int64, of each patch, as `tokens_of_patches` says.
+
+    Returns:
+        (3, s H, s W), s the least number by which it is `PIXELS` high.
+    """
+    scale = max(1, -(-PIXELS // image.shape[1]))
+    image = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    wide = F.interpolate(tokens[None, None].float(), size=image.shape[1:])[0, 0].long()
+    for token in tokens.unique().tolist():
+        inside = wide == token
+        if token < 0:
+            image[:, inside] = GREY
+        elif (tokens == token).sum() > 1:
+            image[:, inside] = image[:, inside].mean(1, keepdim=True)
+    edge = torch.zeros_like(wide, dtype=torch.bool)
+    edge[:, 1:] |= wide[:, 1:] != wide[:, :-1]
+    edge[1:] |= wide[1:] != wide[:-1]
+    return image.masked_fill(edge, 0.0)
+
+
+def draw_merging(
+    images: Tensor,
+    captions: Sequence[str],
+    infos: Sequence[StageInfo],
+    path: Path,
+    *,
+    grid: tuple[int, int],
+    title: str = "",
+) -> Path:
+    """Write a PNG: one row an image, with the input, what is one token after a few of the steps,
+    and the caption.
+
+    Args:
+        images, captions, infos, path, grid, title: as of `draw_reduction`.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    count = min(MOST_STEPS, len(infos))
+    shown = [len(infos) * (k + 1) // count - 1 for k in range(count)]
+    found = tokens_of_patches(infos, grid[0] * grid[1])
+    figure, axes = panels(len(images), count + 1, images.shape[3] / images.shape[2])
+    for b, (row, image, caption) in enumerate(zip(axes, images.cpu(), captions, strict=True)):
+        row[0].imshow(_last_channel(image))
+        for axis, s in zip(row[1:], shown, strict=False):
+            axis.imshow(_last_channel(merged_image(image, found[s][b].cpu().view(grid))))
+        write_caption(row[-1], caption)
+    axes[0, 0].set_title("image", fontsize=9)
+    for axis, s in zip(axes[0, 1:], shown, strict=False):
+        left = (found[s][0].unique() >= 0).sum().item()
+        axis.set_title(f"in layer {infos[s].stage.first + 1}:\n{left} tokens", fontsize=9)
+    return save(figure, path, title=title, note=NOTE)
+
+
+def _last_channel(image: Tensor) -> "np.ndarray":
+    return image.permute(1, 2, 0).numpy()

@@ -1,0 +1,49 @@
+"""The pictures of `elip visualize`."""
+
+from pathlib import Path
+
+from elip_models.analysis.guided import Guided, Shown
+from elip_models.analysis.merging import draw_merging
+from elip_models.analysis.visualize import (
+    concentration,
+    draw_concentration,
+    draw_reduction,
+    patch_grid,
+)
+from elip_models.reduction.once import deliberately_slow
+from elip_models.validation import ConfigError
+
+
+def draw_pictures(guided: Guided, shown: Shown, path: Path) -> list[Path]:
+    """Reduce images, guided by their captions where the strategy reads them, and draw it.
+
+    Returns:
+        `path`, as `draw_reduction` writes it where the strategy has scores; as `draw_merging` does,
+        NAME_merged.png beside it, or `path` where there are none; and NAME_concentration.png,
+        averaged over these images, of a tower with CLS.
+
+    Raises:
+        ConfigError: a strategy that reduces nothing in inference.
+    """
+    captions, tower = [caption for _, caption in shown], guided.tower
+    pixels = guided.pixels([image for image, _ in shown])
+    images = guided.normalised(pixels)
+    with deliberately_slow():
+        infos = guided.stage_infos(images, captions)
+    if not infos:
+        raise ConfigError(
+            f"--strategy: expected one that merges or drops tokens in inference, got "
+            f"{guided.strategy.name!r}"
+        )
+    paths, merged = [], path
+    layout = {"grid": patch_grid(tower), "title": str(guided)}
+    if all(info.attention is not None for info in infos):
+        paths.append(draw_reduction(pixels, captions, infos, path, **layout))
+        merged = path.with_stem(f"{path.stem}_merged")
+    paths.append(draw_merging(pixels, captions, infos, merged, **layout))
+    if tower.has_cls:
+        second = path.with_stem(f"{path.stem}_concentration")
+        what = f"CLS attention of the dense tower, heads averaged, {len(shown)} images"
+        masses, title = concentration(tower, images), f"{guided.name}\n{what}"
+        paths.append(draw_concentration(masses, second, title=title))
+    return paths
