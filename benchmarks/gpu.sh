@@ -6,7 +6,8 @@
 #                             sanitize TOOL runs one
 #   benchmarks/gpu.sh tune    the numbers of elip_kernels/launch.py, tried against each other
 #   benchmarks/gpu.sh bench   benchmarks/ against the official algorithm, eager forms and a copy;
-#                             bench tower, or another NAME, runs bench_NAME.py alone
+#                             bench tower, or another NAME, runs bench_NAME.py alone; then every
+#                             op's time beside the one that the model of latency.py predicts
 # Results go to $OUT, or to benchmarks/results/<device>. Where the tree came without .git,
 # COMMIT=$(git rev-parse HEAD) says what is measured.
 set -euo pipefail
@@ -69,6 +70,10 @@ case $1 in
     [[ -z ${2:-} ]] || files=("benchmarks/bench_$2.py")
     json=$out/bench${2:+_$2}.json
     rm -f "$json"
-    limited -m pytest -p no:cacheprovider "${files[@]}" --benchmark-only --benchmark-json="$json"
+    status=0
+    limited -m pytest -p no:cacheprovider "${files[@]}" --benchmark-only --benchmark-json="$json" ||
+      status=$?
+    python3 -m benchmarks.predicted "$json" 2>&1 | tee -a "$log"
+    exit "$status"
     ;;
 esac

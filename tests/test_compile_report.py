@@ -16,7 +16,7 @@ from elip_kernels._triton import HAS_TRITON, tl, triton
 if not HAS_TRITON:
     pytest.skip("triton is absent, so there is nothing to compile", allow_module_level=True)
 
-from elip_kernels.testing import report
+from elip_kernels.testing import model, report
 from elip_kernels.testing.calls import BATCHES, CALLS, REAL_CASES
 from elip_kernels.testing.compile import (
     ARCHITECTURES,
@@ -25,6 +25,7 @@ from elip_kernels.testing.compile import (
     recorded_launches,
     warps_at_once,
 )
+from elip_kernels.testing.latency import LAUNCH, MACHINES, WAITS, Size, bound, size_of, waves
 from tests.tiers import tiered
 
 KEEP = dict(REAL_CASES) | {1025: 400, 4097: 1600, 16_385: 6000}
@@ -232,27 +233,79 @@ def test_every_launch_says_how_its_products_and_sums_round(call):
         assert launch.options["enable_fp_fusion"] is True, launch.name
 
 
+ALONE = {  # programs and waits of one image, N = 257 of a ViT-B in bf16
+    "_reduce_fwd_kernel": (12, 2),
+    "_reduce_bwd_kernel": (54, 2),
+    "_query_kernel": (12, 43),
+    "scores_kernel": (4, 6),
+    "_score_select_kernel": (1, 3),
+    "_move_kernel": (12, 5),
+    "_fuse_kernel": (16, 9),
+    "_keys_kernel": (48, 2),
+    "_row_kernel": (1, 3),
+    "_attend_kernel": (1, 16),
+    "_match_kernel": (5, 5),
+    "_slots_kernel": (1, 1),
+    "_merge_fwd_kernel": (33, 4),
+    "_merge_bwd_kernel": (54, 2),
+    "_select_kernel": (1, 1),
+    "_nearest_kernel": (9, 12),
+}
+
+
 @pytest.mark.slow
 def test_one_image_alone_fills_what_the_work_allows():
-    """At B = 1 and N = 257 of a ViT-B: heads for the query, tiles to score, slices to move."""
-    calls = ("score_reduce", "fuse_text", "cls_attention", "bipartite_merge")
-    started = report.programs(calls, batches=(1, 32))
-    at_once = {
-        name: counts[1]
-        for (name, N, dtype), counts in started.items()
-        if (N, dtype) == (257, "bf16")
-    }
-    least = {"_query_kernel": 12, "scores_kernel": 4, "_score_select_kernel": 1, "_move_kernel": 12}
-    least |= {"_reduce_bwd_kernel": 54, "_fuse_kernel": 16, "_keys_kernel": 48, "_match_kernel": 5}
-    assert {name: at_once[name] for name in least} == least
-    for (name, _, _), counts in started.items():
+    """Heads for the query, tiles to score, slices to move: no kernel starts 64 programs."""
+    found = report.sizes(CALLS, batches=(1, 32))
+    alone = {name: of[1] for (name, N, dtype), of in found.items() if (N, dtype) == (257, "bf16")}
+    assert {name: (size.programs, size.waits) for name, size in alone.items()} == ALONE
+    for (name, _, _), of in found.items():
         most = 16 if name == "_query_kernel" else 1  # images that share a program
-        assert counts[32] == 32 // most * counts[1], name
+        assert of[32].programs == 32 // most * of[1].programs, name
 
 
-def test_waves_are_what_does_not_run_at_once():
-    row = {"arch": 90, "occupancy": 32, "warps": 4}
-    assert [report.waves(n, row) for n in (1, 8 * 132, 8 * 132 + 1)] == [1, 1, 2]
+def test_one_image_alone_waits_at_most_sixteen_times_but_for_its_query():
+    assert {name for name, (_, waits) in ALONE.items() if waits > 16} == {"_query_kernel"}
+
+
+def test_every_kernel_says_how_often_it_waits():
+    modules = [module for name, module in sys.modules.items() if name.startswith("elip_kernels.")]
+    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert kernels == WAITS.keys()
+
+
+@pytest.mark.parametrize("call", tiered(CALLS, ["score_reduce"]))
+def test_loops_around_products_and_no_others_are_pipelined(call):
+    """As `waits.py` counts them."""
+    for name, (_, code) in compiled(call, 257, "bf16").items():
+        is_pipelined = name in ("scores_kernel", "_match_kernel", "_nearest_kernel")
+        assert (code.instructions["LDGSTS"] > 0) == is_pipelined, name
+
+
+@pytest.mark.parametrize(
+    ("call", "work"),
+    [
+        ("reduce", lambda *shape: model.reduce(*shape)),
+        ("score_reduce", lambda *shape: model.score_reduce(*shape[:4], 12, shape[4])),
+    ],
+    ids=["reduce", "score_reduce"],
+)
+def test_the_bytes_of_a_launch_are_those_of_the_analytic_model(call, work):
+    shape = (2, 257, 768, 166, torch.bfloat16)
+    launches = report.recorded_call(call, 2, 257, 166, "bf16", 90)
+    least = model.together(work(*shape), model.reduce_backward(*shape)).bytes
+    assert sum(size_of(launch).bytes for launch in launches) == pytest.approx(least, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("programs", "in_turns"), [(1, 1), (8 * 132, 1), (8 * 132 + 1, 2), (24 * 132, 3)]
+)
+def test_time_is_that_of_bytes_or_of_waits_in_turn(programs, in_turns):
+    H100 = MACHINES[90]
+    few, many = Size(programs, 5, 10), Size(programs, 5, 335_000_000)
+    assert waves(few, 8, H100) == in_turns
+    assert bound(few, 8, H100)[1] == pytest.approx(LAUNCH + in_turns * 5 * H100.latency)
+    assert bound(many, 8, H100) == pytest.approx((1e-4, LAUNCH + 1e-4))
 
 
 def test_launches_are_recorded_as_they_were_made():
@@ -325,7 +378,12 @@ def test_the_command_writes_a_table_and_json(tmp_path):
         _, code = compiled("reduce", N, dtype)[kernel]
         assert (row["registers"], row["shared"]) == (code.registers, code.shared)
         assert [row["occupancy"], row["limit"]] == list(code.occupancy)
-    assert len(run.stdout.splitlines()) == 2 + len(rows)
+    codes, times = run.stdout.split("\n\n")
+    assert len(codes.splitlines()) == 1 + len(rows)
+    header, *lines, versions = times.splitlines()
+    assert header.split()[:5] == ["kernel", "N", "dtype", "arch", "waits"]
+    assert len(lines) == len(rows) and triton.__version__ in versions
+    assert rows["_reduce_fwd_kernel", 257, "bf16", 90]["us, B=1"] == "0.2/1.9"
 
 
 def refuse(launch, arch):

@@ -116,7 +116,9 @@ def test_gpu_sh_starts_a_sweep_with_options_that_it_has(started, monkeypatch, tm
 
 @pytest.mark.parametrize("words", [["bench"], ["bench", "tower"]])
 def test_gpu_sh_starts_benchmarks_that_are_there(started, words):
-    files = [word for word in started(*words) if word.startswith("benchmarks/")]
+    called = started(*words)
+    files = [word for word in called if word.startswith("benchmarks/")]
     assert len(files) == len(set(files)) >= 1
+    assert called[-3:-1] == ["-m", "benchmarks.predicted"] and called[-1] in called[-4]
     there = {f"benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("bench_*.py")}
     assert set(files) == (there if words == ["bench"] else {"benchmarks/bench_tower.py"})

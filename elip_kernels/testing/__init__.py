@@ -1,7 +1,13 @@
 """Cases, inputs and the interpreter seam: what tests and benchmarks share.
 
 The interpreter (TRITON_INTERPRET=1, set before triton is imported) runs a kernel on CPU tensors;
-`kernels_on_cpu` registers the launchers for them and counts the launches.
+`kernels_on_cpu` registers the launchers for them and counts the launches. It cannot show
+
+    rounding   of tensor cores: products in two-byte types and as tf32x3 are taken in fp32 (WIDEN,
+               PRECISION), and an exponential is NumPy's, where a GPU takes ex2.approx
+    order      programs and threads run one after the other: no race, and no barrier that lacks
+    code       what compiles, into how many registers and how wide accesses: `report` reads that
+    time       of which `latency.py` has a model; `benchmarks/gpu.sh` measures on a GPU
 """
 
 from collections import Counter

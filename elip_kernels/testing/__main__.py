@@ -13,7 +13,7 @@ import torch
 from elip_kernels._triton import triton
 from elip_kernels.testing.calls import CALLS
 from elip_kernels.testing.compile import ARCHITECTURES
-from elip_kernels.testing.report import report, table
+from elip_kernels.testing.report import report, tables
 
 
 def main() -> int:
@@ -27,7 +27,7 @@ def main() -> int:
     options = parser.parse_args()
     rows = report([names[name] for name in options.arch], options.only)
     versions = {"torch": torch.__version__, "triton": triton.__version__}
-    sys.stdout.write(table(rows) + "\n" + " ".join(map(" ".join, versions.items())) + "\n")
+    sys.stdout.write(tables(rows) + "\n" + " ".join(map(" ".join, versions.items())) + "\n")
     if options.json:
         options.json.write_text(json.dumps(versions | {"rows": rows}, indent=1) + "\n")
     return int(any("error" in row for row in rows))

@@ -2,7 +2,9 @@
 architecture. fp16 compiles as bf16 does.
 
 Of three machines a row says how many programs a batch starts, and in how many waves they run, as
-many at once as the occupancy lets: 12/1 is twelve programs in one wave.
+many at once as the occupancy lets: 12/1 is twelve programs in one wave. A second table says how
+often a program waits for memory and, in microseconds, what a launch takes by its bytes alone and by
+the model of `latency.py`: 0.1/4.3 is one that latency and launching bound. Nothing is timed.
 """
 
 import os
@@ -11,7 +13,6 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import product
-from math import ceil, prod
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import torch
 
 from elip_kernels.testing.calls import BATCHES, CALLS, REAL_CASES
 from elip_kernels.testing.compile import Arch, RecordedLaunch, compile_launch, recorded_launches
+from elip_kernels.testing.latency import MACHINES, Size, bound, size_of, waves
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 HEADS, WIDTH = 12, 768
@@ -26,8 +28,8 @@ KEY = ("kernel", "N", "dtype", "arch")
 COLUMNS = (*KEY, "warps", "stages", "registers", "stack", "spills", "shared")
 COLUMNS += ("occupancy", "limit", "wide_share", "instructions")
 FILLED = (1, 8, 32, 64, 256)  # images in a batch, of which programs and waves are said
-PROCESSORS = {90: 132, 100: 148, "gfx942": 304}  # SMs or CUs of an H100 SXM, a B200, an MI300X
 COLUMNS += tuple(f"B={B}" for B in FILLED)
+TIMES = (*KEY, "waits", *(f"us, B={B}" for B in FILLED))
 
 
 class Job(NamedTuple):
@@ -51,30 +53,34 @@ def report(archs: Sequence[Arch], calls: Sequence[str]) -> list[dict[str, Any]]:
     with ThreadPoolExecutor(os.cpu_count()) as lanes:
         facts = list(lanes.map(_compile_apart, jobs.values()))
     rows = [dict(zip(KEY, key, strict=True)) | f for key, f in zip(jobs, facts, strict=True)]
-    started = programs(calls) if PROCESSORS.keys() & set(archs) else {}
+    of_batches = sizes(calls) if MACHINES.keys() & set(archs) else {}
     for row in rows:
-        if row["arch"] in PROCESSORS and row.get("occupancy"):
-            counts = started[row["kernel"], row["N"], row["dtype"]]
-            row |= {f"B={B}": f"{n}/{waves(n, row)}" for B, n in counts.items()}
+        if row["arch"] in MACHINES and row.get("occupancy"):
+            row |= filled(row, of_batches[row["kernel"], row["N"], row["dtype"]])
     return rows
 
 
-def programs(
+def sizes(
     calls: Sequence[str], batches: Sequence[int] = FILLED
-) -> dict[tuple[str, int, str], dict[int, int]]:
-    """By kernel, tokens and dtype: how many programs a batch of each size starts."""
-    found: dict[tuple[str, int, str], dict[int, int]] = {}
+) -> dict[tuple[str, int, str], dict[int, Size]]:
+    """By kernel, tokens and dtype: what a launch for a batch of each size is."""
+    found: dict[tuple[str, int, str], dict[int, Size]] = {}
     for call, (N, K), dtype, B in product(calls, REAL_CASES, DTYPES, batches):
         for launch in recorded_call(call, B, N, K, dtype, 90):
             of_kernel = found.setdefault((launch.name, N, dtype), {})
-            of_kernel.setdefault(B, prod(launch.grid))  # of the first call, as the rows are
+            of_kernel.setdefault(B, size_of(launch))  # of the first call, as the rows are
     return found
 
 
-def waves(count: int, row: dict[str, Any]) -> int:
-    """In how many turns a machine runs so many programs of a row's kernel."""
-    at_once = row["occupancy"] // row["warps"] * PROCESSORS[row["arch"]]
-    return ceil(count / at_once)
+def filled(row: dict[str, Any], of_batches: dict[int, Size]) -> dict[str, Any]:
+    """What a row says of each batch on its machine."""
+    machine, at_once = MACHINES[row["arch"]], row["occupancy"] // row["warps"]
+    facts: dict[str, Any] = {"waits": max(size.waits for size in of_batches.values())}
+    for B, size in of_batches.items():
+        facts[f"B={B}"] = f"{size.programs}/{waves(size, at_once, machine)}"
+        times = (f"{1e6 * seconds:.1f}" for seconds in bound(size, at_once, machine))
+        facts[f"us, B={B}"] = "/".join(times)
+    return facts
 
 
 def recorded_call(
@@ -116,9 +122,15 @@ def _compile(job: Job) -> dict[str, Any]:
     return facts if warps else facts | {"error": f"does not fit: {limit}"}
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def tables(rows: Sequence[dict[str, Any]]) -> str:
+    """What the code of each kernel says, and what time is predicted where a machine is known."""
+    timed = [row for row in rows if "waits" in row]
+    return "\n\n".join([table(rows), *([table(timed, TIMES)] if timed else [])])
+
+
+def table(rows: Sequence[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
     """Aligned text; what is wrong with a row stands behind it."""
-    cells = [COLUMNS] + [tuple(str(row.get(name, "-")) for name in COLUMNS) for row in rows]
+    cells = [tuple(columns)] + [tuple(str(row.get(name, "-")) for name in columns) for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     errors = ["", *(row.get("error", "") for row in rows)]
     lines = []

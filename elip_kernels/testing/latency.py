@@ -1,0 +1,133 @@
+"""A model of time: what a launch takes by its bytes, its waits for memory, and launching itself.
+
+    seconds = LAUNCH + max(bytes / bandwidth, waves * waits * latency)
+
+bytes: of the tensors that a launch is given, each once. waves: in how many turns its programs run,
+as many at once as the occupancy lets. waits: how often a program waits for loads that are under way
+together, as `waits.py` defines and counts them; `WAITS` states them of every kernel from the
+arguments of a launch, and tests/interpreted/test_waits.py holds it to what is counted.
+
+Sources. Processors and bandwidths: the vendors' data sheets. Latency of a load from memory, by a
+pointer chase: RRZE-HPC/gpu-benches at 1038c5d, gpu-latency: 688 cycles at 1,980 MHz on a GH200,
+whose GPU is an H100 with HBM3, and 890 cycles at 2,092 MHz on an MI300X; B200: 860 cycles in the
+README of markdewing/AI_kernels at 0d701ad, which says 700 of an H100 SXM and nothing of the clock:
+1,965 MHz is taken. A launch: gpu-small-kernels of the former: a kernel of 64 KB in a CUDA graph
+takes 1.3 us on an H200, of which a wait for L2, 142 ns on the GH200, is no launch.
+
+Not in the model: caches, though a load that hits the L2 waits less than half as long, and one that
+hits the L1 still less, so what was read or written before comes sooner than predicted; and the
+arithmetic, barriers and reductions between two waits, such as the bisection of a selection, so the
+next one comes later. Not known: a launch elsewhere than on an H200; latency under load, and on an
+H200, for which the H100's is taken.
+"""
+
+from collections.abc import Callable, Mapping
+from math import ceil, prod
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+
+from elip_kernels.testing.compile import Arch, RecordedLaunch
+
+LAUNCH = 1.2e-6  # seconds, in a CUDA graph
+
+
+class Machine(NamedTuple):
+    """Its name as its driver says it, without the vendor; SMs or CUs, bytes a second, and the
+    seconds that a load from memory takes."""
+
+    name: str
+    arch: Arch
+    processors: int
+    bandwidth: float
+    latency: float
+
+
+ALL_MACHINES = (
+    Machine("H100 80GB HBM3", 90, 132, 3.35e12, 688 / 1.98e9),  # the SXM card
+    Machine("H200", 90, 132, 4.8e12, 688 / 1.98e9),
+    Machine("B200", 100, 148, 8.0e12, 860 / 1.965e9),
+    Machine("Instinct MI300X", "gfx942", 304, 5.3e12, 890 / 2.092e9),
+)
+MACHINES = {machine.arch: machine for machine in reversed(ALL_MACHINES)}
+
+
+class Size(NamedTuple):
+    """Of a launch: its programs, how often they wait, the bytes of its tensors."""
+
+    programs: int
+    waits: int
+    bytes: int
+
+
+def size_of(launch: RecordedLaunch) -> Size:
+    """What a launch is, which need not run."""
+    tensors = (t for t in launch.arguments.values() if isinstance(t, torch.Tensor))
+    waits = stated_waits(launch.name, launch.arguments | launch.options)
+    return Size(prod(launch.grid), waits, sum(t.nbytes for t in tensors))
+
+
+def waves(size: Size, at_once: int, machine: Machine) -> int:
+    """In how many turns a machine runs the programs, `at_once` on each SM or CU."""
+    return ceil(size.programs / (at_once * machine.processors))
+
+
+def bound(size: Size, at_once: int, machine: Machine) -> tuple[float, float]:
+    """Seconds of a launch: those of its bytes alone, and those of the model."""
+    roof = size.bytes / machine.bandwidth
+    waited = waves(size, at_once, machine) * size.waits * machine.latency
+    return roof, LAUNCH + max(roof, waited)
+
+
+def stated_waits(kernel: str, arguments: Mapping[str, Any], sources: int | None = None) -> int:
+    """What `WAITS` says of a launch; `sources`: the most tokens that a merge puts into one row,
+    by default as few as the number of rows lets it be."""
+    given = SimpleNamespace(**{"num_stages": 3, "sources": sources} | dict(arguments))
+    return WAITS[kernel](given)
+
+
+def _steps(length: int, block: int) -> int:
+    return ceil(length / block)
+
+
+def _pipelined(trips: int, a: Any) -> int:
+    """A loop around a product."""
+    return ceil(trips / max(1, a.num_stages - 1))
+
+
+def _query(a: Any) -> int:
+    """CLS twice for its moments, and once more for a text; each matrix once, W_k again for u."""
+    slices, features = _steps(a.D, a.BLOCK_D), _steps(a.D, a.BLOCK_R)
+    return (2 + a.HAS_TEXT) * features + 3 * slices + (a.q_bias_ptr is not None)
+
+
+def _merge(a: Any) -> int:
+    """Slots and sizes, the odd token, slots again, and a row's sources one after the other."""
+    return 1 + a.STEP + (a.sources or ceil(_steps(a.N, a.STEP) / a.R))
+
+
+WAITS: dict[str, Callable[[Any], int]] = {
+    "_query_kernel": _query,
+    "scores_kernel": lambda a: _pipelined(_steps(a.D, a.BLOCK_K), a),
+    "_row_kernel": lambda a: _steps(a.H, a.BLOCK_H),
+    "_score_select_kernel": lambda a: _steps(a.H, a.BLOCK_H),
+    "_keys_kernel": lambda a: 2,  # the first key comes last
+    "_attend_kernel": lambda a: _steps(a.N - 1, a.BLOCK_N),
+    "_fuse_kernel": lambda a: 2 * _steps(a.D, a.BLOCK_R) + _steps(a.D, a.BLOCK_D),
+    "_select_kernel": lambda a: 1,
+    "_stream_kernel": lambda a: (5 + (a.MERGE and a.NORMALIZE)) * _steps(a.N, a.BLOCK_N),
+    "_move_kernel": lambda a: (2 - a.MERGE) * _steps(a.N, a.BLOCK_N),  # else slots come first
+    "_reduce_fwd_kernel": lambda a: 2 if a.P or not a.MERGE else 1,  # prefix tokens come last
+    "_reduce_bwd_kernel": lambda a: 2,  # slots, rows
+    "_match_kernel": lambda a: (
+        _steps(a.N // 2, a.BLOCK_B) * _pipelined(_steps(a.C, a.BLOCK_C), a) + a.HAS_PENALTY
+    ),
+    "_slots_kernel": lambda a: 1,
+    "_slots_of_kernel": lambda a: a.BITS + 1,
+    "_nearest_kernel": lambda a: (
+        _steps(a.K, a.BLOCK_K) * (1 + _pipelined(_steps(a.C, a.BLOCK_C), a))
+    ),
+    "_merge_fwd_kernel": _merge,
+    "_merge_bwd_kernel": lambda a: 2,  # slots, rows
+}
