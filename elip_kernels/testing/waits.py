@@ -8,15 +8,16 @@ Loads that are under way together are one wait. A program waits where its thread
 product, a reduction or a scan, for what goes in there; and where a loop goes round or ends, or a
 branch is taken, for all that it has computed with, but not for what it merely loaded, such as a
 tile for the next trip. In between the compiler orders the code: there a load waits only for what
-its address and mask are made of. A loop around a product keeps `num_stages - 1` trips under way:
-Triton pipelines those loops and no others. A load without an active lane is none.
+its address and mask are made of. What feeds a product in a loop is loaded `num_stages - 1` trips
+ahead: Triton pipelines those loads and no others. A load without an active lane is none.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from math import ceil
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 from elip_kernels._triton import tl
@@ -34,40 +35,67 @@ class Launch:
     waits: int = 0
 
 
-class _Program:
-    """How often a program has waited so far, `now`, and by then for what it `used`, or loaded
-    `last`; `hidden` are those that a pipeline hides."""
+class _There(NamedTuple):
+    """After how many waits a value is there, and which loads of which loop it is made of."""
+
+    waits: int = 0
+    loads: frozenset[tuple["_Loop", int]] = frozenset()
+
+
+class _Loop:
+    """The body of a loop: its loads so far in this trip, which of them feed a product, and which
+    are therefore under way before their trip."""
 
     def __init__(self) -> None:
-        self.now = self.used = self.last = self.hidden = 0
-        self.has_product = [False]  # of the loops around
+        self.loads, self.feeding = 0, set[int]()
+        self.ahead: frozenset[int] = frozenset()
+
+
+class _Program:
+    """How often a program has waited so far, `now`; and by then for what it `used`, or loaded
+    `last`."""
+
+    def __init__(self) -> None:
+        self.now = self.used = self.last = 0
+        self.body = _Loop()  # of the innermost loop
 
     def wait(self) -> None:
         self.now = max(self.now, self.used)
 
-    def use(self, there: int, *, meets: bool = False) -> None:
-        self.used = max(self.used, there)
-        self.now = max(self.now, there) if meets else self.now
+    def use(self, waits: int, *, meets: bool = False) -> None:
+        self.used = max(self.used, waits)
+        self.now = max(self.now, waits) if meets else self.now
 
-    def load(self, there: int) -> int:
-        """-> after how many waits it is there, its address and mask being so after `there`."""
-        there = 1 + max(self.now, there)
-        self.last = max(self.last, there)
-        return there
+    def load(self, made_of: _There) -> _There:
+        """What is loaded from an address, where a mask allows it, both made of `made_of`."""
+        load, waits = self.body.loads, 1 + max(self.now, made_of.waits)
+        self.body.loads += 1
+        if load in self.body.ahead:
+            waits = self.now
+        self.last = max(self.last, waits)
+        return _There(waits, made_of.loads | {(self.body, load)})
+
+    def feed(self, made_of: _There) -> None:
+        """A product takes it."""
+        self.body.feeding |= {load for body, load in made_of.loads if body is self.body}
 
     def loop(self, in_flight: int, *bounds: Any) -> Iterator[int]:
         """`range` in a kernel; a loop of one trip that the compiler knows is none."""
-        if len(range(*bounds)) == 1 and not any(isinstance(n, tl.tensor) for n in bounds):
-            yield from range(*bounds)
+        trips = range(*bounds)
+        if len(trips) == 1 and not any(isinstance(n, tl.tensor) for n in bounds):
+            yield from trips
             return
         self.wait()
-        self.has_product.append(False)
-        begin = self.now
-        for index in range(*bounds):
+        begin, first, around, self.body = self.now, 0, self.body, _Loop()
+        for index in trips:
+            self.body.loads = 0
             yield index
             self.wait()
-        if self.has_product.pop():
-            self.hidden += (self.now - begin) * (in_flight - 1) // in_flight
+            first = first or self.now - begin
+            self.body.ahead = frozenset(self.body.feeding if in_flight > 1 else ())
+        if self.body.ahead:
+            self.now = max(self.now, begin + ceil(first * len(trips) / in_flight))
+        self.body = around
 
 
 @contextmanager
@@ -121,16 +149,17 @@ class _Counter:
 
     def end_program(self) -> None:
         launch, program = self.launches[-1], self.program
-        launch.waits = max(launch.waits, program.last - program.hidden)
+        launch.waits = max(launch.waits, program.last, program.now)
         self.program = _Program()
 
     def computed(self, name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
         """What an operation makes is there when what it is made of is; a load, one wait later."""
 
         def run(builder: Any, *args: Any) -> Any:
-            there = max(map(_there, args), default=0)
-            self.program.use(there, meets=name in MEETS)
-            self.program.has_product[-1] |= name == "create_dot"
+            there = _together(args)
+            self.program.use(there.waits, meets=name in MEETS)
+            if name == "create_dot":
+                self.program.feed(_together(args[:2]))
             result = operation(builder, *args)
             if name == "create_masked_load" and args[1].data.any():
                 there = self.program.load(there)
@@ -145,8 +174,8 @@ class _Counter:
         def run(reduction: Any, inputs: Any) -> Any:
             if not isinstance(inputs, tuple):
                 return reduction.apply((inputs,))[0]
-            there = max(_there(each.handle) for each in inputs)
-            self.program.use(there, meets=True)
+            there = _together(each.handle for each in inputs)
+            self.program.use(there.waits, meets=True)
             outputs = apply(reduction, inputs)
             for each in outputs:
                 each.handle.there = there
@@ -166,7 +195,7 @@ class _Counter:
 
             def branch(tensor: Any) -> bool:
                 if not sys._getframe(1).f_globals["__name__"].startswith("triton."):
-                    self.program.use(_there(tensor.handle))
+                    self.program.use(_together([tensor.handle]).waits)
                     self.program.wait()
                 return to_bool(tensor)
 
@@ -178,6 +207,8 @@ class _Counter:
         return run
 
 
-def _there(value: Any) -> int:
-    """After how many waits a value is there."""
-    return getattr(value, "there", 0)
+def _together(values: Iterable[Any]) -> _There:
+    """When what is made of all of these is there."""
+    there = [getattr(value, "there", _There()) for value in values]
+    loads = frozenset[tuple[_Loop, int]]().union(*(each.loads for each in there))
+    return _There(max((each.waits for each in there), default=0), loads)

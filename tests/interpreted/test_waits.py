@@ -73,8 +73,9 @@ def _follow_kernel(x_ptr, out_ptr, N, FOLLOWS: tl.constexpr, BLOCK: tl.constexpr
 
 @triton.jit
 def _loop_kernel(
-    x_ptr, out_ptr, N, AHEAD: tl.constexpr, MULTIPLY: tl.constexpr, BLOCK: tl.constexpr
-):
+    x_ptr, out_ptr, N,
+    AHEAD: tl.constexpr, MULTIPLY: tl.constexpr, BESIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     offs = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     x = tl.load(x_ptr + offs)
@@ -83,6 +84,8 @@ def _loop_kernel(
         if AHEAD:
             now, x = x, now
         acc += tl.dot(now, now) if MULTIPLY else now
+        if BESIDE:
+            acc += tl.load(x_ptr + n + 1 + offs)
     if tl.sum(tl.sum(acc, 1), 0) > 0:
         acc += tl.load(x_ptr + offs)
     tl.store(out_ptr + offs, acc)
@@ -99,15 +102,17 @@ def test_a_load_from_a_loaded_address_is_another_wait(follows, waits):
 @pytest.mark.parametrize(
     ("options", "waits"),
     [
-        ({"AHEAD": False, "MULTIPLY": False}, 9 + 1),
-        ({"AHEAD": True, "MULTIPLY": False}, 5 + 1),  # two tiles are under way
-        ({"AHEAD": False, "MULTIPLY": True}, 5 + 1),
-        ({"AHEAD": False, "MULTIPLY": True, "num_stages": 1}, 9 + 1),
-        ({"AHEAD": False, "MULTIPLY": True, "num_stages": 4}, 3 + 1),
+        ({}, 9 + 1),
+        ({"AHEAD": True}, 5 + 1),  # two tiles are under way
+        ({"MULTIPLY": True}, 5 + 1),
+        ({"MULTIPLY": True, "num_stages": 1}, 9 + 1),
+        ({"MULTIPLY": True, "num_stages": 4}, 3 + 1),
+        ({"MULTIPLY": True, "BESIDE": True}, 2 + 8 + 1),  # what feeds no product is waited for
     ],
     ids=str,
 )
 def test_a_loop_waits_in_every_trip_unless_it_is_pipelined(options, waits):
+    options = {"AHEAD": False, "MULTIPLY": False, "BESIDE": False} | options
     with counted_waits() as seen:
         _loop_kernel[(1,)](torch.ones(300), torch.zeros(256), 9, BLOCK=16, **options)
     assert seen[0].waits == waits
