@@ -33,8 +33,7 @@ def main(name, pretrained, keep):
     prompts = open_clip.get_tokenizer(name)([f"a {colour} square" for colour in COLOURS])  # K = 5
     with torch.no_grad():
         dense = model.encode_image(images, normalize=True)
-        # fusion=1.0: the image alone says which of its tokens stay, whatever the prompts are
-        elip_models.reduce_(model, keep=keep, fusion=1.0)
+        elip_models.reduce_(model, keep=keep)  # whatever the prompts are
         print(elip_models.summary(model))
         image_features, text_features, scale = model(images, prompts)[:3]
         probabilities = (scale * image_features @ text_features.T).softmax(dim=1)  # (B, K)

@@ -13,6 +13,7 @@ from transformers import (
 
 import elip_models
 from elip_models import Elip, PatchDropout, ToMe
+from elip_models.reduction.settings import settings_of
 from elip_models.training.hf_trainer import ReductionCallback
 from tests.models import hf_clip, hf_vision
 from tests.towers import SCHEDULE, assert_equal_gradients, plain_vit
@@ -97,6 +98,22 @@ def test_steps_are_reduced_until_the_one_that_is_named(callback, reduced):
         callback.on_step_begin(None, state, None, model=model)
         found.append(elip_models.summary(model).keep < 1.0)
     assert found == [True] * reduced + [False] * (5 - reduced)
+
+
+def test_without_a_strategy_what_the_model_is_reduced_by_stays():
+    state = TrainerState(global_step=0, max_steps=5)
+    saved = hf_vision("ViTForImageClassification", "ViTConfig", num_labels=5)
+    saved.config.elip = settings_of(ToMe(r=2))
+    reduced = elip_models.reduce_(plain_vit(), strategy="elip", keep=0.6)
+    for model, strategy in ((saved, ToMe(r=2)), (reduced, elip_models.summary(reduced).strategy)):
+        callback = ReductionCallback(until=3)
+        callback.on_train_begin(None, state, None, model=model)
+        for step in range(5):
+            state.global_step = step
+            callback.on_step_begin(None, state, None, model=model)
+            found = elip_models.summary(model).strategy
+            assert (found == strategy) == (step < 3)
+        state.global_step = 0
 
 
 def test_the_trainer_trains_by_it(tmp_path):

@@ -1,6 +1,7 @@
 """What people type first: a model and at most one number."""
 
 import copy
+import functools
 import threading
 import warnings
 
@@ -25,14 +26,42 @@ def vit(depth=12, **options):
     ).eval()
 
 
-@pytest.mark.parametrize("depth", [3, 4, 12, 24])
+@pytest.mark.parametrize("depth", [1, 2, 3, 12, 24])
 def test_no_argument_means_tome_at_any_depth(depth):
     model, x = vit(depth), torch.randn(1, 3, 224, 224)
     elip_models.reduce_(model)
     summary = elip_models.summary(model)
-    assert summary.strategy == ToMe().at_keep(model, 0.7)
-    assert summary.keep == pytest.approx(0.7, abs=2 / 197)
+    assert summary.strategy.name == "tome"
+    assert summary.keep == pytest.approx(0.7 if depth > 1 else 0.75, abs=2 / 197)
     assert model(x).shape == (1, 3)
+    elip_models.reduce_(model, keep=0.8)
+    assert elip_models.summary(model).keep == pytest.approx(0.8, abs=2 / 197)
+
+
+def test_no_argument_means_shares_of_each_image():
+    model = vit(dynamic_img_size=True)
+    elip_models.reduce_(model)
+    for size in (96, 224, 384):
+        with elip_models.record(model) as infos:
+            model(torch.randn(1, 3, size, size))
+        patches = (size // 16) ** 2
+        shares = [info.stage.keep / patches for info in infos]
+        expected = [1 - 0.6 * (i + 1) / 12 for i in range(12)]
+        assert shares == pytest.approx(expected, abs=0.03)
+
+
+@pytest.mark.parametrize("options", [{"reg_tokens": 2}, {"replaced": True}], ids=str)
+def test_what_tome_cannot_reduce_is_reduced_by_elip(options):
+    options, replaced = dict(options), options.get("replaced", False)
+    options.pop("replaced", None)
+    model = vit(**options)
+    if replaced:
+        model.blocks[3].forward = functools.partial(type(model.blocks[3]).forward, model.blocks[3])
+    elip_models.reduce_(model)
+    assert elip_models.summary(model).strategy.name == "elip"
+    elip_models.reduce_(model, keep=0.8)
+    assert elip_models.summary(model).strategy.name == "elip"
+    assert model(torch.randn(1, 3, 224, 224)).shape == (1, 3)
 
 
 @pytest.mark.parametrize("depth", [3, 4, 12, 24])
@@ -229,7 +258,8 @@ def test_a_text_for_what_reads_none_is_said(options, reads):
     alone = elip_models.reduce_(model, **options)(x)
     with warnings.catch_warnings(record=True) as said, elip_models.guidance(model, t):
         guided = model(x)
-    assert any("reads no text" in str(each.message) for each in said) != reads
+    files = {each.filename for each in said if "reads no text" in str(each.message)}
+    assert files == (set() if reads else {__file__})
     assert torch.equal(alone, guided) != reads
 
 

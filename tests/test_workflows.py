@@ -23,6 +23,7 @@ import elip_models
 from tests.models import hf_clip, hf_siglip, hf_vision, ids, open_clip_pair
 from tests.towers import images, plain_vit
 
+BY_ANY = pytest.mark.parametrize("how", [{}, {"strategy": "elip"}], ids=["default", "elip"])
 VIT = {"depth": 6, "embed_dim": 32, "num_heads": 2, "num_classes": 5, "img_size": 64}
 
 
@@ -69,8 +70,9 @@ def processor():
 # transformers
 
 
-def test_zero_shot_pipeline_with_more_prompts_than_images(tokenizer, picture, tmp_path):
-    model = elip_models.reduce_(hf_clip().eval(), keep=0.6)
+@BY_ANY
+def test_zero_shot_pipeline_with_more_prompts_than_images(tokenizer, picture, tmp_path, how):
+    model = elip_models.reduce_(hf_clip().eval(), keep=0.6, **how)
     parts = {"tokenizer": tokenizer, "image_processor": processor()}
     labels = {"candidate_labels": ["cat", "red dog", "bird"], "hypothesis_template": "a {}"}
 
@@ -105,10 +107,11 @@ def test_image_classification_pipeline(picture):
     assert sum(each["score"] for each in pipe(picture)) == pytest.approx(1, abs=1e-3)
 
 
-def test_siglip_of_one_text_an_image():
+@BY_ANY
+def test_siglip_of_one_text_an_image(how):
     model, pixels, texts = hf_siglip().eval(), images(), ids()
     dense = model(input_ids=texts, pixel_values=pixels).logits_per_image
-    elip_models.reduce_(model, keep=0.7)
+    elip_models.reduce_(model, keep=0.7, **how)
     found = model(input_ids=texts, pixel_values=pixels).logits_per_image
     assert found.shape == dense.shape and not torch.equal(found, dense)
 
@@ -130,9 +133,10 @@ def test_gradient_checkpointing_of_transformers():
 # open_clip
 
 
-def test_zero_shot_classifier_of_open_clip():
+@BY_ANY
+def test_zero_shot_classifier_of_open_clip(how):
     model, pixels, prompts = open_clip_pair().eval(), images(2), ids(3)
-    elip_models.reduce_(model, keep=0.6)
+    elip_models.reduce_(model, keep=0.6, **how)
     with torch.no_grad():
         classes = model.encode_text(prompts, normalize=True)
         features = model.encode_image(pixels, normalize=True)
@@ -147,12 +151,15 @@ def test_a_model_of_open_clip_by_name():
     model = open_clip.create_model("ViT-B-32", device="meta")
     elip_models.reduce_(model)
     assert elip_models.is_reduced(model)
+    assert elip_models.summary(model).strategy.name == "tome"
+    elip_models.reduce_(model, strategy="elip")
     assert elip_models.summary(model).strategy.without_text == "vision"
 
 
-def test_training_step_of_open_clip_with_its_loss():
+@BY_ANY
+def test_training_step_of_open_clip_with_its_loss(how):
     model, loss = open_clip_pair().train(), open_clip.ClipLoss()
-    elip_models.reduce_(model, keep=0.6)
+    elip_models.reduce_(model, keep=0.6, **how)
     model.set_grad_checkpointing()
     out = model(images(4), ids(4))
     loss(out["image_features"], out["text_features"], out["logit_scale"]).backward()

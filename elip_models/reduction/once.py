@@ -40,6 +40,6 @@ def deliberately_slow() -> Iterator[None]:
 
 
 @cache
-def warn_once(message: str, category: type[Warning]) -> None:
+def warn_once(message: str, category: type[Warning], *, stacklevel: int = 3) -> None:
     """Warn, unless the same was said before."""
-    warnings.warn(message, category, stacklevel=3)
+    warnings.warn(message, category, stacklevel=stacklevel)

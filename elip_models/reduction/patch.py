@@ -7,7 +7,7 @@ at: parameters and state_dict keys stay. All state is plain attributes of these 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar, Unpack
+from typing import Any, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from elip_models.reduction.stand_ins import (
     recording,
 )
 from elip_models.reduction.strategies import default_strategy
-from elip_models.reduction.strategies.elip import Elip, ElipOptions
+from elip_models.reduction.strategies.elip import Elip, ElipOptions, Guided
 from elip_models.reduction.strategy import StageInfo, Strategy
 from elip_models.reduction.strategy_spec import get_strategy
 from elip_models.reduction.summary import Summary
@@ -127,7 +127,8 @@ def _unnamed_strategy(image_text: ImageTextModel | None, tower: Tower, is_saved:
     """What the model was saved with, if that may count; or else the default by what it is."""
     has_text = image_text is not None and image_text.refuses() is None
     saved = _saved_strategy(image_text or tower) if is_saved else None
-    return saved or default_strategy(tower, has_text=has_text)
+    is_free = all(_replaced(block, "forward") is None for block in tower.blocks)
+    return saved or default_strategy(tower, has_text=has_text, replaces_block=is_free)
 
 
 def _saved_strategy(owner: ImageTextModel | Tower) -> Strategy | None:
@@ -151,13 +152,18 @@ def _refuse_replaced(reduction: Reduction) -> None:
     owners = [(tower.blocks[i], "forward") for i in reduction.acts_at if strategy.replaces_block]
     owners += tower.entrance if strategy.changes_embedding else []
     for owner, name in owners:
-        found = vars(owner).get(name)
-        found = found.replaced if isinstance(found, ReducedBlock) else found
-        if found is not None and not isinstance(found, Entrance):
+        if _replaced(owner, name) is not None:
             raise TypeError(
                 f"model: expected {type(owner).__name__}s that run their own {name}, got one whose "
                 f"{name} was replaced, which {strategy.name!r} would bypass"
             )
+
+
+def _replaced(owner: nn.Module, name: str) -> Any:
+    """What somebody else has put in place of a method, or None."""
+    found = vars(owner).get(name)
+    found = found.replaced if isinstance(found, ReducedBlock) else found
+    return None if isinstance(found, Entrance) else found
 
 
 def _install(model: nn.Module, reduction: Reduction) -> None:
@@ -309,12 +315,6 @@ def guidance(model: nn.Module, text_cls: Tensor) -> Iterator[None]:
         TypeError, ValueError: a model that `reduce_` has not changed, or text_cls not (B, D).
     """
     reductions = _reduced(model)
-    for strategy in (each.strategy for each in reductions if not each.strategy.is_guided):
-        warn_once(
-            f"{strategy.name!r} reads no text, so none guides it; reduce_(model, strategy='elip') "
-            "or 'guided_tome' does, with fusion below 1",
-            UnguidedWarning,
-        )
     if not isinstance(text_cls, Tensor) or not text_cls.is_floating_point():
         raise TypeError(f"text_cls: expected a floating-point tensor (B, D), got {text_cls!r:.80}")
     for width in (reduction.tower.width for reduction in reductions):
@@ -324,6 +324,11 @@ def guidance(model: nn.Module, text_cls: Tensor) -> Iterator[None]:
                 f"images, got {tuple(text_cls.shape)}; "
                 "project it to the tower's width first"
             )
+    for strategy in (each.strategy for each in reductions if not each.strategy.is_guided):
+        said = f"{strategy.name!r} reads no text, so none guides it: 'elip' and 'guided_tome' do"
+        if isinstance(strategy, Guided):
+            said = f"{strategy.name!r} reads no text where fusion is {strategy.fusion:g}"
+        warn_once(said, UnguidedWarning, stacklevel=4)
     text_cls, this = text_cls.detach().clone(), object()
     for reduction in reductions:
         reduction.guide(this, text_cls)

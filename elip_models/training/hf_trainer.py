@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from elip_models.reduction.patch import reduce_, unreduce_
+from elip_models.reduction.patch import is_reduced, reduce_, summary, unreduce_
 from elip_models.reduction.strategy import Strategy
 from elip_models.validation import Count, PositiveShare, check, extra
 
@@ -32,7 +32,8 @@ class ReductionCallback(TrainerCallback):
     ) -> None:
         """
         Args:
-            strategy: as of `reduce_`; of `PatchDropout(.., until=..)` what it is in each step.
+            strategy: as of `reduce_`; of `PatchDropout(.., until=..)` what it is in each step. None
+                and no options: what the model is reduced by already, where it is.
             until: the first step that is dense, counted in optimiser steps from 0; a float is a
                 share of all steps of the run (0.9: the last tenth is dense). None: none is.
             options: as of `reduce_`.
@@ -62,9 +63,17 @@ class ReductionCallback(TrainerCallback):
         if until is not None and state.global_step >= until:
             unreduce_(model)
             return
+        if self.strategy is None:
+            self._choose(model)
         strategy = self.strategy
         if isinstance(strategy, Strategy):
             strategy = strategy.at(state.global_step)
         reduce_(model, strategy=strategy, **self.options)
+
+    def _choose(self, model: nn.Module) -> None:
+        """Once, since a model that is reduced no longer says what a saved one was."""
+        if self.options or not is_reduced(model):
+            reduce_(model, **self.options)
+        self.strategy, self.options = summary(model).strategy, {}
 
     on_train_begin = on_step_begin  # for an evaluation before the first step

@@ -2,6 +2,7 @@
 instance such as `ToMe(r=13)`, or the line of text that `get_strategy` reads.
 """
 
+from elip_models.reduction.flops import kept_share
 from elip_models.reduction.strategies.adaptive import Adaptive
 from elip_models.reduction.strategies.baselines import PatchDropout, Random, Trips
 from elip_models.reduction.strategies.complete_graph import CrossGET, PiToMe
@@ -40,14 +41,18 @@ STRATEGIES: dict[str, type[Strategy]] = {
 }
 
 
-DEFAULT_KEEP = 0.7  # of a tower's tokens, mean over its layers
+DEFAULT_KEEP = 0.7  # of the tokens, mean over the layers
 
 
-def default_strategy(tower: Tower, *, has_text: bool) -> Strategy:
-    """What a tower is reduced by where nobody says: ToMe, of which no loss is seen (docs/study.md).
+def default_strategy(tower: Tower, *, has_text: bool, replaces_block: bool = True) -> Strategy:
+    """What a tower is reduced by where nobody says: ToMe, of which a tiny CLIP's studies see no
+    loss, to `DEFAULT_KEEP` of the tokens, or as near as it comes.
 
-    Where ToMe refuses: ELIP, if a CLS token or the model's own text can score, or a random keep.
+    Where ToMe refuses, or may not replace a block's forward: ELIP, if a CLS token or the model's
+    own text can score, or a random keep.
     """
-    if ToMe().refuses(tower) is None:
-        return ToMe().at_keep(tower, DEFAULT_KEEP)
+    tome = ToMe()
+    if replaces_block and tome.refuses(tower) is None:
+        least = kept_share(tome.at_strength(tower.size, 1.0), tower.size)
+        return tome.at_keep(tower, max(DEFAULT_KEEP, least))
     return Elip() if tower.has_cls or has_text else Random()

@@ -10,7 +10,7 @@ import elip_kernels
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategy import Context, Layer, StageInfo, Strategy, counts_of
 from elip_models.towers import Size, Tower
-from elip_models.validation import Count, check_fields
+from elip_models.validation import Count, Rate, check_fields
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class ToMe(Strategy):
         attention with log(size) of each key added to its scores, then
         x, size = bipartite soft matching on the head mean of this block's keys       after attend
 
-    r: tokens merged away, for every block, or one number a block.
+    r: tokens merged away in every block: a number, a share of the image's patches, or one number a
+        block.
     proportional: add log(size) to the scores, as the paper does.
     """
 
@@ -28,7 +29,7 @@ class ToMe(Strategy):
     replaces_block: ClassVar[bool] = True
     merge: ClassVar[bool] = True
 
-    r: Count | tuple[Count, ...] = 8
+    r: Count | Rate | tuple[Count, ...] = 8
     proportional: bool = True
 
     def __post_init__(self) -> None:
@@ -43,6 +44,10 @@ class ToMe(Strategy):
         return "of its prefix tokens ToMe protects the class token alone" if several else None
 
     def _each(self, size: Size) -> tuple[int, ...]:
+        if isinstance(self.r, float):
+            total = round(self.r * size.depth * size.num_patches)
+            bounds = [total * i // size.depth for i in range(size.depth + 1)]
+            return tuple(b - a for a, b in pairwise(bounds))
         each = self.r if isinstance(self.r, tuple) else (self.r,) * size.depth
         if len(each) != size.depth:
             raise ValueError(f"r: expected {size.depth} numbers, one a block, got {len(each)}")
@@ -106,6 +111,5 @@ class ToMe(Strategy):
         return tower.attend(i, tokens, bias, qkv=(q, k, v)), k.detach()
 
     def at_strength(self, size: Size, strength: float) -> Strategy:
-        total = round(strength * size.depth * size.num_patches // 2)
-        bounds = [total * i // size.depth for i in range(size.depth + 1)]
-        return replace(self, r=tuple(b - a for a, b in pairwise(bounds)))
+        patches = size.depth * size.num_patches  # of all blocks, of which half can go
+        return replace(self, r=round(strength * patches // 2) / patches)
