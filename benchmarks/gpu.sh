@@ -73,7 +73,7 @@ case $1 in
     status=0
     limited -m pytest -p no:cacheprovider "${files[@]}" --benchmark-only --benchmark-json="$json" ||
       status=$?
-    python3 -m benchmarks.predicted "$json" 2>&1 | tee -a "$log"
+    python3 -m benchmarks.predicted "$json" 2>&1 | tee -a "$log" || : # it knows few machines
     exit "$status"
     ;;
 esac
