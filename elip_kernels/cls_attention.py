@@ -1,6 +1,7 @@
-"""The CLS row of attention, without an N x N map.
+"""The CLS row of attention, or another token's, without an N x N map.
 
-    generic:   a = mean_h softmax_n(scale * q_h . k_h,n)                q (B, H, d), k (B, H, N, d)
+    generic:   a = mean_h softmax_n(scale * q_h . k_g,n), g = h // (H / G)
+                                                                        q (B, H, d), k (B, G, N, d)
     absorbed:  z = (x - mean) * rstd of the tokens, row 0 made from `cls`;   q = W_q LN(cls) + b_q
                u_h = gamma * (W_k,h^T q_h) * scale;   s_h(n) = u_h . z_n                  (B, H, N)
                a = mean_h softmax_n(s_h)                                                  (B, N)
@@ -42,9 +43,17 @@ def cls_attention(
 ) -> Tensor:
     """Head mean of the softmax row of one query, from q and k.
 
+    The query may be any token's: CLS, the last token of a text, a text that looks at an image. A
+    causal model's row passes the keys that its token sees, or a mask of them::
+
+        row = elip_kernels.cls_attention(q[:, :, -1], k)  # the last token sees all N
+        row = elip_kernels.cls_attention(q[:, :, i], k[:, :, : i + 1])
+
     Args:
         q: (B, H, d), fp32, bf16, fp16 or fp64.
-        k: (B, H, N, d), same dtype and device.
+        k: (B, G, N, d), same dtype and device. H is a multiple of G: query head h reads key head
+            h // (H / G), as in `scaled_dot_product_attention(enable_gqa=True)`; keys are not
+            repeated.
         scale: of the scores; d ** -0.5 by default.
         mask: (B, N) bool, True = may be attended to. A row without any is NaN.
 
@@ -55,16 +64,24 @@ def cls_attention(
         TypeError, ValueError: naming the argument, what was expected, what came.
     """
     check_tensor("q", q, "(B, H, d)", 3)
-    check_tensor("k", k, "(B, H, N, d)", 4)
     B, H, d = q.shape
     if H == 0 or d == 0:
         raise ValueError(message("q", "(B, H, d) with H and d at least 1", q))
-    check_shape("k", k, (B, H, k.shape[2], d), "(B, H, N, d)")
+    check_keys(k, q)
+    check_mask(mask, (B, k.shape[2]), "q", q)
+    return _cls_attention_op(q.detach(), k.detach(), mask, check_scale(scale, d))
+
+
+def check_keys(k: Tensor, q: Tensor) -> None:
+    """Keys (B, G, N, d) beside q (B, H, .., d), of its dtype and device, G a divisor of H."""
+    check_tensor("k", k, "(B, G, N, d)", 4)
+    B, H, d = q.shape[0], q.shape[1], q.shape[-1]
+    check_shape("k", k, (B, *k.shape[1:3], d), "(B, G, N, d)")
+    if k.shape[1] < 1 or H % k.shape[1]:
+        raise ValueError(message("k", f"(B, G, N, d) with G a divisor of the {H} heads of q", k))
     check_device("k", k, "q", q)
     if k.dtype != q.dtype:
         raise TypeError(message("k", f"the dtype of q, {q.dtype}", k, "cast one of them"))
-    check_mask(mask, (B, k.shape[2]), "q", q)
-    return _cls_attention_op(q.detach(), k.detach(), mask, check_scale(scale, d))
 
 
 def cls_attention_from_tokens(
@@ -107,7 +124,8 @@ def cls_attention_from_tokens(
 def cls_attention_reference(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """The specification of `cls_attention`."""
     dtype = accumulator(q.dtype)
-    scores = torch.matmul(k.to(dtype), q.to(dtype)[..., None])[..., 0] * scale  # (B, H, N)
+    columns = q.to(dtype)[..., None].unflatten(1, (k.shape[1], -1)).transpose(2, 3).flatten(3)
+    scores = torch.matmul(k.to(dtype), columns).mT.flatten(1, 2) * scale  # (B, H, N)
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None], float("-inf"))
     return scores.softmax(-1).mean(1)
@@ -133,21 +151,21 @@ def from_tokens_reference(tokens: Tensor, *query: Any) -> Tensor:
 def _keys_kernel(
     q_ptr, k_ptr, mask_ptr, scores_ptr, tops_ptr, totals_ptr, cls_score_ptr,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_kn, stride_mb, scale, N, D,
-    HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program per (image, head, tile of keys behind the first): scores, maximum and sum, as
-    `scores_kernel` leaves them; the first tile's scores the first key too."""
+    """One program per (image, key head, tile of keys behind the first): scores, maximum and sum of
+    its GROUP query heads, as `scores_kernel` leaves them; the first tile's scores the first key
+    too."""
     pid_b = tl.program_id(0).to(tl.int64)
-    pid_h = tl.program_id(1).to(tl.int64)
+    pid_g = tl.program_id(1).to(tl.int64)
     pid_t = tl.program_id(2)
-    head = pid_b * tl.num_programs(1) + pid_h
     offs_n = pid_t * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     mask_n = offs_n < N - 1
     mask_d = offs_d < D
-    k_ptr += pid_b * stride_kb + pid_h * stride_kh
-    q = tl.load(q_ptr + pid_b * stride_qb + pid_h * stride_qh + offs_d, mask=mask_d, other=0.0)
-    q = q.to(tl.float32) * scale
+    q_ptr += pid_b * stride_qb + pid_g * GROUP * stride_qh
+    k_ptr += pid_b * stride_kb + pid_g * stride_kh
+    next_q = tl.load(q_ptr + offs_d, mask=mask_d, other=0.0)
     k = tl.load(
         k_ptr + (1 + offs_n)[:, None] * stride_kn + offs_d[None, :],
         mask=mask_n[:, None] & mask_d[None, :],
@@ -157,18 +175,23 @@ def _keys_kernel(
     if HAS_MASK:
         mask_ptr += pid_b * stride_mb
         is_open = mask_n & (tl.load(mask_ptr + 1 + offs_n, mask=mask_n, other=0) != 0)
-    score = tl.where(is_open, tl.sum(k.to(tl.float32) * q[None, :], 1), float("-inf"))
-    top = tl.max(score, 0)
-    total = tl.sum(tl.where(score != float("-inf"), tl.exp(score - top), 0.0), 0)
-    tl.store(scores_ptr + head * (N - 1) + offs_n, score, mask=mask_n)
-    tl.store(tops_ptr + head * tl.num_programs(2) + pid_t, top)
-    tl.store(totals_ptr + head * tl.num_programs(2) + pid_t, total)
-    if pid_t == 0:
-        first = tl.load(k_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-        cls_score = tl.sum(first * q, 0)
-        if HAS_MASK:
-            cls_score = tl.where(tl.load(mask_ptr) != 0, cls_score, float("-inf"))
-        tl.store(cls_score_ptr + head, cls_score)
+    for i in range(0, GROUP):
+        head = (pid_b * tl.num_programs(1) + pid_g) * GROUP + i
+        q = next_q.to(tl.float32) * scale
+        q_ptr += stride_qh
+        next_q = tl.load(q_ptr + offs_d, mask=mask_d & (i + 1 < GROUP), other=0.0)
+        score = tl.where(is_open, tl.sum(k.to(tl.float32) * q[None, :], 1), float("-inf"))
+        top = tl.max(score, 0)
+        total = tl.sum(tl.where(score != float("-inf"), tl.exp(score - top), 0.0), 0)
+        tl.store(scores_ptr + head * (N - 1) + offs_n, score, mask=mask_n)
+        tl.store(tops_ptr + head * tl.num_programs(2) + pid_t, top)
+        tl.store(totals_ptr + head * tl.num_programs(2) + pid_t, total)
+        if pid_t == 0:
+            first = tl.load(k_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+            cls_score = tl.sum(first * q, 0)
+            if HAS_MASK:
+                cls_score = tl.where(tl.load(mask_ptr) != 0, cls_score, float("-inf"))
+            tl.store(cls_score_ptr + head, cls_score)
 
 
 def _from_tokens(tokens: Tensor, *query: Any) -> Tensor:
@@ -186,9 +209,8 @@ def _from_tokens(tokens: Tensor, *query: Any) -> Tensor:
 
 def _cls_attention(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Allocate, read launch.py, launch."""
-    B, H, N, d = k.shape
-    q = q if q.stride(2) == 1 else q.contiguous()
-    k = k if k.stride(3) == 1 and k.stride(2) * N < 2**31 else k.contiguous()
+    (B, G, N, d), H = k.shape, q.shape[1]
+    q, k = q if q.stride(2) == 1 else q.contiguous(), launch.addressable(k)
     mask = mask if mask is None or mask.stride(1) == 1 else mask.contiguous()
     out = k.new_empty(B, N, dtype=torch.float32)
     if out.numel() == 0:
@@ -197,9 +219,10 @@ def _cls_attention(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> T
     scores, cls_score = out.new_empty(B, H, N - 1), out.new_empty(B, H)
     tops, totals = out.new_empty(2, B, H, T)
     with launch.on_device(k):
-        _keys_kernel[(B, H, T)](
+        _keys_kernel[(B, G, T)](
             *(q, k, mask, scores, tops, totals, cls_score, *q.stride()[:2], *k.stride()[:3]),
             *(0 if mask is None else mask.stride(0), scale, N, d),
+            GROUP=H // G,
             HAS_MASK=mask is not None,
             BLOCK_N=launch.KEYS,
             BLOCK_D=launch.next_power_of_2(d),
@@ -212,7 +235,7 @@ def _cls_attention(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> T
 
 def _flops(q_shape, k_shape, *args, **kwargs) -> int:
     """2 B H N d."""
-    B, H, N, d = k_shape
+    (B, H, d), N = q_shape, k_shape[2]
     return 2 * B * H * N * d
 
 

@@ -189,8 +189,9 @@ def shared_memory(tensor: Tensor) -> int:
 
 
 def addressable(tokens: Tensor) -> Tensor:
-    """`tokens` (B, N, D), copied where 32-bit offsets within an image would not reach."""
-    fits = tokens.stride(2) == 1 and tokens.stride(1) * tokens.shape[1] < 2**31
+    """`tokens` (.., N, D), copied where 32-bit offsets within an image, or one of its heads, would
+    not reach."""
+    fits = tokens.stride(-1) == 1 and tokens.stride(-2) * tokens.shape[-2] < 2**31
     return tokens if fits else tokens.contiguous()
 
 

@@ -58,6 +58,31 @@ def test_generic_row_equals_softmax():
     assert not got[~mask].any()
 
 
+@pytest.mark.parametrize("G", [4, 2, 1])
+def test_grouped_query_heads_read_one_key_head(G):
+    q, k = torch.randn(B, H, 12).double(), torch.randn(B, G, N, 12).double()
+    for mask in (None, torch.rand(B, N) > 0.4):
+        bias = None if mask is None else mask[:, None, None].expand(B, 1, 1, N)
+        rows = F.scaled_dot_product_attention(
+            q[:, :, None], k, torch.eye(N).double().expand(B, G, N, N), bias, enable_gqa=True
+        )
+        got = elip_kernels.cls_attention(q, k, mask=mask)
+        torch.testing.assert_close(got, rows[:, :, 0].mean(1), atol=1e-12, rtol=0)
+
+
+def test_a_causal_token_reads_the_keys_that_it_sees():
+    """Of a whole causal map, row by row: by a mask, or by these keys alone."""
+    q, k = torch.randn(2, B, H, 9, 12).double()
+    scores = (q @ k.mT) * 12**-0.5
+    sees = torch.ones(9, 9, dtype=torch.bool).tril()
+    rows = scores.masked_fill(~sees, -torch.inf).softmax(-1).mean(1)  # (B, 9, 9)
+    for i in range(9):
+        masked = elip_kernels.cls_attention(q[:, :, i], k, mask=sees[i].expand(B, 9))
+        alone = elip_kernels.cls_attention(q[:, :, i], k[:, :, : i + 1])
+        torch.testing.assert_close(masked, rows[:, i], atol=1e-12, rtol=0)
+        torch.testing.assert_close(alone, rows[:, i, : i + 1], atol=1e-12, rtol=0)
+
+
 BUDGET = {torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 2e-4}
 
 
@@ -93,6 +118,7 @@ def test_autocast_does_not_cast():
 
 CALLS = {
     "cls_attention": lambda: (torch.randn(B, H, 12), torch.randn(B, H, N, 12), None, 0.3),
+    "cls_attention grouped": lambda: (torch.randn(B, H, 12), torch.randn(B, 2, N, 12), None, 0.3),
     "cls_attention_from_tokens": lambda: op_arguments(torch.randn(B, N, D)),
 }
 
@@ -114,7 +140,10 @@ def test_opcheck_without_parameters_that_a_block_may_lack():
 @pytest.mark.parametrize("name", CALLS)
 def test_opcheck(name):
     first, *others = CALLS[name]()
-    opcheck(getattr(torch.ops.elip, name).default, (first.requires_grad_(), *others))
+    opcheck(
+        getattr(torch.ops.elip, name.removesuffix(" grouped")).default,
+        (first.requires_grad_(), *others),
+    )
 
 
 def test_compiles_whole_and_exports():

@@ -82,15 +82,18 @@ def reduce_backward(
     return Work(read, {"grad": B * N * D * size}, B * (N - p - K) * D * merge)
 
 
-def cls_attention(B: int, H: int, N: int, d: int, dtype: torch.dtype) -> Work:
+def cls_attention(B: int, H: int, N: int, d: int, dtype: torch.dtype, *, group: int = 1) -> Work:
     """`key_scores`, and `row`."""
-    return together(key_scores(B, H, N, d, dtype), row_of_keys(B, H, N))
+    return together(key_scores(B, H, N, d, dtype, group=group), row_of_keys(B, H, N))
 
 
-def key_scores(B: int, H: int, N: int, d: int, dtype: torch.dtype, *, tiled: bool = False) -> Work:
-    """q and k in, scores, and each tile's maximum and sum out. `tiled`: each tile reads q."""
+def key_scores(
+    B: int, H: int, N: int, d: int, dtype: torch.dtype, *, group: int = 1, tiled: bool = False
+) -> Work:
+    """q and k in, `group` query heads to one of k; scores, and each tile's maximum and sum out.
+    `tiled`: each tile reads q."""
     size, tiles = dtype.itemsize, max(1, ceil((N - 1) / launch.KEYS))
-    read = {"q": B * H * d * size * (tiles if tiled else 1), "k": B * H * N * d * size}
+    read = {"q": B * H * d * size * (tiles if tiled else 1), "k": B * H // group * N * d * size}
     written = _scores(B, N, H, tiles) | {"cls_score": B * H * FP32}
     return Work(read, written, 2 * B * H * N * d)
 

@@ -85,6 +85,19 @@ def test_generic_row_agrees_with_fp64(launches, d, masked, dtype):
     assert error(got, exact) <= BUDGET[dtype]
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("H", "G"), [(4, 2), (8, 2), (3, 1), (2, 2)])
+def test_grouped_heads_have_the_bits_of_repeated_ones(launches, poisoned_memory, H, G, masked):
+    q, k = torch.randn(2, H, 37), torch.randn(2, G, 130, 37)
+    mask = torch.rand(2, 130) > 0.3 if masked else None
+    got = elip_kernels.cls_attention(q, k, mask=mask)
+    repeated = k.repeat_interleave(H // G, 1)
+    assert torch.equal(got, elip_kernels.cls_attention(q, repeated, mask=mask))
+    exact = elip_kernels.cls_attention(q.double(), k.double(), mask=mask)
+    assert error(got, exact) <= 1e-5
+    assert launches["elip::cls_attention"] == 3  # the fp64 one is handed on
+
+
 @pytest.mark.parametrize("closed", ["by the mask", "by its scores"])
 def test_a_tile_of_keys_that_none_attends_to(launches, closed):
     q, k = torch.ones(1, 2, 8), torch.randn(1, 2, 130, 8)

@@ -169,8 +169,9 @@ def test_reduce_backward(scored):
     check(launcher("reduce_backward"), torch.randn(1, K + 2, D), slots, weights, True)
 
 
-def test_generic_row():
-    q, k = torch.randn(1, H, D), torch.randn(1, H, N, D)
+@pytest.mark.parametrize("heads", [H, 3 * H])
+def test_generic_row(heads):
+    q, k = torch.randn(1, heads, D), torch.randn(1, H, N, D)
     check(launcher("cls_attention"), q, k, torch.rand(1, N) > 0.3, 0.5)
 
 

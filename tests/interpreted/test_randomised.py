@@ -112,7 +112,8 @@ def test_reduce(
 
 @given(
     B=st.integers(1, 3),
-    H=heads,
+    G=st.integers(1, 12),
+    group=st.sampled_from([1, 1, 2, 3, 4]),
     N=few,
     d=st.integers(1, 96),
     dtype=dtypes,
@@ -121,11 +122,12 @@ def test_reduce(
     packed=st.booleans(),
     seed=seeds,
 )
-def test_generic_row(launches, B, H, N, d, dtype, scale, is_open, packed, seed):
+def test_generic_row(launches, B, G, group, N, d, dtype, scale, is_open, packed, seed):
     torch.manual_seed(seed)
-    q, k = torch.randn(B, H, d).to(dtype), torch.randn(B, H, N, d).to(dtype)
+    q, k = torch.randn(B, group * G, d).to(dtype), torch.randn(B, G, N, d).to(dtype)
     if packed:  # as a projection to q, k and v leaves them
-        q, k, _ = torch.randn(B, N, 3, H, d).to(dtype).permute(2, 0, 3, 1, 4)
+        packs = torch.randn(B, N, (group + 2) * G, d).to(dtype).transpose(1, 2)
+        q, k, _ = packs.split((group * G, G, G), 1)
         q = q[:, :, 0]
     mask = None if is_open is None else torch.rand(B, N) < is_open
     before = launches["elip::cls_attention"]

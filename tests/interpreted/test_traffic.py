@@ -107,9 +107,9 @@ def attend_works(B, N, D, K, dtype, tiled=False):
     return [query_work(B, D, dtype, normed=True), model.attend(B, N, D, H, dtype)]
 
 
-def run_generic_row(B, N, D, K, dtype):
-    q, k = torch.randn(B, 3, D // 3 + 1).to(dtype), torch.randn(B, 3, N, D // 3 + 1).to(dtype)
-    elip_kernels.cls_attention(q, k)
+def run_generic_row(B, N, D, K, dtype, group=1):
+    q, k = torch.randn(B, 3 * group, D // 3 + 1), torch.randn(B, 3, N, D // 3 + 1)
+    elip_kernels.cls_attention(q.to(dtype), k.to(dtype))
 
 
 def generic_row_works(B, N, D, K, dtype, tiled=False):
