@@ -1,4 +1,5 @@
-"""The CLS row, its attention output and a whole stage boundary, against what they replace."""
+"""The CLS row, its attention output, a whole stage boundary and the attention that tokens receive,
+against what they replace."""
 
 from functools import partial
 
@@ -11,6 +12,7 @@ from benchmarks.comparison import compare
 from benchmarks.eager_rows import (
     EPS,
     attention_row,
+    column_means,
     eager_output,
     eager_row,
     official_output,
@@ -111,3 +113,18 @@ def test_cls_attention(record, rounds, case):
     facts, step = compare(forms, inputs, work, direction="forward", rounds=rounds)
     facts |= described(case, H=HEADS)
     record(step, **facts, op="cls_attention", parity=held, left_out=left_out)
+
+
+@pytest.mark.parametrize("case", sweep(), ids=str)
+def test_attention_received(record, rounds, case):
+    B, N, d = case.B, case.N, case.D // HEADS
+    inputs = on_device(tuple(torch.randn(B, HEADS, N, d).to(case.dtype) for _ in "qk"))
+    ours = tupled(elip_kernels.attention_received)
+    forms = {"official": tupled(column_means), OURS: ours}
+    exact = forms["official"](*in_fp64(inputs, IMAGES))
+    forms, left_out = with_compiled(forms, case, inputs)
+    held = parity(exact, {name: form(*inputs) for name, form in forms.items()})
+    work = model.attention_received(B, HEADS, HEADS, N, N, d, case.dtype)
+    facts, step = compare(forms, inputs, work, direction="forward", rounds=rounds)
+    facts |= described(case, H=HEADS)
+    record(step, **facts, op="attention_received", parity=held, left_out=left_out)

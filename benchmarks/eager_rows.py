@@ -55,6 +55,11 @@ def attention_row(q: Tensor, k: Tensor) -> Tensor:
     return scores.softmax(-1).mean(1)
 
 
+def column_means(q: Tensor, k: Tensor) -> Tensor:
+    """q (B, H, M, d), k (B, H, N, d) -> (B, N), what each key receives of the whole map."""
+    return (torch.matmul(q, k.mT) * q.shape[3] ** -0.5).softmax(-1).mean((1, 2))
+
+
 def _normed(tokens: Tensor, cls: Tensor, p: Parameters) -> Tensor:
     tokens = torch.cat([cls[:, None], tokens[:, 1:]], dim=1)
     return F.layer_norm(tokens, tokens.shape[2:], p["norm_weight"], p["norm_bias"], EPS)

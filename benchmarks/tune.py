@@ -86,6 +86,8 @@ ROWS = {"block_n": (0.5, 1.0, 2.0), "block_d": (0.5, 1.0, 2.0), "num_warps": (4,
 QUERY = {"BLOCK_D": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)}
 TILES = {"BLOCK_N": (32, 64, 128), "BLOCK_K": (0.5, 1.0), "num_warps": (4, 8), "num_stages": (2, 3)}
 ATTEND = {"BLOCK_N": (1.0, 2.0), "num_warps": (0.5, 1.0), "num_stages": (1, 2)}
+RECEIVED = {"BLOCK_M": (0.5, 1.0, 2.0), "BLOCK_N": (0.5, 1.0, 2.0)}
+RECEIVED |= {"num_warps": (4, 8), "num_stages": (2, 3)}
 SWEEPS = (
     Sweep("reduce", "reduce_forward", TILE),
     Sweep("reduce_backward", "reduce_backward", ROWS),
@@ -94,6 +96,7 @@ SWEEPS = (
     Sweep("score_reduce", "select", {2: (0.5, 1.0, 2.0)}),
     Sweep("score_reduce", "move", TILE),
     Sweep("cls_attend_from_tokens", "cls_attend", ATTEND),
+    Sweep("attention_received", "received", RECEIVED),
     Sweep("bipartite_match", "bipartite_match", {0: (16, 32, 64), 1: (32, 64), 3: (4, 8)}),
     Sweep("bipartite_merge", "merge", {1: (0.5, 1.0, 2.0), 2: (0.5, 1.0), 3: (4, 8)}),
     Sweep("nearest_match", "bipartite_match", {0: (16, 32, 64), 1: (32, 64), 3: (4, 8)}),
@@ -124,6 +127,9 @@ def arguments(op: str, shape: Shape) -> tuple[Any, ...]:
     if op == "cls_attention":
         q, k = random(B, HEADS, CHANNELS, dtype=dtype), random(B, HEADS, N, CHANNELS, dtype=dtype)
         return q, k, None, CHANNELS**-0.5
+    if op == "attention_received":
+        q, k = random(2, B, HEADS, N, CHANNELS, dtype=dtype)
+        return q, k, None, None, CHANNELS**-0.5
     if op.startswith("bipartite"):
         matching = (random(B, N, CHANNELS, dtype=dtype), None, r, 1)
         if op == "bipartite_match":
@@ -159,6 +165,9 @@ def least_bytes(op: str, shape: Shape) -> int:
         "reduce_backward": lambda: model.reduce_backward(B, N, WIDTH, K, dtype),
         "score_reduce": lambda: model.score_reduce(B, N, WIDTH, K, HEADS, dtype),
         "cls_attention": lambda: model.cls_attention(B, HEADS, N, CHANNELS, dtype),
+        "attention_received": lambda: model.attention_received(
+            B, HEADS, HEADS, N, N, CHANNELS, dtype
+        ),
         "bipartite_match": lambda: model.together(
             model.bipartite_match(B, N, CHANNELS, dtype), model.bipartite_slots(B, N)
         ),

@@ -1,6 +1,7 @@
 """Fused kernels for vision token reduction: tensors in, tensors out."""
 
 from elip_kernels._operator import PyTorchFormWarning, decomposed
+from elip_kernels.attention_received import attention_received
 from elip_kernels.bipartite import bipartite_merge, merge_by
 from elip_kernels.cls_attend import cls_attend_from_tokens
 from elip_kernels.cls_attention import cls_attention, cls_attention_from_tokens
@@ -17,6 +18,7 @@ __all__ = [
     "PyTorchFormWarning",
     "ReductionInfo",
     "__version__",
+    "attention_received",
     "bipartite_merge",
     "cls_attend_from_tokens",
     "cls_attention",

@@ -62,14 +62,22 @@ def check_heads(num_heads: int, width: int) -> None:
         raise ValueError(message("num_heads", f"a divisor of H*d = {width}", num_heads))
 
 
-def check_mask(mask: Tensor | None, shape: tuple[int, int], reference: str, other: Tensor) -> None:
+def check_mask(
+    mask: Tensor | None,
+    shape: tuple[int, int],
+    reference: str,
+    other: Tensor,
+    *,
+    argument: str = "mask",
+    names: str = "(B, N)",
+) -> None:
     """None, or bool (B, N) beside `other`."""
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(message("mask", "a bool tensor (B, N), True = real", mask))
-    check_shape("mask", mask, shape, "(B, N)")
-    check_device("mask", mask, reference, other)
+        raise TypeError(message(argument, f"a bool tensor {names}, True = real", mask))
+    check_shape(argument, mask, shape, names)
+    check_device(argument, mask, reference, other)
 
 
 def check_flags(**flags: bool) -> None:

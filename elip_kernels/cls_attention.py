@@ -166,6 +166,7 @@ def _keys_kernel(
     q_ptr += pid_b * stride_qb + pid_g * GROUP * stride_qh
     k_ptr += pid_b * stride_kb + pid_g * stride_kh
     next_q = tl.load(q_ptr + offs_d, mask=mask_d, other=0.0)
+    first = tl.load(k_ptr + offs_d, mask=pid_t * BLOCK_D + offs_d < D, other=0.0)  # of one tile
     k = tl.load(
         k_ptr + (1 + offs_n)[:, None] * stride_kn + offs_d[None, :],
         mask=mask_n[:, None] & mask_d[None, :],
@@ -187,8 +188,7 @@ def _keys_kernel(
         tl.store(tops_ptr + head * tl.num_programs(2) + pid_t, top)
         tl.store(totals_ptr + head * tl.num_programs(2) + pid_t, total)
         if pid_t == 0:
-            first = tl.load(k_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-            cls_score = tl.sum(first * q, 0)
+            cls_score = tl.sum(first.to(tl.float32) * q, 0)
             if HAS_MASK:
                 cls_score = tl.where(tl.load(mask_ptr) != 0, cls_score, float("-inf"))
             tl.store(cls_score_ptr + head, cls_score)

@@ -136,6 +136,37 @@ def cls_attend(tokens: Tensor) -> dict[str, Any]:
     }
 
 
+def received(channels: int, dtype: torch.dtype) -> dict[str, Any]:
+    """64 queries x 64 keys of two bytes: 72 registers with 64 channels, 96 with 128; 32 x 32 of
+    fp32, whose three products take 213. The loop fetches its next tile, on ROCm it spills so."""
+    wide = dtype == torch.float32
+    return _precision(wide) | {
+        "WIDEN": triton.knobs.runtime.interpret,
+        "BLOCK_M": 32 if wide else 64,
+        "BLOCK_N": 32 if wide else 64,
+        "BLOCK_D": max(16, next_power_of_2(channels)),
+        "num_warps": 4,
+        "num_stages": 2 if torch.version.hip is None else 1,
+    }
+
+
+def refuses_head(q: Tensor) -> str | None:
+    """Why `received` does not take heads so wide, or None."""
+    most = MAX_CHANNELS if q.element_size() == 2 else MAX_CHANNELS // 2
+    return None if q.shape[3] <= most else f"its kernels take heads of at most {most} channels"
+
+
+def received_mean(queries: int, keys: int) -> dict[str, int]:
+    """A piece of an image's mean; the mask of 1,024 queries a step."""
+    block_n = min(256, max(16, next_power_of_2(keys)))
+    return {
+        "BLOCK_M": min(1024, max(16, next_power_of_2(queries))),
+        "BLOCK_G": heads_a_step(block_n, 1, 4),
+        "BLOCK_N": block_n,
+        "num_warps": 4,
+    }
+
+
 def refuses_width(tokens: Tensor) -> str | None:
     """Why `cls_attend` does not take tokens so wide, or None: 1,024 features of two bytes fit
     registers, 512 of fp32, on ROCm none; and a device's shared memory, of which NVIDIA's take 64

@@ -157,6 +157,7 @@ def test_other_variants_compile_without_a_spill(arch):
         elip_kernels.reduce(tokens, torch.rand(2, 197), 176, merge=False, mask=mask)
         elip_kernels.reduce(tokens, torch.rand(2, 195), 1, normalize=False, num_prefix_tokens=2)
         elip_kernels.cls_attention(q, k, mask=mask)
+        elip_kernels.cls_attention(q, k[:, ::4], mask=mask)
         if arch == 90:  # ROCm takes the PyTorch form
             CALLS["cls_attend_from_tokens"](2, 197, 64, 100, 2, torch.float32)
         for N, dtype in ((577, torch.float16), (197, torch.float16), (197, torch.float32)):
@@ -169,7 +170,21 @@ def test_other_variants_compile_without_a_spill(arch):
         )
         elip_kernels.bipartite_merge(tokens, k[:, 0], 1)
         elip_kernels.bipartite_merge(tokens, k[:, 0], 16, size=size, num_prefix_tokens=0)
-    assert len(launches) == 23 + 2 * (arch == 90)
+    assert len(launches) == 25 + 2 * (arch == 90)
+    for launch in launches:
+        assert is_clean(compile_launch(launch, arch)), launch.name
+
+
+@pytest.mark.parametrize("arch", tiered(ARCHITECTURES, []))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_grouped_heads_compile_without_a_spill(arch, dtype):
+    """The widest heads, four of queries to one of keys, masked: the most that a program holds."""
+    width, mask = 64 if dtype == torch.float32 else 128, torch.ones(2, 577, dtype=torch.bool)
+    q, k = torch.randn(2, 8, 577, width).to(dtype), torch.randn(2, 2, 577, width).to(dtype)
+    with recorded_launches(arch) as launches:
+        elip_kernels.attention_received(q, k, mask=mask, query_mask=mask)
+        elip_kernels.cls_attention(q[:, :, 0], k, mask=mask)
+    assert len(launches) == 5
     for launch in launches:
         assert is_clean(compile_launch(launch, arch)), launch.name
 
@@ -241,8 +256,11 @@ ALONE = {  # programs and waits of one image, N = 257 of a ViT-B in bf16
     "_score_select_kernel": (1, 3),
     "_move_kernel": (12, 5),
     "_fuse_kernel": (16, 9),
-    "_keys_kernel": (48, 2),
+    "_keys_kernel": (48, 1),
     "_row_kernel": (1, 3),
+    "_lse_kernel": (60, 5),
+    "_sums_kernel": (60, 5),
+    "_mean_kernel": (2, 3),
     "_attend_kernel": (1, 16),
     "_match_kernel": (5, 5),
     "_slots_kernel": (1, 1),
@@ -274,12 +292,14 @@ def test_every_kernel_says_how_often_it_waits():
     assert kernels == WAITS.keys()
 
 
+PIPELINED = {"scores_kernel", "_match_kernel", "_nearest_kernel", "_lse_kernel", "_sums_kernel"}
+
+
 @pytest.mark.parametrize("call", tiered(CALLS, ["score_reduce"]))
 def test_loops_around_products_and_no_others_are_pipelined(call):
     """As `waits.py` counts them."""
     for name, (_, code) in compiled(call, 257, "bf16").items():
-        is_pipelined = name in ("scores_kernel", "_match_kernel", "_nearest_kernel")
-        assert (code.instructions["LDGSTS"] > 0) == is_pipelined, name
+        assert (code.instructions["LDGSTS"] > 0) == (name in PIPELINED), name
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,10 @@ def good_cls_attention():
     return {"q": torch.randn(B, H, 4), "k": torch.randn(B, H, N, 4)}
 
 
+def good_received():
+    return {"q": torch.randn(B, 4, 7, 4), "k": torch.randn(B, 2, N, 4)}
+
+
 def good_from_tokens():
     return {
         "tokens": torch.randn(B, N, D),
@@ -197,9 +201,27 @@ TABLE = {
             "k": [
                 *(None, torch.randn(B, N, 4), torch.randn(B, H, N, 5), torch.randn(B, 3, N, 4)),
                 *(torch.randn(B, H, N, 4).double(), torch.randn(B, H, N, 4, **META)),
+                *(torch.randn(B, 0, N, 4), torch.randn(B, 2 * H, N, 4)),
             ],
             "scale": ["small", True],
             "mask": mask,
+        },
+    ),
+    elip_kernels.attention_received: (
+        good_received,
+        {
+            "q": [
+                *(None, torch.randn(B, 4, 4), torch.ones(B, 4, 7, 4).long()),
+                *(torch.randn(B, 0, 7, 4), torch.randn(B, 4, 0, 4), torch.randn(B, 4, 7, 0)),
+            ],
+            "k": [
+                *(None, torch.randn(B, N, 4), torch.randn(B, 2, N, 5), torch.randn(3, 2, N, 4)),
+                *(torch.randn(B, 2, N, 4).double(), torch.randn(B, 2, N, 4, **META)),
+                *(torch.randn(B, 0, N, 4), torch.randn(B, 3, N, 4)),
+            ],
+            "scale": ["small", True],
+            "mask": mask,
+            "query_mask": [torch.ones(B, 7), torch.ones(B, N).bool(), [True] * 7],
         },
     ),
     elip_kernels.cls_attention_from_tokens: (good_from_tokens, absorbed),

@@ -207,6 +207,12 @@ def calls():
             (torch.randn(2, 2, 8), torch.randn(2, 2, 9, 8)),
         ),
     )
+    grouped = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 9, 8), mask.clone()
+    grouped[-1][:, 0] = True
+    received = Call(lambda q, k, mask: elip_kernels.attention_received(q, k, mask=mask))
+    yield "attention_received", (received, grouped)
+    first = Call(lambda q, k, mask: elip_kernels.cls_attention(q[:, :, 0], k, mask=mask))
+    yield "cls_attention with a mask", (first, grouped)
     yield "cls_attention_from_tokens", absorbed(elip_kernels.cls_attention_from_tokens)
     value = {"v_weight": torch.randn(WIDTH, WIDTH) / 6, "v_bias": torch.randn(WIDTH)}
     yield "cls_attend_from_tokens", absorbed(elip_kernels.cls_attend_from_tokens, **value)

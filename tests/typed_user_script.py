@@ -31,6 +31,8 @@ def use_ops(tokens: Tensor, attn: Tensor, flag: bool) -> None:
     assert_type(elip_kernels.bipartite_merge(merged, merged, 2, size=size), tuple[Tensor, Tensor])
     assert_type(elip_kernels.merge_by(tokens, match), tuple[Tensor, Tensor])
     assert_type(elip_kernels.cls_attention(tokens, tokens[:, :, None]), Tensor)
+    heads = tokens[:, None]
+    assert_type(elip_kernels.attention_received(heads, heads, query_mask=None), Tensor)
 
 
 def use_models(net: Net, images: Tensor, text_cls: Tensor) -> str:

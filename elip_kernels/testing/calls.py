@@ -52,6 +52,11 @@ def _cls_attention(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -
     elip_kernels.cls_attention(q.to(dtype), k.to(dtype))
 
 
+def _attention_received(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> None:
+    q, k = (torch.randn(H, N, D // H).to(dtype).repeat(B, 1, 1, 1) for _ in range(2))
+    elip_kernels.attention_received(q, k)
+
+
 def _from_tokens(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> None:
     tokens, cls = _tokens(B, N, D, dtype), torch.randn(B, D).to(dtype)
     elip_kernels.cls_attention_from_tokens(tokens, cls, **_block(D, H, dtype))
@@ -82,6 +87,7 @@ CALLS: dict[str, Call] = {
     "score_reduce": _score_reduce,
     "fuse_text": _fuse_text,
     "cls_attention": _cls_attention,
+    "attention_received": _attention_received,
     "cls_attention_from_tokens": _from_tokens,
     "cls_attend_from_tokens": _attend_from_tokens,
     "bipartite_merge": _bipartite_merge,

@@ -107,12 +107,21 @@ def _merge(a: Any) -> int:
     return 1 + a.STEP + (a.sources or ceil(_steps(a.N, a.STEP) / a.R))
 
 
+def _lse(a: Any) -> int:
+    """A mask of keys in every tile; a mask of queries before them all."""
+    tiles = _steps(a.N, a.BLOCK_N)
+    return a.HAS_QUERY_MASK + (tiles if a.HAS_MASK else _pipelined(tiles, a))
+
+
 WAITS: dict[str, Callable[[Any], int]] = {
     "_query_kernel": _query,
     "scores_kernel": lambda a: _pipelined(_steps(a.D, a.BLOCK_K), a),
     "_row_kernel": lambda a: _steps(a.H, a.BLOCK_H),
     "_score_select_kernel": lambda a: _steps(a.H, a.BLOCK_H),
-    "_keys_kernel": lambda a: 2,  # the first key comes last
+    "_keys_kernel": lambda a: _steps(a.GROUP, 2),  # the next query is under way
+    "_lse_kernel": _lse,
+    "_sums_kernel": lambda a: a.HAS_MASK + a.GROUP * _steps(a.M, a.BLOCK_M),
+    "_mean_kernel": lambda a: a.HAS_QUERY_MASK * _steps(a.M, a.BLOCK_M) + _steps(a.G, a.BLOCK_G),
     "_attend_kernel": lambda a: _steps(a.N - 1, a.BLOCK_N),
     "_fuse_kernel": lambda a: 2 * _steps(a.D, a.BLOCK_R) + _steps(a.D, a.BLOCK_D),
     "_select_kernel": lambda a: 1,

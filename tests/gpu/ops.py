@@ -25,6 +25,7 @@ def pick(full, small):
 
 
 WIDTH, HEADS = pick((768, 12), (64, 1))
+GROUPED = pick((12, 4), (2, 1))  # heads of queries, of keys
 TOKENS = pick(257, 19)
 REAL = pick((197, 257, 577), (TOKENS,))
 HALF = pick(torch.bfloat16, torch.float16)  # the interpreter truncates where it casts to bf16
@@ -119,6 +120,16 @@ def row(q, k, mask=None):
     return (elip_kernels.cls_attention(q, k, mask=mask),)
 
 
+def received_inputs(B, N, dtype, H=GROUPED[0], G=GROUPED[1], d=WIDTH // HEADS, M=None):
+    """q, k: several query heads to one of k."""
+    return torch.randn(B, H, M or N, d).to(dtype), torch.randn(B, G, N, d).to(dtype)
+
+
+def attention_received(q, k, mask=None, query_mask=None):
+    """-> received."""
+    return (elip_kernels.attention_received(q, k, mask=mask, query_mask=query_mask),)
+
+
 def bipartite_inputs(B, N, dtype, D=WIDTH, C=WIDTH // HEADS, r=0.25):
     """tokens, metric, size, penalty, grad_out; every token stands for 1 to 5."""
     rows = N - max(1, int(r * N))
@@ -156,6 +167,7 @@ def merge_nearest(tokens, kept, metric, size, grad_out):
 OPS = {
     "reduce": Op(reduce_inputs, reduce),
     "cls_attention": Op(row_inputs, row),
+    "attention_received": Op(received_inputs, attention_received),
     "cls_attention_from_tokens": Op(block_inputs, row_from_tokens),
     "cls_attend_from_tokens": Op(attend_inputs, attend_from_tokens),
     "score_reduce": Op(score_reduce_inputs, score_reduce),

@@ -207,6 +207,40 @@ def test_generic_row(device, launches, N, d, masked, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group", pick([2, 4, 12], [2]))
+def test_generic_row_of_grouped_heads(device, launches, group, dtype):
+    q, k = ops.row_inputs(3, TOKENS, dtype, pick(12, 4))
+    k = k[:, ::group]
+    (got,) = ops.row(*on(device, (q, k)))
+    (exact,) = ops.row(q.double(), k.double())
+    assert row_error(got, exact) <= ROW_BUDGET[dtype]
+    assert launches.total() == 2
+
+
+HEAD_GROUPS = pick([(12, 12), (12, 4), (8, 1)], [(2, 1)])  # of queries, of keys
+LENGTHS = [*((N, N) for N in REAL), *pick([(1, 257), (257, 1), (1025, 600)], [(3, 70)])]  # M, N
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("d", pick([64, 37, 128], [16]))
+@pytest.mark.parametrize(("M", "N"), LENGTHS)
+@pytest.mark.parametrize(("H", "G"), HEAD_GROUPS)
+def test_attention_received(device, launches, H, G, M, N, d, masked, dtype):
+    d = min(d, 64) if dtype == torch.float32 else d  # as wide as fp32 goes
+    inputs = ops.received_inputs(2, N, dtype, H, G, d, M)
+    masks = [torch.rand(2, n) > 0.3 for n in (N, M)] if masked else []
+    for mask in masks:
+        mask[:, 0] = True
+    with kernels_alone():
+        (got,) = ops.attention_received(*on(device, (*inputs, *masks)))
+    (exact,) = ops.attention_received(*widened(inputs), *masks)
+    assert got.dtype == torch.float32
+    assert row_error(got, exact) <= ROW_BUDGET[dtype]
+    assert launches.total() == 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", ROW_SHAPES, ids=shape_id)
 def test_attention_output_of_cls(device, launches, shape, dtype):
     B, N, D, H = shape

@@ -175,6 +175,13 @@ def test_generic_row(heads):
     check(launcher("cls_attention"), q, k, torch.rand(1, N) > 0.3, 0.5)
 
 
+def test_attention_received():
+    q, k = torch.randn(1, 2 * H, N + 30, D), torch.randn(1, H, N, D)
+    mask, query_mask = torch.rand(1, N) > 0.3, torch.rand(1, N + 30) > 0.3
+    check(launcher("attention_received"), q, k, mask, query_mask, 0.5)
+    check(launcher("attention_received"), q, k, None, None, 0.5)
+
+
 def test_generic_row_of_keys_head_by_head():
     """(H, B, N, d): a head is less than 2^31 elements, three are more."""
     images = 2**31 // (N * D)

@@ -12,6 +12,7 @@ import elip_kernels
 import tests.interpreted.profiles  # noqa: F401
 from elip_kernels.fuse_text import fuse
 from elip_kernels.testing import kernels_on_cpu
+from tests.interpreted import test_attention_received_kernel as received
 from tests.interpreted import test_bipartite_kernel as bipartite
 from tests.interpreted import test_nearest_kernel as nearest
 from tests.interpreted import test_reduce_kernel as reduce
@@ -138,6 +139,33 @@ def test_generic_row(launches, B, G, group, N, d, dtype, scale, is_open, packed,
     assert got[closed].isnan().all() and exact[closed].isnan().all()
     if not closed.all():
         assert error(got[~closed], exact[~closed]) <= BUDGET[dtype]
+
+
+@given(
+    B=st.integers(1, 3),
+    G=st.integers(1, 3),
+    group=st.sampled_from([1, 1, 2, 4]),
+    M=tokens_of_an_image,
+    N=tokens_of_an_image,
+    d=st.integers(1, 64),
+    dtype=dtypes,
+    scale=st.sampled_from([None, 0.05, 1.0]),
+    shares=st.sampled_from([(None, None), (0.7, None), (None, 0.3), (0.1, 0.1), (0.5, 0.9)]),
+    packed=st.booleans(),
+    seed=seeds,
+)
+def test_attention_received(B, G, group, M, N, d, dtype, scale, shares, packed, seed, launches):
+    torch.manual_seed(seed)
+    if packed:  # as a projection to q, k and v leaves them
+        M, packs = N, torch.randn(B, N, (group + 2) * G, d).to(dtype).transpose(1, 2)
+        q, k, _ = packs.split((group * G, G, G), 1)
+    else:
+        q, k = torch.randn(B, group * G, M, d).to(dtype), torch.randn(B, G, N, d).to(dtype)
+    given = zip(("mask", "query_mask"), (N, M), shares, strict=True)
+    masks = {name: torch.rand(B, n) < share for name, n, share in given if share is not None}
+    before = launches["elip::attention_received"]
+    received.check(q, k, scale=scale, **masks)
+    assert launches["elip::attention_received"] == before + 2  # the fp64 one is handed on
 
 
 @given(shape=shapes, H=heads, dtype=dtypes, layout=layouts, seed=seeds)

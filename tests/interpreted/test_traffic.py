@@ -112,9 +112,30 @@ def run_generic_row(B, N, D, K, dtype, group=1):
     elip_kernels.cls_attention(q.to(dtype), k.to(dtype))
 
 
-def generic_row_works(B, N, D, K, dtype, tiled=False):
-    first = model.key_scores(B, 3, N, D // 3 + 1, dtype, tiled=tiled)
-    return [first, model.row_of_keys(B, 3, N, tiled=tiled)]
+def generic_row_works(B, N, D, K, dtype, group=1, tiled=False):
+    heads, width = 3 * group, D // 3 + 1
+    first = model.key_scores(B, heads, N, width, dtype, group=group, tiled=tiled)
+    return [first, model.row_of_keys(B, heads, N, tiled=tiled)]
+
+
+def run_received(B, N, D, K, dtype, group=2, masked=False):
+    """K queries, N keys, of which those are read that the mask leaves open: the first K."""
+    q, k = torch.randn(B, 3 * group, K, D // 12 + 1), torch.randn(B, 3, N, D // 12 + 1)
+    masks = (torch.arange(N) < K).expand(B, -1), torch.rand(B, K) < 0.7
+    options = dict(zip(("mask", "query_mask"), masks, strict=True)) if masked else {}
+    elip_kernels.attention_received(q.to(dtype), k.to(dtype), **options)
+
+
+def received_works(B, N, D, K, dtype, group=2, masked=False, tiled=False):
+    d = D // 12 + 1
+    shape = (B, 3 * group, 3, K, N, d, dtype)
+    works = [model.query_sums(*shape, tiled=tiled), model.key_sums(*shape, tiled=tiled)]
+    works.append(model.received_mean(B, 3, N))
+    if masked:
+        works[0].read.update(mask=B * N, query_mask=B * K)
+        works[1].read.update(mask=B * N, k=B * 3 * K * d * dtype.itemsize)
+        works[2].read.update(query_mask=B * K)
+    return works
 
 
 def run_bipartite(B, N, D, K, dtype, has_size=True, has_penalty=False):
@@ -155,6 +176,7 @@ def nearest_works(B, N, D, K, dtype, has_size=True, tiled=False):
 OPS = {
     "reduce": (run_reduce, reduce_works),
     "generic_row": (run_generic_row, generic_row_works),
+    "received": (run_received, received_works),
     "fuse_text": (run_fuse_text, fuse_text_works),
     "attend": (run_attend, attend_works),
     "bipartite": (run_bipartite, bipartite_works),
@@ -187,7 +209,7 @@ def test_each_byte_moves_once(launches, op, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", REAL, ids=str)
-@pytest.mark.parametrize("op", [op for op in OPS if op not in ("bipartite", "nearest")])
+@pytest.mark.parametrize("op", [op for op in OPS if op not in ("bipartite", "nearest", "received")])
 def test_programs_touch_little_more_than_they_must(launches, op, case):
     for launched, work in zip(*check(op, case), strict=True):
         if launched.kernel not in ("_query_kernel", "scores_kernel"):  # what all images share, u
@@ -195,7 +217,7 @@ def test_programs_touch_little_more_than_they_must(launches, op, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", ["bipartite", "nearest", *ABSORBED])
+@pytest.mark.parametrize("op", ["bipartite", "nearest", "received", *ABSORBED])
 def test_programs_touch_what_the_tiling_implies(launches, op):
     case = (1, 257, 768, 64, bf16)
     launched, _ = check(op, case)
@@ -223,6 +245,18 @@ def test_programs_touch_what_the_tiling_implies(launches, op):
 )
 def test_options_of_reduce(launches, options):
     check("reduce", (2, 21, 70, 8, fp32), **options)
+
+
+def test_a_key_is_read_once_for_the_heads_of_its_group(launches):
+    case = (2, 150, 40, 8, bf16)
+    launched, works = check("generic_row", case, group=4)
+    assert launched[0].loads["k"].per_program == works[0].read["k"]
+    assert launched[0].per_program == generic_row_works(*case, group=4, tiled=True)[0].bytes
+
+
+@pytest.mark.parametrize("options", [{"masked": True}, {"group": 1}], ids=str)
+def test_options_of_attention_received(launches, options):
+    check("received", (2, 150, 40, 70, bf16), **options)
 
 
 @pytest.mark.parametrize("options", [{"merge": False}, {"has_text": True}], ids=str)
@@ -277,6 +311,8 @@ def test_pruning_alone_multiplies_nothing(op):
 
 
 def test_the_work_of_an_op_is_that_of_its_launches():
+    received = model.together(*received_works(2, 150, 40, 70, bf16))
+    assert model.attention_received(2, 6, 3, 70, 150, 4, bf16) == received
     B, N, D, K, dtype = REAL[0]
     launches = score_reduce_works(B, N, D, K, dtype)[1:-1]
     launches.insert(0, model.query(B, D, H, dtype))

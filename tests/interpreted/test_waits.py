@@ -41,6 +41,9 @@ def test_waits_are_as_stated(launches, op, case):
     ("op", "options"),
     [
         ("reduce", {"masked": True, "num_prefix_tokens": 0}),
+        ("received", {"masked": True}),
+        ("received", {"group": 1}),
+        *(("generic_row", {"group": group}) for group in (2, 3, 4, 7)),
         ("reduce", {"merge": False, "num_prefix_tokens": 3}),
         ("score_reduce", {"has_text": True}),
         ("score_reduce", {"merge": False}),

@@ -1,0 +1,147 @@
+"""The kernels of attention received, run by the interpreter, against the PyTorch form in fp64."""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+
+import elip_kernels
+from elip_kernels._operator import OPERATORS
+from tests.interpreted.test_cls_attention_kernel import BUDGET, error
+from tests.test_attention_received import padded
+from tests.tiers import tiered
+
+# B, H, G, M, N, d: full tiles, one more than that, one row; groups of 1, 2 and 4
+SHAPES = [
+    (2, 4, 2, 70, 130, 64),
+    (1, 2, 2, 64, 64, 16),
+    (2, 4, 1, 1, 65, 37),
+    (1, 3, 3, 129, 1, 8),
+    (3, 4, 4, 33, 31, 1),
+    (1, 2, 1, 40, 50, 128),
+]
+
+
+def by_kernels(q, k, **options):
+    """What the kernels give; a PyTorch form raises."""
+    never = AssertionError("the PyTorch form ran")
+    with patch.object(OPERATORS["attention_received"], "reference", side_effect=never):
+        return elip_kernels.attention_received(q, k, **options)
+
+
+def queries_and_keys(B, H, G, M, N, d, dtype=torch.float32):
+    return torch.randn(B, H, M, d).to(dtype), torch.randn(B, G, N, d).to(dtype)
+
+
+def masks(B, M, N, share=0.6):
+    """Some open keys and some queries that count, of every image the last."""
+    mask, query_mask = torch.rand(B, N) < share, torch.rand(B, M) < share
+    mask[:, -1] = query_mask[:, -1] = True
+    return {"mask": mask, "query_mask": query_mask}
+
+
+def check(q, k, **options):
+    """Against fp64, what is not a number too -> what the kernels give."""
+    got = by_kernels(q, k, **options)
+    exact = elip_kernels.attention_received(q.double(), k.double(), **options)
+    assert got.dtype == torch.float32
+    assert torch.equal(got.isnan(), exact.isnan())
+    if not exact.isnan().all():
+        assert error(got.nan_to_num(0), exact.nan_to_num(0)) <= BUDGET[q.dtype]
+    return got
+
+
+@pytest.mark.parametrize("names", [(), ("mask",), ("mask", "query_mask")])
+@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.float16]), ids=str)
+@pytest.mark.parametrize(
+    "shape", SHAPES, ids="B{0[0]}-H{0[1]}-G{0[2]}-M{0[3]}-N{0[4]}-d{0[5]}".format
+)
+def test_agrees_with_fp64(launches, poisoned_memory, shape, dtype, names):
+    B, _, _, M, N, d = shape
+    if dtype == torch.float32 and d > 64:
+        shape = (*shape[:5], 64)  # as wide as fp32 goes
+    given = masks(B, M, N)
+    check(*queries_and_keys(*shape, dtype), **{name: given[name] for name in names})
+
+
+def test_what_the_masks_leave_out_may_be_nan(launches):
+    (q, k), given = queries_and_keys(2, 4, 2, 70, 130, 16), masks(2, 70, 130)
+    got = check(q, k, **given)
+    assert not got[~given["mask"]].any()
+    assert torch.equal(by_kernels(*padded(q, k, **given), **given), got)
+
+
+@pytest.mark.parametrize("name", ["mask", "query_mask"])
+def test_an_image_without_a_key_or_a_query_is_nan(launches, name):
+    (q, k), given = queries_and_keys(2, 4, 2, 70, 130, 16), masks(2, 70, 130)
+    right = by_kernels(q, k, **given)
+    given[name][1] = False
+    got = check(q, k, **given)
+    assert torch.equal(got[0], right[0]) and got[1].isnan().all()
+
+
+def test_tiles_of_keys_that_are_closed_come_first_and_last(launches):
+    q, k = queries_and_keys(1, 2, 2, 20, 200, 16)
+    mask = torch.zeros(1, 200, dtype=torch.bool)
+    mask[:, 70:75] = True
+    check(q, k, mask=mask)
+    k[:, :, :70, 0] = -torch.inf
+    check(q.abs(), k)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("where", ["a query", "a key", "a query that does not count"])
+def test_what_is_not_finite_goes_where_the_specification_has_it(launches, where, value):
+    (q, k), given = queries_and_keys(2, 2, 2, 40, 70, 16), masks(2, 40, 70)
+    given["query_mask"][0, 3] = where == "a query"
+    (k if where == "a key" else q)[0, 0, 69 if where == "a key" else 3] = value
+    got = check(q, k, **given)
+    assert got[1].isfinite().all()
+    assert got[0].isnan().all() == (where != "a query that does not count")
+
+
+def test_large_scores_do_not_overflow(launches):
+    q, k = queries_and_keys(1, 2, 2, 40, 70, 16)
+    got = by_kernels(q, k, scale=50.0)
+    exact = elip_kernels.attention_received(q.double(), k.double(), scale=50.0)
+    eager = elip_kernels.cls_attention(q[:, :, 0], k, scale=50.0)
+    truth = elip_kernels.cls_attention(q[:, :, 0].double(), k.double(), scale=50.0)
+    assert error(got, exact) <= max(1e-5, 2 * error(eager, truth))
+
+
+def test_strided_inputs(launches, poisoned_memory):
+    q, k, _ = torch.randn(2, 45, 3, 4, 16).permute(2, 0, 3, 1, 4)
+    given = masks(2, 90, 90)
+    check(q, k, mask=given["mask"][:, ::2], query_mask=given["query_mask"][:, 45:])
+    check(q.mT.contiguous().mT, k[:, ::2])
+    check(q[:1].expand(2, -1, -1, -1), k[:, :1].expand(-1, 4, -1, -1))
+
+
+def test_an_image_gives_the_same_bits_in_every_batch(launches):
+    (q, k), given = queries_and_keys(5, 4, 2, 70, 130, 16, torch.float16), masks(5, 70, 130)
+    whole = by_kernels(q, k, **given)
+    alone = by_kernels(q[3:4], k[3:4], **{name: mask[3:4] for name, mask in given.items()})
+    assert torch.equal(alone[0], whole[3])
+
+
+def test_grouped_heads_are_as_repeated_ones(launches):
+    q, k = queries_and_keys(2, 4, 2, 70, 130, 16)
+    repeated = by_kernels(q, k.repeat_interleave(2, 1))
+    torch.testing.assert_close(by_kernels(q, k), repeated, atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize(("B", "N"), [(0, 9), (2, 0)])
+def test_empty_inputs(launches, B, N):
+    assert by_kernels(*queries_and_keys(B, 4, 2, 7, N, 8)).shape == (B, N)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "d"), [(torch.float64, 8), (torch.float32, 65), (torch.half, 129)]
+)
+def test_what_the_kernels_do_not_take_is_the_specification(launches, monkeypatch, dtype, d):
+    q, k = queries_and_keys(1, 2, 1, 5, 9, d, dtype)
+    monkeypatch.setattr("elip_kernels._operator._SAID", set())
+    with pytest.warns(elip_kernels.PyTorchFormWarning, match="fp64|at most (64|128) channels"):
+        got = elip_kernels.attention_received(q, k)
+    operator = OPERATORS["attention_received"]
+    assert torch.equal(got, operator.reference(q, k, None, None, d**-0.5))
