@@ -85,9 +85,9 @@ TILE = {"block_d": (0.5, 1.0, 2.0), "num_warps": (4, 8, 16)}
 ROWS = {"block_n": (0.5, 1.0, 2.0), "block_d": (0.5, 1.0, 2.0), "num_warps": (4, 8)}
 QUERY = {"BLOCK_D": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)}
 TILES = {"BLOCK_N": (32, 64, 128), "BLOCK_K": (0.5, 1.0), "num_warps": (4, 8), "num_stages": (2, 3)}
-ATTEND = {"BLOCK_N": (1.0, 2.0), "num_warps": (0.5, 1.0), "num_stages": (1, 2)}
 RECEIVED = {"BLOCK_M": (0.5, 1.0, 2.0), "BLOCK_N": (0.5, 1.0, 2.0)}
 RECEIVED |= {"num_warps": (4, 8), "num_stages": (2, 3)}
+WEIGH = {"BLOCK_D": (0.5, 1.0, 2.0), "num_warps": (4, 8), "num_stages": (2, 3)}
 SWEEPS = (
     Sweep("reduce", "reduce_forward", TILE),
     Sweep("reduce_backward", "reduce_backward", ROWS),
@@ -95,7 +95,8 @@ SWEEPS = (
     Sweep("score_reduce", "score_tiles", TILES),
     Sweep("score_reduce", "select", {2: (0.5, 1.0, 2.0)}),
     Sweep("score_reduce", "move", TILE),
-    Sweep("cls_attend_from_tokens", "cls_attend", ATTEND),
+    Sweep("cls_attend_from_tokens", "weight_tiles", TILES),
+    Sweep("cls_attend_from_tokens", "weigh", WEIGH),
     Sweep("attention_received", "received", RECEIVED),
     Sweep("bipartite_match", "bipartite_match", {0: (16, 32, 64), 1: (32, 64), 3: (4, 8)}),
     Sweep("bipartite_merge", "merge", {1: (0.5, 1.0, 2.0), 2: (0.5, 1.0), 3: (4, 8)}),

@@ -101,7 +101,8 @@ def patch_scores(
     HAS_REST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Scores u_h . z of an image's patches `offs_n`, counted from 0 -> [BLOCK_N, BLOCK_H] fp32.
+    """Scores u_h . z of an image's patches `offs_n`, counted from 0 -> [BLOCK_N, BLOCK_H], mean
+    and rstd of the patches [BLOCK_N], all fp32.
 
     u is centred, so x enters as it is; what its rounding left of its sum takes the mean back out.
     Where x has two bytes, u is split into rounded + rest of that type: two products into one fp32
@@ -147,12 +148,12 @@ def patch_scores(
         sum_u += part_u
         if tokens_ptr.dtype.element_ty == tl.float16:
             score -= pivot[:, None] * part_u[None, :]
-    mean = total / D
-    rstd = 1.0 / tl.sqrt(tl.maximum(squares / D - mean * mean, 0.0) + eps)
-    if tokens_ptr.dtype.element_ty == tl.bfloat16:
-        mean += pivot
-    score -= mean[:, None] * sum_u[None, :]
-    return score * rstd[:, None]
+    from_pivot = total / D
+    rstd = 1.0 / tl.sqrt(tl.maximum(squares / D - from_pivot * from_pivot, 0.0) + eps)
+    mean = from_pivot + pivot
+    left = mean if tokens_ptr.dtype.element_ty == tl.bfloat16 else from_pivot
+    score -= left[:, None] * sum_u[None, :]
+    return score * rstd[:, None], mean, rstd
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -168,7 +169,7 @@ def scores_kernel(
     offs_h = tl.arange(0, BLOCK_H)
     mask_n = offs_n < N - 1
     mask_h = offs_h < H
-    score = patch_scores(
+    score, _, _ = patch_scores(
         tokens_ptr + pid_b * stride_tb, query_ptr + pid_b * H * D, stride_tn, offs_n, N, D, H, eps,
         HAS_REST, WIDEN, PRECISION, BLOCK_N, BLOCK_H, BLOCK_K,
     )  # fmt: skip

@@ -5,17 +5,24 @@
     m_h  = sum_n softmax_n(s_h) z_n                                                      (B, H, D)
     o_h  = W_v,h (gamma * m_h + beta) + b_v,h                                            (B, H*d)
 
-The op is m, in fp32; the projections around it see one token an image. The kernel reads x once,
-tile by tile of whole tokens, with a running softmax that CLS begins:
+The op is m, in fp32; the projections around it see one token an image. One kernel takes a tile of
+patches through all features for all heads, as `scores_kernel` does, and leaves of the tile
 
-    p_h(n) = exp(s_h(n) - top_h)                           top: the maximum so far, of CLS at first
-    y_h    = p_h(cls) z_cls + sum_n p rstd x,  m_h = (y_h - mean of y_h) / (p_h(cls) + sum_n p)
+    top_h = max_n s_h(n),  total_h = sum_n exp(s_h(n) - top_h)                     (B, T, H)
+    w_h(n) = exp(s_h(n) - top_h) rstd_n,  shift_h = sum_n w_h(n) mean_n
 
-so that x of two bytes enters both products as it is: s needs no mean, since u is centred, and what
-y has of it is the same in all features, since z has none. There u and p rstd are split into rounded
-+ rest of x's type; in fp32 x is centred first. No gradient: inference and scoring only. More than
-16 heads read x once for each 16; features that do not fit registers take the PyTorch form.
-Source: associativity, and the running softmax of Milakov and Gimelshein (2018).
+and another takes a slice of the features through the tiles, when the top and total of all of them
+and of CLS are known:
+
+    y_h = exp(s_h(cls) - top) z_cls + sum_tiles exp(top_h - top) (sum_n w_h(n) x_n - shift_h)
+    m_h = y_h / total
+
+So no width is too much, few images start many programs, and x is read twice: from L2 the second
+time, as far as it holds it, since that begins with the last image. x of two bytes enters both
+products as it is: u and w are split into rounded + rest of its type; in fp32 it is centred first.
+An image's numbers hang on nothing but its tokens, whatever the batch. No gradient: inference and
+scoring only.
+Source: associativity, and the softmax by tiles of Milakov and Gimelshein (2018).
 """
 
 from typing import Any
@@ -27,9 +34,10 @@ from elip_kernels import launch
 from elip_kernels._autocast import no_autocast
 from elip_kernels._operator import Operator
 from elip_kernels._triton import tl, triton
-from elip_kernels.absorbed import accumulator, query_arguments, split
+from elip_kernels.absorbed import accumulator, patch_scores, query_arguments, split
 from elip_kernels.absorbed_query import QueryArguments, launch_query, takes_query
 from elip_kernels.cls_attention import absorbed_flops, absorbed_reference, absorbed_refuses
+from elip_kernels.select import part_and_slice
 
 
 def cls_attend_from_tokens(
@@ -80,121 +88,178 @@ def attend_reference(tokens: Tensor, *query: Any) -> Tensor:
     return torch.bmm(rows, normed)
 
 
-@triton.jit
-def _load_tile(tokens_ptr, first, N, D, stride_tn, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Tokens `first`, .. of an image [BLOCK_N, BLOCK_D], zero beyond N and D."""
-    offs_n = first + tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask = (offs_n < N)[:, None] & (offs_d < D)[None, :]
-    return tl.load(tokens_ptr + offs_n[:, None] * stride_tn + offs_d[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _centred(x, D, BLOCK_D: tl.constexpr):
-    """x less the mean of its rows, fp32, zero beyond D."""
-    x = x.to(tl.float32)
-    mean = tl.sum(x, 1) * (1.0 / D)
-    return tl.where((tl.arange(0, BLOCK_D) < D)[None, :], x - mean[:, None], 0.0)
-
-
-@triton.jit
-def _slices(x, SLICES: tl.constexpr, WIDEN: tl.constexpr):
-    """[R, D] -> [SLICES, R, D / SLICES]: a batch of products, a slice of the features a warp."""
-    x = x.to(tl.float32) if WIDEN else x
-    return tl.permute(tl.reshape(x, x.shape[0], SLICES, x.shape[1] // SLICES), 1, 0, 2)
-
-
-@triton.jit
-def _for_all(weight, SLICES: tl.constexpr, WIDEN: tl.constexpr):
-    """[H, N] -> [SLICES, H, N]: the same weights for every slice of the features."""
-    weight = weight.to(tl.float32) if WIDEN else weight
-    return tl.broadcast_to(weight[None], SLICES, weight.shape[0], weight.shape[1])
-
-
-@triton.jit
-def _multiply(left, rest, right, acc, HAS_REST: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + (left + rest) @ right, batched."""
-    acc = tl.dot(left, right, acc, input_precision=PRECISION)
-    if HAS_REST:
-        acc = tl.dot(rest, right, acc, input_precision=PRECISION)
-    return acc
-
-
-@triton.jit(do_not_specialize=["N"])
-def _attend_kernel(
-    tokens_ptr, query_ptr, cls_score_ptr, cls_ptr, out_ptr, stride_tb, stride_tn, N, D, H, eps,
+@triton.jit(do_not_specialize=["N", "T"])
+def _weights_kernel(
+    tokens_ptr, query_ptr, weights_ptr, rests_ptr, tops_ptr, totals_ptr, shifts_ptr, means_ptr,
+    stride_tb, stride_tn, N, D, H, T, eps,
     HAS_REST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, SLICES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program per (image, BLOCK_H heads): tile by tile of whole tokens, the next under way."""
-    pid_b = tl.program_id(0).to(tl.int64)
-    tokens_ptr += pid_b * stride_tb
-    query_ptr += pid_b * H * D
-    out_ptr += pid_b * H * D
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_d = offs_d < D
-    mask_u = (offs_h < H)[:, None] & mask_d[None, :]
-    u = tl.load(query_ptr + offs_h[:, None] * D + offs_d[None, :], mask=mask_u, other=0.0)
-    u, rest = split(u, tokens_ptr.dtype.element_ty)
-    u, rest = _slices(u, SLICES, WIDEN), _slices(rest, SLICES, WIDEN)  # [S, H, D/S]
-    # CLS comes first: weight 1, its z as it is
-    cls = tl.load(cls_ptr + pid_b * D + offs_d, mask=mask_d, other=0.0)
-    acc = tl.zeros([SLICES, BLOCK_H, BLOCK_D // SLICES], tl.float32)
-    acc += _slices(cls[None, :], SLICES, WIDEN)
-    top = tl.load(cls_score_ptr + pid_b * H + offs_h, mask=offs_h < H, other=0.0)  # [H]
-    total = tl.full([BLOCK_H], 1.0, tl.float32)
-    x = _load_tile(tokens_ptr, 1, N, D, stride_tn, BLOCK_N, BLOCK_D)
-    for n in range(1, N, BLOCK_N):
-        mask_n = n + offs_n < N
+    """One program per (image, tile of patches): w of all heads, and what the tile adds up to."""
+    tile = tl.program_id(0).to(tl.int64)
+    pid_b, pid_t = tile // T, tl.program_id(0) % T
+    offs_n = pid_t * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_h = tl.arange(0, BLOCK_H)
+    mask_n, mask_h = offs_n < N - 1, offs_h < H
+    score, mean, rstd = patch_scores(
+        tokens_ptr + pid_b * stride_tb, query_ptr + pid_b * H * D, stride_tn, offs_n, N, D, H, eps,
+        HAS_REST, WIDEN, PRECISION, BLOCK_N, BLOCK_H, BLOCK_K,
+    )  # fmt: skip
+    score = tl.where(mask_n[:, None], score, float("-inf"))
+    top = tl.max(score, 0)
+    weight = tl.exp(score - top[None, :])  # [BLOCK_N, BLOCK_H]
+    tl.store(tops_ptr + tile * H + offs_h, top, mask=mask_h)
+    tl.store(totals_ptr + tile * H + offs_h, tl.sum(weight, 0), mask=mask_h)
+    weight *= tl.where(mask_n, rstd, 0.0)[:, None]  # of nothing it is infinite where eps is 0
+    if tokens_ptr.dtype.element_ty == tl.float16:  # without variance: no infinity times 0
+        weight = tl.minimum(weight, 65504.0)
+    rounded, rest = split(weight, tokens_ptr.dtype.element_ty)
+    at = (tile * H + offs_h)[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    tl.store(weights_ptr + at, rounded, mask=mask_h[None, :])
+    if HAS_REST:
+        tl.store(rests_ptr + at, rest, mask=mask_h[None, :])
+        shift = (rounded.to(tl.float32) + rest.to(tl.float32)) * mean[:, None]
+        tl.store(shifts_ptr + tile * H + offs_h, tl.sum(shift, 0), mask=mask_h)
+    else:
+        tl.store(means_ptr + pid_b * (N - 1) + offs_n, mean, mask=mask_n)
+
+
+@triton.jit
+def _all_tiles(
+    tops_ptr, totals_ptr, shifts_ptr, cls_score, offs_h, H, T,
+    HAS_REST: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Top, total and shift [BLOCK_H] of all tiles of an image, and of CLS."""
+    offs_t = tl.arange(0, BLOCK_T)
+    top, total = cls_score, tl.full([BLOCK_H], 1.0, tl.float32)
+    shift = tl.zeros([BLOCK_H], tl.float32)
+    for t in range(0, T, BLOCK_T):
+        at = (t + offs_t)[:, None] * H + offs_h[None, :]
+        mask = (t + offs_t < T)[:, None] & (offs_h < H)[None, :]
+        tops = tl.load(tops_ptr + at, mask=mask, other=float("-inf"))
+        totals = tl.load(totals_ptr + at, mask=mask, other=0.0)
         if HAS_REST:
-            tile = _slices(x, SLICES, WIDEN)  # [S, N, D/S]
-        centred = _centred(x, D, BLOCK_D)
-        rstd = tl.rsqrt(tl.sum(centred * centred, 1) * (1.0 / D) + eps)
-        rstd = tl.where(mask_n, rstd, 0.0)  # of nothing it is infinite where eps is 0
-        if not HAS_REST:
-            tile = _slices(centred, SLICES, WIDEN)
-        score = tl.zeros([SLICES, BLOCK_H, BLOCK_N], tl.float32)
-        score = _multiply(u, rest, tl.trans(tile, 0, 2, 1), score, HAS_REST, PRECISION)
-        x = _load_tile(tokens_ptr, n + BLOCK_N, N, D, stride_tn, BLOCK_N, BLOCK_D)
-        score = tl.where(mask_n[None, :], tl.sum(score, 0) * rstd[None, :], float("-inf"))  # [H, N]
-        above = tl.maximum(top, tl.max(score, 1))
-        decay = tl.exp(top - above)
+            shifts = tl.load(shifts_ptr + at, mask=mask, other=0.0)
+        above = tl.maximum(top, tl.max(tops, 0))
+        decay, share = tl.exp(top - above), tl.exp(tops - above[None, :])
+        total = total * decay + tl.sum(totals * share, 0)
+        if HAS_REST:
+            shift = shift * decay + tl.sum(shifts * share, 0)
         top = above
-        weight = tl.exp(score - top[:, None])
-        total = total * decay + tl.sum(weight, 1)
-        weight *= rstd[None, :]
-        if x.dtype == tl.float16:  # a token without variance, whose z is 0: no infinity times 0
-            weight = tl.minimum(weight, 65504.0)
-        rounded = weight.to(x.dtype)
-        beyond = _for_all((weight - rounded.to(tl.float32)).to(x.dtype), SLICES, WIDEN)
-        rounded = _for_all(rounded, SLICES, WIDEN)
-        acc = _multiply(rounded, beyond, tile, acc * decay[None, :, None], HAS_REST, PRECISION)
-    mean = tl.sum(tl.sum(acc, 2), 0) / D  # [H]
-    out = (acc - mean[None, :, None]) * (1.0 / total)[None, :, None]
-    WIDTH: tl.constexpr = BLOCK_D // SLICES
-    offs_d = tl.arange(0, SLICES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]  # [S, D/S]
-    mask = (offs_h < H)[None, :, None] & (offs_d < D)[:, None, :]
-    tl.store(out_ptr + offs_h[None, :, None] * D + offs_d[:, None, :], out, mask=mask)
+    return top, total, shift
+
+
+@triton.jit
+def _both(weight, rest, x, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
+    """(weight + rest) @ x, in fp32."""
+    if WIDEN:
+        weight, rest, x = weight.to(tl.float32), rest.to(tl.float32), x.to(tl.float32)
+    acc = tl.dot(weight, x, input_precision=PRECISION)
+    return tl.dot(rest, x, acc, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["N", "T", "TILES"])
+def _weigh_kernel(
+    tokens_ptr, weights_ptr, rests_ptr, tops_ptr, totals_ptr, shifts_ptr, means_ptr,
+    cls_score_ptr, cls_ptr, out_ptr, stride_tb, stride_tn, N, D, H, T, TILES,
+    HAS_REST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program per (slice of D of an image, TILES of its tiles, BLOCK_H heads)."""
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)  # what was read last is in the cache
+    pid_b, pid_d = part_and_slice(pid, D, BLOCK_D)
+    pid_b, pid_p = pid_b.to(tl.int64), tl.program_id(1)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_h = tl.program_id(2) * BLOCK_H + tl.arange(0, BLOCK_H)
+    offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_h, mask_d = offs_h < H, offs_d < D
+    tokens_ptr += pid_b * stride_tb + stride_tn
+    weights_ptr += pid_b * T * H * BLOCK_N
+    tops_ptr += pid_b * T * H
+    if HAS_REST:
+        rests_ptr += pid_b * T * H * BLOCK_N
+        shifts_ptr += pid_b * T * H
+    else:
+        means_ptr += pid_b * (N - 1)
+    cls_score = tl.load(cls_score_ptr + pid_b * H + offs_h, mask=mask_h, other=0.0)
+    # CLS and what is taken off again are of the first part
+    mask_cls = offs_d < tl.where(pid_p == 0, D, 0)
+    cls = tl.load(cls_ptr + pid_b * D + offs_d, mask=mask_cls, other=0.0)
+    first = pid_p * TILES
+    last = tl.minimum(first + TILES, T)
+    mask_top = offs_h < tl.where(first < last, H, 0)
+    tile_top = tl.load(tops_ptr + first * H + offs_h, mask=mask_top, other=0.0)
+    top, total, shift = _all_tiles(
+        tops_ptr, totals_ptr + pid_b * T * H, shifts_ptr, cls_score, offs_h, H, T,
+        HAS_REST, BLOCK_H, BLOCK_T,
+    )  # fmt: skip
+    acc = tl.exp(cls_score - top)[:, None] * cls[None, :]
+    acc -= tl.where(pid_p == 0, shift, 0.0)[:, None]
+    for t in range(first, last):
+        at = t * BLOCK_N + offs_n
+        x = tl.load(
+            tokens_ptr + at[:, None] * stride_tn + offs_d[None, :],
+            mask=(at < N - 1)[:, None] & mask_d[None, :],
+            other=0.0,
+        )  # [BLOCK_N, BLOCK_D]
+        at_w = (t * H + offs_h)[:, None] * BLOCK_N + offs_n[None, :]
+        weight = tl.load(weights_ptr + at_w, mask=mask_h[:, None], other=0.0)  # [BLOCK_H, BLOCK_N]
+        if HAS_REST:
+            rest = tl.load(rests_ptr + at_w, mask=mask_h[:, None], other=0.0)
+        else:
+            mean = tl.load(means_ptr + at, mask=at < N - 1, other=0.0)
+        mask_top = offs_h < tl.where(t + 1 < last, H, 0)
+        next_top = tl.load(tops_ptr + (t + 1) * H + offs_h, mask=mask_top, other=0.0)
+        if HAS_REST:
+            part = _both(weight, rest, x, WIDEN, PRECISION)
+        else:
+            part = tl.dot(weight, x - mean[:, None], input_precision=PRECISION)
+        acc += part * tl.exp(tile_top - top)[:, None]
+        tile_top = next_top
+    out_ptr += (pid_b * tl.num_programs(1) + pid_p) * H * D
+    at = offs_h[:, None] * D + offs_d[None, :]
+    tl.store(out_ptr + at, acc * (1.0 / total)[:, None], mask=mask_h[:, None] & mask_d[None, :])
+
+
+def _weights(tokens: Tensor, query: Tensor, eps: float) -> tuple[Tensor | None, ...]:
+    """Allocate, launch -> weights and rests (B, T, H, BLOCK_N), tops, totals, shifts (B, T, H) and
+    means (B, N-1), of which fp32 has no rests and shifts, others no means."""
+    (B, N, D), H = tokens.shape, query.shape[1]
+    settings = launch.weight_tiles(H, tokens)
+    T, wide = triton.cdiv(N - 1, settings["BLOCK_N"]), tokens.dtype == torch.float32
+    weights = tokens.new_empty(1 if wide else 2, B, T, H, settings["BLOCK_N"])
+    stats = query.new_empty(2 if wide else 3, B, T, H)
+    rests, shifts = (None, None) if wide else (weights[1], stats[2])
+    means = query.new_empty(B, N - 1) if wide else None
+    left = weights[0], rests, stats[0], stats[1], shifts, means
+    _weights_kernel[(B * T,)](
+        *(tokens, query, *left, *tokens.stride()[:2], N, D, H, T, eps), **settings, **launch.CODE
+    )
+    return left
 
 
 def _attend(tokens: Tensor, *query: Any) -> Tensor:
-    """Allocate, read launch.py, launch."""
+    """Allocate, read launch.py, launch: u, the weights, the sums of the parts."""
     (B, N, D), arguments = tokens.shape, QueryArguments(*query)
     H, tokens = arguments.num_heads, launch.addressable(tokens)
-    out = tokens.new_empty(B, H, D, dtype=torch.float32)
+    parts = max(1, triton.cdiv(N - 1, launch.PART))
+    out = tokens.new_empty(B, parts * H, D, dtype=torch.float32)
     if B == 0:
         return out
-    settings = launch.cls_attend(tokens)
+    settings = launch.weigh(tokens)
+    grid = (B * triton.cdiv(D, settings["BLOCK_D"]), parts, triton.cdiv(H, settings["BLOCK_H"]))
     with launch.on_device(tokens):
         u, cls_score, cls = launch_query(arguments, normed=True)
-        _attend_kernel[(B, triton.cdiv(H, settings["BLOCK_H"]))](
-            *(tokens, u, cls_score, cls, out, *tokens.stride()[:2], N, D, H, arguments.eps),
+        weights, *others = _weights(tokens, u, arguments.eps)
+        T, block_n = weights.shape[1], weights.shape[3]
+        _weigh_kernel[grid](
+            *(tokens, weights, *others, cls_score, cls, out, *tokens.stride()[:2]),
+            *(N, D, H, T, triton.cdiv(T, parts)),
+            BLOCK_N=block_n,
             **settings,
             **launch.CODE,
         )
-    return out
+        return out if parts == 1 else out.view(B, parts, H, D).sum(1)
 
 
 def _flops(tokens_shape, *shapes, **kwargs) -> int:
@@ -208,9 +273,7 @@ _attend_op = Operator(
     "cls_attend_from_tokens",
     attend_reference,
     launcher=_attend,
-    refuses=lambda tokens, *query: (
-        absorbed_refuses(tokens, *query, most=tokens.shape[1]) or launch.refuses_width(tokens)
-    ),
+    refuses=lambda tokens, *query: absorbed_refuses(tokens, *query, most=tokens.shape[1]),
     fake=lambda tokens, cls, *query: tokens.new_empty(
         tokens.shape[0], query[-2], tokens.shape[2], dtype=accumulator(tokens.dtype)
     ),

@@ -23,7 +23,6 @@ from unittest.mock import patch
 
 import torch
 
-from elip_kernels import launch
 from elip_kernels._triton import triton
 from elip_kernels._validate import message
 from elip_kernels.testing import launchers_on_cpu
@@ -101,8 +100,8 @@ class Compiled:
 def recorded_launches(arch: Arch) -> Iterator[list[RecordedLaunch]]:
     """Inside, ops on CPU tensors are launched as on `arch`; yields the launches, which do not run.
 
-    Outputs stay unwritten; positions are zero, and so within bounds. Launchers that ask for ROCm or
-    shared memory get the answer of `arch`.
+    Outputs stay unwritten; positions are zero, and so within bounds. Launchers that ask for ROCm
+    get the answer of `arch`.
 
     Raises:
         RuntimeError: the kernels were decorated for the interpreter.
@@ -118,11 +117,10 @@ def recorded_launches(arch: Arch) -> Iterator[list[RecordedLaunch]]:
     ) -> None:
         launches.append(RecordedLaunch(kernel, grid, args, options))
 
-    rocm, most = "rocm" if _is_amd(arch) else None, SHARED_MEMORY[arch] - BLOCK_OVERHEAD
+    rocm = "rocm" if _is_amd(arch) else None
     with (
         patch.object(JITFunction, "run", record),
         patch.object(torch.version, "hip", rocm),
-        patch.object(launch, "shared_memory", lambda tensor: most),
         patch.object(torch.Tensor, "new_empty", torch.Tensor.new_zeros),
         launchers_on_cpu(),
     ):

@@ -102,6 +102,11 @@ def _query(a: Any) -> int:
     return (2 + a.HAS_TEXT) * features + 3 * slices + (a.q_bias_ptr is not None)
 
 
+def _weigh(a: Any) -> int:
+    """What all tiles add up to, and the tiles of a part."""
+    return max(1, _steps(a.T, a.BLOCK_T)) + _pipelined(a.TILES, a)
+
+
 def _merge(a: Any) -> int:
     """Slots and sizes, the odd token, slots again, and a row's sources one after the other."""
     return 1 + a.STEP + (a.sources or ceil(_steps(a.N, a.STEP) / a.R))
@@ -122,7 +127,8 @@ WAITS: dict[str, Callable[[Any], int]] = {
     "_lse_kernel": _lse,
     "_sums_kernel": lambda a: a.HAS_MASK + a.GROUP * _steps(a.M, a.BLOCK_M),
     "_mean_kernel": lambda a: a.HAS_QUERY_MASK * _steps(a.M, a.BLOCK_M) + _steps(a.G, a.BLOCK_G),
-    "_attend_kernel": lambda a: _steps(a.N - 1, a.BLOCK_N),
+    "_weights_kernel": lambda a: _pipelined(_steps(a.D, a.BLOCK_K), a),
+    "_weigh_kernel": _weigh,
     "_fuse_kernel": lambda a: 2 * _steps(a.D, a.BLOCK_R) + _steps(a.D, a.BLOCK_D),
     "_select_kernel": lambda a: 1,
     "_stream_kernel": lambda a: (5 + (a.MERGE and a.NORMALIZE)) * _steps(a.N, a.BLOCK_N),

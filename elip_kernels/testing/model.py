@@ -12,38 +12,22 @@ same bytes, `tiled` counts what each of them reads, as launched: from L2 after t
 Operations are those of the op's FLOP formula, a multiply and an add being two.
 """
 
-from collections import Counter
 from math import ceil
-from typing import NamedTuple
 
 import torch
 
 from elip_kernels import launch
-
-FP32 = INT32 = 4
-INT64 = 8
-
-
-class Work(NamedTuple):
-    """Bytes read and written by tensor, and operations."""
-
-    read: dict[str, int]
-    written: dict[str, int]
-    operations: int
-
-    @property
-    def bytes(self) -> int:
-        """All bytes that cross the memory, read and written."""
-        return sum(self.read.values()) + sum(self.written.values())
-
-
-def together(*launches: Work) -> Work:
-    """The work of launches that follow one another."""
-    read, written = Counter(), Counter()
-    for work in launches:
-        read.update(work.read)
-        written.update(work.written)
-    return Work(dict(read), dict(written), sum(work.operations for work in launches))
+from elip_kernels.testing.model_merging import (  # noqa: F401
+    bipartite_gather,
+    bipartite_match,
+    bipartite_merge,
+    bipartite_merge_backward,
+    bipartite_slots,
+    merge_nearest,
+    nearest_gather,
+    nearest_match,
+)
+from elip_kernels.testing.work import FP32, INT32, INT64, Work, together
 
 
 def reduce(
@@ -142,8 +126,9 @@ def cls_attention_from_tokens(B: int, N: int, D: int, H: int, dtype: torch.dtype
 
 
 def cls_attend_from_tokens(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> Work:
-    """`query`, and `attend`."""
-    return together(query(B, D, H, dtype, normed=True), attend(B, N, D, H, dtype))
+    """`query`, `weights`, `weigh`."""
+    launches = weights(B, N, D, H, dtype), weigh(B, N, D, H, dtype)
+    return together(query(B, D, H, dtype, normed=True), *launches)
 
 
 def score_reduce(
@@ -183,10 +168,24 @@ def query(
     return Work(read, written, 4 * B * D * width + 2 * B * H * D)
 
 
-def attend(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> Work:
-    """Patches, u and CLS normalised in, a sum of normalised tokens a head out."""
-    read = _patches(B, N, D, H, dtype) | {"cls_score": B * H * FP32, "cls": B * D * FP32}
-    return Work(read, {"out": B * H * D * FP32}, 4 * B * H * N * D - 2 * B * H * D)
+def weights(B: int, N: int, D: int, H: int, dtype: torch.dtype, *, tiled: bool = False) -> Work:
+    """Patches and u in, the weights of tiles out. `tiled`: each tile reads u."""
+    read = _patches(B, N, D, H, dtype)
+    read["query"] *= _tiles(B, N, D, H, dtype) if tiled else 1
+    return Work(read, _weights(B, N, D, H, dtype), 2 * B * H * (N - 1) * D)
+
+
+def weigh(B: int, N: int, D: int, H: int, dtype: torch.dtype, *, tiled: bool = False) -> Work:
+    """Patches, their weights and CLS normalised in, a sum of normalised tokens a head out, of each
+    part. `tiled`: slices of D read the weights, parts what tiles add up to, and 16 heads tokens."""
+    settings, parts = launch.weigh(_tokens(B, N, D, dtype)), max(1, ceil((N - 1) / launch.PART))
+    slices = ceil(D / settings["BLOCK_D"]) if tiled else 1
+    groups, every = (ceil(H / settings["BLOCK_H"]), slices * parts) if tiled else (1, 1)
+    times = {"tops": every, "totals": every, "shifts": every, "means": slices * groups}
+    read = {n: times.get(n, slices) * v for n, v in _weights(B, N, D, H, dtype).items()}
+    read |= {"tokens": groups * B * (N - 1) * D * dtype.itemsize, "cls": groups * B * D * FP32}
+    read["cls_score"] = every * B * H * FP32
+    return Work(read, {"out": parts * B * H * D * FP32}, 2 * B * H * N * D)
 
 
 def select_row(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> Work:
@@ -219,147 +218,10 @@ def row(B: int, N: int, D: int, H: int, dtype: torch.dtype, *, tiled: bool = Fal
     return Work(read, {"out": B * N * FP32}, 0)
 
 
-def bipartite_merge(
-    B: int,
-    N: int,
-    D: int,
-    C: int,
-    r: int,
-    dtype: torch.dtype,
-    *,
-    has_size: bool = False,
-    has_penalty: bool = False,
-) -> Work:
-    """The three launches: `bipartite_match`, `bipartite_slots`, `bipartite_gather`."""
-    return together(
-        bipartite_match(B, N, C, dtype, has_penalty=has_penalty),
-        bipartite_slots(B, N),
-        bipartite_gather(B, N, D, r, dtype, has_size=has_size),
-    )
-
-
-def bipartite_match(
-    B: int, N: int, C: int, dtype: torch.dtype, *, has_penalty: bool = False, tiled: bool = False
-) -> Work:
-    """Scores, less a penalty, and partners of A. `tiled`: each tile of A reads all of B."""
-    size, num_a, num_b = dtype.itemsize, (N + 1) // 2, N // 2
-    tiles = ceil(num_a / launch.bipartite_match(C, size)[0]) if tiled else 1
-    read = {"metric": B * (num_a + tiles * num_b) * C * size}
-    if has_penalty:
-        read["penalty"] = B * num_a * FP32
-    written = {"best": B * num_a * FP32, "partner": B * num_a * INT32}
-    return Work(read, written, 2 * B * num_a * num_b * C)
-
-
-def bipartite_slots(B: int, N: int) -> Work:
-    """The output row of every token."""
-    num_a = (N + 1) // 2
-    read = {"best": B * num_a * FP32, "partner": B * num_a * INT32}
-    return Work(read, {"slots": B * N * INT32}, 0)
-
-
-def bipartite_gather(
-    B: int,
-    N: int,
-    D: int,
-    r: int,
-    dtype: torch.dtype,
-    *,
-    has_size: bool = False,
-    tiled: bool = False,
-) -> Work:
-    """Tokens to their rows; the rows of B follow from N and r, so only A's slots are read.
-
-    `tiled`: every tile of every slice of D looks through A's slots and sizes.
-    """
-    size, num_a = dtype.itemsize, (N + 1) // 2
-    _, block_r, block_d, _ = launch.merge(num_a, size)
-    slices = ceil(D / block_d) if tiled else 1
-    tiles = slices * ceil((N - r) / block_r) if tiled else 1
-    read = {"tokens": B * N * D * size, "slots": B * tiles * num_a * INT32}
-    if has_size:
-        read["size"] = B * (tiles * num_a + slices * (N // 2)) * FP32
-    written = {"out": B * (N - r) * D * size, "out_size": B * (N - r) * FP32}
-    return Work(read, written, 2 * B * N * D)
-
-
-def bipartite_merge_backward(
-    B: int,
-    N: int,
-    D: int,
-    r: int,
-    dtype: torch.dtype,
-    *,
-    has_size: bool = False,
-    tiled: bool = False,
-) -> Work:
-    """Every token takes its row's gradient.
-
-    `tiled`: at most a row for every token, since a row's sources may lie in as many tiles, and the
-    small tensors with every slice of D.
-    """
-    size, rows = dtype.itemsize, N if tiled else N - r
-    slices = ceil(D / launch.reduce_backward(size).block_d) if tiled else 1
-    read = {"grad_out": B * rows * D * size, "out_size": B * slices * rows * FP32}
-    read["slots"] = B * slices * N * INT32
-    if has_size:
-        read["size"] = B * slices * N * FP32
-    return Work(read, {"grad": B * N * D * size}, B * N * D)
-
-
-def merge_nearest(
-    B: int,
-    N: int,
-    D: int,
-    C: int,
-    K: int,
-    dtype: torch.dtype,
-    *,
-    has_size: bool = False,
-    p: int = 1,
-) -> Work:
-    """The launches `nearest_match` and `nearest_gather`, behind `select`; backward is
-    `bipartite_merge_backward` with N - p - K tokens merged away."""
-    gathered = nearest_gather(B, N, D, p + K, dtype, has_size=has_size)
-    return together(nearest_match(B, N, C, K, dtype), gathered)
-
-
 def select(B: int, N: int, K: int, *, num_prefix_tokens: int = 1) -> Work:
     """Scores in, positions out."""
     read = {"scores": B * (N - num_prefix_tokens) * FP32}
     return Work(read, {"kept": B * K * INT64}, 0)
-
-
-def nearest_match(
-    B: int, N: int, C: int, K: int, dtype: torch.dtype, *, tiled: bool = False
-) -> Work:
-    """The output row of every token. `tiled`: each tile of tokens reads all kept ones."""
-    size = dtype.itemsize
-    tiles = ceil(N / launch.bipartite_match(C, size)[0]) if tiled else 1
-    read = {"metric": B * (N - K + tiles * K) * C * size, "kept": B * tiles * K * INT64}
-    return Work(read, {"slots": B * N * INT32}, 2 * B * N * K * C)
-
-
-def nearest_gather(
-    B: int,
-    N: int,
-    D: int,
-    R: int,
-    dtype: torch.dtype,
-    *,
-    has_size: bool = False,
-    tiled: bool = False,
-) -> Work:
-    """Tokens to their R rows. `tiled`: every tile of every slice of D looks through all slots and
-    sizes."""
-    size = dtype.itemsize
-    _, block_r, block_d, _ = launch.merge(N, size)
-    tiles = ceil(D / block_d) * ceil(R / block_r) if tiled else 1
-    read = {"tokens": B * N * D * size, "slots": B * tiles * N * INT32}
-    if has_size:
-        read["size"] = B * tiles * N * FP32
-    written = {"out": B * R * D * size, "out_size": B * R * FP32}
-    return Work(read, written, 2 * B * N * D)
 
 
 def _patches(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> dict[str, int]:
@@ -367,10 +229,26 @@ def _patches(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> dict[str, in
     return {"tokens": B * (N - 1) * D * dtype.itemsize, "query": B * H * D * FP32}
 
 
+def _tokens(B: int, N: int, D: int, dtype: torch.dtype) -> torch.Tensor:
+    """Tokens without memory, for who reads launch.py."""
+    return torch.empty(B, N, D, dtype=dtype, device="meta")
+
+
 def _tiles(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> int:
     """Tiles of patches an image."""
-    tokens = torch.empty(B, N, D, dtype=dtype, device="meta")
-    return ceil((N - 1) / launch.score_tiles(H, tokens)["BLOCK_N"])
+    return ceil((N - 1) / launch.score_tiles(H, _tokens(B, N, D, dtype))["BLOCK_N"])
+
+
+def _weights(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> dict[str, int]:
+    """What the tiles leave for the weighted sum: whole tiles of weights, with a rest of each where
+    tokens have two bytes."""
+    block_n = launch.weight_tiles(H, _tokens(B, N, D, dtype))["BLOCK_N"]
+    heads = B * H * ceil((N - 1) / block_n)
+    left = {"weights": heads * block_n * dtype.itemsize, "tops": heads * FP32}
+    left["totals"] = heads * FP32
+    if dtype == torch.float32:
+        return left | {"means": B * (N - 1) * FP32}
+    return left | {"rests": left["weights"], "shifts": heads * FP32}
 
 
 def _row_read(B: int, N: int, H: int, tiles: int, tiled: bool) -> dict[str, int]:

@@ -80,8 +80,8 @@ def row_from_tokens(tokens, cls, *block, H=None):
 
 
 def attend_inputs(B, N, dtype, D=None, mean=0.0):
-    """As `block_inputs`, and v_weight, v_bias; in fp32 a ViT-S, whose width the kernel takes."""
-    D = D or (pick(384, WIDTH) if dtype == torch.float32 else WIDTH)
+    """As `block_inputs`, and v_weight, v_bias."""
+    D = D or WIDTH
     value = torch.randn(D, D) / D**0.5, torch.randn(D)
     return [*block_inputs(B, N, dtype, D, mean), *(t.to(dtype) for t in value)]
 

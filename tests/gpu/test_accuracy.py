@@ -31,6 +31,7 @@ NAN, INF = float("nan"), float("inf")
 LONG = [Case(2, N, WIDTH, K, dtype) for dtype in DTYPES for N, K in ((577, 374), (1025, 512))]
 SMALL = [Case(2, TOKENS, WIDTH, 9, dtype) for dtype in DTYPES]
 UGLY_ROWS = [(4, 50, 384, 6), (2, 257, 1024, 16), (2, 2, 64, 1), (3, 20, 96, 24), (2, 130, 33, 3)]
+UGLY_ROWS += [(2, 50, 2048, 16), (2, 50, 1664, 16)]
 REAL_ROWS = [(B, N, WIDTH, ops.HEADS) for B in (4, 96) for N in REAL]
 ROW_SHAPES = pick(UGLY_ROWS + REAL_ROWS, [(2, 2, 64, 1), (2, TOKENS, 66, 3)])
 CHANNELS = [*((N, 64) for N in REAL), *pick([(45, 37), (1025, 80)], []), (1, 16)]  # N, d
@@ -251,7 +252,7 @@ def test_attention_output_of_cls(device, launches, shape, dtype):
     (exact,) = ops.attend_from_tokens(*widened(inputs), H=H)
     assert got.dtype == dtype
     assert row_error(got, exact) <= max(2 * row_error(form, exact), ROW_BUDGET[dtype])
-    assert bool(launches) == (launch.refuses_width(inputs[0].to(device)) is None)
+    assert launches.total() == 3
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

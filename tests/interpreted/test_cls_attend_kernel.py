@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import elip_kernels
+from elip_kernels import launch
 from elip_kernels._operator import OPERATORS
 from elip_kernels.absorbed_query import QueryArguments
 from tests.interpreted.test_cls_attention_kernel import BUDGET
@@ -156,31 +157,36 @@ def test_empty_batch_and_tokens_that_are_cls_alone(launches):
     assert launches[NAME] == 3
 
 
-@pytest.mark.parametrize(
-    ("width", "dtype", "kernel"),
-    [
-        (1024, torch.bfloat16, True),
-        (1025, torch.bfloat16, False),
-        (512, torch.float32, True),
-        (513, torch.float32, False),
-    ],
-    ids=str,
-)
-def test_features_that_do_not_fit_take_the_pytorch_form(
-    launches, monkeypatch, width, dtype, kernel
-):
-    tokens, cls = tokens_and_cls(1, 5, width, dtype)
-    key = torch.randn(3, width) / width**0.5
-    calls = []
+WIDTHS = [(768, 12), (1024, 16), (1152, 18), (1408, 3), (1664, 17), (2047, 2), (2048, 16)]  # D, H
 
-    def counted(*args):
-        calls.append(args)
-        return launcher(*args)
 
-    operator = OPERATORS[NAME.removeprefix("elip::")]
-    launcher = operator.launcher
-    monkeypatch.setattr(operator, "launcher", counted)
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+@pytest.mark.parametrize(("D", "H"), tiered(WIDTHS, [(2047, 2)]))
+def test_every_width_has_its_kernels(launches, poisoned_memory, monkeypatch, D, H, dtype):
+    tokens, cls = tokens_and_cls(1, 20, D, dtype)
+    key = torch.randn(H, D) / D**0.5
+    exact = mixed(tokens.double(), cls.double(), key.double())
+    monkeypatch.delattr(OPERATORS[NAME.removeprefix("elip::")], "reference")
+    got = mixed(tokens, cls.float(), key)
+    assert launches[NAME] == 2  # the fp64 one is handed on
+    assert error(got, exact) <= BUDGET[dtype]
+
+
+@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.bfloat16]), ids=str)
+def test_many_tokens_are_summed_in_parts(launches, poisoned_memory, monkeypatch, dtype):
+    """Three parts of five tiles: the last one has the last tile alone."""
+    monkeypatch.setattr(launch, "PART", 128)
+    tokens, cls = tokens_and_cls(2, 290, 96, dtype)
+    key = torch.randn(18, 96) / 96**0.5
     got = mixed(tokens, cls.float(), key)
     assert launches[NAME] == 1
-    assert bool(calls) == kernel
     assert error(got, mixed(tokens.double(), cls.double(), key.double())) <= BUDGET[dtype]
+
+
+@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.bfloat16]), ids=str)
+def test_an_image_gives_the_same_bits_alone_and_among_others(launches, dtype):
+    tokens, cls = tokens_and_cls(3, 130, 96, dtype)
+    key = torch.randn(4, 96) / 96**0.5
+    together = mixed(tokens, cls.float(), key)
+    assert torch.equal(mixed(tokens[:1], cls[:1].float(), key), together[:1])
+    assert launches[NAME] == 2

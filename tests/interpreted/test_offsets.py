@@ -22,7 +22,7 @@ from elip_kernels.testing.traffic import Memory
 
 B = 2**31 - 15  # of 16 images a program the last has one; two elements an image pass 2^31
 N, D, H, K = 19, 24, 2, 7
-BACKWARDS = {"_move_kernel"}  # whose first program has the last image
+BACKWARDS = {"_move_kernel", "_weigh_kernel"}  # whose first program has the last image
 
 
 class LastImage:

@@ -31,6 +31,13 @@ seeds = st.integers(0, 2**31)
 shapes = st.fixed_dictionaries(
     {"B": st.integers(1, 3), "N": tokens_of_an_image, "D": st.integers(1, 96)}
 )
+wide_shapes = st.fixed_dictionaries(
+    {
+        "B": st.just(1),
+        "N": st.integers(2, 20),
+        "D": st.one_of(st.sampled_from([768, 1024, 1152, 1408, 1664, 2048]), st.integers(97, 2048)),
+    }
+)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +186,14 @@ def test_row_from_tokens(launches, shape, H, dtype, layout, seed):
     assert error(got, in_fp64(tokens, cls, arguments)) <= BUDGET[dtype]
 
 
-@given(shape=shapes, H=heads, dtype=dtypes, layout=layouts, biased=st.booleans(), seed=seeds)
+@given(
+    shape=st.one_of(shapes, shapes, wide_shapes),
+    H=heads,
+    dtype=dtypes,
+    layout=layouts,
+    biased=st.booleans(),
+    seed=seeds,
+)
 def test_attention_output(launches, shape, H, dtype, layout, biased, seed):
     torch.manual_seed(seed)
     tokens, D = laid_out(layout, **shape, dtype=dtype), shape["D"]

@@ -104,7 +104,9 @@ def run_attend(B, N, D, K, dtype):
 
 
 def attend_works(B, N, D, K, dtype, tiled=False):
-    return [query_work(B, D, dtype, normed=True), model.attend(B, N, D, H, dtype)]
+    launches = model.weights, model.weigh
+    works = [of(B, N, D, H, dtype, tiled=tiled) for of in launches]
+    return [query_work(B, D, dtype, normed=True), *works]
 
 
 def run_generic_row(B, N, D, K, dtype, group=1):
@@ -185,6 +187,8 @@ OPS = {
     "row_from_tokens": (run_row_from_tokens, row_from_tokens_works),
 }
 ABSORBED = ["score_reduce", "row_from_tokens", "attend"]
+SHARED = {"_query_kernel", "scores_kernel", "_weights_kernel", "_weigh_kernel"}
+"""Programs read the same weights of a block, the same u, or the same weights of tokens."""
 
 
 def check(op, case, **options):
@@ -212,7 +216,7 @@ def test_each_byte_moves_once(launches, op, case):
 @pytest.mark.parametrize("op", [op for op in OPS if op not in ("bipartite", "nearest", "received")])
 def test_programs_touch_little_more_than_they_must(launches, op, case):
     for launched, work in zip(*check(op, case), strict=True):
-        if launched.kernel not in ("_query_kernel", "scores_kernel"):  # what all images share, u
+        if launched.kernel not in SHARED:
             assert launched.per_program <= MOST * work.bytes, launched
 
 
@@ -262,6 +266,14 @@ def test_options_of_attention_received(launches, options):
 @pytest.mark.parametrize("options", [{"merge": False}, {"has_text": True}], ids=str)
 def test_options_of_score_reduce(launches, options):
     check("score_reduce", (2, 21, 70, 8, bf16), **options)
+
+
+def test_an_output_of_many_tokens_is_made_in_parts(launches, monkeypatch):
+    monkeypatch.setattr(launch, "PART", 64)
+    case = (2, 150, 70, 8, bf16)
+    launched, _ = check("attend", case)
+    for seen, most in zip(launched[1:], attend_works(*case, tiled=True)[1:], strict=True):
+        assert seen.per_program == most.bytes
 
 
 def test_a_text_for_all_images_is_fused(launches):
