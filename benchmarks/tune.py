@@ -99,9 +99,9 @@ SWEEPS = (
     Sweep("cls_attend_from_tokens", "weigh", WEIGH),
     Sweep("attention_received", "received", RECEIVED),
     Sweep("bipartite_match", "bipartite_match", {0: (16, 32, 64), 1: (32, 64), 3: (4, 8)}),
-    Sweep("bipartite_merge", "merge", {1: (0.5, 1.0, 2.0), 2: (0.5, 1.0), 3: (4, 8)}),
+    Sweep("bipartite_merge", "merge_order", {0: (0.5, 1.0), 1: (0.5, 1.0), 2: (4, 8)}),
+    Sweep("bipartite_merge", "merge_gather", ROWS),
     Sweep("nearest_match", "bipartite_match", {0: (16, 32, 64), 1: (32, 64), 3: (4, 8)}),
-    Sweep("nearest_merge", "merge", {1: (0.5, 1.0, 2.0), 2: (0.5, 1.0), 3: (4, 8)}),
     Sweep("bipartite_merge_backward", "reduce_backward", ROWS),
 )
 SIZES = ((256, 257), (256, 197), (64, 257), (16, 257), (1, 257), (64, 197), (64, 577), (256, 577))
@@ -140,13 +140,9 @@ def arguments(op: str, shape: Shape) -> tuple[Any, ...]:
             return tokens, size, slots, N - r
         out, out_size = torch.ops.elip.bipartite_merge(tokens, size, slots, N - r)
         return torch.randn_like(out), size, out_size, slots
-    if op.startswith("nearest"):
+    if op == "nearest_match":
         kept = torch.ops.elip.select(random(B, N - 1), None, K, 1)
-        matching = (random(B, N, CHANNELS, dtype=dtype), kept, 1)
-        if op == "nearest_match":
-            return matching
-        slots = torch.ops.elip.nearest_match(*matching)
-        return tokens, torch.ones(B, N, device=DEVICE), slots, 1 + K
+        return random(B, N, CHANNELS, dtype=dtype), kept, 1
     cls, text = random(2, B, WIDTH, dtype=dtype)
     gamma, beta, bias = random(3, WIDTH, dtype=dtype)
     matrices = random(2, WIDTH, WIDTH, dtype=dtype) / WIDTH**0.5
@@ -172,12 +168,11 @@ def least_bytes(op: str, shape: Shape) -> int:
         "bipartite_match": lambda: model.together(
             model.bipartite_match(B, N, CHANNELS, dtype), model.bipartite_slots(B, N)
         ),
-        "bipartite_merge": lambda: model.bipartite_gather(B, N, WIDTH, r, dtype, **size),
+        "bipartite_merge": lambda: model.merge_by(B, N, WIDTH, N - r, dtype, **size),
         "bipartite_merge_backward": lambda: model.bipartite_merge_backward(
             B, N, WIDTH, r, dtype, **size
         ),
         "nearest_match": lambda: model.nearest_match(B, N, CHANNELS, K, dtype),
-        "nearest_merge": lambda: model.nearest_gather(B, N, WIDTH, 1 + K, dtype, **size),
     }
     if op in works:
         return works[op]().bytes

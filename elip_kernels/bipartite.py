@@ -17,8 +17,6 @@ row that it belongs to: nothing is added atomically and a run repeats bit by bit
 Source: Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023, section 3.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Literal, overload
 
 import torch
@@ -36,8 +34,9 @@ from elip_kernels._validate import (
     message,
 )
 from elip_kernels.absorbed import accumulator
-from elip_kernels.bipartite_kernels import SMALLEST_SQUARE, match, merge_bwd, merge_fwd
+from elip_kernels.bipartite_kernels import SMALLEST_SQUARE, match
 from elip_kernels.info import BipartiteInfo, ReductionInfo, check_slots
+from elip_kernels.merge_kernels import merge_bwd, merge_fwd
 from elip_kernels.rows import add_rows, flat_rows, largest, sum_rows, sums_by
 
 
@@ -129,10 +128,8 @@ def _merged(
 ) -> tuple[Tensor, Tensor]:
     """Tokens and sizes after the step; `tokens` itself where nothing is merged."""
     B, N, _ = tokens.shape
-    if isinstance(info, ReductionInfo):
-        return nearest_merge_op(tokens, size, info.slots, info.num_rows)
-    if info.num_rows != N:
-        return _merge_op(tokens, size, info.slots, info.num_rows)
+    if isinstance(info, ReductionInfo) or info.num_rows != N:
+        return merge_op(tokens, size, info.slots, info.num_rows)
     if size is None:
         size = tokens.new_ones(B, N, dtype=accumulator(tokens.dtype))
     return tokens, size
@@ -298,23 +295,16 @@ _match_op = Operator(
 )
 
 
-def _merging(name: str, launcher: Callable[..., tuple[Tensor, Tensor]]) -> Operator:
-    return Operator(
-        name,
-        merge_reference,
-        launcher=launcher,
-        refuses=lambda tokens, size, slots, _: launch.refuses(
-            tokens, candidates=slots.shape[1] - 1
-        ),
-        fake=_merge_fake,
-        flops=_merge_flops,
-        backward=_backward,
-        save=_save_for_backward,
-    )
-
-
-_merge_op = _merging("bipartite_merge", merge_fwd)
-nearest_merge_op = _merging("nearest_merge", partial(merge_fwd, step=1))
+merge_op = Operator(
+    "bipartite_merge",
+    merge_reference,
+    launcher=merge_fwd,
+    refuses=lambda tokens, size, slots, _: launch.refuses(tokens, candidates=slots.shape[1] - 1),
+    fake=_merge_fake,
+    flops=_merge_flops,
+    backward=_backward,
+    save=_save_for_backward,
+)
 _merge_backward_op = Operator(
     "bipartite_merge_backward",
     merge_backward_reference,

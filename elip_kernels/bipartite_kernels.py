@@ -1,14 +1,11 @@
-"""The Triton kernels of `bipartite.py`, which holds the mathematics, and their launchers.
+"""The Triton kernels of the matching of `bipartite.py`, which holds the mathematics, and their
+launchers.
 
     match      (image, tile of A): products with tiles of B, running arg-max -> best, partner
                (image): the r best of A -> slots, the output row of every token; beyond 4,096 of
                A they are selected first (`selection.py`), and each tile of A looks them up
-    merge_fwd  (image, 16 output rows, slice of D): a row looks its sources up in the slots of A, or
-               of all tokens, and gathers them one after the other: nothing is added atomically
-    merge_bwd  (image, 32 tokens, slice of D): a token gathers its row
 
-Traffic: each program of `match` reads its tile of A and all of B (from L2 after the first);
-`merge_fwd` reads every token once, and the slots and sizes that it looks through with every tile.
+Traffic: each program of `match` reads its tile of A and all of B (from L2 after the first).
 """
 
 import torch
@@ -154,116 +151,6 @@ def _slots_of_kernel(
     _store_slots(slots_ptr + pid_b * N, slot, offs_a, mask_a, first_b, N)
 
 
-@triton.jit
-def _load_rows(tokens_ptr, stride_tn, rows, mask_r, offs_d, mask_d):
-    """x [BLOCK_R, BLOCK_D] fp32: these tokens of an image, 0 where masked."""
-    x = tl.load(
-        tokens_ptr + rows[:, None] * stride_tn + offs_d[None, :],
-        mask=mask_r[:, None] & mask_d[None, :],
-        other=0.0,
-    )
-    return x.to(tl.float32)
-
-
-@triton.jit
-def _sources(slots_ptr, first, offs_r, N, STEP: tl.constexpr, BLOCK_A: tl.constexpr):
-    """-> sources from `first` on [BLOCK_A], which there are, and which row is whose
-    [BLOCK_R, BLOCK_A]."""
-    offs_a = first + tl.arange(0, BLOCK_A)
-    mask_a = STEP * offs_a < N
-    slot = tl.load(slots_ptr + STEP * offs_a, mask=mask_a, other=-1)
-    return offs_a, mask_a, slot[None, :] == offs_r[:, None]
-
-
-@triton.jit(do_not_specialize=["N", "R"])
-def _merge_fwd_kernel(
-    tokens_ptr, size_ptr, slots_ptr, out_ptr, out_size_ptr, stride_tb, stride_tn, N, R, D,
-    HAS_SIZE: tl.constexpr, STEP: tl.constexpr, IS_ONE_TILE: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """One program per (image, BLOCK_R output rows, slice of D): each row gathers its sources.
-
-    STEP 2: those of A, the even tokens; an odd one has a row of its own. STEP 1: all tokens. They
-    are looked through BLOCK_A at a time: once for a row's size, and once to gather.
-    """
-    pid_b = tl.program_id(0).to(tl.int64)
-    tokens_ptr += pid_b * stride_tb
-    slots_ptr += pid_b * N
-    if HAS_SIZE:
-        size_ptr += pid_b * N
-    offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    offs_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask_r = offs_r < R
-    mask_d = offs_d < D
-    end = BLOCK_A if IS_ONE_TILE else tl.cdiv(N, STEP)  # a loop of one step is none
-
-    odd = 2 * (offs_r - (R - N // 2)) + 1  # the token of B whose row this is
-    has_odd = mask_r & (odd > 0) & (STEP == 2)
-    size_odd = tl.where(has_odd, 1.0, 0.0)
-    if HAS_SIZE:
-        size_odd = tl.load(size_ptr + odd, mask=has_odd, other=0.0)
-    total = size_odd
-    for first in range(0, end, BLOCK_A):
-        offs_a, mask_a, is_source = _sources(slots_ptr, first, offs_r, N, STEP, BLOCK_A)
-        size_a = tl.full([BLOCK_A], 1.0, tl.float32)
-        if HAS_SIZE:
-            size_a = tl.load(size_ptr + STEP * offs_a, mask=mask_a, other=1.0)
-        total += tl.sum(tl.where(is_source, size_a[None, :], 0.0), 1)
-    divisor = tl.where(total == 0, 1.0, total)
-    x = _load_rows(tokens_ptr, stride_tn, odd, has_odd, offs_d, mask_d)
-    merged = x * tl.div_rn(size_odd, divisor)[:, None]
-
-    for first in range(0, end, BLOCK_A):
-        offs_a, mask_a, is_source = _sources(slots_ptr, first, offs_r, N, STEP, BLOCK_A)
-        last = first + BLOCK_A
-        source = tl.min(tl.where(is_source, offs_a[None, :], last), 1)  # [BLOCK_R]
-        while tl.min(source, 0) < last:
-            has_source = source < last
-            size_source = tl.where(has_source, 1.0, 0.0)
-            if HAS_SIZE:
-                size_source = tl.load(size_ptr + STEP * source, mask=has_source, other=0.0)
-            x = _load_rows(tokens_ptr, stride_tn, STEP * source, has_source, offs_d, mask_d)
-            merged += x * tl.div_rn(size_source, divisor)[:, None]
-            is_later = is_source & (offs_a[None, :] > source[:, None])
-            source = tl.min(tl.where(is_later, offs_a[None, :], last), 1)
-
-    tl.store(
-        out_ptr + (pid_b * R + offs_r)[:, None] * D + offs_d[None, :],
-        merged.to(out_ptr.dtype.element_ty),
-        mask=mask_r[:, None] & mask_d[None, :],
-    )
-    if tl.program_id(2) == 0:
-        tl.store(out_size_ptr + pid_b * R + offs_r, total, mask=mask_r)
-
-
-@triton.jit(do_not_specialize=["N", "R"])
-def _merge_bwd_kernel(
-    grad_out_ptr, size_ptr, out_size_ptr, slots_ptr, grad_ptr, N, R, D,
-    HAS_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """One program per (image, BLOCK_N tokens, slice of D): every token gathers its row."""
-    pid_b = tl.program_id(0).to(tl.int64)
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask_n = offs_n < N
-    mask_nd = mask_n[:, None] & (offs_d < D)[None, :]
-    slot = tl.load(slots_ptr + pid_b * N + offs_n, mask=mask_n, other=0)
-    total = tl.load(out_size_ptr + pid_b * R + slot, mask=mask_n, other=1.0)
-    size = tl.full([BLOCK_N], 1.0, tl.float32)
-    if HAS_SIZE:
-        size = tl.load(size_ptr + pid_b * N + offs_n, mask=mask_n, other=0.0)
-    g = tl.load(
-        grad_out_ptr + (pid_b * R + slot)[:, None] * D + offs_d[None, :], mask=mask_nd, other=0.0
-    )  # [BLOCK_N, BLOCK_D]
-    divisor = tl.where(total == 0, 1.0, total)
-    scaled = g.to(tl.float32) * tl.div_rn(size, divisor)[:, None]
-    tl.store(
-        grad_ptr + (pid_b * N + offs_n)[:, None] * D + offs_d[None, :],
-        scaled.to(g.dtype),
-        mask=mask_nd,
-    )
-
-
 def match(metric: Tensor, penalty: Tensor | None, r: int, num_prefix_tokens: int) -> Tensor:
     """Allocate, read the launch table, launch: scores and partners, then slots."""
     B, N, C = metric.shape
@@ -317,54 +204,3 @@ def _launch_slots(
         num_warps=num_warps,
         **launch.CODE,
     )
-
-
-def merge_fwd(
-    tokens: Tensor, size: Tensor | None, slots: Tensor, num_rows: int, step: int = 2
-) -> tuple[Tensor, Tensor]:
-    """Allocate, read the launch table, launch."""
-    B, N, D = tokens.shape
-    tokens, slots = launch.addressable(tokens), slots.contiguous()
-    size = None if size is None else size.contiguous()
-    out = tokens.new_empty(B, num_rows, D)
-    out_size = tokens.new_empty(B, num_rows, dtype=torch.float32)
-    block_a, block_r, block_d, num_warps = launch.merge(triton.cdiv(N, step), tokens.element_size())
-    if B == 0:
-        return out, out_size
-    with launch.on_device(tokens):
-        grid = (B, triton.cdiv(num_rows, block_r), max(1, triton.cdiv(D, block_d)))
-        _merge_fwd_kernel[grid](
-            *(tokens, size, slots, out, out_size, tokens.stride(0), tokens.stride(1)),
-            *(N, num_rows, D),
-            HAS_SIZE=size is not None,
-            STEP=step,
-            IS_ONE_TILE=block_a * step >= N,
-            BLOCK_A=block_a,
-            BLOCK_R=block_r,
-            BLOCK_D=block_d,
-            num_warps=num_warps,
-            num_stages=1,
-            **launch.CODE,
-        )
-    return out, out_size
-
-
-def merge_bwd(grad_out: Tensor, size: Tensor | None, out_size: Tensor, slots: Tensor) -> Tensor:
-    """Allocate, read launch.py, launch."""
-    grad_out, slots = grad_out.contiguous(), slots.contiguous()
-    size = None if size is None else size.contiguous()
-    (B, R, D), N = grad_out.shape, slots.shape[1]
-    grad = grad_out.new_empty(B, N, D)
-    block_n, block_d, num_warps = launch.reduce_backward(grad_out.element_size())
-    if grad.numel() == 0:
-        return grad
-    with launch.on_device(grad_out):
-        _merge_bwd_kernel[(B, triton.cdiv(N, block_n), triton.cdiv(D, block_d))](
-            *(grad_out, size, out_size, slots, grad, N, R, D),
-            HAS_SIZE=size is not None,
-            BLOCK_N=block_n,
-            BLOCK_D=block_d,
-            num_warps=num_warps,
-            **launch.CODE,
-        )
-    return grad

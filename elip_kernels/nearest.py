@@ -34,7 +34,7 @@ from elip_kernels._validate import (
     message,
 )
 from elip_kernels.absorbed import accumulator
-from elip_kernels.bipartite import check_size, nearest_merge_op, shares, unit_rows
+from elip_kernels.bipartite import check_size, merge_op, shares, unit_rows
 from elip_kernels.bipartite_kernels import SMALLEST_SQUARE, inverse_norm, tile_products
 from elip_kernels.info import ReductionInfo
 from elip_kernels.rows import take_rows
@@ -105,7 +105,7 @@ def merge_nearest(
         tokens = tokens.masked_fill(~mask[..., None], 0.0)
         size = mask.to(accumulator(tokens.dtype)) if size is None else size.masked_fill(~mask, 0.0)
     slots = _match_op(metric.detach(), targets, p)
-    merged, sizes = nearest_merge_op(tokens, size, slots, p + kept.shape[1])
+    merged, sizes = merge_op(tokens, size, slots, p + kept.shape[1])
     if not return_info:
         return merged, sizes
     mask = None if mask is None else torch.cat([mask[:, :p], is_real], dim=1)

@@ -249,7 +249,7 @@ def test_flops_are_counted():
         merge_nearest(tokens, kept, metric)
     counts = counter.get_flop_counts()["Global"]
     assert counts[torch.ops.elip.nearest_match] == 2 * 2 * 13 * 4 * 8
-    assert counts[torch.ops.elip.nearest_merge] == 2 * 2 * 13 * 6
+    assert counts[torch.ops.elip.bipartite_merge] == 2 * 2 * 13 * 6
 
 
 MODELS = {name: TOWERS[name] for name in ("timm", "timm q/k norm", "open_clip", "HF CLIP")}

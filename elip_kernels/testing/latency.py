@@ -21,7 +21,7 @@ next one comes later. Not known: a launch elsewhere than on an H200; latency und
 H200, for which the H100's is taken.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import ceil, prod
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -80,10 +80,12 @@ def bound(size: Size, at_once: int, machine: Machine) -> tuple[float, float]:
     return roof, LAUNCH + max(roof, waited)
 
 
-def stated_waits(kernel: str, arguments: Mapping[str, Any], sources: int | None = None) -> int:
-    """What `WAITS` says of a launch; `sources`: the most tokens that a merge puts into one row,
-    by default as few as the number of rows lets it be."""
-    given = SimpleNamespace(**{"num_stages": 3, "sources": sources} | dict(arguments))
+def stated_waits(
+    kernel: str, arguments: Mapping[str, Any], held: Sequence[int] | None = None
+) -> int:
+    """What `WAITS` says of a launch; `held`: how many tokens each row of a program of a merge has,
+    by default as many as any other."""
+    given = SimpleNamespace(**{"num_stages": 3, "held": held} | dict(arguments))
     return WAITS[kernel](given)
 
 
@@ -108,8 +110,11 @@ def _weigh(a: Any) -> int:
 
 
 def _merge(a: Any) -> int:
-    """Slots and sizes, the odd token, slots again, and a row's sources one after the other."""
-    return 1 + a.STEP + (a.sources or ceil(_steps(a.N, a.STEP) / a.R))
+    """Where rows begin; which tokens a full round takes, and these; which tokens the first of the
+    other rounds takes, and those of each."""
+    held = a.held or [ceil(a.N / a.R)] * min(a.R, a.BLOCK_R)
+    full, rest = sum(n // a.BLOCK_R for n in held), max(n % a.BLOCK_R for n in held)
+    return 1 + 2 * full + (1 + rest if rest else 0)
 
 
 def _lse(a: Any) -> int:
@@ -143,6 +148,7 @@ WAITS: dict[str, Callable[[Any], int]] = {
     "_nearest_kernel": lambda a: (
         _steps(a.K, a.BLOCK_K) * (1 + _pipelined(_steps(a.C, a.BLOCK_C), a))
     ),
+    "_order_kernel": lambda a: _steps(a.N, a.BLOCK_M),
     "_merge_fwd_kernel": _merge,
     "_merge_bwd_kernel": lambda a: 2,  # slots, rows
 }

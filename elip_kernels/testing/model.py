@@ -18,13 +18,14 @@ import torch
 
 from elip_kernels import launch
 from elip_kernels.testing.model_merging import (  # noqa: F401
-    bipartite_gather,
     bipartite_match,
     bipartite_merge,
     bipartite_merge_backward,
     bipartite_slots,
+    merge_by,
+    merge_gather,
     merge_nearest,
-    nearest_gather,
+    merge_order,
     nearest_match,
 )
 from elip_kernels.testing.work import FP32, INT32, INT64, Work, together

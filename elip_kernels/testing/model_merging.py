@@ -20,11 +20,11 @@ def bipartite_merge(
     has_size: bool = False,
     has_penalty: bool = False,
 ) -> Work:
-    """The three launches: `bipartite_match`, `bipartite_slots`, `bipartite_gather`."""
+    """The four launches: `bipartite_match`, `bipartite_slots`, and those of `merge_by`."""
     return together(
         bipartite_match(B, N, C, dtype, has_penalty=has_penalty),
         bipartite_slots(B, N),
-        bipartite_gather(B, N, D, r, dtype, has_size=has_size),
+        merge_by(B, N, D, N - r, dtype, has_size=has_size),
     )
 
 
@@ -48,29 +48,42 @@ def bipartite_slots(B: int, N: int) -> Work:
     return Work(read, {"slots": B * N * INT32}, 0)
 
 
-def bipartite_gather(
+def merge_by(B: int, N: int, D: int, R: int, dtype: torch.dtype, *, has_size: bool = False) -> Work:
+    """The two launches by which N tokens become R rows: `merge_order`, `merge_gather`."""
+    order = merge_order(B, N, R, has_size=has_size)
+    return together(order, merge_gather(B, N, D, R, dtype, has_size=has_size))
+
+
+def merge_order(B: int, N: int, R: int, *, has_size: bool = False, tiled: bool = False) -> Work:
+    """The tokens in the order of their rows, and each row's first place and size. `tiled`: every
+    tile of tokens reads all slots and sizes."""
+    tiles = ceil(max(N, R) / launch.merge_order(N)[0]) if tiled else 1
+    read = {"slots": B * tiles * N * INT32}
+    if has_size:
+        read["size"] = B * tiles * N * FP32
+    written = {"order": B * N * INT32, "starts": B * R * INT32, "out_size": B * R * FP32}
+    return Work(read, written, 0)
+
+
+def merge_gather(
     B: int,
     N: int,
     D: int,
-    r: int,
+    R: int,
     dtype: torch.dtype,
     *,
     has_size: bool = False,
     tiled: bool = False,
 ) -> Work:
-    """Tokens to their rows; the rows of B follow from N and r, so only A's slots are read.
-
-    `tiled`: every tile of every slice of D looks through A's slots and sizes.
-    """
-    size, num_a = dtype.itemsize, (N + 1) // 2
-    _, block_r, block_d, _ = launch.merge(num_a, size)
-    slices = ceil(D / block_d) if tiled else 1
-    tiles = slices * ceil((N - r) / block_r) if tiled else 1
-    read = {"tokens": B * N * D * size, "slots": B * tiles * num_a * INT32}
+    """Tokens to their R rows. `tiled`: every slice of D reads the small tensors, and where the row
+    behind a tile begins."""
+    rows, block_d, _ = launch.merge_gather(dtype.itemsize)
+    slices, behind = (ceil(D / block_d), ceil(R / rows) - 1) if tiled else (1, 0)
+    read = {"tokens": B * N * D * dtype.itemsize, "order": B * slices * N * INT32}
+    read |= {"starts": B * slices * (R + behind) * INT32, "out_size": B * slices * R * FP32}
     if has_size:
-        read["size"] = B * (tiles * num_a + slices * (N // 2)) * FP32
-    written = {"out": B * (N - r) * D * size, "out_size": B * (N - r) * FP32}
-    return Work(read, written, 2 * B * N * D)
+        read["size"] = B * slices * N * FP32
+    return Work(read, {"out": B * R * D * dtype.itemsize}, 2 * B * N * D)
 
 
 def bipartite_merge_backward(
@@ -108,10 +121,10 @@ def merge_nearest(
     has_size: bool = False,
     p: int = 1,
 ) -> Work:
-    """The launches `nearest_match` and `nearest_gather`, behind `select`; backward is
+    """The launches `nearest_match` and those of `merge_by`, behind `select`; backward is
     `bipartite_merge_backward` with N - p - K tokens merged away."""
-    gathered = nearest_gather(B, N, D, p + K, dtype, has_size=has_size)
-    return together(nearest_match(B, N, C, K, dtype), gathered)
+    merged = merge_by(B, N, D, p + K, dtype, has_size=has_size)
+    return together(nearest_match(B, N, C, K, dtype), merged)
 
 
 def nearest_match(
@@ -122,25 +135,3 @@ def nearest_match(
     tiles = ceil(N / launch.bipartite_match(C, size)[0]) if tiled else 1
     read = {"metric": B * (N - K + tiles * K) * C * size, "kept": B * tiles * K * INT64}
     return Work(read, {"slots": B * N * INT32}, 2 * B * N * K * C)
-
-
-def nearest_gather(
-    B: int,
-    N: int,
-    D: int,
-    R: int,
-    dtype: torch.dtype,
-    *,
-    has_size: bool = False,
-    tiled: bool = False,
-) -> Work:
-    """Tokens to their R rows. `tiled`: every tile of every slice of D looks through all slots and
-    sizes."""
-    size = dtype.itemsize
-    _, block_r, block_d, _ = launch.merge(N, size)
-    tiles = ceil(D / block_d) * ceil(R / block_r) if tiled else 1
-    read = {"tokens": B * N * D * size, "slots": B * tiles * N * INT32}
-    if has_size:
-        read["size"] = B * tiles * N * FP32
-    written = {"out": B * R * D * size, "out_size": B * R * FP32}
-    return Work(read, written, 2 * B * N * D)

@@ -10,6 +10,7 @@ raises. Seen are the accesses of the source: how wide they come out is for the c
 """
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,11 +28,13 @@ class Access:
     requested: by all active lanes, every time.
     per_program: distinct ones within each program, summed: what comes from L2 or further away.
     unique: distinct ones within the launch: what must come from memory.
+    rounds: not bytes, but how often the program that does it most often loads, or stores, any.
     """
 
     requested: int = 0
     per_program: int = 0
     unique: int = 0
+    rounds: int = 0
 
 
 @dataclass
@@ -140,6 +143,7 @@ class _Span:
         self.is_element[positions.numpy()] = True
         self.touched: dict[str, np.ndarray] = {}  # by kind, in the launch
         self.current: dict[str, np.ndarray] = {}  # by kind, in the program
+        self.rounds: Counter[str] = Counter()  # by kind, in the program
 
     def inside(self, pointers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """-> (bool of each pointer: is it an element's, the elements of those)."""
@@ -166,6 +170,7 @@ class _Counter:
                 self._access(kind, name).requested += elements.size * span.itemsize
                 empty = np.zeros(span.length, bool)
                 span.current.setdefault(kind, empty)[elements] = True
+                span.rounds[kind] += 1
                 lanes = lanes[~mine]
         if lanes.size:
             raise IndexError(self._outside(kind, lanes))
@@ -175,9 +180,11 @@ class _Counter:
         """Add what the program touched to what the launch did."""
         for name, span in self.spans.items():
             for kind, touched in span.current.items():
-                self._access(kind, name).per_program += int(touched.sum()) * span.itemsize
+                access = self._access(kind, name)
+                access.per_program += int(touched.sum()) * span.itemsize
+                access.rounds = max(access.rounds, span.rounds[kind])
                 span.touched[kind] = span.touched.get(kind, False) | touched
-            span.current = {}
+            span.current, span.rounds = {}, Counter()
 
     def end_launch(self) -> None:
         for name, span in self.spans.items():

@@ -71,7 +71,7 @@ def test_opcheck_of_merge_nearest(device, dtype):
     check(elip.select.default, (size, None, 20, 1))
     check(elip.nearest_match.default, (metric, kept, 1))
     slots = elip.nearest_match(metric, kept, 1)
-    check(elip.nearest_merge.default, (tokens.requires_grad_(), size, slots, 1 + kept.shape[1]))
+    check(elip.bipartite_merge.default, (tokens.requires_grad_(), size, slots, 1 + kept.shape[1]))
 
 
 def reduced(tokens, cls, *block, keep):

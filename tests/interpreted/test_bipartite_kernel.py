@@ -14,6 +14,8 @@ NAN, INF = float("nan"), float("inf")
 PENALTIES = ["strided", "three of all", "without a number"]
 ALL_OPS = [f"elip::bipartite_{name}" for name in ("match", "merge", "merge_backward")]
 SHAPES = [(197, 16), (257, 128), (50, 24), (38, 1), (9, 4), (3, 1), (2, 1)]  # N, r
+ONE = [(41, torch.float32), (66, torch.bfloat16)]
+ONE += [(N, dtype) for N in (197, 257, 577) for dtype in DTYPES]
 CASES = [(*shape, dtype) for shape in SHAPES for dtype in DTYPES]
 QUICK = [(*shape, torch.float32) for shape in SHAPES[2:]]
 QUICK += [(9, 4, torch.bfloat16), (50, 24, torch.float16)]
@@ -132,13 +134,14 @@ def test_a_token_touches_its_own_row_only(launches):
     assert launches["elip::bipartite_merge"] == 1
 
 
-def test_all_merge_into_one(launches):
-    tokens, metric, size = inputs(2, 41)
-    metric[:, 11] = metric.mean(1)
+@pytest.mark.parametrize(("N", "dtype"), tiered(ONE, ONE[:2]), ids=str)
+def test_all_merge_into_one(launches, N, dtype):
+    tokens, metric, size = inputs(2, N, dtype=dtype)
+    metric = metric.float()
     metric[:, 1::2] = -metric[:, 11:12]
     metric[:, 11] *= -1
     metric[:, ::2] = metric[:, 11:12] + 0.1 * metric[:, ::2]
-    _, info = check(launches, tokens, metric, 20, size)
+    _, info = check(launches, tokens, metric, (N - 1) // 2, size)
     assert (info.slots[:, 2::2] == info.slots[:, 11:12]).all()
 
 

@@ -96,6 +96,7 @@ def test_scores_tile_by_tile_select_what_scores_at_once_do(launches, monkeypatch
 def test_merging_many_tokens(launches, monkeypatch, N):
     """By large tiles, of which the interpreter takes few."""
     monkeypatch.setattr("elip_kernels.launch.bipartite_match", lambda C, size: (512, 512, 16, 4))
+    monkeypatch.setattr("elip_kernels.launch.merge_order", lambda N: (512, 512, 4))
     tokens, metric = torch.randn(1, N, 3), torch.randn(1, N, 8)
     size, penalty = torch.randint(1, 6, (1, N)).float(), 3.0 * (torch.rand(1, N) < 0.3)
     kept, r = elip_kernels.select_tokens(torch.rand(1, N), N // 8), N // 3

@@ -11,7 +11,7 @@ from tests.tiers import tiered
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAN, INF = float("nan"), float("inf")
-ALL_OPS = ["elip::nearest_match", "elip::nearest_merge", "elip::bipartite_merge_backward"]
+ALL_OPS = ["elip::nearest_match", "elip::bipartite_merge", "elip::bipartite_merge_backward"]
 SHAPES = [(197, 127), (257, 166), (50, 32), (38, 1), (9, 7), (3, 1), (2, 1)]  # N, K
 CASES = [(*shape, dtype) for shape in SHAPES for dtype in DTYPES]
 QUICK = [(*shape, torch.float32) for shape in SHAPES[2:]]

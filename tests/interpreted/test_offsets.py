@@ -235,7 +235,7 @@ def test_nearest(scored):
     check(launcher("select"), torch.rand(1, N - 1), torch.rand(1, N - 1) < 0.7, 6, 1)
     check(launcher("nearest_match"), torch.randn(1, N, 8), kept, 1)
     slots = launcher("nearest_match")(torch.randn(1, N, 8), kept, 1)
-    check(launcher("nearest_merge"), scored[0], torch.rand(1, N) + 1, slots, 7)
+    check(launcher("bipartite_merge"), scored[0], torch.rand(1, N) + 1, slots, 7)
 
 
 @pytest.mark.parametrize("has_size", [False, True])

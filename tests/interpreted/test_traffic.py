@@ -10,7 +10,7 @@ import elip_kernels
 from elip_kernels import launch
 from elip_kernels.fuse_text import fuse_text
 from elip_kernels.testing import Case, model
-from elip_kernels.testing.traffic import traffic
+from elip_kernels.testing.traffic import Access, traffic
 from tests.interpreted.test_bipartite_kernel import inputs
 from tests.interpreted.test_cls_attention_kernel import block
 
@@ -149,12 +149,20 @@ def run_bipartite(B, N, D, K, dtype, has_size=True, has_penalty=False):
 
 
 def bipartite_works(B, N, D, K, dtype, has_size=True, has_penalty=False, tiled=False):
-    r, options = min(K, (N - 1) // 2), {"has_size": has_size, "tiled": tiled}
+    r = min(K, (N - 1) // 2)
     return [
         model.bipartite_match(B, N, C, dtype, has_penalty=has_penalty, tiled=tiled),
         model.bipartite_slots(B, N),
-        model.bipartite_gather(B, N, D, r, dtype, **options),
-        model.bipartite_merge_backward(B, N, D, r, dtype, **options),
+        *merge_works(B, N, D, N - r, dtype, has_size=has_size, tiled=tiled),
+    ]
+
+
+def merge_works(B, N, D, R, dtype, **options):
+    """Forward and backward, once the slots are known."""
+    return [
+        model.merge_order(B, N, R, **options),
+        model.merge_gather(B, N, D, R, dtype, **options),
+        model.bipartite_merge_backward(B, N, D, N - R, dtype, **options),
     ]
 
 
@@ -166,12 +174,10 @@ def run_nearest(B, N, D, K, dtype, has_size=True):
 
 
 def nearest_works(B, N, D, K, dtype, has_size=True, tiled=False):
-    options = {"has_size": has_size, "tiled": tiled}
     return [
         model.select(B, N, K),
         model.nearest_match(B, N, C, K, dtype, tiled=tiled),
-        model.nearest_gather(B, N, D, 1 + K, dtype, **options),
-        model.bipartite_merge_backward(B, N, D, N - 1 - K, dtype, **options),
+        *merge_works(B, N, D, 1 + K, dtype, has_size=has_size, tiled=tiled),
     ]
 
 
@@ -350,7 +356,7 @@ def test_every_access_is_counted(x_and_out):
         _copy_kernel[(2,)](*x_and_out, 19, TOO_MANY=0, BLOCK=32)
     load, store = seen[0].loads["x"], seen[0].stores["out"]
     assert (seen[0].kernel, seen[0].programs, seen[0].per_program) == ("_copy_kernel", 2, 4 * 76)
-    assert load == store and (load.requested, load.per_program, load.unique) == (152, 152, 76)
+    assert load == store == Access(requested=152, per_program=152, unique=76, rounds=1)
 
 
 def test_an_off_by_one_mask_is_found(x_and_out):

@@ -1,0 +1,217 @@
+"""The Triton kernels that merge tokens by their slots, for `bipartite.py` and `nearest.py`, which
+hold the mathematics, and their launchers.
+
+    merge_fwd  (image, 16 tokens and rows): a stable counting sort -> the tokens in the order of
+               their rows, where each row begins there, its size
+               (image, 16 output rows, slice of D): a row gathers its tokens, 16 at a time while it
+               has so many: nothing is added atomically
+    merge_bwd  (image, 32 tokens, slice of D): a token gathers its row
+
+Traffic: `merge_fwd` reads every token once, and all slots and sizes of an image with each tile of
+its tokens (from L2 after the first).
+"""
+
+import torch
+from torch import Tensor
+
+from elip_kernels import launch
+from elip_kernels._triton import tl, triton
+
+LAST_SLOT = tl.constexpr(2**31 - 1)  # after every row
+
+
+@triton.jit(do_not_specialize=["N", "R"])
+def _order_kernel(
+    size_ptr, slots_ptr, order_ptr, starts_ptr, out_size_ptr, N, R,
+    HAS_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """One program per (image, BLOCK_N tokens and as many rows): the tokens in the order of their
+    rows, those of a row in their own; where each row begins there, and the sum of its sizes.
+
+    A place is the number of tokens before it, counted over all slots, BLOCK_M at a time.
+    """
+    pid_b = tl.program_id(0).to(tl.int64)
+    slots_ptr += pid_b * N
+    if HAS_SIZE:
+        size_ptr += pid_b * N
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # tokens, and rows
+    mask_n = offs_n < N
+    mask_r = offs_n < R
+    slot = tl.load(slots_ptr + offs_n, mask=mask_n, other=0)
+    place = tl.zeros([BLOCK_N], tl.int32)
+    start = tl.zeros([BLOCK_N], tl.int32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for first in range(0, N, BLOCK_M):
+        offs_m = first + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < N
+        other = tl.load(slots_ptr + offs_m, mask=mask_m, other=LAST_SLOT)[:, None]
+        size = tl.full([BLOCK_M], 1.0, tl.float32)
+        if HAS_SIZE:
+            size = tl.load(size_ptr + offs_m, mask=mask_m, other=0.0)
+        is_earlier = (offs_m[:, None] < offs_n[None, :]).to(tl.int32)  # [BLOCK_M, BLOCK_N]
+        place += tl.sum((other < slot[None, :] + is_earlier).to(tl.int32), 0)
+        start += tl.sum((other < offs_n[None, :]).to(tl.int32), 0)
+        total += tl.sum(tl.where(other == offs_n[None, :], size[:, None], 0.0), 0)
+    tl.store(order_ptr + pid_b * N + place, offs_n, mask=mask_n)
+    tl.store(starts_ptr + pid_b * R + offs_n, start, mask=mask_r)
+    tl.store(out_size_ptr + pid_b * R + offs_n, total, mask=mask_r)
+
+
+@triton.jit
+def _load_shares(
+    tokens_ptr, size_ptr, stride_tn, token, divisor, offs_d, mask_d, HAS_SIZE: tl.constexpr
+):  # fmt: skip
+    """w x [BLOCK_R, BLOCK_D] fp32 of these tokens of an image, w = size / divisor; 0 where there is
+    none, -1."""
+    is_source = token >= 0
+    size = tl.where(is_source, 1.0, 0.0)
+    if HAS_SIZE:
+        size = tl.load(size_ptr + token, mask=is_source, other=0.0)
+    x = tl.load(
+        tokens_ptr + token[:, None] * stride_tn + offs_d[None, :],
+        mask=is_source[:, None] & mask_d[None, :],
+        other=0.0,
+    )  # [BLOCK_R, BLOCK_D]
+    return x.to(tl.float32) * tl.div_rn(size, divisor)[:, None]
+
+
+@triton.jit(do_not_specialize=["N", "R"])
+def _merge_fwd_kernel(
+    tokens_ptr, size_ptr, order_ptr, starts_ptr, out_size_ptr, out_ptr, stride_tb, stride_tn,
+    N, R, D, HAS_SIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program per (image, BLOCK_R output rows, slice of D): each row gathers its tokens, which
+    follow one another in the order.
+
+    A round gathers BLOCK_R tokens: of one row while it has so many, and then one of every row. So T
+    tokens take at most T // BLOCK_R + BLOCK_R - 1 rounds, however many of them share a row.
+    """
+    pid_b = tl.program_id(0).to(tl.int64)
+    tokens_ptr += pid_b * stride_tb
+    order_ptr += pid_b * N
+    if HAS_SIZE:
+        size_ptr += pid_b * N
+    lanes = tl.arange(0, BLOCK_R)
+    offs_r = tl.program_id(1) * BLOCK_R + lanes
+    offs_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_r = offs_r < R
+    mask_d = offs_d < D
+    row = pid_b * R + offs_r
+    start = tl.load(starts_ptr + row, mask=mask_r, other=N)
+    end = tl.load(starts_ptr + row + 1, mask=offs_r + 1 < R, other=N)
+    total = tl.load(out_size_ptr + row, mask=mask_r, other=1.0)
+    divisor = tl.where(total == 0, 1.0, total)
+    merged = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+
+    full = (end - start) // BLOCK_R  # rounds that a row has for itself
+    full_before = tl.cumsum(full, 0) - full
+    for i in range(tl.sum(full, 0)):
+        i_of_row = i - full_before
+        is_it = (i_of_row >= 0) & (i_of_row < full)
+        first = tl.sum(tl.where(is_it, start + i_of_row * BLOCK_R, 0), 0)
+        its_divisor = tl.sum(tl.where(is_it, divisor, 0.0), 0)
+        token = tl.load(order_ptr + first + lanes)
+        share = _load_shares(
+            tokens_ptr, size_ptr, stride_tn, token, its_divisor, offs_d, mask_d, HAS_SIZE
+        )
+        merged += tl.where(is_it[:, None], tl.sum(share, 0)[None, :], 0.0)
+
+    place = start + full * BLOCK_R
+    token = tl.load(order_ptr + place, mask=place < end, other=-1)
+    for _ in range(tl.max(end - place, 0)):
+        place += 1
+        following = tl.load(order_ptr + place, mask=place < end, other=-1)
+        merged += _load_shares(
+            tokens_ptr, size_ptr, stride_tn, token, divisor, offs_d, mask_d, HAS_SIZE
+        )
+        token = following
+
+    tl.store(
+        out_ptr + row[:, None] * D + offs_d[None, :],
+        merged.to(out_ptr.dtype.element_ty),
+        mask=mask_r[:, None] & mask_d[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["N", "R"])
+def _merge_bwd_kernel(
+    grad_out_ptr, size_ptr, out_size_ptr, slots_ptr, grad_ptr, N, R, D,
+    HAS_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program per (image, BLOCK_N tokens, slice of D): every token gathers its row."""
+    pid_b = tl.program_id(0).to(tl.int64)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_n = offs_n < N
+    mask_nd = mask_n[:, None] & (offs_d < D)[None, :]
+    slot = tl.load(slots_ptr + pid_b * N + offs_n, mask=mask_n, other=0)
+    total = tl.load(out_size_ptr + pid_b * R + slot, mask=mask_n, other=1.0)
+    size = tl.full([BLOCK_N], 1.0, tl.float32)
+    if HAS_SIZE:
+        size = tl.load(size_ptr + pid_b * N + offs_n, mask=mask_n, other=0.0)
+    g = tl.load(
+        grad_out_ptr + (pid_b * R + slot)[:, None] * D + offs_d[None, :], mask=mask_nd, other=0.0
+    )  # [BLOCK_N, BLOCK_D]
+    divisor = tl.where(total == 0, 1.0, total)
+    scaled = g.to(tl.float32) * tl.div_rn(size, divisor)[:, None]
+    tl.store(
+        grad_ptr + (pid_b * N + offs_n)[:, None] * D + offs_d[None, :],
+        scaled.to(g.dtype),
+        mask=mask_nd,
+    )
+
+
+def merge_fwd(
+    tokens: Tensor, size: Tensor | None, slots: Tensor, num_rows: int
+) -> tuple[Tensor, Tensor]:
+    """Allocate, read launch.py, launch: the order of the tokens by rows, then the rows."""
+    B, N, D = tokens.shape
+    tokens, slots = launch.addressable(tokens), slots.contiguous()
+    size = None if size is None else size.contiguous()
+    out = tokens.new_empty(B, num_rows, D)
+    out_size = tokens.new_empty(B, num_rows, dtype=torch.float32)
+    order, starts = slots.new_empty(B, N), slots.new_empty(B, num_rows)
+    if B == 0:
+        return out, out_size
+    block_n, block_m, num_warps = launch.merge_order(N)
+    block_r, block_d, merge_warps = launch.merge_gather(tokens.element_size())
+    options = {"HAS_SIZE": size is not None, **launch.CODE}
+    with launch.on_device(tokens):
+        _order_kernel[(B, triton.cdiv(max(N, num_rows), block_n))](
+            *(size, slots, order, starts, out_size, N, num_rows),
+            BLOCK_N=block_n,
+            BLOCK_M=block_m,
+            num_warps=num_warps,
+            **options,
+        )
+        _merge_fwd_kernel[(B, triton.cdiv(num_rows, block_r), triton.cdiv(D, block_d))](
+            *(tokens, size, order, starts, out_size, out, tokens.stride(0), tokens.stride(1)),
+            *(N, num_rows, D),
+            BLOCK_R=block_r,
+            BLOCK_D=block_d,
+            num_warps=merge_warps,
+            num_stages=1,
+            **options,
+        )
+    return out, out_size
+
+
+def merge_bwd(grad_out: Tensor, size: Tensor | None, out_size: Tensor, slots: Tensor) -> Tensor:
+    """Allocate, read launch.py, launch."""
+    grad_out, slots = grad_out.contiguous(), slots.contiguous()
+    size = None if size is None else size.contiguous()
+    (B, R, D), N = grad_out.shape, slots.shape[1]
+    grad = grad_out.new_empty(B, N, D)
+    block_n, block_d, num_warps = launch.reduce_backward(grad_out.element_size())
+    if grad.numel() == 0:
+        return grad
+    with launch.on_device(grad_out):
+        _merge_bwd_kernel[(B, triton.cdiv(N, block_n), triton.cdiv(D, block_d))](
+            *(grad_out, size, out_size, slots, grad, N, R, D),
+            HAS_SIZE=size is not None,
+            BLOCK_N=block_n,
+            BLOCK_D=block_d,
+            num_warps=num_warps,
+            **launch.CODE,
+        )
+    return grad

@@ -1,0 +1,110 @@
+"""The merge by given slots, run by the interpreter: rows that hold few tokens, many, none, against
+the PyTorch form in fp64; how many rounds of gathering they take."""
+
+import pytest
+import torch
+
+from elip_kernels import launch
+from elip_kernels.bipartite import merge_by, merge_reference
+from elip_kernels.info import BipartiteInfo
+from elip_kernels.testing.traffic import traffic
+from tests.interpreted.test_bipartite_kernel import DTYPES, NAN, check
+from tests.interpreted.test_bipartite_kernel import inputs as match_inputs
+from tests.tiers import tiered
+
+BLOCK_R = launch.merge_gather(2)[0]
+HELD = {  # tokens of each row
+    "hardly any merged": [1] * 19 + [2],
+    "few": [1, 3, 2, 1, 1, 5, 1, 2, 1, 1, 1, 4, 1, 1, 1, 2, 1, 1, 3],
+    "all in one row": [140],
+    "a row of most": [1] * 9 + [129] + [1] * 22,
+    "none in some": [0, 2, 0, 0, 40, 0, 1, 0],
+    "just as many as a round takes": [15, 16, 17, 31, 32, 33, 1, 0, 16],
+    "many in every row": [15] * 16 + [31],
+}
+CASES = [(name, dtype) for name in HELD for dtype in DTYPES]
+QUICK = [(name, torch.float32) for name in HELD]
+QUICK += [("a row of most", torch.bfloat16), ("many in every row", torch.float16)]
+
+
+def inputs(held, B=2, D=40, dtype=torch.float32):
+    """tokens, their match in an order of each image's own, sizes from 1 to 5."""
+    N, rows = sum(held), torch.repeat_interleave(torch.arange(len(held)), torch.tensor(held))
+    slots = torch.stack([rows[torch.randperm(N)] for _ in range(B)]).int()
+    tokens, size = torch.randn(B, N, D).to(dtype), torch.randint(1, 6, (B, N)).float()
+    return tokens, BipartiteInfo(slots, len(held)), size
+
+
+def merged(tokens, info, size=None):
+    """Rows, sizes, and the rounds of the program that takes the most."""
+    with traffic() as launches:
+        out, out_size = merge_by(tokens, info, size)
+    assert [launch.kernel for launch in launches] == ["_order_kernel", "_merge_fwd_kernel"]
+    return out, out_size, launches[1].loads["tokens"].rounds
+
+
+def most_rounds(slots, num_rows):
+    """(at most, by the docstring; exactly) of the program that takes the most."""
+    bounds, exact = [], []
+    for image in slots.long():
+        held = torch.bincount(image, minlength=num_rows)
+        for tile in held.split(BLOCK_R):
+            bounds.append(int(tile.sum()) // BLOCK_R + BLOCK_R - 1)
+            exact.append(int((tile // BLOCK_R).sum() + (tile % BLOCK_R).max()))
+    return max(bounds), max(exact)
+
+
+@pytest.mark.parametrize(("name", "dtype"), tiered(CASES, QUICK), ids=str)
+def test_rows_agree_with_fp64_within_the_rounds(launches, poisoned_memory, name, dtype):
+    held = torch.tensor(HELD[name])
+    tokens, info, size = inputs(HELD[name], dtype=dtype)
+    for weight in (size, None):
+        out, out_size, rounds = merged(tokens, info, weight)
+        wide = None if weight is None else weight.double()
+        right, right_size = merge_reference(tokens.double(), wide, *info)
+        assert torch.equal(out_size.double(), right_size)
+        assert torch.equal(out[:, held == 1], right[:, held == 1].to(dtype))
+        assert not out[:, held == 0].any()
+        ulp = torch.finfo(dtype).eps  # the interpreter truncates to bf16
+        assert ((out.double() - right).abs() <= 1e-6 + 2 * ulp * right.abs()).all()
+        bound, exact = most_rounds(*info)
+        assert rounds == exact <= bound
+    assert launches["elip::bipartite_merge"] == 2
+
+
+@pytest.mark.parametrize("N", tiered([41, 257, 577, 1025], [41, 257]))
+def test_a_hub_takes_no_round_for_each_of_its_tokens(launches, N):
+    """Half of all tokens join one."""
+    r = N // 2
+    slots = torch.full((1, N), r // 2, dtype=torch.int32)
+    slots[:, 1::2] = torch.arange(r)
+    tokens, _, size = match_inputs(1, N)
+    _, _, rounds = merged(tokens, BipartiteInfo(slots, r), size)
+    assert rounds <= N / BLOCK_R + BLOCK_R
+
+
+@pytest.mark.parametrize("N", tiered([197, 257, 577], [257]))
+def test_rows_of_few_tokens_take_a_round_for_each(launches, N):
+    """As ToMe has them where nothing stands out: three tokens of ten merged away."""
+    tokens, metric, size = match_inputs(1, N)
+    _, info = check(launches, tokens, metric, 3 * N // 10, size)
+    _, _, rounds = merged(tokens, info, size)
+    assert rounds == torch.bincount(info.slots[0].long()).max() < BLOCK_R
+
+
+@pytest.mark.parametrize("name", tiered(HELD, ["a row of most"]))
+def test_an_image_merges_to_the_same_bits_in_every_batch(launches, name):
+    tokens, info, size = inputs(HELD[name], B=3)
+    whole, sizes = merge_by(tokens, info, size)
+    for i in range(3):
+        own = info._replace(slots=info.slots[i : i + 1])
+        alone, own_sizes = merge_by(tokens[i : i + 1], own, size[i : i + 1])
+        assert torch.equal(alone[0], whole[i]) and torch.equal(own_sizes[0], sizes[i])
+
+
+def test_a_token_of_a_full_row_touches_no_other(launches):
+    tokens, info, size = inputs(HELD["a row of most"], B=1)
+    hub = info.slots[0] == 9
+    tokens[0, hub.nonzero()[3]] = NAN
+    out, _ = merge_by(tokens, info, size)
+    assert out[0, 9].isnan().all() and out[0].isnan().any(1).sum() == 1
