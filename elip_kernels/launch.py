@@ -107,7 +107,7 @@ def row(candidates: int, tiles: int) -> tuple[int, int, int]:
 def heads_a_step(block_n: int, block_t: int, num_warps: int) -> int:
     """Heads whose scores a piece of a row loads at once: 8 scores a thread, of four heads where
     256 candidates have 4 warps."""
-    return max(1, min(16, 256 * num_warps // max(block_n, block_t)))
+    return max(1, min(16, 256 * num_warps // max(block_n, 2 * block_t)))
 
 
 def move(candidates: int, element_size: int) -> Launch:

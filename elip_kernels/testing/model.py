@@ -195,12 +195,22 @@ def select_row(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> Wo
     return made._replace(written={"row": made.written["out"], **_selection(B, N, K)})
 
 
-def move(B: int, N: int, D: int, K: int, dtype: torch.dtype, *, merge: bool = True) -> Work:
-    """Tokens to the rows that were selected."""
+def move(
+    B: int,
+    N: int,
+    D: int,
+    K: int,
+    dtype: torch.dtype,
+    *,
+    merge: bool = True,
+    tiled: bool = False,
+) -> Work:
+    """Tokens to the rows that were selected. `tiled`: each slice of D reads slots and weights."""
     row_size = B * D * dtype.itemsize
-    read = {"tokens": (N if merge else K + 1) * row_size, "slots": B * N * INT32}
+    slices = ceil(D / launch.move(N, dtype.itemsize).block_d) if tiled else 1
+    read = {"tokens": (N if merge else K + 1) * row_size, "slots": slices * B * N * INT32}
     if merge:
-        read["weights"] = B * N * FP32
+        read["weights"] = slices * B * N * FP32
     written = {"out": (K + 1 + merge) * row_size}
     return Work(read, written, 2 * B * (N - 1 - K) * D * merge)
 

@@ -75,7 +75,7 @@ def score_reduce_works(B, N, D, K, dtype, tiled=False, merge=True, has_text=Fals
         query_work(B, D, dtype, has_text=has_text),
         model.score_tiles(B, N, D, H, dtype, tiled=tiled),
         *selection_works(B, N, D, K, dtype),
-        model.move(B, N, D, K, dtype, merge=merge),
+        model.move(B, N, D, K, dtype, merge=merge, tiled=tiled),
         model.reduce_backward(B, N, D, K, dtype, merge=merge),
     ]
 
