@@ -65,7 +65,7 @@ def test_an_arm_is_an_override_of_the_recipe_and_of_the_study(tmp_path):
     study = tiny_study(tmp_path, arms=arms)
     dense, tome, long = (study.config(Run(arm, 1)) for arm in ("dense", "tome", "long"))
     assert dense.seed == 1 and dense.report == () and dense.model.overrides["schedule"] is None
-    assert tome.model.overrides["strategy_options"] == {"r": [3, 3, 4], "proportional": True}
+    assert tome.model.overrides["strategy_options"] == {"r": 10 / (3 * 16), "proportional": True}
     assert (long.optim.steps, long.optim.lr) == (6, 1e-4)
     assert long.model.pretrained == long.data.tokenizer == "runs/studies/tiny/dense/1/model"
     assert dense.data.tokenizer == tome.data.tokenizer == "runs/studies/tiny/tokenizer"
