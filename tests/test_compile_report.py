@@ -105,6 +105,18 @@ def test_heads_of_every_width_make_their_query_without_a_spill(width, heads, dty
     assert is_clean(compile_launch(query, 90))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [86, 90, 120])
+@pytest.mark.parametrize("heads", [24, 48])
+def test_many_heads_score_without_a_spill(heads, arch, monkeypatch):
+    monkeypatch.setattr(report, "WIDTH", 64 * heads)
+    monkeypatch.setattr(report, "HEADS", heads)
+    for dtype in SIZE:
+        _, scores, _ = report.recorded_call("cls_attention_from_tokens", 1, 257, 0, dtype, arch)
+        assert scores.name == "scores_kernel"
+        assert is_clean(compile_launch(scores, arch)), dtype
+
+
 @pytest.mark.parametrize("dtype", tiered(SIZE, []))
 @pytest.mark.parametrize("call", ["bipartite_merge", "merge_nearest"])
 @pytest.mark.parametrize("N", [577, 1025, 16_385])
