@@ -22,6 +22,8 @@ from elip_kernels._validate import (
 from elip_kernels.absorbed_query import QueryArguments
 from elip_kernels.fuse_text import check_guidance
 
+STATS = ["totals_ptr", "shifts_ptr"]  # behind others in one storage: aligned in some batches alone
+
 
 def query_arguments(
     tokens: Tensor,
@@ -156,7 +158,7 @@ def patch_scores(
     return score * rstd[:, None], mean, rstd
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=STATS)
 def scores_kernel(
     tokens_ptr, query_ptr, scores_ptr, tops_ptr, totals_ptr, stride_tb, stride_tn, N, D, H, eps,
     HAS_REST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -221,7 +223,7 @@ def row_of_scores(
     return row, cls_row
 
 
-@triton.jit(do_not_specialize=["N", "T"])
+@triton.jit(do_not_specialize=["N", "T"], do_not_specialize_on_alignment=STATS)
 def _row_kernel(
     scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, out_ptr, N, H, T,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,

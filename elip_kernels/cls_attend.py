@@ -34,7 +34,7 @@ from elip_kernels import launch
 from elip_kernels._autocast import no_autocast
 from elip_kernels._operator import Operator
 from elip_kernels._triton import tl, triton
-from elip_kernels.absorbed import accumulator, patch_scores, query_arguments, split
+from elip_kernels.absorbed import STATS, accumulator, patch_scores, query_arguments, split
 from elip_kernels.absorbed_query import QueryArguments, launch_query, takes_query
 from elip_kernels.cls_attention import absorbed_flops, absorbed_reference, absorbed_refuses
 from elip_kernels.select import part_and_slice
@@ -88,7 +88,7 @@ def attend_reference(tokens: Tensor, *query: Any) -> Tensor:
     return torch.bmm(rows, normed)
 
 
-@triton.jit(do_not_specialize=["N", "T"])
+@triton.jit(do_not_specialize=["N", "T"], do_not_specialize_on_alignment=STATS)
 def _weights_kernel(
     tokens_ptr, query_ptr, weights_ptr, rests_ptr, tops_ptr, totals_ptr, shifts_ptr, means_ptr,
     stride_tb, stride_tn, N, D, H, T, eps,
@@ -158,7 +158,7 @@ def _both(weight, rest, x, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
     return tl.dot(rest, x, acc, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["N", "T", "TILES"])
+@triton.jit(do_not_specialize=["N", "T", "TILES"], do_not_specialize_on_alignment=STATS)
 def _weigh_kernel(
     tokens_ptr, weights_ptr, rests_ptr, tops_ptr, totals_ptr, shifts_ptr, means_ptr,
     cls_score_ptr, cls_ptr, out_ptr, stride_tb, stride_tn, N, D, H, T, TILES,
@@ -245,7 +245,7 @@ def _attend(tokens: Tensor, *query: Any) -> Tensor:
     parts = max(1, triton.cdiv(N - 1, launch.PART))
     out = tokens.new_empty(B, parts * H, D, dtype=torch.float32)
     if B == 0:
-        return out
+        return out.view(0, parts, H, D).sum(1)
     settings = launch.weigh(tokens)
     grid = (B * triton.cdiv(D, settings["BLOCK_D"]), parts, triton.cdiv(H, settings["BLOCK_H"]))
     with launch.on_device(tokens):

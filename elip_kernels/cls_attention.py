@@ -23,6 +23,7 @@ from elip_kernels._operator import Operator
 from elip_kernels._triton import tl, triton
 from elip_kernels._validate import check_device, check_mask, check_shape, check_tensor, message
 from elip_kernels.absorbed import (
+    STATS,
     accumulator,
     check_scale,
     launch_row,
@@ -147,7 +148,7 @@ def from_tokens_reference(tokens: Tensor, *query: Any) -> Tensor:
     return absorbed_reference(tokens, *query)[1].mean(1)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=STATS)
 def _keys_kernel(
     q_ptr, k_ptr, mask_ptr, scores_ptr, tops_ptr, totals_ptr, cls_score_ptr,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_kn, stride_mb, scale, N, D,

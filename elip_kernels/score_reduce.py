@@ -31,6 +31,7 @@ from elip_kernels._validate import (
     check_tensor,
 )
 from elip_kernels.absorbed import (
+    STATS,
     accumulator,
     launch_row,
     query_arguments,
@@ -174,7 +175,7 @@ def score_reduce_reference(
     return *reduce_reference(tokens, row[:, 1:], None, keep, 1, merge, normalize), row
 
 
-@triton.jit(do_not_specialize=["N", "K", "T"])
+@triton.jit(do_not_specialize=["N", "K", "T"], do_not_specialize_on_alignment=STATS)
 def _score_select_kernel(
     scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, row_ptr, kept_ptr, weights_ptr, slots_ptr,
     N, K, H, T,

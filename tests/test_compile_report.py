@@ -105,6 +105,20 @@ def test_heads_of_every_width_make_their_query_without_a_spill(width, heads, dty
     assert is_clean(compile_launch(query, 90))
 
 
+@pytest.mark.parametrize("call", CALLS)
+def test_what_some_batches_align_and_others_do_not_is_not_specialised(call, monkeypatch):
+    """Else another batch would compile again."""
+    monkeypatch.setattr(report, "HEADS", 6)
+    odd, even = (report.recorded_call(call, B, 577, 300, "bf16", 90) for B in (7, 8))
+    for one, other in zip(odd, even, strict=True):
+        for parameter in one.kernel.params:
+            values = [each.arguments.get(parameter.name) for each in (one, other)]
+            if torch.is_tensor(values[0]):
+                aligned = {value.data_ptr() % 16 == 0 for value in values}
+                may_differ = parameter.do_not_specialize_on_alignment
+                assert len(aligned) == 1 or may_differ, (one.name, parameter.name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [86, 90, 120])
 @pytest.mark.parametrize("heads", [24, 48])

@@ -147,14 +147,15 @@ def test_strided_tokens(launches, poisoned_memory):
 
 def test_empty_batch_and_tokens_that_are_cls_alone(launches):
     arguments = block(32, 2, 32, torch.float32)
-    got = elip_kernels.cls_attend_from_tokens(
-        torch.randn(0, 9, 32), torch.randn(0, 32), **arguments
-    )
-    assert got.shape == (0, 64)
+    for N in (9, launch.PART + 2):  # in several parts too
+        got = elip_kernels.cls_attend_from_tokens(
+            torch.randn(0, N, 32), torch.randn(0, 32), **arguments
+        )
+        assert got.shape == (0, 64)
     tokens, cls = tokens_and_cls(2, 1, 32, torch.float32)
     got = elip_kernels.cls_attend_from_tokens(tokens, cls, **arguments)
     assert error(got, in_fp64(tokens, cls, arguments)) <= 1e-5
-    assert launches[NAME] == 3
+    assert launches[NAME] == 4
 
 
 WIDTHS = [(768, 12), (1024, 16), (1152, 18), (1408, 3), (1664, 17), (2047, 2), (2048, 16)]  # D, H
