@@ -230,10 +230,16 @@ def test_compile_as_one_graph():
 
 
 @pytest.mark.slow
-def test_export_and_trace():
+def test_export():
     model, pixels = reduced(), x()
     exported = torch.export.export(model, (pixels,)).module()
     torch.testing.assert_close(exported(pixels), model(pixels))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["elip", "evit", "tome", "guided_tome", "pitome", "crossget"])
+def test_trace(strategy):
+    model, pixels = elip_models.reduce_(vit(), keep=0.6, strategy=strategy), x()
     with torch.no_grad():
         traced = torch.jit.trace(model, (pixels,), check_trace=False)
         torch.testing.assert_close(traced(pixels), model(pixels))

@@ -43,7 +43,7 @@ class Pairs(NamedTuple):
         """The row of every token."""
         (B, r), device = self.sources.shape, self.sources.device
         is_source = torch.zeros(B, N, dtype=torch.bool, device=device)
-        is_source = is_source.scatter(1, self.sources, True)
+        is_source = is_source.scatter(1, self.sources, 1)
         rows = (~is_source).cumsum(1, dtype=torch.int32) - 1
         return BipartiteInfo(rows.scatter(1, self.sources, rows.gather(1, self.targets)), N - r)
 
@@ -182,7 +182,7 @@ def pairs_by_importance(similarity: Tensor, importance: Tensor, r: int) -> Pairs
     best = similarity.masked_fill(~is_later, never).amax(2)
     sources = largest(best - importance, r)
     rows = similarity.gather(1, sources[..., None].expand(-1, -1, n))
-    is_source = torch.zeros_like(is_later[:, 0]).scatter(1, sources, True)
+    is_source = torch.zeros_like(is_later[:, 0]).scatter(1, sources, 1)
     targets = rows.masked_fill(is_source[:, None], never).argmax(2)
     both = torch.stack([importance.gather(1, sources), importance.gather(1, targets)], dim=2)
     of_source, of_target = (2 * both.softmax(2)).unbind(2)

@@ -74,7 +74,9 @@ class ToMe(Strategy):
     ) -> tuple[Tensor, StageInfo]:
         i, previous = stage.first, context.previous
         sizes = None if previous is None else previous.sizes
-        r, penalty = tokens.shape[1] - tower.num_prefix_tokens - stage.keep, None
+        N = tokens.shape[1]
+        N = int(N) if isinstance(N, Tensor) else N  # of torch.jit.trace
+        r, penalty = N - tower.num_prefix_tokens - stage.keep, None
         if r > 0 and context.replay is None:
             penalty = self.penalty(tower, i, tokens, context.text_cls)
         tokens, keys = self._attend(tower, i, tokens, sizes)
