@@ -124,9 +124,9 @@ def cls_attention_from_tokens(
 
 def cls_attention_reference(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """The specification of `cls_attention`."""
-    dtype = accumulator(q.dtype)
-    columns = q.to(dtype)[..., None].unflatten(1, (k.shape[1], -1)).transpose(2, 3).flatten(3)
-    scores = torch.matmul(k.to(dtype), columns).mT.flatten(1, 2) * scale  # (B, H, N)
+    (B, H, d), (_, G, N, _), dtype = q.shape, k.shape, accumulator(q.dtype)
+    columns = q.to(dtype).reshape(B, G, H // G, d).mT
+    scores = torch.matmul(k.to(dtype), columns).mT.reshape(B, H, N) * scale
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None], float("-inf"))
     return scores.softmax(-1).mean(1)
