@@ -45,7 +45,6 @@ from elip_kernels.move import empty_outputs, launch_move
 from elip_kernels.reduce import (
     EPSILON,
     reduce_backward_op,
-    reduce_op,
     reduce_reference,
 )
 from elip_kernels.select import select_and_weigh, store_prefix, store_selection
@@ -200,23 +199,24 @@ def _score_select_kernel(
 
 
 def _score_reduce(tokens: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Allocate, read launch.py, launch; a row that is given is `reduce`'s, one launch."""
-    query, (keep, merge, normalize, scored, row) = _parted(arguments)
-    if row is not None:
-        selected = reduce_op.on_device(tokens, row[:, 1:], None, keep, 1, merge, normalize)
-        return *selected, row.clone()
+    """Allocate, read launch.py, launch; a row that is given selects the same, moved by the same."""
+    query, (keep, merge, normalize, scored, known) = _parted(arguments)
     B, N, _ = tokens.shape
     tokens = launch.addressable(tokens)
     scored = tokens if scored is None else launch.addressable(scored)
     out, kept, weights, slots = empty_outputs(tokens, keep, 1, merge)
-    row = tokens.new_empty(B, N, dtype=torch.float32)
+    row = tokens.new_empty(B, N, dtype=torch.float32) if known is None else known.clone()
     outputs = out, kept, weights, slots, row
     if B == 0:
         return outputs
     with launch.on_device(tokens):
-        u, cls_score, _ = launch_query(query)
-        tiles = score_tiles(scored, u, query.eps)
-        _launch_selection(*tiles, cls_score, outputs[1:], merge=merge, normalize=normalize)
+        if known is None:
+            u, cls_score, _ = launch_query(query)
+            tiles = score_tiles(scored, u, query.eps)
+            _launch_selection(*tiles, cls_score, outputs[1:], merge=merge, normalize=normalize)
+        else:
+            flags = {"merge": merge, "normalize": normalize, "epsilon": EPSILON}
+            launch_select(row[:, 1:], None, kept, weights, slots, num_prefix_tokens=1, **flags)
         launch_move(tokens, out, weights, slots, merge=merge)
     return outputs
 
