@@ -83,26 +83,19 @@ def query_flops(cls_shape: tuple[int, ...], q_weight_shape: tuple[int, ...]) -> 
 
 
 @triton.jit
-def _moments(
-    cls_ptr, text_ptr, row_c, row_t, mask_b, D, eps, of_cls, of_text,
+def _variance(
+    cls_ptr, text_ptr, row_c, row_t, mask_b, D, of_cls, of_text, mean,
     BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, HAS_TEXT: tl.constexpr,
 ):  # fmt: skip
-    """Mean and rstd of c [BLOCK_B]; what is read twice is in the cache."""
-    total = tl.zeros([BLOCK_B], tl.float32)
-    for d in range(0, D, BLOCK_R):
-        offs = (d + tl.arange(0, BLOCK_R))[None, :]
-        mask = mask_b[:, None] & (offs < D)
-        c = fused(cls_ptr, text_ptr, row_c + offs, row_t + offs, mask, of_cls, of_text, HAS_TEXT)
-        total += tl.sum(c, 1)
-    mean = total / D
+    """Of c [BLOCK_B]; what is read twice is in the cache."""
     squares = tl.zeros([BLOCK_B], tl.float32)
-    for d in range(0, D, BLOCK_R):
+    for d in tl.range(0, D, BLOCK_R, num_stages=3):
         offs = (d + tl.arange(0, BLOCK_R))[None, :]
         mask = mask_b[:, None] & (offs < D)
         c = fused(cls_ptr, text_ptr, row_c + offs, row_t + offs, mask, of_cls, of_text, HAS_TEXT)
         c = tl.where(mask, c - mean[:, None], 0.0)
         squares += tl.sum(c * c, 1)
-    return mean, 1.0 / tl.sqrt(squares / D + eps)
+    return squares / D
 
 
 @triton.jit
@@ -123,37 +116,16 @@ def _matrix(rows_ptr, d, mask_w, D, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _projected(
-    cls_ptr, text_ptr, gamma_ptr, beta_ptr, rows_ptr, z_ptr, row_c, row_t, row_z, mask_b, mask_w,
-    mask_z, D, of_cls, of_text, mean, rstd, w, AFFINE: tl.constexpr, HAS_TEXT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """A head's rows times gamma z + beta if AFFINE [BLOCK_B, BLOCK_W]; else the rows times gamma,
-    times z, and the sums of these rows and of z. `w` is the first slice of the rows; the next one
-    is under way while one is multiplied. z goes to `z_ptr`, if there is one."""
-    acc = tl.zeros([BLOCK_B, BLOCK_W], tl.float32)
-    sum_rows = tl.zeros([BLOCK_W], tl.float32)
-    sum_z = tl.zeros([BLOCK_B], tl.float32)
-    for d in range(0, D, BLOCK_D):
-        offs_d = d + tl.arange(0, BLOCK_D)
-        offs = offs_d[None, :]
-        mask = mask_b[:, None] & (offs < D)
-        c = fused(cls_ptr, text_ptr, row_c + offs, row_t + offs, mask, of_cls, of_text, HAS_TEXT)
-        z = tl.where(mask, (c - mean[:, None]) * rstd[:, None], 0.0)
-        if z_ptr is not None:
-            tl.store(z_ptr + row_z + offs, z, mask=mask & mask_z[:, None])
-        gamma = _vector(gamma_ptr, offs_d, offs_d < D, 1.0)
-        now = w.to(tl.float32)
-        w = _matrix(rows_ptr, d + BLOCK_D, mask_w, D, BLOCK_D)
-        if AFFINE:
-            beta = _vector(beta_ptr, offs_d, offs_d < D, 0.0)
-            z = tl.where(mask, z * gamma[None, :] + beta[None, :], 0.0)
-        else:
-            now *= gamma[None, :]
-            sum_rows += tl.sum(now, 1)
-            sum_z += tl.sum(z, 1)
-        acc = tl.dot(z, tl.trans(now), acc, input_precision=PRECISION)
-    return acc, sum_rows, sum_z
+def _product(x, w, acc, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + x @ w of fp32 x: where w has two bytes, of three terms of x that together are x."""
+    if WIDEN or w.dtype == tl.float32:
+        acc = tl.dot(x, w.to(tl.float32), acc, input_precision=PRECISION)
+    else:
+        for _ in tl.static_range(3):
+            term = x.to(w.dtype)
+            acc = tl.dot(term, w, acc)
+            x -= term.to(tl.float32)
+    return acc
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -162,8 +134,8 @@ def _query_kernel(
     query_ptr, cls_score_ptr, normed_ptr, stride_cb, stride_tb, stride_q, stride_k,
     B, D, H, W, fusion, scale, eps,
     HAS_TEXT: tl.constexpr, MATCH: tl.constexpr, LEAST_NORM: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_W: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    WIDEN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One program per (BLOCK_B images, head of W channels)."""
     pid_h = tl.program_id(1)
@@ -175,37 +147,46 @@ def _query_kernel(
     channel = pid_h * W + offs_w
     q_rows = q_weight_ptr + channel[:, None] * stride_q
     k_rows = k_weight_ptr + channel[:, None] * stride_k
-    w = _matrix(q_rows, 0, mask_w, D, BLOCK_D)
-    of_cls, of_text = shares(
+    of_cls, of_text, mean = shares(
         cls_ptr, text_ptr, row_c, row_t, mask_b, D, fusion,
         BLOCK_B, BLOCK_R, HAS_TEXT, MATCH, LEAST_NORM,
     )  # fmt: skip
-    mean, rstd = _moments(
-        cls_ptr, text_ptr, row_c, row_t, mask_b, D, eps, of_cls, of_text,
+    variance = _variance(
+        cls_ptr, text_ptr, row_c, row_t, mask_b, D, of_cls, of_text, mean,
         BLOCK_B, BLOCK_R, HAS_TEXT,
     )  # fmt: skip
-    is_first = pid_h + tl.zeros([BLOCK_B], tl.int32) == 0  # z is the same in all heads
-    q, _, _ = _projected(
-        cls_ptr, text_ptr, norm_weight_ptr, norm_bias_ptr, q_rows, normed_ptr, row_c, row_t, row_z,
-        mask_b, mask_w, is_first, D, of_cls, of_text, mean, rstd, w,
-        True, HAS_TEXT, PRECISION, BLOCK_B, BLOCK_W, BLOCK_D,
-    )  # fmt: skip
-    w = _matrix(k_rows, 0, mask_w, D, BLOCK_D)
+    rstd = 1.0 / tl.sqrt(variance + eps)
+    mask_z = offs_b < tl.where(pid_h == 0, B, 0)  # z is the same in all heads
+    q = tl.zeros([BLOCK_B, BLOCK_W], tl.float32)
+    key = tl.zeros([BLOCK_B, BLOCK_W], tl.float32)  # of CLS, without what beta and a bias add
+    sum_key = tl.zeros([BLOCK_W], tl.float32)
+    sum_z = tl.zeros([BLOCK_B], tl.float32)
+    for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+        offs_d = d + tl.arange(0, BLOCK_D)
+        offs = offs_d[None, :]
+        mask = mask_b[:, None] & (offs < D)
+        c = fused(cls_ptr, text_ptr, row_c + offs, row_t + offs, mask, of_cls, of_text, HAS_TEXT)
+        z = tl.where(mask, (c - mean[:, None]) * rstd[:, None], 0.0)
+        if normed_ptr is not None:
+            tl.store(normed_ptr + row_z + offs, z, mask=mask & mask_z[:, None])
+        gamma = _vector(norm_weight_ptr, offs_d, offs_d < D, 1.0)[None, :]
+        k_slice = _matrix(k_rows, d, mask_w, D, BLOCK_D)
+        key = _product(z * gamma, tl.trans(k_slice), key, WIDEN, PRECISION)
+        sum_key += tl.sum(k_slice.to(tl.float32) * gamma, 1)
+        sum_z += tl.sum(z, 1)
+        z = z * gamma + _vector(norm_bias_ptr, offs_d, offs_d < D, 0.0)[None, :]
+        q_slice = _matrix(q_rows, d, mask_w, D, BLOCK_D)
+        q = _product(z, tl.trans(q_slice), q, WIDEN, PRECISION)
     q = (q + _vector(q_bias_ptr, channel, mask_w, 0.0)[None, :]) * scale
-    key, sum_key, sum_z = _projected(  # the CLS token's key, without what beta and a bias add
-        cls_ptr, text_ptr, norm_weight_ptr, None, k_rows, None, row_c, row_t, row_z,
-        mask_b, mask_w, is_first, D, of_cls, of_text, mean, rstd, w,
-        False, HAS_TEXT, PRECISION, BLOCK_B, BLOCK_W, BLOCK_D,
-    )  # fmt: skip
-    w = _matrix(k_rows, 0, mask_w, D, BLOCK_D)
     mean_u = tl.sum(q * (sum_key / D)[None, :], 1)  # [BLOCK_B]
     score = tl.sum(q * key, 1) - mean_u * sum_z
     tl.store(cls_score_ptr + offs_b.to(tl.int64) * H + pid_h, score, mask=mask_b)
-    for d in range(0, D, BLOCK_D):
+    for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
         offs_d = d + tl.arange(0, BLOCK_D)
-        now = w.to(tl.float32) * _vector(norm_weight_ptr, offs_d, offs_d < D, 1.0)[None, :]
-        w = _matrix(k_rows, d + BLOCK_D, mask_w, D, BLOCK_D)
-        u = tl.dot(q, now, input_precision=PRECISION) - mean_u[:, None]
+        k_slice = _matrix(k_rows, d, mask_w, D, BLOCK_D)
+        gamma = _vector(norm_weight_ptr, offs_d, offs_d < D, 1.0)[None, :]
+        u = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
+        u = _product(q, k_slice, u, WIDEN, PRECISION) * gamma - mean_u[:, None]
         at = query_ptr + (image * H + pid_h) * D + offs_d[None, :]
         tl.store(at, u, mask=mask_b[:, None] & (offs_d < D)[None, :])
 
@@ -227,7 +208,7 @@ def launch_query(
     vectors = (t if t is None else t.contiguous() for t in (a.norm_weight, a.norm_bias, a.q_bias))
     gamma, beta, bias = vectors
     text_stride = 0 if text is None or text.shape[0] == 1 else text.stride(0)
-    settings = launch.query(W, a.norm_weight is not None)
+    settings = launch.query(W, q_weight, k_weight)
     _query_kernel[(triton.cdiv(B, settings["BLOCK_B"]), H)](
         *(cls, text, gamma, beta, q_weight, bias, k_weight, query, cls_score, z),
         *(cls.stride(0), text_stride, q_weight.stride(0), k_weight.stride(0)),

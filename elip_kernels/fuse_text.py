@@ -98,27 +98,33 @@ def shares(
     cls_ptr, text_ptr, row_c, row_t, mask_b, D, fusion, BLOCK_B: tl.constexpr,
     BLOCK_R: tl.constexpr, HAS_TEXT: tl.constexpr, MATCH: tl.constexpr, LEAST_NORM: tl.constexpr,
 ):  # fmt: skip
-    """What c takes of CLS and of the text [BLOCK_B]: all of CLS where the text is zeros."""
+    """What c takes of CLS and of the text, all of CLS where the text is zeros; its mean: all
+    [BLOCK_B]."""
     of_cls = tl.full([BLOCK_B], 1.0, tl.float32)
     of_text = tl.zeros([BLOCK_B], tl.float32)
-    if HAS_TEXT:
-        is_text = tl.zeros([BLOCK_B], tl.int32)
-        norm_cls = tl.zeros([BLOCK_B], tl.float32)
-        norm_text = tl.zeros([BLOCK_B], tl.float32)
-        for d in range(0, D, BLOCK_R):
-            offs = (d + tl.arange(0, BLOCK_R))[None, :]
-            mask = mask_b[:, None] & (offs < D)
+    sum_cls = tl.zeros([BLOCK_B], tl.float32)
+    sum_text = tl.zeros([BLOCK_B], tl.float32)
+    is_text = tl.zeros([BLOCK_B], tl.int32)
+    norm_cls = tl.zeros([BLOCK_B], tl.float32)
+    norm_text = tl.zeros([BLOCK_B], tl.float32)
+    for d in tl.range(0, D, BLOCK_R, num_stages=3):
+        offs = (d + tl.arange(0, BLOCK_R))[None, :]
+        mask = mask_b[:, None] & (offs < D)
+        cls = tl.load(cls_ptr + row_c + offs, mask=mask, other=0.0).to(tl.float32)
+        sum_cls += tl.sum(cls, 1)
+        if HAS_TEXT:
             text = tl.load(text_ptr + row_t + offs, mask=mask, other=0.0).to(tl.float32)
+            sum_text += tl.sum(text, 1)
             is_text = tl.maximum(is_text, tl.max((text != 0).to(tl.int32), 1))
             if MATCH:
-                cls = tl.load(cls_ptr + row_c + offs, mask=mask, other=0.0).to(tl.float32)
                 norm_cls += tl.sum(cls * cls, 1)
                 norm_text += tl.sum(text * text, 1)
+    if HAS_TEXT:
         of_cls = tl.where(is_text == 1, fusion, 1.0)
         of_text = tl.where(is_text == 1, 1.0 - fusion, 0.0)
         if MATCH:
             of_text *= tl.sqrt(norm_cls) / tl.maximum(tl.sqrt(norm_text), LEAST_NORM)
-    return of_cls, of_text
+    return of_cls, of_text, (of_cls * sum_cls + of_text * sum_text) / D
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -136,7 +142,7 @@ def _fuse_kernel(
     if pid_t == 0:
         first = tl.zeros([1, 1], tl.int32)
         mask_b = tl.full([1], 1, tl.int1)
-        of_cls, of_text = shares(
+        of_cls, of_text, _ = shares(
             tokens_ptr, text_ptr, first, first, mask_b, D, fusion,
             1, BLOCK_R, True, MATCH, LEAST_NORM,
         )  # fmt: skip

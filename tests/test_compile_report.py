@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from elip_kernels._triton import HAS_TRITON, tl, triton
 if not HAS_TRITON:
     pytest.skip("triton is absent, so there is nothing to compile", allow_module_level=True)
 
-from elip_kernels.testing import model, report
+from elip_kernels.testing import report
 from elip_kernels.testing.calls import BATCHES, CALLS, REAL_CASES
 from elip_kernels.testing.compile import (
     ARCHITECTURES,
@@ -24,7 +25,6 @@ from elip_kernels.testing.compile import (
     recorded_launches,
     warps_at_once,
 )
-from elip_kernels.testing.latency import LAUNCH, MACHINES, WAITS, Size, bound, size_of, waves
 from tests.tiers import tiered
 
 KEEP = dict(REAL_CASES) | {1025: 400, 4097: 1600, 16_385: 6000}
@@ -80,7 +80,7 @@ def loads_wide(code, tile):
 def test_a_boundary_scores_and_moves_by_128_bits_at_every_size(N, dtype):
     codes = compiled("score_reduce", N, dtype)
     assert all(is_clean(code) for _, code in codes.values())
-    most = {"_query_kernel": 160, "scores_kernel": 80}
+    most = {"_query_kernel": 128 if dtype == "bf16" else 144, "scores_kernel": 80}
     if N > 4097:
         most |= {"_row_kernel": 40, "_stream_kernel": 128}
     else:
@@ -97,12 +97,18 @@ def test_a_boundary_scores_and_moves_by_128_bits_at_every_size(N, dtype):
 
 
 @pytest.mark.parametrize("dtype", tiered(SIZE, []))
+@pytest.mark.parametrize("arch", tiered(ARCHITECTURES, [90]))
 @pytest.mark.parametrize(("width", "heads"), [(1280, 16), (1024, 16), (384, 6)])
-def test_heads_of_every_width_make_their_query_without_a_spill(width, heads, dtype, monkeypatch):
+def test_heads_of_every_width_make_their_query_without_a_spill(
+    width, heads, arch, dtype, monkeypatch
+):
     monkeypatch.setattr(report, "WIDTH", width)
     monkeypatch.setattr(report, "HEADS", heads)
-    query, *_ = report.recorded_call("score_reduce", 2, 257, 166, dtype, 90)
-    assert is_clean(compile_launch(query, 90))
+    query, *_ = report.recorded_call("score_reduce", 2, 257, 166, dtype, arch)
+    assert is_clean(compile_launch(query, arch))
+    without_norm = query.arguments | {"norm_weight_ptr": None, "norm_bias_ptr": None}
+    args = tuple(without_norm[name] for name in query.kernel.arg_names[: len(query.args)])
+    assert is_clean(compile_launch(replace(query, args=args), arch))
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -285,53 +291,9 @@ def test_every_launch_says_how_its_products_and_sums_round(call):
         assert launch.options["enable_fp_fusion"] is True, launch.name
 
 
-ALONE = {  # programs and waits of one image, N = 257 of a ViT-B in bf16
-    "_reduce_fwd_kernel": (12, 2),
-    "_reduce_bwd_kernel": (54, 2),
-    "_query_kernel": (12, 43),
-    "scores_kernel": (4, 6),
-    "_score_select_kernel": (1, 3),
-    "_move_kernel": (12, 5),
-    "_fuse_kernel": (16, 9),
-    "_keys_kernel": (48, 1),
-    "_row_kernel": (1, 3),
-    "_lse_kernel": (60, 5),
-    "_sums_kernel": (60, 5),
-    "_mean_kernel": (2, 3),
-    "_weights_kernel": (4, 6),
-    "_weigh_kernel": (12, 3),
-    "_match_kernel": (5, 5),
-    "_slots_kernel": (1, 1),
-    "_order_kernel": (17, 1),
-    "_merge_fwd_kernel": (33, 4),
-    "_merge_bwd_kernel": (54, 2),
-    "_select_kernel": (1, 1),
-    "_nearest_kernel": (9, 12),
-}
-
-
-@pytest.mark.slow
-def test_one_image_alone_fills_what_the_work_allows():
-    """Heads for the query, tiles to score, slices to move: no kernel starts 64 programs."""
-    found = report.sizes(CALLS, batches=(1, 32))
-    alone = {name: of[1] for (name, N, dtype), of in found.items() if (N, dtype) == (257, "bf16")}
-    assert {name: (size.programs, size.waits) for name, size in alone.items()} == ALONE
-    for (name, _, _), of in found.items():
-        most = 16 if name == "_query_kernel" else 1  # images that share a program
-        assert of[32].programs == 32 // most * of[1].programs, name
-
-
-def test_one_image_alone_waits_at_most_sixteen_times_but_for_its_query():
-    assert {name for name, (_, waits) in ALONE.items() if waits > 16} == {"_query_kernel"}
-
-
-def test_every_kernel_says_how_often_it_waits():
-    modules = [module for name, module in sys.modules.items() if name.startswith("elip_kernels.")]
-    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
-    assert kernels == WAITS.keys()
-
-
 PIPELINED = {
+    "_query_kernel",
+    "_fuse_kernel",
     "_lse_kernel",
     "_sums_kernel",
     "scores_kernel",
@@ -343,36 +305,10 @@ PIPELINED = {
 
 
 @pytest.mark.parametrize("call", tiered(CALLS, ["score_reduce"]))
-def test_loops_around_products_and_no_others_are_pipelined(call):
+def test_loops_around_products_and_those_that_say_so_are_pipelined(call):
     """As `waits.py` counts them."""
     for name, (_, code) in compiled(call, 257, "bf16").items():
         assert (code.instructions["LDGSTS"] > 0) == (name in PIPELINED), name
-
-
-@pytest.mark.parametrize(
-    ("call", "work"),
-    [
-        ("reduce", lambda *shape: model.reduce(*shape)),
-        ("score_reduce", lambda *shape: model.score_reduce(*shape[:4], 12, shape[4])),
-    ],
-    ids=["reduce", "score_reduce"],
-)
-def test_the_bytes_of_a_launch_are_those_of_the_analytic_model(call, work):
-    shape = (2, 257, 768, 166, torch.bfloat16)
-    launches = report.recorded_call(call, 2, 257, 166, "bf16", 90)
-    least = model.together(work(*shape), model.reduce_backward(*shape)).bytes
-    assert sum(size_of(launch).bytes for launch in launches) == pytest.approx(least, rel=0.01)
-
-
-@pytest.mark.parametrize(
-    ("programs", "in_turns"), [(1, 1), (8 * 132, 1), (8 * 132 + 1, 2), (24 * 132, 3)]
-)
-def test_time_is_that_of_bytes_or_of_waits_in_turn(programs, in_turns):
-    H100 = MACHINES[90]
-    few, many = Size(programs, 5, 10), Size(programs, 5, 335_000_000)
-    assert waves(few, 8, H100) == in_turns
-    assert bound(few, 8, H100)[1] == pytest.approx(LAUNCH + in_turns * 5 * H100.latency)
-    assert bound(many, 8, H100) == pytest.approx((1e-4, LAUNCH + 1e-4))
 
 
 def test_launches_are_recorded_as_they_were_made():

@@ -98,10 +98,15 @@ def _pipelined(trips: int, a: Any) -> int:
     return ceil(trips / max(1, a.num_stages - 1))
 
 
+def _shares(a: Any) -> int:
+    """The CLS token, and a text."""
+    return ceil(_steps(a.D, a.BLOCK_R) / 2)
+
+
 def _query(a: Any) -> int:
-    """CLS twice for its moments, and once more for a text; each matrix once, W_k again for u."""
-    slices, features = _steps(a.D, a.BLOCK_D), _steps(a.D, a.BLOCK_R)
-    return (2 + a.HAS_TEXT) * features + 3 * slices + (a.q_bias_ptr is not None)
+    """CLS twice for its moments, both matrices, and W_k again for u."""
+    slices = ceil(_steps(a.D, a.BLOCK_D) / max(1, a.STAGES - 1))
+    return 2 * _shares(a) + 2 * slices + (a.q_bias_ptr is not None)
 
 
 def _weigh(a: Any) -> int:
@@ -134,7 +139,7 @@ WAITS: dict[str, Callable[[Any], int]] = {
     "_mean_kernel": lambda a: a.HAS_QUERY_MASK * _steps(a.M, a.BLOCK_M) + _steps(a.G, a.BLOCK_G),
     "_weights_kernel": lambda a: _pipelined(_steps(a.D, a.BLOCK_K), a),
     "_weigh_kernel": _weigh,
-    "_fuse_kernel": lambda a: 2 * _steps(a.D, a.BLOCK_R) + _steps(a.D, a.BLOCK_D),
+    "_fuse_kernel": lambda a: _shares(a) + _steps(a.D, a.BLOCK_R) + _steps(a.D, a.BLOCK_D),
     "_select_kernel": lambda a: 1,
     "_stream_kernel": lambda a: (5 + (a.MERGE and a.NORMALIZE)) * _steps(a.N, a.BLOCK_N),
     "_move_kernel": lambda a: (2 - a.MERGE) * _steps(a.N, a.BLOCK_N),  # else slots come first

@@ -9,7 +9,8 @@ product, a reduction or a scan, for what goes in there; and where a loop goes ro
 branch is taken, for all that it has computed with, but not for what it merely loaded, such as a
 tile for the next trip. In between the compiler orders the code: there a load waits only for what
 its address and mask are made of. What feeds a product in a loop is loaded `num_stages - 1` trips
-ahead: Triton pipelines those loads and no others. A load without an active lane is none.
+ahead, and in a loop that has a `num_stages` of its own all that is loaded: Triton pipelines those
+loads and no others. A load without an active lane is none.
 """
 
 import sys
@@ -44,10 +45,10 @@ class _There(NamedTuple):
 
 class _Loop:
     """The body of a loop: its loads so far in this trip, which of them feed a product, and which
-    are therefore under way before their trip."""
+    are therefore under way before their trip; or all are."""
 
-    def __init__(self) -> None:
-        self.loads, self.feeding = 0, set[int]()
+    def __init__(self, *, all_ahead: bool = False) -> None:
+        self.loads, self.feeding, self.all_ahead = 0, set[int](), all_ahead
         self.ahead: frozenset[int] = frozenset()
 
 
@@ -70,7 +71,7 @@ class _Program:
         """What is loaded from an address, where a mask allows it, both made of `made_of`."""
         load, waits = self.body.loads, 1 + max(self.now, made_of.waits)
         self.body.loads += 1
-        if load in self.body.ahead:
+        if self.body.all_ahead or load in self.body.ahead:
             waits = self.now
         self.last = max(self.last, waits)
         return _There(waits, made_of.loads | {(self.body, load)})
@@ -79,21 +80,24 @@ class _Program:
         """A product takes it."""
         self.body.feeding |= {load for body, load in made_of.loads if body is self.body}
 
-    def loop(self, in_flight: int, *bounds: Any) -> Iterator[int]:
-        """`range` in a kernel; a loop of one trip that the compiler knows is none."""
+    def loop(self, in_flight: int, is_told: bool, *bounds: Any) -> Iterator[int]:
+        """`range` in a kernel, which may be told its stages; a loop of one trip that the compiler
+        knows is none."""
         trips = range(*bounds)
         if len(trips) == 1 and not any(isinstance(n, tl.tensor) for n in bounds):
             yield from trips
             return
         self.wait()
-        begin, first, around, self.body = self.now, 0, self.body, _Loop()
+        all_ahead = is_told and in_flight > 1
+        begin, first, around, self.body = self.now, 0, self.body, _Loop(all_ahead=all_ahead)
+        self.now += all_ahead
         for index in trips:
             self.body.loads = 0
             yield index
             self.wait()
             first = first or self.now - begin
             self.body.ahead = frozenset(self.body.feeding if in_flight > 1 else ())
-        if self.body.ahead:
+        if all_ahead or self.body.ahead:
             self.now = max(self.now, begin + ceil(first * len(trips) / in_flight))
         self.body = around
 
@@ -186,8 +190,10 @@ class _Counter:
     def language(self, patch_language: Callable[..., Any]) -> Callable[..., Any]:
         """Triton's own patches, and those of branches and loops in the code of a kernel."""
 
-        def loop(*bounds: Any, **options: Any) -> Iterator[int]:
-            return self.program.loop(self.in_flight, *bounds)
+        def loop(*bounds: Any, num_stages: int | None = None, **options: Any) -> Iterator[int]:
+            is_told = num_stages is not None
+            in_flight = max(1, int(num_stages) - 1) if is_told else self.in_flight
+            return self.program.loop(in_flight, is_told, *bounds)
 
         def run(fn: Any, *args: Any) -> Any:
             scope = patch_language(fn, *args)

@@ -81,11 +81,12 @@ def _follow_kernel(x_ptr, out_ptr, N, FOLLOWS: tl.constexpr, BLOCK: tl.constexpr
 def _loop_kernel(
     x_ptr, out_ptr, N,
     AHEAD: tl.constexpr, MULTIPLY: tl.constexpr, BESIDE: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     offs = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     x = tl.load(x_ptr + offs)
-    for n in range(0, N):
+    for n in tl.range(0, N, num_stages=STAGES):
         now = tl.load(x_ptr + n + offs)
         if AHEAD:
             now, x = x, now
@@ -114,11 +115,13 @@ def test_a_load_from_a_loaded_address_is_another_wait(follows, waits):
         ({"MULTIPLY": True, "num_stages": 1}, 9 + 1),
         ({"MULTIPLY": True, "num_stages": 4}, 3 + 1),
         ({"MULTIPLY": True, "BESIDE": True}, 2 + 8 + 1),  # what feeds no product is waited for
+        ({"BESIDE": True, "STAGES": 4}, 3 + 1),  # unless the loop says its stages
+        ({"STAGES": 1}, 9 + 1),
     ],
     ids=str,
 )
 def test_a_loop_waits_in_every_trip_unless_it_is_pipelined(options, waits):
-    options = {"AHEAD": False, "MULTIPLY": False, "BESIDE": False} | options
+    options = {"AHEAD": False, "MULTIPLY": False, "BESIDE": False, "STAGES": None} | options
     with counted_waits() as seen:
         _loop_kernel[(1,)](torch.ones(300), torch.zeros(256), 9, BLOCK=16, **options)
     assert seen[0].waits == waits
