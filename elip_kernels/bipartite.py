@@ -72,8 +72,8 @@ def bipartite_merge(
         metric: (B, N, C), what similarity is measured on, such as the head mean of the keys.
         r: tokens to merge away, at most half of those that may be: min(r, (N-p) // 2).
             Without any, `tokens` itself is returned.
-        size: (B, N) or (B, N, 1) fp32 or fp64, positive: how many tokens each stands for;
-            None means one each.
+        size: (B, N) or (B, N, 1) fp32 or fp64, positive: how many tokens each stands for, or zero
+            of padding; None means one each.
         penalty: (B, N) fp32 or fp64, taken off the similarity that a token merges by: where it is 3
             no token merges before those where it is 0. Partners are chosen without it.
         num_prefix_tokens: p, 0 or 1: the class token, first, which is never merged.

@@ -160,12 +160,15 @@ LEARNED = ("model.overrides.text_reduction=learned",)
 LORA = ("peft.kind=lora",)
 BF16 = ("optim.precision=bf16",)
 METER = ("model.overrides.dropout=0.1", "optim.gather=global", "optim.grad_accumulation=2")
+PUMER = ("model.overrides.cross_reduction=pumer:layers=0",)
 
 CASES = {
     "clip, all options": partial(as_replicated, options=ALL),
     "meter": partial(as_replicated, options=METER, recipe="meter_tiny"),
     "meter, checkpointing": partial(
-        as_replicated, options=(*METER, "optim.grad_checkpointing=true"), recipe="meter_tiny"
+        as_replicated,
+        options=(*METER, *PUMER, "optim.grad_checkpointing=true"),
+        recipe="meter_tiny",
     ),
     **{
         f"{recipe}, {scorer}": partial(

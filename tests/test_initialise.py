@@ -10,7 +10,7 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertModel, RobertaConfig, RobertaModel
 
 from elip_models.checkpoints.pretrained_towers import initialise_
-from elip_models.models.meter import ROBERTA
+from elip_models.models.meter_config import ROBERTA
 from elip_models.models.registry import create_model
 from tests.weights import assert_equal_weights
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import RobertaConfig, RobertaModel
 
-from elip_models.models.meter import METER, ROBERTA, Drawn, METERConfig
+from elip_models.models.meter import METER, Drawn
+from elip_models.models.meter_config import ROBERTA, METERConfig
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategies.elip import Elip
 from tests.test_golden import check_gradients, check_stages, timm_name

@@ -287,7 +287,7 @@ def test_what_is_saved_loads(task, tmp_path):
 STRATEGIES = {
     "elip": REDUCED,
     "text": {"text_reduction": "learned"},
-    "both": REDUCED | {"text_reduction": "post"},
+    "both": REDUCED | {"text_reduction": "post", "cross_reduction": "pumer:layers=0"},
     **{n: {"strategy": n, "schedule": REDUCED["schedule"]} for n in ("trips", "random")},
     **{n: {"strategy": n} for n in ("tome:r=3", "evit:keep_rate=0.5", "adaptive:keep_mass=0.4")},
 }

@@ -6,7 +6,8 @@ from transformers import BertTokenizerFast
 
 from elip_models.data import load_tokenizer, train_tokenizer
 from elip_models.models.layers.losses import IGNORED, mask_tokens
-from elip_models.models.meter import METER, METERConfig
+from elip_models.models.meter import METER
+from elip_models.models.meter_config import METERConfig
 from elip_models.training.trainer import train
 from tests.test_meter import TINY
 from tests.tiny_run import own_process, tiny_config

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from elip_models.checkpoints.names import Kind
-from elip_models.models.meter import ROBERTA
+from elip_models.models.meter_config import ROBERTA
 from elip_models.models.registry import FAMILIES
 
 HEAD_WIDTH = 64

@@ -11,96 +11,31 @@ Source: METER (Dou et al., 2022); ELIP, section 3 and its official METER code.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertPooler
 from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 
-from elip_models.models.config import TextReductionConfig, TokenId
-from elip_models.models.cross_modal import CrossModalConfig, CrossModalModel
+from elip_models.models.cross_modal import CrossModalModel
 from elip_models.models.layers.bert import BertTower, masked_language_head
 from elip_models.models.layers.losses import distilled_language_loss, mask_every, mask_tokens
+from elip_models.models.layers.pumer import Fused
 from elip_models.models.layers.text_reduction import ReducedText
+from elip_models.models.meter_config import METERConfig
 from elip_models.reduction.strategy import mask_after
-from elip_models.validation import Depth, NonNegative, PositiveInt, Share, Size, divisor_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EMBEDDINGS = {"bert": BertEmbeddings, "roberta": RobertaEmbeddings}
-ROBERTA = {  # the fields of METERConfig that roberta-base has other values for
-    "text_encoder": "roberta",
-    "vocab_size": 50265,
-    "max_positions": 514,
-    "cls_token_id": 0,
-    "pad_token_id": 1,
-    "sep_token_id": 2,
-    "mask_token_id": 50264,
-}
 DRAWN = (  # parts of BERT's initialisation, in the order in which a seed draws them
     *("text_transform", "image_transform", "token_types", "itm_head"),
     *("text_pooler", "image_pooler", "language_head"),
 )
 TEXT, IMAGE = 0, 1  # rows of the token type embeddings; of further images behind them
-
-
-@dataclass(frozen=True, kw_only=True)
-class METERConfig(CrossModalConfig, TextReductionConfig):
-    """Hyper-parameters of a METER model; the defaults are the official code's.
-
-    vision_depth: blocks that run, CLIP's but the last.
-    text_encoder: 'bert' or 'roberta', see `ROBERTA` for the fields that go with the second.
-    cross_width, cross_depth, cross_heads, cross_hidden: of the co-attention layers of each side.
-    dropout: of the text encoder and of the co-attention layers.
-    mask_whole_words: hide words instead of tokens, see `METER.read_vocabulary_`.
-    The other fields: see `CrossModalConfig`; and `TextReductionConfig`, by which the texts of
-    `METER.forward` lose tokens half way through the text encoder, before fusion.
-    """
-
-    vision_depth: Depth = 11
-    vision_norm_eps: NonNegative = 1e-5
-    context_length: Size = 50
-    text_encoder: Literal["bert", "roberta"] = "bert"
-    text_depth: Depth = 12
-    text_heads: Annotated[PositiveInt, divisor_of("text_width")] = 12
-    text_hidden: Size = 3072
-    cross_width: Size = 768
-    cross_depth: Depth = 6
-    cross_heads: Annotated[PositiveInt, divisor_of("cross_width")] = 12
-    cross_hidden: Size = 3072
-    dropout: Share = 0.1
-    mask_token_id: TokenId = 103
-    mask_probability: Share = 0.15
-    mask_whole_words: bool = False
-
-    @property
-    def max_tokens(self) -> int:
-        """How long a text may be, padding included; RoBERTa's positions begin behind that of the
-        padding."""
-        unused = self.pad_token_id + 1 if self.text_encoder == "roberta" else 0
-        return self.max_positions - unused
-
-    def bert(self, part: Literal["text", "cross"]) -> BertConfig:
-        """The config of the text encoder, or of one side's co-attention layers."""
-        is_roberta = part == "text" and self.text_encoder == "roberta"
-        return BertConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=getattr(self, f"{part}_width"),
-            num_hidden_layers=getattr(self, f"{part}_depth"),
-            num_attention_heads=getattr(self, f"{part}_heads"),
-            intermediate_size=getattr(self, f"{part}_hidden"),
-            hidden_dropout_prob=self.dropout,
-            attention_probs_dropout_prob=self.dropout,
-            max_position_embeddings=self.max_positions,
-            type_vocab_size=1 if is_roberta else 2,
-            initializer_range=self.initializer_range,
-            layer_norm_eps=1e-5 if is_roberta else 1e-12,
-            pad_token_id=self.pad_token_id,
-        )
 
 
 @dataclass
@@ -157,7 +92,7 @@ class METERBackbone(CrossModalModel):
         )
         self.read_tower()
         self.text = BertTower(config.bert("text"), embeddings=EMBEDDINGS[config.text_encoder])
-        self.text_reduction = config.text_token_reduction
+        self.text_reduction, self.pumer = config.text_token_reduction, config.pumer
         self._add_fusion(config)
 
     def _add_fusion(self, config: METERConfig) -> None:
@@ -190,22 +125,41 @@ class METERBackbone(CrossModalModel):
         image: Tensor,
         image_mask: Tensor | None = None,
         image_types: Tensor | None = None,
+        *,
+        keeps_text: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """text (B, L, D), mask (B, L), image (B, N, D) and image_mask (B, N), None where all are
         real; image_types (B,), rows of the token type embeddings, `IMAGE` by default -> (B, L, C),
-        (B, N, C) of co-attention."""
+        (B, N, C) of co-attention, fewer where `config.cross_reduction` says so; `keeps_text`: all
+        of the text."""
         types = self.token_types.weight
         image_type = types[IMAGE] if image_types is None else types[image_types][:, None]
         text = self.text_transform(text) + types[TEXT]
         image = self.image_transform(image) + image_type
-        own_mask = mask.new_ones(image.shape[:2]) if image_mask is None else image_mask
+        entered = Fused(text, mask, image, image_mask)
         for i in range(self.config.cross_depth):
-            layer = range(i, i + 1)
-            text, image = (
-                self.text_layers.run(text, mask, layer, image, image_mask),
-                self.image_layers.run(image, own_mask, layer, text, mask),
-            )
-        return text, image
+            left = self._text_layer(i, entered, keeps_text)
+            tokens, own_mask = left.image, left.image_mask
+            if own_mask is None:
+                own_mask = mask.new_ones(tokens.shape[:2])
+            read = entered.text, entered.text_mask
+            image = self.image_layers.run(tokens, own_mask, range(i, i + 1), *read)
+            entered = left._replace(image=image)
+        return entered.text, entered.image
+
+    def _text_layer(self, i: int, entered: Fused, keeps_text: bool) -> Fused:
+        """Co-attention layer i of the text, and what it leaves of the image."""
+        if self.pumer is None or i not in self.pumer.layers:
+            text, mask, image, image_mask = entered
+            text = self.text_layers.run(text, mask, range(i, i + 1), image, image_mask)
+            return entered._replace(text=text)
+
+        def step(layer: nn.Module, text: Tensor) -> tuple[Tensor, Fused]:
+            left = self.pumer.run(layer, entered._replace(text=text), keeps_text=keeps_text)
+            return left.text, left
+
+        text, left = self.text_layers.in_layer(i, step, entered.text)
+        return left._replace(text=text)
 
     def pool(self, text: Tensor, image: Tensor) -> Tensor:
         """Fused text (B, L, C) and image (B, N, C) -> (B, 2C), what the heads read."""
@@ -224,12 +178,17 @@ class METERBackbone(CrossModalModel):
         input_ids: Tensor,
         mask: Tensor,
         image_types: Tensor | None = None,
+        *,
+        keeps_text: bool = False,
     ) -> tuple[ReducedText, Tensor]:
-        """Pixels and ids of a batch, and image_types (B,) as of `fuse` -> text, fused (B, K, C),
-        and image (B, N, C)."""
+        """Pixels and ids of a batch, image_types (B,) and keeps_text as of `fuse` -> text, fused
+        (B, K, C), and image (B, N, C)."""
         text = self.read_pairs(images, input_ids, mask)
         image, infos = self.encode_image(images, self.guides(text.tokens[:, 0]))
-        tokens, image = self.fuse(text.tokens, text.mask, image, mask_after(infos), image_types)
+        image_mask = mask_after(infos)
+        tokens, image = self.fuse(
+            text.tokens, text.mask, image, image_mask, image_types, keeps_text=keeps_text
+        )
         return text._replace(tokens=tokens), image
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -334,7 +293,7 @@ class METER(METERMatcher):
         """
         if drawn is None:
             drawn = self._draw(images, input_ids)
-        text, _ = self.read_and_fuse(images, drawn.masked_ids, attention_mask)
+        text, _ = self.read_and_fuse(images, drawn.masked_ids, attention_mask, keeps_text=True)
         mlm_logits, labels = self.language_head(text.tokens), text.labels(drawn.labels)
         loss_mlm = distilled_language_loss(mlm_logits, labels, gather=self.config.gather)
         is_pair = (drawn.itm_labels == 1)[:, None, None, None]

@@ -26,7 +26,8 @@ from elip_models.models.downstream.meter import (
 )
 from elip_models.models.files import read_config
 from elip_models.models.hub import fetched
-from elip_models.models.meter import METER, METERConfig
+from elip_models.models.meter import METER
+from elip_models.models.meter_config import METERConfig
 from elip_models.reduction.schedule import PRESETS, Schedule
 from elip_models.reduction.strategies.elip import Elip
 from elip_models.validation import did_you_mean

@@ -8,6 +8,7 @@ elip:scorer=exact,schedule=2(100%) 4(50%)
 
 import ast
 import re
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, get_args
 
@@ -52,27 +53,37 @@ def get_strategy(strategy: str | Strategy, **options: Any) -> Strategy:
     return STRATEGIES[name](**settings, **given)
 
 
-def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
-    """A line of text -> the name of a strategy, and the settings that are written.
+def parse_spec(
+    text: str, table: Mapping[str, type] = STRATEGIES, argument: str = "strategy"
+) -> tuple[str, dict[str, Any]]:
+    """A line of text -> the name of a dataclass in `table`, and the settings that are written.
 
     Raises:
-        ValueError: a name or a setting that there is not.
+        ValueError: a name or a setting that there is not; the message begins with `argument`.
     """
-    known = ", ".join(STRATEGIES)
+    known, beside = ", ".join(table), ", or a Strategy" if table is STRATEGIES else ""
     name, colon, rest = (part.strip() for part in str(text).partition(":"))
-    if not isinstance(text, str) or name not in STRATEGIES:
+    if not isinstance(text, str) or name not in table:
         raise ValueError(
-            f"strategy: expected NAME or NAME:key=value,.. with {known}, or a Strategy, got "
-            f"{text!r}{did_you_mean(name, STRATEGIES)}"
+            f"{argument}: expected NAME or NAME:key=value,.. with {known}{beside}, got "
+            f"{text!r}{did_you_mean(name, table)}"
         )
     settings: dict[str, Any] = {}
     for setting in SETTING.split(rest) if colon else ():
         key, equals, value = (part.strip() for part in setting.partition("="))
         if not equals or not key or not value:
-            raise ValueError(f"strategy: expected settings key=value in {text!r}, got {setting!r}")
+            raise ValueError(
+                f"{argument}: expected settings key=value in {text!r}, got {setting!r}"
+            )
         if key in settings:
-            raise ValueError(f"strategy: expected {key!r} once in {text!r}, got it twice")
-        settings[key] = _value(name, key, value)
+            raise ValueError(f"{argument}: expected {key!r} once in {text!r}, got it twice")
+        kinds = {each.name: each.type for each in fields(table[name])}
+        if key not in kinds:
+            raise ValueError(
+                f"{argument}: expected a setting of {name!r}, one of {', '.join(kinds)}, got "
+                f"{key!r}"
+            )
+        settings[key] = _value(kinds[key], key, value)
     return name, settings
 
 
@@ -81,19 +92,14 @@ def kinds_of(name: str) -> dict[str, Any]:
     return {each.name: each.type for each in fields(STRATEGIES[name])}
 
 
-def _value(name: str, key: str, text: str) -> Any:
+def _value(kind: Any, key: str, text: str) -> Any:
     """What `text` writes for a setting: a number, several, a word, true, false or none."""
-    kinds = kinds_of(name)
-    if key not in kinds:
-        raise ValueError(
-            f"strategy: expected a setting of {name!r}, one of {', '.join(kinds)}, got {key!r}"
-        )
     value: Any = text
-    if text.lower() in WORDS and text not in get_args(kinds[key]):  # 'none' may be a choice
+    if text.lower() in WORDS and text not in get_args(kind):  # 'none' may be a choice
         value = WORDS[text.lower()]
     elif re.fullmatch(r"[-+.\de]+(\s*,\s*[-+.\de]+)*,?", text):
         value = _number(key, text)
-    if kinds[key] is bool and not isinstance(value, bool):
+    if kind is bool and not isinstance(value, bool):
         raise ValueError(f"{key}: expected true or false, got {text!r}")
     return value
 

@@ -20,10 +20,10 @@ from elip_models.models.meter import (
     IMAGE,
     METER,
     METERBackbone,
-    METERConfig,
     METERMatcher,
     draw_others,
 )
+from elip_models.models.meter_config import METERConfig
 from elip_models.towers.reducible import random_ids
 from elip_models.validation import PositiveInt, Size
 

@@ -7,7 +7,9 @@ stacks without embeddings attend to one another.
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,9 @@ from elip_kernels import cls_attention
 from elip_models.models.layers.text_reduction import ReducedText, TextReduction
 from elip_models.towers.apart import apart
 from elip_models.towers.fsdp import unsharded
+from elip_models.towers.in_place import in_place_of
+
+R = TypeVar("R")
 
 
 class UntypedEmbeddings(nn.Module):
@@ -126,6 +131,17 @@ class BertTower(nn.Module):
         for i in layers:
             hidden = self.layers[i](hidden, bias, image_tokens, image_bias, cache)
         return hidden
+
+    def in_layer(
+        self, i: int, step: Callable[[nn.Module, Tensor], tuple[Tensor, R]], hidden: Tensor
+    ) -> tuple[Tensor, R]:
+        """`step(layer, hidden) -> (hidden, more)` in place of layer i, which is recomputed in
+        backward where the layer is."""
+        layer = self.layers[i]
+        run = partial(in_place_of, layer, partial(step, layer))
+        if layer.gradient_checkpointing and layer.training:
+            return _checkpoint(run, hidden)
+        return run(hidden)
 
     def run_reduced(
         self,

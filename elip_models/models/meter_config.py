@@ -1,0 +1,98 @@
+"""Hyper-parameters of METER."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from transformers import BertConfig
+
+from elip_models.models.config import TextReductionConfig, TokenId
+from elip_models.models.cross_modal import CrossModalConfig
+from elip_models.models.layers.pumer import PuMer
+from elip_models.reduction.strategy_spec import parse_spec
+from elip_models.validation import Depth, NonNegative, PositiveInt, Share, Size, divisor_of
+
+CROSS_REDUCTIONS = {"pumer": PuMer}
+ROBERTA = {  # the fields of METERConfig that roberta-base has other values for
+    "text_encoder": "roberta",
+    "vocab_size": 50265,
+    "max_positions": 514,
+    "cls_token_id": 0,
+    "pad_token_id": 1,
+    "sep_token_id": 2,
+    "mask_token_id": 50264,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class METERConfig(CrossModalConfig, TextReductionConfig):
+    """Hyper-parameters of a METER model; the defaults are the official code's.
+
+    vision_depth: blocks that run, CLIP's but the last.
+    text_encoder: 'bert' or 'roberta', see `ROBERTA` for the fields that go with the second.
+    cross_width, cross_depth, cross_heads, cross_hidden: of the co-attention layers of each side.
+    dropout: of the text encoder and of the co-attention layers.
+    mask_whole_words: hide words instead of tokens, see `METER.read_vocabulary_`.
+    cross_reduction: 'pumer', or 'pumer:prune=0.3,layers=1,2,3', by which the co-attention layers
+        lose tokens of both sides, see `PuMer`; or None. In MLM text tokens stay as they are.
+    The other fields: see `CrossModalConfig`; and `TextReductionConfig`, by which the texts of
+    `METER.forward` lose tokens half way through the text encoder, before fusion.
+    """
+
+    vision_depth: Depth = 11
+    vision_norm_eps: NonNegative = 1e-5
+    context_length: Size = 50
+    text_encoder: Literal["bert", "roberta"] = "bert"
+    text_depth: Depth = 12
+    text_heads: Annotated[PositiveInt, divisor_of("text_width")] = 12
+    text_hidden: Size = 3072
+    cross_width: Size = 768
+    cross_depth: Depth = 6
+    cross_heads: Annotated[PositiveInt, divisor_of("cross_width")] = 12
+    cross_hidden: Size = 3072
+    dropout: Share = 0.1
+    mask_token_id: TokenId = 103
+    mask_probability: Share = 0.15
+    mask_whole_words: bool = False
+    cross_reduction: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        pumer = self.pumer
+        if pumer is not None and not set(pumer.layers) <= set(range(self.cross_depth)):
+            raise ValueError(
+                f"cross_reduction: expected layers of the {self.cross_depth} of fusion, 0 to "
+                f"{self.cross_depth - 1}, got {pumer.layers}"
+            )
+
+    @property
+    def pumer(self) -> PuMer | None:
+        """How fusion is reduced; None where it is not."""
+        if self.cross_reduction is None:
+            return None
+        name, settings = parse_spec(self.cross_reduction, CROSS_REDUCTIONS, "cross_reduction")
+        return CROSS_REDUCTIONS[name](**settings)
+
+    @property
+    def max_tokens(self) -> int:
+        """How long a text may be, padding included; RoBERTa's positions begin behind that of the
+        padding."""
+        unused = self.pad_token_id + 1 if self.text_encoder == "roberta" else 0
+        return self.max_positions - unused
+
+    def bert(self, part: Literal["text", "cross"]) -> BertConfig:
+        """The config of the text encoder, or of one side's co-attention layers."""
+        is_roberta = part == "text" and self.text_encoder == "roberta"
+        return BertConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=getattr(self, f"{part}_width"),
+            num_hidden_layers=getattr(self, f"{part}_depth"),
+            num_attention_heads=getattr(self, f"{part}_heads"),
+            intermediate_size=getattr(self, f"{part}_hidden"),
+            hidden_dropout_prob=self.dropout,
+            attention_probs_dropout_prob=self.dropout,
+            max_position_embeddings=self.max_positions,
+            type_vocab_size=1 if is_roberta else 2,
+            initializer_range=self.initializer_range,
+            layer_norm_eps=1e-5 if is_roberta else 1e-12,
+            pad_token_id=self.pad_token_id,
+        )
