@@ -17,7 +17,7 @@ from tests.golden_weights import matrix, ruled
 from tests.towers import assert_equal_gradients
 
 OFFICIAL = json.loads((Path(__file__).parent / "golden/pumer.json").read_text())
-PUMER = "pumer:layers=0,1"
+PUMER = "pumer"
 
 
 def layer(width=12):
@@ -154,3 +154,7 @@ def test_what_cannot_be_is_named(line, message):
 
 def test_one_layer_may_be_written_alone():
     assert METERConfig(cross_reduction="pumer:layers=3").pumer == PuMer(layers=(3,))
+
+
+def test_a_shallow_fusion_reduces_in_the_layers_that_it_has():
+    assert METERConfig(cross_depth=2, cross_reduction="pumer").pumer == PuMer(layers=(0, 1))

@@ -66,11 +66,13 @@ class METERConfig(CrossModalConfig, TextReductionConfig):
 
     @property
     def pumer(self) -> PuMer | None:
-        """How fusion is reduced; None where it is not."""
+        """How fusion is reduced, by default in the layers of `PuMer` that there are; None where it
+        is not."""
         if self.cross_reduction is None:
             return None
         name, settings = parse_spec(self.cross_reduction, CROSS_REDUCTIONS, "cross_reduction")
-        return CROSS_REDUCTIONS[name](**settings)
+        layers = tuple(i for i in PuMer.layers if i < self.cross_depth)
+        return CROSS_REDUCTIONS[name](**({"layers": layers} | settings))
 
     @property
     def max_tokens(self) -> int:
