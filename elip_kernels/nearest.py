@@ -155,10 +155,14 @@ def _nearest_kernel(
     best = tl.full([BLOCK_N], float("-inf"), tl.float32)
     nearest = tl.zeros([BLOCK_N], tl.int32)
     own = tl.full([BLOCK_N], -1, tl.int32)
+    offs_k = tl.arange(0, BLOCK_K)
+    following = tl.load(kept_ptr + offs_k, mask=offs_k < K, other=-1)
     for start_k in range(0, K, BLOCK_K):
-        offs_k = start_k + tl.arange(0, BLOCK_K)
-        kept = tl.load(kept_ptr + offs_k, mask=offs_k < K, other=-1).to(tl.int32)
+        kept = following.to(tl.int32)  # the next tile's are under way while this one is multiplied
         is_kept = kept >= 0
+        offs_k = start_k + tl.arange(0, BLOCK_K)
+        further = offs_k + BLOCK_K
+        following = tl.load(kept_ptr + further, mask=further < K, other=-1)
         product, square_n, square_k = tile_products(
             metric_ptr, stride_mn, offs_n, kept, mask_n, is_kept, C,
             WIDEN, BLOCK_N, BLOCK_K, BLOCK_C,
