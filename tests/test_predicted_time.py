@@ -17,7 +17,7 @@ from elip_kernels.testing.latency import LAUNCH, MACHINES, WAITS, Size, bound, s
 ALONE = {  # programs and waits of one image, N = 257 of a ViT-B in bf16
     "_reduce_fwd_kernel": (12, 2),
     "_reduce_bwd_kernel": (54, 2),
-    "_query_kernel": (12, 11),
+    "_query_kernel": (12, 13),
     "scores_kernel": (4, 6),
     "_score_select_kernel": (1, 3),
     "_move_kernel": (12, 5),
