@@ -6,6 +6,7 @@ python docs/study.py --check     # exit status 1 where something is missing or s
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -39,29 +40,36 @@ def answers(documents: dict[str, Document]) -> str:
         "chance. Everything is of one small model on drawn scenes.",
     ]
     for entry in yaml.safe_load(ANSWERS.read_text(encoding="utf-8")):
+        measured = entry.get("measured", MEASURED)
         lines = [
-            "| arm | against | study | reduced.top1, % | reduced.contrastive_loss |",
-            "| --- | --- | --- | --: | --: |",
+            f"| arm | against | study | {' | '.join(map(titled, measured))} |",
+            f"| --- | --- | --- |{' --: |' * len(measured)}",
         ]
         said, alike = [], []
-        for each in entry["differences"]:
+        known = [each for each in entry["differences"] if each["study"] in documents]
+        pairs = Counter((each["arm"], each["against"]) for each in known)
+        for each in known:
             study, arm, against = each["study"], each["arm"], each["against"]
-            if study not in documents:
-                continue
-            gaps = {name: difference(documents[study], arm, against, name) for name in MEASURED}
+            where = f" in {study}" if pairs[arm, against] > 1 else ""
+            gaps = {name: difference(documents[study], arm, against, name) for name in measured}
             cells = [f"`{arm}`", f"`{against}`", study]
             cells += [shown(gap, name) for name, gap in gaps.items()]
             lines.append(f"| {' | '.join(cells)} |")
             if word := told(gaps):
-                said.append(f"`{arm}` is {word} than `{against}`")
+                said.append(f"`{arm}` is {word} than `{against}`{where}")
             else:
-                alike.append(f"`{arm}` and `{against}`")
+                alike.append(f"`{arm}` and `{against}`{where}")
         if alike:
             said.append(f"no difference is seen between {', nor between '.join(alike)}")
         sentence = "; ".join(said)
         parts += [f"### {entry['question']}", entry["about"], f"**{sentence}.**"]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
+
+
+def titled(name: str) -> str:
+    """A column's name."""
+    return name if is_loss(name) else f"{name}, %"
 
 
 def told(gaps: dict[str, Interval | None]) -> str:
