@@ -28,7 +28,7 @@ from elip_models import (
 from elip_models.towers import as_tower
 from tests.towers import WIDTH, clip_vit, images, plain_vit, text
 
-SCORERS = ["official", "exact", "attention", "cls", "last", 2]
+SCORERS = ["official", "exact", "attention", "cls", "last", "received", 2]
 SCHEDULE = "2(100%) 2(80%) 2(40%)"
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 

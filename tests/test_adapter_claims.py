@@ -91,7 +91,7 @@ def test_an_empty_schedule_is_the_untouched_model(name, mode):
     assert list(model.state_dict()) == keys
 
 
-SCORERS = ["official", "exact", "attention", "cls", "last", 1]
+SCORERS = ["official", "exact", "attention", "cls", "last", "received", 1]
 SCORED = [(name, s) for name in TOWERS | ROTARY | POOLED for s in SCORERS]
 SCORED += [(name, s) for name in LACK_CLS for s in ("exact", "last", 1)]
 SCORED_QUICK = [

@@ -1,7 +1,8 @@
 """Where the attention row of a stage comes from (ELIP, Eq. 2): a table of small functions.
 
 A scorer says which row is read, after which layers, and what that costs. A new one is ten lines
-here. In a tower without CLS the text stands in for the CLS token, and is no token of any layer.
+here. In a tower without CLS the text stands in for the CLS token, and is no token of any layer; or
+nobody asks, and a token counts by the attention that it receives.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from elip_kernels import attention_received
 from elip_models.reduction.schedule import Stage
 from elip_models.towers import Query, Tower
 from elip_models.validation import PositiveInt
@@ -33,18 +35,24 @@ class Scorer(NamedTuple):
     attention_halves: how many layers without their MLP, likewise.
     rows: how often CLS alone attends to these tokens, likewise.
     cls_blocks: how many layers CLS goes through alone, its attention to the tokens aside, likewise.
+    received: of how many layers it reads what all tokens pay each other, likewise.
+    asks: the CLS token or a text does; else neither changes the row.
     """
 
     read: Callable[[Tower, Stage, Tensor, Query], Reading] | None = None
-    row: Callable[[Tower, Stage, Tensor, Query], Tensor] | None = None
+    row: Callable[[Tower, Stage, Tensor, Query | None], Tensor] | None = None
     layers: Callable[[int], int] = lambda layers: 0
     attention_halves: Callable[[int], int] = lambda layers: 0
     rows: Callable[[int], int] = lambda layers: 1
     cls_blocks: Callable[[int], int] = lambda layers: 0
+    received: Callable[[int], int] = lambda layers: 0
+    asks: bool = True
 
 
-def row_of(scorer: Scorer, tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> Tensor:
-    """The row (B, N) that `scorer` selects by, column 0 being CLS."""
+def row_of(
+    scorer: Scorer, tower: Tower, stage: Stage, tokens: Tensor, query: Query | None
+) -> Tensor:
+    """The row (B, N) that `scorer` selects by, column 0 being CLS; no query where none asks."""
     if scorer.read is None:
         return scorer.row(tower, stage, tokens, query)
     layer, tokens, query = scorer.read(tower, stage, tokens, query)
@@ -114,6 +122,13 @@ def _mean(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> Tensor:
     return torch.stack([tower.cls_attention(i, tokens, cls) for i in layers]).mean(0)
 
 
+def _received(tower: Tower, stage: Stage, tokens: Tensor, query: Query | None) -> Tensor:
+    """What each token receives from all others in the last layer, as they entered the stage."""
+    with tower.unsharded(stage.last, tokens) as (tokens,):
+        q, k, _ = tower.qkv(stage.last, tokens)
+        return attention_received(q, k, scale=tower.projections(stage.last).scale)
+
+
 def _last(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> Reading:
     """The last layer's CLS row, from the tokens as they entered the stage: no layer runs."""
     return Reading(stage.last, tokens, query)
@@ -156,9 +171,12 @@ SCORERS: dict[str, Scorer] = {
     "cls": Scorer(_cls, rows=lambda layers: 2 * layers - 1, cls_blocks=lambda layers: layers - 1),
     "mean": Scorer(row=_mean, rows=lambda layers: layers),
     "last": Scorer(_last),
+    "received": Scorer(row=_received, rows=lambda layers: 0, received=lambda layers: 1, asks=False),
 }
 ScorerName = (
-    Literal["official", "exact", "bf16", "alternate", "attention", "cls", "mean", "last"]
+    Literal[
+        "official", "exact", "bf16", "alternate", "attention", "cls", "mean", "last", "received"
+    ]
     | PositiveInt
 )
 

@@ -45,6 +45,10 @@ class Size(NamedTuple):
         """Of one CLS row."""
         return 2 * tokens * self.width * (self.heads if self.absorbs_keys else self.width + 1)
 
+    def received_flops(self, tokens: int) -> int:
+        """Of what each token receives in one block: its projections, and scores made twice."""
+        return 2 * tokens * self.width * (3 * self.width + 2 * tokens)
+
     def keys_flops(self, tokens: int) -> int:
         """Of the head mean of one block's keys."""
         heads = 1 if self.averages_keys else self.heads

@@ -30,7 +30,8 @@ class ElipOptions(TypedDict, total=False):
 
     scorer: 'last', the default, runs no layer twice; 'exact' is the paper's, 'official' its code's,
         'bf16', 'alternate', 'attention', 'cls' and 'mean' stand between (`scorers.py`); or m: m-1
-        whole layers, then the m-th's row.
+        whole layers, then the m-th's row. By 'received' all tokens score one another: it needs
+        neither CLS nor text, and reads none.
     fusion: lam of Eq. 1, by default 0.8; 1 is vision-only, 0 text-only.
     guidance_norm: 'match' rescales the text to the norm of the image's CLS token; by default
         'none'.
@@ -148,8 +149,13 @@ class Guided(Strategy):
     without_text: str | None
 
     @property
+    def asks(self) -> bool:
+        """The CLS token, or a text, says what matters."""
+        return True
+
+    @property
     def is_guided(self) -> bool:
-        return self.fusion < 1.0
+        return self.asks and self.fusion < 1.0
 
     def fitted(self, tower: Tower) -> Self:
         """Without text by the tower's CLS token, if it has one."""
@@ -158,12 +164,12 @@ class Guided(Strategy):
 
     def refuses(self, tower: Tower) -> str | None:
         reason = super().refuses(tower)
-        if reason is not None or tower.has_cls:
+        if reason is not None or tower.has_cls or not self.asks:
             return reason
         if self.fusion == 1.0 or self.without_text == "vision":
             return (
                 "the tower has no CLS token, so a text alone can score its patches "
-                "(without_text='dense', fusion below 1)"
+                "(without_text='dense', fusion below 1), or they one another (scorer='received')"
             )
         if self.guidance_norm == "match":
             return "guidance_norm='match' needs the norm of a CLS token, and the tower has none"
@@ -171,7 +177,7 @@ class Guided(Strategy):
 
     def reduces(self, text_cls: Tensor | None, training: bool = False) -> bool:
         """Whether a forward with this guidance reduces; warns once where it does not."""
-        if text_cls is not None or self.fusion == 1.0 or self.without_text != "dense":
+        if text_cls is not None or not self.is_guided or self.without_text != "dense":
             return True
         if not torch.compiler.is_compiling():
             warn_once(
@@ -216,6 +222,10 @@ class Elip(Guided, Staged):
                 f"'{self.schedule}', got {self.scorer}"
             )
 
+    @property
+    def asks(self) -> bool:
+        return get_scorer(self.scorer).asks
+
     def refuses(self, tower: Tower) -> str | None:
         reason = super().refuses(tower)
         if reason is None and not tower.has_cls and self.scorer in ("official", "cls"):
@@ -232,11 +242,12 @@ class Elip(Guided, Staged):
             total += scorer.attention_halves(stage.layers) * size.block_flops(tokens, 0)
             total += scorer.rows(stage.layers) * size.row_flops(tokens)
             total += scorer.cls_blocks(stage.layers) * size.block_flops(1, 1)
+            total += scorer.received(stage.layers) * size.received_flops(tokens)
         return total
 
     def score(self, tower: Tower, stage: Stage, tokens: Tensor, text: Tensor | None) -> Tensor:
         with apart(tower.model, tokens):
-            query = query_of(tower, tokens, text, self)
+            query = query_of(tower, tokens, text, self) if self.asks else None
             return row_of(get_scorer(self.scorer), tower, stage, tokens, query)
 
     def step(
