@@ -1,4 +1,4 @@
-"""Pictures of a reduction: surviving patches and CLS attention by stage, and its concentration.
+"""Pictures of a reduction: patches that survive and scores, by stage; how concentrated CLS is.
 
     map_s       = source map of stage s after that of all stages before      (B, T, N0)
     alive_s     = patches that are a token of their own after stage s        (B, P)
@@ -34,7 +34,7 @@ SHARES = (0.05, 0.10, 0.25, 0.50)
 """Of the patches, whose attention the concentration sums."""
 MAX_CAPTION = 200  # characters
 NOTE = (
-    "Grey: dropped or merged. Attention: dark is the least of an image, bright the most, by square "
+    "Grey: dropped or merged. Scores: dark is the least of an image, bright the most, by square "
     "root; all patches of a merged token show its score, those without a token are blank."
 )
 
@@ -113,8 +113,8 @@ def draw_reduction(
     grid: tuple[int, int],
     title: str = "",
 ) -> Path:
-    """Write a PNG: one row an image, with the input, what each stage keeps, the CLS attention that
-    it kept them by, and the caption.
+    """Write a PNG: one row an image, with the input, what each stage keeps, the scores that it
+    kept them by, and the caption.
 
     Args:
         images: (B, 3, H, W) in [0, 1].
@@ -141,7 +141,7 @@ def draw_reduction(
     for s, info in enumerate(infos):
         before = f"before layer {info.stage.first + 1}"
         axes[0, 1 + 2 * s].set_title(f"{before}:\n{info.stage.keep} kept", fontsize=9)
-        axes[0, 2 + 2 * s].set_title("by this CLS\nattention", fontsize=9)
+        axes[0, 2 + 2 * s].set_title("by these\nscores", fontsize=9)
     return save(figure, path, title=title, note=NOTE)
 
 
