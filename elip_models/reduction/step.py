@@ -84,7 +84,7 @@ class Forward:
         elif strategy.reduces(text_cls, tower.model.training):
             self.stages = stages_of(strategy, self.size)
             if not self.rows:
-                warn_if_slower(tower, strategy)
+                warn_if_slower(tower, strategy, self.size)
         else:
             self.stages = {}
 

@@ -258,11 +258,12 @@ def tower_of(model: nn.Module | Tower) -> Tower:
     return as_tower(model if image_text is None else image_text.image_model)
 
 
-def warn_if_slower(tower: Tower, strategy: Strategy) -> None:
-    """In eval mode, say once that choosing the tokens costs more than dropping them saves."""
+def warn_if_slower(tower: Tower, strategy: Strategy, size: Size) -> None:
+    """In eval mode, say once that choosing the tokens of an image of that size costs more than
+    dropping them saves."""
     if tower.model.training or torch.compiler.is_compiling():
         return
-    cost = flops.inference_ratio(strategy, tower.size)
+    cost = flops.inference_ratio(strategy, size)
     if cost > 1.0:
         scorer = getattr(strategy, "scorer", strategy.name)
         warn_once(
