@@ -21,8 +21,9 @@ RESULTS = FOLDER.parent / "benchmarks" / "results" / "studies"
 INTRO = f"""# Study: what a reduction keeps, at equal cost
 
 Written by `python docs/study.py` from `benchmarks/results/studies`, results of `elip study NAME`
-([how](training.md#studies)). Images are encoded without text wherever something is measured:
-`dense`, with all patches, and `reduced`, by the arm's strategy and the image alone.
+([how](training.md#studies)). Images are encoded without text wherever features are measured:
+`dense`, with all patches, and `reduced`, by the arm's strategy and the image alone. `objective` is
+the training objective on held-out batches, each image reduced as in training.
 
 {INTERVALS}
 """
@@ -36,8 +37,8 @@ def answers(documents: dict[str, Document]) -> str:
     """Each question of `answers.yaml`, the differences that bear on it, and what they tell."""
     parts = [
         "## Answers",
-        "Better and worse are said where an interval leaves zero out, which one in twenty does by "
-        "chance. Everything is of one small model on drawn scenes.",
+        "Better and worse are said, and of which measure, where an interval leaves zero out, which "
+        "one in twenty does by chance. Everything is of small models on drawn scenes.",
     ]
     for entry in yaml.safe_load(ANSWERS.read_text(encoding="utf-8")):
         measured = entry.get("measured", MEASURED)
@@ -73,13 +74,13 @@ def titled(name: str) -> str:
 
 
 def told(gaps: dict[str, Interval | None]) -> str:
-    """ "better" or "worse", where an interval says so of the first of two arms; or ""."""
-    words = {
-        "better" if (gap.verdict == "below") == is_loss(name) else "worse"
-        for name, gap in gaps.items()
-        if gap is not None and gap.verdict in ("above", "below")
-    }
-    return " and ".join(sorted(words))
+    """By which measures an interval says that the first of two arms is better, or worse; or ""."""
+    words: dict[str, list[str]] = {}
+    for name, gap in gaps.items():
+        if gap is not None and gap.verdict in ("above", "below"):
+            word = "better" if (gap.verdict == "below") == is_loss(name) else "worse"
+            words.setdefault(word, []).append(name.rpartition(".")[2])
+    return " and ".join(f"{word} ({', '.join(by)})" for word, by in sorted(words.items()))
 
 
 def write(results: Path, docs: Path) -> list[Path]:

@@ -116,15 +116,16 @@ def _matrix(rows_ptr, d, mask_w, D, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _product(x, w, acc, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + x @ w of fp32 x: where w has two bytes, of three terms of x that together are x."""
-    if WIDEN or w.dtype == tl.float32:
-        acc = tl.dot(x, w.to(tl.float32), acc, input_precision=PRECISION)
-    else:
+def _product(x, w, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + x @ w of fp32 x. SPLIT: where w has two bytes, of three terms of its type that together
+    are x; fp16 loses what is below 6e-8, and has the range of the model's own activations."""
+    if SPLIT and w.dtype != tl.float32:
         for _ in tl.static_range(3):
             term = x.to(w.dtype)
             acc = tl.dot(term, w, acc)
             x -= term.to(tl.float32)
+    else:
+        acc = tl.dot(x, w.to(tl.float32), acc, input_precision=PRECISION)
     return acc
 
 
@@ -134,7 +135,7 @@ def _query_kernel(
     query_ptr, cls_score_ptr, normed_ptr, stride_cb, stride_tb, stride_q, stride_k,
     B, D, H, W, fusion, scale, eps,
     HAS_TEXT: tl.constexpr, MATCH: tl.constexpr, LEAST_NORM: tl.constexpr,
-    WIDEN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One program per (BLOCK_B images, head of W channels)."""
@@ -171,22 +172,22 @@ def _query_kernel(
             tl.store(normed_ptr + row_z + offs, z, mask=mask & mask_z[:, None])
         gamma = _vector(norm_weight_ptr, offs_d, offs_d < D, 1.0)[None, :]
         k_slice = _matrix(k_rows, d, mask_w, D, BLOCK_D)
-        key = _product(z * gamma, tl.trans(k_slice), key, WIDEN, PRECISION)
+        key = _product(z * gamma, tl.trans(k_slice), key, SPLIT, PRECISION)
         sum_key += tl.sum(k_slice.to(tl.float32) * gamma, 1)
         sum_z += tl.sum(z, 1)
         z = z * gamma + _vector(norm_bias_ptr, offs_d, offs_d < D, 0.0)[None, :]
         q_slice = _matrix(q_rows, d, mask_w, D, BLOCK_D)
-        q = _product(z, tl.trans(q_slice), q, WIDEN, PRECISION)
-    q = (q + _vector(q_bias_ptr, channel, mask_w, 0.0)[None, :]) * scale
-    mean_u = tl.sum(q * (sum_key / D)[None, :], 1)  # [BLOCK_B]
-    score = tl.sum(q * key, 1) - mean_u * sum_z
+        q = _product(z, tl.trans(q_slice), q, SPLIT, PRECISION)
+    q += _vector(q_bias_ptr, channel, mask_w, 0.0)[None, :]
+    mean_u = scale * tl.sum(q * (sum_key / D)[None, :], 1)  # [BLOCK_B]
+    score = scale * tl.sum(q * key, 1) - mean_u * sum_z
     tl.store(cls_score_ptr + offs_b.to(tl.int64) * H + pid_h, score, mask=mask_b)
     for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
         offs_d = d + tl.arange(0, BLOCK_D)
         k_slice = _matrix(k_rows, d, mask_w, D, BLOCK_D)
         gamma = _vector(norm_weight_ptr, offs_d, offs_d < D, 1.0)[None, :]
         u = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
-        u = _product(q, k_slice, u, WIDEN, PRECISION) * gamma - mean_u[:, None]
+        u = _product(q, k_slice, u, SPLIT, PRECISION) * (scale * gamma) - mean_u[:, None]
         at = query_ptr + (image * H + pid_h) * D + offs_d[None, :]
         tl.store(at, u, mask=mask_b[:, None] & (offs_d < D)[None, :])
 
@@ -208,7 +209,7 @@ def launch_query(
     vectors = (t if t is None else t.contiguous() for t in (a.norm_weight, a.norm_bias, a.q_bias))
     gamma, beta, bias = vectors
     text_stride = 0 if text is None or text.shape[0] == 1 else text.stride(0)
-    settings = launch.query(W, q_weight, k_weight)
+    settings = launch.query(W, cls, text, q_weight, k_weight)
     _query_kernel[(triton.cdiv(B, settings["BLOCK_B"]), H)](
         *(cls, text, gamma, beta, q_weight, bias, k_weight, query, cls_score, z),
         *(cls.stride(0), text_stride, q_weight.stride(0), k_weight.stride(0)),

@@ -68,15 +68,16 @@ def _dot(heads: int, tokens: Tensor) -> dict[str, Any]:
     }
 
 
-def query(channels: int, *weights: Tensor) -> dict[str, Any]:
+def query(channels: int, *tensors: Tensor | None) -> dict[str, Any]:
     """Sixteen images, the least that a product takes, of one head, 64 bytes of a row a step: 110
-    registers with 8 warps in bf16, 142 in fp32. As many steps are under way as spill nowhere, by
-    Triton 3.6 and 3.9; ROCm, which unrolls them, has two."""
-    block_w, element_size = max(16, next_power_of_2(channels)), max(w.itemsize for w in weights)
+    registers with 8 warps in bf16, 142 in fp32. Of one dtype as many steps are under way as spill
+    nowhere, by Triton 3.6 and 3.9; of several, and on ROCm, which unrolls them, two."""
+    dtypes = {t.dtype for t in tensors if t is not None}
+    block_w, element_size = max(16, next_power_of_2(channels)), max(d.itemsize for d in dtypes)
     stages = 6 if block_w > 64 else 7 if element_size == 2 else 9
     return _precision(True) | {
-        "WIDEN": triton.knobs.runtime.interpret,
-        "STAGES": stages if torch.version.hip is None else 3,
+        "SPLIT": not (triton.knobs.runtime.interpret and torch.bfloat16 in dtypes),
+        "STAGES": stages if len(dtypes) == 1 and torch.version.hip is None else 3,
         "BLOCK_B": 16,
         "BLOCK_W": block_w,
         "BLOCK_D": 64 // element_size,

@@ -78,6 +78,31 @@ def test_padding_merges_first_and_is_in_no_token():
     assert one.image_mask.sum(1).tolist() == [11, 8]  # three were pruned, every second one merged
 
 
+def test_of_a_text_without_a_word_the_image_keeps_its_class_token():
+    entered = fused(text_mask=torch.tensor([[1] * 10, [0] * 10]))
+    left = PuMer(layers=(0,)).run(layer(), entered)
+    assert torch.equal(left.image[:, 0], entered.image[:, 0])
+    assert left.image.isfinite().all()
+
+
+def test_no_word_merges_into_padding():
+    text_mask = torch.ones(2, 10)
+    text_mask[:, 8:] = 0
+    pumer = PuMer(layers=(0,), merge_text=0.5)
+    for _ in range(20):
+        left = pumer.run(layer(), fused(text_mask=text_mask))
+        assert left.text_mask.sum(1).tolist() == [5, 5]  # one of padding merged, and three words
+
+
+def test_an_image_of_another_dtype_is_read_in_that_of_the_text_and_keeps_its_own():
+    """FSDP2 with mixed precision casts the text alone."""
+    entered = fused()
+    entered = entered._replace(text=entered.text.bfloat16(), image=entered.image.float())
+    left = PuMer(layers=(0,)).run(layer().bfloat16(), entered)
+    assert (left.text.dtype, left.image.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(left.image[:, 0], entered.image[:, 0])
+
+
 def test_nothing_to_lose_is_to_the_bit_what_it_is_without():
     batch, found = batch_of_four(), []
     drawn = draws("meter", *batch, "local")
@@ -121,6 +146,7 @@ def test_a_masked_word_keeps_an_output_of_its_own_and_a_pair_does_not():
     text, image = model.read_and_fuse(images, ids, mask)
     kept, pruned = model.read_and_fuse(images, ids, mask, keeps_text=True)
     assert text.tokens.shape[1] < kept.tokens.shape[1] == ids.shape[1]
+    assert text.mask.shape == text.tokens.shape[:2]
     assert image.shape[1] == pruned.shape[1] < model.encode_image(images)[0].shape[1]
     out = model(images, ids, mask)
     assert out.mlm_logits.shape[1] == ids.shape[1]
@@ -144,7 +170,8 @@ def test_fusion_costs_less():
         ("pumer:layers=0,2", r"^cross_reduction: expected layers of the 2 of fusion, 0 to 1, got"),
         ("puma", r"^cross_reduction: expected NAME .* with pumer, got 'puma'.*pumer"),
         ("pumer:keep=1", r"^cross_reduction: expected a setting of 'pumer', .* got 'keep'"),
-        ("pumer:prune=1.0", r"^prune: expected a number in \[0, 1\), got 1.0"),
+        ("pumer:prune=1.0", r"^cross_reduction: prune: expected a number in \[0, 1\), got 1.0"),
+        ("pumer:prune=0.3.3", r"^cross_reduction: prune: expected a number, got '0.3.3'"),
     ],
 )
 def test_what_cannot_be_is_named(line, message):

@@ -127,10 +127,10 @@ LOSS = "reduced.contrastive_loss"
 @pytest.mark.parametrize(
     ("recall", "loss", "word"),
     [
-        ((2.0, 1.0), (-1.0, 2.0), "better"),
-        ((2.0, 3.0), (-1.0, 0.5), "better"),
-        ((0.1, 3.0), (1.0, 0.5), "worse"),
-        ((2.0, 1.0), (1.0, 0.5), "better and worse"),
+        ((2.0, 1.0), (-1.0, 2.0), "better (top1)"),
+        ((2.0, 3.0), (-1.0, 0.5), "better (contrastive_loss)"),
+        ((0.1, 3.0), (1.0, 0.5), "worse (contrastive_loss)"),
+        ((2.0, 1.0), (1.0, 0.5), "better (top1) and worse (contrastive_loss)"),
         ((2.0, 3.0), (1.0, 1.5), ""),
         ((2.0, None), (1.0, None), ""),
     ],
@@ -154,7 +154,10 @@ def test_answers_are_made_of_what_is_there(monkeypatch, tmp_path):
     )
     monkeypatch.setattr(study_page, "ANSWERS", asked)
     text = study_page.answers({"tiny": found})
-    assert "**`tome` is better than `dense`; no difference is seen between `last` and" in text
+    assert (
+        "**`tome` is better (top1, contrastive_loss) than `dense`; no difference is seen between `last` and"
+        in text
+    )
     assert text.count("| tiny |") == 2 and "another" not in text
 
 

@@ -132,6 +132,13 @@ class METERBackbone(CrossModalModel):
         real; image_types (B,), rows of the token type embeddings, `IMAGE` by default -> (B, L, C),
         (B, N, C) of co-attention, fewer where `config.cross_reduction` says so; `keeps_text`: all
         of the text."""
+        entered = Fused(text, mask, image, image_mask)
+        text, _, image, _ = self._co_attend(entered, image_types, keeps_text)
+        return text, image
+
+    def _co_attend(self, entered: Fused, image_types: Tensor | None, keeps_text: bool) -> Fused:
+        """As `fuse`."""
+        text, mask, image, image_mask = entered
         types = self.token_types.weight
         image_type = types[IMAGE] if image_types is None else types[image_types][:, None]
         text = self.text_transform(text) + types[TEXT]
@@ -145,7 +152,7 @@ class METERBackbone(CrossModalModel):
             read = entered.text, entered.text_mask
             image = self.image_layers.run(tokens, own_mask, range(i, i + 1), *read)
             entered = left._replace(image=image)
-        return entered.text, entered.image
+        return entered
 
     def _text_layer(self, i: int, entered: Fused, keeps_text: bool) -> Fused:
         """Co-attention layer i of the text, and what it leaves of the image."""
@@ -185,11 +192,11 @@ class METERBackbone(CrossModalModel):
         (B, K, C), and image (B, N, C)."""
         text = self.read_pairs(images, input_ids, mask)
         image, infos = self.encode_image(images, self.guides(text.tokens[:, 0]))
-        image_mask = mask_after(infos)
-        tokens, image = self.fuse(
-            text.tokens, text.mask, image, image_mask, image_types, keeps_text=keeps_text
-        )
-        return text._replace(tokens=tokens), image
+        entered = Fused(text.tokens, text.mask, image, mask_after(infos))
+        left = self._co_attend(entered, image_types, keeps_text)
+        if left.text.shape == entered.text.shape or keeps_text:
+            return text._replace(tokens=left.text), left.image
+        return ReducedText(left.text, left.text_mask), left.image
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute layers in backward instead of saving their activations."""

@@ -9,7 +9,15 @@ from elip_models.models.config import TextReductionConfig, TokenId
 from elip_models.models.cross_modal import CrossModalConfig
 from elip_models.models.layers.pumer import PuMer
 from elip_models.reduction.strategy_spec import parse_spec
-from elip_models.validation import Depth, NonNegative, PositiveInt, Share, Size, divisor_of
+from elip_models.validation import (
+    Depth,
+    NonNegative,
+    PositiveInt,
+    Share,
+    Size,
+    blame,
+    divisor_of,
+)
 
 CROSS_REDUCTIONS = {"pumer": PuMer}
 ROBERTA = {  # the fields of METERConfig that roberta-base has other values for
@@ -70,9 +78,10 @@ class METERConfig(CrossModalConfig, TextReductionConfig):
         is not."""
         if self.cross_reduction is None:
             return None
-        name, settings = parse_spec(self.cross_reduction, CROSS_REDUCTIONS, "cross_reduction")
         layers = tuple(i for i in PuMer.layers if i < self.cross_depth)
-        return CROSS_REDUCTIONS[name](**({"layers": layers} | settings))
+        with blame("cross_reduction"):
+            name, settings = parse_spec(self.cross_reduction, CROSS_REDUCTIONS)
+            return CROSS_REDUCTIONS[name](**({"layers": layers} | settings))
 
     @property
     def max_tokens(self) -> int:

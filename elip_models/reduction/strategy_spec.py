@@ -53,35 +53,32 @@ def get_strategy(strategy: str | Strategy, **options: Any) -> Strategy:
     return STRATEGIES[name](**settings, **given)
 
 
-def parse_spec(
-    text: str, table: Mapping[str, type] = STRATEGIES, argument: str = "strategy"
-) -> tuple[str, dict[str, Any]]:
+def parse_spec(text: str, table: Mapping[str, type] = STRATEGIES) -> tuple[str, dict[str, Any]]:
     """A line of text -> the name of a dataclass in `table`, and the settings that are written.
 
     Raises:
-        ValueError: a name or a setting that there is not; the message begins with `argument`.
+        ValueError: a name or a setting that there is not.
     """
-    known, beside = ", ".join(table), ", or a Strategy" if table is STRATEGIES else ""
+    is_strategy = table is STRATEGIES
+    of, known = "strategy: " if is_strategy else "", ", ".join(table)
+    beside = ", or a Strategy" if is_strategy else ""
     name, colon, rest = (part.strip() for part in str(text).partition(":"))
     if not isinstance(text, str) or name not in table:
         raise ValueError(
-            f"{argument}: expected NAME or NAME:key=value,.. with {known}{beside}, got "
+            f"{of}expected NAME or NAME:key=value,.. with {known}{beside}, got "
             f"{text!r}{did_you_mean(name, table)}"
         )
     settings: dict[str, Any] = {}
     for setting in SETTING.split(rest) if colon else ():
         key, equals, value = (part.strip() for part in setting.partition("="))
         if not equals or not key or not value:
-            raise ValueError(
-                f"{argument}: expected settings key=value in {text!r}, got {setting!r}"
-            )
+            raise ValueError(f"{of}expected settings key=value in {text!r}, got {setting!r}")
         if key in settings:
-            raise ValueError(f"{argument}: expected {key!r} once in {text!r}, got it twice")
+            raise ValueError(f"{of}expected {key!r} once in {text!r}, got it twice")
         kinds = {each.name: each.type for each in fields(table[name])}
         if key not in kinds:
             raise ValueError(
-                f"{argument}: expected a setting of {name!r}, one of {', '.join(kinds)}, got "
-                f"{key!r}"
+                f"{of}expected a setting of {name!r}, one of {', '.join(kinds)}, got {key!r}"
             )
         settings[key] = _value(kinds[key], key, value)
     return name, settings

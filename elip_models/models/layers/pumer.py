@@ -10,9 +10,10 @@ Merging is ToMe's bipartite soft matching, in either modality apart; the CLS tok
 are, and a token is the mean of what it holds. It takes place in a text layer, between its cross
 attention and its MLP, so that the image layer beside it, and all that follow, run on what is left.
 
-Ours: the image's CLS stays, which METER reads at the end; padding dilutes no token; the image layer
-reads the text that entered, as METER's does. The official code may drop CLS, takes the mean of
-padding too, and lets the image layer read the text that leaves.
+Ours: the image's CLS stays, which METER reads at the end; padding asks for nothing and dilutes no
+token; the image layer reads the text that entered, as METER's does. The official code may drop CLS,
+takes padding as it takes words, merges no image where it prunes none, and lets the image layer read
+the text that leaves.
 Source: Cao et al., PuMer: Pruning and Merging Tokens for Efficient Vision Language Models, 2023.
 """
 
@@ -73,10 +74,11 @@ class PuMer:
         real = text_mask != 0
         image_real = None if image_mask is None else image_mask != 0
         attended, _ = layer.attention(text, _open(real))
-        seen, _ = layer.crossattention(attended, None, image, _open(image_real))
+        read = image.to(text.dtype)  # as FSDP would cast both
+        seen, _ = layer.crossattention(attended, None, read, _open(image_real))
         with apart(layer, text):
             cross = layer.crossattention.self
-            image_keys, text_keys = _heads(cross, "key", image), None
+            image_keys, text_keys = _heads(cross, "key", read), None
             query = _heads(cross, "query", attended)
             received = attention_received(query, image_keys, mask=image_real, query_mask=real)
             if not keeps_text:
@@ -95,7 +97,8 @@ class PuMer:
         if not pruned and not count:
             return image, real
         first = torch.arange(N, device=image.device) == 0
-        kept = largest(received.masked_fill(first, torch.inf), max(1, N - pruned))
+        received = received.nan_to_num(0.0).masked_fill(first, torch.inf)  # NaN: of an empty text
+        kept = largest(received, max(1, N - pruned))
         image, keys = take_rows(image, kept), take_rows(keys, kept)
         real = None if real is None else real.gather(1, kept)
         return _merged(image, keys, count, real)
@@ -119,7 +122,9 @@ def _merged(
     them and of `real` (B, N)."""
     if real is None:
         return bipartite_merge(tokens, keys, count)[0], None
-    keys = keys.masked_fill(~real[..., None], 1.0)  # whatever stands in padding, it merges first
-    first = real.float() * 4.0
-    tokens, size = bipartite_merge(tokens, keys, count, size=real.float(), penalty=first)
+    # Whatever stands in padding, it merges first, every second one, and is the last to merge into.
+    second = torch.arange(tokens.shape[1], device=tokens.device) % 2
+    keys = torch.where(real[..., None], keys, (1 - second)[:, None].to(keys.dtype))
+    last = real.float() * 4.0
+    tokens, size = bipartite_merge(tokens, keys, count, size=real.float(), penalty=last)
     return tokens, size > 0

@@ -1,0 +1,63 @@
+"""The query of the CLS token by its kernel: products of split terms, mixed dtypes, odd sizes."""
+
+import pytest
+import torch
+
+from elip_kernels import launch
+from elip_kernels.absorbed_query import QueryArguments, absorbed_query, launch_query
+
+bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def arguments(B=3, D=100, H=3, W=16, dtypes=(fp32,) * 4, scale=0.25, has_norm=True):
+    """Those of a query whose CLS token, text, W_q and W_k have these dtypes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape, dtype):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    cls, text, q, k = dtypes
+    norm = [drawn(D, dtype=q) for _ in range(2)] if has_norm else [None, None]
+    matrices = drawn(H * W, D, dtype=q), drawn(H * W, dtype=q), drawn(H * W, D, dtype=k)
+    given = drawn(B, D, dtype=cls), drawn(B, D, dtype=text)
+    return QueryArguments(*given, 0.8, True, *norm, 1e-6, *matrices, H, scale)
+
+
+def error(query):
+    """Of u and of the CLS token's score, against fp64, as a share of the largest."""
+    u, score, z = launch_query(query, normed=True)
+    expected, normed = absorbed_query(torch.float64, query)
+    expected_score = torch.einsum("bhd,bd->bh", expected, normed)
+    pairs = (u, expected), (score, expected_score), (z, normed)
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+
+DTYPES = [
+    (fp32, fp32, fp32, fp32),
+    (fp16, fp16, fp16, fp16),
+    (bf16, bf16, bf16, bf16),
+    (fp32, bf16, fp32, fp32),
+    (bf16, fp32, bf16, bf16),
+    (fp32, fp32, fp16, fp32),
+    (fp16, fp32, fp32, fp16),
+]
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [{}, {"B": 17, "D": 300, "H": 2, "W": 24}, {"W": 6}], ids=str)
+def test_it_agrees_with_fp64_whatever_the_dtypes(sizes, dtypes):
+    assert error(arguments(**sizes, dtypes=dtypes)) < 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-4, 5e4])
+def test_three_terms_of_half_precision_hold_at_every_scale(scale):
+    query = arguments(D=96, dtypes=(fp16,) * 4, scale=scale)
+    assert launch.query(16, query.k_weight)["SPLIT"]
+    assert error(query) < 1e-6
+
+
+def test_tensors_of_several_dtypes_have_fewer_steps_under_way():
+    one = launch.query(64, torch.empty(1, dtype=bf16))
+    both = launch.query(64, torch.empty(1, dtype=bf16), None, torch.empty(1))
+    assert both["STAGES"] < one["STAGES"]
+    assert both["BLOCK_D"] < one["BLOCK_D"]
