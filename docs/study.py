@@ -79,7 +79,9 @@ def told(gaps: dict[str, Interval | None]) -> str:
     for name, gap in gaps.items():
         if gap is not None and gap.verdict in ("above", "below"):
             word = "better" if (gap.verdict == "below") == is_loss(name) else "worse"
-            words.setdefault(word, []).append(name.rpartition(".")[2])
+            tail = name.rpartition(".")[2]
+            is_alone = sum(each.rpartition(".")[2] == tail for each in gaps) == 1
+            words.setdefault(word, []).append(tail if is_alone else name)
     return " and ".join(f"{word} ({', '.join(by)})" for word, by in sorted(words.items()))
 
 
