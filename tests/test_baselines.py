@@ -99,7 +99,9 @@ def test_no_loss_sees_the_padding_of_adaptive(family, momentum):
         model._images = lambda *args: tuple(disturbed(*each) for each in images(*args))
     else:
         fuse = model.fuse
-        model.fuse = lambda *given: fuse(*given[:2], *disturbed(*given[2:4]), *given[4:])
+        model.fuse = lambda *given, **options: fuse(
+            *given[:2], *disturbed(*given[2:4]), *given[4:], **options
+        )
     got, _ = step(model, batch, drawn)
     assert len(found) == 2 - (family in MOMENTUM and momentum == "none")
     assert all((~mask).any() for mask in found)

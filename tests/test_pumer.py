@@ -158,7 +158,7 @@ def test_fusion_costs_less():
         text, mask = torch.randn(2, 20, 16).double(), torch.ones(2, 20)
         image = torch.randn(2, 120, 16).double()
         with FlopCounterMode(display=False) as counter:
-            model.fuse(text, mask, image)[1].sum().backward()
+            model.fuse(text, mask, image).image.sum().backward()
         return counter.get_total_flops()
 
     assert flops(PUMER) < 0.75 * flops(None)

@@ -127,18 +127,11 @@ class METERBackbone(CrossModalModel):
         image_types: Tensor | None = None,
         *,
         keeps_text: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Fused:
         """text (B, L, D), mask (B, L), image (B, N, D) and image_mask (B, N), None where all are
-        real; image_types (B,), rows of the token type embeddings, `IMAGE` by default -> (B, L, C),
-        (B, N, C) of co-attention, fewer where `config.cross_reduction` says so; `keeps_text`: all
+        real; image_types (B,), rows of the token type embeddings, `IMAGE` by default -> both sides
+        of co-attention, with fewer tokens where `config.cross_reduction` says so; `keeps_text`: all
         of the text."""
-        entered = Fused(text, mask, image, image_mask)
-        text, _, image, _ = self._co_attend(entered, image_types, keeps_text)
-        return text, image
-
-    def _co_attend(self, entered: Fused, image_types: Tensor | None, keeps_text: bool) -> Fused:
-        """As `fuse`."""
-        text, mask, image, image_mask = entered
         types = self.token_types.weight
         image_type = types[IMAGE] if image_types is None else types[image_types][:, None]
         text = self.text_transform(text) + types[TEXT]
@@ -192,9 +185,9 @@ class METERBackbone(CrossModalModel):
         (B, K, C), and image (B, N, C)."""
         text = self.read_pairs(images, input_ids, mask)
         image, infos = self.encode_image(images, self.guides(text.tokens[:, 0]))
-        entered = Fused(text.tokens, text.mask, image, mask_after(infos))
-        left = self._co_attend(entered, image_types, keeps_text)
-        if left.text.shape == entered.text.shape or keeps_text:
+        given = (text.tokens, text.mask, image, mask_after(infos), image_types)
+        left = self.fuse(*given, keeps_text=keeps_text)
+        if left.text.shape[1] == text.mask.shape[1]:
             return text._replace(tokens=left.text), left.image
         return ReducedText(left.text, left.text_mask), left.image
 
@@ -239,7 +232,8 @@ class METERMatcher(METERBackbone):
             (B,), the larger the better.
         """
         text = self.encode_text(input_ids, attention_mask)
-        return self.rank(self.pool(*self.fuse(text, attention_mask, tokens, image_mask)))
+        left = self.fuse(text, attention_mask, tokens, image_mask)
+        return self.rank(self.pool(left.text, left.image))
 
 
 class METER(METERMatcher):
