@@ -38,7 +38,7 @@ def answers(documents: dict[str, Document]) -> str:
     parts = [
         "## Answers",
         "Better and worse are said, and of which measure, where an interval leaves zero out, which "
-        "one in twenty does by chance. Everything is of small models on drawn scenes.",
+        "one in twenty does by chance. Everything is of small models on drawn images.",
     ]
     for entry in yaml.safe_load(ANSWERS.read_text(encoding="utf-8")):
         measured = entry.get("measured", MEASURED)

@@ -71,7 +71,8 @@ def _dot(heads: int, tokens: Tensor) -> dict[str, Any]:
 def query(channels: int, *tensors: Tensor | None) -> dict[str, Any]:
     """Sixteen images, the least that a product takes, of one head, 64 bytes of a row a step: 110
     registers with 8 warps in bf16, 142 in fp32. Of one dtype as many steps are under way as spill
-    nowhere, by Triton 3.6 and 3.9; of several, and on ROCm, which unrolls them, two."""
+    nowhere by Triton 3.9, and by 3.6 but for a few of fp32 with a text on sm_80; of several dtypes,
+    and on ROCm, which unrolls them, two."""
     dtypes = {t.dtype for t in tensors if t is not None}
     block_w, element_size = max(16, next_power_of_2(channels)), max(d.itemsize for d in dtypes)
     stages = 6 if block_w > 64 else 7 if element_size == 2 else 9

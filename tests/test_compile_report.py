@@ -101,9 +101,13 @@ def test_heads_of_every_width_make_their_query_without_a_spill(
     monkeypatch.setattr(report, "HEADS", heads)
     query, *_ = report.recorded_call("score_reduce", 2, 257, 166, dtype, arch)
     assert is_clean(compile_launch(query, arch))
-    without_norm = query.arguments | {"norm_weight_ptr": None, "norm_bias_ptr": None}
-    args = tuple(without_norm[name] for name in query.kernel.arg_names[: len(query.args)])
-    assert is_clean(compile_launch(replace(query, args=args), arch))
+    bare = {"norm_weight_ptr": None, "norm_bias_ptr": None}
+    guided = {"text_ptr": query.arguments["cls_ptr"]}
+    names = query.kernel.arg_names[: len(query.args)]
+    for changed, is_guided in ((bare, False), (guided, True), (bare | guided, True)):
+        args = tuple((query.arguments | changed)[name] for name in names)
+        options = query.options | {"HAS_TEXT": is_guided, "MATCH": is_guided}
+        assert is_clean(compile_launch(replace(query, args=args, options=options), arch))
 
 
 @pytest.mark.parametrize("call", CALLS)

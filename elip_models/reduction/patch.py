@@ -327,7 +327,8 @@ def guidance(model: nn.Module, text_cls: Tensor) -> Iterator[None]:
     for strategy in (each.strategy for each in reductions if not each.strategy.is_guided):
         said = f"{strategy.name!r} reads no text, so none guides it: 'elip' and 'guided_tome' do"
         if isinstance(strategy, Guided):
-            how = f"where fusion is {strategy.fusion:g}" if strategy.asks else "as nobody asks"
+            how = f"where fusion is {strategy.fusion:g}"
+            how = how if strategy.asks else f"by scorer={strategy.scorer!r}"
             said = f"{strategy.name!r} reads no text {how}"
         warn_once(said, UnguidedWarning, stacklevel=4)
     text_cls, this = text_cls.detach().clone(), object()

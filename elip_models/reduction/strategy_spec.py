@@ -69,13 +69,13 @@ def parse_spec(text: str, table: Mapping[str, type] = STRATEGIES) -> tuple[str, 
             f"{text!r}{did_you_mean(name, table)}"
         )
     settings: dict[str, Any] = {}
+    kinds = kinds_of(name, table)
     for setting in SETTING.split(rest) if colon else ():
         key, equals, value = (part.strip() for part in setting.partition("="))
         if not equals or not key or not value:
             raise ValueError(f"{of}expected settings key=value in {text!r}, got {setting!r}")
         if key in settings:
             raise ValueError(f"{of}expected {key!r} once in {text!r}, got it twice")
-        kinds = {each.name: each.type for each in fields(table[name])}
         if key not in kinds:
             raise ValueError(
                 f"{of}expected a setting of {name!r}, one of {', '.join(kinds)}, got {key!r}"
@@ -84,9 +84,9 @@ def parse_spec(text: str, table: Mapping[str, type] = STRATEGIES) -> tuple[str, 
     return name, settings
 
 
-def kinds_of(name: str) -> dict[str, Any]:
-    """The types of a strategy's settings, by name."""
-    return {each.name: each.type for each in fields(STRATEGIES[name])}
+def kinds_of(name: str, table: Mapping[str, type] = STRATEGIES) -> dict[str, Any]:
+    """The types of the settings of a strategy, or of what a table names, by name."""
+    return {each.name: each.type for each in fields(table[name])}
 
 
 def _value(kind: Any, key: str, text: str) -> Any:

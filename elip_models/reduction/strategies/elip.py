@@ -6,7 +6,7 @@ x      = [x_cls, x_kept, sum_dropped w x]                        elip_kernels.re
 
 A tower without CLS (SigLIP) is not the paper's: it has nothing to fuse with, so the text alone is
 the query of Eq. 2, as with lam = 0, in the space of the tokens that a layer reads. Selection and
-merging are the paper's. Without text nothing can score, and the tower stays dense.
+merging are the paper's. Without text the tower stays dense, but for scorer `received`.
 """
 
 from dataclasses import dataclass, replace
@@ -36,8 +36,7 @@ class ElipOptions(TypedDict, total=False):
     guidance_norm: 'match' rescales the text to the norm of the image's CLS token; by default
         'none'.
     without_text: where no text is given, 'vision' reduces by the image alone, 'dense' reduces
-        nothing. The default is 'vision', and 'dense' of a tower without CLS, which only a text can
-        score.
+        nothing. The default is 'vision', and 'dense' of a tower without CLS, which a text scores.
     merge: True, the default, appends one token merged of all that are dropped; 'nearest' merges
         each into the kept one whose key is most alike; False drops them.
     proportional: with merge='nearest', add log(size) of each key to the scores of the blocks that
