@@ -97,6 +97,7 @@ SWEEPS = (
     Sweep("score_reduce", "move", TILE),
     Sweep("cls_attend_from_tokens", "weight_tiles", TILES),
     Sweep("cls_attend_from_tokens", "weigh", WEIGH),
+    Sweep("cls_attend_from_tokens", "value", QUERY),
     Sweep("attention_received", "received", RECEIVED),
     Sweep("bipartite_match", "bipartite_match", {0: (16, 32, 64), 1: (32, 64), 3: (4, 8)}),
     Sweep("bipartite_merge", "merge_order", {0: (0.5, 1.0), 1: (0.5, 1.0), 2: (4, 8)}),
@@ -145,11 +146,13 @@ def arguments(op: str, shape: Shape) -> tuple[Any, ...]:
         return random(B, N, CHANNELS, dtype=dtype), kept, 1
     cls, text = random(2, B, WIDTH, dtype=dtype)
     gamma, beta, bias = random(3, WIDTH, dtype=dtype)
-    matrices = random(2, WIDTH, WIDTH, dtype=dtype) / WIDTH**0.5
+    matrices = random(3, WIDTH, WIDTH, dtype=dtype) / WIDTH**0.5
     query = QueryArguments(
         *(cls, text, 0.8, False, gamma, beta, 1e-6),
         *(matrices[0], bias, matrices[1], HEADS, CHANNELS**-0.5),
     )
+    if op == "cls_attend_from_tokens":
+        return tokens, *query, matrices[2], bias
     return (tokens, *query, K, True, True, None, None) if op == "score_reduce" else (tokens, *query)
 
 

@@ -99,7 +99,7 @@ def _variance(
 
 
 @triton.jit
-def _vector(ptr, offs, mask, OTHER: tl.constexpr):
+def vector(ptr, offs, mask, OTHER: tl.constexpr):
     """A slice of a vector of parameters, fp32; OTHER where there is none."""
     if ptr is None:
         values = tl.full([offs.shape[0]], OTHER, tl.float32)
@@ -109,14 +109,14 @@ def _vector(ptr, offs, mask, OTHER: tl.constexpr):
 
 
 @triton.jit
-def _matrix(rows_ptr, d, mask_w, D, BLOCK_D: tl.constexpr):
+def matrix(rows_ptr, d, mask_w, D, BLOCK_D: tl.constexpr):
     """Features d, .. of a head's rows [BLOCK_W, BLOCK_D], zero beyond D."""
     offs = d + tl.arange(0, BLOCK_D)
     return tl.load(rows_ptr + offs[None, :], mask=mask_w[:, None] & (offs < D)[None, :], other=0.0)
 
 
 @triton.jit
-def _product(x, w, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+def product(x, w, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     """acc + x @ w of fp32 x. SPLIT: where w has two bytes, of three terms of its type that together
     are x; fp16 loses what is below 6e-8, and has the range of the model's own activations."""
     if SPLIT and w.dtype != tl.float32:
@@ -170,24 +170,24 @@ def _query_kernel(
         z = tl.where(mask, (c - mean[:, None]) * rstd[:, None], 0.0)
         if normed_ptr is not None:
             tl.store(normed_ptr + row_z + offs, z, mask=mask & mask_z[:, None])
-        gamma = _vector(norm_weight_ptr, offs_d, offs_d < D, 1.0)[None, :]
-        k_slice = _matrix(k_rows, d, mask_w, D, BLOCK_D)
-        key = _product(z * gamma, tl.trans(k_slice), key, SPLIT, PRECISION)
+        gamma = vector(norm_weight_ptr, offs_d, offs_d < D, 1.0)[None, :]
+        k_slice = matrix(k_rows, d, mask_w, D, BLOCK_D)
+        key = product(z * gamma, tl.trans(k_slice), key, SPLIT, PRECISION)
         sum_key += tl.sum(k_slice.to(tl.float32) * gamma, 1)
         sum_z += tl.sum(z, 1)
-        z = z * gamma + _vector(norm_bias_ptr, offs_d, offs_d < D, 0.0)[None, :]
-        q_slice = _matrix(q_rows, d, mask_w, D, BLOCK_D)
-        q = _product(z, tl.trans(q_slice), q, SPLIT, PRECISION)
-    q += _vector(q_bias_ptr, channel, mask_w, 0.0)[None, :]
+        z = z * gamma + vector(norm_bias_ptr, offs_d, offs_d < D, 0.0)[None, :]
+        q_slice = matrix(q_rows, d, mask_w, D, BLOCK_D)
+        q = product(z, tl.trans(q_slice), q, SPLIT, PRECISION)
+    q += vector(q_bias_ptr, channel, mask_w, 0.0)[None, :]
     mean_u = scale * tl.sum(q * (sum_key / D)[None, :], 1)  # [BLOCK_B]
     score = scale * tl.sum(q * key, 1) - mean_u * sum_z
     tl.store(cls_score_ptr + offs_b.to(tl.int64) * H + pid_h, score, mask=mask_b)
     for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
         offs_d = d + tl.arange(0, BLOCK_D)
-        k_slice = _matrix(k_rows, d, mask_w, D, BLOCK_D)
-        gamma = _vector(norm_weight_ptr, offs_d, offs_d < D, 1.0)[None, :]
+        k_slice = matrix(k_rows, d, mask_w, D, BLOCK_D)
+        gamma = vector(norm_weight_ptr, offs_d, offs_d < D, 1.0)[None, :]
         u = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
-        u = _product(q, k_slice, u, SPLIT, PRECISION) * (scale * gamma) - mean_u[:, None]
+        u = product(q, k_slice, u, SPLIT, PRECISION) * (scale * gamma) - mean_u[:, None]
         at = query_ptr + (image * H + pid_h) * D + offs_d[None, :]
         tl.store(at, u, mask=mask_b[:, None] & (offs_d < D)[None, :])
 

@@ -5,8 +5,8 @@
     m_h  = sum_n softmax_n(s_h) z_n                                                      (B, H, D)
     o_h  = W_v,h (gamma * m_h + beta) + b_v,h                                            (B, H*d)
 
-The op is m, in fp32; the projections around it see one token an image. One kernel takes a tile of
-patches through all features for all heads, as `scores_kernel` does, and leaves of the tile
+m and o are fp32 until o is stored. One kernel takes a tile of patches through all features for all
+heads, as `scores_kernel` does, and leaves of the tile
 
     top_h = max_n s_h(n),  total_h = sum_n exp(s_h(n) - top_h)                     (B, T, H)
     w_h(n) = exp(s_h(n) - top_h) rstd_n,  shift_h = sum_n w_h(n) mean_n
@@ -17,11 +17,11 @@ and of CLS are known:
     y_h = exp(s_h(cls) - top) z_cls + sum_tiles exp(top_h - top) (sum_n w_h(n) x_n - shift_h)
     m_h = y_h / total
 
-So no width is too much, few images start many programs, and x is read twice: from L2 the second
-time, as far as it holds it, since that begins with the last image. x of two bytes enters both
-products as it is: u and w are split into rounded + rest of its type; in fp32 it is centred first.
-An image's numbers hang on nothing but its tokens, whatever the batch. No gradient: inference and
-scoring only.
+The last takes a head's m through its rows of W_v, once for each sixteen images. So no width is too
+much, few images start many programs, and x is read twice: from L2 the second time, as far as it
+holds it, since that begins with the last image. x of two bytes enters both products as it is: u and
+w are split into rounded + rest of its type; in fp32 it is centred first. An image's numbers hang on
+nothing but its tokens, whatever the batch. No gradient: inference and scoring only.
 Source: associativity, and the softmax by tiles of Milakov and Gimelshein (2018).
 """
 
@@ -31,11 +31,17 @@ import torch
 from torch import Tensor
 
 from elip_kernels import launch
-from elip_kernels._autocast import no_autocast
 from elip_kernels._operator import Operator
 from elip_kernels._triton import tl, triton
-from elip_kernels.absorbed import STATS, accumulator, patch_scores, query_arguments, split
-from elip_kernels.absorbed_query import QueryArguments, launch_query, takes_query
+from elip_kernels.absorbed import STATS, patch_scores, query_arguments, split
+from elip_kernels.absorbed_query import (
+    QueryArguments,
+    launch_query,
+    matrix,
+    product,
+    takes_query,
+    vector,
+)
 from elip_kernels.cls_attention import absorbed_flops, absorbed_reference, absorbed_refuses
 from elip_kernels.select import part_and_slice
 
@@ -70,22 +76,30 @@ def cls_attend_from_tokens(
     matrices = {"q_weight": q_weight, "k_weight": k_weight, "v_weight": v_weight}
     biases = {"q_bias": q_bias, "v_bias": v_bias}
     query = query_arguments(tokens, cls, eps, num_heads, scale, norm, matrices, biases)
-    with torch.no_grad(), no_autocast(tokens):
-        mixed = _attend_op(tokens.detach(), *query)  # (B, H, D)
-        if norm_weight is not None:
-            mixed = mixed * norm_weight
-        if norm_bias is not None:
-            mixed = mixed + norm_bias
-        value = v_weight.to(mixed.dtype).view(num_heads, -1, tokens.shape[2])
-        out = torch.einsum("bhc,hdc->bhd", mixed, value).flatten(1)
-        return (out if v_bias is None else out + v_bias).to(tokens.dtype)
+    bias = v_bias if v_bias is None else v_bias.detach()
+    return _attend_op(tokens.detach(), *query, v_weight.detach(), bias)
 
 
-@takes_query()
-def attend_reference(tokens: Tensor, *query: Any) -> Tensor:
-    """The specification: m (B, H, D) of the formula above."""
+def means_reference(tokens: Tensor, query: QueryArguments) -> Tensor:
+    """The specification of m (B, H, D), fp32 or fp64."""
     normed, rows = absorbed_reference(tokens, *query)
     return torch.bmm(rows, normed)
+
+
+@takes_query(v_weight=Tensor, v_bias=Tensor | None)
+def attend_reference(tokens: Tensor, *arguments: Any) -> Tensor:
+    """The specification of o (B, H*d)."""
+    *query, v_weight, v_bias = arguments
+    query = QueryArguments(*query)
+    means = means_reference(tokens, query)
+    gamma, beta, bias = (
+        t if t is None else t.to(means.dtype) for t in (query.norm_weight, query.norm_bias, v_bias)
+    )
+    means = means if gamma is None else means * gamma
+    means = means if beta is None else means + beta
+    value = v_weight.to(means.dtype).view(query.num_heads, -1, tokens.shape[2])
+    out = torch.einsum("bhc,hdc->bhd", means, value).flatten(1)
+    return (out if bias is None else out + bias).to(tokens.dtype)
 
 
 @triton.jit(do_not_specialize=["N", "T"], do_not_specialize_on_alignment=STATS)
@@ -221,6 +235,37 @@ def _weigh_kernel(
     tl.store(out_ptr + at, acc * (1.0 / total)[:, None], mask=mask_h[:, None] & mask_d[None, :])
 
 
+@triton.jit(do_not_specialize=["B", "P"])
+def _value_kernel(
+    means_ptr, norm_weight_ptr, norm_bias_ptr, v_weight_ptr, v_bias_ptr, out_ptr, stride_v,
+    B, P, D, H, W,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program per (BLOCK_B images, head of W channels); m is the sum of P parts."""
+    pid_h = tl.program_id(1)
+    offs_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    offs_w = tl.arange(0, BLOCK_W)
+    mask_b, mask_w = offs_b < B, offs_w < W
+    image, channel = offs_b.to(tl.int64)[:, None], pid_h * W + offs_w
+    v_rows = v_weight_ptr + channel[:, None] * stride_v
+    slices = tl.cdiv(D, BLOCK_D)
+    out = tl.zeros([BLOCK_B, BLOCK_W], tl.float32)
+    for step in tl.range(0, P * slices, num_stages=STAGES):
+        part, d = step // slices, step % slices * BLOCK_D
+        offs_d = d + tl.arange(0, BLOCK_D)
+        row = ((image * P + part) * H + pid_h) * D
+        mask = mask_b[:, None] & (offs_d < D)[None, :]
+        mean = tl.load(means_ptr + row + offs_d[None, :], mask=mask, other=0.0)
+        mean *= vector(norm_weight_ptr, offs_d, offs_d < D, 1.0)[None, :]
+        once = offs_d < tl.where(part == 0, D, 0)
+        mean += vector(norm_bias_ptr, offs_d, once, 0.0)[None, :]
+        value = matrix(v_rows, d, mask_w, D, BLOCK_D)
+        out = product(mean, tl.trans(value), out, SPLIT, PRECISION)
+    out += vector(v_bias_ptr, channel, mask_w, 0.0)[None, :]
+    tl.store(out_ptr + image * (H * W) + channel[None, :], out, mask_b[:, None] & mask_w[None, :])
+
+
 def _weights(tokens: Tensor, query: Tensor, eps: float) -> tuple[Tensor | None, ...]:
     """Allocate, launch -> weights and rests (B, T, H, BLOCK_N), tops, totals, shifts (B, T, H) and
     means (B, N-1), of which fp32 has no rests and shifts, others no means."""
@@ -238,35 +283,59 @@ def _weights(tokens: Tensor, query: Tensor, eps: float) -> tuple[Tensor | None, 
     return left
 
 
-def _attend(tokens: Tensor, *query: Any) -> Tensor:
-    """Allocate, read launch.py, launch: u, the weights, the sums of the parts."""
-    (B, N, D), arguments = tokens.shape, QueryArguments(*query)
-    H, tokens = arguments.num_heads, launch.addressable(tokens)
+def weighted_means(tokens: Tensor, query: QueryArguments) -> Tensor:
+    """Allocate, read launch.py, launch: u, the weights, their sums -> m in parts (B, P, H, D)."""
+    (B, N, D), H, tokens = tokens.shape, query.num_heads, launch.addressable(tokens)
     parts = max(1, triton.cdiv(N - 1, launch.PART))
-    out = tokens.new_empty(B, parts * H, D, dtype=torch.float32)
-    if B == 0:
-        return out.view(0, parts, H, D).sum(1)
+    means = tokens.new_empty(B, parts, H, D, dtype=torch.float32)
     settings = launch.weigh(tokens)
     grid = (B * triton.cdiv(D, settings["BLOCK_D"]), parts, triton.cdiv(H, settings["BLOCK_H"]))
-    with launch.on_device(tokens):
-        u, cls_score, cls = launch_query(arguments, normed=True)
-        weights, *others = _weights(tokens, u, arguments.eps)
-        T, block_n = weights.shape[1], weights.shape[3]
-        _weigh_kernel[grid](
-            *(tokens, weights, *others, cls_score, cls, out, *tokens.stride()[:2]),
-            *(N, D, H, T, triton.cdiv(T, parts)),
-            BLOCK_N=block_n,
-            **settings,
-            **launch.CODE,
-        )
-        return out if parts == 1 else out.view(B, parts, H, D).sum(1)
+    u, cls_score, cls = launch_query(query, normed=True)
+    weights, *others = _weights(tokens, u, query.eps)
+    T, block_n = weights.shape[1], weights.shape[3]
+    _weigh_kernel[grid](
+        *(tokens, weights, *others, cls_score, cls, means, *tokens.stride()[:2]),
+        *(N, D, H, T, triton.cdiv(T, parts)),
+        BLOCK_N=block_n,
+        **settings,
+        **launch.CODE,
+    )
+    return means
+
+
+def _values(
+    means: Tensor, query: QueryArguments, v_weight: Tensor, v_bias: Tensor | None, out: Tensor
+) -> None:
+    """Launch: o into `out` (B, H*d)."""
+    (B, P, H, D), W = means.shape, v_weight.shape[0] // query.num_heads
+    v_weight = v_weight if v_weight.stride(1) == 1 else v_weight.contiguous()
+    vectors = (query.norm_weight, query.norm_bias, v_bias)
+    gamma, beta, bias = (t if t is None else t.contiguous() for t in vectors)
+    settings = launch.value(W, v_weight)
+    _value_kernel[(triton.cdiv(B, settings["BLOCK_B"]), H)](
+        *(means, gamma, beta, v_weight, bias, out, v_weight.stride(0), B, P, D, H, W),
+        **settings,
+        **launch.CODE,
+    )
+
+
+def _attend(tokens: Tensor, *arguments: Any) -> Tensor:
+    """Allocate, launch: m, and o of it."""
+    *query, v_weight, v_bias = arguments
+    query = QueryArguments(*query)
+    out = tokens.new_empty(tokens.shape[0], v_weight.shape[0])
+    if len(out):
+        with launch.on_device(tokens):
+            _values(weighted_means(tokens, query), query, v_weight, v_bias, out)
+    return out
 
 
 def _flops(tokens_shape, *shapes, **kwargs) -> int:
-    """The query's, and 4 B H N D: scores and weighted sum."""
+    """The query's, 4 B H N D of scores and weighted sum, and the values' 2 B D H d."""
+    *query, v_weight, _ = shapes
     B, N, D = tokens_shape
-    H = QueryArguments(*shapes[: len(QueryArguments._fields)]).num_heads
-    return absorbed_flops(tokens_shape, *shapes) + 2 * B * H * N * D
+    sums = B * QueryArguments(*query).num_heads * N * D
+    return absorbed_flops(tokens_shape, *query) + 2 * sums + 2 * B * D * v_weight[0]
 
 
 _attend_op = Operator(
@@ -274,8 +343,6 @@ _attend_op = Operator(
     attend_reference,
     launcher=_attend,
     refuses=lambda tokens, *query: absorbed_refuses(tokens, *query, most=tokens.shape[1]),
-    fake=lambda tokens, cls, *query: tokens.new_empty(
-        tokens.shape[0], query[-2], tokens.shape[2], dtype=accumulator(tokens.dtype)
-    ),
+    fake=lambda tokens, *arguments: tokens.new_empty(tokens.shape[0], arguments[-2].shape[0]),
     flops=_flops,
 )

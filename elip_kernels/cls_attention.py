@@ -253,7 +253,7 @@ def absorbed_refuses(tokens: Tensor, *query: Any, most: int | None = None) -> st
     candidates = tokens.shape[1] - 1
     if arguments.q_weight.shape[0] > launch.MAX_CHANNELS * arguments.num_heads:
         return f"its kernels take heads of at most {launch.MAX_CHANNELS} channels"
-    tensors = (t for t in arguments if isinstance(t, Tensor))
+    tensors = (t for t in query if isinstance(t, Tensor))
     return launch.refuses(tokens, *tensors, candidates=candidates, most=most)
 
 

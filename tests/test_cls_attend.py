@@ -64,7 +64,8 @@ def test_autocast_does_not_cast():
 @pytest.mark.parametrize("dtype", BUDGET, ids=str)
 def test_opcheck(dtype):
     tokens = torch.randn(B, N, D).to(dtype).requires_grad_()
-    opcheck(torch.ops.elip.cls_attend_from_tokens.default, op_arguments(tokens))
+    arguments = (*op_arguments(tokens), *values(dtype).values())
+    opcheck(torch.ops.elip.cls_attend_from_tokens.default, arguments)
 
 
 def test_compiles_whole_and_exports():

@@ -114,6 +114,12 @@ def _weigh(a: Any) -> int:
     return max(1, _steps(a.T, a.BLOCK_T)) + _pipelined(a.TILES, a)
 
 
+def _value(a: Any) -> int:
+    """Parts of m with the rows of W_v, and a bias."""
+    slices = ceil(a.P * _steps(a.D, a.BLOCK_D) / max(1, a.STAGES - 1))
+    return slices + (a.v_bias_ptr is not None)
+
+
 def _merge(a: Any) -> int:
     """Where rows begin; which tokens a full round takes, and these; which tokens the first of the
     other rounds takes, and those of each."""
@@ -139,6 +145,7 @@ WAITS: dict[str, Callable[[Any], int]] = {
     "_mean_kernel": lambda a: a.HAS_QUERY_MASK * _steps(a.M, a.BLOCK_M) + _steps(a.G, a.BLOCK_G),
     "_weights_kernel": lambda a: _pipelined(_steps(a.D, a.BLOCK_K), a),
     "_weigh_kernel": _weigh,
+    "_value_kernel": _value,
     "_fuse_kernel": lambda a: _shares(a) + _steps(a.D, a.BLOCK_R) + _steps(a.D, a.BLOCK_D),
     "_select_kernel": lambda a: 1,
     "_stream_kernel": lambda a: (5 + (a.MERGE and a.NORMALIZE)) * _steps(a.N, a.BLOCK_N),

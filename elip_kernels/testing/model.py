@@ -127,9 +127,9 @@ def cls_attention_from_tokens(B: int, N: int, D: int, H: int, dtype: torch.dtype
 
 
 def cls_attend_from_tokens(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> Work:
-    """`query`, `weights`, `weigh`."""
-    launches = weights(B, N, D, H, dtype), weigh(B, N, D, H, dtype)
-    return together(query(B, D, H, dtype, normed=True), *launches)
+    """`query`, `weights`, `weigh`, `value`."""
+    made = query(B, D, H, dtype, normed=True), weights(B, N, D, H, dtype), weigh(B, N, D, H, dtype)
+    return together(*made, value(B, N, D, H, dtype))
 
 
 def score_reduce(
@@ -187,6 +187,25 @@ def weigh(B: int, N: int, D: int, H: int, dtype: torch.dtype, *, tiled: bool = F
     read |= {"tokens": groups * B * (N - 1) * D * dtype.itemsize, "cls": groups * B * D * FP32}
     read["cls_score"] = every * B * H * FP32
     return Work(read, {"out": parts * B * H * D * FP32}, 2 * B * H * N * D)
+
+
+def value(
+    B: int,
+    N: int,
+    D: int,
+    H: int,
+    dtype: torch.dtype,
+    *,
+    width: int | None = None,
+    tiled: bool = False,
+) -> Work:
+    """Sums of normalised tokens and a matrix (`width`, D) in, the output of the heads out. `tiled`:
+    sixteen images read their heads' rows of it, once for each part."""
+    width, parts = width or D, max(1, ceil((N - 1) / launch.PART))
+    times = parts * ceil(B / launch.value(width // H, _tokens(1, 1, D, dtype))["BLOCK_B"])
+    matrix = (times if tiled else 1) * width * D * dtype.itemsize
+    read = {"means": parts * B * H * D * FP32, "v_weight": matrix}
+    return Work(read, {"out": B * width * dtype.itemsize}, 2 * B * D * width)
 
 
 def select_row(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> Work:

@@ -49,7 +49,7 @@ def test_opcheck_of_rows(device, dtype):
     made = ops.named(*block) | {"cls": cls, "text": cls.flip(0), "fusion": 0.7, "match": True}
     arguments = (tokens.requires_grad_(), *QueryArguments(**made, scale=0.125))
     check(elip.cls_attention_from_tokens.default, arguments)
-    check(elip.cls_attend_from_tokens.default, arguments)
+    check(elip.cls_attend_from_tokens.default, (*arguments, made["k_weight"].clone(), None))
     check(elip.score_reduce.default, (*arguments, 20, True, True, None, None))
 
 

@@ -7,6 +7,7 @@ import elip_kernels
 from elip_kernels import launch
 from elip_kernels._operator import OPERATORS
 from elip_kernels.absorbed_query import QueryArguments
+from elip_kernels.cls_attend import means_reference, weighted_means
 from tests.interpreted.test_cls_attention_kernel import BUDGET
 from tests.tiers import tiered
 
@@ -53,6 +54,12 @@ def error(got, exact):
     return ((got - exact).abs().max() / exact.abs().max()).item()
 
 
+def rounded_budget(dtype):
+    """The interpreter truncates where the hardware rounds to bf16: one ulp instead of half."""
+    ulp = torch.finfo(dtype).eps
+    return BUDGET[dtype] + {torch.float32: 0.0, torch.float16: ulp / 2, torch.bfloat16: ulp}[dtype]
+
+
 @pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.float32]), ids=str)
 @pytest.mark.parametrize("shape", CASES, ids="B{0[0]}-N{0[1]}-D{0[2]}-H{0[3]}-d{0[4]}".format)
 def test_output_agrees_with_fp64(launches, poisoned_memory, shape, dtype):
@@ -61,75 +68,77 @@ def test_output_agrees_with_fp64(launches, poisoned_memory, shape, dtype):
     got = elip_kernels.cls_attend_from_tokens(tokens, cls, **arguments)
     assert launches[NAME] == 1
     assert got.dtype == dtype
-    rounding = torch.finfo(dtype).eps / 2 if dtype != torch.float32 else 0.0
-    assert error(got, in_fp64(tokens, cls, arguments)) <= BUDGET[dtype] + rounding
+    assert error(got, in_fp64(tokens, cls, arguments)) <= rounded_budget(dtype)
 
 
-def mixed(tokens, cls, key, eps=1e-6):
-    """What the op returns for heads of one channel, whose query is 1 and whose keys these are."""
+def query_of(cls, key, eps=1e-6):
+    """Heads of one channel, whose query is 1 and whose keys these are."""
     q_weight, q_bias = torch.zeros_like(key), key.new_ones(len(key))
-    query = QueryArguments(
+    return QueryArguments(
         *(cls, None, 1.0, False, None, None, eps, q_weight, q_bias, key, len(key), 1.0)
     )
-    return torch.ops.elip.cls_attend_from_tokens(tokens, *query)
+
+
+def means(tokens, cls, key, eps=1e-6):
+    """m, of which the kernels make the output, in fp32: no rounding to the dtype of the tokens."""
+    assert launch.refuses(tokens, cls, key) is None
+    return weighted_means(tokens, query_of(cls, key, eps)).sum(1)
+
+
+def exact_means(tokens, cls, key, eps=1e-6):
+    return means_reference(tokens.double(), query_of(cls.double(), key.double(), eps))
 
 
 @pytest.mark.parametrize("N", tiered([50, 197], [50]))
 @pytest.mark.parametrize("dtype", BUDGET, ids=str)
-def test_weighted_sum_is_fp32_and_within_its_budget(launches, poisoned_memory, dtype, N):
-    """What the op itself returns, before any rounding to the dtype of the tokens."""
+def test_weighted_sum_is_fp32_and_within_its_budget(poisoned_memory, dtype, N):
     tokens, cls = tokens_and_cls(1, N, 768, dtype)
     key = torch.randn(12, 768) / 768**0.5
-    got = mixed(tokens, cls.float(), key)
-    assert launches[NAME] == 1
+    got = means(tokens, cls.float(), key)
     assert got.dtype == torch.float32
-    assert error(got, mixed(tokens.double(), cls.double(), key.double())) <= BUDGET[dtype]
+    assert error(got, exact_means(tokens, cls, key)) <= BUDGET[dtype]
 
 
 @pytest.mark.parametrize("dtype", BUDGET, ids=str)
 @pytest.mark.parametrize("sharpness", [0.0, 1.0, 40.0])
-def test_flat_and_sharp_rows(launches, dtype, sharpness):
+def test_flat_and_sharp_rows(dtype, sharpness):
     """A tile with a far higher score rescales all before it; a score's error grows with it."""
     tokens, cls = tokens_and_cls(2, 70, 64, dtype)
     key = sharpness * torch.randn(4, 64) / 8
-    got = mixed(tokens, cls.float(), key)
-    exact = mixed(tokens.double(), cls.double(), key.double())
-    assert launches[NAME] == 2  # the fp64 one is handed on
+    got = means(tokens, cls.float(), key)
+    exact = exact_means(tokens, cls, key)
     assert error(got, exact) <= max(1.0, sharpness) * BUDGET[dtype]
 
 
 @pytest.mark.parametrize("dtype", BUDGET, ids=str)
-def test_a_mean_far_from_zero_is_taken_out_again(launches, dtype):
+def test_a_mean_far_from_zero_is_taken_out_again(dtype):
     tokens, cls = tokens_and_cls(2, 40, 64, dtype, offset=30.0)
     key = torch.randn(4, 64) / 8
-    got = mixed(tokens, cls.float(), key)
-    assert launches[NAME] == 1
+    got = means(tokens, cls.float(), key)
     z = torch.nn.functional.layer_norm(tokens, (64,), eps=1e-6)
     z[:, 0] = torch.nn.functional.layer_norm(cls, (64,), eps=1e-6)
     eager = (key.to(dtype) @ z.mT).softmax(-1) @ z
-    exact = mixed(tokens.double(), cls.double(), key.double())
+    exact = exact_means(tokens, cls, key)
     assert error(got, exact) <= max(2 * error(eager, exact), BUDGET[dtype])
 
 
 @pytest.mark.parametrize("dtype", BUDGET, ids=str)
-def test_zero_token_and_an_eps_beyond_half_precision(launches, dtype):
+def test_zero_token_and_an_eps_beyond_half_precision(dtype):
     """1 / sqrt(eps) is more than fp16 holds; a merged token of no mass is zero."""
     tokens, cls = tokens_and_cls(1, 20, 64, dtype)
     tokens[:, [3, 19]] = 0.0
     key = torch.randn(4, 64) / 8
-    got = mixed(tokens, cls.float(), key, 1e-12)
-    assert launches[NAME] == 1
-    exact = mixed(tokens.double(), cls.double(), key.double(), 1e-12)
+    got = means(tokens, cls.float(), key, 1e-12)
+    exact = exact_means(tokens, cls, key, 1e-12)
     assert error(got, exact) <= BUDGET[dtype]
 
 
-def test_token_without_variance_and_no_eps_beyond_the_last(launches):
+def test_token_without_variance_and_no_eps_beyond_the_last():
     """Rows that pad the last tile do not turn into NaN, even where eps is 0."""
     tokens, cls = tokens_and_cls(1, 11, 32, torch.float32)
     key = torch.randn(2, 32)
-    got = mixed(tokens, cls, key, 0.0)
-    assert launches[NAME] == 1
-    assert error(got, mixed(tokens.double(), cls.double(), key.double(), 0.0)) <= 1e-5
+    got = means(tokens, cls, key, 0.0)
+    assert error(got, exact_means(tokens, cls, key, 0.0)) <= 1e-5
 
 
 def test_strided_tokens(launches, poisoned_memory):
@@ -164,30 +173,50 @@ WIDTHS = [(768, 12), (1024, 16), (1152, 18), (1408, 3), (1664, 17), (2047, 2), (
 @pytest.mark.parametrize("dtype", BUDGET, ids=str)
 @pytest.mark.parametrize(("D", "H"), tiered(WIDTHS, [(2047, 2)]))
 def test_every_width_has_its_kernels(launches, poisoned_memory, monkeypatch, D, H, dtype):
-    tokens, cls = tokens_and_cls(1, 20, D, dtype)
-    key = torch.randn(H, D) / D**0.5
-    exact = mixed(tokens.double(), cls.double(), key.double())
+    (tokens, cls), arguments = tokens_and_cls(1, 20, D, dtype), block(D, H, 16, dtype)
+    exact = in_fp64(tokens, cls, arguments)
     monkeypatch.delattr(OPERATORS[NAME.removeprefix("elip::")], "reference")
-    got = mixed(tokens, cls.float(), key)
+    got = elip_kernels.cls_attend_from_tokens(tokens, cls, **arguments)
     assert launches[NAME] == 2  # the fp64 one is handed on
-    assert error(got, exact) <= BUDGET[dtype]
+    assert error(got, exact) <= rounded_budget(dtype)
 
 
 @pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.bfloat16]), ids=str)
 def test_many_tokens_are_summed_in_parts(launches, poisoned_memory, monkeypatch, dtype):
     """Three parts of five tiles: the last one has the last tile alone."""
     monkeypatch.setattr(launch, "PART", 128)
-    tokens, cls = tokens_and_cls(2, 290, 96, dtype)
-    key = torch.randn(18, 96) / 96**0.5
-    got = mixed(tokens, cls.float(), key)
+    (tokens, cls), arguments = tokens_and_cls(2, 290, 97, dtype), block(97, 18, 8, dtype)
+    got = elip_kernels.cls_attend_from_tokens(tokens, cls, **arguments)
     assert launches[NAME] == 1
-    assert error(got, mixed(tokens.double(), cls.double(), key.double())) <= BUDGET[dtype]
+    assert error(got, in_fp64(tokens, cls, arguments)) <= rounded_budget(dtype)
+
+
+@pytest.mark.parametrize("lacking", [("norm_weight",), ("norm_bias", "v_bias"), ("v_bias",)])
+def test_what_a_block_lacks(launches, poisoned_memory, lacking):
+    tokens, cls = tokens_and_cls(17, 9, 40, torch.float32)
+    arguments = block(40, 3, 8, torch.float32) | dict.fromkeys(lacking)
+    got = elip_kernels.cls_attend_from_tokens(tokens, cls, **arguments)
+    assert launches[NAME] == 1
+    assert error(got, in_fp64(tokens, cls, arguments)) <= BUDGET[torch.float32]
+
+
+def test_the_values_weights_are_rows_of_a_larger_matrix(launches, poisoned_memory):
+    """Of fused projections; and transposed, which is copied."""
+    tokens, cls = tokens_and_cls(2, 9, 32, torch.float32)
+    arguments = block(32, 2, 16, torch.float32)
+    weight, expected = arguments["v_weight"], in_fp64(tokens, cls, arguments)
+    for v_weight in (torch.cat([weight, weight], 1)[:, 32:], weight.mT.contiguous().mT):
+        got = elip_kernels.cls_attend_from_tokens(tokens, cls, **arguments | {"v_weight": v_weight})
+        assert error(got, expected) <= BUDGET[torch.float32]
+    assert launches[NAME] == 3
 
 
 @pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.bfloat16]), ids=str)
 def test_an_image_gives_the_same_bits_alone_and_among_others(launches, dtype):
-    tokens, cls = tokens_and_cls(3, 130, 96, dtype)
-    key = torch.randn(4, 96) / 96**0.5
-    together = mixed(tokens, cls.float(), key)
-    assert torch.equal(mixed(tokens[:1], cls[:1].float(), key), together[:1])
-    assert launches[NAME] == 2
+    (tokens, cls), arguments = tokens_and_cls(20, 130, 96, dtype), block(96, 4, 24, dtype)
+    together = elip_kernels.cls_attend_from_tokens(tokens, cls, **arguments)
+    for i in (0, 19):
+        one = slice(i, i + 1)
+        got = elip_kernels.cls_attend_from_tokens(tokens[one], cls[one], **arguments)
+        assert torch.equal(got, together[one])
+    assert launches[NAME] == 3

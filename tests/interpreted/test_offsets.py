@@ -210,7 +210,7 @@ def test_row_from_tokens(scored):
 
 
 def test_attention_output(scored):
-    of_image, shared = absorbed()
+    of_image, shared = absorbed(torch.randn(D, D), torch.randn(D))
     run = launcher("cls_attend_from_tokens")
     check(run, scored[0].bfloat16(), *of_image, shared=shared)
 
