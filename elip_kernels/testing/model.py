@@ -200,10 +200,10 @@ def value(
     tiled: bool = False,
 ) -> Work:
     """Sums of normalised tokens and a matrix (`width`, D) in, the output of the heads out. `tiled`:
-    sixteen images read their heads' rows of it, once for each part."""
+    sixteen images read their heads' rows of it."""
     width, parts = width or D, max(1, ceil((N - 1) / launch.PART))
-    times = parts * ceil(B / launch.value(width // H, _tokens(1, 1, D, dtype))["BLOCK_B"])
-    matrix = (times if tiled else 1) * width * D * dtype.itemsize
+    block_b = launch.value(width // H, _tokens(1, 1, D, dtype))["BLOCK_B"] if tiled else B
+    matrix = ceil(B / block_b) * width * D * dtype.itemsize
     read = {"means": parts * B * H * D * FP32, "v_weight": matrix}
     return Work(read, {"out": B * width * dtype.itemsize}, 2 * B * D * width)
 
