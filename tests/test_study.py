@@ -10,6 +10,7 @@ import torch
 from filelock import FileLock
 from rich.console import Console
 
+from elip_models.reduction import flops
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.study import runner
 from elip_models.study.command import Progress
@@ -47,7 +48,7 @@ def run_all(study, **options):
 
 def test_all_arms_of_a_seed_run_before_any_of_the_next(tmp_path):
     study = tiny_study(tmp_path)
-    names = ["dense", "tome", "after-0.61", "after-0.81"]
+    names = ["dense", "tome", "after-0.61", "after-0.82"]
     assert plan(study) == [Run(name, seed) for seed in (0, 1) for name in names]
     assert plan(study, seeds=[7]) == [Run(name, 7) for name in names]
 
@@ -56,7 +57,7 @@ def test_some_arms_are_planned_with_what_they_begin_with(tmp_path):
     study = tiny_study(tmp_path)
     assert plan(study, only=["after-0.61"], seeds=[0]) == [Run("dense", 0), Run("after-0.61", 0)]
     assert [run.arm for run in plan(study, only=["after"], seeds=[0])] == [
-        *("dense", "after-0.61", "after-0.81")
+        *("dense", "after-0.61", "after-0.82")
     ]
 
 
@@ -77,7 +78,7 @@ def test_arms_begin_with_the_one_that_the_study_names(tmp_path):
     assert next(iter(parents)) == "tome"
     assert parents == {
         **{"tome": None, "dense": "tome", "fresh": None},
-        **{"after-0.61": "dense", "after-0.81": "dense"},
+        **{"after-0.61": "dense", "after-0.82": "dense"},
     }
 
 
@@ -165,6 +166,7 @@ def stubbed(monkeypatch):
 
     monkeypatch.setattr(runner, "train", train)
     monkeypatch.setattr(runner, "_open", lambda *arguments: None)
+    monkeypatch.setattr(runner, "step_time", lambda finished: 1.0)
     monkeypatch.setattr(runner, "_make_tokenizer", lambda *arguments: None)
     monkeypatch.setattr(runner, "measure", lambda finished, names: dict.fromkeys(names, 0.5))
     return seen
@@ -194,7 +196,7 @@ def test_a_run_that_another_process_holds_is_left_to_it_with_what_follows(tmp_pa
     lock.parent.mkdir(parents=True)
     with FileLock(lock):
         assert run_all(study, seeds=[0]) == [Run("tome", 0)]
-    assert [run.arm for run in run_all(study, seeds=[0])] == ["dense", "after-0.61", "after-0.81"]
+    assert [run.arm for run in run_all(study, seeds=[0])] == ["dense", "after-0.61", "after-0.82"]
 
 
 def test_a_signal_ends_the_study_with_its_run(tmp_path, stubbed, monkeypatch):
@@ -229,6 +231,49 @@ def test_a_result_of_other_settings_is_refused(tmp_path, stubbed):
         runner.check_settings(changed, plan(changed))
 
 
+def test_a_run_whose_beginning_was_trained_anew_is_refused(tmp_path, stubbed):
+    study = tiny_study(tmp_path)
+    of_parent = study.folder(Run("dense", 0)) / runner.RESULT
+    for loss in (0.25, 0.5):
+        runner.perform(study, Run("dense", 0), QUIET)
+        result = runner.result_of(study, Run("dense", 0))
+        of_parent.write_text(json.dumps(result | {"loss": loss}))
+        if loss == 0.25:
+            runner.perform(study, Run("after-0.61", 0), QUIET)
+            assert runner.result_of(study, Run("after-0.61", 0))["beginning"] == loss
+            runner.check_settings(study, plan(study))
+    message = "tiny/after-0.61/0 began with a run of 'dense' that was since trained anew; remove it"
+    with pytest.raises(ConfigError, match=message):
+        runner.check_settings(study, plan(study))
+
+
+def test_an_override_that_would_not_reach_every_arm_is_refused(tmp_path):
+    tiny_study(tmp_path)
+    for key, message in {
+        "model.overrides.schedule": "expected a key that no arm says itself, got one of dense;",
+        "seed": "the runner says it of every run; set --seeds",
+    }.items():
+        with pytest.raises(ConfigError, match=f"{key}: {message}"):
+            load_study(tmp_path / "tiny.yaml", {key: 1})
+
+
+def test_other_data_is_that_of_every_arm():
+    study = load_study("quality", {"data.train": "others.tar"})
+    assert {study.config(Run(arm, 0)).data.train for arm in study.arms} == {"others.tar"}
+
+
+def test_an_arm_that_does_not_train_is_set_by_the_flops_of_a_forward(tmp_path):
+    scored = {"model.overrides.scorer": "exact", "at_flops": 0.9}
+    after = scored | {"from": "dense", "length": 0}
+    study = tiny_study(tmp_path, arms={"scored": scored, "scored-after": after})
+    arms = Run("scored", 0), Run("scored-after", 0)
+    of_step, of_forward = (meta_model(study.config(run)) for run in arms)
+    size = of_step.tower.size
+    assert flops.training_ratio(of_step.reduction, size) == pytest.approx(0.9, rel=0.01)
+    assert flops.inference_ratio(of_forward.reduction, size) == pytest.approx(0.9, rel=0.01)
+    assert flops.training_ratio(of_forward.reduction, size) < 0.89
+
+
 def test_a_measure_that_is_added_is_taken_without_training(tmp_path, stubbed):
     run_all(tiny_study(tmp_path), only=["dense"])
     study = tiny_study(tmp_path, measures=["retrieval", "objectives"])
@@ -261,7 +306,7 @@ def test_the_time_that_is_left_follows_from_what_was_finished(tmp_path, stubbed)
         path = study.folder(run) / runner.RESULT
         path.write_text(json.dumps(runner.result_of(study, run) | {"seconds": seconds}))
     assert progress._seconds(Run("dense", 1)) == 3600
-    assert progress._seconds(Run("after-0.81", 1)) == 360
+    assert progress._seconds(Run("after-0.82", 1)) == 360
     share = progress.costs["tome"].flops / progress.costs["dense"].flops
     assert progress._seconds(Run("tome", 0)) == pytest.approx(3600 * share)
     assert share == pytest.approx(0.72, rel=0.01)
@@ -358,6 +403,8 @@ def test_a_tiny_study_runs_is_killed_goes_on_and_is_written(tmp_path, monkeypatc
         assert metrics["objective.loss"] > 0 and 0 <= metrics["reduced.r1"] <= 1
         assert ("selection.lost" in metrics) == (run["arm"] != "dense")
         assert ("selection.1.kept" in metrics) == (run["arm"] not in ("dense", "tome"))
+        trained = not run["arm"].startswith("after")
+        assert ("step_time" in run) == trained == (run["beginning"] is None)
         assert ("loss" in run) == ("images" in run) == (not run["arm"].startswith("after"))
     assert [*Path("runs").rglob("checkpoints")] == []
     assert "+" in page(found, "chart.svg")

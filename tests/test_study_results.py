@@ -9,7 +9,7 @@ import yaml
 
 from elip_models.study.command import write_page
 from elip_models.study.page import sentences, table
-from elip_models.study.results import Interval, difference, relative_cost, relative_time
+from elip_models.study.results import Interval, by_seed, difference, relative_cost, relative_time
 from elip_models.validation import ConfigError
 
 SCRIPT = Path(__file__).parents[1] / "docs" / "study.py"
@@ -38,19 +38,22 @@ def test_nothing_is_claimed_whose_interval_has_zero_in_it(mean, half, verdict):
     assert Interval(mean, half).verdict == verdict
 
 
+FASTER = {"step_flops": 0.5, "step_time": 0.8}
+
+
 def document(**arms):
-    """Results whose runs have these r1 by arm, a value a seed, in seconds that grow with it."""
+    """Results whose runs have these r1 by arm, a value a seed."""
     runs = [
         {
             **{"arm": arm, "seed": seed, "metrics": {"r1": value}, "images": 100},
-            **{"step_flops": 1.0 if arm == "dense" else 0.5, "seconds_per_step": 1.0 + seed},
+            **({"step_flops": 1.0, "step_time": 1.0} if arm == "dense" else FASTER),
             **{"measured_on": {"device": "cpu", "torch": "2"}, "commit": {"id": "0123456789"}},
         }
         for arm, values in arms.items()
         for seed, value in enumerate(values)
         if value is not None
     ]
-    said = {arm: {"family": arm, "parent": None} for arm in arms}
+    said = {arm: {"family": arm, "parent": None, "length": 1.0} for arm in arms}
     return {
         **{"study": "tiny", "question": "Is it?", "paper": "yes.", "recipe": "clip_tiny"},
         **{"quality": ["r1"], "references": ["dense"], "overrides": {}},
@@ -67,13 +70,38 @@ def test_differences_are_of_the_seeds_that_both_have():
     assert difference(found, "dense", "absent", "r1") is None
 
 
+def test_an_interval_is_no_shorter_than_that_of_all_arms_alike():
+    """Two arms whose seeds differ by .01 and .03: of both, sqrt(.0005), with four degrees."""
+    found = document(dense=[0.5, 0.5, 0.5], calm=[0.59, 0.60, 0.61], wild=[0.57, 0.60, 0.63])
+    calm, wild = (difference(found, arm, "dense", "r1").half for arm in ("calm", "wild"))
+    assert calm == pytest.approx(2.776445 * (0.0005 / 3) ** 0.5, rel=1e-6)
+    assert wild == pytest.approx(4.302653 * 0.03 / 3**0.5, rel=1e-6)
+    found["arms"]["wild"]["length"] = 0
+    assert difference(found, "calm", "dense", "r1").half == pytest.approx(4.302653 * 0.01 / 3**0.5)
+
+
+def test_differences_are_of_runs_that_begin_with_one_model():
+    """`dense` was trained anew; the seed counts once, where a run begins with either."""
+    found = document(dense=[0.5, 0.5], tome=[0.6, 0.7], anew=[0.9, 0.9])
+    for run in found["runs"]:
+        run["beginning"] = 2.0 if run["arm"] == "anew" else 1.0
+    again = [run | {"beginning": 2.0, "metrics": {"r1": 0.8}} for run in found["runs"][:2]]
+    found["runs"] += again
+    assert difference(found, "tome", "dense", "r1").mean == pytest.approx(0.15)
+    assert difference(found, "anew", "dense", "r1").mean == pytest.approx(0.1)
+    assert difference(found, "anew", "tome", "r1") is None
+    assert by_seed(found, "dense", "r1") == {0: 0.65, 1: 0.65}
+    found["runs"][2]["beginning"] = None
+    assert difference(found, "tome", "dense", "r1").mean == pytest.approx((-0.05 + 0.2) / 2)
+
+
 def test_cost_is_that_of_the_whole_run_against_the_first_reference():
     found = document(dense=[0.5, 0.7], half=[0.5, 0.6])
     for run in found["runs"]:
         if run["arm"] == "half":
             run["images"] = 50
     assert relative_cost(found, "half") == 0.25
-    assert relative_time(found, "half") == 0.5
+    assert relative_time(found, "half") == pytest.approx(0.4)
     found["arms"]["half"]["parent"] = "dense"
     assert relative_cost(found, "half") == 0.5
     assert relative_time(found, "half") is None
@@ -88,7 +116,7 @@ def test_sentences_follow_from_intervals():
         once=[0.9, None, None],
     )
     assert sentences(found, "r1") == (
-        "r1, % against `dense`: **above**: `up` (+10.3 ± 1.4); **below**: `down` (−9.7 ± 1.4); "
+        "r1, % against `dense`: **above**: `up` (+10.3 ± 2.9); **below**: `down` (−9.7 ± 2.9); "
         "**no difference seen**: `alike` (+1.3 ± 8.7); **one seed**: `once` (+40.0)."
     )
 
@@ -108,7 +136,7 @@ def test_the_page_is_that_of_the_results(tmp_path):
     assert study_page.main([*arguments, "--check"]) == 0
     text = (docs / "study.md").read_text()
     assert "## Is it?" in text and "commit 0123456" in text
-    assert "| `half` | 2 | 0.50 | 1.00 | – | 60.0 ± 127.1 | +5.0 ± 63.5 |" in text
+    assert "| `half` | 2 | 0.50 | 0.80 | – | 60.0 ± 127.1 | +5.0 ± 63.5 |" in text
     assert "training FLOPs, dense = 1" in (docs / "study-tiny.svg").read_text()
     (docs / "study.md").write_text(text.replace("60.0", "61.0"))
     assert study_page.main([*arguments, "--check"]) == 1

@@ -6,7 +6,8 @@
     area         = the mean over x from 1/8 to 1, by trapezoids
 
 A row that knows what the text names has a large area of insertion and a small one of deletion;
-those of a random order are alike. Source: RISE (Petsiuk et al., BMVC 2018).
+those of a random order are alike. Patches of equal score come in an order drawn.
+Source: RISE (Petsiuk et al., BMVC 2018).
 """
 
 from dataclasses import dataclass
@@ -48,7 +49,9 @@ def removal_areas(
     Returns:
         'insertion', 'deletion', 'random' (drawn by torch's generator) and 'all_patches', (B,) each.
     """
-    rows = {"insertion": row, "deletion": -row, "random": torch.rand_like(row)}
+    drawn = torch.rand_like(row)
+    places = _places(row, drawn.argsort(1))
+    rows = {"insertion": places, "deletion": -places, "random": drawn}
     whole = _score(model, images, text_features, row, row.shape[1])
     areas = {"all_patches": whole}
     for name, order in rows.items():
@@ -57,6 +60,12 @@ def removal_areas(
         curve = torch.stack([*scores, whole], dim=1)
         areas[name] = torch.trapezoid(curve, dx=1 / (POINTS - 1), dim=1)
     return areas
+
+
+def _places(row: Tensor, drawn: Tensor) -> Tensor:
+    """The place (B, P) of each patch by its score, from the last; of equal ones as `drawn`."""
+    order = drawn.gather(1, row.gather(1, drawn).argsort(dim=1, stable=True))
+    return order.argsort(dim=1).to(row.dtype)
 
 
 def _score(

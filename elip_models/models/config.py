@@ -1,5 +1,6 @@
 """A model's config as data: how its image tower and its texts are reduced."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, Self
 
@@ -14,6 +15,7 @@ from elip_models.reduction.strategy_spec import get_strategy, kinds_of, parse_sp
 from elip_models.validation import Count, Rate, Share, below, check_fields, did_you_mean
 
 TokenId = Annotated[Count, below("vocab_size")]
+OF_ELIP = ElipOptions.__annotations__.keys() - {"without_text"}  # that all guided ones are given
 
 
 class Config:
@@ -112,8 +114,19 @@ class ReductionConfig(InputConfig):
             return self.elip(schedule) if schedule else Dense()
         ours = {"schedule": schedule, "without_text": self.without_text}
         left = kinds_of(name).keys() - written.keys() - options.keys()
+        self._check_own(name, left)
         taken = {name: value for name, value in ours.items() if name in left}
         return get_strategy(self.strategy, **taken, **options)
+
+    def _check_own(self, strategy: str, left: Collection[str]) -> None:
+        """Raises for an option of ELIP that another strategy has too, and would not get."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in OF_ELIP & left and value != field.default:
+                raise ValueError(
+                    f"{field.name}: expected strategy='elip', whose option it is, got {value!r} "
+                    f"with strategy={strategy!r}; set strategy='{strategy}:{field.name}={value}'"
+                )
 
     def elip(self, schedule: Schedule | str) -> Elip:
         """ELIP by that schedule, with the options that stand here."""

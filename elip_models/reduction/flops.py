@@ -63,17 +63,22 @@ def kept_share(strategy: "Strategy", size: Size) -> float:
     return sum(layer.attention + layer.mlp for layer in counts) / (2 * size.depth * size.num_tokens)
 
 
-def at_flops(strategy: S, size: Size, ratio: float, *, exactly: bool = True) -> S:
-    """The strategy at the strength whose training FLOPs are nearest to `ratio` of dense.
+def at_flops(
+    strategy: S, size: Size, ratio: float, *, training: bool = True, exactly: bool = True
+) -> S:
+    """The strategy at the strength whose FLOPs are nearest to `ratio` of dense.
 
+    training: of a training step; else of a forward.
     exactly: an error where that is not within `TOLERANCE`.
     """
     check("ratio", ratio, PositiveShare)
-    best = _nearest(strategy, size, ratio, training_ratio)
-    reached = training_ratio(best, size)
+    share = training_ratio if training else inference_ratio
+    best = _nearest(strategy, size, ratio, share)
+    reached = share(best, size)
     if exactly and abs(reached / ratio - 1) > TOLERANCE:
+        what = "training" if training else "forward"
         raise ValueError(
-            f"ratio: expected a share of the dense training FLOPs that {strategy} can reach within "
+            f"ratio: expected a share of the dense {what} FLOPs that {strategy} can reach within "
             f"{TOLERANCE:.0%} in a tower of {size.depth} layers, got {ratio}; the nearest is "
             f"{reached:.4f}"
         )

@@ -193,17 +193,18 @@ class Strategy:
         """
         raise NotImplementedError
 
-    def at_flops(self, model: nn.Module | Tower, ratio: float) -> Self:
-        """The same strategy at the setting whose training FLOPs are `ratio` of the dense tower's.
+    def at_flops(self, model: nn.Module | Tower, ratio: float, *, training: bool = True) -> Self:
+        """The same strategy at the setting whose FLOPs are `ratio` of the dense tower's.
 
         Args:
             model: an image model, or a whole one, whose image tower counts; or a tower.
             ratio: of forward and backward, scorer included, in (0, 1]; met within 1%.
+            training: False counts the forward alone, of which a scorer is a larger part.
 
         Raises:
             ValueError: a ratio that the strategy cannot reach, with the nearest that it can.
         """
-        return flops.at_flops(self, tower_of(model).size, ratio)
+        return flops.at_flops(self, tower_of(model).size, ratio, training=training)
 
     def at_keep(self, model: nn.Module | Tower, keep: float) -> Self:
         """The same strategy at the setting that leaves nearest to `keep` of the tokens.

@@ -19,7 +19,7 @@ order and augmentation, so that arms of one seed begin alike and see the same ba
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,7 +56,8 @@ class Arm:
     """What is compared: changes of the recipe.
 
     overrides: dotted keys of the recipe.
-    at_flops: share of the dense tower's training FLOPs that the arm's strategy is set to.
+    at_flops: share of the dense tower's FLOPs that the arm's strategy is set to: of training; of a
+        forward, where the arm does not train.
     parent: the arm whose trained model of the same seed it begins with; 'from' in YAML.
     length: of its training, relative to the recipe's steps or epochs; 0 measures without training.
     family: the arm of the YAML that it is one of, where `at_flops` lists several.
@@ -112,7 +113,7 @@ class Study:
             config = recipe_with(self.recipe, values)
             values |= _length_of(config, arm.length or 1.0)
             if arm.at_flops is not None:
-                values |= _at_flops(config, arm.at_flops)
+                values |= _at_flops(config, arm.at_flops, trains=arm.length > 0)
             own_data = any(key.startswith("data.") for key in arm.overrides)
             if config.data.tokenizer == "train" and not own_data:
                 values["data.tokenizer"] = str(self.tokenizer)
@@ -153,17 +154,22 @@ def load_study(name_or_path: str | Path, overrides: Mapping[str, Any] | None = N
 
     Args:
         name_or_path: Name of a file in `elip_models/recipes/studies`, or path of a YAML file.
-        overrides: Dotted keys of the recipe and their values, for every arm.
+        overrides: Dotted keys of the recipe and their values, for every arm; those of the data also
+            for arms that say them themselves.
 
     Raises:
-        ConfigError: unknown study, key, arm or measure, wrong type or range.
+        ConfigError: unknown study, key, arm or measure, wrong type or range; an override of what
+            else arms say themselves, or the runner does.
     """
     values = _read(str(name_or_path))
     arms = values.pop("arms", None)
     if not isinstance(arms, dict) or not arms:
         raise ConfigError(f"arms: expected a mapping of names to arms, got {arms!r:.100}")
-    values["overrides"] = values.get("overrides", {}) | dict(overrides or {})
-    values["arms"] = dict(_arms(arms, values.pop("from", None)))
+    overrides = dict(overrides or {})
+    arms = dict(_arms(arms, values.pop("from", None)))
+    values["arms"] = {name: _on_other_data(arm, overrides) for name, arm in arms.items()}
+    _check_overrides(overrides, values["arms"])
+    values["overrides"] = values.get("overrides", {}) | overrides
     name = Path(name_or_path).stem
     study = from_mapping(Study, {"group": name} | values | {"name": name})
     _check(study)
@@ -259,6 +265,29 @@ def _names(study: Study) -> list[str]:
     return list(dict.fromkeys([*study.arms, *(arm.family for arm in study.arms.values())]))
 
 
+def _on_other_data(arm: Arm, overrides: Mapping[str, Any]) -> Arm:
+    """The arm without what it says of its data, where overrides say that of every arm."""
+    own = {
+        key: value
+        for key, value in arm.overrides.items()
+        if not key.startswith("data.") or key not in overrides
+    }
+    return replace(arm, overrides=own)
+
+
+def _check_overrides(overrides: Mapping[str, Any], arms: Mapping[str, Arm]) -> None:
+    """Raises for a key that would not reach every arm."""
+    for key in overrides:
+        if key in ("seed", "name", "output_dir"):
+            raise ConfigError(f"{key}: the runner says it of every run; set --seeds, or 'group'")
+        own = [name for name, arm in arms.items() if key in arm.overrides]
+        if own:
+            raise ConfigError(
+                f"{key}: expected a key that no arm says itself, got one of {', '.join(own)}; "
+                "write a YAML that is 'like' this one"
+            )
+
+
 def _check(study: Study) -> None:
     """What one key alone cannot tell."""
     before: list[str] = []
@@ -285,9 +314,10 @@ def _length_of(config: RunConfig, length: float) -> dict[str, Any]:
     return {"optim.epochs": config.optim.epochs * length}
 
 
-def _at_flops(config: RunConfig, share: float) -> dict[str, Any]:
-    """Keys of a run whose strategy takes `share` of the dense tower's training FLOPs."""
+def _at_flops(config: RunConfig, share: float, *, trains: bool) -> dict[str, Any]:
+    """Keys of a run whose strategy takes `share` of the dense tower's FLOPs, of a training step or
+    of a forward."""
     model = meta_model(config)
     with blame("at_flops"):
-        found = reduction_fields(model.reduction.at_flops(model.tower, share))
+        found = reduction_fields(model.reduction.at_flops(model.tower, share, training=trains))
     return {f"model.overrides.{key}": value for key, value in found.items()}

@@ -3,15 +3,18 @@
     {"study": .., "question": .., "paper": .., "recipe": .., "overrides": {..}, "quality": [..],
      "references": [..], "arms": {..}, "runs": [{"arm": .., "seed": .., "metrics": {..}, ..}, ..]}
 
-Arms of one seed share initialisation and data, so differences are taken seed by seed. An interval
-is that of the mean by Student's t: 95% of intervals made so hold the mean of all seeds.
+Arms of one seed share initialisation and data, so differences are taken seed by seed, between runs
+that begin with the same model: where an arm that others begin with was trained anew, its children
+before and after are not paired. An interval is that of the mean by Student's t: 95% of intervals
+made so hold the mean of all seeds. That of a difference is no shorter than the one by the standard
+deviation that all arms like it have together: of three seeds, some agree by luck.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev, variance
 from typing import Any, NamedTuple
 
 from elip_models.models.files import write_file
@@ -25,6 +28,8 @@ with extra("elip_models.study"):
 
 LEVEL = 0.95
 Document = dict[str, Any]
+Beginning = float | None
+Values = dict[int, dict[Beginning, float]]  # by seed, and by the run that an arm goes back to
 
 
 class Interval(NamedTuple):
@@ -34,12 +39,12 @@ class Interval(NamedTuple):
     half: float | None
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Interval":
-        """Of one value a seed, at least one."""
+    def of(cls, values: Sequence[float], least: float = 0.0) -> "Interval":
+        """Of one value a seed, at least one; half of it is at least `least`."""
         n = len(values)
         if n == 1:
             return cls(values[0], None)
-        return cls(fmean(values), float(t.ppf((1 + LEVEL) / 2, n - 1)) * stdev(values) / n**0.5)
+        return cls(fmean(values), max(least, _quantile(n - 1) * stdev(values) / n**0.5))
 
     @property
     def verdict(self) -> str:
@@ -49,6 +54,10 @@ class Interval(NamedTuple):
         if abs(self.mean) <= self.half:
             return "no difference seen"
         return "above" if self.mean > 0 else "below"
+
+
+def _quantile(freedom: int) -> float:
+    return float(t.ppf((1 + LEVEL) / 2, freedom))
 
 
 def collect(study: Study) -> Document:
@@ -66,7 +75,7 @@ def collect(study: Study) -> Document:
 
 def write_results(study: Study, path: Path) -> Document:
     """Writes `collect`, a line a run, and returns it. Runs that the file has, and whose folder is
-    gone, stay there as long as their arm is what it was."""
+    gone, stay there as long as their arm is what it was; beside new ones that begin otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     RUNS.mkdir(parents=True, exist_ok=True)
     with FileLock(RUNS / f"{study.name}.lock"):
@@ -80,14 +89,18 @@ def write_results(study: Study, path: Path) -> Document:
 
 
 def _with_those_before(document: Document, before: Document) -> list[dict[str, Any]]:
-    """The runs of both, by arm and seed."""
+    """The runs of both, by arm, seed and beginning."""
+
+    def key(run: dict[str, Any]) -> tuple[int, int, float]:
+        return arms.index(run["arm"]), run["seed"], run.get("beginning") or 0.0
+
     arms = list(document["arms"])
     if any(before.get(key) != document[key] for key in ("recipe", "overrides")):
         return document["runs"]
     unchanged = {arm for arm in arms if before["arms"].get(arm) == document["arms"][arm]}
-    old = {(run["arm"], run["seed"]): run for run in before["runs"] if run["arm"] in unchanged}
-    runs = old | {(run["arm"], run["seed"]): run for run in document["runs"]}
-    return [runs[key] for key in sorted(runs, key=lambda key: (arms.index(key[0]), key[1]))]
+    runs = {key(run): run for run in before["runs"] if run["arm"] in unchanged}
+    runs |= {key(run): run for run in document["runs"]}
+    return [runs[each] for each in sorted(runs)]
 
 
 def read_results(path: Path) -> Document:
@@ -103,24 +116,60 @@ def read_results(path: Path) -> Document:
 
 def by_seed(document: Document, arm: str, metric: str) -> dict[int, float]:
     """A metric of an arm, or a number of its result such as "loss", by seed; those that have it."""
-    found: dict[int, float] = {}
-    for run in document["runs"]:
-        value = run["metrics"].get(metric, run.get(metric))
-        if run["arm"] == arm and value is not None:
-            found[run["seed"]] = value
-    return found
+    values = _values(document, metric).get(arm, {})
+    return {seed: fmean(found.values()) for seed, found in values.items()}
 
 
 def difference(document: Document, arm: str, reference: str, metric: str) -> Interval | None:
-    """The arm less the reference, seed by seed; None where they share no seed."""
-    ours, theirs = (by_seed(document, each, metric) for each in (arm, reference))
-    shared = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-    return Interval.of(shared) if shared else None
+    """The arm less the reference, seed by seed; None where they share no seed and beginning."""
+    values = _values(document, metric)
+    gaps = _gaps(values, arm, reference)
+    if not gaps:
+        return None
+    is_like = {name: (said["length"] > 0) for name, said in document["arms"].items()}
+    alike = [name for name in values if name != reference and is_like[name] == is_like[arm]]
+    several = [found for name in alike if len(found := _gaps(values, name, reference)) > 1]
+    return Interval.of(gaps, _pooled(several) / len(gaps) ** 0.5)
+
+
+def _values(document: Document, metric: str) -> dict[str, Values]:
+    """A metric of every arm that has it."""
+    found: dict[str, Values] = {}
+    for run in document["runs"]:
+        value = run["metrics"].get(metric, run.get(metric))
+        if value is not None:
+            of_seed = found.setdefault(run["arm"], {}).setdefault(run["seed"], {})
+            of_seed[run.get("beginning")] = value
+    return found
+
+
+def _gaps(values: dict[str, Values], arm: str, reference: str) -> list[float]:
+    """The arm less the reference, one number a seed, of runs that begin alike."""
+    ours, theirs = values.get(arm, {}), values.get(reference, {})
+    of_seeds = (
+        [
+            our - their
+            for here, our in ours[seed].items()
+            for there, their in theirs.get(seed, {}).items()
+            if here == there or None in (here, there)
+        ]
+        for seed in sorted(ours)
+    )
+    return [fmean(gaps) for gaps in of_seeds if gaps]
+
+
+def _pooled(several: Sequence[Sequence[float]]) -> float:
+    """Half of the interval of one value, by the standard deviation that all share."""
+    freedom = sum(len(gaps) - 1 for gaps in several)
+    if not freedom:
+        return 0.0
+    shared = sum((len(gaps) - 1) * variance(gaps) for gaps in several) / freedom
+    return _quantile(freedom) * shared**0.5
 
 
 def relative_cost(document: Document, arm: str) -> float | None:
-    """Training FLOPs of the arm's tower against those of the first reference: of the whole run, or
-    of one step where it begins with another model than that."""
+    """FLOPs of the arm's tower against those of the first reference: of training, the whole run, or
+    one step where it begins with another model than that; of a forward where it does not train."""
     steps = by_seed(document, arm, "step_flops")
     if not steps:
         return None
@@ -137,11 +186,12 @@ def relative_cost(document: Document, arm: str) -> float | None:
 
 
 def relative_time(document: Document, arm: str) -> float | None:
-    """Training time of the arm against that of the first reference, of the seeds that both have."""
+    """Training time of the arm against that of the first reference: of a step, each beside the
+    dense model's, times the images of the run."""
     reference = document["references"][0]
-    ours, theirs = (_seconds(document, each) for each in (arm, reference))
-    shared = [ours[seed] / theirs[seed] for seed in ours if seed in theirs]
-    return fmean(shared) if shared and _begin_alike(document, arm, reference) else None
+    ours, theirs = (_dense_images(document, each) for each in (arm, reference))
+    known = ours is not None and theirs is not None
+    return ours / theirs if known and _begin_alike(document, arm, reference) else None
 
 
 def _begin_alike(document: Document, arm: str, other: str) -> bool:
@@ -150,7 +200,7 @@ def _begin_alike(document: Document, arm: str, other: str) -> bool:
     return arms[arm]["parent"] == arms[other]["parent"]
 
 
-def _seconds(document: Document, arm: str) -> dict[int, float]:
-    """Of training, by seed: the median step times the images of the run."""
-    per_step, images = (by_seed(document, arm, key) for key in ("seconds_per_step", "images"))
-    return {seed: per_step[seed] * images[seed] for seed in per_step}
+def _dense_images(document: Document, arm: str) -> float | None:
+    """On how many images the dense model trains in the time that a run of the arm takes."""
+    times, images = (by_seed(document, arm, key) for key in ("step_time", "images"))
+    return median(times.values()) * fmean(images.values()) if times and images else None

@@ -25,6 +25,9 @@ from elip_models.models.files import write_file
 from elip_models.models.registry import load_model
 from elip_models.profiling.commit import commit
 from elip_models.profiling.measure import measured_on
+from elip_models.profiling.rows import DENSE
+from elip_models.profiling.rows import measure as profile
+from elip_models.profiling.workload import Workload
 from elip_models.reduction import flops
 from elip_models.study.measures import Finished, measure
 from elip_models.study.plan import Run, Study
@@ -104,10 +107,14 @@ def perform(study: Study, run: Run, console: Console) -> None:
             train(config, resume=True, console=console)
         else:
             save_recipe(config, folder.recipe)
-        result = {**run._asdict(), **_cost(config, folder), **_origin()}
+        result = {**run._asdict(), "beginning": _beginning(study, run)}
+        result |= {**_cost(config, folder), **_origin()}
         result |= {"seconds": 0.0, "measures": [], "metrics": {}}
     missing = tuple(name for name in study.measures if name not in result["measures"])
-    found = measure(_open(study, run, config), missing)
+    finished = _open(study, run, config)
+    if study.arms[run.arm].length and "step_time" not in result:
+        result["step_time"] = step_time(finished)
+    found = measure(finished, missing)
     result["metrics"] |= {name: round(value, 6) for name, value in found.items()}
     result["measures"] += missing
     result["seconds"] = round(result["seconds"] + time.monotonic() - start, 1)
@@ -145,6 +152,12 @@ def check_settings(study: Study, runs: Sequence[Run]) -> None:
                 f"{recipe.parent} was made with other settings: {'; '.join(changes)}; remove it, "
                 "or give the study another name"
             )
+        beginning, then = _beginning(study, run), (result_of(study, run) or {}).get("beginning")
+        if None not in (beginning, then) and beginning != then:
+            raise ConfigError(
+                f"{recipe.parent} began with a run of {study.arms[run.arm].parent!r} that was "
+                "since trained anew; remove it"
+            )
 
 
 def _make_tokenizer(study: Study, config: RunConfig) -> None:
@@ -178,13 +191,32 @@ def _open(study: Study, run: Run, config: RunConfig) -> Finished:
     return Finished(config, model, load_tokenizer(str(folder.model)), source)
 
 
+def _beginning(study: Study, run: Run) -> float | None:
+    """The loss at the end of the run that a run goes back to, its parent or that one's: the same
+    of all that begin with one model. None where it begins at random, or its parent is not there."""
+    parent = study.arms[run.arm].parent
+    result = result_of(study, Run(parent, run.seed)) if parent is not None else None
+    if result is None:
+        return None
+    own = result.get("loss")
+    return own if result.get("beginning") is None else result["beginning"]
+
+
+def step_time(run: Finished) -> float:
+    """Of a training step, forward and backward, over that of the dense model, by turns."""
+    workload = Workload(run.model, run.config.optim.batch_size)
+    arms = {DENSE: None, "arm": run.model.reduction}
+    return round(profile(workload, arms, "training")["arm"].time_ratio, 4)
+
+
 def _cost(config: RunConfig, folder: RunFolder) -> Result:
-    """What a run took: training FLOPs of a step of its tower against dense, and, where it trained,
-    images, seconds a step, and its mean loss at the end."""
+    """What a run took: FLOPs of its tower against dense, of a training step, or of a forward where
+    it did not train; and, where it did, images, seconds a step, and its mean loss at the end."""
     model, optim = meta_model(config), config.optim
-    ratio = flops.training_ratio(model.reduction, model.tower.size)
-    cost = {"strategy": str(model.reduction), "step_flops": round(ratio, 4)}
     rows = [row for row in folder.rows() if "loss" in row]
+    ratio_of = flops.training_ratio if rows else flops.inference_ratio
+    ratio = ratio_of(model.reduction, model.tower.size)
+    cost = {"strategy": str(model.reduction), "step_flops": round(ratio, 4)}
     if not rows:
         return cost
     steps, batch = rows[-1]["step"], optim.batch_size * optim.grad_accumulation

@@ -43,6 +43,11 @@ def make_model(
         ConfigError: a setting that does not fit the model, or weights that do not.
     """
     optim = config.optim
+    if (gather := config.model.overrides.get("gather", optim.gather)) != optim.gather:
+        raise ConfigError(
+            f"model.overrides.gather: expected {optim.gather!r}, which optim.gather says, got "
+            f"{gather!r}; set optim.gather instead"
+        )
     with blame("model"):
         overrides = text_sizes | input_fields(config.data) | config.model.overrides
         overrides |= {"gather": optim.gather}

@@ -70,7 +70,10 @@ class Resize(Strategy):
         rows = size.image[0] // size.patch
         return replace(self, size=size.patch * (rows - round(strength * (rows - 1))))
 
-    def at_flops(self, model: nn.Module | Tower, ratio: float) -> "Resize":
-        """The size whose training FLOPs are nearest to `ratio` of dense; whole patches seldom
-        meet it exactly."""
-        return at_flops(self, tower_of(model).size, ratio, exactly=False)
+    def at_flops(
+        self, model: nn.Module | Tower, ratio: float, *, training: bool = True
+    ) -> "Resize":
+        """The size whose FLOPs are nearest to `ratio` of dense; whole patches seldom meet it
+        exactly."""
+        size = tower_of(model).size
+        return at_flops(self, size, ratio, training=training, exactly=False)
