@@ -7,6 +7,7 @@ python docs/study.py --check     # exit status 1 where something is missing or s
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,8 +23,9 @@ INTRO = f"""# Study: what a reduction keeps, at equal cost
 
 Written by `python docs/study.py` from `benchmarks/results/studies`, results of `elip study NAME`
 ([how](training.md#studies)). Images are encoded without text wherever features are measured:
-`dense`, with all patches, and `reduced`, by the arm's strategy and the image alone. `objective` is
-the training objective on held-out batches, each image reduced as in training.
+`dense`, with all patches, and `reduced`, by the arm's strategy and the image alone, whatever guided
+it in training. `objective` is the training objective on held-out batches, each image reduced as in
+training.
 
 {INTERVALS}
 """
@@ -47,7 +49,7 @@ def answers(documents: dict[str, Document]) -> str:
             f"| --- | --- | --- |{' --: |' * len(measured)}",
         ]
         said, alike = [], []
-        known = [each for each in entry["differences"] if each["study"] in documents]
+        known = [each for each in entry["differences"] if _is_known(each, documents, measured)]
         pairs = Counter((each["arm"], each["against"]) for each in known)
         for each in known:
             study, arm, against = each["study"], each["arm"], each["against"]
@@ -66,6 +68,16 @@ def answers(documents: dict[str, Document]) -> str:
         parts += [f"### {entry['question']}", entry["about"], f"**{sentence}.**"]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
+
+
+def _is_known(
+    asked: dict[str, str], documents: dict[str, Document], measured: Sequence[str]
+) -> bool:
+    """Runs of both arms that begin alike were measured."""
+    document = documents.get(asked["study"])
+    return document is not None and any(
+        difference(document, asked["arm"], asked["against"], name) for name in measured
+    )
 
 
 def titled(name: str) -> str:

@@ -262,6 +262,8 @@ def test_patch_dropout_ends_at_its_step():
         ({"strategy_options": {"r": 2}}, "strategy_options: expected None"),
         ({"strategy": "elip:scorer=last"}, "strategy_options: expected None"),
         ({"strategy": "random", "strategy_options": {"r": 2}}, "r: expected none"),
+        ({"strategy": "random", "merge": "nearest"}, "set strategy='random:merge=nearest'"),
+        ({"strategy": "guided_tome", "fusion": 0.5}, "fusion: expected strategy='elip'"),
     ],
 )
 def test_a_bad_strategy_is_named(overrides, message):

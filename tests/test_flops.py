@@ -92,6 +92,17 @@ def test_at_flops_sets_the_counted_flops(case, ratio):
     assert sum(counted) / sum(counted_dense(VIT)) == pytest.approx(expected, rel=0.01)
 
 
+@pytest.mark.parametrize("case", ["elip", "elip-exact", "tome"])
+def test_at_flops_of_a_forward_alone(case):
+    """Of which a dry run is a larger part than of a training step."""
+    tower = workload(VIT).tower
+    strategy = CASES[case].at_flops(tower, 0.75, training=False)
+    counted, dense = count(workload(VIT), {case: strategy}, TRAINING)[case], counted_dense(VIT)
+    assert counted.forward / dense.forward == pytest.approx(0.75, rel=0.01)
+    with pytest.raises(ValueError, match="of the dense forward FLOPs"):
+        CASES[case].at_flops(tower, 0.01, training=False)
+
+
 @pytest.mark.parametrize(("scorer", "floor"), [("official", 0.2410), ("exact", 0.2126)])
 def test_a_scoring_pass_has_a_floor(scorer, floor):
     plan = replace(CASES["elip"], scorer=scorer)

@@ -240,6 +240,15 @@ def test_insertion_and_deletion_show_opposite_ends_of_the_row(model, source, mon
     assert (areas["random"] < areas["insertion"]).all()
 
 
+def test_equal_scores_are_shown_in_an_order_drawn():
+    """A random keep knows two scores alone: kept or not."""
+    row = torch.zeros(200, PATCHES).index_fill(1, torch.arange(KEEP), 1.0)
+    places = removal._places(row, torch.rand_like(row).argsort(1))
+    assert (places.sort(1).values == torch.arange(PATCHES)).all()
+    assert (places[:, :KEEP] >= PATCHES - KEEP).all()
+    assert (places.mean(0)[:KEEP] - places[:, :KEEP].mean()).abs().max() < 4 * KEEP / 200**0.5
+
+
 @pytest.mark.parametrize("name", ["elip_albef_tiny", "elip_blip_tiny", "elip_meter_tiny"])
 def test_every_model_is_measured_as_json_with_and_without_selection(name, source, tokenizer):
     model = small(name, tokenizer).train()

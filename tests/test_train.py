@@ -229,6 +229,10 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path, options):
     [
         ("model.name=clip_tny", "model: .*clip_tny"),
         ("model.overrides={colour: red}", "model: .*colour"),
+        (
+            "model.overrides.gather=global",
+            r"model\.overrides\.gather: expected .local.*set optim\.gather",
+        ),
         ("data.train=missing.json", r"data\.train: .*missing\.json"),
         ("data.eval=missing.json", r"data\.eval: .*missing\.json"),
         ("data.vocab_size=5", r"data\.vocab_size: .*at least 261.*got 5"),

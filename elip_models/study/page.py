@@ -132,10 +132,10 @@ def _origins(document: Document) -> str:
 INTERVALS = (
     f"± is half of the {LEVEL:.0%} interval of the mean over seeds (Student's t), one comparison "
     "at a time; differences are taken seed by seed, as arms of one seed share initialisation and "
-    "data, between runs that begin with the same model, and their interval is no shorter than the "
-    "standard deviation makes it that all arms of a study have together which train, or do not, "
-    "against the same reference. FLOPs: of training the image tower, scorer included, against the "
-    "first reference; of an arm that begins with another model than that, of one step; of an arm "
-    "that does not train, of a forward. Time: of training, by steps that take turns with the dense "
-    "model's."
+    "data, between runs that begin with the same model. Three seeds agree by luck now and then: no "
+    "interval of a difference is shorter than the standard deviation makes it which all arms that "
+    "train have together, or, of those that do not, the arms of one family. FLOPs: of training the "
+    "image tower, scorer included, against the first reference; of an arm that begins with another "
+    "model than that, of one step; of an arm that does not train, of a forward. Time: of training, "
+    "by steps that take turns with the dense model's."
 )

@@ -6,8 +6,9 @@
 Arms of one seed share initialisation and data, so differences are taken seed by seed, between runs
 that begin with the same model: where an arm that others begin with was trained anew, its children
 before and after are not paired. An interval is that of the mean by Student's t: 95% of intervals
-made so hold the mean of all seeds. That of a difference is no shorter than the one by the standard
-deviation that all arms like it have together: of three seeds, some agree by luck.
+made so hold the mean of all seeds. Of three seeds some agree by luck, so that of a difference is no
+shorter than the one by the standard deviation that all arms which train have together, and those of
+one family, at several shares of FLOPs, which only measure.
 """
 
 import json
@@ -126,10 +127,16 @@ def difference(document: Document, arm: str, reference: str, metric: str) -> Int
     gaps = _gaps(values, arm, reference)
     if not gaps:
         return None
-    is_like = {name: (said["length"] > 0) for name, said in document["arms"].items()}
-    alike = [name for name in values if name != reference and is_like[name] == is_like[arm]]
+    kind = _kind(document, arm)
+    alike = [name for name in values if name != reference and _kind(document, name) == kind]
     several = [found for name in alike if len(found := _gaps(values, name, reference)) > 1]
     return Interval.of(gaps, _pooled(several) / len(gaps) ** 0.5)
+
+
+def _kind(document: Document, arm: str) -> str:
+    """Whose standard deviation is taken to be one."""
+    said = document["arms"][arm]
+    return "trains" if said["length"] else said["family"]
 
 
 def _values(document: Document, metric: str) -> dict[str, Values]:
