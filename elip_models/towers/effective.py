@@ -4,13 +4,13 @@
     LoRA         W + sum_a s_a B_a A_a                       a over the adapters that are active
     DoRA         W + sum_a (g_a - 1) W + g_a s_a B_a A_a     g_a = m_a / |W + s_a B_a A_a|, by row
 
-Merged or disabled adapters leave W as it is now. Any other layer (quantised, hooked, with another
-forward) is not read: who needs what it makes calls it. Classes of peft are known by their names, so
-that nothing here needs it.
+Merged or disabled adapters leave W as it is now. Nothing is kept from call to call: no version of a
+parameter tells of a change through `.data`, or by an optimizer's own kernels. Any other layer
+(quantised, hooked, with another forward) is not read: who needs what it makes calls it. Classes of
+peft are known by their names, so that nothing here needs it.
 """
 
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,17 +37,6 @@ class Affine(NamedTuple):
         """Queries, keys and values of a projection that makes them together."""
         biases = (None,) * 3 if self.bias is None else self.bias.chunk(3)
         return [Affine(*third) for third in zip(self.weight.chunk(3), biases, strict=True)]
-
-
-class _Read(NamedTuple):
-    """What was read of a layer; `seen` are aliases, so that no other tensor takes their address."""
-
-    key: tuple[Any, ...]
-    seen: list[Tensor]
-    affine: Affine
-
-
-_READ: WeakKeyDictionary[nn.Module, _Read] = WeakKeyDictionary()
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -185,17 +174,7 @@ def _lora(layer: nn.Module) -> Affine | None:
         return base
     if not all(_is_affine(layer, adapter) for adapter in adapters):
         return None
-    scales = [layer.scaling[adapter] for adapter in adapters]
-    if not _can_be_kept(layer, scales):
-        return _adapted(layer, base, adapters)
-    now = ((p.data_ptr(), p._version) for p in layer.parameters())
-    key = (*adapters, *scales, *now)
-    read = _READ.get(layer)
-    if read is None or read.key != key:
-        seen = [p.detach() for p in layer.parameters()]
-        with torch.inference_mode(False):
-            read = _READ[layer] = _Read(key, seen, _adapted(layer, base, adapters))
-    return read.affine
+    return _adapted(layer, base, adapters)
 
 
 def _is_affine(layer: nn.Module, adapter: str) -> bool:
@@ -206,27 +185,6 @@ def _is_affine(layer: nn.Module, adapter: str) -> bool:
     if adapter not in layer.lora_magnitude_vector:
         return variant is None
     return type(variant).__name__ == "DoraLinearVariant" and not layer.lora_bias[adapter]
-
-
-def _can_be_kept(layer: nn.Module, scales: list[float | Tensor]) -> bool:
-    """In eval mode, where a changed parameter shows in its address or its version.
-
-    In training it is made anew: an optimizer with kernels of its own leaves the version as it was.
-    So does FSDP when it gathers, and a graph, compiled or captured, is to read what it finds when
-    it runs.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    if layer.training:
-        _READ.pop(layer, None)
-        return False
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return False
-    parameters = list(layer.parameters())
-    if any(type(p) is not nn.Parameter or p.is_inference() for p in parameters):
-        return False
-    captured = parameters[0].is_cuda and torch.cuda.is_current_stream_capturing()
-    return not captured and all(isinstance(scale, (int, float)) for scale in scales)
 
 
 @torch.no_grad()
