@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from elip_kernels._autocast import without_autocast
@@ -45,6 +47,16 @@ def decomposed() -> Iterator[None]:
 def exports_onnx() -> bool:
     """Inside `torch.onnx.export`, which translates aten's ops and none of ours."""
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
+def is_differentiated() -> bool:
+    """Inside torch.func.grad, jvp and the like, or forward-mode AD, which know aten's ops alone."""
+    if torch.compiler.is_compiling():
+        return False
+    innermost = torch._C._functorch.peek_interpreter_stack()
+    if innermost is None:
+        return forward_ad._current_level >= 0
+    return innermost.key() != TransformType.Vmap  # which calls an op sample by sample
 
 
 class Operator:
@@ -89,7 +101,7 @@ class Operator:
         OPERATORS[name] = self
 
     def __call__(self, *args: Any) -> Any:
-        if _is_decomposed or exports_onnx():
+        if _is_decomposed or exports_onnx() or is_differentiated():
             return self.decomposition(*args)
         return self.overload(*args)
 

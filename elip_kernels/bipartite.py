@@ -200,10 +200,10 @@ def match_reference(
         best = best - penalty[:, ::2]
         best = best.masked_fill(best.isnan(), float("-inf"))
     merged = largest(best[:, num_prefix_tokens:], r)
-    is_merged = torch.zeros(B, num_a, dtype=torch.bool, device=metric.device)
+    is_merged = merged.new_zeros(B, num_a, dtype=torch.bool)
     is_merged.scatter_(1, merged + num_prefix_tokens, True)
     rows = torch.arange(num_a, device=metric.device)
-    slots = torch.empty(B, N, dtype=torch.int32, device=metric.device)
+    slots = partner.new_empty(B, N, dtype=torch.int32)
     slots[:, ::2] = torch.where(is_merged, first_b + partner, rows - is_merged.cumsum(1))
     slots[:, 1::2] = first_b + rows[: N // 2]
     return slots

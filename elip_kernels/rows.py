@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elip_kernels._autocast import without_autocast
-from elip_kernels._operator import exports_onnx
+from elip_kernels._operator import exports_onnx, is_differentiated
 
 
 def order_key(scores: Tensor, real: Tensor | None) -> Tensor:
@@ -54,7 +54,7 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
 def sum_rows(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     """x (B, N, D), rows and weight (B, G, M) -> (B, G, D), summed in the dtype of `weight`."""
     (B, N, D), (_, G, M) = x.shape, rows.shape
-    if exports_onnx():  # it has no bags, but a loop over them
+    if exports_onnx() or is_differentiated():  # without bags, or with a loop over them
         taken = take_rows(x.to(weight.dtype), rows.reshape(B, G * M)).view(B, G, M, D)
         return (weight[:, :, None] @ taken)[:, :, 0].to(x.dtype)
     sums = F.embedding_bag(

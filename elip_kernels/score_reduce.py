@@ -169,7 +169,7 @@ def score_reduce_reference(
     """The specification -> out, kept, weights, slots as `reduce`, and the row (B, N), of which a
     given one is a copy."""
     query, (keep, merge, normalize, scored, row) = _parted(arguments)
-    scored = tokens if scored is None else scored
+    scored = (tokens if scored is None else scored).detach()  # a row takes no gradient
     row = absorbed_reference(scored, *query)[1].mean(1) if row is None else row.clone()
     return *reduce_reference(tokens, row[:, 1:], None, keep, 1, merge, normalize), row
 

@@ -240,6 +240,13 @@ def test_insertion_and_deletion_show_opposite_ends_of_the_row(model, source, mon
     assert (areas["random"] < areas["insertion"]).all()
 
 
+def test_a_scorer_that_asks_nobody_is_held_against_what_the_paper_selects(model, source, tokenizer):
+    for scorer, agrees in (("received", False), ("exact", True)):
+        strategy = Elip(HALF, scorer=scorer)
+        (stage,) = selection_scores(model, source, tokenizer, strategy, limit=4)["stages"]
+        assert (stage["agrees"]["mean"] == 1) == agrees
+
+
 def test_equal_scores_are_shown_in_an_order_drawn():
     """A random keep knows two scores alone: kept or not."""
     row = torch.zeros(200, PATCHES).index_fill(1, torch.arange(KEEP), 1.0)

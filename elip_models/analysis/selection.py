@@ -246,8 +246,10 @@ class _Selector:
     def _agreement(self, images: Tensor, own: Sequence[str]) -> dict[str, list[Tensor]]:
         if type(self.strategy) is not Elip:
             return {}
-        scorer, model = self.strategy.scorer, self.model.visual
-        shares = agreement_by_image(model, images, self._guide(own), self.strategy, (scorer,))
+        scorer, model, guide = self.strategy.scorer, self.model.visual, None
+        if self.strategy.fusion < 1.0:  # the paper's asks, whether or not this scorer does
+            guide = self.model.encode_captions(self.tokenizer, own)
+        shares = agreement_by_image(model, images, guide, self.strategy, (scorer,))
         return {"agrees": shares[scorer], "agrees_chance": shares["chance"]}
 
     def _changes(
