@@ -210,3 +210,19 @@ def test_a_scorer_that_does_not_pay_in_eval_mode_warns_once_with_the_ratio(model
         model(images())
         elip_models.reduce_(model, schedule="1(100%) 1(90%) 4(80%)", scorer="last")
         model(images())
+
+
+def test_other_settings_wait_until_nobody_guides_or_records():
+    """Whoever holds the model as it was reduced would else guide, and be told of, nothing."""
+    model = elip_models.reduce_(plain_vit().eval(), schedule=SCHEDULE)
+    for held in (elip_models.guidance(model, text()), elip_models.record(model)):
+        with held:
+            elip_models.reduce_(model, schedule=SCHEDULE)  # as it is already
+            with pytest.raises(
+                RuntimeError, match=r"outside of guidance\(model, \.\.\) and record"
+            ):
+                elip_models.reduce_(model, schedule="3(100%) 3(40%)")
+    elip_models.reduce_(model, schedule="3(100%) 3(40%)")
+    with elip_models.record(model) as infos:
+        model(images())
+    assert len(infos) == 1

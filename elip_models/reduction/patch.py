@@ -24,6 +24,7 @@ from elip_models.reduction.stand_ins import (
     Refusal,
     Representation,
     TextFirst,
+    is_in_use,
     recording,
 )
 from elip_models.reduction.strategies import default_strategy
@@ -84,8 +85,8 @@ def reduce_(
             (True) and proportional (False), see `ElipOptions`.
 
     Raises:
-        TypeError: a model that cannot be reduced, or a compiled one, with the reason.
-        ValueError: bad arguments.
+        TypeError, ValueError: a model that cannot be reduced or is compiled; a bad argument.
+        RuntimeError: other settings inside `guidance` or `record`, which hold those before.
     """
     _refuse_compiled(model, "reduce_")
     (image_text, tower), others = _read(model), reductions_of(model)
@@ -168,6 +169,11 @@ def _replaced(owner: nn.Module, name: str) -> Any:
 
 def _install(model: nn.Module, reduction: Reduction) -> None:
     _refuse_replaced(reduction)
+    if any(is_in_use(each) for each in reductions_of(model)):
+        raise RuntimeError(
+            "reduce_: expected a call outside of guidance(model, ..) and record(model), which hold "
+            "what the model was reduced by before, got one inside; leave them first"
+        )
     unreduce_(model)
     tower, strategy, image_text = reduction.tower, reduction.strategy, reduction.image_text
     shown = reduction.model

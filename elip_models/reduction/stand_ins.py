@@ -207,6 +207,12 @@ def recording(reductions: Sequence[Reduction], infos: list[StageInfo]) -> Iterat
         RECORDS.set(tuple(each for each in RECORDS.get() if each is not this))
 
 
+def is_in_use(reduction: Reduction) -> bool:
+    """Somebody guides it, or records it in this thread or task."""
+    recorded = any(reduction is each for reductions, _ in RECORDS.get() for each in reductions)
+    return recorded or bool(reduction.guides)
+
+
 class ReducedBlock:
     """Stands in for the forward of block i; `replaced`: what stood there before, of others."""
 
