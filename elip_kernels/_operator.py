@@ -49,14 +49,14 @@ def exports_onnx() -> bool:
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
+@torch.compiler.assume_constant_result
 def is_differentiated() -> bool:
-    """Inside torch.func.grad, jvp and the like, or forward-mode AD, which know aten's ops alone."""
-    if torch.compiler.is_compiling():
-        return False
-    innermost = torch._C._functorch.peek_interpreter_stack()
-    if innermost is None:
+    """Inside torch.func.grad, jvp and the like, or forward-mode AD, which know aten's ops alone;
+    vmap by itself calls an op sample by sample. In a graph it is as where the graph is made."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
         return forward_ad._current_level >= 0
-    return innermost.key() != TransformType.Vmap  # which calls an op sample by sample
+    stack = torch._C._functorch.get_interpreter_stack()
+    return any(each.key() in (TransformType.Grad, TransformType.Jvp) for each in stack)
 
 
 class Operator:

@@ -145,7 +145,7 @@ def candidate_scores(attn: Tensor, B: int, N: int, num_prefix_tokens: int) -> Te
             expected = f"(B, N-p) = {allowed[0]} or (B, N) = {allowed[1]}"
             raise ValueError(message("attn", expected, attn))
         return attn if attn.shape[1] == N - num_prefix_tokens else attn[:, num_prefix_tokens:]
-    heads = attn.shape[1]
+    heads = max(1, attn.shape[1])
     if attn.dim() == 3:
         check_shape("attn", attn, (B, heads, N), "(B, H, N)")
     else:

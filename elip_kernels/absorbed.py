@@ -151,7 +151,8 @@ def patch_scores(
         if tokens_ptr.dtype.element_ty == tl.float16:
             score -= pivot[:, None] * part_u[None, :]
     from_pivot = total / D
-    rstd = 1.0 / tl.sqrt(tl.maximum(squares / D - from_pivot * from_pivot, 0.0) + eps)
+    variance = squares / D - from_pivot * from_pivot
+    rstd = 1.0 / tl.sqrt(tl.where(variance < 0, 0.0, variance) + eps)  # NaN stays
     mean = from_pivot + pivot
     left = mean if tokens_ptr.dtype.element_ty == tl.bfloat16 else from_pivot
     score -= left[:, None] * sum_u[None, :]

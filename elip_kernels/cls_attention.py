@@ -253,6 +253,8 @@ def absorbed_refuses(tokens: Tensor, *query: Any, most: int | None = None) -> st
     candidates = tokens.shape[1] - 1
     if arguments.q_weight.shape[0] > launch.MAX_CHANNELS * arguments.num_heads:
         return f"its kernels take heads of at most {launch.MAX_CHANNELS} channels"
+    if arguments.num_heads > launch.MAX_HEADS:
+        return f"its kernels take at most {launch.MAX_HEADS} heads"
     tensors = (t for t in query if isinstance(t, Tensor))
     return launch.refuses(tokens, *tensors, candidates=candidates, most=most)
 

@@ -186,7 +186,7 @@ _fuse_text_op = Operator(
     "fuse_text",
     fuse_text_reference,
     launcher=_fuse_text,
-    refuses=lambda tokens, text, *_: launch.refuses(tokens, text),
+    refuses=lambda tokens, text, *_: launch.refuses(tokens, text, candidates=tokens.shape[1] - 1),
     fake=lambda tokens, *_: tokens.new_empty(tokens.shape),
     flops=lambda *_, **__: 0,
 )

@@ -21,6 +21,7 @@ CODE = {"enable_fp_fusion": True}  # of every launch, whatever the default of a 
 FEATURES = 512  # of a CLS token in one step, where an image has a program
 KEYS = 64  # of a head in one program of the generic row
 PART = 1024  # tokens of which one program makes weighted sums
+MAX_HEADS = 128  # whose scores of a tile one program makes
 MAX_CHANNELS = 128  # of a head whose query one program makes
 MAX_PREFIX_TOKENS = 16  # a copy of each is in the code
 
@@ -135,8 +136,8 @@ def copy(element_size: int) -> Launch:
 
 
 def weight_tiles(heads: int, tokens: Tensor) -> dict[str, Any]:
-    """As `score_tiles`, with the warps that spill nowhere: 80 registers in bf16 on 4, 70 in fp32
-    on 8."""
+    """As `score_tiles`, with the warps that spill nowhere where a row is of whole lines: 80
+    registers in bf16 on 4, 70 in fp32 on 8."""
     narrow = heads <= 16 and tokens.dtype != torch.float32
     return score_tiles(heads, tokens) | {"num_warps": 4 if narrow else 8}
 
@@ -210,6 +211,8 @@ def refuses(
         return "Triton is not installed"
     if any(t.dtype == torch.float64 for t in tensors):
         return "no kernel computes in fp64"
+    if any(t[:1].numel() >= 2**31 for t in tensors):
+        return "its kernels take fewer than 2^31 elements an image"
     most = MAX_STREAMED if most is None else most
     if candidates > most:
         return f"its kernels take at most {most:,} candidates an image"

@@ -159,7 +159,7 @@ def _nearest_kernel(
     following = tl.load(kept_ptr + offs_k, mask=offs_k < K, other=-1)
     for start_k in range(0, K, BLOCK_K):
         kept = following.to(tl.int32)  # the next tile's are under way while this one is multiplied
-        is_kept = kept >= 0
+        is_kept = (kept >= 0) & (kept < N)
         offs_k = start_k + tl.arange(0, BLOCK_K)
         further = offs_k + BLOCK_K
         following = tl.load(kept_ptr + further, mask=further < K, other=-1)

@@ -150,7 +150,7 @@ def reduce_reference(
             weight = weight / (weight.sum(1, keepdim=True) + EPSILON)
         weights.scatter_(1, dropped, weight)
         out[:, -1] = merge_rows(tokens, dropped, weight)
-    kept = order[:, num_prefix_tokens:first_dropped].contiguous()
+    kept = order[:, num_prefix_tokens:first_dropped].clone(memory_format=torch.contiguous_format)
     return out, kept, weights, place.clamp(max=first_dropped).int()
 
 

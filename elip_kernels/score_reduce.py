@@ -170,7 +170,7 @@ def score_reduce_reference(
     given one is a copy."""
     query, (keep, merge, normalize, scored, row) = _parted(arguments)
     scored = (tokens if scored is None else scored).detach()  # a row takes no gradient
-    row = absorbed_reference(scored, *query)[1].mean(1) if row is None else row.clone()
+    row = absorbed_reference(scored, *query)[1].mean(1) if row is None else _copy(row)
     return *reduce_reference(tokens, row[:, 1:], None, keep, 1, merge, normalize), row
 
 
@@ -205,7 +205,7 @@ def _score_reduce(tokens: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tens
     tokens = launch.addressable(tokens)
     scored = tokens if scored is None else launch.addressable(scored)
     out, kept, weights, slots = empty_outputs(tokens, keep, 1, merge)
-    row = tokens.new_empty(B, N, dtype=torch.float32) if known is None else known.clone()
+    row = tokens.new_empty(B, N, dtype=torch.float32) if known is None else _copy(known)
     outputs = out, kept, weights, slots, row
     if B == 0:
         return outputs
@@ -253,6 +253,11 @@ def _launch_selection(
     )
 
 
+def _copy(row: Tensor) -> Tensor:
+    """Its entries side by side, as they are read."""
+    return row.clone(memory_format=torch.contiguous_format)
+
+
 def _parted(arguments: tuple[Any, ...]) -> tuple[QueryArguments, tuple[Any, ...]]:
     """Those of the op behind tokens -> what u is made of, and the others."""
     count = len(QueryArguments._fields)
@@ -260,9 +265,11 @@ def _parted(arguments: tuple[Any, ...]) -> tuple[QueryArguments, tuple[Any, ...]
 
 
 def _fake(tokens, *arguments):
-    _, (keep, merge, _, scored, _) = _parted(arguments)
-    row = accumulator(tokens.dtype if scored is None else scored.dtype)
-    outputs = empty_outputs(tokens, keep, 1, merge, weights=accumulator(tokens.dtype))
+    _, (keep, merge, _, scored, known) = _parted(arguments)
+    made = accumulator(tokens.dtype if scored is None else scored.dtype)
+    row = made if known is None else known.dtype
+    weights = torch.promote_types(accumulator(tokens.dtype), row)
+    outputs = empty_outputs(tokens, keep, 1, merge, weights=weights)
     return *outputs, tokens.new_empty(tokens.shape[:2], dtype=row)
 
 

@@ -60,7 +60,7 @@ def select_reference(
     place = places(scores.to(accumulator(scores.dtype)), real, keep)
     index = torch.arange(num_prefix_tokens, num_prefix_tokens + candidates, device=scores.device)
     order = torch.empty_like(place).scatter_(1, place, index.expand(B, -1))
-    return order[:, :keep].contiguous()
+    return order[:, :keep].clone(memory_format=torch.contiguous_format)
 
 
 def _select(scores: Tensor, real: Tensor | None, keep: int, num_prefix_tokens: int) -> Tensor:

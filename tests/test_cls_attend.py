@@ -112,3 +112,6 @@ def test_a_head_too_wide_for_its_kernel_takes_the_pytorch_form():
     matrices = {name: torch.randn(2 * 129, D) for name in ("q_weight", "k_weight")}
     wide = QueryArguments(*query)._replace(num_heads=2, q_bias=None, **matrices)
     assert "at most 128 channels" in operator.refuses(tokens, *wide)
+    assert "at most 128 heads" in operator.refuses(tokens, *wide._replace(num_heads=129))
+    huge = torch.empty(1, 65536, 32768, device="meta")
+    assert "fewer than 2^31 elements an image" in operator.refuses(huge, *query)

@@ -152,6 +152,26 @@ def test_opcheck(merge, masked):
     opcheck(torch.ops.elip.reduce_backward.default, args)
 
 
+@pytest.mark.parametrize("batch", [0, 1])
+def test_opcheck_of_few_images(batch):
+    """What a slice of one image's order is must not be seen in its strides, nor where it begins."""
+    scores, real = torch.rand(batch, 11), torch.rand(batch, 13) < 0.8
+    for mask in (None, real):
+        arguments = (torch.randn(batch, 13, 16), scores, mask, 5, 2, True, True)
+        opcheck(torch.ops.elip.reduce.default, arguments)
+        of_patches = None if mask is None else mask[:, 2:]
+        opcheck(torch.ops.elip.select.default, (scores, of_patches, 5, 2))
+
+
+def test_one_image_compiles():
+    def kept(tokens, scores):
+        return elip_kernels.reduce(2 * tokens, 2 * scores, 5, return_info=True)[1].kept + 1
+
+    given = torch.randn(1, 12, 16), torch.rand(1, 11)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(kept, fullgraph=True)(*given), kept(*given))
+
+
 @pytest.mark.parametrize(
     "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)]
 )

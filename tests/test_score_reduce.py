@@ -103,10 +103,11 @@ def arguments_of_the_op(dtype=torch.float32):
 def test_opcheck_and_gradcheck():
     tokens, query, *others = arguments_of_the_op()
     opcheck(torch.ops.elip.score_reduce.default, (tokens, *query, *others))
-    row = torch.rand(tokens.shape[:2])
-    opcheck(torch.ops.elip.score_reduce.default, (tokens, *query, *others[:-1], row))
-    scored = torch.randn(2, 7, 4, dtype=torch.bfloat16)
-    opcheck(torch.ops.elip.score_reduce.default, (tokens, *query, *others[:-2], scored, None))
+    for row in (torch.rand(2, 7), torch.rand(7, 2).t(), torch.rand(2, 7).double()):
+        opcheck(torch.ops.elip.score_reduce.default, (tokens, *query, *others[:-1], row))
+    for dtype in (torch.bfloat16, torch.float64):
+        scored = torch.randn(2, 7, 4, dtype=dtype)
+        opcheck(torch.ops.elip.score_reduce.default, (tokens, *query, *others[:-2], scored, None))
     tokens, query, *others = arguments_of_the_op(torch.float64)
     # The row depends on the tokens, but passes no gradient: hold it by a large margin.
     query = query._replace(k_weight=query.k_weight * 0)

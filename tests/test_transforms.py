@@ -63,6 +63,23 @@ def test_grad_is_that_of_backward_sample_by_sample_too(op):
     torch.testing.assert_close(torch.func.vmap(one)(x.detach()), x.grad)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_transforms_inside_a_graph_and_around_vmap(op):
+    def loss(tokens):  # a graph's own input has no views under jvp
+        return op(1 * tokens).square().sum()
+
+    def through_vmap(tokens):
+        return torch.func.vmap(lambda one: op(one[None])[0])(tokens).square().sum()
+
+    x, v = torch.randn(2, B, N, D, dtype=torch.float64)
+    gradient = torch.func.grad(loss)(x)
+    torch.testing.assert_close(torch.func.grad(through_vmap)(x), gradient)
+    torch._dynamo.reset()
+    for made in (torch.func.grad(loss), lambda x: torch.func.jvp(loss, (x,), (v,))[1]):
+        compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), made(x))
+
+
 @pytest.mark.parametrize("strategy", ["elip:merge=false", "tome", "random:merge=nearest"])
 def test_a_reduced_model_has_a_tangent(strategy):
     model, x = (
