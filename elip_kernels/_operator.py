@@ -25,7 +25,7 @@ _is_decomposed = False
 
 @contextmanager
 def decomposed() -> Iterator[None]:
-    """Inside, every op is its PyTorch form: what is captured runs where `elip::*` is unknown.
+    """Inside, every op of every thread is its PyTorch form: a capture needs no `elip::*` to run.
 
     In inference, for a runtime without Python such as AOTInductor's: the graph holds aten's ops
     alone, and none of our kernels::
