@@ -8,7 +8,7 @@ import elip_models
 from elip_models.reduction.strategy_spec import get_strategy
 from elip_models.towers import as_image_text, as_tower
 from tests.models import hf_siglip, siglip_vision
-from tests.towers import SCHEDULE, WIDTH, images, text
+from tests.towers import SCHEDULE, WIDTH, images, text, whole_grid
 
 
 @pytest.fixture(params=["sdpa", "eager"])
@@ -58,14 +58,37 @@ def test_the_text_is_the_query_of_the_scorers_layer(model, scorer, whole, row):
     assert torch.equal(info.reduction.kept, kept)
 
 
-def test_the_model_pools_what_is_left(model):
-    x, t, plan = images(), text(), {"schedule": SCHEDULE, "scorer": "last"}
-    tokens = elip_models.encode_image(model, x, t, **plan)
-    elip_models.reduce_(model, **plan)
+def probed(head, tokens, sizes):
+    """What the head makes of tokens that hold `sizes` (B, N) patches: their log is added to the
+    scores of its probe."""
+    bias = sizes.log().repeat_interleave(head.attention.num_heads, 0)[:, None]
+    probe = head.probe.expand(len(tokens), -1, -1)
+    attended = head.attention(probe, tokens, tokens, attn_mask=bias)[0]
+    return (attended + head.mlp(head.layernorm(attended)))[:, 0]
+
+
+STRATEGIES = {
+    "elip": {"schedule": SCHEDULE},
+    "tome": {"strategy": "tome:r=4"},
+    "adaptive": {"strategy": "adaptive:keep_mass=0.5", "schedule": SCHEDULE},
+}
+
+
+@pytest.mark.parametrize("settings", STRATEGIES.values(), ids=STRATEGIES)
+def test_the_probe_counts_each_token_by_the_patches_that_it_holds(model, settings):
+    x, t = images(), text()
+    strategy = get_strategy(**({"strategy": "elip"} | settings))
+    tokens, infos = elip_models.encode_image(model, x, t, strategy=strategy, return_info=True)
+    elip_models.reduce_(model, strategy=strategy)
     with elip_models.guidance(model, t):
         reduced = model(x)
-    assert torch.equal(reduced.last_hidden_state, tokens)
-    assert torch.equal(reduced.pooler_output, model.head(tokens))
+    assert tokens.shape[1] < 36
+    assert torch.equal(reduced.last_hidden_state, whole_grid(tokens, infos))
+    source = None
+    for info in infos:
+        source = info.reduction.source_map(source)
+    expected = probed(model.head, tokens, source.sum(2))  # none for padding
+    torch.testing.assert_close(reduced.pooler_output, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_another_text_keeps_other_patches_and_its_length_does_not_matter():
@@ -101,12 +124,13 @@ def test_strategies_without_a_cls_row_run(name):
     strategy = get_strategy(name, **options)
     tower = as_tower(model)
     torch.manual_seed(0)
-    tokens = elip_models.encode_image(model, x, t, strategy=strategy)
+    tokens, infos = elip_models.encode_image(model, x, t, strategy=strategy, return_info=True)
     assert tokens.shape[1] == strategy.token_counts(tower.size)[-1].mlp < 36
+    left = whole_grid(tokens, infos) if strategy.merge else tokens
     elip_models.reduce_(model, strategy=strategy)
     torch.manual_seed(0)
     with elip_models.guidance(model, t):
-        assert torch.equal(model(x).last_hidden_state, tokens)
+        assert torch.equal(model(x).last_hidden_state, left)
 
 
 def test_a_pair_is_guided_by_the_feature_of_its_last_text_token():

@@ -123,7 +123,7 @@ class Reduction:
 
     def _check_pooling(self) -> None:
         """What the model pools of a grid is what it pools of the tokens."""
-        if self.tower.has_probe or (self.tower.pools and not self.strategy.merge):
+        if self.tower.pools and not self.strategy.merge:
             raise ValueError(
                 f"model: expected one that pools all of its patches, or none, to return the tokens "
                 f"of several blocks under {self.strategy.name!r}, got a "

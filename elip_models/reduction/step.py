@@ -75,7 +75,7 @@ class Forward:
         self.size = tower.size
         if tower.has_dynamic_size and num_tokens is not None:
             self.size = tower.size._replace(num_patches=num_tokens - tower.num_prefix_tokens)
-        self.on_grid, self.unmerges = on_grid, tower.pools and strategy.merge
+        self.on_grid, self.unmerges = on_grid, (tower.pools and strategy.merge) or strategy.pads
         self.rows = rows or {}
         self.infos = {info.stage.first: info for info in replays or ()}
         self.slots: dict[int, Slots | None] = {}
@@ -100,7 +100,8 @@ class Forward:
 
     def leaves_grid(self, i: int) -> bool:
         """All tokens of block 0 are to leave block i: of a tower that pools its patches, the last
-        one, so that each token counts by how many it holds."""
+        one, so that each token counts by how many it holds; under a strategy that pads too, so that
+        nobody behind it reads padding."""
         return self.on_grid or (self.unmerges and i == self.tower.depth - 1)
 
     def row(self, i: int) -> Tensor | None:

@@ -98,6 +98,7 @@ class Strategy:
     changes_embedding: it takes the place of what makes tokens of images, by its `patchify`.
     is_guided: text changes what it does.
     merge: how every patch becomes part of a token that leaves; False: some are dropped.
+    pads: an image may have fewer tokens than its batch, and slots of padding in their place.
     """
 
     name: ClassVar[str]
@@ -106,6 +107,7 @@ class Strategy:
     changes_embedding: ClassVar[bool] = False
     is_guided: bool = False
     merge: Merge = False
+    pads: ClassVar[bool] = False
 
     def refuses(self, tower: Tower) -> str | None:
         """Why this tower cannot be reduced so, in one sentence, or None."""
@@ -121,7 +123,12 @@ class Strategy:
         reason = self.refuses(tower)
         if reason is not None:
             raise TypeError(f"strategy: expected one for this model, got {self.name!r}: {reason}")
-        self.stages(tower.size)
+        if self.stages(tower.size) and not self.merge:
+            reason = tower.refuses_dropping()
+        if reason is not None:
+            raise TypeError(
+                f"strategy: expected one that merges or drops nothing, got {self.name!r}: {reason}"
+            )
         return self
 
     def at(self, step: int) -> "Strategy":

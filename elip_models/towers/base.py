@@ -63,7 +63,6 @@ class Tower:
     num_prefix_tokens: tokens that always stay, first: CLS and registers.
     has_cls: token 0 is CLS, which scores; else a text from outside does.
     pools: the model reads all of its patches after the last block, and counts them alike.
-    has_probe: it reads the tokens that are left then, by attention.
     absorbs_keys: a row is read without a key projection of the tokens.
     is_rotary: blocks rotate each token by its place in the image, which then follows the token.
     has_dynamic_size: images of other sizes may go in, each with its own number of patches.
@@ -88,7 +87,6 @@ class Tower:
     num_prefix_tokens: int = 1
     has_cls: bool = True
     pools: bool = False
-    has_probe: bool = False
     absorbs_keys: bool = True
     is_rotary: bool = False
     has_dynamic_size: bool = False
@@ -150,6 +148,11 @@ class Tower:
     def image_stats(self) -> tuple[Sequence[float], Sequence[float]] | None:
         """Mean and standard deviation of each colour that images are normalised by, or None where
         the library does not say."""
+        return None
+
+    def refuses_dropping(self) -> str | None:
+        """Why every patch must be part of a token that leaves the last block, in one sentence, or
+        None."""
         return None
 
     def refuses_resizing(self) -> str | None:

@@ -2,8 +2,9 @@
 
 CLIP's, ViT's, DeiT's (a distillation token beside CLS), BLIP's and SigLIP's (no CLS): embeddings, a
 list of layers of two halves, a last norm. BLIP's own forward attends eagerly; `attend` here runs on
-SDPA. SigLIP pools by a probe that attends to all tokens: to the kept and the merged one; where
-patches are averaged, each token counts by how many it holds.
+SDPA. Where patches are averaged, or SigLIP's probe attends to them, each token counts by how many
+it holds. A model that knows its patches by their places (a decoder of pixels, a language model with
+a token for each patch) has all of them back behind the last layer.
 """
 
 from collections.abc import Sequence
@@ -21,8 +22,10 @@ from transformers import (
     BlipForImageTextRetrieval,
     CLIPForImageClassification,
     CLIPModel,
+    DeiTForMaskedImageModeling,
     SiglipForImageClassification,
     SiglipModel,
+    ViTForMaskedImageModeling,
 )
 
 from elip_models.towers.base import Block, Projections, Tower, is_plain, optional
@@ -58,6 +61,7 @@ LAYERS = {
 
 
 AVERAGED = (CLIPForImageClassification, SiglipForImageClassification)
+DRAWING = (ViTForMaskedImageModeling, DeiTForMaskedImageModeling)
 
 
 class HFTower(Tower):
@@ -81,8 +85,10 @@ class HFTower(Tower):
         self.num_prefix_tokens = 2 if hasattr(self.trunk.embeddings, "distillation_token") else 1
         if layer == "SiglipEncoderLayer":
             self.num_prefix_tokens, self.has_cls, self.absorbs_keys = 0, False, False
-            self.has_probe = self.trunk.use_head and not isinstance(model, AVERAGED)
-        self.pools = isinstance(model, AVERAGED)
+        self.needs_grid = _needs_grid(model)
+        has_probe = not self.num_prefix_tokens and self.trunk.use_head
+        pools = has_probe or isinstance(model, AVERAGED) or self.needs_grid is not None
+        self.pools = pools and not _reads_layers(model)
         self.mlp_ratio = config.intermediate_size / self.width
 
     @staticmethod
@@ -112,6 +118,13 @@ class HFTower(Tower):
     @property
     def checkpointing(self) -> bool:
         return False  # the layers do it themselves
+
+    def refuses_dropping(self) -> str | None:
+        """What reads the tokens of layers has zeros in the place of dropped patches."""
+        return None if _reads_layers(self.model) else self.needs_grid
+
+    def refuses_resizing(self) -> str | None:
+        return self.needs_grid
 
     def collects(self, kwargs: dict[str, Any]) -> bool:
         return bool(kwargs.get("output_hidden_states", self.trunk.config.output_hidden_states))
@@ -336,6 +349,27 @@ def _trunk(model: nn.Module) -> tuple[nn.Module, nn.ModuleList] | None:
         if is_image and _is_known(layers):
             return module, layers
     return None
+
+
+def _needs_grid(model: nn.Module) -> str | None:
+    """Why as many patches must leave the model's image tower as enter it, or None."""
+    if isinstance(model, DRAWING):
+        return "it draws an image from its patches, each at its place"
+    if _language_config(model) is not None:
+        return "its language model has a token for each patch of the image"
+    return None
+
+
+def _reads_layers(model: nn.Module) -> bool:
+    """A language model reads the tokens of some layers, and nothing that the image tower pools."""
+    return hasattr(_language_config(model), "vision_feature_layer")
+
+
+def _language_config(model: nn.Module) -> Any:
+    """That of a model that puts an image's tokens in place of those of a text, or None."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    names = ("image_token_id", "image_token_index")
+    return next((c for c in configs if any(hasattr(c, name) for name in names)), None)
 
 
 def _is_own(attn: nn.Module) -> bool:

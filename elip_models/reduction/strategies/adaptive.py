@@ -38,6 +38,7 @@ class Adaptive(Elip):
     name: ClassVar[str] = "adaptive"
     replaces_block: ClassVar[bool] = True
     replaces_later: ClassVar[bool] = True
+    pads: ClassVar[bool] = True
 
     scorer: ScorerName = "last"
     keep_mass: PositiveShare = 0.9
