@@ -67,7 +67,8 @@ class DenseMethod:
 
 
 class HiddenStates:
-    """Both hooks on a module whose call may be asked for the tokens of all blocks."""
+    """Both hooks on a module whose call may be asked for the tokens of all blocks, or for what
+    their attention says, which only modules that run as they are can tell."""
 
     def __init__(self, reduction: Any) -> None:
         self.reduction = reduction
@@ -75,9 +76,17 @@ class HiddenStates:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any
     ) -> None:
-        if not self.reduction.tower.collects(kwargs):
-            return
-        if output:
-            end(self.reduction)
-        else:
-            begin(self.reduction)
+        tower, strategy = self.reduction.tower, self.reduction.strategy
+        if tower.collects("hidden_states", kwargs):
+            end(self.reduction) if output else begin(self.reduction)
+        if not output and _replaces_attention(strategy) and tower.collects("attentions", kwargs):
+            raise ValueError(
+                f"output_attentions: expected False under {strategy.name!r}, which attends in "
+                "place of the blocks or runs some twice, got True; unreduce_ the model first, or "
+                "take strategy='elip' with scorer='last'"
+            )
+
+
+def _replaces_attention(strategy: Any) -> bool:
+    """What the modules of attention see is not what the model's tokens go through."""
+    return strategy.replaces_block or strategy.replaces_later or strategy.runs_blocks

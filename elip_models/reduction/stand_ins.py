@@ -5,6 +5,7 @@ belongs to one forward is in its `Forward`, which stays with the thread that run
 graph that may recompute it.
 """
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -222,7 +223,9 @@ class ReducedBlock:
         self.replaced = replaced
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Block i on the tokens args[0] (B, N, D), as its library calls it."""
+        """Block i on the tokens args[0] (B, N, D), as its library calls it, or by name."""
+        if not args:
+            args, kwargs = self._tokens_of(kwargs)
         if torch.compiler.is_compiling() and self.block._compiled_call_impl is not None:
             from elip_models.reduction.outside_graph import outside_graph
 
@@ -234,6 +237,13 @@ class ReducedBlock:
                 kwargs = self.reduction.tower.moved(kwargs, positions)
             tokens = self.own_forward(tokens, *args[1:], **kwargs)
         return tokens if slots is None else slots.unmerged(tokens)
+
+    def _tokens_of(self, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """The tokens that came by the name of the block's first parameter, and what else did."""
+        name = list(inspect.signature(type(self.block).forward).parameters)[1]
+        if name not in kwargs:
+            raise TypeError(f"{name}: expected the tokens (B, N, D) of block {self.i}, got none")
+        return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
 
     @property
     def block(self) -> nn.Module:
@@ -265,7 +275,17 @@ class Entrance:
     def __call__(self, images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.passes_on:
             return images
-        return self.reduction.strategy.patchify(self.reduction.tower, images)
+        strategy = self.reduction.strategy
+        others = dict(enumerate(args, 2)) | kwargs
+        others.pop("interpolate_pos_encoding", None)  # positions are interpolated anyhow
+        for name, value in others.items():
+            if value is not None and value is not False:
+                said = name if isinstance(name, str) else f"argument {name} of the embedding"
+                raise ValueError(
+                    f"{said}: expected none under {strategy.name!r}, whose patches are others than "
+                    f"the image's, got {value!r:.80}; unreduce_ the model first"
+                )
+        return strategy.patchify(self.reduction.tower, images)
 
 
 class TextFirst:

@@ -95,6 +95,7 @@ class Strategy:
     name: in `STRATEGIES`.
     replaces_block: its steps take a block's place; else they stand before it.
     replaces_later: behind its first step all blocks run as `later` says, where no step is.
+    runs_blocks: its steps run whole blocks that do not count, to choose by what they say.
     changes_embedding: it takes the place of what makes tokens of images, by its `patchify`.
     is_guided: text changes what it does.
     merge: how every patch becomes part of a token that leaves; False: some are dropped.
@@ -104,6 +105,7 @@ class Strategy:
     name: ClassVar[str]
     replaces_block: ClassVar[bool] = False
     replaces_later: ClassVar[bool] = False
+    runs_blocks: bool = False
     changes_embedding: ClassVar[bool] = False
     is_guided: bool = False
     merge: Merge = False

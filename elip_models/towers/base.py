@@ -67,7 +67,7 @@ class Tower:
     is_rotary: blocks rotate each token by its place in the image, which then follows the token.
     has_dynamic_size: images of other sizes may go in, each with its own number of patches.
     size_advice: what to do with images of other sizes.
-    collector: the module whose call `collects`, or None.
+    collector: the module whose call `collects` what blocks give, or None.
     dense_methods: methods of the model that return the tokens of several blocks.
     unsupported_methods: methods of the model that would return nonsense on a reduced one.
     saved_config: the library's own, which it saves with the model, or None.
@@ -136,8 +136,8 @@ class Tower:
         """The model asks for activation checkpointing of its blocks, and does it in its forward."""
         raise NotImplementedError
 
-    def collects(self, kwargs: dict[str, Any]) -> bool:
-        """Whether a call of `collector` with these arguments returns the tokens of all blocks."""
+    def collects(self, what: str, kwargs: dict[str, Any]) -> bool:
+        """Whether such a call of `collector` returns all "hidden_states", or "attentions"."""
         raise NotImplementedError
 
     @property
@@ -151,8 +151,7 @@ class Tower:
         return None
 
     def refuses_dropping(self) -> str | None:
-        """Why every patch must be part of a token that leaves the last block, in one sentence, or
-        None."""
+        """Why no patch may be dropped without merging, in one sentence, or None."""
         return None
 
     def refuses_resizing(self) -> str | None:

@@ -126,8 +126,9 @@ class HFTower(Tower):
     def refuses_resizing(self) -> str | None:
         return self.needs_grid
 
-    def collects(self, kwargs: dict[str, Any]) -> bool:
-        return bool(kwargs.get("output_hidden_states", self.trunk.config.output_hidden_states))
+    def collects(self, what: str, kwargs: dict[str, Any]) -> bool:
+        name = f"output_{what}"
+        return bool(kwargs.get(name, getattr(self.trunk.config, name)))
 
     @property
     def entrance(self) -> list[tuple[nn.Module, str]]:

@@ -225,6 +225,10 @@ class Elip(Guided, Staged):
     def asks(self) -> bool:
         return get_scorer(self.scorer).asks
 
+    @property
+    def runs_blocks(self) -> bool:
+        return get_scorer(self.scorer).layers(2) > 0
+
     def refuses(self, tower: Tower) -> str | None:
         reason = super().refuses(tower)
         if reason is None and not tower.has_cls and self.scorer in ("official", "cls"):
