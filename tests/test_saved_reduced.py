@@ -30,7 +30,6 @@ from elip_models import (
     ToMe,
     Trips,
     is_reduced,
-    summary,
 )
 from elip_models.models.registry import create_model
 from elip_models.models.saved import SETTINGS
@@ -266,63 +265,6 @@ def test_timm_saves_what_its_factory_made(tmp_path):
         ValueError, match=r"model: expected one of timm.create_model, .*got a Vision"
     ):
         elip_models.save_reduced(model, tmp_path)
-
-
-class TestConfigOfTransformers:
-    """`config.elip` follows the model: set by `reduce_`, taken away by `unreduce_`."""
-
-    def test_save_pretrained_alone_carries_it(self, tmp_path):
-        model = elip_models.reduce_(hf_clip().eval(), schedule=SCHEDULE)
-        model.save_pretrained(tmp_path)
-        assert torch.equal(features(elip_models.load_reduced(tmp_path)), features(model))
-
-    def test_a_dense_model_carries_none(self, tmp_path):
-        model = elip_models.reduce_(hf_clip(), schedule=SCHEDULE)
-        elip_models.unreduce_(model).save_pretrained(tmp_path)
-        assert "elip" not in json.loads((tmp_path / "config.json").read_text())
-        loaded = transformers.CLIPModel.from_pretrained(tmp_path)
-        assert not hasattr(loaded.config, "elip")
-
-    def test_a_loaded_dense_model_forgets_it_by_unreduce(self, tmp_path):
-        elip_models.reduce_(hf_clip(), schedule=SCHEDULE).save_pretrained(tmp_path)
-        model = transformers.AutoModel.from_pretrained(tmp_path)
-        assert model.config.elip["strategy"] == "elip"
-        assert not is_reduced(model)
-        assert not hasattr(elip_models.unreduce_(model).config, "elip")
-
-    def test_a_plain_reduce_takes_them_and_arguments_replace_them(self, tmp_path):
-        elip_models.reduce_(hf_clip(), strategy=ToMe(r=2)).save_pretrained(tmp_path)
-        model = elip_models.reduce_(transformers.AutoModel.from_pretrained(tmp_path))
-        assert summary(model).strategy == ToMe(r=2)
-        assert summary(elip_models.reduce_(model)).strategy == ToMe().at_keep(model, 0.7)
-        model = transformers.AutoModel.from_pretrained(tmp_path)
-        assert summary(elip_models.reduce_(model, keep=0.8)).strategy == ToMe().at_keep(model, 0.8)
-
-    def test_settings_that_cannot_be_read_are_an_error_of_a_plain_reduce_alone(self):
-        model = hf_clip()
-        model.config.elip = {"version": 1, "strategy": "mine.Own", "settings": {}}
-        with pytest.raises(ConfigError, match=r"CLIPConfig.elip: strategy: expected one of elip"):
-            elip_models.reduce_(model)
-        assert summary(elip_models.reduce_(model, strategy=ToMe(r=2))).strategy == ToMe(r=2)
-
-    def test_the_last_settings_are_carried(self):
-        model = elip_models.reduce_(hf_clip(), schedule=SCHEDULE)
-        elip_models.reduce_(model, strategy=ToMe(r=2))
-        assert strategy_of(model.config.elip) == ToMe(r=2)
-
-    def test_copies_have_their_own(self):
-        model = elip_models.reduce_(hf_clip(), strategy="tome")
-        other = elip_models.unreduce_(copy.deepcopy(model))
-        assert not hasattr(other.config, "elip")
-        assert model.config.elip["strategy"] == "tome"
-
-    def test_a_config_that_two_models_share_is_written_right(self, tmp_path):
-        model = elip_models.reduce_(hf_clip(), strategy="tome")
-        elip_models.unreduce_(
-            elip_models.reduce_(transformers.CLIPModel(model.config), strategy="tome")
-        )
-        elip_models.save_reduced(model, tmp_path)
-        assert is_reduced(elip_models.load_reduced(tmp_path))
 
 
 def adapted(model):

@@ -25,7 +25,8 @@ from elip_models.models.base import PretrainedModel
 from elip_models.models.files import write_file
 from elip_models.models.hub import CARD, card_values, fetched, staged
 from elip_models.models.registry import MODELS, load_model
-from elip_models.reduction.patch import note, reduce_, reductions_of
+from elip_models.reduction.library_config import note
+from elip_models.reduction.patch import reduce_, reductions_of
 from elip_models.reduction.settings import settings_of, strategy_of
 from elip_models.reduction.stand_ins import Reduction
 from elip_models.reduction.strategies.dense import Dense
@@ -73,7 +74,7 @@ def save_reduced(model: nn.Module, folder: str | os.PathLike, *, config: Config 
             "reduced model inside it"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    note(reduction)
+    note(model, reduction)
     WRITERS[library](model, folder, config)
     if library == "transformers" and not place:
         (folder / SETTINGS).unlink(missing_ok=True)

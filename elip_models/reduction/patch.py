@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from elip_models.reduction.dense_outputs import DenseMethod, HiddenStates
+from elip_models.reduction.library_config import forget, note, noted
 from elip_models.reduction.once import UnguidedWarning, warn_once
 from elip_models.reduction.schedule import Schedule
-from elip_models.reduction.settings import settings_of, strategy_of
 from elip_models.reduction.stand_ins import (
     REFUSALS,
     Entrance,
@@ -33,7 +33,6 @@ from elip_models.reduction.strategy import StageInfo, Strategy
 from elip_models.reduction.strategy_spec import get_strategy
 from elip_models.reduction.summary import Summary
 from elip_models.towers import ImageTextModel, Tower, as_image_text, as_tower
-from elip_models.validation import blame
 
 M = TypeVar("M", bound=nn.Module)
 StandIn = (ReducedBlock, Entrance, Refusal, Representation, DenseMethod)
@@ -127,19 +126,9 @@ def _read(model: nn.Module) -> tuple[ImageTextModel | None, Tower]:
 def _unnamed_strategy(image_text: ImageTextModel | None, tower: Tower, is_saved: bool) -> Strategy:
     """What the model was saved with, if that may count; or else the default by what it is."""
     has_text = image_text is not None and image_text.refuses() is None
-    saved = _saved_strategy(image_text or tower) if is_saved else None
+    saved = noted(image_text or tower) if is_saved else None
     is_free = all(_replaced(block, "forward") is None for block in tower.blocks)
     return saved or default_strategy(tower, has_text=has_text, replaces_block=is_free)
-
-
-def _saved_strategy(owner: ImageTextModel | Tower) -> Strategy | None:
-    """What the library's config says of how a model was reduced when it was saved."""
-    config = owner.saved_config
-    saved = getattr(config, "elip", None)
-    if saved is None:
-        return None
-    with blame(f"{type(config).__name__}.elip"):
-        return strategy_of(saved)
 
 
 def _are_alike(one: Reduction, other: Reduction) -> bool:
@@ -178,7 +167,7 @@ def _install(model: nn.Module, reduction: Reduction) -> None:
     tower, strategy, image_text = reduction.tower, reduction.strategy, reduction.image_text
     shown = reduction.model
     shown.extra_repr = Representation(reduction, vars(shown).get("extra_repr"))
-    note(reduction)
+    note(model, reduction)
     if not reduction.acts_at and not strategy.changes_embedding:
         return
     if strategy.changes_embedding:
@@ -194,13 +183,6 @@ def _install(model: nn.Module, reduction: Reduction) -> None:
         _hook(tower.collector, HiddenStates(reduction))
     if image_text is not None and strategy.is_guided:
         _hook(image_text.model, TextFirst(reduction))
-
-
-def note(reduction: Reduction) -> None:
-    """Say in the library's own config how the model is reduced, if the library saves one."""
-    config = (reduction.image_text or reduction.tower).saved_config
-    if config is not None:
-        config.elip = settings_of(reduction.strategy)
 
 
 def _install_methods(reduction: Reduction) -> None:
@@ -246,10 +228,11 @@ def unreduce_(model: M) -> M:
                     f"model: expected {type(module).__name__}s as reduce_ left them, got one whose "
                     "forward was wrapped since; take that off first"
                 )
-    wholes = [each.image_text.model for each in reductions_of(model) if each.image_text is not None]
-    for module in (module for whole in (model, *wholes) for module in whole.modules()):
-        if getattr(vars(module).get("config"), "elip", None) is not None:
-            del module.config.elip
+    reductions = reductions_of(model)
+    wholes = (model, *(reduction.model for reduction in reductions))
+    modules = list(dict.fromkeys(module for whole in wholes for module in whole.modules()))
+    forget(modules, reductions)
+    for module in modules:
         _unhook(module)
         for name, value in list(vars(module).items()):
             if isinstance(value, StandIn):

@@ -51,6 +51,7 @@ class Reduction:
     guides, text_cls: for graphs, by whom each text was set, and the latest.
     own_text: for graphs, what the whole model's forward has made its text.
     forward, on_grid: for graphs, the one that runs, and whether it is.
+    shared_config: the library's, in whose place the model has a copy that notes the reduction.
     """
 
     tower: Tower
@@ -63,6 +64,7 @@ class Reduction:
     own_text: Tensor | None = None
     forward: Forward | None = None
     on_grid: bool = False
+    shared_config: Any = None
 
     def __post_init__(self) -> None:
         tower, strategy = self.tower, self.strategy
