@@ -5,7 +5,8 @@
 
 The paper names a fixed ratio for every image as its limit. Slots are padded to the schedule's K and
 masked in attention, so that shapes are static and nothing synchronises: this saves no time over
-`elip`, and says what packed tokens could save (`StageInfo.mean_keep`).
+`elip`, and says what packed tokens could save (`StageInfo.mean_keep`). Behind a reduced model's
+last block stands each patch's token, and no padding that a head or a text could read.
 """
 
 from dataclasses import dataclass
