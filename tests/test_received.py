@@ -7,7 +7,7 @@ import elip_models
 from elip_models.reduction.once import UnguidedWarning
 from elip_models.towers import as_tower
 from tests.models import hf_siglip, siglip_vision
-from tests.towers import SCHEDULE, images, plain_vit, text
+from tests.towers import SCHEDULE, images, plain_vit, text, whole_grid
 
 TOWERS = {"timm": plain_vit, "siglip": siglip_vision}
 
@@ -32,9 +32,9 @@ def test_the_row_is_the_mean_of_the_columns_of_the_last_layers_map(name):
 def test_a_tower_without_cls_is_reduced_by_itself(without_text):
     model, x = siglip_vision().eval(), images()
     plan = {"schedule": SCHEDULE, "scorer": "received", "without_text": without_text}
-    tokens = elip_models.encode_image(model, x, **plan)
+    tokens, infos = elip_models.encode_image(model, x, **plan, return_info=True)
     elip_models.reduce_(model, strategy="elip", **plan)
-    assert torch.equal(model(x).last_hidden_state, tokens)
+    assert torch.equal(model(x).last_hidden_state, whole_grid(tokens, infos))
     assert tokens.shape[1] < as_tower(model).num_tokens
 
 
