@@ -110,6 +110,17 @@ def test_crossget_is_its_definition(n, r):
     torch.testing.assert_close(pairs.weights[~is_source], (1 + sums)[~is_source])
 
 
+def test_rounding_decides_nothing_between_two_that_are_each_others_best():
+    """The cosines of a pair are one number, which a product of matrices rounds twice."""
+    S, importance = cosines(torch.randn(20, 49, 8).double()), torch.rand(20, 49).double()
+    S = torch.maximum(S, S.mT)
+    rounded = S + 1e-12 * torch.randn_like(S)
+    assert not torch.equal(rounded, rounded.mT)
+    expected, found = (pairs_by_importance(each, importance, 16) for each in (S, rounded))
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_pitome_spares_what_is_like_nothing_else():
     crowd = torch.tensor([1.0, 0, 0, 0]) + 0.1 * torch.randn(1, 12, 4)
     alone = torch.eye(4)[None, 1:]

@@ -11,7 +11,7 @@ from torch import nn
 
 import elip_kernels
 import elip_models
-from tests.models import ids, open_clip_pair
+from tests.models import hf_clip, ids, open_clip_pair
 from tests.test_strategies import STRATEGIES
 from tests.tiers import tiered
 from tests.towers import SCHEDULE, clip_vit, images, plain_vit, text
@@ -30,18 +30,50 @@ def test_a_guided_model_is_exported_with_its_guidance(name):
     assert torch.equal(exported(x), expected)
 
 
-@pytest.mark.slow
-def test_a_whole_model_is_exported_with_its_own_guidance():
+BATCH = torch.export.Dim("batch")
+
+
+def assert_runs_any_batch(program, model, inputs, output=lambda out: out):
+    """`inputs(batch)` are the arguments for so many images."""
+    for batch in (1, 2, 5):
+        args = inputs(batch)
+        found, expected = output(program(*args)), output(model(*args))
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", tiered(STRATEGIES, ["resize"]))
+def test_a_program_takes_any_batch(name):
+    model = elip_models.reduce_(plain_vit().eval(), strategy=STRATEGIES[name])
+    program = torch.export.export(model, (images(3),), dynamic_shapes=({0: BATCH},)).module()
+    if name == "random":  # it draws anew in every call
+        assert program(images(5)).shape == model(images(5)).shape
+    else:
+        assert_runs_any_batch(program, model, lambda batch: (images(batch),))
+
+
+PAIRS = [(lib, name) for lib in ("open_clip", "HF") for name in ("elip", "crossget", "adaptive")]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("library", "name"), tiered(PAIRS, []))
+def test_a_whole_model_is_exported_with_its_own_guidance_for_any_batch(library, name):
     """Of our ops only those of the reduction: none that asks which thread guides."""
-    model = elip_models.reduce_(open_clip_pair().eval(), schedule=SCHEDULE)
-    x, tokens = images(), ids()
-    with torch.no_grad():
-        expected = model(x, tokens)["image_features"]
-        program = torch.export.export(model, (x, tokens))
-        got = program.module()(x, tokens)["image_features"]
-    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+    model = {"open_clip": open_clip_pair, "HF": hf_clip}[library]().eval()
+    elip_models.reduce_(model, strategy=name, keep=0.6)
+
+    def inputs(batch):
+        return tuple(f(batch) for f in ((images, ids) if library == "open_clip" else (ids, images)))
+
+    names = ("image", "text") if library == "open_clip" else ("input_ids", "pixel_values")
+    shapes = {key: {0: BATCH} for key in names}
+    program = torch.export.export(model, inputs(3), dynamic_shapes=shapes)
+    of_images = "image_features" if library == "open_clip" else "image_embeds"
+    assert_runs_any_batch(program.module(), model, inputs, lambda out: out[of_images])
     ours = {str(n.target) for n in program.graph.nodes if str(n.target).startswith("elip.")}
-    assert ours == {"elip.score_reduce.default"}
+    assert not any("guidance" in each for each in ours)
+    if name == "elip":
+        assert ours == {"elip.score_reduce.default"}
 
 
 DECOMPOSED = {
@@ -118,8 +150,11 @@ def test_scripting_is_refused_until_the_reduction_is_undone(wrap):
     assert torch.equal(scripted(x), model(x))
 
 
-def test_a_trace_runs_other_images():
-    model = elip_models.reduce_(plain_vit().eval(), schedule=SCHEDULE)
-    with torch.no_grad():
-        traced, x = torch.jit.trace(model, images()), images(5)
-        assert torch.equal(traced(x), model(x))
+TRACED = [name for name in STRATEGIES if name not in ("random", "resize")]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", tiered(TRACED, ["elip", "crossget"]))
+def test_a_trace_runs_any_batch(name):
+    model = elip_models.reduce_(plain_vit().eval(), strategy=STRATEGIES[name])
+    assert_runs_any_batch(torch.jit.trace(model, images(3)), model, lambda batch: (images(batch),))

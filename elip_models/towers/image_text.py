@@ -43,7 +43,9 @@ class ImageTextModel(Reducible):
     @staticmethod
     def pair(images: Tensor | None, texts: Tensor | None) -> bool:
         """Each image has a text, or all have one: not where K prompts meet B images."""
-        return images is not None and texts is not None and len(texts) in (1, len(images))
+        if images is None or texts is None:
+            return False
+        return texts.shape[0] in (1, images.shape[0])  # of `len` an export keeps the number
 
     def as_tensor(self, output: Any) -> Tensor:
         """All floating-point tensors of the output, flat, one after the other."""

@@ -80,7 +80,7 @@ class OpenClipTower(Tower):
         model = self.model
         patches = model.conv1(images)
         grid = tuple(patches.shape[2:])
-        cls = model.class_embedding.to(patches.dtype).expand(len(images), 1, -1)
+        cls = model.class_embedding.to(patches.dtype).expand(images.shape[0], 1, -1)
         tokens = torch.cat([cls, rearrange(patches, "b d h w -> b (h w) d")], dim=1)
         positions = interpolated(model.positional_embedding, model.grid_size, grid, 1)
         return model.ln_pre(tokens + positions.to(tokens.dtype))

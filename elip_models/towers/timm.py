@@ -137,7 +137,7 @@ class TimmTower(PlainTimm):
             positions = interpolated(model.pos_embed[0], model.patch_embed.grid_size, grid, p)
         names = ("cls_token", "dist_token", "reg_token")
         first = [t for name in names if (t := getattr(model, name, None)) is not None]
-        first = [t.expand(len(images), -1, -1) for t in first]
+        first = [t.expand(images.shape[0], -1, -1) for t in first]
         if model.no_embed_class:
             tokens = torch.cat([*first, tokens + positions], dim=1)
         else:

@@ -175,6 +175,7 @@ def pairs_by_energy(similarity: Tensor, r: int, margin: float) -> Pairs:
 def pairs_by_importance(similarity: Tensor, importance: Tensor, r: int) -> Pairs:
     """CrossGET's, of S (B, n, n) and I (B, n)."""
     n, never = similarity.shape[1], float("-inf")
+    similarity = torch.maximum(similarity, similarity.mT)  # a pair is one cosine
     itself = torch.eye(n, dtype=torch.bool, device=similarity.device)
     similarity = similarity.masked_fill(itself, never)
     rank = largest(similarity.amax(2), n).argsort(1)
@@ -195,6 +196,6 @@ def merged(
 ) -> tuple[Tensor, Tensor]:
     """tokens (B, N, D), sizes and weights (B, N) -> (B, R, D), its sizes (B, R)."""
     slots = match.slots.long()
-    total = sizes.new_zeros(len(sizes), match.num_rows).scatter_add(1, slots, sizes)
+    total = sizes.new_zeros(sizes.shape[0], match.num_rows).scatter_add(1, slots, sizes)
     share = (sizes if weights is None else sizes * weights) / total.gather(1, slots)
     return add_rows(tokens, slots, share, match.num_rows), total
