@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import elip_models
+from elip_models import CrossGET, Elip, EViT, ToMe, Trips
 from elip_models.reduction import scorers
 from elip_models.reduction.replay import MAX_REENTRANT
 from elip_models.reduction.strategies import elip as stage
@@ -21,6 +22,7 @@ from tests.towers import (
     gradients,
     gradients_of_a_step,
     images,
+    plain_vit,
     text,
 )
 
@@ -285,3 +287,38 @@ def test_encode_image_checkpoints_without_choosing_again(strategy):
         elip_models.encode_image(model, x, t, strategy=strategy).square().sum().backward()
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
     assert_equal_gradients(*gradients)
+
+
+IN_ONE_GRAPH = {"elip": Elip("1(100%) 2(50%)"), "trips": Trips("1(100%) 2(50%)")}
+IN_SEVERAL = {
+    "tome": ToMe(4),
+    "nearest": Elip("1(100%) 2(50%)", merge="nearest"),
+    "evit": EViT(0.7, layers=(1,)),
+    "crossget": CrossGET(4),
+}
+
+
+@pytest.mark.parametrize("name", tiered(IN_ONE_GRAPH | IN_SEVERAL, ["tome"]))
+def test_a_compiled_model_may_checkpoint_its_blocks(name):
+    """In one graph where blocks know nothing of one another; no checkpoint of a graph hands on what
+    another block is to know."""
+    model, x = plain_vit(depth=3), images()
+    elip_models.reduce_(model, strategy=(IN_ONE_GRAPH | IN_SEVERAL)[name])
+
+    def step(model):
+        model.zero_grad()
+        model(x).square().sum().backward()
+
+    step(model)
+    expected = gradients(model)
+    model.set_grad_checkpointing()
+
+    def compiled(**options):
+        torch._dynamo.reset()
+        step(torch.compile(model, backend="aot_eager", **options))
+        assert_equal_gradients(gradients(model), expected, rtol=1e-4, atol=1e-5)
+
+    if name in IN_SEVERAL:
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="Unsafe side effect"):
+            compiled(fullgraph=True)
+    compiled(fullgraph=name in IN_ONE_GRAPH)

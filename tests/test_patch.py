@@ -8,6 +8,9 @@ import torch
 
 import elip_models
 from elip_models.reduction import once
+from elip_models.reduction.patch import is_reduced
+from elip_models.towers import as_tower
+from tests.models import eva, open_clip_vit, output, siglip_vision
 from tests.tiers import tiered
 from tests.towers import (
     SCHEDULE,
@@ -165,6 +168,31 @@ def test_a_compiled_model_is_refused(model, how):
     for change in (lambda m: elip_models.reduce_(m, schedule=SCHEDULE), elip_models.unreduce_):
         with pytest.raises(TypeError, match="then compile"):
             change(compiled)
+
+
+@pytest.mark.parametrize("strategy", ["tome", "elip", "resize"])
+def test_torch_fx_is_refused_until_the_reduction_is_undone(model, strategy):
+    elip_models.reduce_(model.eval(), strategy=strategy, keep=0.6)
+    with pytest.raises(TypeError, match=r"before reduce_ for torch\.fx .*or use torch\.export"):
+        torch.fx.symbolic_trace(model)
+    x = images()
+    expected = elip_models.unreduce_(model)(x)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
+
+
+@pytest.mark.parametrize("make", [plain_vit, open_clip_vit, eva, siglip_vision])
+def test_a_block_that_stands_twice_is_refused_and_nothing_is_changed(make):
+    model, x = make().eval(), images()
+    blocks = as_tower(model).blocks
+    blocks[4] = blocks[1]
+    expected = output(model, x)
+    with pytest.raises(TypeError, match=r"block 4 that is block 1 again; give it a copy\.deepcopy"):
+        elip_models.reduce_(model, schedule=SCHEDULE)
+    assert not is_reduced(model)
+    assert torch.equal(output(model, x), expected)
+    blocks[4] = copy.deepcopy(blocks[1])
+    output(elip_models.reduce_(model, schedule=SCHEDULE), x)
+    assert torch.equal(output(elip_models.unreduce_(model), x), expected)
 
 
 def test_guidance_is_scoped_and_nests(model):

@@ -73,6 +73,8 @@ class Reduction:
         if stages and (strategy.replaces_later or tower.is_rotary):
             self.acts_at = tuple(range(stages[0], tower.depth))
         self.first, self.last = min(stages, default=tower.depth), tower.depth - 1
+        if self.acts_at:
+            _refuse_repeated(list(tower.blocks))
 
     @property
     def model(self) -> nn.Module:
@@ -199,6 +201,17 @@ class Reduction:
         return step if forward.leaves_grid(i) else step._replace(slots=None)
 
 
+def _refuse_repeated(blocks: list[nn.Module]) -> None:
+    """The stand-in of a block's forward knows one place."""
+    for i, block in enumerate(blocks):
+        first = next(j for j, other in enumerate(blocks) if other is block)
+        if first < i:
+            raise TypeError(
+                f"model: expected blocks that are each a module of their own, got block {i} that "
+                f"is block {first} again; give it a copy.deepcopy of it first"
+            )
+
+
 @contextmanager
 def recording(reductions: Sequence[Reduction], infos: list[StageInfo]) -> Iterator[None]:
     """Inside, `infos` is told of each step of the reductions in this thread or task."""
@@ -260,6 +273,7 @@ class ReducedBlock:
 
     def step(self, args: Args, kwargs: Kwargs) -> Stepped:
         """All of a `Step` that a graph may hold."""
+        _refuse_fx(args[0])
         masks = (*args[1:], *(kwargs.get(name) for name in ("attn_mask", "attention_mask")))
         if any(mask is not None for mask in masks) or kwargs.get("is_causal"):
             raise ValueError("attn_mask: expected none on a reduced model, whose tokens change")
@@ -277,6 +291,7 @@ class Entrance:
     def __call__(self, images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.passes_on:
             return images
+        _refuse_fx(images)
         strategy = self.reduction.strategy
         others = dict(enumerate(args, 2)) | kwargs
         others.pop("interpolate_pos_encoding", None)  # positions are interpolated anyhow
@@ -288,6 +303,15 @@ class Entrance:
                     f"the image's, got {value!r:.80}; unreduce_ the model first"
                 )
         return strategy.patchify(self.reduction.tower, images)
+
+
+def _refuse_fx(tensor: Any) -> None:
+    if isinstance(tensor, torch.fx.Proxy):
+        raise TypeError(
+            "model: expected a model before reduce_ for torch.fx (symbolic_trace, torchvision's "
+            "create_feature_extractor), whose symbols no reduction can follow, got a reduced one; "
+            "unreduce_ it first, or use torch.export"
+        )
 
 
 class TextFirst:
