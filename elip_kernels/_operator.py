@@ -49,7 +49,6 @@ def exports_onnx() -> bool:
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
-@torch.compiler.assume_constant_result
 def is_differentiated() -> bool:
     """Inside torch.func.grad, jvp and the like, or forward-mode AD, which know aten's ops alone;
     vmap by itself calls an op sample by sample. In a graph it is as where the graph is made."""
@@ -57,6 +56,10 @@ def is_differentiated() -> bool:
         return forward_ad._current_level >= 0
     stack = torch._C._functorch.get_interpreter_stack()
     return any(each.key() in (TransformType.Grad, TransformType.Jvp) for each in stack)
+
+
+# As torch.compiler.assume_constant_result says it, which imports torch._dynamo.
+is_differentiated._dynamo_marked_constant = True
 
 
 class Operator:
