@@ -93,7 +93,7 @@ def exact_means(tokens, cls, key, eps=1e-6):
 @pytest.mark.parametrize("dtype", BUDGET, ids=str)
 def test_weighted_sum_is_fp32_and_within_its_budget(poisoned_memory, dtype, N):
     tokens, cls = tokens_and_cls(1, N, 768, dtype)
-    key = torch.randn(12, 768) / 768**0.5
+    key = torch.randn(3, 768) / 768**0.5
     got = means(tokens, cls.float(), key)
     assert got.dtype == torch.float32
     assert error(got, exact_means(tokens, cls, key)) <= BUDGET[dtype]
