@@ -134,8 +134,8 @@ INTERVALS = (
     "at a time; differences are taken seed by seed, as arms of one seed share initialisation and "
     "data, between runs that begin with the same model. Three seeds agree by luck now and then: no "
     "interval of a difference is shorter than the standard deviation makes it which all arms that "
-    "train have together, or, of those that do not, the arms of one family. FLOPs: of training the "
-    "image tower, scorer included, against the first reference; of an arm that begins with another "
-    "model than that, of one step; of an arm that does not train, of a forward. Time: of training, "
-    "by steps that take turns with the dense model's."
+    "train have together; of those that do not, a family of several, or all others. FLOPs: of "
+    "training the image tower, scorer included, against the first reference; of an arm that begins "
+    "with another model than that, of one step; of an arm that does not train, of a forward. Time: "
+    "of training, by steps that take turns with the dense model's."
 )

@@ -7,8 +7,8 @@ Arms of one seed share initialisation and data, so differences are taken seed by
 that begin with the same model: where an arm that others begin with was trained anew, its children
 before and after are not paired. An interval is that of the mean by Student's t: 95% of intervals
 made so hold the mean of all seeds. Of three seeds some agree by luck, so that of a difference is no
-shorter than the one by the standard deviation that all arms which train have together, and those of
-one family, at several shares of FLOPs, which only measure.
+shorter than the one by the standard deviation that all arms which train have together; of those
+that only measure, the arms of one family, at several shares of FLOPs, or all that stand alone.
 """
 
 import json
@@ -134,9 +134,13 @@ def difference(document: Document, arm: str, reference: str, metric: str) -> Int
 
 
 def _kind(document: Document, arm: str) -> str:
-    """Whose standard deviation is taken to be one."""
-    said = document["arms"][arm]
-    return "trains" if said["length"] else said["family"]
+    """Whose standard deviation is taken to be one: arms that train; of those that do not, a family
+    of several, or all that stand alone."""
+    arms = document["arms"]
+    if arms[arm]["length"]:
+        return "trains"
+    family = arms[arm]["family"]
+    return family if sum(said["family"] == family for said in arms.values()) > 1 else "measures"
 
 
 def _values(document: Document, metric: str) -> dict[str, Values]:
