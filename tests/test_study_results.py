@@ -76,7 +76,10 @@ def test_an_interval_is_no_shorter_than_that_of_all_arms_alike():
     calm, wild = (difference(found, arm, "dense", "r1").half for arm in ("calm", "wild"))
     assert calm == pytest.approx(2.776445 * (0.0005 / 3) ** 0.5, rel=1e-6)
     assert wild == pytest.approx(4.302653 * 0.03 / 3**0.5, rel=1e-6)
-    found["arms"]["wild"]["length"] = 0  # measured alone, and of another family
+    for arm in ("calm", "wild"):  # both measured alone
+        found["arms"][arm]["length"] = 0
+    assert difference(found, "calm", "dense", "r1").half == pytest.approx(calm)
+    found["arms"]["calm"]["length"] = 1
     assert difference(found, "calm", "dense", "r1").half == pytest.approx(4.302653 * 0.01 / 3**0.5)
 
 
