@@ -108,7 +108,7 @@ class Study:
         values = {**QUIET, **self.overrides, **arm.overrides, "seed": run.seed}
         values |= {"name": f"{self.group}/{run.arm}/{run.seed}", "output_dir": str(folder)}
         if arm.parent is not None:
-            values |= self._beginning(Run(arm.parent, run.seed))
+            values |= self._model_of(Run(arm.parent, run.seed))
         with blame(f"arms.{run.arm}"):
             config = recipe_with(self.recipe, values)
             values |= _length_of(config, arm.length or 1.0)
@@ -136,7 +136,7 @@ class Study:
         """Where a run is written."""
         return self.root / run.arm / str(run.seed)
 
-    def _beginning(self, parent: "Run") -> dict[str, Any]:
+    def _model_of(self, parent: "Run") -> dict[str, Any]:
         """Keys of a run that begins with the model of another."""
         model = str(self.folder(parent) / "model")
         return {"model.pretrained": model, "data.tokenizer": model}

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -146,13 +146,15 @@ def check_settings(study: Study, runs: Sequence[Run]) -> None:
     """Raises ConfigError for an arm that cannot be, and for a result that other settings gave."""
     for run in runs:
         config, recipe = study.config(run), study.folder(run) / "recipe.yaml"
-        is_there = result_of(study, run) is not None
-        if is_there and (changes := resume_conflicts(load_recipe(recipe), config, ())):
+        result = result_of(study, run)
+        if result is None:
+            continue
+        if changes := resume_conflicts(load_recipe(recipe), config, ()):
             raise ConfigError(
                 f"{recipe.parent} was made with other settings: {'; '.join(changes)}; remove it, "
                 "or give the study another name"
             )
-        beginning, then = _beginning(study, run), (result_of(study, run) or {}).get("beginning")
+        beginning, then = _beginning(study, run), result.get("beginning")
         if None not in (beginning, then) and beginning != then:
             raise ConfigError(
                 f"{recipe.parent} began with a run of {study.arms[run.arm].parent!r} that was "
@@ -211,7 +213,7 @@ def step_time(run: Finished) -> float:
 
 def _cost(config: RunConfig, folder: RunFolder) -> Result:
     """What a run took: FLOPs of its tower against dense, of a training step, or of a forward where
-    it did not train; and, where it did, images, seconds a step, and its mean loss at the end."""
+    it did not train; and, where it did, images, and its mean loss at the end."""
     model, optim = meta_model(config), config.optim
     rows = [row for row in folder.rows() if "loss" in row]
     ratio_of = flops.training_ratio if rows else flops.inference_ratio
@@ -221,12 +223,7 @@ def _cost(config: RunConfig, folder: RunFolder) -> Result:
         return cost
     steps, batch = rows[-1]["step"], optim.batch_size * optim.grad_accumulation
     last = [row["loss"] for row in rows if row["step"] > steps - LAST_STEPS]
-    speeds = [row["images_per_second"] for row in rows if "images_per_second" in row]
-    return cost | {
-        "images": steps * batch,
-        "loss": round(fmean(last), 5),
-        "seconds_per_step": round(batch / median(speeds), 5),
-    }
+    return cost | {"images": steps * batch, "loss": round(fmean(last), 5)}
 
 
 def _origin() -> Result:
