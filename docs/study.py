@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 import yaml
 
 from elip_models.study.chart import draw
-from elip_models.study.page import INTERVALS, is_loss, page, shown
+from elip_models.study.page import INTERVALS, is_loss, page, shown, title
 from elip_models.study.results import Document, Interval, difference, read_results
 
 FOLDER = Path(__file__).parent
@@ -36,7 +36,7 @@ MEASURED = ("reduced.top1", "reduced.contrastive_loss")
 
 
 def answers(documents: dict[str, Document]) -> str:
-    """Each question of `answers.yaml`, the differences that bear on it, and what they tell."""
+    """Each question of `answers.yaml`, what the differences that bear on it tell, and these."""
     parts = [
         "## Answers",
         "Better and worse are said, and of which measure, where an interval leaves zero out, which "
@@ -44,30 +44,45 @@ def answers(documents: dict[str, Document]) -> str:
     ]
     for entry in yaml.safe_load(ANSWERS.read_text(encoding="utf-8")):
         measured = entry.get("measured", MEASURED)
-        lines = [
-            f"| arm | against | study | {' | '.join(map(titled, measured))} |",
-            f"| --- | --- | --- |{' --: |' * len(measured)}",
-        ]
-        said, alike = [], []
         known = [each for each in entry["differences"] if _is_known(each, documents, measured)]
         pairs = Counter((each["arm"], each["against"]) for each in known)
+        lines = [
+            f"| arm | against | study | {' | '.join(map(title, measured))} |",
+            f"| --- | --- | --- |{' --: |' * len(measured)}",
+        ]
+        said: dict[tuple[str, str], list[str]] = {}
         for each in known:
             study, arm, against = each["study"], each["arm"], each["against"]
-            where = f" in {study}" if pairs[arm, against] > 1 else ""
             gaps = {name: difference(documents[study], arm, against, name) for name in measured}
             cells = [f"`{arm}`", f"`{against}`", study]
             cells += [shown(gap, name) for name, gap in gaps.items()]
             lines.append(f"| {' | '.join(cells)} |")
-            if word := told(gaps):
-                said.append(f"`{arm}` is {word} than `{against}`{where}")
-            else:
-                alike.append(f"`{arm}` and `{against}`{where}")
-        if alike:
-            said.append(f"no difference is seen between {', nor between '.join(alike)}")
-        sentence = "; ".join(said)
-        parts += [f"### {entry['question']}", entry["about"], f"**{sentence}.**"]
-        parts.append("\n".join(lines))
+            where = f" in {study}" if pairs[arm, against] > 1 else ""
+            said.setdefault((told(gaps), f"`{against}`{where}"), []).append(f"`{arm}`")
+        parts += [f"### {entry['question']}", entry["about"], _sentence(said), "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
+
+
+def _sentence(said: dict[tuple[str, str], list[str]]) -> str:
+    """Which arms are better or worse than what, and which are told from nothing."""
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for (word, against), arms in said.items():
+        grouped.setdefault((word, _listed(arms)), []).append(against)
+    clear = [
+        f"{arms} {'are' if ' and ' in arms else 'is'} {word} than {_listed(against)}"
+        for (word, arms), against in grouped.items()
+        if word
+    ]
+    alike = [
+        f"{arms} from {_listed(against)}" for (word, arms), against in grouped.items() if not word
+    ]
+    sentences = [f"{'; '.join(clear)}."] * bool(clear)
+    sentences += [f"Not told apart: {'; '.join(alike)}."] * bool(alike)
+    return f"**{' '.join(sentences)}**"
+
+
+def _listed(arms: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(arms[:-1]), arms[-1])))
 
 
 def _is_known(
@@ -78,11 +93,6 @@ def _is_known(
     return document is not None and any(
         difference(document, asked["arm"], asked["against"], name) for name in measured
     )
-
-
-def titled(name: str) -> str:
-    """A column's name."""
-    return name if is_loss(name) else f"{name}, %"
 
 
 def told(gaps: dict[str, Interval | None]) -> str:

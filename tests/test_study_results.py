@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from elip_models.study.command import write_page
-from elip_models.study.page import sentences, table
+from elip_models.study.page import differences, means
 from elip_models.study.results import Interval, by_seed, difference, relative_cost, relative_time
 from elip_models.validation import ConfigError
 
@@ -110,23 +110,29 @@ def test_cost_is_that_of_the_whole_run_against_the_first_reference():
     assert relative_time(found, "half") is None
 
 
-def test_sentences_follow_from_intervals():
+def test_a_difference_is_bold_where_its_interval_leaves_zero_out():
     found = document(
         dense=[0.50, 0.70, 0.60],
         up=[0.60, 0.81, 0.70],
         down=[0.40, 0.61, 0.50],
         alike=[0.55, 0.68, 0.61],
         once=[0.9, None, None],
+        absent=[],
     )
-    assert sentences(found, "r1") == (
-        "r1, % against `dense`: **above**: `up` (+10.3 ± 2.9); **below**: `down` (−9.7 ± 2.9); "
-        "**no difference seen**: `alike` (+1.3 ± 8.7); **one seed**: `once` (+40.0)."
+    assert differences(found, "dense") == (
+        ["arm", "r1, %"],
+        [
+            ["`up`", "**+10.3 ± 2.9**"],
+            ["`down`", "**−9.7 ± 2.9**"],
+            ["`alike`", "+1.3 ± 8.7"],
+            ["`once`", "+40.0"],
+        ],
     )
 
 
 def test_a_metric_that_no_run_has_is_named():
     with pytest.raises(ConfigError, match="quality: expected metrics of r1, got 'r2'"):
-        table(document(dense=[0.5]), "r2")
+        means(document(dense=[0.5]) | {"quality": ["r1", "r2"]})
 
 
 def test_the_page_is_that_of_the_results(tmp_path):
@@ -139,7 +145,8 @@ def test_the_page_is_that_of_the_results(tmp_path):
     assert study_page.main([*arguments, "--check"]) == 0
     text = (docs / "study.md").read_text()
     assert "## Is it?" in text and "commit 0123456" in text
-    assert "| `half` | 2 | 0.50 | 0.80 | – | 60.0 ± 127.1 | +5.0 ± 63.5 |" in text
+    assert "| `half` | 2 | 0.50 | 0.80 | – | 60.0 ± 127.1 |" in text
+    assert "Less `dense`, seed by seed:" in text and "| `half` | +5.0 ± 63.5 |" in text
     assert "training FLOPs, dense = 1" in (docs / "study-tiny.svg").read_text()
     (docs / "study.md").write_text(text.replace("60.0", "61.0"))
     assert study_page.main([*arguments, "--check"]) == 1
@@ -185,7 +192,10 @@ def test_answers_are_made_of_what_is_there(monkeypatch, tmp_path):
     )
     monkeypatch.setattr(study_page, "ANSWERS", asked)
     text = study_page.answers({"tiny": found})
-    assert "**`tome` is better (top1, contrastive_loss) than `dense`; no difference is" in text
+    sentences = (
+        "`tome` is better (top1, contrastive_loss) than `dense`. Not told apart: `last` from"
+    )
+    assert f"**{sentences} `dense`.**" in text
     assert text.count("| tiny |") == 2 and "another" not in text
 
 

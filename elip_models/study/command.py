@@ -9,7 +9,7 @@ from typing import NamedTuple
 from elip_models.data import open_source
 from elip_models.reduction import flops
 from elip_models.study.chart import draw
-from elip_models.study.page import INTERVALS, VALUE, page, table
+from elip_models.study.page import INTERVALS, differences, means, page
 from elip_models.study.plan import Run, Study
 from elip_models.study.results import Document, read_results, write_results
 from elip_models.study.runner import check_settings, is_finished, result_of, run_study
@@ -21,6 +21,7 @@ with extra("elip_models.study"):
     from rich.console import Console
     from rich.progress_bar import ProgressBar
     from rich.table import Table
+    from rich.text import Text
 
 
 class Cost(NamedTuple):
@@ -124,16 +125,18 @@ def _images(config: RunConfig, image_size: int) -> int:
 
 def show_results(document: Document, console: Console) -> None:
     """The tables of the page."""
-    for metric in document["quality"]:
-        header, rows = table(document, metric)
-        title = f"{document['study']}: {header[VALUE]}"
-        shown = Table(title=title, caption="± 95% over seeds; differences are paired")
-        header[VALUE] = "mean"
+    tables = {document["study"]: means(document)}
+    for reference in document["references"]:
+        tables[f"less {reference}, seed by seed"] = differences(document, reference)
+    for title, (header, rows) in tables.items():
+        shown = Table(title=title, caption="± 95% over seeds")
         for name in header:
-            shown.add_column(name.replace("`", ""), justify="right" if shown.columns else "left")
+            shown.add_column(name, justify="right" if shown.columns else "left")
         for row in rows:
-            shown.add_row(*(cell.replace("`", "") for cell in row))
-        console.print(shown)
+            cells = (cell.replace("`", "") for cell in row)
+            shown.add_row(*(Text(cell.strip("*"), "bold" * ("*" in cell)) for cell in cells))
+        if rows:
+            console.print(shown)
 
 
 def write_page(results: Path, path: Path) -> list[Path]:

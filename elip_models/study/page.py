@@ -1,10 +1,6 @@
-"""A study in Markdown, from its results alone: tables, a chart, and sentences that intervals write.
-
-Recalls and shares are in percent, losses as they are. No sentence says more than its interval.
+"""A study in Markdown, from its results alone: the means of its arms, their differences from each
+reference, and a chart. Recalls and shares are in percent, losses as they are.
 """
-
-from collections import defaultdict
-from collections.abc import Sequence
 
 from elip_models.study.results import (
     LEVEL,
@@ -18,7 +14,7 @@ from elip_models.study.results import (
 from elip_models.validation import ConfigError
 
 NONE = "–"
-VALUE = 5  # the column of `table` whose name is the metric's
+Table = tuple[list[str], list[list[str]]]  # header, and rows
 
 
 def page(document: Document, chart: str) -> str:
@@ -33,51 +29,47 @@ def page(document: Document, chart: str) -> str:
     if document["overrides"]:
         settings = ", ".join(f"`{key}={value}`" for key, value in document["overrides"].items())
         parts.append(f"Every arm with {settings}.")
-    parts += [_markdown(*table(document, metric)) for metric in document["quality"]]
-    parts.append(f"![{document['study']}]({chart})")
-    parts += [sentences(document, metric) for metric in document["quality"]]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    parts += [_markdown(means(document)), f"![{document['study']}]({chart})"]
+    for reference in document["references"]:
+        parts += [f"Less `{reference}`, seed by seed:", _markdown(differences(document, reference))]
+    return "\n\n".join(parts) + "\n"
 
 
-def table(document: Document, metric: str) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: an arm's cost, its loss at the end, the metric, its distance to each
-    reference.
+def means(document: Document) -> Table:
+    """Header and rows: an arm's cost, its loss at the end, and each metric of `quality`.
 
     Raises:
         ConfigError: a metric that no run has.
     """
     known = sorted({name for run in document["runs"] for name in run["metrics"]})
-    if known and metric not in known:
-        raise ConfigError(f"quality: expected metrics of {', '.join(known)}, got {metric!r}")
-    references = document["references"]
-    header = ["arm", "seeds", "FLOPs", "time", "loss at the end", _title(metric)]
-    header += [f"against `{reference}`" for reference in references]
+    for metric in document["quality"]:
+        if known and metric not in known:
+            raise ConfigError(f"quality: expected metrics of {', '.join(known)}, got {metric!r}")
+    header = ["arm", "seeds", "FLOPs", "time", "loss at the end"]
+    header += map(title, document["quality"])
     rows = []
     for arm in document["arms"]:
-        values = by_seed(document, arm, metric)
-        if values:
-            cells = [f"`{arm}`", str(len(values)), _ratio(relative_cost(document, arm))]
+        seeds = {run["seed"] for run in document["runs"] if run["arm"] == arm}
+        if seeds:
+            cells = [f"`{arm}`", str(len(seeds)), _ratio(relative_cost(document, arm))]
             cells += [_ratio(relative_time(document, arm)), _mean(document, arm, "loss")]
-            cells.append(_mean(document, arm, metric))
-            gaps = (difference(document, arm, each, metric) for each in references if each != arm)
-            found = dict(zip([each for each in references if each != arm], gaps, strict=True))
-            rows.append([*cells, *(shown(found.get(each), metric) for each in references)])
+            rows.append([*cells, *(_mean(document, arm, each) for each in document["quality"])])
     return header, rows
 
 
-def sentences(document: Document, metric: str) -> str:
-    """Which arms are above, below or not told from each reference."""
-    lines = []
-    for reference in document["references"]:
-        sides: dict[str, list[str]] = defaultdict(list)
-        for arm in document["arms"]:
-            gap = None if arm == reference else difference(document, arm, reference, metric)
-            if gap is not None:
-                sides[gap.verdict].append(f"`{arm}` ({shown(gap, metric)})")
-        said = [f"**{side}**: {', '.join(arms)}" for side, arms in sorted(sides.items())]
-        if said:
-            lines.append(f"{_title(metric)} against `{reference}`: {'; '.join(said)}.")
-    return "\n\n".join(lines)
+def differences(document: Document, reference: str) -> Table:
+    """Header and rows: by each metric of `quality`, an arm less the reference, in bold where the
+    interval leaves zero out."""
+    header, rows = ["arm", *map(title, document["quality"])], []
+    for arm in document["arms"]:
+        gaps = [
+            (difference(document, arm, reference, metric), metric)
+            for metric in document["quality"]
+            if arm != reference
+        ]
+        if any(gap for gap, _ in gaps):
+            rows.append([f"`{arm}`", *(shown(gap, metric) for gap, metric in gaps)])
+    return header, rows
 
 
 def is_loss(metric: str) -> bool:
@@ -85,8 +77,9 @@ def is_loss(metric: str) -> bool:
     return metric.rpartition(".")[2].startswith("loss") or metric.endswith("loss")
 
 
-def _title(metric: str) -> str:
-    return f"{metric} (lower is better)" if is_loss(metric) else f"{metric}, %"
+def title(metric: str) -> str:
+    """The name of its column."""
+    return metric if is_loss(metric) else f"{metric}, %"
 
 
 def _number(value: float, metric: str) -> str:
@@ -103,19 +96,21 @@ def _mean(document: Document, arm: str, metric: str) -> str:
 
 
 def shown(gap: Interval | None, metric: str) -> str:
-    """A difference and half its interval, in the unit of the metric."""
+    """A difference and half its interval, in the unit of the metric; in bold where it is told."""
     if gap is None:
         return NONE
     sign = "+" if gap.mean >= 0 else "−"
     half = "" if gap.half is None else f" ± {_number(gap.half, metric)}"
-    return f"{sign}{_number(abs(gap.mean), metric)}{half}"
+    cell = f"{sign}{_number(abs(gap.mean), metric)}{half}"
+    return f"**{cell}**" if gap.verdict in ("above", "below") else cell
 
 
 def _ratio(value: float | None) -> str:
     return NONE if value is None else f"{value:.2f}"
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _markdown(table: Table) -> str:
+    header, rows = table
     rule = ["---"] + ["--:"] * (len(header) - 1)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *rows])
 
@@ -129,13 +124,16 @@ def _origins(document: Document) -> str:
     return f"{', '.join([*devices, *torch])}, commit {', '.join(commits)}"
 
 
-INTERVALS = (
-    f"± is half of the {LEVEL:.0%} interval of the mean over seeds (Student's t), one comparison "
-    "at a time; differences are taken seed by seed, as arms of one seed share initialisation and "
-    "data, between runs that begin with the same model. Three seeds agree by luck now and then: no "
-    "interval of a difference is shorter than the standard deviation makes it which all arms that "
-    "train have together; of those that do not, a family of several, or all others. FLOPs: of "
-    "training the image tower, scorer included, against the first reference; of an arm that begins "
-    "with another model than that, of one step; of an arm that does not train, of a forward. Time: "
-    "of training, by steps that take turns with the dense model's."
-)
+INTERVALS = f"""How to read the tables:
+
+- **±** is half of the {LEVEL:.0%} interval of the mean over seeds (Student's t), one comparison at
+  a time. A single seed has none.
+- **Differences** are taken seed by seed, as arms of one seed share initialisation and data, between
+  runs that begin with the same model. Bold: the interval leaves zero out. Of a loss, less is
+  better.
+- **No short intervals by luck**: three seeds agree by chance now and then, so the interval of a
+  difference is at least as long as the standard deviation makes it that all arms which train have
+  together; of arms that only measure, those of one family at several shares, or all others.
+- **FLOPs** are those of training the image tower, scorer included, against the first reference; of
+  an arm that begins with another model than that, of one step; of an arm that does not train, of a
+  forward. **Time** is that of training, by steps that take turns with the dense model's."""
