@@ -147,7 +147,7 @@ def test_the_page_is_that_of_the_results(tmp_path):
     assert "## Is it?" in text and "commit 0123456" in text
     assert "| `half` | 2 | 0.50 | 0.80 | – | 60.0 ± 127.1 |" in text
     assert "Less `dense`, seed by seed:" in text and "| `half` | +5.0 ± 63.5 |" in text
-    assert "training FLOPs, dense = 1" in (docs / "study-tiny.svg").read_text()
+    assert "cost, dense = 1" in (docs / "study-tiny.svg").read_text()
     (docs / "study.md").write_text(text.replace("60.0", "61.0"))
     assert study_page.main([*arguments, "--check"]) == 1
     assert [path.name for path in write_page(results / "tiny.json", docs / "own.md")] == [
