@@ -1,12 +1,13 @@
 """Retrieval: recall against its definition, ties, chance, and images that see no text."""
 
+import json
 import math
 import random
 
 import pytest
 import torch
 
-from elip_models.data import DataError, EmojiScenes, SampleError, train_tokenizer
+from elip_models.data import DataError, EmojiScenes, JsonSource, SampleError, train_tokenizer
 from elip_models.models.registry import create_model
 from elip_models.tasks.retrieval import (
     chance_level,
@@ -135,6 +136,23 @@ def test_bad_input_is_named(similarity, text_to_image, ks, error, message):
 def test_bad_features_are_named(text_features, chunk_size, message):
     with pytest.raises(ValueError, match=message):
         recall_of_features(torch.rand(3, 4), text_features, torch.arange(3), chunk_size=chunk_size)
+
+
+def test_a_list_of_pairs_is_scored_as_the_list_of_its_images(model, tokenizer, scenes, tmp_path):
+    images, pairs = [], []
+    for number in range(12):
+        scenes[number].image.save(tmp_path / f"{number}.png")
+        entry = {"image": f"{number}.png", "caption": list(scenes.captions(number))}
+        images.append(entry)
+        pairs += [entry | {"caption": caption} for caption in entry["caption"]]
+    random.Random(0).shuffle(pairs)
+    scores = []
+    for name, entries in (("images", images), ("pairs", pairs)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(entries))
+        source = JsonSource(tmp_path / f"{name}.json")
+        scores.append(evaluate_retrieval(model, tokenizer, source, batch_size=5))
+    assert scores[1] == scores[0]
+    assert (scores[1].num_images, scores[1].num_texts) == (12, 60)
 
 
 class Damaged:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from elip_models.data import Example, Sample
+from elip_models.data import Example, MixedSource, Sample
 from elip_models.tasks.matching import Retrieval
 from elip_models.tasks.registry import TASKS, get_task
 from elip_models.tasks.task import Loading, Reading, evaluation_transform
@@ -185,6 +185,38 @@ def test_a_retrieval_sample_says_its_image_and_brings_false_texts_where_the_mode
     sample = Retrieval().sample(reading(source, false_texts=5), source[2], 2, rng)
     assert sample["false_ids"].shape == sample["false_mask"].shape == (5, 4)
     assert not (sample["false_ids"][:, 0] == 3).any()  # of other images
+
+
+class Pairs(Captioned):
+    """A sample a caption, the images of `Captioned` in turn."""
+
+    def __len__(self):
+        return 12
+
+    def image_number(self, index):
+        return index % 6
+
+    def captions(self, index):
+        return super().captions(index % 6)[index // 6 :][:1]
+
+    def __getitem__(self, index):
+        return super().__getitem__(index % 6)._replace(captions=self.captions(index))
+
+
+def test_pairs_of_one_image_are_no_negatives_of_one_another():
+    source, rng = Pairs(), np.random.default_rng(0)
+    sample = Retrieval().sample(reading(source, false_texts=40), source[8], 8, rng)
+    assert sample["image_ids"] == 2
+    assert not (sample["false_ids"][:, 0] == 3).any()
+    mixed = MixedSource([Captioned(), source])
+    assert Retrieval().sample(reading(mixed), mixed[14], 14, rng)["image_ids"] == 6 + 2
+
+
+def test_images_of_pairs_are_ranked_once_with_all_their_captions():
+    model, _ = matcher()
+    found = Retrieval(candidates=12).evaluate(model, Tokens(), Pairs(), LOADING)
+    assert found.num_examples == 6
+    assert found.scores["image_to_text_r1"].mean == found.scores["text_to_image_r1"].mean == 1
 
 
 def matcher():

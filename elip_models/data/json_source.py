@@ -6,6 +6,7 @@ for each caption a list of [left, top, width, height] in pixels of the image, as
 """
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ class JsonSource:
     A missing or damaged image, an empty caption and text that is no Unicode are a SampleError of
     that sample. Raises
     FileNotFoundError for a missing file, ValueError for one that is none of these. It gives
-    `NamedMasks` of its boxes.
+    `NamedMasks` of its boxes, and `SharedImages`: entries with one path show one image.
     """
 
     def __init__(
@@ -74,6 +75,19 @@ class JsonSource:
         """The captions alone, no image decoded. Empty where the sample has none."""
         check_index(index, len(self))
         return tuple(self._index[index]["captions"])
+
+    @cached_property
+    def _image_numbers(self) -> np.ndarray:
+        """(n,) int64, of each entry the first one whose image has the same path."""
+        first: dict[tuple[str, str], int] = {}
+        columns = (self._index.data.column(name).to_pylist() for name in ("folder", "image"))
+        rows = enumerate(zip(*columns, strict=True))
+        return np.array([first.setdefault(row, number) for number, row in rows], dtype=np.int64)
+
+    def image_number(self, index: int) -> int:
+        """The first index at which the image of this one stands."""
+        check_index(index, len(self))
+        return int(self._image_numbers[index])
 
     def named_mask(self, index: int, caption: int) -> np.ndarray:
         """(H, W) bool, the pixels in the boxes of a caption, by number; none where it has none."""

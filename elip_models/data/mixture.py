@@ -12,6 +12,7 @@ import numpy as np
 
 from elip_models.data.checks import check_index
 from elip_models.data.sample import Sample, SampleError, Source
+from elip_models.data.shared_images import image_number
 from elip_models.validation import Positive, check
 
 
@@ -41,6 +42,11 @@ class MixedSource:
         """The captions alone, no image decoded. Empty where the sample has none."""
         number, place = self._find(index)
         return self.sources[number].captions(place)
+
+    def image_number(self, index: int) -> int:
+        """The first index at which the image of this one stands, in its source."""
+        number, place = self._find(index)
+        return index - place + image_number(self.sources[number], place)
 
     def _find(self, index: int) -> tuple[int, int]:
         """The number of its source, and its index there."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from elip_models.data import Sample, Source, evaluation_batches, open_source
+from elip_models.data.shared_images import by_image
 from elip_models.models.base import evaluating
 from elip_models.models.layers.generation import Decoding
 from elip_models.tasks.caption_metrics import caption_scores
@@ -62,7 +63,7 @@ class Captioning(Task):
         loading: Loading,
         answers: Sequence[str] | None = None,
     ) -> TaskScores:
-        batches, report = read_all(evaluation_batches, model, source, loading)
+        batches, report = read_all(evaluation_batches, model, by_image(source), loading)
         written: list[str] = []
         captions: list[tuple[str, ...]] = []
         ids: list[str] = []

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from elip_models.data import EvaluationBatch, Sample, Source, evaluation_batches, open_source
+from elip_models.data.shared_images import by_image, image_number
 from elip_models.models.base import evaluating
 from elip_models.reduction.once import UnguidedWarning
 from elip_models.tasks.features import encode_texts, ranks_of
@@ -66,7 +67,7 @@ class Retrieval(Task):
     ) -> dict[str, Tensor]:
         caption = sample.captions[rng.integers(len(sample.captions))]
         found = {"images": reading.image(sample.image, rng), **reading.text(caption)}
-        found["image_ids"] = torch.tensor(index)
+        found["image_ids"] = torch.tensor(image_number(reading.source, index))
         number = getattr(reading.model, "false_texts", 0)  # METER learns by them
         if not number:
             return found
@@ -84,7 +85,7 @@ class Retrieval(Task):
         loading: Loading,
         answers: Sequence[str] | None = None,
     ) -> TaskScores:
-        batches, report = read_all(evaluation_batches, model, source, loading)
+        batches, report = read_all(evaluation_batches, model, by_image(source), loading)
         with evaluating(model), torch.no_grad(), warnings.catch_warnings():
             # Models warn where they get no text to reduce by; here that is meant.
             warnings.simplefilter("ignore", UnguidedWarning)
@@ -138,9 +139,11 @@ class Retrieval(Task):
 def _others(source: Source, index: int, number: int, rng: np.random.Generator) -> list[str]:
     """Captions of other images, drawn at random."""
     found: list[str] = []
+    own = image_number(source, index)
     while len(found) < number:
         other = (index + 1 + int(rng.integers(len(source) - 1))) % len(source)
-        if captions := source.captions(other):
+        is_other = image_number(source, other) != own
+        if is_other and (captions := source.captions(other)):
             found.append(captions[rng.integers(len(captions))])
     return found
 

@@ -4,7 +4,8 @@ Image to text is right at k when any caption of the image is among the k most si
 image when the caption's own image is among the k most similar images. A tie is decided against the
 model: candidates as similar as the right one rank before it, so a model that says the same of
 everything scores zero. Images are encoded without text, texts without image: none sees its own
-caption, and text reduction that an image would guide drops nothing.
+caption, and text reduction that an image would guide drops nothing. Entries of a list that show one
+image are one, with all their captions.
 """
 
 import math
@@ -21,6 +22,7 @@ from elip_models.data import (
     evaluation_batches,
     image_transform,
 )
+from elip_models.data.shared_images import by_image
 from elip_models.models.base import evaluating
 from elip_models.tasks.features import encode_images, encode_texts, ranks_by_chunk, ranks_of
 from elip_models.validation import PositiveInt, check
@@ -163,6 +165,7 @@ def evaluate_retrieval(
     Raises:
         DataError: too many samples cannot be read, or all.
     """
+    source = by_image(source)
     report = SkipReport(max_bad_share, length=len(source))
     config = model.config
     transform = image_transform(config.image_size, train=False, resize=config.resize)
