@@ -56,15 +56,9 @@ class CLIPConfig(ContrastiveConfig, TextReductionConfig):
     loss: 'itc', the softmax over all pairs, or 'sigmoid', SigLIP's, with a learned bias.
     temperature: of the similarities, at the start; None is 0.07, and with 'sigmoid' 0.1, SigLIP's.
     gather: where negatives come from, see `contrastive_loss`.
-    The other fields: see `ContrastiveConfig` and `TextReductionConfig`.
+    The other fields: see `VisionConfig`, `ContrastiveConfig` and `TextReductionConfig`.
     """
 
-    image_size: Size = 224
-    patch_size: Annotated[Size, divisor_of("image_size")] = 16
-    vision_width: Size = 768
-    vision_depth: Depth = 12
-    vision_heads: Annotated[PositiveInt, divisor_of("vision_width")] = 12
-    vision_mlp_ratio: Positive = 4.0
     vision_norm_eps: NonNegative = 1e-5
     text_width: Size = 512
     text_depth: Depth = 12
@@ -82,20 +76,10 @@ class CLIPConfig(ContrastiveConfig, TextReductionConfig):
     temperature: Annotated[float, Bounds(1e-4, 1e4)] | None = None
     gather: Literal["local", "global"] = "local"
 
-    def vit(self) -> VisionTransformer:
-        """The image tower, without a head."""
-        visual = VisionTransformer(
-            img_size=self.image_size,
-            patch_size=self.patch_size,
-            embed_dim=self.vision_width,
-            depth=self.vision_depth,
-            num_heads=self.vision_heads,
-            mlp_ratio=self.vision_mlp_ratio,
-            act_layer=self.activation,
-            drop_path_rate=self.drop_path,
-            pre_norm=True,
-            norm_layer=partial(nn.LayerNorm, eps=self.vision_norm_eps),
-            num_classes=0,
+    def vit(self, **options: Any) -> VisionTransformer:
+        """The image tower, drawn as CLIP's; `options` are timm's."""
+        visual = super().vit(
+            act_layer=self.activation, drop_path_rate=self.drop_path, pre_norm=True, **options
         )
         _init_visual(visual)
         return visual

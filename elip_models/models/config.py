@@ -2,7 +2,11 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Annotated, Any, Literal, Self
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from elip_models.models.layers.text_reduction import TextReduction, TextStrategy
 from elip_models.reduction.schedule import Schedule
@@ -12,7 +16,20 @@ from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategies.elip import Elip, ElipOptions
 from elip_models.reduction.strategy import Merge, Strategy
 from elip_models.reduction.strategy_spec import get_strategy, kinds_of, parse_spec
-from elip_models.validation import Count, Rate, Share, below, check_fields, did_you_mean
+from elip_models.validation import (
+    Count,
+    Depth,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Rate,
+    Share,
+    Size,
+    below,
+    check_fields,
+    did_you_mean,
+    divisor_of,
+)
 
 TokenId = Annotated[Count, below("vocab_size")]
 OF_ELIP = ElipOptions.__annotations__.keys() - {"without_text"}  # that all guided ones are given
@@ -53,7 +70,34 @@ class InputConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReductionConfig(InputConfig):
+class VisionConfig(InputConfig):
+    """Sizes of the image tower, a timm VisionTransformer without a head."""
+
+    image_size: Size = 224
+    patch_size: Annotated[Size, divisor_of("image_size")] = 16
+    vision_width: Size = 768
+    vision_depth: Depth = 12
+    vision_heads: Annotated[PositiveInt, divisor_of("vision_width")] = 12
+    vision_mlp_ratio: Positive = 4.0
+    vision_norm_eps: NonNegative = 1e-6
+
+    def vit(self, **options: Any) -> VisionTransformer:
+        """The image tower; `options` are timm's."""
+        return VisionTransformer(
+            img_size=self.image_size,
+            patch_size=self.patch_size,
+            embed_dim=self.vision_width,
+            depth=self.vision_depth,
+            num_heads=self.vision_heads,
+            mlp_ratio=self.vision_mlp_ratio,
+            norm_layer=partial(nn.LayerNorm, eps=self.vision_norm_eps),
+            num_classes=0,
+            **options,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReductionConfig(VisionConfig):
     """How the image tower of a model is reduced: by default by ELIP, as the paper does.
 
     strategy: 'elip', or a line that `get_strategy` reads, such as 'tome' or 'evit:keep_rate=0.7'.

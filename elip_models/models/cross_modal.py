@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
@@ -15,15 +14,7 @@ from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategy import StageInfo
 from elip_models.towers.apart import apart
 from elip_models.towers.reducible import random_ids
-from elip_models.validation import (
-    Depth,
-    NonNegative,
-    Positive,
-    PositiveInt,
-    Size,
-    divisor_of,
-    same_as,
-)
+from elip_models.validation import Positive, Size, same_as
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +24,7 @@ FUSED = "whose CLS token the text's is fused with"
 
 @dataclass(frozen=True, kw_only=True)
 class CrossModalConfig(ReductionConfig):
-    """Sizes of a timm VisionTransformer, how it is reduced, and the texts beside it.
+    """An image tower, how it is reduced, and the texts beside it.
 
     text_width: of the text encoder, whose CLS output guides; as wide as the image tower.
     context_length: tokens of a text; max_positions: those that the text encoder has places for.
@@ -42,19 +33,12 @@ class CrossModalConfig(ReductionConfig):
         768; in a narrow tower tokens hardly see one another then, and width^-0.5 trains.
     gather: 'local' contrasts within a rank and means over its own tokens; 'global' over all ranks,
         so that the mean over ranks, and its gradient, equal one process with the whole batch.
-    The other fields: see `ReductionConfig`.
+    The other fields: see `VisionConfig` and `ReductionConfig`.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected, what came.
     """
 
-    image_size: Size = 224
-    patch_size: Annotated[Size, divisor_of("image_size")] = 16
-    vision_width: Size = 768
-    vision_depth: Depth = 12
-    vision_heads: Annotated[PositiveInt, divisor_of("vision_width")] = 12
-    vision_mlp_ratio: Positive = 4.0
-    vision_norm_eps: NonNegative = 1e-6
     text_width: Annotated[Size, same_as("vision_width", FUSED)] = 768
     context_length: Size = 30
     max_positions: Size = 512
@@ -79,18 +63,8 @@ class CrossModalConfig(ReductionConfig):
         return self.max_positions
 
     def vit(self, **options: Any) -> VisionTransformer:
-        """The image tower, without a head; `options` are timm's."""
-        visual = VisionTransformer(
-            img_size=self.image_size,
-            patch_size=self.patch_size,
-            embed_dim=self.vision_width,
-            depth=self.vision_depth,
-            num_heads=self.vision_heads,
-            mlp_ratio=self.vision_mlp_ratio,
-            num_classes=0,
-            norm_layer=partial(nn.LayerNorm, eps=self.vision_norm_eps),
-            **options,
-        )
+        """The image tower, its linear layers drawn by `initializer_range`; `options` are timm's."""
+        visual = super().vit(**options)
         for module in visual.blocks.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=self.initializer_range)

@@ -86,10 +86,7 @@ class METERBackbone(CrossModalModel):
 
     def __init__(self, config: METERConfig) -> None:
         super().__init__(config)
-        self.visual = config.vit(
-            pre_norm=True,
-            act_layer="quick_gelu",
-        )
+        self.visual = config.vit(pre_norm=True, act_layer="quick_gelu")
         self.read_tower()
         self.text = BertTower(config.bert("text"), embeddings=EMBEDDINGS[config.text_encoder])
         self.text_reduction, self.pumer = config.text_token_reduction, config.pumer

@@ -23,7 +23,7 @@ from elip_models.data import (
     stream_loader,
     train_loader,
 )
-from elip_models.models.config import InputConfig
+from elip_models.models.config import VisionConfig
 from elip_models.training.recipe import RunConfig
 from elip_models.training.training_data import preparation
 from elip_models.validation import blame
@@ -61,7 +61,7 @@ class Feed(Protocol):
 
 def make_feed(
     config: RunConfig,
-    model: InputConfig,
+    model: VisionConfig,
     source: Source | ExampleSource | StreamSource,
     tokenizer: "PreTrainedTokenizerBase",
     accelerator: "Accelerator",

@@ -26,7 +26,7 @@ from elip_models.data import (
 )
 from elip_models.data.readers import Spec
 from elip_models.models.base import PretrainedModel
-from elip_models.models.config import InputConfig
+from elip_models.models.config import VisionConfig
 from elip_models.models.registry import create_model
 from elip_models.tasks.registry import get_task
 from elip_models.tasks.task import Reading, Task
@@ -61,7 +61,7 @@ def _meta_model(name: str, task: str | None, fields: str) -> PretrainedModel:
         return create_model(name, task=task, **json.loads(fields))
 
 
-def model_config(config: RunConfig) -> InputConfig:
+def model_config(config: RunConfig) -> VisionConfig:
     """The config of a recipe's model."""
     return meta_model(config).config
 
@@ -104,7 +104,7 @@ def open_training(config: RunConfig, image_size: int) -> Source | ExampleSource 
 
 def preparation(
     config: RunConfig,
-    model: InputConfig,
+    model: VisionConfig,
     source: Source | ExampleSource | StreamSource,
     tokenizer: "PreTrainedTokenizerBase",
 ) -> Callable[[Any, int, np.random.Generator], dict[str, Tensor]]:
@@ -131,7 +131,7 @@ def preparation(
     )
 
 
-def check_guide_captions(model: InputConfig, source: Source | StreamSource) -> None:
+def check_guide_captions(model: VisionConfig, source: Source | StreamSource) -> None:
     """Warn where some images of `source` have no second caption, and the model takes one. Of many,
     a thousand are read.
 
@@ -154,7 +154,7 @@ def check_guide_captions(model: InputConfig, source: Source | StreamSource) -> N
 def make_tokenizer(
     config: RunConfig,
     source: Source | ExampleSource | StreamSource,
-    model: InputConfig,
+    model: VisionConfig,
     folder: RunFolder,
     accelerator: "Accelerator",
 ) -> "PreTrainedTokenizerBase":
@@ -176,7 +176,7 @@ def make_tokenizer(
     return load_tokenizer(str(folder.tokenizer))
 
 
-def tokenizer_captions(source: Source | StreamSource, model: InputConfig) -> Iterator[str]:
+def tokenizer_captions(source: Source | StreamSource, model: VisionConfig) -> Iterator[str]:
     """The captions of at most 50,000 samples as a tokenizer reads them."""
     for captions in some_captions(source, MAX_TOKENIZER_SAMPLES):
         for caption in captions:
