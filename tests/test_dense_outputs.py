@@ -304,6 +304,9 @@ def test_what_would_be_wrong_is_refused():
     smaller = reduce_(plain_vit(), strategy="resize:size=32")
     with pytest.raises(ValueError, match=r"forward_intermediates.*unreduce_"):
         smaller.forward_intermediates(x)
+    smaller = reduce_(TOWERS["HF CLIP"]().eval(), strategy="resize:size=32")
+    with pytest.raises(ValueError, match=r"output_hidden_states.*unreduce_"):
+        smaller(x, output_hidden_states=True)
 
 
 def test_a_copy_gives_its_own_grids():

@@ -79,6 +79,11 @@ class HiddenStates:
         tower, strategy = self.reduction.tower, self.reduction.strategy
         if tower.collects("hidden_states", kwargs):
             end(self.reduction) if output else begin(self.reduction)
+            if strategy.changes_embedding and not output:
+                raise ValueError(
+                    f"output_hidden_states: expected False under {strategy.name!r}, whose grid is "
+                    "smaller than the image's, got True; unreduce_ the model first"
+                )
         if not output and _replaces_attention(strategy) and tower.collects("attentions", kwargs):
             raise ValueError(
                 f"output_attentions: expected False under {strategy.name!r}, which attends in "

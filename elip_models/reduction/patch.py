@@ -179,7 +179,7 @@ def _install(model: nn.Module, reduction: Reduction) -> None:
         if i >= reduction.first:
             block.forward = ReducedBlock(reduction, i, vars(block).get("forward"))
     _install_methods(reduction)
-    if tower.collector is not None and reduction.acts_at:
+    if tower.collector is not None:
         _hook(tower.collector, HiddenStates(reduction))
     if image_text is not None and strategy.is_guided:
         _hook(image_text.model, TextFirst(reduction))
