@@ -121,14 +121,17 @@ def test_a_constant_scorer_keeps_the_named_patches_of_the_upper_half(model, sour
     assert scores["named"]["mean"] == pytest.approx(named.float().mean().item())
 
 
-def test_a_random_keep_scores_chance(model, tokenizer):
-    source = EmojiScenes(60, seed=9, clutter=4, textures=True)
-    scores = selection_scores(model, source, tokenizer, f"random:schedule={HALF}", batch_size=60)
-    (stage,) = scores["stages"]
+@pytest.mark.parametrize(("scorer", "count"), [("random", 60), ("constant", 120)])
+def test_who_knows_nothing_of_the_image_scores_chance(model, tokenizer, scorer, count):
+    source = EmojiScenes(count, seed=9, clutter=4, textures=True)
+    constant = type("Constant", (Told,), {"rows": torch.ones(count, PATCHES)})()
+    strategy = constant if scorer == "constant" else f"random:schedule={HALF}"
+    (stage,) = selection_scores(model, source, tokenizer, strategy, batch_size=count)["stages"]
     for key in ("kept", "purity"):
         reach = (stage[key]["high"] - stage[key]["mean"]) / 1.96
         assert abs(stage[key]["mean"] - stage[f"{key}_chance"]["mean"]) < 3 * reach < 0.1
-    assert stage["changed_by_another_image"] is None and stage["agrees"] is None
+    if scorer == "random":
+        assert stage["changed_by_another_image"] is None and stage["agrees"] is None
 
 
 def test_purity_is_the_named_share_of_what_holds_a_named_patch_and_its_chance_the_mean():
