@@ -28,7 +28,7 @@ from elip_models.models.registry import MODELS, load_model
 from elip_models.reduction.library_config import note
 from elip_models.reduction.patch import reduce_, reductions_of
 from elip_models.reduction.settings import settings_of, strategy_of
-from elip_models.reduction.stand_ins import Reduction
+from elip_models.reduction.state import Reduction
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
 from elip_models.towers import library_of, without_adapter

@@ -12,23 +12,28 @@ read one; there it is an attribute of the `Reduction`, which is set and unset wi
 
 import threading
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-CALLS: ContextVar[tuple[Any, ...]] = ContextVar("CALLS", default=())
+from elip_models.reduction.strategy import Strategy
+
+if TYPE_CHECKING:
+    from elip_models.reduction.state import Reduction
+
+CALLS: ContextVar[tuple["Reduction", ...]] = ContextVar("CALLS", default=())
 """The reductions whose models are called so, in this thread or task."""
 
 
-def is_on_grid(reduction: Any) -> bool:
+def is_on_grid(reduction: "Reduction") -> bool:
     """Whether the reduction's model runs in such a call."""
     if torch.compiler.is_compiling():
         return reduction.on_grid
     return any(each is reduction for each in CALLS.get())
 
 
-def begin(reduction: Any) -> None:
+def begin(reduction: "Reduction") -> None:
     """Such a call begins."""
     if torch.compiler.is_compiling():
         reduction.on_grid = True
@@ -36,7 +41,7 @@ def begin(reduction: Any) -> None:
         CALLS.set((*CALLS.get(), reduction))
 
 
-def end(reduction: Any) -> None:
+def end(reduction: "Reduction") -> None:
     """It ends, and with it a forward that has not come to the last block."""
     if torch.compiler.is_compiling():
         reduction.on_grid, reduction.forward = False, None
@@ -50,7 +55,7 @@ class DenseMethod:
     """Stands in for a method that returns the tokens of several blocks; `replaced`: what stood
     there before, of others."""
 
-    def __init__(self, reduction: Any, name: str, replaced: Any = None) -> None:
+    def __init__(self, reduction: "Reduction", name: str, replaced: Any) -> None:
         self.reduction = reduction
         self.name = name
         self.replaced = replaced
@@ -70,7 +75,7 @@ class HiddenStates:
     """Both hooks on a module whose call may be asked for the tokens of all blocks, or for what
     their attention says, which only modules that run as they are can tell."""
 
-    def __init__(self, reduction: Any) -> None:
+    def __init__(self, reduction: "Reduction") -> None:
         self.reduction = reduction
 
     def __call__(
@@ -92,6 +97,6 @@ class HiddenStates:
             )
 
 
-def _replaces_attention(strategy: Any) -> bool:
+def _replaces_attention(strategy: Strategy) -> bool:
     """What the modules of attention see is not what the model's tokens go through."""
     return strategy.replaces_block or strategy.replaces_later or strategy.runs_blocks

@@ -7,16 +7,19 @@ refuses, when it runs, a text that another thread or task has set.
 
 import threading
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from elip_models.reduction.state import Reduction
 
 
 class Guide(NamedTuple):
     """A text (B, D), or None, that guides a reduction; `by`: who has set it."""
 
-    reduction: Any
+    reduction: "Reduction"
     text_cls: Tensor | None
     by: object
 
@@ -27,7 +30,7 @@ _GRAPH = threading.local()
 """`text_cls`: what the graph that runs in this thread has made its guidance."""
 
 
-def set_guide(reduction: Any, text_cls: Tensor | None, by: object) -> None:
+def set_guide(reduction: "Reduction", text_cls: Tensor | None, by: object) -> None:
     """From now on this thread's or task's forwards are guided so, until `by` drops it."""
     GUIDES.set((*GUIDES.get(), Guide(reduction, text_cls, by)))
 
@@ -37,7 +40,7 @@ def drop_guide(by: object) -> None:
     GUIDES.set(tuple(guide for guide in GUIDES.get() if guide.by is not by))
 
 
-def guide_of(reduction: Any) -> Guide | None:
+def guide_of(reduction: "Reduction") -> Guide | None:
     """What guides the reduction in this thread or task."""
     guides = (guide for guide in reversed(GUIDES.get()) if guide.reduction is reduction)
     return next(guides, None)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from elip_models.reduction.settings import settings_of, strategy_of
-from elip_models.reduction.stand_ins import Reduction
+from elip_models.reduction.state import Reduction
 from elip_models.reduction.strategy import Strategy
 from elip_models.towers import ImageTextModel, Tower
 from elip_models.validation import blame

@@ -1,8 +1,7 @@
 """reduce_, unreduce_, guidance: token reduction for a model somebody else owns.
 
 `reduce_` puts an object in place of the forward of each block from the first that a strategy acts
-at: parameters and state_dict keys stay. All state is plain attributes of these objects
-(`stand_ins.py`).
+at (`stand_ins.py`): parameters and state_dict keys stay. All of them share one state (`state.py`).
 """
 
 from collections.abc import Iterator
@@ -20,13 +19,11 @@ from elip_models.reduction.stand_ins import (
     REFUSALS,
     Entrance,
     ReducedBlock,
-    Reduction,
     Refusal,
     Representation,
     TextFirst,
-    is_in_use,
-    recording,
 )
+from elip_models.reduction.state import Reduction, is_in_use, recording
 from elip_models.reduction.strategies import default_strategy
 from elip_models.reduction.strategies.elip import Elip, ElipOptions, Guided
 from elip_models.reduction.strategy import StageInfo, Strategy
