@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from elip_models.models.base import load_weights
 from elip_models.models.downstream.albef_retrieval import ALBEFRetrieval
+from elip_models.models.weights import load_weights
 from tests import cross_modal_cases
 from tests.cross_modal_cases import batch_of_four
 from tests.test_albef_tasks import TASKS, batch_for, made

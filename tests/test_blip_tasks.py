@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from elip_models.models.base import load_weights
 from elip_models.models.downstream.blip_captioning import BLIPCaptioning
 from elip_models.models.downstream.blip_nlvr2 import BLIPNLVR2
 from elip_models.models.downstream.blip_retrieval import BLIPRetrieval
 from elip_models.models.downstream.blip_vqa import BLIPVQA
 from elip_models.models.layers.generation import Decoding
 from elip_models.models.momentum_model import Negatives
+from elip_models.models.weights import load_weights
 from elip_models.reduction.strategies import STRATEGIES
 from tests.golden_weights import ruled
 from tests.tiers import tiered

@@ -3,8 +3,8 @@
 import torch
 from safetensors.torch import load_file
 
-from elip_models.models.base import load_weights
 from elip_models.models.blip import BLIP, BLIPConfig
+from elip_models.models.weights import load_weights
 from tests.golden_weights import ruled
 from tests.test_blip_tasks import SIZES, fresh, mask_of, recorded
 

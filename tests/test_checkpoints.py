@@ -12,9 +12,9 @@ from elip_models.checkpoints.export import to_hf
 from elip_models.checkpoints.load import convert_checkpoint, resampled
 from elip_models.checkpoints.names import KINDS, recognise
 from elip_models.checkpoints.renaming import backwards, renamed
-from elip_models.models.base import first_names
 from elip_models.models.meter_config import ROBERTA
 from elip_models.models.registry import create_model
+from elip_models.models.weights import first_names
 from elip_models.reduction.encode import encode_image
 from tests import test_albef, test_blip, test_meter
 from tests.test_saving import CONFIG

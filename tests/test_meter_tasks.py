@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from elip_models.checkpoints.names import KINDS
 from elip_models.checkpoints.renaming import backwards, renamed
-from elip_models.models.base import load_weights
 from elip_models.models.downstream.meter import (
     METERNLVR2,
     METERVQA,
@@ -24,6 +23,7 @@ from elip_models.models.downstream.meter import (
     METERRetrieval,
 )
 from elip_models.models.meter import METER
+from elip_models.models.weights import load_weights
 from elip_models.training.optim import parameter_groups
 from tests.tiers import tiered
 from tests.towers import assert_equal_gradients, gradients

@@ -25,10 +25,11 @@ from torch import Tensor
 from elip_models.checkpoints.model_config import OPEN_CLIP_CONFIG, fields_of, heads_of, sizes_of
 from elip_models.checkpoints.names import KINDS, Kind, recognise
 from elip_models.checkpoints.renaming import renamed
-from elip_models.models.base import PretrainedModel, first_names, load_weights
+from elip_models.models.base import PretrainedModel
 from elip_models.models.files import read_config, read_tensors
 from elip_models.models.registry import MODELS
 from elip_models.models.saved_adapter import has_adapter
+from elip_models.models.weights import first_names, load_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -29,7 +29,8 @@ from elip_models.checkpoints.load import (
     read_checkpoint,
 )
 from elip_models.checkpoints.names import INFERENCE
-from elip_models.models.base import PretrainedModel, first_names, load_weights
+from elip_models.models.base import PretrainedModel
+from elip_models.models.weights import first_names, load_weights
 
 UNSHOWN = ("_heads", "_norm_eps", "activation")
 """How the names of fields end that change what weights compute, but not their shapes."""
