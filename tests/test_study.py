@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -310,6 +311,14 @@ def test_the_time_that_is_left_follows_from_what_was_finished(tmp_path, stubbed)
     assert progress._seconds(Run("tome", 0)) == pytest.approx(3600 * share)
     assert share == pytest.approx(0.72, rel=0.01)
     assert progress._left() == f"{1 + 2 * share + 0.3:.1f} h left"
+    progress.console = Console(file=StringIO(), width=100)
+    progress.plan()
+    rows = [line.split("│") for line in progress.console.file.getvalue().splitlines()]
+    found = {row[1].strip(): (row[5].strip(), row[6].strip()) for row in rows if len(row) > 6}
+    assert found == {
+        **{"dense": ("60.0", "1 of 2"), "tome": (f"{60 * share:.1f}", "0 of 2")},
+        **{"after-0.61": ("6.0", "1 of 2"), "after-0.82": ("6.0", "0 of 2")},
+    }
 
 
 # All of it

@@ -40,7 +40,9 @@ def study(
     ] = None,
     only: Annotated[str | None, typer.Option(help="Arms, such as dense,tome.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Such as 0,1,2.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List runs and their cost.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List arms and what a run of each takes.")
+    ] = False,
     results: Annotated[Path | None, typer.Option(help="JSON file of all numbers.")] = None,
     page: Annotated[Path | None, typer.Option(help="Write this page, run nothing.")] = None,
 ) -> None:

@@ -45,9 +45,9 @@ class Progress:
     @cached_property
     def costs(self) -> dict[str, Cost]:
         """What a run of each arm takes."""
-        first = {run.arm: run for run in reversed(self.runs)}
-        length_of = {arm: self.study.arms[arm].length for arm in first}
-        return {arm: _cost(self.study.config(run), length_of[arm]) for arm, run in first.items()}
+        one = {run.arm: run for run in self.runs}
+        length_of = {arm: self.study.arms[arm].length for arm in one}
+        return {arm: _cost(self.study.config(run), length_of[arm]) for arm, run in one.items()}
 
     def before(self, run: Run) -> None:
         """A bar of all runs, above the run's own."""
@@ -72,16 +72,17 @@ class Progress:
             show_results(write_results(self.study, self.results), self.console)
 
     def plan(self) -> None:
-        """The runs, what each takes, and how far it is."""
+        """The arms, what a run of each takes, and how many are finished."""
         shown = Table(title=f"{self.study.name}: {len(self.runs)} runs")
-        for name in ("arm", "seed", "strategy", "FLOPs of a step", "FLOPs", "minutes", "state"):
-            shown.add_column(name)
-        for run in self.runs:
-            cost, seconds = self.costs[run.arm], self._seconds(run)
+        for name in ("arm", "strategy", "FLOPs of a step", "FLOPs", "minutes", "finished"):
+            shown.add_column(name, overflow="fold")
+        for arm, cost in self.costs.items():
+            runs = [run for run in self.runs if run.arm == arm]
+            seconds = self._seconds(runs[0])
             minutes = "?" if seconds is None else f"{seconds / 60:.1f}"
-            state = "finished" if is_finished(self.study, run) else "to do"
-            cells = f"{cost.step_flops:.3f}", f"{cost.flops:.2g}", minutes, state
-            shown.add_row(run.arm, str(run.seed), cost.strategy, *cells)
+            done = f"{sum(is_finished(self.study, run) for run in runs)} of {len(runs)}"
+            cells = f"{cost.step_flops:.3f}", f"{cost.flops:.2g}", minutes, done
+            shown.add_row(arm, cost.strategy, *cells)
         self.console.print(shown, self._left())
 
     def _left(self) -> str:
@@ -131,7 +132,7 @@ def show_results(document: Document, console: Console) -> None:
     for title, (header, rows) in tables.items():
         shown = Table(title=title, caption="± 95% over seeds")
         for name in header:
-            shown.add_column(name, justify="right" if shown.columns else "left")
+            shown.add_column(name, overflow="fold", justify="right" if shown.columns else "left")
         for row in rows:
             cells = (cell.replace("`", "") for cell in row)
             shown.add_row(*(Text(cell.strip("*"), "bold" * ("*" in cell)) for cell in cells))
