@@ -20,6 +20,7 @@ from elip_models.data import (
     check_source,
     open_source,
 )
+from elip_models.data.sample import decode_image
 
 EMOJI_DATA = Path(__file__).parents[2] / "shared" / "data" / "emoji"
 needs_emoji_data = pytest.mark.skipif(
@@ -152,6 +153,7 @@ def test_several_lists_each_with_paths_relative_to_itself(tmp_path):
             r"spec: expected a folder of \.tar files, got none in 'empty'",
         ),
         ("a.txt", ValueError, r"spec: expected files that are all \.json or all \.tar, got .*txt"),
+        ("list.json", ValueError, r"spec: expected at least one sample, got none in 'list\.json'"),
         ("a.tar,list.json", ValueError, r"spec: expected .*, got \['\.json', '\.tar'\]"),
         ("emoji_scenes", ValueError, "spec: expected a size, got 'emoji_scenes'; write emoji_sc"),
         ("emoji_scenes:size=x", ValueError, "spec: size: expected an int of 0 or more, got 'x'"),
@@ -205,6 +207,25 @@ def test_a_transparent_palette_colour_becomes_white(tmp_path):
     assert opened(path)[0].image.getpixel((0, 0)) == (255, 255, 255)
 
 
+def grey_steps(kind: str) -> Image.Image:
+    """Black, a dark grey, white."""
+    return Image.fromarray(np.array([[0, 0x2A2B, 0xFFFF]], dtype=kind))
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [("png", "<u2"), ("tif", "<u2"), ("tif", ">u2")])
+def test_of_sixteen_bits_the_upper_eight_stay(suffix, kind, tmp_path):
+    grey_steps(kind).save(tmp_path / f"a.{suffix}")
+    image = decode_image(tmp_path / f"a.{suffix}", "id")
+    assert [image.getpixel((x, 0)) for x in range(3)] == [(0,) * 3, (42,) * 3, (255,) * 3]
+
+
+@pytest.mark.parametrize("kind", ["<i4", "<f4"])
+def test_numbers_whose_range_nothing_says_are_no_image(kind, tmp_path):
+    grey_steps(kind).save(tmp_path / "a.tif")
+    with pytest.raises(SampleError, match="expected 8 or 16 bits a channel, got Pillow's mode"):
+        decode_image(tmp_path / "a.tif", "id")
+
+
 # JSON lists
 
 
@@ -220,6 +241,12 @@ def test_captions_are_a_text_or_a_list_and_empty_ones_are_dropped(tmp_path):
     assert (first.captions, first.id) == (("one text",), "a.png")
     assert (second.captions, second.id) == (("two", "three"), "17")
     assert JsonSource(path).captions(1) == ("two", "three")
+
+
+def test_a_list_may_begin_with_the_mark_of_its_encoding(tmp_path):
+    path = write_list(tmp_path, [{"image": "a.png", "caption": "é"}])
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert JsonSource(path).captions(0) == ("é",)
 
 
 def test_image_root_replaces_the_folder_of_the_list(tmp_path):
@@ -317,6 +344,24 @@ def test_an_unreadable_member_is_that_samples_error(members, reason, tmp_path):
     with pytest.raises(SampleError, match=reason) as caught:
         source[0]
     assert caught.value.id == "s.tar:k"
+
+
+def test_captions_of_the_key_that_has_some_and_without_the_mark_of_an_encoding(tmp_path):
+    members = {"a.png": image_bytes(), "a.json": b'{"captions": null, "caption": "one"}'}
+    members |= {"b.png": image_bytes(), "b.txt": "\ufefftwo".encode()}
+    source = ShardSource(write_tar(tmp_path / "s.tar", members))
+    assert [source.captions(index) for index in range(2)] == [("one",), ("two",)]
+
+
+@pytest.mark.parametrize("members", [{}, {"a.parquet": b"rows"}])
+def test_a_shard_without_a_sample_is_counted_and_the_others_are_read(members, tmp_path):
+    write_tar(tmp_path / "a.tar", members)
+    write_shard(tmp_path / "b.tar", ["k"])
+    with pytest.warns(UserWarning, match=r"a\.tar is damaged: no member ends in jpeg, jpg, png"):
+        source = open_source(str(tmp_path), image_size=16)
+    assert source[1].id == "b.tar:k"
+    with pytest.raises(SampleError, match=r"a\.tar:byte 0: no member ends in"):
+        source[0]
 
 
 def test_a_shard_that_vanished_is_a_sample_error(tmp_path):

@@ -229,6 +229,38 @@ def test_cifar_of_parquet_files(tmp_path):
             open_classes(wrong, image_size=16)
 
 
+@pytest.mark.parametrize("label", [-1, None])
+def test_a_split_without_classes_is_refused(label, tmp_path):
+    image = {"bytes": draw(tmp_path / "a.png").read_bytes(), "path": None}
+    features = Features({"img": ImageFeature(), "label": ClassLabel(names=["a", "b"])})
+    (tmp_path / "hub").mkdir()
+    table = Dataset.from_dict({"img": [image] * 2, "label": [0, label]}, features=features)
+    table.to_parquet(tmp_path / "hub" / "test-0.parquet")
+    with pytest.raises(ValueError, match="whose images all have a class, got 'test', where 1 of 2"):
+        open_classes(f"datasets:{tmp_path / 'hub'},split=test", image_size=16)
+
+
+def test_an_image_that_a_table_lacks_is_a_sample_error(tmp_path):
+    features = Features({"img": ImageFeature(), "label": ClassLabel(names=["a"])})
+    (tmp_path / "hub").mkdir()
+    table = Dataset.from_dict({"img": [None], "label": [0]}, features=features)
+    table.to_parquet(tmp_path / "hub" / "test-0.parquet")
+    with pytest.raises(SampleError, match="hub-test-0: no image"):
+        open_classes(f"datasets:{tmp_path / 'hub'},split=test", image_size=16)[0]
+
+
+def test_a_folder_of_classes_that_is_not_there_says_what_else_may_be(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"spec: expected emoji_classes:size=600, datasets"):
+        open_classes("emoji_class:size=600", image_size=16)
+
+
+@pytest.mark.parametrize("task", ["vqa", "nlvr2", "entailment"])
+def test_a_list_without_an_example_is_refused(task, tmp_path):
+    (tmp_path / "empty.json").write_text("[]")
+    with pytest.raises(ValueError, match="spec: expected at least one sample, got none in"):
+        opened(task, f"{tmp_path / 'empty.json'}")
+
+
 def test_a_column_of_numbers_is_no_class(tmp_path):
     features = Features({"img": ImageFeature(), "label": Value("int64")})
     (tmp_path / "numbers").mkdir()

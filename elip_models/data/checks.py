@@ -5,10 +5,11 @@ from collections.abc import Sequence, Sized
 from pathlib import Path
 
 
-def check_not_empty(argument: str, value: Sized) -> None:
-    """At least one sample."""
+def check_not_empty(argument: str, value: Sized, spec: object = None) -> None:
+    """At least one sample; `spec` is what names them."""
     if len(value) == 0:
-        raise ValueError(f"{argument}: expected at least one sample, got none")
+        where = "" if spec is None else f" in {spec!r}"
+        raise ValueError(f"{argument}: expected at least one sample, got none{where}")
 
 
 def check_index(index: int, length: int) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 from elip_models.data.captions import PLACES, with_article
 from elip_models.data.checks import check_index, expanded
 from elip_models.data.readers import parse_options
-from elip_models.data.sample import Sample, Source, decode_image
+from elip_models.data.sample import Sample, SampleError, Source, decode_image
 from elip_models.data.scenes import EmojiScenes, render
 from elip_models.data.specs import parse_files
 from elip_models.data.world import BACKGROUNDS, EMOJI, Scene, single_scene
@@ -120,7 +120,14 @@ class ClassFolder(_OfPhotos):
     def __init__(self, path: str | Path) -> None:
         with extra("ClassFolder"):
             from torchvision.datasets import ImageFolder
-        folder = ImageFolder(str(expanded(path)))
+        root = expanded(path)
+        if not root.is_dir():
+            raise FileNotFoundError(
+                f"spec: expected {_BUILT_IN}:size=600, {_DATASETS}:NAME,split=test, or a folder "
+                f"with a folder of images a class, got {str(path)!r}; the working folder is "
+                f"{Path.cwd()}"
+            )
+        folder = ImageFolder(str(root))
         self.classes = tuple(folder.classes)
         self.names = _names_of(self.classes)
         self._samples = folder.samples
@@ -150,7 +157,7 @@ class ClassDataset(_OfPhotos):
 
     The column of images is the only one of that type, that of classes the only one of theirs or the
     one that `label` names. Raises FileNotFoundError where there is no such data set, ValueError
-    where it has no such split or columns.
+    where it has no such split or columns, or images without a class, as many test sets of the hub.
     """
 
     def __init__(self, path: str, *, split: str, label: str | None = None) -> None:
@@ -167,6 +174,13 @@ class ClassDataset(_OfPhotos):
         self._label = _only_column(table, datasets.ClassLabel, label)
         self._images = table.cast_column(image, datasets.Image(decode=False))[image]
         self._numbers = table[self._label]
+        numbers = table.select_columns(self._label)[:][self._label]
+        unknown = sum(number is None or number < 0 for number in numbers)
+        if unknown:
+            raise ValueError(
+                f"expected a split whose images all have a class, got {split!r}, where {unknown} "
+                f"of {len(numbers)} have none; take another, such as validation"
+            )
         self._name = f"{Path(path).name}-{split}"
         self.classes = tuple(table.features[self._label].names)
         self.names = _names_of(self.classes)
@@ -177,6 +191,8 @@ class ClassDataset(_OfPhotos):
     def __getitem__(self, index: int) -> Sample:
         captions, sample_id = self.captions(index), self.sample_id(index)
         stored = self._images[index]
+        if stored is None:
+            raise SampleError(sample_id, "no image")
         file = Path(stored["path"]) if stored["bytes"] is None else io.BytesIO(stored["bytes"])
         return Sample(decode_image(file, sample_id), captions, sample_id)
 

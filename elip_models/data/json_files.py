@@ -10,14 +10,14 @@ from elip_models.validation import describe, misfit
 def read_json(file: Path, expected: str) -> Any:
     """What a file holds; ValueError, which says what was expected, where that is no JSON."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: expected {expected}, got no valid JSON: {error}") from error
 
 
 def read_entries(file: Path, expected: str) -> list[Any]:
     """The entries of a JSON list, or of a file with one JSON object a line, whatever its name."""
-    with file.open(encoding="utf-8", errors="replace") as opened:
+    with file.open(encoding="utf-8-sig", errors="replace") as opened:
         begins = opened.read(1)
     if begins != "{":
         entries = read_json(file, expected)

@@ -48,7 +48,7 @@ def open_source(spec: Spec | Sequence[Spec], *, image_size: int) -> Source:
     options of `FileSpec` "dataset_coco.json,images=coco,split=test", or {"files": [..], "images":
     ..}. Stored images keep the size they have.
     Raises TypeError or ValueError for a malformed spec, or one of a stream, which `open_stream`
-    opens, FileNotFoundError where it matches no file.
+    opens, or data without a sample, FileNotFoundError where it matches no file.
     """
     check("image_size", image_size, PositiveInt)
     if isinstance(spec, list | tuple):
@@ -70,16 +70,18 @@ def open_source(spec: Spec | Sequence[Spec], *, image_size: int) -> Source:
     if not files:
         raise ValueError(f"spec: expected {_FORMS}, got {spec!r}")
     kinds = {file.suffix.lower() for file in files}
-    if kinds == {".json"}:
-        return JsonSource(files, image_root=named.images, split=named.split)
+    if kinds not in ({".json"}, {".tar"}):
+        raise ValueError(
+            f"spec: expected files that are all .json or all .tar, got {sorted(kinds)} in "
+            f"{spec!r}; name those of other kinds in specs of their own"
+        )
     if kinds == {".tar"}:
         if named.images or named.split:
             raise ValueError(f"spec: expected images and split of .json files alone, got {spec!r}")
         return ShardSource(files)
-    raise ValueError(
-        f"spec: expected files that are all .json or all .tar, got {sorted(kinds)} in {spec!r}; "
-        "name those of other kinds in specs of their own"
-    )
+    source = JsonSource(files, image_root=named.images, split=named.split)
+    check_not_empty("spec", source, spec)
+    return source
 
 
 def parse_options(spec: str, options: str, allowed: Sequence[str]) -> dict[str, int | bool]:

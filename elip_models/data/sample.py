@@ -85,10 +85,10 @@ def check_text(name: str, *texts: str) -> None:
 
 
 def decode_image(file: BinaryIO | Path, sample_id: str) -> Image.Image:
-    """Decode the whole image -> RGB, transparency composited on white.
+    """Decode the whole image -> RGB, transparency composited on white, of 16 bits the upper 8.
 
     Raises SampleError under `sample_id` where the file is missing or damaged, of another format
-    than `FORMATS`, or larger than `MAX_PIXELS` and `MAX_ASPECT` allow.
+    than `FORMATS`, of 32 bits a channel, or larger than `MAX_PIXELS` and `MAX_ASPECT` allow.
     """
     with opened_image(file, sample_id) as image:
         image.load()
@@ -120,6 +120,10 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow would make white of all above 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"expected 8 or 16 bits a channel, got Pillow's mode {image.mode!r}")
     if not image.has_transparency_data:
         return image.convert("RGB")
     layer = image.convert("RGBA")

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 CACHED_FROM = 2**24  # bytes of a shard; a smaller one is read in less time than it is worth
 SHARED_FROM = 2**30  # bytes of all that are missing, from which on several processes build them
-FORMAT = 1  # of the cached tables
+FORMAT = 2  # of the cached tables
 
 
 def read_index(shards: Sequence[Path]) -> tuple["Dataset", list[int]]:
@@ -239,6 +239,10 @@ def _rows(shard: Path) -> Iterator[dict[str, Any]]:
                 "captions": captions,
                 "problem": problem_of(image) or problem,
             }
+    if not texts and not lost:
+        lost.append(
+            ("byte 0", f"no member ends in {', '.join(IMAGE_EXTENSIONS + TEXT_EXTENSIONS)}")
+        )
     if lost:
         warnings.warn(
             f"{shard} is damaged: {'; '.join(what for _, what in lost[:3])}"

@@ -116,9 +116,12 @@ def members_of(tar: Tar, name: str) -> Iterator[Member | Damage]:
 
 
 def _check_first(name: str, block: bytes) -> None:
-    """Where neither the first header holds nor its magic, the file was never a tar."""
+    """Where neither the first header holds nor its magic, the file was never a tar; zeros are the
+    end of one that is empty."""
     try:
         tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.EOFHeaderError:
+        return
     except tarfile.HeaderError as error:
         where, magic = _MAGIC
         if block[where] != magic:

@@ -44,9 +44,9 @@ def read_captions(
                 content = json.loads(content)
                 if not isinstance(content, dict):
                     raise ValueError(f"json: expected an object, got {content!r:.100}")
-                content = content.get("captions", content.get("caption"))
+                content = content.get("captions") or content.get("caption")
             else:
-                content = content.decode()
+                content = content.decode("utf-8-sig")
             captions += clean_captions(content)
         check_text("caption", *captions)
     except (ValueError, RecursionError) as error:

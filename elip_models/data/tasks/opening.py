@@ -42,8 +42,8 @@ def open_examples(
     """Open the data that `spec` names, see above; of several specs all together, in that order.
 
     Built-in images are drawn at `image_size`, stored ones keep the size they have.
-    Raises TypeError or ValueError for a malformed spec or file, FileNotFoundError for a missing
-    file.
+    Raises TypeError or ValueError for a malformed spec or file, or one without an example,
+    FileNotFoundError for a missing file.
     """
     check("task", task, ExampleTask)
     check("image_size", image_size, PositiveInt)
@@ -68,4 +68,6 @@ def open_examples(
     named = parse_files(spec, _OPTIONS.get(task, ("images",)))
     if not named.files:
         raise ValueError(f"spec: expected {WORLDS[task].name}:size=2000 or files, got {spec!r}")
-    return _READERS[task](named, existing_files("spec", named.files))
+    examples = _READERS[task](named, existing_files("spec", named.files))
+    check_not_empty("spec", examples, spec)
+    return examples
