@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elip_kernels.rows import accumulator
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -60,6 +62,15 @@ def check_heads(num_heads: int, width: int) -> None:
         raise TypeError(message("num_heads", "an int", num_heads))
     if width < 1 or num_heads < 1 or width % num_heads:
         raise ValueError(message("num_heads", f"a divisor of H*d = {width}", num_heads))
+
+
+def check_scale(scale: float | None, head_dim: int) -> float:
+    """`scale`, or head_dim ** -0.5 for None."""
+    if scale is None:
+        return head_dim**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(message("scale", "a float or None", scale))
+    return float(scale)
 
 
 def check_mask(
@@ -154,5 +165,4 @@ def candidate_scores(attn: Tensor, B: int, N: int, num_prefix_tokens: int) -> Te
             remedy = "pass scores (B, N) instead"
             raise ValueError(message("attn", "no map where there is no CLS token", attn, remedy))
         attn = attn[:, :, 0]
-    dtype = torch.float64 if attn.dtype == torch.float64 else torch.float32
-    return attn[..., num_prefix_tokens:].mean(1, dtype=dtype)
+    return attn[..., num_prefix_tokens:].mean(1, dtype=accumulator(attn))

@@ -6,7 +6,6 @@ next makes softmax rows of an image's tiles. An image's scores depend on nothing
 whatever the batch, they are the same bits.
 """
 
-import torch
 from torch import Tensor
 
 from elip_kernels import launch
@@ -14,6 +13,7 @@ from elip_kernels._triton import tl, triton
 from elip_kernels._validate import (
     check_device,
     check_heads,
+    check_scale,
     check_shape,
     check_tensor,
     check_tokens,
@@ -74,20 +74,6 @@ def query_arguments(
     return QueryArguments(
         *(cls, text, float(fusion), match, gamma, beta, eps), *projections, num_heads, scale
     )
-
-
-def check_scale(scale: float | None, head_dim: int) -> float:
-    """`scale`, or head_dim ** -0.5 for None."""
-    if scale is None:
-        return head_dim**-0.5
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(message("scale", "a float or None", scale))
-    return float(scale)
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """fp32, or fp64 for fp64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 @triton.jit

@@ -17,9 +17,9 @@ from torch import Tensor
 from elip_kernels import launch
 from elip_kernels._operator import Operator
 from elip_kernels._triton import tl, triton
-from elip_kernels._validate import check_mask, check_tensor, message
-from elip_kernels.absorbed import accumulator, check_scale
+from elip_kernels._validate import check_mask, check_scale, check_tensor, message
 from elip_kernels.cls_attention import check_keys
+from elip_kernels.rows import accumulator
 
 QUERIES = 128  # in one step of the PyTorch form
 
@@ -68,7 +68,7 @@ def received_reference(
     q: Tensor, k: Tensor, mask: Tensor | None, query_mask: Tensor | None, scale: float
 ) -> Tensor:
     """The specification of `attention_received`; no tensor is larger than (B, H, QUERIES, N)."""
-    (B, H, M, _), (_, G, N, _), dtype = q.shape, k.shape, accumulator(q.dtype)
+    (B, H, M, _), (_, G, N, _), dtype = q.shape, k.shape, accumulator(q)
     keys, received = k.to(dtype).mT, k.new_zeros(B, N, dtype=dtype)
     counted = q.new_ones(B, M, dtype=torch.bool) if query_mask is None else query_mask
     for rows, counts in zip(q.split(QUERIES, 2), counted.split(QUERIES, 1), strict=True):
@@ -240,6 +240,6 @@ _received_op = Operator(
     refuses=lambda q, k, *_: (
         launch.refuses(q, k, candidates=max(q.shape[2], k.shape[2])) or launch.refuses_head(q)
     ),
-    fake=lambda q, k, *_: k.new_empty(k.shape[0], k.shape[2], dtype=accumulator(k.dtype)),
+    fake=lambda q, k, *_: k.new_empty(k.shape[0], k.shape[2], dtype=accumulator(k)),
     flops=_flops,
 )

@@ -33,11 +33,10 @@ from elip_kernels._validate import (
     check_tokens,
     message,
 )
-from elip_kernels.absorbed import accumulator
 from elip_kernels.bipartite_kernels import SMALLEST_SQUARE, match
 from elip_kernels.info import BipartiteInfo, ReductionInfo, check_slots
 from elip_kernels.merge_kernels import merge_bwd, merge_fwd
-from elip_kernels.rows import add_rows, flat_rows, largest, sum_rows, sums_by
+from elip_kernels.rows import accumulator, add_rows, flat_rows, largest, sum_rows, sums_by
 
 
 @overload
@@ -131,7 +130,7 @@ def _merged(
     if isinstance(info, ReductionInfo) or info.num_rows != N:
         return merge_op(tokens, size, info.slots, info.num_rows)
     if size is None:
-        size = tokens.new_ones(B, N, dtype=accumulator(tokens.dtype))
+        size = tokens.new_ones(B, N, dtype=accumulator(tokens))
     return tokens, size
 
 
@@ -160,12 +159,12 @@ def check_size(size: Tensor | None, tokens: Tensor) -> Tensor | None:
     shape = (B, N, 1)[: size.dim()]
     check_shape("size", size, shape, "(B, N) or (B, N, 1)")
     check_device("size", size, "tokens", tokens)
-    return size.detach().reshape(B, N).to(accumulator(tokens.dtype))
+    return size.detach().reshape(B, N).to(accumulator(tokens))
 
 
 def unit_rows(metric: Tensor) -> Tensor:
     """metric (B, N, C) over its norm, in the accumulator's dtype; NaN where it has no direction."""
-    metric = metric.to(accumulator(metric.dtype))
+    metric = metric.to(accumulator(metric))
     square = metric.square().sum(2, keepdim=True)
     has_direction = (square >= SMALLEST_SQUARE) & square.isfinite()
     return torch.where(has_direction, metric * square.rsqrt(), float("nan"))
@@ -179,7 +178,7 @@ def _check_penalty(penalty: Tensor | None, metric: Tensor) -> Tensor | None:
     _check_fp32_or_fp64("penalty", penalty)
     check_shape("penalty", penalty, tuple(metric.shape[:2]), "(B, N)")
     check_device("penalty", penalty, "tokens", metric)
-    return penalty.detach().to(accumulator(metric.dtype))
+    return penalty.detach().to(accumulator(metric))
 
 
 def _check_fp32_or_fp64(name: str, tensor: Tensor) -> None:
@@ -215,7 +214,7 @@ def merge_reference(
     """The specification of the merge -> out (B, R, D), its sizes (B, R)."""
     (B, N, D), rows = tokens.shape, flat_rows(slots, num_rows)
     if size is None:
-        size = tokens.new_ones(B, N, dtype=accumulator(tokens.dtype))
+        size = tokens.new_ones(B, N, dtype=accumulator(tokens))
     out_size = sums_by(rows, size.reshape(-1), B * num_rows)
     weight = size / _divisor(out_size).index_select(0, rows).view(B, N)
     weighted = (tokens * weight[..., None]).reshape(B * N, D)
@@ -249,7 +248,7 @@ def _match_flops(metric_shape, *args, **kwargs) -> int:
 
 def _merge_fake(tokens, size, slots, num_rows):
     B, _, D = tokens.shape
-    sums = accumulator(tokens.dtype)
+    sums = accumulator(tokens)
     return tokens.new_empty(B, num_rows, D), tokens.new_empty(B, num_rows, dtype=sums)
 
 

@@ -21,11 +21,16 @@ from torch import Tensor
 from elip_kernels import launch
 from elip_kernels._operator import Operator
 from elip_kernels._triton import tl, triton
-from elip_kernels._validate import check_device, check_mask, check_shape, check_tensor, message
+from elip_kernels._validate import (
+    check_device,
+    check_mask,
+    check_scale,
+    check_shape,
+    check_tensor,
+    message,
+)
 from elip_kernels.absorbed import (
     STATS,
-    accumulator,
-    check_scale,
     launch_row,
     query_arguments,
     score_tiles,
@@ -37,6 +42,7 @@ from elip_kernels.absorbed_query import (
     query_flops,
     takes_query,
 )
+from elip_kernels.rows import accumulator
 
 
 def cls_attention(
@@ -124,7 +130,7 @@ def cls_attention_from_tokens(
 
 def cls_attention_reference(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """The specification of `cls_attention`."""
-    (B, H, d), (_, G, N, _), dtype = q.shape, k.shape, accumulator(q.dtype)
+    (B, H, d), (_, G, N, _), dtype = q.shape, k.shape, accumulator(q)
     columns = q.to(dtype).reshape(B, G, H // G, d).mT
     scores = torch.matmul(k.to(dtype), columns).mT.reshape(B, H, N) * scale
     if mask is not None:
@@ -135,7 +141,7 @@ def cls_attention_reference(q: Tensor, k: Tensor, mask: Tensor | None, scale: fl
 def absorbed_reference(tokens: Tensor, *query: Any) -> tuple[Tensor, Tensor]:
     """The specification of the absorbed forms, of QueryArguments -> z (B, N, D) and the softmax
     rows (B, H, N)."""
-    dtype, arguments = accumulator(tokens.dtype), QueryArguments(*query)
+    dtype, arguments = accumulator(tokens), QueryArguments(*query)
     u, cls = absorbed_query(dtype, arguments)
     normed = F.layer_norm(tokens.to(dtype), (tokens.shape[2],), eps=arguments.eps)
     normed[:, 0] = cls
@@ -264,7 +270,7 @@ _cls_attention_op = Operator(
     cls_attention_reference,
     launcher=_cls_attention,
     refuses=lambda q, k, *_: launch.refuses(q, k, candidates=k.shape[2] - 1),
-    fake=lambda q, k, mask, scale: k.new_empty(k.shape[0], k.shape[2], dtype=accumulator(k.dtype)),
+    fake=lambda q, k, mask, scale: k.new_empty(k.shape[0], k.shape[2], dtype=accumulator(k)),
     flops=_flops,
 )
 _from_tokens_op = Operator(
@@ -272,6 +278,6 @@ _from_tokens_op = Operator(
     from_tokens_reference,
     launcher=_from_tokens,
     refuses=absorbed_refuses,
-    fake=lambda tokens, *query: tokens.new_empty(tokens.shape[:2], dtype=accumulator(tokens.dtype)),
+    fake=lambda tokens, *query: tokens.new_empty(tokens.shape[:2], dtype=accumulator(tokens)),
     flops=lambda tokens_shape, *shapes, **kwargs: absorbed_flops(tokens_shape, *shapes),
 )

@@ -15,6 +15,7 @@ from elip_kernels import launch
 from elip_kernels._operator import Operator
 from elip_kernels._triton import tl, triton
 from elip_kernels._validate import check_device, check_tensor, check_tokens, message
+from elip_kernels.rows import accumulator
 
 LEAST_NORM = 1e-12  # of a text, as of torch.nn.functional.normalize
 
@@ -78,7 +79,7 @@ def fuse(cls: Tensor, text: Tensor | None, fusion: float, match: bool) -> Tensor
 
 def fuse_text_reference(tokens: Tensor, text: Tensor, fusion: float, match: bool) -> Tensor:
     """The specification: fused in full precision, and rounded once."""
-    wide = tokens[:, :1].to(torch.promote_types(tokens.dtype, torch.float32))
+    wide = tokens[:, :1].to(accumulator(tokens))
     cls = fuse(wide[:, 0], text, fusion, match)[:, None].to(tokens.dtype)
     return torch.cat([cls, tokens[:, 1:]], 1)
 

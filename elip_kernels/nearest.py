@@ -33,11 +33,10 @@ from elip_kernels._validate import (
     check_tokens,
     message,
 )
-from elip_kernels.absorbed import accumulator
 from elip_kernels.bipartite import check_size, merge_op, shares, unit_rows
 from elip_kernels.bipartite_kernels import SMALLEST_SQUARE, inverse_norm, tile_products
 from elip_kernels.info import ReductionInfo
-from elip_kernels.rows import take_rows
+from elip_kernels.rows import accumulator, take_rows
 
 
 @overload
@@ -103,7 +102,7 @@ def merge_nearest(
         is_real = (kept >= 0) & mask.gather(1, kept.clamp(min=0))
         targets = kept.masked_fill(~is_real, -1)
         tokens = tokens.masked_fill(~mask[..., None], 0.0)
-        size = mask.to(accumulator(tokens.dtype)) if size is None else size.masked_fill(~mask, 0.0)
+        size = mask.to(accumulator(tokens)) if size is None else size.masked_fill(~mask, 0.0)
     slots = _match_op(metric.detach(), targets, p)
     merged, sizes = merge_op(tokens, size, slots, p + kept.shape[1])
     if not return_info:

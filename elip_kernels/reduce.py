@@ -24,7 +24,7 @@ from elip_kernels._triton import tl, triton
 from elip_kernels._validate import check_flags, reduce_arguments
 from elip_kernels.info import ReductionInfo
 from elip_kernels.move import empty_outputs, launch_move
-from elip_kernels.rows import add_rows, merge_rows, order_key, sum_rows, take_rows
+from elip_kernels.rows import accumulator, add_rows, merge_rows, order_key, sum_rows, take_rows
 from elip_kernels.select import (
     load_tile,
     move_tile,
@@ -117,7 +117,7 @@ def _keep_all_info(
 ) -> ReductionInfo:
     B, N, _ = tokens.shape
     kept = torch.arange(num_prefix_tokens, N, device=tokens.device).expand(B, -1)
-    weights = tokens.new_zeros(B, N, dtype=_accumulator(tokens, scores))
+    weights = tokens.new_zeros(B, N, dtype=accumulator(tokens, scores))
     return ReductionInfo(kept, weights, mask, num_prefix_tokens, merged=False)
 
 
@@ -134,7 +134,7 @@ def reduce_reference(
     B, N, _ = tokens.shape
     first_dropped = num_prefix_tokens + keep
     real = None if mask is None else mask[:, num_prefix_tokens:]
-    scores = scores.to(_accumulator(tokens, scores))
+    scores = scores.to(accumulator(tokens, scores))
     place = F.pad(places(scores, real, keep) + num_prefix_tokens, (num_prefix_tokens, 0))
     index = torch.arange(N, device=tokens.device)
     place[:, :num_prefix_tokens] = index[:num_prefix_tokens]
@@ -152,10 +152,6 @@ def reduce_reference(
         out[:, -1] = merge_rows(tokens, dropped, weight)
     kept = order[:, num_prefix_tokens:first_dropped].clone(memory_format=torch.contiguous_format)
     return out, kept, weights, place.clamp(max=first_dropped).int()
-
-
-def _accumulator(tokens: Tensor, scores: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(tokens.dtype, scores.dtype), torch.float32)
 
 
 def places(scores: Tensor, real: Tensor | None, keep: int) -> Tensor:
@@ -323,7 +319,7 @@ def _reduce_bwd(grad_out: Tensor, slots: Tensor, weights: Tensor, merge: bool) -
 
 
 def _fake(tokens, scores, mask, keep, num_prefix_tokens, merge, normalize):
-    weights = _accumulator(tokens, scores)
+    weights = accumulator(tokens, scores)
     return empty_outputs(tokens, keep, num_prefix_tokens, merge, weights=weights)
 
 

@@ -8,6 +8,14 @@ from elip_kernels._autocast import without_autocast
 from elip_kernels._operator import exports_onnx, is_differentiated
 
 
+def accumulator(*tensors: Tensor) -> torch.dtype:
+    """The dtype that sums of them are taken in: fp32, or fp64 if one of them is."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
 def order_key(scores: Tensor, real: Tensor | None) -> Tensor:
     """Integers (B, N-p) in the order of selection: numbers above NaN above padding.
 
@@ -35,7 +43,7 @@ def largest(scores: Tensor, count: int) -> Tensor:
 @without_autocast
 def cosines(x: Tensor) -> Tensor:
     """x (B, N, C) -> (B, N, N) in at least fp32: the cosine of each pair."""
-    unit = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=2)
+    unit = F.normalize(x.to(accumulator(x)), dim=2)
     return unit @ unit.mT
 
 

@@ -29,10 +29,10 @@ from elip_kernels._validate import (
     check_keep,
     check_shape,
     check_tensor,
+    message,
 )
 from elip_kernels.absorbed import (
     STATS,
-    accumulator,
     launch_row,
     query_arguments,
     row_of_scores,
@@ -47,6 +47,7 @@ from elip_kernels.reduce import (
     reduce_backward_op,
     reduce_reference,
 )
+from elip_kernels.rows import accumulator
 from elip_kernels.select import select_and_weigh, store_prefix, store_selection
 from elip_kernels.selection import launch_select
 
@@ -148,17 +149,11 @@ def _checked(
         scored = scored.detach()
     if row is None:
         return scored, row
-    expected = accumulator(tokens.dtype if scored is None else scored.dtype)
+    expected = accumulator(tokens if scored is None else scored)
     if not isinstance(row, Tensor) or row.dtype != expected:
-        raise TypeError(
-            f"row: expected a {expected} tensor, as score_reduce returns it, got "
-            f"{row.dtype if isinstance(row, Tensor) else type(row).__name__}"
-        )
-    if row.shape != tokens.shape[:2] or row.device != tokens.device:
-        raise ValueError(
-            f"row: expected (B, N) = {tuple(tokens.shape[:2])} on {tokens.device}, got "
-            f"{tuple(row.shape)} on {row.device}"
-        )
+        raise TypeError(message("row", f"a {expected} tensor, as score_reduce returns it", row))
+    check_shape("row", row, tuple(tokens.shape[:2]), "(B, N)")
+    check_device("row", row, "tokens", tokens)
     return scored, row
 
 
@@ -266,11 +261,12 @@ def _parted(arguments: tuple[Any, ...]) -> tuple[QueryArguments, tuple[Any, ...]
 
 def _fake(tokens, *arguments):
     _, (keep, merge, _, scored, known) = _parted(arguments)
-    made = accumulator(tokens.dtype if scored is None else scored.dtype)
-    row = made if known is None else known.dtype
-    weights = torch.promote_types(accumulator(tokens.dtype), row)
-    outputs = empty_outputs(tokens, keep, 1, merge, weights=weights)
-    return *outputs, tokens.new_empty(tokens.shape[:2], dtype=row)
+    row = known
+    if row is None:
+        read = tokens if scored is None else scored
+        row = tokens.new_empty(tokens.shape[:2], dtype=accumulator(read))
+    outputs = empty_outputs(tokens, keep, 1, merge, weights=accumulator(tokens, row))
+    return *outputs, torch.empty_like(row, memory_format=torch.contiguous_format)
 
 
 def _refuses(tokens: Tensor, *arguments: Any) -> str | None:

@@ -20,8 +20,8 @@ from elip_kernels._validate import (
     check_prefix,
     check_tensor,
 )
-from elip_kernels.absorbed import accumulator
 from elip_kernels.reduce import places
+from elip_kernels.rows import accumulator
 from elip_kernels.selection import launch_select
 
 
@@ -57,7 +57,7 @@ def select_reference(
 ) -> Tensor:
     """The specification of the selection: scores and real (B, N-p) -> kept (B, K) int64."""
     B, candidates = scores.shape
-    place = places(scores.to(accumulator(scores.dtype)), real, keep)
+    place = places(scores.to(accumulator(scores)), real, keep)
     index = torch.arange(num_prefix_tokens, num_prefix_tokens + candidates, device=scores.device)
     order = torch.empty_like(place).scatter_(1, place, index.expand(B, -1))
     return order[:, :keep].clone(memory_format=torch.contiguous_format)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elip_kernels import BipartiteInfo
-from elip_kernels.rows import add_rows, cosines, largest
+from elip_kernels.rows import accumulator, add_rows, cosines, largest
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategies.elip import Elip, Guided, fused_cls
 from elip_models.reduction.strategies.tome import ToMe
@@ -83,8 +83,7 @@ class CompleteGraph(ToMe):
                 pairs = self.choose(tower, stage, entered, keys, context.text_cls)
             match, weights = pairs.match(N), pairs.weights
         if sizes is None:
-            dtype = torch.promote_types(tokens.dtype, torch.float32)
-            sizes = torch.ones(B, N, dtype=dtype, device=tokens.device)
+            sizes = tokens.new_ones(B, N, dtype=accumulator(tokens))
         tokens, sizes = merged(tokens, sizes, match, weights)
         info = StageInfo(stage, match, sizes=sizes, weights=weights)
         return tower.mlp(stage.first, tokens), info

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import elip_kernels
 from elip_kernels import ReductionInfo
-from elip_kernels.rows import largest
+from elip_kernels.rows import accumulator, largest
 from elip_models.reduction.nearest import merge_nearest, nearest_flops
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategy import (
@@ -125,8 +125,7 @@ class EViT(Strategy):
         q, k, v = tower.qkv(i, tokens)
         scale = tower.projections(i).scale
         if self.attention_gradient:
-            at_least_fp32 = torch.promote_types(q.dtype, torch.float32)
-            row = ((q[:, :, :1] * scale) @ k.mT).softmax(-1, dtype=at_least_fp32)
+            row = ((q[:, :, :1] * scale) @ k.mT).softmax(-1, dtype=accumulator(q))
             row = row.mean(1)[:, 0]
         else:
             row = elip_kernels.cls_attention(q[:, :, 0].detach(), k.detach(), scale=scale)
