@@ -31,3 +31,8 @@ __all__ = [
     "select_tokens",
     "unmerge",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names; files of the package would stand among them."""
+    return __all__

@@ -15,7 +15,7 @@ from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from elip_kernels._autocast import without_autocast
+from elip_kernels.autocast import without_autocast
 
 LIBRARY = torch.library.Library("elip", "DEF")
 OPERATORS: dict[str, "Operator"] = {}

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elip_kernels._autocast import without_autocast
 from elip_kernels._operator import exports_onnx, is_differentiated
+from elip_kernels.autocast import without_autocast
 
 
 def accumulator(*tensors: Tensor) -> torch.dtype:

@@ -64,7 +64,6 @@ __all__ = [
     "use_sdpa_",
 ]
 
-
 LAZY = {"create_model": "registry", "load_reduced": "saved", "save_reduced": "saved"}
 
 if TYPE_CHECKING:
@@ -78,3 +77,7 @@ else:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         with extra(name):
             return getattr(import_module(f"elip_models.models.{LAZY[name]}"), name)
+
+    def __dir__() -> list[str]:
+        """The public names, also those that are not imported yet."""
+        return __all__

@@ -90,6 +90,11 @@ def check_imports(path=ROOT, cwd=ROOT):
     assert "elip_models.reduce_" not in broken and "elip_kernels.reduce" not in broken
 
 
+def test_a_package_lists_what_is_public():
+    for package in (elip_kernels, elip_models):
+        assert dir(package) == sorted(package.__all__)
+
+
 def test_the_import_brings_no_heavy_library():
     code = f"import sys, elip_models; print([n for n in {HEAVY} if n in sys.modules])"
     assert run(sys.executable, "-c", code).stdout == "[]\n"

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 import elip_kernels  # noqa: F401  (its operators)
-from elip_kernels._autocast import without_autocast
 from elip_kernels._operator import OPERATORS, Operator
 from elip_kernels._triton import triton
+from elip_kernels.autocast import without_autocast
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from elip_kernels._autocast import no_autocast
+from elip_kernels.autocast import no_autocast
 from elip_models.towers.fsdp import is_sharded
 
 LIBRARIES = ("torch.nn.", "timm.", "open_clip.", "transformers.")
