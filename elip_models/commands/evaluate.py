@@ -72,13 +72,14 @@ def eval_zero_shot(
 ) -> None:
     """Top-1/5 accuracy of classes by their names."""
     from elip_models.data import open_classes
+    from elip_models.tasks.task import Loading
     from elip_models.tasks.zero_shot import evaluate_zero_shot
 
     trained, tokenizer = _open_trained(model, output, ranks=True)
     with blame("--data"):
         source = open_classes(data, image_size=trained.config.image_size)
-    loading = {"batch_size": batch_size, "num_workers": num_workers, "max_bad_share": max_bad_share}
-    scores = evaluate_zero_shot(trained, tokenizer, source, **loading)
+    loading = Loading(batch_size, num_workers, max_bad_share)
+    scores = evaluate_zero_shot(trained, tokenizer, source, **loading._asdict())
     Console().print(zero_shot_table(scores))
     _write_scores(asdict(scores), output)
 

@@ -16,15 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from elip_models.data import (
-    SkipReport,
-    Source,
-    evaluation_batches,
-    image_transform,
-)
+from elip_models.data import Source, evaluation_batches
 from elip_models.data.shared_images import by_image
 from elip_models.models.base import evaluating
 from elip_models.tasks.features import encode_images, encode_texts, ranks_by_chunk, ranks_of
+from elip_models.tasks.task import Loading, read_all
 from elip_models.validation import PositiveInt, check
 
 if TYPE_CHECKING:
@@ -166,12 +162,8 @@ def evaluate_retrieval(
         DataError: too many samples cannot be read, or all.
     """
     source = by_image(source)
-    report = SkipReport(max_bad_share, length=len(source))
-    config = model.config
-    transform = image_transform(config.image_size, train=False, resize=config.resize)
-    batches = evaluation_batches(
-        source, transform, batch_size, report=report, num_workers=num_workers
-    )
+    loading = Loading(batch_size, num_workers, max_bad_share)
+    batches, report = read_all(evaluation_batches, model, source, loading)
     with evaluating(model):
         image_features, captions = encode_images(model, batches)
         texts = [text for several in captions for text in several]

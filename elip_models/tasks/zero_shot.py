@@ -14,14 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elip_models.data import (
-    ClassSource,
-    SkipReport,
-    evaluation_batches,
-    image_transform,
-)
+from elip_models.data import ClassSource, evaluation_batches
 from elip_models.models.base import evaluating
 from elip_models.tasks.features import encode_images, encode_texts, ranks_by_chunk
+from elip_models.tasks.task import Loading, read_all
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,11 +82,8 @@ def evaluate_zero_shot(
     Raises:
         DataError: too many images cannot be read, or all.
     """
-    report = SkipReport(max_bad_share, length=len(source))
-    transform = image_transform(model.config.image_size, train=False, resize=model.config.resize)
-    batches = evaluation_batches(
-        source, transform, batch_size, report=report, num_workers=num_workers
-    )
+    loading = Loading(batch_size, num_workers, max_bad_share)
+    batches, report = read_all(evaluation_batches, model, source, loading)
     with evaluating(model):
         images, found = encode_images(model, batches)
         classes = class_features(
