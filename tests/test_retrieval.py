@@ -221,6 +221,13 @@ def test_evaluation_does_not_depend_on_the_batch_and_leaves_mode_and_randomness(
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_reduction_that_draws_leaves_the_randomness_of_training(tokenizer, scenes, model):
+    drawn = create_model("clip_tiny", **vars(model.config) | {"strategy": "random"})
+    before = torch.get_rng_state()
+    evaluate_retrieval(drawn, tokenizer, scenes)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_unreadable_samples_are_left_out_and_counted(model, tokenizer, scenes):
     source = Damaged(scenes, {0, 7})
     scores = evaluate_retrieval(model, tokenizer, source, batch_size=4, max_bad_share=0.5)

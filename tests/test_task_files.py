@@ -163,6 +163,16 @@ def test_nlvr2(content, images, tmp_path):
 # Captions and classes
 
 
+def test_examples_of_several_lists_without_ids_have_different_ones(tmp_path):
+    draw(tmp_path / "a.jpg")
+    entry = {"image": "a.jpg", "sentence": "it is red", "label": "neutral", "question": "why?"}
+    files = ",".join(str(write(tmp_path / f"{n}.json", [entry] * 2)) for n in range(2))
+    answers = write(tmp_path / "list.json", ["x"])
+    for task, spec in (("entailment", files), ("vqa", f"{files},answers={answers}")):
+        source = opened(task, spec)
+        assert [source[index].id for index in range(4)] == ["0", "1", "2", "3"]
+
+
 def test_karpathy_files_by_split(tmp_path):
     entries = [
         {"filename": f"{split}.jpg", "filepath": folder, "split": split, "cocoid": number}

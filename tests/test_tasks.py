@@ -71,6 +71,7 @@ class Tokens:
 
 class Config:
     image_size, resize, captions, context_length = SIZE, "squash", "plain", 4
+    reads_guide_captions = False
 
 
 class Stub(nn.Module):
@@ -172,6 +173,29 @@ def test_a_model_that_sees_scores_all_and_its_predictions_are_kept(config, tmp_p
     assert written["predictions"][0] == {"id": "g0", "said": "dark", "score": 1.0}
 
 
+def test_examples_of_one_id_are_all_scored():
+    class SameId(Greys):
+        def text_alone(self, index):
+            return super().text_alone(index)._replace(id=str(index % 2))
+
+    scores = get_task("entailment").evaluate(Stub(), Tokens(), SameId(), LOADING)
+    assert scores.num_examples == len(scores.predictions) == 8
+
+
+@pytest.mark.parametrize("task", ["entailment", "retrieval"])
+def test_a_model_that_draws_leaves_the_randomness_of_training(task):
+    class Drawing(Stub):
+        def logits(self, *inputs, **named):
+            return super().logits(*inputs, **named) + torch.rand(1)
+
+        def matching_logits(self, *inputs):
+            return torch.rand(len(inputs[0]))
+
+    source, before = {"retrieval": Captioned()}.get(task, Greys()), torch.get_rng_state()
+    get_task(task).evaluate(Drawing(), Tokens(), source, LOADING)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_candidates_are_at_most_the_answers_there_are():
     model = Stub()
     VQA(candidates=9, answer_length=6).evaluate(model, Tokens(), Greys(), LOADING)
@@ -217,6 +241,12 @@ def test_images_of_pairs_are_ranked_once_with_all_their_captions():
     found = Retrieval(candidates=12).evaluate(model, Tokens(), Pairs(), LOADING)
     assert found.num_examples == 6
     assert found.scores["image_to_text_r1"].mean == found.scores["text_to_image_r1"].mean == 1
+
+
+def test_another_caption_of_the_image_guides_where_the_model_asks_for_it():
+    source, rng = Captioned(), np.random.default_rng(0)
+    sample = Retrieval().sample(reading(source, reads_guide_captions=True), source[2], 2, rng)
+    assert sample["guide_ids"].shape == sample["guide_mask"].shape == (4,)
 
 
 def matcher():

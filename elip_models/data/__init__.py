@@ -34,7 +34,12 @@ with extra("elip_models.data"):
     from elip_models.data.tasks.questions import EmojiQuestions
     from elip_models.data.tasks.text_only import question_only_accuracy
     from elip_models.data.tokenizer import load_tokenizer, tokenize, train_tokenizer
-    from elip_models.data.training_samples import ImageTextPreparation, TrainingSamples, drawn
+    from elip_models.data.training_samples import (
+        ImageTextPreparation,
+        TrainingSamples,
+        drawn,
+        other_caption,
+    )
     from elip_models.data.transforms import CLIP_MEAN, CLIP_STD, image_transform
     from elip_models.data.world import BACKGROUNDS, EMOJI, Group, Scene
 
@@ -85,6 +90,7 @@ __all__ = [
     "open_examples",
     "open_source",
     "open_stream",
+    "other_caption",
     "question_only_accuracy",
     "render",
     "soft_scores",

@@ -3,7 +3,7 @@ index) alone, its turn being how often it has come before. A sample that cannot 
 and reported."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -147,8 +147,7 @@ class ImageTextPreparation:
         image = drawn(self.transform, sample.image, rng)
         text = self._tokenize(caption)
         if self.guide_captions:
-            others = [other for other in sample.captions if other != caption] or [caption]
-            guide = self._tokenize(others[rng.integers(len(others))])
+            guide = self._tokenize(other_caption(sample.captions, caption, rng))
             text |= {"guide_ids": guide["input_ids"], "guide_mask": guide["attention_mask"]}
         return {"images": image, **text}
 
@@ -156,6 +155,12 @@ class ImageTextPreparation:
         text = apply_caption_rule(caption, self.captions)
         tokens = tokenize(self.tokenizer, [text], self.context_length)
         return {name: ids[0] for name, ids in tokens.items()}
+
+
+def other_caption(captions: Sequence[str], caption: str, rng: np.random.Generator) -> str:
+    """Draw another of an image's captions; the same where it has no other."""
+    others = [other for other in captions if other != caption] or [caption]
+    return others[rng.integers(len(others))]
 
 
 def drawn(

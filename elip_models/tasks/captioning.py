@@ -16,6 +16,7 @@ from elip_models.data.shared_images import by_image
 from elip_models.models.base import evaluating
 from elip_models.models.layers.generation import Decoding
 from elip_models.tasks.caption_metrics import caption_scores
+from elip_models.tasks.features import isolated_rng
 from elip_models.tasks.task import (
     Loading,
     Prediction,
@@ -67,8 +68,8 @@ class Captioning(Task):
         written: list[str] = []
         captions: list[tuple[str, ...]] = []
         ids: list[str] = []
-        with evaluating(model):
-            device = next(model.parameters()).device
+        device = next(model.parameters()).device
+        with evaluating(model), isolated_rng(device):
             for batch in batches:
                 written += self.write(model, tokenizer, batch.images.to(device))
                 captions += batch.captions

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from elip_models.data import DataError, Example, ExampleSource, example_batches, open_examples
 from elip_models.models.base import evaluating
+from elip_models.tasks.features import isolated_rng
 from elip_models.tasks.intervals import bootstrap_interval
 from elip_models.tasks.task import (
     Loading,
@@ -79,8 +80,8 @@ class ClassTask(Task):
         batches, report = read_all(example_batches, model, source, loading)
         examples: list[Example] = []
         chosen: list[int] = []
-        with evaluating(model), torch.no_grad():
-            device = next(model.parameters()).device
+        device = next(model.parameters()).device
+        with evaluating(model), torch.no_grad(), isolated_rng(device):
             choose = self.chooser(model, tokenizer, answers)
             for batch in batches:
                 inputs = {"images": batch.images}
@@ -100,23 +101,24 @@ class ClassTask(Task):
         num_skipped: int,
     ) -> TaskScores:
         """An answer is as right as `worth` says; examples without answers are not judged."""
-        said = {each.id: answers[number] for each, number in zip(examples, chosen, strict=True)}
-        worth = {each.id: self.worth(each.answers) for each in examples if each.answers}
-        if not worth:
+        said = [answers[number] for number in chosen]
+        worth = [self.worth(each.answers) for each in examples]
+        scores = [
+            each.get(text, 0.0) if each else None for each, text in zip(worth, said, strict=True)
+        ]
+        right, known = [s for s in scores if s is not None], [each for each in worth if each]
+        if not known:
             raise DataError("no example says what is right: expected answers, got none")
-        right = {name: each.get(said[name], 0.0) for name, each in worth.items()}
-        heaviest = Counter(max(each, key=each.get) for each in worth.values())
+        heaviest = Counter(max(each, key=each.get) for each in known)
         always = heaviest.most_common(1)[0][0]
         return TaskScores(
             task=self.name,
-            scores={"accuracy": bootstrap_interval([*right.values()])},
+            scores={"accuracy": bootstrap_interval(right)},
             baselines={
                 "chance": {"accuracy": 1 / len(answers)},
-                "majority": {"accuracy": fmean(each.get(always, 0.0) for each in worth.values())},
+                "majority": {"accuracy": fmean(each.get(always, 0.0) for each in known)},
             },
             num_examples=len(right),
             num_skipped=num_skipped,
-            predictions=tuple(
-                Prediction(name, text, right.get(name)) for name, text in said.items()
-            ),
+            predictions=tuple(map(Prediction, (each.id for each in examples), said, scores)),
         )

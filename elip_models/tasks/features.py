@@ -32,7 +32,7 @@ def encode_images(
     """Returns features (num_images, E) fp32 and the captions of each image."""
     device = next(model.parameters()).device
     features, captions = [], []
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), isolated_rng(device):
         # Models warn where they get no text to reduce by; here that is meant.
         warnings.simplefilter("ignore", UnguidedWarning)
         for batch in batches:
@@ -63,7 +63,7 @@ def encode_texts(
 
 
 def isolated_rng(device: torch.device) -> AbstractContextManager[None]:
-    """Random numbers drawn inside, as text reduction may, leave the generators as they were."""
+    """Random numbers drawn inside, as a reduction may, leave the generators as they were."""
     if device.type == "cpu":
         return torch.random.fork_rng([])
     return torch.random.fork_rng([device], device_type=device.type)

@@ -20,11 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elip_models.data import EvaluationBatch, Sample, Source, evaluation_batches, open_source
+from elip_models.data import (
+    EvaluationBatch,
+    Sample,
+    Source,
+    evaluation_batches,
+    open_source,
+    other_caption,
+)
 from elip_models.data.shared_images import by_image, image_number
 from elip_models.models.base import evaluating
 from elip_models.reduction.once import UnguidedWarning
-from elip_models.tasks.features import encode_texts, ranks_of
+from elip_models.tasks.features import encode_texts, isolated_rng, ranks_of
 from elip_models.tasks.intervals import Interval, bootstrap_interval
 from elip_models.tasks.retrieval import KS, chance_level
 from elip_models.tasks.task import (
@@ -68,6 +75,9 @@ class Retrieval(Task):
         caption = sample.captions[rng.integers(len(sample.captions))]
         found = {"images": reading.image(sample.image, rng), **reading.text(caption)}
         found["image_ids"] = torch.tensor(image_number(reading.source, index))
+        if reading.model.reads_guide_captions:
+            guide = reading.text(other_caption(sample.captions, caption, rng))
+            found |= {"guide_ids": guide["input_ids"], "guide_mask": guide["attention_mask"]}
         number = getattr(reading.model, "false_texts", 0)  # METER learns by them
         if not number:
             return found
@@ -86,7 +96,8 @@ class Retrieval(Task):
         answers: Sequence[str] | None = None,
     ) -> TaskScores:
         batches, report = read_all(evaluation_batches, model, by_image(source), loading)
-        with evaluating(model), torch.no_grad(), warnings.catch_warnings():
+        drawn = isolated_rng(next(model.parameters()).device)
+        with evaluating(model), torch.no_grad(), drawn, warnings.catch_warnings():
             # Models warn where they get no text to reduce by; here that is meant.
             warnings.simplefilter("ignore", UnguidedWarning)
             index = _Index.of(model, tokenizer, batches, loading.batch_size, guided=self.guided)

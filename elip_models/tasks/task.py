@@ -163,7 +163,8 @@ class Task(ABC):
         loading: Loading,
         answers: Sequence[str] | None = None,
     ) -> TaskScores:
-        """Score a model, which is put in eval mode and back.
+        """Score a model, which is put in eval mode and back; the state of the random generators is
+        untouched.
 
         Args:
             answers: all that the model can answer, in the order of its outputs: those of the data

@@ -10,6 +10,7 @@ images of the training set are in numbered folders below the one that `images` n
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,12 @@ def _rows(
     parse: Callable[[str, Any, Path, str], Parsed],
     labels: tuple[str, ...],
 ) -> Iterator[Row]:
+    ids = count()  # over all files, so that no two examples have the same
     for file in files:
         root = file.parent if spec.images is None else expanded(spec.images)
         for number, entry in enumerate(read_entries(file, _EXPECTED[task])):
             where, name = f"{file}[{number}]", f"{file.name}[{number}]"
-            row_id, text, label, images = parse(where, entry, root, str(number))
+            row_id, text, label, images = parse(where, entry, root, str(next(ids)))
             if label not in labels:
                 expected = ", ".join(labels)
                 raise ValueError(f"{where}: label: expected one of {expected}, got {label!r}")

@@ -41,7 +41,7 @@ def vqa_examples(spec: FileSpec, files: Sequence[Path]) -> FileExamples:
     rows, first_answers = [], Counter()
     for file, data in loaded.items():
         root = file.parent if spec.images is None else expanded(spec.images)
-        read = _listed(file, data, root) if isinstance(data, list) else None
+        read = _listed(file, data, root, len(rows)) if isinstance(data, list) else None
         for row, first in read or _questions(file, data, root, annotations):
             shares = {answer: spec.weight * share for answer, share in row.answers.items()}
             rows.append(row._replace(answers=shares))
@@ -98,8 +98,11 @@ def _questions(
         yield Row(entry_name, str(question_id), question, _shares(given), (path,)), first
 
 
-def _listed(file: Path, data: list[Any], root: Path) -> Iterator[tuple[Row, str | None]]:
-    """The questions of a list, each with the answer that most people gave."""
+def _listed(
+    file: Path, data: list[Any], root: Path, before: int
+) -> Iterator[tuple[Row, str | None]]:
+    """The questions of a list, each with the answer that most people gave; `before` are in other
+    files."""
     for number, entry in enumerate(data):
         where = f"{file}[{number}]"
         image, question = read_fields(where, entry, image=str, question=str)
@@ -108,7 +111,7 @@ def _listed(file: Path, data: list[Any], root: Path) -> Iterator[tuple[Row, str 
         if not isinstance(given, list) or not all(isinstance(each, str) for each in given):
             raise ValueError(f"{where}: answer: expected a text or a list of texts, got {given!r}")
         shares = _shares(given)
-        question_id = str(entry.get("question_id", number))
+        question_id = str(entry.get("question_id", before + number))
         row = Row(f"{file.name}[{number}]", question_id, question, shares, (root / image,))
         yield row, max(shares, key=shares.get, default=None)
 
