@@ -95,6 +95,7 @@ Seed = Annotated[int, Bounds(0, 2**32 - 1)]
 NonNegative = Annotated[float, Bounds(0)]
 Positive = Annotated[float, Bounds(0, includes_low=False)]
 Share = Annotated[float, Bounds(0, 1)]
+Zero = Annotated[float, Bounds(0, 0)]  # where a share cannot be another
 PositiveShare = Annotated[float, Bounds(0, 1, includes_low=False)]
 Rate = Annotated[float, Bounds(0, 1, includes_high=False)]
 

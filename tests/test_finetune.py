@@ -206,6 +206,35 @@ def test_the_tower_is_dense_unless_it_stays_reduced(saved):
     assert meta_model(asked).config.strategy == "tome"
 
 
+@pytest.mark.parametrize("family", ["albef", "blip"])
+def test_what_the_task_has_no_place_for_is_left_with_the_saved_model(saved, family, tmp_path):
+    config = json.loads((saved(family) / "config.json").read_text())
+    (tmp_path / "model.safetensors").touch()
+    said = {"guide": "other", "guide_negatives": 0.5, "guide_dropout": 0.25}
+    (tmp_path / "config.json").write_text(json.dumps(config | said))
+    model = meta_model(finetune_recipe("vqa_tiny", tmp_path, {}, reduced=True)).config
+    assert model.schedule == "1(100%) 1(50%)" and model.guide_dropout == 0.25
+    assert (model.guide, model.guide_negatives) == ("own", 0)
+
+
+GUIDES = [("guide", "other"), ("guide_negatives", 0.5)]
+MOMENTUM = [("guide", "after_itc"), ("scorer", "momentum"), ("momentum_reduction", "shared")]
+UNFOLLOWED = {
+    "blip_vqa": [*GUIDES, *MOMENTUM],
+    "blip_nlvr2": [*GUIDES, *MOMENTUM],
+    "blip_captioning": [*GUIDES, *MOMENTUM, ("guide_dropout", 0.5)],
+    "clip_classification": [*GUIDES, ("guide_dropout", 0.5)],
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "value"), [(f, *each) for f, all_ in UNFOLLOWED.items() for each in all_]
+)
+def test_what_a_task_would_not_follow_is_refused(family, field, value):
+    with pytest.raises(ValueError, match=f"{field}: expected"):
+        DOWNSTREAM[family].config_class(schedule="paper", **{field: value})
+
+
 @pytest.mark.parametrize(
     ("task", "family", "message"),
     [

@@ -10,19 +10,19 @@ is dense unless asked otherwise, as in the paper.
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from elip_models.models.config import ContrastiveConfig, TextReductionConfig
+from elip_models.models.config import ContrastiveConfig, TextReductionConfig, VisionConfig
 from elip_models.models.files import read_config
 from elip_models.models.registry import CONFIGS, MODELS, downstream_of, family_of
 from elip_models.tasks.registry import TASKS
 from elip_models.training.recipe import FINETUNE, RunConfig, recipe_names, recipe_with
 from elip_models.training.training_data import input_fields
-from elip_models.validation import ConfigError, blame, did_you_mean
+from elip_models.validation import ConfigError, blame, did_you_mean, misfit
 
 REDUCTION = {
     each.name for config in (ContrastiveConfig, TextReductionConfig) for each in fields(config)
-} - {"resize", "captions"}
+} - {each.name for each in fields(VisionConfig)}
 
 
 def finetune_recipe(
@@ -34,7 +34,8 @@ def finetune_recipe(
         task: its name, for the recipe of the model's family; or the name or path of a recipe.
         start: as `save_pretrained` or `elip train` wrote it.
         overrides: dotted keys of the recipe.
-        reduced: the image tower as the saved model reduces it.
+        reduced: the image tower as the saved model reduces it; what the task's model has no place
+            for, such as another guide, is left out.
 
     Raises:
         ConfigError: an unknown task or recipe, a folder of other content, or a setting that cannot
@@ -55,9 +56,13 @@ def finetune_recipe(
         raise ConfigError(f"recipe {recipe}: expected one with a task, got none")
     with blame("task"):
         model = downstream_of(MODELS[family], chosen.task)
-    known = {each.name for each in fields(model.config_class)}
+    known = get_type_hints(model.config_class, include_extras=True)
     dropped = {"gather", *input_fields(chosen.data)} | (set() if reduced else REDUCTION)
-    kept = {name: value for name, value in config.items() if name in known - dropped}
+    kept = {
+        name: value
+        for name, value in config.items()
+        if name in known.keys() - dropped and misfit(value, known[name]) is None
+    }
     return recipe_with(recipe, begun, kept)
 
 

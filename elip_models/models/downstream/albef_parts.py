@@ -6,7 +6,7 @@ Source: the official code's models/model_vqa.py, model_ve.py and model_nlvr.py.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from elip_models.models.downstream.distillation import (
 )
 from elip_models.models.layers.losses import at_least_fp32, distilled_cross_entropy
 from elip_models.reduction.strategy import mask_after
-from elip_models.validation import Bounds, Size
+from elip_models.validation import Size, Zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class ALBEFTaskConfig(ALBEFConfig, DistillationConfig):
 
     image_size: Size = 384
     guide: Literal["own"] = "own"
-    guide_negatives: Annotated[float, Bounds(0, 0)] = 0.0
+    guide_negatives: Zero = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

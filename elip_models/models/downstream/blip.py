@@ -5,16 +5,17 @@ that is the question or statement, which is read alone first; without guidance n
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from elip_models.models.blip_parts import BLIPBase, BLIPConfig, BLIPEncoders, Reader
 from elip_models.models.distilled_model import DistilledModel, Encoders, Masked
+from elip_models.reduction.scorers import ScorerName
 from elip_models.reduction.strategy import mask_after
 from elip_models.towers.apart import apart
-from elip_models.validation import Rate
+from elip_models.validation import Rate, Zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +41,27 @@ class BLIPTaskConfig(BLIPConfig):
         return super().vit(drop_path_rate=self.drop_path, **options)
 
 
+@dataclass(frozen=True, kw_only=True)
+class BLIPAloneConfig(BLIPTaskConfig):
+    """Hyper-parameters of a BLIP that nothing follows by momentum: see `BLIPTaskConfig`.
+
+    The text that comes with an image guides it, where text guides the reduction. The fields of
+    momentum encoders, features and their queue say nothing here.
+    """
+
+    scorer: ScorerName = "exact"
+    guide: Literal["own"] = "own"
+    guide_negatives: Zero = 0.0
+    momentum_reduction: Literal["none"] = "none"
+
+
 class BLIPTask(BLIPBase, DistilledModel):
     """A BLIP that nothing follows by momentum, and whose features are not compared."""
 
-    config: BLIPTaskConfig
+    config: BLIPAloneConfig
     ranks = False
 
-    def __init__(self, config: BLIPTaskConfig, encoders: Encoders) -> None:
+    def __init__(self, config: BLIPAloneConfig, encoders: Encoders) -> None:
         super().__init__(config, encoders, distill=False)
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:

@@ -16,12 +16,12 @@ from torch import Tensor
 from elip_models.models.blip import BLIP
 from elip_models.models.blip_parts import Captioner
 from elip_models.models.distilled_model import Encoders
-from elip_models.models.downstream.blip import BLIPTask, BLIPTaskConfig, decoder_weights, under
+from elip_models.models.downstream.blip import BLIPAloneConfig, BLIPTask, decoder_weights, under
 from elip_models.models.layers.bert import BertTower, UntypedEmbeddings, masked_language_head
 from elip_models.models.layers.generation import Decoding
 from elip_models.models.layers.losses import IGNORED, language_loss, next_tokens
 from elip_models.reduction.strategy import mask_after
-from elip_models.validation import Count, Size
+from elip_models.validation import Count, Size, Zero
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,19 +31,20 @@ COCO = Decoding(max_length=20, min_length=5)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BLIPCaptioningConfig(BLIPTaskConfig):
+class BLIPCaptioningConfig(BLIPAloneConfig):
     """Hyper-parameters of BLIP for captioning.
 
     prompt: what every caption begins with, in training and generation; the model is given its
         tokens, before those of the caption.
     prompt_tokens: how many they are, see `BLIPCaptioning.fit_tokenizer`.
     without_text: 'vision' lets a schedule reduce by the image alone, for there is no text.
-    The other fields: see `BLIPTaskConfig`.
+    The other fields: see `BLIPAloneConfig`.
     """
 
     image_size: Size = 384
     context_length: Size = 40
     without_text: Literal["dense", "vision"] = "vision"
+    guide_dropout: Zero = 0.0
     prompt: str = "a picture of "
     prompt_tokens: Count = 3
 

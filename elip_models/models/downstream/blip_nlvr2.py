@@ -18,7 +18,7 @@ from transformers.models.bert.modeling_bert import BertAttention
 
 from elip_models.models.blip import BLIP
 from elip_models.models.blip_parts import BLIPEncoders
-from elip_models.models.downstream.blip import BLIPReadingTask, BLIPTaskConfig, under
+from elip_models.models.downstream.blip import BLIPAloneConfig, BLIPReadingTask, under
 from elip_models.models.layers.losses import at_least_fp32
 from elip_models.validation import Count, Rate, Size
 
@@ -27,12 +27,12 @@ DOUBLED = "crossattention.self.", "crossattention.output.dense."
 
 
 @dataclass(frozen=True, kw_only=True)
-class BLIPNLVR2Config(BLIPTaskConfig):
+class BLIPNLVR2Config(BLIPAloneConfig):
     """Hyper-parameters of BLIP for NLVR2.
 
     merge_from: first layer of the encoder that joins both images by a layer, not by their mean.
     context_length: the original cuts statements after 40 words, not after so many tokens.
-    The other fields: see `BLIPTaskConfig`.
+    The other fields: see `BLIPAloneConfig`.
     """
 
     image_size: Size = 384

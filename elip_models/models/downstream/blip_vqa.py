@@ -19,8 +19,8 @@ from elip_models.models.base import evaluating
 from elip_models.models.blip import BLIP
 from elip_models.models.blip_parts import BLIPEncoders, Writer
 from elip_models.models.downstream.blip import (
+    BLIPAloneConfig,
     BLIPReadingTask,
-    BLIPTaskConfig,
     decoder_weights,
     under,
 )
@@ -38,8 +38,8 @@ ANSWERS = Decoding(max_length=10, min_length=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BLIPVQAConfig(BLIPTaskConfig):
-    """Hyper-parameters of BLIP for VQA: see `BLIPTaskConfig`."""
+class BLIPVQAConfig(BLIPAloneConfig):
+    """Hyper-parameters of BLIP for VQA: see `BLIPAloneConfig`."""
 
     image_size: Size = 480
     context_length: Size = 35

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from elip_models.models.base import PretrainedModel
 from elip_models.models.clip import CLIP, CLIPConfig
 from elip_models.reduction.encode import run_tower
-from elip_models.validation import Share, Size
+from elip_models.validation import Share, Size, Zero
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,13 +39,16 @@ class CLIPClassificationConfig(CLIPConfig):
         `begin_zero_shot_` says.
     label_smoothing: of the cross entropy.
     schedule: with without_text='vision' the image alone reduces itself; None is dense.
-    The other fields: see `CLIPConfig`; those of texts are not read.
+    The other fields: see `CLIPConfig`; those of texts are not read, and no text guides.
     """
 
     num_classes: Size = 1000
     tuning: Literal["probe", "full"] = "full"
     projects: bool = False
     label_smoothing: Share = 0.0
+    guide: Literal["own"] = "own"
+    guide_negatives: Zero = 0.0
+    guide_dropout: Zero = 0.0
 
 
 @dataclass

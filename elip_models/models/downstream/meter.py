@@ -3,10 +3,11 @@
     VQA         a head on the pooled pair: which of the answers; BCE, summed over them
     entailment  the same head, three classes; cross entropy
     NLVR2       a pass for each of two images, the second of a token type of its own; a head on both
-    retrieval   how well a text fits an image: cross entropy of the true text among false ones, and
-                beside it ITM, whose head stays as it was pre-trained
+    retrieval   how well a text fits an image: cross entropy of the true text among false ones; if
+                asked for, ITM beside it, whose head stays as it was pre-trained
 
-Source: METER (Dou et al., 2022), its official code.
+Source: METER (Dou et al., 2022), its official code, whose retrieval names ITM with a weight of 0.5
+and takes steps by losses of at least 1 alone.
 """
 
 from dataclasses import dataclass
@@ -56,12 +57,13 @@ class METERNLVR2Config(METERConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class METERRetrievalConfig(METERConfig):
-    """false_texts: how many beside the true text of an image, in training. The other fields: see
-    `METERConfig`."""
+    """false_texts: how many beside the true text of an image, in training. with_itm: ITM is a loss
+    too. The other fields: see `METERConfig`."""
 
     image_size: Size = 384
     context_length: Size = 40
     false_texts: PositiveInt = 15
+    with_itm: bool = False
 
 
 @dataclass
@@ -73,19 +75,25 @@ class ClassifiedOutput:
 
 
 @dataclass
-class RetrievalOutput:
-    """loss: the sum of the two others, scalars. rank_logits: (B, 1+F), the true text first.
-    itm_logits: (B, 2)."""
+class RankingOutput:
+    """loss, and loss_rank, which is all of it, scalars. rank_logits: (B, 1+F), the true text
+    first."""
 
     loss: Tensor
     loss_rank: Tensor
-    loss_itm: Tensor
     rank_logits: Tensor
+
+
+@dataclass
+class RetrievalOutput(RankingOutput):
+    """loss: the sum of loss_rank and loss_itm. itm_logits: (B, 2)."""
+
+    loss_itm: Tensor
     itm_logits: Tensor
 
 
 class DrawnImages(NamedTuple):
-    """What a step of retrieval draws at random.
+    """What a step of retrieval with ITM draws at random.
 
     itm_labels: (B,) int64, 1 where a text keeps its image in ITM.
     false_images: (B, 3, H, W), for each text another image, read where its label is 0.
@@ -275,27 +283,29 @@ class METERRetrieval(METERMatcher):
         false_mask: Tensor,
         *,
         drawn: DrawnImages | None = None,
-    ) -> RetrievalOutput:
-        """Compute the losses of a batch of pairs.
+    ) -> RankingOutput:
+        """Compute the losses of a batch of pairs, with ITM a `RetrievalOutput`.
 
         Args:
             images: (B, 3, H, W).
             input_ids, attention_mask: (B, L), 1 = real.
-            image_ids: (B,) int64, equal where two pairs show the same image.
+            image_ids: (B,) int64, equal where two pairs show the same image; read with ITM.
             false_ids, false_mask: (B, F, L), other texts for each image.
-            drawn: false images instead of drawing them.
+            drawn: false images of ITM instead of drawing them.
         """
         ids = torch.cat([input_ids[:, None], false_ids], 1)
         mask = torch.cat([attention_mask[:, None], false_mask], 1)
         ranks = self.rank_logits(images, ids, mask)
         loss_rank = F.cross_entropy(ranks.float(), torch.zeros_like(image_ids))
+        if not self.config.with_itm:
+            return RankingOutput(loss_rank, loss_rank, ranks)
         labels, false_images = self._draw(images, image_ids) if drawn is None else drawn
         is_pair = (labels == 1)[:, None, None, None]
         shown = torch.where(is_pair, images, false_images)
         text, image = self.read_and_fuse(shown, input_ids, attention_mask)
         itm_logits = self.match(text.tokens, image)
         loss_itm = F.cross_entropy(itm_logits.float(), labels)
-        return RetrievalOutput(loss_rank + loss_itm, loss_rank, loss_itm, ranks, itm_logits)
+        return RetrievalOutput(loss_rank + loss_itm, loss_rank, ranks, loss_itm, itm_logits)
 
     def _draw(self, images: Tensor, image_ids: Tensor) -> DrawnImages:
         """Half of the texts keep their image, and those whose other image is the same one."""
