@@ -28,6 +28,7 @@ UNSAID = {  # what no tensor says
     "meter": (*SHARED, "cross_heads", "dropout", "schedule", "mask_token_id"),
 }
 OFFICIAL = {"albef": test_albef, "blip": test_blip, "meter": test_meter}
+HEADS = {"vision_heads": 2, "text_heads": 2}
 LOSSES = {"ita": "loss_itc", "itm": "loss_itm", "mlm": "loss_mlm", "lm": "loss_lm"}
 
 
@@ -43,6 +44,12 @@ def saved(weights, folder, *, key="model"):
     path = folder / "checkpoint.pth"
     torch.save({key: weights, "epoch": 3, "config": {"lr": 1e-4}} if key else weights, path)
     return path
+
+
+def small_open_clip():
+    import open_clip
+
+    return open_clip.CLIP(**CONFIG).state_dict()
 
 
 def unsaid(config, family):
@@ -291,6 +298,60 @@ def test_a_broken_file_is_refused(tmp_path):
         (tmp_path / name).write_bytes(b"not weights")
         with pytest.raises(ValueError, match=rf"source: .*{name}"):
             convert_checkpoint(tmp_path / name)
+
+
+def test_a_file_that_is_cut_short_says_to_copy_it_again(tmp_path):
+    path = saved({"a": torch.zeros(1000)}, tmp_path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"got a damaged file .*; copy or download it again"):
+        convert_checkpoint(path)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_names_of_wrappers_are_looked_through(prefix, tmp_path):
+    weights = small_open_clip()
+    wrapped = {prefix + name: weight for name, weight in weights.items()}
+    wrapped |= {  # of a tower that was compiled alone
+        name.replace("visual.", "visual._orig_mod."): wrapped.pop(name) for name in list(wrapped)
+    }
+    expected = convert_checkpoint(saved(weights, tmp_path), **HEADS)
+    save_file(wrapped, tmp_path / "wrapped.safetensors")
+    for path in (saved(wrapped, tmp_path), tmp_path / "wrapped.safetensors"):
+        model = convert_checkpoint(path, **HEADS)
+        assert_equal_weights(model, expected)
+
+
+def test_nan_is_named(tmp_path):
+    weights = small_open_clip()
+    weights["visual.proj"][0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"checkpoint\.pth: expected numbers, got NaN in visual"):
+        convert_checkpoint(saved(weights, tmp_path), **HEADS)
+
+
+@pytest.mark.parametrize("grid", ["no class token", "no square"])
+def test_positions_of_another_kind_are_another_shape(grid, tmp_path):
+    weights = small_open_clip()
+    positions = weights["visual.positional_embedding"]
+    weights["visual.positional_embedding"] = (
+        positions[1:] if grid == "no class token" else (torch.cat([positions, positions[-4:]]))
+    )
+    with pytest.raises(ValueError, match=r"expected shape: visual\.pos_embed"):
+        convert_checkpoint(saved(weights, tmp_path), **HEADS)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", "index.json: expected a JSON object, got no valid JSON"),
+        ("[]", r"index.json: expected a JSON object, got \[\]"),
+        ('{"weight_map": 3}', "expected weights, or the index of their shards, got"),
+        ('{"weight_map": {"a": "b.safetensors"}}', r"expected .*b\.safetensors, which .* names"),
+    ],
+)
+def test_a_broken_index_of_shards_is_named(index, message, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        convert_checkpoint(tmp_path)
 
 
 def test_a_small_file_that_would_fill_the_memory_is_refused(tmp_path):

@@ -9,7 +9,7 @@ Names and what fills missing parts: `names.py`; the config: `model_config.py`; t
 `export.py`. Files are read as tensors alone, never as code.
 """
 
-import json
+import math
 import os
 import pickle
 import zipfile
@@ -26,10 +26,11 @@ from elip_models.checkpoints.model_config import OPEN_CLIP_CONFIG, fields_of, he
 from elip_models.checkpoints.names import KINDS, Kind, recognise
 from elip_models.checkpoints.renaming import renamed
 from elip_models.models.base import PretrainedModel
-from elip_models.models.files import read_config, read_tensors
+from elip_models.models.files import check_numbers, read_config, read_object, read_tensors
 from elip_models.models.registry import MODELS
 from elip_models.models.saved_adapter import has_adapter
 from elip_models.models.weights import first_names, load_weights
+from elip_models.validation import misfit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,12 +99,22 @@ def convert_checkpoint(
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, or of the weight file in a folder, without what they are wrapped in.
+    """The tensors of a file, or of the weight file in a folder, without what they are wrapped in,
+    and by the names that they have without DataParallel and torch.compile.
 
     Raises:
         FileNotFoundError: no such file, or a folder without weights.
         ValueError: a file that holds more than tensors, or none.
     """
+    weights = {
+        name.replace("_orig_mod.", ""): weight for name, weight in _read_stored(path).items()
+    }
+    while weights and all(name.startswith("module.") for name in weights):
+        weights = {name.removeprefix("module."): weight for name, weight in weights.items()}
+    return weights
+
+
+def _read_stored(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         files = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
         if not files:
@@ -114,13 +125,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"source: expected a file or a folder, got none at {path}")
     if path.suffix == ".json":
-        shards = json.loads(path.read_text(encoding="utf-8")).get("weight_map")
-        if shards is None:
+        shards = read_object(path).get("weight_map")
+        if misfit(shards, dict[str, str]):
             raise ValueError(
                 f"source: expected weights, or the index of their shards, got {path}; where it is "
                 "a config, name its folder"
             )
-        pieces = [_read_file(path.parent / shard) for shard in sorted(set(shards.values()))]
+        files = [path.parent / shard for shard in sorted(set(shards.values()))]
+        for file in files:
+            if not file.is_file():
+                raise FileNotFoundError(f"source: expected {file}, which {path} names, got no file")
+        pieces = [_read_file(file) for file in files]
         return {name: weight for piece in pieces for name, weight in piece.items()}
     return _read_file(path)
 
@@ -135,10 +150,12 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
+        others = _other_content(path)
+        got = f"{others}, which could run code" if others else "a damaged file or other content"
+        mend = "" if others else "copy or download it again, or "
         raise ValueError(
-            f"source: expected tensors, numbers and texts alone in {path}, got "
-            f"{_other_content(path)}, which could run code when it is read; where you trust it, "
-            "save its state dict alone, torch.save({'model': state_dict}, ..)"
+            f"source: expected tensors, numbers and texts alone in {path}, got {got}; {mend}where "
+            "you trust it, save its state dict alone, torch.save({'model': state_dict}, ..)"
         ) from error
     return _unwrapped(content, path)
 
@@ -163,11 +180,11 @@ def _other_content(path: Path) -> str:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (*UNREADABLE, ValueError):
         names = []
-    return ", ".join(names) or "other content"
+    return ", ".join(names)
 
 
 def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict in {"state_dict": ..} or {"model": ..}, or itself, without 'module.'."""
+    """The state dict in {"state_dict": ..} or {"model": ..}, or itself."""
     if isinstance(content, dict):
         wrapped = (content.get(name) for name in ("state_dict", "model"))
         content = next((inner for inner in wrapped if isinstance(inner, dict)), content)
@@ -179,8 +196,6 @@ def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
             "source: expected a state dict, bare or under 'state_dict' or 'model', got other "
             f"values in {path}: {', '.join(others[:10])}"
         )
-    if all(name.startswith("module.") for name in content):
-        return {name.removeprefix("module."): weight for name, weight in content.items()}
     return content
 
 
@@ -207,6 +222,7 @@ def read_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
         for tensor, weight in weights.items()
         if not any(fnmatchcase(tensor, pattern) for pattern in kind.ignored)
     }
+    check_numbers(path, kept)
     ours = renamed(kept, kind.names)
     fields = sizes_of(kind.family, ours)
     fields |= fields_of(kind, folder, fields.get("vocab_size", 0))
@@ -243,7 +259,7 @@ def _recognised(weights: dict[str, Tensor], folder: Path | None) -> str:
         return recognise(weights)
     except ValueError as error:
         named = [n for n in ("config.json", OPEN_CLIP_CONFIG) if folder and (folder / n).is_file()]
-        described = json.loads((folder / named[0]).read_text(encoding="utf-8")) if named else {}
+        described = read_object(folder / named[0]) if named else {}
         architectures = described.get("architectures")
         hint = f"; config.json says {', '.join(architectures)}" if architectures else ""
         raise ValueError(f"{error}{hint}") from error
@@ -294,8 +310,8 @@ def fitted(model: PretrainedModel, weights: dict[str, Tensor]) -> dict[str, Tens
 def resampled(pos_embed: Tensor, model: PretrainedModel) -> Tensor:
     """Position embeddings (1, 1 + G^2, D), CLS first, on the model's grid, bicubic; with
     antialiasing for CLIP, as open_clip does, and without for the others, as their code does."""
-    if pos_embed.ndim != 3:
-        return pos_embed
+    if pos_embed.ndim != 3 or math.isqrt(pos_embed.shape[1] - 1) ** 2 != pos_embed.shape[1] - 1:
+        return pos_embed  # of no square grid: its shape is said to be another
     side = model.config.image_size // model.config.patch_size
     return resample_abs_pos_embed(
         pos_embed, [side, side], num_prefix_tokens=1, antialias=model.family == "clip"

@@ -4,7 +4,6 @@ config of the library that wrote it, where there is one.
 Weights do not say how many heads they have: 64 wide each, unless a config or an override does.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from elip_models.checkpoints.names import Kind
+from elip_models.models.files import read_object
 from elip_models.models.meter_config import ROBERTA
 from elip_models.models.registry import FAMILIES
 
@@ -167,8 +167,8 @@ def fields_of(kind: Kind, folder: Path | None, vocab_size: int) -> dict[str, Any
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         return _of_hf_clip(config) if kind.family == "clip" else _of_hf_blip(config)
     if kind.architecture is None and (folder / OPEN_CLIP_CONFIG).is_file():
-        text = (folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8")
-        return _of_open_clip(json.loads(text).get("model_cfg", {}), vocab_size)
+        described = read_object(folder / OPEN_CLIP_CONFIG)
+        return _of_open_clip(described.get("model_cfg", {}), vocab_size)
     return {}
 
 

@@ -55,9 +55,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a whole safetensors file, got {error}") from error
+    check_numbers(path, tensors)
+    return tensors
+
+
+def check_numbers(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Raises ValueError where one of the tensors that `path` holds has NaN."""
     floating = {name: each for name, each in tensors.items() if each.is_floating_point()}
     spoilt = [name for name, each in floating.items() if each.isnan().any()]
     if spoilt:
         more = f" and {len(spoilt) - 3} more" if len(spoilt) > 3 else ""
         raise ValueError(f"{path}: expected numbers, got NaN in {', '.join(spoilt[:3])}{more}")
-    return tensors
