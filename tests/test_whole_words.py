@@ -19,13 +19,13 @@ WORDS = [[1], [2, 3], [4, 5, 6], [7]]  # places in TEXT
 CONTINUES = torch.tensor([name.startswith("##") for name in NAMES])
 
 
-def masked(ids, continues, probability=0.15):
+def masked(ids, continues):
     return mask_tokens(
         ids,
         mask_token_id=MASK,
         special_token_ids=(PAD, CLS, SEP),
         vocab_size=len(NAMES),
-        probability=probability,
+        probability=0.15,
         continues=continues,
     )
 

@@ -155,16 +155,14 @@ def save(figure: "Figure", path: Path, *, title: str, note: str) -> Path:
     return path
 
 
-def draw_concentration(
-    masses: Tensor, path: Path, *, title: str, shares: Sequence[float] = SHARES
-) -> Path:
-    """Write a PNG of `concentration`: a curve for each share of the patches, over the layers.
+def draw_concentration(masses: Tensor, path: Path, *, title: str) -> Path:
+    """Write a PNG of `concentration`: a curve for each of `SHARES` over the layers, and dotted what
+    an even attention would give.
 
     Args:
-        masses: (depth, len(shares)).
+        masses: (depth, len(SHARES)).
         path: of the PNG.
         title: above all.
-        shares: of the patches; a dotted line shows what an even attention would give.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -172,7 +170,7 @@ def draw_concentration(
     figure = new_figure(6.4, 4.0)
     axis = figure.subplots()
     layers = range(1, len(masses) + 1)
-    for share, mass in zip(shares, masses.cpu().T.tolist(), strict=True):
+    for share, mass in zip(SHARES, masses.cpu().T.tolist(), strict=True):
         (line,) = axis.plot(layers, mass, marker="o", ms=3, label=f"top {share:.0%}")
         axis.axhline(share, color=line.get_color(), ls=":", lw=1)
     axis.set(xlabel="layer of the dense tower", xticks=layers, ylim=(0, 1))

@@ -18,7 +18,7 @@ from elip_models.models.config import TokenId
 from elip_models.models.layers.bert import BertTower, masked_language_head
 from elip_models.models.layers.losses import (
     distilled_language_loss,
-    mask_every,
+    mask_every_seventh,
     mask_tokens,
     next_rows,
 )
@@ -161,14 +161,14 @@ class ALBEF(MomentumModel):
         with torch.no_grad():
             teacher = self.encoders_m.predict(*text, seen.image_m, seen.image_mask_m)
         loss_mlm = distilled_language_loss(
-            logits, drawn.labels, teacher, self.alpha, self.config.gather
+            logits, drawn.labels, teacher, self.alpha, gather=self.config.gather
         )
         loss = seen.loss + loss_itm + loss_mlm
         return ALBEFOutput(loss, seen.loss, loss_itm, loss_mlm, *seen.features)
 
     def fixed_draw(self, images: Tensor, input_ids: Tensor) -> Drawn:
         others = next_rows(len(images), images.device)
-        return Drawn(others, others, *mask_every(input_ids, self.config.mask_token_id))
+        return Drawn(others, others, *mask_every_seventh(input_ids, self.config.mask_token_id))
 
     def _draw(self, similar: tuple[Tensor, Tensor], input_ids: Tensor) -> Drawn:
         """Draw hard negatives by the similarities (B, C), and masked tokens, of which [SEP] may be

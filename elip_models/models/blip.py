@@ -108,8 +108,8 @@ class BLIP(Reader, Captioner, MomentumModel):
         loss_lm = language_loss(
             self.language_head(written.tokens),
             written.labels(next_tokens(*text)),
-            self.config.label_smoothing,
-            self.config.gather,
+            smoothing=self.config.label_smoothing,
+            gather=self.config.gather,
         )
         loss = seen.loss + loss_itm + loss_lm
         return BLIPOutput(loss, seen.loss, loss_itm, loss_lm, *seen.features)

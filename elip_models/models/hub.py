@@ -1,7 +1,7 @@
 """Folders of saved models, here or in a repository of the hub, and their model cards."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,14 +39,11 @@ included.
 """
 
 
-def fetched(
-    name: str | os.PathLike, files: Sequence[str] = FILES, *, token: str | bool | None = None
-) -> Path:
+def fetched(name: str | os.PathLike, *, token: str | bool | None = None) -> Path:
     """The folder `name`, or that of a repository of the hub, fetched where it is not here yet.
 
     Args:
         name: a folder, or 'owner/name' or 'owner/name@revision' of the hub.
-        files: patterns of the files that are fetched.
         token: of a private repository; None takes the one that `hf auth login` stored.
 
     Raises:
@@ -58,7 +55,7 @@ def fetched(
     repository, _, revision = str(name).partition("@")
     try:
         path = snapshot_download(
-            repository, revision=revision or None, allow_patterns=list(files), token=token
+            repository, revision=revision or None, allow_patterns=[*FILES], token=token
         )
     except (OSError, HFValidationError) as error:
         raise FileNotFoundError(

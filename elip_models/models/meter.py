@@ -21,7 +21,11 @@ from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 
 from elip_models.models.cross_modal import CrossModalModel
 from elip_models.models.layers.bert import BertTower, masked_language_head
-from elip_models.models.layers.losses import distilled_language_loss, mask_every, mask_tokens
+from elip_models.models.layers.losses import (
+    distilled_language_loss,
+    mask_every_seventh,
+    mask_tokens,
+)
 from elip_models.models.layers.pumer import Fused
 from elip_models.models.layers.text_reduction import ReducedText
 from elip_models.models.meter_config import METERConfig
@@ -302,7 +306,7 @@ class METER(METERMatcher):
         return METEROutput(loss_mlm + loss_itm, loss_mlm, loss_itm, mlm_logits, itm_logits)
 
     def fixed_draw(self, images: Tensor, input_ids: Tensor) -> Drawn:
-        masked = mask_every(input_ids, self.config.mask_token_id)
+        masked = mask_every_seventh(input_ids, self.config.mask_token_id)
         keeps_image = 1 - torch.arange(len(images), device=images.device) % 2
         return Drawn(*masked, keeps_image, images.roll(-1, 0))
 

@@ -80,12 +80,12 @@ def step_counts(name: str) -> dict[str, float]:
     return counts
 
 
-def step_tflops(model: CrossModalModel, batch_size: int = BATCH_SIZE) -> float:
-    """Count the TFLOPs of a step, forward and backward, of a model on the meta device."""
+def step_tflops(model: CrossModalModel) -> float:
+    """Count the TFLOPs of a step of the paper's batch, forward and backward, on the meta device."""
     config = model.config
     with torch.device("meta"):
-        images = torch.empty(batch_size, 3, config.image_size, config.image_size)
-        ids = torch.ones(batch_size, config.context_length, dtype=torch.long)
+        images = torch.empty(BATCH_SIZE, 3, config.image_size, config.image_size)
+        ids = torch.ones(BATCH_SIZE, config.context_length, dtype=torch.long)
         mask, drawn = torch.ones_like(ids), model.fixed_draw(images, ids)
         flops = count_step(lambda: model(images, ids, mask, drawn=drawn).loss, backward=True)
     return sum(flops) / 1e12

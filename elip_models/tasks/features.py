@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from elip_kernels.autocast import no_autocast
 from elip_models.reduction.once import UnguidedWarning
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def ranks_by_chunk(
     """`ranks_of` queries (Q, E) against candidates (C, E), relevant where their ids (Q,), (C,) are
     equal, without the whole Q x C matrix at once -> (Q,)."""
     chunks = zip(queries.split(chunk_size), query_ids.split(chunk_size), strict=True)
-    with torch.autocast(queries.device.type, enabled=False):
+    with no_autocast(queries):
         return torch.cat(
             [ranks_of(query @ candidates.T, own[:, None] == ids) for query, own in chunks]
         )

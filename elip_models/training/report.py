@@ -40,6 +40,8 @@ with extra("elip_models.training"):
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+ROUNDS = 10  # of the timing, interleaved
+
 
 @dataclass(frozen=True)
 class ScorerCost:
@@ -91,7 +93,7 @@ class Reporter:
         path = self.output_dir / "kept_tokens.png"
         return draw_reduction(pixels, captions, infos, path, grid=patch_grid(tower))
 
-    def timing(self, console: Console, *, rounds: int = 10) -> Path:
+    def timing(self, console: Console) -> Path:
         """Time ViT-S/16 at 224 px with every scorer; print, and write `timing.json`."""
         images, _, guidance = self._guided(100)
         rows = None
@@ -104,14 +106,14 @@ class Reporter:
         batch_size = 64 if self.device.type == "cuda" else 4
         status = "timing ViT-S/16 at 224 px, dense and with each scorer, side by side"
         with console.status(status), deliberately_slow():
-            costs = scorer_costs(Workload(tower.to(self.device), batch_size), rounds=rounds)
+            costs = scorer_costs(Workload(tower.to(self.device), batch_size), rounds=ROUNDS)
         memory = memory_is(self.device)
         console.print(_timing_table(costs, agreement, batch_size, memory))
         report = {
             "tower": "ViT-S/16, 224 px, random weights",
             "batch_size": batch_size,
             **measured_on(self.device),
-            "rounds": rounds,
+            "rounds": ROUNDS,
             "memory": memory,
             "costs": [asdict(cost) for cost in costs],
             "agreement_with_exact": agreement,
@@ -132,7 +134,7 @@ class Reporter:
         return batch.images.to(self.device), captions, guidance
 
 
-def scorer_costs(workload: Workload, *, rounds: int = 10) -> list[ScorerCost]:
+def scorer_costs(workload: Workload, *, rounds: int) -> list[ScorerCost]:
     """Measure ELIP with its CLIP schedule: 'dense', then each scorer."""
     strategies: dict[str, Strategy | None] = {DENSE: None}
     strategies |= {name: Elip(PRESETS["clip"], scorer=name) for name in SCORERS}

@@ -118,7 +118,9 @@ class BLIPCaptioning(Captioner, BLIPTask):
         logits = self.predict(input_ids, attention_mask, tokens, mask_after(infos))
         labels = next_tokens(input_ids, attention_mask)
         labels[:, : self.config.prompt_tokens] = IGNORED
-        loss = language_loss(logits, labels, self.config.label_smoothing, self.config.gather)
+        loss = language_loss(
+            logits, labels, smoothing=self.config.label_smoothing, gather=self.config.gather
+        )
         return BLIPCaptioningOutput(loss, loss, logits)
 
 

@@ -17,7 +17,7 @@ class CLIPTextTower(nn.Module):
 
     Args:
         width, depth, heads: of the transformer.
-        hidden, activation: of its MLP; by default four times as wide, and 'gelu' or 'quick_gelu'.
+        hidden, activation: of its MLP, whose width is `hidden`; 'gelu' or 'quick_gelu'.
         norm_eps: of its layer norms.
         vocab_size, context_length: rows of the token and position embeddings.
         eos_token_id: the token whose output is the text's CLS vector.
@@ -35,17 +35,17 @@ class CLIPTextTower(nn.Module):
         context_length: int,
         eos_token_id: int,
         pad_token_id: int,
-        hidden: int | None = None,
-        activation: str = "gelu",
-        norm_eps: float = 1e-5,
-        reduction: TextReduction | None = None,
+        hidden: int,
+        activation: str,
+        norm_eps: float,
+        reduction: TextReduction | None,
     ) -> None:
         super().__init__()
         self.eos_token_id = eos_token_id
         self.reduction = reduction
         config = CLIPTextConfig(
             hidden_size=width,
-            intermediate_size=hidden or 4 * width,
+            intermediate_size=hidden,
             num_hidden_layers=depth,
             num_attention_heads=heads,
             vocab_size=vocab_size,

@@ -20,7 +20,7 @@ def rank_of(gather: Gather) -> int:
     return dist.get_rank() if ranks_of(gather) > 1 else 0
 
 
-def all_gather(values: Tensor, gather: Gather = "global") -> Tensor:
+def all_gather(values: Tensor, gather: Gather) -> Tensor:
     """Gather (B, ..) of all ranks in order -> (ranks * B, ..); the gradient returns to each
     rank."""
     if ranks_of(gather) == 1:

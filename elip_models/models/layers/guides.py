@@ -11,7 +11,8 @@ asks which caption is that of image i, can read it off there: a leak.
 import torch
 from torch import Tensor
 
-from elip_models.models.layers.losses import hard_negatives, without_autocast
+from elip_kernels.autocast import no_autocast
+from elip_models.models.layers.losses import hard_negatives
 
 
 @torch.no_grad()
@@ -29,7 +30,7 @@ def with_negatives(guides: Tensor, features: Tensor, scale: Tensor, share: float
         (B, D), without gradient.
     """
     features = features.float()
-    with without_autocast(features.device):
+    with no_autocast(features):
         others = hard_negatives(scale.float() * features @ features.T)
     return torch.where(_chosen(guides, share), guides[others], guides)
 

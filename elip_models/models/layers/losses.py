@@ -8,12 +8,11 @@ MLM   15% of the tokens or words: 80% [MASK], 10% another, 10% as they were     
 LM    each token from those before it, with label smoothing                       BLIP
 """
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elip_kernels.autocast import no_autocast
 from elip_models.models.layers.distributed import Gather, all_gather, labelled_count, rank_of
 
 IGNORED = -100  # of cross entropy
@@ -88,7 +87,7 @@ def mask_tokens(
     mask_token_id: int,
     special_token_ids: tuple[int, ...],
     vocab_size: int,
-    probability: float = 0.15,
+    probability: float,
     continues: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Hide tokens for masked language modelling.
@@ -121,10 +120,10 @@ def mask_tokens(
     return torch.where(chosen, replaced, input_ids), labels
 
 
-def mask_every(input_ids: Tensor, mask_token_id: int, period: int = 7) -> tuple[Tensor, Tensor]:
-    """Hide every `period`-th token, without drawing any -> as `mask_tokens`; 7 is about the 15% of
-    the papers."""
-    chosen = torch.arange(input_ids.shape[1], device=input_ids.device) % period == 1
+def mask_every_seventh(input_ids: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
+    """Hide every seventh token, about the 15% of the papers, without drawing any -> as
+    `mask_tokens`."""
+    chosen = torch.arange(input_ids.shape[1], device=input_ids.device) % 7 == 1
     masked = torch.where(chosen, mask_token_id, input_ids)
     return masked, torch.where(chosen, input_ids, IGNORED)
 
@@ -171,7 +170,8 @@ def distilled_language_loss(
     labels: Tensor,
     teacher: Tensor | None = None,
     alpha: Tensor | float = 0.0,
-    gather: Gather = "local",
+    *,
+    gather: Gather,
 ) -> Tensor:
     """Compute the mean of `distilled_cross_entropy` over labelled positions.
 
@@ -192,9 +192,7 @@ def next_tokens(input_ids: Tensor, mask: Tensor) -> Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
-def language_loss(
-    logits: Tensor, labels: Tensor, smoothing: float, gather: Gather = "local"
-) -> Tensor:
+def language_loss(logits: Tensor, labels: Tensor, *, smoothing: float, gather: Gather) -> Tensor:
     """Compute LM: cross entropy of each next token, the mean over the labelled ones, in fp32.
 
     Where no position is labelled it is 0.
@@ -211,12 +209,6 @@ def language_loss(
 
 def at_least_fp32(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Turn autocast off inside, for products that have to be in the dtype of their inputs."""
-    on_meta = device.type == "meta"  # which has no autocast
-    return nullcontext() if on_meta else torch.autocast(device.type, enabled=False)
 
 
 def contrastive_loss(
@@ -247,7 +239,7 @@ def contrastive_loss(
     if image_ids is not None:
         same = (image_ids[:, None] == all_gather(image_ids, gather)).float()
         labels = same / same.sum(1, keepdim=True)
-    with without_autocast(images.device):
+    with no_autocast(images):
         image_to_text = F.cross_entropy(scale.float() * images @ all_texts.T, labels)
         text_to_image = F.cross_entropy(scale.float() * texts @ all_images.T, labels)
     return (image_to_text + text_to_image) / 2
@@ -274,7 +266,7 @@ def sigmoid_loss(
     """
     B = image_features.shape[0]
     images, texts = image_features.float(), all_gather(text_features.float(), gather)
-    with without_autocast(images.device):
+    with no_autocast(images):
         logits = scale.float() * images @ texts.T + bias.float()
     columns = torch.arange(len(texts), device=images.device)
     rows = torch.arange(B, device=images.device) + rank_of(gather) * B

@@ -9,7 +9,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from elip_models.models.layers.losses import without_autocast
+from elip_kernels.autocast import no_autocast
 
 
 def momentum_copy(module: nn.Module) -> nn.Module:
@@ -97,7 +97,7 @@ def similarities(
         temperature: scalar.
     """
     (image, text), (images, texts) = features, keys
-    with without_autocast(image.device):
+    with no_autocast(image):
         image_to_text = image.to(texts.dtype) @ texts / temperature
         text_to_image = text.to(images.dtype) @ images / temperature
     return image_to_text, text_to_image

@@ -44,7 +44,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
 DEFAULT_KEEP = 0.7  # of the tokens, mean over the layers
 
 
-def default_strategy(tower: Tower, *, has_text: bool, replaces_block: bool = True) -> Strategy:
+def default_strategy(tower: Tower, *, has_text: bool, replaces_block: bool) -> Strategy:
     """What a tower is reduced by where nobody says: ToMe, of which a tiny CLIP's studies see no
     loss, to `DEFAULT_KEEP` of the tokens, or as near as it comes.
 

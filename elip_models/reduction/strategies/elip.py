@@ -174,7 +174,7 @@ class Guided(Strategy):
             return "guidance_norm='match' needs the norm of a CLS token, and the tower has none"
         return None
 
-    def reduces(self, text_cls: Tensor | None, training: bool = False) -> bool:
+    def reduces(self, text_cls: Tensor | None, training: bool) -> bool:
         """Whether a forward with this guidance reduces; warns once where it does not."""
         if text_cls is not None or not self.is_guided or self.without_text != "dense":
             return True
