@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from benchmarks import tune
-from benchmarks.tune import SWEEPS, Shape, Sweep, answering, changed
+from benchmarks.sweeps import SHAPES, SWEEPS, Shape, Sweep, arguments
+from benchmarks.tune import answering, changed
 from elip_kernels import launch
 from elip_kernels._triton import HAS_TRITON
 from tests.tiers import tiered
@@ -146,7 +147,7 @@ def test_candidates_are_compiled_elsewhere_before_they_are_timed(monkeypatch, li
 
 
 def test_the_shapes_that_matter_most_come_first():
-    assert list(map(str, tune.SHAPES[:3])) == ["B256-N257-bf16", "B256-N197-bf16", "B64-N257-bf16"]
+    assert list(map(str, SHAPES[:3])) == ["B256-N257-bf16", "B256-N197-bf16", "B64-N257-bf16"]
 
 
 def test_the_command_wants_a_gpu_and_known_ops(tmp_path, capsys, monkeypatch):
@@ -161,9 +162,9 @@ def recorded(sweep, B, changes):
     """What an op launches with a candidate's numbers, and the table's answers."""
     from elip_kernels.testing.compile import recorded_launches
 
-    arguments = tune.arguments(sweep.op, Shape(B, 257, torch.bfloat16))
+    args = arguments(sweep.op, Shape(B, 257, torch.bfloat16))
     with recorded_launches(90) as launches, answering(sweep.table, changes) as answers:
-        tune.results(sweep.op, arguments)
+        tune.results(sweep.op, args)
     return launches, answers
 
 

@@ -1,0 +1,147 @@
+"""What `tune.py` tries: numbers of elip_kernels/launch.py, and the calls that they are tried on."""
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import DEVICE, DTYPE_NAMES, HEADS, WIDTH
+from elip_kernels.absorbed_query import QueryArguments
+from elip_kernels.testing import model
+
+CHANNELS = WIDTH // HEADS
+Number = int | float
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What to try for one op: `axes` of the answers of `launch.<table>`, by field (by position
+    where the answer is a plain tuple). An int takes the place of the number, a float scales it."""
+
+    op: str
+    table: str
+    axes: dict[str | int, tuple[Number, ...]]
+
+    def candidates(self) -> list[dict[str | int, Number]]:
+        """Every combination."""
+        return [
+            dict(zip(self.axes, numbers, strict=True)) for numbers in product(*self.axes.values())
+        ]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Images, tokens an image, dtype; ViT-B wide, 65% of the patches kept, a quarter merged."""
+
+    B: int
+    N: int
+    dtype: torch.dtype
+
+    @property
+    def kept(self) -> int:
+        return max(1, int(0.65 * (self.N - 1)))
+
+    @property
+    def merged(self) -> int:
+        return self.N // 4
+
+    def __str__(self) -> str:
+        return f"B{self.B}-N{self.N}-{DTYPE_NAMES[self.dtype]}"
+
+
+TILE = {"block_d": (0.5, 1.0, 2.0), "num_warps": (4, 8, 16)}
+ROWS = {"block_n": (0.5, 1.0, 2.0), "block_d": (0.5, 1.0, 2.0), "num_warps": (4, 8)}
+QUERY = {"BLOCK_D": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)}
+TILES = {"BLOCK_N": (32, 64, 128), "BLOCK_K": (0.5, 1.0), "num_warps": (4, 8), "num_stages": (2, 3)}
+RECEIVED = {"BLOCK_M": (0.5, 1.0, 2.0), "BLOCK_N": (0.5, 1.0, 2.0)}
+RECEIVED |= {"num_warps": (4, 8), "num_stages": (2, 3)}
+WEIGH = {"BLOCK_D": (0.5, 1.0, 2.0), "num_warps": (4, 8), "num_stages": (2, 3)}
+SWEEPS = (
+    Sweep("reduce", "reduce_forward", TILE),
+    Sweep("reduce_backward", "reduce_backward", ROWS),
+    Sweep("score_reduce", "query", QUERY),
+    Sweep("score_reduce", "score_tiles", TILES),
+    Sweep("score_reduce", "select", {2: (0.5, 1.0, 2.0)}),
+    Sweep("score_reduce", "move", TILE),
+    Sweep("cls_attend_from_tokens", "weight_tiles", TILES),
+    Sweep("cls_attend_from_tokens", "weigh", WEIGH),
+    Sweep("cls_attend_from_tokens", "value", QUERY),
+    Sweep("attention_received", "received", RECEIVED),
+    Sweep("bipartite_match", "bipartite_match", {0: (16, 32, 64), 1: (32, 64), 3: (4, 8)}),
+    Sweep("bipartite_merge", "merge_order", {0: (0.5, 1.0), 1: (0.5, 1.0), 2: (4, 8)}),
+    Sweep("bipartite_merge", "merge_gather", ROWS),
+    Sweep("nearest_match", "bipartite_match", {0: (16, 32, 64), 1: (32, 64), 3: (4, 8)}),
+    Sweep("bipartite_merge_backward", "reduce_backward", ROWS),
+)
+SIZES = ((256, 257), (256, 197), (64, 257), (16, 257), (1, 257), (64, 197), (64, 577), (256, 577))
+SHAPES = (
+    *(Shape(B, N, torch.bfloat16) for B, N in SIZES),
+    *(Shape(64, N, torch.float32) for N in (257, 577)),
+)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def arguments(op: str, shape: Shape) -> tuple[Any, ...]:
+    """Make the arguments of `torch.ops.elip.<op>`."""
+    B, N, dtype = shape.B, shape.N, shape.dtype
+    tokens, K, r = random(B, N, WIDTH, dtype=dtype), shape.kept, shape.merged
+    if op in ("reduce", "reduce_backward"):
+        selecting = (tokens, random(B, N).softmax(1)[:, 1:], None, K, 1, True, True)
+        if op == "reduce":
+            return selecting
+        out, _, weights, slots = torch.ops.elip.reduce(*selecting)
+        return torch.randn_like(out), slots, weights, True
+    if op == "attention_received":
+        q, k = random(2, B, HEADS, N, CHANNELS, dtype=dtype)
+        return q, k, None, None, CHANNELS**-0.5
+    if op.startswith("bipartite"):
+        matching = (random(B, N, CHANNELS, dtype=dtype), None, r, 1)
+        if op == "bipartite_match":
+            return matching
+        size, slots = torch.ones(B, N, device=DEVICE), torch.ops.elip.bipartite_match(*matching)
+        if op == "bipartite_merge":
+            return tokens, size, slots, N - r
+        out, out_size = torch.ops.elip.bipartite_merge(tokens, size, slots, N - r)
+        return torch.randn_like(out), size, out_size, slots
+    if op == "nearest_match":
+        kept = torch.ops.elip.select(random(B, N - 1), None, K, 1)
+        return random(B, N, CHANNELS, dtype=dtype), kept, 1
+    cls, text = random(2, B, WIDTH, dtype=dtype)
+    gamma, beta, bias = random(3, WIDTH, dtype=dtype)
+    matrices = random(3, WIDTH, WIDTH, dtype=dtype) / WIDTH**0.5
+    query = QueryArguments(
+        *(cls, text, 0.8, False, gamma, beta, 1e-6),
+        *(matrices[0], bias, matrices[1], HEADS, CHANNELS**-0.5),
+    )
+    if op == "cls_attend_from_tokens":
+        return tokens, *query, matrices[2], bias
+    return tokens, *query, K, True, True, None, None
+
+
+def least_bytes(op: str, shape: Shape) -> int:
+    """Count the bytes that the op must move."""
+    B, N, dtype, K, r = shape.B, shape.N, shape.dtype, shape.kept, shape.merged
+    size = {"has_size": True}
+    works = {
+        "reduce": lambda: model.reduce(B, N, WIDTH, K, dtype),
+        "reduce_backward": lambda: model.reduce_backward(B, N, WIDTH, K, dtype),
+        "score_reduce": lambda: model.score_reduce(B, N, WIDTH, K, HEADS, dtype),
+        "cls_attend_from_tokens": lambda: model.cls_attend_from_tokens(B, N, WIDTH, HEADS, dtype),
+        "attention_received": lambda: model.attention_received(
+            B, HEADS, HEADS, N, N, CHANNELS, dtype
+        ),
+        "bipartite_match": lambda: model.together(
+            model.bipartite_match(B, N, CHANNELS, dtype), model.bipartite_slots(B, N)
+        ),
+        "bipartite_merge": lambda: model.merge_by(B, N, WIDTH, N - r, dtype, **size),
+        "bipartite_merge_backward": lambda: model.bipartite_merge_backward(
+            B, N, WIDTH, r, dtype, **size
+        ),
+        "nearest_match": lambda: model.nearest_match(B, N, CHANNELS, K, dtype),
+    }
+    return works[op]().bytes
