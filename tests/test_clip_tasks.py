@@ -16,7 +16,7 @@ from elip_models.models.registry import create_model
 from elip_models.profiling.workload import Workload
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.tasks.zero_shot import class_features
-from elip_models.training.recipe import DataConfig, OptimConfig
+from elip_models.training.run_config import DataConfig, OptimConfig
 from elip_models.training.yaml_config import from_mapping
 from tests.test_clip import tiny
 from tests.tiers import tiered

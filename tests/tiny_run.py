@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from elip_models.training.recipe import RunConfig, load_recipe
+from elip_models.training.recipe import load_recipe
+from elip_models.training.run_config import RunConfig
 
 SIZES = (
     "vision_width: 32, vision_heads: 2, vision_depth: 3, text_width: 32, text_heads: 2,"

@@ -8,7 +8,7 @@ import os
 
 import torch
 
-from elip_models.training.recipe import RunConfig
+from elip_models.training.run_config import RunConfig
 from elip_models.training.run_folder import RunFolder
 from elip_models.validation import ConfigError, blame, extra
 

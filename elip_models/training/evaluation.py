@@ -8,7 +8,7 @@ from elip_models.models.registry import family_of
 from elip_models.tasks.retrieval import RetrievalScores, evaluate_retrieval
 from elip_models.tasks.task import Loading, TaskScores
 from elip_models.tasks.zero_shot import ZeroShotScores, evaluate_zero_shot
-from elip_models.training.recipe import RunConfig
+from elip_models.training.run_config import RunConfig
 from elip_models.training.training_data import open_samples, task_of
 from elip_models.validation import ConfigError, blame
 

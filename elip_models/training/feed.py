@@ -24,7 +24,7 @@ from elip_models.data import (
     train_loader,
 )
 from elip_models.models.config import VisionConfig
-from elip_models.training.recipe import RunConfig
+from elip_models.training.run_config import RunConfig
 from elip_models.training.training_data import preparation
 from elip_models.validation import blame
 

@@ -16,7 +16,8 @@ from elip_models.models.config import ContrastiveConfig, TextReductionConfig, Vi
 from elip_models.models.files import read_config
 from elip_models.models.registry import CONFIGS, MODELS, downstream_of, family_of
 from elip_models.tasks.registry import TASKS
-from elip_models.training.recipe import FINETUNE, RunConfig, recipe_names, recipe_with
+from elip_models.training.recipe import FINETUNE, recipe_names, recipe_with
+from elip_models.training.run_config import RunConfig
 from elip_models.training.training_data import input_fields
 from elip_models.validation import ConfigError, blame, did_you_mean, misfit
 

@@ -7,7 +7,7 @@ from elip_models.checkpoints.start import Start, start_from_
 from elip_models.models.adapt import adapt_, trainable_counts
 from elip_models.models.base import PretrainedModel
 from elip_models.models.registry import create_model
-from elip_models.training.recipe import RunConfig
+from elip_models.training.run_config import RunConfig
 from elip_models.training.training_data import input_fields
 from elip_models.validation import ConfigError, blame, extra
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from elip_models.training.optim import parameter_groups
-from elip_models.training.recipe import OptimConfig
+from elip_models.training.run_config import OptimConfig
 from elip_models.validation import extra
 
 with extra("elip_models.training"):

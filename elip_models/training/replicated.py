@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from elip_models.models.base import PretrainedModel
 from elip_models.training.optimizers import make_optimizer, step_
-from elip_models.training.recipe import OptimConfig
+from elip_models.training.run_config import OptimConfig
 from elip_models.validation import blame
 
 if TYPE_CHECKING:

@@ -23,8 +23,9 @@ from typing import Any
 
 from elip_models.models.files import write_file
 from elip_models.training.errors import TrainingError
-from elip_models.training.recipe import RunConfig, load_recipe, resume_conflicts, save_recipe
+from elip_models.training.recipe import load_recipe, resume_conflicts, save_recipe
 from elip_models.training.run_checkpoints import Checkpoints
+from elip_models.training.run_config import RunConfig
 from elip_models.validation import extra
 
 with extra("elip_models.training"):

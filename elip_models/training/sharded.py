@@ -37,7 +37,7 @@ from elip_models.models.base import PretrainedModel
 from elip_models.models.distilled_model import DistilledModel
 from elip_models.models.registry import family_of
 from elip_models.training.optimizers import make_optimizer, step_
-from elip_models.training.recipe import OptimConfig, RunConfig
+from elip_models.training.run_config import OptimConfig, RunConfig
 from elip_models.validation import ConfigError, blame, extra
 
 with extra("elip_models.training"):

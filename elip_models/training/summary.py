@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from elip_models.tasks.tables import retrieval_table, task_table, zero_shot_table
-from elip_models.training.recipe import RunConfig
 from elip_models.training.result import TrainResult
+from elip_models.training.run_config import RunConfig
 from elip_models.validation import extra
 
 with extra("elip_models.training"):

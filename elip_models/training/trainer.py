@@ -28,10 +28,10 @@ from elip_models.training.loss_log import LossLog, losses_of
 from elip_models.training.model import make_model
 from elip_models.training.optim import learning_rate
 from elip_models.training.origin import origin
-from elip_models.training.recipe import RunConfig
 from elip_models.training.replicated import Replicated
 from elip_models.training.result import TrainResult
 from elip_models.training.run_checkpoints import step_of
+from elip_models.training.run_config import RunConfig
 from elip_models.training.run_folder import RunFolder
 from elip_models.training.sharded import Sharded, check_sharding
 from elip_models.training.stop import Stop

@@ -30,7 +30,7 @@ from elip_models.models.config import VisionConfig
 from elip_models.models.registry import create_model
 from elip_models.tasks.registry import get_task
 from elip_models.tasks.task import Reading, Task
-from elip_models.training.recipe import DataConfig, RunConfig
+from elip_models.training.run_config import DataConfig, RunConfig
 from elip_models.training.run_folder import RunFolder
 from elip_models.validation import ConfigError, blame
 
