@@ -53,9 +53,9 @@ class PretrainedModel(
     """Base of the models. `push_to_hub(repo_id)` is `ModelHubMixin`'s.
 
     A subclass names its `family` and its `config_class`, and keeps its config in `config`, which
-    has `image_size`, `context_length` and the fields of `InputConfig`. Its output has `loss`, and a
-    `loss_..` for each part. `visual` is the image model, and `tower` reads it. `ranks`: features of
-    images and texts alone can be compared. `adapted` is what `adapt_` did to it. That of a
+    has `context_length` and the fields of `ReductionConfig`. Its output has `loss`, and a `loss_..`
+    for each of several parts. `visual` is the image model, and `tower` reads it. `ranks`: features
+    of images and texts alone can be compared. `adapted` is what `adapt_` did to it. That of a
     downstream task names its `task`, the class whose weights it begins with, `pretraining`, and
     how, by `begin`.
     """

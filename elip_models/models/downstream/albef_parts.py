@@ -18,6 +18,7 @@ from elip_models.models.downstream.distillation import (
     Weights,
     begin_encoders,
 )
+from elip_models.models.downstream.task_output import TaskOutput
 from elip_models.models.layers.losses import at_least_fp32, distilled_cross_entropy
 from elip_models.reduction.strategy import mask_after
 from elip_models.validation import Size, Zero
@@ -114,15 +115,6 @@ class ALBEFClassifierConfig(ALBEFTaskConfig):
     num_classes: Size
 
 
-@dataclass
-class ClassifierOutput:
-    """loss, and loss_class, which is all of it, scalars. logits: (B, num_classes)."""
-
-    loss: Tensor
-    loss_class: Tensor
-    logits: Tensor
-
-
 class ClassifierEncoders(ALBEFTowers):
     """The parts that have a momentum copy; the classifier is one of them."""
 
@@ -152,7 +144,7 @@ class ALBEFClassifier(ALBEFTask):
 
     def forward(
         self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
-    ) -> ClassifierOutput:
+    ) -> TaskOutput:
         """Compute the loss of a batch; in training the momentum encoders move on.
 
         Args:
@@ -166,7 +158,7 @@ class ALBEFClassifier(ALBEFTask):
             with torch.no_grad():
                 teacher = self.encoders_m.classify(fused_m)
         loss = distilled_cross_entropy(logits, labels, teacher, self.alpha).mean()
-        return ClassifierOutput(loss, loss, logits)
+        return TaskOutput(loss, logits)
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
         """Also labels."""

@@ -18,6 +18,7 @@ from elip_models.models.base import evaluating
 from elip_models.models.downstream.albef_parts import ALBEFTask, ALBEFTaskConfig
 from elip_models.models.downstream.distillation import Weights
 from elip_models.models.downstream.generated_answers import Answers, States, score_candidates
+from elip_models.models.downstream.task_output import TaskOutput
 from elip_models.models.layers.bert import BertTower, masked_language_head
 from elip_models.validation import Size
 
@@ -30,15 +31,6 @@ class ALBEFVQAConfig(ALBEFTaskConfig):
     """
 
     context_length: Size = 25
-
-
-@dataclass
-class ALBEFVQAOutput:
-    """loss, and loss_answers, which is all of it, scalars. logits: (B * A, La, V)."""
-
-    loss: Tensor
-    loss_answers: Tensor
-    logits: Tensor
 
 
 class AnswerEncoders(ALBEFTowers):
@@ -95,7 +87,7 @@ class ALBEFVQA(ALBEFTask):
         answer_ids: Tensor,
         answer_mask: Tensor,
         answer_weights: Tensor,
-    ) -> ALBEFVQAOutput:
+    ) -> TaskOutput:
         """Compute the loss of a batch; in training the momentum encoders move on.
 
         Args:
@@ -113,7 +105,7 @@ class ALBEFVQA(ALBEFTask):
                 states = States(fused_m, attention_mask)
                 teacher = answers.logits(self.encoders_m.decode, states)
         loss = answers.loss(logits, teacher, self.alpha)
-        return ALBEFVQAOutput(loss, loss, logits)
+        return TaskOutput(loss, logits)
 
     @torch.no_grad()
     def rank_answers(

@@ -17,6 +17,7 @@ from elip_models.models.blip import BLIP
 from elip_models.models.blip_parts import Captioner
 from elip_models.models.distilled_model import Encoders
 from elip_models.models.downstream.blip import BLIPAloneConfig, BLIPTask, decoder_weights, under
+from elip_models.models.downstream.task_output import TaskOutput
 from elip_models.models.layers.bert import BertTower, UntypedEmbeddings, masked_language_head
 from elip_models.models.layers.generation import Decoding
 from elip_models.models.layers.losses import IGNORED, language_loss, next_tokens
@@ -47,15 +48,6 @@ class BLIPCaptioningConfig(BLIPAloneConfig):
     guide_dropout: Zero = 0.0
     prompt: str = "a picture of "
     prompt_tokens: Count = 3
-
-
-@dataclass
-class BLIPCaptioningOutput:
-    """loss, and loss_lm, which is all of it, scalars. logits: (B, L, V) of each next token."""
-
-    loss: Tensor
-    loss_lm: Tensor
-    logits: Tensor
 
 
 class BLIPCaptioning(Captioner, BLIPTask):
@@ -105,9 +97,7 @@ class BLIPCaptioning(Captioner, BLIPTask):
         """Check that `prompt_tokens` are those of the prompt; raises as `prompt_ids`."""
         self.prompt_ids(tokenizer)
 
-    def forward(
-        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor
-    ) -> BLIPCaptioningOutput:
+    def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> TaskOutput:
         """Compute the loss of a batch of captions.
 
         Args:
@@ -121,7 +111,7 @@ class BLIPCaptioning(Captioner, BLIPTask):
         loss = language_loss(
             logits, labels, smoothing=self.config.label_smoothing, gather=self.config.gather
         )
-        return BLIPCaptioningOutput(loss, loss, logits)
+        return TaskOutput(loss, logits)
 
 
 def _tokens(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:

@@ -19,6 +19,7 @@ from transformers.models.bert.modeling_bert import BertAttention
 from elip_models.models.blip import BLIP
 from elip_models.models.blip_parts import BLIPEncoders
 from elip_models.models.downstream.blip import BLIPAloneConfig, BLIPReadingTask, under
+from elip_models.models.downstream.task_output import TaskOutput
 from elip_models.models.layers.losses import at_least_fp32
 from elip_models.validation import Count, Rate, Size
 
@@ -96,15 +97,6 @@ class TwinEncoders(BLIPEncoders):
             layer.crossattention.apply(self.text.init)
 
 
-@dataclass
-class BLIPNLVR2Output:
-    """loss, and loss_class, which is all of it, scalars. logits: (B, 2)."""
-
-    loss: Tensor
-    loss_class: Tensor
-    logits: Tensor
-
-
 class BLIPNLVR2(BLIPReadingTask):
     """Image tower, encoder of two images, classifier."""
 
@@ -147,7 +139,7 @@ class BLIPNLVR2(BLIPReadingTask):
 
     def forward(
         self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
-    ) -> BLIPNLVR2Output:
+    ) -> TaskOutput:
         """Compute the loss of a batch of statements.
 
         Args:
@@ -157,4 +149,4 @@ class BLIPNLVR2(BLIPReadingTask):
         """
         logits = self.logits(images, input_ids, attention_mask)
         loss = F.cross_entropy(at_least_fp32(logits), labels)
-        return BLIPNLVR2Output(loss, loss, logits)
+        return TaskOutput(loss, logits)

@@ -25,6 +25,7 @@ from elip_models.models.downstream.blip import (
     under,
 )
 from elip_models.models.downstream.generated_answers import Answers, States, score_candidates
+from elip_models.models.downstream.task_output import TaskOutput
 from elip_models.models.layers.bert import (
     BertTower,
     masked_language_head,
@@ -44,15 +45,6 @@ class BLIPVQAConfig(BLIPAloneConfig):
     image_size: Size = 480
     context_length: Size = 35
     drop_path: Rate = 0.1
-
-
-@dataclass
-class BLIPVQAOutput:
-    """loss, and loss_answers, which is all of it, scalars. logits: (B * A, La, V)."""
-
-    loss: Tensor
-    loss_answers: Tensor
-    logits: Tensor
 
 
 class BLIPVQA(Writer, BLIPReadingTask):
@@ -100,7 +92,7 @@ class BLIPVQA(Writer, BLIPReadingTask):
         answer_ids: Tensor,
         answer_mask: Tensor,
         answer_weights: Tensor,
-    ) -> BLIPVQAOutput:
+    ) -> TaskOutput:
         """Compute the loss of the answers to a batch of questions.
 
         Args:
@@ -113,7 +105,7 @@ class BLIPVQA(Writer, BLIPReadingTask):
         answers = Answers(answer_ids, answer_mask, answer_weights)
         logits = answers.logits(self.write, states)
         loss = answers.loss(logits, smoothing=self.config.label_smoothing)
-        return BLIPVQAOutput(loss, loss, logits)
+        return TaskOutput(loss, logits)
 
     def write(self, input_ids: Tensor, mask: Tensor, states: States) -> Tensor:
         """Predict the token behind each of an answer, input_ids, mask (B, La), from the states of

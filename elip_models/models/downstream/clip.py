@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from elip_models.models.base import PretrainedModel
 from elip_models.models.clip import CLIP, CLIPConfig
+from elip_models.models.downstream.task_output import TaskOutput
 from elip_models.reduction.encode import run_tower
 from elip_models.validation import Share, Size, Zero
 
@@ -49,14 +50,6 @@ class CLIPClassificationConfig(CLIPConfig):
     guide: Literal["own"] = "own"
     guide_negatives: Zero = 0.0
     guide_dropout: Zero = 0.0
-
-
-@dataclass
-class ClassificationOutput:
-    """loss: scalar. logits: (B, num_classes)."""
-
-    loss: Tensor
-    logits: Tensor
 
 
 class CLIPClassification(PretrainedModel):
@@ -141,11 +134,11 @@ class CLIPClassification(PretrainedModel):
         """images (B, 3, H, W) -> (B, num_classes)."""
         return self.head(self.features(images))
 
-    def forward(self, images: Tensor, labels: Tensor) -> ClassificationOutput:
+    def forward(self, images: Tensor, labels: Tensor) -> TaskOutput:
         """Classify images (B, 3, H, W), whose classes are labels (B,) int64."""
         logits = self.logits(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
-        return ClassificationOutput(loss, logits)
+        return TaskOutput(loss, logits)
 
     @classmethod
     def fit_tokenizer(

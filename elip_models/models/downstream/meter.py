@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elip_models.models.downstream.task_output import TaskOutput
 from elip_models.models.meter import (
     IMAGE,
     METER,
@@ -64,14 +65,6 @@ class METERRetrievalConfig(METERConfig):
     context_length: Size = 40
     false_texts: PositiveInt = 15
     with_itm: bool = False
-
-
-@dataclass
-class ClassifiedOutput:
-    """loss: scalar. logits: (B, num_classes)."""
-
-    loss: Tensor
-    logits: Tensor
 
 
 @dataclass
@@ -141,10 +134,10 @@ class METERClassifier(METERBackbone):
 
     def forward(
         self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
-    ) -> ClassifiedOutput:
+    ) -> TaskOutput:
         """Compute the cross entropy of a batch: arguments as of `logits`, labels (B,) int64."""
         logits = self.logits(images, input_ids, attention_mask)
-        return ClassifiedOutput(F.cross_entropy(logits.float(), labels), logits)
+        return TaskOutput(F.cross_entropy(logits.float(), labels), logits)
 
 
 class METERVQA(METERClassifier):
@@ -165,7 +158,7 @@ class METERVQA(METERClassifier):
 
     def forward(
         self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, answer_scores: Tensor
-    ) -> ClassifiedOutput:
+    ) -> TaskOutput:
         """Compute the loss of a batch: the binary cross entropy, summed over the answers.
 
         Args:
@@ -174,7 +167,7 @@ class METERVQA(METERClassifier):
         """
         logits = self.logits(images, input_ids, attention_mask)
         loss = F.binary_cross_entropy_with_logits(logits.float(), answer_scores)
-        return ClassifiedOutput(loss * logits.shape[1], logits)
+        return TaskOutput(loss * logits.shape[1], logits)
 
 
 class METEREntailment(METERClassifier):
