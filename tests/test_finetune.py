@@ -217,6 +217,22 @@ def test_what_the_task_has_no_place_for_is_left_with_the_saved_model(saved, fami
     assert (model.guide, model.guide_negatives) == ("own", 0)
 
 
+@pytest.mark.parametrize(("family", "task"), [("blip", "captioning"), ("clip", "classification")])
+@pytest.mark.parametrize("reduced", [False, True])
+def test_without_a_text_the_image_reduces_itself(saved, family, task, reduced):
+    said = {} if reduced else {"model.overrides.schedule": "1(100%) 1(50%)"}
+    model = meta_model(finetune_recipe(f"{task}_tiny", saved(family), said, reduced=reduced))
+    assert model.config.without_text == "vision"
+    assert model.reduction.reduces(None, training=False)
+
+
+def test_what_is_of_pre_training_stays_there(saved):
+    """What a task does otherwise by default, unless the saved model said so."""
+    model = meta_model(finetune_recipe("retrieval_tiny", saved("blip"), {})).config
+    assert (model.negative_epsilon, model.alpha_warmup_epochs) == (0.0, 1.0)
+    assert (model.momentum, model.queue_size, model.image_size) == (0.98, 64, 32)
+
+
 GUIDES = [("guide", "other"), ("guide_negatives", 0.5)]
 MOMENTUM = [("guide", "after_itc"), ("scorer", "momentum"), ("momentum_reduction", "shared")]
 UNFOLLOWED = {

@@ -1,13 +1,14 @@
 """create_model and the names of the models."""
 
 import os
-from dataclasses import replace
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, get_type_hints
 
 from elip_models.models.albef import ALBEF, ALBEFConfig
 from elip_models.models.base import PretrainedModel, with_overrides
 from elip_models.models.blip import BLIP, BLIPConfig
 from elip_models.models.clip import CLIP, CLIPConfig
+from elip_models.models.config import VisionConfig
 from elip_models.models.downstream.albef_entailment import ALBEFEntailment
 from elip_models.models.downstream.albef_nlvr2 import ALBEFNLVR2
 from elip_models.models.downstream.albef_retrieval import ALBEFRetrieval
@@ -30,7 +31,7 @@ from elip_models.models.meter import METER
 from elip_models.models.meter_config import METERConfig
 from elip_models.reduction.schedule import PRESETS, Schedule
 from elip_models.reduction.strategies.elip import Elip
-from elip_models.validation import did_you_mean
+from elip_models.validation import did_you_mean, misfit
 
 FAMILIES: dict[str, type[PretrainedModel]] = {
     model.family: model for model in (CLIP, ALBEF, BLIP, METER)
@@ -154,7 +155,8 @@ def create_model(
     if name.startswith(PREFIX):
         config = replace(config, schedule=PRESETS[family_of(name).family])
     if not pretrained:
-        return family(family.config_class.from_dict(vars(config) | overrides))
+        values = vars(config) if task is None else taken_over(family, vars(config))
+        return family(family.config_class.from_dict(values | overrides))
     trained = family.from_pretrained(pretrained)
     own = trained.config.schedule if name.startswith(PREFIX) else None
     return with_overrides(trained, {"schedule": own or config.schedule} | overrides)
@@ -179,6 +181,21 @@ def downstream_of(family: type[PretrainedModel], task: str) -> type[PretrainedMo
             f"{task!r}{did_you_mean(task, tasks)}"
         )
     return tasks[task]
+
+
+def taken_over(model: type[PretrainedModel], values: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a pre-training config, or of another task's, that the config of a downstream
+    `model` takes over: the sizes of the image tower, and what is not as pre-training has it by
+    default; nothing that the task has no place for."""
+    hints = get_type_hints(model.config_class, include_extras=True)
+    defaults = {each.name: each.default for each in fields(model.pretraining.config_class)}
+    sizes = {each.name for each in fields(VisionConfig)}
+    return {
+        name: value
+        for name, value in values.items()
+        if name in hints and misfit(value, hints[name]) is None
+        if name in sizes or value != defaults.get(name)
+    }
 
 
 def load_model(

@@ -10,16 +10,16 @@ is dense unless asked otherwise, as in the paper.
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from elip_models.models.config import ContrastiveConfig, TextReductionConfig, VisionConfig
 from elip_models.models.files import read_config
-from elip_models.models.registry import CONFIGS, MODELS, downstream_of, family_of
+from elip_models.models.registry import CONFIGS, MODELS, downstream_of, family_of, taken_over
 from elip_models.tasks.registry import TASKS
 from elip_models.training.recipe import FINETUNE, recipe_names, recipe_with
 from elip_models.training.run_config import RunConfig
 from elip_models.training.training_data import input_fields
-from elip_models.validation import ConfigError, blame, did_you_mean, misfit
+from elip_models.validation import ConfigError, blame, did_you_mean
 
 REDUCTION = {
     each.name for config in (ContrastiveConfig, TextReductionConfig) for each in fields(config)
@@ -57,13 +57,8 @@ def finetune_recipe(
         raise ConfigError(f"recipe {recipe}: expected one with a task, got none")
     with blame("task"):
         model = downstream_of(MODELS[family], chosen.task)
-    known = get_type_hints(model.config_class, include_extras=True)
     dropped = {"gather", *input_fields(chosen.data)} | (set() if reduced else REDUCTION)
-    kept = {
-        name: value
-        for name, value in config.items()
-        if name in known.keys() - dropped and misfit(value, known[name]) is None
-    }
+    kept = {n: value for n, value in taken_over(model, config).items() if n not in dropped}
     return recipe_with(recipe, begun, kept)
 
 

@@ -39,7 +39,7 @@ class CLIPClassificationConfig(CLIPConfig):
     projects: the head reads the features that are compared with texts, so that it can begin as
         `begin_zero_shot_` says.
     label_smoothing: of the cross entropy.
-    schedule: with without_text='vision' the image alone reduces itself; None is dense.
+    without_text: 'vision' lets a schedule reduce by the image alone, for there is no text.
     The other fields: see `CLIPConfig`; those of texts are not read, and no text guides.
     """
 
@@ -47,6 +47,7 @@ class CLIPClassificationConfig(CLIPConfig):
     tuning: Literal["probe", "full"] = "full"
     projects: bool = False
     label_smoothing: Share = 0.0
+    without_text: Literal["dense", "vision"] = "vision"
     guide: Literal["own"] = "own"
     guide_negatives: Zero = 0.0
     guide_dropout: Zero = 0.0
