@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from elip_models.analysis.guided import Guided, Shown
 from elip_models.analysis.merging import draw_merging
+from elip_models.analysis.pictured import PicturedModel, Shown
 from elip_models.analysis.visualize import (
     concentration,
     draw_concentration,
@@ -14,7 +14,7 @@ from elip_models.reduction.once import deliberately_slow
 from elip_models.validation import ConfigError
 
 
-def draw_pictures(guided: Guided, shown: Shown, path: Path) -> list[Path]:
+def draw_pictures(model: PicturedModel, shown: Shown, path: Path) -> list[Path]:
     """Reduce images, guided by their captions where the strategy reads them, and draw it.
 
     Returns:
@@ -25,18 +25,18 @@ def draw_pictures(guided: Guided, shown: Shown, path: Path) -> list[Path]:
     Raises:
         ConfigError: a strategy that reduces nothing in inference.
     """
-    captions, tower = [caption for _, caption in shown], guided.tower
-    pixels = guided.pixels([image for image, _ in shown])
-    images = guided.normalised(pixels)
+    captions, tower = [caption for _, caption in shown], model.tower
+    pixels = model.pixels([image for image, _ in shown])
+    images = model.normalised(pixels)
     with deliberately_slow():
-        infos = guided.stage_infos(images, captions)
+        infos = model.stage_infos(images, captions)
     if not infos:
         raise ConfigError(
             f"--strategy: expected one that merges or drops tokens in inference, got "
-            f"{guided.strategy.name!r}"
+            f"{model.strategy.name!r}"
         )
     paths, merged = [], path
-    layout = {"grid": patch_grid(tower), "title": str(guided)}
+    layout = {"grid": patch_grid(tower), "title": str(model)}
     if all(info.attention is not None for info in infos):
         paths.append(draw_reduction(pixels, captions, infos, path, **layout))
         merged = path.with_stem(f"{path.stem}_merged")
@@ -44,6 +44,6 @@ def draw_pictures(guided: Guided, shown: Shown, path: Path) -> list[Path]:
     if tower.has_cls:
         second = path.with_stem(f"{path.stem}_concentration")
         what = f"CLS attention of the dense tower, heads averaged, {len(shown)} images"
-        masses, title = concentration(tower, images), f"{guided.name}\n{what}"
+        masses, title = concentration(tower, images), f"{model.name}\n{what}"
         paths.append(draw_concentration(masses, second, title=title))
     return paths

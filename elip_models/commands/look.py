@@ -37,15 +37,15 @@ def visualize(
         raise ConfigError("--image: expected images with captions, or else --data, not both")
     if output.suffix != ".png" or not output.parent.is_dir():
         raise ConfigError(f"--output: expected a .png in an existing folder, got {output}")
-    from elip_models.analysis.guided import open_guided, read_pairs, read_source
+    from elip_models.analysis.pictured import open_pictured, read_pairs, read_source
     from elip_models.analysis.pictures import draw_pictures
 
     pairs = read_pairs(image, caption or []) if image else None
     number = int(scorer) if scorer is not None and scorer.isdecimal() else scorer
     options = {"schedule": schedule, "scorer": number, "fusion": fusion}
-    guided = open_guided(model, pretrained=pretrained, strategy=strategy, keep=keep, **options)
-    shown = read_source(data, count, guided.tower) if pairs is None else pairs
-    for path in draw_pictures(guided, shown, output):
+    pictured = open_pictured(model, pretrained=pretrained, strategy=strategy, keep=keep, **options)
+    shown = read_source(data, count, pictured.tower) if pairs is None else pairs
+    for path in draw_pictures(pictured, shown, output):
         Console().print(escape(str(path)), soft_wrap=True)
 
 
@@ -84,9 +84,9 @@ def profile(
     output: Annotated[Path | None, typer.Option(help="Write the table here, as JSON.")] = None,
 ) -> None:
     """Tokens, FLOPs, time and memory of models under token reduction, against dense."""
-    from elip_models.profiling.table import print_profile, settings_of
+    from elip_models.profiling.table import print_profile, profile_settings
 
-    settings = settings_of(
+    settings = profile_settings(
         models=model or (),
         strategies=strategy or ("elip:scorer=exact",) * max_batch,
         schedule=schedule,

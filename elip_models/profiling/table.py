@@ -228,7 +228,7 @@ def _cells(row: Row) -> list[str]:
     return cells
 
 
-def settings_of(
+def profile_settings(
     *,
     models: Sequence[str],
     strategies: Sequence[str],

@@ -78,7 +78,7 @@ class RankingOutput:
 
 
 @dataclass
-class RetrievalOutput(RankingOutput):
+class METERRetrievalOutput(RankingOutput):
     """loss: the sum of loss_rank and loss_itm. itm_logits: (B, 2)."""
 
     loss_itm: Tensor
@@ -277,7 +277,7 @@ class METERRetrieval(METERMatcher):
         *,
         drawn: DrawnImages | None = None,
     ) -> RankingOutput:
-        """Compute the losses of a batch of pairs, with ITM a `RetrievalOutput`.
+        """Compute the losses of a batch of pairs, with ITM a `METERRetrievalOutput`.
 
         Args:
             images: (B, 3, H, W).
@@ -298,7 +298,7 @@ class METERRetrieval(METERMatcher):
         text, image = self.read_and_fuse(shown, input_ids, attention_mask)
         itm_logits = self.match(text.tokens, image)
         loss_itm = F.cross_entropy(itm_logits.float(), labels)
-        return RetrievalOutput(loss_rank + loss_itm, loss_rank, ranks, loss_itm, itm_logits)
+        return METERRetrievalOutput(loss_rank + loss_itm, loss_rank, ranks, loss_itm, itm_logits)
 
     def _draw(self, images: Tensor, image_ids: Tensor) -> DrawnImages:
         """Half of the texts keep their image, and those whose other image is the same one."""

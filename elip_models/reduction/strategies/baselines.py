@@ -35,7 +35,7 @@ class Trips(Elip):
     fusion: Share = 0.0
 
 
-class Drawn(Staged):
+class RandomKeep(Staged):
     """A schedule whose patches are drawn at random."""
 
     @torch.no_grad()
@@ -55,7 +55,7 @@ class Drawn(Staged):
 
 
 @dataclass(frozen=True)
-class Random(Drawn):
+class Random(RandomKeep):
     """ELIP's schedule with patches kept at random and the others averaged: the control.
 
     schedule, merge, proportional: as of `Elip`.
@@ -69,7 +69,7 @@ class Random(Drawn):
 
 
 @dataclass(frozen=True)
-class PatchDropout(Drawn):
+class PatchDropout(RandomKeep):
     """Drop patches at random before block 0, in training alone (FLIP, Li et al., CVPR 2023).
 
     keep: share of the patches that stay, in (0, 1].

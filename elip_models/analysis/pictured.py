@@ -26,14 +26,14 @@ from elip_models.reduction.strategy_spec import get_strategy
 from elip_models.towers import Reducible, Tower, as_reducible, as_tower
 from elip_models.validation import ConfigError, blame
 
-Guide = Callable[[Sequence[str]], Tensor]
+CaptionEncoder = Callable[[Sequence[str]], Tensor]
 """B captions, one an image -> text_cls (B, D)."""
 Shown = list[tuple[Image.Image, str]]
 """Images with a caption each."""
 
 
 @dataclass
-class Guided:
+class PicturedModel:
     """A model that reduces its images, in eval mode.
 
     name: for titles.
@@ -47,7 +47,7 @@ class Guided:
     image_model: nn.Module
     tower: Tower
     strategy: Strategy
-    guide: Guide | None
+    guide: CaptionEncoder | None
     mean: Tensor
     std: Tensor
 
@@ -87,7 +87,7 @@ class Guided:
         return f"{self.name}\n{s.schedule}, scorer {s.scorer}, {how}"
 
 
-def open_guided(
+def open_pictured(
     spec: str,
     *,
     pretrained: bool = True,
@@ -96,7 +96,7 @@ def open_guided(
     schedule: str | None = None,
     scorer: str | int | None = None,
     fusion: float | None = None,
-) -> Guided:
+) -> PicturedModel:
     """Open a model for reduction; what is None stays as its own config says, or else the paper.
 
     strategy: a line as of `reduce_`; ELIP's without one. keep: as of `reduce_`.
@@ -124,7 +124,7 @@ def open_guided(
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     guide = _guide_of(reducible, spec) if reducible.has_text and chosen.is_guided else None
     name = spec if pretrained else f"{spec} (random weights)"
-    return Guided(name, reducible.image_model, tower, chosen, guide, mean, std)
+    return PicturedModel(name, reducible.image_model, tower, chosen, guide, mean, std)
 
 
 def _changed(strategy: Elip, tower: Tower, given: dict[str, Any]) -> Elip:
@@ -140,7 +140,7 @@ def _changed(strategy: Elip, tower: Tower, given: dict[str, Any]) -> Elip:
     return strategy
 
 
-def _guide_of(model: Reducible, spec: str) -> Guide:
+def _guide_of(model: Reducible, spec: str) -> CaptionEncoder:
     """Load the tokenizer beside a whole model -> what encodes captions with it."""
     _, name = split_spec(spec)
     try:

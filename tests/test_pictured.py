@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from elip_models.analysis.guided import open_guided, read_pairs, read_source
+from elip_models.analysis.pictured import open_pictured, read_pairs, read_source
 from elip_models.data import load_tokenizer, tokenize
 from elip_models.models.clip import CLIP, CLIPConfig
 from elip_models.reduction.encode import encode_image
@@ -56,8 +56,8 @@ def pairs(files):
     return read_pairs(files, CAPTIONS)
 
 
-def normalised(guided, pairs):
-    return guided.normalised(guided.pixels([image for image, _ in pairs]))
+def normalised(pictured, pairs):
+    return pictured.normalised(pictured.pixels([image for image, _ in pairs]))
 
 
 def our_folder(folder, tokenizer):
@@ -91,10 +91,10 @@ def differ(infos, others):
 
 
 def test_our_clip_is_guided_by_its_own_text(tmp_path, tokenizer, pairs):
-    guided = open_guided(our_folder(tmp_path / "model", tokenizer))
-    assert str(guided).endswith(f"{SIX}, scorer last, text-guided, fusion 0.8")
-    images = normalised(guided, pairs)
-    infos = guided.stage_infos(images, CAPTIONS)
+    pictured = open_pictured(our_folder(tmp_path / "model", tokenizer))
+    assert str(pictured).endswith(f"{SIX}, scorer last, text-guided, fusion 0.8")
+    images = normalised(pictured, pairs)
+    infos = pictured.stage_infos(images, CAPTIONS)
     assert [info.stage.keep for info in infos] == [11, 6]
     text = tokenize(load_tokenizer(str(tmp_path / "model")), CAPTIONS, 24)
     clip = CLIP.from_pretrained(tmp_path / "model").eval()
@@ -113,31 +113,31 @@ def test_models_of_transformers_are_guided_by_theirs(make, tmp_path, small_token
     model = make().eval()
     model.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"--model: expected a tokenizer .* --fusion 1"):
-        open_guided(f"hf:{tmp_path}", schedule=SIX)
-    assert open_guided(f"hf:{tmp_path}", schedule=SIX, fusion=1.0).guide is None
+        open_pictured(f"hf:{tmp_path}", schedule=SIX)
+    assert open_pictured(f"hf:{tmp_path}", schedule=SIX, fusion=1.0).guide is None
     small_tokenizer.save_pretrained(tmp_path)
-    guided = open_guided(f"hf:{tmp_path}", schedule=SIX)
-    images = normalised(guided, pairs)
+    pictured = open_pictured(f"hf:{tmp_path}", schedule=SIX)
+    images = normalised(pictured, pairs)
     equal = [CAPTIONS[1]] * 2  # as long as each other: no padding
     ids = small_tokenizer(equal, return_tensors="pt").input_ids
-    torch.testing.assert_close(guided.guide(equal), guidance_of(model, ids))
-    padded = guided.guide(CAPTIONS)[1]
-    torch.testing.assert_close(padded, guided.guide(equal)[1], atol=1e-5, rtol=1e-5)
-    assert len(guided.stage_infos(images, CAPTIONS)) == 2
-    long = guided.guide(["two cats " * 20] * 2)
-    assert long.shape == (2, guided.tower.width)
+    torch.testing.assert_close(pictured.guide(equal), guidance_of(model, ids))
+    padded = pictured.guide(CAPTIONS)[1]
+    torch.testing.assert_close(padded, pictured.guide(equal)[1], atol=1e-5, rtol=1e-5)
+    assert len(pictured.stage_infos(images, CAPTIONS)) == 2
+    long = pictured.guide(["two cats " * 20] * 2)
+    assert long.shape == (2, pictured.tower.width)
 
 
 def test_siglip_is_guided_by_texts_of_full_length(tmp_path, small_tokenizer, pairs):
     model = hf_siglip().eval()
     model.save_pretrained(tmp_path)
     small_tokenizer.save_pretrained(tmp_path)
-    guided = open_guided(f"hf:{tmp_path}", schedule=SIX)
+    pictured = open_pictured(f"hf:{tmp_path}", schedule=SIX)
     length = model.config.text_config.max_position_embeddings
     full = {"padding": "max_length", "max_length": length, "return_tensors": "pt"}
     ids = small_tokenizer(CAPTIONS, **full).input_ids
-    torch.testing.assert_close(guided.guide(CAPTIONS), guidance_of(model, ids))
-    assert len(guided.stage_infos(normalised(guided, pairs), CAPTIONS)) == 2
+    torch.testing.assert_close(pictured.guide(CAPTIONS), guidance_of(model, ids))
+    assert len(pictured.stage_infos(normalised(pictured, pairs), CAPTIONS)) == 2
 
 
 def test_open_clip_is_guided_by_its_own(monkeypatch, pairs):
@@ -147,20 +147,20 @@ def test_open_clip_is_guided_by_its_own(monkeypatch, pairs):
 
     monkeypatch.setattr(open_clip, "create_model", lambda *a, **k: open_clip_pair())
     monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: {"ViT-B-32": tokenize}[name])
-    guided = open_guided("open_clip:ViT-B-32/openai", schedule=SIX)
-    images = normalised(guided, pairs)
-    text = guided.guide(CAPTIONS)
-    assert text.shape == (2, guided.tower.width)
+    pictured = open_pictured("open_clip:ViT-B-32/openai", schedule=SIX)
+    images = normalised(pictured, pairs)
+    text = pictured.guide(CAPTIONS)
+    assert text.shape == (2, pictured.tower.width)
     assert not torch.equal(text[0], text[1])
-    assert len(guided.stage_infos(images, CAPTIONS)) == 2
+    assert len(pictured.stage_infos(images, CAPTIONS)) == 2
 
 
 def test_an_image_model_is_reduced_by_the_image(tmp_path, pairs):
     tiny_vit().save_pretrained(tmp_path)
-    guided = open_guided(f"hf:{tmp_path}", scorer="last")
-    assert str(guided).endswith("1(100%) 1(90%) 3(65%) 1(40%), scorer last, vision only")
-    images = normalised(guided, pairs)
-    assert not differ(guided.stage_infos(images, CAPTIONS), guided.stage_infos(images, ["a"] * 2))
+    pictured = open_pictured(f"hf:{tmp_path}", scorer="last")
+    assert str(pictured).endswith("1(100%) 1(90%) 3(65%) 1(40%), scorer last, vision only")
+    images = normalised(pictured, pairs)
+    assert not differ(pictured.stage_infos(images, CAPTIONS), pictured.stage_infos(images, ["a"] * 2))
 
 
 def test_a_wide_tower(monkeypatch, files, tmp_path):
@@ -202,9 +202,9 @@ def test_a_strategy_without_scores_is_drawn_by_what_it_merges(strategy, tmp_path
 
 
 def test_samples_that_cannot_be_read_are_passed_over(files, tmp_path):
-    guided = open_guided("clip_tiny", pretrained=False, fusion=1.0)
-    assert str(guided).startswith("clip_tiny (random weights)\n")
-    tower = guided.tower
+    pictured = open_pictured("clip_tiny", pretrained=False, fusion=1.0)
+    assert str(pictured).startswith("clip_tiny (random weights)\n")
+    tower = pictured.tower
     entries = [{"image": "gone.png", "caption": "a"}, {"image": "b.png", "caption": ["b", "c"]}]
     (tmp_path / "list.json").write_text(json.dumps(entries))
     [(image, caption)] = read_source(str(tmp_path / "list.json"), 4, tower)
