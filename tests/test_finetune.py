@@ -197,6 +197,17 @@ def test_a_recipe_at_full_size_runs_on_a_small_model(saved):
     assert result.task_scores.num_examples == 6
 
 
+@pytest.mark.parametrize(("family", "task"), [("albef", "entailment"), ("blip", "retrieval")])
+def test_a_text_is_scored_at_the_length_it_was_trained_at(saved, family, task):
+    _, result = run(saved, family, task, **{"data.context_length": 44})
+    assert result.model.config.context_length == 44
+
+
+def test_a_text_longer_than_the_saved_model_reads_is_refused(saved):
+    with pytest.raises(ConfigError, match=r"data\.context_length: expected at most 32.*, got 77"):
+        run(saved, "clip", "retrieval", **{"data.context_length": 77})
+
+
 def test_the_tower_is_dense_unless_it_stays_reduced(saved):
     dense = finetune_recipe("vqa_tiny", saved("albef"), {})
     assert "schedule" not in dense.model.overrides

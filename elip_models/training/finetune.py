@@ -3,8 +3,9 @@
     finetune/vqa_albef    the originals' settings, by task and family
     finetune/vqa_tiny     on the built-in world, for any family
 
-What shapes the weights is the saved model's; the recipe may say another image size. Its image tower
-is dense unless asked otherwise, as in the paper.
+What shapes the weights is the saved model's; the recipe may say another image size, and how long a
+text is, where the model has places for it. Its image tower is dense unless asked otherwise, as in
+the paper.
 """
 
 from collections.abc import Mapping
@@ -58,6 +59,8 @@ def finetune_recipe(
     with blame("task"):
         model = downstream_of(MODELS[family], chosen.task)
     dropped = {"gather", *input_fields(chosen.data)} | (set() if reduced else REDUCTION)
+    if "max_positions" in config:  # there is room: a text is as long as the recipe says
+        dropped.add("context_length")
     kept = {n: value for n, value in taken_over(model, config).items() if n not in dropped}
     return recipe_with(recipe, begun, kept)
 

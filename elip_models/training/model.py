@@ -54,6 +54,12 @@ def make_model(
         model = create_model(config.model.name, task=config.task, **overrides)
         model.check_batch_size(optim.batch_size * num_processes)
         model.read_vocabulary_(tokenizer)
+    length, positions = config.data.context_length, model.config.context_length
+    if "context_length" in text_sizes and length > positions:
+        raise ConfigError(
+            f"data.context_length: expected at most {positions}, the tokens that the model reads, "
+            f"got {length}"
+        )
     if not resumed:
         _begin_(model, config, console)
     with blame("peft"):

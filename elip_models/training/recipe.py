@@ -170,7 +170,8 @@ def _check_together(config: RunConfig) -> None:
     others = set(config.report) - {"zero_shot"}
     if config.data.eval is None and (others or (config.eval_every and zero_shot is None)):
         raise ConfigError(
-            "data.eval: expected a source, since eval_every or report asks for one, got null"
+            "data.eval: expected a source, since eval_every or report asks for one, got null; "
+            "or set eval_every=0 and report=[]"
         )
 
 
