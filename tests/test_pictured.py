@@ -160,7 +160,9 @@ def test_an_image_model_is_reduced_by_the_image(tmp_path, pairs):
     pictured = open_pictured(f"hf:{tmp_path}", scorer="last")
     assert str(pictured).endswith("1(100%) 1(90%) 3(65%) 1(40%), scorer last, vision only")
     images = normalised(pictured, pairs)
-    assert not differ(pictured.stage_infos(images, CAPTIONS), pictured.stage_infos(images, ["a"] * 2))
+    assert not differ(
+        pictured.stage_infos(images, CAPTIONS), pictured.stage_infos(images, ["a"] * 2)
+    )
 
 
 def test_a_wide_tower(monkeypatch, files, tmp_path):

@@ -118,6 +118,15 @@ def test_mistake_names_key_expected_and_got(recipe, override, message):
 
 
 @pytest.mark.parametrize(
+    "overrides", [["report=[timing]"], ["report=[picture, retrieval]"], ["data.zero_shot=images"]]
+)
+def test_a_task_is_asked_for_nothing_that_it_would_not_do(recipe, overrides):
+    with pytest.raises(ConfigError, match=r"report, data.zero_shot: expected .* the task vqa"):
+        load_recipe(recipe, ["task=vqa", "data.eval=a.json", *overrides])
+    load_recipe(recipe, ["task=vqa", "data.eval=a.json", "report=[picture]"])
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("- a\n- b", "expected a mapping of keys, got list"),

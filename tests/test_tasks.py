@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from elip_models.data import Example, MixedSource, Sample
+from elip_models.data import DataError, Example, MixedSource, Sample
 from elip_models.tasks.matching import Retrieval
 from elip_models.tasks.registry import TASKS, get_task
 from elip_models.tasks.task import Loading, Reading, evaluation_transform
@@ -171,6 +171,14 @@ def test_a_model_that_sees_scores_all_and_its_predictions_are_kept(config, tmp_p
     written = json.loads(scores.write(tmp_path / "scores.json").read_text())
     assert written["scores"]["accuracy"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
     assert written["predictions"][0] == {"id": "g0", "said": "dark", "score": 1.0}
+
+
+def test_a_model_of_other_answers_than_the_data_is_not_scored_by_theirs():
+    with pytest.raises(DataError, match=r"answers: expected 3, one for each output.*got the 2 of"):
+        VQA().evaluate(Stub(num_classes=3), Tokens(), Greys(), LOADING)
+    learned = ("dark", "bright", "grey")
+    scores = VQA().evaluate(Stub(num_classes=3), Tokens(), Greys(), LOADING, learned)
+    assert scores.baselines["chance"] == {"accuracy": 1 / 3}
 
 
 def test_examples_of_one_id_are_all_scored():

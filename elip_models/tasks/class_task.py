@@ -76,7 +76,8 @@ class ClassTask(Task):
         loading: Loading,
         answers: Sequence[str] | None = None,
     ) -> TaskScores:
-        answers = source.answers if answers is None else answers
+        if answers is None:
+            answers = _all_of(source, getattr(model.config, "num_classes", None))
         batches, report = read_all(example_batches, model, source, loading)
         examples: list[Example] = []
         chosen: list[int] = []
@@ -122,3 +123,14 @@ class ClassTask(Task):
             num_skipped=num_skipped,
             predictions=tuple(map(Prediction, (each.id for each in examples), said, scores)),
         )
+
+
+def _all_of(source: ExampleSource, outputs: int | None) -> tuple[str, ...]:
+    """The answers of the source; DataError where a model has another number of outputs."""
+    if outputs not in (None, len(source.answers)):
+        raise DataError(
+            f"answers: expected {outputs}, one for each output of the model in its order, got the "
+            f"{len(source.answers)} of the data; those that it learned stand in answers.json in "
+            "the folder that `elip finetune` left"
+        )
+    return source.answers

@@ -171,7 +171,8 @@ class Task(ABC):
                 that it learned from. None: those of `source`.
 
         Raises:
-            DataError: too many samples cannot be read, or all.
+            DataError: too many samples cannot be read, or all; or other answers than the model
+                tells apart.
         """
 
 

@@ -164,6 +164,13 @@ def _check_together(config: RunConfig) -> None:
             f"data.weights: expected one for each of the {sources} sources of data.train, got "
             f"{len(config.data.weights)}"
         )
+    others = set(config.report) - {"picture"}
+    if config.task is not None and (others or config.data.zero_shot is not None):
+        raise ConfigError(
+            f"report, data.zero_shot: expected nothing but 'picture', and null, for the task "
+            f"{config.task}, which is scored on data.eval at the end, got {list(config.report)} "
+            f"and {config.data.zero_shot!r}"
+        )
     zero_shot = config.data.zero_shot
     if "zero_shot" in config.report and zero_shot is None:
         raise ConfigError("data.zero_shot: expected a source, since report names it, got null")

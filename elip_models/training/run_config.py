@@ -174,7 +174,7 @@ class RunConfig:
         checkpoint_every: Steps between two checkpoints; there is always one at the end.
         keep_checkpoints: Checkpoints kept, the newest.
         trackers: Names of `accelerate` trackers, such as "tensorboard" or "wandb".
-        report: What follows training.
+        report: What follows training; of a task "picture" alone, for its scores are always there.
         task: Pre-training where it is null; or the downstream task that the model is fine-tuned
             for, as `elip_models.tasks.TASKS` names it, whose data `data.train` and `data.eval` are.
         task_options: Settings of the task, fields of its class.
