@@ -293,7 +293,7 @@ def test_bad_dataset_arguments(arguments, error, message, tokenizer):
         ImageTextDataset(*positional, **options)
 
 
-def test_a_tokenizer_without_pad_token_is_refused(tokenizer, tmp_path):
+def test_a_tokenizer_without_pad_token_is_refused(tokenizer):
     from transformers import PreTrainedTokenizerFast
 
     backend = tokenizer.backend_tokenizer

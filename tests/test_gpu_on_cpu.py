@@ -104,7 +104,7 @@ def test_gpu_sh_sanitizes_tests_that_are_there(started, tools):
     assert all(any(name in test for test in defined()) for name in names)
 
 
-def test_gpu_sh_starts_a_sweep_with_options_that_it_has(started, monkeypatch, tmp_path):
+def test_gpu_sh_starts_a_sweep_with_options_that_it_has(started, monkeypatch):
     m, module, *words = started("tune")
     assert m == "-m" and find_spec(module).origin == tune.__file__
     seen = {}

@@ -54,7 +54,7 @@ def test_an_unknown_machine_is_named(printed, device):
 
 
 @pytest.mark.slow
-def test_a_training_step_is_its_launches(monkeypatch):
+def test_a_training_step_is_its_launches():
     machine = MACHINES[90]
     forward, backward, both = (
         predicted.predicted(entry(direction), machine)

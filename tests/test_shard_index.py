@@ -69,7 +69,7 @@ def test_a_shard_that_changed_is_read_anew(tmp_path, cache, monkeypatch):
     assert new != old
 
 
-def test_a_damaged_table_is_built_again(tmp_path, cache, monkeypatch):
+def test_a_damaged_table_is_built_again(tmp_path, cache):
     path = three(tmp_path)[2]
     expected = read(ShardSource(path))
     (table,) = cache.glob("*.arrow")

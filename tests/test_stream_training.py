@@ -157,7 +157,7 @@ def test_nothing_is_left_out_where_a_run_goes_on(folder, num_workers, done):
         assert places[0] <= places[1], "a shard was passed over"
 
 
-def test_what_is_lost_is_named_once_and_the_rest_comes(folder, tmp_path):
+def test_what_is_lost_is_named_once_and_the_rest_comes(folder):
     urls = [f"pipe:cat {folder}/{number}.tar" for number in range(4)] + ["pipe:exit 7"]
     taken = take(20, batches_of({"stream": urls, "samples": 20, "shuffle": 350}))
     assert set(numbers(taken)) <= set(range(16))

@@ -259,7 +259,7 @@ def test_an_image_that_a_table_lacks_is_a_sample_error(tmp_path):
         open_classes(f"datasets:{tmp_path / 'hub'},split=test", image_size=16)[0]
 
 
-def test_a_folder_of_classes_that_is_not_there_says_what_else_may_be(tmp_path):
+def test_a_folder_of_classes_that_is_not_there_says_what_else_may_be():
     with pytest.raises(FileNotFoundError, match=r"spec: expected emoji_classes:size=600, datasets"):
         open_classes("emoji_class:size=600", image_size=16)
 

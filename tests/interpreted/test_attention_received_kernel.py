@@ -7,7 +7,7 @@ import torch
 
 import elip_kernels
 from elip_kernels._operator import OPERATORS
-from tests.interpreted.test_cls_attention_kernel import BUDGET, error
+from tests.interpreted.absorbed import BUDGET, error
 from tests.test_attention_received import padded
 from tests.tiers import tiered
 

@@ -8,7 +8,7 @@ from elip_kernels import launch
 from elip_kernels._operator import OPERATORS
 from elip_kernels.absorbed_query import QueryArguments
 from elip_kernels.cls_attend import means_reference, weighted_means
-from tests.interpreted.test_cls_attention_kernel import BUDGET
+from tests.interpreted.absorbed import BUDGET
 from tests.tiers import tiered
 
 SHAPES = [  # B, N, D, H, d

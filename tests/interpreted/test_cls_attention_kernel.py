@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import elip_kernels
+from tests.interpreted.absorbed import BUDGET, block, error, row_in_fp64
 from tests.tiers import tiered
 
-BUDGET = {torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 2e-4}
 SHAPES = [
     (2, 197, 64, 2),
     (2, 257, 40, 4),
@@ -15,29 +15,6 @@ SHAPES = [
     (1, 20, 96, 24),
     (3, 17, 1, 1),
 ]
-
-
-def block(D, H, dtype, offset=0.0):
-    """Arguments of the absorbed row; tokens with a mean far from zero for `offset`."""
-    width = H * 8
-    arguments = {
-        "norm_weight": torch.randn(D),
-        "norm_bias": torch.randn(D),
-        "q_weight": torch.randn(width, D) / D**0.5,
-        "q_bias": torch.randn(width),
-        "k_weight": torch.randn(width, D) / D**0.5,
-    }
-    return {n: v.to(dtype) for n, v in arguments.items()} | {"num_heads": H, "eps": 1e-6}
-
-
-def error(got, exact):
-    """Largest error over the largest entry."""
-    return ((got - exact).abs().max() / exact.max()).item()
-
-
-def in_fp64(tokens, cls, arguments):
-    wide = {n: v.double() if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
-    return elip_kernels.cls_attention_from_tokens(tokens.double(), cls.double(), **wide)
 
 
 @pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.float32]), ids=str)
@@ -49,7 +26,7 @@ def test_absorbed_row_agrees_with_fp64(launches, shape, dtype):
     got = elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)
     assert launches["elip::cls_attention_from_tokens"] == 1
     assert got.dtype == torch.float32
-    assert error(got, in_fp64(tokens, cls, arguments)) <= BUDGET[dtype]
+    assert error(got, row_in_fp64(tokens, cls, arguments)) <= BUDGET[dtype]
 
 
 @pytest.mark.parametrize("dtype", BUDGET, ids=str)
@@ -57,7 +34,7 @@ def test_a_mean_far_from_zero_does_not_cancel(launches, dtype):
     tokens, cls = (30 + torch.randn(2, 40, 64)).to(dtype), torch.randn(2, 64).to(dtype)
     arguments = block(64, 2, dtype)
     got = elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)
-    exact = in_fp64(tokens, cls, arguments)
+    exact = row_in_fp64(tokens, cls, arguments)
     eager = 2 * error(_eager(tokens, cls, arguments), exact)
     assert error(got, exact) <= max(eager, BUDGET[dtype])
 
@@ -119,7 +96,7 @@ def test_strided_inputs(launches, poisoned_memory):
     tokens, cls = torch.randn(19, 2, 48).transpose(0, 1), torch.randn(2, 48)
     arguments = block(48, 2, torch.float32)
     got = elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)
-    assert error(got, in_fp64(tokens, cls, arguments)) <= 1e-5
+    assert error(got, row_in_fp64(tokens, cls, arguments)) <= 1e-5
     assert launches["elip::cls_attention_from_tokens"] >= 1
 
 

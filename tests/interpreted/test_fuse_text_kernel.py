@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from elip_kernels.fuse_text import fuse, fuse_text
-from tests.interpreted.test_cls_attention_kernel import BUDGET
+from tests.interpreted.absorbed import BUDGET
 from tests.tiers import tiered
 
 SHAPES = [(1, 1, 5), (3, 2, 40), (2, 19, 300), (2, 50, 64)]

@@ -5,7 +5,7 @@ import torch
 
 import elip_kernels
 from elip_kernels._operator import OPERATORS
-from tests.interpreted.test_cls_attention_kernel import BUDGET, block, error
+from tests.interpreted.absorbed import BUDGET, block, error
 from tests.interpreted.test_score_reduce_kernel import in_fp64
 from tests.tiers import tiered
 

@@ -8,7 +8,7 @@ from elip_kernels.testing import Case
 from tests.interpreted import test_bipartite_kernel as bipartite
 from tests.interpreted import test_nearest_kernel as nearest
 from tests.interpreted import test_reduce_kernel as reduce
-from tests.interpreted.test_cls_attention_kernel import BUDGET, block, error, in_fp64
+from tests.interpreted.absorbed import BUDGET, block, error, row_in_fp64
 from tests.tiers import tiered
 
 every_dtype = pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.bfloat16]), ids=str)
@@ -33,7 +33,7 @@ def test_row_from_tokens(launches, kind, dtype):
     tokens, cls, arguments = inputs(kind, dtype)
     row = elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)
     assert launches["elip::cls_attention_from_tokens"] == 1
-    assert error(row, in_fp64(tokens, cls, arguments)) <= BUDGET[dtype]
+    assert error(row, row_in_fp64(tokens, cls, arguments)) <= BUDGET[dtype]
 
 
 @every_dtype

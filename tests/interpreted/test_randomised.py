@@ -16,7 +16,7 @@ from tests.interpreted import test_attention_received_kernel as received
 from tests.interpreted import test_bipartite_kernel as bipartite
 from tests.interpreted import test_nearest_kernel as nearest
 from tests.interpreted import test_reduce_kernel as reduce
-from tests.interpreted.test_cls_attention_kernel import BUDGET, block, error, in_fp64
+from tests.interpreted.absorbed import BUDGET, block, error, row_in_fp64
 
 INF, NAN = float("inf"), float("nan")
 SPECIAL = torch.tensor([NAN, -NAN, INF, -INF, 0.0, -0.0, 1e-42, -1e-39, 6e-8, 1e-3, 1e-2])
@@ -183,7 +183,7 @@ def test_row_from_tokens(launches, shape, H, dtype, layout, seed):
     before = launches["elip::cls_attention_from_tokens"]
     got = elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)
     assert launches["elip::cls_attention_from_tokens"] == before + 1
-    assert error(got, in_fp64(tokens, cls, arguments)) <= BUDGET[dtype]
+    assert error(got, row_in_fp64(tokens, cls, arguments)) <= BUDGET[dtype]
 
 
 @given(
@@ -241,7 +241,7 @@ def test_score_reduce(
     assert launches["elip::score_reduce"] == before + 1
     fused = fuse(cls.double(), text.double(), fusion, guidance_norm == "match")
     scored = tokens if scored is None else scored
-    assert error(row, in_fp64(scored, fused, arguments)) <= BUDGET[dtype]
+    assert error(row, row_in_fp64(scored, fused, arguments)) <= BUDGET[dtype]
     exact = check_moved(launches, out, tokens, leaf, row, keep, **flags)
     assert torch.equal(info.kept, exact.kept)
     assert torch.allclose(info.weights.double(), exact.weights, atol=1e-6, rtol=0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import elip_kernels
-from tests.interpreted.test_cls_attention_kernel import BUDGET, block, error
+from tests.interpreted.absorbed import BUDGET, block, error
 from tests.tiers import tiered
 
 SHAPES = [

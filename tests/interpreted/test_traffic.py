@@ -11,8 +11,8 @@ from elip_kernels import launch
 from elip_kernels.fuse_text import fuse_text
 from elip_kernels.testing import Case, model
 from elip_kernels.testing.traffic import Access, traffic
+from tests.interpreted.absorbed import block
 from tests.interpreted.test_bipartite_kernel import inputs
-from tests.interpreted.test_cls_attention_kernel import block
 
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 REAL = [(3, 257, 768, 166, bf16), (1, 197, 384, 78, fp32)]
