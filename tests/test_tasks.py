@@ -204,6 +204,20 @@ def test_a_model_that_draws_leaves_the_randomness_of_training(task):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_answers_are_compared_in_one_writing():
+    class Written(Greys):
+        answers = ("Two dogs.", "a cat")
+
+        def text_alone(self, index):
+            return super().text_alone(index)._replace(answers={"2 dogs": 0.2, "two dogs": 0.8})
+
+    source, model = Written(), Stub(num_classes=2)
+    scores = VQA().evaluate(model, Tokens(), source, LOADING)
+    assert [each.score for each in scores.predictions] == [1.0, 0.0] * 4
+    sample = VQA().sample(reading(source, num_classes=2), source[0], 0, np.random.default_rng(0))
+    assert sample["answer_scores"].tolist() == [1.0, 0.0]
+
+
 def test_candidates_are_at_most_the_answers_there_are():
     model = Stub()
     VQA(candidates=9, answer_length=6).evaluate(model, Tokens(), Greys(), LOADING)
@@ -274,6 +288,21 @@ def test_matching_ranks_anew_what_features_cannot_tell_apart():
     assert [each.score for each in found.predictions] == [1.0] * 6
     few = Retrieval(candidates=1).evaluate(model, Tokens(), source, LOADING)
     assert few.scores["text_to_image_r1"].mean == pytest.approx(1 / 6)  # the first image's alone
+
+
+def test_features_are_compared_in_fp32_also_under_autocast():
+    """Angles of 0.05 between the first and the last: in bf16 all are equal."""
+    model, source = matcher()
+
+    def angle(share):
+        return torch.stack([(0.05 * share).cos(), (0.05 * share).sin()], dim=1)
+
+    low, high = float(model.low), float(model.high)
+    model.project_image = lambda tokens: angle((tokens.mean((1, 2)) - low) / (high - low))
+    model.text_features = lambda input_ids, attention_mask: angle((input_ids[:, 0] - 1) / 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = Retrieval(candidates=1).evaluate(model, Tokens(), source, LOADING)
+    assert found.scores["text_to_image_r1"].mean == 1
 
 
 def test_a_model_without_features_reads_every_pair():

@@ -64,6 +64,15 @@ def test_a_folder_of_images_is_classified_by_the_names_of_its_folders(tmp_path):
     assert model.training
 
 
+def test_of_two_classes_of_one_name_the_first_is_found_first(tmp_path):
+    red = COLOURS["red"]
+    folder = colour_folder(tmp_path, {"n1": red, "n2": red, "n3": COLOURS["green"]})
+    source = open_classes(folder, image_size=8)
+    source.names = ("red", "red", "green")
+    scores = evaluate_zero_shot(SeesColours(), None, source)
+    assert scores.accuracies["zero_shot_top1"] == pytest.approx(2 / 3)
+
+
 def test_who_sees_nothing_finds_nothing(tmp_path):
     source = open_classes(colour_folder(tmp_path), image_size=8)
     scores = evaluate_zero_shot(SeesColours(blind=True), None, source)

@@ -42,6 +42,10 @@ class ClassTask(Task):
         """How right each answer of an example is, in [0, 1]."""
         return answers
 
+    def written(self, answer: str) -> str:
+        """How an answer is written where answers are compared, in `worth` too."""
+        return answer
+
     def open(self, spec: str, *, image_size: int) -> ExampleSource:
         return open_examples(self.name, spec, image_size=image_size)
 
@@ -105,7 +109,8 @@ class ClassTask(Task):
         said = [answers[number] for number in chosen]
         worth = [self.worth(each.answers) for each in examples]
         scores = [
-            each.get(text, 0.0) if each else None for each, text in zip(worth, said, strict=True)
+            each.get(self.written(text), 0.0) if each else None
+            for each, text in zip(worth, said, strict=True)
         ]
         right, known = [s for s in scores if s is not None], [each for each in worth if each]
         if not known:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from elip_kernels.autocast import no_autocast
 from elip_models.data import (
     EvaluationBatch,
     Sample,
@@ -233,7 +234,11 @@ class _Index:
 
     def similarities(self) -> Tensor | None:
         """(I, T) of features; None where the model has none."""
-        return None if self.features is None else self.features[0] @ self.features[1].T
+        if self.features is None:
+            return None
+        images, texts = self.features
+        with no_autocast(images):
+            return images @ texts.T
 
     def match(self, images: Tensor, texts: Tensor, guide: int | None = None) -> Tensor:
         """How well pairs fit, numbers of images and texts (P,) -> (P,); text `guide` reduces."""

@@ -3,7 +3,7 @@
 ALBEF and BLIP learn to write each answer of a question, weighed, and rank the answers of a list:
 the `candidates` whose first token is most likely, by the likelihood of the whole. METER tells the
 3,129 most frequent answers apart, as many binary questions. An answer counts as much as the humans
-who gave it say.
+who gave it say, in whatever writing.
 Source: VQA v2 (Goyal et al., 2017); ALBEF (Li et al., 2021); METER (Dou et al., 2022).
 """
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from elip_models.data import Example, soft_scores, tokenize
+from elip_models.data.tasks.vqa_answers import normalise_answer
 from elip_models.tasks.class_task import ClassTask
 from elip_models.tasks.task import Reading
 from elip_models.validation import PositiveInt
@@ -40,13 +41,19 @@ class VQA(ClassTask):
     answer_length: PositiveInt = 10
     candidates: PositiveInt = 128
 
+    def written(self, answer: str) -> str:
+        return normalise_answer(answer) or answer
+
     def worth(self, answers: dict[str, float]) -> dict[str, float]:
-        return soft_scores(answers)
+        shares: dict[str, float] = {}
+        for answer, share in answers.items():
+            shares[self.written(answer)] = shares.get(self.written(answer), 0.0) + share
+        return soft_scores(shares)
 
     def targets(self, reading: Reading, example: Example) -> dict[str, Tensor]:
         if classifies(reading.model):
             worth = self.worth(example.answers)
-            scores = [worth.get(answer, 0.0) for answer in reading.source.answers]
+            scores = [worth.get(self.written(answer), 0.0) for answer in reading.source.answers]
             return {"answer_scores": torch.tensor(scores)}
         return self._answers(reading, example)
 

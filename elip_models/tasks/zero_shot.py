@@ -1,8 +1,8 @@
 """Zero-shot classification: an image is of the class whose texts are most like it.
 
 A class is the normalised mean of its name's features in all templates; an image is right at k when
-its class is among the k most similar, a tie decided against the model. Images are encoded without
-any text.
+its class is among the k most similar, a tie decided against the model unless the names are one.
+Images are encoded without any text.
 Source: CLIP (Radford et al., 2021), section 3.1.
 """
 
@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elip_kernels.autocast import no_autocast
 from elip_models.data import ClassSource, evaluation_batches
 from elip_models.models.base import evaluating
-from elip_models.tasks.features import encode_images, encode_texts, ranks_by_chunk
+from elip_models.tasks.features import encode_images, encode_texts, ranks_of
 from elip_models.tasks.task import Loading, read_all
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from elip_models.models.base import PretrainedModel
 
 KS = (1, 5)
+CHUNK = 1024  # images whose similarities exist at once
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,7 @@ def evaluate_zero_shot(
         )
     number = {name: i for i, name in enumerate(source.classes)}
     labels = torch.tensor([number[name] for (name,) in found], device=images.device)
-    ids = torch.arange(len(classes), device=labels.device)
-    ranks = ranks_by_chunk(images, classes, labels, ids)
+    ranks = _ranks(images, classes, labels, source.names)
     return ZeroShotScores(
         accuracies={f"zero_shot_top{k}": (ranks < k).double().mean().item() for k in KS},
         chance={f"zero_shot_top{k}": min(1.0, k / len(classes)) for k in KS},
@@ -100,6 +101,17 @@ def evaluate_zero_shot(
         num_classes=len(classes),
         num_skipped=len(report.reasons),
     )
+
+
+def _ranks(images: Tensor, classes: Tensor, labels: Tensor, names: Sequence[str]) -> Tensor:
+    """Classes that rank before an image's own (I,) -> (I,); one of the same name does if it comes
+    earlier, as the first of equal scores is taken: two of ImageNet's names are of two classes."""
+    numbers = torch.tensor([names.index(name) for name in names], device=labels.device)
+    places = torch.arange(len(names), device=labels.device)
+    same = (numbers[:, None] == numbers) & (places[:, None] <= places)
+    chunks = zip(images.split(CHUNK), labels.split(CHUNK), strict=True)
+    with no_autocast(images):
+        return torch.cat([ranks_of(each @ classes.T, same[own]) for each, own in chunks])
 
 
 def class_features(

@@ -11,6 +11,7 @@ Source: VQA (Antol et al., 2015), and the evaluation page of visualqa.org.
 """
 
 import re
+from functools import lru_cache
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 DIGITS = {"none": "0"} | {word: str(number) for number, word in enumerate(NUMBERS)}
@@ -36,6 +37,7 @@ CONTRACTIONS = {
 }
 
 
+@lru_cache(2**16)
 def normalise_answer(answer: str) -> str:
     """Write an answer as answers are compared: "The 2 dogs." -> "2 dogs"."""
     text = THOUSANDS.sub("", answer.lower())
