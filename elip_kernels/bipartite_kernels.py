@@ -3,7 +3,7 @@ launchers.
 
     match      (image, tile of A): products with tiles of B, running arg-max -> best, partner
                (image): the r best of A -> slots, the output row of every token; beyond 4,096 of
-               A they are selected first (`selection.py`), and each tile of A looks them up
+               A they are selected first (`select_kernels.py`), and each tile of A looks them up
 
 Traffic: each program of `match` reads its tile of A and all of B (from L2 after the first).
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from elip_kernels import launch
 from elip_kernels._triton import tl, triton
 from elip_kernels.select import kth_largest, order_key, output_slots
-from elip_kernels.selection import launch_select
+from elip_kernels.select_kernels import launch_select
 
 SMALLEST_SQUARE = torch.finfo(torch.float32).tiny  # a smaller squared norm gives no direction
 

@@ -2,7 +2,7 @@
 
 One program per (image, slice of D), the last image first: tile by tile, each token to its output
 row. Tokens are read once and written once; prefix tokens are rows like any. What was selected is
-known (`selection.py`).
+known (`select_kernels.py`).
 """
 
 import torch

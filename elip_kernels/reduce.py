@@ -33,7 +33,7 @@ from elip_kernels.select import (
     store_prefix,
     store_selection,
 )
-from elip_kernels.selection import launch_select
+from elip_kernels.select_kernels import launch_select
 
 EPSILON = 1e-6  # added to the dropped mass before dividing by it (Eq. 4)
 

@@ -49,7 +49,7 @@ from elip_kernels.reduce import (
 )
 from elip_kernels.rows import accumulator
 from elip_kernels.select import select_and_weigh, store_prefix, store_selection
-from elip_kernels.selection import launch_select
+from elip_kernels.select_kernels import launch_select
 
 
 @overload

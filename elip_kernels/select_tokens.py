@@ -22,7 +22,7 @@ from elip_kernels._validate import (
 )
 from elip_kernels.reduce import places
 from elip_kernels.rows import accumulator
-from elip_kernels.selection import launch_select
+from elip_kernels.select_kernels import launch_select
 
 
 def select_tokens(

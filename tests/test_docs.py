@@ -9,6 +9,7 @@ import timm
 import torch
 import typer
 
+import elip_kernels
 import elip_models
 from elip_models.cli import app
 from elip_models.models import registry
@@ -118,3 +119,9 @@ def test_the_readme_takes_three_minutes_and_its_links_lead_somewhere():
     links = re.findall(r"\]\((docs/[^)#]+)", text)
     assert len(links) > 10
     assert all((ROOT / link).is_file() for link in links)
+
+
+def test_the_reference_has_every_public_name_of_the_kernels():
+    page = (ROOT / "docs/api/kernels.md").read_text()
+    named = {line.rpartition(".")[2] for line in re.findall(r"^::: (.*)$", page, re.MULTILINE)}
+    assert named == set(elip_kernels.__all__) - {"__version__"}
