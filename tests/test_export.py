@@ -6,9 +6,11 @@ import open_clip
 import pytest
 import torch
 import transformers
+from PIL import Image
 
 from elip_models.checkpoints.export import save_as, to_hf
 from elip_models.checkpoints.load import convert_checkpoint
+from elip_models.data import image_transform
 from elip_models.models.clip import CLIP
 from elip_models.models.registry import create_model, load_model
 from tests.test_cli import elip
@@ -239,6 +241,30 @@ def test_a_setting_of_open_clip_that_ours_lacks_is_refused(tmp_path, change, mes
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         convert_checkpoint(tmp_path / "saved")
+
+
+def test_how_images_are_resized_goes_to_open_clip_and_returns(tmp_path):
+    save_as(our_clip(resize="squash"), tmp_path / "there", "open_clip")
+    assert convert_checkpoint(tmp_path / "there").config.resize == "squash"
+    _, transform = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'there'}")
+    wide = Image.new("RGB", (128, 64))
+    wide.paste("white", (0, 0, 32, 64))  # which a crop of the centre does not show
+    ours = image_transform(64, train=False, resize="squash")
+    torch.testing.assert_close(transform(wide), ours(wide), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("to", ["open_clip", "hf"])
+def test_images_of_other_stats_are_refused(to, tmp_path):
+    save_as(our_clip(), tmp_path / to, to)
+    if to == "hf":
+        name, stats = "preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5]}
+    else:
+        name, path = "open_clip_config.json", tmp_path / to / "open_clip_config.json"
+        stats = json.loads(path.read_text())
+        stats["preprocess_cfg"]["mean"] = [0.5, 0.5, 0.5]
+    (tmp_path / to / name).write_text(json.dumps(stats))
+    with pytest.raises(ValueError, match=rf"expected the mean .* of images in {name}.*got \(0\.5"):
+        convert_checkpoint(tmp_path / to)
 
 
 @pytest.mark.parametrize(

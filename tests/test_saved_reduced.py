@@ -194,6 +194,17 @@ def test_settings_that_are_missing_or_no_json_say_so(tmp_path):
         elip_models.load_reduced(tmp_path / "no" / "such")
 
 
+def test_a_damaged_file_is_named(tmp_path):
+    saved_timm(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=rf"folder: expected whole weights in {tmp_path}, got "):
+        elip_models.load_reduced(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json: expected a JSON object, got \[\]"):
+        elip_models.load_reduced(tmp_path)
+
+
 def test_a_write_that_fails_leaves_the_old_files(tmp_path, monkeypatch):
     saved_timm(tmp_path)
     (tmp_path / "config.json").write_text("{}")

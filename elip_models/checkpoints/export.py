@@ -222,7 +222,10 @@ def _write_open_clip(model: PretrainedModel, folder: Path, *, has_tokenizer: boo
     save_file(weights, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
     if has_tokenizer:
         config["text_cfg"]["hf_tokenizer_name"] = "."  # open_clip reads the folder itself
-    described = {"model_cfg": config, "preprocess_cfg": {"mean": CLIP_MEAN, "std": CLIP_STD}}
+    images = {"mean": CLIP_MEAN, "std": CLIP_STD}
+    if model.config.resize == "squash":
+        images["resize_mode"] = "squash"
+    described = {"model_cfg": config, "preprocess_cfg": images}
     text = json.dumps(described, indent=2) + "\n"
     (folder / OPEN_CLIP_CONFIG).write_text(text, encoding="utf-8")
 

@@ -6,19 +6,21 @@ Weights do not say how many heads they have: 64 wide each, unless a config or an
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from elip_models.checkpoints.names import Kind
+from elip_models.data.transforms import CLIP_MEAN, CLIP_STD
 from elip_models.models.files import read_object
 from elip_models.models.meter_config import ROBERTA
 from elip_models.models.registry import FAMILIES
 
 HEAD_WIDTH = 64
 OPEN_CLIP_CONFIG = "open_clip_config.json"
+HF_IMAGES = "preprocessor_config.json"
 ENCODERS = {
     "vision_width": ("encoders.visual.pos_embed", -1),
     "patch_size": ("encoders.visual.patch_embed.proj.weight", -1),
@@ -161,6 +163,9 @@ def fields_of(kind: Kind, folder: Path | None, vocab_size: int) -> dict[str, Any
     """
     if folder is None:
         return {}
+    if (folder / HF_IMAGES).is_file():
+        images = read_object(folder / HF_IMAGES)
+        _check_stats(HF_IMAGES, images.get("image_mean"), images.get("image_std"))
     if kind.architecture is not None and (folder / "config.json").is_file():
         from transformers import AutoConfig
 
@@ -168,8 +173,21 @@ def fields_of(kind: Kind, folder: Path | None, vocab_size: int) -> dict[str, Any
         return _of_hf_clip(config) if kind.family == "clip" else _of_hf_blip(config)
     if kind.architecture is None and (folder / OPEN_CLIP_CONFIG).is_file():
         described = read_object(folder / OPEN_CLIP_CONFIG)
-        return _of_open_clip(described.get("model_cfg", {}), vocab_size)
+        images = described.get("preprocess_cfg", {})
+        _check_stats(OPEN_CLIP_CONFIG, images.get("mean"), images.get("std"))
+        resize = {"resize": "squash"} if images.get("resize_mode") == "squash" else {}
+        return resize | _of_open_clip(described.get("model_cfg", {}), vocab_size)
     return {}
+
+
+def _check_stats(file: str, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    """Raises ValueError where images are normalised otherwise than ours are."""
+    for name, got, ours in (("mean", mean, CLIP_MEAN), ("std", std, CLIP_STD)):
+        if got is not None and any(abs(a - b) > 1e-3 for a, b in zip(got, ours, strict=True)):
+            raise ValueError(
+                f"source: expected the {name} {ours} of images in {file}, as our models have them, "
+                f"got {tuple(got)}; name the weight file alone to convert it all the same"
+            )
 
 
 def _of_hf_clip(config: Any) -> dict[str, Any]:

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from elip_models.models.base import PretrainedModel
-from elip_models.models.files import write_file
+from elip_models.models.files import read_object, write_file
 from elip_models.models.hub import CARD, card_values, fetched, staged
 from elip_models.models.registry import MODELS, load_model
 from elip_models.reduction.library_config import note
@@ -102,11 +103,14 @@ def load_reduced(
     Raises:
         FileNotFoundError: no such folder, or none of a reduced model.
         ConfigError: settings that cannot be read, or do not fit the model, with file and key.
-        TypeError, ValueError: a folder of no library that is known.
+        TypeError, ValueError: a folder of no library that is known, or of a damaged file.
     """
     check("model", model, nn.Module | None)
     folder = fetched(folder)
-    model = _opened(folder) if model is None else model
+    try:
+        model = _opened(folder) if model is None else model
+    except SafetensorError as error:
+        raise ValueError(f"folder: expected whole weights in {folder}, got {error}") from error
     if isinstance(model, PretrainedModel):
         _check_reduces(model)
         if strategy is not None:
@@ -181,7 +185,7 @@ def _settings_in(folder: Path) -> tuple[Any, str]:
     """The settings that a folder holds, and where they stand."""
     if (folder / SETTINGS).is_file():
         return _read_json(folder / SETTINGS), str(folder / SETTINGS)
-    config = _read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    config = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     if "elip" not in config:
         raise FileNotFoundError(
             f"folder: expected {SETTINGS}, or a {CONFIG} with 'elip', as save_reduced writes them, "
@@ -201,7 +205,7 @@ def _opened(folder: Path) -> nn.Module:
         import open_clip
 
         return open_clip.create_model(f"local-dir:{folder}").eval()
-    config = _read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    config = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     if config.get("model") in MODELS:
         return load_model(folder).eval()
     if "architecture" in config:
