@@ -184,9 +184,10 @@ def test_bad_settings_name_file_and_key(tmp_path, change, message):
 
 def test_settings_that_are_missing_or_no_json_say_so(tmp_path):
     saved_timm(tmp_path)
-    (tmp_path / SETTINGS).write_text('{"version": 1, ')
-    with pytest.raises(ValueError, match=r"elip.json: expected JSON, got .*; save the model again"):
-        elip_models.load_reduced(tmp_path)
+    for broken in ('{"version": 1, ', "[" * 100_000, "[1]"):
+        (tmp_path / SETTINGS).write_text(broken)
+        with pytest.raises(ValueError, match=r"elip.json: expected a JSON object, got "):
+            elip_models.load_reduced(tmp_path)
     (tmp_path / SETTINGS).unlink()
     with pytest.raises(FileNotFoundError, match=r"expected elip.json, .*; the model is dense"):
         elip_models.load_reduced(tmp_path)

@@ -12,18 +12,20 @@ with extra("elip_models.data"):
         open_classes,
     )
     from elip_models.data.examples import Example, ExampleSource, soft_scores
+    from elip_models.data.json_source import JsonSource
     from elip_models.data.loader import (
         EpochSampler,
         EvaluationBatch,
         ExampleBatch,
-        ImageTextDataset,
         evaluation_batches,
         example_batches,
         train_loader,
     )
-    from elip_models.data.readers import JsonSource, MixedSource, ShardSource, open_source
+    from elip_models.data.mixture import MixedSource
+    from elip_models.data.readers import open_source
     from elip_models.data.sample import NamedMasks, Sample, SampleError, Source
     from elip_models.data.scenes import EmojiScenes, render
+    from elip_models.data.shard_source import ShardSource
     from elip_models.data.skips import DataError, SkipReport, check_source
     from elip_models.data.stream_batches import StreamBatches, stream_loader
     from elip_models.data.stream_source import StreamSource, is_stream, open_stream
@@ -35,6 +37,7 @@ with extra("elip_models.data"):
     from elip_models.data.tasks.text_only import question_only_accuracy
     from elip_models.data.tokenizer import load_tokenizer, tokenize, train_tokenizer
     from elip_models.data.training_samples import (
+        ImageTextDataset,
         ImageTextPreparation,
         TrainingSamples,
         drawn,

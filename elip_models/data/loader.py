@@ -21,25 +21,12 @@ from elip_models.data.checks import check_not_empty
 from elip_models.data.examples import Example, ExampleSource
 from elip_models.data.mixture import check_weights, samples_an_epoch, turns
 from elip_models.data.sample import Sample, SampleError, Source
-from elip_models.data.skips import DataError, SkipReport, check_source
-from elip_models.data.training_samples import ImageTextDataset, TrainingSamples
+from elip_models.data.skips import DataError, SkipReport
+from elip_models.data.training_samples import TrainingSamples
 from elip_models.validation import Count, PositiveInt, check
 
 if TYPE_CHECKING:
     from PIL import Image
-
-__all__ = [
-    "DataError",
-    "EpochSampler",
-    "EvaluationBatch",
-    "ExampleBatch",
-    "ImageTextDataset",
-    "SkipReport",
-    "check_source",
-    "evaluation_batches",
-    "example_batches",
-    "train_loader",
-]
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):

@@ -8,22 +8,12 @@ from typing import Any
 from elip_models.data.checks import check_not_empty, expanded
 from elip_models.data.json_source import JsonSource
 from elip_models.data.mixture import MixedSource
-from elip_models.data.sample import Sample, SampleError, Source
+from elip_models.data.sample import Source
 from elip_models.data.scenes import EmojiScenes
 from elip_models.data.shard_source import ShardSource
 from elip_models.data.specs import expand_ranges, parse_files
 from elip_models.data.stream_source import is_stream
 from elip_models.validation import PositiveInt, check
-
-__all__ = [
-    "JsonSource",
-    "MixedSource",
-    "Sample",
-    "SampleError",
-    "ShardSource",
-    "Source",
-    "open_source",
-]
 
 _BUILT_IN = "emoji_scenes"
 _OPTIONS = ("seed", "size", "clutter", "textures")

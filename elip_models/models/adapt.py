@@ -110,7 +110,7 @@ def adapt_(model: "PretrainedModel", config: AdaptConfig) -> "PretrainedModel":
     family = model.family.split("_")[0]
     targets = config.target_modules or TARGETS[family][config.kind]
     layers = {n: m for n, m in model.named_modules() if _fits(n, targets)}
-    _check(model, config, targets, layers)
+    _check(model, targets, layers)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     online = {name for name, layer in layers.items() if layer.weight.requires_grad}
     full = _full(model, config, trained)
@@ -200,9 +200,7 @@ def _fits(name: str, targets: Targets) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def _check(
-    model: "PretrainedModel", config: AdaptConfig, targets: Targets, layers: dict[str, nn.Module]
-) -> None:
+def _check(model: "PretrainedModel", targets: Targets, layers: dict[str, nn.Module]) -> None:
     if model.adapted is not None:
         raise ValueError("model: expected a plain one, got one that is adapted; merge_ it first")
     if getattr(model.config, "tuning", "full") != "full":

@@ -184,7 +184,7 @@ def _inside(model: nn.Module, place: Any) -> nn.Module:
 def _settings_in(folder: Path) -> tuple[Any, str]:
     """The settings that a folder holds, and where they stand."""
     if (folder / SETTINGS).is_file():
-        return _read_json(folder / SETTINGS), str(folder / SETTINGS)
+        return read_object(folder / SETTINGS), str(folder / SETTINGS)
     config = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     if "elip" not in config:
         raise FileNotFoundError(
@@ -320,13 +320,6 @@ def _write_weights(model: nn.Module, path: Path) -> None:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     write_file(path, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}; save the model again") from error
 
 
 def _card(reduction: Reduction, library: str, folder: Path) -> str:
