@@ -1,5 +1,7 @@
 """`elip data export` and `check`: the built-in worlds as files, read back to equal examples."""
 
+import json
+
 import pytest
 
 from elip_models.data import export, open_examples, open_source
@@ -48,6 +50,17 @@ def test_an_export_of_captions_reads_back_to_equal_samples(task, tmp_path):
     assert len(found) == 5
     for index in range(5):
         assert found[index]._replace(id="") == source[index]._replace(id="")
+
+
+@pytest.mark.parametrize("task", ["retrieval", "captioning"])
+def test_an_export_of_pairs_has_each_image_once(task, tmp_path):
+    image = open_source("emoji_scenes:size=1", image_size=32)[0].image
+    image.save(tmp_path / "a.png")
+    pairs = [{"image": "a.png", "caption": text} for text in ("one", "two")]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+    (written,) = export(task, str(tmp_path / "pairs.json"), tmp_path / "out", image_size=32)
+    (sample,) = open_source(written, image_size=32)
+    assert sample.captions == ("one", "two")
 
 
 def test_an_export_goes_to_an_empty_folder(tmp_path, capsys):

@@ -181,6 +181,13 @@ def test_a_model_of_other_answers_than_the_data_is_not_scored_by_theirs():
     assert scores.baselines["chance"] == {"accuracy": 1 / 3}
 
 
+def test_data_of_which_the_model_knows_no_answer_is_refused():
+    with pytest.raises(
+        DataError, match=r"among the 2 .* such as 'yes', got none of them, but 'dar"
+    ):
+        VQA().evaluate(Stub(num_classes=2), Tokens(), Greys(), LOADING, ("yes", "no"))
+
+
 def test_examples_of_one_id_are_all_scored():
     class SameId(Greys):
         def text_alone(self, index):

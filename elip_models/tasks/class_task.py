@@ -115,6 +115,11 @@ class ClassTask(Task):
         right, known = [s for s in scores if s is not None], [each for each in worth if each]
         if not known:
             raise DataError("no example says what is right: expected answers, got none")
+        if not any(each.keys() & set(map(self.written, answers)) for each in known):
+            raise DataError(
+                f"expected answers among the {len(answers)} that the model chooses from, such as "
+                f"{answers[0]!r}, got none of them, but {next(iter(known[0]))!r}"
+            )
         heaviest = Counter(max(each, key=each.get) for each in known)
         always = heaviest.most_common(1)[0][0]
         return TaskScores(

@@ -23,6 +23,7 @@ from elip_models.data.checks import expanded
 from elip_models.data.examples import ExampleSource
 from elip_models.data.readers import open_source
 from elip_models.data.sample import Source
+from elip_models.data.shared_images import by_image
 from elip_models.data.tasks.opening import open_examples
 from elip_models.validation import check
 
@@ -44,7 +45,7 @@ def export(task: ExportedTask, spec: str, folder: str | Path, *, image_size: int
     writer = _WRITERS[task]
     is_captions = task in ("retrieval", "captioning")
     source = (
-        open_source(spec, image_size=image_size)
+        by_image(open_source(spec, image_size=image_size))
         if is_captions
         else open_examples(task, spec, image_size=image_size)
     )
