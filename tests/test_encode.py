@@ -159,7 +159,7 @@ def strategies():
     yield elip_models.Adaptive(SCHEDULE, keep_mass=0.5, merge="nearest")
 
 
-@pytest.mark.parametrize("strategy", strategies(), ids=str)
+@pytest.mark.parametrize("strategy", list(strategies()), ids=str)
 def test_another_tower_does_what_each_step_did(strategy):
     """The same tower, without the text: the same tokens only if every step is replayed."""
     tower, x = elip_models.towers.as_tower(clip_vit().eval()), images()

@@ -6,15 +6,18 @@ import os
 import platform
 import socket
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from elip_models.data import ExampleSource, Source, StreamSource
 from elip_models.profiling.commit import commit
 
-PACKAGES = ("elip-kernels", "torch", "timm", "transformers", "accelerate", "datasets", "peft")
+PACKAGES = ("elip-kernels", "timm", "transformers", "accelerate", "datasets", "peft")
 MAX_READ_SAMPLES = 1_000
 
 
@@ -30,7 +33,7 @@ def origin(
         "process": os.getpid(),
         "command": sys.argv,
         "python": platform.python_version(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": {"torch": torch.__version__, **_versions()},  # torch's own tells its build
         "commit": commit(),
         "data": {"samples": len(source), "sha256": fingerprint(source)},
     }
@@ -48,8 +51,9 @@ def fingerprint(source: Source | ExampleSource | StreamSource) -> str:
     return digest.hexdigest()
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
