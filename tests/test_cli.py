@@ -7,15 +7,8 @@ import types
 import pytest
 
 from elip_models.cli import main
-from tests.test_damaged_files import shard
-from tests.tiny_run import logged, own_process, tiny_arguments
-
-
-def elip(*arguments):
-    """Exit status of `elip`."""
-    with own_process(), pytest.raises(SystemExit) as exit_:
-        main([str(argument) for argument in arguments])
-    return exit_.value.code or 0
+from tests.damage import shard
+from tests.tiny_run import elip, logged, tiny_arguments
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from elip_models.checkpoints.load import convert_checkpoint
 from elip_models.data import image_transform
 from elip_models.models.clip import CLIP
 from elip_models.models.registry import create_model, load_model
-from tests.test_cli import elip
+from tests.tiny_run import elip
 from tests.weights import assert_equal_weights
 
 WIDTH, IDS = 32, 50

@@ -17,9 +17,8 @@ from elip_models.training.summary import print_summary
 from elip_models.training.trainer import Trainer, train
 from elip_models.training.training_data import meta_model
 from elip_models.validation import ConfigError
-from tests.test_cli import elip
 from tests.tiers import tiered
-from tests.tiny_run import logged, own_process
+from tests.tiny_run import elip, logged, own_process
 from tests.weights import assert_equal_weights
 
 QUIET = Console(quiet=True)

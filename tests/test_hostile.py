@@ -9,17 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from elip_models.cli import main
-from tests.tiny_run import own_process, tiny_arguments
+from tests.tiny_run import elip, tiny_arguments
 
 TINY = ("optim.steps=1", "trackers=[]", "report=[]")
 LONG = "x" * 300
-
-
-def elip(*arguments):
-    with pytest.raises(SystemExit) as exit, own_process():
-        main([str(each) for each in arguments])
-    return exit.value.code
 
 
 @pytest.fixture(scope="module")

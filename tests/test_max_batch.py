@@ -9,8 +9,8 @@ from elip_models.profiling.max_batch import bytes_of, largest_batches
 from elip_models.profiling.measure import saved_bytes
 from elip_models.profiling.workload import Workload
 from elip_models.validation import ConfigError
-from tests.test_hostile import elip
 from tests.tiers import tiered
+from tests.tiny_run import elip
 
 
 @pytest.mark.parametrize(

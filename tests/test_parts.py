@@ -24,8 +24,8 @@ from elip_models.reduction.flops import strategy_flops
 from elip_models.reduction.strategies import Dense
 from elip_models.reduction.strategies.elip import Elip
 from elip_models.reduction.strategies.tome import ToMe
-from tests.test_cli import elip
 from tests.tiers import tiered
+from tests.tiny_run import elip
 from tests.towers import plain_vit
 
 EXACT = Elip("1(100%) 1(50%) 2(25%)", scorer="exact")

@@ -16,9 +16,9 @@ from elip_models.models.clip import CLIP, CLIPConfig
 from elip_models.reduction.encode import encode_image
 from elip_models.validation import ConfigError
 from tests.models import hf_blip, hf_clip, hf_siglip, open_clip_pair
-from tests.test_cli import elip
 from tests.test_image_text import guidance_of
 from tests.test_open_model import tiny_vit
+from tests.tiny_run import elip
 
 CAPTIONS = ["a red dog on the left", "two cats"]
 SIX = "2(100%) 2(70%) 2(40%)"

@@ -34,8 +34,8 @@ from elip_models.reduction.strategy_spec import get_strategy
 from elip_models.towers import as_image_text
 from elip_models.training.report import _timing_table, scorer_costs
 from tests.models import hf_blip, hf_clip, open_clip_pair
-from tests.test_cli import elip
 from tests.tiers import tiered
+from tests.tiny_run import elip
 from tests.towers import SCHEDULE, plain_vit
 
 PAIRS = {"open_clip": open_clip_pair, "CLIPModel": hf_clip, "Blip": hf_blip}

@@ -30,7 +30,7 @@ from elip_models.reduction.strategies import PatchDropout
 from elip_models.reduction.strategies.elip import Elip, Staged
 from elip_models.reduction.strategy import StageInfo
 from tests.models import enlarged
-from tests.test_cli import elip
+from tests.tiny_run import elip
 
 COUNT, KEEP, PATCHES = 24, 32, 64
 HALF = Schedule.parse("1(100%) 2(50%)")

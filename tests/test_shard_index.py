@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from elip_models.data import ShardSource, shard_index
-from tests.test_damaged_files import picture, shard
+from tests.damage import picture, shard
 
 
 @pytest.fixture

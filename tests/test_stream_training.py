@@ -31,8 +31,8 @@ from elip_models.training.recipe import load_recipe
 from elip_models.training.trainer import train
 from elip_models.training.training_data import open_training
 from elip_models.validation import ConfigError
+from tests.damage import shard
 from tests.streaming import served
-from tests.test_damaged_files import shard
 from tests.tiny_run import logged, own_process, tiny_arguments, tiny_config
 
 SHARDS, SAMPLES = 5, 4

@@ -11,8 +11,8 @@ import pytest
 from elip_models.data import SampleError, ShardSource, open_source, open_stream, streams
 from elip_models.data.stream_source import ShardEnd, decoded
 from elip_models.data.tar_members import BLOCK
+from tests.damage import SIX_GIGABYTES, header, headers, overwrite, picture, shard
 from tests.streaming import served
-from tests.test_damaged_files import SIX_GIGABYTES, header, headers, overwrite, picture, shard
 
 ADDRESS = re.compile("0x[0-9a-f]+")
 NO_HEADER = bytes(range(256)) * 2

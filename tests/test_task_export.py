@@ -5,7 +5,7 @@ import json
 import pytest
 
 from elip_models.data import export, open_examples, open_source
-from tests.test_cli import elip
+from tests.tiny_run import elip
 
 SIZES = {"vqa": 24, "entailment": 12, "nlvr2": 12, "classification": 12}
 BUILT_IN = {

@@ -15,8 +15,7 @@ from elip_models.models.clip import CLIP
 from elip_models.tasks.zero_shot import class_features, evaluate_zero_shot
 from elip_models.training.trainer import train
 from elip_models.validation import ConfigError
-from tests.test_cli import elip
-from tests.tiny_run import logged, own_process, tiny_config
+from tests.tiny_run import elip, logged, own_process, tiny_config
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue_sky": (0, 0, 255)}
 

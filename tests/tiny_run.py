@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
+from elip_models.cli import main
 from elip_models.training.recipe import load_recipe
 from elip_models.training.run_config import RunConfig
 
@@ -64,3 +66,10 @@ def own_process() -> Iterator[None]:
     torch.set_num_threads(threads)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+def elip(*arguments: object) -> int:
+    """Exit status of the command `elip`."""
+    with own_process(), pytest.raises(SystemExit) as exit_:
+        main([str(argument) for argument in arguments])
+    return exit_.value.code or 0

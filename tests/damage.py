@@ -1,0 +1,58 @@
+"""Shards of data, whole, and damaged as wanted."""
+
+import io
+import tarfile
+
+import numpy as np
+from PIL import Image
+
+from elip_models.data.tar_members import BLOCK
+
+SIX_GIGABYTES = b"\x80" + (6 << 30).to_bytes(11, "big")
+"""A size in a header."""
+KEYS = tuple(f"k{i}" for i in range(6))
+
+
+def picture(seed=0, format="PNG", size=(12, 10)):
+    """An image that does not compress, in bytes."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format)
+    return file.getvalue()
+
+
+def shard(path, members=None, format=tarfile.USTAR_FORMAT):
+    """A tar of these members, or of six samples."""
+    if members is None:
+        members = [(f"{key}.png", picture(i)) for i, key in enumerate(KEYS)]
+        members += [(f"{key}.txt", f"caption of {key}".encode()) for key in KEYS]
+        members.sort()
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def headers(path):
+    """Offsets of the headers."""
+    with tarfile.open(path) as tar:
+        return [member.offset for member in tar]
+
+
+def overwrite(path, offset, content):
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(content)
+
+
+def header(name, size, kind=b"0"):
+    """A header with a checksum that holds, whatever it says."""
+    block = bytearray(BLOCK)
+    block[:100] = name.encode().ljust(100, b"\0")
+    block[100:108], block[257:265] = b"0000644\0", b"ustar\x0000"
+    block[124:136] = size
+    block[148:156], block[156:157] = b" " * 8, kind
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
