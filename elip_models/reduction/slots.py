@@ -50,9 +50,9 @@ def slots_of(reduction: BipartiteInfo | ReductionInfo) -> Slots:
     kept, p = reduction.kept, reduction.num_prefix_tokens
     (B, K), N = kept.shape, reduction.weights.shape[1]
     others = p + K  # the merged token's slot, or that of none
-    slots = torch.arange(p, others, device=kept.device).expand(B, -1)
+    slots = torch.arange(others, device=kept.device).expand(B, -1)
     if reduction.mask is not None:
-        slots = slots.where(reduction.mask[:, p:others], others)
-    index = torch.full((B, N), others, device=kept.device)
-    index[:, :p] = torch.arange(p, device=kept.device)
-    return Slots(index.scatter(1, kept, slots), others + reduction.merged, not reduction.merged)
+        slots = slots.where(reduction.mask[:, :others], others)
+    places = torch.cat([torch.arange(p, device=kept.device).expand(B, -1), kept], dim=1)
+    index = torch.full((B, N), others, device=kept.device).scatter(1, places, slots)
+    return Slots(index, others + reduction.merged, not reduction.merged)

@@ -74,6 +74,8 @@ class Forward:
         self.tower, self.strategy, self.text_cls = tower, strategy, text_cls
         self.size = tower.size
         if tower.has_dynamic_size and num_tokens is not None:
+            if isinstance(num_tokens, Tensor):  # of torch.jit.trace
+                num_tokens = int(num_tokens)
             self.size = tower.size._replace(num_patches=num_tokens - tower.num_prefix_tokens)
         self.on_grid, self.unmerges = on_grid, (tower.pools and strategy.merge) or strategy.pads
         self.rows = rows or {}
