@@ -17,12 +17,12 @@ class FileSpec:
     """Files and where what they name is.
 
     Args:
-        files: Paths; ranges, globs and folders where the reader takes them.
-        images: The folder that paths of images are relative to; None: that of the file.
-        split: Which part of a file, or several: "test", "train+restval"; None: all of it.
-        answers: A JSON list of all that can be answered; None: made from the data.
-        weight: What each right answer counts: 0.5 of Visual Genome's in ALBEF, 0.2 in BLIP.
-        label: Which column of a table is the class; None: the only one.
+        files: paths; ranges, globs and folders where the reader takes them.
+        images: the folder that paths of images are relative to; None: that of the file.
+        split: which part of a file, or several: "test", "train+restval"; None: all of it.
+        answers: a JSON list of all that can be answered; None: made from the data.
+        weight: what each right answer counts: 0.5 of Visual Genome's in ALBEF, 0.2 in BLIP.
+        label: which column of a table is the class; None: the only one.
     """
 
     files: tuple[str, ...]

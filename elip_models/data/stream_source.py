@@ -39,11 +39,11 @@ class StreamSpec:
     Args:
         stream: URLs of the shards, with ranges such as {0000..0012}: https://, hf://, any other
             that fsspec opens; or "pipe:" and a command of the shell that writes one.
-        samples: How many make an epoch, which decides the steps of `optim.epochs`; reading never
+        samples: how many make an epoch, which decides the steps of `optim.epochs`; reading never
             ends. Nobody counts them.
-        resample: Each reader draws its shards, with replacement; otherwise all of them come before
+        resample: each reader draws its shards, with replacement; otherwise all of them come before
             one comes again, and there have to be as many as readers.
-        shuffle: Samples that a reader holds, and of which it draws the next; 1 keeps their order.
+        shuffle: samples that a reader holds, and of which it draws the next; 1 keeps their order.
     """
 
     stream: tuple[str, ...]

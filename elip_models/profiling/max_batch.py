@@ -35,11 +35,11 @@ class MaxBatch:
     """What a training step of a model takes under a strategy.
 
     Args:
-        held: Bytes of weights, gradients and moments.
-        fixed: Bytes of a step that do not grow with the batch.
-        each: Bytes of a step for each image and its text.
-        batch: The largest that fits; 0 where not even the weights do.
-        ratio: To that of the dense model.
+        held: bytes of weights, gradients and moments.
+        fixed: bytes of a step that do not grow with the batch.
+        each: bytes of a step for each image and its text.
+        batch: the largest that fits; 0 where not even the weights do.
+        ratio: to that of the dense model.
     """
 
     model: str

@@ -36,11 +36,11 @@ class RetrievalScores:
     """How well a model ranks a set of images and captions.
 
     Args:
-        recalls: Recall in [0, 1] by name: "image_to_text_r1", .., "text_to_image_r10".
-        chance: Same names, the expected recall of a random ranking.
-        num_images: Images ranked.
-        num_texts: Captions ranked.
-        num_skipped: Samples that could not be read.
+        recalls: recall in [0, 1] by name: "image_to_text_r1", .., "text_to_image_r10".
+        chance: same names, the expected recall of a random ranking.
+        num_images: images ranked.
+        num_texts: captions ranked.
+        num_skipped: samples that could not be read.
     """
 
     recalls: dict[str, float]
@@ -68,7 +68,7 @@ def recall_at_k(
     Args:
         similarity: (num_images, num_texts).
         text_to_image: (num_texts,) integer, the row of the image that each text describes.
-        ks: Cut-offs.
+        ks: cut-offs.
 
     Raises:
         TypeError: an argument of another type or dtype.
@@ -98,8 +98,8 @@ def recall_of_features(
         image_features: (num_images, E).
         text_features: (num_texts, E).
         text_to_image: (num_texts,) integer.
-        ks: Cut-offs.
-        chunk_size: Rows of the similarity matrix that exist at once.
+        ks: cut-offs.
+        chunk_size: rows of the similarity matrix that exist at once.
 
     Raises:
         TypeError: an argument of another type or dtype.
@@ -151,12 +151,12 @@ def evaluate_retrieval(
     The model is put in eval mode and back; the state of the random generators is untouched.
 
     Args:
-        model: One that `ranks`; its config says how images and captions are prepared.
-        tokenizer: Of the model.
-        source: Images with one or several captions each.
-        batch_size: Images, and captions, a forward pass.
-        num_workers: Loader processes; 0 loads here.
-        max_bad_share: A larger share of unreadable samples is an error.
+        model: one that `ranks`; its config says how images and captions are prepared.
+        tokenizer: of the model.
+        source: images with one or several captions each.
+        batch_size: images, and captions, a forward pass.
+        num_workers: loader processes; 0 loads here.
+        max_bad_share: a larger share of unreadable samples is an error.
 
     Raises:
         DataError: too many samples cannot be read, or all.

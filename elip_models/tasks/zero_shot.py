@@ -35,11 +35,11 @@ class ZeroShotScores:
     """How often a model finds the class of an image by its name.
 
     Args:
-        accuracies: In [0, 1] by name: "zero_shot_top1", "zero_shot_top5".
-        chance: Same names, of a random ranking.
-        num_images: Images classified.
-        num_classes: Classes.
-        num_skipped: Images that could not be read.
+        accuracies: in [0, 1] by name: "zero_shot_top1", "zero_shot_top5".
+        chance: same names, of a random ranking.
+        num_images: images classified.
+        num_classes: classes.
+        num_skipped: images that could not be read.
     """
 
     accuracies: dict[str, float]
@@ -74,12 +74,12 @@ def evaluate_zero_shot(
     The model is put in eval mode and back; the state of the random generators is untouched.
 
     Args:
-        model: One that `ranks`; its config says how images and texts are prepared.
-        tokenizer: Of the model.
-        source: Images and their classes, as `open_classes` gives them.
-        batch_size: Images, and texts, a forward pass.
-        num_workers: Loader processes; 0 loads here.
-        max_bad_share: A larger share of unreadable images is an error.
+        model: one that `ranks`; its config says how images and texts are prepared.
+        tokenizer: of the model.
+        source: images and their classes, as `open_classes` gives them.
+        batch_size: images, and texts, a forward pass.
+        num_workers: loader processes; 0 loads here.
+        max_bad_share: a larger share of unreadable images is an error.
 
     Raises:
         DataError: too many images cannot be read, or all.

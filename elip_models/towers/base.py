@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import elip_kernels
 from elip_kernels import BipartiteInfo, ReductionInfo
 from elip_models.towers.apart import apart
-from elip_models.towers.effective import Affine, is_hooked, is_known, is_layer_norm
+from elip_models.towers.effective import Affine, is_layer_norm
 from elip_models.towers.fsdp import unsharded
 from elip_models.towers.in_place import in_place_of, own_forward
 from elip_models.towers.query import Query
@@ -387,13 +387,3 @@ def with_cls(tokens: Tensor, cls: Tensor) -> Tensor:
 def optional(module: nn.Module, name: str) -> nn.Module:
     """A part that only some models have; the identity for the others."""
     return getattr(module, name, IDENTITY)
-
-
-def is_observed(module: nn.Module) -> bool:
-    """A hook or a replaced forward sees the module's calls, or it is in training mode."""
-    return is_hooked(module) or module.training
-
-
-def is_plain(block: nn.Module) -> bool:
-    """Modules of the libraries' own in eval mode, which nothing watches."""
-    return all(is_known(module) and not is_observed(module) for module in block.modules())

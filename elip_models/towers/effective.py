@@ -65,6 +65,12 @@ def is_known(module: nn.Module) -> bool:
     return type(module).__module__.startswith(LIBRARIES + PEFT)
 
 
+def is_plain(block: nn.Module) -> bool:
+    """Modules of the libraries' own in eval mode, which no hook and no other forward watches."""
+    modules = block.modules()
+    return all(is_known(m) and not is_hooked(m) and not m.training for m in modules)
+
+
 def refuses_norm(norm: nn.Module) -> str | None:
     """Why a block cannot begin with it, in one sentence, or None: a wrapper is called."""
     norm = unwrapped(norm)

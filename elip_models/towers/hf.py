@@ -28,8 +28,8 @@ from transformers import (
     ViTForMaskedImageModeling,
 )
 
-from elip_models.towers.base import Block, Projections, Tower, is_plain, optional
-from elip_models.towers.effective import Affine, qkv_of, through_transpose, unwrapped
+from elip_models.towers.base import Block, Projections, Tower, optional
+from elip_models.towers.effective import Affine, is_plain, qkv_of, through_transpose, unwrapped
 from elip_models.towers.fsdp import library_class
 from elip_models.towers.image_text import ImageTextModel
 from elip_models.towers.reducible import Stats, check_tokenizer_in, clip_stats, random_ids

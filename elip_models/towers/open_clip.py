@@ -16,12 +16,13 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import PatchDropout, VisionTransformer
 from torch import Tensor, nn
 
-from elip_models.towers.base import Projections, Tower, is_plain, optional
+from elip_models.towers.base import Projections, Tower, optional
 from elip_models.towers.effective import (
     Affine,
     affine,
     in_projection,
     is_lora_attention,
+    is_plain,
     out_projection,
     refuses_norm,
     unwrapped,

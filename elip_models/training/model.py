@@ -33,11 +33,11 @@ def make_model(
     """Creates the model, and gives it the weights that the recipe begins with.
 
     Args:
-        text_sizes: Fields of the model's config that follow from the tokenizer, and from the data
+        text_sizes: fields of the model's config that follow from the tokenizer, and from the data
             of its task.
-        num_processes: Ranks, whose batches make one step.
-        resumed: A checkpoint of the run follows, so that nothing else is loaded.
-        console: Told what `model.pretrained` gave.
+        num_processes: ranks, whose batches make one step.
+        resumed: a checkpoint of the run follows, so that nothing else is loaded.
+        console: told what `model.pretrained` gave.
 
     Raises:
         ConfigError: a setting that does not fit the model, or weights that do not.

@@ -46,7 +46,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunC
     """Reads a recipe and applies overrides.
 
     Args:
-        name_or_path: Name of a built-in recipe, or path of a YAML file.
+        name_or_path: name of a built-in recipe, or path of a YAML file.
         overrides: `key=value` with dotted keys, such as `optim.lr=3e-4`; values are YAML.
 
     Raises:

@@ -20,18 +20,18 @@ class TrainResult:
     """What a finished run leaves in memory.
 
     Args:
-        model: Trained, in eval mode, without the wrappers of training. Of a sharded run it is whole
+        model: trained, in eval mode, without the wrappers of training. Of a sharded run it is whole
             on the main process, and on the others sharded.
-        tokenizer: Of the model.
+        tokenizer: of the model.
         eval_source: `data.eval`, opened; None where the recipe names none.
-        output_dir: Folder of the run.
-        step: Optimiser steps done.
-        loss: Of the last step.
-        scores: Of the last retrieval; None where there was none.
-        zero_shot: Of the last zero-shot classification; None where there was none.
-        task_scores: Of the downstream task that the run fine-tunes for; None where there is none.
-        skipped: In words, the samples that could not be read.
-        is_main_process: False on the other ranks of `torchrun`.
+        output_dir: folder of the run.
+        step: optimiser steps done.
+        loss: of the last step.
+        scores: of the last retrieval; None where there was none.
+        zero_shot: of the last zero-shot classification; None where there was none.
+        task_scores: of the downstream task that the run fine-tunes for; None where there is none.
+        skipped: in words, the samples that could not be read.
+        is_main_process: false on the other ranks of `torchrun`.
     """
 
     model: nn.Module

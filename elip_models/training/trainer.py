@@ -63,9 +63,9 @@ def train(
     """Trains as the recipe says and saves the model in `output_dir/model`.
 
     Args:
-        config: The recipe.
-        resume: Continue from the newest checkpoint of `output_dir`, or start where there is none.
-        console: Where progress is shown; None shows nothing.
+        config: the recipe.
+        resume: continue from the newest checkpoint of `output_dir`, or start where there is none.
+        console: where progress is shown; None shows nothing.
 
     Raises:
         TypeError: `config` is no RunConfig.
