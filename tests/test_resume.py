@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from elip_models.data import EmojiScenes
+from elip_models.data import DataError, EmojiScenes
 from elip_models.training import trainer
 from elip_models.training.accelerator import make_accelerator
 from elip_models.training.errors import TrainingError
@@ -96,6 +96,23 @@ def test_resume_of_a_finished_run_changes_nothing_and_reports_again(tmp_path):
     again = train(config, resume=True)
     assert (tmp_path / "metrics.jsonl").read_text() == log
     assert (again.step, again.loss, again.scores) == (first.step, first.loss, first.scores)
+
+
+@pytest.mark.parametrize("when", ["report=[retrieval]", "eval_every=4"])
+def test_an_evaluation_that_fails_at_the_end_costs_no_step(tmp_path, monkeypatch, when):
+    expected = train(tiny_config(tmp_path / "whole", when))
+    config = tiny_config(tmp_path / "failed", when)
+
+    def fail(*given):
+        raise DataError("no readable sample")
+
+    with monkeypatch.context() as patch, pytest.raises(DataError):
+        patch.setattr(trainer.Evaluation, "run", fail)
+        train(config)
+    monkeypatch.setattr(trainer.Trainer, "_train_step", fail)
+    found = train(config, resume=True)
+    assert (found.step, found.loss, found.scores) == (4, expected.loss, expected.scores)
+    assert logged(tmp_path / "failed", *SCORES) == logged(tmp_path / "whole", *SCORES)
 
 
 def test_longer_run_continues(tmp_path):

@@ -5,8 +5,10 @@ Buffers are not broadcast: the queue of features, their largest, is the same on 
 
 import logging
 import os
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 
 from elip_models.training.run_config import RunConfig
 from elip_models.training.run_folder import RunFolder
@@ -16,6 +18,7 @@ with extra("elip_models.training"):
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
+MOST_WAITED = timedelta(days=7)
 STORE_OF_ITS_OWN = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 
@@ -41,6 +44,14 @@ def make_accelerator(config: RunConfig, folder: RunFolder) -> Accelerator:
     if missing := set(config.trackers) - {str(tracker) for tracker in accelerator.log_with}:
         raise ConfigError(f"trackers: expected installed ones, got {sorted(missing)}")
     return accelerator
+
+
+def waiting_group(accelerator: "Accelerator") -> "dist.ProcessGroup | None":
+    """All processes of a run, to wait in for what the main one does alone, an evaluation of hours:
+    at a barrier of the training's own group NCCL ends the run after ten minutes. None of one."""
+    if accelerator.num_processes == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=MOST_WAITED)
 
 
 def _check_restarts() -> None:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from elip_models.data import ExampleSource, Source, StreamSource
@@ -20,7 +21,7 @@ from elip_models.models.adapt import trainable_counts
 from elip_models.models.registry import family_of
 from elip_models.profiling.measure import saved_bytes
 from elip_models.tasks.registry import save_answers
-from elip_models.training.accelerator import make_accelerator
+from elip_models.training.accelerator import make_accelerator, waiting_group
 from elip_models.training.errors import Stopped, TrainingError
 from elip_models.training.evaluation import Evaluation, Scores
 from elip_models.training.feed import make_feed
@@ -91,6 +92,7 @@ class Trainer:
         self.config = config
         self.folder = RunFolder(config.output_dir)
         self.accelerator = make_accelerator(config, self.folder)
+        self.waiting = waiting_group(self.accelerator)
         if config.optim.shard:
             check_sharding(config, self.accelerator.num_processes)
         self.console = console if self.accelerator.is_main_process else Console(quiet=True)
@@ -117,12 +119,15 @@ class Trainer:
                 progress.update(task, completed=self.step)
                 if self._due(self.config.log_every):
                     progress.update(task, status=self._log_step())
+                is_last = self.step == self.total_steps
+                if is_last:  # what follows may fail
+                    self._save_checkpoint()
                 if due := self.evaluation.due(self.step, self.total_steps):
                     self._log_scores(due)
                 is_stopped = stop.came(self.accelerator, may_wait=self._due(self.config.log_every))
-                if self._due(self.config.checkpoint_every) or is_stopped:
+                if not is_last and (self._due(self.config.checkpoint_every) or is_stopped):
                     self._save_checkpoint()
-                if is_stopped and self.step < self.total_steps:
+                if not is_last and is_stopped:
                     raise self._stopped(stop.signal)
         return self._finish()
 
@@ -296,8 +301,16 @@ class Trainer:
         with self.parallel.evaluated() as model, self.accelerator.autocast():
             if self.accelerator.is_main_process:
                 found = [self.evaluation.run(task, model, self.tokenizer) for task in tasks]
-        self.accelerator.wait_for_everyone()
+        if self.waiting is not None:
+            dist.barrier(self.waiting)
         return found
+
+    def _evaluate_again(self) -> None:
+        """What the last step evaluated, or failed to: then it is logged now."""
+        logged = {key for row in self.folder.rows() if row["step"] == self.step for key in row}
+        for scores in self._evaluate(self.evaluation.due(self.total_steps, self.total_steps)):
+            if not scores.metrics.keys() <= logged:
+                self._log(scores.metrics)
 
     def _save_checkpoint(self) -> None:
         if self.losses:
@@ -314,7 +327,7 @@ class Trainer:
 
     def _finish(self) -> TrainResult:
         if self.first_step >= self.total_steps:  # resumed after its last step, not evaluated yet
-            self._evaluate(self.evaluation.at_end)
+            self._evaluate_again()
         model = self.parallel.finish()
         if self.accelerator.is_main_process:
             model.save_pretrained(self.folder.model, tokenizer=self.tokenizer)
