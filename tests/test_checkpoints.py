@@ -321,6 +321,20 @@ def test_names_of_wrappers_are_looked_through(prefix, tmp_path):
         assert_equal_weights(model, expected)
 
 
+def test_openai_s_own_clip_says_its_activation_by_its_names(tmp_path):
+    numbers = {"input_resolution": 48, "context_length": 8, "vocab_size": 50}
+    weights = small_open_clip() | {name: torch.tensor(n) for name, n in numbers.items()}
+    assert convert_checkpoint(saved(weights, tmp_path), **HEADS).config.activation == "quick_gelu"
+    plain = convert_checkpoint(saved(small_open_clip(), tmp_path), **HEADS)
+    assert plain.config.activation == "gelu"
+
+
+def test_torchscript_says_how_to_get_its_weights(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "ViT-B-16.pt")
+    with pytest.raises(ValueError, match=r"got TorchScript, .*; where you trust it, torch\.save"):
+        convert_checkpoint(tmp_path / "ViT-B-16.pt")
+
+
 def test_nan_is_named(tmp_path):
     weights = small_open_clip()
     weights["visual.proj"][0, 0] = torch.nan

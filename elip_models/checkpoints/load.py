@@ -161,12 +161,20 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
 
 def _check_unpacked(path: Path) -> None:
-    """Nothing in it is compressed, as torch.save leaves it: a small file cannot fill the memory."""
+    """It is no TorchScript, and nothing in it is compressed, as torch.save leaves it: a small file
+    cannot fill the memory."""
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
+            is_script = any(name.endswith("/constants.pkl") for name in archive.namelist())
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
         return  # of the older format, or damaged, which torch.load says
+    if is_script:
+        raise ValueError(
+            f"source: expected tensors alone in {path}, got TorchScript, which is code, as "
+            "OpenAI's CLIP files are; where you trust it, "
+            "torch.save(torch.jit.load(..).state_dict(), ..)"
+        )
     if unpacked > path.stat().st_size:
         raise ValueError(
             f"source: expected a file that torch.save wrote, which compresses nothing, got {path} "
@@ -225,6 +233,8 @@ def read_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
     check_numbers(path, kept)
     ours = renamed(kept, kind.names)
     fields = sizes_of(kind.family, ours)
+    if "input_resolution" in weights:  # of OpenAI's own CLIP, and of no other
+        fields["activation"] = "quick_gelu"
     fields |= fields_of(kind, folder, fields.get("vocab_size", 0))
     if kind.family == "blip":
         fields["tie_decoder"] = _decoder_is_tied(ours)
