@@ -5,7 +5,7 @@ import torch
 
 from elip_models.models.albef import ALBEF, ALBEFConfig, Drawn
 from elip_models.models.layers.momentum import FeatureQueue, similarities
-from tests.test_golden import check_gradients
+from tests.official import check_gradients, load_official_, pretraining_fields
 from tests.towers import assert_equal_gradients, our_names
 
 our_name = our_names("albef")
@@ -13,39 +13,9 @@ our_name = our_names("albef")
 
 def loaded(case, **options):
     meta = case.meta["config"]
-    bert, vit = meta["bert"], meta["vit"]
-    config = ALBEFConfig(
-        image_size=meta["image"],
-        patch_size=meta["patch"],
-        vision_width=vit["embed_dim"],
-        vision_depth=vit["depth"],
-        vision_heads=vit["num_heads"],
-        vision_mlp_ratio=vit["mlp_ratio"],
-        text_width=bert["hidden_size"],
-        text_depth=bert["num_hidden_layers"],
-        text_layers=meta["fusion_layer"],
-        text_heads=bert["num_attention_heads"],
-        text_hidden=bert["intermediate_size"],
-        text_dropout=0.0,
-        vocab_size=bert["vocab_size"],
-        max_positions=bert["max_position_embeddings"],
-        context_length=10,
-        embed_dim=meta["embed_dim"],
-        queue_size=meta["queue_size"],
-        momentum=meta["momentum"],
-        alpha=meta["alpha"],
-        cls_token_id=1,
-        sep_token_id=2,
-        mask_token_id=3,
-        schedule="1(100%) 1(90%) 2(65%) 2(40%)",
-        **options,
-    )
-    model = ALBEF(config)
-    weights = {our_name(n): w for n, w in case.under("sd/").items()}
-    own = model.state_dict()
-    weights = {n: w.view(own[n].shape).to(own[n].dtype) for n, w in weights.items()}
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    assert not unexpected
+    fields = pretraining_fields(meta) | {"text_layers": meta["fusion_layer"], "mask_token_id": 3}
+    model = ALBEF(ALBEFConfig(**fields, **options))
+    missing = load_official_(model, case, our_name)
     tied = ("predictions.decoder.weight", "predictions.decoder.bias", "position_ids")
     assert all(name.endswith(tied) or "token_type_ids" in name for name in missing), missing
     return model

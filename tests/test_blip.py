@@ -5,47 +5,20 @@ import torch
 
 from elip_models.models.blip import BLIP, BLIPConfig
 from elip_models.models.momentum_model import Negatives
-from tests.test_golden import check_gradients
-from tests.towers import our_names
+from tests.official import check_gradients, load_official_, pretraining_fields
+from tests.towers import gradients, our_names
 
 our_name = our_names("blip")
 
 
 def loaded(case, **options):
     meta = case.meta["config"]
-    bert, vit = meta["bert"], meta["vit"]
-    config = BLIPConfig(
-        image_size=meta["image"],
-        patch_size=meta["patch"],
-        vision_width=vit["embed_dim"],
-        vision_depth=vit["depth"],
-        vision_heads=vit["num_heads"],
-        vision_mlp_ratio=vit["mlp_ratio"],
-        text_width=bert["hidden_size"],
-        text_depth=bert["num_hidden_layers"],
-        text_heads=bert["num_attention_heads"],
-        text_hidden=bert["intermediate_size"],
-        text_dropout=0.0,
-        vocab_size=bert["vocab_size"],
-        max_positions=bert["max_position_embeddings"],
-        context_length=10,
-        cls_token_id=1,
-        sep_token_id=2,
-        decoder_token_id=meta["special_ids"]["bos_dec"],
-        encoder_token_id=meta["special_ids"]["enc"],
-        embed_dim=meta["embed_dim"],
-        queue_size=meta["queue_size"],
-        momentum=meta["momentum"],
-        alpha=meta["alpha"],
-        schedule="1(100%) 1(90%) 2(65%) 2(40%)",
-        **options,
-    )
-    model = BLIP(config)
-    weights = {our_name(n): w for n, w in case.under("sd/").items()}
-    own = model.state_dict()
-    weights = {n: w.view(own[n].shape).to(own[n].dtype) for n, w in weights.items()}
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    assert not unexpected
+    ids = {
+        "decoder_token_id": meta["special_ids"]["bos_dec"],
+        "encoder_token_id": meta["special_ids"]["enc"],
+    }
+    model = BLIP(BLIPConfig(**pretraining_fields(meta), **ids, **options))
+    missing = load_official_(model, case, our_name)
     assert set(missing) == {our_name(alias) for alias in case.meta["aliases"]}
     return model
 
@@ -56,10 +29,6 @@ def inputs(case):
 
 def drawn(case):
     return Negatives(case["neg_image_idx"].long(), case["neg_text_idx"].long())
-
-
-def gradients(model):
-    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("scorer", ["official", "exact"])

@@ -3,69 +3,12 @@
 from functools import partial
 
 import pytest
-import timm
 import torch
 
 import elip_kernels
 import elip_models
 from elip_models.reduction.schedule import Schedule
-
-SCHEDULE = "2(100%) 2(90%) 6(65%) 2(40%)"
-OPENCLIP_NAMES = {
-    "conv1.weight": "patch_embed.proj.weight",
-    "class_embedding": "cls_token",
-    "positional_embedding": "pos_embed",
-    "ln_pre.": "norm_pre.",
-    "ln_post.": "norm.",
-    "transformer.resblocks.": "blocks.",
-    ".ln_1.": ".norm1.",
-    ".ln_2.": ".norm2.",
-    ".attn.in_proj_": ".attn.qkv.",
-    ".attn.out_proj.": ".attn.proj.",
-    ".mlp.c_fc.": ".mlp.fc1.",
-    ".mlp.c_proj.": ".mlp.fc2.",
-}
-
-
-def timm_name(name):
-    for theirs, ours in OPENCLIP_NAMES.items():
-        name = name.replace(theirs, ours)
-    return name
-
-
-def tower(case, **options):
-    config = case.meta["config"]
-    return timm.models.VisionTransformer(
-        img_size=config["image"],
-        patch_size=config["patch"],
-        embed_dim=config["embed_dim"],
-        num_heads=config["heads"],
-        depth=config["depth"],
-        mlp_ratio=config["mlp_ratio"],
-        num_classes=0,
-        **options,
-    )
-
-
-def check_stages(case, infos):
-    for s, info in enumerate(infos):
-        prefix = torch.zeros_like(info.reduction.kept[:, :1])
-        kept = torch.cat([prefix, info.reduction.kept], dim=1)
-        assert torch.equal(kept, case[f"stage{s}/keep_idx"].long())
-        torch.testing.assert_close(
-            info.attention[:, 1:], case[f"stage{s}/cls_attn"], atol=1e-6, rtol=0
-        )
-        merged = info.reduction.weights.gather(1, case[f"stage{s}/merge_idx"].long())
-        torch.testing.assert_close(merged, case[f"stage{s}/merge_w"], atol=2e-6, rtol=0)
-
-
-def check_gradients(got, expected):
-    largest = max(grad.abs().max() for grad in expected.values())
-    missing = expected.keys() - got.keys()
-    assert not missing
-    for name, grad in expected.items():
-        bound = 1e-5 * max(grad.abs().max(), 1e-3 * largest)
-        assert (got[name].reshape(grad.shape) - grad).abs().max() <= bound, name
+from tests.official import REDUCE_CASES, SCHEDULE, check_gradients, check_stages, timm_name, tower
 
 
 @pytest.mark.parametrize("scorer", ["official", "exact"])
@@ -113,14 +56,6 @@ def test_timm_clip_tower_reproduces_official_openclip(golden, scorer):
     grads = {n: p.grad for n, p in model.named_parameters()}
     theirs = {n: grads[timm_name(n)] for n in weights}
     check_gradients(theirs | {"image": image.grad, "proj": proj.grad}, case.under("grad/"))
-
-
-REDUCE_CASES = [
-    *("00_base", "01_keep_n_minus_1", "02_keep_1", "03_odd_n", "04_n196", "05_ties_boundary"),
-    *("06_ties_harmless", "07_all_equal", "08_tiny_mass", "09_zero_mass", "10_bf16"),
-    *("11_bf16_tokens_f32_attn", "12_bf16_keep_n_minus_1", "13_keep_all", "14_keep_more_than_n"),
-    "15_bf16_ties_boundary",
-]
 
 
 @pytest.mark.parametrize("key", REDUCE_CASES)

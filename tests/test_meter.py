@@ -8,7 +8,7 @@ from elip_models.models.meter import METER, Drawn
 from elip_models.models.meter_config import ROBERTA, METERConfig
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategies.elip import Elip
-from tests.test_golden import check_gradients, check_stages, timm_name
+from tests.official import check_gradients, check_stages, timm_name
 from tests.towers import our_names
 
 our_name = our_names("meter")

@@ -24,7 +24,7 @@ from elip_models import (
 )
 from elip_models.towers import as_tower
 from tests.models import TOWERS, eva, ids, open_clip_pair, open_clip_vit, output, siglip_vision
-from tests.test_golden import check_gradients, tower
+from tests.official import check_gradients, tower
 from tests.tiers import tiered
 from tests.towers import SCHEDULE, WIDTH, images, plain_vit, text, whole_grid
 

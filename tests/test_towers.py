@@ -12,8 +12,8 @@ import elip_models
 from elip_models.reduction.schedule import Schedule
 from elip_models.towers import Query, as_tower
 from tests.models import HF, TOWERS, open_clip_vit
-from tests.test_golden import OPENCLIP_NAMES, check_gradients, check_stages
-from tests.test_golden import SCHEDULE as PAPER
+from tests.official import OPENCLIP_NAMES, check_gradients, check_stages
+from tests.official import SCHEDULE as PAPER
 from tests.towers import SCHEDULE, WIDTH, images, text
 
 
