@@ -265,6 +265,20 @@ def test_pairs_of_one_image_are_no_negatives_of_one_another():
     assert Retrieval().sample(reading(mixed), mixed[14], 14, rng)["image_ids"] == 6 + 2
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_one_image_alone_has_no_false_texts(size):
+    class Alone(Pairs):
+        def __len__(self):
+            return size
+
+        def image_number(self, index):
+            return 0
+
+    source, rng = Alone(), np.random.default_rng(0)
+    with pytest.raises(DataError, match="false_texts: expected captions of other images, got 0"):
+        Retrieval().sample(reading(source, false_texts=2), source[0], 0, rng)
+
+
 def test_images_of_pairs_are_ranked_once_with_all_their_captions():
     model, _ = matcher()
     found = Retrieval(candidates=12).evaluate(model, Tokens(), Pairs(), LOADING)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from elip_kernels.autocast import no_autocast
 from elip_models.data import (
+    DataError,
     EvaluationBatch,
     Sample,
     Source,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
     from elip_models.models.base import PretrainedModel
 
+MOST_DRAWN = 1000  # samples for a caption of another image
 WAYS = ("image_to_text", "text_to_image")
 
 
@@ -149,15 +151,20 @@ class Retrieval(Task):
 
 
 def _others(source: Source, index: int, number: int, rng: np.random.Generator) -> list[str]:
-    """Captions of other images, drawn at random."""
+    """Captions of other images, drawn at random; DataError where hardly any has one."""
     found: list[str] = []
-    own = image_number(source, index)
-    while len(found) < number:
-        other = (index + 1 + int(rng.integers(len(source) - 1))) % len(source)
+    own, others = image_number(source, index), max(1, len(source) - 1)
+    for _ in range(MOST_DRAWN * number):
+        if len(found) == number:
+            return found
+        other = (index + 1 + int(rng.integers(others))) % len(source)
         is_other = image_number(source, other) != own
         if is_other and (captions := source.captions(other)):
             found.append(captions[rng.integers(len(captions))])
-    return found
+    raise DataError(
+        f"false_texts: expected captions of other images, got {len(found)} in "
+        f"{MOST_DRAWN * number} draws of {len(source)} samples"
+    )
 
 
 @dataclass(frozen=True)
