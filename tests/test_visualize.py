@@ -22,7 +22,8 @@ from elip_models.analysis.visualize import (
 )
 from elip_models.data import EmojiScenes
 from elip_models.models.clip import CLIP, CLIPConfig
-from elip_models.reduction.schedule import Stage
+from elip_models.models.registry import DOWNSTREAM, create_model, elip_strategy
+from elip_models.reduction.schedule import Schedule, Stage
 from elip_models.reduction.strategy import StageInfo
 from elip_models.towers import as_tower
 from elip_models.training.report import Reporter
@@ -199,6 +200,15 @@ def test_a_training_run_ends_with_the_picture(schedule, tokenizer, tmp_path):
     )
     reporter = Reporter(CLIP(config).eval(), tokenizer, EmojiScenes(5, image_size=32), tmp_path)
     assert rows_of(reporter.picture(2)) == 2
+
+
+@pytest.mark.parametrize("family", DOWNSTREAM)
+def test_a_dense_model_of_a_task_is_shown_by_the_schedule_of_its_pre_training(family):
+    kind = DOWNSTREAM[family]
+    with torch.device("meta"):
+        model = create_model(f"{kind.pretraining.family}_tiny", task=kind.task)
+    expected = Schedule.parse(kind.pretraining.family).for_depth(model.config.vision_depth)
+    assert elip_strategy(model).schedule == expected
 
 
 def test_merged_pairs_are_shown_as_merged():

@@ -228,4 +228,5 @@ def elip_strategy(model: PretrainedModel) -> Elip:
     dense or reduces in another way."""
     if type(model.reduction) is Elip:
         return model.reduction
-    return model.config.elip(Schedule.parse(model.family).for_depth(model.config.vision_depth))
+    family = model.family if model.task is None else model.pretraining.family
+    return model.config.elip(Schedule.parse(family).for_depth(model.config.vision_depth))
