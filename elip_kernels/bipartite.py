@@ -100,7 +100,7 @@ def bipartite_merge(
 
 
 def merge_by(
-    tokens: Tensor, info: BipartiteInfo | ReductionInfo, size: Tensor | None = None
+    tokens: Tensor, info: BipartiteInfo | ReductionInfo, *, size: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Merge other tokens by a match already made: positions beside features, a recomputation.
 

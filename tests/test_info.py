@@ -139,10 +139,10 @@ def test_merge_by_repeats_the_merge(r, with_size):
     merged, sizes, info = elip_kernels.bipartite_merge(
         tokens, metric, r, size=size, return_info=True
     )
-    again = merge_by(tokens, info, size)
+    again = merge_by(tokens, info, size=size)
     assert torch.equal(again[0], merged) and torch.equal(again[1], sizes)
     if with_size:
-        assert torch.equal(merge_by(tokens, info, size[..., None])[1], sizes)
+        assert torch.equal(merge_by(tokens, info, size=size[..., None])[1], sizes)
 
 
 def test_merge_by_merges_other_tokens_with_gradient():

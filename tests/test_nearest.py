@@ -170,7 +170,7 @@ def test_steps_chain_and_sizes_count():
 def test_merge_by_repeats_the_merge():
     tokens, kept, metric, size = inputs()
     merged, sizes, info = merge_nearest(tokens, kept, metric, size=size, return_info=True)
-    again = merge_by(tokens, info, size)
+    again = merge_by(tokens, info, size=size)
     assert torch.equal(again[0], merged) and torch.equal(again[1], sizes)
     all_kept = torch.arange(12, 0, -1).expand(2, -1)
     merged, _, info = merge_nearest(tokens, all_kept, metric, return_info=True)

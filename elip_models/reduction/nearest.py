@@ -38,7 +38,7 @@ def merge_nearest(
     sizes = None if context.previous is None else context.previous.sizes
     if context.replay is not None:
         reduction = context.replay.reduction
-        tokens, sizes = elip_kernels.merge_by(tokens, reduction, sizes)
+        tokens, sizes = elip_kernels.merge_by(tokens, reduction, size=sizes)
         return tokens, StageInfo(stage, reduction, row, sizes)
     if kept is None:
         kept = elip_kernels.select_tokens(row, stage.keep, num_prefix_tokens=p)
