@@ -145,7 +145,7 @@ def test_no_output_is_left_unwritten_and_runs_repeat(launches, poisoned_memory):
         leaf = tokens.detach().requires_grad_()
         merged, sizes, info = merge_nearest(leaf, kept, metric, size=size, return_info=True)
         merged.square().sum().backward()
-        again, _ = merge_by(tokens, info, size)
+        again, _ = merge_by(tokens, info, size=size)
         assert torch.equal(again, merged)
         runs.append((merged.detach(), sizes, info.slots, leaf.grad))
     assert all(map(torch.equal, *runs))
