@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import cases, tune
+from benchmarks import cases, sweeps, tune
 from elip_models.profiling import measure
 from tests.gpu.ops import ON_GPU, WIDTH, pick
 
@@ -16,7 +16,7 @@ SMALL = (tune.Sweep("reduce", "reduce_forward", {"num_warps": (4,)}),)
 def _take_the_way_of_a_gpu(monkeypatch):
     for module in (cases, tune):
         monkeypatch.setattr(module, "ON_GPU", True)
-    monkeypatch.setattr(tune, "WIDTH", WIDTH)
+    monkeypatch.setattr(sweeps, "WIDTH", WIDTH)
 
 
 @pytest.mark.parametrize("sweep", pick(tune.SWEEPS, SMALL), ids=lambda s: f"{s.op}-{s.table}")
