@@ -53,7 +53,7 @@ class Shape:
 
 TILE = {"block_d": (0.5, 1.0, 2.0), "num_warps": (4, 8, 16)}
 ROWS = {"block_n": (0.5, 1.0, 2.0), "block_d": (0.5, 1.0, 2.0), "num_warps": (4, 8)}
-QUERY = {"BLOCK_D": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)}
+QUERY = {"BLOCK_D": (32, 64, 128), "num_warps": (4, 8), "STAGES": (2, 3, 6)}
 TILES = {"BLOCK_N": (32, 64, 128), "BLOCK_K": (0.5, 1.0), "num_warps": (4, 8), "num_stages": (2, 3)}
 RECEIVED = {"BLOCK_M": (0.5, 1.0, 2.0), "BLOCK_N": (0.5, 1.0, 2.0)}
 RECEIVED |= {"num_warps": (4, 8), "num_stages": (2, 3)}
