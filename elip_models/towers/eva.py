@@ -207,7 +207,7 @@ def _refuses_block(block: nn.Module) -> str | None:
         return f"its blocks are {type(block).__name__} (post-norm), not pre-norm EvaBlock"
     if _refuses_attention(attn) is not None:
         return _refuses_attention(attn)
-    if attn.gate is not None:
+    if getattr(attn, "gate", None) is not None:
         return "it gates its attention output"
     if getattr(attn, "num_kv_groups", 1) > 1:
         return "several heads share a key (grouped-query attention)"
