@@ -83,6 +83,22 @@ def test_an_interval_is_no_shorter_than_that_of_all_arms_alike():
     assert difference(found, "calm", "dense", "r1").half == pytest.approx(4.302653 * 0.01 / 3**0.5)
 
 
+@pytest.mark.parametrize(
+    ("third", "half"),
+    [
+        ([-0.4, 0.6, 1.6], 2.776445 * (0.0001 / 2) ** 0.5),  # of calm and still
+        ([0.57, 0.60, 0.63], 2.446912 * (0.0010 / 3) ** 0.5),  # 18 times theirs: of all three
+    ],
+)
+def test_an_arm_that_diverges_makes_no_interval_of_others_longer(third, half):
+    """F(2, 4) is above 33 once in 300 times."""
+    arms = {"dense": [0.5] * 3, "still": [0.6] * 3, "calm": [0.59, 0.60, 0.61], "third": third}
+    found = document(**arms)
+    assert difference(found, "still", "dense", "r1").half == pytest.approx(half / 3**0.5, rel=1e-5)
+    own = Interval.of([value - 0.5 for value in third]).half
+    assert difference(found, "third", "dense", "r1").half == pytest.approx(own)
+
+
 def test_differences_are_of_runs_that_begin_with_one_model():
     """`dense` was trained anew; the seed counts once, where a run begins with either."""
     found = document(dense=[0.5, 0.5], tome=[0.6, 0.7], anew=[0.9, 0.9])
@@ -122,8 +138,8 @@ def test_a_difference_is_bold_where_its_interval_leaves_zero_out():
     assert differences(found, "dense") == (
         ["arm", "r1, %"],
         [
-            ["`up`", "**+10.3 ± 2.9**"],
-            ["`down`", "**−9.7 ± 2.9**"],
+            ["`up`", "**+10.3 ± 1.4**"],
+            ["`down`", "**−9.7 ± 1.4**"],
             ["`alike`", "+1.3 ± 8.7"],
             ["`once`", "+40.0"],
         ],

@@ -8,7 +8,8 @@ that begin with the same model: where an arm that others begin with was trained 
 before and after are not paired. An interval is that of the mean by Student's t: 95% of intervals
 made so hold the mean of all seeds. Of three seeds some agree by luck, so that of a difference is no
 shorter than the one by the standard deviation that all arms which train have together; of those
-that only measure, the arms of one family, at several shares of FLOPs, or all that stand alone.
+that only measure, the arms of one family, at several shares of FLOPs, or all that stand alone. Arms
+that spread far more than the others, such as one that diverges, say nothing of these.
 """
 
 import json
@@ -25,9 +26,10 @@ from elip_models.validation import ConfigError, extra
 
 with extra("elip_models.study"):
     from filelock import FileLock
-    from scipy.stats import t
+    from scipy.stats import f, t
 
 LEVEL = 0.95
+OUTLIER = 0.01  # of Cochran's test
 Document = dict[str, Any]
 Beginning = float | None
 Values = dict[int, dict[Beginning, float]]  # by seed, and by the run that an arm goes back to
@@ -171,11 +173,30 @@ def _gaps(values: dict[str, Values], arm: str, reference: str) -> list[float]:
 
 def _pooled(several: Sequence[Sequence[float]]) -> float:
     """Half of the interval of one value, by the standard deviation that all share."""
-    freedom = sum(len(gaps) - 1 for gaps in several)
-    if not freedom:
+    if not several:
         return 0.0
-    shared = sum((len(gaps) - 1) * variance(gaps) for gaps in several) / freedom
+    shared, freedom = _shared(_alike(several))
     return _quantile(freedom) * shared**0.5
+
+
+def _alike(several: Sequence[Sequence[float]]) -> list[Sequence[float]]:
+    """Less those whose variance is told from that of all others, the largest first, as ISO 5725-2
+    does before it pools: Cochran's test at 1%."""
+    alike = sorted(several, key=variance)
+    while len(alike) > 2:
+        *others, widest = alike
+        shared, freedom = _shared(others)
+        limit = f.ppf(1 - OUTLIER / len(alike), len(widest) - 1, freedom)
+        if variance(widest) <= limit * shared:
+            break
+        alike = others
+    return alike
+
+
+def _shared(several: Sequence[Sequence[float]]) -> tuple[float, int]:
+    """The pooled variance, and its degrees of freedom."""
+    freedom = sum(len(gaps) - 1 for gaps in several)
+    return sum((len(gaps) - 1) * variance(gaps) for gaps in several) / freedom, freedom
 
 
 def relative_cost(document: Document, arm: str) -> float | None:
