@@ -134,8 +134,7 @@ INTERVALS = f"""How to read the tables:
 - **No short intervals by luck**: three seeds agree by chance now and then, so the interval of a
   difference is at least as long as the standard deviation makes it that all arms which train have
   together; of arms that only measure, those of one family at several shares, or all others. Arms
-  whose variance Cochran's test (1%) tells from the others' are left out of that, as `start`, which
-  begins otherwise.
+  whose variance Cochran's test (1%) tells from the others' are left out of that.
 - **FLOPs** are those of training the image tower, scorer included, against the first reference; of
   an arm that begins with another model than that, of one step; of an arm that does not train, of a
   forward. **Time** is that of training, by steps that take turns with the dense model's."""
