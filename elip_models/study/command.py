@@ -13,7 +13,7 @@ from elip_models.study.page import INTERVALS, differences, means, page
 from elip_models.study.plan import Run, Study
 from elip_models.study.results import Document, read_results, write_results
 from elip_models.study.runner import check_settings, is_finished, result_of, run_study
-from elip_models.training.recipe import RunConfig
+from elip_models.training.run_config import RunConfig
 from elip_models.training.training_data import meta_model
 from elip_models.validation import extra
 

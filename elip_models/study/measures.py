@@ -26,7 +26,7 @@ from elip_models.reduction.strategy import Strategy
 from elip_models.tasks.features import encode_images, encode_texts, ranks_of
 from elip_models.tasks.retrieval import recall_of_features
 from elip_models.training.loss_log import losses_of
-from elip_models.training.recipe import RunConfig
+from elip_models.training.run_config import RunConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

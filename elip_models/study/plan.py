@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 
 from elip_models.models.config import reduction_fields
 from elip_models.study.measures import MEASURES
-from elip_models.training.recipe import RunConfig, recipe_with
+from elip_models.training.recipe import recipe_with
+from elip_models.training.run_config import RunConfig
 from elip_models.training.training_data import meta_model
 from elip_models.training.yaml_config import from_mapping, read_mapping
 from elip_models.validation import (

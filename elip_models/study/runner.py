@@ -32,7 +32,8 @@ from elip_models.reduction import flops
 from elip_models.study.measures import Finished, measure
 from elip_models.study.plan import Run, Study
 from elip_models.training.errors import Stopped, TrainingError
-from elip_models.training.recipe import RunConfig, load_recipe, resume_conflicts, save_recipe
+from elip_models.training.recipe import load_recipe, resume_conflicts, save_recipe
+from elip_models.training.run_config import RunConfig
 from elip_models.training.run_folder import RunFolder
 from elip_models.training.trainer import train
 from elip_models.training.training_data import meta_model, tokenizer_captions
