@@ -60,7 +60,7 @@ def caption_scores(
             them in a reference: of a single image it is 0.
         also: "meteor", which takes Java and most of a minute, and "spice", which takes Java and,
             the first time, half a gigabyte from Stanford.
-        tokenizer: none is "ptb" where there is Java, else "plain".
+        tokenizer: None is "ptb" where there is Java, else "plain".
 
     Raises:
         ImportError: without the extra 'captioning'.

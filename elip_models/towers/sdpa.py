@@ -42,7 +42,7 @@ def use_sdpa_(model: M, enabled: bool = True) -> M:
 
     Args:
         model: one of transformers with BlipAttention inside.
-        enabled: false gives the layers their own forward back.
+        enabled: False gives the layers their own forward back.
 
     Raises:
         TypeError: a model without such layers, or whose layers have another forward already.

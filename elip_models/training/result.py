@@ -31,7 +31,7 @@ class TrainResult:
         zero_shot: of the last zero-shot classification; None where there was none.
         task_scores: of the downstream task that the run fine-tunes for; None where there is none.
         skipped: in words, the samples that could not be read.
-        is_main_process: false on the other ranks of `torchrun`.
+        is_main_process: False on the other ranks of `torchrun`.
     """
 
     model: nn.Module
