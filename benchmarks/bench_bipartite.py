@@ -44,7 +44,7 @@ def work_of(case, direction):
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward", "training"])
-@pytest.mark.parametrize("case", sweep(), ids=str)
+@pytest.mark.cases(of=sweep)
 def test_bipartite_merge(record, rounds, case, direction):
     tokens, metric = case.inputs()[0], torch.randn(case.B, case.N, CHANNELS).to(case.dtype)
     inputs = [tokens, metric, torch.randint(1, 5, (case.B, case.N)).float()]

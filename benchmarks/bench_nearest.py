@@ -43,7 +43,7 @@ def work_of(case, direction):
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward", "training"])
-@pytest.mark.parametrize("case", sweep(), ids=str)
+@pytest.mark.cases(of=sweep)
 def test_merge_nearest(record, rounds, case, direction):
     tokens, scores = case.inputs()
     metric = torch.randn(case.B, case.N, CHANNELS).to(case.dtype)

@@ -25,8 +25,14 @@ from elip_models.towers import as_tower
 onnx = pytest.importorskip("onnx", reason="the extra 'onnx' is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'onnx' is not installed")
 
-NAME, SIZE, BOUND = "vit_small_patch16_224", 224, 1e-5
+BOUND = 1e-5
 CPU = torch.device("cpu")
+TOWERS = (("vit_small_patch16_224", 224), ("vit_tiny_patch16_224", 96))
+
+
+def batches(scale):
+    """Return the batch sizes of a scale."""
+    return [1] if scale == "smallest" else [1, 16]
 
 
 def strategies_at_equal_flops(tower):
@@ -35,6 +41,12 @@ def strategies_at_equal_flops(tower):
     others = {"evit": EViT(), "tome": ToMe(), "random": Random(PRESETS["clip"])}
     found = {name: each.at_flops(tower, share) for name, each in others.items()}
     return {DENSE: Dense(), "last": last, **found}, share
+
+
+def exported_at(scale, strategies):
+    """Return the strategies of a scale: an export takes ten seconds."""
+    names = (DENSE, "last") if scale == "smallest" else strategies
+    return {name: strategies[name] for name in names}
 
 
 def exported(model, image):
@@ -61,16 +73,18 @@ def error_of(call, model, image):
 
 
 @pytest.mark.skipif(ON_GPU, reason="onnxruntime is timed on a CPU, beside PyTorch there")
-@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.cases(of=batches)
 @torch.no_grad()
-def test_onnxruntime(record, rounds, batch):
-    model = timm.create_model(NAME, num_classes=0).eval()
+def test_onnxruntime(record, rounds, scale, case):
+    name, size = TOWERS[scale == "smallest"]
+    model = timm.create_model(name, img_size=size, num_classes=0).eval()
     strategies, share = strategies_at_equal_flops(as_tower(model))
-    image = torch.randn(batch, 3, SIZE, SIZE)
+    strategies = exported_at(scale, strategies)
+    image = torch.randn(case, 3, size, size)
     steps, errors = {}, {}
-    for name, strategy in strategies.items():
-        steps[name] = exported(reduce_(model, strategy=strategy), image)
-        errors[name] = error_of(steps[name], model, image)
+    for label, strategy in strategies.items():
+        steps[label] = exported(reduce_(model, strategy=strategy), image)
+        errors[label] = error_of(steps[label], model, image)
     worst = max(errors.values())
     assert worst <= BOUND, f"parity: expected errors of at most {BOUND}, got {errors}"
     reduce_(model, strategy=strategies[DENSE])
@@ -78,14 +92,14 @@ def test_onnxruntime(record, rounds, batch):
     ratios = ratios_to(DENSE, times)
     record(
         steps["last"],
-        op=NAME,
+        op=name,
         direction="inference",
         rounds=rounds,
-        ratios={name: each for name, each in ratios.items() if name != DENSE},
+        ratios={label: each for label, each in ratios.items() if label != DENSE},
         milliseconds=milliseconds(times),
         onnxruntime=onnxruntime.__version__,
         share=share,
-        shape={"B": batch, "image": SIZE},
+        shape={"B": case, "image": size},
         dtype=DTYPE_NAMES[torch.float32],
         parity={"max_abs": worst, "bound": BOUND, "passed": True, "errors": errors},
     )

@@ -1,8 +1,8 @@
-"""A step of pre-training of ALBEF, BLIP and METER: dense, and reduced by the scorers.
+"""A step of pre-training of CLIP, ALBEF, BLIP and METER: dense, and reduced by the scorers.
 
 A step is the forward and the backward of all objectives, momentum towers included, the optimiser
 aside. Beside it, where the official code loses time: ITM of pairs and negatives as one pass of the
-fusion layers against two, and negatives drawn at once against one by one with a look at each.
+fusion layers against two, and negatives drawn at once against one by one.
 
 Parity, in fp64 and without dropout, on two pairs: `exact` keeps the tokens of `official` and gives
 its loss, from the same draw; ITM in one pass gives the loss of two. Both ways to draw negatives
@@ -19,9 +19,10 @@ import torch.nn.functional as F
 
 from benchmarks.cases import DEVICE, DTYPE_NAMES, MAIN_DTYPE, pretraining_case
 from elip_models.models.albef import ALBEF
+from elip_models.models.cross_modal import CrossModalModel
 from elip_models.models.layers.losses import hard_negatives
-from elip_models.models.momentum_model import MomentumModel
-from elip_models.models.registry import create_model
+from elip_models.models.momentum_model import MomentumModel, Negatives
+from elip_models.models.registry import FAMILIES, create_model
 from elip_models.profiling.measure import (
     count_step,
     memory_of,
@@ -31,6 +32,7 @@ from elip_models.profiling.measure import (
 )
 from elip_models.profiling.rows import DENSE
 from elip_models.profiling.workload import shared_copy
+from elip_models.reduction.encode import run_tower
 from elip_models.reduction.once import SlowScorerWarning
 
 BOUND = 1e-6  # relative: towers run in fp64, but losses end in fp32
@@ -66,13 +68,16 @@ def forms_of(model):
 
 
 def inputs_of(model, B, dtype):
-    """Images (B, 3, H, W), full texts (B, L) and their mask."""
-    config = model.config
-    size, L = config.image_size, config.context_length
+    """Return images (B, 3, H, W), texts (B, L) of full length and their mask."""
+    size = model.config.image_size
     images = torch.randn(B, 3, size, size, device=DEVICE, dtype=dtype)
-    ids = torch.randint(10, config.vocab_size - 10, (B, L), device=DEVICE)
-    ids[:, 0], ids[:, -1] = config.cls_token_id, config.sep_token_id
+    ids = model.random_inputs(images)["input_ids"]
     return images, ids, torch.ones_like(ids)
+
+
+def fixed_draw_of(model, images, ids):
+    """Return what replaces the random draw of a step; CLIP draws nothing."""
+    return {"drawn": model.fixed_draw(images, ids)} if isinstance(model, CrossModalModel) else {}
 
 
 def in_fp64(case):
@@ -92,12 +97,12 @@ def held(errors):
 def exact_is_official(case):
     """Hold both scorers to the same kept tokens and losses."""
     model, (images, ids, mask) = in_fp64(case)
-    drawn, forms = model.fixed_draw(images, ids), forms_of(model)
+    drawn, forms = fixed_draw_of(model, images, ids), forms_of(model)
     kept, losses = [], []
     for form in (forms["official"], forms["exact"]):
-        _, infos = form.encode_image(images, form.encode_text(ids, mask)[:, 0])
+        _, infos = run_tower(form.tower, images, form.text_cls(ids, mask), form.reduction)
         kept.append([info.reduction.kept for info in infos])
-        output = form(images, ids, mask, drawn=drawn)
+        output = form(images, ids, mask, **drawn)
         losses.append({n: v.item() for n, v in vars(output).items() if n.startswith("loss")})
     assert kept[0], "parity: expected a reduction, got none"
     assert all(map(torch.equal, *kept)), "parity: expected the same kept tokens, got others"
@@ -116,9 +121,9 @@ def step(model, images, ids, mask):
     model.zero_grad(set_to_none=True)
 
 
-@pytest.mark.parametrize("name", ["albef", "blip", "meter"])
-def test_pretraining(record, rounds, tiny, name):
-    case = pretraining_case(name, tiny=tiny)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pretraining(record, rounds, scale, name):
+    case = pretraining_case(name, scale)
     parity = exact_is_official(case)
     model = created(case)
     forms, inputs = forms_of(model), inputs_of(model, case.B, case.dtype)
@@ -136,6 +141,7 @@ def test_pretraining(record, rounds, tiny, name):
     record(
         steps["last"],
         op=case.model,
+        family=name,
         direction="training",
         rounds=rounds,
         ratios={name: ratios[name] for name in forms if name != DENSE},
@@ -154,7 +160,7 @@ class Matching:
 
     def __init__(self, model, inputs):
         images, ids, self.mask = inputs
-        self.model, self.drawn = model, model.fixed_draw(images, ids)
+        self.model, self.negatives = model, Negatives(*model.fixed_draw(images, ids)[:2])
         with torch.no_grad():
             seen = model.contrast(*inputs)
         self.image = seen.image.clone().requires_grad_()
@@ -162,16 +168,16 @@ class Matching:
 
     def at_once(self):
         """Compute ITM as the model does it, in one pass."""
-        return self.model.matching_loss(self.text, self.mask, self.image, self.drawn[:2])
+        return self.model.matching_loss(self.text, self.mask, self.image, self.negatives)
 
     def in_two(self):
         """Compute ITM in two passes: the pairs, and then both kinds of negatives."""
-        text, image, mask, drawn = self.text, self.image, self.mask, self.drawn
+        text, image, mask, negatives = self.text, self.image, self.mask, self.negatives
         pairs = self.model.fuse(text, mask, image)
         others = self.model.fuse(
-            torch.cat([text, text[drawn.negative_texts]]),
-            torch.cat([mask, mask[drawn.negative_texts]]),
-            torch.cat([image[drawn.negative_images], image]),
+            torch.cat([text, text[negatives.texts]]),
+            torch.cat([mask, mask[negatives.texts]]),
+            torch.cat([image[negatives.images], image]),
         )
         logits = self.model.itm_head(torch.cat([pairs[:, 0], others[:, 0]])).float()
         labels = torch.zeros(len(logits), dtype=torch.long, device=DEVICE)
@@ -180,8 +186,8 @@ class Matching:
 
 
 @pytest.mark.parametrize("name", ["albef", "blip"])
-def test_matching(record, rounds, tiny, name):
-    case = pretraining_case(name, tiny=tiny)
+def test_matching(record, rounds, scale, name):
+    case = pretraining_case(name, scale)
     exact = Matching(*in_fp64(case))
     parity = held({"loss": abs(exact.at_once().item() / exact.in_two().item() - 1)})
     model = created(case).train()
@@ -209,8 +215,8 @@ def at_once(similar, tokens):
     return tokens[hard_negatives(similar)]
 
 
-def test_negatives(record, rounds, tiny):
-    B, N, D = (4, 8, 16) if tiny else (36, 80, 768)
+def test_negatives(record, rounds, scale):
+    B, N, D = (4, 8, 16) if scale == "smallest" else (36, 80, 768)
     tokens = torch.randn(B, N, D, device=DEVICE, dtype=MAIN_DTYPE)
     similar = torch.randn(B, B, device=DEVICE)
     certain = 200 * torch.eye(B, device=DEVICE).roll(1, 0)

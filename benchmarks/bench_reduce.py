@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import elip_kernels
-from benchmarks.cases import cases, described
+from benchmarks.cases import described, reduce_cases
 from benchmarks.comparison import compare
 from benchmarks.official_reduce import eager_reduce, official_reduce
 from benchmarks.parity import OURS, in_fp64, on_device, parity, with_compiled, with_gradient
@@ -30,7 +30,7 @@ def work_of(case, direction):
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward", "training"])
-@pytest.mark.parametrize("case", cases(), ids=str)
+@pytest.mark.cases(of=reduce_cases)
 def test_reduce(record, rounds, case, direction):
     inputs = list(case.inputs())
     if direction != "forward":

@@ -75,7 +75,7 @@ OPS = {
 }
 
 
-@pytest.mark.parametrize("case", sweep(), ids=str)
+@pytest.mark.cases(of=sweep)
 @pytest.mark.parametrize("op", OPS)
 def test_from_tokens(record, rounds, op, case):
     make, work = OPS[op]
@@ -100,7 +100,7 @@ def test_from_tokens(record, rounds, op, case):
     record(step, **facts, op=op, parity=held, left_out=left_out)
 
 
-@pytest.mark.parametrize("case", sweep(), ids=str)
+@pytest.mark.cases(of=sweep)
 def test_cls_attention(record, rounds, case):
     B, N, d = case.B, case.N, case.D // HEADS
     q, k = torch.randn(B, HEADS, d), torch.randn(B, HEADS, N, d)
@@ -115,13 +115,13 @@ def test_cls_attention(record, rounds, case):
     record(step, **facts, op="cls_attention", parity=held, left_out=left_out)
 
 
-@pytest.mark.parametrize("case", sweep(), ids=str)
+@pytest.mark.cases(of=sweep)
 def test_attention_received(record, rounds, case):
     B, N, d = case.B, case.N, case.D // HEADS
     inputs = on_device(tuple(torch.randn(B, HEADS, N, d).to(case.dtype) for _ in "qk"))
     ours = tupled(elip_kernels.attention_received)
-    forms = {"official": tupled(column_means), OURS: ours}
-    exact = forms["official"](*in_fp64(inputs, IMAGES))
+    forms = {"eager": tupled(column_means), OURS: ours}
+    exact = forms["eager"](*in_fp64(inputs, IMAGES))
     forms, left_out = with_compiled(forms, case, inputs)
     held = parity(exact, {name: form(*inputs) for name, form in forms.items()})
     work = model.attention_received(B, HEADS, HEADS, N, N, d, case.dtype)

@@ -1,4 +1,4 @@
-"""Eight threads ask one reduced model, each guided by its own text: latency, throughput, memory.
+"""Eight threads share one reduced model, each guided by its own text: latency, throughput, memory.
 
 A round is a hundred requests of one image, twelve a thread, one after the other in each, to the
 dense and to the reduced model; `--rounds 100` makes ten thousand of each.
@@ -19,7 +19,7 @@ from benchmarks.cases import DEVICE, DTYPE_NAMES, MAIN_DTYPE
 from benchmarks.parity import judged, relative_error
 from elip_models.profiling.measure import milliseconds, ratios_to, time_side_by_side
 
-TOWER, SIZE, THREADS, REQUESTS = "vit_tiny_patch16_224", 96, 8, 100
+TOWER, SIZE, THREADS = "vit_tiny_patch16_224", 96, 8
 DENSE, STRATEGY = "dense", "elip:scorer=last"
 PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
@@ -85,7 +85,8 @@ def one_thread():
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_serving(record, rounds):
+def test_serving(record, rounds, scale):
+    requests = THREADS if scale == "smallest" else 100
     random = {"device": DEVICE, "dtype": MAIN_DTYPE}
     model = timm.create_model(TOWER, img_size=SIZE, num_classes=0).to(**random).eval()
     reduced = elip_models.reduce_(copy.deepcopy(model), strategy=STRATEGY)
@@ -95,7 +96,7 @@ def test_serving(record, rounds):
     ]
     servers = {DENSE: Server(model, is_guided=False), "last": Server(reduced, is_guided=True)}
     with ThreadPoolExecutor(THREADS) as pool:
-        steps = {n: partial(served, pool, each, clients, REQUESTS) for n, each in servers.items()}
+        steps = {n: partial(served, pool, each, clients, requests) for n, each in servers.items()}
         errors = {name: apart(servers[name], clients, step()) for name, step in steps.items()}
         held = judged({"alone": 0.0} | errors, ours=list(errors))
         for server in servers.values():

@@ -2,7 +2,7 @@
 
 The share of the dense FLOPs is what ELIP's own schedule leaves with the scorer 'last'; the others
 are set to it by `at_flops`, `resize` to the nearest size. Batch 1, and the largest power of two
-whose benchmark fits two minutes.
+whose benchmark takes at most `SECONDS` at this scale.
 
 Parity: each strategy's tokens, in the dtype that is timed, against fp64 tokens of which the same
 were kept and merged, of the same small image for `resize`; at most twice as far off as dense.
@@ -23,8 +23,20 @@ from elip_models.reduction.strategies import STRATEGIES, Dense
 from elip_models.reduction.strategies.elip import Elip
 from elip_models.towers import as_tower
 
-NAME, SIZE = ("vit_base_patch16_224" if ON_GPU else "vit_small_patch16_224"), 224
-SECONDS, LARGEST = 120, 256
+BASE, SMALL, TINY = (f"vit_{size}_patch16_224" for size in ("base", "small", "tiny"))
+SECONDS, LARGEST = {"smallest": 0, "default": 40, "full": 120}, 256
+
+
+def batches(scale):
+    """Name the batch sizes of a scale."""
+    return ["B1"] if scale == "smallest" else ["B1", "largest"]
+
+
+def created(scale):
+    """Create the tower of a scale, in the dtype that is timed."""
+    name, size = (TINY, 96) if scale == "smallest" else (BASE if ON_GPU else SMALL, 224)
+    model = timm.create_model(name, img_size=size, num_classes=0)
+    return name, model.to(DEVICE, MAIN_DTYPE).eval()
 
 
 def strategies_at_equal_flops(tower):
@@ -45,11 +57,16 @@ def run(tower, image, text, strategy, replays=None):
     return tower.finish(tokens), list(forward.infos.values())
 
 
+def in_fp64(info):
+    """Convert the attention row of a `StageInfo`, as a replay in fp64 takes it."""
+    return info if info.attention is None else info._replace(attention=info.attention.double())
+
+
 @torch.no_grad()
 def held_to_fp64(model, strategies):
-    """Parity of `model`, which comes back as it was."""
+    """Return the parity of `model`, whose weights are the same after it."""
     tower, dtype = as_tower(model), next(model.parameters()).dtype
-    image = torch.randn(1, 3, SIZE, SIZE, device=DEVICE, dtype=dtype)
+    image = torch.randn(1, 3, *tower.image_size, device=DEVICE, dtype=dtype)
     text = torch.randn(1, tower.width, device=DEVICE, dtype=dtype)
     every = {DENSE: Dense(), **strategies}
     images = {name: image for name in every} | {"resize": every["resize"].smaller(tower, image)}
@@ -57,40 +74,42 @@ def held_to_fp64(model, strategies):
     model.double()
     errors = {}
     for name, (tokens, infos) in found.items():
-        exact, _ = run(tower, images[name].double(), text.double(), every[name], infos)
+        replays = [in_fp64(info) for info in infos]
+        exact, _ = run(tower, images[name].double(), text.double(), every[name], replays)
         errors[name] = relative_error(tokens, exact)
     model.to(dtype)
     return judged(errors, ours=list(strategies))
 
 
-def largest_batch(model, mode, count, rounds):
-    """The largest power of two at which `count` strategies take two minutes; dense is the guide."""
+def largest_batch(model, mode, count, rounds, limit):
+    """Return the largest power of two at which `count` strategies take `limit` seconds at most,
+    estimated by the time of the dense model."""
     workload = Workload(model, 1)
     with in_mode(workload, mode):
         forward = workload.forward(None)
         step = (lambda: workload.train_step(forward)) if mode == "training" else forward
         seconds = min(time_side_by_side({DENSE: step}, device=DEVICE, rounds=3)[DENSE])
     batch = 1
-    while batch < LARGEST and 2 * batch * seconds * count * (rounds + 3) < SECONDS:
+    while batch < LARGEST and 2 * batch * seconds * count * (rounds + 3) < limit:
         batch *= 2
     return batch
 
 
-@pytest.mark.parametrize("batch", ["B1", "largest"])
+@pytest.mark.cases(of=batches)
 @pytest.mark.parametrize("mode", ["training", "inference"])
-def test_strategies(record, rounds, mode, batch):
-    model = timm.create_model(NAME, num_classes=0).to(DEVICE, MAIN_DTYPE).eval()
+def test_strategies(record, rounds, scale, mode, case):
+    name, model = created(scale)
     strategies, share = strategies_at_equal_flops(as_tower(model))
     held = held_to_fp64(model, strategies)
     every = {DENSE: None, **strategies}
-    B = 1 if batch == "B1" else largest_batch(model, mode, len(every), rounds)
+    B = 1 if case == "B1" else largest_batch(model, mode, len(every), rounds, SECONDS[scale])
     workload = Workload(model, B)
     measured = measure(workload, every, mode, rounds=rounds)
     flops = {name: sum(each) for name, each in count(workload, every, mode).items()}
     with in_mode(workload, mode):
         record(
             workload.forward(strategies["elip"]),
-            op=NAME,
+            op=name,
             direction=mode,
             rounds=rounds,
             ratios={name: measured[name].time_ratio for name in strategies},
@@ -99,7 +118,7 @@ def test_strategies(record, rounds, mode, batch):
             strategy_flops={name: each / flops[DENSE] for name, each in flops.items()},
             share=share,
             memory={name: each.memory for name, each in measured.items()},
-            shape={"B": B, "image": SIZE},
+            shape={"B": B, "image": workload.tower.image_size[0]},
             dtype=DTYPE_NAMES[MAIN_DTYPE],
             parity=held,
         )

@@ -1,36 +1,49 @@
-"""The shapes that are timed on this class of device, and copies of inputs that leave its caches."""
+"""The shapes that are timed at each scale on this class of device, and copies of inputs that are
+larger than its caches.
+
+    smallest   one small shape for each benchmark: what the slow tests run, in one round
+    default    what `pytest benchmarks/ --benchmark-only` runs, in ten minutes on two CPU cores
+    full       every shape, with `--full`
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from elip_kernels.testing import REAL_SHAPES, Case
+from elip_kernels.testing import Case
 
+Scale = Literal["smallest", "default", "full"]
+SCALES: tuple[Scale, ...] = get_args(Scale)
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 BATCHES = (1, 16, 64, 256) if ON_GPU else (1, 8, 64)
 WIDTH, HEADS = 768, 12
 SWEEP = (257, WIDTH, 166)  # N, D and K of the cases that go through batches and dtypes
-FURTHER = ((197, 127), (50, 32))
+FURTHER = ((197, WIDTH, 127), (50, WIDTH, 32))
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 MAIN_DTYPE, OTHER_DTYPE = reversed(DTYPE_NAMES) if ON_GPU else DTYPE_NAMES
-COMPILED = [Case(B, *SWEEP, MAIN_DTYPE) for B in BATCHES[-2:]]  # compiling takes long
+COMPILED = [Case(BATCHES[-1], *SWEEP, MAIN_DTYPE)]  # compiling takes long
 
 
-def sweep() -> list[Case]:
-    """One shape at every batch, and once in the other dtype."""
+def sweep(scale: Scale) -> list[Case]:
+    """Return one shape at the smallest and the largest batch; in full at every batch, and once in
+    the other dtype."""
+    if scale == "smallest":
+        return [Case(2, *FURTHER[-1], MAIN_DTYPE)]
+    if scale == "default":
+        return [Case(B, *SWEEP, MAIN_DTYPE) for B in (BATCHES[0], BATCHES[-1])]
     main = [Case(B, *SWEEP, MAIN_DTYPE) for B in BATCHES]
     return [*main, Case(BATCHES[-2], *SWEEP, OTHER_DTYPE)]
 
 
-def cases() -> list[Case]:
-    """The sweep, and further real shapes at the largest batch."""
-    further = [shape for shape in REAL_SHAPES if shape in FURTHER]
-    return sweep() + [Case(BATCHES[-1], N, WIDTH, K, MAIN_DTYPE) for N, K in further]
+def reduce_cases(scale: Scale) -> list[Case]:
+    """Return the sweep and, in full, further real shapes at the largest batch."""
+    further = [Case(BATCHES[-1], *shape, MAIN_DTYPE) for shape in FURTHER]
+    return sweep(scale) + (further if scale == "full" else [])
 
 
 def described(case: Case, **more: int) -> dict[str, Any]:
@@ -54,19 +67,23 @@ class TowerCase:
         return f"{short}-{self.size}px-B{self.B}-{DTYPE_NAMES[self.dtype]}"
 
 
-def tower_cases() -> list[TowerCase]:
-    """ViT-B/16 at 256 px, as in ALBEF, and ViT-S/16 at 224 px, as in the small CLIP."""
+def tower_cases(scale: Scale) -> list[TowerCase]:
+    """Return ViT-B/16 at 256 px, as in ALBEF, and ViT-S/16 at 224 px, as in the small CLIP."""
     base, small = ("vit_base_patch16_224", 256), ("vit_small_patch16_224", 224)
+    if scale == "smallest":
+        return [TowerCase("vit_tiny_patch16_224", 96, 1, MAIN_DTYPE)]
     if ON_GPU:
         sizes = [*((B, MAIN_DTYPE) for B in BATCHES), (64, OTHER_DTYPE)]
         return [TowerCase(*tower, *size) for tower in (base, small) for size in sizes]
+    if scale == "default":
+        return [TowerCase(*small, B, MAIN_DTYPE) for B in (1, 4)]
     light = [TowerCase(*small, B, dtype) for dtype in DTYPE_NAMES for B in (1, 4)]
     return [TowerCase(*base, 1, MAIN_DTYPE), *light]
 
 
 @dataclass(frozen=True)
 class PretrainingCase:
-    """A cross-modal model by a name of `list_models` and fields of its config, on B pairs."""
+    """A model by a name of `list_models` and fields of its config, on B pairs."""
 
     model: str
     fields: dict[str, Any]
@@ -74,21 +91,36 @@ class PretrainingCase:
     dtype: torch.dtype
 
 
-def pretraining_case(name: str, *, tiny: bool) -> PretrainingCase:
-    """Full size and the paper's batch on a GPU; else all widths, and the vocabulary, by four."""
-    if tiny:
-        return PretrainingCase(f"{name}_tiny", {}, 2, MAIN_DTYPE)
+SMALL_CLIP = {
+    "vision_width": 192,
+    "vision_heads": 3,
+    "text_width": 192,
+    "text_heads": 3,
+    "embed_dim": 128,
+    "vocab_size": 12352,
+    "eos_token_id": 12351,
+}
+
+
+def pretraining_case(family: str, scale: Scale) -> PretrainingCase:
+    """Return the full size and the paper's batch on a GPU; on a CPU all widths, and the vocabulary,
+    divided by four."""
+    if scale == "smallest":
+        return PretrainingCase(f"{family}_tiny", {}, 2, MAIN_DTYPE)
+    name = "clip_vit_b16" if family == "clip" else family
     if ON_GPU:
         return PretrainingCase(name, {}, 36, MAIN_DTYPE)
+    if family == "clip":
+        return PretrainingCase(name, SMALL_CLIP, 4, MAIN_DTYPE)
     fields: dict[str, Any] = {"vocab_size": 7632, "text_hidden": 768}
     fields |= {f"{part}_width": 192 for part in ("vision", "text")}
     fields |= {f"{part}_heads": 3 for part in ("vision", "text")}
-    match name:
+    match family:
         case "meter":
             fields |= {"cross_width": 192, "cross_heads": 3, "cross_hidden": 768}
         case "blip":
             fields |= {"decoder_token_id": 7630, "encoder_token_id": 7631}
-    if name != "meter":
+    if family != "meter":
         fields |= {"embed_dim": 64, "queue_size": 4096}
     return PretrainingCase(name, fields, 4, MAIN_DTYPE)
 

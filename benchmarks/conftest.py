@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.cases import ON_GPU
+from benchmarks.cases import ON_GPU, SCALES
 from benchmarks.machine import machine
 from elip_models.profiling.commit import commit
 from elip_models.profiling.measure import no_gain
@@ -14,7 +14,28 @@ PLANNED, PASSED, FAILED = (pytest.StashKey[list]() for _ in range(3))
 
 def pytest_addoption(parser):
     parser.addoption("--rounds", type=int, default=10, help="interleaved rounds of a measurement")
-    parser.addoption("--tiny", action="store_true", help="the smallest cross-modal models")
+    scales = parser.getgroup("scale of the benchmarks").addoption
+    scales("--smallest", action="store_true", help="one small case of each benchmark")
+    scales("--full", action="store_true", help="every case; the default takes ten minutes")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cases(of=function): `case` is each of function(scale)")
+    config.option.verbose = max(config.option.verbose, 1)  # a line for each case, as it runs
+
+
+def scale_of(config):
+    """Return the scale that the options ask for."""
+    chosen = [name for name in SCALES if config.getoption(f"--{name}", False)]
+    if len(chosen) > 1:
+        raise pytest.UsageError("expected --smallest or --full, got both; leave one out")
+    return chosen[0] if chosen else "default"
+
+
+def pytest_generate_tests(metafunc):
+    marker = metafunc.definition.get_closest_marker("cases")
+    if marker is not None:
+        metafunc.parametrize("case", marker.kwargs["of"](scale_of(metafunc.config)), ids=str)
 
 
 @pytest.fixture
@@ -23,8 +44,8 @@ def rounds(request):
 
 
 @pytest.fixture
-def tiny(request):
-    return request.config.getoption("--tiny")
+def scale(request):
+    return scale_of(request.config)
 
 
 @pytest.fixture(autouse=True)

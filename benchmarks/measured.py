@@ -19,6 +19,7 @@ class Results:
     slug: str
     machine: dict[str, Any]
     commit: str
+    date: str
     entries: list[dict[str, Any]]
 
 
@@ -43,6 +44,7 @@ def _read_device(folder: Path) -> Results:
         reason = unfinished(content)
         if reason is not None:
             raise Refused(f"{path}: {reason}")
+        date = content["datetime"][:10]
         sources.append((content["machine_info"], content["commit_info"]))
         for benchmark in content["benchmarks"]:
             reason = refusal(benchmark["extra_info"])
@@ -53,7 +55,7 @@ def _read_device(folder: Path) -> Results:
         raise Refused(f"{folder}: expected one device, its versions and one commit, got several")
     machine, commit = sources[0]
     changed = " and local changes" if commit.get("dirty") else ""
-    return Results(folder.name, machine, f"{commit['id'][:7]}{changed}", entries)
+    return Results(folder.name, machine, f"{commit['id'][:7]}{changed}", date, entries)
 
 
 def unfinished(content: dict[str, Any]) -> str | None:
@@ -75,8 +77,9 @@ def refusal(entry: dict[str, Any]) -> str | None:
     parity = entry.get("parity")
     if parity is None:
         return "its parity was not checked"
-    if parity.get("passed") is not True or not parity["max_abs"] <= parity["bound"]:
-        return f"parity failed: an error of {parity['max_abs']}, {parity['bound']} is allowed"
+    for held in (parity, *([parity["coarser"]] if "coarser" in parity else [])):
+        if held.get("passed") is not True or not held["max_abs"] <= held["bound"]:
+            return f"parity failed: an error of {held['max_abs']}, {held['bound']} is allowed"
     if entry.get("rounds", 0) < LEAST_ROUNDS:
         return f"expected {LEAST_ROUNDS} rounds or more, got {entry.get('rounds', 0)}"
     return None

@@ -1,7 +1,8 @@
 """Forms of one op, and how far each is from fp64; what is not as near as it must be is not timed.
 
     error = largest deviation from fp64 over the largest value; ours at most twice that of the forms
-            that it replaces, for the first and the last images
+            that it replaces, for the first and the last images. A form that computes in a coarser
+            dtype by design is held to twice the error of what it replaces in that dtype
     apart = the same from the eager form instead of fp64, for all images; at most twice that bound
 
 A form takes tensors and returns a tuple of tensors; gradients flow from the first to the first.
@@ -68,7 +69,7 @@ def largest(values: Iterable[float]) -> float:
 
 
 def judged(errors: dict[str, float], ours: Sequence[str] = REPLACING) -> dict[str, Any]:
-    """What goes into the JSON of errors by form.
+    """Return what goes into the JSON of errors by form.
 
     Raises:
         AssertionError: a form is further off than twice those that `ours` replace, or not finite.
@@ -77,6 +78,21 @@ def judged(errors: dict[str, float], ours: Sequence[str] = REPLACING) -> dict[st
     worst, bound = largest(errors.values()), 2 * largest(replaced) + FLOOR
     assert worst <= bound < inf, f"parity: expected errors of at most {bound:.2e}, got {errors}"
     return {"max_abs": worst, "bound": bound, "passed": True, "errors": errors}
+
+
+def judged_coarser(errors: dict[str, float], replaced: float, dtype: str) -> dict[str, Any]:
+    """Return what goes into the JSON of forms that compute in `dtype`, which is coarser than the
+    dtype of their tensors.
+
+    Args:
+        errors: of these forms.
+        replaced: the error of the form that they replace, computed in `dtype`.
+
+    Raises:
+        AssertionError: a form is further off than twice `replaced`, or not finite.
+    """
+    held = judged({f"replaced, {dtype}": replaced} | errors, ours=list(errors))
+    return held | {"dtype": dtype}
 
 
 def on_device(tensors: Sequence[Tensor]) -> Tensors:
@@ -102,13 +118,13 @@ def with_compiled(
 ) -> tuple[dict[str, Form], dict[str, str]]:
     """The eager form under torch.compile too, compiled for `inputs` -> forms, and why one is left
     out, by name."""
-    compiler = os.environ.get("CXX", "g++")
+    eager, compiler = forms["eager"], os.environ.get("CXX", "g++")
     if not ON_GPU and shutil.which(compiler) is None:
         return forms, {"compiled": f"no C++ compiler ({compiler}) on this machine"}
     if case not in COMPILED:
         return forms, {"compiled": f"only {' and '.join(map(str, COMPILED))} are: it takes long"}
     torch.compiler.reset()
-    compiled = torch.compile(forms["eager"], fullgraph=True, dynamic=False)
+    compiled = torch.compile(eager, fullgraph=True, dynamic=False)
     # A backward pass may go its graph again where the first one that is compiled does.
     with autograd_compiler.patch(donated_buffer=False, enable_autograd_cache=False):
         with_gradient(compiled, *inputs, retain_graph=True)

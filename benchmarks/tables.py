@@ -17,7 +17,10 @@ def device_tables(results: Results) -> str:
     """Write what the page shows of a device: versions, towers, strategies, where the ops are."""
     machine = results.machine
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    about = f"CPU threads: {machine['threads']}; {versions}; commit {results.commit}."
+    about = (
+        f"Measured on {results.date} at commit {results.commit}; CPU threads: "
+        f"{machine['threads']}; {versions}."
+    )
     towers = [entry for entry in results.entries if "flops" in entry]
     compared = [entry for entry in results.entries if "strategies" in entry]
     steps = [entry for entry in results.entries if "step_flops" in entry]

@@ -1,5 +1,6 @@
 """What benchmarks write, what plot.py makes of it, and what it refuses."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -12,9 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import elip_kernels
 from benchmarks.plot import BEGIN, END, main
+from elip_models import STRATEGIES
+from elip_models.models.registry import FAMILIES
 from elip_models.profiling.commit import commit
 from elip_models.profiling.measure import count_step
+from elip_models.reduction.scorers import SCORERS
 from tests.tiers import tiered
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,6 +116,7 @@ def page(tmp_path):
         content = {
             "machine_info": machine,
             "commit_info": {"id": "0123456789", "dirty": False},
+            "datetime": "2026-11-28T12:00:00+00:00",
             "run": {"planned": len(entries), "failed": [], "missing": []},
             "benchmarks": [{"name": entry["op"], "extra_info": entry} for entry in entries],
         }
@@ -133,7 +139,7 @@ def test_tables_and_charts_come_from_the_json(page, tmp_path):
     text += (tmp_path / "docs" / "some-cpu-ops.md").read_text()
     for part in (
         "### Some CPU, 2 cores",
-        "CPU threads: 2; torch 2.13.0; commit 0123456.",
+        "Measured on 2026-11-28 at commit 0123456; CPU threads: 2; torch 2.13.0.",
         "| `reduce` forward | B64 N257 D768 K166 fp32 | 2 | 0.50 | 1.00 no gain | – | 50% |",
         "| vit_base_patch16 256 px, 4, fp32 | training | 1674 | 0.73 (0.71) | 0.69 |",
         "| vit_small_patch16 224 px, 1, fp32 | inference | 63.2 | 0.79 (0.70) | 0.98 no gain (",
@@ -200,6 +206,7 @@ def test_refuses_a_run_that_is_not_whole(page, tmp_path, capsys, change, reason)
         ({"parity": HELD | {"passed": False}}, "parity failed"),
         ({"parity": HELD | {"max_abs": 2e-6}}, "parity failed"),
         ({"parity": HELD | {"max_abs": float("nan")}}, "parity failed"),
+        ({"parity": HELD | {"coarser": HELD | {"max_abs": 2e-6}}}, "parity failed"),
         ({"parity": None}, "parity was not checked"),
         ({"rounds": 3}, "expected 10 rounds or more, got 3"),
     ],
@@ -242,27 +249,28 @@ def test_the_commit_is_what_is_said_or_what_git_says(monkeypatch):
     assert commit.__wrapped__() == {}
 
 
+def measured(folder, *words):
+    """Run pytest with these words -> its exit status and the JSON that it wrote."""
+    path = folder / "device" / "bench.json"
+    path.parent.mkdir()
+    command = [sys.executable, "-m", "pytest", *words, "-p", "no:cacheprovider"]
+    own = {n: value for n, value in os.environ.items() if not n.startswith("PYTEST_")}
+    more = {"CXX": "no-such-compiler", "COMMIT": "0123456789", "PYTHONPATH": str(folder)}
+    done = subprocess.run(
+        [*command, "--benchmark-json", str(path)],
+        cwd=ROOT,
+        env=own | more,  # in which nothing is a worker of this run
+        capture_output=True,
+        text=True,
+    )
+    assert path.exists(), done.stdout + done.stderr
+    return done.returncode, json.loads(path.read_text())
+
+
 @pytest.fixture
 def measure(tmp_path):
-    """measure(*words of pytest) -> its exit status and the JSON that it wrote."""
-
-    def run(*words):
-        path = tmp_path / "device" / "bench.json"
-        path.parent.mkdir()
-        command = [sys.executable, "-m", "pytest", *words, "-p", "no:cacheprovider"]
-        own = {n: value for n, value in os.environ.items() if not n.startswith("PYTEST_")}
-        more = {"CXX": "no-such-compiler", "COMMIT": "0123456789", "PYTHONPATH": str(tmp_path)}
-        done = subprocess.run(
-            [*command, "--benchmark-json", str(path)],
-            cwd=ROOT,
-            env=own | more,  # in which nothing is a worker of this run
-            capture_output=True,
-            text=True,
-        )
-        assert path.exists(), done.stdout + done.stderr
-        return done.returncode, json.loads(path.read_text())
-
-    return run
+    """measure(*words of pytest), see `measured`."""
+    return partial(measured, tmp_path)
 
 
 def refused(folder, capsys):
@@ -291,12 +299,58 @@ def test_a_benchmark_records_parity_and_nothing_private(measure, tmp_path, capsy
     assert "rounds" in refused(tmp_path, capsys)
 
 
-@pytest.mark.exhaustive
-def test_a_step_of_pretraining_is_measured_dense_and_reduced(measure):
-    words = ("benchmarks/bench_pretraining.py", "--tiny", "--rounds", "1")
-    status, content = measure(*words, "-k", "albef or negatives")
-    assert status == 0
-    found = {each["name"]: each["extra_info"] for each in content["benchmarks"]}
+@pytest.fixture(scope="module")
+def smallest(tmp_path_factory):
+    """Every benchmark, run once at its smallest size: its exit status and the JSON by name."""
+    status, content = measured(
+        tmp_path_factory.mktemp("smallest"),
+        *("benchmarks", "--benchmark-only", "--smallest", "--rounds", "1"),
+    )
+    return status, content["run"], {e["name"]: e["extra_info"] for e in content["benchmarks"]}
+
+
+@pytest.mark.slow
+def test_every_benchmark_runs_and_holds_parity(smallest):
+    status, run, found = smallest
+    assert run["failed"] == [] and run["missing"] == [] and status == 0
+    assert len(found) == run["planned"]
+    assert all(facts["parity"]["passed"] and facts["ratios"] for facts in found.values())
+
+
+def takes_a_tensor(function):
+    """Tell whether the first argument is a tensor, as it is of an op."""
+    first = [*inspect.signature(function).parameters.values()][:1]
+    return [each.annotation for each in first] == [torch.Tensor]
+
+
+@pytest.mark.slow
+def test_each_op_strategy_scorer_and_model_has_a_benchmark(smallest):
+    *_, found = smallest
+    public = [getattr(elip_kernels, name) for name in elip_kernels.__all__]
+    ops = {each.__name__ for each in public if inspect.isfunction(each) and takes_a_tensor(each)}
+    assert {"reduce", "score_reduce", "merge_nearest", "unmerge"} <= ops
+    measured_by_copy = {facts["op"] for facts in found.values() if "possible" in facts}
+    assert ops - measured_by_copy == set()
+    of_strategies = found["test_strategies[B1-inference]"]
+    assert of_strategies["ratios"].keys() == STRATEGIES.keys()
+    of_towers = found["test_tower[tiny-96px-B1-fp32-inference]"]
+    assert of_towers["ratios"].keys() == SCORERS.keys()
+    of_models = {facts["family"] for facts in found.values() if "family" in facts}
+    assert of_models == FAMILIES.keys()
+
+
+@pytest.mark.slow
+def test_the_bf16_scorer_is_held_to_the_official_one_in_bf16(smallest):
+    *_, found = smallest
+    held = found["test_tower[tiny-96px-B1-fp32-inference]"]["parity"]
+    assert "bf16" not in held["errors"]
+    assert held["coarser"]["dtype"] == "bf16"
+    assert held["bound"] < held["coarser"]["errors"]["bf16"] <= held["coarser"]["bound"]
+
+
+@pytest.mark.slow
+def test_a_step_of_pretraining_is_measured_dense_and_reduced(smallest):
+    *_, found = smallest
     step = found["test_pretraining[albef]"]
     scorers = ["official", "exact", "last", "last, shared"]
     assert list(step["ratios"]) == [*scorers, "momentum"]
@@ -307,7 +361,6 @@ def test_a_step_of_pretraining_is_measured_dense_and_reduced(measure):
     assert step["memory"]["last"] < step["memory"]["dense"]
     assert found["test_matching[albef]"]["ratios"].keys() == {"two passes"}
     assert found["test_negatives"]["ratios"].keys() == {"one by one"}
-    assert all(facts["parity"]["passed"] for facts in found.values())
 
 
 SPOILS = """

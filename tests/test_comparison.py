@@ -15,7 +15,7 @@ from benchmarks import cases, comparison, tune
 from benchmarks.bench_reduce import forms_of
 from benchmarks.cases import copies
 from benchmarks.comparison import runs_kernels
-from benchmarks.parity import OURS, ends, in_fp64, judged, parity, with_compiled
+from benchmarks.parity import OURS, ends, in_fp64, judged, judged_coarser, parity, with_compiled
 from elip_kernels._triton import HAS_TRITON
 from elip_kernels.testing import Case, launchers_on_cpu
 from elip_models.profiling.measure import graphed
@@ -30,6 +30,13 @@ def test_parity_is_twice_the_error_of_what_is_replaced():
         parity((exact,), {"eager": (near,), OURS: (far,)})
     with pytest.raises(AssertionError, match="parity"):
         judged({"official": 0.0, "last": 1e-3}, ours=["last"])
+
+
+def test_a_coarser_form_is_held_to_what_it_replaces_in_its_dtype():
+    held = judged_coarser({"bf16": 5e-3}, 4e-3, "bf16")
+    assert held["dtype"] == "bf16" and 8e-3 <= held["bound"] <= 8.01e-3
+    with pytest.raises(AssertionError, match="parity"):
+        judged_coarser({"bf16": 9e-3}, 4e-3, "bf16")
 
 
 @pytest.mark.parametrize("value", [NAN, INF])

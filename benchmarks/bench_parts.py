@@ -1,0 +1,85 @@
+"""The parts of a reduction, select_tokens, merge_by and unmerge: an eager form and a copy."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+import elip_kernels
+from benchmarks.cases import described, sweep
+from benchmarks.comparison import compare
+from benchmarks.parity import OURS, in_fp64, on_device, parity, with_compiled
+from elip_kernels import BipartiteInfo
+from elip_kernels.testing import model
+from elip_kernels.testing.work import INT32, Work
+
+IMAGES = 8  # that are held to fp64, the first and the last
+
+
+def eager_select(scores: Tensor, K: int) -> tuple[Tensor]:
+    """Select by topk and sort: scores (B, N), column 0 of CLS -> (B, K)."""
+    return (scores[:, 1:].topk(K).indices.sort(dim=1).values + 1,)
+
+
+def eager_merge(tokens: Tensor, slots: Tensor, size: Tensor, R: int) -> tuple[Tensor, Tensor]:
+    """Merge by scatter_add, sizes as one more channel -> (B, R, D), (B, R)."""
+    B, _, D = tokens.shape
+    sums = torch.cat([tokens * size[..., None], size[..., None]], dim=2)
+    rows = slots.long()[..., None].expand(-1, -1, D + 1)
+    sums = sums.new_zeros(B, R, D + 1).scatter_add(1, rows, sums)
+    return (sums[..., :-1] / sums[..., -1:]).to(tokens.dtype), sums[..., -1]
+
+
+def eager_unmerge(merged: Tensor, slots: Tensor) -> tuple[Tensor]:
+    """Unmerge by gather: (B, R, D) -> (B, N, D)."""
+    return (merged.gather(1, slots.long()[..., None].expand(-1, -1, merged.shape[2])),)
+
+
+def slots_of(case):
+    """Draw the row of each token (B, N), none of the R = K + 1 rows empty."""
+    R = case.K + 1
+    rows = torch.cat([torch.arange(R), torch.randint(R, (case.N - R,))])
+    return torch.stack([rows[torch.randperm(case.N)] for _ in range(case.B)]).int()
+
+
+def select_forms(case):
+    inputs = (torch.nn.functional.pad(case.inputs()[1], (1, 0)),)
+    work = model.select(case.B, case.N, case.K)
+    ours = lambda scores: (elip_kernels.select_tokens(scores, case.K),)  # noqa: E731
+    return {"eager": partial(eager_select, K=case.K), OURS: ours}, inputs, work
+
+
+def merge_forms(case):
+    def ours(tokens, slots, size):
+        return elip_kernels.merge_by(tokens, BipartiteInfo(slots, R), size=size)
+
+    R = case.K + 1
+    inputs = case.inputs()[0], slots_of(case), torch.randint(1, 5, (case.B, case.N)).float()
+    work = model.merge_by(case.B, case.N, case.D, R, case.dtype, has_size=True)
+    return {"eager": partial(eager_merge, R=R), OURS: ours}, inputs, work
+
+
+def unmerge_forms(case):
+    R = case.K + 1
+    inputs = torch.randn(case.B, R, case.D).to(case.dtype), slots_of(case)
+    row = case.B * case.D * case.dtype.itemsize
+    read = {"merged": R * row, "slots": case.B * case.N * INT32}
+    ours = lambda merged, slots: (elip_kernels.unmerge(merged, BipartiteInfo(slots, R)),)  # noqa: E731
+    return {"eager": eager_unmerge, OURS: ours}, inputs, Work(read, {"out": case.N * row}, 0)
+
+
+OPS = {"select_tokens": select_forms, "merge_by": merge_forms, "unmerge": unmerge_forms}
+
+
+@pytest.mark.cases(of=sweep)
+@pytest.mark.parametrize("op", OPS)
+def test_parts(record, rounds, op, case):
+    forms, inputs, work = OPS[op](case)
+    inputs = on_device(inputs)
+    exact = forms["eager"](*in_fp64(inputs, IMAGES))
+    forms, left_out = with_compiled(forms, case, inputs)
+    held = parity(exact, {name: form(*inputs) for name, form in forms.items()})
+    facts, step = compare(forms, inputs, work, direction="forward", rounds=rounds)
+    facts |= described(case, K=case.K)
+    record(step, **facts, op=op, parity=held, left_out=left_out)
