@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.cases import described, sweep
+from benchmarks.cases import described, directions, sweep
 from benchmarks.comparison import compare
+from benchmarks.kernel_analysis import least_work
 from benchmarks.parity import OURS, in_fp64, on_device, parity, with_compiled, with_gradient
-from elip_kernels.bipartite import bipartite_merge
-from elip_kernels.testing import model
+from elip_kernels.ops.bipartite import bipartite_merge
 
 CHANNELS = 64  # the metric is the head mean of the keys
 MERGED = 16
@@ -37,14 +37,13 @@ def eager_merge(tokens: Tensor, metric: Tensor, r: int, size: Tensor) -> tuple[T
 
 def work_of(case, direction):
     shape = (case.B, case.N, case.D)
-    forward = model.bipartite_merge(*shape, CHANNELS, MERGED, case.dtype, has_size=True)
-    backward = model.bipartite_merge_backward(*shape, MERGED, case.dtype, has_size=True)
+    forward = least_work.bipartite_merge(*shape, CHANNELS, MERGED, case.dtype, has_size=True)
+    backward = least_work.bipartite_merge_backward(*shape, MERGED, case.dtype, has_size=True)
     works = {"forward": forward, "backward": backward}
-    return works[direction] if direction in works else model.together(*works.values())
+    return works[direction] if direction in works else least_work.together(*works.values())
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward", "training"])
-@pytest.mark.cases(of=sweep)
+@pytest.mark.cases(case=sweep, direction=directions)
 def test_bipartite_merge(record, rounds, case, direction):
     tokens, metric = case.inputs()[0], torch.randn(case.B, case.N, CHANNELS).to(case.dtype)
     inputs = [tokens, metric, torch.randint(1, 5, (case.B, case.N)).float()]

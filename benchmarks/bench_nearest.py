@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench_bipartite import CHANNELS, IMAGES
-from benchmarks.cases import described, sweep
+from benchmarks.cases import described, directions, sweep
 from benchmarks.comparison import compare
+from benchmarks.kernel_analysis import least_work
 from benchmarks.parity import OURS, in_fp64, on_device, parity, with_compiled, with_gradient
 from elip_kernels import merge_nearest, select_tokens
-from elip_kernels.testing import model
 
 
 def eager_merge(
@@ -32,18 +32,17 @@ def eager_merge(
 
 def work_of(case, direction):
     shape, more = (case.B, case.N, case.D), {"has_size": True}
-    forward = model.together(
-        model.select(case.B, case.N, case.K),
-        model.merge_nearest(*shape, CHANNELS, case.K, case.dtype, **more),
+    forward = least_work.together(
+        least_work.select(case.B, case.N, case.K),
+        least_work.merge_nearest(*shape, CHANNELS, case.K, case.dtype, **more),
     )
     merged_away = case.N - 1 - case.K
-    backward = model.bipartite_merge_backward(*shape, merged_away, case.dtype, **more)
+    backward = least_work.bipartite_merge_backward(*shape, merged_away, case.dtype, **more)
     works = {"forward": forward, "backward": backward}
-    return works[direction] if direction in works else model.together(*works.values())
+    return works[direction] if direction in works else least_work.together(*works.values())
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward", "training"])
-@pytest.mark.cases(of=sweep)
+@pytest.mark.cases(case=sweep, direction=directions)
 def test_merge_nearest(record, rounds, case, direction):
     tokens, scores = case.inputs()
     metric = torch.randn(case.B, case.N, CHANNELS).to(case.dtype)

@@ -14,9 +14,9 @@ import torch
 
 from benchmarks.cases import DTYPE_NAMES, ON_GPU
 from benchmarks.parity import relative_error
-from elip_models import Elip, EViT, Random, ToMe, reduce_
+from elip_models import ELIP, EViT, RandomPruning, ToMe, reduce_
 from elip_models.profiling.measure import milliseconds, ratios_to, time_side_by_side
-from elip_models.profiling.rows import DENSE
+from elip_models.profiling.runner import DENSE
 from elip_models.reduction.flops import training_ratio
 from elip_models.reduction.schedule import PRESETS
 from elip_models.reduction.strategies import Dense
@@ -32,20 +32,21 @@ TOWERS = (("vit_small_patch16_224", 224), ("vit_tiny_patch16_224", 96))
 
 def batches(scale):
     """Return the batch sizes of a scale."""
-    return [1] if scale == "smallest" else [1, 16]
+    return [1, 16] if scale == "full" else [1]
 
 
 def strategies_at_equal_flops(tower):
-    last = Elip(PRESETS["clip"], scorer="last", without_text="vision")
+    last = ELIP(PRESETS["clip"], scorer="last", without_text="vision")
     share = training_ratio(last, tower.size)
-    others = {"evit": EViT(), "tome": ToMe(), "random": Random(PRESETS["clip"])}
+    others = {"evit": EViT(), "tome": ToMe(), "random": RandomPruning(PRESETS["clip"])}
     found = {name: each.at_flops(tower, share) for name, each in others.items()}
     return {DENSE: Dense(), "last": last, **found}, share
 
 
 def exported_at(scale, strategies):
     """Return the strategies of a scale: an export takes ten seconds."""
-    names = (DENSE, "last") if scale == "smallest" else strategies
+    few = {"smallest": (DENSE, "last"), "default": (DENSE, "last", "tome")}
+    names = few.get(scale, strategies)
     return {name: strategies[name] for name in names}
 
 
@@ -73,7 +74,7 @@ def error_of(call, model, image):
 
 
 @pytest.mark.skipif(ON_GPU, reason="onnxruntime is timed on a CPU, beside PyTorch there")
-@pytest.mark.cases(of=batches)
+@pytest.mark.cases(case=batches)
 @torch.no_grad()
 def test_onnxruntime(record, rounds, scale, case):
     name, size = TOWERS[scale == "smallest"]

@@ -1,4 +1,4 @@
-"""The parts of a reduction, select_tokens, merge_by and unmerge: an eager form and a copy."""
+"""The parts of a reduction, select_tokens, apply_merge and unmerge: an eager form and a copy."""
 
 from functools import partial
 
@@ -9,10 +9,10 @@ from torch import Tensor
 import elip_kernels
 from benchmarks.cases import described, sweep
 from benchmarks.comparison import compare
+from benchmarks.kernel_analysis import least_work
+from benchmarks.kernel_analysis.work import INT32, Work
 from benchmarks.parity import OURS, in_fp64, on_device, parity, with_compiled
 from elip_kernels import BipartiteInfo
-from elip_kernels.testing import model
-from elip_kernels.testing.work import INT32, Work
 
 IMAGES = 8  # that are held to fp64, the first and the last
 
@@ -45,18 +45,18 @@ def slots_of(case):
 
 def select_forms(case):
     inputs = (torch.nn.functional.pad(case.inputs()[1], (1, 0)),)
-    work = model.select(case.B, case.N, case.K)
+    work = least_work.select(case.B, case.N, case.K)
     ours = lambda scores: (elip_kernels.select_tokens(scores, case.K),)  # noqa: E731
     return {"eager": partial(eager_select, K=case.K), OURS: ours}, inputs, work
 
 
 def merge_forms(case):
     def ours(tokens, slots, size):
-        return elip_kernels.merge_by(tokens, BipartiteInfo(slots, R), size=size)
+        return elip_kernels.apply_merge(tokens, BipartiteInfo(slots, R), size=size)
 
     R = case.K + 1
     inputs = case.inputs()[0], slots_of(case), torch.randint(1, 5, (case.B, case.N)).float()
-    work = model.merge_by(case.B, case.N, case.D, R, case.dtype, has_size=True)
+    work = least_work.apply_merge(case.B, case.N, case.D, R, case.dtype, has_size=True)
     return {"eager": partial(eager_merge, R=R), OURS: ours}, inputs, work
 
 
@@ -69,10 +69,10 @@ def unmerge_forms(case):
     return {"eager": eager_unmerge, OURS: ours}, inputs, Work(read, {"out": case.N * row}, 0)
 
 
-OPS = {"select_tokens": select_forms, "merge_by": merge_forms, "unmerge": unmerge_forms}
+OPS = {"select_tokens": select_forms, "apply_merge": merge_forms, "unmerge": unmerge_forms}
 
 
-@pytest.mark.cases(of=sweep)
+@pytest.mark.cases(case=sweep)
 @pytest.mark.parametrize("op", OPS)
 def test_parts(record, rounds, op, case):
     forms, inputs, work = OPS[op](case)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.cases import DEVICE, DTYPE_NAMES, MAIN_DTYPE, pretraining_case
-from elip_models.models.albef import ALBEF
+from elip_models.models.albef.model import ALBEF
 from elip_models.models.cross_modal import CrossModalModel
 from elip_models.models.layers.losses import hard_negatives
 from elip_models.models.momentum_model import MomentumModel, Negatives
@@ -30,10 +30,10 @@ from elip_models.profiling.measure import (
     ratios_to,
     time_side_by_side,
 )
-from elip_models.profiling.rows import DENSE
+from elip_models.profiling.runner import DENSE
 from elip_models.profiling.workload import shared_copy
+from elip_models.reduction.caching import SlowScorerWarning
 from elip_models.reduction.encode import run_tower
-from elip_models.reduction.once import SlowScorerWarning
 
 BOUND = 1e-6  # relative: towers run in fp64, but losses end in fp32
 SHARED, MOMENTUM = "last, shared", "momentum"

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import elip_kernels
-from benchmarks.cases import described, reduce_cases
+from benchmarks.cases import described, directions, reduce_cases
 from benchmarks.comparison import compare
+from benchmarks.kernel_analysis import least_work
 from benchmarks.official_reduce import eager_reduce, official_reduce
 from benchmarks.parity import OURS, in_fp64, on_device, parity, with_compiled, with_gradient
-from elip_kernels.testing import model
 
 FUNCTIONS = {"official": official_reduce, "eager": eager_reduce, OURS: elip_kernels.reduce}
 IMAGES = 8  # that are held to fp64, the first and the last
@@ -25,12 +25,11 @@ def forms_of(keep):
 
 def work_of(case, direction):
     shape = (case.B, case.N, case.D, case.K, case.dtype)
-    works = {"forward": model.reduce(*shape), "backward": model.reduce_backward(*shape)}
-    return works[direction] if direction in works else model.together(*works.values())
+    works = {"forward": least_work.reduce(*shape), "backward": least_work.reduce_backward(*shape)}
+    return works[direction] if direction in works else least_work.together(*works.values())
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward", "training"])
-@pytest.mark.cases(of=reduce_cases)
+@pytest.mark.cases(case=reduce_cases, direction=directions)
 def test_reduce(record, rounds, case, direction):
     inputs = list(case.inputs())
     if direction != "forward":

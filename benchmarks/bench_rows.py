@@ -19,9 +19,9 @@ from benchmarks.eager_rows import (
     official_row,
     parameters,
 )
+from benchmarks.kernel_analysis import least_work
 from benchmarks.official_reduce import eager_reduce, official_reduce
 from benchmarks.parity import OURS, in_fp64, on_device, parity, with_compiled
-from elip_kernels.testing import model
 
 IMAGES = 4  # that are held to fp64, the first and the last
 
@@ -43,7 +43,7 @@ def row_forms(p, case):
 
 
 def output_forms(p, case):
-    ours = tupled(elip_kernels.cls_attend_from_tokens, **absorbed(p, "v_weight", "v_bias"))
+    ours = tupled(elip_kernels.cls_attention_output, **absorbed(p, "v_weight", "v_bias"))
     return {
         "official": tupled(official_output, p=p),
         "eager": tupled(eager_output, p=p),
@@ -69,13 +69,13 @@ def boundary_forms(p, case):
 
 
 OPS = {
-    "cls_attention_from_tokens": (row_forms, model.cls_attention_from_tokens),
-    "cls_attend_from_tokens": (output_forms, model.cls_attend_from_tokens),
-    "score_reduce": (boundary_forms, model.score_reduce),
+    "cls_attention_from_tokens": (row_forms, least_work.cls_attention_from_tokens),
+    "cls_attention_output": (output_forms, least_work.cls_attention_output),
+    "score_reduce": (boundary_forms, least_work.score_reduce),
 }
 
 
-@pytest.mark.cases(of=sweep)
+@pytest.mark.cases(case=sweep)
 @pytest.mark.parametrize("op", OPS)
 def test_from_tokens(record, rounds, op, case):
     make, work = OPS[op]
@@ -100,7 +100,7 @@ def test_from_tokens(record, rounds, op, case):
     record(step, **facts, op=op, parity=held, left_out=left_out)
 
 
-@pytest.mark.cases(of=sweep)
+@pytest.mark.cases(case=sweep)
 def test_cls_attention(record, rounds, case):
     B, N, d = case.B, case.N, case.D // HEADS
     q, k = torch.randn(B, HEADS, d), torch.randn(B, HEADS, N, d)
@@ -109,22 +109,22 @@ def test_cls_attention(record, rounds, case):
     exact = forms["eager"](*in_fp64(inputs, IMAGES))
     forms, left_out = with_compiled(forms, case, inputs)
     held = parity(exact, {name: form(*inputs) for name, form in forms.items()})
-    work = model.cls_attention(B, HEADS, N, d, case.dtype)
+    work = least_work.cls_attention(B, HEADS, N, d, case.dtype)
     facts, step = compare(forms, inputs, work, direction="forward", rounds=rounds)
     facts |= described(case, H=HEADS)
     record(step, **facts, op="cls_attention", parity=held, left_out=left_out)
 
 
-@pytest.mark.cases(of=sweep)
+@pytest.mark.cases(case=sweep)
 def test_attention_received(record, rounds, case):
     B, N, d = case.B, case.N, case.D // HEADS
     inputs = on_device(tuple(torch.randn(B, HEADS, N, d).to(case.dtype) for _ in "qk"))
-    ours = tupled(elip_kernels.attention_received)
+    ours = tupled(elip_kernels.attention_column_mean)
     forms = {"eager": tupled(column_means), OURS: ours}
     exact = forms["eager"](*in_fp64(inputs, IMAGES))
     forms, left_out = with_compiled(forms, case, inputs)
     held = parity(exact, {name: form(*inputs) for name, form in forms.items()})
-    work = model.attention_received(B, HEADS, HEADS, N, N, d, case.dtype)
+    work = least_work.attention_column_mean(B, HEADS, HEADS, N, N, d, case.dtype)
     facts, step = compare(forms, inputs, work, direction="forward", rounds=rounds)
     facts |= described(case, H=HEADS)
-    record(step, **facts, op="attention_received", parity=held, left_out=left_out)
+    record(step, **facts, op="attention_column_mean", parity=held, left_out=left_out)

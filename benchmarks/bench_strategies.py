@@ -15,16 +15,16 @@ import torch
 from benchmarks.cases import DEVICE, DTYPE_NAMES, MAIN_DTYPE, ON_GPU
 from benchmarks.parity import judged, relative_error
 from elip_models.profiling.measure import time_side_by_side
-from elip_models.profiling.rows import DENSE, count, in_mode, measure
+from elip_models.profiling.runner import DENSE, count, in_mode, measure
 from elip_models.profiling.workload import Workload
 from elip_models.reduction.flops import training_ratio
 from elip_models.reduction.step import Forward
 from elip_models.reduction.strategies import STRATEGIES, Dense
-from elip_models.reduction.strategies.elip import Elip
+from elip_models.reduction.strategies.elip import ELIP
 from elip_models.towers import as_tower
 
 BASE, SMALL, TINY = (f"vit_{size}_patch16_224" for size in ("base", "small", "tiny"))
-SECONDS, LARGEST = {"smallest": 0, "default": 40, "full": 120}, 256
+SECONDS, LARGEST = {"smallest": 0, "default": 25, "full": 120}, 256
 
 
 def batches(scale):
@@ -41,7 +41,7 @@ def created(scale):
 
 def strategies_at_equal_flops(tower):
     """By name, and the share of the dense training FLOPs."""
-    share = training_ratio(Elip(), tower.size)
+    share = training_ratio(ELIP(), tower.size)
     strategies = {name: strategy().fitted(tower) for name, strategy in STRATEGIES.items()}
     return {name: each.at_flops(tower, share) for name, each in strategies.items()}, share
 
@@ -95,7 +95,7 @@ def largest_batch(model, mode, count, rounds, limit):
     return batch
 
 
-@pytest.mark.cases(of=batches)
+@pytest.mark.cases(case=batches)
 @pytest.mark.parametrize("mode", ["training", "inference"])
 def test_strategies(record, rounds, scale, mode, case):
     name, model = created(scale)

@@ -16,11 +16,11 @@ import torch
 import elip_models
 from benchmarks.cases import DEVICE, DTYPE_NAMES, tower_cases
 from benchmarks.parity import judged, judged_coarser, relative_error
-from elip_models.profiling.rows import DENSE, count, in_mode, measure
+from elip_models.profiling.runner import DENSE, count, in_mode, measure
 from elip_models.profiling.workload import Workload
 from elip_models.reduction.schedule import PRESETS
 from elip_models.reduction.scorers import SCORERS
-from elip_models.reduction.strategies.elip import Elip
+from elip_models.reduction.strategies.elip import ELIP
 from elip_models.towers import as_tower
 
 SCHEDULE = PRESETS["albef"]
@@ -29,7 +29,7 @@ SCHEDULE = PRESETS["albef"]
 @torch.no_grad()
 def held_to_fp64(model, image, text):
     """Return the parity of `model`."""
-    tower, strategy = as_tower(model), Elip(SCHEDULE)
+    tower, strategy = as_tower(model), ELIP(SCHEDULE)
     dense = elip_models.encode_image(model, image, text, schedule=f"{tower.depth}(100%)")
     assert torch.equal(dense, model.forward_features(image))
     stage = strategy.schedule.stages(tower.num_patches)[0]
@@ -55,7 +55,7 @@ def held_to_fp64(model, image, text):
 
 
 @pytest.mark.parametrize("mode", ["training", "inference"])
-@pytest.mark.cases(of=tower_cases)
+@pytest.mark.cases(case=tower_cases)
 def test_tower(record, rounds, case, mode):
     model = timm.create_model(case.name, img_size=case.size, num_classes=0)
     model = model.to(DEVICE, case.dtype).eval()
@@ -63,7 +63,7 @@ def test_tower(record, rounds, case, mode):
     image = torch.randn(1, 3, case.size, case.size, **random)
     held = held_to_fp64(model, image, torch.randn(1, model.embed_dim, **random))
     workload = Workload(model, case.B)
-    strategies = {DENSE: None} | {name: Elip(SCHEDULE, scorer=name) for name in SCORERS}
+    strategies = {DENSE: None} | {name: ELIP(SCHEDULE, scorer=name) for name in SCORERS}
     measured = measure(workload, strategies, mode, rounds=rounds)
     flops = {name: sum(each) for name, each in count(workload, strategies, mode).items()}
     with in_mode(workload, mode):

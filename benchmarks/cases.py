@@ -46,6 +46,11 @@ def reduce_cases(scale: Scale) -> list[Case]:
     return sweep(scale) + (further if scale == "full" else [])
 
 
+def directions(scale: Scale) -> list[str]:
+    """Return forward and backward and, in full, both as one step of training."""
+    return ["forward", "backward", *(["training"] if scale == "full" else [])]
+
+
 def described(case: Case, **more: int) -> dict[str, Any]:
     """Shape and dtype of a case for the JSON; `more` takes the place of K."""
     names = "BND" if more else "BNDK"
@@ -76,7 +81,7 @@ def tower_cases(scale: Scale) -> list[TowerCase]:
         sizes = [*((B, MAIN_DTYPE) for B in BATCHES), (64, OTHER_DTYPE)]
         return [TowerCase(*tower, *size) for tower in (base, small) for size in sizes]
     if scale == "default":
-        return [TowerCase(*small, B, MAIN_DTYPE) for B in (1, 4)]
+        return [TowerCase(*small, 4, MAIN_DTYPE)]
     light = [TowerCase(*small, B, dtype) for dtype in DTYPE_NAMES for B in (1, 4)]
     return [TowerCase(*base, 1, MAIN_DTYPE), *light]
 
@@ -91,37 +96,28 @@ class PretrainingCase:
     dtype: torch.dtype
 
 
-SMALL_CLIP = {
-    "vision_width": 192,
-    "vision_heads": 3,
-    "text_width": 192,
-    "text_heads": 3,
-    "embed_dim": 128,
-    "vocab_size": 12352,
-    "eos_token_id": 12351,
-}
-
-
 def pretraining_case(family: str, scale: Scale) -> PretrainingCase:
-    """Return the full size and the paper's batch on a GPU; on a CPU all widths, and the vocabulary,
-    divided by four."""
+    """Return the full size and the paper's batch on a GPU; on a CPU four pairs, an eighth of the
+    paper's widths or, in full, a fourth, and a small vocabulary."""
     if scale == "smallest":
         return PretrainingCase(f"{family}_tiny", {}, 2, MAIN_DTYPE)
     name = "clip_vit_b16" if family == "clip" else family
     if ON_GPU:
         return PretrainingCase(name, {}, 36, MAIN_DTYPE)
-    if family == "clip":
-        return PretrainingCase(name, SMALL_CLIP, 4, MAIN_DTYPE)
-    fields: dict[str, Any] = {"vocab_size": 7632, "text_hidden": 768}
-    fields |= {f"{part}_width": 192 for part in ("vision", "text")}
+    width = 192 if scale == "full" else 96
+    fields: dict[str, Any] = {"vocab_size": 7632}
+    fields |= {f"{part}_width": width for part in ("vision", "text")}
     fields |= {f"{part}_heads": 3 for part in ("vision", "text")}
     match family:
+        case "clip":
+            fields |= {"eos_token_id": 7631, "embed_dim": 64}
         case "meter":
-            fields |= {"cross_width": 192, "cross_heads": 3, "cross_hidden": 768}
+            fields |= {"text_hidden": 4 * width}
+            fields |= {"cross_width": width, "cross_heads": 3, "cross_hidden": 4 * width}
         case "blip":
             fields |= {"decoder_token_id": 7630, "encoder_token_id": 7631}
-    if family != "meter":
-        fields |= {"embed_dim": 64, "queue_size": 4096}
+    if family in ("albef", "blip"):
+        fields |= {"text_hidden": 4 * width, "embed_dim": 64, "queue_size": 4096}
     return PretrainingCase(name, fields, 4, MAIN_DTYPE)
 
 

@@ -14,9 +14,9 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.cases import DEVICE, ON_GPU, copies
+from benchmarks.kernel_analysis.least_work import Work
 from benchmarks.parity import OURS, Form, Tensors, with_gradient
 from elip_kernels._operator import OPERATORS
-from elip_kernels.testing.model import Work
 from elip_models.profiling.measure import (
     Step,
     graphed,

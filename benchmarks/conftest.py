@@ -20,7 +20,6 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "cases(of=function): `case` is each of function(scale)")
     config.option.verbose = max(config.option.verbose, 1)  # a line for each case, as it runs
 
 
@@ -33,9 +32,9 @@ def scale_of(config):
 
 
 def pytest_generate_tests(metafunc):
-    marker = metafunc.definition.get_closest_marker("cases")
-    if marker is not None:
-        metafunc.parametrize("case", marker.kwargs["of"](scale_of(metafunc.config)), ids=str)
+    marker, scale = metafunc.definition.get_closest_marker("cases"), scale_of(metafunc.config)
+    for name, values in (marker.kwargs if marker is not None else {}).items():
+        metafunc.parametrize(name, values(scale), ids=str)
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.kernel_analysis import report
+from benchmarks.kernel_analysis.compile import Arch, RecordedLaunch, compile_launch
+from benchmarks.kernel_analysis.latency import ALL_MACHINES, Machine, bound, size_of
 from benchmarks.parity import OURS
-from elip_kernels.testing import report
 from elip_kernels.testing.calls import CALLS
-from elip_kernels.testing.compile import Arch, RecordedLaunch, compile_launch
-from elip_kernels.testing.latency import ALL_MACHINES, Machine, bound, size_of
 
 COLUMNS = ("op", "direction", "shape", "dtype", "bytes, us", "predicted, us", "measured, us")
 COLUMNS += ("measured / predicted",)

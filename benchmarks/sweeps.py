@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import DEVICE, DTYPE_NAMES, HEADS, WIDTH
-from elip_kernels.absorbed_query import QueryArguments
-from elip_kernels.testing import model
+from benchmarks.kernel_analysis import least_work
+from elip_kernels.ops.absorbed_query import QueryArguments
 
 CHANNELS = WIDTH // HEADS
 Number = int | float
@@ -65,10 +65,10 @@ SWEEPS = (
     Sweep("score_reduce", "score_tiles", TILES),
     Sweep("score_reduce", "select", {2: (0.5, 1.0, 2.0)}),
     Sweep("score_reduce", "move", TILE),
-    Sweep("cls_attend_from_tokens", "weight_tiles", TILES),
-    Sweep("cls_attend_from_tokens", "weigh", WEIGH),
-    Sweep("cls_attend_from_tokens", "value", QUERY),
-    Sweep("attention_received", "received", RECEIVED),
+    Sweep("cls_attention_output", "weight_tiles", TILES),
+    Sweep("cls_attention_output", "weigh", WEIGH),
+    Sweep("cls_attention_output", "value", QUERY),
+    Sweep("attention_column_mean", "received", RECEIVED),
     Sweep("bipartite_match", "bipartite_match", {0: (16, 32, 64), 1: (32, 64), 3: (4, 8)}),
     Sweep("bipartite_merge", "merge_order", {0: (0.5, 1.0), 1: (0.5, 1.0), 2: (4, 8)}),
     Sweep("bipartite_merge", "merge_gather", ROWS),
@@ -96,7 +96,7 @@ def arguments(op: str, shape: Shape) -> tuple[Any, ...]:
             return selecting
         out, _, weights, slots = torch.ops.elip.reduce(*selecting)
         return torch.randn_like(out), slots, weights, True
-    if op == "attention_received":
+    if op == "attention_column_mean":
         q, k = random(2, B, HEADS, N, CHANNELS, dtype=dtype)
         return q, k, None, None, CHANNELS**-0.5
     if op.startswith("bipartite"):
@@ -118,7 +118,7 @@ def arguments(op: str, shape: Shape) -> tuple[Any, ...]:
         *(cls, text, 0.8, False, gamma, beta, 1e-6),
         *(matrices[0], bias, matrices[1], HEADS, CHANNELS**-0.5),
     )
-    if op == "cls_attend_from_tokens":
+    if op == "cls_attention_output":
         return tokens, *query, matrices[2], bias
     return tokens, *query, K, True, True, None, None
 
@@ -128,20 +128,20 @@ def least_bytes(op: str, shape: Shape) -> int:
     B, N, dtype, K, r = shape.B, shape.N, shape.dtype, shape.kept, shape.merged
     size = {"has_size": True}
     works = {
-        "reduce": lambda: model.reduce(B, N, WIDTH, K, dtype),
-        "reduce_backward": lambda: model.reduce_backward(B, N, WIDTH, K, dtype),
-        "score_reduce": lambda: model.score_reduce(B, N, WIDTH, K, HEADS, dtype),
-        "cls_attend_from_tokens": lambda: model.cls_attend_from_tokens(B, N, WIDTH, HEADS, dtype),
-        "attention_received": lambda: model.attention_received(
+        "reduce": lambda: least_work.reduce(B, N, WIDTH, K, dtype),
+        "reduce_backward": lambda: least_work.reduce_backward(B, N, WIDTH, K, dtype),
+        "score_reduce": lambda: least_work.score_reduce(B, N, WIDTH, K, HEADS, dtype),
+        "cls_attention_output": lambda: least_work.cls_attention_output(B, N, WIDTH, HEADS, dtype),
+        "attention_column_mean": lambda: least_work.attention_column_mean(
             B, HEADS, HEADS, N, N, CHANNELS, dtype
         ),
-        "bipartite_match": lambda: model.together(
-            model.bipartite_match(B, N, CHANNELS, dtype), model.bipartite_slots(B, N)
+        "bipartite_match": lambda: least_work.together(
+            least_work.bipartite_match(B, N, CHANNELS, dtype), least_work.bipartite_slots(B, N)
         ),
-        "bipartite_merge": lambda: model.merge_by(B, N, WIDTH, N - r, dtype, **size),
-        "bipartite_merge_backward": lambda: model.bipartite_merge_backward(
+        "bipartite_merge": lambda: least_work.apply_merge(B, N, WIDTH, N - r, dtype, **size),
+        "bipartite_merge_backward": lambda: least_work.bipartite_merge_backward(
             B, N, WIDTH, r, dtype, **size
         ),
-        "nearest_match": lambda: model.nearest_match(B, N, CHANNELS, K, dtype),
+        "nearest_match": lambda: least_work.nearest_match(B, N, CHANNELS, K, dtype),
     }
     return works[op]().bytes

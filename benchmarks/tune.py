@@ -35,7 +35,7 @@ from benchmarks.machine import machine
 from benchmarks.sweeps import SHAPES, SWEEPS, Number, Shape, Sweep, arguments, least_bytes
 from elip_kernels import launch
 from elip_kernels._triton import HAS_TRITON, triton
-from elip_kernels.absorbed_query import QueryArguments
+from elip_kernels.ops.absorbed_query import QueryArguments
 from elip_models.profiling.commit import commit
 from elip_models.profiling.measure import milliseconds, no_gain, ratios_to, time_side_by_side
 

@@ -13,9 +13,9 @@ from tempfile import TemporaryDirectory
 
 import yaml
 
-from elip_models.study.chart import draw
-from elip_models.study.page import INTERVALS, is_loss, page, shown, title
-from elip_models.study.results import Document, Interval, difference, read_results
+from benchmarks.studies.chart import draw
+from benchmarks.studies.page import INTERVALS, is_loss, page, shown, title
+from benchmarks.studies.results import Document, Interval, difference, read_results
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER.parent / "benchmarks" / "results" / "studies"

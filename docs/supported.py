@@ -18,7 +18,7 @@ import torch
 import transformers
 from torch import nn
 
-from elip_models.models.open_model import open_model
+from elip_models.models.io.open_model import open_model
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.towers import as_image_text, as_tower
 

@@ -1,35 +1,35 @@
 """Fused kernels for vision token reduction: tensors in, tensors out."""
 
-from elip_kernels._operator import PyTorchFormWarning, decomposed
-from elip_kernels.attention_received import attention_received
-from elip_kernels.bipartite import bipartite_merge, merge_by
-from elip_kernels.cls_attend import cls_attend_from_tokens
-from elip_kernels.cls_attention import cls_attention, cls_attention_from_tokens
+from elip_kernels._operator import FallbackWarning, use_pytorch_ops
 from elip_kernels.info import BipartiteInfo, ReductionInfo, unmerge
-from elip_kernels.nearest import merge_nearest
-from elip_kernels.reduce import reduce
-from elip_kernels.score_reduce import score_reduce
-from elip_kernels.select_tokens import select_tokens
+from elip_kernels.ops.attention_column_mean import attention_column_mean
+from elip_kernels.ops.bipartite import apply_merge, bipartite_merge
+from elip_kernels.ops.cls_attention import cls_attention, cls_attention_from_tokens
+from elip_kernels.ops.cls_attention_output import cls_attention_output
+from elip_kernels.ops.merge_nearest import merge_nearest
+from elip_kernels.ops.reduce import reduce
+from elip_kernels.ops.score_reduce import score_reduce
+from elip_kernels.ops.select_tokens import select_tokens
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BipartiteInfo",
-    "PyTorchFormWarning",
+    "FallbackWarning",
     "ReductionInfo",
     "__version__",
-    "attention_received",
+    "apply_merge",
+    "attention_column_mean",
     "bipartite_merge",
-    "cls_attend_from_tokens",
     "cls_attention",
     "cls_attention_from_tokens",
-    "decomposed",
-    "merge_by",
+    "cls_attention_output",
     "merge_nearest",
     "reduce",
     "score_reduce",
     "select_tokens",
     "unmerge",
+    "use_pytorch_ops",
 ]
 
 

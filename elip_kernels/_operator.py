@@ -24,13 +24,13 @@ _is_decomposed = False
 
 
 @contextmanager
-def decomposed() -> Iterator[None]:
+def use_pytorch_ops() -> Iterator[None]:
     """Inside, every op of every thread is its PyTorch form: a capture needs no `elip::*` to run.
 
     In inference, for a runtime without Python such as AOTInductor's: the graph holds aten's ops
     alone, and none of our kernels::
 
-        with torch.no_grad(), elip_kernels.decomposed():
+        with torch.no_grad(), elip_kernels.use_pytorch_ops():
             program = torch.export.export(model, (images,))
         package = torch._inductor.aoti_compile_and_package(program)
 
@@ -117,7 +117,7 @@ class Operator:
         return self.reference(*args)
 
 
-class PyTorchFormWarning(UserWarning):
+class FallbackWarning(UserWarning):
     """An op runs its PyTorch form on a device that has kernels."""
 
 
@@ -126,7 +126,7 @@ def _warn_once(name: str, reason: str, shape: tuple[int, ...]) -> None:
     if (name, reason) not in _SAID:
         _SAID.add((name, reason))
         message = f"elip::{name} of {shape} runs its PyTorch form: {reason}"
-        warnings.warn(message, PyTorchFormWarning, stacklevel=3)
+        warnings.warn(message, FallbackWarning, stacklevel=3)
 
 
 def _no_gradient(reference: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elip_kernels.rows import accumulator
+from elip_kernels.ops.gather_ops import accumulator
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

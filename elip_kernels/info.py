@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from elip_kernels._validate import check_device, check_shape, check_tensor, message
-from elip_kernels.rows import take_rows
+from elip_kernels.ops.gather_ops import take_rows
 
 
 class ReductionInfo(NamedTuple):

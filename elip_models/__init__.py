@@ -4,51 +4,51 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from elip_kernels import __version__
+from elip_models.reduction.caching import SlowScorerWarning, UnguidedWarning
 from elip_models.reduction.encode import encode_image
-from elip_models.reduction.once import SlowScorerWarning, UnguidedWarning
 from elip_models.reduction.patch import (
     guidance,
     is_reduced,
-    record,
+    record_stages,
     reduce_,
-    summary,
+    reduction_summary,
     unreduce_,
 )
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import (
+    ELIP,
     STRATEGIES,
-    Adaptive,
+    TRIPS,
+    AdaptiveELIP,
     CrossGET,
     Dense,
-    Elip,
     EViT,
     GuidedToMe,
+    ImageResize,
     PatchDropout,
     PiToMe,
-    Random,
-    Resize,
+    RandomPruning,
     ToMe,
-    Trips,
 )
 from elip_models.towers.sdpa import use_sdpa_
 from elip_models.validation import extra
 
 __all__ = [
+    "ELIP",
     "STRATEGIES",
-    "Adaptive",
+    "TRIPS",
+    "AdaptiveELIP",
     "CrossGET",
     "Dense",
     "EViT",
-    "Elip",
     "GuidedToMe",
+    "ImageResize",
     "PatchDropout",
     "PiToMe",
-    "Random",
-    "Resize",
+    "RandomPruning",
     "Schedule",
     "SlowScorerWarning",
     "ToMe",
-    "Trips",
     "UnguidedWarning",
     "__version__",
     "create_model",
@@ -56,19 +56,23 @@ __all__ = [
     "guidance",
     "is_reduced",
     "load_reduced",
-    "record",
+    "record_stages",
     "reduce_",
+    "reduction_summary",
     "save_reduced",
-    "summary",
     "unreduce_",
     "use_sdpa_",
 ]
 
-LAZY = {"create_model": "registry", "load_reduced": "saved", "save_reduced": "saved"}
+LAZY = {
+    "create_model": "registry",
+    "load_reduced": "io.saved_reduced",
+    "save_reduced": "io.saved_reduced",
+}
 
 if TYPE_CHECKING:
+    from elip_models.models.io.saved_reduced import load_reduced, save_reduced
     from elip_models.models.registry import create_model
-    from elip_models.models.saved import load_reduced, save_reduced
 else:
 
     def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ try:
     from rich.console import Console
     from rich.markup import escape
 
-    from elip_models.commands import convert, data, evaluate, finetune, look, train
+    from elip_models.commands import convert, data, evaluate, finetune, inspect_model, train
     from elip_models.data import DataError
     from elip_models.training.errors import Stopped, TrainingError
     from elip_models.validation import ConfigError, extra, names_extra
@@ -26,8 +26,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.command()(train.train)
 app.command()(finetune.finetune)
 app.add_typer(evaluate.app, name="eval")
-app.command()(look.visualize)
-app.command()(look.profile)
+app.command()(inspect_model.visualize)
+app.command()(inspect_model.profile)
 app.command()(train.study)
 app.command()(convert.convert)
 app.add_typer(data.app, name="data")

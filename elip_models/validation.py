@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -259,6 +260,27 @@ def extra(user: str) -> Iterator[None]:
         if package not in EXTRAS or names_extra(error):
             raise
         raise _missing(user, package) from error
+
+
+def from_checkout(module: str, user: str) -> types.ModuleType:
+    """Import `benchmarks.<module>`, which a checkout of the project has and the wheel has not.
+
+    Args:
+        module: below the package `benchmarks`.
+        user: what needs it, for the message.
+
+    Raises:
+        ConfigError: this is no checkout.
+    """
+    try:
+        return import_module(f"benchmarks.{module}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "benchmarks":
+            raise
+        raise ConfigError(
+            f"{user} needs a checkout of the project, got an installed package, which leaves out "
+            "`benchmarks`: clone the repository and run `pip install -e '.[study]'` in it"
+        ) from None
 
 
 def names_extra(error: ImportError) -> bool:

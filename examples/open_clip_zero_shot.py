@@ -34,7 +34,7 @@ def main(name, pretrained, keep):
     with torch.no_grad():
         dense = model.encode_image(images, normalize=True)
         elip_models.reduce_(model, keep=keep)  # whatever the prompts are
-        print(elip_models.summary(model))
+        print(elip_models.reduction_summary(model))
         image_features, text_features, scale = model(images, prompts)[:3]
         probabilities = (scale * image_features @ text_features.T).softmax(dim=1)  # (B, K)
     cosines = (image_features * dense).sum(1)

@@ -52,7 +52,7 @@ def main():
     tokens, infos = elip_models.encode_image(model, images, strategy=Longest(), return_info=True)
     print(f"{tokens.shape[1]} of 197 tokens; kept: {infos[0].reduction.kept[0, :8].tolist()} ..")
     elip_models.reduce_(model, strategy=Longest(), keep=0.7)
-    print(elip_models.summary(model))
+    print(elip_models.reduction_summary(model))
     print(f"logits {tuple(model(images).shape)}")
 
 

@@ -41,7 +41,7 @@ class Squares(torch.utils.data.Dataset):
 def main(epochs=2):
     torch.manual_seed(0)
     model = timm.create_model("reduced_vit_tiny", img_size=64, patch_size=8, depth=6, num_classes=3)
-    print(elip_models.summary(model))
+    print(elip_models.reduction_summary(model))
     plain = {"no_aug": True, "use_prefetcher": False, "num_workers": 0}
     loader = create_loader(Squares(), 64, batch_size=32, is_training=True, **plain)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3)

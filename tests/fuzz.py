@@ -26,7 +26,7 @@ from elip_models.data import JsonSource, ShardSource, check_source
 from elip_models.models.registry import create_model
 from elip_models.training.errors import TrainingError
 from elip_models.training.run_checkpoints import Checkpoints
-from tests.damage import picture, shard
+from tests.helpers.damage import picture, shard
 
 SECONDS = 10
 GIGABYTES = 2

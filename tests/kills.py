@@ -21,7 +21,7 @@ from typing import NamedTuple
 import psutil
 
 from elip_models.training.accelerator import STORE_OF_ITS_OWN
-from tests.tiny_run import logged, tiny_arguments
+from tests.helpers.tiny_run import logged, tiny_arguments
 
 STEPS, SECONDS = 60, 180  # of a run; until a step or a save must have come
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", STORE_OF_ITS_OWN: "1"}

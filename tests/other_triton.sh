@@ -25,8 +25,8 @@ python -c "import sys, torch, triton; print(sys.version, torch.__version__, trit
 status=0
 TRITON_INTERPRET=1 python -m pytest -q -p tests.interpreted.profiles --hypothesis-profile full \
   -m "" tests/interpreted || status=1
-python -m pytest -q -m "" tests/test_compile_report.py tests/test_compile_report_command.py \
-  tests/test_reduce.py tests/test_cls_attention.py tests/test_attention_received.py \
-  tests/test_score_reduce.py tests/test_bipartite.py || status=1
-python -m elip_kernels.testing report || status=1
+python -m pytest -q -m "" tests/kernels/test_compile_report.py tests/kernels/test_compile_report_command.py \
+  tests/kernels/test_reduce.py tests/kernels/test_cls_attention.py tests/kernels/test_attention_column_mean.py \
+  tests/kernels/test_score_reduce.py tests/kernels/test_bipartite.py || status=1
+python -m benchmarks.kernel_analysis report || status=1
 exit $status

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from elip_models.reduction.scorers import SCORERS
 from elip_models.reduction.step import Forward
-from elip_models.reduction.strategies.elip import Elip
+from elip_models.reduction.strategies.elip import ELIP
 from elip_models.towers import Tower, as_tower
 
 OTHERS = tuple(name for name in SCORERS if name != "exact")
@@ -18,7 +18,7 @@ def scorer_agreement(
     model: nn.Module,
     images: Tensor,
     text_cls: Tensor | None,
-    strategy: Elip,
+    strategy: ELIP,
     scorers: Sequence[str | int] = OTHERS,
     *,
     rows: Mapping[int, Tensor] | None = None,
@@ -44,7 +44,7 @@ def agreement_by_image(
     model: nn.Module,
     images: Tensor,
     text_cls: Tensor | None,
-    strategy: Elip,
+    strategy: ELIP,
     scorers: Sequence[str | int],
     *,
     rows: Mapping[int, Tensor] | None = None,

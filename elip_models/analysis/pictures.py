@@ -3,14 +3,14 @@
 from pathlib import Path
 
 from elip_models.analysis.merging import draw_merging
-from elip_models.analysis.pictured import PicturedModel, Shown
 from elip_models.analysis.visualize import (
     concentration,
     draw_concentration,
     draw_reduction,
     patch_grid,
 )
-from elip_models.reduction.once import deliberately_slow
+from elip_models.analysis.visualize_inputs import PicturedModel, Shown
+from elip_models.reduction.caching import deliberately_slow
 from elip_models.validation import ConfigError
 
 

@@ -27,14 +27,14 @@ from torch import Tensor
 
 from elip_kernels import ReductionInfo
 from elip_models.analysis.agreement import agreement_by_image
-from elip_models.analysis.removal import removal_areas
+from elip_models.analysis.deletion_insertion import removal_areas
 from elip_models.analysis.visualize import patch_grid, source_maps
 from elip_models.data import NamedMasks, SampleError, Source, image_transform
 from elip_models.models.base import PretrainedModel, evaluating
+from elip_models.reduction.caching import deliberately_slow
 from elip_models.reduction.encode import run_tower
-from elip_models.reduction.once import deliberately_slow
 from elip_models.reduction.schedule import Stage
-from elip_models.reduction.strategies import Elip
+from elip_models.reduction.strategies import ELIP
 from elip_models.reduction.strategy import StageInfo, Strategy
 from elip_models.reduction.strategy_spec import get_strategy
 from elip_models.tasks.features import encode_texts, isolated_rng
@@ -244,7 +244,7 @@ class _Selector:
         return self.model.project_image(tokens), infos
 
     def _agreement(self, images: Tensor, own: Sequence[str]) -> dict[str, list[Tensor]]:
-        if type(self.strategy) is not Elip:
+        if type(self.strategy) is not ELIP:
             return {}
         scorer, model, guide = self.strategy.scorer, self.model.visual, None
         if self.strategy.fusion < 1.0:  # the paper's asks, whether or not this scorer does

@@ -26,8 +26,8 @@ from elip_models.checkpoints.names import KINDS
 from elip_models.checkpoints.renaming import backwards, renamed
 from elip_models.data.transforms import CLIP_MEAN, CLIP_STD
 from elip_models.models.base import PretrainedModel
-from elip_models.models.blip import BLIPConfig
-from elip_models.models.clip import INITIAL_BIAS, CLIPConfig
+from elip_models.models.blip.model import BLIPConfig
+from elip_models.models.clip.model import INITIAL_BIAS, CLIPConfig
 from elip_models.validation import extra
 
 FORMATS = ("ours", "hf", "open_clip")

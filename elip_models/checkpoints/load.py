@@ -26,10 +26,10 @@ from elip_models.checkpoints.model_config import OPEN_CLIP_CONFIG, fields_of, he
 from elip_models.checkpoints.names import KINDS, Kind, recognise
 from elip_models.checkpoints.renaming import renamed
 from elip_models.models.base import PretrainedModel
-from elip_models.models.files import check_numbers, read_config, read_object, read_tensors
+from elip_models.models.io.files import check_numbers, read_config, read_object, read_tensors
+from elip_models.models.io.weights import first_names, load_weights
+from elip_models.models.peft.saved_adapter import has_adapter
 from elip_models.models.registry import MODELS
-from elip_models.models.saved_adapter import has_adapter
-from elip_models.models.weights import first_names, load_weights
 from elip_models.validation import misfit
 
 if TYPE_CHECKING:

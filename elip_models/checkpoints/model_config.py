@@ -14,8 +14,8 @@ from torch import Tensor
 
 from elip_models.checkpoints.names import Kind
 from elip_models.data.transforms import CLIP_MEAN, CLIP_STD
-from elip_models.models.files import read_object
-from elip_models.models.meter_config import ROBERTA
+from elip_models.models.io.files import read_object
+from elip_models.models.meter.config import ROBERTA
 from elip_models.models.registry import FAMILIES
 
 HEAD_WIDTH = 64

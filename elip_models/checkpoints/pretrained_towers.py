@@ -19,8 +19,8 @@ from elip_models.checkpoints.load import resampled
 from elip_models.checkpoints.names import BERT
 from elip_models.checkpoints.renaming import renamed
 from elip_models.models.base import PretrainedModel
-from elip_models.models.open_model import open_model
-from elip_models.models.weights import load_weights
+from elip_models.models.io.open_model import open_model
+from elip_models.models.io.weights import load_weights
 
 
 class _Towers(NamedTuple):

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 from elip_models.training.recipe import load_recipe, parse_overrides, recipe_names
-from elip_models.validation import extra
+from elip_models.validation import extra, from_checkout
 
 with extra("elip_models.commands"):
     import typer
@@ -47,15 +47,14 @@ def study(
     page: Annotated[Path | None, typer.Option(help="Write this page, run nothing.")] = None,
 ) -> None:
     """Train and compare the arms of a study over seeds; what is finished is not run again."""
-    from elip_models.study.command import Progress, write_page
-    from elip_models.study.plan import RUNS, load_study, plan, seeds_of
-
-    chosen = load_study(name, parse_overrides(overrides or (), "optim.steps=100"))
-    runs = plan(chosen, only=only.split(",") if only else (), seeds=seeds_of(seeds))
-    found = results or RUNS / f"{chosen.name}.json"
-    progress = Progress(chosen, runs, found, Console())
+    plans = from_checkout("studies.plan", "elip study")
+    command = from_checkout("studies.command", "elip study")
+    chosen = plans.load_study(name, parse_overrides(overrides or (), "optim.steps=100"))
+    runs = plans.plan(chosen, only=only.split(",") if only else (), seeds=plans.seeds_of(seeds))
+    found = results or plans.RUNS / f"{chosen.name}.json"
+    progress = command.Progress(chosen, runs, found, Console())
     if page is not None:
-        write_page(found, page)
+        command.write_page(found, page)
     elif dry_run:
         progress.plan()
     else:

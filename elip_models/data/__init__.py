@@ -22,11 +22,11 @@ with extra("elip_models.data"):
         train_loader,
     )
     from elip_models.data.mixture import MixedSource
+    from elip_models.data.read_errors import DataError, SkipReport, check_source
     from elip_models.data.readers import open_source
     from elip_models.data.sample import NamedMasks, Sample, SampleError, Source
     from elip_models.data.scenes import EmojiScenes, render
     from elip_models.data.shard_source import ShardSource
-    from elip_models.data.skips import DataError, SkipReport, check_source
     from elip_models.data.stream_batches import StreamBatches, stream_loader
     from elip_models.data.stream_source import StreamSource, is_stream, open_stream
     from elip_models.data.tasks.entailment import EmojiEntailment

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from elip_models.data.captions import PLACES, with_article
 from elip_models.data.checks import check_index, expanded
+from elip_models.data.data_spec import parse_files
 from elip_models.data.readers import parse_options
 from elip_models.data.sample import Sample, SampleError, Source, decode_image
 from elip_models.data.scenes import EmojiScenes, render
-from elip_models.data.specs import parse_files
 from elip_models.data.world import BACKGROUNDS, EMOJI, Scene, single_scene
 from elip_models.validation import extra
 

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from elip_models.data.checks import check_not_empty
 from elip_models.data.examples import Example, ExampleSource
 from elip_models.data.mixture import check_weights, samples_an_epoch, turns
+from elip_models.data.read_errors import DataError, SkipReport
 from elip_models.data.sample import Sample, SampleError, Source
-from elip_models.data.skips import DataError, SkipReport
 from elip_models.data.training_samples import TrainingSamples
 from elip_models.validation import Count, PositiveInt, check
 

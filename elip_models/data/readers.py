@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from elip_models.data.checks import check_not_empty, expanded
+from elip_models.data.data_spec import expand_ranges, parse_files
 from elip_models.data.json_source import JsonSource
 from elip_models.data.mixture import MixedSource
 from elip_models.data.sample import Source
 from elip_models.data.scenes import EmojiScenes
 from elip_models.data.shard_source import ShardSource
-from elip_models.data.specs import expand_ranges, parse_files
 from elip_models.data.stream_source import is_stream
 from elip_models.validation import PositiveInt, check
 

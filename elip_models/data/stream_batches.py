@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from elip_models.data.loader import stacked, worker_options
+from elip_models.data.read_errors import DataError, SkipReport
 from elip_models.data.sample import Sample, SampleError
-from elip_models.data.skips import DataError, SkipReport
 from elip_models.data.stream_source import (
     LOST_SHARD,
     MAX_IN_A_ROW,

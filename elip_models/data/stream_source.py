@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 
 import fsspec
 
+from elip_models.data.data_spec import expand_ranges
+from elip_models.data.read_errors import DataError, SkipReport
 from elip_models.data.sample import Sample, SampleError, decode_image
-from elip_models.data.skips import DataError, SkipReport
-from elip_models.data.specs import expand_ranges
 from elip_models.data.streams import PIPE, WEB, StreamTar, scheme_of
 from elip_models.data.tar_samples import TarSample, read_samples
 from elip_models.validation import PositiveInt, Size, check_fields, did_you_mean

@@ -19,24 +19,24 @@ import torch.nn.functional as F
 from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor, nn
 
-from elip_models.models.adapt import Adapted, adapt_, plain_name
 from elip_models.models.config import Config
-from elip_models.models.files import read_config, read_tensors, write_file
-from elip_models.models.hub import CARD, card_values, fetched, staged
+from elip_models.models.io.files import read_config, read_tensors, write_file
+from elip_models.models.io.hub import CARD, card_values, fetched, staged
+from elip_models.models.io.weights import check_weights, first_names, load_weights
 from elip_models.models.layers.guides import with_dropout, with_negatives
-from elip_models.models.saved_adapter import (
+from elip_models.models.peft.adapt import Adapted, adapt_, plain_name
+from elip_models.models.peft.saved_adapter import (
     forget_adapter,
     has_adapter,
     load_adapter_,
     save_adapter,
 )
-from elip_models.models.weights import check_weights, first_names, load_weights
 from elip_models.reduction.strategies import PatchDropout
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
-from elip_models.towers import Reducible, Tower, as_tower
-from elip_models.towers.apart import apart
-from elip_models.towers.reducible import Stats, check_tokenizer_in, clip_stats
+from elip_models.towers import ReducibleModel, Tower, as_tower
+from elip_models.towers.reducible_model import Stats, check_tokenizer_in, clip_stats
+from elip_models.towers.scoring_context import apart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 class PretrainedModel(
     nn.Module,
-    Reducible,
+    ReducibleModel,
     ModelHubMixin,
     library_name="elip-kernels",
     tags=["image-text", "token-reduction", "elip"],

@@ -11,9 +11,9 @@ from torch import nn
 from elip_models.models.layers.text_reduction import TextReduction, TextStrategy
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.scorers import ScorerName
-from elip_models.reduction.settings import settings_of
+from elip_models.reduction.serialization import settings_of
 from elip_models.reduction.strategies.dense import Dense
-from elip_models.reduction.strategies.elip import Elip, ElipOptions
+from elip_models.reduction.strategies.elip import ELIP, ELIPOptions
 from elip_models.reduction.strategy import Merge, Strategy
 from elip_models.reduction.strategy_spec import get_strategy, kinds_of, parse_spec
 from elip_models.validation import (
@@ -32,7 +32,7 @@ from elip_models.validation import (
 )
 
 TokenId = Annotated[Count, below("vocab_size")]
-OF_ELIP = ElipOptions.__annotations__.keys() - {"without_text"}  # that all guided ones are given
+OF_ELIP = ELIPOptions.__annotations__.keys() - {"without_text"}  # that all guided ones are given
 
 
 class Config:
@@ -107,7 +107,7 @@ class ReductionConfig(VisionConfig):
     schedule: '2(100%) 2(90%) 6(65%) 2(40%)', or a preset; None for a dense image tower, and for the
         others their own.
     count_cls: keep ratios count CLS among the patches, as the official CLIP code.
-    scorer, fusion, guidance_norm, without_text, merge, proportional: see `ElipOptions`.
+    scorer, fusion, guidance_norm, without_text, merge, proportional: see `ELIPOptions`.
     guide_dropout: share of the images that training reduces without text, each by itself alone.
 
     Raises:
@@ -119,11 +119,11 @@ class ReductionConfig(VisionConfig):
     schedule: str | None = None
     count_cls: bool = False
     scorer: ScorerName = "exact"
-    fusion: Share = Elip.fusion
-    guidance_norm: Literal["none", "match"] = Elip.guidance_norm
+    fusion: Share = ELIP.fusion
+    guidance_norm: Literal["none", "match"] = ELIP.guidance_norm
     without_text: Literal["dense", "vision"] = "dense"
-    merge: Merge = Elip.merge
-    proportional: bool = Elip.proportional
+    merge: Merge = ELIP.merge
+    proportional: bool = ELIP.proportional
     guide_dropout: Share = 0.0
 
     def __post_init__(self) -> None:
@@ -149,7 +149,7 @@ class ReductionConfig(VisionConfig):
         name, written = parse_spec(self.strategy)
         options = self.strategy_options or {}
         schedule = self.schedule and Schedule.parse(self.schedule, count_cls=self.count_cls)
-        if name == Elip.name:
+        if name == ELIP.name:
             if written or options:
                 raise ValueError(
                     "strategy_options: expected None with strategy='elip', whose options are "
@@ -172,9 +172,9 @@ class ReductionConfig(VisionConfig):
                     f"with strategy={strategy!r}; set strategy='{strategy}:{field.name}={value}'"
                 )
 
-    def elip(self, schedule: Schedule | str) -> Elip:
+    def elip(self, schedule: Schedule | str) -> ELIP:
         """ELIP by that schedule, with the options that stand here."""
-        return Elip(schedule, **{name: getattr(self, name) for name in ElipOptions.__annotations__})
+        return ELIP(schedule, **{name: getattr(self, name) for name in ELIPOptions.__annotations__})
 
 
 def reduction_fields(strategy: Strategy) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def reduction_fields(strategy: Strategy) -> dict[str, Any]:
     of their own: `count_cls`, `without_text` and the options of ELIP."""
     schedule = getattr(strategy, "schedule", None)
     found = {} if schedule is None else {"schedule": schedule.exact}
-    if type(strategy) is not Elip:
+    if type(strategy) is not ELIP:
         settings = settings_of(strategy)["settings"]
         own = {key: v for key, v in settings.items() if key not in ("schedule", "without_text")}
         found |= {"strategy": strategy.name, "strategy_options": own}

@@ -12,8 +12,8 @@ from elip_models.models.base import PretrainedModel
 from elip_models.models.config import ReductionConfig, TokenId
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategy import StageInfo
-from elip_models.towers.apart import apart
-from elip_models.towers.reducible import random_ids
+from elip_models.towers.reducible_model import random_ids
+from elip_models.towers.scoring_context import apart
 from elip_models.validation import Positive, Size, same_as
 
 if TYPE_CHECKING:

@@ -22,10 +22,10 @@ from elip_models.models.cross_modal import CrossModalConfig, CrossModalModel
 from elip_models.models.layers.bert import BertTower
 from elip_models.models.layers.momentum import momentum_copy, update_momentum_
 from elip_models.reduction.encode import run_tower
-from elip_models.reduction.read_rows import run_and_read
+from elip_models.reduction.momentum_scores import run_and_read
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.scorers import ScorerName
-from elip_models.reduction.strategies.elip import Elip
+from elip_models.reduction.strategies.elip import ELIP
 from elip_models.reduction.strategy import mask_after
 from elip_models.towers import as_tower
 from elip_models.towers.fsdp import is_sharded
@@ -82,7 +82,7 @@ class MomentumConfig(CrossModalConfig, ContrastiveConfig):
                 "by which the caption would reach ITC through the momentum tower, got 'after_itc'"
             )
 
-    def elip(self, schedule: Schedule | str) -> Elip:
+    def elip(self, schedule: Schedule | str) -> ELIP:
         by_momentum = self.scorer == "momentum"
         return (replace(self, scorer="exact") if by_momentum else super()).elip(schedule)
 
@@ -199,7 +199,7 @@ class DistilledModel(CrossModalModel):
         """Encode images (B, 3, H, W), guided by text_cls (B, D) -> tokens of the online tower, and
         of the momentum tower, without gradient: of all patches, or of those that are left."""
         how = self.config.momentum_reduction
-        if self.config.scorer == "momentum" and type(self.reduction) is Elip:
+        if self.config.scorer == "momentum" and type(self.reduction) is ELIP:
             image_m, rows = run_and_read(self.tower_m, images, text_cls.detach(), self.reduction)
             image, infos = self.encode_image(images, text_cls, rows)
             return (image, mask_after(infos)), (image_m, None)

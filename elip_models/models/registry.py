@@ -4,33 +4,33 @@ import os
 from dataclasses import fields, replace
 from typing import Any, get_type_hints
 
-from elip_models.models.albef import ALBEF, ALBEFConfig
+from elip_models.models.albef.entailment import ALBEFEntailment
+from elip_models.models.albef.model import ALBEF, ALBEFConfig
+from elip_models.models.albef.nlvr2 import ALBEFNLVR2
+from elip_models.models.albef.retrieval import ALBEFRetrieval
+from elip_models.models.albef.vqa import ALBEFVQA
 from elip_models.models.base import PretrainedModel, with_overrides
-from elip_models.models.blip import BLIP, BLIPConfig
-from elip_models.models.clip import CLIP, CLIPConfig
+from elip_models.models.blip.captioning import BLIPCaptioning
+from elip_models.models.blip.model import BLIP, BLIPConfig
+from elip_models.models.blip.nlvr2 import BLIPNLVR2
+from elip_models.models.blip.retrieval import BLIPRetrieval
+from elip_models.models.blip.vqa import BLIPVQA
+from elip_models.models.clip.classification import CLIPClassification
+from elip_models.models.clip.model import CLIP, CLIPConfig
+from elip_models.models.clip.retrieval import CLIPRetrieval
 from elip_models.models.config import VisionConfig
-from elip_models.models.downstream.albef_entailment import ALBEFEntailment
-from elip_models.models.downstream.albef_nlvr2 import ALBEFNLVR2
-from elip_models.models.downstream.albef_retrieval import ALBEFRetrieval
-from elip_models.models.downstream.albef_vqa import ALBEFVQA
-from elip_models.models.downstream.blip_captioning import BLIPCaptioning
-from elip_models.models.downstream.blip_nlvr2 import BLIPNLVR2
-from elip_models.models.downstream.blip_retrieval import BLIPRetrieval
-from elip_models.models.downstream.blip_vqa import BLIPVQA
-from elip_models.models.downstream.clip import CLIPClassification
-from elip_models.models.downstream.clip_retrieval import CLIPRetrieval
-from elip_models.models.downstream.meter import (
+from elip_models.models.io.files import read_config
+from elip_models.models.io.hub import fetched
+from elip_models.models.meter.config import METERConfig
+from elip_models.models.meter.downstream import (
     METERNLVR2,
     METERVQA,
     METEREntailment,
     METERRetrieval,
 )
-from elip_models.models.files import read_config
-from elip_models.models.hub import fetched
-from elip_models.models.meter import METER
-from elip_models.models.meter_config import METERConfig
+from elip_models.models.meter.model import METER
 from elip_models.reduction.schedule import PRESETS, Schedule
-from elip_models.reduction.strategies.elip import Elip
+from elip_models.reduction.strategies.elip import ELIP
 from elip_models.validation import did_you_mean, misfit
 
 FAMILIES: dict[str, type[PretrainedModel]] = {
@@ -223,10 +223,10 @@ def load_model(
     return with_overrides(MODELS[family].from_pretrained(folder), overrides)
 
 
-def elip_strategy(model: PretrainedModel) -> Elip:
+def elip_strategy(model: PretrainedModel) -> ELIP:
     """How ELIP reduces a model of ours: as its config says; by the paper's schedule where it is
     dense or reduces in another way."""
-    if type(model.reduction) is Elip:
+    if type(model.reduction) is ELIP:
         return model.reduction
     family = model.family if model.task is None else model.pretraining.family
     return model.config.elip(Schedule.parse(family).for_depth(model.config.vision_depth))

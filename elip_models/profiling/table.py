@@ -19,12 +19,10 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from elip_models.models.open_model import FORMS, open_model
+from elip_models.models.io.open_model import FORMS, open_model
+from elip_models.profiling.component_profile import Parts, parts_table, profile_parts
 from elip_models.profiling.measure import measured_on, memory_is
-from elip_models.profiling.paper_flops import paper_report
-from elip_models.profiling.paper_table1 import table1_report
-from elip_models.profiling.parts import Parts, parts_table, profile_parts
-from elip_models.profiling.rows import DENSE, MODES, Mode, Row, profile_model
+from elip_models.profiling.runner import DENSE, MODES, Mode, Row, profile_model
 from elip_models.profiling.workload import Workload
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import STRATEGIES
@@ -32,7 +30,7 @@ from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.strategy_spec import get_strategy, kinds_of, parse_spec
 from elip_models.reduction.summary import runs
 from elip_models.towers import as_reducible, as_tower
-from elip_models.validation import ConfigError, blame, check_output
+from elip_models.validation import ConfigError, blame, check_output, from_checkout
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WIDTH = 180  # of what is not printed on a terminal
@@ -300,9 +298,12 @@ def print_profile(
         if profile.parts:
             console.print(parts_table(profile.parts))
     if paper:
+        clip, cross_modal = (
+            from_checkout(name, "elip profile --paper") for name in ("paper_flops", "paper_table1")
+        )
         with console.status("counting the paper's models"):
-            table5, document["paper"] = paper_report()
-            table1, document["paper_table1"] = table1_report()
+            table5, document["paper"] = clip.paper_report()
+            table1, document["paper_table1"] = cross_modal.table1_report()
         console.print(table1, table5, sep="\n\n")
     if output is not None:
         output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from elip_models.reduction.patch import is_reduced_tower
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.step import Forward
-from elip_models.reduction.strategies.elip import ElipOptions, check_text
+from elip_models.reduction.strategies.elip import ELIPOptions, check_text
 from elip_models.reduction.strategy import StageInfo, Strategy
 from elip_models.reduction.strategy_spec import get_strategy
 from elip_models.towers import Tower, as_tower, in_forward
@@ -21,19 +21,19 @@ from elip_models.towers import Tower, as_tower, in_forward
 def encode_image(
     model: nn.Module, images: Tensor, text_cls: Tensor | None = ..., *, keep: float | None = ...,
     schedule: Schedule | str | None = ..., strategy: str | Strategy = ...,
-    return_info: Literal[False] = ..., **options: Unpack[ElipOptions],
+    return_info: Literal[False] = ..., **options: Unpack[ELIPOptions],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def encode_image(
     model: nn.Module, images: Tensor, text_cls: Tensor | None = ..., *, keep: float | None = ...,
     schedule: Schedule | str | None = ..., strategy: str | Strategy = ...,
-    return_info: Literal[True], **options: Unpack[ElipOptions],
+    return_info: Literal[True], **options: Unpack[ELIPOptions],
 ) -> tuple[Tensor, list[StageInfo]]: ...  # fmt: skip
 @overload
 def encode_image(
     model: nn.Module, images: Tensor, text_cls: Tensor | None = ..., *, keep: float | None = ...,
     schedule: Schedule | str | None = ..., strategy: str | Strategy = ...,
-    return_info: bool, **options: Unpack[ElipOptions],
+    return_info: bool, **options: Unpack[ELIPOptions],
 ) -> Tensor | tuple[Tensor, list[StageInfo]]: ...  # fmt: skip
 def encode_image(
     model: nn.Module,
@@ -44,7 +44,7 @@ def encode_image(
     schedule: Schedule | str | None = None,
     strategy: str | Strategy = "elip",
     return_info: bool = False,
-    **options: Unpack[ElipOptions],
+    **options: Unpack[ELIPOptions],
 ) -> Tensor | tuple[Tensor, list[StageInfo]]:
     """Run an image tower with token reduction, by default ELIP's (Algorithm 1).
 

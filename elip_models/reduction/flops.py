@@ -11,7 +11,7 @@ Softmax, norms and moves of tokens are not counted.
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from elip_models.reduction.once import once
+from elip_models.reduction.caching import once
 from elip_models.towers import Size
 from elip_models.validation import PositiveShare, check
 

@@ -13,7 +13,7 @@ import elip_kernels
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategy import Context, StageInfo
 from elip_models.towers import Size, Tower
-from elip_models.towers.keys import mean_keys
+from elip_models.towers.key_metric import mean_keys
 
 
 def merge_nearest(
@@ -38,7 +38,7 @@ def merge_nearest(
     sizes = None if context.previous is None else context.previous.sizes
     if context.replay is not None:
         reduction = context.replay.reduction
-        tokens, sizes = elip_kernels.merge_by(tokens, reduction, size=sizes)
+        tokens, sizes = elip_kernels.apply_merge(tokens, reduction, size=sizes)
         return tokens, StageInfo(stage, reduction, row, sizes)
     if kept is None:
         kept = elip_kernels.select_tokens(row, stage.keep, num_prefix_tokens=p)

@@ -11,11 +11,7 @@ from typing import Any, TypeVar, Unpack
 import torch
 from torch import Tensor, nn
 
-from elip_models.reduction.dense_outputs import DenseMethod, HiddenStates
-from elip_models.reduction.library_config import forget, note, noted
-from elip_models.reduction.once import UnguidedWarning, warn_once
-from elip_models.reduction.schedule import Schedule
-from elip_models.reduction.stand_ins import (
+from elip_models.reduction.block_patches import (
     REFUSALS,
     Entrance,
     ReducedBlock,
@@ -23,9 +19,13 @@ from elip_models.reduction.stand_ins import (
     Representation,
     TextFirst,
 )
+from elip_models.reduction.caching import UnguidedWarning, warn_once
+from elip_models.reduction.dense_outputs import DenseMethod, HiddenStates
+from elip_models.reduction.hf_config import forget, note, noted
+from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.state import Reduction, is_in_use, recording
 from elip_models.reduction.strategies import default_strategy
-from elip_models.reduction.strategies.elip import Elip, ElipOptions, Guided
+from elip_models.reduction.strategies.elip import ELIP, ELIPOptions, Guided
 from elip_models.reduction.strategy import StageInfo, Strategy
 from elip_models.reduction.strategy_spec import get_strategy
 from elip_models.reduction.summary import Summary
@@ -43,7 +43,7 @@ def reduce_(
     keep: float | None = None,
     schedule: Schedule | str | None = None,
     strategy: str | Strategy | None = None,
-    **options: Unpack[ElipOptions],
+    **options: Unpack[ELIPOptions],
 ) -> M:
     """Make an image model drop and merge tokens, in place; returns the model.
 
@@ -52,7 +52,7 @@ def reduce_(
         elip_models.reduce_(model, keep=0.5)                # to half of them, mean over layers
         elip_models.reduce_(model, strategy="elip")         # the paper's: a text guides, in stages
         elip_models.reduce_(model, schedule="2(100%) 10(50%)", scorer="exact")
-        print(elip_models.summary(model))                   # tokens a layer, FLOPs against dense
+        print(elip_models.reduction_summary(model))         # tokens a layer, FLOPs against dense
         elip_models.unreduce_(model)                        # the untouched model again
 
     Parameters, state_dict keys and the call stay the same. A further call replaces the settings, in
@@ -78,18 +78,18 @@ def reduce_(
             no argument at all, a saved model of transformers is reduced as its `config.elip` says.
         options: scorer ('last' by default, 'exact', 'cls', 'official', or a number), fusion (0.8),
             guidance_norm ('none'), without_text ('vision'; 'dense' of a tower without CLS), merge
-            (True) and proportional (False), see `ElipOptions`.
+            (True) and proportional (False), see `ELIPOptions`.
 
     Raises:
         TypeError, ValueError: a model that cannot be reduced or is compiled; a bad argument.
-        RuntimeError: other settings inside `guidance` or `record`, which hold those before.
+        RuntimeError: other settings inside `guidance` or `record_stages`, which hold those before.
     """
     _refuse_compiled(model, "reduce_")
     (image_text, tower), others = _read(model), reductions_of(model)
     if strategy is None:
         is_saved = keep is None and not others
         named = schedule is not None or options
-        strategy = Elip.name if named else _unnamed_strategy(image_text, tower, is_saved)
+        strategy = ELIP.name if named else _unnamed_strategy(image_text, tower, is_saved)
     strategy = get_strategy(strategy, schedule=schedule, **options).fitted(tower)
     if keep is not None:
         strategy = strategy.at_keep(tower, keep)
@@ -157,8 +157,8 @@ def _install(model: nn.Module, reduction: Reduction) -> None:
     _refuse_replaced(reduction)
     if any(is_in_use(each) for each in reductions_of(model)):
         raise RuntimeError(
-            "reduce_: expected a call outside of guidance(model, ..) and record(model), which hold "
-            "what the model was reduced by before, got one inside; leave them first"
+            "reduce_: expected a call outside of guidance(model, ..) and record_stages(model), "
+            "which hold what the model was reduced by before, got one inside; leave them first"
         )
     unreduce_(model)
     tower, strategy, image_text = reduction.tower, reduction.strategy, reduction.image_text
@@ -239,7 +239,7 @@ def unreduce_(model: M) -> M:
     return model
 
 
-def summary(model: nn.Module) -> Summary:
+def reduction_summary(model: nn.Module) -> Summary:
     """How the model is reduced now: strategy, tokens a layer, FLOPs against dense, what guides it.
 
     Of a model that `reduce_` has not changed, the dense tower's.
@@ -267,10 +267,10 @@ def is_reduced_tower(tower: Tower) -> bool:
 
 
 @contextmanager
-def record(model: nn.Module) -> Iterator[list[StageInfo]]:
+def record_stages(model: nn.Module) -> Iterator[list[StageInfo]]:
     """What the steps of the reduced `model` do in the forwards inside, one `StageInfo` each.
 
-        with elip_models.record(model) as infos:
+        with elip_models.record_stages(model) as infos:
             model(images)
         infos[-1].reduction.kept          # (B, K) where the tokens stood before the last step
 
@@ -281,7 +281,7 @@ def record(model: nn.Module) -> Iterator[list[StageInfo]]:
         TypeError: a compiled model, whose graph tells nothing.
         ValueError: a model that `reduce_` has not changed.
     """
-    _refuse_compiled(model, "record")
+    _refuse_compiled(model, "record_stages")
     infos: list[StageInfo] = []
     with recording(_reduced(model), infos):
         yield infos

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from elip_kernels import attention_received
+from elip_kernels import attention_column_mean
 from elip_models.reduction.schedule import Stage
 from elip_models.towers import Query, Tower
 from elip_models.validation import PositiveInt
@@ -126,7 +126,7 @@ def _received(tower: Tower, stage: Stage, tokens: Tensor, query: Query | None) -
     """What each token receives from all others in the last layer, as they entered the stage."""
     with tower.unsharded(stage.last, tokens) as (tokens,):
         q, k, _ = tower.qkv(stage.last, tokens)
-        return attention_received(q, k, scale=tower.projections(stage.last).scale)
+        return attention_column_mean(q, k, scale=tower.projections(stage.last).scale)
 
 
 def _last(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> Reading:

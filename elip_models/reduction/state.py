@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elip_models.reduction.caching import UnguidedWarning, warn_once
+from elip_models.reduction.checkpoint_replay import Replay
 from elip_models.reduction.dense_outputs import is_on_grid
 from elip_models.reduction.guidance import drop_guide, guide_of, own_guidance, set_guide
-from elip_models.reduction.once import UnguidedWarning, warn_once
-from elip_models.reduction.replay import Replay
 from elip_models.reduction.step import Forward, Step
 from elip_models.reduction.strategy import StageInfo, Strategy, blocks_of
 from elip_models.reduction.summary import Summary

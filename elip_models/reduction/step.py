@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from elip_models.reduction.slots import Slots, slots_of
 from elip_models.reduction.strategy import (
     Context,
     StageInfo,
@@ -21,6 +20,7 @@ from elip_models.reduction.strategy import (
     stages_of,
     warn_if_slower,
 )
+from elip_models.reduction.token_assignment import Slots, slots_of
 from elip_models.towers import Tower
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from elip_kernels import BipartiteInfo, ReductionInfo
 from elip_models.reduction import flops
-from elip_models.reduction.once import SlowScorerWarning, once, warn_once
+from elip_models.reduction.caching import SlowScorerWarning, once, warn_once
 from elip_models.reduction.schedule import Schedule, Stage
 from elip_models.towers import Size, Tower, as_image_text, as_tower
 

@@ -32,7 +32,7 @@ from elip_models.data import (
 )
 from elip_models.data.shared_images import by_image, image_number
 from elip_models.models.base import evaluating
-from elip_models.reduction.once import UnguidedWarning
+from elip_models.reduction.caching import UnguidedWarning
 from elip_models.tasks.features import encode_texts, isolated_rng, ranks_of
 from elip_models.tasks.intervals import Interval, bootstrap_interval
 from elip_models.tasks.retrieval import KS, chance_level

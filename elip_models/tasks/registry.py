@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from elip_models.models.files import write_file
+from elip_models.models.io.files import write_file
 from elip_models.tasks.captioning import Captioning
 from elip_models.tasks.classification import Classification
 from elip_models.tasks.entailment import Entailment

@@ -22,7 +22,7 @@ from elip_models.data import (
     image_transform,
     tokenize,
 )
-from elip_models.models.files import write_file
+from elip_models.models.io.files import write_file
 from elip_models.tasks.intervals import Interval
 from elip_models.validation import check_fields
 

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from elip_models.towers.base import Projections, Tower, with_cls
+from elip_models.towers.cls_query import Query
+from elip_models.towers.forward_override import in_forward
 from elip_models.towers.fsdp import refuses_sharding
 from elip_models.towers.image_text import ImageTextModel
-from elip_models.towers.in_place import in_forward
-from elip_models.towers.query import Query
-from elip_models.towers.reducible import ImageModel, Reducible
+from elip_models.towers.reducible_model import ImageModel, ReducibleModel
 from elip_models.towers.size import Size
 from elip_models.validation import extra
 
@@ -22,7 +22,7 @@ __all__ = [
     "ImageTextModel",
     "Projections",
     "Query",
-    "Reducible",
+    "ReducibleModel",
     "Size",
     "Tower",
     "as_image_text",
@@ -105,7 +105,7 @@ def _image_model(model: nn.Module) -> nn.Module:
     return model.model if "timm.models._features.FeatureGetterNet" in names else model
 
 
-def as_reducible(model: nn.Module) -> Reducible:
+def as_reducible(model: nn.Module) -> ReducibleModel:
     """What measuring and drawing ask of a model: one of ours, which answers for itself, another
     library's whole one, or an image model alone.
 
@@ -113,7 +113,7 @@ def as_reducible(model: nn.Module) -> Reducible:
         TypeError: one that cannot be reduced: why.
         ImportError: a library is missing.
     """
-    if isinstance(model, Reducible):
+    if isinstance(model, ReducibleModel):
         return model
     image_text = as_image_text(model)
     if image_text is None or image_text.refuses() is not None:

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 import elip_kernels
 from elip_kernels import BipartiteInfo, ReductionInfo
-from elip_models.towers.apart import apart
-from elip_models.towers.effective import Affine, is_layer_norm
+from elip_models.towers.cls_query import Query
+from elip_models.towers.effective_weights import Affine, is_layer_norm
+from elip_models.towers.forward_override import in_place_of, own_forward
 from elip_models.towers.fsdp import unsharded
-from elip_models.towers.in_place import in_place_of, own_forward
-from elip_models.towers.query import Query
+from elip_models.towers.scoring_context import apart
 from elip_models.towers.size import Size
 
 P = ParamSpec("P")
@@ -287,7 +287,7 @@ class Tower:
             return elip_kernels.cls_attention(q, k.to(q.dtype), scale=scale, mask=mask)
 
     def absorbed(self, i: int, *, values: bool = False) -> dict[str, Any] | None:
-        """The arguments of `cls_attention_from_tokens`, or of `cls_attend_from_tokens` with values;
+        """The arguments of `cls_attention_from_tokens`, or of `cls_attention_output` with values;
         None where block i has no such form."""
         parts = self.projections(i)
         weights = self.weights(i) if self.absorbs_keys and parts.can_be_absorbed else None
@@ -369,7 +369,7 @@ class Tower:
         with self.unsharded(i, tokens, cls) as (tokens, cls):
             arguments = self.absorbed(i, values=True)
             if arguments is not None:
-                attended = elip_kernels.cls_attend_from_tokens(tokens, cls, **arguments)
+                attended = elip_kernels.cls_attention_output(tokens, cls, **arguments)
             else:
                 q, k, v = self.qkv(i, with_cls(tokens, cls))
                 scale = self.projections(i).scale

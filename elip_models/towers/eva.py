@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from elip_kernels import ReductionInfo
 from elip_models.towers.base import Block, Projections
-from elip_models.towers.effective import Affine, affine, is_plain, qkv_of, unwrapped
+from elip_models.towers.effective_weights import Affine, affine, is_plain, qkv_of, unwrapped
 from elip_models.towers.fsdp import library_class
 from elip_models.towers.timm import PATCH_DROP, PlainTimm
 

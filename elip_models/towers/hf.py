@@ -29,10 +29,16 @@ from transformers import (
 )
 
 from elip_models.towers.base import Block, Projections, Tower, optional
-from elip_models.towers.effective import Affine, is_plain, qkv_of, through_transpose, unwrapped
+from elip_models.towers.effective_weights import (
+    Affine,
+    is_plain,
+    qkv_of,
+    through_transpose,
+    unwrapped,
+)
 from elip_models.towers.fsdp import library_class
 from elip_models.towers.image_text import ImageTextModel
-from elip_models.towers.reducible import Stats, check_tokenizer_in, clip_stats, random_ids
+from elip_models.towers.reducible_model import Stats, check_tokenizer_in, clip_stats, random_ids
 
 
 class Names(NamedTuple):

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elip_models.towers.reducible import Reducible
+from elip_models.towers.reducible_model import ReducibleModel
 
 
-class ImageTextModel(Reducible):
+class ImageTextModel(ReducibleModel):
     """A language-image model whose own forward takes images and text, image tower first or last.
 
     One whose text cannot guide its images is reduced as its image tower alone would be.

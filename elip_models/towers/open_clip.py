@@ -17,7 +17,7 @@ from open_clip.transformer import PatchDropout, VisionTransformer
 from torch import Tensor, nn
 
 from elip_models.towers.base import Projections, Tower, optional
-from elip_models.towers.effective import (
+from elip_models.towers.effective_weights import (
     Affine,
     affine,
     in_projection,
@@ -30,7 +30,7 @@ from elip_models.towers.effective import (
 from elip_models.towers.fsdp import unsharded
 from elip_models.towers.image_text import ImageTextModel
 from elip_models.towers.positions import interpolated
-from elip_models.towers.reducible import Stats, clip_stats, random_ids
+from elip_models.towers.reducible_model import Stats, clip_stats, random_ids
 
 LIBRARIES = ("torch", "open_clip")  # whose attention is read; a wrapper's is not
 

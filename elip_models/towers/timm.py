@@ -13,7 +13,7 @@ from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
 from elip_models.towers.base import Projections, Tower
-from elip_models.towers.effective import Affine, is_plain, qkv_of, refuses_norm, unwrapped
+from elip_models.towers.effective_weights import Affine, is_plain, qkv_of, refuses_norm, unwrapped
 from elip_models.towers.positions import interpolated
 
 PATCH_DROP = (

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from elip_models.models.config import ContrastiveConfig, TextReductionConfig, VisionConfig
-from elip_models.models.files import read_config
+from elip_models.models.io.files import read_config
 from elip_models.models.registry import CONFIGS, MODELS, downstream_of, family_of, taken_over
 from elip_models.tasks.registry import TASKS
 from elip_models.training.recipe import FINETUNE, recipe_names, recipe_with

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from elip_models.reduction.patch import is_reduced, reduce_, summary, unreduce_
+from elip_models.reduction.patch import is_reduced, reduce_, reduction_summary, unreduce_
 from elip_models.reduction.strategy import Strategy
 from elip_models.validation import Count, PositiveShare, check, extra
 
@@ -74,6 +74,6 @@ class ReductionCallback(TrainerCallback):
         """Once, since a model that is reduced no longer says what a saved one was."""
         if self.options or not is_reduced(model):
             reduce_(model, **self.options)
-        self.strategy, self.options = summary(model).strategy, {}
+        self.strategy, self.options = reduction_summary(model).strategy, {}
 
     on_train_begin = on_step_begin  # for an evaluation before the first step

@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 from elip_models.checkpoints.pretrained_towers import initialise_
-from elip_models.checkpoints.start import Start, start_from_
-from elip_models.models.adapt import adapt_, trainable_counts
+from elip_models.checkpoints.warm_start import Start, start_from_
 from elip_models.models.base import PretrainedModel
+from elip_models.models.peft.adapt import adapt_, trainable_counts
 from elip_models.models.registry import create_model
 from elip_models.training.run_config import RunConfig
 from elip_models.training.training_data import input_fields

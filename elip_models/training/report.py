@@ -21,14 +21,14 @@ from elip_models.models.base import PretrainedModel
 from elip_models.models.momentum_model import MomentumModel
 from elip_models.models.registry import elip_strategy
 from elip_models.profiling.measure import measured_on, memory_is, no_gain
-from elip_models.profiling.rows import DENSE, Mode, measure
+from elip_models.profiling.runner import DENSE, Mode, measure
 from elip_models.profiling.workload import Workload
+from elip_models.reduction.caching import deliberately_slow
 from elip_models.reduction.encode import run_tower
-from elip_models.reduction.once import deliberately_slow
-from elip_models.reduction.read_rows import run_and_read
+from elip_models.reduction.momentum_scores import run_and_read
 from elip_models.reduction.schedule import PRESETS
 from elip_models.reduction.scorers import SCORERS
-from elip_models.reduction.strategies.elip import Elip
+from elip_models.reduction.strategies.elip import ELIP
 from elip_models.reduction.strategy import Strategy
 from elip_models.validation import extra
 
@@ -137,7 +137,7 @@ class Reporter:
 def scorer_costs(workload: Workload, *, rounds: int) -> list[ScorerCost]:
     """Measure ELIP with its CLIP schedule: 'dense', then each scorer."""
     strategies: dict[str, Strategy | None] = {DENSE: None}
-    strategies |= {name: Elip(PRESETS["clip"], scorer=name) for name in SCORERS}
+    strategies |= {name: ELIP(PRESETS["clip"], scorer=name) for name in SCORERS}
     modes: tuple[Mode, Mode] = ("training", "inference")
     train, infer = (measure(workload, strategies, mode, rounds=rounds) for mode in modes)
     return [

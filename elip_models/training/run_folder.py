@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from elip_models.models.files import write_file
+from elip_models.models.io.files import write_file
 from elip_models.training.errors import TrainingError
 from elip_models.training.recipe import load_recipe, resume_conflicts, save_recipe
 from elip_models.training.run_checkpoints import Checkpoints

@@ -17,25 +17,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from elip_models.data import ExampleSource, Source, StreamSource
-from elip_models.models.adapt import trainable_counts
+from elip_models.models.peft.adapt import trainable_counts
 from elip_models.models.registry import family_of
 from elip_models.profiling.measure import saved_bytes
 from elip_models.tasks.registry import save_answers
 from elip_models.training.accelerator import make_accelerator, waiting_group
 from elip_models.training.errors import Stopped, TrainingError
 from elip_models.training.evaluation import Evaluation, Scores
-from elip_models.training.feed import make_feed
 from elip_models.training.loss_log import LossLog, losses_of
 from elip_models.training.model import make_model
 from elip_models.training.optim import learning_rate
-from elip_models.training.origin import origin
+from elip_models.training.provenance import origin
 from elip_models.training.replicated import Replicated
 from elip_models.training.result import TrainResult
 from elip_models.training.run_checkpoints import step_of
 from elip_models.training.run_config import RunConfig
 from elip_models.training.run_folder import RunFolder
 from elip_models.training.sharded import Sharded, check_sharding
-from elip_models.training.stop import Stop
+from elip_models.training.signal_handling import Stop
+from elip_models.training.train_batches import make_feed
 from elip_models.training.training_data import (
     check_guide_captions,
     make_tokenizer,

@@ -1,6 +1,6 @@
 """In full on a CUDA or ROCm device; with TRITON_INTERPRET=1 on a CPU, where every case is small.
 
-tests/test_gpu_on_cpu.py runs the second in a process. Elsewhere one line says how to run it.
+tests/kernels/test_gpu_on_cpu.py runs the second in a process. Elsewhere one line tells how.
 """
 
 from collections import Counter

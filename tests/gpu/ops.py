@@ -90,7 +90,7 @@ def attend_from_tokens(tokens, cls, *block, H=None):
     """-> out."""
     *block, v_weight, v_bias = block
     value = {"v_weight": v_weight, "v_bias": v_bias}
-    return (elip_kernels.cls_attend_from_tokens(tokens, cls, **named(*block, H), **value),)
+    return (elip_kernels.cls_attention_output(tokens, cls, **named(*block, H), **value),)
 
 
 def score_reduce_inputs(B, N, dtype, D=WIDTH):
@@ -125,9 +125,9 @@ def received_inputs(B, N, dtype, H=GROUPED[0], G=GROUPED[1], d=WIDTH // HEADS, M
     return torch.randn(B, H, M or N, d).to(dtype), torch.randn(B, G, N, d).to(dtype)
 
 
-def attention_received(q, k, mask=None, query_mask=None):
+def attention_column_mean(q, k, mask=None, query_mask=None):
     """-> received."""
-    return (elip_kernels.attention_received(q, k, mask=mask, query_mask=query_mask),)
+    return (elip_kernels.attention_column_mean(q, k, mask=mask, query_mask=query_mask),)
 
 
 def bipartite_inputs(B, N, dtype, D=WIDTH, C=WIDTH // HEADS, r=0.25):
@@ -167,9 +167,9 @@ def merge_nearest(tokens, kept, metric, size, grad_out):
 OPS = {
     "reduce": Op(reduce_inputs, reduce),
     "cls_attention": Op(row_inputs, row),
-    "attention_received": Op(received_inputs, attention_received),
+    "attention_column_mean": Op(received_inputs, attention_column_mean),
     "cls_attention_from_tokens": Op(block_inputs, row_from_tokens),
-    "cls_attend_from_tokens": Op(attend_inputs, attend_from_tokens),
+    "cls_attention_output": Op(attend_inputs, attend_from_tokens),
     "score_reduce": Op(score_reduce_inputs, score_reduce),
     "bipartite_merge": Op(bipartite_inputs, bipartite_merge),
     "merge_nearest": Op(nearest_inputs, merge_nearest),

@@ -9,7 +9,7 @@ import torch
 
 import elip_kernels
 from elip_kernels import BipartiteInfo, launch
-from elip_kernels.fuse_text import fuse_text
+from elip_kernels.ops.fuse_text import fuse_text
 from elip_kernels.testing import Case, cases
 from tests.gpu import ops
 from tests.gpu.ops import (
@@ -234,8 +234,8 @@ def test_attention_received(device, launches, H, G, M, N, d, masked, dtype):
     for mask in masks:
         mask[:, 0] = True
     with kernels_alone():
-        (got,) = ops.attention_received(*on(device, (*inputs, *masks)))
-    (exact,) = ops.attention_received(*widened(inputs), *masks)
+        (got,) = ops.attention_column_mean(*on(device, (*inputs, *masks)))
+    (exact,) = ops.attention_column_mean(*widened(inputs), *masks)
     assert got.dtype == torch.float32
     assert row_error(got, exact) <= ROW_BUDGET[dtype]
     assert launches.total() == 3
@@ -328,7 +328,7 @@ def test_merge_nearest(device, launches, N, share, dtype):
 
 
 NOT_TAKEN = [(name, torch.float64, launch.MAX_STREAMED) for name in ops.OPS]
-NOT_TAKEN += [(name, torch.float32, 30) for name in ops.OPS if name != "cls_attend_from_tokens"]
+NOT_TAKEN += [(name, torch.float32, 30) for name in ops.OPS if name != "cls_attention_output"]
 
 
 @pytest.mark.parametrize(("name", "dtype", "most"), NOT_TAKEN)

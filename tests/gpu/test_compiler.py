@@ -10,7 +10,7 @@ from torch._inductor import cudagraph_trees
 from torch.library import opcheck
 
 import elip_kernels
-from elip_kernels.absorbed_query import QueryArguments
+from elip_kernels.ops.absorbed_query import QueryArguments
 from tests.gpu import ops
 from tests.gpu.ops import HALF, TOKENS, on, pick
 
@@ -44,12 +44,12 @@ def test_opcheck_of_rows(device, dtype):
     check(elip.cls_attention.default, (*on(device, ops.row_inputs(2, 50, dtype)), None, 0.125))
     q, k = on(device, ops.received_inputs(2, 50, dtype))
     counts = torch.ones(2, 50, dtype=torch.bool, device=device)
-    check(elip.attention_received.default, (q, k, counts, counts, 0.125))
+    check(elip.attention_column_mean.default, (q, k, counts, counts, 0.125))
     tokens, cls, *block = on(device, ops.block_inputs(2, 50, dtype, 64))
     made = ops.named(*block) | {"cls": cls, "text": cls.flip(0), "fusion": 0.7, "match": True}
     arguments = (tokens.requires_grad_(), *QueryArguments(**made, scale=0.125))
     check(elip.cls_attention_from_tokens.default, arguments)
-    check(elip.cls_attend_from_tokens.default, (*arguments, made["k_weight"].clone(), None))
+    check(elip.cls_attention_output.default, (*arguments, made["k_weight"].clone(), None))
     check(elip.score_reduce.default, (*arguments, 20, True, True, None, None))
 
 

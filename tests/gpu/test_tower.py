@@ -9,10 +9,10 @@ import torch
 
 import elip_kernels
 import elip_models
-from elip_models.reduction.once import SlowScorerWarning
+from elip_models.reduction.caching import SlowScorerWarning
 from tests.gpu.ops import kernels_alone, on, pick, pytorch_forms
 from tests.gpu.test_device import captured
-from tests.official import REDUCE_CASES, tower
+from tests.helpers.official import REDUCE_CASES, tower
 
 pytestmark = pytest.mark.gpu
 SCHEDULE = "2(100%) 2(90%) 6(65%) 2(40%)"

@@ -1,4 +1,4 @@
-"""Collected only where TRITON_INTERPRET=1; tests/test_interpreter.py runs these in a process."""
+"""Collected only with TRITON_INTERPRET=1: tests/kernels/test_interpreter.py starts a process."""
 
 import os
 

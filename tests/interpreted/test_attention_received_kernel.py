@@ -7,9 +7,9 @@ import torch
 
 import elip_kernels
 from elip_kernels._operator import OPERATORS
+from tests.helpers.tiers import tiered
 from tests.interpreted.absorbed import BUDGET, error
-from tests.test_attention_received import padded
-from tests.tiers import tiered
+from tests.kernels.test_attention_column_mean import padded
 
 # B, H, G, M, N, d: full tiles, one more than that, one row; groups of 1, 2 and 4
 SHAPES = [
@@ -25,8 +25,8 @@ SHAPES = [
 def by_kernels(q, k, **options):
     """What the kernels give; a PyTorch form raises."""
     never = AssertionError("the PyTorch form ran")
-    with patch.object(OPERATORS["attention_received"], "reference", side_effect=never):
-        return elip_kernels.attention_received(q, k, **options)
+    with patch.object(OPERATORS["attention_column_mean"], "reference", side_effect=never):
+        return elip_kernels.attention_column_mean(q, k, **options)
 
 
 def queries_and_keys(B, H, G, M, N, d, dtype=torch.float32):
@@ -43,7 +43,7 @@ def masks(B, M, N, share=0.6):
 def check(q, k, **options):
     """Against fp64, what is not a number too -> what the kernels give."""
     got = by_kernels(q, k, **options)
-    exact = elip_kernels.attention_received(q.double(), k.double(), **options)
+    exact = elip_kernels.attention_column_mean(q.double(), k.double(), **options)
     assert got.dtype == torch.float32
     assert torch.equal(got.isnan(), exact.isnan())
     if not exact.isnan().all():
@@ -103,7 +103,7 @@ def test_what_is_not_finite_goes_where_the_specification_has_it(launches, where,
 def test_large_scores_do_not_overflow(launches):
     q, k = queries_and_keys(1, 2, 2, 40, 70, 16)
     got = by_kernels(q, k, scale=50.0)
-    exact = elip_kernels.attention_received(q.double(), k.double(), scale=50.0)
+    exact = elip_kernels.attention_column_mean(q.double(), k.double(), scale=50.0)
     eager = elip_kernels.cls_attention(q[:, :, 0], k, scale=50.0)
     truth = elip_kernels.cls_attention(q[:, :, 0].double(), k.double(), scale=50.0)
     assert error(got, exact) <= max(1e-5, 2 * error(eager, truth))
@@ -141,7 +141,7 @@ def test_empty_inputs(launches, B, N):
 def test_what_the_kernels_do_not_take_is_the_specification(launches, monkeypatch, dtype, d):
     q, k = queries_and_keys(1, 2, 1, 5, 9, d, dtype)
     monkeypatch.setattr("elip_kernels._operator._SAID", set())
-    with pytest.warns(elip_kernels.PyTorchFormWarning, match="fp64|at most (64|128) channels"):
-        got = elip_kernels.attention_received(q, k)
-    operator = OPERATORS["attention_received"]
+    with pytest.warns(elip_kernels.FallbackWarning, match="fp64|at most (64|128) channels"):
+        got = elip_kernels.attention_column_mean(q, k)
+    operator = OPERATORS["attention_column_mean"]
     assert torch.equal(got, operator.reference(q, k, None, None, d**-0.5))

@@ -5,9 +5,9 @@ from collections import Counter
 import pytest
 import torch
 
-import elip_kernels.bipartite as bipartite
+import elip_kernels.ops.bipartite as bipartite
 from elip_kernels.info import source_matrix
-from tests.tiers import tiered
+from tests.helpers.tiers import tiered
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAN, INF = float("nan"), float("inf")
@@ -216,7 +216,7 @@ def test_a_match_may_be_a_view(launches, part):
     grad, results = torch.randn(2, 15, 40), []
     for slots in (view, view.contiguous().clone()):
         leaf = tokens[:2].clone().requires_grad_()
-        out, _ = bipartite.merge_by(leaf, info._replace(slots=slots))
+        out, _ = bipartite.apply_merge(leaf, info._replace(slots=slots))
         out.backward(grad)
         results.append((out, leaf.grad))
     assert launches["elip::bipartite_merge"] == 3

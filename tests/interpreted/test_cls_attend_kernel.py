@@ -6,10 +6,10 @@ import torch
 import elip_kernels
 from elip_kernels import launch
 from elip_kernels._operator import OPERATORS
-from elip_kernels.absorbed_query import QueryArguments
-from elip_kernels.cls_attend import means_reference, weighted_means
+from elip_kernels.ops.absorbed_query import QueryArguments
+from elip_kernels.ops.cls_attention_output import means_reference, weighted_means
+from tests.helpers.tiers import tiered
 from tests.interpreted.absorbed import BUDGET
-from tests.tiers import tiered
 
 SHAPES = [  # B, N, D, H, d
     (2, 197, 192, 3, 64),
@@ -22,7 +22,7 @@ SHAPES = [  # B, N, D, H, d
     (1, 1025, 64, 4, 128),
 ]
 CASES = [*SHAPES[:-1], pytest.param(SHAPES[-1], marks=pytest.mark.slow)]
-NAME = "elip::cls_attend_from_tokens"
+NAME = "elip::cls_attention_output"
 
 
 def block(D, H, d, dtype):
@@ -46,7 +46,7 @@ def wide(arguments):
 
 
 def in_fp64(tokens, cls, arguments):
-    return elip_kernels.cls_attend_from_tokens(tokens.double(), cls.double(), **wide(arguments))
+    return elip_kernels.cls_attention_output(tokens.double(), cls.double(), **wide(arguments))
 
 
 def error(got, exact):
@@ -65,7 +65,7 @@ def rounded_budget(dtype):
 def test_output_agrees_with_fp64(launches, poisoned_memory, shape, dtype):
     B, N, D, H, d = shape
     (tokens, cls), arguments = tokens_and_cls(B, N, D, dtype), block(D, H, d, dtype)
-    got = elip_kernels.cls_attend_from_tokens(tokens, cls, **arguments)
+    got = elip_kernels.cls_attention_output(tokens, cls, **arguments)
     assert launches[NAME] == 1
     assert got.dtype == dtype
     assert error(got, in_fp64(tokens, cls, arguments)) <= rounded_budget(dtype)
@@ -149,7 +149,7 @@ def test_strided_tokens(launches, poisoned_memory):
         torch.randn(2, 38, 48)[:, ::2],
     ):
         cls = tokens[:, 0]
-        got = elip_kernels.cls_attend_from_tokens(tokens, cls, **arguments)
+        got = elip_kernels.cls_attention_output(tokens, cls, **arguments)
         assert error(got, in_fp64(tokens, cls, arguments)) <= 1e-5
     assert launches[NAME] == 6
 
@@ -157,12 +157,12 @@ def test_strided_tokens(launches, poisoned_memory):
 def test_empty_batch_and_tokens_that_are_cls_alone(launches):
     arguments = block(32, 2, 32, torch.float32)
     for N in (9, launch.PART + 2):  # in several parts too
-        got = elip_kernels.cls_attend_from_tokens(
+        got = elip_kernels.cls_attention_output(
             torch.randn(0, N, 32), torch.randn(0, 32), **arguments
         )
         assert got.shape == (0, 64)
     tokens, cls = tokens_and_cls(2, 1, 32, torch.float32)
-    got = elip_kernels.cls_attend_from_tokens(tokens, cls, **arguments)
+    got = elip_kernels.cls_attention_output(tokens, cls, **arguments)
     assert error(got, in_fp64(tokens, cls, arguments)) <= 1e-5
     assert launches[NAME] == 4
 
@@ -176,7 +176,7 @@ def test_every_width_has_its_kernels(launches, poisoned_memory, monkeypatch, D, 
     (tokens, cls), arguments = tokens_and_cls(1, 20, D, dtype), block(D, H, 16, dtype)
     exact = in_fp64(tokens, cls, arguments)
     monkeypatch.delattr(OPERATORS[NAME.removeprefix("elip::")], "reference")
-    got = elip_kernels.cls_attend_from_tokens(tokens, cls, **arguments)
+    got = elip_kernels.cls_attention_output(tokens, cls, **arguments)
     assert launches[NAME] == 2  # the fp64 one is handed on
     assert error(got, exact) <= rounded_budget(dtype)
 
@@ -186,7 +186,7 @@ def test_many_tokens_are_summed_in_parts(launches, poisoned_memory, monkeypatch,
     """Three parts of five tiles: the last one has the last tile alone."""
     monkeypatch.setattr(launch, "PART", 128)
     (tokens, cls), arguments = tokens_and_cls(2, 290, 97, dtype), block(97, 18, 8, dtype)
-    got = elip_kernels.cls_attend_from_tokens(tokens, cls, **arguments)
+    got = elip_kernels.cls_attention_output(tokens, cls, **arguments)
     assert launches[NAME] == 1
     assert error(got, in_fp64(tokens, cls, arguments)) <= rounded_budget(dtype)
 
@@ -195,7 +195,7 @@ def test_many_tokens_are_summed_in_parts(launches, poisoned_memory, monkeypatch,
 def test_what_a_block_lacks(launches, poisoned_memory, lacking):
     tokens, cls = tokens_and_cls(17, 9, 40, torch.float32)
     arguments = block(40, 3, 8, torch.float32) | dict.fromkeys(lacking)
-    got = elip_kernels.cls_attend_from_tokens(tokens, cls, **arguments)
+    got = elip_kernels.cls_attention_output(tokens, cls, **arguments)
     assert launches[NAME] == 1
     assert error(got, in_fp64(tokens, cls, arguments)) <= BUDGET[torch.float32]
 
@@ -206,7 +206,7 @@ def test_the_values_weights_are_rows_of_a_larger_matrix(launches, poisoned_memor
     arguments = block(32, 2, 16, torch.float32)
     weight, expected = arguments["v_weight"], in_fp64(tokens, cls, arguments)
     for v_weight in (torch.cat([weight, weight], 1)[:, 32:], weight.mT.contiguous().mT):
-        got = elip_kernels.cls_attend_from_tokens(tokens, cls, **arguments | {"v_weight": v_weight})
+        got = elip_kernels.cls_attention_output(tokens, cls, **arguments | {"v_weight": v_weight})
         assert error(got, expected) <= BUDGET[torch.float32]
     assert launches[NAME] == 3
 
@@ -214,9 +214,9 @@ def test_the_values_weights_are_rows_of_a_larger_matrix(launches, poisoned_memor
 @pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.bfloat16]), ids=str)
 def test_an_image_gives_the_same_bits_alone_and_among_others(launches, dtype):
     (tokens, cls), arguments = tokens_and_cls(20, 130, 96, dtype), block(96, 4, 24, dtype)
-    together = elip_kernels.cls_attend_from_tokens(tokens, cls, **arguments)
+    together = elip_kernels.cls_attention_output(tokens, cls, **arguments)
     for i in (0, 19):
         one = slice(i, i + 1)
-        got = elip_kernels.cls_attend_from_tokens(tokens[one], cls[one], **arguments)
+        got = elip_kernels.cls_attention_output(tokens[one], cls[one], **arguments)
         assert torch.equal(got, together[one])
     assert launches[NAME] == 3

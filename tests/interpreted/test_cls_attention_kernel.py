@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import elip_kernels
+from tests.helpers.tiers import tiered
 from tests.interpreted.absorbed import BUDGET, block, error, row_in_fp64
-from tests.tiers import tiered
 
 SHAPES = [
     (2, 197, 64, 2),
@@ -106,5 +106,8 @@ def test_empty_batch(launches):
         torch.randn(0, 9, 32), torch.randn(0, 32), **arguments
     )
     assert row.shape == (0, 9)
-    assert elip_kernels.cls_attention(torch.randn(0, 2, 8), torch.randn(0, 2, 9, 8)).shape == (0, 9)
+    assert elip_kernels.cls_attention(torch.randn(0, 2, 8), torch.randn(0, 2, 9, 8)).shape == (
+        0,
+        9,
+    )
     assert launches["elip::cls_attention"] == 1

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from elip_kernels.fuse_text import fuse, fuse_text
+from elip_kernels.ops.fuse_text import fuse, fuse_text
+from tests.helpers.tiers import tiered
 from tests.interpreted.absorbed import BUDGET
-from tests.tiers import tiered
 
 SHAPES = [(1, 1, 5), (3, 2, 40), (2, 19, 300), (2, 50, 64)]
 

@@ -5,9 +5,9 @@ import torch
 
 import elip_kernels
 from elip_kernels._operator import OPERATORS
+from tests.helpers.tiers import tiered
 from tests.interpreted.absorbed import BUDGET, block, error
 from tests.interpreted.test_score_reduce_kernel import in_fp64
-from tests.tiers import tiered
 
 SIZES = [(785, 24), (1025, 24), (1370, 24), (2305, 16), (4097, 16), (16_385, 5)]
 
@@ -118,10 +118,10 @@ def test_an_output_of_many_tokens(launches, N):
     tokens, cls = torch.randn(1, N, 16), torch.randn(1, 16)
     arguments = block(16, 2, torch.float32)
     value = {"v_weight": torch.randn(16, 16), "v_bias": None}
-    got = elip_kernels.cls_attend_from_tokens(tokens, cls, **arguments, **value)
-    assert launches["elip::cls_attend_from_tokens"] == 1
+    got = elip_kernels.cls_attention_output(tokens, cls, **arguments, **value)
+    assert launches["elip::cls_attention_output"] == 1
     wide = {n: v.double() if torch.is_tensor(v) else v for n, v in (arguments | value).items()}
-    exact = elip_kernels.cls_attend_from_tokens(tokens.double(), cls.double(), **wide)
+    exact = elip_kernels.cls_attention_output(tokens.double(), cls.double(), **wide)
     assert (got - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 

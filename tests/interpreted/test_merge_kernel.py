@@ -4,13 +4,13 @@ the PyTorch form in fp64; how many rounds of gathering they take."""
 import pytest
 import torch
 
+from benchmarks.kernel_analysis.traffic import traffic
 from elip_kernels import launch
-from elip_kernels.bipartite import merge_by, merge_reference
 from elip_kernels.info import BipartiteInfo
-from elip_kernels.testing.traffic import traffic
+from elip_kernels.ops.bipartite import apply_merge, merge_reference
+from tests.helpers.tiers import tiered
 from tests.interpreted.test_bipartite_kernel import DTYPES, NAN, check
 from tests.interpreted.test_bipartite_kernel import inputs as match_inputs
-from tests.tiers import tiered
 
 BLOCK_R = launch.merge_gather(2)[0]
 HELD = {  # tokens of each row
@@ -38,7 +38,7 @@ def inputs(held, B=2, D=40, dtype=torch.float32):
 def merged(tokens, info, size=None):
     """Rows, sizes, and the rounds of the program that takes the most."""
     with traffic() as launches:
-        out, out_size = merge_by(tokens, info, size=size)
+        out, out_size = apply_merge(tokens, info, size=size)
     assert [launch.kernel for launch in launches] == ["_order_kernel", "_merge_fwd_kernel"]
     return out, out_size, launches[1].loads["tokens"].rounds
 
@@ -95,10 +95,10 @@ def test_rows_of_few_tokens_take_a_round_for_each(launches, N):
 @pytest.mark.parametrize("name", tiered(HELD, ["a row of most"]))
 def test_an_image_merges_to_the_same_bits_in_every_batch(launches, name):
     tokens, info, size = inputs(HELD[name], B=3)
-    whole, sizes = merge_by(tokens, info, size=size)
+    whole, sizes = apply_merge(tokens, info, size=size)
     for i in range(3):
         own = info._replace(slots=info.slots[i : i + 1])
-        alone, own_sizes = merge_by(tokens[i : i + 1], own, size=size[i : i + 1])
+        alone, own_sizes = apply_merge(tokens[i : i + 1], own, size=size[i : i + 1])
         assert torch.equal(alone[0], whole[i]) and torch.equal(own_sizes[0], sizes[i])
 
 
@@ -106,5 +106,5 @@ def test_a_token_of_a_full_row_touches_no_other(launches):
     tokens, info, size = inputs(HELD["a row of most"], B=1)
     hub = info.slots[0] == 9
     tokens[0, hub.nonzero()[3]] = NAN
-    out, _ = merge_by(tokens, info, size=size)
+    out, _ = apply_merge(tokens, info, size=size)
     assert out[0, 9].isnan().all() and out[0].isnan().any(1).sum() == 1

@@ -5,9 +5,9 @@ from collections import Counter
 import pytest
 import torch
 
-from elip_kernels import merge_by, merge_nearest, select_tokens
-from tests.test_nearest import inputs
-from tests.tiers import tiered
+from elip_kernels import apply_merge, merge_nearest, select_tokens
+from tests.helpers.tiers import tiered
+from tests.kernels.test_merge_nearest import inputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAN, INF = float("nan"), float("inf")
@@ -145,7 +145,7 @@ def test_no_output_is_left_unwritten_and_runs_repeat(launches, poisoned_memory):
         leaf = tokens.detach().requires_grad_()
         merged, sizes, info = merge_nearest(leaf, kept, metric, size=size, return_info=True)
         merged.square().sum().backward()
-        again, _ = merge_by(tokens, info, size=size)
+        again, _ = apply_merge(tokens, info, size=size)
         assert torch.equal(again, merged)
         runs.append((merged.detach(), sizes, info.slots, leaf.grad))
     assert all(map(torch.equal, *runs))

@@ -5,11 +5,11 @@ import torch
 
 import elip_kernels
 from elip_kernels.testing import Case
+from tests.helpers.tiers import tiered
 from tests.interpreted import test_bipartite_kernel as bipartite
 from tests.interpreted import test_nearest_kernel as nearest
 from tests.interpreted import test_reduce_kernel as reduce
 from tests.interpreted.absorbed import BUDGET, block, error, row_in_fp64
-from tests.tiers import tiered
 
 every_dtype = pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.bfloat16]), ids=str)
 N, D, H = 257, 768, 12

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
+from benchmarks.kernel_analysis.traffic import Memory
 from elip_kernels import launch
 from elip_kernels._operator import OPERATORS
-from elip_kernels.testing.traffic import Memory
 
 B = 2**31 - 15  # of 16 images a program the last has one; two elements an image pass 2^31
 N, D, H, K = 19, 24, 2, 7
@@ -178,8 +178,8 @@ def test_generic_row(heads):
 def test_attention_received():
     q, k = torch.randn(1, 2 * H, N + 30, D), torch.randn(1, H, N, D)
     mask, query_mask = torch.rand(1, N) > 0.3, torch.rand(1, N + 30) > 0.3
-    check(launcher("attention_received"), q, k, mask, query_mask, 0.5)
-    check(launcher("attention_received"), q, k, None, None, 0.5)
+    check(launcher("attention_column_mean"), q, k, mask, query_mask, 0.5)
+    check(launcher("attention_column_mean"), q, k, None, None, 0.5)
 
 
 def test_generic_row_of_keys_head_by_head():
@@ -211,7 +211,7 @@ def test_row_from_tokens(scored):
 
 def test_attention_output(scored):
     of_image, shared = absorbed(torch.randn(D, D), torch.randn(D))
-    run = launcher("cls_attend_from_tokens")
+    run = launcher("cls_attention_output")
     check(run, scored[0].bfloat16(), *of_image, shared=shared)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from elip_kernels import launch
-from elip_kernels.absorbed_query import QueryArguments, absorbed_query, launch_query
+from elip_kernels.ops.absorbed_query import QueryArguments, absorbed_query, launch_query
 
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 

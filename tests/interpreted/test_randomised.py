@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import elip_kernels
 import tests.interpreted.profiles  # noqa: F401
-from elip_kernels.fuse_text import fuse
+from elip_kernels.ops.fuse_text import fuse
 from elip_kernels.testing import kernels_on_cpu
 from tests.interpreted import test_attention_received_kernel as received
 from tests.interpreted import test_bipartite_kernel as bipartite
@@ -170,9 +170,9 @@ def test_attention_received(B, G, group, M, N, d, dtype, scale, shares, packed, 
         q, k = torch.randn(B, group * G, M, d).to(dtype), torch.randn(B, G, N, d).to(dtype)
     given = zip(("mask", "query_mask"), (N, M), shares, strict=True)
     masks = {name: torch.rand(B, n) < share for name, n, share in given if share is not None}
-    before = launches["elip::attention_received"]
+    before = launches["elip::attention_column_mean"]
     received.check(q, k, scale=scale, **masks)
-    assert launches["elip::attention_received"] == before + 2  # the fp64 one is handed on
+    assert launches["elip::attention_column_mean"] == before + 2  # the fp64 one is handed on
 
 
 @given(shape=shapes, H=heads, dtype=dtypes, layout=layouts, seed=seeds)
@@ -200,11 +200,11 @@ def test_attention_output(launches, shape, H, dtype, layout, biased, seed):
     cls, arguments = torch.randn(shape["B"], D).to(dtype), block(D, H, dtype)
     arguments["v_weight"] = (torch.randn(H * 8, D) / D**0.5).to(dtype)
     arguments["v_bias"] = torch.randn(H * 8).to(dtype) if biased else None
-    before = launches["elip::cls_attend_from_tokens"]
-    got = elip_kernels.cls_attend_from_tokens(tokens, cls, **arguments)
-    assert launches["elip::cls_attend_from_tokens"] == before + 1
+    before = launches["elip::cls_attention_output"]
+    got = elip_kernels.cls_attention_output(tokens, cls, **arguments)
+    assert launches["elip::cls_attention_output"] == before + 1
     wide = {n: v.double() if torch.is_tensor(v) else v for n, v in arguments.items()}
-    exact = elip_kernels.cls_attend_from_tokens(tokens.double(), cls.double(), **wide)
+    exact = elip_kernels.cls_attention_output(tokens.double(), cls.double(), **wide)
     rounding = torch.finfo(dtype).eps * exact.abs()
     assert ((got - exact).abs() <= BUDGET[dtype] * exact.abs().max() + rounding).all()
 

@@ -5,7 +5,7 @@ import torch
 
 import elip_kernels
 from elip_kernels.testing import Case, cases
-from tests.tiers import tiered
+from tests.helpers.tiers import tiered
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INF, NAN = float("inf"), float("nan")

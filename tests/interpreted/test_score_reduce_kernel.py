@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import elip_kernels
+from tests.helpers.tiers import tiered
 from tests.interpreted.absorbed import BUDGET, block, error
-from tests.tiers import tiered
 
 SHAPES = [
     ((2, 257, 64, 2, 166),),

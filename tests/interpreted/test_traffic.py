@@ -7,10 +7,12 @@ import triton.language as tl
 from torch.utils.flop_counter import FlopCounterMode
 
 import elip_kernels
+from benchmarks.kernel_analysis import least_work
+from benchmarks.kernel_analysis.traffic import Access, traffic
+from benchmarks.kernel_analysis.work import Work
 from elip_kernels import launch
-from elip_kernels.fuse_text import fuse_text
-from elip_kernels.testing import Case, model
-from elip_kernels.testing.traffic import Access, traffic
+from elip_kernels.ops.fuse_text import fuse_text
+from elip_kernels.testing import Case
 from tests.interpreted.absorbed import block
 from tests.interpreted.test_bipartite_kernel import inputs
 
@@ -29,15 +31,18 @@ def run_reduce(B, N, D, K, dtype, masked=False, **options):
 
 
 def reduce_works(*case, tiled=False, masked=False, normalize=True, **options):
-    forward, backward = model.reduce(*case, **options), model.reduce_backward(*case, **options)
+    forward, backward = (
+        least_work.reduce(*case, **options),
+        least_work.reduce_backward(*case, **options),
+    )
     if masked:
         forward.read["mask"] = case[0] * (case[1] - options.get("num_prefix_tokens", 1))
     if case[1] <= launch.MAX_MOVED:
         return [forward, backward]
     selected = {n: v for n, v in forward.written.items() if n != "out"}
     names = {"scores": "scores", "mask": "real"}
-    first = model.Work({names[n]: v for n, v in forward.read.items() if n in names}, selected, 0)
-    return [first, model.move(*case, **options), backward]
+    first = Work({names[n]: v for n, v in forward.read.items() if n in names}, selected, 0)
+    return [first, least_work.move(*case, **options), backward]
 
 
 def absorbed(B, N, D, dtype, **more):
@@ -57,26 +62,26 @@ VECTORS = {"norm_weight", "norm_bias", "q_bias", "v_bias"}  # which the model le
 
 
 def query_work(B, D, dtype, tiled=False, **options):
-    return model.query(B, D, H, dtype, width=H * 8, **options)
+    return least_work.query(B, D, H, dtype, width=H * 8, **options)
 
 
 def selection_works(B, N, D, K, dtype):
     """One launch; or the row, and then the selection by it."""
-    at_once = model.select_row(B, N, D, K, H, dtype)
+    at_once = least_work.select_row(B, N, D, K, H, dtype)
     if N - 1 <= launch.MAX_SELECTED:
         return [at_once]
-    row, written = model.row(B, N, D, H, dtype), dict(at_once.written)
+    row, written = least_work.row(B, N, D, H, dtype), dict(at_once.written)
     del written["row"]
-    return [row, model.Work({"scores": B * (N - 1) * 4}, written, 0)]
+    return [row, Work({"scores": B * (N - 1) * 4}, written, 0)]
 
 
 def score_reduce_works(B, N, D, K, dtype, tiled=False, merge=True, has_text=False):
     return [
         query_work(B, D, dtype, has_text=has_text),
-        model.score_tiles(B, N, D, H, dtype, tiled=tiled),
+        least_work.score_tiles(B, N, D, H, dtype, tiled=tiled),
         *selection_works(B, N, D, K, dtype),
-        model.move(B, N, D, K, dtype, merge=merge, tiled=tiled),
-        model.reduce_backward(B, N, D, K, dtype, merge=merge),
+        least_work.move(B, N, D, K, dtype, merge=merge, tiled=tiled),
+        least_work.reduce_backward(B, N, D, K, dtype, merge=merge),
     ]
 
 
@@ -86,7 +91,7 @@ def run_fuse_text(B, N, D, K, dtype, text_for_all=False):
 
 
 def fuse_text_works(B, N, D, K, dtype, tiled=False, text_for_all=False):
-    return [model.fuse_text(B, N, D, dtype, text_for_all=text_for_all)]
+    return [least_work.fuse_text(B, N, D, dtype, text_for_all=text_for_all)]
 
 
 def run_row_from_tokens(B, N, D, K, dtype):
@@ -94,20 +99,20 @@ def run_row_from_tokens(B, N, D, K, dtype):
 
 
 def row_from_tokens_works(B, N, D, K, dtype, tiled=False):
-    tiles = model.score_tiles(B, N, D, H, dtype, tiled=tiled)
-    return [query_work(B, D, dtype), tiles, model.row(B, N, D, H, dtype, tiled=tiled)]
+    tiles = least_work.score_tiles(B, N, D, H, dtype, tiled=tiled)
+    return [query_work(B, D, dtype), tiles, least_work.row(B, N, D, H, dtype, tiled=tiled)]
 
 
 def run_attend(B, N, D, K, dtype):
     value = {"v_weight": torch.randn(H * 8, D), "v_bias": torch.randn(H * 8)}
     value = {name: v.to(dtype) for name, v in value.items()}
-    elip_kernels.cls_attend_from_tokens(**absorbed(B, N, D, dtype, **value))
+    elip_kernels.cls_attention_output(**absorbed(B, N, D, dtype, **value))
 
 
 def attend_works(B, N, D, K, dtype, tiled=False):
-    launches = model.weights, model.weigh
+    launches = least_work.weights, least_work.weigh
     works = [of(B, N, D, H, dtype, tiled=tiled) for of in launches]
-    works.append(model.value(B, N, D, H, dtype, width=H * 8, tiled=tiled))
+    works.append(least_work.value(B, N, D, H, dtype, width=H * 8, tiled=tiled))
     return [query_work(B, D, dtype, normed=True), *works]
 
 
@@ -118,8 +123,8 @@ def run_generic_row(B, N, D, K, dtype, group=1):
 
 def generic_row_works(B, N, D, K, dtype, group=1, tiled=False):
     heads, width = 3 * group, D // 3 + 1
-    first = model.key_scores(B, heads, N, width, dtype, group=group, tiled=tiled)
-    return [first, model.row_of_keys(B, heads, N, tiled=tiled)]
+    first = least_work.key_scores(B, heads, N, width, dtype, group=group, tiled=tiled)
+    return [first, least_work.row_of_keys(B, heads, N, tiled=tiled)]
 
 
 def run_received(B, N, D, K, dtype, group=2, masked=False):
@@ -127,14 +132,14 @@ def run_received(B, N, D, K, dtype, group=2, masked=False):
     q, k = torch.randn(B, 3 * group, K, D // 12 + 1), torch.randn(B, 3, N, D // 12 + 1)
     masks = (torch.arange(N) < K).expand(B, -1), torch.rand(B, K) < 0.7
     options = dict(zip(("mask", "query_mask"), masks, strict=True)) if masked else {}
-    elip_kernels.attention_received(q.to(dtype), k.to(dtype), **options)
+    elip_kernels.attention_column_mean(q.to(dtype), k.to(dtype), **options)
 
 
 def received_works(B, N, D, K, dtype, group=2, masked=False, tiled=False):
     d = D // 12 + 1
     shape = (B, 3 * group, 3, K, N, d, dtype)
-    works = [model.query_sums(*shape, tiled=tiled), model.key_sums(*shape, tiled=tiled)]
-    works.append(model.received_mean(B, 3, N))
+    works = [least_work.query_sums(*shape, tiled=tiled), least_work.key_sums(*shape, tiled=tiled)]
+    works.append(least_work.received_mean(B, 3, N))
     if masked:
         works[0].read.update(mask=B * N, query_mask=B * K)
         works[1].read.update(mask=B * N, k=B * 3 * K * d * dtype.itemsize)
@@ -153,8 +158,8 @@ def run_bipartite(B, N, D, K, dtype, has_size=True, has_penalty=False):
 def bipartite_works(B, N, D, K, dtype, has_size=True, has_penalty=False, tiled=False):
     r = min(K, (N - 1) // 2)
     return [
-        model.bipartite_match(B, N, C, dtype, has_penalty=has_penalty, tiled=tiled),
-        model.bipartite_slots(B, N),
+        least_work.bipartite_match(B, N, C, dtype, has_penalty=has_penalty, tiled=tiled),
+        least_work.bipartite_slots(B, N),
         *merge_works(B, N, D, N - r, dtype, has_size=has_size, tiled=tiled),
     ]
 
@@ -162,9 +167,9 @@ def bipartite_works(B, N, D, K, dtype, has_size=True, has_penalty=False, tiled=F
 def merge_works(B, N, D, R, dtype, **options):
     """Forward and backward, once the slots are known."""
     return [
-        model.merge_order(B, N, R, **options),
-        model.merge_gather(B, N, D, R, dtype, **options),
-        model.bipartite_merge_backward(B, N, D, N - R, dtype, **options),
+        least_work.merge_order(B, N, R, **options),
+        least_work.merge_gather(B, N, D, R, dtype, **options),
+        least_work.bipartite_merge_backward(B, N, D, N - R, dtype, **options),
     ]
 
 
@@ -177,8 +182,8 @@ def run_nearest(B, N, D, K, dtype, has_size=True):
 
 def nearest_works(B, N, D, K, dtype, has_size=True, tiled=False):
     return [
-        model.select(B, N, K),
-        model.nearest_match(B, N, C, K, dtype, tiled=tiled),
+        least_work.select(B, N, K),
+        least_work.nearest_match(B, N, C, K, dtype, tiled=tiled),
         *merge_works(B, N, D, 1 + K, dtype, has_size=has_size, tiled=tiled),
     ]
 
@@ -337,12 +342,12 @@ def test_pruning_alone_multiplies_nothing(op):
 
 
 def test_the_work_of_an_op_is_that_of_its_launches():
-    received = model.together(*received_works(2, 150, 40, 70, bf16))
-    assert model.attention_received(2, 6, 3, 70, 150, 4, bf16) == received
+    received = least_work.together(*received_works(2, 150, 40, 70, bf16))
+    assert least_work.attention_column_mean(2, 6, 3, 70, 150, 4, bf16) == received
     B, N, D, K, dtype = REAL[0]
     launches = score_reduce_works(B, N, D, K, dtype)[1:-1]
-    launches.insert(0, model.query(B, D, H, dtype))
-    assert model.score_reduce(B, N, D, K, H, dtype) == model.together(*launches)
+    launches.insert(0, least_work.query(B, D, H, dtype))
+    assert least_work.score_reduce(B, N, D, K, H, dtype) == least_work.together(*launches)
 
 
 @triton.jit

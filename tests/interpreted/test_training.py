@@ -5,7 +5,7 @@ import torch
 
 import elip_models
 from elip_kernels.testing import kernels_on_cpu
-from tests.tiers import tiered
+from tests.helpers.tiers import tiered
 
 
 def losses(steps):

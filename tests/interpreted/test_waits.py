@@ -5,9 +5,9 @@ import torch
 import triton
 import triton.language as tl
 
+from benchmarks.kernel_analysis.latency import stated_waits
+from benchmarks.kernel_analysis.waits import counted_waits
 from elip_kernels import launch
-from elip_kernels.testing.latency import stated_waits
-from elip_kernels.testing.waits import counted_waits
 from tests.interpreted.test_traffic import OPS, SMALL, bf16, fp32
 
 CASES = [*SMALL[1::2], pytest.param((1, 150, 330, 60, bf16), marks=pytest.mark.slow)]

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from elip_models.data.checks import expanded
+from elip_models.data.data_spec import FileSpec
 from elip_models.data.json_files import read_entries, read_fields
-from elip_models.data.specs import FileSpec
 from elip_models.data.tasks.entailment import LABELS
 from elip_models.data.tasks.file_examples import FileExamples, Row
 from elip_models.data.tasks.pairs import ANSWERS

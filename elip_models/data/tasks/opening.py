@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 from elip_models.data.checks import check_not_empty, existing_files
 from elip_models.data.classes import open_classes
+from elip_models.data.data_spec import parse_files
 from elip_models.data.examples import ExampleSource
 from elip_models.data.readers import parse_options
-from elip_models.data.specs import parse_files
 from elip_models.data.tasks.entailment import EmojiEntailment
 from elip_models.data.tasks.joined import ClassExamples, JoinedExamples
 from elip_models.data.tasks.label_files import entailment_examples, nlvr2_examples

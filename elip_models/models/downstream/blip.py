@@ -10,11 +10,11 @@ from typing import Any, Literal
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from elip_models.models.blip_parts import BLIPBase, BLIPConfig, BLIPEncoders, Reader
+from elip_models.models.blip.shared import BLIPBase, BLIPConfig, BLIPEncoders, Reader
 from elip_models.models.distilled_model import DistilledModel, Encoders, Masked
 from elip_models.reduction.scorers import ScorerName
 from elip_models.reduction.strategy import mask_after
-from elip_models.towers.apart import apart
+from elip_models.towers.scoring_context import apart
 from elip_models.validation import Rate, Zero
 
 

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertLayer, BertSelfAttention
 
-from elip_kernels import attention_received, bipartite_merge
-from elip_kernels.rows import largest, take_rows
-from elip_models.towers.apart import apart
+from elip_kernels import attention_column_mean, bipartite_merge
+from elip_kernels.ops.gather_ops import largest, take_rows
+from elip_models.towers.scoring_context import apart
 from elip_models.validation import Count, Rate, check_fields
 
 
@@ -80,7 +80,7 @@ class PuMer:
             cross = layer.crossattention.self
             image_keys, text_keys = _heads(cross, "key", read), None
             query = _heads(cross, "query", attended)
-            received = attention_received(query, image_keys, mask=image_real, query_mask=real)
+            received = attention_column_mean(query, image_keys, mask=image_real, query_mask=real)
             if not keeps_text:
                 text_keys = _heads(layer.attention.self, "key", text).mean(1)
         image, image_real = self._image(image, image_keys.mean(1), received, image_real)

@@ -3,40 +3,40 @@ instance such as `ToMe(r=13)`, or the line of text that `get_strategy` reads.
 """
 
 from elip_models.reduction.flops import kept_share
-from elip_models.reduction.strategies.adaptive import Adaptive
-from elip_models.reduction.strategies.baselines import PatchDropout, Random, Trips
+from elip_models.reduction.strategies.adaptive import AdaptiveELIP
+from elip_models.reduction.strategies.baselines import TRIPS, PatchDropout, RandomPruning
 from elip_models.reduction.strategies.complete_graph import CrossGET, PiToMe
 from elip_models.reduction.strategies.dense import Dense
-from elip_models.reduction.strategies.elip import Elip
+from elip_models.reduction.strategies.elip import ELIP
 from elip_models.reduction.strategies.evit import EViT
 from elip_models.reduction.strategies.guided_tome import GuidedToMe
-from elip_models.reduction.strategies.resize import Resize
+from elip_models.reduction.strategies.resize import ImageResize
 from elip_models.reduction.strategies.tome import ToMe
 from elip_models.reduction.strategy import Strategy
 from elip_models.towers import Tower
 
 __all__ = [
+    "ELIP",
     "STRATEGIES",
-    "Adaptive",
+    "TRIPS",
+    "AdaptiveELIP",
     "CrossGET",
     "Dense",
     "EViT",
-    "Elip",
     "GuidedToMe",
+    "ImageResize",
     "PatchDropout",
     "PiToMe",
-    "Random",
-    "Resize",
+    "RandomPruning",
     "ToMe",
-    "Trips",
     "default_strategy",
 ]
 
 STRATEGIES: dict[str, type[Strategy]] = {
     strategy.name: strategy
     for strategy in (
-        *(Elip, EViT, ToMe, GuidedToMe, PiToMe, CrossGET),
-        *(Trips, PatchDropout, Random, Resize, Adaptive),
+        *(ELIP, EViT, ToMe, GuidedToMe, PiToMe, CrossGET),
+        *(TRIPS, PatchDropout, RandomPruning, ImageResize, AdaptiveELIP),
     )
 }
 
@@ -55,4 +55,4 @@ def default_strategy(tower: Tower, *, has_text: bool, replaces_block: bool) -> S
     if replaces_block and tome.refuses(tower) is None:
         least = kept_share(tome.at_strength(tower.size, 1.0), tower.size)
         return tome.at_keep(tower, max(DEFAULT_KEEP, least))
-    return Elip() if tower.has_cls or has_text else Random()
+    return ELIP() if tower.has_cls or has_text else RandomPruning()

@@ -16,24 +16,24 @@ import torch
 from torch import Tensor
 
 from elip_kernels import ReductionInfo
-from elip_kernels.reduce import EPSILON
-from elip_kernels.rows import largest
+from elip_kernels.ops.gather_ops import largest
+from elip_kernels.ops.reduce import EPSILON
 from elip_models.reduction.nearest import merge_nearest
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.scorers import ScorerName
-from elip_models.reduction.strategies.elip import Elip, Staged, fused_cls
+from elip_models.reduction.strategies.elip import ELIP, Staged, fused_cls
 from elip_models.reduction.strategy import Context, StageInfo
 from elip_models.towers import Size, Tower
-from elip_models.towers.apart import apart
+from elip_models.towers.scoring_context import apart
 from elip_models.validation import PositiveShare
 
 
 @dataclass(frozen=True)
-class Adaptive(Elip):
+class AdaptiveELIP(ELIP):
     """ELIP whose stages keep fewer patches where fewer hold `keep_mass` of the attention.
 
     keep_mass: share of a row's mass on patches, in (0, 1]; the schedule bounds K from above.
-    The other fields are those of `Elip`; the scorer is 'last'.
+    The other fields are those of `ELIP`; the scorer is 'last'.
     """
 
     name: ClassVar[str] = "adaptive"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from elip_models.reduction.schedule import PAPER, Schedule, Stage
 from elip_models.reduction.scorers import ScorerName
-from elip_models.reduction.strategies.elip import Elip, Staged
+from elip_models.reduction.strategies.elip import ELIP, Staged
 from elip_models.reduction.strategy import (
     Context,
     Layer,
@@ -22,7 +22,7 @@ from elip_models.validation import Count, PositiveShare, Share, check_fields
 
 
 @dataclass(frozen=True)
-class Trips(Elip):
+class TRIPS(ELIP):
     """Text alone selects, by the first layer of each stage (TRIPS, Jiang et al., EMNLP 2022).
 
     The query is the text's vector through that layer's own norm and projection; merging and
@@ -55,10 +55,10 @@ class RandomKeep(Staged):
 
 
 @dataclass(frozen=True)
-class Random(RandomKeep):
+class RandomPruning(RandomKeep):
     """ELIP's schedule with patches kept at random and the others averaged: the control.
 
-    schedule, merge, proportional: as of `Elip`.
+    schedule, merge, proportional: as of `ELIP`.
     """
 
     name: ClassVar[str] = "random"

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elip_kernels import BipartiteInfo
-from elip_kernels.rows import accumulator, add_rows, cosines, largest
+from elip_kernels.ops.gather_ops import accumulator, add_rows, cosines, largest
 from elip_models.reduction.schedule import Stage
-from elip_models.reduction.strategies.elip import Elip, Guided, fused_cls
+from elip_models.reduction.strategies.elip import ELIP, Guided, fused_cls
 from elip_models.reduction.strategies.tome import ToMe
 from elip_models.reduction.strategy import Context, StageInfo
 from elip_models.towers import Size, Tower
-from elip_models.towers.apart import apart
+from elip_models.towers.scoring_context import apart
 from elip_models.validation import Share
 
 
@@ -131,14 +131,14 @@ class CrossGET(Guided, CompleteGraph):
     The paper learns tokens that stand in for the other modality, where it cannot be seen; here the
     fused CLS token of ELIP asks (Eq. 1), which is none of the tokens of a layer.
 
-    r, proportional: as of `ToMe`. fusion, guidance_norm, without_text: as of `Elip`.
+    r, proportional: as of `ToMe`. fusion, guidance_norm, without_text: as of `ELIP`.
     """
 
     name: ClassVar[str] = "crossget"
 
-    fusion: Share = Elip.fusion
-    guidance_norm: Literal["none", "match"] = Elip.guidance_norm
-    without_text: Literal["dense", "vision"] | None = Elip.without_text
+    fusion: Share = ELIP.fusion
+    guidance_norm: Literal["none", "match"] = ELIP.guidance_norm
+    without_text: Literal["dense", "vision"] | None = ELIP.without_text
 
     def channels(self, size: Size) -> int:
         return size.width

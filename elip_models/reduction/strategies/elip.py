@@ -15,17 +15,17 @@ from typing import ClassVar, Literal, Self, TypedDict
 import torch
 from torch import Tensor
 
+from elip_models.reduction.caching import UnguidedWarning, warn_once
 from elip_models.reduction.nearest import merge_nearest, nearest_flops
-from elip_models.reduction.once import UnguidedWarning, warn_once
 from elip_models.reduction.schedule import PAPER, Schedule, Stage
 from elip_models.reduction.scorers import Reading, ScorerName, get_scorer, row_of
 from elip_models.reduction.strategy import Context, Layer, Merge, StageInfo, Strategy
 from elip_models.towers import Query, Size, Tower
-from elip_models.towers.apart import apart
+from elip_models.towers.scoring_context import apart
 from elip_models.validation import Share, check_fields
 
 
-class ElipOptions(TypedDict, total=False):
+class ELIPOptions(TypedDict, total=False):
     """The options of ELIP besides its schedule, as keywords of whoever passes them on.
 
     scorer: 'last', the default, runs no layer twice; 'exact' is the paper's, 'official' its code's,
@@ -140,7 +140,7 @@ class Staged(Strategy):
 class Guided(Strategy):
     """A strategy that reads which tokens are asked for by the fused CLS token of Eq. 1.
 
-    A subclass has `fusion`, `guidance_norm` and `without_text` of `ElipOptions` among its fields.
+    A subclass has `fusion`, `guidance_norm` and `without_text` of `ELIPOptions` among its fields.
     """
 
     fusion: float
@@ -188,12 +188,12 @@ class Guided(Strategy):
 
 
 @dataclass(frozen=True)
-class Elip(Guided, Staged):
+class ELIP(Guided, Staged):
     """Text-guided dropping and merging in stages (ELIP, Algorithm 1).
 
     schedule: as '2(100%) 2(90%) 6(65%) 2(40%)', whose layers add up to the tower's depth; or a
         preset, 'clip', 'albef', 'blip' or 'meter', scaled to it.
-    scorer, fusion, guidance_norm, without_text, merge, proportional: see `ElipOptions`. The paper
+    scorer, fusion, guidance_norm, without_text, merge, proportional: see `ELIPOptions`. The paper
         scores by 'exact' and leaves images without text as they were ('dense'), and so do its
         models here.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import elip_kernels
 from elip_kernels import ReductionInfo
-from elip_kernels.rows import accumulator, largest
+from elip_kernels.ops.gather_ops import accumulator, largest
 from elip_models.reduction.nearest import merge_nearest, nearest_flops
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategy import (
@@ -38,7 +38,7 @@ class EViT(Strategy):
         12), 'all' every block.
     attention_gradient: gradients reach the attention through the fused token, as in the paper's
         code.
-    merge: as of `ElipOptions`; True is the paper's. 'nearest' goes by this block's keys.
+    merge: as of `ELIPOptions`; True is the paper's. 'nearest' goes by this block's keys.
     """
 
     name: ClassVar[str] = "evit"

@@ -15,11 +15,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from elip_kernels.rows import largest
-from elip_models.reduction.strategies.elip import Elip, Guided, fused_cls
+from elip_kernels.ops.gather_ops import largest
+from elip_models.reduction.strategies.elip import ELIP, Guided, fused_cls
 from elip_models.reduction.strategies.tome import ToMe
 from elip_models.towers import Size, Tower
-from elip_models.towers.apart import apart
+from elip_models.towers.scoring_context import apart
 from elip_models.validation import NonNegative, Rate, Share
 
 PROTECTION = 3.0  # more than any two cosines differ by
@@ -32,16 +32,16 @@ class GuidedToMe(Guided, ToMe):
     r, proportional: as of `ToMe`.
     protect: share of the patches of every block that merge only if no others are left, in [0, 1).
     weight: of a token's share in the row, the largest being 1, against its similarity.
-    fusion, guidance_norm, without_text: as of `Elip`.
+    fusion, guidance_norm, without_text: as of `ELIP`.
     """
 
     name: ClassVar[str] = "guided_tome"
 
     protect: Rate = 0.3
     weight: NonNegative = 0.0
-    fusion: Share = Elip.fusion
-    guidance_norm: Literal["none", "match"] = Elip.guidance_norm
-    without_text: Literal["dense", "vision"] | None = Elip.without_text
+    fusion: Share = ELIP.fusion
+    guidance_norm: Literal["none", "match"] = ELIP.guidance_norm
+    without_text: Literal["dense", "vision"] | None = ELIP.without_text
 
     def scoring_flops(self, size: Size) -> int:
         """ToMe's, and a CLS row in every block that merges."""

@@ -15,7 +15,7 @@ from elip_models.validation import PositiveInt, check_fields
 
 
 @dataclass(frozen=True)
-class Resize(Strategy):
+class ImageResize(Strategy):
     """A smaller image through the dense tower, positions interpolated: the plainest saving.
 
     size: pixels of the image's height, a multiple of the patch, its width shrinks alike; None:
@@ -72,7 +72,7 @@ class Resize(Strategy):
 
     def at_flops(
         self, model: nn.Module | Tower, ratio: float, *, training: bool = True
-    ) -> "Resize":
+    ) -> "ImageResize":
         """The size whose FLOPs are nearest to `ratio` of dense; whole patches seldom meet it
         exactly."""
         size = tower_of(model).size

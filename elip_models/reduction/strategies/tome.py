@@ -82,7 +82,7 @@ class ToMe(Strategy):
         tokens, keys = self._attend(tower, i, tokens, sizes)
         if context.replay is not None:
             match = context.replay.reduction
-            tokens, sizes = elip_kernels.merge_by(tokens, match, size=sizes)
+            tokens, sizes = elip_kernels.apply_merge(tokens, match, size=sizes)
         else:
             tokens, sizes, match = elip_kernels.bipartite_merge(
                 tokens,

@@ -1,0 +1,39 @@
+"""python -m benchmarks.kernel_analysis report: what the compiled code of every kernel says.
+
+No GPU is needed. Exit status 1 if a kernel does not compile, or does not fit an SM or CU.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.kernel_analysis.compile import ARCHITECTURES
+from benchmarks.kernel_analysis.report import report, tables
+from elip_kernels._triton import triton
+from elip_kernels.testing.calls import CALLS
+
+
+def main() -> int:
+    """Parse the command line, compile, write -> exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernel_analysis", description=__doc__
+    )
+    command = parser.add_subparsers(required=True).add_parser("report", help="compile and count")
+    names = {str(arch): arch for arch in ARCHITECTURES}
+    command.add_argument("--arch", nargs="+", choices=names, default=list(names))
+    command.add_argument("--only", nargs="+", choices=CALLS, default=list(CALLS), metavar="OP")
+    command.add_argument("--json", type=Path, metavar="PATH", help="write the rows there as well")
+    options = parser.parse_args()
+    rows = report([names[name] for name in options.arch], options.only)
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    sys.stdout.write(tables(rows) + "\n" + " ".join(map(" ".join, versions.items())) + "\n")
+    if options.json:
+        options.json.write_text(json.dumps(versions | {"rows": rows}, indent=1) + "\n")
+    return int(any("error" in row for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

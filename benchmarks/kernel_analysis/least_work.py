@@ -1,0 +1,301 @@
+"""The least that an op must do: bytes across the memory, tensor by tensor, and operations.
+
+Counted is what a launch reads and writes, each byte once, under the names of the kernel's pointers:
+inputs, outputs, and what one launch leaves for the next or for the backward pass. Rows on which
+no output depends are not: the CLS row that `cls` replaces, dropped tokens when nothing merges.
+Not counted are vectors of a block's parameters, a thousandth of its matrices. Rows, weights, sizes
+and the query are fp32, slots int32, kept positions int64.
+
+An op of several launches is their sum: `score_reduce` reads the tokens twice, once to score and
+once to move, since an image's tokens do not fit one program. Where a tiling lets programs read the
+same bytes, `tiled` counts what each of them reads, as launched: from L2 after the first.
+Operations are those of the op's FLOP formula, a multiply and an add being two.
+"""
+
+from math import ceil
+
+import torch
+
+from benchmarks.kernel_analysis.least_merge_work import (  # noqa: F401
+    apply_merge,
+    bipartite_match,
+    bipartite_merge,
+    bipartite_merge_backward,
+    bipartite_slots,
+    merge_gather,
+    merge_nearest,
+    merge_order,
+    nearest_match,
+)
+from benchmarks.kernel_analysis.work import FP32, INT32, INT64, Work, together
+from elip_kernels import launch
+
+
+def reduce(
+    B: int,
+    N: int,
+    D: int,
+    K: int,
+    dtype: torch.dtype,
+    *,
+    num_prefix_tokens: int = 1,
+    merge: bool = True,
+) -> Work:
+    """Without merging, only the tokens that stay are needed."""
+    p, size = num_prefix_tokens, dtype.itemsize
+    rows = N if merge else p + K
+    read = {"tokens": B * rows * D * size, "scores": B * (N - p) * FP32}
+    written = {"out": B * (p + K + merge) * D * size, **_selection(B, N, K)}
+    return Work(read, written, 2 * B * (N - p - K) * D * merge)
+
+
+def reduce_backward(
+    B: int,
+    N: int,
+    D: int,
+    K: int,
+    dtype: torch.dtype,
+    *,
+    num_prefix_tokens: int = 1,
+    merge: bool = True,
+) -> Work:
+    """A weight is needed only where there is a merged row to take it of."""
+    p, size = num_prefix_tokens, dtype.itemsize
+    read = {"grad_out": B * (p + K + merge) * D * size, "slots": B * N * INT32}
+    if merge:
+        read["weights"] = B * N * FP32
+    return Work(read, {"grad": B * N * D * size}, B * (N - p - K) * D * merge)
+
+
+def cls_attention(B: int, H: int, N: int, d: int, dtype: torch.dtype, *, group: int = 1) -> Work:
+    """`key_scores`, and `row`."""
+    return together(key_scores(B, H, N, d, dtype, group=group), row_of_keys(B, H, N))
+
+
+def key_scores(
+    B: int, H: int, N: int, d: int, dtype: torch.dtype, *, group: int = 1, tiled: bool = False
+) -> Work:
+    """q and k in, `group` query heads to one of k; scores, and each tile's maximum and sum out.
+    `tiled`: each tile reads q."""
+    size, tiles = dtype.itemsize, max(1, ceil((N - 1) / launch.KEYS))
+    read = {"q": B * H * d * size * (tiles if tiled else 1), "k": B * H // group * N * d * size}
+    written = _scores(B, N, H, tiles) | {"cls_score": B * H * FP32}
+    return Work(read, written, 2 * B * H * N * d)
+
+
+def row_of_keys(B: int, H: int, N: int, *, tiled: bool = False) -> Work:
+    """The row from the scores of the tiles, as `row`."""
+    read = _row_read(B, N, H, max(1, ceil((N - 1) / launch.KEYS)), tiled)
+    return Work(read, {"out": B * N * FP32}, 0)
+
+
+def attention_column_mean(
+    B: int, H: int, G: int, M: int, N: int, d: int, dtype: torch.dtype
+) -> Work:
+    """`query_sums`, `key_sums`, `received_mean`; G heads of keys."""
+    shape = (B, H, G, M, N, d, dtype)
+    return together(query_sums(*shape), key_sums(*shape), received_mean(B, G, N))
+
+
+def query_sums(
+    B: int, H: int, G: int, M: int, N: int, d: int, dtype: torch.dtype, *, tiled: bool = False
+) -> Work:
+    """The log-sum-exp of whole tiles of queries. `tiled`: each tile reads all keys of its head."""
+    size, block = dtype.itemsize, launch.received(d, dtype)["BLOCK_M"]
+    T = ceil(M / block)
+    read = {"q": B * H * M * d * size, "k": B * (H * T if tiled else G) * N * d * size}
+    return Work(read, {"lse": B * H * T * block * FP32}, 2 * B * H * M * N * d)
+
+
+def key_sums(
+    B: int, H: int, G: int, M: int, N: int, d: int, dtype: torch.dtype, *, tiled: bool = False
+) -> Work:
+    """What keys receive of the heads that read them. `tiled`: each tile reads all their queries."""
+    lse = query_sums(B, H, G, M, N, d, dtype).written["lse"]
+    tiles = ceil(N / launch.received(d, dtype)["BLOCK_N"]) if tiled else 1
+    read = {"q": tiles * B * H * M * d * dtype.itemsize, "k": B * G * N * d * dtype.itemsize}
+    return Work(read | {"lse": tiles * lse}, {"sums": B * G * N * FP32}, 2 * B * H * M * N * d)
+
+
+def received_mean(B: int, G: int, N: int) -> Work:
+    """The mean of what the heads of keys receive."""
+    return Work({"sums": B * G * N * FP32}, {"out": B * N * FP32}, 0)
+
+
+def cls_attention_from_tokens(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> Work:
+    """`query`, `score_tiles`, `row`, under one name each for what is not handed on."""
+    tiles = score_tiles(B, N, D, H, dtype)
+    return together(query(B, D, H, dtype), tiles, row(B, N, D, H, dtype))
+
+
+def cls_attention_output(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> Work:
+    """`query`, `weights`, `weigh`, `value`."""
+    made = query(B, D, H, dtype, normed=True), weights(B, N, D, H, dtype), weigh(B, N, D, H, dtype)
+    return together(*made, value(B, N, D, H, dtype))
+
+
+def score_reduce(
+    B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype, *, merge: bool = True
+) -> Work:
+    """`query`, `score_tiles`, `select_row`, `move`."""
+    first = together(query(B, D, H, dtype), score_tiles(B, N, D, H, dtype))
+    second = together(select_row(B, N, D, K, H, dtype), move(B, N, D, K, dtype, merge=merge))
+    return together(first, second)
+
+
+def fuse_text(B: int, N: int, D: int, dtype: torch.dtype, *, text_for_all: bool = False) -> Work:
+    """Tokens and texts in, the tokens of a dry run out."""
+    size = dtype.itemsize
+    read = {"tokens": B * N * D * size, "text": (1 if text_for_all else B) * D * size}
+    return Work(read, {"out": B * N * D * size}, 0)
+
+
+def query(
+    B: int,
+    D: int,
+    H: int,
+    dtype: torch.dtype,
+    *,
+    width: int | None = None,
+    has_text: bool = False,
+    normed: bool = False,
+) -> Work:
+    """CLS tokens, texts and two matrices (`width`, D) in; u and the CLS token's scores out."""
+    size, width = dtype.itemsize, width or D
+    read = {"cls": B * D * size, "q_weight": width * D * size, "k_weight": width * D * size}
+    if has_text:
+        read["text"] = B * D * size
+    written = {"query": B * H * D * FP32, "cls_score": B * H * FP32}
+    if normed:
+        written["normed"] = B * D * FP32
+    return Work(read, written, 4 * B * D * width + 2 * B * H * D)
+
+
+def weights(B: int, N: int, D: int, H: int, dtype: torch.dtype, *, tiled: bool = False) -> Work:
+    """Patches and u in, the weights of tiles out. `tiled`: each tile reads u."""
+    read = _patches(B, N, D, H, dtype)
+    read["query"] *= _tiles(B, N, D, H, dtype) if tiled else 1
+    return Work(read, _weights(B, N, D, H, dtype), 2 * B * H * (N - 1) * D)
+
+
+def weigh(B: int, N: int, D: int, H: int, dtype: torch.dtype, *, tiled: bool = False) -> Work:
+    """Patches, their weights and CLS normalised in, a sum of normalised tokens a head out, of each
+    part. `tiled`: slices of D read the weights, parts what tiles add up to, and 16 heads tokens."""
+    settings, parts = launch.weigh(_tokens(B, N, D, dtype)), max(1, ceil((N - 1) / launch.PART))
+    slices = ceil(D / settings["BLOCK_D"]) if tiled else 1
+    groups, every = (ceil(H / settings["BLOCK_H"]), slices * parts) if tiled else (1, 1)
+    times = {"tops": every, "totals": every, "shifts": every, "means": slices * groups}
+    read = {n: times.get(n, slices) * v for n, v in _weights(B, N, D, H, dtype).items()}
+    read |= {"tokens": groups * B * (N - 1) * D * dtype.itemsize, "cls": groups * B * D * FP32}
+    read["cls_score"] = every * B * H * FP32
+    return Work(read, {"out": parts * B * H * D * FP32}, 2 * B * H * N * D)
+
+
+def value(
+    B: int,
+    N: int,
+    D: int,
+    H: int,
+    dtype: torch.dtype,
+    *,
+    width: int | None = None,
+    tiled: bool = False,
+) -> Work:
+    """Sums of normalised tokens and a matrix (`width`, D) in, the output of the heads out. `tiled`:
+    sixteen images read their heads' rows of it."""
+    width, parts = width or D, max(1, ceil((N - 1) / launch.PART))
+    block_b = launch.value(width // H, _tokens(1, 1, D, dtype))["BLOCK_B"] if tiled else B
+    matrix = ceil(B / block_b) * width * D * dtype.itemsize
+    read = {"means": parts * B * H * D * FP32, "v_weight": matrix}
+    return Work(read, {"out": B * width * dtype.itemsize}, 2 * B * D * width)
+
+
+def select_row(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> Work:
+    """The row, and what it selects."""
+    made = row(B, N, D, H, dtype)
+    return made._replace(written={"row": made.written["out"], **_selection(B, N, K)})
+
+
+def move(
+    B: int,
+    N: int,
+    D: int,
+    K: int,
+    dtype: torch.dtype,
+    *,
+    merge: bool = True,
+    tiled: bool = False,
+) -> Work:
+    """Tokens to the rows that were selected. `tiled`: each slice of D reads slots and weights."""
+    row_size = B * D * dtype.itemsize
+    slices = ceil(D / launch.move(N, dtype.itemsize).block_d) if tiled else 1
+    read = {"tokens": (N if merge else K + 1) * row_size, "slots": slices * B * N * INT32}
+    if merge:
+        read["weights"] = slices * B * N * FP32
+    written = {"out": (K + 1 + merge) * row_size}
+    return Work(read, written, 2 * B * (N - 1 - K) * D * merge)
+
+
+def score_tiles(B: int, N: int, D: int, H: int, dtype: torch.dtype, *, tiled: bool = False) -> Work:
+    """Scores of the patches, and each tile's maximum and sum. `tiled`: each tile reads u."""
+    tiles, read = _tiles(B, N, D, H, dtype), _patches(B, N, D, H, dtype)
+    read["query"] *= tiles if tiled else 1
+    return Work(read, _scores(B, N, H, tiles), 2 * B * H * (N - 1) * D)
+
+
+def row(B: int, N: int, D: int, H: int, dtype: torch.dtype, *, tiled: bool = False) -> Work:
+    """The row from the scores of the tiles; CLS's own were made with the query. `tiled`: each piece
+    of a row reads what the tiles add up to."""
+    read = _row_read(B, N, H, _tiles(B, N, D, H, dtype), tiled)
+    return Work(read, {"out": B * N * FP32}, 0)
+
+
+def select(B: int, N: int, K: int, *, num_prefix_tokens: int = 1) -> Work:
+    """Scores in, positions out."""
+    read = {"scores": B * (N - num_prefix_tokens) * FP32}
+    return Work(read, {"kept": B * K * INT64}, 0)
+
+
+def _patches(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> dict[str, int]:
+    """What scoring reads."""
+    return {"tokens": B * (N - 1) * D * dtype.itemsize, "query": B * H * D * FP32}
+
+
+def _tokens(B: int, N: int, D: int, dtype: torch.dtype) -> torch.Tensor:
+    """Tokens without memory, for who reads launch.py."""
+    return torch.empty(B, N, D, dtype=dtype, device="meta")
+
+
+def _tiles(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> int:
+    """Tiles of patches an image."""
+    return ceil((N - 1) / launch.score_tiles(H, _tokens(B, N, D, dtype))["BLOCK_N"])
+
+
+def _weights(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> dict[str, int]:
+    """What the tiles leave for the weighted sum: whole tiles of weights, with a rest of each where
+    tokens have two bytes."""
+    block_n = launch.weight_tiles(H, _tokens(B, N, D, dtype))["BLOCK_N"]
+    heads = B * H * ceil((N - 1) / block_n)
+    left = {"weights": heads * block_n * dtype.itemsize, "tops": heads * FP32}
+    left["totals"] = heads * FP32
+    if dtype == torch.float32:
+        return left | {"means": B * (N - 1) * FP32}
+    return left | {"rests": left["weights"], "shifts": heads * FP32}
+
+
+def _row_read(B: int, N: int, H: int, tiles: int, tiled: bool) -> dict[str, int]:
+    """What pieces of a row read."""
+    pieces = max(1, ceil((N - 1) / launch.row(N - 1, tiles)[0])) if tiled else 1
+    read = _scores(B, N, H, tiles) | {"cls_score": B * H * FP32}
+    return read | {name: pieces * n for name, n in read.items() if name != "scores"}
+
+
+def _scores(B: int, N: int, H: int, tiles: int) -> dict[str, int]:
+    """What the tiles leave behind."""
+    totals = B * H * tiles * FP32
+    return {"scores": B * H * (N - 1) * FP32, "tops": totals, "totals": totals}
+
+
+def _selection(B: int, N: int, K: int) -> dict[str, int]:
+    """What a selection leaves behind."""
+    return {"kept": B * K * INT64, "weights": B * N * FP32, "slots": B * N * INT32}

@@ -1,0 +1,178 @@
+"""The FLOPs of the paper's cross-modal models (ELIP, Table 1) beside those counted here.
+
+Counted is a whole step of pre-training, forward and backward, on the meta device: all objectives,
+momentum towers included, two FLOPs a multiply-add, at the paper's batch of 36 and with texts of the
+full length. EViT and ToMe act in every layer, as the paper's do, and reduce the momentum tower too,
+which is a copy of what they change. METER takes ToMe here; the paper has no figure of it.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Group
+from rich.table import Table
+
+from elip_models.models.cross_modal import CrossModalModel
+from elip_models.models.momentum_model import MomentumModel
+from elip_models.models.registry import create_model, family_of
+from elip_models.profiling.measure import count_step
+from elip_models.profiling.runner import DENSE
+
+BATCH_SIZE = 36
+AGREES = 0.01  # an error up to which a count is called the paper's
+SHARED = "last, shared momentum"
+ELIPS: dict[str, dict[str, Any]] = {  # what is counted: fields of the config
+    "official": {"scorer": "official"},
+    "exact": {"scorer": "exact"},
+    "last": {"scorer": "last"},
+    "momentum": {"scorer": "momentum"},
+    SHARED: {"scorer": "last", "momentum_reduction": "shared"},
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "EViT": {"strategy": "evit:layers=all"},
+    "ToMe": {"strategy": "tome:r=13"},
+}
+OF_MOMENTUM = ("momentum", SHARED)  # methods of models with a momentum tower
+
+
+class Table1(NamedTuple):
+    """TFLOPs of one model as the paper gives them, None where it does not; models: ours."""
+
+    models: tuple[str, ...]
+    dense: float
+    elip: float
+    evit: float
+    tome: float | None
+
+    def of(self, method: str) -> float | None:
+        """Its figure of a method that is counted here."""
+        return {DENSE: self.dense, "EViT": self.evit, "ToMe": self.tome}.get(method, self.elip)
+
+
+PAPER = {
+    "ALBEF": Table1(("albef",), 9.65, 8.50, 3.21, 6.66),
+    "BLIP": Table1(("blip",), 11.03, 9.34, 4.80, 6.98),
+    "METER": Table1(("meter", "meter_b32"), 8.66, 6.43, 4.68, None),
+}
+Counts = Mapping[str, Mapping[str, float]]  # TFLOPs by our model and by method
+
+
+def table1_counts() -> Counts:
+    """Count the TFLOPs of a step of every model with every method."""
+    return {name: step_counts(name) for paper in PAPER.values() for name in paper.models}
+
+
+def step_counts(name: str) -> dict[str, float]:
+    """Count the TFLOPs of a step of one model: `DENSE`, then those of `ELIPS` and `OTHERS` that it
+    takes."""
+    has_momentum = issubclass(family_of(name), MomentumModel)
+    own = {"momentum_reduction": "own"} if has_momentum else {}
+    forms = {DENSE: (name, {})}
+    for method, fields in ELIPS.items():
+        if has_momentum or method not in OF_MOMENTUM:
+            forms[method] = f"elip_{name}", fields
+    forms |= {method: (name, fields | own) for method, fields in OTHERS.items()}
+    counts = {}
+    for method, (model, fields) in forms.items():
+        with torch.device("meta"):
+            counts[method] = step_tflops(create_model(model, **fields))
+    return counts
+
+
+def step_tflops(model: CrossModalModel) -> float:
+    """Count the TFLOPs of a step of the paper's batch, forward and backward, on the meta device."""
+    config = model.config
+    with torch.device("meta"):
+        images = torch.empty(BATCH_SIZE, 3, config.image_size, config.image_size)
+        ids = torch.ones(BATCH_SIZE, config.context_length, dtype=torch.long)
+        mask, drawn = torch.ones_like(ids), model.fixed_draw(images, ids)
+        flops = count_step(lambda: model(images, ids, mask, drawn=drawn).loss, backward=True)
+    return sum(flops) / 1e12
+
+
+def ratios(counts: Mapping[str, float]) -> dict[str, float]:
+    """Divide each method's TFLOPs by those of dense."""
+    return {method: each / counts[DENSE] for method, each in counts.items() if method != DENSE}
+
+
+def nearest(counts: Mapping[str, float], paper: Table1) -> tuple[str, float]:
+    """Find the way to count ELIP whose ratio is the nearest to the paper's -> its name and
+    error."""
+    said, counted = paper.elip / paper.dense, ratios(counts)
+    errors = {method: counted[method] / said - 1 for method in ELIPS if method in counted}
+    return min(errors.items(), key=lambda item: abs(item[1]))
+
+
+def table1(counts: Counts) -> Table:
+    """Lay out the TFLOPs of every method, and their ratio to dense, with errors against the
+    paper's."""
+    table = Table(title=f"Forward and backward of a pre-training step, batch {BATCH_SIZE}: Table 1")
+    for column in ("model", "method"):
+        table.add_column(column)
+    for column in ("TFLOPs,\npaper", "\ncounted", "to dense,\npaper", "\ncounted"):
+        table.add_column(column, justify="right")
+    for name, paper in _models():
+        table.add_section()
+        for method, flops in counts[name].items():
+            said, dense = paper.of(method), counts[name][DENSE]
+            share = None if said is None else said / paper.dense
+            label = f"ELIP, {method}" if method in ELIPS else method
+            cells = [_figure(said, 2), _beside(flops, said, 2)]
+            cells += [_figure(share, 3), _beside(flops / dense, share, 3)]
+            table.add_row(name if method == DENSE else "", label, *cells)
+    return table
+
+
+def conclusion(counts: Counts) -> str:
+    """Say which scorer's count the paper's ratios agree with, in a sentence made of the figures."""
+    said = []
+    for name, paper in _models():
+        method, error = nearest(counts[name], paper)
+        dense = counts[name][DENSE] / paper.dense - 1
+        agrees = "agrees with" if abs(error) <= AGREES else "agrees with none, nearest"
+        known = "the same step" if abs(dense) <= AGREES else "not the same step"
+        said.append(f"{name} {agrees} '{method}' {_error(error)}, dense {_error(dense)}: {known}")
+    return (
+        f"The paper's ratio of ELIP against those counted here, within {AGREES:.0%}: "
+        + "; ".join(said)
+        + ". What a scorer other than 'official' saves beyond that is this library's."
+    )
+
+
+def table1_report() -> tuple[Group, dict[str, Any]]:
+    """What `elip profile --paper` prints of Table 1, and the same as plain data."""
+    return report_of(table1_counts())
+
+
+def report_of(counts: Counts) -> tuple[Group, dict[str, Any]]:
+    """`table1_report` of these counts."""
+    line = conclusion(counts)
+    data = {
+        "batch_size": BATCH_SIZE,
+        "paper_tflops": {name: figures._asdict() for name, figures in PAPER.items()},
+        "counted_tflops": {name: dict(each) for name, each in counts.items()},
+        "counted_ratios": {name: ratios(each) for name, each in counts.items()},
+        "conclusion": line,
+    }
+    return Group(table1(counts), line), data
+
+
+def _models() -> Iterator[tuple[str, Table1]]:
+    """Each of our models with the paper's figures of it."""
+    for paper in PAPER.values():
+        for name in paper.models:
+            yield name, paper
+
+
+def _figure(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _beside(value: float, said: float | None, digits: int) -> str:
+    """Write what was counted, with its error against what the paper says, where it does."""
+    return _figure(value, digits) + ("" if said is None else f" {_error(value / said - 1)}")
+
+
+def _error(share: float) -> str:
+    return f"({share:+.1%})"

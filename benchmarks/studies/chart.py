@@ -1,0 +1,137 @@
+"""The chart of a study as SVG, readable on light and on dark pages: quality and its cost."""
+
+from collections.abc import Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.studies.page import is_loss
+from benchmarks.studies.results import (
+    Document,
+    Interval,
+    difference,
+    relative_cost,
+    relative_time,
+)
+from elip_models.analysis.chart_style import GREY, METADATA, STYLE
+from elip_models.validation import extra
+
+with extra("benchmarks.studies.chart"):
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+    from matplotlib.axes import Axes
+
+COLOURS = ("#d55e00", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", GREY)
+MARKERS = "os^vDP*X<>"
+BETTER, WORSE = "#0072b2", "#d55e00"
+CURVE = 3  # so many shares of FLOPs are a curve; fewer are rows
+METRICS = 2  # columns of rows
+
+
+class Point(NamedTuple):
+    """An arm: its differences from the reference, by metric, and what it costs."""
+
+    arm: str
+    gaps: dict[str, Interval | None]
+    flops: float | None
+    time: float | None
+
+
+def draw(document: Document, path: Path) -> Path:
+    """Draws the first metrics of `quality`, less those of the first reference seed by seed, and
+    their intervals over seeds: an arm a row, beside its FLOPs and time; of a family of arms at
+    several shares of FLOPs, the first metric in a line against these."""
+    metrics = document["quality"][:METRICS]
+    families = _families(document, metrics)
+    curves = {name: points for name, points in families.items() if len(points) >= CURVE}
+    rows = [point for name, points in families.items() if name not in curves for point in points]
+    heights = [4.0] * bool(curves) + [0.9 + 0.2 * len(rows)]
+    with matplotlib.rc_context(STYLE):
+        figure = plt.figure(figsize=(9, sum(heights)), layout="constrained")
+        parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+        if curves:
+            _draw_curves(parts[0].subplots(), document, curves)
+        columns = len(metrics) + 1
+        _draw_rows(parts[-1].subplots(1, columns, sharey=True), document, rows)
+        figure.savefig(path, bbox_inches="tight", metadata=METADATA)
+        plt.close(figure)
+    return path
+
+
+def _families(document: Document, metrics: Sequence[str]) -> dict[str, list[Point]]:
+    """The arms that were measured, less the one that the reference begins with, by family."""
+    reference = document["references"][0]
+    found: dict[str, list[Point]] = {}
+    for arm, said in document["arms"].items():
+        gaps = {metric: difference(document, arm, reference, metric) for metric in metrics}
+        if arm == reference:
+            gaps = dict.fromkeys(metrics, Interval(0.0, None))
+        if any(gaps.values()) and arm != document["arms"][reference]["parent"]:
+            costs = relative_cost(document, arm), relative_time(document, arm)
+            found.setdefault(said["family"], []).append(Point(arm, gaps, *costs))
+    return found
+
+
+def _draw_rows(axes: Sequence[Axes], document: Document, points: Sequence[Point]) -> None:
+    """Differences on the left, costs on the right; the dearest above."""
+    points = sorted(reversed(points), key=lambda point: round(point.flops or 0, 1))
+    axes[0].set_yticks(range(len(points)), [point.arm for point in points])
+    for metric, axis in zip(document["quality"], axes[:-1], strict=False):
+        axis.axvline(0, color=GREY, linewidth=1)
+        axis.set_xlabel(_label(document, metric))
+        for row, point in enumerate(points):
+            if gap := point.gaps[metric]:
+                style = {"color": _colour(gap, metric), "marker": "o", "capsize": 2, "linewidth": 1}
+                mean, half = _scaled(gap, metric)
+                axis.errorbar(mean, row, xerr=half, **style)
+    costs = {"FLOPs": [point.flops for point in points], "time": [point.time for point in points]}
+    for (name, values), fill in zip(costs.items(), (GREY, "none"), strict=True):
+        known = [(value, row) for row, value in enumerate(values) if value is not None]
+        x, y = zip(*known, strict=True) if known else ((), ())
+        axes[-1].scatter(x, y, marker="D", facecolors=fill, edgecolors=GREY, label=name)
+    axes[-1].set_xlabel(f"cost, {document['references'][0]} = 1")
+    axes[-1].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+    for axis in axes:
+        axis.grid(color=GREY, alpha=0.3)
+
+
+def _draw_curves(axis: Axes, document: Document, curves: dict[str, list[Point]]) -> None:
+    """A line a family, each a little beside the others."""
+    metric = document["quality"][0]
+    axis.axhline(0, color=GREY, linewidth=1)
+    axis.grid(color=GREY, alpha=0.3)
+    middle = (len(curves) - 1) / 2
+    for index, ((family, points), colour, marker) in enumerate(
+        zip(curves.items(), cycle(COLOURS), cycle(MARKERS))
+    ):
+        known = sorted(
+            (point.flops + 0.006 * (index - middle), *_scaled(point.gaps[metric], metric))
+            for point in points
+            if point.flops is not None and point.gaps[metric]
+        )
+        style = {"color": colour, "marker": marker, "capsize": 2, "linewidth": 1}
+        if known:
+            axis.errorbar(*zip(*known, strict=True), label=family, **style)
+    axis.set_xlabel(f"FLOPs, {document['references'][0]} = 1")
+    axis.set_ylabel(_label(document, metric))
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+
+
+def _scaled(gap: Interval, metric: str) -> tuple[float, float]:
+    """Mean and half, in points where the metric is a share."""
+    scale = 1 if is_loss(metric) else 100
+    return scale * gap.mean, scale * (gap.half or 0)
+
+
+def _colour(gap: Interval, metric: str) -> str:
+    """Grey where the interval has zero in it."""
+    if gap.verdict not in ("above", "below"):
+        return GREY
+    return BETTER if (gap.verdict == "below") == is_loss(metric) else WORSE
+
+
+def _label(document: Document, metric: str) -> str:
+    unit = "" if is_loss(metric) else ", points"
+    return f"{metric}{unit}\nless that of {document['references'][0]}"

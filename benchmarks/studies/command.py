@@ -1,0 +1,149 @@
+"""What `elip study` shows: runs before they run, the one that runs, and what they found."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+from benchmarks.studies.chart import draw
+from benchmarks.studies.page import INTERVALS, differences, means, page
+from benchmarks.studies.plan import Run, Study
+from benchmarks.studies.results import Document, read_results, write_results
+from benchmarks.studies.runner import check_settings, is_finished, result_of, run_study
+from elip_models.data import open_source
+from elip_models.reduction import flops
+from elip_models.training.run_config import RunConfig
+from elip_models.training.training_data import meta_model
+from elip_models.validation import extra
+
+with extra("benchmarks.studies"):
+    from rich.console import Console
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+
+class Cost(NamedTuple):
+    """What a run takes.
+
+    strategy: its name. step_flops: of a training step of the tower, against dense.
+    flops: of training the tower; of a run that only measures, 0.
+    """
+
+    strategy: str
+    step_flops: float
+    flops: float
+
+
+class Progress:
+    """What is said of a study while it runs, and the results file that follows it."""
+
+    def __init__(self, study: Study, runs: Sequence[Run], results: Path, console: Console) -> None:
+        self.study, self.runs, self.results, self.console = study, runs, results, console
+
+    @cached_property
+    def costs(self) -> dict[str, Cost]:
+        """What a run of each arm takes."""
+        one = {run.arm: run for run in self.runs}
+        length_of = {arm: self.study.arms[arm].length for arm in one}
+        return {arm: _cost(self.study.config(run), length_of[arm]) for arm, run in one.items()}
+
+    def before(self, run: Run) -> None:
+        """A bar of all runs, above the run's own."""
+        done = sum(is_finished(self.study, each) for each in self.runs)
+        line = Table.grid(padding=(0, 2))
+        bar = ProgressBar(total=len(self.runs), completed=done, width=24)
+        line.add_row(f"{done}/{len(self.runs)}", bar, f"{run.arm}, seed {run.seed}", self._left())
+        self.console.print(line)
+
+    def after(self, run: Run) -> None:
+        """The results so far."""
+        write_results(self.study, self.results)
+
+    def run(self) -> None:
+        """Works on the study, then shows what it found."""
+        check_settings(self.study, self.runs)
+        quiet = Console(quiet=True)  # where nobody looks, a line a step is no progress bar
+        console = self.console if self.console.is_terminal else quiet
+        try:
+            run_study(self.study, self.runs, console=console, before=self.before, after=self.after)
+        finally:
+            show_results(write_results(self.study, self.results), self.console)
+
+    def plan(self) -> None:
+        """The arms, what a run of each takes, and how many are finished."""
+        shown = Table(title=f"{self.study.name}: {len(self.runs)} runs")
+        for name in ("arm", "strategy", "FLOPs of a step", "FLOPs", "minutes", "finished"):
+            shown.add_column(name, overflow="fold")
+        for arm, cost in self.costs.items():
+            runs = [run for run in self.runs if run.arm == arm]
+            seconds = self._seconds(runs[0])
+            minutes = "?" if seconds is None else f"{seconds / 60:.1f}"
+            done = f"{sum(is_finished(self.study, run) for run in runs)} of {len(runs)}"
+            cells = f"{cost.step_flops:.3f}", f"{cost.flops:.2g}", minutes, done
+            shown.add_row(arm, cost.strategy, *cells)
+        self.console.print(shown, self._left())
+
+    def _left(self) -> str:
+        """The time that is left, one run at a time, as far as finished runs tell."""
+        todo = [self._seconds(run) for run in self.runs if not is_finished(self.study, run)]
+        known = [seconds for seconds in todo if seconds is not None]
+        if len(known) < len(todo):
+            return ""
+        return f"{sum(known) / 3600:.1f} h left"
+
+    def _seconds(self, run: Run) -> float | None:
+        """What a run takes by those that are finished: of its arm, or by their FLOPs; or None."""
+        results = [found for each in self.runs if (found := result_of(self.study, each))]
+        own = [found["seconds"] for found in results if found["arm"] == run.arm]
+        if own:
+            return median(own)
+        work = self.costs[run.arm].flops
+        others = [(found["seconds"], self.costs[found["arm"]].flops) for found in results]
+        if work:
+            rates = [seconds / theirs for seconds, theirs in others if theirs]
+            return work * median(rates) if rates else None
+        measured = [seconds for seconds, theirs in others if not theirs]
+        return median(measured) if measured else None
+
+
+def _cost(config: RunConfig, length: float) -> Cost:
+    model = meta_model(config)
+    strategy, size = model.reduction, model.tower.size
+    step = flops.strategy_flops(strategy, size).training
+    images = _images(config, model.config.image_size) if length else 0
+    return Cost(strategy.name, flops.training_ratio(strategy, size), float(step * images))
+
+
+def _images(config: RunConfig, image_size: int) -> int:
+    """Images that a run trains on, repeated ones counted."""
+    optim = config.optim
+    if optim.steps is not None:
+        return optim.steps * optim.batch_size * optim.grad_accumulation
+    return round(optim.epochs * len(open_source(config.data.train, image_size=image_size)))
+
+
+def show_results(document: Document, console: Console) -> None:
+    """The tables of the page."""
+    tables = {document["study"]: means(document)}
+    for reference in document["references"]:
+        tables[f"less {reference}, seed by seed"] = differences(document, reference)
+    for title, (header, rows) in tables.items():
+        shown = Table(title=title, caption="± 95% over seeds")
+        for name in header:
+            shown.add_column(name, overflow="fold", justify="right" if shown.columns else "left")
+        for row in rows:
+            cells = (cell.replace("`", "") for cell in row)
+            shown.add_row(*(Text(cell.strip("*"), "bold" * ("*" in cell)) for cell in cells))
+        if rows:
+            console.print(shown)
+
+
+def write_page(results: Path, path: Path) -> list[Path]:
+    """Writes the Markdown page of one study, and its chart beside it, from its results."""
+    document = read_results(results)
+    chart = draw(document, path.with_suffix(".svg"))
+    text = f"# {document['study']}\n\n{INTERVALS}\n\n{page(document, chart.name)}"
+    path.write_text(text, encoding="utf-8")
+    return [path, chart]

@@ -1,0 +1,323 @@
+"""A study as data: one recipe, arms that change it, and the seeds that all of them share.
+
+    recipe: clip_tiny
+    overrides: {optim.steps: 500}            # of every arm
+    seeds: [0, 1, 2]
+    quality: [dense.r1]
+    references: [dense]
+    arms:
+      dense: {model.overrides.schedule: null}
+      tome: {model.overrides.strategy: tome, at_flops: 0.71}
+      tome-after: {model.overrides.strategy: tome, at_flops: [0.5, 0.7], from: dense, length: 0}
+
+`from: start` beside them says which arm the others begin with that do not say so themselves, and
+`group: clutter` in which folder the runs lie: studies of one group have arms of equal names and
+settings run once.
+
+What is no key of `Arm` in an arm is an override of the recipe. A seed decides initialisation, data
+order and augmentation, so that arms of one seed begin alike and see the same batches.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.studies.measures import MEASURES
+from elip_models.models.config import reduction_fields
+from elip_models.training.recipe import recipe_with
+from elip_models.training.run_config import RunConfig
+from elip_models.training.training_data import meta_model
+from elip_models.training.yaml_config import from_mapping, read_mapping
+from elip_models.validation import (
+    ConfigError,
+    Count,
+    NonNegative,
+    PositiveShare,
+    Seed,
+    blame,
+    did_you_mean,
+    misfit,
+)
+
+RUNS = Path("runs/studies")
+QUIET = {
+    "report": [],
+    "eval_every": 0,
+    "trackers": [],
+    "log_every": 1,
+    "keep_checkpoints": 1,
+}
+"""Of every run, unless a study says otherwise: it measures at the end, and logs every loss."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is compared: changes of the recipe.
+
+    overrides: dotted keys of the recipe.
+    at_flops: share of the dense tower's FLOPs that the arm's strategy is set to: of training; of a
+        forward, where the arm does not train.
+    parent: the arm whose trained model of the same seed it begins with; 'from' in YAML.
+    length: of its training, relative to the recipe's steps or epochs; 0 measures without training.
+    family: the arm of the YAML that it is one of, where `at_flops` lists several.
+    """
+
+    overrides: dict[str, Any]
+    family: str
+    at_flops: PositiveShare | None = None
+    parent: str | None = None
+    length: NonNegative = 1.0
+
+
+@dataclass(frozen=True)
+class Study:
+    """A comparison.
+
+    name: of the file.
+    recipe: name or path that `load_recipe` takes.
+    overrides: dotted keys of the recipe, for every arm.
+    seeds: of the runs.
+    quality: metrics of `MEASURES` that are compared; the first is drawn.
+    references: arms that all others are compared with, seed by seed.
+    measures: names of `MEASURES`.
+    group: folder of the runs, in `RUNS`; of several studies, or the study's own.
+    question, paper: what is asked, and what the paper says of it, for the page.
+    arms: by name, in the order in which they run.
+    """
+
+    name: str
+    group: str
+    recipe: str
+    seeds: tuple[Count, ...]
+    quality: tuple[str, ...]
+    references: tuple[str, ...]
+    question: str
+    paper: str
+    measures: tuple[str, ...] = ("retrieval",)
+    overrides: dict[str, Any] = field(default_factory=dict)
+    arms: dict[str, Arm] = field(default_factory=dict)
+
+    def config(self, run: "Run") -> RunConfig:
+        """The recipe of a run.
+
+        Raises:
+            ConfigError: naming the arm and the key that cannot be.
+        """
+        arm, folder = self.arms[run.arm], self.folder(run)
+        values = {**QUIET, **self.overrides, **arm.overrides, "seed": run.seed}
+        values |= {"name": f"{self.group}/{run.arm}/{run.seed}", "output_dir": str(folder)}
+        if arm.parent is not None:
+            values |= self._model_of(Run(arm.parent, run.seed))
+        with blame(f"arms.{run.arm}"):
+            config = recipe_with(self.recipe, values)
+            values |= _length_of(config, arm.length or 1.0)
+            if arm.at_flops is not None:
+                values |= _at_flops(config, arm.at_flops, trains=arm.length > 0)
+            own_data = any(key.startswith("data.") for key in arm.overrides)
+            if config.data.tokenizer == "train" and not own_data:
+                values["data.tokenizer"] = str(self.tokenizer)
+            config = recipe_with(self.recipe, values)
+        if config.data.eval is None:
+            raise ConfigError("data.eval: expected held-out samples to measure on, got null")
+        return config
+
+    @property
+    def tokenizer(self) -> Path:
+        """That of all arms which do not change the data, where the recipe has none."""
+        return self.root / "tokenizer"
+
+    @property
+    def root(self) -> Path:
+        """Where all runs are written."""
+        return RUNS / self.group
+
+    def folder(self, run: "Run") -> Path:
+        """Where a run is written."""
+        return self.root / run.arm / str(run.seed)
+
+    def _model_of(self, parent: "Run") -> dict[str, Any]:
+        """Keys of a run that begins with the model of another."""
+        model = str(self.folder(parent) / "model")
+        return {"model.pretrained": model, "data.tokenizer": model}
+
+
+class Run(NamedTuple):
+    """One arm with one seed."""
+
+    arm: str
+    seed: int
+
+
+def load_study(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Study:
+    """Reads a study.
+
+    Args:
+        name_or_path: Name of a file in `benchmarks/studies/recipes`, or path of a YAML file.
+        overrides: Dotted keys of the recipe and their values, for every arm; those of the data also
+            for arms that say them themselves.
+
+    Raises:
+        ConfigError: unknown study, key, arm or measure, wrong type or range; an override of what
+            else arms say themselves, or the runner does.
+    """
+    values = _read(str(name_or_path))
+    arms = values.pop("arms", None)
+    if not isinstance(arms, dict) or not arms:
+        raise ConfigError(f"arms: expected a mapping of names to arms, got {arms!r:.100}")
+    overrides = dict(overrides or {})
+    arms = dict(_arms(arms, values.pop("from", None)))
+    values["arms"] = {name: _on_other_data(arm, overrides) for name, arm in arms.items()}
+    _check_overrides(overrides, values["arms"])
+    values["overrides"] = values.get("overrides", {}) | overrides
+    name = Path(name_or_path).stem
+    study = from_mapping(Study, {"group": name} | values | {"name": name})
+    _check(study)
+    return study
+
+
+def study_names() -> list[str]:
+    """Names of the built-in studies, sorted."""
+    return sorted(entry.name[:-5] for entry in _built_in().iterdir() if entry.suffix == ".yaml")
+
+
+def plan(study: Study, *, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Run]:
+    """The runs, all arms of a seed before any of the next.
+
+    Args:
+        only: Arms, or families of arms; with those that they begin with. None means all.
+        seeds: Of the study's or others; none means the study's.
+
+    Raises:
+        ConfigError: an arm that there is not.
+    """
+    for name in only:
+        if name not in _names(study):
+            raise ConfigError(
+                f"--only: expected arms among {', '.join(study.arms)}, got {name!r}"
+                f"{did_you_mean(name, _names(study))}"
+            )
+    chosen = {name for name, arm in study.arms.items() if not only or {name, arm.family} & {*only}}
+    for name in reversed(study.arms):  # a parent stands before its children
+        parent = study.arms[name].parent
+        if name in chosen and parent is not None:
+            chosen.add(parent)
+    arms = [name for name in study.arms if name in chosen]
+    return [Run(arm, seed) for seed in seeds or study.seeds for arm in arms]
+
+
+def seeds_of(text: str | None) -> tuple[int, ...]:
+    """The seeds that '0,1,2' writes; none of None."""
+    words = text.split(",") if text else []
+    if not all(word.strip().isdecimal() and misfit(int(word), Seed) is None for word in words):
+        raise ConfigError(f"--seeds: expected numbers such as 0,1,2, got {text!r:.200}")
+    return tuple(int(word) for word in words)
+
+
+def _read(name_or_path: str) -> dict[str, Any]:
+    """The mapping of a YAML file; where it is `like` another, on top of that one's, without the
+    arms that are null."""
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        if name_or_path not in study_names():
+            raise ConfigError(
+                f"study {name_or_path!r}: expected a path ending in .yaml or one of "
+                f"{', '.join(study_names())}{did_you_mean(name_or_path, study_names())}"
+            )
+        path = _built_in() / f"{name_or_path}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"study {name_or_path}: no such file")
+    values = read_mapping(path)
+    like = values.pop("like", None)
+    if like is None:
+        return values
+    base = _read(like)
+    merged = {key: base.get(key, {}) | values.get(key, {}) for key in ("overrides", "arms")}
+    merged["arms"] = {name: arm for name, arm in merged["arms"].items() if arm is not None}
+    return base | values | merged
+
+
+def _built_in() -> Path:
+    return Path(__file__).parent / "recipes"
+
+
+def _arms(values: dict[str, Any], start: str | None) -> Iterable[tuple[str, Arm]]:
+    """Arms by name, `start` first, and `from` it those that do not say otherwise; one of several
+    shares of FLOPs is as many arms."""
+    for family, said in sorted(values.items(), key=lambda item: item[0] != start):
+        if not isinstance(said, dict):
+            raise ConfigError(f"arms.{family}: expected a mapping of keys, got {said!r}")
+        own = {key: said[key] for key in ("at_flops", "length") if key in said}
+        parent = said.get("from", None if family == start else start)
+        own |= {"parent": parent, "family": family}
+        own["overrides"] = {k: v for k, v in said.items() if k not in ("from", *own)}
+        shares = own.get("at_flops")
+        for share in shares if isinstance(shares, list) else [shares]:
+            name = f"{family}-{share:.2f}" if isinstance(shares, list) else family
+            try:
+                yield name, from_mapping(Arm, own | {"at_flops": share})
+            except ConfigError as error:
+                raise ConfigError(f"arms.{family}.{error}") from None
+
+
+def _names(study: Study) -> list[str]:
+    """Of arms and of their families."""
+    return list(dict.fromkeys([*study.arms, *(arm.family for arm in study.arms.values())]))
+
+
+def _on_other_data(arm: Arm, overrides: Mapping[str, Any]) -> Arm:
+    """The arm without what it says of its data, where overrides say that of every arm."""
+    own = {
+        key: value
+        for key, value in arm.overrides.items()
+        if not key.startswith("data.") or key not in overrides
+    }
+    return replace(arm, overrides=own)
+
+
+def _check_overrides(overrides: Mapping[str, Any], arms: Mapping[str, Arm]) -> None:
+    """Raises for a key that would not reach every arm."""
+    for key in overrides:
+        if key in ("seed", "name", "output_dir"):
+            raise ConfigError(f"{key}: the runner says it of every run; set --seeds, or 'group'")
+        own = [name for name, arm in arms.items() if key in arm.overrides]
+        if own:
+            raise ConfigError(
+                f"{key}: expected a key that no arm says itself, got one of {', '.join(own)}; "
+                "write a YAML that is 'like' this one"
+            )
+
+
+def _check(study: Study) -> None:
+    """What one key alone cannot tell."""
+    before: list[str] = []
+    for name, arm in study.arms.items():
+        if arm.parent is not None and arm.parent not in before:
+            raise ConfigError(f"arms.{name}.from: expected one of {before}, got {arm.parent!r}")
+        if arm.parent is not None and study.arms[arm.parent].length == 0:
+            raise ConfigError(f"arms.{name}.from: expected an arm that trains, got {arm.parent!r}")
+        if arm.parent is None and arm.length == 0:
+            raise ConfigError(f"arms.{name}.length: expected above 0 without 'from', got 0")
+        before.append(name)
+    for name in study.measures:
+        if name not in MEASURES:
+            raise ConfigError(f"measures: expected some of {', '.join(MEASURES)}, got {name!r}")
+    for name in study.references:
+        if name not in study.arms:
+            raise ConfigError(f"references: expected arms of {list(study.arms)}, got {name!r}")
+
+
+def _length_of(config: RunConfig, length: float) -> dict[str, Any]:
+    """Keys of a run that is `length` times as long."""
+    if config.optim.steps is not None:
+        return {"optim.steps": max(1, round(config.optim.steps * length))}
+    return {"optim.epochs": config.optim.epochs * length}
+
+
+def _at_flops(config: RunConfig, share: float, *, trains: bool) -> dict[str, Any]:
+    """Keys of a run whose strategy takes `share` of the dense tower's FLOPs, of a training step or
+    of a forward."""
+    model = meta_model(config)
+    with blame("at_flops"):
+        found = reduction_fields(model.reduction.at_flops(model.tower, share, training=trains))
+    return {f"model.overrides.{key}": value for key, value in found.items()}

@@ -1,0 +1,237 @@
+"""Runs of a study: each trained, or only measured, once; a killed one goes on where it stopped.
+
+    runs/studies/GROUP/tokenizer/              of all arms that do not change the data
+    runs/studies/GROUP/ARM/SEED/               a run as `elip train` leaves it, without checkpoints
+    runs/studies/GROUP/ARM/SEED/result.json    its numbers, written last: the run is finished
+    runs/studies/GROUP/ARM/SEED.lock           held by the process that works on it
+
+Several processes may work on one study: each takes runs that no other holds. A measure that is
+added to a study is taken of its finished runs too, whose models are there.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from benchmarks.studies.measures import Finished, measure
+from benchmarks.studies.plan import Run, Study
+from elip_models.data import load_tokenizer, open_source, train_tokenizer
+from elip_models.models.config import ReductionConfig
+from elip_models.models.io.files import write_file
+from elip_models.models.registry import load_model
+from elip_models.profiling.commit import commit
+from elip_models.profiling.measure import measured_on
+from elip_models.profiling.runner import DENSE
+from elip_models.profiling.runner import measure as profile
+from elip_models.profiling.workload import Workload
+from elip_models.reduction import flops
+from elip_models.training.errors import Stopped, TrainingError
+from elip_models.training.recipe import load_recipe, resume_conflicts, save_recipe
+from elip_models.training.run_config import RunConfig
+from elip_models.training.run_folder import RunFolder
+from elip_models.training.trainer import train
+from elip_models.training.training_data import meta_model, tokenizer_captions
+from elip_models.validation import ConfigError, blame, extra
+
+with extra("benchmarks.studies"):
+    from filelock import FileLock, Timeout
+    from rich.console import Console
+
+LAST_STEPS = 50  # whose losses are averaged
+RESULT = "result.json"
+Result = dict[str, Any]
+
+
+def run_study(
+    study: Study,
+    runs: Sequence[Run],
+    *,
+    console: Console,
+    before: Callable[[Run], None],
+    after: Callable[[Run], None],
+) -> None:
+    """Works on all runs that are neither finished nor held by another process, in their order.
+
+    Args:
+        console: Where training shows its progress.
+        before, after: Called with each run that this process works on.
+
+    Raises:
+        ConfigError: see `check_settings`.
+        TrainingError: runs that failed, after all others.
+        Stopped: a signal ended the run that was trained.
+    """
+    failed: dict[Run, TrainingError] = {}
+    while (found := _next(study, [run for run in runs if run not in failed])) is not None:
+        run, lock = found
+        with lock:
+            before(run)
+            try:
+                perform(study, run, console)
+            except Stopped:
+                raise
+            except TrainingError as error:
+                failed[run] = error
+            after(run)
+    if failed:
+        said = "; ".join(f"{run.arm}, seed {run.seed}: {error}" for run, error in failed.items())
+        raise TrainingError(f"{len(failed)} runs failed: {said}")
+
+
+def result_of(study: Study, run: Run) -> Result | None:
+    """The numbers of a run that is finished, as far as they are measured; None of another."""
+    path = study.folder(run) / RESULT
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def is_finished(study: Study, run: Run) -> bool:
+    """All that the study measures is known of the run."""
+    result = result_of(study, run)
+    return result is not None and set(study.measures) <= set(result["measures"])
+
+
+def perform(study: Study, run: Run, console: Console) -> None:
+    """Trains, where the arm does, then measures, and writes the result."""
+    start = time.monotonic()
+    config, result = study.config(run), result_of(study, run)
+    folder = RunFolder(config.output_dir)
+    folder.make()
+    if result is None:
+        _make_tokenizer(study, config)
+        if study.arms[run.arm].length:
+            train(config, resume=True, console=console)
+        else:
+            save_recipe(config, folder.recipe)
+        result = {**run._asdict(), "beginning": _beginning(study, run)}
+        result |= {**_cost(config, folder), **_origin()}
+        result |= {"seconds": 0.0, "measures": [], "metrics": {}}
+    missing = tuple(name for name in study.measures if name not in result["measures"])
+    finished = _open(study, run, config)
+    if study.arms[run.arm].length and "step_time" not in result:
+        result["step_time"] = step_time(finished)
+    found = measure(finished, missing)
+    result["metrics"] |= {name: round(value, 6) for name, value in found.items()}
+    result["measures"] += missing
+    result["seconds"] = round(result["seconds"] + time.monotonic() - start, 1)
+    write_file(folder.path / RESULT, (json.dumps(result, indent=2) + "\n").encode())
+    shutil.rmtree(folder.checkpoints.path, ignore_errors=True)
+
+
+def _next(study: Study, runs: Sequence[Run]) -> tuple[Run, FileLock] | None:
+    """The first run that can be worked on, and its lock, which is held."""
+    for run in runs:
+        parent = study.arms[run.arm].parent
+        is_ready = parent is None or result_of(study, Run(parent, run.seed)) is not None
+        if is_finished(study, run) or not is_ready:
+            continue
+        path = study.folder(run).with_suffix(".lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            continue
+        if not is_finished(study, run):  # as another process may have seen to just now
+            return run, lock
+        lock.release()
+    return None
+
+
+def check_settings(study: Study, runs: Sequence[Run]) -> None:
+    """Raises ConfigError for an arm that cannot be, and for a result that other settings gave."""
+    for run in runs:
+        config, recipe = study.config(run), study.folder(run) / "recipe.yaml"
+        result = result_of(study, run)
+        if result is None:
+            continue
+        if changes := resume_conflicts(load_recipe(recipe), config, ()):
+            raise ConfigError(
+                f"{recipe.parent} was made with other settings: {'; '.join(changes)}; remove it, "
+                "or give the study another name"
+            )
+        beginning, then = _beginning(study, run), result.get("beginning")
+        if None not in (beginning, then) and beginning != then:
+            raise ConfigError(
+                f"{recipe.parent} began with a run of {study.arms[run.arm].parent!r} that was "
+                "since trained anew; remove it"
+            )
+
+
+def _make_tokenizer(study: Study, config: RunConfig) -> None:
+    """Trains the tokenizer that arms share, where it is this run's and nobody has."""
+    path = study.tokenizer
+    if config.data.tokenizer != str(path):
+        return
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            model = meta_model(config).config
+            with blame("data.train"):
+                source = open_source(config.data.train, image_size=model.image_size)
+            captions = tokenizer_captions(source, model)
+            with blame("data.vocab_size"):
+                tokenizer = train_tokenizer(captions, config.data.vocab_size)
+            RunFolder(path.parent).save_tokenizer(tokenizer.save_pretrained)
+
+
+def _open(study: Study, run: Run, config: RunConfig) -> Finished:
+    """The model of a run; without training that of its parent, reduced as the arm says."""
+    arm, folder, fields_of_arm = study.arms[run.arm], RunFolder(config.output_dir), {}
+    if arm.length == 0:
+        folder = RunFolder(study.folder(Run(arm.parent, run.seed)))
+        reduction = meta_model(config).config
+        fields_of_arm = {
+            each.name: getattr(reduction, each.name) for each in fields(ReductionConfig)
+        }
+    with blame(f"arms.{run.arm}"):
+        model = load_model(folder.model, **fields_of_arm).to(_device()).eval()
+    source = open_source(config.data.eval, image_size=model.config.image_size)
+    return Finished(config, model, load_tokenizer(str(folder.model)), source)
+
+
+def _beginning(study: Study, run: Run) -> float | None:
+    """The loss at the end of the run that a run goes back to, its parent or that one's: the same
+    of all that begin with one model. None where it begins at random, or its parent is not there."""
+    parent = study.arms[run.arm].parent
+    result = result_of(study, Run(parent, run.seed)) if parent is not None else None
+    if result is None:
+        return None
+    own = result.get("loss")
+    return own if result.get("beginning") is None else result["beginning"]
+
+
+def step_time(run: Finished) -> float:
+    """Of a training step, forward and backward, over that of the dense model, by turns."""
+    workload = Workload(run.model, run.config.optim.batch_size)
+    arms = {DENSE: None, "arm": run.model.reduction}
+    return round(profile(workload, arms, "training")["arm"].time_ratio, 4)
+
+
+def _cost(config: RunConfig, folder: RunFolder) -> Result:
+    """What a run took: FLOPs of its tower against dense, of a training step, or of a forward where
+    it did not train; and, where it did, images, and its mean loss at the end."""
+    model, optim = meta_model(config), config.optim
+    rows = [row for row in folder.rows() if "loss" in row]
+    ratio_of = flops.training_ratio if rows else flops.inference_ratio
+    ratio = ratio_of(model.reduction, model.tower.size)
+    cost = {"strategy": str(model.reduction), "step_flops": round(ratio, 4)}
+    if not rows:
+        return cost
+    steps, batch = rows[-1]["step"], optim.batch_size * optim.grad_accumulation
+    last = [row["loss"] for row in rows if row["step"] > steps - LAST_STEPS]
+    return cost | {"images": steps * batch, "loss": round(fmean(last), 5)}
+
+
+def _origin() -> Result:
+    """Where a result is from."""
+    return {"measured_on": measured_on(_device()), "commit": commit()}
+
+
+def _device() -> torch.device:
+    """Where runs are trained and measured."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

@@ -1,0 +1,1 @@
+"""One file for each op: its mathematics, its specification in PyTorch, its kernels."""

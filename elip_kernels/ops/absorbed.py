@@ -1,0 +1,259 @@
+"""What the absorbed forms share: checks, and the scores of an image's patches in tiles.
+
+The score of a token is u_h . z_n, u being made from the CLS token alone (`absorbed_query.py`). A
+program scores a tile of patches for all heads and leaves the tile's maximum and sum; who reads them
+next makes softmax rows of an image's tiles. An image's scores depend on nothing but its tokens:
+whatever the batch, they are the same bits.
+"""
+
+from torch import Tensor
+
+from elip_kernels import launch
+from elip_kernels._triton import tl, triton
+from elip_kernels._validate import (
+    check_device,
+    check_heads,
+    check_scale,
+    check_shape,
+    check_tensor,
+    check_tokens,
+    message,
+)
+from elip_kernels.ops.absorbed_query import QueryArguments
+from elip_kernels.ops.fuse_text import check_guidance
+
+STATS = ["totals_ptr", "shifts_ptr"]  # behind others in one storage: aligned in some batches alone
+
+
+def query_arguments(
+    tokens: Tensor,
+    cls: Tensor,
+    eps: float,
+    num_heads: int,
+    scale: float | None,
+    norm: dict[str, Tensor | None],
+    matrices: dict[str, Tensor],
+    biases: dict[str, Tensor | None],
+    *,
+    least: int = 1,
+    text: Tensor | None = None,
+    fusion: float = 1,
+    guidance_norm: str = "none",
+) -> QueryArguments:
+    """Check the arguments of the absorbed forms -> what u is made of; `least` tokens, CLS
+    included."""
+    check_tokens(tokens, least)
+    B, _, D = tokens.shape
+    check_tensor("cls", cls, "(B, D)", 2)
+    check_shape("cls", cls, (B, D), "(B, D)")
+    if not isinstance(eps, float):
+        raise TypeError(message("eps", "a float, at least 0", eps))
+    if not eps >= 0:
+        raise ValueError(message("eps", "a float, at least 0", eps))
+    check_tensor("q_weight", matrices["q_weight"], "(H*d, D)", 2)
+    width = matrices["q_weight"].shape[0]
+    check_heads(num_heads, width)
+    expected = {name: ((width, D), "(H*d, D)") for name in matrices}
+    expected |= {name: ((D,), "(D,)") for name in norm}
+    expected |= {name: ((width,), "(H*d,)") for name in biases}
+    for name, value in (matrices | norm | biases).items():
+        if value is None and name not in matrices:
+            continue
+        shape, names = expected[name]
+        check_tensor(name, value, names, len(shape))
+        check_shape(name, value, shape, names)
+    for name, value in ({"cls": cls} | matrices | norm | biases).items():
+        if value is not None:
+            check_device(name, value, "tokens", tokens)
+    check_guidance(tokens, text, fusion, guidance_norm)
+    scale = check_scale(scale, width // num_heads)
+    projections = matrices["q_weight"], biases["q_bias"], matrices["k_weight"]
+    given = (cls, text, *norm.values(), *projections)
+    cls, text, gamma, beta, *projections = (t if t is None else t.detach() for t in given)
+    match = guidance_norm == "match"
+    return QueryArguments(
+        *(cls, text, float(fusion), match, gamma, beta, eps), *projections, num_heads, scale
+    )
+
+
+@triton.jit
+def split(x, dtype: tl.constexpr):
+    """fp32 x as rounded + rest of a smaller dtype; of fp32 the rest is 0."""
+    rounded = x.to(dtype)
+    return rounded, (x - rounded.to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def patch_scores(
+    tokens_ptr, query_ptr, stride_tn, offs_n, N, D, H, eps,
+    HAS_REST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Scores u_h . z of an image's patches `offs_n`, counted from 0 -> [BLOCK_N, BLOCK_H], mean
+    and rstd of the patches [BLOCK_N], all fp32.
+
+    u is centred, so x enters as it is; what its rounding left of its sum takes the mean back out.
+    Where x has two bytes, u is split into rounded + rest of that type: two products into one fp32
+    accumulator. Moments are those of x - pivot, the mean of a token's first BLOCK_K: no further
+    from its mean than sqrt(D / BLOCK_K) standard deviations, so that little cancels. The scores of
+    fp32 are those of x - pivot too, and from fp16's the pivot is taken as they grow.
+    """
+    offs_h = tl.arange(0, BLOCK_H)
+    offs_k = tl.arange(0, BLOCK_K)
+    score = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
+    pivot = tl.zeros([BLOCK_N], tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    squares = tl.zeros([BLOCK_N], tl.float32)
+    sum_u = tl.zeros([BLOCK_H], tl.float32)
+    for k in range(0, D, BLOCK_K):
+        mask_k = k + offs_k < D
+        x = tl.load(
+            tokens_ptr + (1 + offs_n)[:, None] * stride_tn + (k + offs_k)[None, :],
+            mask=(offs_n < N - 1)[:, None] & mask_k[None, :],
+            other=0.0,
+        )  # [BLOCK_N, BLOCK_K]
+        u = tl.load(
+            query_ptr + offs_h[:, None] * D + (k + offs_k)[None, :],
+            mask=(offs_h < H)[:, None] & mask_k[None, :],
+            other=0.0,
+        )  # [BLOCK_H, BLOCK_K]
+        wide = x.to(tl.float32)
+        pivot = tl.where(k == 0, tl.sum(wide, 1) / tl.minimum(D, BLOCK_K), pivot)
+        shifted = tl.where(mask_k[None, :], wide - pivot[:, None], 0.0)
+        total += tl.sum(shifted, 1)
+        squares += tl.sum(shifted * shifted, 1)
+        left = x if HAS_REST else shifted
+        left = left.to(tl.float32) if WIDEN else left
+        rounded, rest = split(u, x.dtype)
+        if HAS_REST:
+            u = rounded.to(tl.float32) + rest.to(tl.float32)
+        right = rounded.to(tl.float32) if WIDEN else rounded
+        score = tl.dot(left, tl.trans(right), score, input_precision=PRECISION)
+        if HAS_REST:
+            rest = rest.to(tl.float32) if WIDEN else rest
+            score = tl.dot(left, tl.trans(rest), score, input_precision=PRECISION)
+        part_u = tl.sum(u, 1)
+        sum_u += part_u
+        if tokens_ptr.dtype.element_ty == tl.float16:
+            score -= pivot[:, None] * part_u[None, :]
+    from_pivot = total / D
+    variance = squares / D - from_pivot * from_pivot
+    rstd = 1.0 / tl.sqrt(tl.where(variance < 0, 0.0, variance) + eps)  # NaN stays
+    mean = from_pivot + pivot
+    left = mean if tokens_ptr.dtype.element_ty == tl.bfloat16 else from_pivot
+    score -= left[:, None] * sum_u[None, :]
+    return score * rstd[:, None], mean, rstd
+
+
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=STATS)
+def scores_kernel(
+    tokens_ptr, query_ptr, scores_ptr, tops_ptr, totals_ptr, stride_tb, stride_tn, N, D, H, eps,
+    HAS_REST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program per (image, tile of patches): their scores, and each head's maximum and sum."""
+    pid_b = tl.program_id(0).to(tl.int64)
+    pid_t = tl.program_id(1)
+    offs_n = pid_t * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_h = tl.arange(0, BLOCK_H)
+    mask_n = offs_n < N - 1
+    mask_h = offs_h < H
+    score, _, _ = patch_scores(
+        tokens_ptr + pid_b * stride_tb, query_ptr + pid_b * H * D, stride_tn, offs_n, N, D, H, eps,
+        HAS_REST, WIDEN, PRECISION, BLOCK_N, BLOCK_H, BLOCK_K,
+    )  # fmt: skip
+    score = tl.where(mask_n[:, None], score, float("-inf"))
+    top = tl.max(score, 0)
+    offs_t = (pid_b * H + offs_h) * tl.num_programs(1) + pid_t
+    tl.store(tops_ptr + offs_t, top, mask=mask_h)
+    tl.store(totals_ptr + offs_t, tl.sum(tl.exp(score - top[None, :]), 0), mask=mask_h)
+    tl.store(
+        scores_ptr + (pid_b * H + offs_h)[None, :] * (N - 1) + offs_n[:, None],
+        score,
+        mask=mask_n[:, None] & mask_h[None, :],
+    )
+
+
+@triton.jit
+def row_of_scores(
+    scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, pid_b, first, N, H, T,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """What `scores_kernel` wrote of T tiles -> head mean of the softmax rows, BLOCK_H heads a step:
+    patches from `first` on [BLOCK_N], CLS scalar."""
+    offs_n = first + tl.arange(0, BLOCK_N)
+    offs_t = tl.arange(0, BLOCK_T)
+    mask_n = offs_n < N - 1
+    mask_t = offs_t < T
+    row = tl.zeros([BLOCK_N], tl.float32)
+    cls_row = 0.0
+    for h in range(0, H, BLOCK_H):
+        offs_h = h + tl.arange(0, BLOCK_H)
+        mask_h = offs_h < H
+        head = pid_b * H + offs_h
+        score = tl.load(
+            scores_ptr + head[:, None] * (N - 1) + offs_n[None, :],
+            mask=mask_h[:, None] & mask_n[None, :],
+            other=float("-inf"),
+        )  # [BLOCK_H, BLOCK_N]
+        offs = head[:, None] * T + offs_t[None, :]
+        mask = mask_h[:, None] & mask_t[None, :]
+        tops = tl.load(tops_ptr + offs, mask=mask, other=float("-inf"))  # [BLOCK_H, BLOCK_T]
+        totals = tl.load(totals_ptr + offs, mask=mask, other=0.0)
+        cls_score = tl.load(cls_score_ptr + head, mask=mask_h, other=0.0)
+        top = tl.maximum(tl.max(tops, 1), cls_score)
+        cls_weight = tl.exp(cls_score - top)
+        total = tl.sum(totals * tl.exp(tops - top[:, None]), 1) + cls_weight
+        share = tl.where(mask_h, 1.0 / (total * H), 0.0)
+        row += tl.sum(tl.exp(score - top[:, None]) * share[:, None], 0)
+        cls_row += tl.sum(cls_weight * share, 0)
+    return row, cls_row
+
+
+@triton.jit(do_not_specialize=["N", "T"], do_not_specialize_on_alignment=STATS)
+def _row_kernel(
+    scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, out_ptr, N, H, T,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """One program per (image, BLOCK_N patches): the row from the scores of its tiles."""
+    pid_b = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * BLOCK_N
+    row, cls_row = row_of_scores(
+        scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, pid_b, first, N, H, T,
+        BLOCK_N, BLOCK_T, BLOCK_H,
+    )  # fmt: skip
+    offs_n = first + tl.arange(0, BLOCK_N)
+    tl.store(out_ptr + pid_b * N + 1 + offs_n, row, mask=offs_n < N - 1)
+    if first == 0:
+        tl.store(out_ptr + pid_b * N, cls_row)
+
+
+def score_tiles(tokens: Tensor, query: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch `scores_kernel` -> scores (B, H, N-1), tops and totals (B, H, T) of the T tiles."""
+    (B, N, D), H = tokens.shape, query.shape[1]
+    settings = launch.score_tiles(H, tokens)
+    T = triton.cdiv(N - 1, settings["BLOCK_N"])
+    scores = query.new_empty(B, H, N - 1)
+    tops, totals = query.new_empty(2, B, H, T)
+    scores_kernel[(B, T)](
+        *(tokens, query, scores, tops, totals, *tokens.stride()[:2], N, D, H, eps),
+        **settings,
+        **launch.CODE,
+    )
+    return scores, tops, totals
+
+
+def launch_row(
+    scores: Tensor, tops: Tensor, totals: Tensor, cls_score: Tensor, out: Tensor
+) -> None:
+    """Write the row (B, N) of each image's tiles."""
+    (B, N), (_, H, T) = out.shape, tops.shape
+    block_n, block_t, num_warps = launch.row(N - 1, T)
+    _row_kernel[(B, max(1, triton.cdiv(N - 1, block_n)))](
+        *(scores, tops, totals, cls_score, out, N, H, T),
+        BLOCK_N=block_n,
+        BLOCK_T=block_t,
+        BLOCK_H=launch.heads_a_step(block_n, block_t, num_warps),
+        num_warps=num_warps,
+        **launch.CODE,
+    )

@@ -1,0 +1,223 @@
+"""The query u that absorbs a block's key projection, made from the CLS token alone: one kernel.
+
+    c   = f x_cls + (1 - f) x_text  (Eq. 1), x_text first scaled to the norm of x_cls by "match"
+    z   = (c - mean) * rstd                                                        (B, D)
+    q   = (W_q (gamma z + beta) + b_q) * scale                                     (B, H, d)
+    u_h = gamma * (W_k,h^T q_h), less its mean;   u_h . z, the CLS token's score   (B, H, D), (B, H)
+
+z has no mean, so u needs none. What u_h has of one is q_h . w_h, w the mean of the rows of gamma *
+W_k, and the CLS token's score is q_h . (W_k,h (gamma z)): both are known before u, so W_q is read
+once and W_k twice for each sixteen images. Nothing of the weights is kept from call to call: in
+training they change with each step, and a graph reads what they are when it runs.
+Source: ELIP, Eq. 1-2; the absorption is associativity.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elip_kernels import launch
+from elip_kernels._triton import tl, triton
+from elip_kernels.ops.fuse_text import LEAST_NORM, fuse, fused, shares
+
+R = TypeVar("R", bound=Callable[..., Any])
+
+
+class QueryArguments(NamedTuple):
+    """What the absorbed ops make u of, without gradient, in the order of their schemas."""
+
+    cls: Tensor
+    text: Tensor | None
+    fusion: float
+    match: bool
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    eps: float
+    q_weight: Tensor
+    q_bias: Tensor | None
+    k_weight: Tensor
+    num_heads: int
+    scale: float
+
+
+def takes_query(**others: Any) -> Callable[[R], R]:
+    """Name the arguments of `reference(tokens, *query, *others)` one by one, as a schema wants it:
+    the fields of QueryArguments, and then `others`, types by name."""
+    hints = {"tokens": Tensor} | QueryArguments.__annotations__ | others
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    named = [inspect.Parameter(name, kind, annotation=hint) for name, hint in hints.items()]
+
+    def sign(reference: R) -> R:
+        reference.__signature__ = inspect.signature(reference).replace(parameters=named)
+        return reference
+
+    return sign
+
+
+def absorbed_query(dtype: torch.dtype, query: QueryArguments) -> tuple[Tensor, Tensor]:
+    """The specification -> u (B, H, D), centred, and z (B, D), in `dtype`.
+
+    Here it is the rows of W_k gamma that are centred, D x D numbers where u has B H D. The products
+    follow `torch.set_float32_matmul_precision`.
+    """
+    a = query
+    cls = fuse(a.cls.to(dtype), a.text, a.fusion, a.match)
+    (B, D), heads = cls.shape, (a.num_heads, a.q_weight.shape[0] // a.num_heads)
+    vectors = (a.norm_weight, a.norm_bias, a.q_bias)
+    gamma, beta, bias = (None if t is None else t.to(dtype) for t in vectors)
+    q = F.linear(F.layer_norm(cls, (D,), gamma, beta, a.eps), a.q_weight.to(dtype), bias) * a.scale
+    key = (a.k_weight if gamma is None else a.k_weight * gamma).to(dtype)
+    key = key - key.mean(1, keepdim=True)
+    u = torch.einsum("bhd,hdc->bhc", q.view(B, *heads), key.view(*heads, D))
+    return u, F.layer_norm(cls, (D,), eps=a.eps)
+
+
+def query_flops(cls_shape: tuple[int, ...], q_weight_shape: tuple[int, ...]) -> int:
+    """4 B D H d: a product with each matrix."""
+    B, D = cls_shape
+    return 4 * B * D * q_weight_shape[0]
+
+
+@triton.jit
+def _variance(
+    cls_ptr, text_ptr, row_c, row_t, mask_b, D, of_cls, of_text, mean,
+    BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, HAS_TEXT: tl.constexpr,
+):  # fmt: skip
+    """Of c [BLOCK_B]; what is read twice is in the cache."""
+    squares = tl.zeros([BLOCK_B], tl.float32)
+    for d in tl.range(0, D, BLOCK_R, num_stages=3):
+        offs = (d + tl.arange(0, BLOCK_R))[None, :]
+        mask = mask_b[:, None] & (offs < D)
+        c = fused(cls_ptr, text_ptr, row_c + offs, row_t + offs, mask, of_cls, of_text, HAS_TEXT)
+        c = tl.where(mask, c - mean[:, None], 0.0)
+        squares += tl.sum(c * c, 1)
+    return squares / D
+
+
+@triton.jit
+def vector(ptr, offs, mask, OTHER: tl.constexpr):
+    """A slice of a vector of parameters, fp32; OTHER where there is none."""
+    if ptr is None:
+        values = tl.full([offs.shape[0]], OTHER, tl.float32)
+    else:
+        values = tl.load(ptr + offs, mask=mask, other=OTHER).to(tl.float32)
+    return values
+
+
+@triton.jit
+def matrix(rows_ptr, d, mask_w, D, BLOCK_D: tl.constexpr):
+    """Features d, .. of a head's rows [BLOCK_W, BLOCK_D], zero beyond D."""
+    offs = d + tl.arange(0, BLOCK_D)
+    return tl.load(rows_ptr + offs[None, :], mask=mask_w[:, None] & (offs < D)[None, :], other=0.0)
+
+
+@triton.jit
+def product(x, w, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + x @ w of fp32 x. SPLIT: where w has two bytes, of three terms of its type that together
+    are x; fp16 loses what is below 6e-8, and has the range of the model's own activations."""
+    if SPLIT and w.dtype != tl.float32:
+        for _ in tl.static_range(3):
+            term = x.to(w.dtype)
+            acc = tl.dot(term, w, acc)
+            x -= term.to(tl.float32)
+    else:
+        acc = tl.dot(x, w.to(tl.float32), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["B"])
+def _query_kernel(
+    cls_ptr, text_ptr, norm_weight_ptr, norm_bias_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr,
+    query_ptr, cls_score_ptr, normed_ptr, stride_cb, stride_tb, stride_q, stride_k,
+    B, D, H, W, fusion, scale, eps,
+    HAS_TEXT: tl.constexpr, MATCH: tl.constexpr, LEAST_NORM: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One program per (BLOCK_B images, head of W channels)."""
+    pid_h = tl.program_id(1)
+    offs_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    offs_w = tl.arange(0, BLOCK_W)
+    mask_b, mask_w = offs_b < B, offs_w < W
+    image = offs_b.to(tl.int64)[:, None]
+    row_c, row_t, row_z = image * stride_cb, image * stride_tb, image * D
+    channel = pid_h * W + offs_w
+    q_rows = q_weight_ptr + channel[:, None] * stride_q
+    k_rows = k_weight_ptr + channel[:, None] * stride_k
+    of_cls, of_text, mean = shares(
+        cls_ptr, text_ptr, row_c, row_t, mask_b, D, fusion,
+        BLOCK_B, BLOCK_R, HAS_TEXT, MATCH, LEAST_NORM,
+    )  # fmt: skip
+    variance = _variance(
+        cls_ptr, text_ptr, row_c, row_t, mask_b, D, of_cls, of_text, mean,
+        BLOCK_B, BLOCK_R, HAS_TEXT,
+    )  # fmt: skip
+    rstd = 1.0 / tl.sqrt(variance + eps)
+    mask_z = offs_b < tl.where(pid_h == 0, B, 0)  # z is the same in all heads
+    q = tl.zeros([BLOCK_B, BLOCK_W], tl.float32)
+    key = tl.zeros([BLOCK_B, BLOCK_W], tl.float32)  # of CLS, without what beta and a bias add
+    sum_key = tl.zeros([BLOCK_W], tl.float32)
+    sum_z = tl.zeros([BLOCK_B], tl.float32)
+    for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+        offs_d = d + tl.arange(0, BLOCK_D)
+        offs = offs_d[None, :]
+        mask = mask_b[:, None] & (offs < D)
+        c = fused(cls_ptr, text_ptr, row_c + offs, row_t + offs, mask, of_cls, of_text, HAS_TEXT)
+        z = tl.where(mask, (c - mean[:, None]) * rstd[:, None], 0.0)
+        if normed_ptr is not None:
+            tl.store(normed_ptr + row_z + offs, z, mask=mask & mask_z[:, None])
+        gamma = vector(norm_weight_ptr, offs_d, offs_d < D, 1.0)[None, :]
+        k_slice = matrix(k_rows, d, mask_w, D, BLOCK_D)
+        key = product(z * gamma, tl.trans(k_slice), key, SPLIT, PRECISION)
+        sum_key += tl.sum(k_slice.to(tl.float32) * gamma, 1)
+        sum_z += tl.sum(z, 1)
+        z = z * gamma + vector(norm_bias_ptr, offs_d, offs_d < D, 0.0)[None, :]
+        q_slice = matrix(q_rows, d, mask_w, D, BLOCK_D)
+        q = product(z, tl.trans(q_slice), q, SPLIT, PRECISION)
+    q += vector(q_bias_ptr, channel, mask_w, 0.0)[None, :]
+    mean_u = scale * tl.sum(q * (sum_key / D)[None, :], 1)  # [BLOCK_B]
+    score = scale * tl.sum(q * key, 1) - mean_u * sum_z
+    tl.store(cls_score_ptr + offs_b.to(tl.int64) * H + pid_h, score, mask=mask_b)
+    for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+        offs_d = d + tl.arange(0, BLOCK_D)
+        k_slice = matrix(k_rows, d, mask_w, D, BLOCK_D)
+        gamma = vector(norm_weight_ptr, offs_d, offs_d < D, 1.0)[None, :]
+        u = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
+        u = product(q, k_slice, u, SPLIT, PRECISION) * (scale * gamma) - mean_u[:, None]
+        at = query_ptr + (image * H + pid_h) * D + offs_d[None, :]
+        tl.store(at, u, mask=mask_b[:, None] & (offs_d < D)[None, :])
+
+
+def launch_query(
+    arguments: QueryArguments, *, normed: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Allocate, read launch.py, launch -> u (B, H, D), the CLS token's scores (B, H) and, if
+    `normed`, z (B, D), all fp32."""
+    a = arguments
+    (B, D), H, W = a.cls.shape, a.num_heads, a.q_weight.shape[0] // a.num_heads
+    query = a.cls.new_empty(B, H, D, dtype=torch.float32)
+    cls_score, z = query.new_empty(B, H), query.new_empty(B, D) if normed else None
+    text = None if a.fusion == 1.0 else a.text
+    cls, text, q_weight, k_weight = (
+        t if t is None or t.stride(1) == 1 else t.contiguous()
+        for t in (a.cls, text, a.q_weight, a.k_weight)
+    )
+    vectors = (t if t is None else t.contiguous() for t in (a.norm_weight, a.norm_bias, a.q_bias))
+    gamma, beta, bias = vectors
+    text_stride = 0 if text is None or text.shape[0] == 1 else text.stride(0)
+    settings = launch.query(W, cls, text, q_weight, k_weight)
+    _query_kernel[(triton.cdiv(B, settings["BLOCK_B"]), H)](
+        *(cls, text, gamma, beta, q_weight, bias, k_weight, query, cls_score, z),
+        *(cls.stride(0), text_stride, q_weight.stride(0), k_weight.stride(0)),
+        *(B, D, H, W, a.fusion, a.scale, a.eps),
+        HAS_TEXT=text is not None,
+        MATCH=a.match,
+        LEAST_NORM=LEAST_NORM,
+        **settings,
+        **launch.CODE,
+    )
+    return query, cls_score, z

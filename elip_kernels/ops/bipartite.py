@@ -1,0 +1,318 @@
+"""Merge the r most alike pairs of tokens: bipartite soft matching and a size-weighted mean.
+
+    unit    = metric / |metric| in fp32;  A = tokens 0, 2, 4 ..;  B = tokens 1, 3, 5 ..
+    best_a  = max_b unit_a . unit_b;  partner_a = its arg-max        ties: the lower index
+    merged  = the r tokens of A with the largest best - penalty      ties: the lower index
+    rows    = [A without merged, ascending; all of B], N - r of them; slot_n = row of token n
+    S_i     = sum of size_n over slot_n = i;  w_n = size_n / S_(slot_n), 0 where that is 0
+    out_i   = sum of w_n x_n over slot_n = i                         (B, N-r, D), sizes S (B, N-r)
+    grad_x_n = w_n grad_out_(slot_n)
+
+Ties are those of the computed values. The class token is in A and never merges. A metric with NaN,
+or whose squared norm is no normal number, has no direction: it ranks last, as source and as
+partner; so does, as a source, one whose penalty is NaN. No gradient to metric, sizes and penalty.
+Sums are fp32 (fp64 for fp64); a row of one token is exact, its w being 1. The kernels never write
+the similarities, 2 B ceil(N/2) floor(N/2) C operations in tiles, and read every token once, for the
+row that it belongs to: nothing is added atomically and a run repeats bit by bit.
+Source: Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023, section 3.
+"""
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from elip_kernels import launch
+from elip_kernels._operator import Operator
+from elip_kernels._validate import (
+    check_device,
+    check_flags,
+    check_metric,
+    check_shape,
+    check_tensor,
+    check_tokens,
+    message,
+)
+from elip_kernels.info import BipartiteInfo, ReductionInfo, check_slots
+from elip_kernels.ops.bipartite_kernels import SMALLEST_SQUARE, match
+from elip_kernels.ops.gather_ops import accumulator, add_rows, flat_rows, largest, sum_rows, sums_by
+from elip_kernels.ops.merge_kernels import merge_bwd, merge_fwd
+
+
+@overload
+def bipartite_merge(
+    tokens: Tensor, metric: Tensor, r: int, *, size: Tensor | None = ...,
+    penalty: Tensor | None = ..., num_prefix_tokens: int = ..., return_info: Literal[False] = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def bipartite_merge(
+    tokens: Tensor, metric: Tensor, r: int, *, size: Tensor | None = ...,
+    penalty: Tensor | None = ..., num_prefix_tokens: int = ..., return_info: Literal[True],
+) -> tuple[Tensor, Tensor, BipartiteInfo]: ...  # fmt: skip
+@overload
+def bipartite_merge(
+    tokens: Tensor, metric: Tensor, r: int, *, size: Tensor | None = ...,
+    penalty: Tensor | None = ..., num_prefix_tokens: int = ..., return_info: bool,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, BipartiteInfo]: ...  # fmt: skip
+def bipartite_merge(
+    tokens: Tensor,
+    metric: Tensor,
+    r: int,
+    *,
+    size: Tensor | None = None,
+    penalty: Tensor | None = None,
+    num_prefix_tokens: int = 1,
+    return_info: bool = False,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, BipartiteInfo]:
+    """Merge r tokens into their most similar partners (ToMe's step).
+
+    Args:
+        tokens: (B, N, D), fp32, bf16, fp16 or fp64. Gradients reach tokens only.
+        metric: (B, N, C), what similarity is measured on, such as the head mean of the keys.
+        r: tokens to merge away, at most half of those that may be: min(r, (N-p) // 2).
+            Without any, `tokens` itself is returned.
+        size: (B, N) or (B, N, 1) fp32 or fp64, positive: how many tokens each stands for, or zero
+            of padding; None means one each.
+        penalty: (B, N) fp32 or fp64, taken off the similarity that a token merges by: where it is 3
+            no token merges before those where it is 0. Partners are chosen without it.
+        num_prefix_tokens: p, 0 or 1: the class token, first, which is never merged.
+        return_info: also return a `BipartiteInfo`.
+
+    Returns:
+        merged (B, N-r, D) in the dtype of `tokens`: the unmerged even tokens, then the odd ones;
+        size (B, N-r) fp32 (fp64 for fp64 tokens).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected, what came, what to do.
+    """
+    _check_arguments(tokens, metric, r, num_prefix_tokens)
+    size, penalty = check_size(size, tokens), _check_penalty(penalty, metric)
+    check_flags(return_info=return_info)
+    B, N, _ = tokens.shape
+    r = min(r, max(0, N - num_prefix_tokens) // 2)
+    if r == 0:
+        slots = torch.arange(N, dtype=torch.int32, device=tokens.device).expand(B, -1)
+    else:
+        slots = _match_op(metric.detach(), penalty, r, num_prefix_tokens)
+    info = BipartiteInfo(slots, N - r)
+    merged, size = _merged(tokens, size, info)
+    return (merged, size, info) if return_info else (merged, size)
+
+
+def apply_merge(
+    tokens: Tensor, info: BipartiteInfo | ReductionInfo, *, size: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Merge other tokens by a match already made: positions beside features, a recomputation.
+
+    Args:
+        tokens: (B, N, D), fp32, bf16, fp16 or fp64. Gradients reach tokens only.
+        info: of the `bipartite_merge` or `merge_nearest` that matched N tokens.
+        size: (B, N) or (B, N, 1) fp32 or fp64, positive, or zero of padding; None means one each.
+
+    Returns:
+        merged (B, R, D) in the dtype of `tokens`, size (B, R), as there.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected, what came, what to do.
+    """
+    check_tokens(tokens)
+    check_slots(info)
+    check_shape("tokens", tokens, (*info.slots.shape, tokens.shape[2]), "(B, N, D)")
+    check_device("tokens", tokens, "info.slots", info.slots)
+    return _merged(tokens, check_size(size, tokens), info)
+
+
+def _merged(
+    tokens: Tensor, size: Tensor | None, info: BipartiteInfo | ReductionInfo
+) -> tuple[Tensor, Tensor]:
+    """Tokens and sizes after the step; `tokens` itself where nothing is merged."""
+    B, N, _ = tokens.shape
+    if isinstance(info, ReductionInfo) or info.num_rows != N:
+        return merge_op(tokens, size, info.slots, info.num_rows)
+    if size is None:
+        size = tokens.new_ones(B, N, dtype=accumulator(tokens))
+    return tokens, size
+
+
+def _check_arguments(tokens: Tensor, metric: Tensor, r: int, num_prefix_tokens: int) -> None:
+    """Raises where one of them is not what `bipartite_merge` takes."""
+    check_tokens(tokens)
+    check_metric(metric, tokens)
+    if isinstance(r, bool) or not isinstance(r, (int, torch.SymInt)):
+        raise TypeError(message("r", "an int, the number of tokens to merge away", r))
+    if r < 0:
+        raise ValueError(message("r", "r >= 0", r))
+    if isinstance(num_prefix_tokens, bool) or not isinstance(num_prefix_tokens, int):
+        raise TypeError(message("num_prefix_tokens", "0 or 1", num_prefix_tokens))
+    if num_prefix_tokens not in (0, 1):
+        remedy = "only a class token, first, can be protected"
+        raise ValueError(message("num_prefix_tokens", "0 or 1", num_prefix_tokens, remedy))
+
+
+def check_size(size: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """Sizes (B, N) in the accumulator's dtype, without gradient; None stays None."""
+    if size is None:
+        return None
+    B, N, _ = tokens.shape
+    check_tensor("size", size, "(B, N) or (B, N, 1)", (2, 3))
+    _check_fp32_or_fp64("size", size)
+    shape = (B, N, 1)[: size.dim()]
+    check_shape("size", size, shape, "(B, N) or (B, N, 1)")
+    check_device("size", size, "tokens", tokens)
+    return size.detach().reshape(B, N).to(accumulator(tokens))
+
+
+def unit_rows(metric: Tensor) -> Tensor:
+    """metric (B, N, C) over its norm, in the accumulator's dtype; NaN where it has no direction."""
+    metric = metric.to(accumulator(metric))
+    square = metric.square().sum(2, keepdim=True)
+    has_direction = (square >= SMALLEST_SQUARE) & square.isfinite()
+    return torch.where(has_direction, metric * square.rsqrt(), float("nan"))
+
+
+def _check_penalty(penalty: Tensor | None, metric: Tensor) -> Tensor | None:
+    """Penalties (B, N) in the accumulator's dtype, without gradient; None stays None."""
+    if penalty is None:
+        return None
+    check_tensor("penalty", penalty, "(B, N)", 2)
+    _check_fp32_or_fp64("penalty", penalty)
+    check_shape("penalty", penalty, tuple(metric.shape[:2]), "(B, N)")
+    check_device("penalty", penalty, "tokens", metric)
+    return penalty.detach().to(accumulator(metric))
+
+
+def _check_fp32_or_fp64(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise TypeError(message(name, "fp32 or fp64", tensor, f"cast it: {name}.float()"))
+
+
+def match_reference(
+    metric: Tensor, penalty: Tensor | None, r: int, num_prefix_tokens: int
+) -> Tensor:
+    """The specification of the matching -> slots (B, N) int32."""
+    B, N, _ = metric.shape
+    num_a, first_b = (N + 1) // 2, (N + 1) // 2 - r
+    unit = unit_rows(metric)
+    similarity = unit[:, ::2] @ unit[:, 1::2].mT  # (B, ceil(N/2), floor(N/2))
+    best, partner = similarity.masked_fill(similarity.isnan(), float("-inf")).max(2)
+    if penalty is not None:
+        best = best - penalty[:, ::2]
+        best = best.masked_fill(best.isnan(), float("-inf"))
+    merged = largest(best[:, num_prefix_tokens:], r)
+    is_merged = merged.new_zeros(B, num_a, dtype=torch.bool)
+    is_merged.scatter_(1, merged + num_prefix_tokens, True)
+    rows = torch.arange(num_a, device=metric.device)
+    slots = partner.new_empty(B, N, dtype=torch.int32)
+    slots[:, ::2] = torch.where(is_merged, first_b + partner, rows - is_merged.cumsum(1))
+    slots[:, 1::2] = first_b + rows[: N // 2]
+    return slots
+
+
+def merge_reference(
+    tokens: Tensor, size: Tensor | None, slots: Tensor, num_rows: int
+) -> tuple[Tensor, Tensor]:
+    """The specification of the merge -> out (B, R, D), its sizes (B, R)."""
+    (B, N, D), rows = tokens.shape, flat_rows(slots, num_rows)
+    if size is None:
+        size = tokens.new_ones(B, N, dtype=accumulator(tokens))
+    out_size = sums_by(rows, size.reshape(-1), B * num_rows)
+    weight = size / _divisor(out_size).index_select(0, rows).view(B, N)
+    weighted = (tokens * weight[..., None]).reshape(B * N, D)
+    out = sums_by(rows, weighted, B * num_rows)
+    return out.to(tokens.dtype).view(B, num_rows, D), out_size.view(B, num_rows)
+
+
+def merge_backward_reference(
+    grad_out: Tensor, size: Tensor | None, out_size: Tensor, slots: Tensor
+) -> Tensor:
+    """grad_out (B, R, D) -> grad_tokens (B, N, D)."""
+    return sum_rows(grad_out, slots[..., None], shares(size, out_size, slots)[..., None])
+
+
+def shares(size: Tensor | None, out_size: Tensor, slots: Tensor) -> Tensor:
+    """w (B, N): each token's share of its row."""
+    total = _divisor(out_size).gather(1, slots.long())
+    return total.reciprocal() if size is None else size / total
+
+
+def _divisor(out_size: Tensor) -> Tensor:
+    """Rows that hold nothing divide nothing."""
+    return out_size.masked_fill(out_size == 0, 1.0)
+
+
+def _match_flops(metric_shape, *args, **kwargs) -> int:
+    """A multiply and an add for each channel of each pair."""
+    B, N, C = metric_shape
+    return 2 * B * ((N + 1) // 2) * (N // 2) * C
+
+
+def _merge_fake(tokens, size, slots, num_rows):
+    B, _, D = tokens.shape
+    sums = accumulator(tokens)
+    return tokens.new_empty(B, num_rows, D), tokens.new_empty(B, num_rows, dtype=sums)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    _, size, slots, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(size, output[1], slots)
+
+
+def _backward(ctx, grad_out, _):
+    return _merge_backward_op(grad_out, *ctx.saved_tensors), None, None, None
+
+
+def _save_shares(ctx, inputs, output) -> None:
+    ctx.R = inputs[0].shape[1]
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _backward_of_backward(ctx, grad):
+    """Linear in grad_out: the merge of `grad` by the same rows and shares."""
+    slots = ctx.saved_tensors[2]
+    return add_rows(grad, slots, shares(*ctx.saved_tensors), ctx.R), None, None, None
+
+
+def _merge_flops(tokens_shape, *args, **kwargs) -> int:
+    """A multiply and an add for each element of a token."""
+    B, N, D = tokens_shape
+    return 2 * B * N * D
+
+
+def _merge_backward_flops(grad_shape, size_shape, out_size_shape, slots_shape, **kwargs) -> int:
+    """A multiply for each element of a token."""
+    return grad_shape[2] * slots_shape[0] * slots_shape[1]
+
+
+_match_op = Operator(
+    "bipartite_match",
+    match_reference,
+    launcher=match,
+    refuses=lambda metric, *_: launch.refuses(metric, candidates=metric.shape[1] - 1),
+    fake=lambda metric, *_: metric.new_empty(metric.shape[:2], dtype=torch.int32),
+    flops=_match_flops,
+)
+
+
+merge_op = Operator(
+    "bipartite_merge",
+    merge_reference,
+    launcher=merge_fwd,
+    refuses=lambda tokens, size, slots, _: launch.refuses(tokens, candidates=slots.shape[1] - 1),
+    fake=_merge_fake,
+    flops=_merge_flops,
+    backward=_backward,
+    save=_save_for_backward,
+)
+_merge_backward_op = Operator(
+    "bipartite_merge_backward",
+    merge_backward_reference,
+    launcher=merge_bwd,
+    refuses=lambda grad_out, *_: launch.refuses(grad_out),
+    fake=lambda grad_out, size, out_size, slots: grad_out.new_empty(
+        *slots.shape, grad_out.shape[2]
+    ),
+    flops=_merge_backward_flops,
+    backward=_backward_of_backward,
+    save=_save_shares,
+)

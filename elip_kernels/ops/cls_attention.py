@@ -1,0 +1,283 @@
+"""The CLS row of attention, or another token's, without an N x N map.
+
+    generic:   a = mean_h softmax_n(scale * q_h . k_g,n), g = h // (H / G)
+                                                                        q (B, H, d), k (B, G, N, d)
+    absorbed:  z = (x - mean) * rstd of the tokens, row 0 made from `cls`;   q = W_q LN(cls) + b_q
+               u_h = gamma * (W_k,h^T q_h) * scale;   s_h(n) = u_h . z_n                  (B, H, N)
+               a = mean_h softmax_n(s_h)                                                  (B, N)
+
+What beta and the key bias add to s_h is the same for every n and cancels in the softmax. The key
+projection does not touch the N tokens: N*D*H multiply-adds instead of N*D*D. Rows are fp32 (fp64
+for fp64 tokens). No gradient: a row selects, it is not trained through.
+Source: ELIP, Eq. 2; the absorption is associativity.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elip_kernels import launch
+from elip_kernels._operator import Operator
+from elip_kernels._triton import tl, triton
+from elip_kernels._validate import (
+    check_device,
+    check_mask,
+    check_scale,
+    check_shape,
+    check_tensor,
+    message,
+)
+from elip_kernels.ops.absorbed import (
+    STATS,
+    launch_row,
+    query_arguments,
+    score_tiles,
+)
+from elip_kernels.ops.absorbed_query import (
+    QueryArguments,
+    absorbed_query,
+    launch_query,
+    query_flops,
+    takes_query,
+)
+from elip_kernels.ops.gather_ops import accumulator
+
+
+def cls_attention(
+    q: Tensor, k: Tensor, *, scale: float | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """Head mean of the softmax row of one query, from q and k.
+
+    The query may be any token's: CLS, the last token of a text, a text that looks at an image. A
+    causal model's row passes the keys that its token sees, or a mask of them::
+
+        row = elip_kernels.cls_attention(q[:, :, -1], k)  # the last token sees all N
+        row = elip_kernels.cls_attention(q[:, :, i], k[:, :, : i + 1])
+
+    Args:
+        q: (B, H, d), fp32, bf16, fp16 or fp64.
+        k: (B, G, N, d), same dtype and device. H is a multiple of G: query head h reads key head
+            h // (H / G), as in `scaled_dot_product_attention(enable_gqa=True)`; keys are not
+            repeated.
+        scale: of the scores; d ** -0.5 by default.
+        mask: (B, N) bool, True = may be attended to. A row without any is NaN.
+
+    Returns:
+        (B, N) fp32 (fp64 for fp64 inputs), without gradient.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected, what came.
+    """
+    check_tensor("q", q, "(B, H, d)", 3)
+    B, H, d = q.shape
+    if H == 0 or d == 0:
+        raise ValueError(message("q", "(B, H, d) with H and d at least 1", q))
+    check_keys(k, q)
+    check_mask(mask, (B, k.shape[2]), "q", q)
+    return _cls_attention_op(q.detach(), k.detach(), mask, check_scale(scale, d))
+
+
+def check_keys(k: Tensor, q: Tensor) -> None:
+    """Keys (B, G, N, d) beside q (B, H, .., d), of its dtype and device, G a divisor of H."""
+    check_tensor("k", k, "(B, G, N, d)", 4)
+    B, H, d = q.shape[0], q.shape[1], q.shape[-1]
+    check_shape("k", k, (B, *k.shape[1:3], d), "(B, G, N, d)")
+    if k.shape[1] < 1 or H % k.shape[1]:
+        raise ValueError(message("k", f"(B, G, N, d) with G a divisor of the {H} heads of q", k))
+    check_device("k", k, "q", q)
+    if k.dtype != q.dtype:
+        raise TypeError(message("k", f"the dtype of q, {q.dtype}", k, "cast one of them"))
+
+
+def cls_attention_from_tokens(
+    tokens: Tensor,
+    cls: Tensor,
+    *,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    k_weight: Tensor,
+    num_heads: int,
+    scale: float | None = None,
+) -> Tensor:
+    """Head mean of a pre-norm block's CLS attention row, from the tokens that enter the block.
+
+    Args:
+        tokens: (B, N, D), before the block's norm; row 0 is CLS and is replaced by `cls`.
+        cls: (B, D), the (fused) CLS token, before the norm.
+        norm_weight, norm_bias: (D,) of the block's LayerNorm, or None.
+        eps: of the LayerNorm.
+        q_weight, q_bias, k_weight: (H*d, D), (H*d,) or None, (H*d, D), as nn.Linear has them.
+        num_heads: H.
+        scale: of the scores; d ** -0.5 by default.
+
+    Returns:
+        (B, N) fp32 (fp64 for fp64 tokens), without gradient; column 0 is CLS.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected, what came.
+    """
+    norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    matrices = {"q_weight": q_weight, "k_weight": k_weight}
+    biases = {"q_bias": q_bias}
+    query = query_arguments(tokens, cls, eps, num_heads, scale, norm, matrices, biases)
+    return _from_tokens_op(tokens.detach(), *query)
+
+
+def cls_attention_reference(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """The specification of `cls_attention`."""
+    (B, H, d), (_, G, N, _), dtype = q.shape, k.shape, accumulator(q)
+    columns = q.to(dtype).reshape(B, G, H // G, d).mT
+    scores = torch.matmul(k.to(dtype), columns).mT.reshape(B, H, N) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None], float("-inf"))
+    return scores.softmax(-1).mean(1)
+
+
+def absorbed_reference(tokens: Tensor, *query: Any) -> tuple[Tensor, Tensor]:
+    """The specification of the absorbed forms, of QueryArguments -> z (B, N, D) and the softmax
+    rows (B, H, N)."""
+    dtype, arguments = accumulator(tokens), QueryArguments(*query)
+    u, cls = absorbed_query(dtype, arguments)
+    normed = F.layer_norm(tokens.to(dtype), (tokens.shape[2],), eps=arguments.eps)
+    normed[:, 0] = cls
+    return normed, torch.bmm(u, normed.mT).softmax(-1)
+
+
+@takes_query()
+def from_tokens_reference(tokens: Tensor, *query: Any) -> Tensor:
+    """The specification of `cls_attention_from_tokens` -> (B, N)."""
+    return absorbed_reference(tokens, *query)[1].mean(1)
+
+
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=STATS)
+def _keys_kernel(
+    q_ptr, k_ptr, mask_ptr, scores_ptr, tops_ptr, totals_ptr, cls_score_ptr,
+    stride_qb, stride_qh, stride_kb, stride_kh, stride_kn, stride_mb, scale, N, D,
+    GROUP: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program per (image, key head, tile of keys behind the first): scores, maximum and sum of
+    its GROUP query heads, as `scores_kernel` leaves them; the first tile's scores the first key
+    too."""
+    pid_b = tl.program_id(0).to(tl.int64)
+    pid_g = tl.program_id(1).to(tl.int64)
+    pid_t = tl.program_id(2)
+    offs_n = pid_t * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_n = offs_n < N - 1
+    mask_d = offs_d < D
+    q_ptr += pid_b * stride_qb + pid_g * GROUP * stride_qh
+    k_ptr += pid_b * stride_kb + pid_g * stride_kh
+    next_q = tl.load(q_ptr + offs_d, mask=mask_d, other=0.0)
+    first = tl.load(k_ptr + offs_d, mask=pid_t * BLOCK_D + offs_d < D, other=0.0)  # of one tile
+    k = tl.load(
+        k_ptr + (1 + offs_n)[:, None] * stride_kn + offs_d[None, :],
+        mask=mask_n[:, None] & mask_d[None, :],
+        other=0.0,
+    )  # [BLOCK_N, BLOCK_D]
+    is_open = mask_n
+    if HAS_MASK:
+        mask_ptr += pid_b * stride_mb
+        is_open = mask_n & (tl.load(mask_ptr + 1 + offs_n, mask=mask_n, other=0) != 0)
+    for i in range(0, GROUP):
+        head = (pid_b * tl.num_programs(1) + pid_g) * GROUP + i
+        q = next_q.to(tl.float32) * scale
+        q_ptr += stride_qh
+        next_q = tl.load(q_ptr + offs_d, mask=mask_d & (i + 1 < GROUP), other=0.0)
+        score = tl.where(is_open, tl.sum(k.to(tl.float32) * q[None, :], 1), float("-inf"))
+        top = tl.max(score, 0)
+        total = tl.sum(tl.where(score != float("-inf"), tl.exp(score - top), 0.0), 0)
+        tl.store(scores_ptr + head * (N - 1) + offs_n, score, mask=mask_n)
+        tl.store(tops_ptr + head * tl.num_programs(2) + pid_t, top)
+        tl.store(totals_ptr + head * tl.num_programs(2) + pid_t, total)
+        if pid_t == 0:
+            cls_score = tl.sum(first.to(tl.float32) * q, 0)
+            if HAS_MASK:
+                cls_score = tl.where(tl.load(mask_ptr) != 0, cls_score, float("-inf"))
+            tl.store(cls_score_ptr + head, cls_score)
+
+
+def _from_tokens(tokens: Tensor, *query: Any) -> Tensor:
+    """Allocate, read launch.py, launch: u, the scores, the row."""
+    B, N, _ = tokens.shape
+    arguments, tokens = QueryArguments(*query), launch.addressable(tokens)
+    out = tokens.new_empty(B, N, dtype=torch.float32)
+    if B == 0:
+        return out
+    with launch.on_device(tokens):
+        u, cls_score, _ = launch_query(arguments)
+        launch_row(*score_tiles(tokens, u, arguments.eps), cls_score, out)
+    return out
+
+
+def _cls_attention(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Allocate, read launch.py, launch."""
+    (B, G, N, d), H = k.shape, q.shape[1]
+    q, k = q if q.stride(2) == 1 else q.contiguous(), launch.addressable(k)
+    mask = mask if mask is None or mask.stride(1) == 1 else mask.contiguous()
+    out = k.new_empty(B, N, dtype=torch.float32)
+    if out.numel() == 0:
+        return out
+    T = max(1, triton.cdiv(N - 1, launch.KEYS))
+    scores, cls_score = out.new_empty(B, H, N - 1), out.new_empty(B, H)
+    tops, totals = out.new_empty(2, B, H, T)
+    with launch.on_device(k):
+        _keys_kernel[(B, G, T)](
+            *(q, k, mask, scores, tops, totals, cls_score, *q.stride()[:2], *k.stride()[:3]),
+            *(0 if mask is None else mask.stride(0), scale, N, d),
+            GROUP=H // G,
+            HAS_MASK=mask is not None,
+            BLOCK_N=launch.KEYS,
+            BLOCK_D=launch.next_power_of_2(d),
+            num_warps=4,
+            **launch.CODE,
+        )
+        launch_row(scores, tops, totals, cls_score, out)
+    return out
+
+
+def _flops(q_shape, k_shape, *args, **kwargs) -> int:
+    """2 B H N d."""
+    (B, H, d), N = q_shape, k_shape[2]
+    return 2 * B * H * N * d
+
+
+def absorbed_flops(tokens_shape: tuple[int, ...], *shapes: Any) -> int:
+    """The query's, and 2 B H N D of the scores."""
+    query = QueryArguments(*shapes[: len(QueryArguments._fields)])
+    B, N, D = tokens_shape
+    return query_flops((B, D), query.q_weight) + 2 * B * query.num_heads * N * D
+
+
+def absorbed_refuses(tokens: Tensor, *query: Any, most: int | None = None) -> str | None:
+    """Why the kernels do not take the arguments of an absorbed op, or None."""
+    arguments = QueryArguments(*query[: len(QueryArguments._fields)])
+    candidates = tokens.shape[1] - 1
+    if arguments.q_weight.shape[0] > launch.MAX_CHANNELS * arguments.num_heads:
+        return f"its kernels take heads of at most {launch.MAX_CHANNELS} channels"
+    if arguments.num_heads > launch.MAX_HEADS:
+        return f"its kernels take at most {launch.MAX_HEADS} heads"
+    tensors = (t for t in query if isinstance(t, Tensor))
+    return launch.refuses(tokens, *tensors, candidates=candidates, most=most)
+
+
+_cls_attention_op = Operator(
+    "cls_attention",
+    cls_attention_reference,
+    launcher=_cls_attention,
+    refuses=lambda q, k, *_: launch.refuses(q, k, candidates=k.shape[2] - 1),
+    fake=lambda q, k, mask, scale: k.new_empty(k.shape[0], k.shape[2], dtype=accumulator(k)),
+    flops=_flops,
+)
+_from_tokens_op = Operator(
+    "cls_attention_from_tokens",
+    from_tokens_reference,
+    launcher=_from_tokens,
+    refuses=absorbed_refuses,
+    fake=lambda tokens, *query: tokens.new_empty(tokens.shape[:2], dtype=accumulator(tokens)),
+    flops=lambda tokens_shape, *shapes, **kwargs: absorbed_flops(tokens_shape, *shapes),
+)

@@ -1,0 +1,348 @@
+"""The CLS token's attention output in a pre-norm block: no product with every token's key or value.
+
+    z    = (x - mean) * rstd of the tokens, row 0 made from `cls`                        (B, N, D)
+    u_h  = gamma * (W_k,h^T q_h) * scale,  q = W_q LN(cls) + b_q;   s_h(n) = u_h . z_n   (B, H, N)
+    m_h  = sum_n softmax_n(s_h) z_n                                                      (B, H, D)
+    o_h  = W_v,h (gamma * m_h + beta) + b_v,h                                            (B, H*d)
+
+m and o are fp32 until o is stored. One kernel takes a tile of patches through all features for all
+heads, as `scores_kernel` does, and leaves of the tile
+
+    top_h = max_n s_h(n),  total_h = sum_n exp(s_h(n) - top_h)                     (B, T, H)
+    w_h(n) = exp(s_h(n) - top_h) rstd_n,  shift_h = sum_n w_h(n) mean_n
+
+and another takes a slice of the features through the tiles, when the top and total of all of them
+and of CLS are known:
+
+    y_h = exp(s_h(cls) - top) z_cls + sum_tiles exp(top_h - top) (sum_n w_h(n) x_n - shift_h)
+    m_h = y_h / total
+
+The last takes a head's m through its rows of W_v, once for each sixteen images. So no width is too
+much, few images start many programs, and x is read twice: from L2 the second time, as far as it
+holds it, since that begins with the last image. x of two bytes enters both products as it is: u and
+w are split into rounded + rest of its type; in fp32 it is centred first. An image's numbers hang on
+nothing but its tokens, whatever the batch. No gradient: inference and scoring only.
+Source: associativity, and the softmax by tiles of Milakov and Gimelshein (2018).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elip_kernels import launch
+from elip_kernels._operator import Operator
+from elip_kernels._triton import tl, triton
+from elip_kernels.ops.absorbed import STATS, patch_scores, query_arguments, split
+from elip_kernels.ops.absorbed_query import (
+    QueryArguments,
+    launch_query,
+    matrix,
+    product,
+    takes_query,
+    vector,
+)
+from elip_kernels.ops.cls_attention import absorbed_flops, absorbed_reference, absorbed_refuses
+from elip_kernels.ops.select_device import part_and_slice
+
+
+def cls_attention_output(
+    tokens: Tensor,
+    cls: Tensor,
+    *,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    num_heads: int,
+    scale: float | None = None,
+) -> Tensor:
+    """The CLS token's attention output in a pre-norm block, before the output projection.
+
+    Args:
+        v_weight, v_bias: (H*d, D) and (H*d,) or None; the others as `cls_attention_from_tokens`.
+
+    Returns:
+        (B, H*d) in the dtype of `tokens`, without gradient.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected, what came.
+    """
+    norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    matrices = {"q_weight": q_weight, "k_weight": k_weight, "v_weight": v_weight}
+    biases = {"q_bias": q_bias, "v_bias": v_bias}
+    query = query_arguments(tokens, cls, eps, num_heads, scale, norm, matrices, biases)
+    bias = v_bias if v_bias is None else v_bias.detach()
+    return _attend_op(tokens.detach(), *query, v_weight.detach(), bias)
+
+
+def means_reference(tokens: Tensor, query: QueryArguments) -> Tensor:
+    """The specification of m (B, H, D), fp32 or fp64."""
+    normed, rows = absorbed_reference(tokens, *query)
+    return torch.bmm(rows, normed)
+
+
+@takes_query(v_weight=Tensor, v_bias=Tensor | None)
+def attend_reference(tokens: Tensor, *arguments: Any) -> Tensor:
+    """The specification of o (B, H*d)."""
+    *query, v_weight, v_bias = arguments
+    query = QueryArguments(*query)
+    means = means_reference(tokens, query)
+    gamma, beta, bias = (
+        t if t is None else t.to(means.dtype) for t in (query.norm_weight, query.norm_bias, v_bias)
+    )
+    means = means if gamma is None else means * gamma
+    means = means if beta is None else means + beta
+    value = v_weight.to(means.dtype).view(query.num_heads, -1, tokens.shape[2])
+    out = torch.einsum("bhc,hdc->bhd", means, value).flatten(1)
+    return (out if bias is None else out + bias).to(tokens.dtype)
+
+
+@triton.jit(do_not_specialize=["N", "T"], do_not_specialize_on_alignment=STATS)
+def _weights_kernel(
+    tokens_ptr, query_ptr, weights_ptr, rests_ptr, tops_ptr, totals_ptr, shifts_ptr, means_ptr,
+    stride_tb, stride_tn, N, D, H, T, eps,
+    HAS_REST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program per (image, tile of patches): w of all heads, and what the tile adds up to."""
+    tile = tl.program_id(0).to(tl.int64)
+    pid_b, pid_t = tile // T, tl.program_id(0) % T
+    offs_n = pid_t * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_h = tl.arange(0, BLOCK_H)
+    mask_n, mask_h = offs_n < N - 1, offs_h < H
+    score, mean, rstd = patch_scores(
+        tokens_ptr + pid_b * stride_tb, query_ptr + pid_b * H * D, stride_tn, offs_n, N, D, H, eps,
+        HAS_REST, WIDEN, PRECISION, BLOCK_N, BLOCK_H, BLOCK_K,
+    )  # fmt: skip
+    score = tl.where(mask_n[:, None], score, float("-inf"))
+    top = tl.max(score, 0)
+    weight = tl.exp(score - top[None, :])  # [BLOCK_N, BLOCK_H]
+    tl.store(tops_ptr + tile * H + offs_h, top, mask=mask_h)
+    tl.store(totals_ptr + tile * H + offs_h, tl.sum(weight, 0), mask=mask_h)
+    weight *= tl.where(mask_n, rstd, 0.0)[:, None]  # of nothing it is infinite where eps is 0
+    if tokens_ptr.dtype.element_ty == tl.float16:  # without variance: no infinity times 0
+        weight = tl.minimum(weight, 65504.0)
+    rounded, rest = split(weight, tokens_ptr.dtype.element_ty)
+    at = (tile * H + offs_h)[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    tl.store(weights_ptr + at, rounded, mask=mask_h[None, :])
+    if HAS_REST:
+        tl.store(rests_ptr + at, rest, mask=mask_h[None, :])
+        shift = (rounded.to(tl.float32) + rest.to(tl.float32)) * mean[:, None]
+        tl.store(shifts_ptr + tile * H + offs_h, tl.sum(shift, 0), mask=mask_h)
+    else:
+        tl.store(means_ptr + pid_b * (N - 1) + offs_n, mean, mask=mask_n)
+
+
+@triton.jit
+def _all_tiles(
+    tops_ptr, totals_ptr, shifts_ptr, cls_score, offs_h, H, T,
+    HAS_REST: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Top, total and shift [BLOCK_H] of all tiles of an image, and of CLS."""
+    offs_t = tl.arange(0, BLOCK_T)
+    top, total = cls_score, tl.full([BLOCK_H], 1.0, tl.float32)
+    shift = tl.zeros([BLOCK_H], tl.float32)
+    for t in range(0, T, BLOCK_T):
+        at = (t + offs_t)[:, None] * H + offs_h[None, :]
+        mask = (t + offs_t < T)[:, None] & (offs_h < H)[None, :]
+        tops = tl.load(tops_ptr + at, mask=mask, other=float("-inf"))
+        totals = tl.load(totals_ptr + at, mask=mask, other=0.0)
+        if HAS_REST:
+            shifts = tl.load(shifts_ptr + at, mask=mask, other=0.0)
+        above = tl.maximum(top, tl.max(tops, 0))
+        decay, share = tl.exp(top - above), tl.exp(tops - above[None, :])
+        total = total * decay + tl.sum(totals * share, 0)
+        if HAS_REST:
+            shift = shift * decay + tl.sum(shifts * share, 0)
+        top = above
+    return top, total, shift
+
+
+@triton.jit
+def _both(weight, rest, x, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
+    """(weight + rest) @ x, in fp32."""
+    if WIDEN:
+        weight, rest, x = weight.to(tl.float32), rest.to(tl.float32), x.to(tl.float32)
+    acc = tl.dot(weight, x, input_precision=PRECISION)
+    return tl.dot(rest, x, acc, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["N", "T", "TILES"], do_not_specialize_on_alignment=STATS)
+def _weigh_kernel(
+    tokens_ptr, weights_ptr, rests_ptr, tops_ptr, totals_ptr, shifts_ptr, means_ptr,
+    cls_score_ptr, cls_ptr, out_ptr, stride_tb, stride_tn, N, D, H, T, TILES,
+    HAS_REST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program per (slice of D of an image, TILES of its tiles, BLOCK_H heads)."""
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)  # what was read last is in the cache
+    pid_b, pid_d = part_and_slice(pid, D, BLOCK_D)
+    pid_b, pid_p = pid_b.to(tl.int64), tl.program_id(1)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_h = tl.program_id(2) * BLOCK_H + tl.arange(0, BLOCK_H)
+    offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_h, mask_d = offs_h < H, offs_d < D
+    tokens_ptr += pid_b * stride_tb + stride_tn
+    weights_ptr += pid_b * T * H * BLOCK_N
+    tops_ptr += pid_b * T * H
+    if HAS_REST:
+        rests_ptr += pid_b * T * H * BLOCK_N
+        shifts_ptr += pid_b * T * H
+    else:
+        means_ptr += pid_b * (N - 1)
+    cls_score = tl.load(cls_score_ptr + pid_b * H + offs_h, mask=mask_h, other=0.0)
+    # CLS and what is taken off again are of the first part
+    mask_cls = offs_d < tl.where(pid_p == 0, D, 0)
+    cls = tl.load(cls_ptr + pid_b * D + offs_d, mask=mask_cls, other=0.0)
+    first = pid_p * TILES
+    last = tl.minimum(first + TILES, T)
+    mask_top = offs_h < tl.where(first < last, H, 0)
+    tile_top = tl.load(tops_ptr + first * H + offs_h, mask=mask_top, other=0.0)
+    top, total, shift = _all_tiles(
+        tops_ptr, totals_ptr + pid_b * T * H, shifts_ptr, cls_score, offs_h, H, T,
+        HAS_REST, BLOCK_H, BLOCK_T,
+    )  # fmt: skip
+    acc = tl.exp(cls_score - top)[:, None] * cls[None, :]
+    acc -= tl.where(pid_p == 0, shift, 0.0)[:, None]
+    for t in range(first, last):
+        at = t * BLOCK_N + offs_n
+        x = tl.load(
+            tokens_ptr + at[:, None] * stride_tn + offs_d[None, :],
+            mask=(at < N - 1)[:, None] & mask_d[None, :],
+            other=0.0,
+        )  # [BLOCK_N, BLOCK_D]
+        at_w = (t * H + offs_h)[:, None] * BLOCK_N + offs_n[None, :]
+        weight = tl.load(weights_ptr + at_w, mask=mask_h[:, None], other=0.0)  # [BLOCK_H, BLOCK_N]
+        if HAS_REST:
+            rest = tl.load(rests_ptr + at_w, mask=mask_h[:, None], other=0.0)
+        else:
+            mean = tl.load(means_ptr + at, mask=at < N - 1, other=0.0)
+        mask_top = offs_h < tl.where(t + 1 < last, H, 0)
+        next_top = tl.load(tops_ptr + (t + 1) * H + offs_h, mask=mask_top, other=0.0)
+        if HAS_REST:
+            part = _both(weight, rest, x, WIDEN, PRECISION)
+        else:
+            part = tl.dot(weight, x - mean[:, None], input_precision=PRECISION)
+        acc += part * tl.exp(tile_top - top)[:, None]
+        tile_top = next_top
+    out_ptr += (pid_b * tl.num_programs(1) + pid_p) * H * D
+    at = offs_h[:, None] * D + offs_d[None, :]
+    tl.store(out_ptr + at, acc * (1.0 / total)[:, None], mask=mask_h[:, None] & mask_d[None, :])
+
+
+@triton.jit(do_not_specialize=["B", "P"])
+def _value_kernel(
+    means_ptr, norm_weight_ptr, norm_bias_ptr, v_weight_ptr, v_bias_ptr, out_ptr, stride_v,
+    B, P, D, H, W,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program per (BLOCK_B images, head of W channels); m is the sum of P parts."""
+    pid_h = tl.program_id(1)
+    offs_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    offs_w = tl.arange(0, BLOCK_W)
+    mask_b, mask_w = offs_b < B, offs_w < W
+    image, channel = offs_b.to(tl.int64)[:, None], pid_h * W + offs_w
+    v_rows = v_weight_ptr + channel[:, None] * stride_v
+    slices = tl.cdiv(D, BLOCK_D)
+    out = tl.zeros([BLOCK_B, BLOCK_W], tl.float32)
+    for step in tl.range(0, P * slices, num_stages=STAGES):
+        part, d = step // slices, step % slices * BLOCK_D
+        offs_d = d + tl.arange(0, BLOCK_D)
+        row = ((image * P + part) * H + pid_h) * D
+        mask = mask_b[:, None] & (offs_d < D)[None, :]
+        mean = tl.load(means_ptr + row + offs_d[None, :], mask=mask, other=0.0)
+        mean *= vector(norm_weight_ptr, offs_d, offs_d < D, 1.0)[None, :]
+        once = offs_d < tl.where(part == 0, D, 0)
+        mean += vector(norm_bias_ptr, offs_d, once, 0.0)[None, :]
+        value = matrix(v_rows, d, mask_w, D, BLOCK_D)
+        out = product(mean, tl.trans(value), out, SPLIT, PRECISION)
+    out += vector(v_bias_ptr, channel, mask_w, 0.0)[None, :]
+    tl.store(out_ptr + image * (H * W) + channel[None, :], out, mask_b[:, None] & mask_w[None, :])
+
+
+def _weights(tokens: Tensor, query: Tensor, eps: float) -> tuple[Tensor | None, ...]:
+    """Allocate, launch -> weights and rests (B, T, H, BLOCK_N), tops, totals, shifts (B, T, H) and
+    means (B, N-1), of which fp32 has no rests and shifts, others no means."""
+    (B, N, D), H = tokens.shape, query.shape[1]
+    settings = launch.weight_tiles(H, tokens)
+    T, wide = triton.cdiv(N - 1, settings["BLOCK_N"]), tokens.dtype == torch.float32
+    weights = tokens.new_empty(1 if wide else 2, B, T, H, settings["BLOCK_N"])
+    stats = query.new_empty(2 if wide else 3, B, T, H)
+    rests, shifts = (None, None) if wide else (weights[1], stats[2])
+    means = query.new_empty(B, N - 1) if wide else None
+    left = weights[0], rests, stats[0], stats[1], shifts, means
+    _weights_kernel[(B * T,)](
+        *(tokens, query, *left, *tokens.stride()[:2], N, D, H, T, eps), **settings, **launch.CODE
+    )
+    return left
+
+
+def weighted_means(tokens: Tensor, query: QueryArguments) -> Tensor:
+    """Allocate, read launch.py, launch: u, the weights, their sums -> m in parts (B, P, H, D)."""
+    (B, N, D), H, tokens = tokens.shape, query.num_heads, launch.addressable(tokens)
+    parts = max(1, triton.cdiv(N - 1, launch.PART))
+    means = tokens.new_empty(B, parts, H, D, dtype=torch.float32)
+    settings = launch.weigh(tokens)
+    grid = (B * triton.cdiv(D, settings["BLOCK_D"]), parts, triton.cdiv(H, settings["BLOCK_H"]))
+    u, cls_score, cls = launch_query(query, normed=True)
+    weights, *others = _weights(tokens, u, query.eps)
+    T, block_n = weights.shape[1], weights.shape[3]
+    _weigh_kernel[grid](
+        *(tokens, weights, *others, cls_score, cls, means, *tokens.stride()[:2]),
+        *(N, D, H, T, triton.cdiv(T, parts)),
+        BLOCK_N=block_n,
+        **settings,
+        **launch.CODE,
+    )
+    return means
+
+
+def _values(
+    means: Tensor, query: QueryArguments, v_weight: Tensor, v_bias: Tensor | None, out: Tensor
+) -> None:
+    """Launch: o into `out` (B, H*d)."""
+    (B, P, H, D), W = means.shape, v_weight.shape[0] // query.num_heads
+    v_weight = v_weight if v_weight.stride(1) == 1 else v_weight.contiguous()
+    vectors = (query.norm_weight, query.norm_bias, v_bias)
+    gamma, beta, bias = (t if t is None else t.contiguous() for t in vectors)
+    settings = launch.value(W, v_weight)
+    _value_kernel[(triton.cdiv(B, settings["BLOCK_B"]), H)](
+        *(means, gamma, beta, v_weight, bias, out, v_weight.stride(0), B, P, D, H, W),
+        **settings,
+        **launch.CODE,
+    )
+
+
+def _attend(tokens: Tensor, *arguments: Any) -> Tensor:
+    """Allocate, launch: m, and o of it."""
+    *query, v_weight, v_bias = arguments
+    query = QueryArguments(*query)
+    out = tokens.new_empty(tokens.shape[0], v_weight.shape[0])
+    if len(out):
+        with launch.on_device(tokens):
+            _values(weighted_means(tokens, query), query, v_weight, v_bias, out)
+    return out
+
+
+def _flops(tokens_shape, *shapes, **kwargs) -> int:
+    """The query's, 4 B H N D of scores and weighted sum, and the values' 2 B D H d."""
+    *query, v_weight, _ = shapes
+    B, N, D = tokens_shape
+    sums = B * QueryArguments(*query).num_heads * N * D
+    return absorbed_flops(tokens_shape, *query) + 2 * sums + 2 * B * D * v_weight[0]
+
+
+_attend_op = Operator(
+    "cls_attention_output",
+    attend_reference,
+    launcher=_attend,
+    refuses=lambda tokens, *query: absorbed_refuses(tokens, *query, most=tokens.shape[1]),
+    fake=lambda tokens, *arguments: tokens.new_empty(tokens.shape[0], arguments[-2].shape[0]),
+    flops=_flops,
+)

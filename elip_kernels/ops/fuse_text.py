@@ -1,0 +1,193 @@
+"""The CLS token fused with a text, and tokens that hold it: what a stage's dry run begins with.
+
+    c   = f x_cls + (1 - f) x_text, x_text first scaled to the norm of x_cls by "match"       (B, D)
+    out = [c, x_1, .., x_{N-1}]                                                            (B, N, D)
+
+A text of zeros is none: c is x_cls. One launch reads and writes each token once. No gradient: a dry
+run selects, it is not trained through. Source: ELIP, Eq. 1.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elip_kernels import launch
+from elip_kernels._operator import Operator
+from elip_kernels._triton import tl, triton
+from elip_kernels._validate import check_device, check_tensor, check_tokens, message
+from elip_kernels.ops.gather_ops import accumulator
+
+LEAST_NORM = 1e-12  # of a text, as of torch.nn.functional.normalize
+
+
+def fuse_text(
+    tokens: Tensor, text: Tensor | None, fusion: float, guidance_norm: str = "none"
+) -> Tensor:
+    """`tokens` (B, N, D) with the fused CLS token in place of token 0, without gradient; the tokens
+    themselves where no text is read.
+
+    Args:
+        tokens: (B, N, D); row 0 is CLS.
+        text: (B, D), or (1, D) for all images, or None.
+        fusion: the share of CLS, in [0, 1]; at 1 no text is read.
+        guidance_norm: "match" scales a text to the norm of its CLS token first; or "none".
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected, what came.
+    """
+    check_tokens(tokens, 1)
+    check_guidance(tokens, text, fusion, guidance_norm)
+    tokens = tokens.detach()
+    if text is None or fusion == 1:
+        return tokens
+    return _fuse_text_op(tokens, text.detach(), float(fusion), guidance_norm == "match")
+
+
+def check_guidance(tokens: Tensor, text: Tensor | None, fusion: float, guidance_norm: str) -> None:
+    """Raises TypeError or ValueError for what cannot guide `tokens` (B, N, D)."""
+    B, _, D = tokens.shape
+    if text is not None:
+        check_tensor("text", text, "(B, D) or (1, D)", 2)
+        if text.shape not in ((B, D), (1, D)):
+            raise ValueError(message("text", f"(B, D) = {(B, D)}, or (1, D) for all images", text))
+        check_device("text", text, "tokens", tokens)
+    if isinstance(fusion, bool) or not isinstance(fusion, (int, float)):
+        raise TypeError(message("fusion", "a float in [0, 1]", fusion))
+    if not 0 <= fusion <= 1:
+        raise ValueError(message("fusion", "a float in [0, 1]", fusion))
+    if guidance_norm not in ("none", "match"):
+        raise ValueError(message("guidance_norm", "'none' or 'match'", guidance_norm))
+
+
+def fuse(cls: Tensor, text: Tensor | None, fusion: float, match: bool) -> Tensor:
+    """Eq. 1 -> the fused CLS token (B, D), in the dtype of `cls`.
+
+    Args:
+        cls: (B, D).
+        text: (B, D) or (1, D), a vector of zeros being none; or None.
+        fusion: the share of `cls`, in [0, 1].
+        match: scale `text` to the norm of `cls` first.
+    """
+    if text is None or fusion == 1.0:
+        return cls
+    text = text.to(cls.dtype)
+    is_text = (text != 0).any(1, keepdim=True)
+    if match:
+        text = F.normalize(text, dim=1, eps=LEAST_NORM) * cls.norm(dim=1, keepdim=True)
+    return torch.where(is_text, fusion * cls + (1.0 - fusion) * text, cls)
+
+
+def fuse_text_reference(tokens: Tensor, text: Tensor, fusion: float, match: bool) -> Tensor:
+    """The specification: fused in full precision, and rounded once."""
+    wide = tokens[:, :1].to(accumulator(tokens))
+    cls = fuse(wide[:, 0], text, fusion, match)[:, None].to(tokens.dtype)
+    return torch.cat([cls, tokens[:, 1:]], 1)
+
+
+@triton.jit
+def fused(cls_ptr, text_ptr, offs_c, offs_t, mask, of_cls, of_text, HAS_TEXT: tl.constexpr):
+    """A slice of c, fp32 [BLOCK_B, features]."""
+    cls = tl.load(cls_ptr + offs_c, mask=mask, other=0.0).to(tl.float32)
+    if HAS_TEXT:
+        text = tl.load(text_ptr + offs_t, mask=mask, other=0.0).to(tl.float32)
+        cls = cls * of_cls[:, None] + text * of_text[:, None]
+    return cls
+
+
+@triton.jit
+def shares(
+    cls_ptr, text_ptr, row_c, row_t, mask_b, D, fusion, BLOCK_B: tl.constexpr,
+    BLOCK_R: tl.constexpr, HAS_TEXT: tl.constexpr, MATCH: tl.constexpr, LEAST_NORM: tl.constexpr,
+):  # fmt: skip
+    """What c takes of CLS and of the text, all of CLS where the text is zeros; its mean: all
+    [BLOCK_B]."""
+    of_cls = tl.full([BLOCK_B], 1.0, tl.float32)
+    of_text = tl.zeros([BLOCK_B], tl.float32)
+    sum_cls = tl.zeros([BLOCK_B], tl.float32)
+    sum_text = tl.zeros([BLOCK_B], tl.float32)
+    is_text = tl.zeros([BLOCK_B], tl.int32)
+    norm_cls = tl.zeros([BLOCK_B], tl.float32)
+    norm_text = tl.zeros([BLOCK_B], tl.float32)
+    for d in tl.range(0, D, BLOCK_R, num_stages=3):
+        offs = (d + tl.arange(0, BLOCK_R))[None, :]
+        mask = mask_b[:, None] & (offs < D)
+        cls = tl.load(cls_ptr + row_c + offs, mask=mask, other=0.0).to(tl.float32)
+        sum_cls += tl.sum(cls, 1)
+        if HAS_TEXT:
+            text = tl.load(text_ptr + row_t + offs, mask=mask, other=0.0).to(tl.float32)
+            sum_text += tl.sum(text, 1)
+            is_text = tl.maximum(is_text, tl.max((text != 0).to(tl.int32), 1))
+            if MATCH:
+                norm_cls += tl.sum(cls * cls, 1)
+                norm_text += tl.sum(text * text, 1)
+    if HAS_TEXT:
+        of_cls = tl.where(is_text == 1, fusion, 1.0)
+        of_text = tl.where(is_text == 1, 1.0 - fusion, 0.0)
+        if MATCH:
+            of_text *= tl.sqrt(norm_cls) / tl.maximum(tl.sqrt(norm_text), LEAST_NORM)
+    return of_cls, of_text, (of_cls * sum_cls + of_text * sum_text) / D
+
+
+@triton.jit(do_not_specialize=["N"])
+def _fuse_kernel(
+    tokens_ptr, text_ptr, out_ptr, stride_tb, stride_tn, stride_xb, N, D, fusion,
+    MATCH: tl.constexpr, LEAST_NORM: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One program per (image, tile of tokens behind CLS): copies; the first one fuses too."""
+    pid_b = tl.program_id(0).to(tl.int64)
+    pid_t = tl.program_id(1)
+    tokens_ptr += pid_b * stride_tb
+    text_ptr += pid_b * stride_xb
+    out_ptr += pid_b * N * D
+    if pid_t == 0:
+        first = tl.zeros([1, 1], tl.int32)
+        mask_b = tl.full([1], 1, tl.int1)
+        of_cls, of_text, _ = shares(
+            tokens_ptr, text_ptr, first, first, mask_b, D, fusion,
+            1, BLOCK_R, True, MATCH, LEAST_NORM,
+        )  # fmt: skip
+        for d in range(0, D, BLOCK_R):
+            offs = (d + tl.arange(0, BLOCK_R))[None, :]
+            c = fused(tokens_ptr, text_ptr, offs, offs, offs < D, of_cls, of_text, True)
+            tl.store(out_ptr + offs, c.to(out_ptr.dtype.element_ty), mask=offs < D)
+    offs_n = 1 + pid_t * BLOCK_N + tl.arange(0, BLOCK_N)
+    for d in range(0, D, BLOCK_D):
+        offs_d = d + tl.arange(0, BLOCK_D)
+        mask = (offs_n < N)[:, None] & (offs_d < D)[None, :]
+        x = tl.load(tokens_ptr + offs_n[:, None] * stride_tn + offs_d[None, :], mask=mask)
+        tl.store(out_ptr + offs_n[:, None] * D + offs_d[None, :], x, mask=mask)
+
+
+def _fuse_text(tokens: Tensor, text: Tensor, fusion: float, match: bool) -> Tensor:
+    """Allocate, read launch.py, launch."""
+    B, N, D = tokens.shape
+    tokens = launch.addressable(tokens)
+    text = text if text.stride(1) == 1 else text.contiguous()
+    out = tokens.new_empty(B, N, D)
+    if B == 0:
+        return out
+    block_n, block_d, num_warps = launch.copy(tokens.element_size())
+    with launch.on_device(tokens):
+        _fuse_kernel[(B, max(1, triton.cdiv(N - 1, block_n)))](
+            *(tokens, text, out, *tokens.stride()[:2]),
+            *(0 if text.shape[0] == 1 else text.stride(0), N, D, fusion),
+            MATCH=match,
+            LEAST_NORM=LEAST_NORM,
+            BLOCK_N=block_n,
+            BLOCK_D=block_d,
+            BLOCK_R=launch.FEATURES,
+            num_warps=num_warps,
+            **launch.CODE,
+        )
+    return out
+
+
+_fuse_text_op = Operator(
+    "fuse_text",
+    fuse_text_reference,
+    launcher=_fuse_text,
+    refuses=lambda tokens, text, *_: launch.refuses(tokens, text, candidates=tokens.shape[1] - 1),
+    fake=lambda tokens, *_: tokens.new_empty(tokens.shape),
+    flops=lambda *_, **__: 0,
+)

@@ -1,0 +1,220 @@
+"""Merge each dropped token into the kept one that is most alike, by a mean weighted by sizes.
+
+    tokens x (B, N, D), p prefix tokens first;  kept (B, K) positions, all others are dropped
+    unit    = metric / |metric| in fp32
+    slot_n  = n of a prefix token, p + k of kept_k, and of a dropped one
+              p + argmax_k unit_n . unit_(kept_k)                    ties: the lower k
+    S_i     = sum of size_n over slot_n = i;  w_n = size_n / S_(slot_n)
+    out_i   = sum of w_n x_n over slot_n = i                         (B, p+K, D), sizes S (B, p+K)
+    grad_x_n = w_n grad_out_(slot_n)
+
+Ties are those of the computed values. Prefix tokens stay as they are, and nothing joins them. A
+metric with NaN, or whose squared norm is no normal number, has no direction: others rank before it,
+and it joins the first token that is kept. No gradient to metric and sizes. The merge is that of
+`bipartite.py`, with what it says of sums. The kernel never writes the similarities, 2 B N K C
+operations in tiles: those of kept tokens too, which cost less than to leave them out.
+"""
+
+from typing import Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elip_kernels import launch
+from elip_kernels._operator import Operator
+from elip_kernels._triton import tl, triton
+from elip_kernels._validate import (
+    check_device,
+    check_flags,
+    check_mask,
+    check_metric,
+    check_prefix,
+    check_tokens,
+    message,
+)
+from elip_kernels.info import ReductionInfo
+from elip_kernels.ops.bipartite import check_size, merge_op, shares, unit_rows
+from elip_kernels.ops.bipartite_kernels import SMALLEST_SQUARE, inverse_norm, tile_products
+from elip_kernels.ops.gather_ops import accumulator, take_rows
+
+
+@overload
+def merge_nearest(
+    tokens: Tensor, kept: Tensor, metric: Tensor, *, size: Tensor | None = ...,
+    mask: Tensor | None = ..., num_prefix_tokens: int = ..., return_info: Literal[False] = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def merge_nearest(
+    tokens: Tensor, kept: Tensor, metric: Tensor, *, size: Tensor | None = ...,
+    mask: Tensor | None = ..., num_prefix_tokens: int = ..., return_info: Literal[True],
+) -> tuple[Tensor, Tensor, ReductionInfo]: ...  # fmt: skip
+@overload
+def merge_nearest(
+    tokens: Tensor, kept: Tensor, metric: Tensor, *, size: Tensor | None = ...,
+    mask: Tensor | None = ..., num_prefix_tokens: int = ..., return_info: bool,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, ReductionInfo]: ...  # fmt: skip
+def merge_nearest(
+    tokens: Tensor,
+    kept: Tensor,
+    metric: Tensor,
+    *,
+    size: Tensor | None = None,
+    mask: Tensor | None = None,
+    num_prefix_tokens: int = 1,
+    return_info: bool = False,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, ReductionInfo]:
+    """Merge each token that is not kept into the kept one whose metric is most alike.
+
+        kept = elip_kernels.select_tokens(attn, 0.5)
+        tokens, size = elip_kernels.merge_nearest(tokens, kept, keys.mean(1))
+
+    Args:
+        tokens: (B, N, D), fp32, bf16, fp16 or fp64. Gradients reach tokens only.
+        kept: (B, K) int64, of each image different positions from p to N-1, in the order in which
+            they leave; -1 is a row of padding.
+        metric: (B, N, C), what likeness (its cosine) is measured on, such as the head mean of the
+            keys.
+        size: (B, N) or (B, N, 1) fp32 or fp64, positive: how many tokens each stands for, or
+            another weight, such as attention; 0 of what weighs nothing. None means one each.
+        mask: (B, N) bool, True = real. Padding goes nowhere, and nothing joins it.
+        num_prefix_tokens: p, tokens that always stay, first.
+        return_info: also return a `ReductionInfo`.
+
+    Returns:
+        merged (B, p+K, D) in the dtype of `tokens`: prefix tokens, then kept ones, each the mean of
+        what it holds; size (B, p+K) fp32 (fp64 for fp64 tokens), their sums. A row of padding is
+        zero, and so is its size.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected, what came, what to do.
+    """
+    check_tokens(tokens)
+    (B, N, _), p = tokens.shape, num_prefix_tokens
+    check_prefix(p, N)
+    _check_kept(kept, tokens, p)
+    check_metric(metric, tokens)
+    size = check_size(size, tokens)
+    check_mask(mask, (B, N), "tokens", tokens)
+    check_flags(return_info=return_info)
+    targets = kept
+    if mask is not None:
+        is_real = (kept >= 0) & mask.gather(1, kept.clamp(min=0))
+        targets = kept.masked_fill(~is_real, -1)
+        tokens = tokens.masked_fill(~mask[..., None], 0.0)
+        size = mask.to(accumulator(tokens)) if size is None else size.masked_fill(~mask, 0.0)
+    slots = _match_op(metric.detach(), targets, p)
+    merged, sizes = merge_op(tokens, size, slots, p + kept.shape[1])
+    if not return_info:
+        return merged, sizes
+    mask = None if mask is None else torch.cat([mask[:, :p], is_real], dim=1)
+    weights = shares(size, sizes, slots)
+    return merged, sizes, ReductionInfo(kept, weights, mask, p, merged=False, slots=slots)
+
+
+def _check_kept(kept: Tensor, tokens: Tensor, num_prefix_tokens: int) -> None:
+    (B, N, _), expected = tokens.shape, "positions (B, K) int64 with 1 <= K <= N-p"
+    if not isinstance(kept, Tensor) or kept.dtype != torch.int64:
+        raise TypeError(message("kept", expected, kept, "elip_kernels.select_tokens makes them"))
+    fits = kept.dim() == 2 and kept.shape[0] == B
+    if not fits or not 1 <= kept.shape[1] <= N - num_prefix_tokens:
+        raise ValueError(message("kept", f"{expected} = {N - num_prefix_tokens}, B = {B}", kept))
+    check_device("kept", kept, "tokens", tokens)
+
+
+def match_reference(metric: Tensor, kept: Tensor, num_prefix_tokens: int) -> Tensor:
+    """The specification of the matching -> slots (B, N) int32."""
+    (B, N, _), K, p = metric.shape, kept.shape[1], num_prefix_tokens
+    unit, is_target = unit_rows(metric), kept >= 0
+    similarity = unit @ take_rows(unit, kept.clamp(min=0)).mT  # (B, N, K)
+    least = torch.finfo(similarity.dtype).min
+    similarity = similarity.masked_fill(similarity.isnan(), least)
+    partner = similarity.masked_fill(~is_target[:, None], float("-inf")).max(2).indices
+    rows = torch.arange(p, p + K, device=metric.device).expand(B, -1)
+    slots = F.pad(p + partner, (0, 1)).scatter(1, kept.where(is_target, N), rows)[:, :N].int()
+    slots[:, :p] = torch.arange(p, device=metric.device)
+    return slots
+
+
+LEAST = tl.constexpr(torch.finfo(torch.float32).min)
+
+
+@triton.jit(do_not_specialize=["N", "K"])
+def _nearest_kernel(
+    metric_ptr, kept_ptr, slots_ptr, stride_mb, stride_mn, N, K, C,
+    P: tl.constexpr, SMALLEST_SQUARE: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program per (image, BLOCK_N tokens): products with tiles of kept, running arg-max."""
+    pid_b = tl.program_id(0).to(tl.int64)
+    metric_ptr += pid_b * stride_mb
+    kept_ptr += pid_b * K
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    best = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    nearest = tl.zeros([BLOCK_N], tl.int32)
+    own = tl.full([BLOCK_N], -1, tl.int32)
+    offs_k = tl.arange(0, BLOCK_K)
+    following = tl.load(kept_ptr + offs_k, mask=offs_k < K, other=-1)
+    for start_k in range(0, K, BLOCK_K):
+        kept = following.to(tl.int32)  # the next tile's are under way while this one is multiplied
+        is_kept = (kept >= 0) & (kept < N)
+        offs_k = start_k + tl.arange(0, BLOCK_K)
+        further = offs_k + BLOCK_K
+        following = tl.load(kept_ptr + further, mask=further < K, other=-1)
+        product, square_n, square_k = tile_products(
+            metric_ptr, stride_mn, offs_n, kept, mask_n, is_kept, C,
+            WIDEN, BLOCK_N, BLOCK_K, BLOCK_C,
+        )  # fmt: skip
+        similarity = product * inverse_norm(square_k, SMALLEST_SQUARE)[None, :]
+        similarity = similarity * inverse_norm(square_n, SMALLEST_SQUARE)[:, None]
+        similarity = tl.where(similarity == similarity, similarity, LEAST)
+        similarity = tl.where(is_kept[None, :], similarity, float("-inf"))
+        tile_best, tile_nearest = tl.max(similarity, 1, return_indices=True)
+        is_better = tile_best > best
+        best = tl.where(is_better, tile_best, best)
+        nearest = tl.where(is_better, start_k + tile_nearest, nearest)
+        is_own = kept[None, :] == offs_n[:, None]
+        own = tl.maximum(own, tl.max(tl.where(is_own, offs_k[None, :], -1), 1))
+    slot = P + tl.where(own < 0, nearest, own)
+    slot = tl.where(offs_n < P, offs_n, slot)
+    tl.store(slots_ptr + pid_b * N + offs_n, slot, mask=mask_n)
+
+
+def _match(metric: Tensor, kept: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Allocate, read launch.py, launch."""
+    (B, N, C), K = metric.shape, kept.shape[1]
+    metric, kept = launch.addressable(metric), kept.contiguous()
+    slots = metric.new_empty(B, N, dtype=torch.int32)
+    block_n, block_k, block_c, num_warps = launch.bipartite_match(C, metric.element_size())
+    if B == 0:
+        return slots
+    with launch.on_device(metric):
+        _nearest_kernel[(B, triton.cdiv(N, block_n))](
+            *(metric, kept, slots, metric.stride(0), metric.stride(1), N, K, C),
+            P=num_prefix_tokens,
+            SMALLEST_SQUARE=SMALLEST_SQUARE,
+            WIDEN=triton.knobs.runtime.interpret,
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+            BLOCK_C=block_c,
+            num_warps=num_warps,
+            **launch.CODE,
+        )
+    return slots
+
+
+def _match_flops(metric_shape, kept_shape, *args, **kwargs) -> int:
+    """A multiply and an add for each channel of each pair of a token and a kept one."""
+    (B, N, C), K = metric_shape, kept_shape[1]
+    return 2 * B * N * K * C
+
+
+_match_op = Operator(
+    "nearest_match",
+    match_reference,
+    launcher=_match,
+    refuses=lambda metric, *_: launch.refuses(metric, candidates=metric.shape[1] - 1),
+    fake=lambda metric, *_: metric.new_empty(metric.shape[:2], dtype=torch.int32),
+    flops=_match_flops,
+)

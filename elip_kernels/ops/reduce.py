@@ -1,0 +1,395 @@
+"""Keep the K most attended tokens in image order and merge the others into one.
+
+    tokens x (B, N, D), p prefix tokens first; scores a (B, N-p); K kept candidates
+    kept    = the K largest a, ascending; ties: the lower index; NaN after all numbers, padding last
+    w_n     = a_n / (sum of dropped a + 1e-6) for dropped n, 0 where a_n is not finite
+    out     = [x_prefix, x_kept, sum_n w_n x_n]                                  (B, p+K+1, D)
+    grad_x_n = grad_out[slot_n] for kept and prefix tokens, w_n * grad_out[p+K] for the others
+
+The scores get no gradient. Sums are fp32 (fp64 if an input is fp64), kept rows are bit-exact.
+Traffic: every program reads N scores and moves its slice of D once: x in, out out, nothing twice.
+Beyond 1,024 candidates selection and movement are two launches, the latter by tiles (`move.py`).
+Source: ELIP, Eq. 3 and 4; EViT's unnormalised weights with `normalize=False`.
+"""
+
+from typing import Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elip_kernels import launch
+from elip_kernels._operator import Operator
+from elip_kernels._triton import tl, triton
+from elip_kernels._validate import check_flags, reduce_arguments
+from elip_kernels.info import ReductionInfo
+from elip_kernels.ops.gather_ops import (
+    accumulator,
+    add_rows,
+    merge_rows,
+    order_key,
+    sum_rows,
+    take_rows,
+)
+from elip_kernels.ops.scatter_tokens import empty_outputs, launch_move
+from elip_kernels.ops.select_device import (
+    load_tile,
+    move_tile,
+    part_and_slice,
+    select_and_weigh,
+    store_prefix,
+    store_selection,
+)
+from elip_kernels.ops.select_kernels import launch_select
+
+EPSILON = 1e-6  # added to the dropped mass before dividing by it (Eq. 4)
+
+
+@overload
+def reduce(
+    tokens: Tensor, attn: Tensor, keep: int | float, *, merge: bool = ..., normalize: bool = ...,
+    mask: Tensor | None = ..., num_prefix_tokens: int = ..., return_info: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def reduce(
+    tokens: Tensor, attn: Tensor, keep: int | float, *, merge: bool = ..., normalize: bool = ...,
+    mask: Tensor | None = ..., num_prefix_tokens: int = ..., return_info: Literal[True],
+) -> tuple[Tensor, ReductionInfo]: ...  # fmt: skip
+@overload
+def reduce(
+    tokens: Tensor, attn: Tensor, keep: int | float, *, merge: bool = ..., normalize: bool = ...,
+    mask: Tensor | None = ..., num_prefix_tokens: int = ..., return_info: bool,
+) -> Tensor | tuple[Tensor, ReductionInfo]: ...  # fmt: skip
+def reduce(
+    tokens: Tensor,
+    attn: Tensor,
+    keep: int | float,
+    *,
+    merge: bool = True,
+    normalize: bool = True,
+    mask: Tensor | None = None,
+    num_prefix_tokens: int = 1,
+    return_info: bool = False,
+) -> Tensor | tuple[Tensor, ReductionInfo]:
+    """Keep the `keep` most attended tokens in image order, merge the rest into one (ELIP, Eq. 3-4).
+
+    Args:
+        tokens: (B, N, D), fp32, bf16, fp16 or fp64. Gradients reach tokens only.
+        attn: scores (B, N-p) or (B, N); or attention rows (B, H, N) or a whole map (B, H, N, N),
+            whose CLS row is averaged over heads. Any of the same dtypes. Merging takes them as
+            masses, not negative.
+        keep: int, candidates to keep; or float ratio r in (0, 1] of the N-p candidates,
+            max(1, int(r * (N-p))). Keeping all returns `tokens` itself.
+        merge: append the weighted sum of the dropped tokens.
+        normalize: divide its weights by their sum + 1e-6.
+        mask: (B, N) bool, True = real. Padding is neither kept nor merged while real tokens
+            remain, and fills the last slots where there are fewer real ones than `keep`.
+        num_prefix_tokens: p, tokens that always stay, first.
+        return_info: also return a `ReductionInfo`.
+
+    Returns:
+        (B, p+keep+1, D), or (B, p+keep, D) without merging, in the dtype of `tokens`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected, what came, what to do.
+    """
+    scores, keep = reduce_arguments(tokens, attn, keep, mask, num_prefix_tokens)
+    check_flags(merge=merge, normalize=normalize, return_info=return_info)
+    if keep == scores.shape[1]:
+        info = _keep_all_info(tokens, scores, mask, num_prefix_tokens) if return_info else None
+        return (tokens, info) if return_info else tokens
+    out, kept, weights, _ = reduce_op(
+        tokens, scores, mask, keep, num_prefix_tokens, merge, normalize
+    )
+    if not return_info:
+        return out
+    mask = _output_mask(mask, kept, num_prefix_tokens, merge)
+    return out, ReductionInfo(kept, weights, mask, num_prefix_tokens, merge)
+
+
+def _output_mask(
+    mask: Tensor | None, kept: Tensor, num_prefix_tokens: int, merge: bool
+) -> Tensor | None:
+    """True where an output token is real; the merged one is, if a real token was dropped."""
+    if mask is None:
+        return None
+    parts = [mask[:, :num_prefix_tokens], mask.gather(1, kept)]
+    if merge:
+        parts.append(mask[:, num_prefix_tokens:].sum(1, keepdim=True) > kept.shape[1])
+    return torch.cat(parts, dim=1)
+
+
+def _keep_all_info(
+    tokens: Tensor, scores: Tensor, mask: Tensor | None, num_prefix_tokens: int
+) -> ReductionInfo:
+    B, N, _ = tokens.shape
+    kept = torch.arange(num_prefix_tokens, N, device=tokens.device).expand(B, -1)
+    weights = tokens.new_zeros(B, N, dtype=accumulator(tokens, scores))
+    return ReductionInfo(kept, weights, mask, num_prefix_tokens, merged=False)
+
+
+def reduce_reference(
+    tokens: Tensor,
+    scores: Tensor,
+    mask: Tensor | None,
+    keep: int,
+    num_prefix_tokens: int,
+    merge: bool,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The specification -> out (B, R, D), kept (B, K), weights (B, N), slots (B, N) int32."""
+    B, N, _ = tokens.shape
+    first_dropped = num_prefix_tokens + keep
+    real = None if mask is None else mask[:, num_prefix_tokens:]
+    scores = scores.to(accumulator(tokens, scores))
+    place = F.pad(places(scores, real, keep) + num_prefix_tokens, (num_prefix_tokens, 0))
+    index = torch.arange(N, device=tokens.device)
+    place[:, :num_prefix_tokens] = index[:num_prefix_tokens]
+    order = torch.empty_like(place).scatter_(1, place, index.expand(B, -1))
+    # The row of the merged token is read as one more token's, and then overwritten.
+    out, weights = take_rows(tokens, order[:, : first_dropped + int(merge)]), scores.new_zeros(B, N)
+    if merge:
+        dropped = order[:, first_dropped:]
+        weight = scores.gather(1, dropped - num_prefix_tokens).nan_to_num(0.0, 0.0, 0.0)
+        if mask is not None:
+            weight = weight * mask.gather(1, dropped)
+        if normalize:
+            weight = weight / (weight.sum(1, keepdim=True) + EPSILON)
+        weights.scatter_(1, dropped, weight)
+        out[:, -1] = merge_rows(tokens, dropped, weight)
+    kept = order[:, num_prefix_tokens:first_dropped].clone(memory_format=torch.contiguous_format)
+    return out, kept, weights, place.clamp(max=first_dropped).int()
+
+
+def places(scores: Tensor, real: Tensor | None, keep: int) -> Tensor:
+    """(B, N-p): the output rows of those that are kept, 0 .. K-1, then places of the others; each
+    in image order, but padding that is kept comes last of those."""
+    key = order_key(scores, real)
+    last = key.topk(keep, dim=1, sorted=False).values.amin(1, keepdim=True)  # that is kept
+    above, equal = key > last, key == last
+    is_kept = above | (equal & (equal.cumsum(1) <= keep - above.sum(1, keepdim=True)))
+    count = is_kept.cumsum(1)
+    others = torch.arange(keep, keep + scores.shape[1], device=scores.device) - count
+    if real is not None:
+        fills = is_kept & ~real
+        filled = fills.cumsum(1)
+        count = torch.where(fills, keep - filled[:, -1:] + filled, count - filled)
+    return torch.where(is_kept, count - 1, others)
+
+
+def reduce_backward_reference(
+    grad_out: Tensor, slots: Tensor, weights: Tensor, merge: bool
+) -> Tensor:
+    """grad_out (B, R, D) -> grad_tokens (B, N, D)."""
+    R = grad_out.shape[1]
+    rows, scale = _movement(slots, weights, R, merge)
+    grad = sum_rows(grad_out, rows[..., None], scale[..., None])
+    return grad if merge else grad.masked_fill_((slots == R)[..., None], 0.0)
+
+
+def _movement(slots: Tensor, weights: Tensor, R: int, merge: bool) -> tuple[Tensor, Tensor]:
+    """The row (B, N) that each token goes to, of R, and its factor: 0 where it is dropped."""
+    scale = weights.masked_fill(slots < R - int(merge), 1.0)
+    return slots.clamp(max=R - 1).long(), scale
+
+
+@triton.jit(do_not_specialize=["N", "K"])
+def _reduce_fwd_kernel(
+    tokens_ptr, scores_ptr, mask_ptr, out_ptr, kept_ptr, weights_ptr, slots_ptr,
+    stride_tb, stride_tn, stride_sb, stride_mb, N, K, D,
+    P: tl.constexpr, MERGE: tl.constexpr, NORMALIZE: tl.constexpr, HAS_MASK: tl.constexpr,
+    EPSILON: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program per (image, slice of D); each derives the selection anew from the N-P scores."""
+    pid_b, pid_d = part_and_slice(tl.program_id(0), D, BLOCK_D)
+    pid_b = pid_b.to(tl.int64)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_n = offs_n < N - P
+    mask_d = offs_d < D
+    tokens_ptr += pid_b * stride_tb
+    out_ptr += pid_b * (P + K + MERGE) * D
+    if MERGE:  # every row is needed: its load runs while the selection is made
+        x = load_tile(tokens_ptr, stride_tn, offs_n, offs_d, mask_n, mask_d, P)
+    score = tl.load(scores_ptr + pid_b * stride_sb + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    is_real = mask_n
+    if HAS_MASK:
+        real = tl.load(mask_ptr + pid_b * stride_mb + P + offs_n, mask=mask_n, other=0)
+        is_real = mask_n & (real != 0)
+    is_kept, slot, weight = select_and_weigh(score, is_real, mask_n, K, MERGE, NORMALIZE, EPSILON)
+    if pid_d == 0:
+        store_selection(
+            kept_ptr, weights_ptr, slots_ptr, is_kept, slot, weight, offs_n, mask_n, pid_b, N, K, P
+        )
+        store_prefix(weights_ptr, slots_ptr, pid_b, N, P)
+    if not MERGE:
+        x = load_tile(tokens_ptr, stride_tn, offs_n, offs_d, is_kept, mask_d, P)
+    move_tile(
+        tokens_ptr, out_ptr, x, is_kept, slot, weight, stride_tn, offs_d, mask_d, K, D, P, MERGE
+    )
+
+
+@triton.jit(do_not_specialize=["N", "R"])
+def _reduce_bwd_kernel(
+    grad_out_ptr, slots_ptr, weights_ptr, grad_ptr, N, R, D,
+    MERGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program per (image, BLOCK_N tokens, slice of D); a row is written once, no atomics."""
+    pid, pid_d = part_and_slice(tl.program_id(0), D, BLOCK_D)
+    tiles = tl.cdiv(N, BLOCK_N)
+    pid_b = (pid // tiles).to(tl.int64)
+    offs_n = pid % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_n = offs_n < N
+    mask_d = offs_d < D
+    slot = tl.load(slots_ptr + pid_b * N + offs_n, mask=mask_n, other=0)
+    is_copied = slot < R - MERGE
+    weight = tl.zeros([BLOCK_N], tl.float32)
+    if MERGE:
+        weight = tl.load(weights_ptr + pid_b * N + offs_n, mask=mask_n, other=0.0)
+    g = tl.load(
+        grad_out_ptr + pid_b * R * D + slot[:, None] * D + offs_d[None, :],
+        mask=(mask_n & (slot < R))[:, None] & mask_d[None, :],
+        other=0.0,
+    )  # [BLOCK_N, BLOCK_D]
+    scaled = g.to(tl.float32) * tl.where(is_copied, 1.0, weight)[:, None]
+    tl.store(
+        grad_ptr + pid_b * N * D + offs_n[:, None] * D + offs_d[None, :],
+        scaled.to(g.dtype),
+        mask=mask_n[:, None] & mask_d[None, :],
+    )
+
+
+def _reduce_fwd(
+    tokens: Tensor,
+    scores: Tensor,
+    mask: Tensor | None,
+    keep: int,
+    num_prefix_tokens: int,
+    merge: bool,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Allocate, read launch.py, launch."""
+    B, N, D = tokens.shape
+    tokens = launch.addressable(tokens)
+    scores = scores if scores.stride(1) == 1 else scores.contiguous()
+    mask = mask if mask is None or mask.stride(1) == 1 else mask.contiguous()
+    out, kept, weights, slots = empty_outputs(tokens, keep, num_prefix_tokens, merge)
+    if tokens.numel() == 0:
+        return out, kept, weights, slots
+    if scores.shape[1] > launch.MAX_MOVED:
+        real = None if mask is None else mask[:, num_prefix_tokens:]
+        flags = {"merge": merge, "normalize": normalize, "epsilon": EPSILON}
+        with launch.on_device(tokens):
+            launch_select(
+                *(scores, real, kept, weights, slots), num_prefix_tokens=num_prefix_tokens, **flags
+            )
+            launch_move(tokens, out, weights, slots, merge=merge)
+        return out, kept, weights, slots
+    block_n, block_d, num_warps = launch.reduce_forward(scores.shape[1], tokens.element_size())
+    with launch.on_device(tokens):
+        _reduce_fwd_kernel[(B * triton.cdiv(D, block_d),)](
+            *(tokens, scores, mask, out, kept, weights, slots),
+            *(tokens.stride(0), tokens.stride(1), scores.stride(0)),
+            *(0 if mask is None else mask.stride(0), N, keep, D),
+            P=num_prefix_tokens,
+            MERGE=merge,
+            NORMALIZE=normalize,
+            HAS_MASK=mask is not None,
+            EPSILON=EPSILON,
+            BLOCK_N=block_n,
+            BLOCK_D=block_d,
+            num_warps=num_warps,
+            **launch.CODE,
+        )
+    return out, kept, weights, slots
+
+
+def _reduce_bwd(grad_out: Tensor, slots: Tensor, weights: Tensor, merge: bool) -> Tensor:
+    """Allocate, read launch.py, launch."""
+    grad_out = grad_out.contiguous()
+    (B, R, D), N = grad_out.shape, slots.shape[1]
+    grad = grad_out.new_empty(B, N, D)
+    block_n, block_d, num_warps = launch.reduce_backward(grad_out.element_size())
+    if grad.numel() == 0:
+        return grad
+    with launch.on_device(grad_out):
+        _reduce_bwd_kernel[(B * triton.cdiv(N, block_n) * triton.cdiv(D, block_d),)](
+            *(grad_out, slots, weights, grad, N, R, D),
+            MERGE=merge,
+            BLOCK_N=block_n,
+            BLOCK_D=block_d,
+            num_warps=num_warps,
+            **launch.CODE,
+        )
+    return grad
+
+
+def _fake(tokens, scores, mask, keep, num_prefix_tokens, merge, normalize):
+    weights = accumulator(tokens, scores)
+    return empty_outputs(tokens, keep, num_prefix_tokens, merge, weights=weights)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    _, kept, weights, slots = output
+    ctx.mark_non_differentiable(kept, weights, slots)
+    ctx.save_for_backward(slots, weights)
+    ctx.merge = inputs[5]
+
+
+def _backward(ctx, grad_out, *_):
+    return reduce_backward_op(grad_out, *ctx.saved_tensors, ctx.merge), *[None] * 6
+
+
+def _save_movement(ctx, inputs, output) -> None:
+    grad_out, slots, weights, ctx.merge = inputs
+    ctx.R = grad_out.shape[1]
+    ctx.save_for_backward(slots, weights)
+
+
+def _backward_of_backward(ctx, grad):
+    """Linear in grad_out: the tokens' movement by the same rows and weights."""
+    rows, scale = _movement(*ctx.saved_tensors, ctx.R, ctx.merge)
+    return add_rows(grad, rows, scale, ctx.R), None, None, None
+
+
+def _flops(tokens_shape, scores_shape, mask_shape, keep, p, merge, *args, **kwargs) -> int:
+    """A multiply and an add for each element of a dropped token that is merged."""
+    B, candidates = scores_shape
+    return 2 * B * (candidates - keep) * tokens_shape[2] * merge
+
+
+def _backward_fake(grad_out, slots, weights, merge):
+    return grad_out.new_empty(*slots.shape, grad_out.shape[2])
+
+
+def _backward_flops(grad_out_shape, slots_shape, weights_shape, merge, *args, **kwargs) -> int:
+    """A multiply for each element of a dropped token that was merged."""
+    B, R, D = grad_out_shape
+    return B * (slots_shape[1] + 1 - R) * D * merge
+
+
+reduce_op = Operator(
+    "reduce",
+    reduce_reference,
+    launcher=_reduce_fwd,
+    refuses=lambda tokens, scores, mask, keep, num_prefix_tokens, *_: launch.refuses(
+        *(tokens, scores),
+        candidates=scores.shape[1],
+        num_prefix_tokens=num_prefix_tokens,
+    ),
+    fake=_fake,
+    flops=_flops,
+    backward=_backward,
+    save=_save_for_backward,
+)
+reduce_backward_op = Operator(
+    "reduce_backward",
+    reduce_backward_reference,
+    launcher=_reduce_bwd,
+    refuses=lambda grad_out, slots, weights, merge: launch.refuses(grad_out, weights),
+    fake=_backward_fake,
+    flops=_backward_flops,
+    backward=_backward_of_backward,
+    save=_save_movement,
+)

@@ -1,0 +1,309 @@
+"""A whole stage boundary of scorer `last`, four kernels: the fused CLS token's row selects, then
+tokens move.
+
+    c    = f x_cls + (1 - f) x_text, where there is a text                              (B, D)
+    a    = the CLS row of a pre-norm block, absorbed, with c in place of token 0        (B, N)
+    out  = reduce(tokens, a, K): [x_cls, x_kept, merged]                                (B, K+2, D)
+
+The first makes the query u of the CLS token (`absorbed_query.py`); the second reads the tokens once
+and leaves 4 HN bytes of scores (`absorbed.py`); the third makes the row of an image's scores, and
+what it selects; the fourth moves each slice of D once, a tile of tokens after the other, however
+many there are. An image selects the same bits whatever the batch it is in. `tokens` and the fused
+CLS token are apart, so nothing is copied to put one into the other: x_cls of the output is the
+token's own. So are the tokens that are `scored`, where a dry run has gone ahead, and those that
+move. Gradients reach `tokens` through the movement, as in `reduce`; the row gets none.
+Source: ELIP, Eq. 1-4, the last layer's row read from the tokens as they enter the stage.
+"""
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from elip_kernels import launch
+from elip_kernels._operator import Operator
+from elip_kernels._triton import tl, triton
+from elip_kernels._validate import (
+    check_device,
+    check_flags,
+    check_keep,
+    check_shape,
+    check_tensor,
+    message,
+)
+from elip_kernels.info import ReductionInfo
+from elip_kernels.ops.absorbed import (
+    STATS,
+    launch_row,
+    query_arguments,
+    row_of_scores,
+    score_tiles,
+)
+from elip_kernels.ops.absorbed_query import QueryArguments, launch_query, takes_query
+from elip_kernels.ops.cls_attention import absorbed_flops, absorbed_reference, absorbed_refuses
+from elip_kernels.ops.gather_ops import accumulator
+from elip_kernels.ops.reduce import (
+    EPSILON,
+    reduce_backward_op,
+    reduce_reference,
+)
+from elip_kernels.ops.scatter_tokens import empty_outputs, launch_move
+from elip_kernels.ops.select_device import select_and_weigh, store_prefix, store_selection
+from elip_kernels.ops.select_kernels import launch_select
+
+
+@overload
+def score_reduce(
+    tokens: Tensor, cls: Tensor, keep: int | float, *, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, eps: float, q_weight: Tensor, q_bias: Tensor | None,
+    k_weight: Tensor, num_heads: int, scale: float | None = ..., text: Tensor | None = ...,
+    fusion: float = ..., guidance_norm: Literal["none", "match"] = ..., merge: bool = ...,
+    normalize: bool = ..., scored: Tensor | None = ...,
+    row: Tensor | None = ..., return_info: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def score_reduce(
+    tokens: Tensor, cls: Tensor, keep: int | float, *, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, eps: float, q_weight: Tensor, q_bias: Tensor | None,
+    k_weight: Tensor, num_heads: int, scale: float | None = ..., text: Tensor | None = ...,
+    fusion: float = ..., guidance_norm: Literal["none", "match"] = ..., merge: bool = ...,
+    normalize: bool = ..., scored: Tensor | None = ...,
+    row: Tensor | None = ..., return_info: Literal[True],
+) -> tuple[Tensor, ReductionInfo, Tensor]: ...  # fmt: skip
+@overload
+def score_reduce(
+    tokens: Tensor, cls: Tensor, keep: int | float, *, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, eps: float, q_weight: Tensor, q_bias: Tensor | None,
+    k_weight: Tensor, num_heads: int, scale: float | None = ..., text: Tensor | None = ...,
+    fusion: float = ..., guidance_norm: Literal["none", "match"] = ..., merge: bool = ...,
+    normalize: bool = ..., scored: Tensor | None = ...,
+    row: Tensor | None = ..., return_info: bool,
+) -> Tensor | tuple[Tensor, ReductionInfo, Tensor]: ...  # fmt: skip
+def score_reduce(
+    tokens: Tensor,
+    cls: Tensor,
+    keep: int | float,
+    *,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    k_weight: Tensor,
+    num_heads: int,
+    scale: float | None = None,
+    text: Tensor | None = None,
+    fusion: float = 1,
+    guidance_norm: Literal["none", "match"] = "none",
+    merge: bool = True,
+    normalize: bool = True,
+    scored: Tensor | None = None,
+    row: Tensor | None = None,
+    return_info: bool = False,
+) -> Tensor | tuple[Tensor, ReductionInfo, Tensor]:
+    """Score the patches by a block's CLS row, keep the best, merge the rest.
+
+    Args:
+        tokens: (B, N, D), before the block's norm; row 0 is CLS.
+        cls: (B, D), the CLS token that scores.
+        keep: int, patches to keep, fewer than N-1; or float ratio in (0, 1).
+        norm_weight, .., scale: see `cls_attention_from_tokens`.
+        text: (B, D), or (1, D) for all images, what `cls` is fused with first (Eq. 1); a text of
+            zeros is none.
+        fusion: share of `cls` in it, in [0, 1]; at 1 no text is read.
+        guidance_norm: "match" scales a text to the norm of its `cls` first.
+        merge, normalize: see `reduce`.
+        scored: (B, N, D), the tokens as a dry run left them, which are scored in place of `tokens`;
+            no gradient reaches them.
+        row: (B, N) fp32, the row that an earlier call returned: it selects again, and nothing is
+            scored. So a recomputed stage boundary keeps what its forward kept.
+        return_info: also return the `ReductionInfo` and the attention row (B, N).
+
+    Returns:
+        (B, keep+2, D), or (B, keep+1, D) without merging, in the dtype of `tokens`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected, what came.
+    """
+    norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    matrices = {"q_weight": q_weight, "k_weight": k_weight}
+    guide = {"text": text, "fusion": fusion, "guidance_norm": guidance_norm}
+    query = query_arguments(
+        *(tokens, cls, eps, num_heads, scale, norm, matrices, {"q_bias": q_bias}), **guide, least=3
+    )
+    keep = check_keep(keep, tokens.shape[1] - 1, all_allowed=False)
+    check_flags(merge=merge, normalize=normalize, return_info=return_info)
+    other = _checked(scored, row, tokens)
+    out, kept, weights, _, row = _score_reduce_op(tokens, *query, keep, merge, normalize, *other)
+    return (out, ReductionInfo(kept, weights, None, 1, merge), row) if return_info else out
+
+
+def _checked(
+    scored: Tensor | None, row: Tensor | None, tokens: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """`scored`, without gradient, and `row`."""
+    if scored is not None:
+        check_tensor("scored", scored, "(B, N, D)", 3)
+        check_shape("scored", scored, tuple(tokens.shape), "(B, N, D)")
+        check_device("scored", scored, "tokens", tokens)
+        scored = scored.detach()
+    if row is None:
+        return scored, row
+    expected = accumulator(tokens if scored is None else scored)
+    if not isinstance(row, Tensor) or row.dtype != expected:
+        raise TypeError(message("row", f"a {expected} tensor, as score_reduce returns it", row))
+    check_shape("row", row, tuple(tokens.shape[:2]), "(B, N)")
+    check_device("row", row, "tokens", tokens)
+    return scored, row
+
+
+@takes_query(keep=int, merge=bool, normalize=bool, scored=Tensor | None, row=Tensor | None)
+def score_reduce_reference(
+    tokens: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The specification -> out, kept, weights, slots as `reduce`, and the row (B, N), of which a
+    given one is a copy."""
+    query, (keep, merge, normalize, scored, row) = _parted(arguments)
+    scored = (tokens if scored is None else scored).detach()  # a row takes no gradient
+    row = absorbed_reference(scored, *query)[1].mean(1) if row is None else _copy(row)
+    return *reduce_reference(tokens, row[:, 1:], None, keep, 1, merge, normalize), row
+
+
+@triton.jit(do_not_specialize=["N", "K", "T"], do_not_specialize_on_alignment=STATS)
+def _score_select_kernel(
+    scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, row_ptr, kept_ptr, weights_ptr, slots_ptr,
+    N, K, H, T,
+    MERGE: tl.constexpr, NORMALIZE: tl.constexpr, EPSILON: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """One program an image: the row, and from it kept positions, weights and output rows."""
+    pid_b = tl.program_id(0).to(tl.int64)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N - 1
+    row, cls_row = row_of_scores(
+        scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, pid_b, 0, N, H, T,
+        BLOCK_N, BLOCK_T, BLOCK_H,
+    )  # fmt: skip
+    tl.store(row_ptr + pid_b * N + 1 + offs_n, row, mask=mask_n)
+    tl.store(row_ptr + pid_b * N, cls_row)
+    is_kept, slot, weight = select_and_weigh(row, mask_n, mask_n, K, MERGE, NORMALIZE, EPSILON)
+    store_selection(
+        kept_ptr, weights_ptr, slots_ptr, is_kept, slot, weight, offs_n, mask_n, pid_b, N, K, 1
+    )
+    store_prefix(weights_ptr, slots_ptr, pid_b, N, 1)
+
+
+def _score_reduce(tokens: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Allocate, read launch.py, launch; a row that is given selects the same, moved by the same."""
+    query, (keep, merge, normalize, scored, known) = _parted(arguments)
+    B, N, _ = tokens.shape
+    tokens = launch.addressable(tokens)
+    scored = tokens if scored is None else launch.addressable(scored)
+    out, kept, weights, slots = empty_outputs(tokens, keep, 1, merge)
+    row = tokens.new_empty(B, N, dtype=torch.float32) if known is None else _copy(known)
+    outputs = out, kept, weights, slots, row
+    if B == 0:
+        return outputs
+    with launch.on_device(tokens):
+        if known is None:
+            u, cls_score, _ = launch_query(query)
+            tiles = score_tiles(scored, u, query.eps)
+            _launch_selection(*tiles, cls_score, outputs[1:], merge=merge, normalize=normalize)
+        else:
+            flags = {"merge": merge, "normalize": normalize, "epsilon": EPSILON}
+            launch_select(row[:, 1:], None, kept, weights, slots, num_prefix_tokens=1, **flags)
+        launch_move(tokens, out, weights, slots, merge=merge)
+    return outputs
+
+
+def _launch_selection(
+    scores: Tensor,
+    tops: Tensor,
+    totals: Tensor,
+    cls_score: Tensor,
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    *,
+    merge: bool,
+    normalize: bool,
+) -> None:
+    """Write kept, weights, slots and the row: at once, or the row first where it is long."""
+    kept, weights, slots, row = outputs
+    (B, N), (_, H, T) = row.shape, tops.shape
+    if N - 1 > launch.MAX_SELECTED:
+        launch_row(scores, tops, totals, cls_score, row)
+        flags = {"merge": merge, "normalize": normalize, "epsilon": EPSILON}
+        launch_select(row[:, 1:], None, kept, weights, slots, num_prefix_tokens=1, **flags)
+        return
+    block_n, block_t, num_warps = launch.select(N - 1, T)
+    _score_select_kernel[(B,)](
+        *(scores, tops, totals, cls_score, row, kept, weights, slots, N, kept.shape[1], H, T),
+        MERGE=merge,
+        NORMALIZE=normalize,
+        EPSILON=EPSILON,
+        BLOCK_N=block_n,
+        BLOCK_T=block_t,
+        BLOCK_H=launch.heads_a_step(block_n, block_t, num_warps),
+        num_warps=num_warps,
+        **launch.CODE,
+    )
+
+
+def _copy(row: Tensor) -> Tensor:
+    """Its entries side by side, as they are read."""
+    return row.clone(memory_format=torch.contiguous_format)
+
+
+def _parted(arguments: tuple[Any, ...]) -> tuple[QueryArguments, tuple[Any, ...]]:
+    """Those of the op behind tokens -> what u is made of, and the others."""
+    count = len(QueryArguments._fields)
+    return QueryArguments(*arguments[:count]), arguments[count:]
+
+
+def _fake(tokens, *arguments):
+    _, (keep, merge, _, scored, known) = _parted(arguments)
+    row = known
+    if row is None:
+        read = tokens if scored is None else scored
+        row = tokens.new_empty(tokens.shape[:2], dtype=accumulator(read))
+    outputs = empty_outputs(tokens, keep, 1, merge, weights=accumulator(tokens, row))
+    return *outputs, torch.empty_like(row, memory_format=torch.contiguous_format)
+
+
+def _refuses(tokens: Tensor, *arguments: Any) -> str | None:
+    """Why no kernel takes it, in a few words, or None."""
+    query, (*_, scored, _) = _parted(arguments)
+    reason = absorbed_refuses(tokens, *query)
+    return reason if scored is None or reason is not None else launch.refuses(scored)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    _, kept, weights, slots, row = output
+    ctx.mark_non_differentiable(kept, weights, slots, row)
+    ctx.save_for_backward(slots, weights)
+    _, (_, ctx.merge, *_) = _parted(inputs[1:])
+    ctx.others = len(inputs) - 1
+
+
+def _backward(ctx, grad_out, *_):
+    grad = reduce_backward_op(grad_out, *ctx.saved_tensors, ctx.merge)
+    return grad, *[None] * ctx.others
+
+
+def _flops(tokens_shape, *shapes, **kwargs) -> int:
+    """Of the row, and 2 for each element of a dropped token that is merged."""
+    _, (keep, merge, _, _, row) = _parted(shapes)
+    B, N, D = tokens_shape
+    scored = absorbed_flops(tokens_shape, *shapes) if row is None else 0
+    return scored + 2 * B * D * (N - 1 - keep) * merge
+
+
+_score_reduce_op = Operator(
+    "score_reduce",
+    score_reduce_reference,
+    launcher=_score_reduce,
+    refuses=_refuses,
+    fake=_fake,
+    flops=_flops,
+    backward=_backward,
+    save=_save_for_backward,
+)

@@ -1,0 +1,86 @@
+"""The K most attended tokens in image order, as `reduce` keeps them, without moving any.
+
+    scores a (B, N-p), p prefix tokens first
+    kept   = p + the K largest a, ascending; ties: the lower index; NaN after all numbers, padding
+             last                                                            (B, K) int64
+
+Traffic: a program an image reads its scores and writes the positions.
+Source: ELIP, Eq. 3.
+"""
+
+import torch
+from torch import Tensor
+
+from elip_kernels import launch
+from elip_kernels._operator import Operator
+from elip_kernels._validate import (
+    candidate_scores,
+    check_keep,
+    check_mask,
+    check_prefix,
+    check_tensor,
+)
+from elip_kernels.ops.gather_ops import accumulator
+from elip_kernels.ops.reduce import places
+from elip_kernels.ops.select_kernels import launch_select
+
+
+def select_tokens(
+    attn: Tensor, keep: int | float, *, mask: Tensor | None = None, num_prefix_tokens: int = 1
+) -> Tensor:
+    """The `keep` most attended tokens in image order, as `reduce` keeps them, without moving any.
+
+    Args:
+        attn: scores (B, N), whose first p are not read; or attention rows (B, H, N) or a whole map
+            (B, H, N, N), whose CLS row is averaged over heads. fp32, bf16, fp16 or fp64.
+        keep: int, or float ratio r in (0, 1] of the N-p candidates, max(1, int(r * (N-p))).
+        mask: (B, N) bool, True = real. Padding comes last.
+        num_prefix_tokens: p.
+
+    Returns:
+        kept (B, K) int64, positions of N.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected, what came, what to do.
+    """
+    check_tensor("attn", attn, "(B, N), (B, H, N) or (B, H, N, N)", (2, 3, 4))
+    (B, *_, N), p = attn.shape, num_prefix_tokens
+    check_prefix(p, N)
+    check_mask(mask, (B, N), "attn", attn)
+    scores = candidate_scores(attn, B, N, p)
+    keep = check_keep(keep, N - p)
+    return _select_op(scores, None if mask is None else mask[:, p:], keep, p)
+
+
+def select_reference(
+    scores: Tensor, real: Tensor | None, keep: int, num_prefix_tokens: int
+) -> Tensor:
+    """The specification of the selection: scores and real (B, N-p) -> kept (B, K) int64."""
+    B, candidates = scores.shape
+    place = places(scores.to(accumulator(scores)), real, keep)
+    index = torch.arange(num_prefix_tokens, num_prefix_tokens + candidates, device=scores.device)
+    order = torch.empty_like(place).scatter_(1, place, index.expand(B, -1))
+    return order[:, :keep].clone(memory_format=torch.contiguous_format)
+
+
+def _select(scores: Tensor, real: Tensor | None, keep: int, num_prefix_tokens: int) -> Tensor:
+    """Allocate, read launch.py, launch."""
+    B = scores.shape[0]
+    scores = scores if scores.stride(1) == 1 else scores.contiguous()
+    real = real if real is None or real.stride(1) == 1 else real.contiguous()
+    kept = scores.new_empty(B, keep, dtype=torch.int64)
+    if B == 0:
+        return kept
+    with launch.on_device(scores):
+        launch_select(scores, real, kept, num_prefix_tokens=num_prefix_tokens)
+    return kept
+
+
+_select_op = Operator(
+    "select",
+    select_reference,
+    launcher=_select,
+    refuses=lambda scores, *_: launch.refuses(scores, candidates=scores.shape[1]),
+    fake=lambda scores, real, keep, _: scores.new_empty(scores.shape[0], keep, dtype=torch.int64),
+    flops=lambda *shapes, **kwargs: 0,
+)

@@ -1,0 +1,185 @@
+"""Any supported model with what its reduction needs: image tower, strategy, text guidance.
+
+A whole language-image model guides by its own text and needs its tokenizer; an image model alone
+is reduced by the image.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from elip_models.data import SampleError, Source, open_source
+from elip_models.data.sample import decode_image
+from elip_models.models.io.open_model import open_model, split_spec
+from elip_models.models.registry import elip_strategy
+from elip_models.reduction.encode import encode_image
+from elip_models.reduction.strategies.elip import ELIP
+from elip_models.reduction.strategy import StageInfo, Strategy
+from elip_models.reduction.strategy_spec import get_strategy
+from elip_models.towers import ReducibleModel, Tower, as_reducible, as_tower
+from elip_models.validation import ConfigError, blame
+
+CaptionEncoder = Callable[[Sequence[str]], Tensor]
+"""B captions, one an image -> text_cls (B, D)."""
+Shown = list[tuple[Image.Image, str]]
+"""Images with a caption each."""
+
+
+@dataclass
+class PicturedModel:
+    """A model that reduces its images, in eval mode.
+
+    name: for titles.
+    image_model, tower: of the images.
+    strategy: how they are reduced.
+    guide: the model's own text guidance, or None: vision only.
+    mean, std: (3, 1, 1), what the model's images are normalised by.
+    """
+
+    name: str
+    image_model: nn.Module
+    tower: Tower
+    strategy: Strategy
+    guide: CaptionEncoder | None
+    mean: Tensor
+    std: Tensor
+
+    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
+        """Cut the largest middle part of the tower's shape out of RGB images -> (B, 3, H, W) in [0,
+        1]."""
+        from torchvision.transforms.v2.functional import pil_to_tensor
+
+        height, width = self.tower.image_size
+        bicubic = Image.Resampling.BICUBIC
+        fitted = (ImageOps.fit(image, (width, height), method=bicubic) for image in images)
+        return torch.stack([pil_to_tensor(image) for image in fitted]).float() / 255
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Normalise pixels (B, 3, H, W) in [0, 1] as the model takes them, on its device."""
+        weight = next(self.image_model.parameters())
+        return ((pixels - self.mean) / self.std).to(weight.device)
+
+    @torch.no_grad()
+    def stage_infos(self, images: Tensor, captions: Sequence[str]) -> list[StageInfo]:
+        """Reduce normalised images (B, 3, H, W), each guided by its caption -> one info a stage."""
+        text_cls, strategy = None, self.strategy
+        if self.guide is not None:
+            text_cls = self.guide(captions)
+        elif self.tower.has_cls and strategy.is_guided:
+            strategy = replace(strategy, without_text="vision")
+        _, infos = encode_image(
+            self.image_model, images, text_cls, strategy=strategy, return_info=True
+        )
+        return infos
+
+    def __str__(self) -> str:
+        s = self.strategy
+        if not isinstance(s, ELIP):
+            return f"{self.name}\n{s}"
+        how = "vision only" if self.guide is None else f"text-guided, fusion {s.fusion:g}"
+        return f"{self.name}\n{s.schedule}, scorer {s.scorer}, {how}"
+
+
+def open_pictured(
+    spec: str,
+    *,
+    pretrained: bool = True,
+    strategy: str | None = None,
+    keep: float | None = None,
+    schedule: str | None = None,
+    scorer: str | int | None = None,
+    fusion: float | None = None,
+) -> PicturedModel:
+    """Open a model for reduction; what is None stays as its own config says, or else the paper.
+
+    strategy: a line as of `reduce_`; ELIP's without one. keep: as of `reduce_`.
+
+    Raises:
+        ConfigError: naming the option, what was expected, what came.
+        ImportError: a library is missing.
+    """
+    with blame("--model"):
+        model = open_model(spec, pretrained=pretrained)
+        reducible = as_reducible(model)
+        tower = as_tower(reducible.image_model)
+        mean, std = (torch.tensor(each)[:, None, None] for each in reducible.image_stats())
+    options = {"schedule": schedule, "scorer": scorer, "fusion": fusion}
+    given = {name: value for name, value in options.items() if value is not None}
+    if strategy is None:
+        own = elip_strategy(model) if reducible.reduces_itself else ELIP()
+        chosen = _changed(own, tower, given)
+    else:
+        with blame("--strategy"):
+            chosen = get_strategy(strategy, **given).fitted(tower)
+    if keep is not None:
+        with blame("--keep"):
+            chosen = chosen.at_keep(tower, keep)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    guide = _guide_of(reducible, spec) if reducible.has_text and chosen.is_guided else None
+    name = spec if pretrained else f"{spec} (random weights)"
+    return PicturedModel(name, reducible.image_model, tower, chosen, guide, mean, std)
+
+
+def _changed(strategy: ELIP, tower: Tower, given: dict[str, Any]) -> ELIP:
+    """Put what was given in place of the strategy's own options, and check it."""
+    try:
+        strategy = replace(strategy, **given).fitted(tower)
+        if not strategy.schedule.stages(tower.num_patches):
+            raise ValueError(
+                f"schedule: expected a group that keeps less than 100%, got '{strategy.schedule}'"
+            )
+    except (TypeError, ValueError) as error:  # it begins with the argument's name
+        raise ConfigError(f"--{error}") from error
+    return strategy
+
+
+def _guide_of(model: ReducibleModel, spec: str) -> CaptionEncoder:
+    """Load the tokenizer beside a whole model -> what encodes captions with it."""
+    _, name = split_spec(spec)
+    try:
+        tokenizer = model.load_tokenizer(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--model: expected a tokenizer beside the model, got none with {spec!r}; --fusion 1 "
+            f"reduces without text ({error})"
+        ) from error
+    return partial(model.encode_captions, tokenizer)
+
+
+def read_pairs(images: Sequence[Path], captions: Sequence[str]) -> Shown:
+    """Read image files, each with its caption; ConfigError where one cannot be read or has none."""
+    if len(captions) != len(images):
+        raise ConfigError(
+            f"--caption: expected one for each --image, {len(images)}, got {len(captions)}"
+        )
+    try:
+        files = [decode_image(path, str(path)) for path in images]
+    except SampleError as error:
+        raise ConfigError(f"--image: {error}") from error
+    return list(zip(files, captions, strict=True))
+
+
+def read_source(spec: str, count: int, tower: Tower) -> Shown:
+    """Read the first `count` readable samples of `open_source`, with their first captions."""
+    with blame("--data"):
+        source = open_source(spec, image_size=max(tower.image_size))
+        shown = list(islice(_readable(source), count))
+    if not shown:
+        raise ConfigError(f"--data: expected a readable sample, got none in {spec!r}")
+    return shown
+
+
+def _readable(source: Source) -> Iterator[tuple[Image.Image, str]]:
+    for index in range(len(source)):
+        try:
+            sample = source[index]
+        except SampleError:
+            continue
+        yield sample.image, sample.captions[0]

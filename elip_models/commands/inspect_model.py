@@ -1,0 +1,106 @@
+"""`elip visualize` and `elip profile`: what a reduction keeps, and what it costs."""
+
+from pathlib import Path
+from typing import Annotated
+
+from elip_models.validation import ConfigError, extra
+
+with extra("elip_models.commands"):
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+
+
+def visualize(
+    model: Annotated[
+        str,
+        typer.Option(help="Saved folder, timm:NAME, open_clip:NAME/TAG, hf:NAME or our own NAME."),
+    ],
+    image: Annotated[list[Path] | None, typer.Option(help="An image; repeat for several.")] = None,
+    caption: Annotated[list[str] | None, typer.Option(help="Of the image, in order.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Instead: JSON list, tar shards or emoji_scenes:size=500.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, max=64, help="Samples of --data.")] = 4,
+    output: Annotated[Path, typer.Option(help="PNG to write.")] = Path("kept.png"),
+    strategy: Annotated[
+        str | None, typer.Option(help="Such as tome, elip:merge=nearest; default: elip.")
+    ] = None,
+    keep: Annotated[float | None, typer.Option(help="Share of tokens, mean over layers.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="Such as '2(100%) 10(50%)'.")] = None,
+    scorer: Annotated[str | None, typer.Option(help="last, exact, official, mean, 1, ..")] = None,
+    fusion: Annotated[float | None, typer.Option(help="1 is vision only, 0 text only.")] = None,
+    pretrained: Annotated[bool, typer.Option(help="Load the model's weights.")] = True,
+) -> None:
+    """Draw what stays and what merges into what, the CLS attention, and how concentrated it is."""
+    if bool(image) == (data is not None):
+        raise ConfigError("--image: expected images with captions, or else --data, not both")
+    if output.suffix != ".png" or not output.parent.is_dir():
+        raise ConfigError(f"--output: expected a .png in an existing folder, got {output}")
+    from elip_models.analysis.pictures import draw_pictures
+    from elip_models.analysis.visualize_inputs import open_pictured, read_pairs, read_source
+
+    pairs = read_pairs(image, caption or []) if image else None
+    number = int(scorer) if scorer is not None and scorer.isdecimal() else scorer
+    options = {"schedule": schedule, "scorer": number, "fusion": fusion}
+    pictured = open_pictured(model, pretrained=pretrained, strategy=strategy, keep=keep, **options)
+    shown = read_source(data, count, pictured.tower) if pairs is None else pairs
+    for path in draw_pictures(pictured, shown, output):
+        Console().print(escape(str(path)), soft_wrap=True)
+
+
+def profile(
+    model: Annotated[
+        list[str] | None, typer.Option(help="timm:NAME, open_clip:NAME, elip_clip_vit_b16, ..")
+    ] = None,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(help="Such as evit, tome:r=13, elip:scorer=exact; default: all."),
+    ] = None,
+    schedule: Annotated[str | None, typer.Option(help="Of strategies that say none.")] = None,
+    flops: Annotated[
+        float | None, typer.Option(help="Share of dense training FLOPs that all are set to.")
+    ] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="Share of tokens, mean over layers, that all are set to.")
+    ] = None,
+    batch_size: Annotated[list[int], typer.Option(min=1)] = [8],  # noqa: B006, typer copies it
+    mode: Annotated[str, typer.Option(help="training, inference or both.")] = "both",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved, of the timing.")] = 10,
+    flops_only: Annotated[
+        bool, typer.Option("--flops-only", help="No timing, no memory: meta device.")
+    ] = False,
+    parts: Annotated[
+        bool, typer.Option("--parts", help="Also by part of the model: towers, fusion, ..")
+    ] = False,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="The FLOPs of the paper's models.")
+    ] = False,
+    max_batch: Annotated[
+        bool, typer.Option("--max-batch", help="Instead: the largest training batch.")
+    ] = False,
+    memory: Annotated[str, typer.Option(help="That it has to fit into.")] = "16GB",
+    output: Annotated[Path | None, typer.Option(help="Write the table here, as JSON.")] = None,
+) -> None:
+    """Tokens, FLOPs, time and memory of models under token reduction, against dense."""
+    from elip_models.profiling.table import print_profile, profile_settings
+
+    settings = profile_settings(
+        models=model or (),
+        strategies=strategy or ("elip:scorer=exact",) * max_batch,
+        schedule=schedule,
+        flops=flops,
+        keep=keep,
+        batch_sizes=batch_size,
+        mode=mode,
+        dtype=dtype,
+        rounds=None if flops_only else rounds,
+        parts=parts,
+    )
+    if max_batch:
+        from elip_models.profiling.max_batch import print_largest_batches
+
+        print_largest_batches(settings, memory, output=output, console=Console())
+    else:
+        print_profile(settings, paper=paper, output=output, console=Console())

@@ -1,0 +1,1 @@
+"""ALBEF: pre-training, retrieval, VQA, entailment and NLVR2."""

@@ -1,0 +1,1 @@
+"""BLIP: pre-training, retrieval, VQA, NLVR2 and captioning."""

@@ -1,0 +1,1 @@
+"""CLIP: pre-training, classification and retrieval."""

@@ -1,0 +1,307 @@
+"""CLIP with a text-guided, token-reduced image tower.
+
+Text first: f_text = normalise(W_t text[EOS]); the guidance of the image tower is f_text mapped back
+to the vision width by the transposed image projection, t = f_text @ W_i, detached. Then
+f_image = normalise(W_i image[CLS]), and the contrastive loss of the pairs (ITC), or SigLIP's. Where
+the image guides the dropping of text tokens ('learned'), its dense feature comes before all that,
+and is mapped back likewise, f_image @ W_t.
+Source: CLIP (Radford et al., 2021); SigLIP (Zhai et al., 2023); ELIP, section 3 and its official
+CLIP code.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from elip_models.models.base import PretrainedModel
+from elip_models.models.config import ContrastiveConfig, TextReductionConfig, TokenId
+from elip_models.models.layers.clip_text import CLIPTextTower
+from elip_models.models.layers.losses import contrastive_loss, sigmoid_loss
+from elip_models.models.layers.slices import in_slices
+from elip_models.reduction.caching import UnguidedWarning, warn_once
+from elip_models.reduction.encode import run_tower
+from elip_models.reduction.strategy import Strategy
+from elip_models.towers.reducible_model import random_ids
+from elip_models.validation import (
+    Bounds,
+    Depth,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Rate,
+    Size,
+    check,
+    divisor_of,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TEMPERATURES = {"itc": 0.07, "sigmoid": 0.1}
+INITIAL_BIAS = -10.0
+"""What SigLIP (Zhai et al., 2023) begins with, for most pairs of a batch are none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPConfig(ContrastiveConfig, TextReductionConfig):
+    """Hyper-parameters of a CLIP model.
+
+    activation: of both towers' MLPs; 'quick_gelu', x sigmoid(1.702 x), is that of OpenAI's models.
+    loss: 'itc', the softmax over all pairs, or 'sigmoid', SigLIP's, with a learned bias.
+    temperature: of the similarities, at the start; None is 0.07, and with 'sigmoid' 0.1, SigLIP's.
+    gather: where negatives come from, see `contrastive_loss`.
+    The other fields: see `VisionConfig`, `ContrastiveConfig` and `TextReductionConfig`.
+    """
+
+    vision_norm_eps: NonNegative = 1e-5
+    text_width: Size = 512
+    text_depth: Depth = 12
+    text_heads: Annotated[PositiveInt, divisor_of("text_width")] = 8
+    text_mlp_ratio: Positive = 4.0
+    text_norm_eps: NonNegative = 1e-5
+    vocab_size: Size = 49408
+    context_length: Size = 77
+    eos_token_id: TokenId = 49407
+    pad_token_id: TokenId = 0
+    embed_dim: Size = 512
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    drop_path: Rate = 0.0
+    loss: Literal["itc", "sigmoid"] = "itc"
+    temperature: Annotated[float, Bounds(1e-4, 1e4)] | None = None
+    gather: Literal["local", "global"] = "local"
+
+    def vit(self, **options: Any) -> VisionTransformer:
+        """The image tower, drawn as CLIP's; `options` are timm's."""
+        visual = super().vit(
+            act_layer=self.activation, drop_path_rate=self.drop_path, pre_norm=True, **options
+        )
+        _init_visual(visual)
+        return visual
+
+
+@dataclass
+class CLIPOutput:
+    """loss: scalar. image_features, text_features: (B, E), normalised."""
+
+    loss: Tensor
+    image_features: Tensor
+    text_features: Tensor
+
+
+class CLIP(PretrainedModel):
+    """Image tower from timm, text tower from transformers, a projection each, a temperature."""
+
+    family = "clip"
+    config_class = CLIPConfig
+    batch_slices = 1
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual = config.vit()
+        self.read_tower()
+        self.text = CLIPTextTower(
+            width=config.text_width,
+            depth=config.text_depth,
+            heads=config.text_heads,
+            hidden=int(config.text_width * config.text_mlp_ratio),
+            activation=config.activation,
+            norm_eps=config.text_norm_eps,
+            vocab_size=config.vocab_size,
+            context_length=config.context_length,
+            eos_token_id=config.eos_token_id,
+            pad_token_id=config.pad_token_id,
+            reduction=config.text_token_reduction,
+        )
+        self.image_projection = nn.Linear(config.vision_width, config.embed_dim, bias=False)
+        self.text_projection = nn.Linear(config.text_width, config.embed_dim, bias=False)
+        for projection in (self.image_projection, self.text_projection):
+            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+        temperature = config.temperature or TEMPERATURES[config.loss]
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
+        if config.loss == "sigmoid":
+            self.logit_bias = nn.Parameter(torch.tensor(INITIAL_BIAS))
+
+    def random_inputs(self, images: Tensor) -> dict[str, Any]:
+        config = self.config
+        sizes = config.context_length, config.vocab_size, config.eos_token_id
+        inputs = {"images": images, "input_ids": random_ids(images, *sizes)}
+        guides = {"guide_ids": random_ids(images, *sizes)}
+        return inputs | (guides if config.reads_guide_captions else {})
+
+    def guidance(self, text_features: Tensor) -> Tensor:
+        """Map f_text (B, E) back to the vision width -> (B, D), detached."""
+        return (text_features @ self.image_projection.weight.to(text_features.dtype)).detach()
+
+    def encode_text(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        image_features: Tensor | None = None,
+        reduce: bool = True,
+    ) -> Tensor:
+        """Encode texts.
+
+        Args:
+            input_ids, attention_mask: (B, L), 1 = real.
+            image_features: (B, E), normalised, which guide text_reduction='learned'; without them
+                it drops nothing, with a warning, as images without text reduce nothing. No other
+                strategy reads them.
+            reduce: False keeps all text tokens.
+
+        Returns:
+            (B, E), normalised.
+        """
+        image_cls = None
+        if reduce and self.config.image_guides_text:
+            if image_features is None:
+                reduce = False
+                if not torch.compiler.is_compiling():
+                    warn_once(
+                        "no image guidance was given, so no text token is dropped "
+                        "(text_reduction='learned'); pass image_features, or reduce=False to mean "
+                        "it",
+                        UnguidedWarning,
+                    )
+            else:
+                weight = self.text_projection.weight
+                image_cls = (image_features @ weight.to(image_features.dtype)).detach()
+        hidden = self.text(input_ids, attention_mask, image_cls=image_cls, reduce=reduce)
+        return F.normalize(self.text_projection(hidden), dim=-1)
+
+    def encode_image(
+        self, images: Tensor, text_features: Tensor | None = None, *, reduce: bool = True
+    ) -> Tensor:
+        """Encode images. Without gradient, in eval mode, the last block runs for CLS alone.
+
+        Args:
+            images: (B, 3, H, W).
+            text_features: (B, E), normalised, which guide the reduction; without them the image
+                tower does what `config.without_text` says.
+            reduce: False runs the dense tower.
+
+        Returns:
+            (B, E), normalised.
+        """
+        text_cls = self.guidance(text_features) if reduce and text_features is not None else None
+        return self._encode_image(images, text_cls, self.reduction if reduce else self.dense)
+
+    def _encode_image(self, images: Tensor, text_cls: Tensor | None, strategy: Strategy) -> Tensor:
+        """images (B, 3, H, W), guided by text_cls (B, D) -> (B, E), normalised."""
+        tokens, _ = run_tower(self.tower, images, text_cls, strategy, cls_only=True)
+        return self.project_image(tokens)
+
+    def project_image(self, tokens: Tensor) -> Tensor:
+        return F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W), without text -> (B, E), normalised."""
+        return self.encode_image(images)
+
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """input_ids, attention_mask (B, L) -> (B, E), normalised."""
+        return self.encode_text(input_ids, attention_mask)
+
+    def text_cls(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """input_ids, attention_mask (B, L) -> (B, D), what guides the image tower."""
+        return self.guidance(self.encode_text(input_ids, attention_mask))
+
+    def forward(
+        self,
+        images: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        guide_ids: Tensor | None = None,
+        guide_mask: Tensor | None = None,
+    ) -> CLIPOutput:
+        """Contrast images (B, 3, H, W) and texts, input_ids and attention_mask (B, L); row i of
+        each is one pair. guide_ids and guide_mask are the texts that guide where the config says
+        guide='other'.
+
+        text_reduction='learned' adds a dense forward pass of the image tower, without gradient, for
+        the text needs the image before it can guide it: about ten times the multiply-adds that
+        training ViT-B/16 saves in the text tower.
+        """
+        dense_features = None
+        if self.config.image_guides_text:
+            dense_features = self._dense_features(images)
+        text_features = in_slices(
+            self._encode_texts, self.batch_slices, input_ids, attention_mask, dense_features
+        )
+        text_cls, scale = self.guidance(text_features), self.logit_scale.exp()
+        guides = self.guides(text_cls, text_features, scale, guide_ids, guide_mask)
+        encode = partial(self._encode_image, strategy=self.reduction)
+        image_features = in_slices(encode, self.batch_slices, images, guides)
+        features = image_features, text_features
+        return CLIPOutput(self._loss(*features), *features)
+
+    def _encode_texts(
+        self, input_ids: Tensor, attention_mask: Tensor | None, image_features: Tensor | None
+    ) -> Tensor:
+        return self.encode_text(input_ids, attention_mask, image_features=image_features)
+
+    def set_batch_slices(self, count: int) -> None:
+        check("count", count, PositiveInt)
+        self.batch_slices = count
+
+    def _loss(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        features, scale = (image_features, text_features), self.logit_scale.exp()
+        gather = self.config.gather
+        if self.config.loss == "sigmoid":
+            return sigmoid_loss(*features, scale, self.logit_bias, gather=gather)
+        return contrastive_loss(*features, scale, gather=gather)
+
+    @torch.no_grad()
+    def _dense_features(self, images: Tensor) -> Tensor:
+        features = self.encode_image(images, reduce=False)
+        if not torch.compiler.is_compiling():
+            torch.clear_autocast_cache()  # or some releases train with weights cast in here
+        return features
+
+    @torch.no_grad()
+    def clamp_temperature_(self) -> None:
+        """Keep the temperature at 0.01 or above, as CLIP does after each step; SigLIP's is free."""
+        if self.config.loss == "itc":
+            self.logit_scale.clamp_(0, math.log(100))
+
+    def monitored(self) -> dict[str, Tensor]:
+        """The temperature, and the bias of the sigmoid loss."""
+        temperature = {"temperature": (-self.logit_scale).exp()}
+        return temperature | ({"bias": self.logit_bias} if self.config.loss == "sigmoid" else {})
+
+    @classmethod
+    def fit_tokenizer(
+        cls, tokenizer: "PreTrainedTokenizerBase", context_length: int
+    ) -> dict[str, int]:
+        """Sizes of vocabulary and text, and the ids of their end and padding."""
+        return {
+            "vocab_size": len(tokenizer),
+            "context_length": context_length,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in backward instead of saving their activations."""
+        self.visual.set_grad_checkpointing(enable)
+        self.text.set_grad_checkpointing(enable)
+
+
+@torch.no_grad()
+def _init_visual(visual: VisionTransformer) -> None:
+    """CLIP's initialisation of the image tower, as its text tower has it: by width and depth."""
+    width, depth = visual.embed_dim, len(visual.blocks)
+    for table in (visual.cls_token, visual.pos_embed):
+        nn.init.normal_(table, std=width**-0.5)
+    for block in visual.blocks:
+        nn.init.normal_(block.attn.qkv.weight, std=width**-0.5)
+        nn.init.normal_(block.mlp.fc1.weight, std=(2 * width) ** -0.5)
+        for output in (block.attn.proj, block.mlp.fc2):
+            nn.init.normal_(output.weight, std=(2 * width * depth) ** -0.5)

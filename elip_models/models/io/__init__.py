@@ -1,0 +1,1 @@
+"""Saving and loading of models: files, the hub, models by one line of text."""

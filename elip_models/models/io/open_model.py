@@ -1,0 +1,148 @@
+"""Models by one line of text: the libraries' own, ours by name, a folder that training wrote.
+
+    timm:vit_base_patch16_224                 an image model of timm
+    open_clip:ViT-B-16[/laion2b_s34b_b88k]    a whole CLIP of open_clip, its weights after the slash
+    hf:google/vit-base-patch16-224            of transformers or ours, by name or local folder
+    elip_clip_vit_b16                         a name of `list_models`
+    runs/clip_tiny/model                      a folder that `save_pretrained` wrote
+
+Libraries are imported when a spec asks for them.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from elip_models.validation import check, extra
+
+FORMS = (
+    "'timm:NAME', 'open_clip:NAME' or 'open_clip:NAME/TAG', 'hf:NAME' or 'hf:FOLDER', a name of "
+    "list_models(), or a folder written by save_pretrained"
+)
+
+
+def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Module:
+    """Open the model that `spec` names, in eval mode.
+
+    Under `with torch.device("meta"):` and without `pretrained` no memory is taken.
+
+    Args:
+        spec: 'timm:NAME'; 'open_clip:NAME', or 'open_clip:NAME/TAG' of certain weights (else the
+            first that open_clip lists); 'hf:NAME' or 'hf:FOLDER', where a config.json is enough
+            without weights; a name of `list_models`; a folder written by `save_pretrained`.
+        pretrained: load weights; False leaves them random. Ours by name have none to load.
+        options: of timm.create_model, open_clip.create_model, the config of transformers, or the
+            config of our model.
+
+    Raises:
+        ValueError: a spec of another form, a name that its library does not know, or weights that
+            cannot be found.
+        ImportError: a library is missing; the message names the extra.
+    """
+    if not isinstance(spec, str):
+        raise TypeError(f"spec: expected a text, {FORMS}, got {spec!r}")
+    check("pretrained", pretrained, bool)
+    library, name = split_spec(spec)
+    if library is not None:
+        with extra("open_model"), _found(spec):
+            return OPENERS[library](name, pretrained, options).eval()
+    from elip_models.models.registry import create_model, list_models
+
+    if spec in list_models():
+        return create_model(spec, pretrained, **options).eval()
+    if (Path(spec) / "config.json").is_file():
+        return _from_folder(Path(spec), pretrained, options).eval()
+    raise ValueError(f"spec: expected {FORMS}, got {spec!r}")
+
+
+def split_spec(spec: str) -> tuple[str | None, str]:
+    """Split 'timm:NAME' into ('timm', 'NAME'); for one of ours the library is None and the name
+    all."""
+    library, _, name = spec.partition(":")
+    return (library, name) if name and library in OPENERS else (None, spec)
+
+
+def _open_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    import timm
+
+    is_elsewhere = name.startswith(("local-dir:", "hf-hub:"))
+    if not is_elsewhere and not timm.is_model(name.rpartition("/")[2].partition(".")[0]):
+        raise ValueError(f"spec: expected a model that timm knows, got {name!r}")
+    return timm.create_model(name, pretrained=pretrained, **options)
+
+
+def _open_open_clip(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    import open_clip
+
+    name, _, tag = name.partition("/")
+    if name not in open_clip.list_models():
+        raise ValueError(f"spec: expected a model that open_clip knows, got {name!r}")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if tag and tag not in tags:
+        raise ValueError(f"spec: expected weights of {name} among {tags}, got {tag!r}")
+    if pretrained and not tags:
+        raise ValueError(f"spec: expected a model that open_clip has weights of, got {name!r}")
+    weights = (tag or tags[0]) if pretrained else None
+    device = torch.get_default_device()
+    try:
+        return open_clip.create_model(name, pretrained=weights, device=device, **options)
+    except RuntimeError as error:  # what it raises where it cannot fetch
+        if weights is None:
+            raise
+        raise OSError(str(error)) from error
+
+
+def _open_hf(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    from transformers import AutoConfig, AutoModel, BlipForImageTextRetrieval, PretrainedConfig
+
+    from elip_models.models.io.hub import fetched
+    from elip_models.models.registry import MODELS
+
+    described, _ = PretrainedConfig.get_config_dict(name)
+    if described.get("model") in MODELS:
+        return _from_folder(fetched(name), pretrained, options)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
+    architectures = config.architectures or [BlipForImageTextRetrieval.__name__]
+    is_blip = config.model_type == "blip" and BlipForImageTextRetrieval.__name__ in architectures
+    kind = BlipForImageTextRetrieval if is_blip else AutoModel
+    if pretrained:
+        return kind.from_pretrained(name, config=config)
+    return kind(config) if is_blip else kind.from_config(config)
+
+
+OPENERS: dict[str, Callable[[str, bool, dict[str, Any]], nn.Module]] = {
+    "timm": _open_timm,
+    "open_clip": _open_open_clip,
+    "hf": _open_hf,
+}
+
+
+def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    """Open our model of a folder, its config changed by `options`; a config is enough for random
+    weights."""
+    from elip_models.models.io.files import read_config
+    from elip_models.models.registry import MODELS, load_model
+
+    family, config = read_config(folder, with_weights=pretrained)
+    if family not in MODELS:
+        raise ValueError(f"spec: expected a folder of our models, or 'hf:{folder}', got {folder}")
+    if pretrained:
+        return load_model(folder, **options)
+    kind = MODELS[family]
+    return kind(kind.config_class.from_dict(config | options))
+
+
+@contextmanager
+def _found(spec: str) -> Iterator[None]:
+    """Turn what a library raises where there are no files of that name, inside, into a
+    ValueError."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"spec: expected a model whose files are here or can be fetched, got {spec!r}: {error}"
+        ) from error

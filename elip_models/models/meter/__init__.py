@@ -1,0 +1,1 @@
+"""METER: pre-training and its downstream tasks."""

@@ -1,0 +1,1 @@
+"""Parameter-efficient fine-tuning of our models: adapters, and adapters on disk."""

@@ -1,0 +1,232 @@
+"""Where the FLOPs and the time of a training step go, by part of a model (ELIP, Figure 2b).
+
+An op belongs to the innermost call around it that `CALLS` names, or else to the heads; in the image
+tower our ops, and what runs without gradient, choose and merge tokens: scoring. An op of backward
+belongs where its forward did: autograd numbers its nodes in the order of the forward. Two FLOPs a
+multiply-add, as everywhere here. Time is read op by op, which adds microseconds to each, so that
+shares of models this side of a millisecond a layer say little.
+"""
+
+import time
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import wraps
+from operator import attrgetter
+from typing import Any
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from elip_models.profiling.runner import in_mode
+from elip_models.profiling.workload import Workload
+from elip_models.reduction.strategy import Strategy
+
+IMAGE, TEXT, FUSION = "image tower", "text tower", "fusion"
+MOMENTUM, HEADS, SCORING = "momentum", "heads", "scoring"
+PARTS = (IMAGE, SCORING, TEXT, FUSION, MOMENTUM, HEADS)
+OF_MOMENTUM = {
+    "encode_image": IMAGE,
+    "_images": MOMENTUM,
+    "_momentum_features": MOMENTUM,
+    "_follow": MOMENTUM,
+}
+CALLS: dict[str, dict[str, str]] = {
+    "clip": {
+        "_encode_image": IMAGE,
+        "encode_text": TEXT,
+        "_dense_features": SCORING,
+        "image_projection": HEADS,
+        "text_projection": HEADS,
+    },
+    "albef": OF_MOMENTUM
+    | {
+        "encoders.read": TEXT,
+        "encoders.fuse": FUSION,
+        "encoders.language_head": HEADS,
+        "encoders_m.predict": MOMENTUM,
+    },
+    "blip": OF_MOMENTUM
+    | {
+        "encode_text": TEXT,
+        "read_pairs": TEXT,
+        "dense_cls": SCORING,
+        "fuse_pairs": FUSION,
+        "decode": FUSION,
+    },
+    "meter": {"encode_image": IMAGE, "read_pairs": TEXT, "dense_cls": SCORING, "fuse": FUSION},
+}
+"""The part that a method or module of a model's step is, by family."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """One step, forward and backward, by part.
+
+    flops: of one pair. seconds: of a step, mean; None where it was not timed.
+    """
+
+    model: str
+    strategy: str
+    batch_size: int
+    flops: dict[str, float]
+    seconds: dict[str, float] | None = None
+
+
+def profile_parts(
+    name: str,
+    workload: Workload,
+    strategies: Mapping[str, Strategy | None],
+    *,
+    rounds: int | None,
+) -> list[Parts]:
+    """Count each strategy's training step by part, and time it where `rounds` says how often.
+
+    Raises:
+        ValueError: a model that is none of ours.
+    """
+    family = getattr(workload.model, "family", None)
+    if family not in CALLS:
+        raise ValueError(
+            f"parts: expected a model of ours, of {', '.join(CALLS)}, whose parts are known, got "
+            f"{type(workload.model).__name__}"
+        )
+    twin, found = workload.on_meta(), []
+    for strategy_name, strategy in strategies.items():
+        counted = step_parts(twin, strategy)
+        flops = {part: counted.flops[part] / workload.batch_size for part in PARTS}
+        seconds = None
+        if rounds is not None:
+            step_parts(workload, strategy)
+            timed = step_parts(workload, strategy, rounds)
+            seconds = {part: timed.seconds[part] / rounds for part in PARTS}
+        found.append(Parts(name, strategy_name, workload.batch_size, flops, seconds))
+    return found
+
+
+def step_parts(workload: Workload, strategy: Strategy | None, rounds: int = 1) -> "ByPart":
+    """Run `rounds` training steps under `strategy`, all counted and timed together."""
+    by_part = ByPart(workload.device)
+    is_counted = workload.device.type == "meta"
+    kernels = sdpa_kernel(SDPBackend.MATH) if is_counted else nullcontext()
+    with in_mode(workload, "training"), kernels:
+        model = workload.reduced_by(strategy)
+        for name, part in CALLS[model.family].items():
+            _mark(model, name, part, by_part)
+        with by_part:
+            for _ in range(rounds):
+                workload.train_step(lambda: workload.reducible.as_tensor(model(**workload.inputs)))
+    return by_part
+
+
+def _mark(model: nn.Module, name: str, part: str, by_part: "ByPart") -> None:
+    """Tell `by_part` whenever the model's method, or module, of that dotted name runs."""
+    path, _, last = name.rpartition(".")
+    owner = attrgetter(path)(model) if path else model
+    if isinstance(getattr(owner, last), nn.Module):
+        owner, last = getattr(owner, last), "forward"
+    call = getattr(owner, last)
+
+    @wraps(call)
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        by_part.inside.append(part)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            by_part.inside.pop()
+
+    setattr(owner, last, marked)
+
+
+class ByPart(TorchDispatchMode):
+    """Inside, each op's FLOPs, and the time until the next op, go to its part.
+
+    inside: the marked calls that run, outermost first.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+        self.inside: list[str] = []
+        self.flops = dict.fromkeys(PARTS, 0)
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.now, self.since = HEADS, 0.0
+        self.ends: list[int] = []  # of runs of autograd's numbers, and the part of each
+        self.parts: list[str] = []
+
+    def __enter__(self) -> "ByPart":
+        self.since = time.perf_counter()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._switch(HEADS)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        part, kwargs = self._part_of(func), kwargs or {}
+        if part != self.now:
+            self._switch(part)
+        out = func(*args, **kwargs)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops[part] += formula(*args, **kwargs, out_val=out)
+        return out
+
+    def _switch(self, part: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[self.now] += now - self.since
+        self.now, self.since = part, now
+
+    def _part_of(self, func: Any) -> str:
+        if torch._C._current_graph_task_id() != -1:
+            number = torch._C._current_autograd_node()._sequence_nr()
+            run = bisect_right(self.ends, number)
+            return self.parts[run] if run < len(self.parts) else self.now  # of no forward op
+        part = self.inside[-1] if self.inside else HEADS
+        if part == IMAGE and (func.namespace == "elip" or not torch.is_grad_enabled()):
+            part = SCORING
+        end = torch.autograd._get_sequence_nr()
+        if self.parts and self.parts[-1] == part:
+            self.ends[-1] = end
+        else:
+            self.ends.append(end)
+            self.parts.append(part)
+        return part
+
+
+def parts_table(found: Sequence[Parts]) -> Table:
+    """Lay out the share of each part, of FLOPs and of time where it was measured."""
+    table = Table(title="Training step by part: share of FLOPs, and of time where it was measured")
+    for column in ("model", "strategy", ""):
+        table.add_column(column)
+    for part in PARTS:
+        table.add_column(part, justify="right")
+    table.add_column("all", justify="right")
+    for each in found:
+        total = f"{sum(each.flops.values()) / 1e9:.3f} GFLOPs"
+        table.add_row(
+            escape(each.model), escape(each.strategy), *_shares("FLOPs", each.flops, total)
+        )
+        if each.seconds is not None:
+            total = f"{1e3 * sum(each.seconds.values()):.1f} ms"
+            table.add_row("", "", *_shares("time", each.seconds, total))
+    return table
+
+
+def _shares(what: str, values: Mapping[str, float], total: str) -> list[str]:
+    whole = sum(values.values())
+    return [what, *(f"{values[part] / whole:.1%}" for part in PARTS), total]

@@ -1,0 +1,211 @@
+"""What token reduction costs and gains: one row for each model, strategy, batch and mode.
+
+FLOPs are counted, op by op, on the meta device: forward and backward of one image (or pair), the
+scorer and a second text pass included, attention as its two products. Times are ratios against the
+dense model, interleaved rounds of one process, medians. Memory is the peak of a step on a GPU; on a
+CPU the bytes that autograd saves for backward, parameters aside.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from statistics import fmean, median
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import nn
+
+from elip_models.profiling.measure import (
+    FlopCount,
+    count_step,
+    memory_of,
+    no_gain,
+    ratios_to,
+    time_side_by_side,
+)
+from elip_models.profiling.workload import Workload
+from elip_models.reduction.caching import deliberately_slow
+from elip_models.reduction.strategy import Layer, Strategy
+
+Mode = Literal["training", "inference"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table of `elip profile`.
+
+    model, strategy: names; settings: of the strategy, in full.
+    step: 'image tower' or 'whole model', what FLOPs, time and memory are of.
+    tokens: (attention, MLP) tokens of each block of the image tower.
+    retained: their mean over the layers, against dense.
+    forward_flops, backward_flops: of one image or pair; backward is 0 in inference.
+    flops_ratio, time_ratio, memory_ratio: against the dense row; None where not measured.
+    seconds: of a step, median. memory: bytes of a step.
+    verdict: 'no gain' where the time ratio is none, else empty.
+    """
+
+    model: str
+    strategy: str
+    settings: str
+    step: str
+    mode: Mode
+    batch_size: int
+    image_size: tuple[int, int]
+    tokens: tuple[Layer, ...]
+    retained: float
+    forward_flops: float
+    backward_flops: float
+    flops_ratio: float
+    seconds: float | None = None
+    time_ratio: float | None = None
+    memory: int | None = None
+    memory_ratio: float | None = None
+    verdict: str = ""
+
+
+class Measured(NamedTuple):
+    """What one step takes: seconds and bytes, alone and against dense; no bytes in inference on a
+    CPU."""
+
+    seconds: float
+    time_ratio: float
+    memory: int | None
+    memory_ratio: float | None
+
+
+def profile_model(
+    name: str,
+    model: nn.Module,
+    strategies: Mapping[str, Strategy],
+    *,
+    batch_size: int = 8,
+    modes: Sequence[Mode] = MODES,
+    rounds: int | None = 10,
+) -> list[Row]:
+    """Measure one model at one batch size -> a row for dense and each strategy, for each mode.
+
+    Args:
+        name: of the model in the rows.
+        model: an image model that a tower reads, or a whole language-image model, on the device
+            and in the dtype to measure; on 'meta' nothing can be timed.
+        strategies: by the name of their rows.
+        batch_size: of random images, and texts.
+        modes: of 'training' (forward and backward, no optimiser) and 'inference'.
+        rounds: interleaved, of the timing; None counts tokens and FLOPs alone.
+
+    Raises:
+        TypeError, ValueError: a model that cannot be reduced, or a strategy that does not fit it.
+    """
+    workload = Workload(model, batch_size)
+    compared: dict[str, Strategy | None] = {DENSE: None, **strategies}
+    rows = []
+    for mode in modes:
+        counts = count(workload, compared, mode)
+        measured = None if rounds is None else measure(workload, compared, mode, rounds=rounds)
+        for label, strategy in compared.items():
+            tokens = tokens_of(workload, strategy, mode)
+            flops, dense = counts[label], counts[DENSE]
+            figures = {} if measured is None else measured[label]._asdict()
+            rows.append(
+                Row(
+                    model=name,
+                    strategy=label,
+                    settings="" if strategy is None else str(strategy),
+                    step=workload.step,
+                    mode=mode,
+                    batch_size=batch_size,
+                    image_size=workload.tower.image_size,
+                    tokens=tokens,
+                    retained=fmean(map(fmean, tokens)) / workload.tower.num_tokens,
+                    forward_flops=flops.forward / batch_size,
+                    backward_flops=flops.backward / batch_size,
+                    flops_ratio=sum(flops) / sum(dense),
+                    verdict=verdict(strategy, figures.get("time_ratio")),
+                    **figures,
+                )
+            )
+    return rows
+
+
+def tokens_of(workload: Workload, strategy: Strategy | None, mode: Mode) -> tuple[Layer, ...]:
+    """How many tokens go through each block of the image tower."""
+    size = workload.tower.size
+    text_cls = torch.empty(workload.batch_size, size.width, device="meta")  # there always is one
+    if strategy is None or not strategy.reduces(text_cls, mode == "training"):
+        return (Layer(size.num_tokens, size.num_tokens),) * size.depth
+    return strategy.token_counts(size)
+
+
+def verdict(strategy: Strategy | None, time_ratio: float | None) -> str:
+    """What stands in the last column: 'no gain', or nothing."""
+    timed = strategy is not None and time_ratio is not None
+    return "no gain" if timed and no_gain(time_ratio) else ""
+
+
+def count(
+    workload: Workload, strategies: Mapping[str, Strategy | None], mode: Mode
+) -> dict[str, FlopCount]:
+    """Count the FLOPs of a step with each strategy, on the meta device."""
+    twin = workload.on_meta()
+    with in_mode(twin, mode), twin.tracing():
+        return {
+            name: count_step(twin.forward(strategy), backward=mode == "training")
+            for name, strategy in strategies.items()
+        }
+
+
+def measure(
+    workload: Workload,
+    strategies: Mapping[str, Strategy | None],
+    mode: Mode,
+    *,
+    rounds: int = 10,
+) -> dict[str, Measured]:
+    """Measure time and memory of a step with each strategy, one of which is `DENSE`.
+
+    Raises:
+        ValueError: a model on the meta device.
+    """
+    if workload.device.type == "meta":
+        raise ValueError("model: expected one with weights to time, got one on the meta device")
+    with in_mode(workload, mode):
+        forwards = {name: workload.forward(strategy) for name, strategy in strategies.items()}
+        steps = forwards
+        if mode == "training":
+            steps = {name: partial(workload.train_step, step) for name, step in forwards.items()}
+        times = time_side_by_side(steps, device=workload.device, rounds=rounds)
+        ratios = ratios_to(DENSE, times)
+        memory = {}
+        if mode == "training" or workload.device.type == "cuda":
+            parameters = tuple(workload.model.parameters())
+            memory = {
+                name: memory_of(
+                    step, workload.device, forward=forwards[name], parameters=parameters
+                )
+                for name, step in steps.items()
+            }
+    return {
+        name: Measured(
+            median(times[name]),
+            ratios[name],
+            memory.get(name),
+            memory[name] / memory[DENSE] if memory else None,
+        )
+        for name in strategies
+    }
+
+
+@contextmanager
+def in_mode(workload: Workload, mode: Mode) -> Iterator[None]:
+    """Set the model to training or inference inside; scorers that are slow on purpose do not
+    warn."""
+    was_training = workload.model.training
+    workload.model.train(mode == "training")
+    try:
+        with deliberately_slow(), torch.inference_mode(mode == "inference"):
+            yield
+    finally:
+        workload.model.train(was_training)

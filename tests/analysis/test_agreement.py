@@ -1,0 +1,32 @@
+"""How far scorers choose alike, on the tokens that `exact` lets through."""
+
+import pytest
+
+from elip_models import ELIP
+from elip_models.analysis.agreement import scorer_agreement
+from elip_models.reduction.momentum_scores import run_and_read
+from elip_models.reduction.scorers import SCORERS
+from elip_models.towers import as_tower
+from tests.helpers.models import ROTARY
+from tests.helpers.towers import SCHEDULE, clip_vit, images, text
+
+
+@pytest.mark.parametrize("make", [clip_vit, ROTARY["DINOv3"]], ids=["timm", "rotary"])
+def test_each_scorer_is_compared_with_exact_at_every_stage(make):
+    shares = scorer_agreement(make().eval(), images(4), text(4), ELIP(SCHEDULE, scorer="last"))
+    assert list(shares) == [*(name for name in SCORERS if name != "exact"), "chance"]
+    assert shares["official"] == [1.0] * 3  # the paper's own choice, up to rounding
+    # 36 patches keep 28, 18, 10; from the second stage on a merged token is a candidate too.
+    assert shares["chance"] == [8 / 36, 11 / 29, 9 / 19]
+    assert all(0 <= share <= 1 for each in shares.values() for share in each)
+    assert min(shares["bf16"]) > 0.7  # near ties alone are decided otherwise
+    assert shares["alternate"] == [1.0] * 3  # of stages of one or two layers it is the same
+    assert shares["last"] != shares["official"]
+
+
+def test_rows_of_the_same_tower_choose_as_exact_before_any_token_leaves():
+    model, x, strategy = clip_vit().eval(), images(4), ELIP(SCHEDULE, fusion=1.0)
+    _, rows = run_and_read(as_tower(model), x, None, strategy)
+    shares = scorer_agreement(model, x, None, strategy, rows=rows)
+    assert shares["momentum"][0] == 1.0
+    assert all(0 <= share <= 1 for share in shares["momentum"])

@@ -1,0 +1,334 @@
+"""`elip eval selection`: measures of what a reduction keeps, on scenes whose answer is known."""
+
+import json
+import math
+from dataclasses import dataclass
+from itertools import combinations
+from typing import ClassVar
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from elip_kernels import ReductionInfo
+from elip_models.analysis import deletion_insertion
+from elip_models.analysis.agreement import scorer_agreement
+from elip_models.analysis.deletion_insertion import POINTS, removal_areas
+from elip_models.analysis.selection import (
+    OF_A_STAGE,
+    OF_THE_WHOLE,
+    kept_patches,
+    purity,
+    selection_scores,
+)
+from elip_models.data import EmojiScenes, JsonSource, image_transform, train_tokenizer
+from elip_models.models.registry import create_model, family_of
+from elip_models.reduction.encode import encode_image, run_tower
+from elip_models.reduction.schedule import Schedule, Stage
+from elip_models.reduction.strategies import PatchDropout
+from elip_models.reduction.strategies.elip import ELIP, Staged
+from elip_models.reduction.strategy import StageInfo
+from tests.helpers.models import enlarged
+from tests.helpers.tiny_run import elip
+
+COUNT, KEEP, PATCHES = 24, 32, 64
+HALF = Schedule.parse("1(100%) 2(50%)")
+SMALL = {"vision_depth": 3, "schedule": str(HALF), "text_depth": 2}
+
+
+@pytest.fixture(scope="module")
+def source():
+    return EmojiScenes(COUNT, seed=2, clutter=4, textures=True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(source):
+    return train_tokenizer((text for i in range(COUNT) for text in source.captions(i)), 300)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    torch.manual_seed(0)
+    fields = family_of("elip_clip_tiny").fit_tokenizer(tokenizer, 32)
+    return enlarged(create_model("elip_clip_tiny", **SMALL, **fields))
+
+
+def small(name, tokenizer):
+    torch.manual_seed(0)
+    fields = family_of(name).fit_tokenizer(tokenizer, 32)
+    return create_model(name, vision_depth=3, schedule=str(HALF), **fields)
+
+
+def named_patches(source) -> Tensor:
+    """(COUNT, 64): a quarter of the patch or more shows what the caption in turn names."""
+    masks = (source.named_mask(i, i % 5).reshape(8, 8, 8, 8) for i in range(COUNT))
+    return torch.stack([torch.tensor(m.mean((1, 3)).ravel() >= 0.25) for m in masks])
+
+
+def own_captions(source):
+    return [source.captions(i)[i % 5] for i in range(COUNT)]
+
+
+def images_of(source):
+    transform = image_transform(64, train=False)
+    return torch.stack([transform(source[i].image) for i in range(COUNT)])
+
+
+@dataclass(frozen=True)
+class Told(Staged):
+    """Keeps by scores that it is told, one row an image."""
+
+    name: ClassVar[str] = "told"
+    rows: ClassVar[Tensor]
+
+    schedule: Schedule = HALF
+    merge: bool = True
+
+    def score(self, tower, stage, tokens, text):
+        return torch.cat([torch.zeros(len(self.rows), 1), self.rows], dim=1)
+
+
+def told(model, source, tokenizer, rows, **options):
+    strategy = type("Told", (Told,), {"rows": rows})(**options)
+    return selection_scores(model, source, tokenizer, strategy, batch_size=COUNT)
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_scorer_that_returns_the_mask_keeps_all_that_is_named(model, source, tokenizer, merge):
+    named = named_patches(source)
+    assert named.sum(1).min() > 0 and named.sum(1).max() <= KEEP
+    (stage,) = told(model, source, tokenizer, named.float(), merge=merge)["stages"]
+    everything = {"mean": 1.0, "low": 1.0, "high": 1.0, "images": COUNT}
+    assert stage["kept"] == stage["purity"] == everything
+    assert stage["kept_chance"]["mean"] == KEEP / PATCHES
+
+
+def test_a_scorer_that_returns_its_opposite_keeps_nothing(model, source, tokenizer):
+    (stage,) = told(model, source, tokenizer, -named_patches(source).float())["stages"]
+    assert stage["kept"]["mean"] == 0
+    assert 0 < stage["purity"]["mean"] < stage["purity_chance"]["mean"]
+
+
+def test_a_constant_scorer_keeps_the_named_patches_of_the_upper_half(model, source, tokenizer):
+    named = named_patches(source)
+    scores = told(model, source, tokenizer, torch.ones(COUNT, PATCHES))
+    upper = named[:, :KEEP].sum(1) / named.sum(1)
+    (stage,) = scores["stages"]
+    assert stage["kept"]["mean"] == pytest.approx(upper.mean().item())
+    reach = 1.96 * upper.std().item() / math.sqrt(COUNT)
+    assert stage["kept"]["high"] - stage["kept"]["mean"] == pytest.approx(reach)
+    assert scores["named"]["mean"] == pytest.approx(named.float().mean().item())
+
+
+@pytest.mark.parametrize(("scorer", "count"), [("random", 60), ("constant", 120)])
+def test_who_knows_nothing_of_the_image_scores_chance(model, tokenizer, scorer, count):
+    source = EmojiScenes(count, seed=9, clutter=4, textures=True)
+    constant = type("Constant", (Told,), {"rows": torch.ones(count, PATCHES)})()
+    strategy = constant if scorer == "constant" else f"random:schedule={HALF}"
+    (stage,) = selection_scores(model, source, tokenizer, strategy, batch_size=count)["stages"]
+    for key in ("kept", "purity"):
+        reach = (stage[key]["high"] - stage[key]["mean"]) / 1.96
+        assert abs(stage[key]["mean"] - stage[f"{key}_chance"]["mean"]) < 3 * reach < 0.1
+    if scorer == "random":
+        assert stage["changed_by_another_image"] is None and stage["agrees"] is None
+
+
+def test_purity_is_the_named_share_of_what_holds_a_named_patch_and_its_chance_the_mean():
+    source = torch.tensor([[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 1, 0]]).bool()
+    pure, _ = purity(torch.tensor([[1, 1, 0, 1, 0, 1]]).bool(), source[None])
+    assert pure.item() == pytest.approx((2 / 3 + 2 / 3 + 1 + 0) / 4)
+    drawn = [[i in chosen for i in range(6)] for chosen in combinations(range(6), 3)]
+    pure, chance = purity(torch.tensor(drawn), source.expand(len(drawn), -1, -1))
+    assert pure.mean().item() == pytest.approx(chance[0].item())
+    assert purity(torch.zeros(1, 6, dtype=torch.bool), source[None])[1].isnan()
+
+
+def test_kept_patches_are_followed_through_the_stages():
+    """Eight patches behind CLS; the second stage keeps the merged token of the first too, and its
+    second slot is padding."""
+    weights = torch.zeros(1, 9), torch.zeros(1, 6)
+    first = ReductionInfo(torch.tensor([[1, 3, 4, 8]]), weights[0], None)
+    mask = torch.tensor([[True, True, False, True, True]])
+    second = ReductionInfo(torch.tensor([[2, 3, 5]]), weights[1], mask)
+    infos = [StageInfo(Stage(i, 1, 0), each) for i, each in enumerate((first, second))]
+    kept = [each[0].nonzero().flatten().tolist() for each in kept_patches(infos, 8)]
+    assert kept == [[0, 2, 3, 7], [2]]
+
+
+def test_another_caption_and_another_image_change_what_the_model_keeps(model, source, tokenizer):
+    strategy = ELIP(HALF, scorer="last", fusion=0.0)
+    scores = selection_scores(model, source, tokenizer, strategy, batch_size=7)
+    own = own_captions(source)
+    another = [source.captions(i)[(i + 1) % 5] for i in range(COUNT)]
+
+    @torch.no_grad()
+    def kept(captions):
+        guide = model.eval().encode_captions(tokenizer, captions)
+        _, infos = encode_image(
+            model.visual, images_of(source), guide, strategy=strategy, return_info=True
+        )
+        return [set(each.tolist()) for each in infos[0].reduction.kept]
+
+    expected = kept(own)
+    for key, captions in (("caption", another), ("image", own[1:] + own[:1])):
+        shares = [len(a - b) / KEEP for a, b in zip(expected, kept(captions), strict=True)]
+        found = scores["stages"][0][f"changed_by_another_{key}"]
+        assert found["mean"] == pytest.approx(sum(shares) / COUNT) and found["mean"] > 0
+
+
+def test_a_merging_strategy_has_purity_alone(model, source, tokenizer):
+    scores = selection_scores(model, source, tokenizer, "tome:r=8")
+    assert [stage["keep"] for stage in scores["stages"]] == [56, 48, 40]
+    for stage in scores["stages"]:
+        assert stage["kept"] is stage["agrees"] is stage["changed_by_another_image"] is None
+        assert stage["purity_chance"]["mean"] < stage["purity"]["mean"] <= 1
+    assert scores["insertion"] is None and scores["lost"]["mean"] > 0
+
+
+def test_agreement_and_loss_are_those_of_the_model(model, source, tokenizer):
+    strategy = ELIP(HALF, scorer="last")
+    scores = selection_scores(model, source, tokenizer, strategy, batch_size=9)
+    with torch.no_grad():
+        images, guide = (
+            images_of(source),
+            model.eval().encode_captions(tokenizer, own_captions(source)),
+        )
+        shares = scorer_agreement(model.visual, images, guide, strategy, ("last",))
+        tokens, _ = run_tower(model.tower, images, guide, strategy)
+        reduced, dense = model.project_image(tokens), model.encode_image(images, reduce=False)
+    (stage,) = scores["stages"]
+    assert stage["agrees"]["mean"] == pytest.approx(shares["last"][0])
+    assert stage["agrees_chance"]["mean"] == pytest.approx(shares["chance"][0])
+    lost = (1 - (reduced * dense).sum(1)).mean().item()
+    assert scores["lost"]["mean"] == pytest.approx(lost, abs=1e-5)
+
+
+def test_a_curve_shows_the_patches_that_the_row_puts_first(model, source, monkeypatch):
+    """Each score is that of patch dropout's tokens, chosen by hand; areas are means over shares."""
+    images, counts = images_of(source)[:3], []
+    row = torch.rand(3, PATCHES, generator=torch.Generator().manual_seed(1))
+    texts = torch.nn.functional.normalize(torch.randn(3, 64), dim=1)
+    model.eval()
+    with torch.no_grad():
+        tokens, best = model.tower.embed(images), row.topk(8, dim=1).indices.sort().values
+        index = torch.cat([torch.zeros(3, 1, dtype=torch.int64), best + 1], dim=1)
+        tokens = tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[2]))
+        for i in range(model.tower.depth):
+            tokens = model.tower.block(i, tokens)
+        expected = (model.project_image(model.tower.finish(tokens)) * texts).sum(1)
+        torch.testing.assert_close(
+            deletion_insertion._score(model, images, texts, row, 8), expected
+        )
+
+    def score(model, images, texts, order, count):
+        counts.append(count)
+        return torch.full((3,), count / PATCHES)
+
+    monkeypatch.setattr(deletion_insertion, "_score", score)
+    areas = removal_areas(model, images, texts, row)
+    assert counts == [PATCHES, *[8 * i for i in range(1, POINTS)] * 3]
+    torch.testing.assert_close(areas["insertion"], torch.full((3,), (1 / 8 + 1) / 2))
+    assert areas.keys() == {"insertion", "deletion", "random", "all_patches"}
+
+
+def test_insertion_and_deletion_show_opposite_ends_of_the_row(model, source, monkeypatch):
+    """A score that counts the shown patches of a row's upper half."""
+    row = torch.arange(PATCHES).float().expand(3, -1)
+
+    def score(model, images, texts, order, count):
+        return (order.topk(count, dim=1).indices >= KEEP).sum(1) / KEEP
+
+    monkeypatch.setattr(deletion_insertion, "_score", score)
+    areas = removal_areas(model, None, None, row)
+    assert (areas["deletion"] < areas["random"]).all()
+    assert (areas["random"] < areas["insertion"]).all()
+
+
+def test_a_scorer_that_asks_nobody_is_held_against_what_the_paper_selects(model, source, tokenizer):
+    for scorer, agrees in (("received", False), ("exact", True)):
+        strategy = ELIP(HALF, scorer=scorer)
+        (stage,) = selection_scores(model, source, tokenizer, strategy, limit=4)["stages"]
+        assert (stage["agrees"]["mean"] == 1) == agrees
+
+
+def test_equal_scores_are_shown_in_an_order_drawn():
+    """A random keep knows two scores alone: kept or not."""
+    row = torch.zeros(200, PATCHES).index_fill(1, torch.arange(KEEP), 1.0)
+    places = deletion_insertion._places(row, torch.rand_like(row).argsort(1))
+    assert (places.sort(1).values == torch.arange(PATCHES)).all()
+    assert (places[:, :KEEP] >= PATCHES - KEEP).all()
+    assert (places.mean(0)[:KEEP] - places[:, :KEEP].mean()).abs().max() < 4 * KEEP / 200**0.5
+
+
+@pytest.mark.parametrize("name", ["elip_albef_tiny", "elip_blip_tiny", "elip_meter_tiny"])
+def test_every_model_is_measured_as_json_with_and_without_selection(name, source, tokenizer):
+    model = small(name, tokenizer).train()
+    state = torch.get_rng_state()
+    for strategy in (None, "tome"):
+        scores = selection_scores(model, source, tokenizer, strategy, limit=4)
+        assert json.loads(json.dumps(scores, allow_nan=False)) == scores
+        assert set(OF_THE_WHOLE) < set(scores) and scores["num_images"] == 4
+        assert all(set(OF_A_STAGE) < set(stage) for stage in scores["stages"])
+        assert (scores["insertion"] is None) == (strategy is not None or not model.ranks)
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_same_scores_again(model, source, tokenizer):
+    strategy = f"random:schedule={HALF}"
+    first, second = (
+        selection_scores(model, source, tokenizer, strategy, limit=6) for _ in range(2)
+    )
+    assert first == second
+
+
+def test_a_model_that_reduces_nothing_loses_nothing(model, source, tokenizer):
+    for strategy in (PatchDropout(0.5), model.dense):
+        scores = selection_scores(model, source, tokenizer, strategy, limit=4)
+        assert scores["stages"] == [] and scores["lost"]["mean"] == pytest.approx(0, abs=1e-6)
+
+
+def test_without_masks_what_is_named_is_unknown_and_boxes_make_it_known(tmp_path, model, tokenizer):
+    Image.new("RGB", (128, 64), "white").save(tmp_path / "a.png")
+    entry = {"image": "a.png", "caption": ["a dog", "a cat"]}
+    boxes = [[[32, 0, 16, 16]], [[64, 0, 32, 64], [0, 0, 30, 30]]]
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps([entry, entry]))
+    scores = selection_scores(model, JsonSource(path), tokenizer)
+    assert scores["stages"][0]["kept"] is None and scores["named"]["mean"] == 0
+    assert scores["stages"][0]["purity"] is None and scores["stages"][0]["agrees"] is not None
+    path.write_text(json.dumps([entry | {"boxes": boxes}] * 2))
+    mask = JsonSource(path).named_mask(0, 1)
+    assert mask.shape == (64, 128) and mask.sum() == 32 * 64 + 900 and mask[:, 64:96].all()
+    scores = selection_scores(model, JsonSource(path), tokenizer)
+    # The middle of the image is cut out: 4 of 64 patches, and the half of them
+    assert scores["named"]["mean"] == pytest.approx((4 + 32) / 2 / PATCHES)
+    assert scores["stages"][0]["kept"]["images"] == 2
+
+
+@pytest.mark.parametrize("boxes", [3, [[[1, 2, 3, 4]]], [[1, 2, 3, 4]] * 2, [[[1, 2, "3", 4]], []]])
+def test_bad_boxes(tmp_path, boxes):
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps([{"image": "a.png", "caption": ["a", "b"], "boxes": boxes}]))
+    message = r"list\.json\[0\]: boxes: expected a list for each of 2 captions, of \[left, top"
+    with pytest.raises(ValueError, match=message):
+        JsonSource(path)
+
+
+def test_fewer_than_two_samples_are_refused(model, source, tokenizer):
+    with pytest.raises(ValueError, match="source: expected two readable samples or more, got 1"):
+        selection_scores(model, source, tokenizer, limit=1)
+
+
+def test_the_command_prints_and_writes(tmp_path, model, tokenizer, capsys):
+    model.save_pretrained(tmp_path / "model", tokenizer)
+    output = tmp_path / "scores.json"
+    data = "emoji_scenes:size=6,clutter=2"
+    arguments = ["eval", "selection", "--model", tmp_path / "model", "--data", data]
+    options = ["--count", 5, "--strategy", "elip:scorer=cls", "--output", output]
+    assert elip(*arguments, *options) == 0
+    scores = json.loads(output.read_text())
+    assert scores["num_images"] == 5 and "scorer='cls'" in scores["strategy"]
+    assert "5 images, 64 patches" in capsys.readouterr().out
+    assert elip(*arguments, "--strategy", "elpi") == 2
+    assert "error: --strategy: strategy: expected" in capsys.readouterr().err

@@ -1,0 +1,228 @@
+"""Which patches survive each stage, their scores through merged tokens, and the pictures."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+import elip_kernels
+import elip_models
+from elip_models.analysis.merging import draw_merging, merged_image, tokens_of_patches
+from elip_models.analysis.visualize import (
+    GREY,
+    attention_maps,
+    concentration,
+    draw_concentration,
+    draw_reduction,
+    patch_grid,
+    surviving_patches,
+)
+from elip_models.data import EmojiScenes
+from elip_models.models.clip.model import CLIP, CLIPConfig
+from elip_models.models.registry import DOWNSTREAM, create_model, elip_strategy
+from elip_models.reduction.schedule import Schedule, Stage
+from elip_models.reduction.strategy import StageInfo
+from elip_models.towers import as_tower
+from elip_models.training.report import Reporter
+from tests.helpers.towers import SCHEDULE, images, plain_vit, text
+
+NUM_PATCHES = 36
+
+
+def reduce_images(merge=True, **options):
+    """Stages of a tiny tower, and its number of prefix tokens."""
+    model = plain_vit(**options)
+    _, infos = elip_models.encode_image(
+        model, images(), text(), schedule=SCHEDULE, scorer="last", merge=merge, return_info=True
+    )
+    return infos, model.num_prefix_tokens
+
+
+def held_by_tokens(infos, b, p, merge):
+    """The brute force: before and after each stage, the set of patches that each token holds."""
+    held = [set() for _ in range(p)] + [{n} for n in range(NUM_PATCHES)]
+    steps = [held]
+    for info in infos:
+        kept = info.reduction.kept[b].tolist()
+        others = (held[n] for n in range(p, len(held)) if n not in kept)
+        rest = [set().union(*others)] if merge else []
+        held = [*held[:p], *(held[n] for n in kept), *rest]
+        steps.append(held)
+    return steps
+
+
+@pytest.mark.parametrize("registers", [0, 3])
+@pytest.mark.parametrize("merge", [True, False])
+def test_survivors_are_the_patches_that_a_token_holds_alone(registers, merge):
+    infos, p = reduce_images(merge, reg_tokens=registers)
+    survivors = surviving_patches(infos, NUM_PATCHES)
+    assert survivors[0].sum(1).tolist() == [28, 28]
+    for b in range(2):
+        for held, alive in zip(held_by_tokens(infos, b, p, merge)[1:], survivors, strict=True):
+            alone = sorted(n for patches in held if len(patches) == 1 for n in patches)
+            assert alive[b].nonzero()[:, 0].tolist() == alone
+
+
+@pytest.mark.parametrize("registers", [0, 3])
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_patch_shows_the_score_of_the_token_that_holds_it(registers, merge):
+    infos, p = reduce_images(merge, reg_tokens=registers)
+    heats = attention_maps(infos, NUM_PATCHES)
+    for b in range(2):
+        steps = held_by_tokens(infos, b, p, merge)
+        for info, held, heat in zip(infos, steps[:-1], heats, strict=True):
+            expected = torch.full((NUM_PATCHES,), float("nan"))
+            for score, patches in zip(info.attention[b], held, strict=True):
+                expected[sorted(patches)] = score
+            torch.testing.assert_close(heat[b], expected, atol=0, rtol=0, equal_nan=True)
+
+
+def test_a_dense_forward_has_nothing_to_show():
+    assert surviving_patches([], NUM_PATCHES) == []
+    assert attention_maps([], NUM_PATCHES) == []
+
+
+@torch.no_grad()
+def test_concentration_is_the_mass_of_the_top_patches():
+    tower, x, shares = as_tower(plain_vit(reg_tokens=2)), images(3), (0.01, 0.25, 1.0)
+    masses = concentration(tower, x, shares)
+    tokens = tower.embed(x)
+    for i in range(tower.depth):
+        row = tower.attention_map(i, tokens)[:, :, 0].mean(1)[:, 3:]
+        row = row / row.sum(1, keepdim=True)
+        for s, count in enumerate((1, 9, 36)):
+            expected = row.topk(count).values.sum(1).mean()
+            torch.testing.assert_close(masses[i, s], expected, atol=1e-5, rtol=0)
+        tokens = tower.block(i, tokens)
+
+
+@pytest.mark.parametrize(
+    ("size", "num_patches", "grid"),
+    [((48, 48), 36, (6, 6)), ((32, 64), 32, (4, 8)), ((100, 51), 72, (12, 6))],
+)
+def test_the_grid_has_the_shape_of_the_image(size, num_patches, grid):
+    assert patch_grid(SimpleNamespace(image_size=size, num_patches=num_patches)) == grid
+
+
+def rows_of(path):
+    """Rows of a picture: long runs of lines that begin with an image, which is not white."""
+    ink = pil_to_tensor(Image.open(path).convert("L"))[0, :, 10:110] < 250
+    lines = "".join(str(int(line)) for line in ink.float().mean(1) > 0.6)
+    return len(re.findall("1{150,}", lines))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_picture_has_a_row_an_image(batch, tmp_path):
+    infos, _ = reduce_images()
+    infos = [
+        info._replace(
+            attention=info.attention[:1].expand(batch, -1),
+            reduction=info.reduction._replace(
+                kept=info.reduction.kept[:1].expand(batch, -1),
+                weights=info.reduction.weights[:1].expand(batch, -1),
+            ),
+        )
+        for info in infos
+    ]
+    path = draw_reduction(
+        torch.rand(batch, 3, 48, 48) / 2,
+        ["costs $5 and $6"] * batch,
+        infos,
+        tmp_path / "a.png",
+        grid=(6, 6),
+        title="$",
+    )
+    assert rows_of(path) == batch
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_merged_patch_shows_the_token_that_holds_it(merge):
+    infos, p = reduce_images(merge)
+    found = tokens_of_patches(infos, NUM_PATCHES)
+    for b in range(2):
+        for held, tokens in zip(held_by_tokens(infos, b, p, merge)[1:], found, strict=True):
+            expected = torch.full((NUM_PATCHES,), -1)
+            for token, patches in enumerate(held):
+                expected[sorted(patches)] = token
+            assert torch.equal(tokens[b], expected)
+
+
+def test_patches_of_a_token_have_their_mean_colour_and_dropped_ones_are_grey():
+    image, side = torch.rand(3, 4, 6), 128
+    drawn = merged_image(image, torch.tensor([[0, 0, 1], [2, -1, 2]]))
+    assert drawn.shape == (3, 2 * side, 3 * side)
+
+    def patch(row, column):  # without the lines on its left and above
+        rows, columns = (slice(side * k + 1, side * (k + 1)) for k in (row, column))
+        return drawn[:, rows, columns]
+
+    mean = image[:, :2, :4].mean((1, 2))[:, None, None]
+    torch.testing.assert_close(patch(0, 0), mean.expand(3, side - 1, side - 1))
+    torch.testing.assert_close(patch(0, 0), patch(0, 1))
+    torch.testing.assert_close(patch(1, 0), patch(1, 2))
+    assert patch(1, 1).unique().tolist() == [pytest.approx(GREY)]
+    alone = image[:, :2, 4:].repeat_interleave(side // 2, 1).repeat_interleave(side // 2, 2)
+    assert torch.equal(patch(0, 2), alone[:, 1:, 1:])
+
+
+@pytest.mark.parametrize("strategy", ["tome:r=3", "elip"])
+def test_the_merging_is_a_picture_with_a_row_an_image(strategy, tmp_path):
+    model, x = plain_vit(), images(3)
+    _, infos = elip_models.encode_image(model, x, strategy=strategy, return_info=True)
+    pixels = torch.rand(3, 3, 48, 48) / 2
+    path = draw_merging(pixels, ["a $"] * 3, infos, tmp_path / "m.png", grid=(6, 6), title="$")
+    assert rows_of(path) == 3
+
+
+def test_the_concentration_is_a_picture(tmp_path):
+    path = draw_concentration(torch.rand(6, 4), tmp_path / "c.png", title="a_b $")
+    assert Image.open(path).size == (832, 520)
+
+
+@pytest.mark.parametrize("schedule", [None, "1(100%) 2(50%)"])
+def test_a_training_run_ends_with_the_picture(schedule, tokenizer, tmp_path):
+    config = CLIPConfig(
+        image_size=32,
+        patch_size=8,
+        vision_width=32,
+        vision_depth=3,
+        vision_heads=2,
+        text_width=32,
+        text_depth=1,
+        text_heads=2,
+        vocab_size=600,
+        eos_token_id=tokenizer.eos_token_id,
+        embed_dim=16,
+        schedule=schedule,
+    )
+    reporter = Reporter(CLIP(config).eval(), tokenizer, EmojiScenes(5, image_size=32), tmp_path)
+    assert rows_of(reporter.picture(2)) == 2
+
+
+@pytest.mark.parametrize("family", DOWNSTREAM)
+def test_a_dense_model_of_a_task_is_shown_by_the_schedule_of_its_pre_training(family):
+    kind = DOWNSTREAM[family]
+    with torch.device("meta"):
+        model = create_model(f"{kind.pretraining.family}_tiny", task=kind.task)
+    expected = Schedule.parse(kind.pretraining.family).for_depth(model.config.vision_depth)
+    assert elip_strategy(model).schedule == expected
+
+
+def test_merged_pairs_are_shown_as_merged():
+    model = plain_vit()
+    tokens = as_tower(model).embed(images()).detach()
+    merged, _, first = elip_kernels.bipartite_merge(tokens, tokens, 9, return_info=True)
+    _, _, then = elip_kernels.bipartite_merge(merged, merged, 5, return_info=True)
+    infos = [
+        StageInfo(Stage(i, 1, info.num_rows - 1), info, torch.rand(info.slots.shape))
+        for i, info in enumerate((first, then))
+    ]
+    survivors, heats = surviving_patches(infos, 36), attention_maps(infos, 36)
+    rows = then.slots.gather(1, first.slots.long())[:, 1:]
+    for b in range(2):
+        alone = [rows[b].tolist().count(row) == 1 for row in rows[b].tolist()]
+        assert survivors[1][b].tolist() == alone
+        assert torch.equal(heats[1][b], infos[1].attention[b, first.slots[b, 1:].long()])

@@ -1,0 +1,267 @@
+"""`elip visualize` on every kind of model: its own text guides it, or the title says none does."""
+
+import json
+import sys
+
+import open_clip
+import pytest
+import timm
+import torch
+from PIL import Image
+from transformers import PreTrainedTokenizerFast
+
+from elip_models.analysis.visualize_inputs import open_pictured, read_pairs, read_source
+from elip_models.data import load_tokenizer, tokenize
+from elip_models.models.clip.model import CLIP, CLIPConfig
+from elip_models.reduction.encode import encode_image
+from elip_models.validation import ConfigError
+from tests.helpers.models import hf_blip, hf_clip, hf_siglip, open_clip_pair
+from tests.helpers.tiny_run import elip
+from tests.models.test_open_model import tiny_vit
+from tests.towers.test_image_text import guidance_of
+
+CAPTIONS = ["a red dog on the left", "two cats"]
+SIX = "2(100%) 2(70%) 2(40%)"
+
+
+@pytest.fixture(scope="module")
+def small_tokenizer(captions):
+    """As many words as the tiny text towers know."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers.processors import TemplateProcessing
+
+    words = sorted({word for text in [*captions, *CAPTIONS] for word in text.split()})[:45]
+    vocab = {"[UNK]": 0, "[CLS]": 1, "[PAD]": 2, **{w: i for i, w in enumerate(words, 3)}}
+    vocab["[SEP]"] = 49
+    model = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    model.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 49)]
+    )
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "cls", "sep", "pad")}
+    return PreTrainedTokenizerFast(tokenizer_object=model, **names, eos_token="[SEP]")
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two images, one of them wide."""
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    for path, size in zip(paths, ((64, 64), (90, 50)), strict=True):
+        Image.effect_noise(size, 80).convert("RGB").save(path)
+    return paths
+
+
+@pytest.fixture
+def pairs(files):
+    return read_pairs(files, CAPTIONS)
+
+
+def normalised(pictured, pairs):
+    return pictured.normalised(pictured.pixels([image for image, _ in pairs]))
+
+
+def our_folder(folder, tokenizer):
+    config = CLIPConfig(
+        image_size=32,
+        patch_size=8,
+        vision_width=32,
+        vision_depth=6,
+        vision_heads=2,
+        text_width=32,
+        text_depth=1,
+        text_heads=2,
+        vocab_size=600,
+        context_length=24,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        embed_dim=16,
+        schedule=SIX,
+        scorer="last",
+    )
+    CLIP(config).save_pretrained(folder, tokenizer)
+    return str(folder)
+
+
+def kept(infos):
+    return [info.reduction.kept for info in infos]
+
+
+def differ(infos, others):
+    return any(not torch.equal(a, b) for a, b in zip(kept(infos), kept(others), strict=True))
+
+
+def test_our_clip_is_guided_by_its_own_text(tmp_path, tokenizer, pairs):
+    pictured = open_pictured(our_folder(tmp_path / "model", tokenizer))
+    assert str(pictured).endswith(f"{SIX}, scorer last, text-guided, fusion 0.8")
+    images = normalised(pictured, pairs)
+    infos = pictured.stage_infos(images, CAPTIONS)
+    assert [info.stage.keep for info in infos] == [11, 6]
+    text = tokenize(load_tokenizer(str(tmp_path / "model")), CAPTIONS, 24)
+    clip = CLIP.from_pretrained(tmp_path / "model").eval()
+    _, expected = encode_image(
+        clip.visual,
+        images,
+        clip.guidance(clip.encode_text(**text)),
+        strategy=clip.reduction,
+        return_info=True,
+    )
+    assert not differ(infos, expected)
+
+
+@pytest.mark.parametrize("make", [hf_clip, hf_blip])
+def test_models_of_transformers_are_guided_by_theirs(make, tmp_path, small_tokenizer, pairs):
+    model = make().eval()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"--model: expected a tokenizer .* --fusion 1"):
+        open_pictured(f"hf:{tmp_path}", schedule=SIX)
+    assert open_pictured(f"hf:{tmp_path}", schedule=SIX, fusion=1.0).guide is None
+    small_tokenizer.save_pretrained(tmp_path)
+    pictured = open_pictured(f"hf:{tmp_path}", schedule=SIX)
+    images = normalised(pictured, pairs)
+    equal = [CAPTIONS[1]] * 2  # as long as each other: no padding
+    ids = small_tokenizer(equal, return_tensors="pt").input_ids
+    torch.testing.assert_close(pictured.guide(equal), guidance_of(model, ids))
+    padded = pictured.guide(CAPTIONS)[1]
+    torch.testing.assert_close(padded, pictured.guide(equal)[1], atol=1e-5, rtol=1e-5)
+    assert len(pictured.stage_infos(images, CAPTIONS)) == 2
+    long = pictured.guide(["two cats " * 20] * 2)
+    assert long.shape == (2, pictured.tower.width)
+
+
+def test_siglip_is_guided_by_texts_of_full_length(tmp_path, small_tokenizer, pairs):
+    model = hf_siglip().eval()
+    model.save_pretrained(tmp_path)
+    small_tokenizer.save_pretrained(tmp_path)
+    pictured = open_pictured(f"hf:{tmp_path}", schedule=SIX)
+    length = model.config.text_config.max_position_embeddings
+    full = {"padding": "max_length", "max_length": length, "return_tensors": "pt"}
+    ids = small_tokenizer(CAPTIONS, **full).input_ids
+    torch.testing.assert_close(pictured.guide(CAPTIONS), guidance_of(model, ids))
+    assert len(pictured.stage_infos(normalised(pictured, pairs), CAPTIONS)) == 2
+
+
+def test_open_clip_is_guided_by_its_own(monkeypatch, pairs):
+    def tokenize(texts):
+        ids = torch.tensor([[len(text) % 40, 3, 4, 5, 6, 7, 8, 49] for text in texts])
+        return ids
+
+    monkeypatch.setattr(open_clip, "create_model", lambda *a, **k: open_clip_pair())
+    monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: {"ViT-B-32": tokenize}[name])
+    pictured = open_pictured("open_clip:ViT-B-32/openai", schedule=SIX)
+    images = normalised(pictured, pairs)
+    text = pictured.guide(CAPTIONS)
+    assert text.shape == (2, pictured.tower.width)
+    assert not torch.equal(text[0], text[1])
+    assert len(pictured.stage_infos(images, CAPTIONS)) == 2
+
+
+def test_an_image_model_is_reduced_by_the_image(tmp_path, pairs):
+    tiny_vit().save_pretrained(tmp_path)
+    pictured = open_pictured(f"hf:{tmp_path}", scorer="last")
+    assert str(pictured).endswith("1(100%) 1(90%) 3(65%) 1(40%), scorer last, vision only")
+    images = normalised(pictured, pairs)
+    assert not differ(
+        pictured.stage_infos(images, CAPTIONS), pictured.stage_infos(images, ["a"] * 2)
+    )
+
+
+def test_a_wide_tower(monkeypatch, files, tmp_path):
+    wide = timm.models.VisionTransformer(
+        img_size=(32, 64), patch_size=8, embed_dim=32, depth=6, num_heads=2, num_classes=0
+    )
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: wide)
+    arguments = ["--image", files[0], "--caption", "a", "--image", files[1], "--caption", "b"]
+    output = tmp_path / "wide.png"
+    model = ["--model", "timm:vit_tiny_patch16_224", "--schedule", SIX, "--scorer", "2"]
+    assert elip("visualize", *model, *arguments, "--output", output) == 0
+    assert Image.open(output).width > 3 * Image.open(output).height
+
+
+@pytest.mark.slow
+def test_the_command_draws_two_pictures(tmp_path, tokenizer, files, capsys):
+    model = our_folder(tmp_path / "model", tokenizer)
+    output = tmp_path / "kept.png"
+    data = ["--data", "emoji_scenes:seed=1,size=5", "--count", 2, "--scorer", "exact"]
+    assert elip("visualize", "--model", model, *data, "--output", output) == 0
+    others = [tmp_path / "kept_merged.png", tmp_path / "kept_concentration.png"]
+    assert capsys.readouterr().out.split() == [str(output), *map(str, others)]
+    assert Image.open(output).width > Image.open(output).height > 400
+    assert all(path.is_file() for path in others)
+    entries = [{"image": "gone.png", "caption": "a"}, {"image": "b.png", "caption": ["b", "c"]}]
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    data = ["--data", tmp_path / "list.json", "--fusion", 1]
+    assert elip("visualize", "--model", model, *data, "--output", output) == 0
+
+
+@pytest.mark.parametrize("strategy", ["tome", "guided_tome:fusion=1", "pitome"])
+def test_a_strategy_without_scores_is_drawn_by_what_it_merges(strategy, tmp_path, files, capsys):
+    output, model = tmp_path / "merged.png", ["--model", "clip_tiny", "--no-pretrained"]
+    shown = ["--image", files[0], "--caption", "a", "--strategy", strategy, "--keep", 0.7]
+    assert elip("visualize", *model, *shown, "--output", output) == 0
+    second = tmp_path / "merged_concentration.png"
+    assert capsys.readouterr().out.split() == [str(output), str(second)]
+    assert Image.open(output).width > 2 * Image.open(output).height > 400
+
+
+def test_samples_that_cannot_be_read_are_passed_over(files, tmp_path):
+    pictured = open_pictured("clip_tiny", pretrained=False, fusion=1.0)
+    assert str(pictured).startswith("clip_tiny (random weights)\n")
+    tower = pictured.tower
+    entries = [{"image": "gone.png", "caption": "a"}, {"image": "b.png", "caption": ["b", "c"]}]
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    [(image, caption)] = read_source(str(tmp_path / "list.json"), 4, tower)
+    assert (image.size, caption) == ((90, 50), "b")
+    (tmp_path / "list.json").write_text(json.dumps(entries[:1]))
+    with pytest.raises(ConfigError, match="--data: expected a readable sample, got none"):
+        read_source(str(tmp_path / "list.json"), 4, tower)
+
+
+TINY = ["--model", "clip_tiny", "--no-pretrained"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*TINY], "--image: expected images with captions, or else --data"),
+        ([*TINY, "--data", "a.json", "--image", "a.png"], "--image: expected images with"),
+        ([*TINY, "--image", "a.png"], "--caption: expected one for each --image, 1, got 0"),
+        ([*TINY, "--image", "no.png", "--caption", "a"], "--image: no.png: no such file"),
+        ([*TINY, "--data", "no.json"], "--model: expected a tokenizer beside the model"),
+        ([*TINY, "--fusion", "1", "--data", "no.json"], "--data: spec: expected an existing file"),
+        ([*TINY, "--data", "a.json", "--output", "a.pdf"], "--output: expected a .png in an"),
+        ([*TINY, "--data", "a.json", "--output", "no/a.png"], "--output: expected a .png in an"),
+        ([*TINY, "--data", "a.json", "--schedule", "3(100%)"], "--schedule: expected 12 layers"),
+        ([*TINY, "--data", "a.json", "--schedule", "12(100%)"], "--schedule: expected a group"),
+        ([*TINY, "--data", "a.json", "--scorer", "lats"], "--scorer: expected one of"),
+        ([*TINY, "--data", "a.json", "--fusion", "2"], "--fusion: expected a number in [0, 1]"),
+        ([*TINY, "--data", "a.json", "--strategy", "tom"], "--strategy: strategy: expected"),
+        (
+            [*TINY, "--data", "a.json", "--strategy", "tome", "--schedule", "clip"],
+            "--strategy: schedule: expected none",
+        ),
+        (
+            [*TINY, "--data", "a.json", "--strategy", "tome", "--keep", "0"],
+            "--keep: keep: expected a number in",
+        ),
+        (
+            [*TINY, "--data", "emoji_scenes:size=1", "--strategy", "patch_dropout"],
+            "--strategy: expected one that merges or drops tokens in inference",
+        ),
+        (["--model", "clip_tiny", "--data", "a.json"], "--model: pretrained: expected False"),
+        (["--model", "timm:nope", "--data", "a.json"], "--model: spec: expected a model that timm"),
+        (["--model", "nope", "--data", "a.json"], "--model: spec: expected 'timm:NAME'"),
+        (["--model", "timm:resnet18", "--no-pretrained", "--data", "a.json"], "--model: model: "),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, capsys):
+    assert elip("visualize", *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {message}")
+    assert captured.err.count("\n") == 1
+
+
+def test_without_matplotlib_the_extra_is_named(files, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    pair = ["--image", files[0], "--caption", "a", "--fusion", 1, "--output", tmp_path / "a.png"]
+    assert elip("visualize", *TINY, *pair) == 2
+    assert "pip install 'elip-kernels[demo]'" in capsys.readouterr().err

@@ -1,0 +1,398 @@
+"""What benchmarks write, what plot.py makes of it, and what it refuses."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import elip_kernels
+from benchmarks.plot import BEGIN, END, main
+from elip_models import STRATEGIES
+from elip_models.models.registry import FAMILIES
+from elip_models.profiling.commit import commit
+from elip_models.profiling.measure import count_step
+from elip_models.reduction.scorers import SCORERS
+from tests.helpers.tiers import tiered
+
+ROOT = Path(__file__).resolve().parents[2]
+HELD = {"max_abs": 1e-7, "bound": 1e-6, "passed": True}
+
+
+def entries():
+    """An op's entry, a tower's, of strategies, onnxruntime's, a pre-training step's, a way's that
+    is replaced, an overhead's, and one of serving."""
+    held = {"parity": dict(HELD), "rounds": 10, "dtype": "fp32"}
+    op = held | {
+        "op": "reduce",
+        "direction": "forward",
+        "milliseconds": {"official": 4.0, "eager": 2.0, "elip_kernels": 2.0, "copy": 1.0},
+        "ratios": {"official": 0.5, "eager": 1.0},
+        "possible": {"official": 0.25, "eager": 0.5, "elip_kernels": 0.5, "copy": 1.0},
+        "bytes": 1000,
+        "kernels": False,
+        "left_out": {"compiled": "no compiler"},
+        "shape": {"B": 64, "N": 257, "D": 768, "K": 166},
+    }
+    tower = held | {
+        "op": "vit_base_patch16_224",
+        "direction": "training",
+        "milliseconds": {"dense": 1674.0, "last": 1230.0},
+        "ratios": {"last": 0.735},
+        "flops": {"dense": 100, "last": 71},
+        "memory": {"dense": 100, "last": 69},
+        "shape": {"B": 4, "image": 256},
+    }
+    strategies = held | {
+        "op": "vit_small_patch16_224",
+        "direction": "inference",
+        "milliseconds": {"dense": 63.2, "tome": 50.0, "resize": 62.0},
+        "ratios": {"tome": 0.791, "resize": 0.981},
+        "strategies": {"tome": "tome(r=13)", "resize": "resize(size=176)"},
+        "strategy_flops": {"dense": 1.0, "tome": 0.702, "resize": 0.61},
+        "share": 0.702,
+        "shape": {"B": 1, "image": 224},
+    }
+    exported = held | {
+        "op": "vit_small_patch16_224",
+        "onnxruntime": "1.32.0",
+        "milliseconds": {"dense": 41.2, "tome": 30.0, "PyTorch": 63.2},
+        "ratios": {"tome": 0.728, "PyTorch": 1.534},
+        "share": 0.702,
+        "shape": {"B": 1, "image": 224},
+    }
+    step = held | {
+        "op": "albef",
+        "direction": "training",
+        "milliseconds": {"dense": 1500.0, "official": 1480.0, "last, shared": 1100.0},
+        "ratios": {"official": 0.987, "last, shared": 0.733},
+        "step_flops": {"dense": 1.0, "official": 0.884, "last, shared": 0.72},
+        "memory": {"dense": 100, "official": 81, "last, shared": 80},
+        "shape": {"B": 4, "image": 256},
+        "width": 192,
+    }
+    unshared = {"ratios": {"official": 0.9}, "step_flops": {"dense": 1.0, "official": 0.88}}
+    way = held | {"does": "ITM in one pass", "instead_of": "two passes"}
+    ways = [way | {"op": name, "ratios": {"two passes": r}} for name, r in (("x", 0.9), ("y", 1))]
+    overhead = held | {"op": "reduce", "overhead_microseconds": 21.4}
+    serving = held | {
+        "op": "vit_tiny_patch16_224",
+        "ratios": {"last": 0.8},
+        "latency": {"dense": {"p50": 40.2, "p99": 90.0}, "last": {"p50": 30.4, "p99": 81.0}},
+        "served_by": {"threads": 8, "strategy": "elip:scorer=last"},
+        "requests": 12000,
+        "grown_bytes": 2**19,
+        "shape": {"B": 1, "image": 224},
+    }
+    return [
+        op,
+        tower,
+        strategies,
+        exported,
+        step,
+        step | {"op": "meter"} | unshared,
+        *ways,
+        overhead,
+        serving,
+    ]
+
+
+@pytest.fixture
+def page(tmp_path):
+    """page(entries, **changes to the file) -> arguments of plot.py for a page and these results of
+    one device."""
+
+    def write(entries, **changes):
+        folder = tmp_path / "results" / "some-cpu"
+        folder.mkdir(parents=True)
+        machine = {"device": "Some CPU, 2 cores", "threads": 2, "versions": {"torch": "2.13.0"}}
+        content = {
+            "machine_info": machine,
+            "commit_info": {"id": "0123456789", "dirty": False},
+            "datetime": "2026-11-28T12:00:00+00:00",
+            "run": {"planned": len(entries), "failed": [], "missing": []},
+            "benchmarks": [{"name": entry["op"], "extra_info": entry} for entry in entries],
+        }
+        (folder / "bench.json").write_text(json.dumps(content | changes))
+        file = tmp_path / "docs" / "benchmarks.md"
+        file.parent.mkdir()
+        file.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+        return ["--results", str(folder.parent), "--page", str(file)]
+
+    return write
+
+
+def test_tables_and_charts_come_from_the_json(page, tmp_path):
+    arguments = page(entries())
+    assert main([*arguments, "--check"]) == 1
+    assert main(arguments) == 0
+    assert main([*arguments, "--check"]) == 0
+    text = (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    text += (tmp_path / "docs" / "some-cpu-ops.md").read_text()
+    for part in (
+        "### Some CPU, 2 cores",
+        "Measured on 2026-11-28 at commit 0123456; CPU threads: 2; torch 2.13.0.",
+        "| `reduce` forward | B64 N257 D768 K166 fp32 | 2 | 0.50 | 1.00 no gain | – | 50% |",
+        "| vit_base_patch16 256 px, 4, fp32 | training | 1674 | 0.73 (0.71) | 0.69 |",
+        "| vit_small_patch16 224 px, 1, fp32 | inference | 63.2 | 0.79 (0.70) | 0.98 no gain (",
+        "0.702 of a dense training step each",
+        "`tome(r=13)`",
+        "Inference in onnxruntime 1.32.0",
+        "| vit_small_patch16 224 px, 1, fp32 | 41.2 | 0.73 | 1.53 no gain |",
+        "Pre-training step",
+        "| albef 256 px, 4, fp32, width 192 | 1500 | 0.99 no gain (0.88, 0.81) | 0.73 (0.72, 0.80)",
+        "| meter 256 px, 4, fp32, width 192 | 1500 | 0.90 (0.88, 0.81) | – |",
+        "ITM in one pass instead of two passes: x 0.90, y 1.00 no gain.",
+        "compiled was not measured: no compiler.",
+        "no kernel runs here",
+        "reduce 21 µs",
+        "12,000 requests. Time relative to dense 0.80; latency dense / reduced "
+        "p50 40.2 / 30.4 ms, p99 90 / 81 ms; the process grew by 0.5 MiB.",
+    ):
+        assert part in text, part
+    for name in ("some-cpu-towers.svg", "some-cpu-ops.svg"):
+        assert f"({name})" in text
+        assert "</svg>" in (tmp_path / "docs" / name).read_text()
+
+
+def test_an_op_that_ran_its_pytorch_form_says_so_beside_kernels(page, tmp_path):
+    op, *_ = entries()
+    assert main(page([op, op | {"dtype": "bf16", "kernels": True}])) == 0
+    text = (tmp_path / "docs" / "some-cpu-ops.md").read_text()
+    assert "| `reduce` forward (PyTorch form) | B64 N257 D768 K166 fp32 |" in text
+    assert "| `reduce` forward | B64 N257 D768 K166 bf16 |" in text
+    assert "no kernel runs here" not in text
+
+
+def test_a_chart_that_is_missing_or_stale_is_found(page, tmp_path, capsys):
+    arguments = page(entries())
+    assert main(arguments) == 0
+    chart = tmp_path / "docs" / "some-cpu-ops.svg"
+    kept = chart.read_text()
+    for spoil in (chart.unlink, lambda: chart.write_text(kept.replace("eager", "other"))):
+        spoil()
+        assert main([*arguments, "--check"]) == 1
+        assert f"{chart}: missing or stale" in capsys.readouterr().err
+    chart.write_text(kept)
+    assert main([*arguments, "--check"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"run": {"planned": 9, "failed": ["test_a"], "missing": []}}, "1 of 9 benchmarks failed"),
+        ({"run": {"planned": 9, "failed": [], "missing": ["b", "c"]}}, "missing: b, c"),
+        ({"run": None}, "expected 'run'"),
+        ({"commit_info": {}}, "expected the commit"),
+    ],
+)
+def test_refuses_a_run_that_is_not_whole(page, tmp_path, capsys, change, reason):
+    assert main(page(entries(), **change)) == 1
+    assert reason in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "docs").iterdir()] == ["benchmarks.md"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"parity": HELD | {"passed": False}}, "parity failed"),
+        ({"parity": HELD | {"max_abs": 2e-6}}, "parity failed"),
+        ({"parity": HELD | {"max_abs": float("nan")}}, "parity failed"),
+        ({"parity": HELD | {"coarser": HELD | {"max_abs": 2e-6}}}, "parity failed"),
+        ({"parity": None}, "parity was not checked"),
+        ({"rounds": 3}, "expected 10 rounds or more, got 3"),
+    ],
+)
+def test_refuses_what_was_not_held_to_parity(page, tmp_path, capsys, change, reason):
+    op, *others = entries()
+    arguments = page([*others, op | change])
+    before = (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert main(arguments) == 1
+    message = capsys.readouterr().err
+    assert reason in message and "bench.json: reduce" in message
+    assert (tmp_path / "docs" / "benchmarks.md").read_text() == before
+    assert [path.name for path in (tmp_path / "docs").iterdir()] == ["benchmarks.md"]
+
+
+def test_a_page_without_markers_is_refused(page, tmp_path, capsys):
+    arguments = page(entries())
+    (tmp_path / "docs" / "benchmarks.md").write_text("nothing")
+    assert main(arguments) == 1
+    assert BEGIN in capsys.readouterr().err
+
+
+def test_the_committed_page_shows_the_committed_results():
+    assert main(["--check"]) == 0
+
+
+def test_flops_count_attention_on_every_device():
+    q = torch.randn(2, 3, 5, 4)
+    attend = partial(F.scaled_dot_product_attention, q, q, q)
+    assert count_step(attend, backward=False) == (2 * 2 * 2 * 3 * 5 * 5 * 4, 0)
+
+
+def test_the_commit_is_what_is_said_or_what_git_says(monkeypatch):
+    monkeypatch.setenv("COMMIT", "0123456789-dirty")
+    assert commit.__wrapped__() == {"id": "0123456789", "dirty": True}
+    monkeypatch.setenv("COMMIT", "")
+    monkeypatch.setenv("GIT_DIR", "/nowhere")
+    assert commit.__wrapped__() == {}
+    monkeypatch.setenv("PATH", "")
+    assert commit.__wrapped__() == {}
+
+
+def measured(folder, *words):
+    """Run pytest with these words -> its exit status and the JSON that it wrote."""
+    path = folder / "device" / "bench.json"
+    path.parent.mkdir()
+    command = [sys.executable, "-m", "pytest", *words, "-p", "no:cacheprovider"]
+    own = {n: value for n, value in os.environ.items() if not n.startswith("PYTEST_")}
+    more = {"CXX": "no-such-compiler", "COMMIT": "0123456789", "PYTHONPATH": str(folder)}
+    done = subprocess.run(
+        [*command, "--benchmark-json", str(path)],
+        cwd=ROOT,
+        env=own | more,  # in which nothing is a worker of this run
+        capture_output=True,
+        text=True,
+    )
+    assert path.exists(), done.stdout + done.stderr
+    return done.returncode, json.loads(path.read_text())
+
+
+@pytest.fixture
+def measure(tmp_path):
+    """measure(*words of pytest), see `measured`."""
+    return partial(measured, tmp_path)
+
+
+def refused(folder, capsys):
+    """What plot.py says of the results in a folder."""
+    page = folder / "benchmarks.md"
+    page.write_text(f"{BEGIN}{END}")
+    assert main(["--results", str(folder), "--page", str(page)]) == 1
+    return capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_benchmark_records_parity_and_nothing_private(measure, tmp_path, capsys):
+    words = ("benchmarks/bench_reduce.py", "--rounds", "1", "-k", "B1- and training")
+    status, content = measure(*words)
+    assert status == 0
+    assert content["machine_info"].keys() == {"device", "threads", "versions"}
+    assert content["commit_info"] == {"id": "0123456789", "dirty": False}
+    assert content["run"] == {"planned": 1, "failed": [], "missing": []}
+    (benchmark,) = content["benchmarks"]
+    facts = benchmark["extra_info"]
+    assert facts["parity"]["passed"] and facts["ratios"].keys() == {"official", "eager"}
+    assert "no-such-compiler" in facts["left_out"]["compiled"]
+    assert facts["versions"]["torch"] == version("torch")
+    assert facts["possible"]["elip_kernels"] > 0
+    assert facts["bytes"] > 0 and facts["kernels"] == torch.cuda.is_available()
+    assert "rounds" in refused(tmp_path, capsys)
+
+
+@pytest.fixture(scope="module")
+def smallest(tmp_path_factory):
+    """Every benchmark, run once at its smallest size: its exit status and the JSON by name."""
+    status, content = measured(
+        tmp_path_factory.mktemp("smallest"),
+        *("benchmarks", "--benchmark-only", "--smallest", "--rounds", "1"),
+    )
+    return status, content["run"], {e["name"]: e["extra_info"] for e in content["benchmarks"]}
+
+
+@pytest.mark.slow
+def test_every_benchmark_runs_and_holds_parity(smallest):
+    status, run, found = smallest
+    assert run["failed"] == [] and run["missing"] == [] and status == 0
+    assert len(found) == run["planned"]
+    assert all(facts["parity"]["passed"] and facts["ratios"] for facts in found.values())
+
+
+def takes_a_tensor(function):
+    """Tell whether the first argument is a tensor, as it is of an op."""
+    first = [*inspect.signature(function).parameters.values()][:1]
+    return [each.annotation for each in first] == [torch.Tensor]
+
+
+@pytest.mark.slow
+def test_each_op_strategy_scorer_and_model_has_a_benchmark(smallest):
+    *_, found = smallest
+    public = [getattr(elip_kernels, name) for name in elip_kernels.__all__]
+    ops = {each.__name__ for each in public if inspect.isfunction(each) and takes_a_tensor(each)}
+    assert {"reduce", "score_reduce", "merge_nearest", "unmerge"} <= ops
+    measured_by_copy = {facts["op"] for facts in found.values() if "possible" in facts}
+    assert ops - measured_by_copy == set()
+    of_strategies = found["test_strategies[B1-inference]"]
+    assert of_strategies["ratios"].keys() == STRATEGIES.keys()
+    of_towers = found["test_tower[tiny-96px-B1-fp32-inference]"]
+    assert of_towers["ratios"].keys() == SCORERS.keys()
+    of_models = {facts["family"] for facts in found.values() if "family" in facts}
+    assert of_models == FAMILIES.keys()
+
+
+@pytest.mark.slow
+def test_the_bf16_scorer_is_held_to_the_official_one_in_bf16(smallest):
+    *_, found = smallest
+    held = found["test_tower[tiny-96px-B1-fp32-inference]"]["parity"]
+    assert "bf16" not in held["errors"]
+    assert held["coarser"]["dtype"] == "bf16"
+    assert held["bound"] < held["coarser"]["errors"]["bf16"] <= held["coarser"]["bound"]
+
+
+@pytest.mark.slow
+def test_a_step_of_pretraining_is_measured_dense_and_reduced(smallest):
+    *_, found = smallest
+    step = found["test_pretraining[albef]"]
+    scorers = ["official", "exact", "last", "last, shared"]
+    assert list(step["ratios"]) == [*scorers, "momentum"]
+    by_momentum = step["step_flops"]["momentum"]
+    assert step["step_flops"]["last"] <= by_momentum < step["step_flops"]["exact"]
+    flops = [step["step_flops"][name] for name in ("dense", *scorers)]
+    assert flops == sorted(flops, reverse=True) and flops[0] == 1
+    assert step["memory"]["last"] < step["memory"]["dense"]
+    assert found["test_matching[albef]"]["ratios"].keys() == {"two passes"}
+    assert found["test_negatives"]["ratios"].keys() == {"one by one"}
+
+
+SPOILS = """
+import elip_kernels, pytest
+own = elip_kernels.reduce
+elip_kernels.reduce = lambda *args, **options: own(*args, **options) + 1
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    items.append(items.pop(0))
+
+def pytest_runtest_setup(item):
+    if item.name == "test_overhead[STOPS_AT]":
+        raise KeyboardInterrupt
+"""
+
+
+@pytest.mark.parametrize(
+    ("stops_at", "failed", "missing"),
+    tiered([("", ["reduce"], []), ("reduce", [], ["reduce"])], []),
+)
+def test_a_run_that_failed_or_was_stopped_is_refused(
+    measure, tmp_path, capsys, stops_at, failed, missing
+):
+    (tmp_path / "spoils.py").write_text(SPOILS.replace("STOPS_AT", stops_at))
+    status, content = measure("benchmarks/bench_overhead.py", "-p", "spoils")
+    assert status != 0
+    name = "benchmarks/bench_overhead.py::test_overhead[{}]".format
+    assert content["run"] == {
+        "planned": 2,
+        "failed": [name(op) for op in failed],
+        "missing": [name(op) for op in missing],
+    }
+    assert [each["name"] for each in content["benchmarks"]] == ["test_overhead[cls_attention]"]
+    assert "1 of 2 benchmarks" in refused(tmp_path, capsys)

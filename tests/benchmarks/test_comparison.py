@@ -1,0 +1,179 @@
+"""What benchmarks stand on: parity, cold caches, graphs that own their buffers, what ran."""
+
+import gc
+import weakref
+from contextlib import ExitStack, nullcontext
+from functools import partial
+from types import SimpleNamespace
+from unittest.mock import Mock, patch
+
+import pytest
+import torch
+
+import elip_kernels
+from benchmarks import cases, comparison, tune
+from benchmarks.bench_reduce import forms_of
+from benchmarks.cases import copies
+from benchmarks.comparison import runs_kernels
+from benchmarks.parity import OURS, ends, in_fp64, judged, judged_coarser, parity, with_compiled
+from elip_kernels._triton import HAS_TRITON
+from elip_kernels.testing import Case, launchers_on_cpu
+from elip_models.profiling.measure import graphed
+
+NAN, INF = float("nan"), float("inf")
+
+
+def test_parity_is_twice_the_error_of_what_is_replaced():
+    exact, near, far = (torch.full((3,), x, dtype=torch.float64) for x in (1.0, 1.001, 1.003))
+    assert parity((exact,), {"eager": (near,), OURS: (near,)})["passed"]
+    with pytest.raises(AssertionError, match="parity"):
+        parity((exact,), {"eager": (near,), OURS: (far,)})
+    with pytest.raises(AssertionError, match="parity"):
+        judged({"official": 0.0, "last": 1e-3}, ours=["last"])
+
+
+def test_a_coarser_form_is_held_to_what_it_replaces_in_its_dtype():
+    held = judged_coarser({"bf16": 5e-3}, 4e-3, "bf16")
+    assert held["dtype"] == "bf16" and 8e-3 <= held["bound"] <= 8.01e-3
+    with pytest.raises(AssertionError, match="parity"):
+        judged_coarser({"bf16": 9e-3}, 4e-3, "bf16")
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("spoilt", ["eager", OURS])
+def test_parity_wants_finite_outputs(spoilt, value):
+    exact, ones = torch.ones(4, 3).double(), torch.ones(4, 3)
+    outputs = {name: (ones, ones) for name in ("official", "eager", OURS)}
+    assert parity((exact, exact), outputs)["passed"]
+    with pytest.raises(AssertionError, match="parity"):
+        parity((exact, exact), outputs | {spoilt: (ones, torch.full((4, 3), value))})
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 5), (2, 3, 5), (4, 3, 1), (5, 3, 5)])
+def test_parity_wants_the_shape(shape):
+    ones = torch.ones(4, 3, 5)
+    with pytest.raises(AssertionError, match="parity"):
+        parity((ones.double(),), {"eager": (ones,), OURS: (torch.ones(shape),)})
+
+
+@pytest.mark.parametrize("image", [0, 7, 15])
+def test_parity_sees_every_image(image):
+    (exact,) = in_fp64((torch.ones(16, 3),), 4)
+    wrong = torch.ones(16, 3)
+    wrong[image, 1] = 1.5
+    assert exact.shape == (4, 3)
+    with pytest.raises(AssertionError, match="parity"):
+        parity((exact,), {"eager": (torch.ones(16, 3),), OURS: (wrong,)})
+
+
+def test_the_first_and_the_last_images_are_held_to_fp64():
+    assert ends(9, 4) == [0, 1, 7, 8] and ends(9, 5) == [0, 1, 6, 7, 8]
+    assert ends(3, 4) == [0, 1, 2] and ends(1, 8) == [0]
+
+
+@pytest.fixture
+def fake_device():
+    """CUDA graphs that record nothing, on a device with 1,000 bytes of L2."""
+    fakes = {"Stream": Mock(), "current_stream": Mock(), "CUDAGraph": Mock()}
+    fakes |= {name: lambda *args, **kwargs: nullcontext() for name in ("stream", "graph")}
+    fakes["get_device_properties"] = lambda device: SimpleNamespace(L2_cache_size=1000)
+    with ExitStack() as stack:
+        for name, fake in fakes.items():
+            stack.enter_context(patch.object(torch.cuda, name, fake))
+        for file in (cases, comparison, tune):
+            stack.enter_context(patch.object(file, "ON_GPU", True))
+        yield
+
+
+def test_sets_of_inputs_are_twice_the_cache(fake_device):
+    tokens, grad = torch.randn(3, 10, requires_grad=True), torch.randn(2, 10)
+    for read, count in (((tokens, grad), 10), ((grad,), 25), ((torch.ones(9, 99),), 1)):
+        sets = copies((tokens, grad), read)
+        assert len(sets) == count
+        assert count * sum(t.nbytes for t in read) >= 2000
+        assert len({t.data_ptr() for each in sets for t in each}) == 2 * count
+        assert all(each[0].requires_grad and torch.equal(each[1], grad) for each in sets)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_no_output_takes_the_place_of_an_earlier_one(direction):
+    sets = [(torch.randn(2, 9, 4, requires_grad=True), torch.rand(2, 8), torch.randn(2, 5, 4))] * 3
+    if direction == "forward":
+        sets = [(tokens.detach(), scores) for tokens, scores, _ in sets]
+    outputs = comparison._prepare(forms_of(3)[OURS], direction, sets)()
+    assert len({t.data_ptr() for each in outputs for t in each}) == 3
+
+
+def test_a_graph_keeps_what_it_replays(fake_device):
+    alive = []
+
+    def form(tokens, scores):
+        out = elip_kernels.reduce(tokens, scores, 3)
+        alive.extend(map(weakref.ref, (tokens, out)))
+        return (out,)
+
+    def inputs():
+        return torch.randn(2, 9, 4, requires_grad=True), torch.rand(2, 8), torch.randn(2, 5, 4)
+
+    step = graphed(partial(comparison._prepare, form, "backward", [inputs()]))
+    gc.collect()
+    assert all(ref() is not None for ref in alive)
+    step()
+    step.graph.replay.assert_called_once_with()
+    del step
+    gc.collect()
+    assert all(ref() is None for ref in alive)
+
+
+def test_a_graph_of_a_copy_keeps_its_buffers(fake_device):
+    alive, zeros = [], torch.zeros
+
+    def watched(*args, **kwargs):
+        buffer = zeros(*args, **kwargs)
+        alive.append(weakref.ref(buffer))
+        return buffer
+
+    with patch.object(torch, "zeros", watched):
+        step = comparison.as_step(partial(comparison.copied, 1000, 3))
+    gc.collect()
+    assert len(alive) == 3 and all(ref() is not None for ref in alive)
+    del step
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so no kernel is launched")
+def test_kernels_or_the_pytorch_form_in_their_place():
+    from benchmarks.kernel_analysis.compile import recorded_launches
+
+    tokens, scores = torch.randn(2, 9, 64), torch.rand(2, 8)
+    form = forms_of(3)[OURS]
+    with recorded_launches(90):
+        assert runs_kernels(form, (tokens, scores))
+        assert runs_kernels(form, (tokens.requires_grad_(), scores, torch.randn(2, 5, 64)))
+    with launchers_on_cpu():
+        assert not runs_kernels(form, (tokens.detach().double(), scores.double()))
+    assert not runs_kernels(form, (tokens.detach(), scores))
+
+
+def test_the_compiled_form_says_why_it_is_left_out(monkeypatch):
+    forms, case = forms_of(3), Case(2, 9, 64, 3)
+    monkeypatch.setattr("benchmarks.parity.ON_GPU", True)  # where no C++ compiler is needed
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    _, left_out = with_compiled(forms, case, case.inputs())
+    assert "B64-N257-D768-K166" in left_out["compiled"]
+
+
+def test_the_compiled_form_goes_backward_more_than_once(monkeypatch):
+    case = Case(2, 9, 64, 3)
+    tokens, scores = case.inputs()
+    inputs = tokens.requires_grad_(), scores, torch.randn(2, 5, 64)
+    monkeypatch.setattr("benchmarks.parity.COMPILED", [case])
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    own = torch.compile
+    monkeypatch.setattr(torch, "compile", partial(own, backend="aot_eager"))
+    forms, left_out = with_compiled(forms_of(3), case, inputs)
+    assert left_out == {}
+    expected, compiled = (
+        comparison._prepare(forms[name], "backward", [inputs]) for name in ("eager", "compiled")
+    )
+    for _ in range(2):
+        torch.testing.assert_close(compiled(), expected())

@@ -1,0 +1,182 @@
+"""benchmarks/tune.py where there is no GPU: the plumbing on the PyTorch forms, and that the
+compiler takes what would be tried."""
+
+import json
+from concurrent.futures import BrokenExecutor, Future
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from benchmarks import tune
+from benchmarks.sweeps import SHAPES, SWEEPS, Shape, Sweep, arguments
+from benchmarks.tune import answering, changed
+from elip_kernels import launch
+from elip_kernels._triton import HAS_TRITON
+from tests.helpers.tiers import tiered
+
+SMALL = Shape(2, 18, torch.float32)
+
+
+def test_a_candidate_changes_what_it_names_and_nothing_else():
+    answer = launch.Launch(256, 64, 8)
+    assert changed(answer, {"block_d": 0.5, "num_warps": 4}) == launch.Launch(256, 32, 4)
+    assert changed({"BLOCK_K": 32, "WIDEN": False}, {"BLOCK_K": 16}) == {
+        "BLOCK_K": 16,
+        "WIDEN": False,
+    }
+    assert changed((32, 32, 64, 4), {1: 2.0, 3: 8}) == (32, 64, 64, 8)
+    with pytest.raises(ValueError, match=r"axes: expected .*block_n.*, got \['BLOCK_N'\]"):
+        changed(answer, {"BLOCK_N": 16})
+
+
+def test_the_table_answers_for_itself_again():
+    own = launch.reduce_backward(2)
+    with answering("reduce_backward", {"num_warps": 1}):
+        assert launch.reduce_backward(2) == own._replace(num_warps=1)
+    assert launch.reduce_backward(2) == own
+
+
+def test_every_sweep_runs_and_the_file_is_whole(tmp_path, capsys):
+    out = tmp_path / "tune.json"
+    few = [Sweep(s.op, s.table, {a: n[:1] for a, n in s.axes.items()}) for s in SWEEPS]
+    assert tune.tune(few, [SMALL], out, rounds=1, seconds=60)
+    document = json.loads(out.read_text())
+    assert [(r["op"], r["table"]) for r in document["results"]] == [(s.op, s.table) for s in few]
+    for result in document["results"]:
+        (entry,) = result["candidates"]
+        assert entry["candidate_us"] > 0 and entry["of_table"] > 0 and entry["of_copy"] > 0
+    assert document["left_for_want_of_time"] == []
+    assert {"device", "versions", "commit"} <= document.keys()
+    assert len(capsys.readouterr().out.splitlines()) == len(few)
+
+
+def test_without_time_left_a_sweep_is_named(tmp_path, capsys):
+    out = tmp_path / "tune.json"
+    assert tune.tune(SWEEPS[:1], [SMALL], out, rounds=1, seconds=0)
+    left = json.loads(out.read_text())["left_for_want_of_time"]
+    assert left == ["reduce (reduce_forward) B2-N18-fp32"]
+    assert capsys.readouterr().out == f"left out for want of time: {left[0]}\n"
+
+
+@pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: f"{sweep.op}-{sweep.table}")
+def test_a_candidate_with_other_results_is_wrong(tmp_path, monkeypatch, capsys, sweep):
+    right = tune.results
+
+    @contextmanager
+    def spoiling(table, changes):
+        def spoilt(op, args):
+            first, *others = right(op, args)
+            return first + bool(changes), *others
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tune, "results", spoilt)
+            yield []
+
+    monkeypatch.setattr(tune, "answering", spoiling)
+    one = Sweep(sweep.op, sweep.table, {axis: numbers[:1] for axis, numbers in sweep.axes.items()})
+    assert not tune.tune([one], [SMALL], tmp_path / "tune.json", rounds=1, seconds=60)
+    assert "1 WRONG" in capsys.readouterr().out
+
+
+def test_what_a_compiler_refuses_is_left_out(monkeypatch, tmp_path, capsys):
+    @contextmanager
+    def refusing(table, changes):
+        if changes:
+            raise RuntimeError("PassManager::run failed\nmore")
+        yield []
+
+    monkeypatch.setattr(tune, "answering", refusing)
+    one = Sweep("reduce", "reduce_forward", {"num_warps": (4,)})
+    assert tune.tune([one], [SMALL], tmp_path / "tune.json", rounds=1, seconds=60)
+    assert "nothing to time" in capsys.readouterr().out
+    (result,) = json.loads((tmp_path / "tune.json").read_text())["results"]
+    assert result["candidates"][0]["left_out"] == "RuntimeError: PassManager::run failed"
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["CUDA error: unspecified launch failure", "an illegal memory access was encountered"],
+)
+def test_an_error_that_loses_the_device_ends_the_sweep(monkeypatch, tmp_path, message):
+    @contextmanager
+    def failing(table, changes):
+        if changes:
+            raise RuntimeError(message)
+        yield []
+
+    monkeypatch.setattr(tune, "answering", failing)
+    one = Sweep("reduce", "reduce_forward", {"num_warps": (4,)})
+    with pytest.raises(RuntimeError, match=r"reduce \(reduce_forward\) B2-N18-fp32: .*num_warps"):
+        tune.tune([one], [SMALL], tmp_path / "tune.json", rounds=1, seconds=60)
+
+
+class Elsewhere:
+    """An executor that runs at once; after `lives` calls it is broken."""
+
+    def __init__(self, lives):
+        self.lives, self.done = lives, []
+
+    def submit(self, call, *args):
+        if len(self.done) == self.lives:
+            raise BrokenExecutor
+        future = Future()
+        try:
+            future.set_result(call(*args))
+        except RuntimeError as error:
+            future.set_exception(error)
+        self.done.append((args, future))
+        return future
+
+
+@pytest.mark.parametrize("lives", [99, 1])
+def test_candidates_are_compiled_elsewhere_before_they_are_timed(monkeypatch, lives):
+    seen, right = [], tune.results
+
+    def watched(op, args):
+        seen.append(launch.reduce_forward(17, 4).num_warps)
+        if seen[-1] == 8:
+            raise RuntimeError("does not fit")
+        return right(op, args)
+
+    monkeypatch.setattr(tune, "results", watched)
+    sweep, pool = Sweep("reduce", "reduce_forward", {"num_warps": (4, 8, 16)}), Elsewhere(lives)
+    tune.precompile(pool, [sweep], SMALL, seconds=60)
+    assert seen == [4, 8, 16][:lives]
+    assert [future.exception() is None for _, future in pool.done] == [True, False, True][:lives]
+
+
+def test_the_shapes_that_matter_most_come_first():
+    assert list(map(str, SHAPES[:3])) == ["B256-N257-bf16", "B256-N197-bf16", "B64-N257-bf16"]
+
+
+def test_the_command_wants_a_gpu_and_known_ops(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tune, "ON_GPU", False)
+    for words, message in (([], "expected a CUDA or ROCm device"), (["softmax"], "OP: expected")):
+        with pytest.raises(SystemExit):
+            tune.main(["--out", str(tmp_path / "tune.json"), *words])
+        assert message in capsys.readouterr().err
+
+
+def recorded(sweep, B, changes):
+    """What an op launches with a candidate's numbers, and the table's answers."""
+    from benchmarks.kernel_analysis.compile import recorded_launches
+
+    args = arguments(sweep.op, Shape(B, 257, torch.bfloat16))
+    with recorded_launches(90) as launches, answering(sweep.table, changes) as answers:
+        tune.results(sweep.op, args)
+    return launches, answers
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so there is nothing to compile")
+@pytest.mark.parametrize(
+    "sweep", tiered(SWEEPS, SWEEPS[:1]), ids=lambda sweep: f"{sweep.op}-{sweep.table}"
+)
+def test_the_op_launches_with_a_candidates_numbers_and_the_largest_compiles(sweep):
+    from benchmarks.kernel_analysis.compile import compile_launch
+
+    candidates = sweep.candidates()
+    B = next(B for B in (64, 96) if recorded(sweep, B, {})[1])  # some tables are for one of them
+    smallest, largest = (recorded(sweep, B, c)[0] for c in (candidates[0], candidates[-1]))
+    assert [each.options for each in smallest] != [each.options for each in largest]
+    assert all(compile_launch(each, 90).registers > 0 for each in largest)

@@ -1,0 +1,143 @@
+"""The command line: a run end to end, and one clean line for what the user can mend."""
+
+import json
+import sys
+import types
+
+import pytest
+
+from elip_models.cli import main
+from tests.helpers.damage import shard
+from tests.helpers.tiny_run import elip, logged, tiny_arguments
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    assert elip(*tiny_arguments(folder, "report=[retrieval]")) == 0
+    return folder
+
+
+def test_train_prints_loss_scores_chance_and_place(tmp_path, capsys):
+    assert elip(*tiny_arguments(tmp_path / "run", "report=[retrieval]")) == 0
+    printed = capsys.readouterr().out
+    for text in ("step 4/4", "loss", "image to text", "text to image", "(10.0)", "could be read"):
+        assert text in printed
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    assert files == {
+        ".lock",
+        "origin.jsonl",
+        "recipe.yaml",
+        "tokenizer",
+        "metrics.jsonl",
+        "checkpoints",
+        "model",
+    }
+
+
+def test_train_reports_what_the_recipe_asks_for(tmp_path, monkeypatch, capsys):
+    made_with = []
+
+    class Reporter:
+        def __init__(self, *arguments):
+            made_with.extend(type(argument).__name__ for argument in arguments)
+
+        def timing(self, console):
+            console.print("a table of times")
+            return "timing.json"
+
+        def picture(self):
+            return "kept.png"
+
+    report = types.ModuleType("report")
+    report.Reporter = Reporter
+    monkeypatch.setitem(sys.modules, "elip_models.training.report", report)
+    assert elip(*tiny_arguments(tmp_path, "report=[timing, picture]", "optim.steps=1")) == 0
+    assert made_with[0] == "CLIP"
+    assert made_with[2:] == ["EmojiScenes", type(tmp_path).__name__]
+    printed = capsys.readouterr().out
+    for text in ("a table of times", "timing.json", "kept.png"):
+        assert text in printed
+
+
+def test_eval_retrieval_scores_the_saved_model_as_training_did(run, tmp_path, capsys):
+    output = tmp_path / "scores.json"
+    data = "emoji_scenes:seed=1,size=10"
+    assert (
+        elip("eval", "retrieval", "--model", run / "model", "--data", data, "--output", output) == 0
+    )
+    assert "10 images, 50 captions" in capsys.readouterr().out
+    recalls = json.loads(output.read_text())["recalls"]
+    assert recalls == logged(run, *recalls)[-1]
+
+
+def test_eval_retrieval_on_a_list_of_real_images(run, emoji, capsys):
+    data = emoji / "test_google.json"
+    assert elip("eval", "retrieval", "--model", run / "model", "--data", data) == 0
+    assert f"{len(json.loads(data.read_text()))} images" in capsys.readouterr().out
+
+
+def test_data_check(capsys):
+    assert elip("data", "check", "emoji_scenes:size=6", "--image-size", 32) == 0
+    printed = capsys.readouterr().out
+    assert "6 of 6 read" in printed
+    assert "30, 5.00 a sample" in printed
+
+
+def test_data_check_of_a_stream_counts_what_there_is(tmp_path, capsys):
+    command = f"pipe:cat {shard(tmp_path / '0.tar').parent}/{{0..1}}.tar"
+    assert elip("data", "check", command) == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "7 of 7 read" in printed and "1.tar: No such file" in printed
+    shard(tmp_path / "1.tar")
+    assert elip("data", "check", command) == 0
+    assert "12 of 12 read" in capsys.readouterr().out
+
+
+def test_data_check_fails_on_unreadable_samples(tmp_path, capsys):
+    data = tmp_path / "list.json"
+    data.write_text(json.dumps([{"image": "missing.png", "caption": "a dog"}]))
+    assert elip("data", "check", data) == 1
+    assert "missing.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "clip_tny"], "clip_tiny"),
+        (["train", "clip_tiny", "optim.lr=fast"], "optim.lr: expected a number above 0"),
+        (["train", "clip_vit_b16_cc12m"], "data.train=VALUE"),
+        (["eval", "retrieval", "--model", "missing", "--data", "a.json"], "--model: "),
+        (["data", "check", "missing.json"], "SPEC: "),
+        (["data", "check", "notes.txt"], "SPEC: "),
+    ],
+)
+def test_mistake_is_one_line_and_exit_status_2(arguments, message, capsys):
+    assert elip(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_run_that_exists_is_refused(run, capsys):
+    assert elip(*tiny_arguments(run)) == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_missing_extra_is_named(tmp_path, monkeypatch, capsys):
+    for module in ("elip_models.training.trainer", "elip_models.training.accelerator"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    assert elip(*tiny_arguments(tmp_path)) == 2
+    assert "pip install 'elip-kernels[train]'" in capsys.readouterr().err
+
+
+def test_bug_keeps_its_traceback(monkeypatch):
+    def broken(*_):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("elip_models.commands.train.load_recipe", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        main(["train", "clip_tiny"])

@@ -1,0 +1,18 @@
+"""A tenth of the damaged inputs of `python -m tests.fuzz`, in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_no_damaged_input_is_a_traceback_or_a_loss():
+    command = [sys.executable, "-m", "tests.fuzz", "--count", "200"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0 and "0 failures" in run.stdout, run.stdout + run.stderr[-2000:]

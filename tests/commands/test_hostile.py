@@ -1,0 +1,134 @@
+"""Wrong model folders and command lines: one line, exit status 2, nothing run or written."""
+
+import json
+import os
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.helpers.tiny_run import elip, tiny_arguments
+
+TINY = ("optim.steps=1", "trackers=[]", "report=[]")
+LONG = "x" * 300
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    assert elip(*tiny_arguments(folder)) == 0
+    return folder / "model"
+
+
+@pytest.fixture
+def model(saved, tmp_path):
+    """A model folder to be damaged."""
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+def weights_changed(change):
+    def damage(folder):
+        path = folder / "model.safetensors"
+        path.write_bytes(change(path.read_bytes()))
+
+    return damage
+
+
+def with_nan(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["image_projection.weight"][0, 0] = torch.nan
+    save_file(weights, folder / "model.safetensors")
+
+
+def config_changed(**fields):
+    def damage(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | fields))
+
+    return damage
+
+
+def config_of(text):
+    return lambda folder: (folder / "config.json").write_text(text)
+
+
+def evil_tokenizer(folder):
+    """Its class is a Python file beside it, which leaves a mark when it is run."""
+    path = folder / "tokenizer_config.json"
+    own = {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    mark = folder / "mark"
+    (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Evil: pass\n")
+
+
+DAMAGES = {
+    "cut short": (weights_changed(lambda b: b[: len(b) // 2]), "expected a whole safetensors file"),
+    "emptied": (weights_changed(lambda b: b""), "expected a whole safetensors file"),
+    "header": (weights_changed(lambda b: b[:9] + b"\xff" + b[10:]), "a whole safetensors file"),
+    "NaN": (with_nan, "expected numbers, got NaN in image_projection.weight"),
+    "depth": (config_changed(text_depth=10**10), r"text_depth: expected an integer in \[1, 1024\]"),
+    "width": (config_changed(vision_width=2**20), "expected weights that fit"),
+    "no JSON": (config_of("["), "config.json: expected a JSON object"),
+    "no object": (config_of("[1]"), "config.json: expected a JSON object"),
+    "deep": (config_of("[" * 100_000), "config.json: expected a JSON object"),
+    "tokenizer": (evil_tokenizer, "contains custom code"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_model_folder_is_one_line(model, name, monkeypatch, capsys):
+    damage, said = DAMAGES[name]
+    damage(model)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # whoever asks is answered
+    assert elip("eval", "retrieval", "--model", model, "--data", "emoji_scenes:size=5") == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert re.search(said, error), error
+    assert not (model / "mark").exists()
+
+
+COMMANDS = {
+    "long folder": (["train", "clip_tiny", f"output_dir={LONG}", *TINY], "File name too long"),
+    "empty folder": (["train", "clip_tiny", "output_dir=''", *TINY], "output_dir: expected the"),
+    "file": (["train", "clip_tiny", "output_dir=file", *TINY], "a folder that can be written"),
+    "in a file": (["train", "clip_tiny", "output_dir=file/a", *TINY], "that can be written"),
+    "seed": (["train", "clip_tiny", "seed=5000000000", *TINY], "seed: expected an integer in"),
+    "workers": (["train", "clip_tiny", "data.num_workers=100000", *TINY], "data.num_workers"),
+    "nobody": (["train", "clip_tiny", "data.train=~nouser/x.tar", *TINY], "expected a user with"),
+    "scenes": (["train", "clip_tiny", f"data.train=emoji_scenes:size={10**20}"], "size: expected"),
+    "deep YAML": (["train", "deep.yaml"], "not valid YAML: nested too deep"),
+    "bytes": (["train", "bytes.yaml"], "not valid YAML"),
+    "deep value": (["train", "clip_tiny", f"optim.lr={'[' * 5000}"], "expected a list in YAML"),
+    "deep JSON": (["data", "check", "deep.json"], "got no valid JSON"),
+    "export": (["data", "export", "vqa", "emoji_questions:size=5", "~nouser/x"], "a user with"),
+    "to a file": (["data", "export", "vqa", "emoji_questions:size=5", "file"], "Not a directory"),
+    "to a folder": (
+        ["profile", "--model", "clip_tiny", "--flops-only", "--output", "."],
+        "--output: expected a file",
+    ),
+    "study": (["study", "quality", "--seeds", "5000000000", "--dry-run"], "--seeds: expected"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_that_cannot_be_is_one_line(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("a")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "deep.yaml").write_text("model: " + "[" * 3_000)
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe")
+    before = sorted(os.listdir())
+    arguments, said = COMMANDS[name]
+    assert elip(*arguments) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert sorted(os.listdir()) == before
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
+    def full(*_, **options):
+        raise OSError(28, "No space left on device", "step_00000001")
+
+    monkeypatch.setattr("elip_models.training.run_checkpoints.Checkpoints.commit", full)
+    assert elip(*tiny_arguments(tmp_path)) == 2
+    assert "step_00000001: No space left on device" in " ".join(capsys.readouterr().err.split())

@@ -1,0 +1,135 @@
+"""Type hints as the one form of a check: what fits, which error is raised, and what it says."""
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any, Literal, get_args
+
+import pytest
+
+from elip_models.models.layers.generation import Decoding
+from elip_models.models.layers.text_reduction import TextReduction
+from elip_models.models.registry import CONFIGS
+from elip_models.reduction.schedule import Schedule
+from elip_models.reduction.scorers import SCORERS, ScorerName
+from elip_models.reduction.strategies import STRATEGIES
+from elip_models.reduction.strategies.elip import ELIP, ELIPOptions
+from elip_models.validation import (
+    Bounds,
+    Count,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Rate,
+    Share,
+    below,
+    check,
+    check_fields,
+    did_you_mean,
+    divisor_of,
+    misfit,
+)
+
+Layers = Literal["all"] | tuple[Count, ...] | None
+
+
+@pytest.mark.parametrize(
+    ("hint", "fits", "out_of_range", "of_another_type"),
+    [
+        (PositiveInt, [1, sys.maxsize], [0, -1, 10**400], [True, 1.0, "1", None]),
+        (Positive, [1, 0.5], [0, -1.0, math.nan, math.inf], [True, "0.5", None, 1j]),
+        (NonNegative, [0, 0.0], [-1e-9], ["0"]),
+        (Share, [0, 1, 0.5], [1.1, -0.1], [False, "1e-3"]),
+        (Rate, [0, 0.99], [1], [None]),
+        (bool, [True, False], [], [1, 0, "yes", None]),
+        (str, [""], [], [b"", 3]),
+        (Literal["a", "b"], ["a"], ["c"], [1, ["a"], None]),
+        (PositiveInt | None, [None, 1], [0], ["1"]),
+        (Literal["a"] | PositiveInt, ["a", 2], ["b", 0], [True, 1.5]),
+        (Layers, ["all", None, (), (1, 2)], ["any", (1, -1)], [[1], (1, "2"), 3]),
+        (tuple[int, Share], [(1, 1)], [(1,), (1, 2), ()], [[1, 1], (1.0, 1)]),
+        (dict[str, Positive], [{}, {"a": 1}], [{"a": 0}], [{"a": "1"}, []]),
+        (dict[str, Any], [{"a": object()}], [], [None]),
+        (Callable, [len], [], ["len"]),
+        (Schedule, [Schedule.parse("clip")], [], ["clip"]),
+    ],
+)
+def test_what_fits_and_which_error_is_raised(hint, fits, out_of_range, of_another_type):
+    assert [value for value in fits if misfit(value, hint) is not None] == []
+    assert [value for value in out_of_range if misfit(value, hint) is not ValueError] == []
+    assert [value for value in of_another_type if misfit(value, hint) is not TypeError] == []
+
+
+@pytest.mark.parametrize(
+    ("hint", "value", "message"),
+    [
+        (PositiveInt, 0, "x: expected an integer at least 1, got 0"),
+        (Rate, 1, "x: expected a number in [0, 1), got 1"),
+        (Positive | None, "1", "x: expected a number above 0 or None, got '1'"),
+        (bool, 1, "x: expected True or False, got 1"),
+        (Literal["a", "b"], "c", "x: expected one of 'a', 'b', got 'c'"),
+        (
+            Layers,
+            -1,
+            "x: expected 'all' or None or a tuple, each an integer at least 0, got -1",
+        ),
+        (tuple[int, Share], (1, 2), "x: expected [an integer, a number in [0, 1]], got (1, 2)"),
+        (dict[str, Positive], [], "x: expected a dict, each a number above 0, got []"),
+        (Schedule, "clip", "x: expected a Schedule, got 'clip'"),
+        (str, list(range(1000)), "x: expected a string, got [0, 1, 2"),
+    ],
+)
+def test_the_error_says_name_expected_and_got(hint, value, message):
+    with pytest.raises((TypeError, ValueError)) as error:
+        check("x", value, hint)
+    assert str(error.value).startswith(message)
+    assert len(str(error.value)) < 300
+
+
+@dataclass(frozen=True)
+class Tower:
+    width: PositiveInt = 12
+    heads: Annotated[PositiveInt, divisor_of("width")] = 3
+    split: Annotated[int, Bounds(1), below("heads")] = 2
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"heads": 5}, ValueError, "^heads: expected a divisor of width = 12, got 5$"),
+        ({"heads": 0}, ValueError, "^heads: expected an integer at least 1, got 0$"),
+        ({"width": "12"}, TypeError, "^width: expected an integer at least 1, got '12'$"),
+        ({"split": 3}, ValueError, "^split: expected an integer below heads = 3, got 3$"),
+    ],
+)
+def test_fields_are_held_to_their_annotations_and_to_one_another(arguments, error, message):
+    with pytest.raises(error, match=message):
+        Tower(**arguments)
+    assert hash(Tower()) == hash(replace(Tower(heads=4), heads=3))
+
+
+EVERY = {name: strategy() for name, strategy in STRATEGIES.items()}
+EVERY |= CONFIGS | {"decoding": Decoding(), "text_reduction": TextReduction("post")}
+EVERY |= {"schedule": Schedule.parse("clip")}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_field_of_every_strategy_and_config_is_checked(name):
+    for field in fields(EVERY[name]):
+        with pytest.raises(TypeError, match=rf"(?s)^{field.name}: expected .*, got <object object"):
+            replace(EVERY[name], **{field.name: object()})
+
+
+def test_the_options_of_elip_have_one_list_of_names():
+    assert [field.name for field in fields(ELIP)] == ["schedule", *ELIPOptions.__annotations__]
+    assert get_args(get_args(ScorerName)[0]) == tuple(SCORERS)
+
+
+def test_the_nearest_known_name_is_offered():
+    assert did_you_mean("widht", ["width", "depth"]) == "; did you mean 'width'?"
+    assert did_you_mean("colour", ["width", "depth"]) == ""
+    assert did_you_mean(None, ["None."]) == "; did you mean 'None.'?"

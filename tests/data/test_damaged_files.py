@@ -1,0 +1,200 @@
+"""Damaged and hostile files of data: what can be read is read, and what is lost is counted."""
+
+import io
+import json
+import os
+import struct
+import tarfile
+import zlib
+
+import numpy as np
+import pytest
+
+from elip_models.data import JsonSource, SampleError, ShardSource, check_source
+from elip_models.data.sample import MAX_PIXELS, decode_image
+from elip_models.data.tar_members import BLOCK, Damage, read_members
+from tests.helpers.damage import SIX_GIGABYTES, header, headers, overwrite, picture, shard
+
+
+def read(path):
+    """Captions that can be read, and reasons of what cannot, of a damaged shard."""
+    with pytest.warns(UserWarning, match=rf"{path.name} is damaged: "):
+        source = ShardSource(path)
+    report = check_source(source)
+    assert report.seen == len(source)
+    lost = set(report.reasons)
+    readable = [c for i in range(len(source)) for c in source.captions(i)]
+    return readable, report.reasons, len(source) - len(lost)
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_a_damaged_header_loses_its_member_and_is_counted(tmp_path, number):
+    path = shard(tmp_path / "s.tar")
+    overwrite(path, headers(path)[number] + 3, b"\xff")
+    _, reasons, whole = read(path)
+    assert whole == 5 and len(reasons) == 2  # the sample, and the bytes that are no member's
+    at = headers(shard(tmp_path / "whole.tar"))[number]
+    assert f"s.tar:byte {at}" in reasons
+
+
+def test_a_shard_that_is_cut_short_says_so_wherever_it_is_cut(tmp_path):
+    content = shard(tmp_path / "whole.tar").read_bytes()
+    last = headers(tmp_path / "whole.tar")[-1] + BLOCK  # where the last text begins
+    end = last + BLOCK
+    for size in range(BLOCK, end + BLOCK, 200):
+        path = tmp_path / f"{size}.tar"
+        path.write_bytes(content[:size])
+        _, reasons, whole = read(path)
+        assert len(reasons) >= 1 and whole < 6 + (size >= last + len("caption of k5"))
+    (tmp_path / "end.tar").write_bytes(content[: end + BLOCK])
+    assert len(ShardSource(tmp_path / "end.tar")) == 6
+
+
+NEGATIVE = b"\xff" * 11 + b"\x00"  # -256
+
+
+@pytest.mark.parametrize(
+    ("size", "kind"),
+    [(NEGATIVE, b"0"), (SIX_GIGABYTES, b"0"), (SIX_GIGABYTES, b"x"), (NEGATIVE, b"L")],
+)
+def test_sizes_that_cannot_be_take_neither_time_nor_memory(tmp_path, size, kind):
+    path = shard(tmp_path / "s.tar")
+    content, at = path.read_bytes(), headers(path)[4]
+    path.write_bytes(content[:at] + header("k9.png", size, kind) + content[at:])
+    _, reasons, whole = read(path)
+    assert any("byte" in key for key in reasons)
+    assert whole >= 2  # those before it
+
+
+def test_a_sparse_member_is_named(tmp_path):
+    path = shard(tmp_path / "s.tar")
+    content = path.read_bytes()
+    sparse = bytearray(header("k9.png", b"00000000000\0", b"S"))
+    sparse[386:398], sparse[398:410] = b"00000000000\0", b"00000000000\0"
+    sparse[483:495] = SIX_GIGABYTES
+    sparse[148:156] = b" " * 8
+    sparse[148:156] = b"%06o\0 " % sum(sparse)
+    path.write_bytes(bytes(sparse) + content)
+    _, reasons, whole = read(path)
+    assert whole == 6 and "stored sparse" in " ".join(reasons.values())
+
+
+def test_a_name_that_is_no_text_is_escaped(tmp_path):
+    path = shard(tmp_path / "s.tar")
+    content = path.read_bytes()
+    renamed = bytearray(content)
+    for at in headers(path)[:2]:
+        renamed[at] = 0xFF
+        renamed[at + 148 : at + 156] = b" " * 8
+        renamed[at + 148 : at + 156] = b"%06o\0 " % sum(renamed[at : at + BLOCK])
+    path.write_bytes(renamed)
+    assert next(iter(ShardSource(path))).id == "s.tar:\\xff0"
+
+
+def test_two_samples_of_one_name_are_not_one(tmp_path):
+    members = [("a.png", picture()), ("a.txt", b"one"), ("a.jpg", picture(1, "JPEG"))]
+    with pytest.warns(UserWarning, match="a has another jpg or image before it"):
+        source = ShardSource(shard(tmp_path / "s.tar", members))
+    assert [source[0].captions, len(source)] == [("one",), 2]
+    with pytest.raises(SampleError, match="another jpg"):
+        source[1]
+
+
+def test_texts_and_images_of_any_length_are_not_read(tmp_path):
+    members = [("a.png", picture()), ("a.txt", b"a" * (2**20 + 1)), ("b.png", picture())]
+    source = ShardSource(shard(tmp_path / "s.tar", [*members, ("b.json", b"[" * 100_000)]))
+    assert check_source(source).reasons == {
+        "s.tar:a": "captions not readable: 1048577 bytes; at most 1048576 are read",
+        "s.tar:b": check_source(source).reasons["s.tar:b"],
+    }
+
+
+def test_archives_appended_to_each_other_are_all_read(tmp_path):
+    content = shard(tmp_path / "s.tar").read_bytes()
+    other = shard(tmp_path / "o.tar", [("z.png", picture()), ("z.txt", b"last")]).read_bytes()
+    (tmp_path / "s.tar").write_bytes(content + other)
+    assert [sample.captions for sample in ShardSource(tmp_path / "s.tar")][-1] == ("last",)
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_are_those_of_tarfile(tmp_path, format):
+    name = "d" * 60 + "/" + "n" * 90
+    path = shard(tmp_path / "s.tar", [(f"{name}.txt", b"a"), ("b.txt", b"bc")], format)
+    found = list(read_members(path))
+    with tarfile.open(path) as tar:
+        expected = [(each.name, each.offset_data, each.size) for each in tar]
+    assert found == expected and not any(isinstance(each, Damage) for each in found)
+
+
+# Images
+
+
+def chunk(kind, content):
+    body = kind + content
+    return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+
+def png(width, height, colour=2):
+    """The header of an image of any size, and no pixels."""
+    header = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    return start + chunk(b"IDAT", zlib.compress(bytes(9))) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (png(13_000, 13_000), f"at most {MAX_PIXELS} pixels.*got 13000 x 13000"),
+        (png(2_000_000, 1), "at most 64:1, got 2000000 x 1"),
+        (png(8, 8, colour=3), "not a readable image"),  # a palette that is not there
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot identify"),
+        (b"\x00\x00\x00\x1cftypavif" + bytes(64), "not a readable image"),
+        (b"DDS |\x00\x00\x00" + bytes(120), "not a readable image"),
+        (b"BLP2" + bytes(200), "not a readable image"),
+        (b"", "not a readable image"),
+    ],
+)
+def test_what_is_no_image_to_be_read_is_a_sample_error(content, reason):
+    with pytest.raises(SampleError, match=reason):
+        decode_image(io.BytesIO(content), "id")
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_a_damaged_image_is_read_or_a_sample_error(format):
+    content, random = picture(3, format), np.random.default_rng(0)
+    assert decode_image(io.BytesIO(content), "id").size == (12, 10)
+    for _ in range(40):
+        damaged = bytearray(content)
+        for at in random.integers(0, len(content), 3):
+            damaged[at] = random.integers(256)
+        try:
+            assert decode_image(io.BytesIO(bytes(damaged)), "id").mode == "RGB"
+        except SampleError as error:
+            assert error.reason.startswith("not a readable image: ")
+
+
+# JSON
+
+
+def test_text_that_is_no_unicode_is_skipped_and_named(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture())
+    entries = [
+        {"image": "a.png", "caption": "good"},
+        {"image": "a.png", "caption": ["fine", "half \ud83d"]},
+        {"image": "\udc00.png", "caption": "a"},
+        {"image": "a.png", "caption": "a", "image_id": "\ud800"},
+    ]
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    source = JsonSource(tmp_path / "list.json")
+    assert source[0].captions == ("good",)
+    reasons = check_source(source).reasons
+    assert len(reasons) == 3 and len(source) == 4
+    assert all("expected Unicode text" in reason for reason in reasons.values())
+    assert {key.split()[0] for key in reasons} == {f"list.json[{i}]" for i in (1, 2, 3)}
+
+
+def test_a_pipe_in_place_of_an_image_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "list.json").write_text(json.dumps([{"image": "a.png", "caption": "a"}]))
+    with pytest.raises(SampleError, match="not a file"):
+        JsonSource(tmp_path / "list.json")[0]

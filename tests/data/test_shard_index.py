@@ -1,0 +1,120 @@
+"""The index of large tar shards is built once, and shared."""
+
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+from elip_models.data import ShardSource, shard_index
+from tests.helpers.damage import picture, shard
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Shards of any size are kept, in a folder of the test."""
+    monkeypatch.setenv("ELIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(shard_index, "CACHED_FROM", 1)
+    return tmp_path / "cache" / "shards"
+
+
+def counted(monkeypatch):
+    """Shards whose tables are built from here on."""
+    built, table = [], shard_index._table
+
+    def counting(path):
+        built.append(path.name)
+        return table(path)
+
+    monkeypatch.setattr(shard_index, "_table", counting)
+    return built
+
+
+def three(folder):
+    return [
+        shard(folder / f"{n}.tar", [(f"{n}{i}.{end}", picture() if end == "png" else b"a caption")
+                                    for i in range(n + 1) for end in ("png", "txt")])
+        for n in range(3)
+    ]  # fmt: skip
+
+
+def read(source):
+    return [(sample.id, sample.captions, sample.image.tobytes()) for sample in source]
+
+
+def test_what_is_built_is_read_again_by_every_reader(tmp_path, cache, monkeypatch):
+    paths, built = three(tmp_path), counted(monkeypatch)
+    first = ShardSource(paths)
+    assert built == ["0.tar", "1.tar", "2.tar"] and len(list(cache.glob("*.arrow"))) == 3
+    again = ShardSource(paths)
+    assert built == ["0.tar", "1.tar", "2.tar"]
+    monkeypatch.setenv("ELIP_CACHE", "")
+    assert read(first) == read(again) == read(ShardSource(paths))
+    assert [sample.id for sample in first] == ["0.tar:00", "1.tar:10", "1.tar:11", *(
+        f"2.tar:2{i}" for i in range(3)
+    )]  # fmt: skip
+    assert read(pickle.loads(pickle.dumps(again))) == read(first)
+    assert [each.name for each in cache.iterdir() if each.suffix != ".arrow"] == []
+
+
+def test_a_shard_that_changed_is_read_anew(tmp_path, cache, monkeypatch):
+    path, built = three(tmp_path)[0], counted(monkeypatch)
+    assert len(ShardSource(path)) == 1
+    shard(path)
+    os.utime(path, ns=(1, 1))
+    (old,) = cache.iterdir()
+    assert len(ShardSource(path)) == 6 and built == ["0.tar", "0.tar"]
+    (new,) = cache.iterdir()
+    assert new != old
+
+
+def test_a_damaged_table_is_built_again(tmp_path, cache):
+    path = three(tmp_path)[2]
+    expected = read(ShardSource(path))
+    (table,) = cache.glob("*.arrow")
+    table.write_bytes(table.read_bytes()[:100])
+    assert read(ShardSource(path)) == expected
+    assert table.stat().st_size > 100
+
+
+def test_small_shards_are_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("ELIP_CACHE", str(tmp_path / "cache"))
+    assert len(ShardSource(three(tmp_path))) == 6
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+
+
+def test_a_folder_that_cannot_be_written_is_said_and_read_without(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ELIP_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(shard_index, "CACHED_FROM", 1)
+    with pytest.warns(UserWarning, match="the index of tar shards is not kept"):
+        assert len(ShardSource(three(tmp_path))) == 6
+
+
+@pytest.mark.slow
+def test_several_processes_build_each_shard_once(tmp_path, cache):
+    paths = [shard(tmp_path / f"{n}.tar") for n in range(8)]
+    code = (
+        "import sys; from pathlib import Path; from elip_models.data import shard_index as s\n"
+        "s.CACHED_FROM = 1; table = s._table\n"
+        "def loud(path): print(path.name); return table(path)\n"
+        "s._table = loud; s.read_index([Path(each) for each in sys.argv[1:]])"
+    )
+    command = [sys.executable, "-c", code, *map(str, paths)]
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [line for run in runs for line in run.communicate(timeout=120)[0].splitlines()]
+    assert [run.returncode for run in runs] == [0, 0]
+    assert sorted(said) == sorted(path.name for path in paths)
+
+
+@pytest.mark.slow
+def test_many_bytes_are_shared_among_helpers(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(shard_index, "SHARED_FROM", 1)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1]
+    )
+    assert len(ShardSource(three(tmp_path))) == 6
+    assert [helper.returncode for helper in started] == [0, 0]

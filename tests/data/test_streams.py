@@ -1,0 +1,258 @@
+"""Streams: what is read of a tar that is not on disk, and what is said where it does not come."""
+
+import os
+import re
+import time
+import warnings
+
+import fsspec
+import pytest
+
+from elip_models.data import SampleError, ShardSource, open_source, open_stream, streams
+from elip_models.data.stream_source import ShardEnd, decoded
+from elip_models.data.tar_members import BLOCK
+from tests.helpers.damage import SIX_GIGABYTES, header, headers, overwrite, picture, shard
+from tests.helpers.streaming import served
+
+ADDRESS = re.compile("0x[0-9a-f]+")
+NO_HEADER = bytes(range(256)) * 2
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch):
+    monkeypatch.setattr(streams, "_WAITS", (0.0, 0.0))
+
+
+def read(*urls):
+    """Samples by key, reasons by key of what is lost, and the ends of shards."""
+    source, samples, lost, ends = open_stream({"stream": urls, "samples": 9}), {}, {}, []
+    for number in range(len(source.shards)):
+        for each in source.read(number):
+            if isinstance(each, ShardEnd):
+                ends.append(tuple(each))
+                continue
+            try:
+                sample = decoded(each)
+                samples[sample.id] = (sample.captions, sample.image.tobytes())
+            except SampleError as error:
+                lost[error.id] = ADDRESS.sub("", error.reason)
+    return samples, lost, ends
+
+
+def stored(path):
+    """The same of a tar on disk."""
+    samples, lost = {}, {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is damaged
+        source = ShardSource(path)
+    for index in range(len(source)):
+        try:
+            sample = source[index]
+            samples[sample.id] = (sample.captions, sample.image.tobytes())
+        except SampleError as error:
+            lost[error.id] = ADDRESS.sub("", error.reason)
+    return samples, lost
+
+
+def whole(path):
+    shard(path)
+
+
+def damaged_header(path):
+    shard(path)
+    overwrite(path, headers(path)[4], NO_HEADER)
+
+
+def damaged_image(path):
+    shard(path)
+    overwrite(path, headers(path)[2] + BLOCK, NO_HEADER)
+
+
+def cut(path):
+    shard(path)
+    os.truncate(path, headers(path)[6] + BLOCK + 20)
+
+
+def doubled(path):
+    shard(path, [("a.png", picture()), ("a.jpg", picture(1)), ("a.txt", b"one")])
+
+
+def appended(path):
+    shard(path)
+    path.write_bytes(
+        path.read_bytes() + shard(path, [("z.png", picture()), ("z.json", b"[")]).read_bytes()
+    )
+
+
+def claims_gigabytes(path):
+    shard(path)
+    path.write_bytes(
+        path.read_bytes()[: headers(path)[2]] + header("big.png", SIX_GIGABYTES) + b"few"
+    )
+
+
+def claims_a_long_name(path):
+    shard(path)
+    name = header("././@LongLink", SIX_GIGABYTES, b"L")
+    path.write_bytes(path.read_bytes()[: headers(path)[2]] + name + path.read_bytes()[:BLOCK])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        whole,
+        damaged_header,
+        damaged_image,
+        cut,
+        doubled,
+        appended,
+        claims_gigabytes,
+        claims_a_long_name,
+    ],
+)
+def test_a_stream_is_read_as_the_file_is(tmp_path, make):
+    path = tmp_path / "a.tar"
+    make(path)
+    with served(tmp_path) as url:
+        samples, lost, ends = read(f"{url}/a.tar?token=1")
+    assert (samples, lost) == stored(path)
+    assert samples or lost
+    assert ends == [("a.tar", "")]
+
+
+def test_every_kind_of_url(tmp_path):
+    path = shard(tmp_path / "a.tar")
+    fsspec.filesystem("memory").pipe("/bucket/a.tar", path.read_bytes())
+    expected, _ = stored(path)
+    assert read("memory://bucket/a.tar") == (expected, {}, [("a.tar", "")])
+    command = f"pipe:cat {path}"
+    samples, lost, ends = read(command)
+    assert {key.replace(command, "a.tar"): value for key, value in samples.items()} == expected
+    assert (lost, ends) == ({}, [(command, "")])
+
+
+def test_the_hub_is_a_file_system_that_is_known():
+    source = open_stream("hf://datasets/someone/pairs/train-{00..02}.tar,samples=5,shuffle=7")
+    assert source.shards[2] == "hf://datasets/someone/pairs/train-02.tar"
+    assert (len(source), source.spec.shuffle, source.spec.resample) == (5, 7, False)
+
+
+def test_a_server_is_asked_for_the_rest(tmp_path):
+    expected, _ = stored(shard(tmp_path / "a.tar"))
+    with served(tmp_path, breaks_after=3000) as url:
+        assert read(f"{url}/a.tar") == (expected, {}, [("a.tar", "")])
+
+
+def test_where_there_is_no_rest_the_samples_before_it_count(tmp_path):
+    path = shard(tmp_path / "a.tar")
+    end = headers(path)[4]
+    with served(tmp_path, ranges=False, breaks_after=end) as url:
+        samples, lost, ends = read(f"{url}/a.tar", f"{url}/a.tar")
+    assert list(samples) == ["a.tar:k0", "a.tar:k1"]
+    assert lost == {f"a.tar:byte {end}": "it does not end as a tar ends: more may be lost"}
+    problem = f"broke off at byte {end}: it broke off, and the server does not send the rest alone"
+    assert ends == [("a.tar", problem)] * 2
+
+
+@pytest.mark.parametrize(
+    ("command", "problem"),
+    [
+        ("cat {}; echo sorry >&2; exit 3", "broke off at byte {size}: exit status 3: sorry"),
+        ("cat missing.tar", "exit status 1: cat: missing.tar: No such file or directory"),
+        ("kill -9 $$", "exit status -9"),
+        ("true", "expected a whole, uncompressed tar"),
+        ("seq 1000", "expected a whole, uncompressed tar, got a file that does not read as one"),
+        ("sleep 60", "no byte came for 0.4 seconds"),
+    ],
+)
+def test_a_command_that_does_not_give_a_tar_is_named(tmp_path, monkeypatch, command, problem):
+    path = shard(tmp_path / "a.tar")
+    monkeypatch.setattr(streams, "_TIMEOUT", 0.4)
+    command = "pipe:" + command.format(path)
+    start = time.monotonic()
+    _, _, [(name, what)] = read(command)
+    assert time.monotonic() - start < 10
+    assert name == command
+    assert problem.format(size=path.stat().st_size) in what
+
+
+def test_a_reader_that_leaves_ends_the_command(tmp_path):
+    path, pid = shard(tmp_path / "a.tar"), tmp_path / "pid"
+    entries = open_stream(f"pipe:echo $$ > {pid}; cat {path} /dev/zero,samples=6").read(0)
+    next(entries)
+    entries.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+def test_what_a_web_server_says_is_named(tmp_path):
+    (tmp_path / "page.tar").write_text("<html>" + "not here " * 100)
+    shard(tmp_path / "none.tar", [("a.mp4", b"no image")])
+    with served(tmp_path) as url:
+        _, _, ends = read(f"{url}/a.tar", f"{url}/page.tar", f"{url}/none.tar")
+    assert ends[0] == ("a.tar", "HTTP Error 404: Not Found")
+    assert "does not read as one" in ends[1][1]
+    assert ends[2] == ("none.tar", "no sample")
+    _, _, [(_, what)] = read(f"{url}/a.tar")
+    assert "Connection refused" in what
+
+
+def test_members_that_do_not_stand_together_are_named(tmp_path):
+    members = [("a.png", picture()), ("b.png", picture()), ("a.txt", b"a"), ("b.txt", b"b")]
+    _, lost, _ = read(f"pipe:cat {shard(tmp_path / 'a.tar', members)}")
+    reasons = {key.rpartition(":")[2]: reason for key, reason in lost.items()}
+    assert reasons == {
+        "a": "no caption",
+        "a.txt": "a has ended before it; members of a sample in a stream stand together",
+    }
+
+
+def test_what_is_too_large_is_passed_over_and_not_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, "_MAX_HELD", 2**12)
+    monkeypatch.setattr(streams, "_CHUNK", 2**10)
+    held, more = [], streams.StreamTar._more
+    monkeypatch.setattr(
+        streams.StreamTar, "_more", lambda tar: held.append(len(tar._held)) or more(tar)
+    )
+    members = [("a.mp4", bytes(2**20)), ("a.png", picture()), ("a.txt", b"a")]
+    content = shard(tmp_path / "a.tar", members).read_bytes()
+    fsspec.filesystem("memory").pipe("/bucket/a.tar", content)
+    assert read("memory://bucket/a.tar")[0].keys() == {"a.tar:a"}
+    assert max(held) < 2**15 + 2**12  # what is looked through for a header, and what may be held
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("https://host/a.tar", "expected samples, how many make an epoch"),
+        ({"stream": [], "samples": 5}, "at least one URL"),
+        ({"stream": "a.tar", "samples": 5}, "expected https://.*got 'a.tar'"),
+        ({"stream": "https://host/a.tar", "samples": 0}, "samples: expected an integer at least 1"),
+        ({"stream": "https://host/a.tar", "sample": 5}, "did you mean 'samples'"),
+        ("nothing://host/a.tar,samples=5", "cannot be opened: Protocol not known: nothing"),
+        ("https://host/{3..1}.tar,samples=5", "expected a rising range"),
+    ],
+)
+def test_bad_specs(spec, message):
+    with pytest.raises(ValueError, match=message):
+        open_stream(spec)
+
+
+@pytest.mark.parametrize("option", ["resample=2", "shuffle=few", "samples=true"])
+def test_options_of_another_kind(option):
+    with pytest.raises(TypeError, match=f"{option.partition('=')[0]}: expected"):
+        open_stream(f"https://host/a.tar,{option}", samples=5)
+
+
+def test_a_source_that_is_counted_is_no_stream():
+    with pytest.raises(ValueError, match=r"whose samples can be counted, got 'pipe:cat a.tar'"):
+        open_source("pipe:cat a.tar", image_size=8)
+
+
+def test_captions_of_the_first(tmp_path):
+    path = shard(tmp_path / "a.tar")
+    source = open_stream({"stream": ["pipe:false", f"pipe:cat {path}"], "samples": 6})
+    assert list(source.first_captions(2)) == [("caption of k0",), ("caption of k1",)]
+    assert len(list(source.first_captions(9))) == 6
+    report, captions = source.check(limit=4)
+    assert (report.seen, len(captions), list(report.reasons)) == (4, 3, ["pipe:false"])

@@ -1,0 +1,56 @@
+"""What a user writes, for a type checker: `mypy --strict` finds every type that stands here."""
+
+from typing import assert_type
+
+import torch
+from torch import Tensor, nn
+
+import elip_kernels
+import elip_models
+from elip_models.models.base import PretrainedModel
+from elip_models.reduction.strategy import StageInfo
+from elip_models.reduction.summary import Summary
+
+
+class Net(nn.Module):
+    """A user's own class, which `reduce_` gives back as it came."""
+
+
+def use_ops(tokens: Tensor, attn: Tensor, flag: bool) -> None:
+    assert_type(elip_kernels.reduce(tokens, attn, 0.5), Tensor)
+    out, info = elip_kernels.reduce(tokens, attn, 8, return_info=True)
+    assert_type(info, elip_kernels.ReductionInfo)
+    either = elip_kernels.reduce(tokens, attn, 8, merge=False, return_info=flag)
+    assert_type(either, Tensor | tuple[Tensor, elip_kernels.ReductionInfo])
+    assert_type(elip_kernels.unmerge(out, info), Tensor)
+    merged, size, match = elip_kernels.bipartite_merge(tokens, tokens, 4, return_info=True)
+    assert_type(match, elip_kernels.BipartiteInfo)
+    kept = elip_kernels.select_tokens(size, 3)
+    merged, size, info = elip_kernels.merge_nearest(merged, kept, merged, return_info=True)
+    assert_type(info, elip_kernels.ReductionInfo)
+    assert_type(elip_kernels.bipartite_merge(merged, merged, 2, size=size), tuple[Tensor, Tensor])
+    assert_type(elip_kernels.apply_merge(tokens, match), tuple[Tensor, Tensor])
+    assert_type(elip_kernels.cls_attention(tokens, tokens[:, :, None]), Tensor)
+    heads = tokens[:, None]
+    assert_type(elip_kernels.attention_column_mean(heads, heads, query_mask=None), Tensor)
+
+
+def use_models(net: Net, images: Tensor, text_cls: Tensor) -> str:
+    assert_type(elip_models.reduce_(net, keep=0.7, scorer="last"), Net)
+    elip_models.reduce_(net, strategy=elip_models.ToMe(r=8))
+    with elip_models.guidance(net, text_cls), elip_models.record_stages(net) as infos:
+        net(images)
+    assert_type(infos, list[StageInfo])
+    assert_type(elip_models.reduction_summary(net), Summary)
+    assert_type(elip_models.is_reduced(net), bool)
+    assert_type(elip_models.unreduce_(net), Net)
+    assert_type(elip_models.encode_image(net, images, text_cls, schedule="clip"), Tensor)
+    tokens, steps = elip_models.encode_image(net, images, strategy="tome", return_info=True)
+    assert_type((tokens, steps), tuple[Tensor, list[StageInfo]])
+    assert_type(elip_models.EViT().at_flops(net, 0.7), elip_models.EViT)
+    assert_type(elip_models.create_model("elip_clip_vit_b16", scorer="last"), PretrainedModel)
+    return elip_models.__version__ + elip_kernels.__version__
+
+
+if __name__ == "__main__":
+    use_ops(torch.randn(2, 17, 8), torch.rand(2, 17), flag=True)

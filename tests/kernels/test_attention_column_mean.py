@@ -1,0 +1,167 @@
+"""The attention that tokens receive, against the whole map."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import elip_kernels
+from elip_kernels.ops.attention_column_mean import QUERIES, received_reference
+
+B, H, M, N, D = 2, 4, 19, 37, 12
+
+
+def queries_and_keys(G=H, M=M, N=N, dtype=torch.float64):
+    return torch.randn(B, H, M, D).to(dtype), torch.randn(B, G, N, D).to(dtype)
+
+
+def in_full(q, k, *, scale=D**-0.5, mask=None, query_mask=None):
+    """Column means of the map (B, H, M, N) that PyTorch's own attention makes."""
+    (B, _, M, _), N = q.shape, k.shape[2]
+    bias = None if mask is None else mask[:, None, None].expand(B, 1, M, N)
+    values = torch.eye(N, dtype=q.dtype).expand(B, k.shape[1], N, N)
+    rows = F.scaled_dot_product_attention(
+        q, k, values, attn_mask=bias, scale=scale, enable_gqa=True
+    )
+    counted = torch.ones(B, M, dtype=torch.bool) if query_mask is None else query_mask
+    return torch.stack([rows[b][:, counted[b]].mean((0, 1)) for b in range(B)])
+
+
+def masks(M=M, N=N):
+    """Some open keys and some queries that count, of every image the first."""
+    mask, query_mask = torch.rand(B, N) > 0.4, torch.rand(B, M) > 0.4
+    mask[:, 0] = query_mask[:, 0] = True
+    return {"mask": mask, "query_mask": query_mask}
+
+
+def check(q, k, atol=1e-12, **options):
+    got = elip_kernels.attention_column_mean(q, k, **options)
+    torch.testing.assert_close(got, in_full(q, k, **options), atol=atol, rtol=0)
+    torch.testing.assert_close(got.sum(1), got.new_ones(len(q)))
+    return got
+
+
+@pytest.mark.parametrize("G", [4, 2, 1])
+@pytest.mark.parametrize(("M", "N"), [(19, 37), (1, 37), (19, 1), (2 * QUERIES + 3, 5)])
+def test_equals_column_means_of_the_map(G, M, N):
+    check(*queries_and_keys(G, M, N))
+    check(*queries_and_keys(G, M, N), scale=0.7, **masks(M, N))
+
+
+def padded(q, k, mask, query_mask):
+    """NaN in what does not matter."""
+    q = q.masked_fill(~query_mask[:, None, :, None], torch.nan)
+    return q, k.masked_fill(~mask[:, None, :, None], torch.nan)
+
+
+def test_closed_keys_receive_nothing_and_masked_queries_do_not_count():
+    (q, k), options = queries_and_keys(), masks()
+    got = check(q, k, **options)
+    assert not got[~options["mask"]].any()
+    again = elip_kernels.attention_column_mean(*padded(q, k, **options), **options)
+    assert torch.equal(again, got)
+
+
+@pytest.mark.parametrize("name", ["mask", "query_mask"])
+def test_an_image_without_a_key_or_a_query_is_nan(name):
+    (q, k), options = queries_and_keys(), masks()
+    right = elip_kernels.attention_column_mean(q, k, **options)
+    options[name][1] = False
+    got = elip_kernels.attention_column_mean(q, k, **options)
+    assert torch.equal(got[0], right[0]) and got[1].isnan().all()
+
+
+@pytest.mark.parametrize("G", [4, 2])
+def test_one_query_receives_its_row(G):
+    (q, k), mask = queries_and_keys(G, M=1), masks()["mask"]
+    row = elip_kernels.cls_attention(q[:, :, 0], k, mask=mask)
+    check(q, k, mask=mask)
+    torch.testing.assert_close(
+        elip_kernels.attention_column_mean(q, k, mask=mask), row, atol=1e-12, rtol=0
+    )
+
+
+def test_strided_inputs():
+    q, k, _ = torch.randn(B, N, 3, H, D).double().permute(2, 0, 3, 1, 4)
+    check(q, k, mask=masks(N, 2 * N)["mask"][:, ::2], query_mask=masks(N)["mask"])
+
+
+BUDGET = {torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-5}
+
+
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+def test_sums_are_fp32_and_as_exact_as_their_inputs(dtype):
+    q, k = queries_and_keys(2, dtype=dtype)
+    got, expected = elip_kernels.attention_column_mean(q, k), in_full(q.double(), k.double())
+    assert got.dtype == torch.float32
+    assert (got - expected).abs().max() / expected.max() <= BUDGET[dtype]
+
+
+@pytest.mark.parametrize(("batch", "N"), [(0, N), (B, 0)])
+def test_empty_inputs(batch, N):
+    q, k = torch.randn(batch, H, M, D), torch.randn(batch, 2, N, D)
+    assert elip_kernels.attention_column_mean(q, k).shape == (batch, N)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that an operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if torch.is_tensor(out):
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+def test_the_pytorch_form_makes_no_map():
+    q, k = queries_and_keys(2, M=5 * QUERIES, N=2 * QUERIES)
+    with Largest() as largest:
+        received_reference(q, k, None, None, 0.3)
+    assert largest.elements == B * H * QUERIES * 2 * QUERIES
+
+
+def test_no_gradient_passes_and_autocast_does_not_cast():
+    q, k = queries_and_keys(dtype=torch.float32)
+    plain = elip_kernels.attention_column_mean(q.requires_grad_(), k)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = elip_kernels.attention_column_mean(q, k)
+    assert torch.equal(plain, mixed) and not plain.requires_grad
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck(masked):
+    q, k = queries_and_keys(2, dtype=torch.float32)
+    given = masks().values() if masked else (None, None)
+    op = torch.ops.elip.attention_column_mean.default
+    opcheck(op, (q.requires_grad_(), k, *given, 0.3))
+
+
+class Received(torch.nn.Module):
+    def forward(self, q, k, mask):
+        return elip_kernels.attention_column_mean(q, k, mask=mask)
+
+
+def test_compiles_whole_and_exports():
+    inputs = *queries_and_keys(2, dtype=torch.float32), masks()["mask"]
+    expected = Received()(*inputs)
+    torch._dynamo.reset()
+    got = torch.compile(Received(), fullgraph=True, backend="aot_eager")(*inputs)
+    torch.testing.assert_close(got, expected)
+    program = torch.export.export(Received(), inputs)
+    torch.testing.assert_close(program.module()(*inputs), expected)
+
+
+def test_flops_are_those_of_two_products():
+    with FlopCounterMode(display=False) as counter:
+        elip_kernels.attention_column_mean(*queries_and_keys(2))
+    assert counter.get_total_flops() == 2 * (2 * B * H * M * N * D)
+
+
+def test_meta_tensors_have_shapes():
+    q, k = (t.to("meta") for t in queries_and_keys(2, dtype=torch.bfloat16))
+    got = elip_kernels.attention_column_mean(q, k)
+    assert got.shape == (B, N) and got.dtype == torch.float32

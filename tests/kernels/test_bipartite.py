@@ -1,0 +1,308 @@
+"""bipartite_merge as its users call it: ToMe's results, the definition, the op's citizenship."""
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+from elip_kernels.info import source_matrix, unmerge
+from elip_kernels.ops.bipartite import bipartite_merge
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Cases 4 and 5 of the golden tensors protect a distillation token, which this op does not.
+WITHOUT_DISTILLATION = (0, 1, 2, 3, 6)
+
+
+def inputs(B=2, N=13, D=6, C=8, dtype=torch.float32):
+    """tokens, metric, size; every token stands for 1 to 5."""
+    size = torch.randint(1, 6, (B, N)).float()
+    return torch.randn(B, N, D).to(dtype), torch.randn(B, N, C).to(dtype), size
+
+
+def definition(tokens, metric, size, r, p, penalty=None):
+    """One image, by Python lists -> merged, size."""
+    unit = torch.nn.functional.normalize(metric.double(), dim=-1)
+    even, odd = range(0, len(tokens), 2), range(1, len(tokens), 2)
+    best = {}
+    for a in even:
+        similarity, partner = max((float(unit[a] @ unit[b]), -b) for b in odd)
+        best[a] = (similarity, -partner)
+    delay = torch.zeros(len(tokens)) if penalty is None else penalty
+    merged = sorted(even[p:], key=lambda a: (float(delay[a]) - best[a][0], a))[:r]
+    groups = [[a] for a in even if a not in merged]
+    groups += [[b, *(a for a in merged if best[a][1] == b)] for b in odd]
+    sizes = torch.stack([sum(size[n] for n in group) for group in groups])
+    rows = [sum(tokens[n].double() * size[n] for n in group) for group in groups]
+    return torch.stack(rows) / sizes[:, None], sizes
+
+
+@pytest.mark.parametrize("k", WITHOUT_DISTILLATION)
+def test_reproduces_official_tome(golden, k):
+    case = golden("tome_functions")
+    meta, case = case.meta["cases"][k], case.under(f"fn{k}/")
+    assert not meta["distill_token"]
+    p, (B, N, _) = int(meta["class_token"]), case["x"].shape
+    leaf = case["x"].requires_grad_()
+    merged, size, info = bipartite_merge(
+        leaf,
+        case["metric"],
+        meta["r_requested"],
+        size=case["size"],
+        num_prefix_tokens=p,
+        return_info=True,
+    )
+    # Theirs are in score order without a class token; ours always ascend.
+    order = case["unm_idx"].argsort(1).long()
+    order = torch.cat([order, torch.arange(order.shape[1], meta["N_out"]).expand(B, -1)], dim=1)
+
+    def ours(name):
+        tensor = case[name]
+        return tensor.gather(1, order[..., None].expand(-1, -1, tensor.shape[2]))
+
+    torch.testing.assert_close(merged, ours("merged"), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(size[..., None], ours("size_out"), atol=0, rtol=0)
+    assert torch.equal(source_matrix(info).float(), ours("source"))
+    torch.testing.assert_close(unmerge(merged, info), case["unmerged"], atol=1e-6, rtol=1e-6)
+    merged.backward(ours("upstream"))
+    torch.testing.assert_close(leaf.grad, case["grad_x"], atol=1e-6, rtol=1e-5)
+    plain, _ = bipartite_merge(leaf, case["metric"], meta["r_requested"], num_prefix_tokens=p)
+    torch.testing.assert_close(plain, ours("merged_size_none"), atol=1e-6, rtol=1e-6)
+
+    is_merged = torch.zeros(B, N, dtype=torch.bool)
+    is_merged.scatter_(1, 2 * case["src_idx"].long(), True)
+    first_b = meta["N_out"] - N // 2
+    partners = info.slots.gather(1, 2 * case["src_idx"].long()) - first_b
+    assert torch.equal(partners, case["dst_idx"])
+    assert torch.equal(is_merged[:, ::2], info.slots[:, ::2] >= first_b)
+
+
+@pytest.mark.parametrize("block", [0, 1, 11])
+@pytest.mark.parametrize("run", ["r4", "r8"])
+def test_matches_as_a_tower_under_official_tome(golden, run, block):
+    case = golden("tome").under(f"{run}/block{block}/")
+    metric, source = case["metric"], 2 * case["src_idx"].long()
+    (B, N, _), r = metric.shape, source.shape[1]
+    _, size, info = bipartite_merge(torch.randn(B, N, 4), metric, r, return_info=True)
+    first_b = N - r - N // 2
+    assert torch.equal(info.slots.gather(1, source) - first_b, case["dst_idx"])
+    assert ((info.slots[:, ::2] >= first_b).sum(1) == r).all()
+    if block == 0:
+        torch.testing.assert_close(size, case["size"].reshape(B, -1), atol=0, rtol=0)
+
+
+def test_distillation_entries_alone_are_left_out(golden):
+    cases = golden("tome_functions").meta["cases"]
+    assert (
+        tuple(k for k, case in enumerate(cases) if not case["distill_token"])
+        == WITHOUT_DISTILLATION
+    )
+
+
+@pytest.mark.parametrize("p", [0, 1])
+@pytest.mark.parametrize(("N", "r"), [(2, 1), (3, 1), (12, 5), (13, 1), (13, 6), (50, 99)])
+def test_is_the_definition(N, r, p):
+    tokens, metric, size = inputs(N=N)
+    r = min(r, (N - p) // 2)
+    merged, sizes = bipartite_merge(tokens, metric, r, size=size, num_prefix_tokens=p)
+    assert merged.shape[1] == N - r
+    for b in range(2):
+        expected, expected_size = definition(tokens[b], metric[b], size[b], r, p)
+        torch.testing.assert_close(merged[b].double(), expected, atol=1e-6, rtol=0)
+        assert torch.equal(sizes[b], expected_size)
+
+
+@pytest.mark.parametrize("p", [0, 1])
+@pytest.mark.parametrize(("N", "r"), [(3, 1), (12, 5), (13, 3), (50, 9)])
+def test_a_penalty_is_the_definition(N, r, p):
+    tokens, metric, size = inputs(N=N)
+    penalty = torch.randn(2, N)
+    merged, sizes = bipartite_merge(
+        tokens, metric, r, size=size, penalty=penalty, num_prefix_tokens=p
+    )
+    for b in range(2):
+        expected, expected_size = definition(tokens[b], metric[b], size[b], r, p, penalty[b])
+        torch.testing.assert_close(merged[b].double(), expected, atol=1e-6, rtol=0)
+        assert torch.equal(sizes[b], expected_size)
+
+
+def test_where_the_penalty_is_three_tokens_merge_only_if_no_others_are_left():
+    tokens, metric, _ = inputs(N=21)
+    penalty = torch.zeros(2, 21)
+    penalty[:, 4:15:2] = 3.0  # six of the ten that may be sources
+    for r in range(1, 11):
+        _, _, info = bipartite_merge(tokens, metric, r, penalty=penalty, return_info=True)
+        is_merged = info.slots[:, ::2] >= 11 - r
+        assert (is_merged.sum(1) == r).all()
+        spared = (~is_merged[:, 2:8]).sum(1)
+        assert (spared == min(6, 10 - r)).all()
+
+
+def test_ties_go_to_the_lower_index():
+    metric = torch.ones(1, 9, 4)
+    _, _, info = bipartite_merge(torch.randn(1, 9, 2), metric, 2, return_info=True)
+    assert info.slots.tolist() == [[0, 3, 3, 4, 3, 5, 1, 6, 2]]
+    _, _, info = bipartite_merge(
+        torch.randn(1, 9, 2), metric, 2, num_prefix_tokens=0, return_info=True
+    )
+    assert info.slots.tolist() == [[3, 3, 3, 4, 0, 5, 1, 6, 2]]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 0.0, 1e30, float("inf")])
+def test_a_metric_without_direction_ranks_last(bad):
+    tokens, metric, _ = inputs(N=9)
+    metric[:, 3] = metric[:, 4] = bad
+    _, _, info = bipartite_merge(tokens, metric, 3, return_info=True)
+    into_3 = info.slots == info.slots[:, 3:4]
+    assert into_3.sum() == 2  # nobody but itself
+    assert (info.slots[:, 4] == 1).all()  # the only even token left beside CLS
+    merged, _ = bipartite_merge(tokens, metric, 4)
+    assert merged.isfinite().all()
+
+
+def test_nothing_to_merge_returns_the_tokens():
+    tokens, metric, size = inputs()
+    for arguments in ({"r": 0}, {"r": 3}):
+        few = slice(None) if arguments["r"] == 0 else slice(2)
+        x = tokens[:, few]
+        merged, ones, info = bipartite_merge(x, metric[:, few], **arguments, return_info=True)
+        assert merged is x
+        assert torch.equal(ones, torch.ones(x.shape[:2]))
+        assert torch.equal(unmerge(merged, info), x)
+    _, same = bipartite_merge(tokens, metric, 0, size=size[..., None])
+    assert torch.equal(same, size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_one_token_are_exact_and_sums_are_fp32(dtype):
+    tokens, metric, size = inputs(N=57, D=16, dtype=dtype)
+    size = size + 0.3
+    merged, sizes, info = bipartite_merge(tokens, metric, 20, size=size, return_info=True)
+    source = source_matrix(info)
+    alone = source.sum(2) == 1
+    assert merged.dtype == dtype and sizes.dtype == torch.float32
+    expected = torch.bmm(source.double() * size[:, None], tokens.double())
+    expected = expected / (source * size[:, None].double()).sum(2, keepdim=True)
+    assert torch.equal(merged[alone], expected[alone].to(dtype))
+    half_ulp = torch.finfo(dtype).eps / 2
+    assert ((merged - expected).abs() <= 1e-6 + half_ulp * expected.abs()).all()
+
+
+def test_steps_chain_and_sizes_count():
+    tokens, metric, _ = inputs(N=21)
+    merged, size, first = bipartite_merge(tokens, metric, 6, return_info=True)
+    merged, size, then = bipartite_merge(
+        merged, torch.randn(2, 15, 8), 5, size=size, return_info=True
+    )
+    both = then.source_map(first.source_map())
+    source = both.float()
+    assert torch.equal(source, source_matrix(then).float() @ source_matrix(first).float())
+    assert torch.equal(size, source.sum(2))
+    mean = (source @ tokens) / size[..., None]
+    torch.testing.assert_close(merged, mean, atol=1e-6, rtol=0)
+    assert torch.equal(unmerge(merged, both), unmerge(unmerge(merged, then), first))
+
+
+@pytest.mark.parametrize("with_size", [True, False])
+def test_gradcheck_in_fp64(with_size):
+    tokens, metric, size = inputs(dtype=torch.float64)
+    size = size.double() + 0.25 if with_size else None
+    assert torch.autograd.gradcheck(
+        lambda t: bipartite_merge(t, metric, 5, size=size)[0], (tokens.requires_grad_(),)
+    )
+
+
+@pytest.mark.parametrize("with_size", [True, False])
+def test_a_gradient_of_the_gradient(with_size):
+    tokens, metric, size = inputs(dtype=torch.float64)
+    size = size.double() + 0.25 if with_size else None
+    assert torch.autograd.gradgradcheck(
+        lambda t: bipartite_merge(t, metric, 5, size=size)[0].square(), (tokens.requires_grad_(),)
+    )
+
+
+def test_gradient_reaches_tokens_only():
+    tokens, *others = [leaf.requires_grad_() for leaf in (*inputs(), torch.rand(2, 13))]
+    metric, size, penalty = others
+    merged, sizes = bipartite_merge(tokens, metric, 4, size=size, penalty=penalty)
+    merged.square().sum().backward()
+    assert tokens.grad.abs().sum(-1).min() > 0
+    assert all(other.grad is None for other in others) and not sizes.requires_grad
+
+
+@pytest.mark.parametrize("with_size", [True, False])
+def test_opcheck(with_size):
+    tokens, metric, size = inputs()
+    size = size if with_size else None
+    for penalty in (None, torch.rand(2, 13)):
+        opcheck(torch.ops.elip.bipartite_match.default, (metric, penalty, 4, 1))
+    slots = torch.ops.elip.bipartite_match(metric, None, 4, 1)
+    arguments = (tokens.requires_grad_(), size, slots, 9)
+    opcheck(torch.ops.elip.bipartite_merge.default, arguments)
+    merged, sizes = torch.ops.elip.bipartite_merge(*arguments)
+    grad = torch.randn_like(merged)
+    opcheck(torch.ops.elip.bipartite_merge_backward.default, (grad, size, sizes, slots))
+
+
+def test_compiles_whole_and_once_for_all_batches_and_counts():
+    torch._dynamo.reset()
+    compiles = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def loss(tokens, metric, size, r):
+        merged, sizes, info = bipartite_merge(tokens, metric, r, size=size, return_info=True)
+        return (merged.square() * sizes[..., None]).sum() + unmerge(merged, info).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend=compiles, dynamic=True)
+    for B, r in ((2, 3), (3, 5), (4, 4)):
+        tokens, metric, size = inputs(B, 20)
+        ours, eager = tokens.clone().requires_grad_(), tokens.clone().requires_grad_()
+        got, expected = compiled(ours, metric, size, r), loss(eager, metric, size, r)
+        got.backward()
+        expected.backward()
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(ours.grad, eager.grad)
+    assert compiles.frame_count == 1
+
+
+def test_exports():
+    class Merge(torch.nn.Module):
+        def forward(self, tokens, metric):
+            return bipartite_merge(tokens, metric, 5)
+
+    tokens, metric, _ = inputs()
+    program = torch.export.export(Merge(), (tokens, metric))
+    torch.testing.assert_close(program.module()(tokens, metric), bipartite_merge(tokens, metric, 5))
+
+
+def test_autocast_changes_nothing():
+    tokens, metric, size = inputs(N=40)
+    plain = bipartite_merge(tokens, metric, 12, size=size)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = bipartite_merge(tokens, metric, 12, size=size)
+    assert all(map(torch.equal, plain, mixed))
+    assert mixed[1].dtype == torch.float32
+
+
+def test_flops_are_counted():
+    tokens, metric, _ = inputs()
+    with FlopCounterMode(display=False) as counter:
+        bipartite_merge(tokens.requires_grad_(), metric, 4)[0].sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    assert counts[torch.ops.elip.bipartite_match] == 2 * 2 * 7 * 6 * 8
+    assert counts[torch.ops.elip.bipartite_merge] == 2 * 2 * 13 * 6
+    assert counts[torch.ops.elip.bipartite_merge_backward] == 2 * 13 * 6
+
+
+META = {"device": "meta"}
+
+
+def test_helpers_name_bad_arguments():
+    tokens, metric, _ = inputs()
+    merged, _, info = bipartite_merge(tokens, metric, 4, return_info=True)
+    for bad in (None, merged[0], tokens, merged.to("meta")):
+        with pytest.raises((TypeError, ValueError), match=r"^merged: expected .* got "):
+            unmerge(bad, info)
+    for bad in (None, info.slots, (info.slots, 9)):
+        for call in (lambda bad: unmerge(merged, bad), source_matrix):
+            with pytest.raises(TypeError, match=r"(?s)^info: expected .* got "):
+                call(bad)

@@ -1,0 +1,176 @@
+"""The CLS row against the block that it is read from."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+import elip_kernels
+from elip_kernels.ops.absorbed_query import QueryArguments
+
+B, N, D, H = 2, 37, 48, 4
+
+
+def block(dtype=torch.float64, affine=True, bias=True):
+    """Random arguments of a pre-norm block, as the public functions name them."""
+
+    def random(*shape):
+        return torch.randn(*shape, dtype=torch.float64).to(dtype)
+
+    norm = {
+        "norm_weight": random(D) if affine else None,
+        "norm_bias": random(D) if affine else None,
+    }
+    weights = {"q_weight": random(D, D) / 7, "q_bias": random(D) if bias else None}
+    return norm | weights | {"k_weight": random(D, D) / 7, "num_heads": H, "eps": 1e-6}
+
+
+def attention(tokens, cls, arguments, k_bias):
+    """The block's whole softmax map (B, H, N, N), and its normalised tokens."""
+    tokens = torch.cat([cls[:, None], tokens[:, 1:]], dim=1)
+    norm_weight, norm_bias = arguments["norm_weight"], arguments["norm_bias"]
+    x = F.layer_norm(tokens, (D,), norm_weight, norm_bias, arguments["eps"])
+    q = F.linear(x, arguments["q_weight"], arguments["q_bias"])
+    k = F.linear(x, arguments["k_weight"], k_bias)
+    q, k = (t.unflatten(-1, (H, -1)).transpose(1, 2) for t in (q, k))
+    return (q @ k.mT * (D // H) ** -0.5).softmax(-1), x
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_absorbed_row_equals_the_block(affine, bias):
+    tokens, cls = torch.randn(B, N, D).double(), torch.randn(B, D).double()
+    arguments = block(affine=affine, bias=bias)
+    k_bias = torch.randn(D).double()  # cancels
+    rows, _ = attention(tokens, cls, arguments, k_bias)
+    got = elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)
+    torch.testing.assert_close(got, rows[:, :, 0].mean(1), atol=1e-12, rtol=0)
+
+
+def test_generic_row_equals_softmax():
+    q, k = torch.randn(B, H, 12).double(), torch.randn(B, H, N, 12).double()
+    mask = torch.rand(B, N) > 0.4
+    scores = torch.einsum("bhd,bhnd->bhn", q, k) * 0.3
+    expected = scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1).mean(1)
+    got = elip_kernels.cls_attention(q, k, scale=0.3, mask=mask)
+    torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
+    assert not got[~mask].any()
+
+
+@pytest.mark.parametrize("G", [4, 2, 1])
+def test_grouped_query_heads_read_one_key_head(G):
+    q, k = torch.randn(B, H, 12).double(), torch.randn(B, G, N, 12).double()
+    for mask in (None, torch.rand(B, N) > 0.4):
+        bias = None if mask is None else mask[:, None, None].expand(B, 1, 1, N)
+        rows = F.scaled_dot_product_attention(
+            q[:, :, None], k, torch.eye(N).double().expand(B, G, N, N), bias, enable_gqa=True
+        )
+        got = elip_kernels.cls_attention(q, k, mask=mask)
+        torch.testing.assert_close(got, rows[:, :, 0].mean(1), atol=1e-12, rtol=0)
+
+
+def test_a_causal_token_reads_the_keys_that_it_sees():
+    """Of a whole causal map, row by row: by a mask, or by these keys alone."""
+    q, k = torch.randn(2, B, H, 9, 12).double()
+    scores = (q @ k.mT) * 12**-0.5
+    sees = torch.ones(9, 9, dtype=torch.bool).tril()
+    rows = scores.masked_fill(~sees, -torch.inf).softmax(-1).mean(1)  # (B, 9, 9)
+    for i in range(9):
+        masked = elip_kernels.cls_attention(q[:, :, i], k, mask=sees[i].expand(B, 9))
+        alone = elip_kernels.cls_attention(q[:, :, i], k[:, :, : i + 1])
+        torch.testing.assert_close(masked, rows[:, i], atol=1e-12, rtol=0)
+        torch.testing.assert_close(alone, rows[:, i, : i + 1], atol=1e-12, rtol=0)
+
+
+BUDGET = {torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 2e-4}
+
+
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+def test_rows_are_fp32_and_as_exact_as_their_inputs(dtype):
+    tokens, cls = torch.randn(B, N, D).to(dtype), torch.randn(B, D).to(dtype)
+    arguments = block(dtype)
+    exact = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    expected = elip_kernels.cls_attention_from_tokens(tokens.double(), cls.double(), **exact)
+    got = elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)
+    assert got.dtype == torch.float32
+    assert (got - expected).abs().max() / expected.max() <= BUDGET[dtype]
+    torch.testing.assert_close(got.sum(1), torch.ones(B))
+
+
+def test_no_gradient_passes():
+    tokens = torch.randn(B, N, D, requires_grad=True)
+    arguments = block(torch.float32)
+    arguments["q_weight"].requires_grad_()
+    row = elip_kernels.cls_attention_from_tokens(tokens, tokens[:, 0], **arguments)
+    q = torch.randn(B, H, 12, requires_grad=True)
+    assert not row.requires_grad
+    assert not elip_kernels.cls_attention(q, torch.randn(B, H, N, 12)).requires_grad
+
+
+def test_autocast_does_not_cast():
+    tokens, cls, arguments = torch.randn(B, N, D), torch.randn(B, D), block(torch.float32)
+    plain = elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)
+    assert torch.equal(plain, mixed)
+
+
+CALLS = {
+    "cls_attention": lambda: (torch.randn(B, H, 12), torch.randn(B, H, N, 12), None, 0.3),
+    "cls_attention grouped": lambda: (torch.randn(B, H, 12), torch.randn(B, 2, N, 12), None, 0.3),
+    "cls_attention_from_tokens": lambda: op_arguments(torch.randn(B, N, D)),
+}
+
+
+def op_arguments(tokens, **changes):
+    """Of an absorbed op: tokens, and what makes the query, 0.7 of it of the CLS token."""
+    dtype, block_ = tokens.dtype, block(torch.promote_types(tokens.dtype, torch.float32))
+    cls, text = torch.randn(2, len(tokens), D).to(dtype)
+    made = block_ | {"cls": cls, "text": text, "fusion": 0.7, "match": True, "scale": 0.3}
+    return tokens, *QueryArguments(**made | changes)
+
+
+def test_opcheck_without_parameters_that_a_block_may_lack():
+    lacking = dict.fromkeys(("text", "norm_weight", "norm_bias", "q_bias"))
+    op = torch.ops.elip.cls_attention_from_tokens.default
+    opcheck(op, op_arguments(torch.randn(B, N, D), **lacking))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck(name):
+    first, *others = CALLS[name]()
+    opcheck(
+        getattr(torch.ops.elip, name.removesuffix(" grouped")).default,
+        (first.requires_grad_(), *others),
+    )
+
+
+def test_compiles_whole_and_exports():
+    class Rows(torch.nn.Module):
+        def forward(self, tokens, cls):
+            return elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)
+
+    arguments = block(torch.float32)
+    tokens, cls = torch.randn(B, N, D), torch.randn(B, D)
+    expected = Rows()(tokens, cls)
+    torch._dynamo.reset()
+    got = torch.compile(Rows(), fullgraph=True, backend="aot_eager")(tokens, cls)
+    torch.testing.assert_close(got, expected)
+    program = torch.export.export(Rows(), (tokens, cls))
+    torch.testing.assert_close(program.module()(tokens, cls), expected)
+
+
+def test_flops_have_no_key_projection_of_the_tokens():
+    tokens, cls, arguments = torch.randn(B, N, D), torch.randn(B, D), block(torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)
+    rows, projections = 2 * B * H * N * D, 2 * B * D * D * 2
+    assert counter.get_total_flops() == rows + projections
+
+
+def test_meta_tensors_have_shapes():
+    arguments = {n: v.to("meta") if torch.is_tensor(v) else v for n, v in block().items()}
+    tokens, cls = torch.empty(B, N, D, device="meta"), torch.empty(B, D, device="meta")
+    assert elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments).shape == (B, N)
+    assert elip_kernels.score_reduce(tokens, cls, 4, **arguments).shape == (B, 6, D)

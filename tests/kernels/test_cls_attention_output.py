@@ -1,0 +1,117 @@
+"""The CLS token's attention output against the block that it is read from."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+import elip_kernels
+from elip_kernels._operator import OPERATORS
+from elip_kernels.ops.absorbed_query import QueryArguments
+from tests.kernels.test_cls_attention import BUDGET, B, D, H, N, attention, block, op_arguments
+
+
+def values(dtype=torch.float32, bias=True):
+    v_weight = torch.randn(D, D, dtype=torch.float64) / 7
+    v_bias = torch.randn(D, dtype=torch.float64) if bias else None
+    return {
+        "v_weight": v_weight.to(dtype),
+        "v_bias": v_bias if v_bias is None else v_bias.to(dtype),
+    }
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_equals_the_attention_of_the_block(affine, bias):
+    tokens, cls = torch.randn(B, N, D).double(), torch.randn(B, D).double()
+    arguments, value = block(affine=affine, bias=bias), values(torch.float64, bias)
+    rows, x = attention(tokens, cls, arguments, k_bias=torch.randn(D).double())  # cancels
+    v = F.linear(x, *value.values()).unflatten(-1, (H, -1)).transpose(1, 2)
+    got = elip_kernels.cls_attention_output(tokens, cls, **value, **arguments)
+    torch.testing.assert_close(got, (rows @ v)[:, :, 0].flatten(1), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+def test_is_as_exact_as_its_inputs_and_keeps_their_dtype(dtype):
+    tokens, cls = torch.randn(B, N, D).to(dtype), torch.randn(B, D).to(dtype)
+    arguments = block(dtype) | values(dtype)
+    exact = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    expected = elip_kernels.cls_attention_output(tokens.double(), cls.double(), **exact)
+    got = elip_kernels.cls_attention_output(tokens, cls, **arguments)
+    assert got.dtype == dtype
+    rounding = torch.finfo(dtype).eps / 2
+    assert (got - expected).abs().max() / expected.abs().max() <= BUDGET[dtype] + rounding
+
+
+def test_no_gradient_passes():
+    tokens = torch.randn(B, N, D, requires_grad=True)
+    arguments = block(torch.float32) | values()
+    arguments["v_weight"].requires_grad_()
+    out = elip_kernels.cls_attention_output(tokens, tokens[:, 0], **arguments)
+    assert not out.requires_grad
+
+
+def test_autocast_does_not_cast():
+    tokens, cls = torch.randn(B, N, D), torch.randn(B, D)
+    arguments = block(torch.float32) | values()
+    plain = elip_kernels.cls_attention_output(tokens, cls, **arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = elip_kernels.cls_attention_output(tokens, cls, **arguments)
+    assert torch.equal(plain, mixed)
+
+
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+def test_opcheck(dtype):
+    tokens = torch.randn(B, N, D).to(dtype).requires_grad_()
+    arguments = (*op_arguments(tokens), *values(dtype).values())
+    opcheck(torch.ops.elip.cls_attention_output.default, arguments)
+
+
+def test_compiles_whole_and_exports():
+    class Output(torch.nn.Module):
+        def forward(self, tokens, cls):
+            return elip_kernels.cls_attention_output(tokens, cls, **arguments)
+
+    arguments = block(torch.float32) | values()
+    tokens, cls = torch.randn(B, N, D), torch.randn(B, D)
+    expected = Output()(tokens, cls)
+    torch._dynamo.reset()
+    got = torch.compile(Output(), fullgraph=True, backend="aot_eager")(tokens, cls)
+    torch.testing.assert_close(got, expected)
+    program = torch.export.export(Output(), (tokens, cls))
+    torch.testing.assert_close(program.module()(tokens, cls), expected)
+
+
+def test_flops_have_no_projection_of_the_tokens():
+    tokens, cls = torch.randn(B, N, D), torch.randn(B, D)
+    with FlopCounterMode(display=False) as counter:
+        elip_kernels.cls_attention_output(tokens, cls, **block(torch.float32), **values())
+    scores_and_sums, projections = 4 * B * H * N * D, 3 * 2 * B * D * D
+    assert counter.get_total_flops() == scores_and_sums + projections
+
+
+def test_one_graph_serves_all_batches():
+    def output(tokens, cls):
+        return elip_kernels.cls_attention_output(tokens, cls, **arguments)
+
+    arguments = block(torch.float32) | values()
+    torch._dynamo.reset()
+    compiles = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(output, fullgraph=True, backend=compiles)
+    for batch in (2, 3, 4, 5):
+        given = torch.randn(batch, N, D), torch.randn(batch, D)
+        torch.testing.assert_close(compiled(*given), output(*given))
+    assert compiles.frame_count == 2  # the first, and then one of any batch
+
+
+def test_a_head_too_wide_for_its_kernel_takes_the_pytorch_form():
+    operator = OPERATORS["cls_attention_output"]
+    tokens, *query = op_arguments(torch.randn(B, N, D))
+    assert "Triton" in (operator.refuses(tokens, *query) or "Triton")
+    matrices = {name: torch.randn(2 * 129, D) for name in ("q_weight", "k_weight")}
+    wide = QueryArguments(*query)._replace(num_heads=2, q_bias=None, **matrices)
+    assert "at most 128 channels" in operator.refuses(tokens, *wide)
+    assert "at most 128 heads" in operator.refuses(tokens, *wide._replace(num_heads=129))
+    huge = torch.empty(1, 65536, 32768, device="meta")
+    assert "fewer than 2^31 elements an image" in operator.refuses(huge, *query)

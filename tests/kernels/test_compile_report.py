@@ -1,0 +1,356 @@
+"""What the launchers launch compiles ahead of time, without a GPU: registers, spills, widths."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+import elip_kernels
+from elip_kernels._triton import HAS_TRITON, tl, triton
+
+if not HAS_TRITON:
+    pytest.skip("triton is absent, so there is nothing to compile", allow_module_level=True)
+
+from benchmarks.kernel_analysis import report
+from benchmarks.kernel_analysis.compile import (
+    ARCHITECTURES,
+    compile_launch,
+    recorded_launches,
+    warps_at_once,
+)
+from elip_kernels.testing.calls import BATCHES, CALLS, REAL_CASES
+from tests.helpers.tiers import tiered
+
+KEEP = dict(REAL_CASES) | {1025: 400, 4097: 1600, 16_385: 6000}
+SIZE = {"bf16": 2, "fp32": 4}
+TRITON_3_6 = triton.__version__.startswith("3.6.")
+
+
+@cache
+def compiled(call, N, dtype, arch=90, B=BATCHES[0]):
+    """name -> (launch, code) of every kernel that a call launches."""
+    launches = report.recorded_call(call, B, N, KEEP[N], dtype, arch)
+    return {launch.name: (launch, compile_launch(launch, arch)) for launch in launches}
+
+
+def is_clean(code):
+    return code.stack == code.local == code.spills == 0 and code.occupancy[0] > 0
+
+
+def moves_wide(code, tile):
+    """Every byte of the tile is loaded and stored by accesses of at least 128 bits (sm_90)."""
+    return min(code.wide_bytes()) * 32 * code.num_warps >= tile
+
+
+@pytest.mark.parametrize("dtype", tiered(SIZE, ["bf16"]))
+@pytest.mark.parametrize(
+    ("N", "registers"), tiered([(197, 64), (257, 64), (577, 128)], [(257, 64)])
+)
+def test_reduce_stays_in_registers_and_moves_by_128_bits(N, registers, dtype):
+    launch, code = compiled("reduce", N, dtype)["_reduce_fwd_kernel"]
+    assert is_clean(code)
+    assert code.registers <= registers
+    assert moves_wide(code, (N - 1) * launch.arguments["BLOCK_D"] * SIZE[dtype])
+
+
+@pytest.mark.parametrize("dtype", tiered(SIZE, ["bf16"]))
+def test_reduce_backward_fills_the_machine_without_shared_memory(dtype):
+    launch, code = compiled("reduce", 257, dtype)["_reduce_bwd_kernel"]
+    assert is_clean(code)
+    assert code.registers <= 40
+    assert code.shared == 0
+    assert code.occupancy[0] >= 48
+    block_n, block_d = launch.arguments["BLOCK_N"], launch.arguments["BLOCK_D"]
+    assert moves_wide(code, block_n * block_d * SIZE[dtype])
+
+
+def loads_wide(code, tile):
+    """As `moves_wide`, of what a loop loads: a tile in each of its stages."""
+    return code.wide_bytes()[0] * 32 * code.num_warps >= code.num_stages * tile
+
+
+@pytest.mark.parametrize("dtype", tiered(SIZE, ["bf16"]))
+@pytest.mark.parametrize("N", tiered([577, 257, 1025, 4097, 16_385], [577]))
+def test_a_boundary_scores_and_moves_by_128_bits_at_every_size(N, dtype):
+    codes = compiled("score_reduce", N, dtype)
+    assert all(is_clean(code) for _, code in codes.values())
+    most = {"_query_kernel": 128 if dtype == "bf16" else 144, "scores_kernel": 80}
+    if N > 4097:
+        most |= {"_row_kernel": 40, "_stream_kernel": 128}
+    else:
+        most["_score_select_kernel"] = 64 if N <= 1025 else 160
+    most["_move_kernel"] = 64
+    assert list(codes)[: len(most)] == list(most)
+    for name, registers in most.items():
+        assert codes[name][1].registers <= registers, name
+    launch, code = codes["scores_kernel"]
+    assert loads_wide(code, launch.arguments["BLOCK_N"] * launch.arguments["BLOCK_K"] * SIZE[dtype])
+    launch, code = codes["_move_kernel"]
+    assert code.occupancy[0] >= 32
+    assert moves_wide(code, launch.arguments["BLOCK_N"] * launch.arguments["BLOCK_D"] * SIZE[dtype])
+
+
+@pytest.mark.parametrize("dtype", tiered(SIZE, []))
+@pytest.mark.parametrize("arch", tiered(ARCHITECTURES, [90]))
+@pytest.mark.parametrize(("width", "heads"), [(1280, 16), (1024, 16), (384, 6)])
+def test_heads_of_every_width_make_their_query_without_a_spill(
+    width, heads, arch, dtype, monkeypatch
+):
+    monkeypatch.setattr(report, "WIDTH", width)
+    monkeypatch.setattr(report, "HEADS", heads)
+    query, *_ = report.recorded_call("score_reduce", 2, 257, 166, dtype, arch)
+    assert is_clean(compile_launch(query, arch))
+    bare = {"norm_weight_ptr": None, "norm_bias_ptr": None}
+    guided = {"text_ptr": query.arguments["cls_ptr"]}
+    names = query.kernel.arg_names[: len(query.args)]
+    for changed, is_guided in ((bare, False), (guided, True), (bare | guided, True)):
+        args = tuple((query.arguments | changed)[name] for name in names)
+        options = query.options | {"HAS_TEXT": is_guided, "MATCH": is_guided}
+        assert is_clean(compile_launch(replace(query, args=args, options=options), arch))
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_what_some_batches_align_and_others_do_not_is_not_specialised(call, monkeypatch):
+    """Else another batch would compile again."""
+    monkeypatch.setattr(report, "HEADS", 6)
+    odd, even = (report.recorded_call(call, B, 577, 300, "bf16", 90) for B in (7, 8))
+    for one, other in zip(odd, even, strict=True):
+        for parameter in one.kernel.params:
+            values = [each.arguments.get(parameter.name) for each in (one, other)]
+            if torch.is_tensor(values[0]):
+                aligned = {value.data_ptr() % 16 == 0 for value in values}
+                may_differ = parameter.do_not_specialize_on_alignment
+                assert len(aligned) == 1 or may_differ, (one.name, parameter.name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [86, 90, 120])
+@pytest.mark.parametrize("heads", [24, 48])
+def test_many_heads_score_without_a_spill(heads, arch, monkeypatch):
+    monkeypatch.setattr(report, "WIDTH", 64 * heads)
+    monkeypatch.setattr(report, "HEADS", heads)
+    for dtype in SIZE:
+        _, scores, _ = report.recorded_call("cls_attention_from_tokens", 1, 257, 0, dtype, arch)
+        assert scores.name == "scores_kernel"
+        assert is_clean(compile_launch(scores, arch)), dtype
+
+
+@pytest.mark.parametrize("dtype", tiered(SIZE, []))
+@pytest.mark.parametrize("call", ["bipartite_merge", "merge_nearest"])
+@pytest.mark.parametrize("N", [577, 1025, 16_385])
+def test_merging_stays_in_registers(N, call, dtype):
+    for name, (_, code) in compiled(call, N, dtype).items():
+        assert is_clean(code), name
+        assert code.registers <= (40 if name == "_merge_bwd_kernel" else 128), name
+
+
+@pytest.mark.parametrize("dtype", tiered(SIZE, []))
+@pytest.mark.parametrize("arch", tiered(ARCHITECTURES, [90]))
+@pytest.mark.parametrize(("width", "heads"), tiered([(2048, 16), (1152, 24)], [(2048, 16)]))
+def test_an_output_of_every_width_compiles_everywhere_without_a_spill(
+    width, heads, arch, dtype, monkeypatch
+):
+    monkeypatch.setattr(report, "WIDTH", width)
+    monkeypatch.setattr(report, "HEADS", heads)
+    launches = report.recorded_call("cls_attention_output", 2, 257, 166, dtype, arch)
+    assert [launch.name for launch in launches] == [
+        *("_query_kernel", "_weights_kernel", "_weigh_kernel", "_value_kernel")
+    ]
+    for launch in launches:
+        assert is_clean(compile_launch(launch, arch)), launch.name
+
+
+@pytest.mark.parametrize(
+    ("call", "arch"),
+    [
+        pytest.param(call, arch, marks=pytest.mark.slow if arch == 90 else pytest.mark.exhaustive)
+        for arch in ARCHITECTURES
+        for call in CALLS
+    ],
+)
+def test_every_kernel_compiles_everywhere_without_a_spill(call, arch):
+    for B in BATCHES:
+        codes = compiled(call, 257, "bf16", arch, B)
+        assert codes
+        for name, (_, code) in codes.items():
+            if (name, arch) == ("scores_kernel", 100) and TRITON_3_6:
+                assert code.spills <= 6  # that version's code for the fifth tensor core
+            else:
+                assert is_clean(code), (name, code)
+
+
+@pytest.mark.parametrize(
+    "call", tiered(["score_reduce", "cls_attention", "cls_attention_from_tokens"], [])
+)
+def test_the_largest_image_compiles_without_a_spill(call, monkeypatch):
+    monkeypatch.setattr(report, "WIDTH", 1536)
+    monkeypatch.setattr(report, "HEADS", 24)
+    for B in BATCHES:
+        for launch in report.recorded_call(call, B, 1025, 400, "bf16", 90):
+            assert is_clean(compile_launch(launch, 90)), launch.name
+
+
+@pytest.mark.parametrize("arch", tiered([90, "gfx942"], []))
+def test_other_variants_compile_without_a_spill(arch):
+    tokens = torch.randn(2, 197, 768).half()
+    mask, size = torch.ones(2, 197, dtype=torch.bool), torch.ones(2, 197)
+    q, k = torch.randn(2, 12, 64).half(), torch.randn(2, 12, 197, 64).half()
+    with recorded_launches(arch) as launches:
+        elip_kernels.reduce(tokens, torch.rand(2, 197), 176, merge=False, mask=mask)
+        elip_kernels.reduce(tokens, torch.rand(2, 195), 1, normalize=False, num_prefix_tokens=2)
+        elip_kernels.cls_attention(q, k, mask=mask)
+        elip_kernels.cls_attention(q, k[:, ::4], mask=mask)
+        CALLS["cls_attention_output"](2, 197, 64, 100, 2, torch.float16)
+        for N, dtype in ((577, torch.float16), (197, torch.float16), (197, torch.float32)):
+            CALLS["cls_attention_from_tokens"](128, N, 768, 100, 12, dtype)
+        guide = {"text": torch.randn(1, 768).half(), "fusion": 0.8, "guidance_norm": "match"}
+        matrices = {name: torch.randn(768, 768).half() for name in ("q_weight", "k_weight")}
+        lacking = dict.fromkeys(("norm_weight", "norm_bias", "q_bias"))
+        elip_kernels.score_reduce(
+            *(tokens, tokens[:, 0], 90), **guide, **matrices, **lacking, num_heads=12, eps=1e-6
+        )
+        elip_kernels.bipartite_merge(tokens, k[:, 0], 1)
+        elip_kernels.bipartite_merge(tokens, k[:, 0], 16, size=size, num_prefix_tokens=0)
+    assert len(launches) == 31
+    for launch in launches:
+        assert is_clean(compile_launch(launch, arch)), launch.name
+
+
+@pytest.mark.parametrize("arch", tiered(ARCHITECTURES, []))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_grouped_heads_compile_without_a_spill(arch, dtype):
+    """The widest heads, four of queries to one of keys, masked: the most that a program holds."""
+    width, mask = 64 if dtype == torch.float32 else 128, torch.ones(2, 577, dtype=torch.bool)
+    q, k = torch.randn(2, 8, 577, width).to(dtype), torch.randn(2, 2, 577, width).to(dtype)
+    with recorded_launches(arch) as launches:
+        elip_kernels.attention_column_mean(q, k, mask=mask, query_mask=mask)
+        elip_kernels.cls_attention(q[:, :, 0], k, mask=mask)
+    assert len(launches) == 5
+    for launch in launches:
+        assert is_clean(compile_launch(launch, arch)), launch.name
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared", "num_warps", "occupancy"),
+    [
+        (90, 64, 2048, 8, (32, "registers")),
+        (90, 65, 2048, 8, (24, "registers")),
+        (80, 255, 0, 4, (8, "registers")),
+        (80, 32, 81 * 1024, 8, (16, "shared")),
+        (80, 32, 82 * 1024, 8, (8, "shared")),
+        (100, 32, 227 * 1024, 8, (8, "shared")),
+        (100, 32, 228 * 1024, 8, (0, "shared")),
+        (90, 16, 0, 1, (32, "blocks")),
+        (90, 32, 0, 8, (64, "warps")),
+        (86, 32, 0, 8, (48, "warps")),
+        (86, 16, 0, 1, (16, "blocks")),
+        (120, 32, 99 * 1024, 8, (8, "shared")),
+        ("gfx942", 64, 0, 4, (32, "warps")),
+        ("gfx942", 65, 0, 4, (28, "registers")),
+        ("gfx942", 128, 0, 8, (16, "registers")),
+        ("gfx942", 32, 40 * 1024, 8, (8, "shared")),
+    ],
+)
+def test_occupancy(arch, registers, shared, num_warps, occupancy):
+    assert warps_at_once(arch, registers, shared, num_warps) == occupancy
+
+
+@triton.jit
+def _copy_kernel(x_ptr, y_ptr, stride, n, scale, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs * stride, mask=offs < n)
+    tl.store(y_ptr + offs * stride, x * scale, mask=offs < n)
+
+
+def copy(x, stride=1, n=1008):
+    with recorded_launches(90) as launches:
+        _copy_kernel[(1,)](x, torch.empty(2048), stride, n, 0.5, BLOCK=1024, num_warps=4)
+    return launches[0]
+
+
+@pytest.mark.slow
+def test_a_launch_specialises_on_alignment_divisibility_and_one():
+    x = torch.empty(2048)
+    assert compile_launch(copy(x), 90).wide_share() == 1
+    for changed in (copy(x[1:]), copy(x, n=1007), copy(x, stride=3)):
+        assert compile_launch(changed, 90).wide_share() < 1
+
+
+@pytest.mark.parametrize("arch", tiered(ARCHITECTURES, [90]))
+def test_a_launch_compiles_for_an_architecture_that_is_not_there(arch):
+    code = compile_launch(copy(torch.empty(2048)), arch)
+    assert code.wide_bytes() == ((16, 16) if arch == "gfx942" else (32, 32))
+    assert code.loads.total() > 0 and is_clean(code)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_every_launch_says_how_its_products_and_sums_round(call):
+    for launch in report.recorded_call(call, 2, 257, 166, "bf16", 90):
+        assert launch.options["enable_fp_fusion"] is True, launch.name
+
+
+PIPELINED = {
+    "_query_kernel",
+    "_fuse_kernel",
+    "_lse_kernel",
+    "_sums_kernel",
+    "scores_kernel",
+    "_weights_kernel",
+    "_weigh_kernel",
+    "_value_kernel",
+    "_match_kernel",
+    "_nearest_kernel",
+}
+
+
+@pytest.mark.parametrize("call", tiered(CALLS, ["score_reduce"]))
+def test_loops_around_products_and_those_that_say_so_are_pipelined(call):
+    """As `waits.py` counts them."""
+    for name, (_, code) in compiled(call, 257, "bf16").items():
+        assert (code.instructions["LDGSTS"] > 0) == (name in PIPELINED), name
+
+
+def test_launches_are_recorded_as_they_were_made():
+    forward, backward = report.recorded_call("reduce", 2, 257, 166, "bf16", 90)
+    assert (forward.name, forward.grid) == ("_reduce_fwd_kernel", (2 * 12,))
+    assert (backward.name, backward.grid) == ("_reduce_bwd_kernel", (2 * 9 * 6,))
+    expected = {"N": 257, "K": 166, "D": 768, "stride_tb": 257 * 768, "MERGE": True}
+    assert expected.items() <= forward.arguments.items()
+    assert forward.arguments["tokens_ptr"].dtype == torch.bfloat16
+    assert forward.arguments["mask_ptr"] is None
+    assert list(forward.arguments) == forward.kernel.arg_names
+
+
+@pytest.mark.slow
+def test_an_architecture_gets_its_own_configuration():
+    hip = torch.version.hip
+    for dtype, arch, scores, query in (
+        ("bf16", 90, "ieee", "tf32x3"),
+        ("fp32", 90, "tf32x3", "tf32x3"),
+        ("bf16", "gfx942", "ieee", "ieee"),
+        ("fp32", "gfx942", "ieee", "ieee"),
+    ):
+        first, second, *_ = report.recorded_call("score_reduce", 2, 257, 166, dtype, arch)
+        assert (first.name, second.name) == ("_query_kernel", "scores_kernel")
+        assert first.arguments["PRECISION"] == query
+        assert second.arguments["PRECISION"] == scores
+    assert torch.version.hip == hip
+
+
+def test_an_unknown_architecture_is_named():
+    with (
+        pytest.raises(ValueError, match=r"^arch: expected one of .*gfx942.*, got 'sm_90'"),
+        recorded_launches("sm_90"),
+    ):
+        pass
+
+
+def test_outside_the_recorder_the_reference_runs():
+    tokens, row = torch.randn(2, 9, 4), torch.rand(2, 9)
+    with recorded_launches(90) as launches:
+        elip_kernels.reduce(tokens, row, 3)
+    assert len(launches) == 1
+    kept = elip_kernels.reduce(tokens, row, 3, merge=False)
+    assert len(launches) == 1
+    assert torch.equal(kept[:, 0], tokens[:, 0])

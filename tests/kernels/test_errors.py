@@ -1,0 +1,89 @@
+"""Bad input: each argument of each public function says its name, what was expected, what came."""
+
+import inspect
+import re
+
+import pytest
+import timm
+import torch
+
+import elip_kernels
+import elip_models
+from elip_models.reduction.patch import is_reduced
+from elip_models.reduction.strategies.elip import ELIPOptions
+from tests.helpers.argument_cases import CONTEXTS, TABLE
+from tests.helpers.towers import SCHEDULE, plain_vit
+
+ALIASES = {"text": "(schedule|text)", "pretrained": "(pretrained|folder)", "overrides": r"\w+"}
+CASES = [
+    pytest.param(function, good, argument, value, id=f"{function.__name__}-{argument}-{i}")
+    for function, (good, table) in TABLE.items()
+    for argument, values in table.items()
+    for i, value in enumerate(values)
+]
+
+
+@pytest.mark.parametrize(("function", "good", "argument", "value"), CASES)
+def test_a_bad_argument_is_named_with_what_was_expected_and_got(function, good, argument, value):
+    arguments = good()
+    if function is elip_models.unreduce_:
+        arguments.pop("schedule")
+    arguments |= value if argument == "overrides" else {argument: value}
+    call = CONTEXTS.get(function, function)
+    message = rf"^{ALIASES.get(argument, argument)}: expected .*got "
+    with pytest.raises((TypeError, ValueError, FileNotFoundError)) as error:
+        call(**arguments)
+    assert re.search(message, str(error.value), re.S), str(error.value)
+
+
+@pytest.mark.parametrize("function", TABLE, ids=lambda f: f.__name__)
+def test_the_table_knows_every_argument(function):
+    arguments = set(inspect.signature(function).parameters)
+    if "options" in arguments:
+        arguments |= set(ELIPOptions.__annotations__)
+    assert set(TABLE[function][1]) == arguments - {"options"}
+
+
+@pytest.mark.parametrize("function", TABLE, ids=lambda f: f.__name__)
+def test_good_arguments_pass(function):
+    arguments = TABLE[function][0]()
+    if function is elip_models.unreduce_:
+        arguments.pop("schedule")
+    CONTEXTS.get(function, function)(**arguments)
+
+
+def test_every_public_function_is_in_the_table():
+    public = [getattr(elip_kernels, n) for n in elip_kernels.__all__]
+    public += [getattr(elip_models, n) for n in elip_models.__all__]
+    functions = {f for f in public if inspect.isfunction(f)}
+    assert functions <= set(TABLE)
+
+
+def test_a_refused_call_leaves_the_model_as_it_was():
+    model = elip_models.reduce_(plain_vit(), schedule=SCHEDULE)
+    forwards = [vars(m).get("forward") for m in model.modules()]
+    assert any(forwards)
+    with pytest.raises(ValueError, match="scorer"):
+        elip_models.reduce_(model, schedule=SCHEDULE, scorer="none")
+    assert [vars(m).get("forward") for m in model.modules()] == forwards
+    fresh = timm.create_model("vit_tiny_patch16_224")
+    with pytest.raises(ValueError, match="12 layers"):
+        elip_models.reduce_(fresh, schedule=SCHEDULE)
+    assert not is_reduced(fresh)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "longest"),
+    [
+        ("albef_tiny", {}, 64),
+        ("blip_tiny", {}, 64),
+        ("meter_tiny", {}, 64),
+        ("meter_tiny", {"text_encoder": "roberta", "pad_token_id": 1, "cls_token_id": 0}, 62),
+    ],
+)
+def test_a_text_that_is_too_long_is_named(name, fields, longest):
+    model = elip_models.create_model(name, **fields).eval()
+    ids = torch.full((1, longest + 1), 5)
+    model.encode_text(ids[:, :longest], torch.ones(1, longest))
+    with pytest.raises(ValueError, match=rf"input_ids: .*at most {longest} .*got {longest + 1}"):
+        model.encode_text(ids, torch.ones_like(ids))

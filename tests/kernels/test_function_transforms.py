@@ -1,0 +1,98 @@
+"""torch.func and forward-mode AD through the ops: as finite differences and backward say."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import elip_kernels
+import elip_models
+from tests.helpers.towers import images, plain_vit
+
+B, N, D = 2, 13, 8
+
+
+def reduced(tokens):
+    row = torch.linspace(0, 1, N, dtype=tokens.dtype).roll(5).expand(tokens.shape[0], -1)
+    return elip_kernels.reduce(tokens, row, 4)
+
+
+def merged(tokens):
+    return elip_kernels.bipartite_merge(tokens, tokens.detach()[..., :4], 3)[0]
+
+
+def nearest(tokens):
+    kept = torch.arange(2, N, 3).expand(tokens.shape[0], -1)
+    return elip_kernels.merge_nearest(tokens, kept, tokens.detach()[..., :4])[0]
+
+
+def block(tokens):
+    eye = torch.eye(D, dtype=tokens.dtype)
+    lacking = dict.fromkeys(("norm_weight", "norm_bias", "q_bias"))
+    return lacking | {"q_weight": eye, "k_weight": eye, "num_heads": 2, "eps": 1e-6}
+
+
+def scored(tokens):
+    return elip_kernels.score_reduce(tokens, tokens[:, 0], 4, **block(tokens))
+
+
+OPS = [reduced, merged, nearest, scored]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_jvp_is_that_of_finite_differences(op):
+    x, v = torch.randn(2, B, N, D, dtype=torch.float64)
+    _, tangent = torch.func.jvp(op, (x,), (v,))
+    if op is scored:  # the row, and so the selection and the weights, have no tangent
+        row = elip_kernels.score_reduce(x, x[:, 0], 4, **block(x), return_info=True)[2]
+        op = partial(elip_kernels.reduce, attn=row, keep=4)
+    expected = (op(x + 1e-6 * v) - op(x - 1e-6 * v)) / 2e-6
+    torch.testing.assert_close(tangent, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_grad_is_that_of_backward_sample_by_sample_too(op):
+    def loss(tokens):
+        return op(tokens).square().sum()
+
+    x = torch.randn(B, N, D, dtype=torch.float64, requires_grad=True)
+    loss(x).backward()
+    torch.testing.assert_close(torch.func.grad(loss)(x.detach()), x.grad)
+    one = torch.func.grad(lambda tokens: loss(tokens[None]))
+    torch.testing.assert_close(torch.func.vmap(one)(x.detach()), x.grad)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_transforms_inside_a_graph_and_around_vmap(op):
+    def loss(tokens):  # a graph's own input has no views under jvp
+        return op(1 * tokens).square().sum()
+
+    def through_vmap(tokens):
+        return torch.func.vmap(lambda one: op(one[None])[0])(tokens).square().sum()
+
+    x, v = torch.randn(2, B, N, D, dtype=torch.float64)
+    gradient = torch.func.grad(loss)(x)
+    torch.testing.assert_close(torch.func.grad(through_vmap)(x), gradient)
+    torch._dynamo.reset()
+    for made in (torch.func.grad(loss), lambda x: torch.func.jvp(loss, (x,), (v,))[1]):
+        compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), made(x))
+
+
+@pytest.mark.parametrize("strategy", ["elip:merge=false", "tome", "random:merge=nearest"])
+def test_a_reduced_model_has_a_tangent(strategy):
+    model, x = (
+        elip_models.reduce_(plain_vit().double().eval(), strategy=strategy),
+        images().double(),
+    )
+
+    def features(pixels):
+        torch.manual_seed(0)
+        return model(pixels)
+
+    v = torch.randn_like(x)
+    with sdpa_kernel(SDPBackend.MATH):
+        _, tangent = torch.func.jvp(features, (x,), (v,))
+        expected = (features(x + 1e-6 * v) - features(x - 1e-6 * v)) / 2e-6
+    torch.testing.assert_close(tangent, expected, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,27 @@
+"""What tests/gpu leans on, where there is no GPU."""
+
+import pytest
+import torch
+
+from elip_kernels._triton import HAS_TRITON
+from elip_kernels.testing import launchers_on_cpu
+from tests.gpu.ops import OPS, kernels_alone
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_kernels_alone_notices_the_pytorch_form(name):
+    inputs = OPS[name].inputs(2, 30, torch.float64)  # which no kernel takes
+    with launchers_on_cpu():
+        OPS[name].run(*inputs)
+        with kernels_alone(), pytest.raises(AssertionError, match="a PyTorch form ran"):
+            OPS[name].run(*inputs)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so no kernel is launched")
+@pytest.mark.parametrize("name", OPS)
+def test_kernels_alone_lets_kernels_run(name):
+    from benchmarks.kernel_analysis.compile import recorded_launches
+
+    with recorded_launches(90) as launches, kernels_alone():
+        OPS[name].run(*OPS[name].inputs(2, 30, torch.float32))
+    assert launches

@@ -1,0 +1,339 @@
+"""merge_nearest as its users call it, and merge='nearest' of the strategies that select."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+import elip_kernels
+import elip_models
+from elip_kernels import apply_merge, merge_nearest, select_tokens, unmerge
+from elip_models import ELIP, AdaptiveELIP, EViT, RandomPruning
+from elip_models.reduction.schedule import Schedule
+from elip_models.reduction.strategies.elip import Staged
+from elip_models.reduction.strategy import Merge
+from elip_models.towers import as_tower
+from elip_models.towers.key_metric import mean_keys
+from tests.helpers.models import TOWERS, eva
+from tests.helpers.tiers import tiered
+from tests.helpers.towers import SCHEDULE, images, plain_vit, text
+
+NAN, INF = float("nan"), float("inf")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def inputs(B=2, N=13, D=6, C=8, K=4, p=1, dtype=torch.float32):
+    """tokens, kept, metric, size; every token stands for 1 to 5."""
+    kept = torch.rand(B, N - p).topk(K).indices + p
+    size = torch.randint(1, 6, (B, N)).float()
+    return torch.randn(B, N, D).to(dtype), kept, torch.randn(B, N, C).to(dtype), size
+
+
+def definition(tokens, kept, metric, size, p, real=None):
+    """One image, by Python lists -> rows, sizes, slots; None is a row of padding."""
+    unit = torch.nn.functional.normalize(metric.double(), dim=-1)
+    N, kept = len(tokens), kept.tolist()
+    real = set(range(N)) if real is None else set(real.nonzero().flatten().tolist())
+    targets = [k for k, n in enumerate(kept) if n in real]
+    slots = {n: n for n in range(p)} | {kept[k]: p + k for k in targets}
+    for n in (real | set(kept)) - slots.keys():
+        _, best = max((float(unit[n] @ unit[kept[k]]), -k) for k in targets)
+        slots[n] = p - best
+    rows, sizes = [], []
+    for row in range(p + len(kept)):
+        held = [n for n in real if slots[n] == row]
+        sizes.append(sum((float(size[n]) for n in held), 0.0))
+        total = sum((tokens[n].double() * size[n] for n in held), torch.zeros_like(tokens[0]))
+        rows.append(total / max(sizes[-1], 1e-9))
+    return torch.stack(rows), torch.tensor(sizes), slots
+
+
+@pytest.mark.parametrize("p", [0, 1, 3])
+@pytest.mark.parametrize(("N", "K"), [(4, 1), (13, 4), (13, 9), (50, 20)])
+def test_is_the_definition(N, K, p):
+    tokens, kept, metric, size = inputs(N=N, K=K, p=p)
+    options = {"num_prefix_tokens": p, "return_info": True}
+    merged, sizes, info = merge_nearest(tokens, kept, metric, size=size, **options)
+    assert merged.shape[1] == info.num_rows == p + K
+    for b in range(2):
+        rows, totals, slots = definition(tokens[b], kept[b], metric[b], size[b], p)
+        torch.testing.assert_close(merged[b].double(), rows, atol=1e-6, rtol=0)
+        assert torch.equal(sizes[b], totals)
+        assert info.slots[b].tolist() == [slots[n] for n in range(N)]
+    assert torch.equal(info.kept, kept) and not info.merged and info.mask is None
+    source = info.source_map()
+    expected = info.weights[:, None] * source
+    torch.testing.assert_close(expected @ tokens, merged)
+    torch.testing.assert_close(expected.sum(2), torch.ones(2, p + K))
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_padding_is_neither_kept_nor_merged(bad):
+    tokens, _, metric, size = inputs(B=3, N=13, D=6)
+    mask = torch.rand(3, 13) < 0.6
+    mask[:, 0] = mask[:, 4] = True
+    mask[1, 1:] = torch.arange(12) < 3  # fewer real ones than are kept
+    tokens[~mask] = metric[~mask] = bad
+    kept = select_tokens(torch.rand(3, 13), 5, mask=mask)
+    leaf = tokens.requires_grad_()
+    merged, sizes, info = merge_nearest(leaf, kept, metric, size=size, mask=mask, return_info=True)
+    for b in range(3):
+        rows, totals, _ = definition(tokens[b], kept[b], metric[b], size[b], 1, mask[b])
+        torch.testing.assert_close(merged[b].double(), rows, atol=1e-6, rtol=0)
+        assert torch.equal(sizes[b], totals)
+    assert torch.equal(info.mask, sizes > 0)
+    assert info.mask.sum(1)[1] == 4
+    merged.sum().backward()
+    assert torch.equal(leaf.grad.abs().sum(2) > 0, mask)
+    ones = merge_nearest(leaf, kept, metric, mask=mask)[1]
+    assert torch.equal(ones.sum(1), mask.sum(1).float())
+
+
+def test_a_row_of_padding_may_be_asked_for():
+    tokens, kept, metric, _ = inputs()
+    kept[0, 2] = kept[1, 0] = -1
+    merged, sizes, info = merge_nearest(tokens, kept, metric, return_info=True)
+    assert torch.equal(sizes == 0, torch.tensor([[0, 0, 0, 1, 0], [0, 1, 0, 0, 0]]).bool())
+    assert torch.equal(merged[sizes == 0], torch.zeros(2, 6))
+    assert torch.equal(unmerge(merged, info), unmerge(merged, info.source_map()))
+
+
+def test_ties_go_to_the_lower_row_and_no_prefix_token_is_joined():
+    metric = torch.ones(1, 9, 4)
+    kept = torch.tensor([[6, 3, 8]])
+    info = merge_nearest(torch.randn(1, 9, 2), kept, metric, return_info=True)[2]
+    assert info.slots.tolist() == [[0, 1, 1, 2, 1, 1, 1, 1, 3]]
+    metric[:, 1] = 1 + 1e-3 * torch.arange(4)
+    metric[:, 8] = metric[:, 1]
+    info = merge_nearest(torch.randn(1, 9, 2), kept, metric, return_info=True)[2]
+    assert info.slots.tolist() == [[0, 3, 1, 2, 1, 1, 1, 1, 3]]
+
+
+@pytest.mark.parametrize("bad", [NAN, 0.0, 1e30, INF])
+def test_a_metric_without_direction_ranks_last(bad):
+    tokens, kept, metric, _ = inputs(N=9, K=3)
+    kept[:] = torch.tensor([2, 5, 7])
+    metric[:, 2] = metric[:, 4] = bad
+    info = merge_nearest(tokens, kept, metric, return_info=True)[2]
+    assert (info.slots[:, 4] == 1).all()  # the first that is kept, though it has none either
+    assert ((info.slots == 1).sum(1) == 2).all()  # nobody else joins it
+    metric[:] = bad
+    assert (merge_nearest(tokens, kept, metric)[1] == torch.tensor([1, 6, 1, 1])).all()
+
+
+def test_the_same_tokens_are_selected_as_by_reduce():
+    attn, mask = torch.rand(2, 3, 13), torch.rand(2, 13) < 0.5
+    attn[:, :, 4] = attn[:, :, 8]
+    tokens, options = torch.randn(2, 13, 4), {"num_prefix_tokens": 2}
+    for rows in (attn, attn[:, 0], attn[:, 0].bfloat16(), torch.rand(2, 3, 13, 13)):
+        for keep in (4, 0.5, 11):
+            for real in (None, mask):
+                _, info = elip_kernels.reduce(
+                    *(tokens, rows, keep), merge=False, mask=real, return_info=True, **options
+                )
+                assert torch.equal(select_tokens(rows, keep, mask=real, **options), info.kept) or (
+                    keep == 11 and real is not None  # where reduce leaves padding in its place
+                )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_one_token_are_exact_and_sums_are_fp32(dtype):
+    tokens, kept, metric, size = inputs(N=57, D=16, K=40, dtype=dtype)
+    merged, sizes, info = merge_nearest(tokens, kept, metric, size=size + 0.3, return_info=True)
+    source = info.source_map()
+    alone = source.sum(2) == 1
+    assert merged.dtype == dtype and sizes.dtype == torch.float32
+    weights = source.double() * (size + 0.3).double()[:, None]
+    expected = weights @ tokens.double() / weights.sum(2, keepdim=True)
+    assert torch.equal(merged[alone], expected[alone].to(dtype))
+    half_ulp = torch.finfo(dtype).eps / 2
+    assert ((merged - expected).abs() <= 1e-6 + half_ulp * expected.abs()).all()
+
+
+def test_steps_chain_and_sizes_count():
+    tokens, kept, metric, _ = inputs(N=21, K=9)
+    merged, size, first = merge_nearest(tokens, kept, metric, return_info=True)
+    kept = torch.tensor([[3, 9, 1]]).expand(2, -1)
+    merged, size, then = merge_nearest(
+        merged, kept, torch.randn(2, 10, 8), size=size, return_info=True
+    )
+    source = then.source_map(first.source_map()).float()
+    assert torch.equal(size, source.sum(2))
+    torch.testing.assert_close(merged, source @ tokens / size[..., None])
+    there = unmerge(unmerge(merged, then), first)
+    assert torch.equal(unmerge(merged, source.bool()), there)
+
+
+def test_merge_by_repeats_the_merge():
+    tokens, kept, metric, size = inputs()
+    merged, sizes, info = merge_nearest(tokens, kept, metric, size=size, return_info=True)
+    again = apply_merge(tokens, info, size=size)
+    assert torch.equal(again[0], merged) and torch.equal(again[1], sizes)
+    all_kept = torch.arange(12, 0, -1).expand(2, -1)
+    merged, _, info = merge_nearest(tokens, all_kept, metric, return_info=True)
+    assert torch.equal(merged[:, 1:], tokens[:, 1:].flip(1))
+    assert torch.equal(apply_merge(tokens, info)[0], merged)
+    _, info = elip_kernels.reduce(tokens, size, 4, return_info=True)
+    with pytest.raises(TypeError, match="info: expected the info that bipartite_merge or"):
+        apply_merge(tokens, info)
+
+
+@pytest.mark.parametrize("with_size", [True, False])
+@pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
+def test_gradients_in_fp64(check, with_size):
+    tokens, kept, metric, size = inputs(N=8, D=2, dtype=torch.float64)
+    size, mask = size.double() if with_size else None, torch.rand(2, 8) < 0.8
+    kept = select_tokens(torch.rand(2, 8), 4, mask=mask)
+    for real in (None, mask):
+        assert check(
+            lambda t, real=real: merge_nearest(t, kept, metric, size=size, mask=real)[0].square(),
+            (tokens.requires_grad_(),),
+        )
+
+
+def test_gradient_reaches_tokens_only():
+    tokens, kept, metric, size = inputs()
+    leaves = [each.requires_grad_() for each in (tokens, metric, size)]
+    merged, sizes = merge_nearest(tokens, kept, metric, size=size)
+    merged.square().sum().backward()
+    assert leaves[0].grad.abs().sum(-1).min() > 0
+    assert metric.grad is None and size.grad is None and not sizes.requires_grad
+
+
+def test_opcheck():
+    _, kept, metric, _ = inputs()
+    kept[0, 1] = -1
+    opcheck(torch.ops.elip.nearest_match.default, (metric, kept, 1))
+    mask = torch.rand(2, 12) < 0.5
+    for real in (None, mask):
+        opcheck(torch.ops.elip.select.default, (torch.rand(2, 12), real, 5, 1))
+
+
+@pytest.mark.parametrize("backend", tiered(["aot_eager", "inductor"], []))
+def test_compiles_whole_and_once_for_all_batches_and_counts(backend):
+    torch._dynamo.reset()
+    compiles = torch._dynamo.testing.CompileCounterWithBackend(backend)
+
+    def loss(tokens, attn, metric, size, keep):
+        kept = select_tokens(attn, keep)
+        merged, sizes, info = merge_nearest(tokens, kept, metric, size=size, return_info=True)
+        return (merged.square() * sizes[..., None]).sum() + unmerge(merged, info).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend=compiles, dynamic=True)
+    for B, keep in ((2, 3), (3, 5), (4, 4)):
+        tokens, _, metric, size = inputs(B, 20)
+        ours, eager, others = tokens.clone(), tokens.clone(), (size / 7, metric, size, keep)
+        ours, eager = ours.requires_grad_(), eager.requires_grad_()
+        got, expected = compiled(ours, *others), loss(eager, *others)
+        got.backward()
+        expected.backward()
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(ours.grad, eager.grad)
+    assert compiles.frame_count == 1
+
+
+def test_autocast_changes_nothing():
+    tokens, kept, metric, size = inputs(N=40, K=12)
+    plain = merge_nearest(tokens, kept, metric, size=size)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = merge_nearest(tokens, kept, metric, size=size)
+    assert all(map(torch.equal, plain, mixed))
+
+
+def test_flops_are_counted():
+    tokens, kept, metric, _ = inputs()
+    with FlopCounterMode(display=False) as counter:
+        merge_nearest(tokens, kept, metric)
+    counts = counter.get_flop_counts()["Global"]
+    assert counts[torch.ops.elip.nearest_match] == 2 * 2 * 13 * 4 * 8
+    assert counts[torch.ops.elip.bipartite_merge] == 2 * 2 * 13 * 6
+
+
+MODELS = {name: TOWERS[name] for name in ("timm", "timm q/k norm", "open_clip", "HF CLIP")}
+MODELS |= {"rotary": eva, "rotary q/k norm": lambda: eva(qk_norm=True)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_metric_is_the_head_mean_of_the_keys(name):
+    tower = as_tower(MODELS[name]().double().eval())
+    tokens = torch.randn(2, tower.num_tokens, tower.width, dtype=torch.float64)
+    torch.testing.assert_close(mean_keys(tower, 1, tokens), tower.qkv(1, tokens)[1].mean(1))
+    assert tower.averages_keys == (name in ("timm", "open_clip", "HF CLIP"))
+
+
+STRATEGIES = {
+    "elip": ELIP(SCHEDULE, merge="nearest"),
+    "exact": ELIP(SCHEDULE, scorer="exact", merge="nearest"),
+    "random": RandomPruning(SCHEDULE, merge="nearest", proportional=True),
+    "evit": EViT(0.7, layers=(1, 3), merge="nearest"),
+    "adaptive": AdaptiveELIP(SCHEDULE, keep_mass=0.5, merge="nearest"),
+    "adaptive, in proportion": AdaptiveELIP(
+        SCHEDULE, keep_mass=0.5, merge="nearest", proportional=True
+    ),
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
+def test_every_patch_is_part_of_one_token_and_counts_once(strategy):
+    model, x, t = plain_vit().eval(), images(), text()
+    tower, source = as_tower(model), None
+    tokens, infos = elip_models.encode_image(model, x, t, strategy=strategy, return_info=True)
+    dropping = (
+        ELIP(SCHEDULE, merge=False) if strategy.name != "evit" else EViT(0.7, (1, 3), True, False)
+    )
+    assert strategy.token_counts(tower.size) == dropping.token_counts(tower.size)
+    assert tokens.shape[1] == strategy.token_counts(tower.size)[-1].mlp
+    for info in infos:
+        source = info.reduction.source_map(source)
+    assert (source.sum(1) == 1).all()
+    assert torch.equal(infos[-1].sizes, source.sum(2).float())
+    assert torch.equal(source[:, 0], torch.arange(37).expand(2, -1) == 0)  # CLS is CLS alone
+    assert infos[-1].sizes.max() > 2
+
+
+@dataclass(frozen=True)
+class UpperHalf(Staged):
+    """Keeps the first patches."""
+
+    name = "upper half"
+    schedule: Schedule = SCHEDULE
+    merge: Merge = "nearest"
+    proportional: bool = False
+
+    def score(self, tower, stage, tokens, text):
+        return torch.arange(tokens.shape[1], 0, -1.0, dtype=tokens.dtype).expand(len(tokens), -1)
+
+
+@pytest.mark.parametrize("proportional", [True, False])
+def test_attention_in_proportion_loses_nothing_of_patches_that_are_the_same(proportional):
+    """The lower half of the image is the upper one again, and no position tells them apart."""
+    model, x = plain_vit().double().eval(), images().double()
+    torch.nn.init.zeros_(model.pos_embed)
+    x[:, :, x.shape[2] // 2 :] = x[:, :, : x.shape[2] // 2]
+    dense = model(x)
+    elip_models.reduce_(model, strategy=UpperHalf("2(100%) 4(50%)", proportional=proportional))
+    with elip_models.record_stages(model) as infos:
+        error = (model(x) - dense).abs().max()
+    assert infos[0].sizes[0].tolist() == [1] + 18 * [2]
+    assert error < 1e-10 if proportional else error > 1e-3
+
+
+def test_a_stage_merges_by_the_keys_of_its_first_block():
+    model, x = plain_vit().eval(), images()
+    before, entered = [], []
+    model.blocks[1].register_forward_hook(lambda _, args, out: before.append(out))
+    model.blocks[2].attn.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    elip_models.reduce_(model, schedule="2(100%) 4(50%)", merge="nearest")
+    with torch.no_grad(), elip_models.record_stages(model) as infos:
+        model(x)
+        metric = as_tower(model).qkv(2, before[0])[1].mean(1)
+        (info,), tokens = infos, before[0]
+    for b in range(2):
+        kept = info.reduction.kept[b]
+        rows, sizes, _ = definition(tokens[b], kept, metric[b], torch.ones(37), 1)
+        rows = model.blocks[2].norm1(rows.float())
+        torch.testing.assert_close(entered[0][b], rows, atol=1e-5, rtol=0)
+        assert torch.equal(info.sizes[b], sizes)

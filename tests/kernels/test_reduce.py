@@ -1,0 +1,246 @@
+"""reduce as its users call it: the PyTorch form by dispatch, and the op's citizenship."""
+
+import re
+import warnings
+
+import pytest
+import torch
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+import elip_kernels
+from elip_kernels import _operator
+from elip_kernels._operator import OPERATORS
+from elip_kernels._triton import HAS_TRITON
+from elip_kernels.testing import Case, cases
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def definition(tokens, scores, keep):
+    """Eq. 3-4 by Python lists, one image."""
+    order = sorted(range(len(scores)), key=lambda n: (-scores[n].item(), n))
+    kept, dropped = sorted(order[:keep]), order[keep:]
+    mass = sum(scores[n].item() for n in dropped)
+    merged = sum(tokens[1 + n].double() * (scores[n].item() / (mass + 1e-6)) for n in dropped)
+    return torch.stack([tokens[0], *(tokens[1 + n] for n in kept), merged.to(tokens.dtype)]), kept
+
+
+@pytest.mark.parametrize("case", cases(2, 16, (torch.float32,)), ids=str)
+def test_is_the_papers_definition(case):
+    tokens, scores = case.inputs()
+    out, info = elip_kernels.reduce(tokens, scores, case.K, return_info=True)
+    for b in range(case.B):
+        expected, kept = definition(tokens[b], scores[b], case.K)
+        assert (info.kept[b] - 1).tolist() == kept
+        torch.testing.assert_close(out[b], expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("keep", [1, 3, 6])
+def test_ties_go_to_the_lower_index_in_image_order(keep):
+    scores = torch.full((1, 8), 0.125)
+    _, info = elip_kernels.reduce(torch.randn(1, 9, 4), scores, keep, return_info=True)
+    assert info.kept.tolist() == [list(range(1, keep + 1))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scores_rows_and_maps_select_alike(dtype):
+    B, H, N, D = 2, 3, 12, 8
+    attention = torch.rand(B, H, N, N).softmax(-1).to(dtype)
+    tokens = torch.randn(B, N, D, dtype=dtype)
+    mean = attention[:, :, 0].float().mean(1)
+    forms = [attention, attention[:, :, 0], mean, mean[:, 1:]]
+    outs = [elip_kernels.reduce(tokens, form, 5) for form in forms]
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+def test_keep_as_ratio_and_count():
+    tokens, scores = Case(1, 11, 4, 1).inputs()
+    assert elip_kernels.reduce(tokens, scores, 1).shape[1] == 3
+    assert elip_kernels.reduce(tokens, scores, 0.59).shape[1] == 5 + 2
+    assert elip_kernels.reduce(tokens, scores, 0.01).shape[1] == 3
+    assert elip_kernels.reduce(tokens, scores, 0.59, merge=False).shape[1] == 5 + 1
+    assert elip_kernels.reduce(tokens, scores, 1.0) is tokens
+    out, info = elip_kernels.reduce(tokens, scores, 10, return_info=True)
+    assert out is tokens
+    assert info.kept.tolist() == [list(range(1, 11))]
+    assert not info.weights.any()
+
+
+def test_gradient_reaches_tokens_only():
+    tokens, scores = Case(2, 10, 4, 4).inputs()
+    tokens.requires_grad_()
+    scores.requires_grad_()
+    out, info = elip_kernels.reduce(tokens, scores, 4, return_info=True)
+    out.square().sum().backward()
+    assert scores.grad is None
+    assert tokens.grad.abs().sum(-1).min() > 0
+    assert not info.weights.requires_grad
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_gradcheck_in_fp64(merge):
+    tokens = torch.randn(2, 9, 4, dtype=torch.float64, requires_grad=True)
+    scores = torch.rand(2, 8, dtype=torch.float64)
+    real = torch.tensor([[True] * 9, [True] * 5 + [False] * 4])
+    assert torch.autograd.gradcheck(
+        lambda t: elip_kernels.reduce(t, scores, 3, merge=merge, mask=real), (tokens,)
+    )
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_gradient_of_the_gradient(merge):
+    tokens = torch.randn(2, 9, 4, dtype=torch.float64, requires_grad=True)
+    scores = torch.rand(2, 8, dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(
+        lambda t: elip_kernels.reduce(t, scores, 3, merge=merge).square(), (tokens,)
+    )
+
+
+def test_dropped_tokens_get_no_gradient_without_merging_whatever_comes_back():
+    tokens, scores = Case(1, 6, 2, 2).inputs()
+    out, info = elip_kernels.reduce(
+        tokens.requires_grad_(), scores, 2, merge=False, return_info=True
+    )
+    out.backward(torch.full_like(out, float("inf")))
+    expected = torch.zeros(1, 6)
+    expected[:, 0] = float("inf")
+    expected.scatter_(1, info.kept, float("inf"))
+    assert torch.equal(tokens.grad, expected[..., None].expand(-1, -1, 2))
+
+
+def test_weights_are_fp64_wherever_an_input_is():
+    tokens, scores = torch.randn(2, 6, 2, dtype=torch.float64), torch.rand(2, 5)
+    for keep in (3, 5):
+        _, info = elip_kernels.reduce(tokens, scores, keep, return_info=True)
+        assert info.weights.dtype == torch.float64
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so everything is the PyTorch form")
+def test_what_no_kernel_takes_is_said_once():
+    from elip_kernels.testing import launchers_on_cpu
+
+    _operator._SAID.clear()
+    with launchers_on_cpu(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for N in (70_000, 70_001):
+            elip_kernels.reduce(torch.randn(1, N, 4), torch.rand(1, N - 1), 9)
+    (warning,) = said
+    assert issubclass(warning.category, _operator.FallbackWarning)
+    assert re.search(r"elip::reduce of \(1, 70000, 4\).*at most 65,536", str(warning.message))
+
+
+@pytest.mark.parametrize(
+    ("p", "N", "fits"), [(0, 65_537, False), (1, 65_537, True), (5, 65_541, True)]
+)
+def test_the_kernels_take_65536_candidates(p, N, fits):
+    tokens, scores = torch.empty(1, N, 4), torch.empty(1, N - p)
+    operator = OPERATORS["reduce"]
+    assert (operator.refuses(tokens, scores, None, 3, p, True, True) is None) is fits
+    assert "16 prefix" in operator.refuses(tokens[:, :40], scores[:, :20], None, 3, 20, True, True)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("merge", [False, True])
+def test_opcheck(merge, masked):
+    tokens, scores = Case(2, 12, 8, 5).inputs()
+    mask = torch.rand(2, 12) > 0.3 if masked else None
+    leaf = tokens.requires_grad_()
+    opcheck(torch.ops.elip.reduce.default, (leaf, scores, mask, 5, 1, merge, True))
+    out, _, weights, slots = torch.ops.elip.reduce(leaf, scores, mask, 5, 1, merge, True)
+    args = (torch.randn_like(out), slots, weights, merge)
+    opcheck(torch.ops.elip.reduce_backward.default, args)
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_opcheck_of_few_images(batch):
+    """What a slice of one image's order is must not be seen in its strides, nor where it begins."""
+    scores, real = torch.rand(batch, 11), torch.rand(batch, 13) < 0.8
+    for mask in (None, real):
+        arguments = (torch.randn(batch, 13, 16), scores, mask, 5, 2, True, True)
+        opcheck(torch.ops.elip.reduce.default, arguments)
+        of_patches = None if mask is None else mask[:, 2:]
+        opcheck(torch.ops.elip.select.default, (scores, of_patches, 5, 2))
+
+
+def test_one_image_compiles():
+    def kept(tokens, scores):
+        return elip_kernels.reduce(2 * tokens, 2 * scores, 5, return_info=True)[1].kept + 1
+
+    given = torch.randn(1, 12, 16), torch.rand(1, 11)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(kept, fullgraph=True)(*given), kept(*given))
+
+
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)]
+)
+def test_compiles_whole_and_once_for_all_batches_and_counts(backend):
+    torch._dynamo.reset()
+    compiles = torch._dynamo.testing.CompileCounterWithBackend(backend)
+
+    def loss(tokens, scores, keep):
+        return elip_kernels.reduce(tokens, scores, keep).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend=compiles, dynamic=True)
+    for B, K in ((2, 5), (3, 7), (4, 9)):
+        tokens, scores = Case(B, 20, 8, K).inputs()
+        ours, eager = tokens.clone().requires_grad_(), tokens.clone().requires_grad_()
+        got, expected = compiled(ours, scores, K), loss(eager, scores, K)
+        got.backward()
+        expected.backward()
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(ours.grad, eager.grad)
+    assert compiles.frame_count == 1
+
+
+def test_exports():
+    class Reduce(torch.nn.Module):
+        def forward(self, tokens, scores):
+            return elip_kernels.reduce(tokens, scores, 5)
+
+    tokens, scores = Case(2, 12, 8, 5).inputs()
+    program = torch.export.export(Reduce(), (tokens, scores))
+    expected = elip_kernels.reduce(tokens, scores, 5)
+    assert torch.equal(program.module()(tokens, scores), expected)
+
+
+def test_autocast_changes_neither_selection_nor_dtype():
+    tokens, scores = Case(2, 40, 16, 15).inputs()
+    plain = elip_kernels.reduce(tokens, scores, 15, return_info=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = elip_kernels.reduce(tokens, scores, 15, return_info=True)
+    assert torch.equal(plain[0], mixed[0])
+    assert torch.equal(plain[1].kept, mixed[1].kept)
+    assert mixed[1].weights.dtype == torch.float32
+
+
+def test_flops_are_counted():
+    tokens, scores = Case(2, 12, 8, 5).inputs()
+    tokens.requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        elip_kernels.reduce(tokens, scores, 5).sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    assert counts[torch.ops.elip.reduce] == 2 * 2 * 6 * 8
+    assert counts[torch.ops.elip.reduce_backward] == 2 * 6 * 8
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_merged_row_is_accumulated_in_fp32(dtype):
+    tokens, scores = Case(2, 257, 32, 102, dtype).inputs()
+    out = elip_kernels.reduce(tokens, scores, 102)
+    exact = elip_kernels.reduce(tokens.double(), scores.double(), 102)
+    half_ulp = torch.finfo(dtype).eps / 2
+    assert out.dtype == dtype
+    assert ((out - exact).abs() <= 1e-6 + half_ulp * exact.abs()).all()
+
+
+def test_padding_garbage_stays_out():
+    tokens, scores = Case(1, 9, 4, 3).inputs()
+    real = torch.tensor([[True] * 6 + [False] * 3])
+    tokens[:, 6:] = float("nan")
+    scores[:, 5:] = 9.0
+    out, info = elip_kernels.reduce(tokens, scores, 3, mask=real, return_info=True)
+    assert out.isfinite().all()
+    assert (info.kept < 6).all()
+    assert info.mask.all()

@@ -1,0 +1,155 @@
+"""Source maps: which tokens each output token holds, over one step and over several."""
+
+import pytest
+import torch
+
+import elip_kernels
+from elip_kernels import ReductionInfo, apply_merge
+from elip_kernels.info import source_matrix, unmerge
+
+B, N = 2, 13
+
+
+def reduced(tokens, keep, **options):
+    attn = torch.rand(tokens.shape[:2])
+    return elip_kernels.reduce(tokens, attn, keep, return_info=True, **options)
+
+
+def held_after(held, info):
+    """The brute force, one image: sets of first tokens that each token holds, after a step."""
+    kept, p = info[0], info[1]
+    rest = set().union(*(held[n] for n in range(p, len(held)) if n not in kept))
+    return [*held[:p], *(held[n] for n in kept), *([rest] if info[2] else [])]
+
+
+def as_map(held, num_first):
+    rows = [[n in tokens for n in range(num_first)] for tokens in held]
+    return torch.tensor(rows)
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("p", [1, 3])
+def test_maps_chain_through_merged_tokens(p, merge):
+    tokens = torch.randn(B, N, 4)
+    held, source = [[{n} for n in range(N)] for _ in range(B)], None
+    for keep in (8, 5, 2):
+        tokens, info = reduced(tokens, keep, num_prefix_tokens=p, merge=merge)
+        source = info.source_map(source)
+        for b in range(B):
+            held[b] = held_after(held[b], (info.kept[b].tolist(), p, merge))
+            assert torch.equal(source[b], as_map(held[b], N))
+    assert source.shape == (B, tokens.shape[1], N)
+    assert source.any(1).all() == merge
+
+
+def test_the_order_of_kept_is_the_order_of_the_map():
+    kept = torch.tensor([[4, 2, 3]])
+    source = ReductionInfo(kept, torch.zeros(1, 6), None).source_map()
+    assert torch.equal(source[0], as_map([{0}, {4}, {2}, {3}, {1, 5}], 6))
+
+
+def test_keeping_all_is_the_identity():
+    out, info = reduced(torch.randn(B, N, 4), N - 1)
+    assert torch.equal(info.source_map(), torch.eye(N, dtype=torch.bool).expand(B, -1, -1))
+    assert torch.equal(unmerge(out, info), out)
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_score_reduce_says_whether_it_merged(merge):
+    D = 8
+    out, info, _ = elip_kernels.score_reduce(
+        torch.randn(B, N, D),
+        torch.randn(B, D),
+        4,
+        norm_weight=torch.ones(D),
+        norm_bias=None,
+        eps=1e-6,
+        q_weight=torch.randn(D, D),
+        q_bias=None,
+        k_weight=torch.randn(D, D),
+        num_heads=2,
+        merge=merge,
+        return_info=True,
+    )
+    assert info.source_map().shape == (B, out.shape[1], N)
+    assert info.merged == merge
+
+
+def test_bipartite_maps_chain():
+    tokens = torch.randn(B, N, 4)
+    merged, _, first = elip_kernels.bipartite_merge(tokens, tokens, 4, return_info=True)
+    _, _, then = elip_kernels.bipartite_merge(merged, merged, 3, return_info=True)
+    assert torch.equal(first.source_map(), source_matrix(first))
+    both = then.source_map(first.source_map())
+    rows = then.slots.gather(1, first.slots.long())
+    assert torch.equal(both, rows[:, None] == torch.arange(6)[:, None])
+    assert (both.sum(1) == 1).all()
+    out, info = reduced(merged, 3)
+    assert info.source_map(first.source_map()).shape == (B, out.shape[1], N)
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_unmerge_gives_every_token_the_row_that_holds_it(merge):
+    tokens = torch.randn(B, N, 4)
+    out, first = reduced(tokens, 7, merge=merge)
+    out, then = reduced(out, 3, merge=merge)
+    source = then.source_map(first.source_map())
+    got = unmerge(out.requires_grad_(), source)
+    for b in range(B):
+        for n in range(N):
+            rows = [t for t in range(out.shape[1]) if source[b, t, n]]
+            assert len(rows) == 1 or (not rows and not merge)
+            expected = out[b, rows[0]] if rows else torch.zeros(4)
+            assert torch.equal(got[b, n], expected)
+    assert torch.equal(unmerge(out, then), unmerge(out, then.source_map()))
+    got.sum().backward()
+    assert torch.equal(out.grad[..., 0], source.sum(2).float())
+
+
+def test_a_source_map_compiles_whole():
+    def features(tokens, attn):
+        out, info = elip_kernels.reduce(tokens, attn, 5, return_info=True)
+        return unmerge(out, info)
+
+    inputs = torch.randn(B, N, 4), torch.rand(B, N)
+    compiled = torch.compile(features, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*inputs), features(*inputs))
+
+
+def test_bad_arguments_are_named():
+    out, info = reduced(torch.randn(B, N, 4), 5)
+    source = info.source_map()
+    for bad in (3, source.float(), source[0], source[:, :-1], source.to("meta")):
+        with pytest.raises((TypeError, ValueError), match=r"^earlier: expected .* got "):
+            info.source_map(bad)
+    for bad in (source.float(), source[0]):
+        with pytest.raises(TypeError, match=r"^info: expected .* got "):
+            unmerge(out, bad)
+    for bad in (None, out[:, 1:], out.to("meta")):
+        for how in (source, info):
+            with pytest.raises((TypeError, ValueError), match=r"^merged: expected .* got "):
+                unmerge(bad, how)
+
+
+@pytest.mark.parametrize("with_size", [True, False])
+@pytest.mark.parametrize("r", [0, 4])
+def test_merge_by_repeats_the_merge(r, with_size):
+    tokens, size = torch.randn(B, N, 4), torch.rand(B, N) + 1 if with_size else None
+    metric = torch.randn(B, N, 8)
+    merged, sizes, info = elip_kernels.bipartite_merge(
+        tokens, metric, r, size=size, return_info=True
+    )
+    again = apply_merge(tokens, info, size=size)
+    assert torch.equal(again[0], merged) and torch.equal(again[1], sizes)
+    if with_size:
+        assert torch.equal(apply_merge(tokens, info, size=size[..., None])[1], sizes)
+
+
+def test_merge_by_merges_other_tokens_with_gradient():
+    tokens = torch.randn(B, N, 4)
+    _, _, info = elip_kernels.bipartite_merge(tokens, tokens, 5, return_info=True)
+    positions = torch.randn(B, N, 3, dtype=torch.float64, requires_grad=True)
+    merged, sizes = apply_merge(positions, info)
+    source = source_matrix(info).double()
+    torch.testing.assert_close(merged, source @ positions / sizes[..., None])
+    assert torch.autograd.gradcheck(lambda x: apply_merge(x, info)[0], (positions,))

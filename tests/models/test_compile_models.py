@@ -1,0 +1,55 @@
+"""A training step of ALBEF, BLIP and METER is one graph, and gives what it gives uncompiled."""
+
+import copy
+
+import pytest
+import torch
+
+from tests.helpers.cross_modal_cases import (
+    MODELS,
+    assert_equal_state,
+    batch_of_four,
+    descend,
+    draws,
+    losses,
+    made,
+    step,
+)
+from tests.helpers.towers import assert_equal_gradients, gradients
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+SHALLOW = {"vision_depth": 2, "schedule": "1(100%) 1(50%)"}
+ONE_LAYER = {"albef": {}, "blip": {"text_depth": 1}, "meter": {"text_depth": 1, "cross_depth": 1}}
+
+
+REDUCED = {
+    "blip": {"strategy": "tome:r=3", "momentum_reduction": "shared", "text_reduction": "post"},
+    "meter": {
+        "strategy": "adaptive:keep_mass=0.4",
+        "text_reduction": "learned",
+        "cross_reduction": "pumer:layers=0",
+    },
+}
+CASES = [*((family, {}) for family in MODELS), *REDUCED.items()]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("family", "options"), CASES)
+def test_a_training_step_is_one_graph_that_serves_the_next_one_too(family, options):
+    model = made(family, **SHALLOW, **ONE_LAYER[family], **options)
+    eager = copy.deepcopy(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for again in (False, True):
+        batch = batch_of_four()
+        drawn = draws(family, *batch, "local")
+        expected, expected_gradients = step(eager, batch, drawn)
+        with torch._dynamo.config.patch(error_on_recompile=again):
+            got = compiled(*batch, drawn=drawn)
+        model.zero_grad()
+        got.loss.backward()
+        torch.testing.assert_close(losses(got), expected, **CLOSE)
+        assert_equal_gradients(gradients(model), expected_gradients, **CLOSE)
+        descend(model)
+        descend(eager)
+        assert_equal_state(model, eager)

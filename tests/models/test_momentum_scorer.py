@@ -1,0 +1,94 @@
+"""scorer='momentum': rows of the momentum tower, which runs anyway, select in the online one."""
+
+import pytest
+import torch
+
+from elip_models.reduction.encode import run_tower
+from elip_models.reduction.momentum_scores import run_and_read
+from tests.helpers.cross_modal_cases import batch_of_four, draws, made, step
+from tests.helpers.towers import assert_equal_gradients
+
+DEEP = {"vision_depth": 6, "schedule": "2(100%) 3(60%) 1(30%)"}
+FAMILIES = pytest.mark.parametrize("family", ["albef", "blip"])
+
+
+def both(family, fusion, **options):
+    """What 'momentum' and 'exact' do in the same forward, with equal weights of both towers."""
+    model = made(family, **(DEEP | options), fusion=fusion, scorer="momentum").eval()
+    images, ids, mask = batch_of_four()
+    text_cls = model.encode_text(ids, mask)[:, 0].detach()
+    tokens, rows = run_and_read(model.tower_m, images, text_cls, model.reduction)
+    dense, _ = run_tower(model.tower_m, images, None, model.dense)
+    assert torch.equal(tokens, dense)
+    _, by_rows = run_tower(model.tower, images, text_cls, model.reduction, rows=rows)
+    _, by_exact = run_tower(model.tower, images, text_cls, model.reduction)
+    return by_rows, by_exact
+
+
+@FAMILIES
+@pytest.mark.parametrize("fusion", [1.0, 0.8])
+def test_with_equal_weights_the_first_stage_is_that_of_exact(family, fusion):
+    by_rows, by_exact = both(family, fusion)
+    assert torch.equal(by_rows[0].reduction.kept, by_exact[0].reduction.kept)
+    if fusion == 1.0:  # else a text's share in CLS moves the patches of exact, and not these
+        row, exact = by_rows[0].attention, by_exact[0].attention
+        torch.testing.assert_close(row, exact, rtol=1e-9, atol=1e-12)
+
+
+@FAMILIES
+def test_a_stage_of_one_layer_is_that_of_exact_at_any_fusion(family):
+    by_rows, by_exact = both(family, 0.3, schedule="3(100%) 1(60%) 2(60%)")
+    torch.testing.assert_close(by_rows[0].attention, by_exact[0].attention)
+
+
+def test_a_merged_token_has_the_scores_of_all_that_it_holds():
+    model = made("blip", **DEEP, scorer="momentum").eval()
+    images, ids, mask = batch_of_four()
+    text_cls = model.encode_text(ids, mask)[:, 0].detach()
+    _, rows = run_and_read(model.tower_m, images, text_cls, model.reduction)
+    _, infos = run_tower(model.tower, images, text_cls, model.reduction, rows=rows)
+    dropped = infos[0].reduction.source_map()[:, -1]
+    torch.testing.assert_close(infos[1].attention[:, -1], (rows[5] * dropped).sum(1))
+
+
+def test_so_has_one_that_others_joined():
+    model = made("blip", **DEEP, scorer="momentum", merge="nearest").eval()
+    images, ids, mask = batch_of_four()
+    text_cls = model.encode_text(ids, mask)[:, 0].detach()
+    _, rows = run_and_read(model.tower_m, images, text_cls, model.reduction)
+    _, infos = run_tower(model.tower, images, text_cls, model.reduction, rows=rows)
+    held = infos[0].reduction.source_map().to(rows[5].dtype)
+    torch.testing.assert_close(infos[1].attention, (held @ rows[5][..., None])[..., 0])
+    assert (held.sum(2) > 1).any()
+
+
+@FAMILIES
+def test_a_step_scores_nothing_and_trains(family, monkeypatch):
+    torch.manual_seed(0)
+    model, batch = made(family, **DEEP, scorer="momentum").train(), batch_of_four()
+    drawn = draws(family, *batch, gather="local")
+    monkeypatch.setattr("elip_models.reduction.strategies.elip.ELIP.score", None)
+    losses, found = step(model, batch, drawn)
+    assert torch.isfinite(losses).all()
+    assert all(
+        g.abs().sum() > 0 for n, g in found.items() if "visual.blocks" in n and "weight" in n
+    )
+
+
+@FAMILIES
+def test_checkpointing_does_not_change_gradients(family):
+    batch, found = batch_of_four(), []
+    drawn = draws(family, *batch, gather="local")
+    for enable in (False, True):
+        torch.manual_seed(3)
+        model = made(family, **DEEP, scorer="momentum").train()
+        model.set_grad_checkpointing(enable)
+        found.append(step(model, batch, drawn)[1])
+    assert_equal_gradients(*found, rtol=1e-9, atol=1e-12)
+
+
+def test_without_the_momentum_tower_it_is_exact():
+    model = made("blip", **DEEP, scorer="momentum").eval()
+    assert model.reduction.scorer == "exact"
+    with pytest.raises(ValueError, match="momentum_reduction: expected 'none' with"):
+        made("blip", scorer="momentum", momentum_reduction="shared")

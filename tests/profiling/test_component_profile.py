@@ -1,0 +1,92 @@
+"""`elip profile --parts`: shares of a training step by part add up, and lie where they should."""
+
+import json
+
+import pytest
+import torch
+
+from elip_models.models.io.open_model import open_model
+from elip_models.models.registry import FAMILIES
+from elip_models.profiling.component_profile import (
+    CALLS,
+    FUSION,
+    HEADS,
+    IMAGE,
+    MOMENTUM,
+    PARTS,
+    SCORING,
+    TEXT,
+    profile_parts,
+)
+from elip_models.profiling.runner import count
+from elip_models.profiling.workload import Workload
+from elip_models.reduction.flops import strategy_flops
+from elip_models.reduction.strategies import Dense
+from elip_models.reduction.strategies.elip import ELIP
+from elip_models.reduction.strategies.tome import ToMe
+from tests.helpers.tiers import tiered
+from tests.helpers.tiny_run import elip
+from tests.helpers.towers import plain_vit
+
+EXACT = ELIP("1(100%) 1(50%) 2(25%)", scorer="exact")
+STRATEGIES = {"dense": Dense(), "exact": EXACT, "tome": ToMe(r=3)}
+SHALLOW = {"vision_depth": 4, "text_depth": 3, "schedule": None}
+
+
+def workload(family, **options):
+    with torch.device("meta"):
+        model = open_model(f"{family}_tiny", pretrained=False, **SHALLOW, **options)
+        return Workload(model, 2)
+
+
+@pytest.mark.parametrize("family", tiered(FAMILIES, []))
+def test_parts_add_up_to_all_that_is_counted(family):
+    measured = workload(family)
+    counted = count(measured, STRATEGIES, "training")
+    found = {p.strategy: p for p in profile_parts("m", measured, STRATEGIES, rounds=None)}
+    for name, flops in counted.items():
+        assert sum(found[name].flops.values()) * 2 == sum(flops)
+    size, passes = measured.tower.size, 2 if family == "meter" else 1
+    for name, strategy in STRATEGIES.items():
+        flops, tower = found[name].flops, strategy_flops(strategy, size).training * passes
+        assert flops[IMAGE] + flops[SCORING] == pytest.approx(tower, rel=0.01)
+    scored = passes * EXACT.scoring_flops(size)
+    assert scored <= found["exact"].flops[SCORING] < 1.02 * scored  # merging is counted too
+    assert found["tome"].flops[SCORING] > 0 == found["dense"].flops[SCORING]
+    assert (found["dense"].flops[MOMENTUM] > 0) == (family in ("albef", "blip"))
+    assert (found["dense"].flops[FUSION] > 0) == (family != "clip")
+    assert min(found["dense"].flops[part] for part in (IMAGE, TEXT, HEADS)) > 0
+    assert found["dense"].flops[MOMENTUM] == found["exact"].flops[MOMENTUM]
+    assert found["dense"].flops[FUSION] >= found["exact"].flops[FUSION]
+
+
+@pytest.mark.exhaustive
+def test_what_guides_dropped_text_is_scoring():
+    found = [
+        profile_parts("m", workload("blip", text_reduction=way), {"dense": Dense()}, rounds=None)[0]
+        for way in (None, "post", "learned")
+    ]
+    whole, post, learned = (each.flops for each in found)
+    assert post[TEXT] < whole[TEXT] and post[FUSION] < whole[FUSION]
+    assert whole[SCORING] == post[SCORING] == 0
+    assert learned[SCORING] == pytest.approx(whole[IMAGE] / 3, rel=0.02)
+    assert learned[IMAGE] == whole[IMAGE]
+
+
+@pytest.mark.slow
+def test_parts_are_printed_timed_and_written(tmp_path, capsys):
+    output, options = tmp_path / "table.json", ("--rounds", 1, "--batch-size", 1)
+    command = ("profile", "--model", "clip_tiny", "--strategy", "tome", "--mode", "training")
+    assert elip(*command, *options, "--parts", "--output", output) == 0
+    printed = capsys.readouterr().out
+    assert "share of FLOPs" in printed and all(part in printed for part in PARTS)
+    dense, tome = json.loads(output.read_text())["parts"]
+    assert [dense["strategy"], tome["strategy"]] == ["dense", "tome"]
+    assert dense["seconds"].keys() == dense["flops"].keys() == set(PARTS)
+    assert dense["seconds"][SCORING] == 0 < tome["seconds"][SCORING]
+
+
+def test_models_whose_parts_are_not_known_are_named():
+    assert CALLS.keys() == FAMILIES.keys()
+    with pytest.raises(ValueError, match=r"parts: expected a model of ours.*VisionTransformer"):
+        profile_parts("vit", Workload(plain_vit(), 1), {"dense": Dense()}, rounds=None)

@@ -1,0 +1,326 @@
+"""`elip profile`: counted without memory, timed on tiny models, strategies read from text."""
+
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from timm.models.vision_transformer import VisionTransformer
+
+from benchmarks.paper_flops import EVITS, PAPER, UNSCORED, Reading, conclusions, readings
+from benchmarks.paper_table1 import (
+    OF_MOMENTUM,
+    SHARED,
+    conclusion,
+    nearest,
+    ratios,
+    report_of,
+    step_counts,
+)
+from benchmarks.paper_table1 import PAPER as TABLE1
+from elip_models.models.io.open_model import open_model
+from elip_models.profiling.measure import FlopCount, count_step
+from elip_models.profiling.runner import in_mode, profile_model, tokens_of, verdict
+from elip_models.profiling.table import runs
+from elip_models.profiling.workload import Workload
+from elip_models.reduction.patch import is_reduced
+from elip_models.reduction.scorers import SCORERS
+from elip_models.reduction.strategies import STRATEGIES, PatchDropout
+from elip_models.reduction.strategies.elip import ELIP
+from elip_models.reduction.strategies.evit import EViT
+from elip_models.reduction.strategies.tome import ToMe
+from elip_models.reduction.strategy_spec import get_strategy
+from elip_models.towers import as_image_text
+from elip_models.training.report import _timing_table, scorer_costs
+from tests.helpers.models import hf_blip, hf_clip, open_clip_pair
+from tests.helpers.tiers import tiered
+from tests.helpers.tiny_run import elip
+from tests.helpers.towers import SCHEDULE, plain_vit
+
+PAIRS = {"open_clip": open_clip_pair, "CLIPModel": hf_clip, "Blip": hf_blip}
+
+
+def tiny_clip():
+    return open_model("clip_tiny", pretrained=False)
+
+
+@pytest.mark.slow
+def test_flops_only_of_two_models_as_json(tmp_path, capsys):
+    output = tmp_path / "table.json"
+    models = ("--model", "timm:vit_base_patch16_224", "--model", "clip_tiny")
+    strategies = ("--strategy", "elip:scorer=exact", "--strategy", "tome:r=4")
+    options = ("--flops-only", "--output", output, "--batch-size", 2, "--mode", "both")
+    assert elip("profile", *models, *strategies, *options) == 0
+    printed = capsys.readouterr().out
+    for text in ("vit_base_patch16_224", "2×197 2×178 6×129 2×80", "image tower or whole model"):
+        assert text in printed
+    found = json.loads(output.read_text())
+    assert found["device"] == "meta" and found["left_out"] == []
+    rows = {(r["model"], r["mode"], r["strategy"]): r for r in found["rows"]}
+    assert len(rows) == len(found["rows"]) == 2 * 2 * 3
+    row = rows["timm:vit_base_patch16_224", "training", "elip:scorer=exact"]
+    assert row["tokens"][2] == [178, 178]
+    assert row["retained"] == pytest.approx((2 * 197 + 2 * 178 + 6 * 129 + 2 * 80) / 12 / 197)
+    assert row["flops_ratio"] == pytest.approx(0.877, abs=0.001)
+    assert row["backward_flops"] == pytest.approx(49.466e9, rel=1e-4)
+    assert row["seconds"] is row["time_ratio"] is row["memory"] is None
+    assert "scorer='exact'" in row["settings"]
+    assert rows["clip_tiny", "inference", "dense"]["backward_flops"] == 0
+
+
+def test_equal_cost_leaves_out_what_cannot_reach_it(tmp_path, capsys):
+    output = tmp_path / "table.json"
+    strategies = ("--strategy", "elip:scorer=official", "--strategy", "patch_dropout")
+    options = ("--flops-only", "--output", output, "--mode", "training", "--flops", 0.23)
+    assert elip("profile", "--model", "timm:vit_tiny_patch16_224", *strategies, *options) == 0
+    assert "the nearest is 0.2" in " ".join(capsys.readouterr().out.split())
+    found = json.loads(output.read_text())
+    assert [row["strategy"] for row in found["rows"]] == ["dense", "patch_dropout"]
+    assert found["rows"][1]["flops_ratio"] == pytest.approx(0.23, rel=0.01)
+    assert [each["strategy"] for each in found["left_out"]] == ["elip:scorer=official"]
+
+
+@pytest.mark.slow
+def test_a_timed_run_prints_ratios(tmp_path, capsys):
+    output = tmp_path / "table.json"
+    options = ("--strategy", "elip:scorer=last", "--rounds", 1, "--batch-size", 1)
+    assert elip("profile", "--model", "clip_tiny", *options, "--output", output) == 0
+    assert "bytes saved for backward" in capsys.readouterr().out
+    dense, reduced, *inference = json.loads(output.read_text())["rows"]
+    assert dense["time_ratio"] == dense["memory_ratio"] == 1 and dense["verdict"] == ""
+    assert reduced["seconds"] > 0
+    assert reduced["memory_ratio"] == reduced["memory"] / dense["memory"] < 1
+    assert [row["memory"] for row in inference] == [None, None]
+
+
+@pytest.mark.parametrize("name", tiered(PAIRS, []))
+def test_a_whole_model_counts_its_second_text_pass(name):
+    model, strategies = PAIRS[name](), {"evit": EViT(), "elip": ELIP(SCHEDULE)}
+    options = {"batch_size": 2, "modes": ["inference"], "rounds": None}
+    whole = profile_model(name, model, strategies, **options)
+    image = profile_model(name, as_image_text(model).image_model, strategies, **options)
+    assert {row.step for row in whole} == {"whole model"}
+    dense, evit, elip_ = (
+        w.forward_flops - i.forward_flops for w, i in zip(whole, image, strict=True)
+    )
+    twin = Workload(model, 2).on_meta()
+    image_text = as_image_text(twin.model)
+    with twin.tracing():
+        again = count_step(lambda: image_text.text_cls(**twin.inputs), backward=False)
+    text_pass = again.forward / 2
+    if name == "Blip":  # whose text attends to fewer image tokens
+        assert evit < dense and evit < elip_ < evit + 1.1 * text_pass
+    else:
+        assert elip_ - dense == pytest.approx(text_pass)
+        assert evit == pytest.approx(dense)
+
+
+@pytest.mark.slow
+def test_training_a_whole_model_leaves_it_as_it_was():
+    model = open_clip_pair().eval()
+    weights = {name: id(weight) for name, weight in model.named_parameters()}
+    rows = profile_model("pair", model, {"tome": ToMe(r=3)}, batch_size=2, rounds=1)
+    assert all(row.time_ratio is not None for row in rows)
+    assert {name: id(weight) for name, weight in model.named_parameters()} == weights
+    assert not is_reduced(model) and not model.training
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+@pytest.mark.slow
+def test_our_clip_keeps_its_own_reduction():
+    model = tiny_clip()
+    strategy = model.reduction
+    dense, tome = profile_model("tiny", model, {"tome": ToMe(r=3)}, modes=["training"], rounds=None)
+    assert model.reduction is strategy and not model.training
+    assert dense.tokens[0] == (65, 65) and tome.tokens[0] == (65, 62)
+
+
+@pytest.mark.parametrize("name", tiered(["meter_tiny", "blip_tiny", "albef_tiny"], []))
+def test_a_cross_modal_model_is_measured_whole(name):
+    model = open_model(name, pretrained=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    last = ELIP(f"2(100%) 2(50%) {model.tower.depth - 4}(25%)", scorer="last")
+    strategies = {"last": last, "tome": ToMe(r=3)}
+    options = {"batch_size": 2, "modes": ["training"], "rounds": 1}
+    dense, last, tome = profile_model(name, model, strategies, **options)
+    assert {row.step for row in (dense, last, tome)} == {"whole model"}
+    assert dense.tokens[0] == (65, 65) and tome.tokens[0] == (65, 62)
+    assert max(last.flops_ratio, tome.flops_ratio) < 1
+    assert last.memory < dense.memory and dense.backward_flops > dense.forward_flops
+    assert not model.training
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
+
+
+def test_inference_of_a_cross_modal_model_is_its_loss():
+    workload = Workload(open_model("elip_blip_tiny", pretrained=False), 2)
+    with in_mode(workload, "inference"):
+        losses = [workload.forward(strategy)() for strategy in (None, ToMe(r=0), ToMe(r=8))]
+    assert losses[0].shape == () and losses[0].isfinite()
+    assert losses[1] == pytest.approx(losses[0].item(), rel=1e-5)
+    assert losses[2] != losses[0]
+
+
+def test_patch_dropout_keeps_all_patches_in_inference():
+    workload = Workload(plain_vit(), 1)
+    assert tokens_of(workload, PatchDropout(), "training")[0] == (19, 19)
+    assert tokens_of(workload, PatchDropout(), "inference")[0] == (37, 37)
+
+
+@pytest.mark.parametrize(("ratio", "said"), [(0.969, ""), (0.97, "no gain"), (1.4, "no gain")])
+def test_no_gain_where_the_time_is_not_below_the_bar(ratio, said):
+    assert verdict(ToMe(), ratio) == said
+    assert verdict(None, ratio) == verdict(ToMe(), None) == ""
+
+
+def test_nothing_is_timed_on_the_meta_device():
+    with torch.device("meta"):
+        model = plain_vit()
+    with pytest.raises(ValueError, match="meta device"):
+        profile_model("vit", model, {}, rounds=1)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_name_is_the_strategy_of_its_paper(name):
+    assert get_strategy(name) == STRATEGIES[name]()
+
+
+def test_settings_of_a_strategy():
+    assert get_strategy("tome:r=13,proportional=false") == ToMe(13, False)
+    assert get_strategy("evit:layers=3,6,9,keep_rate=0.5") == EViT(0.5, (3, 6, 9))
+    assert get_strategy("evit:layers=all").layers == "all"
+    elip_ = get_strategy(f"elip: scorer=2, schedule={SCHEDULE.replace('1(30%)', '2(30%)')}")
+    assert str(elip_.schedule).endswith("2(30%)")
+    assert str(get_strategy("elip", schedule="2(100%) 4(50%)").schedule) == "2(100%) 4(50%)"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tom", "expected NAME or NAME:key=value"),
+        ("tome:", "expected settings key=value"),
+        ("tome:r", "expected settings key=value"),
+        ("tome:r=1,r=2", "expected 'r' once"),
+        ("tome:keep=1", "expected a setting of 'tome', one of r, proportional"),
+        ("tome:r=1-2", "r: expected a number"),
+        ("tome:r=1.5", "r: expected an integer at least 0"),
+        ("tome:r=none", "r: expected an integer at least 0"),
+        ("elip:scorer=fast", "scorer: expected one of"),
+        ("elip:merge=1", "merge: expected True or False or 'nearest', got 1"),
+        ("elip:schedule=12(50)", "schedule: expected groups"),
+    ],
+)
+def test_a_strategy_that_there_is_not(text, message, capsys):
+    with pytest.raises((TypeError, ValueError)) as error:
+        get_strategy(text)
+    assert message in str(error.value)
+    assert elip("profile", "--model", "clip_tiny", "--strategy", text) == 2
+    assert capsys.readouterr().err.startswith(f"error: --strategy: {str(error.value)[:40]}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--model: expected one or more"),
+        (("--model", "nosuch"), "--model: spec: expected"),
+        (("--model", "clip_tiny", "--dtype", "fp8"), "--dtype: expected one of fp32"),
+        (("--model", "clip_tiny", "--mode", "eval"), "--mode: expected training"),
+        (("--model", "clip_tiny", "--flops", 1.5), "--flops: expected a share"),
+        (("--model", "clip_tiny", "--schedule", "12"), "--schedule: schedule: expected groups"),
+        (("--model", "clip_tiny", "--output", "missing/x.json"), "--output: expected a file"),
+    ],
+)
+def test_an_option_that_cannot_be(arguments, message, capsys):
+    assert elip("profile", *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_runs_of_token_counts():
+    assert runs([197, 197, 178]) == "2×197 1×178"
+    assert runs(range(9, 0, -1)) == "9 8 .. 1"
+
+
+def test_the_table_of_a_training_run():
+    tower = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, num_heads=2, num_classes=0, pre_norm=True
+    )
+    costs = scorer_costs(Workload(tower, 1), rounds=1)
+    assert [cost.scorer for cost in costs] == ["dense", *SCORERS]
+    assert costs[0].training == costs[0].inference == costs[0].memory == 1
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(_timing_table(costs, {"chance": [0.5], "last": [0.75]}, 1, "saved bytes"))
+    assert "memory: saved bytes" in console.export_text()
+
+
+def made_up_counts():
+    """The paper's own figures as if counted, for 500 pairs, the scoring pass twice the tower."""
+    counts = {}
+    for name, (dense, elip_, evit) in PAPER.items():
+        both = {"dense": dense, UNSCORED: elip_, EVITS[0]: evit, EVITS[1]: dense * 0.9}
+        both |= {f"ELIP, {scorer}": 2 * dense for scorer in ("last", "exact", "official")}
+        for towers, scale in (("both towers", 1), ("image tower", 0.5)):
+            flops = {m: int(scale * v * 2e9 / 3) for m, v in both.items()}
+            flops["dense"] += 1 if towers == "both towers" else int(dense * 1e9)
+            counts[name, towers] = {m: FlopCount(f, 2 * f) for m, f in flops.items()}
+    return counts
+
+
+def test_the_reading_that_explains_the_paper_is_found():
+    found = readings(made_up_counts())
+    best = found[0]
+    assert isinstance(best, Reading)
+    assert (best.towers, best.elip, best.evit) == ("both towers", UNSCORED, EVITS[0])
+    assert best.worst < 1e-6
+    assert best.images in (pytest.approx(500, rel=1e-6), pytest.approx(1500, rel=1e-6))
+    lines = conclusions(made_up_counts(), found)
+    assert "does not count the scoring pass" in lines[0]
+    assert "Not explained" in lines[-1]
+
+
+@pytest.fixture(scope="module")
+def blip_counts():
+    """A step of full-size BLIP, counted on the meta device."""
+    return step_counts("blip")
+
+
+@pytest.mark.exhaustive
+def test_a_step_of_blip_is_the_papers(blip_counts):
+    paper, counted = TABLE1["BLIP"], ratios(blip_counts)
+    assert blip_counts["dense"] == pytest.approx(paper.dense, rel=0.01)
+    assert 0.80 < counted["exact"] < 0.85
+    assert 0.74 < counted["last"] < 0.79
+    assert counted[SHARED] < counted["last"]
+    said = {"official": paper.elip, "EViT": paper.evit, "ToMe": paper.tome}
+    for method, flops in said.items():
+        assert counted[method] == pytest.approx(flops / paper.dense, rel=0.01)
+    assert nearest(blip_counts, paper)[0] == "official"
+
+
+@pytest.mark.exhaustive
+def test_the_report_on_table_1_is_made_of_the_counts(blip_counts):
+    without = {name: flops for name, flops in blip_counts.items() if name not in OF_MOMENTUM}
+    counts = {"albef": blip_counts, "blip": blip_counts, "meter": without, "meter_b32": without}
+    report, data = report_of(counts)
+    console = Console(width=180, record=True, file=io.StringIO())
+    console.print(report)
+    printed = console.export_text()
+    for part in ("meter_b32", "11.04 (+0.1%)", "0.847 (+0.0%)", "blip agrees with 'official'"):
+        assert part in printed
+    rows = [line.split("│")[1:-1] for line in printed.splitlines() if "│" in line]
+    methods = [[row[0].strip(), row[1].strip(), row[2].strip()] for row in rows]
+    assert methods.count(["", "EViT", "4.80"]) == methods.count(["", "ToMe", "6.98"]) == 1
+    assert methods.count(["", "ToMe", "-"]) == 2  # of METER, which the paper has no figure of
+    assert data["conclusion"] == conclusion(counts)
+    assert "meter agrees with none, nearest 'last'" in data["conclusion"]
+    assert json.loads(json.dumps(data))["counted_ratios"]["blip"] == ratios(blip_counts)
+
+
+def test_table_1_says_what_the_paper_says():
+    """Its TFLOPs: dense, ELIP, EViT, ToMe."""
+    said = {name: tuple(each)[1:] for name, each in TABLE1.items()}
+    assert said == {
+        "ALBEF": (9.65, 8.50, 3.21, 6.66),
+        "BLIP": (11.03, 9.34, 4.80, 6.98),
+        "METER": (8.66, 6.43, 4.68, None),
+    }
+    assert [TABLE1["METER"].of(m) for m in ("dense", "exact", "ToMe")] == [8.66, 6.43, None]

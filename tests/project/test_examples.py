@@ -1,0 +1,55 @@
+"""The examples run without a network, and print what they promise."""
+
+import re
+import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+PRINTED = {
+    "timm_finetuning": r"tokens a layer .*epoch 1: (?P<right>\d+)% of the colours right",
+    "hf_trainer": r"tokens by step: \[(33, ){16}65, 65, 65, 65\].*\s(?P<right>\d+)% of the colours",
+    "open_clip_zero_shot": r"tokens a layer .*blue: \w+ \(\d+%\), cosine to dense (0\.\d+|1\.0+)$",
+    "dense_grid": r"step 23: 41 of 65 tokens, intersection over union 0\.(?P<right>\d+)$",
+    "own_strategy": r"100 of 197 tokens; kept: \[.*longest\(keep=.*logits \(2, 1000\)$",
+}
+"""What the whole output is, and a percentage in it that must be better than chance."""
+
+
+SAMPLE = ("timm_finetuning", "own_strategy")  # of what `pytest -m slow` runs
+
+
+def tier(name):
+    return pytest.mark.slow if name in SAMPLE else pytest.mark.exhaustive
+
+
+def load(name):
+    """An example as a module, without running it."""
+    spec = spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = sys.modules[name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_example_is_run():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == PRINTED.keys()
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_an_example_is_read_in_a_minute_and_says_what_to_install(name):
+    text = (EXAMPLES / f"{name}.py").read_text()
+    assert text.count("\n") <= 60
+    assert "pip install 'elip-kernels[" in text.split('"""')[1]
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=tier(name)) for name in PRINTED])
+def test_an_example_prints_what_it_promises(name, tmp_path):
+    command = [sys.executable, str(EXAMPLES / f"{name}.py")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = re.search(PRINTED[name], done.stdout.strip(), re.DOTALL)
+    assert found, done.stdout
+    assert int(found.groupdict().get("right", 100)) > 60

@@ -1,0 +1,112 @@
+"""Patch dropout, random, adaptive and resize: each does on towers what its definition says."""
+
+import copy
+
+import pytest
+import torch
+
+import elip_models
+from elip_models import ELIP, AdaptiveELIP, ImageResize, PatchDropout, RandomPruning, Schedule
+from elip_models.towers import as_tower
+from tests.helpers.models import TOWERS, output
+from tests.helpers.towers import SCHEDULE, clip_vit, images, plain_vit, text
+from tests.reduction.test_strategies import LIBRARIES, patched
+
+
+def test_patch_dropout_is_dense_in_evaluation():
+    model, x = plain_vit().eval(), images()
+    dense = model(x)
+    elip_models.reduce_(model, strategy=PatchDropout(0.5))
+    assert torch.equal(model(x), dense)
+
+
+def test_random_keeps_other_patches_each_time_and_averages_the_others():
+    model, x = plain_vit(), images(16)
+    strategy = RandomPruning("3(100%) 3(50%)")
+    runs = [
+        elip_models.encode_image(model, x, strategy=strategy, return_info=True)[1][0].reduction
+        for _ in range(2)
+    ]
+    assert not torch.equal(runs[0].kept, runs[1].kept)
+    assert not torch.equal(runs[0].kept[0], runs[0].kept[1])
+    weights = runs[0].weights
+    torch.testing.assert_close(weights[weights > 0], torch.full((16 * 18,), 1 / 18))
+
+
+def test_adaptive_keeps_the_least_patches_that_hold_the_mass():
+    model, x, t = plain_vit(), images(8), text(8)
+    strategy = AdaptiveELIP("3(100%) 3(50%)", keep_mass=0.3)
+    _, (info,) = elip_models.encode_image(model, x, t, strategy=strategy, return_info=True)
+    kept = 0
+    for b in range(8):
+        row = info.attention[b, 1:]
+        order = row.argsort(descending=True)
+        k = 1
+        while row[order[:k]].sum() < 0.3 * row.sum() and k < 18:
+            k += 1
+        real = info.reduction.mask[b, 1:-1]
+        assert real.sum() == k
+        assert info.reduction.kept[b][real].tolist() == sorted((order[:k] + 1).tolist())
+        kept += k
+        source = info.reduction.source_map()[b]
+        assert source.sum(0).tolist() == [1] * 37  # every token in one place
+        assert source[-1].sum() == 36 - k
+    assert info.mean_keep == kept / 8
+    assert 0 < kept < 8 * 18
+
+
+def test_adaptive_padding_changes_nothing():
+    """An image alone, under a schedule that keeps just what it keeps, gives the same CLS token."""
+    model, x, t = plain_vit(), images(1), text(1)
+    adaptive = AdaptiveELIP("3(100%) 3(50%)", keep_mass=0.3)
+    tokens, (info,) = elip_models.encode_image(model, x, t, strategy=adaptive, return_info=True)
+    kept = int(info.mean_keep)
+    exact = ELIP(f"3(100%) 3({100 * (kept + 0.5) / 36}%)", scorer="last")
+    expected = elip_models.encode_image(model, x, t, strategy=exact)
+    assert expected.shape[1] == kept + 2 < tokens.shape[1]
+    torch.testing.assert_close(tokens[:, 0], expected[:, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_stage_that_drops_nothing_leaves_adaptive_dense_until_the_next():
+    model, x, t = plain_vit(), images(), text()
+    strategy = AdaptiveELIP(Schedule.parse("1(100%) 2(99%) 3(50%)", count_cls=True))
+    tokens, infos = elip_models.encode_image(model, x, t, strategy=strategy, return_info=True)
+    assert [info.stage.first for info in infos] == [3]
+    assert tokens.shape[1] == strategy.token_counts(as_tower(model).size)[-1].mlp
+    assert patched(model, strategy, x, t).isfinite().all()
+
+
+def test_with_all_the_mass_adaptive_is_elip():
+    model, x, t = clip_vit(), images(), text()
+    adaptive = elip_models.encode_image(model, x, t, strategy=AdaptiveELIP(SCHEDULE, keep_mass=1.0))
+    expected = elip_models.encode_image(model, x, t, strategy=ELIP(SCHEDULE, scorer="last"))
+    torch.testing.assert_close(adaptive, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("library", [*LIBRARIES, "timm registers", "timm distilled"])
+def test_resize_to_the_same_size_is_the_dense_model(library):
+    model, x = TOWERS[library]().eval(), images()
+    dense = output(model, x)
+    elip_models.reduce_(model, strategy=ImageResize(48))
+    torch.testing.assert_close(output(model, x), dense, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_resize_takes_images_of_half_precision(dtype):
+    """No further from fp32 than twice the dense tower is at that dtype."""
+    model, x = plain_vit().eval().to(dtype), images().to(dtype)
+    found = [elip_models.encode_image(model, x, strategy=ImageResize(size)) for size in (48, 32)]
+    assert all(tokens.dtype == dtype for tokens in found)
+    model, x = model.float(), x.float()
+    exact = model.forward_features(x), elip_models.encode_image(model, x, strategy=ImageResize(32))
+    dense, resized = ((a - b).abs().max() for a, b in zip(found, exact, strict=True))
+    assert 0 < resized <= 2 * dense
+
+
+def test_resize_agrees_with_timms_own_interpolation():
+    model, x = plain_vit().eval(), images()
+    other = copy.deepcopy(model)
+    other.set_input_size(32)
+    smaller = torch.nn.functional.interpolate(x, (32, 32), mode="bicubic", antialias=True)
+    tokens = elip_models.encode_image(model, x, strategy=ImageResize(32))
+    torch.testing.assert_close(tokens, other.forward_features(smaller), atol=1e-5, rtol=1e-5)

@@ -1,0 +1,324 @@
+"""Activation checkpointing of a reduced model: what was selected is replayed, not scored again."""
+
+from collections import Counter
+from functools import partial
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+import elip_models
+from elip_models import ELIP, TRIPS, CrossGET, EViT, ToMe
+from elip_models.reduction import scorers
+from elip_models.reduction.checkpoint_replay import MAX_REENTRANT
+from elip_models.reduction.strategies import elip as stage
+from tests.helpers.tiers import tiered
+from tests.helpers.towers import (
+    SCHEDULE,
+    assert_equal_gradients,
+    clip_vit,
+    gradients,
+    gradients_of_a_step,
+    images,
+    plain_vit,
+    text,
+)
+from tests.reduction.test_strategies import STRATEGIES, patched, strategies
+
+EACH_WAY = tiered(
+    [(name, use_reentrant) for name in STRATEGIES for use_reentrant in (True, False)],
+    [("elip", True), ("elip", False), ("tome", True), ("evit", True), ("adaptive", True)],
+)
+
+
+def reentrant(model):
+    def forward(x):
+        x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+        for block in model.blocks:
+            x = checkpoint(block, x, use_reentrant=True)
+        return model.forward_head(model.norm(x))
+
+    return forward
+
+
+def segments(model):
+    def forward(x):
+        x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+        x = checkpoint_sequential(model.blocks, 2, x, use_reentrant=False)
+        return model.forward_head(model.norm(x))
+
+    return forward
+
+
+def timm_checkpointing(model):
+    model.set_grad_checkpointing()
+    return model
+
+
+@pytest.mark.parametrize("scorer", ["exact", "last"])
+@pytest.mark.parametrize("wrap", [reentrant, segments, timm_checkpointing])
+def test_checkpointing_replays_the_selection(wrap, scorer):
+    model = clip_vit(proj_drop_rate=0.2, attn_drop_rate=0.1, drop_path_rate=0.2)
+    elip_models.reduce_(model, schedule=SCHEDULE, scorer=scorer)
+    x, t = images(3), text(3)
+    expected = gradients_of_a_step(model, x, t)
+    rows = []
+    read = scorers.get_scorer(scorer).read
+
+    def counted(*args):
+        rows.append(args)
+        return read(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (scorers, stage):
+            patch.setattr(module, "get_scorer", lambda name: scorers.Scorer(counted))
+        got = gradients_of_a_step(model, x, t, wrap)
+    assert len(rows) == 3  # once a stage: nothing is scored again in backward
+    assert_equal_gradients(got, expected)
+
+
+def checkpointed(use_reentrant):
+    def forward(model, x):
+        return checkpoint(model, x, use_reentrant=use_reentrant)
+
+    return forward
+
+
+def sequential(model, x):
+    x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+    x = checkpoint_sequential(model.blocks, 2, x, use_reentrant=False)
+    return model.forward_head(model.norm(x))
+
+
+FIRST_IN = ["first in, first out", "last in, first out"]
+
+
+@pytest.mark.parametrize("mode", tiered(["train", "eval"], ["train"]))
+@pytest.mark.parametrize("order", tiered(FIRST_IN, FIRST_IN[1:]))
+@pytest.mark.parametrize(
+    "forward", [checkpointed(True), checkpointed(False), sequential], ids=["re", "non-re", "seq"]
+)
+def test_a_recomputation_finds_its_own_pass(forward, order, mode):
+    """The same images under other texts, and a pass without gradient in between."""
+    model = getattr(clip_vit(), mode)()
+    elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact", fusion=0.2)
+    x, texts = images(3).requires_grad_(), [text(3) for _ in range(3)]
+    expected = [gradients_of_a_step(model, x, t) for t in texts]
+    losses = []
+    for t in texts:
+        with elip_models.guidance(model, t):
+            losses.append(forward(model, x).square().sum())
+        with elip_models.guidance(model, text(3)), torch.no_grad():
+            model(x)
+    indices = range(3) if order.startswith("first") else reversed(range(3))
+    for i in indices:
+        model.zero_grad()
+        losses[i].backward()
+        assert_equal_gradients(gradients(model), expected[i], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_blocks_compiled_one_by_one_replay_too():
+    """Once compiled: torch itself refuses the recomputation of a block that it first compiles."""
+    torch._dynamo.reset()
+    model = clip_vit()
+    elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact", fusion=0.2)
+    x, t = images(3), text(3)
+    expected = gradients_of_a_step(model, x, t)
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    assert_equal_gradients(gradients_of_a_step(model, x, t), expected, rtol=1e-4, atol=1e-4)
+    got = gradients_of_a_step(model, x, t, timm_checkpointing)
+    assert_equal_gradients(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_reentrant_pass_that_was_forgotten_is_an_error():
+    model = clip_vit()
+    elip_models.reduce_(model, schedule=SCHEDULE)
+    x = images(1).requires_grad_()
+    loss = checkpoint(model, x, use_reentrant=True).sum()
+    for _ in range(MAX_REENTRANT + 1):
+        checkpoint(model, x, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="run backward sooner"):
+        loss.backward()
+
+
+@pytest.mark.slow
+def test_another_is_never_forgotten():
+    model, x, t = clip_vit(), images(1), text(1)
+    elip_models.reduce_(model, schedule=SCHEDULE)
+    expected = gradients_of_a_step(model, x, t)
+    model.zero_grad()
+    with elip_models.guidance(model, t):
+        loss = checkpoint(model, x, use_reentrant=False).square().sum()
+    for _ in range(MAX_REENTRANT + 1):
+        checkpoint(model, images(1), use_reentrant=False)
+    loss.backward()
+    assert_equal_gradients(gradients(model), expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_two_forwards_in_one_checkpoint_keep_their_own_choices(use_reentrant):
+    model, pixels, texts = clip_vit(), images(3), [text(3), text(3)]
+    elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact", fusion=0.2)
+
+    def both(x):
+        total = 0.0
+        for t in texts:
+            with elip_models.guidance(model, t):
+                total = total + model(x).square().sum()
+        return total
+
+    both(pixels.clone().requires_grad_()).backward()
+    expected = gradients(model)
+    model.zero_grad()
+    pixels.requires_grad_()
+    checkpoint(both, pixels, use_reentrant=use_reentrant).backward()
+    assert_equal_gradients(gradients(model), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_reentrant", [None, True, False])
+def test_a_forward_in_a_backward_hook_is_a_forward(use_reentrant):
+    """Its guidance is its own, whether blocks are recomputed around it or not."""
+    model, x, t = clip_vit(), images(3), text(3)
+    elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact", fusion=0.2)
+    with elip_models.guidance(model, t):
+        expected = model(x)
+    within = []
+
+    def run(gradient):
+        with elip_models.guidance(model, t), torch.enable_grad():
+            within.append(model(x))
+
+    with elip_models.guidance(model, text(3)):
+        tokens = model.norm_pre(model._pos_embed(model.patch_embed(images(3))))
+        for block in model.blocks:
+            if use_reentrant is None:
+                tokens = block(tokens)
+            else:
+                tokens = checkpoint(block, tokens, use_reentrant=use_reentrant)
+    tokens.register_hook(run)
+    tokens.square().sum().backward()
+    assert torch.equal(within[0], expected)
+
+
+@pytest.mark.parametrize(("name", "use_reentrant"), EACH_WAY)
+def test_a_recomputed_block_does_what_its_forward_did(name, use_reentrant):
+    strategy = STRATEGIES[name]
+    model, x, t = clip_vit(proj_drop_rate=0.2, drop_path_rate=0.1), images(3), text(3)
+
+    def checkpointed(x):
+        x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+        for block in model.blocks:
+            x = checkpoint(block, x, use_reentrant=use_reentrant)
+        return model.forward_head(model.norm(x))
+
+    gradients = []
+    for call in (model, checkpointed):
+        model.zero_grad()
+        patched(model, strategy, x, t, call).square().sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    assert_equal_gradients(*gradients)
+
+
+@pytest.mark.parametrize(("name", "use_reentrant"), EACH_WAY)
+def test_a_recomputed_block_finds_its_own_pass(name, use_reentrant):
+    """Two batches wait for backward, no pass without checkpoints came before, one without gradient
+    lies between."""
+    strategy = STRATEGIES[name]
+    model, batches = clip_vit(), [(images(3), text(3)) for _ in range(2)]
+
+    def step(reduced, run):
+        model.zero_grad()
+        torch.manual_seed(1)
+        loss = 0.0
+        for x, t in batches:
+            with elip_models.guidance(reduced, t):
+                x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+                for block in model.blocks:
+                    x = run(block, x)
+                loss = loss + model.forward_head(model.norm(x)).square().sum()
+                with torch.no_grad():
+                    model(images(3).flip(0))
+        loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    checkpointed = partial(checkpoint, use_reentrant=use_reentrant)
+    got = step(elip_models.reduce_(model, strategy=strategy), checkpointed)
+    elip_models.unreduce_(model)
+    expected = step(elip_models.reduce_(model, strategy=strategy), lambda block, x: block(x))
+    assert_equal_gradients(got, expected)
+
+
+class Ops(TorchDispatchMode):
+    """How often each of our ops ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "elip":
+            self.count[func.name().removeprefix("elip::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_recomputation_takes_the_op_of_its_forward():
+    model, x, t = clip_vit(), images(), text()
+    elip_models.reduce_(model, schedule=SCHEDULE, scorer="last")
+    timm_checkpointing(model)
+    with elip_models.guidance(model, t), Ops() as forward:
+        loss = model(x).square().sum()
+    with Ops() as backward:
+        loss.backward()
+    assert forward.count == {"score_reduce": 3}
+    assert backward.count == {"score_reduce": 3, "reduce_backward": 3}
+
+
+@strategies
+def test_encode_image_checkpoints_without_choosing_again(strategy):
+    model, x, t = clip_vit(proj_drop_rate=0.2, num_classes=0), images(), text()
+    gradients = []
+    for enable in (False, True):
+        model.zero_grad()
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(3)
+        elip_models.encode_image(model, x, t, strategy=strategy).square().sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    assert_equal_gradients(*gradients)
+
+
+IN_ONE_GRAPH = {"elip": ELIP("1(100%) 2(50%)"), "trips": TRIPS("1(100%) 2(50%)")}
+IN_SEVERAL = {
+    "tome": ToMe(4),
+    "nearest": ELIP("1(100%) 2(50%)", merge="nearest"),
+    "evit": EViT(0.7, layers=(1,)),
+    "crossget": CrossGET(4),
+}
+
+
+@pytest.mark.parametrize("name", tiered(IN_ONE_GRAPH | IN_SEVERAL, ["tome"]))
+def test_a_compiled_model_may_checkpoint_its_blocks(name):
+    """In one graph where blocks know nothing of one another; no checkpoint of a graph hands on what
+    another block is to know."""
+    model, x = plain_vit(depth=3), images()
+    elip_models.reduce_(model, strategy=(IN_ONE_GRAPH | IN_SEVERAL)[name])
+
+    def step(model):
+        model.zero_grad()
+        model(x).square().sum().backward()
+
+    step(model)
+    expected = gradients(model)
+    model.set_grad_checkpointing()
+
+    def compiled(**options):
+        torch._dynamo.reset()
+        step(torch.compile(model, backend="aot_eager", **options))
+        assert_equal_gradients(gradients(model), expected, rtol=1e-4, atol=1e-5)
+
+    if name in IN_SEVERAL:
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="Unsafe side effect"):
+            compiled(fullgraph=True)
+    compiled(fullgraph=name in IN_ONE_GRAPH)

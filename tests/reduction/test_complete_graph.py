@@ -1,0 +1,182 @@
+"""PiToMe and CrossGET: the official numbers, the definitions, and what text does."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import elip_models
+from elip_kernels.ops.gather_ops import cosines
+from elip_models import CrossGET, PiToMe, ToMe
+from elip_models.reduction.schedule import Stage
+from elip_models.reduction.strategies.complete_graph import (
+    Pairs,
+    merged,
+    pairs_by_energy,
+    pairs_by_importance,
+)
+from elip_models.towers import as_tower
+from tests.helpers.towers import images, plain_vit, text
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CROSSGET = json.loads((GOLDEN / "crossget.json").read_text())
+PITOME = json.loads((GOLDEN / "pitome.json").read_text())
+
+
+def tensors(case, *names):
+    return (torch.tensor(case[name], dtype=torch.float64) for name in names)
+
+
+def groups(match):
+    """Of each image, the tokens of each row."""
+    return [{tuple(row.nonzero()[:, 0].tolist()) for row in image} for image in match.source_map()]
+
+
+def official_groups(case):
+    return [set(map(tuple, image)) for image in case["groups"]]
+
+
+@pytest.mark.parametrize("case", CROSSGET, ids=lambda case: f"r{case['r']}")
+def test_crossget_reproduces_the_official_numbers(case):
+    tokens, keys, query, sizes = tensors(case, "tokens", "keys", "query", "sizes")
+    all_pairs = cosines(torch.cat([query[:, None], keys[:, 1:]], dim=1))
+    pairs = pairs_by_importance(all_pairs[:, 1:, 1:], all_pairs[:, 0, 1:], case["r"]).behind(1)
+    found = merged(tokens, sizes, pairs.match(tokens.shape[1]), pairs.weights)
+    expected = tuple(tensors(case, "merged", "merged_sizes"))
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("case", PITOME["functions"], ids=lambda case: f"m{case['margin']}")
+def test_pitome_reproduces_the_official_numbers(case):
+    tokens, keys, sizes = tensors(case, "tokens", "keys", "sizes")
+    expected, expected_sizes = tensors(case, "merged", "merged_sizes")
+    B, N, _ = tokens.shape
+    r = N - expected.shape[1]
+    pairs = pairs_by_energy(cosines(keys[:, 1:]), r, case["margin"]).behind(1)
+    match = pairs.match(N)
+    assert groups(match) == official_groups(case)
+    found, total = merged(tokens, sizes, match, pairs.weights)
+    for b in range(B):
+        rows = match.slots[b, [group[0] for group in case["groups"][b]]].long()
+        torch.testing.assert_close(found[b, rows], expected[b], atol=2e-6, rtol=1e-6)
+        assert torch.equal(total[b, rows], expected_sizes[b])
+
+
+def test_pitome_merges_as_a_tower_under_the_official_patch():
+    for i, case in enumerate(PITOME["tower"]):
+        (keys,) = tensors(case, "keys")
+        tower, stage = as_tower(plain_vit(depth=4)), Stage(i, 1, len(case["groups"][0]) - 1)
+        pairs = PiToMe(margin=0.75).choose(tower, stage, keys, keys[:, None], None)
+        assert groups(pairs.match(keys.shape[1])) == official_groups(case)
+        assert 0.75 * (1 - i / 4) == case["margin"]
+
+
+def test_the_margin_of_pitome_falls_evenly_over_the_blocks():
+    keys, tower = torch.randn(4, 2, 31, 8), as_tower(plain_vit())
+    similarity = cosines(keys.mean(1)[:, 1:])
+    for i, margin in ((0, 0.9), (3, 0.45)):
+        pairs = PiToMe(margin=0.9).choose(tower, Stage(i, 1, 20), keys[:, 0], keys, None)
+        expected = pairs_by_energy(similarity, 10, margin).behind(1)
+        assert torch.equal(pairs.sources, expected.sources)
+        assert torch.equal(pairs.targets, expected.targets)
+    assert not torch.equal(expected.sources, pairs_by_energy(similarity, 10, 0.9).sources + 1)
+
+
+def crossget_by_hand(S, importance, r):
+    """One image, by Python lists -> target of each source."""
+    n = len(S)
+    best = [max(float(S[i, j]) for j in range(n) if j != i) for i in range(n)]
+    order = sorted(range(n), key=lambda i: (-best[i], i))
+    score = {}
+    for a, i in enumerate(order[:-1]):
+        score[i] = max(float(S[i, j]) for j in order[a + 1 :]) - float(importance[i])
+    sources = sorted(score, key=lambda i: (-score[i], i))[:r]
+    rest = [j for j in range(n) if j not in sources]
+    return {i: max(rest, key=lambda j: float(S[i, j])) for i in sources}
+
+
+@pytest.mark.parametrize(("n", "r"), [(4, 1), (12, 6), (25, 7)])
+def test_crossget_is_its_definition(n, r):
+    S, importance = cosines(torch.randn(3, n, 5).double()), torch.rand(3, n).double() * 2 - 1
+    pairs = pairs_by_importance(S, importance, r)
+    for b in range(3):
+        found = dict(zip(pairs.sources[b].tolist(), pairs.targets[b].tolist(), strict=True))
+        assert found == crossget_by_hand(S[b], importance[b], r)
+    w = torch.stack([importance.gather(1, x) for x in pairs[:2]], 2).softmax(2)
+    torch.testing.assert_close(pairs.weights.gather(1, pairs.sources), 2 * w[..., 0])
+    sums = torch.zeros(3, n).double().scatter_add(1, pairs.targets, 2 * w[..., 1] - 1)
+    is_source = torch.zeros(3, n).scatter(1, pairs.sources, 1.0).bool()
+    torch.testing.assert_close(pairs.weights[~is_source], (1 + sums)[~is_source])
+
+
+def test_rounding_decides_nothing_between_two_that_are_each_others_best():
+    """The cosines of a pair are one number, which a product of matrices rounds twice."""
+    S, importance = cosines(torch.randn(20, 49, 8).double()), torch.rand(20, 49).double()
+    S = torch.maximum(S, S.mT)
+    rounded = S + 1e-12 * torch.randn_like(S)
+    assert not torch.equal(rounded, rounded.mT)
+    expected, found = (pairs_by_importance(each, importance, 16) for each in (S, rounded))
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_pitome_spares_what_is_like_nothing_else():
+    crowd = torch.tensor([1.0, 0, 0, 0]) + 0.1 * torch.randn(1, 12, 4)
+    alone = torch.eye(4)[None, 1:]
+    similarity = cosines(torch.cat([crowd[:, :6], alone, crowd[:, 6:]], dim=1))
+    pairs = pairs_by_energy(similarity, 6, 0.5)
+    touched = torch.cat([pairs.sources, pairs.targets], dim=1)
+    assert pairs.sources.shape == (1, 6)
+    assert set(touched[0].tolist()) <= {*range(6), *range(9, 15)}
+
+
+def run(strategy, x, t=None, model=None):
+    model = model or plain_vit().eval()
+    return elip_models.encode_image(model, x, t, strategy=strategy, return_info=True)
+
+
+@pytest.mark.parametrize("strategy", [PiToMe(5), CrossGET(5)], ids=lambda s: s.name)
+def test_rows_are_weighted_sums(strategy):
+    model, x, t = plain_vit(depth=2).eval().double(), images().double(), text().double()
+    tokens, infos = run(strategy, x, t, model)
+    tower, sizes = as_tower(model), None
+    now = tower.embed(x)
+    for i, info in enumerate(infos):
+        bias = None if sizes is None else sizes.log()[:, None, None]
+        now = tower.attend(i, now, bias)
+        source = info.reduction.source_map().double()
+        held = source if sizes is None else source * sizes[:, None]
+        weight = held if info.weights is None else held * info.weights[:, None]
+        now = tower.mlp(i, (weight @ now) / held.sum(2, keepdim=True))
+        sizes = info.sizes
+        torch.testing.assert_close(sizes, held.sum(2))
+        assert source[:, 0].sum(1).eq(1).all()  # CLS
+    torch.testing.assert_close(tower.finish(now), tokens)
+
+
+def test_all_but_sources_stay_in_image_order():
+    match = Pairs(torch.tensor([[3, 1, 0]]), torch.tensor([[2, 5, 2]])).behind(1).match(7)
+    assert match.slots.tolist() == [[0, 1, 3, 1, 1, 2, 3]]
+    assert match.num_rows == 4
+
+
+def test_text_guides_crossget_alone():
+    model, x, (one, other) = plain_vit().eval(), images(), text(4).split(2)
+
+    def slots(strategy, t):
+        return torch.cat([i.reduction.slots for i in run(strategy, x, t, model)[1]], dim=1)
+
+    guided = CrossGET(4, fusion=0.0)
+    assert not torch.equal(slots(guided, one), slots(guided, other))
+    vision = CrossGET(4, fusion=1.0)
+    assert torch.equal(slots(vision, one), slots(vision, None))
+    assert torch.equal(slots(PiToMe(4), one), slots(PiToMe(4), other))
+
+
+@pytest.mark.parametrize("kind", [PiToMe, CrossGET])
+def test_of_nothing_is_dense_and_of_anything_another_merge_than_tomes(kind):
+    model, x, t = plain_vit().eval(), images(), text()
+    assert torch.equal(run(kind(0), x, t, model)[0], model.forward_features(x))
+    plain = run(ToMe(4), x, t, model)[0]
+    assert not torch.allclose(run(kind(4), x, t, model)[0][:, 0], plain[:, 0])

@@ -1,0 +1,325 @@
+"""Calls that return the tokens of several blocks, on a reduced model."""
+
+import copy
+import threading
+
+import pytest
+import timm
+import torch
+
+import elip_models
+from elip_kernels import unmerge
+from elip_models import reduce_
+from tests.helpers.models import PAIRS, ROTARY, TOWERS, WITHOUT_CLS, ids, output
+from tests.helpers.tiers import tiered
+from tests.helpers.towers import (
+    SCHEDULE,
+    WIDTH,
+    assert_equal_gradients,
+    gradients,
+    images,
+    plain_vit,
+    text,
+)
+
+STRATEGIES = {
+    "elip": {"schedule": SCHEDULE},
+    "dropping": {"schedule": SCHEDULE, "merge": False},
+    "evit": {"strategy": "evit"},
+    "tome": {"strategy": "tome:r=3"},
+    "adaptive": {"strategy": "adaptive", "schedule": SCHEDULE},
+    "nearest": {"schedule": SCHEDULE, "merge": "nearest"},
+}
+TIMM = [name for name in TOWERS if name.startswith("timm")]
+HF_TOWERS = TOWERS | WITHOUT_CLS
+HF = [name for name in HF_TOWERS if name.startswith("HF")]
+
+
+def layers(model, x, **options):
+    """Of a timm model: the final tokens, and those behind each block, (B, N0, D)."""
+    out, found = model.forward_intermediates(
+        x, output_fmt="NLC", return_prefix_tokens=True, **options
+    )
+    return out, [torch.cat([prefix, patches], dim=1) for patches, prefix in found]
+
+
+def entered(model, x):
+    """What enters each block of a reduced timm model in its plain forward, (B, N, D)."""
+    found = []
+    hooks = [
+        block.register_forward_hook(lambda _, __, out: found.append(out)) for block in model.blocks
+    ]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_grid_holds_the_tokens_of_the_plain_forward(strategy):
+    """Behind each block: the prefix, what a patch was merged into, zeros where it was dropped."""
+    model, x = reduce_(plain_vit().eval(), **STRATEGIES[strategy]), images()
+    expected = entered(model, x)
+    _, grids = layers(model, x)
+    assert [grid.shape for grid in grids] == 6 * [(2, 37, WIDTH)]
+    for tokens, grid in zip(expected, grids, strict=True):
+        for b in range(2):
+            rows = {tuple(row.tolist()) for row in tokens[b]}
+            places = {tuple(row.tolist()) for row in grid[b]}
+            zeros = {(0.0,) * WIDTH} if strategy == "dropping" else set()
+            assert places <= rows | zeros
+            assert len(places - zeros) >= (len(rows) if strategy != "adaptive" else 2)
+            assert grid[b, 0].equal(tokens[b, 0])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_places_are_those_that_the_steps_tell(strategy):
+    model, x = reduce_(plain_vit().eval(), **STRATEGIES[strategy]), images()
+    with elip_models.record_stages(model) as infos:
+        _, grids = layers(model, x)
+    source = None
+    for info in infos:
+        source = info.reduction.source_map(source)
+    left = entered(model, x)[-1]  # of a strategy that pads, the last block leaves the grid
+    assert torch.equal(grids[-1], left if strategy == "adaptive" else unmerge(left, source))
+
+
+@pytest.mark.parametrize("name", [*TIMM, *tiered(list(ROTARY), ["EVA-02 tiny"])])
+def test_what_a_head_reads_stays_the_same(name):
+    make = TOWERS.get(name) or ROTARY[name]
+    model, x = reduce_(make().eval(), schedule=SCHEDULE), images()
+    final, grids = layers(model, x, norm=True)
+    assert torch.equal(final, grids[-1])
+    assert torch.equal(model.forward_head(final), model(x))
+
+
+HF_CASES = [(library, strategy) for library in HF for strategy in STRATEGIES]
+HF_CASES.remove(("HF DeiT", "tome"))  # which protects one prefix token
+for name in WITHOUT_CLS:
+    HF_CASES.remove((name, "evit"))  # which needs a CLS token
+    HF_CASES.remove((name, "dropping"))  # which would change what its probe reads
+
+
+@pytest.mark.parametrize(("library", "strategy"), HF_CASES)
+def test_hidden_states_of_transformers_are_whole_grids(library, strategy):
+    model, x = HF_TOWERS[library]().eval(), images()
+    dense = model(x, output_hidden_states=True).hidden_states
+    reduce_(model, **STRATEGIES[strategy])
+    with elip_models.guidance(model, text()):
+        got, plain = model(x, output_hidden_states=True), output(model, x)
+    assert [h.shape for h in got.hidden_states] == [h.shape for h in dense]
+    assert torch.equal(got.hidden_states[0], dense[0])
+    assert not torch.equal(got.hidden_states[-1], dense[-1])
+    key = next(n for n in ("image_embeds", "logits", "pooler_output") if n in got)
+    assert torch.equal(got[key], plain)
+    elip_models.unreduce_(model)
+    again = model(x, output_hidden_states=True).hidden_states
+    assert all(torch.equal(a, b) for a, b in zip(again, dense, strict=True))
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_hidden_states_may_be_asked_for_by_the_config_or_by_number():
+    model, x = reduce_(TOWERS["HF CLIP"]().eval(), schedule=SCHEDULE), images()
+    states = model(x, output_hidden_states=True).hidden_states
+    one = model(x, output_hidden_states=[-2]).hidden_states
+    assert torch.equal(one[-2], states[-2])
+    model.config.output_hidden_states = True
+    assert torch.equal(model(x).hidden_states[-1], states[-1])
+
+
+def test_transformers_hands_on_whole_grids_of_a_whole_model():
+    model = reduce_(PAIRS["HF CLIP pair"]().eval(), schedule=SCHEDULE)
+    x, tokens = images(), ids()
+    plain = model(input_ids=tokens, pixel_values=x)
+    dense = model(input_ids=tokens, pixel_values=x, output_hidden_states=True)
+    assert torch.equal(dense.image_embeds, plain.image_embeds)
+    shapes = {h.shape for h in dense.vision_model_output.hidden_states}
+    assert shapes == {(2, 37, WIDTH)}
+
+
+def test_get_intermediate_layers_and_features_only_give_grids():
+    model, x = reduce_(plain_vit().eval(), schedule=SCHEDULE), images()
+    _, grids = layers(model, x)
+    tokens = model.get_intermediate_layers(x, n=2)
+    assert all(torch.equal(a, b[:, 1:]) for a, b in zip(tokens, grids[-2:], strict=True))
+    kept = timm.create_model("vit_tiny_patch16_224", features_only=True, img_size=48, depth=6)
+    reduce_(kept.eval(), keep=0.6)
+    assert [tuple(grid.shape) for grid in kept(x)] == 3 * [(2, 192, 3, 3)]
+    assert elip_models.is_reduced(kept)
+    assert not elip_models.is_reduced(elip_models.unreduce_(kept))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_open_clip_gives_grids_alone_and_whole(strategy):
+    model, x = reduce_(PAIRS["open_clip pair"]().eval(), **STRATEGIES[strategy]), images()
+    out = model.forward_intermediates(x, image_output_extra_tokens=True)
+    assert {tuple(grid.shape) for grid in out["image_intermediates"]} == {(2, WIDTH, 6, 6)}
+    torch.testing.assert_close(out["image_features"], model.encode_image(x, normalize=True))
+    alone = model.visual.forward_intermediates(x)["image_intermediates"]
+    assert all(map(torch.equal, alone, out["image_intermediates"]))
+
+
+def test_pooled_patches_stay_the_same_where_all_are_merged():
+    model, x = reduce_(plain_vit(global_pool="avg").eval(), schedule=SCHEDULE), images()
+    final, _ = model.forward_intermediates(x)
+    assert torch.equal(model.forward_head(final), model(x))
+
+
+def test_gradients_are_those_of_the_plain_forward():
+    model, x = reduce_(plain_vit(), schedule=SCHEDULE), images()
+    model(x).square().sum().backward()
+    expected = gradients(model)
+    model.zero_grad()
+    final, _ = layers(model, x)
+    model.forward_head(final).square().sum().backward()
+    assert_equal_gradients(gradients(model), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpoint_replays_the_grid(strategy, use_reentrant, monkeypatch):
+    model, x = reduce_(plain_vit(), **STRATEGIES[strategy]), images().requires_grad_()
+
+    def step():
+        model.zero_grad()
+        _, grids = layers(model, x)
+        model(x)  # of the other kind, between forward and backward
+        sum(grid.square().mean() for grid in grids).backward()
+        return gradients(model)
+
+    expected = step()
+    monkeypatch.setattr(timm.models._manipulate, "use_reentrant_ckpt", lambda: use_reentrant)
+    model.set_grad_checkpointing()
+    assert_equal_gradients(step(), expected, rtol=1e-4, atol=1e-5)  # added up in another order
+
+
+def test_a_checkpoint_of_transformers_replays_the_grid():
+    model, x = reduce_(TOWERS["HF CLIP"]().train(), schedule=SCHEDULE), images()
+
+    def step():
+        model.zero_grad()
+        states = model(x, output_hidden_states=True).hidden_states
+        sum(state.square().mean() for state in states).backward()
+        return gradients(model)
+
+    expected = step()
+    model.gradient_checkpointing_enable()
+    assert_equal_gradients(step(), expected)
+
+
+def test_a_call_that_stops_early_leaves_nothing():
+    model, x = reduce_(plain_vit().eval(), strategy="tome"), images()
+    expected = model(x)
+    _, grids = layers(model, x)
+    found = model.forward_intermediates(x, indices=[3], stop_early=True, intermediates_only=True)
+    assert torch.equal(found[0].flatten(2).mT, grids[3][:, 1:])
+    assert not model.blocks[3].forward.reduction.running
+    assert torch.equal(model(x), expected)
+
+
+def test_a_call_that_fails_leaves_nothing():
+    model, x = reduce_(plain_vit().eval(), schedule=SCHEDULE), images()
+    expected = model(x)
+    with pytest.raises(ValueError, match="attn_mask"):
+        model.forward_intermediates(x, attn_mask=torch.zeros(37, 37))
+    assert torch.equal(model(x), expected)
+    hidden = reduce_(TOWERS["HF CLIP"]().eval(), schedule=SCHEDULE)
+    expected = hidden(x).image_embeds
+    with pytest.raises(RuntimeError):
+        hidden(torch.randn(2, 5, 48, 48), output_hidden_states=True)
+    assert torch.equal(hidden(x).image_embeds, expected)
+
+
+def test_such_a_call_is_its_threads_own():
+    """Another thread runs the model plainly in the middle of it."""
+    model, x, found = reduce_(plain_vit().eval(), schedule=SCHEDULE), images(), []
+    expected = entered(model, x)[-1]
+
+    def plain():
+        found.append(entered(model, x)[-1])
+
+    def run_another(*_):
+        hook.remove()
+        thread = threading.Thread(target=plain)
+        thread.start()
+        thread.join()
+
+    hook = model.blocks[3].register_forward_hook(run_another)
+    _, grids = layers(model, x)
+    assert torch.equal(found[0], expected)
+    assert {grid.shape for grid in grids} == {(2, 37, WIDTH)}
+
+
+def test_guidance_reaches_such_a_call():
+    model, x, t = reduce_(plain_vit().eval(), schedule=SCHEDULE, fusion=0.0), images(), text()
+    with elip_models.guidance(model, t):
+        final, _ = layers(model, x, norm=True)
+        assert torch.equal(model.forward_head(final), model(x))
+    plain, _ = layers(model, x, norm=True)
+    assert not torch.equal(plain, final)
+
+
+@pytest.mark.parametrize("strategy", tiered(list(STRATEGIES), []))
+def test_such_a_call_compiles_whole(strategy):
+    torch._dynamo.reset()
+    settings = dict(STRATEGIES[strategy])
+    settings |= {"schedule": "1(100%) 1(50%)"} if "schedule" in settings else {}
+    model, x = reduce_(plain_vit(depth=2).eval(), **settings), images()
+
+    def run(x):
+        return model.forward_intermediates(x, output_fmt="NLC")
+
+    final, grids = torch.compile(run, fullgraph=True, backend="eager")(x)
+    expected, others = run(x)
+    torch.testing.assert_close([final, *grids], [expected, *others])
+    assert torch.compile(model, fullgraph=True, backend="eager")(x).shape == (2, 5)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_hidden_states_of_a_compiled_model_of_transformers_are_grids(strategy):
+    torch._dynamo.reset()
+    model, x = reduce_(TOWERS["HF CLIP"]().eval(), **STRATEGIES[strategy]), images()
+    expected = model(x, output_hidden_states=True)
+    compiled = torch.compile(model, backend="eager")
+    got = compiled(x, output_hidden_states=True)
+    torch.testing.assert_close(got.hidden_states, expected.hidden_states)
+    torch.testing.assert_close(compiled(x).image_embeds, expected.image_embeds)
+
+
+@pytest.mark.exhaustive
+def test_blocks_that_are_compiled_one_by_one_give_grids():
+    torch._dynamo.reset()
+    model, x = reduce_(plain_vit().eval(), schedule=SCHEDULE), images()
+    _, expected = layers(model, x)
+    plain = model(x)
+    for block in model.blocks:
+        block.compile(backend="eager")
+    _, grids = layers(model, x)
+    torch.testing.assert_close(grids, expected)
+    torch.testing.assert_close(model(x), plain)
+
+
+def test_what_would_be_wrong_is_refused():
+    siglip, x = WITHOUT_CLS["HF SigLIP vision"]().eval(), images()
+    reduce_(siglip, schedule=SCHEDULE, merge=False)
+    assert siglip(x, output_hidden_states=True).hidden_states  # unguided, it is dense
+    with elip_models.guidance(siglip, text()), pytest.raises(ValueError, match="that pools those"):
+        siglip(x, output_hidden_states=True)
+    pooled = reduce_(plain_vit(global_pool="avg").eval(), schedule=SCHEDULE, merge=False)
+    with pytest.raises(ValueError, match="that pools those"):
+        pooled.forward_intermediates(x)
+    smaller = reduce_(plain_vit(), strategy="resize:size=32")
+    with pytest.raises(ValueError, match=r"forward_intermediates.*unreduce_"):
+        smaller.forward_intermediates(x)
+    smaller = reduce_(TOWERS["HF CLIP"]().eval(), strategy="resize:size=32")
+    with pytest.raises(ValueError, match=r"output_hidden_states.*unreduce_"):
+        smaller(x, output_hidden_states=True)
+
+
+def test_a_copy_gives_its_own_grids():
+    model, x = reduce_(plain_vit().eval(), schedule=SCHEDULE), images()
+    other = elip_models.unreduce_(copy.deepcopy(model))
+    _, grids = layers(model, x)
+    assert not torch.equal(layers(other, x)[1][-1], grids[-1])
+    assert torch.equal(layers(copy.deepcopy(model), x)[1][-1], grids[-1])

@@ -1,0 +1,169 @@
+"""encode_image on timm towers: scorers, guidance and what they promise."""
+
+import pytest
+import timm
+import torch
+
+import elip_models
+from elip_kernels.ops.fuse_text import fuse
+from elip_models.reduction import flops
+from elip_models.reduction.encode import run_tower
+from elip_models.reduction.strategies import elip as stage
+from tests.helpers.towers import SCHEDULE, WIDTH, clip_vit, images, plain_vit, text
+
+PAPER = "2(100%) 2(90%) 6(65%) 2(40%)"
+
+
+@pytest.mark.parametrize("make", [plain_vit, clip_vit])
+def test_dense_schedule_is_timms_own_forward(make):
+    model, x = make(), images()
+    expected = model.forward_features(x)
+    assert torch.equal(elip_models.encode_image(model, x, text(), schedule="6(100%)"), expected)
+    unguided = elip_models.encode_image(model, x, schedule=SCHEDULE, without_text="dense")
+    assert torch.equal(unguided, expected)
+
+
+@pytest.mark.exhaustive
+def test_exact_keeps_what_official_keeps_on_vit_s16():
+    model = timm.create_model("vit_small_patch16_224", num_classes=0).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for _ in range(4):
+            x, t = torch.randn(8, 3, 224, 224), torch.randn(8, 384)
+            runs = [
+                elip_models.encode_image(
+                    model, x, t, schedule=PAPER, scorer=scorer, return_info=True
+                )[1]
+                for scorer in ("official", "exact")
+            ]
+            for official, exact in zip(*runs, strict=True):
+                if torch.equal(official.reduction.kept, exact.reduction.kept):
+                    continue
+                boundary = official.attention[:, 1:].topk(official.stage.keep + 1).values
+                gap = (boundary[:, -2] - boundary[:, -1])[
+                    (official.reduction.kept != exact.reduction.kept).any(1)
+                ]
+                assert (gap <= 1e-6).all()  # a mismatch can only be a tie
+                break  # later stages see other tokens
+
+
+@pytest.mark.parametrize("scorer", ["official", "exact", "cls", "last", 1, "2-layer stages"])
+def test_scorers_by_their_definition(scorer):
+    """The first stage's row, from the model's own blocks and their whole attention maps."""
+    scorer = 2 if scorer == "2-layer stages" else scorer
+    schedule = "2(100%) 4(50%)"
+    model, x, t = clip_vit(), images(), text()
+    y = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+    y = model.blocks[1](model.blocks[0](y))
+    entering = y.clone()
+    y[:, 0] = 0.8 * y[:, 0] + 0.2 * t
+
+    def row(i, y):
+        block = model.blocks[i]
+        qkv = block.attn.qkv(block.norm1(y)).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        return (qkv[0] @ qkv[1].mT * block.attn.scale).softmax(-1)[:, :, 0].mean(1)
+
+    if scorer == "cls":
+        for i in (2, 3, 4):
+            y = torch.cat([model.blocks[i](y)[:, :1], entering[:, 1:]], dim=1)
+        expected = row(5, y)
+    else:
+        first, last = {"last": (5, 5), 1: (2, 2), 2: (2, 3)}.get(scorer, (2, 5))
+        for i in range(first, last):
+            y = model.blocks[i](y)
+        expected = row(last, y)
+    _, infos = elip_models.encode_image(
+        model, x, t, schedule=schedule, scorer=scorer, return_info=True
+    )
+    torch.testing.assert_close(infos[0].attention, expected, atol=1e-6, rtol=0)
+    assert not infos[0].attention.requires_grad
+
+
+def test_info_of_every_stage():
+    tokens, infos = elip_models.encode_image(
+        plain_vit(), images(), text(), schedule=SCHEDULE, return_info=True
+    )
+    assert [i.stage.keep for i in infos] == [28, 18, 10]
+    assert [tuple(i.attention.shape) for i in infos] == [(2, 37), (2, 30), (2, 20)]
+    assert [tuple(i.reduction.kept.shape) for i in infos] == [(2, 28), (2, 18), (2, 10)]
+    assert tokens.shape == (2, 12, WIDTH)
+
+
+def test_pruning_only():
+    tokens = elip_models.encode_image(plain_vit(), images(), text(), schedule=SCHEDULE, merge=False)
+    assert tokens.shape == (2, 11, WIDTH)
+
+
+def test_fusion_one_is_vision_only_and_needs_no_text():
+    model, x = clip_vit(), images()
+    plan = {"schedule": SCHEDULE, "fusion": 1.0}
+    guided = elip_models.encode_image(model, x, text(), **plan)
+    assert torch.equal(elip_models.encode_image(model, x, **plan), guided)
+    vision = elip_models.encode_image(model, x, schedule=SCHEDULE, without_text="vision")
+    assert torch.equal(vision, guided)
+
+
+def test_fusion_zero_is_text_only():
+    cls, t = torch.randn(2, WIDTH), text()
+    assert torch.equal(fuse(cls, t, 0.0, False), t)
+
+
+def test_guidance_norm_match_rescales_the_text_to_the_cls_norm():
+    cls, t = torch.randn(2, WIDTH), 1e-3 * text()
+    scaled = t * cls.norm(dim=1, keepdim=True) / t.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(fuse(cls, t, 0.8, True), 0.8 * cls + 0.2 * scaled)
+    assert fuse(cls, torch.zeros_like(t), 0.8, True).isfinite().all()
+
+
+def test_text_gets_no_gradient_and_images_do():
+    x, t = images().requires_grad_(), text().requires_grad_()
+    elip_models.encode_image(plain_vit(), x, t, schedule=SCHEDULE).square().sum().backward()
+    assert t.grad is None
+    assert x.grad.abs().sum() > 0
+
+
+def test_checkpointing_does_not_change_gradients():
+    model = clip_vit(proj_drop_rate=0.2, drop_path_rate=0.1, num_classes=0)
+    x, t = images(), text()
+    grads = []
+    for enable in (False, True):
+        model.zero_grad()
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(3)
+        elip_models.encode_image(model, x, t, schedule=SCHEDULE).square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_inference_cost_counts_the_scorer():
+    tower = elip_models.towers.as_tower(timm.create_model("vit_base_patch16_224", img_size=256))
+    costs = {
+        name: flops.inference_ratio(stage.ELIP(PAPER, scorer=name), tower.size)
+        for name in ("official", "exact", "last")
+    }
+    assert costs["official"] > costs["exact"] > 1.0 > costs["last"]
+    assert 0.69 < costs["last"] < 0.73
+
+
+def strategies():
+    yield stage.ELIP(SCHEDULE)
+    yield elip_models.RandomPruning(SCHEDULE)
+    yield elip_models.EViT(0.7, layers=(1, 3))
+    yield elip_models.ToMe(4)
+    yield elip_models.GuidedToMe(4)
+    yield elip_models.PiToMe(4)
+    yield elip_models.CrossGET(4)
+    yield elip_models.AdaptiveELIP(SCHEDULE, keep_mass=0.5)
+    yield stage.ELIP(SCHEDULE, merge="nearest")
+    yield elip_models.EViT(0.7, layers=(1, 3), merge="nearest")
+    yield elip_models.AdaptiveELIP(SCHEDULE, keep_mass=0.5, merge="nearest")
+
+
+@pytest.mark.parametrize("strategy", list(strategies()), ids=str)
+def test_another_tower_does_what_each_step_did(strategy):
+    """The same tower, without the text: the same tokens only if every step is replayed."""
+    tower, x = elip_models.towers.as_tower(clip_vit().eval()), images()
+    tokens, infos = run_tower(tower, x, text(), strategy)
+    replayed, again = run_tower(tower, x, None, strategy, replays=infos)
+    assert torch.equal(replayed, tokens)
+    assert len(again) == len(infos)

@@ -1,0 +1,262 @@
+"""What `reduce_` promises, asked of every model: a tower alone, or a whole image-text model."""
+
+import copy
+import io
+import pickle
+from contextlib import nullcontext
+
+import pytest
+import timm
+import torch
+import transformers
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import elip_models
+from elip_models.towers import as_tower
+from tests.helpers.models import (
+    HF,
+    PAIRS,
+    POOLED,
+    POOLED_WITHOUT_CLS,
+    ROTARY,
+    TOWERS,
+    UNGUIDED_PAIRS,
+    WITHOUT_CLS,
+    eva,
+    hf_siglip,
+    hf_vision,
+    ids,
+    open_clip_vit,
+    output,
+    output_of_pair,
+    siglip_vision,
+)
+from tests.helpers.tiers import tiered
+from tests.helpers.towers import SCHEDULE, WIDTH, gradients, images, plain_vit, text, whole_grid
+
+LACK_CLS = WITHOUT_CLS | POOLED_WITHOUT_CLS
+IMAGE_MODELS = TOWERS | ROTARY | POOLED | LACK_CLS
+WHOLE = PAIRS | UNGUIDED_PAIRS
+MODELS = IMAGE_MODELS | WHOLE
+QUICK = ["timm", "timm registers", "open_clip", "HF CLIP", "HF ViT", "HF BLIP", "EVA-02 tiny"]
+QUICK += ["DINOv3", "rope mixed", "HF SigLIP vision", "timm SigLIP"]
+QUICK += ["open_clip pair", "HF CLIP pair", "HF SigLIP pair"]
+EACH_LIBRARY = ("timm", "open_clip", "HF CLIP", "HF CLIP pair")
+every_model = pytest.mark.parametrize("name", tiered(MODELS, QUICK))
+
+
+def every_model_in(ways, argument):
+    """Each model in each of the ways; quick are the first one, and all for a model a library."""
+    ways = list(ways)
+    cases = [(name, way) for name in MODELS for way in ways]
+    quick = [(name, ways[0]) for name in QUICK]
+    quick += [(name, way) for name in EACH_LIBRARY for way in ways[1:]]
+    return pytest.mark.parametrize(("name", argument), tiered(cases, quick))
+
+
+class Call:
+    """The output of a model for the same two images and texts each time, and the same draws."""
+
+    def __init__(self, name):
+        self.is_pair = name in WHOLE
+        self.images, self.text = images(), ids() if self.is_pair else text()
+
+    def dense(self, model, x=None):
+        """Of a model that is not reduced, or without the text that would guide a tower."""
+        x = self.images if x is None else x
+        torch.manual_seed(3)
+        return output_of_pair(model, x, self.text) if self.is_pair else output(model, x)
+
+    def __call__(self, model, x=None):
+        """Of a reduced model: a tower is guided by the text, a whole model guides itself."""
+        with nullcontext() if self.is_pair else elip_models.guidance(model, self.text):
+            return self.dense(model, x)
+
+
+def contents(model):
+    """What its modules hold: dictionaries by their keys, everything else by identity."""
+    return {
+        name: {k: list(v) if isinstance(v, dict) else id(v) for k, v in vars(module).items()}
+        for name, module in model.named_modules()
+    }
+
+
+@every_model_in(["eval", "train"], "mode")
+def test_an_empty_schedule_is_the_untouched_model(name, mode):
+    model, call = getattr(MODELS[name](), mode)(), Call(name)
+    expected, keys = call.dense(model), list(model.state_dict())
+    assert elip_models.reduce_(model, schedule="6(100%)") is model
+    assert torch.equal(call.dense(model), expected)
+    assert list(model.state_dict()) == keys
+
+
+SCORERS = ["official", "exact", "attention", "cls", "last", "received", 1]
+SCORED = [(name, s) for name in TOWERS | ROTARY | POOLED for s in SCORERS]
+SCORED += [(name, s) for name in LACK_CLS for s in ("exact", "last", 1)]
+SCORED_QUICK = [
+    (name, s) for name, s in SCORED if (name in QUICK and s == "exact") or name in EACH_LIBRARY
+]
+
+
+@pytest.mark.parametrize(("name", "scorer"), tiered(SCORED, SCORED_QUICK))
+def test_a_reduced_model_equals_encode_image(name, scorer):
+    model, call = MODELS[name]().eval(), Call(name)
+    tower, plan = as_tower(model), {"schedule": SCHEDULE, "scorer": scorer}
+    dense = call.dense(model)
+    dense.sum().backward()
+    trained, keys, before = gradients(model), list(model.state_dict()), contents(model)
+    model.zero_grad()
+    tokens, infos = elip_models.encode_image(
+        model, call.images, call.text, return_info=True, **plan
+    )
+    assert tokens.shape == (2, 10 + 1 + tower.num_prefix_tokens, WIDTH)
+    assert [info.stage.keep for info in infos] == [28, 18, 10]
+    seen = []
+    elip_models.reduce_(model, **plan)
+    handle = tower.blocks[-1].register_forward_hook(lambda m, args, out: seen.append(out))
+    reduced = call(model)
+    handle.remove()
+    pooled = whole_grid(tokens, infos) if tower.pools else tokens
+    assert torch.equal(tower.finish(seen[-1]), pooled)
+    assert not torch.allclose(reduced, dense)
+    assert list(model.state_dict()) == keys
+    reduced.sum().backward()
+    assert gradients(model).keys() == trained.keys()
+    elip_models.unreduce_(model)
+    assert torch.equal(call.dense(model), dense)
+    assert contents(model) == before
+
+
+def saved_and_loaded(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": saved_and_loaded,
+}
+
+
+@every_model_in(COPIES, "how")
+def test_a_copy_is_reduced_apart_and_can_be_undone(name, how):
+    model, call = MODELS[name]().eval(), Call(name)
+    dense = call.dense(model)
+    elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact")
+    expected = call(model)
+    other = COPIES[how](model)
+    got = call(other)
+    assert torch.equal(got, expected)
+    got.sum().backward()
+    assert gradients(other) and not gradients(model)
+    assert torch.equal(call.dense(elip_models.unreduce_(other)), dense)
+    assert torch.equal(call(model), expected)
+
+
+def switched_on(model):
+    """The library's own checkpointing, which is not re-entrant."""
+    if hasattr(model, "gradient_checkpointing_enable"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.set_grad_checkpointing(True)
+
+
+@every_model_in(["of the library", "re-entrant"], "how")
+def test_checkpointing_replays(name, how):
+    if (name, how) == ("open_clip own attention", "of the library"):
+        pytest.skip("open_clip 3.3 itself cannot checkpoint its CustomResidualAttentionBlock")
+    model, call = MODELS[name]().train(), Call(name)
+    elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact")
+    call(model).square().sum().backward()
+    expected = gradients(model)
+    model.zero_grad()
+    if how == "of the library":
+        switched_on(model)
+        out = call(model)
+    else:
+        x = call.images.requires_grad_()
+        out = checkpoint(lambda x: call(model, x), x, use_reentrant=True)
+    out.square().sum().backward()
+    got = gradients(model)
+    assert got.keys() == expected.keys()
+    for key, gradient in expected.items():
+        torch.testing.assert_close(got[key], gradient)
+
+
+COMPILED = ["timm q/k norm", "open_clip", "HF CLIP", "HF DeiT", "HF SigLIP vision"]
+COMPILED += ["EVA-02 tiny", "rope mixed", "timm average", "timm SigLIP", "Perception Encoder"]
+COMPILED += ["open_clip attention", "HF SigLIP average"]
+COMPILED += ["open_clip pair", "open_clip pair, timm EVA-02", "HF CLIP pair", "HF BLIP pair"]
+
+
+@pytest.mark.parametrize("name", tiered(COMPILED, []))
+def test_compiles_whole_and_once(name):
+    """A reduction before a block; those in its place and before the tower: test_strategies.py."""
+    torch._dynamo.reset()
+    model, call = MODELS[name]().eval(), Call(name)
+    elip_models.reduce_(model, schedule="3(100%) 3(50%)", scorer="exact")
+    expected = call(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    got = call(compiled)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        call(compiled, images())
+    got.sum().backward()
+
+
+def gated_eva():
+    model = eva(attn_type="rope", rope_type="cat")
+    model.blocks[2].attn.gate = nn.Linear(WIDTH, WIDTH)
+    return model
+
+
+def padded_siglip():
+    sizes = {name: value for name, value in HF.items() if name != "image_size"}
+    return transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**sizes))
+
+
+timm_vit = timm.models.vision_transformer
+UNSUPPORTED = [
+    ("patch dropout", lambda: plain_vit(patch_drop_rate=0.5)),
+    ("parallel", lambda: plain_vit(block_fn=timm_vit.ParallelScalingBlock)),
+    ("post-norm", lambda: plain_vit(block_fn=timm_vit.ResPostBlock)),
+    ("windowed", lambda: timm.create_model("swin_tiny_patch4_window7_224")),
+    ("RmsNorm", lambda: plain_vit(norm_layer=timm.layers.RmsNorm)),
+    ("ResNet", lambda: timm.create_model("resnet10t")),
+    ("patch dropout", lambda: open_clip_vit(patch_dropout=0.5)),
+    ("scaled cosine", lambda: open_clip_vit(scaled_cosine_attn=True)),
+    ("output of each head", lambda: open_clip_vit(scale_heads=True)),
+    ("padded patches", padded_siglip),
+    ("has no layers of", lambda: hf_vision("Dinov2Model", "Dinov2Config")),
+    ("patch dropout", lambda: eva(patch_drop_rate=0.5)),
+    ("dynamic_img_size=False", lambda: eva(dynamic_img_size=True)),
+    ("post-norm", lambda: eva(use_post_norm=True)),
+    ("gates its attention", gated_eva),
+    ("grouped-query", lambda: eva(attn_type="rope", qkv_fused=False, num_kv_heads=1)),
+    ("draws its rotations anew", lambda: eva(rope_type="dinov3", rope_shift_coords=0.1)),
+    ("its text is 24 wide, its image tower 32", lambda: hf_siglip(projection_size=24)),
+]
+NEEDS_CLS = {
+    "no CLS token whose row keeps": {"strategy": "evit"},
+    "a text alone can score": {"schedule": SCHEDULE, "without_text": "vision"},
+    "fusion below 1": {"schedule": SCHEDULE, "fusion": 1.0},
+    "'official' takes a CLS token through": {"schedule": SCHEDULE, "scorer": "official"},
+    "'cls' takes a CLS token through": {"schedule": SCHEDULE, "scorer": "cls"},
+    "needs the norm of a CLS token": {"schedule": SCHEDULE, "guidance_norm": "match"},
+}
+REFUSED = [(reason, make, {"schedule": SCHEDULE}) for reason, make in UNSUPPORTED]
+REFUSED += [(reason, siglip_vision, settings) for reason, settings in NEEDS_CLS.items()]
+REFUSED += [("stands at two positions", ROTARY["EVA-02 tiny"], {"strategy": "tome"})]
+
+
+@pytest.mark.parametrize(("reason", "make", "settings"), REFUSED, ids=[r for r, *_ in REFUSED])
+def test_what_is_not_supported_is_refused_with_the_reason(reason, make, settings):
+    model = make()
+    before = contents(model)
+    with pytest.raises(TypeError, match=reason):
+        elip_models.reduce_(model, **settings)
+    assert contents(model) == before

@@ -1,0 +1,115 @@
+"""FLOPs worked out from token counts against FLOPs counted op by op, on the meta device.
+
+Both of every strategy in the registry, so that a new one is held to it.
+"""
+
+from dataclasses import replace
+from functools import cache
+
+import open_clip
+import pytest
+import timm
+import torch
+import transformers
+
+from elip_models.profiling.runner import count
+from elip_models.profiling.workload import Workload
+from elip_models.reduction.flops import dense_flops, strategy_flops, training_ratio
+from elip_models.reduction.scorers import SCORERS
+from elip_models.reduction.strategies import STRATEGIES
+from elip_models.reduction.strategies.evit import EViT
+from tests.helpers.tiers import tiered
+
+CASES = {name: strategy() for name, strategy in STRATEGIES.items()}
+CASES |= {f"elip-{s}": replace(CASES["elip"], scorer=s) for s in (*SCORERS, 1, 2)}
+CASES |= {"evit-all": EViT(layers="all")}
+NEAREST = ("elip", "evit", "adaptive")
+CASES |= {f"{name}-nearest": replace(CASES[name], merge="nearest") for name in NEAREST}
+AT_FLOPS = [*STRATEGIES, "elip-official", "elip-last"]
+STRENGTHS = [k / 500 for k in range(501)]
+VIT = "timm-ViT-B-16"
+MODELS = {
+    VIT: lambda: timm.create_model("vit_base_patch16_224", num_classes=0),
+    "open_clip-ViT-B-16": lambda: open_clip.create_model("ViT-B-16", device="meta").visual,
+    "transformers-CLIP-B-32": lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig()),
+    "transformers-SigLIP-B-16": lambda: transformers.SiglipVisionModel(
+        transformers.SiglipVisionConfig()
+    ),
+}
+TRAINING = "training"
+COUNTED = [(model, case) for model in MODELS for case in CASES]
+QUICK = [("transformers-CLIP-B-32", "elip")]
+QUICK += [(VIT, case) for case in ("elip", "elip-exact", "tome", "resize")]
+
+
+@cache
+def workload(name):
+    with torch.device("meta"):
+        return Workload(MODELS[name](), 1)
+
+
+@cache
+def counted_dense(name):
+    return count(workload(name), {"dense": None}, TRAINING)["dense"]
+
+
+@pytest.mark.parametrize("model", tiered(MODELS, [VIT]))
+def test_worked_out_and_counted_flops_of_a_dense_tower_agree(model):
+    worked_out, counted = dense_flops(workload(model).tower.size), counted_dense(model)
+    assert worked_out.forward == pytest.approx(counted.forward, rel=0.01)
+    assert worked_out.training == pytest.approx(sum(counted), rel=0.01)
+
+
+@pytest.mark.parametrize(("model", "case"), tiered(COUNTED, QUICK))
+def test_worked_out_and_counted_flops_agree(model, case):
+    reason = CASES[case].refuses(workload(model).tower)
+    if reason is not None:
+        pytest.skip(f"{case} does not take this tower: {reason}")
+    worked_out = strategy_flops(CASES[case], workload(model).tower.size)
+    counted = count(workload(model), {case: CASES[case]}, TRAINING)[case]
+    assert worked_out.forward == pytest.approx(counted.forward, rel=0.01)
+    assert worked_out.training == pytest.approx(sum(counted), rel=0.01)
+    assert sum(counted) < sum(counted_dense(model))
+
+
+@pytest.mark.parametrize(
+    ("case", "ratio"),
+    tiered(
+        [(case, ratio) for case in AT_FLOPS for ratio in (0.9, 0.75, 0.6)],
+        [("elip", 0.75)],
+    ),
+)
+def test_at_flops_sets_the_counted_flops(case, ratio):
+    tower = workload(VIT).tower
+    reach = [training_ratio(CASES[case].at_strength(tower.size, s), tower.size) for s in STRENGTHS]
+    nearest = min(reach, key=lambda reached: abs(reached - ratio))
+    if abs(nearest / ratio - 1) > 0.01 and CASES[case].name != "resize":
+        with pytest.raises(ValueError, match=f"nearest is {nearest:.4f}"):
+            CASES[case].at_flops(tower, ratio)
+        return
+    expected = nearest if CASES[case].name == "resize" else ratio  # in whole patches alone
+    counted = count(workload(VIT), {case: CASES[case].at_flops(tower, ratio)}, TRAINING)[case]
+    assert sum(counted) / sum(counted_dense(VIT)) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("case", ["elip", "elip-exact", "tome"])
+def test_at_flops_of_a_forward_alone(case):
+    """Of which a dry run is a larger part than of a training step."""
+    tower = workload(VIT).tower
+    strategy = CASES[case].at_flops(tower, 0.75, training=False)
+    counted, dense = count(workload(VIT), {case: strategy}, TRAINING)[case], counted_dense(VIT)
+    assert counted.forward / dense.forward == pytest.approx(0.75, rel=0.01)
+    with pytest.raises(ValueError, match="of the dense forward FLOPs"):
+        CASES[case].at_flops(tower, 0.01, training=False)
+
+
+@pytest.mark.parametrize(("scorer", "floor"), [("official", 0.2410), ("exact", 0.2126)])
+def test_a_scoring_pass_has_a_floor(scorer, floor):
+    plan = replace(CASES["elip"], scorer=scorer)
+    with pytest.raises(ValueError, match=f"nearest is {floor}"):
+        plan.at_flops(workload(VIT).tower, 0.2)
+
+
+def test_images_take_no_gradient_in_a_training_step():
+    embed, dense = workload(VIT).tower.size.embed_flops(), counted_dense(VIT)
+    assert dense.backward / dense.forward == pytest.approx(2 - embed / dense.forward, rel=1e-3)

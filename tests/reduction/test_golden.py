@@ -1,0 +1,97 @@
+"""encode_image and reduce against tensors made by the official implementations."""
+
+from functools import partial
+
+import pytest
+import torch
+
+import elip_kernels
+import elip_models
+from elip_models.reduction.schedule import Schedule
+from tests.helpers.official import (
+    REDUCE_CASES,
+    SCHEDULE,
+    check_gradients,
+    check_stages,
+    timm_name,
+    tower,
+)
+
+
+@pytest.mark.parametrize("scorer", ["official", "exact"])
+@pytest.mark.parametrize("name", ["elip_albef", "elip_blip"])
+def test_timm_tower_reproduces_official_albef_and_blip(golden, name, scorer):
+    case = golden(name)
+    model = tower(case)
+    model.load_state_dict(case.under("sd/"))
+    image = case["image"].requires_grad_()
+    tokens, infos = elip_models.encode_image(
+        model, image, case["text_cls"], schedule=SCHEDULE, scorer=scorer, return_info=True
+    )
+    check_stages(case, infos)
+    torch.testing.assert_close(tokens, case["out"], atol=1e-5, rtol=0)
+    (tokens * case["upstream/out"]).sum().backward()
+    check_gradients(
+        {n: p.grad for n, p in model.named_parameters()} | {"image": image.grad},
+        case.under("grad/"),
+    )
+
+
+@pytest.mark.parametrize("scorer", ["official", "exact"])
+def test_timm_clip_tower_reproduces_official_openclip(golden, scorer):
+    case = golden("elip_openclip")
+    model = tower(case, pre_norm=True, norm_layer=partial(torch.nn.LayerNorm, eps=1e-5))
+    weights = case.under("sd/")
+    proj = weights.pop("proj").requires_grad_()
+    shapes = {n: p.shape for n, p in model.named_parameters()}
+    model.load_state_dict({timm_name(n): w.view(shapes[timm_name(n)]) for n, w in weights.items()})
+    image = case["image"].requires_grad_()
+    tokens, infos = elip_models.encode_image(
+        model,
+        image,
+        case["text_cls"] @ proj.T,
+        schedule=Schedule.parse(SCHEDULE, count_cls=True),
+        scorer=scorer,
+        return_info=True,
+    )
+    check_stages(case, infos)
+    pooled = tokens[:, 0] @ proj
+    torch.testing.assert_close(tokens[:, 1:], case["out_tokens"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(pooled, case["out_pooled"], atol=1e-5, rtol=0)
+    loss = (pooled * case["upstream/out_pooled"]).sum()
+    (loss + (tokens[:, 1:] * case["upstream/out_tokens"]).sum()).backward()
+    grads = {n: p.grad for n, p in model.named_parameters()}
+    theirs = {n: grads[timm_name(n)] for n in weights}
+    check_gradients(theirs | {"image": image.grad, "proj": proj.grad}, case.under("grad/"))
+
+
+@pytest.mark.parametrize("key", REDUCE_CASES)
+def test_reduce_reproduces_the_official_statements(golden, key):
+    case = golden("elip_reduce_only")
+    keep = next(c["keep"] for c in case.meta["cases"] if c["key"] == f"{key}/")
+    case = case.under(f"{key}/")
+
+    def recorded(name):
+        """fp32 accumulation before the as-run one, stable order before the unstable."""
+        names = (f"{name}_f32_stable", f"{name}_stable", name)
+        return next(case[n] for n in names if n in case)
+
+    tokens = case["tokens"].requires_grad_()
+    if key == "14_keep_more_than_n":
+        with pytest.raises(ValueError, match="keep"):
+            elip_kernels.reduce(tokens, case["attn"], keep)
+        keep = tokens.shape[1] - 1
+    out, info = elip_kernels.reduce(tokens, case["attn"], keep, return_info=True)
+    expected = recorded("out")
+    if keep == tokens.shape[1] - 1:  # the official code appends a zero token here
+        assert out is tokens
+        assert torch.equal(out, expected[:, :-1])
+        return
+    assert torch.equal(info.kept, recorded("keep_idx")[:, 1:].long())
+    assert out.dtype == tokens.dtype
+    ulp = torch.finfo(out.dtype).eps if out.dtype == torch.bfloat16 else 2e-7
+    bound = ulp * expected.abs().clamp_min(1.0)
+    assert ((out - expected).abs() <= bound).all()
+    (out * case["upstream"]).sum().backward()
+    grad = recorded("grad_tokens")
+    assert ((tokens.grad - grad).abs() <= ulp * grad.abs().clamp_min(1.0)).all()

@@ -1,0 +1,133 @@
+"""guided_tome: what the text asks for merges last, by the row that its definition says."""
+
+import pytest
+import torch
+
+import elip_kernels
+import elip_models
+from elip_models import GuidedToMe, ToMe
+from elip_models.reduction.caching import UnguidedWarning, warn_once
+from elip_models.reduction.flops import training_ratio
+from elip_models.towers import as_tower, with_cls
+from tests.helpers.models import siglip_vision
+from tests.helpers.towers import WIDTH, clip_vit, images, plain_vit, text
+
+
+def run(model, x, t=None, **options):
+    """tokens, and what each step did."""
+    strategy = GuidedToMe(**{"r": 4} | options)
+    return elip_models.encode_image(model, x, t, strategy=strategy, return_info=True)
+
+
+def entered(tower, x, infos):
+    """The tokens that enter each block of a run."""
+    found, tokens, sizes = [], tower.embed(x), None
+    for i, info in enumerate(infos):
+        found.append(tokens)
+        bias = None if sizes is None else sizes.log()[:, None, None]
+        tokens = tower.attend(i, tokens, bias)
+        source, old = info.reduction.source_map().to(tokens.dtype), sizes
+        weight = source if old is None else source * old[:, None]
+        tokens = tower.mlp(i, weight @ tokens / weight.sum(2, keepdim=True))
+        sizes = info.sizes
+    return found, tokens
+
+
+def merged_away(info):
+    """(B, N/2) bool of the tokens of set A."""
+    N = info.reduction.slots.shape[1]
+    return info.reduction.slots[:, ::2] >= info.reduction.num_rows - N // 2
+
+
+@pytest.mark.parametrize("make", [plain_vit, clip_vit])
+@torch.no_grad()
+def test_the_most_asked_for_are_not_merged_away(make):
+    model, x, t = make().eval(), images(4), text(4)
+    tower = as_tower(model)
+    tokens, infos = run(model, x, t, r=5, protect=0.4, fusion=0.3)
+    before, after = entered(tower, x, infos)
+    torch.testing.assert_close(tower.finish(after), tokens, atol=1e-5, rtol=1e-5)
+    disturbed = 0
+    for i, (info, found) in enumerate(zip(infos, before, strict=True)):
+        query = 0.3 * found[:, 0] + 0.7 * t
+        row = tower.attention_map(i, with_cls(found, query))[:, :, 0].mean(1)[:, 1:]
+        bar = row.sort(1, descending=True).values[:, int(0.4 * row.shape[1]) - 1, None]
+        is_protected = torch.cat([row[:, :1] < 0, row >= bar], dim=1)[:, ::2]
+        free = (~is_protected).sum(1) - 1  # CLS aside
+        assert ((merged_away(info) & is_protected).sum(1) == (5 - free).clamp(min=0)).all()
+        metric = tower.qkv(i, found)[1].mean(1)
+        _, _, plain = elip_kernels.bipartite_merge(found, metric, 5, return_info=True)
+        disturbed += int((plain.slots != info.reduction.slots).sum())
+    assert disturbed > 0
+
+
+def test_without_protection_it_is_tome():
+    model, x, t = plain_vit().eval(), images(), text()
+    plain = elip_models.encode_image(model, x, strategy=ToMe(4))
+    assert torch.equal(run(model, x, t, protect=0.0)[0], plain)
+    assert not torch.equal(run(model, x, t)[0], plain)
+    assert not torch.equal(run(model, x, t, protect=0.0, weight=1.0)[0], plain)
+
+
+def test_a_large_weight_merges_the_least_asked_for():
+    model, x, t = plain_vit().eval(), images(), text()
+    _, infos = run(model, x, t, protect=0.0, weight=1e6, r=(4, 0, 0, 0, 0, 0))
+    tower = as_tower(model)
+    found = tower.embed(x)
+    row = tower.cls_attention(0, found, 0.8 * found[:, 0] + 0.2 * t)
+    least = row[:, 2::2].argsort(1)[:, :4].sort(1).values + 1
+    assert torch.equal(merged_away(infos[0]).nonzero()[:, 1].view(2, 4), least)
+
+
+def test_text_decides_and_fusion_says_how_much():
+    model, x = plain_vit().eval(), images()
+    one, other = text(), text()
+
+    def slots(t, **options):
+        return torch.cat([i.reduction.slots for i in run(model, x, t, **options)[1]], dim=1)
+
+    assert not torch.equal(slots(one, fusion=0.0), slots(other, fusion=0.0))
+    assert torch.equal(slots(one, fusion=1.0), slots(other, fusion=1.0))
+    assert torch.equal(slots(one, fusion=1.0), slots(None))
+    far = {"fusion": 0.5, "guidance_norm": "match"}
+    assert torch.equal(slots(1e3 * one, **far), slots(one, **far))
+
+
+def test_without_text_it_may_stay_dense():
+    model, x = plain_vit().eval(), images()
+    warn_once.cache_clear()
+    with pytest.warns(UnguidedWarning, match="without_text"):
+        tokens, infos = run(model, x, without_text="dense")
+    assert not infos and torch.equal(tokens, model.forward_features(x))
+    siglip = siglip_vision().eval()
+    assert run(siglip, x)[0].shape[1] == 36  # a tower without CLS, which only a text can score
+    assert run(siglip, x, text())[0].shape[1] == 36 - 6 * 4
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.71, 0.9])
+def test_at_any_flops_and_the_rows_count(ratio):
+    model = plain_vit()
+    size = as_tower(model).size
+    guided, plain = (s.at_flops(model, ratio) for s in (GuidedToMe(), ToMe()))
+    assert training_ratio(guided, size) == pytest.approx(ratio, rel=0.01)
+    rows = sum(2 * n * size.width * size.heads for n, m in guided.token_counts(size) if m < n)
+    assert guided.scoring_flops(size) == ToMe(guided.r).scoring_flops(size) + rows
+    assert guided.r <= plain.r
+
+
+def test_in_fp64_gradients_are_those_of_the_same_merges():
+    model, x, t = plain_vit(depth=2).double(), images(1).double(), text(1).double()
+    strategy = GuidedToMe(r=3, weight=0.5)
+    tokens, infos = elip_models.encode_image(model, x, t, strategy=strategy, return_info=True)
+    tower, leaf = as_tower(model), x.clone().requires_grad_()
+    elip_models.encode_image(model, leaf, t, strategy=strategy).square().sum().backward()
+    other = x.clone().requires_grad_()
+    _, again = entered(tower, other, infos)
+    torch.testing.assert_close(tower.finish(again), tokens)
+    tower.finish(again).square().sum().backward()
+    torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_a_text_of_another_width_is_refused():
+    with pytest.raises(ValueError, match=f"text_cls: expected .* {WIDTH}"):
+        run(plain_vit(), images(), torch.randn(2, WIDTH + 1))

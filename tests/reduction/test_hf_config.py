@@ -1,0 +1,101 @@
+"""`config.elip` of transformers follows the model: set by `reduce_`, taken away by `unreduce_`."""
+
+import copy
+import json
+
+import pytest
+import torch
+import transformers
+
+import elip_models
+from elip_models import ToMe, is_reduced, reduction_summary
+from elip_models.reduction.serialization import strategy_of
+from elip_models.validation import ConfigError
+from tests.helpers.models import HF, hf_clip, hf_vision
+from tests.helpers.towers import SCHEDULE
+from tests.models.test_saved_reduced import features
+
+
+def test_save_pretrained_alone_carries_it(tmp_path):
+    model = elip_models.reduce_(hf_clip().eval(), schedule=SCHEDULE)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(features(elip_models.load_reduced(tmp_path)), features(model))
+
+
+def test_a_dense_model_carries_none(tmp_path):
+    model = elip_models.reduce_(hf_clip(), schedule=SCHEDULE)
+    elip_models.unreduce_(model).save_pretrained(tmp_path)
+    assert "elip" not in json.loads((tmp_path / "config.json").read_text())
+    loaded = transformers.CLIPModel.from_pretrained(tmp_path)
+    assert not hasattr(loaded.config, "elip")
+
+
+def test_a_loaded_dense_model_forgets_it_by_unreduce(tmp_path):
+    elip_models.reduce_(hf_clip(), schedule=SCHEDULE).save_pretrained(tmp_path)
+    model = transformers.AutoModel.from_pretrained(tmp_path)
+    assert model.config.elip["strategy"] == "elip"
+    assert not is_reduced(model)
+    assert not hasattr(elip_models.unreduce_(model).config, "elip")
+
+
+def test_a_plain_reduce_takes_them_and_arguments_replace_them(tmp_path):
+    elip_models.reduce_(hf_clip(), strategy=ToMe(r=2)).save_pretrained(tmp_path)
+    model = elip_models.reduce_(transformers.AutoModel.from_pretrained(tmp_path))
+    assert reduction_summary(model).strategy == ToMe(r=2)
+    assert reduction_summary(elip_models.reduce_(model)).strategy == ToMe().at_keep(model, 0.7)
+    model = transformers.AutoModel.from_pretrained(tmp_path)
+    assert reduction_summary(elip_models.reduce_(model, keep=0.8)).strategy == ToMe().at_keep(
+        model, 0.8
+    )
+
+
+def test_settings_that_cannot_be_read_are_an_error_of_a_plain_reduce_alone():
+    model = hf_clip()
+    model.config.elip = {"version": 1, "strategy": "mine.Own", "settings": {}}
+    with pytest.raises(ConfigError, match=r"CLIPConfig.elip: strategy: expected one of elip"):
+        elip_models.reduce_(model)
+    assert reduction_summary(elip_models.reduce_(model, strategy=ToMe(r=2))).strategy == ToMe(r=2)
+
+
+def test_the_last_settings_are_carried():
+    model = elip_models.reduce_(hf_clip(), schedule=SCHEDULE)
+    elip_models.reduce_(model, strategy=ToMe(r=2))
+    assert strategy_of(model.config.elip) == ToMe(r=2)
+
+
+def test_copies_have_their_own():
+    model = elip_models.reduce_(hf_clip(), strategy="tome")
+    other = elip_models.unreduce_(copy.deepcopy(model))
+    assert not hasattr(other.config, "elip")
+    assert model.config.elip["strategy"] == "tome"
+
+
+def test_a_config_that_two_models_share_is_written_right(tmp_path):
+    model = elip_models.reduce_(hf_clip(), strategy="tome")
+    elip_models.unreduce_(
+        elip_models.reduce_(transformers.CLIPModel(model.config), strategy="tome")
+    )
+    elip_models.save_reduced(model, tmp_path)
+    assert is_reduced(elip_models.load_reduced(tmp_path))
+
+
+def test_another_model_of_the_same_config_hears_nothing(tmp_path):
+    config = transformers.ViTConfig(**HF)
+    one, other = transformers.ViTModel(config), transformers.ViTModel(config)
+    elip_models.reduce_(one, strategy=ToMe(r=4))
+    assert reduction_summary(elip_models.reduce_(other)).strategy == ToMe().at_keep(other, 0.7)
+    elip_models.unreduce_(other)
+    assert strategy_of(one.config.elip) == ToMe(r=4)
+    assert elip_models.unreduce_(one).config is other.config is config
+    elip_models.reduce_(one)
+    other.save_pretrained(tmp_path)
+    assert "elip" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_what_the_user_says_to_the_config_of_a_reduced_model_stays():
+    model = elip_models.reduce_(hf_vision("ViTForImageClassification", "ViTConfig"))
+    assert model.config is model.vit.config
+    model.config.output_hidden_states = True
+    elip_models.unreduce_(model.vit)
+    assert model.config.output_hidden_states is model.vit.config.output_hidden_states is True
+    assert not hasattr(model.config, "elip")

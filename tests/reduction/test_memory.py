@@ -1,0 +1,84 @@
+"""What a forward leaves behind lives no longer than its graph."""
+
+import weakref
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import elip_models
+from elip_models.reduction.checkpoint_replay import MAX_REENTRANT
+from elip_models.reduction.step import Forward
+from tests.helpers.towers import SCHEDULE, clip_vit, images, text
+from tests.reduction.test_strategies import strategies
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """Weak references to all forwards that were begun."""
+    begun, original = [], Forward.__init__
+
+    def init(self, *args, **kwargs):
+        begun.append(weakref.ref(self))
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Forward, "__init__", init)
+    return begun
+
+
+def alive(forwards):
+    return sum(each() is not None for each in forwards)
+
+
+@strategies
+@pytest.mark.parametrize("grad", [True, False])
+def test_without_checkpoints_nothing_is_kept(forwards, strategy, grad):
+    model = clip_vit()
+    elip_models.reduce_(model, strategy=strategy)
+    with torch.set_grad_enabled(grad), elip_models.guidance(model, text(2)):
+        outputs = [model(images(2)) for _ in range(3)]
+    assert alive(forwards) == 0
+    assert len(forwards) == (0 if strategy.name == "resize" else len(outputs))
+
+
+@strategies
+def test_a_checkpoint_keeps_its_forward_until_its_graph_ends(forwards, strategy):
+    if strategy.name == "resize":
+        pytest.skip("no block of it has a step")
+    model, batches = clip_vit(), 3
+    elip_models.reduce_(model, strategy=strategy)
+    model.set_grad_checkpointing()
+    with elip_models.guidance(model, text(2)):
+        losses = [model(images(2)).square().sum() for _ in range(batches)]
+    assert alive(forwards) == len(forwards) == batches
+    losses.pop().backward()
+    assert alive(forwards) == batches - 1
+    losses.clear()  # one that never runs backward
+    assert alive(forwards) == 0
+
+
+def test_frozen_blocks_keep_nothing_either(forwards):
+    model = clip_vit().requires_grad_(False)
+    model.blocks[-1].requires_grad_(True)
+    elip_models.reduce_(model, schedule=SCHEDULE)
+    model.set_grad_checkpointing()
+    loss = model(images(2)).square().sum()
+    loss.backward()
+    del loss
+    assert alive(forwards) == 0
+
+
+def test_what_reentrant_checkpoints_keep_is_bounded(forwards):
+    model, x = clip_vit(), images(1).requires_grad_()
+    elip_models.reduce_(model, schedule=SCHEDULE)
+    for _ in range(MAX_REENTRANT + 5):
+        checkpoint(model, x, use_reentrant=True)
+    assert alive(forwards) == MAX_REENTRANT
+
+
+def test_a_forward_that_fails_is_forgotten(forwards):
+    model = clip_vit()
+    elip_models.reduce_(model, schedule=SCHEDULE)
+    with elip_models.guidance(model, text(5)), pytest.raises(ValueError, match="text_cls"):
+        model(images(2))
+    assert alive(forwards) == 0

@@ -1,0 +1,263 @@
+"""torch.onnx.export of a reduced model, run by onnxruntime.
+
+Where two scores differ by less than a rounding, each library may keep another of the two: models
+whose blocks attend evenly are not compared.
+"""
+
+import io
+from functools import partial
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import elip_kernels
+import elip_models
+from elip_kernels.ops.fuse_text import fuse_text
+from elip_kernels.testing.calls import CALLS
+from elip_models import (
+    ELIP,
+    TRIPS,
+    AdaptiveELIP,
+    CrossGET,
+    EViT,
+    GuidedToMe,
+    ImageResize,
+    PatchDropout,
+    PiToMe,
+    RandomPruning,
+    ToMe,
+)
+from elip_models.towers import as_tower
+from tests.helpers.models import ROTARY, TOWERS, WITHOUT_CLS, hf_clip, ids, open_clip_pair
+from tests.helpers.tiers import tiered
+from tests.helpers.towers import SCHEDULE, WIDTH, clip_vit, images, plain_vit, text
+
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}  # two libraries' fp32, sums in another order
+BATCH = torch.export.Dim("batch")
+
+
+def exported(model, args, dynamic=None):
+    """The model's ONNX, of any batch where `dynamic` says so."""
+    file = io.BytesIO()
+    with torch.no_grad():
+        torch.onnx.export(model, args, file, dynamo=True, dynamic_shapes=dynamic, verbose=False)
+    return onnx.load_from_string(file.getvalue())
+
+
+def opened(program):
+    return onnxruntime.InferenceSession(
+        program.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+
+
+def run(session, *args):
+    """The outputs for these inputs, in the order of the model's."""
+    names = (each.name for each in session.get_inputs())
+    found = session.run(None, {name: arg.numpy() for name, arg in zip(names, args, strict=True)})
+    return [torch.from_numpy(each) for each in found]
+
+
+@torch.no_grad()
+def assert_runs_alike(program, model, *args):
+    expected = [t for t in pytree.tree_leaves(model(*args)) if isinstance(t, torch.Tensor)]
+    torch.testing.assert_close(run(opened(program), *args), expected, **CLOSE)
+
+
+VISION = {"schedule": SCHEDULE, "without_text": "vision"}
+CASES = {
+    **{f"elip {s}": ELIP(**VISION, scorer=s) for s in ("last", "cls", "exact", "official", 1)},
+    "adaptive": AdaptiveELIP(**VISION, keep_mass=0.5),
+    "guided_tome": GuidedToMe(4, weight=0.5),
+    "pitome": PiToMe(4),
+    "crossget": CrossGET(4),
+    "evit": EViT(0.7, layers=(1, 3)),
+    "evit every layer": EViT(0.8, layers="all", attention_gradient=False),
+    "patch_dropout": PatchDropout(0.5),  # does nothing in inference
+    "nearest": ELIP(**VISION, merge="nearest"),
+    "nearest adaptive": AdaptiveELIP(**VISION, keep_mass=0.5, merge="nearest"),
+    "resize": ImageResize(32),
+    "tome": ToMe(4),
+    "tome list": ToMe((0, 5, 0, 3, 2, 20), proportional=False),
+    "trips": TRIPS(**VISION),
+}
+
+
+def test_every_strategy_is_tested():
+    names = {case.name for case in CASES.values()} | {"random"}  # draws: has a test of its own
+    assert names == elip_models.STRATEGIES.keys()
+
+
+@pytest.mark.slow
+def test_a_small_model():
+    model = elip_models.reduce_(plain_vit(depth=2).eval(), schedule="1(100%) 1(50%)")
+    assert_runs_alike(exported(model, (images(),)), model, images())
+
+
+@pytest.mark.parametrize("name", tiered(CASES, []))
+def test_a_strategy_gives_in_onnxruntime_what_it_gives_here_for_any_batch(name):
+    model = elip_models.reduce_(plain_vit().eval(), strategy=CASES[name])
+    program = exported(model, (images(),), dynamic=({0: BATCH},))
+    for batch in (1, 2, 5):
+        assert_runs_alike(program, model, images(batch))
+
+
+@pytest.mark.exhaustive
+def test_random_draws_in_every_run_and_keeps_what_it_drew(monkeypatch):
+    """The graph draws, seeded by onnxruntime; of the same draws both make the same."""
+    model = elip_models.reduce_(plain_vit().eval(), strategy=RandomPruning(SCHEDULE))
+    x = images()
+    program = exported(model, (x,))
+    draws = [n.output[0] for n in program.graph.node if n.op_type.startswith("RandomUniform")]
+    assert len(draws) == len(RandomPruning(SCHEDULE).stages(as_tower(model).size))
+    program.graph.output.extend(onnx.ValueInfoProto(name=name) for name in draws)
+    session = opened(program)
+    first, second = (run(session, x) for _ in range(2))
+    assert not any(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    found, *drawn = second
+    monkeypatch.setattr(torch, "rand", lambda *size, device: drawn.pop(0).view(size))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), found, **CLOSE)
+    assert not drawn
+
+
+OTHERS = ("timm registers", "open_clip", "HF CLIP", "EVA-02 tiny", "HF SigLIP vision")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_towers(name):
+    model = (TOWERS | ROTARY | WITHOUT_CLS)[name]().eval()
+    elip_models.reduce_(
+        model, strategy=ToMe(4) if name.startswith("HF SigLIP") else CASES["elip last"]
+    )
+    assert_runs_alike(exported(model, (images(),)), model, images())
+
+
+@pytest.mark.exhaustive
+def test_guidance_is_baked_in():
+    model, x, t = clip_vit().eval(), images(), text()
+    elip_models.reduce_(model, schedule=SCHEDULE, fusion=0.0)
+    with elip_models.guidance(model, t):
+        program = exported(model, (x,))
+        assert_runs_alike(program, model, x)
+    with torch.no_grad():
+        unguided = model(x)
+    assert not torch.allclose(run(opened(program), x)[0], unguided, **CLOSE)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("library", ["open_clip", "HF"])
+def test_a_whole_clip_is_guided_by_its_text_input(library):
+    model = {"open_clip": open_clip_pair, "HF": hf_clip}[library]().eval()
+    elip_models.reduce_(model, schedule=SCHEDULE, fusion=0.0, guidance_norm="match")
+
+    def inputs_of(batch):
+        return tuple(f(batch) for f in ((images, ids) if library == "open_clip" else (ids, images)))
+
+    inputs = inputs_of(2)
+    program = exported(model, inputs, dynamic=({0: BATCH}, {0: BATCH}))
+    other = tuple(ids() if t.dtype == torch.int64 else t for t in inputs)
+    for each in (inputs, other, inputs_of(5)):
+        assert_runs_alike(program, model, *each)
+    of_image = -1 if library == "HF" else 0
+    session = opened(program)
+    assert not torch.allclose(run(session, *inputs)[of_image], run(session, *other)[of_image])
+
+
+class Call(nn.Module):
+    """A public op as a model."""
+
+    def __init__(self, op, **options):
+        super().__init__()
+        self.eval()
+        self.op, self.options = op, options
+
+    def forward(self, *tensors):
+        return self.op(*tensors, **self.options)
+
+
+def absorbed(op, **more):
+    """An op that reads a block's weights, of tokens and of the CLS token that scores."""
+    vectors = {name: torch.randn(WIDTH) for name in ("norm_weight", "norm_bias", "q_bias")}
+    matrices = {name: torch.randn(WIDTH, WIDTH) / 6 for name in ("q_weight", "k_weight")}
+    call = Call(op, **vectors, **matrices, eps=1e-6, num_heads=2, **more)
+    return call, (torch.randn(2, 9, WIDTH), torch.randn(2, WIDTH))
+
+
+def masked(tokens, scores, mask):
+    return elip_kernels.reduce(tokens, scores, 4, mask=mask)
+
+
+def calls():
+    tokens, mask = torch.randn(2, 9, WIDTH), torch.rand(2, 9) < 0.5
+    size = torch.randint(1, 6, (2, 9)).float()
+    yield "reduce", (Call(elip_kernels.reduce, keep=4), (tokens, torch.rand(2, 9)))
+    yield "reduce with a mask", (Call(masked), (tokens, torch.rand(2, 9), mask))
+    yield (
+        "cls_attention",
+        (
+            Call(elip_kernels.cls_attention),
+            (torch.randn(2, 2, 8), torch.randn(2, 2, 9, 8)),
+        ),
+    )
+    grouped = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 9, 8), mask.clone()
+    grouped[-1][:, 0] = True
+    received = Call(lambda q, k, mask: elip_kernels.attention_column_mean(q, k, mask=mask))
+    yield "attention_column_mean", (received, grouped)
+    first = Call(lambda q, k, mask: elip_kernels.cls_attention(q[:, :, 0], k, mask=mask))
+    yield "cls_attention with a mask", (first, grouped)
+    yield "cls_attention_from_tokens", absorbed(elip_kernels.cls_attention_from_tokens)
+    value = {"v_weight": torch.randn(WIDTH, WIDTH) / 6, "v_bias": torch.randn(WIDTH)}
+    yield "cls_attention_output", absorbed(elip_kernels.cls_attention_output, **value)
+    fuse = Call(fuse_text, fusion=0.8, guidance_norm="match")
+    yield "fuse_text", (fuse, (tokens, torch.randn(2, WIDTH)))
+    yield "score_reduce", absorbed(partial(elip_kernels.score_reduce, keep=4))
+    yield (
+        "bipartite_merge",
+        (
+            Call(lambda x, metric, size: elip_kernels.bipartite_merge(x, metric, 3, size=size)),
+            (tokens, torch.randn(2, 9, 4), size),
+        ),
+    )
+    kept, metric = torch.tensor([[1, 4, 8], [2, 3, 7]]), torch.randn(2, 9, 4)
+    yield "merge_nearest", (Call(elip_kernels.merge_nearest), (tokens, kept, metric))
+
+
+@pytest.mark.slow
+def test_every_op():
+    assert {name.removesuffix(" with a mask") for name, _ in calls()} == CALLS.keys()
+    for _, (model, args) in calls():
+        assert_runs_alike(exported(model, args), model, *args)
+
+
+class Kept(nn.Module):
+    """Which tokens a call keeps."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.keep = keep
+
+    def forward(self, tokens, scores):
+        return elip_kernels.reduce(tokens, scores, self.keep, return_info=True)[1].kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", [2, 5, 9])
+def test_ties_go_to_the_lower_index_and_nan_after_all_numbers(keep):
+    nan, inf = torch.nan, torch.inf
+    scores = torch.tensor([[nan, 0.5, -inf, 0.5, 0.5, nan, inf, 0.0, -0.0, nan], [0.25] * 10])
+    args = torch.randn(2, 11, 3), scores
+    assert_runs_alike(exported(Kept(keep), args), Kept(keep), *args)
+
+
+@pytest.mark.slow
+def test_alike_tokens_merge_by_the_lower_index():
+    def slots(tokens):
+        return elip_kernels.bipartite_merge(tokens, tokens, 3, return_info=True)[2].slots
+
+    tokens = torch.randn(2, 1, 4).expand(2, 11, 4).contiguous()
+    assert_runs_alike(exported(Call(slots), (tokens,)), Call(slots), tokens)

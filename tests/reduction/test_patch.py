@@ -1,0 +1,256 @@
+"""reduce_, unreduce_ and guidance on a timm model that somebody else owns."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+import elip_models
+from elip_models.reduction import caching
+from elip_models.reduction.patch import is_reduced
+from elip_models.towers import as_tower
+from tests.helpers.models import eva, open_clip_vit, output, siglip_vision
+from tests.helpers.tiers import tiered
+from tests.helpers.towers import (
+    SCHEDULE,
+    WIDTH,
+    assert_equal_gradients,
+    clip_vit,
+    gradients,
+    gradients_of_a_step,
+    images,
+    plain_vit,
+    text,
+)
+
+SCORERS = ["official", "exact", "bf16", "cls", "last", 1]
+
+
+@pytest.fixture(params=[plain_vit, clip_vit], ids=["plain", "clip"])
+def model(request):
+    return request.param()
+
+
+def test_the_head_reads_the_tokens_of_encode_image(model):
+    x, t, plan = images(), text(), {"schedule": SCHEDULE, "scorer": "last"}
+    tokens = elip_models.encode_image(model, x, t, **plan)
+    elip_models.reduce_(model, **plan)
+    with elip_models.guidance(model, t):
+        assert torch.equal(model(x), model.forward_head(tokens))
+
+
+def test_unreduce_restores_the_model(model):
+    x = images()
+    before, attributes = model(x), set(vars(model))
+    elip_models.reduce_(model, schedule=SCHEDULE)
+    assert not torch.equal(model(x), before)
+    elip_models.unreduce_(model)
+    assert torch.equal(model(x), before)
+    assert set(vars(model)) == attributes
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert model.forward_intermediates(x, intermediates_only=True)
+
+
+def test_second_call_replaces_the_settings(model):
+    elip_models.reduce_(model, schedule="2(100%) 4(30%)", scorer="exact")
+    elip_models.reduce_(model, schedule=SCHEDULE, fusion=0.5)
+    x, t = images(), text()
+    with elip_models.guidance(model, t):
+        got = model(x)
+    elip_models.unreduce_(model)
+    tokens = elip_models.encode_image(model, x, t, schedule=SCHEDULE, scorer="last", fusion=0.5)
+    assert torch.equal(got, model.forward_head(tokens))
+
+
+def test_the_dry_run_does_not_reduce_again_and_no_hook_sees_it(model):
+    calls = []
+    block = model.blocks[3]  # first of its stage; scored by a dry run through itself
+    block.register_forward_hook(lambda m, args, out: calls.append(out.shape[1]))
+    elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact")
+    model(images())
+    assert calls == [20]  # the reduced tokens, and not the 30 of the dry run
+
+
+def test_encode_image_refuses_a_reduced_model(model):
+    elip_models.reduce_(model, schedule=SCHEDULE)
+    with pytest.raises(ValueError, match="unreduce_"):
+        elip_models.encode_image(model, images(), schedule=SCHEDULE)
+
+
+def test_what_would_cut_the_blocks_off_is_refused(model):
+    elip_models.reduce_(model, schedule=SCHEDULE)
+    with pytest.raises(ValueError, match=r"prune_intermediate_layers.*unreduce_"):
+        model.prune_intermediate_layers(2)
+    elip_models.unreduce_(model)
+    assert model.prune_intermediate_layers(2) == [4, 5]
+
+
+def test_attention_masks_are_refused(model):
+    elip_models.reduce_(model, schedule=SCHEDULE)
+    with pytest.raises(ValueError, match="attn_mask"):
+        model.blocks[1](torch.randn(2, 37, WIDTH), attn_mask=torch.zeros(37, 37))
+
+
+def test_a_copy_made_inside_guidance_is_not_guided(model):
+    elip_models.reduce_(model, schedule=SCHEDULE, fusion=0.2)
+    model.eval()
+    x = images()
+    plain = model(x)
+    with elip_models.guidance(model, text()):
+        other = copy.deepcopy(model)
+    assert torch.equal(other(x), plain)
+
+
+def test_guidance_looks_through_data_parallel_wrappers(model, free_port):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{free_port}", rank=0, world_size=1
+    )
+    try:
+        elip_models.reduce_(model, schedule=SCHEDULE, fusion=0.2)
+        x, t = images(), text()
+        expected = gradients_of_a_step(model, x, t)
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        with elip_models.guidance(wrapped, t):
+            out = wrapped(x)
+        model.zero_grad()
+        out.square().sum().backward()
+        assert_equal_gradients(gradients(model), expected, rtol=1e-5, atol=1e-6)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_bf16_autocast_gives_every_weight_its_gradient(model):
+    """A weight cast in the dry run, without gradient, must not serve the training pass."""
+    x, t = images(), text()
+    elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact")
+    with torch.autocast("cpu", torch.bfloat16), elip_models.guidance(model, t):
+        loss = model(x).square().sum()
+    loss.backward()
+    missing = [n for n, p in model.named_parameters() if p.grad is None]
+    assert not missing
+
+
+@pytest.mark.parametrize("scorer", tiered(SCORERS, []))
+def test_compiles_whole_forward_and_backward(scorer):
+    torch._dynamo.reset()
+    model = clip_vit()
+    elip_models.reduce_(model, schedule=SCHEDULE, scorer=scorer)
+    x, t = images(), text()
+    expected = gradients_of_a_step(model, x, t)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for guide in (t, text(), t):
+        with elip_models.guidance(compiled, guide):
+            out = compiled(x)
+    model.zero_grad()
+    out.square().sum().backward()
+    assert_equal_gradients(gradients(model), expected, rtol=1e-4, atol=1e-5)
+    with elip_models.guidance(model, t):
+        torch.testing.assert_close(out, model(x))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("scorer", ["cls", "exact"])
+def test_compiles_with_inductor_and_autocast(scorer):
+    torch._dynamo.reset()
+    model = plain_vit(depth=3)
+    elip_models.reduce_(model, schedule="1(100%) 2(50%)", scorer=scorer)
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16), elip_models.guidance(compiled, text()):
+        loss = compiled(images()).square().sum()
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("how", [torch.compile, lambda m: (m.compile(), m)[1]])
+def test_a_compiled_model_is_refused(model, how):
+    compiled = how(model)
+    for change in (lambda m: elip_models.reduce_(m, schedule=SCHEDULE), elip_models.unreduce_):
+        with pytest.raises(TypeError, match="then compile"):
+            change(compiled)
+
+
+@pytest.mark.parametrize("strategy", ["tome", "elip", "resize"])
+def test_torch_fx_is_refused_until_the_reduction_is_undone(model, strategy):
+    elip_models.reduce_(model.eval(), strategy=strategy, keep=0.6)
+    with pytest.raises(TypeError, match=r"before reduce_ for torch\.fx .*or use torch\.export"):
+        torch.fx.symbolic_trace(model)
+    x = images()
+    expected = elip_models.unreduce_(model)(x)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
+
+
+@pytest.mark.parametrize("make", [plain_vit, open_clip_vit, eva, siglip_vision])
+def test_a_block_that_stands_twice_is_refused_and_nothing_is_changed(make):
+    model, x = make().eval(), images()
+    blocks = as_tower(model).blocks
+    blocks[4] = blocks[1]
+    expected = output(model, x)
+    with pytest.raises(TypeError, match=r"block 4 that is block 1 again; give it a copy\.deepcopy"):
+        elip_models.reduce_(model, schedule=SCHEDULE)
+    assert not is_reduced(model)
+    assert torch.equal(output(model, x), expected)
+    blocks[4] = copy.deepcopy(blocks[1])
+    output(elip_models.reduce_(model, schedule=SCHEDULE), x)
+    assert torch.equal(output(elip_models.unreduce_(model), x), expected)
+
+
+def test_guidance_is_scoped_and_nests(model):
+    elip_models.reduce_(model, schedule=SCHEDULE, without_text="vision")
+    model.eval()
+    x, a, b = images(), text(), text()
+    plain = model(x)
+    with elip_models.guidance(model, a):
+        guided = model(x)
+        with elip_models.guidance(model, b):
+            model(x)
+        assert torch.equal(model(x), guided)
+    assert torch.equal(model(x), plain)
+    with pytest.raises(ZeroDivisionError), elip_models.guidance(model, a):
+        raise ZeroDivisionError
+    assert torch.equal(model(x), plain)
+
+
+def test_without_text_dense_reduces_nothing_and_says_so_once(model):
+    caching.warn_once.cache_clear()
+    x = images()
+    dense = model(x)
+    elip_models.reduce_(model, schedule=SCHEDULE, without_text="dense")
+    with pytest.warns(UserWarning, match="nothing is reduced"):
+        assert torch.equal(model(x), dense)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x)
+
+
+def test_a_scorer_that_does_not_pay_in_eval_mode_warns_once_with_the_ratio(model):
+    caching.warn_once.cache_clear()
+    elip_models.reduce_(model, schedule="1(100%) 1(90%) 4(80%)", scorer="exact")
+    model.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(images())
+    model.eval()
+    with pytest.warns(UserWarning, match=r"cost 1\.\d\d times"):
+        model(images())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(images())
+        elip_models.reduce_(model, schedule="1(100%) 1(90%) 4(80%)", scorer="last")
+        model(images())
+
+
+def test_other_settings_wait_until_nobody_guides_or_records():
+    """Whoever holds the model as it was reduced would else guide, and be told of, nothing."""
+    model = elip_models.reduce_(plain_vit().eval(), schedule=SCHEDULE)
+    for held in (elip_models.guidance(model, text()), elip_models.record_stages(model)):
+        with held:
+            elip_models.reduce_(model, schedule=SCHEDULE)  # as it is already
+            with pytest.raises(
+                RuntimeError, match=r"outside of guidance\(model, \.\.\) and record"
+            ):
+                elip_models.reduce_(model, schedule="3(100%) 3(40%)")
+    elip_models.reduce_(model, schedule="3(100%) 3(40%)")
+    with elip_models.record_stages(model) as infos:
+        model(images())
+    assert len(infos) == 1

@@ -1,0 +1,67 @@
+"""Scorer `received`: tokens that all others look at, of towers with a CLS token and without."""
+
+import pytest
+import torch
+
+import elip_models
+from elip_models.reduction.caching import UnguidedWarning
+from elip_models.towers import as_tower
+from tests.helpers.models import hf_siglip, siglip_vision
+from tests.helpers.towers import SCHEDULE, images, plain_vit, text, whole_grid
+
+TOWERS = {"timm": plain_vit, "siglip": siglip_vision}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TOWERS)
+def test_the_row_is_the_mean_of_the_columns_of_the_last_layers_map(name):
+    model, x = TOWERS[name]().eval(), images()
+    tower, plan = as_tower(model), {"schedule": "3(100%) 3(50%)", "scorer": "received"}
+    _, (info,) = elip_models.encode_image(model, x, **plan, return_info=True)
+    tokens = tower.embed(x)
+    for i in range(3):
+        tokens = tower.block(i, tokens)
+    expected = tower.attention_map(5, tokens).mean((1, 2))
+    torch.testing.assert_close(info.attention, expected, atol=1e-6, rtol=1e-5)
+    p = tower.num_prefix_tokens
+    best = expected[:, p:].topk(tower.num_patches // 2).indices.sort().values + p
+    assert torch.equal(info.reduction.kept, best)
+
+
+@pytest.mark.parametrize("without_text", ["dense", "vision", None])
+def test_a_tower_without_cls_is_reduced_by_itself(without_text):
+    model, x = siglip_vision().eval(), images()
+    plan = {"schedule": SCHEDULE, "scorer": "received", "without_text": without_text}
+    tokens, infos = elip_models.encode_image(model, x, **plan, return_info=True)
+    elip_models.reduce_(model, strategy="elip", **plan)
+    assert torch.equal(model(x).last_hidden_state, whole_grid(tokens, infos))
+    assert tokens.shape[1] < as_tower(model).num_tokens
+
+
+def test_no_text_changes_it_and_a_given_one_is_said_to_be_unread():
+    model, x = plain_vit().eval(), images()
+    elip_models.reduce_(model, strategy="elip", schedule=SCHEDULE, scorer="received")
+    alone = model(x)
+    with (
+        pytest.warns(UnguidedWarning, match="^'elip' reads no text by scorer='received'"),
+        elip_models.guidance(model, text()),
+    ):
+        assert torch.equal(model(x), alone)
+    assert "guided by" not in elip_models.reduction_summary(model).line
+
+
+def test_a_whole_model_encodes_its_text_once():
+    model, read = hf_siglip().eval(), []
+    model.text_model.register_forward_hook(lambda *_: read.append(1))
+    elip_models.reduce_(model, strategy="elip", schedule=SCHEDULE, scorer="received")
+    ids = torch.randint(0, 20, (2, 8))
+    model(pixel_values=images(), input_ids=ids)
+    assert len(read) == 1
+    elip_models.reduce_(model, strategy="elip", schedule=SCHEDULE, scorer="last")
+    model(pixel_values=images(), input_ids=ids)
+    assert len(read) == 3  # and once more to guide
+
+
+def test_a_tower_without_cls_says_what_it_may_do():
+    with pytest.raises(TypeError, match=r"a text alone can score .*scorer='received'"):
+        elip_models.reduce_(siglip_vision(), strategy="elip", schedule=SCHEDULE, fusion=1.0)

@@ -1,0 +1,108 @@
+"""The scorers between `exact` and `last`: what runs in each, on every tower."""
+
+import pytest
+import torch
+
+import elip_models
+from elip_models.reduction.schedule import Stage
+from elip_models.reduction.scorers import get_scorer, row_of
+from elip_models.towers import Query, as_tower, with_cls
+from tests.helpers.models import POOLED, POOLED_WITHOUT_CLS, ROTARY, TOWERS, WITHOUT_CLS
+from tests.helpers.towers import SCHEDULE, clip_vit, images, plain_vit, text
+
+STAGE = Stage(first=1, layers=5, keep=10)
+LAYERS = range(1, 6)
+MODELS = TOWERS | ROTARY | POOLED | WITHOUT_CLS | POOLED_WITHOUT_CLS
+BETWEEN = ("bf16", "alternate", "attention", "mean")
+
+
+def entered(model):
+    """The tower, tokens that enter its stage, and a text as the CLS token that looks at them."""
+    tower = as_tower(model.eval())
+    return tower, tower.embed(images()), text()
+
+
+def row(scorer, tower, tokens, cls, stage=STAGE):
+    with torch.no_grad():
+        query = Query(tokens[:, 0], cls, fusion=0.0)
+        return row_of(get_scorer(scorer), tower, stage, tokens, query)
+
+
+def switch_off(*linears):
+    for linear in linears:
+        torch.nn.init.zeros_(linear.weight)
+        torch.nn.init.zeros_(linear.bias)
+
+
+@pytest.mark.parametrize("make", [plain_vit, clip_vit])
+def test_attention_is_exact_where_no_mlp_adds_anything(make):
+    model = make()
+    tower, *given = entered(model)
+    assert not torch.allclose(row("attention", tower, *given), row("exact", tower, *given))
+    switch_off(*(model.blocks[i].mlp.fc2 for i in LAYERS[:-1]))
+    torch.testing.assert_close(row("attention", tower, *given), row("exact", tower, *given))
+
+
+@pytest.mark.parametrize("make", [plain_vit, clip_vit])
+def test_alternate_is_exact_where_every_second_layer_adds_nothing(make):
+    model = make()
+    tower, *given = entered(model)
+    assert not torch.allclose(row("alternate", tower, *given), row("exact", tower, *given))
+    for i in (2, 4):
+        switch_off(model.blocks[i].attn.proj, model.blocks[i].mlp.fc2)
+    torch.testing.assert_close(row("alternate", tower, *given), row("exact", tower, *given))
+
+
+def test_mean_is_that_of_the_maps_of_all_layers_of_the_stage():
+    tower, tokens, cls = entered(plain_vit())
+    x = with_cls(tokens, cls)
+    maps = torch.stack([tower.attention_map(i, x)[:, :, 0].mean(1) for i in LAYERS])
+    torch.testing.assert_close(row("mean", tower, tokens, cls), maps.mean(0))
+
+
+def test_bf16_is_exact_under_autocast_and_leaves_other_dtypes_as_they_are():
+    model = plain_vit()
+    tower, *given = entered(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = row("exact", tower, *given)
+    low, exact = row("bf16", tower, *given), row("exact", tower, *given)
+    assert torch.equal(low, expected)
+    assert low.dtype == torch.float32
+    assert not torch.equal(low, exact)
+    assert (low - exact).abs().max() < 0.05 * exact.max()
+    tower, given = as_tower(model.double()), [each.double() for each in given]
+    assert torch.equal(row("bf16", tower, *given), row("exact", tower, *given))
+
+
+def test_bf16_in_the_dry_run_casts_no_weight_of_the_training_pass():
+    model, x, t = plain_vit(), images(), text()
+    elip_models.reduce_(model, schedule=SCHEDULE, scorer="bf16")
+    with torch.autocast("cpu", torch.bfloat16), elip_models.guidance(model, t):
+        model(x).square().sum().backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None]
+    model.zero_grad()
+    with elip_models.guidance(model, t):
+        assert model(x).dtype == torch.float32
+
+
+def test_a_stage_of_one_layer_is_scored_alike_by_all():
+    stage = Stage(first=3, layers=1, keep=10)
+    tower, *given = entered(clip_vit())
+    expected = row("exact", tower, *given, stage)
+    for name in ("alternate", "attention", "cls", "mean", "last"):
+        torch.testing.assert_close(row(name, tower, *given, stage), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scorer", BETWEEN)
+def test_every_tower_takes_it(scorer):
+    for name, make in MODELS.items():
+        model, x, t = make().eval(), images(), text()
+        with torch.no_grad():
+            tokens, infos = elip_models.encode_image(
+                model, x, t, schedule=SCHEDULE, scorer=scorer, return_info=True
+            )
+            assert tokens.isfinite().all(), name
+            assert all(info.attention.isfinite().all() for info in infos), name
+            patches = infos[0].attention[:, as_tower(model).num_prefix_tokens :]
+            assert (patches.std(1) > 0).all(), name

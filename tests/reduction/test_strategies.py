@@ -1,0 +1,340 @@
+"""The strategies behind one interface: against the official tensors, in a model, at equal FLOPs."""
+
+import copy
+import pickle
+from dataclasses import replace
+from itertools import chain
+
+import pytest
+import torch
+
+import elip_models
+from elip_models import (
+    ELIP,
+    TRIPS,
+    AdaptiveELIP,
+    CrossGET,
+    EViT,
+    GuidedToMe,
+    ImageResize,
+    PatchDropout,
+    PiToMe,
+    RandomPruning,
+    ToMe,
+)
+from elip_models.towers import as_tower
+from tests.helpers.models import (
+    TOWERS,
+    eva,
+    ids,
+    open_clip_pair,
+    open_clip_vit,
+    output,
+    siglip_vision,
+)
+from tests.helpers.official import check_gradients, tower
+from tests.helpers.tiers import tiered
+from tests.helpers.towers import SCHEDULE, WIDTH, images, plain_vit, text, whole_grid
+
+
+def evit_case(golden):
+    case = golden("evit")
+    model = tower(case)
+    weights = {n: w for n, w in case.under("sd/").items() if not n.startswith("head.")}
+    model.load_state_dict(weights)
+    return case, model.eval()
+
+
+def run(case, model, strategy, prefix=""):
+    """tokens and logits of the case's image, and gradients of its loss."""
+    head = {n: case[f"sd/head.{n}"].clone().requires_grad_() for n in ("weight", "bias")}
+    image = case["image"].clone().requires_grad_()
+    tokens, infos = elip_models.encode_image(model, image, strategy=strategy, return_info=True)
+    logits = tokens[:, 0] @ head["weight"].T + head["bias"]
+    loss = (logits * case[f"{prefix}upstream/logits"]).sum()
+    loss = loss + (tokens * case[f"{prefix}upstream/out_tokens"]).sum()
+    loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters()}
+    grads |= {f"head.{n}": p.grad for n, p in head.items()} | {"image": image.grad}
+    return tokens, logits, infos, grads
+
+
+def test_evit_reproduces_the_official_run(golden):
+    case, model = evit_case(golden)
+    tokens, logits, infos, grads = run(case, model, EViT(keep_rate=0.7))
+    assert [info.stage.first for info in infos] == [3, 6, 9]
+    for s, info in enumerate(infos):
+        assert torch.equal(info.reduction.kept - 1, case[f"stage{s}/idx"].long())
+        torch.testing.assert_close(
+            info.attention[:, 1:], case[f"stage{s}/cls_attn"], atol=1e-6, rtol=0
+        )
+    torch.testing.assert_close(tokens, case["out_tokens"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits, case["logits"], atol=1e-5, rtol=0)
+    check_gradients(grads, case.under("grad/"))
+
+
+def test_without_attention_gradient_evit_selects_the_same(golden):
+    case, model = evit_case(golden)
+    tokens, _, infos, grads = run(case, model, EViT(attention_gradient=False))
+    for s, info in enumerate(infos):
+        assert torch.equal(info.reduction.kept - 1, case[f"stage{s}/idx"].long())
+    torch.testing.assert_close(tokens, case["out_tokens"], atol=1e-5, rtol=0)
+    assert not torch.allclose(grads["image"], case["grad/image"], atol=1e-4)
+
+
+def test_evit_fuses_in_the_precision_of_the_tokens():
+    model, x = plain_vit().eval(), images()
+    _, rough = elip_models.encode_image(model, x, strategy=EViT(), return_info=True)
+    _, fine = elip_models.encode_image(
+        model.double(), x.double(), strategy=EViT(), return_info=True
+    )
+    assert (rough[0].attention.dtype, fine[0].attention.dtype) == (torch.float32, torch.float64)
+    total = fine[0].attention.sum(1)
+    torch.testing.assert_close(total, torch.ones_like(total), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("prefix", ["r4/", "r8/", "r8_noprop/"])
+def test_tome_reproduces_the_official_run(golden, prefix):
+    case = golden("tome")
+    model = tower(case)
+    weights = {n: w for n, w in case.under("sd/").items() if not n.startswith("head.")}
+    model.load_state_dict(weights)
+    strategy = ToMe(r=int(prefix[1]), proportional="noprop" not in prefix)
+    tokens, logits, infos, grads = run(case, model.eval(), strategy, prefix)
+    torch.testing.assert_close(tokens, case[f"{prefix}out_tokens"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits, case[f"{prefix}logits"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(infos[-1].sizes, case[f"{prefix}size_final"].flatten(1))
+    check_gradients(grads, case.under(f"{prefix}grad/"))
+
+
+STRATEGIES = {
+    "elip": ELIP(SCHEDULE, scorer="exact"),
+    "evit": EViT(0.7, layers=(1, 3)),
+    "evit every layer": EViT(0.8, layers="all", attention_gradient=False),
+    "tome": ToMe(4),
+    "tome list": ToMe((0, 5, 0, 3, 2, 20), proportional=False),
+    "guided_tome": GuidedToMe((4, 0, 4, 5, 2, 20), protect=0.6, weight=0.5),
+    "pitome": PiToMe((4, 0, 4, 5, 2, 20)),
+    "crossget": CrossGET((4, 0, 4, 5, 2, 20), fusion=0.4),
+    "trips": TRIPS(SCHEDULE),
+    "patch_dropout": PatchDropout(0.5),
+    "random": RandomPruning(SCHEDULE),
+    "resize": ImageResize(32),
+    "adaptive": AdaptiveELIP(SCHEDULE, keep_mass=0.5),
+    "nearest": ELIP(SCHEDULE, merge="nearest"),
+    "proportional": ELIP(SCHEDULE, merge="nearest", proportional=True),
+    "nearest evit": EViT(0.7, layers=(1, 3), merge="nearest"),
+    "nearest adaptive": AdaptiveELIP(SCHEDULE, keep_mass=0.5, merge="nearest"),
+}
+LIBRARIES = ["timm", "open_clip", "HF CLIP", "HF BLIP"]
+OTHERS = {"HF SigLIP": siglip_vision, "rotary": lambda: eva(qk_norm=True)}
+EVERY_TOWER = TOWERS | OTHERS
+strategies = pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
+
+
+def test_every_strategy_is_tested():
+    assert {s.name for s in STRATEGIES.values()} == set(elip_models.STRATEGIES)
+
+
+def patched(model, strategy, x, t, call=None):
+    """The model's output under `reduce_`; random draws are those of seed 1."""
+    elip_models.reduce_(model, strategy=strategy)
+    torch.manual_seed(1)
+    with elip_models.guidance(model, t):
+        return output(model if call is None else call, x)
+
+
+REFUSED = {("HF SigLIP", name) for name in ("evit", "evit every layer", "nearest evit")}
+REFUSED |= {("rotary", "resize")}
+REFUSED |= {("rotary", name) for name in ("tome", "tome list", "guided_tome", "pitome", "crossget")}
+PAIRS = [(library, name) for library in [*LIBRARIES, *OTHERS] for name in STRATEGIES]
+TAKEN = [pair for pair in PAIRS if pair not in REFUSED]
+MECHANISMS = ["elip", "tome", "resize"]  # before a block, in its place, before the tower
+QUICK = [(library, name) for library, name in TAKEN if library == "timm" or name == "elip"]
+
+
+@pytest.mark.parametrize(("library", "name"), sorted(REFUSED))
+def test_what_a_tower_does_not_support_is_refused(library, name):
+    with pytest.raises(TypeError, match=f"got '{STRATEGIES[name].name}': "):
+        elip_models.reduce_(EVERY_TOWER[library](), strategy=STRATEGIES[name])
+
+
+@pytest.mark.parametrize(("library", "name"), tiered(TAKEN, QUICK))
+def test_a_patched_model_equals_encode_image(library, name):
+    model, strategy, x, t = EVERY_TOWER[library](), STRATEGIES[name], images(), text()
+    model.train()
+    dense, keys, tower = output(model, x), list(model.state_dict()), as_tower(model)
+    torch.manual_seed(1)
+    tokens, infos = elip_models.encode_image(model, x, t, strategy=strategy, return_info=True)
+    counts = strategy.token_counts(tower.size)
+    assert tokens.shape == (2, counts[-1].mlp, WIDTH)
+    assert len(infos) <= len(strategy.stages(tower.size))
+    seen = []
+    handle = tower.blocks[-1].register_forward_hook(lambda m, args, out: seen.append(out))
+    reduced = patched(model, strategy, x, t)
+    handle.remove()
+    on_grid = infos and (strategy.pads or (tower.pools and strategy.merge))
+    left = whole_grid(tokens, infos) if on_grid else tokens
+    assert torch.equal(tower.finish(seen[-1]), left)
+    assert not torch.equal(reduced, dense)  # though merging by size hardly moves a mean
+    assert list(model.state_dict()) == keys
+    reduced.square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    elip_models.unreduce_(model)
+    assert torch.equal(output(model, x), dense)
+
+
+@strategies
+def test_every_block_sees_the_tokens_that_the_counts_say(strategy):
+    model, x, t = plain_vit(), images(), text()
+    seen = {}
+
+    def note(module, args, out):
+        if torch.is_grad_enabled():  # what chooses runs without
+            seen[module] = out.shape[1]
+
+    halves = [(block.norm1, block.norm2) for block in model.blocks]
+    for norm in chain.from_iterable(halves):
+        norm.register_forward_hook(note)
+    patched(model, replace(strategy, scorer="last") if strategy.name == "elip" else strategy, x, t)
+    expected = strategy.token_counts(as_tower(model).size)
+    assert [(seen[first], seen[second]) for first, second in halves] == list(expected)
+
+
+def through_pickle(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@strategies
+@pytest.mark.parametrize("how", tiered([copy.deepcopy, through_pickle], [through_pickle]))
+def test_copies_reduce_and_can_be_undone(strategy, how):
+    model, x, t = open_clip_vit(), images(), text()
+    dense = output(model, x)
+    expected = patched(model, strategy, x, t)
+    other = how(model)
+    torch.manual_seed(1)
+    with elip_models.guidance(other, t):
+        assert torch.equal(output(other, x), expected)
+    assert torch.equal(output(elip_models.unreduce_(other), x), dense)
+
+
+COMPILED = [("timm", name) for name in STRATEGIES]
+COMPILED += [(library, name) for library in ("open_clip", "HF CLIP") for name in MECHANISMS]
+
+
+@pytest.mark.parametrize(("library", "name"), tiered(COMPILED, []))
+def test_compiles_whole_forward_and_backward(library, name):
+    torch._dynamo.reset()
+    model, strategy, x, t = TOWERS[library](), STRATEGIES[name], images(), text()
+    expected = patched(model, strategy, x, t)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    got = patched(model, strategy, x, t, compiled)
+    if strategy.name not in ("random", "patch_dropout"):  # whose draws are the compiler's own
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    got.square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_whole_model_encodes_text_first_only_for_strategies_that_read_it():
+    model = open_clip_pair()
+    calls = []
+    model.transformer.register_forward_hook(lambda *args: calls.append(1))
+    x, tokens = images(), ids(2)
+    for strategy in STRATEGIES.values():
+        calls.clear()
+        elip_models.reduce_(model, strategy=strategy)(x, tokens)
+        assert len(calls) == 1 + strategy.is_guided, strategy
+
+
+def test_the_same_strategy_again_changes_nothing():
+    model, dropout = plain_vit(), PatchDropout(0.5, until=3)
+    forwards = []
+    for step in range(5):
+        elip_models.reduce_(model, strategy=dropout.at(step))
+        forwards.append(vars(model.blocks[0]).get("forward"))
+    assert forwards[0] is forwards[1] is forwards[2] is not None
+    assert forwards[3] is forwards[4] is None
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EViT(0.0), "keep_rate: expected a number in"),
+        (lambda: EViT(True), "keep_rate: expected a number in"),
+        (lambda: EViT(layers=(3, 1)), "layers: expected rising"),
+        (lambda: EViT(layers=()), "layers: expected rising"),
+        (lambda: ToMe(-1), "r: expected an integer at least 0"),
+        (lambda: ToMe(True), "r: expected an integer at least 0"),
+        (lambda: ToMe(proportional=1), "proportional: expected True or False"),
+        (lambda: GuidedToMe(protect=1.0), r"protect: expected a number in \[0, 1\), got 1"),
+        (lambda: GuidedToMe(weight=-0.1), "weight: expected a number at least 0"),
+        (
+            lambda: elip_models.reduce_(siglip_vision(), strategy=GuidedToMe(fusion=1.0)),
+            "has no CLS token, so a text alone",
+        ),
+        (lambda: EViT(attention_gradient="no"), "attention_gradient: expected True or False"),
+        (
+            lambda: RandomPruning(SCHEDULE, merge=1),
+            "merge: expected True or False or 'nearest', got 1",
+        ),
+        (lambda: AdaptiveELIP(SCHEDULE, merge=False), "merge: expected True or 'nearest' with"),
+        (lambda: ELIP(proportional=True), "proportional: expected False unless merge='nearest'"),
+        (lambda: PatchDropout(1.5), "keep: expected a number in"),
+        (lambda: PatchDropout(0.5, until=-1), "until: expected .* at least 0 or None, got -1"),
+        (lambda: ImageResize(0), "size: expected an integer at least 1 or None, got 0"),
+        (lambda: AdaptiveELIP(SCHEDULE, keep_mass=0), "keep_mass: expected a number in"),
+        (lambda: AdaptiveELIP(SCHEDULE, scorer="exact"), "scorer: expected 'last'"),
+        (lambda: RandomPruning("6"), "schedule: expected groups"),
+        (lambda: elip_models.reduce_(plain_vit(), strategy=ToMe((1, 2))), "r: expected 6 numbers"),
+        (
+            lambda: elip_models.reduce_(plain_vit(), strategy=EViT(layers=(9,))),
+            "layers: .* below 6",
+        ),
+        (lambda: elip_models.reduce_(plain_vit(), strategy=ImageResize(30)), "size: .* multiple"),
+        (lambda: elip_models.reduce_(plain_vit(), strategy="tomb"), "did you mean 'tome'"),
+        (lambda: elip_models.reduce_(plain_vit(), strategy="tome:r=1-"), "r: expected a number"),
+        (
+            lambda: elip_models.reduce_(plain_vit(), strategy="tome", fusion=0.5),
+            "fusion: expected none with strategy='tome', which takes r, proportional, got 0.5",
+        ),
+        (
+            lambda: elip_models.reduce_(plain_vit(), strategy=ToMe(4), schedule=SCHEDULE),
+            r"schedule: expected it in the strategy, tome\(",
+        ),
+        (
+            lambda: elip_models.reduce_(plain_vit(reg_tokens=2), strategy=ToMe(4)),
+            "strategy: expected one for this model, got 'tome': of its prefix tokens",
+        ),
+    ],
+)
+def test_a_bad_setting_is_named(make, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        make()
+
+
+def test_a_replaced_forward_is_not_bypassed():
+    model = elip_models.reduce_(plain_vit(), schedule=SCHEDULE)
+    expected = model(x := images())
+    model.blocks[0].forward = model.blocks[0].forward
+    with pytest.raises(TypeError, match="Blocks that run their own forward"):
+        elip_models.reduce_(model, strategy="tome")
+    assert torch.equal(model(x), expected)  # as it was
+    del model.blocks[0].forward
+    elip_models.reduce_(model, strategy="tome")
+    elip_models.reduce_(model, strategy=ToMe(3))  # our own stands aside
+
+
+def test_a_tower_of_few_patches_has_a_setting_at_every_strength():
+    size = as_tower(plain_vit(img_size=8)).size
+    assert size.num_patches == 1
+    for strategy in (
+        EViT(),
+        PatchDropout(),
+        ToMe(),
+        RandomPruning("6(100%)"),
+        ELIP("3(100%) 3(50%)"),
+    ):
+        for strength in (0.0, 0.5, 1.0):
+            assert strategy.at_strength(size, strength).token_counts(size)[-1].mlp >= 2
+    for strategy in STRATEGIES.values():
+        assert strategy.at_flops(plain_vit(), 1.0)

@@ -1,0 +1,256 @@
+"""Many threads and tasks share one reduced model: each has its own guidance and its own forward."""
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import elip_models
+from tests.helpers.models import PAIRS, ids, output_of_pair
+from tests.helpers.tiers import tiered
+from tests.helpers.towers import SCHEDULE, clip_vit, images, plain_vit, text
+from tests.reduction.test_strategies import STRATEGIES
+
+THREADS = 8
+QUICK = ("elip",)
+strategies = pytest.mark.parametrize("name", tiered(STRATEGIES, QUICK))
+
+
+def in_threads(run, count=THREADS):
+    """What run(i) returns for i from 0 on, each in its own thread, all begun together."""
+    barrier = threading.Barrier(count)
+
+    def begin(i):
+        barrier.wait()
+        return run(i)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(begin, range(count)))
+
+
+def wrong_of(model, run, rounds):
+    """How many outputs of `rounds` calls in each thread are not those of one call at a time."""
+    expected = [run(model, i) for i in range(THREADS)]
+    seed = torch.random.get_rng_state()
+
+    def repeat(i):
+        return sum(not torch.equal(run(model, i), expected[i]) for _ in range(rounds))
+
+    wrong = sum(in_threads(repeat))
+    assert torch.equal(torch.random.get_rng_state(), seed) or model.training
+    return wrong
+
+
+@torch.no_grad()
+def guided(model, i):
+    with elip_models.guidance(model, TEXTS[i]):
+        return model(IMAGES[i])
+
+
+torch.manual_seed(5)
+IMAGES = [images(2) for _ in range(THREADS)]
+TEXTS = [4 * text(2) for _ in range(THREADS)]
+
+
+@pytest.mark.exhaustive
+def test_no_output_of_a_thousand_is_wrong():
+    model = clip_vit().eval()
+    elip_models.reduce_(model, schedule=SCHEDULE, fusion=0.2)
+    outputs = [guided(model, i) for i in range(THREADS)]
+    other = guided(model, 0), guided(model, 1)
+    assert not torch.equal(*other) and torch.equal(other[0], outputs[0])
+    wrong, count = wrong_of(model, guided, 130), THREADS * 130
+    print(f"{wrong} of {count} outputs wrong")  # noqa: T201
+    assert count > 1000 and wrong == 0
+
+
+@strategies
+def test_every_strategy_serves_threads(name):
+    strategy = STRATEGIES[name]
+    model = clip_vit().eval()
+    elip_models.reduce_(model, strategy=strategy)
+    if strategy.name == "random":  # what it draws is drawn from one state for all threads
+        with torch.no_grad():
+            assert in_threads(lambda i: model(IMAGES[i]).shape) == [model(IMAGES[0]).shape] * 8
+        return
+    assert wrong_of(model, guided, 12) == 0
+
+
+@pytest.mark.parametrize("name", tiered(STRATEGIES, []))
+def test_threads_without_guidance_are_unguided(name):
+    strategy = STRATEGIES[name]
+    """Also while another thread is guided."""
+    if strategy.name == "random":
+        pytest.skip("its draws differ from call to call")
+    model = clip_vit().eval()
+    elip_models.reduce_(model, strategy=strategy)
+
+    @torch.no_grad()
+    def every_second(model, i):
+        return guided(model, i) if i % 2 else model(IMAGES[i])
+
+    assert wrong_of(model, every_second, 8) == 0
+
+
+def test_guidance_ends_with_its_context_in_any_order():
+    model = clip_vit().eval()
+    elip_models.reduce_(model, schedule=SCHEDULE, fusion=0.2)
+    with torch.no_grad():
+        unguided = model(IMAGES[0])
+        first, second = (elip_models.guidance(model, t) for t in TEXTS[:2])
+        first.__enter__()
+        second.__enter__()
+        by_second = model(IMAGES[0])
+        first.__exit__(None, None, None)
+        assert torch.equal(model(IMAGES[0]), by_second)
+        second.__exit__(None, None, None)
+        assert torch.equal(model(IMAGES[0]), unguided)
+        assert not torch.equal(by_second, unguided)
+
+
+def test_tasks_of_one_thread_have_their_own_guidance():
+    model = clip_vit().eval()
+    elip_models.reduce_(model, schedule=SCHEDULE, fusion=0.2)
+    expected = [guided(model, i) for i in range(THREADS)]
+
+    async def task(i):
+        outputs = []
+        for _ in range(4):
+            with elip_models.guidance(model, TEXTS[i]):
+                await asyncio.sleep(0)
+                with torch.no_grad():
+                    outputs.append(model(IMAGES[i]))
+                await asyncio.sleep(0)
+                # A thread that the task waits for is guided as the task is.
+                outputs.append(await asyncio.to_thread(torch.no_grad()(model), IMAGES[i]))
+        return outputs
+
+    async def all_tasks():
+        return await asyncio.gather(*map(task, range(THREADS)))
+
+    for outputs, right in zip(asyncio.run(all_tasks()), expected, strict=True):
+        assert all(torch.equal(output, right) for output in outputs)
+
+
+@pytest.mark.parametrize("name", tiered(STRATEGIES, []))
+def test_gradients_in_threads_are_those_of_one_at_a_time(name):
+    strategy = STRATEGIES[name]
+    """With and without activation checkpointing, whose blocks find their own forward again."""
+    if strategy.name in ("random", "patch_dropout"):
+        pytest.skip("its draws differ from call to call")
+    model = clip_vit()
+    elip_models.reduce_(model, strategy=strategy)
+
+    def step(model, i, run):
+        with elip_models.guidance(model, TEXTS[i]):
+            x = model.norm_pre(model._pos_embed(model.patch_embed(IMAGES[i])))
+            for block in model.blocks:
+                x = run(block, x)
+        weights = model.blocks[0].attn.qkv.weight, model.blocks[3].mlp.fc1.weight
+        return torch.cat([g.flatten() for g in torch.autograd.grad(x.square().sum(), weights)])
+
+    def plainly(model, i):
+        return step(model, i, lambda block, x: block(x))
+
+    def checkpointed(model, i):
+        return step(model, i, lambda block, x: checkpoint(block, x, use_reentrant=False))
+
+    assert wrong_of(model, plainly, 3) == 0
+    assert wrong_of(model, checkpointed, 3) == 0
+
+
+def test_reentrant_checkpoints_of_several_threads_are_refused():
+    model = clip_vit()
+    elip_models.reduce_(model, schedule=SCHEDULE)
+
+    def loss(i):
+        x = IMAGES[i].clone().requires_grad_()
+        return checkpoint(model, x, use_reentrant=True).square().sum()
+
+    losses = in_threads(loss, 2)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        losses[0].backward()
+
+
+IN_PLACE = [(name, "tome") for name in PAIRS if "EVA" not in name]  # which ToMe cannot reduce
+IN_PLACE.append((IN_PLACE[0][0], "guided_tome"))
+
+
+WHOLE = [*((name, "elip") for name in PAIRS), *IN_PLACE]
+GUIDED = [(name, "elip") for name in ("open_clip pair", "HF CLIP pair", "HF SigLIP pair")]
+
+
+@pytest.mark.parametrize(("name", "strategy"), tiered(WHOLE, [GUIDED[0]]))
+def test_a_whole_model_guides_itself_in_every_thread(name, strategy):
+    model, tokens = PAIRS[name]().eval(), [ids(2) for _ in range(THREADS)]
+    elip_models.reduce_(model, strategy=strategy, schedule=SCHEDULE if strategy == "elip" else None)
+
+    @torch.no_grad()
+    def run(model, i):
+        return output_of_pair(model, IMAGES[i], tokens[i])
+
+    assert wrong_of(model, run, 8) == 0
+
+
+def compiled_model(**options):
+    torch._dynamo.reset()
+    model = plain_vit().eval()
+    elip_models.reduce_(model, schedule=SCHEDULE, **options)
+    return model, torch.compile(model, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.slow
+def test_a_compiled_model_never_answers_with_the_guidance_of_another_thread():
+    model, compiled = compiled_model(fusion=0.2)
+    with torch.no_grad():
+        unguided = compiled(IMAGES[0])
+    expected = [guided(model, i) for i in range(2)]
+    with torch.no_grad(), elip_models.guidance(model, TEXTS[0]):
+        assert torch.allclose(compiled(IMAGES[0]), expected[0], atol=1e-6)
+
+        def elsewhere(i):
+            with torch.no_grad(), pytest.raises(RuntimeError, match="one thread or task at a time"):
+                compiled(IMAGES[0])  # unguided here
+            with torch.no_grad(), elip_models.guidance(model, TEXTS[1]):
+                inside = compiled(IMAGES[1])
+                ready.set()
+                assert done.wait(60)
+            return inside
+
+        ready, done = threading.Event(), threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(elsewhere, 1)
+            assert ready.wait(60)
+            with pytest.raises(RuntimeError, match="one thread or task at a time"):
+                compiled(IMAGES[0])  # guided there meanwhile
+            done.set()
+            assert torch.allclose(other.result(), expected[1], atol=1e-6)
+        assert torch.allclose(compiled(IMAGES[0]), expected[0], atol=1e-6)
+    with torch.no_grad():
+        assert torch.equal(compiled(IMAGES[0]), unguided)
+
+
+@pytest.mark.parametrize("strategy", tiered(["evit", "tome"], []))
+def test_a_compiled_model_that_no_text_guides_serves_threads(strategy):
+    torch._dynamo.reset()
+    model = plain_vit().eval()
+    elip_models.reduce_(model, strategy=strategy)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+
+    @torch.no_grad()
+    def run(model, i):
+        return compiled(IMAGES[i])
+
+    assert wrong_of(model, run, 8) == 0
+
+
+def test_data_parallel_is_refused():
+    model = plain_vit()
+    elip_models.reduce_(model, schedule=SCHEDULE)
+    with pytest.raises(ValueError, match="DistributedDataParallel"):
+        [module._replicate_for_data_parallel() for module in model.modules()]
+    elip_models.unreduce_(model)
+    assert [module._replicate_for_data_parallel() for module in model.modules()]

@@ -1,0 +1,267 @@
+"""What people type first: a model and at most one number."""
+
+import copy
+import functools
+import threading
+import warnings
+
+import pytest
+import timm
+import torch
+
+import elip_models
+from elip_models import ELIP, ToMe
+from elip_models.reduction.caching import warn_once
+from elip_models.reduction.flops import kept_share
+from elip_models.reduction.strategies import STRATEGIES
+from elip_models.reduction.strategy_spec import get_strategy
+from elip_models.towers import as_tower
+from tests.helpers.models import PAIRS, hf_clip, ids, open_clip_pair, output_of_pair
+from tests.helpers.towers import images, plain_vit, text
+
+
+def vit(depth=12, **options):
+    return timm.create_model(
+        "vit_base_patch16_224", depth=depth, embed_dim=32, num_heads=2, num_classes=3, **options
+    ).eval()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 12, 24])
+def test_no_argument_means_tome_at_any_depth(depth):
+    model, x = vit(depth), torch.randn(1, 3, 224, 224)
+    elip_models.reduce_(model)
+    summary = elip_models.reduction_summary(model)
+    assert summary.strategy.name == "tome"
+    assert summary.keep == pytest.approx(0.7 if depth > 1 else 0.75, abs=2 / 197)
+    assert model(x).shape == (1, 3)
+    elip_models.reduce_(model, keep=0.8)
+    assert elip_models.reduction_summary(model).keep == pytest.approx(0.8, abs=2 / 197)
+
+
+def test_no_argument_means_shares_of_each_image():
+    model = vit(dynamic_img_size=True)
+    elip_models.reduce_(model)
+    for size in (96, 224, 384):
+        with elip_models.record_stages(model) as infos:
+            model(torch.randn(1, 3, size, size))
+        patches = (size // 16) ** 2
+        shares = [info.stage.keep / patches for info in infos]
+        expected = [1 - 0.6 * (i + 1) / 12 for i in range(12)]
+        assert shares == pytest.approx(expected, abs=0.03)
+
+
+@pytest.mark.parametrize("options", [{"reg_tokens": 2}, {"replaced": True}], ids=str)
+def test_what_tome_cannot_reduce_is_reduced_by_elip(options):
+    options, replaced = dict(options), options.get("replaced", False)
+    options.pop("replaced", None)
+    model = vit(**options)
+    if replaced:
+        model.blocks[3].forward = functools.partial(type(model.blocks[3]).forward, model.blocks[3])
+    elip_models.reduce_(model)
+    assert elip_models.reduction_summary(model).strategy.name == "elip"
+    elip_models.reduce_(model, keep=0.8)
+    assert elip_models.reduction_summary(model).strategy.name == "elip"
+    assert model(torch.randn(1, 3, 224, 224)).shape == (1, 3)
+
+
+@pytest.mark.parametrize("depth", [3, 4, 12, 24])
+def test_elip_alone_means_the_papers_schedule_at_any_depth(depth):
+    model, x = vit(depth), torch.randn(1, 3, 224, 224)
+    elip_models.reduce_(model, strategy="elip")
+    counts = [layer.attention for layer in elip_models.reduction_summary(model).tokens]
+    assert sorted(set(counts), reverse=True) == [197, 178, 129, 80][-depth:]
+    assert model(x).shape == (1, 3)
+
+
+@pytest.mark.parametrize("preset", ["clip", "albef", "blip", "meter"])
+def test_presets_scale_and_written_layers_do_not(preset):
+    model = vit(24)
+    elip_models.reduce_(model, schedule=preset)
+    assert elip_models.reduction_summary(model).strategy.schedule.depth == 24
+    with pytest.raises(ValueError, match=r"expected 24 layers.*scaled to the tower: '4"):
+        elip_models.reduce_(model, schedule="2(100%) 2(90%) 6(65%) 2(40%)")
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("keep", [0.9, 0.6])
+def test_one_number_is_the_mean_share_of_tokens(name, keep):
+    model = vit()
+    elip_models.reduce_(model, keep=keep, strategy=name)
+    summary, tower = elip_models.reduction_summary(model), as_tower(model)
+    one_token = 15 / 197 if name == "resize" else 2 / 197  # a row or column of patches
+    assert summary.keep == pytest.approx(keep, abs=one_token)
+    assert summary.keep == kept_share(summary.strategy, tower.size)
+
+
+def test_one_number_in_a_forward():
+    model, x = vit(), torch.randn(2, 3, 224, 224)
+    seen = []
+    for i, block in enumerate(model.blocks):
+        block.mlp.register_forward_hook(lambda m, args, out, i=i: seen.append(args[0].shape[1]))
+    elip_models.reduce_(model, keep=0.7, strategy="tome")
+    model(x)
+    entering = [197, *seen[:-1]]
+    mean = (sum(seen) + sum(entering)) / (2 * 12 * 197)
+    assert mean == pytest.approx(0.7, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": 0.05}, "keep: expected at least 0.13.*got 0.05; reduce in earlier layers"),
+        (
+            {"keep": 0.05, "strategy": "elip"},
+            "keep: expected at least 0.17.*got 0.05; reduce in earlier layers",
+        ),
+        ({"keep": 0}, "keep: expected a number in"),
+        ({"keep": True}, "keep: expected a number in"),
+        ({"keep": "0.7"}, "keep: expected a number in"),
+        ({"strategy": "tom:r=8"}, "did you mean 'tome'"),
+        ({"strategy": "tome:r=8", "schedule": "clip"}, "schedule: expected none"),
+        ({"strategy": "elip:scorer=cls", "scorer": "exact"}, "scorer: expected it once"),
+        ({"strategy": ToMe(8), "scorer": "exact"}, "scorer: expected it in the strategy"),
+    ],
+)
+def test_what_cannot_be_typed(options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        elip_models.reduce_(vit(), **options)
+
+
+def test_at_flops_names_depth_and_schedule():
+    with pytest.raises(ValueError, match=r"elip\(schedule='2\(100%\).* of 12 layers, got 0.05"):
+        ELIP().at_flops(vit(), 0.05)
+
+
+def test_defaults_are_the_same_by_name_by_instance_and_by_line():
+    found = []
+    for strategy in ("elip", ELIP(), "elip:schedule=clip", "elip:scorer=last"):
+        model = vit()
+        elip_models.reduce_(model, strategy=strategy)
+        found.append(elip_models.reduction_summary(model).strategy)
+    assert len(set(found)) == 1
+    assert (found[0].scorer, found[0].without_text) == ("last", "vision")
+
+
+def test_encode_image_is_elip_as_reduce_has_it():
+    model, x, t = plain_vit(), images(), text()
+    tokens = elip_models.encode_image(model, x, t)
+    alone = elip_models.encode_image(model, x, keep=0.6)
+    elip_models.reduce_(model, strategy="elip")
+    with elip_models.guidance(model, t):
+        assert torch.equal(model.forward_features(x), tokens)
+    elip_models.reduce_(model, strategy="elip", keep=0.6)
+    assert torch.equal(model.forward_features(x), alone)
+
+
+def test_a_tower_without_cls_is_reduced_by_what_needs_none():
+    model, x = plain_vit(class_token=False, global_pool="avg").eval(), images()
+    dense = model(x)
+    elip_models.reduce_(model)
+    assert elip_models.reduction_summary(model).strategy == ToMe().at_keep(model, 0.7)
+    assert not torch.equal(model(x), dense)
+    elip_models.reduce_(model, keep=0.6)
+    assert elip_models.reduction_summary(model).keep == pytest.approx(0.6, abs=0.05)
+
+
+def test_a_summary_is_read_by_a_person():
+    model = vit()
+    assert str(elip_models.reduction_summary(model)) == "dense: 12×197 tokens, not reduced"
+    assert not elip_models.is_reduced(model)
+    before = repr(model)
+    elip_models.reduce_(model, strategy="elip")
+    said = str(elip_models.reduction_summary(model))
+    for part in (
+        "scorer='last'",
+        "2×197 2×178 6×129 2×80",
+        " of dense in inference",
+        "image alone",
+    ):
+        assert part in said
+    assert "(reduced) elip: 2×197 2×178 6×129 2×80 tokens, 0." in repr(model)
+    assert elip_models.is_reduced(model)
+    assert repr(copy.deepcopy(model)) == repr(model)
+    assert repr(elip_models.unreduce_(model)) == before
+
+
+@pytest.mark.parametrize("make", PAIRS.values(), ids=PAIRS)
+def test_a_whole_model_says_so_too(make):
+    model = make()
+    elip_models.reduce_(model, strategy="elip")
+    assert "its own text" in elip_models.reduction_summary(model).guided_by
+    assert repr(model).count("(reduced)") == 1
+
+
+def test_a_record_holds_the_steps_of_the_forwards_inside():
+    model, x = plain_vit(), images()
+    with pytest.raises(ValueError, match="expected one that reduce_ has changed"):
+        elip_models.record_stages(model).__enter__()
+    elip_models.reduce_(model, schedule="2(100%) 2(60%) 2(40%)")
+    with elip_models.record_stages(model) as infos:
+        model(x)
+        model(x)
+        other = threading.Thread(target=model, args=(x,))
+        other.start()
+        other.join()
+    model(x)
+    assert [info.stage.first for info in infos] == [2, 4, 2, 4]
+    assert infos[0].reduction.kept.shape == (len(x), infos[0].stage.keep)
+    with pytest.raises(TypeError, match="compiled"):
+        elip_models.record_stages(torch.compile(model)).__enter__()
+
+
+def test_a_record_does_not_hold_what_is_recomputed():
+    model, x = plain_vit().train(), images()
+    model.set_grad_checkpointing()
+    elip_models.reduce_(model, schedule="3(100%) 3(60%)")
+    with elip_models.record_stages(model) as infos:
+        model(x).sum().backward()
+    assert [info.stage.first for info in infos] == [3]
+
+
+@pytest.mark.parametrize("make", [hf_clip, open_clip_pair])
+def test_prompts_and_images_of_different_numbers(make):
+    """K prompts, B images: the image alone guides, whatever the prompts."""
+    model, x = make().eval(), images(2)
+    elip_models.reduce_(model, keep=0.6, fusion=0.5)
+    three = output_of_pair(model, x, ids(3))
+    unguided = elip_models.reduce_(
+        elip_models.unreduce_(copy.deepcopy(model)), keep=0.6, fusion=1.0
+    )
+    assert torch.equal(three, output_of_pair(unguided, x, ids(3)))
+    assert not torch.equal(output_of_pair(model, x, ids(2)), output_of_pair(unguided, x, ids(2)))
+
+
+@pytest.mark.parametrize("make", [hf_clip, open_clip_pair])
+def test_one_text_guides_all_images(make):
+    model, x, one = make().eval(), images(2), ids(1)
+    elip_models.reduce_(model, keep=0.6, fusion=0.2)
+    guided = output_of_pair(model, x, one)
+    torch.testing.assert_close(guided, output_of_pair(model, x, one.expand(2, -1)))
+    assert not torch.allclose(guided, output_of_pair(model, x, ids(3)))
+
+
+def test_one_vector_guides_all_images():
+    model, x, t = plain_vit(), images(), text()[:1]
+    elip_models.reduce_(model, fusion=0.2)
+    with elip_models.guidance(model, t.expand(len(x), -1)):
+        expected = model(x)
+    with elip_models.guidance(model, t):
+        assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "reads"), [({}, False), ({"fusion": 1.0}, False), ({"strategy": "elip"}, True)]
+)
+def test_a_text_for_what_reads_none_is_said(options, reads):
+    warn_once.cache_clear()
+    model, x, t = plain_vit(), images(), text()
+    alone = elip_models.reduce_(model, **options)(x)
+    with warnings.catch_warnings(record=True) as said, elip_models.guidance(model, t):
+        guided = model(x)
+    files = {each.filename for each in said if "reads no text" in str(each.message)}
+    assert files == (set() if reads else {__file__})
+    assert torch.equal(alone, guided) != reads
+
+
+def test_a_line_is_a_strategy():
+    assert get_strategy("tome:r=8") == ToMe(8)

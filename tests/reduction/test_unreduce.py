@@ -1,0 +1,52 @@
+"""What somebody had put on a model before `reduce_`, or has put on it since, and `unreduce_`."""
+
+import pytest
+
+import elip_models
+from elip_models.reduction.patch import is_reduced
+from tests.helpers.towers import SCHEDULE, images, plain_vit
+
+
+@pytest.fixture
+def model():
+    return plain_vit()
+
+
+def test_what_a_user_had_put_there_comes_back(model):
+    """In place of a method that is refused while the model is reduced, and of a block's forward."""
+    x, calls = images(), []
+
+    def mine(*args, **kwargs):
+        return "mine"
+
+    def mine_too(*args, **kwargs):
+        return "mine too"
+
+    def logged(tokens, *args, **kwargs):
+        calls.append(tokens.shape[1])
+        return type(model.blocks[3]).forward(model.blocks[3], tokens, *args, **kwargs)
+
+    model.prune_intermediate_layers, model.blocks[3].forward = mine, logged
+    model.forward_intermediates = mine_too
+    elip_models.reduce_(model, schedule=SCHEDULE)
+    elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact")
+    with pytest.raises(ValueError, match="unreduce_"):
+        model.prune_intermediate_layers(3)
+    assert model.forward_intermediates(x) == "mine too"
+    model(x)
+    assert calls == [30, 20]  # in the dry run too: it is what the block runs
+    elip_models.unreduce_(model)
+    assert model.prune_intermediate_layers(3) == "mine"
+    assert model.forward_intermediates is mine_too
+    assert model.blocks[3].forward is logged
+
+
+def test_a_forward_that_was_wrapped_since_is_named(model):
+    elip_models.reduce_(model, schedule=SCHEDULE)
+    block = model.blocks[3]
+    block._old_forward, block.forward = block.forward, lambda *args: block._old_forward(*args)
+    model(images())
+    with pytest.raises(TypeError, match="wrapped since"):
+        elip_models.unreduce_(model)
+    block.forward = vars(block).pop("_old_forward")
+    assert not is_reduced(elip_models.unreduce_(model))

@@ -1,0 +1,336 @@
+"""What users of timm, transformers, open_clip and PyTorch do, done with a reduced model."""
+
+import copy
+import io
+import pickle
+
+import numpy as np
+import open_clip
+import peft
+import pytest
+import timm
+import torch
+import transformers
+from accelerate import Accelerator
+from PIL import Image
+from timm.optim import param_groups_layer_decay
+from timm.utils import ModelEmaV3
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.flop_counter import FlopCounterMode
+
+import elip_models
+from tests.helpers.models import hf_clip, hf_siglip, hf_vision, ids, open_clip_pair
+from tests.helpers.towers import images, plain_vit
+
+BY_ANY = pytest.mark.parametrize("how", [{}, {"strategy": "elip"}], ids=["default", "elip"])
+VIT = {"depth": 6, "embed_dim": 32, "num_heads": 2, "num_classes": 5, "img_size": 64}
+
+
+def vit(**options):
+    return timm.create_model("vit_base_patch16_224", **(VIT | options)).eval()
+
+
+def reduced(keep=0.6, **options):
+    return elip_models.reduce_(vit(**options), keep=keep)
+
+
+def x(batch=2):
+    return torch.randn(batch, 3, 64, 64)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A few words, with the end of text that CLIP's text tower looks for."""
+    words = [
+        "[PAD]",
+        "[UNK]",
+        *["a", "photo", "of", "cat", "dog", "red", "bird"],
+    ]
+    vocab = {word: i for i, word in enumerate(words)} | {"[EOS]": 49}
+    found = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    found.pre_tokenizer = pre_tokenizers.Whitespace()
+    found.post_processor = processors.TemplateProcessing(
+        single="$A [EOS]", special_tokens=[("[EOS]", 49)]
+    )
+    names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "eos_token": "[EOS]"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=found, model_max_length=8, **names)
+
+
+@pytest.fixture
+def picture():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 48, 3), dtype=np.uint8))
+
+
+def processor():
+    size = {"height": 48, "width": 48}
+    return transformers.CLIPImageProcessor(size={"shortest_edge": 48}, crop_size=size)
+
+
+# transformers
+
+
+@BY_ANY
+def test_zero_shot_pipeline_with_more_prompts_than_images(tokenizer, picture, tmp_path, how):
+    model = elip_models.reduce_(hf_clip().eval(), keep=0.6, **how)
+    parts = {"tokenizer": tokenizer, "image_processor": processor()}
+    labels = {"candidate_labels": ["cat", "red dog", "bird"], "hypothesis_template": "a {}"}
+
+    def scores(model):
+        pipe = transformers.pipeline("zero-shot-image-classification", model=model, **parts)
+        return {each["label"]: each["score"] for each in pipe(picture, **labels)}
+
+    found = scores(model)
+    assert len(found) == 3 and sum(found.values()) == pytest.approx(1)
+    dense = scores(elip_models.unreduce_(copy.deepcopy(model)))
+    assert found != dense
+    model.save_pretrained(tmp_path)
+    again = elip_models.reduce_(transformers.CLIPModel.from_pretrained(tmp_path))
+    for other in (again, elip_models.load_reduced(tmp_path)):
+        assert scores(other) == pytest.approx(found, rel=1e-5) != dense
+
+
+def test_image_features_alone():
+    model, pixels = hf_clip().eval(), images()
+    dense = model.get_image_features(pixels).pooler_output
+    elip_models.reduce_(model, keep=0.6)
+    found = model.get_image_features(pixels).pooler_output
+    assert found.shape == dense.shape and not torch.allclose(found, dense)
+
+
+def test_image_classification_pipeline(picture):
+    model = hf_vision("ViTForImageClassification", "ViTConfig", num_labels=5).eval()
+    elip_models.reduce_(model, strategy="tome:r=3")
+    size = {"height": 48, "width": 48}
+    parts = {"image_processor": transformers.ViTImageProcessor(size=size)}
+    pipe = transformers.pipeline("image-classification", model=model, **parts)
+    assert sum(each["score"] for each in pipe(picture)) == pytest.approx(1, abs=1e-3)
+
+
+@BY_ANY
+def test_siglip_of_one_text_an_image(how):
+    model, pixels, texts = hf_siglip().eval(), images(), ids()
+    dense = model(input_ids=texts, pixel_values=pixels).logits_per_image
+    elip_models.reduce_(model, keep=0.7, **how)
+    found = model(input_ids=texts, pixel_values=pixels).logits_per_image
+    assert found.shape == dense.shape and not torch.equal(found, dense)
+
+
+def test_gradient_checkpointing_of_transformers():
+    model = hf_vision("ViTForImageClassification", "ViTConfig", num_labels=5).train()
+    elip_models.reduce_(model, keep=0.6)
+    pixels = images()
+    found = []
+    for enable in (False, True):
+        if enable:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(pixels).logits.square().sum().backward()
+        found.append(model.classifier.weight.grad.clone())
+    torch.testing.assert_close(*found)
+
+
+# open_clip
+
+
+@BY_ANY
+def test_zero_shot_classifier_of_open_clip(how):
+    model, pixels, prompts = open_clip_pair().eval(), images(2), ids(3)
+    elip_models.reduce_(model, keep=0.6, **how)
+    with torch.no_grad():
+        classes = model.encode_text(prompts, normalize=True)
+        features = model.encode_image(pixels, normalize=True)
+        logits = (100 * features @ classes.T).softmax(-1)
+        found = model(pixels, prompts)
+    assert logits.shape == (2, 3)
+    torch.testing.assert_close(found["image_features"], features)
+
+
+@pytest.mark.slow
+def test_a_model_of_open_clip_by_name():
+    model = open_clip.create_model("ViT-B-32", device="meta")
+    elip_models.reduce_(model)
+    assert elip_models.is_reduced(model)
+    assert elip_models.reduction_summary(model).strategy.name == "tome"
+    elip_models.reduce_(model, strategy="elip")
+    assert elip_models.reduction_summary(model).strategy.without_text == "vision"
+
+
+@BY_ANY
+def test_training_step_of_open_clip_with_its_loss(how):
+    model, loss = open_clip_pair().train(), open_clip.ClipLoss()
+    elip_models.reduce_(model, keep=0.6, **how)
+    model.set_grad_checkpointing()
+    out = model(images(4), ids(4))
+    loss(out["image_features"], out["text_features"], out["logit_scale"]).backward()
+    assert all(p.grad is not None for p in model.visual.parameters())
+
+
+# timm
+
+
+def test_model_ema_of_timm_follows_and_stays_reduced():
+    model = reduced()
+    ema = ModelEmaV3(model, decay=0.5)
+    with torch.no_grad():
+        model.head.weight.add_(1.0)
+    ema.update(model)
+    assert elip_models.is_reduced(ema.module)
+    assert torch.allclose(ema.module.head.weight, model.head.weight - 0.5)
+
+
+def test_forward_features_and_head_of_timm():
+    model, pixels = reduced(), x()
+    tokens = model.forward_features(pixels)
+    assert tokens.shape[1] < 17
+    torch.testing.assert_close(model.forward_head(tokens), model(pixels))
+
+
+def test_layer_decay_groups_of_timm_are_those_of_the_dense_model():
+    groups = param_groups_layer_decay
+    names = [len(group["params"]) for group in groups(reduced(), layer_decay=0.7)]
+    assert names == [len(group["params"]) for group in groups(vit(), layer_decay=0.7)]
+
+
+# PyTorch
+
+
+def test_copies_of_a_reduced_model_are_reduced():
+    model, pixels = reduced(), x()
+    expected = model(pixels)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded):
+        assert torch.equal(other(pixels), expected)
+
+
+def test_state_dict_of_the_dense_model_fits_strictly():
+    dense, model, pixels = vit(), reduced(), x()
+    model.load_state_dict(dense.state_dict(), strict=True)
+    assert torch.equal(model(pixels), elip_models.reduce_(dense, keep=0.6)(pixels))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_dtype(dtype):
+    assert reduced().to(dtype)(x().to(dtype)).dtype == dtype
+
+
+def test_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(reduced()(x())).all()
+
+
+@pytest.mark.slow
+def test_compile_as_one_graph():
+    model, pixels = reduced(), x()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(pixels), model(pixels))
+
+
+@pytest.mark.slow
+def test_export():
+    model, pixels = reduced(), x()
+    exported = torch.export.export(model, (pixels,)).module()
+    torch.testing.assert_close(exported(pixels), model(pixels))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["elip", "evit", "tome", "guided_tome", "pitome", "crossget"])
+def test_trace(strategy):
+    model, pixels = elip_models.reduce_(vit(), keep=0.6, strategy=strategy), x()
+    with torch.no_grad():
+        traced = torch.jit.trace(model, (pixels,), check_trace=False)
+        torch.testing.assert_close(traced(pixels), model(pixels))
+
+
+def test_functional_call_with_other_weights():
+    model, pixels = reduced(), x()
+    other = {name: p + 0.1 for name, p in model.state_dict().items()}
+    found = torch.func.functional_call(model, other, (pixels,))
+    model.load_state_dict(other)
+    assert torch.equal(found, model(pixels))
+
+
+def test_averaged_model():
+    model = reduced()
+    averaged = AveragedModel(model)
+    averaged.update_parameters(model)
+    pixels = x()
+    torch.testing.assert_close(averaged(pixels), model(pixels))
+
+
+def test_hooks_see_the_tokens_that_are_left():
+    model, seen = reduced(), []
+    model.blocks[-1].register_forward_hook(lambda block, args, out: seen.append(out.shape[1]))
+    model(x())
+    assert 0 < seen[0] < 17
+
+
+def test_a_frozen_tower_and_a_trained_head():
+    model = reduced().train()
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    model(x()).sum().backward()
+    assert model.head.weight.grad is not None and model.patch_embed.proj.weight.grad is None
+
+
+def test_the_flop_counter_sees_the_saving():
+    counts = []
+    for model in (vit(), reduced()):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(x(1))
+        counts.append(counter.get_total_flops())
+    assert counts[1] < 0.8 * counts[0]
+
+
+def test_the_meta_device_and_back():
+    with torch.device("meta"):
+        model = reduced()
+    model.to_empty(device="cpu").load_state_dict(vit().state_dict())
+    assert torch.isfinite(model(x())).all()
+
+
+def test_channels_last_images_and_an_empty_batch():
+    model, pixels = reduced(), x()
+    found = model(pixels.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(found, model(pixels))
+    assert model(pixels[:0]).shape == (0, 5)
+
+
+def test_the_rate_changes_live():
+    model, pixels, counts = reduced(), x(), []
+    for keep in (1.0, 0.8, 0.5):
+        elip_models.reduce_(model, keep=keep)
+        with elip_models.record_stages(model) as infos:
+            model(pixels)
+        counts.append(infos[-1].stage.keep if infos else 16)
+    assert counts == sorted(counts, reverse=True) and len(set(counts)) == 3
+
+
+# accelerate, peft
+
+
+def test_accelerate_prepares_and_unwraps():
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(reduced().train())
+    accelerator.backward(model(x()).sum())
+    assert elip_models.is_reduced(accelerator.unwrap_model(model))
+
+
+def test_lora_before_and_after():
+    config = peft.LoraConfig(target_modules=["qkv"], init_lora_weights=False)
+    dense, pixels = vit(), x()
+    after = peft.get_peft_model(elip_models.reduce_(copy.deepcopy(dense), keep=0.6), config)
+    merged = copy.deepcopy(after).merge_and_unload()
+    torch.testing.assert_close(after(pixels), merged(pixels), rtol=1e-4, atol=1e-5)
+    before = elip_models.reduce_(peft.get_peft_model(copy.deepcopy(dense), config), keep=0.6)
+    before.load_state_dict(after.state_dict())
+    torch.testing.assert_close(before(pixels), after(pixels))
+
+
+def test_summary_of_every_strategy_is_said():
+    for name in elip_models.STRATEGIES:
+        model = elip_models.reduce_(plain_vit(), strategy=name)
+        assert elip_models.reduction_summary(model).strategy.name == name

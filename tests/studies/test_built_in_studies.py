@@ -1,0 +1,68 @@
+"""The built-in studies: each is read, has a twin at full size, and all of its arms can be."""
+
+import pytest
+import torch
+
+from benchmarks.studies import runner
+from benchmarks.studies.plan import Run, load_study, plan, study_names
+from elip_models.training.training_data import meta_model
+from tests.helpers.tiers import tiered
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    """Where no run has been."""
+    monkeypatch.chdir(tmp_path)
+
+
+CPU = [name for name in study_names() if not name.endswith("_full")]
+FULL = [name for name in study_names() if name.endswith("_full")]
+DATA = {"data.train": "emoji_scenes:size=900", "data.eval": "emoji_scenes:seed=1,size=9"}
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_a_built_in_study_is_read_and_has_its_twin(name):
+    study = load_study(name, DATA)
+    assert study.question and study.paper and len(study.seeds) >= 3
+    for arm in study.arms.values():
+        assert "steps" not in str(arm.overrides)  # `length` is of any recipe
+    if name.endswith("_full"):
+        twin = load_study(name.removesuffix("_full"), DATA)
+        ours, theirs = (
+            {name: arm.overrides for name, arm in each.arms.items() if name != "start"}
+            for each in (study, twin)
+        )
+        assert ours == theirs and study.recipe != twin.recipe and study.group != twin.group
+
+
+def test_studies_of_a_group_mean_the_same_by_the_name_of_an_arm():
+    seen = {}
+    for study in (load_study(name, DATA) for name in study_names()):
+        for name, arm in study.arms.items():
+            said = study.recipe, study.overrides | arm.overrides, arm.parent, arm.length
+            assert seen.setdefault((study.group, name), said) == said, (study.name, name)
+
+
+@pytest.mark.parametrize("name", tiered(CPU, []))
+def test_every_arm_of_a_built_in_study_can_be(name):
+    study = load_study(name, DATA)
+    runner.check_settings(study, plan(study, seeds=[0]))
+
+
+@pytest.mark.parametrize("name", tiered(FULL[::-1], []))
+def test_the_twins_at_full_size_take_a_step_as_they_are(name):
+    """Of arms that differ in numbers alone, one."""
+    seen, study = set(), load_study(name, DATA)
+    for arm in study.arms:
+        overrides = study.overrides | study.arms[arm].overrides
+        strategy = str(overrides.get("model.overrides.strategy")).partition(":")[0]
+        kind = study.recipe, strategy, overrides.get("model.overrides.guide")
+        if kind in seen:
+            continue
+        seen.add(kind)
+        model = meta_model(study.config(Run(arm, 0))).train()
+        with torch.device("meta"), model.tracing():
+            images = torch.randn(2, 3, *model.tower.image_size)
+            model(**model.random_inputs(images)).loss.backward()
+        assert all(p.grad is not None for p in model.tower.model.parameters()), arm
+    assert seen

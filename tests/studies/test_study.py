@@ -1,0 +1,387 @@
+"""Studies: what is planned, that nothing runs twice, what intervals say, and the page."""
+
+import json
+import shutil
+import signal
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from rich.console import Console
+
+from benchmarks.studies import runner
+from benchmarks.studies.command import Progress
+from benchmarks.studies.measures import MEASURES
+from benchmarks.studies.page import page
+from benchmarks.studies.plan import Run, load_study, plan
+from benchmarks.studies.results import write_results
+from elip_models.reduction import flops
+from elip_models.reduction.strategies import STRATEGIES
+from elip_models.training.errors import Stopped, TrainingError
+from elip_models.training.trainer import Trainer
+from elip_models.training.training_data import meta_model
+from elip_models.validation import ConfigError
+from tests.helpers.study_case import tiny_study
+from tests.helpers.tiny_run import logged, own_process
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with own_process():
+        yield
+
+
+def run_all(study, **options):
+    runs = plan(study, **options)
+    begun = []
+    runner.run_study(study, runs, console=QUIET, before=begun.append, after=lambda run: None)
+    return begun
+
+
+# What is planned
+
+
+def test_all_arms_of_a_seed_run_before_any_of_the_next(tmp_path):
+    study = tiny_study(tmp_path)
+    names = ["dense", "tome", "after-0.61", "after-0.82"]
+    assert plan(study) == [Run(name, seed) for seed in (0, 1) for name in names]
+    assert plan(study, seeds=[7]) == [Run(name, 7) for name in names]
+
+
+def test_some_arms_are_planned_with_what_they_begin_with(tmp_path):
+    study = tiny_study(tmp_path)
+    assert plan(study, only=["after-0.61"], seeds=[0]) == [Run("dense", 0), Run("after-0.61", 0)]
+    assert [run.arm for run in plan(study, only=["after"], seeds=[0])] == [
+        *("dense", "after-0.61", "after-0.82")
+    ]
+
+
+def test_an_arm_is_an_override_of_the_recipe_and_of_the_study(tmp_path):
+    arms = {"long": {"length": 2, "optim.lr": 1e-4, "from": "dense"}}
+    study = tiny_study(tmp_path, arms=arms)
+    dense, tome, long = (study.config(Run(arm, 1)) for arm in ("dense", "tome", "long"))
+    assert dense.seed == 1 and dense.report == () and dense.model.overrides["schedule"] is None
+    assert tome.model.overrides["strategy_options"] == {"r": 10 / (3 * 16), "proportional": True}
+    assert (long.optim.steps, long.optim.lr) == (6, 1e-4)
+    assert long.model.pretrained == long.data.tokenizer == "runs/studies/tiny/dense/1/model"
+    assert dense.data.tokenizer == tome.data.tokenizer == "runs/studies/tiny/tokenizer"
+
+
+def test_arms_begin_with_the_one_that_the_study_names(tmp_path):
+    study = tiny_study(tmp_path, **{"from": "tome", "arms": {"fresh": {"from": None}}})
+    parents = {name: arm.parent for name, arm in study.arms.items()}
+    assert next(iter(parents)) == "tome"
+    assert parents == {
+        **{"tome": None, "dense": "tome", "fresh": None},
+        **{"after-0.61": "dense", "after-0.82": "dense"},
+    }
+
+
+def test_studies_of_a_group_train_an_arm_once(tmp_path, stubbed):
+    quality, later = (tmp_path / name for name in ("quality.yaml", "later.yaml"))
+    tiny_study(tmp_path)
+    quality.write_text("like: tiny.yaml\ngroup: world\nmeasures: [retrieval]")
+    later.write_text("like: tiny.yaml\ngroup: world\narms: {more: {seed: 1}}")
+    ours, theirs = load_study(quality), load_study(later)
+    assert len(run_all(ours)) == 8
+    assert run_all(theirs) == [Run("more", 0), Run("more", 1)]
+    assert stubbed[0] == "world/dense/0" and "world" in str(ours.tokenizer)
+    changed = load_study(later, {"optim.lr": 0.5})
+    with pytest.raises(ConfigError, match="was made with other settings"):
+        runner.check_settings(changed, plan(changed))
+
+
+def test_a_study_is_like_another_but_for_what_it_says(tmp_path):
+    tiny_study(tmp_path)
+    path = tmp_path / "twin.yaml"
+    path.write_text(
+        "like: tiny.yaml\noverrides: {optim.steps: 5}\narms: {more: {seed: 1}, after: null}"
+    )
+    twin = load_study(path, {"optim.lr": 2e-4})
+    assert [*twin.arms] == ["dense", "tome", "more"]
+    assert twin.overrides["optim.steps"] == 5 and twin.overrides["optim.lr"] == 2e-4
+    assert twin.overrides["optim.batch_size"] == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": [-1]}, "seeds: expected a list, each an integer at least 0"),
+        (
+            {"measures": ["taste"]},
+            "measures: expected some of retrieval, objectives, selection, got 'taste'",
+        ),
+        ({"references": ["danse"]}, "references: expected arms of .*got 'danse'"),
+        ({"colour": 1}, "colour: no such key"),
+        ({"arms": {"a": 3}}, "arms.a: expected a mapping of keys, got 3"),
+        ({"arms": {"a": {"at_flops": 2}}}, r"arms.a.at_flops: expected .*\(0, 1\].* got 2"),
+        ({"arms": {"a": {"from": "b"}}}, r"arms.a.from: expected one of .*got 'b'"),
+        ({"arms": {"a": {"length": 0}}}, "arms.a.length: expected above 0 without 'from', got 0"),
+        ({"arms": {"a": {"from": "after-0.61"}}}, "arms.a.from: expected an arm that trains"),
+    ],
+)
+def test_a_mistake_in_a_study_is_named(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny_study(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ({"optim.lrr": 1}, "arms.a: optim.lrr: no such key"),
+        ({"model.overrides.strategy": "tomee"}, "arms.a: model: strategy: expected NAME"),
+        ({"at_flops": 0.1}, "arms.a: at_flops: ratio: expected a share"),
+        ({"data.eval": None, "at_flops": 1}, "data.eval: expected held-out samples"),
+    ],
+)
+def test_a_mistake_in_an_arm_is_named_before_anything_runs(tmp_path, arm, message):
+    study = tiny_study(tmp_path, arms={"a": {"at_flops": 0.8} | arm})
+    with pytest.raises(ConfigError, match=message):
+        runner.check_settings(study, plan(study))
+
+
+def test_an_arm_or_study_that_there_is_not_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"--only: .*got 'tme'; did you mean 'tome'"):
+        plan(tiny_study(tmp_path), only=["tme"])
+    with pytest.raises(ConfigError, match="study 'qualty': expected a path"):
+        load_study("qualty")
+
+
+# What runs
+
+
+@pytest.fixture
+def stubbed(monkeypatch):
+    """A trainer and measures that do nothing; the names of the runs they saw."""
+    seen = []
+
+    def train(config, **options):
+        seen.append(config.name)
+        runner.RunFolder(config.output_dir).claim(config, {})
+
+    monkeypatch.setattr(runner, "train", train)
+    monkeypatch.setattr(runner, "_open", lambda *arguments: None)
+    monkeypatch.setattr(runner, "step_time", lambda finished: 1.0)
+    monkeypatch.setattr(runner, "_make_tokenizer", lambda *arguments: None)
+    monkeypatch.setattr(runner, "measure", lambda finished, names: dict.fromkeys(names, 0.5))
+    return seen
+
+
+def test_a_study_that_is_killed_repeats_no_finished_run(tmp_path, stubbed, monkeypatch):
+    study, train = tiny_study(tmp_path), runner.train
+
+    def killed(config, **options):
+        train(config)
+        if config.name == "tiny/dense/1":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_all(study)
+    assert stubbed == ["tiny/dense/0", "tiny/tome/0", "tiny/dense/1"]
+    monkeypatch.setattr(runner, "train", train)
+    assert run_all(study) == plan(study, seeds=[1])
+    assert stubbed[3:] == ["tiny/dense/1", "tiny/tome/1"]
+    assert run_all(study) == []
+
+
+def test_a_run_that_another_process_holds_is_left_to_it_with_what_follows(tmp_path, stubbed):
+    study = tiny_study(tmp_path)
+    lock = study.folder(Run("dense", 0)).with_suffix(".lock")
+    lock.parent.mkdir(parents=True)
+    with FileLock(lock):
+        assert run_all(study, seeds=[0]) == [Run("tome", 0)]
+    assert [run.arm for run in run_all(study, seeds=[0])] == ["dense", "after-0.61", "after-0.82"]
+
+
+def test_a_signal_ends_the_study_with_its_run(tmp_path, stubbed, monkeypatch):
+    def stopping(config, **options):
+        raise Stopped("ended", signal.SIGTERM)
+
+    monkeypatch.setattr(runner, "train", stopping)
+    with pytest.raises(Stopped, match="ended"):
+        run_all(tiny_study(tmp_path))
+    assert not stubbed
+
+
+def test_a_run_that_fails_is_told_after_all_others_ran(tmp_path, stubbed, monkeypatch):
+    train = runner.train
+
+    def failing(config, **options):
+        train(config)
+        if config.name == "tiny/tome/0":
+            raise TrainingError("not finite")
+
+    monkeypatch.setattr(runner, "train", failing)
+    with pytest.raises(TrainingError, match="1 runs failed: tome, seed 0: not finite"):
+        run_all(tiny_study(tmp_path))
+    assert len(stubbed) == 4
+
+
+def test_a_result_of_other_settings_is_refused(tmp_path, stubbed):
+    run_all(tiny_study(tmp_path), only=["dense"])
+    changed = tiny_study(tmp_path, overrides={"optim.steps": 4})
+    message = r"tiny/dense/0 was made with other settings: optim.steps: 3 -> 4; remove it"
+    with pytest.raises(ConfigError, match=message):
+        runner.check_settings(changed, plan(changed))
+
+
+def test_a_run_whose_beginning_was_trained_anew_is_refused(tmp_path, stubbed):
+    study = tiny_study(tmp_path)
+    of_parent = study.folder(Run("dense", 0)) / runner.RESULT
+    for loss in (0.25, 0.5):
+        runner.perform(study, Run("dense", 0), QUIET)
+        result = runner.result_of(study, Run("dense", 0))
+        of_parent.write_text(json.dumps(result | {"loss": loss}))
+        if loss == 0.25:
+            runner.perform(study, Run("after-0.61", 0), QUIET)
+            assert runner.result_of(study, Run("after-0.61", 0))["beginning"] == loss
+            runner.check_settings(study, plan(study))
+    message = "tiny/after-0.61/0 began with a run of 'dense' that was since trained anew; remove it"
+    with pytest.raises(ConfigError, match=message):
+        runner.check_settings(study, plan(study))
+
+
+def test_an_override_that_would_not_reach_every_arm_is_refused(tmp_path):
+    tiny_study(tmp_path)
+    for key, message in {
+        "model.overrides.schedule": "expected a key that no arm says itself, got one of dense;",
+        "seed": "the runner says it of every run; set --seeds",
+    }.items():
+        with pytest.raises(ConfigError, match=f"{key}: {message}"):
+            load_study(tmp_path / "tiny.yaml", {key: 1})
+
+
+def test_other_data_is_that_of_every_arm():
+    study = load_study("quality", {"data.train": "others.tar"})
+    assert {study.config(Run(arm, 0)).data.train for arm in study.arms} == {"others.tar"}
+
+
+def test_an_arm_that_does_not_train_is_set_by_the_flops_of_a_forward(tmp_path):
+    scored = {"model.overrides.scorer": "exact", "at_flops": 0.9}
+    after = scored | {"from": "dense", "length": 0}
+    study = tiny_study(tmp_path, arms={"scored": scored, "scored-after": after})
+    arms = Run("scored", 0), Run("scored-after", 0)
+    of_step, of_forward = (meta_model(study.config(run)) for run in arms)
+    size = of_step.tower.size
+    assert flops.training_ratio(of_step.reduction, size) == pytest.approx(0.9, rel=0.01)
+    assert flops.inference_ratio(of_forward.reduction, size) == pytest.approx(0.9, rel=0.01)
+    assert flops.training_ratio(of_forward.reduction, size) < 0.89
+
+
+def test_a_measure_that_is_added_is_taken_without_training(tmp_path, stubbed):
+    run_all(tiny_study(tmp_path), only=["dense"])
+    study = tiny_study(tmp_path, measures=["retrieval", "objectives"])
+    assert len(run_all(study, only=["dense"])) == 2 and len(stubbed) == 2
+    result = runner.result_of(study, Run("dense", 1))
+    assert result["measures"] == ["retrieval", "objectives"]
+    assert result["metrics"] == {"retrieval": 0.5, "objectives": 0.5}
+
+
+def test_results_outlive_their_folders_while_their_arm_is_what_it_was(tmp_path, stubbed):
+    path, study = tmp_path / "tiny.json", tiny_study(tmp_path)
+    run_all(study, only=["dense", "tome"], seeds=[0])
+    written = write_results(study, path)["runs"]
+    shutil.rmtree(study.folder(Run("dense", 0)).parent)
+    run_all(study, only=["dense"], seeds=[1])
+    runs = write_results(study, path)["runs"]
+    assert [(run["arm"], run["seed"]) for run in runs] == [("dense", 0), ("dense", 1), ("tome", 0)]
+    assert runs[::2] == written
+    changed = tiny_study(tmp_path, arms={"dense": {"optim.lr": 1e-4}})
+    shutil.rmtree(study.folder(Run("dense", 1)).parent)
+    assert [run["arm"] for run in write_results(changed, path)["runs"]] == ["tome"]
+
+
+def test_the_time_that_is_left_follows_from_what_was_finished(tmp_path, stubbed):
+    study = tiny_study(tmp_path)
+    progress = Progress(study, plan(study), tmp_path / "tiny.json", QUIET)
+    assert progress._left() == ""
+    for run, seconds in ((Run("dense", 0), 3600), (Run("after-0.61", 0), 360)):
+        runner.perform(study, run, QUIET)
+        path = study.folder(run) / runner.RESULT
+        path.write_text(json.dumps(runner.result_of(study, run) | {"seconds": seconds}))
+    assert progress._seconds(Run("dense", 1)) == 3600
+    assert progress._seconds(Run("after-0.82", 1)) == 360
+    share = progress.costs["tome"].flops / progress.costs["dense"].flops
+    assert progress._seconds(Run("tome", 0)) == pytest.approx(3600 * share)
+    assert share == pytest.approx(0.72, rel=0.01)
+    assert progress._left() == f"{1 + 2 * share + 0.3:.1f} h left"
+    progress.console = Console(file=StringIO(), width=100)
+    progress.plan()
+    rows = [line.split("│") for line in progress.console.file.getvalue().splitlines()]
+    found = {row[1].strip(): (row[5].strip(), row[6].strip()) for row in rows if len(row) > 6}
+    assert found == {
+        **{"dense": ("60.0", "1 of 2"), "tome": (f"{60 * share:.1f}", "0 of 2")},
+        **{"after-0.61": ("6.0", "1 of 2"), "after-0.82": ("6.0", "0 of 2")},
+    }
+
+
+# All of it
+
+
+@pytest.mark.slow
+def test_a_tiny_study_runs_is_killed_goes_on_and_is_written(tmp_path, monkeypatch):
+    other = {"model.overrides.guide": "other", "model.overrides.fusion": 0.5}
+    study = tiny_study(tmp_path, measures=[*MEASURES], arms={"other": other})
+    step, last = Trainer._train_step, study.folder(Run("tome", 1))
+
+    def killed(self):
+        if self.step == 2 and self.folder.path == last:
+            raise KeyboardInterrupt
+        step(self)
+
+    monkeypatch.setattr(Trainer, "_train_step", killed)
+    progress = Progress(study, plan(study), tmp_path / "results" / "tiny.json", QUIET)
+    with pytest.raises(KeyboardInterrupt):
+        progress.run()
+    before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("result.json")}
+    assert len(before) == 6
+    monkeypatch.setattr(Trainer, "_train_step", step)
+    progress.run()
+    assert (
+        before.items()
+        <= {p: p.stat().st_mtime_ns for p in Path("runs").rglob("result.json")}.items()
+    )
+    assert [row["step"] for row in logged(last, "loss", "step")] == [1, 2, 3]
+    found = json.loads((tmp_path / "results" / "tiny.json").read_text())
+    assert {(run["arm"], run["seed"]) for run in found["runs"]} == set(plan(study))
+    for run in found["runs"]:
+        metrics = run["metrics"]
+        assert metrics["objective.loss"] > 0 and 0 <= metrics["reduced.r1"] <= 1
+        assert ("selection.lost" in metrics) == (run["arm"] != "dense")
+        assert ("selection.1.kept" in metrics) == (run["arm"] not in ("dense", "tome"))
+        trained = not run["arm"].startswith("after")
+        assert ("step_time" in run) == trained == (run["beginning"] is None)
+        assert ("loss" in run) == ("images" in run) == (not run["arm"].startswith("after"))
+    assert [*Path("runs").rglob("checkpoints")] == []
+    assert "+" in page(found, "chart.svg")
+
+
+@pytest.mark.slow
+def test_arms_of_a_seed_share_initialisation_and_batches(tmp_path):
+    arms = {name: {"model.overrides.strategy": name} for name in STRATEGIES}
+    arms["guided by another"] = {"model.overrides.guide": "other"}
+    study = tiny_study(tmp_path, arms=arms)
+
+    def begun(arm, seed):
+        config = study.config(Run(arm, seed))
+        runner._make_tokenizer(study, config)
+        trainer = Trainer(config, resume=True, console=QUIET)
+        weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+        trainer.model.train()
+        trainer._train_step()  # what a strategy draws at random must not move the data
+        batch = trainer.feed.next_batch()
+        return weights | {name: batch[name] for name in ("images", "input_ids")}
+
+    Path("runs/studies/tiny").mkdir(parents=True)
+    reference = begun("dense", 0)
+    for name in arms:
+        found = begun(name, 0)
+        assert found.keys() == reference.keys()
+        assert all(torch.equal(found[key], reference[key]) for key in found), name
+    assert not torch.equal(begun("dense", 1)["images"], reference["images"])

@@ -1,0 +1,334 @@
+"""LoRA counts in every scorer and strategy, before and after `reduce_`.
+
+What an adapted model gives is what its merged copy gives: `merge_and_unload`, then `reduce_`.
+"""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+import transformers
+from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
+from torch import nn
+
+import elip_models
+from tests.helpers.cross_modal_cases import batch_of_four, draws, losses, made
+from tests.helpers.models import (
+    HF,
+    enlarged,
+    eva,
+    hf_clip,
+    ids,
+    open_clip_pair,
+    open_clip_vit,
+    output,
+    siglip_vision,
+)
+from tests.helpers.tiers import tiered
+from tests.helpers.towers import SCHEDULE, images, plain_vit, text
+
+MODELS = {
+    "timm": (plain_vit, ["qkv", "attn.proj", "fc1", "fc2"]),
+    "timm q/k norm": (lambda: plain_vit(qk_norm=True), ["qkv"]),
+    "timm registers": (lambda: plain_vit(reg_tokens=3), ["qkv"]),
+    "Eva": (lambda: eva(qkv_fused=False, swiglu_mlp=True), ["q_proj", "k_proj", "v_proj"]),
+    "Eva rope": (lambda: eva(attn_type="rope", use_rot_pos_emb=False), ["qkv"]),
+    "open_clip": (open_clip_vit, ["attn"]),
+    "HF ViT": (
+        lambda: enlarged(transformers.ViTForImageClassification(transformers.ViTConfig(**HF))),
+        ["q_proj", "k_proj"],
+    ),
+    "HF BLIP": (
+        lambda: enlarged(transformers.BlipVisionModel(transformers.BlipVisionConfig(**HF))),
+        ["qkv", "projection"],
+    ),
+}
+ORDERS = ("reduce first", "adapt first")
+SCORERS = ("official", "exact", "cls", "last", 1)
+TOME, EVIT = {"strategy": elip_models.ToMe(r=3)}, {"strategy": elip_models.EViT(keep_rate=0.7)}
+
+
+def elip(scorer):
+    return {"schedule": SCHEDULE, "scorer": scorer}
+
+
+def adapted(model, order, how, config):
+    """The model inside peft's, reduced; adapters that matter."""
+    if order == "reduce first":
+        elip_models.reduce_(model, **how)
+    wrapped = get_peft_model(model, config)
+    return wrapped if order == "reduce first" else elip_models.reduce_(wrapped, **how)
+
+
+def merged(model, how, unload="merge_and_unload"):
+    """A reduced copy without adapters."""
+    copied = elip_models.unreduce_(copy.deepcopy(model))
+    return elip_models.reduce_(getattr(copied, unload)(), **how)
+
+
+def lora(targets=("qkv",), **options):
+    return LoraConfig(target_modules=list(targets), init_lora_weights=False, **options)
+
+
+def assert_equal_outputs(got, expected, x=None, t=None):
+    x, t = images() if x is None else x, text() if t is None else t
+    guided = elip_models.guidance
+    for mode in (True, False):
+        with guided(got, t), guided(expected, t):
+            a, b = output(got.train(mode), x), output(expected.train(mode), x)
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+    return b
+
+
+def scored():
+    """One model a library by every scorer, the others by the two that read most."""
+    for name in MODELS:
+        scorers = SCORERS if name in ("timm", "Eva", "open_clip", "HF ViT") else ("cls", "last")
+        yield from ((name, scorer) for scorer in scorers)
+
+
+EVERY = list(scored())
+
+
+@pytest.mark.parametrize("order", tiered(ORDERS, ORDERS[:1]))
+@pytest.mark.parametrize(
+    ("name", "scorer"), tiered(EVERY, [("timm", "cls"), *((name, "last") for name in MODELS)])
+)
+def test_lora_is_what_is_merged(name, scorer, order):
+    make, targets = MODELS[name]
+    model, how = make(), elip(scorer)
+    base = elip_models.reduce_(copy.deepcopy(model), **how)
+    model = adapted(model, order, how, lora(targets))
+    x, t = images(), text()
+    out = assert_equal_outputs(model, merged(model, how), x, t)
+    with elip_models.guidance(base, t):
+        assert not torch.allclose(output(base.eval(), x), out, atol=1e-2)
+
+
+OTHERS = {
+    "tome": TOME,
+    "evit": EVIT,
+    "evit without gradient": {
+        "strategy": elip_models.EViT(keep_rate=0.7, attention_gradient=False)
+    },
+    "adaptive": {"strategy": "adaptive", "schedule": SCHEDULE},
+    "trips": {"strategy": "trips", "schedule": SCHEDULE},
+    "nearest": {"schedule": SCHEDULE, "merge": "nearest"},
+}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "name", "order"),
+    tiered(
+        itertools.product(OTHERS, ("timm", "open_clip"), ORDERS),
+        [(strategy, "timm", ORDERS[0]) for strategy in OTHERS],
+    ),
+)
+def test_so_it_is_in_other_strategies(strategy, name, order):
+    (make, targets), how = MODELS[name], OTHERS[strategy]
+    model = adapted(make(), order, how, lora(targets))
+    assert_equal_outputs(model, merged(model, how))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_siglip_is_scored_by_what_is_merged(order):
+    how = {"schedule": "2(100%) 2(80%) 2(50%)", "scorer": "exact"}
+    model = adapted(siglip_vision(), order, how, lora(["q_proj", "k_proj"]))
+    assert_equal_outputs(model, merged(model, how))
+
+
+HOW = {"elip": elip("last"), "evit": EVIT, "tome": TOME}
+REFUSED = {(name, "tome") for name in ("timm registers", "Eva")}  # prefix tokens, and rotations
+TRAINED = [(name, how) for name in MODELS for how in HOW if (name, how) not in REFUSED]
+TRAINED = tiered(TRAINED, [case for case in TRAINED if case[0] == "timm" or case[1] == "elip"])
+
+
+@pytest.mark.parametrize(("name", "how"), TRAINED)
+def test_its_gradient_is_that_of_the_merged_weight(name, how):
+    how = HOW[how]
+    make, targets = MODELS[name]
+    model = adapted(make(), "reduce first", how, lora(targets))
+    whole, x, t = merged(model, how), images(), text()
+    weigh = torch.randn_like(output(whole, x))
+    for each in (model.train(), whole.train().requires_grad_()):
+        with elip_models.guidance(each, t):
+            (output(each, x) * weigh).sum().backward()
+    layers = {n: m for n, m in model.get_base_model().named_modules() if hasattr(m, "lora_A")}
+    assert layers
+    for path, layer in layers.items():
+        path = path.replace(".base_layer", "")
+        inner, name = whole.get_submodule(path), "weight"
+        if isinstance(inner, nn.MultiheadAttention):
+            name = "in_proj_weight"
+        gradient, scale = getattr(inner, name).grad, layer.scaling["default"]
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        close = {"rtol": 1e-4, "atol": 1e-5 * float(gradient.abs().max())}
+        torch.testing.assert_close(b.grad, scale * gradient @ a.T, **close)
+        torch.testing.assert_close(a.grad, scale * b.T @ gradient, **close)
+        assert b.grad.any()
+
+
+def perturbed(model):
+    with torch.no_grad():
+        for weight in (p for p in model.parameters() if p.requires_grad):
+            weight.add_(0.3 * torch.randn_like(weight))
+    return model
+
+
+KINDS = {
+    "rsLoRA": lora(use_rslora=True, r=4),
+    "DoRA": lora(use_dora=True),
+    "LoRA with a bias": lora(lora_bias=True),
+    "a trained norm": lora(modules_to_save=["norm1"]),
+    "a trained projection": LoraConfig(target_modules=["attn.proj"], modules_to_save=["qkv"]),
+    "LoHa": LoHaConfig(target_modules=["qkv"]),
+    "IA3": IA3Config(target_modules=["qkv"], feedforward_modules=[]),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scorer", tiered(["cls", "last"], ["last"]))
+def test_other_kinds_count_as_merged(kind, scorer, order):
+    """In fp64: large adapters alone round to more than the bound in fp32."""
+    how = elip(scorer)
+    model = perturbed(adapted(plain_vit(), order, how, KINDS[kind])).double()
+    assert_equal_outputs(model, merged(model, how), images().double(), text().double())
+
+
+def second(model, targets, active=("default", "second")):
+    model.add_adapter("second", lora(targets))
+    model.base_model.set_adapter(list(active))
+
+
+def scaled(model, targets):
+    for layer in (m for m in model.modules() if hasattr(m, "scale_layer")):
+        layer.scale_layer(0.5)
+
+
+def merged_then_disabled(model, targets):
+    model.merge_adapter()
+    model.disable_adapter_layers()
+
+
+STATES = {
+    "two active": second,
+    "the second alone": lambda model, targets: second(model, targets, ["second"]),
+    "scaled": scaled,
+    "merged": lambda model, targets: model.merge_adapter(),
+    "disabled": lambda model, targets: model.disable_adapter_layers(),
+    "merged, then disabled": merged_then_disabled,
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("name", tiered(["timm", "timm, DoRA", "open_clip"], ["timm"]))
+@pytest.mark.parametrize("how", [elip("last"), TOME], ids=["last", "tome"])
+def test_what_is_active_now_counts(name, state, how):
+    make, targets = MODELS[name.split(",")[0]]
+    config = lora(targets, use_dora="DoRA" in name)
+    model = perturbed(adapted(make(), "reduce first", how, config))
+    model.eval()(images())  # reads the layers: nothing of it may stay
+    expected = merged(model, how, "unload" if "disabled" in state else "merge_and_unload")
+    STATES[state](model, targets)
+    if "merged" not in state and "disabled" not in state:
+        expected = merged(model, how)
+    assert_equal_outputs(model, expected)
+
+
+CHANGES = {  # of a weight; autograd counts the first alone
+    "in place": lambda weight, value: weight.copy_(value),
+    "data in place": lambda weight, value: weight.data.copy_(value),
+    "data": lambda weight, value: setattr(weight, "data", value),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_weight_that_changed_between_forwards_counts(change):
+    """As an average of weights is written, `.data` too, of which no version tells."""
+    model, x = adapted(plain_vit(), "adapt first", elip("last"), lora()).eval(), images()
+    first = model(x)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                CHANGES[change](weight, torch.randn_like(weight))
+    changed = model(x)
+    assert not torch.equal(changed, first)
+    assert torch.equal(changed, pickle.loads(pickle.dumps(copy.deepcopy(model)))(x))
+
+
+def test_read_in_inference_mode_it_trains():
+    how = elip("last")
+    model = adapted(plain_vit(), "adapt first", how, lora()).eval()
+    with torch.inference_mode():
+        model(images())
+    model(images()).sum().backward()
+    assert model.get_base_model().blocks[0].attn.qkv.lora_B["default"].weight.grad.any()
+
+
+@pytest.mark.slow
+def test_compiles_whole():
+    torch._dynamo.reset()
+    how = {"schedule": "1(100%) 2(50%)", "scorer": "cls"}
+    model = adapted(plain_vit(depth=3), "adapt first", how, lora())
+    compiled, x = torch.compile(model, fullgraph=True, backend="aot_eager"), images()
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
+        perturbed(model)  # the graph reads what is there when it runs
+    compiled(x).sum().backward()
+    assert model.get_base_model().blocks[1].attn.qkv.lora_B["default"].weight.grad.any()
+
+
+def test_pefts_own_model_is_reduced_guided_and_restored():
+    model, x, t = get_peft_model(plain_vit(), lora()).eval(), images(), text()
+    dense, how = model(x), elip("exact")
+    tokens = elip_models.encode_image(model, x, t, **how)
+    whole = copy.deepcopy(model).merge_and_unload()
+    expected = elip_models.encode_image(whole, x, t, **how)
+    torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=1e-5)
+    assert elip_models.reduce_(model, **how) is model
+    assert_equal_outputs(model, merged(model, how), x, t)
+    assert torch.equal(elip_models.unreduce_(model.eval())(x), dense)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("make", [hf_clip, open_clip_pair])
+def test_a_whole_model_guides_itself_by_its_adapted_text(make, order):
+    targets = ["q_proj", "k_proj"] if make is hf_clip else r"visual.*\.attn"
+    config = LoraConfig(target_modules=targets, init_lora_weights=False)
+    model = adapted(enlarged(make()), order, elip("last"), config).eval()
+    whole, tokens, x = merged(model, elip("last")), ids(), images()
+    arguments = {"input_ids": tokens, "pixel_values": x} if make is hf_clip else {}
+    positional = () if arguments else (x, tokens)
+    got, expected = (each(*positional, **arguments) for each in (model, whole.eval()))
+    name = "image_embeds" if make is hf_clip else "image_features"
+    torch.testing.assert_close(got[name], expected[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["albef", "blip"])
+def test_our_models_train_as_merged(family):
+    model = made(family)
+    wrapped = get_peft_model(model, lora()).double()
+    model.encoders_m.load_state_dict(model.encoders.state_dict())
+    whole = copy.deepcopy(wrapped).merge_and_unload()
+    batch = batch_of_four()
+    drawn = draws(family, *batch, "local")
+    got, expected = (each(*batch, drawn=drawn) for each in (wrapped, whole))
+    torch.testing.assert_close(losses(got), losses(expected), atol=1e-6, rtol=1e-6)
+    got.loss.backward()
+    gradients = {n: p.grad for n, p in wrapped.named_parameters() if p.requires_grad}
+    online = [g for n, g in gradients.items() if ".encoders." in n]
+    assert online and all(g.any() for g in online)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
+def test_cls_alone_goes_through_the_last_block_of_our_clip(kind):
+    model = elip_models.create_model("elip_clip_tiny", without_text="vision")
+    wrapped = perturbed(get_peft_model(model, lora(use_dora=kind == "DoRA"))).double().eval()
+    whole = copy.deepcopy(wrapped).merge_and_unload()
+    x = torch.randn(2, 3, *model.tower.image_size).double()
+    assert model.tower.is_plain(model.tower.depth - 1)
+    torch.testing.assert_close(model.encode_image(x), whole.encode_image(x), atol=1e-5, rtol=1e-5)

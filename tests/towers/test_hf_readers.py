@@ -1,0 +1,199 @@
+"""What reads the tokens that an image tower of transformers leaves, and how it finds them."""
+
+import pytest
+import torch
+import transformers
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+import elip_models
+from elip_models import reduce_
+from elip_models.reduction.strategy_spec import get_strategy
+from tests.helpers.models import HF, HF_TEXT, hf_blip, hf_vision, ids
+from tests.helpers.towers import SCHEDULE, images, whole_grid
+
+ADAPTIVE = {"strategy": "adaptive:keep_mass=0.5", "schedule": SCHEDULE}
+MERGING = {
+    "elip": {"strategy": "elip", "schedule": SCHEDULE},
+    "evit": {"strategy": "evit"},
+    "tome": {"strategy": "tome:r=4"},
+    "adaptive": ADAPTIVE,
+}
+DROPPING = {
+    "elip": {"schedule": SCHEDULE, "merge": False},
+    "patch_dropout": {"strategy": "patch_dropout"},
+    "resize": {"strategy": "resize:size=32"},
+}
+IMAGE_TOKEN = 49
+LANGUAGE = HF_TEXT | {"num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}
+
+
+def language_model(family, vision, **options):
+    """A tiny language model that reads the 36 patches of an image in place of tokens."""
+    vision = getattr(transformers, f"{vision}VisionConfig")(**HF)
+    text = (transformers.LlamaConfig if family == "Llava" else transformers.GemmaConfig)(**LANGUAGE)
+    name, options = f"{family}Config", {"image_token_index": IMAGE_TOKEN} | options
+    config = getattr(transformers, name)(vision_config=vision, text_config=text, **options)
+    return getattr(transformers, f"{family}ForConditionalGeneration")(config).eval()
+
+
+def llava(vision):
+    strategy = "full" if vision == "Siglip" else "default"  # the patches, CLS aside
+    return language_model("Llava", vision, vision_feature_select_strategy=strategy)
+
+
+def paligemma():
+    return language_model("PaliGemma", "Siglip", projection_dim=32)
+
+
+def said(model, x, **options):
+    """The logits of a language model for two images and three words each."""
+    text = torch.full((2, 39), IMAGE_TOKEN)
+    text[:, 36:] = 7
+    return model(
+        input_ids=text, attention_mask=torch.ones_like(text), pixel_values=x, **options
+    ).logits
+
+
+def masked_modeling(family):
+    model = hf_vision(f"{family}ForMaskedImageModeling", f"{family}Config", encoder_stride=8)
+    return model.eval()
+
+
+def read_by_decoder(model, x):
+    """The patches (B, D, 6, 6)."""
+    seen = []
+    handle = model.decoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(x)
+    handle.remove()
+    return seen[0]
+
+
+def test_cross_attention_reads_no_padding():
+    model, x, tokens = hf_blip().eval(), images(), ids()
+    encoded, infos = elip_models.encode_image(
+        model.vision_model, x, strategy=ADAPTIVE["strategy"], schedule=SCHEDULE, return_info=True
+    )
+    assert not infos[-1].mask.all()
+    model.vision_model.forward = lambda *_, **__: BaseModelOutputWithPooling(
+        last_hidden_state=whole_grid(encoded, infos)
+    )
+    expected = model(input_ids=tokens, pixel_values=x).itm_score
+    del model.vision_model.forward
+    reduce_(model.vision_model, **ADAPTIVE)
+    assert torch.equal(model(input_ids=tokens, pixel_values=x).itm_score, expected)
+    reduce_(model, **ADAPTIVE)
+    assert model.vision_model(x).last_hidden_state.shape[1] == 37
+
+
+def test_cross_attention_reads_merged_tokens_as_they_are():
+    model = reduce_(hf_blip().eval(), schedule=SCHEDULE)
+    assert model.vision_model(images()).last_hidden_state.shape[1] == 12
+
+
+@pytest.mark.parametrize(
+    ("family", "strategy"),
+    [(f, s) for f in ("ViT", "DeiT") for s in MERGING if f + s != "DeiTtome"],
+)
+def test_a_decoder_of_pixels_has_each_patch_at_its_place(family, strategy):
+    model, x, strategy = masked_modeling(family), images(), get_strategy(**MERGING[strategy])
+    dense = model(x).reconstruction
+    tokens, infos = elip_models.encode_image(model, x, strategy=strategy, return_info=True)
+    reduce_(model, strategy=strategy)
+    expected = whole_grid(tokens, infos)[:, -36:].mT.unflatten(2, (6, 6))
+    torch.testing.assert_close(read_by_decoder(model, x), expected)
+    assert not torch.allclose(model(x).reconstruction, dense)
+    elip_models.unreduce_(model)
+    assert torch.equal(model(x).reconstruction, dense)
+
+
+NEEDING = {"ViT": lambda: masked_modeling("ViT"), "PaliGemma": paligemma}
+
+
+@pytest.mark.parametrize("settings", DROPPING.values(), ids=DROPPING)
+@pytest.mark.parametrize("make", NEEDING.values(), ids=NEEDING)
+def test_what_needs_every_patch_refuses_what_drops_some(make, settings):
+    model = make()
+    with pytest.raises(TypeError, match=r"each at its place|a token for each patch"):
+        reduce_(model, **settings)
+    assert not elip_models.is_reduced(model)
+    reduce_(model, strategy="patch_dropout:keep=1.0")  # drops none
+
+
+@pytest.mark.parametrize("settings", [{}, {"schedule": SCHEDULE, "scorer": "received"}])
+def test_a_language_model_that_reads_the_last_tokens_has_all_of_them(settings):
+    model, x = paligemma(), images()
+    dense = said(model, x)
+    got = said(reduce_(model, **settings), x)
+    assert got.shape == dense.shape
+    assert not torch.allclose(got, dense)
+    assert torch.equal(said(elip_models.unreduce_(model), x), dense)
+
+
+@pytest.mark.parametrize("vision", ["CLIP", "Siglip"])
+@pytest.mark.parametrize("settings", [{}, {"strategy": "tome:r=4"}, {"strategy": "patch_dropout"}])
+def test_a_language_model_that_reads_hidden_states_has_whole_grids(vision, settings):
+    model, x = llava(vision), images()
+    dense = said(model, x)
+    reduce_(model, **settings)
+    model.train()
+    assert said(model, x).shape == dense.shape
+    model.eval()
+    assert said(model, x).shape == dense.shape
+    assert torch.equal(said(elip_models.unreduce_(model), x), dense)
+    with pytest.raises(TypeError, match="a token for each patch"):
+        reduce_(model, strategy="resize:size=32")
+
+
+ATTENDING = [{"schedule": SCHEDULE}, {"strategy": "resize:size=32"}, {"strategy": "random"}]
+BYPASSING = [{}, {"strategy": "evit"}, ADAPTIVE, {"schedule": SCHEDULE, "scorer": "exact"}]
+BYPASSING += [{"schedule": SCHEDULE, "merge": "nearest", "proportional": True}]
+
+
+def hf_vit(attention="eager"):
+    return hf_vision("ViTModel", "ViTConfig", attn_implementation=attention).eval()
+
+
+@pytest.mark.parametrize("settings", ATTENDING)
+def test_attention_of_blocks_that_run_themselves_is_returned(settings):
+    model, x = hf_vit(), images()
+    maps = reduce_(model, **settings)(x, output_attentions=True).attentions
+    assert len(maps) == 6
+    assert maps[-1].shape[-1] < 37
+
+
+@pytest.mark.parametrize("settings", BYPASSING)
+@pytest.mark.parametrize("states", [False, True])
+def test_attention_that_no_module_computes_is_refused(settings, states):
+    model, x = reduce_(hf_vit(), **settings), images()
+    expected = model(x).pooler_output
+    with pytest.raises(ValueError, match=r"output_attentions: expected False.*unreduce_"):
+        model(x, output_attentions=True, output_hidden_states=states)
+    assert torch.equal(model(x).pooler_output, expected)
+    model.config.output_attentions = True
+    with pytest.raises(ValueError, match="output_attentions"):
+        model(x)
+    assert len(elip_models.unreduce_(model)(x).attentions) == 6
+
+
+def test_a_whole_model_refuses_it_too():
+    model = reduce_(hf_blip().eval())
+    with pytest.raises(ValueError, match="output_attentions"):
+        model(input_ids=ids(), pixel_values=images(), output_attentions=True)
+
+
+def test_what_a_changed_embedding_would_ignore_is_refused():
+    config = transformers.ViTConfig(**HF)
+    model, x = transformers.ViTModel(config, use_mask_token=True).eval(), images()
+    reduce_(model, strategy="resize:size=32")
+    expected = model(x).pooler_output
+    assert torch.equal(model(x, interpolate_pos_encoding=True).pooler_output, expected)
+    with pytest.raises(ValueError, match=r"bool_masked_pos: expected none under 'resize'"):
+        model(x, bool_masked_pos=torch.ones(2, 36, dtype=torch.bool))
+
+
+def test_a_block_takes_its_tokens_by_name():
+    model = reduce_(hf_vit(), strategy="tome:r=4")
+    block, tokens = model.layers[0], torch.randn(2, 37, HF["hidden_size"])
+    assert torch.equal(block(hidden_states=tokens, attention_mask=None), block(tokens, None))
+    with pytest.raises(TypeError, match="hidden_states: expected the tokens"):
+        block(attention_mask=None)

@@ -1,0 +1,202 @@
+"""Images of other sizes than the model was made for, and models whose size is changed."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import elip_models
+from elip_models import encode_image, reduce_
+from elip_models.reduction.schedule import Schedule
+from tests.helpers.models import ROTARY, TOWERS, output
+from tests.helpers.tiers import tiered
+from tests.helpers.towers import (
+    SCHEDULE,
+    assert_equal_gradients,
+    gradients,
+    images,
+    plain_vit,
+    text,
+)
+
+OTHER = (64, 40)  # 8 x 5 patches of 8 pixels, where the models are made for 6 x 6
+STRATEGIES = {
+    "elip": {"schedule": SCHEDULE},
+    "dropping": {"schedule": SCHEDULE, "merge": False},
+    "evit": {"strategy": "evit"},
+    "tome": {"strategy": "tome:r=3"},
+    "adaptive": {"strategy": "adaptive", "schedule": SCHEDULE},
+}
+HF = [name for name in TOWERS if name.startswith("HF")]
+
+
+def pictures(size=OTHER):
+    return torch.randn(2, 3, *size)
+
+
+def dynamic_vit(**options):
+    return plain_vit(dynamic_img_size=True, **options).eval()
+
+
+def made_for(model, size):
+    """A timm model of the same weights, of one size."""
+    other = plain_vit().eval()
+    other.load_state_dict(model.state_dict())
+    other.set_input_size(size)
+    return other
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_dynamic_model_is_reduced_as_one_made_for_the_size(strategy):
+    model, settings = dynamic_vit(), STRATEGIES[strategy]
+    reduced = reduce_(copy.deepcopy(model), **settings)
+    for size in (OTHER, (48, 48)):
+        x, expected = pictures(size), reduce_(made_for(model, size), **settings)
+        torch.testing.assert_close(reduced(x), expected(x), atol=1e-5, rtol=1e-5)
+
+
+def test_ratios_are_of_the_images_own_patches():
+    model = reduce_(dynamic_vit(), schedule=SCHEDULE)
+    with elip_models.record_stages(model) as infos:
+        model(pictures())
+        model(images())
+    kept = [info.reduction.kept.shape[1] for info in infos]
+    schedule = Schedule.parse(SCHEDULE)
+    assert kept == schedule.keep_counts(40) + schedule.keep_counts(36)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_encode_image_reduces_by_the_images_own_patches(strategy):
+    model, x = dynamic_vit(), pictures()
+    options = {"scorer": "last", "without_text": "vision"}
+    settings = STRATEGIES[strategy] | (options if "schedule" in STRATEGIES[strategy] else {})
+    tokens = encode_image(model, x, **settings)
+    reduce_(model, **settings)
+    assert torch.equal(model(x), model.forward_head(tokens))
+
+
+@pytest.mark.parametrize("library", HF)
+@pytest.mark.parametrize("strategy", tiered(["elip", "evit", "adaptive"], ["elip"]))
+def test_transformers_interpolates_the_positions_of_a_reduced_model(library, strategy):
+    model, x = TOWERS[library]().eval(), pictures()
+    dense = model(x, interpolate_pos_encoding=True)
+    reduce_(model, schedule="6(100%)")
+    same = model(x, interpolate_pos_encoding=True)
+    assert all(torch.equal(a, b) for a, b in zip(same.values(), dense.values(), strict=True))
+    reduce_(model, **STRATEGIES[strategy])
+    with elip_models.record_stages(model) as infos:
+        model(x, interpolate_pos_encoding=True)
+    settings = elip_models.reduction_summary(model).strategy
+    elip_models.unreduce_(model)
+    _, others = encode_image(model, x, strategy=settings, return_info=True)
+    assert infos[0].reduction.weights.shape[1] in (1 + 40, 2 + 40)
+    for info, other in zip(infos, others, strict=True):
+        assert torch.equal(info.reduction.kept, other.reduction.kept)
+
+
+@pytest.mark.parametrize("make", [plain_vit, *ROTARY.values()], ids=["plain", *ROTARY])
+def test_set_input_size_before_or_after_is_the_same(make):
+    model, x = make().eval(), pictures()
+    before = copy.deepcopy(model)
+    before.set_input_size(OTHER)
+    reduce_(before, schedule=SCHEDULE)
+    reduce_(model, schedule=SCHEDULE)
+    model(images())
+    model.set_input_size(OTHER)
+    assert torch.equal(model(x), before(x))
+    assert elip_models.reduction_summary(model).dense_tokens == model.num_prefix_tokens + 40
+
+
+def test_a_dynamic_model_that_pads_is_reduced_by_the_padded_patches():
+    model = reduce_(dynamic_vit(dynamic_img_pad=True), schedule=SCHEDULE)
+    x = pictures((60, 33))
+    padded = torch.nn.functional.pad(x, (0, 7, 0, 4))
+    assert torch.equal(model(x), model(padded))
+    elip_models.unreduce_(model)
+    found = [encode_image(model, each, schedule=SCHEDULE) for each in (x, padded)]
+    assert torch.equal(*found)
+
+
+def test_resize_keeps_the_proportions_of_the_image():
+    model = dynamic_vit()
+    tokens = encode_image(model, pictures((64, 32)), strategy="resize:size=32")
+    assert tokens.shape[1] == 1 + 4 * 2
+    assert torch.isfinite(reduce_(model, strategy="resize:size=32")(pictures((64, 32)))).all()
+
+
+@pytest.mark.parametrize("strategy", ["elip", "evit", "tome"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpoint_replays_an_image_of_another_size(strategy, use_reentrant):
+    model = reduce_(dynamic_vit(), **STRATEGIES[strategy]).train()
+    x = pictures().requires_grad_()
+    model(x).square().sum().backward()
+    expected = gradients(model)
+    model.zero_grad()
+    tokens = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+    for block in model.blocks:
+        tokens = checkpoint(block, tokens, use_reentrant=use_reentrant)
+    model(images())  # of the other size, between
+    model.forward_head(model.norm(tokens)).square().sum().backward()
+    assert_equal_gradients(gradients(model), expected)
+
+
+BACKENDS = [("elip", "eager"), *((strategy, "aot_eager") for strategy in STRATEGIES)]
+
+
+@pytest.mark.parametrize(("strategy", "backend"), tiered(BACKENDS, []))
+def test_a_compiled_model_takes_images_of_two_sizes(strategy, backend):
+    torch._dynamo.reset()
+    settings = dict(STRATEGIES[strategy])
+    settings |= {"schedule": "1(100%) 1(50%)"} if "schedule" in settings else {}
+    model = reduce_(dynamic_vit(depth=2), **settings)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for x in (images(), pictures(), images()):
+        torch.testing.assert_close(compiled(x), model(x))
+    model(x).square().sum().backward()
+    expected = gradients(model)
+    model.zero_grad()
+    compiled(x).square().sum().backward()
+    assert_equal_gradients(gradients(model), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_compiled_model_of_transformers_takes_images_of_two_sizes(strategy):
+    """One graph a size: ToMe's counts as terms of the image's size would take minutes."""
+    torch._dynamo.reset()
+    model = reduce_(TOWERS["HF CLIP"]().eval(), **STRATEGIES[strategy])
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    for x in (images(), pictures(), images()):
+        got, expected = (m(x, interpolate_pos_encoding=True) for m in (compiled, model))
+        torch.testing.assert_close(got.image_embeds, expected.image_embeds)
+
+
+@pytest.mark.parametrize(
+    ("make", "advice"),
+    [
+        (plain_vit, "dynamic_img_size=True"),
+        (ROTARY["EVA without rotation"], "dynamic_img_size=True"),
+        (ROTARY["rope"], "set_input_size"),
+        (TOWERS["open_clip"], "resize the images"),
+    ],
+)
+def test_a_model_of_one_size_says_how_to_take_others(make, advice):
+    with pytest.raises(ValueError, match=f"48, 48.*64, 40.*{advice}"):
+        encode_image(make(), pictures(), text(), schedule=SCHEDULE)
+
+
+def test_blocks_that_are_called_with_other_tokens_say_so():
+    model = reduce_(plain_vit(), schedule=SCHEDULE)
+    with pytest.raises(ValueError, match=r"expected 37 tokens before block 1, .*got 20"):
+        model.blocks(torch.randn(2, 20, 32))
+
+
+def test_the_head_may_be_reset_and_the_pooling_with_it():
+    model, x = reduce_(plain_vit().eval(), schedule=SCHEDULE), images()
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3)
+    model.reset_classifier(3, "avg")
+    fresh = elip_models.unreduce_(copy.deepcopy(model))
+    assert torch.equal(model(x), output(reduce_(fresh, schedule=SCHEDULE), x))
+    assert fresh.head.out_features == 3

@@ -1,0 +1,199 @@
+"""A tower whose CLS alone is read: in inference its last block runs for that token, exactly."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import elip_models
+from elip_models.reduction.encode import encode_image, run_tower
+from elip_models.reduction.strategies.elip import ELIP
+from elip_models.towers import as_tower
+from tests.helpers.towers import SCHEDULE, clip_vit, images, plain_vit, text
+from tests.models.test_clip import tiny
+
+DENSE = "6(100%)"
+
+
+def both(model, settings, x, t=None):
+    """CLS features (B, D) of all tokens' last block, and of CLS's alone."""
+    tower = as_tower(model)
+    tokens, _ = run_tower(tower, x, t, settings)
+    alone, infos = run_tower(tower, x, t, settings, cls_only=True)
+    assert alone.shape == (x.shape[0], 1, model.embed_dim)
+    return tokens[:, 0], alone[:, 0], infos
+
+
+@pytest.fixture
+def calls():
+    """Tokens of each attention product, one for every whole block; a hook would change the way."""
+    counted = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = F.scaled_dot_product_attention
+
+        def attention(q, *args, **kwargs):
+            counted.append(q.shape[2])
+            return original(q, *args, **kwargs)
+
+        patch.setattr(F, "scaled_dot_product_attention", attention)
+        yield counted
+
+
+TOWERS = {
+    "plain": plain_vit,
+    "clip": clip_vit,
+    "scale norm": lambda: plain_vit(scale_attn_norm=True, scale_mlp_norm=True),
+    "no bias": lambda: plain_vit(qkv_bias=False, proj_bias=False),
+    "dropout and drop path": lambda: clip_vit(
+        proj_drop_rate=0.3, attn_drop_rate=0.3, drop_path_rate=0.3
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("schedule", [DENSE, SCHEDULE, "3(100%) 3(50%)"])
+@pytest.mark.parametrize("make", TOWERS.values(), ids=TOWERS)
+def test_is_exact(make, schedule):
+    """The last stage of SCHEDULE begins at the last block: it reduces first."""
+    model, x = make().eval(), images(3)
+    all_tokens, alone, infos = both(model, ELIP(schedule), x, text(3))
+    torch.testing.assert_close(alone, all_tokens, atol=1e-5, rtol=1e-5)
+    assert len(infos) == len(ELIP(schedule).schedule.stages(36))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_is_exact_in_other_dtypes(dtype):
+    """No further from fp64 than the whole block is; CLS's own way rounds less."""
+    model, x = clip_vit().eval().to(dtype), images(4).to(dtype)
+    all_tokens, alone, _ = both(model, ELIP(DENSE), x, text(4))
+    exact, _, _ = both(model.double(), ELIP(DENSE), x.double(), text(4))
+    assert alone.dtype == dtype
+    budget = max(1e-12, 1.5 * (all_tokens - exact).abs().max().item())
+    assert (alone - exact).abs().max().item() <= budget
+
+
+def all_tokens(model, x, features=None):
+    """Of the image tower of our CLIP, reduced as it says."""
+    text_cls = None if features is None else model.guidance(features)
+    return encode_image(model.visual, x, text_cls, strategy=model.reduction)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guided", [True, False])
+def test_clip_takes_it_in_inference(calls, guided):
+    model, x = tiny("elip_clip_tiny").eval(), torch.randn(2, 3, 32, 32)
+    depth = model.tower.depth
+    features = F.normalize(torch.randn(2, 12), dim=-1) if guided else None
+    got = model.encode_image(x, features, reduce=guided)
+    tokens = all_tokens(model, x, features) if guided else model.visual.forward_features(x)
+    whole = F.normalize(model.image_projection(tokens[:, 0]), dim=-1)
+    torch.testing.assert_close(got, whole, atol=1e-5, rtol=1e-5)
+    calls.clear()
+    model.encode_image(x, reduce=False)
+    assert len(calls) == depth - 1
+    all_tokens(model, x)
+    assert len(calls) == depth - 1 + depth
+
+
+def test_is_not_taken_with_gradient_or_in_training(calls):
+    model, x = tiny("clip_tiny").eval(), torch.randn(2, 3, 32, 32)
+    depth = model.tower.depth
+    model.encode_image(x)
+    assert len(calls) == depth
+    model.train()
+    with torch.no_grad():
+        model.encode_image(x)
+    assert len(calls) == 2 * depth
+    model.eval().set_grad_checkpointing()
+    with torch.no_grad():
+        model.encode_image(x)
+    assert len(calls) == 3 * depth - 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize("path", ["", "attn", "attn.qkv", "mlp.act", "norm2"])
+def test_hooks_on_the_last_block_see_every_token(calls, register, path):
+    model, x = tiny("clip_tiny").eval(), torch.randn(2, 3, 32, 32)
+    expected, seen = model.encode_image(x), []
+    module = model.visual.blocks[-1].get_submodule(path)
+    handle = getattr(module, register)(lambda module, args, *_: seen.append(args[0].shape[1]))
+    calls.clear()
+    torch.testing.assert_close(model.encode_image(x), expected, atol=1e-5, rtol=1e-5)
+    assert seen == [model.tower.num_patches + 1]
+    assert len(calls) == model.tower.depth
+    handle.remove()
+    model.encode_image(x)
+    assert len(calls) == 2 * model.tower.depth - 1
+
+
+@torch.no_grad()
+def test_a_hook_on_an_earlier_block_does_not_matter(calls):
+    model, x, seen = tiny("clip_tiny").eval(), torch.randn(2, 3, 32, 32), []
+    model.visual.blocks[-2].register_forward_hook(lambda *args: seen.append(args))
+    model.encode_image(x)
+    assert len(seen) == 1
+    assert len(calls) == model.tower.depth - 1
+
+
+class Wider(torch.nn.Linear):
+    """A projection that is more than its weight."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@torch.no_grad()
+def test_a_changed_block_runs_whole(calls):
+    """What is put into the last block after the tower was made counts as it is."""
+    model, x = tiny("clip_tiny").eval(), torch.randn(2, 3, 32, 32)
+    block, depth = model.visual.blocks[-1], model.tower.depth
+    plain = block.attn.qkv
+    block.attn.qkv = Wider(plain.in_features, plain.out_features).eval()
+    model.encode_image(x)
+    assert len(calls) == depth
+    block.attn.qkv = plain
+    block.mlp.forward = lambda x: 0 * x
+    changed = model.encode_image(x)
+    assert len(calls) == 2 * depth
+    del block.mlp.forward
+    assert not torch.allclose(model.encode_image(x), changed)
+    block.attn.attn_drop.train()
+    calls.clear()
+    model.encode_image(x)
+    assert len(calls) == depth
+
+
+@pytest.mark.exhaustive
+@torch.no_grad()
+def test_compiles_whole_and_exports():
+    torch._dynamo.reset()
+    model, x = tiny("elip_clip_tiny", without_text="vision").eval(), torch.randn(2, 3, 32, 32)
+    model.forward = model.encode_image
+    expected = model(x)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected, atol=1e-5, rtol=1e-5)
+    program = torch.export.export(model, (x,))
+    torch.testing.assert_close(program.module()(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_autocast():
+    model, x = tiny("clip_tiny").eval(), torch.randn(2, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, tokens = model.encode_image(x), all_tokens(model, x)
+        whole = F.normalize(model.image_projection(tokens[:, 0]), dim=-1)
+    torch.testing.assert_close(got.float(), whole.float(), atol=2e-2, rtol=0)
+
+
+@torch.no_grad()
+def test_a_twelfth_of_the_dense_tower_less():
+    narrow = {"vision_width": 192, "vision_heads": 3, "text_depth": 1}
+    model = elip_models.create_model("clip_vit_b16", **narrow).eval()
+    x, flops = torch.randn(1, 3, 224, 224), []
+    for cls_only in (False, True):
+        with FlopCounterMode(display=False) as counter:
+            run_tower(model.tower, x, None, model.dense, cls_only=cls_only)
+        flops.append(counter.get_total_flops())
+    assert 1 - 1 / 12 - 0.01 < flops[1] / flops[0] < 1 - 1 / 12 + 0.01

@@ -1,0 +1,210 @@
+"""Towers that pool their patches: each token counts by how many it holds."""
+
+import pytest
+import torch
+from torch import nn
+
+import elip_models
+from elip_models import (
+    ELIP,
+    TRIPS,
+    AdaptiveELIP,
+    EViT,
+    ImageResize,
+    PatchDropout,
+    RandomPruning,
+    ToMe,
+)
+from elip_models.towers import as_image_text, as_tower
+from tests.helpers.models import (
+    POOLED,
+    POOLED_WITHOUT_CLS,
+    coca,
+    eva,
+    ids,
+    output,
+    output_of_pair,
+    trunk_pair,
+)
+from tests.helpers.tiers import tiered
+from tests.helpers.towers import SCHEDULE, WIDTH, gradients, images, plain_vit, text
+
+MODELS = POOLED | POOLED_WITHOUT_CLS
+MERGING = {
+    "elip": ELIP(SCHEDULE, scorer="last"),
+    "evit": EViT(0.7, layers=(1, 3)),
+    "evit in the last block": EViT(0.5, layers=(2, 5)),
+    "tome": ToMe(4),
+    "trips": TRIPS(SCHEDULE),
+    "random": RandomPruning(SCHEDULE),
+    "adaptive": AdaptiveELIP(SCHEDULE, keep_mass=0.5),
+    "nearest": ELIP(SCHEDULE, merge="nearest"),
+}
+DROPPING = {
+    "elip": ELIP(SCHEDULE, scorer="last", merge=False),
+    "random": RandomPruning(SCHEDULE, merge=False),
+    "patch_dropout": PatchDropout(0.5),
+}
+
+
+def sizes(infos, num_prefix_tokens):
+    """(B, T-p) how many patches each token holds."""
+    source = None
+    for info in infos:
+        source = info.reduction.source_map(source)
+    return source[:, num_prefix_tokens:].sum(2)
+
+
+def reduced(model, strategy, x, t):
+    """The output under `reduce_`, and the tokens and infos of `encode_image`, by the same draws."""
+    torch.manual_seed(1)
+    tokens, infos = elip_models.encode_image(model, x, t, strategy=strategy, return_info=True)
+    elip_models.reduce_(model, strategy=strategy)
+    torch.manual_seed(1)
+    with elip_models.guidance(model, t):
+        return output(model, x), tokens, infos
+
+
+@pytest.mark.parametrize("strategy", MERGING.values(), ids=MERGING)
+@pytest.mark.parametrize("name", ["timm average", "timm average, register"])
+def test_an_average_is_weighted_by_sizes(name, strategy):
+    model, x, t = MODELS[name]().train(), images(), text()
+    tower = as_tower(model)
+    if not tower.has_cls and strategy.name == "evit":
+        pytest.skip("EViT scores by a CLS token")
+    p = tower.num_prefix_tokens
+    got, tokens, infos = reduced(model, strategy, x, t)
+    weights = sizes(infos, p)
+    assert torch.equal(weights.sum(1), torch.full((2,), 36))
+    assert weights.max() > 1
+    mean = (weights[..., None] * tokens[:, p:]).sum(1) / 36
+    torch.testing.assert_close(got, model.head(model.fc_norm(mean)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", [MERGING["elip"], ToMe(4)], ids=["elip", "tome"])
+def test_attention_pooling_adds_the_log_of_sizes_to_its_scores(strategy):
+    model, x, t = MODELS["timm SigLIP"]().eval(), images(), text()
+    got, tokens, infos = reduced(model, strategy, x, t)
+    bias = sizes(infos, 0).log()[:, None, None]
+    torch.testing.assert_close(
+        got, model.head(model.attn_pool(tokens, attn_mask=bias)), atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("strategy", DROPPING.values(), ids=DROPPING)
+def test_what_is_left_after_dropping_is_pooled_as_it_is(strategy):
+    model, x, t = MODELS["timm average"]().train(), images(), text()
+    got, tokens, _ = reduced(model, strategy, x, t)
+    assert tokens.shape[1] < 36
+    assert torch.equal(got, model.head(model.fc_norm(tokens[:, 1:].mean(1))))
+
+
+def idle(strategy, size):
+    """The strategy where it has nothing to reduce."""
+    return ImageResize(size.image[0]) if strategy is ImageResize else strategy.at_strength(size, 0)
+
+
+EACH = {s.name: s for s in MERGING.values()} | {
+    "patch_dropout": PatchDropout(),
+    "resize": ImageResize,
+}
+IDLE = [(name, strategy) for name in MODELS for strategy in EACH]
+IDLE_QUICK = [(name, s) for name in ("timm average", "timm SigLIP") for s in ("elip", "tome")]
+
+
+@pytest.mark.parametrize(("name", "strategy"), tiered(IDLE, IDLE_QUICK))
+def test_a_strategy_at_zero_strength_is_the_untouched_model(name, strategy):
+    model, x = MODELS[name]().eval(), images()
+    tower, expected = as_tower(model), output(model, x)
+    strategy = idle(EACH[strategy], tower.size)
+    reason = strategy.refuses(tower)
+    if reason is not None:
+        pytest.skip(reason)
+    elip_models.reduce_(model, strategy=strategy)
+    with elip_models.guidance(model, text()):
+        assert torch.equal(output(model, x), expected)
+
+
+LAST = [("timm average", EViT(0.5, layers=(5,))), ("open_clip attention", ToMe((0,) * 5 + (9,)))]
+
+
+@pytest.mark.parametrize(("name", "strategy"), LAST)
+def test_a_step_in_the_last_block_alone_is_counted(name, strategy):
+    model, x = MODELS[name]().eval(), images()
+    _, tokens, _ = reduced(model, strategy, x, text())
+    seen = []
+    as_tower(model).blocks[-1].register_forward_hook(lambda m, args, out: seen.append(out))
+    output(model, x)
+    assert tokens.shape[1] < 37 == seen[0].shape[1]
+
+
+@pytest.mark.parametrize("name", ["open_clip attention", "open_clip average, norm behind"])
+def test_encode_image_returns_tokens_before_a_norm_that_stands_behind_the_pool(name):
+    model, x = MODELS[name]().eval(), images()
+    tokens = elip_models.encode_image(model, x, schedule="6(100%)")
+    torch.testing.assert_close(model._pool(tokens)[0] @ model.proj, model(x))
+
+
+def test_a_text_is_the_query_of_a_rotary_tower_without_cls_by_any_layer():
+    """A projection that only a call can read, and one whose weights are read, score alike."""
+    model, x, t = POOLED_WITHOUT_CLS["rope average, no CLS"]().eval(), images(), text()
+    tower = as_tower(model)
+    tokens = tower.embed(x)
+    expected = tower.cls_attention(2, tokens, t)
+    model.blocks[2].attn.qkv.register_forward_hook(lambda m, args, out: out)
+    assert tower.weights(2) is None
+    torch.testing.assert_close(tower.cls_attention(2, tokens, t), expected, atol=1e-6, rtol=1e-5)
+    registers = eva(attn_type="rope", global_pool="avg", class_token=False, num_reg_tokens=2)
+    registers.blocks[2].attn.qkv.register_forward_hook(lambda m, args, out: out)
+    assert as_tower(registers).cls_attention(2, as_tower(registers).embed(x), t).shape == (2, 38)
+
+
+def test_a_tower_inside_open_clips_timm_model_is_the_trunk():
+    model = trunk_pair(plain_vit(global_pool="avg", num_classes=0), 16, nn.Linear(WIDTH, 16)).eval()
+    tower, x = as_tower(model.visual), images()
+    assert tower.model is model.visual.trunk
+    dense = model.encode_image(x)
+    elip_models.reduce_(model.visual, strategy=ToMe(4))
+    assert not torch.allclose(model.encode_image(x), dense)
+    elip_models.unreduce_(model.visual.trunk)
+    assert torch.equal(model.encode_image(x), dense)
+
+
+class Mlp(nn.Sequential):
+    """A head that no text goes back through."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(WIDTH, 8), nn.GELU(), nn.Linear(8, 16))
+
+
+def test_a_whole_model_that_text_cannot_guide_is_reduced_as_its_image_tower():
+    for model in (coca(), trunk_pair(plain_vit(global_pool="avg", num_classes=0), 16, Mlp())):
+        bare, x, tokens = as_image_text(model.eval()).image_model, images(), ids()
+        assert as_image_text(model).refuses()
+        elip_models.reduce_(bare, schedule=SCHEDULE)
+        expected = output_of_pair(model, x, tokens)
+        elip_models.unreduce_(bare)
+        elip_models.reduce_(model, schedule=SCHEDULE)
+        assert torch.equal(output_of_pair(model, x, tokens), expected)
+
+
+def test_a_whole_model_that_text_cannot_guide_needs_a_strategy_that_does_without():
+    trunk = plain_vit(global_pool="map", class_token=False, num_classes=0)
+    model = trunk_pair(trunk, 16, Mlp()).eval()
+    with pytest.raises(TypeError, match="no linear projection to go back through"):
+        elip_models.reduce_(model, schedule=SCHEDULE)
+    elip_models.reduce_(model, strategy=ToMe(4))
+    assert output_of_pair(model, images(), ids()).shape == (2, 16)
+
+
+def test_coca_captions_what_its_reduced_tower_sees():
+    model, x, tokens = coca().eval(), images(), ids()
+    dense = model(x, tokens)["logits"]
+    elip_models.reduce_(model, schedule=SCHEDULE)
+    out = model(x, tokens)
+    assert out["logits"].shape == dense.shape
+    assert not torch.allclose(out["logits"], dense)
+    out["logits"].square().mean().backward()
+    assert {n for n in gradients(model) if n.startswith("visual.transformer")}
+    elip_models.unreduce_(model)
+    assert torch.equal(model(x, tokens)["logits"], dense)

@@ -1,0 +1,180 @@
+"""Quantised linear layers, before or after `reduce_`: what a scorer or a strategy reads of them is
+what a call of them makes."""
+
+import copy
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+from torchao.quantization import (
+    Float8WeightOnlyConfig,
+    Int8DynamicActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+    quantize_,
+)
+
+import elip_models
+from elip_models import (
+    ELIP,
+    TRIPS,
+    AdaptiveELIP,
+    CrossGET,
+    EViT,
+    GuidedToMe,
+    ImageResize,
+    PatchDropout,
+    PiToMe,
+    RandomPruning,
+    ToMe,
+)
+from elip_models.reduction.encode import run_tower
+from elip_models.reduction.strategies import Dense
+from elip_models.towers import as_tower
+from elip_models.towers.effective_weights import through_transpose
+from tests.helpers.models import ROTARY, TOWERS, hf_clip, ids, output, output_of_pair
+from tests.helpers.tiers import tiered
+from tests.helpers.towers import SCHEDULE, images, plain_vit
+
+
+def by(config):
+    def quantised(model):
+        model = copy.deepcopy(model)
+        quantize_(model, config())
+        return model
+
+    return quantised
+
+
+def dynamic(model):
+    """PyTorch's own, which puts other modules in the place of nn.Linear."""
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+
+
+WEIGHTS = {"int8 weights": by(Int8WeightOnlyConfig), "fp8 weights": by(Float8WeightOnlyConfig)}
+QUANTISED = WEIGHTS | {
+    "int8 weights and activations": by(Int8DynamicActivationInt8WeightConfig),
+    "quantize_dynamic": dynamic,
+}
+VISION = {"schedule": SCHEDULE, "without_text": "vision"}
+STRATEGIES = {
+    **{f"elip {s}": ELIP(**VISION, scorer=s) for s in ("last", "cls", "exact", "official", 1)},
+    "adaptive": AdaptiveELIP(**VISION, keep_mass=0.5),
+    "evit": EViT(0.7, layers=(1, 3)),
+    "guided_tome": GuidedToMe(4),
+    "pitome": PiToMe(4),
+    "crossget": CrossGET(4),
+    "nearest": ELIP(**VISION, merge="nearest"),
+    "evit, no gradient": EViT(0.7, layers=(1, 3), attention_gradient=False),
+    "patch_dropout": PatchDropout(0.5),  # does nothing in inference
+    "random": RandomPruning(SCHEDULE),
+    "resize": ImageResize(32),
+    "tome": ToMe(4),
+    "trips": TRIPS(**VISION),
+}
+NOTHING = {
+    "elip": ELIP("6(100%)"),
+    "adaptive": AdaptiveELIP("6(100%)"),
+    "evit": EViT(1.0),
+    "random": RandomPruning("6(100%)"),
+    "tome": ToMe(0),
+    "guided_tome": GuidedToMe(0),
+    "pitome": PiToMe(0),
+    "crossget": CrossGET(0),
+    "trips": TRIPS("6(100%)"),
+}
+
+
+@torch.no_grad()
+def drawn(model, x):
+    """The output; what a strategy draws is the same in all calls."""
+    torch.manual_seed(1)
+    return output(model, x)
+
+
+def rms(error):
+    return error.square().mean().sqrt()
+
+
+def test_every_strategy_is_tested():
+    assert {each.name for each in STRATEGIES.values()} == elip_models.STRATEGIES.keys()
+
+
+@pytest.mark.parametrize("how", tiered(QUANTISED, quick=["int8 weights"]))
+def test_a_reduction_of_nothing_is_the_dense_quantised_model(how):
+    dense, x = QUANTISED[how](plain_vit().eval()), images()
+    expected = drawn(dense, x)
+    for strategy in NOTHING.values():
+        assert torch.equal(drawn(elip_models.reduce_(dense, strategy=strategy), x), expected)
+
+
+EVERY = list(product(STRATEGIES, QUANTISED))
+QUICK = [("elip last", "int8 weights")]
+
+
+@pytest.mark.parametrize(("strategy", "how"), tiered(EVERY, quick=QUICK))
+def test_a_model_is_quantised_before_or_after_it_is_reduced(strategy, how):
+    model, x, strategy = plain_vit().eval(), images(), STRATEGIES[strategy]
+    before = elip_models.reduce_(QUANTISED[how](model), strategy=strategy)
+    after = QUANTISED[how](elip_models.reduce_(model, strategy=strategy))
+    assert torch.equal(drawn(after, x), drawn(before, x))
+
+
+@pytest.mark.parametrize(("strategy", "how"), tiered(EVERY, quick=QUICK))
+@torch.no_grad()
+def test_of_the_same_choice_quantising_costs_no_more_than_in_the_dense_model(strategy, how):
+    """Twice its error at most, which sums of fewer tokens have; another choice may cost more."""
+    model, x, strategy = plain_vit().eval(), images(8), STRATEGIES[strategy]
+    full, quantised = as_tower(model), as_tower(QUANTISED[how](model))
+    tokens, infos = run_tower(full, x, None, strategy)
+    found, _ = run_tower(quantised, x, None, strategy, replays=infos)
+    dense = [run_tower(tower, x, None, Dense())[0] for tower in (full, quantised)]
+    assert 0 < rms(found - tokens) <= 2 * rms(dense[1] - dense[0])
+
+
+@torch.no_grad()
+def as_it_acts(model):
+    """A copy of plain layers with the weights that calls of the quantised ones show."""
+    model = copy.deepcopy(model)
+    for owner in list(model.modules()):
+        for name, layer in owner.named_children():
+            if type(layer) is nn.Linear and type(layer.weight.data) is not torch.Tensor:
+                plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+                plain.weight.copy_(layer.weight.dequantize())
+                if layer.bias is not None:
+                    plain.bias.copy_(layer.bias)
+                setattr(owner, name, plain)
+    return model
+
+
+TOWERS_READ = ("timm", "timm q/k norm", "open_clip", "HF CLIP", "HF BLIP", "EVA-02 base")
+EVERY_TOWER = TOWERS | ROTARY
+ROWS = {name: STRATEGIES[name] for name in ("elip last", "elip cls", "evit", "tome")}
+
+
+@pytest.mark.parametrize("how", WEIGHTS)
+@pytest.mark.parametrize("tower", tiered(TOWERS_READ, quick=["timm"]))
+def test_rows_are_those_of_the_weights_as_they_act(tower, how):
+    model, x = WEIGHTS[how](EVERY_TOWER[tower]().eval()), images()
+    plain = as_it_acts(model)
+    for strategy in ROWS.values():
+        if not as_tower(model).is_rotary or strategy.name == "elip":
+            found, expected = (
+                drawn(elip_models.reduce_(each, strategy=strategy), x) for each in (model, plain)
+            )
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", QUANTISED)
+@torch.no_grad()
+def test_a_quantised_projection_carries_text_back_to_the_image_tower(how):
+    """As near to that of the plain projection as rounding to eight bits leaves it, 1 in 127 or,
+    in fp8, 1 in 16 of the largest; and the whole model takes it for its guidance."""
+    model, tokens = hf_clip().eval(), ids()
+    layer = nn.Sequential(model.visual_projection)
+    features = torch.nn.functional.normalize(torch.randn(4, 16))
+    expected = features @ layer[0].weight
+    found = through_transpose(features, QUANTISED[how](layer)[0])
+    assert (found - expected).abs().max() <= expected.abs().max() / 8
+    whole = elip_models.reduce_(QUANTISED[how](model), schedule=SCHEDULE)
+    assert output_of_pair(whole, images(), tokens).isfinite().all()

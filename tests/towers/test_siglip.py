@@ -1,0 +1,144 @@
+"""SigLIP: towers without a CLS token, where the text alone asks which patches stay."""
+
+import pytest
+import torch
+
+import elip_kernels
+import elip_models
+from elip_models.reduction.strategy_spec import get_strategy
+from elip_models.towers import as_image_text, as_tower
+from tests.helpers.models import hf_siglip, siglip_vision
+from tests.helpers.towers import SCHEDULE, WIDTH, images, text, whole_grid
+
+
+@pytest.fixture(params=["sdpa", "eager"])
+def model(request):
+    return siglip_vision(request.param).eval()
+
+
+@torch.no_grad()
+def test_parts_add_up_to_the_block(model):
+    tower = as_tower(model)
+    tokens = tower.embed(images())
+    assert tokens.shape == (2, tower.num_tokens, WIDTH) == (2, 36, WIDTH)
+    assert not tower.has_cls
+    for i in range(tower.depth):
+        whole = tower.block(i, tokens)
+        close = {"atol": 2e-5, "rtol": 2e-5}
+        torch.testing.assert_close(tower.mlp(i, tower.attend(i, tokens)), whole, **close)
+        tokens = whole
+
+
+def row_by_hand(layer, tokens, t):
+    """Head mean of softmax over the tokens of q(norm(t)) . k(norm(x))."""
+    attn = layer.self_attn
+    q = attn.q_proj(layer.layer_norm1(t)).view(2, 2, 1, -1)
+    k = attn.k_proj(layer.layer_norm1(tokens)).view(2, -1, 2, WIDTH // 2).transpose(1, 2)
+    return (q @ k.mT * attn.scale).softmax(-1).mean(1)[:, 0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("scorer", "whole", "row"), [("last", 0, 2), ("exact", 2, 2), (2, 1, 1)])
+def test_the_text_is_the_query_of_the_scorers_layer(model, scorer, whole, row):
+    x, t, tower = images(), text(), as_tower(model)
+    _, (info,) = elip_models.encode_image(
+        model, x, t, schedule="3(100%) 3(50%)", scorer=scorer, return_info=True
+    )
+    tokens = tower.embed(x)
+    for layer in tower.blocks[:3]:
+        tokens = layer(tokens, attention_mask=None)
+    entered = tokens
+    for layer in tower.blocks[3 : 3 + whole]:
+        tokens = layer(tokens, attention_mask=None)
+    expected = row_by_hand(tower.blocks[3 + row], tokens, t)
+    torch.testing.assert_close(info.attention, expected, atol=1e-6, rtol=1e-5)
+    kept = elip_kernels.reduce(
+        entered, info.attention, int(36 * 0.5), num_prefix_tokens=0, return_info=True
+    )[1].kept
+    assert torch.equal(info.reduction.kept, kept)
+
+
+def probed(head, tokens, sizes):
+    """What the head makes of tokens that hold `sizes` (B, N) patches: their log is added to the
+    scores of its probe."""
+    bias = sizes.log().repeat_interleave(head.attention.num_heads, 0)[:, None]
+    probe = head.probe.expand(len(tokens), -1, -1)
+    attended = head.attention(probe, tokens, tokens, attn_mask=bias)[0]
+    return (attended + head.mlp(head.layernorm(attended)))[:, 0]
+
+
+STRATEGIES = {
+    "elip": {"schedule": SCHEDULE},
+    "tome": {"strategy": "tome:r=4"},
+    "adaptive": {"strategy": "adaptive:keep_mass=0.5", "schedule": SCHEDULE},
+}
+
+
+@pytest.mark.parametrize("settings", STRATEGIES.values(), ids=STRATEGIES)
+def test_the_probe_counts_each_token_by_the_patches_that_it_holds(model, settings):
+    x, t = images(), text()
+    strategy = get_strategy(**({"strategy": "elip"} | settings))
+    tokens, infos = elip_models.encode_image(model, x, t, strategy=strategy, return_info=True)
+    elip_models.reduce_(model, strategy=strategy)
+    with elip_models.guidance(model, t):
+        reduced = model(x)
+    assert tokens.shape[1] < 36
+    assert torch.equal(reduced.last_hidden_state, whole_grid(tokens, infos))
+    source = None
+    for info in infos:
+        source = info.reduction.source_map(source)
+    expected = probed(model.head, tokens, source.sum(2))  # none for padding
+    torch.testing.assert_close(reduced.pooler_output, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_another_text_keeps_other_patches_and_its_length_does_not_matter():
+    model, x, t = siglip_vision().eval(), images(), text()
+    kept = [
+        elip_models.encode_image(model, x, each, schedule=SCHEDULE, return_info=True)[1]
+        for each in (t, 3 * t, -t)
+    ]
+    first, longer, other = (infos[0].reduction.kept for infos in kept)
+    assert torch.equal(first, longer)
+    assert not torch.equal(first, other)
+
+
+def test_scoring_counts_the_key_projection():
+    size = as_tower(siglip_vision()).size
+    last = get_strategy("elip", schedule="3(100%) 3(50%)", scorer="last")
+    assert last.scoring_flops(size) == 2 * 36 * WIDTH * (WIDTH + 1)
+
+
+def test_without_text_it_stays_dense():
+    model, x = siglip_vision().eval(), images()
+    dense = model(x).pooler_output
+    elip_models.reduce_(model, schedule=SCHEDULE)
+    assert torch.equal(model(x).pooler_output, dense)
+
+
+@pytest.mark.parametrize(
+    "name", ["tome", "guided_tome", "pitome", "crossget", "random", "patch_dropout", "trips"]
+)
+def test_strategies_without_a_cls_row_run(name):
+    model, x, t = siglip_vision().train(), images(), text()
+    options = {"schedule": SCHEDULE} if name in ("random", "trips") else {}
+    strategy = get_strategy(name, **options)
+    tower = as_tower(model)
+    torch.manual_seed(0)
+    tokens, infos = elip_models.encode_image(model, x, t, strategy=strategy, return_info=True)
+    assert tokens.shape[1] == strategy.token_counts(tower.size)[-1].mlp < 36
+    left = whole_grid(tokens, infos) if strategy.merge else tokens
+    elip_models.reduce_(model, strategy=strategy)
+    torch.manual_seed(0)
+    with elip_models.guidance(model, t):
+        assert torch.equal(model(x).last_hidden_state, left)
+
+
+def test_a_pair_is_guided_by_the_feature_of_its_last_text_token():
+    model, tokens = hf_siglip().eval(), torch.randint(0, 50, (2, 8))
+    mask = torch.ones_like(tokens)
+    mask[:, 5:7] = 0
+    pair, x = as_image_text(model), images()
+    for each in (None, mask):
+        features = model.text_model(tokens, attention_mask=each).pooler_output
+        assert torch.equal(pair.text_cls(tokens, x, each), features)
+        assert torch.equal(pair.text_cls(tokens, x, attention_mask=each), features)

@@ -1,0 +1,56 @@
+"""Two processes: FSDP2 and DDP give what one process gives. The cases run in one pair of them."""
+
+import pytest
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+import elip_models
+from tests.helpers import cross_modal_cases, ddp_cases, fsdp_cases, two_processes
+from tests.helpers.tiers import tiered
+from tests.helpers.towers import SCHEDULE, images, plain_vit
+
+MODULES = [ddp_cases, fsdp_cases, cross_modal_cases]
+CASES = [case for module in MODULES for case in module.CASES]
+QUICK = ["timm tower, last", "contrastive loss over all", "gradient caching"]
+
+
+@pytest.fixture(scope="module")
+def failed(request, tmp_path_factory):
+    """What went wrong in each case that this run has collected."""
+    tests = [test for test in request.session.items if "failed" in test.fixturenames]
+    names = [test.callspec.params["case"] for test in tests if test.module is request.module]
+    modules = [module.__name__ for module in MODULES]
+    return two_processes.run(modules, names, tmp_path_factory.mktemp("two_processes"))
+
+
+@pytest.mark.parametrize("case", tiered(CASES, QUICK))
+def test_two_processes_give_what_one_gives(failed, case):
+    assert not failed[case], failed[case]
+
+
+def fsdp1(module):
+    """FSDP1's wrapper, which cannot be built without an accelerator."""
+    wrapper = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    nn.Module.__init__(wrapper)
+    wrapper._fsdp_wrapped_module = module
+    return wrapper
+
+
+@pytest.mark.parametrize("where", ["root", "block"])
+@pytest.mark.parametrize("function", [elip_models.reduce_, elip_models.encode_image])
+def test_fsdp1_is_refused(function, where):
+    model = plain_vit()
+    if where == "root":
+        model = fsdp1(model)
+    else:
+        model.blocks[2] = fsdp1(model.blocks[2])
+    given = {} if function is elip_models.reduce_ else {"images": images()}
+    with pytest.raises(TypeError, match=r"FullyShardedDataParallel.*fully_shard"):
+        function(model, schedule=SCHEDULE, **given)
+
+
+def test_fsdp1_is_refused_after_reduce_too():
+    model = elip_models.reduce_(plain_vit(), schedule=SCHEDULE)
+    model.blocks[2] = fsdp1(model.blocks[2])
+    with pytest.raises(TypeError, match=r"FullyShardedDataParallel.*fully_shard"):
+        model(images())

@@ -1,0 +1,30 @@
+"""Runs that SIGKILL ends go on as if nothing had been; many more by `python -m tests.kills`."""
+
+import pytest
+
+from elip_models.training.accelerator import STORE_OF_ITS_OWN, make_accelerator
+from elip_models.training.run_folder import RunFolder
+from elip_models.validation import ConfigError
+from tests.helpers.tiny_run import own_process, tiny_config
+from tests.kills import CASES, compare
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_killed_run_is_the_one_that_was_not(case, tmp_path):
+    """Of two processes one is killed: torchrun ends the other and starts both again."""
+    compare(tmp_path, case, 1, seed=0)
+
+
+def test_restarts_that_could_hang_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    config, folder = tiny_config(tmp_path), RunFolder(tmp_path)
+    with (
+        own_process(),
+        pytest.raises(ConfigError, match=f"torchrun: expected {STORE_OF_ITS_OWN}=1"),
+    ):
+        make_accelerator(config, folder)
+    monkeypatch.setenv(STORE_OF_ITS_OWN, "1")
+    with own_process():
+        assert make_accelerator(config, folder).num_processes == 1
