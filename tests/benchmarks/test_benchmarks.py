@@ -283,7 +283,7 @@ def refused(folder, capsys):
 
 @pytest.mark.slow
 def test_a_benchmark_records_parity_and_nothing_private(measure, tmp_path, capsys):
-    words = ("benchmarks/bench_reduce.py", "--rounds", "1", "-k", "B1- and training")
+    words = ("benchmarks/bench_reduce.py", "--rounds", "1", "-k", "B1- and backward")
     status, content = measure(*words)
     assert status == 0
     assert content["machine_info"].keys() == {"device", "threads", "versions"}
