@@ -24,7 +24,7 @@ from elip_models.reduction.strategies.elip import ELIP
 from elip_models.towers import as_tower
 
 BASE, SMALL, TINY = (f"vit_{size}_patch16_224" for size in ("base", "small", "tiny"))
-SECONDS, LARGEST = {"smallest": 0, "default": 25, "full": 120}, 256
+SECONDS, LARGEST = {"smallest": 0, "default": 20, "full": 120}, 256
 
 
 def batches(scale):

@@ -22,4 +22,10 @@ if HAS_TRITON:
 else:
     triton = tl = _Absent()
 
-__all__ = ["HAS_TRITON", "tl", "triton"]
+
+def is_interpreted() -> bool:
+    """Return whether kernels run in Triton's interpreter (`TRITON_INTERPRET=1`)."""
+    return HAS_TRITON and triton.knobs.runtime.interpret
+
+
+__all__ = ["HAS_TRITON", "is_interpreted", "tl", "triton"]

@@ -10,7 +10,7 @@ from elip_kernels.ops.gather_ops import accumulator
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def describe(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """What a reader needs to know of `value`: shape, dtype and device of a tensor, or its repr."""
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)} {value.dtype} on {value.device}".replace("torch.", "")
@@ -19,7 +19,7 @@ def describe(value: Any) -> str:
 
 def message(argument: str, expected: str, got: Any, remedy: str = "") -> str:
     """The one form of every error of this package."""
-    got = got if isinstance(got, str) else describe(got)
+    got = got if isinstance(got, str) else describe_value(got)
     return f"{argument}: expected {expected}, got {got}" + (f"; {remedy}" if remedy else "")
 
 

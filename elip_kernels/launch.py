@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from elip_kernels._triton import HAS_TRITON, triton
+from elip_kernels._triton import HAS_TRITON, is_interpreted
 
 MAX_MOVED = 1024  # one program holds an image's candidates, and a line of each
 MAX_SELECTED = 4096  # one program holds their scores alone
@@ -54,7 +54,7 @@ def reduce_backward(element_size: int) -> Launch:
 
 def _precision(wide: bool) -> dict[str, Any]:
     """How products are computed: ROCm compiles no tf32x3, and the interpreter knows but one way."""
-    hip, interpreted = torch.version.hip is not None, triton.knobs.runtime.interpret
+    hip, interpreted = torch.version.hip is not None, is_interpreted()
     return {"PRECISION": "tf32x3" if wide and not hip and not interpreted else "ieee"}
 
 
@@ -64,7 +64,7 @@ def _dot(heads: int, tokens: Tensor) -> dict[str, Any]:
     wide = tokens.dtype == torch.float32
     return _precision(wide) | {
         "HAS_REST": not wide,
-        "WIDEN": triton.knobs.runtime.interpret,
+        "WIDEN": is_interpreted(),
         "BLOCK_H": max(16, next_power_of_2(heads)),
     }
 
@@ -78,7 +78,7 @@ def query(channels: int, *tensors: Tensor | None) -> dict[str, Any]:
     block_w, element_size = max(16, next_power_of_2(channels)), max(d.itemsize for d in dtypes)
     stages = 6 if block_w > 64 else 7 if element_size == 2 else 9
     return _precision(True) | {
-        "SPLIT": not (triton.knobs.runtime.interpret and torch.bfloat16 in dtypes),
+        "SPLIT": not (is_interpreted() and torch.bfloat16 in dtypes),
         "STAGES": stages if len(dtypes) == 1 and torch.version.hip is None else 3,
         "BLOCK_B": 16,
         "BLOCK_W": block_w,
@@ -157,7 +157,7 @@ def received(channels: int, dtype: torch.dtype) -> dict[str, Any]:
     fp32, whose three products take 213. The loop fetches its next tile, on ROCm it spills so."""
     wide = dtype == torch.float32
     return _precision(wide) | {
-        "WIDEN": triton.knobs.runtime.interpret,
+        "WIDEN": is_interpreted(),
         "BLOCK_M": 32 if wide else 64,
         "BLOCK_N": 32 if wide else 64,
         "BLOCK_D": max(16, next_power_of_2(channels)),

@@ -128,23 +128,23 @@ def _field_hints(cls: type) -> dict[str, Any]:
 
 def check(name: str, value: Any, hint: Any) -> None:
     """Raises where the argument `name` is not what a type hint says."""
-    error = misfit(value, hint)
+    error = type_error_of(value, hint)
     if error is not None:
-        raise error(f"{name}: expected {describe(hint)}, got {value!r:.200}")
+        raise error(f"{name}: expected {describe_type(hint)}, got {value!r:.200}")
 
 
-def misfit(value: Any, hint: Any) -> type[TypeError | ValueError] | None:
+def type_error_of(value: Any, hint: Any) -> type[TypeError | ValueError] | None:
     """None where `value` fits a type hint; else TypeError, or ValueError where only the type does.
 
     An integer is a float too; True and False are neither.
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        error = misfit(value, arguments[0])
+        error = type_error_of(value, arguments[0])
         bounds = (each for each in arguments[1:] if isinstance(each, Bounds))
         return error or next((ValueError for each in bounds if value not in each), None)
     if origin in UNIONS:
-        found = [misfit(value, argument) for argument in arguments]
+        found = [type_error_of(value, argument) for argument in arguments]
         return next((error for error in (None, ValueError) if error in found), TypeError)
     if origin is Literal:
         if not isinstance(value, tuple(map(type, arguments))):
@@ -157,9 +157,9 @@ def misfit(value: Any, hint: Any) -> type[TypeError | ValueError] | None:
         return TypeError
     if origin is tuple:
         hints = item_hints(arguments, len(value))
-        return _first_misfit(value, hints) if len(hints) == len(value) else ValueError
+        return _first_type_error(value, hints) if len(hints) == len(value) else ValueError
     if origin is dict:
-        return _first_misfit(value.values(), arguments[1:] * len(value))
+        return _first_type_error(value.values(), arguments[1:] * len(value))
     return None
 
 
@@ -168,30 +168,30 @@ def item_hints(arguments: tuple[Any, ...], length: int) -> tuple[Any, ...]:
     return arguments[:1] * length if arguments[-1] is Ellipsis else arguments
 
 
-def _first_misfit(
+def _first_type_error(
     values: Iterable[Any], hints: tuple[Any, ...]
 ) -> type[TypeError | ValueError] | None:
-    errors = (misfit(value, hint) for value, hint in zip(values, hints, strict=True))
+    errors = (type_error_of(value, hint) for value, hint in zip(values, hints, strict=True))
     return next((error for error in errors if error is not None), None)
 
 
-def describe(hint: Any, words: Mapping[Any, str] = WORDS) -> str:
+def describe_type(hint: Any, words: Mapping[Any, str] = WORDS) -> str:
     """A type hint in words; `words` has those of plain types."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         bounds = [str(rule) for rule in arguments[1:] if isinstance(rule, Bounds)]
-        return " ".join([describe(arguments[0], words), *bounds])
+        return " ".join([describe_type(arguments[0], words), *bounds])
     if origin in UNIONS:
         lists_last = sorted(arguments, key=lambda each: Ellipsis in typing.get_args(each))
-        return " or ".join(describe(argument, words) for argument in lists_last)
+        return " or ".join(describe_type(argument, words) for argument in lists_last)
     if origin is Literal:
         return "one of " * (len(arguments) > 1) + ", ".join(map(repr, arguments))
     if origin is tuple and arguments[-1] is not Ellipsis:
-        return "[" + ", ".join(describe(argument, words) for argument in arguments) + "]"
+        return "[" + ", ".join(describe_type(argument, words) for argument in arguments) + "]"
     if origin is tuple:
-        return f"{words[tuple]}, each {describe(arguments[0], words)}"
+        return f"{words[tuple]}, each {describe_type(arguments[0], words)}"
     if origin is dict and arguments[1] is not Any:
-        return f"{words[dict]}, each {describe(arguments[1], words)}"
+        return f"{words[dict]}, each {describe_type(arguments[1], words)}"
     return words.get(origin or hint) or f"a {hint.__name__}"
 
 
@@ -208,7 +208,7 @@ def check_output(option: str, output: Path | None) -> None:
 
 
 @contextmanager
-def blame(key: str) -> Iterator[None]:
+def errors_named(key: str) -> Iterator[None]:
     """Turns an argument error of what runs inside into a ConfigError that begins with `key`."""
     try:
         yield

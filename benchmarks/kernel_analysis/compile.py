@@ -23,7 +23,7 @@ from unittest.mock import patch
 
 import torch
 
-from elip_kernels._triton import triton
+from elip_kernels._triton import is_interpreted, triton
 from elip_kernels._validate import message
 from elip_kernels.testing import launchers_on_cpu
 
@@ -108,7 +108,7 @@ def recorded_launches(arch: Arch) -> Iterator[list[RecordedLaunch]]:
     """
     from triton.runtime.jit import JITFunction
 
-    if triton.knobs.runtime.interpret:
+    if is_interpreted():
         raise RuntimeError("unset TRITON_INTERPRET before importing elip_kernels")
     launches: list[RecordedLaunch] = []
 

@@ -37,7 +37,7 @@ from elip_models.training.run_config import RunConfig
 from elip_models.training.run_folder import RunFolder
 from elip_models.training.trainer import train
 from elip_models.training.training_data import meta_model, tokenizer_captions
-from elip_models.validation import ConfigError, blame, extra
+from elip_models.validation import ConfigError, errors_named, extra
 
 with extra("benchmarks.studies"):
     from filelock import FileLock, Timeout
@@ -171,10 +171,10 @@ def _make_tokenizer(study: Study, config: RunConfig) -> None:
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
             model = meta_model(config).config
-            with blame("data.train"):
+            with errors_named("data.train"):
                 source = open_source(config.data.train, image_size=model.image_size)
             captions = tokenizer_captions(source, model)
-            with blame("data.vocab_size"):
+            with errors_named("data.vocab_size"):
                 tokenizer = train_tokenizer(captions, config.data.vocab_size)
             RunFolder(path.parent).save_tokenizer(tokenizer.save_pretrained)
 
@@ -188,7 +188,7 @@ def _open(study: Study, run: Run, config: RunConfig) -> Finished:
         fields_of_arm = {
             each.name: getattr(reduction, each.name) for each in fields(ReductionConfig)
         }
-    with blame(f"arms.{run.arm}"):
+    with errors_named(f"arms.{run.arm}"):
         model = load_model(folder.model, **fields_of_arm).to(_device()).eval()
     source = open_source(config.data.eval, image_size=model.config.image_size)
     return Finished(config, model, load_tokenizer(str(folder.model)), source)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from elip_kernels import launch
-from elip_kernels._triton import tl, triton
+from elip_kernels._triton import is_interpreted, tl, triton
 from elip_kernels.ops.select_device import kth_largest, order_key, output_slots
 from elip_kernels.ops.select_kernels import launch_select
 
@@ -168,7 +168,7 @@ def match(metric: Tensor, penalty: Tensor | None, r: int, num_prefix_tokens: int
             *(metric, penalty, best, partner, metric.stride(0), metric.stride(1), N, C),
             SMALLEST_SQUARE=SMALLEST_SQUARE,
             HAS_PENALTY=penalty is not None,
-            WIDEN=triton.knobs.runtime.interpret,
+            WIDEN=is_interpreted(),
             BLOCK_A=block_a,
             BLOCK_B=block_b,
             BLOCK_C=block_c,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from elip_kernels import launch
 from elip_kernels._operator import Operator
-from elip_kernels._triton import tl, triton
+from elip_kernels._triton import is_interpreted, tl, triton
 from elip_kernels._validate import (
     check_device,
     check_flags,
@@ -194,7 +194,7 @@ def _match(metric: Tensor, kept: Tensor, num_prefix_tokens: int) -> Tensor:
             *(metric, kept, slots, metric.stride(0), metric.stride(1), N, K, C),
             P=num_prefix_tokens,
             SMALLEST_SQUARE=SMALLEST_SQUARE,
-            WIDEN=triton.knobs.runtime.interpret,
+            WIDEN=is_interpreted(),
             BLOCK_N=block_n,
             BLOCK_K=block_k,
             BLOCK_C=block_c,

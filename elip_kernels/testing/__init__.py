@@ -21,7 +21,7 @@ from torch import Tensor
 
 import elip_kernels  # noqa: F401  (its operators)
 from elip_kernels._operator import OPERATORS, Operator
-from elip_kernels._triton import triton
+from elip_kernels._triton import is_interpreted
 from elip_kernels.autocast import without_autocast
 
 
@@ -65,7 +65,7 @@ def kernels_on_cpu() -> Iterator[Counter]:
     Raises:
         RuntimeError: the kernels were not decorated for the interpreter.
     """
-    if not triton.knobs.runtime.interpret:
+    if not is_interpreted():
         raise RuntimeError("set TRITON_INTERPRET=1 before importing elip_kernels")
     with launchers_on_cpu() as launches:
         yield launches

@@ -33,7 +33,7 @@ def scorer_agreement(
         text_cls: (B, D), the guidance in the tower's width, or None: vision only.
         strategy: whose scorer is not used.
         scorers: by default all that have a name.
-        rows: of the momentum tower, see `run_and_read`, whose share is 'momentum'.
+        rows: of the momentum tower, see `forward_with_scores`, whose share is 'momentum'.
     """
     shares = agreement_by_image(model, images, text_cls, strategy, scorers, rows=rows)
     return {name: [each.mean().item() for each in stages] for name, stages in shares.items()}

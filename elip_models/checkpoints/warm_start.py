@@ -7,10 +7,10 @@
     left out      tensors of the checkpoint that are not used
 
 This is where training starts, not where it goes on: momentum encoders begin as copies and a queue
-at random, whatever the checkpoint has. The model of a downstream task begins as its `begin` says,
-with what a pre-trained one has, momentum encoders and queue where the original takes them. Sizes,
-schedule and tokens are the model's own; heads, activation and epsilons, which no tensor shows, have
-to be those that the checkpoint's config says.
+at random, whatever the checkpoint has. The model of a downstream task begins as its
+`from_pretraining` says, with what a pre-trained one has, momentum encoders and queue where the
+original takes them. Sizes, schedule and tokens are the model's own; heads, activation and epsilons,
+which no tensor shows, have to be those that the checkpoint's config says.
 """
 
 import os
@@ -147,7 +147,7 @@ def _begin_(
         own = read.weights.get(name)
         if name.startswith(tuple(INFERENCE)) and own is not None:
             weights[name] = own if own.shape == weights[name].shape else weights[name]
-    state, given = model.state_dict(), model.begin(weights, model.config)
+    state, given = model.state_dict(), model.from_pretraining(weights, model.config)
     begun = {name: weight for name, weight in given.items() if name in state}
     load_weights(model, begun, allow_missing=[name for name in state if name not in begun])
     first = first_names(model)

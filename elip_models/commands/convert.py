@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 from elip_models.training.recipe import parse_overrides
-from elip_models.validation import blame, extra
+from elip_models.validation import errors_named, extra
 
 with extra("elip_models.commands"):
     import typer
@@ -49,7 +49,7 @@ def convert(
 
     fields = parse_overrides(overrides or (), "vision_heads=12")
     fields |= {"image_size": image_size} if image_size else {}
-    with blame("convert"):
+    with errors_named("convert"):
         loaded = load_tokenizer(tokenizer) if tokenizer else None
         has_own = loaded is None and (source / "tokenizer_config.json").is_file()
         beside = load_tokenizer(source) if has_own else loaded

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Annotated
 
 from elip_models.tasks.tables import data_table
-from elip_models.validation import ConfigError, blame, check, extra
+from elip_models.validation import ConfigError, check, errors_named, extra
 
 with extra("elip_models.commands"):
     import typer
@@ -48,7 +48,7 @@ def check_data(
     _check_task(task)
     has_captions = task in ("retrieval", "captioning")
     streams = has_captions and len(specs) == 1 and is_stream(specs[0])
-    with blame("SPEC"):
+    with errors_named("SPEC"):
         if streams:
             source = open_stream(specs[0], samples=1)  # how many there are is found here
         elif has_captions:
@@ -86,7 +86,7 @@ def export_data(
     _check_task(task)
     console = Console()
     try:
-        with blame("SPEC"), console.status(f"writing {escape(str(folder))}"):
+        with errors_named("SPEC"), console.status(f"writing {escape(str(folder))}"):
             written = export(task, spec, folder, image_size=image_size)
     except (SampleError, FileExistsError) as error:
         raise ConfigError(str(error)) from error
@@ -97,7 +97,7 @@ def export_data(
 def _check_task(task: str) -> None:
     from elip_models.data.tasks.export import ExportedTask
 
-    with blame("TASK"):
+    with errors_named("TASK"):
         check("task", task, ExportedTask)
 
 

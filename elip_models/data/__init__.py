@@ -40,7 +40,7 @@ with extra("elip_models.data"):
         ImageTextDataset,
         ImageTextPreparation,
         TrainingSamples,
-        drawn,
+        apply_seeded,
         other_caption,
     )
     from elip_models.data.transforms import CLIP_MEAN, CLIP_STD, image_transform
@@ -81,8 +81,8 @@ __all__ = [
     "StreamSource",
     "TrainingSamples",
     "apply_caption_rule",
+    "apply_seeded",
     "check_source",
-    "drawn",
     "evaluation_batches",
     "example_batches",
     "export",

@@ -162,7 +162,7 @@ def named_groups(
     )
 
 
-def describe(scene: Scene, named: Sequence[Sequence[int]]) -> tuple[str, ...]:
+def caption_scene(scene: Scene, named: Sequence[Sequence[int]]) -> tuple[str, ...]:
     """One caption a template, each naming the groups that `named_groups` drew for it."""
     return tuple(
         template.write(scene, [scene.groups[i] for i in numbers])

@@ -24,7 +24,7 @@ from elip_models.data.sample import (
     decode_image,
     opened_image,
 )
-from elip_models.validation import check, extra, misfit
+from elip_models.validation import check, extra, type_error_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -177,4 +177,4 @@ def _holds_boxes(value: Any) -> bool:
     if not isinstance(value, list) or not all(isinstance(boxes, list) for boxes in value):
         return False
     each = (tuple(box) if isinstance(box, list) else box for boxes in value for box in boxes)
-    return all(misfit(box, tuple[float, float, float, float]) is None for box in each)
+    return all(type_error_of(box, tuple[float, float, float, float]) is None for box in each)

@@ -12,7 +12,7 @@ from typing import Annotated
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from elip_models.data.captions import describe, named_groups
+from elip_models.data.captions import caption_scene, named_groups
 from elip_models.data.checks import check_index
 from elip_models.data.sample import Sample
 from elip_models.data.textures import draw_texture
@@ -153,7 +153,7 @@ class EmojiScenes:
 
     def __getitem__(self, index: int) -> Sample:
         scene = self.scene(index)
-        captions = describe(scene, self._named(index, scene))
+        captions = caption_scene(scene, self._named(index, scene))
         sample_id = f"emoji_scenes-{self.seed}-{index}"
         return Sample(render(scene, self.image_size), captions, sample_id)
 
@@ -165,7 +165,7 @@ class EmojiScenes:
     def captions(self, index: int) -> tuple[str, ...]:
         """The five captions, no image drawn."""
         scene = self.scene(index)
-        return describe(scene, self._named(index, scene))
+        return caption_scene(scene, self._named(index, scene))
 
     def named(self, index: int) -> tuple[tuple[int, ...], ...]:
         """For each caption, the groups of the scene that it names, by number."""

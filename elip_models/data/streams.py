@@ -181,12 +181,12 @@ class StreamTar:
 
     def has(self, offset: int, size: int) -> bool:
         """More than may be held is read and not kept."""
-        self.forget(offset if size <= _MAX_HELD else offset + size)
+        self.release(offset if size <= _MAX_HELD else offset + size)
         while self._end < offset + size and self._more():
             pass
         return self._end >= offset + size
 
-    def forget(self, offset: int) -> None:
+    def release(self, offset: int) -> None:
         """Reads on to there, where that has not come yet."""
         while True:
             dropped = min(offset, self._end) - self._start

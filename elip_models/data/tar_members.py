@@ -53,7 +53,7 @@ class Tar(Protocol):
         """Whether there are `size` bytes from `offset` on; what lies before is not read again."""
         ...
 
-    def forget(self, offset: int) -> None:
+    def release(self, offset: int) -> None:
         """What lies before is not read again."""
         ...
 
@@ -72,7 +72,7 @@ class StoredTar:
     def has(self, offset: int, size: int) -> bool:
         return offset + size <= self.size
 
-    def forget(self, offset: int) -> None:
+    def release(self, offset: int) -> None:
         pass
 
 
@@ -167,7 +167,7 @@ def _next_content(tar: Tar, at: int) -> int:
     """The first block from `at` on that is not all zeros, which are an archive's end, to which
     another may be appended; beyond the last byte where there is none."""
     while at < tar.size:
-        tar.forget(at)
+        tar.release(at)
         tar.seek(at)
         chunk = tar.read(CHUNK)
         rest = chunk.lstrip(b"\0")

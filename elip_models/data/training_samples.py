@@ -144,7 +144,7 @@ class ImageTextPreparation:
 
     def __call__(self, sample: Sample, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
         caption = sample.captions[rng.integers(len(sample.captions))]
-        image = drawn(self.transform, sample.image, rng)
+        image = apply_seeded(self.transform, sample.image, rng)
         text = self._tokenize(caption)
         if self.guide_captions:
             guide = self._tokenize(other_caption(sample.captions, caption, rng))
@@ -163,7 +163,7 @@ def other_caption(captions: Sequence[str], caption: str, rng: np.random.Generato
     return others[rng.integers(len(others))]
 
 
-def drawn(
+def apply_seeded(
     transform: "Callable[[Image.Image], Tensor]", image: "Image.Image", rng: np.random.Generator
 ) -> Tensor:
     """`transform(image)`, which may draw by torch's CPU generator: seeded by `rng`, untouched

@@ -36,7 +36,7 @@ from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
 from elip_models.towers import ReducibleModel, Tower, as_tower
 from elip_models.towers.reducible_model import Stats, check_tokenizer_in, clip_stats
-from elip_models.towers.scoring_context import apart
+from elip_models.towers.scoring_context import scoring_context
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,7 +57,7 @@ class PretrainedModel(
     for each of several parts. `visual` is the image model, and `tower` reads it. `ranks`: features
     of images and texts alone can be compared. `adapted` is what `adapt_` did to it. That of a
     downstream task names its `task`, the class whose weights it begins with, `pretraining`, and
-    how, by `begin`.
+    how, by `from_pretraining`.
     """
 
     reduces_itself = True
@@ -74,7 +74,7 @@ class PretrainedModel(
     pretraining: ClassVar[type["PretrainedModel"]]
 
     @classmethod
-    def begin(cls, weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    def from_pretraining(cls, weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
         """Name pre-trained weights as the parts of this model that begin with them.
 
         Args:
@@ -185,7 +185,7 @@ class PretrainedModel(
                     "guide_ids: expected another caption of each image, (B, L), with "
                     "guide='other', got none; `elip train` gives them"
                 )
-            with apart(self, text_cls):
+            with scoring_context(self, text_cls):
                 text_cls = self.text_cls(guide_ids, guide_mask)
         if self.training and features is not None and config.guide_negatives:
             text_cls = with_negatives(text_cls, features, scale, config.guide_negatives)

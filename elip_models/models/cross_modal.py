@@ -13,7 +13,7 @@ from elip_models.models.config import ReductionConfig, TokenId
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategy import StageInfo
 from elip_models.towers.reducible_model import random_ids
-from elip_models.towers.scoring_context import apart
+from elip_models.towers.scoring_context import scoring_context
 from elip_models.validation import Positive, Size, same_as
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class CrossModalModel(PretrainedModel):
 
     def dense_cls(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> (B, D), the CLS output of all patches, without gradient."""
-        with apart(self.visual, images):
+        with scoring_context(self.visual, images):
             tokens, _ = run_tower(self.tower, images, None, self.dense, cls_only=True)
         return tokens[:, 0]
 

@@ -22,7 +22,7 @@ from elip_models.models.cross_modal import CrossModalConfig, CrossModalModel
 from elip_models.models.layers.bert import BertTower
 from elip_models.models.layers.momentum import momentum_copy, update_momentum_
 from elip_models.reduction.encode import run_tower
-from elip_models.reduction.momentum_scores import run_and_read
+from elip_models.reduction.momentum_scores import forward_with_scores
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.scorers import ScorerName
 from elip_models.reduction.strategies.elip import ELIP
@@ -200,7 +200,9 @@ class DistilledModel(CrossModalModel):
         of the momentum tower, without gradient: of all patches, or of those that are left."""
         how = self.config.momentum_reduction
         if self.config.scorer == "momentum" and type(self.reduction) is ELIP:
-            image_m, rows = run_and_read(self.tower_m, images, text_cls.detach(), self.reduction)
+            image_m, rows = forward_with_scores(
+                self.tower_m, images, text_cls.detach(), self.reduction
+            )
             image, infos = self.encode_image(images, text_cls, rows)
             return (image, mask_after(infos)), (image_m, None)
         image, infos = self.encode_image(images, text_cls)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from elip_models.models.distilled_model import MomentumConfig
-from elip_models.models.layers.distillation import Weights, begin_encoders
+from elip_models.models.layers.distillation import Weights, encoders_from_pretraining
 from elip_models.models.layers.losses import next_rows
 from elip_models.models.momentum_model import MomentumModel, Negatives
 
@@ -82,7 +82,7 @@ class MomentumRetrieval(MomentumModel):
         return Negatives(others, others)
 
 
-def begin_retrieval(
+def retrieval_from_pretraining(
     weights: Weights, config: MomentumConfig, begin: Callable[[Weights], Weights]
 ) -> Weights:
     """Begin retrieval as pre-training ended, its queue too where it is as long, whose images are
@@ -91,10 +91,10 @@ def begin_retrieval(
     Args:
         weights: by our names of pre-training.
         config: of the model that begins.
-        begin: of the encoders, see `begin_encoders`.
+        begin: of the encoders, see `encoders_from_pretraining`.
     """
     kept = ["itm_head.", "temperature"]
     if "queue.image" in weights and weights["queue.image"].shape[1] == config.queue_size:
         kept.append("queue.")
     rest = {name: weight for name, weight in weights.items() if name.startswith(tuple(kept))}
-    return begin_encoders(weights, begin) | rest
+    return encoders_from_pretraining(weights, begin) | rest

@@ -31,7 +31,7 @@ from elip_models.models.meter.downstream import (
 from elip_models.models.meter.model import METER
 from elip_models.reduction.schedule import PRESETS, Schedule
 from elip_models.reduction.strategies.elip import ELIP
-from elip_models.validation import did_you_mean, misfit
+from elip_models.validation import did_you_mean, type_error_of
 
 FAMILIES: dict[str, type[PretrainedModel]] = {
     model.family: model for model in (CLIP, ALBEF, BLIP, METER)
@@ -155,7 +155,7 @@ def create_model(
     if name.startswith(PREFIX):
         config = replace(config, schedule=PRESETS[family_of(name).family])
     if not pretrained:
-        values = vars(config) if task is None else taken_over(family, vars(config))
+        values = vars(config) if task is None else inherited_fields(family, vars(config))
         return family(family.config_class.from_dict(values | overrides))
     trained = family.from_pretrained(pretrained)
     own = trained.config.schedule if name.startswith(PREFIX) else None
@@ -183,7 +183,7 @@ def downstream_of(family: type[PretrainedModel], task: str) -> type[PretrainedMo
     return tasks[task]
 
 
-def taken_over(model: type[PretrainedModel], values: dict[str, Any]) -> dict[str, Any]:
+def inherited_fields(model: type[PretrainedModel], values: dict[str, Any]) -> dict[str, Any]:
     """Fields of a pre-training config, or of another task's, that the config of a downstream
     `model` takes over: the sizes of the image tower, and what is not as pre-training has it by
     default; nothing that the task has no place for."""
@@ -193,7 +193,7 @@ def taken_over(model: type[PretrainedModel], values: dict[str, Any]) -> dict[str
     return {
         name: value
         for name, value in values.items()
-        if name in hints and misfit(value, hints[name]) is None
+        if name in hints and type_error_of(value, hints[name]) is None
         if name in sizes or value != defaults.get(name)
     }
 

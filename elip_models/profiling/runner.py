@@ -34,7 +34,7 @@ DENSE = "dense"
 
 
 @dataclass(frozen=True)
-class Row:
+class ProfileRow:
     """One line of the table of `elip profile`.
 
     model, strategy: names; settings: of the strategy, in full.
@@ -84,7 +84,7 @@ def profile_model(
     batch_size: int = 8,
     modes: Sequence[Mode] = MODES,
     rounds: int | None = 10,
-) -> list[Row]:
+) -> list[ProfileRow]:
     """Measure one model at one batch size -> a row for dense and each strategy, for each mode.
 
     Args:
@@ -110,7 +110,7 @@ def profile_model(
             flops, dense = counts[label], counts[DENSE]
             figures = {} if measured is None else measured[label]._asdict()
             rows.append(
-                Row(
+                ProfileRow(
                     model=name,
                     strategy=label,
                     settings="" if strategy is None else str(strategy),

@@ -22,7 +22,7 @@ from torch import nn
 from elip_models.models.io.open_model import FORMS, open_model
 from elip_models.profiling.component_profile import Parts, parts_table, profile_parts
 from elip_models.profiling.measure import measured_on, memory_is
-from elip_models.profiling.runner import DENSE, MODES, Mode, Row, profile_model
+from elip_models.profiling.runner import DENSE, MODES, Mode, ProfileRow, profile_model
 from elip_models.profiling.workload import Workload
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import STRATEGIES
@@ -30,7 +30,7 @@ from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.strategy_spec import get_strategy, kinds_of, parse_spec
 from elip_models.reduction.summary import runs
 from elip_models.towers import as_reducible, as_tower
-from elip_models.validation import ConfigError, blame, check_output, from_checkout
+from elip_models.validation import ConfigError, check_output, errors_named, from_checkout
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WIDTH = 180  # of what is not printed on a terminal
@@ -81,7 +81,7 @@ class Profile:
     """All rows of the table, those by part, and the options that they were measured by."""
 
     settings: ProfileSettings
-    rows: tuple[Row, ...]
+    rows: tuple[ProfileRow, ...]
     left_out: tuple[LeftOut, ...]
     parts: tuple[Parts, ...] = ()
 
@@ -106,7 +106,7 @@ def run_profile(settings: ProfileSettings, say: Callable[[str], None] | None = N
     Raises:
         ConfigError: a spec that names no model, or a model that cannot be reduced.
     """
-    rows: list[Row] = []
+    rows: list[ProfileRow] = []
     left_out: list[LeftOut] = []
     parts: list[Parts] = []
     for spec in settings.models:
@@ -126,7 +126,7 @@ def run_profile(settings: ProfileSettings, say: Callable[[str], None] | None = N
                 rounds=settings.rounds,
             )
             if settings.parts:
-                with blame("--parts"):
+                with errors_named("--parts"):
                     workload, every = Workload(model, batch_size), {DENSE: None, **strategies}
                     parts += profile_parts(spec, workload, every, rounds=settings.rounds)
     return Profile(settings, tuple(rows), tuple(left_out), tuple(parts))
@@ -134,7 +134,7 @@ def run_profile(settings: ProfileSettings, say: Callable[[str], None] | None = N
 
 def opened(spec: str, settings: ProfileSettings) -> nn.Module:
     """Open the model with random weights, on the meta device where nothing is timed."""
-    with blame("--model"), settings.device, _quietly():
+    with errors_named("--model"), settings.device, _quietly():
         model = open_model(spec, pretrained=False).to(DTYPES[settings.dtype])
         as_tower(as_reducible(model).image_model)
     return model
@@ -212,7 +212,7 @@ def _title(profile: Profile) -> str:
     return title
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: ProfileRow) -> list[str]:
     """The cells of a row from the column 'kept' on."""
     cells = [f"{row.retained:.3f}", f"{row.forward_flops / 1e9:.3f}"]
     cells += [f"{row.backward_flops / 1e9:.3f}" if row.mode == "training" else "-"]
@@ -254,9 +254,9 @@ def profile_settings(
         raise ConfigError(f"--keep: expected a share of dense in (0, 1], got {keep}")
     if flops is not None and keep is not None:
         raise ConfigError(f"--keep: expected it or --flops, got {keep} beside --flops {flops}")
-    with blame("--schedule"):
+    with errors_named("--schedule"):
         _ = schedule and Schedule.parse(schedule)
-    with blame("--strategy"):
+    with errors_named("--strategy"):
         specs = tuple(dict.fromkeys(strategies or (*STRATEGIES, "elip:scorer=exact")))
         for text in specs:
             get_strategy(text)

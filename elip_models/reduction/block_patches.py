@@ -11,7 +11,7 @@ from elip_models.reduction.checkpoint_replay import is_recomputing
 from elip_models.reduction.guidance import drop_guide, guide_of, set_guidance, set_guide
 from elip_models.reduction.state import Reduction
 from elip_models.reduction.token_assignment import Slots
-from elip_models.towers.scoring_context import apart
+from elip_models.towers.scoring_context import scoring_context
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -128,7 +128,7 @@ class TextFirst:
 
     def _text_cls(self, args: Args, kwargs: Kwargs) -> Tensor | None:
         image_text = self.reduction.image_text
-        with apart(image_text.model, next(image_text.model.parameters())):
+        with scoring_context(image_text.model, next(image_text.model.parameters())):
             return image_text.text_cls(*args, **kwargs)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from elip_models.reduction.caching import once
-from elip_models.towers import Size
+from elip_models.towers import TowerSize
 from elip_models.validation import PositiveShare, check
 
 if TYPE_CHECKING:
@@ -30,14 +30,14 @@ class Flops(NamedTuple):
     training: int
 
 
-def dense_flops(size: Size) -> Flops:
+def dense_flops(size: TowerSize) -> Flops:
     """Of the tower as it is."""
     n = size.num_tokens
     return _flops(size.embed_flops(), size.depth * size.block_flops(n, n), 0)
 
 
 @once
-def strategy_flops(strategy: "Strategy", size: Size) -> Flops:
+def strategy_flops(strategy: "Strategy", size: TowerSize) -> Flops:
     """Of the tower under `strategy`, where it reduces."""
     blocks = sum(size.block_flops(*layer) for layer in strategy.token_counts(size))
     return _flops(strategy.embed_flops(size), blocks, strategy.scoring_flops(size))
@@ -47,24 +47,24 @@ def _flops(embed: int, blocks: int, scoring: int) -> Flops:
     return Flops(embed + blocks + scoring, 2 * embed + 3 * blocks + scoring)
 
 
-def training_ratio(strategy: "Strategy", size: Size) -> float:
+def training_ratio(strategy: "Strategy", size: TowerSize) -> float:
     """FLOPs of a training step against the dense tower's."""
     return strategy_flops(strategy, size).training / dense_flops(size).training
 
 
-def inference_ratio(strategy: "Strategy", size: Size) -> float:
+def inference_ratio(strategy: "Strategy", size: TowerSize) -> float:
     """FLOPs of a forward against the dense tower's."""
     return strategy_flops(strategy, size).forward / dense_flops(size).forward
 
 
-def kept_share(strategy: "Strategy", size: Size) -> float:
+def kept_share(strategy: "Strategy", size: TowerSize) -> float:
     """Tokens of a block against the dense tower's, mean over the blocks and both their halves."""
     counts = strategy.token_counts(size)
     return sum(layer.attention + layer.mlp for layer in counts) / (2 * size.depth * size.num_tokens)
 
 
 def at_flops(
-    strategy: S, size: Size, ratio: float, *, training: bool = True, exactly: bool = True
+    strategy: S, size: TowerSize, ratio: float, *, training: bool = True, exactly: bool = True
 ) -> S:
     """The strategy at the strength whose FLOPs are nearest to `ratio` of dense.
 
@@ -85,7 +85,7 @@ def at_flops(
     return best
 
 
-def at_keep(strategy: S, size: Size, keep: float) -> S:
+def at_keep(strategy: S, size: TowerSize, keep: float) -> S:
     """The strategy at the strength that leaves nearest to `keep` of the tokens."""
     check("keep", keep, PositiveShare)
     best = _nearest(strategy, size, keep, kept_share)
@@ -100,7 +100,7 @@ def at_keep(strategy: S, size: Size, keep: float) -> S:
 
 
 def _nearest(
-    strategy: S, size: Size, target: float, share: Callable[["Strategy", Size], float]
+    strategy: S, size: TowerSize, target: float, share: Callable[["Strategy", TowerSize], float]
 ) -> S:
     """The strategy at the strength whose `share`, which falls with it, is nearest to `target`."""
     low, high = 0.0, 1.0

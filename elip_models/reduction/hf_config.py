@@ -1,8 +1,8 @@
 """What a library's own config says of how a model is reduced, for `save_pretrained` to carry.
 
-Several models may share one config object, and one of them alone is reduced. So what is noted
-stands in a copy, which the modules of that model have in the object's place; `forget` gives the
-object back, unless the model's own has changed since.
+Several models may share one config object, and one of them alone is reduced. So the
+strategy is written into a copy, which the modules of that model use in the object's place;
+`remove_from_config` puts the object back, unless the model's own has changed since.
 """
 
 import copy
@@ -15,10 +15,10 @@ from elip_models.reduction.serialization import settings_of, strategy_of
 from elip_models.reduction.state import Reduction
 from elip_models.reduction.strategy import Strategy
 from elip_models.towers import ImageTextModel, Tower
-from elip_models.validation import blame
+from elip_models.validation import errors_named
 
 
-def note(model: nn.Module, reduction: Reduction) -> None:
+def store_in_config(model: nn.Module, reduction: Reduction) -> None:
     """Say in the library's config, if it saves one, how `model`, or the one inside it, is
     reduced."""
     owner = reduction.image_text or reduction.tower
@@ -30,17 +30,17 @@ def note(model: nn.Module, reduction: Reduction) -> None:
     owner.saved_config.elip = settings_of(reduction.strategy)
 
 
-def noted(owner: ImageTextModel | Tower) -> Strategy | None:
+def strategy_in_config(owner: ImageTextModel | Tower) -> Strategy | None:
     """What the library's config says of how a model was reduced when it was saved."""
     config = owner.saved_config
     saved = getattr(config, "elip", None)
     if saved is None:
         return None
-    with blame(f"{type(config).__name__}.elip"):
+    with errors_named(f"{type(config).__name__}.elip"):
         return strategy_of(saved)
 
 
-def forget(modules: Iterable[nn.Module], reductions: Iterable[Reduction]) -> None:
+def remove_from_config(modules: Iterable[nn.Module], reductions: Iterable[Reduction]) -> None:
     """The configs of the modules say no more of it; another model that has one keeps it."""
     modules = list(modules)
     found = {id(config): config for module in modules if (config := _config_of(module)) is not None}

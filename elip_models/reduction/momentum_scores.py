@@ -21,7 +21,7 @@ Rows = dict[int, Tensor]
 
 @in_forward
 @torch.no_grad()
-def run_and_read(
+def forward_with_scores(
     tower: Tower, images: Tensor, text_cls: Tensor | None, strategy: ELIP
 ) -> tuple[Tensor, Rows]:
     """Run the dense tower -> tokens (B, N, D) after its final norm, and the rows that select where

@@ -12,7 +12,7 @@ from torch import Tensor
 import elip_kernels
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategy import Context, StageInfo
-from elip_models.towers import Size, Tower
+from elip_models.towers import Tower, TowerSize
 from elip_models.towers.key_metric import mean_keys
 
 
@@ -50,6 +50,6 @@ def merge_nearest(
     return tokens, StageInfo(stage, reduction, row, sizes)
 
 
-def nearest_flops(size: Size, tokens: int, keep: int) -> int:
+def nearest_flops(size: TowerSize, tokens: int, keep: int) -> int:
     """Of what is compared, the keys aside, of one image with `tokens`."""
     return 2 * tokens * keep * (size.width // size.heads)

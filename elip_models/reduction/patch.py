@@ -21,7 +21,7 @@ from elip_models.reduction.block_patches import (
 )
 from elip_models.reduction.caching import UnguidedWarning, warn_once
 from elip_models.reduction.dense_outputs import DenseMethod, HiddenStates
-from elip_models.reduction.hf_config import forget, note, noted
+from elip_models.reduction.hf_config import remove_from_config, store_in_config, strategy_in_config
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.state import Reduction, is_in_use, recording
 from elip_models.reduction.strategies import default_strategy
@@ -123,7 +123,7 @@ def _read(model: nn.Module) -> tuple[ImageTextModel | None, Tower]:
 def _unnamed_strategy(image_text: ImageTextModel | None, tower: Tower, is_saved: bool) -> Strategy:
     """What the model was saved with, if that may count; or else the default by what it is."""
     has_text = image_text is not None and image_text.refuses() is None
-    saved = noted(image_text or tower) if is_saved else None
+    saved = strategy_in_config(image_text or tower) if is_saved else None
     is_free = all(_replaced(block, "forward") is None for block in tower.blocks)
     return saved or default_strategy(tower, has_text=has_text, replaces_block=is_free)
 
@@ -164,7 +164,7 @@ def _install(model: nn.Module, reduction: Reduction) -> None:
     tower, strategy, image_text = reduction.tower, reduction.strategy, reduction.image_text
     shown = reduction.model
     shown.extra_repr = Representation(reduction, vars(shown).get("extra_repr"))
-    note(model, reduction)
+    store_in_config(model, reduction)
     if not reduction.acts_at and not strategy.changes_embedding:
         return
     if strategy.changes_embedding:
@@ -228,7 +228,7 @@ def unreduce_(model: M) -> M:
     reductions = reductions_of(model)
     wholes = (model, *(reduction.model for reduction in reductions))
     modules = list(dict.fromkeys(module for whole in wholes for module in whole.modules()))
-    forget(modules, reductions)
+    remove_from_config(modules, reductions)
     for module in modules:
         _unhook(module)
         for name, value in list(vars(module).items()):
@@ -314,7 +314,7 @@ def guidance(model: nn.Module, text_cls: Tensor) -> Iterator[None]:
         said = f"{strategy.name!r} reads no text, so none guides it: 'elip' and 'guided_tome' do"
         if isinstance(strategy, Guided):
             how = f"where fusion is {strategy.fusion:g}"
-            how = how if strategy.asks else f"by scorer={strategy.scorer!r}"
+            how = how if strategy.uses_query else f"by scorer={strategy.scorer!r}"
             said = f"{strategy.name!r} reads no text {how}"
         warn_once(said, UnguidedWarning, stacklevel=4)
     text_cls, this = text_cls.detach().clone(), object()

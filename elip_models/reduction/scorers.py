@@ -17,7 +17,7 @@ from elip_models.towers import Query, Tower
 from elip_models.validation import PositiveInt
 
 
-class Reading(NamedTuple):
+class ScoringInput(NamedTuple):
     """A row of attention: that of block `layer` over `tokens` (B, N, D) as they enter it."""
 
     layer: int
@@ -36,17 +36,17 @@ class Scorer(NamedTuple):
     rows: how often CLS alone attends to these tokens, likewise.
     cls_blocks: how many layers CLS goes through alone, its attention to the tokens aside, likewise.
     received: of how many layers it reads what all tokens pay each other, likewise.
-    asks: the CLS token or a text does; else neither changes the row.
+    uses_query: the CLS token or a text does; else neither changes the row.
     """
 
-    read: Callable[[Tower, Stage, Tensor, Query], Reading] | None = None
+    read: Callable[[Tower, Stage, Tensor, Query], ScoringInput] | None = None
     row: Callable[[Tower, Stage, Tensor, Query | None], Tensor] | None = None
     layers: Callable[[int], int] = lambda layers: 0
     attention_halves: Callable[[int], int] = lambda layers: 0
     rows: Callable[[int], int] = lambda layers: 1
     cls_blocks: Callable[[int], int] = lambda layers: 0
     received: Callable[[int], int] = lambda layers: 0
-    asks: bool = True
+    uses_query: bool = True
 
 
 def row_of(
@@ -73,12 +73,12 @@ def _official(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> Tenso
     return attention[:, :, 0].mean(1)
 
 
-def _exact(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> Reading:
+def _exact(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> ScoringInput:
     """All layers but the last, then only the CLS row of the last."""
     return _after(tower, range(stage.first, stage.last), stage.last, tokens, query)
 
 
-def _bf16(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> Reading:
+def _bf16(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> ScoringInput:
     """`exact`, its products of matrices in bf16; tokens of another dtype than fp32 keep theirs."""
     device = tokens.device.type
     if tokens.dtype != torch.float32 or device == "meta":  # which has no autocast
@@ -87,33 +87,33 @@ def _bf16(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> Reading:
         return _exact(tower, stage, tokens, query)
 
 
-def _alternate(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> Reading:
+def _alternate(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> ScoringInput:
     """Every second layer, the first of the stage among them, then the CLS row of the last."""
     return _after(tower, range(stage.first, stage.last, 2), stage.last, tokens, query)
 
 
-def _attention(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> Reading:
+def _attention(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> ScoringInput:
     """The attention halves of all layers but the last, no MLP, then the CLS row of the last."""
     before = range(stage.first, stage.last)
     return _after(tower, before, stage.last, tokens, query, run=_attention_half)
 
 
-def _ordinal(layer: int) -> Callable[[Tower, Stage, Tensor, Query], Reading]:
+def _ordinal(layer: int) -> Callable[[Tower, Stage, Tensor, Query], ScoringInput]:
     """The CLS row of the stage's `layer`-th layer (from 1), after the whole layers before it."""
 
-    def read(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> Reading:
+    def read(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> ScoringInput:
         target = stage.first + layer - 1
         return _after(tower, range(stage.first, target), target, tokens, query)
 
     return read
 
 
-def _cls(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> Reading:
+def _cls(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> ScoringInput:
     """CLS alone goes through the layers, attending to the tokens as they entered the stage."""
     cls = query.fused()
     for i in range(stage.first, stage.last):
         cls = tower.cls_block(i, tokens, cls)
-    return Reading(stage.last, tokens, Query(cls))
+    return ScoringInput(stage.last, tokens, Query(cls))
 
 
 def _mean(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> Tensor:
@@ -129,9 +129,9 @@ def _received(tower: Tower, stage: Stage, tokens: Tensor, query: Query | None) -
         return attention_column_mean(q, k, scale=tower.projections(stage.last).scale)
 
 
-def _last(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> Reading:
+def _last(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> ScoringInput:
     """The last layer's CLS row, from the tokens as they entered the stage: no layer runs."""
-    return Reading(stage.last, tokens, query)
+    return ScoringInput(stage.last, tokens, query)
 
 
 def _attention_half(tower: Tower, i: int, tokens: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def _after(
     query: Query,
     *,
     run: Callable[[Tower, int, Tensor], Tensor] = _block,
-) -> Reading:
+) -> ScoringInput:
     """The CLS row of block `target`, after `run` of the blocks `before`; of a tower without CLS,
     the text's row."""
     if before:
@@ -159,7 +159,7 @@ def _after(
         for i in before:
             tokens = run(tower, i, tokens)
         query = Query(tokens[:, 0]) if tower.has_cls else query
-    return Reading(target, tokens, query)
+    return ScoringInput(target, tokens, query)
 
 
 SCORERS: dict[str, Scorer] = {
@@ -171,7 +171,9 @@ SCORERS: dict[str, Scorer] = {
     "cls": Scorer(_cls, rows=lambda layers: 2 * layers - 1, cls_blocks=lambda layers: layers - 1),
     "mean": Scorer(row=_mean, rows=lambda layers: layers),
     "last": Scorer(_last),
-    "received": Scorer(row=_received, rows=lambda layers: 0, received=lambda layers: 1, asks=False),
+    "received": Scorer(
+        row=_received, rows=lambda layers: 0, received=lambda layers: 1, uses_query=False
+    ),
 }
 ScorerName = (
     Literal[

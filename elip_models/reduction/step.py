@@ -16,8 +16,8 @@ from elip_models.reduction.strategy import (
     Context,
     StageInfo,
     Strategy,
-    entering,
     stages_of,
+    tokens_entering,
     warn_if_slower,
 )
 from elip_models.reduction.token_assignment import Slots, slots_of
@@ -149,7 +149,7 @@ class Forward:
         return Step(tokens, info, info.positions, strategy.replaces_block, slots)
 
     def _check(self, i: int, tokens: Tensor) -> None:
-        expected = entering(self.strategy, self.size)[i]
+        expected = tokens_entering(self.strategy, self.size)[i]
         if tokens.shape[1] != expected:
             raise ValueError(
                 f"images: expected {expected} tokens before block {i}, those of images "
@@ -158,7 +158,7 @@ class Forward:
 
     def _check_left(self, i: int, tokens: Tensor) -> None:
         """Else FLOPs, and what `at_flops` and `at_keep` find, would be another strategy's."""
-        expected = entering(self.strategy, self.size)[i + 1]
+        expected = tokens_entering(self.strategy, self.size)[i + 1]
         if tokens.shape[1] != expected:
             raise ValueError(
                 f"strategy: expected {self.strategy.name!r} to leave {expected} tokens at block "

@@ -16,7 +16,7 @@ from elip_kernels import BipartiteInfo, ReductionInfo
 from elip_models.reduction import flops
 from elip_models.reduction.caching import SlowScorerWarning, once, warn_once
 from elip_models.reduction.schedule import Schedule, Stage
-from elip_models.towers import Size, Tower, as_image_text, as_tower
+from elip_models.towers import Tower, TowerSize, as_image_text, as_tower
 
 Merge = bool | Literal["nearest"]
 """Dropped tokens become one token, or are dropped; or each joins the kept one most alike."""
@@ -137,7 +137,7 @@ class Strategy:
         """What step `step` of training, 0-based, is reduced by."""
         return self
 
-    def stages(self, size: Size) -> tuple[Stage, ...]:
+    def stages(self, size: TowerSize) -> tuple[Stage, ...]:
         """Where it acts, in the order of the blocks; at most one step a block.
 
         Raises:
@@ -145,15 +145,15 @@ class Strategy:
         """
         raise NotImplementedError
 
-    def token_counts(self, size: Size) -> tuple[Layer, ...]:
+    def token_counts(self, size: TowerSize) -> tuple[Layer, ...]:
         """Tokens in each block, prefix tokens and merged ones included; FLOPs follow."""
         raise NotImplementedError
 
-    def scoring_flops(self, size: Size) -> int:
+    def scoring_flops(self, size: TowerSize) -> int:
         """What it computes to choose tokens, without gradient, beyond the blocks; of one image."""
         return 0
 
-    def embed_flops(self, size: Size) -> int:
+    def embed_flops(self, size: TowerSize) -> int:
         """Of the patch embedding of one image."""
         return size.embed_flops()
 
@@ -195,7 +195,7 @@ class Strategy:
         blocks."""
         raise NotImplementedError
 
-    def at_strength(self, size: Size, strength: float) -> Self:
+    def at_strength(self, size: TowerSize, strength: float) -> Self:
         """The same strategy, reducing nothing (0) to as much as it can (1).
 
         Where it reduces, more never costs more; `at_flops` searches here.
@@ -241,13 +241,13 @@ def _short(value: Any) -> str:
 
 
 @once
-def stages_of(strategy: Strategy, size: Size) -> dict[int, Stage]:
+def stages_of(strategy: Strategy, size: TowerSize) -> dict[int, Stage]:
     """`strategy.stages` by the block where each acts, worked out once and not in every forward."""
     return {stage.first: stage for stage in strategy.stages(size)}
 
 
 @once
-def blocks_of(strategy: Strategy, size: Size) -> tuple[int, ...]:
+def blocks_of(strategy: Strategy, size: TowerSize) -> tuple[int, ...]:
     """The blocks where it may act, on an image of any size: those where it does on a large one."""
     if strategy.changes_embedding:
         return tuple(stages_of(strategy, size))
@@ -255,7 +255,7 @@ def blocks_of(strategy: Strategy, size: Size) -> tuple[int, ...]:
 
 
 @once
-def entering(strategy: Strategy, size: Size) -> tuple[int, ...]:
+def tokens_entering(strategy: Strategy, size: TowerSize) -> tuple[int, ...]:
     """Tokens that enter each block."""
     return size.num_tokens, *(layer.mlp for layer in strategy.token_counts(size))
 
@@ -268,7 +268,7 @@ def tower_of(model: nn.Module | Tower) -> Tower:
     return as_tower(model if image_text is None else image_text.image_model)
 
 
-def warn_if_slower(tower: Tower, strategy: Strategy, size: Size) -> None:
+def warn_if_slower(tower: Tower, strategy: Strategy, size: TowerSize) -> None:
     """In eval mode, say once that choosing the tokens of an image of that size costs more than
     dropping them saves."""
     if tower.model.training or torch.compiler.is_compiling():
@@ -283,7 +283,7 @@ def warn_if_slower(tower: Tower, strategy: Strategy, size: Size) -> None:
         )
 
 
-def counts_of(size: Size, left: Callable[[int, int], int]) -> tuple[Layer, ...]:
+def counts_of(size: TowerSize, left: Callable[[int, int], int]) -> tuple[Layer, ...]:
     """The layers, where `left(i, tokens)` of the tokens in block i go on to its MLP."""
     layers, tokens = [], size.num_tokens
     for i in range(size.depth):
@@ -292,6 +292,6 @@ def counts_of(size: Size, left: Callable[[int, int], int]) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
-def least_share(size: Size) -> float:
+def least_share(size: TowerSize) -> float:
     """Of the patches, so that one stays."""
     return min(1.0, 1.5 / size.num_patches)

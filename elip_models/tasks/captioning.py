@@ -20,7 +20,7 @@ from elip_models.tasks.features import isolated_rng
 from elip_models.tasks.task import (
     Loading,
     Prediction,
-    Reading,
+    SampleReader,
     Task,
     TaskScores,
     read_all,
@@ -50,7 +50,7 @@ class Captioning(Task):
         return open_source(spec, image_size=image_size)
 
     def sample(
-        self, reading: Reading, sample: Sample, index: int, rng: np.random.Generator
+        self, reading: SampleReader, sample: Sample, index: int, rng: np.random.Generator
     ) -> dict[str, Tensor]:
         caption = sample.captions[rng.integers(len(sample.captions))]
         text = reading.model.prompt + caption

@@ -20,7 +20,7 @@ from elip_models.tasks.intervals import bootstrap_interval
 from elip_models.tasks.task import (
     Loading,
     Prediction,
-    Reading,
+    SampleReader,
     Task,
     TaskScores,
     read_all,
@@ -53,7 +53,7 @@ class ClassTask(Task):
         return {"num_classes": len(source.answers)} if hasattr(config, "num_classes") else {}
 
     def sample(
-        self, reading: Reading, example: Example, index: int, rng: np.random.Generator
+        self, reading: SampleReader, example: Example, index: int, rng: np.random.Generator
     ) -> dict[str, Tensor]:
         images = torch.stack([reading.image(image, rng) for image in example.images])
         found = {"images": images[0] if len(images) == 1 else images}
@@ -61,7 +61,7 @@ class ClassTask(Task):
             found |= reading.text(example.text)
         return found | self.targets(reading, example)
 
-    def targets(self, reading: Reading, example: Example) -> dict[str, Tensor]:
+    def targets(self, reading: SampleReader, example: Example) -> dict[str, Tensor]:
         """What the loss compares with: here the number of the heaviest answer."""
         best = max(example.answers, key=example.answers.get)
         return {"labels": torch.tensor(reading.source.answers.index(best))}

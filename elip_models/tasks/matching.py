@@ -39,7 +39,7 @@ from elip_models.tasks.retrieval import KS, chance_level
 from elip_models.tasks.task import (
     Loading,
     Prediction,
-    Reading,
+    SampleReader,
     Task,
     TaskScores,
     read_all,
@@ -73,7 +73,7 @@ class Retrieval(Task):
         return open_source(spec, image_size=image_size)
 
     def sample(
-        self, reading: Reading, sample: Sample, index: int, rng: np.random.Generator
+        self, reading: SampleReader, sample: Sample, index: int, rng: np.random.Generator
     ) -> dict[str, Tensor]:
         caption = sample.captions[rng.integers(len(sample.captions))]
         found = {"images": reading.image(sample.image, rng), **reading.text(caption)}

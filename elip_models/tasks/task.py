@@ -18,7 +18,7 @@ from elip_models.data import (
     SkipReport,
     Source,
     apply_caption_rule,
-    drawn,
+    apply_seeded,
     image_transform,
     tokenize,
 )
@@ -101,7 +101,7 @@ class TaskScores:
 
 
 @dataclass(frozen=True)
-class Reading:
+class SampleReader:
     """How images and texts become tensors.
 
     source: what samples come from. transform: of an image -> (3, S, S), may draw by torch's CPU
@@ -116,7 +116,7 @@ class Reading:
 
     def image(self, image: "Image.Image", rng: np.random.Generator) -> Tensor:
         """-> (3, S, S), what the transform draws seeded by `rng`."""
-        return drawn(self.transform, image, rng)
+        return apply_seeded(self.transform, image, rng)
 
     def text(self, text: str) -> dict[str, Tensor]:
         """-> input_ids and attention_mask, (L,) int64 each, L = `context_length`."""
@@ -149,7 +149,11 @@ class Task(ABC):
 
     @abstractmethod
     def sample(
-        self, reading: Reading, sample: "Sample | Example", index: int, rng: np.random.Generator
+        self,
+        reading: SampleReader,
+        sample: "Sample | Example",
+        index: int,
+        rng: np.random.Generator,
     ) -> dict[str, Tensor]:
         """What the model's forward takes of one sample, without the batch dim, always of the same
         shapes."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from elip_models.data import Example, soft_scores, tokenize
 from elip_models.data.tasks.vqa_answers import normalise_answer
 from elip_models.tasks.class_task import ClassTask
-from elip_models.tasks.task import Reading
+from elip_models.tasks.task import SampleReader
 from elip_models.validation import PositiveInt
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class VQA(ClassTask):
             shares[self.written(answer)] = shares.get(self.written(answer), 0.0) + share
         return soft_scores(shares)
 
-    def targets(self, reading: Reading, example: Example) -> dict[str, Tensor]:
+    def targets(self, reading: SampleReader, example: Example) -> dict[str, Tensor]:
         if classifies(reading.model):
             worth = self.worth(example.answers)
             scores = [worth.get(self.written(answer), 0.0) for answer in reading.source.answers]
@@ -68,7 +68,7 @@ class VQA(ClassTask):
         k = min(self.candidates, len(answers))
         return partial(model.rank_answers, answer_ids=texts[0], answer_mask=texts[1], k=k)
 
-    def _answers(self, reading: Reading, example: Example) -> dict[str, Tensor]:
+    def _answers(self, reading: SampleReader, example: Example) -> dict[str, Tensor]:
         heaviest = sorted(example.answers.items(), key=lambda item: -item[1])
         kept = heaviest[: self.answers_per_question]
         texts = [text for text, _ in kept] + [""] * (self.answers_per_question - len(kept))

@@ -15,7 +15,7 @@ from elip_models.towers.forward_override import in_forward
 from elip_models.towers.fsdp import refuses_sharding
 from elip_models.towers.image_text import ImageTextModel
 from elip_models.towers.reducible_model import ImageModel, ReducibleModel
-from elip_models.towers.size import Size
+from elip_models.towers.size import TowerSize
 from elip_models.validation import extra
 
 __all__ = [
@@ -23,8 +23,8 @@ __all__ = [
     "Projections",
     "Query",
     "ReducibleModel",
-    "Size",
     "Tower",
+    "TowerSize",
     "as_image_text",
     "as_reducible",
     "as_tower",

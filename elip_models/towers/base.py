@@ -24,8 +24,8 @@ from elip_models.towers.cls_query import Query
 from elip_models.towers.effective_weights import Affine, is_layer_norm
 from elip_models.towers.forward_override import in_place_of, own_forward
 from elip_models.towers.fsdp import unsharded
-from elip_models.towers.scoring_context import apart
-from elip_models.towers.size import Size
+from elip_models.towers.scoring_context import scoring_context
+from elip_models.towers.size import TowerSize
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -102,9 +102,9 @@ class Tower:
         return self.num_patches + self.num_prefix_tokens
 
     @property
-    def size(self) -> Size:
+    def size(self) -> TowerSize:
         """The sizes as plain numbers."""
-        return Size(
+        return TowerSize(
             self.image_size,
             self.num_patches,
             self.num_prefix_tokens,
@@ -347,7 +347,7 @@ class Tower:
                     tokens, keep=keep, merge=merge, return_info=True, **arguments
                 )
         if row is None:
-            with apart(self.model, tokens):
+            with scoring_context(self.model, tokens):
                 row = self.cls_attention(i, scored, query.fused())
         return *self.reduce(tokens, row, keep, merge=merge), row
 

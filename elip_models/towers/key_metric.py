@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elip_models.towers.base import IDENTITY, Tower
-from elip_models.towers.scoring_context import apart
+from elip_models.towers.scoring_context import scoring_context
 
 
 def mean_keys(tower: Tower, i: int, tokens: Tensor) -> Tensor:
     """The head mean (B, N, d) of block i's keys of `tokens` (B, N, D), without gradient."""
-    with apart(tower.model, tokens), tower.unsharded(i, tokens) as (tokens,):
+    with scoring_context(tower.model, tokens), tower.unsharded(i, tokens) as (tokens,):
         parts, weights = tower.projections(i), tower.weights(i)
         if weights is None:
             return tower.qkv(i, tokens)[1].mean(1)

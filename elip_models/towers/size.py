@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 
-class Size(NamedTuple):
+class TowerSize(NamedTuple):
     """What FLOPs and token counts depend on; image is (H, W), hidden the MLP's width.
 
     absorbs_keys: a row needs no key projection of the tokens.

@@ -15,12 +15,12 @@ from typing import Any
 
 from elip_models.models.config import ContrastiveConfig, TextReductionConfig, VisionConfig
 from elip_models.models.io.files import read_config
-from elip_models.models.registry import CONFIGS, MODELS, downstream_of, family_of, taken_over
+from elip_models.models.registry import CONFIGS, MODELS, downstream_of, family_of, inherited_fields
 from elip_models.tasks.registry import TASKS
 from elip_models.training.recipe import FINETUNE, recipe_names, recipe_with
 from elip_models.training.run_config import RunConfig
 from elip_models.training.training_data import input_fields
-from elip_models.validation import ConfigError, blame, did_you_mean
+from elip_models.validation import ConfigError, did_you_mean, errors_named
 
 REDUCTION = {
     each.name for config in (ContrastiveConfig, TextReductionConfig) for each in fields(config)
@@ -43,7 +43,7 @@ def finetune_recipe(
         ConfigError: an unknown task or recipe, a folder of other content, or a setting that cannot
             be.
     """
-    with blame("--from"):
+    with errors_named("--from"):
         folder = start / "model" if (start / "model" / "config.json").is_file() else start
         family, config = _saved(folder)
     recipe = _recipe_of(task, family)
@@ -56,12 +56,12 @@ def finetune_recipe(
     chosen = recipe_with(recipe, begun)
     if chosen.task is None:
         raise ConfigError(f"recipe {recipe}: expected one with a task, got none")
-    with blame("task"):
+    with errors_named("task"):
         model = downstream_of(MODELS[family], chosen.task)
     dropped = {"gather", *input_fields(chosen.data)} | (set() if reduced else REDUCTION)
     if "max_positions" in config:  # there is room: a text is as long as the recipe says
         dropped.add("context_length")
-    kept = {n: value for n, value in taken_over(model, config).items() if n not in dropped}
+    kept = {n: value for n, value in inherited_fields(model, config).items() if n not in dropped}
     return recipe_with(recipe, begun, kept)
 
 
@@ -79,7 +79,7 @@ def _recipe_of(task: str, family: str) -> str:
     """The recipe that a name says."""
     names = [name.removeprefix(f"{FINETUNE}/") for name in recipe_names(FINETUNE)]
     if task in TASKS:
-        with blame("TASK"):
+        with errors_named("TASK"):
             downstream_of(MODELS[family], task)
         task = f"{task}_{family}"
     if task in names:

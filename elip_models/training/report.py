@@ -25,7 +25,7 @@ from elip_models.profiling.runner import DENSE, Mode, measure
 from elip_models.profiling.workload import Workload
 from elip_models.reduction.caching import deliberately_slow
 from elip_models.reduction.encode import run_tower
-from elip_models.reduction.momentum_scores import run_and_read
+from elip_models.reduction.momentum_scores import forward_with_scores
 from elip_models.reduction.schedule import PRESETS
 from elip_models.reduction.scorers import SCORERS
 from elip_models.reduction.strategies.elip import ELIP
@@ -98,7 +98,7 @@ class Reporter:
         images, _, guidance = self._guided(100)
         rows = None
         if isinstance(self.model, MomentumModel):
-            _, rows = run_and_read(self.model.tower_m, images, guidance, self.strategy)
+            _, rows = forward_with_scores(self.model.tower_m, images, guidance, self.strategy)
         agreement = scorer_agreement(self.model.visual, images, guidance, self.strategy, rows=rows)
         tower = VisionTransformer(
             img_size=224, embed_dim=384, num_heads=6, pre_norm=True, num_classes=0

@@ -39,6 +39,18 @@ def test_a_coarser_form_is_held_to_what_it_replaces_in_its_dtype():
         judged_coarser({"bf16": 9e-3}, 4e-3, "bf16")
 
 
+def test_a_compiled_sum_may_be_off_by_its_order_of_adding_and_ours_may_not():
+    exact, near = torch.ones(3).double(), torch.full((3,), 1 + 5e-6)
+    outputs = {"eager": torch.ones(3), OURS: torch.ones(3), "compiled": near}
+    with pytest.raises(AssertionError, match="parity"):
+        parity((exact,), {name: (each,) for name, each in outputs.items()})
+    held = parity((exact,), {name: (each,) for name, each in outputs.items()}, summed=3000)
+    assert held["coarser"]["errors"].keys() == {"compiled", "fp32, summed in order"}
+    outputs |= {OURS: near, "compiled": torch.ones(3)}
+    with pytest.raises(AssertionError, match="parity"):
+        parity((exact,), {name: (each,) for name, each in outputs.items()}, summed=3000)
+
+
 @pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("spoilt", ["eager", OURS])
 def test_parity_wants_finite_outputs(spoilt, value):

@@ -82,11 +82,13 @@ def draws(family, images, ids, mask, gather):
     labels[0, 1], labels[3, 2:] = -100, -100
     masked = torch.where(labels == -100, ids, MASK)
     if family == "albef":
-        return albef.Drawn(other, other.flip(0) if gather == "global" else other, masked, labels)
+        return albef.ALBEFDraw(
+            other, other.flip(0) if gather == "global" else other, masked, labels
+        )
     if family == "blip" or family in RETRIEVAL:
         return blip.Negatives(other, other)
     itm_labels, false_images = torch.tensor([1, 0, 0, 1]), torch.randn_like(images)
-    return meter.Drawn(masked, labels, itm_labels, false_images)
+    return meter.METERDraw(masked, labels, itm_labels, false_images)
 
 
 def halved(rank, drawn):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from elip_models.models.albef.model import ALBEF, ALBEFConfig, Drawn
+from elip_models.models.albef.model import ALBEF, ALBEFConfig, ALBEFDraw
 from elip_models.models.layers.momentum import FeatureQueue, similarities
 from tests.helpers.official import check_gradients, load_official_, pretraining_fields
 from tests.helpers.towers import assert_equal_gradients, our_names
@@ -23,7 +23,7 @@ def loaded(case, **options):
 
 def drawn(case):
     names = ("neg_image_idx", "neg_text_idx", "mlm_input_ids", "mlm_labels")
-    return Drawn(*(case[name].long() for name in names))
+    return ALBEFDraw(*(case[name].long() for name in names))
 
 
 @pytest.mark.parametrize("scorer", ["official", "exact"])

@@ -29,7 +29,7 @@ HEADS = {
 def begun(task, model, **options):
     """A downstream model that begins as the pre-trained one."""
     other = made(TASKS[task], text_depth=3, **options)
-    weights = TASKS[task].begin(model.state_dict(), other.config)
+    weights = TASKS[task].from_pretraining(model.state_dict(), other.config)
     load_weights(other, weights, allow_missing=HEADS[task])
     return other
 
@@ -88,7 +88,7 @@ def test_without_momentum_encoders_they_begin_as_the_encoders():
     model = pretrained()
     weights = {n: w for n, w in model.state_dict().items() if not n.startswith("encoders_m.")}
     for task, model_class in TASKS.items():
-        begins = model_class.begin(weights, made(model_class, text_depth=3).config)
+        begins = model_class.from_pretraining(weights, made(model_class, text_depth=3).config)
         copies = {n: w for n, w in begins.items() if n.startswith("encoders_m.")}
         assert copies, task
         assert all(w is begins[n.replace("encoders_m.", "encoders.")] for n, w in copies.items())
@@ -97,14 +97,16 @@ def test_without_momentum_encoders_they_begin_as_the_encoders():
 def test_another_length_of_queue_begins_anew():
     weights = pretrained().state_dict()
     config = made(ALBEFRetrieval, text_depth=3, queue_size=12).config
-    assert not any(name.startswith("queue.") for name in ALBEFRetrieval.begin(weights, config))
+    assert not any(
+        name.startswith("queue.") for name in ALBEFRetrieval.from_pretraining(weights, config)
+    )
 
 
 @pytest.mark.parametrize("task", ["vqa", "entailment", "nlvr2"])
 def test_without_distillation_there_is_no_momentum_encoder(task):
     model = made(TASKS[task], distill=False)
     assert model.encoders_m is None and model.moved_in_training() == () and not model.monitored()
-    names = TASKS[task].begin(pretrained().state_dict(), model.config)
+    names = TASKS[task].from_pretraining(pretrained().state_dict(), model.config)
     assert not any(name.startswith("encoders_m.") for name in names)
     model.begin_step(0, 0.0)
     assert model(**batch_for(model)).loss.isfinite()

@@ -23,7 +23,7 @@ def begun(task, model, folder, missing=(), **options):
     for weights in (saved, model.state_dict()):
         ours = fresh(task, **options).eval()
         before = {n: w.clone() for n, w in ours.state_dict().items()}
-        load_weights(ours, type(ours).begin(weights, ours.config), allow_missing=missing)
+        load_weights(ours, type(ours).from_pretraining(weights, ours.config), allow_missing=missing)
         new = [n for n, w in ours.state_dict().items() if torch.equal(w, before[n])]
         states.append(ours.state_dict())
     assert all(torch.equal(w, states[1][n]) for n, w in states[0].items())

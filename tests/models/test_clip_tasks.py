@@ -100,7 +100,7 @@ def test_checkpointing_gives_the_same_gradients():
 @pytest.mark.parametrize("projects", [False, True])
 def test_it_begins_as_the_pretrained_tower(projects):
     clip, model = tiny("clip_tiny").eval(), classifier(projects=projects).eval()
-    begun = model.begin(clip.state_dict(), model.config)
+    begun = model.from_pretraining(clip.state_dict(), model.config)
     missing, unexpected = model.load_state_dict(begun, strict=False)
     assert (set(missing), unexpected) == ({"head.weight", "head.bias"}, [])
     x = batch()["images"]
@@ -115,7 +115,7 @@ def test_a_head_that_begins_zero_shot_classifies_as_the_pretrained_model(tokeniz
     clip = tiny("clip_tiny", vocab_size=len(tokenizer)).eval()
     classes = class_features(clip, tokenizer, names, templates)
     model, x = classifier(projects=True).eval(), batch()["images"]
-    model.load_state_dict(model.begin(clip.state_dict(), model.config), strict=False)
+    model.load_state_dict(model.from_pretraining(clip.state_dict(), model.config), strict=False)
     model.begin_zero_shot_(classes, clip.logit_scale.exp())
     expected = clip.encode_image(x) @ classes.T / 0.07
     torch.testing.assert_close(model.logits(x), expected)

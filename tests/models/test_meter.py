@@ -5,7 +5,7 @@ import torch
 from transformers import RobertaConfig, RobertaModel
 
 from elip_models.models.meter.config import ROBERTA, METERConfig
-from elip_models.models.meter.model import METER, Drawn
+from elip_models.models.meter.model import METER, METERDraw
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategies.elip import ELIP
 from tests.helpers.official import check_gradients, check_stages, timm_name
@@ -80,7 +80,7 @@ def loaded(case, **options):
 
 def drawn(case):
     ids = (case[name].long() for name in ("mlm_input_ids", "mlm_labels", "itm_labels"))
-    return Drawn(*ids, case["false_image"])
+    return METERDraw(*ids, case["false_image"])
 
 
 def batch(case):

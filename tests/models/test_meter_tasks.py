@@ -168,7 +168,7 @@ def assert_close_gradients(got, expected):
 def test_a_model_begins_as_the_official_one(task):
     case, before = recorded(task), filled(pretrained())
     model = made(task)
-    weights = model.begin(before.state_dict(), model.config)
+    weights = model.from_pretraining(before.state_dict(), model.config)
     load_weights(model, weights, allow_missing=["classifier.*"])
     assert torch.equal(model.token_types.weight, case["begin/token_type_embeddings.weight"])
     if task == "retrieval":
@@ -186,7 +186,7 @@ def test_a_model_begins_as_the_official_one(task):
 
 def test_ranks_begin_as_the_logits_of_a_pair():
     before, model = filled(pretrained()).eval(), made("retrieval").eval()
-    load_weights(model, model.begin(before.state_dict(), model.config))
+    load_weights(model, model.from_pretraining(before.state_dict(), model.config))
     batch = random_batch(model)
     texts = batch["input_ids"], batch["attention_mask"]
     found = [

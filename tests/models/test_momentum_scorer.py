@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from elip_models.reduction.encode import run_tower
-from elip_models.reduction.momentum_scores import run_and_read
+from elip_models.reduction.momentum_scores import forward_with_scores
 from tests.helpers.cross_modal_cases import batch_of_four, draws, made, step
 from tests.helpers.towers import assert_equal_gradients
 
@@ -17,7 +17,7 @@ def both(family, fusion, **options):
     model = made(family, **(DEEP | options), fusion=fusion, scorer="momentum").eval()
     images, ids, mask = batch_of_four()
     text_cls = model.encode_text(ids, mask)[:, 0].detach()
-    tokens, rows = run_and_read(model.tower_m, images, text_cls, model.reduction)
+    tokens, rows = forward_with_scores(model.tower_m, images, text_cls, model.reduction)
     dense, _ = run_tower(model.tower_m, images, None, model.dense)
     assert torch.equal(tokens, dense)
     _, by_rows = run_tower(model.tower, images, text_cls, model.reduction, rows=rows)
@@ -45,7 +45,7 @@ def test_a_merged_token_has_the_scores_of_all_that_it_holds():
     model = made("blip", **DEEP, scorer="momentum").eval()
     images, ids, mask = batch_of_four()
     text_cls = model.encode_text(ids, mask)[:, 0].detach()
-    _, rows = run_and_read(model.tower_m, images, text_cls, model.reduction)
+    _, rows = forward_with_scores(model.tower_m, images, text_cls, model.reduction)
     _, infos = run_tower(model.tower, images, text_cls, model.reduction, rows=rows)
     dropped = infos[0].reduction.source_map()[:, -1]
     torch.testing.assert_close(infos[1].attention[:, -1], (rows[5] * dropped).sum(1))
@@ -55,7 +55,7 @@ def test_so_has_one_that_others_joined():
     model = made("blip", **DEEP, scorer="momentum", merge="nearest").eval()
     images, ids, mask = batch_of_four()
     text_cls = model.encode_text(ids, mask)[:, 0].detach()
-    _, rows = run_and_read(model.tower_m, images, text_cls, model.reduction)
+    _, rows = forward_with_scores(model.tower_m, images, text_cls, model.reduction)
     _, infos = run_tower(model.tower, images, text_cls, model.reduction, rows=rows)
     held = infos[0].reduction.source_map().to(rows[5].dtype)
     torch.testing.assert_close(infos[1].attention, (held @ rows[5][..., None])[..., 0])

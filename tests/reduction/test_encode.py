@@ -55,7 +55,7 @@ def test_scorers_by_their_definition(scorer):
     model, x, t = clip_vit(), images(), text()
     y = model.norm_pre(model._pos_embed(model.patch_embed(x)))
     y = model.blocks[1](model.blocks[0](y))
-    entering = y.clone()
+    tokens_entering = y.clone()
     y[:, 0] = 0.8 * y[:, 0] + 0.2 * t
 
     def row(i, y):
@@ -65,7 +65,7 @@ def test_scorers_by_their_definition(scorer):
 
     if scorer == "cls":
         for i in (2, 3, 4):
-            y = torch.cat([model.blocks[i](y)[:, :1], entering[:, 1:]], dim=1)
+            y = torch.cat([model.blocks[i](y)[:, :1], tokens_entering[:, 1:]], dim=1)
         expected = row(5, y)
     else:
         first, last = {"last": (5, 5), 1: (2, 2), 2: (2, 3)}.get(scorer, (2, 5))

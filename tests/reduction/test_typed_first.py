@@ -100,8 +100,8 @@ def test_one_number_in_a_forward():
         block.mlp.register_forward_hook(lambda m, args, out, i=i: seen.append(args[0].shape[1]))
     elip_models.reduce_(model, keep=0.7, strategy="tome")
     model(x)
-    entering = [197, *seen[:-1]]
-    mean = (sum(seen) + sum(entering)) / (2 * 12 * 197)
+    tokens_entering = [197, *seen[:-1]]
+    mean = (sum(seen) + sum(tokens_entering)) / (2 * 12 * 197)
     assert mean == pytest.approx(0.7, abs=0.01)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from elip_models.data import DataError, Example, MixedSource, Sample
 from elip_models.tasks.matching import Retrieval
 from elip_models.tasks.registry import TASKS, get_task
-from elip_models.tasks.task import Loading, Reading, evaluation_transform
+from elip_models.tasks.task import Loading, SampleReader, evaluation_transform
 from elip_models.tasks.vqa import VQA
 
 LOADING = Loading(batch_size=3)
@@ -117,7 +117,7 @@ class Stub(nn.Module):
 
 
 def reading(source, **config):
-    return Reading(source, pixels, Tokens(), Stub(**config).config, 4)
+    return SampleReader(source, pixels, Tokens(), Stub(**config).config, 4)
 
 
 def pixels(image):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _SUFFIXES = (".jpg", ".png")
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """An example of a file, not read yet.
 
     entry: where it stands, "train.json[3]". images: paths; where a data set names images by their
@@ -35,7 +35,7 @@ class FileExamples:
     A missing or damaged image is a SampleError of that example.
     """
 
-    def __init__(self, rows: Iterable[Row], answers: tuple[str, ...]) -> None:
+    def __init__(self, rows: Iterable[TableRow], answers: tuple[str, ...]) -> None:
         self._index = _build_index(rows)
         self.answers = answers
 
@@ -67,7 +67,7 @@ def _example(row: dict) -> Example:
     return Example((), row["text"], answers, row["id"])
 
 
-def _build_index(rows: Iterable[Row]) -> "Dataset":
+def _build_index(rows: Iterable[TableRow]) -> "Dataset":
     """Arrow table, one row an example: entry, id, text, answers, their shares, images."""
     with extra("FileExamples"):
         from datasets import Dataset, Features, Value

@@ -18,7 +18,7 @@ from elip_models.data.checks import expanded
 from elip_models.data.data_spec import FileSpec
 from elip_models.data.json_files import read_entries, read_fields
 from elip_models.data.tasks.entailment import LABELS
-from elip_models.data.tasks.file_examples import FileExamples, Row
+from elip_models.data.tasks.file_examples import FileExamples, TableRow
 from elip_models.data.tasks.pairs import ANSWERS
 
 _IDS = ("Flickr30K_ID", "Flikr30kID")
@@ -47,7 +47,7 @@ def _rows(
     task: str,
     parse: Callable[[str, Any, Path, str], Parsed],
     labels: tuple[str, ...],
-) -> Iterator[Row]:
+) -> Iterator[TableRow]:
     ids = count()  # over all files, so that no two examples have the same
     for file in files:
         root = file.parent if spec.images is None else expanded(spec.images)
@@ -57,7 +57,7 @@ def _rows(
             if label not in labels:
                 expected = ", ".join(labels)
                 raise ValueError(f"{where}: label: expected one of {expected}, got {label!r}")
-            yield Row(name, row_id, text, {label: spec.weight}, images)
+            yield TableRow(name, row_id, text, {label: spec.weight}, images)
 
 
 def _hypothesis(where: str, entry: Any, root: Path, number: str) -> Parsed:

@@ -19,7 +19,7 @@ from typing import Any
 from elip_models.data.checks import expanded
 from elip_models.data.data_spec import FileSpec
 from elip_models.data.json_files import read_fields, read_json
-from elip_models.data.tasks.file_examples import FileExamples, Row
+from elip_models.data.tasks.file_examples import FileExamples, TableRow
 from elip_models.data.tasks.vqa_answers import normalise_answer
 
 _EXPECTED = (
@@ -75,7 +75,7 @@ def _questions(
     data: dict[str, Any],
     root: Path,
     annotations: dict[int, tuple[list[str], str]] | None,
-) -> Iterator[tuple[Row, str | None]]:
+) -> Iterator[tuple[TableRow, str | None]]:
     """The questions of a file of VQA v2, each with its first answer."""
     if "questions" not in data:
         return
@@ -95,12 +95,12 @@ def _questions(
             given, first = annotations[question_id]
         path = folder / f"COCO_{subset}_{image:012d}"
         entry_name = f"{file.name}[questions][{number}]"
-        yield Row(entry_name, str(question_id), question, _shares(given), (path,)), first
+        yield TableRow(entry_name, str(question_id), question, _shares(given), (path,)), first
 
 
 def _listed(
     file: Path, data: list[Any], root: Path, before: int
-) -> Iterator[tuple[Row, str | None]]:
+) -> Iterator[tuple[TableRow, str | None]]:
     """The questions of a list, each with the answer that most people gave; `before` are in other
     files."""
     for number, entry in enumerate(data):
@@ -112,7 +112,7 @@ def _listed(
             raise ValueError(f"{where}: answer: expected a text or a list of texts, got {given!r}")
         shares = _shares(given)
         question_id = str(entry.get("question_id", before + number))
-        row = Row(f"{file.name}[{number}]", question_id, question, shares, (root / image,))
+        row = TableRow(f"{file.name}[{number}]", question_id, question, shares, (root / image,))
         yield row, max(shares, key=shares.get, default=None)
 
 

@@ -16,7 +16,7 @@ from elip_models.models.distilled_model import DistilledModel
 from elip_models.models.layers.distillation import (
     DistillationConfig,
     Weights,
-    begin_encoders,
+    encoders_from_pretraining,
 )
 from elip_models.models.layers.losses import at_least_fp32, distilled_cross_entropy
 from elip_models.models.task_output import TaskOutput
@@ -61,14 +61,16 @@ class ALBEFTask(DistilledModel):
         super().__init__(config, self.encoders_class(config), distill=config.distill)
 
     @classmethod
-    def begin(cls, weights: dict[str, Tensor], config: ALBEFTaskConfig) -> dict[str, Tensor]:
+    def from_pretraining(
+        cls, weights: dict[str, Tensor], config: ALBEFTaskConfig
+    ) -> dict[str, Tensor]:
         """Weights of an `ALBEF` by its names -> those that the model begins with, by its own; its
         momentum encoders as those of pre-training, where `weights` has them."""
-        begin = partial(cls.begin_encoders, config=config)
-        return begin_encoders(weights, begin, distill=config.distill)
+        begin = partial(cls.encoders_from_pretraining, config=config)
+        return encoders_from_pretraining(weights, begin, distill=config.distill)
 
     @classmethod
-    def begin_encoders(cls, weights: Weights, config: ALBEFTaskConfig) -> Weights:
+    def encoders_from_pretraining(cls, weights: Weights, config: ALBEFTaskConfig) -> Weights:
         """Weights of pre-training's encoders -> of these, by the names inside them."""
         return {n: w for n, w in weights.items() if n.startswith(("visual.", "text."))}
 

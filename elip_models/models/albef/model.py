@@ -58,7 +58,7 @@ class ALBEFOutput:
     text_features: Tensor
 
 
-class Drawn(NamedTuple):
+class ALBEFDraw(NamedTuple):
     """What `forward` draws at random, for a caller that has drawn it.
 
     negative_images: (B,) for each text. negative_texts: (B,) for each image; both number the pairs
@@ -138,7 +138,7 @@ class ALBEF(MomentumModel):
         *,
         guide_ids: Tensor | None = None,
         guide_mask: Tensor | None = None,
-        drawn: Drawn | None = None,
+        drawn: ALBEFDraw | None = None,
     ) -> ALBEFOutput:
         """Compute pre-training losses of a batch of pairs; in training momentum and queue move on.
 
@@ -166,11 +166,11 @@ class ALBEF(MomentumModel):
         loss = seen.loss + loss_itm + loss_mlm
         return ALBEFOutput(loss, seen.loss, loss_itm, loss_mlm, *seen.features)
 
-    def fixed_draw(self, images: Tensor, input_ids: Tensor) -> Drawn:
+    def fixed_draw(self, images: Tensor, input_ids: Tensor) -> ALBEFDraw:
         others = next_rows(len(images), images.device)
-        return Drawn(others, others, *mask_every_seventh(input_ids, self.config.mask_token_id))
+        return ALBEFDraw(others, others, *mask_every_seventh(input_ids, self.config.mask_token_id))
 
-    def _draw(self, similar: tuple[Tensor, Tensor], input_ids: Tensor) -> Drawn:
+    def _draw(self, similar: tuple[Tensor, Tensor], input_ids: Tensor) -> ALBEFDraw:
         """Draw hard negatives by the similarities (B, C), and masked tokens, of which [SEP] may be
         one, as in the official code."""
         config = self.config
@@ -181,7 +181,7 @@ class ALBEF(MomentumModel):
             vocab_size=config.vocab_size,
             probability=config.mask_probability,
         )
-        return Drawn(*self.draw_negatives(similar), *masked)
+        return ALBEFDraw(*self.draw_negatives(similar), *masked)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute layers in backward instead of saving their activations."""

@@ -78,10 +78,10 @@ class ALBEFNLVR2(ALBEFClassifier):
     encoders_m: PairEncoders | None
 
     @classmethod
-    def begin_encoders(cls, weights: Weights, config: ALBEFNLVR2Config) -> Weights:
+    def encoders_from_pretraining(cls, weights: Weights, config: ALBEFNLVR2Config) -> Weights:
         """Both layers of a pair begin as pre-training's fusion layer."""
         begun = {}
-        for name, weight in super().begin_encoders(weights, config).items():
+        for name, weight in super().encoders_from_pretraining(weights, config).items():
             begun |= dict.fromkeys(_doubled(name, config.text_layers), weight)
         return begun
 

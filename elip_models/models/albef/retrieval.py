@@ -10,7 +10,7 @@ from torch import Tensor
 
 from elip_models.models.albef.model import ALBEF, ALBEFConfig, ALBEFTowers
 from elip_models.models.layers.distillation import DistillationConfig, Weights
-from elip_models.models.momentum_retrieval import MomentumRetrieval, begin_retrieval
+from elip_models.models.momentum_retrieval import MomentumRetrieval, retrieval_from_pretraining
 from elip_models.validation import Size
 
 
@@ -36,10 +36,12 @@ class ALBEFRetrieval(MomentumRetrieval, ALBEF):
     encoders: ALBEFTowers
 
     @classmethod
-    def begin(cls, weights: dict[str, Tensor], config: ALBEFRetrievalConfig) -> dict[str, Tensor]:
+    def from_pretraining(
+        cls, weights: dict[str, Tensor], config: ALBEFRetrievalConfig
+    ) -> dict[str, Tensor]:
         """Weights of an `ALBEF`, by its names -> what retrieval begins with."""
 
         def without_head(encoders: Weights) -> Weights:
             return {n: w for n, w in encoders.items() if not n.startswith("language_head.")}
 
-        return begin_retrieval(weights, config, without_head)
+        return retrieval_from_pretraining(weights, config, without_head)

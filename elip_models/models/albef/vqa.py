@@ -64,9 +64,9 @@ class ALBEFVQA(ALBEFTask):
     encoders_m: AnswerEncoders | None
 
     @classmethod
-    def begin_encoders(cls, weights: Weights, config: ALBEFVQAConfig) -> Weights:
+    def encoders_from_pretraining(cls, weights: Weights, config: ALBEFVQAConfig) -> Weights:
         """The decoder begins as pre-training's fusion layers, embeddings and language head."""
-        begun = super().begin_encoders(weights, config)
+        begun = super().encoders_from_pretraining(weights, config)
         fuses = {f"text.layers.{i}.": i - config.text_layers for i in config.fusion_layers}
         for name, weight in weights.items():
             layer = next((part for part in fuses if name.startswith(part)), None)

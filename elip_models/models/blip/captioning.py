@@ -66,7 +66,9 @@ class BLIPCaptioning(Captioner, BLIPTask):
         self.language_head = masked_language_head(self.decoder)
 
     @classmethod
-    def begin(cls, weights: dict[str, Tensor], config: BLIPCaptioningConfig) -> dict[str, Tensor]:
+    def from_pretraining(
+        cls, weights: dict[str, Tensor], config: BLIPCaptioningConfig
+    ) -> dict[str, Tensor]:
         """Weights of BLIP -> of this model, all of them: image tower, decoder and head."""
         return under(("encoders.visual.",), weights) | decoder_weights(weights)
 

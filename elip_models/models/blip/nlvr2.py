@@ -112,7 +112,9 @@ class BLIPNLVR2(BLIPReadingTask):
         self.classifier = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
 
     @classmethod
-    def begin(cls, weights: dict[str, Tensor], config: BLIPNLVR2Config) -> dict[str, Tensor]:
+    def from_pretraining(
+        cls, weights: dict[str, Tensor], config: BLIPNLVR2Config
+    ) -> dict[str, Tensor]:
         """Weights of BLIP -> of this model: both cross attentions begin as the one of BLIP; the
         layers that merge them and the classifier are new."""
         begun = {}

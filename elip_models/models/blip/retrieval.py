@@ -15,7 +15,7 @@ from elip_models.models.downstream.blip import BLIPTaskConfig
 from elip_models.models.layers.distributed import all_gather
 from elip_models.models.layers.momentum import similarities
 from elip_models.models.momentum_model import Contrast
-from elip_models.models.momentum_retrieval import MomentumRetrieval, begin_retrieval
+from elip_models.models.momentum_retrieval import MomentumRetrieval, retrieval_from_pretraining
 from elip_models.validation import NonNegative, Share, Size
 
 
@@ -42,9 +42,11 @@ class BLIPRetrieval(Reader, MomentumRetrieval):
         super().__init__(config, BLIPEncoders(config))
 
     @classmethod
-    def begin(cls, weights: dict[str, Tensor], config: BLIPRetrievalConfig) -> dict[str, Tensor]:
+    def from_pretraining(
+        cls, weights: dict[str, Tensor], config: BLIPRetrievalConfig
+    ) -> dict[str, Tensor]:
         """Weights of BLIP -> of this model, all of them, its momentum encoders too."""
-        return begin_retrieval(weights, config, dict)
+        return retrieval_from_pretraining(weights, config, dict)
 
     def contrast(self, *pairs: Tensor | None) -> Contrast:
         """As of `MomentumModel`, but for `similar`, which is that of the online features."""

@@ -62,7 +62,9 @@ class BLIPVQA(Writer, BLIPReadingTask):
         self.language_head = masked_language_head(self.decoder)
 
     @classmethod
-    def begin(cls, weights: dict[str, Tensor], config: BLIPVQAConfig) -> dict[str, Tensor]:
+    def from_pretraining(
+        cls, weights: dict[str, Tensor], config: BLIPVQAConfig
+    ) -> dict[str, Tensor]:
         """Weights of BLIP -> of this model, all of them: towers, decoder and head as they are."""
         return under(("encoders.visual.", "encoders.text."), weights) | decoder_weights(weights)
 

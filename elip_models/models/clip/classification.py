@@ -82,7 +82,7 @@ class CLIPClassification(PretrainedModel):
             self.head.requires_grad_()
 
     @classmethod
-    def begin(
+    def from_pretraining(
         cls, weights: dict[str, Tensor], config: CLIPClassificationConfig
     ) -> dict[str, Tensor]:
         """The image tower, and its projection where the head reads it; the head is new."""

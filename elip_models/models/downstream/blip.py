@@ -14,7 +14,7 @@ from elip_models.models.blip.shared import BLIPBase, BLIPConfig, BLIPEncoders, R
 from elip_models.models.distilled_model import DistilledModel, Encoders, Masked
 from elip_models.reduction.scorers import ScorerName
 from elip_models.reduction.strategy import mask_after
-from elip_models.towers.scoring_context import apart
+from elip_models.towers.scoring_context import scoring_context
 from elip_models.validation import Rate, Zero
 
 
@@ -78,7 +78,7 @@ class BLIPReadingTask(Reader, BLIPTask):
         without gradient; None where no text guides."""
         if not self.reduction.is_guided:
             return None
-        with apart(self, input_ids):
+        with scoring_context(self, input_ids):
             text_cls = self.text_cls(input_ids, mask)
         return self.guides(text_cls)
 

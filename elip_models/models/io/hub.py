@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from elip_models.reduction.flops import dense_flops, strategy_flops
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
-from elip_models.towers import Size
+from elip_models.towers import TowerSize
 from elip_models.validation import check
 
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
@@ -77,13 +77,13 @@ def staged(folder: Path) -> Iterator[Path]:
                 os.replace(file, folder / file.name)
 
 
-def card_values(strategy: Strategy, size: Size) -> dict[str, str]:
+def card_values(strategy: Strategy, size: TowerSize) -> dict[str, str]:
     """What `CARD` says of an image tower of that size under the strategy."""
     height, width = size.image
     return {"image": f"{height} x {width}", "table": flops_table(strategy, size)}
 
 
-def flops_table(strategy: Strategy, size: Size) -> str:
+def flops_table(strategy: Strategy, size: TowerSize) -> str:
     """Tokens and FLOPs of a tower, dense and under the strategy, in Markdown."""
     dense = dense_flops(size)
     rows = [

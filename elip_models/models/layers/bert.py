@@ -21,7 +21,7 @@ from elip_kernels import cls_attention
 from elip_models.models.layers.text_reduction import ReducedText, TextReduction
 from elip_models.towers.forward_override import in_place_of
 from elip_models.towers.fsdp import unsharded
-from elip_models.towers.scoring_context import apart
+from elip_models.towers.scoring_context import scoring_context
 
 R = TypeVar("R")
 
@@ -180,7 +180,7 @@ class BertTower(nn.Module):
     def _attention_of(self, cls: Tensor, i: int, hidden: Tensor, real: Tensor) -> Tensor:
         """Score text tokens by layer i's attention, with `cls` (B, D) as its query -> (B, L)."""
         layer = self.layers[i]
-        with apart(self, hidden), unsharded(layer, hidden, cls) as (hidden, cls):
+        with scoring_context(self, hidden), unsharded(layer, hidden, cls) as (hidden, cls):
             attention = layer.attention.self
             heads = (attention.num_attention_heads, -1)
             q = attention.query(cls.to(hidden.dtype)).unflatten(-1, heads)

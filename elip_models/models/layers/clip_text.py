@@ -9,7 +9,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from elip_kernels import cls_attention
 from elip_models.models.layers.text_reduction import TextReduction
 from elip_models.towers.fsdp import unsharded
-from elip_models.towers.scoring_context import apart
+from elip_models.towers.scoring_context import scoring_context
 
 
 class CLIPTextTower(nn.Module):
@@ -147,7 +147,7 @@ def _run(layers: Iterable[nn.Module], hidden: Tensor, real: Tensor) -> Tensor:
 def _image_attention(layer: nn.Module, hidden: Tensor, image_cls: Tensor, real: Tensor) -> Tensor:
     """Score the text tokens by a layer's attention, the vision CLS as its query -> (B, L)."""
     attention, heads = layer.self_attn, (layer.self_attn.num_heads, layer.self_attn.head_dim)
-    with apart(layer, hidden), unsharded(layer, hidden, image_cls) as (hidden, image_cls):
+    with scoring_context(layer, hidden), unsharded(layer, hidden, image_cls) as (hidden, image_cls):
         q = attention.q_proj(layer.layer_norm1(image_cls.to(hidden.dtype))).unflatten(-1, heads)
         k = attention.k_proj(layer.layer_norm1(hidden)).unflatten(-1, heads)
         return cls_attention(q, k.transpose(1, 2), mask=real)

@@ -24,7 +24,7 @@ class DistillationConfig(MomentumConfig):
         return self.alpha if self.distill else 0.0
 
 
-def begin_encoders(
+def encoders_from_pretraining(
     weights: Weights, begin: Callable[[Weights], Weights], *, distill: bool = True
 ) -> Weights:
     """Begin the encoders, and their momentum copies as pre-training left those, or as the encoders

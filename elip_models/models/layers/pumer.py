@@ -26,7 +26,7 @@ from transformers.models.bert.modeling_bert import BertLayer, BertSelfAttention
 
 from elip_kernels import attention_column_mean, bipartite_merge
 from elip_kernels.ops.gather_ops import largest, take_rows
-from elip_models.towers.scoring_context import apart
+from elip_models.towers.scoring_context import scoring_context
 from elip_models.validation import Count, Rate, check_fields
 
 
@@ -76,7 +76,7 @@ class PuMer:
         attended, _ = layer.attention(text, _open(real))
         read = image.to(text.dtype)  # as FSDP would cast both
         seen, _ = layer.crossattention(attended, None, read, _open(image_real))
-        with apart(layer, text):
+        with scoring_context(layer, text):
             cross = layer.crossattention.self
             image_keys, text_keys = _heads(cross, "key", read), None
             query = _heads(cross, "query", attended)

@@ -15,8 +15,8 @@ from elip_models.validation import (
     PositiveInt,
     Share,
     Size,
-    blame,
     divisor_of,
+    errors_named,
 )
 
 CROSS_REDUCTIONS = {"pumer": PuMer}
@@ -79,7 +79,7 @@ class METERConfig(CrossModalConfig, TextReductionConfig):
         if self.cross_reduction is None:
             return None
         layers = tuple(i for i in PuMer.layers if i < self.cross_depth)
-        with blame("cross_reduction"):
+        with errors_named("cross_reduction"):
             name, settings = parse_spec(self.cross_reduction, CROSS_REDUCTIONS)
             return CROSS_REDUCTIONS[name](**({"layers": layers} | settings))
 

@@ -115,7 +115,7 @@ class METERClassifier(METERBackbone):
         self.classifier.apply(self.text_layers.init)
 
     @classmethod
-    def begin(cls, weights: dict[str, Tensor], config: METERConfig) -> dict[str, Tensor]:
+    def from_pretraining(cls, weights: dict[str, Tensor], config: METERConfig) -> dict[str, Tensor]:
         """Pre-trained weights of METER -> those that this model begins with, by its names: all but
         the heads."""
         return {n: w for n, w in weights.items() if not n.startswith(PRETRAINED_HEADS)}
@@ -186,9 +186,9 @@ class METERNLVR2(METERClassifier):
     images_each = 2
 
     @classmethod
-    def begin(cls, weights: dict[str, Tensor], config: METERConfig) -> dict[str, Tensor]:
+    def from_pretraining(cls, weights: dict[str, Tensor], config: METERConfig) -> dict[str, Tensor]:
         """As of the other classifiers; the second image is of the type of the first."""
-        weights = super().begin(weights, config)
+        weights = super().from_pretraining(weights, config)
         types = weights["token_types.weight"]
         return weights | {"token_types.weight": torch.cat([types, types[IMAGE:]])}
 
@@ -223,7 +223,7 @@ class METERRetrieval(METERMatcher):
         self.rank_head.apply(self.text_layers.init)
 
     @classmethod
-    def begin(cls, weights: dict[str, Tensor], config: METERConfig) -> dict[str, Tensor]:
+    def from_pretraining(cls, weights: dict[str, Tensor], config: METERConfig) -> dict[str, Tensor]:
         """Pre-trained weights of METER -> those that this model begins with, by its names: ranks
         begin as the logit of a pair."""
         kept = {n: w for n, w in weights.items() if not n.startswith("language_head.")}

@@ -54,7 +54,7 @@ class METEROutput:
     itm_logits: Tensor
 
 
-class Drawn(NamedTuple):
+class METERDraw(NamedTuple):
     """What `forward` draws at random, for a caller that has drawn it.
 
     masked_ids, labels: (B, L), see `mask_tokens`.
@@ -279,7 +279,7 @@ class METER(METERMatcher):
         input_ids: Tensor,
         attention_mask: Tensor,
         *,
-        drawn: Drawn | None = None,
+        drawn: METERDraw | None = None,
     ) -> METEROutput:
         """Compute the pre-training losses of a batch of pairs.
 
@@ -305,12 +305,12 @@ class METER(METERMatcher):
         loss_itm = F.cross_entropy(itm_logits.float(), drawn.itm_labels)
         return METEROutput(loss_mlm + loss_itm, loss_mlm, loss_itm, mlm_logits, itm_logits)
 
-    def fixed_draw(self, images: Tensor, input_ids: Tensor) -> Drawn:
+    def fixed_draw(self, images: Tensor, input_ids: Tensor) -> METERDraw:
         masked = mask_every_seventh(input_ids, self.config.mask_token_id)
         keeps_image = 1 - torch.arange(len(images), device=images.device) % 2
-        return Drawn(*masked, keeps_image, images.roll(-1, 0))
+        return METERDraw(*masked, keeps_image, images.roll(-1, 0))
 
-    def _draw(self, images: Tensor, input_ids: Tensor) -> Drawn:
+    def _draw(self, images: Tensor, input_ids: Tensor) -> METERDraw:
         """Draw masked tokens; half of the batch stay pairs, the rest get the image of another."""
         config = self.config
         if config.mask_whole_words and self.continues is None:
@@ -327,4 +327,4 @@ class METER(METERMatcher):
             continues=self.continues,
         )
         itm_labels, others = draw_others(images)
-        return Drawn(*masked, itm_labels, images[others])
+        return METERDraw(*masked, itm_labels, images[others])

@@ -239,7 +239,7 @@ def _new(model: "PretrainedModel") -> set[str]:
     sizes = {f.name: getattr(model.config, f.name) for f in fields(pretraining.config_class)}
     with torch.device("meta"):
         begins_as = pretraining(pretraining.config_class(**sizes))
-        given = model.begin(begins_as.state_dict(), model.config)
+        given = model.from_pretraining(begins_as.state_dict(), model.config)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     begun = {id(p) for name, p in parameters.items() if name in given}
     return {name for name, p in parameters.items() if id(p) not in begun}

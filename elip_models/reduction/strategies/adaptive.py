@@ -23,8 +23,8 @@ from elip_models.reduction.schedule import Stage
 from elip_models.reduction.scorers import ScorerName
 from elip_models.reduction.strategies.elip import ELIP, Staged, fused_cls
 from elip_models.reduction.strategy import Context, StageInfo
-from elip_models.towers import Size, Tower
-from elip_models.towers.scoring_context import apart
+from elip_models.towers import Tower, TowerSize
+from elip_models.towers.scoring_context import scoring_context
 from elip_models.validation import PositiveShare
 
 
@@ -56,14 +56,16 @@ class AdaptiveELIP(ELIP):
                 "merge: expected True or 'nearest' with strategy='adaptive', got False"
             )
 
-    def stages(self, size: Size) -> tuple[Stage, ...]:
+    def stages(self, size: TowerSize) -> tuple[Stage, ...]:
         """The schedule's that drop patches: masking has nothing to do before."""
         return tuple(s for s in super().stages(size) if s.keep < size.num_patches)
 
-    def scoring_flops(self, size: Size) -> int:
+    def scoring_flops(self, size: TowerSize) -> int:
         """All rows but the first mask padding, so that they project every key."""
-        entering, masked = self.entering(size), size._replace(absorbs_keys=False)
-        rows = sum(map(size.row_flops, entering[:1])) + sum(map(masked.row_flops, entering[1:]))
+        tokens_entering, masked = self.tokens_entering(size), size._replace(absorbs_keys=False)
+        rows = sum(map(size.row_flops, tokens_entering[:1])) + sum(
+            map(masked.row_flops, tokens_entering[1:])
+        )
         return rows + Staged.scoring_flops(self, size)
 
     def step(
@@ -87,7 +89,7 @@ class AdaptiveELIP(ELIP):
         if context.replay is not None:
             return context.replay.attention
         mask = None if context.previous is None else context.previous.reduction.mask
-        with apart(tower.model, tokens):
+        with scoring_context(tower.model, tokens):
             cls = fused_cls(tower, tokens, context.text_cls, self)
             return tower.cls_attention(stage.last, tokens, cls, mask=mask)
 

@@ -17,7 +17,7 @@ from elip_models.reduction.strategy import (
     Strategy,
     least_share,
 )
-from elip_models.towers import Size, Tower
+from elip_models.towers import Tower, TowerSize
 from elip_models.validation import Count, PositiveShare, Share, check_fields
 
 
@@ -97,16 +97,16 @@ class PatchDropout(RandomKeep):
     def fitted(self, tower: Tower) -> Self:
         return Strategy.fitted(self, tower)
 
-    def stages(self, size: Size) -> tuple[Stage, ...]:
+    def stages(self, size: TowerSize) -> tuple[Stage, ...]:
         keep = max(1, int(self.keep * size.num_patches))
         return () if keep == size.num_patches else (Stage(0, size.depth, keep),)
 
-    def token_counts(self, size: Size) -> tuple[Layer, ...]:
+    def token_counts(self, size: TowerSize) -> tuple[Layer, ...]:
         tokens = size.num_prefix_tokens + max(1, int(self.keep * size.num_patches))
         return (Layer(tokens, tokens),) * size.depth
 
     def reduces(self, text_cls: Tensor | None, training: bool) -> bool:
         return training
 
-    def at_strength(self, size: Size, strength: float) -> Strategy:
+    def at_strength(self, size: TowerSize, strength: float) -> Strategy:
         return replace(self, keep=1 - strength * (1 - least_share(size)))

@@ -22,8 +22,8 @@ from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategies.elip import ELIP, Guided, fused_cls
 from elip_models.reduction.strategies.tome import ToMe
 from elip_models.reduction.strategy import Context, StageInfo
-from elip_models.towers import Size, Tower
-from elip_models.towers.scoring_context import apart
+from elip_models.towers import Tower, TowerSize
+from elip_models.towers.scoring_context import scoring_context
 from elip_models.validation import Share
 
 
@@ -60,11 +60,11 @@ class CompleteGraph(ToMe):
         """
         raise NotImplementedError
 
-    def channels(self, size: Size) -> int:
+    def channels(self, size: TowerSize) -> int:
         """Of the keys that are compared."""
         raise NotImplementedError
 
-    def scoring_flops(self, size: Size) -> int:
+    def scoring_flops(self, size: TowerSize) -> int:
         patches = (n - size.num_prefix_tokens for n, m in self.token_counts(size) if m < n)
         return sum(2 * n * n * self.channels(size) for n in patches)
 
@@ -79,7 +79,7 @@ class CompleteGraph(ToMe):
         if context.replay is not None:
             match, weights = context.replay.reduction, context.replay.weights
         else:
-            with apart(tower.model, entered):
+            with scoring_context(tower.model, entered):
                 pairs = self.choose(tower, stage, entered, keys, context.text_cls)
             match, weights = pairs.match(N), pairs.weights
         if sizes is None:
@@ -106,7 +106,7 @@ class PiToMe(CompleteGraph):
 
     margin: Share = 0.9
 
-    def channels(self, size: Size) -> int:
+    def channels(self, size: TowerSize) -> int:
         return size.width // size.heads
 
     def choose(
@@ -140,10 +140,10 @@ class CrossGET(Guided, CompleteGraph):
     guidance_norm: Literal["none", "match"] = ELIP.guidance_norm
     without_text: Literal["dense", "vision"] | None = ELIP.without_text
 
-    def channels(self, size: Size) -> int:
+    def channels(self, size: TowerSize) -> int:
         return size.width
 
-    def scoring_flops(self, size: Size) -> int:
+    def scoring_flops(self, size: TowerSize) -> int:
         """And the query, by the projections of one token, and its cosines."""
         D, p = size.width, size.num_prefix_tokens
         rows = (2 * (n - p) + 1 for n, m in self.token_counts(size) if m < n)

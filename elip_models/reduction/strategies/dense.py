@@ -7,7 +7,7 @@ from torch import Tensor
 
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategy import Layer, Strategy, counts_of
-from elip_models.towers import Size
+from elip_models.towers import TowerSize
 
 
 @dataclass(frozen=True)
@@ -16,14 +16,14 @@ class Dense(Strategy):
 
     name: ClassVar[str] = "dense"
 
-    def stages(self, size: Size) -> tuple[Stage, ...]:
+    def stages(self, size: TowerSize) -> tuple[Stage, ...]:
         return ()
 
-    def token_counts(self, size: Size) -> tuple[Layer, ...]:
+    def token_counts(self, size: TowerSize) -> tuple[Layer, ...]:
         return counts_of(size, lambda i, tokens: tokens)
 
     def reduces(self, text_cls: Tensor | None, training: bool) -> bool:
         return False
 
-    def at_strength(self, size: Size, strength: float) -> Strategy:
+    def at_strength(self, size: TowerSize, strength: float) -> Strategy:
         return self

@@ -18,10 +18,10 @@ from torch import Tensor
 from elip_models.reduction.caching import UnguidedWarning, warn_once
 from elip_models.reduction.nearest import merge_nearest, nearest_flops
 from elip_models.reduction.schedule import PAPER, Schedule, Stage
-from elip_models.reduction.scorers import Reading, ScorerName, get_scorer, row_of
+from elip_models.reduction.scorers import ScorerName, ScoringInput, get_scorer, row_of
 from elip_models.reduction.strategy import Context, Layer, Merge, StageInfo, Strategy
-from elip_models.towers import Query, Size, Tower
-from elip_models.towers.scoring_context import apart
+from elip_models.towers import Query, Tower, TowerSize
+from elip_models.towers.scoring_context import scoring_context
 from elip_models.validation import Share, check_fields
 
 
@@ -83,27 +83,27 @@ class Staged(Strategy):
         """With the schedule of the tower's depth."""
         return replace(super().fitted(tower), schedule=self.schedule.for_depth(tower.depth))
 
-    def stages(self, size: Size) -> tuple[Stage, ...]:
+    def stages(self, size: TowerSize) -> tuple[Stage, ...]:
         """The schedule's."""
         return self.schedule.for_depth(size.depth).stages(size.num_patches)
 
-    def token_counts(self, size: Size) -> tuple[Layer, ...]:
+    def token_counts(self, size: TowerSize) -> tuple[Layer, ...]:
         tokens = self.schedule.for_depth(size.depth).tokens_per_layer(
             size.num_patches, merge=self.merge is True, num_prefix_tokens=size.num_prefix_tokens
         )
         return tuple(Layer(n, n) for n in tokens)
 
-    def entering(self, size: Size) -> list[int]:
+    def tokens_entering(self, size: TowerSize) -> list[int]:
         """Tokens that enter each stage's reduction."""
         counts = self.token_counts(size)
         firsts = [stage.first for stage in self.stages(size)]
         return [counts[i - 1].mlp if i else size.num_tokens for i in firsts]
 
-    def scoring_flops(self, size: Size) -> int:
+    def scoring_flops(self, size: TowerSize) -> int:
         """Of merging into the nearest, to which a subclass adds what its rows cost."""
         if self.merge != "nearest":
             return 0
-        steps = zip(self.stages(size), self.entering(size), strict=True)
+        steps = zip(self.stages(size), self.tokens_entering(size), strict=True)
         return sum(size.keys_flops(n) + nearest_flops(size, n, stage.keep) for stage, n in steps)
 
     def score(self, tower: Tower, stage: Stage, tokens: Tensor, text: Tensor | None) -> Tensor:
@@ -133,7 +133,7 @@ class Staged(Strategy):
         bias = previous.sizes.log().to(tokens.dtype)[:, None, None]
         return tower.mlp(i, tower.attend(i, tokens, bias))
 
-    def at_strength(self, size: Size, strength: float) -> Strategy:
+    def at_strength(self, size: TowerSize, strength: float) -> Strategy:
         return replace(self, schedule=self.schedule.at_strength(size.num_patches, strength))
 
 
@@ -148,13 +148,13 @@ class Guided(Strategy):
     without_text: str | None
 
     @property
-    def asks(self) -> bool:
+    def uses_query(self) -> bool:
         """The CLS token, or a text, says what matters."""
         return True
 
     @property
     def is_guided(self) -> bool:
-        return self.asks and self.fusion < 1.0
+        return self.uses_query and self.fusion < 1.0
 
     def fitted(self, tower: Tower) -> Self:
         """Without text by the tower's CLS token, if it has one."""
@@ -163,7 +163,7 @@ class Guided(Strategy):
 
     def refuses(self, tower: Tower) -> str | None:
         reason = super().refuses(tower)
-        if reason is not None or tower.has_cls or not self.asks:
+        if reason is not None or tower.has_cls or not self.uses_query:
             return reason
         if self.fusion == 1.0 or self.without_text == "vision":
             return (
@@ -222,8 +222,8 @@ class ELIP(Guided, Staged):
             )
 
     @property
-    def asks(self) -> bool:
-        return get_scorer(self.scorer).asks
+    def uses_query(self) -> bool:
+        return get_scorer(self.scorer).uses_query
 
     @property
     def runs_blocks(self) -> bool:
@@ -238,9 +238,9 @@ class ELIP(Guided, Staged):
             )
         return reason
 
-    def scoring_flops(self, size: Size) -> int:
+    def scoring_flops(self, size: TowerSize) -> int:
         scorer, total = get_scorer(self.scorer), super().scoring_flops(size)
-        for stage, tokens in zip(self.stages(size), self.entering(size), strict=True):
+        for stage, tokens in zip(self.stages(size), self.tokens_entering(size), strict=True):
             total += scorer.layers(stage.layers) * size.block_flops(tokens, tokens)
             total += scorer.attention_halves(stage.layers) * size.block_flops(tokens, 0)
             total += scorer.rows(stage.layers) * size.row_flops(tokens)
@@ -249,8 +249,8 @@ class ELIP(Guided, Staged):
         return total
 
     def score(self, tower: Tower, stage: Stage, tokens: Tensor, text: Tensor | None) -> Tensor:
-        with apart(tower.model, tokens):
-            query = query_of(tower, tokens, text, self) if self.asks else None
+        with scoring_context(tower.model, tokens):
+            query = query_of(tower, tokens, text, self) if self.uses_query else None
             return row_of(get_scorer(self.scorer), tower, stage, tokens, query)
 
     def step(
@@ -262,9 +262,9 @@ class ELIP(Guided, Staged):
         if read is None or context.row is not None or not drops or self.merge == "nearest":
             return super().step(tower, stage, tokens, context)
         row = None if context.replay is None else context.replay.attention
-        with apart(tower.model, tokens):
+        with scoring_context(tower.model, tokens):
             query = query_of(tower, tokens, context.text_cls, self)
-            reading = Reading(stage.last, tokens, query)
+            reading = ScoringInput(stage.last, tokens, query)
             if row is None:
                 reading = read(tower, stage, tokens, query)
         layer, scored, query = reading

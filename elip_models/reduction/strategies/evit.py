@@ -22,7 +22,7 @@ from elip_models.reduction.strategy import (
     counts_of,
     least_share,
 )
-from elip_models.towers import Size, Tower
+from elip_models.towers import Tower, TowerSize
 from elip_models.validation import Count, PositiveShare, check_fields
 
 
@@ -62,7 +62,7 @@ class EViT(Strategy):
     def refuses(self, tower: Tower) -> str | None:
         return None if tower.has_cls else "the tower has no CLS token whose row keeps and fuses"
 
-    def stages(self, size: Size) -> tuple[Stage, ...]:
+    def stages(self, size: TowerSize) -> tuple[Stage, ...]:
         depth, candidates, stages = size.depth, size.num_patches, []
         at = self.layers
         if at is None:
@@ -78,12 +78,12 @@ class EViT(Strategy):
                 candidates = keep + (self.merge is True)
         return tuple(stages)
 
-    def token_counts(self, size: Size) -> tuple[Layer, ...]:
+    def token_counts(self, size: TowerSize) -> tuple[Layer, ...]:
         more = size.num_prefix_tokens + (self.merge is True)
         after = {stage.first: stage.keep + more for stage in self.stages(size)}
         return counts_of(size, lambda i, tokens: after.get(i, tokens))
 
-    def scoring_flops(self, size: Size) -> int:
+    def scoring_flops(self, size: TowerSize) -> int:
         counts, total = self.token_counts(size), 0
         for stage in self.stages(size):
             tokens = counts[stage.first].attention
@@ -131,5 +131,5 @@ class EViT(Strategy):
             row = elip_kernels.cls_attention(q[:, :, 0].detach(), k.detach(), scale=scale)
         return tower.attend(i, tokens, qkv=(q, k, v)), row, k
 
-    def at_strength(self, size: Size, strength: float) -> Strategy:
+    def at_strength(self, size: TowerSize, strength: float) -> Strategy:
         return replace(self, keep_rate=1 - strength * (1 - least_share(size)))

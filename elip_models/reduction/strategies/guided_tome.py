@@ -18,8 +18,8 @@ from torch import Tensor
 from elip_kernels.ops.gather_ops import largest
 from elip_models.reduction.strategies.elip import ELIP, Guided, fused_cls
 from elip_models.reduction.strategies.tome import ToMe
-from elip_models.towers import Size, Tower
-from elip_models.towers.scoring_context import apart
+from elip_models.towers import Tower, TowerSize
+from elip_models.towers.scoring_context import scoring_context
 from elip_models.validation import NonNegative, Rate, Share
 
 PROTECTION = 3.0  # more than any two cosines differ by
@@ -43,14 +43,14 @@ class GuidedToMe(Guided, ToMe):
     guidance_norm: Literal["none", "match"] = ELIP.guidance_norm
     without_text: Literal["dense", "vision"] | None = ELIP.without_text
 
-    def scoring_flops(self, size: Size) -> int:
+    def scoring_flops(self, size: TowerSize) -> int:
         """ToMe's, and a CLS row in every block that merges."""
         rows = sum(size.row_flops(n) for n, m in self.token_counts(size) if m < n)
         return super().scoring_flops(size) + rows
 
     def penalty(self, tower: Tower, i: int, tokens: Tensor, text_cls: Tensor | None) -> Tensor:
         p = tower.num_prefix_tokens
-        with apart(tower.model, tokens):
+        with scoring_context(tower.model, tokens):
             cls = fused_cls(tower, tokens, text_cls, self)
             row = tower.cls_attention(i, tokens, cls)
             patches = row[:, p:]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from elip_models.reduction.flops import at_flops
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategy import Layer, Strategy, tower_of
-from elip_models.towers import Size, Tower
+from elip_models.towers import Tower, TowerSize
 from elip_models.validation import PositiveInt, check_fields
 
 
@@ -30,7 +30,7 @@ class ImageResize(Strategy):
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def pixels(self, size: Size, image: tuple[int, int] | None = None) -> tuple[int, int]:
+    def pixels(self, size: TowerSize, image: tuple[int, int] | None = None) -> tuple[int, int]:
         """(h, w) of what the tower sees of an image (H, W), by default one of its own size."""
         (height, width), patch = image or size.image, size.patch
         smaller = patch * round(0.75 * height / patch) if self.size is None else self.size
@@ -44,16 +44,16 @@ class ImageResize(Strategy):
     def refuses(self, tower: Tower) -> str | None:
         return tower.refuses_resizing()
 
-    def stages(self, size: Size) -> tuple[Stage, ...]:
+    def stages(self, size: TowerSize) -> tuple[Stage, ...]:
         self.pixels(size)
         return ()
 
-    def token_counts(self, size: Size) -> tuple[Layer, ...]:
+    def token_counts(self, size: TowerSize) -> tuple[Layer, ...]:
         height, width = self.pixels(size)
         tokens = size.num_prefix_tokens + (height // size.patch) * (width // size.patch)
         return (Layer(tokens, tokens),) * size.depth
 
-    def embed_flops(self, size: Size) -> int:
+    def embed_flops(self, size: TowerSize) -> int:
         return size._replace(image=self.pixels(size)).embed_flops()
 
     def smaller(self, tower: Tower, images: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class ImageResize(Strategy):
         """What the tower's entrance makes of the images, smaller."""
         return tower.patchify(self.smaller(tower, images))
 
-    def at_strength(self, size: Size, strength: float) -> Strategy:
+    def at_strength(self, size: TowerSize, strength: float) -> Strategy:
         rows = size.image[0] // size.patch
         return replace(self, size=size.patch * (rows - round(strength * (rows - 1))))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 import elip_kernels
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategy import Context, Layer, StageInfo, Strategy, counts_of
-from elip_models.towers import Size, Tower
+from elip_models.towers import Tower, TowerSize
 from elip_models.validation import Count, Rate, check_fields
 
 
@@ -43,7 +43,7 @@ class ToMe(Strategy):
         several = tower.num_prefix_tokens > 1
         return "of its prefix tokens ToMe protects the class token alone" if several else None
 
-    def _each(self, size: Size) -> tuple[int, ...]:
+    def _each(self, size: TowerSize) -> tuple[int, ...]:
         if isinstance(self.r, float):
             total = round(self.r * size.depth * size.num_patches)
             bounds = [total * i // size.depth for i in range(size.depth + 1)]
@@ -53,18 +53,18 @@ class ToMe(Strategy):
             raise ValueError(f"r: expected {size.depth} numbers, one a block, got {len(each)}")
         return each
 
-    def stages(self, size: Size) -> tuple[Stage, ...]:
+    def stages(self, size: TowerSize) -> tuple[Stage, ...]:
         p = size.num_prefix_tokens
         counts = self.token_counts(size)
         stages = [Stage(i, 1, layer.mlp - p) for i, layer in enumerate(counts)]
         merges = [i for i, layer in enumerate(counts) if layer.mlp < layer.attention]
         return tuple(stages[merges[0] :]) if merges else ()  # sizes weigh in all that follow
 
-    def token_counts(self, size: Size) -> tuple[Layer, ...]:
+    def token_counts(self, size: TowerSize) -> tuple[Layer, ...]:
         each, p = self._each(size), size.num_prefix_tokens
         return counts_of(size, lambda i, tokens: tokens - min(each[i], (tokens - p) // 2))
 
-    def scoring_flops(self, size: Size) -> int:
+    def scoring_flops(self, size: TowerSize) -> int:
         channels = size.width // size.heads
         pairs = ((n + 1) // 2 * (n // 2) for n, m in self.token_counts(size) if m < n)
         return sum(2 * channels * each for each in pairs)
@@ -112,6 +112,6 @@ class ToMe(Strategy):
             bias = sizes.log().to(q.dtype)[:, None, None]
         return tower.attend(i, tokens, bias, qkv=(q, k, v)), k.detach()
 
-    def at_strength(self, size: Size, strength: float) -> Strategy:
+    def at_strength(self, size: TowerSize, strength: float) -> Strategy:
         patches = size.depth * size.num_patches  # of all blocks, of which half can go
         return replace(self, r=round(strength * patches // 2) / patches)
