@@ -51,7 +51,8 @@ def exports_onnx() -> bool:
 
 def is_differentiated() -> bool:
     """Inside torch.func.grad, jvp and the like, or forward-mode AD, which know aten's ops alone;
-    vmap by itself calls an op sample by sample. In a graph it is as where the graph is made."""
+    vmap by itself calls an op sample by sample. In a graph it is as where the graph is made.
+    """
     if torch._C._functorch.peek_interpreter_stack() is None:
         return forward_ad._current_level >= 0
     stack = torch._C._functorch.get_interpreter_stack()

@@ -121,13 +121,13 @@ def check_slots(info: BipartiteInfo | ReductionInfo) -> None:
 
 
 def _held(slots: Tensor, num_rows: int) -> Tensor:
-    """slots (B, N) -> (B, R, N) bool: True where the input token is part of the output row."""
+    """Slots (B, N) -> (B, R, N) bool: True where the input token is part of the output row."""
     rows = torch.arange(num_rows, device=slots.device)
     return slots[:, None, :] == rows[None, :, None]
 
 
 def _chained(source: Tensor, earlier: Tensor | None) -> Tensor:
-    """source (B, T, N) after earlier (B, N, P) -> (B, T, P), all bool."""
+    """Source (B, T, N) after earlier (B, N, P) -> (B, T, P), all bool."""
     if earlier is None:
         return source
     expected = f"a source map (B, N, P) bool with (B, N) = {tuple(source.shape[::2])}"

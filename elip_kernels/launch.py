@@ -60,7 +60,8 @@ def _precision(wide: bool) -> dict[str, Any]:
 
 def _dot(heads: int, tokens: Tensor) -> dict[str, Any]:
     """What the absorbed forms share. The interpreter's products are wrong in bf16, so there all is
-    fp32."""
+    fp32.
+    """
     wide = tokens.dtype == torch.float32
     return _precision(wide) | {
         "HAS_REST": not wide,
@@ -73,7 +74,8 @@ def query(channels: int, *tensors: Tensor | None) -> dict[str, Any]:
     """Sixteen images, the least that a product takes, of one head, 64 bytes of a row a step: 110
     registers with 8 warps in bf16, 142 in fp32. Of one dtype as many steps are under way as spill
     nowhere by Triton 3.9, and by 3.6 but for a few of fp32 with a text on sm_80; of several dtypes,
-    and on ROCm, which unrolls them, two."""
+    and on ROCm, which unrolls them, two.
+    """
     dtypes = {t.dtype for t in tensors if t is not None}
     block_w, element_size = max(16, next_power_of_2(channels)), max(d.itemsize for d in dtypes)
     stages = 6 if block_w > 64 else 7 if element_size == 2 else 9
@@ -96,7 +98,8 @@ def value(channels: int, weight: Tensor) -> dict[str, Any]:
 
 def score_tiles(heads: int, tokens: Tensor) -> dict[str, Any]:
     """64 patches, a line of each a step: 54 registers in bf16 on 8 warps, 69 in fp32 with three
-    products; with more than 16 heads 4 warps spill on sm_86 and sm_120."""
+    products; with more than 16 heads 4 warps spill on sm_86 and sm_120.
+    """
     return _dot(heads, tokens) | {
         "BLOCK_N": 64,
         "BLOCK_K": 128 // tokens.element_size(),
@@ -107,7 +110,8 @@ def score_tiles(heads: int, tokens: Tensor) -> dict[str, Any]:
 
 def select(candidates: int, tiles: int) -> tuple[int, int, int]:
     """BLOCK_N, BLOCK_T, warps of one image's row and selection: 40 registers at 256 candidates, 50
-    at 1,024, 116 at 4,096, sixteen of them a thread."""
+    at 1,024, 116 at 4,096, sixteen of them a thread.
+    """
     block_n = max(16, next_power_of_2(candidates))
     return block_n, next_power_of_2(tiles), 4 if block_n <= 256 else 8
 
@@ -119,13 +123,15 @@ def row(candidates: int, tiles: int) -> tuple[int, int, int]:
 
 def heads_a_step(block_n: int, block_t: int, num_warps: int) -> int:
     """Heads whose scores a piece of a row loads at once: 8 scores a thread, of four heads where
-    256 candidates have 4 warps."""
+    256 candidates have 4 warps.
+    """
     return max(1, min(16, 256 * num_warps // max(block_n, 2 * block_t)))
 
 
 def move(candidates: int, element_size: int) -> Launch:
     """A line of at most 64 candidates a step, however many follow: 63 registers with 4 warps, where
-    256 take 124 on 8."""
+    256 take 124 on 8.
+    """
     block_n = min(64, max(16, next_power_of_2(candidates)))
     return Launch(block_n, 128 // element_size, 4)
 
@@ -137,7 +143,8 @@ def copy(element_size: int) -> Launch:
 
 def weight_tiles(heads: int, tokens: Tensor) -> dict[str, Any]:
     """As `score_tiles`, with the warps that spill nowhere where a row is of whole lines: 80
-    registers in bf16 on 4, 70 in fp32 on 8."""
+    registers in bf16 on 4, 70 in fp32 on 8.
+    """
     narrow = heads <= 16 and tokens.dtype != torch.float32
     return score_tiles(heads, tokens) | {"num_warps": 4 if narrow else 8}
 
@@ -154,7 +161,8 @@ def weigh(tokens: Tensor) -> dict[str, Any]:
 
 def received(channels: int, dtype: torch.dtype) -> dict[str, Any]:
     """64 queries x 64 keys of two bytes: 72 registers with 64 channels, 96 with 128; 32 x 32 of
-    fp32, whose three products take 213. The loop fetches its next tile, on ROCm it spills so."""
+    fp32, whose three products take 213. The loop fetches its next tile, on ROCm it spills so.
+    """
     wide = dtype == torch.float32
     return _precision(wide) | {
         "WIDEN": is_interpreted(),
@@ -186,14 +194,16 @@ def received_mean(queries: int, keys: int) -> dict[str, int]:
 def bipartite_match(channels: int, element_size: int) -> tuple[int, int, int, int]:
     """BLOCK_A, BLOCK_B, BLOCK_C, warps: four programs an image at N = 257. 96 registers with
     64 two-byte channels, where 64 x 64 tokens take 174; 84 with 16 of fp32, which has no tensor
-    cores in full precision."""
+    cores in full precision.
+    """
     block_c = min(64 if element_size == 2 else 16, next_power_of_2(channels))
     return 32, 32, max(16, block_c), 4
 
 
 def merge_order(tokens: int) -> tuple[int, int, int]:
     """BLOCK_N, BLOCK_M, warps: as many slots as there are, up to 512 at once. A thread compares 32
-    pairs of a slot, and a token and a row: 112 registers."""
+    pairs of a slot, and a token and a row: 112 registers.
+    """
     block_m = min(512, max(64, next_power_of_2(tokens)))
     return 8192 // block_m, block_m, 8
 
@@ -223,7 +233,8 @@ def refuses(
 
 def addressable(tokens: Tensor) -> Tensor:
     """`tokens` (.., N, D), copied where 32-bit offsets within an image, or one of its heads, would
-    not reach."""
+    not reach.
+    """
     fits = tokens.stride(-1) == 1 and tokens.stride(-2) * tokens.shape[-2] < 2**31
     return tokens if fits else tokens.contiguous()
 

@@ -35,7 +35,8 @@ LAUNCH = 1.2e-6  # seconds, in a CUDA graph
 
 class Machine(NamedTuple):
     """Its name as its driver says it, without the vendor; SMs or CUs, bytes a second, and the
-    seconds that a load from memory takes."""
+    seconds that a load from memory takes.
+    """
 
     name: str
     arch: Arch
@@ -84,7 +85,8 @@ def stated_waits(
     kernel: str, arguments: Mapping[str, Any], held: Sequence[int] | None = None
 ) -> int:
     """What `WAITS` says of a launch; `held`: how many tokens each row of a program of a merge has,
-    by default as many as any other."""
+    by default as many as any other.
+    """
     given = SimpleNamespace(**{"num_stages": 3, "held": held} | dict(arguments))
     return WAITS[kernel](given)
 
@@ -122,7 +124,8 @@ def _value(a: Any) -> int:
 
 def _merge(a: Any) -> int:
     """Where rows begin; which tokens a full round takes, and these; which tokens the first of the
-    other rounds takes, and those of each."""
+    other rounds takes, and those of each.
+    """
     held = a.held or [ceil(a.N / a.R)] * min(a.R, a.BLOCK_R)
     full, rest = sum(n // a.BLOCK_R for n in held), max(n % a.BLOCK_R for n in held)
     return 1 + 2 * full + (1 + rest if rest else 0)

@@ -1,5 +1,6 @@
 """The least that merging must do, counted as `model.py` says: ToMe's pairs, and each token into the
-nearest kept one."""
+nearest kept one.
+"""
 
 from math import ceil
 
@@ -58,7 +59,8 @@ def apply_merge(
 
 def merge_order(B: int, N: int, R: int, *, has_size: bool = False, tiled: bool = False) -> Work:
     """The tokens in the order of their rows, and each row's first place and size. `tiled`: every
-    tile of tokens reads all slots and sizes."""
+    tile of tokens reads all slots and sizes.
+    """
     tiles = ceil(max(N, R) / launch.merge_order(N)[0]) if tiled else 1
     read = {"slots": B * tiles * N * INT32}
     if has_size:
@@ -78,7 +80,8 @@ def merge_gather(
     tiled: bool = False,
 ) -> Work:
     """Tokens to their R rows. `tiled`: every slice of D reads the small tensors, and where the row
-    behind a tile begins."""
+    behind a tile begins.
+    """
     rows, block_d, _ = launch.merge_gather(dtype.itemsize)
     slices, behind = (ceil(D / block_d), ceil(R / rows) - 1) if tiled else (1, 0)
     read = {"tokens": B * N * D * dtype.itemsize, "order": B * slices * N * INT32}
@@ -124,7 +127,8 @@ def merge_nearest(
     p: int = 1,
 ) -> Work:
     """The launches `nearest_match` and those of `apply_merge`, behind `select`; backward is
-    `bipartite_merge_backward` with N - p - K tokens merged away."""
+    `bipartite_merge_backward` with N - p - K tokens merged away.
+    """
     merged = apply_merge(B, N, D, p + K, dtype, has_size=has_size)
     return together(nearest_match(B, N, C, K, dtype), merged)
 

@@ -75,8 +75,9 @@ def cls_attention(B: int, H: int, N: int, d: int, dtype: torch.dtype, *, group: 
 def key_scores(
     B: int, H: int, N: int, d: int, dtype: torch.dtype, *, group: int = 1, tiled: bool = False
 ) -> Work:
-    """q and k in, `group` query heads to one of k; scores, and each tile's maximum and sum out.
-    `tiled`: each tile reads q."""
+    """Q and k in, `group` query heads to one of k; scores, and each tile's maximum and sum out.
+    `tiled`: each tile reads q.
+    """
     size, tiles = dtype.itemsize, max(1, ceil((N - 1) / launch.KEYS))
     read = {"q": B * H * d * size * (tiles if tiled else 1), "k": B * H // group * N * d * size}
     written = _scores(B, N, H, tiles) | {"cls_score": B * H * FP32}
@@ -180,7 +181,8 @@ def weights(B: int, N: int, D: int, H: int, dtype: torch.dtype, *, tiled: bool =
 
 def weigh(B: int, N: int, D: int, H: int, dtype: torch.dtype, *, tiled: bool = False) -> Work:
     """Patches, their weights and CLS normalised in, a sum of normalised tokens a head out, of each
-    part. `tiled`: slices of D read the weights, parts what tiles add up to, and 16 heads tokens."""
+    part. `tiled`: slices of D read the weights, parts what tiles add up to, and 16 heads tokens.
+    """
     settings, parts = launch.weigh(_tokens(B, N, D, dtype)), max(1, ceil((N - 1) / launch.PART))
     slices = ceil(D / settings["BLOCK_D"]) if tiled else 1
     groups, every = (ceil(H / settings["BLOCK_H"]), slices * parts) if tiled else (1, 1)
@@ -202,7 +204,8 @@ def value(
     tiled: bool = False,
 ) -> Work:
     """Sums of normalised tokens and a matrix (`width`, D) in, the output of the heads out. `tiled`:
-    sixteen images read their heads' rows of it."""
+    sixteen images read their heads' rows of it.
+    """
     width, parts = width or D, max(1, ceil((N - 1) / launch.PART))
     block_b = launch.value(width // H, _tokens(1, 1, D, dtype))["BLOCK_B"] if tiled else B
     matrix = ceil(B / block_b) * width * D * dtype.itemsize
@@ -245,7 +248,8 @@ def score_tiles(B: int, N: int, D: int, H: int, dtype: torch.dtype, *, tiled: bo
 
 def row(B: int, N: int, D: int, H: int, dtype: torch.dtype, *, tiled: bool = False) -> Work:
     """The row from the scores of the tiles; CLS's own were made with the query. `tiled`: each piece
-    of a row reads what the tiles add up to."""
+    of a row reads what the tiles add up to.
+    """
     read = _row_read(B, N, H, _tiles(B, N, D, H, dtype), tiled)
     return Work(read, {"out": B * N * FP32}, 0)
 
@@ -273,7 +277,8 @@ def _tiles(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> int:
 
 def _weights(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> dict[str, int]:
     """What the tiles leave for the weighted sum: whole tiles of weights, with a rest of each where
-    tokens have two bytes."""
+    tokens have two bytes.
+    """
     block_n = launch.weight_tiles(H, _tokens(B, N, D, dtype))["BLOCK_N"]
     heads = B * H * ceil((N - 1) / block_n)
     left = {"weights": heads * block_n * dtype.itemsize, "tops": heads * FP32}

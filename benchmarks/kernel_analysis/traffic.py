@@ -55,7 +55,8 @@ class Launch:
 
 class Memory:
     """Stands in for the interpreter's memory: `visit(kind, pointers, mask)` sees every load and
-    store first, and says which pointers to use. Atomics are refused."""
+    store first, and says which pointers to use. Atomics are refused.
+    """
 
     def __init__(self, memory: Any, visit: Callable[[str, np.ndarray, np.ndarray], np.ndarray]):
         self._memory, self._visit = memory, visit

@@ -45,7 +45,8 @@ class _There(NamedTuple):
 
 class _Loop:
     """The body of a loop: its loads so far in this trip, which of them feed a product, and which
-    are therefore under way before their trip; or all are."""
+    are therefore under way before their trip; or all are.
+    """
 
     def __init__(self, *, all_ahead: bool = False) -> None:
         self.loads, self.feeding, self.all_ahead = 0, set[int](), all_ahead
@@ -54,7 +55,8 @@ class _Loop:
 
 class _Program:
     """How often a program has waited so far, `now`; and by then for what it `used`, or loaded
-    `last`."""
+    `last`.
+    """
 
     def __init__(self) -> None:
         self.now = self.used = self.last = 0
@@ -82,7 +84,8 @@ class _Program:
 
     def loop(self, in_flight: int, is_told: bool, *bounds: Any) -> Iterator[int]:
         """`range` in a kernel, which may be told its stages; a loop of one trip that the compiler
-        knows is none."""
+        knows is none.
+        """
         trips = range(*bounds)
         if len(trips) == 1 and not any(isinstance(n, tl.tensor) for n in bounds):
             yield from trips

@@ -41,7 +41,8 @@ def query_arguments(
     guidance_norm: str = "none",
 ) -> QueryArguments:
     """Check the arguments of the absorbed forms -> what u is made of; `least` tokens, CLS
-    included."""
+    included.
+    """
     check_tokens(tokens, least)
     B, _, D = tokens.shape
     check_tensor("cls", cls, "(B, D)", 2)
@@ -180,7 +181,8 @@ def row_of_scores(
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """What `scores_kernel` wrote of T tiles -> head mean of the softmax rows, BLOCK_H heads a step:
-    patches from `first` on [BLOCK_N], CLS scalar."""
+    patches from `first` on [BLOCK_N], CLS scalar.
+    """
     offs_n = first + tl.arange(0, BLOCK_N)
     offs_t = tl.arange(0, BLOCK_T)
     mask_n = offs_n < N - 1

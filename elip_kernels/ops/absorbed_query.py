@@ -46,7 +46,8 @@ class QueryArguments(NamedTuple):
 
 def takes_query(**others: Any) -> Callable[[R], R]:
     """Name the arguments of `reference(tokens, *query, *others)` one by one, as a schema wants it:
-    the fields of QueryArguments, and then `others`, types by name."""
+    the fields of QueryArguments, and then `others`, types by name.
+    """
     hints = {"tokens": Tensor} | QueryArguments.__annotations__ | others
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     named = [inspect.Parameter(name, kind, annotation=hint) for name, hint in hints.items()]
@@ -117,8 +118,9 @@ def matrix(rows_ptr, d, mask_w, D, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def product(x, w, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + x @ w of fp32 x. SPLIT: where w has two bytes, of three terms of its type that together
-    are x; fp16 loses what is below 6e-8, and has the range of the model's own activations."""
+    """Acc + x @ w of fp32 x. SPLIT: where w has two bytes, of three terms of its type that together
+    are x; fp16 loses what is below 6e-8, and has the range of the model's own activations.
+    """
     if SPLIT and w.dtype != tl.float32:
         for _ in tl.static_range(3):
             term = x.to(w.dtype)
@@ -196,7 +198,8 @@ def launch_query(
     arguments: QueryArguments, *, normed: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Allocate, read launch.py, launch -> u (B, H, D), the CLS token's scores (B, H) and, if
-    `normed`, z (B, D), all fp32."""
+    `normed`, z (B, D), all fp32.
+    """
     a = arguments
     (B, D), H, W = a.cls.shape, a.num_heads, a.q_weight.shape[0] // a.num_heads
     query = a.cls.new_empty(B, H, D, dtype=torch.float32)

@@ -117,7 +117,8 @@ def _lse_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program per (image, head, BLOCK_M queries): the log-sum-exp of each one's scores, -inf
-    without an open key; inf of a query that does not count, and of those beyond M."""
+    without an open key; inf of a query that does not count, and of those beyond M.
+    """
     pid_b = tl.program_id(0).to(tl.int64)
     pid_h = tl.program_id(1).to(tl.int64)
     offs_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -163,7 +163,7 @@ def check_size(size: Tensor | None, tokens: Tensor) -> Tensor | None:
 
 
 def unit_rows(metric: Tensor) -> Tensor:
-    """metric (B, N, C) over its norm, in the accumulator's dtype; NaN where it has no direction."""
+    """Metric (B, N, C) over its norm, in the accumulator's dtype; NaN where it has no direction."""
     metric = metric.to(accumulator(metric))
     square = metric.square().sum(2, keepdim=True)
     has_direction = (square >= SMALLEST_SQUARE) & square.isfinite()
@@ -230,7 +230,7 @@ def merge_backward_reference(
 
 
 def shares(size: Tensor | None, out_size: Tensor, slots: Tensor) -> Tensor:
-    """w (B, N): each token's share of its row."""
+    """W (B, N): each token's share of its row."""
     total = _divisor(out_size).gather(1, slots.long())
     return total.reciprocal() if size is None else size / total
 

@@ -66,7 +66,8 @@ def _match_kernel(
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program per (image, BLOCK_A tokens of A): products with tiles of B, running arg-max; what
-    it is worth, less a penalty."""
+    it is worth, less a penalty.
+    """
     pid_b = tl.program_id(0).to(tl.int64)
     metric_ptr += pid_b * stride_mb
     num_a = (N + 1) // 2
@@ -123,7 +124,8 @@ def _slots_kernel(
 @triton.jit
 def _store_slots(slots_ptr, slot, offs_a, mask_a, first_b, N):
     """The output rows of an image's tokens: those of A, `slot`; those of B, behind the A that
-    stay."""
+    stay.
+    """
     tl.store(slots_ptr + 2 * offs_a, slot, mask=mask_a)
     tl.store(slots_ptr + 2 * offs_a + 1, first_b + offs_a, mask=2 * offs_a + 1 < N)
 
@@ -133,7 +135,8 @@ def _slots_of_kernel(
     merged_ptr, partner_ptr, slots_ptr, N, R, BITS: tl.constexpr, BLOCK_A: tl.constexpr
 ):  # fmt: skip
     """One program per (image, BLOCK_A tokens of A): `_slots_kernel` where the R of A that are
-    merged are known, in order; each token looks by bisection for its place among them."""
+    merged are known, in order; each token looks by bisection for its place among them.
+    """
     pid_b = tl.program_id(0).to(tl.int64)
     merged_ptr += pid_b * R
     num_a = (N + 1) // 2

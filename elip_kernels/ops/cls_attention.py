@@ -140,7 +140,8 @@ def cls_attention_reference(q: Tensor, k: Tensor, mask: Tensor | None, scale: fl
 
 def absorbed_reference(tokens: Tensor, *query: Any) -> tuple[Tensor, Tensor]:
     """The specification of the absorbed forms, of QueryArguments -> z (B, N, D) and the softmax
-    rows (B, H, N)."""
+    rows (B, H, N).
+    """
     dtype, arguments = accumulator(tokens), QueryArguments(*query)
     u, cls = absorbed_query(dtype, arguments)
     normed = F.layer_norm(tokens.to(dtype), (tokens.shape[2],), eps=arguments.eps)
@@ -162,7 +163,8 @@ def _keys_kernel(
 ):  # fmt: skip
     """One program per (image, key head, tile of keys behind the first): scores, maximum and sum of
     its GROUP query heads, as `scores_kernel` leaves them; the first tile's scores the first key
-    too."""
+    too.
+    """
     pid_b = tl.program_id(0).to(tl.int64)
     pid_g = tl.program_id(1).to(tl.int64)
     pid_t = tl.program_id(2)

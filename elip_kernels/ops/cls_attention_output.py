@@ -268,7 +268,8 @@ def _value_kernel(
 
 def _weights(tokens: Tensor, query: Tensor, eps: float) -> tuple[Tensor | None, ...]:
     """Allocate, launch -> weights and rests (B, T, H, BLOCK_N), tops, totals, shifts (B, T, H) and
-    means (B, N-1), of which fp32 has no rests and shifts, others no means."""
+    means (B, N-1), of which fp32 has no rests and shifts, others no means.
+    """
     (B, N, D), H = tokens.shape, query.shape[1]
     settings = launch.weight_tiles(H, tokens)
     T, wide = triton.cdiv(N - 1, settings["BLOCK_N"]), tokens.dtype == torch.float32

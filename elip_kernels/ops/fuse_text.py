@@ -100,7 +100,8 @@ def shares(
     BLOCK_R: tl.constexpr, HAS_TEXT: tl.constexpr, MATCH: tl.constexpr, LEAST_NORM: tl.constexpr,
 ):  # fmt: skip
     """What c takes of CLS and of the text, all of CLS where the text is zeros; its mean: all
-    [BLOCK_B]."""
+    [BLOCK_B].
+    """
     of_cls = tl.full([BLOCK_B], 1.0, tl.float32)
     of_text = tl.zeros([BLOCK_B], tl.float32)
     sum_cls = tl.zeros([BLOCK_B], tl.float32)

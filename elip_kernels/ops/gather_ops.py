@@ -42,25 +42,25 @@ def largest(scores: Tensor, count: int) -> Tensor:
 
 @without_autocast
 def cosines(x: Tensor) -> Tensor:
-    """x (B, N, C) -> (B, N, N) in at least fp32: the cosine of each pair."""
+    """X (B, N, C) -> (B, N, N) in at least fp32: the cosine of each pair."""
     unit = F.normalize(x.to(accumulator(x)), dim=2)
     return unit @ unit.mT
 
 
 def flat_rows(rows: Tensor, N: int) -> Tensor:
-    """rows (B, ...) of N rows an image -> (B * ...,), rows of all images counted through."""
+    """Rows (B, ...) of N rows an image -> (B * ...,), rows of all images counted through."""
     first = torch.arange(0, rows.shape[0] * N, N, device=rows.device)
     return (rows + first.view(-1, *[1] * (rows.dim() - 1))).reshape(-1)
 
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """x (B, N, D), rows (B, R) -> (B, R, D), one pass."""
+    """X (B, N, D), rows (B, R) -> (B, R, D), one pass."""
     B, N, D = x.shape
     return x.reshape(B * N, D).index_select(0, flat_rows(rows, N)).view(*rows.shape, D)
 
 
 def sum_rows(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
-    """x (B, N, D), rows and weight (B, G, M) -> (B, G, D), summed in the dtype of `weight`."""
+    """X (B, N, D), rows and weight (B, G, M) -> (B, G, D), summed in the dtype of `weight`."""
     (B, N, D), (_, G, M) = x.shape, rows.shape
     if exports_onnx() or is_differentiated():  # without bags, or with a loop over them
         taken = take_rows(x.to(weight.dtype), rows.reshape(B, G * M)).view(B, G, M, D)
@@ -75,8 +75,9 @@ def sum_rows(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def sums_by(rows: Tensor, values: Tensor, count: int) -> Tensor:
-    """values (M, ...), added up by rows (M,) -> (count, ...), in the same order every time: on CUDA
-    by sorting, where `index_add` adds as its threads come."""
+    """Values (M, ...), added up by rows (M,) -> (count, ...), in the same order every time: on CUDA
+    by sorting, where `index_add` adds as its threads come.
+    """
     sums = values.new_zeros(count, *values.shape[1:])
     if values.is_cuda:
         return sums.index_put_((rows.long(),), values, accumulate=True)
@@ -84,14 +85,14 @@ def sums_by(rows: Tensor, values: Tensor, count: int) -> Tensor:
 
 
 def add_rows(x: Tensor, rows: Tensor, weight: Tensor, R: int) -> Tensor:
-    """x (B, N, D) times weight (B, N), added up by rows (B, N) -> (B, R, D)."""
+    """X (B, N, D) times weight (B, N), added up by rows (B, N) -> (B, R, D)."""
     B, _, D = x.shape
     weighted = (x * weight[..., None]).reshape(-1, D)
     return sums_by(flat_rows(rows, R), weighted, B * R).view(B, R, D).to(x.dtype)
 
 
 def merge_rows(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
-    """x (B, N, D), rows and weight (B, M) -> (B, D); rows of weight zero are not read."""
+    """X (B, N, D), rows and weight (B, M) -> (B, D); rows of weight zero are not read."""
     top = weight.abs().max(1, keepdim=True)
     rows = rows.where(weight != 0, rows.gather(1, top.indices))
     merged = sum_rows(x, rows[:, None], weight[:, None])[:, 0]

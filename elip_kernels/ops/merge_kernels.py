@@ -61,8 +61,9 @@ def _order_kernel(
 def _load_shares(
     tokens_ptr, size_ptr, stride_tn, token, divisor, offs_d, mask_d, HAS_SIZE: tl.constexpr
 ):  # fmt: skip
-    """w x [BLOCK_R, BLOCK_D] fp32 of these tokens of an image, w = size / divisor; 0 where there is
-    none, -1."""
+    """W x [BLOCK_R, BLOCK_D] fp32 of these tokens of an image, w = size / divisor; 0 where there is
+    none, -1.
+    """
     is_source = token >= 0
     size = tl.where(is_source, 1.0, 0.0)
     if HAS_SIZE:

@@ -163,7 +163,8 @@ def reduce_reference(
 
 def places(scores: Tensor, real: Tensor | None, keep: int) -> Tensor:
     """(B, N-p): the output rows of those that are kept, 0 .. K-1, then places of the others; each
-    in image order, but padding that is kept comes last of those."""
+    in image order, but padding that is kept comes last of those.
+    """
     key = order_key(scores, real)
     last = key.topk(keep, dim=1, sorted=False).values.amin(1, keepdim=True)  # that is kept
     above, equal = key > last, key == last

@@ -57,7 +57,7 @@ def empty_outputs(
     *,
     weights: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out (B, R, D), kept (B, K), weights (B, N), slots (B, N), unwritten."""
+    """Out (B, R, D), kept (B, K), weights (B, N), slots (B, N), unwritten."""
     B, N, D = tokens.shape
     return (
         tokens.new_empty(B, num_prefix_tokens + keep + int(merge), D),

@@ -162,7 +162,8 @@ def score_reduce_reference(
     tokens: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The specification -> out, kept, weights, slots as `reduce`, and the row (B, N), of which a
-    given one is a copy."""
+    given one is a copy.
+    """
     query, (keep, merge, normalize, scored, row) = _parted(arguments)
     scored = (tokens if scored is None else scored).detach()  # a row takes no gradient
     row = absorbed_reference(scored, *query)[1].mean(1) if row is None else _copy(row)

@@ -15,7 +15,7 @@ NAN_KEY = tl.constexpr(2)
 
 @triton.jit
 def order_key(score, is_real, is_inside):
-    """score fp32, is_real and is_inside bool [BLOCK_N] -> uint32 [BLOCK_N]."""
+    """Score fp32, is_real and is_inside bool [BLOCK_N] -> uint32 [BLOCK_N]."""
     bits = tl.where(score == 0, 0.0, score).to(tl.uint32, bitcast=True)
     key = tl.where(bits >> 31 == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     key = tl.where(score != score, NAN_KEY, key)
@@ -65,14 +65,15 @@ def output_slots(key, threshold, K):
 @triton.jit
 def part_and_slice(pid, D, BLOCK_D: tl.constexpr):
     """Which part of the batch, and which slice of D, is a program's. Slices of a part follow one
-    another: programs that run together read whole tokens, not a line here and there."""
+    another: programs that run together read whole tokens, not a line here and there.
+    """
     slices = tl.cdiv(D, BLOCK_D)
     return pid // slices, pid % slices
 
 
 @triton.jit
 def zero_rows(x, is_read):
-    """x [BLOCK_N, BLOCK_D] with the rows that are not read set to zero, whatever they hold.
+    """X [BLOCK_N, BLOCK_D] with the rows that are not read set to zero, whatever they hold.
 
     On the bits: a select of the products takes 15 registers more.
     """
@@ -104,7 +105,8 @@ def store_selection(
     P: tl.constexpr,
 ):  # fmt: skip
     """Kept positions, weights and output rows of an image's candidates; of its N tokens, P are
-    prefix tokens. Where there are no weights, positions alone."""
+    prefix tokens. Where there are no weights, positions alone.
+    """
     row = pid_b * N + P + offs_n
     tl.store(kept_ptr + pid_b * K + slot, (P + offs_n).to(tl.int64), mask=is_kept)
     if weights_ptr is not None:
@@ -123,7 +125,7 @@ def store_prefix(weights_ptr, slots_ptr, pid_b, N, P: tl.constexpr):
 
 @triton.jit
 def load_tile(tokens_ptr, stride_tn, offs_n, offs_d, mask_n, mask_d, P: tl.constexpr):
-    """x [BLOCK_N, BLOCK_D]: candidates `offs_n`, counted from 0, of an image; 0 where masked."""
+    """X [BLOCK_N, BLOCK_D]: candidates `offs_n`, counted from 0, of an image; 0 where masked."""
     return tl.load(
         tokens_ptr + (P + offs_n)[:, None] * stride_tn + offs_d[None, :],
         mask=mask_n[:, None] & mask_d[None, :],
@@ -136,7 +138,7 @@ def move_tile(
     tokens_ptr, out_ptr, x, is_kept, slot, weight, stride_tn, offs_d, mask_d, K, D,
     P: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
-    """x [BLOCK_N, BLOCK_D], an image's candidates, to their rows; prefix tokens; the merged one."""
+    """X [BLOCK_N, BLOCK_D], an image's candidates, to their rows; prefix tokens; the merged one."""
     for i in tl.static_range(P):
         prefix = tl.load(tokens_ptr + i * stride_tn + offs_d, mask=mask_d)
         tl.store(out_ptr + i * D + offs_d, prefix, mask=mask_d)

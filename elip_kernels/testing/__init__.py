@@ -41,7 +41,7 @@ class Case:
         return f"B{self.B}-N{self.N}-D{self.D}-K{self.K}-{dtype.get(self.dtype, 'fp64')}"
 
     def inputs(self, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """tokens (B, N, D) ~ N(0, 1), scores (B, N-p): a softmax row without CLS."""
+        """Tokens (B, N, D) ~ N(0, 1), scores (B, N-p): a softmax row without CLS."""
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randn(self.B, self.N, self.D, generator=generator).to(self.dtype)
         logits = torch.randn(self.B, self.N, generator=generator)

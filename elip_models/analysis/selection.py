@@ -129,7 +129,8 @@ def _measure(selector: "_Selector", shown: "list[_Shown]", batch_size: int) -> "
 
 def kept_patches(infos: Sequence[StageInfo], num_patches: int) -> list[Tensor] | None:
     """For each stage (B, num_patches) bool: the patches whose own token is kept, whatever merged
-    into it; None where some step selects nothing."""
+    into it; None where some step selects nothing.
+    """
     kept, patches = [], None
     for info in infos:
         reduction = info.reduction
@@ -283,7 +284,7 @@ class _Selector:
 
 
 def _kept(named: Tensor, infos: Sequence[StageInfo]) -> dict[str, list[Tensor]]:
-    """named (B, P) -> `kept`, `purity` and their chances by stage."""
+    """Named (B, P) -> `kept`, `purity` and their chances by stage."""
     if not infos:
         return {}
     P, count, found = named.shape[1], named.sum(1), {}

@@ -50,7 +50,8 @@ def surviving_patches(infos: Sequence[StageInfo], num_patches: int) -> list[Tens
 
 def attention_maps(infos: Sequence[StageInfo], num_patches: int) -> list[Tensor]:
     """For each stage (B, num_patches): the score of the token that holds the patch as the stage
-    begins; NaN where the patch was dropped without merging."""
+    begins; NaN where the patch was dropped without merging.
+    """
     maps = []
     for info, source in zip(infos, source_maps(infos, num_patches)[:-1], strict=True):
         heat = unmerge(info.attention[..., None], source)[..., 0]
@@ -60,7 +61,8 @@ def attention_maps(infos: Sequence[StageInfo], num_patches: int) -> list[Tensor]
 
 def source_maps(infos: Sequence[StageInfo], num_patches: int) -> list[Tensor]:
     """(B, T, num_patches) bool, the patches that each token holds, before the first stage and after
-    each; none without stages."""
+    each; none without stages.
+    """
     if not infos:
         return [torch.empty(0, dtype=torch.bool)]
     first = infos[0].reduction.source_map()
@@ -200,8 +202,9 @@ def panels(rows: int, columns: int, wide: float) -> "tuple[Figure, np.ndarray]":
 def _draw_row(
     axes: "Sequence[Axes]", image: Tensor, caption: str, stages: Sequence[tuple[Tensor, Tensor]]
 ) -> None:
-    """image (3, H, W); for each stage the patches alive and their attention (rows, columns), in
-    units of even attention."""
+    """Image (3, H, W); for each stage the patches alive and their attention (rows, columns), in
+    units of even attention.
+    """
     _, height, width = image.shape
     axes[0].imshow(image.permute(1, 2, 0).numpy())
     for s, (alive, heat) in enumerate(stages):
@@ -221,7 +224,7 @@ def write_caption(axis: "Axes", caption: str) -> None:
 
 
 def dimmed(image: Tensor, alive: Tensor) -> "np.ndarray":
-    """image (3, H, W) -> (H, W, 3), patches that are not alive (rows, columns) almost grey."""
+    """Image (3, H, W) -> (H, W, 3), patches that are not alive (rows, columns) almost grey."""
     alive = alive.cpu()[None, None].float()
     mask = F.interpolate(alive, size=image.shape[1:], mode="nearest")[0] > 0
     return torch.where(mask, image, (1 - DIM) * GREY + DIM * image).permute(1, 2, 0).numpy()

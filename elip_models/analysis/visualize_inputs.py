@@ -53,7 +53,8 @@ class PicturedModel:
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
         """Cut the largest middle part of the tower's shape out of RGB images -> (B, 3, H, W) in [0,
-        1]."""
+        1].
+        """
         from torchvision.transforms.v2.functional import pil_to_tensor
 
         height, width = self.tower.image_size

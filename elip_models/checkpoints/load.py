@@ -50,7 +50,8 @@ UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, UnicodeDecodeError
 
 class Checkpoint(NamedTuple):
     """kind: of the table. weights: by our names where the table knows them. fields: of our config
-    that the source says. ignored: names of tensors that the kind passes over."""
+    that the source says. ignored: names of tensors that the kind passes over.
+    """
 
     kind: Kind
     weights: dict[str, Tensor]
@@ -162,7 +163,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
 def _check_unpacked(path: Path) -> None:
     """It is no TorchScript, and nothing in it is compressed, as torch.save leaves it: a small file
-    cannot fill the memory."""
+    cannot fill the memory.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
@@ -209,7 +211,8 @@ def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
 
 def read_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
     """What a file or folder holds, of the kind `name`, or recognised; raises as
-    `convert_checkpoint`."""
+    `convert_checkpoint`.
+    """
     weights = read_weights(path)
     folder = path if path.is_dir() else None
     family, config = None, {}
@@ -319,7 +322,8 @@ def fitted(model: PretrainedModel, weights: dict[str, Tensor]) -> dict[str, Tens
 
 def resampled(pos_embed: Tensor, model: PretrainedModel) -> Tensor:
     """Position embeddings (1, 1 + G^2, D), CLS first, on the model's grid, bicubic; with
-    antialiasing for CLIP, as open_clip does, and without for the others, as their code does."""
+    antialiasing for CLIP, as open_clip does, and without for the others, as their code does.
+    """
     if pos_embed.ndim != 3 or math.isqrt(pos_embed.shape[1] - 1) ** 2 != pos_embed.shape[1] - 1:
         return pos_embed  # of no square grid: its shape is said to be another
     side = model.config.image_size // model.config.patch_size

@@ -268,6 +268,6 @@ def _count(names: Iterable[str], start: str) -> int:
 
 
 def _ratio(hidden: int, width: int) -> float:
-    """hidden / width, such that int(width * ratio) is hidden again."""
+    """Hidden / width, such that int(width * ratio) is hidden again."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)

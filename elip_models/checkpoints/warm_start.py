@@ -136,7 +136,8 @@ def _begin_(
     left_out: Sequence[str],
 ) -> Start:
     """`start_from_` of a downstream model, by way of the pre-trained one; the checkpoint's momentum
-    encoders and queue go on, where the original's do."""
+    encoders and queue go on, where the original's do.
+    """
     config = model.pretraining.config_class
     known = {field.name for field in fields(config)}
     shared = {name: value for name, value in vars(model.config).items() if name in known}
@@ -178,7 +179,8 @@ def _absent(
 
 def _check_alike(model: PretrainedModel, family: str, said: dict[str, Any]) -> None:
     """Raises ValueError where a checkpoint is of another family, or its config computes
-    otherwise."""
+    otherwise.
+    """
     if family != model.family:
         raise ValueError(f"expected a checkpoint of {model.family!r}, got one of {family!r}")
     ours = vars(model.config)

@@ -152,7 +152,8 @@ def _evaluate(
 
 def _check_task(task: "Task", model: "PretrainedModel") -> None:
     """Raises ValueError for a model that was trained for another task, or for none that it can
-    do."""
+    do.
+    """
     fits = hasattr(model, "matching_logits") if task.name == "retrieval" else False
     if model.task != task.name and not fits:
         found = f"one for {model.task}" if model.task else "a pre-trained one"

@@ -23,7 +23,8 @@ class Captioned(NamedTuple):
 
 def captioned(file: Path, data: dict[str, Any], split: str | None) -> Iterator[Captioned]:
     """The images of such a file, all or those of a split ("test", "train+restval"), with their
-    captions; ValueError names the first entry that is malformed."""
+    captions; ValueError names the first entry that is malformed.
+    """
     if "annotations" in data:
         if split is not None:
             raise ValueError(f"split: expected none, for {file} has none, got {split!r}")

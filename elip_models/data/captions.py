@@ -153,7 +153,8 @@ def named_groups(
 ) -> tuple[tuple[int, ...], ...]:
     """Draw for each template which groups its caption names, by number, in the caption's order.
 
-    Of a scene with clutter each caption names as many groups as there would be without."""
+    Of a scene with clutter each caption names as many groups as there would be without.
+    """
     named = len(scene.groups) - clutter
     orders = (rng.permutation(len(scene.groups)) for _ in TEMPLATES)
     return tuple(

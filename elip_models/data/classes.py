@@ -33,7 +33,8 @@ _DATASETS = "datasets"
 
 class ClassSource(Source, Protocol):
     """classes: as captions say them, each once. names: what texts call them, in the same order.
-    templates: a name -> a text."""
+    templates: a name -> a text.
+    """
 
     classes: tuple[str, ...]
     names: tuple[str, ...]

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from elip_models.validation import describe, type_error_of
+from elip_models.validation import describe_type, type_error_of
 
 
 def read_json(file: Path, expected: str) -> Any:
@@ -47,4 +47,4 @@ def read_fields(where: str, entry: Any, **expected: Any) -> tuple[Any, ...]:
 
 
 def _in_words(hint: Any) -> str:
-    return "a list" if hint is list else describe(hint)
+    return "a list" if hint is list else describe_type(hint)

@@ -103,7 +103,8 @@ class JsonSource:
 
 def _build_index(files: list[Path], image_root: str | Path | None, split: str | None) -> "Dataset":
     """Arrow table, one row an entry: folder, image, captions, id, boxes, problem (why it cannot be
-    read, or ""), entry ("list.json[3]")."""
+    read, or ""), entry ("list.json[3]").
+    """
     with extra("JsonSource"):
         from datasets import Dataset, Features, Value
 
@@ -124,7 +125,8 @@ def _build_index(files: list[Path], image_root: str | Path | None, split: str | 
 
 def _entries(file: Path, split: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Number, and image, captions, id and boxes of the entries; ValueError names the first that is
-    malformed."""
+    malformed.
+    """
     entries = read_json(file, _EXPECTED)
     if isinstance(entries, dict) and "images" in entries:
         for number, image, texts, sample_id in captioned(file, entries, split):

@@ -112,7 +112,8 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 
 class _ErrorsAsSamples(Dataset):
     """Returns a DataError as the sample: raised in a worker, it would reach the user as the text of
-    that worker's traceback."""
+    that worker's traceback.
+    """
 
     def __init__(self, dataset: TrainingSamples) -> None:
         self.dataset = dataset
@@ -174,7 +175,8 @@ def worker_options(num_workers: int) -> dict[str, Any]:
 
 def _leave_signals(worker: int) -> None:
     """Ctrl-C reaches all processes of a terminal, and SIGTERM those of a Slurm job: the run decides
-    what they mean. A second SIGTERM ends the worker, as does the end of the run."""
+    what they mean. A second SIGTERM ends the worker, as does the end of the run.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
@@ -226,7 +228,8 @@ def evaluation_batches(
 
 class ExampleBatch(NamedTuple):
     """Images (B, 3, S, S) in the order of the source, or (B, I, 3, S, S) where an example has
-    several, and the examples without their images."""
+    several, and the examples without their images.
+    """
 
     images: Tensor
     examples: list[Example]

@@ -55,7 +55,8 @@ class NamedMasks(Protocol):
 
     def named_mask(self, index: int, caption: int) -> np.ndarray:
         """(H, W) bool over the stored image: the pixels that show what a caption, by its number
-        among those of the sample, names."""
+        among those of the sample, names.
+        """
         ...
 
 

@@ -47,7 +47,8 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 def draw_emoji(name: str, pixels: int, turn: int = 0) -> Image.Image:
     """The glyph, turned by so many degrees and cropped to its ink, RGBA, its longer side `pixels`.
     The result is cached: copy it before changing it. Raises KeyError for a name that is not in
-    `EMOJI`."""
+    `EMOJI`.
+    """
     font = _font(2 * pixels + 8)
     left, top, right, bottom = font.getbbox(EMOJI[name])
     canvas = Image.new("RGBA", (round(right - left), round(bottom - top)), (0, 0, 0, 0))
@@ -84,7 +85,8 @@ def _pixels(box: Box, image_size: int) -> tuple[int, int, int, int]:
 
 def visible_masks(scene: Scene, image_size: int) -> np.ndarray:
     """(groups, image_size, image_size) bool: the pixels that show each group, at least half opaque
-    and behind no other."""
+    and behind no other.
+    """
     check("image_size", image_size, PositiveInt)
     shown = Image.new("L", (image_size, image_size), 0)
     for number, glyph, corner in _glyphs(scene, image_size):
@@ -122,8 +124,7 @@ class EmojiScenes:
         clutter: int = 0,
         textures: bool = False,
     ) -> None:
-        """
-        Args:
+        """Args:
             size: scenes.
             seed: another one gives other scenes.
             image_size: pixels of a side.

@@ -1,5 +1,6 @@
 """Lists with an entry a pair of image and caption: which entries show one image, and all of them as
-one sample where images rank against one another."""
+one sample where images rank against one another.
+"""
 
 from typing import Protocol, runtime_checkable
 

@@ -134,7 +134,8 @@ class StreamBatches(IterableDataset):
 
 class _Buffer:
     """Holds stored samples, and gives one for each that comes. What is lost passes through, and is
-    counted until the next sample comes."""
+    counted until the next sample comes.
+    """
 
     def __init__(self, size: int, rng: np.random.Generator) -> None:
         self._size, self._rng = size, rng
@@ -169,7 +170,8 @@ class _Buffer:
 
 def stream_loader(batches: StreamBatches) -> DataLoader:
     """Loads `batches` with the workers that they are made for, from where they stand at the time of
-    `iter()`."""
+    `iter()`.
+    """
     return DataLoader(
         batches, batch_size=None, collate_fn=_as_it_is, **worker_options(batches.num_workers)
     )

@@ -166,7 +166,8 @@ class StreamSource:
 
     def check(self, limit: int | None = None) -> tuple[SkipReport, list[str]]:
         """Reads every shard once, or the first `limit` samples -> what cannot be read, shards of
-        which not all came among it, and the captions of the rest."""
+        which not all came among it, and the captions of the rest.
+        """
         report = SkipReport()
         captions: list[str] = []
         everything = (each for number in range(len(self.shards)) for each in self.read(number))

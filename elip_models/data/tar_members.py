@@ -117,7 +117,8 @@ def members_of(tar: Tar, name: str) -> Iterator[Member | Damage]:
 
 def _check_first(name: str, block: bytes) -> None:
     """Where neither the first header holds nor its magic, the file was never a tar; zeros are the
-    end of one that is empty."""
+    end of one that is empty.
+    """
     try:
         tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.EOFHeaderError:
@@ -133,7 +134,8 @@ def _check_first(name: str, block: bytes) -> None:
 
 def _header(reader: tarfile.TarFile, at: int) -> tarfile.TarInfo | None:
     """The header at byte `at`, `reader.offset` then being that behind its data; None where none
-    holds."""
+    holds.
+    """
     reader.fileobj.seek(at)
     reader.offset = at
     try:
@@ -165,7 +167,8 @@ def _no_member(start: int, end: int) -> Damage:
 
 def _next_content(tar: Tar, at: int) -> int:
     """The first block from `at` on that is not all zeros, which are an archive's end, to which
-    another may be appended; beyond the last byte where there is none."""
+    another may be appended; beyond the last byte where there is none.
+    """
     while at < tar.size:
         tar.release(at)
         tar.seek(at)

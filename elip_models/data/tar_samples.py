@@ -1,5 +1,6 @@
 """What of a tar is one sample: members with one name up to the first dot. They are an image and its
-captions, in a .json ("captions" or "caption"), a .txt, or both."""
+captions, in a .json ("captions" or "caption"), a .txt, or both.
+"""
 
 import json
 from collections.abc import Callable, Iterator, Mapping

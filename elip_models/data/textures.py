@@ -21,7 +21,8 @@ _FINE = 4  # the second grid of a noise is so much finer
 @dataclass(frozen=True)
 class Texture:
     """A pattern of `PATTERNS`, `repeats` times over the image, turned by `angle` in radians and
-    moved by `shift`, shares of one repeat; `seed` draws what is random in it."""
+    moved by `shift`, shares of one repeat; `seed` draws what is random in it.
+    """
 
     pattern: str
     repeats: int

@@ -1,6 +1,7 @@
 """Samples of a source as a training step reads them: what is drawn for one depends on (seed, turn,
 index) alone, its turn being how often it has come before. A sample that cannot be read is replaced
-and reported."""
+and reported.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -167,7 +168,8 @@ def apply_seeded(
     transform: "Callable[[Image.Image], Tensor]", image: "Image.Image", rng: np.random.Generator
 ) -> Tensor:
     """`transform(image)`, which may draw by torch's CPU generator: seeded by `rng`, untouched
-    outside."""
+    outside.
+    """
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which would reseed the accelerators of this process too.
         torch.default_generator.manual_seed(int(rng.integers(2**63)))

@@ -135,7 +135,8 @@ _TURNS = (-20, -10, 0, 10, 20)
 
 class Copy(NamedTuple):
     """One drawn emoji: its centre and its longer side, in fractions of the image; `turn`, degrees
-    counterclockwise."""
+    counterclockwise.
+    """
 
     x: float
     y: float
@@ -146,7 +147,8 @@ class Copy(NamedTuple):
 @dataclass(frozen=True)
 class Group:
     """`count` copies of the emoji `name` at `place`. No two groups of a scene share either. `box`:
-    what the place is of the image, None where nobody asks."""
+    what the place is of the image, None where nobody asks.
+    """
 
     name: str
     place: str
@@ -162,7 +164,8 @@ class Group:
 class Scene:
     """A `background` colour by name, and groups of emoji: two or three, and those of the clutter;
     one in a picture of one. `texture`: of the background, None where it is all of its colour.
-    `cover`: a dark board that hides what is there; no group is where it is."""
+    `cover`: a dark board that hides what is there; no group is where it is.
+    """
 
     background: str
     groups: tuple[Group, ...]
@@ -172,7 +175,8 @@ class Scene:
 
 def sample_scene(rng: np.random.Generator, clutter: int = 0) -> Scene:
     """Draw a scene: background, layout, and for each place used an emoji and a count, which is one
-    in a scene with clutter, that many groups more."""
+    in a scene with clutter, that many groups more.
+    """
     background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
     number = GROUP_NUMBERS[rng.integers(len(GROUP_NUMBERS))] + clutter
     layouts = [layout for layout in (GRIDS if clutter else LAYOUTS) if len(layout) >= number]

@@ -92,12 +92,13 @@ class PretrainedModel(
         return self.visual
 
     def image_features(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W), without text -> (B, E), normalised; where the model `ranks`."""
+        """Images (B, 3, H, W), without text -> (B, E), normalised; where the model `ranks`."""
         raise NotImplementedError
 
     def project_image(self, tokens: Tensor) -> Tensor:
-        """tokens (B, N, D) that the image tower leaves -> (B, E), normalised: the feature that is
-        compared with texts; of a model that does not rank, the CLS token."""
+        """Tokens (B, N, D) that the image tower leaves -> (B, E), normalised: the feature that is
+        compared with texts; of a model that does not rank, the CLS token.
+        """
         return F.normalize(tokens[:, 0], dim=-1)
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -195,7 +196,8 @@ class PretrainedModel(
 
     def begin_step(self, step: int, epoch: float = math.inf) -> None:
         """Prepare step `step` of training, from 0, after `epoch` passes over the data: patch
-        dropout ends where it ends."""
+        dropout ends where it ends.
+        """
         dropout = self.config.reduction
         if isinstance(dropout, PatchDropout):
             self.reduction = dropout.at(step).fitted(self.tower)

@@ -179,7 +179,8 @@ class ReductionConfig(VisionConfig):
 
 def reduction_fields(strategy: Strategy) -> dict[str, Any]:
     """The fields of `ReductionConfig` that say a strategy's settings, but for those that are fields
-    of their own: `count_cls`, `without_text` and the options of ELIP."""
+    of their own: `count_cls`, `without_text` and the options of ELIP.
+    """
     schedule = getattr(strategy, "schedule", None)
     found = {} if schedule is None else {"schedule": schedule.exact}
     if type(strategy) is not ELIP:

@@ -73,7 +73,8 @@ class CrossModalConfig(ReductionConfig):
 
 class CrossModalModel(PretrainedModel):
     """Text first: its CLS output guides the image tower, `tower`, reduced as `reduction` says; as
-    `dense` says it keeps all tokens."""
+    `dense` says it keeps all tokens.
+    """
 
     masks_text: ClassVar[bool] = True
 
@@ -125,13 +126,14 @@ class CrossModalModel(PretrainedModel):
         text_cls: Tensor | None = None,
         rows: Mapping[int, Tensor] | None = None,
     ) -> tuple[Tensor, list[StageInfo]]:
-        """images (B, 3, H, W), guided by text_cls (B, D) or by `rows` that were read elsewhere ->
+        """Images (B, 3, H, W), guided by text_cls (B, D) or by `rows` that were read elsewhere ->
         tokens (B, N, D) that are left, K+2 of the last stage by ELIP, and infos of the steps;
-        `mask_after(infos)` says which are real."""
+        `mask_after(infos)` says which are real.
+        """
         return run_tower(self.tower, images, text_cls, self.reduction, rows=rows)
 
     def dense_cls(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) -> (B, D), the CLS output of all patches, without gradient."""
+        """Images (B, 3, H, W) -> (B, D), the CLS output of all patches, without gradient."""
         with scoring_context(self.visual, images):
             tokens, _ = run_tower(self.tower, images, None, self.dense, cls_only=True)
         return tokens[:, 0]

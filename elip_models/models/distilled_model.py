@@ -111,7 +111,8 @@ class MomentumConfig(CrossModalConfig, ContrastiveConfig):
 
 class Encoders(nn.Module):
     """The parts that have a momentum copy: both towers and, where features are compared, a
-    projection each."""
+    projection each.
+    """
 
     text: BertTower
 
@@ -124,11 +125,11 @@ class Encoders(nn.Module):
         self.text_projection = nn.Linear(config.text_width, config.embed_dim)
 
     def image_features(self, tokens: Tensor) -> Tensor:
-        """tokens (B, N, D) -> (B, E), normalised."""
+        """Tokens (B, N, D) -> (B, E), normalised."""
         return F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
 
     def text_features(self, hidden: Tensor) -> Tensor:
-        """hidden (B, L, D) -> (B, E), normalised."""
+        """Hidden (B, L, D) -> (B, E), normalised."""
         return F.normalize(self.text_projection(hidden[:, 0]), dim=-1)
 
     def read(self, input_ids: Tensor, mask: Tensor) -> Tensor:
@@ -186,7 +187,8 @@ class DistilledModel(CrossModalModel):
 
     def _follow(self) -> None:
         """Move the momentum encoders on; raises TypeError where they would follow what FSDP throws
-        away."""
+        away.
+        """
         if any(map(is_sharded, self.modules())):
             raise TypeError(
                 f"model: expected {type(self).__name__} under DistributedDataParallel in training, "
@@ -197,7 +199,8 @@ class DistilledModel(CrossModalModel):
 
     def _images(self, images: Tensor, text_cls: Tensor) -> tuple[Masked, Masked]:
         """Encode images (B, 3, H, W), guided by text_cls (B, D) -> tokens of the online tower, and
-        of the momentum tower, without gradient: of all patches, or of those that are left."""
+        of the momentum tower, without gradient: of all patches, or of those that are left.
+        """
         how = self.config.momentum_reduction
         if self.config.scorer == "momentum" and type(self.reduction) is ELIP:
             image_m, rows = forward_with_scores(

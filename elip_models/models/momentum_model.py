@@ -74,8 +74,9 @@ class MomentumModel(DistilledModel):
     def fuse(
         self, text: Tensor, mask: Tensor, image: Tensor, image_mask: Tensor | None = None
     ) -> Tensor:
-        """text (B, ..), mask (B, L), image (B, N, D) and image_mask (B, N), None where all are real
-        -> (B, L, D): the text that saw the image."""
+        """Text (B, ..), mask (B, L), image (B, N, D) and image_mask (B, N), None where all are real
+        -> (B, L, D): the text that saw the image.
+        """
         raise NotImplementedError
 
     def read_pairs(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
@@ -89,7 +90,7 @@ class MomentumModel(DistilledModel):
         return self.fuse(text, mask, image, image_mask)
 
     def image_features(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W), without text -> (B, E), normalised."""
+        """Images (B, 3, H, W), without text -> (B, E), normalised."""
         tokens, _ = run_tower(self.tower, images, None, self.reduction, cls_only=True)
         return self.project_image(tokens)
 
@@ -103,8 +104,9 @@ class MomentumModel(DistilledModel):
     def matching_tokens(
         self, images: Tensor, text_cls: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """images (B, 3, H, W), guided by text_cls (B, D) or by no text -> tokens (B, N, D) for
-        `matching_logits`, and which of them are real (B, N), None where all are."""
+        """Images (B, 3, H, W), guided by text_cls (B, D) or by no text -> tokens (B, N, D) for
+        `matching_logits`, and which of them are real (B, N), None where all are.
+        """
         tokens, infos = self.encode_image(images, text_cls)
         return tokens, mask_after(infos)
 
@@ -193,7 +195,8 @@ class MomentumModel(DistilledModel):
         self, similar: tuple[Tensor, Tensor], image_ids: Tensor | None = None
     ) -> Negatives:
         """Draw hard negatives by the similarities (B, C): an image for each text, a text for each
-        image; no other pair of the same image, where image_ids (B,) say which it is."""
+        image; no other pair of the same image, where image_ids (B,) say which it is.
+        """
         image_to_text, text_to_image = similar
         gather, positives = self.config.gather, None
         if image_ids is not None:

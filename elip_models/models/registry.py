@@ -186,7 +186,8 @@ def downstream_of(family: type[PretrainedModel], task: str) -> type[PretrainedMo
 def inherited_fields(model: type[PretrainedModel], values: dict[str, Any]) -> dict[str, Any]:
     """Fields of a pre-training config, or of another task's, that the config of a downstream
     `model` takes over: the sizes of the image tower, and what is not as pre-training has it by
-    default; nothing that the task has no place for."""
+    default; nothing that the task has no place for.
+    """
     hints = get_type_hints(model.config_class, include_extras=True)
     defaults = {each.name: each.default for each in fields(model.pretraining.config_class)}
     sizes = {each.name for each in fields(VisionConfig)}
@@ -225,7 +226,8 @@ def load_model(
 
 def elip_strategy(model: PretrainedModel) -> ELIP:
     """How ELIP reduces a model of ours: as its config says; by the paper's schedule where it is
-    dense or reduces in another way."""
+    dense or reduces in another way.
+    """
     if type(model.reduction) is ELIP:
         return model.reduction
     family = model.family if model.task is None else model.pretraining.family

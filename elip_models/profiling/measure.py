@@ -67,7 +67,8 @@ class Graphed:
     """A CUDA graph that is called as a step.
 
     A graph knows addresses alone, so it keeps the step that it recorded, and with the step every
-    tensor that lies at these addresses."""
+    tensor that lies at these addresses.
+    """
 
     graph: torch.cuda.CUDAGraph
     step: Step
@@ -96,7 +97,8 @@ def graphed(prepare: Callable[[], Step]) -> Graphed:
 
 def ratios_to(baseline: str, times: dict[str, list[float]]) -> dict[str, float]:
     """Divide each step's time by the baseline's of the same round -> median over rounds, by
-    step."""
+    step.
+    """
     return {
         name: median(t / base for t, base in zip(values, times[baseline], strict=True))
         for name, values in times.items()
@@ -117,7 +119,8 @@ def memory_of(
     step: Step, device: torch.device, *, forward: Step, parameters: Iterable[Tensor] = ()
 ) -> int:
     """Measure the bytes of a step: its peak on a GPU; elsewhere what autograd saves for backward in
-    `forward`, `parameters` aside."""
+    `forward`, `parameters` aside.
+    """
     if device.type == "cuda":
         return peak_bytes(step, device)
     with saved_bytes(parameters) as saved:
@@ -177,7 +180,8 @@ class FlopCount(NamedTuple):
 
 def count_step(forward: Callable[[], Tensor], *, backward: bool) -> FlopCount:
     """Count the floating-point operations of a forward and, apart from it, of the backward of its
-    output's squares, by the formula of each op; attention counts as two products."""
+    output's squares, by the formula of each op; attention counts as two products.
+    """
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         output = forward()
         ahead = counter.get_total_flops()

@@ -68,7 +68,8 @@ class ProfileRow:
 
 class Measured(NamedTuple):
     """What one step takes: seconds and bytes, alone and against dense; no bytes in inference on a
-    CPU."""
+    CPU.
+    """
 
     seconds: float
     time_ratio: float
@@ -201,7 +202,8 @@ def measure(
 @contextmanager
 def in_mode(workload: Workload, mode: Mode) -> Iterator[None]:
     """Set the model to training or inference inside; scorers that are slow on purpose do not
-    warn."""
+    warn.
+    """
     was_training = workload.model.training
     workload.model.train(mode == "training")
     try:

@@ -154,7 +154,8 @@ def fitting(
     name: str, model: nn.Module, settings: ProfileSettings
 ) -> tuple[dict[str, Strategy], list[LeftOut]]:
     """Try the strategies on the model -> those that fit, by the name of their rows, and the
-    others."""
+    others.
+    """
     workload, found, left_out = Workload(model, 1), {}, []
     for text in settings.strategies:
         try:

@@ -89,7 +89,8 @@ class Workload:
 
     def on_meta(self) -> "Workload":
         """Copy the workload to the meta device, where it needs no memory and no time and counts the
-        same FLOPs."""
+        same FLOPs.
+        """
         if self.device.type == "meta":
             return self
         memo = {id(p): nn.Parameter(_empty(p), p.requires_grad) for p in self.model.parameters()}

@@ -148,7 +148,8 @@ class Representation:
 
 class Refusal:
     """Stands in for a method that would return nonsense on a reduced model; `replaced`: what the
-    user had put there."""
+    user had put there.
+    """
 
     def __init__(self, name: str, replaced: Any) -> None:
         self.name = name

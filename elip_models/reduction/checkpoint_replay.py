@@ -31,7 +31,8 @@ Pack = Callable[..., Any]
 @dataclass
 class Region:
     """What ran in one checkpoint: the forwards of each block in their order, as a recomputation
-    comes to them again; `recomputation` tells one from another."""
+    comes to them again; `recomputation` tells one from another.
+    """
 
     forwards: dict[int, list["Forward"]] = field(default_factory=dict)
     recomputation: object = None

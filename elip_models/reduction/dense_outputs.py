@@ -53,7 +53,8 @@ def end(reduction: "Reduction") -> None:
 
 class DenseMethod:
     """Stands in for a method that returns the tokens of several blocks; `replaced`: what stood
-    there before, of others."""
+    there before, of others.
+    """
 
     def __init__(self, reduction: "Reduction", name: str, replaced: Any) -> None:
         self.reduction = reduction
@@ -73,7 +74,8 @@ class DenseMethod:
 
 class HiddenStates:
     """Both hooks on a module whose call may be asked for the tokens of all blocks, or for what
-    their attention says, which only modules that run as they are can tell."""
+    their attention says, which only modules that run as they are can tell.
+    """
 
     def __init__(self, reduction: "Reduction") -> None:
         self.reduction = reduction

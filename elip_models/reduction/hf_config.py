@@ -20,7 +20,8 @@ from elip_models.validation import errors_named
 
 def store_in_config(model: nn.Module, reduction: Reduction) -> None:
     """Say in the library's config, if it saves one, how `model`, or the one inside it, is
-    reduced."""
+    reduced.
+    """
     owner = reduction.image_text or reduction.tower
     if owner.saved_config is None:
         return

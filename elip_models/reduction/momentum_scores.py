@@ -25,7 +25,8 @@ def forward_with_scores(
     tower: Tower, images: Tensor, text_cls: Tensor | None, strategy: ELIP
 ) -> tuple[Tensor, Rows]:
     """Run the dense tower -> tokens (B, N, D) after its final norm, and the rows that select where
-    `strategy` reduces, guided by text_cls (B, D)."""
+    `strategy` reduces, guided by text_cls (B, D).
+    """
     stages = {stage.first: stage for stage in strategy.stages(tower.size)}
     rows, stage, cls = {}, None, None
     tokens = tower.embed(images)

@@ -153,7 +153,8 @@ def _after(
     run: Callable[[Tower, int, Tensor], Tensor] = _block,
 ) -> ScoringInput:
     """The CLS row of block `target`, after `run` of the blocks `before`; of a tower without CLS,
-    the text's row."""
+    the text's row.
+    """
     if before:
         tokens = query.into(tokens) if tower.has_cls else tokens
         for i in before:

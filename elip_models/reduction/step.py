@@ -60,16 +60,15 @@ class Forward:
         replays: Iterable[StageInfo] | None = None,
         rows: Mapping[int, Tensor] | None = None,
     ) -> None:
-        """
-        Args:
-            tower: of the blocks.
-            strategy: for this tower, see `Strategy.fitted`.
-            text_cls: (B, D), the guidance, detached, or None.
-            num_tokens: that enter block 0; None: those of an image of the tower's own size.
-            on_grid: blocks take and leave all tokens of block 0, each as the one that it went into.
-            replays: what each step did for the same images elsewhere, and does here again.
-            rows: what selects in place of a scorer, (B, N) over the tokens of block 0, by the block
-                that a step stands before.
+        """Args:
+        tower: of the blocks.
+        strategy: for this tower, see `Strategy.fitted`.
+        text_cls: (B, D), the guidance, detached, or None.
+        num_tokens: that enter block 0; None: those of an image of the tower's own size.
+        on_grid: blocks take and leave all tokens of block 0, each as the one that it went into.
+        replays: what each step did for the same images elsewhere, and does here again.
+        rows: what selects in place of a scorer, (B, N) over the tokens of block 0, by the block
+            that a step stands before.
         """
         self.tower, self.strategy, self.text_cls = tower, strategy, text_cls
         self.size = tower.size
@@ -103,12 +102,14 @@ class Forward:
     def leaves_grid(self, i: int) -> bool:
         """All tokens of block 0 are to leave block i: of a tower that pools its patches, the last
         one, so that each token counts by how many it holds; under a strategy that pads too, so that
-        nobody behind it reads padding."""
+        nobody behind it reads padding.
+        """
         return self.on_grid or (self.unmerges and i == self.tower.depth - 1)
 
     def row(self, i: int) -> Tensor | None:
         """What selects before block i in place of a scorer: a token's share of a row is that of all
-        that it holds."""
+        that it holds.
+        """
         row = self.rows.get(i)
         if row is None:
             return None

@@ -57,7 +57,8 @@ class StageInfo(NamedTuple):
 
 def mask_after(infos: Sequence[StageInfo]) -> Tensor | None:
     """(B, N) bool of the tokens that the steps of a tower leave, True = real; None where all of
-    them are."""
+    them are.
+    """
     return infos[-1].mask if infos else None
 
 
@@ -162,7 +163,7 @@ class Strategy:
         return True
 
     def embed(self, tower: Tower, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) -> tokens (B, N, D) before block 0."""
+        """Images (B, 3, H, W) -> tokens (B, N, D) before block 0."""
         if self.changes_embedding:
             return tower.enter(self.patchify(tower, images))
         return tower.embed(images)
@@ -192,7 +193,8 @@ class Strategy:
 
     def later(self, tower: Tower, i: int, tokens: Tensor, previous: StageInfo) -> Tensor:
         """The tokens after block i, which stands behind a step and has none, if it `replaces_later`
-        blocks."""
+        blocks.
+        """
         raise NotImplementedError
 
     def at_strength(self, size: TowerSize, strength: float) -> Self:
@@ -270,7 +272,8 @@ def tower_of(model: nn.Module | Tower) -> Tower:
 
 def warn_if_slower(tower: Tower, strategy: Strategy, size: TowerSize) -> None:
     """In eval mode, say once that choosing the tokens of an image of that size costs more than
-    dropping them saves."""
+    dropping them saves.
+    """
     if tower.model.training or torch.compiler.is_compiling():
         return
     cost = flops.inference_ratio(strategy, size)

@@ -73,7 +73,8 @@ def _guided_by(strategy: Strategy, is_whole: bool) -> str:
 
 def runs(counts: Iterable[int]) -> str:
     """Write counts as '2×197 2×178 6×129 2×80'; of many different ones, the first two and the
-    last."""
+    last.
+    """
     found = [(len(list(same)), count) for count, same in groupby(counts)]
     if len(found) > 6:
         return f"{found[0][1]} {found[1][1]} .. {found[-1][1]}"

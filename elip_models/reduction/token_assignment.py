@@ -29,7 +29,7 @@ class Slots(NamedTuple):
         return Slots(index.gather(1, self.index), step.num_tokens, self.drops or step.drops)
 
     def unmerged(self, tokens: Tensor) -> Tensor:
-        """tokens (B, T, D) -> (B, N0, D), of each the one that it is part of, zeros if of none."""
+        """Tokens (B, T, D) -> (B, N0, D), of each the one that it is part of, zeros if of none."""
         if self.drops:
             tokens = F.pad(tokens, (0, 0, 0, 1))
         return elip_kernels.unmerge(tokens, BipartiteInfo(self.index, tokens.shape[1]))

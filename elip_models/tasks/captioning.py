@@ -90,7 +90,7 @@ class Captioning(Task):
     def write(
         self, model: "PretrainedModel", tokenizer: "PreTrainedTokenizerBase", images: Tensor
     ) -> list[str]:
-        """images (B, 3, S, S) -> a caption each, without the prompt."""
+        """Images (B, 3, S, S) -> a caption each, without the prompt."""
         prompt = torch.tensor(model.prompt_ids(tokenizer), device=images.device)
         prompt = prompt.expand(len(images), -1)
         decoding = Decoding(

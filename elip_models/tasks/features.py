@@ -74,7 +74,8 @@ def ranks_by_chunk(
     queries: Tensor, candidates: Tensor, query_ids: Tensor, ids: Tensor, chunk_size: int = 1024
 ) -> Tensor:
     """`ranks_of` queries (Q, E) against candidates (C, E), relevant where their ids (Q,), (C,) are
-    equal, without the whole Q x C matrix at once -> (Q,)."""
+    equal, without the whole Q x C matrix at once -> (Q,).
+    """
     chunks = zip(queries.split(chunk_size), query_ids.split(chunk_size), strict=True)
     with no_autocast(queries):
         return torch.cat(

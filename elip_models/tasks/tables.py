@@ -89,7 +89,8 @@ WHOLE_ROWS = {
 
 def selection_tables(scores: dict[str, Any]) -> tuple[Table, Table]:
     """What `selection_scores` returns, with half of each 95% interval: by stage in percent, chance
-    in brackets, and of the whole."""
+    in brackets, and of the whole.
+    """
     table = Table(
         title=f"{scores['strategy']}\n{scores['num_images']} images, {scores['num_patches']} "
         "patches (chance in brackets)"

@@ -144,7 +144,8 @@ class Task(ABC):
 
     def fields(self, source: Source | ExampleSource, config: Any) -> dict[str, Any]:
         """The fields of the model's config that follow from the training data; `config` is it
-        without them."""
+        without them.
+        """
         return {}
 
     @abstractmethod
@@ -156,7 +157,8 @@ class Task(ABC):
         rng: np.random.Generator,
     ) -> dict[str, Tensor]:
         """What the model's forward takes of one sample, without the batch dim, always of the same
-        shapes."""
+        shapes.
+        """
 
     @abstractmethod
     def evaluate(
@@ -193,7 +195,8 @@ def read_all(
     loading: Loading,
 ) -> tuple[Iterator[Any], SkipReport]:
     """All of a source as the model sees it, by `evaluation_batches` or `example_batches`, and the
-    report of what cannot be read, which fills as they pass."""
+    report of what cannot be read, which fills as they pass.
+    """
     report = SkipReport(loading.max_bad_share, length=len(source))
     options = {"report": report, "num_workers": loading.num_workers}
     return batches(source, evaluation_transform(model), loading.batch_size, **options), report

@@ -105,7 +105,8 @@ def evaluate_zero_shot(
 
 def _ranks(images: Tensor, classes: Tensor, labels: Tensor, names: Sequence[str]) -> Tensor:
     """Classes that rank before an image's own (I,) -> (I,); one of the same name does if it comes
-    earlier, as the first of equal scores is taken: two of ImageNet's names are of two classes."""
+    earlier, as the first of equal scores is taken: two of ImageNet's names are of two classes.
+    """
     numbers = torch.tensor([names.index(name) for name in names], device=labels.device)
     places = torch.arange(len(names), device=labels.device)
     same = (numbers[:, None] == numbers) & (places[:, None] <= places)

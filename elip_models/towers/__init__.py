@@ -37,7 +37,8 @@ __all__ = [
 
 class Adapter(NamedTuple):
     """Where the classes of a library are read, as file and class, of image models and of whole
-    ones; the first that accepts a model judges it."""
+    ones; the first that accepts a model judges it.
+    """
 
     towers: tuple[tuple[str, str], ...]
     image_texts: tuple[tuple[str, str], ...]
@@ -98,7 +99,8 @@ def without_adapter(model: nn.Module) -> nn.Module:
 
 def _image_model(model: nn.Module) -> nn.Module:
     """The model of timm inside open_clip's, which puts a head behind it, or inside that of
-    features_only=True."""
+    features_only=True.
+    """
     names = {f"{cls.__module__}.{cls.__name__}" for cls in type(model).__mro__}
     if "open_clip.timm_model.TimmModel" in names:
         return model.trunk

@@ -147,7 +147,8 @@ class Tower:
 
     def image_stats(self) -> tuple[Sequence[float], Sequence[float]] | None:
         """Mean and standard deviation of each colour that images are normalised by, or None where
-        the library does not say."""
+        the library does not say.
+        """
         return None
 
     def refuses_dropping(self) -> str | None:
@@ -160,7 +161,8 @@ class Tower:
 
     def patchify(self, images: Tensor) -> Tensor:
         """What the entrance makes of images (B, 3, h, w) of any size in whole patches; positions
-        are interpolated."""
+        are interpolated.
+        """
         raise NotImplementedError
 
     def enter(self, tokens: Tensor) -> Tensor:
@@ -204,7 +206,8 @@ class Tower:
 
     def weights(self, i: int) -> list[Affine] | None:
         """Block i's projections of queries, keys and values, each (D, D) as nn.Linear has it; None
-        where only calling them, in `qkv`, tells what they do."""
+        where only calling them, in `qkv`, tells what they do.
+        """
         raise NotImplementedError
 
     def attention_dropout(self, i: int) -> float:
@@ -247,7 +250,8 @@ class Tower:
 
     def dry_block(self, i: int, tokens: Tensor) -> Tensor:
         """Block i, whole, without gradient, by its own forward: no hook sees the call. Those that
-        shard it would free its parameters, and prefetch for a backward that never comes."""
+        shard it would free its parameters, and prefetch for a backward that never comes.
+        """
         with self.unsharded(i, tokens) as (tokens,):
             return self.call(i, own_forward(self.blocks[i]), tokens)
 
@@ -288,7 +292,8 @@ class Tower:
 
     def absorbed(self, i: int, *, values: bool = False) -> dict[str, Any] | None:
         """The arguments of `cls_attention_from_tokens`, or of `cls_attention_output` with values;
-        None where block i has no such form."""
+        None where block i has no such form.
+        """
         parts = self.projections(i)
         weights = self.weights(i) if self.absorbs_keys and parts.can_be_absorbed else None
         if weights is None:

@@ -25,5 +25,6 @@ class Query(NamedTuple):
 
     def into(self, tokens: Tensor) -> Tensor:
         """`tokens` (B, N, D), of which `cls` is the first, with the fused one in its place; without
-        gradient."""
+        gradient.
+        """
         return fuse_text(tokens, self.text, self.fusion, self.guidance_norm)

@@ -97,8 +97,9 @@ def affine(layer: nn.Module) -> Affine | None:
 
 
 def through_transpose(x: Tensor, layer: nn.Module) -> Tensor:
-    """x (B, out) W -> (B, in) of a layer without bias; where only a call tells, of what it makes of
-    each input feature alone."""
+    """X (B, out) W -> (B, in) of a layer without bias; where only a call tells, of what it makes of
+    each input feature alone.
+    """
     known = affine(layer)
     if known is not None:
         return x @ known.weight
@@ -114,7 +115,7 @@ def qkv_of(*layers: nn.Module) -> list[Affine] | None:
 
 
 def is_lora_attention(module: nn.Module) -> bool:
-    """peft's LoRA around a whole nn.MultiheadAttention."""
+    """Peft's LoRA around a whole nn.MultiheadAttention."""
     return _is_peft(module, "peft.tuners.lora.layer", "MultiheadAttention")
 
 

@@ -84,7 +84,7 @@ class EvaTower(PlainTimm):
         return kwargs | {"rope": self.turned_to(kwargs["rope"], positions)}
 
     def turned_to(self, rope: Tensor, positions: Tensor) -> Tensor:
-        """rope (N0, 2d) or (H, N0, 2d) of all patches -> (B, 1 or H, N-p, 2d) at `positions`."""
+        """Rope (N0, 2d) or (H, N0, 2d) of all patches -> (B, 1 or H, N-p, 2d) at `positions`."""
         rope = rope[None] if rope.dim() == 2 else rope
         merged = rope.new_zeros(rope.shape[-1])
         merged[rope.shape[-1] // 2 :] = 1  # sin 0, cos 1

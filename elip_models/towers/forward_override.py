@@ -17,7 +17,8 @@ R = TypeVar("R")
 
 def own_forward(block: nn.Module) -> Callable[..., Any]:
     """What the block runs without a stand-in of ours: its class's forward, or another's in place
-    of that."""
+    of that.
+    """
     forward = vars(block).get("forward")
     if forward is None:
         return partial(type(block).forward, block)

@@ -277,7 +277,8 @@ class HFImageText(ImageTextModel):
 
     def tracing(self) -> AbstractContextManager:
         """Models of transformers read the values of their masks, which only fake tensors allow;
-        they are slower."""
+        they are slower.
+        """
         return FakeTensorMode(allow_non_fake_inputs=True)
 
 
@@ -320,7 +321,8 @@ class HFSiglip(HFImageText):
 
 class HFBlip(HFImageText):
     """BlipForImageTextRetrieval, guided by BERT's CLS output; in its call use_itm_head comes before
-    attention_mask."""
+    attention_mask.
+    """
 
     kind = BlipForImageTextRetrieval
     mask_position = 1

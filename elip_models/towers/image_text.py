@@ -37,7 +37,8 @@ class ImageTextModel(ReducibleModel):
 
     def text_cls(self, *args: Any, **kwargs: Any) -> Tensor | None:
         """The guidance (B, D) in the image tower's width, from the arguments of the model's
-        forward, or (1, D) for all images; None where texts and images do not `pair`."""
+        forward, or (1, D) for all images; None where texts and images do not `pair`.
+        """
         raise NotImplementedError
 
     @staticmethod

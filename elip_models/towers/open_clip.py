@@ -148,7 +148,8 @@ class OpenClipTower(Tower):
 
 class OpenClipImageText(ImageTextModel):
     """A whole open_clip CLIP or CoCa: the text features of a CLIP guide its image tower, where they
-    are as wide or its projection maps them back."""
+    are as wide or its projection maps them back.
+    """
 
     def __init__(self, model: CLIP | CustomTextCLIP | CoCa) -> None:
         self.model = model

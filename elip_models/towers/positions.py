@@ -7,7 +7,8 @@ from torch import Tensor
 
 def interpolated(positions: Tensor, grid: tuple[int, int], to: tuple[int, int], p: int) -> Tensor:
     """Position embeddings (p + rows * columns, D) of a grid -> of another; those of p prefix tokens
-    stay."""
+    stay.
+    """
     if grid == to:
         return positions
     at_least_fp32 = torch.promote_types(positions.dtype, torch.float32)

@@ -39,7 +39,8 @@ class ReducibleModel:
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
         """The arguments of its forward for images (B, 3, H, W): these, and what goes with them
-        drawn at random, texts of full length."""
+        drawn at random, texts of full length.
+        """
         raise NotImplementedError
 
     def as_tensor(self, output: Any) -> Tensor:
@@ -112,7 +113,8 @@ def clip_stats() -> Stats:
 
 def random_ids(images: Tensor, length: int, vocab_size: int, end: int) -> Tensor:
     """(B, L) ids of a text for each image, on its device: `length` tokens or `TEXT_TOKENS`, the
-    last one `end`."""
+    last one `end`.
+    """
     shape = len(images), min(length, TEXT_TOKENS)
     ids = torch.randint(1, vocab_size - 1, shape, device=images.device)
     ids[:, -1] = min(end, vocab_size - 1)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 @contextmanager
 def scoring_context(model: nn.Module, tensor: Tensor) -> Iterator[None]:
     """Inside, on the device of `tensor`, nothing has a gradient, and what the pass around it draws
-    and casts stays as if nothing had run: dropout draws the same, replayed or not."""
+    and casts stays as if nothing had run: dropout draws the same, replayed or not.
+    """
     with torch.no_grad(), _isolated_rng(model, tensor), _uncached_autocast(tensor.device.type):
         yield
 

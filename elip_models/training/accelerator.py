@@ -48,7 +48,8 @@ def make_accelerator(config: RunConfig, folder: RunFolder) -> Accelerator:
 
 def waiting_group(accelerator: "Accelerator") -> "dist.ProcessGroup | None":
     """All processes of a run, to wait in for what the main one does alone, an evaluation of hours:
-    at a barrier of the training's own group NCCL ends the run after ten minutes. None of one."""
+    at a barrier of the training's own group NCCL ends the run after ten minutes. None of one.
+    """
     if accelerator.num_processes == 1:
         return None
     return dist.new_group(backend="gloo", timeout=MOST_WAITED)
@@ -56,7 +57,8 @@ def waiting_group(accelerator: "Accelerator") -> "dist.ProcessGroup | None":
 
 def _check_restarts() -> None:
     """Where torchrun lends its own store, restarted processes find the addresses of those that have
-    ended in it, and may wait for them for ever (torch 2.13)."""
+    ended in it, and may wait for them for ever (torch 2.13).
+    """
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     is_lent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if restarts and is_lent and os.environ.get(STORE_OF_ITS_OWN) != "1":

@@ -30,8 +30,7 @@ class ReductionCallback(TrainerCallback):
         until: Count | PositiveShare | None = None,
         **options: Any,
     ) -> None:
-        """
-        Args:
+        """Args:
             strategy: as of `reduce_`; of `PatchDropout(.., until=..)` what it is in each step. None
                 and no options: what the model is reduced by already, where it is.
             until: the first step that is dense, counted in optimiser steps from 0; a float is a

@@ -52,7 +52,8 @@ def step_(optimizer: Optimizer, grad_norm: Tensor) -> None:
 
 def tell_(optimizer: Optimizer, grad_norm: Tensor) -> None:
     """Let a fused optimiser skip its next step where the norm is not finite, as a gradient scaler
-    would."""
+    would.
+    """
     inner = getattr(optimizer, "optimizer", optimizer)  # of accelerate's wrapper
     inner.grad_scale, inner.found_inf = None, (~grad_norm.isfinite()).float()
 
@@ -68,7 +69,8 @@ def _split(
     groups: list[dict[str, Any]], hidden: set[nn.Parameter], eps: float
 ) -> list[dict[str, Any]]:
     """Each group as that of Muon and that of AdamW, which is timm's `use_fallback` without
-    Nesterov."""
+    Nesterov.
+    """
     split = []
     for group in groups:
         for is_hidden, options in (

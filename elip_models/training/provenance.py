@@ -25,7 +25,8 @@ def origin(
     source: Source | ExampleSource | StreamSource, checkpoint: Path | None
 ) -> dict[str, Any]:
     """Time, machine, command, versions, commit and data of a run that begins now, or goes on from a
-    checkpoint."""
+    checkpoint.
+    """
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "resumed": None if checkpoint is None else checkpoint.name,
@@ -41,7 +42,8 @@ def origin(
 
 def fingerprint(source: Source | ExampleSource | StreamSource) -> str:
     """SHA-256 of the texts of at most 1,000 samples, spread over the source, and of its length; of
-    a stream, of the URLs of its shards."""
+    a stream, of the URLs of its shards.
+    """
     if isinstance(source, StreamSource):
         return hashlib.sha256(repr(source.shards).encode()).hexdigest()
     digest, has_captions = hashlib.sha256(str(len(source)).encode()), hasattr(source, "captions")

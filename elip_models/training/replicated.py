@@ -51,7 +51,8 @@ class Replicated:
 
     def accumulate(self) -> AbstractContextManager[None]:
         """Around forward and backward of a batch: gradients are reduced after the last of a
-        step."""
+        step.
+        """
         return self.accelerator.accumulate(self.wrapped)
 
     def step_(self, max_norm: float | None) -> Tensor:

@@ -123,7 +123,8 @@ class RunFolder:
 
     def claim(self, config: RunConfig, origin: dict[str, Any]) -> None:
         """Writes where the run comes from, a line each time it is begun or resumed, and the recipe:
-        from here on the folder holds a run."""
+        from here on the folder holds a run.
+        """
         with self.origin.open("a", encoding="utf-8") as file:
             file.write(json.dumps(origin) + "\n")
         save_recipe(config, self.recipe)

@@ -113,7 +113,8 @@ class Sharded:
 
     def accumulate(self) -> AbstractContextManager[None]:
         """Around forward and backward of a batch, whose gradients are reduced at once, for whole
-        ones are not to be kept."""
+        ones are not to be kept.
+        """
         return self.accelerator.accumulate()
 
     def step_(self, max_norm: float | None) -> Tensor:
@@ -191,7 +192,8 @@ def shard_(model: nn.Module, device: torch.device) -> list[nn.Parameter]:
 
 def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     """Clips gradients, of which some are shards -> the norm of all of them, whole, on every
-    process."""
+    process.
+    """
     given = [each for each in model.parameters() if each.grad is not None]
     groups = [
         [each for each in given if isinstance(each, DTensor) == is_shard]
@@ -208,7 +210,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
 
 def _set_apart_(optimizer: Optimizer) -> None:
     """Gives whole parameters groups of their own, for a fused optimiser takes no mixed ones; empty
-    groups go."""
+    groups go.
+    """
     groups, optimizer.param_groups = optimizer.param_groups, []
     for group in groups:
         for is_shard in (True, False):

@@ -250,7 +250,8 @@ class Trainer:
 
     def _forward(self, tensors: dict[str, Tensor]) -> Any:
         """The model's output; of the first forward, what it saves for backward is counted, where
-        one process runs it as it is written."""
+        one process runs it as it is written.
+        """
         is_counted = self.accelerator.num_processes == 1 and not self.config.optim.compile
         if self.step > self.first_step or not is_counted:
             return self.parallel.forward(**tensors)

@@ -109,7 +109,8 @@ def preparation(
     tokenizer: "PreTrainedTokenizerBase",
 ) -> Callable[[Any, int, np.random.Generator], dict[str, Tensor]]:
     """What makes a training sample of one of `source`: augmented as the recipe says, prepared as
-    the config `model`, and the task, say."""
+    the config `model`, and the task, say.
+    """
     data, task = config.data, task_of(config)
     transform = image_transform(
         model.image_size,
@@ -159,7 +160,8 @@ def make_tokenizer(
     accelerator: "Accelerator",
 ) -> "PreTrainedTokenizerBase":
     """The tokenizer that a recipe names, or one that the first process trains on the captions, and
-    keeps in the run's folder."""
+    keeps in the run's folder.
+    """
     data = config.data
     if data.tokenizer != "train":
         with errors_named("data.tokenizer"):

@@ -48,7 +48,8 @@ _NUMBERS = tuple(str(count) for count in range(1, MOST + 1))
 
 class Question(NamedTuple):
     """answers: what can be right, and `counts` how many of them at once. stage: those -> a scene
-    where they are, and no other."""
+    where they are, and no other.
+    """
 
     text: str
     answers: tuple[str, ...]

@@ -102,7 +102,8 @@ def _listed(
     file: Path, data: list[Any], root: Path, before: int
 ) -> Iterator[tuple[TableRow, str | None]]:
     """The questions of a list, each with the answer that most people gave; `before` are in other
-    files."""
+    files.
+    """
     for number, entry in enumerate(data):
         where = f"{file}[{number}]"
         image, question = read_fields(where, entry, image=str, question=str)

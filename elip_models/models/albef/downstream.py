@@ -65,7 +65,8 @@ class ALBEFTask(DistilledModel):
         cls, weights: dict[str, Tensor], config: ALBEFTaskConfig
     ) -> dict[str, Tensor]:
         """Weights of an `ALBEF` by its names -> those that the model begins with, by its own; its
-        momentum encoders as those of pre-training, where `weights` has them."""
+        momentum encoders as those of pre-training, where `weights` has them.
+        """
         begin = partial(cls.encoders_from_pretraining, config=config)
         return encoders_from_pretraining(weights, begin, distill=config.distill)
 
@@ -91,7 +92,8 @@ class ALBEFTask(DistilledModel):
         self, images: Tensor, input_ids: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """As `read`, in a step, also by the momentum encoders, which move on in training; None
-        without them."""
+        without them.
+        """
         text, momentum = self.encode_text(input_ids, mask), self.encoders_m
         shown = self.shown(images, self.guides(text[:, 0]))
         if momentum is None:
@@ -128,7 +130,7 @@ class ClassifierEncoders(ALBEFTowers):
         )
 
     def classify(self, fused: Tensor) -> Tensor:
-        """fused (B, L, D) -> logits (B, num_classes), fp32, or fp64 as `fused`."""
+        """Fused (B, L, D) -> logits (B, num_classes), fp32, or fp64 as `fused`."""
         return at_least_fp32(self.classifier(fused[:, 0]))
 
 

@@ -87,8 +87,9 @@ class ALBEFTowers(Encoders):
     def fuse(
         self, hidden: Tensor, mask: Tensor, image_tokens: Tensor, image_mask: Tensor | None = None
     ) -> Tensor:
-        """hidden (B, L, D) attends to image_tokens (B, N, D) where image_mask (B, N) says that they
-        are real, or to all -> (B, L, D)."""
+        """Hidden (B, L, D) attends to image_tokens (B, N, D) where image_mask (B, N) says that they
+        are real, or to all -> (B, L, D).
+        """
         return self.text.run(hidden, mask, self.fuses, image_tokens, image_mask)
 
 
@@ -126,8 +127,9 @@ class ALBEF(MomentumModel):
     def fuse(
         self, text: Tensor, mask: Tensor, image: Tensor, image_mask: Tensor | None = None
     ) -> Tensor:
-        """text (B, L, D), mask (B, L), image (B, N, D) and image_mask (B, N), None where all are
-        real -> (B, L, D) of the fusion layers."""
+        """Text (B, L, D), mask (B, L), image (B, N, D) and image_mask (B, N), None where all are
+        real -> (B, L, D) of the fusion layers.
+        """
         return self.encoders.fuse(text, mask, image, image_mask)
 
     def forward(
@@ -172,7 +174,8 @@ class ALBEF(MomentumModel):
 
     def _draw(self, similar: tuple[Tensor, Tensor], input_ids: Tensor) -> ALBEFDraw:
         """Draw hard negatives by the similarities (B, C), and masked tokens, of which [SEP] may be
-        one, as in the official code."""
+        one, as in the official code.
+        """
         config = self.config
         masked = mask_tokens(
             input_ids,

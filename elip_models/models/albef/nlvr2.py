@@ -56,8 +56,9 @@ class PairEncoders(ClassifierEncoders):
     def fuse(
         self, hidden: Tensor, mask: Tensor, image_tokens: Tensor, image_mask: Tensor | None = None
     ) -> Tensor:
-        """hidden (B, L, D) attends to image_tokens (2B, N, D), the images of a text one behind the
-        other, where image_mask (2B, N) says that they are real -> (B, L, D)."""
+        """Hidden (B, L, D) attends to image_tokens (2B, N, D), the images of a text one behind the
+        other, where image_mask (2B, N) says that they are real -> (B, L, D).
+        """
         images = image_tokens[0::2], image_tokens[1::2]
         masks = (None, None) if image_mask is None else (image_mask[0::2], image_mask[1::2])
         for i in self.fuses:
@@ -86,7 +87,7 @@ class ALBEFNLVR2(ALBEFClassifier):
         return begun
 
     def shown(self, images: Tensor, text_cls: Tensor) -> tuple[Tensor, Tensor]:
-        """images (B, 2, 3, H, W), text_cls (B, D) -> (2B, 3, H, W) and (2B, D)."""
+        """Images (B, 2, 3, H, W), text_cls (B, D) -> (2B, 3, H, W) and (2B, D)."""
         return images.flatten(0, 1), text_cls.repeat_interleave(2, 0)
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:

@@ -46,7 +46,8 @@ class AnswerEncoders(ALBEFTowers):
 
     def decode(self, input_ids: Tensor, mask: Tensor, states: States) -> Tensor:
         """Predict the token behind each of an answer, input_ids, mask (B, La), from the states of
-        its question -> (B, La, V)."""
+        its question -> (B, La, V).
+        """
         hidden = self.decoder.embed(input_ids)
         written = self.decoder.run(hidden, mask, self.writes, *states, causal=True)
         return self.language_head(written)

@@ -57,7 +57,8 @@ class BLIP(Reader, Captioner, MomentumModel):
 
     def read_pairs(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
         """images, input_ids, mask -> (B, K, D), the texts alone, half way without the tokens that
-        `text_reduction` drops."""
+        `text_reduction` drops.
+        """
         image_cls = self.dense_cls(images) if self.config.image_guides_text else None
         text, layers = self.encoders.text, self.encoders.layers
         hidden = text.embed(input_ids)

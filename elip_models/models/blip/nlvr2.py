@@ -61,7 +61,8 @@ class JoinedOutput(nn.Module):
 
 class TwinAttention(nn.Module):
     """Cross attention to two images, in the place of a BERT layer's to one; names of the
-    original's."""
+    original's.
+    """
 
     def __init__(self, config: BertConfig, layer: int, merges: bool) -> None:
         super().__init__()
@@ -77,8 +78,9 @@ class TwinAttention(nn.Module):
         image_bias: Tensor | None,
         **named: Any,
     ) -> tuple[Tensor, None]:
-        """hidden (B, L, D), image_tokens (B, 2N, D) and image_bias (B, 1, 1, 2N), of the first
-        image before the second -> (B, L, D)."""
+        """Hidden (B, L, D), image_tokens (B, 2N, D) and image_bias (B, 1, 1, 2N), of the first
+        image before the second -> (B, L, D).
+        """
         images = image_tokens.chunk(2, dim=1)
         biases = (None, None) if image_bias is None else image_bias.chunk(2, dim=-1)
         first, _ = self.self0(hidden, images[0], biases[0])
@@ -116,7 +118,8 @@ class BLIPNLVR2(BLIPReadingTask):
         cls, weights: dict[str, Tensor], config: BLIPNLVR2Config
     ) -> dict[str, Tensor]:
         """Weights of BLIP -> of this model: both cross attentions begin as the one of BLIP; the
-        layers that merge them and the classifier are new."""
+        layers that merge them and the classifier are new.
+        """
         begun = {}
         for name, weight in under(("encoders.visual.", "encoders.text."), weights).items():
             part = next((part for part in DOUBLED if part in name), None)
@@ -131,7 +134,7 @@ class BLIPNLVR2(BLIPReadingTask):
         return super().random_inputs(images) | {"images": pairs, "labels": labels}
 
     def logits(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """images (B, 2, 3, H, W), input_ids, attention_mask (B, L) -> (B, 2), 0 = false."""
+        """Images (B, 2, 3, H, W), input_ids, attention_mask (B, L) -> (B, 2), 0 = false."""
         guides = self.task_guides(input_ids, attention_mask)
         guides = None if guides is None else guides.repeat_interleave(2, 0)
         tokens, mask = self.see(images.flatten(0, 1), guides)

@@ -60,7 +60,8 @@ class BLIPEncoders(Encoders):
         image_mask: Tensor | None = None,
     ) -> Tensor:
         """input_ids, mask (B, L), with image_tokens (B, N, D), all or as image_mask (B, N) says, or
-        alone -> (B, L, D)."""
+        alone -> (B, L, D).
+        """
         hidden = self.text.embed(input_ids)
         return self.text.run(hidden, mask, self.layers, image_tokens, image_mask)
 
@@ -111,7 +112,8 @@ class Reader(BLIPBase):
         self, text: Tensor, mask: Tensor, image: Tensor, image_mask: Tensor | None = None
     ) -> Tensor:
         """text, mask (B, L), image (B, N, D) and image_mask (B, N), None where all are real ->
-        (B, L, D) of [ENC] and the ids behind it."""
+        (B, L, D) of [ENC] and the ids behind it.
+        """
         ids = begin_with(text, self.config.encoder_token_id)
         return self.encoders.read(ids, mask, image, image_mask)
 
@@ -167,7 +169,8 @@ class Writer(BLIPBase):
         decoding: Decoding = CAPTIONS,
     ) -> Tensor:
         """Write, without dropout, from image_tokens (B, N, D) and image_mask (B, N), see `predict`;
-        otherwise as `Captioner.generate`."""
+        otherwise as `Captioner.generate`.
+        """
         config, B = self.config, len(image_tokens)
         ids = torch.full((B, 1), config.decoder_token_id, device=image_tokens.device)
         if prompt is not None:

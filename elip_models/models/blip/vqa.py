@@ -81,8 +81,9 @@ class BLIPVQA(Writer, BLIPReadingTask):
         return inputs | answers | {"answer_weights": weights}
 
     def read_question(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """images (B, 3, H, W), input_ids, attention_mask (B, L) -> states (B, L, D) of the
-        questions."""
+        """Images (B, 3, H, W), input_ids, attention_mask (B, L) -> states (B, L, D) of the
+        questions.
+        """
         image = self.see(images, self.task_guides(input_ids, attention_mask))
         return self.fuse(input_ids, attention_mask, *image)
 
@@ -111,7 +112,8 @@ class BLIPVQA(Writer, BLIPReadingTask):
 
     def write(self, input_ids: Tensor, mask: Tensor, states: States) -> Tensor:
         """Predict the token behind each of an answer, input_ids, mask (B, La), from the states of
-        its question -> (B, La, V)."""
+        its question -> (B, La, V).
+        """
         return self.predict(input_ids, mask, *states)
 
     @torch.no_grad()

@@ -122,8 +122,9 @@ class CLIPClassification(PretrainedModel):
         return {"images": images, "labels": labels}
 
     def features(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) -> what the head reads, (B, D), or (B, E) normalised; of a probe
-        without gradient."""
+        """Images (B, 3, H, W) -> what the head reads, (B, D), or (B, E) normalised; of a probe
+        without gradient.
+        """
         grad = torch.is_grad_enabled() and self.config.tuning == "full"
         with torch.set_grad_enabled(grad):
             tokens, _ = run_tower(self.tower, images, None, self.reduction, cls_only=True)
@@ -132,7 +133,7 @@ class CLIPClassification(PretrainedModel):
             return F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
 
     def logits(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) -> (B, num_classes)."""
+        """Images (B, 3, H, W) -> (B, num_classes)."""
         return self.head(self.features(images))
 
     def forward(self, images: Tensor, labels: Tensor) -> TaskOutput:

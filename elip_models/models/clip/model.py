@@ -194,7 +194,7 @@ class CLIP(PretrainedModel):
         return self._encode_image(images, text_cls, self.reduction if reduce else self.dense)
 
     def _encode_image(self, images: Tensor, text_cls: Tensor | None, strategy: Strategy) -> Tensor:
-        """images (B, 3, H, W), guided by text_cls (B, D) -> (B, E), normalised."""
+        """Images (B, 3, H, W), guided by text_cls (B, D) -> (B, E), normalised."""
         tokens, _ = run_tower(self.tower, images, text_cls, strategy, cls_only=True)
         return self.project_image(tokens)
 
@@ -202,7 +202,7 @@ class CLIP(PretrainedModel):
         return F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
 
     def image_features(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W), without text -> (B, E), normalised."""
+        """Images (B, 3, H, W), without text -> (B, E), normalised."""
         return self.encode_image(images)
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

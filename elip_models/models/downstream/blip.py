@@ -75,7 +75,8 @@ class BLIPReadingTask(Reader, BLIPTask):
 
     def task_guides(self, input_ids: Tensor, mask: Tensor) -> Tensor | None:
         """Read the texts of a task, input_ids, mask (B, L) -> what guides their images (B, D),
-        without gradient; None where no text guides."""
+        without gradient; None where no text guides.
+        """
         if not self.reduction.is_guided:
             return None
         with scoring_context(self, input_ids):
@@ -83,8 +84,9 @@ class BLIPReadingTask(Reader, BLIPTask):
         return self.guides(text_cls)
 
     def see(self, images: Tensor, guides: Tensor | None) -> Masked:
-        """images (B, 3, H, W), guided by (B, D) or by nothing -> tokens (B, N, D) and which of them
-        are real, None where all are."""
+        """Images (B, 3, H, W), guided by (B, D) or by nothing -> tokens (B, N, D) and which of them
+        are real, None where all are.
+        """
         tokens, infos = self.encode_image(images, guides)
         return tokens, mask_after(infos)
 
@@ -96,7 +98,8 @@ def under(parts: tuple[str, ...], weights: dict[str, Tensor]) -> dict[str, Tenso
 
 def decoder_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights of decoder and head, complete: what the decoder shared with the encoder, and so was
-    written under the encoder's name alone, is a copy; all of it, where there was no decoder."""
+    written under the encoder's name alone, is a copy; all of it, where there was no decoder.
+    """
     encoder = under(("encoders.text.",), weights)
     shared = {name.replace("encoders.text.", "decoder.", 1): w for name, w in encoder.items()}
     return shared | under(("decoder.", "language_head."), weights)

@@ -68,7 +68,8 @@ def fetched(name: str | os.PathLike, *, token: str | bool | None = None) -> Path
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
     """A folder to write in, whose files then take their places in `folder`, each whole; a model
-    card that is there stays."""
+    card that is there stays.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".") as stage:
         yield Path(stage)

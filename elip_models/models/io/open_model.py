@@ -61,7 +61,8 @@ def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Modu
 
 def split_spec(spec: str) -> tuple[str | None, str]:
     """Split 'timm:NAME' into ('timm', 'NAME'); for one of ours the library is None and the name
-    all."""
+    all.
+    """
     library, _, name = spec.partition(":")
     return (library, name) if name and library in OPENERS else (None, spec)
 
@@ -123,7 +124,8 @@ OPENERS: dict[str, Callable[[str, bool, dict[str, Any]], nn.Module]] = {
 
 def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     """Open our model of a folder, its config changed by `options`; a config is enough for random
-    weights."""
+    weights.
+    """
     from elip_models.models.io.files import read_config
     from elip_models.models.registry import MODELS, load_model
 
@@ -139,7 +141,8 @@ def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> nn.
 @contextmanager
 def _found(spec: str) -> Iterator[None]:
     """Turn what a library raises where there are no files of that name, inside, into a
-    ValueError."""
+    ValueError.
+    """
     try:
         yield
     except OSError as error:

@@ -26,7 +26,7 @@ from elip_models.models.base import PretrainedModel
 from elip_models.models.io.files import read_object, write_file
 from elip_models.models.io.hub import CARD, card_values, fetched, staged
 from elip_models.models.registry import MODELS, load_model
-from elip_models.reduction.hf_config import note
+from elip_models.reduction.hf_config import store_in_config
 from elip_models.reduction.patch import reduce_, reductions_of
 from elip_models.reduction.serialization import settings_of, strategy_of
 from elip_models.reduction.state import Reduction
@@ -53,7 +53,7 @@ def save_reduced(model: nn.Module, folder: str | os.PathLike, *, config: Config 
         model: what `reduce_` has changed, or one with such a model inside; or one of ours whose
             config reduces it.
         folder: is made where it is not there; files of the same names are replaced.
-        config: what the library does not note on its models: open_clip's name, such as 'ViT-B-16',
+        config: the name of an open_clip model, such as "ViT-B-16", which open_clip does not store,
             or its `model_cfg`; arguments of timm's model beside those that it notes.
 
     Raises:
@@ -75,7 +75,7 @@ def save_reduced(model: nn.Module, folder: str | os.PathLike, *, config: Config 
             "reduced model inside it"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    note(model, reduction)
+    store_in_config(model, reduction)
     WRITERS[library](model, folder, config)
     if library == "transformers" and not place:
         (folder / SETTINGS).unlink(missing_ok=True)
@@ -249,7 +249,7 @@ def _write_open_clip(model: nn.Module, folder: Path, config: Config) -> None:
     if not isinstance(known, dict):
         raise ValueError(
             "config: expected a name of open_clip.list_models(), such as 'ViT-B-16', or a "
-            f"model_cfg, for open_clip does not note it on a model, got {config!r}"
+            f"model_cfg, which open_clip does not store on a model, got {config!r}"
         )
     described = {
         "model_cfg": known,
@@ -284,7 +284,8 @@ def _made_by_open_clip(folder: Path) -> nn.Module:
 
 def _check_same(made: nn.Module, model: nn.Module, config: Config) -> None:
     """Raises ValueError where a config makes other modules or shapes; norms, whose class follows
-    the precision, aside."""
+    the precision, aside.
+    """
 
     def parts(whole: nn.Module) -> set[tuple[str, Any]]:
         modules = (m for m in whole.named_modules() if not isinstance(m[1], nn.LayerNorm))

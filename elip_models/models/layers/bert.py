@@ -136,7 +136,8 @@ class BertTower(nn.Module):
         self, i: int, step: Callable[[nn.Module, Tensor], tuple[Tensor, R]], hidden: Tensor
     ) -> tuple[Tensor, R]:
         """`step(layer, hidden) -> (hidden, more)` in place of layer i, which is recomputed in
-        backward where the layer is."""
+        backward where the layer is.
+        """
         layer = self.layers[i]
         run = partial(in_place_of, layer, partial(step, layer))
         if layer.gradient_checkpointing and layer.training:

@@ -22,7 +22,8 @@ def rank_of(gather: Gather) -> int:
 
 def all_gather(values: Tensor, gather: Gather) -> Tensor:
     """Gather (B, ..) of all ranks in order -> (ranks * B, ..); the gradient returns to each
-    rank."""
+    rank.
+    """
     if ranks_of(gather) == 1:
         return values
     from torch.distributed import _functional_collectives as collectives

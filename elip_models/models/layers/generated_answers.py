@@ -30,14 +30,16 @@ class States(NamedTuple):
 
 class Decoder(Protocol):
     """Writes answers: input_ids, mask (B, La), of a question each -> logits (B, La, V) of the
-    tokens behind each."""
+    tokens behind each.
+    """
 
     def __call__(self, input_ids: Tensor, mask: Tensor, states: States) -> Tensor: ...
 
 
 class Answers(NamedTuple):
     """Up to A answers of each question: ids and mask (B, A, La), 1 = real; weights (B, A), 0 where
-    there is no answer."""
+    there is no answer.
+    """
 
     ids: Tensor
     mask: Tensor
@@ -45,7 +47,8 @@ class Answers(NamedTuple):
 
     def logits(self, decode: Decoder, states: States) -> Tensor:
         """(B * A, La, V) of a decoder. An answer that is not there has one token, for attention has
-        to have any."""
+        to have any.
+        """
         mask = self.mask.flatten(0, 1).clone()
         mask[:, 0] = 1
         return decode(self.ids.flatten(0, 1), mask, states.repeated(self.ids.shape[1]))
@@ -58,7 +61,8 @@ class Answers(NamedTuple):
         smoothing: float = 0.0,
     ) -> Tensor:
         """The weighted loss of logits (B * A, La, V), a scalar; the others: see
-        `distilled_cross_entropy`."""
+        `distilled_cross_entropy`.
+        """
         labels = next_tokens(self.ids.flatten(0, 1), self.mask.flatten(0, 1))
         losses = distilled_cross_entropy(logits, labels, teacher, alpha, smoothing).sum(1)
         return (self.weights.flatten() * losses).sum() / len(self.weights)

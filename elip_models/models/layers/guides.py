@@ -38,7 +38,8 @@ def with_negatives(guides: Tensor, features: Tensor, scale: Tensor, share: float
 @torch.no_grad()
 def with_dropout(guides: Tensor, share: float) -> Tensor:
     """Leave a share of the images without text: guides (B, D) with rows of zeros, without
-    gradient."""
+    gradient.
+    """
     return guides.masked_fill(_chosen(guides, share), 0.0)
 
 

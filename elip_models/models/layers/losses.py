@@ -122,7 +122,8 @@ def mask_tokens(
 
 def mask_every_seventh(input_ids: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
     """Hide every seventh token, about the 15% of the papers, without drawing any -> as
-    `mask_tokens`."""
+    `mask_tokens`.
+    """
     chosen = torch.arange(input_ids.shape[1], device=input_ids.device) % 7 == 1
     masked = torch.where(chosen, mask_token_id, input_ids)
     return masked, torch.where(chosen, input_ids, IGNORED)
@@ -187,7 +188,8 @@ def distilled_language_loss(
 
 def next_tokens(input_ids: Tensor, mask: Tensor) -> Tensor:
     """Label each token of input_ids, mask (B, L) by the one after it -> (B, L), -100 where no real
-    one follows."""
+    one follows.
+    """
     labels = input_ids.masked_fill(mask == 0, IGNORED)
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 

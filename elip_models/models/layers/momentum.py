@@ -55,7 +55,8 @@ class FeatureQueue(nn.Module):
 
     def positives(self, own: Tensor, batch: Tensor) -> Tensor:
         """Which of the batch and the queue behind it show the images `own` (B,) -> (B, C + Q) bool;
-        batch: (C,), those of the batch."""
+        batch: (C,), those of the batch.
+        """
         return own[:, None] == torch.cat([batch, self.ids])
 
     def check(self, batch_size: int) -> None:

@@ -119,7 +119,8 @@ def _merged(
     tokens: Tensor, keys: Tensor, count: int, real: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """`count` of the tokens (B, N, C), but for the first, into the most alike -> what is left of
-    them and of `real` (B, N)."""
+    them and of `real` (B, N).
+    """
     if real is None:
         return bipartite_merge(tokens, keys, count)[0], None
     # Whatever stands in padding, it merges first, every second one, and is the last to merge into.

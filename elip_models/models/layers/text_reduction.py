@@ -42,7 +42,8 @@ class ReducedText(NamedTuple):
 
     def labels(self, labels: Tensor) -> Tensor:
         """Labels (B, L) of all tokens -> (B, K), of those that stay; a dropped token is not asked
-        for its own."""
+        for its own.
+        """
         if self.kept is None:
             return labels
         return labels.gather(1, self.kept).masked_fill(~self.mask, IGNORED)
@@ -104,7 +105,8 @@ class TextReduction:
 
     def _stays(self, mask: Tensor, anchor: Tensor, scores: Tensor | None) -> Tensor:
         """Choose each text's n - int(drop * n) first tokens by anchor, key and position -> (B, L)
-        bool."""
+        bool.
+        """
         key = self._key(mask, scores).masked_fill(~mask, -torch.inf).scatter(1, anchor, torch.inf)
         order = key.argsort(dim=1, descending=True, stable=True)
         n = mask.sum(1, keepdim=True)

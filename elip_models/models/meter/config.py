@@ -75,7 +75,8 @@ class METERConfig(CrossModalConfig, TextReductionConfig):
     @property
     def pumer(self) -> PuMer | None:
         """How fusion is reduced, by default in the layers of `PuMer` that there are; None where it
-        is not."""
+        is not.
+        """
         if self.cross_reduction is None:
             return None
         layers = tuple(i for i in PuMer.layers if i < self.cross_depth)
@@ -86,7 +87,8 @@ class METERConfig(CrossModalConfig, TextReductionConfig):
     @property
     def max_tokens(self) -> int:
         """How long a text may be, padding included; RoBERTa's positions begin behind that of the
-        padding."""
+        padding.
+        """
         unused = self.pad_token_id + 1 if self.text_encoder == "roberta" else 0
         return self.max_positions - unused
 

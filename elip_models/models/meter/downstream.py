@@ -59,7 +59,8 @@ class METERNLVR2Config(METERConfig):
 @dataclass(frozen=True, kw_only=True)
 class METERRetrievalConfig(METERConfig):
     """false_texts: how many beside the true text of an image, in training. with_itm: ITM is a loss
-    too. The other fields: see `METERConfig`."""
+    too. The other fields: see `METERConfig`.
+    """
 
     image_size: Size = 384
     context_length: Size = 40
@@ -70,7 +71,8 @@ class METERRetrievalConfig(METERConfig):
 @dataclass
 class RankingOutput:
     """loss, and loss_rank, which is all of it, scalars. rank_logits: (B, 1+F), the true text
-    first."""
+    first.
+    """
 
     loss: Tensor
     loss_rank: Tensor
@@ -117,7 +119,8 @@ class METERClassifier(METERBackbone):
     @classmethod
     def from_pretraining(cls, weights: dict[str, Tensor], config: METERConfig) -> dict[str, Tensor]:
         """Pre-trained weights of METER -> those that this model begins with, by its names: all but
-        the heads."""
+        the heads.
+        """
         return {n: w for n, w in weights.items() if not n.startswith(PRETRAINED_HEADS)}
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
@@ -128,7 +131,7 @@ class METERClassifier(METERBackbone):
         return inputs | {"labels": labels.to(images.device)}
 
     def logits(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """images (B, 3, H, W), input_ids and attention_mask (B, L) -> (B, num_classes)."""
+        """Images (B, 3, H, W), input_ids and attention_mask (B, L) -> (B, num_classes)."""
         text, image = self.read_and_fuse(images, input_ids, attention_mask)
         return self.classifier(self.pool(text.tokens, image))
 
@@ -172,7 +175,8 @@ class METERVQA(METERClassifier):
 
 class METEREntailment(METERClassifier):
     """Says whether an image entails a text: 0 entailment, 1 neutral, 2 contradiction; the official
-    code numbers them 2, 1, 0."""
+    code numbers them 2, 1, 0.
+    """
 
     family, task = "meter_entailment", "entailment"
     config_class = METEREntailmentConfig
@@ -193,12 +197,12 @@ class METERNLVR2(METERClassifier):
         return weights | {"token_types.weight": torch.cat([types, types[IMAGE:]])}
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
-        """images (B, 3, H, W), each of them beside the next one."""
+        """Images (B, 3, H, W), each of them beside the next one."""
         inputs = super().random_inputs(images)
         return inputs | {"images": torch.stack([images, images.roll(-1, 0)], 1)}
 
     def logits(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """images (B, 2, 3, H, W), input_ids and attention_mask (B, L) -> (B, num_classes).
+        """Images (B, 2, 3, H, W), input_ids and attention_mask (B, L) -> (B, num_classes).
 
         The text is read once for each image, as the official code does, and guides both.
         """
@@ -225,7 +229,8 @@ class METERRetrieval(METERMatcher):
     @classmethod
     def from_pretraining(cls, weights: dict[str, Tensor], config: METERConfig) -> dict[str, Tensor]:
         """Pre-trained weights of METER -> those that this model begins with, by its names: ranks
-        begin as the logit of a pair."""
+        begin as the logit of a pair.
+        """
         kept = {n: w for n, w in weights.items() if not n.startswith("language_head.")}
         itm = {part: weights[f"itm_head.{part}"] for part in ("weight", "bias")}
         return kept | {f"rank_head.{part}": rows[1:].clone() for part, rows in itm.items()}
@@ -236,7 +241,8 @@ class METERRetrieval(METERMatcher):
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
         """Also false texts, each that of another image, and what a step draws: every second text
-        keeps its image."""
+        keeps its image.
+        """
         config, numbers = self.config, torch.arange(len(images), device=images.device)
         ids = random_ids(images, config.context_length, config.vocab_size, config.sep_token_id)
         mask, false = torch.ones_like(ids), range(1, config.false_texts + 1)

@@ -45,7 +45,8 @@ TEXT, IMAGE = 0, 1  # rows of the token type embeddings; of further images behin
 @dataclass
 class METEROutput:
     """loss: the sum of the two others, scalars. mlm_logits: (B, L, V), or (B, K, V) of the K text
-    tokens that are left. itm_logits: (B, 2)."""
+    tokens that are left. itm_logits: (B, 2).
+    """
 
     loss: Tensor
     loss_mlm: Tensor
@@ -70,7 +71,8 @@ class METERDraw(NamedTuple):
 
 def draw_others(images: Tensor) -> tuple[Tensor, Tensor]:
     """Draw for ITM, of a batch (B, 3, H, W) -> labels (B,) int64, 1 for the half that stays as it
-    is, and for every image the number of another."""
+    is, and for every image the number of another.
+    """
     B, device = len(images), images.device
     pairs = max(1, B // 2)  # a single image has no other
     labels = (torch.randperm(B, device=device) < pairs).long()
@@ -129,10 +131,11 @@ class METERBackbone(CrossModalModel):
         *,
         keeps_text: bool = False,
     ) -> Fused:
-        """text (B, L, D), mask (B, L), image (B, N, D) and image_mask (B, N), None where all are
+        """Text (B, L, D), mask (B, L), image (B, N, D) and image_mask (B, N), None where all are
         real; image_types (B,), rows of the token type embeddings, `IMAGE` by default -> both sides
         of co-attention, with fewer tokens where `config.cross_reduction` says so; `keeps_text`: all
-        of the text."""
+        of the text.
+        """
         types = self.token_types.weight
         image_type = types[IMAGE] if image_types is None else types[image_types][:, None]
         text = self.text_transform(text) + types[TEXT]
@@ -168,7 +171,8 @@ class METERBackbone(CrossModalModel):
 
     def read_pairs(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> ReducedText:
         """images, input_ids, mask (B, L) -> the texts alone, half way without the tokens that
-        `text_reduction` drops."""
+        `text_reduction` drops.
+        """
         image_cls = self.dense_cls(images) if self.config.image_guides_text else None
         hidden, every = self.text.embed(input_ids), range(self.config.text_depth)
         return self.text.run_reduced(hidden, mask, every, self.text_reduction, image_cls=image_cls)
@@ -183,7 +187,8 @@ class METERBackbone(CrossModalModel):
         keeps_text: bool = False,
     ) -> tuple[ReducedText, Tensor]:
         """Pixels and ids of a batch, image_types (B,) and keeps_text as of `fuse` -> text, fused
-        (B, K, C), and image (B, N, C)."""
+        (B, K, C), and image (B, N, C).
+        """
         text = self.read_pairs(images, input_ids, mask)
         image, infos = self.encode_image(images, self.guides(text.tokens[:, 0]))
         given = (text.tokens, text.mask, image, mask_after(infos), image_types)
@@ -215,8 +220,9 @@ class METERMatcher(METERBackbone):
     def matching_tokens(
         self, images: Tensor, text_cls: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """images (B, 3, H, W), which no text guides unless text_cls (B, D) is given -> tokens
-        (B, N, D) and their mask (B, N), True = real, or None where all are."""
+        """Images (B, 3, H, W), which no text guides unless text_cls (B, D) is given -> tokens
+        (B, N, D) and their mask (B, N), True = real, or None where all are.
+        """
         tokens, infos = self.encode_image(images, text_cls)
         return tokens, mask_after(infos)
 

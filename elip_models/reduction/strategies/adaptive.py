@@ -115,8 +115,9 @@ class AdaptiveELIP(ELIP):
         return tokens, StageInfo(stage, ReductionInfo(chosen + p, weights, mask, p), row)
 
     def _select(self, scores: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
-        """scores (B, n) -> the patches in each slot (B, K), which slots are real (B, K), and the
-        merge weights (B, n)."""
+        """Scores (B, n) -> the patches in each slot (B, K), which slots are real (B, K), and the
+        merge weights (B, n).
+        """
         n = scores.shape[1]
         order = largest(scores, n)
         ranked = scores.gather(1, order)

@@ -193,7 +193,7 @@ def pairs_by_importance(similarity: Tensor, importance: Tensor, r: int) -> Pairs
 def merged(
     tokens: Tensor, sizes: Tensor, match: BipartiteInfo, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """tokens (B, N, D), sizes and weights (B, N) -> (B, R, D), its sizes (B, R)."""
+    """Tokens (B, N, D), sizes and weights (B, N) -> (B, R, D), its sizes (B, R)."""
     slots = match.slots.long()
     total = sizes.new_zeros(sizes.shape[0], match.num_rows).scatter_add(1, slots, sizes)
     share = (sizes if weights is None else sizes * weights) / total.gather(1, slots)

@@ -290,7 +290,8 @@ def check_text(text_cls: Tensor, expected: tuple[int, int], device: torch.device
 
 def checked_text(tokens: Tensor, text_cls: Tensor | None) -> Tensor | None:
     """The text (B, D) that guides `tokens`, of which (1, D) is for all images; None where none
-    does."""
+    does.
+    """
     if text_cls is None:
         return None
     if text_cls.shape[0] == 1:

@@ -57,7 +57,7 @@ class ImageResize(Strategy):
         return size._replace(image=self.pixels(size)).embed_flops()
 
     def smaller(self, tower: Tower, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) -> (B, 3, h, w)."""
+        """Images (B, 3, H, W) -> (B, 3, h, w)."""
         at_least_fp32 = torch.promote_types(images.dtype, torch.float32)
         pixels, wide = self.pixels(tower.size, images.shape[2:]), images.to(at_least_fp32)
         return F.interpolate(wide, pixels, mode="bicubic", antialias=True).to(images.dtype)
@@ -74,6 +74,7 @@ class ImageResize(Strategy):
         self, model: nn.Module | Tower, ratio: float, *, training: bool = True
     ) -> "ImageResize":
         """The size whose FLOPs are nearest to `ratio` of dense; whole patches seldom meet it
-        exactly."""
+        exactly.
+        """
         size = tower_of(model).size
         return at_flops(self, size, ratio, training=training, exactly=False)

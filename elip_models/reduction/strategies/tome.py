@@ -99,7 +99,8 @@ class ToMe(Strategy):
         self, tower: Tower, i: int, tokens: Tensor, text_cls: Tensor | None
     ) -> Tensor | None:
         """What is taken off the similarity of each of the tokens (B, N, D) that enter block i, so
-        that they merge later: (B, N), or None."""
+        that they merge later: (B, N), or None.
+        """
         return None
 
     def _attend(
