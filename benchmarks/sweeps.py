@@ -55,8 +55,8 @@ TILE = {"block_d": (0.5, 1.0, 2.0), "num_warps": (4, 8, 16)}
 ROWS = {"block_n": (0.5, 1.0, 2.0), "block_d": (0.5, 1.0, 2.0), "num_warps": (4, 8)}
 QUERY = {"BLOCK_D": (32, 64, 128), "num_warps": (4, 8), "STAGES": (2, 3, 6)}
 TILES = {"BLOCK_N": (32, 64, 128), "BLOCK_K": (0.5, 1.0), "num_warps": (4, 8), "num_stages": (2, 3)}
-RECEIVED = {"BLOCK_M": (0.5, 1.0, 2.0), "BLOCK_N": (0.5, 1.0, 2.0)}
-RECEIVED |= {"num_warps": (4, 8), "num_stages": (2, 3)}
+COLUMN_SUMS = {"BLOCK_M": (0.5, 1.0, 2.0), "BLOCK_N": (0.5, 1.0, 2.0)}
+COLUMN_SUMS |= {"num_warps": (4, 8), "num_stages": (2, 3)}
 WEIGH = {"BLOCK_D": (0.5, 1.0, 2.0), "num_warps": (4, 8), "num_stages": (2, 3)}
 SWEEPS = (
     Sweep("reduce", "reduce_forward", TILE),
@@ -68,7 +68,7 @@ SWEEPS = (
     Sweep("cls_attention_output", "weight_tiles", TILES),
     Sweep("cls_attention_output", "weigh", WEIGH),
     Sweep("cls_attention_output", "value", QUERY),
-    Sweep("attention_column_mean", "received", RECEIVED),
+    Sweep("attention_column_mean", "column_sums", COLUMN_SUMS),
     Sweep("bipartite_match", "bipartite_match", {0: (16, 32, 64), 1: (32, 64), 3: (4, 8)}),
     Sweep("bipartite_merge", "merge_order", {0: (0.5, 1.0), 1: (0.5, 1.0), 2: (4, 8)}),
     Sweep("bipartite_merge", "merge_gather", ROWS),

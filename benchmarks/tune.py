@@ -63,7 +63,7 @@ def changed(answer: Any, changes: dict[str | int, Number]) -> Any:
 
 
 @contextmanager
-def answering(table: str, changes: dict[str | int, Number]) -> Iterator[list[Any]]:
+def changed_table(table: str, changes: dict[str | int, Number]) -> Iterator[list[Any]]:
     """Inside, `launch.<table>` answers with `changes`; yields its answers."""
     own, answers = getattr(launch, table), []
 
@@ -128,7 +128,7 @@ def run(sweep: Sweep, shape: Shape, rounds: int) -> dict[str, Any]:
     dtype = DTYPE_NAMES[shape.dtype]
     result = {"op": sweep.op, "table": sweep.table, **asdict(shape), "dtype": dtype}
     result |= {"bytes": nbytes, "candidates": []}
-    with answering(sweep.table, {}) as answers:
+    with changed_table(sweep.table, {}) as answers:
         right = results(sweep.op, args)
     if ON_GPU and not answers:
         return result
@@ -138,7 +138,7 @@ def run(sweep: Sweep, shape: Shape, rounds: int) -> dict[str, Any]:
         entry: dict[str, Any] = {"changes": {str(name): n for name, n in changes.items()}}
         result["candidates"].append(entry)
         try:
-            with answering(sweep.table, changes):
+            with changed_table(sweep.table, changes):
                 check(sweep.op, args, results(sweep.op, args), right)
                 steps["candidate"] = prepared(sweep.op, sets)
         except AssertionError as error:
@@ -160,7 +160,7 @@ def timed(times: dict[str, list[float]], nbytes: int, calls: int) -> dict[str, f
     return figures | {"gb_per_second": nbytes / figures["candidate_us"] / 1e3}
 
 
-def said(result: dict[str, Any]) -> str:
+def summary(result: dict[str, Any]) -> str:
     """Write a result in one line: the best candidate against the table, and what was wrong."""
     name = f"{result['op']} ({result['table']}) B{result['B']}-N{result['N']}-{result['dtype']}"
     entries = [entry for entry in result["candidates"] if "of_table" in entry]
@@ -193,7 +193,7 @@ def precompile(pool: Executor, sweeps: Sequence[Sweep], shape: Shape, *, seconds
 def attempt(sweep: Sweep, shape: Shape, changes: dict[str | int, Number]) -> None:
     """Call the op once with a candidate's numbers."""
     args = arguments(sweep.op, shape)
-    with answering(sweep.table, changes):
+    with changed_table(sweep.table, changes):
         results(sweep.op, args)
 
 
@@ -222,14 +222,14 @@ def tune(
             else:
                 torch.manual_seed(0)
                 done.append(run(sweep, shape, rounds))
-                tell(said(done[-1]))
+                write_line(summary(done[-1]))
             out.write_text(json.dumps(document, indent=1) + "\n")
     for name in left:
-        tell(f"left out for want of time: {name}")
+        write_line(f"left out for want of time: {name}")
     return not any("wrong" in entry for result in done for entry in result["candidates"])
 
 
-def tell(line: str) -> None:
+def write_line(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 

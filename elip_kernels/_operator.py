@@ -70,7 +70,7 @@ class Operator:
         name: of the op, without namespace.
         reference: its PyTorch form, for every device; the annotations make the schema.
         launcher: its form by kernels, same arguments.
-        refuses: why the kernels do not take these arguments, or None; the PyTorch form takes all.
+        unsupported: why the kernels do not take these arguments, or None; the PyTorch form takes all.
         fake: its outputs, unwritten, same arguments.
         flops: its FLOP formula, of the shapes of its tensors.
         backward, save: as `torch.library.register_autograd` takes them; without them the outputs
@@ -83,14 +83,14 @@ class Operator:
         reference: Callable[..., Any],
         *,
         launcher: Callable[..., Any],
-        refuses: Callable[..., str | None],
+        unsupported: Callable[..., str | None],
         fake: Callable[..., Any],
         flops: Callable[..., int],
         backward: Callable[..., Any] | None = None,
         save: Callable[..., None] | None = None,
     ) -> None:
         self.name, self.reference, self.launcher = name, reference, launcher
-        self.refuses = refuses
+        self.unsupported = unsupported
         schema = torch.library.infer_schema(reference, mutates_args=())
         LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
         self.decomposition = without_autocast(reference)
@@ -111,7 +111,7 @@ class Operator:
 
     def on_device(self, *args: Any) -> Any:
         """The form of CUDA and ROCm tensors; warns once where it is not the kernels'."""
-        reason = self.refuses(*args)
+        reason = self.unsupported(*args)
         if reason is None:
             return self.launcher(*args)
         _warn_once(self.name, reason, tuple(args[0].shape))

@@ -9,7 +9,7 @@ from typing import Any
 HAS_TRITON = find_spec("triton") is not None
 
 
-class _Absent:
+class _MissingTriton:
     """Answers every attribute with a function that hands a function back, as a decorator does."""
 
     def __getattr__(self, name: str) -> Any:
@@ -20,7 +20,7 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 else:
-    triton = tl = _Absent()
+    triton = tl = _MissingTriton()
 
 
 def is_interpreted() -> bool:

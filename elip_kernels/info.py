@@ -53,7 +53,7 @@ class ReductionInfo(NamedTuple):
         """
         B, N = self.weights.shape
         if self.slots is not None:
-            return _chained(_held(self.slots, self.num_rows), earlier)
+            return _compose(_membership(self.slots, self.num_rows), earlier)
         index = torch.arange(N, device=self.kept.device)
         prefix = index[: self.num_prefix_tokens].expand(B, -1)
         source = torch.cat([prefix, self.kept], dim=1)[..., None] == index
@@ -61,7 +61,7 @@ class ReductionInfo(NamedTuple):
             source = source & self.mask[:, : source.shape[1], None]
         if self.merged:
             source = torch.cat([source, ~source.any(1, keepdim=True)], dim=1)
-        return _chained(source, earlier)
+        return _compose(source, earlier)
 
 
 class BipartiteInfo(NamedTuple):
@@ -76,7 +76,7 @@ class BipartiteInfo(NamedTuple):
 
     def source_map(self, earlier: Tensor | None = None) -> Tensor:
         """`source_matrix` (B, N-r, N), or chained to an earlier map (B, N, P): (B, N-r, P)."""
-        return _chained(source_matrix(self), earlier)
+        return _compose(source_matrix(self), earlier)
 
 
 def unmerge(merged: Tensor, info: BipartiteInfo | ReductionInfo | Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def unmerge(merged: Tensor, info: BipartiteInfo | ReductionInfo | Tensor) -> Ten
 def source_matrix(info: BipartiteInfo) -> Tensor:
     """(B, N-r, N) bool: True where the input token is part of the output row."""
     check_slots(info)
-    return _held(info.slots, info.num_rows)
+    return _membership(info.slots, info.num_rows)
 
 
 def check_slots(info: BipartiteInfo | ReductionInfo) -> None:
@@ -120,13 +120,13 @@ def check_slots(info: BipartiteInfo | ReductionInfo) -> None:
         raise TypeError(message("info", expected, info))
 
 
-def _held(slots: Tensor, num_rows: int) -> Tensor:
+def _membership(slots: Tensor, num_rows: int) -> Tensor:
     """Slots (B, N) -> (B, R, N) bool: True where the input token is part of the output row."""
     rows = torch.arange(num_rows, device=slots.device)
     return slots[:, None, :] == rows[None, :, None]
 
 
-def _chained(source: Tensor, earlier: Tensor | None) -> Tensor:
+def _compose(source: Tensor, earlier: Tensor | None) -> Tensor:
     """Source (B, T, N) after earlier (B, N, P) -> (B, T, P), all bool."""
     if earlier is None:
         return source

@@ -26,7 +26,7 @@ MAX_CHANNELS = 128  # of a head whose query one program makes
 MAX_PREFIX_TOKENS = 16  # a copy of each is in the code
 
 
-class Launch(NamedTuple):
+class LaunchConfig(NamedTuple):
     """Tile of one program (tokens x features) and its warps."""
 
     block_n: int
@@ -39,17 +39,17 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def reduce_forward(candidates: int, element_size: int) -> Launch:
+def reduce_forward(candidates: int, element_size: int) -> LaunchConfig:
     """A line of every candidate: 64 registers with 8 warps at 256, 126 with 16 warps at 1,024."""
     block_n = max(16, next_power_of_2(candidates))
-    return Launch(
+    return LaunchConfig(
         block_n, 128 // element_size, 4 if block_n <= 128 else 8 if block_n <= 256 else 16
     )
 
 
-def reduce_backward(element_size: int) -> Launch:
+def reduce_backward(element_size: int) -> LaunchConfig:
     """32 x 128 (two-byte types): 16 elements a thread, no shared memory, full occupancy."""
-    return Launch(32, 256 // element_size, 8)
+    return LaunchConfig(32, 256 // element_size, 8)
 
 
 def _precision(wide: bool) -> dict[str, Any]:
@@ -128,17 +128,17 @@ def heads_a_step(block_n: int, block_t: int, num_warps: int) -> int:
     return max(1, min(16, 256 * num_warps // max(block_n, 2 * block_t)))
 
 
-def move(candidates: int, element_size: int) -> Launch:
+def move(candidates: int, element_size: int) -> LaunchConfig:
     """A line of at most 64 candidates a step, however many follow: 63 registers with 4 warps, where
     256 take 124 on 8.
     """
     block_n = min(64, max(16, next_power_of_2(candidates)))
-    return Launch(block_n, 128 // element_size, 4)
+    return LaunchConfig(block_n, 128 // element_size, 4)
 
 
-def copy(element_size: int) -> Launch:
+def copy(element_size: int) -> LaunchConfig:
     """16 tokens, 512 bytes of each a step: 16 bytes a thread, twice."""
-    return Launch(16, 512 // element_size, 8)
+    return LaunchConfig(16, 512 // element_size, 8)
 
 
 def weight_tiles(heads: int, tokens: Tensor) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def weigh(tokens: Tensor) -> dict[str, Any]:
     }
 
 
-def received(channels: int, dtype: torch.dtype) -> dict[str, Any]:
+def column_sums(channels: int, dtype: torch.dtype) -> dict[str, Any]:
     """64 queries x 64 keys of two bytes: 72 registers with 64 channels, 96 with 128; 32 x 32 of
     fp32, whose three products take 213. The loop fetches its next tile, on ROCm it spills so.
     """
@@ -174,13 +174,13 @@ def received(channels: int, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def refuses_head(q: Tensor) -> str | None:
+def unsupported_head(q: Tensor) -> str | None:
     """Why `received` does not take heads so wide, or None."""
     most = MAX_CHANNELS if q.element_size() == 2 else MAX_CHANNELS // 2
     return None if q.shape[3] <= most else f"its kernels take heads of at most {most} channels"
 
 
-def received_mean(queries: int, keys: int) -> dict[str, int]:
+def column_mean(queries: int, keys: int) -> dict[str, int]:
     """A piece of an image's mean; the mask of 1,024 queries a step."""
     block_n = min(256, max(16, next_power_of_2(keys)))
     return {
@@ -208,12 +208,12 @@ def merge_order(tokens: int) -> tuple[int, int, int]:
     return 8192 // block_m, block_m, 8
 
 
-def merge_gather(element_size: int) -> Launch:
+def merge_gather(element_size: int) -> LaunchConfig:
     """16 rows of 512 bytes, 16 bytes a thread, twice: 69 registers in bf16, 62 in fp32."""
-    return Launch(16, 512 // element_size, 8)
+    return LaunchConfig(16, 512 // element_size, 8)
 
 
-def refuses(
+def unsupported(
     *tensors: Tensor, candidates: int = 0, num_prefix_tokens: int = 1, most: int | None = None
 ) -> str | None:
     """Why no kernel takes it, in a few words, or None."""
@@ -239,6 +239,6 @@ def addressable(tokens: Tensor) -> Tensor:
     return tokens if fits else tokens.contiguous()
 
 
-def on_device(tensor: Tensor) -> AbstractContextManager:
+def device_guard(tensor: Tensor) -> AbstractContextManager:
     """Launches inside go to the tensor's own device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -31,7 +31,7 @@ from elip_models.reduction.strategies import (
     ToMe,
 )
 from elip_models.towers.sdpa import use_sdpa_
-from elip_models.validation import extra
+from elip_models.validation import require_extra
 
 __all__ = [
     "ELIP",
@@ -79,7 +79,7 @@ else:
         """What brings timm and transformers in, on first use."""
         if name not in LAZY:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        with extra(name):
+        with require_extra(name):
             return getattr(import_module(f"elip_models.models.{LAZY[name]}"), name)
 
     def __dir__() -> list[str]:

@@ -17,7 +17,7 @@ try:
     from elip_models.commands import convert, data, evaluate, finetune, inspect_model, train
     from elip_models.data import DataError
     from elip_models.training.errors import Stopped, TrainingError
-    from elip_models.validation import ConfigError, extra, names_extra
+    from elip_models.validation import ConfigError, is_missing_extra, require_extra
 except ImportError as error:
     sys.stderr.write(f"elip needs the train extra: pip install 'elip-kernels[train]' ({error})\n")
     raise SystemExit(2) from None
@@ -41,10 +41,10 @@ def elip() -> None:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The console script `elip`; `arguments` default to those of the process."""
     try:
-        with extra("this"):
+        with require_extra("this"):
             app(args=arguments, prog_name="elip")
     except ImportError as error:
-        if not names_extra(error):
+        if not is_missing_extra(error):
             raise
         _exit_with(str(error))
     except Stopped as stopped:

@@ -128,23 +128,23 @@ def _field_hints(cls: type) -> dict[str, Any]:
 
 def check(name: str, value: Any, hint: Any) -> None:
     """Raises where the argument `name` is not what a type hint says."""
-    error = type_error_of(value, hint)
+    error = mismatch_error(value, hint)
     if error is not None:
         raise error(f"{name}: expected {describe_type(hint)}, got {value!r:.200}")
 
 
-def type_error_of(value: Any, hint: Any) -> type[TypeError | ValueError] | None:
+def mismatch_error(value: Any, hint: Any) -> type[TypeError | ValueError] | None:
     """None where `value` fits a type hint; else TypeError, or ValueError where only the type does.
 
     An integer is a float too; True and False are neither.
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        error = type_error_of(value, arguments[0])
+        error = mismatch_error(value, arguments[0])
         bounds = (each for each in arguments[1:] if isinstance(each, Bounds))
         return error or next((ValueError for each in bounds if value not in each), None)
     if origin in UNIONS:
-        found = [type_error_of(value, argument) for argument in arguments]
+        found = [mismatch_error(value, argument) for argument in arguments]
         return next((error for error in (None, ValueError) if error in found), TypeError)
     if origin is Literal:
         if not isinstance(value, tuple(map(type, arguments))):
@@ -157,9 +157,9 @@ def type_error_of(value: Any, hint: Any) -> type[TypeError | ValueError] | None:
         return TypeError
     if origin is tuple:
         hints = item_hints(arguments, len(value))
-        return _first_type_error(value, hints) if len(hints) == len(value) else ValueError
+        return _first_mismatch(value, hints) if len(hints) == len(value) else ValueError
     if origin is dict:
-        return _first_type_error(value.values(), arguments[1:] * len(value))
+        return _first_mismatch(value.values(), arguments[1:] * len(value))
     return None
 
 
@@ -168,10 +168,10 @@ def item_hints(arguments: tuple[Any, ...], length: int) -> tuple[Any, ...]:
     return arguments[:1] * length if arguments[-1] is Ellipsis else arguments
 
 
-def _first_type_error(
+def _first_mismatch(
     values: Iterable[Any], hints: tuple[Any, ...]
 ) -> type[TypeError | ValueError] | None:
-    errors = (type_error_of(value, hint) for value, hint in zip(values, hints, strict=True))
+    errors = (mismatch_error(value, hint) for value, hint in zip(values, hints, strict=True))
     return next((error for error in errors if error is not None), None)
 
 
@@ -208,7 +208,7 @@ def check_output(option: str, output: Path | None) -> None:
 
 
 @contextmanager
-def errors_named(key: str) -> Iterator[None]:
+def as_config_error(key: str) -> Iterator[None]:
     """Turns an argument error of what runs inside into a ConfigError that begins with `key`."""
     try:
         yield
@@ -243,7 +243,7 @@ EXTRAS = {
 """Top-level module to the extra that installs it."""
 
 
-def needs(user: str, *packages: str) -> None:
+def require_packages(user: str, *packages: str) -> None:
     """Raises ImportError where a package is missing, without importing those that are not."""
     for package in packages:
         if find_spec(package) is None:
@@ -251,13 +251,13 @@ def needs(user: str, *packages: str) -> None:
 
 
 @contextmanager
-def extra(user: str) -> Iterator[None]:
+def require_extra(user: str) -> Iterator[None]:
     """Inside, the ImportError of a missing package becomes one that names the extra."""
     try:
         yield
     except ImportError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in EXTRAS or names_extra(error):
+        if package not in EXTRAS or is_missing_extra(error):
             raise
         raise _missing(user, package) from error
 
@@ -283,7 +283,7 @@ def from_checkout(module: str, user: str) -> types.ModuleType:
         ) from None
 
 
-def names_extra(error: ImportError) -> bool:
+def is_missing_extra(error: ImportError) -> bool:
     """Whether the error is one of these, and no bug."""
     return "elip-kernels[" in str(error)
 

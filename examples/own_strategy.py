@@ -38,7 +38,7 @@ class Longest(Strategy):
 
     def step(self, tower, stage, tokens, context):  # tokens (B, N, D) -> (B, p + keep + 1, D)
         row = tokens.detach().norm(dim=2) if context.replay is None else context.replay.attention
-        tokens, reduction = tower.reduce(tokens, row, stage.keep, merge=True)
+        tokens, reduction = tower.reduce(tokens, row, stage.keep, merge="one")
         return tokens, StageInfo(stage, reduction, row)
 
     def at_strength(self, size, strength):  # from nothing (0) to all that it can (1)

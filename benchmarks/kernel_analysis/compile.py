@@ -202,7 +202,7 @@ GCN_BITS = {"byte": 8, "short": 16, "dword": 32, "dwordx2": 64, "dwordx3": 96, "
 
 
 def _read_amdgcn(assembly: str) -> dict[str, Any]:
-    def said(key: str) -> int:
+    def metadata(key: str) -> int:
         found = re.search(rf"^\s*\.{key}:\s*(\d+)", assembly, re.M)
         if found is None:
             raise ValueError(f"amdgcn: expected .{key} in the metadata, got none")
@@ -215,10 +215,10 @@ def _read_amdgcn(assembly: str) -> dict[str, Any]:
     mnemonics = Counter(re.findall(r"^\s+((?:v|s|ds|global|buffer|flat)_\w+)", assembly, re.M))
     del mnemonics["s_nop"]
     return {
-        "registers": said("vgpr_count"),
-        "stack": said("private_segment_fixed_size"),
+        "registers": metadata("vgpr_count"),
+        "stack": metadata("private_segment_fixed_size"),
         "local": 0,
-        "spills": said("vgpr_spill_count") + said("sgpr_spill_count"),
+        "spills": metadata("vgpr_spill_count") + metadata("sgpr_spill_count"),
         "instructions": mnemonics,
         "loads": accesses("load"),
         "stores": accesses("store"),

@@ -54,7 +54,7 @@ ALL_MACHINES = (
 MACHINES = {machine.arch: machine for machine in reversed(ALL_MACHINES)}
 
 
-class Size(NamedTuple):
+class LaunchSize(NamedTuple):
     """Of a launch: its programs, how often they wait, the bytes of its tensors."""
 
     programs: int
@@ -62,32 +62,32 @@ class Size(NamedTuple):
     bytes: int
 
 
-def size_of(launch: RecordedLaunch) -> Size:
+def size_of(launch: RecordedLaunch) -> LaunchSize:
     """What a launch is, which need not run."""
     tensors = (t for t in launch.arguments.values() if isinstance(t, torch.Tensor))
-    waits = stated_waits(launch.name, launch.arguments | launch.options)
-    return Size(prod(launch.grid), waits, sum(t.nbytes for t in tensors))
+    waits = modelled_waits(launch.name, launch.arguments | launch.options)
+    return LaunchSize(prod(launch.grid), waits, sum(t.nbytes for t in tensors))
 
 
-def waves(size: Size, at_once: int, machine: Machine) -> int:
+def waves(size: LaunchSize, at_once: int, machine: Machine) -> int:
     """In how many turns a machine runs the programs, `at_once` on each SM or CU."""
     return ceil(size.programs / (at_once * machine.processors))
 
 
-def bound(size: Size, at_once: int, machine: Machine) -> tuple[float, float]:
+def bound(size: LaunchSize, at_once: int, machine: Machine) -> tuple[float, float]:
     """Seconds of a launch: those of its bytes alone, and those of the model."""
     roof = size.bytes / machine.bandwidth
     waited = waves(size, at_once, machine) * size.waits * machine.latency
     return roof, LAUNCH + max(roof, waited)
 
 
-def stated_waits(
-    kernel: str, arguments: Mapping[str, Any], held: Sequence[int] | None = None
+def modelled_waits(
+    kernel: str, arguments: Mapping[str, Any], row_sizes: Sequence[int] | None = None
 ) -> int:
-    """What `WAITS` says of a launch; `held`: how many tokens each row of a program of a merge has,
+    """What `WAITS` says of a launch; `row_sizes`: how many tokens each row of a program of a merge has,
     by default as many as any other.
     """
-    given = SimpleNamespace(**{"num_stages": 3, "held": held} | dict(arguments))
+    given = SimpleNamespace(**{"num_stages": 3, "row_sizes": row_sizes} | dict(arguments))
     return WAITS[kernel](given)
 
 
@@ -126,8 +126,8 @@ def _merge(a: Any) -> int:
     """Where rows begin; which tokens a full round takes, and these; which tokens the first of the
     other rounds takes, and those of each.
     """
-    held = a.held or [ceil(a.N / a.R)] * min(a.R, a.BLOCK_R)
-    full, rest = sum(n // a.BLOCK_R for n in held), max(n % a.BLOCK_R for n in held)
+    row_sizes = a.row_sizes or [ceil(a.N / a.R)] * min(a.R, a.BLOCK_R)
+    full, rest = sum(n // a.BLOCK_R for n in row_sizes), max(n % a.BLOCK_R for n in row_sizes)
     return 1 + 2 * full + (1 + rest if rest else 0)
 
 

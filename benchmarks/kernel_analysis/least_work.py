@@ -93,16 +93,16 @@ def row_of_keys(B: int, H: int, N: int, *, tiled: bool = False) -> Work:
 def attention_column_mean(
     B: int, H: int, G: int, M: int, N: int, d: int, dtype: torch.dtype
 ) -> Work:
-    """`query_sums`, `key_sums`, `received_mean`; G heads of keys."""
+    """`query_sums`, `key_sums`, `column_mean`; G heads of keys."""
     shape = (B, H, G, M, N, d, dtype)
-    return together(query_sums(*shape), key_sums(*shape), received_mean(B, G, N))
+    return together(query_sums(*shape), key_sums(*shape), column_mean(B, G, N))
 
 
 def query_sums(
     B: int, H: int, G: int, M: int, N: int, d: int, dtype: torch.dtype, *, tiled: bool = False
 ) -> Work:
     """The log-sum-exp of whole tiles of queries. `tiled`: each tile reads all keys of its head."""
-    size, block = dtype.itemsize, launch.received(d, dtype)["BLOCK_M"]
+    size, block = dtype.itemsize, launch.column_sums(d, dtype)["BLOCK_M"]
     T = ceil(M / block)
     read = {"q": B * H * M * d * size, "k": B * (H * T if tiled else G) * N * d * size}
     return Work(read, {"lse": B * H * T * block * FP32}, 2 * B * H * M * N * d)
@@ -113,12 +113,12 @@ def key_sums(
 ) -> Work:
     """What keys receive of the heads that read them. `tiled`: each tile reads all their queries."""
     lse = query_sums(B, H, G, M, N, d, dtype).written["lse"]
-    tiles = ceil(N / launch.received(d, dtype)["BLOCK_N"]) if tiled else 1
+    tiles = ceil(N / launch.column_sums(d, dtype)["BLOCK_N"]) if tiled else 1
     read = {"q": tiles * B * H * M * d * dtype.itemsize, "k": B * G * N * d * dtype.itemsize}
     return Work(read | {"lse": tiles * lse}, {"sums": B * G * N * FP32}, 2 * B * H * M * N * d)
 
 
-def received_mean(B: int, G: int, N: int) -> Work:
+def column_mean(B: int, G: int, N: int) -> Work:
     """The mean of what the heads of keys receive."""
     return Work({"sums": B * G * N * FP32}, {"out": B * N * FP32}, 0)
 

@@ -24,7 +24,7 @@ from benchmarks.kernel_analysis.compile import (
     compile_launch,
     recorded_launches,
 )
-from benchmarks.kernel_analysis.latency import MACHINES, Size, bound, size_of, waves
+from benchmarks.kernel_analysis.latency import MACHINES, LaunchSize, bound, size_of, waves
 from elip_kernels.testing.calls import BATCHES, CALLS, REAL_CASES
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -32,9 +32,9 @@ HEADS, WIDTH = 12, 768
 KEY = ("kernel", "N", "dtype", "arch")
 COLUMNS = (*KEY, "warps", "stages", "registers", "stack", "spills", "shared")
 COLUMNS += ("occupancy", "limit", "wide_share", "instructions")
-FILLED = (1, 8, 32, 64, 256)  # images in a batch, of which programs and waves are said
-COLUMNS += tuple(f"B={B}" for B in FILLED)
-TIMES = (*KEY, "waits", *(f"us, B={B}" for B in FILLED))
+BATCH_SIZES = (1, 8, 32, 64, 256)  # images in a batch, of which programs and waves are said
+COLUMNS += tuple(f"B={B}" for B in BATCH_SIZES)
+TIMES = (*KEY, "waits", *(f"us, B={B}" for B in BATCH_SIZES))
 
 
 class Job(NamedTuple):
@@ -55,21 +55,21 @@ def report(archs: Sequence[Arch], calls: Sequence[str]) -> list[dict[str, Any]]:
     for call, (N, K), dtype, arch, B in product(calls, REAL_CASES, DTYPES, archs, BATCHES):
         for index, launch in enumerate(recorded_call(call, B, N, K, dtype, arch)):
             jobs.setdefault((launch.name, N, dtype, arch), Job(call, B, N, K, dtype, arch, index))
-    with ThreadPoolExecutor(os.cpu_count()) as lanes:
-        facts = list(lanes.map(_compile_apart, jobs.values()))
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        facts = list(threads.map(_compile_in_subprocess, jobs.values()))
     rows = [dict(zip(KEY, key, strict=True)) | f for key, f in zip(jobs, facts, strict=True)]
     of_batches = sizes(calls) if MACHINES.keys() & set(archs) else {}
     for row in rows:
         if row["arch"] in MACHINES and row.get("occupancy"):
-            row |= filled(row, of_batches[row["kernel"], row["N"], row["dtype"]])
+            row |= batch_columns(row, of_batches[row["kernel"], row["N"], row["dtype"]])
     return rows
 
 
 def sizes(
-    calls: Sequence[str], batches: Sequence[int] = FILLED
-) -> dict[tuple[str, int, str], dict[int, Size]]:
+    calls: Sequence[str], batches: Sequence[int] = BATCH_SIZES
+) -> dict[tuple[str, int, str], dict[int, LaunchSize]]:
     """By kernel, tokens and dtype: what a launch for a batch of each size is."""
-    found: dict[tuple[str, int, str], dict[int, Size]] = {}
+    found: dict[tuple[str, int, str], dict[int, LaunchSize]] = {}
     for call, (N, K), dtype, B in product(calls, REAL_CASES, DTYPES, batches):
         for launch in recorded_call(call, B, N, K, dtype, 90):
             of_kernel = found.setdefault((launch.name, N, dtype), {})
@@ -77,7 +77,7 @@ def sizes(
     return found
 
 
-def filled(row: dict[str, Any], of_batches: dict[int, Size]) -> dict[str, Any]:
+def batch_columns(row: dict[str, Any], of_batches: dict[int, LaunchSize]) -> dict[str, Any]:
     """What a row says of each batch on its machine."""
     machine, at_once = MACHINES[row["arch"]], row["occupancy"] // row["warps"]
     facts: dict[str, Any] = {"waits": max(size.waits for size in of_batches.values())}
@@ -97,17 +97,17 @@ def recorded_call(
     return launches
 
 
-_lane = threading.local()
+_worker = threading.local()
 
 
-def _compile_apart(job: Job) -> dict[str, Any]:
+def _compile_in_subprocess(job: Job) -> dict[str, Any]:
     """`_compile` in this thread's own process: a compiler that crashes takes only that along."""
-    if getattr(_lane, "process", None) is None:
-        _lane.process = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+    if getattr(_worker, "process", None) is None:
+        _worker.process = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
     try:
-        return _lane.process.submit(_compile, job).result()
+        return _worker.process.submit(_compile, job).result()
     except BrokenProcessPool:
-        _lane.process = None
+        _worker.process = None
         return {"error": "the compiler crashed"}
 
 

@@ -38,7 +38,7 @@ class Access:
 
 
 @dataclass
-class Launch:
+class LaunchTraffic:
     """What one launch touched, by tensor."""
 
     kernel: str
@@ -77,15 +77,15 @@ class Memory:
 
 
 @contextmanager
-def traffic() -> Iterator[list[Launch]]:
-    """Inside, every launch appends a `Launch` to the list that is yielded.
+def traffic() -> Iterator[list[LaunchTraffic]]:
+    """Inside, every launch appends a `LaunchTraffic` to the list that is yielded.
 
     Raises:
         IndexError: naming kernel and tensor, where an active lane is outside every tensor.
     """
     from triton.runtime import interpreter
 
-    launches: list[Launch] = []
+    launches: list[LaunchTraffic] = []
     counter: _Counter
     execute = interpreter.GridExecutor.__call__
     move_on = interpreter.InterpreterBuilder.set_grid_idx
@@ -159,7 +159,7 @@ class _Counter:
     """Counts one launch."""
 
     def __init__(self, kernel: str, tensors: dict[str, torch.Tensor]):
-        self.launch = Launch(kernel)
+        self.launch = LaunchTraffic(kernel)
         self.spans = {name: _Span(tensor) for name, tensor in tensors.items()}
 
     def visit(self, kind: str, pointers: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -28,7 +28,7 @@ MEETS = ("create_dot", "create_histogram")
 
 
 @dataclass
-class Launch:
+class LaunchWaits:
     """A launch: its arguments by their names, and how often its slowest program waits."""
 
     kernel: str
@@ -36,7 +36,7 @@ class Launch:
     waits: int = 0
 
 
-class _There(NamedTuple):
+class _Availability(NamedTuple):
     """After how many waits a value is there, and which loads of which loop it is made of."""
 
     waits: int = 0
@@ -69,20 +69,20 @@ class _Program:
         self.used = max(self.used, waits)
         self.now = max(self.now, waits) if meets else self.now
 
-    def load(self, made_of: _There) -> _There:
+    def load(self, made_of: _Availability) -> _Availability:
         """What is loaded from an address, where a mask allows it, both made of `made_of`."""
         load, waits = self.body.loads, 1 + max(self.now, made_of.waits)
         self.body.loads += 1
         if self.body.all_ahead or load in self.body.ahead:
             waits = self.now
         self.last = max(self.last, waits)
-        return _There(waits, made_of.loads | {(self.body, load)})
+        return _Availability(waits, made_of.loads | {(self.body, load)})
 
-    def feed(self, made_of: _There) -> None:
+    def feed(self, made_of: _Availability) -> None:
         """A product takes it."""
         self.body.feeding |= {load for body, load in made_of.loads if body is self.body}
 
-    def loop(self, in_flight: int, is_told: bool, *bounds: Any) -> Iterator[int]:
+    def loop(self, in_flight: int, has_own_stages: bool, *bounds: Any) -> Iterator[int]:
         """`range` in a kernel, which may be told its stages; a loop of one trip that the compiler
         knows is none.
         """
@@ -91,7 +91,7 @@ class _Program:
             yield from trips
             return
         self.wait()
-        all_ahead = is_told and in_flight > 1
+        all_ahead = has_own_stages and in_flight > 1
         begin, first, around, self.body = self.now, 0, self.body, _Loop(all_ahead=all_ahead)
         self.now += all_ahead
         for index in trips:
@@ -106,8 +106,8 @@ class _Program:
 
 
 @contextmanager
-def counted_waits() -> Iterator[list[Launch]]:
-    """Inside, every launch appends a `Launch` to the list that is yielded."""
+def counted_waits() -> Iterator[list[LaunchWaits]]:
+    """Inside, every launch appends a `LaunchWaits` to the list that is yielded."""
     with ExitStack() as stack:
         counter = _Counter(stack)
         for where, name, value in counter.patches():
@@ -119,7 +119,7 @@ class _Counter:
     """Follows the programs of every launch by patches of the interpreter, as it was before."""
 
     def __init__(self, stack: ExitStack) -> None:
-        self.launches: list[Launch] = []
+        self.launches: list[LaunchWaits] = []
         self.program, self.in_flight, self.stack = _Program(), 1, stack
 
     def patches(self) -> list[tuple[Any, str, Callable[..., Any]]]:
@@ -141,7 +141,7 @@ class _Counter:
         def run(executor: Any, *args: Any, **kwargs: Any) -> None:
             self.in_flight = max(1, kwargs.get("num_stages", STAGES) - 1)
             arguments = dict(zip(executor.arg_names, args, strict=False)) | kwargs
-            self.launches.append(Launch(executor.fn.__name__, arguments))
+            self.launches.append(LaunchWaits(executor.fn.__name__, arguments))
             execute(executor, *args, **kwargs)
             self.end_program()
 
@@ -163,10 +163,10 @@ class _Counter:
         """What an operation makes is there when what it is made of is; a load, one wait later."""
 
         def run(builder: Any, *args: Any) -> Any:
-            there = _together(args)
+            there = _combined(args)
             self.program.use(there.waits, meets=name in MEETS)
             if name == "create_dot":
-                self.program.feed(_together(args[:2]))
+                self.program.feed(_combined(args[:2]))
             result = operation(builder, *args)
             if name == "create_masked_load" and args[1].data.any():
                 there = self.program.load(there)
@@ -181,7 +181,7 @@ class _Counter:
         def run(reduction: Any, inputs: Any) -> Any:
             if not isinstance(inputs, tuple):
                 return reduction.apply((inputs,))[0]
-            there = _together(each.handle for each in inputs)
+            there = _combined(each.handle for each in inputs)
             self.program.use(there.waits, meets=True)
             outputs = apply(reduction, inputs)
             for each in outputs:
@@ -194,9 +194,9 @@ class _Counter:
         """Triton's own patches, and those of branches and loops in the code of a kernel."""
 
         def loop(*bounds: Any, num_stages: int | None = None, **options: Any) -> Iterator[int]:
-            is_told = num_stages is not None
-            in_flight = max(1, int(num_stages) - 1) if is_told else self.in_flight
-            return self.program.loop(in_flight, is_told, *bounds)
+            has_own_stages = num_stages is not None
+            in_flight = max(1, int(num_stages) - 1) if has_own_stages else self.in_flight
+            return self.program.loop(in_flight, has_own_stages, *bounds)
 
         def run(fn: Any, *args: Any) -> Any:
             scope = patch_language(fn, *args)
@@ -204,7 +204,7 @@ class _Counter:
 
             def branch(tensor: Any) -> bool:
                 if not sys._getframe(1).f_globals["__name__"].startswith("triton."):
-                    self.program.use(_together([tensor.handle]).waits)
+                    self.program.use(_combined([tensor.handle]).waits)
                     self.program.wait()
                 return to_bool(tensor)
 
@@ -216,8 +216,8 @@ class _Counter:
         return run
 
 
-def _together(values: Iterable[Any]) -> _There:
+def _combined(values: Iterable[Any]) -> _Availability:
     """When what is made of all of these is there."""
-    there = [getattr(value, "there", _There()) for value in values]
+    there = [getattr(value, "there", _Availability()) for value in values]
     loads = frozenset[tuple[_Loop, int]]().union(*(each.loads for each in there))
-    return _There(max((each.waits for each in there), default=0), loads)
+    return _Availability(max((each.waits for each in there), default=0), loads)

@@ -14,9 +14,9 @@ from benchmarks.studies.results import (
     relative_time,
 )
 from elip_models.analysis.chart_style import GREY, METADATA, STYLE
-from elip_models.validation import extra
+from elip_models.validation import require_extra
 
-with extra("benchmarks.studies.chart"):
+with require_extra("benchmarks.studies.chart"):
     import matplotlib
 
     matplotlib.use("svg")

@@ -15,9 +15,9 @@ from elip_models.data import open_source
 from elip_models.reduction import flops
 from elip_models.training.run_config import RunConfig
 from elip_models.training.training_data import meta_model
-from elip_models.validation import extra
+from elip_models.validation import require_extra
 
-with extra("benchmarks.studies"):
+with require_extra("benchmarks.studies"):
     from rich.console import Console
     from rich.progress_bar import ProgressBar
     from rich.table import Table

@@ -35,9 +35,9 @@ from elip_models.validation import (
     NonNegative,
     PositiveShare,
     Seed,
+    as_config_error,
     did_you_mean,
-    errors_named,
-    type_error_of,
+    mismatch_error,
 )
 
 RUNS = Path("runs/studies")
@@ -109,7 +109,7 @@ class Study:
         values |= {"name": f"{self.group}/{run.arm}/{run.seed}", "output_dir": str(folder)}
         if arm.parent is not None:
             values |= self._model_of(Run(arm.parent, run.seed))
-        with errors_named(f"arms.{run.arm}"):
+        with as_config_error(f"arms.{run.arm}"):
             config = recipe_with(self.recipe, values)
             values |= _length_of(config, arm.length or 1.0)
             if arm.at_flops is not None:
@@ -210,7 +210,7 @@ def seeds_of(text: str | None) -> tuple[int, ...]:
     """The seeds that '0,1,2' writes; none of None."""
     words = text.split(",") if text else []
     if not all(
-        word.strip().isdecimal() and type_error_of(int(word), Seed) is None for word in words
+        word.strip().isdecimal() and mismatch_error(int(word), Seed) is None for word in words
     ):
         raise ConfigError(f"--seeds: expected numbers such as 0,1,2, got {text!r:.200}")
     return tuple(int(word) for word in words)
@@ -320,6 +320,6 @@ def _at_flops(config: RunConfig, share: float, *, trains: bool) -> dict[str, Any
     """Keys of a run whose strategy takes `share` of the dense tower's FLOPs, of a training step or
     of a forward."""
     model = meta_model(config)
-    with errors_named("at_flops"):
+    with as_config_error("at_flops"):
         found = reduction_fields(model.reduction.at_flops(model.tower, share, training=trains))
     return {f"model.overrides.{key}": value for key, value in found.items()}

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 from benchmarks.studies.plan import RUNS, Run, Study
 from benchmarks.studies.runner import result_of
 from elip_models.models.io.files import write_file
-from elip_models.validation import ConfigError, extra
+from elip_models.validation import ConfigError, require_extra
 
-with extra("benchmarks.studies"):
+with require_extra("benchmarks.studies"):
     from filelock import FileLock
     from scipy.stats import f, t
 

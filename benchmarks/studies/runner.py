@@ -37,9 +37,9 @@ from elip_models.training.run_config import RunConfig
 from elip_models.training.run_folder import RunFolder
 from elip_models.training.trainer import train
 from elip_models.training.training_data import meta_model, tokenizer_captions
-from elip_models.validation import ConfigError, errors_named, extra
+from elip_models.validation import ConfigError, as_config_error, require_extra
 
-with extra("benchmarks.studies"):
+with require_extra("benchmarks.studies"):
     from filelock import FileLock, Timeout
     from rich.console import Console
 
@@ -171,10 +171,10 @@ def _make_tokenizer(study: Study, config: RunConfig) -> None:
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
             model = meta_model(config).config
-            with errors_named("data.train"):
+            with as_config_error("data.train"):
                 source = open_source(config.data.train, image_size=model.image_size)
             captions = tokenizer_captions(source, model)
-            with errors_named("data.vocab_size"):
+            with as_config_error("data.vocab_size"):
                 tokenizer = train_tokenizer(captions, config.data.vocab_size)
             RunFolder(path.parent).save_tokenizer(tokenizer.save_pretrained)
 
@@ -188,7 +188,7 @@ def _open(study: Study, run: Run, config: RunConfig) -> Finished:
         fields_of_arm = {
             each.name: getattr(reduction, each.name) for each in fields(ReductionConfig)
         }
-    with errors_named(f"arms.{run.arm}"):
+    with as_config_error(f"arms.{run.arm}"):
         model = load_model(folder.model, **fields_of_arm).to(_device()).eval()
     source = open_source(config.data.eval, image_size=model.config.image_size)
     return Finished(config, model, load_tokenizer(str(folder.model)), source)

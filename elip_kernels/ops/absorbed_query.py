@@ -22,7 +22,7 @@ from torch import Tensor
 
 from elip_kernels import launch
 from elip_kernels._triton import tl, triton
-from elip_kernels.ops.fuse_text import LEAST_NORM, fuse, fused, shares
+from elip_kernels.ops.fuse_text import LEAST_NORM, fuse, fusion_scales, load_fused
 
 R = TypeVar("R", bound=Callable[..., Any])
 
@@ -44,7 +44,7 @@ class QueryArguments(NamedTuple):
     scale: float
 
 
-def takes_query(**others: Any) -> Callable[[R], R]:
+def with_query_signature(**others: Any) -> Callable[[R], R]:
     """Name the arguments of `reference(tokens, *query, *others)` one by one, as a schema wants it:
     the fields of QueryArguments, and then `others`, types by name.
     """
@@ -85,7 +85,7 @@ def query_flops(cls_shape: tuple[int, ...], q_weight_shape: tuple[int, ...]) -> 
 
 @triton.jit
 def _variance(
-    cls_ptr, text_ptr, row_c, row_t, mask_b, D, of_cls, of_text, mean,
+    cls_ptr, text_ptr, row_c, row_t, mask_b, D, cls_scale, text_scale, mean,
     BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, HAS_TEXT: tl.constexpr,
 ):  # fmt: skip
     """Of c [BLOCK_B]; what is read twice is in the cache."""
@@ -93,14 +93,16 @@ def _variance(
     for d in tl.range(0, D, BLOCK_R, num_stages=3):
         offs = (d + tl.arange(0, BLOCK_R))[None, :]
         mask = mask_b[:, None] & (offs < D)
-        c = fused(cls_ptr, text_ptr, row_c + offs, row_t + offs, mask, of_cls, of_text, HAS_TEXT)
+        c = load_fused(
+            cls_ptr, text_ptr, row_c + offs, row_t + offs, mask, cls_scale, text_scale, HAS_TEXT
+        )
         c = tl.where(mask, c - mean[:, None], 0.0)
         squares += tl.sum(c * c, 1)
     return squares / D
 
 
 @triton.jit
-def vector(ptr, offs, mask, OTHER: tl.constexpr):
+def load_vector(ptr, offs, mask, OTHER: tl.constexpr):
     """A slice of a vector of parameters, fp32; OTHER where there is none."""
     if ptr is None:
         values = tl.full([offs.shape[0]], OTHER, tl.float32)
@@ -110,14 +112,14 @@ def vector(ptr, offs, mask, OTHER: tl.constexpr):
 
 
 @triton.jit
-def matrix(rows_ptr, d, mask_w, D, BLOCK_D: tl.constexpr):
+def load_matrix(rows_ptr, d, mask_w, D, BLOCK_D: tl.constexpr):
     """Features d, .. of a head's rows [BLOCK_W, BLOCK_D], zero beyond D."""
     offs = d + tl.arange(0, BLOCK_D)
     return tl.load(rows_ptr + offs[None, :], mask=mask_w[:, None] & (offs < D)[None, :], other=0.0)
 
 
 @triton.jit
-def product(x, w, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+def add_product(x, w, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     """Acc + x @ w of fp32 x. SPLIT: where w has two bytes, of three terms of its type that together
     are x; fp16 loses what is below 6e-8, and has the range of the model's own activations.
     """
@@ -150,12 +152,12 @@ def _query_kernel(
     channel = pid_h * W + offs_w
     q_rows = q_weight_ptr + channel[:, None] * stride_q
     k_rows = k_weight_ptr + channel[:, None] * stride_k
-    of_cls, of_text, mean = shares(
+    cls_scale, text_scale, mean = fusion_scales(
         cls_ptr, text_ptr, row_c, row_t, mask_b, D, fusion,
         BLOCK_B, BLOCK_R, HAS_TEXT, MATCH, LEAST_NORM,
     )  # fmt: skip
     variance = _variance(
-        cls_ptr, text_ptr, row_c, row_t, mask_b, D, of_cls, of_text, mean,
+        cls_ptr, text_ptr, row_c, row_t, mask_b, D, cls_scale, text_scale, mean,
         BLOCK_B, BLOCK_R, HAS_TEXT,
     )  # fmt: skip
     rstd = 1.0 / tl.sqrt(variance + eps)
@@ -168,28 +170,30 @@ def _query_kernel(
         offs_d = d + tl.arange(0, BLOCK_D)
         offs = offs_d[None, :]
         mask = mask_b[:, None] & (offs < D)
-        c = fused(cls_ptr, text_ptr, row_c + offs, row_t + offs, mask, of_cls, of_text, HAS_TEXT)
+        c = load_fused(
+            cls_ptr, text_ptr, row_c + offs, row_t + offs, mask, cls_scale, text_scale, HAS_TEXT
+        )
         z = tl.where(mask, (c - mean[:, None]) * rstd[:, None], 0.0)
         if normed_ptr is not None:
             tl.store(normed_ptr + row_z + offs, z, mask=mask & mask_z[:, None])
-        gamma = vector(norm_weight_ptr, offs_d, offs_d < D, 1.0)[None, :]
-        k_slice = matrix(k_rows, d, mask_w, D, BLOCK_D)
-        key = product(z * gamma, tl.trans(k_slice), key, SPLIT, PRECISION)
+        gamma = load_vector(norm_weight_ptr, offs_d, offs_d < D, 1.0)[None, :]
+        k_slice = load_matrix(k_rows, d, mask_w, D, BLOCK_D)
+        key = add_product(z * gamma, tl.trans(k_slice), key, SPLIT, PRECISION)
         sum_key += tl.sum(k_slice.to(tl.float32) * gamma, 1)
         sum_z += tl.sum(z, 1)
-        z = z * gamma + vector(norm_bias_ptr, offs_d, offs_d < D, 0.0)[None, :]
-        q_slice = matrix(q_rows, d, mask_w, D, BLOCK_D)
-        q = product(z, tl.trans(q_slice), q, SPLIT, PRECISION)
-    q += vector(q_bias_ptr, channel, mask_w, 0.0)[None, :]
+        z = z * gamma + load_vector(norm_bias_ptr, offs_d, offs_d < D, 0.0)[None, :]
+        q_slice = load_matrix(q_rows, d, mask_w, D, BLOCK_D)
+        q = add_product(z, tl.trans(q_slice), q, SPLIT, PRECISION)
+    q += load_vector(q_bias_ptr, channel, mask_w, 0.0)[None, :]
     mean_u = scale * tl.sum(q * (sum_key / D)[None, :], 1)  # [BLOCK_B]
     score = scale * tl.sum(q * key, 1) - mean_u * sum_z
     tl.store(cls_score_ptr + offs_b.to(tl.int64) * H + pid_h, score, mask=mask_b)
     for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
         offs_d = d + tl.arange(0, BLOCK_D)
-        k_slice = matrix(k_rows, d, mask_w, D, BLOCK_D)
-        gamma = vector(norm_weight_ptr, offs_d, offs_d < D, 1.0)[None, :]
+        k_slice = load_matrix(k_rows, d, mask_w, D, BLOCK_D)
+        gamma = load_vector(norm_weight_ptr, offs_d, offs_d < D, 1.0)[None, :]
         u = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
-        u = product(q, k_slice, u, SPLIT, PRECISION) * (scale * gamma) - mean_u[:, None]
+        u = add_product(q, k_slice, u, SPLIT, PRECISION) * (scale * gamma) - mean_u[:, None]
         at = query_ptr + (image * H + pid_h) * D + offs_d[None, :]
         tl.store(at, u, mask=mask_b[:, None] & (offs_d < D)[None, :])
 

@@ -61,10 +61,10 @@ def attention_column_mean(
     check_keys(k, q)
     check_mask(mask, (B, k.shape[2]), "q", q)
     check_mask(query_mask, (B, M), "q", q, argument="query_mask", names="(B, M)")
-    return _received_op(q.detach(), k.detach(), mask, query_mask, check_scale(scale, d))
+    return _column_mean_op(q.detach(), k.detach(), mask, query_mask, check_scale(scale, d))
 
 
-def received_reference(
+def column_mean_reference(
     q: Tensor, k: Tensor, mask: Tensor | None, query_mask: Tensor | None, scale: float
 ) -> Tensor:
     """The specification of `attention_column_mean`; no tensor is larger than (B, H, QUERIES, N)."""
@@ -201,7 +201,7 @@ def _mean_kernel(
     tl.store(out_ptr + pid_b * N + offs_n, received / (H * counted), mask=offs_n < N)
 
 
-def _attention_received(
+def _attention_column_mean(
     q: Tensor, k: Tensor, mask: Tensor | None, query_mask: Tensor | None, scale: float
 ) -> Tensor:
     """Allocate, read launch.py, launch: each query's log-sum-exp, each key's sums, the mean."""
@@ -212,16 +212,16 @@ def _attention_received(
     if out.numel() == 0:
         return out
     of_scores = (*q.stride()[:3], *k.stride()[:3], scale, M, N, d)
-    settings = launch.received(d, q.dtype) | launch.CODE
+    settings = launch.column_sums(d, q.dtype) | launch.CODE
     settings |= {"GROUP": H // G, "HAS_MASK": mask is not None}
     counted = {"HAS_QUERY_MASK": query_mask is not None}
     block_m, block_n = settings["BLOCK_M"], settings["BLOCK_N"]
     T = triton.cdiv(M, block_m)
     lse, sums = out.new_empty(B, H, T * block_m), out.new_empty(B, G, N)
-    with launch.on_device(k):
+    with launch.device_guard(k):
         _lse_kernel[(B, H, T)](q, k, mask, query_mask, lse, *of_scores, **settings, **counted)
         _sums_kernel[(B, G, triton.cdiv(N, block_n))](q, k, mask, lse, sums, *of_scores, **settings)
-        settings = launch.received_mean(M, N) | launch.CODE
+        settings = launch.column_mean(M, N) | launch.CODE
         _mean_kernel[(B, triton.cdiv(N, settings["BLOCK_N"]))](
             *(sums, query_mask, out, M, N, H, G), **settings, **counted
         )
@@ -234,12 +234,13 @@ def _flops(q_shape, k_shape, *args, **kwargs) -> int:
     return 4 * B * H * M * N * d
 
 
-_received_op = Operator(
+_column_mean_op = Operator(
     "attention_column_mean",
-    received_reference,
-    launcher=_attention_received,
-    refuses=lambda q, k, *_: (
-        launch.refuses(q, k, candidates=max(q.shape[2], k.shape[2])) or launch.refuses_head(q)
+    column_mean_reference,
+    launcher=_attention_column_mean,
+    unsupported=lambda q, k, *_: (
+        launch.unsupported(q, k, candidates=max(q.shape[2], k.shape[2]))
+        or launch.unsupported_head(q)
     ),
     fake=lambda q, k, *_: k.new_empty(k.shape[0], k.shape[2], dtype=accumulator(k)),
     flops=_flops,

@@ -288,7 +288,7 @@ _match_op = Operator(
     "bipartite_match",
     match_reference,
     launcher=match,
-    refuses=lambda metric, *_: launch.refuses(metric, candidates=metric.shape[1] - 1),
+    unsupported=lambda metric, *_: launch.unsupported(metric, candidates=metric.shape[1] - 1),
     fake=lambda metric, *_: metric.new_empty(metric.shape[:2], dtype=torch.int32),
     flops=_match_flops,
 )
@@ -298,7 +298,9 @@ merge_op = Operator(
     "bipartite_merge",
     merge_reference,
     launcher=merge_fwd,
-    refuses=lambda tokens, size, slots, _: launch.refuses(tokens, candidates=slots.shape[1] - 1),
+    unsupported=lambda tokens, size, slots, _: launch.unsupported(
+        tokens, candidates=slots.shape[1] - 1
+    ),
     fake=_merge_fake,
     flops=_merge_flops,
     backward=_backward,
@@ -308,7 +310,7 @@ _merge_backward_op = Operator(
     "bipartite_merge_backward",
     merge_backward_reference,
     launcher=merge_bwd,
-    refuses=lambda grad_out, *_: launch.refuses(grad_out),
+    unsupported=lambda grad_out, *_: launch.unsupported(grad_out),
     fake=lambda grad_out, size, out_size, slots: grad_out.new_empty(
         *slots.shape, grad_out.shape[2]
     ),

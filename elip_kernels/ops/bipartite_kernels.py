@@ -166,7 +166,7 @@ def match(metric: Tensor, penalty: Tensor | None, r: int, num_prefix_tokens: int
     block_a, block_b, block_c, num_warps = launch.bipartite_match(C, metric.element_size())
     if B == 0:
         return slots
-    with launch.on_device(metric):
+    with launch.device_guard(metric):
         _match_kernel[(B, triton.cdiv(num_a, block_a))](
             *(metric, penalty, best, partner, metric.stride(0), metric.stride(1), N, C),
             SMALLEST_SQUARE=SMALLEST_SQUARE,

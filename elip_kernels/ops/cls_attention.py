@@ -40,7 +40,7 @@ from elip_kernels.ops.absorbed_query import (
     absorbed_query,
     launch_query,
     query_flops,
-    takes_query,
+    with_query_signature,
 )
 from elip_kernels.ops.gather_ops import accumulator
 
@@ -149,7 +149,7 @@ def absorbed_reference(tokens: Tensor, *query: Any) -> tuple[Tensor, Tensor]:
     return normed, torch.bmm(u, normed.mT).softmax(-1)
 
 
-@takes_query()
+@with_query_signature()
 def from_tokens_reference(tokens: Tensor, *query: Any) -> Tensor:
     """The specification of `cls_attention_from_tokens` -> (B, N)."""
     return absorbed_reference(tokens, *query)[1].mean(1)
@@ -210,7 +210,7 @@ def _from_tokens(tokens: Tensor, *query: Any) -> Tensor:
     out = tokens.new_empty(B, N, dtype=torch.float32)
     if B == 0:
         return out
-    with launch.on_device(tokens):
+    with launch.device_guard(tokens):
         u, cls_score, _ = launch_query(arguments)
         launch_row(*score_tiles(tokens, u, arguments.eps), cls_score, out)
     return out
@@ -227,7 +227,7 @@ def _cls_attention(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> T
     T = max(1, triton.cdiv(N - 1, launch.KEYS))
     scores, cls_score = out.new_empty(B, H, N - 1), out.new_empty(B, H)
     tops, totals = out.new_empty(2, B, H, T)
-    with launch.on_device(k):
+    with launch.device_guard(k):
         _keys_kernel[(B, G, T)](
             *(q, k, mask, scores, tops, totals, cls_score, *q.stride()[:2], *k.stride()[:3]),
             *(0 if mask is None else mask.stride(0), scale, N, d),
@@ -255,7 +255,7 @@ def absorbed_flops(tokens_shape: tuple[int, ...], *shapes: Any) -> int:
     return query_flops((B, D), query.q_weight) + 2 * B * query.num_heads * N * D
 
 
-def absorbed_refuses(tokens: Tensor, *query: Any, most: int | None = None) -> str | None:
+def absorbed_unsupported(tokens: Tensor, *query: Any, most: int | None = None) -> str | None:
     """Why the kernels do not take the arguments of an absorbed op, or None."""
     arguments = QueryArguments(*query[: len(QueryArguments._fields)])
     candidates = tokens.shape[1] - 1
@@ -264,14 +264,14 @@ def absorbed_refuses(tokens: Tensor, *query: Any, most: int | None = None) -> st
     if arguments.num_heads > launch.MAX_HEADS:
         return f"its kernels take at most {launch.MAX_HEADS} heads"
     tensors = (t for t in query if isinstance(t, Tensor))
-    return launch.refuses(tokens, *tensors, candidates=candidates, most=most)
+    return launch.unsupported(tokens, *tensors, candidates=candidates, most=most)
 
 
 _cls_attention_op = Operator(
     "cls_attention",
     cls_attention_reference,
     launcher=_cls_attention,
-    refuses=lambda q, k, *_: launch.refuses(q, k, candidates=k.shape[2] - 1),
+    unsupported=lambda q, k, *_: launch.unsupported(q, k, candidates=k.shape[2] - 1),
     fake=lambda q, k, mask, scale: k.new_empty(k.shape[0], k.shape[2], dtype=accumulator(k)),
     flops=_flops,
 )
@@ -279,7 +279,7 @@ _from_tokens_op = Operator(
     "cls_attention_from_tokens",
     from_tokens_reference,
     launcher=_from_tokens,
-    refuses=absorbed_refuses,
+    unsupported=absorbed_unsupported,
     fake=lambda tokens, *query: tokens.new_empty(tokens.shape[:2], dtype=accumulator(tokens)),
     flops=lambda tokens_shape, *shapes, **kwargs: absorbed_flops(tokens_shape, *shapes),
 )

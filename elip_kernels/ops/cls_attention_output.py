@@ -36,13 +36,13 @@ from elip_kernels._triton import tl, triton
 from elip_kernels.ops.absorbed import STATS, patch_scores, query_arguments, split
 from elip_kernels.ops.absorbed_query import (
     QueryArguments,
+    add_product,
     launch_query,
-    matrix,
-    product,
-    takes_query,
-    vector,
+    load_matrix,
+    load_vector,
+    with_query_signature,
 )
-from elip_kernels.ops.cls_attention import absorbed_flops, absorbed_reference, absorbed_refuses
+from elip_kernels.ops.cls_attention import absorbed_flops, absorbed_reference, absorbed_unsupported
 from elip_kernels.ops.select_device import part_and_slice
 
 
@@ -77,7 +77,7 @@ def cls_attention_output(
     biases = {"q_bias": q_bias, "v_bias": v_bias}
     query = query_arguments(tokens, cls, eps, num_heads, scale, norm, matrices, biases)
     bias = v_bias if v_bias is None else v_bias.detach()
-    return _attend_op(tokens.detach(), *query, v_weight.detach(), bias)
+    return _cls_attention_output_op(tokens.detach(), *query, v_weight.detach(), bias)
 
 
 def means_reference(tokens: Tensor, query: QueryArguments) -> Tensor:
@@ -86,8 +86,8 @@ def means_reference(tokens: Tensor, query: QueryArguments) -> Tensor:
     return torch.bmm(rows, normed)
 
 
-@takes_query(v_weight=Tensor, v_bias=Tensor | None)
-def attend_reference(tokens: Tensor, *arguments: Any) -> Tensor:
+@with_query_signature(v_weight=Tensor, v_bias=Tensor | None)
+def cls_attention_output_reference(tokens: Tensor, *arguments: Any) -> Tensor:
     """The specification of o (B, H*d)."""
     *query, v_weight, v_bias = arguments
     query = QueryArguments(*query)
@@ -164,7 +164,7 @@ def _all_tiles(
 
 
 @triton.jit
-def _both(weight, rest, x, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
+def _dot_split(weight, rest, x, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
     """(weight + rest) @ x, in fp32."""
     if WIDEN:
         weight, rest, x = weight.to(tl.float32), rest.to(tl.float32), x.to(tl.float32)
@@ -225,7 +225,7 @@ def _weigh_kernel(
         mask_top = offs_h < tl.where(t + 1 < last, H, 0)
         next_top = tl.load(tops_ptr + (t + 1) * H + offs_h, mask=mask_top, other=0.0)
         if HAS_REST:
-            part = _both(weight, rest, x, WIDEN, PRECISION)
+            part = _dot_split(weight, rest, x, WIDEN, PRECISION)
         else:
             part = tl.dot(weight, x - mean[:, None], input_precision=PRECISION)
         acc += part * tl.exp(tile_top - top)[:, None]
@@ -257,12 +257,12 @@ def _value_kernel(
         row = ((image * P + part) * H + pid_h) * D
         mask = mask_b[:, None] & (offs_d < D)[None, :]
         mean = tl.load(means_ptr + row + offs_d[None, :], mask=mask, other=0.0)
-        mean *= vector(norm_weight_ptr, offs_d, offs_d < D, 1.0)[None, :]
+        mean *= load_vector(norm_weight_ptr, offs_d, offs_d < D, 1.0)[None, :]
         once = offs_d < tl.where(part == 0, D, 0)
-        mean += vector(norm_bias_ptr, offs_d, once, 0.0)[None, :]
-        value = matrix(v_rows, d, mask_w, D, BLOCK_D)
-        out = product(mean, tl.trans(value), out, SPLIT, PRECISION)
-    out += vector(v_bias_ptr, channel, mask_w, 0.0)[None, :]
+        mean += load_vector(norm_bias_ptr, offs_d, once, 0.0)[None, :]
+        value = load_matrix(v_rows, d, mask_w, D, BLOCK_D)
+        out = add_product(mean, tl.trans(value), out, SPLIT, PRECISION)
+    out += load_vector(v_bias_ptr, channel, mask_w, 0.0)[None, :]
     tl.store(out_ptr + image * (H * W) + channel[None, :], out, mask_b[:, None] & mask_w[None, :])
 
 
@@ -320,13 +320,13 @@ def _values(
     )
 
 
-def _attend(tokens: Tensor, *arguments: Any) -> Tensor:
+def _cls_attention_output(tokens: Tensor, *arguments: Any) -> Tensor:
     """Allocate, launch: m, and o of it."""
     *query, v_weight, v_bias = arguments
     query = QueryArguments(*query)
     out = tokens.new_empty(tokens.shape[0], v_weight.shape[0])
     if len(out):
-        with launch.on_device(tokens):
+        with launch.device_guard(tokens):
             _values(weighted_means(tokens, query), query, v_weight, v_bias, out)
     return out
 
@@ -339,11 +339,11 @@ def _flops(tokens_shape, *shapes, **kwargs) -> int:
     return absorbed_flops(tokens_shape, *query) + 2 * sums + 2 * B * D * v_weight[0]
 
 
-_attend_op = Operator(
+_cls_attention_output_op = Operator(
     "cls_attention_output",
-    attend_reference,
-    launcher=_attend,
-    refuses=lambda tokens, *query: absorbed_refuses(tokens, *query, most=tokens.shape[1]),
+    cls_attention_output_reference,
+    launcher=_cls_attention_output,
+    unsupported=lambda tokens, *query: absorbed_unsupported(tokens, *query, most=tokens.shape[1]),
     fake=lambda tokens, *arguments: tokens.new_empty(tokens.shape[0], arguments[-2].shape[0]),
     flops=_flops,
 )

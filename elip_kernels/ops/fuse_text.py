@@ -85,25 +85,27 @@ def fuse_text_reference(tokens: Tensor, text: Tensor, fusion: float, match: bool
 
 
 @triton.jit
-def fused(cls_ptr, text_ptr, offs_c, offs_t, mask, of_cls, of_text, HAS_TEXT: tl.constexpr):
+def load_fused(
+    cls_ptr, text_ptr, offs_c, offs_t, mask, cls_scale, text_scale, HAS_TEXT: tl.constexpr
+):
     """A slice of c, fp32 [BLOCK_B, features]."""
     cls = tl.load(cls_ptr + offs_c, mask=mask, other=0.0).to(tl.float32)
     if HAS_TEXT:
         text = tl.load(text_ptr + offs_t, mask=mask, other=0.0).to(tl.float32)
-        cls = cls * of_cls[:, None] + text * of_text[:, None]
+        cls = cls * cls_scale[:, None] + text * text_scale[:, None]
     return cls
 
 
 @triton.jit
-def shares(
+def fusion_scales(
     cls_ptr, text_ptr, row_c, row_t, mask_b, D, fusion, BLOCK_B: tl.constexpr,
     BLOCK_R: tl.constexpr, HAS_TEXT: tl.constexpr, MATCH: tl.constexpr, LEAST_NORM: tl.constexpr,
 ):  # fmt: skip
     """What c takes of CLS and of the text, all of CLS where the text is zeros; its mean: all
     [BLOCK_B].
     """
-    of_cls = tl.full([BLOCK_B], 1.0, tl.float32)
-    of_text = tl.zeros([BLOCK_B], tl.float32)
+    cls_scale = tl.full([BLOCK_B], 1.0, tl.float32)
+    text_scale = tl.zeros([BLOCK_B], tl.float32)
     sum_cls = tl.zeros([BLOCK_B], tl.float32)
     sum_text = tl.zeros([BLOCK_B], tl.float32)
     is_text = tl.zeros([BLOCK_B], tl.int32)
@@ -122,11 +124,11 @@ def shares(
                 norm_cls += tl.sum(cls * cls, 1)
                 norm_text += tl.sum(text * text, 1)
     if HAS_TEXT:
-        of_cls = tl.where(is_text == 1, fusion, 1.0)
-        of_text = tl.where(is_text == 1, 1.0 - fusion, 0.0)
+        cls_scale = tl.where(is_text == 1, fusion, 1.0)
+        text_scale = tl.where(is_text == 1, 1.0 - fusion, 0.0)
         if MATCH:
-            of_text *= tl.sqrt(norm_cls) / tl.maximum(tl.sqrt(norm_text), LEAST_NORM)
-    return of_cls, of_text, (of_cls * sum_cls + of_text * sum_text) / D
+            text_scale *= tl.sqrt(norm_cls) / tl.maximum(tl.sqrt(norm_text), LEAST_NORM)
+    return cls_scale, text_scale, (cls_scale * sum_cls + text_scale * sum_text) / D
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -144,13 +146,13 @@ def _fuse_kernel(
     if pid_t == 0:
         first = tl.zeros([1, 1], tl.int32)
         mask_b = tl.full([1], 1, tl.int1)
-        of_cls, of_text, _ = shares(
+        cls_scale, text_scale, _ = fusion_scales(
             tokens_ptr, text_ptr, first, first, mask_b, D, fusion,
             1, BLOCK_R, True, MATCH, LEAST_NORM,
         )  # fmt: skip
         for d in range(0, D, BLOCK_R):
             offs = (d + tl.arange(0, BLOCK_R))[None, :]
-            c = fused(tokens_ptr, text_ptr, offs, offs, offs < D, of_cls, of_text, True)
+            c = load_fused(tokens_ptr, text_ptr, offs, offs, offs < D, cls_scale, text_scale, True)
             tl.store(out_ptr + offs, c.to(out_ptr.dtype.element_ty), mask=offs < D)
     offs_n = 1 + pid_t * BLOCK_N + tl.arange(0, BLOCK_N)
     for d in range(0, D, BLOCK_D):
@@ -169,7 +171,7 @@ def _fuse_text(tokens: Tensor, text: Tensor, fusion: float, match: bool) -> Tens
     if B == 0:
         return out
     block_n, block_d, num_warps = launch.copy(tokens.element_size())
-    with launch.on_device(tokens):
+    with launch.device_guard(tokens):
         _fuse_kernel[(B, max(1, triton.cdiv(N - 1, block_n)))](
             *(tokens, text, out, *tokens.stride()[:2]),
             *(0 if text.shape[0] == 1 else text.stride(0), N, D, fusion),
@@ -188,7 +190,9 @@ _fuse_text_op = Operator(
     "fuse_text",
     fuse_text_reference,
     launcher=_fuse_text,
-    refuses=lambda tokens, text, *_: launch.refuses(tokens, text, candidates=tokens.shape[1] - 1),
+    unsupported=lambda tokens, text, *_: launch.unsupported(
+        tokens, text, candidates=tokens.shape[1] - 1
+    ),
     fake=lambda tokens, *_: tokens.new_empty(tokens.shape),
     flops=lambda *_, **__: 0,
 )

@@ -108,14 +108,14 @@ def _merge_fwd_kernel(
     full_before = tl.cumsum(full, 0) - full
     for i in range(tl.sum(full, 0)):
         i_of_row = i - full_before
-        is_it = (i_of_row >= 0) & (i_of_row < full)
-        first = tl.sum(tl.where(is_it, start + i_of_row * BLOCK_R, 0), 0)
-        its_divisor = tl.sum(tl.where(is_it, divisor, 0.0), 0)
+        is_current = (i_of_row >= 0) & (i_of_row < full)
+        first = tl.sum(tl.where(is_current, start + i_of_row * BLOCK_R, 0), 0)
+        current_divisor = tl.sum(tl.where(is_current, divisor, 0.0), 0)
         token = tl.load(order_ptr + first + lanes)
         share = _load_shares(
-            tokens_ptr, size_ptr, stride_tn, token, its_divisor, offs_d, mask_d, HAS_SIZE
+            tokens_ptr, size_ptr, stride_tn, token, current_divisor, offs_d, mask_d, HAS_SIZE
         )
-        merged += tl.where(is_it[:, None], tl.sum(share, 0)[None, :], 0.0)
+        merged += tl.where(is_current[:, None], tl.sum(share, 0)[None, :], 0.0)
 
     place = start + full * BLOCK_R
     token = tl.load(order_ptr + place, mask=place < end, other=-1)
@@ -177,7 +177,7 @@ def merge_fwd(
     block_n, block_m, num_warps = launch.merge_order(N)
     block_r, block_d, merge_warps = launch.merge_gather(tokens.element_size())
     options = {"HAS_SIZE": size is not None, **launch.CODE}
-    with launch.on_device(tokens):
+    with launch.device_guard(tokens):
         _order_kernel[(B, triton.cdiv(max(N, num_rows), block_n))](
             *(size, slots, order, starts, out_size, N, num_rows),
             BLOCK_N=block_n,
@@ -206,7 +206,7 @@ def merge_bwd(grad_out: Tensor, size: Tensor | None, out_size: Tensor, slots: Te
     block_n, block_d, num_warps = launch.reduce_backward(grad_out.element_size())
     if grad.numel() == 0:
         return grad
-    with launch.on_device(grad_out):
+    with launch.device_guard(grad_out):
         _merge_bwd_kernel[(B, triton.cdiv(N, block_n), triton.cdiv(D, block_d))](
             *(grad_out, size, out_size, slots, grad, N, R, D),
             HAS_SIZE=size is not None,

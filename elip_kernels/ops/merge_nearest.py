@@ -189,7 +189,7 @@ def _match(metric: Tensor, kept: Tensor, num_prefix_tokens: int) -> Tensor:
     block_n, block_k, block_c, num_warps = launch.bipartite_match(C, metric.element_size())
     if B == 0:
         return slots
-    with launch.on_device(metric):
+    with launch.device_guard(metric):
         _nearest_kernel[(B, triton.cdiv(N, block_n))](
             *(metric, kept, slots, metric.stride(0), metric.stride(1), N, K, C),
             P=num_prefix_tokens,
@@ -214,7 +214,7 @@ _match_op = Operator(
     "nearest_match",
     match_reference,
     launcher=_match,
-    refuses=lambda metric, *_: launch.refuses(metric, candidates=metric.shape[1] - 1),
+    unsupported=lambda metric, *_: launch.unsupported(metric, candidates=metric.shape[1] - 1),
     fake=lambda metric, *_: metric.new_empty(metric.shape[:2], dtype=torch.int32),
     flops=_match_flops,
 )

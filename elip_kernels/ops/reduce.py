@@ -281,14 +281,14 @@ def _reduce_fwd(
     if scores.shape[1] > launch.MAX_MOVED:
         real = None if mask is None else mask[:, num_prefix_tokens:]
         flags = {"merge": merge, "normalize": normalize, "epsilon": EPSILON}
-        with launch.on_device(tokens):
+        with launch.device_guard(tokens):
             launch_select(
                 *(scores, real, kept, weights, slots), num_prefix_tokens=num_prefix_tokens, **flags
             )
             launch_move(tokens, out, weights, slots, merge=merge)
         return out, kept, weights, slots
     block_n, block_d, num_warps = launch.reduce_forward(scores.shape[1], tokens.element_size())
-    with launch.on_device(tokens):
+    with launch.device_guard(tokens):
         _reduce_fwd_kernel[(B * triton.cdiv(D, block_d),)](
             *(tokens, scores, mask, out, kept, weights, slots),
             *(tokens.stride(0), tokens.stride(1), scores.stride(0)),
@@ -314,7 +314,7 @@ def _reduce_bwd(grad_out: Tensor, slots: Tensor, weights: Tensor, merge: bool) -
     block_n, block_d, num_warps = launch.reduce_backward(grad_out.element_size())
     if grad.numel() == 0:
         return grad
-    with launch.on_device(grad_out):
+    with launch.device_guard(grad_out):
         _reduce_bwd_kernel[(B * triton.cdiv(N, block_n) * triton.cdiv(D, block_d),)](
             *(grad_out, slots, weights, grad, N, R, D),
             MERGE=merge,
@@ -374,7 +374,7 @@ reduce_op = Operator(
     "reduce",
     reduce_reference,
     launcher=_reduce_fwd,
-    refuses=lambda tokens, scores, mask, keep, num_prefix_tokens, *_: launch.refuses(
+    unsupported=lambda tokens, scores, mask, keep, num_prefix_tokens, *_: launch.unsupported(
         *(tokens, scores),
         candidates=scores.shape[1],
         num_prefix_tokens=num_prefix_tokens,
@@ -388,7 +388,7 @@ reduce_backward_op = Operator(
     "reduce_backward",
     reduce_backward_reference,
     launcher=_reduce_bwd,
-    refuses=lambda grad_out, slots, weights, merge: launch.refuses(grad_out, weights),
+    unsupported=lambda grad_out, slots, weights, merge: launch.unsupported(grad_out, weights),
     fake=_backward_fake,
     flops=_backward_flops,
     backward=_backward_of_backward,

@@ -39,8 +39,8 @@ from elip_kernels.ops.absorbed import (
     row_of_scores,
     score_tiles,
 )
-from elip_kernels.ops.absorbed_query import QueryArguments, launch_query, takes_query
-from elip_kernels.ops.cls_attention import absorbed_flops, absorbed_reference, absorbed_refuses
+from elip_kernels.ops.absorbed_query import QueryArguments, launch_query, with_query_signature
+from elip_kernels.ops.cls_attention import absorbed_flops, absorbed_reference, absorbed_unsupported
 from elip_kernels.ops.gather_ops import accumulator
 from elip_kernels.ops.reduce import (
     EPSILON,
@@ -133,12 +133,12 @@ def score_reduce(
     )
     keep = check_keep(keep, tokens.shape[1] - 1, all_allowed=False)
     check_flags(merge=merge, normalize=normalize, return_info=return_info)
-    other = _checked(scored, row, tokens)
+    other = _check_scored_and_row(scored, row, tokens)
     out, kept, weights, _, row = _score_reduce_op(tokens, *query, keep, merge, normalize, *other)
     return (out, ReductionInfo(kept, weights, None, 1, merge), row) if return_info else out
 
 
-def _checked(
+def _check_scored_and_row(
     scored: Tensor | None, row: Tensor | None, tokens: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """`scored`, without gradient, and `row`."""
@@ -157,14 +157,14 @@ def _checked(
     return scored, row
 
 
-@takes_query(keep=int, merge=bool, normalize=bool, scored=Tensor | None, row=Tensor | None)
+@with_query_signature(keep=int, merge=bool, normalize=bool, scored=Tensor | None, row=Tensor | None)
 def score_reduce_reference(
     tokens: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The specification -> out, kept, weights, slots as `reduce`, and the row (B, N), of which a
     given one is a copy.
     """
-    query, (keep, merge, normalize, scored, row) = _parted(arguments)
+    query, (keep, merge, normalize, scored, row) = _split_arguments(arguments)
     scored = (tokens if scored is None else scored).detach()  # a row takes no gradient
     row = absorbed_reference(scored, *query)[1].mean(1) if row is None else _copy(row)
     return *reduce_reference(tokens, row[:, 1:], None, keep, 1, merge, normalize), row
@@ -196,7 +196,7 @@ def _score_select_kernel(
 
 def _score_reduce(tokens: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Allocate, read launch.py, launch; a row that is given selects the same, moved by the same."""
-    query, (keep, merge, normalize, scored, known) = _parted(arguments)
+    query, (keep, merge, normalize, scored, known) = _split_arguments(arguments)
     B, N, _ = tokens.shape
     tokens = launch.addressable(tokens)
     scored = tokens if scored is None else launch.addressable(scored)
@@ -205,7 +205,7 @@ def _score_reduce(tokens: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tens
     outputs = out, kept, weights, slots, row
     if B == 0:
         return outputs
-    with launch.on_device(tokens):
+    with launch.device_guard(tokens):
         if known is None:
             u, cls_score, _ = launch_query(query)
             tiles = score_tiles(scored, u, query.eps)
@@ -254,14 +254,14 @@ def _copy(row: Tensor) -> Tensor:
     return row.clone(memory_format=torch.contiguous_format)
 
 
-def _parted(arguments: tuple[Any, ...]) -> tuple[QueryArguments, tuple[Any, ...]]:
+def _split_arguments(arguments: tuple[Any, ...]) -> tuple[QueryArguments, tuple[Any, ...]]:
     """Those of the op behind tokens -> what u is made of, and the others."""
     count = len(QueryArguments._fields)
     return QueryArguments(*arguments[:count]), arguments[count:]
 
 
 def _fake(tokens, *arguments):
-    _, (keep, merge, _, scored, known) = _parted(arguments)
+    _, (keep, merge, _, scored, known) = _split_arguments(arguments)
     row = known
     if row is None:
         read = tokens if scored is None else scored
@@ -270,18 +270,18 @@ def _fake(tokens, *arguments):
     return *outputs, torch.empty_like(row, memory_format=torch.contiguous_format)
 
 
-def _refuses(tokens: Tensor, *arguments: Any) -> str | None:
+def _unsupported(tokens: Tensor, *arguments: Any) -> str | None:
     """Why no kernel takes it, in a few words, or None."""
-    query, (*_, scored, _) = _parted(arguments)
-    reason = absorbed_refuses(tokens, *query)
-    return reason if scored is None or reason is not None else launch.refuses(scored)
+    query, (*_, scored, _) = _split_arguments(arguments)
+    reason = absorbed_unsupported(tokens, *query)
+    return reason if scored is None or reason is not None else launch.unsupported(scored)
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
     _, kept, weights, slots, row = output
     ctx.mark_non_differentiable(kept, weights, slots, row)
     ctx.save_for_backward(slots, weights)
-    _, (_, ctx.merge, *_) = _parted(inputs[1:])
+    _, (_, ctx.merge, *_) = _split_arguments(inputs[1:])
     ctx.others = len(inputs) - 1
 
 
@@ -292,7 +292,7 @@ def _backward(ctx, grad_out, *_):
 
 def _flops(tokens_shape, *shapes, **kwargs) -> int:
     """Of the row, and 2 for each element of a dropped token that is merged."""
-    _, (keep, merge, _, _, row) = _parted(shapes)
+    _, (keep, merge, _, _, row) = _split_arguments(shapes)
     B, N, D = tokens_shape
     scored = absorbed_flops(tokens_shape, *shapes) if row is None else 0
     return scored + 2 * B * D * (N - 1 - keep) * merge
@@ -302,7 +302,7 @@ _score_reduce_op = Operator(
     "score_reduce",
     score_reduce_reference,
     launcher=_score_reduce,
-    refuses=_refuses,
+    unsupported=_unsupported,
     fake=_fake,
     flops=_flops,
     backward=_backward,

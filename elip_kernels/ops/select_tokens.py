@@ -71,7 +71,7 @@ def _select(scores: Tensor, real: Tensor | None, keep: int, num_prefix_tokens: i
     kept = scores.new_empty(B, keep, dtype=torch.int64)
     if B == 0:
         return kept
-    with launch.on_device(scores):
+    with launch.device_guard(scores):
         launch_select(scores, real, kept, num_prefix_tokens=num_prefix_tokens)
     return kept
 
@@ -80,7 +80,7 @@ _select_op = Operator(
     "select",
     select_reference,
     launcher=_select,
-    refuses=lambda scores, *_: launch.refuses(scores, candidates=scores.shape[1]),
+    unsupported=lambda scores, *_: launch.unsupported(scores, candidates=scores.shape[1]),
     fake=lambda scores, real, keep, _: scores.new_empty(scores.shape[0], keep, dtype=torch.int64),
     flops=lambda *shapes, **kwargs: 0,
 )

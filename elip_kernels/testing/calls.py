@@ -52,7 +52,7 @@ def _cls_attention(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -
     elip_kernels.cls_attention(q.to(dtype), k.to(dtype))
 
 
-def _attention_received(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> None:
+def _attention_column_mean(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> None:
     q, k = (torch.randn(H, N, D // H).to(dtype).repeat(B, 1, 1, 1) for _ in range(2))
     elip_kernels.attention_column_mean(q, k)
 
@@ -62,7 +62,7 @@ def _from_tokens(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> 
     elip_kernels.cls_attention_from_tokens(tokens, cls, **_block(D, H, dtype))
 
 
-def _attend_from_tokens(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> None:
+def _cls_attention_output(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> None:
     tokens, cls = _tokens(B, N, D, dtype), torch.randn(B, D).to(dtype)
     value = {"v_weight": torch.randn(D, D).to(dtype) / D**0.5, "v_bias": torch.randn(D).to(dtype)}
     elip_kernels.cls_attention_output(tokens, cls, **_block(D, H, dtype), **value)
@@ -87,9 +87,9 @@ CALLS: dict[str, Call] = {
     "score_reduce": _score_reduce,
     "fuse_text": _fuse_text,
     "cls_attention": _cls_attention,
-    "attention_column_mean": _attention_received,
+    "attention_column_mean": _attention_column_mean,
     "cls_attention_from_tokens": _from_tokens,
-    "cls_attention_output": _attend_from_tokens,
+    "cls_attention_output": _cls_attention_output,
     "bipartite_merge": _bipartite_merge,
     "merge_nearest": _merge_nearest,
 }

@@ -1,5 +1,5 @@
 """What a reduction keeps, in pictures and shares."""
 
-from elip_models.validation import needs
+from elip_models.validation import require_packages
 
-needs("elip_models.analysis", "PIL")
+require_packages("elip_models.analysis", "PIL")

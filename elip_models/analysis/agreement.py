@@ -81,7 +81,7 @@ def agreement_by_image(
 
 def _dropped(tower: Tower, tokens: Tensor, attention: Tensor, keep: int) -> Tensor:
     """(B, N) bool: the tokens that this attention row drops."""
-    _, info = tower.reduce(tokens, attention, keep, merge=False)
+    _, info = tower.reduce(tokens, attention, keep, merge="none")
     dropped = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     dropped[:, : tower.num_prefix_tokens] = False
     return dropped.scatter_(1, info.kept, False)

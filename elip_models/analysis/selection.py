@@ -30,7 +30,7 @@ from elip_models.analysis.agreement import agreement_by_image
 from elip_models.analysis.deletion_insertion import removal_areas
 from elip_models.analysis.visualize import patch_grid, source_maps
 from elip_models.data import NamedMasks, SampleError, Source, image_transform
-from elip_models.models.base import PretrainedModel, evaluating
+from elip_models.models.base import PretrainedModel, eval_mode
 from elip_models.reduction.caching import deliberately_slow
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.schedule import Stage
@@ -121,7 +121,7 @@ def _measure(selector: "_Selector", shown: "list[_Shown]", batch_size: int) -> "
     """What is found of each batch; the caption of another image is that of the next one."""
     foreign = [each.own for each in (*shown[1:], shown[0])]
     device, batches = next(selector.model.parameters()).device, range(0, len(shown), batch_size)
-    with evaluating(selector.model), torch.no_grad(), isolated_rng(device), deliberately_slow():
+    with eval_mode(selector.model), torch.no_grad(), isolated_rng(device), deliberately_slow():
         torch.manual_seed(0)
         slices = (slice(start, start + batch_size) for start in batches)
         return [selector.measure(shown[each], foreign[each]) for each in slices]

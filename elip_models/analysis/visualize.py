@@ -22,7 +22,7 @@ from elip_models.reduction.step import Forward
 from elip_models.reduction.strategies import Dense
 from elip_models.reduction.strategy import StageInfo
 from elip_models.towers import Tower
-from elip_models.validation import extra
+from elip_models.validation import require_extra
 
 if TYPE_CHECKING:
     import numpy as np
@@ -184,7 +184,7 @@ def draw_concentration(masses: Tensor, path: Path, *, title: str) -> Path:
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    with extra("elip_models.analysis.visualize"):
+    with require_extra("elip_models.analysis.visualize"):
         from matplotlib.figure import Figure
     return Figure(figsize=(width, height), layout="constrained")
 

@@ -24,7 +24,7 @@ from elip_models.reduction.strategies.elip import ELIP
 from elip_models.reduction.strategy import StageInfo, Strategy
 from elip_models.reduction.strategy_spec import get_strategy
 from elip_models.towers import ReducibleModel, Tower, as_reducible, as_tower
-from elip_models.validation import ConfigError, errors_named
+from elip_models.validation import ConfigError, as_config_error
 
 CaptionEncoder = Callable[[Sequence[str]], Tensor]
 """B captions, one an image -> text_cls (B, D)."""
@@ -106,7 +106,7 @@ def open_pictured(
         ConfigError: naming the option, what was expected, what came.
         ImportError: a library is missing.
     """
-    with errors_named("--model"):
+    with as_config_error("--model"):
         model = open_model(spec, pretrained=pretrained)
         reducible = as_reducible(model)
         tower = as_tower(reducible.image_model)
@@ -117,10 +117,10 @@ def open_pictured(
         own = elip_strategy(model) if reducible.reduces_itself else ELIP()
         chosen = _changed(own, tower, given)
     else:
-        with errors_named("--strategy"):
+        with as_config_error("--strategy"):
             chosen = get_strategy(strategy, **given).fitted(tower)
     if keep is not None:
-        with errors_named("--keep"):
+        with as_config_error("--keep"):
             chosen = chosen.at_keep(tower, keep)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     guide = _guide_of(reducible, spec) if reducible.has_text and chosen.is_guided else None
@@ -169,7 +169,7 @@ def read_pairs(images: Sequence[Path], captions: Sequence[str]) -> Shown:
 
 def read_source(spec: str, count: int, tower: Tower) -> Shown:
     """Read the first `count` readable samples of `open_source`, with their first captions."""
-    with errors_named("--data"):
+    with as_config_error("--data"):
         source = open_source(spec, image_size=max(tower.image_size))
         shown = list(islice(_readable(source), count))
     if not shown:

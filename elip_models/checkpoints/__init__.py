@@ -1,5 +1,5 @@
 """Weights from and to other code."""
 
-from elip_models.validation import needs
+from elip_models.validation import require_packages
 
-needs("elip_models.checkpoints", "timm", "transformers")
+require_packages("elip_models.checkpoints", "timm", "transformers")

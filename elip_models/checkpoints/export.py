@@ -28,7 +28,7 @@ from elip_models.data.transforms import CLIP_MEAN, CLIP_STD
 from elip_models.models.base import PretrainedModel
 from elip_models.models.blip.model import BLIPConfig
 from elip_models.models.clip.model import INITIAL_BIAS, CLIPConfig
-from elip_models.validation import extra
+from elip_models.validation import require_extra
 
 FORMATS = ("ours", "hf", "open_clip")
 BLIP_ARCHITECTURES = {
@@ -212,7 +212,7 @@ def _write_open_clip(model: PretrainedModel, folder: Path, *, has_tokenizer: boo
             f"to: expected 'ours' for {type(model).__name__}, which open_clip has no class of, got "
             "'open_clip'"
         )
-    with extra("save_as"):
+    with require_extra("save_as"):
         import open_clip
     from safetensors.torch import save_file
 

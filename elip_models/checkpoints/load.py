@@ -30,7 +30,7 @@ from elip_models.models.io.files import check_numbers, read_config, read_object,
 from elip_models.models.io.weights import first_names, load_weights
 from elip_models.models.peft.saved_adapter import has_adapter
 from elip_models.models.registry import MODELS
-from elip_models.validation import type_error_of
+from elip_models.validation import mismatch_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -127,7 +127,7 @@ def _read_stored(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"source: expected a file or a folder, got none at {path}")
     if path.suffix == ".json":
         shards = read_object(path).get("weight_map")
-        if type_error_of(shards, dict[str, str]):
+        if mismatch_error(shards, dict[str, str]):
             raise ValueError(
                 f"source: expected weights, or the index of their shards, got {path}; where it is "
                 "a config, name its folder"

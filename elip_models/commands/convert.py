@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 from elip_models.training.recipe import parse_overrides
-from elip_models.validation import errors_named, extra
+from elip_models.validation import as_config_error, require_extra
 
-with extra("elip_models.commands"):
+with require_extra("elip_models.commands"):
     import typer
     from rich.console import Console
     from rich.markup import escape
@@ -49,7 +49,7 @@ def convert(
 
     fields = parse_overrides(overrides or (), "vision_heads=12")
     fields |= {"image_size": image_size} if image_size else {}
-    with errors_named("convert"):
+    with as_config_error("convert"):
         loaded = load_tokenizer(tokenizer) if tokenizer else None
         has_own = loaded is None and (source / "tokenizer_config.json").is_file()
         beside = load_tokenizer(source) if has_own else loaded

@@ -7,9 +7,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Annotated
 
 from elip_models.tasks.tables import data_table
-from elip_models.validation import ConfigError, check, errors_named, extra
+from elip_models.validation import ConfigError, as_config_error, check, require_extra
 
-with extra("elip_models.commands"):
+with require_extra("elip_models.commands"):
     import typer
     from rich.console import Console
     from rich.markup import escape
@@ -48,7 +48,7 @@ def check_data(
     _check_task(task)
     has_captions = task in ("retrieval", "captioning")
     streams = has_captions and len(specs) == 1 and is_stream(specs[0])
-    with errors_named("SPEC"):
+    with as_config_error("SPEC"):
         if streams:
             source = open_stream(specs[0], samples=1)  # how many there are is found here
         elif has_captions:
@@ -86,7 +86,7 @@ def export_data(
     _check_task(task)
     console = Console()
     try:
-        with errors_named("SPEC"), console.status(f"writing {escape(str(folder))}"):
+        with as_config_error("SPEC"), console.status(f"writing {escape(str(folder))}"):
             written = export(task, spec, folder, image_size=image_size)
     except (SampleError, FileExistsError) as error:
         raise ConfigError(str(error)) from error
@@ -97,7 +97,7 @@ def export_data(
 def _check_task(task: str) -> None:
     from elip_models.data.tasks.export import ExportedTask
 
-    with errors_named("TASK"):
+    with as_config_error("TASK"):
         check("task", task, ExportedTask)
 
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from elip_models.tasks.tables import retrieval_table, selection_tables, task_table, zero_shot_table
 from elip_models.training.recipe import parse_overrides
-from elip_models.validation import check_output, errors_named, extra
+from elip_models.validation import as_config_error, check_output, require_extra
 
-with extra("elip_models.commands"):
+with require_extra("elip_models.commands"):
     import typer
     from rich.console import Console
 
@@ -52,7 +52,7 @@ def eval_retrieval(
     if rerank is not None:
         return _evaluate(Retrieval(candidates=rerank), model, data, loading, output)
     trained, tokenizer = _open_trained(model, output, ranks=True)
-    with errors_named("--data"):
+    with as_config_error("--data"):
         source = open_source(data, image_size=trained.config.image_size)
     scores = evaluate_retrieval(trained, tokenizer, source, **loading._asdict())
     Console().print(retrieval_table(scores))
@@ -76,7 +76,7 @@ def eval_zero_shot(
     from elip_models.tasks.zero_shot import evaluate_zero_shot
 
     trained, tokenizer = _open_trained(model, output, ranks=True)
-    with errors_named("--data"):
+    with as_config_error("--data"):
         source = open_classes(data, image_size=trained.config.image_size)
     loading = Loading(batch_size, num_workers, max_bad_share)
     scores = evaluate_zero_shot(trained, tokenizer, source, **loading._asdict())
@@ -103,9 +103,9 @@ def eval_selection(
     from elip_models.reduction.strategy_spec import get_strategy
 
     trained, tokenizer = _open_trained(model, output)
-    with errors_named("--data"):
+    with as_config_error("--data"):
         source = open_source(data, image_size=trained.config.image_size)
-    with errors_named("--strategy"):
+    with as_config_error("--strategy"):
         chosen = get_strategy(strategy).fitted(trained.tower) if strategy else None
     settings = {"limit": count, "batch_size": batch_size}
     scores = selection_scores(trained, source, tokenizer, chosen, **settings)
@@ -124,7 +124,7 @@ def _open_trained(
     from elip_models.models.registry import load_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with errors_named("--model"):
+    with as_config_error("--model"):
         trained = load_model(model).to(device)
         if ranks and not trained.ranks:
             raise ValueError(
@@ -141,9 +141,9 @@ def _evaluate(
     from elip_models.tasks.registry import read_answers
 
     trained, tokenizer = _open_trained(model, output)
-    with errors_named("--model"):
+    with as_config_error("--model"):
         _check_task(task, trained)
-    with errors_named("--data"):
+    with as_config_error("--data"):
         source = task.open(data, image_size=trained.config.image_size)
     scores = task.evaluate(trained, tokenizer, source, loading, read_answers(model))
     Console().print(task_table(scores))
@@ -181,7 +181,7 @@ def _add_command(name: str) -> None:
         from elip_models.tasks.registry import get_task
         from elip_models.tasks.task import Loading
 
-        with errors_named("--set"):
+        with as_config_error("--set"):
             task = get_task(name, **parse_overrides(options or (), "candidates=64"))
         _evaluate(task, model, data, Loading(batch_size, num_workers, max_bad_share), output)
 

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 from elip_models.training.recipe import parse_overrides
-from elip_models.validation import extra
+from elip_models.validation import require_extra
 
-with extra("elip_models.commands"):
+with require_extra("elip_models.commands"):
     import typer
     from rich.console import Console
 

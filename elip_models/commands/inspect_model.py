@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Annotated
 
-from elip_models.validation import ConfigError, extra
+from elip_models.validation import ConfigError, require_extra
 
-with extra("elip_models.commands"):
+with require_extra("elip_models.commands"):
     import typer
     from rich.console import Console
     from rich.markup import escape

@@ -1,8 +1,8 @@
 """Data: sources of images with captions, transforms, tokenizers and resumable loaders."""
 
-from elip_models.validation import extra
+from elip_models.validation import require_extra
 
-with extra("elip_models.data"):
+with require_extra("elip_models.data"):
     from elip_models.data.caption_rules import apply_caption_rule
     from elip_models.data.classes import (
         ClassDataset,

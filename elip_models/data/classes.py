@@ -21,7 +21,7 @@ from elip_models.data.readers import parse_options
 from elip_models.data.sample import Sample, SampleError, Source, decode_image
 from elip_models.data.scenes import EmojiScenes, render
 from elip_models.data.world import BACKGROUNDS, EMOJI, Scene, single_scene
-from elip_models.validation import extra
+from elip_models.validation import require_extra
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -119,7 +119,7 @@ class ClassFolder(_OfPhotos):
     """
 
     def __init__(self, path: str | Path) -> None:
-        with extra("ClassFolder"):
+        with require_extra("ClassFolder"):
             from torchvision.datasets import ImageFolder
         root = expanded(path)
         if not root.is_dir():
@@ -162,7 +162,7 @@ class ClassDataset(_OfPhotos):
     """
 
     def __init__(self, path: str, *, split: str, label: str | None = None) -> None:
-        with extra("ClassDataset"):
+        with require_extra("ClassDataset"):
             import datasets
         try:
             table = datasets.load_dataset(str(expanded(path)), split=split)

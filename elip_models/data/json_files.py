@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from elip_models.validation import describe_type, type_error_of
+from elip_models.validation import describe_type, mismatch_error
 
 
 def read_json(file: Path, expected: str) -> Any:
@@ -40,7 +40,7 @@ def read_fields(where: str, entry: Any, **expected: Any) -> tuple[Any, ...]:
     if not isinstance(entry, dict) or not expected.keys() <= entry.keys():
         raise ValueError(f"{where}: expected the keys {', '.join(expected)}, got {entry!r:.200}")
     for name, hint in expected.items():
-        if type_error_of(entry[name], hint) is not None:
+        if mismatch_error(entry[name], hint) is not None:
             got = f"{entry[name]!r:.200}"
             raise ValueError(f"{where}: {name}: expected {_in_words(hint)}, got {got}")
     return tuple(entry[name] for name in expected)

@@ -24,7 +24,7 @@ from elip_models.data.sample import (
     decode_image,
     opened_image,
 )
-from elip_models.validation import check, extra, type_error_of
+from elip_models.validation import check, mismatch_error, require_extra
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -105,7 +105,7 @@ def _build_index(files: list[Path], image_root: str | Path | None, split: str | 
     """Arrow table, one row an entry: folder, image, captions, id, boxes, problem (why it cannot be
     read, or ""), entry ("list.json[3]").
     """
-    with extra("JsonSource"):
+    with require_extra("JsonSource"):
         from datasets import Dataset, Features, Value
 
     columns: dict[str, list[Any]] = {
@@ -179,4 +179,4 @@ def _holds_boxes(value: Any) -> bool:
     if not isinstance(value, list) or not all(isinstance(boxes, list) for boxes in value):
         return False
     each = (tuple(box) if isinstance(box, list) else box for boxes in value for box in boxes)
-    return all(type_error_of(box, tuple[float, float, float, float]) is None for box in each)
+    return all(mismatch_error(box, tuple[float, float, float, float]) is None for box in each)

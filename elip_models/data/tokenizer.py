@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from torch import Tensor
 
-from elip_models.validation import Bounds, check, extra
+from elip_models.validation import Bounds, check, require_extra
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -34,7 +34,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> "PreTrainedToke
     most `vocab_size` tokens. Raises TypeError or ValueError for captions that are no texts or none
     at all, and for a `vocab_size` below `MIN_VOCAB_SIZE`.
     """
-    with extra("train_tokenizer"):
+    with require_extra("train_tokenizer"):
         from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
         from transformers import PreTrainedTokenizerFast
     check("vocab_size", vocab_size, Annotated[int, Bounds(MIN_VOCAB_SIZE)])
@@ -67,7 +67,7 @@ def load_tokenizer(name_or_path: str | Path) -> "PreTrainedTokenizerBase":
     """
     if not isinstance(name_or_path, str | Path):
         raise TypeError(f"name_or_path: expected a folder or a name, got {name_or_path!r}")
-    with extra("load_tokenizer"):
+    with require_extra("load_tokenizer"):
         from transformers import AutoTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)

@@ -8,7 +8,14 @@ from PIL import Image
 from torch import Tensor
 
 from elip_models.data.augment import MAX_MAGNITUDE, RandAugment
-from elip_models.validation import Bounds, Positive, PositiveInt, PositiveShare, check, extra
+from elip_models.validation import (
+    Bounds,
+    Positive,
+    PositiveInt,
+    PositiveShare,
+    check,
+    require_extra,
+)
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -48,7 +55,7 @@ def image_transform(
         raise ValueError(f"scale: expected 0 < least <= most <= 1, got {scale!r}")
     check("randaugment", _as_tuple(randaugment), tuple[PositiveInt, Magnitude] | None)
     check("resize", resize, ResizeMode)
-    with extra("image_transform"):
+    with require_extra("image_transform"):
         from torchvision.transforms import InterpolationMode, v2
     bicubic = InterpolationMode.BICUBIC
     size = [image_size, image_size] if resize == "squash" else image_size

@@ -1,5 +1,7 @@
 """The language-image models of the paper, and any other by its name."""
 
-from elip_models.validation import needs
+from elip_models.validation import require_packages
 
-needs("elip_models.models", "timm", "transformers", "einops", "safetensors", "huggingface_hub")
+require_packages(
+    "elip_models.models", "timm", "transformers", "einops", "safetensors", "huggingface_hub"
+)

@@ -325,7 +325,7 @@ def with_overrides(model: PretrainedModel, overrides: dict[str, Any]) -> Pretrai
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Set all modules to eval mode inside; each is in its own mode again after it."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

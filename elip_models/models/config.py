@@ -100,7 +100,7 @@ class VisionConfig(InputConfig):
 class ReductionConfig(VisionConfig):
     """How the image tower of a model is reduced: by default by ELIP, as the paper does.
 
-    strategy: 'elip', or a line that `get_strategy` reads, such as 'tome' or 'evit:keep_rate=0.7'.
+    strategy: 'elip', or a line that `get_strategy` reads, such as 'tome' or 'evit:keep_ratio=0.7'.
     strategy_options: its settings by name, {'r': 13}, beside those in the line. The options of
         'elip' are the fields below; the others take of them `schedule` and `without_text`, where
         they have such a setting that is not given here.

@@ -31,7 +31,7 @@ from elip_models.models.meter.downstream import (
 from elip_models.models.meter.model import METER
 from elip_models.reduction.schedule import PRESETS, Schedule
 from elip_models.reduction.strategies.elip import ELIP
-from elip_models.validation import did_you_mean, type_error_of
+from elip_models.validation import did_you_mean, mismatch_error
 
 FAMILIES: dict[str, type[PretrainedModel]] = {
     model.family: model for model in (CLIP, ALBEF, BLIP, METER)
@@ -194,7 +194,7 @@ def inherited_fields(model: type[PretrainedModel], values: dict[str, Any]) -> di
     return {
         name: value
         for name, value in values.items()
-        if name in hints and type_error_of(value, hints[name]) is None
+        if name in hints and mismatch_error(value, hints[name]) is None
         if name in sizes or value != defaults.get(name)
     }
 

@@ -1,5 +1,5 @@
 """What a reduction costs and gains."""
 
-from elip_models.validation import needs
+from elip_models.validation import require_packages
 
-needs("elip_models.profiling", "rich")
+require_packages("elip_models.profiling", "rich")

@@ -19,9 +19,9 @@ from elip_models.profiling.measure import memory_is, memory_of
 from elip_models.profiling.table import FORMS, ProfileSettings, fitting, opened
 from elip_models.profiling.workload import Workload
 from elip_models.reduction.strategy import Strategy
-from elip_models.validation import ConfigError, check_output, extra
+from elip_models.validation import ConfigError, check_output, require_extra
 
-with extra("elip_models.profiling"):
+with require_extra("elip_models.profiling"):
     from rich.console import Console
     from rich.table import Table
 

@@ -30,7 +30,7 @@ from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.strategy_spec import get_strategy, kinds_of, parse_spec
 from elip_models.reduction.summary import runs
 from elip_models.towers import as_reducible, as_tower
-from elip_models.validation import ConfigError, check_output, errors_named, from_checkout
+from elip_models.validation import ConfigError, as_config_error, check_output, from_checkout
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WIDTH = 180  # of what is not printed on a terminal
@@ -126,7 +126,7 @@ def run_profile(settings: ProfileSettings, say: Callable[[str], None] | None = N
                 rounds=settings.rounds,
             )
             if settings.parts:
-                with errors_named("--parts"):
+                with as_config_error("--parts"):
                     workload, every = Workload(model, batch_size), {DENSE: None, **strategies}
                     parts += profile_parts(spec, workload, every, rounds=settings.rounds)
     return Profile(settings, tuple(rows), tuple(left_out), tuple(parts))
@@ -134,7 +134,7 @@ def run_profile(settings: ProfileSettings, say: Callable[[str], None] | None = N
 
 def opened(spec: str, settings: ProfileSettings) -> nn.Module:
     """Open the model with random weights, on the meta device where nothing is timed."""
-    with errors_named("--model"), settings.device, _quietly():
+    with as_config_error("--model"), settings.device, _quietly():
         model = open_model(spec, pretrained=False).to(DTYPES[settings.dtype])
         as_tower(as_reducible(model).image_model)
     return model
@@ -255,9 +255,9 @@ def profile_settings(
         raise ConfigError(f"--keep: expected a share of dense in (0, 1], got {keep}")
     if flops is not None and keep is not None:
         raise ConfigError(f"--keep: expected it or --flops, got {keep} beside --flops {flops}")
-    with errors_named("--schedule"):
+    with as_config_error("--schedule"):
         _ = schedule and Schedule.parse(schedule)
-    with errors_named("--strategy"):
+    with as_config_error("--strategy"):
         specs = tuple(dict.fromkeys(strategies or (*STRATEGIES, "elip:scorer=exact")))
         for text in specs:
             get_strategy(text)

@@ -15,7 +15,7 @@ from elip_models.reduction.serialization import settings_of, strategy_of
 from elip_models.reduction.state import Reduction
 from elip_models.reduction.strategy import Strategy
 from elip_models.towers import ImageTextModel, Tower
-from elip_models.validation import errors_named
+from elip_models.validation import as_config_error
 
 
 def store_in_config(model: nn.Module, reduction: Reduction) -> None:
@@ -37,7 +37,7 @@ def strategy_in_config(owner: ImageTextModel | Tower) -> Strategy | None:
     saved = getattr(config, "elip", None)
     if saved is None:
         return None
-    with errors_named(f"{type(config).__name__}.elip"):
+    with as_config_error(f"{type(config).__name__}.elip"):
         return strategy_of(saved)
 
 

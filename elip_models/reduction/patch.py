@@ -72,7 +72,7 @@ def reduce_(
         schedule: as '2(100%) 2(90%) 6(65%) 2(40%)', whose layers add up to the model's depth; or a
             preset of the paper's models, 'clip' (the default), 'albef', 'blip' or 'meter', scaled
             to that depth.
-        strategy: a name in `elip_models.STRATEGIES`, or a line such as 'evit:keep_rate=0.6', or an
+        strategy: a name in `elip_models.STRATEGIES`, or a line such as 'evit:keep_ratio=0.6', or an
             instance, which then holds all options; by default 'elip' where there is a schedule or
             an option, else 'tome' at 0.7 of the tokens, where it can be (`default_strategy`). With
             no argument at all, a saved model of transformers is reduced as its `config.elip` says.

@@ -15,7 +15,7 @@ from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
-from elip_models.validation import PositiveInt, check, did_you_mean, errors_named
+from elip_models.validation import PositiveInt, as_config_error, check, did_you_mean
 
 VERSION = 1
 NAMED = STRATEGIES | {Dense.name: Dense}
@@ -65,7 +65,7 @@ def strategy_of(saved: Any) -> Strategy:
         key: _schedule(value) if kinds[key].type is Schedule else _tuples(value)
         for key, value in settings.items()
     }
-    with errors_named("settings"):
+    with as_config_error("settings"):
         return NAMED[name](**read)
 
 

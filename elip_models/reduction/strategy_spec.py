@@ -2,7 +2,7 @@
 
 tome                                     as its paper runs it
 tome:r=13
-evit:keep_rate=0.7,layers=3,6,9
+evit:keep_ratio=0.7,layers=3,6,9
 elip:scorer=exact,schedule=2(100%) 4(50%)
 """
 

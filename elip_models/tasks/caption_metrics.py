@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 
 from elip_models.tasks.intervals import Interval, bootstrap_interval, interval_of
-from elip_models.validation import check, extra
+from elip_models.validation import check, require_extra
 
 InJava = Literal["meteor", "spice"]
 TokenizerName = Literal["ptb", "plain"]
@@ -78,7 +78,7 @@ def caption_scores(
     tokens_of = {"ptb": ptb_tokens, "plain": plain_tokens}[tokenizer]
     right = dict(enumerate(tokens_of([list(texts) for texts in captions])))
     said = dict(enumerate(tokens_of([[text] for text in written])))
-    with extra("caption_scores"):
+    with require_extra("caption_scores"):
         from pycocoevalcap.cider.cider import Cider
     _, each = Cider().compute_score(right, said)
     scores = {"cider": bootstrap_interval(each), "bleu_4": _bleu(right, said)}
@@ -96,7 +96,7 @@ def plain_tokens(texts: Texts) -> Texts:
 
 def ptb_tokens(texts: Texts) -> Texts:
     """The same by Stanford's PTB tokenizer, in Java."""
-    with extra("caption_scores"):
+    with require_extra("caption_scores"):
         from pycocoevalcap.tokenizer import ptbtokenizer as ptb
     lines = [" ".join(text.split()) or "." for several in texts for text in several]
     jar = Path(ptb.__file__).parent / ptb.STANFORD_CORENLP_3_4_1_JAR

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from elip_models.data import Sample, Source, evaluation_batches, open_source
 from elip_models.data.shared_images import by_image
-from elip_models.models.base import evaluating
+from elip_models.models.base import eval_mode
 from elip_models.models.layers.generation import Decoding
 from elip_models.tasks.caption_metrics import caption_scores
 from elip_models.tasks.features import isolated_rng
@@ -25,7 +25,7 @@ from elip_models.tasks.task import (
     TaskScores,
     read_all,
 )
-from elip_models.validation import PositiveInt, needs
+from elip_models.validation import PositiveInt, require_packages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +46,7 @@ class Captioning(Task):
     min_length: PositiveInt = 5
 
     def open(self, spec: str, *, image_size: int) -> Source:
-        needs("captioning", "pycocoevalcap")  # said before a run, and not at its end
+        require_packages("captioning", "pycocoevalcap")  # said before a run, and not at its end
         return open_source(spec, image_size=image_size)
 
     def sample(
@@ -69,7 +69,7 @@ class Captioning(Task):
         captions: list[tuple[str, ...]] = []
         ids: list[str] = []
         device = next(model.parameters()).device
-        with evaluating(model), isolated_rng(device):
+        with eval_mode(model), isolated_rng(device):
             for batch in batches:
                 written += self.write(model, tokenizer, batch.images.to(device))
                 captions += batch.captions

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from elip_models.data import DataError, Example, ExampleSource, example_batches, open_examples
-from elip_models.models.base import evaluating
+from elip_models.models.base import eval_mode
 from elip_models.tasks.features import isolated_rng
 from elip_models.tasks.intervals import bootstrap_interval
 from elip_models.tasks.task import (
@@ -86,7 +86,7 @@ class ClassTask(Task):
         examples: list[Example] = []
         chosen: list[int] = []
         device = next(model.parameters()).device
-        with evaluating(model), torch.no_grad(), isolated_rng(device):
+        with eval_mode(model), torch.no_grad(), isolated_rng(device):
             choose = self.chooser(model, tokenizer, answers)
             for batch in batches:
                 inputs = {"images": batch.images}

@@ -31,7 +31,7 @@ from elip_models.data import (
     other_caption,
 )
 from elip_models.data.shared_images import by_image, image_number
-from elip_models.models.base import evaluating
+from elip_models.models.base import eval_mode
 from elip_models.reduction.caching import UnguidedWarning
 from elip_models.tasks.features import encode_texts, isolated_rng, ranks_of
 from elip_models.tasks.intervals import Interval, bootstrap_interval
@@ -100,7 +100,7 @@ class Retrieval(Task):
     ) -> TaskScores:
         batches, report = read_all(evaluation_batches, model, by_image(source), loading)
         drawn = isolated_rng(next(model.parameters()).device)
-        with evaluating(model), torch.no_grad(), drawn, warnings.catch_warnings():
+        with eval_mode(model), torch.no_grad(), drawn, warnings.catch_warnings():
             # Models warn where they get no text to reduce by; here that is meant.
             warnings.simplefilter("ignore", UnguidedWarning)
             index = _Index.of(model, tokenizer, batches, loading.batch_size, guided=self.guided)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from elip_models.data import Source, evaluation_batches
 from elip_models.data.shared_images import by_image
-from elip_models.models.base import evaluating
+from elip_models.models.base import eval_mode
 from elip_models.tasks.features import encode_images, encode_texts, ranks_by_chunk, ranks_of
 from elip_models.tasks.task import Loading, read_all
 from elip_models.validation import PositiveInt, check
@@ -164,7 +164,7 @@ def evaluate_retrieval(
     source = by_image(source)
     loading = Loading(batch_size, num_workers, max_bad_share)
     batches, report = read_all(evaluation_batches, model, source, loading)
-    with evaluating(model):
+    with eval_mode(model):
         image_features, captions = encode_images(model, batches)
         texts = [text for several in captions for text in several]
         text_features = encode_texts(model, tokenizer, texts, batch_size)

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from elip_models.validation import extra
+from elip_models.validation import require_extra
 
-with extra("elip_models.tasks.tables"):
+with require_extra("elip_models.tasks.tables"):
     from rich.table import Table
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from elip_kernels.autocast import no_autocast
 from elip_models.data import ClassSource, evaluation_batches
-from elip_models.models.base import evaluating
+from elip_models.models.base import eval_mode
 from elip_models.tasks.features import encode_images, encode_texts, ranks_of
 from elip_models.tasks.task import Loading, read_all
 
@@ -86,7 +86,7 @@ def evaluate_zero_shot(
     """
     loading = Loading(batch_size, num_workers, max_bad_share)
     batches, report = read_all(evaluation_batches, model, source, loading)
-    with evaluating(model):
+    with eval_mode(model):
         images, found = encode_images(model, batches)
         classes = class_features(
             model, tokenizer, source.names, source.templates, batch_size=batch_size

@@ -16,7 +16,7 @@ from elip_models.towers.fsdp import refuses_sharding
 from elip_models.towers.image_text import ImageTextModel
 from elip_models.towers.reducible_model import ImageModel, ReducibleModel
 from elip_models.towers.size import TowerSize
-from elip_models.validation import extra
+from elip_models.validation import require_extra
 
 __all__ = [
     "ImageTextModel",
@@ -139,5 +139,5 @@ def library_of(model: nn.Module) -> str | None:
 
 def _load(name: tuple[str, str]) -> Any:
     file, cls = name
-    with extra("elip_models"):
+    with require_extra("elip_models"):
         return getattr(import_module(f"elip_models.towers.{file}"), cls)

@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from elip_models.training.run_config import RunConfig
 from elip_models.training.run_folder import RunFolder
-from elip_models.validation import ConfigError, errors_named, extra
+from elip_models.validation import ConfigError, as_config_error, require_extra
 
-with extra("elip_models.training"):
+with require_extra("elip_models.training"):
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
@@ -32,7 +32,7 @@ def make_accelerator(config: RunConfig, folder: RunFolder) -> Accelerator:
     optim = config.optim
     told = logging.getLogger("accelerate.utils.other")
     told.addFilter(lambda record: "Removed shared tensor" not in record.getMessage())  # tied: meant
-    with errors_named("optim.precision or trackers"):
+    with as_config_error("optim.precision or trackers"):
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),  # or torchrun on CPUs is not seen
             mixed_precision="no" if optim.precision == "fp32" else optim.precision,

@@ -10,7 +10,7 @@ from elip_models.tasks.task import Loading, TaskScores
 from elip_models.tasks.zero_shot import ZeroShotScores, evaluate_zero_shot
 from elip_models.training.run_config import RunConfig
 from elip_models.training.training_data import open_samples, task_of
-from elip_models.validation import ConfigError, errors_named
+from elip_models.validation import ConfigError, as_config_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +36,7 @@ class Evaluation:
         if self.task is None:
             self._open_of_pretraining(image_size)
         elif config.data.eval is not None:
-            with errors_named("data.eval"):
+            with as_config_error("data.eval"):
                 self.sources[self.task.name] = open_samples(config, config.data.eval, image_size)
         self.at_end = [name for name in self.sources if self.task or name in config.report]
 
@@ -50,10 +50,10 @@ class Evaluation:
                 f"for {family.__name__}, which has no features of images and texts alone to rank"
             )
         if config.data.eval is not None:
-            with errors_named("data.eval"):
+            with as_config_error("data.eval"):
                 self.sources["retrieval"] = open_source(config.data.eval, image_size=image_size)
         if config.data.zero_shot is not None:
-            with errors_named("data.zero_shot"):
+            with as_config_error("data.zero_shot"):
                 self.sources["zero_shot"] = open_classes(
                     config.data.zero_shot, image_size=image_size
                 )

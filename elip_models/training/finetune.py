@@ -20,7 +20,7 @@ from elip_models.tasks.registry import TASKS
 from elip_models.training.recipe import FINETUNE, recipe_names, recipe_with
 from elip_models.training.run_config import RunConfig
 from elip_models.training.training_data import input_fields
-from elip_models.validation import ConfigError, did_you_mean, errors_named
+from elip_models.validation import ConfigError, as_config_error, did_you_mean
 
 REDUCTION = {
     each.name for config in (ContrastiveConfig, TextReductionConfig) for each in fields(config)
@@ -43,7 +43,7 @@ def finetune_recipe(
         ConfigError: an unknown task or recipe, a folder of other content, or a setting that cannot
             be.
     """
-    with errors_named("--from"):
+    with as_config_error("--from"):
         folder = start / "model" if (start / "model" / "config.json").is_file() else start
         family, config = _saved(folder)
     recipe = _recipe_of(task, family)
@@ -56,7 +56,7 @@ def finetune_recipe(
     chosen = recipe_with(recipe, begun)
     if chosen.task is None:
         raise ConfigError(f"recipe {recipe}: expected one with a task, got none")
-    with errors_named("task"):
+    with as_config_error("task"):
         model = downstream_of(MODELS[family], chosen.task)
     dropped = {"gather", *input_fields(chosen.data)} | (set() if reduced else REDUCTION)
     if "max_positions" in config:  # there is room: a text is as long as the recipe says
@@ -79,7 +79,7 @@ def _recipe_of(task: str, family: str) -> str:
     """The recipe that a name says."""
     names = [name.removeprefix(f"{FINETUNE}/") for name in recipe_names(FINETUNE)]
     if task in TASKS:
-        with errors_named("TASK"):
+        with as_config_error("TASK"):
             downstream_of(MODELS[family], task)
         task = f"{task}_{family}"
     if task in names:

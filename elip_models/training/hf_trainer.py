@@ -6,9 +6,9 @@ from torch import nn
 
 from elip_models.reduction.patch import is_reduced, reduce_, reduction_summary, unreduce_
 from elip_models.reduction.strategy import Strategy
-from elip_models.validation import Count, PositiveShare, check, extra
+from elip_models.validation import Count, PositiveShare, check, require_extra
 
-with extra("elip_models.training"):
+with require_extra("elip_models.training"):
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 

@@ -9,9 +9,9 @@ from elip_models.models.peft.adapt import adapt_, trainable_counts
 from elip_models.models.registry import create_model
 from elip_models.training.run_config import RunConfig
 from elip_models.training.training_data import input_fields
-from elip_models.validation import ConfigError, errors_named, extra
+from elip_models.validation import ConfigError, as_config_error, require_extra
 
-with extra("elip_models.training"):
+with require_extra("elip_models.training"):
     from rich.console import Console
     from rich.markup import escape
 
@@ -48,7 +48,7 @@ def make_model(
             f"model.overrides.gather: expected {optim.gather!r}, which optim.gather says, got "
             f"{gather!r}; set optim.gather instead"
         )
-    with errors_named("model"):
+    with as_config_error("model"):
         overrides = text_sizes | input_fields(config.data) | config.model.overrides
         overrides |= {"gather": optim.gather}
         model = create_model(config.model.name, task=config.task, **overrides)
@@ -62,12 +62,12 @@ def make_model(
         )
     if not resumed:
         _begin_(model, config, console)
-    with errors_named("peft"):
+    with as_config_error("peft"):
         adapt_(model, config.peft)
     if model.adapted is not None:
         trained, every = trainable_counts(model)
         console.print(f"{trained} of {every} parameters train ({trained / every:.2%})")
-    with errors_named("optim.batch_slices"):
+    with as_config_error("optim.batch_slices"):
         model.set_batch_slices(optim.batch_slices)
     if optim.grad_checkpointing:
         model.set_grad_checkpointing()
@@ -77,10 +77,10 @@ def make_model(
 def _begin_(model: PretrainedModel, config: RunConfig, console: Console) -> None:
     begin = config.model
     if begin.vision_init or begin.text_init:
-        with errors_named("model.vision_init, model.text_init"):
+        with as_config_error("model.vision_init, model.text_init"):
             initialise_(model, begin.vision_init, begin.text_init)
     if begin.pretrained:
-        with errors_named("model.pretrained"):
+        with as_config_error("model.pretrained"):
             start = start_from_(
                 model,
                 begin.pretrained,

@@ -8,9 +8,9 @@ from torch.optim import Optimizer
 
 from elip_models.training.optim import parameter_groups
 from elip_models.training.run_config import OptimConfig
-from elip_models.validation import extra
+from elip_models.validation import require_extra
 
-with extra("elip_models.training"):
+with require_extra("elip_models.training"):
     from timm.optim import Lion, Muon
 
 LEAST_SIDE = 4

@@ -15,9 +15,9 @@ from typing import Any
 
 from elip_models.training.run_config import RunConfig
 from elip_models.training.yaml_config import from_mapping, read_mapping
-from elip_models.validation import ConfigError, extra
+from elip_models.validation import ConfigError, require_extra
 
-with extra("elip_models.training"):
+with require_extra("elip_models.training"):
     import yaml
 
 

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from elip_models.models.base import PretrainedModel
 from elip_models.training.optimizers import make_optimizer, step_
 from elip_models.training.run_config import OptimConfig
-from elip_models.validation import errors_named
+from elip_models.validation import as_config_error
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -30,7 +30,7 @@ class Replicated:
         self, accelerator: "Accelerator", model: PretrainedModel, optim: OptimConfig
     ) -> None:
         self.accelerator = accelerator
-        with errors_named("optim"):
+        with as_config_error("optim"):
             optimizer = make_optimizer(model, optim)
         self.average = None if optim.ema is None else self._average_of(model, optim.ema)
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)

@@ -30,9 +30,9 @@ from elip_models.reduction.schedule import PRESETS
 from elip_models.reduction.scorers import SCORERS
 from elip_models.reduction.strategies.elip import ELIP
 from elip_models.reduction.strategy import Strategy
-from elip_models.validation import extra
+from elip_models.validation import require_extra
 
-with extra("elip_models.training"):
+with require_extra("elip_models.training"):
     from rich.console import Console
     from rich.table import Table
     from timm.models.vision_transformer import VisionTransformer

@@ -26,9 +26,9 @@ from elip_models.training.errors import TrainingError
 from elip_models.training.recipe import load_recipe, resume_conflicts, save_recipe
 from elip_models.training.run_checkpoints import Checkpoints
 from elip_models.training.run_config import RunConfig
-from elip_models.validation import extra
+from elip_models.validation import require_extra
 
-with extra("elip_models.training"):
+with require_extra("elip_models.training"):
     from filelock import FileLock, Timeout
 
 

@@ -38,9 +38,9 @@ from elip_models.models.distilled_model import DistilledModel
 from elip_models.models.registry import family_of
 from elip_models.training.optimizers import make_optimizer, step_
 from elip_models.training.run_config import OptimConfig, RunConfig
-from elip_models.validation import ConfigError, errors_named, extra
+from elip_models.validation import ConfigError, as_config_error, require_extra
 
-with extra("elip_models.training"):
+with require_extra("elip_models.training"):
     from accelerate.utils import AutocastKwargs
     from timm.models.vision_transformer import Block
     from transformers.models.bert.modeling_bert import BertLayer
@@ -57,7 +57,7 @@ SHARDS = "shards"
 def check_sharding(config: RunConfig, num_processes: int) -> None:
     """Raises ConfigError where the recipe asks for what cannot be sharded."""
     optim = config.optim
-    with errors_named("model.name"):
+    with as_config_error("model.name"):
         family = family_of(config.model.name, config.task)
     if num_processes == 1:
         raise ConfigError(
@@ -102,7 +102,7 @@ class Sharded:
         self.model = model
         self.scalars = shard_(model, accelerator.device)
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # only read
-        with errors_named("optim"):
+        with as_config_error("optim"):
             self.optimizer = make_optimizer(model, optim)
         _set_apart_(self.optimizer)
 

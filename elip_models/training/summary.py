@@ -5,9 +5,9 @@ from pathlib import Path
 from elip_models.tasks.tables import retrieval_table, task_table, zero_shot_table
 from elip_models.training.result import TrainResult
 from elip_models.training.run_config import RunConfig
-from elip_models.validation import extra
+from elip_models.validation import require_extra
 
-with extra("elip_models.training"):
+with require_extra("elip_models.training"):
     from rich.console import Console
     from rich.markup import escape
     from rich.panel import Panel

@@ -26,7 +26,7 @@ from elip_models.data import (
 from elip_models.models.config import VisionConfig
 from elip_models.training.run_config import RunConfig
 from elip_models.training.training_data import preparation
-from elip_models.validation import errors_named
+from elip_models.validation import as_config_error
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -71,7 +71,7 @@ def make_feed(
     Raises:
         ConfigError: data and settings do not fit each other.
     """
-    with errors_named("data"):
+    with as_config_error("data"):
         prepare = preparation(config, model, source, tokenizer)
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     if isinstance(source, StreamSource):
@@ -92,9 +92,9 @@ class _CountedFeed:
         world_size: int,
     ) -> None:
         data, seed = config.data, config.seed
-        with errors_named("data"):
+        with as_config_error("data"):
             dataset = TrainingSamples(source, prepare, seed=seed, max_bad_share=data.max_bad_share)
-        with errors_named("optim.batch_size"):
+        with as_config_error("optim.batch_size"):
             self._sampler = EpochSampler(
                 source.lengths if isinstance(source, MixedSource) else len(source),
                 config.optim.batch_size,
@@ -134,7 +134,7 @@ class _StreamFeed:
         self, config: RunConfig, source: StreamSource, prepare: Any, *, rank: int, world_size: int
     ) -> None:
         data, batch_size = config.data, config.optim.batch_size
-        with errors_named("data.train"):
+        with as_config_error("data.train"):
             self._stream = StreamBatches(
                 source,
                 prepare,
@@ -146,7 +146,7 @@ class _StreamFeed:
             )
         self.batches_per_epoch = len(source) // (batch_size * world_size)
         if not self.batches_per_epoch:
-            with errors_named("optim.batch_size"):
+            with as_config_error("optim.batch_size"):
                 raise ValueError(
                     f"expected at most {len(source) // world_size} a process, as samples of the "
                     f"stream says of an epoch, got {batch_size}"

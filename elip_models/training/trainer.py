@@ -43,9 +43,9 @@ from elip_models.training.training_data import (
     open_training,
     task_of,
 )
-from elip_models.validation import errors_named, extra
+from elip_models.validation import as_config_error, require_extra
 
-with extra("elip_models.training"):
+with require_extra("elip_models.training"):
     from accelerate.utils import broadcast_object_list, set_seed
     from rich.console import Console
     from rich.markup import escape
@@ -161,14 +161,14 @@ class Trainer:
         data, optim, accelerator = self.config.data, self.config.optim, self.accelerator
         model = model_config(self.config)
         family, task = family_of(self.config.model.name, self.config.task), task_of(self.config)
-        with errors_named("data.train"):
+        with as_config_error("data.train"):
             source: Source | ExampleSource | StreamSource
             source = self.source = open_training(self.config, model.image_size)
-        with errors_named("model.overrides.guide"):
+        with as_config_error("model.overrides.guide"):
             check_guide_captions(model, source)
         self.evaluation = Evaluation(self.config, model.image_size)
         self.tokenizer = make_tokenizer(self.config, source, model, self.folder, accelerator)
-        with errors_named("data.tokenizer"):
+        with as_config_error("data.tokenizer"):
             self.text_sizes = family.fit_tokenizer(self.tokenizer, data.context_length)
         if task is not None:
             self.text_sizes |= task.fields(source, model)

@@ -32,7 +32,7 @@ from elip_models.tasks.registry import get_task
 from elip_models.tasks.task import SampleReader, Task
 from elip_models.training.run_config import DataConfig, RunConfig
 from elip_models.training.run_folder import RunFolder
-from elip_models.validation import ConfigError, errors_named
+from elip_models.validation import ConfigError, as_config_error
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -50,7 +50,7 @@ def input_fields(data: DataConfig) -> dict[str, str]:
 
 def meta_model(config: RunConfig) -> PretrainedModel:
     """A recipe's model without its weights, to be read alone: recipes that agree share one."""
-    with errors_named("model"):
+    with as_config_error("model"):
         fields = input_fields(config.data) | config.model.overrides
         return _meta_model(config.model.name, config.task, json.dumps(fields))
 
@@ -70,7 +70,7 @@ def task_of(config: RunConfig) -> Task | None:
     """The downstream task of a recipe; None in pre-training."""
     if config.task is None:
         return None
-    with errors_named("task"):
+    with as_config_error("task"):
         return get_task(config.task, **config.task_options)
 
 
@@ -164,14 +164,14 @@ def make_tokenizer(
     """
     data = config.data
     if data.tokenizer != "train":
-        with errors_named("data.tokenizer"):
+        with as_config_error("data.tokenizer"):
             return load_tokenizer(data.tokenizer)
     if config.task is not None:
         raise ConfigError(
             "data.tokenizer: expected the folder of the pre-trained model's, got 'train', "
             "which makes another"
         )
-    with accelerator.main_process_first(), errors_named("data.vocab_size"):
+    with accelerator.main_process_first(), as_config_error("data.vocab_size"):
         if not folder.tokenizer.exists():
             captions = tokenizer_captions(source, model)
             folder.save_tokenizer(train_tokenizer(captions, data.vocab_size).save_pretrained)

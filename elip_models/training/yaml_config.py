@@ -18,12 +18,12 @@ from elip_models.validation import (
     ConfigError,
     describe_type,
     did_you_mean,
-    extra,
     item_hints,
-    type_error_of,
+    mismatch_error,
+    require_extra,
 )
 
-with extra("elip_models.training"):
+with require_extra("elip_models.training"):
     import yaml
 
 REQUIRED = "???"
@@ -86,7 +86,7 @@ def _convert(hint: Any, value: Any, key: str, root: type) -> Any:
     if isinstance(value, str) and value == REQUIRED:
         raise ConfigError(f"{key}: expected {expected}, got {REQUIRED}; set {key}=VALUE")
     parsed = _parse(value, hint)
-    if type_error_of(parsed, hint) is not None:
+    if mismatch_error(parsed, hint) is not None:
         raise ConfigError(f"{key}: expected {expected}, got {value!r}")
     return parsed
 
@@ -98,7 +98,7 @@ def _parse(value: Any, hint: Any) -> Any:
         return _parse(value, arguments[0])
     if origin in UNIONS:
         parsed = [(_parse(value, each), each) for each in arguments]
-        return next((new for new, each in parsed if type_error_of(new, each) is None), value)
+        return next((new for new, each in parsed if mismatch_error(new, each) is None), value)
     if origin is tuple and isinstance(value, list | tuple):
         hints = item_hints(arguments, len(value))
         return tuple(map(_parse, value, hints)) if len(hints) == len(value) else value

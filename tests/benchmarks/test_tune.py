@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import tune
 from benchmarks.sweeps import SHAPES, SWEEPS, Shape, Sweep, arguments
-from benchmarks.tune import answering, changed
+from benchmarks.tune import changed, changed_table
 from elip_kernels import launch
 from elip_kernels._triton import HAS_TRITON
 from tests.helpers.tiers import tiered
@@ -19,8 +19,8 @@ SMALL = Shape(2, 18, torch.float32)
 
 
 def test_a_candidate_changes_what_it_names_and_nothing_else():
-    answer = launch.Launch(256, 64, 8)
-    assert changed(answer, {"block_d": 0.5, "num_warps": 4}) == launch.Launch(256, 32, 4)
+    answer = launch.LaunchConfig(256, 64, 8)
+    assert changed(answer, {"block_d": 0.5, "num_warps": 4}) == launch.LaunchConfig(256, 32, 4)
     assert changed({"BLOCK_K": 32, "WIDEN": False}, {"BLOCK_K": 16}) == {
         "BLOCK_K": 16,
         "WIDEN": False,
@@ -32,7 +32,7 @@ def test_a_candidate_changes_what_it_names_and_nothing_else():
 
 def test_the_table_answers_for_itself_again():
     own = launch.reduce_backward(2)
-    with answering("reduce_backward", {"num_warps": 1}):
+    with changed_table("reduce_backward", {"num_warps": 1}):
         assert launch.reduce_backward(2) == own._replace(num_warps=1)
     assert launch.reduce_backward(2) == own
 
@@ -73,7 +73,7 @@ def test_a_candidate_with_other_results_is_wrong(tmp_path, monkeypatch, capsys, 
             patch.setattr(tune, "results", spoilt)
             yield []
 
-    monkeypatch.setattr(tune, "answering", spoiling)
+    monkeypatch.setattr(tune, "changed_table", spoiling)
     one = Sweep(sweep.op, sweep.table, {axis: numbers[:1] for axis, numbers in sweep.axes.items()})
     assert not tune.tune([one], [SMALL], tmp_path / "tune.json", rounds=1, seconds=60)
     assert "1 WRONG" in capsys.readouterr().out
@@ -86,7 +86,7 @@ def test_what_a_compiler_refuses_is_left_out(monkeypatch, tmp_path, capsys):
             raise RuntimeError("PassManager::run failed\nmore")
         yield []
 
-    monkeypatch.setattr(tune, "answering", refusing)
+    monkeypatch.setattr(tune, "changed_table", refusing)
     one = Sweep("reduce", "reduce_forward", {"num_warps": (4,)})
     assert tune.tune([one], [SMALL], tmp_path / "tune.json", rounds=1, seconds=60)
     assert "nothing to time" in capsys.readouterr().out
@@ -105,7 +105,7 @@ def test_an_error_that_loses_the_device_ends_the_sweep(monkeypatch, tmp_path, me
             raise RuntimeError(message)
         yield []
 
-    monkeypatch.setattr(tune, "answering", failing)
+    monkeypatch.setattr(tune, "changed_table", failing)
     one = Sweep("reduce", "reduce_forward", {"num_warps": (4,)})
     with pytest.raises(RuntimeError, match=r"reduce \(reduce_forward\) B2-N18-fp32: .*num_warps"):
         tune.tune([one], [SMALL], tmp_path / "tune.json", rounds=1, seconds=60)
@@ -163,7 +163,7 @@ def recorded(sweep, B, changes):
     from benchmarks.kernel_analysis.compile import recorded_launches
 
     args = arguments(sweep.op, Shape(B, 257, torch.bfloat16))
-    with recorded_launches(90) as launches, answering(sweep.table, changes) as answers:
+    with recorded_launches(90) as launches, changed_table(sweep.table, changes) as answers:
         tune.results(sweep.op, args)
     return launches, answers
 

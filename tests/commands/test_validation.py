@@ -28,7 +28,7 @@ from elip_models.validation import (
     check_fields,
     did_you_mean,
     divisor_of,
-    type_error_of,
+    mismatch_error,
 )
 
 Layers = Literal["all"] | tuple[Count, ...] | None
@@ -56,9 +56,11 @@ Layers = Literal["all"] | tuple[Count, ...] | None
     ],
 )
 def test_what_fits_and_which_error_is_raised(hint, fits, out_of_range, of_another_type):
-    assert [value for value in fits if type_error_of(value, hint) is not None] == []
-    assert [value for value in out_of_range if type_error_of(value, hint) is not ValueError] == []
-    assert [value for value in of_another_type if type_error_of(value, hint) is not TypeError] == []
+    assert [value for value in fits if mismatch_error(value, hint) is not None] == []
+    assert [value for value in out_of_range if mismatch_error(value, hint) is not ValueError] == []
+    assert [
+        value for value in of_another_type if mismatch_error(value, hint) is not TypeError
+    ] == []
 
 
 @pytest.mark.parametrize(

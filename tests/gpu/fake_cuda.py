@@ -93,11 +93,11 @@ def fake_cuda():
 
 @contextmanager
 def guarded_launches(Kernel):
-    """Inside, a kernel that is not launched under `launch.on_device` raises."""
+    """Inside, a kernel that is not launched under `launch.device_guard` raises."""
     guards, run = [], Kernel.run
 
     @contextmanager
-    def on_device(tensor):
+    def device_guard(tensor):
         guards.append(tensor.device)
         try:
             yield
@@ -109,7 +109,7 @@ def guarded_launches(Kernel):
         return run(kernel, *args, **kwargs)
 
     with (
-        patch.object(launch, "on_device", autospec=True, side_effect=on_device),
+        patch.object(launch, "device_guard", autospec=True, side_effect=device_guard),
         patch.object(Kernel, "run", guarded),
     ):
         yield

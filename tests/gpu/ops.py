@@ -79,14 +79,14 @@ def row_from_tokens(tokens, cls, *block, H=None):
     return (elip_kernels.cls_attention_from_tokens(tokens, cls, **named(*block, H)),)
 
 
-def attend_inputs(B, N, dtype, D=None, mean=0.0):
+def cls_output_inputs(B, N, dtype, D=None, mean=0.0):
     """As `block_inputs`, and v_weight, v_bias."""
     D = D or WIDTH
     value = torch.randn(D, D) / D**0.5, torch.randn(D)
     return [*block_inputs(B, N, dtype, D, mean), *(t.to(dtype) for t in value)]
 
 
-def attend_from_tokens(tokens, cls, *block, H=None):
+def cls_attention_output(tokens, cls, *block, H=None):
     """-> out."""
     *block, v_weight, v_bias = block
     value = {"v_weight": v_weight, "v_bias": v_bias}
@@ -120,7 +120,7 @@ def row(q, k, mask=None):
     return (elip_kernels.cls_attention(q, k, mask=mask),)
 
 
-def received_inputs(B, N, dtype, H=GROUPED[0], G=GROUPED[1], d=WIDTH // HEADS, M=None):
+def column_mean_inputs(B, N, dtype, H=GROUPED[0], G=GROUPED[1], d=WIDTH // HEADS, M=None):
     """q, k: several query heads to one of k."""
     return torch.randn(B, H, M or N, d).to(dtype), torch.randn(B, G, N, d).to(dtype)
 
@@ -167,9 +167,9 @@ def merge_nearest(tokens, kept, metric, size, grad_out):
 OPS = {
     "reduce": Op(reduce_inputs, reduce),
     "cls_attention": Op(row_inputs, row),
-    "attention_column_mean": Op(received_inputs, attention_column_mean),
+    "attention_column_mean": Op(column_mean_inputs, attention_column_mean),
     "cls_attention_from_tokens": Op(block_inputs, row_from_tokens),
-    "cls_attention_output": Op(attend_inputs, attend_from_tokens),
+    "cls_attention_output": Op(cls_output_inputs, cls_attention_output),
     "score_reduce": Op(score_reduce_inputs, score_reduce),
     "bipartite_merge": Op(bipartite_inputs, bipartite_merge),
     "merge_nearest": Op(nearest_inputs, merge_nearest),
@@ -189,7 +189,7 @@ def kernels_alone():
 @contextmanager
 def pytorch_forms():
     """Inside, no kernel is launched: every op takes its PyTorch form, on any device."""
-    with patch.object(launch, "refuses", autospec=True, return_value="a test says so"):
+    with patch.object(launch, "unsupported", autospec=True, return_value="a test says so"):
         yield
 
 

@@ -229,7 +229,7 @@ LENGTHS = [*((N, N) for N in REAL), *pick([(1, 257), (257, 1), (1025, 600)], [(3
 @pytest.mark.parametrize(("H", "G"), HEAD_GROUPS)
 def test_attention_received(device, launches, H, G, M, N, d, masked, dtype):
     d = min(d, 64) if dtype == torch.float32 else d  # as wide as fp32 goes
-    inputs = ops.received_inputs(2, N, dtype, H, G, d, M)
+    inputs = ops.column_mean_inputs(2, N, dtype, H, G, d, M)
     masks = [torch.rand(2, n) > 0.3 for n in (N, M)] if masked else []
     for mask in masks:
         mask[:, 0] = True
@@ -245,11 +245,11 @@ def test_attention_received(device, launches, H, G, M, N, d, masked, dtype):
 @pytest.mark.parametrize("shape", ROW_SHAPES, ids=shape_id)
 def test_attention_output_of_cls(device, launches, shape, dtype):
     B, N, D, H = shape
-    inputs = ops.attend_inputs(B, N, dtype, D)
-    (got,) = ops.attend_from_tokens(*on(device, inputs), H=H)
+    inputs = ops.cls_output_inputs(B, N, dtype, D)
+    (got,) = ops.cls_attention_output(*on(device, inputs), H=H)
     with pytorch_forms():
-        (form,) = ops.attend_from_tokens(*inputs, H=H)
-    (exact,) = ops.attend_from_tokens(*widened(inputs), H=H)
+        (form,) = ops.cls_attention_output(*inputs, H=H)
+    (exact,) = ops.cls_attention_output(*widened(inputs), H=H)
     assert got.dtype == dtype
     assert row_error(got, exact) <= max(2 * row_error(form, exact), ROW_BUDGET[dtype])
     assert launches.total() == 4

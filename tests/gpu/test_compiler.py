@@ -42,7 +42,7 @@ def test_opcheck_of_reduce(device, dtype):
 @every_dtype
 def test_opcheck_of_rows(device, dtype):
     check(elip.cls_attention.default, (*on(device, ops.row_inputs(2, 50, dtype)), None, 0.125))
-    q, k = on(device, ops.received_inputs(2, 50, dtype))
+    q, k = on(device, ops.column_mean_inputs(2, 50, dtype))
     counts = torch.ones(2, 50, dtype=torch.bool, device=device)
     check(elip.attention_column_mean.default, (q, k, counts, counts, 0.125))
     tokens, cls, *block = on(device, ops.block_inputs(2, 50, dtype, 64))

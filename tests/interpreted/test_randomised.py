@@ -12,7 +12,7 @@ import elip_kernels
 import tests.interpreted.profiles  # noqa: F401
 from elip_kernels.ops.fuse_text import fuse
 from elip_kernels.testing import kernels_on_cpu
-from tests.interpreted import test_attention_received_kernel as received
+from tests.interpreted import test_attention_column_mean_kernel as column_mean
 from tests.interpreted import test_bipartite_kernel as bipartite
 from tests.interpreted import test_nearest_kernel as nearest
 from tests.interpreted import test_reduce_kernel as reduce
@@ -171,7 +171,7 @@ def test_attention_received(B, G, group, M, N, d, dtype, scale, shares, packed, 
     given = zip(("mask", "query_mask"), (N, M), shares, strict=True)
     masks = {name: torch.rand(B, n) < share for name, n, share in given if share is not None}
     before = launches["elip::attention_column_mean"]
-    received.check(q, k, scale=scale, **masks)
+    column_mean.check(q, k, scale=scale, **masks)
     assert launches["elip::attention_column_mean"] == before + 2  # the fp64 one is handed on
 
 

@@ -139,7 +139,7 @@ def received_works(B, N, D, K, dtype, group=2, masked=False, tiled=False):
     d = D // 12 + 1
     shape = (B, 3 * group, 3, K, N, d, dtype)
     works = [least_work.query_sums(*shape, tiled=tiled), least_work.key_sums(*shape, tiled=tiled)]
-    works.append(least_work.received_mean(B, 3, N))
+    works.append(least_work.column_mean(B, 3, N))
     if masked:
         works[0].read.update(mask=B * N, query_mask=B * K)
         works[1].read.update(mask=B * N, k=B * 3 * K * d * dtype.itemsize)

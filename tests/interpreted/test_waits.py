@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks.kernel_analysis.latency import stated_waits
+from benchmarks.kernel_analysis.latency import modelled_waits
 from benchmarks.kernel_analysis.waits import counted_waits
 from elip_kernels import launch
 from tests.interpreted.test_traffic import OPS, SMALL, bf16, fp32
@@ -18,7 +18,9 @@ def check(op, case, **options):
     with counted_waits() as launches:
         OPS[op][0](*case, **options)
     for each in launches:
-        stated = [stated_waits(each.kernel, each.arguments, held) for held in held_by_program(each)]
+        stated = [
+            modelled_waits(each.kernel, each.arguments, held) for held in held_by_program(each)
+        ]
         assert max(stated) == each.waits, each.kernel
     return {each.kernel for each in launches}
 

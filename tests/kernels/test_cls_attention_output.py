@@ -108,10 +108,10 @@ def test_one_graph_serves_all_batches():
 def test_a_head_too_wide_for_its_kernel_takes_the_pytorch_form():
     operator = OPERATORS["cls_attention_output"]
     tokens, *query = op_arguments(torch.randn(B, N, D))
-    assert "Triton" in (operator.refuses(tokens, *query) or "Triton")
+    assert "Triton" in (operator.unsupported(tokens, *query) or "Triton")
     matrices = {name: torch.randn(2 * 129, D) for name in ("q_weight", "k_weight")}
     wide = QueryArguments(*query)._replace(num_heads=2, q_bias=None, **matrices)
-    assert "at most 128 channels" in operator.refuses(tokens, *wide)
-    assert "at most 128 heads" in operator.refuses(tokens, *wide._replace(num_heads=129))
+    assert "at most 128 channels" in operator.unsupported(tokens, *wide)
+    assert "at most 128 heads" in operator.unsupported(tokens, *wide._replace(num_heads=129))
     huge = torch.empty(1, 65536, 32768, device="meta")
-    assert "fewer than 2^31 elements an image" in operator.refuses(huge, *query)
+    assert "fewer than 2^31 elements an image" in operator.unsupported(huge, *query)

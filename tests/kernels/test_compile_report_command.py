@@ -56,7 +56,7 @@ def test_what_does_not_compile_is_a_row(monkeypatch):
     refused = report._compile(job)
     assert refused == {"error": "RuntimeError: PassManager::run failed"}
     monkeypatch.setattr(report, "_compile", crash)
-    assert report._compile_apart(job) == {"error": "the compiler crashed"}
+    assert report._compile_in_subprocess(job) == {"error": "the compiler crashed"}
     header, line = report.table([{"kernel": "_reduce_fwd_kernel", "N": 197} | refused]).splitlines()
     assert header.split() == list(report.COLUMNS)
     assert line.endswith("-  RuntimeError: PassManager::run failed")

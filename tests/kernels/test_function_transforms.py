@@ -80,7 +80,7 @@ def test_transforms_inside_a_graph_and_around_vmap(op):
         torch.testing.assert_close(compiled(x), made(x))
 
 
-@pytest.mark.parametrize("strategy", ["elip:merge=false", "tome", "random:merge=nearest"])
+@pytest.mark.parametrize("strategy", ["elip:merge=none", "tome", "random:merge=nearest"])
 def test_a_reduced_model_has_a_tangent(strategy):
     model, x = (
         elip_models.reduce_(plain_vit().double().eval(), strategy=strategy),

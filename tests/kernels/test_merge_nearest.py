@@ -282,7 +282,7 @@ def test_every_patch_is_part_of_one_token_and_counts_once(strategy):
     tower, source = as_tower(model), None
     tokens, infos = elip_models.encode_image(model, x, t, strategy=strategy, return_info=True)
     dropping = (
-        ELIP(SCHEDULE, merge=False) if strategy.name != "evit" else EViT(0.7, (1, 3), True, False)
+        ELIP(SCHEDULE, merge="none") if strategy.name != "evit" else EViT(0.7, (1, 3), True, "none")
     )
     assert strategy.token_counts(tower.size) == dropping.token_counts(tower.size)
     assert tokens.shape[1] == strategy.token_counts(tower.size)[-1].mlp

@@ -11,7 +11,15 @@ if not HAS_TRITON:
     pytest.skip("triton is absent, so there is nothing to launch", allow_module_level=True)
 
 from benchmarks.kernel_analysis import least_work, report
-from benchmarks.kernel_analysis.latency import LAUNCH, MACHINES, WAITS, Size, bound, size_of, waves
+from benchmarks.kernel_analysis.latency import (
+    LAUNCH,
+    MACHINES,
+    WAITS,
+    LaunchSize,
+    bound,
+    size_of,
+    waves,
+)
 from elip_kernels.testing.calls import CALLS
 
 ALONE = {  # programs and waits of one image, N = 257 of a ViT-B in bf16
@@ -79,7 +87,7 @@ def test_the_bytes_of_a_launch_are_those_of_the_analytic_model(call, work):
 )
 def test_time_is_that_of_bytes_or_of_waits_in_turn(programs, in_turns):
     H100 = MACHINES[90]
-    few, many = Size(programs, 5, 10), Size(programs, 5, 335_000_000)
+    few, many = LaunchSize(programs, 5, 10), LaunchSize(programs, 5, 335_000_000)
     assert waves(few, 8, H100) == in_turns
     assert bound(few, 8, H100)[1] == pytest.approx(LAUNCH + in_turns * 5 * H100.latency)
     assert bound(many, 8, H100) == pytest.approx((1e-4, LAUNCH + 1e-4))

@@ -136,8 +136,10 @@ def test_what_no_kernel_takes_is_said_once():
 def test_the_kernels_take_65536_candidates(p, N, fits):
     tokens, scores = torch.empty(1, N, 4), torch.empty(1, N - p)
     operator = OPERATORS["reduce"]
-    assert (operator.refuses(tokens, scores, None, 3, p, True, True) is None) is fits
-    assert "16 prefix" in operator.refuses(tokens[:, :40], scores[:, :20], None, 3, 20, True, True)
+    assert (operator.unsupported(tokens, scores, None, 3, p, True, True) is None) is fits
+    assert "16 prefix" in operator.unsupported(
+        tokens[:, :40], scores[:, :20], None, 3, 20, True, True
+    )
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -210,11 +210,11 @@ def test_list_models():
 
 
 OTHERS = [
-    ("evit", {"keep_rate": 0.5}),
+    ("evit", {"keep_ratio": 0.5}),
     ("tome", {"r": 1}),
     ("random", None),
     ("trips", {"guidance_norm": "match"}),
-    ("patch_dropout", {"keep": 0.5}),
+    ("patch_dropout", {"keep_ratio": 0.5}),
     ("resize", {"size": 16}),
     ("adaptive", {"keep_mass": 0.5}),
 ]

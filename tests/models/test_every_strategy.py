@@ -20,12 +20,12 @@ from tests.helpers.towers import assert_equal_gradients
 from tests.training.test_pretraining import assert_all_losses_fall, config
 
 OPTIONS = {
-    "evit": {"keep_rate": 0.7},
+    "evit": {"keep_ratio": 0.7},
     "tome": {"r": 3},
     "guided_tome": {"r": 3, "protect": 0.5},
     "pitome": {"r": 3},
     "crossget": {"r": 3},
-    "patch_dropout": {"keep": 0.5},
+    "patch_dropout": {"keep_ratio": 0.5},
     "resize": {"size": 12},
     "adaptive": {"keep_mass": 0.4},
 }
@@ -165,7 +165,7 @@ def test_patch_dropout_ends_at_its_step_and_alpha_goes_on(family):
 @pytest.mark.parametrize("family", MODELS)
 def test_a_config_takes_schedule_and_guidance_of_the_fields_and_the_rest_of_the_line(family):
     reduction = made(
-        family, strategy="trips:fusion=0.1", strategy_options={"merge": False}
+        family, strategy="trips:fusion=0.1", strategy_options={"merge": "none"}
     ).reduction
     assert str(reduction.schedule) == "1(100%) 1(75%) 1(50%)"
     assert (reduction.fusion, reduction.merge, reduction.without_text) == (0.1, False, "dense")

@@ -299,7 +299,7 @@ STRATEGIES = {
     "text": {"text_reduction": "learned"},
     "both": REDUCED | {"text_reduction": "post", "cross_reduction": "pumer:layers=0"},
     **{n: {"strategy": n, "schedule": REDUCED["schedule"]} for n in ("trips", "random")},
-    **{n: {"strategy": n} for n in ("tome:r=3", "evit:keep_rate=0.5", "adaptive:keep_mass=0.4")},
+    **{n: {"strategy": n} for n in ("tome:r=3", "evit:keep_ratio=0.5", "adaptive:keep_mass=0.4")},
 }
 CASES = [(task, name) for task in MODELS for name in STRATEGIES]
 

@@ -187,7 +187,7 @@ def test_a_name_is_the_strategy_of_its_paper(name):
 
 def test_settings_of_a_strategy():
     assert get_strategy("tome:r=13,proportional=false") == ToMe(13, False)
-    assert get_strategy("evit:layers=3,6,9,keep_rate=0.5") == EViT(0.5, (3, 6, 9))
+    assert get_strategy("evit:layers=3,6,9,keep_ratio=0.5") == EViT(0.5, (3, 6, 9))
     assert get_strategy("evit:layers=all").layers == "all"
     elip_ = get_strategy(f"elip: scorer=2, schedule={SCHEDULE.replace('1(30%)', '2(30%)')}")
     assert str(elip_.schedule).endswith("2(30%)")

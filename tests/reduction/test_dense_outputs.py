@@ -24,7 +24,7 @@ from tests.helpers.towers import (
 
 STRATEGIES = {
     "elip": {"schedule": SCHEDULE},
-    "dropping": {"schedule": SCHEDULE, "merge": False},
+    "dropping": {"schedule": SCHEDULE, "merge": "none"},
     "evit": {"strategy": "evit"},
     "tome": {"strategy": "tome:r=3"},
     "adaptive": {"strategy": "adaptive", "schedule": SCHEDULE},
@@ -302,11 +302,11 @@ def test_blocks_that_are_compiled_one_by_one_give_grids():
 
 def test_what_would_be_wrong_is_refused():
     siglip, x = WITHOUT_CLS["HF SigLIP vision"]().eval(), images()
-    reduce_(siglip, schedule=SCHEDULE, merge=False)
+    reduce_(siglip, schedule=SCHEDULE, merge="none")
     assert siglip(x, output_hidden_states=True).hidden_states  # unguided, it is dense
     with elip_models.guidance(siglip, text()), pytest.raises(ValueError, match="that pools those"):
         siglip(x, output_hidden_states=True)
-    pooled = reduce_(plain_vit(global_pool="avg").eval(), schedule=SCHEDULE, merge=False)
+    pooled = reduce_(plain_vit(global_pool="avg").eval(), schedule=SCHEDULE, merge="none")
     with pytest.raises(ValueError, match="that pools those"):
         pooled.forward_intermediates(x)
     smaller = reduce_(plain_vit(), strategy="resize:size=32")

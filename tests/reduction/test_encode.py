@@ -90,7 +90,7 @@ def test_info_of_every_stage():
 
 
 def test_pruning_only():
-    tokens = elip_models.encode_image(plain_vit(), images(), text(), schedule=SCHEDULE, merge=False)
+    tokens = elip_models.encode_image(plain_vit(), images(), text(), schedule=SCHEDULE, merge="none")
     assert tokens.shape == (2, 11, WIDTH)
 
 

@@ -37,7 +37,7 @@ class Darkest(Staged):
 
     name: ClassVar[str] = "darkest"
     schedule: Schedule = PAPER
-    merge: bool = True
+    merge: Merge = "one"
 
     def score(self, tower, stage, tokens, text):
         return -tokens.detach().mean(dim=2)
@@ -66,7 +66,7 @@ class Lucky(Strategy):
         replay = context.replay
         row = torch.rand(tokens.shape[:2]) if replay is None else replay.attention
         tokens = tower.attend(stage.first, tokens)
-        tokens, reduction = tower.reduce(tokens, row, stage.keep, merge=False)
+        tokens, reduction = tower.reduce(tokens, row, stage.keep, merge="none")
         return tower.mlp(stage.first, tokens), StageInfo(stage, reduction, row)
 
     def at_strength(self, size, strength):

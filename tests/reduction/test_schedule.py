@@ -50,7 +50,7 @@ def test_presets_by_name(name, depth):
 def test_tokens_per_layer():
     tokens = Schedule.parse(PAPER).tokens_per_layer(256)
     assert tokens == [257] * 2 + [232] * 2 + [168] * 6 + [104] * 2
-    pruned = Schedule.parse("4(100%) 4(50%) 4(50%)").tokens_per_layer(256, merge=False)
+    pruned = Schedule.parse("4(100%) 4(50%) 4(50%)").tokens_per_layer(256, num_merged=0)
     assert pruned == [257] * 4 + [129] * 8
 
 

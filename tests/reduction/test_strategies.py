@@ -61,7 +61,7 @@ def run(case, model, strategy, prefix=""):
 
 def test_evit_reproduces_the_official_run(golden):
     case, model = evit_case(golden)
-    tokens, logits, infos, grads = run(case, model, EViT(keep_rate=0.7))
+    tokens, logits, infos, grads = run(case, model, EViT(keep_ratio=0.7))
     assert [info.stage.first for info in infos] == [3, 6, 9]
     for s, info in enumerate(infos):
         assert torch.equal(info.reduction.kept - 1, case[f"stage{s}/idx"].long())
@@ -259,8 +259,8 @@ def test_the_same_strategy_again_changes_nothing():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: EViT(0.0), "keep_rate: expected a number in"),
-        (lambda: EViT(True), "keep_rate: expected a number in"),
+        (lambda: EViT(0.0), "keep_ratio: expected a number in"),
+        (lambda: EViT(True), "keep_ratio: expected a number in"),
         (lambda: EViT(layers=(3, 1)), "layers: expected rising"),
         (lambda: EViT(layers=()), "layers: expected rising"),
         (lambda: ToMe(-1), "r: expected an integer at least 0"),

@@ -47,7 +47,7 @@ MODELS = {
 }
 ORDERS = ("reduce first", "adapt first")
 SCORERS = ("official", "exact", "cls", "last", 1)
-TOME, EVIT = {"strategy": elip_models.ToMe(r=3)}, {"strategy": elip_models.EViT(keep_rate=0.7)}
+TOME, EVIT = {"strategy": elip_models.ToMe(r=3)}, {"strategy": elip_models.EViT(keep_ratio=0.7)}
 
 
 def elip(scorer):
@@ -111,7 +111,7 @@ OTHERS = {
     "tome": TOME,
     "evit": EVIT,
     "evit without gradient": {
-        "strategy": elip_models.EViT(keep_rate=0.7, attention_gradient=False)
+        "strategy": elip_models.EViT(keep_ratio=0.7, attention_gradient=False)
     },
     "adaptive": {"strategy": "adaptive", "schedule": SCHEDULE},
     "trips": {"strategy": "trips", "schedule": SCHEDULE},

@@ -19,7 +19,7 @@ MERGING = {
     "adaptive": ADAPTIVE,
 }
 DROPPING = {
-    "elip": {"schedule": SCHEDULE, "merge": False},
+    "elip": {"schedule": SCHEDULE, "merge": "none"},
     "patch_dropout": {"strategy": "patch_dropout"},
     "resize": {"strategy": "resize:size=32"},
 }
@@ -116,7 +116,7 @@ def test_what_needs_every_patch_refuses_what_drops_some(make, settings):
     with pytest.raises(TypeError, match=r"each at its place|a token for each patch"):
         reduce_(model, **settings)
     assert not elip_models.is_reduced(model)
-    reduce_(model, strategy="patch_dropout:keep=1.0")  # drops none
+    reduce_(model, strategy="patch_dropout:keep_ratio=1.0")  # drops none
 
 
 @pytest.mark.parametrize("settings", [{}, {"schedule": SCHEDULE, "scorer": "received"}])

@@ -23,7 +23,7 @@ from tests.helpers.towers import (
 OTHER = (64, 40)  # 8 x 5 patches of 8 pixels, where the models are made for 6 x 6
 STRATEGIES = {
     "elip": {"schedule": SCHEDULE},
-    "dropping": {"schedule": SCHEDULE, "merge": False},
+    "dropping": {"schedule": SCHEDULE, "merge": "none"},
     "evit": {"strategy": "evit"},
     "tome": {"strategy": "tome:r=3"},
     "adaptive": {"strategy": "adaptive", "schedule": SCHEDULE},

@@ -41,8 +41,8 @@ MERGING = {
     "nearest": ELIP(SCHEDULE, merge="nearest"),
 }
 DROPPING = {
-    "elip": ELIP(SCHEDULE, scorer="last", merge=False),
-    "random": RandomPruning(SCHEDULE, merge=False),
+    "elip": ELIP(SCHEDULE, scorer="last", merge="none"),
+    "random": RandomPruning(SCHEDULE, merge="none"),
     "patch_dropout": PatchDropout(0.5),
 }
 

@@ -38,7 +38,7 @@ def test_parts_add_up_to_the_block(model):
         query = Query(tokens[:, 0])
         got = tower.cls_attention(i, tokens, query.cls)
         torch.testing.assert_close(got, row, atol=1e-5, rtol=0)
-        out, info, scored = tower.score_reduce(i, tokens, tokens, query, keep=10, merge=True)
+        out, info, scored = tower.score_reduce(i, tokens, tokens, query, keep=10, merge="one")
         torch.testing.assert_close(scored, got, atol=1e-6, rtol=0)
         expected, kept = elip_kernels.reduce(
             tokens, scored, 10, num_prefix_tokens=tower.num_prefix_tokens, return_info=True

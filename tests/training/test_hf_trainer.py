@@ -147,7 +147,7 @@ def test_an_evaluation_sees_what_the_step_before_saw(tmp_path):
 
 
 def test_options_are_those_of_reduce_(tmp_path):
-    callback = ReductionCallback(schedule=SCHEDULE, merge=False, until=1)
+    callback = ReductionCallback(schedule=SCHEDULE, merge="none", until=1)
     _, watch = run(tmp_path, callback, activation_checkpointing=True)
     assert watch.tokens()[0] == 11 and watch.tokens()[-1] == 37
 

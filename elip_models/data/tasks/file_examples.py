@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from elip_models.data.checks import check_index
 from elip_models.data.examples import Example
 from elip_models.data.sample import decode_image
-from elip_models.validation import extra
+from elip_models.validation import require_extra
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -69,7 +69,7 @@ def _example(row: dict) -> Example:
 
 def _build_index(rows: Iterable[TableRow]) -> "Dataset":
     """Arrow table, one row an example: entry, id, text, answers, their shares, images."""
-    with extra("FileExamples"):
+    with require_extra("FileExamples"):
         from datasets import Dataset, Features, Value
 
     text, names = Value("string"), ("entry", "id", "text", "answers", "shares", "images")

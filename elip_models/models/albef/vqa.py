@@ -15,7 +15,7 @@ from torch import Tensor
 
 from elip_models.models.albef.downstream import ALBEFTask, ALBEFTaskConfig
 from elip_models.models.albef.model import ALBEFTowers
-from elip_models.models.base import evaluating
+from elip_models.models.base import eval_mode
 from elip_models.models.layers.bert import BertTower, masked_language_head
 from elip_models.models.layers.distillation import Weights
 from elip_models.models.layers.generated_answers import Answers, States, score_candidates
@@ -128,7 +128,7 @@ class ALBEFVQA(ALBEFTask):
         Returns:
             (B,) int64, numbers of candidates.
         """
-        with evaluating(self):
+        with eval_mode(self):
             states = States(self.read(images, input_ids, attention_mask), attention_mask)
             answers = answer_ids, answer_mask
             candidates = score_candidates(self.encoders.decode, states, *answers, k)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.models.bert.modeling_bert import BertOnlyMLMHead
 
-from elip_models.models.base import evaluating
+from elip_models.models.base import eval_mode
 from elip_models.models.config import TextReductionConfig, TokenId
 from elip_models.models.cross_modal import CrossModalModel
 from elip_models.models.distilled_model import Encoders, MomentumConfig
@@ -183,7 +183,7 @@ class Writer(BLIPBase):
                     "different lengths in batches of their own"
                 )
             ids = torch.cat([ids, prompt], dim=1)
-        with evaluating(self):
+        with eval_mode(self):
             return write(
                 self.decoder,
                 self.language_head,
@@ -223,7 +223,7 @@ class Captioner(Writer):
             ValueError: another shape or dtype of prompt, or one with padding; a length for which
                 the text tower has no positions.
         """
-        with evaluating(self):
+        with eval_mode(self):
             tokens, infos = self.encode_image(images, text_cls)
         return self.generate_from_tokens(
             tokens, mask_after(infos), prompt=prompt, decoding=decoding

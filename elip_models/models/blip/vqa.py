@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elip_models.models.base import evaluating
+from elip_models.models.base import eval_mode
 from elip_models.models.blip.model import BLIP
 from elip_models.models.blip.shared import BLIPEncoders, Writer
 from elip_models.models.downstream.blip import (
@@ -138,7 +138,7 @@ class BLIPVQA(Writer, BLIPReadingTask):
         Returns:
             (B,) int64, which candidate.
         """
-        with evaluating(self):
+        with eval_mode(self):
             states = States(self.read_question(images, input_ids, attention_mask), attention_mask)
             answers, smoothing = (answer_ids, answer_mask), self.config.label_smoothing
             candidates = score_candidates(self.write, states, *answers, k, smoothing)
@@ -163,6 +163,6 @@ class BLIPVQA(Writer, BLIPReadingTask):
         Returns:
             (B, L) int64: [DEC], the answer and its end, then padding.
         """
-        with evaluating(self):
+        with eval_mode(self):
             states = self.read_question(images, input_ids, attention_mask)
         return self.generate_from_tokens(states, attention_mask, decoding=decoding)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from elip_models.validation import check, extra
+from elip_models.validation import check, require_extra
 
 FORMS = (
     "'timm:NAME', 'open_clip:NAME' or 'open_clip:NAME/TAG', 'hf:NAME' or 'hf:FOLDER', a name of "
@@ -48,7 +48,7 @@ def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Modu
     check("pretrained", pretrained, bool)
     library, name = split_spec(spec)
     if library is not None:
-        with extra("open_model"), _found(spec):
+        with require_extra("open_model"), _found(spec):
             return OPENERS[library](name, pretrained, options).eval()
     from elip_models.models.registry import create_model, list_models
 

@@ -33,7 +33,7 @@ from elip_models.reduction.state import Reduction
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
 from elip_models.towers import library_of, without_adapter
-from elip_models.validation import check, errors_named
+from elip_models.validation import as_config_error, check
 
 SETTINGS = "elip.json"
 CONFIG = "config.json"
@@ -120,7 +120,7 @@ def load_reduced(
             )
         return model
     saved, where = _settings_in(folder)
-    with errors_named(where):
+    with as_config_error(where):
         place = saved.pop("module", "") if isinstance(saved, dict) else ""
         reduced = _inside(model, place)
         if strategy is None:

@@ -15,8 +15,8 @@ from elip_models.validation import (
     PositiveInt,
     Share,
     Size,
+    as_config_error,
     divisor_of,
-    errors_named,
 )
 
 CROSS_REDUCTIONS = {"pumer": PuMer}
@@ -80,7 +80,7 @@ class METERConfig(CrossModalConfig, TextReductionConfig):
         if self.cross_reduction is None:
             return None
         layers = tuple(i for i in PuMer.layers if i < self.cross_depth)
-        with errors_named("cross_reduction"):
+        with as_config_error("cross_reduction"):
             name, settings = parse_spec(self.cross_reduction, CROSS_REDUCTIONS)
             return CROSS_REDUCTIONS[name](**({"layers": layers} | settings))
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elip_models.models.config import Config
-from elip_models.validation import Positive, PositiveInt, Rate, extra
+from elip_models.validation import Positive, PositiveInt, Rate, require_extra
 
 if TYPE_CHECKING:
     from elip_models.models.base import PretrainedModel
@@ -183,7 +183,7 @@ def _put_(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def _inject_lora_(model: nn.Module, config: AdaptConfig, targets: Targets) -> None:
-    with extra("elip_models.models.peft.adapt"):
+    with require_extra("elip_models.models.peft.adapt"):
         from peft import LoraConfig, inject_adapter_in_model
     lora = LoraConfig(
         r=config.r,

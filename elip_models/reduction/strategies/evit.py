@@ -30,10 +30,10 @@ from elip_models.validation import Count, PositiveShare, check_fields
 class EViT(Strategy):
     """Keep by this forward's own CLS attention, fuse the others by it (Liang et al., ICLR 2022).
 
-        a   = CLS row of the block's attention, head mean;  K = ceil(keep_rate * candidates)
+        a   = CLS row of the block's attention, head mean;  K = ceil(keep_ratio * candidates)
         x   = [x_prefix, the K most attended in descending order, sum_dropped a x]     after attend
 
-    keep_rate: of the candidates at each of `layers`, in (0, 1].
+    keep_ratio: of the candidates at each of `layers`, in (0, 1].
     layers: 0-based blocks; None means a quarter, half and three quarters of the depth (3, 6, 9 of
         12), 'all' every block.
     attention_gradient: gradients reach the attention through the fused token, as in the paper's
@@ -44,7 +44,7 @@ class EViT(Strategy):
     name: ClassVar[str] = "evit"
     replaces_block: ClassVar[bool] = True
 
-    keep_rate: PositiveShare = 0.7
+    keep_ratio: PositiveShare = 0.7
     layers: Literal["all"] | tuple[Count, ...] | None = None
     attention_gradient: bool = True
     merge: Merge = True
@@ -72,7 +72,7 @@ class EViT(Strategy):
         if at[-1] >= depth:
             raise ValueError(f"layers: expected blocks below {depth}, the depth, got {at[-1]}")
         for i, following in pairwise((*at, depth)):
-            keep = math.ceil(self.keep_rate * candidates)
+            keep = math.ceil(self.keep_ratio * candidates)
             if keep < candidates:
                 stages.append(Stage(i, following - i, keep))
                 candidates = keep + (self.merge is True)
@@ -132,4 +132,4 @@ class EViT(Strategy):
         return tower.attend(i, tokens, qkv=(q, k, v)), row, k
 
     def at_strength(self, size: TowerSize, strength: float) -> Strategy:
-        return replace(self, keep_rate=1 - strength * (1 - least_share(size)))
+        return replace(self, keep_ratio=1 - strength * (1 - least_share(size)))

@@ -1,0 +1,222 @@
+"""The CLS output kernel, run by the interpreter, against the PyTorch form in fp64."""
+
+import pytest
+import torch
+
+import elip_kernels
+from elip_kernels import launch
+from elip_kernels._operator import OPERATORS
+from elip_kernels.ops.absorbed_query import QueryArguments
+from elip_kernels.ops.cls_attention_output import means_reference, weighted_means
+from tests.helpers.tiers import tiered
+from tests.interpreted.absorbed import BUDGET
+
+SHAPES = [  # B, N, D, H, d
+    (2, 197, 192, 3, 64),
+    (1, 257, 40, 4, 32),
+    (1, 50, 33, 3, 32),
+    (2, 2, 32, 1, 32),
+    (2, 17, 100, 5, 48),
+    (1, 20, 96, 24, 32),
+    (1, 33, 512, 16, 32),
+    (1, 1025, 64, 4, 128),
+]
+CASES = [*SHAPES[:-1], pytest.param(SHAPES[-1], marks=pytest.mark.slow)]
+NAME = "elip::cls_attention_output"
+
+
+def block(D, H, d, dtype):
+    """Random arguments of a pre-norm block."""
+
+    def random(*shape):
+        return (torch.randn(*shape) / shape[-1] ** 0.5).to(dtype)
+
+    matrices = {f"{name}_weight": random(H * d, D) for name in "qkv"}
+    biases = {"q_bias": random(H * d), "v_bias": random(H * d)}
+    norm = {"norm_weight": 1 + random(D), "norm_bias": random(D)}
+    return norm | matrices | biases | {"num_heads": H, "eps": 1e-6}
+
+
+def tokens_and_cls(B, N, D, dtype, offset=0.0):
+    return (offset + torch.randn(B, N, D)).to(dtype), torch.randn(B, D).to(dtype)
+
+
+def wide(arguments):
+    return {n: v.double() if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
+
+
+def in_fp64(tokens, cls, arguments):
+    return elip_kernels.cls_attention_output(tokens.double(), cls.double(), **wide(arguments))
+
+
+def error(got, exact):
+    """Largest error over the largest entry."""
+    return ((got - exact).abs().max() / exact.abs().max()).item()
+
+
+def rounded_budget(dtype):
+    """The interpreter truncates where the hardware rounds to bf16: one ulp instead of half."""
+    ulp = torch.finfo(dtype).eps
+    return BUDGET[dtype] + {torch.float32: 0.0, torch.float16: ulp / 2, torch.bfloat16: ulp}[dtype]
+
+
+@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.float32]), ids=str)
+@pytest.mark.parametrize("shape", CASES, ids="B{0[0]}-N{0[1]}-D{0[2]}-H{0[3]}-d{0[4]}".format)
+def test_output_agrees_with_fp64(launches, poisoned_memory, shape, dtype):
+    B, N, D, H, d = shape
+    (tokens, cls), arguments = tokens_and_cls(B, N, D, dtype), block(D, H, d, dtype)
+    got = elip_kernels.cls_attention_output(tokens, cls, **arguments)
+    assert launches[NAME] == 1
+    assert got.dtype == dtype
+    assert error(got, in_fp64(tokens, cls, arguments)) <= rounded_budget(dtype)
+
+
+def query_of(cls, key, eps=1e-6):
+    """Heads of one channel, whose query is 1 and whose keys these are."""
+    q_weight, q_bias = torch.zeros_like(key), key.new_ones(len(key))
+    return QueryArguments(
+        *(cls, None, 1.0, False, None, None, eps, q_weight, q_bias, key, len(key), 1.0)
+    )
+
+
+def means(tokens, cls, key, eps=1e-6):
+    """m, of which the kernels make the output, in fp32: no rounding to the dtype of the tokens."""
+    assert launch.unsupported(tokens, cls, key) is None
+    return weighted_means(tokens, query_of(cls, key, eps)).sum(1)
+
+
+def exact_means(tokens, cls, key, eps=1e-6):
+    return means_reference(tokens.double(), query_of(cls.double(), key.double(), eps))
+
+
+@pytest.mark.parametrize("N", tiered([50, 197], [50]))
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+def test_weighted_sum_is_fp32_and_within_its_budget(poisoned_memory, dtype, N):
+    tokens, cls = tokens_and_cls(1, N, 768, dtype)
+    key = torch.randn(3, 768) / 768**0.5
+    got = means(tokens, cls.float(), key)
+    assert got.dtype == torch.float32
+    assert error(got, exact_means(tokens, cls, key)) <= BUDGET[dtype]
+
+
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+@pytest.mark.parametrize("sharpness", [0.0, 1.0, 40.0])
+def test_flat_and_sharp_rows(dtype, sharpness):
+    """A tile with a far higher score rescales all before it; a score's error grows with it."""
+    tokens, cls = tokens_and_cls(2, 70, 64, dtype)
+    key = sharpness * torch.randn(4, 64) / 8
+    got = means(tokens, cls.float(), key)
+    exact = exact_means(tokens, cls, key)
+    assert error(got, exact) <= max(1.0, sharpness) * BUDGET[dtype]
+
+
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+def test_a_mean_far_from_zero_is_taken_out_again(dtype):
+    tokens, cls = tokens_and_cls(2, 40, 64, dtype, offset=30.0)
+    key = torch.randn(4, 64) / 8
+    got = means(tokens, cls.float(), key)
+    z = torch.nn.functional.layer_norm(tokens, (64,), eps=1e-6)
+    z[:, 0] = torch.nn.functional.layer_norm(cls, (64,), eps=1e-6)
+    eager = (key.to(dtype) @ z.mT).softmax(-1) @ z
+    exact = exact_means(tokens, cls, key)
+    assert error(got, exact) <= max(2 * error(eager, exact), BUDGET[dtype])
+
+
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+def test_zero_token_and_an_eps_beyond_half_precision(dtype):
+    """1 / sqrt(eps) is more than fp16 holds; a merged token of no mass is zero."""
+    tokens, cls = tokens_and_cls(1, 20, 64, dtype)
+    tokens[:, [3, 19]] = 0.0
+    key = torch.randn(4, 64) / 8
+    got = means(tokens, cls.float(), key, 1e-12)
+    exact = exact_means(tokens, cls, key, 1e-12)
+    assert error(got, exact) <= BUDGET[dtype]
+
+
+def test_token_without_variance_and_no_eps_beyond_the_last():
+    """Rows that pad the last tile do not turn into NaN, even where eps is 0."""
+    tokens, cls = tokens_and_cls(1, 11, 32, torch.float32)
+    key = torch.randn(2, 32)
+    got = means(tokens, cls, key, 0.0)
+    assert error(got, exact_means(tokens, cls, key, 0.0)) <= 1e-5
+
+
+def test_strided_tokens(launches, poisoned_memory):
+    arguments = block(48, 2, 32, torch.float32)
+    for tokens in (
+        torch.randn(19, 2, 48).transpose(0, 1),
+        torch.randn(2, 19, 96)[:, :, ::2],
+        torch.randn(2, 38, 48)[:, ::2],
+    ):
+        cls = tokens[:, 0]
+        got = elip_kernels.cls_attention_output(tokens, cls, **arguments)
+        assert error(got, in_fp64(tokens, cls, arguments)) <= 1e-5
+    assert launches[NAME] == 6
+
+
+def test_empty_batch_and_tokens_that_are_cls_alone(launches):
+    arguments = block(32, 2, 32, torch.float32)
+    for N in (9, launch.PART + 2):  # in several parts too
+        got = elip_kernels.cls_attention_output(
+            torch.randn(0, N, 32), torch.randn(0, 32), **arguments
+        )
+        assert got.shape == (0, 64)
+    tokens, cls = tokens_and_cls(2, 1, 32, torch.float32)
+    got = elip_kernels.cls_attention_output(tokens, cls, **arguments)
+    assert error(got, in_fp64(tokens, cls, arguments)) <= 1e-5
+    assert launches[NAME] == 4
+
+
+WIDTHS = [(768, 12), (1024, 16), (1152, 18), (1408, 3), (1664, 17), (2047, 2), (2048, 16)]  # D, H
+
+
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+@pytest.mark.parametrize(("D", "H"), tiered(WIDTHS, [(2047, 2)]))
+def test_every_width_has_its_kernels(launches, poisoned_memory, monkeypatch, D, H, dtype):
+    (tokens, cls), arguments = tokens_and_cls(1, 20, D, dtype), block(D, H, 16, dtype)
+    exact = in_fp64(tokens, cls, arguments)
+    monkeypatch.delattr(OPERATORS[NAME.removeprefix("elip::")], "reference")
+    got = elip_kernels.cls_attention_output(tokens, cls, **arguments)
+    assert launches[NAME] == 2  # the fp64 one is handed on
+    assert error(got, exact) <= rounded_budget(dtype)
+
+
+@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.bfloat16]), ids=str)
+def test_many_tokens_are_summed_in_parts(launches, poisoned_memory, monkeypatch, dtype):
+    """Three parts of five tiles: the last one has the last tile alone."""
+    monkeypatch.setattr(launch, "PART", 128)
+    (tokens, cls), arguments = tokens_and_cls(2, 290, 97, dtype), block(97, 18, 8, dtype)
+    got = elip_kernels.cls_attention_output(tokens, cls, **arguments)
+    assert launches[NAME] == 1
+    assert error(got, in_fp64(tokens, cls, arguments)) <= rounded_budget(dtype)
+
+
+@pytest.mark.parametrize("lacking", [("norm_weight",), ("norm_bias", "v_bias"), ("v_bias",)])
+def test_what_a_block_lacks(launches, poisoned_memory, lacking):
+    tokens, cls = tokens_and_cls(17, 9, 40, torch.float32)
+    arguments = block(40, 3, 8, torch.float32) | dict.fromkeys(lacking)
+    got = elip_kernels.cls_attention_output(tokens, cls, **arguments)
+    assert launches[NAME] == 1
+    assert error(got, in_fp64(tokens, cls, arguments)) <= BUDGET[torch.float32]
+
+
+def test_the_values_weights_are_rows_of_a_larger_matrix(launches, poisoned_memory):
+    """Of fused projections; and transposed, which is copied."""
+    tokens, cls = tokens_and_cls(2, 9, 32, torch.float32)
+    arguments = block(32, 2, 16, torch.float32)
+    weight, expected = arguments["v_weight"], in_fp64(tokens, cls, arguments)
+    for v_weight in (torch.cat([weight, weight], 1)[:, 32:], weight.mT.contiguous().mT):
+        got = elip_kernels.cls_attention_output(tokens, cls, **arguments | {"v_weight": v_weight})
+        assert error(got, expected) <= BUDGET[torch.float32]
+    assert launches[NAME] == 3
+
+
+@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.bfloat16]), ids=str)
+def test_an_image_gives_the_same_bits_alone_and_among_others(launches, dtype):
+    (tokens, cls), arguments = tokens_and_cls(20, 130, 96, dtype), block(96, 4, 24, dtype)
+    together = elip_kernels.cls_attention_output(tokens, cls, **arguments)
+    for i in (0, 19):
+        one = slice(i, i + 1)
+        got = elip_kernels.cls_attention_output(tokens[one], cls[one], **arguments)
+        assert torch.equal(got, together[one])
+    assert launches[NAME] == 3
