@@ -20,10 +20,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from elip_models.checkpoints.load import with_leading_ones
+from elip_models.checkpoints.load import match_leading_dims
 from elip_models.checkpoints.model_config import OPEN_CLIP_CONFIG
 from elip_models.checkpoints.names import KINDS
-from elip_models.checkpoints.renaming import backwards, renamed
+from elip_models.checkpoints.renaming import rename_tensors, reversed_names
 from elip_models.data.transforms import CLIP_MEAN, CLIP_STD
 from elip_models.models.base import PretrainedModel
 from elip_models.models.blip.model import BLIPConfig
@@ -64,7 +64,7 @@ def save_as(
             f"architecture: expected None but for BLIP to 'hf', got {architecture!r} for "
             f"{type(model).__name__} to {to!r}"
         )
-    with _whole(Path(folder)) as staged:
+    with _new_folder(Path(folder)) as staged:
         if to == "ours":
             model.save_pretrained(staged, tokenizer)
             return Path(folder)
@@ -91,15 +91,17 @@ def to_hf(model: PretrainedModel, architecture: str | None = None) -> nn.Module:
     if architecture not in kinds:
         raise ValueError(f"architecture: expected one of {', '.join(kinds)}, got {architecture!r}")
     config = config_of(model.config)
-    return _filled(getattr(transformers, architecture)(config), model, kinds[architecture])
+    return _with_our_weights(
+        getattr(transformers, architecture)(config), model, kinds[architecture]
+    )
 
 
-def _filled(theirs: nn.Module, model: PretrainedModel, kind: str) -> nn.Module:
+def _with_our_weights(theirs: nn.Module, model: PretrainedModel, kind: str) -> nn.Module:
     """Another library's model with the weights of ours."""
     state = theirs.state_dict()
-    weights = renamed(model.state_dict(), backwards(KINDS[kind].names))
+    weights = rename_tensors(model.state_dict(), reversed_names(KINDS[kind].names))
     fitted: dict[str, Tensor] = {
-        name: with_leading_ones(weight, state[name].shape)
+        name: match_leading_dims(weight, state[name].shape)
         for name, weight in weights.items()
         if name in state
     }
@@ -217,7 +219,7 @@ def _write_open_clip(model: PretrainedModel, folder: Path, *, has_tokenizer: boo
     from safetensors.torch import save_file
 
     config = open_clip_config(model.config)
-    theirs = _filled(open_clip.CLIP(**config), model, "open_clip")
+    theirs = _with_our_weights(open_clip.CLIP(**config), model, "open_clip")
     weights = {name: weight.contiguous() for name, weight in theirs.state_dict().items()}
     save_file(weights, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
     if has_tokenizer:
@@ -231,7 +233,7 @@ def _write_open_clip(model: PretrainedModel, folder: Path, *, has_tokenizer: boo
 
 
 @contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
+def _new_folder(folder: Path) -> Iterator[Path]:
     """A folder to write in that takes the place of `folder` once all is written."""
     folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

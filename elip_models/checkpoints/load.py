@@ -22,9 +22,14 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from elip_models.checkpoints.model_config import OPEN_CLIP_CONFIG, fields_of, heads_of, sizes_of
-from elip_models.checkpoints.names import KINDS, Kind, recognise
-from elip_models.checkpoints.renaming import renamed
+from elip_models.checkpoints.model_config import (
+    OPEN_CLIP_CONFIG,
+    default_heads,
+    fields_from_config,
+    sizes_from_weights,
+)
+from elip_models.checkpoints.names import KINDS, Kind, recognise_kind
+from elip_models.checkpoints.renaming import rename_tensors
 from elip_models.models.base import PretrainedModel
 from elip_models.models.io.files import check_numbers, read_config, read_object, read_tensors
 from elip_models.models.io.weights import first_names, load_weights
@@ -44,7 +49,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 OURS = "ours"
-UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, UnicodeDecodeError, LookupError)
+LOAD_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, UnicodeDecodeError, LookupError)
 """What torch.load raises for other content than tensors, and for a file that is none of its own."""
 
 
@@ -94,7 +99,7 @@ def convert_checkpoint(
     read = read_checkpoint(Path(source), kind)
     family = MODELS[read.kind.family]
     fields = read.fields | _ids(family, tokenizer, read.fields) | overrides
-    model = family(family.config_class.from_dict(fields | heads_of(fields)))
+    model = family(family.config_class.from_dict(fields | default_heads(fields)))
     _load_(model, read, tuple(allow_missing), tuple(allow_unexpected))
     return model.eval()
 
@@ -150,7 +155,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     _check_unpacked(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
+    except LOAD_ERRORS as error:
         others = _other_content(path)
         got = f"{others}, which could run code" if others else "a damaged file or other content"
         mend = "" if others else "copy or download it again, or "
@@ -188,7 +193,7 @@ def _other_content(path: Path) -> str:
     """The classes and functions that a pickle names beside tensors, where it can be looked into."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (*UNREADABLE, ValueError):
+    except (*LOAD_ERRORS, ValueError):
         names = []
     return ", ".join(names)
 
@@ -234,11 +239,11 @@ def read_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
         if not any(fnmatchcase(tensor, pattern) for pattern in kind.ignored)
     }
     check_numbers(path, kept)
-    ours = renamed(kept, kind.names)
-    fields = sizes_of(kind.family, ours)
+    ours = rename_tensors(kept, kind.names)
+    fields = sizes_from_weights(kind.family, ours)
     if "input_resolution" in weights:  # of OpenAI's own CLIP, and of no other
         fields["activation"] = "quick_gelu"
-    fields |= fields_of(kind, folder, fields.get("vocab_size", 0))
+    fields |= fields_from_config(kind, folder, fields.get("vocab_size", 0))
     if kind.family == "blip":
         fields["tie_decoder"] = _decoder_is_tied(ours)
     if "logit_bias" in ours:
@@ -269,7 +274,7 @@ def _ids(
 def _recognised(weights: dict[str, Tensor], folder: Path | None) -> str:
     """The kind; where the names do not say it, the error says what the folder is."""
     try:
-        return recognise(weights)
+        return recognise_kind(weights)
     except ValueError as error:
         named = [n for n in ("config.json", OPEN_CLIP_CONFIG) if folder and (folder / n).is_file()]
         described = read_object(folder / named[0]) if named else {}
@@ -295,8 +300,8 @@ def _load_(
     allow_unexpected: tuple[str, ...],
 ) -> None:
     """Load what was read, and fill the parts that the kind may lack and that are not there."""
-    weights = fitted(model, read.weights)
-    check_tied(model, weights)
+    weights = fit_shapes(model, read.weights)
+    check_tied_weights(model, weights)
     fills = {
         part: filling
         for part, filling in read.kind.fills.items()
@@ -304,23 +309,23 @@ def _load_(
     }
     missing = (*(f"{part}*" for part in fills), *allow_missing)
     load_weights(model, weights, allow_missing=missing, allow_unexpected=allow_unexpected)
-    fill_(model, fills)
+    fill_absent_parts_(model, fills)
 
 
-def fitted(model: PretrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def fit_shapes(model: PretrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Leading dims of size 1 added or dropped, position embeddings at the model's image size."""
     state = model.state_dict()
     fitted = {}
     for name, weight in weights.items():
         if name in state:
-            weight = with_leading_ones(weight, state[name].shape)
+            weight = match_leading_dims(weight, state[name].shape)
             if name.endswith("visual.pos_embed") and weight.shape[1:2] != state[name].shape[1:2]:
-                weight = resampled(weight, model)
+                weight = resample_pos_embed(weight, model)
         fitted[name] = weight
     return fitted
 
 
-def resampled(pos_embed: Tensor, model: PretrainedModel) -> Tensor:
+def resample_pos_embed(pos_embed: Tensor, model: PretrainedModel) -> Tensor:
     """Position embeddings (1, 1 + G^2, D), CLS first, on the model's grid, bicubic; with
     antialiasing for CLIP, as open_clip does, and without for the others, as their code does.
     """
@@ -332,7 +337,7 @@ def resampled(pos_embed: Tensor, model: PretrainedModel) -> Tensor:
     )
 
 
-def with_leading_ones(weight: Tensor, shape: torch.Size) -> Tensor:
+def match_leading_dims(weight: Tensor, shape: torch.Size) -> Tensor:
     """The weight with as many leading dims as `shape`, where those that come or go have size 1."""
     missing = len(shape) - weight.ndim
     if missing > 0 and all(size == 1 for size in shape[:missing]):
@@ -342,7 +347,7 @@ def with_leading_ones(weight: Tensor, shape: torch.Size) -> Tensor:
     return weight
 
 
-def check_tied(model: PretrainedModel, weights: dict[str, Tensor]) -> None:
+def check_tied_weights(model: PretrainedModel, weights: dict[str, Tensor]) -> None:
     """Raises ValueError where names of one tensor hold different values."""
     seen: dict[str, str] = {}
     differing = []
@@ -359,7 +364,7 @@ def check_tied(model: PretrainedModel, weights: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def fill_(model: PretrainedModel, fills: dict[str, str | None]) -> None:
+def fill_absent_parts_(model: PretrainedModel, fills: dict[str, str | None]) -> None:
     """Copy what a kind of checkpoint lacks, in order, but for tensors shared with other parts."""
     state, first = model.state_dict(), first_names(model)
     for part, source in fills.items():

@@ -88,7 +88,7 @@ OPEN_CLIP_FIXED: dict[str, Any] = {
 """Settings of an open_clip tower that ours has no other value for."""
 
 
-def sizes_of(family: str, weights: dict[str, Tensor]) -> dict[str, Any]:
+def sizes_from_weights(family: str, weights: dict[str, Tensor]) -> dict[str, Any]:
     """Fields of the config that the shapes of weights, by our names, say."""
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     if family == "blip":  # captions alone: the decoder is all the text there is
@@ -134,7 +134,7 @@ def _texts(family: str, shapes: dict[str, tuple[int, ...]], sizes: dict[str, Any
     return found
 
 
-def heads_of(sizes: dict[str, Any]) -> dict[str, int]:
+def default_heads(sizes: dict[str, Any]) -> dict[str, int]:
     """Heads of each part that `sizes` says the width of and not the heads.
 
     Raises:
@@ -155,7 +155,7 @@ def heads_of(sizes: dict[str, Any]) -> dict[str, int]:
     return heads
 
 
-def fields_of(kind: Kind, folder: Path | None, vocab_size: int) -> dict[str, Any]:
+def fields_from_config(kind: Kind, folder: Path | None, vocab_size: int) -> dict[str, Any]:
     """Fields of our config that the library's own config in a folder says; none without a folder.
 
     Raises:

@@ -21,7 +21,7 @@ from fnmatch import fnmatchcase
 from elip_models.checkpoints.renaming import QKV, Names
 
 
-def _under(theirs: str, ours: str, names: Names) -> Names:
+def _with_prefix(theirs: str, ours: str, names: Names) -> Names:
     return {theirs + left: ours + right for left, right in names.items()}
 
 
@@ -44,7 +44,7 @@ OPEN_CLIP_TEXT = {
     "positional_embedding": "text.transformer.embeddings.position_embedding.weight",
     "ln_final.*": "text.transformer.final_layer_norm.*",
     "text_projection": "text_projection.weight.T",
-    **_under(
+    **_with_prefix(
         "transformer.resblocks.*.",
         "text.transformer.encoder.layers.*.",
         {
@@ -58,7 +58,7 @@ OPEN_CLIP_TEXT = {
     ),
 }
 OPEN_CLIP = {
-    **_under("visual.", "visual.", OPEN_CLIP_VIT),
+    **_with_prefix("visual.", "visual.", OPEN_CLIP_VIT),
     "visual.proj": "image_projection.weight.T",
     "logit_scale": "logit_scale",
     "logit_bias": "logit_bias",
@@ -74,7 +74,7 @@ HF_CLIP = {
     "vision_model.embeddings.patch_embedding.*": "visual.patch_embed.proj.*",
     "vision_model.pre_layrnorm.*": "visual.norm_pre.*",
     "vision_model.post_layernorm.*": "visual.norm.*",
-    **_under(
+    **_with_prefix(
         "vision_model.encoder.layers.*.",
         "visual.blocks.*.",
         HF_BLOCK | {f"self_attn.{QKV}_proj.*": "attn.qkv.*", "self_attn.out_proj.*": "attn.proj.*"},
@@ -89,7 +89,7 @@ HF_BLIP_VIT = {
     "vision_model.embeddings.position_embedding": "encoders.visual.pos_embed",
     "vision_model.embeddings.patch_embedding.*": "encoders.visual.patch_embed.proj.*",
     "vision_model.post_layernorm.*": "encoders.visual.norm.*",
-    **_under(
+    **_with_prefix(
         "vision_model.encoder.layers.*.",
         "encoders.visual.blocks.*.",
         HF_BLOCK | {"self_attn.qkv.*": "attn.qkv.*", "self_attn.projection.*": "attn.proj.*"},
@@ -99,9 +99,9 @@ PROJECTIONS = {
     "vision_proj.*": "encoders.image_projection.*",
     "text_proj.*": "encoders.text_projection.*",
 }
-TEXT_ENCODER = _under("text_encoder.", "encoders.text.", BERT)
+TEXT_ENCODER = _with_prefix("text_encoder.", "encoders.text.", BERT)
 TEXT_DECODER = {
-    **_under("text_decoder.bert.", "decoder.", BERT),
+    **_with_prefix("text_decoder.bert.", "decoder.", BERT),
     "text_decoder.cls.*": "language_head.*",
 }
 ITM_HEAD = {"itm_head.*": "itm_head.*"}
@@ -114,7 +114,7 @@ QUEUE = {
 }
 
 
-def _with_momentum(names: Names) -> Names:
+def _with_momentum_copies(names: Names) -> Names:
     """Also of the copies: 'text_encoder_m.' beside 'text_encoder.'."""
     copies = {
         left.replace(".", "_m.", 1): right.replace("encoders.", "encoders_m.", 1)
@@ -125,13 +125,13 @@ def _with_momentum(names: Names) -> Names:
 
 VISUAL_ENCODER = {"visual_encoder.*": "encoders.visual.*"}
 ALBEF_TEXT = {
-    **_under("text_encoder.bert.", "encoders.text.", BERT),
+    **_with_prefix("text_encoder.bert.", "encoders.text.", BERT),
     "text_encoder.cls.*": "encoders.language_head.*",
 }
-SHARED = _with_momentum(VISUAL_ENCODER | PROJECTIONS)
+SHARED = _with_momentum_copies(VISUAL_ENCODER | PROJECTIONS)
 METER = {
-    **_under("vit_model.visual.", "visual.", OPEN_CLIP_VIT),
-    **_under("text_transformer.", "text.", BERT),
+    **_with_prefix("vit_model.visual.", "visual.", OPEN_CLIP_VIT),
+    **_with_prefix("text_transformer.", "text.", BERT),
     "cross_modal_text_transform.*": "text_transform.*",
     "cross_modal_image_transform.*": "image_transform.*",
     "cross_modal_text_layers.*": "text_layers.layers.*",
@@ -179,13 +179,13 @@ TOKEN_TYPES = "text_encoder.embeddings.token_type_embeddings.weight"
 KINDS = {
     "albef": Kind(
         "albef",
-        SHARED | _with_momentum(ALBEF_TEXT) | ITM_HEAD | QUEUE,
+        SHARED | _with_momentum_copies(ALBEF_TEXT) | ITM_HEAD | QUEUE,
         has=("visual_encoder.cls_token", "text_encoder.bert.*"),
         fills=INFERENCE,
     ),
     "albef_retrieval": Kind(
         "albef",
-        SHARED | _with_momentum(TEXT_ENCODER) | ITM_HEAD | QUEUE,
+        SHARED | _with_momentum_copies(TEXT_ENCODER) | ITM_HEAD | QUEUE,
         has=("visual_encoder.cls_token", TOKEN_TYPES),
         fills={
             "encoders.language_head.": None,
@@ -196,7 +196,7 @@ KINDS = {
     ),
     "blip": Kind(
         "blip",
-        SHARED | _with_momentum(TEXT_ENCODER) | TEXT_DECODER | ITM_HEAD | QUEUE,
+        SHARED | _with_momentum_copies(TEXT_ENCODER) | TEXT_DECODER | ITM_HEAD | QUEUE,
         has=(
             "visual_encoder.cls_token",
             "text_encoder.encoder.*",
@@ -208,7 +208,7 @@ KINDS = {
     ),
     "blip_retrieval": Kind(
         "blip",
-        SHARED | _with_momentum(TEXT_ENCODER) | ITM_HEAD | QUEUE,
+        SHARED | _with_momentum_copies(TEXT_ENCODER) | ITM_HEAD | QUEUE,
         has=("visual_encoder.cls_token", "text_encoder.encoder.*", "vision_proj.*"),
         without=(TOKEN_TYPES, "text_decoder.*"),
         fills=NO_DECODER | INFERENCE,
@@ -246,7 +246,7 @@ KINDS = {
     ),
     "open_clip_custom_text": Kind(
         "clip",
-        OPEN_CLIP | _under("text.", "", OPEN_CLIP_TEXT),
+        OPEN_CLIP | _with_prefix("text.", "", OPEN_CLIP_TEXT),
         has=("visual.class_embedding", "text.token_embedding.weight"),
         ignored=("text.attn_mask",),
     ),
@@ -281,7 +281,7 @@ KINDS = {
     ),
     "hf_blip": Kind(  # its features pass a pooler and a second norm that ours lack: towers alone
         "blip",
-        HF_BLIP_VIT | _under("text_model.", "encoders.text.", BERT),
+        HF_BLIP_VIT | _with_prefix("text_model.", "encoders.text.", BERT),
         has=("vision_model.embeddings.class_embedding", "text_model.encoder.layer.*"),
         fills=NO_PROJECTIONS | NO_DECODER | INFERENCE,
         architecture="BlipModel",
@@ -289,7 +289,7 @@ KINDS = {
 }
 
 
-def recognise(names: Iterable[str]) -> str:
+def recognise_kind(names: Iterable[str]) -> str:
     """The kind of a checkpoint by its tensors' names.
 
     Raises:

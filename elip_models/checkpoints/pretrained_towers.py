@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import BertModel, RobertaModel
 from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 
-from elip_models.checkpoints.load import resampled
+from elip_models.checkpoints.load import resample_pos_embed
 from elip_models.checkpoints.names import BERT
-from elip_models.checkpoints.renaming import renamed
+from elip_models.checkpoints.renaming import rename_tensors
 from elip_models.models.base import PretrainedModel
 from elip_models.models.io.open_model import open_model
 from elip_models.models.io.weights import load_weights
@@ -59,7 +59,7 @@ class _Part(NamedTuple):
     parts: tuple[str, ...]
 
 
-def initialise_(
+def load_pretrained_towers_(
     model: PretrainedModel,
     vision: str | VisionTransformer | None = None,
     text: str | nn.Module | None = None,
@@ -104,7 +104,7 @@ def _of_image(model: PretrainedModel, vision: str | VisionTransformer) -> _Part:
     }
     positions = f"{start}pos_embed"
     if positions in weights:
-        weights[positions] = resampled(weights[positions], model)
+        weights[positions] = resample_pos_embed(weights[positions], model)
     return _Part(weights, (start,))
 
 
@@ -123,7 +123,7 @@ def _of_text(model: PretrainedModel, text: str | nn.Module) -> _Part:
     roberta = isinstance(tower.embeddings, RobertaEmbeddings)
     kinds = ["roberta" if it else "bert" for it in (roberta, isinstance(base, RobertaModel))]
     _check_alike("text", _bert(tower.config, kinds[0]), _bert(base.config, kinds[1]))
-    named = renamed(base.state_dict(), BERT)
+    named = rename_tensors(base.state_dict(), BERT)
     starts = towers.texts
     weights = {
         part + name: weight

@@ -25,7 +25,7 @@ class _Rule(NamedTuple):
     right: str
 
 
-def renamed(weights: dict[str, Tensor], names: Names) -> dict[str, Tensor]:
+def rename_tensors(weights: dict[str, Tensor], names: Names) -> dict[str, Tensor]:
     """Weights under the names on the right of a table; those it does not know keep their own."""
     rules = [_Rule(_pattern(left), left, right) for left, right in names.items()]
     out: dict[str, Tensor] = {}
@@ -51,7 +51,7 @@ def renamed(weights: dict[str, Tensor], names: Names) -> dict[str, Tensor]:
     return out
 
 
-def backwards(names: Names) -> Names:
+def reversed_names(names: Names) -> Names:
     """The table from right to left; of several names for one on the right, the first."""
     table: Names = {}
     for left, right in names.items():

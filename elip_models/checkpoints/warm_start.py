@@ -23,21 +23,21 @@ from typing import Any
 
 from elip_models.checkpoints.load import (
     Checkpoint,
-    check_tied,
-    fill_,
-    fitted,
+    check_tied_weights,
+    fill_absent_parts_,
+    fit_shapes,
     read_checkpoint,
 )
 from elip_models.checkpoints.names import INFERENCE
 from elip_models.models.base import PretrainedModel
 from elip_models.models.io.weights import first_names, load_weights
 
-UNSHOWN = ("_heads", "_norm_eps", "activation")
+WITHOUT_TENSOR = ("_heads", "_norm_eps", "activation")
 """How the names of fields end that change what weights compute, but not their shapes."""
 
 
 @dataclass(frozen=True)
-class Start:
+class WarmStart:
     """What a model began with.
 
     source: the checkpoint. loaded, new: our names. interpolated: our name -> both shapes. copied:
@@ -67,13 +67,13 @@ class Start:
         )
 
 
-def start_from_(
+def warm_start_(
     model: PretrainedModel,
     source: str | os.PathLike,
     *,
     allow_missing: Iterable[str] = (),
     allow_unexpected: Iterable[str] = (),
-) -> Start:
+) -> WarmStart:
     """Overwrite a fresh model by a checkpoint of its family, in place; that of a downstream task
     also by one of the family that it was pre-trained as.
 
@@ -101,8 +101,8 @@ def start_from_(
         for name, weight in read.weights.items()
         if not name.startswith(tuple(INFERENCE)) and not _fits(name, left_out)
     }
-    weights = fitted(model, kept)
-    check_tied(model, weights)
+    weights = fit_shapes(model, kept)
+    check_tied_weights(model, weights)
     fills = _absent(read.kind.fills | INFERENCE, weights, state)
     try:
         load_weights(model, weights, allow_missing=(*(f"{part}*" for part in fills), *missing))
@@ -110,11 +110,11 @@ def start_from_(
         raise ValueError(
             f"{error}; name in allow_missing what may be new, in allow_unexpected what is left out"
         ) from error
-    fill_(model, fills)
+    fill_absent_parts_(model, fills)
     model.reset_momentum_()
     first, copied = first_names(model), {p: other for p, other in fills.items() if other}
     begun = {first[name] for name in weights}
-    return Start(
+    return WarmStart(
         source=str(source),
         loaded=tuple(name for name in state if name in weights),
         interpolated={
@@ -134,15 +134,15 @@ def _begin_(
     read: Checkpoint,
     missing: Sequence[str],
     left_out: Sequence[str],
-) -> Start:
-    """`start_from_` of a downstream model, by way of the pre-trained one; the checkpoint's momentum
+) -> WarmStart:
+    """`warm_start_` of a downstream model, by way of the pre-trained one; the checkpoint's momentum
     encoders and queue go on, where the original's do.
     """
     config = model.pretraining.config_class
     known = {field.name for field in fields(config)}
     shared = {name: value for name, value in vars(model.config).items() if name in known}
     trained = model.pretraining(config.from_dict(shared))
-    start = start_from_(trained, source, allow_missing=missing, allow_unexpected=left_out)
+    start = warm_start_(trained, source, allow_missing=missing, allow_unexpected=left_out)
     weights = trained.state_dict()
     for name in weights:
         own = read.weights.get(name)
@@ -184,7 +184,7 @@ def _check_alike(model: PretrainedModel, family: str, said: dict[str, Any]) -> N
     if family != model.family:
         raise ValueError(f"expected a checkpoint of {model.family!r}, got one of {family!r}")
     ours = vars(model.config)
-    differing = [n for n in ours if n.endswith(UNSHOWN) and said.get(n, ours[n]) != ours[n]]
+    differing = [n for n in ours if n.endswith(WITHOUT_TENSOR) and said.get(n, ours[n]) != ours[n]]
     if differing:
         name = differing[0]
         raise ValueError(

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from elip_models.models.config import Config
 from elip_models.models.io.files import read_config, read_tensors, write_file
-from elip_models.models.io.hub import CARD, card_values, fetched, staged
+from elip_models.models.io.hub import CARD, card_values, fetch_folder, staging_folder
 from elip_models.models.io.weights import check_weights, first_names, load_weights
-from elip_models.models.layers.guides import with_dropout, with_negatives
-from elip_models.models.peft.adapt import Adapted, adapt_, plain_name
+from elip_models.models.layers.guidance_sampling import with_dropout, with_negatives
+from elip_models.models.peft.adapt import Adapted, adapt_, unadapted_name
 from elip_models.models.peft.saved_adapter import (
-    forget_adapter,
     has_adapter,
     load_adapter_,
+    remove_adapter,
     save_adapter,
 )
 from elip_models.reduction.strategies import PatchDropout
@@ -155,7 +155,7 @@ class PretrainedModel(
         self.tower, self.dense = as_tower(self.visual), Dense()
         self.reduction = self.config.reduction.fitted(self.tower)
 
-    def guides(
+    def select_guidance(
         self,
         text_cls: Tensor,
         features: Tensor | None = None,
@@ -244,10 +244,10 @@ class PretrainedModel(
         options: of `ModelHubMixin.save_pretrained`, such as push_to_hub=True, which takes the
             tokenizer only where `tokenizer.push_to_hub` is called too.
         """
-        with staged(Path(folder)) as stage:
+        with staging_folder(Path(folder)) as stage:
             super().save_pretrained(stage, **({"repo_id": Path(folder).name} | options))
         if self.adapted is None:
-            forget_adapter(folder)
+            remove_adapter(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         return Path(folder)
@@ -257,9 +257,9 @@ class PretrainedModel(
 
         first, state = first_names(self), self.state_dict()
         weights = {
-            plain_name(name): weight.detach().cpu().contiguous()
+            unadapted_name(name): weight.detach().cpu().contiguous()
             for name, weight in state.items()
-            if first[name] == name and plain_name(name)
+            if first[name] == name and unadapted_name(name)
         }
         if self.adapted is not None:
             save_adapter(self, save_directory)
@@ -292,7 +292,7 @@ class PretrainedModel(
                 model.safetensors.
             ValueError: a config of another model, or weights that do not fit it.
         """
-        path = fetched(folder, token=token)
+        path = fetch_folder(folder, token=token)
         family, config = read_config(path)
         if family != cls.family:
             raise ValueError(f"folder: expected a {cls.__name__} config, got another in {path}")

@@ -166,7 +166,7 @@ class MomentumModel(DistilledModel):
         if self.training:
             self._follow()
         texts, scale = online.text_features(text), 1 / self.temperature
-        guides = self.guides(text[:, 0], texts, scale, guide_ids, guide_mask)
+        guides = self.select_guidance(text[:, 0], texts, scale, guide_ids, guide_mask)
         (image, image_mask), (image_m, image_mask_m) = self._images(images, guides)
         seen = image
         if self.config.guide == "after_itc" and self.reduction.is_guided:

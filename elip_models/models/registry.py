@@ -4,9 +4,8 @@ import os
 from dataclasses import fields, replace
 from typing import Any, get_type_hints
 
-from elip_models.models.albef.entailment import ALBEFEntailment
+from elip_models.models.albef.classification import ALBEFNLVR2, ALBEFEntailment
 from elip_models.models.albef.model import ALBEF, ALBEFConfig
-from elip_models.models.albef.nlvr2 import ALBEFNLVR2
 from elip_models.models.albef.retrieval import ALBEFRetrieval
 from elip_models.models.albef.vqa import ALBEFVQA
 from elip_models.models.base import PretrainedModel, with_overrides
@@ -20,7 +19,7 @@ from elip_models.models.clip.model import CLIP, CLIPConfig
 from elip_models.models.clip.retrieval import CLIPRetrieval
 from elip_models.models.config import VisionConfig
 from elip_models.models.io.files import read_config
-from elip_models.models.io.hub import fetched
+from elip_models.models.io.hub import fetch_folder
 from elip_models.models.meter.config import METERConfig
 from elip_models.models.meter.downstream import (
     METERNLVR2,
@@ -214,7 +213,7 @@ def load_model(
             model.safetensors.
         ValueError: a config of another library, or weights that do not fit it.
     """
-    folder = fetched(folder, token=token)
+    folder = fetch_folder(folder, token=token)
     family, _ = read_config(folder)
     if family not in MODELS:
         raise ValueError(

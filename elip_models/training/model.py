@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from elip_models.checkpoints.pretrained_towers import initialise_
-from elip_models.checkpoints.warm_start import Start, start_from_
+from elip_models.checkpoints.pretrained_towers import load_pretrained_towers_
+from elip_models.checkpoints.warm_start import WarmStart, warm_start_
 from elip_models.models.base import PretrainedModel
 from elip_models.models.peft.adapt import adapt_, trainable_counts
 from elip_models.models.registry import create_model
@@ -78,10 +78,10 @@ def _begin_(model: PretrainedModel, config: RunConfig, console: Console) -> None
     begin = config.model
     if begin.vision_init or begin.text_init:
         with as_config_error("model.vision_init, model.text_init"):
-            initialise_(model, begin.vision_init, begin.text_init)
+            load_pretrained_towers_(model, begin.vision_init, begin.text_init)
     if begin.pretrained:
         with as_config_error("model.pretrained"):
-            start = start_from_(
+            start = warm_start_(
                 model,
                 begin.pretrained,
                 allow_missing=begin.allow_missing,
@@ -91,7 +91,7 @@ def _begin_(model: PretrainedModel, config: RunConfig, console: Console) -> None
         console.print(escape(start.summary()), soft_wrap=True)
 
 
-def _check_tokens(start: Start, config: RunConfig) -> None:
+def _check_tokens(start: WarmStart, config: RunConfig) -> None:
     """Raises ConfigError where embeddings of one tokenizer's tokens met those of a new one."""
     embeddings = [name for name in start.loaded if name.endswith(TOKEN_EMBEDDINGS)]
     if embeddings and config.data.tokenizer == "train":

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from elip_models.checkpoints.export import to_hf
-from elip_models.checkpoints.load import convert_checkpoint, resampled
-from elip_models.checkpoints.names import KINDS, recognise
-from elip_models.checkpoints.renaming import backwards, renamed
+from elip_models.checkpoints.load import convert_checkpoint, resample_pos_embed
+from elip_models.checkpoints.names import KINDS, recognise_kind
+from elip_models.checkpoints.renaming import rename_tensors, reversed_names
 from elip_models.models.io.weights import first_names
 from elip_models.models.meter.config import ROBERTA
 from elip_models.models.registry import create_model
@@ -128,7 +128,7 @@ def test_what_a_fine_tuned_blip_lacks_is_filled(golden, tmp_path, part):
     else:
         texts = ("text_decoder.",) if part == "caption" else ("text_decoder.", "text_encoder.")
         weights = {n: w for n, w in weights.items() if n.startswith(("visual_encoder.", *texts))}
-    assert recognise(weights) == f"blip_{part}"
+    assert recognise_kind(weights) == f"blip_{part}"
     options = unsaid(config, "blip") | {"queue_size": 10, "embed_dim": 16}
     model = convert_checkpoint(saved(weights, tmp_path), **options)
     assert model.config.tie_decoder
@@ -138,7 +138,7 @@ def test_what_a_fine_tuned_blip_lacks_is_filled(golden, tmp_path, part):
     assert is_filled == (part != "vqa")
     if part != "retrieval":
         assert_equal_weights(model.encoders_m, model.encoders)
-    for name, weight in renamed(weights, KINDS[f"blip_{part}"].names).items():
+    for name, weight in rename_tensors(weights, KINDS[f"blip_{part}"].names).items():
         if name in state:
             assert torch.equal(state[name].flatten(), weight.flatten()), name
 
@@ -178,7 +178,7 @@ def test_an_albef_fine_tuned_for_retrieval_keeps_its_momentum_embeddings(golden,
         if ".cls." not in name
     }
     weights["idx_queue"] = torch.zeros(1, 10)
-    assert recognise(weights) == "albef_retrieval"
+    assert recognise_kind(weights) == "albef_retrieval"
     config = test_albef.loaded(case).config
     model = convert_checkpoint(saved(weights, tmp_path), **unsaid(config, "albef"))
     name = "text_encoder_m.embeddings.word_embeddings.weight"
@@ -191,8 +191,8 @@ def test_an_albef_fine_tuned_for_retrieval_keeps_its_momentum_embeddings(golden,
 def test_every_tensor_of_ours_has_its_official_name_again(golden):
     for name, family in (("albef_pretrain", "albef"), ("meter_mlm_itm", "meter")):
         case, names = golden(name), KINDS[family].names
-        ours = renamed(case.under("sd/"), names)
-        assert renamed(ours, backwards(names)).keys() == case.under("sd/").keys()
+        ours = rename_tensors(case.under("sd/"), names)
+        assert rename_tensors(ours, reversed_names(names)).keys() == case.under("sd/").keys()
         state = OFFICIAL[family].loaded(case).state_dict()
         assert ours.keys() <= state.keys()
 
@@ -208,8 +208,8 @@ def test_position_embeddings_follow_the_image_size(golden, tmp_path):
     assert torch.equal(larger.encoders.visual.pos_embed[:, :1], given[:, :1])
     same = convert_checkpoint(path, image_size=96, **options)
     assert torch.equal(same.encoders.visual.pos_embed, given)
-    assert resampled(given, same) is given
-    flat = resampled(torch.ones(1, 37, 4), larger)
+    assert resample_pos_embed(given, same) is given
+    flat = resample_pos_embed(torch.ones(1, 37, 4), larger)
     torch.testing.assert_close(flat, torch.ones(1, 65, 4))
 
 
@@ -273,15 +273,15 @@ def test_stacked_projections_come_apart_and_together_again():
     names = {"a.*.{q,k,v}_proj.*": "b.*.qkv.*", "proj": "out.weight.T", "c.in_*": "d.{q,k,v}.*"}
     weights = {f"a.0.{c}_proj.weight": torch.randn(2, 2) for c in "kqv"}
     weights |= {"proj": torch.randn(3, 2), "c.in_bias": torch.randn(6)}
-    ours = renamed(weights, names)
+    ours = rename_tensors(weights, names)
     assert torch.equal(ours["b.0.qkv.weight"][:2], weights["a.0.q_proj.weight"])
     assert torch.equal(ours["out.weight"], weights["proj"].T)
     assert torch.equal(ours["d.v.bias"], weights["c.in_bias"][4:])
-    again = renamed(ours, backwards(names))
+    again = rename_tensors(ours, reversed_names(names))
     assert again.keys() == weights.keys()
     assert all(torch.equal(again[name], weights[name]) for name in weights)
     del weights["a.0.q_proj.weight"]
-    assert {"a.0.k_proj.weight", "a.0.v_proj.weight"} <= renamed(weights, names).keys()
+    assert {"a.0.k_proj.weight", "a.0.v_proj.weight"} <= rename_tensors(weights, names).keys()
 
 
 def test_the_tables_name_every_tensor_of_the_models():
@@ -290,7 +290,7 @@ def test_the_tables_name_every_tensor_of_the_models():
         model = create_model(f"{KINDS[kind].family}_tiny")
         first = first_names(model)
         state = {name: w for name, w in model.state_dict().items() if first[name] == name}
-        theirs = renamed(state, backwards(KINDS[kind].names))
+        theirs = rename_tensors(state, reversed_names(KINDS[kind].names))
         kept = {name for name in theirs if name in state and not name.startswith("itm_head.")}
         assert not kept
 
@@ -298,9 +298,9 @@ def test_the_tables_name_every_tensor_of_the_models():
 def test_a_meter_that_reads_with_roberta_is_recognised(tmp_path):
     sizes = {"vocab_size": 1024, "max_positions": 40, "mask_token_id": 1023}
     expected = create_model("meter_tiny", **ROBERTA | sizes)
-    names = backwards(KINDS["meter"].names)
+    names = reversed_names(KINDS["meter"].names)
     weights = {n: w for n, w in expected.state_dict().items() if "decoder.bias" not in n}
-    path = saved(renamed(weights, names), tmp_path, key="state_dict")
+    path = saved(rename_tensors(weights, names), tmp_path, key="state_dict")
     heads = {f"{part}_heads": 2 for part in ("vision", "text", "cross")}
     model = convert_checkpoint(path, **heads, mask_token_id=1023)
     unsaid = ("context_length", "initializer_range", "dropout")  # weights do not say them

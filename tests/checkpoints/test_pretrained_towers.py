@@ -9,7 +9,7 @@ from timm.models import save_for_hf
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertModel, RobertaConfig, RobertaModel
 
-from elip_models.checkpoints.pretrained_towers import initialise_
+from elip_models.checkpoints.pretrained_towers import load_pretrained_towers_
 from elip_models.models.meter.config import ROBERTA
 from elip_models.models.registry import create_model
 from tests.helpers.weights import assert_equal_weights
@@ -50,7 +50,7 @@ def assert_momentum_equals(model):
 def test_both_towers_read_as_the_pretrained_ones(name):
     model, image, text = create_model(name).eval(), vit(img_size=64), bert()
     crossing = model.encoders.text.layers[3].crossattention.self.query.weight.clone()
-    initialise_(model, image, text)
+    load_pretrained_towers_(model, image, text)
     x, ids = torch.randn(2, 3, 64, 64), torch.randint(7, 1000, (2, 6))
     torch.testing.assert_close(model.encode_image(x)[0], image.forward_features(x))
     if name == "blip_tiny":
@@ -66,7 +66,7 @@ def test_both_towers_read_as_the_pretrained_ones(name):
 
 def test_position_embeddings_are_interpolated():
     model, image = create_model("albef_tiny"), vit()
-    initialise_(model, vision=image)
+    load_pretrained_towers_(model, vision=image)
     assert torch.equal(model.encoders.visual.pos_embed[:, 0], image.pos_embed[:, 0])
     assert model.encoders.visual.pos_embed.shape == (1, 65, 64)
 
@@ -74,7 +74,7 @@ def test_position_embeddings_are_interpolated():
 @torch.no_grad()
 def test_meter_runs_the_blocks_before_the_last():
     model, image, text = create_model("meter_tiny").eval(), clip_vit(img_size=64), bert()
-    initialise_(model, image, text)
+    load_pretrained_towers_(model, image, text)
     x, ids = torch.randn(2, 3, 64, 64), torch.randint(7, 1000, (2, 6))
     del image.blocks[-1]
     torch.testing.assert_close(model.encode_image(x)[0], image.forward_features(x))
@@ -88,7 +88,7 @@ def test_meter_reads_as_roberta():
     model = create_model("meter_tiny", **ROBERTA | sizes).eval()
     options = {"max_position_embeddings": 66, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
     text = RobertaModel(RobertaConfig(**BERT | options)).eval()
-    initialise_(model, text=text)
+    load_pretrained_towers_(model, text=text)
     ids = torch.randint(7, 1000, (2, 6))
     expected = text(ids).last_hidden_state
     torch.testing.assert_close(model.encode_text(ids, torch.ones_like(ids)), expected)
@@ -96,10 +96,10 @@ def test_meter_reads_as_roberta():
 
 def test_clip_takes_an_image_tower():
     model, image = create_model("clip_tiny", activation="quick_gelu"), clip_vit(img_size=64)
-    initialise_(model, vision=image)
+    load_pretrained_towers_(model, vision=image)
     assert torch.equal(model.visual.blocks[3].mlp.fc1.weight, image.blocks[3].mlp.fc1.weight)
     with pytest.raises(ValueError, match="text: expected None for CLIP"):
-        initialise_(model, text=bert())
+        load_pretrained_towers_(model, text=bert())
 
 
 @pytest.mark.parametrize("name", ["albef_tiny", "blip_tiny"])
@@ -108,7 +108,7 @@ def test_the_language_head_comes_along_and_longer_vocabularies_keep_their_end(na
     text = bert(BertForMaskedLM)
     nn.init.normal_(text.cls.predictions.bias)
     end = model.encoders.text.embeddings.word_embeddings.weight[1024:].clone()
-    initialise_(model, text=text)
+    load_pretrained_towers_(model, text=text)
     head = (model.encoders if name == "albef_tiny" else model).language_head.predictions
     assert torch.equal(head.transform.dense.weight, text.cls.predictions.transform.dense.weight)
     assert torch.equal(head.bias[:1024], text.cls.predictions.bias)
@@ -129,7 +129,7 @@ def test_towers_by_name(tmp_path):
     model = create_model("albef_tiny", **sizes)
     text = bert(BertForMaskedLM, hidden_size=192)
     text.save_pretrained(tmp_path / "bert")
-    initialise_(model, f"timm:local-dir:{tmp_path / 'vit'}", f"hf:{tmp_path / 'bert'}")
+    load_pretrained_towers_(model, f"timm:local-dir:{tmp_path / 'vit'}", f"hf:{tmp_path / 'bert'}")
     assert torch.equal(model.encoders.visual.blocks[5].norm1.weight, image.blocks[5].norm1.weight)
     assert torch.equal(model.encoders.visual.patch_embed.proj.weight, image.patch_embed.proj.weight)
     transform = model.encoders.language_head.predictions.transform.dense.weight
@@ -157,11 +157,11 @@ def test_what_does_not_fit_is_named_and_changes_nothing(name, argument, tower, m
     before = {n: w.clone() for n, w in model.state_dict().items()}
     fitting = {"text": bert()} if argument == "vision" else {}
     with pytest.raises(ValueError, match=message):
-        initialise_(model, **fitting | {argument: tower})
+        load_pretrained_towers_(model, **fitting | {argument: tower})
     assert all(torch.equal(w, before[n]) for n, w in model.state_dict().items())
 
 
 def test_another_architecture_is_refused():
     for argument, module in (("vision", nn.Linear(2, 2)), ("text", nn.Linear(2, 2))):
         with pytest.raises(TypeError, match=f"{argument}: expected"):
-            initialise_(create_model("albef_tiny"), **{argument: module})
+            load_pretrained_towers_(create_model("albef_tiny"), **{argument: module})

@@ -6,8 +6,8 @@ from torch import nn
 
 from elip_models.checkpoints.export import save_as
 from elip_models.checkpoints.names import KINDS
-from elip_models.checkpoints.renaming import backwards, renamed
-from elip_models.checkpoints.warm_start import start_from_
+from elip_models.checkpoints.renaming import rename_tensors, reversed_names
+from elip_models.checkpoints.warm_start import warm_start_
 from elip_models.models.registry import create_model
 from tests.helpers.weights import assert_equal_weights
 
@@ -33,7 +33,7 @@ def test_a_reduced_model_begins_as_a_dense_one_and_momentum_as_its_copy(family, 
     source.save_pretrained(tmp_path)
     model = create_model(f"elip_{family}_tiny")
     queue = {n: w.clone() for n, w in model.state_dict().items() if n.startswith("queue.")}
-    start = start_from_(model, tmp_path)
+    start = warm_start_(model, tmp_path)
     state = model.state_dict()
     assert model.config.schedule is not None
     for name, weight in others(source.state_dict()).items():
@@ -54,7 +54,7 @@ def test_position_embeddings_are_interpolated_and_the_list_says_it(tmp_path):
     source = trained("clip_tiny")
     save_as(source, tmp_path / "there", "open_clip")
     model = create_model("elip_clip_tiny", image_size=96)
-    start = start_from_(model, tmp_path / "there")
+    start = warm_start_(model, tmp_path / "there")
     assert torch.equal(model.visual.pos_embed[:, 0], source.visual.pos_embed[:, 0])
     assert torch.equal(model.text_projection.weight, source.text_projection.weight)
     assert start.interpolated == {"visual.pos_embed": "(65, 64) -> (1, 145, 64)"}
@@ -74,10 +74,10 @@ def test_a_part_that_a_kind_of_checkpoint_lacks_is_copied_or_new(tmp_path):
     source = trained("blip_tiny")
     absent = ("decoder.", "language_head.", *MOMENTUM)
     kept = {n: w for n, w in source.state_dict().items() if not n.startswith(absent)}
-    weights = renamed(kept, backwards(KINDS["blip_retrieval"].names))
+    weights = rename_tensors(kept, reversed_names(KINDS["blip_retrieval"].names))
     torch.save({"model": weights | {"idx_queue": torch.zeros(1, 8)}}, tmp_path / "blip.pth")
     model = create_model("elip_blip_tiny")
-    start = start_from_(model, tmp_path / "blip.pth")
+    start = warm_start_(model, tmp_path / "blip.pth")
     assert start.copied == {"decoder.": "encoders.text.", "encoders_m.": "encoders."}
     assert "language_head.predictions.transform.dense.weight" in start.new
     assert start.left_out == ("idx_queue",)
@@ -92,8 +92,8 @@ def test_a_tensor_stays_new_or_is_left_out_where_it_is_named(tmp_path):
     model = create_model("clip_tiny", loss="sigmoid")
     new = model.text.transformer.embeddings.token_embedding.weight.clone()
     with pytest.raises(ValueError, match=r"missing: logit_bias; expected shape: .*\(1024, 64\)"):
-        start_from_(model, tmp_path)
-    start = start_from_(
+        warm_start_(model, tmp_path)
+    start = warm_start_(
         model,
         tmp_path,
         allow_missing=["logit_bias", "*.token_embedding.weight"],
@@ -122,5 +122,5 @@ def test_what_does_not_fit_is_named_and_changes_nothing(tmp_path, saved, options
     model = create_model("clip_tiny")
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     with pytest.raises(ValueError, match=message):
-        start_from_(model, tmp_path, **options)
+        warm_start_(model, tmp_path, **options)
     assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())

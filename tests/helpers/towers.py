@@ -8,7 +8,7 @@ import torch
 import elip_kernels
 import elip_models
 from elip_models.checkpoints.names import KINDS
-from elip_models.checkpoints.renaming import renamed
+from elip_models.checkpoints.renaming import rename_tensors
 
 SCHEDULE = "1(100%) 2(80%) 2(50%) 1(30%)"
 WIDTH = 32
@@ -77,4 +77,4 @@ def gradients_of_a_step(model, x, t, wrap=lambda m: m):
 
 def our_names(kind):
     """name in an official checkpoint -> ours."""
-    return lambda name: next(iter(renamed({name: torch.empty(3, 3)}, KINDS[kind].names)))
+    return lambda name: next(iter(rename_tensors({name: torch.empty(3, 3)}, KINDS[kind].names)))

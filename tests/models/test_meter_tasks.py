@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from elip_models.checkpoints.names import KINDS
-from elip_models.checkpoints.renaming import backwards, renamed
+from elip_models.checkpoints.renaming import rename_tensors, reversed_names
 from elip_models.models.io.weights import load_weights
 from elip_models.models.meter.downstream import (
     METERNLVR2,
@@ -86,9 +86,9 @@ def in_our_order(task, weights):
 
 def filled(model, task="pretraining"):
     """The model with weights by the rule of the recorded runs."""
-    theirs = renamed(dict(model.named_parameters()), backwards(names_of(task)))
+    theirs = rename_tensors(dict(model.named_parameters()), reversed_names(names_of(task)))
     weights = {name: drawn_weight(name, weight.shape) for name, weight in theirs.items()}
-    load_weights(model, in_our_order(task, renamed(weights, names_of(task))))
+    load_weights(model, in_our_order(task, rename_tensors(weights, names_of(task))))
     return model
 
 
@@ -148,7 +148,9 @@ def test_the_official_step_is_reproduced(task, suffix, options):
     for name in case.keys() & given:
         assert_close(getattr(out, name).double(), case[name], msg=name)
     out.loss.backward()
-    expected = renamed({n[5:]: g for n, g in case.items() if n.startswith("grad/")}, names_of(task))
+    expected = rename_tensors(
+        {n[5:]: g for n, g in case.items() if n.startswith("grad/")}, names_of(task)
+    )
     expected, got = in_our_order(task, expected), gradients(model)
     assert suffix or got.keys() == expected.keys()
     assert_close_gradients(got, expected)
@@ -344,7 +346,7 @@ def test_a_recipe_decays_and_scales_what_the_original_does(task):
     groups = parameter_groups(model, 0.1, optim["lr_scale"], no_decay=optim["no_decay"])
     found = {p: (g["lr_scale"], g["weight_decay"] > 0) for g in groups for p in g["params"]}
     head = {"vqa": 50, "entailment": 10, "nlvr2": 10, "retrieval": 1}[task]
-    theirs = renamed(dict(model.named_parameters()), backwards(names_of(task)))
+    theirs = rename_tensors(dict(model.named_parameters()), reversed_names(names_of(task)))
     for name, parameter in theirs.items():
         scale = head if "classifier" in name else 5 if "cross_modal" in name else 1
         decays = not ("bias" in name or "LayerNorm" in name)

@@ -12,7 +12,7 @@ from elip_models.models.peft.adapt import (
     AdaptConfig,
     Bottleneck,
     adapt_,
-    layer_of,
+    adapted_layer_of,
     merge_,
     trainable_counts,
     trainable_share,
@@ -60,7 +60,7 @@ def perturbed(model):
     average is too, and so is that of what is merged."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if layer_of(name):
+            if adapted_layer_of(name):
                 parameter.add_(0.2 * torch.randn_like(parameter))
     model.reset_momentum_()
     return model
@@ -167,7 +167,7 @@ def test_what_is_merged_is_the_formula():
     merged = merge_(model).state_dict()
     assert list(merged) == list(before)
     moved = {name for name in before if not torch.equal(before[name], merged[name])}
-    layers = {layer_of(name) for name in parts} - {None}
+    layers = {adapted_layer_of(name) for name in parts} - {None}
     assert moved == {f"{layer}.weight" for layer in layers}
     for layer in layers:
         a, b = (parts[f"{layer}.lora_{part}.default.weight"] for part in "AB")
@@ -200,7 +200,7 @@ def test_adapters_and_temperatures_train_alone(family, kind):
     gradients = {name for name, p in model.named_parameters() if p.grad is not None}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert gradients == trained
-    others = {name for name in trained if not layer_of(name)}
+    others = {name for name in trained if not adapted_layer_of(name)}
     assert others == {"clip": {"logit_scale"}, "meter": set()}.get(family, {"temperature"})
     assert not any("_m." in name for name in trained)
     given = [p for group in parameter_groups(model, 0.1) for p in group["params"]]
@@ -219,10 +219,10 @@ def test_patterns_of_a_recipe_may_fit_what_does_not_train():
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_head_of_a_downstream_model_trains_whole(kind):
     model = adapt_(classifier(projects=True), config(kind))
-    others = {n for n, p in model.named_parameters() if p.requires_grad and not layer_of(n)}
+    others = {n for n, p in model.named_parameters() if p.requires_grad and not adapted_layer_of(n)}
     assert others == {"head.weight", "head.bias"}
     model = adapt_(classifier(), config(kind, full=("visual.norm.*", "head.weight")))
-    others = {n for n, p in model.named_parameters() if p.requires_grad and not layer_of(n)}
+    others = {n for n, p in model.named_parameters() if p.requires_grad and not adapted_layer_of(n)}
     assert others == {"visual.norm.weight", "visual.norm.bias", "head.weight"}
 
 
@@ -247,7 +247,7 @@ def test_momentum_adapters_follow_the_online_ones(family, kind):
         torch.optim.SGD(trained, lr=0.1).step()
     for name, parameter in model.encoders_m.named_parameters():
         torch.testing.assert_close(parameter, followed[name], **CLOSE)
-        moves = layer_of(name) or name.startswith("image_projection")
+        moves = adapted_layer_of(name) or name.startswith("image_projection")
         assert torch.equal(parameter, online[name]) != bool(moves)
 
 
@@ -262,7 +262,9 @@ def test_momentum_adapters_begin_as_the_online_ones(family, kind):
     adapt_(model, config(kind))
     online = dict(model.encoders.named_parameters())
     for name, parameter in model.encoders_m.named_parameters():
-        expected = online[name] if layer_of(name) else before[name.replace(".base_layer", "")]
+        expected = (
+            online[name] if adapted_layer_of(name) else before[name.replace(".base_layer", "")]
+        )
         assert torch.equal(parameter, expected)
         assert not parameter.requires_grad
 
@@ -312,7 +314,7 @@ def test_under_five_percent_train_at_full_size(name, kind):
         model = elip_models.create_model(name)
     names = list(model.state_dict())
     adapt_(model, AdaptConfig(kind=kind))
-    layers = {layer_of(name) for name, _ in model.named_parameters()} - {None}
+    layers = {adapted_layer_of(name) for name, _ in model.named_parameters()} - {None}
     assert len(layers) == FULL[name][kind]
     assert 0.001 < trainable_share(model) < 0.05
     if kind == "lora":

@@ -8,7 +8,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import elip_models
-from elip_models.checkpoints.warm_start import start_from_
+from elip_models.checkpoints.warm_start import warm_start_
 from elip_models.models.peft.adapt import adapt_, merge_
 from elip_models.models.peft.saved_adapter import load_adapter_, save_adapter
 from tests.helpers.cross_modal_cases import losses
@@ -63,11 +63,11 @@ def test_a_merged_model_is_saved_without_adapter(tmp_path):
     model = adapted("clip", "lora").float()
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"source: expected plain weights.*merge_ it"):
-        start_from_(plain("clip"), tmp_path)
+        warm_start_(plain("clip"), tmp_path)
     merge_(model).save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert loaded.adapted is None
     assert torch.equal(
         loaded.visual.blocks[0].attn.qkv.weight, model.visual.blocks[0].attn.qkv.weight
     )
-    start_from_(plain("clip"), tmp_path)
+    warm_start_(plain("clip"), tmp_path)

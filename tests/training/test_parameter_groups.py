@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from elip_models.checkpoints.names import KINDS
-from elip_models.checkpoints.renaming import backwards, renamed
+from elip_models.checkpoints.renaming import rename_tensors, reversed_names
 from elip_models.models.registry import create_model
 from elip_models.training.optim import parameter_groups
 from elip_models.training.recipe import load_recipe
@@ -45,11 +45,13 @@ def test_a_recipe_decays_and_scales_what_the_original_does(name):
     decay_of = {p: group["weight_decay"] > 0 for group in groups for p in group["params"]}
     scale_of = {p: group["lr_scale"] for group in groups for p in group["params"]}
     faster = LEARN_FASTER.get(name, ())
-    table = backwards(KINDS[kind].names)
+    table = reversed_names(KINDS[kind].names)
     for ours, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        theirs = renamed({ours: parameter.squeeze() if kind == "open_clip" else parameter}, table)
+        theirs = rename_tensors(
+            {ours: parameter.squeeze() if kind == "open_clip" else parameter}, table
+        )
         assert {decays(*item) for item in theirs.items()} == {decay_of[parameter]}, ours
         scales = {5 if any(part in each for part in faster) else 1 for each in theirs}
         assert scales == {scale_of[parameter]}, ours

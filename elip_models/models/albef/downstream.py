@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from elip_models.models.albef.model import ALBEF, ALBEFConfig, ALBEFTowers
 from elip_models.models.distilled_model import DistilledModel
-from elip_models.models.layers.distillation import (
+from elip_models.models.downstream import (
     DistillationConfig,
     Weights,
     encoders_from_pretraining,
 )
 from elip_models.models.layers.losses import at_least_fp32, distilled_cross_entropy
-from elip_models.models.task_output import TaskOutput
+from elip_models.models.downstream import TaskOutput
 from elip_models.reduction.strategy import mask_after
 from elip_models.validation import Size, Zero
 
@@ -95,7 +95,7 @@ class ALBEFTask(DistilledModel):
         without them.
         """
         text, momentum = self.encode_text(input_ids, mask), self.encoders_m
-        shown = self.shown(images, self.guides(text[:, 0]))
+        shown = self.shown(images, self.select_guidance(text[:, 0]))
         if momentum is None:
             image, infos = self.encode_image(*shown)
             return self.encoders.fuse(text, mask, image, mask_after(infos)), None

@@ -23,7 +23,7 @@ from elip_models.models.base import PretrainedModel
 from elip_models.models.config import ContrastiveConfig, TextReductionConfig, TokenId
 from elip_models.models.layers.clip_text import CLIPTextTower
 from elip_models.models.layers.losses import contrastive_loss, sigmoid_loss
-from elip_models.models.layers.slices import in_slices
+from elip_models.models.layers.gradient_caching import in_slices
 from elip_models.reduction.caching import UnguidedWarning, warn_once
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategy import Strategy
@@ -236,7 +236,7 @@ class CLIP(PretrainedModel):
             self._encode_texts, self.batch_slices, input_ids, attention_mask, dense_features
         )
         text_cls, scale = self.guidance(text_features), self.logit_scale.exp()
-        guides = self.guides(text_cls, text_features, scale, guide_ids, guide_mask)
+        guides = self.select_guidance(text_cls, text_features, scale, guide_ids, guide_mask)
         encode = partial(self._encode_image, strategy=self.reduction)
         image_features = in_slices(encode, self.batch_slices, images, guides)
         features = image_features, text_features

@@ -39,7 +39,7 @@ included.
 """
 
 
-def fetched(name: str | os.PathLike, *, token: str | bool | None = None) -> Path:
+def fetch_folder(name: str | os.PathLike, *, token: str | bool | None = None) -> Path:
     """The folder `name`, or that of a repository of the hub, fetched where it is not here yet.
 
     Args:
@@ -66,7 +66,7 @@ def fetched(name: str | os.PathLike, *, token: str | bool | None = None) -> Path
 
 
 @contextmanager
-def staged(folder: Path) -> Iterator[Path]:
+def staging_folder(folder: Path) -> Iterator[Path]:
     """A folder to write in, whose files then take their places in `folder`, each whole; a model
     card that is there stays.
     """

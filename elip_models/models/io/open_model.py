@@ -100,12 +100,12 @@ def _open_open_clip(name: str, pretrained: bool, options: dict[str, Any]) -> nn.
 def _open_hf(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     from transformers import AutoConfig, AutoModel, BlipForImageTextRetrieval, PretrainedConfig
 
-    from elip_models.models.io.hub import fetched
+    from elip_models.models.io.hub import fetch_folder
     from elip_models.models.registry import MODELS
 
     described, _ = PretrainedConfig.get_config_dict(name)
     if described.get("model") in MODELS:
-        return _from_folder(fetched(name), pretrained, options)
+        return _from_folder(fetch_folder(name), pretrained, options)
     config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
     architectures = config.architectures or [BlipForImageTextRetrieval.__name__]
     is_blip = config.model_type == "blip" and BlipForImageTextRetrieval.__name__ in architectures

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from elip_models.models.base import PretrainedModel
 from elip_models.models.io.files import read_object, write_file
-from elip_models.models.io.hub import CARD, card_values, fetched, staged
+from elip_models.models.io.hub import CARD, card_values, fetch_folder, staging_folder
 from elip_models.models.registry import MODELS, load_model
 from elip_models.reduction.hf_config import store_in_config
 from elip_models.reduction.patch import reduce_, reductions_of
@@ -106,7 +106,7 @@ def load_reduced(
         TypeError, ValueError: a folder of no library that is known, or of a damaged file.
     """
     check("model", model, nn.Module | None)
-    folder = fetched(folder)
+    folder = fetch_folder(folder)
     try:
         model = _opened(folder) if model is None else model
     except SafetensorError as error:
@@ -237,7 +237,7 @@ def _write_timm(model: nn.Module, folder: Path, config: Config) -> None:
             f"model: expected one of timm.create_model, which notes how to make it again, got a "
             f"{type(model).__name__} without"
         )
-    with staged(folder) as stage:
+    with staging_folder(folder) as stage:
         save_config_for_hf(model, stage / CONFIG, model_args=config)
         _write_weights(model, stage / "model.safetensors")
 
@@ -255,7 +255,7 @@ def _write_open_clip(model: nn.Module, folder: Path, config: Config) -> None:
         "model_cfg": known,
         "preprocess_cfg": open_clip.get_model_preprocess_cfg(model),
     }
-    with staged(folder) as stage:
+    with staging_folder(folder) as stage:
         _write_json(stage / OPEN_CLIP_CONFIG, described)
         _check_same(_made_by_open_clip(stage), model, config)
         _write_weights(model, stage / "open_clip_model.safetensors")

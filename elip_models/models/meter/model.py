@@ -190,7 +190,7 @@ class METERBackbone(CrossModalModel):
         (B, K, C), and image (B, N, C).
         """
         text = self.read_pairs(images, input_ids, mask)
-        image, infos = self.encode_image(images, self.guides(text.tokens[:, 0]))
+        image, infos = self.encode_image(images, self.select_guidance(text.tokens[:, 0]))
         given = (text.tokens, text.mask, image, mask_after(infos), image_types)
         left = self.fuse(*given, keeps_text=keeps_text)
         if left.text.shape[1] == text.mask.shape[1]:

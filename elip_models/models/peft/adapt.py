@@ -118,11 +118,11 @@ def adapt_(model: "PretrainedModel", config: AdaptConfig) -> "PretrainedModel":
         _inject_lora_(model, config, targets)
     else:
         for name, layer in layers.items():
-            _put_(model, name, Bottleneck(layer, config.width))
+            _replace_layer_(model, name, Bottleneck(layer, config.width))
     model.adapted = Adapted(config, frozenset(trained))
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(plain_name(name) in full or layer_of(name) in online)
-    _begin_momentum_(model)
+        parameter.requires_grad_(unadapted_name(name) in full or adapted_layer_of(name) in online)
+    _copy_online_adapters_(model)
     return model
 
 
@@ -141,7 +141,7 @@ def merge_(model: "PretrainedModel") -> "PretrainedModel":
         )
     for name, layer in list(_adapted_layers(model)):
         layer.merge()
-        _put_(model, name, layer.base_layer)
+        _replace_layer_(model, name, layer.base_layer)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in model.adapted.trained)
     model.adapted = None
@@ -162,12 +162,12 @@ def trainable_share(model: "PretrainedModel") -> float:
     return trained / every
 
 
-def plain_name(name: str) -> str | None:
+def unadapted_name(name: str) -> str | None:
     """The name of a parameter in the model before `adapt_`; None of an adapter's."""
-    return None if layer_of(name) else name.replace(".base_layer.", ".")
+    return None if adapted_layer_of(name) else name.replace(".base_layer.", ".")
 
 
-def layer_of(name: str) -> str | None:
+def adapted_layer_of(name: str) -> str | None:
     """The adapted layer whose adapter a parameter belongs to; None of any other parameter."""
     found = re.match(r"(.*)\.(lora_[AB]\.default|adapter_(down|up))\.", name)
     return found and found[1]
@@ -177,7 +177,7 @@ def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((n, m) for n, m in model.named_modules() if "base_layer" in m._modules)
 
 
-def _put_(model: nn.Module, name: str, layer: nn.Module) -> None:
+def _replace_layer_(model: nn.Module, name: str, layer: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, layer)
 
@@ -246,10 +246,10 @@ def _new(model: "PretrainedModel") -> set[str]:
 
 
 @torch.no_grad()
-def _begin_momentum_(model: nn.Module) -> None:
+def _copy_online_adapters_(model: nn.Module) -> None:
     """Give the adapters of momentum copies, `encoders_m`, the values of those that they follow."""
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         online = parameters.get(name.replace("_m.", ".", 1))
-        if layer_of(name) and online is not None:
+        if adapted_layer_of(name) and online is not None:
             parameter.copy_(online)

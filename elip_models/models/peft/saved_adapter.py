@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from elip_models.models.io.files import read_object, read_tensors
-from elip_models.models.io.hub import staged
-from elip_models.models.peft.adapt import AdaptConfig, adapt_, layer_of
+from elip_models.models.io.hub import staging_folder
+from elip_models.models.peft.adapt import AdaptConfig, adapt_, adapted_layer_of
 
 if TYPE_CHECKING:
     from elip_models.models.base import PretrainedModel
@@ -37,7 +37,7 @@ def save_adapter(model: "PretrainedModel", folder: str | Path) -> Path:
 
     if model.adapted is None:
         raise ValueError("model: expected one that adapt_ has changed, got a plain one")
-    with staged(Path(folder)) as stage:
+    with staging_folder(Path(folder)) as stage:
         if model.adapted.config.kind == "lora":
             model.peft_config["default"].save_pretrained(stage)
         weights = {name: p.detach().cpu().contiguous() for name, p in _saved(model).items()}
@@ -74,7 +74,7 @@ def has_adapter(folder: str | Path) -> bool:
     return (Path(folder) / SETTINGS).is_file()
 
 
-def forget_adapter(folder: str | Path) -> None:
+def remove_adapter(folder: str | Path) -> None:
     """Let a folder hold none, where a plain model is saved into it."""
     (Path(folder) / SETTINGS).unlink(missing_ok=True)
 
@@ -84,5 +84,5 @@ def _saved(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         PREFIX + name.replace(".default.", "."): parameter
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad or layer_of(name)
+        if parameter.requires_grad or adapted_layer_of(name)
     }
