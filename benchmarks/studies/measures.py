@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from elip_models.analysis.selection import selection_scores
+from benchmarks.selection.scores import selection_scores
 from elip_models.data import (
     EvaluationBatch,
     SkipReport,

@@ -5,9 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from elip_models.tasks.tables import retrieval_table, selection_tables, task_table, zero_shot_table
+from elip_models.tasks.tables import retrieval_table, task_table, zero_shot_table
 from elip_models.training.recipe import parse_overrides
-from elip_models.validation import as_config_error, check_output, require_extra
+from elip_models.validation import as_config_error, check_output, from_checkout, require_extra
 
 with require_extra("elip_models.commands"):
     import typer
@@ -44,8 +44,8 @@ def eval_retrieval(
 ) -> None:
     """Recall@1/5/10 from image to text and from text to image."""
     from elip_models.data import open_source
-    from elip_models.tasks.matching import Retrieval
     from elip_models.tasks.retrieval import evaluate_retrieval
+    from elip_models.tasks.retrieval_task import Retrieval
     from elip_models.tasks.task import Loading
 
     loading = Loading(batch_size, num_workers, max_bad_share)
@@ -98,18 +98,20 @@ def eval_selection(
     output: ScoresFile = None,
 ) -> None:
     """What a reduction keeps of what captions name, against chance, and what that changes."""
-    from elip_models.analysis.selection import selection_scores
     from elip_models.data import open_source
     from elip_models.reduction.strategy_spec import get_strategy
 
+    selection, tables = (
+        from_checkout(f"selection.{name}", "elip eval selection") for name in ("scores", "tables")
+    )
     trained, tokenizer = _open_trained(model, output)
     with as_config_error("--data"):
         source = open_source(data, image_size=trained.config.image_size)
     with as_config_error("--strategy"):
         chosen = get_strategy(strategy).fitted(trained.tower) if strategy else None
     settings = {"limit": count, "batch_size": batch_size}
-    scores = selection_scores(trained, source, tokenizer, chosen, **settings)
-    Console().print(*selection_tables(scores))
+    scores = selection.selection_scores(trained, source, tokenizer, chosen, **settings)
+    Console().print(*tables.selection_tables(scores))
     _write_scores(scores, output)
 
 

@@ -11,21 +11,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from elip_kernels import ReductionInfo
-from elip_models.analysis import deletion_insertion
-from elip_models.analysis.agreement import scorer_agreement
-from elip_models.analysis.deletion_insertion import POINTS, removal_areas
-from elip_models.analysis.selection import (
+from benchmarks.selection import deletion_insertion
+from benchmarks.selection.deletion_insertion import POINTS, removal_areas
+from benchmarks.selection.scores import (
     OF_A_STAGE,
     OF_THE_WHOLE,
     kept_patches,
     purity,
     selection_scores,
 )
+from elip_kernels import ReductionInfo
+from elip_models.analysis.agreement import scorer_agreement
 from elip_models.data import EmojiScenes, JsonSource, image_transform, train_tokenizer
 from elip_models.models.registry import create_model, family_of
 from elip_models.reduction.encode import encode_image, run_tower
-from elip_models.reduction.schedule import Schedule, Stage
+from elip_models.reduction.schedule import Merge, Schedule, Stage
 from elip_models.reduction.strategies import PatchDropout
 from elip_models.reduction.strategies.elip import ELIP, Staged
 from elip_models.reduction.strategy import StageInfo
@@ -83,7 +83,7 @@ class Told(Staged):
     rows: ClassVar[Tensor]
 
     schedule: Schedule = HALF
-    merge: bool = True
+    merge: Merge = "one"
 
     def score(self, tower, stage, tokens, text):
         return torch.cat([torch.zeros(len(self.rows), 1), self.rows], dim=1)
@@ -94,7 +94,7 @@ def told(model, source, tokenizer, rows, **options):
     return selection_scores(model, source, tokenizer, strategy, batch_size=COUNT)
 
 
-@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("merge", ["one", "none"])
 def test_a_scorer_that_returns_the_mask_keeps_all_that_is_named(model, source, tokenizer, merge):
     named = named_patches(source)
     assert named.sum(1).min() > 0 and named.sum(1).max() <= KEEP

@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.selection.deletion_insertion import removal_areas
 from elip_kernels import ReductionInfo
 from elip_models.analysis.agreement import agreement_by_image
-from elip_models.analysis.deletion_insertion import removal_areas
 from elip_models.analysis.visualize import patch_grid, source_maps
 from elip_models.data import NamedMasks, SampleError, Source, image_transform
 from elip_models.models.base import PretrainedModel, eval_mode
