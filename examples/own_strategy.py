@@ -22,12 +22,13 @@ class Longest(Strategy):
     """Before block `first`, keep a share of the patches by the length of their tokens."""
 
     name: ClassVar[str] = "longest"
-    keep: float = 0.5
+    keep_field: ClassVar[str] = "keep_ratio"  # what reduce_(keep=..) sets
+    keep_ratio: float = 0.5
     first: int = 1
 
     def stages(self, size):  # where it acts, and how many patches stay
-        keep = max(1, int(self.keep * size.num_patches))
-        return (Stage(self.first, size.depth - self.first, keep),) if self.keep < 1 else ()
+        keep = max(1, int(self.keep_ratio * size.num_patches))
+        return (Stage(self.first, size.depth - self.first, keep),) if self.keep_ratio < 1 else ()
 
     def token_counts(self, size):  # tokens in each block: these count as FLOPs
         counts = [size.num_tokens] * size.depth
@@ -42,7 +43,7 @@ class Longest(Strategy):
         return tokens, StageInfo(stage, reduction, row)
 
     def at_strength(self, size, strength):  # from nothing (0) to all that it can (1)
-        return replace(self, keep=1 - strength * (1 - 1 / size.num_patches))
+        return replace(self, keep_ratio=1 - strength * (1 - 1 / size.num_patches))
 
 
 def main():

@@ -1,4 +1,4 @@
-"""How far the scorers choose alike: the share of what `exact` drops that another drops too."""
+"""Agreement of the scorers: how many of the tokens that `exact` drops another scorer drops too."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,17 +23,18 @@ def scorer_agreement(
     *,
     rows: Mapping[int, Tensor] | None = None,
 ) -> dict[str | int, list[float]]:
-    """Share of the tokens that `exact` drops which each scorer drops too, by stage.
+    """Return, by stage, the share of tokens dropped by `exact` that each scorer drops too.
 
-    All scorers see the tokens that `exact` lets through. 'chance' is what a random choice shares.
+    All scorers are applied to the tokens that `exact` keeps. 'chance' is the share of a random
+    choice.
 
     Args:
-        model: an image model that a tower reads.
+        model: An image model that a tower supports.
         images: (B, 3, H, W).
         text_cls: (B, D), the guidance in the tower's width, or None: vision only.
-        strategy: whose scorer is not used.
-        scorers: by default all that have a name.
-        rows: of the momentum tower, see `forward_with_scores`, whose share is 'momentum'.
+        strategy: The strategy, whose own scorer is not used.
+        scorers: Names or layer numbers; by default all named scorers.
+        rows: Attention rows of the momentum tower, see `forward_with_scores`, which add 'momentum'.
     """
     shares = agreement_by_image(model, images, text_cls, strategy, scorers, rows=rows)
     return {name: [each.mean().item() for each in stages] for name, stages in shares.items()}
@@ -49,12 +50,12 @@ def agreement_by_image(
     *,
     rows: Mapping[int, Tensor] | None = None,
 ) -> dict[str | int, list[Tensor]]:
-    """`scorer_agreement` of each image, (B,) a stage."""
+    """Return `scorer_agreement` for each image, (B,) for each stage."""
     tower, others = as_tower(model), {name: replace(strategy, scorer=name) for name in scorers}
     forward = Forward(tower, replace(strategy, scorer="exact"), text_cls)
     names = (*scorers, *(["momentum"] if rows else []), "chance")
     shares: dict[str | int, list[Tensor]] = {name: [] for name in names}
-    reader = Forward(tower, forward.strategy, text_cls, rows=rows)
+    momentum_forward = Forward(tower, forward.strategy, text_cls, rows=rows)
     tokens = tower.embed(images)
     for i in range(tower.depth):
         entered, positions = tokens, forward.positions(i)
@@ -68,8 +69,8 @@ def agreement_by_image(
             for name, other in others.items()
         }
         if rows:
-            found["momentum"] = reader.row(i)
-        forward.infos[i] = reader.infos[i] = info
+            found["momentum"] = momentum_forward.row(i)
+        forward.infos[i] = momentum_forward.infos[i] = info
         for name, row in found.items():
             both = _dropped(tower, entered, row, keep) & reference
             shares[name].append(both.sum(1) / reference.sum(1))
@@ -80,7 +81,7 @@ def agreement_by_image(
 
 
 def _dropped(tower: Tower, tokens: Tensor, attention: Tensor, keep: int) -> Tensor:
-    """(B, N) bool: the tokens that this attention row drops."""
+    """Return (B, N) bool: the tokens that are dropped with this attention row."""
     _, info = tower.reduce(tokens, attention, keep, merge="none")
     dropped = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     dropped[:, : tower.num_prefix_tokens] = False

@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from elip_models.models.layers.text_reduction import TextReduction, TextStrategy
-from elip_models.reduction.schedule import Schedule
+from elip_models.reduction.schedule import Schedule, check_merge
 from elip_models.reduction.scorers import ScorerName
 from elip_models.reduction.serialization import settings_of
 from elip_models.reduction.strategies.dense import Dense
@@ -127,6 +127,7 @@ class ReductionConfig(VisionConfig):
     guide_dropout: Share = 0.0
 
     def __post_init__(self) -> None:
+        check_merge(self.merge)
         super().__post_init__()
         if self.schedule is not None:
             self.elip(self.schedule).schedule.for_depth(self.vision_depth)

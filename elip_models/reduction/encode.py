@@ -1,39 +1,40 @@
-"""encode_image: a tower's blocks in order, under a strategy."""
+"""encode_image: run a tower's blocks in order, reduced by a strategy."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Literal, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from elip_models.reduction.patch import is_reduced_tower
+from elip_models.reduction.caching import UnguidedWarning, warn_once
+from elip_models.reduction.patch import is_reduced_tower, strategy_by_default
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.step import Forward
-from elip_models.reduction.strategies.elip import ELIPOptions, check_text
+from elip_models.reduction.strategies.elip import check_text
 from elip_models.reduction.strategy import StageInfo, Strategy
-from elip_models.reduction.strategy_spec import get_strategy
+from elip_models.reduction.strategy_spec import StrategyOptions, resolve_strategy
 from elip_models.towers import Tower, as_tower, in_forward
 
 
 @overload
 def encode_image(
     model: nn.Module, images: Tensor, text_cls: Tensor | None = ..., *, keep: float | None = ...,
-    schedule: Schedule | str | None = ..., strategy: str | Strategy = ...,
-    return_info: Literal[False] = ..., **options: Unpack[ELIPOptions],
+    schedule: Schedule | str | None = ..., strategy: str | Strategy | None = ...,
+    return_info: Literal[False] = ..., **options: Unpack[StrategyOptions],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def encode_image(
     model: nn.Module, images: Tensor, text_cls: Tensor | None = ..., *, keep: float | None = ...,
-    schedule: Schedule | str | None = ..., strategy: str | Strategy = ...,
-    return_info: Literal[True], **options: Unpack[ELIPOptions],
+    schedule: Schedule | str | None = ..., strategy: str | Strategy | None = ...,
+    return_info: Literal[True], **options: Unpack[StrategyOptions],
 ) -> tuple[Tensor, list[StageInfo]]: ...  # fmt: skip
 @overload
 def encode_image(
     model: nn.Module, images: Tensor, text_cls: Tensor | None = ..., *, keep: float | None = ...,
-    schedule: Schedule | str | None = ..., strategy: str | Strategy = ...,
-    return_info: bool, **options: Unpack[ELIPOptions],
+    schedule: Schedule | str | None = ..., strategy: str | Strategy | None = ...,
+    return_info: bool, **options: Unpack[StrategyOptions],
 ) -> Tensor | tuple[Tensor, list[StageInfo]]: ...  # fmt: skip
 def encode_image(
     model: nn.Module,
@@ -42,34 +43,37 @@ def encode_image(
     *,
     keep: float | None = None,
     schedule: Schedule | str | None = None,
-    strategy: str | Strategy = "elip",
+    strategy: str | Strategy | None = None,
     return_info: bool = False,
-    **options: Unpack[ELIPOptions],
+    **options: Unpack[StrategyOptions],
 ) -> Tensor | tuple[Tensor, list[StageInfo]]:
-    """Run an image tower with token reduction, by default ELIP's (Algorithm 1).
+    """Run an image model with token reduction and return its tokens.
+
+        tokens = encode_image(model, images, text_cls, strategy="elip", scorer="exact")
 
     Args:
-        model: an image model that a tower of `elip_models.towers` reads, e.g. from timm.
-        images: (B, 3, H, W).
-        text_cls: (B, D), the text encoder's CLS output in the tower's width D; detached here. A row
-            of zeros is no text: its image alone selects. Strategies that no text guides do not read
-            it.
-        keep, schedule, strategy, options: as of `reduce_`, but that the strategy is 'elip' where
-            none is named. The paper's are scorer='exact' and without_text='dense'.
-        return_info: also return a `StageInfo` for every step.
+        model: an image model that a tower of `elip_models.towers` reads, for example from timm.
+        images: (B, 3, H, W), normalised as the model expects.
+        text_cls: (B, D), one vector per image in the tower's width D, such as the CLS output of a
+            text encoder. It is detached. A row of zeros means no text: the image alone selects.
+            Only guided strategies read it.
+        keep: the target, the mean share of tokens over the layers, as of `reduce_`.
+        schedule: stages as text, as of `reduce_`; without `strategy` it selects ELIP.
+        strategy: a name, a line of text or an instance, with the default of `reduce_`.
+        return_info: also return a `StageInfo` for every stage.
+        options: options of the strategy, as of `reduce_`. The paper uses ELIP with scorer='exact'
+            and without_text='dense'.
 
     Returns:
-        (B, K+2, D) after the tower's final norm, before pooling (K+1 without merging); one token
-        less of a tower without CLS.
+        Tokens (B, M, D) after the tower's final norm, before pooling. For ELIP, M = K+2: the CLS
+        token, K kept patches and the merged token. With return_info, also the list of `StageInfo`.
 
     Raises:
-        TypeError: a model that cannot be reduced, with the reason.
-        ValueError: bad arguments, or a model that `reduce_` has already changed.
+        TypeError: the model cannot be reduced, with the reason, or a wrong type.
+        ValueError: a wrong value, or a model that `reduce_` has already changed.
     """
-    tower = as_tower(model)
-    strategy = get_strategy(strategy, schedule=schedule, **options).fitted(tower)
-    if keep is not None:
-        strategy = strategy.at_keep(tower, keep)
+    tower, options = as_tower(model), {"schedule": schedule, **options}
+    strategy = _resolve(tower, strategy, options, keep, has_text=text_cls is not None)
     if not isinstance(return_info, bool):
         raise TypeError(f"return_info: expected True or False, got {return_info!r}")
     _check_images(images, tower)
@@ -77,6 +81,30 @@ def encode_image(
         check_text(text_cls, (images.shape[0], tower.width), images.device)
     tokens, infos = run_tower(tower, images, text_cls, strategy)
     return (tokens, infos) if return_info else tokens
+
+
+def _resolve(
+    tower: Tower,
+    strategy: str | Strategy | None,
+    options: dict[str, Any],
+    keep: float | None,
+    *,
+    has_text: bool,
+) -> Strategy:
+    """Return the strategy for the tower; warn once if the default one ignores the text."""
+
+    def default() -> Strategy:
+        chosen = strategy_by_default(tower, has_text=has_text, use_config=keep is None)
+        if has_text and not chosen.is_guided:
+            warn_once(
+                f"text_cls is ignored: {chosen.name!r}, the default strategy, reads no text; pass "
+                "strategy='elip' to be guided by it",
+                UnguidedWarning,
+                stacklevel=7,
+            )
+        return chosen
+
+    return resolve_strategy(tower, strategy, options, keep=keep, default=default)
 
 
 @in_forward
@@ -90,13 +118,20 @@ def run_tower(
     replays: Sequence[StageInfo] | None = None,
     rows: Mapping[int, Tensor] | None = None,
 ) -> tuple[Tensor, list[StageInfo]]:
-    """`encode_image` for arguments that have been checked, once and for all calls.
+    """Run `encode_image` with arguments that are already checked.
 
-    cls_only: the caller reads token 0 alone. Without gradient, and where nothing watches the last
-    block, that block then runs for this token only, which is exact: the tokens are (B, 1, D).
-    replays: what each step did in another tower's run of the same images; here it does the same,
-    and nothing is scored.
-    rows: what selects in place of a scorer, see `Forward`.
+    Args:
+        tower: the tower to run.
+        images: (B, 3, H, W).
+        text_cls: (B, D) or None.
+        strategy: fitted to the tower.
+        cls_only: the caller reads token 0 alone. Without gradient, and without hooks on the last
+            block, that block then computes this token only, exactly: the tokens are (B, 1, D).
+        replays: the results of another tower's run on the same images, which are reproduced here.
+        rows: scores that select in place of a scorer, see `Forward`.
+
+    Returns:
+        The tokens, and a `StageInfo` for every step.
     """
     if is_reduced_tower(tower):
         raise ValueError(
@@ -122,6 +157,7 @@ def run_tower(
 
 
 def _check_images(images: Tensor, tower: Tower) -> None:
+    """Raise TypeError or ValueError unless the images have the tower's size, dtype and device."""
     weight = next(tower.model.parameters())
     size = "H, W" if tower.has_dynamic_size else "{}, {}".format(*tower.image_size)
     expected = f"a floating-point tensor (B, 3, {size})"

@@ -1,7 +1,8 @@
-"""reduce_, unreduce_, guidance: token reduction for a model somebody else owns.
+"""reduce_, unreduce_, guidance: token reduction for a model of another library.
 
-`reduce_` puts an object in place of the forward of each block from the first that a strategy acts
-at (`stand_ins.py`): parameters and state_dict keys stay. All of them share one state (`state.py`).
+`reduce_` replaces the forward method of each block, from the first that a strategy acts at
+(`block_patches.py`). Parameters and state_dict keys stay. The replaced methods share one
+`Reduction` (`state.py`).
 """
 
 from collections.abc import Iterator
@@ -25,15 +26,15 @@ from elip_models.reduction.hf_config import remove_from_config, store_in_config,
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.state import Reduction, is_in_use, recording
 from elip_models.reduction.strategies import default_strategy
-from elip_models.reduction.strategies.elip import ELIP, ELIPOptions, Guided
+from elip_models.reduction.strategies.elip import Guided
 from elip_models.reduction.strategy import StageInfo, Strategy
-from elip_models.reduction.strategy_spec import get_strategy
+from elip_models.reduction.strategy_spec import StrategyOptions, resolve_strategy
 from elip_models.reduction.summary import Summary
 from elip_models.towers import ImageTextModel, Tower, as_image_text, as_tower
 
 M = TypeVar("M", bound=nn.Module)
-StandIn = (ReducedBlock, Entrance, Refusal, Representation, DenseMethod)
-KNOWING = (ReducedBlock, Entrance, Representation)  # a Reduction
+Replacement = (ReducedBlock, Entrance, Refusal, Representation, DenseMethod)
+WITH_REDUCTION = (ReducedBlock, Entrance, Representation)
 Hook = TextFirst | HiddenStates
 
 
@@ -43,66 +44,72 @@ def reduce_(
     keep: float | None = None,
     schedule: Schedule | str | None = None,
     strategy: str | Strategy | None = None,
-    **options: Unpack[ELIPOptions],
+    **options: Unpack[StrategyOptions],
 ) -> M:
-    """Make an image model drop and merge tokens, in place; returns the model.
+    """Make an image model drop and merge tokens, in place, and return it.
 
         model = timm.create_model("vit_base_patch16_224", pretrained=True)
-        elip_models.reduce_(model)                          # ToMe, to 70% of the tokens
-        elip_models.reduce_(model, keep=0.5)                # to half of them, mean over layers
-        elip_models.reduce_(model, strategy="elip")         # the paper's: a text guides, in stages
-        elip_models.reduce_(model, schedule="2(100%) 10(50%)", scorer="exact")
-        print(elip_models.reduction_summary(model))         # tokens a layer, FLOPs against dense
-        elip_models.unreduce_(model)                        # the untouched model again
+        elip_models.reduce_(model)                       # ToMe, 70% of the tokens
+        elip_models.reduce_(model, keep=0.5)             # ToMe, half of them
+        elip_models.reduce_(model, strategy="elip")      # the paper's stages, guided by a text
+        print(elip_models.reduction_summary(model))      # tokens per layer, FLOPs against dense
+        elip_models.unreduce_(model)                     # restore the model
 
-    Parameters, state_dict keys and the call stay the same. A further call replaces the settings, in
-    some ten milliseconds. Ratios are of the patches of each image, whatever its size. Calls for the
-    tokens of several blocks (forward_intermediates, output_hidden_states=True) give whole grids: a
-    merged token wherever its patches were, zeros for what was dropped without merging. Call it
-    before torch.compile, which does not see what comes later. Guidance, of a strategy that reads a
-    text, comes by `with guidance(model, text_cls):` around the forward. A whole language-image
-    model then guides itself: its forward encodes the text first, without gradient. Image i is
-    guided by text i, every image by a single text, else by itself.
+    Parameters, state_dict keys and the call of the model do not change. A further call replaces the
+    settings. Call it before torch.compile. Calls that return the tokens of several blocks
+    (output_hidden_states=True) return whole grids, with zeros for dropped patches.
+
+    A strategy that reads a text takes it from `guidance(model, text_cls)`. A whole image-text model
+    guides itself: its forward pass encodes the text first, without gradient. Text i guides image i;
+    a single text guides every image; with other numbers each image selects by itself.
 
     Args:
-        model: an image model of timm, open_clip or transformers, or a whole language-image model;
-            CoCa, whose text cannot guide its images, is reduced as its image tower alone.
-        keep: the mean share of tokens over the layers, in (0, 1], that the strategy is set to, for
-            every strategy; None leaves it as its settings or its schedule say.
-        schedule: as '2(100%) 2(90%) 6(65%) 2(40%)', whose layers add up to the model's depth; or a
-            preset of the paper's models, 'clip' (the default), 'albef', 'blip' or 'meter', scaled
-            to that depth.
-        strategy: a name in `elip_models.STRATEGIES`, or a line such as 'evit:keep_ratio=0.6', or an
-            instance, which then holds all options; by default 'elip' where there is a schedule or
-            an option, else 'tome' at 0.7 of the tokens, where it can be (`default_strategy`). With
-            no argument at all, a saved model of transformers is reduced as its `config.elip` says.
-        options: scorer ('last' by default, 'exact', 'cls', 'official', or a number), fusion (0.8),
-            guidance_norm ('none'), without_text ('vision'; 'dense' of a tower without CLS), merge
-            (True) and proportional (False), see `ELIPOptions`.
+        model: an image model of timm, open_clip or transformers, or a whole image-text model. Of
+            CoCa, whose text cannot guide its images, the image tower alone is reduced.
+        keep: the target: the mean share of tokens over the layers, in (0, 1]. It sets the
+            strategy's own option for the number of tokens (`schedule`, `r`, `keep_ratio`, `size`),
+            so it cannot be passed beside that option.
+        schedule: stages as text, '2(100%) 2(90%) 6(65%) 2(40%)', whose layers add up to the model's
+            depth; or a preset, 'clip', 'albef', 'blip' or 'meter', which is scaled to that depth.
+            Without `strategy` it selects ELIP.
+        strategy: a name in `elip_models.STRATEGIES`, a line such as 'evit:keep_ratio=0.6', or an
+            instance. Without any argument, the strategy in the config of a saved transformers
+            model; otherwise 'tome' at keep=0.7. A warning names another one if ToMe cannot be used.
+        options: options of the strategy, such as `scorer` of ELIP (see `ELIPOptions`) or `r` of
+            ToMe. They need `strategy` or `schedule` beside them.
 
     Raises:
-        TypeError, ValueError: a model that cannot be reduced or is compiled; a bad argument.
-        RuntimeError: other settings inside `guidance` or `record_stages`, which hold those before.
+        TypeError: the model cannot be reduced, is compiled, or an argument has a wrong type.
+        ValueError: a wrong value, an option that the strategy does not have, or two arguments that
+            set the number of tokens.
+        RuntimeError: a call with other settings inside `guidance` or `record_stages`.
     """
+    return _reduce(model, strategy, {"schedule": schedule, **options}, keep)
+
+
+def _reduce(
+    model: M, strategy: str | Strategy | None, options: dict[str, Any], keep: float | None
+) -> M:
+    """Resolve the strategy, and install it unless the model is already reduced by it."""
     _refuse_compiled(model, "reduce_")
     (image_text, tower), others = _read(model), reductions_of(model)
-    if strategy is None:
-        is_saved = keep is None and not others
-        named = schedule is not None or options
-        strategy = ELIP.name if named else _unnamed_strategy(image_text, tower, is_saved)
-    strategy = get_strategy(strategy, schedule=schedule, **options).fitted(tower)
-    if keep is not None:
-        strategy = strategy.at_keep(tower, keep)
+    has_text = image_text is not None and image_text.refuses() is None
+    use_config = keep is None and not others
+
+    def default() -> Strategy:
+        return strategy_by_default(tower, image_text, has_text=has_text, use_config=use_config)
+
+    strategy = resolve_strategy(tower, strategy, options, keep=keep, default=default)
     reduction = Reduction(tower, strategy, _guiding(image_text, strategy, tower))
     if not any(_are_alike(reduction, other) for other in others):
-        _install(model, reduction)  # else not even a compiler that has seen it sees a change
+        _install(model, reduction)  # an equal one stays, so that torch.compile keeps its graph
     return model
 
 
 def _guiding(
     image_text: ImageTextModel | None, strategy: Strategy, tower: Tower
 ) -> ImageTextModel | None:
-    """The whole model, if its text can guide its images; raises where nothing else could."""
+    """Return the whole model if its text can guide its images; raise if nothing could."""
     reason = None if image_text is None else image_text.refuses()
     if reason is None:
         return image_text
@@ -115,26 +122,39 @@ def _guiding(
 
 
 def _read(model: nn.Module) -> tuple[ImageTextModel | None, Tower]:
-    """The whole image-text model, if it is one, and the tower of its image model."""
+    """Return the image-text model, or None, and the tower of its image model."""
     image_text = as_image_text(model)
     return image_text, as_tower(model if image_text is None else image_text.image_model)
 
 
-def _unnamed_strategy(image_text: ImageTextModel | None, tower: Tower, is_saved: bool) -> Strategy:
-    """What the model was saved with, if that may count; or else the default by what it is."""
-    has_text = image_text is not None and image_text.refuses() is None
-    saved = strategy_in_config(image_text or tower) if is_saved else None
-    is_free = all(_replaced(block, "forward") is None for block in tower.blocks)
-    return saved or default_strategy(tower, has_text=has_text, replaces_block=is_free)
+def strategy_by_default(
+    tower: Tower,
+    image_text: ImageTextModel | None = None,
+    *,
+    has_text: bool,
+    use_config: bool,
+) -> Strategy:
+    """Return the strategy of a call that names none, for `reduce_`, `encode_image` and commands.
+
+    Args:
+        tower: the tower to reduce.
+        image_text: the whole model around it, if it is one.
+        has_text: a text can guide the reduction.
+        use_config: return the strategy that the model was saved with, if its config stores one.
+    """
+    saved = strategy_in_config(image_text or tower) if use_config else None
+    is_original = all(_replaced(block, "forward") is None for block in tower.blocks)
+    return saved or default_strategy(tower, has_text=has_text, replaces_block=is_original)
 
 
 def _are_alike(one: Reduction, other: Reduction) -> bool:
+    """Return whether both reduce by the same strategy, and both or neither a whole model."""
     are_whole = [each.image_text is not None for each in (one, other)]
     return one.strategy == other.strategy and are_whole[0] == are_whole[1]
 
 
 def _refuse_replaced(reduction: Reduction) -> None:
-    """A forward that somebody has replaced would be bypassed."""
+    """Raise TypeError if a forward method was replaced, since the strategy would bypass it."""
     tower, strategy = reduction.tower, reduction.strategy
     owners = [(tower.blocks[i], "forward") for i in reduction.acts_at if strategy.replaces_block]
     owners += tower.entrance if strategy.changes_embedding else []
@@ -147,18 +167,19 @@ def _refuse_replaced(reduction: Reduction) -> None:
 
 
 def _replaced(owner: nn.Module, name: str) -> Any:
-    """What somebody else has put in place of a method, or None."""
+    """Return what other code has put in place of a method, or None."""
     found = vars(owner).get(name)
     found = found.replaced if isinstance(found, ReducedBlock) else found
     return None if isinstance(found, Entrance) else found
 
 
 def _install(model: nn.Module, reduction: Reduction) -> None:
+    """Replace the forward methods of the model's blocks, after undoing an earlier reduction."""
     _refuse_replaced(reduction)
     if any(is_in_use(each) for each in reductions_of(model)):
         raise RuntimeError(
             "reduce_: expected a call outside of guidance(model, ..) and record_stages(model), "
-            "which hold what the model was reduced by before, got one inside; leave them first"
+            "which use the earlier settings, got one inside; leave them first"
         )
     unreduce_(model)
     tower, strategy, image_text = reduction.tower, reduction.strategy, reduction.image_text
@@ -183,7 +204,7 @@ def _install(model: nn.Module, reduction: Reduction) -> None:
 
 
 def _install_methods(reduction: Reduction) -> None:
-    """In place of those of the model that read more of it than its own forward does."""
+    """Replace the methods that read more of the model than its forward pass does."""
     model, tower = reduction.tower.model, reduction.tower
     refused, dense = [*tower.unsupported_methods, *REFUSALS], tower.dense_methods
     if reduction.strategy.changes_embedding:
@@ -195,12 +216,13 @@ def _install_methods(reduction: Reduction) -> None:
 
 
 def _hook(module: nn.Module, hook: Hook) -> None:
-    """Around the module's forward."""
+    """Register the hook before and after the module's forward."""
     module.register_forward_pre_hook(hook, with_kwargs=True)
     module.register_forward_hook(hook, with_kwargs=True, always_call=True)
 
 
 def _unhook(module: nn.Module) -> None:
+    """Remove the hooks that `_hook` registered."""
     for key, hook in list(module._forward_pre_hooks.items()):
         if isinstance(hook, Hook):
             del module._forward_pre_hooks[key]
@@ -213,9 +235,15 @@ def _unhook(module: nn.Module) -> None:
 
 
 def unreduce_(model: M) -> M:
-    """Undo `reduce_`, also on a deepcopied or unpickled model; returns the model.
+    """Undo `reduce_`, also on a deepcopied or unpickled model, and return the model.
 
-    Of the image model inside a whole one that was reduced, the whole one is undone.
+    Given the image model inside a reduced image-text model, it restores the whole model.
+
+    Args:
+        model: a model that `reduce_` may have changed.
+
+    Raises:
+        TypeError: the model is compiled, or a forward method was wrapped after `reduce_`.
     """
     _refuse_compiled(model, "unreduce_")
     for module in model.modules():
@@ -223,7 +251,7 @@ def unreduce_(model: M) -> M:
             if isinstance(value, ReducedBlock) and name != "forward":
                 raise TypeError(
                     f"model: expected {type(module).__name__}s as reduce_ left them, got one whose "
-                    "forward was wrapped since; take that off first"
+                    "forward was wrapped afterwards; remove that wrapper first"
                 )
     reductions = reductions_of(model)
     wholes = (model, *(reduction.model for reduction in reductions))
@@ -232,7 +260,7 @@ def unreduce_(model: M) -> M:
     for module in modules:
         _unhook(module)
         for name, value in list(vars(module).items()):
-            if isinstance(value, StandIn):
+            if isinstance(value, Replacement):
                 delattr(module, name)
                 if not isinstance(value, Entrance) and value.replaced is not None:
                     setattr(module, name, value.replaced)
@@ -240,12 +268,15 @@ def unreduce_(model: M) -> M:
 
 
 def reduction_summary(model: nn.Module) -> Summary:
-    """How the model is reduced now: strategy, tokens a layer, FLOPs against dense, what guides it.
+    """Return how the model is reduced: strategy, tokens per layer, FLOPs against dense, guidance.
 
-    Of a model that `reduce_` has not changed, the dense tower's.
+        print(elip_models.reduction_summary(model))
+
+    Args:
+        model: a reduced model, or one that could be reduced, whose summary is the dense tower's.
 
     Raises:
-        TypeError: a model that cannot be reduced, with the reason.
+        TypeError: the model cannot be reduced, with the reason.
     """
     found = reductions_of(model) if isinstance(model, nn.Module) else []
     if found:
@@ -255,30 +286,36 @@ def reduction_summary(model: nn.Module) -> Summary:
 
 
 def is_reduced(model: nn.Module) -> bool:
-    """Whether `reduce_` has changed the model, or one inside it."""
+    """Return whether `reduce_` has changed the model, or one inside it."""
     return isinstance(model, nn.Module) and bool(reductions_of(model))
 
 
 def is_reduced_tower(tower: Tower) -> bool:
-    """`is_reduced` of the tower's own parts alone, which every forward can afford."""
+    """Return whether the tower is reduced; cheap, because it looks at the tower's parts alone."""
     entrance = [] if tower.refuses_resizing() else tower.entrance
     owners = [*entrance, *((block, "forward") for block in tower.blocks)]
-    return any(isinstance(vars(owner).get(name), StandIn) for owner, name in owners)
+    return any(isinstance(vars(owner).get(name), Replacement) for owner, name in owners)
 
 
 @contextmanager
 def record_stages(model: nn.Module) -> Iterator[list[StageInfo]]:
-    """What the steps of the reduced `model` do in the forwards inside, one `StageInfo` each.
+    """Record what a reduced model keeps and merges in the forward passes inside.
 
         with elip_models.record_stages(model) as infos:
             model(images)
-        infos[-1].reduction.kept          # (B, K) where the tokens stood before the last step
+        infos[-1].reduction.kept          # (B, K) indices into the tokens before the last stage
 
-    They come in the order of the steps, forward after forward; of the thread or asyncio task that
-    enters, without those that a checkpoint recomputes. What `encode_image` does, it returns itself.
+    It records the forward passes of the thread or asyncio task that enters it, without those that
+    activation checkpointing recomputes. `encode_image` returns its own with return_info=True.
+
+    Args:
+        model: a model that `reduce_` has changed.
+
+    Yields:
+        A list that receives one `StageInfo` per stage, forward pass after forward pass.
 
     Raises:
-        TypeError: a compiled model, whose graph tells nothing.
+        TypeError: a compiled model, whose graph cannot be recorded.
         ValueError: a model that `reduce_` has not changed.
     """
     _refuse_compiled(model, "record_stages")
@@ -289,16 +326,23 @@ def record_stages(model: nn.Module) -> Iterator[list[StageInfo]]:
 
 @contextmanager
 def guidance(model: nn.Module, text_cls: Tensor) -> Iterator[None]:
-    """Guide the reduced `model` by `text_cls` (B, D) in the forwards inside; detached. One text
-    (1, D) guides all images.
+    """Guide a reduced model by a text in the forward passes inside.
 
-    The guidance is that of the thread or asyncio task which enters it: others, each with its own,
-    may run the same model. `model` may be wrapped by DistributedDataParallel or torch.compile; a
-    compiled model is guided by one thread or task at a time, and another's call is an error.
-    Backward may run after the context has ended.
+        with elip_models.guidance(model, text_cls):
+            features = model(images)
+
+    The guidance applies to the thread or asyncio task that enters it; others may run the same model
+    with their own. One thread or task at a time can guide a compiled model. The backward pass may
+    run after the context has ended.
+
+    Args:
+        model: a model that `reduce_` has changed; DistributedDataParallel or torch.compile may wrap
+            it.
+        text_cls: (B, D), one vector per image in the tower's width D, or (1, D) for all images. It
+            is detached.
 
     Raises:
-        TypeError, ValueError: a model that `reduce_` has not changed, or text_cls not (B, D).
+        TypeError, ValueError: a model that `reduce_` has not changed, or `text_cls` not (B, D).
     """
     reductions = _reduced(model)
     if not isinstance(text_cls, Tensor) or not text_cls.is_floating_point():
@@ -311,12 +355,12 @@ def guidance(model: nn.Module, text_cls: Tensor) -> Iterator[None]:
                 "project it to the tower's width first"
             )
     for strategy in (each.strategy for each in reductions if not each.strategy.is_guided):
-        said = f"{strategy.name!r} reads no text, so none guides it: 'elip' and 'guided_tome' do"
+        message = f"{strategy.name!r} reads no text; 'elip' and 'guided_tome' do"
         if isinstance(strategy, Guided):
-            how = f"where fusion is {strategy.fusion:g}"
-            how = how if strategy.uses_query else f"by scorer={strategy.scorer!r}"
-            said = f"{strategy.name!r} reads no text {how}"
-        warn_once(said, UnguidedWarning, stacklevel=4)
+            reason = f"fusion={strategy.fusion:g}"
+            reason = reason if strategy.uses_query else f"scorer={strategy.scorer!r}"
+            message = f"{strategy.name!r} reads no text with {reason}"
+        warn_once(message, UnguidedWarning, stacklevel=4)
     text_cls, this = text_cls.detach().clone(), object()
     for reduction in reductions:
         reduction.guide(this, text_cls)
@@ -328,14 +372,14 @@ def guidance(model: nn.Module, text_cls: Tensor) -> Iterator[None]:
 
 
 def reductions_of(model: nn.Module) -> list[Reduction]:
-    """What has changed the model, or one inside it."""
-    stand_ins = (value for module in model.modules() for value in vars(module).values())
-    found = (each.reduction for each in stand_ins if isinstance(each, KNOWING))
+    """Return the reductions of the model and of the models inside it."""
+    values = (value for module in model.modules() for value in vars(module).values())
+    found = (each.reduction for each in values if isinstance(each, WITH_REDUCTION))
     return list({id(reduction): reduction for reduction in found}.values())
 
 
 def _reduced(model: nn.Module) -> list[Reduction]:
-    """`reductions_of` of a model that has some."""
+    """Return `reductions_of`; raise ValueError if there is none."""
     reductions = reductions_of(model) if isinstance(model, nn.Module) else []
     if not reductions:
         raise ValueError("model: expected one that reduce_ has changed, got one without reduction")
@@ -343,6 +387,7 @@ def _reduced(model: nn.Module) -> list[Reduction]:
 
 
 def _refuse_compiled(model: nn.Module, name: str) -> None:
+    """Raise TypeError if the model is compiled, or no module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if isinstance(model, torch._dynamo.OptimizedModule) or model._compiled_call_impl is not None:

@@ -1,13 +1,13 @@
-"""What every reduction strategy is: frozen data that says where it acts and what it does there.
+"""The base class of reduction strategies, and the data that the engine exchanges with them.
 
-A step either stands before a block, which then runs as it is, or takes a block's place, because it
-acts between its attention and its MLP. The engine (`step.py`) knows no more of a strategy than
-this.
+A strategy is frozen data: where a tower is reduced, and what happens there. A step either runs
+before a block, which then runs unchanged, or replaces the block, because it acts between its
+attention and its MLP. The engine (`step.py`) depends on this interface alone.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,23 +15,22 @@ from torch import Tensor, nn
 from elip_kernels import BipartiteInfo, ReductionInfo
 from elip_models.reduction import flops
 from elip_models.reduction.caching import SlowScorerWarning, once, warn_once
-from elip_models.reduction.schedule import Schedule, Stage
+from elip_models.reduction.schedule import Merge, Schedule, Stage, check_merge
 from elip_models.towers import Tower, TowerSize, as_image_text, as_tower
 
-Merge = bool | Literal["nearest"]
-"""Dropped tokens become one token, or are dropped; or each joins the kept one most alike."""
-
-LARGE = 2**20  # patches, of which no share below 1 rounds to all
+LARGE = 2**20  # patches: no keep ratio below 1 rounds to all of them
 
 
 class StageInfo(NamedTuple):
-    """What one step did.
+    """The result of one step.
 
-    stage: its place. reduction: which tokens were kept, and how the others were merged.
-    attention: (B, N) the row that selected, prefix tokens included; None where none did.
-    sizes: (B, N) how many patches each token stands for, where the strategy counts them.
-    positions: (B, N-p) the patch that each token which leaves stands at, where the tower reads it.
-    weights: (B, N) what each token counted in its row's sum beside its size; None: 1 each.
+    Attributes:
+        stage: where the step ran.
+        reduction: which tokens were kept, and how the others were merged.
+        attention: (B, N) the row of scores that selected, prefix tokens included, or None.
+        sizes: (B, N) the number of patches in each token, if the strategy counts them.
+        positions: (B, N-p) the position of each remaining patch token, if the tower needs it.
+        weights: (B, N) the factor of each token in its row's sum, beside its size; None means 1.
     """
 
     stage: Stage
@@ -43,12 +42,12 @@ class StageInfo(NamedTuple):
 
     @property
     def mask(self) -> Tensor | None:
-        """(B, R) bool of the tokens that leave, True = real; None where all of them are."""
+        """Return (B, R) bool over the remaining tokens, False for padding; None without padding."""
         return getattr(self.reduction, "mask", None)
 
     @property
     def mean_keep(self) -> Tensor | int:
-        """Kept patches of an image, on average: a scalar where images keep different numbers."""
+        """Return the mean number of kept patches of an image; a scalar tensor if they differ."""
         if self.mask is None:
             return self.stage.keep
         p = self.reduction.num_prefix_tokens
@@ -56,27 +55,26 @@ class StageInfo(NamedTuple):
 
 
 def mask_after(infos: Sequence[StageInfo]) -> Tensor | None:
-    """(B, N) bool of the tokens that the steps of a tower leave, True = real; None where all of
-    them are.
-    """
+    """Return (B, N) bool over the tower's output, False for padding; None without padding."""
     return infos[-1].mask if infos else None
 
 
 class Layer(NamedTuple):
-    """Tokens in a block: those that go through its attention, and through its MLP."""
+    """The numbers of tokens in a block: through its attention, and through its MLP."""
 
     attention: int
     mlp: int
 
 
 class Context(NamedTuple):
-    """What a step knows besides its tokens.
+    """The inputs of a step beside its tokens.
 
-    text_cls: (B, D) guidance, detached, or None; a row of zeros is no text for its image.
-    previous: what the step before did in this forward.
-    replay: what this step has done already, and is to do again: in the forward that is recomputed
-        now, or in another tower of the same images.
-    row: (B, N) over its tokens, what selects in place of a scorer, or None.
+    Attributes:
+        text_cls: (B, D) the detached guidance, or None; a row of zeros means no text for its image.
+        previous: the result of the previous step in this forward pass.
+        replay: the earlier result that this step must reproduce: of the forward pass that is now
+            recomputed, or of another tower that read the same images.
+        row: (B, N) scores that select in place of a scorer, or None.
     """
 
     text_cls: Tensor | None = None
@@ -86,47 +84,57 @@ class Context(NamedTuple):
 
 
 class Strategy:
-    """How tokens leave a tower. Subclasses are frozen dataclasses, and define what raises here.
+    """A way to reduce the tokens of a tower. Subclasses are frozen dataclasses.
 
-    A strategy of your own is one too: `stages`, `token_counts`, `step` and `at_strength`, if it
-    stands before blocks (`examples/own_strategy.py`); where it follows a schedule, `score` alone
-    (`Staged` in strategies/elip.py). `reduce_` and `encode_image` take an instance, and know it by
-    name once `elip_models.STRATEGIES[name]` is the class.
+    To write one, define `stages`, `token_counts`, `step` and `at_strength` (see
+    `examples/own_strategy.py`). To follow a schedule, subclass `Staged` (strategies/elip.py) and
+    define `score` alone. `reduce_` and `encode_image` take an instance. Set
+    `elip_models.STRATEGIES[name]` to the class to use it by its name.
 
-    name: in `STRATEGIES`.
-    replaces_block: its steps take a block's place; else they stand before it.
-    replaces_later: behind its first step all blocks run as `later` says, where no step is.
-    runs_blocks: its steps run whole blocks that do not count, to choose by what they say.
-    changes_embedding: it takes the place of what makes tokens of images, by its `patchify`.
-    is_guided: text changes what it does.
-    merge: how every patch becomes part of a token that leaves; False: some are dropped.
-    pads: an image may have fewer tokens than its batch, and slots of padding in their place.
+    Attributes:
+        name: the key in `elip_models.STRATEGIES`.
+        keep_field: the field that sets how many tokens stay. `reduce_(keep=..)` sets it, and raises
+            an error if the caller sets both. None: `keep` has no such counterpart.
+        replaces_block: a step replaces its block; otherwise it runs before the block.
+        replaces_later: `later` replaces every block without a step that follows the first step.
+        runs_blocks: a step runs whole blocks to compute its scores; their outputs are discarded.
+        changes_embedding: `patchify` replaces the patch embedding.
+        is_guided: the text changes the result.
+        merge: what becomes of dropped tokens, see `Merge`.
+        pads: images of a batch may keep different numbers of tokens; some slots are padding.
     """
 
     name: ClassVar[str]
+    keep_field: ClassVar[str | None] = None
     replaces_block: ClassVar[bool] = False
     replaces_later: ClassVar[bool] = False
     runs_blocks: bool = False
     changes_embedding: ClassVar[bool] = False
     is_guided: bool = False
-    merge: Merge = False
+    merge: Merge = "none"
     pads: ClassVar[bool] = False
 
+    @property
+    def num_merged(self) -> int:
+        """Return the number of merged tokens that a stage appends: 1 with merge='one', else 0."""
+        return int(self.merge == "one")
+
     def refuses(self, tower: Tower) -> str | None:
-        """Why this tower cannot be reduced so, in one sentence, or None."""
+        """Return why this strategy cannot reduce the tower, in one sentence, or None if it can."""
         return None
 
     def fitted(self, tower: Tower) -> Self:
-        """The strategy for this tower: what its settings leave open is decided.
+        """Return the strategy with its open settings set for this tower.
 
         Raises:
-            TypeError: the tower cannot be reduced so: why.
+            TypeError: the strategy cannot reduce the tower, with the reason.
             ValueError: settings that do not fit the tower.
         """
+        check_merge(self.merge)
         reason = self.refuses(tower)
         if reason is not None:
             raise TypeError(f"strategy: expected one for this model, got {self.name!r}: {reason}")
-        if self.stages(tower.size) and not self.merge:
+        if self.stages(tower.size) and self.merge == "none":
             reason = tower.refuses_dropping()
         if reason is not None:
             raise TypeError(
@@ -135,11 +143,11 @@ class Strategy:
         return self
 
     def at(self, step: int) -> "Strategy":
-        """What step `step` of training, 0-based, is reduced by."""
+        """Return the strategy for training step `step`, counted from 0."""
         return self
 
     def stages(self, size: TowerSize) -> tuple[Stage, ...]:
-        """Where it acts, in the order of the blocks; at most one step a block.
+        """Return where the strategy acts, in the order of the blocks; at most one step per block.
 
         Raises:
             ValueError: settings that do not fit the tower.
@@ -147,70 +155,69 @@ class Strategy:
         raise NotImplementedError
 
     def token_counts(self, size: TowerSize) -> tuple[Layer, ...]:
-        """Tokens in each block, prefix tokens and merged ones included; FLOPs follow."""
+        """Return the tokens in each block, prefix and merged tokens included; FLOPs follow."""
         raise NotImplementedError
 
     def scoring_flops(self, size: TowerSize) -> int:
-        """What it computes to choose tokens, without gradient, beyond the blocks; of one image."""
+        """Return the FLOPs of choosing the tokens of one image, which run without gradient."""
         return 0
 
     def embed_flops(self, size: TowerSize) -> int:
-        """Of the patch embedding of one image."""
+        """Return the FLOPs of the patch embedding of one image."""
         return size.embed_flops()
 
     def reduces(self, text_cls: Tensor | None, training: bool) -> bool:
-        """Whether a forward with this guidance, in this mode, reduces."""
+        """Return whether a forward pass with this guidance, in this mode, is reduced."""
         return True
 
     def embed(self, tower: Tower, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> tokens (B, N, D) before block 0."""
+        """Return the tokens (B, N, D) before block 0 of images (B, 3, H, W)."""
         if self.changes_embedding:
             return tower.enter(self.patchify(tower, images))
         return tower.embed(images)
 
     def patchify(self, tower: Tower, images: Tensor) -> Tensor:
-        """What the tower's entrance makes of images (B, 3, H, W), if the embedding changes."""
+        """Return the embedded patches of images (B, 3, H, W), if `changes_embedding`."""
         raise NotImplementedError
 
     def step(
         self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
     ) -> tuple[Tensor, StageInfo]:
-        """The tokens before block `stage.first`, reduced; or after it, if it takes its place.
+        """Reduce the tokens before block `stage.first`, or run that block reduced.
 
         `tower.reduce(tokens, row, stage.keep, merge=..)` selects and merges by a row of scores.
 
         Args:
-            tower: of the blocks.
-            stage: of `stages`.
-            tokens: (B, N, D), `tower.num_prefix_tokens` of them first, which stay there.
-            context: where it has a `replay`, what that did is done again, and nothing is chosen,
-                drawn or scored anew.
+            tower: the tower whose blocks run.
+            stage: one of `stages`.
+            tokens: (B, N, D); the first `tower.num_prefix_tokens` must stay in place.
+            context: if it has a `replay`, the step must reproduce it, without a new choice, a new
+                random draw or a new score.
 
         Returns:
-            (B, M, D), M as `token_counts` says of this block's MLP, and what was done.
+            Tokens (B, M, D), with M the count of this block's MLP in `token_counts`, and the
+            `StageInfo`.
         """
         raise NotImplementedError
 
     def later(self, tower: Tower, i: int, tokens: Tensor, previous: StageInfo) -> Tensor:
-        """The tokens after block i, which stands behind a step and has none, if it `replaces_later`
-        blocks.
-        """
+        """Run block i, which follows a step and has none, if `replaces_later`."""
         raise NotImplementedError
 
     def at_strength(self, size: TowerSize, strength: float) -> Self:
-        """The same strategy, reducing nothing (0) to as much as it can (1).
+        """Return the strategy at a strength from 0 (reduces nothing) to 1 (as much as it can).
 
-        Where it reduces, more never costs more; `at_flops` searches here.
+        The cost must not rise with the strength: `at_flops` and `at_keep` search over it.
         """
         raise NotImplementedError
 
     def at_flops(self, model: nn.Module | Tower, ratio: float, *, training: bool = True) -> Self:
-        """The same strategy at the setting whose FLOPs are `ratio` of the dense tower's.
+        """Return the strategy at the setting that costs `ratio` of the dense tower's FLOPs.
 
         Args:
-            model: an image model, or a whole one, whose image tower counts; or a tower.
-            ratio: of forward and backward, scorer included, in (0, 1]; met within 1%.
-            training: False counts the forward alone, of which a scorer is a larger part.
+            model: an image model, an image-text model (its image tower counts), or a tower.
+            ratio: the target in (0, 1], scorer included; the result is within 1% of it.
+            training: count forward and backward; False counts the forward pass alone.
 
         Raises:
             ValueError: a ratio that the strategy cannot reach, with the nearest that it can.
@@ -218,10 +225,10 @@ class Strategy:
         return flops.at_flops(self, tower_of(model).size, ratio, training=training)
 
     def at_keep(self, model: nn.Module | Tower, keep: float) -> Self:
-        """The same strategy at the setting that leaves nearest to `keep` of the tokens.
+        """Return the strategy at the setting that leaves nearest to `keep` of the tokens.
 
         Args:
-            model: as of `at_flops`.
+            model: an image model, an image-text model (its image tower counts), or a tower.
             keep: the mean share of the dense tower's tokens over its layers, in (0, 1].
 
         Raises:
@@ -230,13 +237,13 @@ class Strategy:
         return flops.at_keep(self, tower_of(model).size, keep)
 
     def __str__(self) -> str:
-        """Its name and its settings."""
-        said = (f"{field.name}={_short(getattr(self, field.name))}" for field in fields(self))
-        return f"{self.name}({', '.join(said)})"
+        """Return the name and the settings."""
+        settings = (f"{field.name}={_short(getattr(self, field.name))}" for field in fields(self))
+        return f"{self.name}({', '.join(settings)})"
 
 
 def _short(value: Any) -> str:
-    """A setting as its class takes it; shares to four digits."""
+    """Return a setting as Python source; floats with four digits."""
     if isinstance(value, float):
         return f"{value:.4g}"
     return repr(str(value) if isinstance(value, (str, Schedule)) else value)
@@ -244,13 +251,13 @@ def _short(value: Any) -> str:
 
 @once
 def stages_of(strategy: Strategy, size: TowerSize) -> dict[int, Stage]:
-    """`strategy.stages` by the block where each acts, worked out once and not in every forward."""
+    """Return `strategy.stages` by first block; cached, because every forward pass needs it."""
     return {stage.first: stage for stage in strategy.stages(size)}
 
 
 @once
 def blocks_of(strategy: Strategy, size: TowerSize) -> tuple[int, ...]:
-    """The blocks where it may act, on an image of any size: those where it does on a large one."""
+    """Return the blocks where the strategy may act on an image of any size."""
     if strategy.changes_embedding:
         return tuple(stages_of(strategy, size))
     return tuple(stages_of(strategy, size._replace(num_patches=LARGE)))
@@ -258,12 +265,12 @@ def blocks_of(strategy: Strategy, size: TowerSize) -> tuple[int, ...]:
 
 @once
 def tokens_entering(strategy: Strategy, size: TowerSize) -> tuple[int, ...]:
-    """Tokens that enter each block."""
+    """Return the number of tokens that enter each block."""
     return size.num_tokens, *(layer.mlp for layer in strategy.token_counts(size))
 
 
 def tower_of(model: nn.Module | Tower) -> Tower:
-    """The tower of an image model, or of the image model inside a whole one."""
+    """Return the tower of an image model, or of the image model in an image-text model."""
     if isinstance(model, Tower):
         return model
     image_text = as_image_text(model)
@@ -271,9 +278,7 @@ def tower_of(model: nn.Module | Tower) -> Tower:
 
 
 def warn_if_slower(tower: Tower, strategy: Strategy, size: TowerSize) -> None:
-    """In eval mode, say once that choosing the tokens of an image of that size costs more than
-    dropping them saves.
-    """
+    """Warn once, in eval mode, if choosing the tokens costs more than dropping them saves."""
     if tower.model.training or torch.compiler.is_compiling():
         return
     cost = flops.inference_ratio(strategy, size)
@@ -287,7 +292,7 @@ def warn_if_slower(tower: Tower, strategy: Strategy, size: TowerSize) -> None:
 
 
 def counts_of(size: TowerSize, left: Callable[[int, int], int]) -> tuple[Layer, ...]:
-    """The layers, where `left(i, tokens)` of the tokens in block i go on to its MLP."""
+    """Return the layers if block i, given n tokens, passes `left(i, n)` on to its MLP."""
     layers, tokens = [], size.num_tokens
     for i in range(size.depth):
         layers.append(Layer(tokens, left(i, tokens)))
@@ -296,5 +301,5 @@ def counts_of(size: TowerSize, left: Callable[[int, int], int]) -> tuple[Layer, 
 
 
 def least_share(size: TowerSize) -> float:
-    """Of the patches, so that one stays."""
+    """Return the share of the patches that keeps one patch."""
     return min(1.0, 1.5 / size.num_patches)

@@ -1,43 +1,98 @@
-"""Strategies by one line of text: a name of `STRATEGIES`, then its settings.
+"""Strategies from the arguments of `reduce_` and of the command line.
 
-tome                                     as its paper runs it
-tome:r=13
-evit:keep_ratio=0.7,layers=3,6,9
-elip:scorer=exact,schedule=2(100%) 4(50%)
+A strategy is written as one line: a name in `STRATEGIES`, then its settings.
+
+    tome                                     the settings of its paper
+    tome:r=13
+    evit:keep_ratio=0.7,layers=3,6,9
+    elip:scorer=exact,schedule=2(100%) 4(50%)
 """
 
 import ast
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from elip_models.reduction.strategies import STRATEGIES
+from elip_models.reduction.strategies.elip import ELIP, ELIPOptions
+from elip_models.reduction.strategies.tome import ToMe
 from elip_models.reduction.strategy import Strategy
-from elip_models.validation import did_you_mean
+from elip_models.towers import Tower
+from elip_models.validation import Count, PositiveInt, PositiveShare, Rate, Share, did_you_mean
 
 SETTING = re.compile(r",\s*(?=\w+\s*=)")  # the commas that begin another setting
 WORDS = {"true": True, "false": False, "none": None}
 
 
+class StrategyOptions(ELIPOptions, total=False):
+    """The options of all built-in strategies beside `schedule`, as keyword arguments."""
+
+    r: Count | Rate | tuple[Count, ...] | None
+    protect: Rate | None
+    weight: float | None
+    margin: Share | None
+    keep_ratio: PositiveShare | None
+    layers: Literal["all"] | tuple[Count, ...] | None
+    attention_gradient: bool | None
+    until: Count | None
+    size: PositiveInt | None
+    keep_mass: PositiveShare | None
+
+
+def resolve_strategy(
+    tower: Tower,
+    strategy: str | Strategy | None,
+    options: Mapping[str, Any],
+    *,
+    keep: float | None,
+    default: Callable[[], Strategy],
+) -> Strategy:
+    """Return the strategy that the arguments of `reduce_` describe, fitted to the tower.
+
+    Args:
+        tower: the tower to reduce.
+        strategy: a name, a line of text, an instance, or None.
+        options: settings by name, `schedule` included; None as a value means not given.
+        keep: the mean share of tokens over the layers, in (0, 1], or None.
+        default: returns the strategy if neither a strategy nor a schedule is given.
+
+    Raises:
+        TypeError: the tower cannot be reduced this way, or a value of a wrong type.
+        ValueError: a wrong value, an option without a strategy that has it, or two arguments that
+            set the number of tokens.
+    """
+    options = {name: value for name, value in options.items() if value is not None}
+    if strategy is None and "schedule" in options:
+        strategy = ELIP.name
+    if strategy is None:
+        _check_no_options(options)
+        chosen = default()
+    else:
+        chosen = get_strategy(strategy, **options)
+        check_keep(strategy, options, keep)
+    chosen = chosen.fitted(tower)
+    return chosen if keep is None else chosen.at_keep(tower, keep)
+
+
 def get_strategy(strategy: str | Strategy, **options: Any) -> Strategy:
-    """The strategy that a line of text writes, with `options` beside its settings.
+    """Return the strategy that a line of text describes, with `options` added to its settings.
 
     Args:
         strategy: 'tome', 'tome:r=8', 'elip:scorer=exact,schedule=clip'; or an instance, which is
-            returned as it is and holds all options.
-        options: settings by name; None leaves one to the text, or else to the strategy's default.
+            returned unchanged and takes no options.
+        options: settings by name; None leaves the setting of the text, or the strategy's default.
 
     Raises:
-        TypeError, ValueError: a name, a setting or a value that there is not; a setting that is
-            given twice.
+        TypeError, ValueError: an unknown name or setting, a wrong value, or a setting given twice.
     """
     given = {name: value for name, value in options.items() if value is not None}
     if isinstance(strategy, Strategy):
         if given:
+            name, value = next(iter(given.items()))
             raise ValueError(
-                f"{next(iter(given))}: expected it in the strategy, {strategy.name}(...), when one "
-                f"is passed whole, got {next(iter(given.values()))!r} beside it"
+                f"{name}: expected it inside the instance, {strategy.name}({name}=..), since a "
+                f"Strategy instance takes no options, got {value!r} beside it"
             )
         return strategy
     name, settings = parse_spec(strategy)
@@ -46,26 +101,75 @@ def get_strategy(strategy: str | Strategy, **options: Any) -> Strategy:
         if key not in known:
             raise ValueError(
                 f"{key}: expected none with strategy={strategy!r}, which takes "
-                f"{', '.join(known)}, got {value!r}"
+                f"{', '.join(known)}, got {value!r}{did_you_mean(key, known)}"
             )
         if key in settings:
             raise ValueError(f"{key}: expected it once, got {value!r} beside strategy={strategy!r}")
     return STRATEGIES[name](**settings, **given)
 
 
+def check_keep(strategy: str | Strategy, options: Mapping[str, Any], keep: float | None) -> None:
+    """Raise ValueError if `keep` and the strategy's own option both set how many tokens stay.
+
+    Args:
+        strategy: a line of text, or an instance, whose field counts as given if it differs from
+            its default.
+        options: the settings that are given beside it.
+        keep: the target of `reduce_`, or None.
+    """
+    if keep is None:
+        return
+    if isinstance(strategy, Strategy):
+        name, given = strategy.keep_field, {}
+        for field in fields(strategy):
+            if getattr(strategy, field.name) != field.default:
+                given[field.name] = getattr(strategy, field.name)
+    else:
+        kind, settings = parse_spec(strategy)
+        name, given = STRATEGIES[kind].keep_field, {**settings, **options}
+    if given.get(name) is not None:
+        value = given[name] if isinstance(given[name], int | float | tuple) else str(given[name])
+        raise ValueError(
+            f"keep: expected no {name} beside it, since both set how many tokens stay, got "
+            f"keep={keep!r} and {name}={value!r}; pass one of the two"
+        )
+
+
+def _check_no_options(options: Mapping[str, Any]) -> None:
+    """Raise ValueError if there is an option: the default strategy takes none."""
+    for name, value in options.items():
+        owners = [key for key in STRATEGIES if name in kinds_of(key)]
+        if not owners:
+            known = {option for key in STRATEGIES for option in kinds_of(key)} | {"keep"}
+            raise ValueError(
+                f"{name}: expected an option of a strategy, got {name}={value!r}"
+                f"{did_you_mean(name, sorted(known))}"
+            )
+        reason = "takes no options" if ToMe.name in owners else "has no such option"
+        raise ValueError(
+            f"{name}: expected a strategy beside it, since the default, {ToMe.name!r}, {reason}, "
+            f"got {name}={value!r}; strategies with it: {', '.join(map(repr, owners))}. "
+            f"Pass strategy={owners[0]!r}"
+        )
+
+
 def parse_spec(text: str, table: Mapping[str, type] = STRATEGIES) -> tuple[str, dict[str, Any]]:
-    """A line of text -> the name of a dataclass in `table`, and the settings that are written.
+    """Return the name and the settings that a line of text writes.
+
+    Args:
+        text: 'NAME' or 'NAME:key=value,..'.
+        table: dataclasses by name; the settings are their fields.
 
     Raises:
-        ValueError: a name or a setting that there is not.
+        ValueError: an unknown name or setting.
     """
     is_strategy = table is STRATEGIES
-    of, known = "strategy: " if is_strategy else "", ", ".join(table)
-    beside = ", or a Strategy" if is_strategy else ""
+    prefix, known = "strategy: " if is_strategy else "", ", ".join(table)
+    or_instance = ", or a Strategy" if is_strategy else ""
     name, colon, rest = (part.strip() for part in str(text).partition(":"))
     if not isinstance(text, str) or name not in table:
         raise ValueError(
-            f"{of}expected NAME or NAME:key=value,.. with {known}{beside}, got "
+            f"{prefix}expected NAME or NAME:key=value,.. with {known}{or_instance}, got "
             f"{text!r}{did_you_mean(name, table)}"
         )
     settings: dict[str, Any] = {}
@@ -73,24 +177,25 @@ def parse_spec(text: str, table: Mapping[str, type] = STRATEGIES) -> tuple[str, 
     for setting in SETTING.split(rest) if colon else ():
         key, equals, value = (part.strip() for part in setting.partition("="))
         if not equals or not key or not value:
-            raise ValueError(f"{of}expected settings key=value in {text!r}, got {setting!r}")
+            raise ValueError(f"{prefix}expected settings key=value in {text!r}, got {setting!r}")
         if key in settings:
-            raise ValueError(f"{of}expected {key!r} once in {text!r}, got it twice")
+            raise ValueError(f"{prefix}expected {key!r} once in {text!r}, got it twice")
         if key not in kinds:
             raise ValueError(
-                f"{of}expected a setting of {name!r}, one of {', '.join(kinds)}, got {key!r}"
+                f"{prefix}expected a setting of {name!r}, one of {', '.join(kinds)}, got {key!r}"
+                f"{did_you_mean(key, kinds)}"
             )
         settings[key] = _value(kinds[key], key, value)
     return name, settings
 
 
 def kinds_of(name: str, table: Mapping[str, type] = STRATEGIES) -> dict[str, Any]:
-    """The types of the settings of a strategy, or of what a table names, by name."""
+    """Return the types of the settings of a strategy, or of another dataclass in `table`."""
     return {each.name: each.type for each in fields(table[name])}
 
 
 def _value(kind: Any, key: str, text: str) -> Any:
-    """What `text` writes for a setting: a number, several, a word, true, false or none."""
+    """Return the value that `text` writes: a number, several, a word, true, false or none."""
     value: Any = text
     if text.lower() in WORDS and text not in get_args(kind):  # 'none' may be a choice
         value = WORDS[text.lower()]
@@ -102,6 +207,7 @@ def _value(kind: Any, key: str, text: str) -> Any:
 
 
 def _number(key: str, text: str) -> int | float | tuple[int | float, ...]:
+    """Return the number or the tuple of numbers that `text` writes."""
     try:
         return ast.literal_eval(text)
     except (SyntaxError, ValueError):

@@ -32,7 +32,7 @@ from tests.helpers.towers import SCHEDULE, images, plain_vit, text
 NUM_PATCHES = 36
 
 
-def reduce_images(merge=True, **options):
+def reduce_images(merge="one", **options):
     """Stages of a tiny tower, and its number of prefix tokens."""
     model = plain_vit(**options)
     _, infos = elip_models.encode_image(
@@ -48,14 +48,14 @@ def held_by_tokens(infos, b, p, merge):
     for info in infos:
         kept = info.reduction.kept[b].tolist()
         others = (held[n] for n in range(p, len(held)) if n not in kept)
-        rest = [set().union(*others)] if merge else []
+        rest = [set().union(*others)] if merge == "one" else []
         held = [*held[:p], *(held[n] for n in kept), *rest]
         steps.append(held)
     return steps
 
 
 @pytest.mark.parametrize("registers", [0, 3])
-@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("merge", ["one", "none"])
 def test_survivors_are_the_patches_that_a_token_holds_alone(registers, merge):
     infos, p = reduce_images(merge, reg_tokens=registers)
     survivors = surviving_patches(infos, NUM_PATCHES)
@@ -67,7 +67,7 @@ def test_survivors_are_the_patches_that_a_token_holds_alone(registers, merge):
 
 
 @pytest.mark.parametrize("registers", [0, 3])
-@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("merge", ["one", "none"])
 def test_a_patch_shows_the_score_of_the_token_that_holds_it(registers, merge):
     infos, p = reduce_images(merge, reg_tokens=registers)
     heats = attention_maps(infos, NUM_PATCHES)
@@ -138,7 +138,7 @@ def test_the_picture_has_a_row_an_image(batch, tmp_path):
     assert rows_of(path) == batch
 
 
-@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("merge", ["one", "none"])
 def test_a_merged_patch_shows_the_token_that_holds_it(merge):
     infos, p = reduce_images(merge)
     found = tokens_of_patches(infos, NUM_PATCHES)

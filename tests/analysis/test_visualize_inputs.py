@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from elip_models.analysis.visualize_inputs import open_pictured, read_pairs, read_source
+from elip_models.analysis.visualize_inputs import open_visualized_model, read_pairs, read_source
 from elip_models.data import load_tokenizer, tokenize
 from elip_models.models.clip.model import CLIP, CLIPConfig
 from elip_models.reduction.encode import encode_image
@@ -91,7 +91,7 @@ def differ(infos, others):
 
 
 def test_our_clip_is_guided_by_its_own_text(tmp_path, tokenizer, pairs):
-    pictured = open_pictured(our_folder(tmp_path / "model", tokenizer))
+    pictured = open_visualized_model(our_folder(tmp_path / "model", tokenizer))
     assert str(pictured).endswith(f"{SIX}, scorer last, text-guided, fusion 0.8")
     images = normalised(pictured, pairs)
     infos = pictured.stage_infos(images, CAPTIONS)
@@ -113,10 +113,10 @@ def test_models_of_transformers_are_guided_by_theirs(make, tmp_path, small_token
     model = make().eval()
     model.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"--model: expected a tokenizer .* --fusion 1"):
-        open_pictured(f"hf:{tmp_path}", schedule=SIX)
-    assert open_pictured(f"hf:{tmp_path}", schedule=SIX, fusion=1.0).guide is None
+        open_visualized_model(f"hf:{tmp_path}", schedule=SIX)
+    assert open_visualized_model(f"hf:{tmp_path}", schedule=SIX, fusion=1.0).guide is None
     small_tokenizer.save_pretrained(tmp_path)
-    pictured = open_pictured(f"hf:{tmp_path}", schedule=SIX)
+    pictured = open_visualized_model(f"hf:{tmp_path}", schedule=SIX)
     images = normalised(pictured, pairs)
     equal = [CAPTIONS[1]] * 2  # as long as each other: no padding
     ids = small_tokenizer(equal, return_tensors="pt").input_ids
@@ -132,7 +132,7 @@ def test_siglip_is_guided_by_texts_of_full_length(tmp_path, small_tokenizer, pai
     model = hf_siglip().eval()
     model.save_pretrained(tmp_path)
     small_tokenizer.save_pretrained(tmp_path)
-    pictured = open_pictured(f"hf:{tmp_path}", schedule=SIX)
+    pictured = open_visualized_model(f"hf:{tmp_path}", schedule=SIX)
     length = model.config.text_config.max_position_embeddings
     full = {"padding": "max_length", "max_length": length, "return_tensors": "pt"}
     ids = small_tokenizer(CAPTIONS, **full).input_ids
@@ -147,7 +147,7 @@ def test_open_clip_is_guided_by_its_own(monkeypatch, pairs):
 
     monkeypatch.setattr(open_clip, "create_model", lambda *a, **k: open_clip_pair())
     monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: {"ViT-B-32": tokenize}[name])
-    pictured = open_pictured("open_clip:ViT-B-32/openai", schedule=SIX)
+    pictured = open_visualized_model("open_clip:ViT-B-32/openai", schedule=SIX)
     images = normalised(pictured, pairs)
     text = pictured.guide(CAPTIONS)
     assert text.shape == (2, pictured.tower.width)
@@ -157,7 +157,7 @@ def test_open_clip_is_guided_by_its_own(monkeypatch, pairs):
 
 def test_an_image_model_is_reduced_by_the_image(tmp_path, pairs):
     tiny_vit().save_pretrained(tmp_path)
-    pictured = open_pictured(f"hf:{tmp_path}", scorer="last")
+    pictured = open_visualized_model(f"hf:{tmp_path}", scorer="last")
     assert str(pictured).endswith("1(100%) 1(90%) 3(65%) 1(40%), scorer last, vision only")
     images = normalised(pictured, pairs)
     assert not differ(
@@ -204,7 +204,7 @@ def test_a_strategy_without_scores_is_drawn_by_what_it_merges(strategy, tmp_path
 
 
 def test_samples_that_cannot_be_read_are_passed_over(files, tmp_path):
-    pictured = open_pictured("clip_tiny", pretrained=False, fusion=1.0)
+    pictured = open_visualized_model("clip_tiny", pretrained=False, fusion=1.0)
     assert str(pictured).startswith("clip_tiny (random weights)\n")
     tower = pictured.tower
     entries = [{"image": "gone.png", "caption": "a"}, {"image": "b.png", "caption": ["b", "c"]}]

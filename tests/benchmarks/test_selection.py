@@ -28,7 +28,7 @@ from elip_models.reduction.encode import encode_image, run_tower
 from elip_models.reduction.schedule import Merge, Schedule, Stage
 from elip_models.reduction.strategies import PatchDropout
 from elip_models.reduction.strategies.elip import ELIP, Staged
-from elip_models.reduction.strategy import StageInfo
+from elip_models.reduction.strategy import Merge, StageInfo
 from tests.helpers.models import enlarged
 from tests.helpers.tiny_run import elip
 

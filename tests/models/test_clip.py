@@ -243,7 +243,7 @@ def test_every_strategy_trains_saves_and_loads(strategy, options, tmp_path):
 
 
 def test_patch_dropout_ends_at_its_step():
-    options = {"keep": 0.5, "until": 2}
+    options = {"keep_ratio": 0.5, "until": 2}
     model = tiny("clip_tiny", strategy="patch_dropout", strategy_options=options)
     tokens = []
     model.visual.blocks[0].register_forward_hook(lambda m, args, out: tokens.append(out.shape[1]))

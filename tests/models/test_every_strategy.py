@@ -151,7 +151,7 @@ def test_captions_are_written_from_real_tokens_alone():
 
 @pytest.mark.parametrize("family", MODELS)
 def test_patch_dropout_ends_at_its_step_and_alpha_goes_on(family):
-    options = {"keep": 0.5, "until": 2}
+    options = {"keep_ratio": 0.5, "until": 2}
     model = made(family, strategy="patch_dropout", strategy_options=options)
     left = []
     for now in range(4):
@@ -168,7 +168,7 @@ def test_a_config_takes_schedule_and_guidance_of_the_fields_and_the_rest_of_the_
         family, strategy="trips:fusion=0.1", strategy_options={"merge": "none"}
     ).reduction
     assert str(reduction.schedule) == "1(100%) 1(75%) 1(50%)"
-    assert (reduction.fusion, reduction.merge, reduction.without_text) == (0.1, False, "dense")
+    assert (reduction.fusion, reduction.merge, reduction.without_text) == (0.1, "none", "dense")
     whole = made(family, strategy="random:schedule=1(100%) 2(50%)").reduction
     assert str(whole.schedule) == "1(100%) 2(50%)"
     deeper = made(family, strategy="random", schedule=None, vision_depth=4)

@@ -13,7 +13,7 @@ import elip_models
 from elip_models.reduction import flops
 from elip_models.reduction.schedule import PAPER, Schedule, Stage
 from elip_models.reduction.strategies.elip import Staged
-from elip_models.reduction.strategy import Layer, StageInfo, Strategy
+from elip_models.reduction.strategy import Layer, Merge, StageInfo, Strategy
 from elip_models.reduction.summary import Summary
 from elip_models.towers import as_tower
 from tests.helpers.models import TOWERS, eva, open_clip_pair, output, siglip_vision
@@ -49,14 +49,14 @@ class Lucky(Strategy):
 
     name: ClassVar[str] = "lucky"
     replaces_block: ClassVar[bool] = True
-    keep: float = 0.5
+    keep_ratio: float = 0.5
 
     def stages(self, size):
-        keep = max(1, int(self.keep * size.num_patches))
+        keep = max(1, int(self.keep_ratio * size.num_patches))
         return (Stage(2, size.depth - 2, keep),) if keep < size.num_patches else ()
 
     def token_counts(self, size):
-        keep = max(1, int(self.keep * size.num_patches))
+        keep = max(1, int(self.keep_ratio * size.num_patches))
         left = size.num_prefix_tokens + keep
         after = [size.num_tokens] * 2 + [left] * (size.depth - 2)
         before = [size.num_tokens] * 3 + [left] * (size.depth - 3)
@@ -70,7 +70,7 @@ class Lucky(Strategy):
         return tower.mlp(stage.first, tokens), StageInfo(stage, reduction, row)
 
     def at_strength(self, size, strength):
-        return replace(self, keep=1 - strength * (1 - 1.5 / size.num_patches))
+        return replace(self, keep_ratio=1 - strength * (1 - 1.5 / size.num_patches))
 
 
 OWN = {"longest": Longest(0.5, first=2), "darkest": Darkest(SCHEDULE), "lucky": Lucky()}
@@ -126,7 +126,7 @@ def test_costs_are_set_as_for_the_built_in_ones(strategy):
 
 def test_its_name_works_where_it_is_registered(monkeypatch):
     monkeypatch.setitem(elip_models.STRATEGIES, "longest", Longest)
-    model = elip_models.reduce_(plain_vit(), strategy="longest:keep=0.25,first=3")
+    model = elip_models.reduce_(plain_vit(), strategy="longest:keep_ratio=0.25,first=3")
     assert elip_models.reduction_summary(model).strategy == Longest(0.25, first=3)
 
 

@@ -173,7 +173,7 @@ def test_a_patched_model_equals_encode_image(library, name):
     handle = tower.blocks[-1].register_forward_hook(lambda m, args, out: seen.append(out))
     reduced = patched(model, strategy, x, t)
     handle.remove()
-    on_grid = infos and (strategy.pads or (tower.pools and strategy.merge))
+    on_grid = infos and (strategy.pads or (tower.pools and strategy.merge != "none"))
     left = whole_grid(tokens, infos) if on_grid else tokens
     assert torch.equal(tower.finish(seen[-1]), left)
     assert not torch.equal(reduced, dense)  # though merging by size hardly moves a mean
@@ -275,11 +275,11 @@ def test_the_same_strategy_again_changes_nothing():
         (lambda: EViT(attention_gradient="no"), "attention_gradient: expected True or False"),
         (
             lambda: RandomPruning(SCHEDULE, merge=1),
-            "merge: expected True or False or 'nearest', got 1",
+            "merge: expected 'one', 'none' or 'nearest', got 1",
         ),
-        (lambda: AdaptiveELIP(SCHEDULE, merge=False), "merge: expected True or 'nearest' with"),
+        (lambda: AdaptiveELIP(SCHEDULE, merge="none"), "merge: expected 'one' or 'nearest' with"),
         (lambda: ELIP(proportional=True), "proportional: expected False unless merge='nearest'"),
-        (lambda: PatchDropout(1.5), "keep: expected a number in"),
+        (lambda: PatchDropout(1.5), "keep_ratio: expected a number in"),
         (lambda: PatchDropout(0.5, until=-1), "until: expected .* at least 0 or None, got -1"),
         (lambda: ImageResize(0), "size: expected an integer at least 1 or None, got 0"),
         (lambda: AdaptiveELIP(SCHEDULE, keep_mass=0), "keep_mass: expected a number in"),

@@ -1,7 +1,10 @@
-"""The strategies by name. Each is frozen data, an argument of `encode_image` and `reduce_`: an
-instance such as `ToMe(r=13)`, or the line of text that `get_strategy` reads.
+"""The built-in strategies by name, and the default one.
+
+Each is frozen data, and an argument of `encode_image` and `reduce_`: an instance such as
+`ToMe(r=13)`, or a line of text such as 'tome:r=13'.
 """
 
+from elip_models.reduction.caching import warn_once
 from elip_models.reduction.flops import kept_share
 from elip_models.reduction.strategies.adaptive import AdaptiveELIP
 from elip_models.reduction.strategies.baselines import TRIPS, PatchDropout, RandomPruning
@@ -35,24 +38,46 @@ __all__ = [
 STRATEGIES: dict[str, type[Strategy]] = {
     strategy.name: strategy
     for strategy in (
-        *(ELIP, EViT, ToMe, GuidedToMe, PiToMe, CrossGET),
-        *(TRIPS, PatchDropout, RandomPruning, ImageResize, AdaptiveELIP),
+        ELIP,
+        EViT,
+        ToMe,
+        GuidedToMe,
+        PiToMe,
+        CrossGET,
+        TRIPS,
+        PatchDropout,
+        RandomPruning,
+        ImageResize,
+        AdaptiveELIP,
     )
 }
-
 
 DEFAULT_KEEP = 0.7  # of the tokens, mean over the layers
 
 
 def default_strategy(tower: Tower, *, has_text: bool, replaces_block: bool) -> Strategy:
-    """What a tower is reduced by where nobody says: ToMe, of which a tiny CLIP's studies see no
-    loss, to `DEFAULT_KEEP` of the tokens, or as near as it comes.
+    """Return the strategy for a tower if the caller names none; warn once if it is not ToMe.
 
-    Where ToMe refuses, or may not replace a block's forward: ELIP, if a CLS token or the model's
-    own text can score, or a random keep.
+    The default is ToMe, set to `DEFAULT_KEEP` of the tokens or as near as it comes. If ToMe cannot
+    reduce the tower, it is ELIP, or random pruning if neither a CLS token nor a text can score.
+
+    Args:
+        tower: the tower to reduce.
+        has_text: a text can guide the reduction.
+        replaces_block: a strategy may replace the blocks' own forward methods.
     """
     tome = ToMe()
-    if replaces_block and tome.refuses(tower) is None:
+    reason = tome.refuses(tower)
+    if reason is None and not replaces_block:
+        reason = "the forward method of a block was replaced, which ToMe would bypass"
+    if reason is None:
         least = kept_share(tome.at_strength(tower.size, 1.0), tower.size)
         return tome.at_keep(tower, max(DEFAULT_KEEP, least))
-    return ELIP() if tower.has_cls or has_text else RandomPruning()
+    chosen = ELIP() if tower.has_cls or has_text else RandomPruning()
+    warn_once(
+        f"the default strategy, {tome.name!r}, cannot reduce this model, so {chosen.name!r} is "
+        f"used: {reason}. Pass strategy={chosen.name!r} to avoid this warning",
+        UserWarning,
+        stacklevel=6,
+    )
+    return chosen

@@ -24,7 +24,7 @@ from elip_models.reduction.scorers import ScorerName
 from elip_models.reduction.strategies.elip import ELIP, Staged, fused_cls
 from elip_models.reduction.strategy import Context, StageInfo
 from elip_models.towers import Tower, TowerSize
-from elip_models.towers.scoring_context import scoring_context
+from elip_models.towers.base import scoring_context
 from elip_models.validation import PositiveShare
 
 
@@ -51,9 +51,9 @@ class AdaptiveELIP(ELIP):
                 "scorer: expected 'last' with strategy='adaptive', since whole layers do not mask "
                 f"the padding, got {self.scorer!r}"
             )
-        if not self.merge:
+        if self.merge == "none":
             raise ValueError(
-                "merge: expected True or 'nearest' with strategy='adaptive', got False"
+                "merge: expected 'one' or 'nearest' with strategy='adaptive', got 'none'"
             )
 
     def stages(self, size: TowerSize) -> tuple[Stage, ...]:

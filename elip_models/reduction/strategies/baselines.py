@@ -64,7 +64,7 @@ class RandomPruning(RandomKeep):
     name: ClassVar[str] = "random"
 
     schedule: Schedule = PAPER
-    merge: Merge = True
+    merge: Merge = "one"
     proportional: bool = False
 
 
@@ -72,16 +72,17 @@ class RandomPruning(RandomKeep):
 class PatchDropout(RandomKeep):
     """Drop patches at random before block 0, in training alone (FLIP, Li et al., CVPR 2023).
 
-    keep: share of the patches that stay, in (0, 1].
+    keep_ratio: share of the patches that stay, in (0, 1].
     until: the first step of training that sees all patches again, or None: all steps drop.
         `at(step)` is what to reduce by in that step.
     """
 
     name: ClassVar[str] = "patch_dropout"
+    keep_field: ClassVar[str | None] = "keep_ratio"
 
-    keep: PositiveShare = 0.5
+    keep_ratio: PositiveShare = 0.5
     until: Count | None = None
-    merge: ClassVar[bool] = False
+    merge: ClassVar[Merge] = "none"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -92,21 +93,21 @@ class PatchDropout(RandomKeep):
         `reduce_(model, strategy=dropout.at(step))` in every step changes the model only once.
         """
         over = self.until is not None and step >= self.until
-        return replace(self, keep=1.0, until=None) if over else replace(self, until=None)
+        return replace(self, keep_ratio=1.0, until=None) if over else replace(self, until=None)
 
     def fitted(self, tower: Tower) -> Self:
         return Strategy.fitted(self, tower)
 
     def stages(self, size: TowerSize) -> tuple[Stage, ...]:
-        keep = max(1, int(self.keep * size.num_patches))
+        keep = max(1, int(self.keep_ratio * size.num_patches))
         return () if keep == size.num_patches else (Stage(0, size.depth, keep),)
 
     def token_counts(self, size: TowerSize) -> tuple[Layer, ...]:
-        tokens = size.num_prefix_tokens + max(1, int(self.keep * size.num_patches))
+        tokens = size.num_prefix_tokens + max(1, int(self.keep_ratio * size.num_patches))
         return (Layer(tokens, tokens),) * size.depth
 
     def reduces(self, text_cls: Tensor | None, training: bool) -> bool:
         return training
 
     def at_strength(self, size: TowerSize, strength: float) -> Strategy:
-        return replace(self, keep=1 - strength * (1 - least_share(size)))
+        return replace(self, keep_ratio=1 - strength * (1 - least_share(size)))

@@ -23,7 +23,7 @@ from elip_models.reduction.strategies.elip import ELIP, Guided, fused_cls
 from elip_models.reduction.strategies.tome import ToMe
 from elip_models.reduction.strategy import Context, StageInfo
 from elip_models.towers import Tower, TowerSize
-from elip_models.towers.scoring_context import scoring_context
+from elip_models.towers.base import scoring_context
 from elip_models.validation import Share
 
 

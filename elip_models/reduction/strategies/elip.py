@@ -1,12 +1,11 @@
-"""ELIP, one stage boundary: fuse the text into CLS, score, reduce (Eq. 1-4).
+"""ELIP at one stage boundary: fuse the text into the CLS token, score, reduce (Eq. 1-4).
 
 x~_cls = lam * x_cls + (1 - lam) * t_cls                                               Eq. 1
 a      = CLS attention row of the stage's last layer, by the scorer, without gradient  Eq. 2
 x      = [x_cls, x_kept, sum_dropped w x]                        elip_kernels.reduce, Eq. 3-4
 
-A tower without CLS (SigLIP) is not the paper's: it has nothing to fuse with, so the text alone is
-the query of Eq. 2, as with lam = 0, in the space of the tokens that a layer reads. Selection and
-merging are the paper's. Without text the tower stays dense, but for scorer `received`.
+The paper's towers have a CLS token. In a tower without one (SigLIP), the text alone is the query of
+Eq. 2, as with lam = 0. Without text such a tower stays dense, unless the scorer is 'received'.
 """
 
 from dataclasses import dataclass, replace
@@ -17,30 +16,32 @@ from torch import Tensor
 
 from elip_models.reduction.caching import UnguidedWarning, warn_once
 from elip_models.reduction.nearest import merge_nearest, nearest_flops
-from elip_models.reduction.schedule import PAPER, Schedule, Stage
+from elip_models.reduction.schedule import PAPER, Schedule, Stage, check_merge
 from elip_models.reduction.scorers import ScorerName, ScoringInput, get_scorer, row_of
 from elip_models.reduction.strategy import Context, Layer, Merge, StageInfo, Strategy
 from elip_models.towers import Query, Tower, TowerSize
-from elip_models.towers.scoring_context import scoring_context
+from elip_models.towers.base import scoring_context
 from elip_models.validation import Share, check_fields
 
 
 class ELIPOptions(TypedDict, total=False):
-    """The options of ELIP besides its schedule, as keywords of whoever passes them on.
+    """The options of ELIP beside its schedule, as keyword arguments.
 
-    scorer: 'last', the default, runs no layer twice; 'exact' is the paper's, 'official' its code's,
-        'bf16', 'alternate', 'attention', 'cls' and 'mean' stand between (`scorers.py`); or m: m-1
-        whole layers, then the m-th's row. By 'received' all tokens score one another: it needs
-        neither CLS nor text, and reads none.
-    fusion: lam of Eq. 1, by default 0.8; 1 is vision-only, 0 text-only.
-    guidance_norm: 'match' rescales the text to the norm of the image's CLS token; by default
-        'none'.
-    without_text: where no text is given, 'vision' reduces by the image alone, 'dense' reduces
-        nothing. The default is 'vision', and 'dense' of a tower without CLS, which a text scores.
-    merge: True, the default, appends one token merged of all that are dropped; 'nearest' merges
-        each into the kept one whose key is most alike; False drops them.
-    proportional: with merge='nearest', add log(size) of each key to the scores of the blocks that
-        follow, as ToMe does; by default False.
+    Attributes:
+        scorer: where the attention row that selects comes from (`scorers.py`). 'last' (default)
+            reads the stage's last layer and runs no layer twice. 'exact' is the paper's, 'official'
+            its code's. 'bf16', 'alternate', 'attention', 'cls' and 'mean' approximate them. An int
+            m runs m-1 layers and reads the m-th. 'received' scores a token by the attention that
+            it receives, and needs neither CLS token nor text.
+        fusion: lam of Eq. 1, 0.8 by default; 1 uses the image alone, 0 the text alone.
+        guidance_norm: 'match' rescales the text to the norm of the image's CLS token; 'none'
+            (default) does not.
+        without_text: without a text, 'vision' reduces by the image alone, 'dense' reduces nothing.
+            The default is 'vision', or 'dense' for a tower without CLS token.
+        merge: 'one' (default) appends one token, merged from all that are dropped; 'nearest' merges
+            each into the kept token with the most similar key; 'none' discards them.
+        proportional: with merge='nearest', add log(size) of each key to the attention scores of
+            the blocks that follow, as ToMe does. False by default.
     """
 
     scorer: ScorerName | None
@@ -54,8 +55,10 @@ class ELIPOptions(TypedDict, total=False):
 class Staged(Strategy):
     """A strategy that reduces by a schedule, before the first block of each stage.
 
-    A subclass has `schedule`, also as it is written, and `merge` among its fields, and a `score`.
+    A subclass has the fields `schedule` (a `Schedule` or its text) and `merge`. It defines `score`.
     """
+
+    keep_field: ClassVar[str | None] = "schedule"
 
     schedule: Schedule
     merge: Merge
@@ -63,6 +66,7 @@ class Staged(Strategy):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", Schedule.parse(self.schedule))
+        check_merge(self.merge)
         check_fields(self)
         if self.proportional and self.merge != "nearest":
             raise ValueError(
@@ -72,47 +76,50 @@ class Staged(Strategy):
 
     @property
     def replaces_block(self) -> bool:
-        """Sizes weigh in the attention of a step's own block too."""
+        """Return whether token sizes also change the attention of a step's own block."""
         return self.proportional
 
     @property
     def replaces_later(self) -> bool:
+        """Return whether token sizes change the attention of the blocks after a step."""
         return self.proportional
 
     def fitted(self, tower: Tower) -> Self:
-        """With the schedule of the tower's depth."""
+        """Return the strategy with its schedule scaled to the tower's depth."""
         return replace(super().fitted(tower), schedule=self.schedule.for_depth(tower.depth))
 
     def stages(self, size: TowerSize) -> tuple[Stage, ...]:
-        """The schedule's."""
+        """Return the stages of the schedule."""
         return self.schedule.for_depth(size.depth).stages(size.num_patches)
 
     def token_counts(self, size: TowerSize) -> tuple[Layer, ...]:
+        """Return the tokens in each block, as the schedule sets them."""
         tokens = self.schedule.for_depth(size.depth).tokens_per_layer(
-            size.num_patches, merge=self.merge is True, num_prefix_tokens=size.num_prefix_tokens
+            size.num_patches, num_merged=self.num_merged, num_prefix_tokens=size.num_prefix_tokens
         )
         return tuple(Layer(n, n) for n in tokens)
 
     def tokens_entering(self, size: TowerSize) -> list[int]:
-        """Tokens that enter each stage's reduction."""
+        """Return the number of tokens that enter the reduction of each stage."""
         counts = self.token_counts(size)
         firsts = [stage.first for stage in self.stages(size)]
         return [counts[i - 1].mlp if i else size.num_tokens for i in firsts]
 
     def scoring_flops(self, size: TowerSize) -> int:
-        """Of merging into the nearest, to which a subclass adds what its rows cost."""
+        """Return the FLOPs of merging into the nearest token; a subclass adds its scorer's."""
         if self.merge != "nearest":
             return 0
         steps = zip(self.stages(size), self.tokens_entering(size), strict=True)
         return sum(size.keys_flops(n) + nearest_flops(size, n, stage.keep) for stage, n in steps)
 
     def score(self, tower: Tower, stage: Stage, tokens: Tensor, text: Tensor | None) -> Tensor:
-        """The row (B, N) that selects, without gradient; prefix tokens' columns are not read."""
+        """Return the row (B, N) that selects, without gradient; prefix columns are ignored."""
         raise NotImplementedError
 
     def step(
         self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
     ) -> tuple[Tensor, StageInfo]:
+        """Score the tokens, then keep and merge them by that row."""
         if context.replay is not None:
             row = context.replay.attention
         elif context.row is not None:
@@ -129,18 +136,19 @@ class Staged(Strategy):
         return tokens, info
 
     def later(self, tower: Tower, i: int, tokens: Tensor, previous: StageInfo) -> Tensor:
-        """Block i, which attends to a token as often as it holds patches."""
+        """Run block i with log(size) of each key added to its attention scores."""
         bias = previous.sizes.log().to(tokens.dtype)[:, None, None]
         return tower.mlp(i, tower.attend(i, tokens, bias))
 
     def at_strength(self, size: TowerSize, strength: float) -> Strategy:
+        """Return the strategy with its schedule at that strength."""
         return replace(self, schedule=self.schedule.at_strength(size.num_patches, strength))
 
 
 class Guided(Strategy):
-    """A strategy that reads which tokens are asked for by the fused CLS token of Eq. 1.
+    """A strategy that scores tokens by the fused CLS token of Eq. 1.
 
-    A subclass has `fusion`, `guidance_norm` and `without_text` of `ELIPOptions` among its fields.
+    A subclass has the fields `fusion`, `guidance_norm` and `without_text` of `ELIPOptions`.
     """
 
     fusion: float
@@ -149,19 +157,21 @@ class Guided(Strategy):
 
     @property
     def uses_query(self) -> bool:
-        """The CLS token, or a text, says what matters."""
+        """Return whether the CLS token or a text changes the scores."""
         return True
 
     @property
     def is_guided(self) -> bool:
+        """Return whether the text changes the scores."""
         return self.uses_query and self.fusion < 1.0
 
     def fitted(self, tower: Tower) -> Self:
-        """Without text by the tower's CLS token, if it has one."""
+        """Return the strategy with `without_text` set: 'dense' for a tower without CLS token."""
         by_tower = "vision" if tower.has_cls else "dense"
         return replace(super().fitted(tower), without_text=self.without_text or by_tower)
 
     def refuses(self, tower: Tower) -> str | None:
+        """Return why the tower cannot be scored: without CLS token it needs a text."""
         reason = super().refuses(tower)
         if reason is not None or tower.has_cls or not self.uses_query:
             return reason
@@ -175,7 +185,7 @@ class Guided(Strategy):
         return None
 
     def reduces(self, text_cls: Tensor | None, training: bool) -> bool:
-        """Whether a forward with this guidance reduces; warns once where it does not."""
+        """Return whether a forward pass with this guidance is reduced; warn once if it is not."""
         if text_cls is not None or not self.is_guided or self.without_text != "dense":
             return True
         if not torch.compiler.is_compiling():
@@ -189,16 +199,18 @@ class Guided(Strategy):
 
 @dataclass(frozen=True)
 class ELIP(Guided, Staged):
-    """Text-guided dropping and merging in stages (ELIP, Algorithm 1).
+    """Drop and merge tokens in stages, guided by a text (ELIP, Algorithm 1).
 
-    schedule: as '2(100%) 2(90%) 6(65%) 2(40%)', whose layers add up to the tower's depth; or a
-        preset, 'clip', 'albef', 'blip' or 'meter', scaled to it.
-    scorer, fusion, guidance_norm, without_text, merge, proportional: see `ELIPOptions`. The paper
-        scores by 'exact' and leaves images without text as they were ('dense'), and so do its
-        models here.
+        elip_models.reduce_(model, strategy=ELIP("2(100%) 10(50%)", scorer="exact"))
+
+    Attributes:
+        schedule: text such as '2(100%) 2(90%) 6(65%) 2(40%)', whose layers add up to the tower's
+            depth; or a preset, 'clip', 'albef', 'blip' or 'meter', which is scaled to it.
+        scorer, fusion, guidance_norm, without_text, merge, proportional: see `ELIPOptions`. The
+            paper uses scorer='exact' and without_text='dense', and so do its models here.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected, what came.
+        TypeError, ValueError: naming the argument, the requirement and the value.
     """
 
     name: ClassVar[str] = "elip"
@@ -208,7 +220,7 @@ class ELIP(Guided, Staged):
     fusion: Share = 0.8
     guidance_norm: Literal["none", "match"] = "none"
     without_text: Literal["dense", "vision"] | None = None
-    merge: Merge = True
+    merge: Merge = "one"
     proportional: bool = False
 
     def __post_init__(self) -> None:
@@ -223,13 +235,16 @@ class ELIP(Guided, Staged):
 
     @property
     def uses_query(self) -> bool:
+        """Return whether the scorer reads the CLS token or a text."""
         return get_scorer(self.scorer).uses_query
 
     @property
     def runs_blocks(self) -> bool:
+        """Return whether the scorer runs whole layers."""
         return get_scorer(self.scorer).layers(2) > 0
 
     def refuses(self, tower: Tower) -> str | None:
+        """Return why the scorer cannot read the tower."""
         reason = super().refuses(tower)
         if reason is None and not tower.has_cls and self.scorer in ("official", "cls"):
             return (
@@ -239,6 +254,7 @@ class ELIP(Guided, Staged):
         return reason
 
     def scoring_flops(self, size: TowerSize) -> int:
+        """Return the FLOPs of the scorer in all stages."""
         scorer, total = get_scorer(self.scorer), super().scoring_flops(size)
         for stage, tokens in zip(self.stages(size), self.tokens_entering(size), strict=True):
             total += scorer.layers(stage.layers) * size.block_flops(tokens, tokens)
@@ -249,6 +265,7 @@ class ELIP(Guided, Staged):
         return total
 
     def score(self, tower: Tower, stage: Stage, tokens: Tensor, text: Tensor | None) -> Tensor:
+        """Return the row (B, N) of the scorer."""
         with scoring_context(tower.model, tokens):
             query = query_of(tower, tokens, text, self) if self.uses_query else None
             return row_of(get_scorer(self.scorer), tower, stage, tokens, query)
@@ -256,7 +273,7 @@ class ELIP(Guided, Staged):
     def step(
         self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
     ) -> tuple[Tensor, StageInfo]:
-        """Fuse, score, reduce; what reads and reduces is one op where one block's row selects."""
+        """Fuse, score and reduce; in one op if the scorer reads the row of one block."""
         read = get_scorer(self.scorer).read
         drops = stage.keep < tokens.shape[1] - tower.num_prefix_tokens
         if read is None or context.row is not None or not drops or self.merge == "nearest":
@@ -275,7 +292,7 @@ class ELIP(Guided, Staged):
 
 
 def check_text(text_cls: Tensor, expected: tuple[int, int], device: torch.device) -> None:
-    """Raises where the guidance is not one vector of the tower's width for each image, (B, D)."""
+    """Raise TypeError or ValueError unless the guidance is (B, D), D the tower's width."""
     if not isinstance(text_cls, Tensor) or not text_cls.is_floating_point():
         raise TypeError(f"text_cls: expected a floating-point tensor (B, D), got {text_cls!r:.80}")
     if tuple(text_cls.shape) != expected:
@@ -289,9 +306,7 @@ def check_text(text_cls: Tensor, expected: tuple[int, int], device: torch.device
 
 
 def checked_text(tokens: Tensor, text_cls: Tensor | None) -> Tensor | None:
-    """The text (B, D) that guides `tokens`, of which (1, D) is for all images; None where none
-    does.
-    """
+    """Return the checked guidance (B, D) of `tokens`, expanded from (1, D); None without text."""
     if text_cls is None:
         return None
     if text_cls.shape[0] == 1:
@@ -301,10 +316,7 @@ def checked_text(tokens: Tensor, text_cls: Tensor | None) -> Tensor | None:
 
 
 def query_of(tower: Tower, tokens: Tensor, text_cls: Tensor | None, strategy: Guided) -> Query:
-    """Token 0 and the text that it is fused with; without CLS the text itself.
-
-    text_cls: (B, D), or (1, D) for all images.
-    """
+    """Return token 0 and the text (B, D) or (1, D) to fuse with it; without CLS the text alone."""
     text = checked_text(tokens, text_cls)
     if not tower.has_cls:
         return Query(text.to(tokens.dtype))
@@ -312,5 +324,5 @@ def query_of(tower: Tower, tokens: Tensor, text_cls: Tensor | None, strategy: Gu
 
 
 def fused_cls(tower: Tower, tokens: Tensor, text_cls: Tensor | None, strategy: Guided) -> Tensor:
-    """Token 0 fused with a text by Eq. 1; without CLS the text itself."""
+    """Return token 0 fused with a text by Eq. 1; without CLS token the text itself."""
     return query_of(tower, tokens, text_cls, strategy).fused()

@@ -12,7 +12,7 @@ import elip_kernels
 from elip_kernels import ReductionInfo
 from elip_kernels.ops.gather_ops import accumulator, largest
 from elip_models.reduction.nearest import merge_nearest, nearest_flops
-from elip_models.reduction.schedule import Stage
+from elip_models.reduction.schedule import Stage, check_merge
 from elip_models.reduction.strategy import (
     Context,
     Layer,
@@ -42,16 +42,18 @@ class EViT(Strategy):
     """
 
     name: ClassVar[str] = "evit"
+    keep_field: ClassVar[str | None] = "keep_ratio"
     replaces_block: ClassVar[bool] = True
 
     keep_ratio: PositiveShare = 0.7
     layers: Literal["all"] | tuple[Count, ...] | None = None
     attention_gradient: bool = True
-    merge: Merge = True
+    merge: Merge = "one"
 
     def __post_init__(self) -> None:
         if isinstance(self.layers, list):
             object.__setattr__(self, "layers", tuple(self.layers))
+        check_merge(self.merge)
         check_fields(self)
         at = self.layers
         if isinstance(at, tuple) and (not at or any(a >= b for a, b in pairwise(at))):
@@ -75,11 +77,11 @@ class EViT(Strategy):
             keep = math.ceil(self.keep_ratio * candidates)
             if keep < candidates:
                 stages.append(Stage(i, following - i, keep))
-                candidates = keep + (self.merge is True)
+                candidates = keep + self.num_merged
         return tuple(stages)
 
     def token_counts(self, size: TowerSize) -> tuple[Layer, ...]:
-        more = size.num_prefix_tokens + (self.merge is True)
+        more = size.num_prefix_tokens + self.num_merged
         after = {stage.first: stage.keep + more for stage in self.stages(size)}
         return counts_of(size, lambda i, tokens: after.get(i, tokens))
 
@@ -112,12 +114,12 @@ class EViT(Strategy):
         patches = tokens[:, p:]
         kept = patches.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[2]))
         rows = [tokens[:, :p], kept]
-        if self.merge:
+        if self.merge == "one":
             rows.append((fused.to(tokens.dtype)[:, None] @ patches).to(tokens.dtype))
         else:
             fused = torch.zeros_like(fused)
         weights = torch.cat([torch.zeros_like(row[:, :p]), fused], dim=1).detach()
-        reduction = ReductionInfo(chosen + p, weights, None, p, self.merge)
+        reduction = ReductionInfo(chosen + p, weights, None, p, self.merge == "one")
         return tower.mlp(i, torch.cat(rows, dim=1)), StageInfo(stage, reduction, row.detach())
 
     def _attend(self, tower: Tower, i: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ from elip_kernels.ops.gather_ops import largest
 from elip_models.reduction.strategies.elip import ELIP, Guided, fused_cls
 from elip_models.reduction.strategies.tome import ToMe
 from elip_models.towers import Tower, TowerSize
-from elip_models.towers.scoring_context import scoring_context
+from elip_models.towers.base import scoring_context
 from elip_models.validation import NonNegative, Rate, Share
 
 PROTECTION = 3.0  # more than any two cosines differ by

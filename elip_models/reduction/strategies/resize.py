@@ -23,6 +23,7 @@ class ImageResize(Strategy):
     """
 
     name: ClassVar[str] = "resize"
+    keep_field: ClassVar[str | None] = "size"
     changes_embedding: ClassVar[bool] = True
 
     size: PositiveInt | None = None

@@ -8,7 +8,14 @@ from torch import Tensor
 
 import elip_kernels
 from elip_models.reduction.schedule import Stage
-from elip_models.reduction.strategy import Context, Layer, StageInfo, Strategy, counts_of
+from elip_models.reduction.strategy import (
+    Context,
+    Layer,
+    Merge,
+    StageInfo,
+    Strategy,
+    counts_of,
+)
 from elip_models.towers import Tower, TowerSize
 from elip_models.validation import Count, Rate, check_fields
 
@@ -26,8 +33,9 @@ class ToMe(Strategy):
     """
 
     name: ClassVar[str] = "tome"
+    keep_field: ClassVar[str | None] = "r"
     replaces_block: ClassVar[bool] = True
-    merge: ClassVar[bool] = True
+    merge: ClassVar[Merge] = "nearest"
 
     r: Count | Rate | tuple[Count, ...] = 8
     proportional: bool = True
