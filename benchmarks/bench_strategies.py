@@ -1,8 +1,8 @@
 """Every strategy at equal training FLOPs, dense beside them: a training step and inference.
 
 The share of the dense FLOPs is what ELIP's own schedule leaves with the scorer 'last'; the others
-are set to it by `at_flops`, `resize` to the nearest size. Batch 1, and the largest power of two
-whose benchmark takes at most `SECONDS` at this scale.
+are set to it by `at_flops`, `resize` to the nearest size. In full at batch 1 and at the largest
+power of two whose benchmark takes two minutes at most.
 
 Parity: each strategy's tokens, in the dtype that is timed, against fp64 tokens of which the same
 were kept and merged, of the same small image for `resize`; at most twice as far off as dense.
@@ -24,12 +24,15 @@ from elip_models.reduction.strategies.elip import ELIP
 from elip_models.towers import as_tower
 
 BASE, SMALL, TINY = (f"vit_{size}_patch16_224" for size in ("base", "small", "tiny"))
-SECONDS, LARGEST = {"smallest": 0, "default": 20, "full": 120}, 256
+SECONDS, LARGEST = 120, 256
+MODES = ("training", "inference")
 
 
-def batches(scale):
-    """Name the batch sizes of a scale."""
-    return ["B1"] if scale == "smallest" else ["B1", "largest"]
+def steps(scale):
+    """Return mode and batch size of each case, as 'training-B2'."""
+    if scale == "full":
+        return [f"{mode}-{batch}" for mode in MODES for batch in ("B1", "largest")]
+    return ["training-B2", "inference-B1", *(["inference-B4"] if scale == "default" else [])]
 
 
 def created(scale):
@@ -81,8 +84,8 @@ def held_to_fp64(model, strategies):
     return judged(errors, ours=list(strategies))
 
 
-def largest_batch(model, mode, count, rounds, limit):
-    """Return the largest power of two at which `count` strategies take `limit` seconds at most,
+def largest_batch(model, mode, count, rounds):
+    """Return the largest power of two at which `count` strategies take two minutes at most,
     estimated by the time of the dense model."""
     workload = Workload(model, 1)
     with in_mode(workload, mode):
@@ -90,19 +93,20 @@ def largest_batch(model, mode, count, rounds, limit):
         step = (lambda: workload.train_step(forward)) if mode == "training" else forward
         seconds = min(time_side_by_side({DENSE: step}, device=DEVICE, rounds=3)[DENSE])
     batch = 1
-    while batch < LARGEST and 2 * batch * seconds * count * (rounds + 3) < limit:
+    while batch < LARGEST and 2 * batch * seconds * count * (rounds + 3) < SECONDS:
         batch *= 2
     return batch
 
 
-@pytest.mark.cases(case=batches)
-@pytest.mark.parametrize("mode", ["training", "inference"])
-def test_strategies(record, rounds, scale, mode, case):
+@pytest.mark.cases(case=steps)
+def test_strategies(record, rounds, scale, case):
+    mode, _, batch = case.partition("-")
     name, model = created(scale)
     strategies, share = strategies_at_equal_flops(as_tower(model))
     held = held_to_fp64(model, strategies)
     every = {DENSE: None, **strategies}
-    B = 1 if case == "B1" else largest_batch(model, mode, len(every), rounds, SECONDS[scale])
+    is_largest = batch == "largest"
+    B = largest_batch(model, mode, len(every), rounds) if is_largest else int(batch[1:])
     workload = Workload(model, B)
     measured = measure(workload, every, mode, rounds=rounds)
     flops = {name: sum(each) for name, each in count(workload, every, mode).items()}
