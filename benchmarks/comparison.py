@@ -19,7 +19,7 @@ from benchmarks.parity import OURS, Form, Tensors, with_gradient
 from elip_kernels._operator import OPERATORS
 from elip_models.profiling.measure import (
     Step,
-    graphed,
+    capture_graph,
     memory_of,
     milliseconds,
     ratios_to,
@@ -94,7 +94,7 @@ def copied(nbytes: int, count: int) -> Step:
 
 def as_step(prepare: Callable[[], Step]) -> Step:
     """Make the step that `prepare` returns; on a GPU a CUDA graph of it, without Python."""
-    return graphed(prepare) if ON_GPU else prepare()
+    return capture_graph(prepare) if ON_GPU else prepare()
 
 
 def runs_kernels(ours: Form, inputs: Tensors) -> bool:

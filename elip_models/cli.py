@@ -1,8 +1,11 @@
-"""The command line: `elip train RECIPE [key=value ...]`, `elip finetune TASK --from CHECKPOINT`,
-`elip eval retrieval | vqa | ..`, `elip visualize`, `elip profile`, `elip study NAME`, `elip
-convert`, `elip data check`.
+"""The command line `elip`.
 
-What the user can mend is one line on standard error and exit status 2, a bug is a traceback.
+    elip train RECIPE [key=value ...]      elip finetune TASK --from CHECKPOINT
+    elip eval retrieval | vqa | ..         elip visualize
+    elip profile                           elip study NAME
+    elip convert                           elip data check | export
+
+An error of the user is one line on standard error with exit status 2; a bug is a traceback.
 """
 
 import sys
@@ -39,7 +42,7 @@ def elip() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """The console script `elip`; `arguments` default to those of the process."""
+    """Run the console script `elip`; `arguments` default to those of the process."""
     try:
         with require_extra("this"):
             app(args=arguments, prog_name="elip")
@@ -51,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _exit_with(str(stopped), stopped.status)
     except (ConfigError, DataError, TrainingError) as error:
         _exit_with(str(error))
-    except OSError as error:  # a full disk, a folder that may not be written: not ours to mend
+    except OSError as error:  # such as a full disk
         named = f"{error.filename}: " if error.filename is not None else ""
         _exit_with(f"{named}{error.strerror or error}")
     raise SystemExit(0)

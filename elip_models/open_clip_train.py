@@ -1,4 +1,4 @@
-"""`python -m elip_models.open_clip_train --reduce keep=0.7 ..`, see `training/open_clip.py`."""
+"""The command `python -m elip_models.open_clip_train`, see `training/open_clip.py`."""
 
 import sys
 

@@ -1,13 +1,13 @@
-"""Deletion and insertion: how the matching score falls as patches leave, and rises as they come.
+"""Deletion and insertion: the matching score as patches are removed or added in order of score.
 
-    score(S)     = cos(feature of the image of whose patches only S are shown, feature of the text)
-    insertion(x) = score(the share x of the patches that a row of scores puts first)
-    deletion(x)  = score(the share x that it puts last), the others deleted
+    score(S)     = cos(feature of the image with only the patches S, feature of the text)
+    insertion(x) = score(the share x of the patches with the highest scores)
+    deletion(x)  = score(the share x of the patches with the lowest scores)
     area         = the mean over x from 1/8 to 1, by trapezoids
 
-A row that knows what the text names has a large area of insertion and a small one of deletion;
-those of a random order are alike. Patches of equal score come in an order drawn.
-Source: RISE (Petsiuk et al., BMVC 2018).
+Scores that locate what the text names have a large area of insertion and a small area of deletion.
+The two areas of a random order are similar. Patches of equal score are in random order. Source:
+RISE (Petsiuk et al., BMVC 2018).
 """
 
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategies import PatchDropout
 
 POINTS = 8
-"""Shares of the patches that are shown, evenly from 1/8 to 1."""
+"""Number of shares of the patches, evenly spaced from 1/8 to 1."""
 
 
 @dataclass(frozen=True)
 class _Shown(PatchDropout):
-    """The patches that a given row puts first enter block 0, the others are gone."""
+    """A strategy that passes only the patches with the highest given scores to block 0."""
 
     name: ClassVar[str] = "shown"
 
@@ -38,16 +38,16 @@ class _Shown(PatchDropout):
 def removal_areas(
     model: PretrainedModel, images: Tensor, text_features: Tensor, row: Tensor
 ) -> dict[str, Tensor]:
-    """The areas under the curves of each image, and its score with all patches.
+    """Return the areas under the curves of each image, and its score with all patches.
 
     Args:
-        model: one that `ranks`, in eval mode.
+        model: A model that `ranks`, in eval mode.
         images: (B, 3, H, W), normalised.
-        text_features: (B, E), normalised, the text that each image is matched with.
+        text_features: (B, E), normalised, the text of each image.
         row: (B, P), scores of the patches.
 
     Returns:
-        'insertion', 'deletion', 'random' (drawn by torch's generator) and 'all_patches', (B,) each.
+        'insertion', 'deletion', 'random' (by torch's generator) and 'all_patches', (B,) each.
     """
     drawn = torch.rand_like(row)
     places = _places(row, drawn.argsort(1))
@@ -63,7 +63,7 @@ def removal_areas(
 
 
 def _places(row: Tensor, drawn: Tensor) -> Tensor:
-    """The place (B, P) of each patch by its score, from the last; of equal ones as `drawn`."""
+    """Return the rank (B, P) of each patch by its score, from the lowest; `drawn` breaks ties."""
     order = drawn.gather(1, row.gather(1, drawn).argsort(dim=1, stable=True))
     return order.argsort(dim=1).to(row.dtype)
 
@@ -71,7 +71,7 @@ def _places(row: Tensor, drawn: Tensor) -> Tensor:
 def _score(
     model: PretrainedModel, images: Tensor, text_features: Tensor, row: Tensor, count: int
 ) -> Tensor:
-    """The score of the `count` patches that the row puts first -> (B,)."""
+    """Return the score (B,) of the `count` patches with the highest scores."""
     B, P = row.shape
     shown = _Shown(keep=min(1.0, (count + 0.5) / P))  # rounds down to `count`
     rows = {0: torch.cat([row.new_zeros(B, model.tower.num_prefix_tokens), row], dim=1)}

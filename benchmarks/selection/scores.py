@@ -1,17 +1,17 @@
-"""What a reduction keeps of what a caption names, and what that depends on and costs.
+"""Measures of what a reduction keeps of the objects that a caption names, and what that changes.
 
     named    = patches of which a quarter or more shows what the caption names
-    kept     = share of the named patches that are still tokens, or what others merged into
+    kept     = share of the named patches that are still tokens, or into which others were merged
     purity   = mean over named patches of the share of their token that is named; 0 where dropped
-    changed  = share of the kept patches that another caption does not keep
-    agrees   = share of the tokens which scorer `exact` drops that this one drops too
+    changed  = share of the kept patches that are not kept with another caption
+    agrees   = share of the tokens dropped by scorer `exact` that this one drops too
     lost     = 1 - cos(feature of the reduced image, feature of all patches)
 
-Chance is what the same reduction would score if as many patches, drawn at random, were named: for
-`kept` the share of all patches that are kept; for `purity`, where token t holds m_t of N patches
-and k are named, the mean over patches, (1/N) sum_t (1 + (m_t - 1) (k - 1) / (N - 1)).
-Where nothing is selected (ToMe), `kept` and `agrees` are None, and `changed` is the share of the
-patches whose token holds other patches.
+Chance is the score of the same reduction if as many random patches were named. For `kept` it is the
+share of all patches that are kept. For `purity`, where token t contains m_t of N patches and k are
+named, it is the mean over patches, (1/N) sum_t (1 + (m_t - 1) (k - 1) / (N - 1)). For a strategy
+without selection (ToMe), `kept` and `agrees` are None. Then `changed` is the share of the patches
+whose token contains other patches.
 """
 
 from collections.abc import Iterator, Sequence
@@ -44,8 +44,8 @@ from elip_models.validation import PositiveInt, check
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LEAST_SHOWN = 0.25
-"""Of a named patch, the share that shows what is named."""
+MIN_SHOWN = 0.25
+"""Smallest share of a named patch that shows what is named."""
 NORMAL_95 = 1.96
 OF_A_STAGE = (
     "kept",
@@ -71,30 +71,29 @@ def selection_scores(
 ) -> dict[str, Any]:
     """Reduce the images of a source, each guided by one of its captions, and measure what is kept.
 
-    The captions of the images take turns: the first of the first, the second of the second. The
-    model is put in eval mode and back; what is drawn at random is drawn from one seed, and the
-    state of the random generators is untouched.
+    Image i uses caption i modulo the number of its captions. The model is set to eval mode and
+    back. Random choices use one seed, and the state of the random generators is restored.
 
     Args:
-        model: of ours; its config says how images and captions are prepared.
-        source: images with captions. What a caption names is known of a source that gives
-            `NamedMasks`; the change by another caption, where an image has several.
-        tokenizer: of the model.
-        strategy: how images are reduced, as a line of text or an instance; None: as the model is.
-        limit: readable samples, the first ones; at least two.
-        batch_size: images a forward pass.
+        model: A model of this library; its config determines how images and captions are prepared.
+        source: Images with captions. The measures of named patches need a source with `NamedMasks`;
+            the change by another caption needs images with several.
+        tokenizer: The tokenizer of the model.
+        strategy: A spec or an instance; None: the model's own.
+        limit: Number of readable samples, the first ones; at least two.
+        batch_size: Images of a forward pass.
 
     Returns:
-        What JSON can hold: 'strategy', 'num_images', 'num_patches'; 'stages', a list with 'block',
-        'keep' and the measures `OF_A_STAGE`; and those `OF_THE_WHOLE`: 'named' (share of the
-        patches), 'lost', and the areas of `removal_areas` where the first step has a row of scores
-        and the model `ranks`. Each is None where it is not defined, else the 'mean' over 'images',
-        and the 95% interval of that mean by the normal distribution, 'low' to 'high' (None of a
-        single image).
+        A dict for JSON: 'strategy', 'num_images', 'num_patches'; 'stages', a list with 'block',
+        'keep' and the measures `OF_A_STAGE`; and the measures `OF_THE_WHOLE`, with 'named' (share
+        of the patches), 'lost', and the areas of `removal_areas` if the first step has scores and
+        the model `ranks`. A measure is None if it is not defined. Otherwise it has the 'mean' over
+        'images', and the ends 'low' and 'high' of its 95% interval by the normal distribution (None
+        for a single image).
 
     Raises:
-        TypeError, ValueError: a strategy that there is not, or that does not fit the model; fewer
-            than two readable samples.
+        TypeError, ValueError: An unknown strategy, or one that does not fit the model; fewer than
+            two readable samples.
     """
     check("limit", limit, PositiveInt)
     check("batch_size", batch_size, PositiveInt)
@@ -118,7 +117,7 @@ def selection_scores(
 
 
 def _measure(selector: "_Selector", shown: "list[_Shown]", batch_size: int) -> "list[_Found]":
-    """What is found of each batch; the caption of another image is that of the next one."""
+    """Measure each batch; the caption of another image is that of the next image."""
     foreign = [each.own for each in (*shown[1:], shown[0])]
     device, batches = next(selector.model.parameters()).device, range(0, len(shown), batch_size)
     with eval_mode(selector.model), torch.no_grad(), isolated_rng(device), deliberately_slow():
@@ -128,8 +127,9 @@ def _measure(selector: "_Selector", shown: "list[_Shown]", batch_size: int) -> "
 
 
 def kept_patches(infos: Sequence[StageInfo], num_patches: int) -> list[Tensor] | None:
-    """For each stage (B, num_patches) bool: the patches whose own token is kept, whatever merged
-    into it; None where some step selects nothing.
+    """Return for each stage (B, num_patches) bool: the patches whose own token is kept.
+
+    Merging into a kept token does not matter. The result is None if a step selects nothing.
     """
     kept, patches = [], None
     for info in infos:
@@ -138,7 +138,7 @@ def kept_patches(infos: Sequence[StageInfo], num_patches: int) -> list[Tensor] |
             return None
         (B, K), p = reduction.kept.shape, reduction.num_prefix_tokens
         nowhere = reduction.kept.new_full((B, p + 1), num_patches)
-        if patches is None:  # the patch that each token began as
+        if patches is None:  # the patch of each token
             index = torch.arange(num_patches, device=reduction.kept.device)
             patches = torch.cat([nowhere[:, :p], index.expand(B, -1)], dim=1)
         left = patches.gather(1, reduction.kept)
@@ -151,11 +151,11 @@ def kept_patches(infos: Sequence[StageInfo], num_patches: int) -> list[Tensor] |
 
 
 def purity(named: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
-    """The purity of named patches, and its chance, see above; NaN where none is named.
+    """Return the purity of named patches, and its chance, as defined above; NaN if none is named.
 
     Args:
         named: (B, P) bool.
-        source: (B, T, P) bool, the patches that each token holds.
+        source: (B, T, P) bool, the patches of each token.
 
     Returns:
         (B,) and (B,).
@@ -169,7 +169,7 @@ def purity(named: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Shown(NamedTuple):
-    """An image (3, S, S), its patches (P,) bool that a caption names, that caption, and another."""
+    """An image (3, S, S), its named patches (P,) bool, the caption that names them, and another."""
 
     image: Tensor
     named: Tensor
@@ -178,7 +178,7 @@ class _Shown(NamedTuple):
 
 
 def _read(model: PretrainedModel, source: Source) -> Iterator[_Shown]:
-    """The readable samples, each with one of its captions in turn and the one behind it."""
+    """Yield the readable samples, each with one of its captions in turn and the next one."""
     size, resize = model.config.image_size, model.config.resize
     transform = image_transform(size, train=False, resize=resize)
     as_it_is = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -194,13 +194,13 @@ def _read(model: PretrainedModel, source: Source) -> Iterator[_Shown]:
         if isinstance(source, NamedMasks):
             mask = Image.fromarray(np.asarray(source.named_mask(index, number))).convert("RGB")
             shown = F.adaptive_avg_pool2d(mask_transform(mask)[:1], grid)
-            named = shown.flatten() >= LEAST_SHOWN
+            named = shown.flatten() >= MIN_SHOWN
         another = captions[(number + 1) % len(captions)] if len(captions) > 1 else None
         yield _Shown(transform(image), named, captions[number], another)
 
 
 class _Found(NamedTuple):
-    """Measures of a batch by name, (B,) each: those of each stage, and those of the whole."""
+    """Measures of a batch by name, (B,) each: by stage, and of the whole image."""
 
     stages: dict[Stage, dict[str, Tensor]]
     whole: dict[str, Tensor]
@@ -208,14 +208,14 @@ class _Found(NamedTuple):
 
 @dataclass
 class _Selector:
-    """A model in eval mode, and how its images are reduced."""
+    """A model in eval mode and the strategy of its images."""
 
     model: PretrainedModel
     tokenizer: "PreTrainedTokenizerBase"
     strategy: Strategy
 
     def measure(self, shown: Sequence[_Shown], foreign: Sequence[str]) -> _Found:
-        """foreign: for each image, a caption of another one."""
+        """Measure a batch; `foreign` has for each image a caption of another image."""
         device = next(self.model.parameters()).device
         images = torch.stack([each.image for each in shown]).to(device)
         named = torch.stack([each.named for each in shown]).to(device)
@@ -239,7 +239,7 @@ class _Selector:
         return self.model.encode_captions(self.tokenizer, captions)
 
     def _reduce(self, images: Tensor, captions: Sequence[str]) -> tuple[Tensor, list[StageInfo]]:
-        """Images, each guided by its caption -> features (B, E), and what each step did."""
+        """Return the features (B, E) of images guided by captions, and the info of each step."""
         guide = self._guide(captions)
         tokens, infos = run_tower(self.model.tower, images, guide, self.strategy)
         return self.model.project_image(tokens), infos
@@ -248,7 +248,7 @@ class _Selector:
         if type(self.strategy) is not ELIP:
             return {}
         scorer, model, guide = self.strategy.scorer, self.model.visual, None
-        if self.strategy.fusion < 1.0:  # the paper's asks, whether or not this scorer does
+        if self.strategy.fusion < 1.0:  # `exact` uses the text, even if this scorer does not
             guide = self.model.encode_captions(self.tokenizer, own)
         shares = agreement_by_image(model, images, guide, self.strategy, (scorer,))
         return {"agrees": shares[scorer], "agrees_chance": shares["chance"]}
@@ -284,7 +284,7 @@ class _Selector:
 
 
 def _kept(named: Tensor, infos: Sequence[StageInfo]) -> dict[str, list[Tensor]]:
-    """Named (B, P) -> `kept`, `purity` and their chances by stage."""
+    """Return `kept`, `purity` and their chances by stage for named patches (B, P)."""
     if not infos:
         return {}
     P, count, found = named.shape[1], named.sum(1), {}
@@ -299,7 +299,7 @@ def _kept(named: Tensor, infos: Sequence[StageInfo]) -> dict[str, list[Tensor]]:
 
 
 def _changed(infos: Sequence[StageInfo], others: Sequence[StageInfo], tower: Tower) -> list[Tensor]:
-    """How far two reductions of the same images differ, (B,) a stage, see `changed` above."""
+    """Return how much two reductions of the same images differ, (B,) for each stage."""
     P = tower.num_patches
     kept, other = kept_patches(infos, P), kept_patches(others, P)
     if kept is not None and other is not None:
@@ -310,7 +310,7 @@ def _changed(infos: Sequence[StageInfo], others: Sequence[StageInfo], tower: Tow
 
 
 def _together(infos: Sequence[StageInfo], num_patches: int) -> Iterator[Tensor]:
-    """For each stage (B, P, P) bool: which patches are part of one token."""
+    """Yield for each stage (B, P, P) bool: which patches are part of one token."""
     for source in source_maps(infos, num_patches)[1:]:
         held = source.float()
         yield held.transpose(1, 2) @ held > 0
@@ -326,7 +326,7 @@ def _summaries(measures: Sequence[dict[str, Tensor]], names: Sequence[str]) -> d
 
 
 def _summary(values: Tensor) -> dict[str, float | int | None] | None:
-    """The mean of the values that are numbers, and its 95% interval; None where there is none."""
+    """Return the mean of the finite values and its 95% interval; None if there are none."""
     values = values[~values.isnan()].double()
     if not len(values):
         return None

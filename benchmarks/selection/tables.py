@@ -21,8 +21,9 @@ WHOLE_ROWS = {
 
 
 def selection_tables(scores: dict[str, Any]) -> tuple[Table, Table]:
-    """What `selection_scores` returns, with half of each 95% interval: by stage in percent, chance
-    in brackets, and of the whole.
+    """Return tables of the result of `selection_scores`, with half of each 95% interval.
+
+    The first is by stage, in percent, with chance in brackets; the second is of the whole image.
     """
     table = Table(
         title=f"{scores['strategy']}\n{scores['num_images']} images, {scores['num_patches']} "

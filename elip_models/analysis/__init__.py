@@ -1,4 +1,4 @@
-"""What a reduction keeps, in pictures and shares."""
+"""Analysis of a reduction: pictures of what it keeps, and agreement of the scorers."""
 
 from elip_models.validation import require_packages
 

@@ -1,4 +1,4 @@
-"""How charts look as SVG: readable on light and on dark pages, the same from the same numbers."""
+"""The style of SVG charts: readable on light and dark pages, reproducible byte by byte."""
 
 GREY = "#808080"
 GREYS = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
@@ -13,4 +13,4 @@ STYLE = {
     **dict.fromkeys(GREYS, GREY),
 }
 METADATA = {"Date": None, "Creator": None}
-"""Of `savefig`."""
+"""Argument `metadata` of `savefig`."""

@@ -1,6 +1,6 @@
-"""Pictures of a merging: patches that are one token, in their mean colour, a line around them.
+"""Pictures of merging: the patches of one token in their mean colour, with an outline.
 
-token_s(n) = the token that holds patch n after step s, by the source maps of all steps   (B, P)
+token_s(n) = the token that contains patch n after step s, by the source maps of all steps   (B, P)
 """
 
 from collections.abc import Sequence
@@ -11,22 +11,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elip_models.analysis.visualize import GREY, panels, save, source_maps, write_caption
+from elip_models.analysis.visualize import (
+    GREY,
+    make_panels,
+    save_figure,
+    source_maps,
+    write_caption,
+)
 from elip_models.reduction.strategy import StageInfo
 
 if TYPE_CHECKING:
     import numpy as np
 
-MOST_STEPS = 4  # of many, evenly spaced, the last among them
-PIXELS = 256  # of an image's height at the least, so that a line is thin
+MAX_STEPS = 4  # steps in a picture, evenly spaced up to the last one
+PIXELS = 256  # smallest height of an image, so that an outline is thin
 NOTE = (
-    "Patches that are one token have their mean colour, and a line around them; a patch that is a "
-    "token of its own is as it was; grey was dropped."
+    "Patches merged into one token have their mean colour and an outline; patches that were not "
+    "merged are unchanged; dropped patches are grey."
 )
 
 
 def tokens_of_patches(infos: Sequence[StageInfo], num_patches: int) -> list[Tensor]:
-    """For each step (B, num_patches) int64: the token that holds the patch; -1 where none does."""
+    """Return for each step (B, num_patches) int64: the token of each patch, -1 if dropped."""
     found = []
     for source in source_maps(infos, num_patches)[1:]:
         holds, token = source.to(torch.uint8).max(1)
@@ -35,14 +41,14 @@ def tokens_of_patches(infos: Sequence[StageInfo], num_patches: int) -> list[Tens
 
 
 def merged_image(image: Tensor, tokens: Tensor) -> Tensor:
-    """A picture of which patches are one token.
+    """Return a picture of the patches that form one token.
 
     Args:
         image: (3, H, W) in [0, 1].
-        tokens: (rows, columns) int64, of each patch, as `tokens_of_patches` says.
+        tokens: (rows, columns) int64, the token of each patch, as from `tokens_of_patches`.
 
     Returns:
-        (3, s H, s W), s the least number by which it is `PIXELS` high.
+        (3, s H, s W), with the smallest integer s for which it is `PIXELS` high.
     """
     scale = max(1, -(-PIXELS // image.shape[1]))
     image = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
@@ -68,19 +74,23 @@ def draw_merging(
     grid: tuple[int, int],
     title: str = "",
 ) -> Path:
-    """Write a PNG: one row an image, with the input, what is one token after a few of the steps,
-    and the caption.
+    """Write a PNG with one row for each image: the input, tokens after a few steps, the caption.
 
     Args:
-        images, captions, infos, path, grid, title: as of `draw_reduction`.
+        images: As in `draw_reduction`.
+        captions: As in `draw_reduction`.
+        infos: As in `draw_reduction`.
+        path: As in `draw_reduction`.
+        grid: As in `draw_reduction`.
+        title: As in `draw_reduction`.
 
     Raises:
-        ImportError: matplotlib is missing.
+        ImportError: matplotlib is not installed.
     """
-    count = min(MOST_STEPS, len(infos))
+    count = min(MAX_STEPS, len(infos))
     shown = [len(infos) * (k + 1) // count - 1 for k in range(count)]
     found = tokens_of_patches(infos, grid[0] * grid[1])
-    figure, axes = panels(len(images), count + 1, images.shape[3] / images.shape[2])
+    figure, axes = make_panels(len(images), count + 1, images.shape[3] / images.shape[2])
     for b, (row, image, caption) in enumerate(zip(axes, images.cpu(), captions, strict=True)):
         row[0].imshow(_last_channel(image))
         for axis, s in zip(row[1:], shown, strict=False):
@@ -90,7 +100,7 @@ def draw_merging(
     for axis, s in zip(axes[0, 1:], shown, strict=False):
         left = (found[s][0].unique() >= 0).sum().item()
         axis.set_title(f"in layer {infos[s].stage.first + 1}:\n{left} tokens", fontsize=9)
-    return save(figure, path, title=title, note=NOTE)
+    return save_figure(figure, path, title=title, note=NOTE)
 
 
 def _last_channel(image: Tensor) -> "np.ndarray":

@@ -9,21 +9,26 @@ from elip_models.analysis.visualize import (
     draw_reduction,
     patch_grid,
 )
-from elip_models.analysis.visualize_inputs import PicturedModel, Shown
+from elip_models.analysis.visualize_inputs import CaptionedImages, VisualizedModel
 from elip_models.reduction.caching import deliberately_slow
 from elip_models.validation import ConfigError
 
 
-def draw_pictures(model: PicturedModel, shown: Shown, path: Path) -> list[Path]:
-    """Reduce images, guided by their captions where the strategy reads them, and draw it.
+def draw_pictures(model: VisualizedModel, shown: CaptionedImages, path: Path) -> list[Path]:
+    """Reduce images, guided by their captions if the strategy uses text, and draw the reduction.
+
+    Args:
+        model: The model and its strategy.
+        shown: Images with captions.
+        path: Path of the first PNG.
 
     Returns:
-        `path`, as `draw_reduction` writes it where the strategy has scores; as `draw_merging` does,
-        NAME_merged.png beside it, or `path` where there are none; and NAME_concentration.png,
-        averaged over these images, of a tower with CLS.
+        The paths of the pictures. `path` is from `draw_reduction` if the strategy has scores;
+        NAME_merged.png beside it, or `path` without scores, is from `draw_merging`. A tower with
+        CLS adds NAME_concentration.png, averaged over these images.
 
     Raises:
-        ConfigError: a strategy that reduces nothing in inference.
+        ConfigError: A strategy that reduces nothing in inference.
     """
     captions, tower = [caption for _, caption in shown], model.tower
     pixels = model.pixels([image for image, _ in shown])

@@ -1,4 +1,4 @@
-"""One page of what a model said: examples, their right answers, and what was kept of each image."""
+"""A page of predictions: examples, right answers, and the patches kept of each image."""
 
 import textwrap
 from pathlib import Path
@@ -34,29 +34,32 @@ def draw_predictions(
     *,
     count: int = 12,
 ) -> Path:
-    """Write a PNG of examples spread over the source: images, what is asked, what the model said.
+    """Write a PNG of examples, evenly spaced in the source: images, text, predictions.
 
-    Where the model reduces its image tower, patches that were dropped or merged are grey.
+    If the model reduces its image tower, patches that were dropped or merged are grey.
 
     Args:
-        scores: of the model on the source, with predictions.
-        path: of the PNG.
-        count: examples, at most.
+        model: A fine-tuned model.
+        tokenizer: The tokenizer of the model.
+        source: The evaluated data.
+        scores: Scores of the model on the source, with predictions.
+        path: Path of the PNG.
+        count: Largest number of examples.
 
     Raises:
-        ImportError: matplotlib is missing.
+        ImportError: matplotlib is not installed.
     """
-    said = {each.id: each for each in scores.predictions}
+    predictions = {each.id: each for each in scores.predictions}
     shown = []
     for index in range(0, len(source), max(1, len(source) // count)):
         try:
             sample = source[index]
         except SampleError:
             continue
-        if sample.id in said and len(shown) < count:
-            shown.append((sample, said[sample.id]))
+        if sample.id in predictions and len(shown) < count:
+            shown.append((sample, predictions[sample.id]))
     rows = max(1, -(-len(shown) // COLUMNS))
-    number = max((len(_parts(sample)[0]) for sample, _ in shown), default=1)  # side by side
+    number = max((len(_parts(sample)[0]) for sample, _ in shown), default=1)  # images in a sample
     figure = new_figure(WIDTH * COLUMNS, (WIDTH / number + 0.8) * rows)
     axes = figure.subplots(rows, COLUMNS, squeeze=False)
     for axis in axes.flat:
@@ -70,9 +73,10 @@ def draw_predictions(
         asked = textwrap.fill(textwrap.shorten(text, 120, placeholder=" .."), 38)
         axis.set_title(asked, fontsize=8, parse_math=False)
         is_right = (prediction.score or 0.0) >= 0.5
-        answer = prediction.said if is_right else f"{prediction.said}\n(right: {right})"
+        answer = prediction.output if is_right else f"{prediction.output}\n(right: {right})"
         axis.text(
-            *(0.5, -0.04),
+            0.5,
+            -0.04,
             "\n".join(textwrap.fill(line, 42) for line in answer.splitlines()),
             transform=axis.transAxes,
             ha="center",
@@ -87,7 +91,7 @@ def draw_predictions(
 
 
 def _parts(sample: "Sample | Example") -> tuple[tuple, str, str]:
-    """Images, what is asked, and what would be right."""
+    """Return the images of a sample, its text and its right answer."""
     if isinstance(sample, Example):
         return sample.images, sample.text, ", ".join(sample.answers)
     return (sample.image,), "", sample.captions[0]
@@ -97,7 +101,7 @@ def _parts(sample: "Sample | Example") -> tuple[tuple, str, str]:
 def _pixels(
     model: "PretrainedModel", tokenizer: "PreTrainedTokenizerBase", image: object, text: str
 ) -> Tensor:
-    """What the model sees of an image (3, H, W) in [0, 1], grey where no token is left."""
+    """Return the model's input image (3, H, W) in [0, 1], grey at patches without a token."""
     device = next(model.parameters()).device
     seen = evaluation_transform(model)(image)
     mean, std = (torch.tensor(value)[:, None, None] for value in model.image_stats())

@@ -1,9 +1,9 @@
-"""Pictures of a reduction: patches that survive and scores, by stage; how concentrated CLS is.
+"""Pictures of a reduction: surviving patches and scores by stage; concentration of CLS attention.
 
     map_s       = source map of stage s after that of all stages before      (B, T, N0)
     alive_s     = patches that are a token of their own after stage s        (B, P)
-    heat_s(n)   = the score, at stage s, of the token that holds patch n     (B, P)
-    mass_l(x)   = share of the CLS attention on patches that the top x of them hold, layer l, dense
+    heat_s(n)   = the score, at stage s, of the token that contains patch n  (B, P)
+    mass_l(x)   = share of the CLS attention on the top x of the patches, layer l, dense
 
 Merged tokens are traced back through every stage (`source_map` of the info).
 """
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DIM, GREY = 0.15, 0.45  # what is left of a dropped patch's colour, and what the rest is
+DIM, GREY = 0.15, 0.45  # weight of a dropped patch's own colour, and the grey mixed with it
 SHARES = (0.05, 0.10, 0.25, 0.50)
-"""Of the patches, whose attention the concentration sums."""
+"""Shares of the patches whose attention `concentration` sums."""
 MAX_CAPTION = 200  # characters
 NOTE = (
-    "Grey: dropped or merged. Scores: dark is the least of an image, bright the most, by square "
-    "root; all patches of a merged token show its score, those without a token are blank."
+    "Grey: dropped or merged. Scores: from dark (lowest of the image) to bright (highest), by "
+    "square root; patches of a merged token have its score, dropped patches are blank."
 )
 
 
 def surviving_patches(infos: Sequence[StageInfo], num_patches: int) -> list[Tensor]:
-    """For each stage (B, num_patches) bool: the patches that are still tokens of their own."""
+    """Return for each stage (B, num_patches) bool: the patches that are still separate tokens."""
     survivors = []
     for source in source_maps(infos, num_patches)[1:]:
         alone = source & (source.sum(2, keepdim=True) == 1)
@@ -49,8 +49,9 @@ def surviving_patches(infos: Sequence[StageInfo], num_patches: int) -> list[Tens
 
 
 def attention_maps(infos: Sequence[StageInfo], num_patches: int) -> list[Tensor]:
-    """For each stage (B, num_patches): the score of the token that holds the patch as the stage
-    begins; NaN where the patch was dropped without merging.
+    """Return for each stage (B, num_patches): the score of each patch's token before the stage.
+
+    It is NaN for a patch that was dropped without merging.
     """
     maps = []
     for info, source in zip(infos, source_maps(infos, num_patches)[:-1], strict=True):
@@ -60,8 +61,9 @@ def attention_maps(infos: Sequence[StageInfo], num_patches: int) -> list[Tensor]
 
 
 def source_maps(infos: Sequence[StageInfo], num_patches: int) -> list[Tensor]:
-    """(B, T, num_patches) bool, the patches that each token holds, before the first stage and after
-    each; none without stages.
+    """Return the patches of each token (B, T, num_patches) bool, before and after each stage.
+
+    The list starts with the map before the first stage. Without stages it has one empty tensor.
     """
     if not infos:
         return [torch.empty(0, dtype=torch.bool)]
@@ -76,13 +78,14 @@ def source_maps(infos: Sequence[StageInfo], num_patches: int) -> list[Tensor]:
 
 @torch.no_grad()
 def concentration(tower: Tower, images: Tensor, shares: Sequence[float] = SHARES) -> Tensor:
-    """How much of the CLS attention few patches hold in each layer of the dense tower.
+    """Return how much of the CLS attention falls on a few patches in each layer of the dense tower.
 
-    The attention is averaged over heads, and sums to one over the patches.
+    The attention is averaged over heads and sums to 1 over the patches.
 
     Args:
+        tower: The image tower.
         images: (B, 3, H, W), normalised.
-        shares: of the patches, those with the most attention.
+        shares: Shares of the patches, those with the most attention.
 
     Returns:
         (depth, len(shares)), the mean over the images.
@@ -98,7 +101,7 @@ def concentration(tower: Tower, images: Tensor, shares: Sequence[float] = SHARES
 
 
 def patch_grid(tower: Tower) -> tuple[int, int]:
-    """Rows and columns of the patches, which are taken to be as square as their number allows."""
+    """Return rows and columns of the patches, chosen so that a patch is as square as possible."""
     height, width = tower.image_size
     P = tower.num_patches
     rows = (rows for rows in range(1, P + 1) if P % rows == 0)
@@ -115,25 +118,24 @@ def draw_reduction(
     grid: tuple[int, int],
     title: str = "",
 ) -> Path:
-    """Write a PNG: one row an image, with the input, what each stage keeps, the scores that it
-    kept them by, and the caption.
+    """Write a PNG with one row for each image: input, kept patches and scores by stage, caption.
 
     Args:
         images: (B, 3, H, W) in [0, 1].
-        captions: one for each image.
-        infos: of each stage, of these images.
-        path: of the PNG.
-        grid: rows and columns of the patches.
-        title: above all.
+        captions: One for each image.
+        infos: Information of each stage about these images.
+        path: Path of the PNG.
+        grid: Rows and columns of the patches.
+        title: Title of the figure.
 
     Raises:
-        ImportError: matplotlib is missing.
+        ImportError: matplotlib is not installed.
     """
     num_patches = grid[0] * grid[1]
     survivors = surviving_patches(infos, num_patches)
     heats = attention_maps(infos, num_patches)
     heats = [h * info.attention.shape[1] for h, info in zip(heats, infos, strict=True)]
-    figure, axes = panels(len(images), 2 * len(infos) + 1, images.shape[3] / images.shape[2])
+    figure, axes = make_panels(len(images), 2 * len(infos) + 1, images.shape[3] / images.shape[2])
     rows = zip(axes, images.cpu(), captions, strict=True)
     for b, (row, image, caption) in enumerate(rows):
         stages = zip(survivors, heats, strict=True)
@@ -143,12 +145,12 @@ def draw_reduction(
     for s, info in enumerate(infos):
         before = f"before layer {info.stage.first + 1}"
         axes[0, 1 + 2 * s].set_title(f"{before}:\n{info.stage.keep} kept", fontsize=9)
-        axes[0, 2 + 2 * s].set_title("by these\nscores", fontsize=9)
-    return save(figure, path, title=title, note=NOTE)
+        axes[0, 2 + 2 * s].set_title("scores", fontsize=9)
+    return save_figure(figure, path, title=title, note=NOTE)
 
 
-def save(figure: "Figure", path: Path, *, title: str, note: str) -> Path:
-    """Write a PNG, its title above, what it shows below."""
+def save_figure(figure: "Figure", path: Path, *, title: str, note: str) -> Path:
+    """Write the figure as a PNG, with a title and a note below."""
     width = figure.get_figwidth()  # inches
     title = "\n".join(textwrap.fill(line, int(12 * width)) for line in title.splitlines())
     figure.suptitle(title, fontsize=10, parse_math=False)
@@ -158,16 +160,17 @@ def save(figure: "Figure", path: Path, *, title: str, note: str) -> Path:
 
 
 def draw_concentration(masses: Tensor, path: Path, *, title: str) -> Path:
-    """Write a PNG of `concentration`: a curve for each of `SHARES` over the layers, and dotted what
-    an even attention would give.
+    """Write a PNG of `concentration`: a curve over the layers for each of `SHARES`.
+
+    Dotted lines are the values of uniform attention.
 
     Args:
         masses: (depth, len(SHARES)).
-        path: of the PNG.
-        title: above all.
+        path: Path of the PNG.
+        title: Title of the figure.
 
     Raises:
-        ImportError: matplotlib is missing.
+        ImportError: matplotlib is not installed.
     """
     figure = new_figure(6.4, 4.0)
     axis = figure.subplots()
@@ -177,20 +180,21 @@ def draw_concentration(masses: Tensor, path: Path, *, title: str) -> Path:
         axis.axhline(share, color=line.get_color(), ls=":", lw=1)
     axis.set(xlabel="layer of the dense tower", xticks=layers, ylim=(0, 1))
     axis.set_ylabel("share of the CLS attention on patches")
-    axis.legend(title="of the patches\n(dotted: if even)", fontsize=8, title_fontsize=8)
+    axis.legend(title="of the patches\n(dotted: uniform)", fontsize=8, title_fontsize=8)
     axis.set_title(title, fontsize=9, parse_math=False)
     figure.savefig(path, dpi=130)
     return path
 
 
 def new_figure(width: float, height: float) -> "Figure":
+    """Return an empty matplotlib figure, sizes in inches."""
     with require_extra("elip_models.analysis.visualize"):
         from matplotlib.figure import Figure
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def panels(rows: int, columns: int, wide: float) -> "tuple[Figure, np.ndarray]":
-    """Axes (rows, columns + 1): pictures `wide` times as wide as high, and room for a caption."""
+def make_panels(rows: int, columns: int, wide: float) -> "tuple[Figure, np.ndarray]":
+    """Return axes (rows, columns + 1): pictures of aspect ratio `wide`, and captions."""
     figure = new_figure(1.7 * wide * columns + 2.4, 1.85 * rows + 0.9)
     widths = [wide] * columns + [1.3]
     axes = figure.subplots(rows, columns + 1, squeeze=False, width_ratios=widths)
@@ -202,8 +206,9 @@ def panels(rows: int, columns: int, wide: float) -> "tuple[Figure, np.ndarray]":
 def _draw_row(
     axes: "Sequence[Axes]", image: Tensor, caption: str, stages: Sequence[tuple[Tensor, Tensor]]
 ) -> None:
-    """Image (3, H, W); for each stage the patches alive and their attention (rows, columns), in
-    units of even attention.
+    """Draw an image (3, H, W), and for each stage its kept patches and scores (rows, columns).
+
+    Scores are in units of uniform attention.
     """
     _, height, width = image.shape
     axes[0].imshow(image.permute(1, 2, 0).numpy())
@@ -212,19 +217,19 @@ def _draw_row(
         heat, axis = heat.cpu().float().clamp(min=0), axes[2 + 2 * s]
         axis.imshow(heat.sqrt().numpy(), cmap="inferno", extent=(0, width, height, 0))
         known = heat[~heat.isnan()].tolist() or [float("nan")]
-        scale = f"{min(known):.2f} to {max(known):.2f} times even"
+        scale = f"{min(known):.2f} to {max(known):.2f} times uniform"
         axis.text(0.5, -0.03, scale, fontsize=7, ha="center", va="top", transform=axis.transAxes)
     write_caption(axes[-1], caption)
 
 
 def write_caption(axis: "Axes", caption: str) -> None:
-    """Beside the pictures of a row."""
+    """Write a caption beside the pictures of a row."""
     text = textwrap.fill(textwrap.shorten(caption, MAX_CAPTION, placeholder=" .."), 26)
     axis.text(0.0, 0.5, text, fontsize=9, va="center", parse_math=False)
 
 
 def dimmed(image: Tensor, alive: Tensor) -> "np.ndarray":
-    """Image (3, H, W) -> (H, W, 3), patches that are not alive (rows, columns) almost grey."""
+    """Return the image (3, H, W) as (H, W, 3), with almost grey patches where `alive` is False."""
     alive = alive.cpu()[None, None].float()
     mask = F.interpolate(alive, size=image.shape[1:], mode="nearest")[0] > 0
     return torch.where(mask, image, (1 - DIM) * GREY + DIM * image).permute(1, 2, 0).numpy()

@@ -1,7 +1,7 @@
-"""Any supported model with what its reduction needs: image tower, strategy, text guidance.
+"""Inputs of `elip visualize`: a supported model, its strategy and guidance, images and captions.
 
-A whole language-image model guides by its own text and needs its tokenizer; an image model alone
-is reduced by the image.
+A whole language-image model is guided by its own text tower and needs its tokenizer. An image model
+is reduced by the image alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,20 +27,23 @@ from elip_models.towers import ReducibleModel, Tower, as_reducible, as_tower
 from elip_models.validation import ConfigError, as_config_error
 
 CaptionEncoder = Callable[[Sequence[str]], Tensor]
-"""B captions, one an image -> text_cls (B, D)."""
-Shown = list[tuple[Image.Image, str]]
+"""Function of B captions, one for each image, that returns text_cls (B, D)."""
+CaptionedImages = list[tuple[Image.Image, str]]
 """Images with a caption each."""
 
 
 @dataclass
-class PicturedModel:
-    """A model that reduces its images, in eval mode.
+class VisualizedModel:
+    """A model in eval mode with a reduction.
 
-    name: for titles.
-    image_model, tower: of the images.
-    strategy: how they are reduced.
-    guide: the model's own text guidance, or None: vision only.
-    mean, std: (3, 1, 1), what the model's images are normalised by.
+    Attributes:
+        name: Name for titles.
+        image_model: The model of the images.
+        tower: Its tower.
+        strategy: The strategy of the reduction.
+        guide: The model's encoder of captions for guidance; None: vision only.
+        mean: (3, 1, 1), by which images are normalised.
+        std: (3, 1, 1), by which images are normalised.
     """
 
     name: str
@@ -52,9 +55,7 @@ class PicturedModel:
     std: Tensor
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        """Cut the largest middle part of the tower's shape out of RGB images -> (B, 3, H, W) in [0,
-        1].
-        """
+        """Crop RGB images at the centre to the tower's shape, resized: (B, 3, H, W) in [0, 1]."""
         from torchvision.transforms.v2.functional import pil_to_tensor
 
         height, width = self.tower.image_size
@@ -63,13 +64,13 @@ class PicturedModel:
         return torch.stack([pil_to_tensor(image) for image in fitted]).float() / 255
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """Normalise pixels (B, 3, H, W) in [0, 1] as the model takes them, on its device."""
+        """Normalise pixels (B, 3, H, W) in [0, 1] for the model, on its device."""
         weight = next(self.image_model.parameters())
         return ((pixels - self.mean) / self.std).to(weight.device)
 
     @torch.no_grad()
     def stage_infos(self, images: Tensor, captions: Sequence[str]) -> list[StageInfo]:
-        """Reduce normalised images (B, 3, H, W), each guided by its caption -> one info a stage."""
+        """Reduce normalised images (B, 3, H, W), guided by captions; return one info a stage."""
         text_cls, strategy = None, self.strategy
         if self.guide is not None:
             text_cls = self.guide(captions)
@@ -88,7 +89,7 @@ class PicturedModel:
         return f"{self.name}\n{s.schedule}, scorer {s.scorer}, {how}"
 
 
-def open_pictured(
+def open_visualized_model(
     spec: str,
     *,
     pretrained: bool = True,
@@ -97,14 +98,21 @@ def open_pictured(
     schedule: str | None = None,
     scorer: str | int | None = None,
     fusion: float | None = None,
-) -> PicturedModel:
-    """Open a model for reduction; what is None stays as its own config says, or else the paper.
+) -> VisualizedModel:
+    """Open a model with a reduction; an option that is None has the model's or the paper's value.
 
-    strategy: a line as of `reduce_`; ELIP's without one. keep: as of `reduce_`.
+    Args:
+        spec: A model, as in `open_model`.
+        pretrained: Load the model's weights.
+        strategy: A spec as in `reduce_`; None is ELIP.
+        keep: As in `reduce_`.
+        schedule: Option of ELIP.
+        scorer: Option of ELIP.
+        fusion: Option of ELIP.
 
     Raises:
-        ConfigError: naming the option, what was expected, what came.
-        ImportError: a library is missing.
+        ConfigError: An invalid option.
+        ImportError: A library is not installed.
     """
     with as_config_error("--model"):
         model = open_model(spec, pretrained=pretrained)
@@ -125,24 +133,24 @@ def open_pictured(
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     guide = _guide_of(reducible, spec) if reducible.has_text and chosen.is_guided else None
     name = spec if pretrained else f"{spec} (random weights)"
-    return PicturedModel(name, reducible.image_model, tower, chosen, guide, mean, std)
+    return VisualizedModel(name, reducible.image_model, tower, chosen, guide, mean, std)
 
 
 def _changed(strategy: ELIP, tower: Tower, given: dict[str, Any]) -> ELIP:
-    """Put what was given in place of the strategy's own options, and check it."""
+    """Return the strategy with the given options, after checking that it reduces the tower."""
     try:
         strategy = replace(strategy, **given).fitted(tower)
         if not strategy.schedule.stages(tower.num_patches):
             raise ValueError(
                 f"schedule: expected a group that keeps less than 100%, got '{strategy.schedule}'"
             )
-    except (TypeError, ValueError) as error:  # it begins with the argument's name
+    except (TypeError, ValueError) as error:  # the message begins with the argument's name
         raise ConfigError(f"--{error}") from error
     return strategy
 
 
 def _guide_of(model: ReducibleModel, spec: str) -> CaptionEncoder:
-    """Load the tokenizer beside a whole model -> what encodes captions with it."""
+    """Load the tokenizer of a whole model and return its encoder of captions."""
     _, name = split_spec(spec)
     try:
         tokenizer = model.load_tokenizer(name)
@@ -154,8 +162,8 @@ def _guide_of(model: ReducibleModel, spec: str) -> CaptionEncoder:
     return partial(model.encode_captions, tokenizer)
 
 
-def read_pairs(images: Sequence[Path], captions: Sequence[str]) -> Shown:
-    """Read image files, each with its caption; ConfigError where one cannot be read or has none."""
+def read_pairs(images: Sequence[Path], captions: Sequence[str]) -> CaptionedImages:
+    """Read image files, each with a caption; raise ConfigError if one is missing or unreadable."""
     if len(captions) != len(images):
         raise ConfigError(
             f"--caption: expected one for each --image, {len(images)}, got {len(captions)}"
@@ -167,8 +175,8 @@ def read_pairs(images: Sequence[Path], captions: Sequence[str]) -> Shown:
     return list(zip(files, captions, strict=True))
 
 
-def read_source(spec: str, count: int, tower: Tower) -> Shown:
-    """Read the first `count` readable samples of `open_source`, with their first captions."""
+def read_source(spec: str, count: int, tower: Tower) -> CaptionedImages:
+    """Read the first `count` readable samples of a source, with their first captions."""
     with as_config_error("--data"):
         source = open_source(spec, image_size=max(tower.image_size))
         shown = list(islice(_readable(source), count))

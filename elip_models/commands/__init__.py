@@ -1,1 +1,1 @@
-"""What `elip` does: one module a command, or a group of them; each is a function of its options."""
+"""Commands of `elip`: one module for each command or group of commands."""

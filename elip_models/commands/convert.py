@@ -1,4 +1,4 @@
-"""`elip convert`."""
+"""The command `elip convert`."""
 
 from pathlib import Path
 from typing import Annotated

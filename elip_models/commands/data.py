@@ -1,4 +1,4 @@
-"""`elip data check | export`."""
+"""The commands `elip data check` and `elip data export`."""
 
 import sys
 from collections import Counter
@@ -22,7 +22,7 @@ app = typer.Typer(no_args_is_help=True, help="Look at data before training on it
 
 TASKS = "vqa, entailment, nlvr2, classification, retrieval or captioning"
 LISTED = 20
-"""Answers whose counts are shown."""
+"""Largest number of answers in the table."""
 
 ImageSize = Annotated[int, typer.Option(min=1, help="Of built-in scenes.")]
 
@@ -50,7 +50,7 @@ def check_data(
     streams = has_captions and len(specs) == 1 and is_stream(specs[0])
     with as_config_error("SPEC"):
         if streams:
-            source = open_stream(specs[0], samples=1)  # how many there are is found here
+            source = open_stream(specs[0], samples=1)  # the check below counts the samples
         elif has_captions:
             source = open_source(specs, image_size=image_size)
         else:
@@ -80,7 +80,7 @@ def export_data(
     folder: Annotated[Path, typer.Argument(help="A new or an empty one.")],
     image_size: ImageSize = 64,
 ) -> None:
-    """Write data as files in the standard format of a task, and say what reads them."""
+    """Write data as files in the standard format of a task, and print what can read them."""
     from elip_models.data import SampleError, export
 
     _check_task(task)
@@ -95,6 +95,7 @@ def export_data(
 
 
 def _check_task(task: str) -> None:
+    """Raise ConfigError if the task cannot be exported."""
     from elip_models.data.tasks.export import ExportedTask
 
     with as_config_error("TASK"):
@@ -102,7 +103,7 @@ def _check_task(task: str) -> None:
 
 
 def _examples_table(name: str, source: "ExampleSource", report: "SkipReport") -> Table:
-    """What was read of a source: how many, how long the texts, how often each answer is right."""
+    """Return a table of a source: number of examples, lengths of texts, counts of answers."""
     examples = [source.text_alone(index) for index in range(report.seen)]
     words = [len(example.text.split()) for example in examples] or [0]
     right = Counter(answer for example in examples for answer in example.answers)

@@ -1,4 +1,4 @@
-"""`elip eval retrieval | zero-shot | selection`, and `vqa | ..`, the downstream tasks."""
+"""The commands `elip eval retrieval | zero-shot | selection | vqa | ..`."""
 
 import json
 from dataclasses import asdict
@@ -42,7 +42,7 @@ def eval_retrieval(
     ] = None,
     output: ScoresFile = None,
 ) -> None:
-    """Recall@1/5/10 from image to text and from text to image."""
+    """Compute recall@1/5/10 from image to text and from text to image."""
     from elip_models.data import open_source
     from elip_models.tasks.retrieval import evaluate_retrieval
     from elip_models.tasks.retrieval_task import Retrieval
@@ -70,7 +70,7 @@ def eval_zero_shot(
     max_bad_share: MaxBadShare = 0.05,
     output: ScoresFile = None,
 ) -> None:
-    """Top-1/5 accuracy of classes by their names."""
+    """Compute top-1 and top-5 accuracy of zero-shot classification by class names."""
     from elip_models.data import open_classes
     from elip_models.tasks.task import Loading
     from elip_models.tasks.zero_shot import evaluate_zero_shot
@@ -97,7 +97,7 @@ def eval_selection(
     batch_size: BatchSize = 32,
     output: ScoresFile = None,
 ) -> None:
-    """What a reduction keeps of what captions name, against chance, and what that changes."""
+    """Measure which patches a reduction keeps of what captions name (needs a checkout)."""
     from elip_models.data import open_source
     from elip_models.reduction.strategy_spec import get_strategy
 
@@ -118,7 +118,7 @@ def eval_selection(
 def _open_trained(
     model: Path, output: Path | None, *, ranks: bool = False
 ) -> "tuple[PretrainedModel, PreTrainedTokenizerBase]":
-    """A saved model that ranks, or any, where it runs fastest, and its tokenizer."""
+    """Load a saved model and its tokenizer, on a GPU if there is one."""
     check_output("--output", output)
     import torch
 
@@ -153,9 +153,7 @@ def _evaluate(
 
 
 def _check_task(task: "Task", model: "PretrainedModel") -> None:
-    """Raises ValueError for a model that was trained for another task, or for none that it can
-    do.
-    """
+    """Raise ValueError for a model that was not trained for the task."""
     fits = hasattr(model, "matching_logits") if task.name == "retrieval" else False
     if model.task != task.name and not fits:
         found = f"one for {model.task}" if model.task else "a pre-trained one"
@@ -166,7 +164,7 @@ def _check_task(task: "Task", model: "PretrainedModel") -> None:
 
 
 def _add_command(name: str) -> None:
-    """`elip eval NAME` of a downstream task."""
+    """Add the command `elip eval NAME` for a downstream task."""
 
     @app.command(name, help=f"Score a model that `elip finetune {name}` left.")
     def command(

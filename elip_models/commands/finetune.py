@@ -1,4 +1,4 @@
-"""`elip finetune TASK --from CHECKPOINT [key=value ...]`."""
+"""The command `elip finetune TASK --from CHECKPOINT [key=value ...]`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +16,7 @@ def finetune(
         str,
         typer.Argument(help="retrieval, vqa, .., a recipe such as vqa_tiny, or a YAML file."),
     ],
-    start: Annotated[
+    checkpoint: Annotated[
         Path, typer.Option("--from", help="Folder of a pre-trained model, or of its run.")
     ],
     overrides: Annotated[
@@ -35,8 +35,8 @@ def finetune(
     from elip_models.training.summary import print_summary
     from elip_models.training.trainer import train
 
-    said = parse_overrides(overrides or (), "optim.lr=2e-5")
-    config = finetune_recipe(task, start, said, reduced=reduced)
+    values = parse_overrides(overrides or (), "optim.lr=2e-5")
+    config = finetune_recipe(task, checkpoint, values, reduced=reduced)
     console = Console()
     result = train(config, resume=resume, console=console)
     if result.is_main_process:

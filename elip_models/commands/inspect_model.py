@@ -1,4 +1,4 @@
-"""`elip visualize` and `elip profile`: what a reduction keeps, and what it costs."""
+"""The commands `elip visualize` and `elip profile`: pictures and costs of a reduction."""
 
 from pathlib import Path
 from typing import Annotated
@@ -32,20 +32,22 @@ def visualize(
     fusion: Annotated[float | None, typer.Option(help="1 is vision only, 0 text only.")] = None,
     pretrained: Annotated[bool, typer.Option(help="Load the model's weights.")] = True,
 ) -> None:
-    """Draw what stays and what merges into what, the CLS attention, and how concentrated it is."""
+    """Draw kept and merged patches, the CLS attention, and how concentrated it is."""
     if bool(image) == (data is not None):
         raise ConfigError("--image: expected images with captions, or else --data, not both")
     if output.suffix != ".png" or not output.parent.is_dir():
         raise ConfigError(f"--output: expected a .png in an existing folder, got {output}")
     from elip_models.analysis.pictures import draw_pictures
-    from elip_models.analysis.visualize_inputs import open_pictured, read_pairs, read_source
+    from elip_models.analysis.visualize_inputs import open_visualized_model, read_pairs, read_source
 
     pairs = read_pairs(image, caption or []) if image else None
     number = int(scorer) if scorer is not None and scorer.isdecimal() else scorer
     options = {"schedule": schedule, "scorer": number, "fusion": fusion}
-    pictured = open_pictured(model, pretrained=pretrained, strategy=strategy, keep=keep, **options)
-    shown = read_source(data, count, pictured.tower) if pairs is None else pairs
-    for path in draw_pictures(pictured, shown, output):
+    visualized = open_visualized_model(
+        model, pretrained=pretrained, strategy=strategy, keep=keep, **options
+    )
+    shown = read_source(data, count, visualized.tower) if pairs is None else pairs
+    for path in draw_pictures(visualized, shown, output):
         Console().print(escape(str(path)), soft_wrap=True)
 
 
@@ -83,12 +85,14 @@ def profile(
     memory: Annotated[str, typer.Option(help="That it has to fit into.")] = "16GB",
     output: Annotated[Path | None, typer.Option(help="Write the table here, as JSON.")] = None,
 ) -> None:
-    """Tokens, FLOPs, time and memory of models under token reduction, against dense."""
+    """Compare tokens, FLOPs, time and memory of models with token reduction to dense."""
     from elip_models.profiling.table import print_profile, profile_settings
 
+    if strategy is None:
+        strategy = ["elip:scorer=exact"] if max_batch else []
     settings = profile_settings(
         models=model or (),
-        strategies=strategy or ("elip:scorer=exact",) * max_batch,
+        strategies=strategy,
         schedule=schedule,
         flops=flops,
         keep=keep,

@@ -1,4 +1,4 @@
-"""`elip train RECIPE [key=value ...]` and `elip study NAME`."""
+"""The commands `elip train RECIPE [key=value ...]` and `elip study NAME`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +21,7 @@ def train(
         bool, typer.Option("--resume", help="Continue from the newest checkpoint.")
     ] = False,
 ) -> None:
-    """Train as a recipe says, then report. On several GPUs: torchrun -m elip_models.cli train .."""
+    """Train by a recipe, then report. On several GPUs: torchrun -m elip_models.cli train .."""
     config = load_recipe(recipe, overrides or ())
     from elip_models.training.summary import print_summary
     from elip_models.training.trainer import train as run_training
@@ -46,7 +46,7 @@ def study(
     results: Annotated[Path | None, typer.Option(help="JSON file of all numbers.")] = None,
     page: Annotated[Path | None, typer.Option(help="Write this page, run nothing.")] = None,
 ) -> None:
-    """Train and compare the arms of a study over seeds; what is finished is not run again."""
+    """Train and compare the arms of a study over seeds (needs a checkout); finished runs stay."""
     plans = from_checkout("studies.plan", "elip study")
     command = from_checkout("studies.command", "elip study")
     chosen = plans.load_study(name, parse_overrides(overrides or (), "optim.steps=100"))

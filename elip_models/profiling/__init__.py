@@ -1,4 +1,4 @@
-"""What a reduction costs and gains."""
+"""Cost and gain of token reduction: FLOPs, time and memory."""
 
 from elip_models.validation import require_packages
 

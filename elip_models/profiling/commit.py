@@ -1,4 +1,4 @@
-"""Which commit of this project is measured."""
+"""The commit of this project that is measured."""
 
 import os
 import subprocess
@@ -7,20 +7,21 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = "benchmarks/results"  # a run writes there: that changes nothing of what it measures
+RESULTS = "benchmarks/results"  # excluded, since a run writes its results there
 
 
 @cache
 def commit() -> dict[str, Any]:
-    """Find the commit that is measured: id and dirty; empty where nobody knows.
+    """Return the commit as `id` and `dirty`; an empty dict if it cannot be determined.
 
-    $COMMIT says it where the tree came without .git: a hash, and '-dirty' if there were changes.
+    The environment variable COMMIT overrides git, for a tree without .git: a hash, with the suffix
+    '-dirty' if there were changes.
     """
-    said = os.environ.get("COMMIT")
-    if said:
-        return {"id": said.removesuffix("-dirty"), "dirty": said.endswith("-dirty")}
+    given = os.environ.get("COMMIT")
+    if given:
+        return {"id": given.removesuffix("-dirty"), "dirty": given.endswith("-dirty")}
     try:
-        _git("ls-files", "--error-unmatch", "elip_kernels")  # not a checkout around an installation
+        _git("ls-files", "--error-unmatch", "elip_kernels")  # fails in another project's checkout
         changes = _git("status", "--porcelain", "--untracked-files=no", "--", f":!{RESULTS}")
         return {"id": _git("rev-parse", "HEAD"), "dirty": bool(changes)}
     except (OSError, subprocess.CalledProcessError):

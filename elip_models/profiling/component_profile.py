@@ -1,10 +1,10 @@
-"""Where the FLOPs and the time of a training step go, by part of a model (ELIP, Figure 2b).
+"""FLOPs and time of a training step by component of a model (ELIP, Figure 2b).
 
-An op belongs to the innermost call around it that `CALLS` names, or else to the heads; in the image
-tower our ops, and what runs without gradient, choose and merge tokens: scoring. An op of backward
-belongs where its forward did: autograd numbers its nodes in the order of the forward. Two FLOPs a
-multiply-add, as everywhere here. Time is read op by op, which adds microseconds to each, so that
-shares of models this side of a millisecond a layer say little.
+An op belongs to the innermost enclosing call in `CALLS`, or else to the heads. In the image tower,
+our ops and ops without gradient choose and merge tokens and count as scoring. An op of backward
+belongs to the component of its forward op: autograd numbers its nodes in the order of the forward
+pass. A multiply-add counts as two FLOPs. Time is measured op by op, which adds microseconds to each
+op. Shares of time are therefore unreliable for layers of less than a millisecond.
 """
 
 import time
@@ -33,9 +33,9 @@ MOMENTUM, HEADS, SCORING = "momentum", "heads", "scoring"
 PARTS = (IMAGE, SCORING, TEXT, FUSION, MOMENTUM, HEADS)
 OF_MOMENTUM = {
     "encode_image": IMAGE,
-    "_images": MOMENTUM,
+    "_encode_images": MOMENTUM,
     "_momentum_features": MOMENTUM,
-    "_follow": MOMENTUM,
+    "_update_momentum": MOMENTUM,
 }
 CALLS: dict[str, dict[str, str]] = {
     "clip": {
@@ -47,7 +47,7 @@ CALLS: dict[str, dict[str, str]] = {
     },
     "albef": OF_MOMENTUM
     | {
-        "encoders.read": TEXT,
+        "encoders.encode_text": TEXT,
         "encoders.fuse": FUSION,
         "encoders.language_head": HEADS,
         "encoders_m.predict": MOMENTUM,
@@ -55,21 +55,31 @@ CALLS: dict[str, dict[str, str]] = {
     "blip": OF_MOMENTUM
     | {
         "encode_text": TEXT,
-        "read_pairs": TEXT,
+        "encode_text_reduced": TEXT,
         "dense_cls": SCORING,
-        "fuse_pairs": FUSION,
+        "fuse_reduced": FUSION,
         "decode": FUSION,
     },
-    "meter": {"encode_image": IMAGE, "read_pairs": TEXT, "dense_cls": SCORING, "fuse": FUSION},
+    "meter": {
+        "encode_image": IMAGE,
+        "encode_text_reduced": TEXT,
+        "dense_cls": SCORING,
+        "fuse": FUSION,
+    },
 }
-"""The part that a method or module of a model's step is, by family."""
+"""The component of each method or module of a model's step, by family."""
 
 
 @dataclass(frozen=True)
-class Parts:
-    """One step, forward and backward, by part.
+class ComponentCosts:
+    """Costs of one training step, forward and backward, by component.
 
-    flops: of one pair. seconds: of a step, mean; None where it was not timed.
+    Attributes:
+        model: Name of the model.
+        strategy: Name of the strategy.
+        batch_size: Images of the step.
+        flops: FLOPs of one image and its text.
+        seconds: Mean time of a step; None if it was not timed.
     """
 
     model: str
@@ -79,54 +89,62 @@ class Parts:
     seconds: dict[str, float] | None = None
 
 
-def profile_parts(
+def profile_components(
     name: str,
     workload: Workload,
     strategies: Mapping[str, Strategy | None],
     *,
     rounds: int | None,
-) -> list[Parts]:
-    """Count each strategy's training step by part, and time it where `rounds` says how often.
+) -> list[ComponentCosts]:
+    """Count each strategy's training step by component, and time it unless `rounds` is None.
+
+    Args:
+        name: Name of the model in the result.
+        workload: The model and its inputs.
+        strategies: Strategies by name; None is dense.
+        rounds: Timed steps.
 
     Raises:
-        ValueError: a model that is none of ours.
+        ValueError: A model that is not one of this library.
     """
     family = getattr(workload.model, "family", None)
     if family not in CALLS:
         raise ValueError(
-            f"parts: expected a model of ours, of {', '.join(CALLS)}, whose parts are known, got "
+            f"parts: expected a model of this library, one of {', '.join(CALLS)}, got "
             f"{type(workload.model).__name__}"
         )
     twin, found = workload.on_meta(), []
     for strategy_name, strategy in strategies.items():
-        counted = step_parts(twin, strategy)
+        counted = run_by_component(twin, strategy)
         flops = {part: counted.flops[part] / workload.batch_size for part in PARTS}
         seconds = None
         if rounds is not None:
-            step_parts(workload, strategy)
-            timed = step_parts(workload, strategy, rounds)
+            run_by_component(workload, strategy)
+            timed = run_by_component(workload, strategy, rounds)
             seconds = {part: timed.seconds[part] / rounds for part in PARTS}
-        found.append(Parts(name, strategy_name, workload.batch_size, flops, seconds))
+        found.append(ComponentCosts(name, strategy_name, workload.batch_size, flops, seconds))
     return found
 
 
-def step_parts(workload: Workload, strategy: Strategy | None, rounds: int = 1) -> "ByPart":
-    """Run `rounds` training steps under `strategy`, all counted and timed together."""
-    by_part = ByPart(workload.device)
+def run_by_component(
+    workload: Workload, strategy: Strategy | None, rounds: int = 1
+) -> "ComponentMode":
+    """Run `rounds` training steps with `strategy` and return their summed costs by component."""
+    by_component = ComponentMode(workload.device)
     is_counted = workload.device.type == "meta"
     kernels = sdpa_kernel(SDPBackend.MATH) if is_counted else nullcontext()
     with in_mode(workload, "training"), kernels:
         model = workload.reduced_by(strategy)
         for name, part in CALLS[model.family].items():
-            _mark(model, name, part, by_part)
-        with by_part:
+            _mark(model, name, part, by_component)
+        with by_component:
             for _ in range(rounds):
                 workload.train_step(lambda: workload.reducible.as_tensor(model(**workload.inputs)))
-    return by_part
+    return by_component
 
 
-def _mark(model: nn.Module, name: str, part: str, by_part: "ByPart") -> None:
-    """Tell `by_part` whenever the model's method, or module, of that dotted name runs."""
+def _mark(model: nn.Module, name: str, part: str, by_component: "ComponentMode") -> None:
+    """Make `by_component` record when the model's method, or module, of that dotted name runs."""
     path, _, last = name.rpartition(".")
     owner = attrgetter(path)(model) if path else model
     if isinstance(getattr(owner, last), nn.Module):
@@ -135,19 +153,22 @@ def _mark(model: nn.Module, name: str, part: str, by_part: "ByPart") -> None:
 
     @wraps(call)
     def marked(*args: Any, **kwargs: Any) -> Any:
-        by_part.inside.append(part)
+        by_component.inside.append(part)
         try:
             return call(*args, **kwargs)
         finally:
-            by_part.inside.pop()
+            by_component.inside.pop()
 
     setattr(owner, last, marked)
 
 
-class ByPart(TorchDispatchMode):
-    """Inside, each op's FLOPs, and the time until the next op, go to its part.
+class ComponentMode(TorchDispatchMode):
+    """A dispatch mode that adds each op's FLOPs, and the time until the next op, to a component.
 
-    inside: the marked calls that run, outermost first.
+    Attributes:
+        inside: Components of the marked calls that are running, outermost first.
+        ends: Last autograd number of each run of ops of one component.
+        components: The component of each run.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -157,10 +178,10 @@ class ByPart(TorchDispatchMode):
         self.flops = dict.fromkeys(PARTS, 0)
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self.now, self.since = HEADS, 0.0
-        self.ends: list[int] = []  # of runs of autograd's numbers, and the part of each
-        self.parts: list[str] = []
+        self.ends: list[int] = []
+        self.components: list[str] = []
 
-    def __enter__(self) -> "ByPart":
+    def __enter__(self) -> "ComponentMode":
         self.since = time.perf_counter()
         return super().__enter__()
 
@@ -195,22 +216,22 @@ class ByPart(TorchDispatchMode):
         if torch._C._current_graph_task_id() != -1:
             number = torch._C._current_autograd_node()._sequence_nr()
             run = bisect_right(self.ends, number)
-            return self.parts[run] if run < len(self.parts) else self.now  # of no forward op
+            return self.components[run] if run < len(self.components) else self.now
         part = self.inside[-1] if self.inside else HEADS
         if part == IMAGE and (func.namespace == "elip" or not torch.is_grad_enabled()):
             part = SCORING
         end = torch.autograd._get_sequence_nr()
-        if self.parts and self.parts[-1] == part:
+        if self.components and self.components[-1] == part:
             self.ends[-1] = end
         else:
             self.ends.append(end)
-            self.parts.append(part)
+            self.components.append(part)
         return part
 
 
-def parts_table(found: Sequence[Parts]) -> Table:
-    """Lay out the share of each part, of FLOPs and of time where it was measured."""
-    table = Table(title="Training step by part: share of FLOPs, and of time where it was measured")
+def components_table(found: Sequence[ComponentCosts]) -> Table:
+    """Return a table of the components' shares of FLOPs, and of time if it was measured."""
+    table = Table(title="Training step by component: shares of FLOPs, and of time if measured")
     for column in ("model", "strategy", ""):
         table.add_column(column)
     for part in PARTS:

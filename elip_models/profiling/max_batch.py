@@ -1,10 +1,10 @@
-"""The largest training batch in a given memory, dense and reduced (the paper's Table 9).
+"""The largest training batch for a given memory, dense and reduced (the paper's Table 9).
 
     bytes(B) = held + fixed + B * each;    the largest B with bytes(B) <= memory
 
-held: weights, and of those that train a gradient and AdamW's two moments, in the model's dtype.
-fixed, each: the line through a step's memory at two small batches: on a GPU its peak, elsewhere
-what autograd saves for backward, which leaves out what a step needs for a moment.
+held: weights, and for trainable ones a gradient and AdamW's two moments, in the model's dtype.
+fixed, each: a line through the memory of a step at two small batches. On a GPU that is the peak.
+Elsewhere it is what autograd saves for backward, without temporary memory.
 """
 
 import json
@@ -15,8 +15,8 @@ from pathlib import Path
 
 from torch import nn
 
-from elip_models.profiling.measure import memory_is, memory_of
-from elip_models.profiling.table import FORMS, ProfileSettings, fitting, opened
+from elip_models.profiling.measure import memory_kind, memory_of
+from elip_models.profiling.table import FORMS, ProfileSettings, fit_strategies, open_for_profile
 from elip_models.profiling.workload import Workload
 from elip_models.reduction.strategy import Strategy
 from elip_models.validation import ConfigError, check_output, require_extra
@@ -27,19 +27,21 @@ with require_extra("elip_models.profiling"):
 
 BATCHES = (2, 4)
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-MOMENTS = 2  # of AdamW
+MOMENTS = 2  # AdamW's state of a parameter
 
 
 @dataclass(frozen=True)
 class MaxBatch:
-    """What a training step of a model takes under a strategy.
+    """Memory of a training step with a strategy, and the largest batch.
 
-    Args:
-        held: bytes of weights, gradients and moments.
-        fixed: bytes of a step that do not grow with the batch.
-        each: bytes of a step for each image and its text.
-        batch: the largest that fits; 0 where not even the weights do.
-        ratio: to that of the dense model.
+    Attributes:
+        model: Name of the model.
+        strategy: Name of the strategy.
+        held: Bytes of weights, gradients and moments.
+        fixed: Bytes of a step that do not depend on the batch.
+        each: Bytes of a step for each image and its text.
+        batch: The largest batch that fits; 0 if the weights do not.
+        ratio: `batch` divided by that of the dense model.
     """
 
     model: str
@@ -52,10 +54,10 @@ class MaxBatch:
 
 
 def bytes_of(memory: str) -> int:
-    """ "16GB" or "16G" -> bytes, by powers of 1,024.
+    """Convert a size such as "16GB" or "16G" to bytes, by powers of 1,024.
 
     Raises:
-        ConfigError: another text.
+        ConfigError: The text is not a size.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", memory, re.IGNORECASE)
     if found is None:
@@ -66,15 +68,16 @@ def bytes_of(memory: str) -> int:
 def largest_batches(
     name: str, model: nn.Module, strategies: dict[str, Strategy | None], memory: int
 ) -> list[MaxBatch]:
-    """A row for the dense model, then one for each strategy.
+    """Return a row for the dense model, then one for each strategy.
 
     Args:
-        name: of the model.
-        strategies: by the name of their row.
-        memory: in bytes.
+        name: Name of the model in the rows.
+        model: The model to measure.
+        strategies: Strategies by the name of their row.
+        memory: In bytes.
 
     Raises:
-        TypeError, ValueError: a strategy that does not fit the model.
+        TypeError, ValueError: A strategy that does not fit the model.
     """
     model.train()
     held = sum(
@@ -83,15 +86,15 @@ def largest_batches(
     )
     rows: list[MaxBatch] = []
     for row, strategy in ({"dense": None} | strategies).items():
-        fixed, each = _line(model, strategy)
+        fixed, each = _fit_line(model, strategy)
         batch = max(0, (memory - held - fixed) // each)
         ratio = batch / rows[0].batch if rows and rows[0].batch else 1.0
         rows.append(MaxBatch(name, row, held, fixed, each, batch, round(ratio, 3)))
     return rows
 
 
-def _line(model: nn.Module, strategy: Strategy | None) -> tuple[int, int]:
-    """Bytes of a step without images, and of each image."""
+def _fit_line(model: nn.Module, strategy: Strategy | None) -> tuple[int, int]:
+    """Return the bytes of a step without images, and those for each image."""
     found = []
     for batch in BATCHES:
         workload = Workload(model, batch)
@@ -103,7 +106,7 @@ def _line(model: nn.Module, strategy: Strategy | None) -> tuple[int, int]:
 
 
 def batches_table(rows: list[MaxBatch], memory: str, measured: str) -> Table:
-    """The rows, for a terminal."""
+    """Return the rows as a table for a terminal."""
     table = Table(title=f"largest training batch in {memory}", caption=f"by the {measured}")
     for column in ("model", "strategy", "MiB held", "MiB a step", "MiB an image", "batch", "ratio"):
         table.add_column(column, justify="left" if column in ("model", "strategy") else "right")
@@ -116,26 +119,32 @@ def batches_table(rows: list[MaxBatch], memory: str, measured: str) -> Table:
 def print_largest_batches(
     settings: ProfileSettings, memory: str, *, output: Path | None, console: Console
 ) -> None:
-    """Measures, prints, and writes `output` as JSON.
+    """Measure, print, and write `output` as JSON.
+
+    Args:
+        settings: The options of `elip profile`.
+        memory: A size such as "16GB".
+        output: JSON file to write.
+        console: Where the table is printed.
 
     Raises:
-        ConfigError: a model that cannot be opened or reduced, or a memory that is none.
+        ConfigError: A model that cannot be opened or reduced, or an invalid size.
     """
     size = bytes_of(memory)
     check_output("--output", output)
     if not settings.models:
         raise ConfigError(f"--model: expected one or more, {FORMS}")
     if settings.rounds is None:
-        raise ConfigError("--flops-only: expected without --max-batch, which measures memory")
+        raise ConfigError("--flops-only: expected it without --max-batch, which measures memory")
     rows: list[MaxBatch] = []
     for name in settings.models:
         with console.status(f"measuring {name}"):
-            model = opened(name, settings)
-            strategies, left_out = fitting(name, model, settings)
+            model = open_for_profile(name, settings)
+            strategies, left_out = fit_strategies(name, model, settings)
             rows += largest_batches(name, model, strategies, size)
         for each in left_out:
             console.print(f"{each.model}: {each.strategy} is left out: {each.reason}", markup=False)
-    measured = memory_is(next(model.parameters()).device)
+    measured = memory_kind(next(model.parameters()).device)
     console.print(batches_table(rows, memory, measured))
     if output is not None:
         document = {"memory": size, "measured": measured, "rows": [asdict(each) for each in rows]}

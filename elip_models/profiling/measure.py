@@ -1,6 +1,6 @@
-"""How steps are measured: times side by side, CUDA graphs, memory, FLOPs, and where it was.
+"""Measurement of steps: interleaved timing, CUDA graphs, memory, FLOPs.
 
-`elip profile`, the benchmarks and the report of a training run measure by this file alone.
+`elip profile`, the benchmarks and the report of a training run use these functions.
 """
 
 import time
@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 NO_GAIN = 0.97  # see `no_gain`
-LEAST_SECONDS = 2e-3  # of one measurement: a shorter step is called several times in a row
+MIN_SECONDS = 2e-3  # of one measurement: a shorter step is called several times in a row
 
 Step = Callable[[], object]
 
@@ -24,10 +24,18 @@ Step = Callable[[], object]
 def time_side_by_side(
     steps: dict[str, Step], *, device: torch.device, rounds: int = 10
 ) -> dict[str, list[float]]:
-    """Time every step once in each of `rounds` rounds, after a warm-up -> seconds a call, by step.
+    """Time every step once in each of `rounds` rounds, after a warm-up.
 
-    The steps of a round run one after the other, so that whatever slows the machine for a while
-    slows all of them; the order turns by one step a round.
+    The steps of a round run one after the other, so that a slow phase of the machine affects all of
+    them. Each round starts with the next step.
+
+    Args:
+        steps: Functions by name.
+        device: Device on which the steps run.
+        rounds: Number of rounds.
+
+    Returns:
+        Seconds of a call, one value for each round, by step.
     """
     names = list(steps)
     calls = {name: _calls(step, device) for name, step in steps.items()}
@@ -39,15 +47,15 @@ def time_side_by_side(
 
 
 def _calls(step: Step, device: torch.device) -> int:
-    """Warm the step up -> how many calls one measurement takes."""
+    """Warm the step up and return the number of calls in one measurement."""
     seconds = _seconds(step, 1, device)
-    if seconds < 100 * LEAST_SECONDS:  # else even a slow first call is a long one
+    if seconds < 100 * MIN_SECONDS:  # the first call may be slower than the next ones
         seconds = _seconds(step, 1, device)
-    return max(1, min(1000, int(LEAST_SECONDS / seconds)))
+    return max(1, min(1000, int(MIN_SECONDS / seconds)))
 
 
 def _seconds(step: Step, calls: int, device: torch.device) -> float:
-    """Measure seconds a call, by the device's own clock where it has one."""
+    """Return the seconds of a call, measured by CUDA events on a GPU."""
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -63,21 +71,21 @@ def _seconds(step: Step, calls: int, device: torch.device) -> float:
 
 
 @dataclass(frozen=True)
-class Graphed:
-    """A CUDA graph that is called as a step.
+class GraphedStep:
+    """A callable CUDA graph.
 
-    A graph knows addresses alone, so it keeps the step that it recorded, and with the step every
-    tensor that lies at these addresses.
+    The graph contains only addresses, so the recorded step is stored to keep its tensors alive.
     """
 
     graph: torch.cuda.CUDAGraph
     step: Step
 
     def __call__(self) -> None:
+        """Replay the graph."""
         self.graph.replay()
 
 
-def graphed(prepare: Callable[[], Step]) -> Graphed:
+def capture_graph(prepare: Callable[[], Step]) -> GraphedStep:
     """Record the step that `prepare` returns as a CUDA graph, which launches without Python.
 
     `prepare` runs on the stream of the capture, so that a step may be the backward pass of a
@@ -92,13 +100,11 @@ def graphed(prepare: Callable[[], Step]) -> Graphed:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         step()
-    return Graphed(graph, step)
+    return GraphedStep(graph, step)
 
 
 def ratios_to(baseline: str, times: dict[str, list[float]]) -> dict[str, float]:
-    """Divide each step's time by the baseline's of the same round -> median over rounds, by
-    step.
-    """
+    """Divide each step's times by the baseline's of the same round and return medians, by step."""
     return {
         name: median(t / base for t, base in zip(values, times[baseline], strict=True))
         for name, values in times.items()
@@ -106,20 +112,25 @@ def ratios_to(baseline: str, times: dict[str, list[float]]) -> dict[str, float]:
 
 
 def milliseconds(times: dict[str, list[float]]) -> dict[str, float]:
-    """Seconds of all rounds -> median milliseconds, by step."""
+    """Return the median time of each step in milliseconds."""
     return {name: 1e3 * median(values) for name, values in times.items()}
 
 
 def no_gain(ratio: float) -> bool:
-    """Tell whether a time ratio is too near to one, or above it, to be called a gain."""
+    """Return whether a time ratio is above 0.97, too close to 1 to count as a speedup."""
     return not ratio < NO_GAIN
 
 
 def memory_of(
     step: Step, device: torch.device, *, forward: Step, parameters: Iterable[Tensor] = ()
 ) -> int:
-    """Measure the bytes of a step: its peak on a GPU; elsewhere what autograd saves for backward in
-    `forward`, `parameters` aside.
+    """Return the bytes of a step: its peak on a GPU, elsewhere what `forward` saves for backward.
+
+    Args:
+        step: The step, run on a GPU.
+        device: Device on which it runs.
+        forward: The forward pass of the step, run on other devices.
+        parameters: Tensors that do not count as saved.
     """
     if device.type == "cuda":
         return peak_bytes(step, device)
@@ -128,13 +139,13 @@ def memory_of(
     return saved()
 
 
-def memory_is(device: torch.device) -> str:
-    """Say in words what `memory_of` measures on the device."""
+def memory_kind(device: torch.device) -> str:
+    """Describe what `memory_of` measures on the device."""
     return "peak of a step" if device.type == "cuda" else "bytes saved for backward"
 
 
 def measured_on(device: torch.device) -> dict[str, str | int]:
-    """Name the device, its threads and the version of torch, for a table of times to show."""
+    """Return the device, its threads and the version of torch, for the header of a result."""
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
@@ -145,10 +156,13 @@ def measured_on(device: torch.device) -> dict[str, str | int]:
 
 @contextmanager
 def saved_bytes(parameters: Iterable[Tensor] = ()) -> Iterator[Callable[[], int]]:
-    """Count the bytes that autograd saves for backward inside; each storage once, `parameters`
-    aside.
+    """Count the bytes that autograd saves for backward inside the context, each storage once.
 
-    Yields a call that gives the count.
+    Args:
+        parameters: Tensors that do not count.
+
+    Yields:
+        A function that returns the count.
     """
     known = {p.untyped_storage().data_ptr() for p in parameters}
     storages: dict[int, int] = {}
@@ -164,7 +178,7 @@ def saved_bytes(parameters: Iterable[Tensor] = ()) -> Iterator[Callable[[], int]
 
 
 def peak_bytes(step: Step, device: torch.device) -> int:
-    """Measure the most CUDA memory that a call takes beyond what is allocated before it."""
+    """Return the peak of CUDA memory during a call, minus the memory allocated before it."""
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     step()
@@ -179,12 +193,17 @@ class FlopCount(NamedTuple):
 
 
 def count_step(forward: Callable[[], Tensor], *, backward: bool) -> FlopCount:
-    """Count the floating-point operations of a forward and, apart from it, of the backward of its
-    output's squares, by the formula of each op; attention counts as two products.
+    """Count the FLOPs of a forward pass and of the backward pass of its output's squares.
+
+    Each op has a formula; attention counts as two matrix products.
+
+    Args:
+        forward: Function that returns the output.
+        backward: Run and count the backward pass too.
     """
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         output = forward()
-        ahead = counter.get_total_flops()
+        forward_flops = counter.get_total_flops()
         if backward:
             output.square().sum().backward()
-    return FlopCount(ahead, counter.get_total_flops() - ahead)
+    return FlopCount(forward_flops, counter.get_total_flops() - forward_flops)

@@ -1,9 +1,9 @@
-"""What token reduction costs and gains: one row for each model, strategy, batch and mode.
+"""Cost and gain of token reduction: one row for each model, strategy, batch and mode.
 
-FLOPs are counted, op by op, on the meta device: forward and backward of one image (or pair), the
-scorer and a second text pass included, attention as its two products. Times are ratios against the
-dense model, interleaved rounds of one process, medians. Memory is the peak of a step on a GPU; on a
-CPU the bytes that autograd saves for backward, parameters aside.
+FLOPs of one image (or pair) are counted op by op on the meta device, forward and backward. They
+include the scorer and a second text pass; attention counts as two products. Times are medians of
+ratios to the dense model, in interleaved rounds of one process. Memory is the peak of a step on a
+GPU. On a CPU it is what autograd saves for backward, without parameters.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,16 +35,26 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class ProfileRow:
-    """One line of the table of `elip profile`.
+    """One row of the table of `elip profile`.
 
-    model, strategy: names; settings: of the strategy, in full.
-    step: 'image tower' or 'whole model', what FLOPs, time and memory are of.
-    tokens: (attention, MLP) tokens of each block of the image tower.
-    retained: their mean over the layers, against dense.
-    forward_flops, backward_flops: of one image or pair; backward is 0 in inference.
-    flops_ratio, time_ratio, memory_ratio: against the dense row; None where not measured.
-    seconds: of a step, median. memory: bytes of a step.
-    verdict: 'no gain' where the time ratio is none, else empty.
+    Attributes:
+        model: Name of the model.
+        strategy: Name of the strategy.
+        settings: All options of the strategy.
+        step: What is measured, 'image tower' or 'whole model'.
+        mode: 'training' or 'inference'.
+        batch_size: Images of a step.
+        image_size: Height and width in pixels.
+        tokens: Tokens in attention and in the MLP of each block of the image tower.
+        retained: Mean tokens over the layers, relative to dense.
+        forward_flops: FLOPs of one image or pair.
+        backward_flops: The same; 0 in inference.
+        flops_ratio: Ratio to the dense row.
+        seconds: Median time of a step; None if not measured.
+        time_ratio: Ratio to the dense row.
+        memory: Bytes of a step; None if not measured.
+        memory_ratio: Ratio to the dense row.
+        verdict: 'no gain' for a time ratio above 0.97, else empty.
     """
 
     model: str
@@ -66,9 +76,10 @@ class ProfileRow:
     verdict: str = ""
 
 
-class Measured(NamedTuple):
-    """What one step takes: seconds and bytes, alone and against dense; no bytes in inference on a
-    CPU.
+class StepCost(NamedTuple):
+    """Time and memory of a step, and their ratios to dense.
+
+    There is no memory in inference on a CPU.
     """
 
     seconds: float
@@ -86,19 +97,22 @@ def profile_model(
     modes: Sequence[Mode] = MODES,
     rounds: int | None = 10,
 ) -> list[ProfileRow]:
-    """Measure one model at one batch size -> a row for dense and each strategy, for each mode.
+    """Measure one model at one batch size.
 
     Args:
-        name: of the model in the rows.
-        model: an image model that a tower reads, or a whole language-image model, on the device
-            and in the dtype to measure; on 'meta' nothing can be timed.
-        strategies: by the name of their rows.
-        batch_size: of random images, and texts.
-        modes: of 'training' (forward and backward, no optimiser) and 'inference'.
-        rounds: interleaved, of the timing; None counts tokens and FLOPs alone.
+        name: Name of the model in the rows.
+        model: An image model that a tower supports, or a whole language-image model, on the device
+            and in the dtype to measure. A model on 'meta' cannot be timed.
+        strategies: Strategies by the name of their rows.
+        batch_size: Number of random images, and texts.
+        modes: 'training' (forward and backward, no optimiser), 'inference' or both.
+        rounds: Interleaved rounds of the timing; None counts only tokens and FLOPs.
+
+    Returns:
+        A row for dense and for each strategy, in each mode.
 
     Raises:
-        TypeError, ValueError: a model that cannot be reduced, or a strategy that does not fit it.
+        TypeError, ValueError: A model that cannot be reduced, or a strategy that does not fit it.
     """
     workload = Workload(model, batch_size)
     compared: dict[str, Strategy | None] = {DENSE: None, **strategies}
@@ -132,16 +146,16 @@ def profile_model(
 
 
 def tokens_of(workload: Workload, strategy: Strategy | None, mode: Mode) -> tuple[Layer, ...]:
-    """How many tokens go through each block of the image tower."""
+    """Return the number of tokens in each block of the image tower."""
     size = workload.tower.size
-    text_cls = torch.empty(workload.batch_size, size.width, device="meta")  # there always is one
+    text_cls = torch.empty(workload.batch_size, size.width, device="meta")
     if strategy is None or not strategy.reduces(text_cls, mode == "training"):
         return (Layer(size.num_tokens, size.num_tokens),) * size.depth
     return strategy.token_counts(size)
 
 
 def verdict(strategy: Strategy | None, time_ratio: float | None) -> str:
-    """What stands in the last column: 'no gain', or nothing."""
+    """Return 'no gain' for a time ratio that is no speedup, else an empty string."""
     timed = strategy is not None and time_ratio is not None
     return "no gain" if timed and no_gain(time_ratio) else ""
 
@@ -164,11 +178,17 @@ def measure(
     mode: Mode,
     *,
     rounds: int = 10,
-) -> dict[str, Measured]:
-    """Measure time and memory of a step with each strategy, one of which is `DENSE`.
+) -> dict[str, StepCost]:
+    """Measure time and memory of a step with each strategy.
+
+    Args:
+        workload: The model and its inputs.
+        strategies: Strategies by name, one of which is `DENSE`.
+        mode: 'training' or 'inference'.
+        rounds: Interleaved rounds of the timing.
 
     Raises:
-        ValueError: a model on the meta device.
+        ValueError: A model on the meta device.
     """
     if workload.device.type == "meta":
         raise ValueError("model: expected one with weights to time, got one on the meta device")
@@ -189,7 +209,7 @@ def measure(
                 for name, step in steps.items()
             }
     return {
-        name: Measured(
+        name: StepCost(
             median(times[name]),
             ratios[name],
             memory.get(name),
@@ -201,9 +221,7 @@ def measure(
 
 @contextmanager
 def in_mode(workload: Workload, mode: Mode) -> Iterator[None]:
-    """Set the model to training or inference inside; scorers that are slow on purpose do not
-    warn.
-    """
+    """Set the model to training or inference inside the context; slow scorers do not warn."""
     was_training = workload.model.training
     workload.model.train(mode == "training")
     try:

@@ -1,7 +1,7 @@
-"""What `elip profile` does: models by their specs, strategies by theirs, one table of all rows.
+"""The command `elip profile`: one table for all models and strategies.
 
-Weights are random, since neither FLOPs nor times depend on them. Each model has the strategies that
-fit it; those that do not, or that cannot reach the FLOPs asked for, are left out with the reason.
+Weights are random, since neither FLOPs nor times depend on them. A strategy that does not fit a
+model, or cannot reach the requested FLOPs, is listed with the reason instead of a row.
 """
 
 import json
@@ -20,8 +20,12 @@ from rich.table import Table
 from torch import nn
 
 from elip_models.models.io.open_model import FORMS, open_model
-from elip_models.profiling.component_profile import Parts, parts_table, profile_parts
-from elip_models.profiling.measure import measured_on, memory_is
+from elip_models.profiling.component_profile import (
+    ComponentCosts,
+    components_table,
+    profile_components,
+)
+from elip_models.profiling.measure import measured_on, memory_kind
 from elip_models.profiling.runner import DENSE, MODES, Mode, ProfileRow, profile_model
 from elip_models.profiling.workload import Workload
 from elip_models.reduction.schedule import Schedule
@@ -33,19 +37,24 @@ from elip_models.towers import as_reducible, as_tower
 from elip_models.validation import ConfigError, as_config_error, check_output, from_checkout
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WIDTH = 180  # of what is not printed on a terminal
+WIDTH = 180  # characters, if the output is not a terminal
 
 
 @dataclass(frozen=True)
 class ProfileSettings:
     """The options of `elip profile`.
 
-    models: specs of `open_model`. strategies: lines of text, see `get_strategy`.
-    schedule: of the strategies that take one and do not say theirs; None is ELIP's.
-    flops: share of the dense tower's training FLOPs that every strategy is set to, if any.
-    keep: or share of its tokens.
-    rounds: of the timing; None counts alone, without memory for weights.
-    parts: also by part of a model of ours, see `profile_parts`.
+    Attributes:
+        models: Specs as in `open_model`.
+        strategies: Specs as in `get_strategy`.
+        schedule: Schedule of strategies that take one, unless their spec has one; None is ELIP's.
+        flops: Share of the dense tower's training FLOPs to which every strategy is set.
+        keep: Mean share of tokens over the layers to which every strategy is set.
+        batch_sizes: Images of a step.
+        modes: 'training', 'inference' or both.
+        dtype: 'fp32', 'bf16' or 'fp16'.
+        rounds: Rounds of the timing; None only counts, on the meta device.
+        parts: Also profile by component, see `profile_components`.
     """
 
     models: tuple[str, ...]
@@ -61,7 +70,7 @@ class ProfileSettings:
 
     @property
     def device(self) -> torch.device:
-        """Where steps run; what is only counted, on the meta device."""
+        """Return the device of the steps, which is 'meta' if they are only counted."""
         if self.rounds is None:
             return torch.device("meta")
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -69,7 +78,7 @@ class ProfileSettings:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A strategy that has no rows for a model, and why."""
+    """A strategy without rows for a model, and the reason."""
 
     model: str
     strategy: str
@@ -78,45 +87,52 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Profile:
-    """All rows of the table, those by part, and the options that they were measured by."""
+    """All rows of the table, the costs by component, and the options."""
 
     settings: ProfileSettings
     rows: tuple[ProfileRow, ...]
     left_out: tuple[LeftOut, ...]
-    parts: tuple[Parts, ...] = ()
+    parts: tuple[ComponentCosts, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """The table as plain data, with where it was measured."""
+        """Return the table as plain data, with the device and versions."""
         return {
             **measured_on(self.settings.device),
             "dtype": self.settings.dtype,
             "rounds": self.settings.rounds,
             "weights": "random",
             "flops_are_of": "one image, or pair of a whole model",
-            "memory_is": memory_is(self.settings.device),
+            "memory_is": memory_kind(self.settings.device),
             "rows": [asdict(row) for row in self.rows],
             "left_out": [asdict(each) for each in self.left_out],
             "parts": [asdict(each) for each in self.parts],
         }
 
 
-def run_profile(settings: ProfileSettings, say: Callable[[str], None] | None = None) -> Profile:
-    """Measure all rows, model by model; `say` is told what comes next.
+def run_profile(
+    settings: ProfileSettings, show_status: Callable[[str], None] | None = None
+) -> Profile:
+    """Measure all rows, model by model.
+
+    Args:
+        settings: The options of `elip profile`.
+        show_status: Called with a description of each measurement before it starts.
 
     Raises:
-        ConfigError: a spec that names no model, or a model that cannot be reduced.
+        ConfigError: An unknown model, or one that cannot be reduced.
     """
     rows: list[ProfileRow] = []
     left_out: list[LeftOut] = []
-    parts: list[Parts] = []
+    parts: list[ComponentCosts] = []
     for spec in settings.models:
-        model = opened(spec, settings)
-        strategies, refused = fitting(spec, model, settings)
+        model = open_for_profile(spec, settings)
+        strategies, refused = fit_strategies(spec, model, settings)
         left_out += refused
         for batch_size in settings.batch_sizes:
-            if say is not None:
+            if show_status is not None:
                 doing = "counting" if settings.rounds is None else "measuring, side by side:"
-                say(f"{doing} {spec}, batch {batch_size}, dense and {len(strategies)} strategies")
+                compared = f"dense and {len(strategies)} strategies"
+                show_status(f"{doing} {spec}, batch {batch_size}, {compared}")
             rows += profile_model(
                 spec,
                 model,
@@ -128,33 +144,36 @@ def run_profile(settings: ProfileSettings, say: Callable[[str], None] | None = N
             if settings.parts:
                 with as_config_error("--parts"):
                     workload, every = Workload(model, batch_size), {DENSE: None, **strategies}
-                    parts += profile_parts(spec, workload, every, rounds=settings.rounds)
+                    parts += profile_components(spec, workload, every, rounds=settings.rounds)
     return Profile(settings, tuple(rows), tuple(left_out), tuple(parts))
 
 
-def opened(spec: str, settings: ProfileSettings) -> nn.Module:
-    """Open the model with random weights, on the meta device where nothing is timed."""
-    with as_config_error("--model"), settings.device, _quietly():
+def open_for_profile(spec: str, settings: ProfileSettings) -> nn.Module:
+    """Open the model with random weights, on the meta device if nothing is timed."""
+    with as_config_error("--model"), settings.device, _warnings_disabled():
         model = open_model(spec, pretrained=False).to(DTYPES[settings.dtype])
         as_tower(as_reducible(model).image_model)
     return model
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Silence the libraries, which warn of random weights: here they are meant."""
-    logging.disable(logging.WARNING)
+def _warnings_disabled() -> Iterator[None]:
+    """Disable log messages of libraries about random weights, which are intended here."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
     try:
         yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
-def fitting(
+def fit_strategies(
     name: str, model: nn.Module, settings: ProfileSettings
 ) -> tuple[dict[str, Strategy], list[LeftOut]]:
-    """Try the strategies on the model -> those that fit, by the name of their rows, and the
-    others.
+    """Fit the strategies to the model.
+
+    Returns:
+        The strategies that fit, by the name of their rows, and the others with their reasons.
     """
     workload, found, left_out = Workload(model, 1), {}, []
     for text in settings.strategies:
@@ -173,14 +192,14 @@ def fitting(
 
 
 def _strategy_of(text: str, schedule: str | None) -> Strategy:
-    """The strategy of that line, by `schedule` where it takes one and the line has none."""
+    """Return the strategy of a spec, with `schedule` if it takes one and the spec has none."""
     name, written = parse_spec(text)
     takes = "schedule" in kinds_of(name) and "schedule" not in written
     return get_strategy(text, schedule=schedule if takes else None)
 
 
 def table_of(profile: Profile) -> Table:
-    """Lay the rows out in sections of one model, batch and mode."""
+    """Return a table with a section for each model, batch and mode."""
     rows, timed = profile.rows, profile.settings.rounds is not None
     table = Table(title=_title(profile))
     table.add_column("strategy")
@@ -209,12 +228,12 @@ def _title(profile: Profile) -> str:
     if profile.settings.rounds is not None:
         device = profile.settings.device
         title += f"; {measured_on(device)['device']}, {profile.settings.dtype}"
-        title += f"; memory: {memory_is(device)}"
+        title += f"; memory: {memory_kind(device)}"
     return title
 
 
 def _cells(row: ProfileRow) -> list[str]:
-    """The cells of a row from the column 'kept' on."""
+    """Return the cells of a row from the column 'kept' on."""
     cells = [f"{row.retained:.3f}", f"{row.forward_flops / 1e9:.3f}"]
     cells += [f"{row.backward_flops / 1e9:.3f}" if row.mode == "training" else "-"]
     cells += [f"{row.flops_ratio:.3f}"]
@@ -243,7 +262,7 @@ def profile_settings(
     """Check the options of the command line; without strategies, all of them are measured.
 
     Raises:
-        ConfigError: an option with another value than it takes.
+        ConfigError: An invalid option.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -254,9 +273,10 @@ def profile_settings(
     if keep is not None and not 0 < keep <= 1:
         raise ConfigError(f"--keep: expected a share of dense in (0, 1], got {keep}")
     if flops is not None and keep is not None:
-        raise ConfigError(f"--keep: expected it or --flops, got {keep} beside --flops {flops}")
+        raise ConfigError(f"--keep: expected it or --flops, got {keep} with --flops {flops}")
     with as_config_error("--schedule"):
-        _ = schedule and Schedule.parse(schedule)
+        if schedule:
+            Schedule.parse(schedule)
     with as_config_error("--strategy"):
         specs = tuple(dict.fromkeys(strategies or (*STRATEGIES, "elip:scorer=exact")))
         for text in specs:
@@ -280,8 +300,14 @@ def print_profile(
 ) -> None:
     """Measure, print, and write `output` as JSON.
 
+    Args:
+        settings: The options of `elip profile`.
+        paper: Also count the FLOPs of the paper's models.
+        output: JSON file to write.
+        console: Where the tables are printed.
+
     Raises:
-        ConfigError: nothing to do, or a model that cannot be opened or reduced.
+        ConfigError: No model, or one that cannot be opened or reduced.
     """
     if not settings.models and not paper:
         raise ConfigError(f"--model: expected one or more, {FORMS}; or --paper")
@@ -297,7 +323,7 @@ def print_profile(
         for each in profile.left_out:
             console.print(f"{each.model}: {each.strategy} is left out: {each.reason}", markup=False)
         if profile.parts:
-            console.print(parts_table(profile.parts))
+            console.print(components_table(profile.parts))
     if paper:
         clip, cross_modal = (
             from_checkout(name, "elip profile --paper") for name in ("paper_flops", "paper_table1")

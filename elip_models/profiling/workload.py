@@ -1,10 +1,10 @@
-"""A model to be measured: its inputs, and its step, dense or reduced.
+"""Workload: a model to measure, its inputs, and its step, dense or reduced.
 
     image model   encode_image(model, images, text_cls, strategy=..)[:, 0]
-    whole model   its own forward of images and text, reduced by `reduce_`, which encodes the text a
-                  second time where text guides
-    ours          their own forward, reduced by their own strategy, which need not; ALBEF, BLIP and
-                  METER give the loss of a fixed draw; momentum towers stay dense unless they share
+    whole model   its own forward with images and text, reduced by `reduce_`; text guidance encodes
+                  the text a second time
+    our models    their own forward, reduced by their own strategy; ALBEF, BLIP and METER return the
+                  loss with fixed random choices; momentum towers stay dense unless they share
 
 A training step is the forward and the backward of the output's squares, without an optimiser.
 """
@@ -27,19 +27,19 @@ Forward = Callable[[], Tensor]
 
 
 class Workload:
-    """A model with random inputs, on its device and in its dtype.
+    """A model with random inputs, on the model's device and in its dtype.
 
     Args:
-        model: an image model that a tower reads, or a whole language-image model.
-        batch_size: of the images, and of the texts.
+        model: An image model that a tower supports, or a whole language-image model.
+        batch_size: Number of images, and of texts.
 
     Raises:
-        TypeError: a model that cannot be reduced.
+        TypeError: A model that cannot be reduced.
     """
 
     def __init__(self, model: nn.Module, batch_size: int) -> None:
         moved = as_reducible(model).moved_in_training()
-        self.model = shared_copy(model, apart=moved) if moved else model
+        self.model = shared_copy(model, separate=moved) if moved else model
         self.batch_size = batch_size
         self.reducible = as_reducible(self.model)
         self.tower = as_tower(self.reducible.image_model)
@@ -51,25 +51,24 @@ class Workload:
 
     @property
     def step(self) -> str:
-        """What a step runs: 'whole model' or 'image tower'."""
+        """Return what a step runs: 'whole model' or 'image tower'."""
         return "whole model" if self.reducible.has_text else "image tower"
 
     def forward(self, strategy: Strategy | None) -> Forward:
-        """Prepare the forward pass under `strategy`, or dense where it is None, in the model's
-        mode.
+        """Prepare the forward pass with `strategy`, or dense if it is None, in the model's mode.
 
         Returns:
-            A call that gives the CLS output (B, D) of an image model, the features of a whole one
-            end to end, or the loss of one of ours.
+            A function that returns the CLS output (B, D) of an image model, the features of a whole
+            model, or the loss of one of our models.
 
         Raises:
-            TypeError, ValueError: a strategy that does not fit the model.
+            TypeError, ValueError: A strategy that does not fit the model.
         """
         run, as_tensor, inputs = self.reduced_by(strategy), self.reducible.as_tensor, self.inputs
         return lambda: as_tensor(run(**inputs))
 
     def reduced_by(self, strategy: Strategy | None) -> Callable[..., object]:
-        """Prepare what is called with the inputs; it shares all weights with the model."""
+        """Return a callable for the inputs, which shares all weights with the model."""
         if self.reducible.reduces_itself:
             model = shared_copy(self.model)
             model.reduction = (strategy or model.dense).fitted(model.tower)
@@ -88,9 +87,7 @@ class Workload:
         self.model.zero_grad(set_to_none=True)
 
     def on_meta(self) -> "Workload":
-        """Copy the workload to the meta device, where it needs no memory and no time and counts the
-        same FLOPs.
-        """
+        """Return a copy on the meta device, whose FLOPs are counted without memory or time."""
         if self.device.type == "meta":
             return self
         memo = {id(p): nn.Parameter(_empty(p), p.requires_grad) for p in self.model.parameters()}
@@ -98,14 +95,14 @@ class Workload:
         return Workload(copy.deepcopy(self.model, memo), self.batch_size)
 
     def tracing(self) -> AbstractContextManager:
-        """The context that forwards on the meta device run in."""
+        """Return the context in which forwards run on the meta device."""
         return self.reducible.tracing()
 
 
-def shared_copy(model: nn.Module, apart: Iterable[Tensor] = ()) -> nn.Module:
-    """Copy the modules of a model, which share its parameters and buffers, except for `apart`."""
+def shared_copy(model: nn.Module, separate: Iterable[Tensor] = ()) -> nn.Module:
+    """Copy a model's modules; parameters and buffers are shared, except those in `separate`."""
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    for tensor in apart:
+    for tensor in separate:
         del shared[id(tensor)]
     return copy.deepcopy(model, shared)
 

@@ -1,1 +1,1 @@
-"""A recipe becomes a trained model."""
+"""Training: a recipe becomes a trained model."""

@@ -1,9 +1,9 @@
-"""`accelerate` as a recipe asks for it.
+"""The `accelerate.Accelerator` of a run, and a process group to wait in.
 
-Buffers are not broadcast: the queue of features, their largest, is the same on every rank.
+DistributedDataParallel does not broadcast buffers. The largest one, the queue of features, is
+already equal on every rank.
 """
 
-import logging
 import os
 from datetime import timedelta
 
@@ -18,23 +18,25 @@ with require_extra("elip_models.training"):
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
-MOST_WAITED = timedelta(days=7)
-STORE_OF_ITS_OWN = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+MAX_WAIT = timedelta(days=7)
+NO_SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 
 def make_accelerator(config: RunConfig, folder: RunFolder) -> Accelerator:
-    """Precision, accumulation and trackers of `config`, files of trackers in `folder`.
+    """Return an Accelerator with the precision, accumulation and trackers of `config`.
+
+    Args:
+        config: The recipe of the run.
+        folder: The folder in which trackers write their files.
 
     Raises:
-        ConfigError: a precision or a tracker that there is not, or restarts that could hang.
+        ConfigError: An unknown precision or tracker, or restarts by torchrun that could hang.
     """
     _check_restarts()
     optim = config.optim
-    told = logging.getLogger("accelerate.utils.other")
-    told.addFilter(lambda record: "Removed shared tensor" not in record.getMessage())  # tied: meant
     with as_config_error("optim.precision or trackers"):
         accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),  # or torchrun on CPUs is not seen
+            cpu=not torch.accelerator.is_available(),  # else torchrun on CPUs is not detected
             mixed_precision="no" if optim.precision == "fp32" else optim.precision,
             gradient_accumulation_steps=optim.grad_accumulation,
             log_with=list(config.trackers) or None,
@@ -46,23 +48,27 @@ def make_accelerator(config: RunConfig, folder: RunFolder) -> Accelerator:
     return accelerator
 
 
-def waiting_group(accelerator: "Accelerator") -> "dist.ProcessGroup | None":
-    """All processes of a run, to wait in for what the main one does alone, an evaluation of hours:
-    at a barrier of the training's own group NCCL ends the run after ten minutes. None of one.
+def make_barrier_group(accelerator: "Accelerator") -> "dist.ProcessGroup | None":
+    """Return a gloo process group whose barrier has a timeout of seven days; None for one process.
+
+    The other processes wait in it while the main process evaluates, which may take hours. NCCL ends
+    a run that waits for ten minutes at a barrier of the default group.
     """
     if accelerator.num_processes == 1:
         return None
-    return dist.new_group(backend="gloo", timeout=MOST_WAITED)
+    return dist.new_group(backend="gloo", timeout=MAX_WAIT)
 
 
 def _check_restarts() -> None:
-    """Where torchrun lends its own store, restarted processes find the addresses of those that have
-    ended in it, and may wait for them for ever (torch 2.13).
+    """Raise ConfigError where processes that torchrun restarts could wait forever (torch 2.13).
+
+    With torchrun's shared store, restarted processes find the addresses of processes that have
+    ended.
     """
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-    is_lent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if restarts and is_lent and os.environ.get(STORE_OF_ITS_OWN) != "1":
+    is_shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if restarts and is_shared and os.environ.get(NO_SHARED_STORE) != "1":
         raise ConfigError(
-            f"torchrun: expected {STORE_OF_ITS_OWN}=1 in the environment beside "
-            f"--max-restarts={restarts}, or restarted processes may wait for those that have ended"
+            f"torchrun: expected {NO_SHARED_STORE}=1 in the environment with "
+            f"--max-restarts={restarts}, or restarted processes may wait forever"
         )

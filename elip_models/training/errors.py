@@ -1,14 +1,14 @@
-"""Why a run does not go on."""
+"""Errors that end a run."""
 
 import signal
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot start, continue or go on; the message says what to do."""
+    """A run that cannot start, resume or continue. The message contains a remedy."""
 
 
 class Stopped(TrainingError):
-    """A run that a signal ended, after its checkpoint."""
+    """A run that a signal ended. Its last checkpoint is complete."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
@@ -16,5 +16,5 @@ class Stopped(TrainingError):
 
     @property
     def status(self) -> int:
-        """The exit status of a process that a signal ended, as shells count it."""
+        """Return the exit status of a process that a signal ended: 128 plus the signal's number."""
         return 128 + self.signal

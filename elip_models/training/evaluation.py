@@ -1,4 +1,4 @@
-"""What a run evaluates, on the way and at its end."""
+"""Evaluation during and after training."""
 
 from typing import TYPE_CHECKING
 
@@ -16,37 +16,44 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Scores = RetrievalScores | ZeroShotScores | TaskScores
-OF_PRETRAINING = {"retrieval": evaluate_retrieval, "zero_shot": evaluate_zero_shot}
+PRETRAINING_TASKS = {"retrieval": evaluate_retrieval, "zero_shot": evaluate_zero_shot}
 
 
 class Evaluation:
-    """The tasks that a recipe names, or the one that it fine-tunes for, their data, and the last
-    scores of each.
+    """The evaluation tasks of a recipe, their data, and the last scores of each task.
+
+    A pre-training recipe evaluates retrieval and zero-shot classification. A fine-tuning recipe
+    evaluates its downstream task.
+
+    Args:
+        config: The recipe of the run.
+        image_size: Side of the model's images in pixels.
 
     Raises:
-        ConfigError: data that cannot be opened, or a model that has nothing to rank.
+        ConfigError: Data that cannot be opened, or a model without features to rank.
     """
 
     def __init__(self, config: RunConfig, image_size: int) -> None:
         self.config = config
-        self.answers: tuple[str, ...] | None = None  # that the model learns to give
+        self.answers: tuple[str, ...] | None = None  # the answers that the model can give
         self.scores: dict[str, Scores] = {}
         self.sources: dict[str, Source | ClassSource] = {}
         self.task = task_of(config)
         if self.task is None:
-            self._open_of_pretraining(image_size)
+            self._open_pretraining_data(image_size)
         elif config.data.eval is not None:
             with as_config_error("data.eval"):
                 self.sources[self.task.name] = open_samples(config, config.data.eval, image_size)
         self.at_end = [name for name in self.sources if self.task or name in config.report]
 
-    def _open_of_pretraining(self, image_size: int) -> None:
+    def _open_pretraining_data(self, image_size: int) -> None:
+        """Open the data of retrieval and of zero-shot classification."""
         config = self.config
         family = family_of(config.model.name)
-        asked = [name for name in OF_PRETRAINING if name in config.report]
-        if not family.ranks and (config.eval_every or asked):
+        requested = [name for name in PRETRAINING_TASKS if name in config.report]
+        if not family.ranks and (config.eval_every or requested):
             raise ConfigError(
-                f"report: expected no {' or '.join(asked) or 'retrieval'}, and eval_every=0, "
+                f"report: expected no {' or '.join(requested) or 'retrieval'}, and eval_every=0, "
                 f"for {family.__name__}, which has no features of images and texts alone to rank"
             )
         if config.data.eval is not None:
@@ -59,7 +66,7 @@ class Evaluation:
                 )
 
     def due(self, step: int, total_steps: int) -> list[str]:
-        """The tasks after step `step`."""
+        """Return the names of the tasks to evaluate after step `step`."""
         every = self.config.eval_every
         if every and step % every == 0:
             return list(self.sources)
@@ -68,12 +75,12 @@ class Evaluation:
     def run(
         self, task: str, model: PretrainedModel, tokenizer: "PreTrainedTokenizerBase"
     ) -> Scores:
-        """Evaluates one task; its scores are kept."""
+        """Evaluate one task, store its scores and return them."""
         data, source = self.config.data, self.sources[task]
         loading = Loading(self.config.optim.batch_size, data.num_workers, data.max_bad_share)
         if self.task is not None:
             self.scores[task] = self.task.evaluate(model, tokenizer, source, loading, self.answers)
         else:
-            evaluate = OF_PRETRAINING[task]
+            evaluate = PRETRAINING_TASKS[task]
             self.scores[task] = evaluate(model, tokenizer, source, **loading._asdict())
         return self.scores[task]

@@ -1,11 +1,11 @@
 """The recipe that fine-tunes a saved model for a downstream task.
 
-    finetune/vqa_albef    the originals' settings, by task and family
-    finetune/vqa_tiny     on the built-in world, for any family
+    finetune/vqa_albef    settings of the original papers, one recipe for each task and family
+    finetune/vqa_tiny     built-in data, for any family
 
-What shapes the weights is the saved model's; the recipe may say another image size, and how long a
-text is, where the model has places for it. Its image tower is dense unless asked otherwise, as in
-the paper.
+The architecture comes from the saved model. The recipe may set another image size, and another text
+length up to the number of the model's text positions. As in the paper, the image tower is dense by
+default.
 """
 
 from collections.abc import Mapping
@@ -28,55 +28,56 @@ REDUCTION = {
 
 
 def finetune_recipe(
-    task: str, start: Path, overrides: Mapping[str, Any], *, reduced: bool = False
+    task: str, folder: Path, overrides: Mapping[str, Any], *, reduced: bool = False
 ) -> RunConfig:
-    """The recipe of a run that fine-tunes the model in the folder `start`.
+    """Return the recipe of a run that fine-tunes the model in `folder`.
 
     Args:
-        task: its name, for the recipe of the model's family; or the name or path of a recipe.
-        start: as `save_pretrained` or `elip train` wrote it.
-        overrides: dotted keys of the recipe.
-        reduced: the image tower as the saved model reduces it; what the task's model has no place
-            for, such as another guide, is left out.
+        task: Name of a task, or name or path of a recipe. The task's recipe is that of the model's
+            family.
+        folder: Folder of a model that `save_pretrained` or `elip train` wrote.
+        overrides: Values of the recipe by dotted key.
+        reduced: Reduce the image tower as the saved model does. Options that the task's model does
+            not have, such as another guide, are dropped.
 
     Raises:
-        ConfigError: an unknown task or recipe, a folder of other content, or a setting that cannot
-            be.
+        ConfigError: An unknown task or recipe, a folder without a model, or an invalid setting.
     """
     with as_config_error("--from"):
-        folder = start / "model" if (start / "model" / "config.json").is_file() else start
-        family, config = _saved(folder)
+        if (folder / "model" / "config.json").is_file():
+            folder = folder / "model"
+        family, config = _read_saved_model(folder)
     recipe = _recipe_of(task, family)
-    begun = {
+    initial = {
         "model.name": next(name for name in CONFIGS if family_of(name) is MODELS[family]),
         "model.pretrained": str(folder),
         "data.tokenizer": str(folder),
         **overrides,
     }
-    chosen = recipe_with(recipe, begun)
+    chosen = recipe_with(recipe, initial)
     if chosen.task is None:
         raise ConfigError(f"recipe {recipe}: expected one with a task, got none")
     with as_config_error("task"):
         model = downstream_of(MODELS[family], chosen.task)
     dropped = {"gather", *input_fields(chosen.data)} | (set() if reduced else REDUCTION)
-    if "max_positions" in config:  # there is room: a text is as long as the recipe says
+    if "max_positions" in config:  # more positions than the text length, which the recipe sets
         dropped.add("context_length")
     kept = {n: value for n, value in inherited_fields(model, config).items() if n not in dropped}
-    return recipe_with(recipe, begun, kept)
+    return recipe_with(recipe, initial, kept)
 
 
-def _saved(folder: Path) -> tuple[str, dict[str, Any]]:
-    """Family, of pre-training, and config of a folder."""
+def _read_saved_model(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Return the pre-training family and the config of the model in a folder."""
     family, config = read_config(folder)
     if family not in MODELS:
-        raise ValueError(f"expected a folder of one of our models, got {folder}")
+        raise ValueError(f"expected a folder with a model of this library, got {folder}")
     if MODELS[family].task is not None:
         family = MODELS[family].pretraining.family
     return family, config
 
 
 def _recipe_of(task: str, family: str) -> str:
-    """The recipe that a name says."""
+    """Return the name or path of the recipe for a task."""
     names = [name.removeprefix(f"{FINETUNE}/") for name in recipe_names(FINETUNE)]
     if task in TASKS:
         with as_config_error("TASK"):

@@ -1,4 +1,4 @@
-"""Token reduction in the Trainer of transformers, which it takes as one more callback."""
+"""Token reduction in the Trainer of transformers, as a callback."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ with require_extra("elip_models.training"):
 
 
 class ReductionCallback(TrainerCallback):
-    """Reduces the Trainer's model by `reduce_`, and gives it all tokens again towards the end.
+    """A callback that reduces the Trainer's model by `reduce_`, and can end training dense.
 
         Trainer(model, args, callbacks=[ReductionCallback("tome", until=0.9)], ..)
 
-    The step that the Trainer counts decides, so that a resumed run goes on as it would have. An
-    evaluation sees the model as the step before it did; after training it stays as the last step
-    left it. The model may be compiled by the Trainer's `torch_compile`, which compiles again where
-    the reduction changes.
+    The state depends only on the Trainer's step count, so that a resumed run continues identically.
+    An evaluation runs with the reduction of the step before it. After training the model keeps the
+    state of the last step. With the Trainer's `torch_compile`, the model is compiled again when the
+    reduction changes.
     """
 
     def __init__(
@@ -30,15 +30,17 @@ class ReductionCallback(TrainerCallback):
         until: Count | PositiveShare | None = None,
         **options: Any,
     ) -> None:
-        """Args:
-            strategy: as of `reduce_`; of `PatchDropout(.., until=..)` what it is in each step. None
-                and no options: what the model is reduced by already, where it is.
-            until: the first step that is dense, counted in optimiser steps from 0; a float is a
-                share of all steps of the run (0.9: the last tenth is dense). None: none is.
-            options: as of `reduce_`.
+        """Store the reduction and the step at which it ends.
+
+        Args:
+            strategy: As in `reduce_`. A `PatchDropout(.., until=..)` is resolved for each step.
+                None without options: the present reduction of the model, or the default one.
+            until: The first dense step, counted in optimiser steps from 0. A float is a share of
+                all steps of the run: with 0.9 the last tenth is dense. None: no step is dense.
+            **options: As in `reduce_`.
 
         Raises:
-            TypeError, ValueError: `until` is neither. What `reduce_` refuses, it refuses when
+            TypeError, ValueError: `until` is neither. Invalid arguments of `reduce_` raise when
                 training begins.
         """
         check("until", until, Count | PositiveShare | None)
@@ -55,7 +57,7 @@ class ReductionCallback(TrainerCallback):
         model: nn.Module,
         **others: Any,
     ) -> None:
-        """Before an optimiser step: changes the model where it is not yet as this step has it."""
+        """Reduce the model, or restore the dense one, as the coming optimiser step requires."""
         until = self.until
         if isinstance(until, float):
             until = round(until * state.max_steps)
@@ -63,14 +65,14 @@ class ReductionCallback(TrainerCallback):
             unreduce_(model)
             return
         if self.strategy is None:
-            self._choose(model)
+            self._resolve_strategy(model)
         strategy = self.strategy
         if isinstance(strategy, Strategy):
             strategy = strategy.at(state.global_step)
         reduce_(model, strategy=strategy, **self.options)
 
-    def _choose(self, model: nn.Module) -> None:
-        """Once, since a model that is reduced no longer says what a saved one was."""
+    def _resolve_strategy(self, model: nn.Module) -> None:
+        """Choose the strategy once, before `unreduce_` removes that of a reduced model."""
         if self.options or not is_reduced(model):
             reduce_(model, **self.options)
         self.strategy, self.options = reduction_summary(model).strategy, {}

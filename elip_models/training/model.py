@@ -1,4 +1,4 @@
-"""The model that a recipe trains, as its first step finds it."""
+"""The model that a recipe trains, before its first step."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -30,22 +30,24 @@ def make_model(
     resumed: bool,
     console: Console,
 ) -> PretrainedModel:
-    """Creates the model, and gives it the weights that the recipe begins with.
+    """Create the model of a recipe and load its initial weights.
 
     Args:
-        text_sizes: fields of the model's config that follow from the tokenizer, and from the data
-            of its task.
-        num_processes: ranks, whose batches make one step.
-        resumed: a checkpoint of the run follows, so that nothing else is loaded.
-        console: told what `model.pretrained` gave.
+        config: The recipe of the run.
+        tokenizer: The tokenizer of the captions.
+        text_sizes: Fields of the model's config that follow from the tokenizer and from the task's
+            data.
+        num_processes: Number of ranks, whose batches make one step.
+        resumed: True if a checkpoint of the run is loaded later, so that initial weights are not.
+        console: Where the summary of `model.pretrained` is printed.
 
     Raises:
-        ConfigError: a setting that does not fit the model, or weights that do not.
+        ConfigError: A setting or weights that do not fit the model.
     """
     optim = config.optim
     if (gather := config.model.overrides.get("gather", optim.gather)) != optim.gather:
         raise ConfigError(
-            f"model.overrides.gather: expected {optim.gather!r}, which optim.gather says, got "
+            f"model.overrides.gather: expected {optim.gather!r}, the value of optim.gather, got "
             f"{gather!r}; set optim.gather instead"
         )
     with as_config_error("model"):
@@ -61,7 +63,7 @@ def make_model(
             f"got {length}"
         )
     if not resumed:
-        _begin_(model, config, console)
+        _load_initial_weights_(model, config, console)
     with as_config_error("peft"):
         adapt_(model, config.peft)
     if model.adapted is not None:
@@ -74,7 +76,8 @@ def make_model(
     return model
 
 
-def _begin_(model: PretrainedModel, config: RunConfig, console: Console) -> None:
+def _load_initial_weights_(model: PretrainedModel, config: RunConfig, console: Console) -> None:
+    """Load the weights of `model.vision_init`, `text_init` and `pretrained`."""
     begin = config.model
     if begin.vision_init or begin.text_init:
         with as_config_error("model.vision_init, model.text_init"):
@@ -92,11 +95,11 @@ def _begin_(model: PretrainedModel, config: RunConfig, console: Console) -> None
 
 
 def _check_tokens(start: WarmStart, config: RunConfig) -> None:
-    """Raises ConfigError where embeddings of one tokenizer's tokens met those of a new one."""
+    """Raise ConfigError if token embeddings were loaded for a tokenizer that is newly trained."""
     embeddings = [name for name in start.loaded if name.endswith(TOKEN_EMBEDDINGS)]
     if embeddings and config.data.tokenizer == "train":
         raise ConfigError(
             f"data.tokenizer: expected that of model.pretrained, whose {embeddings[0]} has a row "
-            "for each of its tokens, got 'train', which makes others; name its folder, or begin "
-            "with new embeddings by model.allow_missing and model.allow_unexpected"
+            "for each of its tokens, got 'train', which makes others; set its folder, or use "
+            "new embeddings through model.allow_missing and model.allow_unexpected"
         )

@@ -1,13 +1,13 @@
-"""open_clip's own training script, with the image tower of its model reduced.
+"""open_clip's own training script, with a reduced image tower.
 
     python -m elip_models.open_clip_train --reduce keep=0.7 --model ViT-B-16 --train-data a.csv ..
     torchrun --nproc-per-node 4 -m elip_models.open_clip_train --reduce tome:r=8 --model ..
 
-All other arguments are `open_clip_train.main`'s, and pass on. It has no hook between making a model
-and training it. So its `main` runs as it is, but with another global of one name: the
-`create_model_and_transforms` that it calls also reduces the model that it makes. Nothing of
-open_clip is changed, neither its files nor its modules. Checkpoints are open_clip's; how they were
-reduced stands in its log alone, and `--reduce` is given again where training resumes.
+All other arguments go to `open_clip_train.main`, which has no hook between creating a model and
+training it. Therefore its `main` runs with one replaced global: its `create_model_and_transforms`
+also reduces the model. Files and modules of open_clip are not changed. Checkpoints have open_clip's
+format. Only the log contains the reduction, so `--reduce` has to be given again when training
+resumes.
 """
 
 import argparse
@@ -23,20 +23,23 @@ from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.strategy_spec import get_strategy
 
 CREATE = "create_model_and_transforms"
-LEAK = (
-    "--val-data: expected none where the caption guides the image: open_clip encodes each image "
-    "with its own caption there, which would tell the ranking whose it is; take elip:fusion=1.0, a "
-    "strategy without text such as tome, or --imagenet-val"
+GUIDED_VALIDATION_ERROR = (
+    "--val-data: expected none with a strategy that the caption guides: open_clip encodes each "
+    "image with its own caption there, which leaks the right answer into the ranking; use "
+    "elip:fusion=1.0, a strategy without text such as tome, or --imagenet-val"
 )
 
 
 def main(arguments: Sequence[str]) -> int | None:
-    """Train as open_clip does; returns what its `main` returns, -1 where that refuses to run.
+    """Train as open_clip does and return what its `main` returns, -1 if that does not run.
+
+    Args:
+        arguments: Those of the command line, without the program's name.
 
     Raises:
-        SystemExit: arguments that cannot be used, with the reason.
-        TypeError: a model that cannot be reduced, with the reason.
-        ImportError: open_clip's training needs the extra `open-clip-train`.
+        SystemExit: Invalid arguments.
+        TypeError: A model that cannot be reduced.
+        ImportError: The extra `open-clip-train` is not installed.
     """
     parser = argparse.ArgumentParser(
         prog="elip_models.open_clip_train",
@@ -59,16 +62,21 @@ def main(arguments: Sequence[str]) -> int | None:
             f"open_clip's training needs {error.name}: pip install 'elip-kernels[open-clip-train]'"
         ) from error
     if script.parse_args(others).val_data is not None and strategy.is_guided:
-        parser.error(LEAK)
-    run = with_globals(script.main, **{CREATE: reducing_first(getattr(script, CREATE), options)})
+        parser.error(GUIDED_VALIDATION_ERROR)
+    run = with_globals(
+        script.main, **{CREATE: reduce_first_model(getattr(script, CREATE), options)}
+    )
     return run(others)
 
 
 def parse_reduce(words: Sequence[str]) -> tuple[Strategy, dict[str, Any]]:
-    """['tome:r=8'], ['keep=0.7'] or both -> the strategy, and what to call `reduce_` with.
+    """Parse ['tome:r=8'], ['keep=0.7'] or both.
+
+    Returns:
+        The strategy, and the keyword arguments of `reduce_`.
 
     Raises:
-        TypeError, ValueError: another strategy, setting or word.
+        TypeError, ValueError: An unknown strategy, option or word.
     """
     shares = [word for word in words if word.startswith("keep=")]
     names = [word for word in words if word not in shares] or ["tome"]
@@ -85,10 +93,10 @@ def parse_reduce(words: Sequence[str]) -> tuple[Strategy, dict[str, Any]]:
 
 
 def with_globals(function: FunctionType, **names: Any) -> Callable[..., Any]:
-    """The same function, which finds `names` among its globals; its module is left alone.
+    """Return a copy of a function whose globals include `names`; its module does not change.
 
     Raises:
-        TypeError: a function that reads none of these names.
+        TypeError: A function that does not read these names.
     """
     unread = names.keys() - set(function.__code__.co_names)
     if unread:
@@ -99,8 +107,8 @@ def with_globals(function: FunctionType, **names: Any) -> Callable[..., Any]:
     return FunctionType(function.__code__, function.__globals__ | names)
 
 
-def reducing_first(create: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
-    """`create`, the first model of which is reduced: the next is a teacher, and stays dense."""
+def reduce_first_model(create: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """Wrap `create` so that its first model is reduced; the next one, a teacher, stays dense."""
     made: list[nn.Module] = []
 
     def create_reduced(*args: Any, **kwargs: Any) -> tuple[Any, ...]:

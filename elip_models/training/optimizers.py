@@ -1,4 +1,4 @@
-"""The optimiser of a recipe: AdamW of torch, Lion or Muon of timm."""
+"""The optimiser of a recipe: AdamW of torch, or Lion or Muon of timm."""
 
 from typing import Any
 
@@ -13,64 +13,64 @@ from elip_models.validation import require_extra
 with require_extra("elip_models.training"):
     from timm.optim import Lion, Muon
 
-LEAST_SIDE = 4
-"""Of a matrix that Muon makes orthogonal; ITM's head, of two rows, is no such."""
+MIN_MATRIX_SIDE = 4
+"""Smallest side of a matrix that Muon updates; ITM's head has only two rows."""
 
 
 def make_optimizer(model: nn.Module, optim: OptimConfig) -> Optimizer:
-    """The optimiser that `optim` names, over groups that each have an `lr_scale`.
+    """Return the optimiser that `optim` names; each of its groups has an `lr_scale`.
 
-    Muon takes the weights of linear layers, AdamW, inside the same optimiser, the rest: embeddings,
-    the patch embedding, vectors.
+    Muon updates the weights of linear layers. The rest, such as embeddings and vectors, is updated
+    by AdamW inside the same optimiser.
+
+    Args:
+        model: The model to train.
+        optim: The recipe's optimiser settings.
 
     Raises:
-        ValueError: a pattern of `optim.lr_scale` that fits no parameter.
+        ValueError: A pattern of `optim.lr_scale` that matches no parameter.
     """
     groups = parameter_groups(model, optim.weight_decay, optim.lr_scale, no_decay=optim.no_decay)
     if optim.name == "lion":
         return Lion(groups, lr=optim.lr, betas=optim.betas)
     if optim.name == "muon":
-        groups = _split(groups, _hidden_matrices(model), optim.eps)
+        groups = _split_groups(groups, _hidden_matrices(model), optim.eps)
         return Muon(groups, lr=optim.lr, betas=optim.betas, nesterov=True)
-    fused = torch.cuda.is_available() or None  # which skips a step without the host: `step_`
+    fused = torch.cuda.is_available() or None  # skips a step without a synchronisation: `step_`
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused)
 
 
 def step_(optimizer: Optimizer, grad_norm: Tensor) -> None:
-    """A step of the optimiser, or none where the gradient's norm is not finite.
+    """Take a step of the optimiser, unless the gradient's norm is not finite.
 
-    AdamW, fused on a GPU, is told so there and leaves parameters and state alone; for another the
+    A fused optimiser on a GPU skips the step there, without a synchronisation. For all others the
     host waits for the norm.
     """
     is_fused = all(group.get("fused") for group in optimizer.param_groups)
     if is_fused and grad_norm.device.type != "cpu":
-        tell_(optimizer, grad_norm)
+        skip_nonfinite_step_(optimizer, grad_norm)
         optimizer.step()
     elif grad_norm.isfinite():
         optimizer.step()
 
 
-def tell_(optimizer: Optimizer, grad_norm: Tensor) -> None:
-    """Let a fused optimiser skip its next step where the norm is not finite, as a gradient scaler
-    would.
-    """
-    inner = getattr(optimizer, "optimizer", optimizer)  # of accelerate's wrapper
+def skip_nonfinite_step_(optimizer: Optimizer, grad_norm: Tensor) -> None:
+    """Set a fused optimiser to skip its next step if the norm is not finite."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the optimiser
     inner.grad_scale, inner.found_inf = None, (~grad_norm.isfinite()).float()
 
 
 def _hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
-    """Weights of linear layers, but for those that are an embedding's too."""
+    """Return the weights of linear layers, except those shared with an embedding."""
     embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     weights = {module.weight for module in model.modules() if isinstance(module, nn.Linear)}
-    return {weight for weight in weights - embeddings if min(weight.shape) >= LEAST_SIDE}
+    return {weight for weight in weights - embeddings if min(weight.shape) >= MIN_MATRIX_SIDE}
 
 
-def _split(
+def _split_groups(
     groups: list[dict[str, Any]], hidden: set[nn.Parameter], eps: float
 ) -> list[dict[str, Any]]:
-    """Each group as that of Muon and that of AdamW, which is timm's `use_fallback` without
-    Nesterov.
-    """
+    """Split each group for Muon and AdamW, which is timm's `use_fallback` without Nesterov."""
     split = []
     for group in groups:
         for is_hidden, options in (

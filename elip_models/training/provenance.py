@@ -1,4 +1,4 @@
-"""Where a run came from: what is needed to know, later, what made a model."""
+"""Provenance of a run: versions, commit, command and data that produced a model."""
 
 import hashlib
 import math
@@ -21,11 +21,14 @@ PACKAGES = ("elip-kernels", "timm", "transformers", "accelerate", "datasets", "p
 MAX_READ_SAMPLES = 1_000
 
 
-def origin(
+def run_provenance(
     source: Source | ExampleSource | StreamSource, checkpoint: Path | None
 ) -> dict[str, Any]:
-    """Time, machine, command, versions, commit and data of a run that begins now, or goes on from a
-    checkpoint.
+    """Return time, machine, command, versions, commit and data of a run that starts or resumes.
+
+    Args:
+        source: The training data.
+        checkpoint: The checkpoint that is resumed; None at the start of a run.
     """
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -34,15 +37,17 @@ def origin(
         "process": os.getpid(),
         "command": sys.argv,
         "python": platform.python_version(),
-        "versions": {"torch": torch.__version__, **_versions()},  # torch's own tells its build
+        "versions": {"torch": torch.__version__, **_versions()},  # with the build of torch
         "commit": commit(),
         "data": {"samples": len(source), "sha256": fingerprint(source)},
     }
 
 
 def fingerprint(source: Source | ExampleSource | StreamSource) -> str:
-    """SHA-256 of the texts of at most 1,000 samples, spread over the source, and of its length; of
-    a stream, of the URLs of its shards.
+    """Return a SHA-256 of the source.
+
+    It covers the length and the texts of at most 1,000 samples, evenly spaced. For a stream it
+    covers the URLs of the shards.
     """
     if isinstance(source, StreamSource):
         return hashlib.sha256(repr(source.shards).encode()).hexdigest()

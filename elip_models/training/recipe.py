@@ -1,8 +1,9 @@
-"""The recipe of a run: a `RunConfig` read from YAML and changed by dotted overrides.
+"""Recipes: a `RunConfig` read from YAML and changed by dotted overrides.
 
-A recipe is data, never code, but for a `pipe:` of `data.train`, which is a command. `load_recipe`
-takes the name of a file in `elip_models/recipes` or a path, applies `key=value` overrides and
-returns a `RunConfig`, or raises a `ConfigError` that names the key, what was expected and found.
+A recipe contains data, not code, except for a `pipe:` URL in `data.train`, which is a command.
+`load_recipe` takes the name of a file in `elip_models/recipes` or a path, and `key=value`
+overrides. It returns a `RunConfig`, or raises a `ConfigError` with the key, the requirement and the
+value.
 """
 
 import copy
@@ -39,21 +40,21 @@ RESUMABLE_KEYS = (
     "trackers",
     "report",
 )
-"""Keys that may change on resuming: the length, the output, and what does not touch a gradient."""
+"""Keys that may change on resuming: length and output of the run, and keys without gradients."""
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a recipe and applies overrides.
+    """Read a recipe and apply overrides.
 
     Args:
-        name_or_path: name of a built-in recipe, or path of a YAML file.
+        name_or_path: Name of a built-in recipe, or path of a YAML file.
         overrides: `key=value` with dotted keys, such as `optim.lr=3e-4`; values are YAML.
 
     Raises:
-        ConfigError: unknown recipe or key, wrong type or range, or a required key that is not set.
+        ConfigError: An unknown recipe or key, a wrong type or range, or a missing required key.
     """
     if isinstance(overrides, str):
-        raise ConfigError(f"overrides: expected several key=value, got the text {overrides!r}")
+        raise ConfigError(f"overrides: expected a list of key=value, got the text {overrides!r}")
     return recipe_with(name_or_path, parse_overrides(overrides, "optim.lr=3e-4"))
 
 
@@ -62,11 +63,15 @@ def recipe_with(
     overrides: Mapping[str, Any],
     defaults: Mapping[str, Any] | None = None,
 ) -> RunConfig:
-    """`load_recipe` with overrides as a mapping of dotted keys to values, the later one counting;
-    `defaults` are of `model.overrides`, where the recipe does not say otherwise.
+    """Read a recipe and apply overrides, given as a mapping.
+
+    Args:
+        name_or_path: As in `load_recipe`.
+        overrides: Values by dotted key, applied in order.
+        defaults: Values of `model.overrides`, for keys that the recipe does not set.
 
     Raises:
-        ConfigError: as of `load_recipe`.
+        ConfigError: As in `load_recipe`.
     """
     path = _find_recipe(str(name_or_path))
     values = read_mapping(path)
@@ -74,14 +79,22 @@ def recipe_with(
         model = values.setdefault("model", {})
         model["overrides"] = {**defaults, **(model.get("overrides") or {})}
     for key, value in overrides.items():
-        _set_dotted(values, key, copy.deepcopy(value))  # a later key may change a part of it
+        _set_dotted(values, key, copy.deepcopy(value))  # a later override may change this value
     config = from_mapping(RunConfig, values)
-    _check_together(config)
+    _check_consistency(config)
     return config
 
 
 def parse_overrides(overrides: Sequence[str], example: str) -> dict[str, Any]:
-    """Keys and values, read as YAML, of `key=value` texts; the ConfigError shows an example."""
+    """Parse `key=value` texts with values in YAML.
+
+    Args:
+        overrides: The texts.
+        example: A valid override, for the error message.
+
+    Raises:
+        ConfigError: A text that is not `key=value`.
+    """
     values = {}
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -95,20 +108,22 @@ def parse_overrides(overrides: Sequence[str], example: str) -> dict[str, Any]:
                     f"override {override!r}: expected a list in YAML; put its items in quotes, "
                     f"such as {key}=['a.json', '*.tar']"
                 ) from None
-            values[key.strip()] = text  # a glob such as *.tar is not YAML, and is a string
+            values[key.strip()] = text  # a glob such as *.tar is not valid YAML
     return values
 
 
 def save_recipe(config: RunConfig, path: Path) -> None:
-    """Writes a resolved recipe as YAML that `load_recipe` reads back to an equal config."""
-    text = yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+    """Write a recipe as YAML that `load_recipe` reads back to an equal config."""
+    text = yaml.safe_dump(
+        _tuples_to_lists(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True
+    )
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
 def recipe_names(part: str = "") -> list[str]:
-    """Names of the built-in recipes, sorted: of pre-training, or of the part 'finetune'."""
+    """Return the sorted names of the built-in recipes: of pre-training, or in the folder `part`."""
     folder = resources.files("elip_models") / "recipes" / part
     names = (entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
     return sorted(f"{part}/{name}" if part else name for name in names)
@@ -117,7 +132,7 @@ def recipe_names(part: str = "") -> list[str]:
 def resume_conflicts(
     saved: RunConfig, requested: RunConfig, may_change: Container[str] = RESUMABLE_KEYS
 ) -> list[str]:
-    """One line "key: saved -> requested" for each key that differs and may not on resuming."""
+    """Return "key: saved -> requested" for each key that must not change on resuming but does."""
     old, new = (_flatten(dataclasses.asdict(config)) for config in (saved, requested))
     keys = [key for key in old | new if key not in may_change and old.get(key) != new.get(key)]
     return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys]
@@ -137,8 +152,8 @@ def _find_recipe(name_or_path: str) -> Path:
     return Path(str(resources.files("elip_models") / "recipes" / f"{name_or_path}.yaml"))
 
 
-def _check_together(config: RunConfig) -> None:
-    """What one key alone cannot tell."""
+def _check_consistency(config: RunConfig) -> None:
+    """Raise ConfigError where keys contradict each other."""
     if not config.output_dir.strip():
         raise ConfigError("output_dir: expected the name of a folder, got an empty one")
     if config.optim.steps is None and config.optim.epochs is None:
@@ -193,7 +208,7 @@ def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key to value, free-form dictionaries included."""
+    """Return the values by dotted key, those of free-form dictionaries included."""
     flat = {}
     for key, value in values.items():
         nested = isinstance(value, Mapping) and value
@@ -201,8 +216,8 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _plain(value: Any) -> Any:
-    """Tuples as lists, all the way down: what `yaml.safe_dump` writes without tags."""
+def _tuples_to_lists(value: Any) -> Any:
+    """Convert tuples to lists recursively, since `yaml.safe_dump` writes no tuples."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: _tuples_to_lists(item) for key, item in value.items()}
+    return [_tuples_to_lists(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,5 +1,6 @@
-"""A model that is whole on every process: one alone, or several under DistributedDataParallel."""
+"""A model that each process holds in full: one process, or DistributedDataParallel."""
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-class Replicated:
-    """The model, its optimiser, and the moving average of its weights, where the recipe asks for
-    one.
+class ReplicatedModel:
+    """The model, its optimiser and, if the recipe sets `ema`, the moving average of its weights.
 
-    `model` is the model without what training wraps around it.
+    Attributes:
+        model: The model without the wrappers of training.
     """
 
     def __init__(
@@ -32,41 +33,42 @@ class Replicated:
         self.accelerator = accelerator
         with as_config_error("optim"):
             optimizer = make_optimizer(model, optim)
-        self.average = None if optim.ema is None else self._average_of(model, optim.ema)
+        self.average = None if optim.ema is None else self._make_average(model, optim.ema)
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         self.model: PretrainedModel = accelerator.unwrap_model(self.wrapped)
         backend = "inductor" if optim.compile is True else optim.compile
         self.compiled = torch.compile(self.wrapped, backend=backend) if backend else self.wrapped
 
-    def _average_of(self, model: PretrainedModel, decay: float) -> AveragedModel:
-        """The moving average of the weights, as part of the checkpoints."""
+    def _make_average(self, model: PretrainedModel, decay: float) -> AveragedModel:
+        """Return the moving average of the weights, registered for checkpoints."""
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
-        average.module.to(self.accelerator.device)  # the count of steps stays with the host
+        average.module.to(self.accelerator.device)  # the count of steps stays on the host
         self.accelerator.register_for_checkpointing(average)
         return average
 
     def forward(self, **tensors: Tensor) -> Any:
-        """The model's output, in the precision of the run."""
+        """Return the model's output in the precision of the run."""
         return self.compiled(**tensors)
 
     def accumulate(self) -> AbstractContextManager[None]:
-        """Around forward and backward of a batch: gradients are reduced after the last of a
-        step.
-        """
+        """Return a context for a batch, in which gradients are all-reduced at the end of a step."""
         return self.accelerator.accumulate(self.wrapped)
 
     def step_(self, max_norm: float | None) -> Tensor:
-        """Clips the gradients and takes a step, unless they are not finite.
+        """Clip the gradients and take a step, unless they are not finite.
+
+        Args:
+            max_norm: Largest gradient norm; None does not clip.
 
         Returns:
-            Their norm, of all processes, before clipping.
+            The gradient norm over all processes, before clipping.
         """
-        most = math.inf if max_norm is None else max_norm
-        grad_norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), most)
+        max_norm = math.inf if max_norm is None else max_norm
+        grad_norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), max_norm)
         if self.accelerator.scaler is None:
             step_(self.optimizer, grad_norm)
         else:
-            self.optimizer.step()  # the scaler leaves it out where the gradient is not finite
+            self.optimizer.step()  # the scaler skips it if the gradient is not finite
         self.optimizer.zero_grad()
         self.model.clamp_temperature_()
         if self.average is not None:
@@ -74,20 +76,34 @@ class Replicated:
         return grad_norm
 
     @contextmanager
-    def evaluated(self) -> Iterator[PretrainedModel]:
-        """What is evaluated and saved: the average, where there is one."""
+    def evaluation_model(self) -> Iterator[PretrainedModel]:
+        """Yield the model to evaluate and save: the moving average if there is one."""
         yield self.model if self.average is None else self.average.module
 
     def finish(self) -> PretrainedModel:
-        """What training leaves, without wrappers, in eval mode."""
-        self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)  # autocast too
-        with self.evaluated() as model:
+        """Return the trained model in eval mode, without wrappers."""
+        self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)  # ends autocast too
+        with self.evaluation_model() as model:
             return model.eval()
 
     def save(self, folder: Path) -> None:
-        """Writes model, optimiser, average and random generators."""
+        """Write model, optimiser, average and random generators."""
         self.accelerator.save_state(str(folder))
 
     def load(self, folder: Path) -> None:
-        """Reads what `save` wrote."""
+        """Load what `save` wrote."""
         self.accelerator.load_state(str(folder))
+
+    @contextmanager
+    def expected_warnings_ignored(self) -> Iterator[None]:
+        """Ignore accelerate's warning about tied weights, which are intended."""
+        logger = logging.getLogger("accelerate.utils.other")
+
+        def is_unexpected(record: logging.LogRecord) -> bool:
+            return "Removed shared tensor" not in record.getMessage()
+
+        logger.addFilter(is_unexpected)
+        try:
+            yield
+        finally:
+            logger.removeFilter(is_unexpected)

@@ -1,4 +1,4 @@
-"""What follows a training run: time gained beside agreement of the scorers, and a picture."""
+"""The report after a training run: timing and agreement of the scorers, and a picture."""
 
 import json
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from elip_models.data import (
 from elip_models.models.base import PretrainedModel
 from elip_models.models.momentum_model import MomentumModel
 from elip_models.models.registry import elip_strategy
-from elip_models.profiling.measure import measured_on, memory_is, no_gain
+from elip_models.profiling.measure import measured_on, memory_kind, no_gain
 from elip_models.profiling.runner import DENSE, Mode, measure
 from elip_models.profiling.workload import Workload
 from elip_models.reduction.caching import deliberately_slow
@@ -40,14 +40,19 @@ with require_extra("elip_models.training"):
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ROUNDS = 10  # of the timing, interleaved
+ROUNDS = 10  # interleaved rounds of the timing
 
 
 @dataclass(frozen=True)
 class ScorerCost:
-    """What a step with one scorer takes, relative to the dense tower of the same run.
+    """Cost of a step with one scorer, relative to the dense tower measured in the same process.
 
-    memory: the peak of a training step on a GPU, on a CPU the bytes that it saves for backward.
+    Attributes:
+        scorer: Name of the scorer.
+        training: Ratio of the time of forward and backward.
+        inference: Ratio of the time of a forward pass.
+        memory: Ratio of the peak memory of a training step on a GPU, or of the bytes saved for
+            backward on a CPU.
     """
 
     scorer: str
@@ -57,15 +62,15 @@ class ScorerCost:
 
 
 class Reporter:
-    """Reports on a trained model, by samples that it has not seen.
+    """Reports on a trained model, from samples that it was not trained on.
 
-    One that is dense or reduces in another way is shown as the paper would reduce it.
+    A model that is dense or has another strategy is shown with the paper's strategy.
 
     Args:
-        model: trained, in eval mode.
-        tokenizer: of the model.
-        source: samples to show; their first captions guide.
-        output_dir: where the files go.
+        model: A trained model in eval mode.
+        tokenizer: The tokenizer of the model.
+        source: Samples to show. Their first captions guide the reduction.
+        output_dir: Folder of the files.
     """
 
     def __init__(
@@ -83,8 +88,8 @@ class Reporter:
         self.strategy = elip_strategy(model)
 
     def picture(self, count: int = 5) -> Path:
-        """Write `kept_tokens.png`: what survives each stage, the CLS attention, the caption."""
-        images, captions, guidance = self._guided(count)
+        """Write `kept_tokens.png`: patches kept by each stage, CLS attention and captions."""
+        images, captions, guidance = self._guided_batch(count)
         tower = self.model.tower
         with torch.no_grad(), deliberately_slow():
             _, infos = run_tower(tower, images, guidance, self.strategy)
@@ -94,8 +99,8 @@ class Reporter:
         return draw_reduction(pixels, captions, infos, path, grid=patch_grid(tower))
 
     def timing(self, console: Console) -> Path:
-        """Time ViT-S/16 at 224 px with every scorer; print, and write `timing.json`."""
-        images, _, guidance = self._guided(100)
+        """Time ViT-S/16 at 224 px with every scorer; print a table and write `timing.json`."""
+        images, _, guidance = self._guided_batch(100)
         rows = None
         if isinstance(self.model, MomentumModel):
             _, rows = forward_with_scores(self.model.tower_m, images, guidance, self.strategy)
@@ -107,7 +112,7 @@ class Reporter:
         status = "timing ViT-S/16 at 224 px, dense and with each scorer, side by side"
         with console.status(status), deliberately_slow():
             costs = scorer_costs(Workload(tower.to(self.device), batch_size), rounds=ROUNDS)
-        memory = memory_is(self.device)
+        memory = memory_kind(self.device)
         console.print(_timing_table(costs, agreement, batch_size, memory))
         report = {
             "tower": "ViT-S/16, 224 px, random weights",
@@ -123,11 +128,11 @@ class Reporter:
         return path
 
     @torch.no_grad()
-    def _guided(self, count: int) -> tuple[Tensor, list[str], Tensor]:
-        """Read the first `count` readable samples -> images, captions, guidance (B, D)."""
+    def _guided_batch(self, count: int) -> tuple[Tensor, list[str], Tensor]:
+        """Return images, captions and guidance (B, D) of the first `count` readable samples."""
         config = self.model.config
         transform = image_transform(config.image_size, train=False, resize=config.resize)
-        report = SkipReport(1.0, length=len(self.source))  # training and evaluation have judged
+        report = SkipReport(1.0, length=len(self.source))  # training has checked the share already
         batch = next(evaluation_batches(self.source, transform, count, report=report))
         captions = [several[0] for several in batch.captions]
         guidance = self.model.encode_captions(self.tokenizer, captions)
@@ -135,7 +140,7 @@ class Reporter:
 
 
 def scorer_costs(workload: Workload, *, rounds: int) -> list[ScorerCost]:
-    """Measure ELIP with its CLIP schedule: 'dense', then each scorer."""
+    """Measure ELIP with its CLIP schedule: the dense tower, then each scorer."""
     strategies: dict[str, Strategy | None] = {DENSE: None}
     strategies |= {name: ELIP(PRESETS["clip"], scorer=name) for name in SCORERS}
     modes: tuple[Mode, Mode] = ("training", "inference")
@@ -174,4 +179,4 @@ def _timing_table(
 
 
 def _ratio(ratio: float, scorer: str) -> str:
-    return f"{ratio:.2f}" + (" no gain" if scorer != DENSE and no_gain(ratio) else "")
+    return f"{ratio:.2f} no gain" if scorer != DENSE and no_gain(ratio) else f"{ratio:.2f}"

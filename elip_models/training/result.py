@@ -1,4 +1,4 @@
-"""What a run leaves in memory."""
+"""The result of a finished run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run leaves in memory.
+    """The result of a finished run.
 
-    Args:
-        model: trained, in eval mode, without the wrappers of training. Of a sharded run it is whole
-            on the main process, and on the others sharded.
-        tokenizer: of the model.
-        eval_source: `data.eval`, opened; None where the recipe names none.
-        output_dir: folder of the run.
-        step: optimiser steps done.
-        loss: of the last step.
-        scores: of the last retrieval; None where there was none.
-        zero_shot: of the last zero-shot classification; None where there was none.
-        task_scores: of the downstream task that the run fine-tunes for; None where there is none.
-        skipped: in words, the samples that could not be read.
-        is_main_process: False on the other ranks of `torchrun`.
+    Attributes:
+        model: The trained model in eval mode, without wrappers. After a sharded run it is whole on
+            the main process and sharded on the others.
+        tokenizer: The tokenizer of the model.
+        eval_source: The opened `data.eval`; None if the recipe has none.
+        output_dir: Folder of the run.
+        step: Number of optimiser steps.
+        loss: Loss of the last step.
+        scores: Scores of the last retrieval evaluation, if any.
+        zero_shot: Scores of the last zero-shot classification, if any.
+        task_scores: Scores of the downstream task of a fine-tuning run.
+        skipped: A summary of the samples that could not be read.
+        is_main_process: False on ranks above 0 of `torchrun`.
     """
 
     model: nn.Module

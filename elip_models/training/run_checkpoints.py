@@ -1,11 +1,11 @@
-"""The checkpoints of a run: whole, or not there, and a damaged one is noticed before it is loaded.
+"""The checkpoints of a run, written atomically and verified before they are loaded.
 
     step_00001000/             model, optimiser, random generators
-    step_00001000/run.json     the step, what a run that resumes it must have in common with it, and
-                               of every file its size and SHA-256; written last
+    step_00001000/run.json     the step, the invariants that a resumed run must share, and the size
+                               and SHA-256 of every file; written last
 
-A checkpoint is written under a hidden name and renamed when complete, and an old one is renamed
-before it is removed. So whatever is seen, and is not as its `run.json` says, was damaged later.
+A checkpoint is written under a hidden name and renamed when complete. An old one is renamed before
+it is removed. So a visible checkpoint that does not match its `run.json` was damaged afterwards.
 """
 
 import hashlib
@@ -24,50 +24,57 @@ STATE_FILE = "run.json"
 
 
 class Checkpoints:
-    """Those in the folder `path`, which need not be there. Several processes read, one writes."""
+    """The checkpoints in the folder `path`, which may not exist yet.
+
+    Several processes may read; one process writes.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def latest(self, tell: Callable[[str], object] = lambda line: None) -> Path | None:
-        """The newest one that is whole; None where there is none at all.
+    def latest(self, warn: Callable[[str], object] = lambda line: None) -> Path | None:
+        """Return the newest undamaged checkpoint; None if there are no checkpoints.
 
         Args:
-            tell: is told of each damaged one that is newer, and what is wrong with it.
+            warn: Called with a description of each damaged checkpoint that is newer.
 
         Raises:
-            TrainingError: all that there are are damaged.
+            TrainingError: All checkpoints are damaged.
         """
         found = self._visible()
         damages = []
         for checkpoint in reversed(found):
             if (damage := damage_of(checkpoint)) is None:
                 for each in damages:
-                    tell(f"{each}; resuming {checkpoint.name} instead")
+                    warn(f"{each}; resuming {checkpoint.name} instead")
                 return checkpoint
             damages.append(f"{checkpoint} is damaged: {damage}")
         if damages:
             raise TrainingError(
-                f"{'; '.join(damages)}; no whole checkpoint is left: set another output_dir, or "
-                f"remove {self.path.parent} to start anew"
+                f"{'; '.join(damages)}; no undamaged checkpoint is left: set another output_dir, "
+                f"or remove {self.path.parent} to start anew"
             )
         return None
 
     def unfinished(self, step: int) -> Path:
-        """Where to write the checkpoint of `step`, before `commit`."""
+        """Return the folder in which the checkpoint of `step` is written before `commit`."""
         return self.path / f".step_{step:08d}"
 
     def commit(self, step: int, *, keep: int, **invariants: int | list[int]) -> None:
-        """Puts the checkpoint of `step` in place, and keeps the `keep` newest.
+        """Rename the finished checkpoint of `step` and remove all but the `keep` newest.
 
-        `invariants` are numbers, or lists of them, that a run which resumes it must have in common.
+        Args:
+            step: Number of optimiser steps.
+            keep: Number of checkpoints to keep.
+            **invariants: Numbers, or lists of numbers, that a resumed run must share.
         """
         unfinished = self.unfinished(step)
         state = {"step": step, "invariants": invariants, "files": _files(unfinished)}
         text = json.dumps(state | {"sha256": _digest(state)}, indent=2)
         (unfinished / STATE_FILE).write_text(text, encoding="utf-8")
         final = self.path / f"step_{step:08d}"
-        self._remove([final] * final.exists())
+        if final.exists():
+            self._remove([final])
         os.replace(unfinished, final)
         self._remove(self._visible()[:-keep])
         for left in self.path.glob(".removed_*"):
@@ -81,13 +88,21 @@ class Checkpoints:
             shutil.rmtree(hidden)
 
     def _visible(self) -> list[Path]:
-        """Oldest first."""
+        """Return the checkpoints, oldest first."""
         named = (each for each in self.path.glob("step_*") if NAME.fullmatch(each.name))
         return sorted(named, key=lambda each: int(each.name.removeprefix("step_")))
 
 
 def step_of(checkpoint: Path, **invariants: int | list[int]) -> int:
-    """The step of a whole checkpoint; TrainingError where it has other `invariants`."""
+    """Return the step of a checkpoint.
+
+    Args:
+        checkpoint: An undamaged checkpoint.
+        **invariants: Numbers that the resumed run has.
+
+    Raises:
+        TrainingError: The checkpoint has other invariants.
+    """
     state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
     for name, value in invariants.items():
         if state["invariants"].get(name) != value:
@@ -99,11 +114,11 @@ def step_of(checkpoint: Path, **invariants: int | list[int]) -> int:
 
 
 def damage_of(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None where each byte is as it was written."""
+    """Describe how a checkpoint is damaged; None if every file matches its SHA-256."""
     try:
         state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
         if state.pop("sha256") != _digest(state):
-            raise ValueError("it was changed")
+            raise ValueError("wrong SHA-256")
         files = state["files"]
         for name, expected in files.items():
             if (size := (checkpoint / name).stat().st_size) != expected["bytes"]:
@@ -120,7 +135,7 @@ def damage_of(checkpoint: Path) -> str | None:
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of all files of a checkpoint, those of folders in it too."""
+    """Return the size and SHA-256 of all files in a folder, by relative path."""
     files = sorted(each for each in folder.rglob("*") if each.is_file())
     return {
         each.relative_to(folder).as_posix(): {

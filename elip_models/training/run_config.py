@@ -1,11 +1,11 @@
-"""What a run is, as a recipe says it: frozen dataclasses, whose fields are the recipe's keys."""
+"""The configuration of a run: frozen dataclasses whose fields are the keys of a recipe."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from elip_models.data.caption_rules import CaptionRule
 from elip_models.data.transforms import Magnitude, ResizeMode
-from elip_models.models.peft.adapt import AdaptConfig
+from elip_models.models.peft.adaptable_model import AdaptConfig
 from elip_models.validation import (
     Count,
     NonNegative,
@@ -22,20 +22,22 @@ from elip_models.validation import (
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """`elip_models.create_model(name, **overrides)`, and what it begins as.
+    """The model, `elip_models.create_model(name, **overrides)`, and its initial weights.
 
-    Args:
-        name: as `list_models` gives them.
-        overrides: fields of the model's config; the tokenizer's own follow from the data.
-        vision_init: "timm:NAME", whose weights the image tower begins with; None: random.
-        text_init: "hf:NAME" or "hf:FOLDER", those of the text encoder.
-        pretrained: file or folder, as `elip convert` reads them, of the same family, whose weights
-            the whole model begins with, instead. What is loaded, interpolated to the image size,
-            copied (momentum encoders), new and left out is printed; a resumed run loads it no more.
-        allow_missing: patterns of the model's names, such as "logit_bias" or "itm_head.*", that may
-            stay as initialised where `pretrained` lacks them.
-        allow_unexpected: patterns of names in `pretrained` that are left out; with those of
-            `allow_missing`, a part that is to be new.
+    Attributes:
+        name: Name of a model, as in `list_models`.
+        overrides: Fields of the model's config. Fields that follow from the tokenizer are set
+            automatically.
+        vision_init: "timm:NAME", the initial weights of the image tower; None: random.
+        text_init: "hf:NAME" or "hf:FOLDER", the initial weights of the text encoder; None: random.
+        pretrained: File or folder of a model of the same family, in a format that `elip convert`
+            reads: initial weights of the whole model, instead of the two above. The run prints
+            which weights were loaded, interpolated, copied to momentum encoders, newly initialised
+            and dropped. A resumed run does not load them.
+        allow_missing: Patterns of parameter names, such as "logit_bias" or "itm_head.*", that
+            `pretrained` may lack. These parameters are newly initialised.
+        allow_unexpected: Patterns of names in `pretrained` that are dropped. Together with
+            `allow_missing` a part of the model can be initialised anew.
     """
 
     name: str
@@ -49,29 +51,31 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where samples come from, and how captions become tokens.
+    """The data of a run, and how captions become tokens.
 
-    Args:
-        train: source specification, as `open_source` takes it, or several, which are mixed; or, of
-            pre-training, a stream, as `StreamSpec` says: {stream: "https://..", samples: 1000000}.
-        weights: how often the samples of each source come in an epoch; null: once each.
-        eval: source for retrieval evaluation; None evaluates nothing.
-        zero_shot: images of classes for zero-shot classification, as `open_classes` takes them:
-            "emoji_classes:seed=1,size=600", or a folder with a folder of images a class, such as
-            ImageNet's validation images; None classifies nothing.
-        tokenizer: "train" trains one on the captions of `train`; else a local folder or hub name.
-        vocab_size: largest vocabulary of a tokenizer that is trained here.
-        context_length: tokens a caption is padded or truncated to.
-        captions: what the tokenizer reads: "plain", or by the rules of "albef" or "blip"; null: as
-            the model's config says.
-        resize: what evaluation shows of an image: the centre of it ("crop"), or all of it whatever
-            the ratio of its sides ("squash"); null: as the model's config says.
-        crop_scale: share of an image's area that a random crop shows, from and to; null shows in
-            training what evaluation shows.
-        flip: mirror every second image; not with captions that say left and right.
-        randaugment: operations and their magnitude of 10, as ALBEF's RandAugment; null for none.
-        num_workers: loader processes a rank; 0 loads in the training process.
-        max_bad_share: a larger share of unreadable samples stops the run.
+    Attributes:
+        train: A source specification as in `open_source`, or several, which are mixed. Pre-training
+            also takes one stream, see `StreamSpec`: {stream: "https://..", samples: 1000000}.
+        weights: How often the samples of each source are drawn in an epoch; null: once each.
+        eval: Source of the evaluation; null: no evaluation.
+        zero_shot: Images for zero-shot classification as in `open_classes`:
+            "emoji_classes:seed=1,size=600", or a folder with one folder of images for each class;
+            null: no classification.
+        tokenizer: "train" trains one on the captions of `train`; otherwise a local folder or hub
+            name.
+        vocab_size: Largest vocabulary of a tokenizer that the run trains.
+        context_length: Number of tokens to which a caption is padded or truncated.
+        captions: Caption cleaning: "plain", or the rules of "albef" or "blip"; null: as in the
+            model's config.
+        resize: How evaluation images are resized: "crop" cuts out the centre, "squash" ignores the
+            aspect ratio; null: as in the model's config.
+        crop_scale: Lower and upper share of an image's area in a random crop; null: training images
+            are resized like evaluation images.
+        flip: Mirror every second image. Not for captions that contain left and right.
+        randaugment: Number of operations and magnitude, up to 10, of ALBEF's RandAugment; null:
+            none.
+        num_workers: Loader processes for each rank; 0 loads in the training process.
+        max_bad_share: Largest share of unreadable samples before the run ends.
     """
 
     train: str | dict[str, Any] | tuple[str, ...]
@@ -92,44 +96,46 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimiser, linear warm-up of its learning rate, then decay.
+    """The optimiser, and its learning rate: linear warm-up, then decay.
 
-    Args:
-        name: "adamw"; "lion" of timm, whose `lr` is three to ten times lower and `weight_decay` as
-            many times higher, and which has no `eps`; or "muon" of timm for the weights of linear
-            layers, at the learning rates of AdamW, which takes the other parameters.
-        batch_size: images a rank and a forward pass; a step sees `grad_accumulation` times as
-            many on each rank.
-        grad_accumulation: forward passes an optimiser step.
-        steps: optimiser steps; set, it takes precedence over `epochs`.
-        epochs: passes over the training data.
-        lr: peak learning rate.
-        warmup_steps: steps of linear warm-up, capped at a fifth of the run.
-        warmup_lr: learning rate of the first step, from which it rises to `lr`; null: the first of
+    Attributes:
+        name: "adamw"; "lion" of timm, which needs an `lr` three to ten times lower and a
+            `weight_decay` as many times higher, and has no `eps`; or "muon" of timm, which updates
+            the weights of linear layers and leaves the other parameters to AdamW.
+        batch_size: Images for each rank and forward pass. An optimiser step uses
+            `grad_accumulation` times as many on each rank.
+        grad_accumulation: Forward passes for each optimiser step.
+        steps: Optimiser steps; takes precedence over `epochs`.
+        epochs: Passes over the training data.
+        lr: Peak learning rate.
+        warmup_steps: Steps of linear warm-up, at most a fifth of the run.
+        warmup_lr: Learning rate of the first step, which rises to `lr`; null: the first of
             `warmup_steps` equal parts of `lr`.
-        decay: of the learning rate after warm-up: "cosine" or "linear" to `min_lr` at the end, or
-            "step", by `decay_rate` each epoch, down to `min_lr`.
-        decay_each: "step", or "epoch", whose first step says the learning rate of the others.
-        lr_scale: multiples of the learning rate for parameters whose names fit a pattern, such as
-            {"itm_head.*": 5}; the first that fits counts.
-        weight_decay: for all parameters but those in `no_decay`.
-        no_decay: patterns of names, such as "*.bias"; null: biases, norms, single vectors and the
-            temperature.
-        betas: AdamW's two, or Lion's.
-        eps: AdamW's.
-        max_grad_norm: gradients are clipped to this norm; None leaves them.
-        max_nonfinite_steps: steps in a row whose loss or gradient is not finite, and which are
-            skipped, before the run ends.
+        decay: Decay after warm-up: "cosine" or "linear" to `min_lr` at the end, or "step", by
+            `decay_rate` each epoch, down to `min_lr`.
+        decay_each: "step", or "epoch" for a learning rate that is constant within an epoch.
+        min_lr: Lowest learning rate of the decay.
+        decay_rate: Factor of the decay "step".
+        lr_scale: Multiples of the learning rate by pattern of parameter names, such as
+            {"itm_head.*": 5}. The first pattern that matches counts.
+        weight_decay: Weight decay of all parameters except those in `no_decay`.
+        no_decay: Patterns of parameter names, such as "*.bias"; null: biases, norms, single vectors
+            and the temperature.
+        betas: The two betas of AdamW or Lion.
+        eps: The epsilon of AdamW.
+        max_grad_norm: Gradients are clipped to this norm; null: not clipped.
+        max_nonfinite_steps: Number of steps in a row with a loss or gradient that is not finite,
+            after which the run ends. Such steps are skipped.
         precision: "fp32", or autocast to "bf16" or "fp16".
-        grad_checkpointing: recompute activations in the backward pass.
-        batch_slices: CLIP encodes a batch in so many slices, recomputed in backward: the gradients
-            of the whole batch for the memory of one slice.
-        compile: torch.compile the training step's model; true, or the name of a backend. Evaluation
-            runs uncompiled.
-        ema: decay of an exponential moving average of the weights, such as 0.9999, which is then
-            what is evaluated and saved as the model; checkpoints hold both. null keeps none.
-        gather: contrast within a rank ("local") or over all of them ("global").
-        shard: shard CLIP or METER over the ranks, by FSDP2, instead of a whole model on each.
+        grad_checkpointing: Recompute activations in the backward pass.
+        batch_slices: Number of slices in which CLIP encodes a batch, recomputed in backward.
+            Gradients are those of the whole batch, memory is that of one slice.
+        compile: Compile the model for training steps with torch.compile; true, or the name of a
+            backend. Evaluation is not compiled.
+        ema: Decay of an exponential moving average of the weights, such as 0.9999. The average is
+            evaluated and saved as the model; checkpoints contain both. null: no average.
+        gather: Contrast within a rank ("local") or over all ranks ("global").
+        shard: Shard CLIP or METER over the ranks by FSDP2, instead of replicating the model.
     """
 
     batch_size: PositiveInt
@@ -164,21 +170,25 @@ class OptimConfig:
 class RunConfig:
     """One training run.
 
-    Args:
-        name: name of the run, in trackers and summaries.
-        output_dir: folder for checkpoints, logs and the final model.
-        seed: of initialisation, data order and augmentation.
-        log_every: steps between two rows of the log.
-        eval_every: steps between two evaluations on `data.eval` and `data.zero_shot`; 0 evaluates
-            at the end only, what `report` names.
-        checkpoint_every: steps between two checkpoints; there is always one at the end.
-        keep_checkpoints: checkpoints kept, the newest.
-        trackers: names of `accelerate` trackers, such as "tensorboard" or "wandb".
-        report: what follows training; of a task "picture" alone, for its scores are always there.
-        task: pre-training where it is null; or the downstream task that the model is fine-tuned
-            for, as `elip_models.tasks.TASKS` names it, whose data `data.train` and `data.eval` are.
-        task_options: settings of the task, fields of its class.
-        peft: which parameters train: all, or adapters beside weights that stay.
+    Attributes:
+        name: Name of the run in trackers and summaries.
+        output_dir: Folder for checkpoints, logs and the final model.
+        model: The model and its initial weights.
+        data: The data and its preparation.
+        optim: The optimiser and its learning rate.
+        seed: Seed of initialisation, data order and augmentation.
+        log_every: Steps between two rows of the log.
+        eval_every: Steps between two evaluations on `data.eval` and `data.zero_shot`. 0 evaluates
+            only what `report` names, at the end.
+        checkpoint_every: Steps between two checkpoints. The last step always has one.
+        keep_checkpoints: Number of checkpoints to keep, the newest.
+        trackers: Names of `accelerate` trackers, such as "tensorboard" or "wandb".
+        report: What is reported after training. A downstream task always reports its scores and
+            takes only "picture".
+        task: null for pre-training, or the downstream task, a name in `elip_models.tasks.TASKS`.
+            `data.train` and `data.eval` are the task's data.
+        task_options: Options of the task, fields of its class.
+        peft: Which parameters train: all, or adapters on frozen weights.
     """
 
     name: str

@@ -1,15 +1,14 @@
-"""The folder of a run, written so that a process killed at any moment leaves it whole.
+"""The folder of a run, which stays consistent if the process is killed at any moment.
 
     recipe.yaml                  the resolved recipe
-    origin.jsonl                 versions, commit, command and data, a line each time it began
-    tokenizer/                   the tokenizer, where it was trained on the captions
-    metrics.jsonl                a row every `log_every` steps, and one an evaluation
-    tensorboard/                 the same, for TensorBoard
-    checkpoints/step_00001000/   model, optimiser, random generators, whole or in shards; the newest
-                                 few complete ones
+    provenance.jsonl             versions, commit, command and data, one line for each start
+    tokenizer/                   the tokenizer, if it was trained on the captions
+    metrics.jsonl                a row every `log_every` steps, and one for each evaluation
+    tensorboard/                 the same for TensorBoard
+    checkpoints/step_00001000/   the newest checkpoints: model, optimiser, random generators
     model/                       the trained model and its tokenizer
 
-A checkpoint and a tokenizer are written under a name that nothing reads, and renamed when complete.
+A checkpoint and a tokenizer are written under a hidden name and renamed when complete.
 """
 
 import json
@@ -33,7 +32,7 @@ with require_extra("elip_models.training"):
 
 
 class RunFolder:
-    """Paths, log and checkpoints of one run. Several processes may read; one writes."""
+    """Paths, log and checkpoints of one run. Several processes may read; one process writes."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -42,17 +41,22 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = Checkpoints(self.path / "checkpoints")
         self.metrics = self.path / "metrics.jsonl"
-        self.origin = self.path / "origin.jsonl"
+        self.provenance = self.path / "provenance.jsonl"
         self.model = self.path / "model"
         self._owner = self.path / ".owner"
 
     def check(self, config: RunConfig, *, resume: bool) -> None:
-        """Raises TrainingError for a run that is not to be resumed, or one of another recipe."""
+        """Check that a run of `config` can start or resume in this folder.
+
+        Raises:
+            TrainingError: The folder contains a run that is not to be resumed, or one of another
+                recipe.
+        """
         if not self.recipe.exists():
             return
         if not resume:
             raise TrainingError(
-                f"{self.path} already holds a run: continue it with --resume, "
+                f"{self.path} already contains a run: continue it with --resume, "
                 "or set another output_dir"
             )
         if conflicts := resume_conflicts(load_recipe(self.recipe), config):
@@ -61,82 +65,84 @@ class RunFolder:
             )
 
     @contextmanager
-    def held(self, config: RunConfig, *, resume: bool) -> Iterator[None]:
-        """Inside, the folder is this run's alone; it is made where it is not there.
+    def locked(self, config: RunConfig, *, resume: bool) -> Iterator[None]:
+        """Lock the folder for this run, and create it if necessary.
 
-        Of several processes the first holds it for all.
+        The first of several processes holds the lock for all.
+
+        Args:
+            config: The recipe of the run.
+            resume: Allow a folder that contains a run.
 
         Raises:
-            TrainingError: another run holds it, the folder cannot be made, or `check` does.
+            TrainingError: Another run uses the folder, it cannot be created, or `check` raises.
         """
         self.check(config, resume=resume)
         if int(os.environ.get("RANK", "0")) > 0:
             yield
             return
-        made = [each for each in (self.path, *self.path.parents) if not each.exists()]
-        self.make()
+        created = [each for each in (self.path, *self.path.parents) if not each.exists()]
+        self.create()
         lock = FileLock(self.path / ".lock", timeout=0)
         try:
-            with _writes(self.path):
+            with _write_errors(self.path):
                 lock.acquire()
         except Timeout:
             raise TrainingError(
-                f"{self.path} is in use by {self._holder()}: wait until it ends, or set another "
-                "output_dir"
+                f"{self.path} is in use by {self._describe_owner()}: wait until it ends, or set "
+                "another output_dir"
             ) from None
         try:
-            self.check(config, resume=resume)  # another run may have come and gone
+            self.check(config, resume=resume)  # again, another run may have ended just before
             write_file(self._owner, f"process {os.getpid()} on {socket.gethostname()}".encode())
             yield
         finally:
             self._owner.unlink(missing_ok=True)
             lock.release()
-            if made and not self.recipe.exists():
-                self._unmake(made)
+            if created and not self.recipe.exists():
+                self._remove_created(created)
 
-    def _holder(self) -> str:
-        """Who holds the folder, in words."""
+    def _describe_owner(self) -> str:
+        """Describe the process that has locked the folder."""
         try:
             return self._owner.read_text(encoding="utf-8")
         except OSError:
             return "another run"
 
-    def make(self) -> None:
-        """Makes the folder; TrainingError where that cannot be."""
-        with _writes(self.path):
+    def create(self) -> None:
+        """Create the folder; raise TrainingError if that fails."""
+        with _write_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
 
-    def _unmake(self, made: list[Path]) -> None:
-        """Removes what a run made that failed before it began, unless something else is there."""
+    def _remove_created(self, created: list[Path]) -> None:
+        """Remove what a run created that failed before its start, unless other files are there."""
         shutil.rmtree(self.tokenizer, ignore_errors=True)
         with suppress(OSError):
             if [each.name for each in self.path.iterdir()] == [".lock"]:
                 (self.path / ".lock").unlink()
-            for folder in made:
+            for folder in created:
                 folder.rmdir()
 
     def prepare(self) -> None:
-        """The folder is there, and what a start that failed left in it goes."""
-        self.make()
+        """Create the folder and remove what a failed start left in it."""
+        self.create()
         if not self.recipe.exists():
             shutil.rmtree(self.tokenizer, ignore_errors=True)
 
-    def claim(self, config: RunConfig, origin: dict[str, Any]) -> None:
-        """Writes where the run comes from, a line each time it is begun or resumed, and the recipe:
-        from here on the folder holds a run.
-        """
-        with self.origin.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(origin) + "\n")
+    def record_start(self, config: RunConfig, provenance: dict[str, Any]) -> None:
+        """Append a line of provenance and write the recipe: the folder now contains a run."""
+        with self.provenance.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(provenance) + "\n")
         save_recipe(config, self.recipe)
 
     def save_tokenizer(self, save: Callable[[Path], Any]) -> None:
-        """Calls `save(folder)`, and puts the folder in place when it is complete."""
+        """Call `save(folder)` with a temporary folder, and rename it when complete."""
         temporary = self.path / ".tokenizer"
         save(temporary)
         os.replace(temporary, self.tokenizer)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The log; a line that a killed process left half-written ends it."""
+        """Return the rows of the log up to the first incomplete line of a killed process."""
         if not self.metrics.exists():
             return []
         rows = []
@@ -148,12 +154,12 @@ class RunFolder:
         return rows
 
     def append_row(self, row: dict[str, Any]) -> None:
-        """Adds a row, which holds a "step", to the log."""
+        """Append a row, which has a "step", to the log."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def truncate_rows(self, step: int) -> None:
-        """Drops the rows after `step`, which a resumed run writes again."""
+        """Remove the rows after `step`, which a resumed run writes again."""
         kept = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step]
         temporary = self.metrics.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
@@ -161,11 +167,11 @@ class RunFolder:
 
 
 @contextmanager
-def _writes(path: Path) -> Iterator[None]:
-    """Inside, what the system does not allow in the folder `path` is a TrainingError."""
+def _write_errors(path: Path) -> Iterator[None]:
+    """Convert an OSError of writing in the folder `path` to a TrainingError."""
     try:
         yield
-    except Timeout:  # an OSError too
+    except Timeout:  # a subclass of OSError
         raise
     except OSError as error:
         raise TrainingError(

@@ -1,14 +1,13 @@
-"""A model whose weights, gradients and moments are sharded over the processes: FSDP2.
+"""A model whose weights, gradients and optimiser state are sharded over the processes by FSDP2.
 
-    unit        each transformer layer by itself, then all that is left, by `fully_shard`
-    whole       scalars, such as the temperature: on every process, their gradients averaged here
-    precision   autocast, as under DistributedDataParallel, but without its cache: a cast weight
-                that two passes share has its gradient when FSDP has reduced that of the layer
+    unit        each transformer layer by itself, then the rest, by `fully_shard`
+    scalars     such as the temperature: replicated, their gradients are averaged here
+    precision   autocast as under DistributedDataParallel, but without its weight cache: a cast
+                weight that two passes share would get its gradient too late for FSDP
     checkpoint  each process writes its shards, by torch.distributed.checkpoint
 
-Ranks, device, accumulation, trackers and random generators are accelerate's still. Where a whole
-model is asked for, to evaluate and to save, the main process gathers the weights into a copy that
-waits in host memory.
+accelerate handles ranks, device, accumulation, trackers and random generators. To evaluate and to
+save, the main process gathers the weights into a copy of the model in host memory.
 """
 
 import copy
@@ -50,48 +49,58 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 LAYERS = (Block, BertLayer, CLIPEncoderLayer)
-SHARDS = "shards"
-"""Folder of a checkpoint."""
+SHARDS_FOLDER = "shards"
+"""Name of the folder inside a checkpoint."""
 
 
 def check_sharding(config: RunConfig, num_processes: int) -> None:
-    """Raises ConfigError where the recipe asks for what cannot be sharded."""
+    """Check that the recipe can be sharded.
+
+    Args:
+        config: A recipe with `optim.shard=true`.
+        num_processes: Number of processes of the run.
+
+    Raises:
+        ConfigError: A model or an option that sharding does not support.
+    """
     optim = config.optim
     with as_config_error("model.name"):
         family = family_of(config.model.name, config.task)
     if num_processes == 1:
         raise ConfigError(
-            "optim.shard: expected false on one process, which would hold every shard, got true; "
+            "optim.shard: expected false on one process, which has nothing to share, got true; "
             "start several with torchrun --nproc-per-node"
         )
     if issubclass(family, DistilledModel):
         raise ConfigError(
-            f"optim.shard: expected false for {family.__name__}, whose momentum encoders would "
-            "follow gathered weights that FSDP frees, got true; CLIP and METER can be sharded"
+            f"optim.shard: expected false for {family.__name__}, whose momentum encoders need "
+            "gathered weights, which FSDP frees, got true; CLIP and METER can be sharded"
         )
     refused = {
-        "precision": ("fp16", "'fp32' or 'bf16'", "the gradient scaler would see one shard alone"),
+        "precision": ("fp16", "'fp32' or 'bf16'", "the gradient scaler would check only one shard"),
         "name": ("muon", "'adamw' or 'lion'", "Muon makes whole matrices orthogonal, not shards"),
     }
     for name, (value, expected, reason) in refused.items():
         if getattr(optim, name) == value:
-            raise _with_shard(name, expected, reason, value)
+            raise _unsupported_option(name, expected, reason, value)
     if optim.ema is not None:
-        raise _with_shard("ema", "null", "the average is kept of a whole model", optim.ema)
+        raise _unsupported_option("ema", "null", "the average needs a whole model", optim.ema)
     if optim.compile:
-        raise _with_shard("compile", "false", "compiled shards are not tested", optim.compile)
+        raise _unsupported_option(
+            "compile", "false", "compiled shards are not tested", optim.compile
+        )
 
 
-def _with_shard(name: str, expected: str, reason: str, got: object) -> ConfigError:
+def _unsupported_option(name: str, expected: str, reason: str, got: object) -> ConfigError:
     return ConfigError(
         f"optim.{name}: expected {expected} with optim.shard=true, as {reason}, got {got!r}"
     )
 
 
-class Sharded:
-    """The model and its optimiser, as `Replicated` offers them.
+class ShardedModel:
+    """A sharded model and its optimiser, with the interface of `ReplicatedModel`.
 
-    `model` is sharded; its temperature is whole. All processes call every method together.
+    `model` is sharded, except for its scalars. All processes call every method together.
     """
 
     def __init__(
@@ -101,27 +110,30 @@ class Sharded:
         self.copy = copy.deepcopy(model) if accelerator.is_main_process else None
         self.model = model
         self.scalars = shard_(model, accelerator.device)
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # only read
         with as_config_error("optim"):
             self.optimizer = make_optimizer(model, optim)
-        _set_apart_(self.optimizer)
+        _separate_groups_(self.optimizer)
 
     def forward(self, **tensors: Tensor) -> Any:
-        """The model's output, in the precision of the run."""
+        """Return the model's output in the precision of the run."""
         with self.accelerator.autocast(AutocastKwargs(cache_enabled=False)):
             return self.model(**tensors)
 
     def accumulate(self) -> AbstractContextManager[None]:
-        """Around forward and backward of a batch, whose gradients are reduced at once, for whole
-        ones are not to be kept.
+        """Return a context for a batch, in which gradients are reduced after every backward pass.
+
+        Whole gradients are not kept between the batches of a step.
         """
         return self.accelerator.accumulate()
 
     def step_(self, max_norm: float | None) -> Tensor:
-        """Clips the gradients and takes a step, unless they are not finite.
+        """Clip the gradients and take a step, unless they are not finite.
+
+        Args:
+            max_norm: Largest gradient norm; None does not clip.
 
         Returns:
-            Their norm, of all processes, before clipping.
+            The gradient norm over all processes, before clipping.
         """
         for each in self.scalars:
             if each.grad is not None:
@@ -133,14 +145,14 @@ class Sharded:
         return grad_norm
 
     @contextmanager
-    def evaluated(self) -> Iterator[PretrainedModel | None]:
-        """The whole model on the main process, on its device while it is used; None on others."""
+    def evaluation_model(self) -> Iterator[PretrainedModel | None]:
+        """Yield the whole model on the main process, on its device; None on the others."""
         yield self._gathered()
         if self.copy is not None:
             self.copy.to("cpu")
 
     def finish(self) -> PretrainedModel:
-        """The whole model on the main process, what is sharded on the others, in eval mode."""
+        """Return the whole model on the main process, the sharded one on others, in eval mode."""
         return (self._gathered() or self.model).eval()
 
     def _gathered(self) -> PretrainedModel | None:
@@ -152,14 +164,14 @@ class Sharded:
         return self.copy.to(self.accelerator.device)
 
     def save(self, folder: Path) -> None:
-        """Writes the shards of model and optimiser, and the random generators of each process."""
+        """Write the shards of model and optimiser, and the random generators of each process."""
         self.accelerator.save_state(str(folder))
-        dcp.save(self._state(), checkpoint_id=folder / SHARDS)
+        dcp.save(self._state(), checkpoint_id=folder / SHARDS_FOLDER)
 
     def load(self, folder: Path) -> None:
-        """Reads what `save` wrote."""
+        """Load what `save` wrote."""
         state = self._state()
-        dcp.load(state, checkpoint_id=folder / SHARDS)
+        dcp.load(state, checkpoint_id=folder / SHARDS_FOLDER)
         set_state_dict(
             self.model,
             self.optimizer,
@@ -168,17 +180,23 @@ class Sharded:
         )
         self.accelerator.load_state(str(folder))
 
+    @contextmanager
+    def expected_warnings_ignored(self) -> Iterator[None]:
+        """Ignore FSDP2's warning about outputs that are views: no output is changed in place."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+            yield
+
     def _state(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.model, self.optimizer)
         return {"model": model, "optimizer": optimizer}
 
 
 def shard_(model: nn.Module, device: torch.device) -> list[nn.Parameter]:
-    """Shards each transformer layer, then the model, in place; each goes to `device` when its turn
-    comes.
+    """Shard each transformer layer, then the model, in place, moving each to `device`.
 
     Returns:
-        The scalars, which stay whole, in the same order on every process.
+        The scalar parameters, which stay whole, in the same order on every process.
     """
     for module in model.modules():
         if isinstance(module, LAYERS):
@@ -191,8 +209,14 @@ def shard_(model: nn.Module, device: torch.device) -> list[nn.Parameter]:
 
 
 def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
-    """Clips gradients, of which some are shards -> the norm of all of them, whole, on every
-    process.
+    """Clip gradients, some of which are shards.
+
+    Args:
+        model: The model, whose parameters have gradients.
+        max_norm: Largest norm of all gradients together.
+
+    Returns:
+        The norm of all gradients before clipping, whole on every process.
     """
     given = [each for each in model.parameters() if each.grad is not None]
     groups = [
@@ -208,10 +232,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     return grad_norm
 
 
-def _set_apart_(optimizer: Optimizer) -> None:
-    """Gives whole parameters groups of their own, for a fused optimiser takes no mixed ones; empty
-    groups go.
-    """
+def _separate_groups_(optimizer: Optimizer) -> None:
+    """Split groups into shards and whole parameters, which fused optimisers cannot mix."""
     groups, optimizer.param_groups = optimizer.param_groups, []
     for group in groups:
         for is_shard in (True, False):

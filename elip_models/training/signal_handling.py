@@ -1,7 +1,7 @@
-"""SIGTERM and SIGINT while a run trains: it ends between two steps, with one more checkpoint.
+"""Handling of SIGTERM and SIGINT: a run ends between two steps, after one more checkpoint.
 
-A second signal ends the process at once, and so does a checkpoint that takes longer than `PATIENCE`
-seconds: what asks a process to end, a scheduler or `torchrun`, kills it soon after.
+A second signal ends the process at once. So does a checkpoint that takes longer than `GRACE_PERIOD`
+seconds, because a scheduler or `torchrun` kills the process soon after.
 """
 
 import os
@@ -16,38 +16,42 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-PATIENCE = 60.0  # seconds
+GRACE_PERIOD = 60.0  # seconds
 
 
-class Stop:
-    """Inside, the first signal is remembered; outside, signals do what they did.
+class StopSignal:
+    """A context manager that stores the first signal, and restores the handlers at its end.
 
-    `signal` is the number of the one that came, None before. In a thread that is not the main one
-    nothing is heard, for Python calls handlers in that alone.
+    In another thread than the main one it stores no signal, because Python calls handlers only
+    there.
+
+    Attributes:
+        signal: The number of the signal; None before.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self._before: dict[int, Any] = {}
-        self._patience: threading.Timer | None = None
+        self._timer: threading.Timer | None = None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self._patience is not None:
-            self._patience.cancel()  # the checkpoint is there
+        if self._timer is not None:
+            self._timer.cancel()  # the checkpoint is complete
 
-    def came(self, accelerator: "Accelerator", *, may_wait: bool) -> bool:
-        """Whether one came; of several processes, to any, as all of them are told.
+    def received(self, accelerator: "Accelerator", *, may_wait: bool) -> bool:
+        """Return whether a signal was received by this process or, of several, by any.
 
         Args:
-            may_wait: the processes are at a step at which they wait for each other anyway. At other
-                steps nothing is asked of them, and the answer is no.
+            accelerator: The accelerator of the run.
+            may_wait: True at steps at which the processes synchronise anyway. At other steps of a
+                run of several processes the result is False.
         """
         if accelerator.num_processes > 1:
             if not may_wait:
@@ -56,10 +60,10 @@ class Stop:
             self.signal = int(accelerator.gather(number).max()) or None
         return self.signal is not None
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
             os._exit(128 + number)
         self.signal = number
-        self._patience = threading.Timer(PATIENCE, os._exit, (128 + number,))
-        self._patience.daemon = True
-        self._patience.start()
+        self._timer = threading.Timer(GRACE_PERIOD, os._exit, (128 + number,))
+        self._timer.daemon = True
+        self._timer.start()

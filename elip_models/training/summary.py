@@ -15,10 +15,10 @@ with require_extra("elip_models.training"):
 
 
 def print_summary(config: RunConfig, result: TrainResult, console: Console) -> None:
-    """Does what `config.report` asks for, then shows steps, loss, scores and files."""
+    """Write the reports that `config.report` names, then print steps, loss, scores and files."""
     files = [result.output_dir / name for name in ("model", "metrics.jsonl")]
     if config.task is not None:
-        files += _of_task(config, result)
+        files += _write_task_files(config, result)
     elif {"timing", "picture"} & set(config.report):
         from elip_models.training.report import Reporter
 
@@ -41,8 +41,8 @@ def print_summary(config: RunConfig, result: TrainResult, console: Console) -> N
     console.print(Panel(summary, title=escape(config.name), expand=False))
 
 
-def _of_task(config: RunConfig, result: TrainResult) -> list[Path]:
-    """Files that say what a fine-tuned model did on `data.eval`."""
+def _write_task_files(config: RunConfig, result: TrainResult) -> list[Path]:
+    """Write the scores, and the picture of predictions, of a fine-tuned model on `data.eval`."""
     scores = result.task_scores
     if scores is None:
         return []

@@ -1,7 +1,7 @@
-"""What feeds a run: the next batch, where in the data it stands, and what could not be read.
+"""The training batches of a process: next batch, position in the data, unreadable samples.
 
-Of data that can be counted a position is a function of the step, and nothing of it is saved. Of a
-stream a checkpoint holds, for each process, the shard that each of its workers is to begin with.
+For a source of known samples the position is a function of the step, so that nothing is saved. For
+a stream, a checkpoint contains for each process the next shard of each of its workers.
 """
 
 import json
@@ -25,7 +25,7 @@ from elip_models.data import (
 )
 from elip_models.models.config import VisionConfig
 from elip_models.training.run_config import RunConfig
-from elip_models.training.training_data import preparation
+from elip_models.training.training_data import make_preparation
 from elip_models.validation import as_config_error
 
 if TYPE_CHECKING:
@@ -33,54 +33,61 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Feed(Protocol):
-    """The batches of one process, without end."""
+class TrainBatches(Protocol):
+    """The infinite sequence of training batches of one process."""
 
     batches_per_epoch: int
 
     def start(self, batches_done: int, checkpoint: Path | None) -> None:
-        """The next batch follows so many, after which `checkpoint` was written."""
+        """Set the position behind `batches_done` batches, after which `checkpoint` was written."""
         ...
 
     def next_batch(self) -> dict[str, Tensor]:
-        """Raises DataError where too much cannot be read."""
+        """Return the next batch; raise DataError if too many samples cannot be read."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Adds to a checkpoint what its step does not say of the position."""
+        """Write the part of the position that does not follow from the step."""
         ...
 
     def invariants(self) -> dict[str, int | list[int]]:
-        """What a run that goes on must have in common, besides the recipe."""
+        """Return numbers that a resumed run must share, besides the recipe."""
         ...
 
     def summary(self) -> str:
-        """What could not be read, in words."""
+        """Return a summary of the samples that could not be read."""
         ...
 
 
-def make_feed(
+def make_train_batches(
     config: RunConfig,
     model: VisionConfig,
     source: Source | ExampleSource | StreamSource,
     tokenizer: "PreTrainedTokenizerBase",
     accelerator: "Accelerator",
-) -> Feed:
-    """That of this process, of the data that a recipe trains on.
+) -> TrainBatches:
+    """Return the batches of this process from the training data of a recipe.
+
+    Args:
+        config: The recipe of the run.
+        model: The config of the model.
+        source: The training data.
+        tokenizer: The tokenizer of the captions.
+        accelerator: Rank and number of processes.
 
     Raises:
-        ConfigError: data and settings do not fit each other.
+        ConfigError: Data and settings that do not fit each other.
     """
     with as_config_error("data"):
-        prepare = preparation(config, model, source, tokenizer)
+        prepare = make_preparation(config, model, source, tokenizer)
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     if isinstance(source, StreamSource):
-        return _StreamFeed(config, source, prepare, **place)
-    return _CountedFeed(config, source, prepare, **place)
+        return _StreamedBatches(config, source, prepare, **place)
+    return _IndexedBatches(config, source, prepare, **place)
 
 
-class _CountedFeed:
-    """Of a source whose samples have numbers."""
+class _IndexedBatches:
+    """Batches of a source whose samples have an index."""
 
     def __init__(
         self,
@@ -127,8 +134,8 @@ class _CountedFeed:
         return self._skips.summary()
 
 
-class _StreamFeed:
-    """Of shards that are read forwards."""
+class _StreamedBatches:
+    """Batches of a stream, whose shards are read in order."""
 
     def __init__(
         self, config: RunConfig, source: StreamSource, prepare: Any, *, rank: int, world_size: int
@@ -148,8 +155,8 @@ class _StreamFeed:
         if not self.batches_per_epoch:
             with as_config_error("optim.batch_size"):
                 raise ValueError(
-                    f"expected at most {len(source) // world_size} a process, as samples of the "
-                    f"stream says of an epoch, got {batch_size}"
+                    f"expected at most {len(source) // world_size}, the samples of an epoch of the "
+                    f"stream for each process, got {batch_size}"
                 )
         self._source = source
         self._file = f"stream_{rank}.json"
@@ -170,7 +177,7 @@ class _StreamFeed:
         skipped = batch["skipped"]
         self._skips.update(skipped, len(batch["images"]) + len(skipped))
         for name, problem in batch["shards"]:
-            number = self._shards.seen + 1  # one that is lost once may come the next time
+            number = self._shards.seen + 1  # a shard that fails once may be readable later
             self._shards.update([(f"{number}. {name}", problem)] if problem else [], 1)
         self._turns[batch["worker"]] = batch["turn"]
         return _tensors(batch)
@@ -186,8 +193,10 @@ class _StreamFeed:
         }
 
     def summary(self) -> str:
-        lost = self._shards.reasons
-        return self._skips.summary() + f" {self._shards.summary()}" * bool(lost)
+        summaries = [self._skips.summary()]
+        if self._shards.reasons:
+            summaries.append(self._shards.summary())
+        return " ".join(summaries)
 
 
 def _tensors(batch: dict[str, Any]) -> dict[str, Tensor]:

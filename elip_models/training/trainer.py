@@ -1,8 +1,9 @@
-"""Training through `accelerate`: one process, or several under `torchrun`, by the same code.
+"""Training with `accelerate`, with the same code for one process and for several under `torchrun`.
 
-A checkpoint lies between two optimiser steps. The order of the data is a function of (seed, epoch);
-the position in it and the learning rate are functions of the step. So a run that was killed and
-resumed computes what one that was never killed does; on a stream it goes on at a shard (`feed`).
+A checkpoint is written between two optimiser steps. The order of the data is a function of seed and
+epoch. The position in it and the learning rate are functions of the step. So a run that was killed
+and resumed computes the same as one that was not. A stream continues at the start of a shard
+(`train_batches`).
 """
 
 import math
@@ -21,26 +22,26 @@ from elip_models.models.peft.adapt import trainable_counts
 from elip_models.models.registry import family_of
 from elip_models.profiling.measure import saved_bytes
 from elip_models.tasks.registry import save_answers
-from elip_models.training.accelerator import make_accelerator, waiting_group
+from elip_models.training.accelerator import make_accelerator, make_barrier_group
 from elip_models.training.errors import Stopped, TrainingError
 from elip_models.training.evaluation import Evaluation, Scores
 from elip_models.training.loss_log import LossLog, losses_of
 from elip_models.training.model import make_model
 from elip_models.training.optim import learning_rate
-from elip_models.training.provenance import origin
-from elip_models.training.replicated import Replicated
+from elip_models.training.provenance import run_provenance
+from elip_models.training.replicated import ReplicatedModel
 from elip_models.training.result import TrainResult
 from elip_models.training.run_checkpoints import step_of
 from elip_models.training.run_config import RunConfig
 from elip_models.training.run_folder import RunFolder
-from elip_models.training.sharded import Sharded, check_sharding
-from elip_models.training.signal_handling import Stop
-from elip_models.training.train_batches import make_feed
+from elip_models.training.sharded import ShardedModel, check_sharding
+from elip_models.training.signal_handling import StopSignal
+from elip_models.training.train_batches import make_train_batches
 from elip_models.training.training_data import (
     check_guide_captions,
     make_tokenizer,
     model_config,
-    open_training,
+    open_training_data,
     task_of,
 )
 from elip_models.validation import as_config_error, require_extra
@@ -61,58 +62,77 @@ with require_extra("elip_models.training"):
 def train(
     config: RunConfig, *, resume: bool = False, console: Console | None = None
 ) -> TrainResult:
-    """Trains as the recipe says and saves the model in `output_dir/model`.
+    """Train a model by a recipe and save it in `output_dir/model`.
 
     Args:
-        config: the recipe.
-        resume: continue from the newest checkpoint of `output_dir`, or start where there is none.
-        console: where progress is shown; None shows nothing.
+        config: The recipe of the run.
+        resume: Continue from the newest checkpoint of `output_dir`, or start if there is none.
+        console: Where progress is shown; None shows nothing.
 
     Raises:
-        TypeError: `config` is no RunConfig.
-        ConfigError: a setting that does not fit the data, the model or the machine.
-        TrainingError: `output_dir` holds a run already or is in use, another recipe is resumed, no
-            checkpoint is whole, or the loss is not finite.
-        Stopped: SIGTERM or SIGINT came; a checkpoint of the last step is there.
-        DataError: the data cannot be read, or too much of it.
+        TypeError: `config` is not a RunConfig.
+        ConfigError: A setting that does not fit the data, the model or the machine.
+        TrainingError: `output_dir` contains a run or is in use, the resumed run has another recipe,
+            all checkpoints are damaged, or the loss is not finite.
+        Stopped: SIGTERM or SIGINT was received, and a checkpoint of the last step was written.
+        DataError: The data cannot be read, or too many samples cannot.
     """
     if not isinstance(config, RunConfig):
         raise TypeError(f"config: expected a RunConfig from load_recipe, got {config!r:.100}")
-    with RunFolder(config.output_dir).held(config, resume=resume):
+    with RunFolder(config.output_dir).locked(config, resume=resume):
         return Trainer(config, resume=resume, console=console or Console(quiet=True)).run()
 
 
 class Trainer:
-    """One run: opens the data, builds the model, restores a checkpoint, trains, saves.
+    """One training run. It uses only the interface of `PretrainedModel`.
 
-    Of the model it asks what `PretrainedModel` has.
+    The constructor stores the arguments. `run` calls `prepare`, trains and saves.
+
+    Args:
+        config: The recipe of the run.
+        resume: Continue from the newest checkpoint, if there is one.
+        console: Where the main process shows progress.
     """
 
     def __init__(self, config: RunConfig, *, resume: bool, console: Console) -> None:
         self.config = config
+        self.resume = resume
+        self.console = console
         self.folder = RunFolder(config.output_dir)
-        self.accelerator = make_accelerator(config, self.folder)
-        self.waiting = waiting_group(self.accelerator)
-        if config.optim.shard:
-            check_sharding(config, self.accelerator.num_processes)
-        self.console = console if self.accelerator.is_main_process else Console(quiet=True)
-        self.losses = LossLog(self.accelerator, most=config.optim.max_nonfinite_steps)
+
+    def run(self) -> TrainResult:
+        """Prepare the run, train to the last step, save the model and return the result."""
+        self.prepare()
+        with self.parallel.expected_warnings_ignored():
+            self._train()
+            return self._finish()
+
+    def prepare(self) -> None:
+        """Open data, build the model, restore the checkpoint and write the recipe to the folder."""
+        self.accelerator = make_accelerator(self.config, self.folder)
+        self.barrier_group = make_barrier_group(self.accelerator)
+        if self.config.optim.shard:
+            check_sharding(self.config, self.accelerator.num_processes)
+        if not self.accelerator.is_main_process:
+            self.console = Console(quiet=True)
+        max_nonfinite = self.config.optim.max_nonfinite_steps
+        self.losses = LossLog(self.accelerator, max_nonfinite=max_nonfinite)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.folder.prepare()
         self.accelerator.wait_for_everyone()
-        checkpoint = self._checkpoint() if resume else None
+        checkpoint = self._find_checkpoint() if self.resume else None
         self._build_data()
         self._build_model(resumed=checkpoint is not None)
         if self.accelerator.is_main_process:
-            self.folder.claim(config, origin(self.source, checkpoint))
+            self.folder.record_start(self.config, run_provenance(self.source, checkpoint))
         self._restore(checkpoint)
 
-    def run(self) -> TrainResult:
-        """Trains to the last step, then saves the model."""
+    def _train(self) -> None:
+        """Train from the present step to the last one."""
         self.model.train()
         self._start_window()
-        with Stop() as stop, self._progress() as progress:
+        with StopSignal() as stop, self._progress() as progress:
             task = progress.add_task("", total=self.total_steps, completed=self.step, status="")
             while self.step < self.total_steps:
                 self._train_step()
@@ -120,32 +140,32 @@ class Trainer:
                 if self._due(self.config.log_every):
                     progress.update(task, status=self._log_step())
                 is_last = self.step == self.total_steps
-                if is_last:  # what follows may fail
-                    self._save_checkpoint()
+                if is_last:
+                    self._save_checkpoint()  # before an evaluation that may fail
                 if due := self.evaluation.due(self.step, self.total_steps):
                     self._log_scores(due)
-                is_stopped = stop.came(self.accelerator, may_wait=self._due(self.config.log_every))
+                is_stopped = stop.received(
+                    self.accelerator, may_wait=self._due(self.config.log_every)
+                )
                 if not is_last and (self._due(self.config.checkpoint_every) or is_stopped):
                     self._save_checkpoint()
                 if not is_last and is_stopped:
                     raise self._stopped(stop.signal)
-        return self._finish()
 
     def _stopped(self, number: int) -> Stopped:
-        """Why the run ends here."""
+        """Return the error that ends the run after a signal."""
         return Stopped(
             f"{self.folder.path}: {signal.Signals(number).name} ended the run after step "
-            f"{self.step} of {self.total_steps}, whose checkpoint is there: continue it with "
-            "--resume",
+            f"{self.step} of {self.total_steps}, with a checkpoint: continue it with --resume",
             number,
         )
 
-    def _checkpoint(self) -> Path | None:
-        """The newest whole checkpoint, as the first process finds it; None where there is none."""
+    def _find_checkpoint(self) -> Path | None:
+        """Return the newest undamaged checkpoint that the main process finds, if there is one."""
         found: list[Any] = [None, None]
         if self.accelerator.is_main_process:
             try:
-                found[0] = self.folder.checkpoints.latest(self._tell)
+                found[0] = self.folder.checkpoints.latest(self._warn)
             except TrainingError as error:
                 found[1] = str(error)
         checkpoint, problem = broadcast_object_list(found)
@@ -153,17 +173,18 @@ class Trainer:
             raise TrainingError(problem)
         return checkpoint
 
-    def _tell(self, line: str) -> None:
+    def _warn(self, line: str) -> None:
+        """Print a warning on the main process."""
         self.console.print(f"[bold yellow]warning:[/] {escape(line)}", soft_wrap=True)
 
     def _build_data(self) -> None:
-        """Sources, tokenizer and feed, and how many steps they make."""
+        """Open sources, tokenizer and batches, and compute the number of steps."""
         data, optim, accelerator = self.config.data, self.config.optim, self.accelerator
         model = model_config(self.config)
         family, task = family_of(self.config.model.name, self.config.task), task_of(self.config)
         with as_config_error("data.train"):
             source: Source | ExampleSource | StreamSource
-            source = self.source = open_training(self.config, model.image_size)
+            source = self.source = open_training_data(self.config, model.image_size)
         with as_config_error("model.overrides.guide"):
             check_guide_captions(model, source)
         self.evaluation = Evaluation(self.config, model.image_size)
@@ -173,8 +194,8 @@ class Trainer:
         if task is not None:
             self.text_sizes |= task.fields(source, model)
             self.evaluation.answers = getattr(source, "answers", None)
-        self.feed = make_feed(self.config, model, source, self.tokenizer, accelerator)
-        self.batches_per_epoch = self.feed.batches_per_epoch
+        self.batches = make_train_batches(self.config, model, source, self.tokenizer, accelerator)
+        self.batches_per_epoch = self.batches.batches_per_epoch
         passes = (optim.epochs or 0) * self.batches_per_epoch
         self.total_steps = optim.steps or math.ceil(passes / optim.grad_accumulation)
         self.steps_per_epoch = self.batches_per_epoch / optim.grad_accumulation
@@ -192,7 +213,7 @@ class Trainer:
         )
 
     def _build_model(self, *, resumed: bool) -> None:
-        """Model and optimiser; the same weights on every rank, other dropout."""
+        """Create model and optimiser, with the same weights but different dropout on each rank."""
         optim, seed = self.config.optim, self.config.seed
         set_seed(seed)
         model = make_model(
@@ -203,21 +224,21 @@ class Trainer:
             resumed=resumed,
             console=self.console,
         )
-        place = Sharded if optim.shard else Replicated
-        self.parallel = place(self.accelerator, model, optim)
+        parallel_class = ShardedModel if optim.shard else ReplicatedModel
+        self.parallel = parallel_class(self.accelerator, model, optim)
         self.model = self.parallel.model
         trained, every = trainable_counts(self.model)
-        self.what_trains = {"trainable": trained, "trainable_share": round(trained / every, 6)}
+        self.first_row = {"trainable": trained, "trainable_share": round(trained / every, 6)}
         set_seed(seed, device_specific=True)
 
     def _restore(self, checkpoint: Path | None) -> None:
-        """Puts model, optimiser, random generators, data and log where `checkpoint` left them."""
+        """Restore model, optimiser, random generators, data position and log from `checkpoint`."""
         self.first_step = 0
         if checkpoint is not None:
             self.first_step = step_of(checkpoint, **self._invariants())
         self.step = self.first_step
         batches_done = self.step * self.config.optim.grad_accumulation
-        self.feed.start(batches_done, checkpoint)
+        self.batches.start(batches_done, checkpoint)
         if checkpoint is not None:
             self.parallel.load(checkpoint)
         if self.accelerator.is_main_process:
@@ -228,18 +249,18 @@ class Trainer:
         self.accelerator.init_trackers(self.config.name, init_kwargs=purge)
 
     def _invariants(self) -> dict[str, int | list[int]]:
-        """What a resumed run shares with the one that was saved, besides the recipe."""
-        return {"num_processes": self.accelerator.num_processes, **self.feed.invariants()}
+        """Return numbers that a resumed run must share, besides the recipe."""
+        return {"num_processes": self.accelerator.num_processes, **self.batches.invariants()}
 
     def _train_step(self) -> None:
-        """One optimiser step over `grad_accumulation` batches."""
+        """Take one optimiser step over `grad_accumulation` batches."""
         self.model.begin_step(self.step, self.step / self.steps_per_epoch)
         optim, accelerator = self.config.optim, self.accelerator
         for group in self.parallel.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step) * group["lr_scale"]
         losses = []
         for _ in range(optim.grad_accumulation):
-            tensors = self.feed.next_batch()
+            tensors = self.batches.next_batch()
             tensors = {n: t.to(accelerator.device, non_blocking=True) for n, t in tensors.items()}
             with self.parallel.accumulate():
                 output = self._forward(tensors)
@@ -249,27 +270,29 @@ class Trainer:
         self.step += 1
 
     def _forward(self, tensors: dict[str, Tensor]) -> Any:
-        """The model's output; of the first forward, what it saves for backward is counted, where
-        one process runs it as it is written.
+        """Return the model's output.
+
+        In the first forward pass of an uncompiled run of one process, the bytes saved for backward
+        are counted.
         """
         is_counted = self.accelerator.num_processes == 1 and not self.config.optim.compile
         if self.step > self.first_step or not is_counted:
             return self.parallel.forward(**tensors)
         with saved_bytes(self.model.parameters()) as count:
             output = self.parallel.forward(**tensors)
-        self.what_trains["saved_bytes"] = count()
+        self.first_row["saved_bytes"] = count()
         return output
 
     def _log_step(self) -> str:
-        """Logs the last step; returns it in words."""
+        """Log the last step and return a line of status."""
         read = self._read_losses()
         optim, first_step, start = self.config.optim, *self.window
         images = (self.step - first_step) * optim.grad_accumulation * optim.batch_size
         speed = images * self.accelerator.num_processes / (time.perf_counter() - start)
         monitored = {name: value.item() for name, value in self.model.monitored().items()}
         lr = self.learning_rate(self.step - 1)
-        own = {"images_per_second": round(speed, 2), **self.what_trains}
-        self.what_trains = {}  # said once
+        own = {"images_per_second": round(speed, 2), **self.first_row}
+        self.first_row = {}
         self._log({**read, "lr": lr, **own, **monitored})
         self._start_window()
         parts = (f"{n[5:]} {v:.3f}" for n, v in read.items() if n.startswith("loss_"))
@@ -290,24 +313,24 @@ class Trainer:
         self._start_window()
 
     def _log(self, values: dict[str, float]) -> None:
-        """Adds a row to the log and to the trackers."""
+        """Append a row to the log and to the trackers."""
         if self.accelerator.is_main_process:
             epoch = self.step * self.config.optim.grad_accumulation / self.batches_per_epoch
             self.folder.append_row({"step": self.step, "epoch": round(epoch, 4), **values})
         self.accelerator.log(values, step=self.step)
 
     def _evaluate(self, tasks: Sequence[str]) -> list[Scores]:
-        """Scores of the main process, while the others wait; none on those."""
+        """Return scores on the main process, and an empty list on the others, which wait for it."""
         found = []
-        with self.parallel.evaluated() as model, self.accelerator.autocast():
+        with self.parallel.evaluation_model() as model, self.accelerator.autocast():
             if self.accelerator.is_main_process:
                 found = [self.evaluation.run(task, model, self.tokenizer) for task in tasks]
-        if self.waiting is not None:
-            dist.barrier(self.waiting)
+        if self.barrier_group is not None:
+            dist.barrier(self.barrier_group)
         return found
 
     def _evaluate_again(self) -> None:
-        """What the last step evaluated, or failed to: then it is logged now."""
+        """Evaluate the last step of a resumed run, and log scores that are not in the log."""
         logged = {key for row in self.folder.rows() if row["step"] == self.step for key in row}
         for scores in self._evaluate(self.evaluation.due(self.total_steps, self.total_steps)):
             if not scores.metrics.keys() <= logged:
@@ -318,7 +341,7 @@ class Trainer:
             self._read_losses()
         unfinished = self.folder.checkpoints.unfinished(self.step)
         self.parallel.save(unfinished)
-        self.feed.save(unfinished)
+        self.batches.save(unfinished)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.folder.checkpoints.commit(
@@ -327,7 +350,7 @@ class Trainer:
         self._start_window()
 
     def _finish(self) -> TrainResult:
-        if self.first_step >= self.total_steps:  # resumed after its last step, not evaluated yet
+        if self.first_step >= self.total_steps:  # resumed after its last step
             self._evaluate_again()
         model = self.parallel.finish()
         if self.accelerator.is_main_process:
@@ -346,7 +369,7 @@ class Trainer:
             scores=None if task else scores.get("retrieval"),
             zero_shot=scores.get("zero_shot"),
             task_scores=scores.get(task) if task else None,
-            skipped=self.feed.summary(),
+            skipped=self.batches.summary(),
             is_main_process=self.accelerator.is_main_process,
         )
 
@@ -354,7 +377,7 @@ class Trainer:
         return self.step % interval == 0 or self.step == self.total_steps
 
     def _start_window(self) -> None:
-        """Begins the steps over which the speed is measured."""
+        """Start the window of steps over which the speed is measured."""
         self.window = (self.step, time.perf_counter())
 
     def _progress(self) -> Progress:

@@ -1,4 +1,4 @@
-"""What a recipe trains on, as its model reads it: samples, and captions for a tokenizer."""
+"""The training data of a recipe, prepared for its model, and captions for a tokenizer."""
 
 import json
 import math
@@ -29,7 +29,7 @@ from elip_models.models.base import PretrainedModel
 from elip_models.models.config import VisionConfig
 from elip_models.models.registry import create_model
 from elip_models.tasks.registry import get_task
-from elip_models.tasks.task import SampleReader, Task
+from elip_models.tasks.task import Preprocessor, Task
 from elip_models.training.run_config import DataConfig, RunConfig
 from elip_models.training.run_folder import RunFolder
 from elip_models.validation import ConfigError, as_config_error
@@ -43,13 +43,13 @@ MAX_COUNTED_SAMPLES = 1_000
 
 
 def input_fields(data: DataConfig) -> dict[str, str]:
-    """The fields of `InputConfig` that a recipe sets."""
+    """Return the fields of `InputConfig` that a recipe sets."""
     fields = {"captions": data.captions, "resize": data.resize}
     return {name: value for name, value in fields.items() if value is not None}
 
 
 def meta_model(config: RunConfig) -> PretrainedModel:
-    """A recipe's model without its weights, to be read alone: recipes that agree share one."""
+    """Return a recipe's model on the meta device; equal recipes share it, so do not change it."""
     with as_config_error("model"):
         fields = input_fields(config.data) | config.model.overrides
         return _meta_model(config.model.name, config.task, json.dumps(fields))
@@ -62,12 +62,12 @@ def _meta_model(name: str, task: str | None, fields: str) -> PretrainedModel:
 
 
 def model_config(config: RunConfig) -> VisionConfig:
-    """The config of a recipe's model."""
+    """Return the config of a recipe's model."""
     return meta_model(config).config
 
 
 def task_of(config: RunConfig) -> Task | None:
-    """The downstream task of a recipe; None in pre-training."""
+    """Return the downstream task of a recipe; None in pre-training."""
     if config.task is None:
         return None
     with as_config_error("task"):
@@ -77,15 +77,15 @@ def task_of(config: RunConfig) -> Task | None:
 def open_samples(
     config: RunConfig, spec: Spec | Sequence[Spec], image_size: int
 ) -> Source | ExampleSource:
-    """The data that `spec` names, as the recipe's task, or pre-training, reads it."""
+    """Open the data `spec` for the recipe's task, or for pre-training."""
     task = task_of(config)
     if task is None:
         return open_source(spec, image_size=image_size)
     return task.open(spec, image_size=image_size)
 
 
-def open_training(config: RunConfig, image_size: int) -> Source | ExampleSource | StreamSource:
-    """The data that a recipe trains on: in pre-training it may be a stream, alone."""
+def open_training_data(config: RunConfig, image_size: int) -> Source | ExampleSource | StreamSource:
+    """Open the training data of a recipe; in pre-training it may be one stream."""
     specs = config.data.train
     specs = specs if isinstance(specs, tuple) else (specs,)
     if not any(map(is_stream, specs)):
@@ -94,22 +94,27 @@ def open_training(config: RunConfig, image_size: int) -> Source | ExampleSource 
         raise ValueError(f"expected data on disk for {config.task}, got a stream")
     if len(specs) > 1:
         raise ValueError(
-            f"expected a stream alone, since its samples have no numbers to be mixed by, got "
-            f"{len(specs)} sources; one stream may have several URLs"
+            f"expected one stream alone, since streams cannot be mixed, got {len(specs)} sources; "
+            "one stream may have several URLs"
         )
     if config.data.weights is not None:
-        raise ValueError("expected data.weights: null with a stream, whose samples say an epoch")
+        raise ValueError("expected data.weights: null with a stream, which is not mixed")
     return open_stream(specs[0])
 
 
-def preparation(
+def make_preparation(
     config: RunConfig,
     model: VisionConfig,
     source: Source | ExampleSource | StreamSource,
     tokenizer: "PreTrainedTokenizerBase",
 ) -> Callable[[Any, int, np.random.Generator], dict[str, Tensor]]:
-    """What makes a training sample of one of `source`: augmented as the recipe says, prepared as
-    the config `model`, and the task, say.
+    """Return the function that prepares a training sample, with the recipe's augmentation.
+
+    Args:
+        config: The recipe of the run.
+        model: The config of the model.
+        source: The training data.
+        tokenizer: The tokenizer of the captions.
     """
     data, task = config.data, task_of(config)
     transform = image_transform(
@@ -121,8 +126,8 @@ def preparation(
         resize=model.resize,
     )
     if task is not None:
-        reading = SampleReader(source, transform, tokenizer, model, data.context_length)
-        return partial(task.sample, reading)
+        preprocessor = Preprocessor(source, transform, tokenizer, model, data.context_length)
+        return partial(task.sample, preprocessor)
     return ImageTextPreparation(
         transform,
         tokenizer,
@@ -133,21 +138,22 @@ def preparation(
 
 
 def check_guide_captions(model: VisionConfig, source: Source | StreamSource) -> None:
-    """Warn where some images of `source` have no second caption, and the model takes one. Of many,
-    a thousand are read.
+    """Warn if the model takes a second caption that some images of `source` do not have.
+
+    At most 1,000 samples are read.
 
     Raises:
-        ValueError: none of them has.
+        ValueError: No image has a second caption.
     """
     if not model.reads_guide_captions:
         return
-    captions = [set(each) for each in some_captions(source, MAX_COUNTED_SAMPLES)]
-    lonely = sum(len(each) < 2 for each in captions) / len(captions)
-    if lonely == 1:
+    captions = [set(each) for each in sample_captions(source, MAX_COUNTED_SAMPLES)]
+    share = sum(len(each) < 2 for each in captions) / len(captions)
+    if share == 1:
         raise ValueError("expected 'own', since no image has a second caption, got 'other'")
-    if lonely:
+    if share:
         warnings.warn(
-            f"guide='other': {lonely:.0%} of the images have one caption, which guides them itself",
+            f"guide='other': {share:.0%} of the images have one caption, which guides them itself",
             stacklevel=2,
         )
 
@@ -159,8 +165,9 @@ def make_tokenizer(
     folder: RunFolder,
     accelerator: "Accelerator",
 ) -> "PreTrainedTokenizerBase":
-    """The tokenizer that a recipe names, or one that the first process trains on the captions, and
-    keeps in the run's folder.
+    """Return the tokenizer that a recipe names, or train one on the captions.
+
+    The main process trains it and writes it to the run's folder.
     """
     data = config.data
     if data.tokenizer != "train":
@@ -168,8 +175,8 @@ def make_tokenizer(
             return load_tokenizer(data.tokenizer)
     if config.task is not None:
         raise ConfigError(
-            "data.tokenizer: expected the folder of the pre-trained model's, got 'train', "
-            "which makes another"
+            "data.tokenizer: expected the folder of the pre-trained model's tokenizer, got "
+            "'train', which trains a new one"
         )
     with accelerator.main_process_first(), as_config_error("data.vocab_size"):
         if not folder.tokenizer.exists():
@@ -179,14 +186,14 @@ def make_tokenizer(
 
 
 def tokenizer_captions(source: Source | StreamSource, model: VisionConfig) -> Iterator[str]:
-    """The captions of at most 50,000 samples as a tokenizer reads them."""
-    for captions in some_captions(source, MAX_TOKENIZER_SAMPLES):
+    """Yield the cleaned captions of at most 50,000 samples."""
+    for captions in sample_captions(source, MAX_TOKENIZER_SAMPLES):
         for caption in captions:
             yield apply_caption_rule(caption, model.captions)
 
 
-def some_captions(source: Source | StreamSource, count: int) -> Iterator[tuple[str, ...]]:
-    """Those of at most `count` samples, spread over the source; of a stream, of the first."""
+def sample_captions(source: Source | StreamSource, count: int) -> Iterator[tuple[str, ...]]:
+    """Return the captions of at most `count` samples, evenly spaced, or the first of a stream."""
     if isinstance(source, StreamSource):
         return source.first_captions(count)
     stride = math.ceil(len(source) / count)

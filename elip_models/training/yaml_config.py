@@ -1,7 +1,7 @@
-"""A frozen dataclass, and those inside it, from the mapping that a YAML file holds.
+"""Frozen dataclasses, nested ones included, from the mapping of a YAML file.
 
-Values are held to the type hints of the fields; a mistake is a `ConfigError` that names the dotted
-key, what was expected and what was found.
+Values are checked against the type hints of the fields. An error is a `ConfigError` with the dotted
+key, the requirement and the value.
 """
 
 import dataclasses
@@ -27,19 +27,19 @@ with require_extra("elip_models.training"):
     import yaml
 
 REQUIRED = "???"
-"""The value a recipe gives to a key that the user has to set."""
+"""The value, in a recipe, of a key that the user has to set."""
 
-YAML = WORDS | {
+YAML_WORDS = WORDS | {
     bool: "true or false",
     types.NoneType: "null",
     tuple: "a list",
     dict: "a mapping",
 }
-"""What YAML calls a type."""
+"""Names of types in YAML."""
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds; ConfigError where it holds none, or cannot be read."""
+    """Return the mapping in a YAML file; raise ConfigError if it cannot be read or has none."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
@@ -52,12 +52,12 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def from_mapping(cls: type, values: Any) -> Any:
-    """Makes the dataclass `cls` of a mapping."""
+    """Return an instance of the dataclass `cls` with the values of a mapping."""
     return _build(cls, values, "", cls)
 
 
 def _build(cls: type, values: Any, prefix: str, root: type) -> Any:
-    """Makes `cls`, which is `root` or a part of it; `prefix` is its dotted position."""
+    """Return an instance of `cls`, which is `root` or nested in it at the position `prefix`."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{prefix[:-1]}: expected a section of keys, got {values!r}")
     hints = typing.get_type_hints(cls, include_extras=True)
@@ -75,11 +75,13 @@ def _build(cls: type, values: Any, prefix: str, root: type) -> Any:
 
 
 def _expected(hint: Any) -> str:
-    return "a section of keys" if dataclasses.is_dataclass(hint) else describe_type(hint, YAML)
+    return (
+        "a section of keys" if dataclasses.is_dataclass(hint) else describe_type(hint, YAML_WORDS)
+    )
 
 
 def _convert(hint: Any, value: Any, key: str, root: type) -> Any:
-    """Returns `value` as the type `hint` asks for, or raises."""
+    """Return `value` converted to the type `hint`, or raise ConfigError."""
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, f"{key}.", root)
     expected = _expected(hint)
@@ -92,7 +94,7 @@ def _convert(hint: Any, value: Any, key: str, root: type) -> Any:
 
 
 def _parse(value: Any, hint: Any) -> Any:
-    """A value of YAML as `hint` has it: 1 and "1e-3" are floats, a list a tuple; else as it is."""
+    """Convert a YAML value to `hint` if possible: 1 and "1e-3" to float, a list to a tuple."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return _parse(value, arguments[0])

@@ -18,7 +18,7 @@ from benchmarks.comparison import runs_kernels
 from benchmarks.parity import OURS, ends, in_fp64, judged, judged_coarser, parity, with_compiled
 from elip_kernels._triton import HAS_TRITON
 from elip_kernels.testing import Case, launchers_on_cpu
-from elip_models.profiling.measure import graphed
+from elip_models.profiling.measure import capture_graph
 
 NAN, INF = float("nan"), float("inf")
 
@@ -127,7 +127,7 @@ def test_a_graph_keeps_what_it_replays(fake_device):
     def inputs():
         return torch.randn(2, 9, 4, requires_grad=True), torch.rand(2, 8), torch.randn(2, 5, 4)
 
-    step = graphed(partial(comparison._prepare, form, "backward", [inputs()]))
+    step = capture_graph(partial(comparison._prepare, form, "backward", [inputs()]))
     gc.collect()
     assert all(ref() is not None for ref in alive)
     step()

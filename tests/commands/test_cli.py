@@ -26,7 +26,7 @@ def test_train_prints_loss_scores_chance_and_place(tmp_path, capsys):
     files = {path.name for path in (tmp_path / "run").iterdir()}
     assert files == {
         ".lock",
-        "origin.jsonl",
+        "provenance.jsonl",
         "recipe.yaml",
         "tokenizer",
         "metrics.jsonl",

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from elip_models.models.registry import load_model
-from elip_models.training.optimizers import tell_
+from elip_models.training.optimizers import skip_nonfinite_step_
 from elip_models.training.run_folder import RunFolder
 from elip_models.training.trainer import Trainer, train
 from tests.helpers.tiny_run import own_process, tiny_config
@@ -131,7 +131,7 @@ def fused(rank):
 
     def step_as_told(optimizer, grad_norm):
         assert all(group["fused"] for group in optimizer.param_groups)
-        tell_(optimizer, grad_norm)
+        skip_nonfinite_step_(optimizer, grad_norm)
         optimizer.step()
 
     def made(*groups, **options):

@@ -16,7 +16,7 @@ from elip_models.profiling.component_profile import (
     PARTS,
     SCORING,
     TEXT,
-    profile_parts,
+    profile_components,
 )
 from elip_models.profiling.runner import count
 from elip_models.profiling.workload import Workload
@@ -43,7 +43,7 @@ def workload(family, **options):
 def test_parts_add_up_to_all_that_is_counted(family):
     measured = workload(family)
     counted = count(measured, STRATEGIES, "training")
-    found = {p.strategy: p for p in profile_parts("m", measured, STRATEGIES, rounds=None)}
+    found = {p.strategy: p for p in profile_components("m", measured, STRATEGIES, rounds=None)}
     for name, flops in counted.items():
         assert sum(found[name].flops.values()) * 2 == sum(flops)
     size, passes = measured.tower.size, 2 if family == "meter" else 1
@@ -63,7 +63,7 @@ def test_parts_add_up_to_all_that_is_counted(family):
 @pytest.mark.exhaustive
 def test_what_guides_dropped_text_is_scoring():
     found = [
-        profile_parts("m", workload("blip", text_reduction=way), {"dense": Dense()}, rounds=None)[0]
+        profile_components("m", workload("blip", text_reduction=way), {"dense": Dense()}, rounds=None)[0]
         for way in (None, "post", "learned")
     ]
     whole, post, learned = (each.flops for each in found)
@@ -89,4 +89,4 @@ def test_parts_are_printed_timed_and_written(tmp_path, capsys):
 def test_models_whose_parts_are_not_known_are_named():
     assert CALLS.keys() == FAMILIES.keys()
     with pytest.raises(ValueError, match=r"parts: expected a model of ours.*VisionTransformer"):
-        profile_parts("vit", Workload(plain_vit(), 1), {"dense": Dense()}, rounds=None)
+        profile_components("vit", Workload(plain_vit(), 1), {"dense": Dense()}, rounds=None)

@@ -98,7 +98,7 @@ def test_files_in_the_standard_formats_give_what_the_built_in_world_gives(
     _, read = run(saved, family, task, output_dir="files", **files)
     assert read.loss == built_in.loss
     assert read.task_scores.scores == built_in.task_scores.scores
-    said = ([each.said for each in r.task_scores.predictions] for r in (read, built_in))
+    said = ([each.output for each in r.task_scores.predictions] for r in (read, built_in))
     assert next(said) == next(said)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from elip_models.training.accelerator import STORE_OF_ITS_OWN, make_accelerator
+from elip_models.training.accelerator import NO_SHARED_STORE, make_accelerator
 from elip_models.training.run_folder import RunFolder
 from elip_models.validation import ConfigError
 from tests.helpers.tiny_run import own_process, tiny_config
@@ -22,9 +22,9 @@ def test_restarts_that_could_hang_are_refused(tmp_path, monkeypatch):
     config, folder = tiny_config(tmp_path), RunFolder(tmp_path)
     with (
         own_process(),
-        pytest.raises(ConfigError, match=f"torchrun: expected {STORE_OF_ITS_OWN}=1"),
+        pytest.raises(ConfigError, match=f"torchrun: expected {NO_SHARED_STORE}=1"),
     ):
         make_accelerator(config, folder)
-    monkeypatch.setenv(STORE_OF_ITS_OWN, "1")
+    monkeypatch.setenv(NO_SHARED_STORE, "1")
     with own_process():
         assert make_accelerator(config, folder).num_processes == 1

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from elip_models.training.errors import TrainingError
-from elip_models.training.optimizers import step_, tell_
+from elip_models.training.optimizers import step_, skip_nonfinite_step_
 from elip_models.training.run_folder import RunFolder
 from elip_models.training.trainer import train
 from tests.helpers.tiny_run import logged, own_process, tiny_config
@@ -34,7 +34,7 @@ def test_a_step_that_is_not_finite_leaves_weights_and_state(fused, norm):
     before = state_of(layer, optimizer)
     layer.weight.grad.fill_(norm)
     if fused:  # as on a GPU, where the host does not ask
-        tell_(optimizer, torch.tensor(norm))
+        skip_nonfinite_step_(optimizer, torch.tensor(norm))
         optimizer.step()
     else:
         step_(optimizer, torch.tensor(norm))
@@ -47,7 +47,7 @@ def test_a_finite_step_is_the_optimisers_own(fused):
     other, expected = trained(fused)
     expected.step()
     if fused:
-        tell_(optimizer, torch.tensor(1.0))
+        skip_nonfinite_step_(optimizer, torch.tensor(1.0))
         optimizer.step()
     else:
         step_(optimizer, torch.tensor(1.0))
@@ -95,12 +95,12 @@ def test_a_run_says_where_it_came_from(tmp_path):
     with own_process():
         train(tiny_config(tmp_path))
         train(tiny_config(tmp_path, "optim.steps=5"), resume=True)
-    lines = (tmp_path / "origin.jsonl").read_text().splitlines()
+    lines = (tmp_path / "provenance.jsonl").read_text().splitlines()
     first, second = (json.loads(line) for line in lines)
     assert [first["resumed"], second["resumed"]] == [None, "step_00000004"]
     assert first["versions"]["torch"] == torch.__version__ and first["data"]["samples"] == 48
     assert first["data"] == second["data"] and len(first["data"]["sha256"]) == 64
     with own_process():
         other = train(tiny_config(tmp_path / "other", "data.train=emoji_scenes:seed=2,size=48"))
-    line = json.loads((other.output_dir / "origin.jsonl").read_text())
+    line = json.loads((other.output_dir / "provenance.jsonl").read_text())
     assert line["data"]["sha256"] != first["data"]["sha256"]

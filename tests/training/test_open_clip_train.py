@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from elip_models.training.open_clip import main, parse_reduce, reducing_first, with_globals
+from elip_models.training.open_clip import main, parse_reduce, reduce_first_model, with_globals
 from tests.helpers.models import open_clip_pair
 from tests.helpers.tiers import tiered
 
@@ -78,7 +78,7 @@ def test_a_reduced_run_is_not_the_dense_one_and_tome_of_nothing_is(data, tmp_pat
 def test_only_the_first_model_is_reduced():
     models = [open_clip_pair(), open_clip_pair()]
     made = iter(models)
-    create = reducing_first(lambda: (next(made), "train", "val"), {"strategy": "tome"})
+    create = reduce_first_model(lambda: (next(made), "train", "val"), {"strategy": "tome"})
     assert create() == (models[0], "train", "val") and create()[0] is models[1]
     assert "forward" in vars(models[0].visual.transformer.resblocks[0])
     assert "forward" not in vars(models[1].visual.transformer.resblocks[0])

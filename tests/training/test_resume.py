@@ -163,7 +163,7 @@ def test_a_gradient_scaler_goes_on_where_it_was(tmp_path, monkeypatch, step):
 def test_folder_with_a_run_is_refused_and_left_alone(tmp_path):
     train(tiny_config(tmp_path))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(TrainingError, match=r"already holds a run.*--resume"):
+    with pytest.raises(TrainingError, match=r"already contains a run.*--resume"):
         train(tiny_config(tmp_path))
     assert before == {
         path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()

@@ -14,7 +14,7 @@ from rich.console import Console
 from elip_models.training.errors import Stopped, TrainingError
 from elip_models.training.run_checkpoints import Checkpoints, damage_of, step_of
 from elip_models.training.run_folder import RunFolder
-from elip_models.training.signal_handling import Stop
+from elip_models.training.signal_handling import StopSignal
 from elip_models.training.trainer import train
 from tests.helpers.tiers import tiered
 from tests.helpers.tiny_run import logged, own_process, tiny_arguments, tiny_config
@@ -65,7 +65,7 @@ def test_nothing_is_begun_anew_where_every_checkpoint_is_damaged(tmp_path):
     checkpoints = committed(tmp_path, 4, 8)
     for checkpoint in checkpoints.path.iterdir():
         flip(checkpoint / "model.safetensors")
-    with pytest.raises(TrainingError, match=r"0008 is.*; .*0004 is.*no whole checkpoint"):
+    with pytest.raises(TrainingError, match=r"0008 is.*; .*0004 is.*no undamaged checkpoint"):
         checkpoints.latest()
 
 
@@ -146,7 +146,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path):
         train(tiny_config(whole))
     config = tiny_config(stopped)
     with own_process(), pytest.MonkeyPatch.context() as patched:
-        patched.setattr("elip_models.training.signal_handling.Stop.came", _at_second_step())
+        patched.setattr("elip_models.training.signal_handling.StopSignal.received", _at_second_step())
         with pytest.raises(Stopped, match="after step 2 of 4") as error:
             train(config)
         assert error.value.status == 143
@@ -175,14 +175,14 @@ def test_the_handlers_of_a_program_are_given_back(tmp_path):
 
 def test_a_checkpoint_in_time_lets_the_process_live(monkeypatch):
     ended = []
-    monkeypatch.setattr("elip_models.training.signal_handling.PATIENCE", 0.2)
+    monkeypatch.setattr("elip_models.training.signal_handling.GRACE_PERIOD", 0.2)
     monkeypatch.setattr("elip_models.training.signal_handling.os._exit", ended.append)
-    with Stop() as stop:
+    with StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signal == signal.SIGTERM
     time.sleep(0.4)
     assert ended == []
-    with Stop():
+    with StopSignal():
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.4)
     assert ended == [130]

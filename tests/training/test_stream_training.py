@@ -29,7 +29,7 @@ from elip_models.data.training_samples import TrainingSamples
 from elip_models.training.errors import TrainingError
 from elip_models.training.recipe import load_recipe
 from elip_models.training.trainer import train
-from elip_models.training.training_data import open_training
+from elip_models.training.training_data import open_training_data
 from elip_models.validation import ConfigError
 from tests.helpers.damage import shard
 from tests.helpers.streaming import served
@@ -40,7 +40,7 @@ SHARDS, SAMPLES = 5, 4
 
 @pytest.fixture(autouse=True)
 def _own_process(monkeypatch):
-    monkeypatch.setattr(streams, "_WAITS", (0.0, 0.0))
+    monkeypatch.setattr(streams, "_RETRY_DELAYS", (0.0, 0.0))
     with own_process():
         yield
 
@@ -290,7 +290,7 @@ def test_what_a_stream_is_not_for(tmp_path, overrides, message):
     ],
 )
 def test_a_stream_on_the_command_line(tmp_path, text):
-    source = open_training(tiny_config(tmp_path, f"data.train={text}"), 32)
+    source = open_training_data(tiny_config(tmp_path, f"data.train={text}"), 32)
     assert (len(source), len(source.shards)) == (24, 3)
     assert source.spec.resample == ("resample" in text)
 
@@ -299,7 +299,7 @@ def test_a_task_is_not_for_a_stream(tmp_path):
     needed = ("data.tokenizer=a", "model.pretrained=a", f"output_dir={tmp_path}")
     config = load_recipe("finetune/vqa_tiny", ["data.train=pipe:a,samples=1", *needed])
     with pytest.raises(ValueError, match="expected data on disk for vqa, got a stream"):
-        open_training(config, 32)
+        open_training_data(config, 32)
 
 
 def test_guides_are_counted_among_the_first(tmp_path):
