@@ -36,7 +36,7 @@ from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
 from elip_models.towers import ReducibleModel, Tower, as_tower
 from elip_models.towers.reducible_model import Stats, check_tokenizer_in, clip_stats
-from elip_models.towers.scoring_context import scoring_context
+from elip_models.towers.base import scoring_context
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,7 +13,7 @@ from elip_models.models.config import ReductionConfig, TokenId
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategy import StageInfo
 from elip_models.towers.reducible_model import random_ids
-from elip_models.towers.scoring_context import scoring_context
+from elip_models.towers.base import scoring_context
 from elip_models.validation import Positive, Size, same_as
 
 if TYPE_CHECKING:

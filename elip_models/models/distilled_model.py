@@ -28,7 +28,7 @@ from elip_models.reduction.scorers import ScorerName
 from elip_models.reduction.strategies.elip import ELIP
 from elip_models.reduction.strategy import mask_after
 from elip_models.towers import as_tower
-from elip_models.towers.fsdp import is_sharded
+from elip_models.towers.wrapped_modules import is_sharded
 from elip_models.validation import Bounds, Depth, NonNegative, PositiveInt, Share, Size, divisor_of
 
 

@@ -11,7 +11,7 @@ from elip_models.reduction.checkpoint_replay import is_recomputing
 from elip_models.reduction.guidance import drop_guide, guide_of, set_guidance, set_guide
 from elip_models.reduction.state import Reduction
 from elip_models.reduction.token_assignment import Slots
-from elip_models.towers.scoring_context import scoring_context
+from elip_models.towers.base import scoring_context
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]

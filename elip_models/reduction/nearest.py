@@ -13,7 +13,6 @@ import elip_kernels
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategy import Context, StageInfo
 from elip_models.towers import Tower, TowerSize
-from elip_models.towers.key_metric import mean_keys
 
 
 def merge_nearest(
@@ -43,7 +42,7 @@ def merge_nearest(
     if kept is None:
         kept = elip_kernels.select_tokens(row, stage.keep, num_prefix_tokens=p)
     if metric is None:
-        metric = mean_keys(tower, stage.first, tokens)
+        metric = tower.mean_keys(stage.first, tokens)
     tokens, sizes, reduction = elip_kernels.merge_nearest(
         tokens, kept, metric, size=sizes, num_prefix_tokens=p, return_info=True
     )

@@ -1,7 +1,7 @@
-"""Image towers: other libraries' models seen as embed, blocks, attend, mlp, cls_attention, finish.
+"""Towers: image models of other libraries, read as embedding, blocks, attention, MLP and norm.
 
-A tower reads a model's own modules and adds nothing to it. `as_tower` finds the one that fits;
-`as_image_text` knows whole language-image models, whose text then guides their own image tower.
+A tower reads a model's own modules and adds nothing to it. `as_tower` returns the tower of an image
+model, `as_image_text` that of a whole language-image model, whose text can guide its image tower.
 """
 
 from importlib import import_module
@@ -9,13 +9,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from elip_models.towers.base import Projections, Tower, with_cls
-from elip_models.towers.cls_query import Query
-from elip_models.towers.forward_override import in_forward
-from elip_models.towers.fsdp import refuses_sharding
-from elip_models.towers.image_text import ImageTextModel
-from elip_models.towers.reducible_model import ImageModel, ReducibleModel
-from elip_models.towers.size import TowerSize
+from elip_models.towers.base import Tower, in_forward, with_cls
+from elip_models.towers.reducible_model import ImageModel, ImageTextModel, ReducibleModel
+from elip_models.towers.tower_parts import Projections, Query, TowerSize
+from elip_models.towers.wrapped_modules import refuses_sharding
 from elip_models.validation import require_extra
 
 __all__ = [
@@ -36,8 +33,12 @@ __all__ = [
 
 
 class Adapter(NamedTuple):
-    """Where the classes of a library are read, as file and class, of image models and of whole
-    ones; the first that accepts a model judges it.
+    """The classes that read a library's models, as (file, class).
+
+    The first that accepts a model decides whether it can be reduced.
+
+    towers: for image models.
+    image_texts: for whole language-image models.
     """
 
     towers: tuple[tuple[str, str], ...]
@@ -48,16 +49,17 @@ ADAPTERS = {
     "timm": Adapter((("eva", "EvaTower"), ("timm", "TimmTower")), ()),
     "open_clip": Adapter((("open_clip", "OpenClipTower"),), (("open_clip", "OpenClipImageText"),)),
     "transformers": Adapter(
-        (("hf", "HFTower"),), (("hf", "HFClip"), ("hf", "HFSiglip"), ("hf", "HFBlip"))
+        (("hf", "HFTower"),),
+        tuple(("hf_image_text", name) for name in ("HFClip", "HFSiglip", "HFBlip")),
     ),
 }
 
 
 def as_tower(model: nn.Module) -> Tower:
-    """The tower of an image model.
+    """Return the tower of an image model.
 
     Raises:
-        TypeError: not a model that a tower reads, or a variant of one that it does not: why.
+        TypeError: the model cannot be reduced, with the reason.
         ImportError: a library is missing.
     """
     model = _image_model(without_adapter(model))
@@ -80,7 +82,7 @@ def as_tower(model: nn.Module) -> Tower:
 
 
 def as_image_text(model: nn.Module) -> ImageTextModel | None:
-    """The whole image-text model, or None where it is an image model alone."""
+    """Return the whole language-image model, or None if it is an image model alone."""
     model = without_adapter(model)
     _check_sharding(model)
     library = library_of(model)
@@ -92,15 +94,13 @@ def as_image_text(model: nn.Module) -> ImageTextModel | None:
 
 
 def without_adapter(model: nn.Module) -> nn.Module:
-    """The model inside peft's, whose own layers are the adapted ones."""
+    """Return the model inside a peft model; any other as it is."""
     is_peft = any(cls.__module__ == "peft.peft_model" for cls in type(model).__mro__)
     return model.get_base_model() if is_peft else model
 
 
 def _image_model(model: nn.Module) -> nn.Module:
-    """The model of timm inside open_clip's, which puts a head behind it, or inside that of
-    features_only=True.
-    """
+    """Return the timm model inside open_clip's TimmModel or timm's features_only=True."""
     names = {f"{cls.__module__}.{cls.__name__}" for cls in type(model).__mro__}
     if "open_clip.timm_model.TimmModel" in names:
         return model.trunk
@@ -108,11 +108,14 @@ def _image_model(model: nn.Module) -> nn.Module:
 
 
 def as_reducible(model: nn.Module) -> ReducibleModel:
-    """What measuring and drawing ask of a model: one of ours, which answers for itself, another
-    library's whole one, or an image model alone.
+    """Return the model in the form that profiling and visualization read.
+
+    Args:
+        model: a model of this project, a whole language-image model of another library, or an image
+            model alone.
 
     Raises:
-        TypeError: one that cannot be reduced: why.
+        TypeError: the model cannot be reduced, with the reason.
         ImportError: a library is missing.
     """
     if isinstance(model, ReducibleModel):
@@ -132,7 +135,7 @@ def _check_sharding(model: nn.Module) -> None:
 
 
 def library_of(model: nn.Module) -> str | None:
-    """Which of the libraries the model's class, or one that it derives from, belongs to."""
+    """Return the library that defines the model's class or a base class of it, or None."""
     roots = (cls.__module__.split(".")[0] for cls in type(model).__mro__)
     return next((root for root in roots if root in ADAPTERS), None)
 

@@ -1,18 +1,19 @@
-"""An image tower of pre-norm blocks: what an adapter says of a library's model, and what follows.
+"""An image tower of pre-norm blocks: what the reduction computes from the parts of an adapter.
 
     block:  x = x + project(attention(norm(x)));  x = mlp(x)        tokens x (B, N, D), CLS first
 
-A tower without CLS has only patches, and a query from outside reads its row from them:
+In a tower without CLS, all tokens are patches, and a query t from outside scores them:
 
     a = mean_h softmax_n(q_h(norm(t)) . k_h(norm(x_n)))             t (B, D), a (B, N)
 
-An adapter names the parts of a block; the CLS row, the boundary of a stage, and CLS's own way
-through a block are worked out of them here, once for all libraries.
+The adapter of a library defines the parts of a block (`tower_parts.py`). CLS rows, stage boundaries
+and the path of CLS alone through a block are computed here, once for all libraries.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, ParamSpec, Self, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial, wraps
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,90 +21,25 @@ from torch import Tensor, nn
 
 import elip_kernels
 from elip_kernels import BipartiteInfo, ReductionInfo
-from elip_models.towers.cls_query import Query
-from elip_models.towers.effective_weights import Affine, is_layer_norm
-from elip_models.towers.forward_override import in_place_of, own_forward
-from elip_models.towers.fsdp import unsharded
-from elip_models.towers.scoring_context import scoring_context
-from elip_models.towers.size import TowerSize
+from elip_models.reduction.schedule import Merge, merge_flag
+from elip_models.towers.tower_parts import IDENTITY, QKV, Block, Query, TowerParts, TowerSize
+from elip_models.towers.wrapped_modules import in_place_of, is_layer_norm, unsharded
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-IDENTITY = nn.Identity()
-QKV = tuple[Tensor, Tensor, Tensor]
-Block = Callable[..., Tensor]
 
-
-class Projections(NamedTuple):
-    """What stands around a block's projections before the softmax.
-
-    q_norm, k_norm: of each head's queries and keys. With them the key projection stays where it is.
-    """
-
-    norm: nn.Module
-    num_heads: int
-    scale: float
-    q_norm: nn.Module | None = None
-    k_norm: nn.Module | None = None
-
-    @property
-    def can_be_absorbed(self) -> bool:
-        """The key and value projections fold into the query: no product over all tokens."""
-        return self.q_norm is None and self.k_norm is None and is_layer_norm(self.norm)
-
-
-class Tower:
-    """What the reduction needs of an image model; tokens are (B, N, D) with CLS first.
-
-    An adapter sets these, and defines the methods that raise NotImplementedError here.
-
-    model, blocks: the library's own modules; a block maps tokens to tokens.
-    width, depth, num_heads, num_patches, image_size (H, W), mlp_ratio: sizes.
-    num_prefix_tokens: tokens that always stay, first: CLS and registers.
-    has_cls: token 0 is CLS, which scores; else a text from outside does.
-    pools: the model reads all of its patches after the last block, and counts them alike.
-    absorbs_keys: a row is read without a key projection of the tokens.
-    is_rotary: blocks rotate each token by its place in the image, which then follows the token.
-    has_dynamic_size: images of other sizes may go in, each with its own number of patches.
-    size_advice: what to do with images of other sizes.
-    collector: the module whose call `collects` what blocks give, or None.
-    dense_methods: methods of the model that return the tokens of several blocks.
-    unsupported_methods: methods of the model that would return nonsense on a reduced one.
-    saved_config: the library's own, which it saves with the model, or None.
-
-    `qkv`, `weights`, `project`, `mlp` and what is made of them read block i's parameters where
-    they are, so a caller outside block i's forward calls them inside `unsharded(i)`.
-    """
-
-    model: nn.Module
-    blocks: nn.Sequential | nn.ModuleList
-    width: int
-    depth: int
-    num_heads: int
-    num_patches: int
-    image_size: tuple[int, int]
-    mlp_ratio: float
-    num_prefix_tokens: int = 1
-    has_cls: bool = True
-    pools: bool = False
-    absorbs_keys: bool = True
-    is_rotary: bool = False
-    has_dynamic_size: bool = False
-    size_advice: str = "resize the images"
-    collector: nn.Module | None = None
-    dense_methods: tuple[str, ...] = ()
-    unsupported_methods: tuple[str, ...] = ()
-    saved_config: Any = None
+class Tower(TowerParts):
+    """An image model as the reduction reads it; see `TowerParts` for what an adapter defines."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that enter block 0."""
+        """Return the number of tokens that enter block 0."""
         return self.num_patches + self.num_prefix_tokens
 
     @property
     def size(self) -> TowerSize:
-        """The sizes as plain numbers."""
+        """Return the sizes as plain numbers."""
         return TowerSize(
             self.image_size,
             self.num_patches,
@@ -118,149 +54,71 @@ class Tower:
 
     @property
     def averages_keys(self) -> bool:
-        """The head mean of a block's keys is one projection of the tokens."""
+        """Return whether one projection of the tokens gives the head mean of a block's keys."""
         return self.projections(0).k_norm is None and not self.is_rotary
 
-    @staticmethod
-    def accepts(model: nn.Module) -> bool:
-        """The model is one of those that the adapter is to judge, where a library has several."""
-        return True
-
-    @staticmethod
-    def refuses(model: nn.Module) -> str | None:
-        """Why the model cannot be a tower, in one sentence, or None."""
-        raise NotImplementedError
-
-    @property
-    def checkpointing(self) -> bool:
-        """The model asks for activation checkpointing of its blocks, and does it in its forward."""
-        raise NotImplementedError
-
-    def collects(self, what: str, kwargs: dict[str, Any]) -> bool:
-        """Whether such a call of `collector` returns all "hidden_states", or "attentions"."""
-        raise NotImplementedError
-
-    @property
-    def entrance(self) -> list[tuple[nn.Module, str]]:
-        """The methods that make tokens of images, owner and name, in the order of their calls."""
-        raise NotImplementedError
-
-    def image_stats(self) -> tuple[Sequence[float], Sequence[float]] | None:
-        """Mean and standard deviation of each colour that images are normalised by, or None where
-        the library does not say.
-        """
-        return None
-
-    def refuses_dropping(self) -> str | None:
-        """Why no patch may be dropped without merging, in one sentence, or None."""
-        return None
-
-    def refuses_resizing(self) -> str | None:
-        """Why images of another size cannot go in, in one sentence, or None."""
-        return None
-
-    def patchify(self, images: Tensor) -> Tensor:
-        """What the entrance makes of images (B, 3, h, w) of any size in whole patches; positions
-        are interpolated.
-        """
-        raise NotImplementedError
-
-    def enter(self, tokens: Tensor) -> Tensor:
-        """What stands between the entrance and block 0."""
-        raise NotImplementedError
-
     def at(self, positions: Tensor | None) -> Self:
-        """The tower for tokens at these positions of the image; None: all, in order.
+        """Return the tower for tokens at these positions; None means all patches in order.
 
-        Only a rotary tower tells them apart.
+        Only a rotary tower reads positions.
         """
         return self
 
-    def at_no_place(self) -> Self:
-        """The tower for one token that comes from outside the image."""
+    def at_no_position(self) -> Self:
+        """Return the tower for one token that comes from outside the image."""
         return self
 
     def positions_after(self, reduction: ReductionInfo | BipartiteInfo) -> Tensor | None:
-        """Where the tokens stand that a reduction leaves, or None where nothing reads it."""
+        """Return the positions of the tokens that a reduction leaves; None if blocks need none."""
         return None
 
-    def moved(self, kwargs: dict[str, Any], positions: Tensor) -> dict[str, Any]:
-        """What the model calls a block by besides all tokens, for those at `positions`."""
+    def block_kwargs_at(self, kwargs: dict[str, Any], positions: Tensor) -> dict[str, Any]:
+        """Return the model's keyword arguments of a block, for the tokens at `positions`."""
         return kwargs
 
-    def turned(self, i: int, heads: Tensor) -> Tensor:
-        """Block i's queries or keys (B, H, N, d), each rotated by its token's place."""
+    def rotated(self, i: int, heads: Tensor) -> Tensor:
+        """Rotate block i's queries or keys (B, H, N, d) by the position of each token."""
         return heads
 
-    def embed(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> tokens: everything before block 0."""
-        raise NotImplementedError
-
-    def qkv(self, i: int, tokens: Tensor) -> QKV:
-        """Block i's queries, keys and values (B, H, N, d) of tokens before its norm."""
-        raise NotImplementedError
-
-    def projections(self, i: int) -> Projections:
-        """The parts of block i that make `qkv`, the projections themselves aside."""
-        raise NotImplementedError
-
-    def weights(self, i: int) -> list[Affine] | None:
-        """Block i's projections of queries, keys and values, each (D, D) as nn.Linear has it; None
-        where only calling them, in `qkv`, tells what they do.
-        """
-        raise NotImplementedError
-
-    def attention_dropout(self, i: int) -> float:
-        """The rate that block i drops attention weights with, now."""
-        raise NotImplementedError
-
-    def project(self, i: int, attended: Tensor) -> Tensor:
-        """What block i makes of its attention's output (B, N, D) and adds to the tokens."""
-        raise NotImplementedError
-
-    def mlp(self, i: int, tokens: Tensor) -> Tensor:
-        """Block i's MLP half, residual included."""
-        raise NotImplementedError
-
-    def is_plain(self, i: int) -> bool:
-        """Block i runs its own parts in eval mode and nothing else: `cls_block` is exact for it."""
-        raise NotImplementedError
-
-    def finish(self, tokens: Tensor) -> Tensor:
-        """The final norm, before pooling."""
-        raise NotImplementedError
-
     def block(self, i: int, tokens: Tensor) -> Tensor:
-        """Block i, whole, by its own forward."""
+        """Run block i."""
         return self.call(i, self.blocks[i], tokens)
 
     def call(self, i: int, block: Block, tokens: Tensor) -> Tensor:
-        """Block i, or its forward alone, as the library's model calls it."""
+        """Call block i, or its forward alone, with the arguments that its model passes."""
         return block(tokens)
 
     def in_block(
-        self, i: int, step: Callable[[Tensor], tuple[Tensor, R]], tokens: Tensor
+        self, i: int, function: Callable[[Tensor], tuple[Tensor, R]], tokens: Tensor
     ) -> tuple[Tensor, R]:
-        """`step(tokens) -> (tokens, more)` in place of block i's forward, with gradient."""
-        return in_place_of(self.blocks[i], step, tokens)
+        """Run `function(tokens) -> (tokens, more)` in place of block i's forward, with gradient."""
+        return in_place_of(self.blocks[i], function, tokens)
 
     def unsharded(self, i: int, *tensors: Tensor) -> AbstractContextManager[tuple[Tensor, ...]]:
-        """Inside, block i's parameters are whole, also where it is sharded; yields `tensors`."""
+        """Gather block i's parameters inside the context, which yields `tensors`."""
         return unsharded(self.blocks[i], *tensors)
 
     def dry_block(self, i: int, tokens: Tensor) -> Tensor:
-        """Block i, whole, without gradient, by its own forward: no hook sees the call. Those that
-        shard it would free its parameters, and prefetch for a backward that never comes.
+        """Run block i's own forward to compute scores, without gradient and without hooks.
+
+        FSDP's hooks would free the parameters, and prefetch for a backward that never runs.
         """
+        block = self.blocks[i]
+        forward = vars(block).get("forward")
+        forward = original_method(block, "forward", getattr(forward, "replaced", forward))
         with self.unsharded(i, tokens) as (tokens,):
-            return self.call(i, own_forward(self.blocks[i]), tokens)
+            return self.call(i, forward, tokens)
 
     def attend(
         self, i: int, tokens: Tensor, bias: Tensor | None = None, *, qkv: QKV | None = None
     ) -> Tensor:
-        """Block i's attention half, residual included.
+        """Run block i's attention half, residual included.
 
-        bias is added to the scores; qkv, where the caller has made them, are not made again.
+        Args:
+            i: the block.
+            tokens: (B, N, D).
+            bias: added to the attention scores.
+            qkv: the block's queries, keys and values, if the caller has computed them.
         """
         q, k, v = self.qkv(i, tokens) if qkv is None else qkv
         dropout, scale = self.attention_dropout(i), self.projections(i).scale
@@ -270,17 +128,20 @@ class Tower:
         return tokens + self.project(i, attended.transpose(1, 2).flatten(2))
 
     def attention_map(self, i: int, tokens: Tensor, *, qkv: QKV | None = None) -> Tensor:
-        """Block i's whole softmax map (B, H, N, N), as the official code computes it."""
+        """Return block i's attention weights (B, H, N, N), as the official code computes them."""
         q, k, _ = self.qkv(i, tokens) if qkv is None else qkv
         return torch.matmul(q * self.projections(i).scale, k.mT).softmax(-1)
 
     def cls_attention(
         self, i: int, tokens: Tensor, cls: Tensor, *, mask: Tensor | None = None
     ) -> Tensor:
-        """Block i's CLS row (B, N), head mean, with `cls` (B, D) in place of token 0.
+        """Return block i's CLS attention row (B, N), averaged over heads.
 
-        Of a tower without CLS, `cls` is the query alone, and the row one of the N tokens.
-        mask: (B, N) bool, True where a token is real.
+        Args:
+            i: the block.
+            tokens: (B, N, D).
+            cls: (B, D), used in place of token 0; without CLS the query alone.
+            mask: (B, N) bool, False for padding.
         """
         with self.unsharded(i, tokens, cls) as (tokens, cls):
             arguments = self.absorbed(i) if mask is None else None
@@ -291,11 +152,15 @@ class Tower:
             return elip_kernels.cls_attention(q, k.to(q.dtype), scale=scale, mask=mask)
 
     def absorbed(self, i: int, *, values: bool = False) -> dict[str, Any] | None:
-        """The arguments of `cls_attention_from_tokens`, or of `cls_attention_output` with values;
-        None where block i has no such form.
+        """Return the arguments of `cls_attention_from_tokens` for block i.
+
+        None if the key projection cannot fold into the query. With `values`, they are the arguments
+        of `cls_attention_output`.
         """
         parts = self.projections(i)
-        weights = self.weights(i) if self.absorbs_keys and parts.can_be_absorbed else None
+        has_head_norms = parts.q_norm is not None or parts.k_norm is not None
+        can_fold = self.absorbs_keys and not has_head_norms and is_layer_norm(parts.norm)
+        weights = self.weights(i) if can_fold else None
         if weights is None:
             return None
         q, k, v = weights
@@ -312,19 +177,38 @@ class Tower:
         return arguments | {"v_weight": v.weight, "v_bias": v.bias} if values else arguments
 
     def query_and_keys(self, i: int, tokens: Tensor, cls: Tensor) -> tuple[Tensor, Tensor]:
-        """Block i's query (B, H, d) of `cls`, and the keys (B, H, N, d) of `cls_attention`."""
+        """Return block i's query (B, H, d) of `cls`, and the keys (B, H, N, d) that it scores."""
         parts, weights = self.projections(i), self.weights(i)
         x = with_cls(tokens, cls) if self.has_cls else tokens
         if weights is None:
             q, k, _ = self.qkv(i, x)
-            q = q if self.has_cls else self.at_no_place().qkv(i, cls[:, None])[0]
+            q = q if self.has_cls else self.at_no_position().qkv(i, cls[:, None])[0]
             return q[:, :, 0], k
         x = parts.norm(x)
         q = x[:, :1] if self.has_cls else parts.norm(cls[:, None])
         each = (project(y) for project, y in zip(weights, (q, x), strict=False))
         q, k = (y.unflatten(2, (parts.num_heads, -1)).transpose(1, 2) for y in each)
         q, k = (parts.q_norm or IDENTITY)(q)[:, :, 0], (parts.k_norm or IDENTITY)(k)
-        return q, self.turned(i, k)
+        return q, self.rotated(i, k)
+
+    def mean_keys(self, i: int, tokens: Tensor) -> Tensor:
+        """Return block i's keys of `tokens` (B, N, D), averaged over heads: (B, N, d).
+
+            k_n = mean_h(W_h) norm(x_n) + mean_h(b_h)           one product of D x d
+            k_n = mean_h(r_n norm_k(W_h norm(x_n) + b_h))       with a key norm, or rotations r_n
+
+        The result has no gradient.
+        """
+        with scoring_context(self.model, tokens), self.unsharded(i, tokens) as (tokens,):
+            parts, weights = self.projections(i), self.weights(i)
+            if weights is None:
+                return self.qkv(i, tokens)[1].mean(1)
+            tokens, key, heads = parts.norm(tokens), weights[1], parts.num_heads
+            if self.averages_keys:
+                means = (None if w is None else w.unflatten(0, (heads, -1)).mean(0) for w in key)
+                return F.linear(tokens, *means)
+            keys = key(tokens).unflatten(2, (heads, -1)).transpose(1, 2)
+            return self.rotated(i, (parts.k_norm or IDENTITY)(keys)).mean(1)
 
     def score_reduce(
         self,
@@ -334,14 +218,22 @@ class Tower:
         query: Query,
         *,
         keep: int,
-        merge: bool,
+        merge: Merge,
         row: Tensor | None = None,
     ) -> tuple[Tensor, ReductionInfo, Tensor]:
-        """Block i's CLS row over `scored` selects among `tokens` -> reduced tokens, what was kept,
-        the row.
+        """Select among `tokens` by block i's CLS attention row over `scored`.
 
-        scored: (B, N, D), `tokens` themselves, or as a dry run left them.
-        row: (B, N), where it is known already, and nothing is to be scored.
+        Args:
+            i: the block whose projections score.
+            tokens: (B, N, D), the tokens to reduce.
+            scored: (B, N, D), `tokens` themselves, or the output of a dry run.
+            query: the token that scores.
+            keep: the number of patches to keep.
+            merge: 'one' or 'none', see `Merge`.
+            row: (B, N) scores that are known already; nothing is scored then.
+
+        Returns:
+            The reduced tokens, what was kept, and the row (B, N).
         """
         with self.unsharded(i, scored, query.cls) as (read, cls):
             arguments = self.absorbed(i) if self.num_prefix_tokens == 1 else None
@@ -349,7 +241,7 @@ class Tower:
                 arguments |= query._replace(cls=cls)._asdict()
                 arguments |= {"scored": None if read is tokens else read, "row": row}
                 return elip_kernels.score_reduce(
-                    tokens, keep=keep, merge=merge, return_info=True, **arguments
+                    tokens, keep=keep, merge=merge_flag(merge), return_info=True, **arguments
                 )
         if row is None:
             with scoring_context(self.model, tokens):
@@ -357,20 +249,20 @@ class Tower:
         return *self.reduce(tokens, row, keep, merge=merge), row
 
     def reduce(
-        self, tokens: Tensor, row: Tensor, keep: int, *, merge: bool
+        self, tokens: Tensor, row: Tensor, keep: int, *, merge: Merge
     ) -> tuple[Tensor, ReductionInfo]:
-        """`elip_kernels.reduce` by a row (B, N) of scores, the prefix tokens' aside."""
+        """Reduce tokens (B, N, D) by a row (B, N) of scores; prefix tokens stay."""
         return elip_kernels.reduce(
             tokens,
             row,
             keep,
-            merge=merge,
+            merge=merge_flag(merge),
             num_prefix_tokens=self.num_prefix_tokens,
             return_info=True,
         )
 
     def cls_block(self, i: int, tokens: Tensor, cls: Tensor) -> Tensor:
-        """`cls` (B, D) through block i alone, attending to `tokens` -> (B, D)."""
+        """Run `cls` (B, D) alone through block i, attending to `tokens`; returns (B, D)."""
         with self.unsharded(i, tokens, cls) as (tokens, cls):
             arguments = self.absorbed(i, values=True)
             if arguments is not None:
@@ -385,10 +277,58 @@ class Tower:
 
 
 def with_cls(tokens: Tensor, cls: Tensor) -> Tensor:
-    """`tokens` (B, N, D) with `cls` (B, D) in place of token 0."""
+    """Return `tokens` (B, N, D) with `cls` (B, D) in place of token 0."""
     return torch.cat([cls[:, None], tokens[:, 1:]], dim=1)
 
 
-def optional(module: nn.Module, name: str) -> nn.Module:
-    """A part that only some models have; the identity for the others."""
-    return getattr(module, name, IDENTITY)
+def original_method(owner: Any, name: str, replaced: Any) -> Callable[..., Any]:
+    """Return what `owner.name` runs without `reduce_`.
+
+    That is `replaced`, the caller's own replacement, or the method of the class if it is None.
+    """
+    return partial(getattr(type(owner), name), owner) if replaced is None else replaced
+
+
+def in_forward(
+    run: Callable[Concatenate[Tower, Tensor, P], tuple[Tensor, R]],
+) -> Callable[Concatenate[Tower, Tensor, P], tuple[Tensor, R]]:
+    """Make `run(tower, images, ..) -> (tokens, more)` replace the forward of the tower.s model."""
+
+    @wraps(run)
+    def run_in_forward(
+        tower: Tower, images: Tensor, *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[Tensor, R]:
+        return in_place_of(tower.model, lambda x: run(tower, x, *args, **kwargs), images)
+
+    return run_in_forward
+
+
+@contextmanager
+def scoring_context(model: nn.Module, tensor: Tensor) -> Iterator[None]:
+    """Run the code inside without gradient and without effect on the pass around it.
+
+    On the device of `tensor`, random state and autocast cache stay as if nothing had run: dropout
+    draws the same numbers whether a selection is computed or replayed.
+    """
+    with torch.no_grad(), _isolated_rng(model, tensor), _uncached_autocast(tensor.device.type):
+        yield
+
+
+@contextmanager
+def _isolated_rng(model: nn.Module, tensor: Tensor) -> Iterator[None]:
+    if not model.training or torch.compiler.is_compiling():
+        yield
+        return
+    with torch.random.fork_rng([tensor.device] if tensor.is_cuda else []):
+        yield
+
+
+def _uncached_autocast(device: str) -> torch.autocast | nullcontext:
+    """Return the caller's autocast without its cache.
+
+    Some releases of torch would reuse a weight that was cast here, without gradient, in the
+    training pass that follows.
+    """
+    if torch.compiler.is_compiling() or device == "meta" or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False)

@@ -1,13 +1,13 @@
-"""timm's Eva as a tower: EVA, EVA-02, the rotary ViTs (`vit_*_rope`), DINOv3, Perception Encoder.
+"""Towers of timm's Eva: EVA, EVA-02, rotary ViTs (`vit_*_rope`), DINOv3, Perception Encoder.
 
-Uses patch_embed, _pos_embed, norm_pre, rope, blocks (norm1, attn, gamma_1, drop_path1 and the
-second half alike) and norm. With r_n the rotation of the place in the image that token n stands at:
+Uses patch_embed, _pos_embed, norm_pre, rope, blocks (norm1, attn, gamma_1, drop_path1, and the same
+of the second half) and norm. With r_n the rotation of the position of token n:
 
     q_n, k_n = r_n q_norm(W_q norm(x_n)), r_n k_norm(W_k norm(x_n))      r = 1 for prefix tokens
 
-A kept token keeps its own rotation through all later blocks. A merged token stands at no place: its
-rotation is the identity (sin 0, cos 1), as of CLS. The row takes the generic form, since a rotated
-key has no absorbed projection.
+A kept token keeps its rotation in all later blocks. A merged token has no position: its rotation is
+the identity (sin 0, cos 1), as for CLS. A CLS row projects the keys, because a rotation cannot fold
+into the query.
 """
 
 from typing import Any, Self
@@ -20,17 +20,24 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 
 from elip_kernels import ReductionInfo
-from elip_models.towers.base import Block, Projections
-from elip_models.towers.effective_weights import Affine, affine, is_plain, qkv_of, unwrapped
-from elip_models.towers.fsdp import library_class
 from elip_models.towers.timm import PATCH_DROP, PlainTimm
+from elip_models.towers.tower_parts import Block, Projections
+from elip_models.towers.wrapped_modules import (
+    Affine,
+    affine,
+    is_plain,
+    library_class,
+    qkv_of,
+    unwrapped,
+)
 
 
 class EvaTower(PlainTimm):
-    """A timm Eva of pre-norm blocks; CLS and register tokens stay.
+    """An Eva of timm; CLS and register tokens stay.
 
-    positions: (B, N-p) the patch that each of the tokens stands at, `num_patches` for a merged one;
-        None where they are all patches in order.
+    positions: (B, N-p) the patch of each token, `num_patches` for a merged token; None if the
+        tokens are all patches in order.
+    ropes: the rotations of all patches, if they are known already.
     """
 
     absorbs_keys = False
@@ -43,14 +50,16 @@ class EvaTower(PlainTimm):
         if self.is_rotary:
             self.size_advice = "the model's set_input_size takes others"
         self.positions = positions
-        self.ropes = ropes  # of all patches, where they were made already
+        self.ropes = ropes
 
     @staticmethod
     def accepts(model: nn.Module) -> bool:
+        """Return whether this adapter handles the model, if its library has several adapters."""
         return isinstance(model, Eva)
 
     @staticmethod
     def refuses(model: nn.Module) -> str | None:
+        """Return why the model cannot be a tower, in one sentence, or None if it can."""
         if model.patch_drop is not None:
             return PATCH_DROP
         if getattr(model.rope, "aug_active", False):
@@ -64,27 +73,34 @@ class EvaTower(PlainTimm):
         return next((reason for reason in reasons if reason is not None), None)
 
     def at(self, positions: Tensor | None) -> Self:
+        """Return the tower for tokens at these positions; None means all patches in order."""
         if not self.is_rotary:
             return self
         ropes = self._ropes() if self.ropes is None else self.ropes
         return EvaTower(self.model, positions, ropes)
 
-    def at_no_place(self) -> Self:
-        places = torch.full((1, max(0, 1 - self.num_prefix_tokens)), self.num_patches)
-        return self.at(places.to(self.model.patch_embed.proj.weight.device))
+    def at_no_position(self) -> Self:
+        """Return the tower for one token that comes from outside the image."""
+        positions = torch.full((1, max(0, 1 - self.num_prefix_tokens)), self.num_patches)
+        return self.at(positions.to(self.model.patch_embed.proj.weight.device))
 
     def positions_after(self, reduction: ReductionInfo) -> Tensor | None:
+        """Return the positions of the tokens that a reduction leaves, or None if not needed."""
         if not self.is_rotary:
             return None
         kept, positions = reduction.kept - self.num_prefix_tokens, self.positions
         positions = kept if positions is None else positions.gather(1, kept)
         return F.pad(positions, (0, 1), value=self.num_patches) if reduction.merged else positions
 
-    def moved(self, kwargs: dict[str, Any], positions: Tensor) -> dict[str, Any]:
-        return kwargs | {"rope": self.turned_to(kwargs["rope"], positions)}
+    def block_kwargs_at(self, kwargs: dict[str, Any], positions: Tensor) -> dict[str, Any]:
+        """Return the model's keyword arguments of a block, for the tokens at `positions`."""
+        return kwargs | {"rope": self.rotations_at(kwargs["rope"], positions)}
 
-    def turned_to(self, rope: Tensor, positions: Tensor) -> Tensor:
-        """Rope (N0, 2d) or (H, N0, 2d) of all patches -> (B, 1 or H, N-p, 2d) at `positions`."""
+    def rotations_at(self, rope: Tensor, positions: Tensor) -> Tensor:
+        """Return the rotations (B, 1 or H, N-p, 2d) at `positions`.
+
+        rope: (N0, 2d) or (H, N0, 2d), of all patches.
+        """
         rope = rope[None] if rope.dim() == 2 else rope
         merged = rope.new_zeros(rope.shape[-1])
         merged[rope.shape[-1] // 2 :] = 1  # sin 0, cos 1
@@ -92,67 +108,78 @@ class EvaTower(PlainTimm):
         return table[:, positions].transpose(0, 1)
 
     def refuses_resizing(self) -> str | None:
+        """Return why the image size cannot change, in one sentence, or None if it can."""
         return "its rotations are those of one image size"
 
     def embed(self, images: Tensor) -> Tensor:
+        """Return the tokens before block 0 of images (B, 3, H, W)."""
         tokens, _ = self.model._pos_embed(self.model.patch_embed(images))
         return self.model.norm_pre(tokens)
 
     def call(self, i: int, block: Block, tokens: Tensor) -> Tensor:
+        """Call block i, or its forward alone, with the arguments that its model passes."""
         return block(tokens, rope=self._rope(i))
 
-    def turned(self, i: int, heads: Tensor) -> Tensor:
+    def rotated(self, i: int, heads: Tensor) -> Tensor:
+        """Rotate block i's queries or keys (B, H, N, d) by the position of each token."""
         rope, p = self._rope(i), self.num_prefix_tokens
         if rope is None:
             return heads
         half = getattr(self._attention(i), "rotate_half", False)
-        turned = apply_rot_embed_cat(heads[:, :, p:], rope, half=half)
-        return torch.cat([heads[:, :, :p], turned], dim=2)
+        rotated = apply_rot_embed_cat(heads[:, :, p:], rope, half=half)
+        return torch.cat([heads[:, :, :p], rotated], dim=2)
 
     def qkv(self, i: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return block i's queries, keys and values (B, H, N, d) of tokens before its norm."""
         attn, x = self._attention(i), self.blocks[i].norm1(tokens)
         if attn.qkv is None:
             each = (attn.q_proj(x), attn.k_proj(x), attn.v_proj(x))
         else:
-            each = _together(attn, x).chunk(3, -1)
+            each = _joint_qkv(attn, x).chunk(3, -1)
         q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=attn.num_heads) for y in each)
-        q, k = self.turned(i, attn.q_norm(q)), self.turned(i, attn.k_norm(k))
+        q, k = self.rotated(i, attn.q_norm(q)), self.rotated(i, attn.k_norm(k))
         return q.type_as(v), k.type_as(v), v
 
     def projections(self, i: int) -> Projections:
+        """Return the modules around block i's projections."""
         attn = self._attention(i)
         norm = unwrapped(self.blocks[i].norm1)
         return Projections(norm, attn.num_heads, attn.scale, attn.q_norm, attn.k_norm)
 
     def weights(self, i: int) -> list[Affine] | None:
+        """Return block i's query, key and value projections, each (D, D) as in nn.Linear."""
         attn = self._attention(i)
         if attn.qkv is None:
             return qkv_of(attn.q_proj, attn.k_proj, attn.v_proj)
-        together, bias = affine(attn.qkv), _bias(attn)
-        if together is None:
+        joint, bias = affine(attn.qkv), _bias(attn)
+        if joint is None:
             return None
-        return (together if bias is None else together._replace(bias=bias)).thirds()
+        return (joint if bias is None else joint._replace(bias=bias)).thirds()
 
     def attention_dropout(self, i: int) -> float:
+        """Return the current dropout rate of block i's attention weights."""
         attn = self._attention(i)
         return attn.attn_drop.p if attn.training else 0.0
 
     def project(self, i: int, attended: Tensor) -> Tensor:
+        """Return what block i adds to the tokens, from its attention's output (B, N, D)."""
         block, attn = self.blocks[i], self._attention(i)
         out = attn.proj_drop(attn.proj(attn.norm(attended)))
         return block.drop_path1(out if block.gamma_1 is None else block.gamma_1 * out)
 
     def mlp(self, i: int, tokens: Tensor) -> Tensor:
+        """Run block i's MLP half, residual included."""
         block = self.blocks[i]
         out = block.mlp(block.norm2(tokens))
         return tokens + block.drop_path2(out if block.gamma_2 is None else block.gamma_2 * out)
 
     def is_plain(self, i: int) -> bool:
+        """Return whether block i runs only its own parts, in eval mode, so `cls_block` is exact."""
         block = self.blocks[i]
         return _refuses_block(block) is None and is_plain(block)
 
     def _attention(self, i: int) -> nn.Module:
-        """Block i's attention now: a wrapper may have come since the tower was made."""
+        """Return block i's attention, which may have been wrapped since the tower was made."""
         attn = unwrapped(self.blocks[i].attn)
         reason = _refuses_attention(attn)
         if reason is not None:
@@ -160,29 +187,29 @@ class EvaTower(PlainTimm):
         return attn
 
     def _ropes(self) -> Tensor:
-        """Of all patches: (N0, 2d), or (depth, H, N0, 2d) where each block has its own."""
+        """Return the rotations of all patches: (N0, 2d), or (depth, H, N0, 2d) if blocks differ."""
         rope = self.model.rope
         grid = None if hasattr(rope, "feat_shape") else self.model.patch_embed.grid_size
         return rope.get_embed(shape=grid)
 
     def _rope(self, i: int) -> Tensor | None:
-        """What block i rotates these tokens by."""
+        """Return the rotations of block i for these tokens."""
         if not self.is_rotary:
             return None
         ropes = self._ropes() if self.ropes is None else self.ropes
         rope = ropes[i] if self.model.rope_mixed else ropes
-        return rope if self.positions is None else self.turned_to(rope, self.positions)
+        return rope if self.positions is None else self.rotations_at(rope, self.positions)
 
 
 def _bias(attn: nn.Module) -> Tensor | None:
-    """Of the three projections together, where the attention itself has it and not the layer."""
+    """Return the joint bias of q, k and v if it belongs to the attention, not to its layer."""
     if getattr(attn, "q_bias", None) is None:
         return None
     return torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
 
 
-def _together(attn: nn.Module, x: Tensor) -> Tensor:
-    """Queries, keys and values (B, N, 3D) of one layer, as timm makes them."""
+def _joint_qkv(attn: nn.Module, x: Tensor) -> Tensor:
+    """Return queries, keys and values (B, N, 3D) of one joint layer, as timm computes them."""
     bias = _bias(attn)
     if bias is None:
         return attn.qkv(x)

@@ -1,8 +1,7 @@
-"""open_clip's VisionTransformer as a tower, and its CLIP as an image-text model.
+"""Towers of open_clip's VisionTransformer, and its CLIP and CoCa as language-image models.
 
-Uses _embeds, transformer.resblocks (ln_1, attn, ls_1 and the second half alike), ln_post, proj.
-Attention is nn.MultiheadAttention or open_clip's own of the same parameter names: what a block has
-decides, not the version.
+Uses _embeds, transformer.resblocks (ln_1, attn, ls_1, and the same of the second half), ln_post and
+proj. Attention is nn.MultiheadAttention, or open_clip's own class with the same parameter names.
 """
 
 from collections.abc import Sequence
@@ -16,8 +15,16 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import PatchDropout, VisionTransformer
 from torch import Tensor, nn
 
-from elip_models.towers.base import Projections, Tower, optional
-from elip_models.towers.effective_weights import (
+from elip_models.towers.base import Tower
+from elip_models.towers.reducible_model import (
+    ImageTextModel,
+    Stats,
+    clip_stats,
+    default_stats,
+    random_ids,
+)
+from elip_models.towers.tower_parts import Projections, interpolated, optional
+from elip_models.towers.wrapped_modules import (
     Affine,
     affine,
     in_projection,
@@ -25,18 +32,15 @@ from elip_models.towers.effective_weights import (
     is_plain,
     out_projection,
     refuses_norm,
+    unsharded,
     unwrapped,
 )
-from elip_models.towers.fsdp import unsharded
-from elip_models.towers.image_text import ImageTextModel
-from elip_models.towers.positions import interpolated
-from elip_models.towers.reducible_model import Stats, clip_stats, random_ids
 
-LIBRARIES = ("torch", "open_clip")  # whose attention is read; a wrapper's is not
+LIBRARIES = ("torch", "open_clip")  # of attention classes whose weights are read
 
 
 class OpenClipTower(Tower):
-    """An open_clip VisionTransformer, by whatever pooling."""
+    """A VisionTransformer of open_clip, with any pooling."""
 
     dense_methods = ("forward_intermediates",)
     unsupported_methods = ("prune_intermediate_layers",)
@@ -54,6 +58,7 @@ class OpenClipTower(Tower):
 
     @staticmethod
     def refuses(model: nn.Module) -> str | None:
+        """Return why the model cannot be a tower, in one sentence, or None if it can."""
         if not isinstance(model, VisionTransformer):
             return (
                 f"its image tower is a {type(model).__name__} and not open_clip's "
@@ -67,17 +72,21 @@ class OpenClipTower(Tower):
         return next((reason for reason in reasons if reason is not None), None)
 
     def image_stats(self) -> Stats | None:
+        """Return the mean and standard deviation that normalise images, or None if unknown."""
         return _stats_of(self.model)
 
     @property
     def checkpointing(self) -> bool:
+        """Return whether the model's own forward checkpoints the activations of its blocks."""
         return self.model.transformer.grad_checkpointing
 
     @property
     def entrance(self) -> list[tuple[nn.Module, str]]:
+        """Return the owners and names of the methods that embed images, in call order."""
         return [(self.model, "_embeds")]
 
     def patchify(self, images: Tensor) -> Tensor:
+        """Return what `entrance` makes of images (B, 3, h, w), with interpolated positions."""
         model = self.model
         patches = model.conv1(images)
         grid = tuple(patches.shape[2:])
@@ -87,18 +96,22 @@ class OpenClipTower(Tower):
         return model.ln_pre(tokens + positions.to(tokens.dtype))
 
     def enter(self, tokens: Tensor) -> Tensor:
+        """Run the modules between `entrance` and block 0."""
         return tokens
 
     def embed(self, images: Tensor) -> Tensor:
+        """Return the tokens before block 0 of images (B, 3, H, W)."""
         return self.model._embeds(images)
 
     def qkv(self, i: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return block i's queries, keys and values (B, H, N, d) of tokens before its norm."""
         attn = self._attention(i)
         qkv = in_projection(attn)(self.blocks[i].ln_1(tokens))
         q, k, v = rearrange(qkv, "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.num_heads)
         return optional(attn, "ln_q")(q), optional(attn, "ln_k")(k), v
 
     def projections(self, i: int) -> Projections:
+        """Return the modules around block i's projections."""
         attn = self._attention(i)
         norms = (optional(attn, name) for name in ("ln_q", "ln_k"))
         norms = (None if isinstance(norm, nn.Identity) else norm for norm in norms)
@@ -106,6 +119,7 @@ class OpenClipTower(Tower):
         return Projections(unwrapped(self.blocks[i].ln_1), self.num_heads, scale, *norms)
 
     def weights(self, i: int) -> list[Affine]:
+        """Return block i's query, key and value projections, each (D, D) as in nn.Linear."""
         attn = self._attention(i)
         if not is_lora_attention(attn):
             return in_projection(attn).thirds()
@@ -113,32 +127,37 @@ class OpenClipTower(Tower):
             return in_projection(attn).thirds()
 
     def attention_dropout(self, i: int) -> float:
+        """Return the current dropout rate of block i's attention weights."""
         attn = _inner(self._attention(i))
         if not attn.training:
             return 0.0
         return attn.dropout if isinstance(attn, nn.MultiheadAttention) else attn.attn_drop.p
 
     def project(self, i: int, attended: Tensor) -> Tensor:
+        """Return what block i adds to the tokens, from its attention's output (B, N, D)."""
         block, attn = self.blocks[i], self._attention(i)
         out = out_projection(attn, optional(attn, "ln_inner")(attended))
         return block.ls_1(optional(block, "ln_attn")(optional(attn, "out_drop")(out)))
 
     def mlp(self, i: int, tokens: Tensor) -> Tensor:
+        """Run block i's MLP half, residual included."""
         block = self.blocks[i]
         return tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
 
     def is_plain(self, i: int) -> bool:
+        """Return whether block i runs only its own parts, in eval mode, so `cls_block` is exact."""
         block = self.blocks[i]
         return _refuses_block(block) is None and is_plain(block)
 
     def finish(self, tokens: Tensor) -> Tensor:
+        """Run the final norm, before pooling."""
         model = self.model
         pools_by_attention = model.attn_pool is not None and model.attn_pool_contrastive is None
         is_behind = pools_by_attention or (self.pools and model.final_ln_after_pool)
         return tokens if is_behind else model.ln_post(tokens)
 
     def _attention(self, i: int) -> nn.Module:
-        """Block i's attention now: a wrapper may have come since the tower was made."""
+        """Return block i's attention, which may have been wrapped since the tower was made."""
         attn = unwrapped(self.blocks[i].attn)
         reason = _refuses_attention(attn)
         if reason is not None:
@@ -147,8 +166,10 @@ class OpenClipTower(Tower):
 
 
 class OpenClipImageText(ImageTextModel):
-    """A whole open_clip CLIP or CoCa: the text features of a CLIP guide its image tower, where they
-    are as wide or its projection maps them back.
+    """A CLIP or CoCa of open_clip.
+
+    CLIP's text features guide its image tower if they are as wide, or if its projection maps them
+    back.
     """
 
     def __init__(self, model: CLIP | CustomTextCLIP | CoCa) -> None:
@@ -157,9 +178,11 @@ class OpenClipImageText(ImageTextModel):
 
     @staticmethod
     def accepts(model: nn.Module) -> bool:
+        """Return whether this adapter handles the model, if its library has several adapters."""
         return isinstance(model, (CLIP, CustomTextCLIP, CoCa))
 
     def refuses(self) -> str | None:
+        """Return why the model cannot be a tower, in one sentence, or None if it can."""
         if getattr(self.image_model, "attn_pool", None) is not None:
             return "its image tower pools into the width of its text, with no projection to go back"
         layers = _layers_behind(self.image_model)
@@ -168,9 +191,11 @@ class OpenClipImageText(ImageTextModel):
         return None
 
     def text_cls(self, image: Tensor | None = None, text: Any = None) -> Tensor | None:
+        """Return the guidance, computed from the arguments of the model's forward."""
         return self.encode_guidance(text) if self.pair(image, text) else None
 
     def encode_guidance(self, text: Tensor) -> Tensor:
+        """Return the guidance (B, D) of texts from `tokenise`."""
         features = self.model.encode_text(text, normalize=True)
         with unsharded(self.image_model, features) as (features,):
             if isinstance(self.image_model, VisionTransformer):
@@ -180,22 +205,26 @@ class OpenClipImageText(ImageTextModel):
             return features
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
+        """Return the forward's arguments: images (B, 3, H, W), and random texts of full length."""
         length, vocab_size = self.model.context_length, self.model.vocab_size
         return {"image": images, "text": random_ids(images, length, vocab_size, vocab_size - 1)}
 
     def image_stats(self) -> Stats:
-        return _stats_of(self.image_model) or clip_stats()
+        """Return the mean and standard deviation that normalise images, or None if unknown."""
+        stats = _stats_of(self.image_model)
+        return stats or default_stats(self.image_model, "CLIP", clip_stats())
 
     def load_tokenizer(self, name: str) -> Any:
-        """By 'NAME' or 'NAME/TAG' of open_clip."""
+        """Return the tokenizer of open_clip's model 'NAME' or 'NAME/TAG'."""
         return open_clip.get_tokenizer(name.partition("/")[0])
 
     def tokenise(self, tokenizer: Any, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Return the arguments of `encode_guidance` for B captions, on the CPU."""
         return {"text": tokenizer(list(captions))}
 
 
 def _layers_behind(visual: nn.Module) -> list[nn.Module] | None:
-    """What maps pooled tokens of timm to text features in a CLIP; None where it is unknown."""
+    """Return the layers from pooled tokens of timm to text features; None if unknown."""
     if isinstance(visual, VisionTransformer):
         return None if visual.proj is None else []
     if not isinstance(visual, TimmModel):
@@ -205,20 +234,20 @@ def _layers_behind(visual: nn.Module) -> list[nn.Module] | None:
 
 
 def _stats_of(visual: nn.Module) -> Stats | None:
-    """What open_clip notes on an image tower that it creates by name; None of another."""
+    """Return the statistics that open_clip stores on a tower created by name, or None."""
     mean, std = (getattr(visual, name, None) for name in ("image_mean", "image_std"))
     return None if mean is None else (tuple(mean), tuple(std))
 
 
 def _inner(attn: nn.Module) -> nn.Module:
-    """The attention inside LoRA's."""
+    """Return the attention inside peft's LoRA."""
     return attn.get_base_layer() if is_lora_attention(attn) else attn
 
 
 def _refuses_attention(attn: nn.Module) -> str | None:
     inner = _inner(attn)
     if type(inner).__module__.split(".")[0] not in LIBRARIES:
-        return f"its attention is {type(attn).__name__}, a wrapper whose weights only it knows"
+        return f"its attention is {type(attn).__name__}, a wrapper, whose weights cannot be read"
     if getattr(inner, "in_proj_weight", None) is None:
         return f"its attention ({type(attn).__name__}) has no in_proj_weight of q, k and v together"
     is_torch, out = isinstance(inner, nn.MultiheadAttention), inner.out_proj

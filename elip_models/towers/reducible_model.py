@@ -1,11 +1,12 @@
-"""What any model that can be reduced says of itself: an image model alone, a whole language-image
-model of another library, or one of ours.
+"""The common form of models that can be reduced: image models, and language-image models.
 
-Measuring and drawing ask no more of a model than this.
+Profiling and visualization read a model through this interface alone.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,22 +16,22 @@ from torch import Tensor, nn
 from elip_models.towers.base import Tower
 
 Stats = tuple[Sequence[float], Sequence[float]]
-"""Mean and standard deviation of each colour, that images are normalised by."""
+"""The mean and standard deviation of each colour channel that images are normalised by."""
 IMAGENET: Stats = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-TEXT_TOKENS = 77  # of a random text, where the model takes more
+TEXT_TOKENS = 77  # the longest random text
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
 class ReducibleModel:
     """A model whose image tower can be reduced.
 
-    An adapter, or a model of ours, sets these, and defines the methods that raise
-    NotImplementedError here; those that take a text, where it `has_text`.
+    Subclasses set these attributes, and define the methods that raise NotImplementedError; those
+    that take a text only if `has_text`.
 
-    image_model: the model, or the one inside it, that a tower reads.
-    has_text: its forward takes a text with each image, which can guide the reduction.
-    reduces_itself: its forward reduces by the strategy in `reduction`, without `reduce_`; it is
-        dense by that in `dense`.
+    image_model: the image model that a tower reads: the model itself, or a part of it.
+    has_text: the forward takes a text with each image, which can guide the reduction.
+    reduces_itself: the forward reduces by the strategy in `reduction`, without `reduce_`; the
+        strategy in `dense` switches the reduction off.
     """
 
     image_model: nn.Module
@@ -38,52 +39,50 @@ class ReducibleModel:
     reduces_itself: ClassVar[bool] = False
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
-        """The arguments of its forward for images (B, 3, H, W): these, and what goes with them
-        drawn at random, texts of full length.
-        """
+        """Return the forward's arguments: images (B, 3, H, W), and random texts of full length."""
         raise NotImplementedError
 
     def as_tensor(self, output: Any) -> Tensor:
-        """What its forward returns as one tensor, whose backward reaches all of the model."""
+        """Return the forward's output as one tensor, whose backward reaches the whole model."""
         raise NotImplementedError
 
     def image_stats(self) -> Stats:
-        """What its images are normalised by."""
+        """Return the mean and standard deviation that images are normalised by."""
         raise NotImplementedError
 
     def load_tokenizer(self, name: str) -> Any:
-        """The tokenizer of the model of that name, or in that folder.
+        """Return the tokenizer of the model of that name, or in that folder.
 
         Raises:
-            OSError, ValueError: there is none, or one that the model cannot read.
+            OSError, ValueError: there is no tokenizer, or the model cannot read it.
         """
         raise NotImplementedError
 
     def tokenise(self, tokenizer: Any, captions: Sequence[str]) -> dict[str, Tensor]:
-        """B captions -> the arguments of `encode_guidance`, on the CPU."""
+        """Return the arguments of `encode_guidance` for B captions, on the CPU."""
         raise NotImplementedError
 
     def encode_guidance(self, **text: Tensor) -> Tensor:
-        """Texts, as `tokenise` gives them -> (B, D), what guides the image tower."""
+        """Return the guidance (B, D) of texts from `tokenise`."""
         raise NotImplementedError
 
     def encode_captions(self, tokenizer: Any, captions: Sequence[str]) -> Tensor:
-        """B captions -> (B, D), what guides the image tower."""
+        """Return the guidance (B, D) of B captions."""
         device = next(self.image_model.parameters()).device
         text = self.tokenise(tokenizer, captions)
         return self.encode_guidance(**{name: ids.to(device) for name, ids in text.items()})
 
     def moved_in_training(self) -> tuple[Tensor, ...]:
-        """The parameters and buffers that its forward changes in training."""
+        """Return the parameters and buffers that the forward changes in training."""
         return ()
 
     def tracing(self) -> AbstractContextManager:
-        """Surrounds forwards on the meta device."""
+        """Return the context for forwards on the meta device."""
         return nullcontext()
 
 
 class ImageModel(ReducibleModel):
-    """An image model alone, whose guidance comes from outside, as `encode_image` takes it."""
+    """An image model alone, whose guidance is an argument, as in `encode_image`."""
 
     has_text = False
 
@@ -92,28 +91,94 @@ class ImageModel(ReducibleModel):
         self.image_model = tower.model
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
+        """Return the forward's arguments: images (B, 3, H, W), and random texts of full length."""
         like = {"device": images.device, "dtype": images.dtype}
         return {"images": images, "text_cls": torch.randn(len(images), self.tower.width, **like)}
 
     def as_tensor(self, output: Tensor) -> Tensor:
-        """Tokens (B, N, D) -> the first (B, D)."""
+        """Return token 0 (B, D) of tokens (B, N, D)."""
         return output[:, 0]
 
     def image_stats(self) -> Stats:
-        """As its library says, or else ImageNet's."""
-        return self.tower.image_stats() or IMAGENET
+        """Return the statistics that the library stores; otherwise warn, and return ImageNet's."""
+        return self.tower.image_stats() or default_stats(self.image_model, "ImageNet", IMAGENET)
+
+
+class ImageTextModel(ReducibleModel):
+    """A language-image model of another library, whose text can guide its own image tower.
+
+    Its forward takes images and text, and runs the image tower first or last. If `refuses` returns
+    a reason, the model is reduced as its image tower alone. An adapter sets these attributes, and
+    defines the methods that raise NotImplementedError.
+
+    model, image_model: the whole model, and the part of it that a tower reads.
+    saved_config: the configuration that the library saves with the model, or None.
+    """
+
+    model: nn.Module
+    saved_config: Any = None
+
+    def __init__(self, model: nn.Module) -> None:
+        raise NotImplementedError
+
+    @staticmethod
+    def accepts(model: nn.Module) -> bool:
+        """Return whether this adapter reads the model."""
+        raise NotImplementedError
+
+    def refuses(self) -> str | None:
+        """Return why the text cannot guide the image tower, in one sentence, or None if it can."""
+        raise NotImplementedError
+
+    def text_cls(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        """Return the guidance, computed from the arguments of the model's forward.
+
+        Its shape is (B, D) with the image tower's width D, or (1, D) for all images; None if texts
+        and images do not `pair`.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def pair(images: Tensor | None, texts: Tensor | None) -> bool:
+        """Return whether each image has a text, or one text is for all; K prompts do not pair."""
+        if images is None or texts is None:
+            return False
+        return texts.shape[0] in (1, images.shape[0])  # torch.export would specialise `len`
+
+    def as_tensor(self, output: Any) -> Tensor:
+        """Return all floating-point tensors of the output, flattened and concatenated."""
+        values = output.values() if isinstance(output, Mapping) else output
+        tensors = (v for v in values if torch.is_tensor(v) and v.is_floating_point())
+        return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def clip_stats() -> Stats:
-    """Those of CLIP, and of most language-image models since."""
+    """Return CLIP's statistics, which most language-image models use."""
     from elip_models.data import CLIP_MEAN, CLIP_STD
 
     return CLIP_MEAN, CLIP_STD
 
 
+def default_stats(model: nn.Module, name: str, stats: Stats) -> Stats:
+    """Return `stats`, called `name`; warn once for each class of model."""
+    _warn_default_stats(type(model).__name__, name, stats)
+    return stats
+
+
+@cache
+def _warn_default_stats(model: str, name: str, stats: Stats) -> None:
+    warnings.warn(
+        f"{model} stores no mean and standard deviation of its images, so {name}'s are used: mean "
+        f"{tuple(stats[0])}, std {tuple(stats[1])}. If it was trained with others, load it from a "
+        "folder with its preprocessing (preprocessor_config.json), or by its name in the library",
+        stacklevel=4,
+    )
+
+
 def random_ids(images: Tensor, length: int, vocab_size: int, end: int) -> Tensor:
-    """(B, L) ids of a text for each image, on its device: `length` tokens or `TEXT_TOKENS`, the
-    last one `end`.
+    """Return random token ids (B, L) on the device of `images` (B, 3, H, W).
+
+    L is at most `length` and at most `TEXT_TOKENS`; the last id is `end`.
     """
     shape = len(images), min(length, TEXT_TOKENS)
     ids = torch.randint(1, vocab_size - 1, shape, device=images.device)
@@ -122,6 +187,6 @@ def random_ids(images: Tensor, length: int, vocab_size: int, end: int) -> Tensor
 
 
 def check_tokenizer_in(folder: Path) -> None:
-    """Raises FileNotFoundError where no tokenizer was saved, for libraries then make one up."""
+    """Raise FileNotFoundError if the folder has no tokenizer; libraries would make up one."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise FileNotFoundError(f"none of {', '.join(TOKENIZER_FILES)} in {folder}")

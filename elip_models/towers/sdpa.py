@@ -1,8 +1,8 @@
 """use_sdpa_: fused attention for the vision layers of transformers' BLIP, which attend eagerly.
 
-    softmax(scale * q k^T) v  by scaled_dot_product_attention, of the layer's own qkv and projection
+    softmax(scale * q k^T) v  by scaled_dot_product_attention, with the layer's own projections
 
-Every other tower here picks its attention by its library's own switch; BLIP's has none.
+In every other supported model, the library's own switch selects the attention.
 """
 
 from typing import Any, TypeVar
@@ -10,20 +10,20 @@ from typing import Any, TypeVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elip_models.towers.fsdp import library_class
+from elip_models.towers.wrapped_modules import library_class
 from elip_models.validation import check
 
 M = TypeVar("M", bound=nn.Module)
 
 
 class SdpaForward:
-    """Stands in for the forward of a BlipAttention; the attention map that it returns is None."""
+    """A replacement of a BlipAttention's forward; it returns None as the attention map."""
 
     def __init__(self, attn: nn.Module) -> None:
         self.attn = attn
 
     def __call__(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
-        """hidden_states (B, N, D) -> (B, N, D)."""
+        """Attend among hidden_states (B, N, D); returns (B, N, D) and None."""
         attn = self.attn
         if kwargs.get("attention_mask") is not None:
             raise ValueError("attention_mask: expected none, as BLIP's vision layers have none")
@@ -35,17 +35,17 @@ class SdpaForward:
 
 
 def use_sdpa_(model: M, enabled: bool = True) -> M:
-    """Give BLIP's vision layers fused attention, in place; returns the model.
+    """Switch BLIP's vision layers to fused attention, in place, and return the model.
 
-    Parameters and state_dict keys stay; outputs agree up to rounding, and attention dropout draws
-    other numbers. Maps (`output_attentions`) become None. Call it before torch.compile.
+    Parameters and state_dict keys stay. Outputs agree up to rounding; attention dropout draws other
+    numbers. Attention maps (`output_attentions`) become None. Call it before torch.compile.
 
     Args:
-        model: one of transformers with BlipAttention inside.
-        enabled: False gives the layers their own forward back.
+        model: a model of transformers that contains BlipAttention.
+        enabled: False restores the layers' own forward.
 
     Raises:
-        TypeError: a model without such layers, or whose layers have another forward already.
+        TypeError: the model has no such layers, or their forward was replaced before.
     """
     check("enabled", enabled, bool)
     modules = model.modules() if isinstance(model, nn.Module) else ()

@@ -1,7 +1,7 @@
-"""timm's VisionTransformer as a tower, plain and CLIP-like (pre-norm, QuickGELU, LayerScale).
+"""Towers of timm's VisionTransformer, plain or like CLIP (pre-norm, QuickGELU, LayerScale).
 
-Uses patch_embed, _pos_embed, patch_drop, norm_pre, blocks (norm1, attn, ls1, drop_path1 and the
-second half alike) and norm.
+Uses patch_embed, _pos_embed, patch_drop, norm_pre, blocks (norm1, attn, ls1, drop_path1, and the
+same of the second half) and norm.
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ from timm.layers import Attention, PatchEmbed
 from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
-from elip_models.towers.base import Projections, Tower
-from elip_models.towers.effective_weights import Affine, is_plain, qkv_of, refuses_norm, unwrapped
-from elip_models.towers.positions import interpolated
+from elip_models.towers.base import Tower
+from elip_models.towers.tower_parts import Projections, interpolated
+from elip_models.towers.wrapped_modules import Affine, is_plain, qkv_of, refuses_norm, unwrapped
 
 PATCH_DROP = (
     "it has patch dropout of its own, so patches have no position (create it with "
@@ -43,14 +43,13 @@ ARCHITECTURES = {
     "volo": "is hierarchical, and attends in windows of its first grid (outlook attention)",
     "xcit": "attends over channels and convolves the grid, which dropped tokens would break",
 }
-"""What a model's file of timm says of its architecture, where it has patches; others are
-hierarchical, or no transformers."""
+"""Why the models in these files of timm have no tower; other files have no plain transformer."""
 
 
 class PlainTimm(Tower):
-    """What timm's plain transformers say of themselves alike, by whatever pooling.
+    """The attributes that timm's plain transformers share, with any pooling.
 
-    Of an MLP with a gate, `mlp_ratio` is that of the plain one of its size.
+    For a gated MLP, `mlp_ratio` is that of a plain MLP with as many weights.
     """
 
     size_advice = ANY_SIZE
@@ -71,37 +70,41 @@ class PlainTimm(Tower):
 
     @property
     def num_patches(self) -> int:
-        """Now: `set_input_size` changes it."""
+        """Return the current number, which `set_input_size` changes."""
         return self.model.patch_embed.num_patches
 
     @property
     def image_size(self) -> tuple[int, int]:
+        """Return the current image size, which `set_input_size` changes."""
         return tuple(self.model.patch_embed.img_size)
 
     @property
     def has_dynamic_size(self) -> bool:
+        """Return whether the model was created with dynamic_img_size=True."""
         return self.model.dynamic_img_size
 
     @property
     def pools(self) -> bool:
-        """Now: `reset_classifier` changes it."""
+        """Return whether the model pools now; `reset_classifier` changes it."""
         return self.model.global_pool not in ("token", "")
 
     def image_stats(self) -> tuple[Sequence[float], Sequence[float]] | None:
-        """Of a model that timm created by name; None of another."""
+        """Return the statistics of a model that timm created by name, or None."""
         config = getattr(self.model, "pretrained_cfg", None)
         return (tuple(config["mean"]), tuple(config["std"])) if config else None
 
     @property
     def checkpointing(self) -> bool:
+        """Return whether the model's own forward checkpoints the activations of its blocks."""
         return self.model.grad_checkpointing
 
     def finish(self, tokens: Tensor) -> Tensor:
+        """Run the final norm, before pooling."""
         return self.model.norm(tokens)
 
 
 class TimmTower(PlainTimm):
-    """A timm VisionTransformer of pre-norm blocks; CLS, distillation and register tokens stay."""
+    """A VisionTransformer of timm; CLS, distillation and register tokens stay."""
 
     def __init__(self, model: vit.VisionTransformer) -> None:
         super().__init__(model)
@@ -109,6 +112,7 @@ class TimmTower(PlainTimm):
 
     @staticmethod
     def refuses(model: nn.Module) -> str | None:
+        """Return why the model cannot be a tower, in one sentence, or None if it can."""
         if not isinstance(model, vit.VisionTransformer):
             return _refuses_architecture(model)
         if getattr(model.patch_drop, "prob", 0.0) > 0:
@@ -118,15 +122,18 @@ class TimmTower(PlainTimm):
 
     @property
     def entrance(self) -> list[tuple[nn.Module, str]]:
+        """Return the owners and names of the methods that embed images, in call order."""
         return [(self.model.patch_embed, "forward"), (self.model, "_pos_embed")]
 
     def refuses_resizing(self) -> str | None:
+        """Return why the image size cannot change, in one sentence, or None if it can."""
         embed = self.model.patch_embed
         if isinstance(embed, PatchEmbed):
             return None
         return f"its patches come from a {type(embed).__name__} and not from one convolution"
 
     def patchify(self, images: Tensor) -> Tensor:
+        """Return what `entrance` makes of images (B, 3, h, w), with interpolated positions."""
         model = self.model
         patches = model.patch_embed.proj(images)
         grid = tuple(patches.shape[2:])
@@ -145,44 +152,53 @@ class TimmTower(PlainTimm):
         return model.pos_drop(tokens)
 
     def enter(self, tokens: Tensor) -> Tensor:
+        """Run the modules between `entrance` and block 0."""
         return self.model.norm_pre(self.model.patch_drop(tokens))
 
     def embed(self, images: Tensor) -> Tensor:
+        """Return the tokens before block 0 of images (B, 3, H, W)."""
         return self.enter(self.model._pos_embed(self.model.patch_embed(images)))
 
     def qkv(self, i: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return block i's queries, keys and values (B, H, N, d) of tokens before its norm."""
         attn = self._attention(i)
         qkv = attn.qkv(self.blocks[i].norm1(tokens))
         q, k, v = rearrange(qkv, "b n (qkv h d) -> qkv b h n d", qkv=3, h=attn.num_heads)
         return attn.q_norm(q), attn.k_norm(k), v
 
     def projections(self, i: int) -> Projections:
+        """Return the modules around block i's projections."""
         attn = self._attention(i)
         norms = (None if isinstance(n, nn.Identity) else n for n in (attn.q_norm, attn.k_norm))
         return Projections(unwrapped(self.blocks[i].norm1), attn.num_heads, attn.scale, *norms)
 
     def weights(self, i: int) -> list[Affine] | None:
+        """Return block i's query, key and value projections, each (D, D) as in nn.Linear."""
         return qkv_of(self._attention(i).qkv)
 
     def attention_dropout(self, i: int) -> float:
+        """Return the current dropout rate of block i's attention weights."""
         attn = self._attention(i)
         return attn.attn_drop.p if attn.training else 0.0
 
     def project(self, i: int, attended: Tensor) -> Tensor:
+        """Return what block i adds to the tokens, from its attention's output (B, N, D)."""
         block, attn = self.blocks[i], self._attention(i)
         return block.drop_path1(block.ls1(attn.proj_drop(attn.proj(attn.norm(attended)))))
 
     def mlp(self, i: int, tokens: Tensor) -> Tensor:
+        """Run block i's MLP half, residual included."""
         block = self.blocks[i]
         return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
 
     def is_plain(self, i: int) -> bool:
+        """Return whether block i runs only its own parts, in eval mode, so `cls_block` is exact."""
         block = self.blocks[i]
         own = type(block) is vit.Block and type(unwrapped(block.attn)) is Attention
         return own and _refuses_block(block) is None and is_plain(block)
 
     def _attention(self, i: int) -> nn.Module:
-        """Block i's attention now: a wrapper may have come since the tower was made."""
+        """Return block i's attention, which may have been wrapped since the tower was made."""
         attn = unwrapped(self.blocks[i].attn)
         if not isinstance(attn, Attention):
             raise TypeError(

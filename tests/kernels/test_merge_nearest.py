@@ -16,7 +16,6 @@ from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies.elip import Staged
 from elip_models.reduction.strategy import Merge
 from elip_models.towers import as_tower
-from elip_models.towers.key_metric import mean_keys
 from tests.helpers.models import TOWERS, eva
 from tests.helpers.tiers import tiered
 from tests.helpers.towers import SCHEDULE, images, plain_vit, text
@@ -260,7 +259,7 @@ MODELS |= {"rotary": eva, "rotary q/k norm": lambda: eva(qk_norm=True)}
 def test_the_metric_is_the_head_mean_of_the_keys(name):
     tower = as_tower(MODELS[name]().double().eval())
     tokens = torch.randn(2, tower.num_tokens, tower.width, dtype=torch.float64)
-    torch.testing.assert_close(mean_keys(tower, 1, tokens), tower.qkv(1, tokens)[1].mean(1))
+    torch.testing.assert_close(tower.mean_keys(1, tokens), tower.qkv(1, tokens)[1].mean(1))
     assert tower.averages_keys == (name in ("timm", "open_clip", "HF CLIP"))
 
 

@@ -113,7 +113,7 @@ NEEDING = {"ViT": lambda: masked_modeling("ViT"), "PaliGemma": paligemma}
 @pytest.mark.parametrize("make", NEEDING.values(), ids=NEEDING)
 def test_what_needs_every_patch_refuses_what_drops_some(make, settings):
     model = make()
-    with pytest.raises(TypeError, match=r"each at its place|a token for each patch"):
+    with pytest.raises(TypeError, match=r"each at its position|a token for each patch"):
         reduce_(model, **settings)
     assert not elip_models.is_reduced(model)
     reduce_(model, strategy="patch_dropout:keep_ratio=1.0")  # drops none

@@ -31,7 +31,7 @@ from elip_models import (
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategies import Dense
 from elip_models.towers import as_tower
-from elip_models.towers.effective_weights import through_transpose
+from elip_models.towers.wrapped_modules import through_transpose
 from tests.helpers.models import ROTARY, TOWERS, hf_clip, ids, output, output_of_pair
 from tests.helpers.tiers import tiered
 from tests.helpers.towers import SCHEDULE, images, plain_vit

@@ -86,7 +86,7 @@ def test_the_rotation_decides_what_is_computed():
     out = elip_kernels.reduce(entered, info.attention, 18)
     wrong = right = out
     for block in model.blocks[3:]:
-        right = block(right, rope=tower.turned_to(model.rope.get_embed(), info.positions))
+        right = block(right, rope=tower.rotations_at(model.rope.get_embed(), info.positions))
         wrong = block(wrong, rope=model.rope.get_embed()[:19])
     assert torch.equal(model.norm(right), tokens)
     assert not torch.allclose(model.norm(wrong), tokens, atol=1e-2)

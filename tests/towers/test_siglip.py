@@ -126,7 +126,7 @@ def test_strategies_without_a_cls_row_run(name):
     torch.manual_seed(0)
     tokens, infos = elip_models.encode_image(model, x, t, strategy=strategy, return_info=True)
     assert tokens.shape[1] == strategy.token_counts(tower.size)[-1].mlp < 36
-    left = whole_grid(tokens, infos) if strategy.merge else tokens
+    left = whole_grid(tokens, infos) if strategy.merge != "none" else tokens
     elip_models.reduce_(model, strategy=strategy)
     torch.manual_seed(0)
     with elip_models.guidance(model, t):

@@ -11,7 +11,7 @@ from elip_models.towers import as_tower
 from tests.helpers.models import eva, open_clip_vit
 from tests.helpers.tiers import tiered
 from tests.helpers.towers import WIDTH, images, plain_vit, text
-from tests.towers.test_effective_weights import MODELS, assert_equal_outputs, elip, lora, perturbed
+from tests.towers.test_wrapped_weights import MODELS, assert_equal_outputs, elip, lora, perturbed
 
 
 class Quantised(nn.Module):

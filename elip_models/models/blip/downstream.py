@@ -14,7 +14,7 @@ from elip_models.models.blip.base import BLIPBase, BLIPConfig, BLIPEncoders, Rea
 from elip_models.models.distilled_model import DistilledModel, Encoders, Masked
 from elip_models.reduction.scorers import ScorerName
 from elip_models.reduction.strategy import mask_after
-from elip_models.towers.scoring_context import scoring_context
+from elip_models.towers.base import scoring_context
 from elip_models.validation import Rate, Zero
 
 

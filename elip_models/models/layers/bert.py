@@ -19,9 +19,9 @@ from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, Be
 
 from elip_kernels import cls_attention
 from elip_models.models.layers.text_reduction import ReducedText, TextReduction
-from elip_models.towers.forward_override import in_place_of
-from elip_models.towers.fsdp import unsharded
-from elip_models.towers.scoring_context import scoring_context
+from elip_models.towers.wrapped_modules import in_place_of
+from elip_models.towers.wrapped_modules import unsharded
+from elip_models.towers.base import scoring_context
 
 R = TypeVar("R")
 

@@ -8,8 +8,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from elip_kernels import cls_attention
 from elip_models.models.layers.text_reduction import TextReduction
-from elip_models.towers.fsdp import unsharded
-from elip_models.towers.scoring_context import scoring_context
+from elip_models.towers.wrapped_modules import unsharded
+from elip_models.towers.base import scoring_context
 
 
 class CLIPTextTower(nn.Module):

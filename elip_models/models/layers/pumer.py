@@ -26,7 +26,7 @@ from transformers.models.bert.modeling_bert import BertLayer, BertSelfAttention
 
 from elip_kernels import attention_column_mean, bipartite_merge
 from elip_kernels.ops.gather_ops import largest, take_rows
-from elip_models.towers.scoring_context import scoring_context
+from elip_models.towers.base import scoring_context
 from elip_models.validation import Count, Rate, check_fields
 
 

@@ -1,16 +1,26 @@
-"""What a projection really is, where somebody's wrapper stands around it: one place that says so.
+"""Modules that peft or FSDP2 have wrapped: the weights that they apply, and their parameters.
+
+Weights of a projection:
 
     nn.Linear    W, also a parametrized one
-    LoRA         W + sum_a s_a B_a A_a                       a over the adapters that are active
+    LoRA         W + sum_a s_a B_a A_a                       a over the active adapters
     DoRA         W + sum_a (g_a - 1) W + g_a s_a B_a A_a     g_a = m_a / |W + s_a B_a A_a|, by row
 
-Merged or disabled adapters leave W as it is now. Nothing is kept from call to call: no version of a
-parameter tells of a change through `.data`, or by an optimizer's own kernels. Any other layer
-(quantised, hooked, with another forward) is not read: who needs what it makes calls it. Classes of
-peft are known by their names, so that nothing here needs it.
+Merged or disabled adapters leave W as it is now. Nothing is cached between calls, because no
+version counter records a change through `.data` or by an optimizer's own kernels. Any other layer
+(quantised, hooked, with another forward) has no readable weight: callers run it instead.
+
+`fully_shard` (FSDP2) gathers a module's parameters in a forward pre-hook, before all other hooks,
+and frees them in a forward hook. Elsewhere, `unsharded(module)` gathers them without gradient, and
+`in_place_of(module, f, x)` runs f between FSDP's hooks, with gradient. FSDP1 is not supported. A
+block that is read for a score is gathered once more, unless it is the current one.
+
+Classes of peft and FSDP are found by name: peft is optional, and importing FSDP is slow.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,34 +28,40 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from elip_kernels.autocast import no_autocast
-from elip_models.towers.fsdp import is_sharded
+
+R = TypeVar("R")
 
 LIBRARIES = ("torch.nn.", "timm.", "open_clip.", "transformers.")
 PEFT = ("peft.tuners.lora.", "peft.utils.other", "elip_models.models.peft.adapt")
+FSDP1 = (
+    "it is wrapped by FullyShardedDataParallel, which flattens the parameters that the reduction "
+    "reads by name; shard it by torch.distributed.fsdp.fully_shard instead"
+)
 
 
 class Affine(NamedTuple):
-    """x -> x W^T + b."""
+    """The map x -> x W^T + b."""
 
     weight: Tensor
     bias: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Apply the map to the last dimension of x."""
         return F.linear(x, self.weight, self.bias)
 
     def thirds(self) -> list["Affine"]:
-        """Queries, keys and values of a projection that makes them together."""
+        """Split a joint projection into those of queries, keys and values."""
         biases = (None,) * 3 if self.bias is None else self.bias.chunk(3)
         return [Affine(*third) for third in zip(self.weight.chunk(3), biases, strict=True)]
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """A forward hook, or another forward on the module itself, sees or changes its calls."""
+    """Return whether forward hooks, or a replaced forward, see or change the module's calls."""
     return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module that peft's wrapper of `modules_to_save` calls; any other as it is."""
+    """Return the module that peft's `modules_to_save` wrapper calls; any other module as it is."""
     if not _is_peft(module, "peft.utils.other", "ModulesToSaveWrapper") or is_hooked(module):
         return module
     adapters, trained = module.active_adapters, module.modules_to_save
@@ -55,24 +71,24 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def is_layer_norm(module: nn.Module) -> bool:
-    """Its weight, bias and eps say all of what a call of the module does."""
-    known = type(module).forward.__module__.startswith(LIBRARIES)
-    return isinstance(module, nn.LayerNorm) and known and not is_hooked(module)
+    """Return whether weight, bias and eps determine what the module computes."""
+    is_library = type(module).forward.__module__.startswith(LIBRARIES)
+    return isinstance(module, nn.LayerNorm) and is_library and not is_hooked(module)
 
 
 def is_known(module: nn.Module) -> bool:
-    """One of the libraries' own, which treat each token apart from the others, attention aside."""
+    """Return whether the module's class treats each token alone, attention aside."""
     return type(module).__module__.startswith(LIBRARIES + PEFT)
 
 
 def is_plain(block: nn.Module) -> bool:
-    """Modules of the libraries' own in eval mode, which no hook and no other forward watches."""
+    """Return whether all modules are of known classes, in eval mode and without hooks."""
     modules = block.modules()
     return all(is_known(m) and not is_hooked(m) and not m.training for m in modules)
 
 
 def refuses_norm(norm: nn.Module) -> str | None:
-    """Why a block cannot begin with it, in one sentence, or None: a wrapper is called."""
+    """Return why a block cannot begin with this norm, in one sentence, or None if it can."""
     norm = unwrapped(norm)
     if isinstance(norm, nn.LayerNorm) or not is_known(norm):
         return None
@@ -80,10 +96,10 @@ def refuses_norm(norm: nn.Module) -> str | None:
 
 
 def affine(layer: nn.Module) -> Affine | None:
-    """The map of a layer, or None where only a call of it tells. LoRA's has no gradient.
+    """Return the map of a layer, or None if it has no readable weight. LoRA's has no gradient.
 
     Raises:
-        TypeError: a layer that is sharded by itself.
+        TypeError: a layer that is sharded without the rest of its block.
     """
     layer = unwrapped(layer)
     if is_sharded(layer):
@@ -97,8 +113,9 @@ def affine(layer: nn.Module) -> Affine | None:
 
 
 def through_transpose(x: Tensor, layer: nn.Module) -> Tensor:
-    """X (B, out) W -> (B, in) of a layer without bias; where only a call tells, of what it makes of
-    each input feature alone.
+    """Return x W, (B, out) -> (B, in), for a layer without bias.
+
+    Without a readable weight, W comes from a call on each input feature.
     """
     known = affine(layer)
     if known is not None:
@@ -107,7 +124,10 @@ def through_transpose(x: Tensor, layer: nn.Module) -> Tensor:
 
 
 def qkv_of(*layers: nn.Module) -> list[Affine] | None:
-    """Queries, keys and values of one layer that makes all three, or of three; None as `affine`."""
+    """Return the projections of queries, keys and values, from one joint layer or three layers.
+
+    None if a layer has no readable weight.
+    """
     maps = [affine(layer) for layer in layers]
     if any(each is None for each in maps):
         return None
@@ -115,14 +135,14 @@ def qkv_of(*layers: nn.Module) -> list[Affine] | None:
 
 
 def is_lora_attention(module: nn.Module) -> bool:
-    """Peft's LoRA around a whole nn.MultiheadAttention."""
+    """Return whether the module is peft's LoRA around a whole nn.MultiheadAttention."""
     return _is_peft(module, "peft.tuners.lora.layer", "MultiheadAttention")
 
 
 def in_projection(attn: nn.Module) -> Affine:
-    """q, k and v of an attention that has them as parameters, by LoRA's gradient where it has it.
+    """Return the joint q, k and v projection of an attention that has it as parameters.
 
-    peft adds its delta to them in the attention's own forward, and takes it out again.
+    LoRA's update is included, with its gradient.
     """
     if not is_lora_attention(attn):
         return Affine(attn.in_proj_weight, attn.in_proj_bias)
@@ -137,10 +157,10 @@ def in_projection(attn: nn.Module) -> Affine:
 
 
 def out_projection(attn: nn.Module, attended: Tensor) -> Tensor:
-    """(B, N, D) through the output projection of an attention as `in_projection` takes it.
+    """Apply the output projection of an attention to `attended` (B, N, D).
 
-    Of LoRA's, peft itself merges the weight for a moment, as in the attention's own forward: how
-    often it adds its delta there is not ours to know.
+    LoRA's weight is merged by peft itself, as in the attention's own forward: the number of times
+    that peft adds its update there depends on its version.
     """
     if not is_lora_attention(attn):
         return attn.out_proj(attended)
@@ -155,12 +175,90 @@ def out_projection(attn: nn.Module, attended: Tensor) -> Tensor:
             attn.unmerge()
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether `fully_shard` was applied to the module itself."""
+    return _is_fsdp(module, "FSDPModule")
+
+
+def refuses_sharding(model: nn.Module) -> str | None:
+    """Return why the model's sharding hides its parameters, in one sentence, or None."""
+    return FSDP1 if any(_is_flattened(module) for module in model.modules()) else None
+
+
+def library_class(module: nn.Module) -> type[nn.Module]:
+    """Return the module's class without the one that `fully_shard` puts in front."""
+    return type(module).__mro__[2] if is_sharded(module) else type(module)
+
+
+@contextmanager
+def unsharded(module: nn.Module, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Gather the module's own parameters inside; free them at the end if they were sharded before.
+
+    Yields `tensors` in the dtype of the gathered parameters, as the module's forward gets them
+    under mixed precision.
+    """
+    if _is_flattened(module):
+        raise TypeError(f"model: expected one whose blocks can be read, but {FSDP1}")
+    if not is_sharded(module):
+        yield tensors
+        return
+    before = list(module.parameters())
+    module.unshard()
+    was_sharded = any(a is not b for a, b in zip(before, module.parameters(), strict=True))
+    dtype = next(module.parameters()).dtype
+    try:
+        yield tuple(t.to(dtype) if t.itemsize > dtype.itemsize else t for t in tensors)
+    finally:
+        if was_sharded:
+            module.reshard()
+
+
+def in_place_of(
+    module: nn.Module, function: Callable[[Tensor], tuple[Tensor, R]], tokens: Tensor
+) -> tuple[Tensor, R]:
+    """Run `function(tokens) -> (tokens, more)` in place of the module's forward, with gradient."""
+    if not is_sharded(module):
+        from torch.distributed.tensor import DTensor
+
+        if isinstance(next(module.parameters()), DTensor):
+            raise ValueError(
+                f"model: expected gathered parameters, got a {type(module).__name__} that is "
+                "sharded as part of another module; fully_shard it too, or call the whole model"
+            )
+        return function(tokens)
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    results = []  # FSDP's hooks take tensors alone
+
+    def run(tokens: Tensor) -> Tensor:
+        tokens, more = function(tokens)
+        results.append(more)
+        return tokens
+
+    module._in_place_of_forward = run
+    register_fsdp_forward_method(module, "_in_place_of_forward")
+    try:
+        return module._in_place_of_forward(tokens), results[0]
+    finally:
+        del module._in_place_of_forward
+
+
+def _is_flattened(module: nn.Module) -> bool:
+    """Return whether FSDP1 was applied to the module itself."""
+    return _is_fsdp(module, "FullyShardedDataParallel")
+
+
+def _is_fsdp(module: nn.Module, name: str) -> bool:
+    mro = type(module).__mro__
+    return any(c.__name__ == name and c.__module__.startswith("torch.distributed.") for c in mro)
+
+
 def _is_peft(module: nn.Module, file: str, name: str) -> bool:
     return type(module).__name__ == name and type(module).__module__ == file
 
 
 def _active(layer: nn.Module) -> list[str]:
-    """The active ones of the adapters that the layer has."""
+    """Return the active adapters that the layer has."""
     return [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
 
 
@@ -185,7 +283,7 @@ def _lora(layer: nn.Module) -> Affine | None:
 
 
 def _is_affine(layer: nn.Module, adapter: str) -> bool:
-    """The adapter is one of the formulas at the top, made of layers that are as they seem."""
+    """Return whether the adapter is plain LoRA or DoRA, as in the formulas at the top."""
     if any(_linear(part[adapter]) is None for part in (layer.lora_A, layer.lora_B)):
         return False
     variant = layer.lora_variant.get(adapter)

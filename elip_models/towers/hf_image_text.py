@@ -1,0 +1,165 @@
+"""Language-image models of Hugging Face transformers: CLIP, SigLIP, and BLIP for retrieval."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from transformers import AutoTokenizer, BlipForImageTextRetrieval, CLIPModel, SiglipModel
+
+from elip_models.towers.hf import image_stats_of
+from elip_models.towers.reducible_model import (
+    ImageTextModel,
+    Stats,
+    check_tokenizer_in,
+    clip_stats,
+    default_stats,
+    random_ids,
+)
+from elip_models.towers.wrapped_modules import through_transpose
+
+
+class HFImageText(ImageTextModel):
+    """A language-image model of transformers.
+
+    kind: the model's class.
+    mask_position: the index of attention_mask among the arguments after ids and pixels.
+    """
+
+    kind: ClassVar[type[nn.Module]]
+    mask_position: ClassVar[int] = 0
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.image_model = model.vision_model
+
+    @classmethod
+    def accepts(cls, model: nn.Module) -> bool:
+        """Return whether this adapter handles the model, if its library has several adapters."""
+        return isinstance(model, cls.kind)
+
+    @property
+    def saved_config(self) -> Any:
+        """Return the config that transformers saves with the model."""
+        return self.model.config
+
+    def _refuses_width(self, text: int) -> str | None:
+        vision = self.model.config.vision_config.hidden_size
+        return None if text == vision else f"its text is {text} wide, its image tower {vision}"
+
+    def text_cls(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor | None:
+        """Return the guidance, computed from the arguments of the model's forward."""
+        if not self.pair(pixel_values, input_ids):
+            return None
+        at = self.mask_position
+        mask = args[at] if len(args) > at else kwargs.get("attention_mask")
+        return self.encode_guidance(input_ids, mask)
+
+    def encode_guidance(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return the guidance (B, D) of texts from `tokenise`."""
+        features = self.model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
+        return features.pooler_output
+
+    def random_inputs(self, images: Tensor) -> dict[str, Any]:
+        """Return the forward's arguments: images (B, 3, H, W), and random texts of full length."""
+        text = self.model.config.text_config
+        sizes = text.max_position_embeddings, text.vocab_size, text.eos_token_id
+        return {"pixel_values": images, "input_ids": random_ids(images, *sizes)}
+
+    def image_stats(self) -> Stats:
+        """Return the mean and standard deviation that normalise images, or None if unknown."""
+        return image_stats_of(self.model) or default_stats(self.model, "CLIP", clip_stats())
+
+    def load_tokenizer(self, name: str) -> Any:
+        """Return the tokenizer of the model of that name, or in that folder."""
+        if Path(name).is_dir():
+            check_tokenizer_in(Path(name))
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+    def tokenise(self, tokenizer: Any, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Return the arguments of `encode_guidance` for B captions, on the CPU."""
+        longest = self.model.config.text_config.max_position_embeddings
+        text = tokenizer(
+            list(captions),
+            padding=True,
+            truncation=True,
+            max_length=min(longest, tokenizer.model_max_length),
+            return_tensors="pt",
+        )
+        return {"input_ids": text.input_ids, "attention_mask": text.attention_mask}
+
+    def tracing(self) -> AbstractContextManager:
+        """Return a fake tensor mode, since transformers reads the values of its masks.
+
+        Fake tensors are slower than meta tensors.
+        """
+        return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+class HFClip(HFImageText):
+    """CLIPModel, guided by its text features mapped back to the vision width."""
+
+    kind = CLIPModel
+
+    def refuses(self) -> str | None:
+        """Return why the model cannot be a tower, in one sentence, or None if it can."""
+        return None
+
+    def encode_guidance(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return the guidance (B, D) of texts from `tokenise`."""
+        features = super().encode_guidance(input_ids, attention_mask)
+        return through_transpose(F.normalize(features, dim=-1), self.model.visual_projection)
+
+
+class HFSiglip(HFImageText):
+    """SiglipModel, guided by its text features, which are as wide as its image tower.
+
+    They are the features of the last token, which may be padding: texts are padded to the full
+    length, as in training.
+    """
+
+    kind = SiglipModel
+
+    def tokenise(self, tokenizer: Any, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Return the arguments of `encode_guidance` for B captions, on the CPU."""
+        length = self.model.config.text_config.max_position_embeddings
+        text = tokenizer(
+            list(captions),
+            padding="max_length",
+            truncation=True,
+            max_length=length,
+            return_tensors="pt",
+        )
+        return {"input_ids": text.input_ids}
+
+    def refuses(self) -> str | None:
+        """Return why the model cannot be a tower, in one sentence, or None if it can."""
+        return self._refuses_width(self.model.config.text_config.projection_size)
+
+
+class HFBlip(HFImageText):
+    """BlipForImageTextRetrieval, guided by BERT's CLS output.
+
+    In its call, use_itm_head comes before attention_mask.
+    """
+
+    kind = BlipForImageTextRetrieval
+    mask_position = 1
+
+    def refuses(self) -> str | None:
+        """Return why the model cannot be a tower, in one sentence, or None if it can."""
+        return self._refuses_width(self.model.config.text_config.hidden_size)
+
+    def encode_guidance(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return the guidance (B, D) of texts from `tokenise`."""
+        text = self.model.text_encoder(input_ids=input_ids, attention_mask=attention_mask)
+        return text.last_hidden_state[:, 0]

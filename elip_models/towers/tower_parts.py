@@ -1,0 +1,261 @@
+"""The parts of an image model that an adapter defines, and the sizes that FLOPs follow from."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elip_kernels import BipartiteInfo, ReductionInfo
+from elip_kernels.ops.fuse_text import fuse_text
+from elip_models.towers.wrapped_modules import Affine, is_layer_norm
+
+IDENTITY = nn.Identity()
+QKV = tuple[Tensor, Tensor, Tensor]
+Block = Callable[..., Tensor]
+
+
+class TowerSize(NamedTuple):
+    """The numbers that FLOPs and token counts depend on.
+
+    image: (H, W) in pixels. hidden: width of the MLP.
+    absorbs_keys: an attention row needs no key projection of the tokens.
+    averages_keys: the head mean of the keys needs one projection to the width of one head.
+    """
+
+    image: tuple[int, int]
+    num_patches: int
+    num_prefix_tokens: int
+    width: int
+    hidden: int
+    heads: int
+    depth: int
+    absorbs_keys: bool = True
+    averages_keys: bool = True
+
+    @property
+    def num_tokens(self) -> int:
+        """Return the number of tokens that enter block 0."""
+        return self.num_patches + self.num_prefix_tokens
+
+    @property
+    def patch(self) -> int:
+        """Return the side of a square patch in pixels."""
+        return math.isqrt(self.image[0] * self.image[1] // self.num_patches)
+
+    def embed_flops(self) -> int:
+        """Return the FLOPs of the patch embedding of one image with three channels."""
+        height, width = self.image
+        return 2 * 3 * height * width * self.width
+
+    def block_flops(self, attention: int, mlp: int) -> int:
+        """Return the FLOPs of one block, with these numbers of tokens in attention and MLP."""
+        D = self.width
+        return 4 * attention * D * (2 * D + attention) + 4 * mlp * D * self.hidden
+
+    def row_flops(self, tokens: int) -> int:
+        """Return the FLOPs of one CLS attention row."""
+        return 2 * tokens * self.width * (self.heads if self.absorbs_keys else self.width + 1)
+
+    def received_flops(self, tokens: int) -> int:
+        """Return the FLOPs of the attention that each token receives in one block."""
+        return 2 * tokens * self.width * (3 * self.width + 2 * tokens)
+
+    def keys_flops(self, tokens: int) -> int:
+        """Return the FLOPs of the head mean of one block's keys."""
+        heads = 1 if self.averages_keys else self.heads
+        return 2 * tokens * self.width * heads * (self.width // self.heads)
+
+
+class Projections(NamedTuple):
+    """The modules and numbers around a block's query, key and value projections.
+
+    q_norm, k_norm: norms of each head's queries and keys; None without them.
+    """
+
+    norm: nn.Module
+    num_heads: int
+    scale: float
+    q_norm: nn.Module | None = None
+    k_norm: nn.Module | None = None
+
+    @property
+    def can_be_absorbed(self) -> bool:
+        """Return whether the key projection folds into the query, so no token is projected."""
+        return self.q_norm is None and self.k_norm is None and is_layer_norm(self.norm)
+
+
+class Query(NamedTuple):
+    """The token that scores the others: CLS, fused with a text by Eq. 1 if there is one.
+
+    cls: (B, D) the CLS token; the text if the tower has no CLS token.
+    text, fusion, guidance_norm: arguments of `elip_kernels.score_reduce`.
+    """
+
+    cls: Tensor
+    text: Tensor | None = None
+    fusion: float = 1.0
+    guidance_norm: Literal["none", "match"] = "none"
+
+    def fused(self) -> Tensor:
+        """Return the fused token (B, D), in the dtype of `cls`, without gradient."""
+        return self.into(self.cls.unsqueeze(1)).squeeze(1)
+
+    def into(self, tokens: Tensor) -> Tensor:
+        """Return `tokens` (B, N, D) with the fused token in place of token 0, without gradient."""
+        return fuse_text(tokens, self.text, self.fusion, self.guidance_norm)
+
+
+class TowerParts:
+    """The attributes and methods of `Tower` that an adapter sets or overrides.
+
+    Methods that raise NotImplementedError have no default. Tokens are (B, N, D), prefix tokens
+    first. `qkv`, `weights`, `project` and `mlp` read the parameters of block i, so a caller outside
+    the block's forward calls them inside `unsharded(i)`.
+
+    model, blocks: the library's own modules; a block maps tokens to tokens.
+    width, depth, num_heads, num_patches, image_size (H, W), mlp_ratio: sizes.
+    num_prefix_tokens: the number of tokens before the patches (CLS, registers); they always stay.
+    has_cls: token 0 is CLS, whose attention scores; otherwise a text scores.
+    pools: the model averages or attends to all patches after the last block.
+    absorbs_keys: a row is computed without a key projection of the tokens.
+    is_rotary: blocks rotate queries and keys by the position of their patch.
+    has_dynamic_size: the model takes images of other sizes, with other numbers of patches.
+    size_advice: the remedy in an error about the image size.
+    collector: the module whose call `collects` hidden states or attentions, or None.
+    dense_methods: methods of the model that return the tokens of several blocks.
+    unsupported_methods: methods of the model that would return wrong results on a reduced model.
+    saved_config: the configuration that the library saves with the model, or None.
+    """
+
+    model: nn.Module
+    blocks: nn.Sequential | nn.ModuleList
+    width: int
+    depth: int
+    num_heads: int
+    num_patches: int
+    image_size: tuple[int, int]
+    mlp_ratio: float
+    num_prefix_tokens: int = 1
+    has_cls: bool = True
+    pools: bool = False
+    absorbs_keys: bool = True
+    is_rotary: bool = False
+    has_dynamic_size: bool = False
+    size_advice: str = "resize the images"
+    collector: nn.Module | None = None
+    dense_methods: tuple[str, ...] = ()
+    unsupported_methods: tuple[str, ...] = ()
+    saved_config: Any = None
+
+    @staticmethod
+    def accepts(model: nn.Module) -> bool:
+        """Return whether this adapter handles the model, if its library has several adapters."""
+        return True
+
+    @staticmethod
+    def refuses(model: nn.Module) -> str | None:
+        """Return why the model cannot be a tower, in one sentence, or None if it can."""
+        raise NotImplementedError
+
+    @property
+    def checkpointing(self) -> bool:
+        """Return whether the model's own forward checkpoints the activations of its blocks."""
+        raise NotImplementedError
+
+    def collects(self, what: str, kwargs: dict[str, Any]) -> bool:
+        """Return whether this call of `collector` returns all "hidden_states" or "attentions"."""
+        raise NotImplementedError
+
+    @property
+    def entrance(self) -> list[tuple[nn.Module, str]]:
+        """Return the owners and names of the methods that embed images, in call order."""
+        raise NotImplementedError
+
+    def image_stats(self) -> tuple[Sequence[float], Sequence[float]] | None:
+        """Return the mean and standard deviation that normalise images, or None if unknown."""
+        return None
+
+    def refuses_dropping(self) -> str | None:
+        """Return why no patch may be dropped without merging, in one sentence, or None."""
+        return None
+
+    def refuses_resizing(self) -> str | None:
+        """Return why the image size cannot change, in one sentence, or None if it can."""
+        return None
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """Return what `entrance` makes of images (B, 3, h, w), with interpolated positions."""
+        raise NotImplementedError
+
+    def enter(self, tokens: Tensor) -> Tensor:
+        """Run the modules between `entrance` and block 0."""
+        raise NotImplementedError
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Return the tokens before block 0 of images (B, 3, H, W)."""
+        raise NotImplementedError
+
+    def at(self, positions: Tensor | None) -> Self:
+        """Return the tower for tokens at these positions; None means all patches in order."""
+        raise NotImplementedError
+
+    def qkv(self, i: int, tokens: Tensor) -> QKV:
+        """Return block i's queries, keys and values (B, H, N, d) of tokens before its norm."""
+        raise NotImplementedError
+
+    def projections(self, i: int) -> Projections:
+        """Return the modules around block i's projections."""
+        raise NotImplementedError
+
+    def weights(self, i: int) -> list[Affine] | None:
+        """Return block i's query, key and value projections, each (D, D) as in nn.Linear.
+
+        None means that their effect cannot be read from weights; call `qkv` instead.
+        """
+        raise NotImplementedError
+
+    def attention_dropout(self, i: int) -> float:
+        """Return the current dropout rate of block i's attention weights."""
+        raise NotImplementedError
+
+    def project(self, i: int, attended: Tensor) -> Tensor:
+        """Return what block i adds to the tokens, from its attention's output (B, N, D)."""
+        raise NotImplementedError
+
+    def mlp(self, i: int, tokens: Tensor) -> Tensor:
+        """Run block i's MLP half, residual included."""
+        raise NotImplementedError
+
+    def is_plain(self, i: int) -> bool:
+        """Return whether block i runs only its own parts, in eval mode, so `cls_block` is exact."""
+        raise NotImplementedError
+
+    def finish(self, tokens: Tensor) -> Tensor:
+        """Run the final norm, before pooling."""
+        raise NotImplementedError
+
+    def positions_after(self, reduction: ReductionInfo | BipartiteInfo) -> Tensor | None:
+        """Return the positions of the tokens that a reduction leaves, or None if not needed."""
+        raise NotImplementedError
+
+
+def optional(module: nn.Module, name: str) -> nn.Module:
+    """Return the submodule `name`, or the identity if the module has none."""
+    return getattr(module, name, IDENTITY)
+
+
+def interpolated(positions: Tensor, grid: tuple[int, int], to: tuple[int, int], p: int) -> Tensor:
+    """Resize position embeddings (p + rows * columns, D) from one grid of patches to another.
+
+    The embeddings of the p prefix tokens stay.
+    """
+    if grid == to:
+        return positions
+    at_least_fp32 = torch.promote_types(positions.dtype, torch.float32)
+    table = positions[p:].to(at_least_fp32).unflatten(0, grid).permute(2, 0, 1)[None]
+    table = F.interpolate(table, size=to, mode="bicubic", antialias=True, align_corners=False)
+    table = table[0].flatten(1).T.to(positions.dtype)
+    return torch.cat([positions[:p], table])
