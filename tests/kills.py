@@ -20,11 +20,11 @@ from typing import NamedTuple
 
 import psutil
 
-from elip_models.training.accelerator import STORE_OF_ITS_OWN
+from elip_models.training.accelerator import NO_SHARED_STORE
 from tests.helpers.tiny_run import logged, tiny_arguments
 
 STEPS, SECONDS = 60, 180  # of a run; until a step or a save must have come
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", STORE_OF_ITS_OWN: "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", NO_SHARED_STORE: "1"}
 OPTIONS = (f"optim.steps={STEPS}", "checkpoint_every=3", "keep_checkpoints=2")
 
 

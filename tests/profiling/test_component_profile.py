@@ -88,5 +88,5 @@ def test_parts_are_printed_timed_and_written(tmp_path, capsys):
 
 def test_models_whose_parts_are_not_known_are_named():
     assert CALLS.keys() == FAMILIES.keys()
-    with pytest.raises(ValueError, match=r"parts: expected a model of ours.*VisionTransformer"):
+    with pytest.raises(ValueError, match=r"parts: expected a model of this library.*VisionTransformer"):
         profile_components("vit", Workload(plain_vit(), 1), {"dense": Dense()}, rounds=None)

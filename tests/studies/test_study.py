@@ -162,7 +162,7 @@ def stubbed(monkeypatch):
 
     def train(config, **options):
         seen.append(config.name)
-        runner.RunFolder(config.output_dir).claim(config, {})
+        runner.RunFolder(config.output_dir).record_start(config, {})
 
     monkeypatch.setattr(runner, "train", train)
     monkeypatch.setattr(runner, "_open", lambda *arguments: None)
@@ -372,10 +372,11 @@ def test_arms_of_a_seed_share_initialisation_and_batches(tmp_path):
         config = study.config(Run(arm, seed))
         runner._make_tokenizer(study, config)
         trainer = Trainer(config, resume=True, console=QUIET)
+        trainer.prepare()
         weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
         trainer.model.train()
         trainer._train_step()  # what a strategy draws at random must not move the data
-        batch = trainer.feed.next_batch()
+        batch = trainer.batches.next_batch()
         return weights | {name: batch[name] for name in ("images", "input_ids")}
 
     Path("runs/studies/tiny").mkdir(parents=True)
