@@ -4,7 +4,7 @@ from elip_models.validation import require_extra
 
 with require_extra("elip_models.data"):
     from elip_models.data.caption_rules import apply_caption_rule
-    from elip_models.data.classes import (
+    from elip_models.data.class_sources import (
         ClassDataset,
         ClassFolder,
         ClassSource,
@@ -25,13 +25,14 @@ with require_extra("elip_models.data"):
     from elip_models.data.read_errors import DataError, SkipReport, check_source
     from elip_models.data.readers import open_source
     from elip_models.data.sample import NamedMasks, Sample, SampleError, Source
+    from elip_models.data.scene_sampling import BACKGROUNDS, EMOJI, Group, Scene
     from elip_models.data.scenes import EmojiScenes, render
     from elip_models.data.shard_source import ShardSource
     from elip_models.data.stream_batches import StreamBatches, stream_loader
     from elip_models.data.stream_source import StreamSource, is_stream, open_stream
     from elip_models.data.tasks.entailment import EmojiEntailment
+    from elip_models.data.tasks.example_readers import open_examples
     from elip_models.data.tasks.export import export
-    from elip_models.data.tasks.opening import open_examples
     from elip_models.data.tasks.pairs import EmojiPairs
     from elip_models.data.tasks.questions import EmojiQuestions
     from elip_models.data.tasks.text_only import question_only_accuracy
@@ -44,7 +45,6 @@ with require_extra("elip_models.data"):
         other_caption,
     )
     from elip_models.data.transforms import CLIP_MEAN, CLIP_STD, image_transform
-    from elip_models.data.world import BACKGROUNDS, EMOJI, Group, Scene
 
 __all__ = [
     "BACKGROUNDS",

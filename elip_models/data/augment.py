@@ -1,4 +1,4 @@
-"""RandAugment as ALBEF and BLIP have it: ten operations, none of which changes a hue.
+"""RandAugment with the ten operations of ALBEF and BLIP, none of which changes a hue.
 
     ShearX, ShearY            x + f y, or y + f x, by f = +-0.3 m / 10
     TranslateX, TranslateY    by +-10 m / 10 pixels
@@ -6,8 +6,8 @@
     Brightness, Sharpness     factor 0.1 + 1.8 m / 10
     Identity, AutoContrast, Equalize
 
-m is the magnitude, 0 to 10. Operations are drawn with replacement, each is then applied half of the
-time, with a drawn sign; what it uncovers is grey, 128.
+m is the magnitude, 0 to 10. Operations are drawn with replacement. Each is applied with probability
+0.5 and a random sign. Uncovered pixels become grey, 128.
 Source: RandAugment (Cubuk et al., 2020), with the operations and ranges of ALBEF and BLIP.
 """
 
@@ -16,27 +16,32 @@ from collections.abc import Iterable
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-OPERATIONS = (
-    *("Identity", "AutoContrast", "Equalize", "Brightness", "Sharpness"),
-    *("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"),
-)
+_COLOUR = ("Identity", "AutoContrast", "Equalize", "Brightness", "Sharpness")
+_GEOMETRY = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+OPERATIONS = _COLOUR + _GEOMETRY
 MAX_MAGNITUDE = 10
 PROBABILITY = 0.5
 GREY = (128, 128, 128)
 
 
 class RandAugment:
-    """RGB image -> RGB image of the same size, `operations` of them drawn at `magnitude`."""
+    """Random augmentation that keeps the size of an RGB image.
+
+    Args:
+        operations: Number of operations drawn for an image.
+        magnitude: Strength of the operations, 0 to 10.
+    """
 
     def __init__(self, operations: int, magnitude: int) -> None:
         self.operations = operations
         self.strength = magnitude / MAX_MAGNITUDE
 
     def __call__(self, image: Image.Image) -> Image.Image:
+        """Return the augmented image."""
         return self.apply(image, self.draw())
 
     def draw(self) -> list[tuple[str, int]]:
-        """Draw by torch's CPU generator -> names of the operations to apply, and a sign each."""
+        """Draw names and signs of the operations to apply, from torch's CPU generator."""
         names = torch.randint(len(OPERATIONS), (self.operations,)).tolist()
         chances, signs = torch.rand(2, self.operations).tolist()
         return [
@@ -46,7 +51,7 @@ class RandAugment:
         ]
 
     def apply(self, image: Image.Image, drawn: Iterable[tuple[str, int]]) -> Image.Image:
-        """Apply the operations and signs that `draw` gives, in order."""
+        """Apply the operations and signs that `draw` returned, in order."""
         for name, sign in drawn:
             image = self._apply_one(image, name, sign * self.strength)
         return image
@@ -71,16 +76,16 @@ class RandAugment:
             case "TranslateY":
                 return _affine(image, (1, 0, 0, 0, 1, -10 * strength))
             case "Rotate":
-                centre = (image.width / 2 + 0.5, image.height / 2 + 0.5)  # a pixel, as OpenCV's
+                centre = (image.width / 2 + 0.5, image.height / 2 + 0.5)  # as in OpenCV
                 bilinear = Image.Resampling.BILINEAR
                 return image.rotate(30 * strength, bilinear, center=centre, fillcolor=GREY)
         return image
 
 
 def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
-    """Pixel (x, y) of the result is that at (a x + b y + c, d x + e y + f) of the image."""
+    """Map pixel (x, y) of the result to (a x + b y + c, d x + e y + f) of the image."""
     a, b, c, d, e, f = matrix
-    corner = (a, b, c + (1 - a - b) / 2, d, e, f + (1 - d - e) / 2)  # Pillow counts from corners
+    corner = (a, b, c + (1 - a - b) / 2, d, e, f + (1 - d - e) / 2)  # Pillow's origin is a corner
     return image.transform(
         image.size, Image.Transform.AFFINE, corner, Image.Resampling.BILINEAR, fillcolor=GREY
     )

@@ -1,4 +1,4 @@
-"""Karpathy's splits of COCO and Flickr30k, and COCO's own captions.
+"""Karpathy's splits of COCO and Flickr30k, and the caption files of COCO.
 
 {"images": [{"filename", "filepath" (COCO), "split", "sentences": [{"raw"}, ..]}, ..]}
 {"images": [{"id", "file_name"}, ..], "annotations": [{"image_id", "caption"}, ..]}
@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from elip_models.data.json_files import read_fields
 
 
-class Captioned(NamedTuple):
-    """number: of the entry in its file."""
+class CaptionEntry(NamedTuple):
+    """One image with its captions; `number` is its position in the file."""
 
     number: int
     image: str
@@ -21,18 +21,25 @@ class Captioned(NamedTuple):
     id: str
 
 
-def captioned(file: Path, data: dict[str, Any], split: str | None) -> Iterator[Captioned]:
-    """The images of such a file, all or those of a split ("test", "train+restval"), with their
-    captions; ValueError names the first entry that is malformed.
+def caption_entries(file: Path, data: dict[str, Any], split: str | None) -> Iterator[CaptionEntry]:
+    """Yield the images with their captions, all or those of one split.
+
+    Args:
+        file: Path of the file, for error messages.
+        data: Content of the file.
+        split: Split of Karpathy's files, such as "test" or "train+restval". None: all images.
+
+    Raises:
+        ValueError: An entry is malformed, the file has no splits, or it lacks the given one.
     """
     if "annotations" in data:
         if split is not None:
-            raise ValueError(f"split: expected none, for {file} has none, got {split!r}")
+            raise ValueError(f"split: expected none, since {file} has none, got {split!r}")
         return _coco(file, data)
     return _karpathy(file, data, split)
 
 
-def _karpathy(file: Path, data: dict[str, Any], split: str | None) -> Iterator[Captioned]:
+def _karpathy(file: Path, data: dict[str, Any], split: str | None) -> Iterator[CaptionEntry]:
     (images,) = read_fields(str(file), data, images=list)
     wanted, found = None if split is None else split.split("+"), set()
     for number, entry in enumerate(images):
@@ -44,13 +51,13 @@ def _karpathy(file: Path, data: dict[str, Any], split: str | None) -> Iterator[C
         each = enumerate(sentences)
         texts = [read_fields(f"{where}[sentences][{i}]", text, raw=str)[0] for i, text in each]
         image = str(PurePosixPath(entry.get("filepath", ""), name))
-        yield Captioned(number, image, texts, str(entry.get("cocoid", entry.get("imgid", name))))
+        yield CaptionEntry(number, image, texts, str(entry.get("cocoid", entry.get("imgid", name))))
     missing = sorted(set(wanted or ()) - found)
     if missing:
         raise ValueError(f"split: expected some of {sorted(found)} of {file}, got {missing}")
 
 
-def _coco(file: Path, data: dict[str, Any]) -> Iterator[Captioned]:
+def _coco(file: Path, data: dict[str, Any]) -> Iterator[CaptionEntry]:
     images, annotations = read_fields(str(file), data, images=list, annotations=list)
     captions: dict[int, list[str]] = defaultdict(list)
     for number, entry in enumerate(annotations):
@@ -60,4 +67,4 @@ def _coco(file: Path, data: dict[str, Any]) -> Iterator[Captioned]:
     for number, entry in enumerate(images):
         where = f"{file}[images][{number}]"
         image_id, name = read_fields(where, entry, id=int, file_name=str)
-        yield Captioned(number, name, captions[image_id], str(image_id))
+        yield CaptionEntry(number, name, captions[image_id], str(image_id))

@@ -1,12 +1,12 @@
-"""What a caption becomes before the tokenizer reads it.
+"""Rules that change a caption before it is tokenized.
 
-    plain    nothing changes
-    albef    lower case; , . ' ! ? " ( ) * # : ; ~ go; - and / become spaces; <person> is person
-    blip     lower case; . ! " ( ) * # : ; ~ become spaces
+    plain    no change
+    albef    lower case; , . ' ! ? " ( ) * # : ; ~ removed; - and / to spaces; <person> to person
+    blip     lower case; . ! " ( ) * # : ; ~ to spaces
 
-The last two keep 30 words. Neither has a prompt in pre-training: BLIP's "a picture of " belongs to
-its fine-tuning on captions.
-Source: the rules of ALBEF's and BLIP's pre-training code, which are not in their papers.
+The last two rules keep 30 words. Neither adds a prompt in pre-training: BLIP's "a picture of "
+belongs to its fine-tuning on captions.
+Source: the pre-training code of ALBEF and BLIP; the papers do not describe the rules.
 """
 
 from typing import Literal
@@ -19,7 +19,7 @@ _BLIP = str.maketrans(dict.fromkeys('.!"()*#:;~', " "))
 
 
 def apply_caption_rule(caption: str, rule: CaptionRule) -> str:
-    """Caption -> what the tokenizer reads, which may be empty."""
+    """Return the caption as the tokenizer reads it, which may be empty."""
     if rule == "plain":
         return caption
     text = caption.lower().translate(_ALBEF if rule == "albef" else _BLIP)

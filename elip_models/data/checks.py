@@ -1,4 +1,4 @@
-"""Checks of what no type hint says: samples, indexes, files."""
+"""Checks that a type hint cannot express: non-empty data, indices, existing files."""
 
 import os
 from collections.abc import Sequence, Sized
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def check_not_empty(argument: str, value: Sized, spec: object = None) -> None:
-    """At least one sample; `spec` is what names them."""
+    """Raise ValueError if `value` is empty; the message names `argument` and `spec`."""
     if len(value) == 0:
         where = "" if spec is None else f" in {spec!r}"
         raise ValueError(f"{argument}: expected at least one sample, got none{where}")
@@ -18,16 +18,18 @@ def check_index(index: int, length: int) -> None:
         raise IndexError(f"index: expected 0 <= index < {length}, got {index}")
 
 
-def expanded(path: str | Path) -> Path:
-    """The path, with ~ and ~user as their home folders; FileNotFoundError without such a user."""
+def expand_user(path: str | Path) -> Path:
+    """Return the path with ~ and ~user expanded. Raises FileNotFoundError for an unknown user."""
     found = os.path.expanduser(path)
     if found.startswith("~"):
-        raise FileNotFoundError(f"{path}: expected a user with a home folder; or write ./{path}")
+        raise FileNotFoundError(
+            f"{path}: expected ~ or the ~name of a known user; write ./{path} for a file"
+        )
     return Path(found)
 
 
 def existing_files(argument: str, value: str | Path | Sequence[str | Path]) -> list[Path]:
-    """A path or a list of paths -> the paths, at least one, each of a file that exists."""
+    """Return a path or a list of paths as a list of existing files, at least one."""
     paths = [value] if isinstance(value, str | Path) else value
     if not isinstance(paths, Sequence) or not all(isinstance(path, str | Path) for path in paths):
         raise TypeError(f"{argument}: expected a path or a list of paths, got {value!r}")

@@ -1,4 +1,4 @@
-"""What a spec says of files: their names, and options, in one line or as a mapping.
+"""Specifications of data files: names and options, as one line or as a mapping.
 
 questions.json,annotations.json,images=val2014
 {files: [questions.json, annotations.json], images: val2014}
@@ -14,15 +14,16 @@ from elip_models.validation import Positive, check_fields, did_you_mean
 
 @dataclass(frozen=True)
 class FileSpec:
-    """Files and where what they name is.
+    """Data files and how to read them.
 
     Args:
-        files: paths; ranges, globs and folders where the reader takes them.
-        images: the folder that paths of images are relative to; None: that of the file.
-        split: which part of a file, or several: "test", "train+restval"; None: all of it.
-        answers: a JSON list of all that can be answered; None: made from the data.
-        weight: what each right answer counts: 0.5 of Visual Genome's in ALBEF, 0.2 in BLIP.
-        label: which column of a table is the class; None: the only one.
+        files: Paths. A reader may also accept ranges, globs and folders.
+        images: Folder that image paths are relative to. None: the folder of the file.
+        split: Part of a file, or several parts: "test", "train+restval". None: the whole file.
+        answers: JSON list of all possible answers. None: the list is made from the data.
+        weight: Weight of each correct answer, for example 0.5 (ALBEF) or 0.2 (BLIP) for Visual
+            Genome.
+        label: Name of the class column of a table. None: the only class column.
     """
 
     files: tuple[str, ...]
@@ -41,10 +42,17 @@ OPTIONS = tuple(field.name for field in fields(FileSpec) if field.name != "files
 
 
 def parse_files(spec: str | Mapping[str, Any], allowed: Collection[str]) -> FileSpec:
-    """Read a spec of files, with no options but those `allowed`.
+    """Parse a specification of files.
 
-    In one line, a part that is no option is a file; what has a comma in its name needs the mapping.
-    Raises TypeError or ValueError for a malformed one.
+    In the one-line form, every part that is not an option is a file name. A file name that contains
+    a comma needs the mapping form.
+
+    Args:
+        spec: One line or a mapping, see the top of this file.
+        allowed: Names of the options that the caller supports.
+
+    Raises:
+        TypeError, ValueError: The specification is malformed.
     """
     given = dict(spec) if isinstance(spec, Mapping) else _parts(spec)
     known = ("files", *allowed)
@@ -78,7 +86,7 @@ def _number(text: str) -> float | str:
 
 
 def expand_ranges(path: str) -> Iterator[str]:
-    """ "a-{08..10}.tar" -> "a-08.tar", "a-09.tar", "a-10.tar", as the shell does."""
+    """Yield "a-08.tar", "a-09.tar" and "a-10.tar" for "a-{08..10}.tar", as the shell does."""
     found = _RANGE.search(path)
     if found is None:
         yield path

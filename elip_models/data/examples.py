@@ -1,4 +1,4 @@
-"""What a downstream task asks of images: `Example`, and the protocol of a collection of them."""
+"""`Example`, one item of a downstream task, and the protocol of a collection of them."""
 
 from typing import NamedTuple, Protocol
 
@@ -6,12 +6,15 @@ from PIL import Image
 
 
 class Example(NamedTuple):
-    """One question about one image, or about two.
+    """One question, statement or class label, with its images.
 
-    images: RGB, as many as the task shows. text: a question, a hypothesis or a statement; '' where
-    the task has none. answers: the right ones, each with the share of people who gave it, {"yes":
-    0.9, "no": 0.1}, which is what it weighs in ALBEF's and BLIP's losses, and of which
-    `soft_scores` makes what it scores; of a class, {"entailment": 1.0}; {} where nobody knows.
+    Attributes:
+        images: RGB images, one or two.
+        text: Question, hypothesis or statement; "" for a task without text.
+        answers: Correct answers with their weights in the losses of ALBEF and BLIP. For VQA, the
+            weight is the share of people who gave the answer: {"yes": 0.9, "no": 0.1}. For a class,
+            it is 1.0. Empty if the answer is unknown.
+        id: Id of the example.
     """
 
     images: tuple[Image.Image, ...]
@@ -21,9 +24,10 @@ class Example(NamedTuple):
 
 
 class ExampleSource(Protocol):
-    """A map-style collection of examples. An index outside [0, len) is an IndexError.
+    """Map-style collection of examples. An index outside [0, len) raises IndexError.
 
-    answers: all that can be answered, in the order of a classifier's outputs.
+    Attributes:
+        answers: All possible answers, in the order of a classifier's outputs.
     """
 
     answers: tuple[str, ...]
@@ -31,18 +35,18 @@ class ExampleSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example:
-        """Read and decode one example; SampleError if that example cannot be read."""
+        """Read and decode one example. Raises SampleError if it cannot be read."""
         ...
 
     def text_alone(self, index: int) -> Example:
-        """The example with no image, and none decoded."""
+        """Return the example without images; none is decoded."""
         ...
 
 
 def soft_scores(answers: dict[str, float]) -> dict[str, float]:
-    """Shares -> what the metric of VQA gives for each answer: min(1, 3 x share), so that of ten
-    people one makes 0.3, two 0.6, three 0.9, and four all of it.
+    """Return the VQA score of each answer, min(1, 3 x share).
 
-    They are METER's targets, and the mean of min(1, n / 3) over any nine of the ten.
+    Of ten people, one gives 0.3, two 0.6, three 0.9, and four or more 1. This equals the mean of
+    min(1, n / 3) over any nine of the ten. METER uses these scores as targets.
     """
     return {answer: min(1.0, round(3 * share, 6)) for answer, share in answers.items()}

@@ -1,4 +1,4 @@
-"""JSON files of others, read with errors that name file, entry, what was expected and what is."""
+"""Third-party JSON files, read with errors that name the file and the entry."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from elip_models.validation import describe_type, mismatch_error
 
 
 def read_json(file: Path, expected: str) -> Any:
-    """What a file holds; ValueError, which says what was expected, where that is no JSON."""
+    """Return the content of a JSON file. Raise ValueError, naming `expected`, if it is invalid."""
     try:
         return json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -16,7 +16,7 @@ def read_json(file: Path, expected: str) -> Any:
 
 
 def read_entries(file: Path, expected: str) -> list[Any]:
-    """The entries of a JSON list, or of a file with one JSON object a line, whatever its name."""
+    """Return the entries of a JSON list or of a JSON Lines file, whatever the extension."""
     with file.open(encoding="utf-8-sig", errors="replace") as opened:
         begins = opened.read(1)
     if begins != "{":
@@ -36,7 +36,16 @@ def read_entries(file: Path, expected: str) -> list[Any]:
 
 
 def read_fields(where: str, entry: Any, **expected: Any) -> tuple[Any, ...]:
-    """The fields of one entry, each held to a type hint; a ValueError begins with `where`."""
+    """Return the fields of one entry, each checked against a type hint.
+
+    Args:
+        where: File and entry, such as "list.json[3]"; the message of an error begins with it.
+        entry: The parsed JSON value.
+        **expected: Type hint of each required field.
+
+    Raises:
+        ValueError: The entry is not an object, lacks a field, or a field has another type.
+    """
     if not isinstance(entry, dict) or not expected.keys() <= entry.keys():
         raise ValueError(f"{where}: expected the keys {', '.join(expected)}, got {entry!r:.200}")
     for name, hint in expected.items():

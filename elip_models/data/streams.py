@@ -1,8 +1,7 @@
-"""What a tar is streamed from: `https://..`, `pipe:COMMAND`, and every other URL that fsspec opens.
+"""Byte streams of tar shards: `https://..`, `pipe:COMMAND`, and every URL that fsspec opens.
 
-A stream is read forwards, once. Where `https://` breaks off, as a server does that waits for a slow
-reader, it is asked for the rest. What cannot be had is no exception: it ends the archive, and
-`StreamTar.problem` says why.
+A stream is read once, forwards. If an `https://` connection breaks off, the rest is requested
+again. A failure raises nothing: it ends the archive, and `StreamTar.problem` holds the reason.
 """
 
 import os
@@ -25,51 +24,53 @@ from elip_models.data.tar_samples import MAX_IMAGE_BYTES
 PIPE = "pipe:"
 WEB = ("http", "https")
 _TIMEOUT = 60.0  # seconds without a byte
-_WAITS = (1.0, 5.0)  # seconds before a server is asked again
-_ASK_AGAIN = (408, 425, 429)
+_RETRY_DELAYS = (1.0, 5.0)  # seconds before a request is repeated
+_RETRYABLE_STATUS = (408, 425, 429)
 _CHUNK = 2**20
-_MAX_HELD = MAX_IMAGE_BYTES
+_MAX_BUFFER_BYTES = MAX_IMAGE_BYTES
 
 
 class Stream(Protocol):
-    """Bytes that come one after the other."""
+    """Bytes that can be read once, in order."""
 
     def read(self, count: int) -> bytes:
-        """At most `count`; none at the end. Raises where there should be more."""
+        """Read up to `count` bytes; b"" at the end. Raises an error if bytes are missing."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Release the connection or process."""
 
 
 def open_url(url: str) -> Stream:
-    """Raises whatever the library that reads such a URL does."""
+    """Open a URL. Errors of the library that reads it are passed on."""
     if url.startswith(PIPE):
         return _Pipe(url.removeprefix(PIPE))
     if scheme_of(url) in WEB:
         return _Web(url)
     try:
         return fsspec.open(url, "rb").open()
-    except FileNotFoundError as error:  # which says the path alone
+    except FileNotFoundError as error:  # its message is only the path
         raise FileNotFoundError(f"no such file: {error}") from error
 
 
 def scheme_of(url: str) -> str:
+    """Return the part of a URL before "://"."""
     return url.partition("://")[0]
 
 
 class _Web:
-    """The body of a page, asked for again from where it broke off."""
+    """Body of an HTTP response; after an interruption, the rest is requested again."""
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._at = 0
+        self._position = 0
         self._response: HTTPResponse | None = None
 
     def read(self, count: int) -> bytes:
-        for wait in (*_WAITS, None):
+        for wait in [*_RETRY_DELAYS, None]:
             try:
                 data = self._read(count)
-                self._at += len(data)
+                self._position += len(data)
                 return data
             except (OSError, HTTPException) as error:
                 self.close()
@@ -80,18 +81,18 @@ class _Web:
 
     def _read(self, count: int) -> bytes:
         if self._response is None:
-            self._response = self._ask()
+            self._response = self._request()
         data = self._response.read(count)
         if not data and self._response.length:
-            raise OSError(f"{self._response.length} bytes more were said to come")
+            raise OSError(f"{self._response.length} of the announced bytes are missing")
         return data
 
-    def _ask(self) -> HTTPResponse:
-        headers = {"Range": f"bytes={self._at}-"} if self._at else {}
+    def _request(self) -> HTTPResponse:
+        headers = {"Range": f"bytes={self._position}-"} if self._position else {}
         response = urlopen(Request(self._url, headers=headers), timeout=_TIMEOUT)
-        if self._at and response.status != 206:
+        if self._position and response.status != 206:
             response.close()
-            raise OSError("it broke off, and the server does not send the rest alone")
+            raise OSError("connection lost, and the server does not support range requests")
         return response
 
     def close(self) -> None:
@@ -101,35 +102,35 @@ class _Web:
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether a server would say the same again."""
-    return isinstance(error, HTTPError) and error.code < 500 and error.code not in _ASK_AGAIN
+    """Return whether a repeated request would fail in the same way."""
+    return isinstance(error, HTTPError) and error.code < 500 and error.code not in _RETRYABLE_STATUS
 
 
 class _Pipe:
-    """What a command of the shell writes; it has to end with exit status 0."""
+    """Output of a shell command, which must end with exit status 0."""
 
     def __init__(self, command: str) -> None:
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115, closed with the rest
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115, closed with the rest
         self._process = subprocess.Popen(
             command,
             shell=True,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=self._said,
+            stderr=self._stderr,
             bufsize=0,
-            start_new_session=True,  # ended as a whole
+            start_new_session=True,  # `close` kills the whole process group
         )
-        self._ready = selectors.DefaultSelector()
-        self._ready.register(self._process.stdout, selectors.EVENT_READ)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._process.stdout, selectors.EVENT_READ)
 
     def read(self, count: int) -> bytes:
-        if not self._ready.select(_TIMEOUT):
-            raise TimeoutError(f"no byte came for {_TIMEOUT:g} seconds")
+        if not self._selector.select(_TIMEOUT):
+            raise TimeoutError(f"no data for {_TIMEOUT:g} seconds")
         data = self._process.stdout.read(count)
         if not data and (status := self._process.wait(_TIMEOUT)):
-            self._said.seek(0)
-            said = self._said.read(_CHUNK).decode(errors="replace").strip()
-            raise OSError(f"exit status {status}{': ' * bool(said)}{said[-200:]}")
+            self._stderr.seek(0)
+            message = self._stderr.read(_CHUNK).decode(errors="replace").strip()
+            raise OSError(f"exit status {status}" + (f": {message[-200:]}" if message else ""))
         return data
 
     def close(self) -> None:
@@ -137,15 +138,14 @@ class _Pipe:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._process.stdout.close()
-        self._ready.close()
-        self._said.close()
+        self._selector.close()
+        self._stderr.close()
 
 
 class StreamTar:
-    """A stream as a `Tar`: what is read and not yet forgotten is held, at most 256 MiB of it.
+    """A stream as a `Tar`, which buffers at most 256 MiB.
 
-    The first read opens it. `problem` says why it ended too early, or could not be opened; "" where
-    all of it came.
+    The first read opens the stream. `problem` is why it could not be opened or ended early, or "".
     """
 
     def __init__(self, url: str) -> None:
@@ -153,54 +153,57 @@ class StreamTar:
         self.problem = ""
         self._url = url
         self._stream: Stream | None = None
-        self._held = bytearray()
-        self._start = self._at = 0  # of what is held; of the next read
+        self._buffer = bytearray()
+        self._start = self._position = 0  # offsets of the buffer and of the next read
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._stream is not None:
-            with suppress(Exception):  # nothing more is asked of it
+            with suppress(Exception):  # the stream is not used again
                 self._stream.close()
 
     def tell(self) -> int:
-        return self._at
+        """Return the position."""
+        return self._position
 
     def seek(self, offset: int) -> None:
-        self._at = offset
+        """Set the position."""
+        self._position = offset
 
     def read(self, count: int) -> bytes:
-        first = self._at - self._start
-        end = first + min(count, _MAX_HELD)
-        while len(self._held) < end and self._more():
+        """Read up to `count` bytes, at most as many as the buffer holds."""
+        first = self._position - self._start
+        end = first + min(count, _MAX_BUFFER_BYTES)
+        while len(self._buffer) < end and self._read_chunk():
             pass
-        data = bytes(memoryview(self._held)[first:end])
-        self._at += len(data)
+        data = bytes(memoryview(self._buffer)[first:end])
+        self._position += len(data)
         return data
 
-    def has(self, offset: int, size: int) -> bool:
-        """More than may be held is read and not kept."""
-        self.release(offset if size <= _MAX_HELD else offset + size)
-        while self._end < offset + size and self._more():
+    def contains(self, offset: int, size: int) -> bool:
+        """Return whether `size` bytes at `offset` exist; more than the buffer holds is skipped."""
+        self.discard_before(offset if size <= _MAX_BUFFER_BYTES else offset + size)
+        while self._end < offset + size and self._read_chunk():
             pass
         return self._end >= offset + size
 
-    def release(self, offset: int) -> None:
-        """Reads on to there, where that has not come yet."""
+    def discard_before(self, offset: int) -> None:
+        """Drop the bytes before `offset`, reading on to it if necessary."""
         while True:
             dropped = min(offset, self._end) - self._start
-            del self._held[:dropped]
+            del self._buffer[:dropped]
             self._start += dropped
-            if self._start == offset or not self._more():
+            if self._start == offset or not self._read_chunk():
                 return
 
     @property
     def _end(self) -> int:
-        return self._start + len(self._held)
+        return self._start + len(self._buffer)
 
-    def _more(self) -> bool:
-        """Reads on; False where the stream has ended."""
+    def _read_chunk(self) -> bool:
+        """Read one chunk. Return False at the end of the stream."""
         if self._end == self.size:
             return False
         data = b""
@@ -208,10 +211,10 @@ class StreamTar:
             if self._stream is None:
                 self._stream = open_url(self._url)
             data = self._stream.read(_CHUNK)
-        except Exception as error:  # libraries of file systems raise whatever they meet
+        except Exception as error:  # file system libraries raise errors of any type
             what = str(error) or type(error).__name__
-            self.problem = f"broke off at byte {self._end}: {what}" if self._end else what
-        self._held += data
+            self.problem = f"interrupted at byte {self._end}: {what}" if self._end else what
+        self._buffer += data
         if not data:
             self.size = self._end
         return bool(data)

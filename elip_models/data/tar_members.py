@@ -1,9 +1,9 @@
-"""The members of a tar that may be damaged: all that can be found, and where something is lost.
+"""Members of a tar file that may be damaged.
 
-A tar is a row of 512-byte headers, each with a checksum and followed by its data, and ends in two
-blocks of zeros. Where a header does not hold, Python's `tarfile` stops as if the archive ended
-there. Here the search goes on at the next block, so that one damaged header loses one member. It
-only goes forward, so that a stream is read as a file is.
+A tar file is a sequence of 512-byte headers, each with a checksum and followed by its data. It ends
+with two blocks of zeros. Python's `tarfile` stops at the first invalid header. This reader
+continues at the next block, so one damaged header loses one member. It only moves forward, so it
+reads streams as well as files.
 """
 
 import io
@@ -18,9 +18,12 @@ _MAGIC = slice(257, 262), b"ustar"
 
 
 class Member(NamedTuple):
-    """A file of the archive: its data are `size` bytes from `offset` on, all of them there.
+    """A file in the archive, completely present.
 
-    name: as UTF-8; bytes that are none are escaped.
+    Attributes:
+        name: UTF-8 name; invalid bytes are escaped.
+        offset: Byte where its data begins.
+        size: Number of bytes.
     """
 
     name: str
@@ -29,32 +32,35 @@ class Member(NamedTuple):
 
 
 class Damage(NamedTuple):
-    """Something that is lost, at byte `offset` of the archive; `what` says it in words."""
+    """A lost part of the archive that begins at byte `offset`; `what` describes it."""
 
     offset: int
     what: str
 
 
 class Tar(Protocol):
-    """The bytes of an archive; `size` of a stream is beyond all offsets until its end is met."""
+    """Random access to the bytes of an archive."""
 
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """Number of bytes; for a stream, unlimited until its end is reached."""
 
-    def tell(self) -> int: ...
+    def tell(self) -> int:
+        """Return the position."""
 
-    def seek(self, offset: int) -> object: ...
+    def seek(self, offset: int) -> object:
+        """Set the position."""
 
     def read(self, count: int) -> bytes:
-        """At most what there is, and what a process may hold, whatever a header claims."""
+        """Read up to `count` bytes; a limit on memory applies, whatever a header claims."""
         ...
 
-    def has(self, offset: int, size: int) -> bool:
-        """Whether there are `size` bytes from `offset` on; what lies before is not read again."""
+    def contains(self, offset: int, size: int) -> bool:
+        """Return whether all `size` bytes at `offset` exist. Earlier bytes are not read again."""
         ...
 
-    def release(self, offset: int) -> None:
-        """What lies before is not read again."""
+    def discard_before(self, offset: int) -> None:
+        """Free the bytes before `offset`, which are not read again."""
         ...
 
 
@@ -66,36 +72,41 @@ class StoredTar:
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, count: int) -> bytes:
-        """Of a header that claims gigabytes, no more is read than the file has."""
+        """Read up to `count` bytes, limited by the size of the file."""
         return self._file.read(min(count, max(0, self.size - self._file.tell())))
 
-    def has(self, offset: int, size: int) -> bool:
+    def contains(self, offset: int, size: int) -> bool:
+        """Return whether the file is long enough."""
         return offset + size <= self.size
 
-    def release(self, offset: int) -> None:
+    def discard_before(self, offset: int) -> None:
+        """Do nothing, since a file is not held in memory."""
         pass
 
 
 def read_members(path: Path) -> Iterator[Member | Damage]:
-    """Those of a file, see `members_of`."""
+    """Yield the members of a file, see `members_of`."""
     with path.open("rb") as file:
         yield from members_of(StoredTar(file, path.stat().st_size), str(path))
 
 
 def members_of(tar: Tar, name: str) -> Iterator[Member | Damage]:
-    """Members in their order, and what is lost between and behind them. The data of a member may be
-    read until the next one is asked for.
+    """Yield the members in order, and the damage between and after them.
+
+    The data of a member can be read until the next member is requested.
+
+    Args:
+        tar: The archive.
+        name: Its name for error messages.
 
     Raises:
-        ValueError: `tar`, which is called `name`, is none, or a compressed one.
+        ValueError: `tar` is not a tar file, or it is compressed.
     """
     tar.seek(0)
     _check_first(name, tar.read(BLOCK))
-    reader = tarfile.TarFile(
-        fileobj=io.BytesIO(bytes(2 * BLOCK))
-    )  # what reads a header, of nothing
+    reader = tarfile.TarFile(fileobj=io.BytesIO(bytes(2 * BLOCK)))  # empty: it only parses headers
     reader.fileobj = tar
-    end = data_end = 0  # of the last member
+    end = data_end = 0  # end of the last member, with and without padding
     at, is_lost = 0, False
     while (at := _next_content(tar, at)) < tar.size:
         info = _header(reader, at)
@@ -108,17 +119,15 @@ def members_of(tar: Tar, name: str) -> Iterator[Member | Damage]:
         at = end = reader.offset
         data_end, is_lost = info.offset_data + info.size, False
     if data_end > tar.size:
-        return  # the last one is cut short, and said so
+        return  # the truncated last member was already reported
     if is_lost:
         yield _no_member(end, tar.size)
     elif tar.size - end < BLOCK:
-        yield Damage(end, "it does not end as a tar ends: more may be lost")
+        yield Damage(end, "the end marker of the tar is missing: more may be lost")
 
 
 def _check_first(name: str, block: bytes) -> None:
-    """Where neither the first header holds nor its magic, the file was never a tar; zeros are the
-    end of one that is empty.
-    """
+    """Raise ValueError if the first block has neither a valid header nor the tar magic."""
     try:
         tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.EOFHeaderError:
@@ -127,15 +136,13 @@ def _check_first(name: str, block: bytes) -> None:
         where, magic = _MAGIC
         if block[where] != magic:
             raise ValueError(
-                f"{name}: expected a whole, uncompressed tar, got a file that does not read as one "
+                f"{name}: expected a complete, uncompressed tar, got another format "
                 f"({error}); decompress it or build it again"
             ) from error
 
 
 def _header(reader: tarfile.TarFile, at: int) -> tarfile.TarInfo | None:
-    """The header at byte `at`, `reader.offset` then being that behind its data; None where none
-    holds.
-    """
+    """Return the header at byte `at`, or None if invalid. Set `reader.offset` to its end."""
     reader.fileobj.seek(at)
     reader.offset = at
     try:
@@ -146,17 +153,17 @@ def _header(reader: tarfile.TarFile, at: int) -> tarfile.TarInfo | None:
 
 
 def _member(info: tarfile.TarInfo, tar: Tar) -> Iterator[Member | Damage]:
-    """A regular file; folders and links are none, and nothing is lost with them."""
+    """Yield a regular file, or its damage. Folders and links yield nothing."""
     if not info.isfile():
         return
     name = info.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     if not name:
-        yield Damage(info.offset, "a member without a name")
+        yield Damage(info.offset, "member without a name")
     elif info.issparse():
-        yield Damage(info.offset, f"{name} is stored sparse, which is not read")
-    elif not tar.has(info.offset_data, info.size):
+        yield Damage(info.offset, f"{name} is stored as a sparse file, which is not supported")
+    elif not tar.contains(info.offset_data, info.size):
         there = max(0, tar.size - info.offset_data)
-        yield Damage(info.offset, f"{name} is cut short: {there} of {info.size} bytes are there")
+        yield Damage(info.offset, f"{name} is truncated: {there} of {info.size} bytes exist")
     else:
         yield Member(name, info.offset_data, info.size)
 
@@ -166,15 +173,16 @@ def _no_member(start: int, end: int) -> Damage:
 
 
 def _next_content(tar: Tar, at: int) -> int:
-    """The first block from `at` on that is not all zeros, which are an archive's end, to which
-    another may be appended; beyond the last byte where there is none.
+    """Return the first block from `at` on that is not all zeros, or an offset past the end.
+
+    Zeros mark the end of an archive, after which another archive may be appended.
     """
     while at < tar.size:
-        tar.release(at)
+        tar.discard_before(at)
         tar.seek(at)
         chunk = tar.read(CHUNK)
         rest = chunk.lstrip(b"\0")
         if rest:
             return at + (len(chunk) - len(rest)) // BLOCK * BLOCK
-        at += max(BLOCK, len(chunk))  # nothing is read behind the end of a stream
+        at += max(BLOCK, len(chunk))  # past the end of a stream, the chunk is empty
     return at

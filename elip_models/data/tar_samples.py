@@ -1,5 +1,6 @@
-"""What of a tar is one sample: members with one name up to the first dot. They are an image and its
-captions, in a .json ("captions" or "caption"), a .txt, or both.
+"""Samples of a tar file: members with the same name up to the first dot.
+
+A sample is an image with its captions in a .json ("captions" or "caption"), a .txt, or both.
 """
 
 import json
@@ -16,30 +17,30 @@ MAX_IMAGE_BYTES = 2**28
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """ "folder/a.b.png" -> ("folder/a", "b.png"), the extension in lower case."""
+    """Return ("folder/a", "b.png") for "folder/a.b.png", the extension in lower case."""
     folder, slash, file = name.rpartition("/")
     stem, _, extension = file.partition(".")
     return folder + slash + stem, extension.lower()
 
 
-def problem_of(image: Member | None) -> str:
-    """Why an image is not even read, or ""."""
+def image_problem(image: Member | None) -> str:
+    """Return why an image cannot be read at all, or ""."""
     if image is None:
         return "no image member"
     if image.size > MAX_IMAGE_BYTES:
-        return f"an image of {image.size} bytes; at most {MAX_IMAGE_BYTES} are read"
+        return f"expected an image of at most {MAX_IMAGE_BYTES} bytes, got {image.size}"
     return ""
 
 
 def read_captions(
     texts: Mapping[str, Member], read: Callable[[Member], bytes]
 ) -> tuple[list[str], str]:
-    """Captions of the json, then of the txt, each once -> (captions, what is wrong with them)."""
+    """Return the distinct captions of the .json, then of the .txt, and what is wrong with them."""
     captions: list[str] = []
     try:
         for extension, member in sorted(texts.items()):
             if member.size > MAX_TEXT_BYTES:
-                raise ValueError(f"{member.size} bytes; at most {MAX_TEXT_BYTES} are read")
+                raise ValueError(f"expected at most {MAX_TEXT_BYTES} bytes, got {member.size}")
             content: Any = read(member)
             if extension == "json":
                 content = json.loads(content)
@@ -56,7 +57,7 @@ def read_captions(
 
 
 class TarSample(NamedTuple):
-    """A sample as it is stored, or what is lost: `problem` says why it cannot be read, or ""."""
+    """A stored sample, or a lost one: `problem` is why it cannot be read, or ""."""
 
     key: str
     image: bytes
@@ -65,12 +66,17 @@ class TarSample(NamedTuple):
 
 
 def read_samples(tar: Tar, name: str) -> Iterator[TarSample]:
-    """The samples of an archive that is read once, from its beginning to its end, and what is lost.
+    """Yield the samples of an archive, and what is lost, in one forward pass.
 
-    As WebDataset says, the members of a sample stand together: one behind another sample is lost.
+    As WebDataset requires, the members of a sample are adjacent. A later member is reported as
+    lost.
+
+    Args:
+        tar: The archive.
+        name: Its name for error messages.
 
     Raises:
-        ValueError: `tar`, which is called `name`, is none.
+        ValueError: `tar` is not a tar file.
     """
     ended: set[str] = set()
     current = None
@@ -82,7 +88,7 @@ def read_samples(tar: Tar, name: str) -> Iterator[TarSample]:
         if extension not in IMAGE_EXTENSIONS + TEXT_EXTENSIONS:
             continue
         if key in ended:
-            what = f"{key} has ended before it; members of a sample in a stream stand together"
+            what = f"{key} ended before it; members of a sample in a stream must be adjacent"
             yield TarSample(member.name, b"", (), what)
             continue
         if current is None or current.key != key:
@@ -90,15 +96,15 @@ def read_samples(tar: Tar, name: str) -> Iterator[TarSample]:
                 ended.add(current.key)
                 yield current.sample()
             current = _OpenSample(key, tar)
-        if not current.take(extension, member):
-            what = f"{key} has another {extension} or image before it"
+        if not current.add(extension, member):
+            what = f"{key} already has a {extension} or an image"
             yield TarSample(member.name, b"", (), what)
     if current is not None:
         yield current.sample()
 
 
 class _OpenSample:
-    """A sample of which more members may come."""
+    """A sample that may get more members."""
 
     def __init__(self, key: str, tar: Tar) -> None:
         self.key, self._tar = key, tar
@@ -106,8 +112,8 @@ class _OpenSample:
         self._texts: dict[str, Member] = {}
         self._contents: dict[Member, bytes] = {}
 
-    def take(self, extension: str, member: Member) -> bool:
-        """Reads a member; False where the sample has one of its kind."""
+    def add(self, extension: str, member: Member) -> bool:
+        """Read a member. Return False if the sample already has one of its kind."""
         is_image = extension in IMAGE_EXTENSIONS
         if extension in self._texts or (is_image and self._image is not None):
             return False
@@ -122,7 +128,7 @@ class _OpenSample:
 
     def sample(self) -> TarSample:
         captions, problem = read_captions(self._texts, self._contents.__getitem__)
-        problem = problem_of(self._image) or problem or ("" if captions else "no caption")
+        problem = image_problem(self._image) or problem or ("" if captions else "no caption")
         if problem:
             return TarSample(self.key, b"", (), problem)
         return TarSample(self.key, self._contents[self._image], tuple(captions), "")

@@ -1,6 +1,6 @@
-"""Backgrounds of EmojiScenes that are not of one colour: patterns in shades of it.
+"""Textured backgrounds of `EmojiScenes`: patterns in shades of one colour.
 
-A pattern is a function on the unit square, so that a texture has no size, as a scene has none.
+A pattern is a function on the unit square, so a texture can be drawn at any size.
 """
 
 import math
@@ -12,16 +12,22 @@ import numpy as np
 from PIL import Image
 
 DARKEST, LIGHTEST = 0.86, 0.25
-"""Shades run from this share of the colour to this share of the way to white: still its name."""
+"""Darkest shade as a share of the colour; lightest as a share of the way to white."""
 
-_REPEATS = (3, 8)  # of stripes, checks and dots over the image; a noise has cells as many
-_FINE = 4  # the second grid of a noise is so much finer
+_REPEATS = (3, 8)  # of stripes, checks, dots, or coarse noise cells over the image
+_FINE = 4  # the fine grid of a noise has this many times the cells of the coarse one
 
 
 @dataclass(frozen=True)
 class Texture:
-    """A pattern of `PATTERNS`, `repeats` times over the image, turned by `angle` in radians and
-    moved by `shift`, shares of one repeat; `seed` draws what is random in it.
+    """A pattern and how it is drawn.
+
+    Args:
+        pattern: Name in `PATTERNS`.
+        repeats: Repeats over the image.
+        angle: Rotation in radians.
+        shift: Translation along both axes, as a share of one repeat.
+        seed: Seed of a random pattern.
     """
 
     pattern: str
@@ -43,7 +49,7 @@ def sample_texture(rng: np.random.Generator) -> Texture:
 
 
 def draw_texture(texture: Texture, colour: tuple[int, int, int], image_size: int) -> Image.Image:
-    """Draw the texture in shades of `colour` -> RGB image of `image_size` x `image_size`."""
+    """Draw the texture in shades of `colour` as an RGB image of `image_size` x `image_size`."""
     level = 255 * PATTERNS[texture.pattern](texture, image_size)
     canvas = Image.fromarray(level.astype(np.uint8))
     canvas.putpalette(_shades(colour))
@@ -52,21 +58,21 @@ def draw_texture(texture: Texture, colour: tuple[int, int, int], image_size: int
 
 @lru_cache
 def _shades(colour: tuple[int, int, int]) -> bytes:
-    """RGB of the 256 levels, dark to light."""
+    """Return the RGB bytes of the 256 levels, dark to light."""
     named = np.array(colour)
     ends = DARKEST * named, named + LIGHTEST * (255 - named)
     return np.linspace(*ends, 256).round().astype(np.uint8).tobytes()
 
 
 def _axes(texture: Texture, image_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The turned coordinates of each pixel, (S, S) each, in [-0.71, 0.71]."""
+    """Return the rotated coordinates of each pixel, (S, S) each, in [-0.71, 0.71]."""
     along = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size - 0.5
     cosine, sine = math.cos(texture.angle), math.sin(texture.angle)
     return cosine * along + sine * along[:, None], cosine * along[:, None] - sine * along
 
 
 def _phases(texture: Texture, image_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where each pixel is in its repeat, (S, S) each, in [0, 1)."""
+    """Return the position of each pixel in its repeat, (S, S) each, in [0, 1)."""
     pairs = zip(_axes(texture, image_size), texture.shift, strict=True)
     u, v = (axis * texture.repeats + shift for axis, shift in pairs)
     return u - np.floor(u), v - np.floor(v)
@@ -78,7 +84,7 @@ def _gradient(texture: Texture, image_size: int) -> np.ndarray:
 
 
 def _noise(texture: Texture, image_size: int) -> np.ndarray:
-    """Two grids of random levels, a coarse and a fine one, interpolated."""
+    """Return the mean of a coarse and a fine grid of random levels, interpolated."""
     rng, cells = np.random.default_rng(texture.seed), texture.repeats
     grids = (rng.random((side, side), dtype=np.float32) for side in (cells, _FINE * cells))
     size, bicubic = (image_size, image_size), Image.Resampling.BICUBIC
@@ -107,4 +113,4 @@ PATTERNS: dict[str, Callable[[Texture, int], np.ndarray]] = {
     "checks": _checks,
     "dots": _dots,
 }
-"""Each maps a texture and an image size S to levels (S, S) in [0, 1], dark to light."""
+"""Functions of a texture and an image size S that return levels (S, S) in [0, 1], dark to light."""

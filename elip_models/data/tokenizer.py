@@ -1,4 +1,4 @@
-"""A tokenizer that needs no download, trained on the captions; or any other, by folder or name."""
+"""Tokenizers: one trained on the captions without any download, or one loaded by name."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-# In the order of their ids. The first two serve BERT-like and autoregressive models alike.
+# In the order of their ids. BERT-like and autoregressive models share bos/cls and eos/sep.
 _SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
     "bos_token": "[CLS]",
@@ -23,16 +23,21 @@ _SPECIAL_TOKENS = {
 }
 _BYTES = 256
 MIN_VOCAB_SIZE = len(_SPECIAL_TOKENS) + _BYTES
-"""The special tokens and one token a byte."""
+"""The special tokens, and one token for each byte."""
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
-    """Train a lower-casing byte-level BPE: a text -> [CLS] tokens [SEP].
+    """Train a lower-casing byte-level BPE tokenizer that adds [CLS] and [SEP].
 
     [CLS] is both `cls_token` and `bos_token`, [SEP] both `sep_token` and `eos_token`; [PAD] has id
-    0. Any text is encodable. The same captions in the same order give the same tokenizer, with at
-    most `vocab_size` tokens. Raises TypeError or ValueError for captions that are no texts or none
-    at all, and for a `vocab_size` below `MIN_VOCAB_SIZE`.
+    0. It encodes any text. The same captions in the same order give the same tokenizer.
+
+    Args:
+        captions: At least one text.
+        vocab_size: Largest number of tokens, at least `MIN_VOCAB_SIZE`.
+
+    Raises:
+        TypeError, ValueError: An argument has another type, or is out of range.
     """
     with require_extra("train_tokenizer"):
         from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -48,7 +53,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> "PreTrainedToke
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    model.train_from_iterator(_checked(captions), trainer)
+    model.train_from_iterator(_check_texts(captions), trainer)
     model.post_processor = _wrap_in_cls_and_sep(model)
     return PreTrainedTokenizerFast(
         tokenizer_object=model,
@@ -59,11 +64,14 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> "PreTrainedToke
 
 
 def load_tokenizer(name_or_path: str | Path) -> "PreTrainedTokenizerBase":
-    """Load a tokenizer from a local folder or, by name, from the hub's cache or the hub.
+    """Load a tokenizer from a local folder or by its name on the hub.
 
-    Where it has no eos token its sep token becomes that, as for BERT; where it has no pad token,
-    its eos token. Raises FileNotFoundError where there is none to load, ValueError for one without
-    an end token, or that does not put it after a text (a model pools the text there).
+    A missing eos token is replaced by the sep token, as for BERT. A missing pad token is replaced
+    by the eos token.
+
+    Raises:
+        FileNotFoundError: There is no such tokenizer.
+        ValueError: It does not end a text with an eos or sep token, at which models pool the text.
     """
     if not isinstance(name_or_path, str | Path):
         raise TypeError(f"name_or_path: expected a folder or a name, got {name_or_path!r}")
@@ -81,7 +89,7 @@ def load_tokenizer(name_or_path: str | Path) -> "PreTrainedTokenizerBase":
     if tokenizer.eos_token_id is None:
         raise ValueError(
             "name_or_path: expected a tokenizer with an eos or sep token, "
-            f"got {str(name_or_path)!r} without; set its eos_token and save it again"
+            f"got {str(name_or_path)!r} with none; set its eos_token and save it again"
         )
     if tokenizer("a").input_ids[-1] != tokenizer.eos_token_id:
         raise ValueError(
@@ -96,7 +104,7 @@ def load_tokenizer(name_or_path: str | Path) -> "PreTrainedTokenizerBase":
 def tokenize(
     tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], context_length: int
 ) -> dict[str, Tensor]:
-    """Texts -> {"input_ids", "attention_mask"}, both (B, context_length) int64, padded or cut."""
+    """Return "input_ids" and "attention_mask", (B, context_length) int64, padded or truncated."""
     encoded = tokenizer(
         list(texts),
         padding="max_length",
@@ -109,7 +117,7 @@ def tokenize(
 
 
 def _wrap_in_cls_and_sep(model: "Tokenizer") -> "TemplateProcessing":
-    """The post-processor: [CLS] text [SEP], and [CLS] text [SEP] other text [SEP] for a pair."""
+    """Return the post-processor: [CLS] text [SEP], or [CLS] text [SEP] other text [SEP]."""
     from tokenizers.processors import TemplateProcessing
 
     begin, end = _SPECIAL_TOKENS["bos_token"], _SPECIAL_TOKENS["eos_token"]
@@ -120,8 +128,8 @@ def _wrap_in_cls_and_sep(model: "Tokenizer") -> "TemplateProcessing":
     )
 
 
-def _checked(captions: Iterable[str]) -> Iterator[str]:
-    """The captions, each checked as it passes."""
+def _check_texts(captions: Iterable[str]) -> Iterator[str]:
+    """Yield the captions, and check the type of each."""
     if isinstance(captions, str):
         raise TypeError(f"captions: expected several texts, got the single text {captions!r:.100}")
     number = 0

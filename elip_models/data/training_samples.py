@@ -1,6 +1,7 @@
-"""Samples of a source as a training step reads them: what is drawn for one depends on (seed, turn,
-index) alone, its turn being how often it has come before. A sample that cannot be read is replaced
-and reported.
+"""Samples of a source, prepared for a training step.
+
+All random choices for a sample depend on (seed, turn, index) only, where the turn counts how often
+the sample was used before. An unreadable sample is replaced and reported.
 """
 
 import math
@@ -25,17 +26,22 @@ if TYPE_CHECKING:
 
     from elip_models.data.examples import Example, ExampleSource
 
-# A share of unreadable samples that no limit could allow, long before the whole source is tried.
-_MAX_REPLACEMENTS = 1000
+_MAX_REPLACEMENTS = 1000  # so that an unreadable source fails before all of it is tried
 _GOLDEN_RATIO = 0.6180339887
 
 
 class TrainingSamples(Dataset):
-    """A source as training samples, indexed by (turn, index).
+    """Dataset of prepared training samples, indexed by (turn, index).
 
-    A sample is what `prepare(sample, index, rng)` makes of the source's: tensors by name, the same
-    shapes each time; and "skipped", [(id, reason)], which names the sample that was drawn where it
-    could not be read and another took its place. Raises DataError where no sample can be read.
+    A sample is the output of `prepare(sample, index, rng)`, tensors by name with fixed shapes, and
+    "skipped": a list with the (id, reason) of the requested sample if another one replaced it.
+    DataError is raised if no sample can be read.
+
+    Args:
+        source: Samples or examples.
+        prepare: Maps (sample, index, random generator) to tensors.
+        seed: Seed of all random choices.
+        max_bad_share: Largest allowed share of unreadable samples, in [0, 1].
     """
 
     def __init__(
@@ -65,15 +71,14 @@ class TrainingSamples(Dataset):
         return {**self.prepare(sample, found, rng), "skipped": skipped}
 
     def skip_report(self) -> SkipReport:
-        """A fresh report for this dataset's batches, with its limit."""
+        """Return an empty report with this dataset's limit."""
         return SkipReport(self.max_bad_share, length=len(self))
 
     def _read(self, index: int) -> "tuple[Sample | Example, int, list[tuple[str, str]]]":
-        """The sample, or the first readable one of a fixed order that begins at `index`, and where
-        it stands.
+        """Return the sample at `index` or a readable replacement, its index, and what was skipped.
 
-        Only the sample at `index` is reported: the others are when they are drawn themselves, so
-        that the share of reported samples is the share of unreadable ones.
+        Only the sample at `index` is reported. Replacements are reported when they are requested
+        themselves, so the share of reported samples is the share of unreadable ones.
         """
         skipped: list[tuple[str, str]] = []
         for candidate in _replacements(index, len(self)):
@@ -81,13 +86,13 @@ class TrainingSamples(Dataset):
                 return self.source[candidate], candidate, skipped[:1]
             except SampleError as error:
                 skipped.append((error.id, error.reason))
-        raise DataError(f"no readable sample: {SkipReport.of(skipped).summary()}")
+        raise DataError(f"no readable sample: {SkipReport.from_skipped(skipped).summary()}")
 
 
 class ImageTextDataset(TrainingSamples):
-    """Images with a caption each: every turn draws a caption and a crop.
+    """Training samples of images, each with one caption drawn anew in every turn.
 
-    A sample is what `ImageTextPreparation` makes of the source's, and "skipped".
+    `ImageTextPreparation` documents the tensors and the arguments; "skipped" is added to them.
     """
 
     def __init__(
@@ -113,12 +118,19 @@ class ImageTextDataset(TrainingSamples):
 
 
 class ImageTextPreparation:
-    """A sample as an image and one of its captions: {"images": (3, S, S), "input_ids": (L,),
-    "attention_mask": (L,)}, L = `context_length`, int64, padded to it or truncated.
+    """Preparation of an image and one of its captions.
 
-    With `guide_captions` there are "guide_ids" and "guide_mask" (L,) too, of another caption of the
-    image, or of the same where it has no other. A caption is tokenised as `captions` says, see
-    `caption_rules`. `transform` may use torch's CPU generator; its state outside is untouched.
+    It returns {"images": (3, S, S), "input_ids": (L,), "attention_mask": (L,)}; the last two are
+    int64, padded or truncated to L = `context_length`.
+
+    Args:
+        transform: Maps an image to a tensor (3, S, S). It may draw from torch's CPU generator,
+            whose state outside does not change.
+        tokenizer: A tokenizer with a pad token.
+        context_length: Number of tokens of a text, at least 3.
+        captions: Rule for the text of a caption, see `caption_rules`.
+        guide_captions: Also return "guide_ids" and "guide_mask" (L,) of another caption of the
+            image, or of the same one if it has no other.
     """
 
     def __init__(
@@ -144,6 +156,7 @@ class ImageTextPreparation:
         self.guide_captions = guide_captions
 
     def __call__(self, sample: Sample, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        """Return the tensors of one sample; `rng` makes all random choices."""
         caption = sample.captions[rng.integers(len(sample.captions))]
         image = apply_seeded(self.transform, sample.image, rng)
         text = self._tokenize(caption)
@@ -159,7 +172,7 @@ class ImageTextPreparation:
 
 
 def other_caption(captions: Sequence[str], caption: str, rng: np.random.Generator) -> str:
-    """Draw another of an image's captions; the same where it has no other."""
+    """Draw another caption of an image, or return the same one if it has no other."""
     others = [other for other in captions if other != caption] or [caption]
     return others[rng.integers(len(others))]
 
@@ -167,17 +180,15 @@ def other_caption(captions: Sequence[str], caption: str, rng: np.random.Generato
 def apply_seeded(
     transform: "Callable[[Image.Image], Tensor]", image: "Image.Image", rng: np.random.Generator
 ) -> Tensor:
-    """`transform(image)`, which may draw by torch's CPU generator: seeded by `rng`, untouched
-    outside.
-    """
+    """Return `transform(image)` with torch's CPU generator seeded by `rng`, then restored."""
     with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which would reseed the accelerators of this process too.
+        # torch.manual_seed would also reseed the accelerators of this process.
         torch.default_generator.manual_seed(int(rng.integers(2**63)))
         return transform(image)
 
 
 def _replacements(index: int, length: int) -> Iterator[int]:
-    """`index`, then others spread over the source, each once: neighbours are often bad together."""
+    """Yield `index`, then other indices spread over the source, since bad samples often adjoin."""
     stride = max(1, round(length * _GOLDEN_RATIO))
     while math.gcd(stride, length) != 1:
         stride += 1

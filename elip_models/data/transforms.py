@@ -1,4 +1,4 @@
-"""Image -> normalised tensor, for training and for evaluation."""
+"""Image transforms for training and evaluation, which return normalised tensors."""
 
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
@@ -34,16 +34,23 @@ def image_transform(
     randaugment: tuple[int, int] | None = None,
     resize: ResizeMode = "crop",
 ) -> Callable[[Image.Image], Tensor]:
-    """RGB image -> (3, S, S) float32, S = `image_size`, normalised by `mean` and `std`.
+    """Return a function from an RGB image to a normalised (3, S, S) float32 tensor.
 
-    Evaluation resizes the shorter side and crops the centre, or with `resize='squash'` resizes
-    both sides, whatever their ratio. Training draws by torch's CPU generator: a crop of a random
-    share of the area within `scale`, what evaluation shows where that is None; then, with `flip`, a
-    mirrored image half of the time, though captions may say left and right; then `randaugment`, a
-    number of operations and their magnitude from 0 to 10, see `RandAugment`.
+    In training, the transform draws from torch's CPU generator.
+
+    Args:
+        image_size: S, in pixels.
+        train: Whether to augment the image with `scale`, `flip` and `randaugment`.
+        mean: Mean of each channel.
+        std: Standard deviation of each channel.
+        scale: Range of the random crop's share of the area. None: no random crop.
+        flip: Mirror half of the images. Captions with "left" and "right" become wrong.
+        randaugment: Number of operations and their magnitude, 0 to 10, see `RandAugment`.
+        resize: "crop" resizes the shorter side and crops the centre. "squash" resizes both sides
+            and changes the aspect ratio.
 
     Raises:
-        TypeError, ValueError: an argument out of range.
+        TypeError, ValueError: An argument is out of range.
         ImportError: torchvision is missing.
     """
     check("image_size", image_size, PositiveInt)

@@ -1,1 +1,1 @@
-"""Downstream tasks: how a trained model is scored."""
+"""Downstream tasks: training samples and evaluation of models."""

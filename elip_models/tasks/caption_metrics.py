@@ -1,13 +1,13 @@
-"""Scores of written captions against references: CIDEr-D, BLEU-4, METEOR and SPICE.
+"""Scores of generated captions against references: CIDEr-D, BLEU-4, METEOR and SPICE.
 
-    BLEU-4   min(1, e^(1 - r / c)) (p_1 p_2 p_3 p_4)^(1/4) of all captions, c words long; r: of the
-             references that are closest in length
-    CIDEr-D  10 times the mean, over n = 1..4 and an image's references, of e^(-(l_w - l_r)^2 / 72)
-             and the cosine of tf-idf n-grams, those of the written caption clipped
+    BLEU-4   min(1, e^(1 - r / c)) (p_1 p_2 p_3 p_4)^(1/4) over all captions; c: their length in
+    words; r: the length of the references that are closest in length
+    CIDEr-D  10 times the mean, over n = 1..4 and the references of an image, of e^(-(l_w - l_r)^2 /
+    72) times the cosine of tf-idf n-grams, those of the generated caption clipped
 
-They are pycocoevalcap's, as COCO's own evaluation computes them. It tokenises by Stanford's PTB
-tokenizer, which needs Java, as METEOR and SPICE do; where there is none, a plain rule takes its
-place, and the result says so: scores of two tokenizers are not compared.
+The scores are those of pycocoevalcap, as in COCO's own evaluation. It uses Stanford's PTB
+tokenizer, which needs Java, as METEOR and SPICE do. Without Java, a plain tokenizer is used, and
+the result names it. Scores with different tokenizers are not comparable.
 """
 
 import re
@@ -32,12 +32,14 @@ WORD = re.compile(r"n't\b|'(?:s|re|ve|ll|d|m)\b|\w+?(?=n't\b)|\w+(?:[-.]\w+)*")
 
 @dataclass(frozen=True)
 class CaptionScores:
-    """How well a set of images is captioned.
+    """Scores of the captions of a set of images.
 
-    scores: "cider", in [0, 10], "bleu_4" and what else was asked for, in [0, 1], with intervals
-        over the images, the weights of CIDEr's words as they are; papers write 100 times as much.
-    each: CIDEr-D of each image, whose mean is "cider".
-    tokenizer: "ptb", as in COCO's evaluation, or "plain".
+    Args:
+        scores: "cider" in [0, 10], "bleu_4" and the requested others in [0, 1], each with an
+            interval over the images; the word weights of CIDEr are fixed. Papers report 100 times
+            as much.
+        each: CIDEr-D of each image; the mean is "cider".
+        tokenizer: "ptb", as in COCO's evaluation, or "plain".
     """
 
     scores: dict[str, Interval]
@@ -52,50 +54,50 @@ def caption_scores(
     also: Sequence[InJava] = (),
     tokenizer: TokenizerName | None = None,
 ) -> CaptionScores:
-    """Score a caption of each image.
+    """Score one generated caption for each image.
 
     Args:
-        written: of each image, without a prompt.
-        captions: references of each, one or more. CIDEr weighs words by how few of the images have
-            them in a reference: of a single image it is 0.
-        also: "meteor", which takes Java and most of a minute, and "spice", which takes Java and,
-            the first time, half a gigabyte from Stanford.
-        tokenizer: None is "ptb" where there is Java, else "plain".
+        written: One caption per image, without a prompt.
+        captions: References of each image, at least one. CIDEr weighs a word by the number of
+            images whose references have it, so the score of a single image is 0.
+        also: "meteor" (needs Java and about a minute) and "spice" (needs Java and, the first time,
+            a download of 0.5 GB from Stanford).
+        tokenizer: None: "ptb" if Java is installed, else "plain".
 
     Raises:
-        ImportError: without the extra 'captioning'.
-        TypeError, ValueError: an unknown name, one that needs Java where there is none, other
-            lengths, or an image without a reference.
+        ImportError: The extra 'captioning' is not installed.
+        TypeError, ValueError: A name is unknown or needs Java, lengths differ, or an image has no
+            reference.
     """
     for name in also:
         check("also", name, InJava)
     check("tokenizer", tokenizer, TokenizerName | None)
-    for name in (*also, tokenizer):
+    for name in [*also, tokenizer]:
         if name not in ("plain", None) and not has_java():
-            raise ValueError(f"{name}: expected java on the path, in which it runs, got none")
+            raise ValueError(f"{name}: expected java on the PATH, got none; install Java")
     _check_captions(written, captions)
     tokenizer = tokenizer or ("ptb" if has_java() else "plain")
     tokens_of = {"ptb": ptb_tokens, "plain": plain_tokens}[tokenizer]
-    right = dict(enumerate(tokens_of([list(texts) for texts in captions])))
-    said = dict(enumerate(tokens_of([[text] for text in written])))
+    references = dict(enumerate(tokens_of([list(texts) for texts in captions])))
+    generated = dict(enumerate(tokens_of([[text] for text in written])))
     with require_extra("caption_scores"):
         from pycocoevalcap.cider.cider import Cider
-    _, each = Cider().compute_score(right, said)
-    scores = {"cider": bootstrap_interval(each), "bleu_4": _bleu(right, said)}
-    scores |= {name: bootstrap_interval(_in_java(name, right, said)) for name in also}
+    _, each = Cider().compute_score(references, generated)
+    scores = {"cider": bootstrap_interval(each), "bleu_4": _bleu(references, generated)}
+    scores |= {name: bootstrap_interval(_in_java(name, references, generated)) for name in also}
     return CaptionScores(scores, tuple(map(float, each)), tokenizer)
 
 
 def plain_tokens(texts: Texts) -> Texts:
-    """Each text as words in lower case with a space between, signs dropped.
+    """Tokenize texts: words in lower case with a space between, punctuation removed.
 
-    "'s", "n't" and the like are words, as in PTB; hyphens and points inside a word stay.
+    "'s", "n't" and the like are words, as in PTB. Hyphens and points inside a word are kept.
     """
     return [[" ".join(WORD.findall(text.lower())) for text in several] for several in texts]
 
 
 def ptb_tokens(texts: Texts) -> Texts:
-    """The same by Stanford's PTB tokenizer, in Java."""
+    """Tokenize texts as Stanford's PTB tokenizer does, in Java."""
     with require_extra("caption_scores"):
         from pycocoevalcap.tokenizer import ptbtokenizer as ptb
     lines = [" ".join(text.split()) or "." for several in texts for text in several]
@@ -115,20 +117,20 @@ def ptb_tokens(texts: Texts) -> Texts:
 
 @cache
 def has_java() -> bool:
-    """Whether a Java runtime answers."""
+    """Return whether a Java runtime works."""
     if shutil.which("java") is None:
         return False
     return subprocess.run(["java", "-version"], capture_output=True, check=False).returncode == 0
 
 
-def _bleu(right: dict[int, list[str]], said: dict[int, list[str]]) -> Interval:
-    """BLEU-4 of all captions, by the library's counts of words and n-grams."""
+def _bleu(references: dict[int, list[str]], generated: dict[int, list[str]]) -> Interval:
+    """Return BLEU-4 of all captions, from the library's counts of words and n-grams."""
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 
     scorer = BleuScorer(n=4)
-    for image, texts in right.items():
-        scorer += said[image][0], texts
-    parts = []  # lengths, of the closest reference too; n-grams that are there, and right
+    for image, texts in references.items():
+        scorer += generated[image][0], texts
+    parts = []  # length, length of the closest reference, n-grams, correct n-grams
     for caption in scorer.ctest:
         length = caption["testlen"]
         closest = min((abs(other - length), other) for other in caption["reflen"])[1]
@@ -137,22 +139,24 @@ def _bleu(right: dict[int, list[str]], said: dict[int, list[str]]) -> Interval:
 
     def of_drawn(drawn: np.ndarray) -> np.ndarray:
         length, closest, *counts = (drawn @ parts).T
-        there, right = np.array(counts[:4]) + 1e-9, np.array(counts[4:]) + 1e-15  # as the library
-        shortness = np.minimum(0, 1 - (closest + 1e-9) / (length + 1e-15))
-        return np.exp(np.log(right / there).mean(0) + shortness)
+        total, correct = np.array(counts[:4]) + 1e-9, np.array(counts[4:]) + 1e-15  # as pycocoeval
+        brevity = np.minimum(0, 1 - (closest + 1e-9) / (length + 1e-15))
+        return np.exp(np.log(correct / total).mean(0) + brevity)
 
     return interval_of(of_drawn, np.ones(len(parts), dtype=int))
 
 
-def _in_java(name: InJava, right: dict[int, list[str]], said: dict[int, list[str]]) -> list[float]:
-    """A score of each image."""
+def _in_java(
+    name: InJava, references: dict[int, list[str]], generated: dict[int, list[str]]
+) -> list[float]:
+    """Return one score for each image."""
     if name == "meteor":
         from pycocoevalcap.meteor.meteor import Meteor
 
-        return Meteor().compute_score(right, said)[1]
+        return Meteor().compute_score(references, generated)[1]
     from pycocoevalcap.spice.spice import Spice
 
-    return [scored["All"]["f"] for scored in Spice().compute_score(right, said)[1]]
+    return [scored["All"]["f"] for scored in Spice().compute_score(references, generated)[1]]
 
 
 def _check_captions(written: Sequence[str], captions: Sequence[Sequence[str]]) -> None:
@@ -164,6 +168,6 @@ def _check_captions(written: Sequence[str], captions: Sequence[Sequence[str]]) -
     for image, texts in enumerate(captions):
         if isinstance(texts, str) or not any(text.strip() for text in texts):
             raise ValueError(
-                f"captions: expected one reference or more of each image, in a list, got {texts!r} "
-                f"of image {image}"
+                f"captions: expected references in a list for each image, got {texts!r} "
+                f"for image {image}"
             )

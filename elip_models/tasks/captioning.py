@@ -1,4 +1,4 @@
-"""Captions of an image, written by beam search, against those that people wrote.
+"""Image captioning by beam search, scored against human captions.
 
 Source: BLIP (Li et al., 2022); CIDEr (Vedantam et al., 2015).
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from elip_models.data import Sample, Source, evaluation_batches, open_source
-from elip_models.data.shared_images import by_image
+from elip_models.data.shared_images import group_by_image
 from elip_models.models.base import eval_mode
 from elip_models.models.layers.generation import Decoding
 from elip_models.tasks.caption_metrics import caption_scores
@@ -20,7 +20,7 @@ from elip_models.tasks.features import isolated_rng
 from elip_models.tasks.task import (
     Loading,
     Prediction,
-    SampleReader,
+    Preprocessor,
     Task,
     TaskScores,
     read_all,
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Captioning(Task):
-    """Captions of an image, each behind the model's prompt.
+    """Image captioning; the model's prompt precedes each caption.
 
-    num_beams, max_length, min_length: see `Decoding`.
+    `num_beams`, `max_length` and `min_length` are documented in `Decoding`.
     """
 
     name: ClassVar[str] = "captioning"
@@ -46,15 +46,17 @@ class Captioning(Task):
     min_length: PositiveInt = 5
 
     def open(self, spec: str, *, image_size: int) -> Source:
-        require_packages("captioning", "pycocoevalcap")  # said before a run, and not at its end
+        """Open images with captions."""
+        require_packages("captioning", "pycocoevalcap")  # before a run, not at its end
         return open_source(spec, image_size=image_size)
 
     def sample(
-        self, reading: SampleReader, sample: Sample, index: int, rng: np.random.Generator
+        self, preprocessor: Preprocessor, sample: Sample, index: int, rng: np.random.Generator
     ) -> dict[str, Tensor]:
+        """Return an image and one of its captions, with the prompt."""
         caption = sample.captions[rng.integers(len(sample.captions))]
-        text = reading.model.prompt + caption
-        return {"images": reading.image(sample.image, rng), **reading.text(text)}
+        text = preprocessor.model.prompt + caption
+        return {"images": preprocessor.image(sample.image, rng), **preprocessor.text(text)}
 
     def evaluate(
         self,
@@ -64,7 +66,8 @@ class Captioning(Task):
         loading: Loading,
         answers: Sequence[str] | None = None,
     ) -> TaskScores:
-        batches, report = read_all(evaluation_batches, model, by_image(source), loading)
+        """Score the captions that the model generates; see `Task.evaluate`."""
+        batches, report = read_all(evaluation_batches, model, group_by_image(source), loading)
         written: list[str] = []
         captions: list[tuple[str, ...]] = []
         ids: list[str] = []
@@ -75,12 +78,12 @@ class Captioning(Task):
                 captions += batch.captions
                 ids += batch.ids
         found = caption_scores(written, captions)
-        of_others = [captions[i - 1][0] for i in range(len(captions))]
-        blind = caption_scores(of_others, captions).scores
+        other_captions = [captions[i - 1][0] for i in range(len(captions))]
+        baseline = caption_scores(other_captions, captions).scores
         return TaskScores(
             task=self.name,
             scores=found.scores,
-            baselines={"another image's": {name: each.mean for name, each in blind.items()}},
+            baselines={"another image's": {name: each.mean for name, each in baseline.items()}},
             num_examples=len(written),
             num_skipped=len(report.reasons),
             predictions=tuple(map(Prediction, ids, written, found.each)),
@@ -90,7 +93,7 @@ class Captioning(Task):
     def write(
         self, model: "PretrainedModel", tokenizer: "PreTrainedTokenizerBase", images: Tensor
     ) -> list[str]:
-        """Images (B, 3, S, S) -> a caption each, without the prompt."""
+        """Generate one caption for each image (B, 3, S, S), returned without the prompt."""
         prompt = torch.tensor(model.prompt_ids(tokenizer), device=images.device)
         prompt = prompt.expand(len(images), -1)
         decoding = Decoding(

@@ -1,4 +1,4 @@
-"""Tasks whose answer is one of a few classes: `logits` of the model, and accuracy.
+"""Tasks whose answer is one of several classes: `logits` of the model, and accuracy.
 
 The classes are the answers of the source, in the order of the model's outputs.
 """
@@ -20,7 +20,7 @@ from elip_models.tasks.intervals import bootstrap_interval
 from elip_models.tasks.task import (
     Loading,
     Prediction,
-    SampleReader,
+    Preprocessor,
     Task,
     TaskScores,
     read_all,
@@ -34,42 +34,45 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClassTask(Task):
-    """Base of these tasks. `reads_text`: the model's `logits` take a text too."""
+    """Base of the tasks with classes. `reads_text`: the model's `logits` also take a text."""
 
     reads_text: ClassVar[bool] = True
 
-    def worth(self, answers: dict[str, float]) -> dict[str, float]:
-        """How right each answer of an example is, in [0, 1]."""
+    def answer_scores(self, answers: dict[str, float]) -> dict[str, float]:
+        """Return the score of each answer of an example, in [0, 1]."""
         return answers
 
-    def written(self, answer: str) -> str:
-        """How an answer is written where answers are compared, in `worth` too."""
+    def normalise(self, answer: str) -> str:
+        """Return an answer in the form in which answers are compared, in `answer_scores` too."""
         return answer
 
     def open(self, spec: str, *, image_size: int) -> ExampleSource:
+        """Open the examples that `spec` names."""
         return open_examples(self.name, spec, image_size=image_size)
 
     def fields(self, source: ExampleSource, config: Any) -> dict[str, Any]:
+        """Return the number of classes, if the model's config has one."""
         return {"num_classes": len(source.answers)} if hasattr(config, "num_classes") else {}
 
     def sample(
-        self, reading: SampleReader, example: Example, index: int, rng: np.random.Generator
+        self, preprocessor: Preprocessor, example: Example, index: int, rng: np.random.Generator
     ) -> dict[str, Tensor]:
-        images = torch.stack([reading.image(image, rng) for image in example.images])
+        """Return the images, the text and the targets of an example."""
+        images = torch.stack([preprocessor.image(image, rng) for image in example.images])
         found = {"images": images[0] if len(images) == 1 else images}
         if self.reads_text:
-            found |= reading.text(example.text)
-        return found | self.targets(reading, example)
+            found |= preprocessor.text(example.text)
+        return found | self.targets(preprocessor, example)
 
-    def targets(self, reading: SampleReader, example: Example) -> dict[str, Tensor]:
-        """What the loss compares with: here the number of the heaviest answer."""
+    def targets(self, preprocessor: Preprocessor, example: Example) -> dict[str, Tensor]:
+        """Return the targets of the loss: here the index of the answer with the largest weight."""
         best = max(example.answers, key=example.answers.get)
-        return {"labels": torch.tensor(reading.source.answers.index(best))}
+        return {"labels": torch.tensor(preprocessor.source.answers.index(best))}
 
-    def chooser(
+    def predictor(
         self, model: "PretrainedModel", tokenizer: "PreTrainedTokenizerBase", answers: Sequence[str]
     ) -> Callable[..., Tensor]:
-        """A function of images and texts -> (B,) int64, the numbers of the answers chosen."""
+        """Return a function of images and texts that returns answer indices (B,) int64."""
         return lambda **inputs: model.logits(**inputs)[:, : len(answers)].argmax(1)
 
     def evaluate(
@@ -80,20 +83,21 @@ class ClassTask(Task):
         loading: Loading,
         answers: Sequence[str] | None = None,
     ) -> TaskScores:
+        """Score the predicted answers; see `Task.evaluate`."""
         if answers is None:
-            answers = _all_of(source, getattr(model.config, "num_classes", None))
+            answers = _source_answers(source, getattr(model.config, "num_classes", None))
         batches, report = read_all(example_batches, model, source, loading)
         examples: list[Example] = []
         chosen: list[int] = []
         device = next(model.parameters()).device
         with eval_mode(model), torch.no_grad(), isolated_rng(device):
-            choose = self.chooser(model, tokenizer, answers)
+            predict = self.predictor(model, tokenizer, answers)  # may tokenize the answers
             for batch in batches:
                 inputs = {"images": batch.images}
                 if self.reads_text:
                     inputs |= model.tokenise(tokenizer, [each.text for each in batch.examples])
                 inputs = {name: value.to(device) for name, value in inputs.items()}
-                chosen += choose(**inputs).tolist()
+                chosen += predict(**inputs).tolist()
                 examples += batch.examples
         return self._scores(answers, examples, chosen, num_skipped=len(report.reasons))
 
@@ -105,42 +109,42 @@ class ClassTask(Task):
         *,
         num_skipped: int,
     ) -> TaskScores:
-        """An answer is as right as `worth` says; examples without answers are not judged."""
-        said = [answers[number] for number in chosen]
-        worth = [self.worth(each.answers) for each in examples]
+        """Return the mean of `answer_scores`; examples without answers are left out."""
+        predicted = [answers[number] for number in chosen]
+        targets = [self.answer_scores(each.answers) for each in examples]
         scores = [
-            each.get(self.written(text), 0.0) if each else None
-            for each, text in zip(worth, said, strict=True)
+            each.get(self.normalise(text), 0.0) if each else None
+            for each, text in zip(targets, predicted, strict=True)
         ]
-        right, known = [s for s in scores if s is not None], [each for each in worth if each]
+        known = [each for each in targets if each]
         if not known:
-            raise DataError("no example says what is right: expected answers, got none")
-        if not any(each.keys() & set(map(self.written, answers)) for each in known):
+            raise DataError("examples: expected answers, got none; use data with answers")
+        if not any(each.keys() & set(map(self.normalise, answers)) for each in known):
             raise DataError(
-                f"expected answers among the {len(answers)} that the model chooses from, such as "
-                f"{answers[0]!r}, got none of them, but {next(iter(known[0]))!r}"
+                f"expected answers among the {len(answers)} of the model, such as {answers[0]!r}, "
+                f"got none of them, but {next(iter(known[0]))!r}; use the data of its task"
             )
         heaviest = Counter(max(each, key=each.get) for each in known)
         always = heaviest.most_common(1)[0][0]
         return TaskScores(
             task=self.name,
-            scores={"accuracy": bootstrap_interval(right)},
+            scores={"accuracy": bootstrap_interval([s for s in scores if s is not None])},
             baselines={
                 "chance": {"accuracy": 1 / len(answers)},
                 "majority": {"accuracy": fmean(each.get(always, 0.0) for each in known)},
             },
-            num_examples=len(right),
+            num_examples=len(known),
             num_skipped=num_skipped,
-            predictions=tuple(map(Prediction, (each.id for each in examples), said, scores)),
+            predictions=tuple(map(Prediction, (each.id for each in examples), predicted, scores)),
         )
 
 
-def _all_of(source: ExampleSource, outputs: int | None) -> tuple[str, ...]:
-    """The answers of the source; DataError where a model has another number of outputs."""
+def _source_answers(source: ExampleSource, outputs: int | None) -> tuple[str, ...]:
+    """Return the answers of the source; raise DataError unless the model has as many outputs."""
     if outputs not in (None, len(source.answers)):
         raise DataError(
             f"answers: expected {outputs}, one for each output of the model in its order, got the "
-            f"{len(source.answers)} of the data; those that it learned stand in answers.json in "
-            "the folder that `elip finetune` left"
+            f"{len(source.answers)} of the data; pass those in answers.json in the folder that "
+            "`elip finetune` wrote"
         )
     return source.answers

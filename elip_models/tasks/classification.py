@@ -1,4 +1,4 @@
-"""Image classification: a linear probe of a tower, or all of it fine-tuned."""
+"""Image classification with a linear probe or a fully fine-tuned image tower."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,7 +8,7 @@ from elip_models.tasks.class_task import ClassTask
 
 @dataclass(frozen=True)
 class Classification(ClassTask):
-    """The classes of the source."""
+    """Classification into the classes of the source."""
 
     name: ClassVar[str] = "classification"
     reads_text: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""Visual entailment: does a picture entail a hypothesis, contradict it, or neither.
+"""Visual entailment: an image entails a hypothesis, contradicts it, or neither.
 
 Source: SNLI-VE (Xie et al., 2019).
 """
@@ -11,6 +11,6 @@ from elip_models.tasks.class_task import ClassTask
 
 @dataclass(frozen=True)
 class Entailment(ClassTask):
-    """Three classes."""
+    """Visual entailment with three labels."""
 
     name: ClassVar[str] = "entailment"

@@ -1,7 +1,7 @@
-"""Features of images and of texts, each alone, and how they rank: what evaluation is made of.
+"""Features of images and texts, each encoded alone, and their ranking, for evaluation.
 
-Images are encoded without text and texts without image, so that none sees its own: a text that
-guides its image tells by which tokens stay which image is its own.
+An image is never encoded with its own text: if a text guided the reduction of its image, the kept
+tokens would reveal which image belongs to the text.
 """
 
 import math
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from elip_models.models.base import PretrainedModel
 
 TIE_TOLERANCE = 1e-6
-"""Similarities closer than this are a tie: the rounding of a matrix product must not decide."""
+"""Similarities closer than this are a tie, so that rounding errors do not decide."""
 
 
 @torch.no_grad()
 def encode_images(
     model: "PretrainedModel", batches: Iterable["EvaluationBatch"]
 ) -> tuple[Tensor, list[tuple[str, ...]]]:
-    """Returns features (num_images, E) fp32 and the captions of each image."""
+    """Return features (num_images, E) fp32 and the captions of each image."""
     device = next(model.parameters()).device
     features, captions = [], []
     with warnings.catch_warnings(), isolated_rng(device):
-        # Models warn where they get no text to reduce by; here that is meant.
+        # Models warn when no text guides the reduction of image tokens; here none should.
         warnings.simplefilter("ignore", UnguidedWarning)
         for batch in batches:
             features.append(model.image_features(batch.images.to(device)).float())
@@ -49,11 +49,11 @@ def encode_texts(
     texts: list[str],
     batch_size: int,
 ) -> Tensor:
-    """Returns features (num_texts, E) fp32."""
+    """Return features (num_texts, E) fp32."""
     device = next(model.parameters()).device
     features = []
     with warnings.catch_warnings(), isolated_rng(device):
-        # Models warn where they get no image to drop text tokens by; here that is meant.
+        # Models warn when no image guides the reduction of text tokens; here none should.
         warnings.simplefilter("ignore", UnguidedWarning)
         for start in range(0, len(texts), batch_size):
             chunk = texts[start : start + batch_size]
@@ -64,7 +64,7 @@ def encode_texts(
 
 
 def isolated_rng(device: torch.device) -> AbstractContextManager[None]:
-    """Random numbers drawn inside, as a reduction may, leave the generators as they were."""
+    """Return a context that restores the state of the random generators at its end."""
     if device.type == "cpu":
         return torch.random.fork_rng([])
     return torch.random.fork_rng([device], device_type=device.type)
@@ -73,8 +73,17 @@ def isolated_rng(device: torch.device) -> AbstractContextManager[None]:
 def ranks_by_chunk(
     queries: Tensor, candidates: Tensor, query_ids: Tensor, ids: Tensor, chunk_size: int = 1024
 ) -> Tensor:
-    """`ranks_of` queries (Q, E) against candidates (C, E), relevant where their ids (Q,), (C,) are
-    equal, without the whole Q x C matrix at once -> (Q,).
+    """Return `ranks_of` for features, computed for `chunk_size` queries at a time.
+
+    Args:
+        queries: (Q, E).
+        candidates: (C, E).
+        query_ids: (Q,).
+        ids: (C,); a candidate with the id of the query is relevant.
+        chunk_size: Rows of the similarity matrix that exist at once.
+
+    Returns:
+        (Q,) int64.
     """
     chunks = zip(queries.split(chunk_size), query_ids.split(chunk_size), strict=True)
     with no_autocast(queries):
@@ -84,11 +93,11 @@ def ranks_by_chunk(
 
 
 def ranks_of(similarity: Tensor, relevant: Tensor) -> Tensor:
-    """Candidates that rank before the best relevant one, a tie or a NaN counted as before.
+    """Return how many candidates rank before the best relevant one; a tie or NaN counts as before.
 
     Args:
         similarity: (Q, C).
-        relevant: (Q, C) bool, at least one a row.
+        relevant: (Q, C) bool, at least one true value in each row.
 
     Returns:
         (Q,) int64; 0 means the best candidate is relevant.

@@ -1,4 +1,4 @@
-"""How far a score on so many examples may be trusted: percentile bootstrap intervals."""
+"""Percentile bootstrap confidence intervals of scores."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -7,11 +7,11 @@ import numpy as np
 
 LEVEL = 0.95
 RESAMPLES = 10_000
-DRAWN_AT_ONCE = 2**22  # numbers
+DRAWN_AT_ONCE = 2**22  # numbers in memory
 
 
 class Interval(NamedTuple):
-    """A mean, and the ends of its interval."""
+    """A mean with the ends of its confidence interval."""
 
     mean: float
     low: float
@@ -21,17 +21,15 @@ class Interval(NamedTuple):
 def bootstrap_interval(
     scores: Sequence[float] | np.ndarray, *, level: float = LEVEL, seed: int = 0
 ) -> Interval:
-    """Find the percentile interval of a mean over examples, drawn anew with replacement.
+    """Return the percentile bootstrap interval of the mean over examples.
 
-    How often each distinct score is drawn is multinomial, so that the work does not grow with the
-    number of examples where scores take few values, as right and wrong do.
+    Counts of distinct scores are drawn from a multinomial distribution. The cost therefore does not
+    grow with the number of examples if scores take few values.
 
     Args:
-        scores: (N,), one an example, at least one.
-        level: share of intervals made so that hold the mean of all examples.
-
-    Returns:
-        The same for the same seed.
+        scores: (N,), one per example, at least one.
+        level: Confidence level.
+        seed: The same seed gives the same interval.
     """
     values, counts = np.unique(np.asarray(scores, dtype=np.float64), return_counts=True)
     return interval_of(lambda drawn: drawn @ values / len(scores), counts, level=level, seed=seed)
@@ -44,16 +42,17 @@ def interval_of(
     level: float = LEVEL,
     seed: int = 0,
 ) -> Interval:
-    """Find the percentile interval of any statistic of how often each thing is drawn.
+    """Return the percentile bootstrap interval of any statistic of drawn counts.
 
     Args:
-        statistic: (R, V), R draws of V things -> (R,).
-        counts: (V,), how often each thing is there.
-        level, seed: as of `bootstrap_interval`.
+        statistic: Maps R draws (R, V) of the counts of V items to (R,).
+        counts: (V,), the observed count of each item.
+        level: Confidence level.
+        seed: The same seed gives the same interval.
     """
     n = int(counts.sum())
     if n == 0:
-        raise ValueError("scores: expected one an example, got none")
+        raise ValueError("scores: expected one per example, got none")
     rng, at_once = np.random.default_rng(seed), max(1, DRAWN_AT_ONCE // len(counts))
     sizes = [min(at_once, RESAMPLES - first) for first in range(0, RESAMPLES, at_once)]
     drawn = [statistic(rng.multinomial(n, counts / n, size=size)) for size in sizes]

@@ -1,4 +1,4 @@
-"""NLVR2: is a statement true of two pictures.
+"""NLVR2: whether a statement is true of two images.
 
 Source: NLVR2 (Suhr et al., 2019).
 """
@@ -11,6 +11,6 @@ from elip_models.tasks.class_task import ClassTask
 
 @dataclass(frozen=True)
 class NLVR2(ClassTask):
-    """True or false; an example has two images."""
+    """Statements that are true or false; an example has two images."""
 
     name: ClassVar[str] = "nlvr2"

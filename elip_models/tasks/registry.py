@@ -1,4 +1,4 @@
-"""get_task, the names of the downstream tasks, and the answers that a model of one learned."""
+"""The names of the downstream tasks, and the stored answers of fine-tuned models."""
 
 import json
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from elip_models.models.io.files import write_file
 from elip_models.tasks.captioning import Captioning
 from elip_models.tasks.classification import Classification
 from elip_models.tasks.entailment import Entailment
-from elip_models.tasks.matching import Retrieval
 from elip_models.tasks.nlvr2 import NLVR2
+from elip_models.tasks.retrieval_task import Retrieval
 from elip_models.tasks.task import Task
 from elip_models.tasks.vqa import VQA
 from elip_models.validation import did_you_mean
@@ -21,11 +21,11 @@ TASKS: dict[str, type[Task]] = {
 
 
 def get_task(name: str, **options: Any) -> Task:
-    """The task of that name, with other settings than its own.
+    """Return the task called `name`, with the given settings instead of its defaults.
 
     Raises:
-        TypeError: a setting of another type.
-        ValueError: an unknown task or setting, with the nearest known one, or one out of range.
+        TypeError: A setting has another type.
+        ValueError: The task or a setting is unknown, or a setting is out of range.
     """
     if name not in TASKS:
         raise ValueError(
@@ -45,11 +45,11 @@ ANSWERS = "answers.json"
 
 
 def save_answers(folder: Path, answers: Sequence[str]) -> None:
-    """Write, beside a model, all that it can answer, in the order of its outputs."""
+    """Write all possible answers of a model beside it, in the order of its outputs."""
     write_file(folder / ANSWERS, (json.dumps([*answers]) + "\n").encode())
 
 
 def read_answers(folder: Path) -> tuple[str, ...] | None:
-    """What `save_answers` wrote; None where it did not."""
+    """Return the answers that `save_answers` wrote, or None."""
     path = folder / ANSWERS
     return tuple(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None

@@ -1,11 +1,11 @@
-"""Image-text retrieval: recall@k both ways, over several captions an image.
+"""Image-text retrieval by features: recall@k both ways, for several captions per image.
 
-Image to text is right at k when any caption of the image is among the k most similar texts, text to
-image when the caption's own image is among the k most similar images. A tie is decided against the
-model: candidates as similar as the right one rank before it, so a model that says the same of
-everything scores zero. Images are encoded without text, texts without image: none sees its own
-caption, and text reduction that an image would guide drops nothing. Entries of a list that show one
-image are one, with all their captions.
+From image to text, a query is correct at k if any caption of the image is among the k most similar
+texts. From text to image, it is correct if the caption's image is among the k most similar images.
+Ties count against the model: a candidate as similar as the correct one ranks before it.
+
+Images are encoded without text, and texts without image. Entries of a list that show the same image
+form one image with all their captions.
 """
 
 import math
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from elip_models.data import Source, evaluation_batches
-from elip_models.data.shared_images import by_image
+from elip_models.data.shared_images import group_by_image
 from elip_models.models.base import eval_mode
 from elip_models.tasks.features import encode_images, encode_texts, ranks_by_chunk, ranks_of
 from elip_models.tasks.task import Loading, read_all
@@ -33,14 +33,14 @@ KS = (1, 5, 10)
 
 @dataclass(frozen=True)
 class RetrievalScores:
-    """How well a model ranks a set of images and captions.
+    """Recalls of a model on a set of images and captions.
 
     Args:
-        recalls: recall in [0, 1] by name: "image_to_text_r1", .., "text_to_image_r10".
-        chance: same names, the expected recall of a random ranking.
-        num_images: images ranked.
-        num_texts: captions ranked.
-        num_skipped: samples that could not be read.
+        recalls: Recall in [0, 1] by name: "image_to_text_r1", .., "text_to_image_r10".
+        chance: Expected recall of a random ranking, with the same names.
+        num_images: Number of ranked images.
+        num_texts: Number of ranked captions.
+        num_skipped: Number of samples that could not be read.
     """
 
     recalls: dict[str, float]
@@ -51,11 +51,11 @@ class RetrievalScores:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What a log shows."""
+        """Recalls by name, for logs."""
         return self.recalls
 
     def summary(self) -> str:
-        """R@1 both ways, in words."""
+        """Return one line with R@1 both ways."""
         names = {"image to text": "image_to_text_r1", "text to image": "text_to_image_r1"}
         return "R@1 " + ", ".join(f"{way} {self.recalls[key]:.1%}" for way, key in names.items())
 
@@ -63,16 +63,16 @@ class RetrievalScores:
 def recall_at_k(
     similarity: Tensor, text_to_image: Tensor, ks: Sequence[int] = KS
 ) -> dict[str, float]:
-    """Recall@k both ways of a whole similarity matrix.
+    """Return recall@k both ways for a full similarity matrix.
 
     Args:
         similarity: (num_images, num_texts).
         text_to_image: (num_texts,) integer, the row of the image that each text describes.
-        ks: cut-offs.
+        ks: Cut-offs.
 
     Raises:
-        TypeError: an argument of another type or dtype.
-        ValueError: the shapes do not belong together, an image has no text, or a number below 1.
+        TypeError: An argument has another type or dtype.
+        ValueError: Shapes do not match, an image has no text, or a cut-off is below 1.
     """
     _check_matrix("similarity", similarity)
     num_images, num_texts = similarity.shape
@@ -92,18 +92,17 @@ def recall_of_features(
     ks: Sequence[int] = KS,
     chunk_size: int = 1024,
 ) -> dict[str, float]:
-    """`recall_at_k` of `image_features @ text_features.T`, `chunk_size` queries at a time.
+    """Return `recall_at_k` of `image_features @ text_features.T`, in chunks of queries.
 
     Args:
         image_features: (num_images, E).
         text_features: (num_texts, E).
         text_to_image: (num_texts,) integer.
-        ks: cut-offs.
-        chunk_size: rows of the similarity matrix that exist at once.
+        ks: Cut-offs.
+        chunk_size: Rows of the similarity matrix that exist at once.
 
     Raises:
-        TypeError: an argument of another type or dtype.
-        ValueError: the shapes do not belong together, an image has no text, or a number below 1.
+        TypeError, ValueError: As for `recall_at_k`.
     """
     _check_matrix("image_features", image_features)
     _check_matrix("text_features", text_features, width=image_features.shape[1])
@@ -123,7 +122,7 @@ def recall_of_features(
 def chance_level(
     text_to_image: Tensor, num_images: int, ks: Sequence[int] = KS
 ) -> dict[str, float]:
-    """Expected recalls of a random ranking, with the names of `recall_at_k`.
+    """Return the expected recalls of a random ranking, with the names of `recall_at_k`.
 
     An image with c of the T texts is found at k with probability 1 - C(T-c, k) / C(T, k).
     """
@@ -146,30 +145,30 @@ def evaluate_retrieval(
     num_workers: int = 0,
     max_bad_share: float = 0.05,
 ) -> RetrievalScores:
-    """Encodes each image without text and each caption alone, and ranks them against each other.
+    """Encode each image and each caption alone, and rank them against each other.
 
-    The model is put in eval mode and back; the state of the random generators is untouched.
+    The model is evaluated in eval mode, and its mode and the random state are restored.
 
     Args:
-        model: one that `ranks`; its config says how images and captions are prepared.
-        tokenizer: of the model.
-        source: images with one or several captions each.
-        batch_size: images, and captions, a forward pass.
-        num_workers: loader processes; 0 loads here.
-        max_bad_share: a larger share of unreadable samples is an error.
+        model: A model with image and text features. Its config sets the preprocessing.
+        tokenizer: Tokenizer of the model.
+        source: Images with one or several captions each.
+        batch_size: Images, and captions, in one forward pass.
+        num_workers: Worker processes; 0 loads in this process.
+        max_bad_share: Largest allowed share of unreadable samples.
 
     Raises:
-        DataError: too many samples cannot be read, or all.
+        DataError: More samples are unreadable, or all of them.
     """
-    source = by_image(source)
+    source = group_by_image(source)
     loading = Loading(batch_size, num_workers, max_bad_share)
     batches, report = read_all(evaluation_batches, model, source, loading)
     with eval_mode(model):
         image_features, captions = encode_images(model, batches)
         texts = [text for several in captions for text in several]
         text_features = encode_texts(model, tokenizer, texts, batch_size)
-    owners = [image for image, several in enumerate(captions) for _ in several]
-    text_to_image = torch.tensor(owners, device=image_features.device)
+    text_to_image = [image for image, several in enumerate(captions) for _ in several]
+    text_to_image = torch.tensor(text_to_image, device=image_features.device)
     return RetrievalScores(
         recalls=recall_of_features(image_features, text_features, text_to_image),
         chance=chance_level(text_to_image, len(captions)),

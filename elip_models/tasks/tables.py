@@ -1,4 +1,4 @@
-"""Scores as tables for a console."""
+"""Tables of scores for a console."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def data_table(name: str, size: int, report: "SkipReport", captions: Sequence[str]) -> Table:
-    """What was read of a source of `size` samples: how many, and how long their captions are."""
+    """Return how much of a source of `size` samples was read, and how long the captions are."""
     words = [len(text.split()) for text in captions] or [0]
     table = Table(show_header=False)
     table.add_row("data", name)
@@ -31,7 +31,7 @@ def data_table(name: str, size: int, report: "SkipReport", captions: Sequence[st
 
 
 def retrieval_table(scores: "RetrievalScores") -> Table:
-    """Recalls in percent, chance in brackets."""
+    """Return recalls in percent, with chance in brackets."""
     names = {"image_to_text": "image to text", "text_to_image": "text to image"}
     ks = [key.rsplit("_r", 1)[1] for key in scores.recalls if key.startswith("image_to_text")]
     table = Table(
@@ -47,7 +47,7 @@ def retrieval_table(scores: "RetrievalScores") -> Table:
 
 
 def zero_shot_table(scores: "ZeroShotScores") -> Table:
-    """Accuracies in percent, chance in brackets."""
+    """Return accuracies in percent, with chance in brackets."""
     table = Table(
         title=f"{scores.num_images} images, {scores.num_classes} classes (chance in brackets)"
     )
@@ -59,7 +59,7 @@ def zero_shot_table(scores: "ZeroShotScores") -> Table:
 
 
 def task_table(scores: "TaskScores") -> Table:
-    """Scores in percent with the ends of their 95% intervals, and baselines."""
+    """Return scores in percent with their 95% confidence intervals, and baselines."""
     table = Table(title=f"{scores.task}: {scores.num_examples} examples")
     for column in ("", "%", "95% interval", *scores.baselines):
         table.add_column(column, justify="right" if column else "left")

@@ -1,6 +1,7 @@
-"""What a downstream task is: its data, what a training sample holds, how a model is scored.
+"""Base class of a downstream task: its data, its training samples, and its evaluation.
 
-A task is a frozen dataclass of its settings in a file of its own; `tasks/__init__.py` names them.
+A task is a frozen dataclass of its settings, in a file of its own. `registry.TASKS` lists all
+tasks.
 """
 
 import json
@@ -35,7 +36,13 @@ if TYPE_CHECKING:
 
 
 class Loading(NamedTuple):
-    """How evaluation reads: images a forward pass, loader processes, unreadable at most."""
+    """How evaluation reads data.
+
+    Attributes:
+        batch_size: Images in one forward pass.
+        num_workers: Worker processes; 0 loads in this process.
+        max_bad_share: Largest allowed share of unreadable samples.
+    """
 
     batch_size: int = 64
     num_workers: int = 0
@@ -43,25 +50,25 @@ class Loading(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What a model said of an example, and how right that is; None where nobody knows."""
+    """The output of a model for one example, and its score, or None if the answer is unknown."""
 
     id: str
-    said: str
+    output: str
     score: float | None
 
 
 @dataclass(frozen=True)
 class TaskScores:
-    """How well a model does a task.
+    """Scores of a model on a task.
 
     Args:
-        task: its name.
-        scores: by metric, over the examples, with its interval.
-        baselines: what else would reach, by its name and by metric: {"chance": {"accuracy": 0.5}}.
-        num_examples: scored.
-        num_skipped: that could not be read.
-        predictions: of each example, in order.
-        notes: what else the scores depend on, by its name.
+        task: Name of the task.
+        scores: Mean over the examples with its interval, by metric.
+        baselines: Values of baselines, by name and metric: {"chance": {"accuracy": 0.5}}.
+        num_examples: Number of scored examples.
+        num_skipped: Number of examples that could not be read.
+        predictions: Prediction for each example, in order.
+        notes: Other facts that the scores depend on, by name.
     """
 
     task: str
@@ -74,11 +81,11 @@ class TaskScores:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What a log shows."""
+        """Means by name, for logs."""
         return {f"{self.task}_{name}": found.mean for name, found in self.scores.items()}
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, as JSON has it."""
+        """Return all fields as JSON-compatible values."""
         return {
             "task": self.task,
             "scores": {name: found._asdict() for name, found in self.scores.items()},
@@ -90,22 +97,26 @@ class TaskScores:
         }
 
     def write(self, path: Path) -> Path:
-        """Write `as_dict`, whole or not at all."""
+        """Write `as_dict` as JSON, atomically."""
         write_file(path, (json.dumps(self.as_dict(), indent=2) + "\n").encode())
         return path
 
     def summary(self) -> str:
-        """The means, in words."""
+        """Return one line with the means."""
         means = (f"{name} {found.mean:.1%}" for name, found in self.scores.items())
         return f"{self.task}: {', '.join(means)}"
 
 
 @dataclass(frozen=True)
-class SampleReader:
-    """How images and texts become tensors.
+class Preprocessor:
+    """Conversion of images and texts to tensors.
 
-    source: what samples come from. transform: of an image -> (3, S, S), may draw by torch's CPU
-    generator. tokenizer: of the model, whose config is `model`. context_length: tokens of a text.
+    Args:
+        source: Source of the samples.
+        transform: Maps an image to (3, S, S). It may draw from torch's CPU generator.
+        tokenizer: Tokenizer of the model.
+        model: Config of the model.
+        context_length: Number of tokens of a text.
     """
 
     source: Source | ExampleSource
@@ -115,11 +126,11 @@ class SampleReader:
     context_length: int
 
     def image(self, image: "Image.Image", rng: np.random.Generator) -> Tensor:
-        """-> (3, S, S), what the transform draws seeded by `rng`."""
+        """Return the image as (3, S, S); `rng` seeds the transform."""
         return apply_seeded(self.transform, image, rng)
 
     def text(self, text: str) -> dict[str, Tensor]:
-        """-> input_ids and attention_mask, (L,) int64 each, L = `context_length`."""
+        """Return "input_ids" and "attention_mask", (L,) int64 each, with L = `context_length`."""
         ruled = apply_caption_rule(text, self.model.captions)
         tokens = tokenize(self.tokenizer, [ruled], self.context_length)
         return {name: ids[0] for name, ids in tokens.items()}
@@ -130,7 +141,7 @@ class Task(ABC):
     """Base of the tasks; a subclass has its settings as fields.
 
     Raises:
-        TypeError, ValueError: a setting of another type, or out of range.
+        TypeError, ValueError: A setting has another type, or is out of range.
     """
 
     name: ClassVar[str]
@@ -140,24 +151,26 @@ class Task(ABC):
 
     @abstractmethod
     def open(self, spec: str, *, image_size: int) -> Source | ExampleSource:
-        """Open the data that `spec` names; built-in worlds are drawn at `image_size`."""
+        """Open the data that `spec` names; built-in images are drawn at `image_size`."""
 
     def fields(self, source: Source | ExampleSource, config: Any) -> dict[str, Any]:
-        """The fields of the model's config that follow from the training data; `config` is it
-        without them.
+        """Return the fields of the model's config that follow from the training data.
+
+        `config` is the config without these fields.
         """
         return {}
 
     @abstractmethod
     def sample(
         self,
-        reading: SampleReader,
+        preprocessor: Preprocessor,
         sample: "Sample | Example",
         index: int,
         rng: np.random.Generator,
     ) -> dict[str, Tensor]:
-        """What the model's forward takes of one sample, without the batch dim, always of the same
-        shapes.
+        """Return the arguments of the model's forward for one sample.
+
+        The tensors have no batch dimension, and the same shapes for every sample.
         """
 
     @abstractmethod
@@ -169,21 +182,24 @@ class Task(ABC):
         loading: Loading,
         answers: Sequence[str] | None = None,
     ) -> TaskScores:
-        """Score a model, which is put in eval mode and back; the state of the random generators is
-        untouched.
+        """Score a model in eval mode; its mode and the random state are restored.
 
         Args:
-            answers: all that the model can answer, in the order of its outputs: those of the data
-                that it learned from. None: those of `source`.
+            model: The model.
+            tokenizer: Its tokenizer.
+            source: Data of the task.
+            loading: How the data is read.
+            answers: All possible answers of the model, in the order of its outputs, as in its
+                training data. None: the answers of `source`.
 
         Raises:
-            DataError: too many samples cannot be read, or all; or other answers than the model
-                tells apart.
+            DataError: Too many samples are unreadable, or the number of answers is not that of the
+                model's outputs.
         """
 
 
 def evaluation_transform(model: "PretrainedModel") -> "Callable[[Image.Image], Tensor]":
-    """What a model of ours is shown of an image in evaluation."""
+    """Return the image transform for evaluation, from the config of the model."""
     config = model.config
     return image_transform(config.image_size, train=False, resize=config.resize)
 
@@ -194,8 +210,10 @@ def read_all(
     source: Source | ExampleSource,
     loading: Loading,
 ) -> tuple[Iterator[Any], SkipReport]:
-    """All of a source as the model sees it, by `evaluation_batches` or `example_batches`, and the
-    report of what cannot be read, which fills as they pass.
+    """Return batches of the whole source, and the report of what cannot be read.
+
+    `batches` is `evaluation_batches` or `example_batches`. The report is complete after the last
+    batch.
     """
     report = SkipReport(loading.max_bad_share, length=len(source))
     options = {"report": report, "num_workers": loading.num_workers}

@@ -1,9 +1,9 @@
-"""Visual question answering: answers that a decoder writes and ranks, or classes.
+"""Visual question answering, with generated and ranked answers or with classes.
 
-ALBEF and BLIP learn to write each answer of a question, weighed, and rank the answers of a list:
-the `candidates` whose first token is most likely, by the likelihood of the whole. METER tells the
-3,129 most frequent answers apart, as many binary questions. An answer counts as much as the humans
-who gave it say, in whatever writing.
+ALBEF and BLIP learn to generate each answer of a question, weighted. They rank the answers of a
+list: the `candidates` whose first token is most likely, by the likelihood of the whole answer.
+METER classifies into the 3,129 most frequent answers, with binary losses. Scores depend on the
+share of people who gave the normalised answer.
 Source: VQA v2 (Goyal et al., 2017); ALBEF (Li et al., 2021); METER (Dou et al., 2022).
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from elip_models.data import Example, soft_scores, tokenize
 from elip_models.data.tasks.vqa_answers import normalise_answer
 from elip_models.tasks.class_task import ClassTask
-from elip_models.tasks.task import SampleReader
+from elip_models.tasks.task import Preprocessor
 from elip_models.validation import PositiveInt
 
 if TYPE_CHECKING:
@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 class VQA(ClassTask):
     """Questions about an image.
 
-    answers_per_question: that training reads at most, the heaviest ones.
-    answer_length: tokens of an answer, the first and the last one counted; longer ones are cut.
-    candidates: answers of the list whose likelihood is compared.
+    Args:
+        answers_per_question: Number of answers used in training, those with the largest weights.
+        answer_length: Tokens of an answer with its first and last token; longer ones are truncated.
+        candidates: Number of answers whose likelihood is compared.
     """
 
     name: ClassVar[str] = "vqa"
@@ -41,38 +42,44 @@ class VQA(ClassTask):
     answer_length: PositiveInt = 10
     candidates: PositiveInt = 128
 
-    def written(self, answer: str) -> str:
+    def normalise(self, answer: str) -> str:
+        """Return the answer as the VQA metric compares it."""
         return normalise_answer(answer) or answer
 
-    def worth(self, answers: dict[str, float]) -> dict[str, float]:
+    def answer_scores(self, answers: dict[str, float]) -> dict[str, float]:
+        """Return the VQA score of each normalised answer."""
         shares: dict[str, float] = {}
         for answer, share in answers.items():
-            shares[self.written(answer)] = shares.get(self.written(answer), 0.0) + share
+            shares[self.normalise(answer)] = shares.get(self.normalise(answer), 0.0) + share
         return soft_scores(shares)
 
-    def targets(self, reading: SampleReader, example: Example) -> dict[str, Tensor]:
-        if classifies(reading.model):
-            worth = self.worth(example.answers)
-            scores = [worth.get(self.written(answer), 0.0) for answer in reading.source.answers]
+    def targets(self, preprocessor: Preprocessor, example: Example) -> dict[str, Tensor]:
+        """Return the scores of all answers for a classifier, or the answers as tokens."""
+        if is_classifier(preprocessor.model):
+            worth = self.answer_scores(example.answers)
+            scores = [
+                worth.get(self.normalise(answer), 0.0) for answer in preprocessor.source.answers
+            ]
             return {"answer_scores": torch.tensor(scores)}
-        return self._answers(reading, example)
+        return self._answers(preprocessor, example)
 
-    def chooser(
+    def predictor(
         self, model: "PretrainedModel", tokenizer: "PreTrainedTokenizerBase", answers: Sequence[str]
     ) -> Callable[..., Tensor]:
-        if classifies(model.config):
-            return super().chooser(model, tokenizer, answers)
+        """Return a classifier of answers, or a ranking of the listed answers."""
+        if is_classifier(model.config):
+            return super().predictor(model, tokenizer, answers)
         device = next(model.parameters()).device
         listed = tokenize(tokenizer, answers, self.answer_length)
         texts = listed["input_ids"].to(device), listed["attention_mask"].to(device)
         k = min(self.candidates, len(answers))
         return partial(model.rank_answers, answer_ids=texts[0], answer_mask=texts[1], k=k)
 
-    def _answers(self, reading: SampleReader, example: Example) -> dict[str, Tensor]:
+    def _answers(self, preprocessor: Preprocessor, example: Example) -> dict[str, Tensor]:
         heaviest = sorted(example.answers.items(), key=lambda item: -item[1])
         kept = heaviest[: self.answers_per_question]
         texts = [text for text, _ in kept] + [""] * (self.answers_per_question - len(kept))
-        tokens = tokenize(reading.tokenizer, texts, self.answer_length)
+        tokens = tokenize(preprocessor.tokenizer, texts, self.answer_length)
         weights = torch.zeros(self.answers_per_question)
         weights[: len(kept)] = torch.tensor([weight for _, weight in kept])
         return {
@@ -82,6 +89,6 @@ class VQA(ClassTask):
         }
 
 
-def classifies(config: Any) -> bool:
-    """Whether a model with this config tells answers apart instead of writing them."""
+def is_classifier(config: Any) -> bool:
+    """Return whether a model with this config classifies instead of generating answers."""
     return hasattr(config, "num_classes")

@@ -1,8 +1,8 @@
-"""Zero-shot classification: an image is of the class whose texts are most like it.
+"""Zero-shot classification: the class whose texts are most similar to the image.
 
-A class is the normalised mean of its name's features in all templates; an image is right at k when
-its class is among the k most similar, a tie decided against the model unless the names are one.
-Images are encoded without any text.
+The feature of a class is the normalised mean of the features of its name in all templates. An image
+is correct at k if its class is among the k most similar. Ties count against the model, except
+between classes with the same name. Images are encoded without text.
 Source: CLIP (Radford et al., 2021), section 3.1.
 """
 
@@ -23,23 +23,23 @@ from elip_models.tasks.task import Loading, read_all
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from elip_models.data.classes import Template
+    from elip_models.data.class_sources import Template
     from elip_models.models.base import PretrainedModel
 
 KS = (1, 5)
-CHUNK = 1024  # images whose similarities exist at once
+CHUNK = 1024  # images in one similarity matrix
 
 
 @dataclass(frozen=True)
 class ZeroShotScores:
-    """How often a model finds the class of an image by its name.
+    """Zero-shot accuracies of a model.
 
     Args:
-        accuracies: in [0, 1] by name: "zero_shot_top1", "zero_shot_top5".
-        chance: same names, of a random ranking.
-        num_images: images classified.
-        num_classes: classes.
-        num_skipped: images that could not be read.
+        accuracies: Accuracy in [0, 1] by name: "zero_shot_top1", "zero_shot_top5".
+        chance: Accuracy of a random ranking, with the same names.
+        num_images: Number of classified images.
+        num_classes: Number of classes.
+        num_skipped: Number of images that could not be read.
     """
 
     accuracies: dict[str, float]
@@ -50,11 +50,11 @@ class ZeroShotScores:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What a log shows."""
+        """Accuracies by name, for logs."""
         return self.accuracies
 
     def summary(self) -> str:
-        """Both accuracies, in words."""
+        """Return one line with both accuracies."""
         return "zero-shot " + ", ".join(
             f"top-{k} {self.accuracies[f'zero_shot_top{k}']:.1%}" for k in KS
         )
@@ -69,20 +69,20 @@ def evaluate_zero_shot(
     num_workers: int = 0,
     max_bad_share: float = 0.05,
 ) -> ZeroShotScores:
-    """Classifies all images of a source by the names of its classes.
+    """Classify all images of a source by the names of its classes.
 
-    The model is put in eval mode and back; the state of the random generators is untouched.
+    The model is evaluated in eval mode, and its mode and the random state are restored.
 
     Args:
-        model: one that `ranks`; its config says how images and texts are prepared.
-        tokenizer: of the model.
-        source: images and their classes, as `open_classes` gives them.
-        batch_size: images, and texts, a forward pass.
-        num_workers: loader processes; 0 loads here.
-        max_bad_share: a larger share of unreadable images is an error.
+        model: A model with image and text features. Its config sets the preprocessing.
+        tokenizer: Tokenizer of the model.
+        source: Images and their classes, as `open_classes` returns them.
+        batch_size: Images, and texts, in one forward pass.
+        num_workers: Worker processes; 0 loads in this process.
+        max_bad_share: Largest allowed share of unreadable images.
 
     Raises:
-        DataError: too many images cannot be read, or all.
+        DataError: More images are unreadable, or all of them.
     """
     loading = Loading(batch_size, num_workers, max_bad_share)
     batches, report = read_all(evaluation_batches, model, source, loading)
@@ -104,8 +104,10 @@ def evaluate_zero_shot(
 
 
 def _ranks(images: Tensor, classes: Tensor, labels: Tensor, names: Sequence[str]) -> Tensor:
-    """Classes that rank before an image's own (I,) -> (I,); one of the same name does if it comes
-    earlier, as the first of equal scores is taken: two of ImageNet's names are of two classes.
+    """Return (I,): the number of classes that rank before the own class of each image.
+
+    A class with the same name ranks before it only if it is listed earlier, since the first of
+    equal scores is taken. ImageNet has two pairs of such classes.
     """
     numbers = torch.tensor([names.index(name) for name in names], device=labels.device)
     places = torch.arange(len(names), device=labels.device)
@@ -123,7 +125,7 @@ def class_features(
     *,
     batch_size: int = 64,
 ) -> Tensor:
-    """The mean features of each name in all templates -> (classes, E) fp32, normalised."""
+    """Return the normalised mean features (classes, E) fp32 of each name in all templates."""
     texts = [template(name) for name in names for template in templates]
     features = encode_texts(model, tokenizer, texts, batch_size)
     return F.normalize(features.unflatten(0, (len(names), -1)).mean(1), dim=-1)

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from elip_models.data import BACKGROUNDS, EmojiScenes, open_classes, open_source, render
-from elip_models.data.captions import GRID_PLACES, PLACES
+from elip_models.data.scene_captions import GRID_PLACES, PLACES
+from elip_models.data.scene_sampling import MAX_CLUTTER, Copy, Group, Scene
 from elip_models.data.scenes import draw_emoji, visible_masks
 from elip_models.data.textures import PATTERNS, Texture, draw_texture
-from elip_models.data.world import MAX_CLUTTER, Copy, Group, Scene
 from tests.data.test_data_scenes import OBJECT, OBJECTS, check_caption
 
 COUNT = 120
@@ -68,7 +68,7 @@ def test_clutter_adds_so_many_emoji_each_at_a_place_of_its_own(clutter):
 def test_emoji_are_large_enough_to_be_told_apart_at_64_pixels(scenes):
     sides = {round(64 * group.copies[0].size) for scene in scenes for group in scene.groups}
     assert 13 < min(sides) < 16 < max(sides)
-    assert {group.copies[0].turn for scene in scenes for group in scene.groups} >= {-20, 0, 20}
+    assert {group.copies[0].angle for scene in scenes for group in scene.groups} >= {-20, 0, 20}
 
 
 def test_captions_are_true_and_name_what_the_source_says(source, scenes):
@@ -123,7 +123,7 @@ def test_masks_are_the_pixels_that_hide_half_of_the_background_or_more(source, s
 
 def test_what_stands_behind_another_is_masked_where_it_shows():
     behind = Group("dog", "left", (Copy(0.4, 0.5, 0.5),))
-    before = Group("locomotive", "right", (Copy(0.6, 0.5, 0.5, turn=15),))
+    before = Group("locomotive", "right", (Copy(0.6, 0.5, 0.5, angle=15),))
     both = visible_masks(Scene("white", (behind, before)), 64)
     alone = np.concatenate(
         [visible_masks(Scene("white", (each,)), 64) for each in (behind, before)]

@@ -9,9 +9,16 @@ import pytest
 from PIL import Image
 
 from elip_models.data import BACKGROUNDS, EMOJI, EmojiScenes, render
-from elip_models.data.captions import GRID_PLACES, PLACES, TEMPLATES, counted, plural, with_article
+from elip_models.data.scene_captions import (
+    GRID_PLACES,
+    PLACES,
+    TEMPLATES,
+    counted,
+    plural,
+    with_article,
+)
+from elip_models.data.scene_sampling import COUNTS, GROUP_NUMBERS, LAYOUTS, Group, Scene
 from elip_models.data.scenes import _font_path, draw_emoji
-from elip_models.data.world import COUNTS, GROUP_NUMBERS, LAYOUTS, Group, Scene
 
 SCENES = 150
 

@@ -21,13 +21,13 @@ def cache(tmp_path, monkeypatch):
 
 def counted(monkeypatch):
     """Shards whose tables are built from here on."""
-    built, table = [], shard_index._table
+    built, table = [], shard_index._shard_table
 
     def counting(path):
         built.append(path.name)
         return table(path)
 
-    monkeypatch.setattr(shard_index, "_table", counting)
+    monkeypatch.setattr(shard_index, "_shard_table", counting)
     return built
 
 
@@ -97,9 +97,9 @@ def test_several_processes_build_each_shard_once(tmp_path, cache):
     paths = [shard(tmp_path / f"{n}.tar") for n in range(8)]
     code = (
         "import sys; from pathlib import Path; from elip_models.data import shard_index as s\n"
-        "s.CACHED_FROM = 1; table = s._table\n"
+        "s.CACHED_FROM = 1; table = s._shard_table\n"
         "def loud(path): print(path.name); return table(path)\n"
-        "s._table = loud; s.read_index([Path(each) for each in sys.argv[1:]])"
+        "s._shard_table = loud; s.read_index([Path(each) for each in sys.argv[1:]])"
     )
     command = [sys.executable, "-c", code, *map(str, paths)]
     runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]

@@ -9,7 +9,7 @@ import fsspec
 import pytest
 
 from elip_models.data import SampleError, ShardSource, open_source, open_stream, streams
-from elip_models.data.stream_source import ShardEnd, decoded
+from elip_models.data.stream_source import ShardEnd, decode_stored
 from elip_models.data.tar_members import BLOCK
 from tests.helpers.damage import SIX_GIGABYTES, header, headers, overwrite, picture, shard
 from tests.helpers.streaming import served
@@ -20,7 +20,7 @@ NO_HEADER = bytes(range(256)) * 2
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch):
-    monkeypatch.setattr(streams, "_WAITS", (0.0, 0.0))
+    monkeypatch.setattr(streams, "_RETRY_DELAYS", (0.0, 0.0))
 
 
 def read(*urls):
@@ -32,7 +32,7 @@ def read(*urls):
                 ends.append(tuple(each))
                 continue
             try:
-                sample = decoded(each)
+                sample = decode_stored(each)
                 samples[sample.id] = (sample.captions, sample.image.tobytes())
             except SampleError as error:
                 lost[error.id] = ADDRESS.sub("", error.reason)
@@ -208,11 +208,11 @@ def test_members_that_do_not_stand_together_are_named(tmp_path):
 
 
 def test_what_is_too_large_is_passed_over_and_not_held(tmp_path, monkeypatch):
-    monkeypatch.setattr(streams, "_MAX_HELD", 2**12)
+    monkeypatch.setattr(streams, "_MAX_BUFFER_BYTES", 2**12)
     monkeypatch.setattr(streams, "_CHUNK", 2**10)
-    held, more = [], streams.StreamTar._more
+    held, more = [], streams.StreamTar._read_chunk
     monkeypatch.setattr(
-        streams.StreamTar, "_more", lambda tar: held.append(len(tar._held)) or more(tar)
+        streams.StreamTar, "_read_chunk", lambda tar: held.append(len(tar._buffer)) or more(tar)
     )
     members = [("a.mp4", bytes(2**20)), ("a.png", picture()), ("a.txt", b"a")]
     content = shard(tmp_path / "a.tar", members).read_bytes()

@@ -18,10 +18,10 @@ from elip_models.data import (
     question_only_accuracy,
     soft_scores,
 )
-from elip_models.data.captions import NUMBERS, at_place, plural, relation
+from elip_models.data.scene_captions import NUMBERS, at_place, plural, relation
+from elip_models.data.scene_sampling import COVER_COLOUR, MAX_CLUTTER, Copy, Group, Scene
 from elip_models.data.tasks import questions
-from elip_models.data.tasks.staging import beside, places
-from elip_models.data.world import COVER, MAX_CLUTTER, Copy, Group, Scene
+from elip_models.data.tasks.conditional_scenes import groups_beside, place_names
 from tests.helpers.tiers import tiered
 
 WORLDS = {"vqa": EmojiQuestions, "entailment": EmojiEntailment, "nlvr2": EmojiPairs}
@@ -32,7 +32,7 @@ CHANCE = {
     "nlvr2": 1 / 2,
 }
 SINGULAR = {name: name for name in EMOJI} | {plural(name): name for name in EMOJI}
-PLACE_OF = {at_place(place): place for place in {*places(0), *places(1)}}
+PLACE_OF = {at_place(place): place for place in {*place_names(0), *place_names(1)}}
 SIDES = "to the left of|to the right of|above|below"
 NAME = "|".join(sorted(SINGULAR, key=len, reverse=True))
 """Any emoji, in the singular or the plural."""
@@ -65,7 +65,7 @@ def answer(text: str, scene: Scene) -> set[str]:
         return {"yes" if shown == found[2] else "no"}
     if found := re.fullmatch(rf"what is ({SIDES}) the ({NAME})\?", text):
         number = scene.groups.index(the_one(scene, found[2]))
-        return {scene.groups[i].name for i in beside(scene, number, found[1])}
+        return {scene.groups[i].name for i in groups_beside(scene, number, found[1])}
     assert text == "what colour is the background?"
     return {scene.background}
 
@@ -217,7 +217,7 @@ def test_every_picture_of_entailment_hides_a_place_and_only_that(options):
         (scene,), (image,) = source.scenes(index), source[index].images
         left, top, width, height = (round(size * edge) for edge in scene.cover)
         pixels = np.asarray(image)[top + 1 : top + height - 1, left + 1 : left + width - 1]
-        assert (pixels == COVER).all()
+        assert (pixels == COVER_COLOUR).all()
         for group in scene.groups:
             assert group.box != scene.cover
             for x, y, *_ in group.copies:
@@ -229,8 +229,8 @@ def test_what_is_in_part_on_a_side_is_not_asked_for():
     dog = Group("dog", "left", (Copy(0.25, 0.5, 0.3),))
     foxes = Group("fox", "right", (Copy(0.75, 0.2, 0.2), Copy(0.75, 0.5, 0.2)))
     scene = Scene("white", (dog, foxes))
-    assert beside(scene, 0, "to the right of") == [1]
-    assert beside(scene, 0, "above") == beside(scene, 0, "below") == []
+    assert groups_beside(scene, 0, "to the right of") == [1]
+    assert groups_beside(scene, 0, "above") == groups_beside(scene, 0, "below") == []
 
 
 def test_question_only_accuracy_knows_texts_their_beginnings_and_the_majority():

@@ -10,9 +10,9 @@ from PIL import Image
 from torch import nn
 
 from elip_models.data import DataError, Example, MixedSource, Sample
-from elip_models.tasks.matching import Retrieval
 from elip_models.tasks.registry import TASKS, get_task
-from elip_models.tasks.task import Loading, SampleReader, evaluation_transform
+from elip_models.tasks.retrieval_task import Retrieval
+from elip_models.tasks.task import Loading, Preprocessor, evaluation_transform
 from elip_models.tasks.vqa import VQA
 
 LOADING = Loading(batch_size=3)
@@ -116,8 +116,8 @@ class Stub(nn.Module):
         return -(tokens.mean((1, 2)) - levels[input_ids[:, 0] - 1]).abs()
 
 
-def reading(source, **config):
-    return SampleReader(source, pixels, Tokens(), Stub(**config).config, 4)
+def preprocessor(source, **config):
+    return Preprocessor(source, pixels, Tokens(), Stub(**config).config, 4)
 
 
 def pixels(image):
@@ -137,7 +137,7 @@ def test_every_task_is_made_by_name_and_wrong_settings_are_named():
 @pytest.mark.parametrize(("task", "images"), [("entailment", 1), ("nlvr2", 2)])
 def test_a_sample_of_classes_has_images_text_and_the_number_of_the_answer(task, images):
     source, rng = Greys(images), np.random.default_rng(0)
-    sample = get_task(task).sample(reading(source), source[3], 3, rng)
+    sample = get_task(task).sample(preprocessor(source), source[3], 3, rng)
     shape = (3, SIZE, SIZE) if images == 1 else (2, 3, SIZE, SIZE)
     assert sample["images"].shape == shape and sample["labels"] == 1
     assert sample["input_ids"].tolist() == [4, 0, 0, 0]
@@ -146,7 +146,7 @@ def test_a_sample_of_classes_has_images_text_and_the_number_of_the_answer(task, 
 def test_an_image_is_classified_without_a_text():
     source = Greys()
     sample = get_task("classification").sample(
-        reading(source, num_classes=2), source[0], 0, np.random.default_rng(0)
+        preprocessor(source, num_classes=2), source[0], 0, np.random.default_rng(0)
     )
     assert sample.keys() == {"images", "labels"}
 
@@ -154,10 +154,10 @@ def test_an_image_is_classified_without_a_text():
 def test_answers_are_written_with_weights_or_told_apart_by_scores():
     source, rng = Greys(), np.random.default_rng(0)
     task = VQA(answers_per_question=3, answer_length=5)
-    written = task.sample(reading(source), source[1], 1, rng)
+    written = task.sample(preprocessor(source), source[1], 1, rng)
     assert written["answer_ids"].shape == written["answer_mask"].shape == (3, 5)
     assert written["answer_weights"].tolist() == pytest.approx([0.7, 0.1, 0.0])
-    classified = task.sample(reading(source, num_classes=2), source[1], 1, rng)
+    classified = task.sample(preprocessor(source, num_classes=2), source[1], 1, rng)
     assert classified["answer_scores"].tolist() == [0.0, 1.0]
 
 
@@ -166,11 +166,11 @@ def test_a_model_that_sees_scores_all_and_its_predictions_are_kept(config, tmp_p
     scores = VQA(candidates=9).evaluate(Stub(**config), Tokens(), Greys(), LOADING)
     assert scores.scores["accuracy"] == (1.0, 1.0, 1.0)
     assert scores.baselines == {"chance": {"accuracy": 0.5}, "majority": {"accuracy": 0.5}}
-    assert [each.said for each in scores.predictions] == ["dark", "bright"] * 4
+    assert [each.output for each in scores.predictions] == ["dark", "bright"] * 4
     assert scores.summary() == "vqa: accuracy 100.0%"
     written = json.loads(scores.write(tmp_path / "scores.json").read_text())
     assert written["scores"]["accuracy"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
-    assert written["predictions"][0] == {"id": "g0", "said": "dark", "score": 1.0}
+    assert written["predictions"][0] == {"id": "g0", "output": "dark", "score": 1.0}
 
 
 def test_a_model_of_other_answers_than_the_data_is_not_scored_by_theirs():
@@ -221,7 +221,9 @@ def test_answers_are_compared_in_one_writing():
     source, model = Written(), Stub(num_classes=2)
     scores = VQA().evaluate(model, Tokens(), source, LOADING)
     assert [each.score for each in scores.predictions] == [1.0, 0.0] * 4
-    sample = VQA().sample(reading(source, num_classes=2), source[0], 0, np.random.default_rng(0))
+    sample = VQA().sample(
+        preprocessor(source, num_classes=2), source[0], 0, np.random.default_rng(0)
+    )
     assert sample["answer_scores"].tolist() == [1.0, 0.0]
 
 
@@ -233,9 +235,9 @@ def test_candidates_are_at_most_the_answers_there_are():
 
 def test_a_retrieval_sample_says_its_image_and_brings_false_texts_where_the_model_has_them():
     source, rng = Captioned(), np.random.default_rng(0)
-    sample = Retrieval().sample(reading(source), source[2], 2, rng)
+    sample = Retrieval().sample(preprocessor(source), source[2], 2, rng)
     assert sample["image_ids"] == 2 and "false_ids" not in sample
-    sample = Retrieval().sample(reading(source, false_texts=5), source[2], 2, rng)
+    sample = Retrieval().sample(preprocessor(source, false_texts=5), source[2], 2, rng)
     assert sample["false_ids"].shape == sample["false_mask"].shape == (5, 4)
     assert not (sample["false_ids"][:, 0] == 3).any()  # of other images
 
@@ -258,11 +260,11 @@ class Pairs(Captioned):
 
 def test_pairs_of_one_image_are_no_negatives_of_one_another():
     source, rng = Pairs(), np.random.default_rng(0)
-    sample = Retrieval().sample(reading(source, false_texts=40), source[8], 8, rng)
+    sample = Retrieval().sample(preprocessor(source, false_texts=40), source[8], 8, rng)
     assert sample["image_ids"] == 2
     assert not (sample["false_ids"][:, 0] == 3).any()
     mixed = MixedSource([Captioned(), source])
-    assert Retrieval().sample(reading(mixed), mixed[14], 14, rng)["image_ids"] == 6 + 2
+    assert Retrieval().sample(preprocessor(mixed), mixed[14], 14, rng)["image_ids"] == 6 + 2
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -276,7 +278,7 @@ def test_one_image_alone_has_no_false_texts(size):
 
     source, rng = Alone(), np.random.default_rng(0)
     with pytest.raises(DataError, match="false_texts: expected captions of other images, got 0"):
-        Retrieval().sample(reading(source, false_texts=2), source[0], 0, rng)
+        Retrieval().sample(preprocessor(source, false_texts=2), source[0], 0, rng)
 
 
 def test_images_of_pairs_are_ranked_once_with_all_their_captions():
@@ -288,7 +290,7 @@ def test_images_of_pairs_are_ranked_once_with_all_their_captions():
 
 def test_another_caption_of_the_image_guides_where_the_model_asks_for_it():
     source, rng = Captioned(), np.random.default_rng(0)
-    sample = Retrieval().sample(reading(source, reads_guide_captions=True), source[2], 2, rng)
+    sample = Retrieval().sample(preprocessor(source, reads_guide_captions=True), source[2], 2, rng)
     assert sample["guide_ids"].shape == sample["guide_mask"].shape == (4,)
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from elip_models.data import BACKGROUNDS, EMOJI, EmojiClasses, classes, open_classes
+from elip_models.data import BACKGROUNDS, EMOJI, EmojiClasses, class_sources, open_classes
 from elip_models.models.clip.model import CLIP
 from elip_models.tasks.zero_shot import class_features, evaluate_zero_shot
 from elip_models.training.trainer import train
@@ -101,7 +101,7 @@ def test_imagenet_is_named_as_open_clip_names_it_where_it_is_installed(
     ids = {"n01440764": 0, "n01443537": 1, "n15075141": 999}
     folder = colour_folder(tmp_path, dict(zip(ids, COLOURS.values(), strict=True)))
     if not installed:
-        monkeypatch.setattr(classes, "find_spec", lambda name: None)
+        monkeypatch.setattr(class_sources, "find_spec", lambda name: None)
     source = open_classes(folder, image_size=8)
     if installed:
         assert source.names == tuple(open_clip.IMAGENET_CLASSNAMES[i] for i in ids.values())

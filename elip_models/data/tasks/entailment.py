@@ -1,14 +1,14 @@
-"""EmojiEntailment, visual entailment in the world of EmojiScenes.
+"""EmojiEntailment: visual entailment on emoji scenes.
 
     there is a dog on the left
     a blue picture with a dog on the left
     the dog is to the left of the fox
-    there are exactly two dogs on the left         not in clutter
+    there are exactly two dogs on the left         not with clutter
 
-A dark board hides one place of every picture. A hypothesis is entailed where the picture shows it,
-contradicted where it shows otherwise, and neutral where what would decide it is behind the board.
-Each hypothesis comes with all three pictures, so that its words say nothing about the class, and
-every picture has its board, so that the board alone does not either.
+A dark rectangle hides one place of every image. A hypothesis is entailed if the image shows it,
+contradicted if the image shows otherwise, and neutral if the deciding place is hidden. Each
+hypothesis appears once with each label, so neither the text nor the rectangle alone predicts the
+label.
 """
 
 from collections.abc import Callable
@@ -18,59 +18,63 @@ from typing import NamedTuple
 
 import numpy as np
 
-from elip_models.data.captions import at_place, in_words, with_article
-from elip_models.data.tasks.staging import (
+from elip_models.data.scene_captions import at_place, in_words, with_article
+from elip_models.data.scene_sampling import BACKGROUNDS, COUNTS, EMOJI, Scene
+from elip_models.data.tasks.conditional_scenes import (
     RELATIONS,
-    cover,
-    draw,
-    numbers,
-    others,
+    assign_emoji,
+    find_groups,
+    hide_group,
+    other_groups,
     pick,
-    places,
-    recast,
-    related,
-    two_names,
+    place_names,
+    related_pairs,
+    sample_scene_where,
+    sample_two_emoji,
 )
-from elip_models.data.tasks.worlds import Asked, EmojiExamples
-from elip_models.data.world import BACKGROUNDS, COUNTS, EMOJI, Scene
+from elip_models.data.tasks.emoji_examples import EmojiExamples, SceneExample
 
 LABELS = ("entailment", "neutral", "contradiction")
 
 
 class Hypothesis(NamedTuple):
-    """stage: a label -> a scene, one place of it hidden, in which the text has that label."""
+    """A hypothesis; `sample` draws a scene, with one place hidden, for a given label."""
 
     text: str
-    stage: Callable[[np.random.Generator, str], Scene]
+    sample: Callable[[np.random.Generator, str], Scene]
 
 
 def _with_one(scene: Scene, number: int, name: str, label: str, rng: np.random.Generator) -> Scene:
-    """The scene whose group shows the emoji, does not, or cannot be seen; a place is hidden."""
-    rest = others(scene, rng, number)
+    """Return the scene for a label, where group `number` would show the emoji `name`."""
+    rest = other_groups(scene, rng, number)
     if label == "entailment":
-        return cover(recast(scene, rng, {number: name}), rest[0])
+        return hide_group(assign_emoji(scene, rng, {number: name}), rest[0])
     if label == "neutral":
-        return cover(recast(scene, rng, {}, absent=(name,)), number)
+        return hide_group(assign_emoji(scene, rng, {}, absent=(name,)), number)
     elsewhere = {rest[1]: name} if len(rest) > 1 and rng.integers(2) else {}
-    return cover(recast(scene, rng, elsewhere, absent=(name,)), rest[0])
+    return hide_group(assign_emoji(scene, rng, elsewhere, absent=(name,)), rest[0])
 
 
 def _placed(rng: np.random.Generator, clutter: int) -> Hypothesis:
-    name, place = pick(rng, EMOJI), pick(rng, places(clutter))
+    name, place = pick(rng, EMOJI), pick(rng, place_names(clutter))
 
-    def stage(rng: np.random.Generator, label: str) -> Scene:
-        scene, number = draw(rng, clutter, lambda scene: numbers(scene, place=place))
+    def sample(rng: np.random.Generator, label: str) -> Scene:
+        scene, number = sample_scene_where(
+            rng, clutter, lambda scene: find_groups(scene, place=place)
+        )
         return _with_one(scene, number, name, label, rng)
 
-    return Hypothesis(f"there is {with_article(name)} {at_place(place)}", stage)
+    return Hypothesis(f"there is {with_article(name)} {at_place(place)}", sample)
 
 
 def _coloured(rng: np.random.Generator, clutter: int) -> Hypothesis:
-    name, place, colour = (pick(rng, each) for each in (EMOJI, places(clutter), BACKGROUNDS))
+    name, place, colour = (pick(rng, each) for each in (EMOJI, place_names(clutter), BACKGROUNDS))
     text = f"{with_article(colour)} picture with {with_article(name)} {at_place(place)}"
 
-    def stage(rng: np.random.Generator, label: str) -> Scene:
-        scene, number = draw(rng, clutter, lambda scene: numbers(scene, place=place))
+    def sample(rng: np.random.Generator, label: str) -> Scene:
+        scene, number = sample_scene_where(
+            rng, clutter, lambda scene: find_groups(scene, place=place)
+        )
         background = colour
         if label == "contradiction" and rng.integers(2):
             background = pick(rng, [other for other in BACKGROUNDS if other != colour])
@@ -78,57 +82,59 @@ def _coloured(rng: np.random.Generator, clutter: int) -> Hypothesis:
         scene = replace(scene, background=background)
         return _with_one(scene, number, name, label, rng)
 
-    return Hypothesis(text, stage)
+    return Hypothesis(text, sample)
 
 
 def _related(rng: np.random.Generator, clutter: int) -> Hypothesis:
-    (name, other), wanted = two_names(rng), pick(rng, RELATIONS)
+    (name, other), wanted = sample_two_emoji(rng), pick(rng, RELATIONS)
 
     def pairs(scene: Scene) -> list[tuple[int, int]]:
-        """None where no third group is there to hide."""
-        return related(scene, wanted) if len(scene.groups) > 2 else []
+        """Return the related pairs of a scene in which a third group can be hidden."""
+        return related_pairs(scene, wanted) if len(scene.groups) > 2 else []
 
-    def stage(rng: np.random.Generator, label: str) -> Scene:
-        scene, pair = draw(rng, clutter, pairs)
+    def sample(rng: np.random.Generator, label: str) -> Scene:
+        scene, pair = sample_scene_where(rng, clutter, pairs)
         first, second = reversed(pair) if label == "contradiction" else pair
-        hidden = pick(rng, pair) if label == "neutral" else others(scene, rng, *pair)[0]
-        return cover(recast(scene, rng, {first: name, second: other}), hidden)
+        hidden = pick(rng, pair) if label == "neutral" else other_groups(scene, rng, *pair)[0]
+        return hide_group(assign_emoji(scene, rng, {first: name, second: other}), hidden)
 
-    return Hypothesis(f"the {name} is {wanted} the {other}", stage)
+    return Hypothesis(f"the {name} is {wanted} the {other}", sample)
 
 
 def _counted(rng: np.random.Generator, clutter: int) -> Hypothesis:
-    name, place = pick(rng, EMOJI), pick(rng, places(clutter))
+    name, place = pick(rng, EMOJI), pick(rng, place_names(clutter))
     count = pick(rng, COUNTS)
     verb = "is" if count == 1 else "are"
 
-    def stage(rng: np.random.Generator, label: str) -> Scene:
+    def sample(rng: np.random.Generator, label: str) -> Scene:
         shown = count
         if label == "contradiction" and rng.integers(2):
             shown = pick(rng, [other for other in COUNTS if other != count])
             label = "entailment"
-        fits = partial(numbers, place=place, count=shown)
-        scene, number = draw(rng, clutter, fits)
+        fits = partial(find_groups, place=place, count=shown)
+        scene, number = sample_scene_where(rng, clutter, fits)
         return _with_one(scene, number, name, label, rng)
 
-    return Hypothesis(f"there {verb} exactly {in_words(count, name)} {at_place(place)}", stage)
+    return Hypothesis(f"there {verb} exactly {in_words(count, name)} {at_place(place)}", sample)
 
 
 FORMS = (_placed, _coloured, _related, _counted)
 IN_CLUTTER = FORMS[:3]
-"""Where no place has more than one emoji."""
+"""Forms for scenes with clutter, in which every place has one emoji."""
 
 
 class EmojiEntailment(EmojiExamples):
-    """Hypotheses about pictures in three classes, each class and each form as often."""
+    """Hypotheses about images with three labels; labels and forms are balanced."""
 
     name = "emoji_entailment"
     answers = LABELS
     turns = len(LABELS)
     stream = 12
 
-    def _ask(self, number: int, turn: int, rng: np.random.Generator) -> Asked:
+    def _make_example(self, number: int, turn: int, rng: np.random.Generator) -> SceneExample:
         forms = IN_CLUTTER if self.options.clutter else FORMS
         hypothesis = forms[number % len(forms)](rng, self.options.clutter)
         label = LABELS[turn]
-        return Asked(hypothesis.text, {label: 1.0}, lambda rng: (hypothesis.stage(rng, label),))
+        return SceneExample(
+            hypothesis.text, {label: 1.0}, lambda rng: (hypothesis.sample(rng, label),)
+        )

@@ -1,4 +1,4 @@
-"""`export` writes the data of a task as files in the standard format of it, with images.
+"""`export` writes the data of a task, with images, in the standard format of that task.
 
     vqa             questions.json, annotations.json as VQA v2's, answer_list.json
     entailment      snli_ve.jsonl as SNLI-VE's
@@ -7,8 +7,7 @@
     retrieval       dataset.json as Karpathy's
     captioning      captions.json as COCO's
 
-Images are PNG files: JPEG changes pixels even at its best quality, and results from files are equal
-to those without only where pixels are.
+Images are PNG files, since JPEG would change pixels, and therefore results.
 """
 
 import io
@@ -19,33 +18,43 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from elip_models.data.checks import expanded
+from elip_models.data.checks import expand_user
 from elip_models.data.examples import ExampleSource
 from elip_models.data.readers import open_source
 from elip_models.data.sample import Source
-from elip_models.data.shared_images import by_image
-from elip_models.data.tasks.opening import open_examples
+from elip_models.data.shared_images import group_by_image
+from elip_models.data.tasks.example_readers import open_examples
 from elip_models.validation import check
 
 ExportedTask = Literal["vqa", "entailment", "nlvr2", "classification", "retrieval", "captioning"]
 PEOPLE = 10
-"""Who answer each question of VQA v2."""
+"""Number of people who answer each question of VQA v2."""
 
 
 def export(task: ExportedTask, spec: str, folder: str | Path, *, image_size: int) -> list[str]:
-    """Write the data that `spec` names -> the specs that read the files.
+    """Write the data that `spec` names to files.
 
-    Raises FileExistsError where the folder has something in it, and as `open_examples` and
-    `open_source` do; SampleError for an example that cannot be read.
+    Args:
+        task: Name of the task.
+        spec: Data, as `open_examples` or `open_source` takes it.
+        folder: A new or empty folder.
+        image_size: Size in pixels of built-in images.
+
+    Returns:
+        The specifications that read the files.
+
+    Raises:
+        FileExistsError: The folder is not empty.
+        SampleError: An example cannot be read.
     """
     check("task", task, ExportedTask)
-    folder = expanded(folder)
+    folder = expand_user(folder)
     if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"folder: expected a new or an empty one, got {folder}")
+        raise FileExistsError(f"folder: expected a new or an empty folder, got {folder}")
     writer = _WRITERS[task]
     is_captions = task in ("retrieval", "captioning")
     source = (
-        by_image(open_source(spec, image_size=image_size))
+        group_by_image(open_source(spec, image_size=image_size))
         if is_captions
         else open_examples(task, spec, image_size=image_size)
     )
@@ -92,7 +101,7 @@ def _vqa(source: ExampleSource, folder: Path) -> list[str]:
 
 
 def _of_people(answers: dict[str, float], example_id: str) -> list[str]:
-    """Shares -> what each of ten people answered, the first of the most frequent answers first."""
+    """Return the answers of ten people for the given shares, the most frequent answer first."""
     counts = {answer: PEOPLE * share for answer, share in answers.items()}
     given = [answer for answer, count in counts.items() for _ in range(round(count))]
     if len(given) != PEOPLE or any(abs(count - round(count)) > 1e-6 for count in counts.values()):

@@ -1,4 +1,4 @@
-"""Examples of files: rows of a table, whose images are read when asked for."""
+"""Examples stored in files: a table, and images that are read on access."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,11 +15,15 @@ if TYPE_CHECKING:
 _SUFFIXES = (".jpg", ".png")
 
 
-class TableRow(NamedTuple):
-    """An example of a file, not read yet.
+class StoredExample(NamedTuple):
+    """An example whose images have not been read.
 
-    entry: where it stands, "train.json[3]". images: paths; where a data set names images by their
-    ids, without a suffix: .jpg, or else .png. answers: as of `Example`.
+    Attributes:
+        entry: Place in its file, such as "train.json[3]".
+        id: Id of the example.
+        text: As in `Example`.
+        answers: As in `Example`.
+        images: Paths. A path without suffix is a .jpg or a .png file.
     """
 
     entry: str
@@ -30,12 +34,12 @@ class TableRow(NamedTuple):
 
 
 class FileExamples:
-    """An `ExampleSource` of rows, and of `answers`, all that can be answered.
+    """An `ExampleSource` over stored examples, with `answers`, all possible answers.
 
-    A missing or damaged image is a SampleError of that example.
+    A missing or damaged image raises SampleError for that example only.
     """
 
-    def __init__(self, rows: Iterable[TableRow], answers: tuple[str, ...]) -> None:
+    def __init__(self, rows: Iterable[StoredExample], answers: tuple[str, ...]) -> None:
         self._index = _build_index(rows)
         self.answers = answers
 
@@ -50,7 +54,7 @@ class FileExamples:
         return _example(row)._replace(images=images)
 
     def text_alone(self, index: int) -> Example:
-        """The example with no image, and none decoded."""
+        """Return the example without images; none is decoded."""
         check_index(index, len(self))
         return _example(self._index[index])
 
@@ -67,8 +71,8 @@ def _example(row: dict) -> Example:
     return Example((), row["text"], answers, row["id"])
 
 
-def _build_index(rows: Iterable[TableRow]) -> "Dataset":
-    """Arrow table, one row an example: entry, id, text, answers, their shares, images."""
+def _build_index(rows: Iterable[StoredExample]) -> "Dataset":
+    """Return an Arrow table with one row per example."""
     with require_extra("FileExamples"):
         from datasets import Dataset, Features, Value
 

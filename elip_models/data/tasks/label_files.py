@@ -1,12 +1,12 @@
-"""SNLI-VE and NLVR2, as they are published and as ALBEF's and BLIP's lists have them.
+"""SNLI-VE and NLVR2, in their published formats and in the list formats of ALBEF and BLIP.
 
-    {"Flickr30K_ID", "sentence2", "gold_label", "pairID"}         a line each
+    {"Flickr30K_ID", "sentence2", "gold_label", "pairID"}         one object per line
     [{"image": Flickr30k's id, "sentence", "label"}, ..]
-    {"identifier", "sentence", "label", "directory" (training)}    a line each
+    {"identifier", "sentence", "label", "directory" (training)}    one object per line
     [{"images": [path, path], "sentence", "label"}, ..]
 
-The classes are in the order of `EmojiEntailment` and `EmojiPairs`. Of NLVR2 as it is published, the
-images of the training set are in numbered folders below the one that `images` names.
+The labels have the order of `EmojiEntailment` and `EmojiPairs`. NLVR2's training images are in
+numbered folders below the folder `images`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,15 +14,15 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from elip_models.data.checks import expanded
+from elip_models.data.checks import expand_user
 from elip_models.data.data_spec import FileSpec
 from elip_models.data.json_files import read_entries, read_fields
 from elip_models.data.tasks.entailment import LABELS
-from elip_models.data.tasks.file_examples import FileExamples, TableRow
+from elip_models.data.tasks.file_examples import FileExamples, StoredExample
 from elip_models.data.tasks.pairs import ANSWERS
 
 _IDS = ("Flickr30K_ID", "Flikr30kID")
-"""The second in the files of 2018, with .jpg."""
+"""The files of 2018 have the second key, with .jpg in its values."""
 _EXPECTED = {
     "entailment": "a list of {image, sentence, label}, or lines of SNLI-VE",
     "nlvr2": "a list of {images, sentence, label}, or lines of NLVR2",
@@ -47,17 +47,17 @@ def _rows(
     task: str,
     parse: Callable[[str, Any, Path, str], Parsed],
     labels: tuple[str, ...],
-) -> Iterator[TableRow]:
-    ids = count()  # over all files, so that no two examples have the same
+) -> Iterator[StoredExample]:
+    ids = count()  # over all files, so that ids are unique
     for file in files:
-        root = file.parent if spec.images is None else expanded(spec.images)
+        root = file.parent if spec.images is None else expand_user(spec.images)
         for number, entry in enumerate(read_entries(file, _EXPECTED[task])):
             where, name = f"{file}[{number}]", f"{file.name}[{number}]"
             row_id, text, label, images = parse(where, entry, root, str(next(ids)))
             if label not in labels:
                 expected = ", ".join(labels)
                 raise ValueError(f"{where}: label: expected one of {expected}, got {label!r}")
-            yield TableRow(name, row_id, text, {label: spec.weight}, images)
+            yield StoredExample(name, row_id, text, {label: spec.weight}, images)
 
 
 def _hypothesis(where: str, entry: Any, root: Path, number: str) -> Parsed:

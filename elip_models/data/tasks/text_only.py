@@ -1,4 +1,4 @@
-"""What a text alone gives away of its answer: the baseline that looks at no image."""
+"""A baseline for tasks with texts: the accuracy of answers predicted from the text alone."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -8,11 +8,11 @@ from elip_models.data.examples import ExampleSource, soft_scores
 
 
 def question_only_accuracy(train: ExampleSource, test: ExampleSource) -> float:
-    """The mean soft score on `test`, in [0, 1], of the answer that is most frequent in `train`
-    among the texts that begin with as many of the same words as any do; no image is read.
+    """Return the mean soft score on `test`, in [0, 1], of a baseline that reads no image.
 
-    A text of `train` itself thus gets its own most frequent answer, another one that of its kind,
-    and a task without texts that of the majority. Of equally frequent ones the first counts.
+    It predicts the most frequent answer in `train` among the texts with the longest common prefix
+    of words. The first of equally frequent answers is used. A task without texts thus gets the
+    majority answer.
     """
     check_not_empty("train", train)
     check_not_empty("test", test)
@@ -31,6 +31,6 @@ def question_only_accuracy(train: ExampleSource, test: ExampleSource) -> float:
 
 
 def _beginnings(text: str) -> Iterator[tuple[str, ...]]:
-    """All of its words, all but the last, .., none."""
+    """Yield all words of the text, all but the last, and so on to none."""
     words = tuple(text.lower().split())
     return (words[:count] for count in range(len(words), -1, -1))

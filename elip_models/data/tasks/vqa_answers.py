@@ -1,9 +1,9 @@
-"""One writing of an answer, as the metric of VQA compares the model's and people's.
+"""Normalisation of answers, as the VQA metric does it before it compares them.
 
     "Two"        lower case, and number words as digits            "2"
     "1,000"      no comma between digits                           "1000"
-    "no. 2.5"    no period but a decimal one                       "no 2.5"
-    "red/blue"   punctuation is a space; not ' : $ % & # * ^ | ~   "red blue"
+    "no. 2.5"    no period except the decimal point                "no 2.5"
+    "red/blue"   punctuation to spaces, except ' : $ % & # * ^ | ~ "red blue"
     "the dog"    without articles                                  "dog"
     "dont"       contractions with their apostrophe                "don't"
 
@@ -19,7 +19,7 @@ ARTICLES = ("a", "an", "the")
 PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\->\<@`,?!]")
 NO_DECIMAL = re.compile(r"\.(?!\d)")
 THOUSANDS = re.compile(r"(?<=\d),(?=\d)")
-PARTS = {  # what an apostrophe joins, but for what is another word without it, such as "its"
+PARTS = {  # suffix: stems; without words such as "it's", which are other words without apostrophe
     "'t": "ain aren can couldn didn doesn don hadn hasn haven isn mightn mustn needn oughtn shan "
     "shouldn wasn weren won wouldn",
     "'ve": "could i might must not should they we what who would you",
@@ -39,7 +39,7 @@ CONTRACTIONS = {
 
 @lru_cache(2**16)
 def normalise_answer(answer: str) -> str:
-    """Write an answer as answers are compared: "The 2 dogs." -> "2 dogs"."""
+    """Normalise an answer: "The 2 dogs." becomes "2 dogs"."""
     text = THOUSANDS.sub("", answer.lower())
     text = PUNCTUATION.sub(" ", NO_DECIMAL.sub("", text))
     words = (DIGITS.get(word, word) for word in text.split() if word not in ARTICLES)

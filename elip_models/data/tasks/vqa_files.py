@@ -1,14 +1,16 @@
-"""VQA v2, as it is published and as ALBEF's and BLIP's lists have it.
+"""VQA v2, in its published format and in the list format of ALBEF and BLIP.
 
     {"questions": [{"question_id", "image_id", "question"}, ..], "data_subtype": "val2014"}
     {"annotations": [{"question_id", "answers": [{"answer"}, ..], "multiple_choice_answer"}, ..]}
     [{"image": path, "question", "question_id", "answer": a list of ten, or one text}, ..]
 
-Questions without annotations, as those of the test set, have no answers. Those of annotations are
-in one writing, see `vqa_answers`; lists have their own. An answer's share is that of the people who
-gave it; see `soft_scores`. What can be answered is a JSON list of texts, such as ALBEF's
-answer_list.json; or, made of the data, all that at least nine questions have as their first answer,
-as METER's list is: 3,129 of the training and validation set.
+Questions without annotations, such as those of the test set, have no answers. Answers of
+annotations are normalised, see `vqa_answers`; answers of lists are not. The share of an answer is
+that of the people who gave it, see `soft_scores`.
+
+The possible answers are a JSON list of texts, such as ALBEF's answer_list.json. Without a list,
+they are the answers that are the first answer of at least nine questions, as in METER: 3,129 for
+the training and validation sets.
 """
 
 from collections import Counter
@@ -16,10 +18,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from elip_models.data.checks import expanded
+from elip_models.data.checks import expand_user
 from elip_models.data.data_spec import FileSpec
 from elip_models.data.json_files import read_fields, read_json
-from elip_models.data.tasks.file_examples import FileExamples, TableRow
+from elip_models.data.tasks.file_examples import FileExamples, StoredExample
 from elip_models.data.tasks.vqa_answers import normalise_answer
 
 _EXPECTED = (
@@ -28,11 +30,11 @@ _EXPECTED = (
 )
 _TEST_IMAGES = {"test-dev2015": "test2015"}
 LISTED_FROM = 9
-"""Questions that an answer is the first of, to be in a list made of the data."""
+"""Questions whose first answer a text must be, to be in a list made from the data."""
 
 
 def vqa_examples(spec: FileSpec, files: Sequence[Path]) -> FileExamples:
-    """Read questions, and their answers where they have any."""
+    """Read questions, and their answers if the files have any."""
     loaded = {file: read_json(file, _EXPECTED) for file in files}
     for file, data in loaded.items():
         if not isinstance(data, list) and not {"questions", "annotations"} & {*data}:
@@ -40,7 +42,7 @@ def vqa_examples(spec: FileSpec, files: Sequence[Path]) -> FileExamples:
     annotations = _annotations(loaded)
     rows, first_answers = [], Counter()
     for file, data in loaded.items():
-        root = file.parent if spec.images is None else expanded(spec.images)
+        root = file.parent if spec.images is None else expand_user(spec.images)
         read = _listed(file, data, root, len(rows)) if isinstance(data, list) else None
         for row, first in read or _questions(file, data, root, annotations):
             shares = {answer: spec.weight * share for answer, share in row.answers.items()}
@@ -50,7 +52,7 @@ def vqa_examples(spec: FileSpec, files: Sequence[Path]) -> FileExamples:
 
 
 def _annotations(loaded: dict[Path, Any]) -> dict[int, tuple[list[str], str]] | None:
-    """Of each question what people answered, and the first answer; None without such files."""
+    """Return all answers and the first answer of each question; None without annotation files."""
     found, any_file = {}, False
     for file, data in loaded.items():
         if not isinstance(data, dict) or "annotations" not in data:
@@ -75,8 +77,8 @@ def _questions(
     data: dict[str, Any],
     root: Path,
     annotations: dict[int, tuple[list[str], str]] | None,
-) -> Iterator[tuple[TableRow, str | None]]:
-    """The questions of a file of VQA v2, each with its first answer."""
+) -> Iterator[tuple[StoredExample, str | None]]:
+    """Yield the questions of a VQA v2 file, each with its first answer."""
     if "questions" not in data:
         return
     questions, subset = read_fields(str(file), data, questions=list, data_subtype=str)
@@ -95,14 +97,15 @@ def _questions(
             given, first = annotations[question_id]
         path = folder / f"COCO_{subset}_{image:012d}"
         entry_name = f"{file.name}[questions][{number}]"
-        yield TableRow(entry_name, str(question_id), question, _shares(given), (path,)), first
+        yield StoredExample(entry_name, str(question_id), question, _shares(given), (path,)), first
 
 
 def _listed(
     file: Path, data: list[Any], root: Path, before: int
-) -> Iterator[tuple[TableRow, str | None]]:
-    """The questions of a list, each with the answer that most people gave; `before` are in other
-    files.
+) -> Iterator[tuple[StoredExample, str | None]]:
+    """Yield the questions of a list, each with its most frequent answer.
+
+    `before` is the number of questions in earlier files, which makes ids unique.
     """
     for number, entry in enumerate(data):
         where = f"{file}[{number}]"
@@ -113,7 +116,9 @@ def _listed(
             raise ValueError(f"{where}: answer: expected a text or a list of texts, got {given!r}")
         shares = _shares(given)
         question_id = str(entry.get("question_id", before + number))
-        row = TableRow(f"{file.name}[{number}]", question_id, question, shares, (root / image,))
+        row = StoredExample(
+            f"{file.name}[{number}]", question_id, question, shares, (root / image,)
+        )
         yield row, max(shares, key=shares.get, default=None)
 
 
@@ -131,10 +136,10 @@ def _answer_list(spec: FileSpec, first_answers: Counter[str]) -> tuple[str, ...]
         if first_answers and not listed:
             raise ValueError(
                 f"answers: expected a file, or an answer that is the first of {LISTED_FROM} "
-                f"questions, got {len(first_answers)} rarer ones; write answers=answer_list.json"
+                f"questions, got {len(first_answers)} rarer ones; add answers=answer_list.json"
             )
         return tuple(listed)
-    file = expanded(spec.answers)
+    file = expand_user(spec.answers)
     listed = read_json(file, "a list of texts")
     if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
         raise ValueError(f"{file}: expected a list of texts, got {listed!r:.200}")

@@ -1,7 +1,7 @@
-"""What the built-in worlds of the tasks share: examples made of staged scenes.
+"""Base class of the built-in data of the tasks, which draws emoji scenes.
 
-Each text comes several times in a row, with other images and another answer each time, so that no
-text alone says its answer.
+Each text is repeated several times in a row, with other images and another answer each time. The
+text alone therefore does not predict its answer.
 """
 
 from abc import ABC, abstractmethod
@@ -12,31 +12,37 @@ import numpy as np
 
 from elip_models.data.checks import check_index
 from elip_models.data.examples import Example
+from elip_models.data.scene_sampling import Scene, add_texture
 from elip_models.data.scenes import EmojiScenes, render
-from elip_models.data.world import Scene, textured
 
 
-class Asked(NamedTuple):
-    """A text, its answers as of `Example`, and `stage`, which draws scenes where they are right."""
+class SceneExample(NamedTuple):
+    """A text with its answers.
+
+    Attributes:
+        text: Question, hypothesis or statement.
+        answers: Correct answers, as in `Example`.
+        sample: Draws scenes in which these answers are correct.
+    """
 
     text: str
     answers: dict[str, float]
-    stage: Callable[[np.random.Generator], tuple[Scene, ...]]
+    sample: Callable[[np.random.Generator], tuple[Scene, ...]]
 
 
 class EmojiExamples(ABC):
     """An `ExampleSource` of `size` examples, drawn on the fly.
 
-    Example `index` depends on (seed, index) and the options alone, so a longer source begins with a
-    shorter one. The options are those of `EmojiScenes`, and raise alike.
+    Example `index` depends on (seed, index) and the options only. A longer source therefore begins
+    with the examples of a shorter one. The other arguments and errors are those of `EmojiScenes`.
     """
 
     name: ClassVar[str]
     answers: ClassVar[tuple[str, ...]]
     turns: ClassVar[int]
-    """How often each text comes, one after the other."""
+    """Number of consecutive examples with the same text."""
     stream: ClassVar[int]
-    """Keeps the random numbers apart from those of the other worlds."""
+    """Part of the random seed that is unique to each subclass."""
 
     def __init__(
         self,
@@ -58,24 +64,24 @@ class EmojiExamples(ABC):
         return self.text_alone(index)._replace(images=tuple(render(each, size) for each in scenes))
 
     def text_alone(self, index: int) -> Example:
-        """The example with no image, and none drawn."""
-        text, answers, _ = self._asked(index)
+        """Return the example without images; none is drawn."""
+        text, answers, _ = self._example_at(index)
         return Example((), text, answers, f"{self.name}-{self.options.seed}-{index}")
 
     def scenes(self, index: int) -> tuple[Scene, ...]:
-        """What its images show, as data, not drawn."""
+        """Return the scenes of the images as data, without drawing them."""
         rng = self._rng(index, 1)
-        scenes = self._asked(index).stage(rng)
-        return tuple(textured(each, rng) for each in scenes) if self.options.textures else scenes
+        scenes = self._example_at(index).sample(rng)
+        return tuple(add_texture(each, rng) for each in scenes) if self.options.textures else scenes
 
-    def _asked(self, index: int) -> Asked:
+    def _example_at(self, index: int) -> SceneExample:
         check_index(index, len(self))
         number, turn = divmod(index, self.turns)
-        return self._ask(number, turn, self._rng(number))
+        return self._make_example(number, turn, self._rng(number))
 
     @abstractmethod
-    def _ask(self, number: int, turn: int, rng: np.random.Generator) -> Asked:
-        """The `number`-th text, which `rng` draws, as it is answered the `turn`-th time."""
+    def _make_example(self, number: int, turn: int, rng: np.random.Generator) -> SceneExample:
+        """Return the `number`-th text, drawn from `rng`, with its answers in repetition `turn`."""
 
     def _rng(self, number: int, *stream: int) -> np.random.Generator:
         return np.random.default_rng((self.options.seed, number, self.stream, *stream))

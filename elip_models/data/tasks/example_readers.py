@@ -2,7 +2,7 @@
 
     vqa             emoji_questions:seed=0,size=2000
                     questions.json,annotations.json,images=coco,answers=answer_list.json
-                    vqa_train.json,vqa_val.json,images=coco                 ALBEF's, BLIP's lists
+                    vqa_train.json,vqa_val.json,images=coco                 lists of ALBEF, BLIP
     entailment      emoji_entailment:seed=0,size=2000
                     snli_ve_train.jsonl,images=flickr30k-images;  ve_train.json,images=..
     nlvr2           emoji_pairs:seed=0,size=2000
@@ -16,12 +16,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from elip_models.data.checks import check_not_empty, existing_files
-from elip_models.data.classes import open_classes
+from elip_models.data.class_sources import open_classes
 from elip_models.data.data_spec import parse_files
 from elip_models.data.examples import ExampleSource
 from elip_models.data.readers import parse_options
 from elip_models.data.tasks.entailment import EmojiEntailment
-from elip_models.data.tasks.joined import ClassExamples, JoinedExamples
+from elip_models.data.tasks.example_adapters import ClassExamples, ConcatExamples
 from elip_models.data.tasks.label_files import entailment_examples, nlvr2_examples
 from elip_models.data.tasks.pairs import EmojiPairs
 from elip_models.data.tasks.questions import EmojiQuestions
@@ -31,7 +31,7 @@ from elip_models.validation import PositiveInt, check
 ExampleTask = Literal["vqa", "entailment", "nlvr2", "classification"]
 Spec = str | Mapping[str, Any]
 
-WORLDS = {"vqa": EmojiQuestions, "entailment": EmojiEntailment, "nlvr2": EmojiPairs}
+BUILT_IN = {"vqa": EmojiQuestions, "entailment": EmojiEntailment, "nlvr2": EmojiPairs}
 _READERS = {"vqa": vqa_examples, "entailment": entailment_examples, "nlvr2": nlvr2_examples}
 _OPTIONS = {"vqa": ("images", "answers", "weight")}
 
@@ -39,35 +39,40 @@ _OPTIONS = {"vqa": ("images", "answers", "weight")}
 def open_examples(
     task: ExampleTask, spec: Spec | Sequence[Spec], *, image_size: int
 ) -> ExampleSource:
-    """Open the data that `spec` names, see above; of several specs all together, in that order.
+    """Open the data that `spec` names, see the top of this file.
 
-    Built-in images are drawn at `image_size`, stored ones keep the size they have.
-    Raises TypeError or ValueError for a malformed spec or file, or one without an example,
-    FileNotFoundError for a missing file.
+    Args:
+        task: Name of the task.
+        spec: One line, a mapping, or a list of them, which are concatenated.
+        image_size: Size in pixels of built-in images. Stored images keep their size.
+
+    Raises:
+        TypeError, ValueError: The specification or a file is malformed, or has no example.
+        FileNotFoundError: A file is missing.
     """
     check("task", task, ExampleTask)
     check("image_size", image_size, PositiveInt)
     if isinstance(spec, list | tuple):
         check_not_empty("spec", spec)
         sources = [open_examples(task, each, image_size=image_size) for each in spec]
-        return sources[0] if len(sources) == 1 else JoinedExamples(sources)
+        return sources[0] if len(sources) == 1 else ConcatExamples(sources)
     if not isinstance(spec, str | Mapping):
         raise TypeError(f"spec: expected a text or a mapping, got {spec!r}")
     if task == "classification":
         return ClassExamples(open_classes(spec, image_size=image_size))
     name, _, options = spec.partition(":") if isinstance(spec, str) else ("", "", "")
     name = name.strip()
-    of_world = {world.name: each for each, world in WORLDS.items()}.get(name)
-    if of_world not in (None, task):
+    built_in = {source.name: each for each, source in BUILT_IN.items()}.get(name)
+    if built_in not in (None, task):
         raise ValueError(
-            f"spec: expected {WORLDS[task].name} or files, got {name}, which is of {of_world}"
+            f"spec: expected {BUILT_IN[task].name} or files, got {name}, which is for {built_in}"
         )
-    if of_world is not None:
+    if built_in is not None:
         allowed = ("seed", "size", "clutter", "textures")
-        return WORLDS[task](**parse_options(spec, options, allowed), image_size=image_size)
+        return BUILT_IN[task](**parse_options(spec, options, allowed), image_size=image_size)
     named = parse_files(spec, _OPTIONS.get(task, ("images",)))
     if not named.files:
-        raise ValueError(f"spec: expected {WORLDS[task].name}:size=2000 or files, got {spec!r}")
+        raise ValueError(f"spec: expected {BUILT_IN[task].name}:size=2000 or files, got {spec!r}")
     examples = _READERS[task](named, existing_files("spec", named.files))
     check_not_empty("spec", examples, spec)
     return examples

@@ -1,12 +1,12 @@
-"""Image-text retrieval, fine-tuned: features rank all, and ITM ranks the first of them anew.
+"""Fine-tuned image-text retrieval: features rank all candidates, and ITM re-ranks the best.
 
     ITC      (I, T) similarities of features, each side encoded alone
-    ITM      of each query's k most similar candidates, how well the pair fits, read together
-    score    ITM (ALBEF), or ITM + ITC (BLIP); what is not among the k ranks behind
+    ITM      matching score of each query with its k most similar candidates, encoded together
+    score    ITM (ALBEF), or ITM + ITC (BLIP); all other candidates rank after these k
 
-A model without features (METER) reads every pair, one without ITM (CLIP) ranks by features. Images
-are encoded without text for the index; with `guided` a *query* caption reduces the images that it
-is matched with, when the first are ranked anew, and never an image that looks for its captions.
+A model without features (METER) scores every pair, and one without ITM (CLIP) ranks by features.
+Images are encoded without text. With `guided`, a *query* caption guides the reduction of its
+candidate images during re-ranking. An image that is the query is never reduced by a caption.
 Source: ALBEF (Li et al., 2021), section 4; BLIP (Li et al., 2022).
 """
 
@@ -30,7 +30,7 @@ from elip_models.data import (
     open_source,
     other_caption,
 )
-from elip_models.data.shared_images import by_image, image_number
+from elip_models.data.shared_images import group_by_image, image_number
 from elip_models.models.base import eval_mode
 from elip_models.reduction.caching import UnguidedWarning
 from elip_models.tasks.features import encode_texts, isolated_rng, ranks_of
@@ -39,7 +39,7 @@ from elip_models.tasks.retrieval import KS, chance_level
 from elip_models.tasks.task import (
     Loading,
     Prediction,
-    SampleReader,
+    Preprocessor,
     Task,
     TaskScores,
     read_all,
@@ -51,17 +51,19 @@ if TYPE_CHECKING:
 
     from elip_models.models.base import PretrainedModel
 
-MOST_DRAWN = 1000  # samples for a caption of another image
-WAYS = ("image_to_text", "text_to_image")
+MAX_DRAWS = 1000  # draws for one caption of another image
+DIRECTIONS = ("image_to_text", "text_to_image")
 
 
 @dataclass(frozen=True)
 class Retrieval(Task):
-    """Images and captions that find one another.
+    """Image-text retrieval in both directions.
 
-    candidates: k, of which ITM ranks anew; 128 and 256 in the originals.
-    adds_similarity: of features, to ITM's scores; None: as the model's original does (BLIP).
-    guided: a query caption reduces its candidates, see above.
+    Args:
+        candidates: k, the number of re-ranked candidates; the originals use 128 and 256.
+        adds_similarity: Add the similarity of features to ITM's scores. None: as the original of
+            the model does (BLIP adds it).
+        guided: A query caption guides the reduction of its candidate images.
     """
 
     name: ClassVar[str] = "retrieval"
@@ -70,21 +72,26 @@ class Retrieval(Task):
     guided: bool = False
 
     def open(self, spec: str, *, image_size: int) -> Source:
+        """Open images with captions."""
         return open_source(spec, image_size=image_size)
 
     def sample(
-        self, reading: SampleReader, sample: Sample, index: int, rng: np.random.Generator
+        self, preprocessor: Preprocessor, sample: Sample, index: int, rng: np.random.Generator
     ) -> dict[str, Tensor]:
+        """Return an image with one of its captions, and the negatives and guides the model uses."""
         caption = sample.captions[rng.integers(len(sample.captions))]
-        found = {"images": reading.image(sample.image, rng), **reading.text(caption)}
-        found["image_ids"] = torch.tensor(image_number(reading.source, index))
-        if reading.model.reads_guide_captions:
-            guide = reading.text(other_caption(sample.captions, caption, rng))
+        found = {"images": preprocessor.image(sample.image, rng), **preprocessor.text(caption)}
+        found["image_ids"] = torch.tensor(image_number(preprocessor.source, index))
+        if preprocessor.model.reads_guide_captions:
+            guide = preprocessor.text(other_caption(sample.captions, caption, rng))
             found |= {"guide_ids": guide["input_ids"], "guide_mask": guide["attention_mask"]}
-        number = getattr(reading.model, "false_texts", 0)  # METER learns by them
+        number = getattr(preprocessor.model, "false_texts", 0)  # negatives of METER
         if not number:
             return found
-        others = [reading.text(text) for text in _others(reading.source, index, number, rng)]
+        others = [
+            preprocessor.text(text)
+            for text in _sample_other_captions(preprocessor.source, index, number, rng)
+        ]
         return found | {
             "false_ids": torch.stack([text["input_ids"] for text in others]),
             "false_mask": torch.stack([text["attention_mask"] for text in others]),
@@ -98,41 +105,42 @@ class Retrieval(Task):
         loading: Loading,
         answers: Sequence[str] | None = None,
     ) -> TaskScores:
-        batches, report = read_all(evaluation_batches, model, by_image(source), loading)
+        """Score recall@k both ways; see `Task.evaluate`."""
+        batches, report = read_all(evaluation_batches, model, group_by_image(source), loading)
         drawn = isolated_rng(next(model.parameters()).device)
         with eval_mode(model), torch.no_grad(), drawn, warnings.catch_warnings():
-            # Models warn where they get no text to reduce by; here that is meant.
+            # Models warn when no text guides the reduction of image tokens; here none should.
             warnings.simplefilter("ignore", UnguidedWarning)
-            index = _Index.of(model, tokenizer, batches, loading.batch_size, guided=self.guided)
+            index = _Index.encode(model, tokenizer, batches, loading.batch_size, guided=self.guided)
             similar = index.similarities()
             by_features = (similar, similar.T) if similar is not None else None
             matches = hasattr(model, "matching_logits")
             of_images, of_texts = self._scores(index, similar) if matches else by_features
-        baselines = {"chance": chance_level(index.owners, len(index.tokens))}
+        baselines = {"chance": chance_level(index.text_to_image, len(index.tokens))}
         if matches and by_features is not None:
-            found = _recalls(*by_features, index.owners)
+            found = _recalls(*by_features, index.text_to_image)
             baselines["features"] = {name: recall.mean for name, recall in found.items()}
         first = of_images.argmax(1)
-        said = [index.texts[text] for text in first.tolist()]
-        right = (index.owners[first] == torch.arange(len(first))).double().tolist()
+        found_texts = [index.texts[text] for text in first.tolist()]
+        correct = (index.text_to_image[first] == torch.arange(len(first))).double().tolist()
         return TaskScores(
             task=self.name,
-            scores=_recalls(of_images, of_texts, index.owners),
+            scores=_recalls(of_images, of_texts, index.text_to_image),
             baselines=baselines,
             num_examples=len(index.tokens),
             num_skipped=len(report.reasons),
-            predictions=tuple(map(Prediction, index.names, said, right)),
+            predictions=tuple(map(Prediction, index.names, found_texts, correct)),
         )
 
     def _scores(self, index: "_Index", similar: Tensor | None) -> tuple[Tensor, Tensor]:
-        """How well pairs fit: (I, T) of images that look for texts, (T, I) of texts."""
+        """Return the scores of pairs: (I, T) for image queries, (T, I) for text queries."""
         images, texts = len(index.tokens), len(index.ids)
         scores = torch.full((2, images, texts), -math.inf)
         for row in range(images):
-            chosen = self._first(None if similar is None else similar[row], texts)
+            chosen = self._candidates(None if similar is None else similar[row], texts)
             scores[0, row, chosen] = index.match(torch.full_like(chosen, row), chosen)
         for row in range(texts):
-            chosen = self._first(None if similar is None else similar[:, row], images)
+            chosen = self._candidates(None if similar is None else similar[:, row], images)
             query = torch.full_like(chosen, row)
             guide = row if self.guided else None
             scores[1, chosen, row] = index.match(chosen, query, guide=guide)
@@ -143,18 +151,20 @@ class Retrieval(Task):
             scores += similar
         return scores[0], scores[1].T
 
-    def _first(self, similar: Tensor | None, number: int) -> Tensor:
-        """The candidates that are ranked anew; all of them where nothing ranked them before."""
+    def _candidates(self, similar: Tensor | None, number: int) -> Tensor:
+        """Return the re-ranked candidates; all of them if there is no similarity of features."""
         if similar is None:
             return torch.arange(number)
         return similar.topk(min(self.candidates, number)).indices
 
 
-def _others(source: Source, index: int, number: int, rng: np.random.Generator) -> list[str]:
-    """Captions of other images, drawn at random; DataError where hardly any has one."""
+def _sample_other_captions(
+    source: Source, index: int, number: int, rng: np.random.Generator
+) -> list[str]:
+    """Draw captions of other images. Raise DataError if almost no other image has one."""
     found: list[str] = []
     own, others = image_number(source, index), max(1, len(source) - 1)
-    for _ in range(MOST_DRAWN * number):
+    for _ in range(MAX_DRAWS * number):
         if len(found) == number:
             return found
         other = (index + 1 + int(rng.integers(others))) % len(source)
@@ -163,18 +173,26 @@ def _others(source: Source, index: int, number: int, rng: np.random.Generator) -
             found.append(captions[rng.integers(len(captions))])
     raise DataError(
         f"false_texts: expected captions of other images, got {len(found)} in "
-        f"{MOST_DRAWN * number} draws of {len(source)} samples"
+        f"{MAX_DRAWS * number} draws from {len(source)} samples"
     )
 
 
 @dataclass(frozen=True)
 class _Index:
-    """Encoded images and texts, on the host.
+    """Encoded images and texts, on the CPU.
 
-    tokens: (N, D) of each image; masks: (N,) of each, None where all are real. images: (3, S, S)
-    of each where queries guide. features: (I, E), (T, E). ids, mask: (T, L). owners: (T,), the
-    image of each text. names: of the images. texts: as they stand. batch_size: pairs that are read
-    at once.
+    Args:
+        model: The model.
+        tokens: (N, D) of each image.
+        masks: (N,) of each image. None: all tokens are real.
+        images: (3, S, S) of each image, if queries guide the reduction.
+        features: (I, E) and (T, E).
+        ids: Token ids (T, L).
+        mask: Attention mask (T, L).
+        text_to_image: (T,), the image of each text.
+        names: Ids of the images.
+        texts: The texts.
+        batch_size: Pairs in one forward pass.
     """
 
     model: "PretrainedModel"
@@ -184,13 +202,13 @@ class _Index:
     features: tuple[Tensor, Tensor] | None
     ids: Tensor
     mask: Tensor
-    owners: Tensor
+    text_to_image: Tensor
     names: list[str]
     texts: list[str]
     batch_size: int
 
     @classmethod
-    def of(
+    def encode(
         cls,
         model: "PretrainedModel",
         tokenizer: "PreTrainedTokenizerBase",
@@ -200,47 +218,47 @@ class _Index:
         guided: bool,
     ) -> "_Index":
         """Encode all images without text, and all captions alone."""
-        device, kept = next(model.parameters()).device, _Kept([], [], [], [])
+        device, encoded = next(model.parameters()).device, _EncodedBatches([], [], [], [])
         captions: list[tuple[str, ...]] = []
         names: list[str] = []
         for batch in batches:
             if hasattr(model, "matching_tokens"):
                 tokens, mask = model.matching_tokens(batch.images.to(device))
                 features = model.project_image(tokens) if model.ranks else None
-            else:  # its features are all there is
+            else:  # a model with features only
                 features, mask = model.image_features(batch.images.to(device)), None
                 tokens = features[:, None]
-            kept.tokens.append(tokens.float().cpu())
-            kept.masks.append(None if mask is None else mask.cpu())
-            kept.images.append(batch.images)
+            encoded.tokens.append(tokens.float().cpu())
+            encoded.masks.append(None if mask is None else mask.cpu())
+            encoded.images.append(batch.images)
             if features is not None:
-                kept.features.append(features.float().cpu())
+                encoded.features.append(features.float().cpu())
             captions += batch.captions
             names += batch.ids
         texts = [text for several in captions for text in several]
-        owners = [image for image, several in enumerate(captions) for _ in several]
+        text_to_image = [image for image, several in enumerate(captions) for _ in several]
         features = None
         if model.ranks:
-            of_texts = encode_texts(model, tokenizer, texts, batch_size).cpu()
-            features = torch.cat(kept.features), of_texts
-        read = model.tokenise(tokenizer, texts)
-        has_mask = kept.masks[0] is not None
+            text_features = encode_texts(model, tokenizer, texts, batch_size).cpu()
+            features = torch.cat(encoded.features), text_features
+        tokenized = model.tokenise(tokenizer, texts)
+        has_mask = encoded.masks[0] is not None
         return cls(
             model=model,
-            tokens=torch.cat(kept.tokens),
-            masks=torch.cat(kept.masks) if has_mask else None,
-            images=torch.cat(kept.images) if guided else None,
+            tokens=torch.cat(encoded.tokens),
+            masks=torch.cat(encoded.masks) if has_mask else None,
+            images=torch.cat(encoded.images) if guided else None,
             features=features,
-            ids=read["input_ids"],
-            mask=read["attention_mask"],
-            owners=torch.tensor(owners),
+            ids=tokenized["input_ids"],
+            mask=tokenized["attention_mask"],
+            text_to_image=torch.tensor(text_to_image),
             names=names,
             texts=texts,
             batch_size=batch_size,
         )
 
     def similarities(self) -> Tensor | None:
-        """(I, T) of features; None where the model has none."""
+        """Return the similarities (I, T) of the features, or None if the model has none."""
         if self.features is None:
             return None
         images, texts = self.features
@@ -248,7 +266,10 @@ class _Index:
             return images @ texts.T
 
     def match(self, images: Tensor, texts: Tensor, guide: int | None = None) -> Tensor:
-        """How well pairs fit, numbers of images and texts (P,) -> (P,); text `guide` reduces."""
+        """Return the matching scores (P,) of pairs of images and texts, given by index (P,).
+
+        Text `guide` guides the reduction of the images.
+        """
         device = next(self.model.parameters()).device
         found = []
         for some, others in zip(
@@ -271,8 +292,8 @@ class _Index:
         return self.model.matching_tokens(pixels, text_cls.expand(len(pixels), -1))
 
 
-class _Kept(NamedTuple):
-    """Lists of what batches leave."""
+class _EncodedBatches(NamedTuple):
+    """Outputs of the encoded batches."""
 
     tokens: list[Tensor]
     masks: list[Tensor | None]
@@ -280,12 +301,12 @@ class _Kept(NamedTuple):
     features: list[Tensor]
 
 
-def _recalls(of_images: Tensor, of_texts: Tensor, owners: Tensor) -> dict[str, Interval]:
-    """Recall@k both ways, by scores (I, T) that images look by and (T, I) that texts look by."""
-    relevant = torch.arange(len(of_images))[:, None] == owners[None]
+def _recalls(of_images: Tensor, of_texts: Tensor, text_to_image: Tensor) -> dict[str, Interval]:
+    """Return recall@k both ways, from scores (I, T) of image queries and (T, I) of text queries."""
+    relevant = torch.arange(len(of_images))[:, None] == text_to_image[None]
     ranks = ranks_of(of_images, relevant), ranks_of(of_texts, relevant.T)
     return {
         f"{way}_r{k}": bootstrap_interval((of_way < k).double().tolist())
-        for way, of_way in zip(WAYS, ranks, strict=True)
+        for way, of_way in zip(DIRECTIONS, ranks, strict=True)
         for k in KS
     }

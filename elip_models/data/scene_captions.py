@@ -1,11 +1,11 @@
-"""English captions of emoji scenes: one sentence a template, every one true of the scene."""
+"""English captions of emoji scenes: one sentence per template, all true of the scene."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from elip_models.data.world import GROUP_NUMBERS, Group, Scene
+from elip_models.data.scene_sampling import GROUP_NUMBERS, Group, Scene
 
 PLACES: dict[str, tuple[int, int, str]] = {
     "top left": (-1, -1, "at the top left"),
@@ -18,7 +18,7 @@ PLACES: dict[str, tuple[int, int, str]] = {
     "bottom": (0, 1, "at the bottom"),
     "bottom right": (1, 1, "at the bottom right"),
 }
-"""Place -> column (left to right), row (top to bottom), phrase."""
+"""Place: column (left to right), row (top to bottom), phrase."""
 
 GRID_PLACES: dict[str, tuple[int, int, str]] = {
     "top centre": (0, -1, "at the top centre"),
@@ -26,7 +26,7 @@ GRID_PLACES: dict[str, tuple[int, int, str]] = {
     "middle right": (1, 0, "at the middle right"),
     "bottom centre": (0, 1, "at the bottom centre"),
 }
-"""Of grids alone, where "at the top" would leave open which; likewise."""
+"""Places that only grids have, in the same form; "at the top" would be ambiguous there."""
 
 _ALL_PLACES = PLACES | GRID_PLACES
 
@@ -43,13 +43,13 @@ _AN_BEFORE_CONSONANT = ("hour",)
 
 
 def with_article(name: str) -> str:
-    """ "dog" -> "a dog", "owl" -> "an owl"."""
+    """Return "a dog" for "dog" and "an owl" for "owl"."""
     vowel = name[0] in "aeiou" and not name.startswith(_A_BEFORE_VOWEL)
     return f"an {name}" if vowel or name.startswith(_AN_BEFORE_CONSONANT) else f"a {name}"
 
 
 def plural(name: str) -> str:
-    """ "dog" -> "dogs", "strawberry" -> "strawberries", "mouse" -> "mice"."""
+    """Return "dogs" for "dog", "strawberries" for "strawberry" and "mice" for "mouse"."""
     if name in _IRREGULAR_PLURALS:
         return _IRREGULAR_PLURALS[name]
     if name.endswith("y") and name[-2] not in "aeiou":
@@ -58,20 +58,20 @@ def plural(name: str) -> str:
 
 
 def in_words(count: int, name: str) -> str:
-    """ "one dog", "three dogs"."""
+    """Return a count with a noun: "one dog", "three dogs"."""
     return f"{NUMBERS[count]} {name if count == 1 else plural(name)}"
 
 
 def counted(group: Group) -> str:
-    """ "a dog", "three dogs"."""
+    """Return the emoji of a group with their count: "a dog", "three dogs"."""
     return with_article(group.name) if group.count == 1 else in_words(group.count, group.name)
 
 
 def relation(first: Group, second: Group) -> str:
-    """Where `first` is, seen from `second`: "to the left of", "to the right of", "above", "below".
+    """Return where `first` is from `second`: "to the left of", "to the right of", "above", "below".
 
-    The axis on which their places are further apart decides; left and right win a tie. All copies
-    of `first` then lie on that side of all copies of `second`.
+    The axis with the larger distance between the places decides; ties are horizontal. All copies of
+    `first` are then on that side of all copies of `second`.
     """
     column, row, _ = _ALL_PLACES[first.place]
     other_column, other_row, _ = _ALL_PLACES[second.place]
@@ -81,7 +81,7 @@ def relation(first: Group, second: Group) -> str:
 
 
 def at_place(place: str) -> str:
-    """ "left" -> "on the left"."""
+    """Return "on the left" for "left"."""
     return _ALL_PLACES[place][2]
 
 
@@ -94,7 +94,7 @@ def _placed(group: Group) -> str:
 
 
 def _enumerate(phrases: Sequence[str]) -> str:
-    """ "a, b and c"."""
+    """Join phrases as "a, b and c"."""
     return " and ".join(filter(None, (", ".join(phrases[:-1]), phrases[-1])))
 
 
@@ -128,10 +128,11 @@ def _relative(scene: Scene, groups: Sequence[Group]) -> str:
 
 
 class Template(NamedTuple):
-    """A way to write a caption.
+    """A caption template.
 
-    write: a scene, and the groups to name in their order -> the sentence.
-    most: groups that it can name.
+    Attributes:
+        write: Maps a scene and the groups to name, in order, to a sentence.
+        most: Largest number of groups that it names.
     """
 
     write: Callable[[Scene, Sequence[Group]], str]
@@ -151,9 +152,9 @@ TEMPLATES = (
 def named_groups(
     scene: Scene, rng: np.random.Generator, clutter: int = 0
 ) -> tuple[tuple[int, ...], ...]:
-    """Draw for each template which groups its caption names, by number, in the caption's order.
+    """Draw, for each template, the numbers of the groups that its caption names, in order.
 
-    Of a scene with clutter each caption names as many groups as there would be without.
+    A caption of a scene with clutter names as many groups as one without clutter.
     """
     named = len(scene.groups) - clutter
     orders = (rng.permutation(len(scene.groups)) for _ in TEMPLATES)
@@ -164,7 +165,7 @@ def named_groups(
 
 
 def caption_scene(scene: Scene, named: Sequence[Sequence[int]]) -> tuple[str, ...]:
-    """One caption a template, each naming the groups that `named_groups` drew for it."""
+    """Return one caption per template, which names the groups that `named_groups` drew for it."""
     return tuple(
         template.write(scene, [scene.groups[i] for i in numbers])
         for template, numbers in zip(TEMPLATES, named, strict=True)

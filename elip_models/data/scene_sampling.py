@@ -1,7 +1,7 @@
-"""The world of EmojiScenes as data: emoji, colours, places, and scenes made of them.
+"""Scenes of emoji as data, and their random sampling.
 
-Every position is a fraction of the image, so a scene has no size. OpenMoji's font draws all emoji
-named here; the names are Unicode's.
+Every position is a fraction of the image, so a scene can be drawn at any size. OpenMoji's font has
+glyphs for all emoji listed here; their names follow Unicode.
 """
 
 import re
@@ -25,12 +25,12 @@ _UNNEEDED_WORDS = re.compile(
 
 
 def _short_name(character: str) -> str:
-    """The Unicode name without the words that nobody says: "dog face" -> "dog"."""
+    """Return the Unicode name without words that are rare in captions: "dog" for "dog face"."""
     return _UNNEEDED_WORDS.sub("", unicodedata.name(character).lower())
 
 
 EMOJI: dict[str, str] = {_short_name(character): character for character in _CHARACTERS}
-"""Name -> the single code point that the font draws."""
+"""Name: the single code point that the font draws."""
 
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (255, 255, 255),
@@ -42,16 +42,16 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "blue": (112, 170, 236),
     "purple": (178, 138, 218),
 }
-"""Name -> RGB; light enough for the glyphs' black outlines."""
+"""Name: RGB colour, light enough for the black outlines of the glyphs."""
 
-COVER = (40, 40, 44)
-"""RGB of the board that hides a place; darker than any background."""
+COVER_COLOUR = (40, 40, 44)
+"""RGB of the rectangle that hides a place; darker than any background."""
 
 COUNTS = {1: 0.6, 2: 0.25, 3: 0.15}
-"""Copies of one emoji in a group -> how often; few copies are large ones."""
+"""Number of copies of one emoji in a group: its probability. Few copies are drawn larger."""
 
 GROUP_NUMBERS = (2, 3)
-"""How many groups a scene may have."""
+"""Possible numbers of groups in a scene."""
 
 
 class Box(NamedTuple):
@@ -93,11 +93,11 @@ LAYOUTS: tuple[dict[str, Box], ...] = (
     {place: Box(i / 3, 0, 1 / 3, 1) for i, place in enumerate(("left", "centre", "right"))},
     {place: Box(0, i / 3, 1, 1 / 3) for i, place in enumerate(("top", "centre", "bottom"))},
 )
-"""Places that fill the image without overlapping; a scene uses some places of one layout."""
+"""Places that tile the image; a scene uses some places of one layout."""
 
 
 def _grid(rows: tuple[str, ...], columns: tuple[str, ...]) -> dict[str, Box]:
-    """Equal places: "top left", .., the middle of all "centre"."""
+    """Return equal places: "top left", ..; the middle one is called "centre"."""
     width, height = 1 / len(columns), 1 / len(rows)
     return {
         "centre" if row == "middle" and column == "centre" else f"{row} {column}": Box(
@@ -115,39 +115,49 @@ GRIDS: tuple[dict[str, Box], ...] = (
     _grid(_ROWS, ("left", "right")),
     _grid(("top", "bottom"), _COLUMNS),
 )
-"""Layouts of scenes with clutter, one emoji a place."""
+"""Layouts of scenes with clutter, with one emoji at a place."""
 
 MAX_CLUTTER = max(map(len, GRIDS)) - max(GROUP_NUMBERS)
-"""Groups for which there is a place beside those that a caption names."""
+"""Largest number of additional groups for which there is a place."""
 
-# Slots (left, top, side) in a square box, in fractions of it, by count.
+# Slots (left, top, side) in a square box, as fractions of the box, by count.
 _SQUARE_SLOTS = {
     1: ((0, 0, 1),),
     2: ((0, 0, 0.54), (0.46, 0.46, 0.54)),
     3: ((0.25, 0, 0.5), (0, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
-# Glyph side as a share of its slot. A few values only, so that the glyph cache stays small.
+# Glyph side as a share of its slot. Few values keep the glyph cache small.
 _FILLS = (0.80, 0.88, 0.96)
-# Of textured scenes: by how much emoji are smaller, and their degrees. Few values, likewise.
+# Scale factors and angles in degrees of the emoji in textured scenes.
 _SHRINKS = (0.82, 1.0)
-_TURNS = (-20, -10, 0, 10, 20)
+_ANGLES = (-20, -10, 0, 10, 20)
 
 
 class Copy(NamedTuple):
-    """One drawn emoji: its centre and its longer side, in fractions of the image; `turn`, degrees
-    counterclockwise.
+    """One drawn emoji, in fractions of the image.
+
+    Attributes:
+        x: Centre, from the left.
+        y: Centre, from the top.
+        size: Length of the longer side.
+        angle: Rotation in degrees, counterclockwise.
     """
 
     x: float
     y: float
     size: float
-    turn: int = 0
+    angle: int = 0
 
 
 @dataclass(frozen=True)
 class Group:
-    """`count` copies of the emoji `name` at `place`. No two groups of a scene share either. `box`:
-    what the place is of the image, None where nobody asks.
+    """Copies of one emoji at one place. Groups of a scene differ in emoji and place.
+
+    Args:
+        name: Name of the emoji.
+        place: Name of the place.
+        copies: The drawn copies.
+        box: Rectangle of the place, or None if it is not needed.
     """
 
     name: str
@@ -157,14 +167,19 @@ class Group:
 
     @property
     def count(self) -> int:
+        """Number of copies."""
         return len(self.copies)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A `background` colour by name, and groups of emoji: two or three, and those of the clutter;
-    one in a picture of one. `texture`: of the background, None where it is all of its colour.
-    `cover`: a dark board that hides what is there; no group is where it is.
+    """A background with groups of emoji.
+
+    Args:
+        background: Name of the colour.
+        groups: One group for a picture of a class; otherwise two or three, and the clutter.
+        texture: Texture of the background. None: a uniform colour.
+        cover: Dark rectangle that hides one place, which has no group.
     """
 
     background: str
@@ -174,8 +189,9 @@ class Scene:
 
 
 def sample_scene(rng: np.random.Generator, clutter: int = 0) -> Scene:
-    """Draw a scene: background, layout, and for each place used an emoji and a count, which is one
-    in a scene with clutter, that many groups more.
+    """Draw a scene: its background, layout, places, emoji and counts.
+
+    With `clutter`, the scene has that many more groups, and each group has one copy.
     """
     background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
     number = GROUP_NUMBERS[rng.integers(len(GROUP_NUMBERS))] + clutter
@@ -185,7 +201,7 @@ def sample_scene(rng: np.random.Generator, clutter: int = 0) -> Scene:
     names = [list(EMOJI)[i] for i in rng.choice(len(EMOJI), size=number, replace=False)]
     counts = rng.choice(list(COUNTS), p=list(COUNTS.values()), size=number)
     if clutter:
-        counts = [1] * number  # two or more would be too small for a place of a grid
+        counts = [1] * number  # more copies would be too small at a place of a grid
     groups = (
         Group(name, place, _place_copies(layout[place], int(count), rng), layout[place])
         for name, place, count in zip(names, places, counts, strict=True)
@@ -193,8 +209,8 @@ def sample_scene(rng: np.random.Generator, clutter: int = 0) -> Scene:
     return Scene(background, tuple(groups))
 
 
-def single_scene(name: str, rng: np.random.Generator) -> Scene:
-    """Draw a picture of one emoji: background and place."""
+def sample_single_scene(name: str, rng: np.random.Generator) -> Scene:
+    """Draw a picture of one emoji: its background and place."""
     background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
     layout = LAYOUTS[rng.integers(len(LAYOUTS))]
     place = list(layout)[rng.integers(len(layout))]
@@ -202,28 +218,29 @@ def single_scene(name: str, rng: np.random.Generator) -> Scene:
     return Scene(background, (Group(name, place, copies, layout[place]),))
 
 
-def textured(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene on a texture, each emoji smaller or not and turned about its own centre."""
+def add_texture(scene: Scene, rng: np.random.Generator) -> Scene:
+    """Return the scene on a random texture, with random sizes and angles of the emoji."""
     number = sum(group.count for group in scene.groups)
-    drawn = (rng.choice(values, size=number).tolist() for values in (_SHRINKS, _TURNS))
+    drawn = (rng.choice(values, size=number).tolist() for values in (_SHRINKS, _ANGLES))
     varied = iter(zip(*drawn, strict=True))
     groups = (
-        replace(group, copies=tuple(_varied(copy, *next(varied)) for copy in group.copies))
+        replace(group, copies=tuple(_resize_and_turn(copy, *next(varied)) for copy in group.copies))
         for group in scene.groups
     )
     return replace(scene, groups=tuple(groups), texture=sample_texture(rng))
 
 
-def _varied(copy: Copy, shrink: float, turn: int) -> Copy:
-    return Copy(copy.x, copy.y, shrink * copy.size, turn)
+def _resize_and_turn(copy: Copy, shrink: float, angle: int) -> Copy:
+    return Copy(copy.x, copy.y, shrink * copy.size, angle)
 
 
 def _slots(box: Box, count: int) -> list[Box]:
-    """`count` equal squares inside the box: a fixed figure, or a row along its longer side."""
+    """Return `count` equal squares in the box: a fixed pattern, or a row along its longer side."""
     if box.width == box.height:
+        unit, slots = box.width, _SQUARE_SLOTS[count]
         return [
-            Box(box.left + left * box.width, box.top + top * box.width, *(2 * (side * box.width,)))
-            for left, top, side in _SQUARE_SLOTS[count]
+            Box(box.left + left * unit, box.top + top * unit, side * unit, side * unit)
+            for left, top, side in slots
         ]
     side = min(box.width, box.height, max(box.width, box.height) / count)
     centres = [(i + 0.5) / count for i in range(count)]
@@ -235,7 +252,7 @@ def _slots(box: Box, count: int) -> list[Box]:
 
 
 def _place_copies(box: Box, count: int, rng: np.random.Generator) -> tuple[Copy, ...]:
-    """One copy a slot, all of one size, each moved at random within its slot."""
+    """Return one copy per slot, all of the same size, each shifted at random within its slot."""
     fill = _FILLS[rng.integers(len(_FILLS))]
     moves = rng.uniform(-0.5, 0.5, size=(count, 2)).tolist()
     copies = []

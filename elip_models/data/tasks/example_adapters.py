@@ -1,19 +1,19 @@
-"""Sources of examples made of others: several as one, and images of classes."""
+"""Example sources made from other sources: concatenation, and images with classes."""
 
 from collections.abc import Sequence
 from itertools import accumulate
 
 from elip_models.data.checks import check_index
-from elip_models.data.classes import ClassSource
+from elip_models.data.class_sources import ClassSource
 from elip_models.data.examples import Example, ExampleSource
 from elip_models.data.sample import SampleError
 
 
-class JoinedExamples:
-    """An `ExampleSource` of all examples of `sources`, one source after the other.
+class ConcatExamples:
+    """Concatenation of several sources, as one `ExampleSource`.
 
-    The id of an example is that of its source, behind the number of the source: "1/262148000".
-    answers: those of the first source, then what others have beside.
+    The id of an example starts with the number of its source: "1/262148000". `answers` has the
+    answers of the first source, then further answers of the others.
     """
 
     def __init__(self, sources: Sequence[ExampleSource]) -> None:
@@ -33,22 +33,22 @@ class JoinedExamples:
         return example._replace(id=f"{number}/{example.id}")
 
     def text_alone(self, index: int) -> Example:
-        """The example with no image, and none decoded."""
+        """Return the example without images; none is decoded."""
         number, place = self._find(index)
         example = self.sources[number].text_alone(place)
         return example._replace(id=f"{number}/{example.id}")
 
     def _find(self, index: int) -> tuple[int, int]:
-        """The number of its source, and its index there."""
+        """Return the number of the source and the index in it."""
         check_index(index, len(self))
         number = next(i for i, end in enumerate(self._ends) if index < end)
         return number, index - self._ends[number] + len(self.sources[number])
 
 
 class ClassExamples:
-    """An `ExampleSource` of images and their classes, without a text.
+    """An `ExampleSource` of images with classes and without text.
 
-    answers: the classes, in the order of the source.
+    The classes are its `answers`, in the order of the source.
     """
 
     def __init__(self, source: ClassSource) -> None:
@@ -62,6 +62,6 @@ class ClassExamples:
         return self.text_alone(index)._replace(images=(self.source[index].image,))
 
     def text_alone(self, index: int) -> Example:
-        """The class alone, no image decoded."""
+        """Return the class without decoding the image."""
         (name,) = self.source.captions(index)
         return Example((), "", {name: 1.0}, self.source.sample_id(index))

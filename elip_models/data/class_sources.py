@@ -1,11 +1,11 @@
-"""Images of classes, for zero-shot classification: a `Source` whose one caption is the class.
+"""Images with class labels, for zero-shot classification: a `Source` whose caption is the class.
 
-    emoji_classes:seed=0,size=600    the built-in world, one emoji an image, each as often
-    FOLDER                           a folder of images a class, as ImageNet's validation images are
-    datasets:NAME,split=test         a data set of the hub, or a folder of parquet files, as CIFAR's
+    emoji_classes:seed=0,size=600    built-in images of one emoji each, with balanced classes
+    FOLDER                           one folder of images per class, as ImageNet's validation set
+    datasets:NAME,split=test         a dataset of the hub, or a folder of parquet files
 
-What a text calls a class, and in which sentences, follows open_clip where it is installed: its
-names of ImageNet's classes, for folders named by WordNet ids, and its templates.
+If open_clip is installed, its names of ImageNet's classes (for folders named by WordNet ids) and
+its templates are used.
 """
 
 import io
@@ -14,13 +14,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from elip_models.data.captions import PLACES, with_article
-from elip_models.data.checks import check_index, expanded
+from elip_models.data.checks import check_index, expand_user
 from elip_models.data.data_spec import parse_files
 from elip_models.data.readers import parse_options
 from elip_models.data.sample import Sample, SampleError, Source, decode_image
+from elip_models.data.scene_captions import PLACES, with_article
+from elip_models.data.scene_sampling import BACKGROUNDS, EMOJI, Scene, sample_single_scene
 from elip_models.data.scenes import EmojiScenes, render
-from elip_models.data.world import BACKGROUNDS, EMOJI, Scene, single_scene
 from elip_models.validation import require_extra
 
 if TYPE_CHECKING:
@@ -32,8 +32,12 @@ _DATASETS = "datasets"
 
 
 class ClassSource(Source, Protocol):
-    """classes: as captions say them, each once. names: what texts call them, in the same order.
-    templates: a name -> a text.
+    """A `Source` whose samples have one class each.
+
+    Attributes:
+        classes: Class names as the captions write them, without duplicates.
+        names: Names used in texts, in the same order.
+        templates: Functions from a name to a text.
     """
 
     classes: tuple[str, ...]
@@ -41,33 +45,33 @@ class ClassSource(Source, Protocol):
     templates: tuple[Template, ...]
 
     def sample_id(self, index: int) -> str:
-        """The id of a sample, no image decoded."""
+        """Return the id of a sample without decoding the image."""
         ...
 
 
-def _of_background(background: str) -> Template:
+def _background_template(background: str) -> Template:
     return lambda name: f"{with_article(background)} picture of {with_article(name)}"
 
 
-def _at_place(phrase: str) -> Template:
+def _place_template(phrase: str) -> Template:
     return lambda name: f"{with_article(name)} {phrase}"
 
 
-def _photo(name: str) -> str:
+def _photo_template(name: str) -> str:
     return f"a photo of {with_article(name)}."
 
 
 class EmojiClasses(EmojiScenes):
-    """A `ClassSource` of `size` pictures of one emoji each, as no training scene is.
+    """A `ClassSource` of `size` images of one emoji each; training scenes have at least two.
 
-    Picture `index` depends on (seed, index) alone; its class is the index-th, in turn.
-    `textures`: as of `EmojiScenes`.
+    Image `index` depends on (seed, index) only. Its class is `classes[index % len(classes)]`.
+    `textures` has the same meaning as for `EmojiScenes`.
     """
 
     classes = names = tuple(EMOJI)
     templates = (
-        *map(_of_background, BACKGROUNDS),
-        *(_at_place(phrase) for _, _, phrase in PLACES.values()),
+        *map(_background_template, BACKGROUNDS),
+        *(_place_template(phrase) for _, _, phrase in PLACES.values()),
     )
 
     def __init__(
@@ -80,48 +84,49 @@ class EmojiClasses(EmojiScenes):
         return Sample(image, self.captions(index), self.sample_id(index))
 
     def sample_id(self, index: int) -> str:
-        """The id of a sample, no image drawn."""
+        """Return the id of a sample without drawing the image."""
         return f"{_BUILT_IN}-{self.seed}-{index}"
 
     def scene(self, index: int) -> Scene:
-        """The scene as data, not drawn."""
+        """Return the scene as data, without drawing it."""
         check_index(index, self.size)
         name = self.classes[index % len(self.classes)]
-        return self._on_texture(index, single_scene(name, self._rng(index, 2)))
+        return self._on_texture(index, sample_single_scene(name, self._rng(index, 2)))
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """The class."""
+        """Return the class."""
         return (self.scene(index).groups[0].name,)
 
     def named(self, index: int) -> tuple[tuple[int, ...], ...]:
-        """The one emoji."""
+        """Return the number of the only group."""
         check_index(index, self.size)
         return ((0,),)
 
 
-class _OfPhotos:
-    """What classes of photographs share."""
+class _PhotoTemplates:
+    """Base of the sources of photographs."""
 
     @property
     def templates(self) -> tuple[Template, ...]:
-        """Of open_clip; not kept, for functions do not go to loader processes."""
+        """Templates of open_clip, or a default; not stored, since functions cannot be pickled."""
         if find_spec("open_clip") is None:
-            return (_photo,)
+            return (_photo_template,)
         from open_clip import OPENAI_IMAGENET_TEMPLATES
 
         return tuple(OPENAI_IMAGENET_TEMPLATES)
 
 
-class ClassFolder(_OfPhotos):
-    """A `ClassSource` of a folder with a folder of images for each class.
+class ClassFolder(_PhotoTemplates):
+    """A `ClassSource` of a folder that has one folder of images for each class.
 
-    Raises FileNotFoundError where there is no such folder, or one of a class without an image.
+    Raises:
+        FileNotFoundError: The folder is missing, or the folder of a class has no image.
     """
 
     def __init__(self, path: str | Path) -> None:
         with require_extra("ClassFolder"):
             from torchvision.datasets import ImageFolder
-        root = expanded(path)
+        root = expand_user(path)
         if not root.is_dir():
             raise FileNotFoundError(
                 f"spec: expected {_BUILT_IN}:size=600, {_DATASETS}:NAME,split=test, or a folder "
@@ -130,7 +135,7 @@ class ClassFolder(_OfPhotos):
             )
         folder = ImageFolder(str(root))
         self.classes = tuple(folder.classes)
-        self.names = _names_of(self.classes)
+        self.names = _display_names(self.classes)
         self._samples = folder.samples
 
     def __len__(self) -> int:
@@ -143,33 +148,40 @@ class ClassFolder(_OfPhotos):
         return Sample(image, self.captions(index), sample_id)
 
     def sample_id(self, index: int) -> str:
-        """The folder and the name of an image."""
+        """Return the folder and the name of an image."""
         path = Path(self._samples[index][0])
         return f"{path.parent.name}/{path.name}"
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """The class."""
+        """Return the class."""
         check_index(index, len(self))
         return (self.classes[self._samples[index][1]],)
 
 
-class ClassDataset(_OfPhotos):
-    """A `ClassSource` of a data set of the hub, or of a folder of parquet files, by `datasets`.
+class ClassDataset(_PhotoTemplates):
+    """A `ClassSource` of a dataset of the hub, or of a folder of parquet files.
 
-    The column of images is the only one of that type, that of classes the only one of theirs or the
-    one that `label` names. Raises FileNotFoundError where there is no such data set, ValueError
-    where it has no such split or columns, or images without a class, as many test sets of the hub.
+    The library `datasets` reads it. The images are in its only column of images.
+
+    Args:
+        path: Name on the hub, or a folder.
+        split: Name of the split.
+        label: Class column. None: the only column of classes.
+
+    Raises:
+        FileNotFoundError: There is no such dataset.
+        ValueError: It lacks the split or a column, or images have no class, as in many test sets.
     """
 
     def __init__(self, path: str, *, split: str, label: str | None = None) -> None:
         with require_extra("ClassDataset"):
             import datasets
         try:
-            table = datasets.load_dataset(str(expanded(path)), split=split)
+            table = datasets.load_dataset(str(expand_user(path)), split=split)
         except ConnectionError as error:
             raise FileNotFoundError(
-                f"expected a folder of parquet files, or a data set of the hub, got {path!r}, "
-                f"and no hub: {error}"
+                f"expected a folder of parquet files, or a dataset of the hub, got {path!r}, "
+                f"and the hub is not reachable: {error}"
             ) from error
         image = _only_column(table, datasets.Image, None)
         self._label = _only_column(table, datasets.ClassLabel, label)
@@ -180,11 +192,11 @@ class ClassDataset(_OfPhotos):
         if unknown:
             raise ValueError(
                 f"expected a split whose images all have a class, got {split!r}, where {unknown} "
-                f"of {len(numbers)} have none; take another, such as validation"
+                f"of {len(numbers)} have none; use another split, such as validation"
             )
         self._name = f"{Path(path).name}-{split}"
         self.classes = tuple(table.features[self._label].names)
-        self.names = _names_of(self.classes)
+        self.names = _display_names(self.classes)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -198,30 +210,35 @@ class ClassDataset(_OfPhotos):
         return Sample(decode_image(file, sample_id), captions, sample_id)
 
     def sample_id(self, index: int) -> str:
-        """The name of the data set, its split, and the number of the row."""
+        """Return the name of the dataset, its split, and the number of the row."""
         return f"{self._name}-{index}"
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """The class."""
+        """Return the class."""
         check_index(index, len(self))
         return (self.classes[self._numbers[index]],)
 
 
 def _only_column(table: "Dataset", kind: type, name: str | None) -> str:
-    """The column of a type: the one of that name, or the only one."""
+    """Return the column of a type: the one called `name`, or the only one."""
     found = [column for column, feature in table.features.items() if isinstance(feature, kind)]
     chosen = [column for column in found if name in (None, column)]
     if len(chosen) != 1:
         wanted = f"a column of {kind.__name__}" + (f" named {name!r}" if name else "")
-        raise ValueError(f"expected {wanted}, got {found} of {table.column_names}; say label=NAME")
+        raise ValueError(f"expected {wanted}, got {found} of {table.column_names}; add label=NAME")
     return chosen[0]
 
 
 def open_classes(spec: str, *, image_size: int) -> ClassSource:
-    """Open the images that `spec` names, see above; built-in ones are drawn at `image_size`.
+    """Open the images that `spec` names, see the top of this file.
 
-    Raises TypeError or ValueError for a malformed spec, FileNotFoundError where there is no such
-    folder or data set.
+    Args:
+        spec: A built-in data set, a folder, or a dataset.
+        image_size: Size in pixels of built-in images.
+
+    Raises:
+        TypeError, ValueError: The specification is malformed.
+        FileNotFoundError: There is no such folder or dataset.
     """
     if not isinstance(spec, str):
         raise TypeError(f"spec: expected {_BUILT_IN}:seed=0,size=600 or a folder, got {spec!r}")
@@ -237,8 +254,8 @@ def open_classes(spec: str, *, image_size: int) -> ClassSource:
     return ClassFolder(spec)
 
 
-def _names_of(classes: tuple[str, ...]) -> tuple[str, ...]:
-    """Of WordNet ids the names of ImageNet's classes; else the names of the folders."""
+def _display_names(classes: tuple[str, ...]) -> tuple[str, ...]:
+    """Return ImageNet's names for WordNet ids; for other classes, the folder names."""
     from timm.data import ImageNetInfo
 
     imagenet = ImageNetInfo("imagenet-1k")
