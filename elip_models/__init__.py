@@ -14,7 +14,7 @@ from elip_models.reduction.patch import (
     reduction_summary,
     unreduce_,
 )
-from elip_models.reduction.schedule import Schedule
+from elip_models.reduction.schedule import Schedule, Stage
 from elip_models.reduction.strategies import (
     ELIP,
     STRATEGIES,
@@ -30,6 +30,7 @@ from elip_models.reduction.strategies import (
     RandomPruning,
     ToMe,
 )
+from elip_models.reduction.strategy import Layer, StageInfo, Strategy
 from elip_models.towers.sdpa import use_sdpa_
 from elip_models.validation import require_extra
 
@@ -43,19 +44,26 @@ __all__ = [
     "EViT",
     "GuidedToMe",
     "ImageResize",
+    "Layer",
     "PatchDropout",
     "PiToMe",
     "RandomPruning",
     "Schedule",
     "SlowScorerWarning",
+    "Stage",
+    "StageInfo",
+    "Strategy",
     "ToMe",
     "UnguidedWarning",
     "__version__",
+    "adapt_",
     "create_model",
     "encode_image",
     "guidance",
     "is_reduced",
+    "list_models",
     "load_reduced",
+    "open_model",
     "record_stages",
     "reduce_",
     "reduction_summary",
@@ -65,23 +73,28 @@ __all__ = [
 ]
 
 LAZY = {
+    "adapt_": "peft.adapt",
     "create_model": "registry",
+    "list_models": "registry",
     "load_reduced": "io.saved_reduced",
+    "open_model": "io.open_model",
     "save_reduced": "io.saved_reduced",
 }
 
 if TYPE_CHECKING:
+    from elip_models.models.io.open_model import open_model
     from elip_models.models.io.saved_reduced import load_reduced, save_reduced
-    from elip_models.models.registry import create_model
+    from elip_models.models.peft.adapt import adapt_
+    from elip_models.models.registry import create_model, list_models
 else:
 
     def __getattr__(name: str) -> Any:
-        """What brings timm and transformers in, on first use."""
+        """Import a public name that needs timm or transformers, on first use."""
         if name not in LAZY:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         with require_extra(name):
             return getattr(import_module(f"elip_models.models.{LAZY[name]}"), name)
 
     def __dir__() -> list[str]:
-        """The public names, also those that are not imported yet."""
+        """Return the public names, including those that are not imported yet."""
         return __all__

@@ -13,8 +13,7 @@ import timm
 import torch
 
 import elip_models
-from elip_models.reduction.schedule import Stage
-from elip_models.reduction.strategy import Layer, StageInfo, Strategy
+from elip_models import Layer, Stage, StageInfo, Strategy
 
 
 @dataclass(frozen=True)

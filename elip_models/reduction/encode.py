@@ -100,7 +100,7 @@ def _resolve(
                 f"text_cls is ignored: {chosen.name!r}, the default strategy, reads no text; pass "
                 "strategy='elip' to be guided by it",
                 UnguidedWarning,
-                stacklevel=7,
+                stacklevel=6,
             )
         return chosen
 

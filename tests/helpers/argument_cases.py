@@ -144,12 +144,12 @@ absorbed = {
 settings = {
     "keep": [0, -0.1, 1.1, "0.7", True, 0.01],
     "schedule": [12, "12 layers", "2(100%) 2(40%)", "2(40%) 4(60%)"],
-    "strategy": [None, "tomee", 3, ["tome"]],
+    "strategy": ["tomee", 3, ["tome"]],
     "scorer": ["lats", True, 0, 3, 1.5, ["last"]],
     "fusion": ["0.8", True, -0.1, 1.1],
     "guidance_norm": ["l2", 2],
     "without_text": ["skip", 1],
-    "merge": ["yes", 1],
+    "merge": ["yes", 1, True],
     "proportional": ["yes", 1, True],
 }
 models = [
@@ -236,6 +236,15 @@ TABLE = {
             "return_info": [1, None, "yes"],
         },
     ),
+    elip_kernels.fuse_text: (
+        lambda: {"tokens": torch.randn(B, N, D), "text": torch.randn(B, D), "fusion": 0.8},
+        {
+            "tokens": absorbed["tokens"],
+            "text": [1.0, torch.randn(3, D), torch.randn(D), torch.randn(B, D, **META)],
+            "fusion": [None, True, "0.5", -0.1, 1.1],
+            "guidance_norm": [None, 1, "l2"],
+        },
+    ),
     elip_kernels.select_tokens: (
         lambda: {"attn": torch.rand(B, N), "keep": 4},
         {
@@ -304,7 +313,7 @@ TABLE = {
     ),
     elip_models.reduce_: (
         good_patch,
-        settings | {"model": models, "strategy": settings["strategy"][1:]},
+        settings | {"model": models},
     ),
     elip_models.unreduce_: (good_patch, {"model": [None, "vit"]}),
     elip_models.use_sdpa_: (

@@ -36,8 +36,9 @@ def use_ops(tokens: Tensor, attn: Tensor, flag: bool) -> None:
 
 
 def use_models(net: Net, images: Tensor, text_cls: Tensor) -> str:
-    assert_type(elip_models.reduce_(net, keep=0.7, scorer="last"), Net)
+    assert_type(elip_models.reduce_(net, strategy="elip", keep=0.7, scorer="last"), Net)
     elip_models.reduce_(net, strategy=elip_models.ToMe(r=8))
+    elip_models.reduce_(net, strategy="tome", r=8)
     with elip_models.guidance(net, text_cls), elip_models.record_stages(net) as infos:
         net(images)
     assert_type(infos, list[StageInfo])

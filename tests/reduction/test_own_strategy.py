@@ -118,7 +118,7 @@ def test_costs_are_set_as_for_the_built_in_ones(strategy):
     size = as_tower(model).size
     fair = strategy.at_flops(model, 0.75)
     assert flops.training_ratio(fair, size) == pytest.approx(0.75, rel=0.01)
-    elip_models.reduce_(model, strategy=strategy, keep=0.8)
+    elip_models.reduce_(model, strategy=strategy.at_keep(model, 0.8))
     summary = elip_models.reduction_summary(model)
     assert isinstance(summary, Summary) and summary.keep == pytest.approx(0.8, abs=0.02)
     assert strategy.name in str(summary) and strategy.name in repr(model)

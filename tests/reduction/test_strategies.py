@@ -299,11 +299,11 @@ def test_the_same_strategy_again_changes_nothing():
         ),
         (
             lambda: elip_models.reduce_(plain_vit(), strategy=ToMe(4), schedule=SCHEDULE),
-            r"schedule: expected it in the strategy, tome\(",
+            r"schedule: expected it inside the instance, tome\(schedule",
         ),
         (
             lambda: elip_models.reduce_(plain_vit(reg_tokens=2), strategy=ToMe(4)),
-            "strategy: expected one for this model, got 'tome': of its prefix tokens",
+            "strategy: expected one for this model, got 'tome': ToMe protects only one prefix token",
         ),
     ],
 )

@@ -119,7 +119,7 @@ def test_one_number_in_a_forward():
         ({"strategy": "tom:r=8"}, "did you mean 'tome'"),
         ({"strategy": "tome:r=8", "schedule": "clip"}, "schedule: expected none"),
         ({"strategy": "elip:scorer=cls", "scorer": "exact"}, "scorer: expected it once"),
-        ({"strategy": ToMe(8), "scorer": "exact"}, "scorer: expected it in the strategy"),
+        ({"strategy": ToMe(8), "scorer": "exact"}, "scorer: expected it inside the instance"),
     ],
 )
 def test_what_cannot_be_typed(options, message):
@@ -142,10 +142,10 @@ def test_defaults_are_the_same_by_name_by_instance_and_by_line():
     assert (found[0].scorer, found[0].without_text) == ("last", "vision")
 
 
-def test_encode_image_is_elip_as_reduce_has_it():
+def test_encode_image_reduces_as_reduce_does():
     model, x, t = plain_vit(), images(), text()
-    tokens = elip_models.encode_image(model, x, t)
-    alone = elip_models.encode_image(model, x, keep=0.6)
+    tokens = elip_models.encode_image(model, x, t, strategy="elip")
+    alone = elip_models.encode_image(model, x, strategy="elip", keep=0.6)
     elip_models.reduce_(model, strategy="elip")
     with elip_models.guidance(model, t):
         assert torch.equal(model.forward_features(x), tokens)
@@ -222,11 +222,10 @@ def test_a_record_does_not_hold_what_is_recomputed():
 def test_prompts_and_images_of_different_numbers(make):
     """K prompts, B images: the image alone guides, whatever the prompts."""
     model, x = make().eval(), images(2)
-    elip_models.reduce_(model, keep=0.6, fusion=0.5)
+    elip_models.reduce_(model, strategy="elip", keep=0.6, fusion=0.5)
     three = output_of_pair(model, x, ids(3))
-    unguided = elip_models.reduce_(
-        elip_models.unreduce_(copy.deepcopy(model)), keep=0.6, fusion=1.0
-    )
+    unguided = elip_models.unreduce_(copy.deepcopy(model))
+    elip_models.reduce_(unguided, strategy="elip", keep=0.6, fusion=1.0)
     assert torch.equal(three, output_of_pair(unguided, x, ids(3)))
     assert not torch.equal(output_of_pair(model, x, ids(2)), output_of_pair(unguided, x, ids(2)))
 
@@ -234,7 +233,7 @@ def test_prompts_and_images_of_different_numbers(make):
 @pytest.mark.parametrize("make", [hf_clip, open_clip_pair])
 def test_one_text_guides_all_images(make):
     model, x, one = make().eval(), images(2), ids(1)
-    elip_models.reduce_(model, keep=0.6, fusion=0.2)
+    elip_models.reduce_(model, strategy="elip", keep=0.6, fusion=0.2)
     guided = output_of_pair(model, x, one)
     torch.testing.assert_close(guided, output_of_pair(model, x, one.expand(2, -1)))
     assert not torch.allclose(guided, output_of_pair(model, x, ids(3)))
@@ -242,7 +241,7 @@ def test_one_text_guides_all_images(make):
 
 def test_one_vector_guides_all_images():
     model, x, t = plain_vit(), images(), text()[:1]
-    elip_models.reduce_(model, fusion=0.2)
+    elip_models.reduce_(model, strategy="elip", fusion=0.2)
     with elip_models.guidance(model, t.expand(len(x), -1)):
         expected = model(x)
     with elip_models.guidance(model, t):
@@ -250,7 +249,7 @@ def test_one_vector_guides_all_images():
 
 
 @pytest.mark.parametrize(
-    ("options", "reads"), [({}, False), ({"fusion": 1.0}, False), ({"strategy": "elip"}, True)]
+    ("options", "reads"), [({}, False), ({"strategy": "elip:fusion=1"}, False), ({"strategy": "elip"}, True)]
 )
 def test_a_text_for_what_reads_none_is_said(options, reads):
     warn_once.cache_clear()

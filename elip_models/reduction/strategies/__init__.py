@@ -78,6 +78,6 @@ def default_strategy(tower: Tower, *, has_text: bool, replaces_block: bool) -> S
         f"the default strategy, {tome.name!r}, cannot reduce this model, so {chosen.name!r} is "
         f"used: {reason}. Pass strategy={chosen.name!r} to avoid this warning",
         UserWarning,
-        stacklevel=6,
+        stacklevel=8,
     )
     return chosen

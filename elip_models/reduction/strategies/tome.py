@@ -47,9 +47,12 @@ class ToMe(Strategy):
 
     def refuses(self, tower: Tower) -> str | None:
         if tower.is_rotary:
-            return "a pair that ToMe merges stands at two positions, and a rotary block needs one"
-        several = tower.num_prefix_tokens > 1
-        return "of its prefix tokens ToMe protects the class token alone" if several else None
+            return (
+                "a merged pair has two positions, and a rotary block needs one position per token"
+            )
+        if tower.num_prefix_tokens > 1:
+            return "ToMe protects only one prefix token, the class token, and the tower has several"
+        return None
 
     def _each(self, size: TowerSize) -> tuple[int, ...]:
         if isinstance(self.r, float):
