@@ -1,11 +1,11 @@
-"""One way to hold values to what is expected of them: type hints, and an error that says all.
+"""Validation of values by type hints, and errors that name the argument or the missing extra.
 
-    heads: Annotated[PositiveInt, divisor_of("width")]      an interval, a rule with another field
+    heads: Annotated[PositiveInt, divisor_of("width")]      an interval, and a rule for two fields
     decay: Literal["cosine", "linear"] | None
 
-`check_fields` holds a dataclass to its annotations, `check` one argument of a function. The error
-says "NAME: expected .., got .."; it is a TypeError where the type is wrong, else a ValueError. A
-package that is missing is one sentence too, which names the extra that installs it (`extra`).
+`check_fields` checks the fields of a dataclass, `check` one argument of a function. The message is
+"NAME: expected .., got ..": a TypeError for a wrong type, else a ValueError. `require_extra` names
+the extra that installs a missing package.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ from typing import Annotated, Any, Literal
 
 
 class ConfigError(ValueError):
-    """A recipe, an option or an override that cannot be used; the message names the key."""
+    """Error of a recipe, an option or an override; the message names the key."""
 
 
-UNIONS = (types.UnionType, typing.Union)  # `X | None` is either, as X is a class or Annotated
+UNIONS = (types.UnionType, typing.Union)  # of `X | None`, where X is a class or Annotated
 WORDS = {
     int: "an integer",
     float: "a number",
@@ -44,7 +44,7 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Bounds:
-    """The interval a number must lie in."""
+    """The interval that must contain a number."""
 
     low: float
     high: float = math.inf
@@ -59,13 +59,14 @@ class Bounds:
     def __str__(self) -> str:
         if self.high >= sys.maxsize:
             return f"{'at least' if self.includes_low else 'above'} {self.low}"
-        left, right = "(["[self.includes_low], ")]"[self.includes_high]
+        left = "[" if self.includes_low else "("
+        right = "]" if self.includes_high else ")"
         return f"in {left}{self.low}, {self.high}{right}"
 
 
 @dataclass(frozen=True)
 class FieldRule:
-    """What a field has to be beside another; {} in `expected` is that one's name and value."""
+    """A rule for a field and another one, whose name and value replace {} in `expected`."""
 
     other: str
     expected: str
@@ -73,36 +74,36 @@ class FieldRule:
 
 
 def divisor_of(other: str) -> FieldRule:
-    """An integer that divides the field `other`."""
+    """Return the rule that an integer divides the field `other`."""
     return FieldRule(other, "a divisor of {}", lambda value, whole: whole % value == 0)
 
 
 def below(other: str) -> FieldRule:
-    """An integer less than the field `other`."""
+    """Return the rule that an integer is less than the field `other`."""
     return FieldRule(other, "an integer below {}", operator.lt)
 
 
 def same_as(other: str, why: str) -> FieldRule:
-    """The value of the field `other`; `why` goes on after its name in the error."""
+    """Return the rule that a value equals the field `other`; the error ends with `why`."""
     return FieldRule(other, f"{{}}, {why}", operator.eq)
 
 
 Count = Annotated[int, Bounds(0, sys.maxsize)]
 PositiveInt = Annotated[int, Bounds(1, sys.maxsize)]
-Depth = Annotated[int, Bounds(1, 1024)]  # layers: more are a mistake that would take all memory
-Size = Annotated[int, Bounds(1, 2**20)]  # of a tensor, likewise
+Depth = Annotated[int, Bounds(1, 1024)]  # layers; a mistake must not take all memory
+Size = Annotated[int, Bounds(1, 2**20)]  # of a tensor, for the same reason
 Workers = Annotated[int, Bounds(0, 1024)]  # processes
 Seed = Annotated[int, Bounds(0, 2**32 - 1)]
 NonNegative = Annotated[float, Bounds(0)]
 Positive = Annotated[float, Bounds(0, includes_low=False)]
 Share = Annotated[float, Bounds(0, 1)]
-Zero = Annotated[float, Bounds(0, 0)]  # where a share cannot be another
+Zero = Annotated[float, Bounds(0, 0)]  # a share that a subclass does not support
 PositiveShare = Annotated[float, Bounds(0, 1, includes_low=False)]
 Rate = Annotated[float, Bounds(0, 1, includes_high=False)]
 
 
 def check_fields(instance: Any) -> None:
-    """Raises where a field of a dataclass is not what its annotation says."""
+    """Raise TypeError or ValueError if a field of a dataclass does not match its annotation."""
     hints = _field_hints(type(instance))
     for name, hint in hints.items():
         check(name, getattr(instance, name), hint)
@@ -127,16 +128,26 @@ def _field_hints(cls: type) -> dict[str, Any]:
 
 
 def check(name: str, value: Any, hint: Any) -> None:
-    """Raises where the argument `name` is not what a type hint says."""
+    """Raise TypeError or ValueError if a value does not match a type hint.
+
+    Example::
+
+        check("heads", heads, PositiveInt)  # heads: expected an integer at least 1, got 0
+
+    Args:
+        name: name of the argument, for the message.
+        value: value of the argument.
+        hint: type hint, `Annotated` with `Bounds` for intervals.
+    """
     error = mismatch_error(value, hint)
     if error is not None:
         raise error(f"{name}: expected {describe_type(hint)}, got {value!r:.200}")
 
 
 def mismatch_error(value: Any, hint: Any) -> type[TypeError | ValueError] | None:
-    """None where `value` fits a type hint; else TypeError, or ValueError where only the type does.
+    """Return TypeError or ValueError if `value` does not match a type hint, else None.
 
-    An integer is a float too; True and False are neither.
+    It is ValueError if the type matches. An integer is also a float; True and False are neither.
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
@@ -164,7 +175,7 @@ def mismatch_error(value: Any, hint: Any) -> type[TypeError | ValueError] | None
 
 
 def item_hints(arguments: tuple[Any, ...], length: int) -> tuple[Any, ...]:
-    """The hints of the items of a `tuple[..]` of that length, whose arguments are given."""
+    """Return the hints of the items of a `tuple[arguments]` of that length."""
     return arguments[:1] * length if arguments[-1] is Ellipsis else arguments
 
 
@@ -176,7 +187,7 @@ def _first_mismatch(
 
 
 def describe_type(hint: Any, words: Mapping[Any, str] = WORDS) -> str:
-    """A type hint in words; `words` has those of plain types."""
+    """Return a type hint in words; `words` has the words of plain types."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         bounds = [str(rule) for rule in arguments[1:] if isinstance(rule, Bounds)]
@@ -185,7 +196,8 @@ def describe_type(hint: Any, words: Mapping[Any, str] = WORDS) -> str:
         lists_last = sorted(arguments, key=lambda each: Ellipsis in typing.get_args(each))
         return " or ".join(describe_type(argument, words) for argument in lists_last)
     if origin is Literal:
-        return "one of " * (len(arguments) > 1) + ", ".join(map(repr, arguments))
+        choices = ", ".join(map(repr, arguments))
+        return f"one of {choices}" if len(arguments) > 1 else choices
     if origin is tuple and arguments[-1] is not Ellipsis:
         return "[" + ", ".join(describe_type(argument, words) for argument in arguments) + "]"
     if origin is tuple:
@@ -196,20 +208,20 @@ def describe_type(hint: Any, words: Mapping[Any, str] = WORDS) -> str:
 
 
 def did_you_mean(name: Any, known: Iterable[str], *, cutoff: float = 0.6) -> str:
-    """The end of an error about an unknown name: the known one that is most alike, if any is."""
+    """Return the end of an error about an unknown name: the most similar known name, if any."""
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=cutoff)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def check_output(option: str, output: Path | None) -> None:
-    """Raises ConfigError where a file cannot be written at the end of what takes long."""
+    """Raise ConfigError, before a long run, if its output file cannot be written."""
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise ConfigError(f"{option}: expected a file in an existing folder, got {output}")
 
 
 @contextmanager
 def as_config_error(key: str) -> Iterator[None]:
-    """Turns an argument error of what runs inside into a ConfigError that begins with `key`."""
+    """Turn an argument error of the code inside into a ConfigError that begins with `key`."""
     try:
         yield
     except (TypeError, ValueError, OverflowError, RecursionError, OSError) as error:
@@ -244,33 +256,33 @@ EXTRAS = {
 
 
 def require_packages(user: str, *packages: str) -> None:
-    """Raises ImportError where a package is missing, without importing those that are not."""
+    """Raise ImportError if a package is missing, without importing the packages."""
     for package in packages:
         if find_spec(package) is None:
-            raise _missing(user, package)
+            raise _missing_extra(user, package)
 
 
 @contextmanager
 def require_extra(user: str) -> Iterator[None]:
-    """Inside, the ImportError of a missing package becomes one that names the extra."""
+    """Turn the ImportError of a missing package inside into one that names the extra."""
     try:
         yield
     except ImportError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS or is_missing_extra(error):
             raise
-        raise _missing(user, package) from error
+        raise _missing_extra(user, package) from error
 
 
 def from_checkout(module: str, user: str) -> types.ModuleType:
-    """Import `benchmarks.<module>`, which a checkout of the project has and the wheel has not.
+    """Import `benchmarks.<module>`, which is in a checkout of the project and not in the wheel.
 
     Args:
-        module: below the package `benchmarks`.
-        user: what needs it, for the message.
+        module: name of the module in the package `benchmarks`.
+        user: name of the command or function that needs it, for the message.
 
     Raises:
-        ConfigError: this is no checkout.
+        ConfigError: the package is installed without a checkout.
     """
     try:
         return import_module(f"benchmarks.{module}")
@@ -284,10 +296,10 @@ def from_checkout(module: str, user: str) -> types.ModuleType:
 
 
 def is_missing_extra(error: ImportError) -> bool:
-    """Whether the error is one of these, and no bug."""
+    """Return whether the error is one of `require_extra`, not another failed import."""
     return "elip-kernels[" in str(error)
 
 
-def _missing(user: str, package: str) -> ImportError:
+def _missing_extra(user: str, package: str) -> ImportError:
     message = f"{user} needs {package}: pip install 'elip-kernels[{EXTRAS[package]}]'"
     return ImportError(message, name=package)

@@ -1,4 +1,4 @@
-"""Weights from and to other code."""
+"""Import and export of weights: checkpoints of other libraries and of official implementations."""
 
 from elip_models.validation import require_packages
 

@@ -1,12 +1,11 @@
-"""Our models as other libraries' folders: the weights and what their configs can say.
+"""Export of our models to folders of other libraries: weights and config.
 
-    hf          CLIPModel; of BLIP the class of transformers that `architecture` names
-    open_clip   open_clip_config.json and open_clip_model.safetensors, of CLIP
-    ours        what `save_pretrained` writes
+    hf          CLIPModel, or the class of transformers that `architecture` names, for BLIP
+    open_clip   open_clip_config.json and open_clip_model.safetensors, for CLIP
+    ours        the files of `save_pretrained`
 
-What the other library has no place for is left behind: schedules, momentum copies, the queue, of
-BLIP the parts that an architecture lacks, and for transformers the bias of CLIP's sigmoid loss,
-which no ranking needs.
+Not exported are schedules, momentum copies, the queue, the parts of BLIP that an architecture lacks
+and, for transformers, the bias of CLIP's sigmoid loss, which does not change a ranking.
 """
 
 import json
@@ -45,24 +44,32 @@ def save_as(
     architecture: str | None = None,
     tokenizer: Any = None,
 ) -> Path:
-    """Write a model for another library; the folder appears whole or not at all.
+    """Write a model for another library; an error leaves no incomplete folder.
+
+    Example::
+
+        save_as(model, "clip_hf", "hf")
 
     Args:
-        folder: new, or empty.
+        model: one of our models.
+        folder: a new or empty folder.
         to: one of `FORMATS`.
-        architecture: of BLIP in transformers, one of `BLIP_ARCHITECTURES`; None is the first.
-        tokenizer: of transformers, written beside the weights.
+        architecture: for BLIP in transformers, one of `BLIP_ARCHITECTURES`; None: the first.
+        tokenizer: tokenizer of transformers, written beside the weights.
+
+    Returns:
+        The folder.
 
     Raises:
-        ValueError: a folder that holds something, an unknown format or architecture, or a model
-            that the library has no class for.
+        ValueError: the folder is not empty, the format or architecture is unknown, or the library
+            has no class for the model.
     """
     if to not in FORMATS:
         raise ValueError(f"to: expected one of {', '.join(FORMATS)}, got {to!r}")
     if architecture is not None and (to, model.family) != ("hf", "blip"):
         raise ValueError(
-            f"architecture: expected None but for BLIP to 'hf', got {architecture!r} for "
-            f"{type(model).__name__} to {to!r}"
+            f"architecture: expected None except for BLIP and to='hf', got {architecture!r} for "
+            f"{type(model).__name__} and to={to!r}"
         )
     with _new_folder(Path(folder)) as staged:
         if to == "ours":
@@ -78,15 +85,15 @@ def save_as(
 
 
 def to_hf(model: PretrainedModel, architecture: str | None = None) -> nn.Module:
-    """The model of transformers with the weights of ours, in eval mode; see `save_as`."""
+    """Return a model of transformers with the weights of ours, in eval mode; see `save_as`."""
     import transformers
 
-    if model.family not in HF:
+    if model.family not in HF_ARCHITECTURES:
         raise ValueError(
             f"to: expected 'ours' for {type(model).__name__}, which transformers has no class of, "
             "got 'hf'"
         )
-    kinds, config_of = HF[model.family]
+    kinds, config_of = HF_ARCHITECTURES[model.family]
     architecture = architecture or next(iter(kinds))
     if architecture not in kinds:
         raise ValueError(f"architecture: expected one of {', '.join(kinds)}, got {architecture!r}")
@@ -97,7 +104,7 @@ def to_hf(model: PretrainedModel, architecture: str | None = None) -> nn.Module:
 
 
 def _with_our_weights(theirs: nn.Module, model: PretrainedModel, kind: str) -> nn.Module:
-    """Another library's model with the weights of ours."""
+    """Load our weights into another library's model; returns it in eval mode."""
     state = theirs.state_dict()
     weights = rename_tensors(model.state_dict(), reversed_names(KINDS[kind].names))
     fitted: dict[str, Tensor] = {
@@ -114,8 +121,8 @@ def _hf_clip_config(config: CLIPConfig) -> Any:
 
     if config.eos_token_id == 2:
         raise ValueError(
-            "eos_token_id: expected another than 2 for transformers' CLIP, which then reads a text "
-            "at its highest id, got 2; open_clip has no such rule"
+            "eos_token_id: expected an id other than 2 for transformers' CLIP, which then pools at "
+            "the highest id of a text, got 2; export to open_clip instead"
         )
     shared = {"hidden_act": config.activation, "projection_dim": config.embed_dim}
     vision = shared | _hf_tower(config, "vision", config.vision_mlp_ratio)
@@ -154,11 +161,12 @@ def _hf_blip_config(config: BLIPConfig) -> Any:
     )
 
 
-HF: dict[str, tuple[dict[str, str], Callable[[Any], Any]]] = {
+HF_ARCHITECTURES: dict[str, tuple[dict[str, str], Callable[[Any], Any]]] = {
     "clip": ({"CLIPModel": "hf_clip"}, _hf_clip_config),
     "blip": (BLIP_ARCHITECTURES, _hf_blip_config),
 }
-"""Family -> its architectures in transformers, each by the kind of its names, and their config."""
+"""Family -> architectures in transformers with their kinds of names, and a function of our config
+that returns theirs."""
 
 
 def _hf_tower(config: CLIPConfig | BLIPConfig, part: str, mlp_ratio: float) -> dict[str, Any]:
@@ -176,7 +184,7 @@ def _hf_tower(config: CLIPConfig | BLIPConfig, part: str, mlp_ratio: float) -> d
 
 
 def open_clip_config(config: CLIPConfig) -> dict[str, Any]:
-    """`model_cfg` of open_clip; a text is read at its highest id or, if that is not EOS, at EOS."""
+    """Return `model_cfg` of open_clip, with pooling of texts at the highest id or else at EOS."""
     towers: dict[str, dict[str, Any]] = {"vision": {}, "text": {}}
     for part, tower in towers.items():
         tower |= {
@@ -227,23 +235,23 @@ def _write_open_clip(model: PretrainedModel, folder: Path, *, has_tokenizer: boo
     images = {"mean": CLIP_MEAN, "std": CLIP_STD}
     if model.config.resize == "squash":
         images["resize_mode"] = "squash"
-    described = {"model_cfg": config, "preprocess_cfg": images}
-    text = json.dumps(described, indent=2) + "\n"
+    content = {"model_cfg": config, "preprocess_cfg": images}
+    text = json.dumps(content, indent=2) + "\n"
     (folder / OPEN_CLIP_CONFIG).write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write in that takes the place of `folder` once all is written."""
+    """Yield a temporary folder that is renamed to `folder` if no error occurs."""
     folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"folder: expected a new or empty folder, got {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        staged = place / folder.name
+        staged = temporary / folder.name
         staged.mkdir()
         yield staged
         os.replace(staged, folder)
     finally:
-        shutil.rmtree(place)
+        shutil.rmtree(temporary)

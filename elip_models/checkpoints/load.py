@@ -1,12 +1,12 @@
-"""Other people's checkpoints as our models.
+"""Conversion of checkpoints to our models.
 
-    official ALBEF, BLIP, METER   .pth or .ckpt; also ELIP's own, whose names are the same
+    official ALBEF, BLIP, METER   .pth or .ckpt; ELIP's own have the same names
     open_clip                     .pt, .safetensors, or a folder with open_clip_config.json
     transformers                  a folder of CLIPModel or of the Blip family
     ours                          a folder that save_pretrained wrote
 
-Names and what fills missing parts: `names.py`; the config: `model_config.py`; the way back:
-`export.py`. Files are read as tensors alone, never as code.
+`names.py` has the names of tensors, `model_config.py` derives the config, and `export.py` converts
+in the other direction. Only tensors are read from files; no code in them is run.
 """
 
 import math
@@ -31,7 +31,7 @@ from elip_models.checkpoints.model_config import (
 from elip_models.checkpoints.names import KINDS, Kind, recognise_kind
 from elip_models.checkpoints.renaming import rename_tensors
 from elip_models.models.base import PretrainedModel
-from elip_models.models.io.files import check_numbers, read_config, read_object, read_tensors
+from elip_models.models.io.files import check_no_nan, read_config, read_object, read_tensors
 from elip_models.models.io.weights import first_names, load_weights
 from elip_models.models.peft.saved_adapter import has_adapter
 from elip_models.models.registry import MODELS
@@ -50,12 +50,17 @@ WEIGHT_FILES = (
 )
 OURS = "ours"
 LOAD_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, UnicodeDecodeError, LookupError)
-"""What torch.load raises for other content than tensors, and for a file that is none of its own."""
+"""Errors of torch.load for content other than tensors, and for files of another format."""
 
 
 class Checkpoint(NamedTuple):
-    """kind: of the table. weights: by our names where the table knows them. fields: of our config
-    that the source says. ignored: names of tensors that the kind passes over.
+    """The content of a checkpoint.
+
+    Attributes:
+        kind: its kind, with the table of names.
+        weights: tensors under our names; names that the table does not have are unchanged.
+        fields: fields of our config that follow from the checkpoint.
+        ignored: names of tensors that the kind ignores.
     """
 
     kind: Kind
@@ -73,44 +78,49 @@ def convert_checkpoint(
     allow_unexpected: Iterable[str] = (),
     **overrides: Any,
 ) -> PretrainedModel:
-    """Our model, in eval mode, with the weights of a checkpoint.
+    """Return our model with the weights of a checkpoint, in eval mode.
 
-    Sizes follow from the weights. Heads are 64 wide, and ids and activation ours, unless the
-    source has a config that says so or an override does.
+    Sizes follow from the shapes of the weights. Heads are 64 wide, and token ids and activation
+    have our defaults, unless a config in the source or `overrides` has other values.
+
+    Example::
+
+        model = convert_checkpoint("ALBEF.pth", schedule="albef")
 
     Args:
-        source: a file or a folder, see above.
-        kind: one of `KINDS`, or 'ours'; None recognises it by the names of the tensors.
-        tokenizer: says the ids of special tokens; BLIP adds [DEC] and [ENC] to it.
-        allow_missing: patterns of our names, `*` for any part, that may stay as initialised, beside
-            those that the kind is known to lack.
-        allow_unexpected: patterns of the checkpoint's names that are left aside.
-        overrides: fields of the model's config; another `image_size` than the checkpoint's
+        source: a file or a folder, as in the table at the top of this module.
+        kind: a key of `KINDS`, or 'ours'. None: the kind follows from the names of the tensors.
+        tokenizer: sets the ids of special tokens. BLIP adds [DEC] and [ENC] to it.
+        allow_missing: patterns of our names, `*` for any part, that may keep their initial values,
+            beside the parts that the kind is known to lack.
+        allow_unexpected: patterns of names in the checkpoint that are ignored.
+        overrides: fields of the model's config. Another `image_size` than the checkpoint's
             interpolates the position embeddings (bicubic).
 
     Raises:
-        FileNotFoundError: no such file, or a folder without weights.
-        ValueError: a file that holds more than tensors, an unknown kind, a setting or a tokenizer
-            that our model cannot have, or tensors that are missing, unexpected or of another shape,
-            all listed.
+        FileNotFoundError: the file is missing, or the folder has no weights.
+        ValueError: the file has other content than tensors; the kind is unknown; our model does not
+            support a setting or the tokenizer; or tensors are missing, unexpected or of another
+            shape, all listed.
     """
     if kind is not None and kind not in (*KINDS, OURS):
         raise ValueError(f"kind: expected one of {', '.join((*KINDS, OURS))}, got {kind!r}")
     read = read_checkpoint(Path(source), kind)
     family = MODELS[read.kind.family]
-    fields = read.fields | _ids(family, tokenizer, read.fields) | overrides
+    fields = read.fields | _token_ids(family, tokenizer, read.fields) | overrides
     model = family(family.config_class.from_dict(fields | default_heads(fields)))
     _load_(model, read, tuple(allow_missing), tuple(allow_unexpected))
     return model.eval()
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, or of the weight file in a folder, without what they are wrapped in,
-    and by the names that they have without DataParallel and torch.compile.
+    """Return the tensors of a file, or of the weight file in a folder.
+
+    The prefixes of DataParallel and torch.compile are removed from their names.
 
     Raises:
-        FileNotFoundError: no such file, or a folder without weights.
-        ValueError: a file that holds more than tensors, or none.
+        FileNotFoundError: the file is missing, or the folder has no weights.
+        ValueError: the file has other content than tensors, or no tensors.
     """
     weights = {
         name.replace("_orig_mod.", ""): weight for name, weight in _read_stored(path).items()
@@ -134,8 +144,8 @@ def _read_stored(path: Path) -> dict[str, Tensor]:
         shards = read_object(path).get("weight_map")
         if mismatch_error(shards, dict[str, str]):
             raise ValueError(
-                f"source: expected weights, or the index of their shards, got {path}; where it is "
-                "a config, name its folder"
+                f"source: expected weights, or the index of their shards, got {path}; pass the "
+                "folder of a config"
             )
         files = [path.parent / shard for shard in sorted(set(shards.values()))]
         for file in files:
@@ -152,45 +162,45 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             return read_tensors(path)
         except ValueError as error:
             raise ValueError(f"source: {error}") from error
-    _check_unpacked(path)
+    _check_archive(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except LOAD_ERRORS as error:
-        others = _other_content(path)
+        others = _unsafe_globals(path)
         got = f"{others}, which could run code" if others else "a damaged file or other content"
-        mend = "" if others else "copy or download it again, or "
+        remedy = "" if others else "copy or download it again, or "
         raise ValueError(
-            f"source: expected tensors, numbers and texts alone in {path}, got {got}; {mend}where "
-            "you trust it, save its state dict alone, torch.save({'model': state_dict}, ..)"
+            f"source: expected only tensors, numbers and texts in {path}, got {got}; {remedy}if "
+            "you trust it, save only its state dict, torch.save({'model': state_dict}, ..)"
         ) from error
-    return _unwrapped(content, path)
+    return _state_dict_in(content, path)
 
 
-def _check_unpacked(path: Path) -> None:
-    """It is no TorchScript, and nothing in it is compressed, as torch.save leaves it: a small file
-    cannot fill the memory.
+def _check_archive(path: Path) -> None:
+    """Raise ValueError for TorchScript, and for compressed content, which torch.save never writes.
+
+    A small compressed file could fill the memory.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
             is_script = any(name.endswith("/constants.pkl") for name in archive.namelist())
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
-        return  # of the older format, or damaged, which torch.load says
+        return  # the older format, or a damaged file, for which torch.load raises an error
     if is_script:
         raise ValueError(
-            f"source: expected tensors alone in {path}, got TorchScript, which is code, as "
-            "OpenAI's CLIP files are; where you trust it, "
-            "torch.save(torch.jit.load(..).state_dict(), ..)"
+            f"source: expected only tensors in {path}, got TorchScript, which is code, as in "
+            "OpenAI's CLIP files; if you trust it, torch.save(torch.jit.load(..).state_dict(), ..)"
         )
     if unpacked > path.stat().st_size:
         raise ValueError(
-            f"source: expected a file that torch.save wrote, which compresses nothing, got {path} "
-            f"of {path.stat().st_size} bytes, which would unpack to {unpacked}"
+            f"source: expected an uncompressed file, as torch.save writes it, got {path} of "
+            f"{path.stat().st_size} bytes, which would unpack to {unpacked}; save it again"
         )
 
 
-def _other_content(path: Path) -> str:
-    """The classes and functions that a pickle names beside tensors, where it can be looked into."""
+def _unsafe_globals(path: Path) -> str:
+    """Return the classes and functions that a pickle uses beside tensors, if it is readable."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (*LOAD_ERRORS, ValueError):
@@ -198,8 +208,8 @@ def _other_content(path: Path) -> str:
     return ", ".join(names)
 
 
-def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict in {"state_dict": ..} or {"model": ..}, or itself."""
+def _state_dict_in(content: Any, path: Path) -> dict[str, Tensor]:
+    """Return the state dict in {"state_dict": ..} or {"model": ..}, or the content itself."""
     if isinstance(content, dict):
         wrapped = (content.get(name) for name in ("state_dict", "model"))
         content = next((inner for inner in wrapped if isinstance(inner, dict)), content)
@@ -215,8 +225,10 @@ def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def read_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
-    """What a file or folder holds, of the kind `name`, or recognised; raises as
-    `convert_checkpoint`.
+    """Read a file or folder of the kind `name`, or of the kind that its tensor names match.
+
+    Raises:
+        FileNotFoundError, ValueError: as `convert_checkpoint`.
     """
     weights = read_weights(path)
     folder = path if path.is_dir() else None
@@ -227,21 +239,21 @@ def read_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
         if has_adapter(folder):
             raise ValueError(
                 f"source: expected plain weights, got adapters beside them in {folder}; load it by "
-                "load_model, merge_ it, and save it elsewhere"
+                "load_model, merge_ it, and save it to another folder"
             )
         return Checkpoint(Kind(family, {}, has=()), weights, config)
     if name == OURS:
         raise ValueError(f"kind: expected a folder that save_pretrained wrote, got {path}")
-    kind = KINDS[name or _recognised(weights, folder)]
+    kind = KINDS[name or _find_kind(weights, folder)]
     kept = {
         tensor: weight
         for tensor, weight in weights.items()
         if not any(fnmatchcase(tensor, pattern) for pattern in kind.ignored)
     }
-    check_numbers(path, kept)
+    check_no_nan(path, kept)
     ours = rename_tensors(kept, kind.names)
     fields = sizes_from_weights(kind.family, ours)
-    if "input_resolution" in weights:  # of OpenAI's own CLIP, and of no other
+    if "input_resolution" in weights:  # only in OpenAI's CLIP
         fields["activation"] = "quick_gelu"
     fields |= fields_from_config(kind, folder, fields.get("vocab_size", 0))
     if kind.family == "blip":
@@ -251,12 +263,12 @@ def read_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
     return Checkpoint(kind, ours, fields, tuple(weights.keys() - kept.keys()))
 
 
-def _ids(
+def _token_ids(
     family: type[PretrainedModel],
     tokenizer: "PreTrainedTokenizerBase | None",
     fields: dict[str, Any],
 ) -> dict[str, int]:
-    """The ids of a tokenizer's special tokens."""
+    """Return the config fields for the ids of a tokenizer's special tokens."""
     if tokenizer is None:
         return {}
     config = family.config_class()
@@ -271,20 +283,20 @@ def _ids(
     return found
 
 
-def _recognised(weights: dict[str, Tensor], folder: Path | None) -> str:
-    """The kind; where the names do not say it, the error says what the folder is."""
+def _find_kind(weights: dict[str, Tensor], folder: Path | None) -> str:
+    """Return the kind; the error for unknown names also has the architecture in config.json."""
     try:
         return recognise_kind(weights)
     except ValueError as error:
         named = [n for n in ("config.json", OPEN_CLIP_CONFIG) if folder and (folder / n).is_file()]
         described = read_object(folder / named[0]) if named else {}
         architectures = described.get("architectures")
-        hint = f"; config.json says {', '.join(architectures)}" if architectures else ""
+        hint = f"; config.json has {', '.join(architectures)}" if architectures else ""
         raise ValueError(f"{error}{hint}") from error
 
 
 def _decoder_is_tied(weights: dict[str, Tensor]) -> bool:
-    """Whether all that a decoder shares with the encoder in pre-training is the same here."""
+    """Return whether the decoder has the encoder's values in all parts that pre-training shares."""
     for name, weight in weights.items():
         theirs = weights.get(name.replace("decoder.", "encoders.text.", 1))
         is_shared = name.startswith("decoder.") and ".attention." not in name
@@ -299,12 +311,12 @@ def _load_(
     allow_missing: tuple[str, ...],
     allow_unexpected: tuple[str, ...],
 ) -> None:
-    """Load what was read, and fill the parts that the kind may lack and that are not there."""
+    """Load the weights, and fill the missing parts that the kind may lack."""
     weights = fit_shapes(model, read.weights)
     check_tied_weights(model, weights)
     fills = {
-        part: filling
-        for part, filling in read.kind.fills.items()
+        part: source
+        for part, source in read.kind.fills.items()
         if not any(name.startswith(part) for name in weights)
     }
     missing = (*(f"{part}*" for part in fills), *allow_missing)
@@ -313,7 +325,7 @@ def _load_(
 
 
 def fit_shapes(model: PretrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Leading dims of size 1 added or dropped, position embeddings at the model's image size."""
+    """Add or drop leading dims of size 1, and resample position embeddings to the image size."""
     state = model.state_dict()
     fitted = {}
     for name, weight in weights.items():
@@ -326,11 +338,12 @@ def fit_shapes(model: PretrainedModel, weights: dict[str, Tensor]) -> dict[str, 
 
 
 def resample_pos_embed(pos_embed: Tensor, model: PretrainedModel) -> Tensor:
-    """Position embeddings (1, 1 + G^2, D), CLS first, on the model's grid, bicubic; with
-    antialiasing for CLIP, as open_clip does, and without for the others, as their code does.
+    """Interpolate position embeddings (1, 1 + G^2, D), CLS first, to the model's grid, bicubic.
+
+    Antialiasing is used for CLIP only, as in open_clip and the official code of the others.
     """
     if pos_embed.ndim != 3 or math.isqrt(pos_embed.shape[1] - 1) ** 2 != pos_embed.shape[1] - 1:
-        return pos_embed  # of no square grid: its shape is said to be another
+        return pos_embed  # not a square grid: loading raises an error for its shape
     side = model.config.image_size // model.config.patch_size
     return resample_abs_pos_embed(
         pos_embed, [side, side], num_prefix_tokens=1, antialias=model.family == "clip"
@@ -338,7 +351,7 @@ def resample_pos_embed(pos_embed: Tensor, model: PretrainedModel) -> Tensor:
 
 
 def match_leading_dims(weight: Tensor, shape: torch.Size) -> Tensor:
-    """The weight with as many leading dims as `shape`, where those that come or go have size 1."""
+    """Return the weight with as many dims as `shape`, if the leading ones to change have size 1."""
     missing = len(shape) - weight.ndim
     if missing > 0 and all(size == 1 for size in shape[:missing]):
         return weight.reshape(*shape[:missing], *weight.shape)
@@ -348,7 +361,7 @@ def match_leading_dims(weight: Tensor, shape: torch.Size) -> Tensor:
 
 
 def check_tied_weights(model: PretrainedModel, weights: dict[str, Tensor]) -> None:
-    """Raises ValueError where names of one tensor hold different values."""
+    """Raise ValueError if several names of one tensor have different values."""
     seen: dict[str, str] = {}
     differing = []
     for name, first in first_names(model).items():
@@ -358,14 +371,14 @@ def check_tied_weights(model: PretrainedModel, weights: dict[str, Tensor]) -> No
                 differing.append(f"{name} and {other}")
     if differing:
         raise ValueError(
-            "weights: expected the same values in tensors that the model shares, got others in "
-            f"{', '.join(differing)}"
+            "weights: expected the same values in tensors that the model shares, got different "
+            f"values in {', '.join(differing)}"
         )
 
 
 @torch.no_grad()
 def fill_absent_parts_(model: PretrainedModel, fills: dict[str, str | None]) -> None:
-    """Copy what a kind of checkpoint lacks, in order, but for tensors shared with other parts."""
+    """Copy the missing parts in the order of `fills`, except tensors shared with other parts."""
     state, first = model.state_dict(), first_names(model)
     for part, source in fills.items():
         if source is None:

@@ -1,7 +1,6 @@
-"""A model's config from a checkpoint: sizes from the shapes of its tensors, the rest from the
-config of the library that wrote it, where there is one.
+"""A model's config from a checkpoint: sizes from tensor shapes, other fields from its config file.
 
-Weights do not say how many heads they have: 64 wide each, unless a config or an override does.
+The number of heads does not follow from weights: a head is 64 wide, unless a config differs.
 """
 
 import math
@@ -53,7 +52,7 @@ DIMENSIONS: dict[str, dict[str, tuple[str, int]]] = {
         "cross_hidden": ("text_layers.layers.0.intermediate.dense.weight", 0),
     },
 }
-"""Field of the config -> tensor and dim that it is read off; an absent tensor says nothing."""
+"""Family -> field of the config -> tensor and dim with its value."""
 LAYERS = {
     "clip": {"vision_depth": "visual.blocks.", "text_depth": "text.transformer.encoder.layers."},
     "albef": {"vision_depth": "encoders.visual.blocks.", "text_depth": "encoders.text.layers."},
@@ -85,13 +84,13 @@ OPEN_CLIP_FIXED: dict[str, Any] = {
     "proj_type": "linear",
     "hf_model_name": None,
 }
-"""Settings of an open_clip tower that ours has no other value for."""
+"""Settings of an open_clip tower, with the only value that our model supports."""
 
 
 def sizes_from_weights(family: str, weights: dict[str, Tensor]) -> dict[str, Any]:
-    """Fields of the config that the shapes of weights, by our names, say."""
+    """Return the fields of the config that follow from the shapes of weights under our names."""
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    if family == "blip":  # captions alone: the decoder is all the text there is
+    if family == "blip":  # a captioning checkpoint has a decoder and no text encoder
         shapes |= {
             name.replace("decoder.", "encoders.text.", 1): shape
             for name, shape in shapes.items()
@@ -112,11 +111,11 @@ def sizes_from_weights(family: str, weights: dict[str, Tensor]) -> dict[str, Any
     positions = next((s[-2] for n, s in shapes.items() if n.endswith("visual.pos_embed")), None)
     if positions and "patch_size" in sizes:
         sizes["image_size"] = math.isqrt(positions - 1) * sizes["patch_size"]
-    return sizes | _texts(family, shapes, sizes)
+    return sizes | _text_fields(family, shapes, sizes)
 
 
-def _texts(family: str, shapes: dict[str, tuple[int, ...]], sizes: dict[str, Any]) -> dict:
-    """What follows from sizes: which layers fuse, which text encoder, how long a text may be."""
+def _text_fields(family: str, shapes: dict[str, tuple[int, ...]], sizes: dict[str, Any]) -> dict:
+    """Return the fields for fusion layers, the text encoder's kind, and the length of texts."""
     found: dict[str, Any] = {}
     default = FAMILIES[family].config_class()
     if family == "albef":
@@ -135,10 +134,10 @@ def _texts(family: str, shapes: dict[str, tuple[int, ...]], sizes: dict[str, Any
 
 
 def default_heads(sizes: dict[str, Any]) -> dict[str, int]:
-    """Heads of each part that `sizes` says the width of and not the heads.
+    """Return the number of heads of each part in `sizes` that has a width and no heads.
 
     Raises:
-        ValueError: a width that is no multiple of 64.
+        ValueError: a width is not a multiple of 64.
     """
     heads = {}
     for part in ("vision", "text", "cross"):
@@ -148,18 +147,17 @@ def default_heads(sizes: dict[str, Any]) -> dict[str, int]:
         if width % HEAD_WIDTH:
             raise ValueError(
                 f"{part}_heads: expected a width that is a multiple of {HEAD_WIDTH}, the width of "
-                f"a head in the official models, got {width}; say {part}_heads=.., which weights "
-                "do not"
+                f"a head in the official models, got {width}; pass {part}_heads=.."
             )
         heads[f"{part}_heads"] = width // HEAD_WIDTH
     return heads
 
 
 def fields_from_config(kind: Kind, folder: Path | None, vocab_size: int) -> dict[str, Any]:
-    """Fields of our config that the library's own config in a folder says; none without a folder.
+    """Return the fields of our config that follow from the library's config in a folder, if any.
 
     Raises:
-        ValueError: a setting that our model cannot have.
+        ValueError: our model does not support a setting.
     """
     if folder is None:
         return {}
@@ -170,27 +168,27 @@ def fields_from_config(kind: Kind, folder: Path | None, vocab_size: int) -> dict
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        return _of_hf_clip(config) if kind.family == "clip" else _of_hf_blip(config)
+        return _hf_clip_fields(config) if kind.family == "clip" else _hf_blip_fields(config)
     if kind.architecture is None and (folder / OPEN_CLIP_CONFIG).is_file():
         described = read_object(folder / OPEN_CLIP_CONFIG)
         images = described.get("preprocess_cfg", {})
         _check_stats(OPEN_CLIP_CONFIG, images.get("mean"), images.get("std"))
         resize = {"resize": "squash"} if images.get("resize_mode") == "squash" else {}
-        return resize | _of_open_clip(described.get("model_cfg", {}), vocab_size)
+        return resize | _open_clip_fields(described.get("model_cfg", {}), vocab_size)
     return {}
 
 
 def _check_stats(file: str, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
-    """Raises ValueError where images are normalised otherwise than ours are."""
+    """Raise ValueError if images have another normalisation than ours."""
     for name, got, ours in (("mean", mean, CLIP_MEAN), ("std", std, CLIP_STD)):
         if got is not None and any(abs(a - b) > 1e-3 for a, b in zip(got, ours, strict=True)):
             raise ValueError(
-                f"source: expected the {name} {ours} of images in {file}, as our models have them, "
-                f"got {tuple(got)}; name the weight file alone to convert it all the same"
+                f"source: expected the {name} {ours} of images in {file}, as in our models, got "
+                f"{tuple(got)}; pass only the weight file to convert it all the same"
             )
 
 
-def _of_hf_clip(config: Any) -> dict[str, Any]:
+def _hf_clip_fields(config: Any) -> dict[str, Any]:
     vision, text = config.vision_config, config.text_config
     if vision.hidden_act != text.hidden_act:
         raise ValueError(
@@ -205,12 +203,12 @@ def _of_hf_clip(config: Any) -> dict[str, Any]:
         "activation": vision.hidden_act,
     }
     ids = {"pad_token_id": text.pad_token_id}
-    if text.eos_token_id != 2:  # 2 is transformers' sign for the highest id of each text
+    if text.eos_token_id != 2:  # in transformers 2 means the highest id of each text
         ids["eos_token_id"] = text.eos_token_id
     return fields | _known_ids(ids, text.vocab_size)
 
 
-def _of_hf_blip(config: Any) -> dict[str, Any]:
+def _hf_blip_fields(config: Any) -> dict[str, Any]:
     vision, text = config.vision_config, config.text_config
     for tower in (vision, text):
         if tower.hidden_act != "gelu":
@@ -232,7 +230,7 @@ def _of_hf_blip(config: Any) -> dict[str, Any]:
     return fields | _known_ids(ids, text.vocab_size)
 
 
-def _of_open_clip(config: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+def _open_clip_fields(config: dict[str, Any], vocab_size: int) -> dict[str, Any]:
     vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
     pools = {"pool_type": "tok"}, {"pool_type": ("argmax", "eos")}
     for tower, pool in zip((vision, text), pools, strict=True):
@@ -241,7 +239,7 @@ def _of_open_clip(config: dict[str, Any], vocab_size: int) -> dict[str, Any]:
             if tower.get(name, allowed[0]) not in allowed:
                 raise ValueError(
                     f"source: expected {name} = {' or '.join(map(repr, allowed))} in "
-                    f"{OPEN_CLIP_CONFIG}, got {tower[name]!r}; our CLIP has no other"
+                    f"{OPEN_CLIP_CONFIG}, got {tower[name]!r}, which our CLIP does not support"
                 )
     fields = {
         "vision_heads": vision.get("width", 768) // vision.get("head_width", HEAD_WIDTH),
@@ -257,17 +255,17 @@ def _of_open_clip(config: dict[str, Any], vocab_size: int) -> dict[str, Any]:
 
 
 def _known_ids(ids: dict[str, int | None], vocab_size: int) -> dict[str, int]:
-    """Those of the vocabulary: configs keep defaults that lie beyond a small one."""
+    """Drop ids outside the vocabulary: configs keep default ids beyond a small vocabulary."""
     return {name: i for name, i in ids.items() if i is not None and 0 <= i < vocab_size}
 
 
 def _count(names: Iterable[str], start: str) -> int:
-    """How many layers: the highest number after `start`, plus one."""
+    """Return the number of layers: the highest number after `start`, plus one."""
     numbers = re.compile(re.escape(start) + r"(\d+)\..*")
     return max((int(m[1]) + 1 for name in names if (m := numbers.fullmatch(name))), default=0)
 
 
 def _ratio(hidden: int, width: int) -> float:
-    """Hidden / width, such that int(width * ratio) is hidden again."""
+    """Return hidden / width, rounded such that int(width * ratio) equals hidden."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)

@@ -1,17 +1,17 @@
-"""Names of the tensors in other people's checkpoints, and ours.
+"""Tables of tensor names: those of other checkpoints, and ours.
 
-A table holds templates, see `modules/renaming.py`, theirs on the left and ours on the right.
-Read backwards, it exports.
+A table has templates of `renaming.py`, the other checkpoint's on the left, ours on the right. The
+reversed table is for export.
 
-A kind of checkpoint that may lack parts of our model says what fills them, in order: `fills` maps
-how our names begin to how those begin that are copied, or to None for a part that stays as a fresh
-model has it. A part is filled where nothing of it is there; a gap in one is an error.
+A checkpoint may lack parts of our model. `Kind.fills` maps the prefix of such a part to the prefix
+of the part that is copied into it, or to None, which keeps the initial values. A part is filled
+only if all of it is missing; a part that is incomplete raises an error.
 
     momentum copies     copies of the online parts, also in pre-trained models without them
     queue               random, as at the start of training
-    BLIP's decoder      the encoder's weights, with its self-attention, where only that was trained
-    BLIP's encoder      the decoder's, where only that was trained (captions)
-    heads, projections  as initialised
+    BLIP's decoder      the encoder's weights and self-attention, if only the encoder was trained
+    BLIP's encoder      the decoder's weights, if only the decoder was trained (captions)
+    heads, projections  initial values
 """
 
 from collections.abc import Iterable
@@ -115,7 +115,7 @@ QUEUE = {
 
 
 def _with_momentum_copies(names: Names) -> Names:
-    """Also of the copies: 'text_encoder_m.' beside 'text_encoder.'."""
+    """Add the names of momentum copies: 'text_encoder_m.' beside 'text_encoder.'."""
     copies = {
         left.replace(".", "_m.", 1): right.replace("encoders.", "encoders_m.", 1)
         for left, right in names.items()
@@ -157,9 +157,14 @@ NO_PROJECTIONS: dict[str, str | None] = {
 class Kind:
     """A kind of checkpoint.
 
-    family: of our model. names: the table. architecture: the class of transformers, if it is one's.
-    has, without: names that a checkpoint of this kind holds, and does not; patterns.
-    fills: our parts that it may lack. ignored: patterns of tensors that say nothing of their own.
+    Attributes:
+        family: family of our model.
+        names: table of names.
+        has: patterns of names that every checkpoint of this kind has.
+        without: patterns of names that no checkpoint of this kind has.
+        fills: prefixes of our parts that may be missing, and of what is copied into them.
+        ignored: patterns of tensors that are not loaded.
+        architecture: class of transformers, for its checkpoints.
     """
 
     family: str
@@ -279,7 +284,7 @@ KINDS = {
         fills=NO_PROJECTIONS | INFERENCE,
         architecture="BlipForQuestionAnswering",
     ),
-    "hf_blip": Kind(  # its features pass a pooler and a second norm that ours lack: towers alone
+    "hf_blip": Kind(  # only towers: its features pass a pooler and a norm that our model lacks
         "blip",
         HF_BLIP_VIT | _with_prefix("text_model.", "encoders.text.", BERT),
         has=("vision_model.embeddings.class_embedding", "text_model.encoder.layer.*"),
@@ -290,29 +295,26 @@ KINDS = {
 
 
 def recognise_kind(names: Iterable[str]) -> str:
-    """The kind of a checkpoint by its tensors' names.
+    """Return the kind of a checkpoint by the names of its tensors.
 
     Raises:
-        ValueError: no kind, or several.
+        ValueError: no kind matches, or several.
     """
     names = list(names)
 
-    def holds(pattern: str) -> bool:
+    def is_there(pattern: str) -> bool:
         return any(fnmatchcase(name, pattern) for name in names)
 
     found = [
         kind
         for kind, spec in KINDS.items()
-        if all(map(holds, spec.has)) and not any(map(holds, spec.without))
+        if all(map(is_there, spec.has)) and not any(map(is_there, spec.without))
     ]
     if len(found) != 1:
-        got = (
-            f"names such as {', '.join(sorted(names)[:3])}"
-            if not found
-            else f"one that {' and '.join(found)} fit"
-        )
+        several = f"one that matches {' and '.join(found)}"
+        got = several if found else f"names such as {', '.join(sorted(names)[:3])}"
         raise ValueError(
-            f"source: expected a checkpoint of a kind among {', '.join(KINDS)}, got {got}; say "
-            "which with kind="
+            f"source: expected a checkpoint of a kind among {', '.join(KINDS)}, got {got}; pass "
+            "kind="
         )
     return found[0]

@@ -1,10 +1,10 @@
-"""A fresh model from pretrained towers: an image tower of timm, a text tower of transformers.
+"""Initialisation from pretrained towers: an image tower of timm, a text tower of transformers.
 
-Position embeddings are interpolated to the model's image size, and the head is dropped. Layers of
-the text go in order; cross-attention, which such towers lack, stays as initialised, and so do the
-last rows of a vocabulary that is longer than theirs. ALBEF and BLIP take the language head too,
-where the text tower has one, and BLIP's decoder begins as its encoder. Momentum copies are made
-equal to the online parts again.
+Position embeddings are interpolated to the model's image size, and the image tower's head is
+dropped. Text layers are copied in order. Cross-attention keeps its initial values, and so do the
+last rows of a larger vocabulary. ALBEF and BLIP also take the text tower's language head, if it has
+one. BLIP's decoder gets the same weights as its encoder. Momentum copies are reset to the online
+parts.
 """
 
 from typing import Any, NamedTuple
@@ -24,12 +24,14 @@ from elip_models.models.io.weights import load_weights
 
 
 class _Towers(NamedTuple):
-    """Where a family keeps its towers, as its names begin.
+    """Prefixes of the names of a family's towers.
 
-    visual: the image tower. texts: the text tower, and what begins as a copy of it; none where no
-    text tower of BERT's kind fits. head: the language head, where one of a text model fits. spare:
-    blocks that a pretrained image tower may have more, which are dropped. dropped: what a text
-    tower has and the family has not.
+    Attributes:
+        visual: image tower.
+        texts: text tower, and parts that get a copy of it; empty if no BERT-like tower fits.
+        head: language head, if the head of a text model fits.
+        spare: number of last blocks of a pretrained image tower that are dropped.
+        dropped: parts of a text tower that the family does not have.
     """
 
     visual: str
@@ -53,7 +55,7 @@ TOWERS = {
 
 
 class _Part(NamedTuple):
-    """Weights by our names, and how those begin that they have to fill."""
+    """Weights under our names, and the prefixes of the parts that they must fill."""
 
     weights: dict[str, Tensor]
     parts: tuple[str, ...]
@@ -64,20 +66,24 @@ def load_pretrained_towers_(
     vision: str | VisionTransformer | None = None,
     text: str | nn.Module | None = None,
 ) -> None:
-    """Overwrite towers of a fresh model, in place.
+    """Overwrite the towers of a new model in place by pretrained ones.
+
+    Example::
+
+        load_pretrained_towers_(model, "timm:vit_base_patch16_224", "hf:bert-base-uncased")
 
     Args:
-        vision: 'timm:NAME', or a VisionTransformer of timm. For METER it may have one block more,
-            the last, which is dropped.
-        text: 'hf:NAME' or 'hf:FOLDER', or a BertModel or RobertaModel of transformers, alone or
-            below a language head. Not for CLIP, whose text tower is another.
+        model: one of our models; its momentum copies are reset.
+        vision: 'timm:NAME', or a VisionTransformer of timm. METER drops a twelfth block.
+        text: 'hf:NAME' or 'hf:FOLDER', or a BertModel or RobertaModel of transformers, with or
+            without language head. CLIP, which has another text tower, needs None.
 
     Raises:
-        TypeError: something else.
-        ValueError: a tower of another architecture or size; the model is unchanged then.
+        TypeError: a tower has another type.
+        ValueError: a tower has another architecture or size. The model is unchanged then.
     """
-    found = [_of_image(model, vision)] if vision is not None else []
-    found += [_of_text(model, text)] if text is not None else []
+    found = [_image_weights(model, vision)] if vision is not None else []
+    found += [_text_weights(model, text)] if text is not None else []
     weights = {name: weight for part in found for name, weight in part.weights.items()}
     parts = tuple(start for part in found for start in part.parts)
     others = [name for name in model.state_dict() if not name.startswith(parts)]
@@ -85,8 +91,10 @@ def load_pretrained_towers_(
     model.reset_momentum_()
 
 
-def _of_image(model: PretrainedModel, vision: str | VisionTransformer) -> _Part:
-    theirs = open_model(_checked("vision", vision, "timm:")) if isinstance(vision, str) else vision
+def _image_weights(model: PretrainedModel, vision: str | VisionTransformer) -> _Part:
+    if isinstance(vision, str):
+        _check_prefix("vision", vision, "timm:")
+    theirs = open_model(vision) if isinstance(vision, str) else vision
     if type(theirs) is not VisionTransformer:
         raise TypeError(
             "vision: expected 'timm:NAME' or a VisionTransformer of timm, got "
@@ -96,7 +104,7 @@ def _of_image(model: PretrainedModel, vision: str | VisionTransformer) -> _Part:
     depth, blocks = len(ours.blocks), len(theirs.blocks)
     if 0 < blocks - depth <= TOWERS[model.family].spare:
         blocks = depth
-    _check_alike("vision", _vit(ours), _vit(theirs) | {"blocks": blocks})
+    _check_equal("vision", _vit_settings(ours), _vit_settings(theirs) | {"blocks": blocks})
     weights = {
         start + name: weight
         for name, weight in theirs.state_dict().items()
@@ -108,11 +116,11 @@ def _of_image(model: PretrainedModel, vision: str | VisionTransformer) -> _Part:
     return _Part(weights, (start,))
 
 
-def _of_text(model: PretrainedModel, text: str | nn.Module) -> _Part:
+def _text_weights(model: PretrainedModel, text: str | nn.Module) -> _Part:
     towers = TOWERS[model.family]
     if not towers.texts:
         raise ValueError(f"text: expected None for {type(model).__name__}, got {text!r:.80}")
-    theirs = _open_text(_checked("text", text, "hf:")) if isinstance(text, str) else text
+    theirs = _open_text(text) if isinstance(text, str) else text
     base = getattr(theirs, getattr(theirs, "base_model_prefix", ""), theirs)
     if not isinstance(base, (BertModel, RobertaModel)):
         raise TypeError(
@@ -120,31 +128,29 @@ def _of_text(model: PretrainedModel, text: str | nn.Module) -> _Part:
             f"{type(theirs).__name__}"
         )
     tower = model.get_submodule(towers.texts[0].removesuffix("."))
-    roberta = isinstance(tower.embeddings, RobertaEmbeddings)
-    kinds = ["roberta" if it else "bert" for it in (roberta, isinstance(base, RobertaModel))]
-    _check_alike("text", _bert(tower.config, kinds[0]), _bert(base.config, kinds[1]))
-    named = rename_tensors(base.state_dict(), BERT)
+    _check_equal("text", _bert_settings(tower), _bert_settings(base))
+    renamed = rename_tensors(base.state_dict(), BERT)
     starts = towers.texts
     weights = {
         part + name: weight
         for part in starts
-        for name, weight in named.items()
+        for name, weight in renamed.items()
         if not name.startswith(towers.dropped)
     }
     if towers.head is not None and hasattr(theirs, "cls"):
         predictions = theirs.cls.predictions.state_dict()
         weights |= {f"{towers.head}predictions.{name}": w for name, w in predictions.items()}
         starts += (towers.head,)
-    return _Part(_with_our_rows(model, weights, base.config.vocab_size), starts)
+    return _Part(_with_new_rows(model, weights, base.config.vocab_size), starts)
 
 
-def _with_our_rows(
+def _with_new_rows(
     model: PretrainedModel, weights: dict[str, Tensor], rows: int
 ) -> dict[str, Tensor]:
-    """What has a row a token, followed by the model's own last rows where its vocabulary is longer.
+    """Append the model's own last rows to tensors with one row per token, for new tokens.
 
     Raises:
-        ValueError: the model's vocabulary is shorter.
+        ValueError: the model's vocabulary is smaller.
     """
     ours = model.config.vocab_size
     if rows > ours:
@@ -157,16 +163,16 @@ def _with_our_rows(
     }
 
 
-def _checked(argument: str, name: str, prefix: str) -> str:
+def _check_prefix(argument: str, name: str, prefix: str) -> None:
     if not name.startswith(prefix):
         raise ValueError(f"{argument}: expected '{prefix}NAME' or a module, got {name!r}")
-    return name
 
 
 def _open_text(spec: str) -> nn.Module:
-    """The model of transformers, with its language head where its config names one."""
+    """Load a model of transformers, with a language head if its config names one."""
     from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
+    _check_prefix("text", spec, "hf:")
     name = spec.removeprefix("hf:")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -175,12 +181,12 @@ def _open_text(spec: str) -> nn.Module:
         return kind.from_pretrained(name, trust_remote_code=False)
     except OSError as error:
         raise ValueError(
-            f"text: expected a model whose files are here or can be fetched, got {spec!r}: {error}"
+            f"text: expected a model with local or downloadable files, got {spec!r}: {error}"
         ) from error
 
 
-def _vit(vit: VisionTransformer) -> dict[str, Any]:
-    """What two image towers have to have in common, beside the names of their tensors."""
+def _vit_settings(vit: VisionTransformer) -> dict[str, Any]:
+    """Return what two image towers must have in common beside the names of their tensors."""
     block = vit.blocks[0]
     return {
         "width": vit.embed_dim,
@@ -194,10 +200,11 @@ def _vit(vit: VisionTransformer) -> dict[str, Any]:
     }
 
 
-def _bert(config: Any, kind: str) -> dict[str, Any]:
-    """What two text towers have to have in common, beside the names of their tensors."""
+def _bert_settings(tower: nn.Module) -> dict[str, Any]:
+    """Return what two text towers must have in common beside the names of their tensors."""
+    config = tower.config
     return {
-        "kind": kind,
+        "kind": "roberta" if isinstance(tower.embeddings, RobertaEmbeddings) else "bert",
         "width": config.hidden_size,
         "layers": config.num_hidden_layers,
         "heads": config.num_attention_heads,
@@ -208,11 +215,11 @@ def _bert(config: Any, kind: str) -> dict[str, Any]:
     }
 
 
-def _check_alike(argument: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+def _check_equal(argument: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     differing = [name for name in ours if ours[name] != theirs[name]]
     if differing:
         expected, got = (
             ", ".join(f"{name} = {values[name]!r}" for name in differing)
             for values in (ours, theirs)
         )
-        raise ValueError(f"{argument}: expected a tower of the model's {expected}, got {got}")
+        raise ValueError(f"{argument}: expected a tower with the model's {expected}, got {got}")

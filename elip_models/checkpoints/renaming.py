@@ -1,12 +1,12 @@
-"""Tensors under other names, by a table of templates that reads in both directions.
+"""Renaming of tensors by a table of templates, which works in both directions.
 
     "visual.conv1.weight"                "visual.patch_embed.proj.weight"
     "encoder.layers.*.layer_norm1.*"     "blocks.*.norm1.*"
     "layers.*.{q,k,v}_proj.*"            "blocks.*.attn.qkv.*"
     "visual.proj"                        "image_projection.weight.T"
 
-`*` stands for one part of a name, at the end for all the rest; `{q,k,v}` for three tensors that the
-other side holds stacked along dim 0; `.T` at the end for a transposed matrix.
+`*` matches one part of a name, at the end the whole rest. `{q,k,v}` matches three tensors that the
+other side stacks along dim 0. `.T` at the end marks a transposed matrix.
 """
 
 import re
@@ -26,7 +26,7 @@ class _Rule(NamedTuple):
 
 
 def rename_tensors(weights: dict[str, Tensor], names: Names) -> dict[str, Tensor]:
-    """Weights under the names on the right of a table; those it does not know keep their own."""
+    """Return the weights under the names on the right of a table; other names do not change."""
     rules = [_Rule(_pattern(left), left, right) for left, right in names.items()]
     out: dict[str, Tensor] = {}
     stacked: dict[str, dict[str, str]] = {}
@@ -52,7 +52,7 @@ def rename_tensors(weights: dict[str, Tensor], names: Names) -> dict[str, Tensor
 
 
 def reversed_names(names: Names) -> Names:
-    """The table from right to left; of several names for one on the right, the first."""
+    """Return the table from right to left; the first of several names on the left is used."""
     table: Names = {}
     for left, right in names.items():
         table.setdefault(right, left)
@@ -68,7 +68,7 @@ def _first_match(rules: list[_Rule], name: str) -> tuple[re.Match[str], _Rule] |
 
 
 def _pattern(template: str) -> re.Pattern[str]:
-    """A regular expression whose groups are the stars, and `qkv` the letter."""
+    """Return a regular expression with a group for each star, and the group `qkv`."""
     text = re.escape(template.removesuffix(".T")).replace(re.escape(QKV), "(?P<qkv>[qkv])")
     ends_open = text.endswith(r"\*")
     text = text.removesuffix(r"\*").replace(r"\*", "([^.]+)")
@@ -76,7 +76,7 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 
 def _fill(template: str, match: re.Match[str]) -> str:
-    """The template with its stars replaced by what the other side's stood for."""
+    """Replace the stars of the template by what the stars of the other side matched."""
     letter = match.re.groupindex.get("qkv")
     for number, part in enumerate(match.groups(), start=1):
         if number != letter:

@@ -1,8 +1,8 @@
-"""What all models have in common: a config that is data, weights on disk, and what training asks.
+"""The base class of our models: configuration, saving and loading, and the interface for training.
 
-A saved folder holds config.json, which names the family, model.safetensors, a model card, the
-tokenizer's files, and adapters of `adapt_` beside the weights without them. A tensor that has
-several names, such as tied embeddings, is written once, under its first.
+A saved folder contains config.json with the model's family, model.safetensors, a model card and the
+tokenizer's files. Adapters of `adapt_` are saved in files of their own. A tensor that has several
+names, such as tied embeddings, is written once, under its first name.
 """
 
 import json
@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -23,8 +23,9 @@ from elip_models.models.config import Config
 from elip_models.models.io.files import read_config, read_tensors, write_file
 from elip_models.models.io.hub import CARD, card_values, fetch_folder, staging_folder
 from elip_models.models.io.weights import check_weights, first_names, load_weights
-from elip_models.models.layers.guidance_sampling import with_dropout, with_negatives
-from elip_models.models.peft.adapt import Adapted, adapt_, unadapted_name
+from elip_models.models.layers.guidance_sampling import drop_guidance, replace_with_negatives
+from elip_models.models.peft.adapt import adapt_, unadapted_name
+from elip_models.models.peft.adaptable_model import AdaptableModel
 from elip_models.models.peft.saved_adapter import (
     has_adapter,
     load_adapter_,
@@ -34,57 +35,72 @@ from elip_models.models.peft.saved_adapter import (
 from elip_models.reduction.strategies import PatchDropout
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
-from elip_models.towers import ReducibleModel, Tower, as_tower
-from elip_models.towers.reducible_model import Stats, check_tokenizer_in, clip_stats
+from elip_models.towers import Tower, as_tower
 from elip_models.towers.base import scoring_context
+from elip_models.towers.reducible_model import Stats, check_tokenizer_in, clip_stats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 class PretrainedModel(
-    nn.Module,
-    ReducibleModel,
+    AdaptableModel,
     ModelHubMixin,
     library_name="elip-kernels",
     tags=["image-text", "token-reduction", "elip"],
     model_card_template=CARD,
 ):
-    """Base of the models. `push_to_hub(repo_id)` is `ModelHubMixin`'s.
+    """Base class of our models. `ModelHubMixin` provides `push_to_hub(repo_id)`.
 
-    A subclass names its `family` and its `config_class`, and keeps its config in `config`, which
-    has `context_length` and the fields of `ReductionConfig`. Its output has `loss`, and a `loss_..`
-    for each of several parts. `visual` is the image model, and `tower` reads it. `ranks`: features
-    of images and texts alone can be compared. `adapted` is what `adapt_` did to it. That of a
-    downstream task names its `task`, the class whose weights it begins with, `pretraining`, and
-    how, by `from_pretraining`.
+    The output of a forward pass has `loss`, and one `loss_..` for each part of a sum.
+
+    Attributes:
+        family: name of the architecture in config.json.
+        config_class: class of `config`.
+        config: configuration; has `context_length` and the fields of `ReductionConfig`.
+        visual: the image model.
+        tower: adapter of `visual`, which runs it block by block.
+        reduction: token reduction strategy of the forward pass.
+        dense: the strategy that reduces nothing.
+        ranks: whether `image_features` and `text_features` can be compared.
+        task: name of the downstream task; None for pre-training.
+        pretraining: class of the pre-trained model that a downstream model starts from.
     """
 
     reduces_itself = True
-    family: ClassVar[str]
     config_class: ClassVar[type[Config]]
-    config: Any
     visual: nn.Module
     tower: Tower
     reduction: Strategy
     dense: Strategy
-    adapted: Adapted | None = None
     ranks: ClassVar[bool] = True
     task: ClassVar[str | None] = None
     pretraining: ClassVar[type["PretrainedModel"]]
 
     @classmethod
     def from_pretraining(cls, weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-        """Name pre-trained weights as the parts of this model that begin with them.
+        """Map the weights of a pre-trained model to the names of this model.
 
         Args:
-            weights: by the names of `pretraining`; left as they are.
-            config: of this model.
+            weights: state dict of `pretraining`; not changed.
+            config: configuration of this model.
 
         Returns:
-            by the names of this model; what it has beside them stays as initialised.
+            State dict with names of this model. Its other parameters keep their initial values.
         """
         return weights
+
+    def new_parameters(self) -> set[str]:
+        """Return the names of the parameters that `from_pretraining` does not provide."""
+        if self.task is None:
+            return set()
+        kind = self.pretraining.config_class
+        config = kind(**{each.name: getattr(self.config, each.name) for each in fields(kind)})
+        with torch.device("meta"):
+            given = self.from_pretraining(self.pretraining(config).state_dict(), self.config)
+        parameters = dict(self.named_parameters(remove_duplicate=False))
+        known = {id(parameter) for name, parameter in parameters.items() if name in given}
+        return {name for name, parameter in parameters.items() if id(parameter) not in known}
 
     @property
     def image_model(self) -> nn.Module:
@@ -92,46 +108,48 @@ class PretrainedModel(
         return self.visual
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W), without text -> (B, E), normalised; where the model `ranks`."""
+        """Return normalised features (B, E) of images (B, 3, H, W) without text, if `ranks`."""
         raise NotImplementedError
 
     def project_image(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, N, D) that the image tower leaves -> (B, E), normalised: the feature that is
-        compared with texts; of a model that does not rank, the CLS token.
+        """Return normalised features (B, E) of the image tower's output tokens (B, N, D).
+
+        They are compared with texts. A model that does not rank returns its CLS tokens.
         """
         return F.normalize(tokens[:, 0], dim=-1)
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """input_ids, attention_mask (B, L) -> (B, E), normalised; where the model `ranks`."""
+        """Return normalised features (B, E) of input_ids, attention_mask (B, L), if `ranks`."""
         raise NotImplementedError
 
     def text_cls(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """input_ids, attention_mask (B, L) -> (B, D), what guides the image tower."""
+        """Return the guidance (B, D) of the image tower from input_ids, attention_mask (B, L)."""
         raise NotImplementedError
 
     def set_batch_slices(self, count: int) -> None:
-        """Encode a batch in `count` slices and recompute them in backward: the same gradients for
-        less memory, where the loss is over features alone (`layers/slices.py`).
+        """Encode a batch in `count` slices and recompute them in backward, to save memory.
+
+        Gradients do not change. This needs a loss of features alone.
 
         Raises:
-            ValueError: a model whose loss is over more.
+            ValueError: the loss depends on more than features.
         """
         if count != 1:
             raise ValueError(
-                f"expected 1, as the losses of {self.family} are over more than features, "
+                f"expected 1, since the loss of {self.family} depends on more than features, "
                 f"got {count}"
             )
 
     def as_tensor(self, output: Any) -> Tensor:
-        """The loss."""
+        """Return the loss of an output."""
         return output.loss
 
     def image_stats(self) -> Stats:
-        """Those of CLIP: what the models are trained with here."""
+        """Return the colour statistics of CLIP, which our models are trained with."""
         return clip_stats()
 
     def load_tokenizer(self, name: str) -> "PreTrainedTokenizerBase":
-        """The tokenizer that `save_pretrained` wrote into the folder `name`."""
+        """Load the tokenizer that `save_pretrained` wrote into the folder `name`."""
         from elip_models.data import load_tokenizer
 
         check_tokenizer_in(Path(name))
@@ -140,18 +158,18 @@ class PretrainedModel(
     def tokenise(
         self, tokenizer: "PreTrainedTokenizerBase", captions: Sequence[str]
     ) -> dict[str, Tensor]:
-        """B captions -> input_ids and attention_mask, (B, L) each, by the rule of the config."""
+        """Return input_ids and attention_mask (B, L) of B captions, by the rule of the config."""
         from elip_models.data import apply_caption_rule, tokenize
 
         texts = [apply_caption_rule(caption, self.config.captions) for caption in captions]
         return tokenize(tokenizer, texts, self.config.context_length)
 
     def encode_guidance(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The same as `text_cls`."""
+        """Return `text_cls(input_ids, attention_mask)`."""
         return self.text_cls(input_ids, attention_mask)
 
     def read_tower(self) -> None:
-        """Read the image model, and reduce it as the config says."""
+        """Set `tower`, `dense` and `reduction` from the image model and the config."""
         self.tower, self.dense = as_tower(self.visual), Dense()
         self.reduction = self.config.reduction.fitted(self.tower)
 
@@ -163,19 +181,20 @@ class PretrainedModel(
         guide_ids: Tensor | None = None,
         guide_mask: Tensor | None = None,
     ) -> Tensor:
-        """Choose what guides the images of a step, as the config says.
+        """Select the guidance of the images of a training step by the rules of the config.
 
         Args:
-            text_cls: (B, D) of the captions that the images come with.
-            features: (B, E) of the same captions, normalised, and the inverse temperature `scale`,
-                where captions of other images may guide.
-            guide_ids, guide_mask: (B, L) of other captions of the same images, where those do.
+            text_cls: (B, D), guidance from the images' own captions.
+            features: (B, E), normalised features of the same captions, for `guide_negatives`.
+            scale: inverse temperature, beside `features`.
+            guide_ids: (B, L), other captions of the same images, for guide='other'.
+            guide_mask: (B, L), attention mask of `guide_ids`.
 
         Returns:
-            (B, D); a row of zeros is no text. In eval mode nothing is drawn.
+            (B, D). A row of zeros means no text. Random choices are made in training mode only.
 
         Raises:
-            ValueError: no guide_ids where the config says guide='other'.
+            ValueError: guide_ids are missing with guide='other'.
         """
         config = self.config
         if not self.reduction.is_guided:
@@ -184,68 +203,76 @@ class PretrainedModel(
             if guide_ids is None:
                 raise ValueError(
                     "guide_ids: expected another caption of each image, (B, L), with "
-                    "guide='other', got none; `elip train` gives them"
+                    "guide='other', got none; `elip train` passes them"
                 )
             with scoring_context(self, text_cls):
                 text_cls = self.text_cls(guide_ids, guide_mask)
         if self.training and features is not None and config.guide_negatives:
-            text_cls = with_negatives(text_cls, features, scale, config.guide_negatives)
+            text_cls = replace_with_negatives(text_cls, features, scale, config.guide_negatives)
         if self.training and config.guide_dropout:
-            text_cls = with_dropout(text_cls, config.guide_dropout)
+            text_cls = drop_guidance(text_cls, config.guide_dropout)
         return text_cls
 
     def begin_step(self, step: int, epoch: float = math.inf) -> None:
-        """Prepare step `step` of training, from 0, after `epoch` passes over the data: patch
-        dropout ends where it ends.
+        """Update what depends on the training step, such as the end of patch dropout.
+
+        Args:
+            step: number of the step, from 0.
+            epoch: passes over the data so far, as a fraction.
         """
         dropout = self.config.reduction
         if isinstance(dropout, PatchDropout):
             self.reduction = dropout.at(step).fitted(self.tower)
 
     def clamp_temperature_(self) -> None:
-        """Keep the temperature in its interval, after a step of training."""
+        """Clamp the temperature to its interval, after a training step."""
 
     def check_batch_size(self, batch_size: int) -> None:
-        """Raises ValueError where a step over `batch_size` pairs, of all ranks, cannot be made."""
+        """Raise ValueError if a step cannot have `batch_size` pairs over all ranks."""
 
     def monitored(self) -> dict[str, Tensor]:
-        """Scalars that a log of training shows beside the losses."""
+        """Return scalars that the training log shows beside the losses."""
         return {}
 
     @classmethod
     def fit_tokenizer(
         cls, tokenizer: "PreTrainedTokenizerBase", context_length: int
     ) -> dict[str, int]:
-        """Work out the fields of the config that follow from a tokenizer and the length of a text.
+        """Return the config fields that follow from a tokenizer and the length of a text.
 
-        Special tokens that the model needs and the tokenizer lacks are added to it.
+        Special tokens that the model needs and the tokenizer lacks are added to the tokenizer.
 
         Raises:
-            ValueError: a tokenizer that the model cannot read.
+            ValueError: the model cannot use the tokenizer.
         """
         raise NotImplementedError
 
     def reset_momentum_(self) -> None:
-        """Make momentum copies equal to what they follow, where the model has any."""
+        """Make momentum copies, if any, equal to the parameters that they follow."""
 
     def read_vocabulary_(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Learn what no config says of the tokens, before training."""
+        """Store what training needs of the vocabulary beside the config."""
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute layers in backward instead of saving their activations."""
+        """Recompute layers in the backward pass instead of saving their activations."""
         raise NotImplementedError
 
     def save_pretrained(
         self, folder: str | os.PathLike, tokenizer: Any = None, **options: Any
     ) -> Path:
-        """Write model.safetensors, config.json and the tokenizer, each file whole or not at all,
-        and a model card where there is none; returns the folder.
+        """Save the model; a file that cannot be written completely is not replaced.
 
-        options: of `ModelHubMixin.save_pretrained`, such as push_to_hub=True, which takes the
-            tokenizer only where `tokenizer.push_to_hub` is called too.
+        Args:
+            folder: gets model.safetensors, config.json, and README.md if it has none.
+            tokenizer: saved into the folder too, if given.
+            options: of `ModelHubMixin.save_pretrained`, such as push_to_hub=True. Call
+                `tokenizer.push_to_hub` as well for the tokenizer.
+
+        Returns:
+            The folder.
         """
-        with staging_folder(Path(folder)) as stage:
-            super().save_pretrained(stage, **({"repo_id": Path(folder).name} | options))
+        with staging_folder(Path(folder)) as staging:
+            super().save_pretrained(staging, **({"repo_id": Path(folder).name} | options))
         if self.adapted is None:
             remove_adapter(folder)
         if tokenizer is not None:
@@ -268,29 +295,28 @@ class PretrainedModel(
         write_file(save_directory / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
     def generate_model_card(self, **values: Any) -> ModelCard:
-        """The card that `save_pretrained` writes, with the FLOPs of the image tower."""
+        """Return the model card, with the FLOPs of the image tower."""
         name = type(self).__name__
-        said = {
+        ours = {
             "name": name,
-            "about": f"{name} of elip-kernels, whose image tower is reduced as the table says "
+            "about": f"{name} of elip-kernels, with token reduction in the image tower "
             "([ELIP](https://arxiv.org/abs/2309.16738)).",
             "usage": 'import elip_models\n\nmodel = elip_models.create_model("hf:owner/name")',
         }
-        said |= card_values(self.config.reduction, self.tower.size)
-        return super().generate_model_card(**(said | values))
+        ours |= card_values(self.config.reduction, self.tower.size)
+        return super().generate_model_card(**(ours | values))
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, *, token: str | bool | None = None) -> Self:
         """Load the model that `save_pretrained` wrote.
 
         Args:
-            folder: or a repository of the hub, 'owner/name' or 'owner/name@revision'.
-            token: of a private repository.
+            folder: a folder, or a repository of the hub, 'owner/name' or 'owner/name@revision'.
+            token: access token of a private repository.
 
         Raises:
-            FileNotFoundError: no such folder or repository, or it lacks config.json or
-                model.safetensors.
-            ValueError: a config of another model, or weights that do not fit it.
+            FileNotFoundError: the folder, the repository, or one of the two files is missing.
+            ValueError: the config is of another model, or the weights do not fit the config.
         """
         path = fetch_folder(folder, token=token)
         family, config = read_config(path)
@@ -298,7 +324,7 @@ class PretrainedModel(
             raise ValueError(f"folder: expected a {cls.__name__} config, got another in {path}")
         weights, made = read_tensors(path / "model.safetensors"), cls.config_class.from_dict(config)
         try:
-            with torch.device("meta"):  # what does not fit takes no memory
+            with torch.device("meta"):  # weights that do not fit take no memory
                 check_weights(cls(made), weights)
         except ValueError as error:
             raise ValueError(
@@ -310,10 +336,10 @@ class PretrainedModel(
 
 
 def with_overrides(model: PretrainedModel, overrides: dict[str, Any]) -> PretrainedModel:
-    """The model with other fields in its config, and the same weights.
+    """Return a model with the same weights and other values of config fields.
 
     Raises:
-        ValueError: a field that there is not, or one that the weights do not fit.
+        ValueError: a field does not exist, or the weights do not fit its new value.
     """
     if not overrides:
         return model
@@ -326,7 +352,7 @@ def with_overrides(model: PretrainedModel, overrides: dict[str, Any]) -> Pretrai
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Set all modules to eval mode inside; each is in its own mode again after it."""
+    """Set all modules to eval mode, and restore the mode of each on exit."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""A model's config as data: how its image tower and its texts are reduced."""
+"""Configuration of models: inputs, image tower, and token reduction of images and texts."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields
@@ -32,18 +32,18 @@ from elip_models.validation import (
 )
 
 TokenId = Annotated[Count, below("vocab_size")]
-OF_ELIP = ELIPOptions.__annotations__.keys() - {"without_text"}  # that all guided ones are given
+OF_ELIP = ELIPOptions.__annotations__.keys() - {"without_text"}  # which all guided strategies have
 
 
 class Config:
-    """Base of the frozen dataclasses that hold a model's hyper-parameters, each as annotated."""
+    """Base of frozen dataclasses of hyper-parameters, which are checked against annotations."""
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Raises ValueError for a name that is none of the fields."""
+        """Create a config from a dict; a name that is not a field raises ValueError."""
         known = [field.name for field in fields(cls)]
         unknown = sorted(values.keys() - set(known))
         if unknown:
@@ -54,10 +54,11 @@ class Config:
 
 @dataclass(frozen=True, kw_only=True)
 class InputConfig(Config):
-    """How an image and a caption become what the model reads, in training and evaluation.
+    """Preprocessing of images and captions, in training and evaluation.
 
-    resize: 'crop' shows the centre of an image, 'squash' all of it whatever the ratio of its sides.
-    captions: 'plain', or by the rules of 'albef' or 'blip', see `data/caption_rules.py`.
+    Attributes:
+        resize: 'crop' uses the centre of an image; 'squash' all of it, with another aspect ratio.
+        captions: 'plain', or the rules of 'albef' or 'blip' in `data/caption_rules.py`.
     """
 
     resize: Literal["crop", "squash"] = "crop"
@@ -65,7 +66,7 @@ class InputConfig(Config):
 
     @property
     def reads_guide_captions(self) -> bool:
-        """A step of training takes a second caption of each image, which guides it."""
+        """Whether a training step takes a second caption of each image, for guidance."""
         return False
 
 
@@ -82,7 +83,7 @@ class VisionConfig(InputConfig):
     vision_norm_eps: NonNegative = 1e-6
 
     def vit(self, **options: Any) -> VisionTransformer:
-        """The image tower; `options` are timm's."""
+        """Return the image tower; `options` are passed to timm."""
         return VisionTransformer(
             img_size=self.image_size,
             patch_size=self.patch_size,
@@ -98,20 +99,22 @@ class VisionConfig(InputConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ReductionConfig(VisionConfig):
-    """How the image tower of a model is reduced: by default by ELIP, as the paper does.
+    """Token reduction of a model's image tower, by default ELIP as in the paper.
 
-    strategy: 'elip', or a line that `get_strategy` reads, such as 'tome' or 'evit:keep_ratio=0.7'.
-    strategy_options: its settings by name, {'r': 13}, beside those in the line. The options of
-        'elip' are the fields below; the others take of them `schedule` and `without_text`, where
-        they have such a setting that is not given here.
-    schedule: '2(100%) 2(90%) 6(65%) 2(40%)', or a preset; None for a dense image tower, and for the
-        others their own.
-    count_cls: keep ratios count CLS among the patches, as the official CLIP code.
-    scorer, fusion, guidance_norm, without_text, merge, proportional: see `ELIPOptions`.
-    guide_dropout: share of the images that training reduces without text, each by itself alone.
+    `scorer`, `fusion`, `guidance_norm`, `without_text`, `merge` and `proportional` are documented
+    in `ELIPOptions`.
+
+    Attributes:
+        strategy: 'elip', or a text for `get_strategy`, such as 'tome' or 'evit:keep_ratio=0.7'.
+        strategy_options: further options of a strategy other than 'elip', such as {'r': 13}. Such a
+            strategy also gets `schedule` and `without_text`, if it has them and they are not here.
+        schedule: '2(100%) 2(90%) 6(65%) 2(40%)', or a preset. None: 'elip' does not reduce, and
+            other strategies use their own default.
+        count_cls: whether keep ratios count CLS among the patches, as in the official CLIP code.
+        guide_dropout: share of the images that training reduces without text.
 
     Raises:
-        TypeError, ValueError: naming the field, what was expected, what came.
+        TypeError, ValueError: a field is invalid; the message has its name and value.
     """
 
     strategy: str = "elip"
@@ -131,7 +134,7 @@ class ReductionConfig(VisionConfig):
         super().__post_init__()
         if self.schedule is not None:
             self.elip(self.schedule).schedule.for_depth(self.vision_depth)
-        reduction = self.reduction  # raises what is wrong with it
+        reduction = self.reduction  # raises an error for invalid options
         if not reduction.is_guided and not isinstance(reduction, Dense):
             self._check_unguided(reduction)
 
@@ -146,7 +149,7 @@ class ReductionConfig(VisionConfig):
 
     @property
     def reduction(self) -> Strategy:
-        """How the image tower is reduced."""
+        """The strategy of the image tower."""
         name, written = parse_spec(self.strategy)
         options = self.strategy_options or {}
         schedule = self.schedule and Schedule.parse(self.schedule, count_cls=self.count_cls)
@@ -164,7 +167,7 @@ class ReductionConfig(VisionConfig):
         return get_strategy(self.strategy, **taken, **options)
 
     def _check_own(self, strategy: str, left: Collection[str]) -> None:
-        """Raises for an option of ELIP that another strategy has too, and would not get."""
+        """Raise ValueError for an option of ELIP that `strategy` has too and would not get."""
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name in OF_ELIP & left and value != field.default:
@@ -174,14 +177,12 @@ class ReductionConfig(VisionConfig):
                 )
 
     def elip(self, schedule: Schedule | str) -> ELIP:
-        """ELIP by that schedule, with the options that stand here."""
+        """Return ELIP with that schedule and the options of this config."""
         return ELIP(schedule, **{name: getattr(self, name) for name in ELIPOptions.__annotations__})
 
 
 def reduction_fields(strategy: Strategy) -> dict[str, Any]:
-    """The fields of `ReductionConfig` that say a strategy's settings, but for those that are fields
-    of their own: `count_cls`, `without_text` and the options of ELIP.
-    """
+    """Return `schedule`, `strategy` and `strategy_options` of `ReductionConfig` for a strategy."""
     schedule = getattr(strategy, "schedule", None)
     found = {} if schedule is None else {"schedule": schedule.exact}
     if type(strategy) is not ELIP:
@@ -193,14 +194,13 @@ def reduction_fields(strategy: Strategy) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class ContrastiveConfig(ReductionConfig):
-    """Which caption guides the image that ITC contrasts with its own, in training.
+    """The caption that guides an image in training with the contrastive loss.
 
-    guide: 'own' is the paper's, the caption that the image is contrasted with: *which* tokens
-        stay tells the loss which caption that was. 'other' is another caption of the same image,
-        `guide_ids` of the forward.
-    guide_negatives: share of the images that a caption of another image guides, the more alike the
-        more often.
-    guide_dropout: as the other fields, see `ReductionConfig`.
+    Attributes:
+        guide: 'own', as in the paper, is the caption of the positive pair. The kept tokens then
+            leak the caption into the loss. 'other' is another caption of the image, `guide_ids`.
+        guide_negatives: share of the images that the caption of another image guides; similar
+            captions are more likely.
     """
 
     guide: Literal["own", "other"] = "own"
@@ -208,15 +208,17 @@ class ContrastiveConfig(ReductionConfig):
 
     @property
     def reads_guide_captions(self) -> bool:
+        """Whether a training step takes a second caption of each image, for guidance."""
         return self.guide == "other"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextReductionConfig(Config):
-    """How text tokens are dropped half way through the layers of a text tower.
+    """Pruning of text tokens after half of the layers of a text tower.
 
-    text_reduction: 'random', 'post' or 'learned', see `TextReduction`; or None.
-    text_drop: share of a text's tokens that it drops.
+    Attributes:
+        text_reduction: 'random', 'post' or 'learned', see `TextReduction`; or None.
+        text_drop: share of a text's tokens that are dropped.
     """
 
     text_reduction: TextStrategy | None = None
@@ -224,12 +226,12 @@ class TextReductionConfig(Config):
 
     @property
     def text_token_reduction(self) -> TextReduction | None:
-        """How texts are reduced; None where they are not, and where nothing would be dropped."""
+        """The reduction of texts, or None if no token would be dropped."""
         if self.text_reduction is None or self.text_drop == 0:
             return None
         return TextReduction(self.text_reduction, self.text_drop)
 
     @property
     def image_guides_text(self) -> bool:
-        """Which text tokens are dropped is learned from the image."""
+        """Whether the dropped text tokens depend on the image."""
         return self.text_reduction == "learned" and self.text_drop > 0

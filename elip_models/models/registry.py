@@ -1,4 +1,4 @@
-"""create_model and the names of the models."""
+"""The models by name: `create_model`, `list_models` and `load_model`."""
 
 import os
 from dataclasses import fields, replace
@@ -45,7 +45,7 @@ DOWNSTREAM: dict[str, type[PretrainedModel]] = {
     )
 }
 MODELS = FAMILIES | DOWNSTREAM
-"""All that are saved and loaded: those of pre-training, and those of downstream tasks."""
+"""Family -> class, for pre-training and downstream tasks."""
 TINY = {"image_size": 64, "patch_size": 8, "vision_heads": 2, "vision_width": 64, "text_width": 64}
 TINY_BERT = TINY | {
     "text_depth": 4,
@@ -109,7 +109,7 @@ HUB = "hf:"
 
 
 def list_models() -> list[str]:
-    """Names for `create_model`: each model dense, and reduced under `elip_`."""
+    """Return the names for `create_model`: each model, and with the prefix `elip_` reduced."""
     return sorted([*CONFIGS, *(PREFIX + name for name in CONFIGS)])
 
 
@@ -122,20 +122,23 @@ def create_model(
 ) -> PretrainedModel:
     """Create a model of the paper by name.
 
+    Example::
+
+        model = create_model("elip_clip_vit_b16", scorer="last")
+
     Args:
-        name: as `list_models` gives them; 'elip_' adds the paper's schedule. Or 'hf:owner/name' or
-            'hf:FOLDER', which is loaded as it was saved.
-        pretrained: False for random weights of a listed name, or the folder that
-            `save_pretrained` filled, or a repository of the hub, 'owner/name'; then its own sizes
-            hold, whatever the name says, and its own schedule, unless it has none (the paper's) or
-            the name is without 'elip_' (dense).
-        task: for the model of a downstream task, of the same sizes: 'vqa', 'nlvr2', ..
+        name: one of `list_models`; the prefix 'elip_' adds the paper's schedule. 'hf:owner/name'
+            and 'hf:FOLDER' load a saved model unchanged.
+        pretrained: False for random weights; or a folder of `save_pretrained` or a repository of
+            the hub, 'owner/name'. Sizes then come from the saved config. So does the schedule for
+            an 'elip_' name (the paper's, if there is none); without 'elip_' the model is dense.
+        task: downstream task, such as 'vqa' or 'nlvr2', for a model of the same sizes.
         overrides: fields of the model's config, such as `CLIPConfig`.
 
     Raises:
-        TypeError: an override of another type than its field.
-        ValueError: an unknown name or override, with the nearest known one; pretrained=True, since
-            no weights are published; or an override that the folder's weights do not fit.
+        TypeError: the type of an override differs from its field's.
+        ValueError: the name or an override is unknown; the weights do not fit an override; or
+            pretrained=True, since no weights are published.
     """
     if isinstance(name, str) and name.startswith(HUB):
         return load_model(name.removeprefix(HUB), **overrides)
@@ -162,7 +165,7 @@ def create_model(
 
 
 def family_of(name: str, task: str | None = None) -> type[PretrainedModel]:
-    """Find the class of the model that `create_model(name, task=task)` gives."""
+    """Return the class of `create_model(name, task=task)`."""
     if name not in list_models():
         close = did_you_mean(name, list_models())
         raise ValueError(f"name: expected one of {list_models()}, got {name!r}{close}")
@@ -172,20 +175,26 @@ def family_of(name: str, task: str | None = None) -> type[PretrainedModel]:
 
 
 def downstream_of(family: type[PretrainedModel], task: str) -> type[PretrainedModel]:
-    """Find the class of a pre-trained family's model for a downstream task."""
+    """Return the class that fine-tunes a pre-trained family for a downstream task."""
     tasks = {each.task: each for each in DOWNSTREAM.values() if each.pretraining is family}
     if task not in tasks:
         raise ValueError(
-            f"task: expected one of those of {family.__name__}, {', '.join(sorted(tasks))}, got "
+            f"task: expected a task of {family.__name__}, {', '.join(sorted(tasks))}, got "
             f"{task!r}{did_you_mean(task, tasks)}"
         )
     return tasks[task]
 
 
 def inherited_fields(model: type[PretrainedModel], values: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a pre-training config, or of another task's, that the config of a downstream
-    `model` takes over: the sizes of the image tower, and what is not as pre-training has it by
-    default; nothing that the task has no place for.
+    """Select the fields of another config that the config of a downstream model takes over.
+
+    Args:
+        model: class of the downstream model.
+        values: fields of a pre-training config, or of another task's.
+
+    Returns:
+        Sizes of the image tower, and fields that differ from the defaults of pre-training. Fields
+        that the downstream config does not have, or whose type differs, are left out.
     """
     hints = get_type_hints(model.config_class, include_extras=True)
     defaults = {each.name: each.default for each in fields(model.pretraining.config_class)}
@@ -201,32 +210,29 @@ def inherited_fields(model: type[PretrainedModel], values: dict[str, Any]) -> di
 def load_model(
     folder: str | os.PathLike, *, token: str | bool | None = None, **overrides: Any
 ) -> PretrainedModel:
-    """Load the model that `save_pretrained` wrote, of whatever family.
+    """Load a model of any family that `save_pretrained` wrote.
 
     Args:
-        folder: or a repository of the hub, 'owner/name' or 'owner/name@revision'.
-        token: of a private repository.
+        folder: a folder, or a repository of the hub, 'owner/name' or 'owner/name@revision'.
+        token: access token of a private repository.
         overrides: fields of the model's config.
 
     Raises:
-        FileNotFoundError: no such folder or repository, or it lacks config.json or
-            model.safetensors.
-        ValueError: a config of another library, or weights that do not fit it.
+        FileNotFoundError: the folder, the repository, or a file in it is missing.
+        ValueError: the config is of another library, or the weights do not fit it.
     """
     folder = fetch_folder(folder, token=token)
     family, _ = read_config(folder)
     if family not in MODELS:
         raise ValueError(
             f"folder: expected a model of {sorted(MODELS)}, as save_pretrained writes them, got "
-            f"another in {folder}"
+            f"another model in {folder}; open it by open_model('hf:{folder}')"
         )
     return with_overrides(MODELS[family].from_pretrained(folder), overrides)
 
 
 def elip_strategy(model: PretrainedModel) -> ELIP:
-    """How ELIP reduces a model of ours: as its config says; by the paper's schedule where it is
-    dense or reduces in another way.
-    """
+    """Return the model's own ELIP strategy, or ELIP with the paper's schedule if it has another."""
     if type(model.reduction) is ELIP:
         return model.reduction
     family = model.family if model.task is None else model.pretraining.family

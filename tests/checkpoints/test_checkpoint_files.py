@@ -1,4 +1,4 @@
-"""Files of checkpoints: what they may hold, names of tensors, and what is refused by name."""
+"""Files of checkpoints: their content, names of tensors, and errors."""
 
 import argparse
 import zipfile
@@ -13,7 +13,7 @@ from tests.helpers.weights import assert_equal_weights
 
 
 class Surprise:
-    """What a pickle may run."""
+    """A class whose pickle runs code."""
 
     def __reduce__(self):
         return exec, ("raise SystemExit('it ran')",)
@@ -41,7 +41,7 @@ def test_a_broken_file_is_refused(tmp_path):
             convert_checkpoint(tmp_path / name)
 
 
-def test_a_file_that_is_cut_short_says_to_copy_it_again(tmp_path):
+def test_the_error_for_a_truncated_file_is_to_copy_it_again(tmp_path):
     path = saved({"a": torch.zeros(1000)}, tmp_path)
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(ValueError, match=r"got a damaged file .*; copy or download it again"):
@@ -49,7 +49,7 @@ def test_a_file_that_is_cut_short_says_to_copy_it_again(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-def test_names_of_wrappers_are_looked_through(prefix, tmp_path):
+def test_prefixes_of_wrappers_are_removed(prefix, tmp_path):
     weights = small_open_clip()
     wrapped = {prefix + name: weight for name, weight in weights.items()}
     wrapped |= {  # of a tower that was compiled alone
@@ -62,7 +62,7 @@ def test_names_of_wrappers_are_looked_through(prefix, tmp_path):
         assert_equal_weights(model, expected)
 
 
-def test_openai_s_own_clip_says_its_activation_by_its_names(tmp_path):
+def test_openai_clip_has_quick_gelu_by_its_names(tmp_path):
     numbers = {"input_resolution": 48, "context_length": 8, "vocab_size": 50}
     weights = small_open_clip() | {name: torch.tensor(n) for name, n in numbers.items()}
     assert convert_checkpoint(saved(weights, tmp_path), **HEADS).config.activation == "quick_gelu"
@@ -70,9 +70,9 @@ def test_openai_s_own_clip_says_its_activation_by_its_names(tmp_path):
     assert plain.config.activation == "gelu"
 
 
-def test_torchscript_says_how_to_get_its_weights(tmp_path):
+def test_the_error_for_torchscript_names_the_remedy(tmp_path):
     torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "ViT-B-16.pt")
-    with pytest.raises(ValueError, match=r"got TorchScript, .*; where you trust it, torch\.save"):
+    with pytest.raises(ValueError, match=r"got TorchScript, .*; if you trust it, torch\.save"):
         convert_checkpoint(tmp_path / "ViT-B-16.pt")
 
 

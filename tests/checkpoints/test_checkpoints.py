@@ -1,4 +1,4 @@
-"""Other people's checkpoints as our models: what they compute, and what does not convert."""
+"""Conversion of checkpoints to our models: equal outputs, missing parts, and errors."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ from tests.models import test_albef, test_blip, test_meter
 from tests.models.test_saving import CONFIG
 
 SHARED = ("vision_heads", "text_heads", "cls_token_id", "sep_token_id", "context_length")
-UNSAID = {  # what no tensor says
+WITHOUT_TENSOR = {  # fields that do not follow from tensors
     "albef": (*SHARED, "text_dropout", "schedule", "mask_token_id"),
     "blip": (*SHARED, "text_dropout", "schedule", "decoder_token_id", "encoder_token_id"),
     "meter": (*SHARED, "cross_heads", "dropout", "schedule", "mask_token_id"),
@@ -31,7 +31,7 @@ LOSSES = {"ita": "loss_itc", "itm": "loss_itm", "mlm": "loss_mlm", "lm": "loss_l
 
 
 def official(case, family):
-    """The weights of a recorded step, as the official code writes them: tied tensors twice."""
+    """Return the weights of a recorded step as the official code saves them, tied ones twice."""
     weights = case.under("sd/")
     weights |= {alias: weights[name] for alias, name in case.meta.get("aliases", {}).items()}
     text = {"albef": "text_encoder.bert", "blip": "text_encoder", "meter": "text_transformer"}
@@ -50,8 +50,8 @@ def small_open_clip():
     return open_clip.CLIP(**CONFIG).state_dict()
 
 
-def unsaid(config, family):
-    return {name: getattr(config, name) for name in UNSAID[family]}
+def without_tensor(config, family):
+    return {name: getattr(config, name) for name in WITHOUT_TENSOR[family]}
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_official_checkpoints_give_the_recorded_losses(golden, tmp_path, name, f
         weights |= {"text_transformer.pooler.dense.bias": torch.zeros(32)}
         weights |= {"vit_model.positional_embedding": torch.zeros(77, 32)}
     path = saved(weights, tmp_path, key=key)
-    model = convert_checkpoint(path, **unsaid(expected.config, family))
+    model = convert_checkpoint(path, **without_tensor(expected.config, family))
     assert model.config == expected.config
     assert_equal_weights(model, expected)
     if family == "meter":
@@ -83,7 +83,7 @@ def test_official_checkpoints_give_the_recorded_losses(golden, tmp_path, name, f
 
 
 def open_clip_weights(case):
-    """The recorded image tower, and a text tower of open_clip."""
+    """Return the recorded image tower and a text tower of open_clip."""
     import open_clip
 
     sizes = CONFIG["text_cfg"]
@@ -129,7 +129,7 @@ def test_what_a_fine_tuned_blip_lacks_is_filled(golden, tmp_path, part):
         texts = ("text_decoder.",) if part == "caption" else ("text_decoder.", "text_encoder.")
         weights = {n: w for n, w in weights.items() if n.startswith(("visual_encoder.", *texts))}
     assert recognise_kind(weights) == f"blip_{part}"
-    options = unsaid(config, "blip") | {"queue_size": 10, "embed_dim": 16}
+    options = without_tensor(config, "blip") | {"queue_size": 10, "embed_dim": 16}
     model = convert_checkpoint(saved(weights, tmp_path), **options)
     assert model.config.tie_decoder
     state = model.state_dict()
@@ -146,7 +146,7 @@ def test_what_a_fine_tuned_blip_lacks_is_filled(golden, tmp_path, part):
 @pytest.mark.parametrize("family", tiered(["albef", "blip"], ["albef"]))
 def test_a_pre_trained_model_may_come_without_what_training_alone_needs(golden, tmp_path, family):
     case = golden(f"{family}_pretrain")
-    options = unsaid(OFFICIAL[family].loaded(case).config, family) | {"queue_size": 10}
+    options = without_tensor(OFFICIAL[family].loaded(case).config, family) | {"queue_size": 10}
     weights = {n: w for n, w in official(case, family).items() if "_m." not in n}
     weights = {n: w for n, w in weights.items() if "queue" not in n}
     model = convert_checkpoint(saved(weights, tmp_path), **options)
@@ -160,7 +160,7 @@ def test_a_pre_trained_model_may_come_without_what_training_alone_needs(golden, 
 @pytest.mark.slow
 def test_a_decoder_with_weights_of_its_own_is_not_tied(golden, tmp_path):
     case = golden("blip_pretrain")
-    options = unsaid(test_blip.loaded(case).config, "blip")
+    options = without_tensor(test_blip.loaded(case).config, "blip")
     weights = official(case, "blip")
     name = "text_decoder.bert.encoder.layer.0.crossattention.self.key.weight"
     weights[name] = weights[name] + 1
@@ -180,7 +180,7 @@ def test_an_albef_fine_tuned_for_retrieval_keeps_its_momentum_embeddings(golden,
     weights["idx_queue"] = torch.zeros(1, 10)
     assert recognise_kind(weights) == "albef_retrieval"
     config = test_albef.loaded(case).config
-    model = convert_checkpoint(saved(weights, tmp_path), **unsaid(config, "albef"))
+    model = convert_checkpoint(saved(weights, tmp_path), **without_tensor(config, "albef"))
     name = "text_encoder_m.embeddings.word_embeddings.weight"
     assert torch.equal(model.encoders_m.text.embeddings.word_embeddings.weight, weights[name])
     bias = "language_head.predictions.transform.dense.bias"
@@ -199,7 +199,7 @@ def test_every_tensor_of_ours_has_its_official_name_again(golden):
 
 def test_position_embeddings_follow_the_image_size(golden, tmp_path):
     case = golden("albef_pretrain")
-    options = unsaid(test_albef.loaded(case).config, "albef")
+    options = without_tensor(test_albef.loaded(case).config, "albef")
     path = saved(official(case, "albef"), tmp_path)
     larger = convert_checkpoint(path, image_size=128, **options)
     for encoders in (larger.encoders, larger.encoders_m):
@@ -223,9 +223,9 @@ def test_ours_convert_to_another_image_size(tmp_path):
 
 @pytest.fixture
 def albef(golden, tmp_path):
-    """Weights of an official ALBEF, and a function that converts them."""
+    """Return the weights of an official ALBEF, and a function that converts them."""
     case = golden("albef_pretrain")
-    options = unsaid(test_albef.loaded(case).config, "albef")
+    options = without_tensor(test_albef.loaded(case).config, "albef")
     weights = official(case, "albef")
     return weights, lambda **more: convert_checkpoint(saved(weights, tmp_path), **options | more)
 
@@ -285,7 +285,7 @@ def test_stacked_projections_come_apart_and_together_again():
 
 
 def test_the_tables_name_every_tensor_of_the_models():
-    """Backwards, the table of pre-training leaves none of our names as it is."""
+    """Check that the reversed table of pre-training has all of our names."""
     for kind in ("albef", "blip", "meter"):
         model = create_model(f"{KINDS[kind].family}_tiny")
         first = first_names(model)
@@ -303,8 +303,8 @@ def test_a_meter_that_reads_with_roberta_is_recognised(tmp_path):
     path = saved(rename_tensors(weights, names), tmp_path, key="state_dict")
     heads = {f"{part}_heads": 2 for part in ("vision", "text", "cross")}
     model = convert_checkpoint(path, **heads, mask_token_id=1023)
-    unsaid = ("context_length", "initializer_range", "dropout")  # weights do not say them
-    same = {name: getattr(model.config, name) for name in unsaid}
+    others = ("context_length", "initializer_range", "dropout")  # do not follow from weights
+    same = {name: getattr(model.config, name) for name in others}
     assert model.config == replace(expected.config, **same)
     assert model.config.text_encoder == "roberta"
     assert_equal_weights(model, expected)
@@ -327,7 +327,7 @@ def test_a_checkpoint_of_two_kinds_asks_which(albef):
     weights, convert = albef
     weights |= {"vit_model.visual.conv1.weight": torch.zeros(1)}
     weights |= {"text_transformer.embeddings.word_embeddings.weight": torch.zeros(1)}
-    with pytest.raises(ValueError, match=r"got one that albef and meter fit; say which with kind="):
+    with pytest.raises(ValueError, match=r"got one that matches albef and meter; pass kind="):
         convert()
     convert(kind="albef", allow_unexpected=["vit_model.*", "text_transformer.*"])
 
@@ -343,7 +343,7 @@ def test_a_config_instead_of_its_folder_is_named(tmp_path):
 def test_a_file_of_something_else_is_named(tmp_path, content):
     path = tmp_path / "weights.pth"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="source: expected tensors, numbers and texts alone"):
+    with pytest.raises(ValueError, match="source: expected only tensors, numbers and texts"):
         convert_checkpoint(path)
 
 

@@ -35,12 +35,12 @@ TEXT = {
     "pad_token_id": 0,
 }
 DECODE, ENCODE, SEP, EOS = 4, 5, 2, IDS - 1
-UNSAID = {"cls_token_id": 1, "queue_size": 8}
+WITHOUT_TENSOR = {"cls_token_id": 1, "queue_size": 8}
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
 
 
 def filled(model):
-    """Every parameter at random, in eval mode."""
+    """Set every parameter to random values; returns the model in eval mode."""
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()
@@ -55,7 +55,7 @@ def blip(architecture):
 
 
 def clip(**options):
-    """Of transformers."""
+    """Return a small CLIP of transformers."""
     text = TEXT | {"eos_token_id": EOS, "bos_token_id": None}
     config = transformers.CLIPConfig(
         vision_config=VISION | options, text_config=text | options, projection_dim=16
@@ -68,7 +68,7 @@ def images():
 
 
 def texts(first=1, padding=0):
-    """ids (3, 8) that begin with `first`, and their mask; the first text is shorter."""
+    """Return ids (3, 8) that begin with `first`, and their mask; the first text is shorter."""
     ids = torch.randint(6, IDS - 1, (3, 8))
     ids[:, 0] = first
     mask = torch.ones_like(ids)
@@ -77,7 +77,7 @@ def texts(first=1, padding=0):
 
 
 def assert_returns(model, theirs):
-    """Ours, written for transformers, has the weights that it came from, to the bit."""
+    """Check that our model, exported to transformers, has exactly the weights of `theirs`."""
     again = to_hf(model, type(theirs).__name__ if not isinstance(model, CLIP) else None)
     state = theirs.state_dict()
     assert again.state_dict().keys() == state.keys()
@@ -116,7 +116,7 @@ def test_the_oldest_clips_of_transformers_end_a_text_with_the_highest_id(tmp_pat
 def test_blip_for_retrieval(tmp_path):
     theirs = blip("BlipForImageTextRetrieval")
     theirs.save_pretrained(tmp_path)
-    model = convert_checkpoint(tmp_path, **UNSAID)
+    model = convert_checkpoint(tmp_path, **WITHOUT_TENSOR)
     assert model.config.encoder_token_id == ENCODE
     x, (ids, mask) = images(), texts(padding=2)
     similar = model.image_features(x) @ model.text_features(ids, mask).T
@@ -134,7 +134,7 @@ def test_blip_for_retrieval(tmp_path):
 def test_blip_for_captions(tmp_path):
     theirs = blip("BlipForConditionalGeneration")
     theirs.save_pretrained(tmp_path)
-    model = convert_checkpoint(tmp_path, **UNSAID)
+    model = convert_checkpoint(tmp_path, **WITHOUT_TENSOR)
     x, (ids, mask) = images(), texts(DECODE, padding=2)
     tokens, _ = model.encode_image(x)
     logits = model.predict(ids, mask, tokens)
@@ -148,7 +148,7 @@ def test_blip_for_captions(tmp_path):
 def test_blip_for_questions(tmp_path, padding):
     theirs = blip("BlipForQuestionAnswering")
     theirs.save_pretrained(tmp_path)
-    model = convert_checkpoint(tmp_path, **UNSAID)
+    model = convert_checkpoint(tmp_path, **WITHOUT_TENSOR)
     assert not model.config.tie_decoder
     x, (ids, mask) = images(), texts(ENCODE, padding)
     answers, real = texts(DECODE)
@@ -167,9 +167,9 @@ def test_blip_model_gives_its_towers_alone(tmp_path):
     theirs = blip("BlipModel")
     theirs.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"unexpected: .*text_model\.pooler"):
-        convert_checkpoint(tmp_path, **UNSAID)
+        convert_checkpoint(tmp_path, **WITHOUT_TENSOR)
     left = ["text_model.pooler.*", "*_projection.weight", "logit_scale"]
-    model = convert_checkpoint(tmp_path, **UNSAID, allow_unexpected=left)
+    model = convert_checkpoint(tmp_path, **WITHOUT_TENSOR, allow_unexpected=left)
     x, (ids, mask) = images(), texts()
     with torch.no_grad():
         expected = theirs.text_model(ids, mask).last_hidden_state
@@ -272,10 +272,10 @@ def test_images_of_other_stats_are_refused(to, tmp_path):
     [
         ("albef_tiny", "hf", {}, "expected 'ours' for ALBEF, which transformers has no class of"),
         ("blip_tiny", "open_clip", {}, "expected 'ours' for BLIP, which open_clip has no class of"),
-        ("clip_tiny", "hf", {}, "eos_token_id: expected another than 2"),
+        ("clip_tiny", "hf", {}, "eos_token_id: expected an id other than 2"),
         ("clip_tiny", "onnx", {}, "to: expected one of ours, hf, open_clip, got 'onnx'"),
         ("blip_tiny", "hf", {"architecture": "BlipModel"}, "architecture: expected one of Blip"),
-        ("clip_tiny", "hf", {"architecture": "BlipModel"}, "architecture: expected None but for"),
+        ("clip_tiny", "hf", {"architecture": "BlipModel"}, "architecture: expected None except"),
     ],
 )
 def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, name, to, options, message):
@@ -343,8 +343,7 @@ def test_a_failing_command_leaves_nothing_and_says_why(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_a_saved_file_has_the_permissions_of_any_other(tmp_path):
-    """And nothing unfinished is left beside it."""
+def test_saved_files_have_default_permissions_and_no_temporary_file_is_left(tmp_path):
     (tmp_path / "other").write_text("")
     folder = create_model("clip_tiny").save_pretrained(tmp_path / "model")
     expected = (tmp_path / "other").stat().st_mode

@@ -1,4 +1,4 @@
-"""Pretrained towers in fresh models: what is taken over, what stays, what does not fit."""
+"""Initialisation from pretrained towers: copied weights, new weights, and errors."""
 
 from functools import partial
 
@@ -152,7 +152,7 @@ def test_towers_by_name(tmp_path):
         ("meter_tiny", "text", "bert-base-uncased", "text: expected 'hf:NAME' or a module"),
     ],
 )
-def test_what_does_not_fit_is_named_and_changes_nothing(name, argument, tower, message):
+def test_an_error_names_the_cause_and_changes_nothing(name, argument, tower, message):
     model = create_model(name)
     before = {n: w.clone() for n, w in model.state_dict().items()}
     fitting = {"text": bert()} if argument == "vision" else {}

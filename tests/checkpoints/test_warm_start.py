@@ -1,4 +1,4 @@
-"""Where a model begins: what a checkpoint gives, what is new, what does not come by accident."""
+"""Warm start from a checkpoint: loaded, copied and new tensors, and errors."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ MOMENTUM = ("encoders_m.", "queue.")
 
 
 def trained(name, **overrides):
-    """As after training: no tensor is what it began as, and momentum lags behind."""
+    """Return a model as after training: all parameters differ from new ones and from momentum's."""
     model = create_model(name, **overrides)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
@@ -28,7 +28,7 @@ def others(state):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_reduced_model_begins_as_a_dense_one_and_momentum_as_its_copy(family, tmp_path):
+def test_a_reduced_model_gets_dense_weights_and_momentum_a_copy(family, tmp_path):
     source = trained(f"{family}_tiny")
     source.save_pretrained(tmp_path)
     model = create_model(f"elip_{family}_tiny")
@@ -50,7 +50,7 @@ def test_a_reduced_model_begins_as_a_dense_one_and_momentum_as_its_copy(family, 
         assert (start.copied, start.new, start.left_out) == ({}, (), ())
 
 
-def test_position_embeddings_are_interpolated_and_the_list_says_it(tmp_path):
+def test_position_embeddings_are_interpolated_and_listed(tmp_path):
     source = trained("clip_tiny")
     save_as(source, tmp_path / "there", "open_clip")
     model = create_model("elip_clip_tiny", image_size=96)
@@ -117,7 +117,7 @@ def test_a_tensor_stays_new_or_is_left_out_where_it_is_named(tmp_path):
         ({"name": "clip_tiny", "vision_heads": 4}, {}, "vision_heads: expected 2.*got 4"),
     ],
 )
-def test_what_does_not_fit_is_named_and_changes_nothing(tmp_path, saved, options, message):
+def test_an_error_names_the_cause_and_changes_nothing(tmp_path, saved, options, message):
     create_model(**saved).save_pretrained(tmp_path)
     model = create_model("clip_tiny")
     before = {name: weight.clone() for name, weight in model.state_dict().items()}

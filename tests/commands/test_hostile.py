@@ -64,9 +64,9 @@ def evil_tokenizer(folder):
 
 
 DAMAGES = {
-    "cut short": (weights_changed(lambda b: b[: len(b) // 2]), "expected a whole safetensors file"),
-    "emptied": (weights_changed(lambda b: b""), "expected a whole safetensors file"),
-    "header": (weights_changed(lambda b: b[:9] + b"\xff" + b[10:]), "a whole safetensors file"),
+    "cut short": (weights_changed(lambda b: b[: len(b) // 2]), "expected a complete safetensors file"),
+    "emptied": (weights_changed(lambda b: b""), "expected a complete safetensors file"),
+    "header": (weights_changed(lambda b: b[:9] + b"\xff" + b[10:]), "a complete safetensors file"),
     "NaN": (with_nan, "expected numbers, got NaN in image_projection.weight"),
     "depth": (config_changed(text_depth=10**10), r"text_depth: expected an integer in \[1, 1024\]"),
     "width": (config_changed(vision_width=2**20), "expected weights that fit"),

@@ -1,4 +1,4 @@
-"""Type hints as the one form of a check: what fits, which error is raised, and what it says."""
+"""Validation by type hints: accepted values, types of errors, and messages."""
 
 import math
 import sys
@@ -82,7 +82,7 @@ def test_what_fits_and_which_error_is_raised(hint, fits, out_of_range, of_anothe
         (str, list(range(1000)), "x: expected a string, got [0, 1, 2"),
     ],
 )
-def test_the_error_says_name_expected_and_got(hint, value, message):
+def test_the_error_has_name_expected_and_got(hint, value, message):
     with pytest.raises((TypeError, ValueError)) as error:
         check("x", value, hint)
     assert str(error.value).startswith(message)
@@ -91,6 +91,8 @@ def test_the_error_says_name_expected_and_got(hint, value, message):
 
 @dataclass(frozen=True)
 class Tower:
+    """A dataclass with rules for single fields and for pairs."""
+
     width: PositiveInt = 12
     heads: Annotated[PositiveInt, divisor_of("width")] = 3
     split: Annotated[int, Bounds(1), below("heads")] = 2
@@ -108,7 +110,7 @@ class Tower:
         ({"split": 3}, ValueError, "^split: expected an integer below heads = 3, got 3$"),
     ],
 )
-def test_fields_are_held_to_their_annotations_and_to_one_another(arguments, error, message):
+def test_fields_are_checked_by_their_annotations_and_by_rules_for_two(arguments, error, message):
     with pytest.raises(error, match=message):
         Tower(**arguments)
     assert hash(Tower()) == hash(replace(Tower(heads=4), heads=3))
@@ -131,7 +133,7 @@ def test_the_options_of_elip_have_one_list_of_names():
     assert get_args(get_args(ScorerName)[0]) == tuple(SCORERS)
 
 
-def test_the_nearest_known_name_is_offered():
+def test_the_nearest_known_name_is_suggested():
     assert did_you_mean("widht", ["width", "depth"]) == "; did you mean 'width'?"
     assert did_you_mean("colour", ["width", "depth"]) == ""
     assert did_you_mean(None, ["None."]) == "; did you mean 'None.'?"

@@ -1,4 +1,4 @@
-"""Our models go to the hub and come back by name, with a card that says what they cost."""
+"""Our models are uploaded to the hub and loaded by name, with a model card of their cost."""
 
 import json
 from pathlib import Path
@@ -19,18 +19,20 @@ NAMES = ["clip_tiny", "elip_clip_tiny", "elip_albef_tiny", "elip_blip_tiny", "el
 
 
 class Api:
-    """What is asked of the hub, and the files that are sent there."""
+    """A stand-in for the hub's API, which stores what is uploaded."""
 
     def __init__(self, token=None):
         self.token = token
         Api.sent = {}
 
     def create_repo(self, repo_id, *, private, exist_ok):
+        """Store the options and return a URL."""
         Api.sent |= {"private": private, "exist_ok": exist_ok}
         owned = repo_id if "/" in repo_id else f"me/{repo_id}"
         return huggingface_hub.RepoUrl(f"https://huggingface.co/{owned}")
 
     def upload_folder(self, *, repo_id, folder_path, commit_message, **options):
+        """Store the files and return a URL."""
         files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
         Api.sent |= {"repo_id": repo_id, "files": files, "message": commit_message, **options}
         return f"https://huggingface.co/{repo_id}/commit/1"
@@ -38,8 +40,7 @@ class Api:
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A function that puts a saved folder where the hub's client keeps what it has fetched; beyond
-    that there is no network."""
+    """Return a function that saves a model into the cache of the hub's client; it is offline."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
 
@@ -113,7 +114,7 @@ def test_a_revision_and_overrides(hub):
     name = hub(create_model("elip_clip_tiny"), revision="v2")
     assert create_model(f"hf:{name}@v2", scorer="last").config.scorer == "last"
     with pytest.raises(
-        FileNotFoundError, match="folder: expected one that is here, or 'owner/name'"
+        FileNotFoundError, match="folder: expected an existing folder, or 'owner/name'"
     ):
         load_model(f"{name}@v1")
 

@@ -1,4 +1,4 @@
-"""Models by one line of text, with random weights and from local folders."""
+"""Models by a text, with random weights and from local folders."""
 
 import json
 import sys
@@ -10,6 +10,7 @@ import timm
 import torch
 import transformers
 
+import elip_models.models
 from elip_models.data import CLIP_MEAN, CLIP_STD
 from elip_models.models.clip.model import CLIP
 from elip_models.models.io.open_model import open_model
@@ -80,7 +81,7 @@ def test_a_folder_of_transformers_with_and_without_weights(name, tmp_path):
     with torch.device("meta"):
         empty = open_model(f"hf:{tmp_path}", pretrained=False)
     assert {weight.device.type for weight in empty.parameters()} == {"meta"}
-    with pytest.raises(ValueError, match="spec: expected a model whose files are here"):
+    with pytest.raises(ValueError, match="spec: expected a model with local or downl"):
         open_model(f"hf:{tmp_path}")
 
 
@@ -141,16 +142,26 @@ def test_image_stats_are_those_of_the_model(tmp_path):
     [
         ("vit_base", "spec: expected 'timm:NAME', .* got 'vit_base'"),
         ("timm:", "spec: expected 'timm:NAME', .* got 'timm:'"),
-        ("timm:vit_bse", "spec: expected a model that timm knows, got 'vit_bse'"),
-        ("open_clip:ViT-X", "spec: expected a model that open_clip knows, got 'ViT-X'"),
+        ("timm:vit_bse", r"spec: expected a name of timm.list_models\(\), got 'vit_bse'"),
+        ("open_clip:ViT-X", r"spec: expected a name of open_clip.list_models\(\), got 'ViT-X'"),
         ("open_clip:ViT-B-32/mine", "spec: expected weights of ViT-B-32 among .*, got 'mine'"),
-        ("hf:/no/such/folder", "spec: expected a model whose files .* got 'hf:/no/such/folder'"),
+        ("hf:/no/such/folder", "spec: expected a model with local .* got 'hf:/no/such/folder'"),
         ("clip_tiny", "no weights are published"),
     ],
 )
 def test_an_unknown_spec_says_what_was_expected(spec, message):
     with pytest.raises(ValueError, match=message):
         open_model(spec)
+
+
+def test_the_public_names_of_the_package_are_imported_on_first_use():
+    assert elip_models.models.open_model is open_model
+    assert sorted(dir(elip_models.models)) == sorted(elip_models.models.LAZY)
+    assert all(
+        getattr(elip_models.models, name).__name__ == name for name in elip_models.models.LAZY
+    )
+    with pytest.raises(AttributeError, match="'elip_models.models' has no attribute 'open_modle'"):
+        elip_models.models.open_modle  # noqa: B018
 
 
 def test_other_mistakes(tmp_path):

@@ -1,4 +1,4 @@
-"""LoRA and bottlenecks in models of ours: what trains, what is computed, what is refused."""
+"""LoRA and bottlenecks in our models: trainable parameters, outputs, and errors."""
 
 import copy
 import itertools
@@ -9,7 +9,6 @@ import torch
 
 import elip_models
 from elip_models.models.peft.adapt import (
-    AdaptConfig,
     Bottleneck,
     adapt_,
     adapted_layer_of,
@@ -17,6 +16,7 @@ from elip_models.models.peft.adapt import (
     trainable_counts,
     trainable_share,
 )
+from elip_models.models.peft.adaptable_model import AdaptConfig
 from elip_models.models.peft.saved_adapter import load_adapter_, save_adapter
 from elip_models.profiling.measure import saved_bytes
 from elip_models.reduction.scorers import SCORERS
@@ -39,14 +39,14 @@ def config(kind, **options):
 
 
 def plain(family, **options):
-    """A small model in fp64."""
+    """Return a small model in fp64."""
     if family == "clip":
         return tiny(**{"scorer": "last"} | options).double()
     return made(family, **options)
 
 
 def inputs_of(family):
-    """The arguments of a step, nothing of which is drawn."""
+    """Return the arguments of a training step, without random draws."""
     if family == "clip":
         inputs = batch()
         return inputs | {"images": inputs["images"].double()}
@@ -56,8 +56,10 @@ def inputs_of(family):
 
 
 def perturbed(model):
-    """Adapters that matter, and momentum encoders equal to those that they follow: then their
-    average is too, and so is that of what is merged."""
+    """Move the adapters away from zero, and make momentum encoders equal to the online ones.
+
+    Then their average is equal too, also after merging.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if adapted_layer_of(name):
@@ -70,8 +72,8 @@ def adapted(family, kind, **options):
     return perturbed(adapt_(plain(family, **options), config(kind)))
 
 
-def as_it_acts(model):
-    """A plain model that computes the same: the merged one, or one with bottlenecks in hooks."""
+def plain_equivalent(model):
+    """Return a plain model with the same output: merged, or with the bottlenecks in hooks."""
     copied = copy.deepcopy(model)
     if model.adapted.config.kind == "lora":
         return merge_(copied)
@@ -93,7 +95,7 @@ def _behind(down, up):
 
 
 def assert_same_step(got, expected, inputs):
-    """In training mode and in eval mode, whatever is drawn the same for both."""
+    """Compare the losses of a step in training mode and in eval mode, with the same seed."""
     for mode in (True, False):
         results = []
         for model in (got, expected):
@@ -112,9 +114,9 @@ def test_a_fresh_adapter_changes_nothing_and_a_moved_one_does(family, kind):
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
-def test_a_step_is_that_of_the_plain_model_that_acts_alike(family, kind):
+def test_a_step_equals_the_plain_model_with_the_same_output(family, kind):
     model = adapted(family, kind)
-    assert_same_step(model, as_it_acts(model), inputs_of(family))
+    assert_same_step(model, plain_equivalent(model), inputs_of(family))
 
 
 EVERY = [(strategy, kind) for kind in KINDS for strategy in STRATEGIES]
@@ -125,11 +127,11 @@ EVERY = [(strategy, kind) for kind in KINDS for strategy in STRATEGIES]
     ("strategy", "kind"),
     tiered(EVERY, [("tome", "lora"), ("evit", "lora"), ("trips", "adapter")]),
 )
-def test_so_it_is_under_every_strategy(strategy, kind):
+def test_a_step_equals_the_plain_model_under_every_strategy(strategy, kind):
     name = "elip_clip_tiny" if strategy in STAGED else "clip_tiny"
     options = {"strategy": strategy, "strategy_options": OPTIONS.get(strategy)}
     model = perturbed(adapt_(tiny(name, **options).double(), config(kind)))
-    assert_same_step(model, as_it_acts(model), inputs_of("clip"))
+    assert_same_step(model, plain_equivalent(model), inputs_of("clip"))
 
 
 SCORES = [("clip", each, kind) for kind in KINDS for each in (*SCORERS, 1)]
@@ -144,9 +146,9 @@ SCORES += [("albef", each, kind) for kind in KINDS for each in ("momentum", "exa
         [("clip", "cls", "lora"), ("clip", "exact", "adapter"), ("albef", "momentum", "lora")],
     ),
 )
-def test_so_it_is_by_every_scorer(family, scorer, kind):
+def test_a_step_equals_the_plain_model_with_every_scorer(family, scorer, kind):
     model = adapted(family, kind, scorer=scorer)
-    assert_same_step(model, as_it_acts(model), inputs_of(family))
+    assert_same_step(model, plain_equivalent(model), inputs_of(family))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -331,7 +333,7 @@ def test_compiles_whole(kind):
     torch.testing.assert_close(got, expected, **CLOSE)
 
 
-def test_a_recipe_says_how():
+def test_a_recipe_selects_the_adapter():
     assert from_mapping(AdaptConfig, {}).kind is None
     given = {"kind": "lora", "r": 16, "target_modules": ["attn.qkv"], "full": ["head.*"]}
     read = from_mapping(AdaptConfig, given)
@@ -344,9 +346,9 @@ def test_a_recipe_says_how():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target_modules": ("qvk",)}, r"target_modules: expected .* fits nothing"),
+        ({"target_modules": ("qvk",)}, r"target_modules: expected .* matches nothing"),
         ({"target_modules": r".*\.attn"}, r"linear layers in CLIP.*visual\.blocks\.0\.attn"),
-        ({"target_modules": ("image_projection",)}, "whose weight CLIP reads elsewhere too"),
+        ({"target_modules": ("image_projection",)}, "whose weight CLIP also uses elsewhere"),
         ({"full": ("haed.*",)}, r"full: expected patterns .*haed"),
     ],
 )
@@ -363,9 +365,9 @@ def test_what_does_not_fit_is_refused(kind, options, message):
 def test_what_cannot_be_adapted_is_refused(tmp_path):
     with pytest.raises(ValueError, match="tuning: expected 'full'"):
         adapt_(classifier(tuning="probe"), config("lora"))
-    with pytest.raises(ValueError, match="got one that is adapted"):
+    with pytest.raises(ValueError, match="got one with adapters; merge_ it first"):
         adapt_(adapted("clip", "lora"), config("lora"))
-    with pytest.raises(ValueError, match=r"decoder.*whose weight ALBEF reads elsewhere too"):
+    with pytest.raises(ValueError, match=r"decoder.*whose weight ALBEF also uses elsewhere"):
         adapt_(plain("albef"), config("lora", target_modules=("decoder",)))
     with pytest.raises(ValueError, match="got a plain one"):
         save_adapter(plain("clip"), tmp_path)

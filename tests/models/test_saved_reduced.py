@@ -1,7 +1,8 @@
-"""A reduced model is saved with its reduction, and loaded reduced; or an error says why not."""
+"""A reduced model is saved and loaded with its reduction; errors name the reason and the remedy."""
 
 import copy
 import json
+import logging
 from dataclasses import dataclass
 
 import open_clip
@@ -31,7 +32,7 @@ from elip_models import (
     ToMe,
     is_reduced,
 )
-from elip_models.models.io.saved_reduced import SETTINGS
+from elip_models.models.io.saved_reduced import SETTINGS, without_open_clip_log
 from elip_models.models.registry import create_model
 from elip_models.reduction.serialization import settings_of, strategy_of
 from elip_models.reduction.strategies import STRATEGIES
@@ -112,7 +113,7 @@ def test_our_model_is_loaded_as_its_config_says(tmp_path):
     ):
         assert other.config == model.config
         assert torch.equal(other.visual.pos_embed, model.visual.pos_embed)
-    with pytest.raises(ValueError, match="strategy: expected None for a CLIP, which its config"):
+    with pytest.raises(ValueError, match="strategy: expected None for a CLIP, whose config"):
         elip_models.load_reduced(tmp_path, strategy="tome")
 
 
@@ -191,7 +192,7 @@ def test_settings_that_are_missing_or_no_json_say_so(tmp_path):
     (tmp_path / SETTINGS).unlink()
     with pytest.raises(FileNotFoundError, match=r"expected elip.json, .*; the model is dense"):
         elip_models.load_reduced(tmp_path)
-    with pytest.raises(FileNotFoundError, match="folder: expected one that is here, or"):
+    with pytest.raises(FileNotFoundError, match="folder: expected an existing folder, or"):
         elip_models.load_reduced(tmp_path / "no" / "such")
 
 
@@ -199,7 +200,7 @@ def test_a_damaged_file_is_named(tmp_path):
     saved_timm(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    with pytest.raises(ValueError, match=rf"folder: expected whole weights in {tmp_path}, got "):
+    with pytest.raises(ValueError, match=rf"folder: expected complete weights in {tmp_path}, got "):
         elip_models.load_reduced(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"config\.json: expected a JSON object, got \[\]"):
@@ -233,9 +234,9 @@ def test_a_strategy_of_ones_own_is_given_again(tmp_path):
 
 
 def test_a_model_that_is_not_reduced_is_not_saved_as_reduced(tmp_path):
-    with pytest.raises(ValueError, match="model: expected one that reduce_ has changed, got no"):
+    with pytest.raises(ValueError, match="model: expected one model of reduce_, got no"):
         elip_models.save_reduced(timm_vit(), tmp_path / "timm")
-    with pytest.raises(ValueError, match="expected one whose config reduces it, got a dense CLIP"):
+    with pytest.raises(ValueError, match="expected a reduction in its config, got a dense CLIP"):
         elip_models.save_reduced(create_model("clip_tiny"), tmp_path / "clip")
     several = nn.ModuleList([elip_models.reduce_(timm_vit(), strategy="tome")])
     several.append(elip_models.reduce_(timm_vit(), strategy="tome"))
@@ -266,16 +267,24 @@ def test_open_clip_needs_the_config_of_the_model(tmp_path):
     model = elip_models.reduce_(pair(), strategy="tome")
     with pytest.raises(ValueError, match=r"config: expected a name of open_clip.* got None"):
         elip_models.save_reduced(model, tmp_path)
-    with pytest.raises(ValueError, match=r"config: expected that of the model, .* differs in"):
+    with pytest.raises(ValueError, match=r"config: expected the model's own, .* differs in"):
         elip_models.save_reduced(model, tmp_path, config=CONFIG | {"quick_gelu": True})
     assert not any(tmp_path.iterdir())
 
 
+def test_only_what_open_clip_logs_is_dropped_and_only_while_saving(tmp_path, caplog):
+    model = elip_models.reduce_(pair(), strategy="tome")
+    filters = list(logging.root.filters)
+    elip_models.save_reduced(model, tmp_path, config=CONFIG)
+    assert not caplog.records and logging.root.filters == filters
+    with without_open_clip_log():
+        logging.warning("of other code")
+    assert caplog.messages == ["of other code"]
+
+
 def test_timm_saves_what_its_factory_made(tmp_path):
     model = elip_models.reduce_(timm.models.VisionTransformer(depth=2), strategy="tome")
-    with pytest.raises(
-        ValueError, match=r"model: expected one of timm.create_model, .*got a Vision"
-    ):
+    with pytest.raises(ValueError, match=r"expected a model of timm.create_model, .*got a Vision"):
         elip_models.save_reduced(model, tmp_path)
 
 
@@ -289,7 +298,7 @@ def test_an_adapter_is_saved_with_the_reduction_and_without_the_model(tmp_path):
     model = adapted(elip_models.reduce_(copy.deepcopy(base), schedule=SCHEDULE))
     elip_models.save_reduced(model, tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
-    with pytest.raises(ValueError, match="holds an adapter alone, got None"):
+    with pytest.raises(ValueError, match="has only an adapter, got None"):
         elip_models.load_reduced(tmp_path)
     other, x = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval(), images()
     assert not torch.allclose(output(other, x), output(model, x))
@@ -325,7 +334,7 @@ def test_a_model_card_has_tokens_and_flops_and_stays_when_it_was_edited(tmp_path
 
 
 def test_wrappers_for_training_are_looked_through(tmp_path):
-    """As accelerate's `unwrap_model` does, whose order of wrappers this is."""
+    """The order of wrappers is the one of accelerate's `unwrap_model`."""
     model = elip_models.reduce_(timm_vit().eval(), strategy="tome")
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -333,7 +342,7 @@ def test_wrappers_for_training_are_looked_through(tmp_path):
         assert extract_model_from_parallel(wrapped, keep_torch_compile=False) is model
         elip_models.save_reduced(wrapped, tmp_path / "model")
         fully_shard(model, mesh=dist.init_device_mesh("cpu", (1,)))
-        with pytest.raises(TypeError, match="model: expected one whose parameters are whole, got"):
+        with pytest.raises(TypeError, match="model: expected an unsharded model, got"):
             elip_models.save_reduced(model, tmp_path / "sharded")
     finally:
         dist.destroy_process_group()

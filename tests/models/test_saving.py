@@ -1,4 +1,4 @@
-"""A reduced model is saved and loaded as the library does it; what is loaded is the same model."""
+"""A reduced model is saved and loaded by its library, and stays the same model."""
 
 import copy
 import json
@@ -38,7 +38,7 @@ def reduced(model):
 
 @pytest.fixture
 def model():
-    """Reduced, and saved in the middle of a training step: no backward has run yet."""
+    """Return a reduced model after a forward in training mode without backward."""
     model = reduced(pair())
     model.train()(images(4), ids(4))
     return model.eval()
@@ -51,7 +51,7 @@ def features(model):
 
 
 def assert_same(other, model):
-    """`other`, reduced or not, gives the features of the reduced `model`, and once neither is."""
+    """Check that `other` has the features of the reduced `model`, reduced and dense."""
     expected = features(model)
     if is_reduced(other):
         assert torch.equal(features(other), expected)
@@ -63,7 +63,7 @@ def assert_same(other, model):
 
 
 def save(model, path):
-    """As the training script of open_clip, a wrapped model's keys; or as a bare state dict."""
+    """Save as the training script of open_clip, with prefixes; or as a plain state dict."""
     state = model.state_dict()
     if path.suffix == ".safetensors":
         save_file({name: value.contiguous() for name, value in state.items()}, path)
@@ -99,7 +99,7 @@ def test_open_clip_creates_a_model_from_the_checkpoint(model, tmp_path, how, mon
 
 @pytest.mark.parametrize("make", [pair, lambda: reduced(pair())], ids=["untouched", "reduced"])
 def test_a_dense_checkpoint_loads_into(make, tmp_path):
-    """What was trained before `reduce_` was known."""
+    """Load a checkpoint that was trained without `reduce_`."""
     dense, other = pair(), make()
     torch.save(dense.state_dict(), tmp_path / "dense.pt")
     other.load_state_dict(torch.load(tmp_path / "dense.pt"))

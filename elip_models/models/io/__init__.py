@@ -1,1 +1,1 @@
-"""Saving and loading of models: files, the hub, models by one line of text."""
+"""Saving and loading of models: files, the hub, models by a text such as 'timm:NAME'."""

@@ -1,4 +1,4 @@
-"""Files of models: written whole or not at all, and read with errors that name them."""
+"""Reading and writing of model files: writes are atomic, and errors name the file."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, with the permissions of any new file."""
+    """Write a file completely or not at all, with the permissions of any new file."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         unfinished.write_bytes(content)
@@ -19,7 +19,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object of a file; ValueError where it is none."""
+    """Return the JSON object in a file; any other content raises ValueError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -30,10 +30,10 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: str | os.PathLike, *, with_weights: bool = True) -> tuple[str | None, dict]:
-    """Read family and config of a folder that `save_pretrained` wrote; no family in another's.
+    """Return family and config of a saved model; the family is None for another library's.
 
     Raises:
-        FileNotFoundError: it lacks config.json, or model.safetensors where `with_weights`.
+        FileNotFoundError: config.json is missing, or `with_weights` model.safetensors.
     """
     path = Path(folder)
     for name in ("config.json", "model.safetensors") if with_weights else ("config.json",):
@@ -47,22 +47,22 @@ def read_config(folder: str | os.PathLike, *, with_weights: bool = True) -> tupl
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; ValueError where it is damaged, or one of them has NaN."""
+    """Return the tensors of a safetensors file; a damaged file or NaN raises ValueError."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path}: expected a whole safetensors file, got {error}") from error
-    check_numbers(path, tensors)
+        raise ValueError(f"{path}: expected a complete safetensors file, got {error}") from error
+    check_no_nan(path, tensors)
     return tensors
 
 
-def check_numbers(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Raises ValueError where one of the tensors that `path` holds has NaN."""
+def check_no_nan(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError if a tensor read from `path` has NaN."""
     floating = {name: each for name, each in tensors.items() if each.is_floating_point()}
-    spoilt = [name for name, each in floating.items() if each.isnan().any()]
-    if spoilt:
-        more = f" and {len(spoilt) - 3} more" if len(spoilt) > 3 else ""
-        raise ValueError(f"{path}: expected numbers, got NaN in {', '.join(spoilt[:3])}{more}")
+    names = [name for name, each in floating.items() if each.isnan().any()]
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ValueError(f"{path}: expected numbers, got NaN in {', '.join(names[:3])}{more}")

@@ -1,4 +1,4 @@
-"""Folders of saved models, here or in a repository of the hub, and their model cards."""
+"""Folders of saved models, local or on the Hugging Face hub, and their model cards."""
 
 import os
 from collections.abc import Iterator
@@ -24,10 +24,9 @@ CARD = """---
 
 {{ about }}
 
-## What it costs
+## Cost of the image tower
 
-Of the image tower and one image of {{ image }} pixels, counted and not timed, the choice of tokens
-included.
+Computed, not measured, for one image of {{ image }} pixels. The FLOPs include the token selection.
 
 {{ table }}
 
@@ -40,14 +39,14 @@ included.
 
 
 def fetch_folder(name: str | os.PathLike, *, token: str | bool | None = None) -> Path:
-    """The folder `name`, or that of a repository of the hub, fetched where it is not here yet.
+    """Return the local folder of a saved model, downloaded from the hub if necessary.
 
     Args:
-        name: a folder, or 'owner/name' or 'owner/name@revision' of the hub.
-        token: of a private repository; None takes the one that `hf auth login` stored.
+        name: a folder, or a repository, 'owner/name' or 'owner/name@revision'.
+        token: access token of a private repository. None: the token that `hf auth login` stored.
 
     Raises:
-        FileNotFoundError: no such folder, and no repository that can be fetched.
+        FileNotFoundError: there is no such folder, and no such repository can be downloaded.
     """
     check("folder", name, str | os.PathLike)
     if Path(name).is_dir():
@@ -59,33 +58,34 @@ def fetch_folder(name: str | os.PathLike, *, token: str | bool | None = None) ->
         )
     except (OSError, HFValidationError) as error:
         raise FileNotFoundError(
-            f"folder: expected one that is here, or 'owner/name' of a hub repository that can be "
-            f"fetched, got {str(name)!r}: {error}"
+            f"folder: expected an existing folder, or 'owner/name' of a hub repository that can be "
+            f"downloaded, got {str(name)!r}: {error}"
         ) from error
     return Path(path)
 
 
 @contextmanager
 def staging_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write in, whose files then take their places in `folder`, each whole; a model
-    card that is there stays.
+    """Yield a temporary folder, whose files move into `folder` if no error occurs.
+
+    A model card, README.md, that exists in `folder` is not replaced.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder, prefix=".") as stage:
-        yield Path(stage)
-        for file in sorted(Path(stage).iterdir()):
+    with TemporaryDirectory(dir=folder, prefix=".") as staging:
+        yield Path(staging)
+        for file in sorted(Path(staging).iterdir()):
             if file.name != "README.md" or not (folder / file.name).exists():
                 os.replace(file, folder / file.name)
 
 
 def card_values(strategy: Strategy, size: TowerSize) -> dict[str, str]:
-    """What `CARD` says of an image tower of that size under the strategy."""
+    """Return the values of `CARD` for an image tower of that size under the strategy."""
     height, width = size.image
     return {"image": f"{height} x {width}", "table": flops_table(strategy, size)}
 
 
 def flops_table(strategy: Strategy, size: TowerSize) -> str:
-    """Tokens and FLOPs of a tower, dense and under the strategy, in Markdown."""
+    """Return a Markdown table of tokens and FLOPs of a tower, dense and under the strategy."""
     dense = dense_flops(size)
     rows = [
         "| | tokens in each layer | GFLOPs, forward | GFLOPs, training step |",

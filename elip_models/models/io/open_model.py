@@ -1,12 +1,12 @@
-"""Models by one line of text: the libraries' own, ours by name, a folder that training wrote.
+"""Models by a text: of timm, open_clip and transformers, of this library, or a saved folder.
 
     timm:vit_base_patch16_224                 an image model of timm
-    open_clip:ViT-B-16[/laion2b_s34b_b88k]    a whole CLIP of open_clip, its weights after the slash
-    hf:google/vit-base-patch16-224            of transformers or ours, by name or local folder
+    open_clip:ViT-B-16[/laion2b_s34b_b88k]    a CLIP of open_clip, with its weights after the slash
+    hf:google/vit-base-patch16-224            of transformers or this library, by name or folder
     elip_clip_vit_b16                         a name of `list_models`
     runs/clip_tiny/model                      a folder that `save_pretrained` wrote
 
-Libraries are imported when a spec asks for them.
+A library is imported when one of its models is opened.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,18 +28,21 @@ FORMS = (
 def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Module:
     """Open the model that `spec` names, in eval mode.
 
-    Under `with torch.device("meta"):` and without `pretrained` no memory is taken.
+    With `pretrained=False` under `with torch.device("meta"):`, the model takes no memory.
+
+    Example::
+
+        model = open_model("timm:vit_base_patch16_224")
 
     Args:
-        spec: 'timm:NAME'; 'open_clip:NAME', or 'open_clip:NAME/TAG' of certain weights (else the
-            first that open_clip lists); 'hf:NAME' or 'hf:FOLDER', where a config.json is enough
-            without weights; a name of `list_models`; a folder written by `save_pretrained`.
-        pretrained: load weights; False leaves them random. Ours by name have none to load.
-        options: of timm.create_model, open_clip.create_model, the config of transformers, or the
-            config of our model.
+        spec: 'timm:NAME'; 'open_clip:NAME' for the first weights that open_clip lists, or
+            'open_clip:NAME/TAG'; 'hf:NAME' or 'hf:FOLDER'; a name of `list_models`; or a folder
+            written by `save_pretrained`. A folder without weights needs `pretrained=False`.
+        pretrained: load weights; False for random weights. Names of `list_models` have no weights.
+        options: of timm.create_model or open_clip.create_model, or fields of the config.
 
     Raises:
-        ValueError: a spec of another form, a name that its library does not know, or weights that
+        ValueError: the spec has another form, its library does not have the name, or the weights
             cannot be found.
         ImportError: a library is missing; the message names the extra.
     """
@@ -48,7 +51,7 @@ def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Modu
     check("pretrained", pretrained, bool)
     library, name = split_spec(spec)
     if library is not None:
-        with require_extra("open_model"), _found(spec):
+        with require_extra("open_model"), _missing_files_as_value_error(spec):
             return OPENERS[library](name, pretrained, options).eval()
     from elip_models.models.registry import create_model, list_models
 
@@ -60,9 +63,7 @@ def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Modu
 
 
 def split_spec(spec: str) -> tuple[str | None, str]:
-    """Split 'timm:NAME' into ('timm', 'NAME'); for one of ours the library is None and the name
-    all.
-    """
+    """Split 'timm:NAME' into ('timm', 'NAME'); a spec without library gives (None, spec)."""
     library, _, name = spec.partition(":")
     return (library, name) if name and library in OPENERS else (None, spec)
 
@@ -72,7 +73,7 @@ def _open_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Modul
 
     is_elsewhere = name.startswith(("local-dir:", "hf-hub:"))
     if not is_elsewhere and not timm.is_model(name.rpartition("/")[2].partition(".")[0]):
-        raise ValueError(f"spec: expected a model that timm knows, got {name!r}")
+        raise ValueError(f"spec: expected a name of timm.list_models(), got {name!r}")
     return timm.create_model(name, pretrained=pretrained, **options)
 
 
@@ -81,17 +82,19 @@ def _open_open_clip(name: str, pretrained: bool, options: dict[str, Any]) -> nn.
 
     name, _, tag = name.partition("/")
     if name not in open_clip.list_models():
-        raise ValueError(f"spec: expected a model that open_clip knows, got {name!r}")
+        raise ValueError(f"spec: expected a name of open_clip.list_models(), got {name!r}")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tag and tag not in tags:
         raise ValueError(f"spec: expected weights of {name} among {tags}, got {tag!r}")
     if pretrained and not tags:
-        raise ValueError(f"spec: expected a model that open_clip has weights of, got {name!r}")
+        raise ValueError(
+            f"spec: expected a model with weights in open_clip, got {name!r}; pass pretrained=False"
+        )
     weights = (tag or tags[0]) if pretrained else None
     device = torch.get_default_device()
     try:
         return open_clip.create_model(name, pretrained=weights, device=device, **options)
-    except RuntimeError as error:  # what it raises where it cannot fetch
+    except RuntimeError as error:  # of a failed download
         if weights is None:
             raise
         raise OSError(str(error)) from error
@@ -123,9 +126,7 @@ OPENERS: dict[str, Callable[[str, bool, dict[str, Any]], nn.Module]] = {
 
 
 def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> nn.Module:
-    """Open our model of a folder, its config changed by `options`; a config is enough for random
-    weights.
-    """
+    """Open a saved model of ours, with `options` as fields of its config."""
     from elip_models.models.io.files import read_config
     from elip_models.models.registry import MODELS, load_model
 
@@ -139,13 +140,11 @@ def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> nn.
 
 
 @contextmanager
-def _found(spec: str) -> Iterator[None]:
-    """Turn what a library raises where there are no files of that name, inside, into a
-    ValueError.
-    """
+def _missing_files_as_value_error(spec: str) -> Iterator[None]:
+    """Turn the OSError of a library that finds no files of that name into a ValueError."""
     try:
         yield
     except OSError as error:
         raise ValueError(
-            f"spec: expected a model whose files are here or can be fetched, got {spec!r}: {error}"
+            f"spec: expected a model with local or downloadable files, got {spec!r}: {error}"
         ) from error

@@ -1,18 +1,20 @@
-"""Reduced models on disk: the library's own files, and how the model is reduced.
+"""Saving and loading of reduced models: the library's own files, and the settings of `reduce_`.
 
     timm           config.json, model.safetensors                       elip.json
     open_clip      open_clip_config.json, open_clip_model.safetensors   elip.json
     transformers   what its save_pretrained writes; "elip" in config.json
-    peft           what its save_pretrained writes, the adapter alone   elip.json
+    peft           the adapter, as its save_pretrained writes it        elip.json
     ours           what save_pretrained writes; fields of config.json
 
-So each library loads its folder without us, dense.
+Each library can load its folder without this one; the model is dense then.
 """
 
 import json
 import logging
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,30 +45,39 @@ Config = str | dict[str, Any] | None
 
 
 def save_reduced(model: nn.Module, folder: str | os.PathLike, *, config: Config = None) -> Path:
-    """Save a reduced model as its library does, and with it how it is reduced; returns the folder.
+    """Save a reduced model in the format of its library, together with its reduction.
 
-    The folder also loads with the library alone, and is dense then. A model card, README.md, is
-    written where there is none. Wrappers of torch.compile and DistributedDataParallel are looked
-    through. Of a model of peft the adapter alone is saved, as peft does, and the reduction.
+    The library alone can load the folder as a dense model. For a model of peft only the adapter is
+    saved, as peft does.
+
+    Example::
+
+        model = elip_models.reduce_(timm.create_model("vit_base_patch16_224", pretrained=True))
+        elip_models.save_reduced(model, "vit_tome")
+        model = elip_models.load_reduced("vit_tome")
 
     Args:
-        model: what `reduce_` has changed, or one with such a model inside; or one of ours whose
-            config reduces it.
-        folder: is made where it is not there; files of the same names are replaced.
-        config: the name of an open_clip model, such as "ViT-B-16", which open_clip does not store,
-            or its `model_cfg`; arguments of timm's model beside those that it notes.
+        model: a model of `reduce_`, a model that contains one, or one of our models with a
+            reduction in its config. torch.compile and DistributedDataParallel may wrap it.
+        folder: created if necessary. Files of the same names are replaced, except README.md.
+        config: for open_clip, the name of the model, such as "ViT-B-16", or its `model_cfg`, which
+            open_clip does not store. For timm, further arguments of its model.
+
+    Returns:
+        The folder.
 
     Raises:
-        TypeError, ValueError: a model that is not reduced, is sharded, or cannot be saved by its
-            library; a `config` that is missing, or of another model.
+        TypeError: the model is sharded, or of another library.
+        ValueError: the model is not reduced, or its library cannot save it; or `config` is missing
+            or of another model.
     """
     check("model", model, nn.Module)
     check("folder", folder, str | os.PathLike)
-    model, folder = _unwrapped(model), Path(folder)
+    model, folder = _unwrap(model), Path(folder)
     if isinstance(model, PretrainedModel):
         _check_reduces(model)
         return model.save_pretrained(folder)
-    reduction, place = _reduction_in(model)
+    reduction, module = _reduction_in(model)
     is_adapter = without_adapter(model) is not model
     library = "peft" if is_adapter else library_of(model)
     if library not in WRITERS:
@@ -77,10 +88,10 @@ def save_reduced(model: nn.Module, folder: str | os.PathLike, *, config: Config 
     folder.mkdir(parents=True, exist_ok=True)
     store_in_config(model, reduction)
     WRITERS[library](model, folder, config)
-    if library == "transformers" and not place:
+    if library == "transformers" and not module:
         (folder / SETTINGS).unlink(missing_ok=True)
     else:
-        _write_json(folder / SETTINGS, {"module": place, **settings_of(reduction.strategy)})
+        _write_json(folder / SETTINGS, {"module": module, **settings_of(reduction.strategy)})
     if not (folder / "README.md").exists():
         write_file(folder / "README.md", _card(reduction, library, folder).encode())
     return folder
@@ -92,37 +103,41 @@ def load_reduced(
     *,
     strategy: str | Strategy | None = None,
 ) -> nn.Module:
-    """Load what `save_reduced` wrote, reduced as it was; in eval mode where it is opened here.
+    """Load a model that `save_reduced` wrote, with its reduction.
 
     Args:
-        folder: or 'owner/name' of a repository of the hub.
-        model: one that its library has loaded from the folder, to be reduced in place: for options
-            of the library, a class of your own, or an adapter of peft on its model.
-        strategy: as of `reduce_`, instead of the saved one; one of your own has to be passed.
+        folder: a folder, or 'owner/name' of a repository of the hub.
+        model: a model that its library loaded from the folder; it is reduced in place. Pass it to
+            use options of the library, a class of your own, or an adapter of peft.
+        strategy: replaces the saved strategy, as in `reduce_`. Required for a class of your own.
+
+    Returns:
+        The model, in eval mode unless `model` was passed.
 
     Raises:
-        FileNotFoundError: no such folder, or none of a reduced model.
-        ConfigError: settings that cannot be read, or do not fit the model, with file and key.
-        TypeError, ValueError: a folder of no library that is known, or of a damaged file.
+        FileNotFoundError: the folder is missing, or contains no reduced model.
+        ConfigError: the settings are invalid or do not fit the model; names file and key.
+        TypeError: `model` or `folder` has another type.
+        ValueError: the library of the folder is unknown, or a file is damaged.
     """
     check("model", model, nn.Module | None)
     folder = fetch_folder(folder)
     try:
-        model = _opened(folder) if model is None else model
+        model = _open_dense(folder) if model is None else model
     except SafetensorError as error:
-        raise ValueError(f"folder: expected whole weights in {folder}, got {error}") from error
+        raise ValueError(f"folder: expected complete weights in {folder}, got {error}") from error
     if isinstance(model, PretrainedModel):
         _check_reduces(model)
         if strategy is not None:
             raise ValueError(
-                f"strategy: expected None for a {type(model).__name__}, which its config reduces, "
-                f"got {strategy!r}; change fields of the config, create_model('hf:..', schedule=..)"
+                f"strategy: expected None for a {type(model).__name__}, whose config has it, got "
+                f"{strategy!r}; change fields of the config, create_model('hf:..', schedule=..)"
             )
         return model
-    saved, where = _settings_in(folder)
+    saved, where = _read_settings(folder)
     with as_config_error(where):
-        place = saved.pop("module", "") if isinstance(saved, dict) else ""
-        reduced = _inside(model, place)
+        module = saved.pop("module", "") if isinstance(saved, dict) else ""
+        reduced = _reduced_module(model, module)
         if strategy is None:
             reduce_(reduced, strategy=strategy_of(saved))
             return model
@@ -130,15 +145,15 @@ def load_reduced(
     return model
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside wrappers that leave its modules as they are."""
+def _unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside torch.compile and DistributedDataParallel; refuse a sharded one."""
     if isinstance(model, torch._dynamo.OptimizedModule):
-        return _unwrapped(model._orig_mod)
+        return _unwrap(model._orig_mod)
     if isinstance(model, DistributedDataParallel):
-        return _unwrapped(model.module)
+        return _unwrap(model.module)
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise TypeError(
-            "model: expected one whose parameters are whole, got a sharded one; load "
+            "model: expected an unsharded model, got a sharded one; load "
             "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) into an "
             "unsharded one, and save that"
         )
@@ -148,58 +163,59 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 def _check_reduces(model: PretrainedModel) -> None:
     if isinstance(model.config.reduction, Dense):
         raise ValueError(
-            f"model: expected one whose config reduces it, got a dense {type(model).__name__}; "
-            "save_pretrained and from_pretrained are for those"
+            f"model: expected a reduction in its config, got a dense {type(model).__name__}; use "
+            "save_pretrained and from_pretrained"
         )
 
 
 def _reduction_in(model: nn.Module) -> tuple[Reduction, str]:
-    """How the model is reduced, and the name of the module in it that `reduce_` was given."""
+    """Return the reduction of a model, and the name of the reduced module in it."""
     found = reductions_of(model)
     if len(found) != 1:
+        remedy = "save each model alone" if found else "save a dense model by its library"
         raise ValueError(
-            f"model: expected one that reduce_ has changed, got {len(found) or 'no'} reductions in "
-            f"it; {'save each model alone' if found else 'its library saves a dense one'}"
+            f"model: expected one model of reduce_, got {len(found) or 'no'} reductions in it; "
+            f"{remedy}"
         )
     owner = found[0].model
     names = {id(module): name for name, module in without_adapter(model).named_modules()}
     if id(owner) not in names:
         raise ValueError(
-            f"model: expected the whole {type(owner).__name__} that reduce_ was given, got a "
+            f"model: expected the whole {type(owner).__name__} that reduce_ changed, got a "
             f"{type(model).__name__} inside it"
         )
     return found[0], names[id(owner)]
 
 
-def _inside(model: nn.Module, place: Any) -> nn.Module:
-    """The module that `reduce_` was given, by its name in the model."""
+def _reduced_module(model: nn.Module, name: Any) -> nn.Module:
+    """Return the module with that name, which was reduced when the model was saved."""
     try:
-        return without_adapter(model).get_submodule(place) if place else model
+        return without_adapter(model).get_submodule(name) if name else model
     except (AttributeError, TypeError) as error:
         raise ValueError(
-            f"module: expected the name of a module in {type(model).__name__}, got {place!r}"
+            f"module: expected the name of a module in {type(model).__name__}, got {name!r}"
         ) from error
 
 
-def _settings_in(folder: Path) -> tuple[Any, str]:
-    """The settings that a folder holds, and where they stand."""
+def _read_settings(folder: Path) -> tuple[Any, str]:
+    """Return the settings of the reduction in a folder, and their location for errors."""
     if (folder / SETTINGS).is_file():
         return read_object(folder / SETTINGS), str(folder / SETTINGS)
     config = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     if "elip" not in config:
         raise FileNotFoundError(
             f"folder: expected {SETTINGS}, or a {CONFIG} with 'elip', as save_reduced writes them, "
-            f"got neither in {folder}; the model is dense: open it by its library, and reduce_ it"
+            f"got neither in {folder}; the model is dense: load it by its library, and reduce_ it"
         )
     return config["elip"], f"{folder / CONFIG}: elip"
 
 
-def _opened(folder: Path) -> nn.Module:
-    """The model of a folder, dense, by the library that wrote it, in eval mode."""
+def _open_dense(folder: Path) -> nn.Module:
+    """Return the dense model of a folder, by the library that wrote it, in eval mode."""
     if (folder / ADAPTER).is_file():
         raise ValueError(
-            f"model: expected the model with its adapter, PeftModel.from_pretrained(base, "
-            f"{str(folder)!r}), since the folder holds an adapter alone, got None"
+            f"model: expected PeftModel.from_pretrained(base, {str(folder)!r}), since the folder "
+            "has only an adapter, got None"
         )
     if (folder / OPEN_CLIP_CONFIG).is_file():
         import open_clip
@@ -219,8 +235,8 @@ def _opened(folder: Path) -> nn.Module:
         kind = getattr(transformers, architecture, None)
         if kind is None:
             raise ValueError(
-                f"model: expected one loaded by its own class, {architecture}, which transformers "
-                "has not, got None"
+                f"model: expected a model loaded by its own class, {architecture}, which is not in "
+                "transformers, got None"
             )
         return kind.from_pretrained(folder).eval()
     raise FileNotFoundError(
@@ -234,12 +250,12 @@ def _write_timm(model: nn.Module, folder: Path, config: Config) -> None:
 
     if not isinstance(getattr(model, "pretrained_cfg", None), dict):
         raise ValueError(
-            f"model: expected one of timm.create_model, which notes how to make it again, got a "
-            f"{type(model).__name__} without"
+            f"model: expected a model of timm.create_model, which stores its arguments in "
+            f"pretrained_cfg, got a {type(model).__name__} without it"
         )
-    with staging_folder(folder) as stage:
-        save_config_for_hf(model, stage / CONFIG, model_args=config)
-        _write_weights(model, stage / "model.safetensors")
+    with staging_folder(folder) as staging:
+        save_config_for_hf(model, staging / CONFIG, model_args=config)
+        _write_weights(model, staging / "model.safetensors")
 
 
 def _write_open_clip(model: nn.Module, folder: Path, config: Config) -> None:
@@ -251,40 +267,44 @@ def _write_open_clip(model: nn.Module, folder: Path, config: Config) -> None:
             "config: expected a name of open_clip.list_models(), such as 'ViT-B-16', or a "
             f"model_cfg, which open_clip does not store on a model, got {config!r}"
         )
-    described = {
-        "model_cfg": known,
-        "preprocess_cfg": open_clip.get_model_preprocess_cfg(model),
-    }
-    with staging_folder(folder) as stage:
-        _write_json(stage / OPEN_CLIP_CONFIG, described)
-        _check_same(_made_by_open_clip(stage), model, config)
-        _write_weights(model, stage / "open_clip_model.safetensors")
-
-
-def _made_by_open_clip(folder: Path) -> nn.Module:
-    """The model of a folder without its weights, and without the warning that there are none."""
-    import open_clip
-
-    def drop(record: logging.LogRecord) -> bool:
-        return False
-
-    logging.root.addFilter(drop)
-    try:
-        with torch.device("meta"):
-            return open_clip.create_model(
-                f"local-dir:{folder}",
+    preprocessing = open_clip.get_model_preprocess_cfg(model)
+    with staging_folder(folder) as staging:
+        content = {"model_cfg": known, "preprocess_cfg": preprocessing}
+        _write_json(staging / OPEN_CLIP_CONFIG, content)
+        with without_open_clip_log(), torch.device("meta"):
+            made = open_clip.create_model(
+                f"local-dir:{staging}",
                 load_weights=False,
                 device="meta",
                 pretrained_image=False,
                 pretrained_text=False,
             )
+        _check_config(made, model, config)
+        _write_weights(model, staging / "open_clip_model.safetensors")
+
+
+@contextmanager
+def without_open_clip_log() -> Iterator[None]:
+    """Drop what open_clip logs in this thread, such as its warning about missing weights.
+
+    open_clip writes to the root logger; records of other code and other threads are kept.
+    """
+    thread = threading.get_ident()
+
+    def is_kept(record: logging.LogRecord) -> bool:
+        return record.thread != thread or Path(record.pathname).parent.name != "open_clip"
+
+    logging.root.addFilter(is_kept)
+    try:
+        yield
     finally:
-        logging.root.removeFilter(drop)
+        logging.root.removeFilter(is_kept)
 
 
-def _check_same(made: nn.Module, model: nn.Module, config: Config) -> None:
-    """Raises ValueError where a config makes other modules or shapes; norms, whose class follows
-    the precision, aside.
+def _check_config(made: nn.Module, model: nn.Module, config: Config) -> None:
+    """Raise ValueError if the model made from a config has other modules or shapes.
+
+    Norms are not compared, since their class depends on the precision.
     """
 
     def parts(whole: nn.Module) -> set[tuple[str, Any]]:
@@ -295,7 +315,7 @@ def _check_same(made: nn.Module, model: nn.Module, config: Config) -> None:
     other = sorted(parts(made) ^ parts(model), key=str)
     if other:
         raise ValueError(
-            f"config: expected that of the model, got {config!r:.80}, which differs in {other[0]}"
+            f"config: expected the model's own, got {config!r:.80}, which differs in {other[0]}"
         )
 
 
@@ -312,7 +332,7 @@ WRITERS: dict[str, Callable[[nn.Module, Path, Config], None]] = {
 
 
 def _write_weights(model: nn.Module, path: Path) -> None:
-    """The tensors as they are, but for their memory format, which safetensors does not know."""
+    """Write the tensors, contiguous, since safetensors has no memory formats."""
     from safetensors.torch import save_file
 
     weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
@@ -330,8 +350,8 @@ def _card(reduction: Reduction, library: str, folder: Path) -> str:
     values = card_values(reduction.strategy, reduction.tower.size)
     values["name"] = folder.resolve().name
     values["about"] = (
-        f"A model of {library} whose image tower drops and merges tokens. It loads with {library} "
-        "alone too, and is dense then."
+        f"A model of {library} whose image tower drops and merges tokens. {library} alone can load "
+        "it as a dense model."
     )
     values["usage"] = (
         'import elip_models\n\nmodel = elip_models.load_reduced("owner/name")  # or the folder'

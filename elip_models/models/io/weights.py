@@ -1,4 +1,4 @@
-"""State dicts in which a tensor that has several names, such as tied embeddings, stands once."""
+"""State dicts with one name for each tensor, also where a model shares it, as tied embeddings."""
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
-    """Map each name of the state dict to the first name of the same tensor."""
+    """Return the first name of the same tensor for each name of the state dict."""
     firsts: dict[int, str] = {}
     tensors = model.state_dict(keep_vars=True)
     return {name: firsts.setdefault(id(tensor), name) for name, tensor in tensors.items()}
@@ -20,16 +20,17 @@ def load_weights(
     allow_missing: Iterable[str] = (),
     allow_unexpected: Iterable[str] = (),
 ) -> None:
-    """Load a state dict that may name a tied tensor once.
+    """Load a state dict that may have a tied tensor under one of its names.
 
     Args:
-        weights: by the model's names.
+        model: changed in place.
+        weights: state dict with the model's names.
         allow_missing: patterns of names, `*` for any part, that keep the model's own values.
-        allow_unexpected: patterns of names in `weights` that are left aside.
+        allow_unexpected: patterns of names in `weights` that are ignored.
 
     Raises:
-        ValueError: names that are missing or unexpected, or shapes that differ, all listed; the
-            model is unchanged then.
+        ValueError: lists names that are missing or unexpected, and shapes that differ. The model
+            is unchanged then.
     """
     check_weights(model, weights, allow_missing=allow_missing, allow_unexpected=allow_unexpected)
     first, state = first_names(model), model.state_dict()
@@ -44,7 +45,7 @@ def check_weights(
     allow_missing: Iterable[str] = (),
     allow_unexpected: Iterable[str] = (),
 ) -> None:
-    """Raises as `load_weights` does, of a model that may be on the meta device."""
+    """Raise the errors of `load_weights`, for a model that may be on the meta device."""
     first, state = first_names(model), model.state_dict()
     by_first = {first[name] for name in weights if name in first}
     missing = [
@@ -58,11 +59,11 @@ def check_weights(
         for name, weight in weights.items()
         if name in state and weight.shape != state[name].shape
     ]
-    faults = {"missing": missing, "unexpected": unexpected, "expected shape": shapes}
-    if any(faults.values()):
+    errors = {"missing": missing, "unexpected": unexpected, "expected shape": shapes}
+    if any(errors.values()):
         raise ValueError(
-            "weights: expected those of the model; "
-            + "; ".join(f"{what}: {', '.join(names)}" for what, names in faults.items() if names)
+            "weights: expected the names and shapes of the model; "
+            + "; ".join(f"{what}: {', '.join(names)}" for what, names in errors.items() if names)
         )
 
 

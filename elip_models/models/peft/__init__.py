@@ -1,1 +1,1 @@
-"""Parameter-efficient fine-tuning of our models: adapters, and adapters on disk."""
+"""Parameter-efficient fine-tuning of our models, and adapters on disk."""

@@ -1,35 +1,31 @@
-"""Parameter-efficient tuning: small parts that train beside weights that stay as they are.
+"""Parameter-efficient fine-tuning: a few new parameters train, the pre-trained weights do not.
 
-    lora      y = W x + b + (alpha / r) B A x      peft's, in the projections of attention
-    adapter   y = W x + b;  y + U relu(D y)        a bottleneck behind each MLP
+    lora      y = W x + b + (alpha / r) B A x      in the projections of attention, by peft
+    adapter   y = W x + b;  y + U relu(D y)        a bottleneck after each MLP
 
-`adapt_` puts either into any model of ours, for pre-training and downstream alike. peft has no
-bottleneck behind a layer (all of its methods change weights, prompts or biases), and `adapters`,
-which has, takes models of transformers 4 alone: so it is written here.
+`adapt_` adds either kind to any of our models, for pre-training and downstream tasks. The
+bottleneck is implemented here: peft has none, and the package `adapters` requires transformers 4.
 
-Momentum encoders get adapters of their own, equal to the online ones at first, which follow those
-by the same average as all other parameters. Of LoRA A and B follow, so that what the momentum
-encoder adds is the product of two averages, and not the average of products.
-Source: LoRA (Hu et al., 2022); Houlsby et al., 2019, at the one place of Pfeiffer et al., 2021.
+Momentum encoders get adapters too. They start equal to the online adapters and follow them by the
+same moving average as all other parameters. For LoRA, A and B are averaged separately: the momentum
+encoder adds the product of two averages, not the average of the products.
+Sources: LoRA (Hu et al., 2022); adapters (Houlsby et al., 2019; Pfeiffer et al., 2021).
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elip_models.models.config import Config
-from elip_models.validation import Positive, PositiveInt, Rate, require_extra
+from elip_models.models.peft.adaptable_model import AdaptableModel, AdaptConfig, Adapted
+from elip_models.validation import require_extra
 
-if TYPE_CHECKING:
-    from elip_models.models.base import PretrainedModel
-
+Model = TypeVar("Model", bound=AdaptableModel)
 Targets = str | tuple[str, ...]
 WITH_BERT: dict[str, Targets] = {
     "lora": ("attn.qkv", "query", "key", "value"),
@@ -39,44 +35,15 @@ TARGETS: dict[str, dict[str, Targets]] = {
     "clip": {"lora": ("attn.qkv", "q_proj", "k_proj", "v_proj"), "adapter": ("mlp.fc2",)},
     **dict.fromkeys(("albef", "blip", "meter"), WITH_BERT),
 }
-"""What is adapted by default in a model, and in those that begin as it, by the kind: queries, keys
-and values of all attention; the last layer of each MLP."""
+"""Family -> kind -> default targets: queries, keys and values of all attention, or the last layer
+of each MLP. A downstream model uses the entry of its pre-trained family."""
 TEMPERATURES = ("temperature", "logit_scale", "logit_bias")
-READ = {"clip": ("image_projection", "text_projection")}
-"""What a model also reads as a weight, to map features back."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdaptConfig(Config):
-    """How a model is tuned.
-
-    kind: 'lora', 'adapter', or None, which trains all parameters.
-    r, alpha, dropout: LoRA's rank, its scale alpha / r, and the dropout of what enters it.
-    width: of the bottleneck of 'adapter'.
-    target_modules: layers that are adapted, by how their names end, or by one regular expression
-        of whole names, as peft has it; None: `TARGETS`.
-    full: patterns of names of parameters that train too, `*` for any part; None: temperatures, and
-        what a downstream model does not begin with as its pre-trained one, such as a new head.
-    """
-
-    kind: Literal["lora", "adapter"] | None = None
-    r: PositiveInt = 8
-    alpha: Positive = 16.0
-    dropout: Rate = 0.0
-    width: PositiveInt = 64
-    target_modules: str | tuple[str, ...] | None = None
-    full: tuple[str, ...] | None = None
-
-
-class Adapted(NamedTuple):
-    """How a model was adapted, and the names of the parameters that trained before."""
-
-    config: AdaptConfig
-    trained: frozenset[str]
+READ_AS_WEIGHTS = {"clip": ("image_projection", "text_projection")}
+"""Family -> layers whose weight the model also reads directly, to map features back."""
 
 
 class Bottleneck(nn.Module):
-    """A linear layer and a bottleneck behind it, which changes nothing at first."""
+    """A linear layer followed by a residual bottleneck, which is zero when it is created."""
 
     def __init__(self, base_layer: nn.Linear, width: int) -> None:
         super().__init__()
@@ -89,31 +56,42 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.adapter_up.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to x (..., in), then add the bottleneck of its output (..., out)."""
         y = self.base_layer(x)
         return y + self.adapter_up(F.relu(self.adapter_down(y)))
 
 
-def adapt_(model: "PretrainedModel", config: AdaptConfig) -> "PretrainedModel":
-    """Adapt a model of ours in place; returns it.
+def adapt_(model: Model, config: AdaptConfig) -> Model:
+    """Add adapters to one of our models in place, and freeze the rest.
 
-    Afterwards only the adapters and `config.full` train, and nothing that was frozen before, such
-    as momentum encoders, whose adapters follow. The model computes what it did, until they do.
-    `save_pretrained` and `from_pretrained` keep the adapters.
+    The output does not change until the adapters are trained. Parameters that were frozen before,
+    such as momentum encoders, stay frozen. `save_pretrained` and `from_pretrained` keep adapters.
+
+    Example::
+
+        adapt_(model, AdaptConfig(kind="lora", r=8))
+
+    Args:
+        model: a plain model, such as one of `create_model`.
+        config: the kind of adapter and where it goes. With `kind=None` nothing changes.
+
+    Returns:
+        The same model. Only the adapters and the parameters in `config.full` train.
 
     Raises:
-        ImportError: peft is missing, for LoRA.
-        ValueError: a model that is adapted already or a probe, targets or patterns that fit
-            nothing, or a target that the model reads the weight of.
+        ImportError: peft is missing, which LoRA needs.
+        ValueError: the model has adapters or is a linear probe; the targets or patterns match
+            nothing; or the model reads the weight of a target directly.
     """
     if config.kind is None:
         return model
     family = model.family.split("_")[0]
     targets = config.target_modules or TARGETS[family][config.kind]
-    layers = {n: m for n, m in model.named_modules() if _fits(n, targets)}
-    _check(model, targets, layers)
+    layers = {n: m for n, m in model.named_modules() if _matches(n, targets)}
+    _check_targets(model, targets, layers)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     online = {name for name, layer in layers.items() if layer.weight.requires_grad}
-    full = _full(model, config, trained)
+    full = _fully_trained(model, config, trained)
     if config.kind == "lora":
         _inject_lora_(model, config, targets)
     else:
@@ -126,18 +104,18 @@ def adapt_(model: "PretrainedModel", config: AdaptConfig) -> "PretrainedModel":
     return model
 
 
-def merge_(model: "PretrainedModel") -> "PretrainedModel":
-    """Add LoRA to the weights that it stands beside, in place; returns the model, plain again.
+def merge_(model: Model) -> Model:
+    """Add LoRA's matrices to the weights in place; returns the model, which is plain again.
 
     Raises:
-        ValueError: a bottleneck, which no weight can take in.
+        ValueError: the model has bottlenecks, which cannot be merged into a weight.
     """
     if model.adapted is None:
         return model
     if model.adapted.config.kind != "lora":
         raise ValueError(
-            "model: expected one that LoRA adapts, got bottlenecks, which are no product of "
-            "matrices; save_pretrained keeps them"
+            "model: expected LoRA adapters, got bottlenecks, which are not linear and cannot be "
+            "merged; save_pretrained keeps them"
         )
     for name, layer in list(_adapted_layers(model)):
         layer.merge()
@@ -149,26 +127,26 @@ def merge_(model: "PretrainedModel") -> "PretrainedModel":
     return model
 
 
-def trainable_counts(model: "PretrainedModel") -> tuple[int, int]:
-    """Count the parameters that train, and all but those that only follow in training."""
+def trainable_counts(model: AdaptableModel) -> tuple[int, int]:
+    """Return the numbers of trainable and of all parameters, without momentum copies."""
     follow = {id(tensor) for tensor in model.moved_in_training()}
     counted = [p for p in model.parameters() if id(p) not in follow]
     return sum(p.numel() for p in counted if p.requires_grad), sum(p.numel() for p in counted)
 
 
-def trainable_share(model: "PretrainedModel") -> float:
-    """The share of the parameters that train, momentum copies aside."""
+def trainable_share(model: AdaptableModel) -> float:
+    """Return the share of the parameters that train, in [0, 1], without momentum copies."""
     trained, every = trainable_counts(model)
     return trained / every
 
 
 def unadapted_name(name: str) -> str | None:
-    """The name of a parameter in the model before `adapt_`; None of an adapter's."""
+    """Return the name that a parameter had before `adapt_`, or None for an adapter's parameter."""
     return None if adapted_layer_of(name) else name.replace(".base_layer.", ".")
 
 
 def adapted_layer_of(name: str) -> str | None:
-    """The adapted layer whose adapter a parameter belongs to; None of any other parameter."""
+    """Return the layer that an adapter's parameter belongs to, or None for other parameters."""
     found = re.match(r"(.*)\.(lora_[AB]\.default|adapter_(down|up))\.", name)
     return found and found[1]
 
@@ -194,60 +172,49 @@ def _inject_lora_(model: nn.Module, config: AdaptConfig, targets: Targets) -> No
     inject_adapter_in_model(lora, model)
 
 
-def _fits(name: str, targets: Targets) -> bool:
+def _matches(name: str, targets: Targets) -> bool:
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def _check(model: "PretrainedModel", targets: Targets, layers: dict[str, nn.Module]) -> None:
+def _check_targets(model: AdaptableModel, targets: Targets, layers: dict[str, nn.Module]) -> None:
     if model.adapted is not None:
-        raise ValueError("model: expected a plain one, got one that is adapted; merge_ it first")
+        raise ValueError("model: expected a plain model, got one with adapters; merge_ it first")
     if getattr(model.config, "tuning", "full") != "full":
-        raise ValueError("tuning: expected 'full' with adapters, whose gradient a probe has not")
+        raise ValueError(
+            f"tuning: expected 'full' with adapters, got {model.config.tuning!r}, which gives "
+            "them no gradient"
+        )
     others = [name for name, layer in layers.items() if not isinstance(layer, nn.Linear)]
     if others or not layers:
         raise ValueError(
             f"target_modules: expected the names of linear layers in {type(model).__name__}, got "
-            f"{targets!r}, which fits {others or 'nothing'}"
+            f"{targets!r}, which matches {others or 'nothing'}"
         )
     tied = Counter(id(weight) for m in model.modules() for weight in m._parameters.values())
-    read = set(READ.get(model.family.split("_")[0], ()))
+    read = set(READ_AS_WEIGHTS.get(model.family.split("_")[0], ()))
     read |= {name for name, layer in layers.items() if tied[id(layer.weight)] > 1}
     if read := sorted(read & layers.keys()):
         raise ValueError(
-            f"target_modules: expected none of {read}, whose weight {type(model).__name__} reads "
-            "elsewhere too; name it in full instead"
+            f"target_modules: expected none of {read}, whose weight {type(model).__name__} also "
+            "uses elsewhere; name it in `full` instead"
         )
 
 
-def _full(model: "PretrainedModel", config: AdaptConfig, trained: set[str]) -> set[str]:
-    """The names, after `adapt_`, of the parameters that train whole."""
+def _fully_trained(model: AdaptableModel, config: AdaptConfig, trained: set[str]) -> set[str]:
+    """Return the names, before `adapt_`, of the parameters that train themselves."""
     if config.full is None:
-        return {*TEMPERATURES, *_new(model)} & trained
-    unfitted = [p for p in config.full if not any(fnmatchcase(name, p) for name in trained)]
-    if unfitted:
-        raise ValueError(f"full: expected patterns of parameters that train, got {unfitted}")
+        return {*TEMPERATURES, *model.new_parameters()} & trained
+    unmatched = [p for p in config.full if not any(fnmatchcase(name, p) for name in trained)]
+    if unmatched:
+        raise ValueError(f"full: expected patterns of trainable parameters, got {unmatched}")
     return {name for name in trained if any(fnmatchcase(name, p) for p in config.full)}
-
-
-def _new(model: "PretrainedModel") -> set[str]:
-    """The parameters of a downstream model that its pre-trained one does not give."""
-    pretraining = getattr(model, "pretraining", None)
-    if pretraining is None:
-        return set()
-    sizes = {f.name: getattr(model.config, f.name) for f in fields(pretraining.config_class)}
-    with torch.device("meta"):
-        begins_as = pretraining(pretraining.config_class(**sizes))
-        given = model.from_pretraining(begins_as.state_dict(), model.config)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    begun = {id(p) for name, p in parameters.items() if name in given}
-    return {name for name, p in parameters.items() if id(p) not in begun}
 
 
 @torch.no_grad()
 def _copy_online_adapters_(model: nn.Module) -> None:
-    """Give the adapters of momentum copies, `encoders_m`, the values of those that they follow."""
+    """Give the adapters of momentum copies, `encoders_m`, the values of the online adapters."""
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         online = parameters.get(name.replace("_m.", ".", 1))

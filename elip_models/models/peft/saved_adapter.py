@@ -1,58 +1,55 @@
-"""Adapters on disk, as `adapt_` put them into a model, and whatever else trains with them.
+"""Saving and loading of the adapters that `adapt_` adds, and of the other parameters that train.
 
-adapter.json                how the model was adapted
-adapter_model.safetensors   the weights, by the names that peft gives them
-adapter_config.json         LoRA's, as peft has it
+adapter.json                the settings of `adapt_`
+adapter_model.safetensors   the weights, under the names that peft uses
+adapter_config.json         for LoRA: the configuration in the format of peft
 """
 
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from elip_models.models.io.files import read_object, read_tensors
 from elip_models.models.io.hub import staging_folder
-from elip_models.models.peft.adapt import AdaptConfig, adapt_, adapted_layer_of
-
-if TYPE_CHECKING:
-    from elip_models.models.base import PretrainedModel
+from elip_models.models.peft.adapt import Model, adapt_, adapted_layer_of
+from elip_models.models.peft.adaptable_model import AdaptableModel, AdaptConfig
 
 SETTINGS, WEIGHTS = "adapter.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of the names in a file of peft
 
 
-def save_adapter(model: "PretrainedModel", folder: str | Path) -> Path:
-    """Write what `adapt_` added and all that trains; returns the folder.
+def save_adapter(model: AdaptableModel, folder: str | Path) -> Path:
+    """Write the adapters and all other trainable parameters; returns the folder.
 
-    Momentum encoders save their adapters, but no other parameter that follows one of `full`.
-    LoRA is also read by peft: `PeftModel.from_pretrained(model, folder)` of the model as it was.
+    For momentum encoders only the adapters are saved. `PeftModel.from_pretrained(model, folder)`
+    also reads LoRA, where `model` is the model before `adapt_`.
 
     Raises:
-        ValueError: a model that is not adapted.
+        ValueError: the model has no adapters.
     """
     from safetensors.torch import save_file
 
     if model.adapted is None:
-        raise ValueError("model: expected one that adapt_ has changed, got a plain one")
-    with staging_folder(Path(folder)) as stage:
+        raise ValueError("model: expected one with adapters, got a plain one; call adapt_ first")
+    with staging_folder(Path(folder)) as staging:
         if model.adapted.config.kind == "lora":
-            model.peft_config["default"].save_pretrained(stage)
+            model.peft_config["default"].save_pretrained(staging)
         weights = {name: p.detach().cpu().contiguous() for name, p in _saved(model).items()}
-        save_file(weights, stage / WEIGHTS, metadata={"format": "pt"})
+        save_file(weights, staging / WEIGHTS, metadata={"format": "pt"})
         settings = json.dumps(asdict(model.adapted.config), indent=2) + "\n"
-        (stage / SETTINGS).write_text(settings, encoding="utf-8")
+        (staging / SETTINGS).write_text(settings, encoding="utf-8")
     return Path(folder)
 
 
-def load_adapter_(model: "PretrainedModel", folder: str | Path) -> "PretrainedModel":
-    """Adapt a model in place by what `save_adapter` wrote; returns it.
+def load_adapter_(model: Model, folder: str | Path) -> Model:
+    """Add the adapters that `save_adapter` wrote to a model in place; returns the model.
 
     Raises:
-        FileNotFoundError: a folder without adapter.
-        ValueError: an adapter of another model.
+        FileNotFoundError: the folder has no adapter.
+        ValueError: the adapter belongs to another model.
     """
     if not has_adapter(folder):
         raise FileNotFoundError(f"folder: expected {SETTINGS}, as save_adapter writes, in {folder}")
@@ -70,17 +67,17 @@ def load_adapter_(model: "PretrainedModel", folder: str | Path) -> "PretrainedMo
 
 
 def has_adapter(folder: str | Path) -> bool:
-    """Whether `save_adapter` wrote into the folder."""
+    """Return whether the folder contains an adapter of `save_adapter`."""
     return (Path(folder) / SETTINGS).is_file()
 
 
 def remove_adapter(folder: str | Path) -> None:
-    """Let a folder hold none, where a plain model is saved into it."""
+    """Mark a folder as without adapter, before a plain model is saved into it."""
     (Path(folder) / SETTINGS).unlink(missing_ok=True)
 
 
 def _saved(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What `save_adapter` writes, by the names that peft gives it."""
+    """Return the parameters that `save_adapter` writes, under the names that peft uses."""
     return {
         PREFIX + name.replace(".default.", "."): parameter
         for name, parameter in model.named_parameters()
