@@ -1,0 +1,100 @@
+"""Write the tables of public names in docs/api: every name of `__all__`, and what it is.
+
+python docs/api_table.py             # rewrite the block between the two markers of each page
+python docs/api_table.py --check     # exit status 1 if a table is stale
+
+The description is the first line of the docstring of the name.
+"""
+
+import argparse
+import importlib
+import inspect
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+FOLDER = Path(__file__).parent / "api"
+PAGES = {"kernels.md": "elip_kernels", "models.md": "elip_models"}
+BEGIN, END = "<!-- names:begin -->", "<!-- names:end -->"
+CONSTANTS = {
+    "__version__": "The version of the package.",
+    "STRATEGIES": "The strategies by name; add a class to give it a name.",
+}
+
+
+def kind_of(value: Any) -> str:
+    """Return what a name is: class, function, warning or constant."""
+    if not inspect.isclass(value):
+        return "function" if callable(value) else "constant"
+    return "warning" if issubclass(value, Warning) else "class"
+
+
+def description(name: str, value: Any) -> str:
+    """Return the first line of the docstring, as one cell of a table.
+
+    Raises:
+        ValueError: the name has no docstring of its own.
+    """
+    if name in CONSTANTS:
+        return CONSTANTS[name]
+    text = value.__dict__.get("__doc__") if inspect.isclass(value) else value.__doc__
+    if not text:
+        raise ValueError(f"{name}: expected a docstring, got none")
+    return inspect.cleandoc(text).partition("\n\n")[0].replace("\n", " ").replace("|", "\\|")
+
+
+def link(folder: Path, file: str, package: str, name: str, value: Any) -> str:
+    """Return the name, as a link to the page and the entry that document it."""
+    own, public = f"{getattr(value, '__module__', '')}.{name}", f"{package}.{name}"
+    for path in sorted(folder.glob("*.md"), key=lambda path: path.name != file):
+        entries = re.findall(r"^::: (\S+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+        page = "" if path.name == file else path.name
+        for entry in (own, public):
+            if entry in entries:
+                return f"[`{name}`]({page}#{entry})"
+    return f"[`{name}`](#{public})" if kind_of(value) != "constant" else f"`{name}`"
+
+
+def table(package: ModuleType, folder: Path, file: str) -> str:
+    """Return the table of a package, for the page `file`."""
+    lines = ["| name | kind | description |", "| --- | --- | --- |"]
+    for name in package.__all__:
+        value = getattr(package, name)
+        linked = link(folder, file, package.__name__, name, value)
+        lines.append(f"| {linked} | {kind_of(value)} | {description(name, value)} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Return the exit status: 1 if a page has no markers, or is stale under --check."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--folder", type=Path, default=FOLDER)
+    options = parser.parse_args(arguments)
+    pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
+    status = 0
+    for file, package in PAGES.items():
+        path = options.folder / file
+        current = path.read_text(encoding="utf-8")
+        if not pattern.search(current):
+            sys.stderr.write(f"{path}: expected {BEGIN} and {END} in it, got neither\n")
+            status = 1
+            continue
+        text = (
+            f"{BEGIN}\n\n{table(importlib.import_module(package), options.folder, file)}\n\n{END}"
+        )
+        wanted = pattern.sub(lambda _, text=text: text, current, count=1)
+        if wanted == current:
+            continue
+        if options.check:
+            sys.stderr.write(f"{path} is stale: run python docs/api_table.py\n")
+            status = 1
+        else:
+            path.write_text(wanted, encoding="utf-8")
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
