@@ -1,4 +1,4 @@
-"""The parts of a reduction, select_tokens, apply_merge and unmerge: an eager form and a copy."""
+"""Parts of a reduction against an eager form and a copy: fuse, select, merge, unmerge."""
 
 from functools import partial
 
@@ -14,7 +14,14 @@ from benchmarks.kernel_analysis.work import INT32, Work
 from benchmarks.parity import OURS, in_fp64, on_device, parity, with_compiled
 from elip_kernels import BipartiteInfo
 
+FUSION = 0.8  # share of CLS
 IMAGES = 8  # that are held to fp64, the first and the last
+
+
+def eager_fuse(tokens: Tensor, text: Tensor) -> tuple[Tensor]:
+    """Fuse the CLS token with a text by cat: tokens (B, N, D), text (B, D) -> (B, N, D)."""
+    cls = FUSION * tokens[:, :1] + (1 - FUSION) * text[:, None]
+    return (torch.cat([cls, tokens[:, 1:]], dim=1),)
 
 
 def eager_select(scores: Tensor, K: int) -> tuple[Tensor]:
@@ -43,6 +50,13 @@ def slots_of(case):
     return torch.stack([rows[torch.randperm(case.N)] for _ in range(case.B)]).int()
 
 
+def fuse_forms(case):
+    inputs = case.inputs()[0], torch.randn(case.B, case.D).to(case.dtype)
+    work = least_work.fuse_text(case.B, case.N, case.D, case.dtype)
+    ours = lambda tokens, text: (elip_kernels.fuse_text(tokens, text, FUSION),)  # noqa: E731
+    return {"eager": eager_fuse, OURS: ours}, inputs, work
+
+
 def select_forms(case):
     inputs = (torch.nn.functional.pad(case.inputs()[1], (1, 0)),)
     work = least_work.select(case.B, case.N, case.K)
@@ -69,7 +83,12 @@ def unmerge_forms(case):
     return {"eager": eager_unmerge, OURS: ours}, inputs, Work(read, {"out": case.N * row}, 0)
 
 
-OPS = {"select_tokens": select_forms, "apply_merge": merge_forms, "unmerge": unmerge_forms}
+OPS = {
+    "fuse_text": fuse_forms,
+    "select_tokens": select_forms,
+    "apply_merge": merge_forms,
+    "unmerge": unmerge_forms,
+}
 
 
 @pytest.mark.cases(case=sweep)

@@ -1,9 +1,10 @@
-"""Predicted and measured, side by side: the model of time of every op that a GPU run timed.
+"""Compare predicted and measured times of every op that a GPU run timed.
 
     python -m benchmarks.predicted benchmarks/results/DEVICE/bench.json
 
-Predicted are our launches of an op, one after the other, as `elip_kernels.testing.calls` calls it;
-PyTorch's own, such as the projections around the attention output, are not. It needs no GPU.
+The prediction contains the launches of this project for an op, in sequence, as in
+`elip_kernels.testing.calls`. Kernels of PyTorch, such as projections around the attention output,
+are not included. No GPU is needed.
 """
 
 import argparse
@@ -24,7 +25,7 @@ COLUMNS += ("measured / predicted",)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Read a JSON of the benchmarks, write the table -> exit status."""
+    """Read a JSON of the benchmarks, write the table and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.predicted", description=__doc__)
     parser.add_argument("path", type=Path, metavar="JSON")
     content = json.loads(parser.parse_args(arguments).path.read_text())
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def rows(entries: Iterable[dict[str, Any]], machine: Machine) -> list[dict[str, str]]:
-    """A row for each entry of an op whose kernels ran."""
+    """Return one row per entry of an op whose kernels ran."""
     found = []
     for entry in entries:
         if entry.get("kernels") and entry["op"] in CALLS:
@@ -55,7 +56,7 @@ def rows(entries: Iterable[dict[str, Any]], machine: Machine) -> list[dict[str, 
 
 
 def predicted(entry: dict[str, Any], machine: Machine) -> tuple[float, float]:
-    """Seconds of an op's launches: those of their bytes alone, and those of the model."""
+    """Return the seconds of an op's launches: by their bytes alone, and by the model."""
     B, N = entry["shape"]["B"], entry["shape"]["N"]
     keep = entry["shape"].get("K", N - entry["shape"].get("r", 1))
     launches = report.recorded_call(entry["op"], B, N, keep, entry["dtype"], machine.arch)
@@ -72,7 +73,7 @@ _AT_ONCE: dict[tuple[str, int, str, Arch], int] = {}
 
 
 def at_once(launch: RecordedLaunch, N: int, dtype: str, arch: Arch) -> int:
-    """Programs that an SM or CU runs at once, by the compiled code of the first such launch."""
+    """Return how many programs an SM or CU runs at once, from the compiled code (cached)."""
     key = launch.name, N, dtype, arch
     if key not in _AT_ONCE:
         code = compile_launch(launch, arch)

@@ -1,4 +1,4 @@
-"""What `tune.py` tries: numbers of elip_kernels/launch.py, and the calls that they are tried on."""
+"""Configurations that `tune.py` tries, and the calls that it times."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -17,15 +17,21 @@ Number = int | float
 
 @dataclass(frozen=True)
 class Sweep:
-    """What to try for one op: `axes` of the answers of `launch.<table>`, by field (by position
-    where the answer is a plain tuple). An int takes the place of the number, a float scales it."""
+    """Values to try for one op.
+
+    Attributes:
+        op: name of the op in `torch.ops.elip`.
+        table: function of elip_kernels/launch.py whose result is changed.
+        axes: values by field, or by position for a tuple. An int replaces the number, a float
+            scales it.
+    """
 
     op: str
     table: str
     axes: dict[str | int, tuple[Number, ...]]
 
     def candidates(self) -> list[dict[str | int, Number]]:
-        """Every combination."""
+        """Return every combination."""
         return [
             dict(zip(self.axes, numbers, strict=True)) for numbers in product(*self.axes.values())
         ]
@@ -33,7 +39,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Shape:
-    """Images, tokens an image, dtype; ViT-B wide, 65% of the patches kept, a quarter merged."""
+    """Batch of a ViT-B: images, tokens per image, dtype; 65% of patches kept, 25% merged."""
 
     B: int
     N: int
@@ -41,10 +47,12 @@ class Shape:
 
     @property
     def kept(self) -> int:
+        """Return the number of kept patches."""
         return max(1, int(0.65 * (self.N - 1)))
 
     @property
     def merged(self) -> int:
+        """Return the number of merged tokens."""
         return self.N // 4
 
     def __str__(self) -> str:
@@ -83,11 +91,12 @@ SHAPES = (
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a random tensor on the measured device."""
     return torch.randn(*shape, device=DEVICE).to(dtype)
 
 
 def arguments(op: str, shape: Shape) -> tuple[Any, ...]:
-    """Make the arguments of `torch.ops.elip.<op>`."""
+    """Return the arguments of `torch.ops.elip.<op>`."""
     B, N, dtype = shape.B, shape.N, shape.dtype
     tokens, K, r = random(B, N, WIDTH, dtype=dtype), shape.kept, shape.merged
     if op in ("reduce", "reduce_backward"):
@@ -124,7 +133,7 @@ def arguments(op: str, shape: Shape) -> tuple[Any, ...]:
 
 
 def least_bytes(op: str, shape: Shape) -> int:
-    """Count the bytes that the op must move."""
+    """Return the bytes that the op must move."""
     B, N, dtype, K, r = shape.B, shape.N, shape.dtype, shape.kept, shape.merged
     size = {"has_size": True}
     works = {

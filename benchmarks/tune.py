@@ -1,12 +1,12 @@
-"""Sweep the numbers of elip_kernels/launch.py on the device that is here.
+"""Tune the numbers of elip_kernels/launch.py on the device of this machine.
 
     python -m benchmarks.tune --out tune.json [--seconds 480] [--rounds 11] [OP ...]
 
-A candidate is what a function of the table answers, with some fields changed. Its results must be
-those of the table before it is timed. It is timed beside the table's own numbers and a copy, in
-interleaved rounds: CUDA-graph replays that go through sets of inputs, together twice the L2, and
-their outputs, so that a call finds nothing there. Rates are the bytes that the op must move.
-Candidates are compiled in processes side by side, before those of a shape are timed.
+A candidate is the result of a function of launch.py with some fields changed. It is timed only if
+its results equal those of the original numbers. It is timed next to the original and to a copy, in
+interleaved rounds of CUDA-graph replays. The replays cycle through inputs and outputs of twice the
+L2 size, so that no call finds its data in the cache. Rates count the bytes that the op must move.
+The candidates of a shape are compiled in parallel processes before they are timed.
 """
 
 import argparse
@@ -44,7 +44,7 @@ FATAL = re.compile("CUDA error|HIP error|illegal (memory|instruction)|misaligned
 
 
 def changed(answer: Any, changes: dict[str | int, Number]) -> Any:
-    """Replace some numbers in an answer of the table: a NamedTuple, dict or tuple."""
+    """Return a result of launch.py (NamedTuple, dict or tuple) with some numbers replaced."""
     if isinstance(answer, dict):
         fields: dict[Any, Any] = answer
     else:
@@ -64,7 +64,7 @@ def changed(answer: Any, changes: dict[str | int, Number]) -> Any:
 
 @contextmanager
 def changed_table(table: str, changes: dict[str | int, Number]) -> Iterator[list[Any]]:
-    """Inside, `launch.<table>` answers with `changes`; yields its answers."""
+    """Apply `changes` to the results of `launch.<table>` inside the block; yield these results."""
     own, answers = getattr(launch, table), []
 
     def answer(*args: Any, **kwargs: Any) -> Any:
@@ -76,6 +76,7 @@ def changed_table(table: str, changes: dict[str | int, Number]) -> Iterator[list
 
 
 def results(op: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Return the outputs of an op as a tuple."""
     outputs = getattr(torch.ops.elip, op)(*args)
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
@@ -83,24 +84,24 @@ def results(op: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
 def check(
     op: str, args: tuple[Any, ...], got: tuple[Tensor, ...], right: tuple[Tensor, ...]
 ) -> None:
-    """Hold integers to be equal, floats up to the order of a sum.
+    """Assert that integers are equal and floats equal up to the order of a sum.
 
-    What a row selects depends on its last bit where scores tie: the row is held to the table's, the
-    selection to that of `reduce` on this row.
+    If scores tie, the selection depends on the last bit of the row. For `score_reduce`, the row is
+    compared with that of the table, and the selection with that of `reduce` on the same row.
     """
     if op == "score_reduce":
         tokens, *others = args[0], *args[1 + len(QueryArguments._fields) :]
         given = torch.ops.elip.reduce(tokens, got[-1][:, 1:], None, others[0], 1, *others[1:3])
         right = (*given, right[-1])
     for ours, theirs in zip(got, right, strict=True):
-        rtol = 2 * torch.finfo(ours.dtype).eps if ours.is_floating_point() else 0
-        torch.testing.assert_close(
-            ours, theirs, atol=1e-5 * bool(rtol), rtol=max(1e-5, rtol) * bool(rtol)
-        )
+        atol = rtol = 0.0
+        if ours.is_floating_point():
+            atol, rtol = 1e-5, max(1e-5, 2 * torch.finfo(ours.dtype).eps)
+        torch.testing.assert_close(ours, theirs, atol=atol, rtol=rtol)
 
 
 def prepared(op: str, sets: Sequence[tuple[Any, ...]]) -> Callable[[], object]:
-    """Prepare one call for each set; every output stands until the last call is done."""
+    """Return a step that calls the op once for each set and keeps all outputs until the end."""
 
     def calls() -> list[Any]:
         return [results(op, args) for args in sets]
@@ -109,7 +110,7 @@ def prepared(op: str, sets: Sequence[tuple[Any, ...]]) -> Callable[[], object]:
 
 
 def rotated(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-    """Copy the tensors of the arguments -> sets of arguments."""
+    """Return sets of arguments with copies of the tensors."""
     is_tensor = [isinstance(value, Tensor) for value in args]
     read = tuple(a for a, is_one in zip(args, is_tensor, strict=True) if is_one)
     sets = copies(read, read)
@@ -123,7 +124,7 @@ def rotated(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
 
 
 def run(sweep: Sweep, shape: Shape, rounds: int) -> dict[str, Any]:
-    """Try every candidate of a sweep on one shape; none where the op does not ask this table."""
+    """Try every candidate of a sweep on one shape; none if the op does not use this table."""
     args, nbytes = arguments(sweep.op, shape), least_bytes(sweep.op, shape)
     dtype = DTYPE_NAMES[shape.dtype]
     result = {"op": sweep.op, "table": sweep.table, **asdict(shape), "dtype": dtype}
@@ -154,14 +155,14 @@ def run(sweep: Sweep, shape: Shape, rounds: int) -> dict[str, Any]:
 
 
 def timed(times: dict[str, list[float]], nbytes: int, calls: int) -> dict[str, float]:
-    """Work out the candidate's time and rate, beside those of the table and of a copy."""
+    """Return the candidate's time and rate, relative to the table and to a copy."""
     figures = {f"{name}_us": 1e3 * each / calls for name, each in milliseconds(times).items()}
     figures |= {f"of_{name}": ratios_to(name, times)["candidate"] for name in ("table", "copy")}
     return figures | {"gb_per_second": nbytes / figures["candidate_us"] / 1e3}
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Write a result in one line: the best candidate against the table, and what was wrong."""
+    """Return a line with the best candidate, its time relative to the table, and failures."""
     name = f"{result['op']} ({result['table']}) B{result['B']}-N{result['N']}-{result['dtype']}"
     entries = [entry for entry in result["candidates"] if "of_table" in entry]
     wrong = sum("wrong" in entry for entry in result["candidates"])
@@ -178,8 +179,11 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def precompile(pool: Executor, sweeps: Sequence[Sweep], shape: Shape, *, seconds: float) -> None:
-    """Run every candidate once in other processes, for at most so long: what Triton compiles there
-    lies on disk for `run`, which meets the same errors, so they are dropped here."""
+    """Run every candidate once in other processes, for at most `seconds`.
+
+    The compiled kernels stay in Triton's disk cache. Errors are ignored here, because `run` meets
+    them again.
+    """
     with suppress(BrokenExecutor):
         tries = [
             pool.submit(attempt, sweep, shape, changes)
@@ -198,7 +202,7 @@ def attempt(sweep: Sweep, shape: Shape, changes: dict[str | int, Number]) -> Non
 
 
 def processes() -> AbstractContextManager[Executor | None]:
-    """Start a process for each core but one; none without a GPU, where nothing is compiled."""
+    """Return a pool with one process per core but one, or None without a GPU."""
     if not ON_GPU:
         return nullcontext()
     count = max(1, (os.cpu_count() or 2) - 1)
@@ -208,8 +212,10 @@ def processes() -> AbstractContextManager[Executor | None]:
 def tune(
     sweeps: Sequence[Sweep], shapes: Sequence[Shape], out: Path, *, rounds: int, seconds: float
 ) -> bool:
-    """Every sweep on every shape, as long as there is time, into a JSON file that is whole after
-    each -> whether all candidates gave the table's results."""
+    """Run every sweep on every shape within `seconds`; return whether all results were right.
+
+    The JSON file is complete after each sweep.
+    """
     end, done, left = time.monotonic() + seconds, [], []
     document = machine() | {"commit": commit(), "rounds": rounds}
     document |= {"results": done, "left_for_want_of_time": left}
@@ -230,11 +236,13 @@ def tune(
 
 
 def write_line(line: str) -> None:
+    """Write a line to stdout and flush it."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line, run the sweeps and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("ops", nargs="*", metavar="OP", help="sweep these ops only")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")

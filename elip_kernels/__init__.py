@@ -1,4 +1,4 @@
-"""Fused kernels for vision token reduction: tensors in, tensors out."""
+"""Fused kernels for vision token reduction. All functions take and return tensors."""
 
 from elip_kernels._operator import FallbackWarning, use_pytorch_ops
 from elip_kernels.info import BipartiteInfo, ReductionInfo, unmerge
@@ -6,6 +6,7 @@ from elip_kernels.ops.attention_column_mean import attention_column_mean
 from elip_kernels.ops.bipartite import apply_merge, bipartite_merge
 from elip_kernels.ops.cls_attention import cls_attention, cls_attention_from_tokens
 from elip_kernels.ops.cls_attention_output import cls_attention_output
+from elip_kernels.ops.fuse_text import fuse_text
 from elip_kernels.ops.merge_nearest import merge_nearest
 from elip_kernels.ops.reduce import reduce
 from elip_kernels.ops.score_reduce import score_reduce
@@ -24,6 +25,7 @@ __all__ = [
     "cls_attention",
     "cls_attention_from_tokens",
     "cls_attention_output",
+    "fuse_text",
     "merge_nearest",
     "reduce",
     "score_reduce",
@@ -34,5 +36,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """The public names; files of the package would stand among them."""
+    """Return the public names, without the package's submodules."""
     return __all__

@@ -1,7 +1,7 @@
-"""Operators `torch.ops.elip.*`: a PyTorch form for every device, and kernels for CUDA and ROCm.
+"""Operators `torch.ops.elip.*`: PyTorch on every device, Triton kernels on CUDA and ROCm.
 
-They are defined with `torch.library.Library`, which costs a call less than `custom_op` does: at
-small batches the host's microseconds are as many as the kernel's.
+They are defined with `torch.library.Library`, which has less overhead per call than `custom_op`.
+At small batch sizes this overhead is as large as the time of the kernel.
 """
 
 import inspect
@@ -19,22 +19,22 @@ from elip_kernels.autocast import without_autocast
 
 LIBRARY = torch.library.Library("elip", "DEF")
 OPERATORS: dict[str, "Operator"] = {}
-_SAID: set[tuple[str, str]] = set()
 _is_decomposed = False
 
 
 @contextmanager
 def use_pytorch_ops() -> Iterator[None]:
-    """Inside, every op of every thread is its PyTorch form: a capture needs no `elip::*` to run.
+    """Run the PyTorch implementation of every op inside the `with` block.
 
-    In inference, for a runtime without Python such as AOTInductor's: the graph holds aten's ops
-    alone, and none of our kernels::
+    The switch is process-wide: it affects all threads until the block ends. It is meant for
+    inference without Python, for example with AOTInductor. A graph that is captured inside
+    contains aten ops only and no `elip::*` op::
 
         with torch.no_grad(), elip_kernels.use_pytorch_ops():
             program = torch.export.export(model, (images,))
         package = torch._inductor.aoti_compile_and_package(program)
 
-    `torch.onnx.export(model, ..)` does so by itself.
+    `torch.onnx.export(model, ..)` needs no switch: it always gets the PyTorch implementations.
     """
     global _is_decomposed
     before, _is_decomposed = _is_decomposed, True
@@ -45,13 +45,15 @@ def use_pytorch_ops() -> Iterator[None]:
 
 
 def exports_onnx() -> bool:
-    """Inside `torch.onnx.export`, which translates aten's ops and none of ours."""
+    """Return whether `torch.onnx.export` is running, which translates aten ops only."""
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def is_differentiated() -> bool:
-    """Inside torch.func.grad, jvp and the like, or forward-mode AD, which know aten's ops alone;
-    vmap by itself calls an op sample by sample. In a graph it is as where the graph is made.
+    """Return whether a function transform or forward-mode AD differentiates this call.
+
+    `torch.func.grad`, `jvp` and forward-mode AD support aten ops only. `vmap` alone calls an op
+    once per sample. Inside a compiled graph, the value is the one at the time of tracing.
     """
     if torch._C._functorch.peek_interpreter_stack() is None:
         return forward_ad._current_level >= 0
@@ -59,22 +61,23 @@ def is_differentiated() -> bool:
     return any(each.key() in (TransformType.Grad, TransformType.Jvp) for each in stack)
 
 
-# As torch.compiler.assume_constant_result says it, which imports torch._dynamo.
+# `torch.compiler.assume_constant_result` sets this too, but it imports torch._dynamo.
 is_differentiated._dynamo_marked_constant = True
 
 
 class Operator:
-    """`torch.ops.elip.NAME`; calling it calls the op.
+    """The operator `torch.ops.elip.NAME` as a callable.
 
     Args:
-        name: of the op, without namespace.
-        reference: its PyTorch form, for every device; the annotations make the schema.
-        launcher: its form by kernels, same arguments.
-        unsupported: why the kernels do not take these arguments, or None; the PyTorch form takes all.
-        fake: its outputs, unwritten, same arguments.
-        flops: its FLOP formula, of the shapes of its tensors.
-        backward, save: as `torch.library.register_autograd` takes them; without them the outputs
-            take no gradient.
+        name: name of the op, without the namespace.
+        reference: PyTorch implementation for every device. Its annotations define the schema.
+        launcher: implementation with kernels; takes the same arguments.
+        unsupported: returns the reason why the kernels do not support the arguments, or None. The
+            PyTorch implementation supports all arguments.
+        fake: returns outputs of the right shapes and dtypes, with undefined values.
+        flops: FLOP formula; takes the shapes of the tensors.
+        backward: as in `torch.library.register_autograd`; if None, outputs have no gradient.
+        save: the `setup_context` of `torch.library.register_autograd`.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Operator:
     ) -> None:
         self.name, self.reference, self.launcher = name, reference, launcher
         self.unsupported = unsupported
+        self.warned_reasons: set[str] = set()
         schema = torch.library.infer_schema(reference, mutates_args=())
         LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
         self.decomposition = without_autocast(reference)
@@ -110,24 +114,20 @@ class Operator:
         return self.overload(*args)
 
     def on_device(self, *args: Any) -> Any:
-        """The form of CUDA and ROCm tensors; warns once where it is not the kernels'."""
+        """Launch the kernels; if they do not support the arguments, warn once and run PyTorch."""
         reason = self.unsupported(*args)
         if reason is None:
             return self.launcher(*args)
-        _warn_once(self.name, reason, tuple(args[0].shape))
+        if reason not in self.warned_reasons:
+            self.warned_reasons.add(reason)
+            message = f"elip::{self.name}: the first argument has shape {tuple(args[0].shape)}; "
+            message += f"the PyTorch implementation ran instead of the kernels, because {reason}"
+            warnings.warn(message, FallbackWarning, stacklevel=2)
         return self.reference(*args)
 
 
 class FallbackWarning(UserWarning):
-    """An op runs its PyTorch form on a device that has kernels."""
-
-
-def _warn_once(name: str, reason: str, shape: tuple[int, ...]) -> None:
-    """Once for each op and reason, of whatever shape."""
-    if (name, reason) not in _SAID:
-        _SAID.add((name, reason))
-        message = f"elip::{name} of {shape} runs its PyTorch form: {reason}"
-        warnings.warn(message, FallbackWarning, stacklevel=3)
+    """An op ran its PyTorch implementation on a device that has kernels."""
 
 
 def _no_gradient(reference: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,6 +1,7 @@
-"""`triton` and `tl`, or a stand-in that leaves the kernel files importable where triton is absent.
+"""`triton` and `tl`, or a placeholder that keeps the kernel files importable without Triton.
 
-Without triton no kernel is ever launched: the launchers ask `HAS_TRITON` and take the PyTorch form.
+Without Triton no kernel is launched: `launch.unsupported` reads `HAS_TRITON`, and the ops run their
+PyTorch implementation.
 """
 
 from importlib.util import find_spec
@@ -10,7 +11,7 @@ HAS_TRITON = find_spec("triton") is not None
 
 
 class _MissingTriton:
-    """Answers every attribute with a function that hands a function back, as a decorator does."""
+    """Placeholder for `triton` and `tl`: every attribute is a decorator that changes nothing."""
 
     def __getattr__(self, name: str) -> Any:
         return lambda first=None, *args, **kwargs: first or (lambda function: function)

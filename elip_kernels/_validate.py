@@ -1,4 +1,4 @@
-"""Checks of the public functions. An error says argument, expected, got, and what to do."""
+"""Argument checks of the public functions, and the format of their error messages."""
 
 from typing import Any
 
@@ -11,20 +11,20 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def describe_value(value: Any) -> str:
-    """What a reader needs to know of `value`: shape, dtype and device of a tensor, or its repr."""
+    """Return the shape, dtype and device of a tensor, or the repr and type of another value."""
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)} {value.dtype} on {value.device}".replace("torch.", "")
     return f"{value!r} ({type(value).__name__})"
 
 
 def message(argument: str, expected: str, got: Any, remedy: str = "") -> str:
-    """The one form of every error of this package."""
+    """Return an error message: argument, requirement, value and, if given, remedy."""
     got = got if isinstance(got, str) else describe_value(got)
     return f"{argument}: expected {expected}, got {got}" + (f"; {remedy}" if remedy else "")
 
 
 def check_tensor(argument: str, value: Any, shape: str, ndim: int | tuple[int, ...]) -> None:
-    """A floating-point tensor with `ndim` dimensions; `shape` is how the message names them."""
+    """Check that `value` is a floating-point tensor with `ndim` dimensions, named `shape`."""
     if not isinstance(value, Tensor):
         raise TypeError(message(argument, f"a tensor {shape}", value))
     if value.dim() not in (ndim if isinstance(ndim, tuple) else (ndim,)):
@@ -36,14 +36,14 @@ def check_tensor(argument: str, value: Any, shape: str, ndim: int | tuple[int, .
 
 
 def check_tokens(tokens: Any, least: int = 1) -> None:
-    """Tokens (B, N, D) with N at least `least`, D at least 1."""
+    """Check that `tokens` has shape (B, N, D), with N at least `least` and D at least 1."""
     check_tensor("tokens", tokens, "(B, N, D)", 3)
     if tokens.shape[1] < least or tokens.shape[2] < 1:
         raise ValueError(message("tokens", f"(B, N, D) with N >= {least} and D >= 1", tokens))
 
 
 def check_device(argument: str, value: Tensor, reference: str, other: Tensor) -> None:
-    """`value` lies on the device of `other`, which the message calls `reference`."""
+    """Check that `value` is on the device of `other`, an argument named `reference`."""
     if value.device != other.device:
         raise ValueError(
             message(argument, f"a tensor on {other.device}, as {reference}", value, "move it there")
@@ -51,13 +51,13 @@ def check_device(argument: str, value: Tensor, reference: str, other: Tensor) ->
 
 
 def check_shape(argument: str, value: Tensor, shape: tuple[int, ...], names: str) -> None:
-    """`value` has exactly `shape`; `names` is how the message spells it."""
+    """Check that `value` has exactly `shape`, whose dimensions are called `names`."""
     if tuple(value.shape) != shape:
         raise ValueError(message(argument, f"{names} = {shape}", value))
 
 
 def check_heads(num_heads: int, width: int) -> None:
-    """`num_heads` divides the `width` of the query projection."""
+    """Check that `num_heads` divides the `width` of the query projection."""
     if isinstance(num_heads, bool) or not isinstance(num_heads, int):
         raise TypeError(message("num_heads", "an int", num_heads))
     if width < 1 or num_heads < 1 or width % num_heads:
@@ -65,7 +65,7 @@ def check_heads(num_heads: int, width: int) -> None:
 
 
 def check_scale(scale: float | None, head_dim: int) -> float:
-    """`scale`, or head_dim ** -0.5 for None."""
+    """Return `scale` as a float, or head_dim ** -0.5 if it is None."""
     if scale is None:
         return head_dim**-0.5
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
@@ -82,7 +82,7 @@ def check_mask(
     argument: str = "mask",
     names: str = "(B, N)",
 ) -> None:
-    """None, or bool (B, N) beside `other`."""
+    """Check that `mask` is None, or a bool tensor of `shape` on the device of `other`."""
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -92,14 +92,20 @@ def check_mask(
 
 
 def check_flags(**flags: bool) -> None:
-    """Every argument is a bool."""
+    """Check that every argument is a bool."""
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise TypeError(message(name, "True or False", flag))
 
 
 def check_keep(keep: int | float, candidates: int, *, all_allowed: bool = True) -> int:
-    """A count, or a ratio of `candidates` -> a count; fewer than all where all are not allowed."""
+    """Return the number of kept candidates for a count or a ratio of `candidates`.
+
+    Args:
+        keep: int, a count; or float, a ratio in (0, 1].
+        candidates: number of tokens to choose from.
+        all_allowed: whether all candidates may be kept.
+    """
     if isinstance(keep, bool) or not isinstance(keep, (int, float, torch.SymInt)):
         raise TypeError(message("keep", "an int, or a float ratio in (0, 1]", keep))
     count = keep
@@ -115,7 +121,7 @@ def check_keep(keep: int | float, candidates: int, *, all_allowed: bool = True) 
 
 
 def check_prefix(num_prefix_tokens: int, N: int) -> None:
-    """An int that leaves at least one of N tokens."""
+    """Check that `num_prefix_tokens` is an int that leaves at least one of N tokens."""
     if isinstance(num_prefix_tokens, bool) or not isinstance(num_prefix_tokens, int):
         raise TypeError(message("num_prefix_tokens", "an int", num_prefix_tokens))
     if not 0 <= num_prefix_tokens < N:
@@ -124,7 +130,7 @@ def check_prefix(num_prefix_tokens: int, N: int) -> None:
 
 
 def check_metric(metric: Tensor, tokens: Tensor) -> None:
-    """(B, N, C) beside `tokens` (B, N, D)."""
+    """Check that `metric` is (B, N, C) on the device of `tokens` (B, N, D)."""
     B, N, _ = tokens.shape
     check_tensor("metric", metric, "(B, N, C)", 3)
     check_shape("metric", metric, (B, N, metric.shape[2]), "(B, N, C)")
@@ -134,7 +140,7 @@ def check_metric(metric: Tensor, tokens: Tensor) -> None:
 def reduce_arguments(
     tokens: Tensor, attn: Tensor, keep: int | float, mask: Tensor | None, num_prefix_tokens: int
 ) -> tuple[Tensor, int]:
-    """Check every argument -> (scores (B, N-p) without gradient, keep as an int)."""
+    """Check the arguments of `reduce`; return scores (B, N-p) without gradient, and a count."""
     check_tokens(tokens)
     B, N, _ = tokens.shape
     check_prefix(num_prefix_tokens, N)
@@ -148,7 +154,7 @@ def reduce_arguments(
 
 
 def candidate_scores(attn: Tensor, B: int, N: int, num_prefix_tokens: int) -> Tensor:
-    """Scores, rows or a map -> (B, N-p), averaged over heads, without gradient."""
+    """Return scores (B, N-p) from scores, rows or a map: the mean over heads, without gradient."""
     attn = attn.detach()
     if attn.dim() == 2:
         allowed = ((B, N - num_prefix_tokens), (B, N))

@@ -1,4 +1,4 @@
-"""Ops compute in the dtypes that they say, whatever autocast is on around them."""
+"""Run ops in the dtypes of their inputs, with autocast on or off."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +13,10 @@ R = TypeVar("R")
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager:
-    """No autocast on the tensor's device; entering torch's own context takes microseconds."""
+    """Disable autocast on the device of `tensor`; does nothing where autocast is off.
+
+    The check avoids torch's own context manager, which takes microseconds to enter.
+    """
     device = tensor.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return nullcontext()
@@ -21,7 +24,7 @@ def no_autocast(tensor: Tensor) -> AbstractContextManager:
 
 
 def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
-    """Run `function` without autocast on the device of its first argument, a tensor."""
+    """Wrap `function` so that it runs without autocast on the device of its first argument."""
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:

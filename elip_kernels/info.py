@@ -1,7 +1,7 @@
-"""Where each token went: what an op that reduces says of its step, and how steps chain.
+"""Records of a reduction: which input tokens each output token contains.
 
-A source map (B, T, N) is True where output token t holds input token n. One step's map is T x N;
-maps chain over steps by "holds something that held", so that T tokens now are traced to N patches.
+A source map (B, T, N) is True where output token t contains input token n. The maps of successive
+steps compose, so that T output tokens are traced back to the N patches of the first step.
 """
 
 from typing import NamedTuple
@@ -14,17 +14,19 @@ from elip_kernels.ops.gather_ops import take_rows
 
 
 class ReductionInfo(NamedTuple):
-    """What `reduce` or `merge_nearest` kept, and how the others were merged.
+    """The tokens that `reduce` or `merge_nearest` kept, and how the others were merged.
 
-    kept: (B, K) int64, positions in `tokens`, of `reduce` ascending; padding that fills slots comes
-        last, but stays in its place where all are kept.
-    weights: (B, N) fp32 (fp64 if an input is), zero at kept and prefix tokens, and everywhere
-        without merging; of `merge_nearest` each token's share of its row.
-    mask: (B, R) bool, True where an output token is real; None when no mask was given.
-    num_prefix_tokens: p, tokens that stay, first.
-    merged: the last output token is the merged one; it holds all that were dropped.
-    slots: (B, N) int32, the output row that each token is part of, where all of them are part of a
-        kept one; else None.
+    Attributes:
+        kept: (B, K) int64, positions of the kept tokens in `tokens`. `reduce` returns them
+            ascending, with kept padding last unless all tokens are kept.
+        weights: (B, N) fp32 (fp64 if an input is fp64), merge weights. They are 0 for kept and
+            prefix tokens, and all 0 without merging. For `merge_nearest`, the share of each token
+            in its output row.
+        mask: (B, R) bool, True where an output token is real; None if no mask was given.
+        num_prefix_tokens: p, the number of leading tokens that are always kept.
+        merged: whether the last output token contains all dropped tokens.
+        slots: (B, N) int32, the output row that contains each token, if every token is part of a
+            kept one; else None.
     """
 
     kept: Tensor
@@ -36,20 +38,20 @@ class ReductionInfo(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        """R, output rows."""
-        return self.num_prefix_tokens + self.kept.shape[1] + self.merged
+        """Return the number of output rows, R."""
+        return self.num_prefix_tokens + self.kept.shape[1] + (1 if self.merged else 0)
 
     def source_map(self, earlier: Tensor | None = None) -> Tensor:
-        """The tokens that each output token holds: prefix, kept in the order of `kept`, merged.
+        """Return which tokens each output token contains: prefix, `kept` in order, merged.
 
-        What the mask calls no real token holds nothing; padding counts to the merged token, or to
-        one that is kept, though it has no weight.
+        The row of a masked token is empty. Masked tokens count as part of the merged token, or of
+        a kept one, although their weight is 0.
 
         Args:
-            earlier: (B, N, P) bool, the map of the steps before, whose tokens were reduced here.
+            earlier: (B, N, P) bool, the map of the earlier steps, whose tokens were reduced here.
 
         Returns:
-            (B, T, N) bool, or (B, T, P) where an earlier map is given.
+            (B, T, N) bool, or (B, T, P) if an earlier map is given.
         """
         B, N = self.weights.shape
         if self.slots is not None:
@@ -65,29 +67,38 @@ class ReductionInfo(NamedTuple):
 
 
 class BipartiteInfo(NamedTuple):
-    """Where each token went.
+    """The output row that each token was merged into by `bipartite_merge`.
 
-    slots: (B, N) int32, the output row that each input token is part of.
-    num_rows: output rows, N - r.
+    Attributes:
+        slots: (B, N) int32, the output row that contains each input token.
+        num_rows: number of output rows, N - r.
     """
 
     slots: Tensor
     num_rows: int
 
     def source_map(self, earlier: Tensor | None = None) -> Tensor:
-        """`source_matrix` (B, N-r, N), or chained to an earlier map (B, N, P): (B, N-r, P)."""
+        """Return the map (B, N-r, N) bool, or (B, N-r, P) after an `earlier` map (B, N, P)."""
         return _compose(source_matrix(self), earlier)
 
 
 def unmerge(merged: Tensor, info: BipartiteInfo | ReductionInfo | Tensor) -> Tensor:
-    """Give every token the row that it went into, zeros where it was dropped without merging.
+    """Copy each output row back to the tokens that were merged into it.
+
+    A token that was dropped without merging gets zeros. Example::
+
+        merged, size, info = elip_kernels.bipartite_merge(tokens, keys, 16, return_info=True)
+        features = elip_kernels.unmerge(merged, info)  # (B, N, D)
 
     Args:
-        merged: (B, T, D), rows after the reduction.
-        info: what the reduction returned; or the source map (B, T, N) bool of one or several.
+        merged: (B, T, D), fp32, bf16, fp16 or fp64, the rows after the reduction.
+        info: what the reduction returned; or a source map (B, T, N) bool of one or more steps.
 
     Returns:
-        (B, N, D).
+        (B, N, D) in the dtype of `merged`. Gradients reach `merged`.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or device.
     """
     if isinstance(info, ReductionInfo) and info.slots is None:
         info = info.source_map()
@@ -108,26 +119,26 @@ def unmerge(merged: Tensor, info: BipartiteInfo | ReductionInfo | Tensor) -> Ten
 
 
 def source_matrix(info: BipartiteInfo) -> Tensor:
-    """(B, N-r, N) bool: True where the input token is part of the output row."""
+    """Return (B, N-r, N) bool, True where the output row contains the input token."""
     check_slots(info)
     return _membership(info.slots, info.num_rows)
 
 
 def check_slots(info: BipartiteInfo | ReductionInfo) -> None:
-    """Raises TypeError where it does not say of each token which row it is part of."""
+    """Check that `info` has an output row for each token; raise TypeError otherwise."""
     if not isinstance(info, (BipartiteInfo, ReductionInfo)) or info.slots is None:
         expected = "the info that bipartite_merge or merge_nearest returns"
         raise TypeError(message("info", expected, info))
 
 
 def _membership(slots: Tensor, num_rows: int) -> Tensor:
-    """Slots (B, N) -> (B, R, N) bool: True where the input token is part of the output row."""
+    """Return (B, R, N) bool from slots (B, N): True where row r contains token n."""
     rows = torch.arange(num_rows, device=slots.device)
     return slots[:, None, :] == rows[None, :, None]
 
 
 def _compose(source: Tensor, earlier: Tensor | None) -> Tensor:
-    """Source (B, T, N) after earlier (B, N, P) -> (B, T, P), all bool."""
+    """Return the map (B, T, P) of `source` (B, T, N) after `earlier` (B, N, P), all bool."""
     if earlier is None:
         return source
     expected = f"a source map (B, N, P) bool with (B, N) = {tuple(source.shape[::2])}"

@@ -1,1 +1,1 @@
-"""What the kernels cost, without a GPU: compiled code, bytes moved, waits, predicted time."""
+"""Analysis of the kernels without a GPU: compiled code, memory traffic, waits, predicted time."""

@@ -1,6 +1,6 @@
-"""python -m benchmarks.kernel_analysis report: what the compiled code of every kernel says.
+"""Compile every kernel and report its code: python -m benchmarks.kernel_analysis report.
 
-No GPU is needed. Exit status 1 if a kernel does not compile, or does not fit an SM or CU.
+No GPU is needed. The exit status is 1 if a kernel does not compile, or does not fit an SM or CU.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from elip_kernels.testing.calls import CALLS
 
 
 def main() -> int:
-    """Parse the command line, compile, write -> exit status."""
+    """Parse the command line, compile, write the report and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.kernel_analysis", description=__doc__
     )

@@ -1,8 +1,8 @@
-"""Compile what an op launches, for an architecture that need not be there, and read the code.
+"""Compile the launches of an op for any architecture, and read the compiled code.
 
-    recorded_launches(arch)         launchers run on CPU tensors and keep every launch; none runs
-    compile_launch(recorded, arch)  the same launch through Triton's own warm-up: it specialises on
-                                    the arguments as it would there, no signature is written by hand
+    recorded_launches(arch)         runs launchers on CPU tensors and records the launches
+    compile_launch(recorded, arch)  compiles a recorded launch through Triton's own warm-up, which
+                                    specialises on the arguments as on a device
     Compiled                        registers, spills, shared memory, occupancy, access widths
 
 An architecture is 80, 86, 89, 90, 100 or 120 (compute capability times ten) or "gfx942".
@@ -28,11 +28,12 @@ from elip_kernels._validate import message
 from elip_kernels.testing import launchers_on_cpu
 
 Arch = int | str
-# Shared memory of an SM, LDS of a CU, in bytes; a block on an SM has 1 KB of it less.
+# Bytes of shared memory of an SM, or LDS of a CU. A block on an SM uses 1 KB for the system.
 SHARED_MEMORY = {80: 164 * 1024, 86: 100 * 1024, 89: 100 * 1024, 90: 228 * 1024}
 SHARED_MEMORY |= {100: 228 * 1024, 120: 100 * 1024, "gfx942": 64 * 1024}
-RESIDENT = {86: (48, 16), 89: (48, 24), 120: (48, 24), "gfx942": (32, 16)}  # warps, blocks; else
-LARGEST = (64, 32)  # these
+# Most warps and blocks of an SM or CU.
+RESIDENT = {86: (48, 16), 89: (48, 24), 120: (48, 24), "gfx942": (32, 16)}
+RESIDENT_DEFAULT = (64, 32)
 BLOCK_OVERHEAD = 1024
 ARCHITECTURES: tuple[Arch, ...] = tuple(SHARED_MEMORY)
 
@@ -48,26 +49,32 @@ class RecordedLaunch:
 
     @property
     def name(self) -> str:
-        """The kernel's name."""
+        """Return the name of the kernel."""
         return self.kernel.__name__
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Every argument by the kernel's name for it, constexprs included."""
+        """Return all arguments by parameter name, including constexprs."""
         given = {name: v for name, v in self.options.items() if name in self.kernel.arg_names}
         return dict(zip(self.kernel.arg_names, self.args, strict=False)) | given
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiled code of one kernel says.
+    """Figures of the compiled code of one kernel.
 
-    registers: of a thread; on AMD all vector registers, accumulation registers included.
-    stack, local, shared: bytes of memory, the first two of a thread; stack is AMD's scratch.
-    spills: instructions that reach local memory; on AMD spilled registers.
-    occupancy: warps that an SM or CU holds at once, and what limits it.
-    instructions: count of each mnemonic, as the code lists them: a loop's body counts once.
-    loads, stores: count of global accesses of each width in bits.
+    Attributes:
+        num_warps: warps of a program.
+        num_stages: pipeline stages of its loops.
+        registers: per thread; on AMD all vector registers, including accumulation registers.
+        stack: bytes per thread; on AMD the scratch memory.
+        local: bytes of local memory per thread.
+        spills: instructions that access local memory; on AMD spilled registers.
+        shared: bytes of shared memory.
+        occupancy: warps that an SM or CU runs at once, and what limits them.
+        instructions: count of each mnemonic in the code; the body of a loop counts once.
+        loads: count of global loads of each width in bits.
+        stores: count of global stores of each width in bits.
     """
 
     num_warps: int
@@ -83,7 +90,7 @@ class Compiled:
     stores: Counter[int]
 
     def wide_bytes(self) -> tuple[int, int]:
-        """Bytes that a thread loads and stores by accesses of 128 bits or more."""
+        """Return the bytes that a thread loads and stores by accesses of 128 bits or more."""
         loads, stores = (
             sum(bits // 8 * n for bits, n in accesses.items() if bits >= 128)
             for accesses in (self.loads, self.stores)
@@ -91,20 +98,20 @@ class Compiled:
         return loads, stores
 
     def wide_share(self) -> float:
-        """Part of all bytes loaded and stored that moves by accesses of 128 bits or more."""
+        """Return the share of all bytes that is moved by accesses of 128 bits or more."""
         total = sum(bits // 8 * n for bits, n in (self.loads + self.stores).items())
         return sum(self.wide_bytes()) / total if total else 1.0
 
 
 @contextmanager
 def recorded_launches(arch: Arch) -> Iterator[list[RecordedLaunch]]:
-    """Inside, ops on CPU tensors are launched as on `arch`; yields the launches, which do not run.
+    """Record the launches of ops on CPU tensors, as on `arch`, without running them.
 
-    Outputs stay unwritten; positions are zero, and so within bounds. Launchers that ask for ROCm
-    get the answer of `arch`.
+    Outputs stay unwritten. Positions are zero and thus within bounds. `torch.version.hip` is that
+    of `arch`.
 
     Raises:
-        RuntimeError: the kernels were decorated for the interpreter.
+        RuntimeError: Triton was imported with TRITON_INTERPRET=1.
     """
     from triton.runtime.jit import JITFunction
 
@@ -128,7 +135,7 @@ def recorded_launches(arch: Arch) -> Iterator[list[RecordedLaunch]]:
 
 
 def compile_launch(recorded: RecordedLaunch, arch: Arch) -> Compiled:
-    """Compile a recorded launch for `arch`, specialised as Triton's launch itself does."""
+    """Compile a recorded launch for `arch`, specialised as in a real launch."""
     absent = SimpleNamespace(
         get_current_target=lambda: _target(arch),
         get_current_device=lambda: arch,
@@ -152,7 +159,7 @@ def _target(arch: Arch) -> Any:
 
 
 def _read(code: Any, arch: Arch) -> Compiled:
-    """Read what Triton's compiled kernel says of itself."""
+    """Return the figures of a kernel that Triton compiled."""
     asm, shared, num_warps = code.asm, code.metadata.shared, code.metadata.num_warps
     facts = _read_amdgcn(asm["amdgcn"]) if _is_amd(arch) else _read_cubin(asm["cubin"])
     facts["occupancy"] = warps_at_once(arch, facts["registers"], shared, num_warps)
@@ -192,7 +199,7 @@ def _read_cubin(cubin: bytes) -> dict[str, Any]:
 
 
 def _sass_bits(words: list[str]) -> int:
-    """LDG.E.128.CONSTANT -> 128, LDG.E.U16 -> 16; 32 where nothing is said."""
+    """Return the width of an access: LDG.E.128.CONSTANT -> 128, LDG.E.U16 -> 16, LDG.E -> 32."""
     return next(
         (int(w.lstrip("US")) for w in words if re.fullmatch(r"[US]?(8|16|64|128|256)", w)), 32
     )
@@ -226,13 +233,14 @@ def _read_amdgcn(assembly: str) -> dict[str, Any]:
 
 
 def warps_at_once(arch: Arch, registers: int, shared: int, num_warps: int) -> tuple[int, str]:
-    """Warps of an SM or CU that run blocks of `num_warps`, and the scarcest of what limits them.
+    """Return the warps that an SM or CU runs at once, and the resource that limits them.
 
-    NVIDIA: 4 x 16,384 registers, given by 256 to a warp; shared memory by 128 bytes, 1 KB a block
-    of it for the system. CDNA3: 4 x 512 vector registers a lane, given by 8 to a wave; 64 KB of
-    LDS. Warps and blocks: the tables of the CUDA programming guide, and of the CDNA3 ISA.
+    NVIDIA: 4 x 16,384 registers, allocated per warp in units of 256; shared memory in units of
+    128 bytes, plus 1 KB per block for the system. CDNA3: 4 x 512 vector registers per lane, in
+    units of 8 per wave; 64 KB of LDS. Limits of warps and blocks are from the CUDA programming
+    guide and the CDNA3 ISA.
     """
-    warps, blocks = RESIDENT.get(arch, LARGEST)
+    warps, blocks = RESIDENT.get(arch, RESIDENT_DEFAULT)
     if _is_amd(arch):
         memory = SHARED_MEMORY[arch] // max(1, shared)
         by_registers = 4 * (512 // _round_up(registers, 8))

@@ -1,24 +1,22 @@
-"""A model of time: what a launch takes by its bytes, its waits for memory, and launching itself.
+"""Predict the time of a launch from its bytes, its waits for memory and the launch overhead.
 
     seconds = LAUNCH + max(bytes / bandwidth, waves * waits * latency)
 
-bytes: of the tensors that a launch is given, each once. waves: in how many turns its programs run,
-as many at once as the occupancy lets. waits: how often a program waits for loads that are under way
-together, as `waits.py` defines and counts them; `WAITS` states them of every kernel from the
-arguments of a launch, and tests/interpreted/test_waits.py holds it to what is counted.
+bytes: of all tensors of the launch, each counted once. waves: the number of turns in which the
+programs run, given the occupancy. waits: how often a program waits for loads, as defined in
+`waits.py`. `WAITS` computes the waits of every kernel from the arguments of a launch;
+tests/interpreted/test_waits.py compares them with the counted ones.
 
-Sources. Processors and bandwidths: the vendors' data sheets. Latency of a load from memory, by a
-pointer chase: RRZE-HPC/gpu-benches at 1038c5d, gpu-latency: 688 cycles at 1,980 MHz on a GH200,
-whose GPU is an H100 with HBM3, and 890 cycles at 2,092 MHz on an MI300X; B200: 860 cycles in the
-README of markdewing/AI_kernels at 0d701ad, which says 700 of an H100 SXM and nothing of the clock:
-1,965 MHz is taken. A launch: gpu-small-kernels of the former: a kernel of 64 KB in a CUDA graph
-takes 1.3 us on an H200, of which a wait for L2, 142 ns on the GH200, is no launch.
+Sources. Processors and bandwidths: data sheets of the vendors. Latency of a load from memory, by a
+pointer chase: RRZE-HPC/gpu-benches at 1038c5d, gpu-latency: 688 cycles at 1,980 MHz on a GH200 (its
+GPU is an H100 with HBM3), 890 cycles at 2,092 MHz on an MI300X. B200: 860 cycles in the README of
+markdewing/AI_kernels at 0d701ad, which reports 700 for an H100 SXM and no clock; 1,965 MHz is
+assumed. Launch: gpu-small-kernels of gpu-benches: a kernel of 64 KB in a CUDA graph takes 1.3 us on
+an H200, minus one wait for L2, 142 ns on the GH200.
 
-Not in the model: caches, though a load that hits the L2 waits less than half as long, and one that
-hits the L1 still less, so what was read or written before comes sooner than predicted; and the
-arithmetic, barriers and reductions between two waits, such as the bisection of a selection, so the
-next one comes later. Not known: a launch elsewhere than on an H200; latency under load, and on an
-H200, for which the H100's is taken.
+Not modelled: cache hits, which make a launch faster than predicted; arithmetic, barriers and
+reductions between two waits, which make it slower. Not known: the launch overhead of other machines
+than the H200; the latency under load; the latency of an H200, for which that of the H100 is used.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,9 +32,7 @@ LAUNCH = 1.2e-6  # seconds, in a CUDA graph
 
 
 class Machine(NamedTuple):
-    """Its name as its driver says it, without the vendor; SMs or CUs, bytes a second, and the
-    seconds that a load from memory takes.
-    """
+    """One GPU: name in the driver without vendor, SMs or CUs, bytes/s, load latency in s."""
 
     name: str
     arch: Arch
@@ -55,7 +51,7 @@ MACHINES = {machine.arch: machine for machine in reversed(ALL_MACHINES)}
 
 
 class LaunchSize(NamedTuple):
-    """Of a launch: its programs, how often they wait, the bytes of its tensors."""
+    """Programs of a launch, waits of a program, and bytes of its tensors."""
 
     programs: int
     waits: int
@@ -63,19 +59,19 @@ class LaunchSize(NamedTuple):
 
 
 def size_of(launch: RecordedLaunch) -> LaunchSize:
-    """What a launch is, which need not run."""
+    """Return the size of a recorded launch, which need not run."""
     tensors = (t for t in launch.arguments.values() if isinstance(t, torch.Tensor))
     waits = modelled_waits(launch.name, launch.arguments | launch.options)
     return LaunchSize(prod(launch.grid), waits, sum(t.nbytes for t in tensors))
 
 
 def waves(size: LaunchSize, at_once: int, machine: Machine) -> int:
-    """In how many turns a machine runs the programs, `at_once` on each SM or CU."""
+    """Return in how many turns a machine runs the programs, `at_once` on each SM or CU."""
     return ceil(size.programs / (at_once * machine.processors))
 
 
 def bound(size: LaunchSize, at_once: int, machine: Machine) -> tuple[float, float]:
-    """Seconds of a launch: those of its bytes alone, and those of the model."""
+    """Return the seconds of a launch by its bytes alone, and by the model."""
     roof = size.bytes / machine.bandwidth
     waited = waves(size, at_once, machine) * size.waits * machine.latency
     return roof, LAUNCH + max(roof, waited)
@@ -84,8 +80,12 @@ def bound(size: LaunchSize, at_once: int, machine: Machine) -> tuple[float, floa
 def modelled_waits(
     kernel: str, arguments: Mapping[str, Any], row_sizes: Sequence[int] | None = None
 ) -> int:
-    """What `WAITS` says of a launch; `row_sizes`: how many tokens each row of a program of a merge has,
-    by default as many as any other.
+    """Return the waits that `WAITS` computes for a launch.
+
+    Args:
+        kernel: name of the kernel.
+        arguments: arguments and options of the launch, by name.
+        row_sizes: tokens of each row of a program of `_merge_fwd_kernel`; equal by default.
     """
     given = SimpleNamespace(**{"num_stages": 3, "row_sizes": row_sizes} | dict(arguments))
     return WAITS[kernel](given)
@@ -96,35 +96,37 @@ def _steps(length: int, block: int) -> int:
 
 
 def _pipelined(trips: int, a: Any) -> int:
-    """A loop around a product."""
+    """Return the waits of a loop around a product."""
     return ceil(trips / max(1, a.num_stages - 1))
 
 
 def _shares(a: Any) -> int:
-    """The CLS token, and a text."""
+    """Return the waits for the CLS token and a text."""
     return ceil(_steps(a.D, a.BLOCK_R) / 2)
 
 
 def _query(a: Any) -> int:
-    """CLS twice for its moments, both matrices, and W_k again for u."""
+    """Return the waits for CLS, twice for its moments, both matrices, and W_k again for u."""
     slices = ceil(_steps(a.D, a.BLOCK_D) / max(1, a.STAGES - 1))
-    return 2 * _shares(a) + 2 * slices + (a.q_bias_ptr is not None)
+    return 2 * _shares(a) + 2 * slices + int(a.q_bias_ptr is not None)
 
 
 def _weigh(a: Any) -> int:
-    """What all tiles add up to, and the tiles of a part."""
+    """Return the waits for the statistics of all tiles, and for the tiles of a part."""
     return max(1, _steps(a.T, a.BLOCK_T)) + _pipelined(a.TILES, a)
 
 
 def _value(a: Any) -> int:
-    """Parts of m with the rows of W_v, and a bias."""
+    """Return the waits for the parts of m with the rows of W_v, and for a bias."""
     slices = ceil(a.P * _steps(a.D, a.BLOCK_D) / max(1, a.STAGES - 1))
-    return slices + (a.v_bias_ptr is not None)
+    return slices + int(a.v_bias_ptr is not None)
 
 
 def _merge(a: Any) -> int:
-    """Where rows begin; which tokens a full round takes, and these; which tokens the first of the
-    other rounds takes, and those of each.
+    """Return the waits for row starts, for full rounds, and for the remaining rounds.
+
+    A full round waits for the token positions and for the tokens. The remaining rounds wait for the
+    positions once, and for the tokens in each round.
     """
     row_sizes = a.row_sizes or [ceil(a.N / a.R)] * min(a.R, a.BLOCK_R)
     full, rest = sum(n // a.BLOCK_R for n in row_sizes), max(n % a.BLOCK_R for n in row_sizes)
@@ -132,9 +134,14 @@ def _merge(a: Any) -> int:
 
 
 def _lse(a: Any) -> int:
-    """A mask of keys in every tile; a mask of queries before them all."""
+    """Return the waits for the mask of queries, and for the mask and keys of every tile."""
     tiles = _steps(a.N, a.BLOCK_N)
-    return a.HAS_QUERY_MASK + (tiles if a.HAS_MASK else _pipelined(tiles, a))
+    return int(a.HAS_QUERY_MASK) + (tiles if a.HAS_MASK else _pipelined(tiles, a))
+
+
+def _mean(a: Any) -> int:
+    """Return the waits for the mask of queries, and for the sums of the heads."""
+    return (_steps(a.M, a.BLOCK_M) if a.HAS_QUERY_MASK else 0) + _steps(a.G, a.BLOCK_G)
 
 
 WAITS: dict[str, Callable[[Any], int]] = {
@@ -142,21 +149,23 @@ WAITS: dict[str, Callable[[Any], int]] = {
     "scores_kernel": lambda a: _pipelined(_steps(a.D, a.BLOCK_K), a),
     "_row_kernel": lambda a: _steps(a.H, a.BLOCK_H),
     "_score_select_kernel": lambda a: _steps(a.H, a.BLOCK_H),
-    "_keys_kernel": lambda a: _steps(a.GROUP, 2),  # the next query is under way
+    "_keys_kernel": lambda a: _steps(a.GROUP, 2),  # prefetches the next query
     "_lse_kernel": _lse,
-    "_sums_kernel": lambda a: a.HAS_MASK + a.GROUP * _steps(a.M, a.BLOCK_M),
-    "_mean_kernel": lambda a: a.HAS_QUERY_MASK * _steps(a.M, a.BLOCK_M) + _steps(a.G, a.BLOCK_G),
+    "_sums_kernel": lambda a: int(a.HAS_MASK) + a.GROUP * _steps(a.M, a.BLOCK_M),
+    "_mean_kernel": _mean,
     "_weights_kernel": lambda a: _pipelined(_steps(a.D, a.BLOCK_K), a),
     "_weigh_kernel": _weigh,
     "_value_kernel": _value,
     "_fuse_kernel": lambda a: _shares(a) + _steps(a.D, a.BLOCK_R) + _steps(a.D, a.BLOCK_D),
     "_select_kernel": lambda a: 1,
-    "_stream_kernel": lambda a: (5 + (a.MERGE and a.NORMALIZE)) * _steps(a.N, a.BLOCK_N),
-    "_move_kernel": lambda a: (2 - a.MERGE) * _steps(a.N, a.BLOCK_N),  # else slots come first
+    "_stream_kernel": lambda a: (6 if a.MERGE and a.NORMALIZE else 5) * _steps(a.N, a.BLOCK_N),
+    "_move_kernel": lambda a: (
+        (1 if a.MERGE else 2) * _steps(a.N, a.BLOCK_N)
+    ),  # without merging, slots come first
     "_reduce_fwd_kernel": lambda a: 2 if a.P or not a.MERGE else 1,  # prefix tokens come last
     "_reduce_bwd_kernel": lambda a: 2,  # slots, rows
     "_match_kernel": lambda a: (
-        _steps(a.N // 2, a.BLOCK_B) * _pipelined(_steps(a.C, a.BLOCK_C), a) + a.HAS_PENALTY
+        _steps(a.N // 2, a.BLOCK_B) * _pipelined(_steps(a.C, a.BLOCK_C), a) + int(a.HAS_PENALTY)
     ),
     "_slots_kernel": lambda a: 1,
     "_slots_of_kernel": lambda a: a.BITS + 1,

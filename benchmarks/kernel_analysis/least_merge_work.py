@@ -1,6 +1,4 @@
-"""The least that merging must do, counted as `model.py` says: ToMe's pairs, and each token into the
-nearest kept one.
-"""
+"""Minimum work of the merging ops, counted as in `least_work.py`."""
 
 from math import ceil
 
@@ -21,7 +19,7 @@ def bipartite_merge(
     has_size: bool = False,
     has_penalty: bool = False,
 ) -> Work:
-    """The four launches: `bipartite_match`, `bipartite_slots`, and those of `apply_merge`."""
+    """Return the work of four launches: `bipartite_match`, `bipartite_slots`, `apply_merge`."""
     return together(
         bipartite_match(B, N, C, dtype, has_penalty=has_penalty),
         bipartite_slots(B, N),
@@ -32,7 +30,7 @@ def bipartite_merge(
 def bipartite_match(
     B: int, N: int, C: int, dtype: torch.dtype, *, has_penalty: bool = False, tiled: bool = False
 ) -> Work:
-    """Scores, less a penalty, and partners of A. `tiled`: each tile of A reads all of B."""
+    """Count scores, penalties and partners of A. `tiled`: each tile of A reads all of B."""
     size, num_a, num_b = dtype.itemsize, (N + 1) // 2, N // 2
     tiles = ceil(num_a / launch.bipartite_match(C, size)[0]) if tiled else 1
     read = {"metric": B * (num_a + tiles * num_b) * C * size}
@@ -43,7 +41,7 @@ def bipartite_match(
 
 
 def bipartite_slots(B: int, N: int) -> Work:
-    """The output row of every token."""
+    """Count the output row of every token."""
     num_a = (N + 1) // 2
     read = {"best": B * num_a * FP32, "partner": B * num_a * INT32}
     return Work(read, {"slots": B * N * INT32}, 0)
@@ -52,14 +50,15 @@ def bipartite_slots(B: int, N: int) -> Work:
 def apply_merge(
     B: int, N: int, D: int, R: int, dtype: torch.dtype, *, has_size: bool = False
 ) -> Work:
-    """The two launches by which N tokens become R rows: `merge_order`, `merge_gather`."""
+    """Return the work of `merge_order` and `merge_gather`, which turn N tokens into R rows."""
     order = merge_order(B, N, R, has_size=has_size)
     return together(order, merge_gather(B, N, D, R, dtype, has_size=has_size))
 
 
 def merge_order(B: int, N: int, R: int, *, has_size: bool = False, tiled: bool = False) -> Work:
-    """The tokens in the order of their rows, and each row's first place and size. `tiled`: every
-    tile of tokens reads all slots and sizes.
+    """Count the order of the tokens by row, and the start and size of each row.
+
+    `tiled`: every tile of tokens reads all slots and sizes.
     """
     tiles = ceil(max(N, R) / launch.merge_order(N)[0]) if tiled else 1
     read = {"slots": B * tiles * N * INT32}
@@ -79,8 +78,9 @@ def merge_gather(
     has_size: bool = False,
     tiled: bool = False,
 ) -> Work:
-    """Tokens to their R rows. `tiled`: every slice of D reads the small tensors, and where the row
-    behind a tile begins.
+    """Count the move of tokens to their R rows.
+
+    `tiled`: every slice of D reads the small tensors, and the start of the row after a tile.
     """
     rows, block_d, _ = launch.merge_gather(dtype.itemsize)
     slices, behind = (ceil(D / block_d), ceil(R / rows) - 1) if tiled else (1, 0)
@@ -101,10 +101,10 @@ def bipartite_merge_backward(
     has_size: bool = False,
     tiled: bool = False,
 ) -> Work:
-    """Every token takes its row's gradient.
+    """Count the copy of each row's gradient to its tokens.
 
-    `tiled`: at most a row for every token, since a row's sources may lie in as many tiles, and the
-    small tensors with every slice of D.
+    `tiled`: at most one row per token, because the tokens of a row may be in different tiles; the
+    small tensors are read with every slice of D.
     """
     size, rows = dtype.itemsize, N if tiled else N - r
     slices = ceil(D / launch.reduce_backward(size).block_d) if tiled else 1
@@ -126,8 +126,9 @@ def merge_nearest(
     has_size: bool = False,
     p: int = 1,
 ) -> Work:
-    """The launches `nearest_match` and those of `apply_merge`, behind `select`; backward is
-    `bipartite_merge_backward` with N - p - K tokens merged away.
+    """Return the work of `nearest_match` and `apply_merge`; `select` comes before it.
+
+    Its backward is `bipartite_merge_backward` with N - p - K tokens merged away.
     """
     merged = apply_merge(B, N, D, p + K, dtype, has_size=has_size)
     return together(nearest_match(B, N, C, K, dtype), merged)
@@ -136,7 +137,7 @@ def merge_nearest(
 def nearest_match(
     B: int, N: int, C: int, K: int, dtype: torch.dtype, *, tiled: bool = False
 ) -> Work:
-    """The output row of every token. `tiled`: each tile of tokens reads all kept ones."""
+    """Count the output row of every token. `tiled`: each tile of tokens reads all kept ones."""
     size = dtype.itemsize
     tiles = ceil(N / launch.bipartite_match(C, size)[0]) if tiled else 1
     read = {"metric": B * (N - K + tiles * K) * C * size, "kept": B * tiles * K * INT64}

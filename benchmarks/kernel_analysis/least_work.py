@@ -1,15 +1,15 @@
-"""The least that an op must do: bytes across the memory, tensor by tensor, and operations.
+"""Minimum work of each op: bytes read and written by tensor, and operations.
 
-Counted is what a launch reads and writes, each byte once, under the names of the kernel's pointers:
-inputs, outputs, and what one launch leaves for the next or for the backward pass. Rows on which
-no output depends are not: the CLS row that `cls` replaces, dropped tokens when nothing merges.
-Not counted are vectors of a block's parameters, a thousandth of its matrices. Rows, weights, sizes
-and the query are fp32, slots int32, kept positions int64.
+The count contains the bytes that a launch reads and writes, each once, under the names of the
+kernel's pointers: inputs, outputs, and what a launch stores for the next launch or the backward.
+Rows that no output depends on are not counted: the CLS row that `cls` replaces, and dropped tokens
+without merging. Parameter vectors of a block are not counted; they are a thousandth of its
+matrices. Rows, weights, sizes and the query are fp32, slots int32, kept positions int64.
 
-An op of several launches is their sum: `score_reduce` reads the tokens twice, once to score and
-once to move, since an image's tokens do not fit one program. Where a tiling lets programs read the
-same bytes, `tiled` counts what each of them reads, as launched: from L2 after the first.
-Operations are those of the op's FLOP formula, a multiply and an add being two.
+The work of an op with several launches is their sum. `score_reduce` reads the tokens twice, to
+score and to move, because the tokens of an image do not fit one program. If several programs read
+the same bytes, `tiled` counts the bytes that each of them reads (from L2 after the first).
+Operations follow the op's FLOP formula; a multiply and an add are two.
 """
 
 from math import ceil
@@ -41,12 +41,12 @@ def reduce(
     num_prefix_tokens: int = 1,
     merge: bool = True,
 ) -> Work:
-    """Without merging, only the tokens that stay are needed."""
+    """Count selection and movement; without merging, only kept tokens are read."""
     p, size = num_prefix_tokens, dtype.itemsize
     rows = N if merge else p + K
     read = {"tokens": B * rows * D * size, "scores": B * (N - p) * FP32}
     written = {"out": B * (p + K + merge) * D * size, **_selection(B, N, K)}
-    return Work(read, written, 2 * B * (N - p - K) * D * merge)
+    return Work(read, written, 2 * B * (N - p - K) * D if merge else 0)
 
 
 def reduce_backward(
@@ -59,24 +59,25 @@ def reduce_backward(
     num_prefix_tokens: int = 1,
     merge: bool = True,
 ) -> Work:
-    """A weight is needed only where there is a merged row to take it of."""
+    """Count the gradients; weights are read only if there is a merged row."""
     p, size = num_prefix_tokens, dtype.itemsize
     read = {"grad_out": B * (p + K + merge) * D * size, "slots": B * N * INT32}
     if merge:
         read["weights"] = B * N * FP32
-    return Work(read, {"grad": B * N * D * size}, B * (N - p - K) * D * merge)
+    return Work(read, {"grad": B * N * D * size}, B * (N - p - K) * D if merge else 0)
 
 
 def cls_attention(B: int, H: int, N: int, d: int, dtype: torch.dtype, *, group: int = 1) -> Work:
-    """`key_scores`, and `row`."""
+    """Return the work of `key_scores` and `row_of_keys`."""
     return together(key_scores(B, H, N, d, dtype, group=group), row_of_keys(B, H, N))
 
 
 def key_scores(
     B: int, H: int, N: int, d: int, dtype: torch.dtype, *, group: int = 1, tiled: bool = False
 ) -> Work:
-    """Q and k in, `group` query heads to one of k; scores, and each tile's maximum and sum out.
-    `tiled`: each tile reads q.
+    """Count q and k read, and scores, maximum and sum of each tile written.
+
+    `group` query heads read one head of k. `tiled`: each tile reads q.
     """
     size, tiles = dtype.itemsize, max(1, ceil((N - 1) / launch.KEYS))
     read = {"q": B * H * d * size * (tiles if tiled else 1), "k": B * H // group * N * d * size}
@@ -85,7 +86,7 @@ def key_scores(
 
 
 def row_of_keys(B: int, H: int, N: int, *, tiled: bool = False) -> Work:
-    """The row from the scores of the tiles, as `row`."""
+    """Count the row, which is computed from the scores of the tiles as in `row`."""
     read = _row_read(B, N, H, max(1, ceil((N - 1) / launch.KEYS)), tiled)
     return Work(read, {"out": B * N * FP32}, 0)
 
@@ -93,7 +94,7 @@ def row_of_keys(B: int, H: int, N: int, *, tiled: bool = False) -> Work:
 def attention_column_mean(
     B: int, H: int, G: int, M: int, N: int, d: int, dtype: torch.dtype
 ) -> Work:
-    """`query_sums`, `key_sums`, `column_mean`; G heads of keys."""
+    """Return the work of `query_sums`, `key_sums` and `column_mean`, with G heads of keys."""
     shape = (B, H, G, M, N, d, dtype)
     return together(query_sums(*shape), key_sums(*shape), column_mean(B, G, N))
 
@@ -101,7 +102,7 @@ def attention_column_mean(
 def query_sums(
     B: int, H: int, G: int, M: int, N: int, d: int, dtype: torch.dtype, *, tiled: bool = False
 ) -> Work:
-    """The log-sum-exp of whole tiles of queries. `tiled`: each tile reads all keys of its head."""
+    """Count the log-sum-exp of queries, in whole tiles. `tiled`: each tile reads all its keys."""
     size, block = dtype.itemsize, launch.column_sums(d, dtype)["BLOCK_M"]
     T = ceil(M / block)
     read = {"q": B * H * M * d * size, "k": B * (H * T if tiled else G) * N * d * size}
@@ -111,7 +112,7 @@ def query_sums(
 def key_sums(
     B: int, H: int, G: int, M: int, N: int, d: int, dtype: torch.dtype, *, tiled: bool = False
 ) -> Work:
-    """What keys receive of the heads that read them. `tiled`: each tile reads all their queries."""
+    """Count what each key receives from its heads. `tiled`: each tile reads all their queries."""
     lse = query_sums(B, H, G, M, N, d, dtype).written["lse"]
     tiles = ceil(N / launch.column_sums(d, dtype)["BLOCK_N"]) if tiled else 1
     read = {"q": tiles * B * H * M * d * dtype.itemsize, "k": B * G * N * d * dtype.itemsize}
@@ -119,18 +120,18 @@ def key_sums(
 
 
 def column_mean(B: int, G: int, N: int) -> Work:
-    """The mean of what the heads of keys receive."""
+    """Count the mean over the heads of keys."""
     return Work({"sums": B * G * N * FP32}, {"out": B * N * FP32}, 0)
 
 
 def cls_attention_from_tokens(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> Work:
-    """`query`, `score_tiles`, `row`, under one name each for what is not handed on."""
+    """Return the work of `query`, `score_tiles` and `row`."""
     tiles = score_tiles(B, N, D, H, dtype)
     return together(query(B, D, H, dtype), tiles, row(B, N, D, H, dtype))
 
 
 def cls_attention_output(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> Work:
-    """`query`, `weights`, `weigh`, `value`."""
+    """Return the work of `query`, `weights`, `weigh` and `value`."""
     made = query(B, D, H, dtype, normed=True), weights(B, N, D, H, dtype), weigh(B, N, D, H, dtype)
     return together(*made, value(B, N, D, H, dtype))
 
@@ -138,14 +139,14 @@ def cls_attention_output(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> 
 def score_reduce(
     B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype, *, merge: bool = True
 ) -> Work:
-    """`query`, `score_tiles`, `select_row`, `move`."""
+    """Return the work of `query`, `score_tiles`, `select_row` and `move`."""
     first = together(query(B, D, H, dtype), score_tiles(B, N, D, H, dtype))
     second = together(select_row(B, N, D, K, H, dtype), move(B, N, D, K, dtype, merge=merge))
     return together(first, second)
 
 
 def fuse_text(B: int, N: int, D: int, dtype: torch.dtype, *, text_for_all: bool = False) -> Work:
-    """Tokens and texts in, the tokens of a dry run out."""
+    """Count tokens and texts read, and tokens written."""
     size = dtype.itemsize
     read = {"tokens": B * N * D * size, "text": (1 if text_for_all else B) * D * size}
     return Work(read, {"out": B * N * D * size}, 0)
@@ -161,7 +162,7 @@ def query(
     has_text: bool = False,
     normed: bool = False,
 ) -> Work:
-    """CLS tokens, texts and two matrices (`width`, D) in; u and the CLS token's scores out."""
+    """Count CLS tokens, texts and two matrices (`width`, D) read; u and CLS scores written."""
     size, width = dtype.itemsize, width or D
     read = {"cls": B * D * size, "q_weight": width * D * size, "k_weight": width * D * size}
     if has_text:
@@ -173,15 +174,17 @@ def query(
 
 
 def weights(B: int, N: int, D: int, H: int, dtype: torch.dtype, *, tiled: bool = False) -> Work:
-    """Patches and u in, the weights of tiles out. `tiled`: each tile reads u."""
+    """Count patches and u read, weights of tiles written. `tiled`: each tile reads u."""
     read = _patches(B, N, D, H, dtype)
     read["query"] *= _tiles(B, N, D, H, dtype) if tiled else 1
     return Work(read, _weights(B, N, D, H, dtype), 2 * B * H * (N - 1) * D)
 
 
 def weigh(B: int, N: int, D: int, H: int, dtype: torch.dtype, *, tiled: bool = False) -> Work:
-    """Patches, their weights and CLS normalised in, a sum of normalised tokens a head out, of each
-    part. `tiled`: slices of D read the weights, parts what tiles add up to, and 16 heads tokens.
+    """Count patches, weights and normalised CLS read; a sum of tokens per head and part written.
+
+    `tiled`: slices of D read the weights, parts read the statistics of tiles, and each group of 16
+    heads reads the tokens.
     """
     settings, parts = launch.weigh(_tokens(B, N, D, dtype)), max(1, ceil((N - 1) / launch.PART))
     slices = ceil(D / settings["BLOCK_D"]) if tiled else 1
@@ -203,8 +206,9 @@ def value(
     width: int | None = None,
     tiled: bool = False,
 ) -> Work:
-    """Sums of normalised tokens and a matrix (`width`, D) in, the output of the heads out. `tiled`:
-    sixteen images read their heads' rows of it.
+    """Count sums of tokens and a matrix (`width`, D) read, the output of the heads written.
+
+    `tiled`: each group of sixteen images reads the matrix.
     """
     width, parts = width or D, max(1, ceil((N - 1) / launch.PART))
     block_b = launch.value(width // H, _tokens(1, 1, D, dtype))["BLOCK_B"] if tiled else B
@@ -214,7 +218,7 @@ def value(
 
 
 def select_row(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> Work:
-    """The row, and what it selects."""
+    """Count the row and its selection."""
     made = row(B, N, D, H, dtype)
     return made._replace(written={"row": made.written["out"], **_selection(B, N, K)})
 
@@ -229,55 +233,57 @@ def move(
     merge: bool = True,
     tiled: bool = False,
 ) -> Work:
-    """Tokens to the rows that were selected. `tiled`: each slice of D reads slots and weights."""
+    """Count tokens moved to their rows. `tiled`: each slice of D reads slots and weights."""
     row_size = B * D * dtype.itemsize
     slices = ceil(D / launch.move(N, dtype.itemsize).block_d) if tiled else 1
     read = {"tokens": (N if merge else K + 1) * row_size, "slots": slices * B * N * INT32}
     if merge:
         read["weights"] = slices * B * N * FP32
     written = {"out": (K + 1 + merge) * row_size}
-    return Work(read, written, 2 * B * (N - 1 - K) * D * merge)
+    return Work(read, written, 2 * B * (N - 1 - K) * D if merge else 0)
 
 
 def score_tiles(B: int, N: int, D: int, H: int, dtype: torch.dtype, *, tiled: bool = False) -> Work:
-    """Scores of the patches, and each tile's maximum and sum. `tiled`: each tile reads u."""
+    """Count scores of patches, and each tile's maximum and sum. `tiled`: each tile reads u."""
     tiles, read = _tiles(B, N, D, H, dtype), _patches(B, N, D, H, dtype)
     read["query"] *= tiles if tiled else 1
     return Work(read, _scores(B, N, H, tiles), 2 * B * H * (N - 1) * D)
 
 
 def row(B: int, N: int, D: int, H: int, dtype: torch.dtype, *, tiled: bool = False) -> Work:
-    """The row from the scores of the tiles; CLS's own were made with the query. `tiled`: each piece
-    of a row reads what the tiles add up to.
+    """Count the row from the scores of the tiles; the CLS scores come from the query.
+
+    `tiled`: each part of a row reads the statistics of the tiles.
     """
     read = _row_read(B, N, H, _tiles(B, N, D, H, dtype), tiled)
     return Work(read, {"out": B * N * FP32}, 0)
 
 
 def select(B: int, N: int, K: int, *, num_prefix_tokens: int = 1) -> Work:
-    """Scores in, positions out."""
+    """Count scores read and positions written."""
     read = {"scores": B * (N - num_prefix_tokens) * FP32}
     return Work(read, {"kept": B * K * INT64}, 0)
 
 
 def _patches(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> dict[str, int]:
-    """What scoring reads."""
+    """Return the bytes that scoring reads."""
     return {"tokens": B * (N - 1) * D * dtype.itemsize, "query": B * H * D * FP32}
 
 
 def _tokens(B: int, N: int, D: int, dtype: torch.dtype) -> torch.Tensor:
-    """Tokens without memory, for who reads launch.py."""
+    """Return tokens on the meta device, to read the configuration in launch.py."""
     return torch.empty(B, N, D, dtype=dtype, device="meta")
 
 
 def _tiles(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> int:
-    """Tiles of patches an image."""
+    """Return the number of tiles of patches per image."""
     return ceil((N - 1) / launch.score_tiles(H, _tokens(B, N, D, dtype))["BLOCK_N"])
 
 
 def _weights(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> dict[str, int]:
-    """What the tiles leave for the weighted sum: whole tiles of weights, with a rest of each where
-    tokens have two bytes.
+    """Return the bytes that the tiles store for the weighted sum: weights in whole tiles.
+
+    For two-byte tokens there is a rest of each weight.
     """
     block_n = launch.weight_tiles(H, _tokens(B, N, D, dtype))["BLOCK_N"]
     heads = B * H * ceil((N - 1) / block_n)
@@ -289,18 +295,18 @@ def _weights(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> dict[str, in
 
 
 def _row_read(B: int, N: int, H: int, tiles: int, tiled: bool) -> dict[str, int]:
-    """What pieces of a row read."""
+    """Return the bytes that the parts of a row read."""
     pieces = max(1, ceil((N - 1) / launch.row(N - 1, tiles)[0])) if tiled else 1
     read = _scores(B, N, H, tiles) | {"cls_score": B * H * FP32}
     return read | {name: pieces * n for name, n in read.items() if name != "scores"}
 
 
 def _scores(B: int, N: int, H: int, tiles: int) -> dict[str, int]:
-    """What the tiles leave behind."""
+    """Return the bytes that the tiles store."""
     totals = B * H * tiles * FP32
     return {"scores": B * H * (N - 1) * FP32, "tops": totals, "totals": totals}
 
 
 def _selection(B: int, N: int, K: int) -> dict[str, int]:
-    """What a selection leaves behind."""
+    """Return the bytes that a selection writes."""
     return {"kept": B * K * INT64, "weights": B * N * FP32, "slots": B * N * INT32}

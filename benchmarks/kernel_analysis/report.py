@@ -1,10 +1,9 @@
-"""Every kernel at the real cases, compiled ahead of time: one row per kernel, tokens, dtype and
-architecture. fp16 compiles as bf16 does.
+"""Compile every kernel for real shapes: one row per kernel, tokens, dtype and architecture.
 
-Of three machines a row says how many programs a batch starts, and in how many waves they run, as
-many at once as the occupancy lets: 12/1 is twelve programs in one wave. A second table says how
-often a program waits for memory and, in microseconds, what a launch takes by its bytes alone and by
-the model of `latency.py`: 0.1/4.3 is one that latency and launching bound. Nothing is timed.
+fp16 compiles as bf16 does. For machines that `latency.py` lists, a row also gives programs and
+waves of several batch sizes: 12/1 is twelve programs in one wave. A second table gives waits, and
+the predicted microseconds of a launch by its bytes alone and by the model: 0.1/4.3 is bound by
+latency and launch overhead. Nothing is timed.
 """
 
 import os
@@ -32,7 +31,7 @@ HEADS, WIDTH = 12, 768
 KEY = ("kernel", "N", "dtype", "arch")
 COLUMNS = (*KEY, "warps", "stages", "registers", "stack", "spills", "shared")
 COLUMNS += ("occupancy", "limit", "wide_share", "instructions")
-BATCH_SIZES = (1, 8, 32, 64, 256)  # images in a batch, of which programs and waves are said
+BATCH_SIZES = (1, 8, 32, 64, 256)  # images
 COLUMNS += tuple(f"B={B}" for B in BATCH_SIZES)
 TIMES = (*KEY, "waits", *(f"us, B={B}" for B in BATCH_SIZES))
 
@@ -50,7 +49,7 @@ class Job(NamedTuple):
 
 
 def report(archs: Sequence[Arch], calls: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each kernel that `calls` launch; what a compiler says no to is a row as well."""
+    """Return one row per kernel that `calls` launch; a compile failure is a row with "error"."""
     jobs: dict[tuple, Job] = {}
     for call, (N, K), dtype, arch, B in product(calls, REAL_CASES, DTYPES, archs, BATCHES):
         for index, launch in enumerate(recorded_call(call, B, N, K, dtype, arch)):
@@ -68,17 +67,17 @@ def report(archs: Sequence[Arch], calls: Sequence[str]) -> list[dict[str, Any]]:
 def sizes(
     calls: Sequence[str], batches: Sequence[int] = BATCH_SIZES
 ) -> dict[tuple[str, int, str], dict[int, LaunchSize]]:
-    """By kernel, tokens and dtype: what a launch for a batch of each size is."""
+    """Return the launch size of each batch by kernel, tokens and dtype."""
     found: dict[tuple[str, int, str], dict[int, LaunchSize]] = {}
     for call, (N, K), dtype, B in product(calls, REAL_CASES, DTYPES, batches):
         for launch in recorded_call(call, B, N, K, dtype, 90):
             of_kernel = found.setdefault((launch.name, N, dtype), {})
-            of_kernel.setdefault(B, size_of(launch))  # of the first call, as the rows are
+            of_kernel.setdefault(B, size_of(launch))  # of the first call, as in the rows
     return found
 
 
 def batch_columns(row: dict[str, Any], of_batches: dict[int, LaunchSize]) -> dict[str, Any]:
-    """What a row says of each batch on its machine."""
+    """Return the columns of a row that depend on the batch size, for its machine."""
     machine, at_once = MACHINES[row["arch"]], row["occupancy"] // row["warps"]
     facts: dict[str, Any] = {"waits": max(size.waits for size in of_batches.values())}
     for B, size in of_batches.items():
@@ -91,7 +90,7 @@ def batch_columns(row: dict[str, Any], of_batches: dict[int, LaunchSize]) -> dic
 def recorded_call(
     call: str, B: int, N: int, K: int, dtype: str, arch: Arch
 ) -> list[RecordedLaunch]:
-    """What a call of `CALLS` launches for a ViT-B."""
+    """Return the launches of a call of `CALLS` for a ViT-B."""
     with recorded_launches(arch) as launches:
         CALLS[call](B, N, WIDTH, K, HEADS, DTYPES[dtype])
     return launches
@@ -101,7 +100,7 @@ _worker = threading.local()
 
 
 def _compile_in_subprocess(job: Job) -> dict[str, Any]:
-    """`_compile` in this thread's own process: a compiler that crashes takes only that along."""
+    """Run `_compile` in a process of this thread, which a compiler crash ends alone."""
     if getattr(_worker, "process", None) is None:
         _worker.process = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
     try:
@@ -112,11 +111,11 @@ def _compile_in_subprocess(job: Job) -> dict[str, Any]:
 
 
 def _compile(job: Job) -> dict[str, Any]:
-    """The figures of one kernel, or the reason why there are none."""
+    """Return the figures of one kernel, or the error message of the compiler."""
     launch = recorded_call(*job[:-1])[job.index]
     try:
         code = compile_launch(launch, job.arch)
-    except Exception as error:  # compilers raise many kinds
+    except Exception as error:  # compilers raise many types
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return {"error": f"{type(error).__name__}: {lines[-1] if lines else ''}"[:120]}
     warps, limit = code.occupancy
@@ -128,13 +127,13 @@ def _compile(job: Job) -> dict[str, Any]:
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> str:
-    """What the code of each kernel says, and what time is predicted where a machine is known."""
+    """Return the table of compiled code, and that of predicted times if a machine is known."""
     timed = [row for row in rows if "waits" in row]
     return "\n\n".join([table(rows), *([table(timed, TIMES)] if timed else [])])
 
 
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
-    """Aligned text; what is wrong with a row stands behind it."""
+    """Return aligned text; an error follows its row."""
     cells = [tuple(columns)] + [tuple(str(row.get(name, "-")) for name in columns) for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     errors = ["", *(row.get("error", "") for row in rows)]

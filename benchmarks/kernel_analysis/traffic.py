@@ -1,12 +1,12 @@
-"""Counts, byte by byte, what kernels read and write while the interpreter runs them.
+"""Count the bytes that kernels read and write in Triton's interpreter.
 
     with traffic() as launches:
         elip_kernels.reduce(tokens, scores, 166)
     launches[0].loads["tokens"].unique
 
-A tensor goes by the name of the pointer that the kernel takes it as, without `_ptr`: outputs that
-a launcher allocates are covered like inputs. An active lane outside every tensor of its launch
-raises. Seen are the accesses of the source: how wide they come out is for the compile report.
+Tensors have the names of the kernel's pointers without `_ptr`, including outputs that a launcher
+allocates. An active lane outside all tensors of its launch raises an error. Accesses are those of
+the source; the compile report shows their width in the code.
 """
 
 import inspect
@@ -25,10 +25,11 @@ import torch
 class Access:
     """Bytes of one tensor that a launch loads, or that it stores.
 
-    requested: by all active lanes, every time.
-    per_program: distinct ones within each program, summed: what comes from L2 or further away.
-    unique: distinct ones within the launch: what must come from memory.
-    rounds: not bytes, but how often the program that does it most often loads, or stores, any.
+    Attributes:
+        requested: sum over all active lanes of all accesses.
+        per_program: distinct bytes per program, summed over programs: traffic from L2 or memory.
+        unique: distinct bytes of the launch: the minimum traffic from memory.
+        rounds: largest number of loads (or stores) of this tensor in a program; not bytes.
     """
 
     requested: int = 0
@@ -39,7 +40,7 @@ class Access:
 
 @dataclass
 class LaunchTraffic:
-    """What one launch touched, by tensor."""
+    """Bytes that one launch accesses, by tensor."""
 
     kernel: str
     programs: int = 0
@@ -48,14 +49,15 @@ class LaunchTraffic:
 
     @property
     def per_program(self) -> int:
-        """Bytes that each program touches, loads and stores, summed over the programs."""
+        """Return the bytes that each program loads and stores, summed over programs."""
         accesses = (*self.loads.values(), *self.stores.values())
         return sum(access.per_program for access in accesses)
 
 
 class Memory:
-    """Stands in for the interpreter's memory: `visit(kind, pointers, mask)` sees every load and
-    store first, and says which pointers to use. Atomics are refused.
+    """Replacement of the interpreter's memory that passes every load and store to `visit`.
+
+    `visit(kind, pointers, mask)` returns the pointers to use. Atomics raise an error.
     """
 
     def __init__(self, memory: Any, visit: Callable[[str, np.ndarray, np.ndarray], np.ndarray]):
@@ -65,12 +67,15 @@ class Memory:
         return getattr(self._memory, name)
 
     def load(self, pointers: np.ndarray, mask: np.ndarray, other: np.ndarray, dtype: Any) -> Any:
+        """Load from the pointers that `visit` returns."""
         return self._memory.load(self._visit("load", pointers, mask), mask, other, dtype)
 
     def store(self, pointers: np.ndarray, value: np.ndarray, mask: np.ndarray) -> Any:
+        """Store to the pointers that `visit` returns."""
         return self._memory.store(self._visit("store", pointers, mask), value, mask)
 
     def atomic_rmw(self, *args: Any) -> Any:
+        """Raise NotImplementedError."""
         raise NotImplementedError("an atomic operation: only loads and stores are counted")
 
     atomic_cas = atomic_rmw
@@ -78,10 +83,10 @@ class Memory:
 
 @contextmanager
 def traffic() -> Iterator[list[LaunchTraffic]]:
-    """Inside, every launch appends a `LaunchTraffic` to the list that is yielded.
+    """Append a `LaunchTraffic` to the yielded list for every launch inside the block.
 
     Raises:
-        IndexError: naming kernel and tensor, where an active lane is outside every tensor.
+        IndexError: an active lane is outside all tensors; the message names kernel and tensor.
     """
     from triton.runtime import interpreter
 
@@ -118,7 +123,7 @@ def traffic() -> Iterator[list[LaunchTraffic]]:
 def tensor_arguments(
     kernel: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a launch by the name of their pointer, without `_ptr`."""
+    """Return the tensors of a launch by the name of their pointer, without `_ptr`."""
     parameters = inspect.signature(kernel).parameters
     bound = dict(zip(parameters, args, strict=False)) | kwargs
     tensors = {n: v for n, v in bound.items() if n in parameters and torch.is_tensor(v)}
@@ -126,12 +131,12 @@ def tensor_arguments(
 
 
 def _root(error: BaseException) -> BaseException:
-    """What the interpreter wrapped, once a device function."""
+    """Return the innermost cause of an interpreter error; device functions wrap it again."""
     return error if error.__cause__ is None else _root(error.__cause__)
 
 
 class _Span:
-    """The addresses of one tensor, and which of its elements were touched."""
+    """Addresses of one tensor, and which of its elements were accessed."""
 
     def __init__(self, tensor: torch.Tensor):
         last = sum(
@@ -147,7 +152,7 @@ class _Span:
         self.rounds: Counter[str] = Counter()  # by kind, in the program
 
     def inside(self, pointers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """-> (bool of each pointer: is it an element's, the elements of those)."""
+        """Return which pointers are elements of the tensor, and the indices of those elements."""
         offset = pointers.astype(np.int64) - self.start
         element = offset // self.itemsize
         mine = (offset >= 0) & (element < self.length) & (offset % self.itemsize == 0)
@@ -156,14 +161,14 @@ class _Span:
 
 
 class _Counter:
-    """Counts one launch."""
+    """Counter of one launch."""
 
     def __init__(self, kernel: str, tensors: dict[str, torch.Tensor]):
         self.launch = LaunchTraffic(kernel)
         self.spans = {name: _Span(tensor) for name, tensor in tensors.items()}
 
     def visit(self, kind: str, pointers: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """Attribute every active lane to a tensor, or raise."""
+        """Attribute every active lane to a tensor, or raise IndexError."""
         lanes = np.asarray(pointers)[np.broadcast_to(mask, np.shape(pointers)).astype(bool)]
         for name, span in self.spans.items():
             mine, elements = span.inside(lanes)
@@ -178,7 +183,7 @@ class _Counter:
         return pointers
 
     def end_program(self) -> None:
-        """Add what the program touched to what the launch did."""
+        """Add the accesses of the program to those of the launch."""
         for name, span in self.spans.items():
             for kind, touched in span.current.items():
                 access = self._access(kind, name)
@@ -188,6 +193,7 @@ class _Counter:
             span.current, span.rounds = {}, Counter()
 
     def end_launch(self) -> None:
+        """Store the distinct bytes of the launch."""
         for name, span in self.spans.items():
             for kind, touched in span.touched.items():
                 self._access(kind, name).unique = int(touched.sum()) * span.itemsize

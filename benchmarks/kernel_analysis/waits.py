@@ -1,16 +1,16 @@
-"""Counts how often a program waits for memory, while the interpreter runs it.
+"""Count how often a program waits for memory in Triton's interpreter.
 
     with counted_waits() as launches:
         elip_kernels.reduce(tokens, scores, 166)
     launches[0].waits
 
-Loads that are under way together are one wait. A program waits where its threads meet, in a
-product, a reduction or a scan, for what goes in there; and where a loop goes round or ends, or a
-branch is taken, for all that it has computed with, but not for what it merely loaded, such as a
-tile for the next trip. In between the compiler orders the code: there a load waits only for what
-its address and mask are made of. What feeds a product in a loop is loaded `num_stages - 1` trips
-ahead, and in a loop that has a `num_stages` of its own all that is loaded: Triton pipelines those
-loads and no others. A load without an active lane is none.
+Loads that are in flight together are one wait. A program waits at a product, a reduction or a scan
+for its operands. At the end of a loop trip, after a loop and at a branch it waits for all values
+that it has computed with, but not for values that it only loaded, such as a tile for the next trip.
+Elsewhere the compiler orders the code: a load waits only for the operands of its address and mask.
+In a loop, loads that feed a product are issued `num_stages - 1` trips ahead, as Triton pipelines
+them. In a loop with its own `num_stages` all loads are. A load without an active lane is not
+counted.
 """
 
 import sys
@@ -23,13 +23,13 @@ from unittest.mock import patch
 
 from elip_kernels._triton import tl
 
-STAGES = 3  # of a launch that says none, on NVIDIA
+STAGES = 3  # Triton's default on NVIDIA
 MEETS = ("create_dot", "create_histogram")
 
 
 @dataclass
 class LaunchWaits:
-    """A launch: its arguments by their names, and how often its slowest program waits."""
+    """A launch: its arguments by name, and the waits of its slowest program."""
 
     kernel: str
     arguments: dict[str, Any]
@@ -37,16 +37,14 @@ class LaunchWaits:
 
 
 class _Availability(NamedTuple):
-    """After how many waits a value is there, and which loads of which loop it is made of."""
+    """Number of waits before a value is available, and the loads in loops that it depends on."""
 
     waits: int = 0
     loads: frozenset[tuple["_Loop", int]] = frozenset()
 
 
 class _Loop:
-    """The body of a loop: its loads so far in this trip, which of them feed a product, and which
-    are therefore under way before their trip; or all are.
-    """
+    """Body of a loop: loads of this trip, loads that feed a product, and loads issued ahead."""
 
     def __init__(self, *, all_ahead: bool = False) -> None:
         self.loads, self.feeding, self.all_ahead = 0, set[int](), all_ahead
@@ -54,23 +52,23 @@ class _Loop:
 
 
 class _Program:
-    """How often a program has waited so far, `now`; and by then for what it `used`, or loaded
-    `last`.
-    """
+    """Number of waits of a program so far, and those after which used and loaded values arrive."""
 
     def __init__(self) -> None:
         self.now = self.used = self.last = 0
-        self.body = _Loop()  # of the innermost loop
+        self.body = _Loop()  # innermost loop
 
     def wait(self) -> None:
+        """Wait for all values that the program has used."""
         self.now = max(self.now, self.used)
 
     def use(self, waits: int, *, meets: bool = False) -> None:
+        """Use a value that arrives after `waits`; with `meets`, wait for it at once."""
         self.used = max(self.used, waits)
         self.now = max(self.now, waits) if meets else self.now
 
     def load(self, made_of: _Availability) -> _Availability:
-        """What is loaded from an address, where a mask allows it, both made of `made_of`."""
+        """Return the availability of a load whose address and mask have that of `made_of`."""
         load, waits = self.body.loads, 1 + max(self.now, made_of.waits)
         self.body.loads += 1
         if self.body.all_ahead or load in self.body.ahead:
@@ -79,12 +77,13 @@ class _Program:
         return _Availability(waits, made_of.loads | {(self.body, load)})
 
     def feed(self, made_of: _Availability) -> None:
-        """A product takes it."""
+        """Mark the loads that a product depends on."""
         self.body.feeding |= {load for body, load in made_of.loads if body is self.body}
 
     def loop(self, in_flight: int, has_own_stages: bool, *bounds: Any) -> Iterator[int]:
-        """`range` in a kernel, which may be told its stages; a loop of one trip that the compiler
-        knows is none.
+        """Iterate as `range` in a kernel does, and count the waits of the trips.
+
+        A loop of one trip whose bounds are known at compile time does not count as a loop.
         """
         trips = range(*bounds)
         if len(trips) == 1 and not any(isinstance(n, tl.tensor) for n in bounds):
@@ -107,7 +106,7 @@ class _Program:
 
 @contextmanager
 def counted_waits() -> Iterator[list[LaunchWaits]]:
-    """Inside, every launch appends a `LaunchWaits` to the list that is yielded."""
+    """Append a `LaunchWaits` to the yielded list for every launch inside the block."""
     with ExitStack() as stack:
         counter = _Counter(stack)
         for where, name, value in counter.patches():
@@ -116,19 +115,20 @@ def counted_waits() -> Iterator[list[LaunchWaits]]:
 
 
 class _Counter:
-    """Follows the programs of every launch by patches of the interpreter, as it was before."""
+    """Counts the waits of every launch by patching the interpreter."""
 
     def __init__(self, stack: ExitStack) -> None:
         self.launches: list[LaunchWaits] = []
         self.program, self.in_flight, self.stack = _Program(), 1, stack
 
     def patches(self) -> list[tuple[Any, str, Callable[..., Any]]]:
+        """Return (object, attribute, replacement) for each patch of the interpreter."""
         from triton.runtime import interpreter
 
         builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
         reduction = interpreter.ReduceScanOpInterface
         operations = {n: f for n, f in vars(builder).items() if n.startswith("create_")}
-        del operations["create_load"]  # which makes a masked one
+        del operations["create_load"]  # it calls create_masked_load
         return [
             (executor, "__call__", self.launched(executor.__call__)),
             (builder, "set_grid_idx", self.next_program(builder.set_grid_idx)),
@@ -138,6 +138,8 @@ class _Counter:
         ]
 
     def launched(self, execute: Callable[..., None]) -> Callable[..., None]:
+        """Wrap the execution of a launch to record it."""
+
         def run(executor: Any, *args: Any, **kwargs: Any) -> None:
             self.in_flight = max(1, kwargs.get("num_stages", STAGES) - 1)
             arguments = dict(zip(executor.arg_names, args, strict=False)) | kwargs
@@ -148,6 +150,8 @@ class _Counter:
         return run
 
     def next_program(self, move_on: Callable[..., None]) -> Callable[..., None]:
+        """Wrap the step to the next program to end the current one."""
+
         def run(builder: Any, *index: int) -> None:
             self.end_program()
             move_on(builder, *index)
@@ -155,12 +159,13 @@ class _Counter:
         return run
 
     def end_program(self) -> None:
+        """Update the waits of the launch and start a new program."""
         launch, program = self.launches[-1], self.program
         launch.waits = max(launch.waits, program.last, program.now)
         self.program = _Program()
 
     def computed(self, name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
-        """What an operation makes is there when what it is made of is; a load, one wait later."""
+        """Wrap an operation: its result arrives with its operands; a load, one wait later."""
 
         def run(builder: Any, *args: Any) -> Any:
             there = _combined(args)
@@ -178,6 +183,8 @@ class _Counter:
         return run
 
     def reduced(self, apply: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a reduction or scan, which waits for its operands."""
+
         def run(reduction: Any, inputs: Any) -> Any:
             if not isinstance(inputs, tuple):
                 return reduction.apply((inputs,))[0]
@@ -191,7 +198,7 @@ class _Counter:
         return run
 
     def language(self, patch_language: Callable[..., Any]) -> Callable[..., Any]:
-        """Triton's own patches, and those of branches and loops in the code of a kernel."""
+        """Wrap Triton's own patches of the language to observe branches and loops."""
 
         def loop(*bounds: Any, num_stages: int | None = None, **options: Any) -> Iterator[int]:
             has_own_stages = num_stages is not None
@@ -217,7 +224,7 @@ class _Counter:
 
 
 def _combined(values: Iterable[Any]) -> _Availability:
-    """When what is made of all of these is there."""
+    """Return the availability of a value that depends on all of these."""
     there = [getattr(value, "there", _Availability()) for value in values]
     loads = frozenset[tuple[_Loop, int]]().union(*(each.loads for each in there))
     return _Availability(max((each.waits for each in there), default=0), loads)

@@ -1,4 +1,4 @@
-"""Bytes read and written, and operations: what the analytic model says of a launch."""
+"""Bytes read and written, and operations, of a launch."""
 
 from collections import Counter
 from typing import NamedTuple
@@ -16,12 +16,12 @@ class Work(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """All bytes that cross the memory, read and written."""
+        """Return all bytes read and written."""
         return sum(self.read.values()) + sum(self.written.values())
 
 
 def together(*launches: Work) -> Work:
-    """The work of launches that follow one another."""
+    """Return the work of several launches in sequence."""
     read, written = Counter(), Counter()
     for work in launches:
         read.update(work.read)

@@ -1,1 +1,1 @@
-"""One file for each op: its mathematics, its specification in PyTorch, its kernels."""
+"""One file per op: the formulas, the reference implementation in PyTorch, and the kernels."""

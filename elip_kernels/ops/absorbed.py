@@ -1,9 +1,9 @@
-"""What the absorbed forms share: checks, and the scores of an image's patches in tiles.
+"""Argument checks and the scoring kernels that the absorbed ops share.
 
-The score of a token is u_h . z_n, u being made from the CLS token alone (`absorbed_query.py`). A
-program scores a tile of patches for all heads and leaves the tile's maximum and sum; who reads them
-next makes softmax rows of an image's tiles. An image's scores depend on nothing but its tokens:
-whatever the batch, they are the same bits.
+The score of a token is u_h . z_n. The query u is made from the CLS token alone
+(`absorbed_query.py`). One program scores a tile of patches for all heads and stores the maximum and
+the sum of exponentials of the tile. A later kernel combines the tiles of an image into softmax
+rows. The scores of an image depend on its tokens only: they are bitwise equal for every batch size.
 """
 
 from torch import Tensor
@@ -22,7 +22,7 @@ from elip_kernels._validate import (
 from elip_kernels.ops.absorbed_query import QueryArguments
 from elip_kernels.ops.fuse_text import check_guidance
 
-STATS = ["totals_ptr", "shifts_ptr"]  # behind others in one storage: aligned in some batches alone
+STATS = ["totals_ptr", "shifts_ptr"]  # share a storage, so their alignment depends on the batch
 
 
 def query_arguments(
@@ -40,8 +40,9 @@ def query_arguments(
     fusion: float = 1,
     guidance_norm: str = "none",
 ) -> QueryArguments:
-    """Check the arguments of the absorbed forms -> what u is made of; `least` tokens, CLS
-    included.
+    """Check the arguments of the absorbed ops and return those of the query, without gradient.
+
+    `tokens` must have at least `least` tokens, including CLS.
     """
     check_tokens(tokens, least)
     B, _, D = tokens.shape
@@ -79,7 +80,7 @@ def query_arguments(
 
 @triton.jit
 def split(x, dtype: tl.constexpr):
-    """fp32 x as rounded + rest of a smaller dtype; of fp32 the rest is 0."""
+    """Return fp32 x as rounded + rest, both of a smaller dtype; for fp32 the rest is 0."""
     rounded = x.to(dtype)
     return rounded, (x - rounded.to(tl.float32)).to(dtype)
 
@@ -90,14 +91,14 @@ def patch_scores(
     HAS_REST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Scores u_h . z of an image's patches `offs_n`, counted from 0 -> [BLOCK_N, BLOCK_H], mean
-    and rstd of the patches [BLOCK_N], all fp32.
+    """Return scores u_h . z [BLOCK_N, BLOCK_H], means and rstds [BLOCK_N] of patches, all fp32.
 
-    u is centred, so x enters as it is; what its rounding left of its sum takes the mean back out.
-    Where x has two bytes, u is split into rounded + rest of that type: two products into one fp32
-    accumulator. Moments are those of x - pivot, the mean of a token's first BLOCK_K: no further
-    from its mean than sqrt(D / BLOCK_K) standard deviations, so that little cancels. The scores of
-    fp32 are those of x - pivot too, and from fp16's the pivot is taken as they grow.
+    `offs_n` counts the patches of an image from 0. u is centred, so the product uses x without
+    its mean subtracted; afterwards mean * sum(u) removes the rounding error of the centring. For
+    two-byte x, u is split into rounded + rest of that dtype: two products into one fp32
+    accumulator. Moments are computed from x - pivot, where the pivot is the mean of the first
+    BLOCK_K features, so that little cancels. fp32 scores are computed from x - pivot as well; for
+    fp16 the pivot is subtracted from the scores at every step.
     """
     offs_h = tl.arange(0, BLOCK_H)
     offs_k = tl.arange(0, BLOCK_K)
@@ -139,7 +140,7 @@ def patch_scores(
             score -= pivot[:, None] * part_u[None, :]
     from_pivot = total / D
     variance = squares / D - from_pivot * from_pivot
-    rstd = 1.0 / tl.sqrt(tl.where(variance < 0, 0.0, variance) + eps)  # NaN stays
+    rstd = 1.0 / tl.sqrt(tl.where(variance < 0, 0.0, variance) + eps)  # keeps NaN
     mean = from_pivot + pivot
     left = mean if tokens_ptr.dtype.element_ty == tl.bfloat16 else from_pivot
     score -= left[:, None] * sum_u[None, :]
@@ -152,7 +153,7 @@ def scores_kernel(
     HAS_REST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program per (image, tile of patches): their scores, and each head's maximum and sum."""
+    """Score a tile of patches; store each head's maximum and sum. Grid: (image, tile)."""
     pid_b = tl.program_id(0).to(tl.int64)
     pid_t = tl.program_id(1)
     offs_n = pid_t * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -180,8 +181,9 @@ def row_of_scores(
     scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, pid_b, first, N, H, T,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """What `scores_kernel` wrote of T tiles -> head mean of the softmax rows, BLOCK_H heads a step:
-    patches from `first` on [BLOCK_N], CLS scalar.
+    """Return the mean over heads of the softmax rows: patches [BLOCK_N] from `first`, CLS scalar.
+
+    Reads what `scores_kernel` stored for T tiles, BLOCK_H heads per step.
     """
     offs_n = first + tl.arange(0, BLOCK_N)
     offs_t = tl.arange(0, BLOCK_T)
@@ -217,7 +219,7 @@ def _row_kernel(
     scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, out_ptr, N, H, T,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """One program per (image, BLOCK_N patches): the row from the scores of its tiles."""
+    """Store BLOCK_N entries of a row from the scores of its tiles. Grid: (image, part of row)."""
     pid_b = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCK_N
     row, cls_row = row_of_scores(
@@ -231,7 +233,7 @@ def _row_kernel(
 
 
 def score_tiles(tokens: Tensor, query: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch `scores_kernel` -> scores (B, H, N-1), tops and totals (B, H, T) of the T tiles."""
+    """Launch `scores_kernel`; return scores (B, H, N-1), tops and totals (B, H, T) of T tiles."""
     (B, N, D), H = tokens.shape, query.shape[1]
     settings = launch.score_tiles(H, tokens)
     T = triton.cdiv(N - 1, settings["BLOCK_N"])
@@ -248,7 +250,7 @@ def score_tiles(tokens: Tensor, query: Tensor, eps: float) -> tuple[Tensor, Tens
 def launch_row(
     scores: Tensor, tops: Tensor, totals: Tensor, cls_score: Tensor, out: Tensor
 ) -> None:
-    """Write the row (B, N) of each image's tiles."""
+    """Write the row (B, N) of each image from the scores of its tiles."""
     (B, N), (_, H, T) = out.shape, tops.shape
     block_n, block_t, num_warps = launch.row(N - 1, T)
     _row_kernel[(B, max(1, triton.cdiv(N - 1, block_n)))](

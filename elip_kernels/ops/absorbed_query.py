@@ -1,15 +1,16 @@
-"""The query u that absorbs a block's key projection, made from the CLS token alone: one kernel.
+"""The query u, which absorbs the key projection of a block, from the CLS token: one kernel.
 
-    c   = f x_cls + (1 - f) x_text  (Eq. 1), x_text first scaled to the norm of x_cls by "match"
+    c   = f x_cls + (1 - f) x_text  (Eq. 1); "match" first scales x_text to the norm of x_cls
     z   = (c - mean) * rstd                                                        (B, D)
     q   = (W_q (gamma z + beta) + b_q) * scale                                     (B, H, d)
-    u_h = gamma * (W_k,h^T q_h), less its mean;   u_h . z, the CLS token's score   (B, H, D), (B, H)
+    u_h = gamma * (W_k,h^T q_h), minus its mean                                    (B, H, D)
+    s_h = u_h . z, the score of the CLS token                                      (B, H)
 
-z has no mean, so u needs none. What u_h has of one is q_h . w_h, w the mean of the rows of gamma *
-W_k, and the CLS token's score is q_h . (W_k,h (gamma z)): both are known before u, so W_q is read
-once and W_k twice for each sixteen images. Nothing of the weights is kept from call to call: in
-training they change with each step, and a graph reads what they are when it runs.
-Source: ELIP, Eq. 1-2; the absorption is associativity.
+z has zero mean, so the mean of u does not change the scores. The mean of u_h is q_h . w_h, where w
+is the mean over the columns of W_k gamma. The CLS score follows from q_h . (W_k,h (gamma z)). Both
+are known before u, so W_q is read once and W_k twice for each sixteen images. Nothing is cached
+between calls, because the weights change during training.
+Source: ELIP, Eq. 1-2; the absorption is associativity of the matrix product.
 """
 
 import inspect
@@ -28,7 +29,7 @@ R = TypeVar("R", bound=Callable[..., Any])
 
 
 class QueryArguments(NamedTuple):
-    """What the absorbed ops make u of, without gradient, in the order of their schemas."""
+    """Inputs of the query u, without gradient, in the order of the op schemas."""
 
     cls: Tensor
     text: Tensor | None
@@ -45,8 +46,9 @@ class QueryArguments(NamedTuple):
 
 
 def with_query_signature(**others: Any) -> Callable[[R], R]:
-    """Name the arguments of `reference(tokens, *query, *others)` one by one, as a schema wants it:
-    the fields of QueryArguments, and then `others`, types by name.
+    """Replace the signature (tokens, *query, *others) by one named parameter per argument.
+
+    `torch.library.infer_schema` needs the names and types: those of QueryArguments, then `others`.
     """
     hints = {"tokens": Tensor} | QueryArguments.__annotations__ | others
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -60,10 +62,10 @@ def with_query_signature(**others: Any) -> Callable[[R], R]:
 
 
 def absorbed_query(dtype: torch.dtype, query: QueryArguments) -> tuple[Tensor, Tensor]:
-    """The specification -> u (B, H, D), centred, and z (B, D), in `dtype`.
+    """Return u (B, H, D), centred, and z (B, D), in `dtype` (reference implementation).
 
-    Here it is the rows of W_k gamma that are centred, D x D numbers where u has B H D. The products
-    follow `torch.set_float32_matmul_precision`.
+    This version centres the rows of W_k gamma, D x D numbers, instead of u. The products follow
+    `torch.set_float32_matmul_precision`.
     """
     a = query
     cls = fuse(a.cls.to(dtype), a.text, a.fusion, a.match)
@@ -78,7 +80,7 @@ def absorbed_query(dtype: torch.dtype, query: QueryArguments) -> tuple[Tensor, T
 
 
 def query_flops(cls_shape: tuple[int, ...], q_weight_shape: tuple[int, ...]) -> int:
-    """4 B D H d: a product with each matrix."""
+    """Return 4 B D H d: one product with each of the two matrices."""
     B, D = cls_shape
     return 4 * B * D * q_weight_shape[0]
 
@@ -88,7 +90,7 @@ def _variance(
     cls_ptr, text_ptr, row_c, row_t, mask_b, D, cls_scale, text_scale, mean,
     BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, HAS_TEXT: tl.constexpr,
 ):  # fmt: skip
-    """Of c [BLOCK_B]; what is read twice is in the cache."""
+    """Return the variance of c [BLOCK_B]; the second read of c hits the cache."""
     squares = tl.zeros([BLOCK_B], tl.float32)
     for d in tl.range(0, D, BLOCK_R, num_stages=3):
         offs = (d + tl.arange(0, BLOCK_R))[None, :]
@@ -103,7 +105,7 @@ def _variance(
 
 @triton.jit
 def load_vector(ptr, offs, mask, OTHER: tl.constexpr):
-    """A slice of a vector of parameters, fp32; OTHER where there is none."""
+    """Load a slice of a parameter vector in fp32; fill with OTHER if the pointer is None."""
     if ptr is None:
         values = tl.full([offs.shape[0]], OTHER, tl.float32)
     else:
@@ -113,15 +115,17 @@ def load_vector(ptr, offs, mask, OTHER: tl.constexpr):
 
 @triton.jit
 def load_matrix(rows_ptr, d, mask_w, D, BLOCK_D: tl.constexpr):
-    """Features d, .. of a head's rows [BLOCK_W, BLOCK_D], zero beyond D."""
+    """Load features d, d+1, .. of the rows of a head [BLOCK_W, BLOCK_D]; zero beyond D."""
     offs = d + tl.arange(0, BLOCK_D)
     return tl.load(rows_ptr + offs[None, :], mask=mask_w[:, None] & (offs < D)[None, :], other=0.0)
 
 
 @triton.jit
 def add_product(x, w, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """Acc + x @ w of fp32 x. SPLIT: where w has two bytes, of three terms of its type that together
-    are x; fp16 loses what is below 6e-8, and has the range of the model's own activations.
+    """Return acc + x @ w for fp32 x.
+
+    With SPLIT and two-byte w, x is split into three terms of that type. For fp16 this loses
+    values below 6e-8 and limits the range to that of fp16.
     """
     if SPLIT and w.dtype != tl.float32:
         for _ in tl.static_range(3):
@@ -142,7 +146,7 @@ def _query_kernel(
     SPLIT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One program per (BLOCK_B images, head of W channels)."""
+    """Compute u, the CLS score and z. Grid: (BLOCK_B images, head of W channels)."""
     pid_h = tl.program_id(1)
     offs_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     offs_w = tl.arange(0, BLOCK_W)
@@ -161,9 +165,9 @@ def _query_kernel(
         BLOCK_B, BLOCK_R, HAS_TEXT,
     )  # fmt: skip
     rstd = 1.0 / tl.sqrt(variance + eps)
-    mask_z = offs_b < tl.where(pid_h == 0, B, 0)  # z is the same in all heads
+    mask_z = offs_b < tl.where(pid_h == 0, B, 0)  # all heads have the same z
     q = tl.zeros([BLOCK_B, BLOCK_W], tl.float32)
-    key = tl.zeros([BLOCK_B, BLOCK_W], tl.float32)  # of CLS, without what beta and a bias add
+    key = tl.zeros([BLOCK_B, BLOCK_W], tl.float32)  # key of CLS without beta and bias
     sum_key = tl.zeros([BLOCK_W], tl.float32)
     sum_z = tl.zeros([BLOCK_B], tl.float32)
     for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
@@ -201,9 +205,7 @@ def _query_kernel(
 def launch_query(
     arguments: QueryArguments, *, normed: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Allocate, read launch.py, launch -> u (B, H, D), the CLS token's scores (B, H) and, if
-    `normed`, z (B, D), all fp32.
-    """
+    """Allocate and launch; return u (B, H, D), CLS scores (B, H) and z (B, D) or None, all fp32."""
     a = arguments
     (B, D), H, W = a.cls.shape, a.num_heads, a.q_weight.shape[0] // a.num_heads
     query = a.cls.new_empty(B, H, D, dtype=torch.float32)

@@ -1,13 +1,14 @@
-"""The attention that each token receives: column means of softmax(q k^T), without an N x N map.
+"""Mean attention that each token receives: column means of softmax(q k^T), without an N x N map.
 
     s_h,m,n = scale * q_h,m . k_g,n of open keys, g = h // (H / G)   q (B, H, M, d), k (B, G, N, d)
     lse_h,m = log sum_n exp(s_h,m,n)                                                     (B, H, M)
     sums_g,n = sum of exp(s_h,m,n - lse_h,m) over counted m and the heads h that read g  (B, G, N)
     a_n = sum_g sums_g,n / (H * counted)                                                 (B, N)
 
-Scores are made twice, in tiles, and never written: 4 B H M N d operations. Nothing is added
-atomically, and an image's tiles are the same whatever the batch: so are its bits. fp32 (fp64 for
-fp64 inputs). No gradient: what it selects by is not trained through.
+A key is open if the mask allows it. Scores are computed twice, in tiles, and never stored: 4 B H M
+N d operations. No atomics are used and the tiles of an image do not depend on the batch, so results
+are bitwise reproducible. Sums are fp32 (fp64 for fp64 inputs). There is no gradient: the result
+selects tokens.
 Source: VisionZip (arXiv 2412.04467), for towers without a CLS token.
 """
 
@@ -21,7 +22,7 @@ from elip_kernels._validate import check_mask, check_scale, check_tensor, messag
 from elip_kernels.ops.cls_attention import check_keys
 from elip_kernels.ops.gather_ops import accumulator
 
-QUERIES = 128  # in one step of the PyTorch form
+QUERIES = 128  # per step of the PyTorch implementation
 
 
 def attention_column_mean(
@@ -32,27 +33,29 @@ def attention_column_mean(
     mask: Tensor | None = None,
     query_mask: Tensor | None = None,
 ) -> Tensor:
-    """How much attention each key receives, as a mean over heads and queries.
+    """Return how much attention each key receives, as a mean over heads and queries.
 
-    Every query sees every open key. With one query it is `cls_attention`. Where queries and keys
-    are the same tokens, some of which are padding, pass their mask twice: padding receives nothing,
-    and does not count as a query::
+    Every query attends to every unmasked key. With one query the result is that of
+    `cls_attention`. If queries and keys are the same tokens and some are padding, pass the mask
+    twice: padding then receives nothing and does not count as a query::
 
         received = elip_kernels.attention_column_mean(q, k, mask=real, query_mask=real)
+
+    Source: VisionZip (arXiv 2412.04467).
 
     Args:
         q: (B, H, M, d), fp32, bf16, fp16 or fp64.
         k: (B, G, N, d), same dtype and device. H is a multiple of G: query head h reads key head
             h // (H / G), as in `scaled_dot_product_attention(enable_gqa=True)`.
-        scale: of the scores; d ** -0.5 by default.
-        mask: (B, N) bool, True = may be attended to. An image without any is NaN.
-        query_mask: (B, M) bool, True = counts. An image without any is NaN.
+        scale: factor of the scores; d ** -0.5 by default.
+        mask: (B, N) bool, True = may be attended to. If none is True, the image's row is NaN.
+        query_mask: (B, M) bool, True = counts. If none is True, the image's row is NaN.
 
     Returns:
-        (B, N) fp32 (fp64 for fp64 inputs), without gradient; it sums to 1.
+        (B, N) fp32 (fp64 for fp64 inputs), without gradient. Each row sums to 1.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected, what came.
+        TypeError, ValueError: an argument has the wrong type, shape, dtype or device.
     """
     check_tensor("q", q, "(B, H, M, d)", 4)
     B, H, M, d = q.shape
@@ -67,7 +70,7 @@ def attention_column_mean(
 def column_mean_reference(
     q: Tensor, k: Tensor, mask: Tensor | None, query_mask: Tensor | None, scale: float
 ) -> Tensor:
-    """The specification of `attention_column_mean`; no tensor is larger than (B, H, QUERIES, N)."""
+    """Compute `attention_column_mean` in PyTorch; no tensor exceeds (B, H, QUERIES, N)."""
     (B, H, M, _), (_, G, N, _), dtype = q.shape, k.shape, accumulator(q)
     keys, received = k.to(dtype).mT, k.new_zeros(B, N, dtype=dtype)
     counted = q.new_ones(B, M, dtype=torch.bool) if query_mask is None else query_mask
@@ -83,7 +86,7 @@ def column_mean_reference(
 
 @triton.jit
 def _rows(ptr, stride, offs, mask, D, BLOCK_D: tl.constexpr):
-    """Rows `offs` of one head [.., BLOCK_D], zero where the mask is, and from D on."""
+    """Load rows `offs` of one head [.., BLOCK_D]; zero where masked and beyond D."""
     offs_d = tl.arange(0, BLOCK_D)
     mask = mask[:, None] & (offs_d < D)[None, :]
     return tl.load(ptr + offs[:, None] * stride + offs_d[None, :], mask=mask, other=0.0)
@@ -91,8 +94,8 @@ def _rows(ptr, stride, offs, mask, D, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _products(rows, others, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
-    """Those of two tiles of rows, in fp32."""
-    if WIDEN:  # the interpreter multiplies the bits of bf16 as integers
+    """Return the products of two tiles of rows, in fp32."""
+    if WIDEN:  # in the interpreter, tl.dot of bf16 is wrong
         rows = rows.to(tl.float32)
         others = others.to(tl.float32)
     return tl.dot(rows, tl.trans(others), input_precision=PRECISION)
@@ -100,7 +103,7 @@ def _products(rows, others, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 @triton.jit
 def _is_open(mask_ptr, pid_b, offs, length, HAS_MASK: tl.constexpr):
-    """Which `offs` are tokens of the image, and True in its mask."""
+    """Return which `offs` are tokens of the image that the mask allows."""
     is_open = offs < length
     if HAS_MASK:
         mask = tl.load(mask_ptr + pid_b * length + offs, mask=is_open, other=0)
@@ -116,8 +119,9 @@ def _lse_kernel(
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program per (image, head, BLOCK_M queries): the log-sum-exp of each one's scores, -inf
-    without an open key; inf of a query that does not count, and of those beyond M.
+    """Store the log-sum-exp of each query's scores. Grid: (image, head, BLOCK_M queries).
+
+    It is -inf for a query without an unmasked key, and inf for queries that do not count.
     """
     pid_b = tl.program_id(0).to(tl.int64)
     pid_h = tl.program_id(1).to(tl.int64)
@@ -149,7 +153,7 @@ def _sums_kernel(
     HAS_MASK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program per (image, key head, BLOCK_N keys): what each one's queries give it in all."""
+    """Store what each key receives from its queries. Grid: (image, key head, BLOCK_N keys)."""
     pid_b = tl.program_id(0).to(tl.int64)
     pid_g = tl.program_id(1).to(tl.int64)
     head = pid_b * tl.num_programs(1) + pid_g
@@ -179,7 +183,7 @@ def _mean_kernel(
     sums_ptr, query_mask_ptr, out_ptr, M, N, H, G, HAS_QUERY_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program per (image, BLOCK_N keys): the mean over heads and the queries that count."""
+    """Store the mean over heads and counted queries. Grid: (image, BLOCK_N keys)."""
     pid_b = tl.program_id(0).to(tl.int64)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     counted = M
@@ -204,7 +208,7 @@ def _mean_kernel(
 def _attention_column_mean(
     q: Tensor, k: Tensor, mask: Tensor | None, query_mask: Tensor | None, scale: float
 ) -> Tensor:
-    """Allocate, read launch.py, launch: each query's log-sum-exp, each key's sums, the mean."""
+    """Allocate and launch: log-sum-exp per query, sums per key, mean."""
     (B, H, M, d), (_, G, N, _) = q.shape, k.shape
     q, k = launch.addressable(q), launch.addressable(k)
     mask, query_mask = (m if m is None else m.contiguous() for m in (mask, query_mask))
@@ -229,7 +233,7 @@ def _attention_column_mean(
 
 
 def _flops(q_shape, k_shape, *args, **kwargs) -> int:
-    """A multiply and an add for each channel of each score, which is made twice."""
+    """Return 4 B H M N d: each score is computed twice."""
     (B, H, M, d), N = q_shape, k_shape[2]
     return 4 * B * H * M * N * d
 

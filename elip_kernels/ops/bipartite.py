@@ -1,19 +1,19 @@
-"""Merge the r most alike pairs of tokens: bipartite soft matching and a size-weighted mean.
+"""Merge the r most similar token pairs: bipartite soft matching and a size-weighted mean.
 
     unit    = metric / |metric| in fp32;  A = tokens 0, 2, 4 ..;  B = tokens 1, 3, 5 ..
     best_a  = max_b unit_a . unit_b;  partner_a = its arg-max        ties: the lower index
     merged  = the r tokens of A with the largest best - penalty      ties: the lower index
-    rows    = [A without merged, ascending; all of B], N - r of them; slot_n = row of token n
+    rows    = [A without merged, ascending; all of B], N - r rows; slot_n = row of token n
     S_i     = sum of size_n over slot_n = i;  w_n = size_n / S_(slot_n), 0 where that is 0
     out_i   = sum of w_n x_n over slot_n = i                         (B, N-r, D), sizes S (B, N-r)
     grad_x_n = w_n grad_out_(slot_n)
 
-Ties are those of the computed values. The class token is in A and never merges. A metric with NaN,
-or whose squared norm is no normal number, has no direction: it ranks last, as source and as
-partner; so does, as a source, one whose penalty is NaN. No gradient to metric, sizes and penalty.
-Sums are fp32 (fp64 for fp64); a row of one token is exact, its w being 1. The kernels never write
-the similarities, 2 B ceil(N/2) floor(N/2) C operations in tiles, and read every token once, for the
-row that it belongs to: nothing is added atomically and a run repeats bit by bit.
+Ties are ties of the computed values. The class token is in A and is never merged. A metric row with
+NaN, or whose squared norm is not a normal number, has no direction: it ranks last as source and as
+partner. A source whose penalty is NaN ranks last too. There is no gradient to metric, size and
+penalty. Sums are fp32 (fp64 for fp64); the row of a single token is exact, because its w is 1. The
+kernels never store the similarities, 2 B ceil(N/2) floor(N/2) C operations in tiles. They read each
+token once, for its output row. No atomics are used, so results are bitwise reproducible.
 Source: Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023, section 3.
 """
 
@@ -64,26 +64,33 @@ def bipartite_merge(
     num_prefix_tokens: int = 1,
     return_info: bool = False,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, BipartiteInfo]:
-    """Merge r tokens into their most similar partners (ToMe's step).
+    """Merge r tokens into their most similar partners (the merging step of ToMe).
+
+    Example::
+
+        tokens, size = elip_kernels.bipartite_merge(tokens, keys.mean(1), 16)
+
+    Source: Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023.
 
     Args:
         tokens: (B, N, D), fp32, bf16, fp16 or fp64. Gradients reach tokens only.
-        metric: (B, N, C), what similarity is measured on, such as the head mean of the keys.
-        r: tokens to merge away, at most half of those that may be: min(r, (N-p) // 2).
-            Without any, `tokens` itself is returned.
-        size: (B, N) or (B, N, 1) fp32 or fp64, positive: how many tokens each stands for, or zero
-            of padding; None means one each.
-        penalty: (B, N) fp32 or fp64, taken off the similarity that a token merges by: where it is 3
-            no token merges before those where it is 0. Partners are chosen without it.
-        num_prefix_tokens: p, 0 or 1: the class token, first, which is never merged.
+        metric: (B, N, C), features to compare, such as the mean of the keys over heads.
+        r: number of tokens to merge away, limited to (N-p) // 2. If nothing is merged, `tokens`
+            itself is returned.
+        size: (B, N) or (B, N, 1) fp32 or fp64, how many patches each token represents; positive,
+            or zero for padding. None means 1 for each.
+        penalty: (B, N) fp32 or fp64, subtracted from the similarity of a token with its partner
+            when the r tokens are chosen. With a penalty of 3, a token merges after all tokens
+            with penalty 0. The choice of partners ignores it.
+        num_prefix_tokens: p, 0 or 1: whether a class token comes first, which is never merged.
         return_info: also return a `BipartiteInfo`.
 
     Returns:
         merged (B, N-r, D) in the dtype of `tokens`: the unmerged even tokens, then the odd ones;
-        size (B, N-r) fp32 (fp64 for fp64 tokens).
+        size (B, N-r) fp32 (fp64 for fp64 tokens); with `return_info`, a `BipartiteInfo`.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected, what came, what to do.
+        TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value.
     """
     _check_arguments(tokens, metric, r, num_prefix_tokens)
     size, penalty = check_size(size, tokens), _check_penalty(penalty, metric)
@@ -102,18 +109,23 @@ def bipartite_merge(
 def apply_merge(
     tokens: Tensor, info: BipartiteInfo | ReductionInfo, *, size: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Merge other tokens by a match already made: positions beside features, a recomputation.
+    """Merge other tokens with an existing match, for example positions beside features.
+
+    Example::
+
+        tokens, size, info = elip_kernels.bipartite_merge(tokens, keys, 16, return_info=True)
+        positions, _ = elip_kernels.apply_merge(positions, info)
 
     Args:
         tokens: (B, N, D), fp32, bf16, fp16 or fp64. Gradients reach tokens only.
-        info: of the `bipartite_merge` or `merge_nearest` that matched N tokens.
-        size: (B, N) or (B, N, 1) fp32 or fp64, positive, or zero of padding; None means one each.
+        info: result of a `bipartite_merge` or `merge_nearest` of N tokens.
+        size: (B, N) or (B, N, 1) fp32 or fp64, positive, or zero for padding. None means 1 each.
 
     Returns:
-        merged (B, R, D) in the dtype of `tokens`, size (B, R), as there.
+        merged (B, R, D) in the dtype of `tokens`, size (B, R) fp32 (fp64 for fp64 tokens).
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected, what came, what to do.
+        TypeError, ValueError: an argument has the wrong type, shape, dtype or device.
     """
     check_tokens(tokens)
     check_slots(info)
@@ -125,7 +137,7 @@ def apply_merge(
 def _merged(
     tokens: Tensor, size: Tensor | None, info: BipartiteInfo | ReductionInfo
 ) -> tuple[Tensor, Tensor]:
-    """Tokens and sizes after the step; `tokens` itself where nothing is merged."""
+    """Return tokens and sizes after the step; `tokens` itself if nothing is merged."""
     B, N, _ = tokens.shape
     if isinstance(info, ReductionInfo) or info.num_rows != N:
         return merge_op(tokens, size, info.slots, info.num_rows)
@@ -135,7 +147,7 @@ def _merged(
 
 
 def _check_arguments(tokens: Tensor, metric: Tensor, r: int, num_prefix_tokens: int) -> None:
-    """Raises where one of them is not what `bipartite_merge` takes."""
+    """Check tokens, metric, r and num_prefix_tokens of `bipartite_merge`."""
     check_tokens(tokens)
     check_metric(metric, tokens)
     if isinstance(r, bool) or not isinstance(r, (int, torch.SymInt)):
@@ -150,7 +162,7 @@ def _check_arguments(tokens: Tensor, metric: Tensor, r: int, num_prefix_tokens: 
 
 
 def check_size(size: Tensor | None, tokens: Tensor) -> Tensor | None:
-    """Sizes (B, N) in the accumulator's dtype, without gradient; None stays None."""
+    """Return sizes (B, N) in the accumulator's dtype, without gradient, or None."""
     if size is None:
         return None
     B, N, _ = tokens.shape
@@ -163,7 +175,7 @@ def check_size(size: Tensor | None, tokens: Tensor) -> Tensor | None:
 
 
 def unit_rows(metric: Tensor) -> Tensor:
-    """Metric (B, N, C) over its norm, in the accumulator's dtype; NaN where it has no direction."""
+    """Return metric (B, N, C) / norm in the accumulator's dtype; NaN if there is no direction."""
     metric = metric.to(accumulator(metric))
     square = metric.square().sum(2, keepdim=True)
     has_direction = (square >= SMALLEST_SQUARE) & square.isfinite()
@@ -171,7 +183,7 @@ def unit_rows(metric: Tensor) -> Tensor:
 
 
 def _check_penalty(penalty: Tensor | None, metric: Tensor) -> Tensor | None:
-    """Penalties (B, N) in the accumulator's dtype, without gradient; None stays None."""
+    """Return penalties (B, N) in the accumulator's dtype, without gradient, or None."""
     if penalty is None:
         return None
     check_tensor("penalty", penalty, "(B, N)", 2)
@@ -189,7 +201,7 @@ def _check_fp32_or_fp64(name: str, tensor: Tensor) -> None:
 def match_reference(
     metric: Tensor, penalty: Tensor | None, r: int, num_prefix_tokens: int
 ) -> Tensor:
-    """The specification of the matching -> slots (B, N) int32."""
+    """Compute the matching in PyTorch; return slots (B, N) int32."""
     B, N, _ = metric.shape
     num_a, first_b = (N + 1) // 2, (N + 1) // 2 - r
     unit = unit_rows(metric)
@@ -211,7 +223,7 @@ def match_reference(
 def merge_reference(
     tokens: Tensor, size: Tensor | None, slots: Tensor, num_rows: int
 ) -> tuple[Tensor, Tensor]:
-    """The specification of the merge -> out (B, R, D), its sizes (B, R)."""
+    """Compute the merge in PyTorch; return out (B, R, D) and sizes (B, R)."""
     (B, N, D), rows = tokens.shape, flat_rows(slots, num_rows)
     if size is None:
         size = tokens.new_ones(B, N, dtype=accumulator(tokens))
@@ -225,23 +237,23 @@ def merge_reference(
 def merge_backward_reference(
     grad_out: Tensor, size: Tensor | None, out_size: Tensor, slots: Tensor
 ) -> Tensor:
-    """grad_out (B, R, D) -> grad_tokens (B, N, D)."""
+    """Return grad_tokens (B, N, D) from grad_out (B, R, D)."""
     return sum_rows(grad_out, slots[..., None], shares(size, out_size, slots)[..., None])
 
 
 def shares(size: Tensor | None, out_size: Tensor, slots: Tensor) -> Tensor:
-    """W (B, N): each token's share of its row."""
+    """Return w (B, N), the share of each token in its row."""
     total = _divisor(out_size).gather(1, slots.long())
     return total.reciprocal() if size is None else size / total
 
 
 def _divisor(out_size: Tensor) -> Tensor:
-    """Rows that hold nothing divide nothing."""
+    """Return `out_size` with 0 replaced by 1, so that empty rows do not divide by zero."""
     return out_size.masked_fill(out_size == 0, 1.0)
 
 
 def _match_flops(metric_shape, *args, **kwargs) -> int:
-    """A multiply and an add for each channel of each pair."""
+    """Return a multiply and an add for each channel of each pair."""
     B, N, C = metric_shape
     return 2 * B * ((N + 1) // 2) * (N // 2) * C
 
@@ -268,19 +280,19 @@ def _save_shares(ctx, inputs, output) -> None:
 
 
 def _backward_of_backward(ctx, grad):
-    """Linear in grad_out: the merge of `grad` by the same rows and shares."""
+    """Merge `grad` with the same rows and shares, because the backward is linear in grad_out."""
     slots = ctx.saved_tensors[2]
     return add_rows(grad, slots, shares(*ctx.saved_tensors), ctx.R), None, None, None
 
 
 def _merge_flops(tokens_shape, *args, **kwargs) -> int:
-    """A multiply and an add for each element of a token."""
+    """Return a multiply and an add for each element of a token."""
     B, N, D = tokens_shape
     return 2 * B * N * D
 
 
 def _merge_backward_flops(grad_shape, size_shape, out_size_shape, slots_shape, **kwargs) -> int:
-    """A multiply for each element of a token."""
+    """Return a multiply for each element of a token."""
     return grad_shape[2] * slots_shape[0] * slots_shape[1]
 
 

@@ -1,9 +1,9 @@
-"""The Triton kernels of the matching of `bipartite.py`, which holds the mathematics, and their
-launchers.
+"""Triton kernels of the matching in `bipartite.py`, which documents the formulas.
 
-    match      (image, tile of A): products with tiles of B, running arg-max -> best, partner
-               (image): the r best of A -> slots, the output row of every token; beyond 4,096 of
-               A they are selected first (`select_kernels.py`), and each tile of A looks them up
+    match      grid (image, tile of A): products with tiles of B, running arg-max -> best, partner
+    slots      grid (image): the r best of A -> slots, the output row of every token
+    slots_of   grid (image, tile of A): beyond 4,096 tokens of A, `select_kernels.py` selects the r
+               best first, and each tile of A looks up its tokens among them
 
 Traffic: each program of `match` reads its tile of A and all of B (from L2 after the first).
 """
@@ -16,12 +16,12 @@ from elip_kernels._triton import is_interpreted, tl, triton
 from elip_kernels.ops.select_device import kth_largest, order_key, output_slots
 from elip_kernels.ops.select_kernels import launch_select
 
-SMALLEST_SQUARE = torch.finfo(torch.float32).tiny  # a smaller squared norm gives no direction
+SMALLEST_SQUARE = torch.finfo(torch.float32).tiny  # of a vector with a direction
 
 
 @triton.jit
 def inverse_norm(square, SMALLEST_SQUARE: tl.constexpr):
-    """1 / sqrt(square), NaN where there is no direction."""
+    """Return 1 / sqrt(square), or NaN if the vector has no direction."""
     has_direction = (square >= SMALLEST_SQUARE) & (square < float("inf"))
     return tl.where(has_direction, tl.rsqrt(square), float("nan"))
 
@@ -31,7 +31,7 @@ def tile_products(
     metric_ptr, stride_mn, rows_a, rows_b, mask_a, mask_b, C,
     WIDEN: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Products [BLOCK_A, BLOCK_B] of two lists of an image's tokens, and their squared norms."""
+    """Return products [BLOCK_A, BLOCK_B] of two lists of tokens, and their squared norms."""
     square_a = tl.zeros([BLOCK_A], tl.float32)
     square_b = tl.zeros([BLOCK_B], tl.float32)
     product = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
@@ -52,7 +52,7 @@ def tile_products(
         wide_b = b.to(tl.float32)
         square_a += tl.sum(wide_a * wide_a, 1)
         square_b += tl.sum(wide_b * wide_b, 1)
-        if WIDEN:  # the interpreter multiplies the bits of bf16 as integers
+        if WIDEN:  # in the interpreter, tl.dot of bf16 is wrong
             a = wide_a
             b = wide_b
         product = tl.dot(a, tl.trans(b), product, input_precision="ieee")
@@ -65,9 +65,7 @@ def _match_kernel(
     SMALLEST_SQUARE: tl.constexpr, HAS_PENALTY: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program per (image, BLOCK_A tokens of A): products with tiles of B, running arg-max; what
-    it is worth, less a penalty.
-    """
+    """Find the best partner of each token of A, minus a penalty. Grid: (image, BLOCK_A tokens)."""
     pid_b = tl.program_id(0).to(tl.int64)
     metric_ptr += pid_b * stride_mb
     num_a = (N + 1) // 2
@@ -106,7 +104,7 @@ def _match_kernel(
 def _slots_kernel(
     best_ptr, partner_ptr, slots_ptr, N, R, P: tl.constexpr, BLOCK_A: tl.constexpr
 ):  # fmt: skip
-    """One program per image: the R best of A, and the output row of every token."""
+    """Select the R best of A and store the output row of every token. Grid: (image)."""
     pid_b = tl.program_id(0).to(tl.int64)
     num_a = (N + 1) // 2
     first_b = num_a - R
@@ -123,9 +121,7 @@ def _slots_kernel(
 
 @triton.jit
 def _store_slots(slots_ptr, slot, offs_a, mask_a, first_b, N):
-    """The output rows of an image's tokens: those of A, `slot`; those of B, behind the A that
-    stay.
-    """
+    """Store output rows: `slot` for tokens of A, and for tokens of B the rows after unmerged A."""
     tl.store(slots_ptr + 2 * offs_a, slot, mask=mask_a)
     tl.store(slots_ptr + 2 * offs_a + 1, first_b + offs_a, mask=2 * offs_a + 1 < N)
 
@@ -134,8 +130,9 @@ def _store_slots(slots_ptr, slot, offs_a, mask_a, first_b, N):
 def _slots_of_kernel(
     merged_ptr, partner_ptr, slots_ptr, N, R, BITS: tl.constexpr, BLOCK_A: tl.constexpr
 ):  # fmt: skip
-    """One program per (image, BLOCK_A tokens of A): `_slots_kernel` where the R of A that are
-    merged are known, in order; each token looks by bisection for its place among them.
+    """Store output rows when the R merged tokens of A are known. Grid: (image, BLOCK_A tokens).
+
+    Each token finds its place among the R, which are in order, by bisection.
     """
     pid_b = tl.program_id(0).to(tl.int64)
     merged_ptr += pid_b * R
@@ -143,7 +140,7 @@ def _slots_of_kernel(
     first_b = num_a - R
     offs_a = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
     mask_a = offs_a < num_a
-    before = tl.zeros([BLOCK_A], tl.int32)  # how many of the R come before, a bit a step
+    before = tl.zeros([BLOCK_A], tl.int32)  # how many of the R come before; one bit per step
     for bit in tl.static_range(BITS):
         place = before + (1 << (BITS - 1 - bit))
         known = tl.load(merged_ptr + place - 1, mask=place <= R, other=N)
@@ -155,7 +152,7 @@ def _slots_of_kernel(
 
 
 def match(metric: Tensor, penalty: Tensor | None, r: int, num_prefix_tokens: int) -> Tensor:
-    """Allocate, read the launch table, launch: scores and partners, then slots."""
+    """Allocate and launch: scores and partners, then slots."""
     B, N, C = metric.shape
     metric = launch.addressable(metric)
     penalty = None if penalty is None else penalty.contiguous()
@@ -185,7 +182,7 @@ def match(metric: Tensor, penalty: Tensor | None, r: int, num_prefix_tokens: int
 def _launch_slots(
     best: Tensor, partner: Tensor, slots: Tensor, r: int, num_prefix_tokens: int
 ) -> None:
-    """Write the slots, at once, or the r best first where there are many."""
+    """Write the slots; if there are many tokens, select the r best first."""
     (B, num_a), N = best.shape, slots.shape[1]
     if num_a <= launch.MAX_SELECTED:
         block_a, _, num_warps = launch.select(num_a, 1)

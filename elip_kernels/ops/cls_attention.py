@@ -1,4 +1,4 @@
-"""The CLS row of attention, or another token's, without an N x N map.
+"""The attention row of the CLS token, or of another token, without an N x N map.
 
     generic:   a = mean_h softmax_n(scale * q_h . k_g,n), g = h // (H / G)
                                                                         q (B, H, d), k (B, G, N, d)
@@ -6,10 +6,10 @@
                u_h = gamma * (W_k,h^T q_h) * scale;   s_h(n) = u_h . z_n                  (B, H, N)
                a = mean_h softmax_n(s_h)                                                  (B, N)
 
-What beta and the key bias add to s_h is the same for every n and cancels in the softmax. The key
-projection does not touch the N tokens: N*D*H multiply-adds instead of N*D*D. Rows are fp32 (fp64
-for fp64 tokens). No gradient: a row selects, it is not trained through.
-Source: ELIP, Eq. 2; the absorption is associativity.
+The terms of beta and of the key bias in s_h are equal for every n and cancel in the softmax. The
+key projection is not applied to the N tokens: N*D*H multiply-adds instead of N*D*D. Rows are fp32
+(fp64 for fp64 tokens). There is no gradient: a row selects tokens.
+Source: ELIP, Eq. 2; the absorption is associativity of the matrix product.
 """
 
 from typing import Any
@@ -48,27 +48,28 @@ from elip_kernels.ops.gather_ops import accumulator
 def cls_attention(
     q: Tensor, k: Tensor, *, scale: float | None = None, mask: Tensor | None = None
 ) -> Tensor:
-    """Head mean of the softmax row of one query, from q and k.
+    """Return the attention row of one query: the mean over heads of its softmax over the keys.
 
-    The query may be any token's: CLS, the last token of a text, a text that looks at an image. A
-    causal model's row passes the keys that its token sees, or a mask of them::
+    The query may be the CLS token, the last token of a text, or a text token that attends to an
+    image. For a causal model, pass only the keys that the token attends to, or mask the others::
 
-        row = elip_kernels.cls_attention(q[:, :, -1], k)  # the last token sees all N
+        row = elip_kernels.cls_attention(q[:, :, -1], k)  # the last token attends to all N
         row = elip_kernels.cls_attention(q[:, :, i], k[:, :, : i + 1])
+
+    Source: ELIP, Eq. 2.
 
     Args:
         q: (B, H, d), fp32, bf16, fp16 or fp64.
         k: (B, G, N, d), same dtype and device. H is a multiple of G: query head h reads key head
-            h // (H / G), as in `scaled_dot_product_attention(enable_gqa=True)`; keys are not
-            repeated.
-        scale: of the scores; d ** -0.5 by default.
-        mask: (B, N) bool, True = may be attended to. A row without any is NaN.
+            h // (H / G), as in `scaled_dot_product_attention(enable_gqa=True)`. Do not repeat keys.
+        scale: factor of the scores; d ** -0.5 by default.
+        mask: (B, N) bool, True = may be attended to. If none is True, the image's row is NaN.
 
     Returns:
         (B, N) fp32 (fp64 for fp64 inputs), without gradient.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected, what came.
+        TypeError, ValueError: an argument has the wrong type, shape, dtype or device.
     """
     check_tensor("q", q, "(B, H, d)", 3)
     B, H, d = q.shape
@@ -80,7 +81,7 @@ def cls_attention(
 
 
 def check_keys(k: Tensor, q: Tensor) -> None:
-    """Keys (B, G, N, d) beside q (B, H, .., d), of its dtype and device, G a divisor of H."""
+    """Check keys (B, G, N, d) against q (B, H, .., d): same dtype and device, G divides H."""
     check_tensor("k", k, "(B, G, N, d)", 4)
     B, H, d = q.shape[0], q.shape[1], q.shape[-1]
     check_shape("k", k, (B, *k.shape[1:3], d), "(B, G, N, d)")
@@ -104,22 +105,35 @@ def cls_attention_from_tokens(
     num_heads: int,
     scale: float | None = None,
 ) -> Tensor:
-    """Head mean of a pre-norm block's CLS attention row, from the tokens that enter the block.
+    """Return the CLS attention row of a pre-norm block from the tokens that enter the block.
+
+    The result is that of `cls_attention`, without computing the keys of all tokens. Example::
+
+        row = elip_kernels.cls_attention_from_tokens(
+            tokens, tokens[:, 0], norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps,
+            q_weight=q.weight, q_bias=q.bias, k_weight=k.weight, num_heads=12,
+        )
+
+    Source: ELIP, Eq. 2.
 
     Args:
-        tokens: (B, N, D), before the block's norm; row 0 is CLS and is replaced by `cls`.
+        tokens: (B, N, D), fp32, bf16, fp16 or fp64, before the block's norm. Row 0 is CLS; its
+            content is replaced by `cls`.
         cls: (B, D), the (fused) CLS token, before the norm.
-        norm_weight, norm_bias: (D,) of the block's LayerNorm, or None.
-        eps: of the LayerNorm.
-        q_weight, q_bias, k_weight: (H*d, D), (H*d,) or None, (H*d, D), as nn.Linear has them.
+        norm_weight: (D,), weight of the block's LayerNorm, or None.
+        norm_bias: (D,), bias of the block's LayerNorm, or None.
+        eps: epsilon of the LayerNorm.
+        q_weight: (H*d, D), weight of the query projection, as in nn.Linear.
+        q_bias: (H*d,), bias of the query projection, or None.
+        k_weight: (H*d, D), weight of the key projection. Its bias does not change the row.
         num_heads: H.
-        scale: of the scores; d ** -0.5 by default.
+        scale: factor of the scores; d ** -0.5 by default.
 
     Returns:
         (B, N) fp32 (fp64 for fp64 tokens), without gradient; column 0 is CLS.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected, what came.
+        TypeError, ValueError: an argument has the wrong type, shape, dtype or device.
     """
     norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
     matrices = {"q_weight": q_weight, "k_weight": k_weight}
@@ -129,7 +143,7 @@ def cls_attention_from_tokens(
 
 
 def cls_attention_reference(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """The specification of `cls_attention`."""
+    """Compute `cls_attention` in PyTorch."""
     (B, H, d), (_, G, N, _), dtype = q.shape, k.shape, accumulator(q)
     columns = q.to(dtype).reshape(B, G, H // G, d).mT
     scores = torch.matmul(k.to(dtype), columns).mT.reshape(B, H, N) * scale
@@ -139,9 +153,7 @@ def cls_attention_reference(q: Tensor, k: Tensor, mask: Tensor | None, scale: fl
 
 
 def absorbed_reference(tokens: Tensor, *query: Any) -> tuple[Tensor, Tensor]:
-    """The specification of the absorbed forms, of QueryArguments -> z (B, N, D) and the softmax
-    rows (B, H, N).
-    """
+    """Return z (B, N, D) and softmax rows (B, H, N) of QueryArguments, in PyTorch."""
     dtype, arguments = accumulator(tokens), QueryArguments(*query)
     u, cls = absorbed_query(dtype, arguments)
     normed = F.layer_norm(tokens.to(dtype), (tokens.shape[2],), eps=arguments.eps)
@@ -151,7 +163,7 @@ def absorbed_reference(tokens: Tensor, *query: Any) -> tuple[Tensor, Tensor]:
 
 @with_query_signature()
 def from_tokens_reference(tokens: Tensor, *query: Any) -> Tensor:
-    """The specification of `cls_attention_from_tokens` -> (B, N)."""
+    """Compute `cls_attention_from_tokens` in PyTorch; return (B, N)."""
     return absorbed_reference(tokens, *query)[1].mean(1)
 
 
@@ -161,9 +173,10 @@ def _keys_kernel(
     stride_qb, stride_qh, stride_kb, stride_kh, stride_kn, stride_mb, scale, N, D,
     GROUP: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program per (image, key head, tile of keys behind the first): scores, maximum and sum of
-    its GROUP query heads, as `scores_kernel` leaves them; the first tile's scores the first key
-    too.
+    """Store scores, maxima and sums of GROUP query heads. Grid: (image, key head, tile of keys).
+
+    The outputs have the layout of `scores_kernel`. Tiles begin after the first key, which the
+    first tile scores as well.
     """
     pid_b = tl.program_id(0).to(tl.int64)
     pid_g = tl.program_id(1).to(tl.int64)
@@ -175,7 +188,7 @@ def _keys_kernel(
     q_ptr += pid_b * stride_qb + pid_g * GROUP * stride_qh
     k_ptr += pid_b * stride_kb + pid_g * stride_kh
     next_q = tl.load(q_ptr + offs_d, mask=mask_d, other=0.0)
-    first = tl.load(k_ptr + offs_d, mask=pid_t * BLOCK_D + offs_d < D, other=0.0)  # of one tile
+    first = tl.load(k_ptr + offs_d, mask=pid_t * BLOCK_D + offs_d < D, other=0.0)
     k = tl.load(
         k_ptr + (1 + offs_n)[:, None] * stride_kn + offs_d[None, :],
         mask=mask_n[:, None] & mask_d[None, :],
@@ -204,7 +217,7 @@ def _keys_kernel(
 
 
 def _from_tokens(tokens: Tensor, *query: Any) -> Tensor:
-    """Allocate, read launch.py, launch: u, the scores, the row."""
+    """Allocate and launch: u, the scores, the row."""
     B, N, _ = tokens.shape
     arguments, tokens = QueryArguments(*query), launch.addressable(tokens)
     out = tokens.new_empty(B, N, dtype=torch.float32)
@@ -217,7 +230,7 @@ def _from_tokens(tokens: Tensor, *query: Any) -> Tensor:
 
 
 def _cls_attention(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Allocate, read launch.py, launch."""
+    """Allocate and launch: the scores, the row."""
     (B, G, N, d), H = k.shape, q.shape[1]
     q, k = q if q.stride(2) == 1 else q.contiguous(), launch.addressable(k)
     mask = mask if mask is None or mask.stride(1) == 1 else mask.contiguous()
@@ -243,26 +256,26 @@ def _cls_attention(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> T
 
 
 def _flops(q_shape, k_shape, *args, **kwargs) -> int:
-    """2 B H N d."""
+    """Return 2 B H N d."""
     (B, H, d), N = q_shape, k_shape[2]
     return 2 * B * H * N * d
 
 
 def absorbed_flops(tokens_shape: tuple[int, ...], *shapes: Any) -> int:
-    """The query's, and 2 B H N D of the scores."""
+    """Return the FLOPs of the query plus 2 B H N D for the scores."""
     query = QueryArguments(*shapes[: len(QueryArguments._fields)])
     B, N, D = tokens_shape
     return query_flops((B, D), query.q_weight) + 2 * B * query.num_heads * N * D
 
 
 def absorbed_unsupported(tokens: Tensor, *query: Any, most: int | None = None) -> str | None:
-    """Why the kernels do not take the arguments of an absorbed op, or None."""
+    """Return why the kernels do not support the arguments of an absorbed op, or None."""
     arguments = QueryArguments(*query[: len(QueryArguments._fields)])
     candidates = tokens.shape[1] - 1
     if arguments.q_weight.shape[0] > launch.MAX_CHANNELS * arguments.num_heads:
-        return f"its kernels take heads of at most {launch.MAX_CHANNELS} channels"
+        return f"the kernels support at most {launch.MAX_CHANNELS} channels per head"
     if arguments.num_heads > launch.MAX_HEADS:
-        return f"its kernels take at most {launch.MAX_HEADS} heads"
+        return f"the kernels support at most {launch.MAX_HEADS} heads"
     tensors = (t for t in query if isinstance(t, Tensor))
     return launch.unsupported(tokens, *tensors, candidates=candidates, most=most)
 

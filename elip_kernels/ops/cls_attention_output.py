@@ -1,28 +1,27 @@
-"""The CLS token's attention output in a pre-norm block: no product with every token's key or value.
+"""Attention output of the CLS token in a pre-norm block, without projecting all keys and values.
 
     z    = (x - mean) * rstd of the tokens, row 0 made from `cls`                        (B, N, D)
     u_h  = gamma * (W_k,h^T q_h) * scale,  q = W_q LN(cls) + b_q;   s_h(n) = u_h . z_n   (B, H, N)
     m_h  = sum_n softmax_n(s_h) z_n                                                      (B, H, D)
     o_h  = W_v,h (gamma * m_h + beta) + b_v,h                                            (B, H*d)
 
-m and o are fp32 until o is stored. One kernel takes a tile of patches through all features for all
-heads, as `scores_kernel` does, and leaves of the tile
+m and o are fp32 until o is stored. The weights kernel reads a tile of patches over all features,
+for all heads, as `scores_kernel` does. For each tile it stores
 
     top_h = max_n s_h(n),  total_h = sum_n exp(s_h(n) - top_h)                     (B, T, H)
     w_h(n) = exp(s_h(n) - top_h) rstd_n,  shift_h = sum_n w_h(n) mean_n
 
-and another takes a slice of the features through the tiles, when the top and total of all of them
-and of CLS are known:
+The weigh kernel combines top and total of all tiles and of CLS, and sums a slice of the features:
 
     y_h = exp(s_h(cls) - top) z_cls + sum_tiles exp(top_h - top) (sum_n w_h(n) x_n - shift_h)
     m_h = y_h / total
 
-The last takes a head's m through its rows of W_v, once for each sixteen images. So no width is too
-much, few images start many programs, and x is read twice: from L2 the second time, as far as it
-holds it, since that begins with the last image. x of two bytes enters both products as it is: u and
-w are split into rounded + rest of its type; in fp32 it is centred first. An image's numbers hang on
-nothing but its tokens, whatever the batch. No gradient: inference and scoring only.
-Source: associativity, and the softmax by tiles of Milakov and Gimelshein (2018).
+The value kernel multiplies m_h by the rows of W_v, which it reads once for each sixteen images. Any
+width D is supported, and few images are enough to fill a GPU. x is read twice; the second pass
+starts with the last image, whose tokens may still be in L2. Two-byte x enters both products
+unchanged: u and w are split into rounded + rest of its type. fp32 x is centred first. The result of
+an image does not depend on the batch. There is no gradient: inference and scoring only.
+Source: associativity, and the online softmax of Milakov and Gimelshein (2018).
 """
 
 from typing import Any
@@ -61,16 +60,36 @@ def cls_attention_output(
     num_heads: int,
     scale: float | None = None,
 ) -> Tensor:
-    """The CLS token's attention output in a pre-norm block, before the output projection.
+    """Return the CLS token's attention output in a pre-norm block, before the output projection.
+
+    The result equals row 0 of the block's attention, without an N x D x D product. Example::
+
+        out = elip_kernels.cls_attention_output(
+            tokens, tokens[:, 0], norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps,
+            q_weight=q.weight, q_bias=q.bias, k_weight=k.weight,
+            v_weight=v.weight, v_bias=v.bias, num_heads=12,
+        )
 
     Args:
-        v_weight, v_bias: (H*d, D) and (H*d,) or None; the others as `cls_attention_from_tokens`.
+        tokens: (B, N, D), fp32, bf16, fp16 or fp64, before the block's norm. Row 0 is CLS; its
+            content is replaced by `cls`.
+        cls: (B, D), the CLS token, before the norm.
+        norm_weight: (D,), weight of the block's LayerNorm, or None.
+        norm_bias: (D,), bias of the block's LayerNorm, or None.
+        eps: epsilon of the LayerNorm.
+        q_weight: (H*d, D), weight of the query projection, as in nn.Linear.
+        q_bias: (H*d,), bias of the query projection, or None.
+        k_weight: (H*d, D), weight of the key projection. Its bias does not change the output.
+        v_weight: (H*d, D), weight of the value projection.
+        v_bias: (H*d,), bias of the value projection, or None.
+        num_heads: H.
+        scale: factor of the scores; d ** -0.5 by default.
 
     Returns:
         (B, H*d) in the dtype of `tokens`, without gradient.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected, what came.
+        TypeError, ValueError: an argument has the wrong type, shape, dtype or device.
     """
     norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
     matrices = {"q_weight": q_weight, "k_weight": k_weight, "v_weight": v_weight}
@@ -81,14 +100,14 @@ def cls_attention_output(
 
 
 def means_reference(tokens: Tensor, query: QueryArguments) -> Tensor:
-    """The specification of m (B, H, D), fp32 or fp64."""
+    """Compute m (B, H, D) in PyTorch, in fp32 or fp64."""
     normed, rows = absorbed_reference(tokens, *query)
     return torch.bmm(rows, normed)
 
 
 @with_query_signature(v_weight=Tensor, v_bias=Tensor | None)
 def cls_attention_output_reference(tokens: Tensor, *arguments: Any) -> Tensor:
-    """The specification of o (B, H*d)."""
+    """Compute o (B, H*d) in PyTorch."""
     *query, v_weight, v_bias = arguments
     query = QueryArguments(*query)
     means = means_reference(tokens, query)
@@ -109,7 +128,7 @@ def _weights_kernel(
     HAS_REST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program per (image, tile of patches): w of all heads, and what the tile adds up to."""
+    """Store w of all heads and the statistics of a tile. Grid: (image and tile of patches)."""
     tile = tl.program_id(0).to(tl.int64)
     pid_b, pid_t = tile // T, tl.program_id(0) % T
     offs_n = pid_t * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -124,8 +143,8 @@ def _weights_kernel(
     weight = tl.exp(score - top[None, :])  # [BLOCK_N, BLOCK_H]
     tl.store(tops_ptr + tile * H + offs_h, top, mask=mask_h)
     tl.store(totals_ptr + tile * H + offs_h, tl.sum(weight, 0), mask=mask_h)
-    weight *= tl.where(mask_n, rstd, 0.0)[:, None]  # of nothing it is infinite where eps is 0
-    if tokens_ptr.dtype.element_ty == tl.float16:  # without variance: no infinity times 0
+    weight *= tl.where(mask_n, rstd, 0.0)[:, None]  # rstd of padding is infinite if eps is 0
+    if tokens_ptr.dtype.element_ty == tl.float16:  # avoids inf * 0 for a constant token
         weight = tl.minimum(weight, 65504.0)
     rounded, rest = split(weight, tokens_ptr.dtype.element_ty)
     at = (tile * H + offs_h)[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
@@ -143,7 +162,7 @@ def _all_tiles(
     tops_ptr, totals_ptr, shifts_ptr, cls_score, offs_h, H, T,
     HAS_REST: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Top, total and shift [BLOCK_H] of all tiles of an image, and of CLS."""
+    """Return top, total and shift [BLOCK_H] over all tiles of an image and CLS."""
     offs_t = tl.arange(0, BLOCK_T)
     top, total = cls_score, tl.full([BLOCK_H], 1.0, tl.float32)
     shift = tl.zeros([BLOCK_H], tl.float32)
@@ -165,7 +184,7 @@ def _all_tiles(
 
 @triton.jit
 def _dot_split(weight, rest, x, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
-    """(weight + rest) @ x, in fp32."""
+    """Return (weight + rest) @ x in fp32."""
     if WIDEN:
         weight, rest, x = weight.to(tl.float32), rest.to(tl.float32), x.to(tl.float32)
     acc = tl.dot(weight, x, input_precision=PRECISION)
@@ -179,8 +198,8 @@ def _weigh_kernel(
     HAS_REST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program per (slice of D of an image, TILES of its tiles, BLOCK_H heads)."""
-    pid = tl.num_programs(0) - 1 - tl.program_id(0)  # what was read last is in the cache
+    """Sum weighted tokens into m. Grid: (slice of D of an image, TILES tiles, BLOCK_H heads)."""
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)  # the images read last are in L2
     pid_b, pid_d = part_and_slice(pid, D, BLOCK_D)
     pid_b, pid_p = pid_b.to(tl.int64), tl.program_id(1)
     offs_n = tl.arange(0, BLOCK_N)
@@ -196,7 +215,7 @@ def _weigh_kernel(
     else:
         means_ptr += pid_b * (N - 1)
     cls_score = tl.load(cls_score_ptr + pid_b * H + offs_h, mask=mask_h, other=0.0)
-    # CLS and what is taken off again are of the first part
+    # The first part adds CLS and subtracts the shift.
     mask_cls = offs_d < tl.where(pid_p == 0, D, 0)
     cls = tl.load(cls_ptr + pid_b * D + offs_d, mask=mask_cls, other=0.0)
     first = pid_p * TILES
@@ -242,7 +261,10 @@ def _value_kernel(
     SPLIT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program per (BLOCK_B images, head of W channels); m is the sum of P parts."""
+    """Multiply m by the values' rows of a head. Grid: (BLOCK_B images, head of W channels).
+
+    m is the sum of P parts.
+    """
     pid_h = tl.program_id(1)
     offs_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     offs_w = tl.arange(0, BLOCK_W)
@@ -267,8 +289,10 @@ def _value_kernel(
 
 
 def _weights(tokens: Tensor, query: Tensor, eps: float) -> tuple[Tensor | None, ...]:
-    """Allocate, launch -> weights and rests (B, T, H, BLOCK_N), tops, totals, shifts (B, T, H) and
-    means (B, N-1), of which fp32 has no rests and shifts, others no means.
+    """Allocate and launch `_weights_kernel`; return what it stores.
+
+    weights and rests (B, T, H, BLOCK_N); tops, totals and shifts (B, T, H); means (B, N-1). rests
+    and shifts are None for fp32, means is None for other dtypes.
     """
     (B, N, D), H = tokens.shape, query.shape[1]
     settings = launch.weight_tiles(H, tokens)
@@ -285,7 +309,7 @@ def _weights(tokens: Tensor, query: Tensor, eps: float) -> tuple[Tensor | None, 
 
 
 def weighted_means(tokens: Tensor, query: QueryArguments) -> Tensor:
-    """Allocate, read launch.py, launch: u, the weights, their sums -> m in parts (B, P, H, D)."""
+    """Allocate and launch: u, the weights, their sums; return m in parts (B, P, H, D)."""
     (B, N, D), H, tokens = tokens.shape, query.num_heads, launch.addressable(tokens)
     parts = max(1, triton.cdiv(N - 1, launch.PART))
     means = tokens.new_empty(B, parts, H, D, dtype=torch.float32)
@@ -307,7 +331,7 @@ def weighted_means(tokens: Tensor, query: QueryArguments) -> Tensor:
 def _values(
     means: Tensor, query: QueryArguments, v_weight: Tensor, v_bias: Tensor | None, out: Tensor
 ) -> None:
-    """Launch: o into `out` (B, H*d)."""
+    """Launch `_value_kernel`, which writes o to `out` (B, H*d)."""
     (B, P, H, D), W = means.shape, v_weight.shape[0] // query.num_heads
     v_weight = v_weight if v_weight.stride(1) == 1 else v_weight.contiguous()
     vectors = (query.norm_weight, query.norm_bias, v_bias)
@@ -321,7 +345,7 @@ def _values(
 
 
 def _cls_attention_output(tokens: Tensor, *arguments: Any) -> Tensor:
-    """Allocate, launch: m, and o of it."""
+    """Allocate and launch: m, then o."""
     *query, v_weight, v_bias = arguments
     query = QueryArguments(*query)
     out = tokens.new_empty(tokens.shape[0], v_weight.shape[0])
@@ -332,7 +356,7 @@ def _cls_attention_output(tokens: Tensor, *arguments: Any) -> Tensor:
 
 
 def _flops(tokens_shape, *shapes, **kwargs) -> int:
-    """The query's, 4 B H N D of scores and weighted sum, and the values' 2 B D H d."""
+    """Return the FLOPs of the query, 4 B H N D for scores and sums, and 2 B D H d for values."""
     *query, v_weight, _ = shapes
     B, N, D = tokens_shape
     sums = B * QueryArguments(*query).num_heads * N * D

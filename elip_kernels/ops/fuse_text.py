@@ -1,10 +1,10 @@
-"""The CLS token fused with a text, and tokens that hold it: what a stage's dry run begins with.
+"""Fuse the CLS token with a text, and return the tokens with the fused CLS token first.
 
-    c   = f x_cls + (1 - f) x_text, x_text first scaled to the norm of x_cls by "match"       (B, D)
-    out = [c, x_1, .., x_{N-1}]                                                            (B, N, D)
+    c   = f x_cls + (1 - f) x_text; "match" first scales x_text to the norm of x_cls    (B, D)
+    out = [c, x_1, .., x_{N-1}]                                                         (B, N, D)
 
-A text of zeros is none: c is x_cls. One launch reads and writes each token once. No gradient: a dry
-run selects, it is not trained through. Source: ELIP, Eq. 1.
+A text vector of zeros means no text: c is x_cls. One launch reads and writes each token once. There
+is no gradient: the result is used to select tokens. Source: ELIP, Eq. 1.
 """
 
 import torch
@@ -17,23 +17,31 @@ from elip_kernels._triton import tl, triton
 from elip_kernels._validate import check_device, check_tensor, check_tokens, message
 from elip_kernels.ops.gather_ops import accumulator
 
-LEAST_NORM = 1e-12  # of a text, as of torch.nn.functional.normalize
+LEAST_NORM = 1e-12  # as in torch.nn.functional.normalize
 
 
 def fuse_text(
     tokens: Tensor, text: Tensor | None, fusion: float, guidance_norm: str = "none"
 ) -> Tensor:
-    """`tokens` (B, N, D) with the fused CLS token in place of token 0, without gradient; the tokens
-    themselves where no text is read.
+    """Replace the CLS token by its fusion with a text (ELIP, Eq. 1).
+
+    Scoring layers then select tokens with regard to the text. Example::
+
+        fused = elip_kernels.fuse_text(tokens, text_cls, 0.8)  # 80% CLS, 20% text
 
     Args:
-        tokens: (B, N, D); row 0 is CLS.
-        text: (B, D), or (1, D) for all images, or None.
-        fusion: the share of CLS, in [0, 1]; at 1 no text is read.
-        guidance_norm: "match" scales a text to the norm of its CLS token first; or "none".
+        tokens: (B, N, D), fp32, bf16, fp16 or fp64; row 0 is CLS.
+        text: (B, D), or (1, D) for all images, in any of these dtypes. A row of zeros means no
+            text. None means no text at all.
+        fusion: share of CLS, in [0, 1]. With 1 the text is not read.
+        guidance_norm: "match" first scales the text to the norm of the CLS token; "none" does not.
+
+    Returns:
+        (B, N, D) in the dtype of `tokens`, without gradient. It shares the memory of `tokens` if
+        there is no text or `fusion` is 1.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected, what came.
+        TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value.
     """
     check_tokens(tokens, 1)
     check_guidance(tokens, text, fusion, guidance_norm)
@@ -44,7 +52,7 @@ def fuse_text(
 
 
 def check_guidance(tokens: Tensor, text: Tensor | None, fusion: float, guidance_norm: str) -> None:
-    """Raises TypeError or ValueError for what cannot guide `tokens` (B, N, D)."""
+    """Check that `text`, `fusion` and `guidance_norm` can guide `tokens` (B, N, D)."""
     B, _, D = tokens.shape
     if text is not None:
         check_tensor("text", text, "(B, D) or (1, D)", 2)
@@ -60,12 +68,12 @@ def check_guidance(tokens: Tensor, text: Tensor | None, fusion: float, guidance_
 
 
 def fuse(cls: Tensor, text: Tensor | None, fusion: float, match: bool) -> Tensor:
-    """Eq. 1 -> the fused CLS token (B, D), in the dtype of `cls`.
+    """Return the fused CLS token (B, D) of Eq. 1, in the dtype of `cls`.
 
     Args:
         cls: (B, D).
-        text: (B, D) or (1, D), a vector of zeros being none; or None.
-        fusion: the share of `cls`, in [0, 1].
+        text: (B, D) or (1, D), where a vector of zeros means no text; or None.
+        fusion: share of `cls`, in [0, 1].
         match: scale `text` to the norm of `cls` first.
     """
     if text is None or fusion == 1.0:
@@ -78,7 +86,7 @@ def fuse(cls: Tensor, text: Tensor | None, fusion: float, match: bool) -> Tensor
 
 
 def fuse_text_reference(tokens: Tensor, text: Tensor, fusion: float, match: bool) -> Tensor:
-    """The specification: fused in full precision, and rounded once."""
+    """Compute `fuse_text` in PyTorch: fuse in full precision and round once."""
     wide = tokens[:, :1].to(accumulator(tokens))
     cls = fuse(wide[:, 0], text, fusion, match)[:, None].to(tokens.dtype)
     return torch.cat([cls, tokens[:, 1:]], 1)
@@ -88,7 +96,7 @@ def fuse_text_reference(tokens: Tensor, text: Tensor, fusion: float, match: bool
 def load_fused(
     cls_ptr, text_ptr, offs_c, offs_t, mask, cls_scale, text_scale, HAS_TEXT: tl.constexpr
 ):
-    """A slice of c, fp32 [BLOCK_B, features]."""
+    """Load a slice of c in fp32 [BLOCK_B, features]."""
     cls = tl.load(cls_ptr + offs_c, mask=mask, other=0.0).to(tl.float32)
     if HAS_TEXT:
         text = tl.load(text_ptr + offs_t, mask=mask, other=0.0).to(tl.float32)
@@ -101,9 +109,7 @@ def fusion_scales(
     cls_ptr, text_ptr, row_c, row_t, mask_b, D, fusion, BLOCK_B: tl.constexpr,
     BLOCK_R: tl.constexpr, HAS_TEXT: tl.constexpr, MATCH: tl.constexpr, LEAST_NORM: tl.constexpr,
 ):  # fmt: skip
-    """What c takes of CLS and of the text, all of CLS where the text is zeros; its mean: all
-    [BLOCK_B].
-    """
+    """Return the factors of CLS and of the text in c, and the mean of c, all [BLOCK_B]."""
     cls_scale = tl.full([BLOCK_B], 1.0, tl.float32)
     text_scale = tl.zeros([BLOCK_B], tl.float32)
     sum_cls = tl.zeros([BLOCK_B], tl.float32)
@@ -137,7 +143,7 @@ def _fuse_kernel(
     MATCH: tl.constexpr, LEAST_NORM: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One program per (image, tile of tokens behind CLS): copies; the first one fuses too."""
+    """Copy a tile of patches; the first program also fuses CLS. Grid: (image, tile of patches)."""
     pid_b = tl.program_id(0).to(tl.int64)
     pid_t = tl.program_id(1)
     tokens_ptr += pid_b * stride_tb
@@ -163,7 +169,7 @@ def _fuse_kernel(
 
 
 def _fuse_text(tokens: Tensor, text: Tensor, fusion: float, match: bool) -> Tensor:
-    """Allocate, read launch.py, launch."""
+    """Allocate and launch."""
     B, N, D = tokens.shape
     tokens = launch.addressable(tokens)
     text = text if text.stride(1) == 1 else text.contiguous()

@@ -1,4 +1,4 @@
-"""Rows of a batch by score and by index, in PyTorch: what the reference forms are made of."""
+"""Gather, order and sum rows of a batch in PyTorch: helpers of the reference implementations."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from elip_kernels.autocast import without_autocast
 
 
 def accumulator(*tensors: Tensor) -> torch.dtype:
-    """The dtype that sums of them are taken in: fp32, or fp64 if one of them is."""
+    """Return the dtype of sums over these tensors: fp32, or fp64 if one of them is fp64."""
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -17,9 +17,10 @@ def accumulator(*tensors: Tensor) -> torch.dtype:
 
 
 def order_key(scores: Tensor, real: Tensor | None) -> Tensor:
-    """Integers (B, N-p) in the order of selection: numbers above NaN above padding.
+    """Return integers (B, N-p) in the order of selection: numbers, then NaN, then padding.
 
-    ONNX reads no bits: there the scores themselves, -inf being the least number, and NaN padding.
+    ONNX has no bit casts. There the scores themselves are returned, with -inf clamped to the
+    smallest number, and NaN and padding as -inf.
     """
     if exports_onnx():
         is_last = scores.isnan() if real is None else scores.isnan() | ~real
@@ -27,42 +28,42 @@ def order_key(scores: Tensor, real: Tensor | None) -> Tensor:
         return key.masked_fill(is_last, float("-inf"))
     bits = torch.int32 if scores.dtype == torch.float32 else torch.int64
     least, most = torch.iinfo(bits).min, torch.iinfo(bits).max
-    key = (scores + 0.0).view(bits)  # one zero
-    key = torch.where(key < 0, key ^ most, key)  # ascends with the number
+    key = (scores + 0.0).view(bits)  # -0.0 becomes +0.0
+    key = torch.where(key < 0, key ^ most, key)  # orders as the scores do
     key = key.masked_fill(scores.isnan(), least + 1)
     return key if real is None else key.masked_fill(~real, least)
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
-    """Positions (B, count) of the largest scores (B, N), descending; ties: the lower position."""
-    if exports_onnx():  # it has no stable sort, but a TopK that settles ties so
+    """Return positions (B, count) of the largest scores (B, N), descending; ties: lower first."""
+    if exports_onnx():  # no stable sort, but TopK breaks ties the same way
         return scores.topk(count, dim=1).indices
     return scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
 
 
 @without_autocast
 def cosines(x: Tensor) -> Tensor:
-    """X (B, N, C) -> (B, N, N) in at least fp32: the cosine of each pair."""
+    """Return the cosine of each pair of rows of x (B, N, C) as (B, N, N), at least fp32."""
     unit = F.normalize(x.to(accumulator(x)), dim=2)
     return unit @ unit.mT
 
 
 def flat_rows(rows: Tensor, N: int) -> Tensor:
-    """Rows (B, ...) of N rows an image -> (B * ...,), rows of all images counted through."""
+    """Return row indices (B, ...) of N rows per image as indices into B * N rows, flattened."""
     first = torch.arange(0, rows.shape[0] * N, N, device=rows.device)
     return (rows + first.view(-1, *[1] * (rows.dim() - 1))).reshape(-1)
 
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """X (B, N, D), rows (B, R) -> (B, R, D), one pass."""
+    """Return rows (B, R) of x (B, N, D) as (B, R, D), in one pass."""
     B, N, D = x.shape
     return x.reshape(B * N, D).index_select(0, flat_rows(rows, N)).view(*rows.shape, D)
 
 
 def sum_rows(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
-    """X (B, N, D), rows and weight (B, G, M) -> (B, G, D), summed in the dtype of `weight`."""
+    """Return (B, G, D): weighted sums over rows (B, G, M) of x, in the dtype of `weight`."""
     (B, N, D), (_, G, M) = x.shape, rows.shape
-    if exports_onnx() or is_differentiated():  # without bags, or with a loop over them
+    if exports_onnx() or is_differentiated():  # embedding_bag is unsupported, or slow
         taken = take_rows(x.to(weight.dtype), rows.reshape(B, G * M)).view(B, G, M, D)
         return (weight[:, :, None] @ taken)[:, :, 0].to(x.dtype)
     sums = F.embedding_bag(
@@ -75,8 +76,9 @@ def sum_rows(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def sums_by(rows: Tensor, values: Tensor, count: int) -> Tensor:
-    """Values (M, ...), added up by rows (M,) -> (count, ...), in the same order every time: on CUDA
-    by sorting, where `index_add` adds as its threads come.
+    """Return (count, ...): sums of values (M, ...) by row index (M,), in a fixed order.
+
+    On CUDA this sorts, because `index_add` adds in an order that varies between runs.
     """
     sums = values.new_zeros(count, *values.shape[1:])
     if values.is_cuda:
@@ -85,14 +87,14 @@ def sums_by(rows: Tensor, values: Tensor, count: int) -> Tensor:
 
 
 def add_rows(x: Tensor, rows: Tensor, weight: Tensor, R: int) -> Tensor:
-    """X (B, N, D) times weight (B, N), added up by rows (B, N) -> (B, R, D)."""
+    """Return (B, R, D): x (B, N, D) times weight (B, N), summed by row index (B, N)."""
     B, _, D = x.shape
     weighted = (x * weight[..., None]).reshape(-1, D)
     return sums_by(flat_rows(rows, R), weighted, B * R).view(B, R, D).to(x.dtype)
 
 
 def merge_rows(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
-    """X (B, N, D), rows and weight (B, M) -> (B, D); rows of weight zero are not read."""
+    """Return (B, D): the weighted sum of rows (B, M) of x; rows of weight 0 are not read."""
     top = weight.abs().max(1, keepdim=True)
     rows = rows.where(weight != 0, rows.gather(1, top.indices))
     merged = sum_rows(x, rows[:, None], weight[:, None])[:, 0]

@@ -1,14 +1,13 @@
-"""The Triton kernels that merge tokens by their slots, for `bipartite.py` and `nearest.py`, which
-hold the mathematics, and their launchers.
+"""Triton kernels that merge tokens by their slots, for `bipartite.py` and `merge_nearest.py`.
 
-    merge_fwd  (image, 16 tokens and rows): a stable counting sort -> the tokens in the order of
-               their rows, where each row begins there, its size
-               (image, 16 output rows, slice of D): a row gathers its tokens, 16 at a time while it
-               has so many: nothing is added atomically
-    merge_bwd  (image, 32 tokens, slice of D): a token gathers its row
+    merge_fwd  grid (image, 16 tokens and rows): a stable counting sort -> tokens in the order of
+               their rows, the start of each row in this order, and its size
+               grid (image, 16 output rows, slice of D): each row gathers its tokens, 16 at a time
+               while it has that many; no atomics
+    merge_bwd  grid (image, 32 tokens, slice of D): each token gathers its row
 
-Traffic: `merge_fwd` reads every token once, and all slots and sizes of an image with each tile of
-its tokens (from L2 after the first).
+Traffic: `merge_fwd` reads each token once. Every tile of tokens reads all slots and sizes of its
+image (from L2 after the first).
 """
 
 import torch
@@ -25,10 +24,10 @@ def _order_kernel(
     size_ptr, slots_ptr, order_ptr, starts_ptr, out_size_ptr, N, R,
     HAS_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """One program per (image, BLOCK_N tokens and as many rows): the tokens in the order of their
-    rows, those of a row in their own; where each row begins there, and the sum of its sizes.
+    """Sort tokens by row and store row starts and sizes. Grid: (image, BLOCK_N tokens and rows).
 
-    A place is the number of tokens before it, counted over all slots, BLOCK_M at a time.
+    The place of a token is the number of tokens before it, counted over all slots, BLOCK_M at a
+    time. Tokens of one row stay in their own order.
     """
     pid_b = tl.program_id(0).to(tl.int64)
     slots_ptr += pid_b * N
@@ -61,9 +60,7 @@ def _order_kernel(
 def _load_shares(
     tokens_ptr, size_ptr, stride_tn, token, divisor, offs_d, mask_d, HAS_SIZE: tl.constexpr
 ):  # fmt: skip
-    """W x [BLOCK_R, BLOCK_D] fp32 of these tokens of an image, w = size / divisor; 0 where there is
-    none, -1.
-    """
+    """Return w x [BLOCK_R, BLOCK_D] in fp32, w = size / divisor; 0 where token is -1."""
     is_source = token >= 0
     size = tl.where(is_source, 1.0, 0.0)
     if HAS_SIZE:
@@ -81,11 +78,11 @@ def _merge_fwd_kernel(
     tokens_ptr, size_ptr, order_ptr, starts_ptr, out_size_ptr, out_ptr, stride_tb, stride_tn,
     N, R, D, HAS_SIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program per (image, BLOCK_R output rows, slice of D): each row gathers its tokens, which
-    follow one another in the order.
+    """Gather the tokens of each output row. Grid: (image, BLOCK_R rows, slice of D).
 
-    A round gathers BLOCK_R tokens: of one row while it has so many, and then one of every row. So T
-    tokens take at most T // BLOCK_R + BLOCK_R - 1 rounds, however many of them share a row.
+    A full round gathers BLOCK_R tokens of one row, while it has that many; the other rounds
+    gather one token of every row. T tokens take at most T // BLOCK_R + BLOCK_R - 1 rounds,
+    however many of them share a row.
     """
     pid_b = tl.program_id(0).to(tl.int64)
     tokens_ptr += pid_b * stride_tb
@@ -104,7 +101,7 @@ def _merge_fwd_kernel(
     divisor = tl.where(total == 0, 1.0, total)
     merged = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
 
-    full = (end - start) // BLOCK_R  # rounds that a row has for itself
+    full = (end - start) // BLOCK_R  # number of full rounds of each row
     full_before = tl.cumsum(full, 0) - full
     for i in range(tl.sum(full, 0)):
         i_of_row = i - full_before
@@ -139,7 +136,7 @@ def _merge_bwd_kernel(
     grad_out_ptr, size_ptr, out_size_ptr, slots_ptr, grad_ptr, N, R, D,
     HAS_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program per (image, BLOCK_N tokens, slice of D): every token gathers its row."""
+    """Gather the row of every token. Grid: (image, BLOCK_N tokens, slice of D)."""
     pid_b = tl.program_id(0).to(tl.int64)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -165,7 +162,7 @@ def _merge_bwd_kernel(
 def merge_fwd(
     tokens: Tensor, size: Tensor | None, slots: Tensor, num_rows: int
 ) -> tuple[Tensor, Tensor]:
-    """Allocate, read launch.py, launch: the order of the tokens by rows, then the rows."""
+    """Allocate and launch: the order of the tokens by rows, then the rows."""
     B, N, D = tokens.shape
     tokens, slots = launch.addressable(tokens), slots.contiguous()
     size = None if size is None else size.contiguous()
@@ -198,7 +195,7 @@ def merge_fwd(
 
 
 def merge_bwd(grad_out: Tensor, size: Tensor | None, out_size: Tensor, slots: Tensor) -> Tensor:
-    """Allocate, read launch.py, launch."""
+    """Allocate and launch."""
     grad_out, slots = grad_out.contiguous(), slots.contiguous()
     size = None if size is None else size.contiguous()
     (B, R, D), N = grad_out.shape, slots.shape[1]

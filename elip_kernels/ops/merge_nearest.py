@@ -1,18 +1,19 @@
-"""Merge each dropped token into the kept one that is most alike, by a mean weighted by sizes.
+"""Merge each dropped token into the most similar kept token, by a size-weighted mean.
 
     tokens x (B, N, D), p prefix tokens first;  kept (B, K) positions, all others are dropped
     unit    = metric / |metric| in fp32
-    slot_n  = n of a prefix token, p + k of kept_k, and of a dropped one
+    slot_n  = n for a prefix token, p + k for kept_k, and for a dropped token
               p + argmax_k unit_n . unit_(kept_k)                    ties: the lower k
     S_i     = sum of size_n over slot_n = i;  w_n = size_n / S_(slot_n)
     out_i   = sum of w_n x_n over slot_n = i                         (B, p+K, D), sizes S (B, p+K)
     grad_x_n = w_n grad_out_(slot_n)
 
-Ties are those of the computed values. Prefix tokens stay as they are, and nothing joins them. A
-metric with NaN, or whose squared norm is no normal number, has no direction: others rank before it,
-and it joins the first token that is kept. No gradient to metric and sizes. The merge is that of
-`bipartite.py`, with what it says of sums. The kernel never writes the similarities, 2 B N K C
-operations in tiles: those of kept tokens too, which cost less than to leave them out.
+Ties are ties of the computed values. Prefix tokens do not change, and nothing is merged into them.
+A metric row with NaN, or whose squared norm is not a normal number, has no direction: as target it
+ranks last, and as source it joins the first kept token. There is no gradient to metric and size.
+The merge, and the dtype of its sums, are those of `bipartite.py`. The kernel never stores the
+similarities, 2 B N K C operations in tiles. It also computes those of kept tokens, which is cheaper
+than to leave them out.
 """
 
 from typing import Literal, overload
@@ -64,30 +65,32 @@ def merge_nearest(
     num_prefix_tokens: int = 1,
     return_info: bool = False,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, ReductionInfo]:
-    """Merge each token that is not kept into the kept one whose metric is most alike.
+    """Merge each token that is not kept into the kept token with the most similar metric.
+
+    Example::
 
         kept = elip_kernels.select_tokens(attn, 0.5)
         tokens, size = elip_kernels.merge_nearest(tokens, kept, keys.mean(1))
 
     Args:
         tokens: (B, N, D), fp32, bf16, fp16 or fp64. Gradients reach tokens only.
-        kept: (B, K) int64, of each image different positions from p to N-1, in the order in which
-            they leave; -1 is a row of padding.
-        metric: (B, N, C), what likeness (its cosine) is measured on, such as the head mean of the
-            keys.
-        size: (B, N) or (B, N, 1) fp32 or fp64, positive: how many tokens each stands for, or
-            another weight, such as attention; 0 of what weighs nothing. None means one each.
-        mask: (B, N) bool, True = real. Padding goes nowhere, and nothing joins it.
-        num_prefix_tokens: p, tokens that always stay, first.
+        kept: (B, K) int64, different positions from p to N-1 for each image, in the order of the
+            output; -1 is a row of padding.
+        metric: (B, N, C), features whose cosine is the similarity, such as the mean of the keys
+            over heads.
+        size: (B, N) or (B, N, 1) fp32 or fp64, how many patches each token represents, or another
+            weight such as attention; not negative. None means 1 for each.
+        mask: (B, N) bool, True = real. Padding is not merged, and nothing is merged into it.
+        num_prefix_tokens: p, the number of leading tokens that are always kept.
         return_info: also return a `ReductionInfo`.
 
     Returns:
-        merged (B, p+K, D) in the dtype of `tokens`: prefix tokens, then kept ones, each the mean of
-        what it holds; size (B, p+K) fp32 (fp64 for fp64 tokens), their sums. A row of padding is
-        zero, and so is its size.
+        merged (B, p+K, D) in the dtype of `tokens`: prefix tokens, then kept ones, each the mean
+        of the tokens merged into it; size (B, p+K) fp32 (fp64 for fp64 tokens), the sums of their
+        sizes; with `return_info`, a `ReductionInfo`. Rows of padding and their sizes are zero.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected, what came, what to do.
+        TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value.
     """
     check_tokens(tokens)
     (B, N, _), p = tokens.shape, num_prefix_tokens
@@ -123,7 +126,7 @@ def _check_kept(kept: Tensor, tokens: Tensor, num_prefix_tokens: int) -> None:
 
 
 def match_reference(metric: Tensor, kept: Tensor, num_prefix_tokens: int) -> Tensor:
-    """The specification of the matching -> slots (B, N) int32."""
+    """Compute the matching in PyTorch; return slots (B, N) int32."""
     (B, N, _), K, p = metric.shape, kept.shape[1], num_prefix_tokens
     unit, is_target = unit_rows(metric), kept >= 0
     similarity = unit @ take_rows(unit, kept.clamp(min=0)).mT  # (B, N, K)
@@ -145,7 +148,7 @@ def _nearest_kernel(
     P: tl.constexpr, SMALLEST_SQUARE: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program per (image, BLOCK_N tokens): products with tiles of kept, running arg-max."""
+    """Find the nearest kept token of each token. Grid: (image, BLOCK_N tokens)."""
     pid_b = tl.program_id(0).to(tl.int64)
     metric_ptr += pid_b * stride_mb
     kept_ptr += pid_b * K
@@ -157,7 +160,7 @@ def _nearest_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     following = tl.load(kept_ptr + offs_k, mask=offs_k < K, other=-1)
     for start_k in range(0, K, BLOCK_K):
-        kept = following.to(tl.int32)  # the next tile's are under way while this one is multiplied
+        kept = following.to(tl.int32)  # prefetches the next tile
         is_kept = (kept >= 0) & (kept < N)
         offs_k = start_k + tl.arange(0, BLOCK_K)
         further = offs_k + BLOCK_K
@@ -182,7 +185,7 @@ def _nearest_kernel(
 
 
 def _match(metric: Tensor, kept: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Allocate, read launch.py, launch."""
+    """Allocate and launch."""
     (B, N, C), K = metric.shape, kept.shape[1]
     metric, kept = launch.addressable(metric), kept.contiguous()
     slots = metric.new_empty(B, N, dtype=torch.int32)
@@ -205,7 +208,7 @@ def _match(metric: Tensor, kept: Tensor, num_prefix_tokens: int) -> Tensor:
 
 
 def _match_flops(metric_shape, kept_shape, *args, **kwargs) -> int:
-    """A multiply and an add for each channel of each pair of a token and a kept one."""
+    """Return a multiply and an add for each channel of each pair of a token and a kept token."""
     (B, N, C), K = metric_shape, kept_shape[1]
     return 2 * B * N * K * C
 

@@ -6,10 +6,10 @@
     out     = [x_prefix, x_kept, sum_n w_n x_n]                                  (B, p+K+1, D)
     grad_x_n = grad_out[slot_n] for kept and prefix tokens, w_n * grad_out[p+K] for the others
 
-The scores get no gradient. Sums are fp32 (fp64 if an input is fp64), kept rows are bit-exact.
-Traffic: every program reads N scores and moves its slice of D once: x in, out out, nothing twice.
-Beyond 1,024 candidates selection and movement are two launches, the latter by tiles (`move.py`).
-Source: ELIP, Eq. 3 and 4; EViT's unnormalised weights with `normalize=False`.
+The scores get no gradient. Sums are fp32 (fp64 if an input is fp64). Kept rows are exact copies.
+Traffic: every program reads N scores, reads its slice of D once and writes it once. Beyond 1,024
+candidates, selection (`select_kernels.py`) and movement (`scatter_tokens.py`) are two launches.
+Source: ELIP, Eq. 3 and 4; with `normalize=False`, the weights of EViT.
 """
 
 from typing import Literal, overload
@@ -42,7 +42,7 @@ from elip_kernels.ops.select_device import (
 )
 from elip_kernels.ops.select_kernels import launch_select
 
-EPSILON = 1e-6  # added to the dropped mass before dividing by it (Eq. 4)
+EPSILON = 1e-6  # added to the sum of the dropped scores (Eq. 4)
 
 
 @overload
@@ -71,27 +71,32 @@ def reduce(
     num_prefix_tokens: int = 1,
     return_info: bool = False,
 ) -> Tensor | tuple[Tensor, ReductionInfo]:
-    """Keep the `keep` most attended tokens in image order, merge the rest into one (ELIP, Eq. 3-4).
+    """Keep the `keep` most attended tokens in image order; merge the rest into one (ELIP, Eq. 3-4).
+
+    Example::
+
+        out = elip_kernels.reduce(tokens, attn, 0.65)  # (8, 197, 768) -> (8, 1 + 127 + 1, 768)
 
     Args:
         tokens: (B, N, D), fp32, bf16, fp16 or fp64. Gradients reach tokens only.
         attn: scores (B, N-p) or (B, N); or attention rows (B, H, N) or a whole map (B, H, N, N),
-            whose CLS row is averaged over heads. Any of the same dtypes. Merging takes them as
-            masses, not negative.
-        keep: int, candidates to keep; or float ratio r in (0, 1] of the N-p candidates,
-            max(1, int(r * (N-p))). Keeping all returns `tokens` itself.
+            whose CLS row is averaged over heads. Same dtypes. Merging uses them as weights, so
+            they must not be negative.
+        keep: int, number of candidates to keep; or float, a ratio r in (0, 1] of the N-p
+            candidates, max(1, int(r * (N-p))). If all are kept, `tokens` itself is returned.
         merge: append the weighted sum of the dropped tokens.
-        normalize: divide its weights by their sum + 1e-6.
-        mask: (B, N) bool, True = real. Padding is neither kept nor merged while real tokens
-            remain, and fills the last slots where there are fewer real ones than `keep`.
-        num_prefix_tokens: p, tokens that always stay, first.
+        normalize: divide the weights by their sum + 1e-6.
+        mask: (B, N) bool, True = real. Padding is kept only if there are fewer real tokens than
+            `keep`; it then fills the last rows. Padding is never merged.
+        num_prefix_tokens: p, the number of leading tokens that are always kept.
         return_info: also return a `ReductionInfo`.
 
     Returns:
-        (B, p+keep+1, D), or (B, p+keep, D) without merging, in the dtype of `tokens`.
+        (B, p+keep+1, D), or (B, p+keep, D) without merging, in the dtype of `tokens`; with
+        `return_info`, a `ReductionInfo` as well.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected, what came, what to do.
+        TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value.
     """
     scores, keep = reduce_arguments(tokens, attn, keep, mask, num_prefix_tokens)
     check_flags(merge=merge, normalize=normalize, return_info=return_info)
@@ -110,7 +115,7 @@ def reduce(
 def _output_mask(
     mask: Tensor | None, kept: Tensor, num_prefix_tokens: int, merge: bool
 ) -> Tensor | None:
-    """True where an output token is real; the merged one is, if a real token was dropped."""
+    """Return which output tokens are real; the merged one is if a real token was dropped."""
     if mask is None:
         return None
     parts = [mask[:, :num_prefix_tokens], mask.gather(1, kept)]
@@ -137,7 +142,7 @@ def reduce_reference(
     merge: bool,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The specification -> out (B, R, D), kept (B, K), weights (B, N), slots (B, N) int32."""
+    """Compute `reduce` in PyTorch: out (B, R, D), kept (B, K), weights, slots int32 (B, N)."""
     B, N, _ = tokens.shape
     first_dropped = num_prefix_tokens + keep
     real = None if mask is None else mask[:, num_prefix_tokens:]
@@ -146,7 +151,7 @@ def reduce_reference(
     index = torch.arange(N, device=tokens.device)
     place[:, :num_prefix_tokens] = index[:num_prefix_tokens]
     order = torch.empty_like(place).scatter_(1, place, index.expand(B, -1))
-    # The row of the merged token is read as one more token's, and then overwritten.
+    # The last row is a placeholder, which the merged token overwrites.
     out, weights = take_rows(tokens, order[:, : first_dropped + int(merge)]), scores.new_zeros(B, N)
     if merge:
         dropped = order[:, first_dropped:]
@@ -162,11 +167,12 @@ def reduce_reference(
 
 
 def places(scores: Tensor, real: Tensor | None, keep: int) -> Tensor:
-    """(B, N-p): the output rows of those that are kept, 0 .. K-1, then places of the others; each
-    in image order, but padding that is kept comes last of those.
+    """Return (B, N-p): output rows 0 .. K-1 for kept candidates, then places for the others.
+
+    Both are in image order, but kept padding comes last among the kept.
     """
     key = order_key(scores, real)
-    last = key.topk(keep, dim=1, sorted=False).values.amin(1, keepdim=True)  # that is kept
+    last = key.topk(keep, dim=1, sorted=False).values.amin(1, keepdim=True)
     above, equal = key > last, key == last
     is_kept = above | (equal & (equal.cumsum(1) <= keep - above.sum(1, keepdim=True)))
     count = is_kept.cumsum(1)
@@ -181,7 +187,7 @@ def places(scores: Tensor, real: Tensor | None, keep: int) -> Tensor:
 def reduce_backward_reference(
     grad_out: Tensor, slots: Tensor, weights: Tensor, merge: bool
 ) -> Tensor:
-    """grad_out (B, R, D) -> grad_tokens (B, N, D)."""
+    """Return grad_tokens (B, N, D) from grad_out (B, R, D)."""
     R = grad_out.shape[1]
     rows, scale = _movement(slots, weights, R, merge)
     grad = sum_rows(grad_out, rows[..., None], scale[..., None])
@@ -189,7 +195,7 @@ def reduce_backward_reference(
 
 
 def _movement(slots: Tensor, weights: Tensor, R: int, merge: bool) -> tuple[Tensor, Tensor]:
-    """The row (B, N) that each token goes to, of R, and its factor: 0 where it is dropped."""
+    """Return the output row (B, N) of each token, of R, and its factor: 0 if it is dropped."""
     scale = weights.masked_fill(slots < R - int(merge), 1.0)
     return slots.clamp(max=R - 1).long(), scale
 
@@ -201,7 +207,7 @@ def _reduce_fwd_kernel(
     P: tl.constexpr, MERGE: tl.constexpr, NORMALIZE: tl.constexpr, HAS_MASK: tl.constexpr,
     EPSILON: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program per (image, slice of D); each derives the selection anew from the N-P scores."""
+    """Select and move a slice of D. Grid: (image and slice of D); each program selects again."""
     pid_b, pid_d = part_and_slice(tl.program_id(0), D, BLOCK_D)
     pid_b = pid_b.to(tl.int64)
     offs_n = tl.arange(0, BLOCK_N)
@@ -210,7 +216,7 @@ def _reduce_fwd_kernel(
     mask_d = offs_d < D
     tokens_ptr += pid_b * stride_tb
     out_ptr += pid_b * (P + K + MERGE) * D
-    if MERGE:  # every row is needed: its load runs while the selection is made
+    if MERGE:  # all rows are needed: load them while the selection runs
         x = load_tile(tokens_ptr, stride_tn, offs_n, offs_d, mask_n, mask_d, P)
     score = tl.load(scores_ptr + pid_b * stride_sb + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     is_real = mask_n
@@ -235,7 +241,7 @@ def _reduce_bwd_kernel(
     grad_out_ptr, slots_ptr, weights_ptr, grad_ptr, N, R, D,
     MERGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program per (image, BLOCK_N tokens, slice of D); a row is written once, no atomics."""
+    """Gather gradients; every row is written once. Grid: (image, BLOCK_N tokens, slice of D)."""
     pid, pid_d = part_and_slice(tl.program_id(0), D, BLOCK_D)
     tiles = tl.cdiv(N, BLOCK_N)
     pid_b = (pid // tiles).to(tl.int64)
@@ -270,7 +276,7 @@ def _reduce_fwd(
     merge: bool,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Allocate, read launch.py, launch."""
+    """Allocate and launch."""
     B, N, D = tokens.shape
     tokens = launch.addressable(tokens)
     scores = scores if scores.stride(1) == 1 else scores.contiguous()
@@ -307,7 +313,7 @@ def _reduce_fwd(
 
 
 def _reduce_bwd(grad_out: Tensor, slots: Tensor, weights: Tensor, merge: bool) -> Tensor:
-    """Allocate, read launch.py, launch."""
+    """Allocate and launch."""
     grad_out = grad_out.contiguous()
     (B, R, D), N = grad_out.shape, slots.shape[1]
     grad = grad_out.new_empty(B, N, D)
@@ -349,15 +355,15 @@ def _save_movement(ctx, inputs, output) -> None:
 
 
 def _backward_of_backward(ctx, grad):
-    """Linear in grad_out: the tokens' movement by the same rows and weights."""
+    """Move `grad` by the same rows and weights, because the backward is linear in grad_out."""
     rows, scale = _movement(*ctx.saved_tensors, ctx.R, ctx.merge)
     return add_rows(grad, rows, scale, ctx.R), None, None, None
 
 
 def _flops(tokens_shape, scores_shape, mask_shape, keep, p, merge, *args, **kwargs) -> int:
-    """A multiply and an add for each element of a dropped token that is merged."""
+    """Return a multiply and an add for each element of a dropped token that is merged."""
     B, candidates = scores_shape
-    return 2 * B * (candidates - keep) * tokens_shape[2] * merge
+    return 2 * B * (candidates - keep) * tokens_shape[2] if merge else 0
 
 
 def _backward_fake(grad_out, slots, weights, merge):
@@ -365,9 +371,9 @@ def _backward_fake(grad_out, slots, weights, merge):
 
 
 def _backward_flops(grad_out_shape, slots_shape, weights_shape, merge, *args, **kwargs) -> int:
-    """A multiply for each element of a dropped token that was merged."""
+    """Return a multiply for each element of a dropped token that was merged."""
     B, R, D = grad_out_shape
-    return B * (slots_shape[1] + 1 - R) * D * merge
+    return B * (slots_shape[1] + 1 - R) * D if merge else 0
 
 
 reduce_op = Operator(

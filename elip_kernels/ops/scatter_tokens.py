@@ -1,8 +1,7 @@
-"""Movement alone, for images whose tokens do not fit one program with their features.
+"""Move tokens to their output rows, for images that one program cannot select and move at once.
 
-One program per (image, slice of D), the last image first: tile by tile, each token to its output
-row. Tokens are read once and written once; prefix tokens are rows like any. What was selected is
-known (`select_kernels.py`).
+Each program moves one slice of D of one image, tile by tile, starting with the last image. Tokens
+are read once and written once, prefix tokens included. `select_kernels.py` selects the rows before.
 """
 
 import torch
@@ -18,8 +17,8 @@ def _move_kernel(
     tokens_ptr, out_ptr, weights_ptr, slots_ptr, stride_tb, stride_tn, N, R, D,
     MERGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program per (image, slice of D); R rows are copied, row R is the merged one."""
-    pid = tl.num_programs(0) - 1 - tl.program_id(0)  # what was scored last is in the cache
+    """Copy tokens to R rows; row R is the merged token. Grid: (image and slice of D)."""
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)  # the images scored last are in L2
     pid_b, pid_d = part_and_slice(pid, D, BLOCK_D)
     pid_b = pid_b.to(tl.int64)
     offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -57,7 +56,7 @@ def empty_outputs(
     *,
     weights: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Out (B, R, D), kept (B, K), weights (B, N), slots (B, N), unwritten."""
+    """Allocate out (B, R, D), kept (B, K), weights (B, N) and slots (B, N)."""
     B, N, D = tokens.shape
     return (
         tokens.new_empty(B, num_prefix_tokens + keep + int(merge), D),
@@ -70,7 +69,7 @@ def empty_outputs(
 def launch_move(
     tokens: Tensor, out: Tensor, weights: Tensor, slots: Tensor, *, merge: bool
 ) -> None:
-    """Write `out` (B, R, D) of the tokens (B, N, D), whose features lie side by side."""
+    """Write `out` (B, R, D) from tokens (B, N, D) whose last stride is 1."""
     (B, N, D), R = tokens.shape, out.shape[1] - merge
     block_n, block_d, num_warps = launch.move(N, tokens.element_size())
     _move_kernel[(B * triton.cdiv(D, block_d),)](

@@ -1,18 +1,18 @@
-"""A whole stage boundary of scorer `last`, four kernels: the fused CLS token's row selects, then
-tokens move.
+"""Score patches with a block's CLS row, select and merge: a stage boundary of scorer `last`.
 
-    c    = f x_cls + (1 - f) x_text, where there is a text                              (B, D)
+    c    = f x_cls + (1 - f) x_text, if there is a text                                 (B, D)
     a    = the CLS row of a pre-norm block, absorbed, with c in place of token 0        (B, N)
     out  = reduce(tokens, a, K): [x_cls, x_kept, merged]                                (B, K+2, D)
 
-The first makes the query u of the CLS token (`absorbed_query.py`); the second reads the tokens once
-and leaves 4 HN bytes of scores (`absorbed.py`); the third makes the row of an image's scores, and
-what it selects; the fourth moves each slice of D once, a tile of tokens after the other, however
-many there are. An image selects the same bits whatever the batch it is in. `tokens` and the fused
-CLS token are apart, so nothing is copied to put one into the other: x_cls of the output is the
-token's own. So are the tokens that are `scored`, where a dry run has gone ahead, and those that
-move. Gradients reach `tokens` through the movement, as in `reduce`; the row gets none.
-Source: ELIP, Eq. 1-4, the last layer's row read from the tokens as they enter the stage.
+There are four kernels. The first makes the query u (`absorbed_query.py`). The second reads the
+tokens once and stores their scores, 4 HN bytes (`absorbed.py`). The third combines the scores of an
+image into a row and selects. The fourth moves each slice of D once, in tiles of tokens
+(`scatter_tokens.py`). The selection of an image is bitwise equal for every batch size. `tokens` and
+the fused CLS token are separate inputs, so no token is copied; the CLS token of the output is that
+of `tokens`. `scored` may replace `tokens` for scoring, for example after a dry run of the stage.
+Gradients reach `tokens` as in `reduce`; the row has none.
+Source: ELIP, Eq. 1-4, with the row of the stage's last layer computed from the stage's input
+tokens.
 """
 
 from typing import Any, Literal, overload
@@ -101,29 +101,46 @@ def score_reduce(
     row: Tensor | None = None,
     return_info: bool = False,
 ) -> Tensor | tuple[Tensor, ReductionInfo, Tensor]:
-    """Score the patches by a block's CLS row, keep the best, merge the rest.
+    """Score the patches by a block's CLS row, keep the best and merge the rest.
+
+    The result is that of `cls_attention_from_tokens` followed by `reduce`. Example::
+
+        out = elip_kernels.score_reduce(
+            tokens, tokens[:, 0], 0.65, norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps,
+            q_weight=q.weight, q_bias=q.bias, k_weight=k.weight, num_heads=12,
+        )
+
+    Source: ELIP, Eq. 1-4.
 
     Args:
-        tokens: (B, N, D), before the block's norm; row 0 is CLS.
+        tokens: (B, N, D), fp32, bf16, fp16 or fp64, before the block's norm; row 0 is CLS.
         cls: (B, D), the CLS token that scores.
-        keep: int, patches to keep, fewer than N-1; or float ratio in (0, 1).
-        norm_weight, .., scale: see `cls_attention_from_tokens`.
-        text: (B, D), or (1, D) for all images, what `cls` is fused with first (Eq. 1); a text of
-            zeros is none.
-        fusion: share of `cls` in it, in [0, 1]; at 1 no text is read.
-        guidance_norm: "match" scales a text to the norm of its `cls` first.
-        merge, normalize: see `reduce`.
-        scored: (B, N, D), the tokens as a dry run left them, which are scored in place of `tokens`;
-            no gradient reaches them.
-        row: (B, N) fp32, the row that an earlier call returned: it selects again, and nothing is
-            scored. So a recomputed stage boundary keeps what its forward kept.
+        keep: int, patches to keep, fewer than N-1; or float, a ratio in (0, 1).
+        norm_weight: (D,), weight of the block's LayerNorm, or None.
+        norm_bias: (D,), bias of the block's LayerNorm, or None.
+        eps: epsilon of the LayerNorm.
+        q_weight: (H*d, D), weight of the query projection, as in nn.Linear.
+        q_bias: (H*d,), bias of the query projection, or None.
+        k_weight: (H*d, D), weight of the key projection.
+        num_heads: H.
+        scale: factor of the scores; d ** -0.5 by default.
+        text: (B, D), or (1, D) for all images, fused with `cls` first; zeros mean no text.
+        fusion: share of `cls` in the fusion, in [0, 1]. With 1 the text is not read.
+        guidance_norm: "match" first scales the text to the norm of `cls`; "none" does not.
+        merge: append the weighted sum of the dropped tokens.
+        normalize: divide the merge weights by their sum + 1e-6.
+        scored: (B, N, D), tokens to score instead of `tokens`, for example after a dry run. They
+            get no gradient.
+        row: (B, N) fp32, the row that an earlier call returned. It is used instead of scoring, so
+            that activation checkpointing selects the same tokens again.
         return_info: also return the `ReductionInfo` and the attention row (B, N).
 
     Returns:
-        (B, keep+2, D), or (B, keep+1, D) without merging, in the dtype of `tokens`.
+        (B, keep+2, D), or (B, keep+1, D) without merging, in the dtype of `tokens`; with
+        `return_info`, also a `ReductionInfo` and the row (B, N).
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected, what came.
+        TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value.
     """
     norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
     matrices = {"q_weight": q_weight, "k_weight": k_weight}
@@ -141,7 +158,7 @@ def score_reduce(
 def _check_scored_and_row(
     scored: Tensor | None, row: Tensor | None, tokens: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`scored`, without gradient, and `row`."""
+    """Check `scored` and `row`; return `scored` without gradient, and `row`."""
     if scored is not None:
         check_tensor("scored", scored, "(B, N, D)", 3)
         check_shape("scored", scored, tuple(tokens.shape), "(B, N, D)")
@@ -161,11 +178,9 @@ def _check_scored_and_row(
 def score_reduce_reference(
     tokens: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The specification -> out, kept, weights, slots as `reduce`, and the row (B, N), of which a
-    given one is a copy.
-    """
+    """Compute `score_reduce` in PyTorch: the outputs of `reduce`, and the row (B, N)."""
     query, (keep, merge, normalize, scored, row) = _split_arguments(arguments)
-    scored = (tokens if scored is None else scored).detach()  # a row takes no gradient
+    scored = (tokens if scored is None else scored).detach()
     row = absorbed_reference(scored, *query)[1].mean(1) if row is None else _copy(row)
     return *reduce_reference(tokens, row[:, 1:], None, keep, 1, merge, normalize), row
 
@@ -177,7 +192,7 @@ def _score_select_kernel(
     MERGE: tl.constexpr, NORMALIZE: tl.constexpr, EPSILON: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """One program an image: the row, and from it kept positions, weights and output rows."""
+    """Combine the scores of an image into its row, and select from it. Grid: (image)."""
     pid_b = tl.program_id(0).to(tl.int64)
     offs_n = tl.arange(0, BLOCK_N)
     mask_n = offs_n < N - 1
@@ -195,7 +210,7 @@ def _score_select_kernel(
 
 
 def _score_reduce(tokens: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Allocate, read launch.py, launch; a row that is given selects the same, moved by the same."""
+    """Allocate and launch; a given row replaces the query and score kernels."""
     query, (keep, merge, normalize, scored, known) = _split_arguments(arguments)
     B, N, _ = tokens.shape
     tokens = launch.addressable(tokens)
@@ -227,7 +242,7 @@ def _launch_selection(
     merge: bool,
     normalize: bool,
 ) -> None:
-    """Write kept, weights, slots and the row: at once, or the row first where it is long."""
+    """Write kept, weights, slots and the row; a long row is written by its own launch first."""
     kept, weights, slots, row = outputs
     (B, N), (_, H, T) = row.shape, tops.shape
     if N - 1 > launch.MAX_SELECTED:
@@ -250,12 +265,12 @@ def _launch_selection(
 
 
 def _copy(row: Tensor) -> Tensor:
-    """Its entries side by side, as they are read."""
+    """Return a contiguous copy of the row."""
     return row.clone(memory_format=torch.contiguous_format)
 
 
 def _split_arguments(arguments: tuple[Any, ...]) -> tuple[QueryArguments, tuple[Any, ...]]:
-    """Those of the op behind tokens -> what u is made of, and the others."""
+    """Split the op's arguments after tokens into those of the query and the others."""
     count = len(QueryArguments._fields)
     return QueryArguments(*arguments[:count]), arguments[count:]
 
@@ -271,7 +286,7 @@ def _fake(tokens, *arguments):
 
 
 def _unsupported(tokens: Tensor, *arguments: Any) -> str | None:
-    """Why no kernel takes it, in a few words, or None."""
+    """Return why the kernels do not support the arguments, or None."""
     query, (*_, scored, _) = _split_arguments(arguments)
     reason = absorbed_unsupported(tokens, *query)
     return reason if scored is None or reason is not None else launch.unsupported(scored)
@@ -291,11 +306,11 @@ def _backward(ctx, grad_out, *_):
 
 
 def _flops(tokens_shape, *shapes, **kwargs) -> int:
-    """Of the row, and 2 for each element of a dropped token that is merged."""
+    """Return the FLOPs of the row, and 2 for each element of a dropped token that is merged."""
     _, (keep, merge, _, _, row) = _split_arguments(shapes)
     B, N, D = tokens_shape
     scored = absorbed_flops(tokens_shape, *shapes) if row is None else 0
-    return scored + 2 * B * D * (N - 1 - keep) * merge
+    return scored + (2 * B * D * (N - 1 - keep) if merge else 0)
 
 
 _score_reduce_op = Operator(

@@ -1,9 +1,10 @@
-"""Device functions shared by the kernels: order keys, k-th largest, output slots, movement.
+"""Device functions for selection and movement that several kernels share.
 
-A score becomes a uint32 key whose order is the order of selection: larger floats first, -0.0 as
-+0.0, NaN after every number, padding after NaN, lanes beyond the last candidate never. The K-th
-largest key is found by bisection on the keys; what equals it is taken from the lowest index on.
-One packed cumulative sum then gives every kept candidate its output slot, in image order.
+A score becomes a uint32 key. Keys order the candidates for selection: larger floats first, -0.0
+equals +0.0, NaN after every number, padding after NaN, then lanes without a candidate. The K-th
+largest key is found by bisection on the keys. Of the candidates that equal it, those with the
+lowest indices are kept. One packed cumulative sum gives each kept candidate its output row, in
+image order.
 """
 
 from elip_kernels._triton import tl, triton
@@ -15,7 +16,7 @@ NAN_KEY = tl.constexpr(2)
 
 @triton.jit
 def order_key(score, is_real, is_inside):
-    """Score fp32, is_real and is_inside bool [BLOCK_N] -> uint32 [BLOCK_N]."""
+    """Return uint32 keys [BLOCK_N] from fp32 scores and the masks is_real and is_inside."""
     bits = tl.where(score == 0, 0.0, score).to(tl.uint32, bitcast=True)
     key = tl.where(bits >> 31 == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     key = tl.where(score != score, NAN_KEY, key)
@@ -25,7 +26,7 @@ def order_key(score, is_real, is_inside):
 
 @triton.jit
 def kth_largest(key, K):
-    """The K-th largest of the keys [BLOCK_N]; stops early once exactly K keys reach the middle."""
+    """Return the K-th largest of the keys [BLOCK_N]; stop once exactly K keys reach the middle."""
     hi = tl.max(key, 0)
     lo = tl.min(tl.where(key == OUTSIDE_KEY, hi, key), 0)
     while lo < hi:
@@ -38,10 +39,10 @@ def kth_largest(key, K):
 
 @triton.jit
 def kept_among(key, threshold, above_before, equal_before, quota, K):
-    """-> (is_kept bool, slot int32) [BLOCK_N]: image order; kept padding fills the last slots.
+    """Return is_kept (bool) and slot (int32) [BLOCK_N], in image order; kept padding comes last.
 
-    Of the keys before these, `above_before` are larger than the K-th largest, and `equal_before`
-    equal it; of all, `quota` equal ones are kept.
+    Among the keys before these, `above_before` are larger than the K-th largest key and
+    `equal_before` equal it. Among all keys, `quota` equal ones are kept.
     """
     above = (key > threshold).to(tl.int32)
     equal = (key == threshold).to(tl.int32)
@@ -57,15 +58,16 @@ def kept_among(key, threshold, above_before, equal_before, quota, K):
 
 @triton.jit
 def output_slots(key, threshold, K):
-    """`kept_among` of all keys of an image."""
+    """Return `kept_among` for all keys of an image."""
     quota = K - tl.sum((key > threshold).to(tl.int32), 0)
     return kept_among(key, threshold, 0, 0, quota, K)
 
 
 @triton.jit
 def part_and_slice(pid, D, BLOCK_D: tl.constexpr):
-    """Which part of the batch, and which slice of D, is a program's. Slices of a part follow one
-    another: programs that run together read whole tokens, not a line here and there.
+    """Return the part of the batch and the slice of D of a program.
+
+    The slices of a part follow one another, so that programs that run together read whole tokens.
     """
     slices = tl.cdiv(D, BLOCK_D)
     return pid // slices, pid % slices
@@ -73,9 +75,9 @@ def part_and_slice(pid, D, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def zero_rows(x, is_read):
-    """X [BLOCK_N, BLOCK_D] with the rows that are not read set to zero, whatever they hold.
+    """Return x [BLOCK_N, BLOCK_D] with zeros in the rows that are not read, even for NaN.
 
-    On the bits: a select of the products takes 15 registers more.
+    It works on the bits: a select on the products takes 15 more registers.
     """
     integer: tl.constexpr = tl.int16 if x.dtype.primitive_bitwidth == 16 else tl.int32
     bits = tl.where(is_read, -1, 0).to(integer)
@@ -87,7 +89,7 @@ def select_and_weigh(
     score, is_real, is_inside, K,
     MERGE: tl.constexpr, NORMALIZE: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
-    """Eq. 3-4 on the scores [BLOCK_N] -> (is_kept, slot, weight); weights are zero at kept ones."""
+    """Apply Eq. 3-4 to scores [BLOCK_N]; return is_kept, slot, and weights (0 if kept)."""
     key = order_key(score, is_real, is_inside)
     is_kept, slot = output_slots(key, kth_largest(key, K), K)
     weight = tl.zeros_like(score)
@@ -104,8 +106,10 @@ def store_selection(
     kept_ptr, weights_ptr, slots_ptr, is_kept, slot, weight, offs_n, mask_n, pid_b, N, K,
     P: tl.constexpr,
 ):  # fmt: skip
-    """Kept positions, weights and output rows of an image's candidates; of its N tokens, P are
-    prefix tokens. Where there are no weights, positions alone.
+    """Store kept positions, weights and output rows of the candidates of an image.
+
+    The image has N tokens, P of them prefix tokens. If `weights_ptr` is None, only positions are
+    stored.
     """
     row = pid_b * N + P + offs_n
     tl.store(kept_ptr + pid_b * K + slot, (P + offs_n).to(tl.int64), mask=is_kept)
@@ -116,7 +120,7 @@ def store_selection(
 
 @triton.jit
 def store_prefix(weights_ptr, slots_ptr, pid_b, N, P: tl.constexpr):
-    """Weights and output rows of an image's prefix tokens."""
+    """Store weights and output rows of the prefix tokens of an image."""
     if weights_ptr is not None:
         for i in tl.static_range(P):
             tl.store(weights_ptr + pid_b * N + i, 0.0)
@@ -125,7 +129,7 @@ def store_prefix(weights_ptr, slots_ptr, pid_b, N, P: tl.constexpr):
 
 @triton.jit
 def load_tile(tokens_ptr, stride_tn, offs_n, offs_d, mask_n, mask_d, P: tl.constexpr):
-    """X [BLOCK_N, BLOCK_D]: candidates `offs_n`, counted from 0, of an image; 0 where masked."""
+    """Load candidates `offs_n` of an image, counted from 0 [BLOCK_N, BLOCK_D]; 0 where masked."""
     return tl.load(
         tokens_ptr + (P + offs_n)[:, None] * stride_tn + offs_d[None, :],
         mask=mask_n[:, None] & mask_d[None, :],
@@ -138,7 +142,7 @@ def move_tile(
     tokens_ptr, out_ptr, x, is_kept, slot, weight, stride_tn, offs_d, mask_d, K, D,
     P: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
-    """X [BLOCK_N, BLOCK_D], an image's candidates, to their rows; prefix tokens; the merged one."""
+    """Store prefix tokens, kept candidates x [BLOCK_N, BLOCK_D] and the merged token."""
     for i in tl.static_range(P):
         prefix = tl.load(tokens_ptr + i * stride_tn + offs_d, mask=mask_d)
         tl.store(out_ptr + i * D + offs_d, prefix, mask=mask_d)

@@ -1,10 +1,10 @@
-"""Selection alone: kept positions, weights and output rows of an image's scores.
+"""Triton kernels that only select: kept positions, weights and output rows from scores.
 
-    held      one program an image, its scores in registers
-    streamed  one program an image, its scores tile by tile: four passes of eight bits find the K-th
-              largest key, one adds up what is merged, one writes
+    _select_kernel  grid (image): the scores of an image in registers
+    _stream_kernel  grid (image): the scores tile by tile; four passes of eight bits find the K-th
+                    largest key, one pass sums what is merged, one pass writes
 
-Both select the same; a score is read from memory once, and in later passes from the cache.
+Both select the same tokens. A score is read from memory once, and from the cache in later passes.
 """
 
 from torch import Tensor
@@ -26,7 +26,7 @@ DIGITS = tl.constexpr(256)
 def _load_scores(
     scores_ptr, real_ptr, first, N, HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """Candidates from `first` on -> offsets, which there are, which are real, scores fp32."""
+    """Load candidates from `first` on; return offsets, mask, is_real and fp32 scores."""
     offs_n = first + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     score = tl.load(scores_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
@@ -42,7 +42,7 @@ def _select_kernel(
     P: tl.constexpr, MERGE: tl.constexpr, NORMALIZE: tl.constexpr, HAS_MASK: tl.constexpr,
     EPSILON: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program an image of N candidates, behind P prefix tokens, in registers."""
+    """Select among N candidates after P prefix tokens, in registers. Grid: (image)."""
     pid_b = tl.program_id(0).to(tl.int64)
     all_n = P + N
     scores_ptr += pid_b * stride_sb
@@ -60,8 +60,8 @@ def _select_kernel(
 def _kth_largest(
     scores_ptr, real_ptr, N, K, HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """-> the K-th largest key, how many equal it, and how many of those are among the K."""
-    bins = tl.arange(0, 2 * DIGITS)  # the upper half counts what is no longer looked at
+    """Return the K-th largest key, how many keys equal it, and how many of those are kept."""
+    bins = tl.arange(0, 2 * DIGITS)  # the upper half counts keys that no longer match
     threshold = tl.zeros([], tl.uint32)
     quota, equal = K, K
     for digit in tl.static_range(4):
@@ -90,7 +90,7 @@ def _sum_of_merged(
     scores_ptr, real_ptr, threshold, equal, quota, N,
     HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The sum of the scores that are merged; those that equal the threshold are all alike."""
+    """Return the sum of the merged scores; those that equal the threshold share one value."""
     below = 0.0
     beside = 0.0
     for first in range(0, N, BLOCK_N):
@@ -108,7 +108,7 @@ def _stream_kernel(
     P: tl.constexpr, MERGE: tl.constexpr, NORMALIZE: tl.constexpr, HAS_MASK: tl.constexpr,
     EPSILON: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program an image, BLOCK_N candidates at a time."""
+    """Select among N candidates, BLOCK_N at a time. Grid: (image)."""
     pid_b = tl.program_id(0).to(tl.int64)
     all_n = P + N
     scores_ptr += pid_b * stride_sb
@@ -153,14 +153,16 @@ def launch_select(
     normalize: bool = False,
     epsilon: float = 0.0,
 ) -> None:
-    """Write `kept` (B, K), and, where they are given, `weights` and `slots` (B, p+N).
+    """Write `kept` (B, K) and, if given, `weights` and `slots` (B, p+N).
 
-    scores, real: (B, N), those of an image side by side; real: what is no padding, or None.
+    `scores` (B, N), and `real` (B, N) bool or None, have a last stride of 1.
     """
     B, N = scores.shape
-    held = N <= launch.MAX_SELECTED
-    block_n, _, num_warps = launch.select(N if held else launch.TILE, 1)
-    (_select_kernel if held else _stream_kernel)[(B,)](
+    kernel, candidates = _select_kernel, N
+    if N > launch.MAX_SELECTED:
+        kernel, candidates = _stream_kernel, launch.TILE
+    block_n, _, num_warps = launch.select(candidates, 1)
+    kernel[(B,)](
         *(scores, real, kept, weights, slots, scores.stride(0)),
         *(0 if real is None else real.stride(0), N, kept.shape[1]),
         P=num_prefix_tokens,

@@ -1,10 +1,10 @@
-"""The K most attended tokens in image order, as `reduce` keeps them, without moving any.
+"""Select the K most attended tokens in image order, as `reduce` does, without moving them.
 
     scores a (B, N-p), p prefix tokens first
     kept   = p + the K largest a, ascending; ties: the lower index; NaN after all numbers, padding
              last                                                            (B, K) int64
 
-Traffic: a program an image reads its scores and writes the positions.
+Traffic: one program per image reads the scores and writes the positions.
 Source: ELIP, Eq. 3.
 """
 
@@ -28,20 +28,25 @@ from elip_kernels.ops.select_kernels import launch_select
 def select_tokens(
     attn: Tensor, keep: int | float, *, mask: Tensor | None = None, num_prefix_tokens: int = 1
 ) -> Tensor:
-    """The `keep` most attended tokens in image order, as `reduce` keeps them, without moving any.
+    """Return the positions of the `keep` most attended tokens, in image order (ELIP, Eq. 3).
+
+    `reduce` keeps the same tokens. Example::
+
+        kept = elip_kernels.select_tokens(attn, 0.5)  # (B, 12, 197) -> (B, 98)
 
     Args:
         attn: scores (B, N), whose first p are not read; or attention rows (B, H, N) or a whole map
             (B, H, N, N), whose CLS row is averaged over heads. fp32, bf16, fp16 or fp64.
-        keep: int, or float ratio r in (0, 1] of the N-p candidates, max(1, int(r * (N-p))).
+        keep: int, a count; or float, a ratio r in (0, 1] of the N-p candidates,
+            max(1, int(r * (N-p))).
         mask: (B, N) bool, True = real. Padding comes last.
-        num_prefix_tokens: p.
+        num_prefix_tokens: p, the number of leading tokens that are not candidates.
 
     Returns:
-        kept (B, K) int64, positions of N.
+        kept (B, K) int64, positions from p to N-1.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected, what came, what to do.
+        TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value.
     """
     check_tensor("attn", attn, "(B, N), (B, H, N) or (B, H, N, N)", (2, 3, 4))
     (B, *_, N), p = attn.shape, num_prefix_tokens
@@ -55,7 +60,7 @@ def select_tokens(
 def select_reference(
     scores: Tensor, real: Tensor | None, keep: int, num_prefix_tokens: int
 ) -> Tensor:
-    """The specification of the selection: scores and real (B, N-p) -> kept (B, K) int64."""
+    """Compute the selection in PyTorch: kept (B, K) int64 from scores and real (B, N-p)."""
     B, candidates = scores.shape
     place = places(scores.to(accumulator(scores)), real, keep)
     index = torch.arange(num_prefix_tokens, num_prefix_tokens + candidates, device=scores.device)
@@ -64,7 +69,7 @@ def select_reference(
 
 
 def _select(scores: Tensor, real: Tensor | None, keep: int, num_prefix_tokens: int) -> Tensor:
-    """Allocate, read launch.py, launch."""
+    """Allocate and launch."""
     B = scores.shape[0]
     scores = scores if scores.stride(1) == 1 else scores.contiguous()
     real = real if real is None or real.stride(1) == 1 else real.contiguous()

@@ -1,13 +1,16 @@
-"""Cases, inputs and the interpreter seam: what tests and benchmarks share.
+"""Test cases, inputs, and switches that run the kernels on CPU tensors.
 
-The interpreter (TRITON_INTERPRET=1, set before triton is imported) runs a kernel on CPU tensors;
-`kernels_on_cpu` registers the launchers for them and counts the launches. It cannot show
+With TRITON_INTERPRET=1, set before triton is imported, the interpreter runs a kernel on CPU
+tensors. `kernels_on_cpu` registers the launchers for them and counts the launches. The interpreter
+does not show
 
-    rounding   of tensor cores: products in two-byte types and as tf32x3 are taken in fp32 (WIDEN,
-               PRECISION), and an exponential is NumPy's, where a GPU takes ex2.approx
-    order      programs and threads run one after the other: no race, and no barrier that lacks
-    code       what compiles, into how many registers and how wide accesses: `report` reads that
-    time       of which `latency.py` has a model; `benchmarks/gpu.sh` measures on a GPU
+    rounding   of tensor cores: two-byte and tf32x3 products are computed in fp32, and exponentials
+               by NumPy instead of ex2.approx
+    order      programs and threads run one after the other: no races, no missing barriers
+    code       registers, spills and access widths: see `python -m benchmarks.kernel_analysis`
+    time       modelled by `benchmarks/kernel_analysis/latency.py`, measured by `benchmarks/gpu.sh`
+
+`python -m elip_kernels.testing` checks every op on the device of this machine against fp64.
 """
 
 from collections import Counter
@@ -27,7 +30,7 @@ from elip_kernels.autocast import without_autocast
 
 @dataclass(frozen=True)
 class Case:
-    """One shape of `reduce`; its id reads as shapes."""
+    """One shape of `reduce`; its string names the sizes."""
 
     B: int
     N: int
@@ -41,7 +44,7 @@ class Case:
         return f"B{self.B}-N{self.N}-D{self.D}-K{self.K}-{dtype.get(self.dtype, 'fp64')}"
 
     def inputs(self, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """Tokens (B, N, D) ~ N(0, 1), scores (B, N-p): a softmax row without CLS."""
+        """Return tokens (B, N, D) from N(0, 1), and scores (B, N-p): a softmax row without CLS."""
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randn(self.B, self.N, self.D, generator=generator).to(self.dtype)
         logits = torch.randn(self.B, self.N, generator=generator)
@@ -53,17 +56,17 @@ UGLY_SHAPES = [(38, 1), (38, 36), (18, 9), (3, 1), (65, 64)]
 
 
 def cases(B: int, D: int, dtypes: tuple[torch.dtype, ...]) -> list[Case]:
-    """The real shapes and a few ugly ones: N odd, K = 1, K = N - 2."""
+    """Return the shapes of real models and some edge cases: N odd, K = 1, K = N - 2."""
     shapes = REAL_SHAPES + UGLY_SHAPES
     return [Case(B, N, D, K, dtype) for dtype in dtypes for N, K in shapes if K < N - 1]
 
 
 @contextmanager
 def kernels_on_cpu() -> Iterator[Counter]:
-    """Inside, CPU tensors go to the Triton launchers; yields the launches by op.
+    """Run the Triton launchers on CPU tensors inside the block; yield the launches by op.
 
     Raises:
-        RuntimeError: the kernels were not decorated for the interpreter.
+        RuntimeError: Triton was imported without TRITON_INTERPRET=1.
     """
     if not is_interpreted():
         raise RuntimeError("set TRITON_INTERPRET=1 before importing elip_kernels")
@@ -73,7 +76,7 @@ def kernels_on_cpu() -> Iterator[Counter]:
 
 @contextmanager
 def launchers_on_cpu() -> Iterator[Counter]:
-    """Inside, CPU tensors take the way of CUDA tensors, whatever a launch then does there."""
+    """Dispatch CPU tensors to the launchers of CUDA inside the block; yield the launches by op."""
     launches: Counter = Counter()
 
     def counted(operator: Operator) -> Callable[..., Any]:

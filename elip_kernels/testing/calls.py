@@ -1,95 +1,188 @@
-"""Every op by name, called as models call it: what reports and tests run.
+"""Every public op as inputs and a call, as models use it, for reports and checks.
 
-A call is forward, and backward where there is one, on CPU tensors of N(0, 1): B images, all alike,
-of N tokens, D wide, of which K stay; H heads.
+B equal images of N tokens and width D, of which K are kept, with H heads; values from N(0, 1).
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import elip_kernels
-from elip_kernels.ops.fuse_text import fuse_text
 
 Call = Callable[[int, int, int, int, int, torch.dtype], None]
+Outputs = tuple[Tensor, ...]
 
 # (N, K) of images of 224/16, 224/14 and 336/14 when 65% of the patches stay.
 REAL_CASES = ((197, 127), (257, 166), (577, 374))
-BATCHES = (2, 128)  # few images may take other kernels than many
+BATCHES = (2, 128)  # small and large batches may use different kernels
+
+
+class Op(NamedTuple):
+    """An op as a function of tensors.
+
+    Attributes:
+        inputs: (B, N, D, K, H, dtype) -> tensors on the CPU.
+        run: (K, H, *inputs) -> the outputs, and last the gradient of the tokens if there is one.
+    """
+
+    inputs: Callable[[int, int, int, int, int, torch.dtype], Outputs]
+    run: Callable[..., Outputs]
 
 
 def _tokens(B: int, N: int, D: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(N, D).to(dtype).repeat(B, 1, 1).requires_grad_()
+    return torch.randn(N, D).to(dtype).repeat(B, 1, 1)
 
 
-def _block(D: int, H: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Parameters of a pre-norm block's norm, query and key."""
-    matrices = {name: torch.randn(D, D).to(dtype) / D**0.5 for name in ("q_weight", "k_weight")}
-    vectors = {name: torch.randn(D).to(dtype) for name in ("norm_weight", "norm_bias", "q_bias")}
-    return matrices | vectors | {"eps": 1e-6, "num_heads": H}
+def _with_gradient(leaf: Tensor, out: Tensor, *others: Tensor) -> Outputs:
+    """Return `out`, the other outputs, and the gradient of the sum of `out`."""
+    (gradient,) = torch.autograd.grad(out, leaf, torch.ones_like(out))
+    return out.detach(), *others, gradient
 
 
-def _reduce(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> None:
-    row = torch.randn(B, N).softmax(-1)
-    out = elip_kernels.reduce(_tokens(B, N, D, dtype), row, K)
-    out.backward(torch.ones_like(out))
+def _reduce_inputs(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> Outputs:
+    return _tokens(B, N, D, dtype), torch.randn(B, N).softmax(-1)
 
 
-def _score_reduce(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> None:
-    cls = torch.randn(B, D).to(dtype)
-    out = elip_kernels.score_reduce(_tokens(B, N, D, dtype), cls, K, **_block(D, H, dtype))
-    out.backward(torch.ones_like(out))
+def _reduce(K: int, H: int, tokens: Tensor, row: Tensor) -> Outputs:
+    leaf = tokens.detach().requires_grad_()
+    out, info = elip_kernels.reduce(leaf, row, K, return_info=True)
+    return _with_gradient(leaf, out, info.kept, info.weights)
 
 
-def _fuse_text(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> None:
-    fuse_text(_tokens(B, N, D, dtype), torch.randn(B, D).to(dtype), 0.8, "match")
+def _block_inputs(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> Outputs:
+    """Return tokens, CLS, and norm, query and key parameters of a pre-norm block."""
+    cls, vectors = torch.randn(B, D), torch.randn(3, D)
+    matrices = torch.randn(2, D, D) / D**0.5
+    block = (cls, vectors[0], vectors[1], matrices[0], vectors[2], matrices[1])
+    return _tokens(B, N, D, dtype), *(t.to(dtype) for t in block)
 
 
-def _cls_attention(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> None:
+def _named(H: int, *block: Tensor) -> dict[str, Any]:
+    names = ("norm_weight", "norm_bias", "q_weight", "q_bias", "k_weight", "v_weight", "v_bias")
+    return dict(zip(names, block, strict=False)) | {"eps": 1e-6, "num_heads": H}
+
+
+def _from_tokens(K: int, H: int, tokens: Tensor, cls: Tensor, *block: Tensor) -> Outputs:
+    return (elip_kernels.cls_attention_from_tokens(tokens, cls, **_named(H, *block)),)
+
+
+def _output_inputs(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> Outputs:
+    value = torch.randn(D, D) / D**0.5, torch.randn(D)
+    return *_block_inputs(B, N, D, K, H, dtype), *(t.to(dtype) for t in value)
+
+
+def _output(K: int, H: int, tokens: Tensor, cls: Tensor, *block: Tensor) -> Outputs:
+    return (elip_kernels.cls_attention_output(tokens, cls, **_named(H, *block)),)
+
+
+def _score_reduce(
+    K: int, H: int, tokens: Tensor, cls: Tensor, *block: Tensor, row: Tensor | None = None
+) -> Outputs:
+    """Return out, kept, weights, row and the gradient; select by `row` if it is given."""
+    leaf, options = tokens.detach().requires_grad_(), _named(H, *block) | {"row": row}
+    out, info, row = elip_kernels.score_reduce(leaf, cls, K, return_info=True, **options)
+    return _with_gradient(leaf, out, info.kept, info.weights, row)
+
+
+def _fuse_inputs(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> Outputs:
+    return _tokens(B, N, D, dtype), torch.randn(B, D).to(dtype)
+
+
+def _fuse_text(K: int, H: int, tokens: Tensor, text: Tensor) -> Outputs:
+    return (elip_kernels.fuse_text(tokens, text, 0.8, "match"),)
+
+
+def _row_inputs(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> Outputs:
     q, k = torch.randn(B, H, D // H), torch.randn(H, N, D // H).repeat(B, 1, 1, 1)
-    elip_kernels.cls_attention(q.to(dtype), k.to(dtype))
+    return q.to(dtype), k.to(dtype)
 
 
-def _attention_column_mean(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> None:
-    q, k = (torch.randn(H, N, D // H).to(dtype).repeat(B, 1, 1, 1) for _ in range(2))
-    elip_kernels.attention_column_mean(q, k)
+def _cls_attention(K: int, H: int, q: Tensor, k: Tensor) -> Outputs:
+    return (elip_kernels.cls_attention(q, k),)
 
 
-def _from_tokens(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> None:
-    tokens, cls = _tokens(B, N, D, dtype), torch.randn(B, D).to(dtype)
-    elip_kernels.cls_attention_from_tokens(tokens, cls, **_block(D, H, dtype))
+def _map_inputs(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> Outputs:
+    return tuple(torch.randn(H, N, D // H).to(dtype).repeat(B, 1, 1, 1) for _ in "qk")
 
 
-def _cls_attention_output(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> None:
-    tokens, cls = _tokens(B, N, D, dtype), torch.randn(B, D).to(dtype)
-    value = {"v_weight": torch.randn(D, D).to(dtype) / D**0.5, "v_bias": torch.randn(D).to(dtype)}
-    elip_kernels.cls_attention_output(tokens, cls, **_block(D, H, dtype), **value)
+def _attention_column_mean(K: int, H: int, q: Tensor, k: Tensor) -> Outputs:
+    return (elip_kernels.attention_column_mean(q, k),)
 
 
-def _bipartite_merge(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> None:
-    metric, tokens = torch.randn(B, N, D // H).to(dtype), _tokens(B, N, D, dtype)
-    options = {"size": torch.randint(1, 6, (B, N)).float(), "penalty": torch.rand(B, N)}
-    merged, _ = elip_kernels.bipartite_merge(tokens, metric, N - K, **options)
-    merged.backward(torch.ones_like(merged))
-
-
-def _merge_nearest(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> None:
+def _merge_inputs(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> Outputs:
+    """Return tokens, metric, sizes, penalties and scores."""
     metric, size = torch.randn(B, N, D // H).to(dtype), torch.randint(1, 6, (B, N)).float()
-    kept = elip_kernels.select_tokens(torch.randn(B, N).to(dtype), K)
-    merged, _ = elip_kernels.merge_nearest(_tokens(B, N, D, dtype), kept, metric, size=size)
-    merged.backward(torch.ones_like(merged))
+    return _tokens(B, N, D, dtype), metric, size, torch.rand(B, N), torch.randn(B, N).to(dtype)
 
 
+def _bipartite_merge(
+    K: int, H: int, tokens: Tensor, metric: Tensor, size: Tensor, penalty: Tensor, scores: Tensor
+) -> Outputs:
+    leaf, options = tokens.detach().requires_grad_(), {"size": size, "penalty": penalty}
+    r = tokens.shape[1] - K
+    merged, sizes, info = elip_kernels.bipartite_merge(leaf, metric, r, **options, return_info=True)
+    return _with_gradient(leaf, merged, sizes, info.slots)
+
+
+def _apply_merge(
+    K: int, H: int, tokens: Tensor, metric: Tensor, size: Tensor, penalty: Tensor, scores: Tensor
+) -> Outputs:
+    leaf, r = tokens.detach().requires_grad_(), tokens.shape[1] - K
+    *_, info = elip_kernels.bipartite_merge(tokens, metric, r, return_info=True)
+    merged, sizes = elip_kernels.apply_merge(leaf, info, size=size)
+    return _with_gradient(leaf, merged, sizes)
+
+
+def _unmerge(
+    K: int, H: int, tokens: Tensor, metric: Tensor, size: Tensor, penalty: Tensor, scores: Tensor
+) -> Outputs:
+    r = tokens.shape[1] - K
+    *_, info = elip_kernels.bipartite_merge(tokens, metric, r, return_info=True)
+    leaf = tokens[:, : info.num_rows].detach().requires_grad_()
+    return _with_gradient(leaf, elip_kernels.unmerge(leaf, info))
+
+
+def _select_tokens(
+    K: int, H: int, tokens: Tensor, metric: Tensor, size: Tensor, penalty: Tensor, scores: Tensor
+) -> Outputs:
+    return (elip_kernels.select_tokens(scores, K),)
+
+
+def _merge_nearest(
+    K: int, H: int, tokens: Tensor, metric: Tensor, size: Tensor, penalty: Tensor, scores: Tensor
+) -> Outputs:
+    leaf, kept = tokens.detach().requires_grad_(), elip_kernels.select_tokens(scores, K)
+    merged, sizes, info = elip_kernels.merge_nearest(
+        leaf, kept, metric, size=size, return_info=True
+    )
+    return _with_gradient(leaf, merged, sizes, info.slots)
+
+
+OPS: dict[str, Op] = {
+    "reduce": Op(_reduce_inputs, _reduce),
+    "score_reduce": Op(_block_inputs, _score_reduce),
+    "fuse_text": Op(_fuse_inputs, _fuse_text),
+    "cls_attention": Op(_row_inputs, _cls_attention),
+    "attention_column_mean": Op(_map_inputs, _attention_column_mean),
+    "cls_attention_from_tokens": Op(_block_inputs, _from_tokens),
+    "cls_attention_output": Op(_output_inputs, _output),
+    "bipartite_merge": Op(_merge_inputs, _bipartite_merge),
+    "merge_nearest": Op(_merge_inputs, _merge_nearest),
+    "apply_merge": Op(_merge_inputs, _apply_merge),
+    "select_tokens": Op(_merge_inputs, _select_tokens),
+    "unmerge": Op(_merge_inputs, _unmerge),
+}
+
+
+def _call(op: Op, B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> None:
+    op.run(K, H, *op.inputs(B, N, D, K, H, dtype))
+
+
+# Their kernels are also launched by the calls above them.
+_PARTS = ("apply_merge", "select_tokens", "unmerge")
 CALLS: dict[str, Call] = {
-    "reduce": _reduce,
-    "score_reduce": _score_reduce,
-    "fuse_text": _fuse_text,
-    "cls_attention": _cls_attention,
-    "attention_column_mean": _attention_column_mean,
-    "cls_attention_from_tokens": _from_tokens,
-    "cls_attention_output": _cls_attention_output,
-    "bipartite_merge": _bipartite_merge,
-    "merge_nearest": _merge_nearest,
+    name: partial(_call, op) for name, op in OPS.items() if name not in _PARTS
 }

@@ -114,4 +114,4 @@ def test_a_head_too_wide_for_its_kernel_takes_the_pytorch_form():
     assert "at most 128 channels" in operator.unsupported(tokens, *wide)
     assert "at most 128 heads" in operator.unsupported(tokens, *wide._replace(num_heads=129))
     huge = torch.empty(1, 65536, 32768, device="meta")
-    assert "fewer than 2^31 elements an image" in operator.unsupported(huge, *query)
+    assert "fewer than 2^31 elements per image" in operator.unsupported(huge, *query)

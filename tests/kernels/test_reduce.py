@@ -117,17 +117,17 @@ def test_weights_are_fp64_wherever_an_input_is():
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so everything is the PyTorch form")
-def test_what_no_kernel_takes_is_said_once():
+def test_an_unsupported_size_warns_once():
     from elip_kernels.testing import launchers_on_cpu
 
-    _operator._SAID.clear()
-    with launchers_on_cpu(), warnings.catch_warnings(record=True) as said:
+    OPERATORS["reduce"].warned_reasons.clear()
+    with launchers_on_cpu(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for N in (70_000, 70_001):
             elip_kernels.reduce(torch.randn(1, N, 4), torch.rand(1, N - 1), 9)
-    (warning,) = said
+    (warning,) = caught
     assert issubclass(warning.category, _operator.FallbackWarning)
-    assert re.search(r"elip::reduce of \(1, 70000, 4\).*at most 65,536", str(warning.message))
+    assert re.search(r"elip::reduce: .*\(1, 70000, 4\).*at most 65,536", str(warning.message))
 
 
 @pytest.mark.parametrize(
