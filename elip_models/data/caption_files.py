@@ -22,15 +22,9 @@ class CaptionEntry(NamedTuple):
 
 
 def caption_entries(file: Path, data: dict[str, Any], split: str | None) -> Iterator[CaptionEntry]:
-    """Yield the images with their captions, all or those of one split.
+    """Yield the images with their captions, all or those of a `split` ("test", "train+restval").
 
-    Args:
-        file: Path of the file, for error messages.
-        data: Content of the file.
-        split: Split of Karpathy's files, such as "test" or "train+restval". None: all images.
-
-    Raises:
-        ValueError: An entry is malformed, the file has no splits, or it lacks the given one.
+    Raises ValueError if an entry is malformed, or the file lacks the split.
     """
     if "annotations" in data:
         if split is not None:

@@ -46,7 +46,6 @@ class ClassSource(Source, Protocol):
 
     def sample_id(self, index: int) -> str:
         """Return the id of a sample without decoding the image."""
-        ...
 
 
 def _background_template(background: str) -> Template:

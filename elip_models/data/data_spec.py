@@ -42,17 +42,10 @@ OPTIONS = tuple(field.name for field in fields(FileSpec) if field.name != "files
 
 
 def parse_files(spec: str | Mapping[str, Any], allowed: Collection[str]) -> FileSpec:
-    """Parse a specification of files.
+    """Parse a specification of files, with no options except those `allowed`.
 
     In the one-line form, every part that is not an option is a file name. A file name that contains
-    a comma needs the mapping form.
-
-    Args:
-        spec: One line or a mapping, see the top of this file.
-        allowed: Names of the options that the caller supports.
-
-    Raises:
-        TypeError, ValueError: The specification is malformed.
+    a comma needs the mapping form. A malformed specification raises TypeError or ValueError.
     """
     given = dict(spec) if isinstance(spec, Mapping) else _parts(spec)
     known = ("files", *allowed)

@@ -36,11 +36,9 @@ class ExampleSource(Protocol):
 
     def __getitem__(self, index: int) -> Example:
         """Read and decode one example. Raises SampleError if it cannot be read."""
-        ...
 
     def text_alone(self, index: int) -> Example:
         """Return the example without images; none is decoded."""
-        ...
 
 
 def soft_scores(answers: dict[str, float]) -> dict[str, float]:

@@ -36,15 +36,9 @@ def read_entries(file: Path, expected: str) -> list[Any]:
 
 
 def read_fields(where: str, entry: Any, **expected: Any) -> tuple[Any, ...]:
-    """Return the fields of one entry, each checked against a type hint.
+    """Return the fields of one entry, each checked against the type hint in `expected`.
 
-    Args:
-        where: File and entry, such as "list.json[3]"; the message of an error begins with it.
-        entry: The parsed JSON value.
-        **expected: Type hint of each required field.
-
-    Raises:
-        ValueError: The entry is not an object, lacks a field, or a field has another type.
+    Raises ValueError, which begins with `where`, if a field is missing or has another type.
     """
     if not isinstance(entry, dict) or not expected.keys() <= entry.keys():
         raise ValueError(f"{where}: expected the keys {', '.join(expected)}, got {entry!r:.200}")

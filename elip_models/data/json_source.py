@@ -107,11 +107,7 @@ class JsonSource:
 
 
 def _build_index(files: list[Path], image_root: str | Path | None, split: str | None) -> "Dataset":
-    """Return an Arrow table with one row per entry.
-
-    The column "problem" holds why an entry cannot be read, or "". The column "entry" holds its
-    place, such as "list.json[3]".
-    """
+    """Return an Arrow table with one row per entry; "problem" is why it cannot be read, or ""."""
     with require_extra("JsonSource"):
         from datasets import Dataset, Features, Value
 

@@ -9,7 +9,6 @@ counted and reported.
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -147,21 +146,13 @@ class ForkSafeLoader(DataLoader):
     """
 
     def __iter__(self) -> Iterator[Any]:
-        with _single_threaded_tokenizers():
+        is_set = _TOKENIZER_THREADS in os.environ
+        os.environ.setdefault(_TOKENIZER_THREADS, "false")
+        try:
             return super().__iter__()
-
-
-@contextmanager
-def _single_threaded_tokenizers() -> Iterator[None]:
-    """Set the environment for processes started inside, unless the user has set it."""
-    if _TOKENIZER_THREADS in os.environ:
-        yield
-        return
-    os.environ[_TOKENIZER_THREADS] = "false"
-    try:
-        yield
-    finally:
-        os.environ.pop(_TOKENIZER_THREADS, None)
+        finally:
+            if not is_set:
+                os.environ.pop(_TOKENIZER_THREADS, None)
 
 
 class _TrainLoader(ForkSafeLoader):

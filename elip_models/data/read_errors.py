@@ -55,10 +55,9 @@ class SkipReport:
         return len(self.reasons) / max(1, seen)
 
     def update(self, skipped: Iterable[tuple[str, str]], seen: int) -> None:
-        """Add the (id, reason) pairs of `skipped`, found among `seen` further samples.
+        """Add (id, reason) pairs, found among `seen` further samples.
 
-        Raises:
-            DataError: The share is above `max_bad_share`, once 100 samples were seen.
+        Raises DataError if the share is above `max_bad_share`, once 100 samples were seen.
         """
         self.record(skipped, seen)
         needed = _MIN_SAMPLES if self.length is None else min(_MIN_SAMPLES, self.length)

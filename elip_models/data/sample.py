@@ -47,11 +47,9 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> Sample:
         """Read and decode one sample. Raises SampleError if it cannot be read."""
-        ...
 
     def captions(self, index: int) -> tuple[str, ...]:
         """Return the captions without decoding the image; empty if the sample has none."""
-        ...
 
 
 @runtime_checkable
@@ -59,16 +57,7 @@ class NamedMasks(Protocol):
     """Optional part of a `Source`: masks of the objects that captions name."""
 
     def named_mask(self, index: int, caption: int) -> np.ndarray:
-        """Return the pixels that show what one caption names.
-
-        Args:
-            index: Index of the sample.
-            caption: Index of the caption among those of the sample.
-
-        Returns:
-            (H, W) bool, in pixels of the stored image.
-        """
-        ...
+        """Return (H, W) bool: the pixels that show what caption number `caption` names."""
 
 
 def clean_captions(value: Any) -> list[str]:

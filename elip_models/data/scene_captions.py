@@ -128,12 +128,7 @@ def _relative(scene: Scene, groups: Sequence[Group]) -> str:
 
 
 class Template(NamedTuple):
-    """A caption template.
-
-    Attributes:
-        write: Maps a scene and the groups to name, in order, to a sentence.
-        most: Largest number of groups that it names.
-    """
+    """A caption template, which names up to `most` groups of a scene in the given order."""
 
     write: Callable[[Scene, Sequence[Group]], str]
     most: int

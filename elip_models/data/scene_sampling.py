@@ -134,14 +134,7 @@ _ANGLES = (-20, -10, 0, 10, 20)
 
 
 class Copy(NamedTuple):
-    """One drawn emoji, in fractions of the image.
-
-    Attributes:
-        x: Centre, from the left.
-        y: Centre, from the top.
-        size: Length of the longer side.
-        angle: Rotation in degrees, counterclockwise.
-    """
+    """One drawn emoji: centre and longer side in fractions of the image, angle in degrees."""
 
     x: float
     y: float

@@ -44,17 +44,10 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 @lru_cache(maxsize=_GLYPH_CACHE)
 def draw_emoji(name: str, pixels: int, angle: int = 0) -> Image.Image:
-    """Return the RGBA glyph of an emoji, cropped, with a longer side of `pixels`.
+    """Return the RGBA glyph of an emoji, rotated, cropped, with a longer side of `pixels`.
 
-    The result is cached: copy it before changing it.
-
-    Args:
-        name: Key of `EMOJI`.
-        pixels: Length of the longer side.
-        angle: Rotation in degrees, counterclockwise.
-
-    Raises:
-        KeyError: The name is unknown.
+    `name` is a key of `EMOJI`, `angle` is in degrees, counterclockwise. The result is cached: copy
+    it before changing it.
     """
     font = _font(2 * pixels + 8)
     left, top, right, bottom = font.getbbox(EMOJI[name])

@@ -12,7 +12,6 @@ class SharedImages(Protocol):
 
     def image_number(self, index: int) -> int:
         """Return the first index that shows the same image as `index`."""
-        ...
 
 
 def image_number(source: Source, index: int) -> int:

@@ -65,8 +65,7 @@ def is_stream(spec: Any) -> bool:
 def parse_stream(spec: str | Mapping[str, Any], *, samples: int | None = None) -> StreamSpec:
     """Parse a specification; `samples` applies if it does not set them.
 
-    Raises:
-        TypeError, ValueError: The specification is malformed.
+    A malformed specification raises TypeError or ValueError.
     """
     given: dict[str, Any] = {} if samples is None else {"samples": samples}
     given |= _parts(spec) if isinstance(spec, str) else spec
@@ -153,8 +152,7 @@ class StreamSource:
     def first_captions(self, count: int) -> Iterator[tuple[str, ...]]:
         """Yield the captions of the first `count` readable samples; no image is decoded.
 
-        Raises:
-            DataError: None of the first thousand can be read.
+        Raises DataError if none of the first thousand can be read.
         """
         found, skipped = 0, []
         for number in range(len(self.shards)):
@@ -174,8 +172,7 @@ class StreamSource:
     def check(self, limit: int | None = None) -> tuple[SkipReport, list[str]]:
         """Read every shard once, or the first `limit` samples.
 
-        Returns:
-            The report of unreadable samples and incomplete shards, and the captions of all others.
+        Returns the report of unreadable samples and incomplete shards, and all other captions.
         """
         report = SkipReport()
         captions: list[str] = []

@@ -35,7 +35,6 @@ class Stream(Protocol):
 
     def read(self, count: int) -> bytes:
         """Read up to `count` bytes; b"" at the end. Raises an error if bytes are missing."""
-        ...
 
     def close(self) -> None:
         """Release the connection or process."""

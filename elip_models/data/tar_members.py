@@ -18,13 +18,7 @@ _MAGIC = slice(257, 262), b"ustar"
 
 
 class Member(NamedTuple):
-    """A file in the archive, completely present.
-
-    Attributes:
-        name: UTF-8 name; invalid bytes are escaped.
-        offset: Byte where its data begins.
-        size: Number of bytes.
-    """
+    """A file in the archive, completely present, with `size` bytes of data at byte `offset`."""
 
     name: str
     offset: int
@@ -53,15 +47,12 @@ class Tar(Protocol):
 
     def read(self, count: int) -> bytes:
         """Read up to `count` bytes; a limit on memory applies, whatever a header claims."""
-        ...
 
     def contains(self, offset: int, size: int) -> bool:
         """Return whether all `size` bytes at `offset` exist. Earlier bytes are not read again."""
-        ...
 
     def discard_before(self, offset: int) -> None:
         """Free the bytes before `offset`, which are not read again."""
-        ...
 
 
 class StoredTar:
@@ -93,14 +84,8 @@ def read_members(path: Path) -> Iterator[Member | Damage]:
 def members_of(tar: Tar, name: str) -> Iterator[Member | Damage]:
     """Yield the members in order, and the damage between and after them.
 
-    The data of a member can be read until the next member is requested.
-
-    Args:
-        tar: The archive.
-        name: Its name for error messages.
-
-    Raises:
-        ValueError: `tar` is not a tar file, or it is compressed.
+    The data of a member can be read until the next member is requested. `name` is the name of the
+    archive in errors. Raises ValueError if it is compressed or not a tar file.
     """
     tar.seek(0)
     _check_first(name, tar.read(BLOCK))

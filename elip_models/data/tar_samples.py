@@ -66,17 +66,10 @@ class TarSample(NamedTuple):
 
 
 def read_samples(tar: Tar, name: str) -> Iterator[TarSample]:
-    """Yield the samples of an archive, and what is lost, in one forward pass.
+    """Yield the samples of the archive called `name`, and what is lost, in one forward pass.
 
-    As WebDataset requires, the members of a sample are adjacent. A later member is reported as
-    lost.
-
-    Args:
-        tar: The archive.
-        name: Its name for error messages.
-
-    Raises:
-        ValueError: `tar` is not a tar file.
+    As WebDataset requires, the members of a sample are adjacent; a later one is reported as lost.
+    Raises ValueError if the archive is not a tar file.
     """
     ended: set[str] = set()
     current = None

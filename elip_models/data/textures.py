@@ -20,21 +20,13 @@ _FINE = 4  # the fine grid of a noise has this many times the cells of the coars
 
 @dataclass(frozen=True)
 class Texture:
-    """A pattern and how it is drawn.
+    """A pattern and how it is drawn."""
 
-    Args:
-        pattern: Name in `PATTERNS`.
-        repeats: Repeats over the image.
-        angle: Rotation in radians.
-        shift: Translation along both axes, as a share of one repeat.
-        seed: Seed of a random pattern.
-    """
-
-    pattern: str
+    pattern: str  # a key of `PATTERNS`
     repeats: int
-    angle: float
-    shift: tuple[float, float]
-    seed: int
+    angle: float  # radians
+    shift: tuple[float, float]  # shares of one repeat
+    seed: int  # of a random pattern
 
 
 def sample_texture(rng: np.random.Generator) -> Texture:

@@ -73,17 +73,9 @@ def isolated_rng(device: torch.device) -> AbstractContextManager[None]:
 def ranks_by_chunk(
     queries: Tensor, candidates: Tensor, query_ids: Tensor, ids: Tensor, chunk_size: int = 1024
 ) -> Tensor:
-    """Return `ranks_of` for features, computed for `chunk_size` queries at a time.
+    """Return `ranks_of` for features (Q, E) and (C, E), for `chunk_size` queries at a time.
 
-    Args:
-        queries: (Q, E).
-        candidates: (C, E).
-        query_ids: (Q,).
-        ids: (C,); a candidate with the id of the query is relevant.
-        chunk_size: Rows of the similarity matrix that exist at once.
-
-    Returns:
-        (Q,) int64.
+    A candidate is relevant if its id (C,) equals that of the query (Q,).
     """
     chunks = zip(queries.split(chunk_size), query_ids.split(chunk_size), strict=True)
     with no_autocast(queries):

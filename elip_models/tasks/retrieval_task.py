@@ -179,33 +179,19 @@ def _sample_other_captions(
 
 @dataclass(frozen=True)
 class _Index:
-    """Encoded images and texts, on the CPU.
-
-    Args:
-        model: The model.
-        tokens: (N, D) of each image.
-        masks: (N,) of each image. None: all tokens are real.
-        images: (3, S, S) of each image, if queries guide the reduction.
-        features: (I, E) and (T, E).
-        ids: Token ids (T, L).
-        mask: Attention mask (T, L).
-        text_to_image: (T,), the image of each text.
-        names: Ids of the images.
-        texts: The texts.
-        batch_size: Pairs in one forward pass.
-    """
+    """Encoded images and texts, on the CPU."""
 
     model: "PretrainedModel"
-    tokens: Tensor
-    masks: Tensor | None
-    images: Tensor | None
-    features: tuple[Tensor, Tensor] | None
-    ids: Tensor
-    mask: Tensor
-    text_to_image: Tensor
-    names: list[str]
+    tokens: Tensor  # (N, D) of each image
+    masks: Tensor | None  # (N,) of each image; None: all tokens are real
+    images: Tensor | None  # (3, S, S) of each image, if queries guide the reduction
+    features: tuple[Tensor, Tensor] | None  # (I, E) and (T, E)
+    ids: Tensor  # (T, L)
+    mask: Tensor  # (T, L)
+    text_to_image: Tensor  # (T,), the image of each text
+    names: list[str]  # ids of the images
     texts: list[str]
-    batch_size: int
+    batch_size: int  # pairs in one forward pass
 
     @classmethod
     def encode(

@@ -36,13 +36,7 @@ if TYPE_CHECKING:
 
 
 class Loading(NamedTuple):
-    """How evaluation reads data.
-
-    Attributes:
-        batch_size: Images in one forward pass.
-        num_workers: Worker processes; 0 loads in this process.
-        max_bad_share: Largest allowed share of unreadable samples.
-    """
+    """How evaluation reads data; `batch_size` images are in one forward pass."""
 
     batch_size: int = 64
     num_workers: int = 0
@@ -109,20 +103,12 @@ class TaskScores:
 
 @dataclass(frozen=True)
 class Preprocessor:
-    """Conversion of images and texts to tensors.
-
-    Args:
-        source: Source of the samples.
-        transform: Maps an image to (3, S, S). It may draw from torch's CPU generator.
-        tokenizer: Tokenizer of the model.
-        model: Config of the model.
-        context_length: Number of tokens of a text.
-    """
+    """Conversion of images and texts to tensors."""
 
     source: Source | ExampleSource
-    transform: "Callable[[Image.Image], Tensor]"
+    transform: "Callable[[Image.Image], Tensor]"  # to (3, S, S); may draw from the CPU generator
     tokenizer: "PreTrainedTokenizerBase"
-    model: Any
+    model: Any  # the config of the model
     context_length: int
 
     def image(self, image: "Image.Image", rng: np.random.Generator) -> Tensor:

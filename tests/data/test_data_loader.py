@@ -307,7 +307,7 @@ def test_bad_loader_arguments(dataset):
     sampler = EpochSampler(LENGTH, BATCH, 0)
     with pytest.raises(ValueError, match="num_workers: expected an integer at least 0, got -1"):
         train_loader(dataset, sampler, -1)
-    with pytest.raises(ValueError, match="sampler: expected one of length 22, as the dataset, got"):
+    with pytest.raises(ValueError, match="sampler: expected length 22, that of the dataset, got"):
         train_loader(dataset, EpochSampler(LENGTH - 1, BATCH, 0), 0)
 
 

@@ -347,7 +347,7 @@ def test_a_file_that_is_no_tar_is_refused(content, tmp_path):
         write_tar(path, {"k.txt": b"a"}, "w:gz")
     else:
         path.write_bytes(b"text" * 300 if content == "text" else b"")
-    with pytest.raises(ValueError, match=r"s\.tar: expected a whole, uncompressed tar, got"):
+    with pytest.raises(ValueError, match=r"s\.tar: expected a complete, uncompressed tar, got"):
         ShardSource(path)
 
 

@@ -58,7 +58,7 @@ def test_bad_sampler_arguments(arguments, error, message):
     [
         (-1, 0, ValueError, "epoch: expected an integer at least 0, got -1"),
         (0, 1.5, TypeError, r"offset: expected an integer .*, got 1\.5"),
-        (0, 6, ValueError, "offset: expected at most batches_per_epoch = 5, got 6; the data or"),
+        (0, 6, ValueError, "offset: expected at most batches_per_epoch = 5, got 6; use the"),
     ],
 )
 def test_bad_positions(epoch, offset, error, message):

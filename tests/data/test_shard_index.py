@@ -88,7 +88,7 @@ def test_a_folder_that_cannot_be_written_is_said_and_read_without(tmp_path, monk
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ELIP_CACHE", str(tmp_path / "file"))
     monkeypatch.setattr(shard_index, "CACHED_FROM", 1)
-    with pytest.warns(UserWarning, match="the index of tar shards is not kept"):
+    with pytest.warns(UserWarning, match="the index of tar shards is not cached"):
         assert len(ShardSource(three(tmp_path))) == 6
 
 

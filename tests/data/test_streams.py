@@ -16,6 +16,7 @@ from tests.helpers.streaming import served
 
 ADDRESS = re.compile("0x[0-9a-f]+")
 NO_HEADER = bytes(range(256)) * 2
+LOST = "connection lost, and the server does not support range requests"
 
 
 @pytest.fixture(autouse=True)
@@ -149,20 +150,20 @@ def test_where_there_is_no_rest_the_samples_before_it_count(tmp_path):
     with served(tmp_path, ranges=False, breaks_after=end) as url:
         samples, lost, ends = read(f"{url}/a.tar", f"{url}/a.tar")
     assert list(samples) == ["a.tar:k0", "a.tar:k1"]
-    assert lost == {f"a.tar:byte {end}": "it does not end as a tar ends: more may be lost"}
-    problem = f"broke off at byte {end}: it broke off, and the server does not send the rest alone"
+    assert lost == {f"a.tar:byte {end}": "the end marker of the tar is missing: more may be lost"}
+    problem = f"interrupted at byte {end}: {LOST}"
     assert ends == [("a.tar", problem)] * 2
 
 
 @pytest.mark.parametrize(
     ("command", "problem"),
     [
-        ("cat {}; echo sorry >&2; exit 3", "broke off at byte {size}: exit status 3: sorry"),
+        ("cat {}; echo sorry >&2; exit 3", "interrupted at byte {size}: exit status 3: sorry"),
         ("cat missing.tar", "exit status 1: cat: missing.tar: No such file or directory"),
         ("kill -9 $$", "exit status -9"),
-        ("true", "expected a whole, uncompressed tar"),
-        ("seq 1000", "expected a whole, uncompressed tar, got a file that does not read as one"),
-        ("sleep 60", "no byte came for 0.4 seconds"),
+        ("true", "expected a complete, uncompressed tar"),
+        ("seq 1000", "expected a complete, uncompressed tar, got another format"),
+        ("sleep 60", "no data for 0.4 seconds"),
     ],
 )
 def test_a_command_that_does_not_give_a_tar_is_named(tmp_path, monkeypatch, command, problem):
@@ -191,7 +192,7 @@ def test_what_a_web_server_says_is_named(tmp_path):
     with served(tmp_path) as url:
         _, _, ends = read(f"{url}/a.tar", f"{url}/page.tar", f"{url}/none.tar")
     assert ends[0] == ("a.tar", "HTTP Error 404: Not Found")
-    assert "does not read as one" in ends[1][1]
+    assert "got another format" in ends[1][1]
     assert ends[2] == ("none.tar", "no sample")
     _, _, [(_, what)] = read(f"{url}/a.tar")
     assert "Connection refused" in what
@@ -203,7 +204,7 @@ def test_members_that_do_not_stand_together_are_named(tmp_path):
     reasons = {key.rpartition(":")[2]: reason for key, reason in lost.items()}
     assert reasons == {
         "a": "no caption",
-        "a.txt": "a has ended before it; members of a sample in a stream stand together",
+        "a.txt": "a ended before it; members of a sample in a stream must be adjacent",
     }
 
 
@@ -224,7 +225,7 @@ def test_what_is_too_large_is_passed_over_and_not_held(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("https://host/a.tar", "expected samples, how many make an epoch"),
+        ("https://host/a.tar", "expected samples, the number in an epoch"),
         ({"stream": [], "samples": 5}, "at least one URL"),
         ({"stream": "a.tar", "samples": 5}, "expected https://.*got 'a.tar'"),
         ({"stream": "https://host/a.tar", "samples": 0}, "samples: expected an integer at least 1"),

@@ -66,10 +66,10 @@ def test_an_export_of_pairs_has_each_image_once(task, tmp_path):
 def test_an_export_goes_to_an_empty_folder(tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").touch()
-    with pytest.raises(FileExistsError, match="folder: expected a new or an empty one"):
+    with pytest.raises(FileExistsError, match="folder: expected a new or an empty folder"):
         export("vqa", "emoji_questions:size=2", tmp_path / "full", image_size=16)
     assert elip("data", "export", "vqa", "emoji_questions:size=2", tmp_path / "full") == 2
-    assert "expected a new or an empty one" in capsys.readouterr().err
+    assert "expected a new or an empty folder" in capsys.readouterr().err
 
 
 def test_data_export_says_what_data_check_reads(tmp_path, capsys):

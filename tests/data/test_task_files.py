@@ -229,7 +229,7 @@ def test_cifar_of_parquet_files(tmp_path):
     examples = opened("classification", f"{spec},split=test,label=coarse_label")
     assert examples.text_alone(0)[1:] == ("", {"mammals": 1.0}, "cifar-test-0")
     for wrong, message in {
-        f"{spec},split=test": "expected a column of ClassLabel, got .*; say label=NAME",
+        f"{spec},split=test": "expected a column of ClassLabel, got .*; add label=NAME",
         f"{spec},split=test,label=img": "expected a column of ClassLabel named 'img', got",
         f"{spec},split=val": "val",
         f"{spec}": r"spec: expected datasets:NAME_OR_FOLDER,split=test, got",

@@ -124,7 +124,7 @@ def test_without_java_the_result_says_so(monkeypatch):
     assert found.tokenizer == "plain"
     assert found.each == pytest.approx(cider_d(WRITTEN, CAPTIONS))
     for options in ({"also": ["meteor"]}, {"tokenizer": "ptb"}):
-        with pytest.raises(ValueError, match=r"(meteor|ptb): expected java on the path"):
+        with pytest.raises(ValueError, match=r"(meteor|ptb): expected java on the PATH"):
             caption_scores(WRITTEN, CAPTIONS, **options)
 
 
@@ -143,8 +143,8 @@ def test_meteor_runs_in_java():
     [
         (["a"], [], "written: expected a caption for each of the 0 images in captions, .*got 1"),
         ([], [], "written: expected a caption .*at least one, got 0"),
-        (["a", "b"], [["a"], [" "]], r"captions: expected one reference.*got \[' '\] of image 1"),
-        (["a"], ["a"], "captions: expected one reference or more.*in a list, got 'a' of image 0"),
+        (["a", "b"], [["a"], [" "]], r"captions: expected references.*got \[' '\] for image 1"),
+        (["a"], ["a"], "captions: expected references in a list .*, got 'a' for image 0"),
     ],
 )
 def test_captions_that_cannot_be_scored_are_named(written, captions, message):

@@ -71,5 +71,5 @@ def test_where_nothing_varies_it_is_a_point():
 
 
 def test_no_score_is_an_error():
-    with pytest.raises(ValueError, match="scores: expected one an example, got none"):
+    with pytest.raises(ValueError, match="scores: expected one per example, got none"):
         bootstrap_interval([])

@@ -17,17 +17,11 @@ from elip_models.data.scenes import EmojiScenes, render
 
 
 class SceneExample(NamedTuple):
-    """A text with its answers.
-
-    Attributes:
-        text: Question, hypothesis or statement.
-        answers: Correct answers, as in `Example`.
-        sample: Draws scenes in which these answers are correct.
-    """
+    """A text with its answers, as in `Example`, and a function that draws scenes for them."""
 
     text: str
     answers: dict[str, float]
-    sample: Callable[[np.random.Generator], tuple[Scene, ...]]
+    sample: Callable[[np.random.Generator], tuple[Scene, ...]]  # scenes with these answers
 
 
 class EmojiExamples(ABC):

@@ -16,21 +16,13 @@ _SUFFIXES = (".jpg", ".png")
 
 
 class StoredExample(NamedTuple):
-    """An example whose images have not been read.
+    """An `Example` whose images have not been read."""
 
-    Attributes:
-        entry: Place in its file, such as "train.json[3]".
-        id: Id of the example.
-        text: As in `Example`.
-        answers: As in `Example`.
-        images: Paths. A path without suffix is a .jpg or a .png file.
-    """
-
-    entry: str
+    entry: str  # place in its file, such as "train.json[3]"
     id: str
     text: str
     answers: dict[str, float]
-    images: tuple[Path, ...]
+    images: tuple[Path, ...]  # a path without suffix is a .jpg or a .png file
 
 
 class FileExamples:

@@ -47,19 +47,12 @@ _NUMBERS = tuple(str(count) for count in range(1, MOST + 1))
 
 
 class Question(NamedTuple):
-    """A question with its possible answers.
-
-    Attributes:
-        text: The question.
-        answers: All answers that can be correct.
-        sample: Draws a scene in which the given answers are correct, and no other.
-        counts: Possible numbers of simultaneously correct answers.
-    """
+    """A question with its possible answers."""
 
     text: str
-    answers: tuple[str, ...]
-    sample: Callable[..., Scene]
-    counts: tuple[int, ...] = (1,)
+    answers: tuple[str, ...]  # all that can be correct
+    sample: Callable[..., Scene]  # draws a scene in which exactly the given answers are correct
+    counts: tuple[int, ...] = (1,)  # possible numbers of simultaneously correct answers
 
 
 def _exists(rng: np.random.Generator, clutter: int) -> Question:

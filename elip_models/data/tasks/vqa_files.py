@@ -103,10 +103,7 @@ def _questions(
 def _listed(
     file: Path, data: list[Any], root: Path, before: int
 ) -> Iterator[tuple[StoredExample, str | None]]:
-    """Yield the questions of a list, each with its most frequent answer.
-
-    `before` is the number of questions in earlier files, which makes ids unique.
-    """
+    """Yield the questions of a list, each with its most frequent answer."""
     for number, entry in enumerate(data):
         where = f"{file}[{number}]"
         image, question = read_fields(where, entry, image=str, question=str)
