@@ -73,7 +73,7 @@ def _score(
 ) -> Tensor:
     """Return the score (B,) of the `count` patches with the highest scores."""
     B, P = row.shape
-    shown = _Shown(keep=min(1.0, (count + 0.5) / P))  # rounds down to `count`
+    shown = _Shown(keep_ratio=min(1.0, (count + 0.5) / P))  # rounds down to `count`
     rows = {0: torch.cat([row.new_zeros(B, model.tower.num_prefix_tokens), row], dim=1)}
     tokens, _ = run_tower(model.tower, images, None, shown, cls_only=True, rows=rows)
     return (model.project_image(tokens) * text_features).sum(1)

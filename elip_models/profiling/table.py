@@ -31,7 +31,7 @@ from elip_models.profiling.workload import Workload
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.strategy import Strategy
-from elip_models.reduction.strategy_spec import get_strategy, kinds_of, parse_spec
+from elip_models.reduction.strategy_spec import check_keep, get_strategy, kinds_of, parse_spec
 from elip_models.reduction.summary import runs
 from elip_models.towers import as_reducible, as_tower
 from elip_models.validation import ConfigError, as_config_error, check_output, from_checkout
@@ -274,6 +274,8 @@ def profile_settings(
         raise ConfigError(f"--keep: expected a share of dense in (0, 1], got {keep}")
     if flops is not None and keep is not None:
         raise ConfigError(f"--keep: expected it or --flops, got {keep} with --flops {flops}")
+    if schedule is not None and keep is not None:
+        raise ConfigError(f"--keep: expected it or --schedule, got {keep} with {schedule!r}")
     with as_config_error("--schedule"):
         if schedule:
             Schedule.parse(schedule)
@@ -281,6 +283,7 @@ def profile_settings(
         specs = tuple(dict.fromkeys(strategies or (*STRATEGIES, "elip:scorer=exact")))
         for text in specs:
             get_strategy(text)
+            check_keep(text, {}, keep)
     return ProfileSettings(
         models=tuple(dict.fromkeys(models)),
         strategies=specs,
@@ -312,6 +315,10 @@ def print_profile(
     if not settings.models and not paper:
         raise ConfigError(f"--model: expected one or more, {FORMS}; or --paper")
     check_output("--output", output)
+    if paper:
+        clip, cross_modal = (
+            from_checkout(name, "elip profile --paper") for name in ("paper_flops", "paper_table1")
+        )
     if not console.is_terminal:
         console = Console(width=WIDTH)
     document: dict[str, Any] = {}
@@ -325,9 +332,6 @@ def print_profile(
         if profile.parts:
             console.print(components_table(profile.parts))
     if paper:
-        clip, cross_modal = (
-            from_checkout(name, "elip profile --paper") for name in ("paper_flops", "paper_table1")
-        )
         with console.status("counting the paper's models"):
             table5, document["paper"] = clip.paper_report()
             table1, document["paper_table1"] = cross_modal.table1_report()

@@ -63,7 +63,9 @@ def test_parts_add_up_to_all_that_is_counted(family):
 @pytest.mark.exhaustive
 def test_what_guides_dropped_text_is_scoring():
     found = [
-        profile_components("m", workload("blip", text_reduction=way), {"dense": Dense()}, rounds=None)[0]
+        profile_components(
+            "m", workload("blip", text_reduction=way), {"dense": Dense()}, rounds=None
+        )[0]
         for way in (None, "post", "learned")
     ]
     whole, post, learned = (each.flops for each in found)
@@ -88,5 +90,7 @@ def test_parts_are_printed_timed_and_written(tmp_path, capsys):
 
 def test_models_whose_parts_are_not_known_are_named():
     assert CALLS.keys() == FAMILIES.keys()
-    with pytest.raises(ValueError, match=r"parts: expected a model of this library.*VisionTransformer"):
+    with pytest.raises(
+        ValueError, match=r"parts: expected a model of this library.*VisionTransformer"
+    ):
         profile_components("vit", Workload(plain_vit(), 1), {"dense": Dense()}, rounds=None)

@@ -53,7 +53,9 @@ def test_where_nothing_fits_it_is_nought():
 
 def test_what_only_counts_measures_no_memory(capsys):
     assert elip("profile", "--model", "clip_tiny", "--max-batch", "--flops-only") == 2
-    assert "--flops-only: expected without --max-batch" in " ".join(capsys.readouterr().err.split())
+    assert "--flops-only: expected it without --max-batch" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_the_command_prints_and_writes(tmp_path, capsys):

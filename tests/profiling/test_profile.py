@@ -206,7 +206,7 @@ def test_settings_of_a_strategy():
         ("tome:r=1.5", "r: expected an integer at least 0"),
         ("tome:r=none", "r: expected an integer at least 0"),
         ("elip:scorer=fast", "scorer: expected one of"),
-        ("elip:merge=1", "merge: expected True or False or 'nearest', got 1"),
+        ("elip:merge=1", "merge: expected 'one', 'none' or 'nearest', got 1"),
         ("elip:schedule=12(50)", "schedule: expected groups"),
     ],
 )

@@ -1,12 +1,15 @@
 """Training: groups, schedule, steps, precision, and what stops a run."""
 
 import json
+import logging
 import math
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
+from rich.console import Console
 
 from elip_models.data import DataError
 from elip_models.models.clip.model import CLIP
@@ -14,7 +17,7 @@ from elip_models.models.registry import create_model
 from elip_models.training.errors import TrainingError
 from elip_models.training.optim import learning_rate, parameter_groups
 from elip_models.training.run_folder import RunFolder
-from elip_models.training.trainer import train
+from elip_models.training.trainer import Trainer, train
 from elip_models.validation import ConfigError
 from tests.helpers.tiers import tiered
 from tests.helpers.tiny_run import logged, own_process, tiny_arguments, tiny_config
@@ -288,3 +291,16 @@ def test_too_much_unreadable_data_stops_the_run(tmp_path):
     (tmp_path / "list.json").write_text(json.dumps(entries))
     with pytest.raises(DataError, match=r"16 of 16 samples .* list\.json\[\d+\] \d+\.png"):
         train(tiny_config(tmp_path / "run", f"data.train={tmp_path / 'list.json'}"))
+
+
+def test_the_trainer_opens_nothing_before_it_runs(tmp_path):
+    Trainer(tiny_config(tmp_path / "run"), resume=False, console=Console(quiet=True))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_leaves_loggers_and_warning_filters_as_they_were(tmp_path):
+    logger = logging.getLogger("accelerate.utils.other")
+    before = list(logger.filters), list(warnings.filters)
+    with own_process():
+        train(tiny_config(tmp_path, "optim.steps=1"))
+    assert (logger.filters, list(warnings.filters)) == before
