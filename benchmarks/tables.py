@@ -86,7 +86,8 @@ def strategy_table(entries: list[Entry]) -> list[str]:
     note = (
         f"Strategies at equal FLOPs: {entries[0]['share']:.3f} of a dense training step each, "
         "`resize` as near as whole patches come. `patch_dropout` sees all patches in inference; "
-        f"`adaptive` masks what it drops beyond the schedule and saves no more than `elip`. Set: {settings}."
+        "`adaptive` masks what it drops beyond the schedule and saves no more than `elip`. "
+        f"Set: {settings}."
     )
     header = ["tower, batch, dtype", "mode", "dense, ms", *names]
     return [note, table(header, rows, left=2)]
