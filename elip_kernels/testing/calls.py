@@ -139,9 +139,10 @@ def _apply_merge(
 def _unmerge(
     K: int, H: int, tokens: Tensor, metric: Tensor, size: Tensor, penalty: Tensor, scores: Tensor
 ) -> Outputs:
-    r = tokens.shape[1] - K
-    *_, info = elip_kernels.bipartite_merge(tokens, metric, r, return_info=True)
-    leaf = tokens[:, : info.num_rows].detach().requires_grad_()
+    B, N, _ = tokens.shape
+    slots = torch.arange(N, dtype=torch.int32, device=tokens.device) % K
+    leaf = tokens[:, :K].detach().requires_grad_()
+    info = elip_kernels.BipartiteInfo(slots.expand(B, -1), K)
     return _with_gradient(leaf, elip_kernels.unmerge(leaf, info))
 
 

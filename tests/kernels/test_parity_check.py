@@ -1,0 +1,59 @@
+"""`python -m elip_kernels.testing`: every public op, the table, and the exit status."""
+
+import inspect
+
+import pytest
+import torch
+
+import elip_kernels
+from elip_kernels.testing import __main__ as parity
+
+CPU = torch.device("cpu")
+
+
+def test_every_op_passes_on_the_cpu(capsys):
+    assert parity.main(["--device", "cpu"]) == 0
+    _, header, *rows, total = capsys.readouterr().out.splitlines()
+    assert header.split() == ["op", "dtype", "form", "error", "bound", "ok"]
+    assert all(row.split()[2] == "PyTorch" and row.endswith("yes") for row in rows)
+    assert total == f"{len(rows)} of {len(rows)} checks passed"
+
+
+def test_every_public_op_is_checked():
+    public = [getattr(elip_kernels, name) for name in elip_kernels.__all__]
+    parameters = {
+        f.__name__: [*inspect.signature(f).parameters.values()]
+        for f in public
+        if inspect.isfunction(f)
+    }
+    ops = {
+        name
+        for name, (*first,) in parameters.items()
+        if first and first[0].annotation is torch.Tensor
+    }
+    assert parity.OPS.keys() == ops
+
+
+@pytest.mark.parametrize(("output", "changed"), [(0, 1e-3), (1, 1), (-1, float("nan"))])
+def test_a_wrong_output_fails(monkeypatch, output, changed):
+    run = parity._run
+
+    def wrong(name, inputs, shape):
+        outputs, form = run(name, inputs, shape)
+        outputs[output].view(-1)[5] += changed
+        return outputs, form
+
+    monkeypatch.setattr(parity, "_run", wrong)
+    *_, passed = parity.check("reduce", torch.float32, CPU, parity.SMALL_SHAPE)
+    assert passed == "NO"
+
+
+def test_an_op_that_raises_fails(monkeypatch, capsys):
+    def broken(K, H, *inputs):
+        raise RuntimeError("no kernel image is available")
+
+    op = parity.OPS["reduce"]._replace(run=broken)
+    monkeypatch.setattr(parity, "OPS", {"reduce": op})
+    assert parity.main(["--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert "RuntimeError: no kernel image is available" in out and "0 of 3 checks passed" in out
