@@ -1,4 +1,9 @@
-"""What ALBEF, BLIP and METER share: the image tower, how its reduction is guided, the tokenizer."""
+"""Shared part of ALBEF, BLIP and METER: image tower, guidance of its reduction, tokenizer.
+
+Shapes, here and in the models: images (B, 3, H, W); input_ids and attention_mask (B, L), 1 = real
+token; image tokens (B, N, D) and their mask (B, N), True = real token, None if all are real;
+hidden states of a text (B, L, D); features (B, E).
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,33 +15,39 @@ from torch import Tensor, nn
 
 from elip_models.models.base import PretrainedModel
 from elip_models.models.config import ReductionConfig, TokenId
+from elip_models.models.layers.bert import BertTower
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategy import StageInfo
-from elip_models.towers.reducible_model import random_ids
 from elip_models.towers.base import scoring_context
+from elip_models.towers.reducible_model import random_ids
 from elip_models.validation import Positive, Size, same_as
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FUSED = "whose CLS token the text's is fused with"
+FUSED = "since the CLS tokens of text and image are fused"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CrossModalConfig(ReductionConfig):
-    """An image tower, how it is reduced, and the texts beside it.
+    """Image tower, its reduction, and the sizes of the texts.
 
-    text_width: of the text encoder, whose CLS output guides; as wide as the image tower.
-    context_length: tokens of a text; max_positions: those that the text encoder has places for.
-    pad_token_id, cls_token_id, sep_token_id: what fills, begins and ends a text.
-    initializer_range: standard deviation of fresh weights. That of ViT and BERT suits a width of
-        768; in a narrow tower tokens hardly see one another then, and width^-0.5 trains.
-    gather: 'local' contrasts within a rank and means over its own tokens; 'global' over all ranks,
-        so that the mean over ranks, and its gradient, equal one process with the whole batch.
-    The other fields: see `VisionConfig` and `ReductionConfig`.
+    For the other fields, see `VisionConfig` and `ReductionConfig`.
+
+    Attributes:
+        text_width: width of the text encoder, whose CLS output guides; equal to `vision_width`.
+        context_length: number of tokens of a text.
+        max_positions: rows of the position embeddings of the text encoder.
+        pad_token_id: fills texts; `cls_token_id` is their first token, `sep_token_id` their last.
+        initializer_range: standard deviation of new weights. The default of ViT and BERT suits a
+            width of 768. It is too small to train a narrow tower; use width^-0.5 there.
+        gather: 'local' contrasts within a rank and averages over its tokens. 'global' does so over
+            all ranks: the mean over ranks, and its gradient, equal one process with the whole
+            batch.
 
     Raises:
-        TypeError, ValueError: naming the field, what was expected, what came.
+        TypeError: a value of another type; the message names the field.
+        ValueError: a value outside of its range.
     """
 
     text_width: Annotated[Size, same_as("vision_width", FUSED)] = 768
@@ -53,17 +64,17 @@ class CrossModalConfig(ReductionConfig):
         super().__post_init__()
         if self.context_length > self.max_tokens:
             raise ValueError(
-                f"context_length: expected at most {self.max_tokens}, the tokens that "
-                f"max_positions = {self.max_positions} has room for, got {self.context_length}"
+                f"context_length: expected at most {self.max_tokens}, the limit for "
+                f"max_positions = {self.max_positions}, got {self.context_length}"
             )
 
     @property
     def max_tokens(self) -> int:
-        """How long a text may be, padding included."""
+        """Maximum number of tokens of a text, padding included."""
         return self.max_positions
 
     def vit(self, **options: Any) -> VisionTransformer:
-        """The image tower, its linear layers drawn by `initializer_range`; `options` are timm's."""
+        """Create the image tower with weights of `initializer_range`; `options` are timm's."""
         visual = super().vit(**options)
         for module in visual.blocks.modules():
             if isinstance(module, nn.Linear):
@@ -72,8 +83,10 @@ class CrossModalConfig(ReductionConfig):
 
 
 class CrossModalModel(PretrainedModel):
-    """Text first: its CLS output guides the image tower, `tower`, reduced as `reduction` says; as
-    `dense` says it keeps all tokens.
+    """Model that encodes the text first and guides the image tower by its CLS output.
+
+    `reduction` is the strategy of the image tower `tower`, and `dense` the one that keeps all
+    tokens.
     """
 
     masks_text: ClassVar[bool] = True
@@ -83,7 +96,7 @@ class CrossModalModel(PretrainedModel):
         self.config = config
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
-        """Also what a step draws, fixed as `fixed_draw` says."""
+        """Return images, random texts, and the fixed draw of `fixed_draw`."""
         text = self.random_text(images)
         ids, mask = text.values()
         inputs = {"images": images, **text, "drawn": self.fixed_draw(images, ids)}
@@ -91,33 +104,33 @@ class CrossModalModel(PretrainedModel):
         return inputs | (guides if self.config.reads_guide_captions else {})
 
     def random_text(self, images: Tensor) -> dict[str, Tensor]:
-        """input_ids and attention_mask, (B, L) each, of a text of full length for each image."""
+        """Return random input_ids and attention_mask (B, L), texts of full length."""
         config = self.config
         ids = random_ids(images, config.context_length, config.vocab_size, config.sep_token_id)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def fixed_draw(self, images: Tensor, input_ids: Tensor) -> tuple[Tensor, ...]:
-        """What a step of pre-training draws at random, fixed instead: the same for the same inputs.
+        """Return fixed values for what a step of pre-training draws at random.
 
-        Two forms of the model that are given the same draw do the same work, so that they can be
-        compared, timed and counted. The negatives of a pair are the next one's, every seventh token
-        is masked, and every second text keeps its image.
+        With the same draw, two forms of a model do the same work, so that they can be compared and
+        timed. The negative of each pair is the next pair. Every seventh token is masked. Every
+        second text keeps its image.
 
         Args:
             images: (B, 3, H, W), on any device.
             input_ids: (B, L).
 
         Returns:
-            The `drawn` of the model's forward.
+            The argument `drawn` of the model's forward.
         """
         raise NotImplementedError
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """input_ids, attention_mask (B, L) -> hidden states (B, L, D) of the text alone."""
+        """Encode texts alone: input_ids and attention_mask (B, L) -> (B, L, D)."""
         raise NotImplementedError
 
     def text_cls(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """input_ids, attention_mask (B, L) -> (B, D), what guides the image tower."""
+        """Return the CLS outputs (B, D) of texts (B, L), which guide the image tower."""
         return self.encode_text(input_ids, attention_mask)[:, 0]
 
     def encode_image(
@@ -126,29 +139,42 @@ class CrossModalModel(PretrainedModel):
         text_cls: Tensor | None = None,
         rows: Mapping[int, Tensor] | None = None,
     ) -> tuple[Tensor, list[StageInfo]]:
-        """Images (B, 3, H, W), guided by text_cls (B, D) or by `rows` that were read elsewhere ->
-        tokens (B, N, D) that are left, K+2 of the last stage by ELIP, and infos of the steps;
-        `mask_after(infos)` says which are real.
+        """Encode images by the reduced tower.
+
+        Args:
+            images: (B, 3, H, W).
+            text_cls: (B, D), the guidance; None for no text.
+            rows: attention rows by block index that replace the scores.
+
+        Returns:
+            The remaining tokens (B, N, D), which are K+2 of the last stage for ELIP, and one info
+            for each reduction; `mask_after(infos)` is the mask of the tokens.
         """
         return run_tower(self.tower, images, text_cls, self.reduction, rows=rows)
 
     def dense_cls(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> (B, D), the CLS output of all patches, without gradient."""
+        """Return the CLS outputs (B, D) of images (B, 3, H, W), without reduction or gradient."""
         with scoring_context(self.visual, images):
             tokens, _ = run_tower(self.tower, images, None, self.dense, cls_only=True)
         return tokens[:, 0]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute layers in backward instead of storing their activations."""
+        self.visual.set_grad_checkpointing(enable)
+        for name, module in self.named_modules():
+            if isinstance(module, BertTower) and not name.startswith("encoders_m."):
+                module.set_grad_checkpointing(enable)
 
     @classmethod
     def fit_tokenizer(
         cls, tokenizer: "PreTrainedTokenizerBase", context_length: int
     ) -> dict[str, int]:
-        """Sizes of vocabulary and text, and the ids of the special tokens in the config."""
+        """Return the config fields that follow from a tokenizer: sizes and special token ids."""
         ids = tokenizer("a").input_ids
         if tokenizer.cls_token_id is None or ids[0] != tokenizer.cls_token_id:
             raise ValueError(
-                f"tokenizer: expected one that begins a text with its cls token, as BERT's, for "
-                f"{cls.__name__} reads a text off there, got {tokenizer.cls_token!r} and a text "
-                f"of the ids {ids}"
+                f"tokenizer: expected one that starts a text with its cls token, as BERT's, for "
+                f"{cls.__name__}, got {tokenizer.cls_token!r} and a text with the ids {ids}"
             )
         special = {"pad": tokenizer.pad_token_id, "cls": ids[0], "sep": ids[-1]}
         if cls.masks_text:

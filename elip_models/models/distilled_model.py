@@ -1,11 +1,11 @@
-"""Encoders and their momentum copies, which follow them and say what they would answer.
+"""Encoders with momentum copies, whose predictions are training targets (momentum distillation).
 
     text    hidden states of the text alone; their CLS output guides the image tower
-    image   ViT reduced by ELIP
+    image   ViT, reduced by ELIP
+    copies  theta_m = m theta_m + (1 - m) theta, before each forward pass of training
 
-The momentum encoders follow before each step's forward, and see all patches unless
-`momentum_reduction` says otherwise.
-Source: ALBEF (Li et al., 2021), section 3.2 and 3.3.
+The momentum image tower keeps all patches unless `momentum_reduction` reduces it.
+Source: ALBEF (Li et al., 2021), sections 3.2 and 3.3.
 """
 
 import math
@@ -36,19 +36,22 @@ from elip_models.validation import Bounds, Depth, NonNegative, PositiveInt, Shar
 class MomentumConfig(CrossModalConfig, ContrastiveConfig):
     """BERT beside the image tower, momentum encoders and a queue of their features.
 
-    embed_dim: of the features. temperature: of their similarities, at the start.
-    queue_size: features in the queue. momentum: of the momentum encoders.
-    alpha: weight of the momentum targets, reached linearly over `alpha_warmup_epochs`.
-    negative_epsilon: added to each weight that hard negatives are drawn by.
-    momentum_reduction: 'none' shows the momentum image tower all patches, as ELIP does; 'shared'
-        the tokens that the online one kept and merged, by the same weights: no scoring; 'own' lets
-        it choose for itself, by the same text if any, as EViT and ToMe do in a copy of the tower
-        that they changed.
-    scorer: also 'momentum': the momentum image tower, which sees all patches anyway, runs first,
-        and its rows select (`read_rows.py`); where it does not run, outside of the loss, 'exact'.
-    guide: also 'after_itc': the caption guides the images that ITM, MLM and LM see, and ITC sees
-        them once more, reduced by themselves alone: a second pass of the image tower.
-    The other fields: see `CrossModalConfig` and `ContrastiveConfig`.
+    For the other fields, see `CrossModalConfig` and `ContrastiveConfig`.
+
+    Attributes:
+        scorer: also 'momentum': the momentum tower encodes all patches first, and its CLS attention
+            selects the tokens of the online tower. Outside of training losses it is 'exact'.
+        guide: also 'after_itc': the caption guides the images for ITM, MLM and LM. ITC encodes them
+            a second time, without text.
+        embed_dim: width of the features.
+        temperature: initial temperature of their similarities.
+        queue_size: number of features in the queue.
+        momentum: m of the momentum encoders.
+        alpha: weight of the momentum targets, reached linearly over `alpha_warmup_epochs`.
+        negative_epsilon: value that is added to each weight for drawing hard negatives.
+        momentum_reduction: 'none' keeps all patches in the momentum image tower, as ELIP does.
+            'shared' keeps and merges the same tokens as the online tower, without scoring. 'own'
+            reduces the momentum tower by its own scores.
     """
 
     scorer: ScorerName | Literal["momentum"] = "exact"
@@ -72,23 +75,24 @@ class MomentumConfig(CrossModalConfig, ContrastiveConfig):
         super().__post_init__()
         if self.scorer == "momentum" and self.momentum_reduction != "none":
             raise ValueError(
-                "momentum_reduction: expected 'none' with scorer='momentum', whose rows are those "
-                f"of all patches, got {self.momentum_reduction!r}"
+                "momentum_reduction: expected 'none' with scorer='momentum', which scores all "
+                f"patches, got {self.momentum_reduction!r}"
             )
         guided = self.scorer == "momentum" or self.momentum_reduction != "none"
         if self.guide == "after_itc" and guided:
             raise ValueError(
                 "guide: expected 'own' or 'other' with scorer='momentum' or a momentum_reduction, "
-                "by which the caption would reach ITC through the momentum tower, got 'after_itc'"
+                "since the caption would reach ITC through the momentum tower, got 'after_itc'"
             )
 
     def elip(self, schedule: Schedule | str) -> ELIP:
+        """Return ELIP for the schedule; scorer='momentum' is replaced by 'exact' here."""
         by_momentum = self.scorer == "momentum"
         return (replace(self, scorer="exact") if by_momentum else super()).elip(schedule)
 
     @property
     def bert(self) -> BertConfig:
-        """The config of the text encoder."""
+        """Config of the text encoder."""
         return BertConfig(
             vocab_size=self.vocab_size,
             hidden_size=self.text_width,
@@ -105,14 +109,12 @@ class MomentumConfig(CrossModalConfig, ContrastiveConfig):
 
     @property
     def full_alpha(self) -> float:
-        """What the weight of the momentum targets is warmed up to."""
+        """Weight of the momentum targets after its warm-up."""
         return self.alpha
 
 
 class Encoders(nn.Module):
-    """The parts that have a momentum copy: both towers and, where features are compared, a
-    projection each.
-    """
+    """Parts that have a momentum copy: two towers and, with `projects`, two projections."""
 
     text: BertTower
 
@@ -125,24 +127,24 @@ class Encoders(nn.Module):
         self.text_projection = nn.Linear(config.text_width, config.embed_dim)
 
     def image_features(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, N, D) -> (B, E), normalised."""
+        """Return normalised features (B, E) of image tokens (B, N, D)."""
         return F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
 
     def text_features(self, hidden: Tensor) -> Tensor:
-        """Hidden (B, L, D) -> (B, E), normalised."""
+        """Return normalised features (B, E) of hidden states (B, L, D)."""
         return F.normalize(self.text_projection(hidden[:, 0]), dim=-1)
 
-    def read(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """input_ids, mask (B, L) -> (B, L, D): the text alone."""
+    def encode_text(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Encode texts alone: input_ids and mask (B, L) -> (B, L, D)."""
         raise NotImplementedError
 
 
-Masked = tuple[Tensor, Tensor | None]
-"""Image tokens (B, N, D), and which of them are real (B, N), None where all are."""
+MaskedTokens = tuple[Tensor, Tensor | None]
+"""Image tokens (B, N, D) and their mask (B, N), True = real token, or None if all are real."""
 
 
 class DistilledModel(CrossModalModel):
-    """Encoders and their momentum copies, `encoders_m`; None where nothing is distilled."""
+    """Encoders and their momentum copies, `encoders_m`, which are None without distillation."""
 
     config: MomentumConfig
     encoders: Encoders
@@ -159,48 +161,44 @@ class DistilledModel(CrossModalModel):
 
     @property
     def visual(self) -> nn.Module:
-        """The image model."""
+        """Image model of the online encoders."""
         return self.encoders.visual
 
     def moved_in_training(self) -> tuple[Tensor, ...]:
-        """The momentum encoders."""
+        """Return the parameters of the momentum encoders."""
         return () if self.encoders_m is None else tuple(self.encoders_m.parameters())
 
     def reset_momentum_(self) -> None:
-        """Make the momentum encoders equal to the online ones."""
+        """Copy the weights of the online encoders to the momentum encoders."""
         if self.encoders_m is not None:
             self.encoders_m.load_state_dict(self.encoders.state_dict())
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """input_ids, attention_mask (B, L) -> hidden states (B, L, D) of the text alone."""
-        return self.encoders.read(input_ids, attention_mask)
+        """Encode texts alone: input_ids and attention_mask (B, L) -> (B, L, D)."""
+        return self.encoders.encode_text(input_ids, attention_mask)
 
     def begin_step(self, step: int, epoch: float = math.inf) -> None:
-        """Warm alpha up too, before step `step` of training, after `epoch` passes over the data."""
+        """Set alpha for step `step` of training, after `epoch` passes over the data."""
         super().begin_step(step, epoch)
         warmup = self.config.alpha_warmup_epochs
         self.alpha.fill_(self.config.full_alpha * min(1.0, epoch / warmup if warmup else 1.0))
 
     def monitored(self) -> dict[str, Tensor]:
-        """Alpha, where anything is distilled."""
+        """Return alpha, or nothing without distillation."""
         return {} if self.encoders_m is None else {"alpha": self.alpha}
 
-    def _follow(self) -> None:
-        """Move the momentum encoders on; raises TypeError where they would follow what FSDP throws
-        away.
-        """
+    def _update_momentum(self) -> None:
+        """Update the momentum encoders; raise TypeError for a model that FSDP has sharded."""
         if any(map(is_sharded, self.modules())):
             raise TypeError(
                 f"model: expected {type(self).__name__} under DistributedDataParallel in training, "
-                "got one that fully_shard was applied to, whose gathered parameters a step of the "
-                "momentum encoders would not outlive; CLIP and METER have none and can be sharded"
+                "got one with fully_shard, which would discard the updates of the momentum "
+                "encoders; use DistributedDataParallel, or CLIP or METER, which have none"
             )
         update_momentum_(self.encoders_m, self.encoders, self.config.momentum)
 
-    def _images(self, images: Tensor, text_cls: Tensor) -> tuple[Masked, Masked]:
-        """Encode images (B, 3, H, W), guided by text_cls (B, D) -> tokens of the online tower, and
-        of the momentum tower, without gradient: of all patches, or of those that are left.
-        """
+    def _encode_images(self, images: Tensor, text_cls: Tensor) -> tuple[MaskedTokens, MaskedTokens]:
+        """Encode images by the online tower and, without gradient, by the momentum tower."""
         how = self.config.momentum_reduction
         if self.config.scorer == "momentum" and type(self.reduction) is ELIP:
             image_m, rows = forward_with_scores(

@@ -89,7 +89,7 @@ def test_the_queue_wraps_around():
 def test_similarities_are_exact_under_autocast():
     queue, batch = FeatureQueue(32, 64), torch.randn(2, 8, 32)
     pair = tuple(torch.nn.functional.normalize(batch, dim=-1))
-    inputs = pair, queue.behind(*pair), torch.tensor(0.07)
+    inputs = pair, queue.contrastive_keys(*pair), torch.tensor(0.07)
     with torch.autocast("cpu", torch.bfloat16):
         under_autocast = similarities(*inputs)
     torch.testing.assert_close(under_autocast, similarities(*inputs))

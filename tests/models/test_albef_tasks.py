@@ -8,11 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from elip_models.models.albef.entailment import ALBEFEntailment
-from elip_models.models.albef.nlvr2 import ALBEFNLVR2
+from elip_models.models.albef.classification import ALBEFNLVR2, ALBEFEntailment
 from elip_models.models.albef.retrieval import ALBEFRetrieval
 from elip_models.models.albef.vqa import ALBEFVQA
-from elip_models.models.layers.generated_answers import States, score_candidates
+from elip_models.models.layers.generated_answers import QuestionStates, score_candidates
 from elip_models.models.layers.losses import hard_negatives, soft_contrastive_loss
 from elip_models.models.layers.momentum import NO_IMAGE
 from elip_models.models.momentum_model import Negatives
@@ -149,7 +148,7 @@ def test_answers_are_ranked_as_officially():
     candidates = case["candidate_ids"], case["candidate_mask"]
     best = model.rank_answers(images, *text, *candidates, k=4)
     assert torch.equal(best, case["topk_ids"][:, 0])
-    states = States(model.read(images, *text), text[1])
+    states = QuestionStates(model.encode_pair(images, *text), text[1])
     found = score_candidates(model.encoders.decode, states, *candidates, k=4)
     chances, order = (found.first + found.whole).softmax(1).sort(descending=True)
     assert torch.equal(found.numbers.gather(1, order), case["topk_ids"])
@@ -300,7 +299,7 @@ def test_the_text_guides_every_image_that_it_comes_with(task):
     model.encode_image = lambda *given: (
         found.append(given) or type(model).encode_image(model, *given)
     )
-    model.read(batch["images"], batch["input_ids"], batch["attention_mask"])
+    model.encode_pair(batch["images"], batch["input_ids"], batch["attention_mask"])
     model(**batch)
     cls = model.text_cls(batch["input_ids"], batch["attention_mask"])
     images = batch["images"].flatten(0, -4)

@@ -40,9 +40,9 @@ def test_it_begins_as_pretraining_left_it(task):
     model = pretrained()
     other, (images, ids, mask) = begun(task, model), batch_of_four()
     for ours, theirs in ((other.encoders, model.encoders), (other.encoders_m, model.encoders_m)):
-        tokens, text = theirs.visual.forward_features(images), theirs.read(ids, mask)
+        tokens, text = theirs.visual.forward_features(images), theirs.encode_text(ids, mask)
         assert torch.equal(ours.visual.forward_features(images), tokens)
-        assert torch.equal(ours.read(ids, mask), text)
+        assert torch.equal(ours.encode_text(ids, mask), text)
         if task != "nlvr2":
             assert torch.equal(ours.fuse(text, mask, tokens), theirs.fuse(text, mask, tokens))
     if task == "retrieval":
@@ -72,7 +72,7 @@ def test_both_layers_of_a_pair_begin_as_the_one_of_pretraining():
     other, (_, ids, mask) = begun("nlvr2", model), batch_of_four()
     assert len(other.encoders.text.layers) == 1 + 2 * 2
     for ours, theirs in ((other.encoders, model.encoders), (other.encoders_m, model.encoders_m)):
-        tokens, hidden = torch.randn(8, 17, 16).double(), theirs.read(ids, mask)
+        tokens, hidden = torch.randn(8, 17, 16).double(), theirs.encode_text(ids, mask)
         expected = hidden
         for i in (1, 2):
             for image in (tokens[0::2], tokens[1::2]):

@@ -249,8 +249,8 @@ def test_the_image_tower_is_dense_by_default(task):
     model.visual.norm.register_forward_hook(lambda m, args, out: seen.append(out.shape[1]))
     read = []
     if task in ("vqa", "nlvr2"):
-        run = model.encoders.read
-        model.encoders.read = lambda *args: read.append(args) or run(*args)
+        run = model.encoders.encode_text
+        model.encoders.encode_text = lambda *args: read.append(args) or run(*args)
     model(**batch_of(task))
     assert seen == [10]
     assert len(read) <= 1  # nothing is read alone, for nothing guides

@@ -116,16 +116,16 @@ def test_a_head_that_begins_zero_shot_classifies_as_the_pretrained_model(tokeniz
     classes = class_features(clip, tokenizer, names, templates)
     model, x = classifier(projects=True).eval(), batch()["images"]
     model.load_state_dict(model.from_pretraining(clip.state_dict(), model.config), strict=False)
-    model.begin_zero_shot_(classes, clip.logit_scale.exp())
+    model.init_zero_shot_head_(classes, clip.logit_scale.exp())
     expected = clip.encode_image(x) @ classes.T / 0.07
     torch.testing.assert_close(model.logits(x), expected)
 
 
 def test_a_zero_shot_head_is_refused_where_it_does_not_fit():
     with pytest.raises(ValueError, match="projects=False"):
-        classifier().begin_zero_shot_(torch.randn(CLASSES, 12), 1.0)
+        classifier().init_zero_shot_head_(torch.randn(CLASSES, 12), 1.0)
     with pytest.raises(ValueError, match=r"expected features \(5, 12\).*got \(4, 12\)"):
-        classifier(projects=True).begin_zero_shot_(torch.randn(4, 12), 1.0)
+        classifier(projects=True).init_zero_shot_head_(torch.randn(4, 12), 1.0)
 
 
 @pytest.mark.parametrize("tuning", ["full", "probe"])

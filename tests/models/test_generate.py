@@ -250,11 +250,11 @@ def test_a_bad_decoding_is_named(options, message):
     [
         (
             torch.ones(2, 3),
-            r"prompt: expected int64 ids of the shape \(2, P\).*float32 of \(2, 3\)",
+            r"prompt: expected int64 ids of shape \(2, P\).*float32 of shape \(2, 3\)",
         ),
-        (torch.ones(3, 3).long(), r"prompt: expected int64 ids.*got torch.int64 of \(3, 3\)"),
-        (torch.ones(2).long(), r"prompt: expected int64 ids.*got torch.int64 of \(2,\)"),
-        (torch.tensor([[7, 7], [7, PAD]]), "none of them padding.*with 1 of padding"),
+        (torch.ones(3, 3).long(), r"prompt: expected int64 ids.*got torch.int64 of shape \(3, 3\)"),
+        (torch.ones(2).long(), r"prompt: expected int64 ids.*got torch.int64 of shape \(2,\)"),
+        (torch.tensor([[7, 7], [7, PAD]]), "without padding.*with 1 padding ids"),
         (torch.full((2, 11), 7), "max_length: expected 13, one more than the tokens given, to 16"),
     ],
 )

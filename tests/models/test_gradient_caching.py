@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import elip_models
-from elip_models.models.layers.slices import in_slices
+from elip_models.models.layers.gradient_caching import encode_in_slices
 from elip_models.profiling.measure import saved_bytes
 from elip_models.training.trainer import train
 from elip_models.validation import ConfigError
@@ -68,7 +68,7 @@ def test_gradients_are_those_of_the_whole_batch(name, checkpointed):
 
 def test_dropout_is_drawn_again_as_it_was():
     layer, x = torch.nn.Linear(5, 5), torch.randn(8, 5)
-    out = in_slices(lambda rows: torch.nn.functional.dropout(layer(rows), 0.5), 2, x)
+    out = encode_in_slices(lambda rows: torch.nn.functional.dropout(layer(rows), 0.5), 2, x)
     out.sum().backward()
     torch.testing.assert_close(layer.bias.grad, 2.0 * (out != 0).sum(0))
 

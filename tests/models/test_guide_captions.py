@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import elip_models
 from elip_kernels.ops.fuse_text import fuse
-from elip_models.models.layers.guides import with_dropout, with_negatives
+from elip_models.models.layers.guidance_sampling import drop_guidance, replace_with_negatives
 from elip_models.profiling.runner import count
 from elip_models.profiling.workload import Workload
 from tests.helpers.cross_modal_cases import CLOSE, MODELS, batch_of_four, draws, made, step
@@ -105,17 +105,18 @@ def test_negatives_are_other_rows_and_the_most_alike_most_often():
     features = F.normalize(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]]), dim=1)
     guides = torch.arange(4.0)[:, None]
     drawn = torch.stack(
-        [with_negatives(guides, features, torch.tensor(20.0), 1.0)[:, 0] for _ in range(50)]
+        [replace_with_negatives(guides, features, torch.tensor(20.0), 1.0)[:, 0] for _ in range(50)]
     )
     assert (drawn != guides[:, 0]).all()
     assert (drawn == torch.tensor([1.0, 0.0, 3.0, 2.0])).float().mean() > 0.9
     many = torch.zeros(2000, 1) + torch.arange(2000.0)[:, None]
-    half = with_negatives(many, F.normalize(torch.randn(2000, 4)), torch.tensor(1.0), 0.5)
+    half = replace_with_negatives(many, F.normalize(torch.randn(2000, 4)), torch.tensor(1.0), 0.5)
     assert 0.45 < (half != many).float().mean() < 0.55
-    kept = with_dropout(many + 1, 0.3)
+    kept = drop_guidance(many + 1, 0.3)
     assert 0.25 < (kept == 0).float().mean() < 0.35
     assert torch.equal(kept[kept != 0], (many + 1)[kept != 0])
-    assert torch.equal(with_negatives(many[:1], features[:1], torch.tensor(1.0), 1.0), many[:1])
+    one = replace_with_negatives(many[:1], features[:1], torch.tensor(1.0), 1.0)
+    assert torch.equal(one, many[:1])
 
 
 @OTHERS

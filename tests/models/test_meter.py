@@ -257,7 +257,7 @@ def test_the_paper_s_sizes_are_the_defaults():
         ({"mask_whole_words": "false"}, "mask_whole_words: expected True or False, got 'false'"),
         (
             ROBERTA | {"max_positions": 51},
-            "context_length: expected at most 49, the tokens that max_positions = 51 has room for",
+            "context_length: expected at most 49, the limit for max_positions = 51, got",
         ),
         ({"text_encoder": "gpt"}, "text_encoder: expected one of 'bert', 'roberta', got 'gpt'"),
         ({"text_width": 512}, "text_width: expected vision_width = 768"),

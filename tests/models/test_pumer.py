@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer
 
-from elip_models.models.layers.pumer import Fused, PuMer
+from elip_models.models.layers.pumer import FusionTokens, PuMer
 from elip_models.models.meter.config import METERConfig
 from tests.helpers.cross_modal_cases import batch_of_four, draws, made, step
 from tests.helpers.golden_weights import matrix, ruled
@@ -38,7 +38,7 @@ def layer(width=12):
 
 def fused(L=10, N=17, **masks):
     text, image = (torch.randn(2, n, 12, dtype=torch.float64) for n in (L, N))
-    return Fused(text, torch.ones(2, L), image)._replace(**masks)
+    return FusionTokens(text, torch.ones(2, L), image)._replace(**masks)
 
 
 @pytest.mark.parametrize("case", OFFICIAL, ids=lambda case: f"N{case['patches']}")
@@ -47,7 +47,7 @@ def test_the_official_numbers_are_reproduced(case):
     text = torch.stack([matrix(L, 12, f"text {seed} {b}") for b in range(2)])
     image = torch.stack([matrix(N, 12, f"image {seed} {b}") for b in range(2)])
     pumer = PuMer(layers=(0,), **{n: case[n] for n in ("prune", "merge", "merge_text")})
-    left = pumer.run(layer(), Fused(text, torch.ones(2, L), image))
+    left = pumer.run(layer(), FusionTokens(text, torch.ones(2, L), image))
     for name in ("text", "image"):
         expected = torch.tensor(case[name], dtype=torch.float64)
         torch.testing.assert_close(getattr(left, name), expected, atol=2e-6, rtol=0)
@@ -135,7 +135,7 @@ def test_gradients_reach_what_is_left():
     run, mask = layer(), entered.text_mask
 
     def left(text, image):
-        return pumer.run(run, Fused(text, mask, image))[::2]
+        return pumer.run(run, FusionTokens(text, mask, image))[::2]
 
     assert torch.autograd.gradcheck(left, (text, image))
 

@@ -123,7 +123,7 @@ def test_a_token_that_left_writes_no_next_one():
     model, (images, ids, mask) = dropping("blip", "post"), batch_of_four()
     drawn = draws("blip", images, ids, mask, "local")
     loss = model(images, ids, mask, drawn=drawn).loss_lm
-    tokens, _ = model.encode_image(images, model.read_pairs(images, ids, mask)[:, 0])
+    tokens, _ = model.encode_image(images, model.encode_text_reduced(images, ids, mask)[:, 0])
     stays = torch.arange(8) < torch.tensor(KEPT)[:, None]
     labels = next_tokens(ids, mask).masked_fill(~stays, -100)
     assert (labels != -100).sum() == sum(KEPT)

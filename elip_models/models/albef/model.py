@@ -1,11 +1,12 @@
-"""ALBEF with a text-guided, token-reduced image tower.
+"""ALBEF with a text-guided, token-reduced image tower, for pre-training.
 
-    text    BERT's first layers on the text alone; their CLS output guides the image tower
-    image   ViT reduced by ELIP; features of both towers
-    fusion  BERT's other layers, text attending to the image tokens
+    text    BERT's first layers on the text alone; t_cls, their CLS output, guides the image tower
+    image   ViT(image), reduced by ELIP under t_cls
+    fusion  BERT's other layers on the text, with cross attention to the remaining image tokens
     loss    ITC (soft targets, queue) + ITM (hard negatives) + MLM (momentum distillation)
 
-Source: ALBEF (Li et al., 2021); ELIP, section 3 and its official ALBEF code.
+`models/momentum_model.py` defines ITC and ITM, `layers/losses.py` defines MLM.
+Source: ALBEF (Li et al., 2021); ELIP, section 3, and its official ALBEF code.
 """
 
 from dataclasses import dataclass
@@ -30,8 +31,10 @@ from elip_models.validation import PositiveInt, Share, Size, below
 class ALBEFConfig(MomentumConfig):
     """Hyper-parameters of an ALBEF model; the defaults are the paper's.
 
-    text_layers: of `text_depth` layers, those that read the text alone; the others fuse.
-    The other fields: see `MomentumConfig`; alpha weighs the momentum targets of ITC and MLM.
+    For the other fields, see `MomentumConfig`; alpha weights the momentum targets of ITC and MLM.
+
+    Attributes:
+        text_layers: the first layers of `text_depth`, which encode the text alone; the others fuse.
     """
 
     image_size: Size = 256
@@ -42,13 +45,13 @@ class ALBEFConfig(MomentumConfig):
 
     @property
     def fusion_layers(self) -> range:
-        """The layers of the text encoder that see the image."""
+        """Layers of the text encoder that attend to the image."""
         return range(self.text_layers, self.text_depth)
 
 
 @dataclass
 class ALBEFOutput:
-    """loss: the sum of the three others, scalars. image_features, text_features: (B, E)."""
+    """Output of a step: the scalar losses, and features (B, E) of images and texts."""
 
     loss: Tensor
     loss_itc: Tensor
@@ -59,11 +62,14 @@ class ALBEFOutput:
 
 
 class ALBEFDraw(NamedTuple):
-    """What `forward` draws at random, for a caller that has drawn it.
+    """Random choices of `forward`, for a caller that makes them itself.
 
-    negative_images: (B,) for each text. negative_texts: (B,) for each image; both number the pairs
-        of all ranks where gather='global'.
-    masked_ids, labels: (B, L), see `mask_tokens`.
+    Attributes:
+        negative_images: (B,), the negative image of each text.
+        negative_texts: (B,), the negative text of each image. Both are indices into the pairs of
+            all ranks for gather='global'.
+        masked_ids: (B, L), see `mask_tokens`.
+        labels: (B, L), see `mask_tokens`.
     """
 
     negative_images: Tensor
@@ -73,28 +79,26 @@ class ALBEFDraw(NamedTuple):
 
 
 class ALBEFTowers(Encoders):
-    """Image tower and BERT, whose last layers see the image."""
+    """Image tower, and BERT with cross attention in its last layers."""
 
     def __init__(self, config: ALBEFConfig, *, projects: bool = True) -> None:
         super().__init__(config, projects=projects)
-        self.reads, self.fuses = range(config.text_layers), config.fusion_layers
-        self.text = BertTower(config.bert, cross_attention=self.fuses)
+        self.text_layers, self.fusion_layers = range(config.text_layers), config.fusion_layers
+        self.text = BertTower(config.bert, cross_attention=self.fusion_layers)
 
-    def read(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """input_ids, mask (B, L) -> (B, L, D): the text alone."""
-        return self.text.run(self.text.embed(input_ids), mask, self.reads)
+    def encode_text(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Encode texts alone: input_ids and mask (B, L) -> (B, L, D)."""
+        return self.text.run(self.text.embed(input_ids), mask, self.text_layers)
 
     def fuse(
         self, hidden: Tensor, mask: Tensor, image_tokens: Tensor, image_mask: Tensor | None = None
     ) -> Tensor:
-        """Hidden (B, L, D) attends to image_tokens (B, N, D) where image_mask (B, N) says that they
-        are real, or to all -> (B, L, D).
-        """
-        return self.text.run(hidden, mask, self.fuses, image_tokens, image_mask)
+        """Fuse hidden states (B, L, D) with image tokens (B, N, D) -> (B, L, D)."""
+        return self.text.run(hidden, mask, self.fusion_layers, image_tokens, image_mask)
 
 
 class ALBEFEncoders(ALBEFTowers):
-    """The parts that have a momentum copy; here the language head is one of them."""
+    """Parts that have a momentum copy, here with the language head."""
 
     def __init__(self, config: ALBEFConfig) -> None:
         super().__init__(config)
@@ -107,8 +111,8 @@ class ALBEFEncoders(ALBEFTowers):
         image_tokens: Tensor,
         image_mask: Tensor | None = None,
     ) -> Tensor:
-        """Predict the tokens of a text that sees the image, as `fuse` -> logits (B, L, V)."""
-        hidden = self.fuse(self.read(input_ids, mask), mask, image_tokens, image_mask)
+        """Return logits (B, L, V) of the tokens of a text fused with its image, see `fuse`."""
+        hidden = self.fuse(self.encode_text(input_ids, mask), mask, image_tokens, image_mask)
         return self.language_head(hidden)
 
 
@@ -127,9 +131,7 @@ class ALBEF(MomentumModel):
     def fuse(
         self, text: Tensor, mask: Tensor, image: Tensor, image_mask: Tensor | None = None
     ) -> Tensor:
-        """Text (B, L, D), mask (B, L), image (B, N, D) and image_mask (B, N), None where all are
-        real -> (B, L, D) of the fusion layers.
-        """
+        """Return texts (B, L, D) fused with image tokens (B, N, D), see `ALBEFTowers.fuse`."""
         return self.encoders.fuse(text, mask, image, image_mask)
 
     def forward(
@@ -142,39 +144,36 @@ class ALBEF(MomentumModel):
         guide_mask: Tensor | None = None,
         drawn: ALBEFDraw | None = None,
     ) -> ALBEFOutput:
-        """Compute pre-training losses of a batch of pairs; in training momentum and queue move on.
+        """Return the losses of a batch of pairs; in training, update momentum encoders and queue.
 
-        Args:
-            images: (B, 3, H, W).
-            input_ids, attention_mask: (B, L), 1 = real.
-            guide_ids, guide_mask: (B, L), other captions of the images, where the config says
-                guide='other'.
-            drawn: negatives and masked tokens instead of drawing them, so that a run can be
-                repeated by another implementation.
+        `drawn` replaces random negatives and masked tokens, to repeat the step of another
+        implementation. For the other arguments, see `contrast`.
         """
-        seen = self.contrast(images, input_ids, attention_mask, guide_ids, guide_mask)
+        contrast = self.contrast(images, input_ids, attention_mask, guide_ids, guide_mask)
         if drawn is None:
-            drawn = self._draw(seen.similar, input_ids)
+            drawn = self._draw(contrast.similar, input_ids)
         loss_itm = self.matching_loss(
-            seen.text, attention_mask, seen.image, drawn[:2], image_mask=seen.image_mask
+            contrast.text, attention_mask, contrast.image, drawn[:2], image_mask=contrast.image_mask
         )
         text = drawn.masked_ids, attention_mask
-        logits = self.encoders.predict(*text, seen.image, seen.image_mask)
+        logits = self.encoders.predict(*text, contrast.image, contrast.image_mask)
         with torch.no_grad():
-            teacher = self.encoders_m.predict(*text, seen.image_m, seen.image_mask_m)
+            teacher = self.encoders_m.predict(*text, contrast.image_m, contrast.image_mask_m)
         loss_mlm = distilled_language_loss(
             logits, drawn.labels, teacher, self.alpha, gather=self.config.gather
         )
-        loss = seen.loss + loss_itm + loss_mlm
-        return ALBEFOutput(loss, seen.loss, loss_itm, loss_mlm, *seen.features)
+        loss = contrast.loss + loss_itm + loss_mlm
+        return ALBEFOutput(loss, contrast.loss, loss_itm, loss_mlm, *contrast.features)
 
     def fixed_draw(self, images: Tensor, input_ids: Tensor) -> ALBEFDraw:
+        """Return the next pair as each pair's negative, and every seventh token masked."""
         others = next_rows(len(images), images.device)
         return ALBEFDraw(others, others, *mask_every_seventh(input_ids, self.config.mask_token_id))
 
     def _draw(self, similar: tuple[Tensor, Tensor], input_ids: Tensor) -> ALBEFDraw:
-        """Draw hard negatives by the similarities (B, C), and masked tokens, of which [SEP] may be
-        one, as in the official code.
+        """Draw hard negatives by the similarities (B, C), and masked tokens.
+
+        [SEP] can be masked, as in the official code.
         """
         config = self.config
         masked = mask_tokens(
@@ -185,8 +184,3 @@ class ALBEF(MomentumModel):
             probability=config.mask_probability,
         )
         return ALBEFDraw(*self.draw_negatives(similar), *masked)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute layers in backward instead of saving their activations."""
-        self.encoders.visual.set_grad_checkpointing(enable)
-        self.encoders.text.set_grad_checkpointing(enable)

@@ -1,16 +1,18 @@
-"""ALBEF fine-tuned for image-text retrieval: ranked by features, the best again by ITM.
+"""ALBEF fine-tuned for image-text retrieval: rank by features, re-rank the best by ITM.
 
-Source: ALBEF's models/model_retrieval.py, Retrieval.py and configs/Retrieval_{coco,flickr}.yaml.
+Source: models/model_retrieval.py, Retrieval.py and configs/Retrieval_{coco,flickr}.yaml of ALBEF.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from elip_models.models.albef.model import ALBEF, ALBEFConfig, ALBEFTowers
-from elip_models.models.layers.distillation import DistillationConfig, Weights
-from elip_models.models.momentum_retrieval import MomentumRetrieval, retrieval_from_pretraining
+from elip_models.models.downstream import (
+    DistillationConfig,
+    MomentumRetrieval,
+    Weights,
+    retrieval_weights,
+)
 from elip_models.validation import Size
 
 
@@ -18,15 +20,15 @@ from elip_models.validation import Size
 class ALBEFRetrievalConfig(ALBEFConfig, DistillationConfig):
     """Hyper-parameters of an ALBEF for retrieval; the defaults are the official code's.
 
-    The fields: see `ALBEFConfig`, of which those of masked tokens say nothing here, and
-    `DistillationConfig`.
+    For the fields, see `ALBEFConfig` and `DistillationConfig`. The fields of masked tokens have no
+    effect.
     """
 
     image_size: Size = 384
 
 
 class ALBEFRetrieval(MomentumRetrieval, ALBEF):
-    """ALBEF without a language head, whose queue knows the images."""
+    """ALBEF without a language head, with image ids in its queue."""
 
     family = "albef_retrieval"
     config_class = ALBEFRetrievalConfig
@@ -36,12 +38,10 @@ class ALBEFRetrieval(MomentumRetrieval, ALBEF):
     encoders: ALBEFTowers
 
     @classmethod
-    def from_pretraining(
-        cls, weights: dict[str, Tensor], config: ALBEFRetrievalConfig
-    ) -> dict[str, Tensor]:
-        """Weights of an `ALBEF`, by its names -> what retrieval begins with."""
+    def from_pretraining(cls, weights: Weights, config: ALBEFRetrievalConfig) -> Weights:
+        """Map weights of a pre-trained `ALBEF` to this model, without the language head."""
 
-        def without_head(encoders: Weights) -> Weights:
+        def without_language_head(encoders: Weights) -> Weights:
             return {n: w for n, w in encoders.items() if not n.startswith("language_head.")}
 
-        return retrieval_from_pretraining(weights, config, without_head)
+        return retrieval_weights(weights, config, without_language_head)

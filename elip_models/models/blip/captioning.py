@@ -1,11 +1,12 @@
-"""BLIP captions images: a decoder writes what it sees, behind a prompt.
+"""BLIP fine-tuned for image captioning: a decoder generates the caption after a prompt.
 
-    text   [DEC] "a picture of" c_1 .. c_n [SEP], each layer attending to the image tokens
-    loss   CE of each next token (label smoothing), none for those of the prompt
+    text   [DEC] "a picture of" c_1 .. c_n [SEP], with cross attention to the image tokens
+    loss   cross entropy of each next token with label smoothing, without the prompt's tokens
 
-No text guides the image: its own caption would be told by which tokens stay. A config that reduces
-does so by the image alone.
-Source: BLIP_Decoder of BLIP's models/blip/model.py, configs/caption_coco.yaml.
+No text guides the image tower, since the kept tokens would reveal the caption to the decoder. A
+schedule in the config reduces by the image alone.
+
+Source: BLIP_Decoder in models/blip.py of BLIP, and configs/caption_coco.yaml.
 """
 
 from dataclasses import dataclass
@@ -13,14 +14,14 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
+from elip_models.models.blip.base import BLIPCaptioner
+from elip_models.models.blip.downstream import BLIPTask, BLIPTaskConfig, decoder_weights
 from elip_models.models.blip.model import BLIP
-from elip_models.models.blip.shared import Captioner
 from elip_models.models.distilled_model import Encoders
-from elip_models.models.downstream.blip import BLIPAloneConfig, BLIPTask, decoder_weights, under
+from elip_models.models.downstream import TaskOutput, Weights, select_parts
 from elip_models.models.layers.bert import BertTower, UntypedEmbeddings, masked_language_head
 from elip_models.models.layers.generation import Decoding
 from elip_models.models.layers.losses import IGNORED, language_loss, next_tokens
-from elip_models.models.task_output import TaskOutput
 from elip_models.reduction.strategy import mask_after
 from elip_models.validation import Count, Size, Zero
 
@@ -28,18 +29,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 COCO = Decoding(max_length=20, min_length=5)
-"""How the original captions COCO."""
+"""Parameters of the original for captions of COCO."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class BLIPCaptioningConfig(BLIPAloneConfig):
-    """Hyper-parameters of BLIP for captioning.
+class BLIPCaptioningConfig(BLIPTaskConfig):
+    """Hyper-parameters of BLIP for captioning; for the other fields, see `BLIPTaskConfig`.
 
-    prompt: what every caption begins with, in training and generation; the model is given its
-        tokens, before those of the caption.
-    prompt_tokens: how many they are, see `BLIPCaptioning.fit_tokenizer`.
-    without_text: 'vision' lets a schedule reduce by the image alone, for there is no text.
-    The other fields: see `BLIPAloneConfig`.
+    Attributes:
+        prompt: start of every caption, in training and in generation.
+        prompt_tokens: number of its tokens, see `BLIPCaptioning.fit_tokenizer`.
+        without_text: 'vision' lets a schedule reduce by the image alone.
     """
 
     image_size: Size = 384
@@ -50,8 +50,8 @@ class BLIPCaptioningConfig(BLIPAloneConfig):
     prompt_tokens: Count = 3
 
 
-class BLIPCaptioning(Captioner, BLIPTask):
-    """Image tower and decoder."""
+class BLIPCaptioning(BLIPCaptioner, BLIPTask):
+    """BLIP with an image tower and a decoder."""
 
     family = "blip_captioning"
     task = "captioning"
@@ -66,25 +66,26 @@ class BLIPCaptioning(Captioner, BLIPTask):
         self.language_head = masked_language_head(self.decoder)
 
     @classmethod
-    def from_pretraining(
-        cls, weights: dict[str, Tensor], config: BLIPCaptioningConfig
-    ) -> dict[str, Tensor]:
-        """Weights of BLIP -> of this model, all of them: image tower, decoder and head."""
-        return under(("encoders.visual.",), weights) | decoder_weights(weights)
+    def from_pretraining(cls, weights: Weights, config: BLIPCaptioningConfig) -> Weights:
+        """Map image tower, decoder and language head of a pre-trained BLIP to this model."""
+        return select_parts(weights, "encoders.visual.") | decoder_weights(weights)
 
     @classmethod
     def fit_tokenizer(
         cls, tokenizer: "PreTrainedTokenizerBase", context_length: int
     ) -> dict[str, int]:
-        """Also the tokens of the original's prompt; with another one, set `prompt_tokens` too."""
+        """Return the config fields, with the number of tokens of the default prompt.
+
+        For another prompt, set `prompt_tokens` as well.
+        """
         sizes = super().fit_tokenizer(tokenizer, context_length)
         return sizes | {"prompt_tokens": len(_tokens(tokenizer, cls.config_class.prompt))}
 
     def prompt_ids(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-        """The prompt's tokens, without the first and the last special one.
+        """Return the ids of the prompt, without the first and the last special token.
 
         Raises:
-            ValueError: more or fewer than `prompt_tokens`.
+            ValueError: their number is not `prompt_tokens`.
         """
         config = self.config
         ids = _tokens(tokenizer, config.prompt)
@@ -96,15 +97,16 @@ class BLIPCaptioning(Captioner, BLIPTask):
         return ids
 
     def read_vocabulary_(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Check that `prompt_tokens` are those of the prompt; raises as `prompt_ids`."""
+        """Check that the prompt has `prompt_tokens` tokens, see `prompt_ids`."""
         self.prompt_ids(tokenizer)
 
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> TaskOutput:
-        """Compute the loss of a batch of captions.
+        """Return the loss of a batch of captions.
 
         Args:
             images: (B, 3, H, W).
-            input_ids, attention_mask: (B, L), 1 = real; the prompt behind the first token.
+            input_ids: (B, L), with the prompt after the first token.
+            attention_mask: (B, L), 1 = real token.
         """
         tokens, infos = self.encode_image(images)
         logits = self.predict(input_ids, attention_mask, tokens, mask_after(infos))
@@ -117,5 +119,5 @@ class BLIPCaptioning(Captioner, BLIPTask):
 
 
 def _tokens(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
-    """The ids of a prompt, whose last space is the next word's, without special tokens."""
+    """Return the ids of a prompt without special tokens and without its last space."""
     return tokenizer(prompt.rstrip()).input_ids[1:-1]

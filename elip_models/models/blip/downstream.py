@@ -1,7 +1,7 @@
-"""What BLIP's models of tasks share: the image tower, and how the text of a task guides it.
+"""Base of the fine-tuned BLIP models: image tower, and guidance by the text of the task.
 
-The image tower keeps all patches unless the config reduces it. Where a text guides the reduction,
-that is the question or statement, which is read alone first; without guidance no text is.
+The image tower keeps all patches unless the config reduces it. If text guides the reduction, the
+text tower encodes the question or statement alone first. Otherwise it skips this pass.
 """
 
 from dataclasses import dataclass
@@ -10,8 +10,9 @@ from typing import Any, Literal
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from elip_models.models.blip.base import BLIPBase, BLIPConfig, BLIPEncoders, Reader
-from elip_models.models.distilled_model import DistilledModel, Encoders, Masked
+from elip_models.models.blip.base import BLIPBase, BLIPConfig, BLIPEncoders, BLIPWithEncoder
+from elip_models.models.distilled_model import DistilledModel, Encoders, MaskedTokens
+from elip_models.models.downstream import Weights, select_parts
 from elip_models.reduction.scorers import ScorerName
 from elip_models.reduction.strategy import mask_after
 from elip_models.towers.base import scoring_context
@@ -19,12 +20,14 @@ from elip_models.validation import Rate, Zero
 
 
 @dataclass(frozen=True, kw_only=True)
-class BLIPTaskConfig(BLIPConfig):
-    """Hyper-parameters of a BLIP that is fine-tuned; the defaults are the original's.
+class BLIPFinetuningConfig(BLIPConfig):
+    """Hyper-parameters of a fine-tuned BLIP; the defaults are the original's.
 
-    drop_path: rate at which the last block of the image tower is passed by; 0 at the first one.
-    The other fields: see `BLIPConfig`. Texts lose no tokens here, and `tie_decoder` says nothing:
-    what writes has weights of its own.
+    For the other fields, see `BLIPConfig`. Text reduction is not available. `tie_decoder` has no
+    effect, since a decoder has its own weights.
+
+    Attributes:
+        drop_path: stochastic depth rate of the last block of the image tower; linear from 0.
     """
 
     drop_path: Rate = 0.0
@@ -33,20 +36,21 @@ class BLIPTaskConfig(BLIPConfig):
         super().__post_init__()
         if self.text_reduction is not None:
             raise ValueError(
-                "text_reduction: expected None, for a fine-tuned BLIP reads all tokens of a text, "
-                f"got {self.text_reduction!r}"
+                "text_reduction: expected None, since a fine-tuned BLIP needs all text tokens, got "
+                f"{self.text_reduction!r}"
             )
 
     def vit(self, **options: Any) -> VisionTransformer:
+        """Create the image tower with stochastic depth."""
         return super().vit(drop_path_rate=self.drop_path, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BLIPAloneConfig(BLIPTaskConfig):
-    """Hyper-parameters of a BLIP that nothing follows by momentum: see `BLIPTaskConfig`.
+class BLIPTaskConfig(BLIPFinetuningConfig):
+    """Hyper-parameters of a BLIP without momentum encoders: see `BLIPFinetuningConfig`.
 
-    The text that comes with an image guides it, where text guides the reduction. The fields of
-    momentum encoders, features and their queue say nothing here.
+    Each text guides its own image. The fields of momentum encoders, features and their queue have
+    no effect.
     """
 
     scorer: ScorerName = "exact"
@@ -56,50 +60,44 @@ class BLIPAloneConfig(BLIPTaskConfig):
 
 
 class BLIPTask(BLIPBase, DistilledModel):
-    """A BLIP that nothing follows by momentum, and whose features are not compared."""
+    """BLIP without momentum encoders and without contrastive features."""
 
-    config: BLIPAloneConfig
+    config: BLIPTaskConfig
     ranks = False
 
-    def __init__(self, config: BLIPAloneConfig, encoders: Encoders) -> None:
+    def __init__(self, config: BLIPTaskConfig, encoders: Encoders) -> None:
         super().__init__(config, encoders, distill=False)
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
+        """Return images and a random text for each of them."""
         return {"images": images, **self.random_text(images)}
 
 
-class BLIPReadingTask(Reader, BLIPTask):
-    """The image tower, and the encoder that reads the text of a task."""
+class BLIPEncoderTask(BLIPWithEncoder, BLIPTask):
+    """BLIP whose encoder fuses the text of a task with its image."""
 
     encoders: BLIPEncoders
 
-    def task_guides(self, input_ids: Tensor, mask: Tensor) -> Tensor | None:
-        """Read the texts of a task, input_ids, mask (B, L) -> what guides their images (B, D),
-        without gradient; None where no text guides.
-        """
+    def text_guidance(self, input_ids: Tensor, mask: Tensor) -> Tensor | None:
+        """Return the guidance (B, D) of texts (B, L), without gradient; None if no text guides."""
         if not self.reduction.is_guided:
             return None
         with scoring_context(self, input_ids):
             text_cls = self.text_cls(input_ids, mask)
         return self.select_guidance(text_cls)
 
-    def see(self, images: Tensor, guides: Tensor | None) -> Masked:
-        """Images (B, 3, H, W), guided by (B, D) or by nothing -> tokens (B, N, D) and which of them
-        are real, None where all are.
-        """
+    def encode_task_images(self, images: Tensor, guides: Tensor | None) -> MaskedTokens:
+        """Return tokens (B, N, D) of images and their mask, see `mask_after`."""
         tokens, infos = self.encode_image(images, guides)
         return tokens, mask_after(infos)
 
 
-def under(parts: tuple[str, ...], weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those of the weights whose names begin with one of the parts."""
-    return {name: weight for name, weight in weights.items() if name.startswith(parts)}
+def decoder_weights(weights: Weights) -> Weights:
+    """Return pre-trained weights for a decoder with its own weights, and for its head.
 
-
-def decoder_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of decoder and head, complete: what the decoder shared with the encoder, and so was
-    written under the encoder's name alone, is a copy; all of it, where there was no decoder.
+    Weights that the pre-trained decoder shared with the encoder are stored under the encoder's
+    name. If pre-training had no decoder, all weights are the encoder's.
     """
-    encoder = under(("encoders.text.",), weights)
+    encoder = select_parts(weights, "encoders.text.")
     shared = {name.replace("encoders.text.", "decoder.", 1): w for name, w in encoder.items()}
-    return shared | under(("decoder.", "language_head."), weights)
+    return shared | select_parts(weights, "decoder.", "language_head.")

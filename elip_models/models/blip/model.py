@@ -1,21 +1,27 @@
-"""BLIP with a text-guided, token-reduced image tower.
+"""BLIP with a text-guided, token-reduced image tower, for pre-training.
 
-    text     BERT on the text alone; its CLS output guides the image tower
-    image    ViT reduced by ELIP; features of both towers
-    encoder  the same BERT from [ENC] on, each layer attending to the image tokens too
-    decoder  causal self-attention of its own, all else the encoder's, from [DEC] on
+    text     BERT on the text alone; t_cls, its CLS output, guides the image tower
+    image    ViT(image), reduced by ELIP under t_cls
+    encoder  the same BERT on [ENC] and the text, with cross attention to the image tokens
+    decoder  causal BERT on [DEC] and the text; only its self-attention has its own weights
     loss     ITC (soft targets, queue) + ITM (hard negatives) + LM (label smoothing)
 
-Source: BLIP (Li et al., 2022); ELIP, section 3 and its official BLIP code.
+`models/momentum_model.py` defines ITC and ITM, `layers/losses.py` defines LM.
+Source: BLIP (Li et al., 2022); ELIP, section 3, and its official BLIP code.
 """
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from elip_models.models.blip.shared import BLIPConfig, BLIPEncoders, Captioner, Reader, begin_with
+from elip_models.models.blip.base import (
+    BLIPCaptioner,
+    BLIPConfig,
+    BLIPEncoders,
+    BLIPWithEncoder,
+    replace_first_token,
+)
 from elip_models.models.layers.bert import (
-    BertTower,
     masked_language_head,
     tied_decoder,
     untied_decoder,
@@ -26,7 +32,7 @@ from elip_models.models.momentum_model import MomentumModel, Negatives
 
 @dataclass
 class BLIPOutput:
-    """loss: the sum of the three others, scalars. image_features, text_features: (B, E)."""
+    """Output of a step: the scalar losses, and features (B, E) of images and texts."""
 
     loss: Tensor
     loss_itc: Tensor
@@ -36,8 +42,8 @@ class BLIPOutput:
     text_features: Tensor
 
 
-class BLIP(Reader, Captioner, MomentumModel):
-    """Image and text towers, decoder, their momentum copies and the feature queue."""
+class BLIP(BLIPWithEncoder, BLIPCaptioner, MomentumModel):
+    """Image and text towers, decoder, momentum copies of the towers, and the feature queue."""
 
     family = "blip"
     config_class = BLIPConfig
@@ -51,14 +57,8 @@ class BLIP(Reader, Captioner, MomentumModel):
         self.decoder = tied_decoder(text) if config.tie_decoder else untied_decoder(text)
         self.language_head = masked_language_head(self.decoder)
 
-    @property
-    def text_towers(self) -> tuple[BertTower, ...]:
-        return self.encoders.text, self.decoder
-
-    def read_pairs(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """images, input_ids, mask -> (B, K, D), the texts alone, half way without the tokens that
-        `text_reduction` drops.
-        """
+    def encode_text_reduced(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Encode texts alone -> (B, K, D), without the tokens that `text_reduction` drops."""
         image_cls = self.dense_cls(images) if self.config.image_guides_text else None
         text, layers = self.encoders.text, self.encoders.layers
         hidden = text.embed(input_ids)
@@ -66,12 +66,12 @@ class BLIP(Reader, Captioner, MomentumModel):
             hidden, mask, layers, self.text_reduction, image_cls=image_cls
         ).tokens
 
-    def fuse_pairs(
+    def fuse_reduced(
         self, text: Tensor, mask: Tensor, image: Tensor, image_mask: Tensor | None
     ) -> Tensor:
-        """As `fuse` -> (B, K, D), half way without the tokens that `text_reduction` drops."""
+        """Fuse texts with images -> (B, K, D), without the tokens that `text_reduction` drops."""
         tower, layers = self.encoders.text, self.encoders.layers
-        hidden = tower.embed(begin_with(text, self.config.encoder_token_id))
+        hidden = tower.embed(replace_first_token(text, self.config.encoder_token_id))
         return tower.run_reduced(
             hidden, mask, layers, self.text_reduction, image, image_mask
         ).tokens
@@ -86,25 +86,20 @@ class BLIP(Reader, Captioner, MomentumModel):
         guide_mask: Tensor | None = None,
         drawn: Negatives | None = None,
     ) -> BLIPOutput:
-        """Compute pre-training losses of a batch of pairs; in training momentum and queue move on.
+        """Return the losses of a batch of pairs; in training, update momentum encoders and queue.
 
-        Here alone texts lose tokens, as `config.text_reduction` says: ITC, ITM and LM read those
-        that stay. 'learned' adds a dense forward of the image tower, without gradient, for ITC's
-        text comes before the image that it guides.
+        Only this method drops text tokens by `config.text_reduction`, in ITC, ITM and LM. 'learned'
+        needs the image before the text. It adds a dense forward of the image tower, without
+        gradient.
 
-        Args:
-            images: (B, 3, H, W).
-            input_ids, attention_mask: (B, L), 1 = real.
-            guide_ids, guide_mask: (B, L), other captions of the images, where the config says
-                guide='other'.
-            drawn: negatives instead of drawing them, so that a run can be repeated by another
-                implementation.
+        `drawn` replaces random negatives, to repeat the step of another implementation. For the
+        other arguments, see `contrast`.
         """
-        seen = self.contrast(images, input_ids, attention_mask, guide_ids, guide_mask)
+        contrast = self.contrast(images, input_ids, attention_mask, guide_ids, guide_mask)
         if drawn is None:
-            drawn = self.draw_negatives(seen.similar)
-        text, image = (input_ids, attention_mask), (seen.image, seen.image_mask)
-        loss_itm = self.matching_loss(*text, seen.image, drawn, image_mask=seen.image_mask)
+            drawn = self.draw_negatives(contrast.similar)
+        text, image = (input_ids, attention_mask), (contrast.image, contrast.image_mask)
+        loss_itm = self.matching_loss(*text, contrast.image, drawn, image_mask=contrast.image_mask)
         written = self.decode(*text, image, self.text_reduction)
         loss_lm = language_loss(
             self.language_head(written.tokens),
@@ -112,9 +107,10 @@ class BLIP(Reader, Captioner, MomentumModel):
             smoothing=self.config.label_smoothing,
             gather=self.config.gather,
         )
-        loss = seen.loss + loss_itm + loss_lm
-        return BLIPOutput(loss, seen.loss, loss_itm, loss_lm, *seen.features)
+        loss = contrast.loss + loss_itm + loss_lm
+        return BLIPOutput(loss, contrast.loss, loss_itm, loss_lm, *contrast.features)
 
     def fixed_draw(self, images: Tensor, input_ids: Tensor) -> Negatives:
+        """Return the next pair of the batch as the negative of each pair."""
         others = next_rows(len(images), images.device)
         return Negatives(others, others)

@@ -1,7 +1,7 @@
-"""BLIP fine-tuned for image-text retrieval: ranked by features, the best again by ITM.
+"""BLIP fine-tuned for image-text retrieval: rank by features, re-rank the best by ITM.
 
-Negatives are drawn by the online features of the batch, not by those of the momentum encoders.
-Source: BLIP's models/blip_retrieval.py, configs/retrieval_coco.yaml and retrieval_flickr.yaml.
+Negatives of ITM are drawn by similarities between online features, not to momentum features.
+Source: models/blip_retrieval.py and configs/retrieval_{coco,flickr}.yaml of BLIP.
 """
 
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from elip_models.models.blip.base import BLIPEncoders, BLIPWithEncoder
+from elip_models.models.blip.downstream import BLIPFinetuningConfig
 from elip_models.models.blip.model import BLIP
-from elip_models.models.blip.shared import BLIPEncoders, Reader
-from elip_models.models.downstream.blip import BLIPTaskConfig
+from elip_models.models.downstream import MomentumRetrieval, Weights, retrieval_weights
 from elip_models.models.layers.distributed import all_gather
 from elip_models.models.layers.momentum import similarities
-from elip_models.models.momentum_model import Contrast
-from elip_models.models.momentum_retrieval import MomentumRetrieval, retrieval_from_pretraining
+from elip_models.models.momentum_model import ContrastiveOutput
 from elip_models.validation import NonNegative, Share, Size
 
 
 @dataclass(frozen=True, kw_only=True)
-class BLIPRetrievalConfig(BLIPTaskConfig):
-    """Hyper-parameters of BLIP for retrieval: see `BLIPTaskConfig`."""
+class BLIPRetrievalConfig(BLIPFinetuningConfig):
+    """Hyper-parameters of BLIP for retrieval: see `BLIPFinetuningConfig`."""
 
     image_size: Size = 384
     context_length: Size = 35
@@ -29,8 +29,8 @@ class BLIPRetrievalConfig(BLIPTaskConfig):
     negative_epsilon: Share = 0.0
 
 
-class BLIPRetrieval(Reader, MomentumRetrieval):
-    """BLIP without a decoder, whose queue knows the images."""
+class BLIPRetrieval(BLIPWithEncoder, MomentumRetrieval):
+    """BLIP without a decoder, with image ids in its queue."""
 
     family = "blip_retrieval"
     config_class = BLIPRetrievalConfig
@@ -42,16 +42,14 @@ class BLIPRetrieval(Reader, MomentumRetrieval):
         super().__init__(config, BLIPEncoders(config))
 
     @classmethod
-    def from_pretraining(
-        cls, weights: dict[str, Tensor], config: BLIPRetrievalConfig
-    ) -> dict[str, Tensor]:
-        """Weights of BLIP -> of this model, all of them, its momentum encoders too."""
-        return retrieval_from_pretraining(weights, config, dict)
+    def from_pretraining(cls, weights: Weights, config: BLIPRetrievalConfig) -> Weights:
+        """Map weights of a pre-trained BLIP, and of its momentum encoders, to this model."""
+        return retrieval_weights(weights, config, dict)
 
-    def contrast(self, *pairs: Tensor | None) -> Contrast:
-        """As of `MomentumModel`, but for `similar`, which is that of the online features."""
-        seen = super().contrast(*pairs)
+    def contrast(self, *pairs: Tensor | None) -> ContrastiveOutput:
+        """Return the output of the base class, with similarities of the online features."""
+        output = super().contrast(*pairs)
         with torch.no_grad():
-            keys = tuple(all_gather(each, self.config.gather).T for each in seen.features)
-            similar = similarities(seen.features, keys, self.temperature)
-        return seen._replace(similar=similar)
+            keys = tuple(all_gather(each, self.config.gather).T for each in output.features)
+            similar = similarities(output.features, keys, self.temperature)
+        return output._replace(similar=similar)

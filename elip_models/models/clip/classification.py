@@ -1,14 +1,15 @@
 """CLIP's image tower as a classifier: a linear head on its CLS token.
 
-    feature   f = x_cls behind the tower's last norm, or f = normalise(W_i x_cls)
+    feature   f = x_cls after the last norm of the tower, or f = normalise(W_i x_cls)
     logits    W f + b
     loss      cross entropy, with label smoothing
 
-No text is read: the tower is dense, or reduced by the image alone. A linear probe reads x_cls
-before the projection, as CLIP's own do, and without the batch norm that MAE puts in front of its
-head: the tower's last norm is there.
-Source: CLIP (Radford et al., 2021), appendix A.3; MAE (He et al., 2022); ELIP, section 4.3.1. The
-head that begins as a zero-shot classifier: WiSE-FT (Wortsman et al., 2022).
+There is no text: the tower is dense, or reduced by the image alone. A linear probe trains the head
+alone, on x_cls before the projection, as in CLIP's own linear probes. MAE puts a batch norm in
+front of its head; here the last norm of the tower replaces it.
+
+Source: CLIP (Radford et al., 2021), appendix A.3; MAE (He et al., 2022); ELIP, section 4.3.1; for
+a head that starts as a zero-shot classifier, WiSE-FT (Wortsman et al., 2022).
 """
 
 from dataclasses import dataclass
@@ -20,27 +21,29 @@ from torch import Tensor, nn
 
 from elip_models.models.base import PretrainedModel
 from elip_models.models.clip.model import CLIP, CLIPConfig
-from elip_models.models.task_output import TaskOutput
+from elip_models.models.downstream import TaskOutput, Weights, select_parts
 from elip_models.reduction.encode import run_tower
 from elip_models.validation import Share, Size, Zero
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-HEAD_STD = 0.01  # MAE's
+HEAD_STD = 0.01  # as in MAE
 
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPClassificationConfig(CLIPConfig):
-    """Hyper-parameters of a classifier, beside those of the model that it begins as.
+    """Hyper-parameters of a classifier, besides those of the pre-trained model.
 
-    num_classes: as many as ImageNet has.
-    tuning: 'full' trains all, 'probe' the head alone, on a tower that is frozen in eval mode.
-    projects: the head reads the features that are compared with texts, so that it can begin as
-        `begin_zero_shot_` says.
-    label_smoothing: of the cross entropy.
-    without_text: 'vision' lets a schedule reduce by the image alone, for there is no text.
-    The other fields: see `CLIPConfig`; those of texts are not read, and no text guides.
+    For the other fields, see `CLIPConfig`; those of texts and of guidance have no effect.
+
+    Attributes:
+        num_classes: number of classes; the default is ImageNet's.
+        tuning: 'full' trains all weights, 'probe' the head alone, with a frozen tower in eval mode.
+        projects: the head uses the features that are compared with texts, so that
+            `init_zero_shot_head_` can initialise it.
+        label_smoothing: of the cross entropy.
+        without_text: 'vision' lets a schedule reduce by the image alone.
     """
 
     num_classes: Size = 1000
@@ -54,7 +57,7 @@ class CLIPClassificationConfig(CLIPConfig):
 
 
 class CLIPClassification(PretrainedModel):
-    """Image tower, the projection where the head reads it, and the head."""
+    """Image tower, an optional projection, and a linear head."""
 
     family = "clip_classification"
     task = "classification"
@@ -82,24 +85,22 @@ class CLIPClassification(PretrainedModel):
             self.head.requires_grad_()
 
     @classmethod
-    def from_pretraining(
-        cls, weights: dict[str, Tensor], config: CLIPClassificationConfig
-    ) -> dict[str, Tensor]:
-        """The image tower, and its projection where the head reads it; the head is new."""
-        kept = ("visual.", "image_projection.") if config.projects else ("visual.",)
-        return {name: weight for name, weight in weights.items() if name.startswith(kept)}
+    def from_pretraining(cls, weights: Weights, config: CLIPClassificationConfig) -> Weights:
+        """Select the weights of the image tower, and of its projection if the head uses it."""
+        parts = ["visual.", "image_projection."] if config.projects else ["visual."]
+        return select_parts(weights, *parts)
 
     @torch.no_grad()
-    def begin_zero_shot_(self, classes: Tensor, scale: Tensor | float) -> None:
-        """Make the head a zero-shot classifier, whose logits are the similarities to the classes.
+    def init_zero_shot_head_(self, classes: Tensor, scale: Tensor | float) -> None:
+        """Set the head to a zero-shot classifier: the logits are the similarities to the classes.
 
         Args:
-            classes: (num_classes, E), normalised features of their texts, as `class_features` of
-                `tasks/zero_shot.py` makes them with the pre-trained model.
-            scale: the inverse temperature of that model, `logit_scale.exp()`.
+            classes: (num_classes, E), normalised text features of the classes, see `class_features`
+                in `tasks/zero_shot.py`.
+            scale: inverse temperature of the pre-trained model, `logit_scale.exp()`.
 
         Raises:
-            ValueError: features of another shape, or a head that does not read projected ones.
+            ValueError: `classes` has another shape, or the config has projects=False.
         """
         expected = (self.config.num_classes, self.config.embed_dim)
         if not self.config.projects or tuple(classes.shape) != expected:
@@ -111,20 +112,19 @@ class CLIPClassification(PretrainedModel):
         self.head.bias.zero_()
 
     def train(self, mode: bool = True) -> Self:
-        """As any module; the tower of a probe stays in eval mode."""
+        """Set the mode of all modules, but keep the tower of a probe in eval mode."""
         super().train(mode)
         if self.config.tuning == "probe":
             self.visual.eval()
         return self
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
+        """Return images and a random label for each of them."""
         labels = torch.randint(self.config.num_classes, (len(images),), device=images.device)
         return {"images": images, "labels": labels}
 
     def features(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> what the head reads, (B, D), or (B, E) normalised; of a probe
-        without gradient.
-        """
+        """Return what the head uses: (B, D), or normalised (B, E); without gradient for a probe."""
         grad = torch.is_grad_enabled() and self.config.tuning == "full"
         with torch.set_grad_enabled(grad):
             tokens, _ = run_tower(self.tower, images, None, self.reduction, cls_only=True)
@@ -133,11 +133,11 @@ class CLIPClassification(PretrainedModel):
             return F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
 
     def logits(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> (B, num_classes)."""
+        """Return logits (B, num_classes) of images (B, 3, H, W)."""
         return self.head(self.features(images))
 
     def forward(self, images: Tensor, labels: Tensor) -> TaskOutput:
-        """Classify images (B, 3, H, W), whose classes are labels (B,) int64."""
+        """Return the loss of images (B, 3, H, W) with the classes labels (B,) int64."""
         logits = self.logits(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
         return TaskOutput(loss, logits)
@@ -146,9 +146,9 @@ class CLIPClassification(PretrainedModel):
     def fit_tokenizer(
         cls, tokenizer: "PreTrainedTokenizerBase", context_length: int
     ) -> dict[str, int]:
-        """Nothing: no text is read."""
+        """Return no config fields, since the model has no text."""
         return {}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in backward instead of saving their activations."""
+        """Recompute blocks in backward instead of storing their activations."""
         self.visual.set_grad_checkpointing(enable)

@@ -1,11 +1,14 @@
-"""CLIP with a text-guided, token-reduced image tower.
+"""CLIP with a text-guided, token-reduced image tower, for pre-training.
 
-Text first: f_text = normalise(W_t text[EOS]); the guidance of the image tower is f_text mapped back
-to the vision width by the transposed image projection, t = f_text @ W_i, detached. Then
-f_image = normalise(W_i image[CLS]), and the contrastive loss of the pairs (ITC), or SigLIP's. Where
-the image guides the dropping of text tokens ('learned'), its dense feature comes before all that,
-and is mapped back likewise, f_image @ W_t.
-Source: CLIP (Radford et al., 2021); SigLIP (Zhai et al., 2023); ELIP, section 3 and its official
+    text      f_text = normalise(W_t text[EOS])
+    guidance  t = f_text @ W_i, detached: the text feature in the width of the image tower
+    image     f_image = normalise(W_i image[CLS]), ViT reduced by ELIP under t
+    loss      contrastive loss of the pairs (ITC), or SigLIP's sigmoid loss
+
+With text_reduction='learned', the image guides which text tokens are dropped. A dense forward of
+the image tower then comes first, and f_image @ W_t is the guidance of the text tower.
+
+Source: CLIP (Radford et al., 2021); SigLIP (Zhai et al., 2023); ELIP, section 3, and its official
 CLIP code.
 """
 
@@ -22,8 +25,8 @@ from torch import Tensor, nn
 from elip_models.models.base import PretrainedModel
 from elip_models.models.config import ContrastiveConfig, TextReductionConfig, TokenId
 from elip_models.models.layers.clip_text import CLIPTextTower
+from elip_models.models.layers.gradient_caching import encode_in_slices
 from elip_models.models.layers.losses import contrastive_loss, sigmoid_loss
-from elip_models.models.layers.gradient_caching import in_slices
 from elip_models.reduction.caching import UnguidedWarning, warn_once
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategy import Strategy
@@ -45,18 +48,21 @@ if TYPE_CHECKING:
 
 TEMPERATURES = {"itc": 0.07, "sigmoid": 0.1}
 INITIAL_BIAS = -10.0
-"""What SigLIP (Zhai et al., 2023) begins with, for most pairs of a batch are none."""
+"""Initial bias of SigLIP (Zhai et al., 2023), since most pairs of a batch are negatives."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPConfig(ContrastiveConfig, TextReductionConfig):
     """Hyper-parameters of a CLIP model.
 
-    activation: of both towers' MLPs; 'quick_gelu', x sigmoid(1.702 x), is that of OpenAI's models.
-    loss: 'itc', the softmax over all pairs, or 'sigmoid', SigLIP's, with a learned bias.
-    temperature: of the similarities, at the start; None is 0.07, and with 'sigmoid' 0.1, SigLIP's.
-    gather: where negatives come from, see `contrastive_loss`.
-    The other fields: see `VisionConfig`, `ContrastiveConfig` and `TextReductionConfig`.
+    For the other fields, see `VisionConfig`, `ContrastiveConfig` and `TextReductionConfig`.
+
+    Attributes:
+        activation: of the MLPs of both towers; OpenAI's models use 'quick_gelu', x sigmoid(1.702
+            x).
+        loss: 'itc', the softmax over all pairs, or 'sigmoid', SigLIP's loss with a learned bias.
+        temperature: initial temperature of the similarities; None is 0.07, and 0.1 for 'sigmoid'.
+        gather: where negatives come from, see `contrastive_loss`.
     """
 
     vision_norm_eps: NonNegative = 1e-5
@@ -77,7 +83,7 @@ class CLIPConfig(ContrastiveConfig, TextReductionConfig):
     gather: Literal["local", "global"] = "local"
 
     def vit(self, **options: Any) -> VisionTransformer:
-        """The image tower, drawn as CLIP's; `options` are timm's."""
+        """Create the image tower with CLIP's initial weights; `options` are timm's."""
         visual = super().vit(
             act_layer=self.activation, drop_path_rate=self.drop_path, pre_norm=True, **options
         )
@@ -87,7 +93,7 @@ class CLIPConfig(ContrastiveConfig, TextReductionConfig):
 
 @dataclass
 class CLIPOutput:
-    """loss: scalar. image_features, text_features: (B, E), normalised."""
+    """Output of a step: the scalar loss, and normalised features (B, E) of images and texts."""
 
     loss: Tensor
     image_features: Tensor
@@ -95,7 +101,7 @@ class CLIPOutput:
 
 
 class CLIP(PretrainedModel):
-    """Image tower from timm, text tower from transformers, a projection each, a temperature."""
+    """Image tower of timm, text tower of transformers, a projection for each, and a temperature."""
 
     family = "clip"
     config_class = CLIPConfig
@@ -129,6 +135,7 @@ class CLIP(PretrainedModel):
             self.logit_bias = nn.Parameter(torch.tensor(INITIAL_BIAS))
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
+        """Return images and a random text for each, and guide captions if the config needs them."""
         config = self.config
         sizes = config.context_length, config.vocab_size, config.eos_token_id
         inputs = {"images": images, "input_ids": random_ids(images, *sizes)}
@@ -136,7 +143,7 @@ class CLIP(PretrainedModel):
         return inputs | (guides if config.reads_guide_captions else {})
 
     def guidance(self, text_features: Tensor) -> Tensor:
-        """Map f_text (B, E) back to the vision width -> (B, D), detached."""
+        """Map text features (B, E) to the width of the image tower -> (B, D), detached."""
         return (text_features @ self.image_projection.weight.to(text_features.dtype)).detach()
 
     def encode_text(
@@ -147,17 +154,14 @@ class CLIP(PretrainedModel):
         image_features: Tensor | None = None,
         reduce: bool = True,
     ) -> Tensor:
-        """Encode texts.
+        """Return normalised features (B, E) of texts.
 
         Args:
-            input_ids, attention_mask: (B, L), 1 = real.
-            image_features: (B, E), normalised, which guide text_reduction='learned'; without them
-                it drops nothing, with a warning, as images without text reduce nothing. No other
-                strategy reads them.
+            input_ids: (B, L).
+            attention_mask: (B, L), 1 = real token.
+            image_features: (B, E), normalised, the guidance of text_reduction='learned'. Without
+                them, 'learned' drops no token and warns. Other strategies ignore them.
             reduce: False keeps all text tokens.
-
-        Returns:
-            (B, E), normalised.
         """
         image_cls = None
         if reduce and self.config.image_guides_text:
@@ -166,8 +170,7 @@ class CLIP(PretrainedModel):
                 if not torch.compiler.is_compiling():
                     warn_once(
                         "no image guidance was given, so no text token is dropped "
-                        "(text_reduction='learned'); pass image_features, or reduce=False to mean "
-                        "it",
+                        "(text_reduction='learned'); pass image_features, or reduce=False",
                         UnguidedWarning,
                     )
             else:
@@ -179,38 +182,38 @@ class CLIP(PretrainedModel):
     def encode_image(
         self, images: Tensor, text_features: Tensor | None = None, *, reduce: bool = True
     ) -> Tensor:
-        """Encode images. Without gradient, in eval mode, the last block runs for CLS alone.
+        """Return normalised features (B, E) of images.
+
+        Without gradient, in eval mode, the last block computes the CLS token alone.
 
         Args:
             images: (B, 3, H, W).
-            text_features: (B, E), normalised, which guide the reduction; without them the image
-                tower does what `config.without_text` says.
+            text_features: (B, E), normalised, the guidance of the reduction. Without them,
+                `config.without_text` applies.
             reduce: False runs the dense tower.
-
-        Returns:
-            (B, E), normalised.
         """
         text_cls = self.guidance(text_features) if reduce and text_features is not None else None
         return self._encode_image(images, text_cls, self.reduction if reduce else self.dense)
 
     def _encode_image(self, images: Tensor, text_cls: Tensor | None, strategy: Strategy) -> Tensor:
-        """Images (B, 3, H, W), guided by text_cls (B, D) -> (B, E), normalised."""
+        """Return normalised features (B, E) of images, guided by text_cls (B, D)."""
         tokens, _ = run_tower(self.tower, images, text_cls, strategy, cls_only=True)
         return self.project_image(tokens)
 
     def project_image(self, tokens: Tensor) -> Tensor:
+        """Return normalised features (B, E) of image tokens (B, N, D)."""
         return F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W), without text -> (B, E), normalised."""
+        """Return normalised features (B, E) of images (B, 3, H, W), without text."""
         return self.encode_image(images)
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """input_ids, attention_mask (B, L) -> (B, E), normalised."""
+        """Return normalised features (B, E) of texts (B, L)."""
         return self.encode_text(input_ids, attention_mask)
 
     def text_cls(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """input_ids, attention_mask (B, L) -> (B, D), what guides the image tower."""
+        """Return the guidance (B, D) of the image tower from texts (B, L)."""
         return self.guidance(self.encode_text(input_ids, attention_mask))
 
     def forward(
@@ -221,24 +224,28 @@ class CLIP(PretrainedModel):
         guide_ids: Tensor | None = None,
         guide_mask: Tensor | None = None,
     ) -> CLIPOutput:
-        """Contrast images (B, 3, H, W) and texts, input_ids and attention_mask (B, L); row i of
-        each is one pair. guide_ids and guide_mask are the texts that guide where the config says
-        guide='other'.
+        """Return the contrastive loss of a batch; row i of images and texts is one pair.
 
-        text_reduction='learned' adds a dense forward pass of the image tower, without gradient, for
-        the text needs the image before it can guide it: about ten times the multiply-adds that
-        training ViT-B/16 saves in the text tower.
+        text_reduction='learned' adds a dense forward of the image tower, without gradient. For
+        ViT-B/16 this costs about ten times the multiply-adds that it saves in the text tower.
+
+        Args:
+            images: (B, 3, H, W).
+            input_ids: (B, L).
+            attention_mask: (B, L), 1 = real token.
+            guide_ids: (B, L), other captions of the images, for guide='other'.
+            guide_mask: (B, L), the mask of `guide_ids`.
         """
         dense_features = None
         if self.config.image_guides_text:
             dense_features = self._dense_features(images)
-        text_features = in_slices(
+        text_features = encode_in_slices(
             self._encode_texts, self.batch_slices, input_ids, attention_mask, dense_features
         )
         text_cls, scale = self.guidance(text_features), self.logit_scale.exp()
         guides = self.select_guidance(text_cls, text_features, scale, guide_ids, guide_mask)
         encode = partial(self._encode_image, strategy=self.reduction)
-        image_features = in_slices(encode, self.batch_slices, images, guides)
+        image_features = encode_in_slices(encode, self.batch_slices, images, guides)
         features = image_features, text_features
         return CLIPOutput(self._loss(*features), *features)
 
@@ -248,6 +255,7 @@ class CLIP(PretrainedModel):
         return self.encode_text(input_ids, attention_mask, image_features=image_features)
 
     def set_batch_slices(self, count: int) -> None:
+        """Encode a batch in `count` slices, see `layers/gradient_caching.py`."""
         check("count", count, PositiveInt)
         self.batch_slices = count
 
@@ -262,17 +270,17 @@ class CLIP(PretrainedModel):
     def _dense_features(self, images: Tensor) -> Tensor:
         features = self.encode_image(images, reduce=False)
         if not torch.compiler.is_compiling():
-            torch.clear_autocast_cache()  # or some releases train with weights cast in here
+            torch.clear_autocast_cache()  # some releases keep weights cast without gradient
         return features
 
     @torch.no_grad()
     def clamp_temperature_(self) -> None:
-        """Keep the temperature at 0.01 or above, as CLIP does after each step; SigLIP's is free."""
+        """Keep the temperature at 0.01 or above, as CLIP does; SigLIP has no limit."""
         if self.config.loss == "itc":
             self.logit_scale.clamp_(0, math.log(100))
 
     def monitored(self) -> dict[str, Tensor]:
-        """The temperature, and the bias of the sigmoid loss."""
+        """Return the temperature, and the bias of the sigmoid loss."""
         temperature = {"temperature": (-self.logit_scale).exp()}
         return temperature | ({"bias": self.logit_bias} if self.config.loss == "sigmoid" else {})
 
@@ -280,7 +288,7 @@ class CLIP(PretrainedModel):
     def fit_tokenizer(
         cls, tokenizer: "PreTrainedTokenizerBase", context_length: int
     ) -> dict[str, int]:
-        """Sizes of vocabulary and text, and the ids of their end and padding."""
+        """Return the config fields that follow from a tokenizer: sizes, EOS and padding ids."""
         return {
             "vocab_size": len(tokenizer),
             "context_length": context_length,
@@ -289,14 +297,14 @@ class CLIP(PretrainedModel):
         }
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in backward instead of saving their activations."""
+        """Recompute blocks in backward instead of storing their activations."""
         self.visual.set_grad_checkpointing(enable)
         self.text.set_grad_checkpointing(enable)
 
 
 @torch.no_grad()
 def _init_visual(visual: VisionTransformer) -> None:
-    """CLIP's initialisation of the image tower, as its text tower has it: by width and depth."""
+    """Draw initial weights by width and depth, as CLIP does for its text tower."""
     width, depth = visual.embed_dim, len(visual.blocks)
     for table in (visual.cls_token, visual.pos_embed):
         nn.init.normal_(table, std=width**-0.5)

@@ -1,6 +1,7 @@
-"""CLIP fine-tuned for retrieval: ITC of captions of which several belong to one image.
+"""CLIP fine-tuned for image-text retrieval on images with several captions each.
 
-y = p over the batch, p uniform over the columns that show the row's image
+The loss is ITC with soft targets: y = p over the batch, where p is uniform over the columns that
+show the image of the row.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from elip_models.models.layers.losses import contrastive_loss
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPRetrievalConfig(CLIPConfig):
-    """As `CLIPConfig`; the loss is 'itc'."""
+    """Hyper-parameters of CLIP for retrieval: see `CLIPConfig`; `loss` is 'itc'."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -24,7 +25,7 @@ class CLIPRetrievalConfig(CLIPConfig):
 
 
 class CLIPRetrieval(CLIP):
-    """CLIP, whose other captions of an image are no negatives of it."""
+    """CLIP for which all captions of an image are positives."""
 
     family = "clip_retrieval"
     task: ClassVar[str] = "retrieval"
@@ -40,7 +41,10 @@ class CLIPRetrieval(CLIP):
         guide_ids: Tensor | None = None,
         guide_mask: Tensor | None = None,
     ) -> CLIPOutput:
-        """As of `CLIP`; image_ids (B,) int64 are equal where two pairs show the same image."""
+        """Return the loss of a batch; for the other arguments, see `CLIP.forward`.
+
+        image_ids (B,) int64 are equal where two pairs show the same image.
+        """
         output = super().forward(images, input_ids, attention_mask, guide_ids, guide_mask)
         features = output.image_features, output.text_features
         scale, gather = self.logit_scale.exp(), self.config.gather
@@ -48,7 +52,7 @@ class CLIPRetrieval(CLIP):
         return CLIPOutput(loss, *features)
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
-        """Also each pair's image, of its own."""
+        """Return the inputs of the base class, a mask, and another `image_ids` for each pair."""
         ids = torch.arange(len(images), device=images.device)
         inputs = super().random_inputs(images)
         mask = torch.ones_like(inputs["input_ids"])

@@ -1,1 +1,1 @@
-"""What the models are made of."""
+"""Layers and losses of the language-image models."""

@@ -1,9 +1,9 @@
-"""BERT in parts: embeddings, layers with or without cross attention to image tokens, and its head.
+"""BERT in parts: embeddings, layers with or without cross attention to image tokens, language head.
 
-Layers, embeddings and head are transformers' own, so that attention runs on SDPA and checkpoints
-load by their names. Which layers run, and on what, is the model's business: ALBEF's first half
-reads the text alone and its second half the image too, BLIP's layers do both, and METER's two
-stacks without embeddings attend to one another.
+The parts are those of transformers, so attention runs on SDPA and checkpoints load by their names.
+Each model selects the layers to run and their inputs. ALBEF's first half encodes the text alone,
+its second half and all layers of BLIP also attend to the image. METER has two stacks without
+embeddings that attend to one another.
 """
 
 import copy
@@ -19,15 +19,14 @@ from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, Be
 
 from elip_kernels import cls_attention
 from elip_models.models.layers.text_reduction import ReducedText, TextReduction
-from elip_models.towers.wrapped_modules import in_place_of
-from elip_models.towers.wrapped_modules import unsharded
 from elip_models.towers.base import scoring_context
+from elip_models.towers.wrapped_modules import in_place_of, unsharded
 
 R = TypeVar("R")
 
 
 class UntypedEmbeddings(nn.Module):
-    """The embeddings of BERT, word and position, without token types; transformers' names."""
+    """BERT embeddings of words and positions, without token types; names of transformers."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -38,7 +37,7 @@ class UntypedEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """input_ids (B, L), at position_ids (L,) or from 0 on -> (B, L, D)."""
+        """Embed input_ids (B, L) at position_ids (L,), by default from 0 -> (B, L, D)."""
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
         hidden = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
@@ -46,12 +45,12 @@ class UntypedEmbeddings(nn.Module):
 
 
 class BertTower(nn.Module):
-    """Embeddings and a list of layers, of which some attend to image tokens too.
+    """Embeddings and a list of layers, some with cross attention to image tokens.
 
     Args:
-        config: of transformers; its attention is SDPA.
-        cross_attention: numbers of the layers that attend to image tokens.
-        embeddings: made of `config`, such as RoBERTa's, `UntypedEmbeddings`; None for layers alone.
+        config: of transformers; its attention is set to SDPA.
+        cross_attention: indices of the layers with cross attention.
+        embeddings: class of the embeddings, created from `config`; None for layers alone.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class BertTower(nn.Module):
         self.apply(self.init)
 
     def init(self, module: nn.Module) -> None:
-        """Fill one module as BERT does: weights from N(0, initializer_range), biases zero."""
+        """Initialise one module as BERT does: weights from N(0, initializer_range), biases zero."""
         std = self.config.initializer_range
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=std)
@@ -83,17 +82,18 @@ class BertTower(nn.Module):
             nn.init.zeros_(module.bias)
 
     def embed(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """input_ids (B, L), at position_ids (L,) or from the first on -> (B, L, D).
+        """Embed input_ids (B, L) at position_ids (L,), by default from the first -> (B, L, D).
 
         Raises:
-            ValueError: more tokens, padding included, than the embeddings have positions for.
+            ValueError: a text has more tokens, padding included, than the embeddings have
+                positions.
         """
         table = self.embeddings.position_embeddings
-        unused = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa's first
+        unused = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa
         if position_ids is None and input_ids.shape[1] > table.num_embeddings - unused:
             raise ValueError(
-                f"input_ids: expected at most {table.num_embeddings - unused} tokens a text, got "
-                f"{input_ids.shape[1]}; cut them, or create the model with a larger max_positions"
+                f"input_ids: expected at most {table.num_embeddings - unused} tokens per text, got "
+                f"{input_ids.shape[1]}; truncate the texts, or set a larger max_positions"
             )
         return self.embeddings(input_ids=input_ids, position_ids=position_ids)
 
@@ -108,17 +108,16 @@ class BertTower(nn.Module):
         causal: bool = False,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Run some of the layers.
+        """Run some of the layers on hidden states.
 
         Args:
             hidden: (B, L, D).
-            mask: (B, T), 1 = real; of the tokens in the cache, if any, and of `hidden` behind them.
-            layers: which, in order.
-            image_tokens: (B, N, D) that layers with cross attention attend to.
-            image_mask: (B, N), 1 = real; None where all of them are.
-            causal: a token attends to itself and those before it.
-            cache: keys and values of tokens before; those of `hidden`, and of the image tokens
-                where they are new to it, are added.
+            mask: (B, T), 1 = real token, of the cached tokens followed by those of `hidden`.
+            layers: indices of the layers, in order.
+            image_tokens: (B, N, D), which layers with cross attention attend to.
+            image_mask: (B, N), 1 = real token; None if all are real.
+            causal: each token attends to itself and earlier tokens only.
+            cache: keys and values of earlier tokens, which this call extends.
 
         Returns:
             (B, L, D).
@@ -132,11 +131,12 @@ class BertTower(nn.Module):
             hidden = self.layers[i](hidden, bias, image_tokens, image_bias, cache)
         return hidden
 
-    def in_layer(
+    def run_layer_with(
         self, i: int, step: Callable[[nn.Module, Tensor], tuple[Tensor, R]], hidden: Tensor
     ) -> tuple[Tensor, R]:
-        """`step(layer, hidden) -> (hidden, more)` in place of layer i, which is recomputed in
-        backward where the layer is.
+        """Run `step(layer, hidden) -> (hidden, extra)` instead of the forward of layer i.
+
+        Activation checkpointing recomputes the step if it recomputes the layer.
         """
         layer = self.layers[i]
         run = partial(in_place_of, layer, partial(step, layer))
@@ -156,16 +156,11 @@ class BertTower(nn.Module):
         image_cls: Tensor | None = None,
         causal: bool = False,
     ) -> ReducedText:
-        """Run some of the layers, and half way through them drop text tokens, never the first.
+        """Run some of the layers, and drop text tokens half way, never the first one.
 
-        A causal text that drops by 'learned' chooses by all of its tokens, so that what a token
-        still sees of those before it depends on those behind it.
-
-        Args:
-            hidden, mask, layers, image_tokens, image_mask, causal: see `run`.
-            reduction: how tokens are dropped; None keeps all.
-            image_cls: (B, D), the image's CLS output that guides 'learned', without gradient; by
-                default that of the image tokens.
+        With 'learned', a causal text selects among all of its tokens, so a token's context can
+        depend on later tokens. image_cls (B, D), by default the first image token, is the CLS
+        output of the image that guides 'learned', without gradient. For the others, see `run`.
         """
         options = {"image_tokens": image_tokens, "image_mask": image_mask, "causal": causal}
         if reduction is None:
@@ -174,12 +169,12 @@ class BertTower(nn.Module):
         hidden, real, scores = self.run(hidden, mask, before, **options), mask != 0, None
         if reduction.strategy == "learned":
             cls = image_tokens[:, 0] if image_cls is None else image_cls
-            scores = self._attention_of(cls, after[0], hidden, real)
+            scores = self._cls_scores(cls, after[0], hidden, real)
         text = reduction(hidden, real, 0, scores)
         return text._replace(tokens=self.run(text.tokens, text.mask, after, **options))
 
-    def _attention_of(self, cls: Tensor, i: int, hidden: Tensor, real: Tensor) -> Tensor:
-        """Score text tokens by layer i's attention, with `cls` (B, D) as its query -> (B, L)."""
+    def _cls_scores(self, cls: Tensor, i: int, hidden: Tensor, real: Tensor) -> Tensor:
+        """Score text tokens (B, L) by the attention of layer i with `cls` (B, D) as the query."""
         layer = self.layers[i]
         with scoring_context(self, hidden), unsharded(layer, hidden, cls) as (hidden, cls):
             attention = layer.attention.self
@@ -189,7 +184,7 @@ class BertTower(nn.Module):
             return cls_attention(q, k, mask=real)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute layers in backward instead of saving their activations."""
+        """Recompute layers in backward instead of storing their activations."""
         for layer in self.layers:
             layer.gradient_checkpointing = enable
             layer._gradient_checkpointing_func = _checkpoint
@@ -202,7 +197,7 @@ def _checkpoint(function, *args):
 
 
 def tied_decoder(encoder: BertTower) -> BertTower:
-    """A tower with self-attention of its own; its other parts are the encoder's, not copies."""
+    """Return a tower with its own self-attention that shares all other parts of the encoder."""
     decoder = copy.deepcopy(encoder)
     decoder.embeddings = encoder.embeddings
     for own, theirs in zip(decoder.layers, encoder.layers, strict=True):
@@ -213,14 +208,14 @@ def tied_decoder(encoder: BertTower) -> BertTower:
 
 
 def untied_decoder(encoder: BertTower) -> BertTower:
-    """A tower of the encoder's shape whose weights are its own; they begin as the encoder's."""
+    """Return a copy of the encoder with its own weights."""
     return copy.deepcopy(encoder)
 
 
 def masked_language_head(tower: BertTower) -> BertOnlyMLMHead:
-    """BERT's prediction head over (B, L, D), its decoder tied to the tower's word embeddings.
+    """Return BERT's prediction head, with weights tied to the word embeddings of the tower.
 
-    A tower without embeddings has nothing to tie: the decoder's weight is its own.
+    For a tower without embeddings, the weights are not tied.
     """
     head = BertOnlyMLMHead(tower.config)
     if tower.embeddings is not None:

@@ -1,4 +1,4 @@
-"""Text towers from transformers."""
+"""CLIP's text tower, from transformers, with an optional reduction of text tokens."""
 
 from collections.abc import Iterable
 
@@ -8,20 +8,24 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from elip_kernels import cls_attention
 from elip_models.models.layers.text_reduction import TextReduction
-from elip_models.towers.wrapped_modules import unsharded
 from elip_models.towers.base import scoring_context
+from elip_models.towers.wrapped_modules import unsharded
 
 
 class CLIPTextTower(nn.Module):
     """CLIP's causal text transformer, pooled at the end-of-text token.
 
     Args:
-        width, depth, heads: of the transformer.
-        hidden, activation: of its MLP, whose width is `hidden`; 'gelu' or 'quick_gelu'.
-        norm_eps: of its layer norms.
-        vocab_size, context_length: rows of the token and position embeddings.
-        eos_token_id: the token whose output is the text's CLS vector.
-        pad_token_id: of the tokenizer.
+        width: of the tokens.
+        depth: number of layers.
+        heads: number of attention heads.
+        vocab_size: rows of the token embeddings.
+        context_length: rows of the position embeddings.
+        eos_token_id: token whose output is the text's CLS vector.
+        pad_token_id: padding of the tokenizer.
+        hidden: width of the MLPs.
+        activation: of the MLPs, 'gelu' or 'quick_gelu'.
+        norm_eps: of the layer norms.
         reduction: drops text tokens before layer depth // 2 (ELIP, section 4.4.1); None keeps all.
     """
 
@@ -67,21 +71,17 @@ class CLIPTextTower(nn.Module):
         image_cls: Tensor | None = None,
         reduce: bool = True,
     ) -> Tensor:
-        """Pool the output at the first EOS; a text cut off before it is read at its last real
-        token.
+        """Return the output (B, width) at the first EOS, or at the last real token without one.
 
         Args:
             input_ids: (B, L).
-            attention_mask: (B, L), 1 = real.
-            image_cls: (B, width), the vision CLS that guides strategy 'learned', which no other
-                strategy reads; detached here.
+            attention_mask: (B, L), 1 = real token.
+            image_cls: (B, width), the image CLS for 'learned', detached here; others ignore it.
             reduce: False keeps all tokens.
 
-        Returns:
-            (B, width).
-
         Raises:
-            TypeError, ValueError: 'learned' without image_cls, or with another width.
+            TypeError: 'learned' without a floating-point `image_cls`.
+            ValueError: `image_cls` has another shape.
         """
         position = self._position(input_ids, attention_mask)
         if self.reduction is not None and reduce:
@@ -91,7 +91,7 @@ class CLIPTextTower(nn.Module):
         return hidden[torch.arange(hidden.shape[0], device=hidden.device), position]
 
     def _position(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Find where each text is read -> (B,)."""
+        """Return the position (B,) at which each text is pooled."""
         is_eos = input_ids == self.eos_token_id
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         if attention_mask is not None:
@@ -106,11 +106,13 @@ class CLIPTextTower(nn.Module):
         position: Tensor,
         image_cls: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Drop tokens between the layers -> (B, K, width) after the final norm, and where each text
-        is read in it.
+        """Run the layers and drop tokens half way.
 
-        What follows the EOS cannot reach it, so it counts as padding. The tokens are chosen between
-        two layers, outside what checkpointing recomputes.
+        Tokens after EOS count as padding, since EOS does not attend to them. The selection is
+        between two layers, outside of activation checkpointing.
+
+        Returns:
+            (B, K, width) after the final norm, and the pooling position (B,) in it.
         """
         layers = self.transformer.encoder.layers
         half = len(layers) // 2
@@ -127,7 +129,7 @@ class CLIPTextTower(nn.Module):
         return self.transformer.final_layer_norm(hidden), text.anchor
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute layers in backward instead of saving their activations."""
+        """Recompute layers in backward instead of storing their activations."""
         if enable:
             self.transformer.gradient_checkpointing_enable({"use_reentrant": False})
         else:
@@ -135,7 +137,7 @@ class CLIPTextTower(nn.Module):
 
 
 def _run(layers: Iterable[nn.Module], hidden: Tensor, real: Tensor) -> Tensor:
-    """Run the layers on hidden (B, L, D); each token sees the real ones (B, L) up to itself."""
+    """Run layers on hidden (B, L, D) with causal attention to the real tokens (B, L)."""
     L = hidden.shape[1]
     causal = torch.ones(L, L, dtype=torch.bool, device=hidden.device).tril()
     mask = causal & real[:, None, None]
@@ -145,7 +147,7 @@ def _run(layers: Iterable[nn.Module], hidden: Tensor, real: Tensor) -> Tensor:
 
 
 def _image_attention(layer: nn.Module, hidden: Tensor, image_cls: Tensor, real: Tensor) -> Tensor:
-    """Score the text tokens by a layer's attention, the vision CLS as its query -> (B, L)."""
+    """Score text tokens (B, L) by the attention of a layer with the image CLS as the query."""
     attention, heads = layer.self_attn, (layer.self_attn.num_heads, layer.self_attn.head_dim)
     with scoring_context(layer, hidden), unsharded(layer, hidden, image_cls) as (hidden, image_cls):
         q = attention.q_proj(layer.layer_norm1(image_cls.to(hidden.dtype))).unflatten(-1, heads)
@@ -154,17 +156,17 @@ def _image_attention(layer: nn.Module, hidden: Tensor, image_cls: Tensor, real: 
 
 
 def _check_image(image_cls: Tensor | None, hidden: Tensor) -> None:
-    """Raises where the guidance is not one vector of the tower's width for each text."""
+    """Raise an error unless `image_cls` is one vector of the tower's width for each text."""
     expected = (hidden.shape[0], hidden.shape[2])
     if not isinstance(image_cls, Tensor) or not image_cls.is_floating_point():
         raise TypeError(
             f"image_cls: expected a floating-point tensor (B, width) = {expected} to guide "
-            f"strategy='learned', got {image_cls!r:.80}; pass the vision CLS, or reduce=False to "
+            f"strategy='learned', got {image_cls!r:.80}; pass the image CLS, or reduce=False to "
             "keep all text tokens"
         )
     if image_cls.shape != expected:
         raise ValueError(
-            f"image_cls: expected (B, width) = {expected}, one vector of the tower's width a text, "
+            f"image_cls: expected (B, width) = {expected}, one vector for each text, "
             f"got {tuple(image_cls.shape)}; project another width first (CLIP maps it back by the "
             "transposed text projection: image_features @ text_projection.weight)"
         )

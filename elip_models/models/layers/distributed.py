@@ -1,4 +1,4 @@
-"""Features and counts of all ranks."""
+"""Collectives of the losses: features and label counts over all ranks."""
 
 from typing import Literal
 
@@ -6,38 +6,35 @@ import torch.distributed as dist
 from torch import Tensor
 
 Gather = Literal["local", "global"]
-"""Over the pairs of this rank, or of all ranks."""
+"""Pairs that a loss covers: those of this rank, or of all ranks."""
 
 
 def ranks_of(gather: Gather) -> int:
-    """Count the ranks that `gather` goes over."""
+    """Return the number of ranks that `gather` covers."""
     is_global = gather == "global" and dist.is_available() and dist.is_initialized()
     return dist.get_world_size() if is_global else 1
 
 
 def rank_of(gather: Gather) -> int:
-    """Number this rank among those that `gather` goes over."""
+    """Return the index of this rank among those that `gather` covers."""
     return dist.get_rank() if ranks_of(gather) > 1 else 0
 
 
 def all_gather(values: Tensor, gather: Gather) -> Tensor:
-    """Gather (B, ..) of all ranks in order -> (ranks * B, ..); the gradient returns to each
-    rank.
-    """
+    """Concatenate (B, ..) of all ranks -> (ranks * B, ..), with gradient to each rank."""
     if ranks_of(gather) == 1:
         return values
     from torch.distributed import _functional_collectives as collectives
 
-    now, before = "all_gather_single_autograd", "all_gather_tensor_autograd"  # torch renamed it
+    now, before = "all_gather_single_autograd", "all_gather_tensor_autograd"  # renamed in torch
     gather_values = getattr(collectives, now, None) or getattr(collectives, before)
     return gather_values(values.contiguous(), 0, dist.group.WORLD)
 
 
 def labelled_count(labelled: Tensor, gather: Gather) -> Tensor:
-    """Count the positions that a loss is the mean over: True in `labelled`, or their mean over
-    ranks.
+    """Return the divisor of a mean loss: the number of True positions, or its mean over ranks.
 
-    At least as many as keep an empty sum at 0.
+    The minimum is 1 / ranks, so that an empty sum gives 0.
     """
     count, ranks = labelled.sum().float(), ranks_of(gather)
     if ranks > 1:

@@ -1,11 +1,11 @@
-"""Answers that a decoder writes, from the states of a question that saw its image.
+"""Losses and ranking of answers that a decoder generates from a question fused with its image.
 
-    loss   sum of w_a (-log p(a | states)) over a question's answers, the mean over questions
-    rank   the k candidates of the most probable first token; of those, by log p(a) in BLIP, by
-           log p(first) + log p(a) in ALBEF, which counts the first token that is written twice
+    loss   mean over questions of sum_a w_a (-log p(a | states))
+    rank   choose the k candidates whose first token is most probable; among them, BLIP takes the
+           largest log p(a), ALBEF the largest log p(first) + log p(a)
 
-Each answer begins with a first token that is given and ends with an end token.
-Source: ALBEF's models/model_vqa.py, and BLIP's models/blip_vqa.py.
+The first token of an answer is given, and its last one is an end token.
+Source: models/model_vqa.py of ALBEF, models/blip_vqa.py of BLIP.
 """
 
 from typing import NamedTuple, Protocol
@@ -17,41 +17,45 @@ from elip_models.models.layers.losses import distilled_cross_entropy, next_token
 from elip_models.validation import PositiveInt, check
 
 
-class States(NamedTuple):
-    """Questions that saw their images: tokens (B, L, D), and which are real (B, L)."""
+class QuestionStates(NamedTuple):
+    """Questions fused with their images: tokens (B, L, D), and mask (B, L), 1 = real token."""
 
     tokens: Tensor
     mask: Tensor
 
-    def repeated(self, times: int) -> "States":
-        """Each question `times` times in a row -> (B * times, ..)."""
-        return States(*(t.repeat_interleave(times, 0) for t in self))
+    def repeat(self, times: int) -> "QuestionStates":
+        """Repeat each question `times` times in a row -> (B * times, ..)."""
+        return QuestionStates(*(t.repeat_interleave(times, 0) for t in self))
 
 
 class Decoder(Protocol):
-    """Writes answers: input_ids, mask (B, La), of a question each -> logits (B, La, V) of the
-    tokens behind each.
-    """
+    """Decoder of answers: ids and mask (B, La) with states -> logits (B, La, V) of next tokens."""
 
-    def __call__(self, input_ids: Tensor, mask: Tensor, states: States) -> Tensor: ...
+    def __call__(self, input_ids: Tensor, mask: Tensor, states: QuestionStates) -> Tensor:
+        """Return logits (B, La, V) of the tokens after each position."""
 
 
 class Answers(NamedTuple):
-    """Up to A answers of each question: ids and mask (B, A, La), 1 = real; weights (B, A), 0 where
-    there is no answer.
+    """Up to A answers of each question.
+
+    Attributes:
+        ids: (B, A, La).
+        mask: (B, A, La), 1 = real token.
+        weights: (B, A), 0 for a missing answer.
     """
 
     ids: Tensor
     mask: Tensor
     weights: Tensor
 
-    def logits(self, decode: Decoder, states: States) -> Tensor:
-        """(B * A, La, V) of a decoder. An answer that is not there has one token, for attention has
-        to have any.
+    def logits(self, decode: Decoder, states: QuestionStates) -> Tensor:
+        """Return logits (B * A, La, V) of a decoder.
+
+        A missing answer has one real token, because attention needs at least one.
         """
         mask = self.mask.flatten(0, 1).clone()
         mask[:, 0] = 1
-        return decode(self.ids.flatten(0, 1), mask, states.repeated(self.ids.shape[1]))
+        return decode(self.ids.flatten(0, 1), mask, states.repeat(self.ids.shape[1]))
 
     def loss(
         self,
@@ -60,19 +64,19 @@ class Answers(NamedTuple):
         alpha: Tensor | float = 0.0,
         smoothing: float = 0.0,
     ) -> Tensor:
-        """The weighted loss of logits (B * A, La, V), a scalar; the others: see
-        `distilled_cross_entropy`.
-        """
+        """Return the weighted loss, a scalar; for the arguments, see `distilled_cross_entropy`."""
         labels = next_tokens(self.ids.flatten(0, 1), self.mask.flatten(0, 1))
         losses = distilled_cross_entropy(logits, labels, teacher, alpha, smoothing).sum(1)
         return (self.weights.flatten() * losses).sum() / len(self.weights)
 
 
 class Candidates(NamedTuple):
-    """The likeliest answers of each question, in the order of their first token's probability.
+    """The k candidates of each question, in the order of their first token's probability.
 
-    numbers: (B, k) int64. first, whole: (B, k) fp32, log-probability of the first token, and of all
-    of them; where labels are smoothed, the loss instead, negative.
+    Attributes:
+        numbers: (B, k) int64, indices of the candidates.
+        first: (B, k) fp32, log-probability of the first token.
+        whole: (B, k) fp32, log-probability of all tokens; with label smoothing, the negative loss.
     """
 
     numbers: Tensor
@@ -80,23 +84,27 @@ class Candidates(NamedTuple):
     whole: Tensor
 
     def best(self, scores: Tensor) -> Tensor:
-        """The numbers (B,) of those with the largest scores (B, k)."""
+        """Return the indices (B,) of the candidates with the largest scores (B, k)."""
         return self.numbers.gather(1, scores.argmax(1, keepdim=True))[:, 0]
 
 
 def score_candidates(
-    decode: Decoder, states: States, ids: Tensor, mask: Tensor, k: int, smoothing: float = 0.0
+    decode: Decoder,
+    states: QuestionStates,
+    ids: Tensor,
+    mask: Tensor,
+    k: int,
+    smoothing: float = 0.0,
 ) -> Candidates:
-    """Score the likeliest of C candidates as the answer of each question.
+    """Score the most probable of C candidates as the answer of each question.
 
     Args:
-        decode, states: see `Decoder` and `States`.
-        ids, mask: (C, La) of the candidates, 1 = real, La at least 2.
-        k: how many are written whole, at most C of them; B * k are at once.
-        smoothing: of labels, as in training.
-
-    Raises:
-        TypeError, ValueError: k is no integer from 1 on.
+        decode: see `Decoder`.
+        states: of the questions.
+        ids: (C, La) of the candidates, La at least 2.
+        mask: (C, La), 1 = real token.
+        k: number of candidates to score completely, an integer from 1; B * k are decoded at once.
+        smoothing: label smoothing, as in training.
     """
     check("k", k, PositiveInt)
     B = len(states.tokens)

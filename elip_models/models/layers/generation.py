@@ -1,8 +1,8 @@
-"""Writing text with a causal tower: beam search or nucleus sampling, transformers' own.
+"""Text generation by a causal tower: beam search or nucleus sampling of transformers.
 
     x_1 .. x_P given; then x_t from p(x | x_<t, states), until the end token or `max_length`
 
-Keys and values of tokens that were read, and of the states attended to, are kept between steps.
+Keys and values of earlier tokens, and of the states, are cached between steps.
 """
 
 from dataclasses import dataclass
@@ -20,21 +20,24 @@ from elip_models.models.layers.bert import BertTower
 from elip_models.validation import Positive, PositiveInt, PositiveShare
 
 CACHE = "cache" if "cache" in signature(BertLayer.forward).parameters else "past_key_values"
-"""What the installed transformers calls the keys and values of a `generate`."""
+"""Argument name of the cache in the installed version of transformers."""
 
 
 @dataclass(frozen=True)
 class Decoding(Config):
-    """How text is written; the defaults are BLIP's for captions.
+    """Parameters of text generation; the defaults are BLIP's for captions.
 
-    sample: draw each token from the nucleus of `top_p`, instead of searching.
-    num_beams: of the search; 1 is greedy. Sampling has none.
-    max_length, min_length: in tokens, the first one, the prompt and the end counted.
-    top_p: the most probable tokens that together have this probability are drawn from.
-    repetition_penalty: divides the score of a token that was written before; 1 is none.
+    Attributes:
+        sample: draw each token from the nucleus of `top_p`, instead of beam search.
+        num_beams: of beam search; 1 is greedy.
+        max_length: in tokens, with the first token, the prompt and the end token.
+        min_length: in tokens, likewise.
+        top_p: probability of the nucleus, the most probable tokens.
+        repetition_penalty: divides the score of a token that occurred before; 1 is none.
 
     Raises:
-        TypeError, ValueError: naming the field, what was expected, what came.
+        TypeError: a value of another type; the message names the field.
+        ValueError: a value outside of its range.
     """
 
     sample: bool = False
@@ -57,7 +60,7 @@ CAPTIONS = Decoding()
 
 
 @torch.no_grad()
-def write(
+def generate(
     tower: BertTower,
     head: nn.Module,
     input_ids: Tensor,
@@ -66,20 +69,21 @@ def write(
     end_token_id: int,
     decoding: Decoding,
 ) -> Tensor:
-    """Continue texts; the modules' modes stay as they are, so that dropout is the caller's matter.
+    """Continue texts in the current mode of the modules; for no dropout, set them to eval mode.
 
     Args:
-        tower, head: all layers of the tower, and the head over its last one, write.
-        input_ids: (B, P), P >= 1, all of them real.
-        states: (B, N, D) to attend to, and their mask (B, N), 1 = real, or None.
-        end_token_id: ends a text. The tower's pad token fills the rest.
+        tower: all of its layers run.
+        head: returns logits from the last hidden state.
+        input_ids: (B, P), P at least 1, without padding.
+        states: (B, N, D) for cross attention, and their mask (B, N), 1 = real, or None.
+        end_token_id: ends a text; the tower's pad token follows.
         decoding: see `Decoding`.
 
     Returns:
-        (B, L) int64, `input_ids` at the beginning, L <= max_length.
+        (B, L) int64, `input_ids` first, L at most max_length.
 
     Raises:
-        ValueError: no room behind `input_ids`, or a text longer than the tower's positions.
+        ValueError: max_length leaves no room after `input_ids`, or exceeds the tower's positions.
     """
     P, positions = input_ids.shape[1], tower.config.max_position_embeddings
     if not P < decoding.max_length <= positions:
@@ -88,7 +92,7 @@ def write(
             f"positions of the text tower, got {decoding.max_length}"
         )
     tokens, mask = states
-    ids = _Writer(tower, head).generate(
+    ids = _GenerationModel(tower, head).generate(
         input_ids=input_ids,
         states=tokens,
         states_mask=mask,
@@ -103,12 +107,12 @@ def write(
         **{CACHE: EncoderDecoderCache(DynamicCache(), DynamicCache())},
     )
     ended = (ids[:, P:-1] == end_token_id).cumsum(1) > 0
-    ids[:, P + 1 :].masked_fill_(ended, tower.config.pad_token_id)  # beam search puts the end there
+    ids[:, P + 1 :].masked_fill_(ended, tower.config.pad_token_id)  # beam search adds it
     return ids
 
 
-class _Writer(PreTrainedModel, GenerationMixin):
-    """What transformers' `generate` asks of a model, over a tower and a head that it borrows."""
+class _GenerationModel(PreTrainedModel, GenerationMixin):
+    """Adapter of a tower and a head to `generate` of transformers."""
 
     config_class = BertConfig
     main_input_name = "input_ids"
@@ -124,13 +128,13 @@ class _Writer(PreTrainedModel, GenerationMixin):
         states_mask: Tensor | None = None,
         **named: object,
     ) -> ModelOutput:
-        """Logits (B, 1, V) behind input_ids (B, L), the tokens that the cache has not seen."""
+        """Return logits (B, 1, V) after input_ids (B, L), the tokens that are not in the cache."""
         cache, (B, L) = named[CACHE], input_ids.shape
-        seen = cache.get_seq_length()
-        positions = torch.arange(seen, seen + L, device=input_ids.device)
+        cached = cache.get_seq_length()
+        positions = torch.arange(cached, cached + L, device=input_ids.device)
         hidden = self.tower.run(
             self.tower.embed(input_ids, positions),
-            input_ids.new_ones(B, seen + L),
+            input_ids.new_ones(B, cached + L),
             range(len(self.tower.layers)),
             states,
             states_mask,

@@ -1,11 +1,11 @@
-"""The objectives of pre-training: losses, and what a step draws for them.
+"""Losses of pre-training, and the random choices of a step.
 
-ITC   cross entropies of the similarities s f_image f_text^T, by rows and columns  CLIP
-      or of each pair alone, whether it is one: -log sigmoid(+-(s f_i f_t + b))    SigLIP
-      soft targets y = alpha softmax(s_m) + (1 - alpha) I over [batch | queue]    ALBEF, Eq. 6
-ITM   negatives drawn by the softmax of the batch's similarities, never the pair itself
-MLM   15% of the tokens or words: 80% [MASK], 10% another, 10% as they were       BERT
-LM    each token from those before it, with label smoothing                       BLIP
+ITC   cross entropy of the similarities s f_image f_text^T, by rows and by columns    CLIP
+      binary: -log sigmoid(+-(s f_i f_t + b)) for each image with each text           SigLIP
+      soft targets y = alpha softmax(s_m) + (1 - alpha) I over [batch | queue]        ALBEF, Eq. 6
+ITM   negatives drawn by the softmax of the batch's similarities, without the pair itself
+MLM   15% of the tokens or words: 80% [MASK], 10% a random token, 10% unchanged       BERT
+LM    each token from the earlier ones, with label smoothing                          BLIP
 """
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from elip_kernels.autocast import no_autocast
 from elip_models.models.layers.distributed import Gather, all_gather, labelled_count, rank_of
 
-IGNORED = -100  # of cross entropy
+IGNORED = -100  # label that cross entropy ignores
 
 
 def soft_contrastive_loss(
@@ -25,14 +25,14 @@ def soft_contrastive_loss(
     first: int = 0,
     positives: Tensor | None = None,
 ) -> Tensor:
-    """Compute ITC with momentum distillation, the mean of both directions, in fp32.
+    """Return ITC with momentum distillation, the mean of both directions, in fp32.
 
     Args:
-        similarities: image-to-text and text-to-image (B, C), over the temperature.
-        momentum: the same of the momentum encoders; without gradient.
+        similarities: image-to-text and text-to-image (B, C), divided by the temperature.
+        momentum: the same of the momentum encoders, without gradient.
         alpha: weight of the momentum targets.
         first: row i is the pair of column first + i.
-        positives: (B, C) bool, columns that are as right for a row as its pair; None: it alone is.
+        positives: (B, C) bool, all positive columns of a row; None: its pair alone.
     """
     losses = []
     for online, teacher in zip(similarities, momentum, strict=True):
@@ -53,17 +53,16 @@ def hard_negatives(
     first: int = 0,
     positives: Tensor | None = None,
 ) -> Tensor:
-    """Draw for each row a column of another pair, by the row's softmax.
+    """Draw for each row a column of another pair, by the softmax of the row.
 
     Args:
-        similarities: (B, C), over the temperature.
-        epsilon: added to each weight, so that no row is all zero.
+        similarities: (B, C), divided by the temperature.
+        epsilon: added to each weight.
         first: row i is the pair of column first + i.
-        positives: (B, C) bool, columns that are no negatives of a row either; where none is left,
-            they are drawn still.
+        positives: (B, C) bool, columns to exclude too; a row with positives alone ignores it.
 
     Returns:
-        (B,) int64. A single column has no negative but itself.
+        (B,) int64. For a single column, it is the pair itself.
     """
     weights = similarities.float().softmax(1) + epsilon
     columns = torch.arange(weights.shape[1], device=weights.device)
@@ -73,8 +72,8 @@ def hard_negatives(
         negatives = others * ~positives
         others = torch.where(negatives.any(1, keepdim=True), negatives, others)
     weights = weights * others
-    lonely = ~(weights.sum(1, keepdim=True) > 0)  # all is on the pair itself, or not a number
-    weights = torch.where(lonely, others, weights)
+    degenerate = ~(weights.sum(1, keepdim=True) > 0)  # all weight on the pair itself, or NaN
+    weights = torch.where(degenerate, others, weights)
     if len(columns) == 1:
         return torch.zeros_like(rows)
     return torch.multinomial(weights, 1)[:, 0]
@@ -90,19 +89,19 @@ def mask_tokens(
     probability: float,
     continues: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Hide tokens for masked language modelling.
+    """Mask tokens for masked language modelling.
 
     Args:
         input_ids: (B, L).
-        mask_token_id: in the place of 8 in 10 hidden tokens; one is another, one stays.
-        special_token_ids: never hidden.
-        vocab_size: tokens that another is drawn from.
-        probability: that a token, or a word, is hidden.
-        continues: (V,) bool, the tokens that go on with the word before them: words are hidden
-            whole. None hides each token by itself.
+        mask_token_id: replaces 80% of the chosen tokens; 10% get a random token, 10% stay.
+        special_token_ids: never chosen.
+        vocab_size: range of random tokens.
+        probability: of choosing a token, or a word.
+        continues: (V,) bool, tokens that continue a word, to choose whole words; None chooses each
+            token independently.
 
     Returns:
-        masked ids and labels, (B, L) each; labels are -100 where nothing is to be predicted.
+        Masked ids and labels, (B, L) each; labels are -100 for tokens that are not chosen.
     """
     drawn = torch.rand(2, *input_ids.shape, device=input_ids.device)
     special = torch.zeros_like(input_ids, dtype=torch.bool)
@@ -121,16 +120,14 @@ def mask_tokens(
 
 
 def mask_every_seventh(input_ids: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
-    """Hide every seventh token, about the 15% of the papers, without drawing any -> as
-    `mask_tokens`.
-    """
+    """Mask every seventh token, about 15%, without random choice; see `mask_tokens`."""
     chosen = torch.arange(input_ids.shape[1], device=input_ids.device) % 7 == 1
     masked = torch.where(chosen, mask_token_id, input_ids)
     return masked, torch.where(chosen, input_ids, IGNORED)
 
 
 def next_rows(count: int, device: torch.device) -> Tensor:
-    """Number for each of `count` rows the one after it, the first for the last -> int64."""
+    """Return for each of `count` rows the index of the next one, 0 for the last -> int64."""
     return torch.arange(count, device=device).roll(-1)
 
 
@@ -141,16 +138,17 @@ def distilled_cross_entropy(
     alpha: Tensor | float = 0.0,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """Compute (1 - alpha) CE + alpha soft CE against the teacher, of each label by itself.
+    """Return (1 - alpha) CE + alpha soft CE against the teacher, for each label.
 
     Args:
-        logits, teacher: (.., V); the teacher's without gradient, or None.
+        logits: (.., V).
         labels: (..), -100 = ignored.
+        teacher: logits (.., V) without gradient, or None.
         alpha: weight of the teacher.
-        smoothing: of the labels.
+        smoothing: label smoothing.
 
     Returns:
-        (..) fp32, of fp64 logits fp64; 0 where ignored.
+        (..) in fp32, or fp64 for fp64 logits; 0 where ignored.
     """
     logits = at_least_fp32(logits)
     hard = F.cross_entropy(
@@ -174,42 +172,31 @@ def distilled_language_loss(
     *,
     gather: Gather,
 ) -> Tensor:
-    """Compute the mean of `distilled_cross_entropy` over labelled positions.
+    """Return the mean of `distilled_cross_entropy` over the labelled positions, 0 without any.
 
-    Where no position is labelled it is 0.
-
-    Args:
-        logits, labels, teacher, alpha: as there, (B, L, V) and (B, L).
-        gather: whose labelled positions are counted, see `labelled_count`.
+    `gather` selects the ranks whose labelled positions are counted, see `labelled_count`.
     """
     losses = distilled_cross_entropy(logits, labels, teacher, alpha)
     return losses.sum() / labelled_count(labels != IGNORED, gather)
 
 
 def next_tokens(input_ids: Tensor, mask: Tensor) -> Tensor:
-    """Label each token of input_ids, mask (B, L) by the one after it -> (B, L), -100 where no real
-    one follows.
-    """
+    """Return labels (B, L): the next token of each token, -100 without a real next one."""
     labels = input_ids.masked_fill(mask == 0, IGNORED)
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
 def language_loss(logits: Tensor, labels: Tensor, *, smoothing: float, gather: Gather) -> Tensor:
-    """Compute LM: cross entropy of each next token, the mean over the labelled ones, in fp32.
+    """Return LM, the mean cross entropy over the labelled positions in fp32, 0 without any.
 
-    Where no position is labelled it is 0.
-
-    Args:
-        logits: (B, L, V).
-        labels: (B, L), see `next_tokens`.
-        smoothing: of the labels.
-        gather: whose labelled positions are counted, see `labelled_count`.
+    For labels, see `next_tokens`; for gather, see `labelled_count`.
     """
     losses = distilled_cross_entropy(logits, labels, smoothing=smoothing)
     return losses.sum() / labelled_count(labels != IGNORED, gather)
 
 
 def at_least_fp32(values: Tensor) -> Tensor:
+    """Convert to fp32 unless the dtype is wider."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
@@ -221,18 +208,16 @@ def contrastive_loss(
     gather: Gather = "local",
     image_ids: Tensor | None = None,
 ) -> Tensor:
-    """Compute the symmetric cross entropy over the batch.
+    """Return the symmetric cross entropy over the batch, a scalar in fp32.
 
     Args:
-        image_features, text_features: (B, E), normalised; row i of both is one pair.
+        image_features: (B, E), normalised; row i of both features is one pair.
+        text_features: (B, E), normalised.
         scale: scalar, the inverse temperature.
-        image_ids: (B,) int64, equal where two pairs show the same image: all of them are right
-            then, in equal parts. None: each pair alone is.
-        gather: 'local' takes negatives from this rank; 'global' from all ranks, so that the mean
-            over ranks, and its gradient, equal one process with the whole batch.
-
-    Returns:
-        Scalar, fp32.
+        gather: 'local' takes negatives from this rank, 'global' from all ranks: then the mean over
+            ranks, and its gradient, equal one process with the whole batch.
+        image_ids: (B,) int64, equal where two pairs show the same image, whose texts are equally
+            weighted positives; None: each pair alone is positive.
     """
     B = image_features.shape[0]
     images, texts = image_features.float(), text_features.float()
@@ -255,16 +240,10 @@ def sigmoid_loss(
     *,
     gather: Gather = "local",
 ) -> Tensor:
-    """Compute SigLIP's loss: each image with each text is a pair or not, by itself; the sum over
-    all B^2, divided by B.
+    """Return SigLIP's loss, a scalar in fp32: binary over all B^2 pairs, summed, divided by B.
 
-    Args:
-        image_features, text_features: (B, E), normalised; row i of both is one pair.
-        scale, bias: scalars, of the similarities.
-        gather: as of `contrastive_loss`; only texts are gathered.
-
-    Returns:
-        Scalar, fp32.
+    scale and bias are scalars: factor and offset of the similarities. Only texts are gathered. For
+    the other arguments, see `contrastive_loss`.
     """
     B = image_features.shape[0]
     images, texts = image_features.float(), all_gather(text_features.float(), gather)

@@ -1,7 +1,9 @@
-"""Momentum encoders and the queue of their features (MoCo; ALBEF, section 3.2; BLIP).
+"""Momentum encoders and the queue of their features.
 
-theta_m = m theta_m + (1 - m) theta        before each step's momentum features
-queue   = the latest Q features; a batch overwrites the oldest, across the end if need be
+theta_m = m theta_m + (1 - m) theta    before the momentum features of each step
+queue   = the latest Q features; a batch overwrites the oldest ones (ring buffer)
+
+Source: MoCo (He et al., 2020); ALBEF, section 3.2; BLIP.
 """
 
 import copy
@@ -13,27 +15,27 @@ from elip_kernels.autocast import no_autocast
 
 
 def momentum_copy(module: nn.Module) -> nn.Module:
-    """Copy a module, without gradient."""
+    """Return a copy of a module, without gradient."""
     return copy.deepcopy(module).requires_grad_(False)
 
 
 @torch.no_grad()
 def update_momentum_(copied: nn.Module, online: nn.Module, momentum: float) -> None:
-    """Move the copy's parameters towards the online ones."""
+    """Update the parameters of the copy by those of the online module."""
     theirs, ours = list(copied.parameters()), list(online.parameters())
     torch._foreach_lerp_(theirs, ours, 1.0 - momentum)
 
 
-NO_IMAGE = -100  # the number of an image in a queue's columns that were never filled
+NO_IMAGE = -100  # image id of the columns of a queue that were never filled
 
 
 class FeatureQueue(nn.Module):
-    """The latest features of images and texts, (E, Q) each, normalised.
+    """Queue of the latest normalised features of images and of texts, (E, Q) each.
 
     Args:
         width: E.
         size: Q.
-        with_ids: it also holds which image each pair shows, `ids` (Q,) int64.
+        with_ids: also store the image id of each pair, `ids` (Q,) int64.
     """
 
     image: Tensor
@@ -49,33 +51,29 @@ class FeatureQueue(nn.Module):
         self.register_buffer("ids", torch.full((size,), NO_IMAGE) if with_ids else None)
         self.register_buffer("pointer", torch.zeros(1, dtype=torch.long))
 
-    def behind(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the queue behind the batch of image and text (B, E) -> (E, B + Q) each."""
+    def contrastive_keys(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Append the queue to the features (B, E) of a batch -> (E, B + Q) for images and texts."""
         return torch.cat([image.T, self.image], dim=1), torch.cat([text.T, self.text], dim=1)
 
     def positives(self, own: Tensor, batch: Tensor) -> Tensor:
-        """Which of the batch and the queue behind it show the images `own` (B,) -> (B, C + Q) bool;
-        batch: (C,), those of the batch.
+        """Return (B, C + Q) bool, which keys show the images `own` (B,).
+
+        `batch` (C,) are the images of the batch, which comes before the queue.
         """
         return own[:, None] == torch.cat([batch, self.ids])
 
     def check(self, batch_size: int) -> None:
-        """Raises ValueError where a batch is longer than the queue."""
+        """Raise ValueError if a batch is longer than the queue."""
         size = self.image.shape[1]
         if size < batch_size:
             raise ValueError(
-                f"queue_size: expected at least the batch, {batch_size}, got {size}; make the "
-                "queue longer"
+                f"queue_size: expected at least the batch, {batch_size}, got {size}; increase "
+                "queue_size"
             )
 
     @torch.no_grad()
     def enqueue_(self, image: Tensor, text: Tensor, ids: Tensor | None = None) -> None:
-        """Overwrite the oldest B features by image and text (B, E), of the images `ids` (B,) where
-        the queue holds them, without a host synchronisation.
-
-        Raises:
-            ValueError: more features than the queue holds.
-        """
+        """Overwrite the oldest B features, and their image ids, without a host synchronisation."""
         B, size = image.shape[0], self.image.shape[1]
         self.check(B)
         columns = (self.pointer + torch.arange(B, device=image.device)) % size
@@ -89,12 +87,14 @@ class FeatureQueue(nn.Module):
 def similarities(
     features: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor], temperature: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Image-to-text and text-to-image (B, C), over the temperature, in the queue's dtype, also
-    under autocast: a cosine in bf16 is off by 0.002, over a temperature of 0.07 by 0.03.
+    """Return image-to-text and text-to-image similarities (B, C), divided by the temperature.
+
+    They have the dtype of the queue, also under autocast. A bf16 cosine has an error of 0.002,
+    which a temperature of 0.07 increases to 0.03.
 
     Args:
-        features: (B, E) of image and text.
-        keys: (E, C) of image and text, see `FeatureQueue.behind`.
+        features: (B, E) of images and of texts.
+        keys: (E, C) of images and of texts, see `FeatureQueue.contrastive_keys`.
         temperature: scalar.
     """
     (image, text), (images, texts) = features, keys

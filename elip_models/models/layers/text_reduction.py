@@ -1,15 +1,15 @@
-"""Text tokens dropped half way through a text tower, padding aware.
+"""Drop text tokens half way through a text tower; padding does not count.
 
-    n real tokens of a text: n - int(drop * n) stay, in their order, the anchor among them
-    L tokens of a batch:     K = L - int(drop * L) slots, enough for any text; spare ones are masked
+    n real tokens of a text: n - int(drop * n) stay in order, with the anchor
+    L tokens of a batch:     K = L - int(drop * L) slots; unused slots are masked
 
-The anchor is the token a text is read at: BERT's [CLS], CLIP's end of text. Nothing is merged.
+The anchor is the token whose output represents the text: BERT's [CLS], CLIP's end of text.
 
 Source: ELIP, section 4.4.1: "we preserved the first half of all Transformer layers and pruned 40%
-of text tokens in the second half", of METER and BLIP (Table 7). Our reading: in every pass of a
-text encoder or decoder, tokens leave once, before layer depth // 2, and what follows (METER's
-fusion, the heads) sees those that stay. 40% is of each text's real tokens. A dropped token has no
-output, so that its label is not asked for: of MLM its own id, of LM the id after it.
+of text tokens in the second half", of METER and BLIP (Table 7). Our interpretation: each pass of a
+text encoder or decoder drops tokens once, before layer depth // 2. Later parts, such as METER's
+fusion and the heads, get the remaining tokens. 40% refers to the real tokens of each text. A
+dropped token has no output, so its label is ignored: its own id for MLM, the next id for LM.
 """
 
 from dataclasses import dataclass
@@ -26,13 +26,15 @@ TextStrategy = Literal["random", "post", "learned"]
 
 
 class ReducedText(NamedTuple):
-    """What stays of a batch of texts.
+    """Remaining tokens of a batch of texts.
 
-    tokens: (B, K, D); slots that a text does not need hold some of its other tokens, last.
-    mask: (B, K) bool, True = kept, False = such a slot.
-    anchor: (B,) int64, where the anchor is now.
-    kept: (B, K) int64, positions in the input; ascending where `mask` is True.
-    Where nothing is dropped, `mask` is the one that came, and `anchor` and `kept` are None.
+    Without reduction, `mask` is the given mask, and `anchor` and `kept` are None.
+
+    Attributes:
+        tokens: (B, K, D); unused slots, at the end, hold other tokens of the text.
+        mask: (B, K) bool, True = kept token, False = unused slot.
+        anchor: (B,) int64, position of the anchor.
+        kept: (B, K) int64, positions in the input, ascending where `mask` is True.
     """
 
     tokens: Tensor
@@ -41,9 +43,7 @@ class ReducedText(NamedTuple):
     kept: Tensor | None = None
 
     def labels(self, labels: Tensor) -> Tensor:
-        """Labels (B, L) of all tokens -> (B, K), of those that stay; a dropped token is not asked
-        for its own.
-        """
+        """Select the labels (B, K) of the remaining tokens from those (B, L) of all tokens."""
         if self.kept is None:
             return labels
         return labels.gather(1, self.kept).masked_fill(~self.mask, IGNORED)
@@ -51,17 +51,21 @@ class ReducedText(NamedTuple):
 
 @dataclass(frozen=True)
 class TextReduction:
-    """Says which text tokens are dropped, and how many.
+    """Strategy and share of dropping text tokens.
 
-    strategy: 'random' draws them from torch's generator; 'post' drops the last ones; 'learned' the
-        ones with the least score, which the caller gives. Of 'learned' the paper says only that the
-        vision encoder's [CLS] features guide it. Our reading: the score of a token is the attention
-        that the vision CLS pays it, where it is the query of the first layer after the reduction
-        in place of the anchor: `elip_kernels.cls_attention`.
-    drop: share of a text's real tokens, in [0, 1).
+    The paper says of 'learned' only that the vision encoder's [CLS] features guide it. Our
+    interpretation: the score of a token is the attention of the first layer after the reduction,
+        with
+    the image CLS as the query instead of the anchor (`elip_kernels.cls_attention`).
+
+    Attributes:
+        strategy: 'random' drops random tokens, 'post' the last ones, 'learned' those with the least
+            score.
+        drop: share of the real tokens of a text, in [0, 1).
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected, what came.
+        TypeError: a value of another type; the message names the argument.
+        ValueError: a value outside of its range.
     """
 
     strategy: TextStrategy
@@ -73,16 +77,17 @@ class TextReduction:
     def __call__(
         self, tokens: Tensor, mask: Tensor, anchor: Tensor | int, scores: Tensor | None = None
     ) -> ReducedText:
-        """Drop tokens; nothing waits for the device, and no shape depends on values.
+        """Drop tokens, without a host synchronisation and without shapes that depend on values.
 
         Args:
             tokens: (B, L, D), floating point; gradients reach the kept ones.
-            mask: (B, L) bool, True = real. The anchor counts as real.
-            anchor: (B,) int64, or an int for all texts: the position of the token that stays.
-            scores: (B, L), for 'learned' only. Ties: the lower index stays; NaN goes first.
+            mask: (B, L) bool, True = real token. The anchor counts as real.
+            anchor: (B,) int64, or an int for all texts: position of a token that stays.
+            scores: (B, L), for 'learned' only. Ties keep the lower index; NaN counts as the least.
 
         Raises:
-            TypeError, ValueError: naming the argument, what was expected, what came, what to do.
+            TypeError: an argument of another type; the message names it.
+            ValueError: an argument of another shape; the message names it.
         """
         _check(tokens, mask, anchor, scores, self.strategy)
         B, L, _ = tokens.shape
@@ -90,7 +95,7 @@ class TextReduction:
             anchor = torch.full((B,), anchor, device=tokens.device)
         anchor = anchor[:, None]
         mask = mask.scatter(1, anchor, True)
-        stays = self._stays(mask, anchor, scores)
+        stays = self._keep_mask(mask, anchor, scores)
         reduced, info = elip_kernels.reduce(
             tokens,
             stays.float(),
@@ -103,19 +108,18 @@ class TextReduction:
         place = (info.kept == anchor).int().argmax(1)
         return ReducedText(reduced, info.mask, place, info.kept)
 
-    def _stays(self, mask: Tensor, anchor: Tensor, scores: Tensor | None) -> Tensor:
-        """Choose each text's n - int(drop * n) first tokens by anchor, key and position -> (B, L)
-        bool.
-        """
-        key = self._key(mask, scores).masked_fill(~mask, -torch.inf).scatter(1, anchor, torch.inf)
-        order = key.argsort(dim=1, descending=True, stable=True)
+    def _keep_mask(self, mask: Tensor, anchor: Tensor, scores: Tensor | None) -> Tensor:
+        """Return (B, L) bool, True for the n - int(drop * n) tokens of each text that stay."""
+        priority = self._priority(mask, scores).masked_fill(~mask, -torch.inf)
+        priority = priority.scatter(1, anchor, torch.inf)
+        order = priority.argsort(dim=1, descending=True, stable=True)
         n = mask.sum(1, keepdim=True)
         count = n - (n.double() * self.drop).long()
         first = torch.arange(mask.shape[1], device=mask.device) < count
         return torch.zeros_like(mask).scatter(1, order, first)
 
-    def _key(self, mask: Tensor, scores: Tensor | None) -> Tensor:
-        """Give each token a finite float (B, L); those with the smallest are dropped first."""
+    def _priority(self, mask: Tensor, scores: Tensor | None) -> Tensor:
+        """Return a finite priority (B, L) of each token; the least are dropped first."""
         if self.strategy == "random":
             return torch.rand(mask.shape, device=mask.device)
         if self.strategy == "post":
@@ -125,7 +129,7 @@ class TextReduction:
 
 
 def _check(tokens: Any, mask: Any, anchor: Any, scores: Any, strategy: str) -> None:
-    """Check what `reduce` does not: mask, anchor and scores fit the tokens."""
+    """Check that mask, anchor and scores fit the tokens; `reduce` checks the rest."""
     if not isinstance(tokens, Tensor) or tokens.dim() != 3:
         raise TypeError(f"tokens: expected a tensor (B, L, D), got {_describe(tokens)}")
     B, L, _ = tokens.shape
@@ -145,7 +149,7 @@ def _check(tokens: Any, mask: Any, anchor: Any, scores: Any, strategy: str) -> N
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
         raise TypeError(
             f"scores: expected a floating-point tensor (B, L) = {(B, L)} for strategy='learned', "
-            f"got {_describe(scores)}; elip_kernels.cls_attention makes them of the vision CLS"
+            f"got {_describe(scores)}; elip_kernels.cls_attention computes them from the image CLS"
         )
     if scores.shape != (B, L):
         raise ValueError(f"scores: expected (B, L) = {(B, L)}, got {_describe(scores)}")

@@ -20,7 +20,7 @@ from elip_models.validation import (
 )
 
 CROSS_REDUCTIONS = {"pumer": PuMer}
-ROBERTA = {  # the fields of METERConfig that roberta-base has other values for
+ROBERTA = {  # fields of METERConfig with other values for roberta-base
     "text_encoder": "roberta",
     "vocab_size": 50265,
     "max_positions": 514,
@@ -35,15 +35,17 @@ ROBERTA = {  # the fields of METERConfig that roberta-base has other values for
 class METERConfig(CrossModalConfig, TextReductionConfig):
     """Hyper-parameters of a METER model; the defaults are the official code's.
 
-    vision_depth: blocks that run, CLIP's but the last.
-    text_encoder: 'bert' or 'roberta', see `ROBERTA` for the fields that go with the second.
-    cross_width, cross_depth, cross_heads, cross_hidden: of the co-attention layers of each side.
-    dropout: of the text encoder and of the co-attention layers.
-    mask_whole_words: hide words instead of tokens, see `METER.read_vocabulary_`.
-    cross_reduction: 'pumer', or 'pumer:prune=0.3,layers=1,2,3', by which the co-attention layers
-        lose tokens of both sides, see `PuMer`; or None. In MLM text tokens stay as they are.
-    The other fields: see `CrossModalConfig`; and `TextReductionConfig`, by which the texts of
-    `METER.forward` lose tokens half way through the text encoder, before fusion.
+    For the other fields, see `CrossModalConfig` and `TextReductionConfig`. In `METER.forward`, text
+    reduction drops tokens half way through the text encoder, before fusion.
+
+    Attributes:
+        vision_depth: number of blocks that run, all of CLIP's but the last.
+        text_encoder: 'bert' or 'roberta'; `ROBERTA` has the other fields for the second.
+        cross_width: width of the co-attention layers; `cross_depth` is their number on each side.
+        dropout: of the text encoder and of the co-attention layers.
+        mask_whole_words: mask words instead of tokens, see `METER.read_vocabulary_`.
+        cross_reduction: 'pumer', or with options 'pumer:prune=0.3,layers=1,2,3', reduces the tokens
+            of both sides in the co-attention layers, see `PuMer`. MLM keeps all text tokens.
     """
 
     vision_depth: Depth = 11
@@ -74,9 +76,7 @@ class METERConfig(CrossModalConfig, TextReductionConfig):
 
     @property
     def pumer(self) -> PuMer | None:
-        """How fusion is reduced, by default in the layers of `PuMer` that there are; None where it
-        is not.
-        """
+        """Reduction in fusion, by default in the existing layers of `PuMer`, or None."""
         if self.cross_reduction is None:
             return None
         layers = tuple(i for i in PuMer.layers if i < self.cross_depth)
@@ -86,14 +86,12 @@ class METERConfig(CrossModalConfig, TextReductionConfig):
 
     @property
     def max_tokens(self) -> int:
-        """How long a text may be, padding included; RoBERTa's positions begin behind that of the
-        padding.
-        """
+        """Maximum number of tokens of a text; RoBERTa's positions start after the padding's."""
         unused = self.pad_token_id + 1 if self.text_encoder == "roberta" else 0
         return self.max_positions - unused
 
     def bert(self, part: Literal["text", "cross"]) -> BertConfig:
-        """The config of the text encoder, or of one side's co-attention layers."""
+        """Return the config of the text encoder, or of the co-attention layers of one side."""
         is_roberta = part == "text" and self.text_encoder == "roberta"
         return BertConfig(
             vocab_size=self.vocab_size,

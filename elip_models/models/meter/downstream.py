@@ -1,13 +1,13 @@
-"""METER on its downstream tasks: its backbone, and the head of each.
+"""METER fine-tuned for VQA, visual entailment, NLVR2 and image-text retrieval.
 
-    VQA         a head on the pooled pair: which of the answers; BCE, summed over them
-    entailment  the same head, three classes; cross entropy
-    NLVR2       a pass for each of two images, the second of a token type of its own; a head on both
-    retrieval   how well a text fits an image: cross entropy of the true text among false ones; if
-                asked for, ITM beside it, whose head stays as it was pre-trained
+    VQA         a classifier over the pooled pair; binary cross entropy, summed over the answers
+    entailment  the same classifier with three classes; cross entropy
+    NLVR2       one pass for each of two images, with different token types; a classifier over both
+    retrieval   a score for each pair; cross entropy of the true text among false texts; optionally
+                ITM with the frozen pre-trained head
 
-Source: METER (Dou et al., 2022), its official code, whose retrieval names ITM with a weight of 0.5
-and takes steps by losses of at least 1 alone.
+Source: METER (Dou et al., 2022) and its official code. For retrieval, that code lists ITM with a
+weight of 0.5, but it uses only losses whose weight is at least 1.
 """
 
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elip_models.models.downstream import TaskOutput
 from elip_models.models.meter.config import METERConfig
 from elip_models.models.meter.model import (
     IMAGE,
     METER,
     METERBackbone,
     METERMatcher,
-    draw_others,
+    draw_itm_images,
 )
-from elip_models.models.task_output import TaskOutput
 from elip_models.towers.reducible_model import random_ids
 from elip_models.validation import PositiveInt, Size
 
@@ -34,7 +34,7 @@ PRETRAINED_HEADS = ("language_head.", "itm_head.")
 
 @dataclass(frozen=True, kw_only=True)
 class METERVQAConfig(METERConfig):
-    """num_classes: answers to choose from. The other fields: see `METERConfig`."""
+    """Hyper-parameters of METER for VQA, with the number of answers; see `METERConfig`."""
 
     image_size: Size = 576
     num_classes: Size = 3129
@@ -42,7 +42,7 @@ class METERVQAConfig(METERConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class METEREntailmentConfig(METERConfig):
-    """num_classes: entailment, neutral, contradiction. The other fields: see `METERConfig`."""
+    """Hyper-parameters of METER for entailment, neutral and contradiction; see `METERConfig`."""
 
     image_size: Size = 384
     num_classes: Size = 3
@@ -50,7 +50,7 @@ class METEREntailmentConfig(METERConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class METERNLVR2Config(METERConfig):
-    """num_classes: false, true. The other fields: see `METERConfig`."""
+    """Hyper-parameters of METER for NLVR2, false or true; see `METERConfig`."""
 
     image_size: Size = 288
     num_classes: Size = 2
@@ -58,8 +58,11 @@ class METERNLVR2Config(METERConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class METERRetrievalConfig(METERConfig):
-    """false_texts: how many beside the true text of an image, in training. with_itm: ITM is a loss
-    too. The other fields: see `METERConfig`.
+    """Hyper-parameters of METER for retrieval; for the other fields, see `METERConfig`.
+
+    Attributes:
+        false_texts: number of false texts for each image in training.
+        with_itm: add ITM to the loss.
     """
 
     image_size: Size = 384
@@ -70,9 +73,7 @@ class METERRetrievalConfig(METERConfig):
 
 @dataclass
 class RankingOutput:
-    """loss, and loss_rank, which is all of it, scalars. rank_logits: (B, 1+F), the true text
-    first.
-    """
+    """Output of a step: `loss`, equal to `loss_rank`, and logits (B, 1+F), the true text first."""
 
     loss: Tensor
     loss_rank: Tensor
@@ -81,17 +82,18 @@ class RankingOutput:
 
 @dataclass
 class METERRetrievalOutput(RankingOutput):
-    """loss: the sum of loss_rank and loss_itm. itm_logits: (B, 2)."""
+    """Output of a step with ITM: `loss` is the sum of both losses; itm_logits: (B, 2)."""
 
     loss_itm: Tensor
     itm_logits: Tensor
 
 
 class DrawnImages(NamedTuple):
-    """What a step of retrieval with ITM draws at random.
+    """Random choices of a retrieval step with ITM.
 
-    itm_labels: (B,) int64, 1 where a text keeps its image in ITM.
-    false_images: (B, 3, H, W), for each text another image, read where its label is 0.
+    Attributes:
+        itm_labels: (B,) int64, 1 where a text keeps its image in ITM.
+        false_images: (B, 3, H, W), another image for each text, used where its label is 0.
     """
 
     itm_labels: Tensor
@@ -99,7 +101,7 @@ class DrawnImages(NamedTuple):
 
 
 class METERClassifier(METERBackbone):
-    """The backbone, and a classifier of its pooled texts and images."""
+    """Backbone with a classifier of the pooled pair."""
 
     task: ClassVar[str]
     pretraining = METER
@@ -109,7 +111,7 @@ class METERClassifier(METERBackbone):
         super().__init__(config)
         width = 2 * config.cross_width
         self.classifier = nn.Sequential(
-            nn.Linear(self.images_each * width, width),
+            nn.Linear(self.images_per_text * width, width),
             nn.LayerNorm(width),
             nn.GELU(),
             nn.Linear(width, config.num_classes),
@@ -118,43 +120,40 @@ class METERClassifier(METERBackbone):
 
     @classmethod
     def from_pretraining(cls, weights: dict[str, Tensor], config: METERConfig) -> dict[str, Tensor]:
-        """Pre-trained weights of METER -> those that this model begins with, by its names: all but
-        the heads.
-        """
+        """Select the weights of a pre-trained METER except for its heads."""
         return {n: w for n, w in weights.items() if not n.startswith(PRETRAINED_HEADS)}
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
-        """Also what is to be answered: the first class."""
+        """Return images, a random text for each of them, and labels of the first class."""
         config, labels = self.config, torch.zeros(len(images), dtype=torch.long)
         ids = random_ids(images, config.context_length, config.vocab_size, config.sep_token_id)
         inputs = {"images": images, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return inputs | {"labels": labels.to(images.device)}
 
     def logits(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Images (B, 3, H, W), input_ids and attention_mask (B, L) -> (B, num_classes)."""
-        text, image = self.read_and_fuse(images, input_ids, attention_mask)
+        """Return logits (B, num_classes) of images (B, 3, H, W) and texts (B, L)."""
+        text, image = self.encode_and_fuse(images, input_ids, attention_mask)
         return self.classifier(self.pool(text.tokens, image))
 
     def forward(
         self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
     ) -> TaskOutput:
-        """Compute the cross entropy of a batch: arguments as of `logits`, labels (B,) int64."""
+        """Return the cross entropy of a batch with labels (B,) int64."""
         logits = self.logits(images, input_ids, attention_mask)
         return TaskOutput(F.cross_entropy(logits.float(), labels), logits)
 
 
 class METERVQA(METERClassifier):
-    """Answers a question about an image by one of the answers that are known.
+    """METER that classifies a question about an image into a fixed list of answers.
 
-    A question may have several right answers, each to a degree: each answer is a binary decision of
-    its own.
+    A question can have several correct answers, with scores. Each answer is a binary decision.
     """
 
     family, task = "meter_vqa", "vqa"
     config_class = METERVQAConfig
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
-        """Also the scores of the answers, of which the first is right."""
+        """Return the inputs of the base class, with scores of the answers instead of labels."""
         inputs = super().random_inputs(images)
         labels = inputs.pop("labels")
         return inputs | {"answer_scores": F.one_hot(labels, self.config.num_classes).float()}
@@ -162,11 +161,10 @@ class METERVQA(METERClassifier):
     def forward(
         self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, answer_scores: Tensor
     ) -> TaskOutput:
-        """Compute the loss of a batch: the binary cross entropy, summed over the answers.
+        """Return the binary cross entropy of a batch, summed over the answers.
 
-        Args:
-            images, input_ids, attention_mask: as of `logits`.
-            answer_scores: (B, num_classes) fp32 in [0, 1], how right each answer is.
+        answer_scores (B, num_classes), fp32 in [0, 1], are the degrees to which answers are
+        correct.
         """
         logits = self.logits(images, input_ids, attention_mask)
         loss = F.binary_cross_entropy_with_logits(logits.float(), answer_scores)
@@ -174,8 +172,9 @@ class METERVQA(METERClassifier):
 
 
 class METEREntailment(METERClassifier):
-    """Says whether an image entails a text: 0 entailment, 1 neutral, 2 contradiction; the official
-    code numbers them 2, 1, 0.
+    """METER that classifies a text: 0 entailment, 1 neutral, 2 contradiction.
+
+    The official code numbers these classes 2, 1, 0.
     """
 
     family, task = "meter_entailment", "entailment"
@@ -183,37 +182,37 @@ class METEREntailment(METERClassifier):
 
 
 class METERNLVR2(METERClassifier):
-    """Says whether a statement about two images is false, 0, or true, 1."""
+    """METER that classifies a statement about two images as false (0) or true (1)."""
 
     family, task = "meter_nlvr2", "nlvr2"
     config_class = METERNLVR2Config
-    images_each = 2
+    images_per_text = 2
 
     @classmethod
     def from_pretraining(cls, weights: dict[str, Tensor], config: METERConfig) -> dict[str, Tensor]:
-        """As of the other classifiers; the second image is of the type of the first."""
+        """Select the weights without the heads; both images start with the same token type."""
         weights = super().from_pretraining(weights, config)
         types = weights["token_types.weight"]
         return weights | {"token_types.weight": torch.cat([types, types[IMAGE:]])}
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
-        """Images (B, 3, H, W), each of them beside the next one."""
+        """Return the inputs of the base class with pairs of neighbouring images."""
         inputs = super().random_inputs(images)
         return inputs | {"images": torch.stack([images, images.roll(-1, 0)], 1)}
 
     def logits(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Images (B, 2, 3, H, W), input_ids and attention_mask (B, L) -> (B, num_classes).
+        """Return logits (B, num_classes) of images (B, 2, 3, H, W) and texts (B, L).
 
-        The text is read once for each image, as the official code does, and guides both.
+        The text is encoded once for each image, as in the official code, and guides both.
         """
         types = IMAGE + torch.arange(2, device=images.device).repeat(len(images))
         ids, mask = (each.repeat_interleave(2, 0) for each in (input_ids, attention_mask))
-        text, image = self.read_and_fuse(images.flatten(0, 1), ids, mask, types)
+        text, image = self.encode_and_fuse(images.flatten(0, 1), ids, mask, types)
         return self.classifier(self.pool(text.tokens, image).unflatten(0, (-1, 2)).flatten(1))
 
 
 class METERRetrieval(METERMatcher):
-    """Ranks texts for an image and images for a text, by a head of one output."""
+    """METER that scores pairs of texts and images by a head of one output."""
 
     family, task = "meter_retrieval", "retrieval"
     config_class = METERRetrievalConfig
@@ -228,21 +227,17 @@ class METERRetrieval(METERMatcher):
 
     @classmethod
     def from_pretraining(cls, weights: dict[str, Tensor], config: METERConfig) -> dict[str, Tensor]:
-        """Pre-trained weights of METER -> those that this model begins with, by its names: ranks
-        begin as the logit of a pair.
-        """
+        """Select the weights of a pre-trained METER; the new head gets the pair logit of ITM."""
         kept = {n: w for n, w in weights.items() if not n.startswith("language_head.")}
         itm = {part: weights[f"itm_head.{part}"] for part in ("weight", "bias")}
         return kept | {f"rank_head.{part}": rows[1:].clone() for part, rows in itm.items()}
 
     def rank(self, pooled: Tensor) -> Tensor:
-        """Pooled text and image (B, 2C) -> (B,), how well they fit."""
+        """Return a score (B,) of each pair, from pooled text and image (B, 2C)."""
         return self.rank_head(pooled)[:, 0]
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
-        """Also false texts, each that of another image, and what a step draws: every second text
-        keeps its image.
-        """
+        """Return images, a text, false texts of other images, and fixed random choices."""
         config, numbers = self.config, torch.arange(len(images), device=images.device)
         ids = random_ids(images, config.context_length, config.vocab_size, config.sep_token_id)
         mask, false = torch.ones_like(ids), range(1, config.false_texts + 1)
@@ -257,15 +252,14 @@ class METERRetrieval(METERMatcher):
         }
 
     def rank_logits(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Judge T texts for each image: images (B, 3, H, W), input_ids and attention_mask
-        (B, T, L) -> (B, T).
+        """Return scores (B, T) of T texts, ids and mask (B, T, L), for each of B images.
 
-        An image is encoded once, unless texts change what is left of it, or it of them.
+        An image is encoded once for all texts, unless the texts and the image reduce one another.
         """
         T = input_ids.shape[1]
         ids, mask = input_ids.flatten(0, 1), attention_mask.flatten(0, 1)
         if self.reduction.is_guided or self.text_reduction is not None:
-            text, image = self.read_and_fuse(images.repeat_interleave(T, 0), ids, mask)
+            text, image = self.encode_and_fuse(images.repeat_interleave(T, 0), ids, mask)
             return self.rank(self.pool(text.tokens, image)).unflatten(0, (-1, T))
         tokens, image_mask = self.matching_tokens(images)
         image_mask = None if image_mask is None else image_mask.repeat_interleave(T, 0)
@@ -283,14 +277,16 @@ class METERRetrieval(METERMatcher):
         *,
         drawn: DrawnImages | None = None,
     ) -> RankingOutput:
-        """Compute the losses of a batch of pairs, with ITM a `METERRetrievalOutput`.
+        """Return the losses of a batch of pairs; with ITM, a `METERRetrievalOutput`.
 
         Args:
             images: (B, 3, H, W).
-            input_ids, attention_mask: (B, L), 1 = real.
-            image_ids: (B,) int64, equal where two pairs show the same image; read with ITM.
-            false_ids, false_mask: (B, F, L), other texts for each image.
-            drawn: false images of ITM instead of drawing them.
+            input_ids: (B, L).
+            attention_mask: (B, L), 1 = real token.
+            image_ids: (B,) int64, equal where two pairs show the same image; used by ITM.
+            false_ids: (B, F, L), other texts for each image.
+            false_mask: (B, F, L), 1 = real token.
+            drawn: false images of ITM to use instead of random ones.
         """
         ids = torch.cat([input_ids[:, None], false_ids], 1)
         mask = torch.cat([attention_mask[:, None], false_mask], 1)
@@ -301,13 +297,13 @@ class METERRetrieval(METERMatcher):
         labels, false_images = self._draw(images, image_ids) if drawn is None else drawn
         is_pair = (labels == 1)[:, None, None, None]
         shown = torch.where(is_pair, images, false_images)
-        text, image = self.read_and_fuse(shown, input_ids, attention_mask)
+        text, image = self.encode_and_fuse(shown, input_ids, attention_mask)
         itm_logits = self.match(text.tokens, image)
         loss_itm = F.cross_entropy(itm_logits.float(), labels)
         return METERRetrievalOutput(loss_rank + loss_itm, loss_rank, ranks, loss_itm, itm_logits)
 
     def _draw(self, images: Tensor, image_ids: Tensor) -> DrawnImages:
-        """Half of the texts keep their image, and those whose other image is the same one."""
-        labels, others = draw_others(images)
+        """Draw images for ITM; a text keeps its image if the other one is the same image."""
+        labels, others = draw_itm_images(images)
         labels = labels | (image_ids == image_ids[others]).long()
         return DrawnImages(labels, images[others])

@@ -1,4 +1,11 @@
-"""What BLIP and the models fine-tuned from it share: encoders, and writing by a decoder."""
+"""Shared part of BLIP and the models fine-tuned from it: config, encoders, text generation.
+
+BLIP's text tower is a BERT with cross attention in every layer. It encodes a text alone, or fuses
+it with an image: then the token [ENC] replaces the first one. A causal decoder generates text from
+the token [DEC] on.
+
+Source: BLIP (Li et al., 2022), models/blip.py and models/med.py of the official code.
+"""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -12,7 +19,7 @@ from elip_models.models.config import TextReductionConfig, TokenId
 from elip_models.models.cross_modal import CrossModalModel
 from elip_models.models.distilled_model import Encoders, MomentumConfig
 from elip_models.models.layers.bert import BertTower, UntypedEmbeddings
-from elip_models.models.layers.generation import CAPTIONS, Decoding, write
+from elip_models.models.layers.generation import CAPTIONS, Decoding, generate
 from elip_models.models.layers.text_reduction import ReducedText, TextReduction
 from elip_models.reduction.strategy import mask_after
 from elip_models.validation import NonNegative, Share, Size
@@ -25,12 +32,15 @@ if TYPE_CHECKING:
 class BLIPConfig(MomentumConfig, TextReductionConfig):
     """Hyper-parameters of a BLIP model; the defaults are the paper's.
 
-    decoder_token_id, encoder_token_id: [DEC] and [ENC], instead of a text's first token.
-    The other fields: see `MomentumConfig`; alpha weighs the momentum targets of ITC; and
-    `TextReductionConfig`, by which the texts of `BLIP.forward` lose tokens in all three of its
-    passes, those of the momentum encoder none.
-    tie_decoder: the decoder shares all but self-attention with the encoder, as in pre-training;
-        False gives it weights of its own, as in models fine-tuned for captions or answers.
+    For the other fields, see `MomentumConfig`, whose alpha weights the momentum targets of ITC, and
+    `TextReductionConfig`. Text reduction applies to all three passes of `BLIP.forward`, not to the
+    momentum encoder.
+
+    Attributes:
+        decoder_token_id: id of [DEC], which replaces the first token of a generated text.
+        encoder_token_id: id of [ENC], which replaces the first token of a fused text.
+        tie_decoder: share all weights but self-attention between decoder and encoder, as in
+            pre-training. False gives the decoder its own weights, as fine-tuned models have.
     """
 
     captions: Literal["plain", "albef", "blip"] = "blip"
@@ -45,31 +55,30 @@ class BLIPConfig(MomentumConfig, TextReductionConfig):
 
 
 class BLIPEncoders(Encoders):
-    """The parts that have a momentum copy."""
+    """Parts that have a momentum copy: image tower and text tower."""
 
     def __init__(self, config: BLIPConfig, *, projects: bool = True) -> None:
         super().__init__(config, projects=projects)
         self.layers = range(config.text_depth)
         self.text = BertTower(config.bert, self.layers, embeddings=UntypedEmbeddings)
 
-    def read(
+    def encode_text(
         self,
         input_ids: Tensor,
         mask: Tensor,
         image_tokens: Tensor | None = None,
         image_mask: Tensor | None = None,
     ) -> Tensor:
-        """input_ids, mask (B, L), with image_tokens (B, N, D), all or as image_mask (B, N) says, or
-        alone -> (B, L, D).
-        """
+        """Encode texts (B, L) -> (B, L, D), with cross attention to image_tokens if given."""
         hidden = self.text.embed(input_ids)
         return self.text.run(hidden, mask, self.layers, image_tokens, image_mask)
 
 
 class BLIPBase(CrossModalModel):
-    """The tokens of BLIP, and what its text towers have in common.
+    """Tokenizer and text towers of BLIP.
 
-    adds_similarity: re-ranking adds the similarity of features to ITM's score.
+    Attributes:
+        adds_similarity: re-ranking adds the similarity of features to the score of ITM.
     """
 
     adds_similarity: ClassVar[bool] = True
@@ -81,52 +90,32 @@ class BLIPBase(CrossModalModel):
     def fit_tokenizer(
         cls, tokenizer: "PreTrainedTokenizerBase", context_length: int
     ) -> dict[str, int]:
-        """Adds [DEC] and [ENC] to the tokenizer; otherwise as the other cross-modal models."""
+        """Add [DEC] and [ENC] to the tokenizer, and return the config fields that follow."""
         tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
         decoder, encoder = tokenizer.convert_tokens_to_ids(["[DEC]", "[ENC]"])
         sizes = super().fit_tokenizer(tokenizer, context_length)
         return sizes | {"decoder_token_id": decoder, "encoder_token_id": encoder}
 
-    @property
-    def text_towers(self) -> tuple[BertTower, ...]:
-        """All that read or write."""
-        raise NotImplementedError
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute layers in backward instead of saving their activations."""
-        for tower in (self.encoders.visual, *self.text_towers):
-            tower.set_grad_checkpointing(enable)
-
-
-class Reader(BLIPBase):
-    """Reads a text that sees the image, from [ENC] on."""
+class BLIPWithEncoder(BLIPBase):
+    """BLIP that fuses a text with an image, from [ENC] on."""
 
     encoders: BLIPEncoders
     fuses_ids = True
 
-    @property
-    def text_towers(self) -> tuple[BertTower, ...]:
-        return (self.encoders.text,)
-
     def fuse(
         self, text: Tensor, mask: Tensor, image: Tensor, image_mask: Tensor | None = None
     ) -> Tensor:
-        """text, mask (B, L), image (B, N, D) and image_mask (B, N), None where all are real ->
-        (B, L, D) of [ENC] and the ids behind it.
-        """
-        ids = begin_with(text, self.config.encoder_token_id)
-        return self.encoders.read(ids, mask, image, image_mask)
+        """Return the ids `text` (B, L), with [ENC] first, fused with the image -> (B, L, D)."""
+        ids = replace_first_token(text, self.config.encoder_token_id)
+        return self.encoders.encode_text(ids, mask, image, image_mask)
 
 
-class Writer(BLIPBase):
-    """Writes by a causal tower, `decoder`, and a head over it, from [DEC] on."""
+class BLIPWithDecoder(BLIPBase):
+    """BLIP with a causal text tower `decoder` and a language head, which generate from [DEC] on."""
 
     decoder: BertTower
     language_head: BertOnlyMLMHead
-
-    @property
-    def text_towers(self) -> tuple[BertTower, ...]:
-        return (self.decoder,)
 
     def predict(
         self,
@@ -135,15 +124,13 @@ class Writer(BLIPBase):
         image_tokens: Tensor,
         image_mask: Tensor | None = None,
     ) -> Tensor:
-        """Predict each next token after [DEC] and the text up to it.
+        """Return logits (B, L, V) of the next token after [DEC] and each prefix of the text.
 
         Args:
-            input_ids, mask: (B, L), 1 = real.
-            image_tokens: (B, N, D) to attend to; of an image, or of a question fused with it.
-            image_mask: (B, N), 1 = real; None where all of them are.
-
-        Returns:
-            (B, L, V).
+            input_ids: (B, L).
+            mask: (B, L), 1 = real token.
+            image_tokens: (B, N, D) for cross attention, of an image or of a fused question.
+            image_mask: (B, N), 1 = real token; None if all are real.
         """
         image = image_tokens, image_mask
         return self.language_head(self.decode(input_ids, mask, image, None).tokens)
@@ -155,8 +142,8 @@ class Writer(BLIPBase):
         image: tuple[Tensor, Tensor | None],
         reduction: TextReduction | None,
     ) -> ReducedText:
-        """Run the decoder on [DEC] and the ids behind it; `image` is tokens and mask."""
-        hidden = self.decoder.embed(begin_with(input_ids, self.config.decoder_token_id))
+        """Run the decoder on [DEC] and the following ids; `image` is tokens and mask."""
+        hidden = self.decoder.embed(replace_first_token(input_ids, self.config.decoder_token_id))
         layers = range(len(self.decoder.layers))
         return self.decoder.run_reduced(hidden, mask, layers, reduction, *image, causal=True)
 
@@ -168,8 +155,9 @@ class Writer(BLIPBase):
         prompt: Tensor | None = None,
         decoding: Decoding = CAPTIONS,
     ) -> Tensor:
-        """Write, without dropout, from image_tokens (B, N, D) and image_mask (B, N), see `predict`;
-        otherwise as `Captioner.generate`.
+        """Generate text from image_tokens (B, N, D) and image_mask (B, N), always without dropout.
+
+        For the other arguments and the output, see `BLIPCaptioner.generate`.
         """
         config, B = self.config, len(image_tokens)
         ids = torch.full((B, 1), config.decoder_token_id, device=image_tokens.device)
@@ -177,14 +165,14 @@ class Writer(BLIPBase):
             fits = prompt.dim() == 2 and len(prompt) == B and prompt.dtype == ids.dtype
             if not fits or (prompt == config.pad_token_id).any():
                 raise ValueError(
-                    f"prompt: expected int64 ids of the shape ({B}, P), none of them padding, got "
-                    f"{prompt.dtype} of {tuple(prompt.shape)} with "
-                    f"{int((prompt == config.pad_token_id).sum())} of padding; write prompts of "
-                    "different lengths in batches of their own"
+                    f"prompt: expected int64 ids of shape ({B}, P) without padding, got "
+                    f"{prompt.dtype} of shape {tuple(prompt.shape)} with "
+                    f"{int((prompt == config.pad_token_id).sum())} padding ids; pass prompts of "
+                    "different lengths in separate batches"
                 )
             ids = torch.cat([ids, prompt], dim=1)
         with eval_mode(self):
-            return write(
+            return generate(
                 self.decoder,
                 self.language_head,
                 ids,
@@ -194,8 +182,8 @@ class Writer(BLIPBase):
             )
 
 
-class Captioner(Writer):
-    """Writes of an image alone."""
+class BLIPCaptioner(BLIPWithDecoder):
+    """BLIP that generates text from an image."""
 
     @torch.no_grad()
     def generate(
@@ -206,22 +194,22 @@ class Captioner(Writer):
         text_cls: Tensor | None = None,
         decoding: Decoding = CAPTIONS,
     ) -> Tensor:
-        """Write captions, without dropout, whatever the mode of the model.
+        """Generate captions, always without dropout.
 
         Args:
             images: (B, 3, H, W), each encoded once.
-            prompt: (B, P) ids that the captions begin with, all of them real, without the first
-                and the last special token; None where there is none.
-            text_cls: (B, D) that guides the image tower, see `encode_image`; a captioner has none,
-                so that all patches are kept, or as many as `without_text` says.
-            decoding: beam search or nucleus sampling, and how long.
+            prompt: (B, P) ids that the captions start with, without padding, first or last special
+                token; None for no prompt.
+            text_cls: (B, D) that guides the image tower, see `encode_image`; None: the config's
+                `without_text` determines the kept patches.
+            decoding: beam search or nucleus sampling, and the length.
 
         Returns:
-            (B, L) int64: [DEC], the prompt, the caption and its end, then padding.
+            (B, L) int64: [DEC], the prompt, the caption and its end token, then padding.
 
         Raises:
-            ValueError: another shape or dtype of prompt, or one with padding; a length for which
-                the text tower has no positions.
+            ValueError: `prompt` has another shape or dtype or contains padding, or the text is
+                longer than the positions of the text tower.
         """
         with eval_mode(self):
             tokens, infos = self.encode_image(images, text_cls)
@@ -230,8 +218,8 @@ class Captioner(Writer):
         )
 
 
-def begin_with(input_ids: Tensor, token: int) -> Tensor:
-    """Replace the first token of the ids (B, L)."""
+def replace_first_token(input_ids: Tensor, token: int) -> Tensor:
+    """Return a copy of the ids (B, L) with another first token."""
     ids = input_ids.clone()
     ids[:, 0] = token
     return ids

@@ -1,0 +1,45 @@
+"""Sampling of the text that guides each image in a training step.
+
+    own        g_i = t_i, the caption of image i
+    negatives  g_i = t_j for a share of the images, j != i drawn by softmax(s f_i f_j^T)
+    dropout    g_i = 0 for a share of the images, which means no text: the image alone selects
+
+The paper uses `own`. Then the kept tokens of image i depend on t_i, so ITC can recognise the
+caption by them: the caption leaks into the loss.
+"""
+
+import torch
+from torch import Tensor
+
+from elip_kernels.autocast import no_autocast
+from elip_models.models.layers.losses import hard_negatives
+
+
+@torch.no_grad()
+def replace_with_negatives(guides: Tensor, features: Tensor, scale: Tensor, share: float) -> Tensor:
+    """Replace the guidance of a share of the images by hard negatives of this rank's batch.
+
+    Args:
+        guides: (B, D), the guidance of each image.
+        features: (B, E) of the texts, normalised; more similar texts are drawn more often.
+        scale: scalar, the inverse temperature.
+        share: of the images; a single image keeps its own guidance.
+
+    Returns:
+        (B, D), without gradient.
+    """
+    features = features.float()
+    with no_autocast(features):
+        others = hard_negatives(scale.float() * features @ features.T)
+    return torch.where(_chosen(guides, share), guides[others], guides)
+
+
+@torch.no_grad()
+def drop_guidance(guides: Tensor, share: float) -> Tensor:
+    """Set a share of the guidance (B, D) to zero, which means no text; without gradient."""
+    return guides.masked_fill(_chosen(guides, share), 0.0)
+
+
+def _chosen(guides: Tensor, share: float) -> Tensor:
+    """Return (B, 1) bool, True for a random share of the rows."""
+    return torch.rand(len(guides), 1, device=guides.device) < share
