@@ -1,10 +1,10 @@
 """The largest training batch for a given memory, dense and reduced (the paper's Table 9).
 
-    bytes(B) = held + fixed + B * each;    the largest B with bytes(B) <= memory
+    bytes(B) = model_state + fixed + B * per_image;    the largest B with bytes(B) <= memory
 
-held: weights, and for trainable ones a gradient and AdamW's two moments, in the model's dtype.
-fixed, each: a line through the memory of a step at two small batches. On a GPU that is the peak.
-Elsewhere it is what autograd saves for backward, without temporary memory.
+model_state: weights, and for trainable ones a gradient and AdamW's two moments, in their dtype.
+fixed, per_image: a line through the memory of a step at two small batches. On a GPU that is the
+peak. Elsewhere it is what autograd saves for backward, without temporary memory.
 """
 
 import json
@@ -37,18 +37,18 @@ class MaxBatch:
     Attributes:
         model: Name of the model.
         strategy: Name of the strategy.
-        held: Bytes of weights, gradients and moments.
+        model_state: Bytes of weights, gradients and moments.
         fixed: Bytes of a step that do not depend on the batch.
-        each: Bytes of a step for each image and its text.
+        per_image: Bytes of a step for each image and its text.
         batch: The largest batch that fits; 0 if the weights do not.
         ratio: `batch` divided by that of the dense model.
     """
 
     model: str
     strategy: str
-    held: int
+    model_state: int
     fixed: int
-    each: int
+    per_image: int
     batch: int
     ratio: float
 
@@ -80,16 +80,16 @@ def largest_batches(
         TypeError, ValueError: A strategy that does not fit the model.
     """
     model.train()
-    held = sum(
+    model_state = sum(
         each.numel() * each.element_size() * (2 + MOMENTS if each.requires_grad else 1)
         for each in model.parameters()
     )
     rows: list[MaxBatch] = []
     for row, strategy in ({"dense": None} | strategies).items():
-        fixed, each = _fit_line(model, strategy)
-        batch = max(0, (memory - held - fixed) // each)
+        fixed, per_image = _fit_line(model, strategy)
+        batch = max(0, (memory - model_state - fixed) // per_image)
         ratio = batch / rows[0].batch if rows and rows[0].batch else 1.0
-        rows.append(MaxBatch(name, row, held, fixed, each, batch, round(ratio, 3)))
+        rows.append(MaxBatch(name, row, model_state, fixed, per_image, batch, round(ratio, 3)))
     return rows
 
 
@@ -101,17 +101,18 @@ def _fit_line(model: nn.Module, strategy: Strategy | None) -> tuple[int, int]:
         forward = workload.forward(strategy)
         step, parameters = partial(workload.train_step, forward), list(model.parameters())
         found.append(memory_of(step, workload.device, forward=forward, parameters=parameters))
-    each = max(1, round((found[1] - found[0]) / (BATCHES[1] - BATCHES[0])))
-    return max(0, found[0] - BATCHES[0] * each), each
+    per_image = max(1, round((found[1] - found[0]) / (BATCHES[1] - BATCHES[0])))
+    return max(0, found[0] - BATCHES[0] * per_image), per_image
 
 
 def batches_table(rows: list[MaxBatch], memory: str, measured: str) -> Table:
     """Return the rows as a table for a terminal."""
     table = Table(title=f"largest training batch in {memory}", caption=f"by the {measured}")
-    for column in ("model", "strategy", "MiB held", "MiB a step", "MiB an image", "batch", "ratio"):
+    sizes = ("MiB of model", "MiB a step", "MiB an image")
+    for column in ("model", "strategy", *sizes, "batch", "ratio"):
         table.add_column(column, justify="left" if column in ("model", "strategy") else "right")
     for row in rows:
-        sizes = (f"{each / 2**20:.1f}" for each in (row.held, row.fixed, row.each))
+        sizes = (f"{each / 2**20:.1f}" for each in (row.model_state, row.fixed, row.per_image))
         table.add_row(row.model, row.strategy, *sizes, str(row.batch), f"{row.ratio:.2f}")
     return table
 

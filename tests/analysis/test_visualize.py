@@ -42,7 +42,7 @@ def reduce_images(merge="one", **options):
 
 
 def held_by_tokens(infos, b, p, merge):
-    """The brute force: before and after each stage, the set of patches that each token holds."""
+    """Return by brute force the set of patches of each token, before and after each stage."""
     held = [set() for _ in range(p)] + [{n} for n in range(NUM_PATCHES)]
     steps = [held]
     for info in infos:

@@ -25,7 +25,7 @@ from elip_models.analysis.agreement import scorer_agreement
 from elip_models.data import EmojiScenes, JsonSource, image_transform, train_tokenizer
 from elip_models.models.registry import create_model, family_of
 from elip_models.reduction.encode import encode_image, run_tower
-from elip_models.reduction.schedule import Merge, Schedule, Stage
+from elip_models.reduction.schedule import Schedule, Stage
 from elip_models.reduction.strategies import PatchDropout
 from elip_models.reduction.strategies.elip import ELIP, Staged
 from elip_models.reduction.strategy import Merge, StageInfo
@@ -77,7 +77,7 @@ def images_of(source):
 
 @dataclass(frozen=True)
 class Told(Staged):
-    """Keeps by scores that it is told, one row an image."""
+    """A strategy that keeps tokens by given scores, one row for each image."""
 
     name: ClassVar[str] = "told"
     rows: ClassVar[Tensor]
@@ -86,6 +86,7 @@ class Told(Staged):
     merge: Merge = "one"
 
     def score(self, tower, stage, tokens, text):
+        """Return the given scores, with 0 for CLS."""
         return torch.cat([torch.zeros(len(self.rows), 1), self.rows], dim=1)
 
 
@@ -145,8 +146,10 @@ def test_purity_is_the_named_share_of_what_holds_a_named_patch_and_its_chance_th
 
 
 def test_kept_patches_are_followed_through_the_stages():
-    """Eight patches behind CLS; the second stage keeps the merged token of the first too, and its
-    second slot is padding."""
+    """Trace eight patches through two stages.
+
+    The second stage keeps the merged token of the first too, and its second slot is padding.
+    """
     weights = torch.zeros(1, 9), torch.zeros(1, 6)
     first = ReductionInfo(torch.tensor([[1, 3, 4, 8]]), weights[0], None)
     mask = torch.tensor([[True, True, False, True, True]])

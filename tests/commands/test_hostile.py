@@ -24,7 +24,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def model(saved, tmp_path):
-    """A model folder to be damaged."""
+    """Return a model folder that a test may damage."""
     return shutil.copytree(saved, tmp_path / "model")
 
 
@@ -64,7 +64,10 @@ def evil_tokenizer(folder):
 
 
 DAMAGES = {
-    "cut short": (weights_changed(lambda b: b[: len(b) // 2]), "expected a complete safetensors file"),
+    "cut short": (
+        weights_changed(lambda b: b[: len(b) // 2]),
+        "expected a complete safetensors file",
+    ),
     "emptied": (weights_changed(lambda b: b""), "expected a complete safetensors file"),
     "header": (weights_changed(lambda b: b[:9] + b"\xff" + b[10:]), "a complete safetensors file"),
     "NaN": (with_nan, "expected numbers, got NaN in image_projection.weight"),

@@ -33,14 +33,14 @@ def test_the_largest_batch_fits_and_one_more_does_not(name):
     trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
     memory = 4 * (weights + 3 * trained) + 200 * 2**20
     dense, reduced = largest_batches(name, model, {"own": model.reduction}, memory)
-    assert dense.held == reduced.held == 4 * (weights + 3 * trained)
+    assert dense.model_state == reduced.model_state == 4 * (weights + 3 * trained)
     for row, strategy in ((dense, None), (reduced, model.reduction)):
         forward = Workload(model, 11).forward(strategy)
         with saved_bytes(model.parameters()) as count:
             forward()
-        assert row.fixed + 11 * row.each == pytest.approx(count(), rel=0.02)
-        free = memory - row.held - row.fixed
-        assert row.batch * row.each <= free < (row.batch + 1) * row.each
+        assert row.fixed + 11 * row.per_image == pytest.approx(count(), rel=0.02)
+        free = memory - row.model_state - row.fixed
+        assert row.batch * row.per_image <= free < (row.batch + 1) * row.per_image
     assert reduced.ratio == pytest.approx(reduced.batch / dense.batch, abs=1e-3) and (
         reduced.ratio > 1.1
     )

@@ -253,7 +253,7 @@ def test_the_table_of_a_training_run():
 
 
 def made_up_counts():
-    """The paper's own figures as if counted, for 500 pairs, the scoring pass twice the tower."""
+    """Return the paper's figures as counts of 500 pairs; a scoring pass costs twice the tower."""
     counts = {}
     for name, (dense, elip_, evit) in PAPER.items():
         both = {"dense": dense, UNSCORED: elip_, EVITS[0]: evit, EVITS[1]: dense * 0.9}
@@ -279,7 +279,7 @@ def test_the_reading_that_explains_the_paper_is_found():
 
 @pytest.fixture(scope="module")
 def blip_counts():
-    """A step of full-size BLIP, counted on the meta device."""
+    """Return the FLOPs of a step of full-size BLIP, counted on the meta device."""
     return step_counts("blip")
 
 

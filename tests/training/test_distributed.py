@@ -16,7 +16,7 @@ QUICK = ["timm tower, last", "contrastive loss over all", "gradient caching"]
 
 @pytest.fixture(scope="module")
 def failed(request, tmp_path_factory):
-    """What went wrong in each case that this run has collected."""
+    """Return the failures of each case that this session has collected."""
     tests = [test for test in request.session.items if "failed" in test.fixturenames]
     names = [test.callspec.params["case"] for test in tests if test.module is request.module]
     modules = [module.__name__ for module in MODULES]

@@ -44,7 +44,7 @@ def _own_process(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A folder of a pre-trained tiny model and its tokenizer, by family."""
+    """Return a function from a family to the folder of a pre-trained tiny model and tokenizer."""
     source, made = open_source("emoji_scenes:size=40", image_size=32), {}
 
     def folder(family):
@@ -64,7 +64,7 @@ def saved(tmp_path_factory):
 
 
 def run(saved, family, task, *, resume=False, **changes):
-    """A run of two steps: its recipe, and what it left."""
+    """Train for two steps; return the recipe and the result."""
     data = {f"data.{part}": DATA[task].format(*which) for part, which in PARTS.items()}
     overrides = TINY | data | {"output_dir": "run"} | changes
     config = finetune_recipe(f"{task}_tiny", saved(family), overrides)

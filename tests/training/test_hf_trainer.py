@@ -31,6 +31,7 @@ class Watch(TrainerCallback):
         )
 
     def tokens(self, training=True):
+        """Return the numbers of tokens seen in training, or in evaluation."""
         return [tokens for mode, tokens in self.lengths if mode is training]
 
 
@@ -40,7 +41,7 @@ def dataset(size=16):
 
 
 def pairs(rows):
-    """A batch for a whole model, which returns its loss: images, and texts that follow of them."""
+    """Collate images and texts that depend on them, for a whole model that returns its loss."""
     images = default_data_collator(rows)["pixel_values"]
     texts = (images.flatten(1)[:, :8] * 20).long().clamp(-24, 24) + 24
     texts[:, -1] = 49
@@ -60,7 +61,7 @@ def whole():
 
 
 def run(folder, callback, make=classifier, *, resume=None, **options):
-    """The model after five steps, and what was seen."""
+    """Train for five steps; return the model and its `Watch`."""
     model, last = make()
     watch = Watch(last)
     defaults = {"max_steps": 5, "per_device_train_batch_size": 2, "use_cpu": True, "seed": 0}

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from elip_models.training.errors import TrainingError
-from elip_models.training.optimizers import step_, skip_nonfinite_step_
+from elip_models.training.optimizers import skip_nonfinite_step_, step_
 from elip_models.training.run_folder import RunFolder
 from elip_models.training.trainer import train
 from tests.helpers.tiny_run import logged, own_process, tiny_config
 
 
 def trained(fused):
-    """A layer and its optimiser after a step, with gradients for another."""
+    """Return a layer and its optimiser after a step, with gradients for the next one."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(4, 3)
     optimizer = torch.optim.AdamW(layer.parameters(), fused=fused)
@@ -57,7 +57,7 @@ def test_a_finite_step_is_the_optimisers_own(fused):
 
 
 def with_losses(monkeypatch, spoilt):
-    """Makes the loss of these steps, counted from 1, NaN."""
+    """Patch the loss of these steps, counted from 1, to NaN."""
     from elip_models.training.trainer import Trainer
 
     forward = Trainer._forward

@@ -20,8 +20,7 @@ TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "lay
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A folder with eight images, their captions as csv, and a tiny model that open_clip knows by
-    `local-dir:`."""
+    """Write eight images, their captions as csv, and a tiny model for open_clip's `local-dir:`."""
     folder = tmp_path_factory.mktemp("open_clip")
     rows = ["filepath\ttitle"]
     for i in range(8):
@@ -34,7 +33,7 @@ def data(tmp_path_factory):
 
 
 def train(data, logs, *arguments):
-    """The log of `python -m elip_models.open_clip_train`; two steps an epoch."""
+    """Run `python -m elip_models.open_clip_train`, two steps an epoch, and return its log."""
     command = [sys.executable, "-m", "elip_models.open_clip_train", *arguments]
     command += ["--model", f"local-dir:{data}", "--train-data", str(data / "train.csv")]
     command += ["--logs", str(logs), "--name", "run", "--dataset-type", "csv", "--batch-size", "4"]

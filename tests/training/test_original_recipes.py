@@ -83,19 +83,19 @@ def albef(step):
 
 
 def blip(step):
-    """A line in the first epoch, then nine tenths of it each epoch."""
+    """Return a linear warm-up in the first epoch, then 0.9 of the rate each epoch."""
     if step < 3000:
         return 1e-6 + (1e-4 - 1e-6) * step / 3000
     return max(1e-6, 1e-4 * 0.9 ** (step // EPOCH))
 
 
 def meter(step):
-    """A line from 0 over a tenth of the steps, and one back to it."""
+    """Return a linear warm-up from 0 over a tenth of the steps, then a linear decay to 0."""
     return 1e-5 * (step / 10_000 if step < 10_000 else (100_000 - step) / 90_000)
 
 
 def open_clip(step):
-    """A line that has left 0 at the first step, then a cosine."""
+    """Return a linear warm-up that is above 0 at the first step, then a cosine."""
     if step < 10_000:
         return 1e-3 * (step + 1) / 10_000
     return 1e-3 * 0.5 * (1 + math.cos(math.pi * (step - 10_000) / (32 * EPOCH - 10_000)))

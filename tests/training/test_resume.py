@@ -37,7 +37,7 @@ def elip(folder, *overrides):
 
 
 def kill_at_step(folder, step, *overrides):
-    """Starts a run and kills it with SIGKILL as soon as its log holds `step`."""
+    """Start a run and kill it with SIGKILL as soon as its log contains `step`."""
     command = [*COMMAND, *tiny_arguments(folder, *overrides)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
     log = folder / "metrics.jsonl"
@@ -76,7 +76,7 @@ def test_killed_and_resumed_is_never_killed(tmp_path):
 
 
 def leave_what_a_kill_can_leave(folder):
-    """A half-written checkpoint, a half-removed one, and half a line of the log."""
+    """Write a half-written checkpoint, a half-removed one, and half a line of the log."""
     for name in (".step_00000028", "step_00000024"):
         checkpoint = folder / "checkpoints" / name
         checkpoint.mkdir()

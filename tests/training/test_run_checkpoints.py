@@ -111,7 +111,7 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint(tmp_path):
 
 
 def started(folder, *overrides):
-    """A run of many steps that has done its second."""
+    """Return the process of a long run that has done its second step."""
     command = [*COMMAND, *tiny_arguments(folder, "optim.steps=100000", *overrides)]
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=ENVIRONMENT, text=True
@@ -146,7 +146,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path):
         train(tiny_config(whole))
     config = tiny_config(stopped)
     with own_process(), pytest.MonkeyPatch.context() as patched:
-        patched.setattr("elip_models.training.signal_handling.StopSignal.received", _at_second_step())
+        patched.setattr(
+            "elip_models.training.signal_handling.StopSignal.received", _at_second_step()
+        )
         with pytest.raises(Stopped, match="after step 2 of 4") as error:
             train(config)
         assert error.value.status == 143

@@ -68,7 +68,7 @@ def spec(folder, **options):
 
 
 def numbered(sample, place, rng):
-    """The number of a sample, and what is drawn for it."""
+    """Return the number of a sample and a random number drawn for it."""
     number = sample.image.getpixel((0, 0))[0]
     drawn = int(rng.integers(2**31))
     return {"images": torch.tensor([number]), "drawn": torch.tensor([drawn])}

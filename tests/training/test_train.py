@@ -264,7 +264,7 @@ def test_config_is_checked():
 
 
 def one_caption_each(folder, *second):
-    """A list of sixteen images, of which the first ones have a second caption too."""
+    """Write a list of sixteen images, the first of which have a second caption."""
     captions = [[f"picture {i}", *second[i : i + 1]] for i in range(16)]
     entries = [{"image": f"{i}.png", "caption": texts} for i, texts in enumerate(captions)]
     (folder / "list.json").write_text(json.dumps(entries))

@@ -35,7 +35,7 @@ def losses(folder):
 
 
 def train_resumed(folder, *overrides, **options):
-    """A run of six steps, and one that is resumed after four -> both models' weights."""
+    """Train for six steps, and resume another run after four; return both models' weights."""
     whole, resumed = folder / "whole", folder / "resumed"
     settings = ("optim.steps=6", "checkpoint_every=4", *overrides)
     train(tiny_config(whole, *settings, **options))
@@ -124,7 +124,9 @@ def test_the_average_is_saved_evaluated_and_leaves_training_alone(tmp_path):
 
 @pytest.mark.slow
 def test_a_compiled_step_is_compiled_anew_only_where_patch_dropout_ends(tmp_path):
-    options = "{strategy: patch_dropout, strategy_options: {keep_ratio: 0.5, until: 2}, schedule: null}"
+    options = (
+        "{strategy: patch_dropout, strategy_options: {keep_ratio: 0.5, until: 2}, schedule: null}"
+    )
     for name, compiled in (("plain", "false"), ("compiled", "eager")):
         settings = ("model.name=clip_tiny", f"optim.compile={compiled}")
         config = tiny_config(tmp_path / name, *settings)
