@@ -1,4 +1,4 @@
-"""For mkdocstrings: what a class says of its fields, "name: what it is", becomes a section."""
+"""An extension of mkdocstrings: paragraphs "name: description" of a class become a section."""
 
 import re
 
@@ -9,7 +9,7 @@ FIELD = re.compile(rf"({NAME}(?:, (?:\.\., )?{NAME})*): ")
 
 
 class Fields(griffe.Extension):
-    """Makes an `Attributes:` section of a paragraph whose lines begin with names of fields."""
+    """An extension that turns a paragraph whose lines begin with field names into a section."""
 
     def on_class(self, *, cls: griffe.Class, **kwargs: object) -> None:
         """Rewrite the docstring of a class that griffe has read."""
@@ -19,7 +19,7 @@ class Fields(griffe.Extension):
 
 
 def _section(paragraph: str) -> str:
-    """The paragraph, or the section that it is; one entry a name where a line names several."""
+    """Return the paragraph, or an `Attributes:` section if all its lines describe fields."""
     lines = re.split(r"\n(?! )", paragraph)
     named = [FIELD.match(line) for line in lines]
     if not all(named):

@@ -1,9 +1,9 @@
-"""Write the tables of recipes in docs/fidelity.md: ours, the original, its source, the difference.
+"""Write the tables of recipes in docs/fidelity.md: our value, the original value, its source.
 
-    python docs/recipes.py             # rewrite the block between the two markers
-    python docs/recipes.py --check     # exit status 1 where it is stale
+python docs/recipes.py             # rewrite the block between the two markers
+python docs/recipes.py --check     # exit status 1 if the block is stale
 
-What the originals have stands in docs/originals.yaml; what ours have, the recipes themselves say.
+The original values are in docs/originals.yaml; ours are read from the recipes.
 """
 
 import argparse
@@ -26,13 +26,13 @@ BEGIN, END = "<!-- recipes:begin -->", "<!-- recipes:end -->"
 
 
 def read_originals() -> dict[str, Any]:
-    """The tables by recipe, and under 'beyond' what no key says."""
+    """Return the tables by recipe, and under 'beyond' the differences that no key describes."""
     return yaml.safe_load((FOLDER / "originals.yaml").read_text(encoding="utf-8"))
 
 
 @cache
 def ours(recipe: str) -> dict[str, Any]:
-    """Dotted key -> value of a recipe, and of its model's config under 'config.'."""
+    """Return the values of a recipe by dotted key, and its model's config under 'config.'."""
     config = load_recipe(recipe, ["data.train=a.json"])
     inputs = {"captions": config.data.captions, "resize": config.data.resize}
     with torch.device("meta"):
@@ -44,12 +44,12 @@ def ours(recipe: str) -> dict[str, Any]:
 
 
 def is_same(value: Any, original: Any) -> bool:
-    """A list of YAML is a tuple here."""
+    """Return whether two values are equal; YAML has lists where recipes have tuples."""
     return (list(value) if isinstance(value, tuple) else value) == original
 
 
 def block() -> str:
-    """The tables, and what differs beyond the keys."""
+    """Return the tables, and the differences that no key describes."""
     originals = read_originals()
     beyond = originals.pop("beyond")
     lines = []
@@ -85,7 +85,7 @@ def _row(*cells: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as YAML writes it, words as they are."""
+    """Return a value as YAML writes it; text with spaces stays as it is."""
     if isinstance(value, str) and " " in value and "(" not in value:
         return value
     plain = list(value) if isinstance(value, tuple) else value
@@ -94,9 +94,9 @@ def _shown(value: Any) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 1 where the file is stale under --check."""
+    """Return the exit status: 1 if the page has no markers, or is stale under --check."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    parser.add_argument("--check", action="store_true", help="write nothing")
     parser.add_argument("--fidelity", type=Path, default=FIDELITY)
     options = parser.parse_args(arguments)
     current = options.fidelity.read_text(encoding="utf-8")

@@ -1,9 +1,9 @@
-"""Write the table of models, strategies and refusals in models.md, as the code itself answers.
+"""Write the table of supported models in models.md: which strategies work on which model.
 
-    python docs/supported.py             # rewrite the block between the two markers
-    python docs/supported.py --check     # exit status 1 where it is stale
+python docs/supported.py             # rewrite the block between the two markers
+python docs/supported.py --check     # exit status 1 if the block is stale
 
-Models are built on the meta device by their library's own names; each is asked of each strategy.
+The script builds every model on the meta device and checks every strategy on it.
 """
 
 import argparse
@@ -27,12 +27,12 @@ BEGIN, END = "<!-- supported:begin -->", "<!-- supported:end -->"
 
 
 def named(spec: str) -> Callable[[], nn.Module]:
-    """A model that its library knows by name."""
+    """Return a function that creates a model by its name in its library."""
     return lambda: open_model(spec, pretrained=False)
 
 
 def configured(model: str, config: str) -> Callable[[], nn.Module]:
-    """A model of transformers with the defaults of its config."""
+    """Return a function that creates a model of transformers with its default config."""
     return lambda: getattr(transformers, model)(getattr(transformers, config)())
 
 
@@ -90,63 +90,63 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def ask(model: nn.Module) -> dict[str, str | None]:
-    """Why not, for each strategy; None where it works.
+def check_strategies(model: nn.Module) -> dict[str, str | None]:
+    """Return, for each strategy, the reason why it does not work, or None if it does.
 
     Raises:
-        TypeError: no strategy works, with the reason.
+        TypeError: no strategy works; the message contains the reason.
     """
     pair = as_image_text(model)
     tower = as_tower(model if pair is None else pair.image_model)
-    answers: dict[str, str | None] = {}
+    reasons: dict[str, str | None] = {}
     for name in STRATEGIES:
         try:
             STRATEGIES[name]().fitted(tower)
-            answers[name] = None
+            reasons[name] = None
         except (TypeError, ValueError) as error:
-            answers[name] = reason_of(error)
-    return answers
+            reasons[name] = reason_of(error)
+    return reasons
 
 
 def reason_of(error: Exception) -> str:
-    """What an error says after 'got NAME: '."""
+    """Return the part of an error message after 'got NAME: '."""
     return re.sub(r"^.*? got '?\w+'?: ", "", str(error))
 
 
 def block() -> str:
-    """The table, and the refusals below it."""
+    """Return the table, its notes, and the list of unsupported models."""
     lines = [
         f"| model | {' | '.join(f'`{name}`' for name in STRATEGIES)} |",
         f"| --- |{' :-: |' * len(STRATEGIES)}",
     ]
-    notes, refused = [], []
+    notes, unsupported = [], []
     for label, make in MODELS.items():
         with torch.device("meta"):
             model = make()
         try:
-            answers = ask(model)
+            reasons = check_strategies(model)
         except TypeError as error:
-            refused.append(f"- {label}: {reason_of(error)}.")
+            unsupported.append(f"- {label}: {reason_of(error)}.")
             continue
         cells = []
-        for name, reason in answers.items():
+        for name, reason in reasons.items():
             note = f"`{name}`: {reason}."
             if reason is not None and note not in notes:
                 notes.append(note)
             cells.append("yes" if reason is None else f"no ({notes.index(note) + 1})")
         lines.append(f"| {label} | {' | '.join(cells)} |")
     numbered = [f"{i}. {note}" for i, note in enumerate(notes, 1)]
-    refusals = ["Refused, in the words of the error:", "", *refused]
-    return "\n".join([*lines, "", *numbered, "", *refusals])
+    unsupported = ["Not supported, with the reason that the error gives:", "", *unsupported]
+    return "\n".join([*lines, "", *numbered, "", *unsupported])
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 1 where the page is stale under --check."""
+    """Return the exit status: 1 if the page has no markers, or is stale under --check."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    parser.add_argument("--check", action="store_true", help="write nothing")
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args(arguments)
-    logging.getLogger().setLevel(logging.ERROR)  # no word of weights that are not loaded
+    logging.getLogger().setLevel(logging.ERROR)  # hides warnings about weights that are not loaded
     current = options.page.read_text(encoding="utf-8")
     pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
     text = block()

@@ -1,9 +1,10 @@
-"""Write docs/timm_models.md: which of timm's ViT-like models can be reduced, and why others cannot.
+"""Write docs/timm_models.md: which ViT-like models of timm can be reduced, and why others cannot.
 
-    python docs/timm_models.py           # builds every model on the meta device: a few minutes
+python docs/timm_models.py           # builds every model on the meta device: a few minutes
 
-Every name of the modules below is built under 500 M parameters, as `timm.create_model(name)` makes
-it, and asked of each strategy; where an error names a flag of `create_model`, once more with it.
+The script creates every model of the modules below with less than 500 M parameters by
+`timm.create_model(name)`, and checks every strategy on it. If an error names a flag of
+`create_model`, it checks the model once more with that flag.
 """
 
 import re
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from supported import ask, reason_of
+from supported import check_strategies, reason_of
 
 PAGE = Path(__file__).with_name("timm_models.md")
 MODULES = (
@@ -29,12 +30,18 @@ FLAGS: dict[str, dict[str, Any]] = {
     for name, value in (("dynamic_img_size", False), ("global_pool", "token"))
 }
 POOLING = {"token": "class token", "avg": "average", "map": "attention", "": "none"}
-WORKS, REFUSED, LARGE = "Reduced", "Refused", f"More than {LARGEST} M parameters, not asked"
+WORKS, UNSUPPORTED, LARGE = (
+    "Supported",
+    "Not supported",
+    f"More than {LARGEST} M parameters, not tested",
+)
 
 
 class Answer(NamedTuple):
-    """Where a name stands in the page: under two headings, in the line of its module; and notes:
-    why some strategies do not work."""
+    """The place of a name on the page, and why some strategies do not work.
+
+    heading, kind: its two headings. module: of timm. notes: one reason per strategy.
+    """
 
     heading: str
     kind: str
@@ -43,20 +50,20 @@ class Answer(NamedTuple):
 
 
 def names() -> list[tuple[str, str]]:
-    """All names and their modules, in the order of `MODULES`."""
+    """Return all names and their modules, in the order of `MODULES`."""
     return [(name, module) for module in MODULES for name in timm.list_models(module=module)]
 
 
 def answer(name: str, module: str) -> Answer:
-    """What the library says of `timm.create_model(name)`."""
+    """Return the answer for the model that `timm.create_model(name)` returns."""
     model = _built(name)
     if sum(weight.numel() for weight in model.parameters()) >= LARGEST * 10**6:
         return Answer(LARGE, "", module)
-    asked = _asked(model, module)
-    flag = next((flag for flag in FLAGS if flag in asked.kind), None)
+    found = _answer_for(model, module)
+    flag = next((flag for flag in FLAGS if flag in found.kind), None)
     if flag is None:
-        return asked
-    changed = _asked(_built(name, **FLAGS[flag]), module)
+        return found
+    changed = _answer_for(_built(name, **FLAGS[flag]), module)
     works = changed.heading == WORKS
     return changed._replace(heading=f"{WORKS} with `{flag}`") if works else changed
 
@@ -66,34 +73,35 @@ def _built(name: str, **options: Any) -> torch.nn.Module:
         return timm.create_model(name, **options)
 
 
-def _asked(model: torch.nn.Module, module: str) -> Answer:
-    """How it pools and what reduces it; or, in the words of the error, why nothing does."""
+def _answer_for(model: torch.nn.Module, module: str) -> Answer:
+    """Return how the model pools and what does not work, or why nothing works."""
     try:
-        refusals = {name: reason for name, reason in ask(model).items() if reason is not None}
+        reasons = check_strategies(model)
     except TypeError as error:
         name = type(model).__name__
         reason = re.sub(f"^{name} ", "it ", reason_of(error))
-        return Answer(REFUSED, f"{reason[0].upper()}{reason[1:]}", module)
+        return Answer(UNSUPPORTED, f"{reason[0].upper()}{reason[1:]}", module)
     kind = f"Pooling: {POOLING.get(model.global_pool, model.global_pool)}"
-    if refusals:
-        kind += f"; not by {', '.join(f'`{name}`' for name in refusals)}"
-    notes = tuple(f"`{name}`: {reason}" for name, reason in refusals.items())
+    failures = {name: reason for name, reason in reasons.items() if reason is not None}
+    if failures:
+        kind += f"; not by {', '.join(f'`{name}`' for name in failures)}"
+    notes = tuple(f"`{name}`: {reason}" for name, reason in failures.items())
     return Answer(WORKS, kind, module, notes)
 
 
 def page(answers: dict[str, Answer]) -> str:
-    """The page of the answers by name."""
+    """Return the text of the page."""
     listed = ", ".join(f"`{module}`" for module in MODULES)
     lines = [
-        "# timm's ViT-like models",
+        "# Models of timm",
         "",
-        f"What `docs/timm_models.py` found in timm {timm.__version__}: every name of the modules "
-        f"{listed}, as `timm.create_model(name)` builds it. Hierarchical models (Swin, Hiera, "
-        "MViT, PVT, LeViT and others) and convolutional ones are refused, and not listed. Of a "
-        "tower without class token `elip` and `adaptive` need a text as guidance; the others do "
-        "not.",
+        "Look up here whether a ViT of timm can be reduced. `docs/timm_models.py` tested, with "
+        f"timm {timm.__version__}: every name of the modules {listed}, created by "
+        "`timm.create_model(name)`. Hierarchical models (Swin, Hiera, MViT, PVT, LeViT and others) "
+        "and convolutional models are not supported and not listed. In towers without a class "
+        "token, `elip` and `adaptive` need a text as guidance.",
         "",
-        "Where a strategy does not work:",
+        "Reasons why a strategy does not work:",
         "",
         *sorted({f"- {note}." for each in answers.values() for note in each.notes}),
     ]
@@ -105,11 +113,11 @@ def page(answers: dict[str, Answer]) -> str:
 
 
 def _rank(heading: str) -> tuple[bool, ...]:
-    return heading == LARGE, heading == REFUSED, heading != WORKS
+    return heading == LARGE, heading == UNSUPPORTED, heading != WORKS
 
 
 def _by_kind(answers: dict[str, Answer]) -> Iterable[str]:
-    """A paragraph for each kind, and in it a line for each module."""
+    """Yield a paragraph for each kind, with a line for each module."""
     kinds: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name, each in answers.items():
         kinds[each.kind][each.module].append(name)
@@ -120,7 +128,7 @@ def _by_kind(answers: dict[str, Answer]) -> Iterable[str]:
 
 
 def read(text: str) -> dict[str, Answer]:
-    """The answers that a page holds, by name, without notes."""
+    """Return the answers on a page by name, without notes."""
     answers, heading, kind = {}, "", ""
     for line in text[text.index("\n## ") :].splitlines():
         if line.startswith("## "):
