@@ -14,35 +14,49 @@ with require_extra("elip_models.commands"):
 
 def convert(
     source: Annotated[
-        Path, typer.Argument(help="File or folder of ALBEF, BLIP, METER, open_clip, transformers.")
+        Path,
+        typer.Argument(
+            help="Checkpoint of ALBEF, BLIP, METER, open_clip or transformers: file or folder."
+        ),
     ],
-    output: Annotated[Path, typer.Argument(help="Folder to write, new or empty.")],
+    output: Annotated[Path, typer.Argument(help="New or empty folder to write.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Fields of the model: activation=quick_gelu"),
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Fields of the model's config, such as activation=quick_gelu.",
+        ),
     ] = None,
-    to: Annotated[str, typer.Option(help="ours, hf or open_clip.")] = "ours",
-    kind: Annotated[str | None, typer.Option(help="Of the source; default: by its names.")] = None,
+    to: Annotated[str, typer.Option(help="Format to write: ours, hf or open_clip.")] = "ours",
+    kind: Annotated[
+        str | None,
+        typer.Option(help="Kind of the source; default: recognised by its parameter names."),
+    ] = None,
     architecture: Annotated[
-        str | None, typer.Option(help="Of BLIP in transformers: BlipForImageTextRetrieval, ..")
+        str | None,
+        typer.Option(help="Class for BLIP in transformers, such as BlipForImageTextRetrieval."),
     ] = None,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Interpolate position embeddings to it.")
+        int | None,
+        typer.Option(min=1, help="Image side in pixels; interpolates position embeddings."),
     ] = None,
     allow_missing: Annotated[
-        list[str] | None, typer.Option(help="Our names that may be missing, such as 'itm_head.*'.")
+        list[str] | None,
+        typer.Option(
+            help="Patterns of our parameter names that the source may lack, such as 'itm_head.*'."
+        ),
     ] = None,
     allow_unexpected: Annotated[
-        list[str] | None, typer.Option(help="Names of the source to leave aside.")
+        list[str] | None, typer.Option(help="Patterns of parameter names of the source to drop.")
     ] = None,
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            help="Folder or name: its ids, and its files; default: the files of the source."
+            help="Folder or hub name of a tokenizer; default: the one in the source folder."
         ),
     ] = None,
 ) -> None:
-    """Turn another library's checkpoint into one of our models, or ours into theirs."""
+    """Convert a checkpoint of another library to a model of this one, or the reverse."""
     from elip_models.checkpoints.export import save_as
     from elip_models.checkpoints.load import convert_checkpoint
     from elip_models.data import load_tokenizer

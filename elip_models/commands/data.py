@@ -18,13 +18,13 @@ with require_extra("elip_models.commands"):
 if TYPE_CHECKING:
     from elip_models.data import ExampleSource, SkipReport
 
-app = typer.Typer(no_args_is_help=True, help="Look at data before training on it; write it.")
+app = typer.Typer(no_args_is_help=True, help="Check or export data.")
 
 TASKS = "vqa, entailment, nlvr2, classification, retrieval or captioning"
 LISTED = 20
 """Largest number of answers in the table."""
 
-ImageSize = Annotated[int, typer.Option(min=1, help="Of built-in scenes.")]
+ImageSize = Annotated[int, typer.Option(min=1, help="Side of built-in scenes in pixels.")]
 
 
 @app.command("check")
@@ -36,9 +36,9 @@ def check_data(
             help="JSON list, tar shards, emoji_scenes:size=500, or https://host/shard.tar alone.",
         ),
     ],
-    task: Annotated[str, typer.Option(help=f"What the data is for: {TASKS}.")] = "retrieval",
+    task: Annotated[str, typer.Option(help=f"Task of the data: {TASKS}.")] = "retrieval",
     limit: Annotated[
-        int | None, typer.Option(min=1, max=sys.maxsize, help="Read only the first.")
+        int | None, typer.Option(min=1, max=sys.maxsize, help="Read at most so many samples.")
     ] = None,
     image_size: ImageSize = 224,
 ) -> None:
@@ -75,9 +75,9 @@ def check_data(
 
 @app.command("export")
 def export_data(
-    task: Annotated[str, typer.Argument(help=f"{TASKS}.")],
-    spec: Annotated[str, typer.Argument(help="Such as emoji_questions:seed=1,size=500.")],
-    folder: Annotated[Path, typer.Argument(help="A new or an empty one.")],
+    task: Annotated[str, typer.Argument(help=f"Task of the data: {TASKS}.")],
+    spec: Annotated[str, typer.Argument(help="Data, such as emoji_questions:seed=1,size=500.")],
+    folder: Annotated[Path, typer.Argument(help="New or empty folder to write.")],
     image_size: ImageSize = 64,
 ) -> None:
     """Write data as files in the standard format of a task, and print what can read them."""

@@ -22,23 +22,25 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Score a trained model.")
 
 SavedModel = Annotated[Path, typer.Option(help="Folder of a saved model and its tokenizer.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images a forward pass.")]
-NumWorkers = Annotated[int, typer.Option(min=0, help="Processes that load images.")]
-MaxBadShare = Annotated[float, typer.Option(min=0, max=1, help="Unreadable at most.")]
-ScoresFile = Annotated[Path | None, typer.Option(help="Write the scores here, as JSON.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images in a forward pass.")]
+NumWorkers = Annotated[int, typer.Option(min=0, help="Number of processes that load images.")]
+MaxBadShare = Annotated[
+    float, typer.Option(min=0, max=1, help="Largest share of unreadable samples.")
+]
+ScoresFile = Annotated[Path | None, typer.Option(help="JSON file for the scores.")]
 
 
 @app.command("retrieval")
 def eval_retrieval(
     model: SavedModel,
     data: Annotated[
-        str, typer.Option(help="JSON list, tar shards or emoji_scenes:seed=1,size=500.")
+        str, typer.Option(help="Data: JSON list, tar shards or emoji_scenes:seed=1,size=500.")
     ],
     batch_size: BatchSize = 64,
     num_workers: NumWorkers = 0,
     max_bad_share: MaxBadShare = 0.05,
     rerank: Annotated[
-        int | None, typer.Option(min=1, help="Candidates that ITM ranks anew.")
+        int | None, typer.Option(min=1, help="Number of candidates that ITM re-ranks.")
     ] = None,
     output: ScoresFile = None,
 ) -> None:
@@ -63,7 +65,10 @@ def eval_retrieval(
 def eval_zero_shot(
     model: SavedModel,
     data: Annotated[
-        str, typer.Option(help="Folder with a folder of images a class, or emoji_classes:size=600.")
+        str,
+        typer.Option(
+            help="Folder with one folder of images for each class, or emoji_classes:size=600."
+        ),
     ],
     batch_size: BatchSize = 64,
     num_workers: NumWorkers = 0,
@@ -88,12 +93,13 @@ def eval_zero_shot(
 def eval_selection(
     model: SavedModel,
     data: Annotated[
-        str, typer.Option(help="emoji_scenes:size=200,clutter=4, or a JSON list with boxes.")
+        str, typer.Option(help="Data: emoji_scenes:size=200,clutter=4, or a JSON list with boxes.")
     ],
     strategy: Annotated[
-        str | None, typer.Option(help="Such as elip:scorer=exact, tome; default: the model's own.")
+        str | None,
+        typer.Option(help="Strategy, such as elip:scorer=exact or tome; default: the model's own."),
     ] = None,
-    count: Annotated[int, typer.Option(min=2, help="Samples of --data.")] = 200,
+    count: Annotated[int, typer.Option(min=2, help="Number of samples of --data.")] = 200,
     batch_size: BatchSize = 32,
     output: ScoresFile = None,
 ) -> None:
@@ -158,7 +164,7 @@ def _check_task(task: "Task", model: "PretrainedModel") -> None:
     if model.task != task.name and not fits:
         found = f"one for {model.task}" if model.task else "a pre-trained one"
         raise ValueError(
-            f"expected a model that `elip finetune {task.name}` left, got {type(model).__name__}, "
+            f"expected a model trained by `elip finetune {task.name}`, got {type(model).__name__}, "
             f"{found}"
         )
 
@@ -166,15 +172,16 @@ def _check_task(task: "Task", model: "PretrainedModel") -> None:
 def _add_command(name: str) -> None:
     """Add the command `elip eval NAME` for a downstream task."""
 
-    @app.command(name, help=f"Score a model that `elip finetune {name}` left.")
+    @app.command(name, help=f"Score a model trained by `elip finetune {name}`.")
     def command(
         model: SavedModel,
-        data: Annotated[str, typer.Option(help="As data.eval of the task's recipes.")],
+        data: Annotated[str, typer.Option(help="Data, as data.eval of the task's recipes.")],
         batch_size: BatchSize = 64,
         num_workers: NumWorkers = 0,
         max_bad_share: MaxBadShare = 0.05,
         options: Annotated[
-            list[str] | None, typer.Option("--set", help="Of the task, such as candidates=64.")
+            list[str] | None,
+            typer.Option("--set", help="Option of the task, such as candidates=64."),
         ] = None,
         output: ScoresFile = None,
     ) -> None:

@@ -14,17 +14,20 @@ with require_extra("elip_models.commands"):
 def finetune(
     task: Annotated[
         str,
-        typer.Argument(help="retrieval, vqa, .., a recipe such as vqa_tiny, or a YAML file."),
+        typer.Argument(help="Task, such as vqa; recipe, such as vqa_tiny; or YAML file."),
     ],
     checkpoint: Annotated[
         Path, typer.Option("--from", help="Folder of a pre-trained model, or of its run.")
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Such as data.train=vqa.json optim.lr=2e-5."),
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Values of the recipe, such as data.train=vqa.json optim.lr=2e-5.",
+        ),
     ] = None,
     reduced: Annotated[
-        bool, typer.Option("--reduced", help="Reduce the image tower as the model was trained.")
+        bool, typer.Option("--reduced", help="Reduce the image tower as in the saved model.")
     ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the newest checkpoint.")

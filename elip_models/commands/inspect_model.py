@@ -14,22 +14,39 @@ with require_extra("elip_models.commands"):
 def visualize(
     model: Annotated[
         str,
-        typer.Option(help="Saved folder, timm:NAME, open_clip:NAME/TAG, hf:NAME or our own NAME."),
+        typer.Option(
+            help="Folder of a saved model, timm:NAME, open_clip:NAME/TAG, hf:NAME or our own NAME."
+        ),
     ],
-    image: Annotated[list[Path] | None, typer.Option(help="An image; repeat for several.")] = None,
-    caption: Annotated[list[str] | None, typer.Option(help="Of the image, in order.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Image file; repeat for several.")
+    ] = None,
+    caption: Annotated[
+        list[str] | None, typer.Option(help="Caption of each image, in order.")
+    ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Instead: JSON list, tar shards or emoji_scenes:size=500.")
+        str | None,
+        typer.Option(help="Instead of --image: JSON list, tar shards or emoji_scenes:size=500."),
     ] = None,
-    count: Annotated[int, typer.Option(min=1, max=64, help="Samples of --data.")] = 4,
-    output: Annotated[Path, typer.Option(help="PNG to write.")] = Path("kept.png"),
+    count: Annotated[int, typer.Option(min=1, max=64, help="Number of samples of --data.")] = 4,
+    output: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("kept.png"),
     strategy: Annotated[
-        str | None, typer.Option(help="Such as tome, elip:merge=nearest; default: elip.")
+        str | None,
+        typer.Option(help="Strategy, such as tome:r=8; default: the model's own, or tome."),
     ] = None,
-    keep: Annotated[float | None, typer.Option(help="Share of tokens, mean over layers.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="Such as '2(100%) 10(50%)'.")] = None,
-    scorer: Annotated[str | None, typer.Option(help="last, exact, official, mean, 1, ..")] = None,
-    fusion: Annotated[float | None, typer.Option(help="1 is vision only, 0 text only.")] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="Mean share of tokens over the layers.")
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="Schedule, such as '2(100%) 10(50%)'.")
+    ] = None,
+    scorer: Annotated[
+        str | None, typer.Option(help="Scorer: last, exact, official, mean, 1, ..")
+    ] = None,
+    fusion: Annotated[
+        float | None,
+        typer.Option(help="Weight of vision in the guidance: 1 is vision only, 0 is text only."),
+    ] = None,
     pretrained: Annotated[bool, typer.Option(help="Load the model's weights.")] = True,
 ) -> None:
     """Draw kept and merged patches, the CLS attention, and how concentrated it is."""
@@ -53,37 +70,46 @@ def visualize(
 
 def profile(
     model: Annotated[
-        list[str] | None, typer.Option(help="timm:NAME, open_clip:NAME, elip_clip_vit_b16, ..")
+        list[str] | None,
+        typer.Option(
+            help="Model: timm:NAME, open_clip:NAME, elip_clip_vit_b16, ..; repeat for several."
+        ),
     ] = None,
     strategy: Annotated[
         list[str] | None,
-        typer.Option(help="Such as evit, tome:r=13, elip:scorer=exact; default: all."),
+        typer.Option(help="Strategy, such as evit, tome:r=13 or elip:scorer=exact; default: all."),
     ] = None,
-    schedule: Annotated[str | None, typer.Option(help="Of strategies that say none.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="Schedule of strategies without their own.")
+    ] = None,
     flops: Annotated[
-        float | None, typer.Option(help="Share of dense training FLOPs that all are set to.")
+        float | None, typer.Option(help="Set all strategies to this share of dense training FLOPs.")
     ] = None,
     keep: Annotated[
-        float | None, typer.Option(help="Share of tokens, mean over layers, that all are set to.")
+        float | None,
+        typer.Option(help="Set all strategies to this mean share of tokens over the layers."),
     ] = None,
     batch_size: Annotated[list[int], typer.Option(min=1)] = [8],  # noqa: B006, typer copies it
-    mode: Annotated[str, typer.Option(help="training, inference or both.")] = "both",
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
-    rounds: Annotated[int, typer.Option(min=1, help="Interleaved, of the timing.")] = 10,
+    mode: Annotated[str, typer.Option(help="Mode: training, inference or both.")] = "both",
+    dtype: Annotated[
+        str, typer.Option(help="Precision of the weights: fp32, bf16 or fp16.")
+    ] = "fp32",
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds of the timing.")] = 10,
     flops_only: Annotated[
-        bool, typer.Option("--flops-only", help="No timing, no memory: meta device.")
+        bool, typer.Option("--flops-only", help="Only count FLOPs, on the meta device.")
     ] = False,
     parts: Annotated[
-        bool, typer.Option("--parts", help="Also by part of the model: towers, fusion, ..")
+        bool, typer.Option("--parts", help="Also show costs by component: towers, fusion, ..")
     ] = False,
     paper: Annotated[
-        bool, typer.Option("--paper", help="The FLOPs of the paper's models.")
+        bool,
+        typer.Option("--paper", help="Count the FLOPs of the paper's models (needs a checkout)."),
     ] = False,
     max_batch: Annotated[
-        bool, typer.Option("--max-batch", help="Instead: the largest training batch.")
+        bool, typer.Option("--max-batch", help="Instead: find the largest training batch.")
     ] = False,
-    memory: Annotated[str, typer.Option(help="That it has to fit into.")] = "16GB",
-    output: Annotated[Path | None, typer.Option(help="Write the table here, as JSON.")] = None,
+    memory: Annotated[str, typer.Option(help="Memory for --max-batch.")] = "16GB",
+    output: Annotated[Path | None, typer.Option(help="JSON file for the table.")] = None,
 ) -> None:
     """Compare tokens, FLOPs, time and memory of models with token reduction to dense."""
     from elip_models.profiling.table import print_profile, profile_settings

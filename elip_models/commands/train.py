@@ -12,10 +12,15 @@ with require_extra("elip_models.commands"):
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help=f"{', '.join(recipe_names())}, or a YAML file.")],
+    recipe: Annotated[
+        str, typer.Argument(help=f"Recipe: {', '.join(recipe_names())}, or a YAML file.")
+    ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Such as optim.lr=3e-4 data.train=a.json."),
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Values of the recipe, such as optim.lr=3e-4 data.train=a.json.",
+        ),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the newest checkpoint.")
@@ -33,18 +38,20 @@ def train(
 
 
 def study(
-    name: Annotated[str, typer.Argument(help="A built-in study, or a YAML file.")],
+    name: Annotated[str, typer.Argument(help="Name of a study, or a YAML file.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Of the recipe, for every arm."),
+        typer.Argument(metavar="[KEY=VALUE]...", help="Values of the recipe for every arm."),
     ] = None,
-    only: Annotated[str | None, typer.Option(help="Arms, such as dense,tome.")] = None,
-    seeds: Annotated[str | None, typer.Option(help="Such as 0,1,2.")] = None,
+    only: Annotated[str | None, typer.Option(help="Arms to run, such as dense,tome.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds to run, such as 0,1,2.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List arms and what a run of each takes.")
+        bool, typer.Option("--dry-run", help="Only list the arms and the cost of a run of each.")
     ] = False,
-    results: Annotated[Path | None, typer.Option(help="JSON file of all numbers.")] = None,
-    page: Annotated[Path | None, typer.Option(help="Write this page, run nothing.")] = None,
+    results: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="Only write this page from the results.")
+    ] = None,
 ) -> None:
     """Train and compare the arms of a study over seeds (needs a checkout); finished runs stay."""
     plans = from_checkout("studies.plan", "elip study")

@@ -127,7 +127,7 @@ def test_the_commands_fine_tune_and_score(saved, capsys):
     capsys.readouterr()
     assert elip("eval", "nlvr2", "--model", folder, "--data", DATA["nlvr2"].format(1, 6)) == 2
     said = capsys.readouterr().err
-    assert "expected a model that `elip finetune nlvr2` left, got METERVQA, one for vqa" in said
+    assert "expected a model trained by `elip finetune nlvr2`, got METERVQA, one for vqa" in said
 
 
 def test_a_pre_trained_model_is_ranked_anew_by_the_command(saved, capsys):
