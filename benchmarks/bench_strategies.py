@@ -54,7 +54,7 @@ def run(tower, image, text, strategy, replays=None):
     forward = Forward(tower, strategy, text, replays=replays)
     tokens = tower.enter(tower.patchify(image))
     for i in range(tower.depth):
-        tokens, info = forward.block(i, tokens)
+        tokens, info = forward.run_block(i, tokens)
         if info is not None:
             forward.infos[i] = info
     return tower.finish(tokens), list(forward.infos.values())

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from elip_kernels import __version__
-from elip_models.reduction.caching import SlowScorerWarning, UnguidedWarning
+from elip_models.reduction.user_warnings import SlowScorerWarning, UnguidedWarning
 from elip_models.reduction.encode import encode_image
 from elip_models.reduction.patch import (
     guidance,

@@ -31,7 +31,7 @@ from elip_models.analysis.agreement import agreement_by_image
 from elip_models.analysis.visualize import patch_grid, source_maps
 from elip_models.data import NamedMasks, SampleError, Source, image_transform
 from elip_models.models.base import PretrainedModel, eval_mode
-from elip_models.reduction.caching import deliberately_slow
+from elip_models.reduction.user_warnings import deliberately_slow
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategies import ELIP

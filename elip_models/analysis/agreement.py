@@ -59,7 +59,7 @@ def agreement_by_image(
     tokens = tower.embed(images)
     for i in range(tower.depth):
         entered, positions = tokens, forward.positions(i)
-        tokens, info = forward.block(i, tokens)
+        tokens, info = forward.run_block(i, tokens)
         if info is None:
             continue
         keep = info.stage.keep

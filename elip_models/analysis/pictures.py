@@ -10,7 +10,7 @@ from elip_models.analysis.visualize import (
     patch_grid,
 )
 from elip_models.analysis.visualize_inputs import CaptionedImages, VisualizedModel
-from elip_models.reduction.caching import deliberately_slow
+from elip_models.reduction.user_warnings import deliberately_slow
 from elip_models.validation import ConfigError
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from elip_models.analysis.visualize import dimmed, new_figure, patch_grid, surviving_patches
 from elip_models.data import Example, ExampleSource, SampleError, Source
-from elip_models.reduction.caching import deliberately_slow
+from elip_models.reduction.user_warnings import deliberately_slow
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategies import Dense
 from elip_models.tasks.task import TaskScores, evaluation_transform

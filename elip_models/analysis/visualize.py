@@ -96,7 +96,7 @@ def concentration(tower: Tower, images: Tensor, shares: Sequence[float] = SHARES
         row = tower.cls_attention(i, tokens, tokens[:, 0])[:, tower.num_prefix_tokens :]
         mass = row.sort(dim=1, descending=True).values.cumsum(1) / row.sum(1, keepdim=True)
         masses.append(mass.mean(0)[[count - 1 for count in counts]])
-        tokens, _ = forward.block(i, tokens)
+        tokens, _ = forward.run_block(i, tokens)
     return torch.stack(masses)
 
 

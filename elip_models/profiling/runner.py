@@ -25,7 +25,7 @@ from elip_models.profiling.measure import (
     time_side_by_side,
 )
 from elip_models.profiling.workload import Workload
-from elip_models.reduction.caching import deliberately_slow
+from elip_models.reduction.user_warnings import deliberately_slow
 from elip_models.reduction.strategy import Layer, Strategy
 
 Mode = Literal["training", "inference"]

@@ -1,1 +1,1 @@
-"""Token reduction: schedules, one stage, the loop over blocks, the patch for any model."""
+"""Token reduction: schedules, strategies, the forward pass of a reduced tower, and `reduce_`."""

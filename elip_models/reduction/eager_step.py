@@ -1,4 +1,4 @@
-"""A step outside the graph; a file of its own, since what it needs takes a second to import."""
+"""Eager calls from a compiled block, in a separate file because it imports torch._dynamo."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -9,9 +9,9 @@ R = TypeVar("R")
 
 
 @torch.compiler.disable
-def outside_graph(step: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
-    """`step(args, kwargs)` of a block compiled by itself, run eagerly, so that it can replay.
+def run_eagerly(step: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
+    """Run `step(args, kwargs)` of a block that is compiled by itself outside of its graph.
 
-    In the graph it would score again when the block is recomputed, without the guidance.
+    In the graph, a recomputed block would score again, without the guidance.
     """
     return step(args, kwargs)

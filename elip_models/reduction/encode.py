@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from elip_models.reduction.caching import UnguidedWarning, warn_once
+from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
 from elip_models.reduction.patch import is_reduced_tower, strategy_by_default
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.step import Forward
@@ -146,9 +146,9 @@ def run_tower(
     forward = Forward(
         tower.at(None), strategy, text_cls, num_tokens=num_tokens, replays=replays, rows=rows
     )
-    run = forward.block
+    run = forward.run_block
     if tower.checkpointing and tower.model.training:
-        run = partial(checkpoint, forward.block, use_reentrant=False)
+        run = partial(checkpoint, forward.run_block, use_reentrant=False)
     for i in range(tower.depth):
         tokens, info = run(i, tokens, cls_only=cls_only and i == last)
         if info is not None:

@@ -1,44 +1,69 @@
-"""FLOPs of a tower under a strategy, by its token counts: no tensor, no run.
+"""FLOPs of a tower under a strategy, computed from token counts without running the tower.
 
     forward  = embed + sum over blocks of 4 n D (2 D + n) + 4 m D F + scoring
     training = 2 embed + 3 (sum over blocks) + scoring
 
-of one image; n tokens go through a block's attention, m through its MLP of width F. Backward is
-twice the forward: a product for the input and one for the weight, of which the embedding needs one.
-Softmax, norms and moves of tokens are not counted.
+Both are for one image: n tokens enter a block's attention, m enter its MLP of width F. A backward
+pass costs twice its forward pass, for the products of input and weight; the embedding has only the
+second. Softmax, norms and copies of tokens are not counted.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
-from elip_models.reduction.caching import once
 from elip_models.towers import TowerSize
 from elip_models.validation import PositiveShare, check
 
-if TYPE_CHECKING:
-    from elip_models.reduction.strategy import Strategy
+S = TypeVar("S", bound="CostModel")
 
-S = TypeVar("S", bound="Strategy")
+TOLERANCE = 0.01  # relative to the target of `at_flops` and `at_keep`
 
-TOLERANCE = 0.01  # of the share that `at_flops` or `at_keep` is asked for
+
+class Layer(NamedTuple):
+    """The numbers of tokens in a block: through its attention, and through its MLP."""
+
+    attention: int
+    mlp: int
 
 
 class Flops(NamedTuple):
-    """Of one image, scorer included."""
+    """FLOPs of one image in a forward pass and in a training step, scorer included."""
 
     forward: int
     training: int
 
 
+class CostModel:
+    """The part of a strategy that determines its cost: token counts and FLOPs of scoring."""
+
+    def token_counts(self, size: TowerSize) -> tuple[Layer, ...]:
+        """Return the tokens in each block, prefix and merged tokens included; FLOPs follow."""
+        raise NotImplementedError
+
+    def scoring_flops(self, size: TowerSize) -> int:
+        """Return the FLOPs of choosing the tokens of one image, which run without gradient."""
+        return 0
+
+    def embed_flops(self, size: TowerSize) -> int:
+        """Return the FLOPs of the patch embedding of one image."""
+        return size.embed_flops()
+
+    def at_strength(self, size: TowerSize, strength: float) -> Self:
+        """Return the strategy at a strength from 0 (reduces nothing) to 1 (as much as it can).
+
+        The cost must not rise with the strength: `at_flops` and `at_keep` search over it.
+        """
+        raise NotImplementedError
+
+
 def dense_flops(size: TowerSize) -> Flops:
-    """Of the tower as it is."""
+    """Return the FLOPs of the tower without reduction."""
     n = size.num_tokens
     return _flops(size.embed_flops(), size.depth * size.block_flops(n, n), 0)
 
 
-@once
-def strategy_flops(strategy: "Strategy", size: TowerSize) -> Flops:
-    """Of the tower under `strategy`, where it reduces."""
+def strategy_flops(strategy: CostModel, size: TowerSize) -> Flops:
+    """Return the FLOPs of the tower in a forward pass that `strategy` reduces."""
     blocks = sum(size.block_flops(*layer) for layer in strategy.token_counts(size))
     return _flops(strategy.embed_flops(size), blocks, strategy.scoring_flops(size))
 
@@ -47,18 +72,18 @@ def _flops(embed: int, blocks: int, scoring: int) -> Flops:
     return Flops(embed + blocks + scoring, 2 * embed + 3 * blocks + scoring)
 
 
-def training_ratio(strategy: "Strategy", size: TowerSize) -> float:
-    """FLOPs of a training step against the dense tower's."""
+def training_ratio(strategy: CostModel, size: TowerSize) -> float:
+    """Return the FLOPs of a training step as a share of the dense tower's."""
     return strategy_flops(strategy, size).training / dense_flops(size).training
 
 
-def inference_ratio(strategy: "Strategy", size: TowerSize) -> float:
-    """FLOPs of a forward against the dense tower's."""
+def inference_ratio(strategy: CostModel, size: TowerSize) -> float:
+    """Return the FLOPs of a forward pass as a share of the dense tower's."""
     return strategy_flops(strategy, size).forward / dense_flops(size).forward
 
 
-def kept_share(strategy: "Strategy", size: TowerSize) -> float:
-    """Tokens of a block against the dense tower's, mean over the blocks and both their halves."""
+def kept_share(strategy: CostModel, size: TowerSize) -> float:
+    """Return the mean share of the dense tower's tokens, over attention and MLP of all blocks."""
     counts = strategy.token_counts(size)
     return sum(layer.attention + layer.mlp for layer in counts) / (2 * size.depth * size.num_tokens)
 
@@ -66,10 +91,17 @@ def kept_share(strategy: "Strategy", size: TowerSize) -> float:
 def at_flops(
     strategy: S, size: TowerSize, ratio: float, *, training: bool = True, exactly: bool = True
 ) -> S:
-    """The strategy at the strength whose FLOPs are nearest to `ratio` of dense.
+    """Return the strategy at the strength whose FLOPs are nearest to `ratio` of dense.
 
-    training: of a training step; else of a forward.
-    exactly: an error where that is not within `TOLERANCE`.
+    Args:
+        strategy: the strategy to set.
+        size: the tower's size.
+        ratio: the target in (0, 1].
+        training: count a training step; False counts a forward pass.
+        exactly: raise if the result differs by more than `TOLERANCE`.
+
+    Raises:
+        ValueError: a ratio that the strategy cannot reach, with the nearest that it can.
     """
     check("ratio", ratio, PositiveShare)
     share = training_ratio if training else inference_ratio
@@ -86,7 +118,11 @@ def at_flops(
 
 
 def at_keep(strategy: S, size: TowerSize, keep: float) -> S:
-    """The strategy at the strength that leaves nearest to `keep` of the tokens."""
+    """Return the strategy at the strength that leaves nearest to `keep` of the tokens.
+
+    Raises:
+        ValueError: a smaller share than the strategy can leave.
+    """
     check("keep", keep, PositiveShare)
     best = _nearest(strategy, size, keep, kept_share)
     least = kept_share(strategy.at_strength(size, 1.0), size)
@@ -100,9 +136,9 @@ def at_keep(strategy: S, size: TowerSize, keep: float) -> S:
 
 
 def _nearest(
-    strategy: S, size: TowerSize, target: float, share: Callable[["Strategy", TowerSize], float]
+    strategy: S, size: TowerSize, target: float, share: Callable[[CostModel, TowerSize], float]
 ) -> S:
-    """The strategy at the strength whose `share`, which falls with it, is nearest to `target`."""
+    """Return the strategy at the strength whose `share` is nearest to `target`, by bisection."""
     low, high = 0.0, 1.0
     for _ in range(30):
         middle = (low + high) / 2

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from elip_models.reduction.serialization import settings_of, strategy_of
-from elip_models.reduction.state import Reduction
+from elip_models.reduction.reduced_model import Reduction
 from elip_models.reduction.strategy import Strategy
 from elip_models.towers import ImageTextModel, Tower
 from elip_models.validation import as_config_error

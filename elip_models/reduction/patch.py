@@ -1,8 +1,8 @@
 """reduce_, unreduce_, guidance: token reduction for a model of another library.
 
 `reduce_` replaces the forward method of each block, from the first that a strategy acts at
-(`block_patches.py`). Parameters and state_dict keys stay. The replaced methods share one
-`Reduction` (`state.py`).
+(`ReducedBlock`). Parameters and state_dict keys stay. The replaced methods share one
+`Reduction` (`reduced_model.py`).
 """
 
 from collections.abc import Iterator
@@ -12,30 +12,31 @@ from typing import Any, TypeVar, Unpack
 import torch
 from torch import Tensor, nn
 
-from elip_models.reduction.block_patches import (
+from elip_models.reduction.call_context import recording
+from elip_models.reduction.hf_config import remove_from_config, store_in_config, strategy_in_config
+from elip_models.reduction.model_patches import (
     REFUSALS,
-    Entrance,
-    ReducedBlock,
+    CollectHiddenStates,
+    DenseMethod,
+    EncodeTextFirst,
+    PatchEmbedding,
     Refusal,
     Representation,
-    TextFirst,
 )
-from elip_models.reduction.caching import UnguidedWarning, warn_once
-from elip_models.reduction.dense_outputs import DenseMethod, HiddenStates
-from elip_models.reduction.hf_config import remove_from_config, store_in_config, strategy_in_config
+from elip_models.reduction.reduced_model import ReducedBlock, Reduction
 from elip_models.reduction.schedule import Schedule
-from elip_models.reduction.state import Reduction, is_in_use, recording
 from elip_models.reduction.strategies import default_strategy
 from elip_models.reduction.strategies.elip import Guided
 from elip_models.reduction.strategy import StageInfo, Strategy
 from elip_models.reduction.strategy_spec import StrategyOptions, resolve_strategy
 from elip_models.reduction.summary import Summary
+from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
 from elip_models.towers import ImageTextModel, Tower, as_image_text, as_tower
 
 M = TypeVar("M", bound=nn.Module)
-Replacement = (ReducedBlock, Entrance, Refusal, Representation, DenseMethod)
-WITH_REDUCTION = (ReducedBlock, Entrance, Representation)
-Hook = TextFirst | HiddenStates
+Replacement = (ReducedBlock, PatchEmbedding, Refusal, Representation, DenseMethod)
+WITH_REDUCTION = (ReducedBlock, PatchEmbedding, Representation)
+Hook = EncodeTextFirst | CollectHiddenStates
 
 
 def reduce_(
@@ -170,13 +171,13 @@ def _replaced(owner: nn.Module, name: str) -> Any:
     """Return what other code has put in place of a method, or None."""
     found = vars(owner).get(name)
     found = found.replaced if isinstance(found, ReducedBlock) else found
-    return None if isinstance(found, Entrance) else found
+    return None if isinstance(found, PatchEmbedding) else found
 
 
 def _install(model: nn.Module, reduction: Reduction) -> None:
     """Replace the forward methods of the model's blocks, after undoing an earlier reduction."""
     _refuse_replaced(reduction)
-    if any(is_in_use(each) for each in reductions_of(model)):
+    if any(each.is_in_use for each in reductions_of(model)):
         raise RuntimeError(
             "reduce_: expected a call outside of guidance(model, ..) and record_stages(model), "
             "which use the earlier settings, got one inside; leave them first"
@@ -190,17 +191,17 @@ def _install(model: nn.Module, reduction: Reduction) -> None:
         return
     if strategy.changes_embedding:
         *first, (owner, name) = tower.entrance
-        setattr(owner, name, Entrance(reduction, passes_on=False))
+        setattr(owner, name, PatchEmbedding(reduction, passes_on=False))
         for owner, name in first:
-            setattr(owner, name, Entrance(reduction, passes_on=True))
+            setattr(owner, name, PatchEmbedding(reduction, passes_on=True))
     for i, block in enumerate(tower.blocks):
         if i >= reduction.first:
             block.forward = ReducedBlock(reduction, i, vars(block).get("forward"))
     _install_methods(reduction)
     if tower.collector is not None:
-        _hook(tower.collector, HiddenStates(reduction))
+        _hook(tower.collector, CollectHiddenStates(reduction))
     if image_text is not None and strategy.is_guided:
-        _hook(image_text.model, TextFirst(reduction))
+        _hook(image_text.model, EncodeTextFirst(reduction))
 
 
 def _install_methods(reduction: Reduction) -> None:
@@ -262,7 +263,7 @@ def unreduce_(model: M) -> M:
         for name, value in list(vars(module).items()):
             if isinstance(value, Replacement):
                 delattr(module, name)
-                if not isinstance(value, Entrance) and value.replaced is not None:
+                if not isinstance(value, PatchEmbedding) and value.replaced is not None:
                     setattr(module, name, value.replaced)
     return model
 

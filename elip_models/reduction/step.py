@@ -1,36 +1,40 @@
-"""One step through one block: the engine of every strategy.
+"""One forward pass of a tower under a strategy, block by block.
 
-    tokens, info = step(tokens)      where the strategy acts, before the block or in its place
-    tokens = block(tokens)           unless the step took its place
+    step = forward.enter_block(i, tokens)       the strategy acts, before block i or in its place
+    tokens = block(step.tokens)                 unless the step replaced the block
 
-All that one forward knows is in its `Forward`: who runs a tower makes one, and takes it through the
-blocks in order. `encode_image`, the blocks that `reduce_` changes, pictures and benchmarks do so.
+The state of one forward pass is in its `Forward`. The caller that runs the blocks makes one, and
+enters the blocks in order: `encode_image`, the blocks of a reduced model, pictures and benchmarks.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache, wraps
+from typing import NamedTuple, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
 
-from elip_models.reduction.strategy import (
-    Context,
-    StageInfo,
-    Strategy,
-    stages_of,
-    tokens_entering,
-    warn_if_slower,
-)
+from elip_models.reduction.flops import inference_ratio
+from elip_models.reduction.schedule import Stage
+from elip_models.reduction.strategy import Context, StageInfo, Strategy
 from elip_models.reduction.token_assignment import Slots, slots_of
-from elip_models.towers import Tower
+from elip_models.reduction.user_warnings import SlowScorerWarning, warn_once
+from elip_models.towers import Tower, TowerSize
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+LARGE = 2**20  # patches: no keep ratio below 1 rounds to all of them
 
 
-class Step(NamedTuple):
-    """What a step leaves.
+class BlockStep(NamedTuple):
+    """The result of entering a block.
 
-    tokens: before the block, or after it where `replaced_block`.
-    info: what the strategy did, None where it did nothing.
-    positions: (B, N-p) where the tokens stand, if the tower reads it and some have left.
-    slots: where the tokens of block 0 are now, if the forward keeps it and some have left.
+    tokens: the input of the block; its output if `replaced_block`.
+    info: the result of the strategy's step, None without a step.
+    positions: (B, N-p) the positions of the tokens, if the tower needs them and some tokens left.
+    replaced_block: the block has run already.
+    slots: where the tokens of block 0 are now, if the block must return all of them.
     """
 
     tokens: Tensor
@@ -41,12 +45,11 @@ class Step(NamedTuple):
 
 
 class Forward:
-    """One forward of a tower under a strategy.
+    """One forward pass of a tower under a strategy.
 
-    infos: what each step did, by block. A block whose info is there does the same again, so that
-        what is recomputed in backward does not choose anew. Nothing here is changed by a step: who
-        runs the blocks notes what each did.
-    slots: behind each step, see `Step`, where the forward or its last block is to leave a grid.
+    infos: the results of the steps, by block. A step whose result is here is replayed, so that a
+        recomputation selects the same tokens. The caller adds results; `enter_block` does not.
+    slots: `BlockStep.slots` after each step, by block.
     """
 
     def __init__(
@@ -60,23 +63,26 @@ class Forward:
         replays: Iterable[StageInfo] | None = None,
         rows: Mapping[int, Tensor] | None = None,
     ) -> None:
-        """Args:
-        tower: of the blocks.
-        strategy: for this tower, see `Strategy.fitted`.
-        text_cls: (B, D), the guidance, detached, or None.
-        num_tokens: that enter block 0; None: those of an image of the tower's own size.
-        on_grid: blocks take and leave all tokens of block 0, each as the one that it went into.
-        replays: what each step did for the same images elsewhere, and does here again.
-        rows: what selects in place of a scorer, (B, N) over the tokens of block 0, by the block
-            that a step stands before.
+        """Create the state of a forward pass.
+
+        Args:
+            tower: the tower whose blocks run.
+            strategy: a strategy for this tower, see `Strategy.fitted`.
+            text_cls: (B, D), the guidance, detached, or None.
+            num_tokens: tokens that enter block 0; by default those of the tower's image size.
+            on_grid: blocks take and return all tokens of block 0; see `Slots`.
+            replays: results of steps on the same images elsewhere, which are repeated here.
+            rows: (B, N) scores over the tokens of block 0 that select in place of a scorer, by
+                the first block of the stage.
         """
         self.tower, self.strategy, self.text_cls = tower, strategy, text_cls
         self.size = tower.size
         if tower.has_dynamic_size and num_tokens is not None:
-            if isinstance(num_tokens, Tensor):  # of torch.jit.trace
+            if isinstance(num_tokens, Tensor):  # under torch.jit.trace
                 num_tokens = int(num_tokens)
             self.size = tower.size._replace(num_patches=num_tokens - tower.num_prefix_tokens)
-        self.on_grid, self.unmerges = on_grid, (tower.pools and strategy.merge) or strategy.pads
+        self.on_grid = on_grid
+        self.unmerges = strategy.pads or (tower.pools and strategy.merge != "none")
         self.rows = rows or {}
         self.infos = {info.stage.first: info for info in replays or ()}
         self.slots: dict[int, Slots | None] = {}
@@ -84,32 +90,32 @@ class Forward:
             self.stages = {i: info.stage for i, info in self.infos.items()}
         elif strategy.reduces(text_cls, tower.model.training):
             self.stages = stages_of(strategy, self.size)
-            if not self.rows:
-                warn_if_slower(tower, strategy, self.size)
+            is_eager_inference = not tower.model.training and not torch.compiler.is_compiling()
+            if is_eager_inference and not self.rows:
+                _warn_if_slower(strategy, self.size)
         else:
             self.stages = {}
 
     def previous(self, i: int) -> StageInfo | None:
-        """What the last step before block i did."""
+        """Return the result of the last step before block i."""
         before = [first for first in self.infos if first < i]
         return self.infos[max(before)] if before else None
 
     def positions(self, i: int) -> Tensor | None:
-        """Where the tokens stand that enter block i, see `Step`."""
+        """Return the positions of the tokens that enter block i, see `BlockStep`."""
         previous = self.previous(i)
         return None if previous is None else previous.positions
 
-    def leaves_grid(self, i: int) -> bool:
-        """All tokens of block 0 are to leave block i: of a tower that pools its patches, the last
-        one, so that each token counts by how many it holds; under a strategy that pads too, so that
-        nobody behind it reads padding.
+    def returns_grid(self, i: int) -> bool:
+        """Return whether block i must return all tokens of block 0.
+
+        The last block must do so if the tower pools its patches, so that each token counts by its
+        size, or if the strategy pads, so that nothing after it reads padding.
         """
         return self.on_grid or (self.unmerges and i == self.tower.depth - 1)
 
     def row(self, i: int) -> Tensor | None:
-        """What selects before block i in place of a scorer: a token's share of a row is that of all
-        that it holds.
-        """
+        """Return the given scores before block i; a merged token has the sum of its tokens."""
         row = self.rows.get(i)
         if row is None:
             return None
@@ -118,16 +124,16 @@ class Forward:
                 row = (info.reduction.source_map().to(row.dtype) @ row[..., None])[..., 0]
         return row
 
-    def takes_place_of(self, i: int) -> bool:
-        """A step runs in place of block i."""
+    def replaces_block(self, i: int) -> bool:
+        """Return whether the strategy runs in place of block i."""
         if i in self.stages:
             return self.strategy.replaces_block
         return self.strategy.replaces_later and any(first < i for first in self.stages)
 
-    def step(self, i: int, tokens: Tensor) -> Step:
-        """What the strategy makes of the tokens (B, N, D) that enter block i.
+    def enter_block(self, i: int, tokens: Tensor) -> BlockStep:
+        """Apply the strategy to the tokens (B, N, D) that enter block i.
 
-        Every block of every reduced forward passes here.
+        Every block of every reduced forward pass is entered here.
         """
         strategy, previous, stage = self.strategy, self.previous(i), self.stages.get(i)
         positions = None if previous is None else previous.positions
@@ -136,20 +142,20 @@ class Forward:
             tokens = slots.merged(tokens)
         tower = self.tower if positions is None else self.tower.at(positions)
         if stage is None:
-            takes_place = self.takes_place_of(i)
-            if takes_place:
+            replaces_block = self.replaces_block(i)
+            if replaces_block:
                 tokens = strategy.later(tower, i, tokens, previous)
-            return Step(tokens, None, positions, takes_place, slots)
-        self._check(i, tokens)
+            return BlockStep(tokens, None, positions, replaces_block, slots)
+        self._check_entering(i, tokens)
         context = Context(self.text_cls, previous, self.infos.get(i), self.row(i))
         tokens, info = strategy.step(tower, stage, tokens, context)
-        self._check_left(i, tokens)
+        self._check_remaining(i, tokens)
         info = info._replace(positions=tower.positions_after(info.reduction))
         if self.on_grid or self.unmerges:
             slots = slots.after(info.reduction) if slots is not None else slots_of(info.reduction)
-        return Step(tokens, info, info.positions, strategy.replaces_block, slots)
+        return BlockStep(tokens, info, info.positions, strategy.replaces_block, slots)
 
-    def _check(self, i: int, tokens: Tensor) -> None:
+    def _check_entering(self, i: int, tokens: Tensor) -> None:
         expected = tokens_entering(self.strategy, self.size)[i]
         if tokens.shape[1] != expected:
             raise ValueError(
@@ -157,8 +163,8 @@ class Forward:
                 f"{self.tower.image_size}, got {tokens.shape[1]}; resize the images"
             )
 
-    def _check_left(self, i: int, tokens: Tensor) -> None:
-        """Else FLOPs, and what `at_flops` and `at_keep` find, would be another strategy's."""
+    def _check_remaining(self, i: int, tokens: Tensor) -> None:
+        """Check the token count that FLOPs, `at_flops` and `at_keep` are computed from."""
         expected = tokens_entering(self.strategy, self.size)[i + 1]
         if tokens.shape[1] != expected:
             raise ValueError(
@@ -166,17 +172,71 @@ class Forward:
                 f"{i}, as its token_counts says, got {tokens.shape[1]} from its step"
             )
 
-    def block(
+    def run_block(
         self, i: int, tokens: Tensor, *, cls_only: bool = False
     ) -> tuple[Tensor, StageInfo | None]:
-        """Block i, reduced or not, outside the model's own forward -> tokens, and what a step did.
+        """Run block i under the strategy, outside the model's own forward.
 
-        cls_only: token 0 alone leaves, (B, 1, D), where no step takes the block's place.
+        Args:
+            i: the block.
+            tokens: (B, N, D), the tokens that enter it.
+            cls_only: return token 0 alone, (B, 1, D), unless the strategy replaces the block.
+
+        Returns:
+            The tokens after the block, and the result of the step before or in it.
         """
-        if self.takes_place_of(i):
-            return self.tower.in_block(i, lambda tokens: self.step(i, tokens)[:2], tokens)
-        tokens, info, positions, *_ = self.step(i, tokens)
+        if self.replaces_block(i):
+            return self.tower.in_block(i, lambda tokens: self.enter_block(i, tokens)[:2], tokens)
+        tokens, info, positions, *_ = self.enter_block(i, tokens)
         tower = self.tower if positions is None else self.tower.at(positions)
         if cls_only:
             return tower.cls_block(i, tokens, tokens[:, 0])[:, None], info
         return tower.block(i, tokens), info
+
+
+def _cached(function: Callable[P, R]) -> Callable[P, R]:
+    """Cache `function` in eager mode; torch.compile traces it instead."""
+    cached = cache(function)
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        return (function if torch.compiler.is_compiling() else cached)(*args, **kwargs)
+
+    return run
+
+
+@_cached
+def stages_of(strategy: Strategy, size: TowerSize) -> dict[int, Stage]:
+    """Return `strategy.stages` by first block."""
+    return {stage.first: stage for stage in strategy.stages(size)}
+
+
+@_cached
+def blocks_of(strategy: Strategy, size: TowerSize) -> tuple[int, ...]:
+    """Return the blocks where the strategy may act on an image of any size."""
+    if strategy.changes_embedding:
+        return tuple(stages_of(strategy, size))
+    return tuple(stages_of(strategy, size._replace(num_patches=LARGE)))
+
+
+@_cached
+def tokens_entering(strategy: Strategy, size: TowerSize) -> tuple[int, ...]:
+    """Return the number of tokens that enter each block, and of those that leave the last."""
+    return size.num_tokens, *(layer.mlp for layer in strategy.token_counts(size))
+
+
+@_cached
+def _inference_cost(strategy: Strategy, size: TowerSize) -> float:
+    return inference_ratio(strategy, size)
+
+
+def _warn_if_slower(strategy: Strategy, size: TowerSize) -> None:
+    """Warn once if choosing the tokens costs more than dropping them saves."""
+    cost = _inference_cost(strategy, size)
+    if cost > 1.0:
+        scorer = getattr(strategy, "scorer", strategy.name)
+        warn_once(
+            f"scorer={scorer!r} makes inference cost {cost:.2f} times the dense tower "
+            "(FLOPs of the blocks); scorer='last' costs less than dense",
+            SlowScorerWarning,
+        )

@@ -14,11 +14,9 @@ from torch import Tensor, nn
 
 from elip_kernels import BipartiteInfo, ReductionInfo
 from elip_models.reduction import flops
-from elip_models.reduction.caching import SlowScorerWarning, once, warn_once
+from elip_models.reduction.flops import CostModel, Layer
 from elip_models.reduction.schedule import Merge, Schedule, Stage, check_merge
 from elip_models.towers import Tower, TowerSize, as_image_text, as_tower
-
-LARGE = 2**20  # patches: no keep ratio below 1 rounds to all of them
 
 
 class StageInfo(NamedTuple):
@@ -59,13 +57,6 @@ def mask_after(infos: Sequence[StageInfo]) -> Tensor | None:
     return infos[-1].mask if infos else None
 
 
-class Layer(NamedTuple):
-    """The numbers of tokens in a block: through its attention, and through its MLP."""
-
-    attention: int
-    mlp: int
-
-
 class Context(NamedTuple):
     """The inputs of a step beside its tokens.
 
@@ -83,7 +74,7 @@ class Context(NamedTuple):
     row: Tensor | None = None
 
 
-class Strategy:
+class Strategy(CostModel):
     """A way to reduce the tokens of a tower. Subclasses are frozen dataclasses.
 
     To write one, define `stages`, `token_counts`, `step` and `at_strength` (see
@@ -154,18 +145,6 @@ class Strategy:
         """
         raise NotImplementedError
 
-    def token_counts(self, size: TowerSize) -> tuple[Layer, ...]:
-        """Return the tokens in each block, prefix and merged tokens included; FLOPs follow."""
-        raise NotImplementedError
-
-    def scoring_flops(self, size: TowerSize) -> int:
-        """Return the FLOPs of choosing the tokens of one image, which run without gradient."""
-        return 0
-
-    def embed_flops(self, size: TowerSize) -> int:
-        """Return the FLOPs of the patch embedding of one image."""
-        return size.embed_flops()
-
     def reduces(self, text_cls: Tensor | None, training: bool) -> bool:
         """Return whether a forward pass with this guidance, in this mode, is reduced."""
         return True
@@ -202,13 +181,6 @@ class Strategy:
 
     def later(self, tower: Tower, i: int, tokens: Tensor, previous: StageInfo) -> Tensor:
         """Run block i, which follows a step and has none, if `replaces_later`."""
-        raise NotImplementedError
-
-    def at_strength(self, size: TowerSize, strength: float) -> Self:
-        """Return the strategy at a strength from 0 (reduces nothing) to 1 (as much as it can).
-
-        The cost must not rise with the strength: `at_flops` and `at_keep` search over it.
-        """
         raise NotImplementedError
 
     def at_flops(self, model: nn.Module | Tower, ratio: float, *, training: bool = True) -> Self:
@@ -249,46 +221,12 @@ def _short(value: Any) -> str:
     return repr(str(value) if isinstance(value, (str, Schedule)) else value)
 
 
-@once
-def stages_of(strategy: Strategy, size: TowerSize) -> dict[int, Stage]:
-    """Return `strategy.stages` by first block; cached, because every forward pass needs it."""
-    return {stage.first: stage for stage in strategy.stages(size)}
-
-
-@once
-def blocks_of(strategy: Strategy, size: TowerSize) -> tuple[int, ...]:
-    """Return the blocks where the strategy may act on an image of any size."""
-    if strategy.changes_embedding:
-        return tuple(stages_of(strategy, size))
-    return tuple(stages_of(strategy, size._replace(num_patches=LARGE)))
-
-
-@once
-def tokens_entering(strategy: Strategy, size: TowerSize) -> tuple[int, ...]:
-    """Return the number of tokens that enter each block."""
-    return size.num_tokens, *(layer.mlp for layer in strategy.token_counts(size))
-
-
 def tower_of(model: nn.Module | Tower) -> Tower:
     """Return the tower of an image model, or of the image model in an image-text model."""
     if isinstance(model, Tower):
         return model
     image_text = as_image_text(model)
     return as_tower(model if image_text is None else image_text.image_model)
-
-
-def warn_if_slower(tower: Tower, strategy: Strategy, size: TowerSize) -> None:
-    """Warn once, in eval mode, if choosing the tokens costs more than dropping them saves."""
-    if tower.model.training or torch.compiler.is_compiling():
-        return
-    cost = flops.inference_ratio(strategy, size)
-    if cost > 1.0:
-        scorer = getattr(strategy, "scorer", strategy.name)
-        warn_once(
-            f"scorer={scorer!r} makes inference cost {cost:.2f} times the dense tower "
-            "(FLOPs of the blocks); scorer='last' costs less than dense",
-            SlowScorerWarning,
-        )
 
 
 def counts_of(size: TowerSize, left: Callable[[int, int], int]) -> tuple[Layer, ...]:

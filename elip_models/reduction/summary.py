@@ -1,4 +1,4 @@
-"""How a model is reduced, in numbers that a person reads: tokens a block, FLOPs against dense."""
+"""The summary of a reduced model: tokens per block, and FLOPs against dense."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,15 +12,14 @@ from elip_models.towers import Tower
 
 @dataclass(frozen=True)
 class Summary:
-    """How an image tower is reduced, whatever its weights; `print` shows all of it.
+    """The reduction of an image tower, independent of its weights; `print` shows all of it.
 
-    strategy: with its settings; `Dense()` where nothing is reduced.
-    tokens: in each block, those that go through its attention and through its MLP, where it
-        reduces.
-    dense_tokens: in each block of the tower as it is.
+    strategy: the strategy with its settings; `Dense()` if nothing is reduced.
+    tokens: in each block, the tokens in its attention and in its MLP, when the tower is reduced.
+    dense_tokens: the tokens in each block of the dense tower.
     keep: the mean share of tokens over the blocks.
-    forward_flops, training_flops: of the image tower against dense, the scorer included.
-    guided_by: whose attention chooses, in words; None where nothing is guided.
+    forward_flops, training_flops: the image tower's FLOPs against dense, scorer included.
+    guided_by: what selects the tokens, in words; None if no text can guide the strategy.
     """
 
     strategy: Strategy
@@ -33,7 +32,13 @@ class Summary:
 
     @classmethod
     def of(cls, tower: Tower, strategy: Strategy | None, *, is_whole: bool) -> "Summary":
-        """The summary of a tower under `strategy`; None is dense. is_whole: the model has texts."""
+        """Summarize a tower under `strategy`.
+
+        Args:
+            tower: the image tower.
+            strategy: None means dense.
+            is_whole: the tower belongs to a whole language-image model, which has texts.
+        """
         strategy, size = strategy or Dense(), tower.size
         return cls(
             strategy,
@@ -47,11 +52,12 @@ class Summary:
 
     @property
     def line(self) -> str:
-        """All that matters, in one line."""
+        """Return name, tokens and FLOPs in one line."""
         attention = runs(layer.attention for layer in self.tokens)
         return f"{self.strategy.name}: {attention} tokens, {self.forward_flops:.2f} of dense FLOPs"
 
     def __str__(self) -> str:
+        """Return the summary as a table of two columns."""
         if isinstance(self.strategy, Dense):
             return f"dense: {runs(layer.attention for layer in self.tokens)} tokens, not reduced"
         lines = [
@@ -62,7 +68,7 @@ class Summary:
             ("", f"{self.training_flops:.3f} in training, scorer included"),
             ("guided by", self.guided_by or "nothing"),
         ]
-        return "\n".join(f"{name:<16}{said}" for name, said in lines)
+        return "\n".join(f"{name:<16}{value}" for name, value in lines)
 
 
 def _guided_by(strategy: Strategy, is_whole: bool) -> str:
@@ -72,9 +78,7 @@ def _guided_by(strategy: Strategy, is_whole: bool) -> str:
 
 
 def runs(counts: Iterable[int]) -> str:
-    """Write counts as '2×197 2×178 6×129 2×80'; of many different ones, the first two and the
-    last.
-    """
+    """Return counts as '2×197 2×178 6×129 2×80', or the first two and the last of many runs."""
     found = [(len(list(same)), count) for count, same in groupby(counts)]
     if len(found) > 6:
         return f"{found[0][1]} {found[1][1]} .. {found[-1][1]}"

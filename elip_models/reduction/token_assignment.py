@@ -1,4 +1,4 @@
-"""Where each token of block 0 is now, after the steps of a forward, and back again."""
+"""The assignment of the tokens of block 0 to the tokens that remain after some steps."""
 
 from typing import NamedTuple
 
@@ -11,11 +11,11 @@ from elip_kernels import BipartiteInfo, ReductionInfo
 
 
 class Slots(NamedTuple):
-    """Which token each of block 0 is part of.
+    """For each token of block 0, the token that it is part of.
 
-    index: (B, N0) int64, `num_tokens` where it was dropped.
-    num_tokens: T, tokens now.
-    drops: some may have been dropped; else all are part of one.
+    index: (B, N0) int64, the index of that token; `num_tokens` if it was dropped.
+    num_tokens: T, the number of remaining tokens.
+    drops: whether tokens may have been dropped.
     """
 
     index: Tensor
@@ -23,36 +23,36 @@ class Slots(NamedTuple):
     drops: bool
 
     def after(self, reduction: BipartiteInfo | ReductionInfo) -> "Slots":
-        """Where they are behind one more step."""
+        """Return the assignment after one more step."""
         step = slots_of(reduction)
         index = F.pad(step.index, (0, 1), value=step.num_tokens) if self.drops else step.index
         return Slots(index.gather(1, self.index), step.num_tokens, self.drops or step.drops)
 
     def unmerged(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, T, D) -> (B, N0, D), of each the one that it is part of, zeros if of none."""
+        """Return for each token of block 0 its token in (B, T, D), or zeros: (B, N0, D)."""
         if self.drops:
             tokens = F.pad(tokens, (0, 0, 0, 1))
         return elip_kernels.unmerge(tokens, BipartiteInfo(self.index, tokens.shape[1]))
 
     def merged(self, grid: Tensor) -> Tensor:
-        """What `unmerged` made of tokens (B, T, D) -> these, each from its first place."""
+        """Return the tokens (B, T, D) that `unmerged` has spread over `grid` (B, N0, D)."""
         (B, N, D), T = grid.shape, self.num_tokens
-        places = torch.arange(N, device=grid.device).expand(B, -1)
-        first = places.new_zeros(B, T + 1)
-        first = first.scatter_reduce(1, self.index, places, "amin", include_self=False)
+        positions = torch.arange(N, device=grid.device).expand(B, -1)
+        first = positions.new_zeros(B, T + 1)
+        first = first.scatter_reduce(1, self.index, positions, "amin", include_self=False)
         return grid.gather(1, first[:, :T, None].expand(-1, -1, D))
 
 
 def slots_of(reduction: BipartiteInfo | ReductionInfo) -> Slots:
-    """Where the tokens that entered one step are behind it."""
+    """Return the assignment of the tokens that enter one step to those that leave it."""
     if isinstance(reduction, BipartiteInfo) or reduction.slots is not None:
         return Slots(reduction.slots.long(), reduction.num_rows, False)
     kept, p = reduction.kept, reduction.num_prefix_tokens
     (B, K), N = kept.shape, reduction.weights.shape[1]
-    others = p + K  # the merged token's slot, or that of none
+    others = p + K  # the merged token, or none
     slots = torch.arange(others, device=kept.device).expand(B, -1)
     if reduction.mask is not None:
         slots = slots.where(reduction.mask[:, :others], others)
-    places = torch.cat([torch.arange(p, device=kept.device).expand(B, -1), kept], dim=1)
-    index = torch.full((B, N), others, device=kept.device).scatter(1, places, slots)
+    positions = torch.cat([torch.arange(p, device=kept.device).expand(B, -1), kept], dim=1)
+    index = torch.full((B, N), others, device=kept.device).scatter(1, positions, slots)
     return Slots(index, others + reduction.merged, not reduction.merged)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from elip_kernels.autocast import no_autocast
-from elip_models.reduction.caching import UnguidedWarning
+from elip_models.reduction.user_warnings import UnguidedWarning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

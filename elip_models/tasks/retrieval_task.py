@@ -32,7 +32,7 @@ from elip_models.data import (
 )
 from elip_models.data.shared_images import group_by_image, image_number
 from elip_models.models.base import eval_mode
-from elip_models.reduction.caching import UnguidedWarning
+from elip_models.reduction.user_warnings import UnguidedWarning
 from elip_models.tasks.features import encode_texts, isolated_rng, ranks_of
 from elip_models.tasks.intervals import Interval, bootstrap_interval
 from elip_models.tasks.retrieval import KS, chance_level

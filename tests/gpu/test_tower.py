@@ -9,7 +9,7 @@ import torch
 
 import elip_kernels
 import elip_models
-from elip_models.reduction.caching import SlowScorerWarning
+from elip_models.reduction.user_warnings import SlowScorerWarning
 from tests.gpu.ops import kernels_alone, on, pick, pytorch_forms
 from tests.gpu.test_device import captured
 from tests.helpers.official import REDUCE_CASES, tower

@@ -107,7 +107,7 @@ def test_images_alone_are_dense_unless_asked():
     model, x = tiny().eval(), torch.randn(2, 3, 32, 32)
     dense = model.encode_image(x, reduce=False)
     with pytest.warns(UserWarning, match="nothing is reduced"):
-        elip_models.reduction.caching.warn_once.cache_clear()
+        elip_models.reduction.user_warnings.warn_once.cache_clear()
         assert torch.equal(model.encode_image(x), dense)
     vision = CLIP(dataclasses.replace(model.config, without_text="vision")).eval()
     vision.load_state_dict(model.state_dict())

@@ -139,7 +139,7 @@ def test_save_and_load(tuning, tmp_path):
 def test_it_is_dense_unless_the_image_alone_is_to_reduce_itself():
     dense, x = classifier().eval(), batch()["images"]
     with pytest.warns(UserWarning, match="nothing is reduced"):
-        elip_models.reduction.caching.warn_once.cache_clear()
+        elip_models.reduction.user_warnings.warn_once.cache_clear()
         unguided = classifier(schedule=SCHEDULE).eval()
         unguided.load_state_dict(dense.state_dict())
         assert torch.equal(unguided.logits(x), dense.logits(x))

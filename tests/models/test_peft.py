@@ -122,7 +122,7 @@ def test_a_step_equals_the_plain_model_with_the_same_output(family, kind):
 EVERY = [(strategy, kind) for kind in KINDS for strategy in STRATEGIES]
 
 
-@pytest.mark.filterwarnings("ignore::elip_models.reduction.caching.SlowScorerWarning")
+@pytest.mark.filterwarnings("ignore::elip_models.reduction.user_warnings.SlowScorerWarning")
 @pytest.mark.parametrize(
     ("strategy", "kind"),
     tiered(EVERY, [("tome", "lora"), ("evit", "lora"), ("trips", "adapter")]),
@@ -138,7 +138,7 @@ SCORES = [("clip", each, kind) for kind in KINDS for each in (*SCORERS, 1)]
 SCORES += [("albef", each, kind) for kind in KINDS for each in ("momentum", "exact")]
 
 
-@pytest.mark.filterwarnings("ignore::elip_models.reduction.caching.SlowScorerWarning")
+@pytest.mark.filterwarnings("ignore::elip_models.reduction.user_warnings.SlowScorerWarning")
 @pytest.mark.parametrize(
     ("family", "scorer", "kind"),
     tiered(

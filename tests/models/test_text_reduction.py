@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import elip_models
 from elip_models.models.clip import model as clip
 from elip_models.models.layers.text_reduction import TextReduction, TextStrategy
-from elip_models.reduction.caching import UnguidedWarning, warn_once
+from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
 from elip_models.tasks.retrieval import evaluate_retrieval
 from elip_models.training.trainer import train
 from tests.helpers.tiers import tiered

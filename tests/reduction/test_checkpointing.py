@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 import elip_models
 from elip_models import ELIP, TRIPS, CrossGET, EViT, ToMe
 from elip_models.reduction import scorers
-from elip_models.reduction.checkpoint_replay import MAX_REENTRANT
+from elip_models.reduction.call_context import MAX_REENTRANT
 from elip_models.reduction.strategies import elip as stage
 from tests.helpers.tiers import tiered
 from tests.helpers.towers import (

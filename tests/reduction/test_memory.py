@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import elip_models
-from elip_models.reduction.checkpoint_replay import MAX_REENTRANT
+from elip_models.reduction.call_context import MAX_REENTRANT
 from elip_models.reduction.step import Forward
 from tests.helpers.towers import SCHEDULE, clip_vit, images, text
 from tests.reduction.test_strategies import strategies

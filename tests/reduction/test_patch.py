@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import elip_models
-from elip_models.reduction import caching
+from elip_models.reduction import user_warnings
 from elip_models.reduction.patch import is_reduced
 from elip_models.towers import as_tower
 from tests.helpers.models import eva, open_clip_vit, output, siglip_vision
@@ -212,7 +212,7 @@ def test_guidance_is_scoped_and_nests(model):
 
 
 def test_without_text_dense_reduces_nothing_and_says_so_once(model):
-    caching.warn_once.cache_clear()
+    user_warnings.warn_once.cache_clear()
     x = images()
     dense = model(x)
     elip_models.reduce_(model, schedule=SCHEDULE, without_text="dense")
@@ -224,7 +224,7 @@ def test_without_text_dense_reduces_nothing_and_says_so_once(model):
 
 
 def test_a_scorer_that_does_not_pay_in_eval_mode_warns_once_with_the_ratio(model):
-    caching.warn_once.cache_clear()
+    user_warnings.warn_once.cache_clear()
     elip_models.reduce_(model, schedule="1(100%) 1(90%) 4(80%)", scorer="exact")
     model.train()
     with warnings.catch_warnings():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import elip_models
-from elip_models.reduction.caching import UnguidedWarning
+from elip_models.reduction.user_warnings import UnguidedWarning
 from elip_models.towers import as_tower
 from tests.helpers.models import hf_siglip, siglip_vision
 from tests.helpers.towers import SCHEDULE, images, plain_vit, text, whole_grid

@@ -11,7 +11,7 @@ import torch
 
 import elip_models
 from elip_models import ELIP, ToMe
-from elip_models.reduction.caching import warn_once
+from elip_models.reduction.user_warnings import warn_once
 from elip_models.reduction.flops import kept_share
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.strategy_spec import get_strategy

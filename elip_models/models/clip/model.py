@@ -27,7 +27,7 @@ from elip_models.models.config import ContrastiveConfig, TextReductionConfig, To
 from elip_models.models.layers.clip_text import CLIPTextTower
 from elip_models.models.layers.gradient_caching import encode_in_slices
 from elip_models.models.layers.losses import contrastive_loss, sigmoid_loss
-from elip_models.reduction.caching import UnguidedWarning, warn_once
+from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategy import Strategy
 from elip_models.towers.reducible_model import random_ids

@@ -31,7 +31,7 @@ from elip_models.models.registry import MODELS, load_model
 from elip_models.reduction.hf_config import store_in_config
 from elip_models.reduction.patch import reduce_, reductions_of
 from elip_models.reduction.serialization import settings_of, strategy_of
-from elip_models.reduction.state import Reduction
+from elip_models.reduction.reduced_model import Reduction
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
 from elip_models.towers import library_of, without_adapter

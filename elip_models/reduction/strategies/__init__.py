@@ -4,7 +4,7 @@ Each is frozen data, and an argument of `encode_image` and `reduce_`: an instanc
 `ToMe(r=13)`, or a line of text such as 'tome:r=13'.
 """
 
-from elip_models.reduction.caching import warn_once
+from elip_models.reduction.user_warnings import warn_once
 from elip_models.reduction.flops import kept_share
 from elip_models.reduction.strategies.adaptive import AdaptiveELIP
 from elip_models.reduction.strategies.baselines import TRIPS, PatchDropout, RandomPruning

@@ -1,0 +1,174 @@
+"""The replacements of methods, and the hooks, that `reduce_` installs beside its blocks."""
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from elip_models.reduction import call_context
+from elip_models.reduction.reduced_model import Reduction, refuse_fx
+from elip_models.reduction.strategy import Strategy
+from elip_models.towers.base import original_method, scoring_context
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+class PatchEmbedding:
+    """A replacement of the methods that make tokens of images.
+
+    passes_on: return the input unchanged, because a later method does all the work.
+    """
+
+    def __init__(self, reduction: Reduction, *, passes_on: bool) -> None:
+        self.reduction = reduction
+        self.passes_on = passes_on
+
+    def __call__(self, images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the strategy's patches of the images, without any other argument."""
+        if self.passes_on:
+            return images
+        refuse_fx(images)
+        strategy = self.reduction.strategy
+        others = dict(enumerate(args, 2)) | kwargs
+        others.pop("interpolate_pos_encoding", None)  # the strategy interpolates in any case
+        for name, value in others.items():
+            if value is not None and value is not False:
+                label = name if isinstance(name, str) else f"argument {name} of the embedding"
+                raise ValueError(
+                    f"{label}: expected none under {strategy.name!r}, whose patches are others "
+                    f"than the image's, got {value!r:.80}; unreduce_ the model first"
+                )
+        return strategy.patchify(self.reduction.tower, images)
+
+
+class EncodeTextFirst:
+    """The pre-forward and forward hook of a whole model: its text guides its image tower.
+
+    The text is encoded without gradient, in addition to the forward's own encoding.
+    """
+
+    def __init__(self, reduction: Reduction) -> None:
+        self.reduction = reduction
+
+    def __call__(self, model: nn.Module, args: Args, kwargs: Kwargs, *output: Any) -> None:
+        """Set the guidance before the forward, and remove it after (with `output`)."""
+        reduction = self.reduction
+        if torch.compiler.is_compiling():
+            is_guided = reduction.text_cls is not None
+            reduction.own_text = None
+            if not output and not is_guided:
+                text = self._text_cls(args, kwargs)
+                is_plain = text is None or torch.compiler.is_exporting()
+                reduction.own_text = text if is_plain else call_context.set_guidance(text)
+        elif output:
+            call_context.drop_guide(self)
+        elif call_context.guide_of(reduction) is None and not call_context.is_recomputing():
+            call_context.set_guide(reduction, self._text_cls(args, kwargs), self)
+
+    def _text_cls(self, args: Args, kwargs: Kwargs) -> Tensor | None:
+        image_text = self.reduction.image_text
+        with scoring_context(image_text.model, next(image_text.model.parameters())):
+            return image_text.text_cls(*args, **kwargs)
+
+
+class DenseMethod:
+    """A replacement of a method that returns the tokens of several blocks, as whole grids.
+
+    timm and open_clip have `forward_intermediates`. In its call, every block takes and returns all
+    tokens of block 0 (`elip_kernels.unmerge`): each patch has the token that it was merged into, or
+    zeros if it was dropped. A block computes on one copy of each token, as in any other call.
+
+    replaced: the method that another library or the user had put on the model, or None.
+    """
+
+    def __init__(self, reduction: Reduction, name: str, replaced: Any) -> None:
+        self.reduction = reduction
+        self.name = name
+        self.replaced = replaced
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the method as a dense call."""
+        self.reduction.begin_dense_call()
+        try:
+            method = original_method(self.reduction.tower.model, self.name, self.replaced)
+            return method(*args, **kwargs)
+        finally:
+            self.reduction.end_dense_call()
+
+
+class CollectHiddenStates:
+    """The pre-forward and forward hook of a module whose call may return all hidden states.
+
+    With `output_hidden_states=True` (transformers) the call is a dense call, see `DenseMethod`.
+    Attentions are refused if the strategy attends in place of the modules that return them.
+    """
+
+    def __init__(self, reduction: Reduction) -> None:
+        self.reduction = reduction
+
+    def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs, *output: Any) -> None:
+        """Begin a dense call before the forward, and end it after (with `output`)."""
+        tower, strategy = self.reduction.tower, self.reduction.strategy
+        if tower.collects("hidden_states", kwargs):
+            if output:
+                self.reduction.end_dense_call()
+            else:
+                self.reduction.begin_dense_call()
+            if strategy.changes_embedding and not output:
+                raise ValueError(
+                    f"output_hidden_states: expected False under {strategy.name!r}, whose grid is "
+                    "smaller than the image's, got True; unreduce_ the model first"
+                )
+        if not output and _replaces_attention(strategy) and tower.collects("attentions", kwargs):
+            raise ValueError(
+                f"output_attentions: expected False under {strategy.name!r}, which attends in "
+                "place of the blocks or runs some twice, got True; unreduce_ the model first, or "
+                "take strategy='elip' with scorer='last'"
+            )
+
+
+def _replaces_attention(strategy: Strategy) -> bool:
+    """Return whether attention modules see other tokens than those that leave the blocks."""
+    return strategy.replaces_block or strategy.replaces_later or strategy.runs_blocks
+
+
+class Representation:
+    """A replacement of a model's `extra_repr`, which prints the reduction too."""
+
+    def __init__(self, reduction: Reduction, replaced: Callable[[], str] | None) -> None:
+        self.reduction = reduction
+        self.replaced = replaced
+
+    def __call__(self) -> str:
+        """Return the model's own text, and the reduction in one line."""
+        own = original_method(self.reduction.model, "extra_repr", self.replaced)()
+        return "\n".join(filter(None, (own, f"(reduced) {self.reduction.summary.line}")))
+
+
+class Refusal:
+    """A replacement of a method that would return wrong results on a reduced model.
+
+    replaced: what the user had put there, or None.
+    """
+
+    def __init__(self, name: str, replaced: Any) -> None:
+        self.name = name
+        self.replaced = replaced
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raise ValueError with the reason."""
+        raise ValueError(f"{self.name}: {REFUSALS.get(self.name, UNSUPPORTED)}")
+
+
+UNSUPPORTED = (
+    "expected a model whose blocks all see every patch, got one that reduce_ has changed; "
+    "unreduce_ it first"
+)
+REFUSALS = {
+    "_replicate_for_data_parallel": "nn.DataParallel copies modules without the changes of "
+    "reduce_; use DistributedDataParallel",
+    "__prepare_scriptable__": "torch.jit.script compiles a model's source, without the changes of "
+    "reduce_; use torch.export or torch.jit.trace",
+}
