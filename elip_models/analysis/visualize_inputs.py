@@ -20,10 +20,11 @@ from elip_models.data.sample import decode_image
 from elip_models.models.io.open_model import open_model, split_spec
 from elip_models.models.registry import elip_strategy
 from elip_models.reduction.encode import encode_image
+from elip_models.reduction.patch import strategy_by_default
 from elip_models.reduction.strategies.elip import ELIP
 from elip_models.reduction.strategy import StageInfo, Strategy
-from elip_models.reduction.strategy_spec import get_strategy
-from elip_models.towers import ReducibleModel, Tower, as_reducible, as_tower
+from elip_models.reduction.strategy_spec import check_keep, resolve_strategy
+from elip_models.towers import ReducibleModel, Tower, as_image_text, as_reducible, as_tower
 from elip_models.validation import ConfigError, as_config_error
 
 CaptionEncoder = Callable[[Sequence[str]], Tensor]
@@ -99,12 +100,12 @@ def open_visualized_model(
     scorer: str | int | None = None,
     fusion: float | None = None,
 ) -> VisualizedModel:
-    """Open a model with a reduction; an option that is None has the model's or the paper's value.
+    """Open a model with a reduction, by the same arguments and default as `reduce_`.
 
     Args:
         spec: A model, as in `open_model`.
         pretrained: Load the model's weights.
-        strategy: A spec as in `reduce_`; None is ELIP.
+        strategy: A spec as in `reduce_`; None is the model's own strategy, if it has one.
         keep: As in `reduce_`.
         schedule: Option of ELIP.
         scorer: Option of ELIP.
@@ -121,32 +122,40 @@ def open_visualized_model(
         mean, std = (torch.tensor(each)[:, None, None] for each in reducible.image_stats())
     options = {"schedule": schedule, "scorer": scorer, "fusion": fusion}
     given = {name: value for name, value in options.items() if value is not None}
-    if strategy is None:
-        own = elip_strategy(model) if reducible.reduces_itself else ELIP()
-        chosen = _changed(own, tower, given)
-    else:
-        with as_config_error("--strategy"):
-            chosen = get_strategy(strategy, **given).fitted(tower)
-    if keep is not None:
-        with as_config_error("--keep"):
-            chosen = chosen.at_keep(tower, keep)
+    try:
+        if strategy is None and reducible.reduces_itself:
+            chosen = _changed(elip_strategy(model), tower, given, keep)
+        else:
+            chosen = resolve_strategy(
+                tower,
+                strategy,
+                given,
+                keep=keep,
+                default=lambda: strategy_by_default(
+                    tower,
+                    as_image_text(model),
+                    has_text=reducible.has_text,
+                    use_config=keep is None,
+                ),
+            )
+    except (TypeError, ValueError) as error:  # the message begins with the argument's name
+        is_option = str(error).partition(":")[0] in ("strategy", "keep", *options)
+        raise ConfigError(f"--{error}" if is_option else f"--strategy: {error}") from error
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     guide = _guide_of(reducible, spec) if reducible.has_text and chosen.is_guided else None
     name = spec if pretrained else f"{spec} (random weights)"
     return VisualizedModel(name, reducible.image_model, tower, chosen, guide, mean, std)
 
 
-def _changed(strategy: ELIP, tower: Tower, given: dict[str, Any]) -> ELIP:
+def _changed(strategy: ELIP, tower: Tower, given: dict[str, Any], keep: float | None) -> ELIP:
     """Return the strategy with the given options, after checking that it reduces the tower."""
-    try:
-        strategy = replace(strategy, **given).fitted(tower)
-        if not strategy.schedule.stages(tower.num_patches):
-            raise ValueError(
-                f"schedule: expected a group that keeps less than 100%, got '{strategy.schedule}'"
-            )
-    except (TypeError, ValueError) as error:  # the message begins with the argument's name
-        raise ConfigError(f"--{error}") from error
-    return strategy
+    check_keep(ELIP.name, given, keep)
+    strategy = replace(strategy, **given).fitted(tower)
+    if not strategy.schedule.stages(tower.num_patches):
+        raise ValueError(
+            f"schedule: expected a group that keeps less than 100%, got '{strategy.schedule}'"
+        )
+    return strategy if keep is None else strategy.at_keep(tower, keep)
 
 
 def _guide_of(model: ReducibleModel, spec: str) -> CaptionEncoder:

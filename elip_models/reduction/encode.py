@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
 from elip_models.reduction.patch import is_reduced_tower, strategy_by_default
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.step import Forward
 from elip_models.reduction.strategies.elip import check_text
 from elip_models.reduction.strategy import StageInfo, Strategy
 from elip_models.reduction.strategy_spec import StrategyOptions, resolve_strategy
+from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
 from elip_models.towers import Tower, as_tower, in_forward
 
 

@@ -1,10 +1,10 @@
-"""Each dropped token joins the kept one whose key is most alike: `merge='nearest'`, one step.
+"""merge='nearest': merge each dropped token into the kept one with the most similar key.
 
-    k     = head mean of the keys of the block that the step stands before, of the tokens as they
-            enter it, without gradient
-    x_i   = mean of the tokens that i holds, weighted by sizes            elip_kernels.merge_nearest
+    k     = head mean of the keys of the block that follows, without gradient
+    x_i   = mean of the tokens merged into i, weighted by sizes           elip_kernels.merge_nearest
 
-Sizes go on with the tokens. As many leave as without merging, and every patch is part of one.
+The number of tokens is the same as with merge='none', and every patch is part of one of them. Later
+blocks receive the sizes.
 """
 
 from torch import Tensor
@@ -25,13 +25,19 @@ def merge_nearest(
     kept: Tensor | None = None,
     metric: Tensor | None = None,
 ) -> tuple[Tensor, StageInfo]:
-    """The tokens that leave, (B, p+K, D), and what was done.
+    """Keep tokens, and merge each of the others into the most similar one.
 
     Args:
-        tower, stage, tokens, context: of the step.
-        row: (B, N), what selects.
-        kept: (B, K), see `elip_kernels.merge_nearest`; None: the `stage.keep` that `row` selects.
-        metric: (B, N, C), what tokens are compared by, where the block has made its keys already.
+        tower: the tower.
+        stage: the stage whose step this is.
+        tokens: (B, N, D).
+        row: (B, N) the scores that select.
+        context: the other inputs of the step.
+        kept: (B, K), see `elip_kernels.merge_nearest`; None: the `stage.keep` of the largest in `row`.
+        metric: (B, N, C) the features to compare, if the block has already computed its keys.
+
+    Returns:
+        The tokens (B, p+K, D), and the `StageInfo`.
     """
     p = tower.num_prefix_tokens
     sizes = None if context.previous is None else context.previous.sizes
@@ -50,5 +56,5 @@ def merge_nearest(
 
 
 def nearest_flops(size: TowerSize, tokens: int, keep: int) -> int:
-    """Of what is compared, the keys aside, of one image with `tokens`."""
+    """Return the FLOPs of the comparison for one image, without those of its keys."""
     return 2 * tokens * keep * (size.width // size.heads)

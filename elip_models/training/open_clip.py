@@ -20,7 +20,7 @@ from torch import nn
 
 from elip_models.reduction.patch import reduce_
 from elip_models.reduction.strategy import Strategy
-from elip_models.reduction.strategy_spec import get_strategy
+from elip_models.reduction.strategy_spec import check_keep, get_strategy
 
 CREATE = "create_model_and_transforms"
 GUIDED_VALIDATION_ERROR = (
@@ -89,7 +89,9 @@ def parse_reduce(words: Sequence[str]) -> tuple[Strategy, dict[str, Any]]:
             options["keep"] = float(share)
         except ValueError:
             raise ValueError(f"keep: expected a number in (0, 1], got {share!r}") from None
-    return get_strategy(names[0]), options
+    strategy = get_strategy(names[0])
+    check_keep(names[0], {}, options.get("keep"))
+    return strategy, options
 
 
 def with_globals(function: FunctionType, **names: Any) -> Callable[..., Any]:

@@ -6,8 +6,8 @@ import torch
 import elip_kernels
 import elip_models
 from elip_models import GuidedToMe, ToMe
-from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
 from elip_models.reduction.flops import training_ratio
+from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
 from elip_models.towers import as_tower, with_cls
 from tests.helpers.models import siglip_vision
 from tests.helpers.towers import WIDTH, clip_vit, images, plain_vit, text

@@ -11,10 +11,10 @@ import torch
 
 import elip_models
 from elip_models import ELIP, ToMe
-from elip_models.reduction.user_warnings import warn_once
 from elip_models.reduction.flops import kept_share
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.strategy_spec import get_strategy
+from elip_models.reduction.user_warnings import warn_once
 from elip_models.towers import as_tower
 from tests.helpers.models import PAIRS, hf_clip, ids, open_clip_pair, output_of_pair
 from tests.helpers.towers import images, plain_vit, text

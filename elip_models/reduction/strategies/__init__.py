@@ -4,7 +4,6 @@ Each is frozen data, and an argument of `encode_image` and `reduce_`: an instanc
 `ToMe(r=13)`, or a line of text such as 'tome:r=13'.
 """
 
-from elip_models.reduction.user_warnings import warn_once
 from elip_models.reduction.flops import kept_share
 from elip_models.reduction.strategies.adaptive import AdaptiveELIP
 from elip_models.reduction.strategies.baselines import TRIPS, PatchDropout, RandomPruning
@@ -16,6 +15,7 @@ from elip_models.reduction.strategies.guided_tome import GuidedToMe
 from elip_models.reduction.strategies.resize import ImageResize
 from elip_models.reduction.strategies.tome import ToMe
 from elip_models.reduction.strategy import Strategy
+from elip_models.reduction.user_warnings import warn_once
 from elip_models.towers import Tower
 
 __all__ = [

@@ -1,12 +1,12 @@
-"""ELIP with a number of patches of each image's own, by the mass of attention that they hold.
+"""ELIP with a number of kept patches per image, by the share of the attention that they receive.
 
-    K_b  = the least k whose k most attended patches hold `keep_mass` of the row, at most K
+    K_b  = the fewest patches that receive `keep_mass` of the row's attention, at most K
     x_b  = [x_cls, the K_b most attended in image order, K - K_b slots of padding, merged others]
 
-The paper names a fixed ratio for every image as its limit. Slots are padded to the schedule's K and
-masked in attention, so that shapes are static and nothing synchronises: this saves no time over
-`elip`, and says what packed tokens could save (`StageInfo.mean_keep`). Behind a reduced model's
-last block stands each patch's token, and no padding that a head or a text could read.
+The paper names the fixed ratio for all images as a limitation. Slots are padded to the schedule's K
+and masked in attention, so that shapes are static and nothing synchronises. So this saves no time
+over `elip`; `StageInfo.mean_keep` shows what packed tokens could save. After the last block each
+patch gets its token back, so that no head or text reads padding.
 """
 
 from dataclasses import dataclass
@@ -30,10 +30,13 @@ from elip_models.validation import PositiveShare
 
 @dataclass(frozen=True)
 class AdaptiveELIP(ELIP):
-    """ELIP whose stages keep fewer patches where fewer hold `keep_mass` of the attention.
+    """Keep the fewest patches of each image that receive `keep_mass` of the CLS attention.
 
-    keep_mass: share of a row's mass on patches, in (0, 1]; the schedule bounds K from above.
-    The other fields are those of `ELIP`; the scorer is 'last'.
+    Attributes:
+        keep_mass: the share of a row's attention on patches, in (0, 1]. The schedule is the upper
+            bound of the number of patches, and what `keep` sets.
+        schedule, fusion, guidance_norm, without_text, merge, proportional: as of `ELIP`; merge
+            cannot be 'none', and the scorer is 'last'.
     """
 
     name: ClassVar[str] = "adaptive"
@@ -57,11 +60,11 @@ class AdaptiveELIP(ELIP):
             )
 
     def stages(self, size: TowerSize) -> tuple[Stage, ...]:
-        """The schedule's that drop patches: masking has nothing to do before."""
+        """Return the stages of the schedule that drop patches."""
         return tuple(s for s in super().stages(size) if s.keep < size.num_patches)
 
     def scoring_flops(self, size: TowerSize) -> int:
-        """All rows but the first mask padding, so that they project every key."""
+        """Return the FLOPs of the rows; all but the first mask padding and project every key."""
         tokens_entering, masked = self.tokens_entering(size), size._replace(absorbs_keys=False)
         rows = sum(map(size.row_flops, tokens_entering[:1])) + sum(
             map(masked.row_flops, tokens_entering[1:])
@@ -71,13 +74,14 @@ class AdaptiveELIP(ELIP):
     def step(
         self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
     ) -> tuple[Tensor, StageInfo]:
+        """Reduce each image to its own number of patches, then run the block with a mask."""
         row = self._row(tower, stage, tokens, context)
         tokens, info = self._reduce(tower, stage, tokens, row, context)
         tower = tower.at(tower.positions_after(info.reduction))
         return self.later(tower, stage.first, tokens, info), info
 
     def later(self, tower: Tower, i: int, tokens: Tensor, previous: StageInfo) -> Tensor:
-        """Block i, in which nothing attends to padding."""
+        """Run block i without attention to padding."""
         if self.proportional:  # padding is of size 0
             return super().later(tower, i, tokens, previous)
         mask = previous.reduction.mask
@@ -85,7 +89,7 @@ class AdaptiveELIP(ELIP):
         return tower.mlp(i, tower.attend(i, tokens, bias[:, None, None]))
 
     def _row(self, tower: Tower, stage: Stage, tokens: Tensor, context: Context) -> Tensor:
-        """The CLS row (B, N) of the stage's last layer; padding gets none of it."""
+        """Return the CLS row (B, N) of the stage's last layer, 0 at padding."""
         if context.replay is not None:
             return context.replay.attention
         mask = None if context.previous is None else context.previous.reduction.mask
@@ -96,11 +100,12 @@ class AdaptiveELIP(ELIP):
     def _reduce(
         self, tower: Tower, stage: Stage, tokens: Tensor, row: Tensor, context: Context
     ) -> tuple[Tensor, StageInfo]:
+        """Select and merge by the row; the slots that an image does not fill are padding."""
         p = tower.num_prefix_tokens
         with torch.no_grad():
             chosen, real, weights = self._select(row[:, p:], stage.keep)
         prefix = torch.ones_like(real[:, :1]).expand(-1, p)
-        if self.merge == "nearest":  # padding is of size 0, and so weighs nothing
+        if self.merge == "nearest":  # padding has size 0, so it adds nothing
             kept = (chosen + p).masked_fill(~real, -1)
             tokens, info = merge_nearest(tower, stage, tokens, row, context, kept=kept)
             mask = torch.cat([prefix, real], dim=1)
@@ -115,8 +120,10 @@ class AdaptiveELIP(ELIP):
         return tokens, StageInfo(stage, ReductionInfo(chosen + p, weights, mask, p), row)
 
     def _select(self, scores: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores (B, n) -> the patches in each slot (B, K), which slots are real (B, K), and the
-        merge weights (B, n).
+        """Select patches by scores (B, n).
+
+        Returns:
+            The patch in each slot (B, K), whether a slot is filled (B, K), merge weights (B, n).
         """
         n = scores.shape[1]
         order = largest(scores, n)

@@ -1,4 +1,4 @@
-"""What ELIP is compared with on its own schedule: TRIPS, a random choice, and patch dropout."""
+"""Baselines on ELIP's schedule: TRIPS, random pruning and patch dropout."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
@@ -23,10 +23,10 @@ from elip_models.validation import Count, PositiveShare, Share, check_fields
 
 @dataclass(frozen=True)
 class TRIPS(ELIP):
-    """Text alone selects, by the first layer of each stage (TRIPS, Jiang et al., EMNLP 2022).
+    """Select by the text alone, in the first layer of each stage (TRIPS, Jiang et al., EMNLP 2022).
 
-    The query is the text's vector through that layer's own norm and projection; merging and
-    schedule are ELIP's, so that the scorer is all that differs.
+    The query is the text's vector, passed through that layer's own norm and projection. Merging and
+    schedule are ELIP's, so that only the scorer differs.
     """
 
     name: ClassVar[str] = "trips"
@@ -36,11 +36,11 @@ class TRIPS(ELIP):
 
 
 class RandomKeep(Staged):
-    """A schedule whose patches are drawn at random."""
+    """A schedule whose kept patches are drawn at random."""
 
     @torch.no_grad()
     def score(self, tower: Tower, stage: Stage, tokens: Tensor, text: Tensor | None) -> Tensor:
-        """A row (B, N): 2 for `stage.keep` patches, 1 for the others, which so merge evenly."""
+        """Return a row (B, N): 2 for `stage.keep` patches, 1 for the others, which merge evenly."""
         B, N, _ = tokens.shape
         p = tower.num_prefix_tokens
         drawn = torch.rand(B, N - p, device=tokens.device).topk(stage.keep, dim=1).indices
@@ -49,16 +49,18 @@ class RandomKeep(Staged):
     def step(
         self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
     ) -> tuple[Tensor, StageInfo]:
-        if context.replay is not None:  # its forward drew here: dropout that follows must agree
+        """Reduce as `Staged` does."""
+        if context.replay is not None:  # advance the generator, so that later dropout agrees
             self.score(tower, stage, tokens, None)
         return super().step(tower, stage, tokens, context)
 
 
 @dataclass(frozen=True)
 class RandomPruning(RandomKeep):
-    """ELIP's schedule with patches kept at random and the others averaged: the control.
+    """Keep patches at random on ELIP's schedule: the control experiment.
 
-    schedule, merge, proportional: as of `ELIP`.
+    Attributes:
+        schedule, merge, proportional: as of `ELIP`.
     """
 
     name: ClassVar[str] = "random"
@@ -72,9 +74,10 @@ class RandomPruning(RandomKeep):
 class PatchDropout(RandomKeep):
     """Drop patches at random before block 0, in training alone (FLIP, Li et al., CVPR 2023).
 
-    keep_ratio: share of the patches that stay, in (0, 1].
-    until: the first step of training that sees all patches again, or None: all steps drop.
-        `at(step)` is what to reduce by in that step.
+    Attributes:
+        keep_ratio: the share of patches that stay, in (0, 1].
+        until: the first training step that sees all patches again; None means that all steps drop.
+            `at(step)` returns the strategy of a step.
     """
 
     name: ClassVar[str] = "patch_dropout"
@@ -88,7 +91,7 @@ class PatchDropout(RandomKeep):
         check_fields(self)
 
     def at(self, step: int) -> "PatchDropout":
-        """What step `step` of training is reduced by: nothing from step `until` on.
+        """Return the strategy of training step `step`, which drops nothing from `until` on.
 
         `reduce_(model, strategy=dropout.at(step))` in every step changes the model only once.
         """
@@ -96,18 +99,23 @@ class PatchDropout(RandomKeep):
         return replace(self, keep_ratio=1.0, until=None) if over else replace(self, until=None)
 
     def fitted(self, tower: Tower) -> Self:
+        """Return the strategy unchanged, after the checks of `Strategy.fitted`."""
         return Strategy.fitted(self, tower)
 
     def stages(self, size: TowerSize) -> tuple[Stage, ...]:
+        """Return one stage of all blocks, or none if all patches stay."""
         keep = max(1, int(self.keep_ratio * size.num_patches))
         return () if keep == size.num_patches else (Stage(0, size.depth, keep),)
 
     def token_counts(self, size: TowerSize) -> tuple[Layer, ...]:
+        """Return the kept and the prefix tokens in every block."""
         tokens = size.num_prefix_tokens + max(1, int(self.keep_ratio * size.num_patches))
         return (Layer(tokens, tokens),) * size.depth
 
     def reduces(self, text_cls: Tensor | None, training: bool) -> bool:
+        """Return whether the model is in training mode."""
         return training
 
     def at_strength(self, size: TowerSize, strength: float) -> Strategy:
+        """Return the strategy with the keep ratio of that strength."""
         return replace(self, keep_ratio=1 - strength * (1 - least_share(size)))

@@ -1,12 +1,14 @@
-"""Merging in every block by a complete graph: any patch may join any other, where ToMe's join one
-of a fixed half. PiToMe spares what is like nothing else, CrossGET what a text asks for.
+"""PiToMe and CrossGET: merging in every block, where any patch may merge into any other.
+
+ToMe's patches may merge only into a fixed half. PiToMe protects patches that are unlike all others,
+CrossGET those that a text attends to.
 
     S   = cosines of the patches' keys in this block, (B, n, n)
-    r sources join a target each, which is no source:  PiToMe and CrossGET choose both by S
-    x_t = (sum of weight_n size_n x_n) / (sum of size_n)       over what target t holds, t included
+    each of r sources merges into a target, which is no source; both are chosen by S
+    x_t = (sum of weight_n size_n x_n) / (sum of size_n)         over target t and its sources
 
-All but sources stay, in image order. Nothing has a gradient through the choice. S is written, n x n
-of each image, and the sum is PyTorch's.
+All tokens but the sources stay, in image order. The choice has no gradient. S is stored, n x n for
+each image, and the sum is PyTorch's.
 """
 
 from dataclasses import dataclass
@@ -28,19 +30,19 @@ from elip_models.validation import Share
 
 
 class Pairs(NamedTuple):
-    """Sources and the target of each, positions (B, r) of N tokens; weights (B, N), None: 1."""
+    """Sources and their targets, indices (B, r) of N tokens; weights (B, N), None means 1."""
 
     sources: Tensor
     targets: Tensor
     weights: Tensor | None = None
 
     def behind(self, p: int) -> "Pairs":
-        """The same pairs, where p tokens that merge with none stand before these."""
+        """Return the pairs with indices shifted by p prefix tokens, which do not merge."""
         weights = None if self.weights is None else F.pad(self.weights, (p, 0), value=1.0)
         return Pairs(self.sources + p, self.targets + p, weights)
 
     def match(self, N: int) -> BipartiteInfo:
-        """The row of every token."""
+        """Return the output row of each of N tokens."""
         (B, r), device = self.sources.shape, self.sources.device
         is_source = torch.zeros(B, N, dtype=torch.bool, device=device)
         is_source = is_source.scatter(1, self.sources, 1)
@@ -49,28 +51,35 @@ class Pairs(NamedTuple):
 
 
 class CompleteGraph(ToMe):
-    """ToMe with pairs of a complete graph. A subclass has `choose`."""
+    """ToMe with pairs of a complete graph. A subclass defines `choose` and `channels`."""
 
     def choose(
         self, tower: Tower, stage: Stage, tokens: Tensor, keys: Tensor, text_cls: Tensor | None
     ) -> Pairs:
-        """The pairs of which `stage.keep` patches are left.
+        """Return the pairs that leave `stage.keep` patches.
 
-        tokens: (B, N, D) that enter the block. keys: (B, H, N, d), its own of these.
+        Args:
+            tower: the tower.
+            stage: the stage of this block.
+            tokens: (B, N, D) that enter the block.
+            keys: (B, H, N, d) of the block.
+            text_cls: (B, D) or None.
         """
         raise NotImplementedError
 
     def channels(self, size: TowerSize) -> int:
-        """Of the keys that are compared."""
+        """Return the number of channels of the keys that are compared."""
         raise NotImplementedError
 
     def scoring_flops(self, size: TowerSize) -> int:
+        """Return the FLOPs of the cosines in every block that merges."""
         patches = (n - size.num_prefix_tokens for n, m in self.token_counts(size) if m < n)
         return sum(2 * n * n * self.channels(size) for n in patches)
 
     def step(
         self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
     ) -> tuple[Tensor, StageInfo]:
+        """Run block `stage.first`, with a merge between its attention and its MLP."""
         (B, N, _), entered, previous = tokens.shape, tokens, context.previous
         if N - tower.num_prefix_tokens == stage.keep:
             return super().step(tower, stage, tokens, context)
@@ -94,12 +103,14 @@ class PiToMe(CompleteGraph):
     """Merge the r patches of the highest energy into the next r (Tran et al., NeurIPS 2024).
 
         E_i = mean_j elu(S_ij - m), m = margin (1 - block / depth)           S of head-mean keys
-        sources and targets alternate among the 2 r of the highest E; a source joins the most alike
+        sources and targets alternate among the 2 r of the highest E
+        a source merges into the most similar target
 
-    What is like many others has a high energy; the rest is protected.
+    A patch that is similar to many others has a high energy; the rest is protected.
 
-    r, proportional: as of `ToMe`.
-    margin: m in the first block, from which it falls evenly.
+    Attributes:
+        r, proportional: as of `ToMe`.
+        margin: m in the first block, from which it decreases linearly.
     """
 
     name: ClassVar[str] = "pitome"
@@ -107,11 +118,13 @@ class PiToMe(CompleteGraph):
     margin: Share = 0.9
 
     def channels(self, size: TowerSize) -> int:
+        """Return the width of one head: keys are averaged over heads."""
         return size.width // size.heads
 
     def choose(
         self, tower: Tower, stage: Stage, tokens: Tensor, keys: Tensor, text_cls: Tensor | None
     ) -> Pairs:
+        """Return the pairs by energy."""
         p = tower.num_prefix_tokens
         similarity = cosines(keys.mean(1)[:, p:])
         margin = self.margin * (1 - stage.first / tower.depth)
@@ -120,18 +133,20 @@ class PiToMe(CompleteGraph):
 
 @dataclass(frozen=True)
 class CrossGET(Guided, CompleteGraph):
-    """Merge what is alike and not asked for, weighted by how much it is (Shi et al., ICML 2024).
+    """Merge similar tokens that the text does not attend to (CrossGET, Shi et al., ICML 2024).
 
         I_i = cosine of key i and the query of the fused CLS token           S of all heads' keys
-        B_i = the largest S_ij of the j that are less alike to their best than i is to its own
-        sources = the r of the largest B - I; each joins the most alike that is no source
+        B_i = the largest S_ij over the j whose own largest similarity is lower than that of i
+        sources = the r of the largest B - I; each merges into the most similar that is no source
         weights = of a source s 2 w_s, of its target 1 + sum over its sources of (2 w_t - 1)
                   with (w_s, w_t) = softmax(I_s, I_t)
 
-    The paper learns tokens that stand in for the other modality, where it cannot be seen; here the
-    fused CLS token of ELIP asks (Eq. 1), which is none of the tokens of a layer.
+    The paper learns tokens that represent the other modality. Here the query is the fused CLS token
+    of ELIP (Eq. 1), which is none of the tokens of a layer.
 
-    r, proportional: as of `ToMe`. fusion, guidance_norm, without_text: as of `ELIP`.
+    Attributes:
+        r, proportional: as of `ToMe`.
+        fusion, guidance_norm, without_text: as of `ELIP`.
     """
 
     name: ClassVar[str] = "crossget"
@@ -141,10 +156,11 @@ class CrossGET(Guided, CompleteGraph):
     without_text: Literal["dense", "vision"] | None = ELIP.without_text
 
     def channels(self, size: TowerSize) -> int:
+        """Return the width of all heads."""
         return size.width
 
     def scoring_flops(self, size: TowerSize) -> int:
-        """And the query, by the projections of one token, and its cosines."""
+        """Return the FLOPs of the cosines, and of the query and its cosines."""
         D, p = size.width, size.num_prefix_tokens
         rows = (2 * (n - p) + 1 for n, m in self.token_counts(size) if m < n)
         return super().scoring_flops(size) + sum(6 * D * D + 2 * row * D for row in rows)
@@ -152,18 +168,19 @@ class CrossGET(Guided, CompleteGraph):
     def choose(
         self, tower: Tower, stage: Stage, tokens: Tensor, keys: Tensor, text_cls: Tensor | None
     ) -> Pairs:
+        """Return the pairs by similarity and importance."""
         p = tower.num_prefix_tokens
         cls = fused_cls(tower, tokens, text_cls, self)
         query = tower.qkv(stage.first, cls[:, None])[0]
-        asked = torch.cat([query, keys[:, :, p:]], dim=2).transpose(1, 2).flatten(2)
-        similarity = cosines(asked)  # (B, 1 + n, 1 + n)
+        compared = torch.cat([query, keys[:, :, p:]], dim=2).transpose(1, 2).flatten(2)
+        similarity = cosines(compared)  # (B, 1 + n, 1 + n)
         importance, similarity = similarity[:, 0, 1:], similarity[:, 1:, 1:]
         r = similarity.shape[1] - stage.keep
         return pairs_by_importance(similarity, importance, r).behind(p)
 
 
 def pairs_by_energy(similarity: Tensor, r: int, margin: float) -> Pairs:
-    """PiToMe's, of S (B, n, n)."""
+    """Return PiToMe's pairs by S (B, n, n)."""
     order = largest(F.elu(similarity - margin).mean(2), 2 * r)
     sources, targets = order[:, ::2], order[:, 1::2]
     rows = similarity.gather(1, sources[..., None].expand(-1, -1, similarity.shape[2]))
@@ -172,7 +189,7 @@ def pairs_by_energy(similarity: Tensor, r: int, margin: float) -> Pairs:
 
 
 def pairs_by_importance(similarity: Tensor, importance: Tensor, r: int) -> Pairs:
-    """CrossGET's, of S (B, n, n) and I (B, n)."""
+    """Return CrossGET's pairs by S (B, n, n) and I (B, n)."""
     n, never = similarity.shape[1], float("-inf")
     similarity = torch.maximum(similarity, similarity.mT)  # a pair is one cosine
     itself = torch.eye(n, dtype=torch.bool, device=similarity.device)
@@ -193,7 +210,7 @@ def pairs_by_importance(similarity: Tensor, importance: Tensor, r: int) -> Pairs
 def merged(
     tokens: Tensor, sizes: Tensor, match: BipartiteInfo, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Tokens (B, N, D), sizes and weights (B, N) -> (B, R, D), its sizes (B, R)."""
+    """Return merged tokens (B, R, D) and sizes (B, R) of tokens, sizes and weights (B, N)."""
     slots = match.slots.long()
     total = sizes.new_zeros(sizes.shape[0], match.num_rows).scatter_add(1, slots, sizes)
     share = (sizes if weights is None else sizes * weights) / total.gather(1, slots)

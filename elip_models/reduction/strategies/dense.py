@@ -1,4 +1,4 @@
-"""No reduction: the tower as it is."""
+"""The strategy that reduces nothing."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,18 +12,22 @@ from elip_models.towers import TowerSize
 
 @dataclass(frozen=True)
 class Dense(Strategy):
-    """Keep all tokens."""
+    """Keep all tokens of all blocks."""
 
     name: ClassVar[str] = "dense"
 
     def stages(self, size: TowerSize) -> tuple[Stage, ...]:
+        """Return no stage."""
         return ()
 
     def token_counts(self, size: TowerSize) -> tuple[Layer, ...]:
+        """Return all tokens in every block."""
         return counts_of(size, lambda i, tokens: tokens)
 
     def reduces(self, text_cls: Tensor | None, training: bool) -> bool:
+        """Return False."""
         return False
 
     def at_strength(self, size: TowerSize, strength: float) -> Strategy:
+        """Return the strategy unchanged."""
         return self

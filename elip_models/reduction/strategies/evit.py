@@ -1,4 +1,4 @@
-"""EViT: a reduction between a block's attention and its MLP, by that attention's CLS row."""
+"""EViT: reduce between a block's attention and its MLP, by the CLS row of that attention."""
 
 import math
 from dataclasses import dataclass, replace
@@ -28,17 +28,18 @@ from elip_models.validation import Count, PositiveShare, check_fields
 
 @dataclass(frozen=True)
 class EViT(Strategy):
-    """Keep by this forward's own CLS attention, fuse the others by it (Liang et al., ICLR 2022).
+    """Keep the patches with the highest CLS attention, fuse the others (Liang et al., ICLR 2022).
 
         a   = CLS row of the block's attention, head mean;  K = ceil(keep_ratio * candidates)
-        x   = [x_prefix, the K most attended in descending order, sum_dropped a x]     after attend
+        x   = [x_prefix, the K most attended in descending order, sum_dropped a x]
 
-    keep_ratio: of the candidates at each of `layers`, in (0, 1].
-    layers: 0-based blocks; None means a quarter, half and three quarters of the depth (3, 6, 9 of
-        12), 'all' every block.
-    attention_gradient: gradients reach the attention through the fused token, as in the paper's
-        code.
-    merge: as of `ELIPOptions`; True is the paper's. 'nearest' goes by this block's keys.
+    Attributes:
+        keep_ratio: the share of the candidates that each of `layers` keeps, in (0, 1].
+        layers: 0-based block numbers; None means a quarter, half and three quarters of the depth
+            (3, 6, 9 of 12), 'all' every block.
+        attention_gradient: gradients reach the attention through the fused token, as in the
+            paper's code.
+        merge: as of `ELIPOptions`; 'one' is the paper's. 'nearest' compares this block's keys.
     """
 
     name: ClassVar[str] = "evit"
@@ -62,9 +63,15 @@ class EViT(Strategy):
             )
 
     def refuses(self, tower: Tower) -> str | None:
-        return None if tower.has_cls else "the tower has no CLS token whose row keeps and fuses"
+        """Return why the tower cannot be reduced: it needs a CLS token."""
+        return (
+            None
+            if tower.has_cls
+            else "the tower has no CLS token, whose attention selects and fuses"
+        )
 
     def stages(self, size: TowerSize) -> tuple[Stage, ...]:
+        """Return one stage per block in `layers` that drops patches."""
         depth, candidates, stages = size.depth, size.num_patches, []
         at = self.layers
         if at is None:
@@ -81,11 +88,13 @@ class EViT(Strategy):
         return tuple(stages)
 
     def token_counts(self, size: TowerSize) -> tuple[Layer, ...]:
+        """Return the tokens in each block; a stage drops them before the block's MLP."""
         more = size.num_prefix_tokens + self.num_merged
         after = {stage.first: stage.keep + more for stage in self.stages(size)}
         return counts_of(size, lambda i, tokens: after.get(i, tokens))
 
     def scoring_flops(self, size: TowerSize) -> int:
+        """Return the FLOPs of the CLS rows, and of comparing keys with merge='nearest'."""
         counts, total = self.token_counts(size), 0
         for stage in self.stages(size):
             tokens = counts[stage.first].attention
@@ -97,6 +106,7 @@ class EViT(Strategy):
     def step(
         self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
     ) -> tuple[Tensor, StageInfo]:
+        """Run block `stage.first`, reduced between its attention and its MLP."""
         i, p = stage.first, tower.num_prefix_tokens
         tokens, row, keys = self._attend(tower, i, tokens)
         scores = row[:, p:]
@@ -123,7 +133,7 @@ class EViT(Strategy):
         return tower.mlp(i, torch.cat(rows, dim=1)), StageInfo(stage, reduction, row.detach())
 
     def _attend(self, tower: Tower, i: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Block i's attention half, its CLS row (B, N), head mean, and its keys (B, H, N, d)."""
+        """Return block i's attention output, head-mean CLS row (B, N) and keys (B, H, N, d)."""
         q, k, v = tower.qkv(i, tokens)
         scale = tower.projections(i).scale
         if self.attention_gradient:
@@ -134,4 +144,5 @@ class EViT(Strategy):
         return tower.attend(i, tokens, qkv=(q, k, v)), row, k
 
     def at_strength(self, size: TowerSize, strength: float) -> Strategy:
+        """Return the strategy with the keep ratio of that strength."""
         return replace(self, keep_ratio=1 - strength * (1 - least_share(size)))

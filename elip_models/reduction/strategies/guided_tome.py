@@ -1,12 +1,12 @@
-"""ToMe that spares what is asked for: text says which tokens merge last.
+"""ToMe that protects the tokens which a text attends to: they merge last.
 
 x~_cls  = lam * x_cls + (1 - lam) * t_cls                                          ELIP, Eq. 1
 a       = this block's CLS row, of x~_cls, read from the tokens as they enter it
 penalty = 3 [a is among the `protect` largest] + weight * a / max a
 
-ToMe merges the r tokens of set A that are most alike to their partners in B; here, the r whose
-similarity less their penalty is largest. Similarities lie within 2 of each other, so that no
-protected token merges while r others may. It may still be a partner, whose mean then holds more.
+ToMe merges the r tokens of set A that are most similar to their partners in B. Here, it merges the
+r with the largest difference of similarity and penalty. Two cosines differ by at most 2, so a
+protected token merges only after all others. Other tokens may still merge into it.
 """
 
 from dataclasses import dataclass
@@ -27,12 +27,16 @@ PROTECTION = 3.0  # more than any two cosines differ by
 
 @dataclass(frozen=True)
 class GuidedToMe(Guided, ToMe):
-    """ToMe whose most asked-for tokens may not be merged away; ours, of ToMe's step and ELIP's row.
+    """Merge as ToMe does, but protect the tokens with the most text-guided CLS attention.
 
-    r, proportional: as of `ToMe`.
-    protect: share of the patches of every block that merge only if no others are left, in [0, 1).
-    weight: of a token's share in the row, the largest being 1, against its similarity.
-    fusion, guidance_norm, without_text: as of `ELIP`.
+    This strategy is new in this project: the step of ToMe with the attention row of ELIP.
+
+    Attributes:
+        r, proportional: as of `ToMe`.
+        protect: the share of patches in every block that merge only if no others are left, in
+            [0, 1).
+        weight: the factor of a token's attention, relative to the largest, against its similarity.
+        fusion, guidance_norm, without_text: as of `ELIP`.
     """
 
     name: ClassVar[str] = "guided_tome"
@@ -44,11 +48,12 @@ class GuidedToMe(Guided, ToMe):
     without_text: Literal["dense", "vision"] | None = ELIP.without_text
 
     def scoring_flops(self, size: TowerSize) -> int:
-        """ToMe's, and a CLS row in every block that merges."""
+        """Return the FLOPs of ToMe, and of a CLS row in every block that merges."""
         rows = sum(size.row_flops(n) for n, m in self.token_counts(size) if m < n)
         return super().scoring_flops(size) + rows
 
     def penalty(self, tower: Tower, i: int, tokens: Tensor, text_cls: Tensor | None) -> Tensor:
+        """Return the penalty (B, N) of each token by block i's CLS row."""
         p = tower.num_prefix_tokens
         with scoring_context(tower.model, tokens):
             cls = fused_cls(tower, tokens, text_cls, self)

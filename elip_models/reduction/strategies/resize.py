@@ -1,4 +1,4 @@
-"""A smaller image through the dense tower."""
+"""Resize the image, and run the dense tower on fewer patches."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -16,10 +16,11 @@ from elip_models.validation import PositiveInt, check_fields
 
 @dataclass(frozen=True)
 class ImageResize(Strategy):
-    """A smaller image through the dense tower, positions interpolated: the plainest saving.
+    """Resize the image and interpolate the position embeddings: the simplest baseline.
 
-    size: pixels of the image's height, a multiple of the patch, its width shrinks alike; None:
-        about three quarters.
+    Attributes:
+        size: the height in pixels, a multiple of the patch size; the width keeps its proportion.
+            None means about three quarters of the image's height.
     """
 
     name: ClassVar[str] = "resize"
@@ -32,7 +33,7 @@ class ImageResize(Strategy):
         check_fields(self)
 
     def pixels(self, size: TowerSize, image: tuple[int, int] | None = None) -> tuple[int, int]:
-        """(h, w) of what the tower sees of an image (H, W), by default one of its own size."""
+        """Return the resized (h, w) of an image (H, W), by default of the tower's own size."""
         (height, width), patch = image or size.image, size.patch
         smaller = patch * round(0.75 * height / patch) if self.size is None else self.size
         if smaller % patch or smaller > height:
@@ -43,39 +44,45 @@ class ImageResize(Strategy):
         return smaller, max(patch, round(smaller * width / height / patch) * patch)
 
     def refuses(self, tower: Tower) -> str | None:
+        """Return why the tower cannot read a smaller image."""
         return tower.refuses_resizing()
 
     def stages(self, size: TowerSize) -> tuple[Stage, ...]:
+        """Return no stage: the blocks run unchanged."""
         self.pixels(size)
         return ()
 
     def token_counts(self, size: TowerSize) -> tuple[Layer, ...]:
+        """Return the tokens of the resized image in every block."""
         height, width = self.pixels(size)
         tokens = size.num_prefix_tokens + (height // size.patch) * (width // size.patch)
         return (Layer(tokens, tokens),) * size.depth
 
     def embed_flops(self, size: TowerSize) -> int:
+        """Return the FLOPs of the patch embedding of the resized image."""
         return size._replace(image=self.pixels(size)).embed_flops()
 
     def smaller(self, tower: Tower, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> (B, 3, h, w)."""
+        """Return images (B, 3, H, W) resized to (B, 3, h, w)."""
         at_least_fp32 = torch.promote_types(images.dtype, torch.float32)
         pixels, wide = self.pixels(tower.size, images.shape[2:]), images.to(at_least_fp32)
         return F.interpolate(wide, pixels, mode="bicubic", antialias=True).to(images.dtype)
 
     def patchify(self, tower: Tower, images: Tensor) -> Tensor:
-        """What the tower's entrance makes of the images, smaller."""
+        """Return the embedded patches of the resized images."""
         return tower.patchify(self.smaller(tower, images))
 
     def at_strength(self, size: TowerSize, strength: float) -> Strategy:
+        """Return the strategy with the size of that strength, in whole patches."""
         rows = size.image[0] // size.patch
         return replace(self, size=size.patch * (rows - round(strength * (rows - 1))))
 
     def at_flops(
         self, model: nn.Module | Tower, ratio: float, *, training: bool = True
     ) -> "ImageResize":
-        """The size whose FLOPs are nearest to `ratio` of dense; whole patches seldom meet it
-        exactly.
+        """Return the size whose FLOPs are nearest to `ratio` of dense.
+
+        Whole patches seldom meet the ratio exactly, so no tolerance applies.
         """
         size = tower_of(model).size
         return at_flops(self, size, ratio, training=training, exactly=False)

@@ -1,4 +1,4 @@
-"""ToMe: the most alike tokens of every block become one, between its attention and its MLP."""
+"""ToMe: merge the most similar tokens in every block, between its attention and its MLP."""
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -22,14 +22,15 @@ from elip_models.validation import Count, Rate, check_fields
 
 @dataclass(frozen=True)
 class ToMe(Strategy):
-    """Merge the r most alike pairs of tokens in every block (Bolya et al., ICLR 2023).
+    """Merge the r most similar pairs of tokens in every block (Bolya et al., ICLR 2023).
 
         attention with log(size) of each key added to its scores, then
-        x, size = bipartite soft matching on the head mean of this block's keys       after attend
+        x, size = bipartite soft matching on the head mean of this block's keys
 
-    r: tokens merged away in every block: a number, a share of the image's patches, or one number a
-        block.
-    proportional: add log(size) to the scores, as the paper does.
+    Attributes:
+        r: how many tokens each block merges away: a number, a share of the image's patches, or one
+            number per block.
+        proportional: add log(size) to the attention scores, as the paper does.
     """
 
     name: ClassVar[str] = "tome"
@@ -46,6 +47,7 @@ class ToMe(Strategy):
         check_fields(self)
 
     def refuses(self, tower: Tower) -> str | None:
+        """Return why the tower cannot be reduced: rotary positions, or several prefix tokens."""
         if tower.is_rotary:
             return (
                 "a merged pair has two positions, and a rotary block needs one position per token"
@@ -54,7 +56,8 @@ class ToMe(Strategy):
             return "ToMe protects only one prefix token, the class token, and the tower has several"
         return None
 
-    def _each(self, size: TowerSize) -> tuple[int, ...]:
+    def _merged_per_block(self, size: TowerSize) -> tuple[int, ...]:
+        """Return how many tokens each block merges away."""
         if isinstance(self.r, float):
             total = round(self.r * size.depth * size.num_patches)
             bounds = [total * i // size.depth for i in range(size.depth + 1)]
@@ -65,17 +68,20 @@ class ToMe(Strategy):
         return each
 
     def stages(self, size: TowerSize) -> tuple[Stage, ...]:
+        """Return one stage per block, from the first that merges."""
         p = size.num_prefix_tokens
         counts = self.token_counts(size)
         stages = [Stage(i, 1, layer.mlp - p) for i, layer in enumerate(counts)]
         merges = [i for i, layer in enumerate(counts) if layer.mlp < layer.attention]
-        return tuple(stages[merges[0] :]) if merges else ()  # sizes weigh in all that follow
+        return tuple(stages[merges[0] :]) if merges else ()  # all later blocks need the sizes
 
     def token_counts(self, size: TowerSize) -> tuple[Layer, ...]:
-        each, p = self._each(size), size.num_prefix_tokens
-        return counts_of(size, lambda i, tokens: tokens - min(each[i], (tokens - p) // 2))
+        """Return the tokens in each block, of which at most half of the patches merge away."""
+        r, p = self._merged_per_block(size), size.num_prefix_tokens
+        return counts_of(size, lambda i, tokens: tokens - min(r[i], (tokens - p) // 2))
 
     def scoring_flops(self, size: TowerSize) -> int:
+        """Return the FLOPs of comparing the keys."""
         channels = size.width // size.heads
         pairs = ((n + 1) // 2 * (n // 2) for n, m in self.token_counts(size) if m < n)
         return sum(2 * channels * each for each in pairs)
@@ -83,6 +89,7 @@ class ToMe(Strategy):
     def step(
         self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
     ) -> tuple[Tensor, StageInfo]:
+        """Run block `stage.first`, with a merge between its attention and its MLP."""
         i, previous = stage.first, context.previous
         sizes = None if previous is None else previous.sizes
         N = tokens.shape[1]
@@ -109,15 +116,16 @@ class ToMe(Strategy):
     def penalty(
         self, tower: Tower, i: int, tokens: Tensor, text_cls: Tensor | None
     ) -> Tensor | None:
-        """What is taken off the similarity of each of the tokens (B, N, D) that enter block i, so
-        that they merge later: (B, N), or None.
+        """Return (B, N) to subtract from the similarity of each token that enters block i.
+
+        Tokens (B, N, D) with a large penalty merge last. None means no penalty.
         """
         return None
 
     def _attend(
         self, tower: Tower, i: int, tokens: Tensor, sizes: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Block i's attention half, and its keys (B, H, N, d), detached."""
+        """Return the output of block i's attention, and its detached keys (B, H, N, d)."""
         q, k, v = tower.qkv(i, tokens)
         bias = None
         if self.proportional and sizes is not None:
@@ -125,5 +133,6 @@ class ToMe(Strategy):
         return tower.attend(i, tokens, bias, qkv=(q, k, v)), k.detach()
 
     def at_strength(self, size: TowerSize, strength: float) -> Strategy:
-        patches = size.depth * size.num_patches  # of all blocks, of which half can go
+        """Return the strategy with r as a share of the patches, evenly over the blocks."""
+        patches = size.depth * size.num_patches  # over all blocks; half of them can merge
         return replace(self, r=round(strength * patches // 2) / patches)

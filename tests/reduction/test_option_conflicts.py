@@ -1,0 +1,284 @@
+"""Options that contradict each other, or that no strategy reads, raise an error."""
+
+import functools
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import elip_models
+from elip_models import (
+    ELIP,
+    AdaptiveELIP,
+    EViT,
+    ImageResize,
+    PatchDropout,
+    RandomPruning,
+    ToMe,
+    encode_image,
+    reduce_,
+    reduction_summary,
+)
+from elip_models.analysis.visualize_inputs import open_visualized_model
+from elip_models.models import create_model
+from elip_models.profiling.table import profile_settings
+from elip_models.reduction.user_warnings import warn_once
+from elip_models.reduction.serialization import settings_of, strategy_of
+from elip_models.reduction.strategies import STRATEGIES
+from elip_models.towers import as_tower
+from elip_models.training.open_clip import parse_reduce
+from elip_models.validation import ConfigError
+from tests.helpers.models import hf_vision
+from tests.helpers.towers import SCHEDULE, images, plain_vit, text
+
+
+def encode(model, **options):
+    return encode_image(model, images(), **options)
+
+
+BOTH = pytest.mark.parametrize("call", [reduce_, encode], ids=["reduce_", "encode_image"])
+
+
+# merge
+
+
+@pytest.mark.parametrize(("value", "word"), [(True, "one"), (False, "none")])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda merge: ELIP(merge=merge),
+        lambda merge: RandomPruning(merge=merge),
+        lambda merge: EViT(merge=merge),
+        lambda merge: reduce_(plain_vit(), strategy="elip", merge=merge),
+        lambda merge: reduce_(plain_vit(), strategy=f"evit:merge={str(merge).lower()}"),
+        lambda merge: create_model("elip_clip_tiny", merge=merge),
+        lambda merge: strategy_of(
+            {**settings_of(ELIP()), "settings": settings_of(ELIP())["settings"] | {"merge": merge}}
+        ),
+    ],
+)
+def test_a_bool_is_refused_and_the_word_for_it_is_named(make, value, word):
+    message = f"merge: expected 'one', 'none' or 'nearest', got {value}; pass '{word}'"
+    with pytest.raises((TypeError, ValueError), match=message):
+        make(value)
+
+
+@pytest.mark.parametrize(("merge", "rows"), [("one", 2 + 18), ("none", 1 + 18), ("nearest", 19)])
+def test_each_word_leaves_its_number_of_tokens(merge, rows):
+    tokens = encode(plain_vit(), schedule="3(100%) 3(50%)", merge=merge)
+    assert tokens.shape[1] == rows
+
+
+def test_a_tower_reduces_by_a_word_too():
+    tower, tokens = as_tower(plain_vit()), torch.randn(2, 37, 32)
+    with pytest.raises(ValueError, match="merge: expected 'one' or 'none', got True"):
+        tower.reduce(tokens, torch.rand(2, 37), 4, merge=True)
+
+
+def test_a_strategy_of_a_user_has_a_word_too():
+    class Old(ToMe):
+        merge = True
+
+    with pytest.raises(TypeError, match=r"merge: expected .* got True; pass 'one'"):
+        reduce_(plain_vit(), strategy=Old())
+
+
+# keep beside the strategy's own option
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("options", "other"),
+    [
+        ({"strategy": "patch_dropout:keep_ratio=0.5"}, "keep_ratio=0.5"),
+        ({"strategy": PatchDropout(0.6)}, "keep_ratio=0.6"),
+        ({"strategy": "tome:r=8"}, "r=8"),
+        ({"strategy": "tome", "r": 8}, "r=8"),
+        ({"strategy": ToMe(r=0.1)}, "r=0.1"),
+        ({"strategy": "guided_tome:r=3"}, "r=3"),
+        ({"strategy": "evit:keep_ratio=0.7"}, "keep_ratio=0.7"),
+        ({"strategy": EViT(keep_ratio=0.6)}, "keep_ratio=0.6"),
+        ({"strategy": "resize:size=32"}, "size=32"),
+        ({"strategy": ImageResize(32)}, "size=32"),
+        ({"schedule": SCHEDULE}, f"schedule='{SCHEDULE}'"),
+        ({"schedule": "albef", "scorer": "exact"}, "schedule='albef'"),
+        ({"strategy": "elip", "schedule": SCHEDULE}, f"schedule='{SCHEDULE}'"),
+        ({"strategy": "random:schedule=meter"}, "schedule='meter'"),
+        ({"strategy": ELIP(SCHEDULE)}, f"schedule='{SCHEDULE}'"),
+        ({"strategy": AdaptiveELIP(SCHEDULE)}, f"schedule='{SCHEDULE}'"),
+    ],
+    ids=str,
+)
+def test_keep_beside_the_strategys_own_option_names_both(call, options, other):
+    with pytest.raises(ValueError, match=r"keep: expected no .* got keep=0.7 and ") as error:
+        call(plain_vit(), keep=0.7, **options)
+    assert other in str(error.value)
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, EViT(layers="all"), ToMe(proportional=False)])
+def test_keep_goes_with_every_option_that_does_not_set_it(strategy):
+    model = reduce_(plain_vit(), strategy=strategy, keep=0.8)
+    assert reduction_summary(model).keep == pytest.approx(0.8, abs=0.1)
+
+
+def test_an_option_of_a_strategy_that_sets_no_number_goes_with_keep():
+    model = reduce_(plain_vit(), strategy="adaptive", keep_mass=0.5, keep=0.8)
+    assert reduction_summary(model).strategy.keep_mass == 0.5
+
+
+def test_every_strategy_names_the_field_that_keep_sets():
+    for cls in STRATEGIES.values():
+        model = plain_vit()
+        found, default = cls().at_keep(model, 0.7), cls()
+        changed = {name for name in vars(found) if vars(found)[name] != vars(default)[name]}
+        assert cls.keep_field in changed <= {cls.keep_field, "without_text"}
+
+
+def test_the_command_line_refuses_both_too():
+    settings = {"models": (), "flops": None, "batch_sizes": (1,), "mode": "both", "dtype": "fp32"}
+    settings |= {"rounds": None, "keep": 0.7}
+    with pytest.raises(ConfigError, match=r"--strategy: keep: expected no r beside it"):
+        profile_settings(strategies=("tome:r=8",), schedule=None, **settings)
+    with pytest.raises(ConfigError, match="--keep: expected it or --schedule"):
+        profile_settings(strategies=(), schedule="clip", **settings)
+    with pytest.raises(ValueError, match="keep: expected no r beside it"):
+        parse_reduce(["tome:r=8", "keep=0.7"])
+    for options in ({"strategy": "tome:r=8"}, {"schedule": "clip"}):
+        with pytest.raises(ConfigError, match="--keep: expected no"):
+            open_visualized_model("elip_clip_tiny", pretrained=False, keep=0.7, **options)
+
+
+# an option without its strategy
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("options", "has", "owners"),
+    [
+        ({"merge": "nearest"}, "has no such option", "'elip', 'evit', 'trips', 'random'"),
+        ({"scorer": "exact"}, "has no such option", "'elip', 'trips', 'adaptive'"),
+        ({"fusion": 0.5, "keep": 0.7}, "has no such option", "'elip', 'guided_tome'"),
+        ({"keep_ratio": 0.5}, "has no such option", "'evit', 'patch_dropout'"),
+        ({"size": 32}, "has no such option", "'resize'"),
+        ({"r": 8}, "takes no options", "'tome', 'guided_tome', 'pitome', 'crossget'"),
+    ],
+    ids=str,
+)
+def test_an_option_without_a_strategy_names_those_that_have_it(call, options, has, owners):
+    name = next(iter(options))
+    start = f"{name}: expected a strategy beside it, since the default, 'tome', {has}, got {name}="
+    with pytest.raises(ValueError, match=start) as error:
+        call(plain_vit(), **options)
+    first = owners.partition(",")[0]
+    assert f"strategies with it: {owners}" in str(error.value)
+    assert str(error.value).endswith(f"Pass strategy={first}")
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("options", "close"),
+    [
+        ({"kep": 0.7}, "keep"),
+        ({"mrege": "one"}, "merge"),
+        ({"strategy": "elip", "scorr": "last"}, "scorer"),
+        ({"schedule": SCHEDULE, "fussion": 0.5}, "fusion"),
+        ({"strategy": "evit:keep_rate=0.7"}, "keep_ratio"),
+    ],
+    ids=str,
+)
+def test_an_unknown_option_names_the_closest_one(call, options, close):
+    with pytest.raises(ValueError, match=f"did you mean '{close}'"):
+        call(plain_vit(), **options)
+
+
+def test_a_schedule_means_elip_and_takes_its_options():
+    options = {"schedule": SCHEDULE, "scorer": "exact", "fusion": 0.5, "merge": "none"}
+    model, x, t = plain_vit(), images(), text()
+    tokens = encode_image(model, x, t, **options)
+    expected = ELIP(**options, without_text="vision")
+    assert torch.equal(tokens, encode_image(model, x, t, strategy=expected))
+    assert reduction_summary(reduce_(model, **options)).strategy == expected
+
+
+# the default strategy
+
+
+@pytest.mark.parametrize("keep", [None, 0.8])
+def test_every_entry_has_the_same_default(keep):
+    model, x = plain_vit(), images()
+    tokens = encode_image(model, x, keep=keep)
+    strategy = reduction_summary(reduce_(model, keep=keep)).strategy
+    assert strategy == ToMe().at_keep(model, keep or 0.7)
+    assert torch.equal(model.forward_features(x), tokens)
+    shown = open_visualized_model("timm:vit_tiny_patch16_224", pretrained=False, keep=keep)
+    assert shown.strategy == ToMe().at_keep(shown.tower, keep or 0.7)
+
+
+def test_a_saved_model_has_its_own_default_in_every_entry(tmp_path):
+    model, x = hf_vision("ViTForImageClassification", "ViTConfig"), images()
+    reduce_(model, strategy=ToMe(r=2)).save_pretrained(tmp_path)
+    model = type(model).from_pretrained(tmp_path).eval()
+    tokens = encode_image(model, x)
+    assert torch.equal(tokens, encode_image(model, x, strategy=ToMe(r=2)))
+    assert torch.equal(
+        encode_image(model, x, keep=0.8), encode_image(model, x, strategy="tome", keep=0.8)
+    )
+    assert reduction_summary(reduce_(model)).strategy == ToMe(r=2)
+
+
+def test_models_of_the_paper_name_the_papers_strategy():
+    model = create_model("elip_clip_tiny")
+    assert model.config.strategy == "elip" and isinstance(model.reduction, ELIP)
+    shown = open_visualized_model("elip_clip_tiny", pretrained=False, fusion=1.0)
+    assert shown.strategy.name == "elip"
+
+
+def replaced_block():
+    model = plain_vit()
+    model.blocks[3].forward = functools.partial(type(model.blocks[3]).forward, model.blocks[3])
+    return model
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: plain_vit(reg_tokens=2), "ToMe protects only one prefix token"),
+        (replaced_block, "the forward method of a block was replaced"),
+    ],
+)
+def test_another_strategy_than_the_default_is_named_once(call, make, reason, recwarn):
+    warn_once.cache_clear()
+    for _ in range(2):
+        call(make())
+    (found,) = (each for each in recwarn if "default strategy" in str(each.message))
+    message = str(found.message)
+    assert "'tome', cannot reduce this model, so 'elip' is used" in message
+    assert reason in message and "Pass strategy='elip'" in message
+    assert found.filename == __file__
+    recwarn.clear()
+    warn_once.cache_clear()
+    call(make(), strategy="elip")
+    assert not [each for each in recwarn if "default strategy" in str(each.message)]
+
+
+def test_a_text_that_the_default_ignores_is_warned_about(recwarn):
+    warn_once.cache_clear()
+    model, x, t = plain_vit(), images(), text()
+    ignored = encode_image(model, x, t)
+    (found,) = (each for each in recwarn if "text_cls is ignored" in str(each.message))
+    assert found.category is elip_models.UnguidedWarning and found.filename == __file__
+    assert torch.equal(ignored, encode_image(model, x))
+
+
+# names at the root
+
+
+def test_what_a_strategy_of_a_user_needs_is_at_the_root():
+    names = {"Strategy", "Stage", "StageInfo", "Layer", "adapt_", "open_model", "list_models"}
+    assert names <= set(elip_models.__all__)
+    assert "clip_tiny" in elip_models.list_models()
+    code = "import elip_models, sys; elip_models.Strategy; print('timm' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
