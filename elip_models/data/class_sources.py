@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from elip_models.data.checks import check_index, expand_user
 from elip_models.data.data_spec import parse_files
+from elip_models.data.examples import Example
 from elip_models.data.readers import parse_options
 from elip_models.data.sample import Sample, SampleError, Source, decode_image
 from elip_models.data.scene_captions import PLACES, with_article
@@ -216,6 +217,28 @@ class ClassDataset(_PhotoTemplates):
         """Return the class."""
         check_index(index, len(self))
         return (self.classes[self._numbers[index]],)
+
+
+class ClassExamples:
+    """An `ExampleSource` of images with classes and without text.
+
+    The classes are its `answers`, in the order of the source.
+    """
+
+    def __init__(self, source: ClassSource) -> None:
+        self.source = source
+        self.answers = source.classes
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.text_alone(index)._replace(images=(self.source[index].image,))
+
+    def text_alone(self, index: int) -> Example:
+        """Return the class without decoding the image."""
+        (name,) = self.source.captions(index)
+        return Example((), "", {name: 1.0}, self.source.sample_id(index))
 
 
 def _only_column(table: "Dataset", kind: type, name: str | None) -> str:

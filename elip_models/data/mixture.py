@@ -11,18 +11,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from elip_models.data.checks import check_index
+from elip_models.data.examples import Example, ExampleSource
 from elip_models.data.sample import Sample, SampleError, Source
 from elip_models.data.shared_images import image_number
 from elip_models.validation import Positive, check
 
 
-class MixedSource:
-    """Concatenation of several sources, as one `Source`.
+class Concatenation:
+    """Concatenation of several sources; ids start with the source's number: "1/s.tar:003"."""
 
-    The id of a sample starts with the number of its source: "1/00000.tar:000003".
-    """
-
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(self, sources: Sequence[Source | ExampleSource]) -> None:
         self.sources = tuple(sources)
         self.lengths = tuple(len(source) for source in self.sources)
         self._ends = np.cumsum(self.lengths)
@@ -30,13 +28,23 @@ class MixedSource:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> Sample | Example:
         number, place = self._find(index)
         try:
             sample = self.sources[number][place]
         except SampleError as error:
             raise SampleError(f"{number}/{error.id}", error.reason) from error
         return sample._replace(id=f"{number}/{sample.id}")
+
+    def _find(self, index: int) -> tuple[int, int]:
+        """Return the number of the source and the index in it."""
+        check_index(index, len(self))
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return number, index - int(self._ends[number]) + self.lengths[number]
+
+
+class MixedSource(Concatenation):
+    """Concatenation of image-caption sources, as one `Source`."""
 
     def captions(self, index: int) -> tuple[str, ...]:
         """Return the captions without decoding the image; empty if the sample has none."""
@@ -48,11 +56,19 @@ class MixedSource:
         number, place = self._find(index)
         return index - place + image_number(self.sources[number], place)
 
-    def _find(self, index: int) -> tuple[int, int]:
-        """Return the number of the source and the index in it."""
-        check_index(index, len(self))
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        return number, index - int(self._ends[number]) + self.lengths[number]
+
+class ConcatExamples(Concatenation):
+    """Concatenation of the examples of a task; `answers` has those of the first source first."""
+
+    def __init__(self, sources: Sequence[ExampleSource]) -> None:
+        super().__init__(sources)
+        self.answers = tuple(dict.fromkeys(each for one in self.sources for each in one.answers))
+
+    def text_alone(self, index: int) -> Example:
+        """Return the example without images; none is decoded."""
+        number, place = self._find(index)
+        example = self.sources[number].text_alone(place)
+        return example._replace(id=f"{number}/{example.id}")
 
 
 def check_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:

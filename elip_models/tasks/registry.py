@@ -7,9 +7,7 @@ from typing import Any
 
 from elip_models.models.io.files import write_file
 from elip_models.tasks.captioning import Captioning
-from elip_models.tasks.classification import Classification
-from elip_models.tasks.entailment import Entailment
-from elip_models.tasks.nlvr2 import NLVR2
+from elip_models.tasks.class_tasks import NLVR2, Classification, Entailment
 from elip_models.tasks.retrieval_task import Retrieval
 from elip_models.tasks.task import Task
 from elip_models.tasks.vqa import VQA

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from elip_models.data import Example, soft_scores, tokenize
 from elip_models.data.tasks.vqa_answers import normalise_answer
-from elip_models.tasks.class_task import ClassTask
+from elip_models.tasks.class_tasks import ClassTask
 from elip_models.tasks.task import Preprocessor
 from elip_models.validation import PositiveInt
 

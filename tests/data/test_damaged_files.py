@@ -126,9 +126,6 @@ def test_members_are_those_of_tarfile(tmp_path, format):
     assert found == expected and not any(isinstance(each, Damage) for each in found)
 
 
-# Images
-
-
 def chunk(kind, content):
     body = kind + content
     return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
@@ -171,9 +168,6 @@ def test_a_damaged_image_is_read_or_a_sample_error(format):
             assert decode_image(io.BytesIO(bytes(damaged)), "id").mode == "RGB"
         except SampleError as error:
             assert error.reason.startswith("not a readable image: ")
-
-
-# JSON
 
 
 def test_text_that_is_no_unicode_is_skipped_and_named(tmp_path):

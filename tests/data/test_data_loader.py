@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import pickle
 
 import pytest
@@ -21,9 +22,11 @@ from elip_models.data import (
     image_transform,
     train_loader,
 )
+from elip_models.data.loader import ForkSafeLoader
 from elip_models.data.training_samples import _replacements
 
 SIZE, BATCH, LENGTH = 16, 4, 22
+THREADS = "TOKENIZERS_PARALLELISM"
 TENSORS = ("images", "input_ids", "attention_mask")
 
 
@@ -69,9 +72,6 @@ def assert_same_batches(first: list[dict], second: list[dict]) -> None:
         assert a.keys() == b.keys()
         assert all(torch.equal(a[name], b[name]) for name in TENSORS)
         assert all(a[name] == b[name] for name in a.keys() - set(TENSORS))
-
-
-# Batches
 
 
 def test_a_batch_has_the_documented_shapes(dataset):
@@ -123,13 +123,25 @@ def test_a_pickled_dataset_gives_the_same_samples(dataset):
     assert all(torch.equal(copy[1, 3][name], dataset[1, 3][name]) for name in TENSORS)
 
 
-def test_reading_leaves_the_global_generator_alone(dataset):
+def test_reading_leaves_the_global_generator_and_the_environment_alone(dataset, monkeypatch):
+    monkeypatch.delenv(THREADS, raising=False)
     torch.manual_seed(5)
     before = torch.get_rng_state()
     take(dataset, EpochSampler(LENGTH, BATCH, 0), 2)
     assert torch.equal(torch.get_rng_state(), before)
     take(dataset, EpochSampler(LENGTH, BATCH, 0), 2, num_workers=1)
     assert torch.equal(torch.get_rng_state(), before)
+    assert THREADS not in os.environ
+
+
+@pytest.mark.parametrize(("user", "worker"), [(None, "false"), ("true", "true")])
+def test_workers_tokenize_in_one_thread_unless_the_user_sets_it(user, worker, monkeypatch):
+    monkeypatch.delenv(THREADS, raising=False)
+    if user is not None:
+        monkeypatch.setenv(THREADS, user)
+    dataset = [os.environ.get]
+    loader = ForkSafeLoader(dataset, None, num_workers=1, collate_fn=lambda get: get(THREADS))
+    assert list(loader) == [worker] and os.environ.get(THREADS) == user
 
 
 def test_the_number_of_workers_changes_no_batch(tokenizer):
@@ -154,9 +166,6 @@ def test_positions_count_over_epochs(dataset):
     batches = take(dataset, EpochSampler(LENGTH, BATCH, 0), 11)
     assert LENGTH // BATCH == 5
     assert [(b["epoch"], b["offset"]) for b in batches] == [divmod(step, 5) for step in range(11)]
-
-
-# Bad samples
 
 
 def test_a_bad_sample_is_replaced_and_reported(tokenizer):
@@ -232,9 +241,6 @@ def test_check_source_reads_everything_and_judges_nothing():
     assert check_source(DamagedSource(12, {7}), limit=7).reasons == {}
 
 
-# Evaluation
-
-
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_evaluation_yields_readable_samples_in_order(num_workers):
     source = DamagedSource(10, {0, 1, 2, 6})
@@ -261,9 +267,6 @@ def test_evaluation_stops_where_too_much_is_bad():
         list(evaluation_batches(DamagedSource(10, {1}), transform, 3))
     with pytest.raises(DataError, match="no readable sample: 2 of 2"):
         list(evaluation_batches(DamagedSource(2, {0, 1}), transform, 3, report=SkipReport(1.0)))
-
-
-# Bad arguments
 
 
 @pytest.mark.parametrize(

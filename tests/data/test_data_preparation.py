@@ -89,9 +89,6 @@ def test_bad_transform_arguments(arguments, error, message):
         image_transform(**{"image_size": 8, "train": True, **arguments})
 
 
-# Tokenizer
-
-
 def test_tokenizer_round_trip(tokenizer, captions, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     loaded = load_tokenizer(str(tmp_path))
@@ -170,9 +167,6 @@ def test_tokenizers_that_cannot_serve_are_refused(tokenizer, tmp_path):
     bare = save_variant(tokenizer, tmp_path / "b", post_processor=False, eos_token="[SEP]")
     with pytest.raises(ValueError, match=r"expected a tokenizer that ends a text with '\[SEP\]'"):
         load_tokenizer(bare)
-
-
-# Arguments
 
 
 def test_randaugment_survives_pickling_and_leaves_hues_alone():

@@ -1,10 +1,10 @@
 """Readers: what a spec opens, what a sample holds, and what happens where it cannot be read."""
 
+import gzip
 import io
 import json
 import os
 import pickle
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from elip_models.data import (
     check_source,
     open_source,
 )
+from tests.helpers.damage import shard
 
 EMOJI_DATA = Path(__file__).parents[3] / "shared" / "data" / "emoji"
 needs_emoji_data = pytest.mark.skipif(
@@ -32,20 +33,11 @@ def image_bytes(image_format: str = "PNG", mode: str = "RGB", colour="red") -> b
     return buffer.getvalue()
 
 
-def write_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
-    with tarfile.open(path, mode) as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
-
-
 def write_shard(path: Path, keys: list[str]) -> Path:
-    members = {}
+    members = []
     for key in keys:
-        members |= {f"{key}.png": image_bytes(), f"{key}.txt": f"caption {key}".encode()}
-    return write_tar(path, members)
+        members += [(f"{key}.png", image_bytes()), (f"{key}.txt", f"caption {key}".encode())]
+    return shard(path, members)
 
 
 def write_list(folder: Path, entries: list, name: str = "list.json") -> Path:
@@ -58,9 +50,6 @@ def write_list(folder: Path, entries: list, name: str = "list.json") -> Path:
 
 def opened(spec: object) -> Source:
     return open_source(str(spec), image_size=16)
-
-
-# The emoji shards and lists
 
 
 @needs_emoji_data
@@ -89,9 +78,6 @@ def test_every_emoji_test_image_reads():
     report = check_source(opened(EMOJI_DATA / "test_google.json"))
     assert (report.seen, report.reasons) == (160, {})
     assert report.summary() == "All of 160 samples could be read."
-
-
-# Specs
 
 
 def test_a_spec_of_emoji_scenes():
@@ -174,9 +160,6 @@ def test_a_bad_image_size_is_refused_for_every_kind_of_source():
         open_source("list.json", image_size=0)
 
 
-# JSON lists
-
-
 def test_captions_are_a_text_or_a_list_and_empty_ones_are_dropped(tmp_path):
     path = write_list(
         tmp_path,
@@ -247,25 +230,19 @@ def test_a_json_that_is_no_such_list_is_refused(content, message, tmp_path):
         JsonSource(path)
 
 
-# Shards
-
-
 def test_captions_of_json_and_txt_are_united_and_members_grouped_by_key(tmp_path):
-    path = write_tar(
-        tmp_path / "s.tar",
-        {
-            "d/1.json": b'{"captions": ["one", "two"], "caption": "unused"}',
-            "d/1.PNG": image_bytes(),
-            "d/2.jpg": image_bytes("JPEG"),
-            "d/1.txt": b"two",
-            "d/2.txt": b" three\n",
-            "d/3.webp": image_bytes("WEBP"),
-            "d/3.json": b'{"caption": "four"}',
-            "d/3.cls": b"7",
-            "README": b"ignored",
-        },
-    )
-    samples = list(ShardSource(path))
+    members = {
+        "d/1.json": b'{"captions": ["one", "two"], "caption": "unused"}',
+        "d/1.PNG": image_bytes(),
+        "d/2.jpg": image_bytes("JPEG"),
+        "d/1.txt": b"two",
+        "d/2.txt": b" three\n",
+        "d/3.webp": image_bytes("WEBP"),
+        "d/3.json": b'{"caption": "four"}',
+        "d/3.cls": b"7",
+        "README": b"ignored",
+    }
+    samples = list(ShardSource(shard(tmp_path / "s.tar", members.items())))
     assert [sample.id for sample in samples] == ["s.tar:d/1", "s.tar:d/2", "s.tar:d/3"]
     assert [sample.captions for sample in samples] == [("one", "two"), ("three",), ("four",)]
     assert all(sample.image.size == (6, 5) for sample in samples)
@@ -287,7 +264,7 @@ def test_captions_of_json_and_txt_are_united_and_members_grouped_by_key(tmp_path
 )
 def test_an_unreadable_member_is_that_samples_error(members, reason, tmp_path):
     good = {"good.png": image_bytes(), "good.txt": b"fine"}
-    source = ShardSource(write_tar(tmp_path / "s.tar", members | good))
+    source = ShardSource(shard(tmp_path / "s.tar", (members | good).items()))
     assert source[1].captions == ("fine",)
     with pytest.raises(SampleError, match=reason) as caught:
         source[0]
@@ -297,13 +274,13 @@ def test_an_unreadable_member_is_that_samples_error(members, reason, tmp_path):
 def test_captions_of_the_key_that_has_some_and_without_the_mark_of_an_encoding(tmp_path):
     members = {"a.png": image_bytes(), "a.json": b'{"captions": null, "caption": "one"}'}
     members |= {"b.png": image_bytes(), "b.txt": "\ufefftwo".encode()}
-    source = ShardSource(write_tar(tmp_path / "s.tar", members))
+    source = ShardSource(shard(tmp_path / "s.tar", members.items()))
     assert [source.captions(index) for index in range(2)] == [("one",), ("two",)]
 
 
 @pytest.mark.parametrize("members", [{}, {"a.parquet": b"rows"}])
 def test_a_shard_without_a_sample_is_counted_and_the_others_are_read(members, tmp_path):
-    write_tar(tmp_path / "a.tar", members)
+    shard(tmp_path / "a.tar", members.items())
     write_shard(tmp_path / "b.tar", ["k"])
     with pytest.warns(UserWarning, match=r"a\.tar is damaged: no member ends in jpeg, jpg, png"):
         source = open_source(str(tmp_path), image_size=16)
@@ -344,14 +321,11 @@ def test_more_shards_than_handles_may_be_open(tmp_path, monkeypatch):
 def test_a_file_that_is_no_tar_is_refused(content, tmp_path):
     path = tmp_path / "s.tar"
     if content == "compressed":
-        write_tar(path, {"k.txt": b"a"}, "w:gz")
+        path.write_bytes(gzip.compress(shard(path, [("k.txt", b"a")]).read_bytes()))
     else:
         path.write_bytes(b"text" * 300 if content == "text" else b"")
     with pytest.raises(ValueError, match=r"s\.tar: expected a complete, uncompressed tar, got"):
         ShardSource(path)
-
-
-# Arguments
 
 
 @pytest.mark.parametrize("kind", [JsonSource, ShardSource])

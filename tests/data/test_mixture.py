@@ -4,7 +4,6 @@ import io
 import json
 import re
 import shutil
-import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from elip_models.training.errors import TrainingError
 from elip_models.training.run_folder import RunFolder
 from elip_models.training.trainer import train
 from elip_models.validation import ConfigError
+from tests.helpers.damage import shard
 from tests.helpers.tiers import tiered
 from tests.helpers.tiny_run import logged, own_process, tiny_config
 
@@ -45,15 +45,12 @@ def list_and_shards(tmp_path):
         (tmp_path / name).write_bytes(png(scenes[number].image))
         entries.append({"image": name, "caption": list(scenes.captions(number))})
     (tmp_path / "a.json").write_text(json.dumps(entries))
-    for shard in range(2):
-        with tarfile.open(tmp_path / f"{shard:05d}.tar", "w") as tar:
-            for number in range(24 + 8 * shard, 32 + 8 * shard):
-                caption = scenes.captions(number)[0].encode()
-                members = ((".png", png(scenes[number].image)), (".txt", caption))
-                for extension, content in members:
-                    info = tarfile.TarInfo(f"{number:09d}{extension}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+    for first in (24, 32):
+        members = []
+        for number in range(first, first + 8):
+            members.append((f"{number:09d}.png", png(scenes[number].image)))
+            members.append((f"{number:09d}.txt", scenes.captions(number)[0].encode()))
+        shard(tmp_path / f"{first // 32:05d}.tar", members)
     return [str(tmp_path / "a.json"), str(tmp_path / "*.tar")]
 
 
@@ -67,9 +64,8 @@ def epoch_of(sampler, epoch):
 def test_several_specs_are_one_source(list_and_shards):
     source = open_source(list_and_shards, image_size=32)
     assert isinstance(source, MixedSource) and source.lengths == (24, 16)
-    assert [source[index].id for index in (0, 23, 24, 39)] == [
-        *("0/0.png", "0/23.png", "1/00000.tar:000000024", "1/00001.tar:000000039")
-    ]
+    ids = ["0/0.png", "0/23.png", "1/00000.tar:000000024", "1/00001.tar:000000039"]
+    assert [source[index].id for index in (0, 23, 24, 39)] == ids
     assert source.captions(24) == EmojiScenes(40, image_size=32).captions(24)[:1]
     with pytest.raises(IndexError, match="expected 0 <= index < 40, got 40"):
         source[40]
@@ -91,7 +87,7 @@ def test_unreadable_samples_of_two_sources_are_two(tmp_path):
 
 
 def run_python_of_the_document(word):
-    """The block of docs/data.md that holds `word`, in the working folder."""
+    """Run the only block of docs/data.md that contains `word`."""
     text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (block,) = [block for block in blocks if word in block]

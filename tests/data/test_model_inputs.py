@@ -45,9 +45,6 @@ def test_example(caption, albef, blip):
     assert apply_caption_rule(caption, "plain") == caption
 
 
-# Who uses them
-
-
 def test_configs_name_the_rules_and_the_ways_to_resize_that_there_are():
     hints = typing.get_type_hints(InputConfig)
     assert typing.get_args(hints["captions"]) == typing.get_args(CaptionRule)

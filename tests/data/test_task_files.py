@@ -65,9 +65,6 @@ def vqa_files(folder: Path, *annotations: dict, question=QUESTION, subset="val20
     return ",".join(map(str, files)) + f",answers={folder / 'list.json'}"
 
 
-# VQA
-
-
 @pytest.mark.parametrize("image", ["val2014/COCO_val2014_{}.jpg", "COCO_val2014_{}.png"])
 def test_vqa_v2_of_questions_and_annotations(image, tmp_path):
     draw(tmp_path / "coco" / image.format("000000000042"))
@@ -117,9 +114,6 @@ def test_an_answer_list_of_the_data_has_what_is_first_often_enough(tmp_path):
         opened("vqa", str(few))
 
 
-# Entailment and NLVR2
-
-
 @pytest.mark.parametrize(
     ("content", "example_id"),
     [
@@ -158,9 +152,6 @@ def test_nlvr2(content, images, tmp_path):
     left, right = source[0].images
     assert (left.getpixel((0, 0)), right.getpixel((0, 0))) == ((255, 0, 0), (0, 0, 255))
     assert source[0][1:3] == ("both are red", {"true": 1.0})
-
-
-# Captions and classes
 
 
 def test_examples_of_several_lists_without_ids_have_different_ones(tmp_path):
@@ -278,9 +269,6 @@ def test_a_column_of_numbers_is_no_class(tmp_path):
     table.to_parquet(tmp_path / "numbers" / "test.parquet")
     with pytest.raises(ValueError, match=r"expected a column of ClassLabel, got \[\] of \['img'"):
         open_classes(f"datasets:{tmp_path / 'numbers'},split=test", image_size=16)
-
-
-# Broken files
 
 
 BROKEN = {

@@ -1,1 +1,1 @@
-"""Data of the downstream tasks: built-in worlds, standard files, and what texts alone say."""
+"""Data of the downstream tasks: built-in examples, files, and a baseline that reads only the text."""

@@ -16,12 +16,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from elip_models.data.checks import check_not_empty, existing_files
-from elip_models.data.class_sources import open_classes
+from elip_models.data.class_sources import ClassExamples, open_classes
 from elip_models.data.data_spec import parse_files
 from elip_models.data.examples import ExampleSource
+from elip_models.data.mixture import ConcatExamples
 from elip_models.data.readers import parse_options
 from elip_models.data.tasks.entailment import EmojiEntailment
-from elip_models.data.tasks.example_adapters import ClassExamples, ConcatExamples
 from elip_models.data.tasks.label_files import entailment_examples, nlvr2_examples
 from elip_models.data.tasks.pairs import EmojiPairs
 from elip_models.data.tasks.questions import EmojiQuestions
