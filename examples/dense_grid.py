@@ -1,10 +1,10 @@
-"""A dense grid from a reduced tower: segment images though most of their tokens were merged.
+"""Segmentation with a reduced tower: restore one token per patch after merging.
 
     pip install 'elip-kernels[models]'
     python examples/dense_grid.py
 
-`unmerge` gives every patch the token that it went into, so a head that needs one vector a patch
-runs on a tower of 80% of the FLOPs. It is less sharp: the dense tower finds every rectangle whole.
+`unmerge` returns, for every patch, the token that it was merged into. So a head that needs one
+vector per patch runs on a tower with 80% of the FLOPs. The result is less sharp than a dense one.
 """
 
 import timm
@@ -18,7 +18,7 @@ GRID, PATCH = 8, 8  # patches a side, pixels a side of a patch
 
 
 def rectangles(batch):
-    """Noise with a bright rectangle of whole patches -> images, and the patches it covers."""
+    """Return images of noise with a bright rectangle, and the patches that it covers."""
     mask = torch.zeros(batch, GRID, GRID)
     for image in mask:
         top, left, height, width = torch.randint(1, 5, (4,)).tolist()
@@ -28,9 +28,9 @@ def rectangles(batch):
 
 
 def dense_grid(model, images, strategy):
-    """images (B, 3, H, W) -> (B, D, 8, 8), and how many tokens the tower was left with."""
+    """Return features (B, D, 8, 8) of images (B, 3, H, W), and the number of tokens at the end."""
     tokens, infos = encode_image(model, images, strategy=strategy, return_info=True)
-    source = None  # (B, T, N): which of the N first tokens each of the T last holds
+    source = None  # (B, T, N): which of the N input tokens are merged into each of the T outputs
     for info in infos:
         source = info.reduction.source_map(source)
     patches = elip_kernels.unmerge(tokens, source)[:, 1:]  # without CLS
@@ -38,6 +38,7 @@ def dense_grid(model, images, strategy):
 
 
 def main(steps=24):
+    """Train the tower and the head on random rectangles."""
     torch.manual_seed(0)
     sizes = {"img_size": GRID * PATCH, "patch_size": PATCH, "depth": 4, "num_classes": 0}
     model = timm.create_model("vit_tiny_patch16_224", **sizes)

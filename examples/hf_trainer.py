@@ -1,10 +1,10 @@
-"""Train a transformers model by its Trainer: half of the patches, all of them in the last steps.
+"""Train a transformers model with its Trainer on half of the patches, and on all in the last steps.
 
     pip install 'elip-kernels[train]'
     python examples/hf_trainer.py
 
-FLIP trains so: patches dropped at random, and a short end on whole images. A run that resumes from
-a checkpoint goes on with what its step calls for.
+FLIP trains this way: it drops patches at random, then trains briefly on whole images. A run that
+resumes from a checkpoint continues with the reduction of its step.
 """
 
 import tempfile
@@ -17,7 +17,7 @@ from elip_models.training.hf_trainer import ReductionCallback
 
 
 def squares(size):
-    """Noise with a red, green or blue square somewhere."""
+    """Return samples of noise with a red, green or blue square, and its colour as label."""
     images = torch.randn(size, 3, 64, 64)
     for i, image in enumerate(images):
         top, left = torch.randint(0, 40, (2,)).tolist()
@@ -26,11 +26,12 @@ def squares(size):
 
 
 def main(steps=20):
+    """Train, and print the tokens of each step and the accuracy."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 3}
     config = ViTConfig(image_size=64, patch_size=8, num_hidden_layers=6, num_labels=3, **sizes)
     model = ViTForImageClassification(config)
-    tokens = []  # that enter the last block, by step
+    tokens = []  # the number that enters the last block, in each step
     model.vit.layers[-1].register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[1]))
     options = {"per_device_train_batch_size": 32, "use_cpu": True, "report_to": "none"}
     trainer = Trainer(
@@ -39,7 +40,7 @@ def main(steps=20):
         train_dataset=squares(512),
         eval_dataset=squares(64),
         compute_metrics=lambda out: {"right": (out.predictions.argmax(1) == out.label_ids).mean()},
-        callbacks=[ReductionCallback(PatchDropout(0.5), until=0.8)],  # the one line that is new
+        callbacks=[ReductionCallback(PatchDropout(0.5), until=0.8)],  # the only added line
     )
     trainer.train()
     print(f"tokens by step: {tokens}")

@@ -1,10 +1,10 @@
-"""Zero-shot classification by open_clip with a reduced image tower: K prompts, B images.
+"""Zero-shot classification with open_clip and a reduced image tower: K prompts, B images.
 
     pip install 'elip-kernels[open-clip]'
     python examples/open_clip_zero_shot.py --pretrained laion2b_s34b_b88k
 
-Without --pretrained nothing is downloaded and the weights are random: then the probabilities say
-nothing, and the cosine only that blocks of random weights do little.
+Without --pretrained nothing is downloaded and the weights are random. The probabilities and the
+cosines then have no meaning.
 """
 
 import argparse
@@ -19,13 +19,14 @@ COLOURS = ("red", "green", "blue", "yellow", "black")
 
 
 def picture(colour):
-    """A square on white."""
+    """Return an image of a square on white."""
     image = Image.new("RGB", (300, 300), "white")
     image.paste(colour, (60, 60, 200, 200))
     return image
 
 
 def main(name, pretrained, keep):
+    """Classify three images before and after the reduction, and print both."""
     torch.manual_seed(0)
     model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained)
     model.eval()
@@ -33,7 +34,7 @@ def main(name, pretrained, keep):
     prompts = open_clip.get_tokenizer(name)([f"a {colour} square" for colour in COLOURS])  # K = 5
     with torch.no_grad():
         dense = model.encode_image(images, normalize=True)
-        elip_models.reduce_(model, keep=keep)  # whatever the prompts are
+        elip_models.reduce_(model, keep=keep)
         print(elip_models.reduction_summary(model))
         image_features, text_features, scale = model(images, prompts)[:3]
         probabilities = (scale * image_features @ text_features.T).softmax(dim=1)  # (B, K)

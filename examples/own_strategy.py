@@ -1,9 +1,9 @@
-"""A strategy of your own: keep the patches whose tokens are longest, merge the others.
+"""Write a strategy: keep the patches whose tokens have the largest norm, merge the others.
 
     pip install 'elip-kernels[models]'
     python examples/own_strategy.py
 
-It takes part in all that the built-in ones do: checkpointing, torch.compile, keep=, at_flops.
+It works with everything that the built-in ones do: checkpointing, torch.compile, keep=, at_flops.
 """
 
 from dataclasses import dataclass, replace
@@ -18,34 +18,39 @@ from elip_models import Layer, Stage, StageInfo, Strategy
 
 @dataclass(frozen=True)
 class Longest(Strategy):
-    """Before block `first`, keep a share of the patches by the length of their tokens."""
+    """Before block `first`, keep a share of the patches by the norm of their tokens."""
 
     name: ClassVar[str] = "longest"
     keep_field: ClassVar[str] = "keep_ratio"  # what reduce_(keep=..) sets
     keep_ratio: float = 0.5
     first: int = 1
 
-    def stages(self, size):  # where it acts, and how many patches stay
+    def stages(self, size):
+        """Return where it acts, and how many patches stay."""
         keep = max(1, int(self.keep_ratio * size.num_patches))
         return (Stage(self.first, size.depth - self.first, keep),) if self.keep_ratio < 1 else ()
 
-    def token_counts(self, size):  # tokens in each block: these count as FLOPs
+    def token_counts(self, size):
+        """Return the tokens in each block, from which FLOPs follow."""
         counts = [size.num_tokens] * size.depth
         for stage in self.stages(size):
-            left = size.num_prefix_tokens + stage.keep + 1  # the merged one is the last
+            left = size.num_prefix_tokens + stage.keep + 1  # the merged token is the last
             counts[stage.first :] = [min(left, size.num_tokens)] * stage.layers
         return tuple(Layer(n, n) for n in counts)
 
-    def step(self, tower, stage, tokens, context):  # tokens (B, N, D) -> (B, p + keep + 1, D)
+    def step(self, tower, stage, tokens, context):
+        """Reduce tokens (B, N, D) to (B, p + keep + 1, D), p prefix tokens first."""
         row = tokens.detach().norm(dim=2) if context.replay is None else context.replay.attention
         tokens, reduction = tower.reduce(tokens, row, stage.keep, merge="one")
         return tokens, StageInfo(stage, reduction, row)
 
-    def at_strength(self, size, strength):  # from nothing (0) to all that it can (1)
+    def at_strength(self, size, strength):
+        """Return the strategy from strength 0 (drops nothing) to 1 (keeps one patch)."""
         return replace(self, keep_ratio=1 - strength * (1 - 1 / size.num_patches))
 
 
 def main():
+    """Run the strategy in both ways: `encode_image` and `reduce_`."""
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224").eval()
     images = torch.randn(2, 3, 224, 224)

@@ -1,9 +1,9 @@
-"""Fine-tune a timm model that sees 70% of its tokens, with timm's optimizer and loader.
+"""Fine-tune a timm model on 70% of its tokens, with timm's optimizer and loader.
 
     pip install 'elip-kernels[models]'
     python examples/timm_finetuning.py
 
-timm's own train.py, unchanged, finds the model that is registered below by `--model`:
+timm's own train.py, unchanged, finds the model that is registered below with `--model`:
     python -c "import runpy, timm_finetuning; runpy.run_path('train.py', run_name='__main__')" ..
 """
 
@@ -20,12 +20,13 @@ import elip_models
 
 @register_model
 def reduced_vit_tiny(pretrained=False, **options):
+    """Return a tiny ViT that is reduced."""
     model = timm.create_model("vit_tiny_patch16_224", pretrained=pretrained, **options)
-    return elip_models.reduce_(model, keep=0.7)  # the one line that is new
+    return elip_models.reduce_(model, keep=0.7)  # the only added line
 
 
 class Squares(torch.utils.data.Dataset):
-    """Noise with a red, green or blue square somewhere; timm's loader sets `transform`."""
+    """Noise with a red, green or blue square; timm's loader sets `transform`."""
 
     def __len__(self):
         return 256
@@ -39,6 +40,7 @@ class Squares(torch.utils.data.Dataset):
 
 
 def main(epochs=2):
+    """Train, and print the accuracy of each epoch."""
     torch.manual_seed(0)
     model = timm.create_model("reduced_vit_tiny", img_size=64, patch_size=8, depth=6, num_classes=3)
     print(elip_models.reduction_summary(model))

@@ -1,8 +1,8 @@
-"""What a library's own config says of how a model is reduced, for `save_pretrained` to carry.
+"""The strategy in a model's own config, which `save_pretrained` of transformers stores.
 
-Several models may share one config object, and one of them alone is reduced. So the
-strategy is written into a copy, which the modules of that model use in the object's place;
-`remove_from_config` puts the object back, unless the model's own has changed since.
+Several models may share one config object while only one of them is reduced. So the strategy is
+written into a copy, which the modules of that model use instead. `remove_from_config` restores the
+shared object, unless the copy has changed otherwise.
 """
 
 import copy
@@ -11,17 +11,15 @@ from typing import Any
 
 from torch import nn
 
-from elip_models.reduction.serialization import settings_of, strategy_of
 from elip_models.reduction.reduced_model import Reduction
+from elip_models.reduction.serialization import settings_of, strategy_of
 from elip_models.reduction.strategy import Strategy
 from elip_models.towers import ImageTextModel, Tower
 from elip_models.validation import as_config_error
 
 
 def store_in_config(model: nn.Module, reduction: Reduction) -> None:
-    """Say in the library's config, if it saves one, how `model`, or the one inside it, is
-    reduced.
-    """
+    """Store the strategy in the model's config, if its library saves one."""
     owner = reduction.image_text or reduction.tower
     if owner.saved_config is None:
         return
@@ -32,7 +30,7 @@ def store_in_config(model: nn.Module, reduction: Reduction) -> None:
 
 
 def strategy_in_config(owner: ImageTextModel | Tower) -> Strategy | None:
-    """What the library's config says of how a model was reduced when it was saved."""
+    """Return the strategy that a model was saved with, or None."""
     config = owner.saved_config
     saved = getattr(config, "elip", None)
     if saved is None:
@@ -42,7 +40,7 @@ def strategy_in_config(owner: ImageTextModel | Tower) -> Strategy | None:
 
 
 def remove_from_config(modules: Iterable[nn.Module], reductions: Iterable[Reduction]) -> None:
-    """The configs of the modules say no more of it; another model that has one keeps it."""
+    """Remove the strategy from the configs of the modules; other models keep theirs."""
     modules = list(modules)
     found = {id(config): config for module in modules if (config := _config_of(module)) is not None}
     shared = [each.shared_config for each in reductions if each.shared_config is not None]
@@ -56,10 +54,12 @@ def remove_from_config(modules: Iterable[nn.Module], reductions: Iterable[Reduct
 
 
 def _replace(modules: Iterable[nn.Module], config: Any, by: Any) -> None:
+    """Replace a config object by another in all modules that use it."""
     for module in modules:
         if _config_of(module) is config:
             module.config = by
 
 
 def _config_of(module: nn.Module) -> Any:
+    """Return the module's own config, or None."""
     return vars(module).get("config")

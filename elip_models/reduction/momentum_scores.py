@@ -1,12 +1,11 @@
-"""Rows of a dense tower that runs anyway, in place of a scorer: the momentum tower's, in training.
+"""Scores from the momentum tower, which runs densely in training anyway, in place of a scorer.
 
-    x~ = fused CLS where a stage begins (Eq. 1);  it goes alone through the stage's blocks, and
-    attends to the tokens as they are in each;  a = its attention row in the last one (Eq. 2)
+    x~ = fused CLS at the start of a stage (Eq. 1), which passes the stage's blocks alone and
+         attends to the tokens in each;  a = its attention row in the last one (Eq. 2)
 
-No token sees x~, so the tower's output is that of a dense pass, and three rows and a token's way
-through the blocks are all that it costs. With the weights of the online tower, where no token has
-left yet and x~ is its own CLS token (fusion 1), a is the row of scorer `exact`; a text's share in
-x~ moves the tokens of `exact`, and not these.
+No token attends to x~, so the tower's output is that of a dense pass. The cost is one row per
+stage, and one token through the blocks. With equal weights, fusion=1 and no token dropped yet, a is
+the row of scorer 'exact'. With a text the rows differ: in 'exact' x~ also changes other tokens.
 """
 
 import torch
@@ -24,8 +23,16 @@ Rows = dict[int, Tensor]
 def forward_with_scores(
     tower: Tower, images: Tensor, text_cls: Tensor | None, strategy: ELIP
 ) -> tuple[Tensor, Rows]:
-    """Run the dense tower -> tokens (B, N, D) after its final norm, and the rows that select where
-    `strategy` reduces, guided by text_cls (B, D).
+    """Run the dense tower and compute the rows that select in each stage of `strategy`.
+
+    Args:
+        tower: the dense tower.
+        images: (B, 3, H, W).
+        text_cls: the guidance (B, D), or None.
+        strategy: ELIP with the stages.
+
+    Returns:
+        Tokens (B, N, D) after the final norm, and the rows by first block of a stage.
     """
     stages = {stage.first: stage for stage in strategy.stages(tower.size)}
     rows, stage, cls = {}, None, None

@@ -33,7 +33,7 @@ def merge_nearest(
         tokens: (B, N, D).
         row: (B, N) the scores that select.
         context: the other inputs of the step.
-        kept: (B, K), see `elip_kernels.merge_nearest`; None: the `stage.keep` of the largest in `row`.
+        kept: (B, K), see `elip_kernels.merge_nearest`; None: the `stage.keep` largest of `row`.
         metric: (B, N, C) the features to compare, if the block has already computed its keys.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Schedules: which blocks run on which share of the patches, as the paper's Table 8 writes them.
+"""Schedules: which blocks run on which share of the patches, as in the paper's Table 8.
 
-`2(100%) 2(90%) 6(65%) 2(40%)` is twelve layers in four groups; a reduction stands before the first
-layer of every group below 100%. Ratios are of the first patch count: K = int(N0 * ratio).
+`2(100%) 2(90%) 6(65%) 2(40%)` is twelve layers in four groups. Tokens are reduced before the first
+layer of every group below 100%. Ratios refer to the patches at the input: K = int(N0 * ratio).
 """
 
 import math
@@ -43,7 +43,13 @@ def merge_flag(merge: Merge) -> bool:
 
 @dataclass(frozen=True)
 class Stage:
-    """One reduction: before block `first` (0-based) keep `keep` patches for `layers` blocks."""
+    """One stage of a reduction: the blocks that run on the same kept patches.
+
+    Attributes:
+        first: the 0-based block before which the tokens are reduced.
+        layers: the number of blocks in the stage.
+        keep: the number of patches that stay.
+    """
 
     first: int
     layers: int
@@ -51,20 +57,24 @@ class Stage:
 
     @property
     def last(self) -> int:
-        """The last block before another stage, or the end."""
+        """Return the last block of the stage."""
         return self.first + self.layers - 1
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Groups of (layers, ratio of the first patch count).
+    """The keep ratios of a tower's layers, as groups of (layers, ratio of the patches).
 
-    count_cls: ratios are of patches and CLS together, as in the official CLIP code.
-    scales: the groups are shares of the depth, so that the schedule fits towers of any depth; a
-        preset does, a string that says its layers does not.
+        Schedule.parse("2(100%) 2(90%) 6(65%) 2(40%)").keep_counts(256)     # [230, 166, 102]
+
+    Attributes:
+        groups: (number of layers, ratio in (0, 1]) of each group, in the order of the layers.
+        count_cls: ratios refer to patches and CLS together, as in the official CLIP code.
+        scales: the groups are shares of the depth, so that the schedule fits a tower of any depth.
+            True for a preset, False for text with numbers of layers.
 
     Raises:
-        ValueError: no group, a group of no layer, a ratio outside (0, 1], or ratios that rise.
+        ValueError: no group, a group without layers, a ratio outside (0, 1], or ratios that rise.
     """
 
     groups: tuple[tuple[int, float], ...]
@@ -91,11 +101,16 @@ class Schedule:
 
     @classmethod
     def parse(cls, text: "str | Schedule", *, count_cls: bool = False) -> "Schedule":
-        """The schedule that `text` writes, or a preset by model name: clip, albef, blip, meter, the
-        schedules of the paper's models (`PRESETS`), which scale to the depth of any tower.
+        """Return the schedule that a text describes.
+
+        Args:
+            text: groups such as '2(100%) 10(50%)'; or 'clip', 'albef', 'blip' or 'meter', the
+                schedules of the paper's models, which scale to any depth; or a `Schedule`, which is
+                returned unchanged.
+            count_cls: see `Schedule`.
 
         Raises:
-            TypeError: not a string (or a Schedule, which is returned as it is).
+            TypeError: neither a string nor a `Schedule`.
             ValueError: a string of another form, or see `Schedule`.
         """
         if isinstance(text, Schedule):
@@ -115,17 +130,17 @@ class Schedule:
 
     @property
     def exact(self) -> str:
-        """The groups to the last digit, which `parse` reads back as they are."""
+        """Return the groups as text with all digits, which `parse` reads back exactly."""
         percent = ((n, (Decimal(repr(ratio)) * 100).normalize()) for n, ratio in self.groups)
         return " ".join(f"{layers}({ratio:f}%)" for layers, ratio in percent)
 
     @property
     def depth(self) -> int:
-        """Layers in all."""
+        """Return the number of layers."""
         return sum(layers for layers, _ in self.groups)
 
     def stages(self, num_patches: int) -> tuple[Stage, ...]:
-        """The reductions for a tower of `num_patches` patches; none for groups of 100%.
+        """Return the stages for a tower of `num_patches` patches, without groups of 100%.
 
         Raises:
             ValueError: a ratio that keeps no patch.
@@ -144,13 +159,19 @@ class Schedule:
         return tuple(stages)
 
     def keep_counts(self, num_patches: int) -> list[int]:
-        """Kept patches of each reduction: [230, 166, 102] of 256 for the paper's schedule."""
+        """Return the number of kept patches of each stage."""
         return [stage.keep for stage in self.stages(num_patches)]
 
     def tokens_per_layer(
         self, num_patches: int, *, num_merged: int = 1, num_prefix_tokens: int = 1
     ) -> list[int]:
-        """Tokens that enter each layer, prefix tokens (CLS) and merged token included."""
+        """Return the number of tokens that enter each layer.
+
+        Args:
+            num_patches: patches at the input.
+            num_merged: merged tokens that a stage appends, 1 or 0.
+            num_prefix_tokens: tokens before the patches, such as CLS.
+        """
         tokens = [num_patches + num_prefix_tokens] * self.depth
         for stage in self.stages(num_patches):
             reduced = min(stage.keep + num_prefix_tokens + num_merged, tokens[stage.first])
@@ -158,7 +179,7 @@ class Schedule:
         return tokens
 
     def scaled(self, depth: int) -> "Schedule":
-        """The same ratios over `depth` layers, at least one in each group, if there are as many."""
+        """Return the same ratios over `depth` layers, at least one per group if possible."""
         sizes, done, least = [], 0.0, 1 if depth >= len(self.groups) else 0
         for layers, _ in self.groups:
             start, done = round(done), done + layers * depth / self.depth
@@ -169,10 +190,10 @@ class Schedule:
         return replace(self, groups=tuple(groups), scales=False)
 
     def at_strength(self, num_patches: int, strength: float) -> "Schedule":
-        """The same form with more or less dropped: nothing at 0, all but a patch or so at 1.
+        """Return the schedule at a strength from 0 (drops nothing) to 1 (keeps about one patch).
 
-        Each ratio to the power s/(1-s), so that what a stage keeps of what reaches it goes up or
-        down by the same power in all stages: this schedule at one half.
+        Each ratio is raised to the power s/(1-s), so that the share that a stage keeps of its input
+        changes by the same power in all stages. A strength of 0.5 returns this schedule.
         """
         power = math.inf if strength == 1.0 else strength / (1 - strength)
         least = min(1.0, 1.5 / num_patches)
@@ -180,10 +201,10 @@ class Schedule:
         return replace(self, groups=groups)
 
     def for_depth(self, depth: int) -> "Schedule":
-        """The schedule of a tower of `depth` layers: this one, scaled where it `scales`.
+        """Return the schedule for a tower of `depth` layers, scaled if it `scales`.
 
         Raises:
-            ValueError: the layers do not add up to `depth`; with the scaled string.
+            ValueError: the layers do not add up to `depth`; the message has the scaled text.
         """
         if self.depth == depth and not self.scales:
             return self
@@ -196,8 +217,9 @@ class Schedule:
 
 
 def _format(layers: int, ratio: float) -> str:
+    """Return a group as text."""
     return f"{layers}({ratio * 100:.6g}%)"
 
 
 PAPER = Schedule.parse("clip")
-"""The paper's schedule of twelve layers, scaled to any depth: what a strategy has by default."""
+"""The default schedule of strategies: the paper's for twelve layers, scaled to any depth."""

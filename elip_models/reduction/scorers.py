@@ -1,8 +1,8 @@
-"""Where the attention row of a stage comes from (ELIP, Eq. 2): a table of small functions.
+"""Scorers: functions that compute the attention row of a stage (ELIP, Eq. 2).
 
-A scorer says which row is read, after which layers, and what that costs. A new one is ten lines
-here. In a tower without CLS the text stands in for the CLS token, and is no token of any layer; or
-nobody asks, and a token counts by the attention that it receives.
+A scorer defines which row is read, after which layers, and its cost. In a tower without CLS token
+the text is the query, and is no token of any layer. The scorer 'received' needs no query: a token's
+score is the attention that it receives.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from elip_models.validation import PositiveInt
 
 
 class ScoringInput(NamedTuple):
-    """A row of attention: that of block `layer` over `tokens` (B, N, D) as they enter it."""
+    """The inputs of the attention row of block `layer`, over `tokens` (B, N, D) that enter it."""
 
     layer: int
     tokens: Tensor
@@ -26,17 +26,21 @@ class ScoringInput(NamedTuple):
 
 
 class Scorer(NamedTuple):
-    """A way to get the attention row that selects.
+    """A way to compute the attention row that selects, and its cost.
 
-    read: (tower, stage, tokens (B, N, D), query) -> the one row that it reads; a stage boundary is
-        one op then, behind what runs before it.
-    row: (tower, stage, tokens, query) -> (B, N), column 0 is CLS, where it is not one block's.
-    layers: how many whole layers it runs on the stage's tokens, of the stage's number of layers.
-    attention_halves: how many layers without their MLP, likewise.
-    rows: how often CLS alone attends to these tokens, likewise.
-    cls_blocks: how many layers CLS goes through alone, its attention to the tokens aside, likewise.
-    received: of how many layers it reads what all tokens pay each other, likewise.
-    uses_query: the CLS token or a text does; else neither changes the row.
+    The counts are functions of the stage's number of layers.
+
+    Attributes:
+        read: (tower, stage, tokens (B, N, D), query) -> the inputs of the row of one block. Scoring
+            and reduction then run as one op.
+        row: (tower, stage, tokens, query) -> (B, N), column 0 being CLS, for a scorer that does not
+            read one block's row.
+        layers: the number of whole layers that run on the stage's tokens.
+        attention_halves: the number of layers that run without their MLP.
+        rows: the number of rows in which the CLS token alone attends to the tokens.
+        cls_blocks: the number of layers that the CLS token alone passes, without its attention.
+        received: the number of layers in which the attention between all tokens is read.
+        uses_query: the CLS token or a text changes the row.
     """
 
     read: Callable[[Tower, Stage, Tensor, Query], ScoringInput] | None = None
@@ -52,7 +56,7 @@ class Scorer(NamedTuple):
 def row_of(
     scorer: Scorer, tower: Tower, stage: Stage, tokens: Tensor, query: Query | None
 ) -> Tensor:
-    """The row (B, N) that `scorer` selects by, column 0 being CLS; no query where none asks."""
+    """Return the row (B, N) of a scorer, column 0 being CLS; `query` may be None if unused."""
     if scorer.read is None:
         return scorer.row(tower, stage, tokens, query)
     layer, tokens, query = scorer.read(tower, stage, tokens, query)
@@ -60,7 +64,7 @@ def row_of(
 
 
 def _official(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> Tensor:
-    """All layers whole, the last with its N x N map, its output thrown away."""
+    """Run all layers, the last with its N x N map, and discard the output."""
     last = stage.last
     tokens = query.into(tokens)
     for i in range(stage.first, last):
@@ -74,32 +78,32 @@ def _official(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> Tenso
 
 
 def _exact(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> ScoringInput:
-    """All layers but the last, then only the CLS row of the last."""
+    """Run all layers but the last, then read the CLS row of the last."""
     return _after(tower, range(stage.first, stage.last), stage.last, tokens, query)
 
 
 def _bf16(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> ScoringInput:
-    """`exact`, its products of matrices in bf16; tokens of another dtype than fp32 keep theirs."""
+    """Run `exact` with matrix products in bf16; tokens other than fp32 keep their dtype."""
     device = tokens.device.type
-    if tokens.dtype != torch.float32 or device == "meta":  # which has no autocast
+    if tokens.dtype != torch.float32 or device == "meta":  # meta has no autocast
         return _exact(tower, stage, tokens, query)
     with torch.autocast(device, torch.bfloat16, cache_enabled=False):
         return _exact(tower, stage, tokens, query)
 
 
 def _alternate(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> ScoringInput:
-    """Every second layer, the first of the stage among them, then the CLS row of the last."""
+    """Run every second layer from the first, then read the CLS row of the last."""
     return _after(tower, range(stage.first, stage.last, 2), stage.last, tokens, query)
 
 
 def _attention(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> ScoringInput:
-    """The attention halves of all layers but the last, no MLP, then the CLS row of the last."""
+    """Run the attention of all layers but the last, without MLP, then read the last's CLS row."""
     before = range(stage.first, stage.last)
     return _after(tower, before, stage.last, tokens, query, run=_attention_half)
 
 
 def _ordinal(layer: int) -> Callable[[Tower, Stage, Tensor, Query], ScoringInput]:
-    """The CLS row of the stage's `layer`-th layer (from 1), after the whole layers before it."""
+    """Return a scorer that runs layers up to the `layer`-th (from 1) and reads its CLS row."""
 
     def read(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> ScoringInput:
         target = stage.first + layer - 1
@@ -109,7 +113,7 @@ def _ordinal(layer: int) -> Callable[[Tower, Stage, Tensor, Query], ScoringInput
 
 
 def _cls(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> ScoringInput:
-    """CLS alone goes through the layers, attending to the tokens as they entered the stage."""
+    """Pass CLS alone through the layers, attending to the tokens that entered the stage."""
     cls = query.fused()
     for i in range(stage.first, stage.last):
         cls = tower.cls_block(i, tokens, cls)
@@ -117,29 +121,31 @@ def _cls(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> ScoringInp
 
 
 def _mean(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> Tensor:
-    """The mean of all layers' CLS rows, from the tokens as they entered the stage."""
+    """Return the mean of all layers' CLS rows over the tokens that entered the stage."""
     layers, cls = range(stage.first, stage.last + 1), query.fused()
     return torch.stack([tower.cls_attention(i, tokens, cls) for i in layers]).mean(0)
 
 
 def _received(tower: Tower, stage: Stage, tokens: Tensor, query: Query | None) -> Tensor:
-    """What each token receives from all others in the last layer, as they entered the stage."""
+    """Return the attention that each token receives from all tokens in the last layer."""
     with tower.unsharded(stage.last, tokens) as (tokens,):
         q, k, _ = tower.qkv(stage.last, tokens)
         return attention_column_mean(q, k, scale=tower.projections(stage.last).scale)
 
 
 def _last(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> ScoringInput:
-    """The last layer's CLS row, from the tokens as they entered the stage: no layer runs."""
+    """Read the last layer's CLS row over the tokens that entered the stage; run no layer."""
     return ScoringInput(stage.last, tokens, query)
 
 
 def _attention_half(tower: Tower, i: int, tokens: Tensor) -> Tensor:
+    """Run the attention of block i, without its MLP."""
     with tower.unsharded(i, tokens) as (tokens,):
         return tower.attend(i, tokens)
 
 
 def _block(tower: Tower, i: int, tokens: Tensor) -> Tensor:
+    """Run block i; its output is used for scoring alone."""
     return tower.dry_block(i, tokens)
 
 
@@ -152,8 +158,9 @@ def _after(
     *,
     run: Callable[[Tower, int, Tensor], Tensor] = _block,
 ) -> ScoringInput:
-    """The CLS row of block `target`, after `run` of the blocks `before`; of a tower without CLS,
-    the text's row.
+    """Return the inputs of the CLS row of block `target` after running the blocks `before`.
+
+    In a tower without CLS token the text is the query of the row.
     """
     if before:
         tokens = query.into(tokens) if tower.has_cls else tokens
@@ -185,7 +192,7 @@ ScorerName = (
 
 
 def get_scorer(name: str | int) -> Scorer:
-    """The scorer of a name in `SCORERS`, or of m: m-1 whole layers, then the m-th layer's row."""
+    """Return the scorer of a name, or of an int m: run m-1 layers, then read the m-th's row."""
     if isinstance(name, int):
         return Scorer(_ordinal(name), layers=lambda layers: name - 1)
     return SCORERS[name]

@@ -1,10 +1,10 @@
-"""A strategy as plain JSON and back: what a library's config, or a file beside it, says of a model.
+"""Strategies as plain JSON, for the config of a saved model or a file beside it.
 
     {"version": 1, "strategy": "tome", "settings": {"r": 8, "proportional": true}}
     {"version": 1, "strategy": "mine.Alternating", "settings": {}}
 
-A schedule is its text, to the last digit, or {"groups": text, "count_cls": true}. A strategy that
-is none of this library is named by its class alone: whoever loads the model passes the strategy.
+A schedule is stored as its text, with all digits, or as {"groups": text, "count_cls": true}. Of a
+strategy that is not in this library only the class name is stored: pass the strategy when loading.
 """
 
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ UPGRADE = "upgrade elip-kernels if a later one wrote it"
 
 
 def settings_of(strategy: Strategy) -> dict[str, Any]:
-    """The strategy as plain JSON."""
+    """Return the strategy as plain JSON."""
     cls = type(strategy)
     if NAMED.get(strategy.name) is not cls:
         name = f"{cls.__module__}.{cls.__qualname__}"
@@ -33,11 +33,10 @@ def settings_of(strategy: Strategy) -> dict[str, Any]:
 
 
 def strategy_of(saved: Any) -> Strategy:
-    """The strategy that `settings_of` wrote, and JSON holds.
+    """Return the strategy that `settings_of` stored.
 
     Raises:
-        TypeError, ValueError: settings of a later version, a strategy, a key or a value that there
-            is not; it says what was expected, what came, and what to do.
+        TypeError, ValueError: settings of a later version, or an unknown strategy, key or value.
     """
     check("settings", saved, dict)
     check("version", saved.get("version"), PositiveInt)
@@ -52,8 +51,8 @@ def strategy_of(saved: Any) -> Strategy:
     check("settings", settings, dict)
     if name not in NAMED:
         raise ValueError(
-            f"strategy: expected one of {', '.join(NAMED)}, got {name!r}; pass one of your "
-            f"own whole, as strategy=, or {UPGRADE}"
+            f"strategy: expected one of {', '.join(NAMED)}, got {name!r}; pass an instance of "
+            f"your own class as strategy=, or {UPGRADE}"
         )
     kinds = {field.name: field for field in fields(NAMED[name])}
     _check_keys("settings.", settings, known=kinds)
@@ -70,6 +69,7 @@ def strategy_of(saved: Any) -> Strategy:
 
 
 def _check_keys(prefix: str, values: dict[str, Any], known: Iterable[str]) -> None:
+    """Raise ValueError for an unknown key."""
     known = list(known)
     for key in values:
         if key not in known:
@@ -81,14 +81,16 @@ def _check_keys(prefix: str, values: dict[str, Any], known: Iterable[str]) -> No
 
 
 def _plain(value: Any) -> Any:
+    """Return a setting as JSON."""
     if not isinstance(value, Schedule):
         return list(value) if isinstance(value, tuple) else value
     flags = {field.name: getattr(value, field.name) for field in fields(value)[1:]}
-    said = {name: flag for name, flag in flags.items() if flag}
-    return {"groups": value.exact} | said if said else value.exact
+    stored = {name: flag for name, flag in flags.items() if flag}
+    return {"groups": value.exact} | stored if stored else value.exact
 
 
 def _schedule(value: Any) -> Schedule:
+    """Return the schedule of its JSON."""
     if not isinstance(value, dict):
         return Schedule.parse(value)
     _check_keys("settings.schedule.", value, known=[field.name for field in fields(Schedule)])
@@ -97,4 +99,5 @@ def _schedule(value: Any) -> Schedule:
 
 
 def _tuples(value: Any) -> Any:
+    """Return a list as a tuple, other values unchanged."""
     return tuple(value) if isinstance(value, list) else value

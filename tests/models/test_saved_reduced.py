@@ -144,7 +144,7 @@ def test_every_strategy_is_the_same_after_json(strategy):
     assert type(again) is type(strategy)
 
 
-def test_every_strategy_is_among_those():
+def test_every_strategy_is_covered():
     assert {type(each) for each in EVERY} == {*STRATEGIES.values(), Dense}
 
 
@@ -166,7 +166,10 @@ def saved_timm(folder, strategy=None):
     [
         ({"version": 2}, "version: expected at most 1, .* got 2; upgrade elip-kernels"),
         ({"version": None}, "version: expected an integer at least 1, got None"),
-        ({"strategy": "tom"}, "strategy: expected one of elip, .* got 'tom'; pass one of your own"),
+        (
+            {"strategy": "tom"},
+            "strategy: expected one of elip, .* got 'tom'; pass an instance of your own",
+        ),
         ({"colour": 1}, "colour: expected keys among version, strategy, settings, got 'colour'"),
         ({"settings": {"rr": 3}}, "settings.rr: expected keys among r, proportional, got 'rr'"),
         ({"settings": {"r": "x"}}, "settings: r: expected .*, got 'x'"),
@@ -183,7 +186,7 @@ def test_bad_settings_name_file_and_key(tmp_path, change, message):
         elip_models.load_reduced(tmp_path)
 
 
-def test_settings_that_are_missing_or_no_json_say_so(tmp_path):
+def test_missing_or_invalid_settings_raise(tmp_path):
     saved_timm(tmp_path)
     for broken in ('{"version": 1, ', "[" * 100_000, "[1]"):
         (tmp_path / SETTINGS).write_text(broken)
@@ -223,7 +226,7 @@ class Mine(ToMe):
     """A strategy of the user's own."""
 
 
-def test_a_strategy_of_ones_own_is_given_again(tmp_path):
+def test_a_custom_strategy_must_be_passed_again(tmp_path):
     saved_timm(tmp_path, Mine())
     with pytest.raises(
         ConfigError, match=r"strategy: expected one of .* got '.*Mine'; pass one of"
@@ -306,7 +309,7 @@ def test_an_adapter_is_saved_with_the_reduction_and_without_the_model(tmp_path):
     assert torch.equal(output(other, x), output(model, x))
 
 
-def test_pefts_own_saving_of_a_reduced_model_keeps_the_adapter_alone(tmp_path):
+def test_peft_saves_only_the_adapter_of_a_reduced_model(tmp_path):
     base = hf_vit().eval()
     model = adapted(elip_models.reduce_(copy.deepcopy(base), schedule=SCHEDULE))
     model.save_pretrained(tmp_path)
@@ -333,7 +336,7 @@ def test_a_model_card_has_tokens_and_flops_and_stays_when_it_was_edited(tmp_path
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
-def test_wrappers_for_training_are_looked_through(tmp_path):
+def test_wrappers_for_training_are_removed(tmp_path):
     """The order of wrappers is the one of accelerate's `unwrap_model`."""
     model = elip_models.reduce_(timm_vit().eval(), strategy="tome")
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

@@ -23,9 +23,9 @@ from elip_models import (
 from elip_models.analysis.visualize_inputs import open_visualized_model
 from elip_models.models import create_model
 from elip_models.profiling.table import profile_settings
-from elip_models.reduction.user_warnings import warn_once
 from elip_models.reduction.serialization import settings_of, strategy_of
 from elip_models.reduction.strategies import STRATEGIES
+from elip_models.reduction.user_warnings import warn_once
 from elip_models.towers import as_tower
 from elip_models.training.open_clip import parse_reduce
 from elip_models.validation import ConfigError
