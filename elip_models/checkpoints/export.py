@@ -8,7 +8,6 @@ Not exported are schedules, momentum copies, the queue, the parts of BLIP that a
 and, for transformers, the bias of CLIP's sigmoid loss, which does not change a ranking.
 """
 
-import json
 import os
 import shutil
 import tempfile
@@ -27,6 +26,7 @@ from elip_models.data.transforms import CLIP_MEAN, CLIP_STD
 from elip_models.models.base import PretrainedModel
 from elip_models.models.blip.model import BLIPConfig
 from elip_models.models.clip.model import INITIAL_BIAS, CLIPConfig
+from elip_models.models.io.files import write_json, write_tensors
 from elip_models.validation import require_extra
 
 FORMATS = ("ours", "hf", "open_clip")
@@ -45,10 +45,6 @@ def save_as(
     tokenizer: Any = None,
 ) -> Path:
     """Write a model for another library; an error leaves no incomplete folder.
-
-    Example::
-
-        save_as(model, "clip_hf", "hf")
 
     Args:
         model: one of our models.
@@ -165,8 +161,7 @@ HF_ARCHITECTURES: dict[str, tuple[dict[str, str], Callable[[Any], Any]]] = {
     "clip": ({"CLIPModel": "hf_clip"}, _hf_clip_config),
     "blip": (BLIP_ARCHITECTURES, _hf_blip_config),
 }
-"""Family -> architectures in transformers with their kinds of names, and a function of our config
-that returns theirs."""
+"""Family -> (architecture in transformers -> kind of names), and the conversion of the config."""
 
 
 def _hf_tower(config: CLIPConfig | BLIPConfig, part: str, mlp_ratio: float) -> dict[str, Any]:
@@ -224,20 +219,15 @@ def _write_open_clip(model: PretrainedModel, folder: Path, *, has_tokenizer: boo
         )
     with require_extra("save_as"):
         import open_clip
-    from safetensors.torch import save_file
-
     config = open_clip_config(model.config)
     theirs = _with_our_weights(open_clip.CLIP(**config), model, "open_clip")
-    weights = {name: weight.contiguous() for name, weight in theirs.state_dict().items()}
-    save_file(weights, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "open_clip_model.safetensors", theirs.state_dict())
     if has_tokenizer:
         config["text_cfg"]["hf_tokenizer_name"] = "."  # open_clip reads the folder itself
     images = {"mean": CLIP_MEAN, "std": CLIP_STD}
     if model.config.resize == "squash":
         images["resize_mode"] = "squash"
-    content = {"model_cfg": config, "preprocess_cfg": images}
-    text = json.dumps(content, indent=2) + "\n"
-    (folder / OPEN_CLIP_CONFIG).write_text(text, encoding="utf-8")
+    write_json(folder / OPEN_CLIP_CONFIG, {"model_cfg": config, "preprocess_cfg": images})
 
 
 @contextmanager

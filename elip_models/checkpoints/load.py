@@ -14,7 +14,6 @@ import os
 import pickle
 import zipfile
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,7 +31,7 @@ from elip_models.checkpoints.names import KINDS, Kind, recognise_kind
 from elip_models.checkpoints.renaming import rename_tensors
 from elip_models.models.base import PretrainedModel
 from elip_models.models.io.files import check_no_nan, read_config, read_object, read_tensors
-from elip_models.models.io.weights import first_names, load_weights
+from elip_models.models.io.weights import first_names, load_weights, matches_any
 from elip_models.models.peft.saved_adapter import has_adapter
 from elip_models.models.registry import MODELS
 from elip_models.validation import mismatch_error
@@ -117,10 +116,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a file, or of the weight file in a folder.
 
     The prefixes of DataParallel and torch.compile are removed from their names.
-
-    Raises:
-        FileNotFoundError: the file is missing, or the folder has no weights.
-        ValueError: the file has other content than tensors, or no tensors.
     """
     weights = {
         name.replace("_orig_mod.", ""): weight for name, weight in _read_stored(path).items()
@@ -225,11 +220,7 @@ def _state_dict_in(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def read_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
-    """Read a file or folder of the kind `name`, or of the kind that its tensor names match.
-
-    Raises:
-        FileNotFoundError, ValueError: as `convert_checkpoint`.
-    """
+    """Read a file or folder of the kind `name`, or of the kind that its tensor names match."""
     weights = read_weights(path)
     folder = path if path.is_dir() else None
     family, config = None, {}
@@ -245,11 +236,7 @@ def read_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
     if name == OURS:
         raise ValueError(f"kind: expected a folder that save_pretrained wrote, got {path}")
     kind = KINDS[name or _find_kind(weights, folder)]
-    kept = {
-        tensor: weight
-        for tensor, weight in weights.items()
-        if not any(fnmatchcase(tensor, pattern) for pattern in kind.ignored)
-    }
+    kept = {tensor: w for tensor, w in weights.items() if not matches_any(tensor, kind.ignored)}
     check_no_nan(path, kept)
     ours = rename_tensors(kept, kind.names)
     fields = sizes_from_weights(kind.family, ours)
@@ -314,11 +301,7 @@ def _load_(
     """Load the weights, and fill the missing parts that the kind may lack."""
     weights = fit_shapes(model, read.weights)
     check_tied_weights(model, weights)
-    fills = {
-        part: source
-        for part, source in read.kind.fills.items()
-        if not any(name.startswith(part) for name in weights)
-    }
+    fills = absent_parts(model, weights, read.kind.fills)
     missing = (*(f"{part}*" for part in fills), *allow_missing)
     load_weights(model, weights, allow_missing=missing, allow_unexpected=allow_unexpected)
     fill_absent_parts_(model, fills)
@@ -374,6 +357,18 @@ def check_tied_weights(model: PretrainedModel, weights: dict[str, Tensor]) -> No
             "weights: expected the same values in tensors that the model shares, got different "
             f"values in {', '.join(differing)}"
         )
+
+
+def absent_parts(
+    model: PretrainedModel, weights: Iterable[str], fills: dict[str, str | None]
+) -> dict[str, str | None]:
+    """Select the parts of `fills` that the model has, and of which `weights` has nothing."""
+    return {
+        part: source
+        for part, source in fills.items()
+        if any(name.startswith(part) for name in model.state_dict())
+        and not any(name.startswith(part) for name in weights)
+    }
 
 
 @torch.no_grad()

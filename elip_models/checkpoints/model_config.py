@@ -53,10 +53,11 @@ DIMENSIONS: dict[str, dict[str, tuple[str, int]]] = {
     },
 }
 """Family -> field of the config -> tensor and dim with its value."""
+ENCODER_LAYERS = {"vision_depth": "encoders.visual.blocks.", "text_depth": "encoders.text.layers."}
 LAYERS = {
     "clip": {"vision_depth": "visual.blocks.", "text_depth": "text.transformer.encoder.layers."},
-    "albef": {"vision_depth": "encoders.visual.blocks.", "text_depth": "encoders.text.layers."},
-    "blip": {"vision_depth": "encoders.visual.blocks.", "text_depth": "encoders.text.layers."},
+    "albef": ENCODER_LAYERS,
+    "blip": ENCODER_LAYERS,
     "meter": {
         "vision_depth": "visual.blocks.",
         "text_depth": "text.layers.",
@@ -67,22 +68,16 @@ RATIOS = {
     "vision_mlp_ratio": ("vision_width", "visual.blocks.0.mlp.fc1.weight"),
     "text_mlp_ratio": ("text_width", "text.transformer.encoder.layers.0.mlp.fc1.weight"),
 }
+UNSET = ("ls_init_value", "act_kwargs", "block_type", "timm_model_name", "hf_model_name")
+DISABLED = (
+    *("attentional_pool", "no_ln_pre", "final_ln_after_pool", "qk_norm", "scaled_cosine_attn"),
+    *("embed_cls", "no_causal_mask", "proj_bias"),
+)
 OPEN_CLIP_FIXED: dict[str, Any] = {
-    "ls_init_value": None,
-    "attentional_pool": False,
-    "no_ln_pre": False,
+    **dict.fromkeys(UNSET),
+    **dict.fromkeys(DISABLED, False),
     "pos_embed_type": "learnable",
-    "final_ln_after_pool": False,
-    "act_kwargs": None,
-    "block_type": None,
-    "qk_norm": False,
-    "scaled_cosine_attn": False,
-    "timm_model_name": None,
-    "embed_cls": False,
-    "no_causal_mask": False,
-    "proj_bias": False,
     "proj_type": "linear",
-    "hf_model_name": None,
 }
 """Settings of an open_clip tower, with the only value that our model supports."""
 
@@ -134,11 +129,7 @@ def _text_fields(family: str, shapes: dict[str, tuple[int, ...]], sizes: dict[st
 
 
 def default_heads(sizes: dict[str, Any]) -> dict[str, int]:
-    """Return the number of heads of each part in `sizes` that has a width and no heads.
-
-    Raises:
-        ValueError: a width is not a multiple of 64.
-    """
+    """Return the number of heads of each part in `sizes` that has a width and no heads."""
     heads = {}
     for part in ("vision", "text", "cross"):
         width = sizes.get(f"{part}_width")
@@ -154,11 +145,7 @@ def default_heads(sizes: dict[str, Any]) -> dict[str, int]:
 
 
 def fields_from_config(kind: Kind, folder: Path | None, vocab_size: int) -> dict[str, Any]:
-    """Return the fields of our config that follow from the library's config in a folder, if any.
-
-    Raises:
-        ValueError: our model does not support a setting.
-    """
+    """Return the fields of our config that follow from the library's config in a folder, if any."""
     if folder is None:
         return {}
     if (folder / HF_IMAGES).is_file():

@@ -6,12 +6,6 @@ reversed table is for export.
 A checkpoint may lack parts of our model. `Kind.fills` maps the prefix of such a part to the prefix
 of the part that is copied into it, or to None, which keeps the initial values. A part is filled
 only if all of it is missing; a part that is incomplete raises an error.
-
-    momentum copies     copies of the online parts, also in pre-trained models without them
-    queue               random, as at the start of training
-    BLIP's decoder      the encoder's weights and self-attention, if only the encoder was trained
-    BLIP's encoder      the decoder's weights, if only the decoder was trained (captions)
-    heads, projections  initial values
 """
 
 from collections.abc import Iterable
@@ -63,11 +57,7 @@ OPEN_CLIP = {
     "logit_scale": "logit_scale",
     "logit_bias": "logit_bias",
 }
-HF_BLOCK = {
-    "layer_norm1.*": "norm1.*",
-    "layer_norm2.*": "norm2.*",
-    "mlp.*": "mlp.*",
-}
+HF_BLOCK = {"layer_norm1.*": "norm1.*", "layer_norm2.*": "norm2.*", "mlp.*": "mlp.*"}
 HF_CLIP = {
     "vision_model.embeddings.class_embedding": "visual.cls_token",
     "vision_model.embeddings.position_embedding.weight": "visual.pos_embed",
@@ -295,11 +285,7 @@ KINDS = {
 
 
 def recognise_kind(names: Iterable[str]) -> str:
-    """Return the kind of a checkpoint by the names of its tensors.
-
-    Raises:
-        ValueError: no kind matches, or several.
-    """
+    """Return the kind of a checkpoint by its tensor names; no or several kinds raise ValueError."""
     names = list(names)
 
     def is_there(pattern: str) -> bool:
@@ -314,7 +300,6 @@ def recognise_kind(names: Iterable[str]) -> str:
         several = f"one that matches {' and '.join(found)}"
         got = several if found else f"names such as {', '.join(sorted(names)[:3])}"
         raise ValueError(
-            f"source: expected a checkpoint of a kind among {', '.join(KINDS)}, got {got}; pass "
-            "kind="
+            f"source: expected a kind of checkpoint among {', '.join(KINDS)}, got {got}; pass kind="
         )
     return found[0]

@@ -54,11 +54,8 @@ TOWERS = {
 }
 
 
-class _Part(NamedTuple):
-    """Weights under our names, and the prefixes of the parts that they must fill."""
-
-    weights: dict[str, Tensor]
-    parts: tuple[str, ...]
+_Part = tuple[dict[str, Tensor], tuple[str, ...]]
+"""Weights under our names, and the prefixes of the parts that they must fill."""
 
 
 def load_pretrained_towers_(
@@ -67,10 +64,6 @@ def load_pretrained_towers_(
     text: str | nn.Module | None = None,
 ) -> None:
     """Overwrite the towers of a new model in place by pretrained ones.
-
-    Example::
-
-        load_pretrained_towers_(model, "timm:vit_base_patch16_224", "hf:bert-base-uncased")
 
     Args:
         model: one of our models; its momentum copies are reset.
@@ -84,16 +77,16 @@ def load_pretrained_towers_(
     """
     found = [_image_weights(model, vision)] if vision is not None else []
     found += [_text_weights(model, text)] if text is not None else []
-    weights = {name: weight for part in found for name, weight in part.weights.items()}
-    parts = tuple(start for part in found for start in part.parts)
-    others = [name for name in model.state_dict() if not name.startswith(parts)]
+    weights = {name: weight for part, _ in found for name, weight in part.items()}
+    filled = tuple(prefix for _, prefixes in found for prefix in prefixes)
+    others = [name for name in model.state_dict() if not name.startswith(filled)]
     load_weights(model, weights, allow_missing=(*others, "*.crossattention.*"))
     model.reset_momentum_()
 
 
 def _image_weights(model: PretrainedModel, vision: str | VisionTransformer) -> _Part:
-    if isinstance(vision, str):
-        _check_prefix("vision", vision, "timm:")
+    if isinstance(vision, str) and not vision.startswith("timm:"):
+        raise ValueError(f"vision: expected 'timm:NAME' or a module, got {vision!r}")
     theirs = open_model(vision) if isinstance(vision, str) else vision
     if type(theirs) is not VisionTransformer:
         raise TypeError(
@@ -113,7 +106,7 @@ def _image_weights(model: PretrainedModel, vision: str | VisionTransformer) -> _
     positions = f"{start}pos_embed"
     if positions in weights:
         weights[positions] = resample_pos_embed(weights[positions], model)
-    return _Part(weights, (start,))
+    return weights, (start,)
 
 
 def _text_weights(model: PretrainedModel, text: str | nn.Module) -> _Part:
@@ -141,17 +134,13 @@ def _text_weights(model: PretrainedModel, text: str | nn.Module) -> _Part:
         predictions = theirs.cls.predictions.state_dict()
         weights |= {f"{towers.head}predictions.{name}": w for name, w in predictions.items()}
         starts += (towers.head,)
-    return _Part(_with_new_rows(model, weights, base.config.vocab_size), starts)
+    return _with_new_rows(model, weights, base.config.vocab_size), starts
 
 
 def _with_new_rows(
     model: PretrainedModel, weights: dict[str, Tensor], rows: int
 ) -> dict[str, Tensor]:
-    """Append the model's own last rows to tensors with one row per token, for new tokens.
-
-    Raises:
-        ValueError: the model's vocabulary is smaller.
-    """
+    """Append the model's own last rows to tensors with one row per token, for new tokens."""
     ours = model.config.vocab_size
     if rows > ours:
         raise ValueError(f"text: expected at most vocab_size = {ours} tokens, got {rows}")
@@ -163,16 +152,12 @@ def _with_new_rows(
     }
 
 
-def _check_prefix(argument: str, name: str, prefix: str) -> None:
-    if not name.startswith(prefix):
-        raise ValueError(f"{argument}: expected '{prefix}NAME' or a module, got {name!r}")
-
-
 def _open_text(spec: str) -> nn.Module:
     """Load a model of transformers, with a language head if its config names one."""
     from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
-    _check_prefix("text", spec, "hf:")
+    if not spec.startswith("hf:"):
+        raise ValueError(f"text: expected 'hf:NAME' or a module, got {spec!r}")
     name = spec.removeprefix("hf:")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)

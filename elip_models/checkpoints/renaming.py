@@ -60,11 +60,8 @@ def reversed_names(names: Names) -> Names:
 
 
 def _first_match(rules: list[_Rule], name: str) -> tuple[re.Match[str], _Rule] | tuple[None, None]:
-    for rule in rules:
-        match = rule.pattern.fullmatch(name)
-        if match is not None:
-            return match, rule
-    return None, None
+    found = ((rule.pattern.fullmatch(name), rule) for rule in rules)
+    return next((pair for pair in found if pair[0] is not None), (None, None))
 
 
 def _pattern(template: str) -> re.Pattern[str]:

@@ -16,12 +16,12 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from elip_models.checkpoints.load import (
     Checkpoint,
+    absent_parts,
     check_tied_weights,
     fill_absent_parts_,
     fit_shapes,
@@ -29,7 +29,7 @@ from elip_models.checkpoints.load import (
 )
 from elip_models.checkpoints.names import INFERENCE
 from elip_models.models.base import PretrainedModel
-from elip_models.models.io.weights import first_names, load_weights
+from elip_models.models.io.weights import first_names, load_weights, matches_any
 
 WITHOUT_TENSOR = ("_heads", "_norm_eps", "activation")
 """Suffixes of fields that change the output, but not the shape of any weight."""
@@ -79,23 +79,21 @@ def warm_start_(
 ) -> WarmStart:
     """Initialise a model in place from a checkpoint of its family.
 
-    A downstream model can also start from a checkpoint of its pre-trained family.
-
     Args:
         model: a new model.
-        source: a file or a folder, as of `convert_checkpoint`.
+        source: a file or a folder, as of `convert_checkpoint`. A downstream model can also start
+            from a checkpoint of its pre-trained family.
         allow_missing: patterns of our names, `*` for any part, that may keep their initial values.
-        allow_unexpected: patterns of names in the checkpoint that are left out, even if the model
-            has them. Names are ours where the table of names has them.
+        allow_unexpected: patterns of names in the checkpoint (ours, if the table of names has them)
+            that are left out, even if the model has them.
 
     Returns:
         The source of each tensor.
 
     Raises:
         FileNotFoundError: the file is missing, or the folder has no weights.
-        ValueError: the checkpoint has another family or config; a pattern matches nothing; or
-            tensors are missing, unexpected or of another shape, all listed. The model is unchanged
-            then.
+        ValueError: the checkpoint does not fit the model, which is unchanged then; all tensors that
+            are missing, unexpected or of another shape are listed. Or a pattern matches nothing.
     """
     read, state = read_checkpoint(Path(source)), model.state_dict()
     missing, left_out = tuple(allow_missing), tuple(allow_unexpected)
@@ -107,11 +105,11 @@ def warm_start_(
     kept = {
         name: weight
         for name, weight in read.weights.items()
-        if not name.startswith(tuple(INFERENCE)) and not _matches(name, left_out)
+        if not name.startswith(tuple(INFERENCE)) and not matches_any(name, left_out)
     }
     weights = fit_shapes(model, kept)
     check_tied_weights(model, weights)
-    fills = _absent_parts(read.kind.fills | INFERENCE, weights, state)
+    fills = absent_parts(model, weights, read.kind.fills | INFERENCE)
     try:
         load_weights(model, weights, allow_missing=(*(f"{part}*" for part in fills), *missing))
     except ValueError as error:
@@ -171,18 +169,6 @@ def _warm_start_downstream_(
     )
 
 
-def _absent_parts(
-    fills: dict[str, str | None], weights: Iterable[str], state: Iterable[str]
-) -> dict[str, str | None]:
-    """Select the parts of `fills` that the model has, and of which nothing is in `weights`."""
-    return {
-        part: other
-        for part, other in fills.items()
-        if any(name.startswith(part) for name in state)
-        and not any(name.startswith(part) for name in weights)
-    }
-
-
 def _check_config(model: PretrainedModel, family: str, theirs: dict[str, Any]) -> None:
     """Raise ValueError if the checkpoint has another family, heads, activation or epsilon."""
     if family != model.family:
@@ -196,13 +182,9 @@ def _check_config(model: PretrainedModel, family: str, theirs: dict[str, Any]) -
 
 
 def _check_patterns(argument: str, patterns: Iterable[str], names: Iterable[str]) -> None:
-    unmatched = [each for each in patterns if not any(fnmatchcase(name, each) for name in names)]
+    unmatched = [each for each in patterns if not any(matches_any(name, [each]) for name in names)]
     if unmatched:
         raise ValueError(f"{argument}: expected patterns that match a tensor, got {unmatched}")
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _counted(names: Iterable[str]) -> str:

@@ -5,7 +5,6 @@ tokenizer's files. Adapters of `adapt_` are saved in files of their own. A tenso
 names, such as tied embeddings, is written once, under its first name.
 """
 
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor, nn
 
 from elip_models.models.config import Config
-from elip_models.models.io.files import read_config, read_tensors, write_file
+from elip_models.models.io.files import read_config, read_tensors, write_json, write_tensors
 from elip_models.models.io.hub import CARD, card_values, fetch_folder, staging_folder
 from elip_models.models.io.weights import check_weights, first_names, load_weights
 from elip_models.models.layers.guidance_sampling import drop_guidance, replace_with_negatives
@@ -214,12 +213,7 @@ class PretrainedModel(
         return text_cls
 
     def begin_step(self, step: int, epoch: float = math.inf) -> None:
-        """Update what depends on the training step, such as the end of patch dropout.
-
-        Args:
-            step: number of the step, from 0.
-            epoch: passes over the data so far, as a fraction.
-        """
+        """Update what depends on the step, from 0, or the epochs so far, such as patch dropout."""
         dropout = self.config.reduction
         if isinstance(dropout, PatchDropout):
             self.reduction = dropout.at(step).fitted(self.tower)
@@ -280,30 +274,27 @@ class PretrainedModel(
         return Path(folder)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        from safetensors.torch import save
-
         first, state = first_names(self), self.state_dict()
         weights = {
-            unadapted_name(name): weight.detach().cpu().contiguous()
+            unadapted_name(name): weight
             for name, weight in state.items()
             if first[name] == name and unadapted_name(name)
         }
         if self.adapted is not None:
             save_adapter(self, save_directory)
-        write_file(save_directory / "model.safetensors", save(weights, metadata={"format": "pt"}))
+        write_tensors(save_directory / "model.safetensors", weights)
         config = {"model": self.family, **asdict(self.config)}
-        write_file(save_directory / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        write_json(save_directory / "config.json", config)
 
     def generate_model_card(self, **values: Any) -> ModelCard:
         """Return the model card, with the FLOPs of the image tower."""
         name = type(self).__name__
-        ours = {
+        ours = card_values(self.config.reduction, self.tower.size) | {
             "name": name,
             "about": f"{name} of elip-kernels, with token reduction in the image tower "
             "([ELIP](https://arxiv.org/abs/2309.16738)).",
             "usage": 'import elip_models\n\nmodel = elip_models.create_model("hf:owner/name")',
         }
-        ours |= card_values(self.config.reduction, self.tower.size)
         return super().generate_model_card(**(ours | values))
 
     @classmethod

@@ -58,6 +58,7 @@ TINY_BERT = TINY | {
     "cls_token_id": 1,
     "sep_token_id": 2,
 }
+TINY_MOMENTUM = {"text_dropout": 0.0, "embed_dim": 64, "queue_size": 64, "momentum": 0.98}
 CONFIGS: dict[str, Any] = {
     "clip_vit_b16": CLIPConfig(),
     "clip_vit_s16": CLIPConfig(
@@ -73,25 +74,9 @@ CONFIGS: dict[str, Any] = {
         embed_dim=64,
     ),
     "albef": ALBEFConfig(),
-    "albef_tiny": ALBEFConfig(
-        **TINY_BERT,
-        text_layers=2,
-        text_dropout=0.0,
-        embed_dim=64,
-        queue_size=64,
-        momentum=0.98,
-        mask_token_id=4,
-    ),
+    "albef_tiny": ALBEFConfig(**TINY_BERT, **TINY_MOMENTUM, text_layers=2, mask_token_id=4),
     "blip": BLIPConfig(),
-    "blip_tiny": BLIPConfig(
-        **TINY_BERT,
-        text_dropout=0.0,
-        embed_dim=64,
-        queue_size=64,
-        momentum=0.98,
-        decoder_token_id=5,
-        encoder_token_id=6,
-    ),
+    "blip_tiny": BLIPConfig(**TINY_BERT, **TINY_MOMENTUM, decoder_token_id=5, encoder_token_id=6),
     "meter": METERConfig(),
     "meter_b32": METERConfig(patch_size=32),
     "meter_tiny": METERConfig(

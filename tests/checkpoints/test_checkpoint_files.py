@@ -20,28 +20,28 @@ class Surprise:
 
 
 @pytest.mark.parametrize("content", [{"model": Surprise()}, "text", {"model": {"a": 1}}, {}])
-def test_files_that_hold_more_than_tensors_are_refused(tmp_path, content):
+def test_files_with_other_content_than_tensors_raise(tmp_path, content):
     path = tmp_path / "checkpoint.pth"
     torch.save(content, path)
     with pytest.raises(ValueError, match="source: expected"):
         convert_checkpoint(path)
 
 
-def test_the_error_names_what_a_pickle_holds(tmp_path):
+def test_the_error_names_the_classes_in_a_pickle(tmp_path):
     path = tmp_path / "checkpoint.pth"
     torch.save({"model": {"a": torch.zeros(1)}, "args": argparse.Namespace(lr=1)}, path)
     with pytest.raises(ValueError, match=r"got argparse\.Namespace, which could run code"):
         convert_checkpoint(path)
 
 
-def test_a_broken_file_is_refused(tmp_path):
+def test_a_broken_file_raises(tmp_path):
     for name in ("broken.pth", "broken.safetensors"):
         (tmp_path / name).write_bytes(b"not weights")
         with pytest.raises(ValueError, match=rf"source: .*{name}"):
             convert_checkpoint(tmp_path / name)
 
 
-def test_the_error_for_a_truncated_file_is_to_copy_it_again(tmp_path):
+def test_the_error_for_a_truncated_file_has_a_remedy(tmp_path):
     path = saved({"a": torch.zeros(1000)}, tmp_path)
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(ValueError, match=r"got a damaged file .*; copy or download it again"):
@@ -84,7 +84,7 @@ def test_nan_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("grid", ["no class token", "no square"])
-def test_positions_of_another_kind_are_another_shape(grid, tmp_path):
+def test_position_embeddings_of_another_layout_raise(grid, tmp_path):
     weights = small_open_clip()
     positions = weights["visual.positional_embedding"]
     weights["visual.positional_embedding"] = (
@@ -109,7 +109,7 @@ def test_a_broken_index_of_shards_is_named(index, message, tmp_path):
         convert_checkpoint(tmp_path)
 
 
-def test_a_small_file_that_would_fill_the_memory_is_refused(tmp_path):
+def test_a_compressed_file_that_could_fill_the_memory_raises(tmp_path):
     plain, bomb = tmp_path / "plain.pth", tmp_path / "bomb.pth"
     torch.save({"model": {"a": torch.zeros(10**6)}}, plain)
     with (

@@ -117,7 +117,7 @@ def test_an_open_clip_checkpoint_gives_the_recorded_features(golden, tmp_path, f
 
 
 @pytest.mark.parametrize("part", tiered(["vqa", "retrieval", "caption"], []))
-def test_what_a_fine_tuned_blip_lacks_is_filled(golden, tmp_path, part):
+def test_missing_parts_of_a_fine_tuned_blip_are_filled(golden, tmp_path, part):
     case = golden("blip_pretrain")
     config = test_blip.loaded(case).config
     weights = {n: w for n, w in official(case, "blip").items()}
@@ -144,7 +144,7 @@ def test_what_a_fine_tuned_blip_lacks_is_filled(golden, tmp_path, part):
 
 
 @pytest.mark.parametrize("family", tiered(["albef", "blip"], ["albef"]))
-def test_a_pre_trained_model_may_come_without_what_training_alone_needs(golden, tmp_path, family):
+def test_a_pre_trained_model_may_lack_the_parts_for_training(golden, tmp_path, family):
     case = golden(f"{family}_pretrain")
     options = without_tensor(OFFICIAL[family].loaded(case).config, family) | {"queue_size": 10}
     weights = {n: w for n, w in official(case, family).items() if "_m." not in n}
@@ -158,7 +158,7 @@ def test_a_pre_trained_model_may_come_without_what_training_alone_needs(golden, 
 
 
 @pytest.mark.slow
-def test_a_decoder_with_weights_of_its_own_is_not_tied(golden, tmp_path):
+def test_a_decoder_with_different_weights_is_not_tied(golden, tmp_path):
     case = golden("blip_pretrain")
     options = without_tensor(test_blip.loaded(case).config, "blip")
     weights = official(case, "blip")
@@ -188,7 +188,7 @@ def test_an_albef_fine_tuned_for_retrieval_keeps_its_momentum_embeddings(golden,
     assert torch.equal(online[bias], momentum[bias])
 
 
-def test_every_tensor_of_ours_has_its_official_name_again(golden):
+def test_renaming_and_back_gives_the_official_names(golden):
     for name, family in (("albef_pretrain", "albef"), ("meter_mlm_itm", "meter")):
         case, names = golden(name), KINDS[family].names
         ours = rename_tensors(case.under("sd/"), names)
@@ -250,13 +250,13 @@ def test_wrong_shapes_are_listed(albef):
         convert()
 
 
-def test_heads_have_to_be_said_where_they_are_not_64_wide(albef, tmp_path):
+def test_heads_that_are_not_64_wide_need_an_override(albef, tmp_path):
     path = saved(albef[0], tmp_path)
     with pytest.raises(ValueError, match="text_heads: expected a width that is a multiple of 64"):
         convert_checkpoint(path, vision_heads=4)
 
 
-def test_an_unknown_kind_is_an_error_with_the_known_ones(tmp_path):
+def test_the_error_for_an_unknown_kind_lists_the_known_kinds(tmp_path):
     path = saved({"layer.weight": torch.zeros(2)}, tmp_path)
     with pytest.raises(ValueError, match=r"albef, .*hf_blip.*got names such as layer\.weight"):
         convert_checkpoint(path)
@@ -269,7 +269,7 @@ def test_an_unknown_kind_is_an_error_with_the_known_ones(tmp_path):
         convert_checkpoint(tmp_path / "empty")
 
 
-def test_stacked_projections_come_apart_and_together_again():
+def test_stacked_projections_are_split_and_stacked_again():
     names = {"a.*.{q,k,v}_proj.*": "b.*.qkv.*", "proj": "out.weight.T", "c.in_*": "d.{q,k,v}.*"}
     weights = {f"a.0.{c}_proj.weight": torch.randn(2, 2) for c in "kqv"}
     weights |= {"proj": torch.randn(3, 2), "c.in_bias": torch.randn(6)}
@@ -295,7 +295,7 @@ def test_the_tables_name_every_tensor_of_the_models():
         assert not kept
 
 
-def test_a_meter_that_reads_with_roberta_is_recognised(tmp_path):
+def test_a_meter_with_roberta_is_recognised(tmp_path):
     sizes = {"vocab_size": 1024, "max_positions": 40, "mask_token_id": 1023}
     expected = create_model("meter_tiny", **ROBERTA | sizes)
     names = reversed_names(KINDS["meter"].names)
@@ -323,7 +323,7 @@ def test_folders_of_transformers_in_other_forms(tmp_path, form):
     assert_equal_weights(theirs, to_hf(model))
 
 
-def test_a_checkpoint_of_two_kinds_asks_which(albef):
+def test_a_checkpoint_that_matches_two_kinds_raises(albef):
     weights, convert = albef
     weights |= {"vit_model.visual.conv1.weight": torch.zeros(1)}
     weights |= {"text_transformer.embeddings.word_embeddings.weight": torch.zeros(1)}

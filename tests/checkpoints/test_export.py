@@ -163,7 +163,7 @@ def test_blip_for_questions(tmp_path, padding):
     assert_returns(model, theirs)
 
 
-def test_blip_model_gives_its_towers_alone(tmp_path):
+def test_blip_model_converts_only_its_towers(tmp_path):
     theirs = blip("BlipModel")
     theirs.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"unexpected: .*text_model\.pooler"):
@@ -186,7 +186,7 @@ def our_clip(**options):
 @pytest.mark.parametrize("options", [{}, {"activation": "quick_gelu", "text_norm_eps": 1e-4}])
 @pytest.mark.parametrize("to", ["open_clip", "hf"])
 @torch.no_grad()
-def test_our_clip_goes_and_returns(tmp_path, to, options):
+def test_our_clip_is_exported_and_imported(tmp_path, to, options):
     model = our_clip(**options)
     save_as(model, tmp_path / to, to)
     again = convert_checkpoint(tmp_path / to)
@@ -207,7 +207,7 @@ def test_our_clip_goes_and_returns(tmp_path, to, options):
 
 
 @torch.no_grad()
-def test_the_bias_of_the_sigmoid_loss_goes_to_open_clip_and_returns(tmp_path):
+def test_the_bias_of_the_sigmoid_loss_is_exported_to_open_clip(tmp_path):
     model = our_clip(loss="sigmoid")
     save_as(model, tmp_path / "there", "open_clip")
     theirs = open_clip.create_model(f"local-dir:{tmp_path / 'there'}").eval()
@@ -243,7 +243,7 @@ def test_a_setting_of_open_clip_that_ours_lacks_is_refused(tmp_path, change, mes
         convert_checkpoint(tmp_path / "saved")
 
 
-def test_how_images_are_resized_goes_to_open_clip_and_returns(tmp_path):
+def test_the_resize_mode_is_exported_to_open_clip(tmp_path):
     save_as(our_clip(resize="squash"), tmp_path / "there", "open_clip")
     assert convert_checkpoint(tmp_path / "there").config.resize == "squash"
     _, transform = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'there'}")
@@ -278,13 +278,13 @@ def test_images_of_other_stats_are_refused(to, tmp_path):
         ("clip_tiny", "hf", {"architecture": "BlipModel"}, "architecture: expected None except"),
     ],
 )
-def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, name, to, options, message):
+def test_an_export_that_fails_raises_and_leaves_nothing(tmp_path, name, to, options, message):
     with pytest.raises(ValueError, match=message):
         save_as(create_model(name), tmp_path / "out", to, **options)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_holds_something_is_left_alone(tmp_path):
+def test_a_folder_that_is_not_empty_does_not_change(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="folder: expected a new or empty folder"):
         save_as(our_clip(), tmp_path, "ours")
@@ -328,7 +328,7 @@ def test_the_command_writes_blip_for_transformers(tmp_path):
     assert theirs.config.text_config.bos_token_id == 5
 
 
-def test_a_failing_command_leaves_nothing_and_says_why(tmp_path, capsys):
+def test_a_failing_command_leaves_nothing_and_prints_the_cause(tmp_path, capsys):
     create_model("blip_tiny").save_pretrained(tmp_path / "ours")
     before = sorted(path.name for path in tmp_path.iterdir())
     for arguments, message in (

@@ -47,7 +47,7 @@ def assert_momentum_equals(model):
 
 @pytest.mark.parametrize("name", ["albef_tiny", "blip_tiny"])
 @torch.no_grad()
-def test_both_towers_read_as_the_pretrained_ones(name):
+def test_both_towers_compute_the_pretrained_outputs(name):
     model, image, text = create_model(name).eval(), vit(img_size=64), bert()
     crossing = model.encoders.text.layers[3].crossattention.self.query.weight.clone()
     load_pretrained_towers_(model, image, text)
@@ -83,7 +83,7 @@ def test_meter_runs_the_blocks_before_the_last():
 
 
 @torch.no_grad()
-def test_meter_reads_as_roberta():
+def test_meter_computes_the_outputs_of_roberta():
     sizes = {"vocab_size": 1024, "max_positions": 66, "mask_token_id": 1023}
     model = create_model("meter_tiny", **ROBERTA | sizes).eval()
     options = {"max_position_embeddings": 66, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
@@ -103,7 +103,7 @@ def test_clip_takes_an_image_tower():
 
 
 @pytest.mark.parametrize("name", ["albef_tiny", "blip_tiny"])
-def test_the_language_head_comes_along_and_longer_vocabularies_keep_their_end(name):
+def test_the_language_head_is_loaded_and_new_tokens_keep_their_rows(name):
     model = create_model(name, vocab_size=1026)
     text = bert(BertForMaskedLM)
     nn.init.normal_(text.cls.predictions.bias)

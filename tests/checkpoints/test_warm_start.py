@@ -87,7 +87,7 @@ def test_a_part_that_a_kind_of_checkpoint_lacks_is_copied_or_new(tmp_path):
     )
 
 
-def test_a_tensor_stays_new_or_is_left_out_where_it_is_named(tmp_path):
+def test_named_tensors_stay_new_or_are_left_out(tmp_path):
     trained("clip_tiny", vocab_size=900).save_pretrained(tmp_path)
     model = create_model("clip_tiny", loss="sigmoid")
     new = model.text.transformer.embeddings.token_embedding.weight.clone()

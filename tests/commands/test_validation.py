@@ -35,7 +35,7 @@ Layers = Literal["all"] | tuple[Count, ...] | None
 
 
 @pytest.mark.parametrize(
-    ("hint", "fits", "out_of_range", "of_another_type"),
+    ("hint", "fits", "out_of_range", "of_other_type"),
     [
         (PositiveInt, [1, sys.maxsize], [0, -1, 10**400], [True, 1.0, "1", None]),
         (Positive, [1, 0.5], [0, -1.0, math.nan, math.inf], [True, "0.5", None, 1j]),
@@ -55,12 +55,10 @@ Layers = Literal["all"] | tuple[Count, ...] | None
         (Schedule, [Schedule.parse("clip")], [], ["clip"]),
     ],
 )
-def test_what_fits_and_which_error_is_raised(hint, fits, out_of_range, of_another_type):
+def test_accepted_values_and_types_of_errors(hint, fits, out_of_range, of_other_type):
     assert [value for value in fits if mismatch_error(value, hint) is not None] == []
     assert [value for value in out_of_range if mismatch_error(value, hint) is not ValueError] == []
-    assert [
-        value for value in of_another_type if mismatch_error(value, hint) is not TypeError
-    ] == []
+    assert [value for value in of_other_type if mismatch_error(value, hint) is not TypeError] == []
 
 
 @pytest.mark.parametrize(
@@ -71,11 +69,7 @@ def test_what_fits_and_which_error_is_raised(hint, fits, out_of_range, of_anothe
         (Positive | None, "1", "x: expected a number above 0 or None, got '1'"),
         (bool, 1, "x: expected True or False, got 1"),
         (Literal["a", "b"], "c", "x: expected one of 'a', 'b', got 'c'"),
-        (
-            Layers,
-            -1,
-            "x: expected 'all' or None or a tuple, each an integer at least 0, got -1",
-        ),
+        (Layers, -1, "x: expected 'all' or None or a tuple, each an integer at least 0, got -1"),
         (tuple[int, Share], (1, 2), "x: expected [an integer, a number in [0, 1]], got (1, 2)"),
         (dict[str, Positive], [], "x: expected a dict, each a number above 0, got []"),
         (Schedule, "clip", "x: expected a Schedule, got 'clip'"),

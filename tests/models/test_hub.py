@@ -55,7 +55,7 @@ def hub(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_card_says_tokens_flops_and_how_to_load(name, tmp_path):
+def test_the_card_has_tokens_flops_and_usage(name, tmp_path):
     model = create_model(name)
     model.save_pretrained(tmp_path)
     card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
@@ -70,7 +70,7 @@ def test_the_card_says_tokens_flops_and_how_to_load(name, tmp_path):
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
-def test_what_is_sent_to_the_hub(monkeypatch, tmp_path):
+def test_the_files_that_are_uploaded(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", Api)
     model = create_model("elip_clip_tiny")
     assert model.push_to_hub("me/clip", private=True).startswith("https://huggingface.co/me/clip")
@@ -85,7 +85,7 @@ def test_what_is_sent_to_the_hub(monkeypatch, tmp_path):
     assert torch.equal(again.visual.pos_embed, model.visual.pos_embed)
 
 
-def test_saving_and_sending_in_one(monkeypatch, tmp_path):
+def test_saving_with_upload(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", Api)
     create_model("clip_tiny").save_pretrained(tmp_path, push_to_hub=True)
     assert Api.sent["repo_id"] == f"me/{tmp_path.name}"
@@ -126,7 +126,7 @@ def test_a_reduced_model_of_another_library_is_loaded_by_name(hub):
     assert torch.equal(other.logit_scale, model.logit_scale)
 
 
-def test_a_model_of_another_library_says_how_to_open_it(hub):
+def test_the_error_for_another_library_names_the_remedy(hub):
     name = hub(hf_clip())
     with pytest.raises(ValueError, match="folder: expected a model of"):
         load_model(name)

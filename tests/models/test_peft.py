@@ -56,10 +56,7 @@ def inputs_of(family):
 
 
 def perturbed(model):
-    """Move the adapters away from zero, and make momentum encoders equal to the online ones.
-
-    Then their average is equal too, also after merging.
-    """
+    """Move the adapters away from zero, and reset momentum encoders, which then stay equal."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if adapted_layer_of(name):
@@ -105,7 +102,7 @@ def assert_same_step(got, expected, inputs):
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
-def test_a_fresh_adapter_changes_nothing_and_a_moved_one_does(family, kind):
+def test_a_new_adapter_changes_nothing_and_a_trained_one_does(family, kind):
     model, inputs = plain(family).eval(), inputs_of(family)
     before = losses(model(**inputs))
     adapt_(model, config(kind))
@@ -124,8 +121,7 @@ EVERY = [(strategy, kind) for kind in KINDS for strategy in STRATEGIES]
 
 @pytest.mark.filterwarnings("ignore::elip_models.reduction.user_warnings.SlowScorerWarning")
 @pytest.mark.parametrize(
-    ("strategy", "kind"),
-    tiered(EVERY, [("tome", "lora"), ("evit", "lora"), ("trips", "adapter")]),
+    ("strategy", "kind"), tiered(EVERY, [("tome", "lora"), ("evit", "lora"), ("trips", "adapter")])
 )
 def test_a_step_equals_the_plain_model_under_every_strategy(strategy, kind):
     name = "elip_clip_tiny" if strategy in STAGED else "clip_tiny"
@@ -152,7 +148,7 @@ def test_a_step_equals_the_plain_model_with_every_scorer(family, scorer, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_last_block_runs_for_cls_alone_as_without(kind):
+def test_the_last_block_may_compute_only_cls(kind):
     model = adapted("clip", kind, without_text="vision").eval()
     assert model.tower.is_plain(model.tower.depth - 1)
     x = inputs_of("clip")["images"]
@@ -161,7 +157,7 @@ def test_the_last_block_runs_for_cls_alone_as_without(kind):
         torch.testing.assert_close(model.encode_image(x), whole, **CLOSE)
 
 
-def test_what_is_merged_is_the_formula():
+def test_merged_weights_follow_the_formula():
     model = plain("clip")
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     perturbed(adapt_(model, config("lora", alpha=3.0)))
@@ -196,7 +192,7 @@ def test_a_bottleneck_is_not_merged():
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
-def test_adapters_and_temperatures_train_alone(family, kind):
+def test_only_adapters_and_temperatures_train(family, kind):
     model = perturbed(adapt_(plain(family), config(kind)))
     model(**inputs_of(family)).loss.backward()
     gradients = {name for name, p in model.named_parameters() if p.grad is not None}
@@ -212,7 +208,7 @@ def test_adapters_and_temperatures_train_alone(family, kind):
     assert trainable_share(model) == counts[0] / counts[1]
 
 
-def test_patterns_of_a_recipe_may_fit_what_does_not_train():
+def test_patterns_of_a_recipe_may_match_frozen_parameters():
     model = adapt_(plain("albef"), config("lora"))
     groups = parameter_groups(model, 0.1, {"itm_head.*": 5.0, "encoders.visual.*": 2.0})
     assert {group["lr_scale"] for group in groups} == {1.0, 2.0}
@@ -255,7 +251,7 @@ def test_momentum_adapters_follow_the_online_ones(family, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["albef", "blip"])
-def test_momentum_adapters_begin_as_the_online_ones(family, kind):
+def test_momentum_adapters_start_equal_to_the_online_ones(family, kind):
     model = plain(family)
     with torch.no_grad():  # a momentum encoder of its own, as a loaded model has
         for parameter in model.encoders_m.parameters():
@@ -325,7 +321,7 @@ def test_under_five_percent_train_at_full_size(name, kind):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiles_whole(kind):
+def test_compiles_with_fullgraph(kind):
     torch._dynamo.reset()
     model, inputs = adapted("clip", kind), inputs_of("clip")
     expected = model(**inputs).loss
@@ -353,7 +349,7 @@ def test_a_recipe_selects_the_adapter():
     ],
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_does_not_fit_is_refused(kind, options, message):
+def test_targets_and_patterns_that_do_not_match_raise(kind, options, message):
     model = plain("clip")
     names = list(model.state_dict())
     with pytest.raises(ValueError, match=message):
@@ -362,7 +358,7 @@ def test_what_does_not_fit_is_refused(kind, options, message):
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_what_cannot_be_adapted_is_refused(tmp_path):
+def test_models_that_cannot_be_adapted_raise(tmp_path):
     with pytest.raises(ValueError, match="tuning: expected 'full'"):
         adapt_(classifier(tuning="probe"), config("lora"))
     with pytest.raises(ValueError, match="got one with adapters; merge_ it first"):

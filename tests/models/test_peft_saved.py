@@ -17,7 +17,7 @@ from tests.models.test_peft import CASES, FAMILIES, adapted, config, inputs_of, 
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
-def test_a_saved_adapter_gives_equal_outputs_on_the_model_as_it_was(family, kind, tmp_path):
+def test_a_saved_adapter_gives_equal_outputs_on_the_plain_model(family, kind, tmp_path):
     model, inputs = plain(family).eval(), inputs_of(family)
     other = copy.deepcopy(model)
     perturbed(adapt_(model, config(kind)))

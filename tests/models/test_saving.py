@@ -98,7 +98,7 @@ def test_open_clip_creates_a_model_from_the_checkpoint(model, tmp_path, how, mon
 
 
 @pytest.mark.parametrize("make", [pair, lambda: reduced(pair())], ids=["untouched", "reduced"])
-def test_a_dense_checkpoint_loads_into(make, tmp_path):
+def test_a_dense_checkpoint_loads_into_either_model(make, tmp_path):
     """Load a checkpoint that was trained without `reduce_`."""
     dense, other = pair(), make()
     torch.save(dense.state_dict(), tmp_path / "dense.pt")

@@ -2,9 +2,12 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 
@@ -16,6 +19,17 @@ def write_file(path: Path, content: bytes) -> None:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a dict as JSON, completely or not at all."""
+    write_file(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file, completely or not at all; memory formats are not stored."""
+    values = {name: each.detach().cpu().contiguous() for name, each in tensors.items()}
+    write_file(path, save(values, metadata={"format": "pt"}))
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -48,9 +62,6 @@ def read_config(folder: str | os.PathLike, *, with_weights: bool = True) -> tupl
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file; a damaged file or NaN raises ValueError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         tensors = load_file(path)
     except SafetensorError as error:

@@ -79,13 +79,7 @@ def staging_folder(folder: Path) -> Iterator[Path]:
 
 
 def card_values(strategy: Strategy, size: TowerSize) -> dict[str, str]:
-    """Return the values of `CARD` for an image tower of that size under the strategy."""
-    height, width = size.image
-    return {"image": f"{height} x {width}", "table": flops_table(strategy, size)}
-
-
-def flops_table(strategy: Strategy, size: TowerSize) -> str:
-    """Return a Markdown table of tokens and FLOPs of a tower, dense and under the strategy."""
+    """Return the image size, and a table of tokens and FLOPs dense and reduced, for `CARD`."""
     dense = dense_flops(size)
     rows = [
         "| | tokens in each layer | GFLOPs, forward | GFLOPs, training step |",
@@ -99,4 +93,5 @@ def flops_table(strategy: Strategy, size: TowerSize) -> str:
             for some, every in zip(flops, dense, strict=True)
         )
         rows.append(f"| `{each}` | {tokens} | {' | '.join(shares)} |")
-    return "\n".join(rows)
+    height, width = size.image
+    return {"image": f"{height} x {width}", "table": "\n".join(rows)}

@@ -9,7 +9,6 @@
 Each library can load its folder without this one; the model is dense then.
 """
 
-import json
 import logging
 import os
 import threading
@@ -25,13 +24,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from elip_models.models.base import PretrainedModel
-from elip_models.models.io.files import read_object, write_file
+from elip_models.models.io.files import read_object, write_file, write_json, write_tensors
 from elip_models.models.io.hub import CARD, card_values, fetch_folder, staging_folder
 from elip_models.models.registry import MODELS, load_model
 from elip_models.reduction.hf_config import store_in_config
 from elip_models.reduction.patch import reduce_, reductions_of
-from elip_models.reduction.serialization import settings_of, strategy_of
 from elip_models.reduction.reduced_model import Reduction
+from elip_models.reduction.serialization import settings_of, strategy_of
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
 from elip_models.towers import library_of, without_adapter
@@ -52,8 +51,7 @@ def save_reduced(model: nn.Module, folder: str | os.PathLike, *, config: Config 
 
     Example::
 
-        model = elip_models.reduce_(timm.create_model("vit_base_patch16_224", pretrained=True))
-        elip_models.save_reduced(model, "vit_tome")
+        elip_models.save_reduced(elip_models.reduce_(model), "vit_tome")
         model = elip_models.load_reduced("vit_tome")
 
     Args:
@@ -68,8 +66,7 @@ def save_reduced(model: nn.Module, folder: str | os.PathLike, *, config: Config 
 
     Raises:
         TypeError: the model is sharded, or of another library.
-        ValueError: the model is not reduced, or its library cannot save it; or `config` is missing
-            or of another model.
+        ValueError: the model is not reduced or cannot be saved, or `config` is missing or wrong.
     """
     check("model", model, nn.Module)
     check("folder", folder, str | os.PathLike)
@@ -91,7 +88,7 @@ def save_reduced(model: nn.Module, folder: str | os.PathLike, *, config: Config 
     if library == "transformers" and not module:
         (folder / SETTINGS).unlink(missing_ok=True)
     else:
-        _write_json(folder / SETTINGS, {"module": module, **settings_of(reduction.strategy)})
+        write_json(folder / SETTINGS, {"module": module, **settings_of(reduction.strategy)})
     if not (folder / "README.md").exists():
         write_file(folder / "README.md", _card(reduction, library, folder).encode())
     return folder
@@ -255,7 +252,7 @@ def _write_timm(model: nn.Module, folder: Path, config: Config) -> None:
         )
     with staging_folder(folder) as staging:
         save_config_for_hf(model, staging / CONFIG, model_args=config)
-        _write_weights(model, staging / "model.safetensors")
+        write_tensors(staging / "model.safetensors", model.state_dict())
 
 
 def _write_open_clip(model: nn.Module, folder: Path, config: Config) -> None:
@@ -270,7 +267,7 @@ def _write_open_clip(model: nn.Module, folder: Path, config: Config) -> None:
     preprocessing = open_clip.get_model_preprocess_cfg(model)
     with staging_folder(folder) as staging:
         content = {"model_cfg": known, "preprocess_cfg": preprocessing}
-        _write_json(staging / OPEN_CLIP_CONFIG, content)
+        write_json(staging / OPEN_CLIP_CONFIG, content)
         with without_open_clip_log(), torch.device("meta"):
             made = open_clip.create_model(
                 f"local-dir:{staging}",
@@ -280,7 +277,7 @@ def _write_open_clip(model: nn.Module, folder: Path, config: Config) -> None:
                 pretrained_text=False,
             )
         _check_config(made, model, config)
-        _write_weights(model, staging / "open_clip_model.safetensors")
+        write_tensors(staging / "open_clip_model.safetensors", model.state_dict())
 
 
 @contextmanager
@@ -331,30 +328,14 @@ WRITERS: dict[str, Callable[[nn.Module, Path, Config], None]] = {
 }
 
 
-def _write_weights(model: nn.Module, path: Path) -> None:
-    """Write the tensors, contiguous, since safetensors has no memory formats."""
-    from safetensors.torch import save_file
-
-    weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
-    save_file(weights, path, metadata={"format": "pt"})
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_file(path, (json.dumps(content, indent=2) + "\n").encode())
-
-
 def _card(reduction: Reduction, library: str, folder: Path) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
-    tags = ["token-reduction", "elip"]
-    values = card_values(reduction.strategy, reduction.tower.size)
-    values["name"] = folder.resolve().name
-    values["about"] = (
-        f"A model of {library} whose image tower drops and merges tokens. {library} alone can load "
-        "it as a dense model."
-    )
-    values["usage"] = (
-        'import elip_models\n\nmodel = elip_models.load_reduced("owner/name")  # or the folder'
-    )
-    data = ModelCardData(library_name=library, tags=tags)
+    values = card_values(reduction.strategy, reduction.tower.size) | {
+        "name": folder.resolve().name,
+        "about": f"A model of {library} with token reduction in the image tower. {library} alone "
+        "can load it as a dense model.",
+        "usage": 'import elip_models\n\nmodel = elip_models.load_reduced("owner/name")',
+    }
+    data = ModelCardData(library_name=library, tags=["token-reduction", "elip"])
     return str(ModelCard.from_template(data, template_str=CARD, **values))

@@ -48,12 +48,10 @@ def check_weights(
     """Raise the errors of `load_weights`, for a model that may be on the meta device."""
     first, state = first_names(model), model.state_dict()
     by_first = {first[name] for name in weights if name in first}
-    missing = [
-        name for name in state if first[name] not in by_first and not _matches(name, allow_missing)
-    ]
-    unexpected = [
-        name for name in weights if name not in state and not _matches(name, allow_unexpected)
-    ]
+    absent = [name for name in state if first[name] not in by_first]
+    missing = [name for name in absent if not matches_any(name, allow_missing)]
+    others = [name for name in weights if name not in state]
+    unexpected = [name for name in others if not matches_any(name, allow_unexpected)]
     shapes = [
         f"{name} {tuple(state[name].shape)}, got {tuple(weight.shape)}"
         for name, weight in weights.items()
@@ -67,5 +65,6 @@ def check_weights(
         )
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
+def matches_any(name: str, patterns: Iterable[str]) -> bool:
+    """Return whether a name matches one of the patterns, `*` for any part."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)

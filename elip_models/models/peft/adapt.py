@@ -14,7 +14,6 @@ Sources: LoRA (Hu et al., 2022); adapters (Houlsby et al., 2019; Pfeiffer et al.
 
 import re
 from collections import Counter
-from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
@@ -117,7 +116,8 @@ def merge_(model: Model) -> Model:
             "model: expected LoRA adapters, got bottlenecks, which are not linear and cannot be "
             "merged; save_pretrained keeps them"
         )
-    for name, layer in list(_adapted_layers(model)):
+    adapted = {n: m for n, m in model.named_modules() if "base_layer" in m._modules}
+    for name, layer in adapted.items():
         layer.merge()
         _replace_layer_(model, name, layer.base_layer)
     for name, parameter in model.named_parameters():
@@ -149,10 +149,6 @@ def adapted_layer_of(name: str) -> str | None:
     """Return the layer that an adapter's parameter belongs to, or None for other parameters."""
     found = re.match(r"(.*)\.(lora_[AB]\.default|adapter_(down|up))\.", name)
     return found and found[1]
-
-
-def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((n, m) for n, m in model.named_modules() if "base_layer" in m._modules)
 
 
 def _replace_layer_(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -43,13 +43,7 @@ class Adapted(NamedTuple):
 
 
 class AdaptableModel(nn.Module, ReducibleModel):
-    """Base class of models that `adapt_` can change.
-
-    Attributes:
-        family: name of the architecture, which selects the layers to adapt.
-        config: configuration of the model.
-        adapted: the result of `adapt_`, or None for a plain model.
-    """
+    """Base class of models that `adapt_` can change; `adapted` is None for a plain model."""
 
     family: ClassVar[str]
     config: Any

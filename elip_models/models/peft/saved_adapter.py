@@ -5,14 +5,13 @@ adapter_model.safetensors   the weights, under the names that peft uses
 adapter_config.json         for LoRA: the configuration in the format of peft
 """
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from elip_models.models.io.files import read_object, read_tensors
+from elip_models.models.io.files import read_object, read_tensors, write_json, write_tensors
 from elip_models.models.io.hub import staging_folder
 from elip_models.models.peft.adapt import Model, adapt_, adapted_layer_of
 from elip_models.models.peft.adaptable_model import AdaptableModel, AdaptConfig
@@ -30,17 +29,13 @@ def save_adapter(model: AdaptableModel, folder: str | Path) -> Path:
     Raises:
         ValueError: the model has no adapters.
     """
-    from safetensors.torch import save_file
-
     if model.adapted is None:
         raise ValueError("model: expected one with adapters, got a plain one; call adapt_ first")
     with staging_folder(Path(folder)) as staging:
         if model.adapted.config.kind == "lora":
             model.peft_config["default"].save_pretrained(staging)
-        weights = {name: p.detach().cpu().contiguous() for name, p in _saved(model).items()}
-        save_file(weights, staging / WEIGHTS, metadata={"format": "pt"})
-        settings = json.dumps(asdict(model.adapted.config), indent=2) + "\n"
-        (staging / SETTINGS).write_text(settings, encoding="utf-8")
+        write_tensors(staging / WEIGHTS, _saved(model))
+        write_json(staging / SETTINGS, asdict(model.adapted.config))
     return Path(folder)
 
 
