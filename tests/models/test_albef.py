@@ -1,4 +1,4 @@
-"""ALBEF's pre-training step against the official one, and what it promises beside."""
+"""ALBEF's pre-training step against the official one, and its other properties."""
 
 import pytest
 import torch
@@ -135,7 +135,7 @@ def test_bf16_trains_every_weight(golden):
     assert all(grad.isfinite().all() for grad in grads.values())
 
 
-def test_momentum_encoders_follow_in_training_alone(golden):
+def test_momentum_encoders_are_updated_in_training_only(golden):
     case = golden("albef_pretrain")
     model = loaded(case)
     inputs = case["image"], case["input_ids"].long(), case["attention_mask"]
@@ -151,7 +151,7 @@ def test_momentum_encoders_follow_in_training_alone(golden):
 
 
 def test_shared_momentum_reduction_keeps_what_the_online_tower_kept(golden):
-    """With momentum encoders that equal the online ones, their tokens are the same, to the bit."""
+    """Check equal tokens of both towers if their weights are equal."""
     case = golden("albef_pretrain")
     model = loaded(case, momentum_reduction="shared").eval()
     model.encoders_m.load_state_dict(model.encoders.state_dict())
@@ -161,7 +161,7 @@ def test_shared_momentum_reduction_keeps_what_the_online_tower_kept(golden):
     scored = []
     for block in model.encoders_m.visual.blocks:
         block.register_forward_hook(lambda m, args, out: scored.append(out.shape[1]))
-    (found, _), (shared, _) = model._images(inputs[0], text[:, 0])
+    (found, _), (shared, _) = model._encode_images(inputs[0], text[:, 0])
     assert torch.equal(shared, tokens) and torch.equal(found, tokens)
     assert scored == [37, 34, 25, 25, 16, 16]  # each block once: nothing is scored
     loss = model.train()(*inputs, drawn=drawn(case)).loss

@@ -1,4 +1,4 @@
-"""ALBEF's downstream models against the official ones, and what they promise beside."""
+"""ALBEF's downstream models against the official ones, and their other properties."""
 
 import copy
 import math
@@ -78,7 +78,7 @@ def official_name(name):
 
 
 def official(model_class, **options):
-    """What was recorded of the official model, and ours with its weights, in fp64."""
+    """Return the tensors of the official run and our model with its weights, in fp64."""
     case = load_file(GOLDEN / f"{model_class.family}.safetensors")
     config = model_class.config_class(**OFFICIAL, **DEPTHS[model_class], **options)
     model = model_class(config)
@@ -91,7 +91,7 @@ def official(model_class, **options):
 
 
 def pixels(name, *batch):
-    """Images (*batch, 3, 24, 24) that were shown under that name."""
+    """Return the images (*batch, 3, 24, 24) with that name in the official run."""
     shape = *batch, 3, 24, 24
     return 2 * matrix(1, math.prod(shape), name).view(shape)
 
@@ -101,14 +101,17 @@ def text_of(case):
 
 
 def assert_close(got, expected):
-    """Within 2e-6 of the largest entry."""
+    """Compare with a tolerance of 2e-6 of the largest entry."""
     bound = 2e-6 * max(expected.abs().max().item(), 1e-12)
     torch.testing.assert_close(got.double(), expected.double(), rtol=0, atol=bound)
 
 
 def assert_official_gradients(model, case):
-    """Within 2e-6 of the largest entry of each tensor; where the gradient is zero but for rounding,
-    as of a key's bias, of a thousandth of the largest of all."""
+    """Compare with a tolerance of 2e-6 of the largest entry of each tensor.
+
+    For gradients that are zero except for rounding, such as those of a key's bias, the scale is a
+    thousandth of the largest gradient of all.
+    """
     expected = {n.removeprefix("grad/"): g for n, g in case.items() if n.startswith("grad/")}
     got = {official_name(n): g for n, g in gradients(model).items()}
     assert got.keys() == expected.keys()
@@ -119,7 +122,7 @@ def assert_official_gradients(model, case):
 
 
 def answers_of(case):
-    """The recorded list of answers, as a batch of up to three of each question."""
+    """Return the recorded list of answers as a batch of up to three for each question."""
     counts, length = case["counts"].tolist(), case["answer_ids"].shape[1]
     ids, mask = torch.zeros(2, len(counts), max(counts), length, dtype=torch.long)
     weights, start = torch.zeros(len(counts), max(counts)), 0
@@ -200,7 +203,7 @@ def test_retrieval_is_the_official_one():
 
 
 def made(model_class, **options):
-    """A model in fp64, with weights that matter."""
+    """Create a model in fp64, with weights large enough to change its outputs."""
     model = model_class(model_class.config_class(**(OWN | options))).double()
     for weight in model.encoders.parameters():
         if weight.dim() == 2:
@@ -209,7 +212,7 @@ def made(model_class, **options):
     return model
 
 
-def test_the_captions_of_an_image_are_all_right_in_batch_and_queue():
+def test_all_captions_of_an_image_are_positives_in_batch_and_queue():
     model, image_ids = made(ALBEFRetrieval), torch.tensor([7, 3, 7, 5])
     assert model.queue.ids.tolist() == [NO_IMAGE] * 6
     first = model(*batch_of_four(), image_ids)
@@ -220,7 +223,7 @@ def test_the_captions_of_an_image_are_all_right_in_batch_and_queue():
     assert first.loss == first.loss_itc + first.loss_itm
 
 
-def test_alone_a_positive_is_the_pair_itself():
+def test_a_single_positive_is_the_pair_itself():
     similar = tuple(torch.randn(3, 5) for _ in range(2))
     teacher, pairs = tuple(torch.randn(3, 5) for _ in range(2)), torch.eye(3, 5, dtype=torch.bool)
     expected = soft_contrastive_loss(similar, teacher, 0.4)
@@ -257,7 +260,7 @@ def test_matching_logits_are_those_of_itm(family):
 
 
 def batch_for(model):
-    """What `random_inputs` gives for four images, with texts of several lengths."""
+    """Return `random_inputs` of four images, with texts of several lengths."""
     images, ids, mask = batch_of_four()
     return model.random_inputs(images) | {"input_ids": ids, "attention_mask": mask}
 
@@ -286,7 +289,7 @@ def test_every_strategy_trains_and_checkpointing_changes_nothing(task, strategy)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_by_default_all_patches_are_seen(task):
+def test_all_patches_are_kept_by_default(task):
     config = TASKS[task].config_class()
     assert config.schedule is None and config.image_size == 384 and config.captions == "albef"
     assert config.distill and config.alpha == config.full_alpha == 0.4
@@ -310,7 +313,7 @@ def test_the_text_guides_every_image_that_it_comes_with(task):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_what_is_saved_comes_back(task, tmp_path):
+def test_a_saved_model_loads_with_equal_outputs(task, tmp_path):
     model = made(TASKS[task], distill=task == "retrieval").float()
     batch = {
         n: t.float() if t.is_floating_point() else t
@@ -329,7 +332,7 @@ def test_what_is_saved_comes_back(task, tmp_path):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_momentum_encoders_follow_in_training_alone(task):
+def test_momentum_encoders_are_updated_in_training_only(task):
     model = made(TASKS[task])
     batch, momentum = batch_for(model), dict(model.encoders_m.named_parameters())
     for weight in model.encoders.parameters():
@@ -353,7 +356,7 @@ def test_entailment_does_not_warm_alpha_up():
     assert model.alpha == 0
 
 
-def test_an_answer_that_is_not_there_changes_nothing():
+def test_a_missing_answer_changes_no_loss():
     model = made(ALBEFVQA).eval()
     batch = batch_for(model)
     expected = model(**batch).loss
@@ -366,7 +369,7 @@ def test_an_answer_that_is_not_there_changes_nothing():
     assert all(grad.isfinite().all() for grad in gradients(model).values())
 
 
-def test_a_momentum_tower_may_share_or_score_the_reduction():
+def test_a_momentum_tower_shares_or_scores_the_reduction():
     for options in ({"momentum_reduction": "shared"}, {"scorer": "momentum"}):
         for task in TASKS:
             model = made(TASKS[task], **options)

@@ -1,4 +1,4 @@
-"""ALBEF's downstream models begin as pre-training left them, with momentum encoders or without."""
+"""Weights of a pre-trained ALBEF in its downstream models, with and without momentum encoders."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.models.test_albef_tasks import TASKS, batch_for, made
 
 
 def pretrained():
-    """An ALBEF whose momentum encoders are not its encoders."""
+    """Create an ALBEF whose momentum encoders differ from its encoders."""
     model = cross_modal_cases.made("albef", text_depth=3)
     for weight in model.encoders_m.parameters():
         weight.data += 0.1 * torch.randn_like(weight)
@@ -27,7 +27,7 @@ HEADS = {
 
 
 def begun(task, model, **options):
-    """A downstream model that begins as the pre-trained one."""
+    """Create a downstream model with the weights of the pre-trained one."""
     other = made(TASKS[task], text_depth=3, **options)
     weights = TASKS[task].from_pretraining(model.state_dict(), other.config)
     load_weights(other, weights, allow_missing=HEADS[task])
@@ -35,8 +35,8 @@ def begun(task, model, **options):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_it_begins_as_pretraining_left_it(task):
-    """Every weight but those of a new head, and momentum encoders as the momentum encoders."""
+def test_a_downstream_model_has_the_pretrained_weights(task):
+    """Check all weights except those of a new head."""
     model = pretrained()
     other, (images, ids, mask) = begun(task, model), batch_of_four()
     for ours, theirs in ((other.encoders, model.encoders), (other.encoders_m, model.encoders_m)):
@@ -52,14 +52,14 @@ def test_it_begins_as_pretraining_left_it(task):
         assert torch.equal(*logits)
 
 
-def test_a_decoder_begins_as_the_fusion_layers():
-    """With the states of all layers that fuse, but not causal, it is what fuses."""
+def test_a_decoder_starts_with_the_weights_of_the_fusion_layers():
+    """Compare the decoder without causal mask with the fusion layers."""
     model = pretrained()
     other, (images, ids, mask) = begun("vqa", model), batch_of_four()
     for ours, theirs in ((other.encoders, model.encoders), (other.encoders_m, model.encoders_m)):
         tokens, hidden = theirs.visual.forward_features(images), theirs.text.embed(ids)
         assert torch.equal(ours.decoder.embed(ids), hidden)
-        written = ours.decoder.run(hidden, mask, ours.writes, tokens)
+        written = ours.decoder.run(hidden, mask, ours.decoder_layers, tokens)
         assert torch.equal(written, theirs.fuse(hidden, mask, tokens))
         assert torch.equal(ours.language_head(written), theirs.language_head(written))
     head, embeddings = other.encoders.language_head.predictions, other.encoders.decoder.embeddings
@@ -67,7 +67,7 @@ def test_a_decoder_begins_as_the_fusion_layers():
     assert embeddings.word_embeddings is not other.encoders.text.embeddings.word_embeddings
 
 
-def test_both_layers_of_a_pair_begin_as_the_one_of_pretraining():
+def test_each_fusion_layer_is_copied_to_two_layers():
     model = pretrained()
     other, (_, ids, mask) = begun("nlvr2", model), batch_of_four()
     assert len(other.encoders.text.layers) == 1 + 2 * 2
@@ -84,7 +84,7 @@ def test_both_layers_of_a_pair_begin_as_the_one_of_pretraining():
             assert first.query is not second.query
 
 
-def test_without_momentum_encoders_they_begin_as_the_encoders():
+def test_missing_momentum_weights_are_copied_from_the_encoders():
     model = pretrained()
     weights = {n: w for n, w in model.state_dict().items() if not n.startswith("encoders_m.")}
     for task, model_class in TASKS.items():
@@ -94,7 +94,7 @@ def test_without_momentum_encoders_they_begin_as_the_encoders():
         assert all(w is begins[n.replace("encoders_m.", "encoders.")] for n, w in copies.items())
 
 
-def test_another_length_of_queue_begins_anew():
+def test_a_queue_of_another_size_is_initialised():
     weights = pretrained().state_dict()
     config = made(ALBEFRetrieval, text_depth=3, queue_size=12).config
     assert not any(

@@ -1,4 +1,4 @@
-"""BLIP's pre-training step against the official one, and what it promises beside."""
+"""BLIP's pre-training step against the official one, and its other properties."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_the_decoder_owns_its_self_attention_and_shares_the_rest(golden):
     assert own and all(".attention." in name for name in own)
 
 
-def test_the_decoder_sees_no_later_token(golden):
+def test_the_decoder_attends_to_no_later_token(golden):
     case = golden("blip_pretrain")
     model = loaded(case).eval()
     _, ids, mask = inputs(case)
@@ -131,7 +131,7 @@ def test_a_bad_config_is_named(options, message):
         BLIPConfig(**options)
 
 
-def test_shared_momentum_reduction_sees_the_tokens_that_were_kept(golden):
+def test_shared_momentum_reduction_keeps_the_same_tokens(golden):
     case = golden("blip_pretrain")
     model = loaded(case, momentum_reduction="shared")
     seen = []

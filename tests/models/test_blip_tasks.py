@@ -49,14 +49,14 @@ BOUND = 2e-6  # of the largest entry: the official runs are fp64, our losses are
 
 
 def fresh(task, **options):
-    """A model in fp64, as initialised."""
+    """Create a model in fp64 with initial weights."""
     model = MODELS[task]
     torch.manual_seed(0)
     return model(model.config_class(**(SIZES | OWN.get(task, {}) | options))).double()
 
 
 def made(task, **options):
-    """A model in fp64 with weights that matter."""
+    """Create a model in fp64 with weights large enough to change its outputs."""
     model = fresh(task, **options)
     for name, weight in model.named_parameters():
         if name != "temperature":
@@ -66,7 +66,7 @@ def made(task, **options):
 
 
 def recorded(task):
-    """The tensors of the official run, in fp64."""
+    """Return the tensors of the official run, in fp64."""
     tensors = load_file(GOLDEN / f"blip_{task}.safetensors")
     return {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
 
@@ -76,7 +76,7 @@ def our_name(name):
 
 
 def loaded(task, case, **options):
-    """Our model with the weights of the official one."""
+    """Return our model with the weights of the official one."""
     model = made(task, **options)
     state = model.state_dict()
     shapes = {n.removeprefix("grad/"): tuple(g.shape) for n, g in case.items() if "grad/" in n}
@@ -94,7 +94,7 @@ def mask_of(ids):
 
 
 def answers_of(case):
-    """The flat list of answers as (B, A, La), their mask and weights."""
+    """Return the flat list of answers as (B, A, La), their mask and weights."""
     counts, most = case["counts"].tolist(), int(case["counts"].max())
     ids = case["answers"].new_zeros(len(counts), most, case["answers"].shape[1])
     weights = torch.zeros(ids.shape[:2])
@@ -116,7 +116,7 @@ def batch_of(task, case=None):
 
 
 def assert_close(got, expected, name="", least=0.0):
-    """Where all of it is below `least`, such as what softmax makes zero, that is the scale."""
+    """Compare relative to the largest entry, or to `least` if that is larger."""
     bound = BOUND * expected.abs().max().clamp_min(least)
     assert (got.double().reshape(expected.shape) - expected).abs().max() <= bound, name
 
@@ -149,7 +149,7 @@ def test_the_official_queue_and_momentum_encoders_are_reproduced():
         assert_close(state[name], tensor.double(), name)
 
 
-def test_negatives_are_drawn_by_the_official_chances():
+def test_negatives_have_the_official_probabilities():
     case = recorded("retrieval")
     model = loaded("retrieval", case)
     batch = batch_of("retrieval", case)
@@ -180,14 +180,14 @@ def test_answers_are_ranked_as_the_official_model_does(k):
     assert model.training
 
 
-def test_answers_are_written_as_the_official_model_does():
+def test_generated_answers_are_the_official_ones():
     case = recorded("vqa")
     questions = case["questions"]
     written = loaded("vqa", case).generate_answers(case["images"], questions, mask_of(questions))
     assert torch.equal(written, case["written"])
 
 
-def test_captions_are_written_as_the_official_model_does():
+def test_generated_captions_are_the_official_ones():
     case = recorded("captioning")
     prompt = case["input_ids"][:, 1:4]
     decoding = Decoding(max_length=12, min_length=6)
@@ -219,7 +219,7 @@ def test_random_inputs_are_a_batch(task):
 
 
 @TASKS
-def test_a_saved_model_loads_and_says_the_same(task, tmp_path):
+def test_a_saved_model_loads_with_equal_outputs(task, tmp_path):
     model = made(task, **REDUCED).float().eval()
     batch = {n: t.float() if n == "images" else t for n, t in batch_of(task).items()}
     model.save_pretrained(tmp_path)
@@ -271,7 +271,7 @@ def test_the_text_of_a_task_guides_its_images(task):
     )
 
 
-def test_no_caption_says_what_the_captioner_sees():
+def test_captions_do_not_guide_the_captioner():
     model, seen = made("captioning", **REDUCED).eval(), []
     model.visual.norm.register_forward_hook(lambda m, args, out: seen.append(out))
     batch = batch_of("captioning")
@@ -280,7 +280,7 @@ def test_no_caption_says_what_the_captioner_sees():
     assert seen[0].shape[1] == 6 and torch.equal(*seen)
 
 
-def test_a_prompt_bears_no_loss():
+def test_the_prompt_has_no_loss():
     model, batch = made("captioning"), batch_of("captioning")
     logits = model(**batch).logits
     logits.retain_grad()
@@ -304,7 +304,7 @@ def test_the_prompt_is_that_of_the_tokenizer(tokenizer):
         made("captioning", **(sizes | {"prompt": ""})).read_vocabulary_(tokenizer)
 
 
-def test_places_without_an_answer_count_nothing():
+def test_missing_answers_have_no_loss():
     model, batch = made("vqa"), batch_of("vqa")
     wider = dict(batch)
     for name in ("answer_ids", "answer_mask", "answer_weights"):
@@ -316,7 +316,7 @@ def test_places_without_an_answer_count_nothing():
     assert all(gradient.isfinite().all() for gradient in gradients(model).values())
 
 
-def test_more_candidates_than_there_are_is_all_of_them():
+def test_k_above_the_number_of_candidates_scores_all():
     case, model = recorded("vqa"), made("vqa")
     question = case["images"], case["input_ids"], mask_of(case["input_ids"])
     candidates = case["candidates"]
@@ -328,7 +328,7 @@ def test_more_candidates_than_there_are_is_all_of_them():
         model.rank_answers(*question, candidates, mask_of(candidates), 0)
 
 
-def test_the_image_towers_of_vqa_and_nlvr2_drop_paths():
+def test_the_image_towers_of_vqa_and_nlvr2_have_stochastic_depth():
     for task, model in MODELS.items():
         config = model.config_class(**(SIZES | {"text_depth": 1}))
         first, last = (block.drop_path1 for block in model(config).visual.blocks)
@@ -337,6 +337,6 @@ def test_the_image_towers_of_vqa_and_nlvr2_drop_paths():
         assert not getattr(first, "drop_prob", 0.0)
 
 
-def test_texts_of_tasks_lose_no_tokens():
+def test_fine_tuned_models_refuse_text_reduction():
     with pytest.raises(ValueError, match=r"text_reduction: expected None.*got 'post'"):
         made("vqa", text_reduction="post")

@@ -1,4 +1,4 @@
-"""BLIP's models of VQA, NLVR2, retrieval and captioning begin as parts of a pre-trained one."""
+"""Weights of a pre-trained BLIP in its models of VQA, NLVR2, retrieval and captioning."""
 
 import torch
 from safetensors.torch import load_file
@@ -17,7 +17,7 @@ def pretrained(**options):
 
 
 def begun(task, model, folder, missing=(), **options):
-    """A model of the task that begins as a saved BLIP, and as the state dict of the same."""
+    """Create a model of the task from a saved BLIP, and from its state dict."""
     model.save_pretrained(folder)
     saved, states = load_file(folder / "model.safetensors"), []
     for weights in (saved, model.state_dict()):
@@ -30,20 +30,20 @@ def begun(task, model, folder, missing=(), **options):
     return ours, {n for n in new if n.endswith(("weight", "ids"))}
 
 
-def test_vqa_begins_as_both_towers_of_blip(tmp_path):
+def test_vqa_starts_with_both_towers_of_blip(tmp_path):
     model, case = pretrained(), recorded("vqa")
     ours, new = begun("vqa", model, tmp_path, tie_decoder=True)  # of the pre-training config
     assert not new
     x, ids = case["images"], case["input_ids"]
     tokens, _ = model.encode_image(x)
     states = model.fuse(ids, mask_of(ids), tokens)
-    assert torch.equal(ours.read_question(x, ids, mask_of(ids)), states)
+    assert torch.equal(ours.fuse_question(x, ids, mask_of(ids)), states)
     assert torch.equal(ours.predict(ids, mask_of(ids), states), model.predict(ids, ids, states))
     ours.decoder.layers[0].output.dense.weight.data.zero_()
     assert ours.encoders.text.layers[0].output.dense.weight.any()  # no longer shared
 
 
-def test_captioning_begins_as_image_tower_and_decoder_of_blip(tmp_path):
+def test_captioning_starts_with_image_tower_and_decoder_of_blip(tmp_path):
     model, case = pretrained(), recorded("captioning")
     ours, new = begun("captioning", model, tmp_path)
     assert not new
@@ -52,7 +52,7 @@ def test_captioning_begins_as_image_tower_and_decoder_of_blip(tmp_path):
     assert torch.equal(ours(x, ids, mask_of(ids)).logits, logits)
 
 
-def test_retrieval_begins_as_all_of_blip_but_the_decoder(tmp_path):
+def test_retrieval_starts_with_all_of_blip_but_the_decoder(tmp_path):
     model, case = pretrained(), recorded("retrieval")
     ours, new = begun("retrieval", model, tmp_path, missing=["queue.ids"])
     assert new == {"queue.ids"}
@@ -65,8 +65,8 @@ def test_retrieval_begins_as_all_of_blip_but_the_decoder(tmp_path):
     assert torch.equal(logits, model.matching_logits(*tokens, ids, mask_of(ids)))
 
 
-def test_nlvr2_begins_with_two_copies_of_each_cross_attention(tmp_path):
-    """Two images that are one are then read as BLIP reads it."""
+def test_nlvr2_starts_with_two_copies_of_each_cross_attention(tmp_path):
+    """Compare two equal images with one image in BLIP."""
     model, case = pretrained(), recorded("nlvr2")
     sizes = {"text_depth": 3, "merge_from": 3}
     ours, new = begun("nlvr2", model, tmp_path, ["classifier.*"], **sizes)

@@ -64,7 +64,7 @@ def test_loss_is_symmetric_cross_entropy():
 
 
 @pytest.mark.parametrize("name", ["clip_tiny", "elip_clip_tiny"])
-def test_sigmoid_loss_asks_of_each_image_and_text_whether_they_are_a_pair(name):
+def test_sigmoid_loss_is_binary_for_each_image_and_text(name):
     model = tiny(name, loss="sigmoid")
     assert model.logit_scale.exp().item() == pytest.approx(10)
     assert model.logit_bias.item() == -10
@@ -93,7 +93,7 @@ def test_every_parameter_trains(loss):
     assert not [n for n, p in model.named_parameters() if p.grad is None]
 
 
-def test_text_is_read_at_its_end_whatever_pads_it():
+def test_text_is_pooled_at_its_end_with_any_padding():
     model, inputs = tiny().eval(), batch()
     features = model.encode_text(inputs["input_ids"], inputs["attention_mask"])
     other = inputs["input_ids"].clone()
@@ -103,7 +103,7 @@ def test_text_is_read_at_its_end_whatever_pads_it():
     assert not torch.allclose(model.encode_text(other, inputs["attention_mask"]), features)
 
 
-def test_images_alone_are_dense_unless_asked():
+def test_images_without_text_are_dense_by_default():
     model, x = tiny().eval(), torch.randn(2, 3, 32, 32)
     dense = model.encode_image(x, reduce=False)
     with pytest.warns(UserWarning, match="nothing is reduced"):
@@ -144,7 +144,7 @@ def test_save_and_load(tmp_path):
     assert torch.equal(again.visual.pos_embed, model.visual.pos_embed)
 
 
-def test_loading_says_what_is_missing(tmp_path):
+def test_a_load_error_names_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         CLIP.from_pretrained(tmp_path)
     tiny().save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""CLIP as a classifier: the head, what trains, how it begins, and reduction by the image alone."""
+"""CLIP as a classifier: head, trained weights, initial weights, reduction by the image alone."""
 
 import itertools
 from pathlib import Path
@@ -55,7 +55,7 @@ def batch(B=4):
 
 
 @pytest.mark.parametrize("projects", [False, True])
-def test_the_head_reads_cls_before_the_projection_or_behind_it(projects):
+def test_the_head_gets_cls_before_or_after_the_projection(projects):
     model, inputs = classifier(projects=projects, label_smoothing=0.1), batch()
     out = model(**inputs)
     features = model.visual.forward_features(inputs["images"])[:, 0]
@@ -98,7 +98,7 @@ def test_checkpointing_gives_the_same_gradients():
 
 
 @pytest.mark.parametrize("projects", [False, True])
-def test_it_begins_as_the_pretrained_tower(projects):
+def test_a_classifier_has_the_pretrained_tower(projects):
     clip, model = tiny("clip_tiny").eval(), classifier(projects=projects).eval()
     begun = model.from_pretraining(clip.state_dict(), model.config)
     missing, unexpected = model.load_state_dict(begun, strict=False)
@@ -110,7 +110,7 @@ def test_it_begins_as_the_pretrained_tower(projects):
         assert torch.equal(model.features(x), clip.visual.forward_features(x)[:, 0])
 
 
-def test_a_head_that_begins_zero_shot_classifies_as_the_pretrained_model(tokenizer):
+def test_a_zero_shot_head_classifies_as_the_pretrained_model(tokenizer):
     names, templates = EmojiClasses.names[:CLASSES], EmojiClasses.templates[:2]
     clip = tiny("clip_tiny", vocab_size=len(tokenizer)).eval()
     classes = class_features(clip, tokenizer, names, templates)
@@ -136,7 +136,7 @@ def test_save_and_load(tuning, tmp_path):
     assert torch.equal(loaded(**inputs).loss, model(**inputs).loss)
 
 
-def test_it_is_dense_unless_the_image_alone_is_to_reduce_itself():
+def test_it_is_dense_without_vision_only_guidance():
     dense, x = classifier().eval(), batch()["images"]
     with pytest.warns(UserWarning, match="nothing is reduced"):
         elip_models.reduction.user_warnings.warn_once.cache_clear()
@@ -178,7 +178,7 @@ def test_every_strategy_trains_saves_and_loads(strategy, tuning, tmp_path):
     assert torch.equal(*logits)
 
 
-def test_it_is_measured_as_a_whole():
+def test_the_whole_model_is_profiled():
     model = reduced("elip")
     workload = Workload(model, 2)
     loss = workload.forward(model.reduction)()
@@ -198,7 +198,7 @@ def test_recipes_have_the_papers_hyper_parameters(name):
     assert config.schedule is None
 
 
-def test_captions_of_one_image_are_no_negatives_of_it():
+def test_captions_of_one_image_are_positives():
     torch.manual_seed(0)
     model = create_model("clip_tiny", task="retrieval", image_size=32, vision_depth=2).eval()
     images, ids = torch.randn(4, 3, 32, 32), torch.randint(3, 900, (4, 32))

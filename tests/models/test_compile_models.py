@@ -1,4 +1,4 @@
-"""A training step of ALBEF, BLIP and METER is one graph, and gives what it gives uncompiled."""
+"""A training step of ALBEF, BLIP and METER compiles to one graph with the same results."""
 
 import copy
 

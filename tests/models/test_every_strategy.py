@@ -70,7 +70,7 @@ def test_checkpointing_changes_no_loss_and_no_gradient(family, strategy):
 
 
 @pytest.mark.parametrize(("family", "strategy"), CASES)
-def test_a_text_sees_the_tokens_that_are_left_of_its_image(family, strategy):
+def test_a_text_attends_to_the_remaining_image_tokens(family, strategy):
     model, (images, ids, mask) = reduced(family, strategy), batch_of_four()
     tokens, infos = model.encode_image(images, model.encode_text(ids, mask)[:, 0])
     assert tokens.shape == (4, LEFT[strategy], 16)
@@ -82,7 +82,7 @@ def test_a_text_sees_the_tokens_that_are_left_of_its_image(family, strategy):
 
 @pytest.mark.parametrize("momentum", ["none", "shared", "own"])
 @pytest.mark.parametrize("family", MODELS)
-def test_no_loss_sees_the_padding_of_adaptive(family, momentum):
+def test_the_padding_of_adaptive_changes_no_loss(family, momentum):
     options = {"momentum_reduction": momentum} if family in MOMENTUM else {}
     model, batch = reduced(family, "adaptive", **options).eval(), batch_of_four()
     drawn, found = draws(family, *batch, "local"), []
@@ -95,8 +95,8 @@ def test_no_loss_sees_the_padding_of_adaptive(family, momentum):
 
     expected, _ = step(model, batch, drawn)
     if family in MOMENTUM:
-        images = model._images
-        model._images = lambda *args: tuple(disturbed(*each) for each in images(*args))
+        images = model._encode_images
+        model._encode_images = lambda *args: tuple(disturbed(*each) for each in images(*args))
     else:
         fuse = model.fuse
         model.fuse = lambda *given, **options: fuse(
@@ -110,8 +110,8 @@ def test_no_loss_sees_the_padding_of_adaptive(family, momentum):
 
 @pytest.mark.parametrize("strategy", tiered(OTHERS, ["tome", "trips"]))
 @pytest.mark.parametrize("family", MOMENTUM)
-def test_a_momentum_tower_that_shares_keeps_the_same_tokens(family, strategy):
-    """One that equals the online tower has its tokens, to the bit; one that does not, its own."""
+def test_momentum_reduction_shared_keeps_the_same_tokens(family, strategy):
+    """Compare with a momentum tower of equal weights, and of other weights."""
     model = reduced(family, strategy, momentum_reduction="shared", momentum=1.0)
     images, ids, mask = batch_of_four()
     seen = model.contrast(images, ids, mask)
@@ -124,7 +124,7 @@ def test_a_momentum_tower_that_shares_keeps_the_same_tokens(family, strategy):
 
 
 @pytest.mark.parametrize("strategy", ["evit", "tome", "guided_tome", "crossget", "trips", "resize"])
-def test_a_momentum_tower_may_choose_for_itself(strategy):
+def test_momentum_reduction_own_scores_by_itself(strategy):
     model, batch = reduced("blip", strategy, momentum=1.0), batch_of_four()
     assert model.contrast(*batch).image_m.shape[1] == 17
     model = reduced("blip", strategy, momentum_reduction="own", momentum=1.0)
@@ -138,7 +138,7 @@ def test_a_momentum_tower_may_choose_for_itself(strategy):
     assert torch.equal(seen.image_m, own)
 
 
-def test_captions_are_written_from_real_tokens_alone():
+def test_captions_are_generated_from_real_tokens_only():
     model, (images, ids, mask) = reduced("blip", "adaptive"), batch_of_four()
     text = model.encode_text(ids, mask)[:, 0]
     decoding = Decoding(num_beams=2, min_length=3, max_length=6)
@@ -163,7 +163,7 @@ def test_patch_dropout_ends_at_its_step_and_alpha_goes_on(family):
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_a_config_takes_schedule_and_guidance_of_the_fields_and_the_rest_of_the_line(family):
+def test_a_config_combines_its_fields_with_the_strategy_spec(family):
     reduction = made(
         family, strategy="trips:fusion=0.1", strategy_options={"merge": "none"}
     ).reduction
@@ -179,7 +179,7 @@ def test_a_config_takes_schedule_and_guidance_of_the_fields_and_the_rest_of_the_
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_a_saved_model_comes_back_with_its_strategy(family, tmp_path):
+def test_a_saved_model_loads_with_its_strategy(family, tmp_path):
     model = made(family, strategy="tome", strategy_options={"r": 3}).float().eval()
     loaded = type(model).from_pretrained(model.save_pretrained(tmp_path)).eval()
     assert loaded.config == model.config and loaded.reduction == ToMe(3)

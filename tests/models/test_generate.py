@@ -1,4 +1,4 @@
-"""BLIP writes captions and answers: against `predict`, and against transformers' own decoder."""
+"""BLIP generates captions and answers: against `predict` and the decoder of transformers."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ MODES = pytest.mark.parametrize("decoding", [SHORT, BEAMS, NUCLEUS], ids=["greed
 
 @pytest.fixture
 def model():
-    """It ends some texts early."""
+    """Create a BLIP that ends some texts early."""
     model = made("blip", max_positions=16).eval()
     with torch.no_grad():
         model.language_head.predictions.bias[END] += 1.5
@@ -41,7 +41,7 @@ def lengths(ids):
 
 @torch.no_grad()
 def argmax_loop(model, tokens, prompt, max_length):
-    """One token after the other, each time from the first on."""
+    """Generate one token after the other, each time from the whole prefix."""
     ids = torch.cat([torch.full((len(prompt), 1), BEGIN), prompt], 1)
     ended = torch.zeros(len(ids), dtype=torch.bool)
     while ids.shape[1] < max_length and not ended.all():
@@ -52,7 +52,7 @@ def argmax_loop(model, tokens, prompt, max_length):
 
 
 def transformers_decoder(model):
-    """The same weights in transformers' BLIP."""
+    """Return the BLIP of transformers with the same weights."""
     config, state = model.config, model.state_dict()
     theirs = BlipTextLMHeadModel(
         BlipTextConfig(
@@ -111,7 +111,7 @@ def test_search_is_that_of_transformers_own_blip(model, decoding):
     assert lengths(got).min() >= decoding.min_length
 
 
-def test_a_nucleus_is_repeated_by_its_seed_and_never_left(model):
+def test_nucleus_sampling_is_reproducible_and_stays_in_the_nucleus(model):
     x, drawn = images(), []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
@@ -129,7 +129,7 @@ def test_a_nucleus_is_repeated_by_its_seed_and_never_left(model):
 
 
 @MODES
-def test_captions_begin_with_the_prompt_and_end_once(model, decoding):
+def test_captions_start_with_the_prompt_and_end_once(model, decoding):
     prompt = prompts()
     ids = model.generate(images(), prompt=prompt, decoding=decoding)
     assert ids.dtype == torch.long and ids.shape[1] <= decoding.max_length
@@ -174,7 +174,7 @@ def test_an_image_is_encoded_once_and_its_keys_and_values_too(model, decoding):
             assert shapes == [(rows, 3)] + [(rows, 1)] * (ids.shape[1] - 4), name
 
 
-def test_the_model_is_left_as_it_was():
+def test_generation_changes_no_mode_of_the_model():
     model = made("blip", max_positions=16, text_dropout=0.5)
     model.encoders.visual.eval()
     model.itm_head.requires_grad_(False)
@@ -189,7 +189,7 @@ def test_the_model_is_left_as_it_was():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_an_error_leaves_the_modes_too():
+def test_an_error_changes_no_mode_of_the_model():
     model = made("blip", max_positions=16)
     with pytest.raises(ValueError, match="max_length: expected 2"):
         model.generate(images(1), decoding=Decoding(max_length=17))
@@ -197,7 +197,7 @@ def test_an_error_leaves_the_modes_too():
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_the_image_is_reduced_where_the_config_or_a_text_says_so(guided):
+def test_generation_reduces_the_image_by_config_or_text(guided):
     model = made("blip", max_positions=16, without_text="dense" if guided else "vision").eval()
     seen = []
     key = model.decoder.layers[0].crossattention.self.key
@@ -219,7 +219,7 @@ def test_an_answer_ignores_the_padding_of_its_question(model):
     assert torch.equal(*answers)
 
 
-def test_an_untied_decoder_writes_by_its_own_weights():
+def test_an_untied_decoder_generates_by_its_own_weights():
     model = made("blip", max_positions=16, tie_decoder=False).eval()
     with torch.no_grad():
         for weight in model.decoder.parameters():

@@ -66,14 +66,14 @@ def test_gradients_are_those_of_the_whole_batch(name, checkpointed):
     assert_equal_gradients(gradients(other), gradients(model), rtol=1e-9, atol=1e-12)
 
 
-def test_dropout_is_drawn_again_as_it_was():
+def test_recomputation_repeats_dropout():
     layer, x = torch.nn.Linear(5, 5), torch.randn(8, 5)
     out = encode_in_slices(lambda rows: torch.nn.functional.dropout(layer(rows), 0.5), 2, x)
     out.sum().backward()
     torch.testing.assert_close(layer.bias.grad, 2.0 * (out != 0).sum(0))
 
 
-def test_less_is_saved_for_backward():
+def test_gradient_caching_saves_less_for_backward():
     model = tiny_clip()
     batch, saved = batch_of(model, 8), []
     for slices in (1, 4):
@@ -84,7 +84,7 @@ def test_less_is_saved_for_backward():
     assert saved[1] < saved[0] / 5
 
 
-def test_a_run_in_slices_is_the_run(tmp_path):
+def test_a_training_run_in_slices_has_equal_losses(tmp_path):
     settings = ("model.overrides.drop_path=0",)
     for name, slices in (("whole", 1), ("slices", 4)):
         with own_process():
@@ -95,8 +95,8 @@ def test_a_run_in_slices_is_the_run(tmp_path):
     assert slices == pytest.approx(whole, rel=1e-5)
 
 
-def test_a_model_whose_loss_is_over_more_is_refused(tmp_path):
+def test_models_with_other_losses_refuse_batch_slices(tmp_path):
     config = tiny_config(tmp_path, "optim.batch_slices=2", recipe="albef_tiny")
-    message = "optim.batch_slices: expected 1, as the losses of albef are over more"
+    message = "optim.batch_slices: expected 1, since the loss of albef depends on more"
     with own_process(), pytest.raises(ConfigError, match=message):
         train(config)

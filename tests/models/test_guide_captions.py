@@ -1,4 +1,4 @@
-"""Which caption guides the images of a training step, and what leaks into ITC by it."""
+"""The caption that guides the images of a training step, and its leak into ITC."""
 
 import math
 from dataclasses import replace
@@ -22,7 +22,7 @@ OTHERS = pytest.mark.parametrize("family", ["albef", "blip"])
 
 
 def losses_of(model, **inputs):
-    """The losses and image features of a step, drawn from seed 0."""
+    """Return the losses and image features of a step with seed 0."""
     torch.manual_seed(0)
     return model(**inputs)
 
@@ -190,9 +190,12 @@ def test_after_itc_costs_a_second_pass_of_the_image_tower():
 # The leak
 
 
-def test_captions_that_were_never_seen_are_read_off_images_that_say_nothing():
-    """All images are one image of noise, so a probe of their features can tell captions by the
-    guidance alone: without it, it is at chance."""
+def test_guidance_leaks_unseen_captions_into_features_of_noise():
+    """Probe the captions from the features of one noise image.
+
+    All images are the same, so the features depend on the guidance alone. Without it, the probe is
+    at chance level.
+    """
     model, captions, chance = clip_vit().eval(), text(320), 1 / 16
     same = images(1).expand(320, -1, -1, -1)
 
@@ -224,7 +227,7 @@ def test_captions_that_were_never_seen_are_read_off_images_that_say_nothing():
     ],
     ids=str,
 )
-def test_itc_falls_below_chance_level_on_one_image_where_its_own_caption_guides(options, leaks):
+def test_own_guidance_brings_itc_below_chance_on_one_image(options, leaks):
     settings = {"fusion": 0.0, "scorer": "last", "schedule": "1(100%) 3(50%)", "vision_depth": 4}
     torch.manual_seed(0)
     model = enlarged(tiny(**(settings | options))).train()
@@ -258,6 +261,6 @@ def test_itc_falls_below_chance_level_on_one_image_where_its_own_caption_guides(
         ({"guide": "after_itc", "scorer": "momentum"}, "guide: expected 'own' or 'other'"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(options, message):
+def test_conflicting_settings_raise(options, message):
     with pytest.raises(ValueError, match=message):
         made("albef", **options)

@@ -1,4 +1,4 @@
-"""METER's tower and pre-training step against the official ones, and what it promises beside."""
+"""METER's tower and pre-training step against the official ones, and their other properties."""
 
 import pytest
 import torch
@@ -31,9 +31,10 @@ TINY = {
 
 
 class Recorded(ELIP):
-    """The stages of the recorded step: its second one scores by a layer that the third runs."""
+    """Stages of the recorded step, whose second stage scores by a layer of the third."""
 
     def stages(self, size):
+        """Return three stages of 16 patches."""
         return Stage(1, 1, 32), Stage(2, 2, 25), Stage(3, 2, 16)
 
 
@@ -214,7 +215,7 @@ def test_padding_of_the_text_changes_nothing():
         torch.testing.assert_close(got[:, : expected.shape[1]], expected, atol=1e-5, rtol=0)
 
 
-def test_roberta_reads_as_transformers_own():
+def test_roberta_equals_transformers():
     torch.manual_seed(0)
     sizes = TINY | ROBERTA | {"vocab_size": 96, "mask_token_id": 95, "max_positions": 18}
     model = METER(METERConfig(**sizes)).eval()

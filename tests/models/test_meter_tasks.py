@@ -74,18 +74,18 @@ def pretrained():
 
 
 def names_of(task):
-    """Official names -> ours."""
+    """Return our names of official names."""
     return KINDS["meter"].names | HEADS.get(task, {})
 
 
 def in_our_order(task, weights):
-    """Our names; of the classes of entailment the official code has contradiction first."""
+    """Return weights by our names; the official entailment classes have the opposite order."""
     last = ("classifier.3.weight", "classifier.3.bias") if task == "entailment" else ()
     return {n: w.flip(0) if n in last else w for n, w in weights.items()}
 
 
 def filled(model, task="pretraining"):
-    """The model with weights by the rule of the recorded runs."""
+    """Fill the model with the weights of the recorded runs."""
     theirs = rename_tensors(dict(model.named_parameters()), reversed_names(names_of(task)))
     weights = {name: drawn_weight(name, weight.shape) for name, weight in theirs.items()}
     load_weights(model, in_our_order(task, rename_tensors(weights, names_of(task))))
@@ -93,14 +93,14 @@ def filled(model, task="pretraining"):
 
 
 def drawn_weight(name, shape):
-    """Normal numbers that begin with the name's checksum, to three digits; a norm's around 1."""
+    """Return normal numbers seeded by the name's checksum, to three digits; norms around 1."""
     drawn = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(shape))
     is_norm = len(shape) == 1 and name.endswith("weight")
     return torch.from_numpy((1 + 0.1 * drawn if is_norm else 0.3 * drawn).round(3)).float()
 
 
 def recorded(task, suffix=""):
-    """What the official code gave, in our order of classes; integers as int64."""
+    """Return the outputs of the official code in our order of classes; integers as int64."""
     case = load_file(RECORDED / f"meter_{task}{suffix}.safetensors")
     case = {n: t if t.is_floating_point() else t.long() for n, t in case.items()}
     if task == "entailment":
@@ -121,14 +121,14 @@ def batch_of(task, case):
 
 
 def random_batch(model, B=3):
-    """A batch of three whose texts have different lengths, one of them padded."""
+    """Return a batch of three with texts of different lengths, one of them padded."""
     batch = model.random_inputs(torch.randn(B, 3, 16, 16))
     batch["attention_mask"][-1, -2:] = 0
     return batch
 
 
 def assert_close(got, expected, **options):
-    """To `TOLERANCE`, relative to the largest entry."""
+    """Compare with `TOLERANCE`, relative to the largest entry."""
     torch.testing.assert_close(
         got, expected, atol=TOLERANCE * expected.abs().max().item(), rtol=0, **options
     )
@@ -137,7 +137,7 @@ def assert_close(got, expected, **options):
 @pytest.mark.parametrize(("suffix", "options"), [("", {}), ("_reduced", REDUCED)])
 @task_of
 def test_the_official_step_is_reproduced(task, suffix, options):
-    """In fp64: what differs is the recorded run's own rounding, on every machine the same."""
+    """Compare in fp64: the difference is the rounding of the recorded run."""
     case = {
         n: t.double() if t.is_floating_point() else t for n, t in recorded(task, suffix).items()
     }
@@ -157,8 +157,11 @@ def test_the_official_step_is_reproduced(task, suffix, options):
 
 
 def assert_close_gradients(got, expected):
-    """To `TOLERANCE` of the largest gradient of all; and to 2e-5 of a tensor's own, but for the
-    rounding of what cancels: recomputed in fp64, queries and keys differ by up to 1.2e-5 of it."""
+    """Compare with `TOLERANCE` of the largest gradient, and 2e-5 of each tensor's largest one.
+
+    The second bound has a minimum for tensors whose terms cancel, such as queries and keys:
+    there the recorded gradients differ by up to 1.2e-5 from those in fp64.
+    """
     largest = max(grad.abs().max() for grad in expected.values())
     for name, grad in expected.items():
         error = (got[name].view(grad.shape) - grad).abs().max()
@@ -167,7 +170,7 @@ def assert_close_gradients(got, expected):
 
 
 @task_of
-def test_a_model_begins_as_the_official_one(task):
+def test_initial_weights_are_the_official_ones(task):
     case, before = recorded(task), filled(pretrained())
     model = made(task)
     weights = model.from_pretraining(before.state_dict(), model.config)
@@ -186,7 +189,7 @@ def test_a_model_begins_as_the_official_one(task):
     assert all(torch.equal(after[name], before[name]) for name in shared)
 
 
-def test_ranks_begin_as_the_logits_of_a_pair():
+def test_the_rank_head_starts_with_the_pair_logit():
     before, model = filled(pretrained()).eval(), made("retrieval").eval()
     load_weights(model, model.from_pretraining(before.state_dict(), model.config))
     batch = random_batch(model)
@@ -198,8 +201,8 @@ def test_ranks_begin_as_the_logits_of_a_pair():
 
 
 @pytest.mark.parametrize("options", [{}, REDUCED, {"strategy": "adaptive:keep_mass=0.4"}])
-def test_a_text_is_matched_alone_as_it_is_among_others(options):
-    """Where texts guide, each with what it leaves of the image."""
+def test_matching_one_text_equals_ranking_several(options):
+    """Check that each text has its own image tokens if texts guide."""
     model = filled(made("retrieval", **options), "retrieval").eval()
     batch = random_batch(model)
     images, ids, mask = batch["images"], batch["false_ids"], batch["false_mask"]
@@ -225,7 +228,7 @@ def test_the_pre_trained_model_matches_by_its_logit_of_a_pair():
     model = filled(pretrained()).eval()
     batch = random_batch(made("vqa"))
     images, ids, mask = batch["images"], batch["input_ids"], batch["attention_mask"]
-    text, image = model.read_and_fuse(images, ids, mask)
+    text, image = model.encode_and_fuse(images, ids, mask)
     logits = model.matching_logits(*model.matching_tokens(images), ids, mask)
     assert_close(logits, model.match(text.tokens, image)[:, 1])
 
@@ -263,7 +266,7 @@ def test_the_head_of_itm_stays_as_it_was_pre_trained():
     assert model.rank_head.weight.grad.any()
 
 
-def test_the_second_image_is_told_from_the_first():
+def test_the_second_image_has_its_own_token_type():
     model = filled(made("nlvr2"), "nlvr2").eval()
     batch = random_batch(model)
     texts = batch["input_ids"], batch["attention_mask"]
@@ -285,7 +288,7 @@ def test_checkpointing_changes_no_gradient(task):
 
 
 @task_of
-def test_what_is_saved_loads(task, tmp_path):
+def test_a_saved_model_loads(task, tmp_path):
     model = filled(made(task), task).eval()
     model.save_pretrained(tmp_path)
     other = type(model).from_pretrained(tmp_path).eval()

@@ -1,4 +1,4 @@
-"""scorer='momentum': rows of the momentum tower, which runs anyway, select in the online one."""
+"""scorer='momentum': scores of the dense momentum tower select tokens of the online tower."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ FAMILIES = pytest.mark.parametrize("family", ["albef", "blip"])
 
 
 def both(family, fusion, **options):
-    """What 'momentum' and 'exact' do in the same forward, with equal weights of both towers."""
+    """Return the infos of 'momentum' and 'exact' for the same images, with equal towers."""
     model = made(family, **(DEEP | options), fusion=fusion, scorer="momentum").eval()
     images, ids, mask = batch_of_four()
     text_cls = model.encode_text(ids, mask)[:, 0].detach()
@@ -51,7 +51,7 @@ def test_a_merged_token_has_the_scores_of_all_that_it_holds():
     torch.testing.assert_close(infos[1].attention[:, -1], (rows[5] * dropped).sum(1))
 
 
-def test_so_has_one_that_others_joined():
+def test_a_token_merged_by_nearest_has_the_scores_of_all_it_holds():
     model = made("blip", **DEEP, scorer="momentum", merge="nearest").eval()
     images, ids, mask = batch_of_four()
     text_cls = model.encode_text(ids, mask)[:, 0].detach()

@@ -1,4 +1,4 @@
-"""PuMer in METER's fusion: the official numbers, what padding and CLS may expect, training."""
+"""PuMer in METER's fusion: official numbers, padding and CLS, training."""
 
 import copy
 import json
@@ -53,7 +53,7 @@ def test_the_official_numbers_are_reproduced(case):
         torch.testing.assert_close(getattr(left, name), expected, atol=2e-6, rtol=0)
 
 
-def test_the_class_token_of_the_image_stays_first_whoever_looks_at_it():
+def test_the_image_cls_stays_first_for_any_attention():
     entered = fused()
     left = PuMer(layers=(0,), prune=0.9).run(layer(), entered)
     assert left.image.shape[1] == 1 + 17 - 1 - round(0.9 * 17)
@@ -78,7 +78,7 @@ def test_padding_merges_first_and_is_in_no_token():
     assert one.image_mask.sum(1).tolist() == [11, 8]  # three were pruned, every second one merged
 
 
-def test_of_a_text_without_a_word_the_image_keeps_its_class_token():
+def test_an_empty_text_keeps_the_image_cls():
     entered = fused(text_mask=torch.tensor([[1] * 10, [0] * 10]))
     left = PuMer(layers=(0,)).run(layer(), entered)
     assert torch.equal(left.image[:, 0], entered.image[:, 0])
@@ -94,8 +94,8 @@ def test_no_word_merges_into_padding():
         assert left.text_mask.sum(1).tolist() == [5, 5]  # one of padding merged, and three words
 
 
-def test_an_image_of_another_dtype_is_read_in_that_of_the_text_and_keeps_its_own():
-    """FSDP2 with mixed precision casts the text alone."""
+def test_an_image_of_another_dtype_keeps_its_dtype():
+    """Check the dtypes of FSDP2 with mixed precision, which casts the text alone."""
     entered = fused()
     entered = entered._replace(text=entered.text.bfloat16(), image=entered.image.float())
     left = PuMer(layers=(0,)).run(layer().bfloat16(), entered)
@@ -103,7 +103,7 @@ def test_an_image_of_another_dtype_is_read_in_that_of_the_text_and_keeps_its_own
     assert torch.equal(left.image[:, 0], entered.image[:, 0])
 
 
-def test_nothing_to_lose_is_to_the_bit_what_it_is_without():
+def test_a_reduction_of_nothing_changes_no_bit():
     batch, found = batch_of_four(), []
     drawn = draws("meter", *batch, "local")
     for reduction in (None, "pumer:layers=0,1,prune=0,merge=0,merge_text=0"):
@@ -115,7 +115,7 @@ def test_nothing_to_lose_is_to_the_bit_what_it_is_without():
     assert_equal_gradients(found[1][1], found[0][1])
 
 
-def test_recomputed_layers_lose_the_same():
+def test_recomputed_layers_drop_the_same_tokens():
     batch = batch_of_four()
     drawn = draws("meter", *batch, "local")
     model = made("meter", dropout=0.1, cross_reduction=PUMER)
@@ -129,7 +129,7 @@ def test_recomputed_layers_lose_the_same():
     assert_equal_gradients(found[1][1], found[0][1])
 
 
-def test_gradients_reach_what_is_left():
+def test_gradients_reach_the_remaining_tokens():
     entered, pumer = fused(L=5, N=6), PuMer(layers=(0,))
     text, image = entered.text.requires_grad_(), entered.image.requires_grad_()
     run, mask = layer(), entered.text_mask
@@ -140,11 +140,11 @@ def test_gradients_reach_what_is_left():
     assert torch.autograd.gradcheck(left, (text, image))
 
 
-def test_a_masked_word_keeps_an_output_of_its_own_and_a_pair_does_not():
+def test_mlm_keeps_all_text_tokens_and_itm_does_not():
     model = made("meter", cross_reduction=PUMER).eval()
     images, ids, mask = batch_of_four()
-    text, image = model.read_and_fuse(images, ids, mask)
-    kept, pruned = model.read_and_fuse(images, ids, mask, keeps_text=True)
+    text, image = model.encode_and_fuse(images, ids, mask)
+    kept, pruned = model.encode_and_fuse(images, ids, mask, keeps_text=True)
     assert text.tokens.shape[1] < kept.tokens.shape[1] == ids.shape[1]
     assert text.mask.shape == text.tokens.shape[:2]
     assert image.shape[1] == pruned.shape[1] < model.encode_image(images)[0].shape[1]
@@ -174,14 +174,14 @@ def test_fusion_costs_less():
         ("pumer:prune=0.3.3", r"^cross_reduction: prune: expected a number, got '0.3.3'"),
     ],
 )
-def test_what_cannot_be_is_named(line, message):
+def test_a_bad_spec_is_named(line, message):
     with pytest.raises(ValueError, match=message):
         METERConfig(cross_depth=2, cross_reduction=line)
 
 
-def test_one_layer_may_be_written_alone():
+def test_a_spec_can_have_one_layer():
     assert METERConfig(cross_reduction="pumer:layers=3").pumer == PuMer(layers=(3,))
 
 
-def test_a_shallow_fusion_reduces_in_the_layers_that_it_has():
+def test_a_shallow_fusion_reduces_in_its_existing_layers():
     assert METERConfig(cross_depth=2, cross_reduction="pumer").pumer == PuMer(layers=(0, 1))

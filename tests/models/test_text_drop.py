@@ -1,4 +1,4 @@
-"""BLIP and METER whose texts lose tokens: layers against a loop over texts, labels, training."""
+"""Text reduction in BLIP and METER: layers against a loop over texts, labels, training."""
 
 import copy
 from typing import get_args
@@ -24,8 +24,8 @@ def dropping(family, way, **options):
 
 
 @pytest.mark.parametrize(("family", "way"), CASES)
-def test_dropping_nothing_is_to_the_bit_what_it_is_without(family, way):
-    """Dropout too draws the same."""
+def test_dropping_nothing_changes_no_bit(family, way):
+    """Check equality with the model without reduction, dropout included."""
     dropout = {"blip": "text_dropout", "meter": "dropout"}[family]
     options, batch = {dropout: 0.1, "text_depth": 3}, batch_of_four()
     drawn, found = draws(family, *batch, "local"), []
@@ -39,7 +39,7 @@ def test_dropping_nothing_is_to_the_bit_what_it_is_without(family, way):
 
 
 def stacks():
-    """Layers of BLIP's encoder and decoder and of METER's text tower, with what they attend to."""
+    """Return layers of text towers of BLIP and METER, with the inputs of their cross attention."""
     blip, meter = (made(family, text_depth=3) for family in FAMILIES)
     image = torch.randn(4, 9, 16).double()
     mask = torch.rand(4, 9) < 0.7
@@ -104,7 +104,7 @@ def test_learned_keeps_what_the_image_attends_to():
     assert not torch.equal(*kept)
 
 
-def test_masked_tokens_that_left_are_not_asked_for():
+def test_dropped_masked_tokens_have_no_loss():
     model, batch = dropping("meter", "post"), batch_of_four()
     drawn = draws("meter", *batch, "local")
     loss = model(*batch, drawn=drawn).loss_mlm
@@ -118,8 +118,8 @@ def test_masked_tokens_that_left_are_not_asked_for():
     assert not torch.equal(model(*batch, drawn=drawn._replace(labels=others)).loss_mlm, loss)
 
 
-def test_a_token_that_left_writes_no_next_one():
-    """The last ones of a text are seen by none before them: the others write as they did."""
+def test_dropped_tokens_predict_no_next_token():
+    """Drop the last tokens of a causal text, which earlier tokens do not attend to."""
     model, (images, ids, mask) = dropping("blip", "post"), batch_of_four()
     drawn = draws("blip", images, ids, mask, "local")
     loss = model(images, ids, mask, drawn=drawn).loss_lm
@@ -153,7 +153,7 @@ def test_it_trains_and_checkpointing_changes_nothing(family, way):
 
 
 @pytest.mark.parametrize(("family", "way"), CASES)
-def test_texts_by_themselves_keep_all_tokens_and_draw_nothing(family, way):
+def test_texts_outside_of_training_losses_keep_all_tokens(family, way):
     model, (_, ids, mask) = dropping(family, way).eval(), batch_of_four()
     state, whole = torch.get_rng_state(), model.encode_text(ids, mask)
     assert whole.shape == (4, 8, 16) and torch.equal(torch.get_rng_state(), state)
@@ -162,7 +162,7 @@ def test_texts_by_themselves_keep_all_tokens_and_draw_nothing(family, way):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_learned_looks_at_the_whole_image_first(family):
+def test_learned_encodes_the_dense_image_first(family):
     batch = batch_of_four()
     drawn, passes = draws(family, *batch, "local"), {}
     for way in WAYS:

@@ -23,7 +23,7 @@ L = 13
 
 
 def texts(anchor="last", dtype=torch.float32):
-    """tokens (6, 13, 4), a ragged mask, the anchor of each text, scores with ties and a NaN."""
+    """Return tokens (6, 13, 4), a ragged mask, anchors, and scores with ties and a NaN."""
     tokens = torch.randn(len(LENGTHS), L, 4, dtype=dtype)
     lengths = torch.tensor(LENGTHS)
     mask = torch.arange(L) < lengths[:, None]
@@ -35,7 +35,7 @@ def texts(anchor="last", dtype=torch.float32):
 
 
 def oracle(mask, anchor, key, drop):
-    """Positions that stay, a list for each text; `key`, the higher the longer a token stays."""
+    """Return the remaining positions of each text; tokens with a small `key` are dropped first."""
     kept = []
     for row, place, values in zip(mask.tolist(), anchor.tolist(), key.tolist(), strict=True):
         real = [i for i in range(len(row)) if row[i] or i == place]
@@ -172,7 +172,7 @@ def test_dropping_nothing_is_the_text_tower_without_reduction(padded):
     assert not torch.allclose(model.encode_text(*arguments), dense)
 
 
-def test_what_follows_the_end_of_a_text_is_padding_without_a_mask_too():
+def test_tokens_after_eos_are_padding_without_a_mask():
     model, (ids, mask) = tiny("post").eval(), text_arguments(batch())
     torch.testing.assert_close(model.encode_text(ids), model.encode_text(ids, mask))
 
@@ -216,7 +216,7 @@ def test_the_image_decides_what_learned_drops():
     assert not torch.equal(seen["kept"][0], kept[0])
 
 
-def test_clip_shows_the_text_its_image_where_learned():
+def test_clip_guides_the_text_by_its_image_with_learned():
     model, inputs = tiny("learned", scorer="last").eval(), batch()
     text = text_arguments(inputs)
     image_features = model.encode_image(inputs["images"], reduce=False)
@@ -229,7 +229,7 @@ def test_clip_shows_the_text_its_image_where_learned():
     torch.testing.assert_close(expected, torch.nn.functional.normalize(text_cls, dim=-1))
 
 
-def test_texts_alone_keep_all_tokens_where_learned():
+def test_texts_without_images_keep_all_tokens_with_learned():
     model, text = tiny("learned").eval(), text_arguments(batch())
     warn_once.cache_clear()
     with pytest.warns(UnguidedWarning, match="no image guidance"):
@@ -237,9 +237,9 @@ def test_texts_alone_keep_all_tokens_where_learned():
     assert torch.equal(features, tiny().eval().encode_text(*text))
 
 
-def test_learned_says_what_guidance_it_needs():
+def test_learned_without_guidance_raises():
     model, text = tiny("learned"), text_arguments(batch())
-    with pytest.raises(TypeError, match=r"image_cls: expected .* got None; pass the vision CLS"):
+    with pytest.raises(TypeError, match=r"image_cls: expected .* got None; pass the image CLS"):
         model.text(*text)
     with pytest.raises(ValueError, match=r"image_cls: .*text_projection"):
         model.text(*text, image_cls=torch.zeros(4, 12))
@@ -269,7 +269,7 @@ def test_clip_learns_and_checkpointing_gives_the_same_gradients(strategy):
     assert losses[-1] < losses[0]
 
 
-def test_every_weight_trains_under_autocast_though_the_image_came_first():
+def test_every_weight_trains_under_autocast_with_learned():
     model = tiny("learned")
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(**batch()).loss

@@ -32,13 +32,13 @@ def masked(ids, continues):
 
 @pytest.fixture
 def word_pieces(tmp_path):
-    """A tokenizer of BERT's kind."""
+    """Return a tokenizer of BERT's kind."""
     (tmp_path / "vocab.txt").write_text("\n".join(NAMES) + "\n")
     BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "word_pieces")
     return load_tokenizer(tmp_path / "word_pieces")
 
 
-def test_a_word_is_hidden_whole_or_not_at_all():
+def test_words_are_masked_completely_or_not_at_all():
     torch.manual_seed(0)
     ids = torch.tensor(TEXT).repeat(4000, 1)
     hidden, labels = masked(ids, CONTINUES)
@@ -53,7 +53,7 @@ def test_a_word_is_hidden_whole_or_not_at_all():
     assert (one & other).float().mean().item() == pytest.approx(0.15**2, abs=0.01)
 
 
-def test_words_of_one_piece_are_hidden_as_tokens_are():
+def test_words_of_one_piece_are_masked_as_tokens():
     ids = torch.randint(len(NAMES), (8, 10))
     torch.manual_seed(1)
     expected = masked(ids, None)
@@ -62,7 +62,7 @@ def test_words_of_one_piece_are_hidden_as_tokens_are():
     assert all(map(torch.equal, found, expected))
 
 
-def test_meter_reads_where_words_begin_off_its_tokenizer(word_pieces):
+def test_meter_gets_word_boundaries_from_its_tokenizer(word_pieces):
     model = METER(METERConfig(**TINY, mask_whole_words=True, mask_probability=0.5))
     model.read_vocabulary_(word_pieces)
     assert torch.equal(model.continues[: len(NAMES)], CONTINUES)
@@ -75,13 +75,13 @@ def test_meter_reads_where_words_begin_off_its_tokenizer(word_pieces):
         assert (chosen[:, word] == chosen[:, word[:1]]).all()
 
 
-def test_tokens_are_hidden_by_themselves_where_words_are_not_asked_for(word_pieces):
+def test_tokens_are_masked_independently_without_whole_words(word_pieces):
     model = METER(METERConfig(**TINY))
     model.read_vocabulary_(word_pieces)
     assert model.continues is None
 
 
-def test_what_says_nothing_of_words_is_refused():
+def test_tokenizers_without_word_marks_raise():
     model = METER(METERConfig(**TINY, mask_whole_words=True))
     images, ids = torch.zeros(2, 3, 32, 32), torch.full((2, 4), 5)
     with pytest.raises(ValueError, match=r"mask_whole_words: .*read_vocabulary_"):
@@ -99,7 +99,7 @@ def test_a_tokenizer_with_more_tokens_is_named(word_pieces):
         model.read_vocabulary_(word_pieces)
 
 
-def test_training_tells_the_model_of_its_tokenizer(word_pieces, tmp_path):
+def test_training_passes_the_tokenizer_to_the_model(word_pieces, tmp_path):
     settings = (
         f"data.tokenizer={tmp_path / 'word_pieces'}",
         "model.overrides.mask_whole_words=true",
