@@ -1,6 +1,7 @@
-"""In full on a CUDA or ROCm device; with TRITON_INTERPRET=1 on a CPU, where every case is small.
+"""Run on a CUDA or ROCm device, or with TRITON_INTERPRET=1 on a CPU with small cases.
 
-tests/kernels/test_gpu_on_cpu.py runs the second in a process. Elsewhere one line tells how.
+tests/kernels/test_gpu_on_cpu.py runs the second in a process. Otherwise nothing is collected, and
+the summary says why.
 """
 
 from collections import Counter
@@ -30,7 +31,7 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def kernel_class():
-    """Of what `@triton.jit` makes here."""
+    """Return the class of kernels that `@triton.jit` makes here."""
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
@@ -39,7 +40,7 @@ def kernel_class():
 
 @pytest.fixture(scope="session", autouse=True)
 def _kernels_and_cuda():
-    """On a CPU, both are stood in for."""
+    """On a CPU, run the kernels in the interpreter and replace `torch.cuda`."""
     if ON_GPU:
         yield
         return
@@ -57,7 +58,7 @@ def device():
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Counts the launches of this project's kernels by name."""
+    """Count the launches of this project's kernels by name."""
     Kernel = kernel_class()
     counter, run = Counter(), Kernel.run
 

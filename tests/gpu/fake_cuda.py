@@ -1,7 +1,7 @@
-"""What only a GPU has, on a CPU: each stand-in takes the calls that the real thing would take.
+"""Replacements on a CPU for what only a GPU has; each takes the calls of the real object.
 
-Streams, events and memory do nothing; a graph repeats what PyTorch dispatched during its capture,
-into the same memory.
+Streams, events and memory do nothing. A graph repeats the ops that PyTorch dispatched during its
+capture, in the same memory.
 """
 
 from contextlib import ExitStack, contextmanager
@@ -33,7 +33,7 @@ ANSWERS = {
 
 
 class Recording(TorchDispatchMode):
-    """Keeps every call of an op. A value that the host asks for is an error, as in a capture."""
+    """Record every call of an op. As in a capture, reading a value on the host is an error."""
 
     def __init__(self):
         super().__init__()
@@ -64,7 +64,7 @@ def _graph(keep_graph=False):
 
 
 def _manager():
-    """Of the compiler's graphs: one was recorded."""
+    """Return a manager of the compiler's graphs that recorded one graph."""
     manager = create_autospec(cudagraph_trees.CUDAGraphTreeManager, instance=True)
     manager.get_roots.return_value = iter([object()])
     return manager
@@ -72,7 +72,7 @@ def _manager():
 
 @contextmanager
 def fake_cuda():
-    """Inside, `torch.cuda` answers where there is no GPU."""
+    """Make `torch.cuda` work without a GPU inside the block."""
     with ExitStack() as stack:
 
         def replace(module, name, **behaviour):
@@ -93,7 +93,7 @@ def fake_cuda():
 
 @contextmanager
 def guarded_launches(Kernel):
-    """Inside, a kernel that is not launched under `launch.device_guard` raises."""
+    """Raise inside the block if a kernel is not launched under `launch.device_guard`."""
     guards, run = [], Kernel.run
 
     @contextmanager

@@ -1,7 +1,7 @@
-"""Every public op as a function of tensors alone, and inputs for it as a ViT-B makes them.
+"""Every public op as a function of tensors, with inputs as in a ViT-B.
 
-What is counted (kept tokens, merged pairs) follows from the rows of `grad_out`, so that one set of
-tensors is a whole call: to move to a device, to widen to fp64, or to keep still for a CUDA graph.
+Counts (kept tokens, merged pairs) follow from the rows of `grad_out`, so that a set of tensors is a
+whole call. It can be moved to a device, widened to fp64, or captured in a CUDA graph.
 """
 
 import os
@@ -20,7 +20,7 @@ ON_GPU = torch.cuda.is_available() and not IS_INTERPRETED
 
 
 def pick(full, small):
-    """`full` on a GPU; `small` where the interpreter runs the kernels."""
+    """Return `full` on a GPU, or `small` if the interpreter runs the kernels."""
     return full if ON_GPU else small
 
 
@@ -28,27 +28,29 @@ WIDTH, HEADS = pick((768, 12), (64, 1))
 GROUPED = pick((12, 4), (2, 1))  # heads of queries, of keys
 TOKENS = pick(257, 19)
 REAL = pick((197, 257, 577), (TOKENS,))
-HALF = pick(torch.bfloat16, torch.float16)  # the interpreter truncates where it casts to bf16
+HALF = pick(torch.bfloat16, torch.float16)  # the interpreter truncates to bf16
 DTYPES = pick((torch.float32, torch.bfloat16, torch.float16), (torch.float32, HALF))
 
 
 class Op(NamedTuple):
-    """inputs(B, N, dtype) -> tensors on the CPU;
-    run(*inputs) -> every output, and last the gradient of the tokens where they have one."""
+    """inputs(B, N, dtype) returns tensors on the CPU; run(*inputs) returns every output.
+
+    The last output is the gradient of the tokens, if they have one.
+    """
 
     inputs: Any
     run: Any
 
 
 def reduce_inputs(B, N, dtype, D=WIDTH, keep=0.65):
-    """tokens, scores, grad_out."""
+    """Return tokens, scores, grad_out."""
     K = max(1, int(keep * (N - 1)))
     tokens, grad_out = torch.randn(B, N, D), torch.randn(B, K + 2, D)
     return tokens.to(dtype), torch.randn(B, N).softmax(1)[:, 1:], grad_out.to(dtype)
 
 
 def reduce(tokens, scores, grad_out, **options):
-    """-> out, kept, weights, gradient."""
+    """Return out, kept, weights, gradient."""
     leaf = tokens.detach().requires_grad_()
     rest = options.get("num_prefix_tokens", 1) + options.get("merge", True)
     keep = grad_out.shape[1] - rest
@@ -58,7 +60,7 @@ def reduce(tokens, scores, grad_out, **options):
 
 
 def block_inputs(B, N, dtype, D=WIDTH, mean=0.0):
-    """tokens, cls, and of a pre-norm block: norm_weight, norm_bias, q_weight, q_bias, k_weight."""
+    """Return tokens, cls, and norm, query and key parameters of a pre-norm block."""
     tokens, cls = mean + torch.randn(B, N, D), torch.randn(B, D)
     norm = 1 + 0.1 * torch.randn(D), torch.randn(D)
     query = torch.randn(D, D) / D**0.5, torch.randn(D)
@@ -67,7 +69,7 @@ def block_inputs(B, N, dtype, D=WIDTH, mean=0.0):
 
 
 def named(norm_weight, norm_bias, q_weight, q_bias, k_weight, num_heads=None):
-    """The block's parameters by the names of the public functions; heads of 64 if not said."""
+    """Return the block's parameters by argument name; heads of 64 channels by default."""
     num_heads = num_heads or len(q_weight) // 64
     norm = {"norm_weight": norm_weight, "norm_bias": norm_bias, "eps": 1e-6}
     query = {"q_weight": q_weight, "q_bias": q_bias}
@@ -75,32 +77,32 @@ def named(norm_weight, norm_bias, q_weight, q_bias, k_weight, num_heads=None):
 
 
 def row_from_tokens(tokens, cls, *block, H=None):
-    """-> row."""
+    """Return the row."""
     return (elip_kernels.cls_attention_from_tokens(tokens, cls, **named(*block, H)),)
 
 
 def cls_output_inputs(B, N, dtype, D=None, mean=0.0):
-    """As `block_inputs`, and v_weight, v_bias."""
+    """Return `block_inputs`, v_weight and v_bias."""
     D = D or WIDTH
     value = torch.randn(D, D) / D**0.5, torch.randn(D)
     return [*block_inputs(B, N, dtype, D, mean), *(t.to(dtype) for t in value)]
 
 
 def cls_attention_output(tokens, cls, *block, H=None):
-    """-> out."""
+    """Return the output."""
     *block, v_weight, v_bias = block
     value = {"v_weight": v_weight, "v_bias": v_bias}
     return (elip_kernels.cls_attention_output(tokens, cls, **named(*block, H), **value),)
 
 
 def score_reduce_inputs(B, N, dtype, D=WIDTH):
-    """As `block_inputs`, and grad_out."""
+    """Return `block_inputs` and grad_out."""
     grad_out = torch.randn(B, int(0.65 * (N - 1)) + 2, D)
     return [*block_inputs(B, N, dtype, D), grad_out.to(dtype)]
 
 
 def score_reduce(tokens, cls, *block, H=None):
-    """-> out, kept, weights, row, gradient."""
+    """Return out, kept, weights, row, gradient."""
     *block, grad_out = block
     leaf, keep = tokens.detach().requires_grad_(), grad_out.shape[1] - 2
     out, info, row = elip_kernels.score_reduce(
@@ -111,27 +113,27 @@ def score_reduce(tokens, cls, *block, H=None):
 
 
 def row_inputs(B, N, dtype, H=HEADS, d=WIDTH // HEADS):
-    """q, k."""
+    """Return q, k."""
     return torch.randn(B, H, d).to(dtype), torch.randn(B, H, N, d).to(dtype)
 
 
 def row(q, k, mask=None):
-    """-> row."""
+    """Return the row."""
     return (elip_kernels.cls_attention(q, k, mask=mask),)
 
 
 def column_mean_inputs(B, N, dtype, H=GROUPED[0], G=GROUPED[1], d=WIDTH // HEADS, M=None):
-    """q, k: several query heads to one of k."""
+    """Return q, k, with several query heads per key head."""
     return torch.randn(B, H, M or N, d).to(dtype), torch.randn(B, G, N, d).to(dtype)
 
 
 def attention_column_mean(q, k, mask=None, query_mask=None):
-    """-> received."""
+    """Return the column means."""
     return (elip_kernels.attention_column_mean(q, k, mask=mask, query_mask=query_mask),)
 
 
 def bipartite_inputs(B, N, dtype, D=WIDTH, C=WIDTH // HEADS, r=0.25):
-    """tokens, metric, size, penalty, grad_out; every token stands for 1 to 5."""
+    """Return tokens, metric, size, penalty, grad_out; sizes are 1 to 5."""
     rows = N - max(1, int(r * N))
     tokens, metric, grad_out = torch.randn(B, N, D), torch.randn(B, N, C), torch.randn(B, rows, D)
     size, penalty = torch.randint(1, 6, (B, N)).float(), 3.0 * (torch.rand(B, N) < 0.3)
@@ -139,7 +141,7 @@ def bipartite_inputs(B, N, dtype, D=WIDTH, C=WIDTH // HEADS, r=0.25):
 
 
 def bipartite_merge(tokens, metric, size, penalty, grad_out):
-    """-> merged, sizes, slots, gradient."""
+    """Return merged, sizes, slots, gradient."""
     leaf = tokens.detach().requires_grad_()
     r, options = tokens.shape[1] - grad_out.shape[1], {"size": size, "penalty": penalty}
     merged, sizes, info = elip_kernels.bipartite_merge(leaf, metric, r, **options, return_info=True)
@@ -148,14 +150,14 @@ def bipartite_merge(tokens, metric, size, penalty, grad_out):
 
 
 def nearest_inputs(B, N, dtype, D=WIDTH, C=WIDTH // HEADS, share=0.5):
-    """tokens, kept, metric, size, grad_out; every token stands for 1 to 5."""
+    """Return tokens, kept, metric, size, grad_out; sizes are 1 to 5."""
     tokens, metric, size, *_ = bipartite_inputs(B, N, dtype, D, C)
     kept = torch.rand(B, N - 1).topk(max(1, int(share * (N - 1)))).indices + 1
     return tokens, kept, metric, size, torch.randn(B, 1 + kept.shape[1], D).to(dtype)
 
 
 def merge_nearest(tokens, kept, metric, size, grad_out):
-    """-> merged, sizes, slots, gradient."""
+    """Return merged, sizes, slots, gradient."""
     leaf = tokens.detach().requires_grad_()
     merged, sizes, info = elip_kernels.merge_nearest(
         leaf, kept, metric, size=size, return_info=True
@@ -178,8 +180,8 @@ OPS = {
 
 @contextmanager
 def kernels_alone():
-    """Inside, a call on the device that takes the PyTorch form raises."""
-    refusal = AssertionError("a PyTorch form ran where a kernel was expected")
+    """Raise inside the block if a call on the device runs the PyTorch implementation."""
+    refusal = AssertionError("the PyTorch implementation ran instead of a kernel")
     with ExitStack() as stack:
         for operator in OPERATORS.values():
             stack.enter_context(patch.object(operator, "reference", side_effect=refusal))
@@ -188,23 +190,23 @@ def kernels_alone():
 
 @contextmanager
 def pytorch_forms():
-    """Inside, no kernel is launched: every op takes its PyTorch form, on any device."""
-    with patch.object(launch, "unsupported", autospec=True, return_value="a test says so"):
+    """Run the PyTorch implementation of every op inside the block, on any device."""
+    with patch.object(launch, "unsupported", autospec=True, return_value="disabled by a test"):
         yield
 
 
 def on(device, tensors):
-    """The tensors there; None stays."""
+    """Move tensors to a device; None stays None."""
     return [None if t is None else t.to(device) for t in tensors]
 
 
 def widened(tensors):
-    """Floating-point tensors in fp64: no kernel takes those."""
+    """Convert floating-point tensors to fp64, which no kernel supports."""
     return [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
 
 
 def assert_alike(got, expected):
-    """Integers equal; floats but for what another order of a cuBLAS sum does."""
+    """Assert equal integers, and floats equal up to the order of a sum."""
     for ours, theirs in zip(got, expected, strict=True):
         if not ours.is_floating_point():
             assert torch.equal(ours, theirs)

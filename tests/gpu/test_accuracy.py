@@ -1,7 +1,7 @@
-"""Every op on the device against its PyTorch form in fp64 on the CPU, at real and at ugly shapes.
+"""Every op on the device against its PyTorch implementation in fp64, at real and edge-case shapes.
 
-Budgets: kept rows bit by bit; attention rows by the largest error over the largest entry; merged
-rows absolute on N(0, 1) inputs, and half an ulp where they are rounded to two bytes.
+Budgets: kept rows are exact; the error of attention rows is relative to the largest entry; merged
+rows have an absolute error on N(0, 1) inputs, plus half an ulp if they are rounded to two bytes.
 """
 
 import pytest
@@ -40,7 +40,7 @@ shape_id = "B{0[0]}-N{0[1]}-D{0[2]}-H{0[3]}".format
 
 
 def assert_rounded(got, exact):
-    """1e-6, and half an ulp of the dtype that the result was rounded to."""
+    """Allow 1e-6, and half an ulp of the dtype that the result was rounded to."""
     half_ulp = 0.0 if got.dtype == torch.float32 else torch.finfo(got.dtype).eps / 2
     error = (got.cpu().double() - exact).abs()
     assert (error <= 1e-6 + half_ulp * exact.abs()).all(), error.max()
@@ -51,7 +51,7 @@ def row_error(got, exact):
 
 
 def check_reduce(device, inputs, mask=None, **options):
-    """Forward and backward against fp64 -> the outputs, on the CPU."""
+    """Check forward and backward against fp64; return the outputs on the CPU."""
     there = None if mask is None else mask.to(device)
     with kernels_alone():
         got = ops.reduce(*on(device, inputs), mask=there, **options)
@@ -118,7 +118,7 @@ def test_special_scores_rank_as_the_specification(device, keep):
 
 
 def _rows(kept, D):
-    """Positions of the copied rows, CLS included, for `gather`."""
+    """Return the positions of the copied rows, CLS included, for `gather`."""
     return torch.nn.functional.pad(kept, (1, 0))[..., None].expand(-1, -1, D)
 
 
@@ -183,7 +183,7 @@ def test_a_mean_far_from_zero_does_not_cancel(device, launches, dtype):
 
 
 def _eager_row(tokens, cls, norm_weight, norm_bias, q_weight, q_bias, k_weight):
-    """The row as a block computes it, in the dtype of the tokens."""
+    """Return the row as a block computes it, in the dtype of the tokens."""
     x = torch.cat([cls[:, None], tokens[:, 1:]], dim=1)
     x = torch.nn.functional.layer_norm(x, x.shape[2:], norm_weight, norm_bias, 1e-6)
     q = torch.nn.functional.linear(x[:, 0], q_weight, q_bias).unflatten(-1, (ops.HEADS, -1))
@@ -228,7 +228,7 @@ LENGTHS = [*((N, N) for N in REAL), *pick([(1, 257), (257, 1), (1025, 600)], [(3
 @pytest.mark.parametrize(("M", "N"), LENGTHS)
 @pytest.mark.parametrize(("H", "G"), HEAD_GROUPS)
 def test_attention_received(device, launches, H, G, M, N, d, masked, dtype):
-    d = min(d, 64) if dtype == torch.float32 else d  # as wide as fp32 goes
+    d = min(d, 64) if dtype == torch.float32 else d  # the limit of fp32
     inputs = ops.column_mean_inputs(2, N, dtype, H, G, d, M)
     masks = [torch.rand(2, n) > 0.3 for n in (N, M)] if masked else []
     for mask in masks:

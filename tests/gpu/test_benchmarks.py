@@ -1,4 +1,4 @@
-"""What the benchmarks take their times with, on the device."""
+"""The timing functions of the benchmarks, on the device."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_a_candidate_of_every_sweep_is_right_and_timed(sweep):
     first = tune.Sweep(sweep.op, sweep.table, {axis: n[:1] for axis, n in sweep.axes.items()})
     entries = tune.run(first, SHAPE, rounds=1)["candidates"]
     assert all("left_out" in e or e.get("of_table", 0) > 0 for e in entries), entries
-    assert entries or ON_GPU  # where some tables are for other batches
+    assert entries or ON_GPU  # some tables are for other batch sizes
 
 
 def test_a_graph_is_timed_by_events(device):

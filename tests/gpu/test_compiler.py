@@ -16,7 +16,7 @@ from tests.gpu.ops import HALF, TOKENS, on, pick
 
 pytestmark = pytest.mark.gpu
 elip = torch.ops.elip
-# Without a GPU, tests/test_*.py hold every op to all of opcheck.
+# tests/kernels runs all of opcheck without a GPU.
 check = partial(opcheck, **pick({}, {"test_utils": ("test_schema", "test_faketensor")}))
 BACKEND = pick("inductor", "aot_eager")
 GRAPHS = pick({"mode": "reduce-overhead"}, {"backend": BACKEND})
@@ -96,7 +96,7 @@ def test_compiles_whole_and_once_for_all_batches_and_counts(device, launches, bo
         expected.backward(upstream)
         ops.assert_alike((got.detach(), ours.grad), (expected.detach(), eager.grad))
     assert compiles.frame_count == 1
-    assert launches["_reduce_bwd_kernel"] == 2 * len(BATCHES)  # on both sides
+    assert launches["_reduce_bwd_kernel"] == 2 * len(BATCHES)  # compiled and eager
 
 
 def test_a_graph_of_the_compiler_replays(device):

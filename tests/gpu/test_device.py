@@ -1,4 +1,4 @@
-"""What only a device shows of an op: launches, streams, graphs, repeatability, addresses."""
+"""Behaviour that only a device shows: launches, streams, graphs, repeatability, addresses."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from tests.gpu.ops import HALF, OPS, TOKENS, assert_alike, kernels_alone, on, pi
 
 pytestmark = pytest.mark.gpu
 every_op = pytest.mark.parametrize("name", OPS)
-# Rows of small batches are scored by tiles of patches, those of large ones an image a program.
+# Small and large batches may use different kernels.
 FULL_KINDS = [(8, torch.bfloat16), (8, torch.float32), (96, torch.bfloat16)]
 KINDS = pick(FULL_KINDS, [(1, HALF)])
 every_kind = pytest.mark.parametrize(("B", "dtype"), KINDS)
@@ -20,7 +20,7 @@ def inputs_of(name, device, B=BATCH, N=TOKENS, dtype=HALF):
 
 
 def captured(run, inputs):
-    """-> (graph, the outputs that a replay fills) of run(*inputs), after a warm-up."""
+    """Capture run(*inputs) after a warm-up; return the graph and the outputs of its replay."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -94,7 +94,7 @@ def test_launches_wait_for_the_current_stream(device, name):
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)  # cycles: the inputs come some 30 ms from now
+        torch.cuda._sleep(50_000_000)  # cycles; the inputs arrive about 30 ms later
         for t, value in zip(late, inputs, strict=True):
             t.copy_(value)
         outputs = OPS[name].run(*late)
@@ -118,7 +118,7 @@ def test_launches_go_to_the_device_of_the_tensors(device, name):
 def test_the_last_image_beyond_2_31_elements(device, name):
     one = inputs_of(name, device, B=1, N=LONG)
     largest = max(t.nbytes for t in one) * LARGE_BATCH
-    torch.cuda.empty_cache()  # what earlier tests left counts as free
+    torch.cuda.empty_cache()  # frees the memory of earlier tests
     free = torch.cuda.mem_get_info(device)[0]
     if free < 5 * largest:
         pytest.skip(f"takes {5 * largest / 2**30:.0f} GiB of memory, {free / 2**30:.0f} are free")

@@ -1,4 +1,4 @@
-"""Towers and official tensors on the device: what is selected, what is learnt, what is captured."""
+"""Towers and official tensors on the device: selection, training, graph capture."""
 
 import warnings
 from collections import Counter
@@ -16,7 +16,7 @@ from tests.helpers.official import REDUCE_CASES, tower
 
 pytestmark = pytest.mark.gpu
 SCHEDULE = "2(100%) 2(90%) 6(65%) 2(40%)"
-STAGES = pick(SCHEDULE, "1(100%) 1(90%) 1(65%) 1(40%)")  # of the towers that are made here
+STAGES = pick(SCHEDULE, "1(100%) 1(90%) 1(65%) 1(40%)")  # of the towers made here
 SMALL = {"img_size": 64, "embed_dim": 64, "num_heads": 2, "depth": 4}
 KEYS = pick(sorted(set(REDUCE_CASES) - {"14_keep_more_than_n"}), ["03_odd_n", "10_bf16"])
 BATCH, STEPS, RATE = pick((16, 20, 3e-4), (2, 4, 3e-3))
@@ -24,14 +24,14 @@ BATCH, STEPS, RATE = pick((16, 20, 3e-4), (2, 4, 3e-3))
 
 @pytest.fixture(autouse=True)
 def _full_precision():
-    """Convolutions in fp32, as matrix products are; a scorer may cost more than it saves here."""
+    """Run convolutions in fp32, as matrix products; ignore warnings about costly scorers."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), warnings.catch_warnings():
         warnings.simplefilter("ignore", SlowScorerWarning)
         yield
 
 
 def vit():
-    """ViT-S/16 whose attention is no longer the even one of a fresh model."""
+    """Return a ViT-S/16 whose attention is not uniform as in a fresh model."""
     options = pick({}, SMALL) | {"pretrained": False, "num_classes": 10}
     model = timm.create_model("vit_small_patch16_224", **options)
     for block in model.blocks:
@@ -55,7 +55,7 @@ def test_selection_of_a_tower_is_that_of_the_cpu_up_to_ties(device, launches, sc
         _, infos = elip_models.encode_image(
             model.float().to(device), *on(device, inputs), return_info=True, **options
         )
-    alike = torch.ones(len(inputs[0]), dtype=torch.bool)  # images that agreed so far
+    alike = torch.ones(len(inputs[0]), dtype=torch.bool)  # images equal so far
     for got, right in zip(infos, exact, strict=True):
         row, exact_row = got.attention.cpu().double()[alike], right.attention[alike]
         error = (row - exact_row).abs().max()
@@ -69,7 +69,7 @@ def test_selection_of_a_tower_is_that_of_the_cpu_up_to_ties(device, launches, sc
 
 
 def step(model, device):
-    """-> loss and gradients of one step on fixed images."""
+    """Return loss and gradients of one step on fixed images."""
     torch.manual_seed(0)
     images, text = on(device, images_and_text(model))
     model.zero_grad()
@@ -87,7 +87,7 @@ def test_gradients_of_a_tower_are_those_of_the_pytorch_form(device, launches, sc
     ran = Counter(launches)
     with pytorch_forms():
         expected_loss, expected = step(model, device)
-    assert ran["_reduce_bwd_kernel"] == 3 and launches == ran  # the second step launched nothing
+    assert ran["_reduce_bwd_kernel"] == 3 and launches == ran  # the replay launched nothing
     torch.testing.assert_close(loss, expected_loss)
     largest = max(g.abs().max() for g in expected.values())
     for name, gradient in gradients.items():
@@ -141,7 +141,7 @@ def test_reduce_reproduces_the_official_statements(device, golden, key):
     case = case.under(f"{key}/")
 
     def recorded(name):
-        """fp32 accumulation before the as-run one, stable order before the unstable."""
+        """Sort tensors: fp32 accumulation before the original one, stable order before unstable."""
         return next(case[n] for n in (f"{name}_f32_stable", f"{name}_stable", name) if n in case)
 
     tokens = case["tokens"].to(device).requires_grad_()
@@ -196,7 +196,7 @@ def test_bipartite_merge_reproduces_official_tome(device, golden, k):
     slots, sources = info.slots.cpu(), 2 * case["src_idx"].long()
     first_b = meta["N_out"] - N // 2
     assert torch.equal(slots.gather(1, sources) - first_b, case["dst_idx"])
-    # Theirs are in score order without a class token; ours always ascend.
+    # Without a class token, ToMe keeps score order; this op keeps image order.
     order = case["unm_idx"].argsort(1).long()
     order = torch.cat([order, torch.arange(order.shape[1], meta["N_out"]).expand(B, -1)], dim=1)
     right = case["merged"].gather(1, order[..., None].expand(-1, -1, D))

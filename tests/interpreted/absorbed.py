@@ -1,4 +1,4 @@
-"""What the tests of rows and of the absorbed forms share: parameters, errors, and their budget."""
+"""Parameters, errors and error budgets for tests of rows and of the absorbed ops."""
 
 import torch
 
@@ -9,7 +9,7 @@ BUDGET = {torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 2e-4}
 
 
 def block(D, H, dtype):
-    """Parameters of a block, as the absorbed forms take them; heads of 8 channels."""
+    """Return the parameters of a block for the absorbed ops; heads of 8 channels."""
     width = H * 8
     arguments = {
         "norm_weight": torch.randn(D),
@@ -22,11 +22,11 @@ def block(D, H, dtype):
 
 
 def error(got, exact):
-    """Largest error over the largest entry."""
+    """Return the largest error over the largest entry."""
     return ((got - exact).abs().max() / exact.max()).item()
 
 
 def row_in_fp64(tokens, cls, arguments):
-    """The CLS row by the PyTorch form in fp64."""
+    """Return the CLS row of the PyTorch implementation in fp64."""
     wide = {n: v.double() if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
     return elip_kernels.cls_attention_from_tokens(tokens.double(), cls.double(), **wide)

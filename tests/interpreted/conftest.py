@@ -10,7 +10,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 @pytest.fixture
 def launches():
-    """CPU tensors go to the Triton kernels inside; counts the launches by op."""
+    """Run the kernels on CPU tensors; count the launches by op."""
     from elip_kernels.testing import kernels_on_cpu
 
     with kernels_on_cpu() as counter:

@@ -1,8 +1,8 @@
-"""How many cases `test_randomised.py` draws: a few in the suite, many when asked.
+"""Number of cases that `test_randomised.py` draws: a few by default, many in the profile "full".
 
-As a plugin, so that the profile is known when the option is read:
+This is a plugin, so that the profile exists when the option is read:
 
-    TRITON_INTERPRET=1 python -m pytest -p tests.interpreted.profiles --hypothesis-profile full \\
+    TRITON_INTERPRET=1 python -m pytest -p tests.interpreted.profiles --hypothesis-profile full \
         --hypothesis-show-statistics tests/interpreted/test_randomised.py
 """
 

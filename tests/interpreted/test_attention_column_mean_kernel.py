@@ -1,4 +1,4 @@
-"""The kernels of attention received, run by the interpreter, against the PyTorch form in fp64."""
+"""The kernels of attention_column_mean in the interpreter, against PyTorch in fp64."""
 
 from unittest.mock import patch
 
@@ -23,8 +23,8 @@ SHAPES = [
 
 
 def by_kernels(q, k, **options):
-    """What the kernels give; a PyTorch form raises."""
-    never = AssertionError("the PyTorch form ran")
+    """Return the result of the kernels; raise if the PyTorch implementation runs."""
+    never = AssertionError("the PyTorch implementation ran")
     with patch.object(OPERATORS["attention_column_mean"], "reference", side_effect=never):
         return elip_kernels.attention_column_mean(q, k, **options)
 
@@ -34,14 +34,14 @@ def queries_and_keys(B, H, G, M, N, d, dtype=torch.float32):
 
 
 def masks(B, M, N, share=0.6):
-    """Some open keys and some queries that count, of every image the last."""
+    """Return masks of keys and queries; for every image the last one is True."""
     mask, query_mask = torch.rand(B, N) < share, torch.rand(B, M) < share
     mask[:, -1] = query_mask[:, -1] = True
     return {"mask": mask, "query_mask": query_mask}
 
 
 def check(q, k, **options):
-    """Against fp64, what is not a number too -> what the kernels give."""
+    """Compare with fp64, NaN included; return the result of the kernels."""
     got = by_kernels(q, k, **options)
     exact = elip_kernels.attention_column_mean(q.double(), k.double(), **options)
     assert got.dtype == torch.float32
@@ -59,7 +59,7 @@ def check(q, k, **options):
 def test_agrees_with_fp64(launches, poisoned_memory, shape, dtype, names):
     B, _, _, M, N, d = shape
     if dtype == torch.float32 and d > 64:
-        shape = (*shape[:5], 64)  # as wide as fp32 goes
+        shape = (*shape[:5], 64)  # the limit of fp32
     given = masks(B, M, N)
     check(*queries_and_keys(*shape, dtype), **{name: given[name] for name in names})
 

@@ -1,4 +1,4 @@
-"""The bipartite_merge kernels, run by the interpreter, against the PyTorch form in fp64."""
+"""The kernels of bipartite_merge in the interpreter, against PyTorch in fp64."""
 
 from collections import Counter
 
@@ -22,13 +22,13 @@ QUICK += [(9, 4, torch.bfloat16), (50, 24, torch.float16)]
 
 
 def inputs(B, N, D=40, C=24, dtype=torch.float32):
-    """tokens, metric, size; every token stands for 1 to 5."""
+    """Return tokens, metric, size; sizes are 1 to 5."""
     size = torch.randint(1, 6, (B, N)).float()
     return torch.randn(B, N, D).to(dtype), torch.randn(B, N, C).to(dtype), size
 
 
 def check(launches, tokens, metric, r, size=None, num_prefix_tokens=1, penalty=None):
-    """Forward and backward: slots equal, rows of one token bit by bit, the others within an ulp."""
+    """Check forward and backward: slots equal, rows of one token exact, others within an ulp."""
     options = {"num_prefix_tokens": num_prefix_tokens, "return_info": True}
     before = launches.copy()
     leaf = tokens.detach().requires_grad_()
@@ -48,7 +48,7 @@ def check(launches, tokens, metric, r, size=None, num_prefix_tokens=1, penalty=N
     expected.backward(grad_out.double())
     assert torch.equal(info.slots, expected_info.slots)
     torch.testing.assert_close(out_size.double(), expected_size, atol=0, rtol=1e-6)
-    # The interpreter truncates where the hardware rounds to bf16: one ulp instead of half.
+    # The interpreter truncates to bf16: one ulp instead of half.
     ulp = torch.finfo(out.dtype).eps
     alone = source_matrix(info).sum(2) == 1
     assert torch.equal(out[alone], expected[alone].to(out.dtype))
@@ -202,14 +202,14 @@ def test_fp64_and_long_inputs_take_the_pytorch_form(launches, monkeypatch):
     monkeypatch.setattr("elip_kernels.launch.MAX_STREAMED", 7)
     leaf = tokens.requires_grad_()
     bipartite.bipartite_merge(leaf, metric, 3)[0].sum().backward()
-    assert launches == Counter(dict.fromkeys(ALL_OPS, 2))  # dispatched, and handed on
+    assert launches == Counter(dict.fromkeys(ALL_OPS, 2))  # dispatched, then PyTorch
 
 
 @pytest.mark.parametrize(
     "part", tiered(["every second image", "one image for all"], ["one image for all"])
 )
 def test_a_match_may_be_a_view(launches, part):
-    """What the user holds of `BipartiteInfo`, not only what the op returned."""
+    """A user may pass a modified `BipartiteInfo`, not only the one that the op returned."""
     tokens, metric, _ = inputs(4, 21)
     _, _, info = bipartite.bipartite_merge(tokens, metric, 6, return_info=True)
     view = info.slots[::2] if part == "every second image" else info.slots[:1].expand(2, -1)

@@ -1,4 +1,4 @@
-"""The CLS row kernels, run by the interpreter, against the PyTorch form in fp64."""
+"""The kernels of the CLS row in the interpreter, against PyTorch in fp64."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_a_mean_far_from_zero_does_not_cancel(launches, dtype):
 
 
 def _eager(tokens, cls, arguments):
-    """The row as a block computes it, in the dtype of the tokens."""
+    """Return the row as a block computes it, in the dtype of the tokens."""
     x = torch.cat([cls[:, None], tokens[:, 1:]], dim=1)
     norm = (arguments["norm_weight"], arguments["norm_bias"])
     x = torch.nn.functional.layer_norm(x, x.shape[2:], *norm, arguments["eps"])
@@ -58,7 +58,7 @@ def test_generic_row_agrees_with_fp64(launches, d, masked, dtype):
     mask = torch.rand(2, 45) > 0.3 if masked else None
     got = elip_kernels.cls_attention(q, k, mask=mask)
     exact = elip_kernels.cls_attention(q.double(), k.double(), mask=mask)
-    assert launches["elip::cls_attention"] == 2  # the fp64 one is handed on
+    assert launches["elip::cls_attention"] == 2  # fp64 falls back to PyTorch
     assert error(got, exact) <= BUDGET[dtype]
 
 
@@ -72,7 +72,7 @@ def test_grouped_heads_have_the_bits_of_repeated_ones(launches, poisoned_memory,
     assert torch.equal(got, elip_kernels.cls_attention(q, repeated, mask=mask))
     exact = elip_kernels.cls_attention(q.double(), k.double(), mask=mask)
     assert error(got, exact) <= 1e-5
-    assert launches["elip::cls_attention"] == 3  # the fp64 one is handed on
+    assert launches["elip::cls_attention"] == 3  # fp64 falls back to PyTorch
 
 
 @pytest.mark.parametrize("closed", ["by the mask", "by its scores"])

@@ -1,4 +1,4 @@
-"""The CLS output kernel, run by the interpreter, against the PyTorch form in fp64."""
+"""The kernels of cls_attention_output in the interpreter, against PyTorch in fp64."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ NAME = "elip::cls_attention_output"
 
 
 def block(D, H, d, dtype):
-    """Random arguments of a pre-norm block."""
+    """Return random arguments of a pre-norm block."""
 
     def random(*shape):
         return (torch.randn(*shape) / shape[-1] ** 0.5).to(dtype)
@@ -50,12 +50,12 @@ def in_fp64(tokens, cls, arguments):
 
 
 def error(got, exact):
-    """Largest error over the largest entry."""
+    """Return the largest error over the largest entry."""
     return ((got - exact).abs().max() / exact.abs().max()).item()
 
 
 def rounded_budget(dtype):
-    """The interpreter truncates where the hardware rounds to bf16: one ulp instead of half."""
+    """Return a budget of one ulp: the interpreter truncates to bf16 where hardware rounds."""
     ulp = torch.finfo(dtype).eps
     return BUDGET[dtype] + {torch.float32: 0.0, torch.float16: ulp / 2, torch.bfloat16: ulp}[dtype]
 
@@ -72,7 +72,7 @@ def test_output_agrees_with_fp64(launches, poisoned_memory, shape, dtype):
 
 
 def query_of(cls, key, eps=1e-6):
-    """Heads of one channel, whose query is 1 and whose keys these are."""
+    """Return a query for heads of one channel, with query 1 and these keys."""
     q_weight, q_bias = torch.zeros_like(key), key.new_ones(len(key))
     return QueryArguments(
         *(cls, None, 1.0, False, None, None, eps, q_weight, q_bias, key, len(key), 1.0)
@@ -80,7 +80,7 @@ def query_of(cls, key, eps=1e-6):
 
 
 def means(tokens, cls, key, eps=1e-6):
-    """m, of which the kernels make the output, in fp32: no rounding to the dtype of the tokens."""
+    """Return m in fp32, from which the kernels compute the output; it is not rounded."""
     assert launch.unsupported(tokens, cls, key) is None
     return weighted_means(tokens, query_of(cls, key, eps)).sum(1)
 
@@ -102,7 +102,7 @@ def test_weighted_sum_is_fp32_and_within_its_budget(poisoned_memory, dtype, N):
 @pytest.mark.parametrize("dtype", BUDGET, ids=str)
 @pytest.mark.parametrize("sharpness", [0.0, 1.0, 40.0])
 def test_flat_and_sharp_rows(dtype, sharpness):
-    """A tile with a far higher score rescales all before it; a score's error grows with it."""
+    """A tile with a far higher score rescales all earlier ones; the error of a score grows too."""
     tokens, cls = tokens_and_cls(2, 70, 64, dtype)
     key = sharpness * torch.randn(4, 64) / 8
     got = means(tokens, cls.float(), key)
@@ -124,7 +124,7 @@ def test_a_mean_far_from_zero_is_taken_out_again(dtype):
 
 @pytest.mark.parametrize("dtype", BUDGET, ids=str)
 def test_zero_token_and_an_eps_beyond_half_precision(dtype):
-    """1 / sqrt(eps) is more than fp16 holds; a merged token of no mass is zero."""
+    """1 / sqrt(eps) exceeds the range of fp16; a merged token without mass is zero."""
     tokens, cls = tokens_and_cls(1, 20, 64, dtype)
     tokens[:, [3, 19]] = 0.0
     key = torch.randn(4, 64) / 8
@@ -134,7 +134,7 @@ def test_zero_token_and_an_eps_beyond_half_precision(dtype):
 
 
 def test_token_without_variance_and_no_eps_beyond_the_last():
-    """Rows that pad the last tile do not turn into NaN, even where eps is 0."""
+    """Rows that pad the last tile do not become NaN, even if eps is 0."""
     tokens, cls = tokens_and_cls(1, 11, 32, torch.float32)
     key = torch.randn(2, 32)
     got = means(tokens, cls, key, 0.0)
@@ -177,13 +177,13 @@ def test_every_width_has_its_kernels(launches, poisoned_memory, monkeypatch, D, 
     exact = in_fp64(tokens, cls, arguments)
     monkeypatch.delattr(OPERATORS[NAME.removeprefix("elip::")], "reference")
     got = elip_kernels.cls_attention_output(tokens, cls, **arguments)
-    assert launches[NAME] == 2  # the fp64 one is handed on
+    assert launches[NAME] == 2  # fp64 falls back to PyTorch
     assert error(got, exact) <= rounded_budget(dtype)
 
 
 @pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.bfloat16]), ids=str)
 def test_many_tokens_are_summed_in_parts(launches, poisoned_memory, monkeypatch, dtype):
-    """Three parts of five tiles: the last one has the last tile alone."""
+    """There are three parts of five tiles; the last part has one tile."""
     monkeypatch.setattr(launch, "PART", 128)
     (tokens, cls), arguments = tokens_and_cls(2, 290, 97, dtype), block(97, 18, 8, dtype)
     got = elip_kernels.cls_attention_output(tokens, cls, **arguments)
@@ -201,7 +201,7 @@ def test_what_a_block_lacks(launches, poisoned_memory, lacking):
 
 
 def test_the_values_weights_are_rows_of_a_larger_matrix(launches, poisoned_memory):
-    """Of fused projections; and transposed, which is copied."""
+    """As in fused projections; a transposed matrix is copied."""
     tokens, cls = tokens_and_cls(2, 9, 32, torch.float32)
     arguments = block(32, 2, 16, torch.float32)
     weight, expected = arguments["v_weight"], in_fp64(tokens, cls, arguments)

@@ -1,4 +1,4 @@
-"""The kernel of fuse_text, run by the interpreter, against Eq. 1 in fp64."""
+"""The kernel of fuse_text in the interpreter, against Eq. 1 in fp64."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""As many tokens as images of 1,024 pixels have, and the same bits whatever the batch."""
+"""As many tokens as an image of 1,024 pixels has; results do not depend on the batch."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ SIZES = [(785, 24), (1025, 24), (1370, 24), (2305, 16), (4097, 16), (16_385, 5)]
 @pytest.mark.parametrize(("N", "D"), tiered(SIZES, [SIZES[1], SIZES[4]]))
 def test_a_boundary_of_many_tokens_runs_the_kernels(launches, monkeypatch, N, D, dtype):
     def never(*args):
-        raise AssertionError("the PyTorch form ran")
+        raise AssertionError("the PyTorch implementation ran")
 
     keep, tokens, cls = N // 3, torch.randn(1, N, D).to(dtype), torch.randn(1, D).to(dtype)
     arguments, tokens = block(D, 2, dtype), tokens.requires_grad_()
@@ -49,7 +49,7 @@ def test_reduce_selects_and_moves_apart(launches, poisoned_memory, N, p, options
     leaf, wide = tokens.requires_grad_(), tokens.detach().double().requires_grad_()
     out, info = elip_kernels.reduce(leaf, scores, N // 2, **options)
     expected, exact = elip_kernels.reduce(wide, scores.double(), N // 2, **options)
-    assert launches["elip::reduce"] == 2  # the fp64 one is handed on
+    assert launches["elip::reduce"] == 2  # fp64 falls back to PyTorch
     assert torch.equal(info.kept, exact.kept) and torch.equal(info.mask, exact.mask)
     torch.testing.assert_close(info.weights.double(), exact.weights, atol=1e-6, rtol=1e-5)
     copied = p + N // 2
@@ -94,7 +94,7 @@ def test_scores_tile_by_tile_select_what_scores_at_once_do(launches, monkeypatch
 
 @pytest.mark.parametrize("N", tiered([1026, 4097, 16_385], [1026]))
 def test_merging_many_tokens(launches, monkeypatch, N):
-    """By large tiles, of which the interpreter takes few."""
+    """Large tiles keep the number of programs small in the interpreter."""
     monkeypatch.setattr("elip_kernels.launch.bipartite_match", lambda C, size: (512, 512, 16, 4))
     monkeypatch.setattr("elip_kernels.launch.merge_order", lambda N: (512, 512, 4))
     tokens, metric = torch.randn(1, N, 3), torch.randn(1, N, 8)
@@ -127,8 +127,9 @@ def test_an_output_of_many_tokens(launches, N):
 
 @pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.bfloat16]), ids=str)
 def test_an_image_selects_the_same_alone_and_in_a_batch_of_two_hundred(launches, dtype):
-    """Images that come first in a tile of 16: here a product's last bit hangs on the row that it is
-    in, in tensor cores it does not."""
+    """Images are first in a tile of 16: on the CPU, unlike in tensor cores, the last bit of a
+    product depends on its row in the tile.
+    """
     B, N, D = 200, 10, 32
     tokens, cls, text = torch.randn(B, N, D), torch.randn(B, D), torch.randn(B, D)
     tokens, cls, text = (t.to(dtype) for t in (tokens, cls, text))

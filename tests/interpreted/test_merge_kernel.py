@@ -1,5 +1,7 @@
-"""The merge by given slots, run by the interpreter: rows that hold few tokens, many, none, against
-the PyTorch form in fp64; how many rounds of gathering they take."""
+"""The merge by given slots in the interpreter, against PyTorch in fp64, and its gathering rounds.
+
+The rows contain few tokens, many, or none.
+"""
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ QUICK += [("a row of most", torch.bfloat16), ("many in every row", torch.float16
 
 
 def inputs(held, B=2, D=40, dtype=torch.float32):
-    """tokens, their match in an order of each image's own, sizes from 1 to 5."""
+    """Return tokens, their match in a random order for each image, and sizes from 1 to 5."""
     N, rows = sum(held), torch.repeat_interleave(torch.arange(len(held)), torch.tensor(held))
     slots = torch.stack([rows[torch.randperm(N)] for _ in range(B)]).int()
     tokens, size = torch.randn(B, N, D).to(dtype), torch.randint(1, 6, (B, N)).float()
@@ -36,7 +38,7 @@ def inputs(held, B=2, D=40, dtype=torch.float32):
 
 
 def merged(tokens, info, size=None):
-    """Rows, sizes, and the rounds of the program that takes the most."""
+    """Return rows, sizes, and the largest number of rounds of a program."""
     with traffic() as launches:
         out, out_size = apply_merge(tokens, info, size=size)
     assert [launch.kernel for launch in launches] == ["_order_kernel", "_merge_fwd_kernel"]
@@ -44,7 +46,7 @@ def merged(tokens, info, size=None):
 
 
 def most_rounds(slots, num_rows):
-    """(at most, by the docstring; exactly) of the program that takes the most."""
+    """Return the bound of the kernel's docstring, and the exact number, of the slowest program."""
     bounds, exact = [], []
     for image in slots.long():
         held = torch.bincount(image, minlength=num_rows)
@@ -74,7 +76,7 @@ def test_rows_agree_with_fp64_within_the_rounds(launches, poisoned_memory, name,
 
 @pytest.mark.parametrize("N", tiered([41, 257, 577, 1025], [41, 257]))
 def test_a_hub_takes_no_round_for_each_of_its_tokens(launches, N):
-    """Half of all tokens join one."""
+    """Half of all tokens are merged into one."""
     r = N // 2
     slots = torch.full((1, N), r // 2, dtype=torch.int32)
     slots[:, 1::2] = torch.arange(r)
@@ -85,7 +87,7 @@ def test_a_hub_takes_no_round_for_each_of_its_tokens(launches, N):
 
 @pytest.mark.parametrize("N", tiered([197, 257, 577], [257]))
 def test_rows_of_few_tokens_take_a_round_for_each(launches, N):
-    """As ToMe has them where nothing stands out: three tokens of ten merged away."""
+    """As in ToMe on random tokens: three tokens of ten are merged away."""
     tokens, metric, size = match_inputs(1, N)
     _, info = check(launches, tokens, metric, 3 * N // 10, size)
     _, _, rounds = merged(tokens, info, size)

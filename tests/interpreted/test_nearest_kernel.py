@@ -1,4 +1,4 @@
-"""The merge_nearest kernels, run by the interpreter, against the PyTorch form in fp64."""
+"""The kernels of merge_nearest in the interpreter, against PyTorch in fp64."""
 
 from collections import Counter
 
@@ -19,7 +19,7 @@ QUICK += [(9, 7, torch.bfloat16), (50, 32, torch.float16)]
 
 
 def check(launches, tokens, kept, metric, size=None, num_prefix_tokens=1, mask=None):
-    """Forward and backward: slots equal, rows of one token bit by bit, the others within an ulp."""
+    """Check forward and backward: slots equal, rows of one token exact, others within an ulp."""
     options = {"num_prefix_tokens": num_prefix_tokens, "mask": mask, "return_info": True}
     before = launches.copy()
     leaf = tokens.detach().requires_grad_()
@@ -36,7 +36,7 @@ def check(launches, tokens, kept, metric, size=None, num_prefix_tokens=1, mask=N
     expected.backward(grad_out.double())
     assert torch.equal(info.slots, expected_info.slots)
     torch.testing.assert_close(out_size.double(), expected_size, atol=0, rtol=1e-6)
-    # The interpreter truncates where the hardware rounds to bf16: one ulp instead of half.
+    # The interpreter truncates to bf16: one ulp instead of half.
     ulp = torch.finfo(out.dtype).eps
     alone = info.source_map().sum(2) == 1
     alone &= out_size > 0

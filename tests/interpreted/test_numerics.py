@@ -22,7 +22,7 @@ INPUTS = {
 
 
 def inputs(kind, dtype):
-    """tokens (1, N, D), cls (1, D), parameters of a block with heads of 64."""
+    """Return tokens (1, N, D), cls (1, D) and parameters of a block with heads of 64."""
     tokens = INPUTS[kind](torch.randn(1, N, D)).to(dtype)
     return tokens, torch.randn(1, D).to(dtype), block(D, H * 8, dtype) | {"num_heads": H}
 

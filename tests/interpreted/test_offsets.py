@@ -1,8 +1,8 @@
-"""Offsets beyond 2^31 elements, without the memory: the last image of an enormous batch.
+"""Offsets beyond 2^31 elements without the memory: only the last image of a huge batch is stored.
 
-Tensors of the batch have a shape and an address, but hold only their last image: `LastImage` runs
-the last image's programs, and sends every access that falls on its rows there. An access that falls
-anywhere else raises. What is computed must equal what the same image gives in a batch of one.
+Tensors of the batch have a shape and an address. `LastImage` runs the programs of the last image
+and redirects accesses to its rows; any other access raises. The results must equal those of the
+same image in a batch of one.
 """
 
 from contextlib import ExitStack
@@ -20,13 +20,13 @@ from benchmarks.kernel_analysis.traffic import Memory
 from elip_kernels import launch
 from elip_kernels._operator import OPERATORS
 
-B = 2**31 - 15  # of 16 images a program the last has one; two elements an image pass 2^31
+B = 2**31 - 15  # the last program of 16 images has one; 2 B elements exceed 2^31
 N, D, H, K = 19, 24, 2, 7
-BACKWARDS = {"_move_kernel", "_weigh_kernel"}  # whose first program has the last image
+BACKWARDS = {"_move_kernel", "_weigh_kernel"}  # their first program has the last image
 
 
 class LastImage:
-    """Inside, kernels run on meta tensors (B, ...), of which the last image has memory."""
+    """Run kernels on meta tensors (B, ...), of which only the last image has memory."""
 
     def __init__(self):
         self.images = {}  # by batch: the last image (1, ...)
@@ -34,14 +34,14 @@ class LastImage:
         self.shared = []  # addresses of what all images share
 
     def batch_of(self, image):
-        """A tensor (B, ...) on meta whose last image is `image` (1, ...)."""
+        """Return a tensor (B, ...) on meta whose last image is `image` (1, ...)."""
         shape, stride = (B, *image.shape[1:]), image.stride()
         batch = torch.empty_strided(shape, stride, dtype=image.dtype, device="meta")
         self.place(batch, image)
         return batch
 
     def image_of(self, batch):
-        """The last image (1, ...), which is made of zeros if the launcher allocated the batch."""
+        """Return the last image (1, ...), zeros if the launcher allocated the batch."""
         if _key(batch) not in self.images:
             self.place(batch, torch.zeros(1, *batch.shape[1:], dtype=batch.dtype))
         return self.images[_key(batch)]
@@ -51,7 +51,7 @@ class LastImage:
         self.placed.append(((len(self.placed) + 1) << 50, batch, image))
 
     def pointer(self, argument):
-        """What the interpreter takes for a pointer."""
+        """Return what the interpreter accepts as a pointer."""
         if not torch.is_tensor(argument):
             return argument
         if not argument.is_meta:
@@ -63,7 +63,7 @@ class LastImage:
         return SimpleNamespace(dtype=argument.dtype, data_ptr=lambda: start)
 
     def visit(self, kind, pointers, mask):
-        """Addresses of the last image to its memory."""
+        """Translate addresses of the last image to its memory."""
         lanes = np.broadcast_to(mask, pointers.shape).astype(bool)
         real, is_found = pointers.copy(), ~lanes
         for start, batch, image in self.placed:
@@ -113,12 +113,12 @@ class LastImage:
 
 
 def _key(batch):
-    """What tells tensors of a batch apart, views of one storage too."""
+    """Return a key that distinguishes tensors of a batch, including views of one storage."""
     return batch.untyped_storage()._cdata, batch.storage_offset()
 
 
 def _elements(offset, batch, image):
-    """Offsets from the first element of the last image -> (is it one of its, offset in `image`)."""
+    """Return which offsets are elements of the last image, and their offsets in `image`."""
     is_mine, element = offset >= 0, np.zeros_like(offset)
     sizes = zip(batch.shape[1:], batch.stride()[1:], image.stride()[1:], strict=True)
     for size, stride, image_stride in sorted(sizes, key=lambda dim: -dim[1]):
@@ -129,12 +129,12 @@ def _elements(offset, batch, image):
 
 
 def launcher(name):
-    """What launches the kernels of an op."""
+    """Return the function that launches the kernels of an op."""
     return OPERATORS[name].launcher
 
 
 def check(run, *arguments, shared=()):
-    """The last image of an enormous batch gives what it gives alone; `shared` come last."""
+    """Check that the last image of a huge batch gives its result; `shared` arguments are last."""
     expected = run(*arguments, *shared)
     with LastImage() as last:
         batches = [last.batch_of(a) if torch.is_tensor(a) else a for a in arguments]
@@ -149,7 +149,7 @@ def check(run, *arguments, shared=()):
 
 @pytest.fixture
 def scored():
-    """tokens (1, N, D), scores (1, N-1)."""
+    """Return tokens (1, N, D) and scores (1, N-1)."""
     return torch.randn(1, N, D), torch.rand(1, N - 1)
 
 
@@ -183,7 +183,7 @@ def test_attention_received():
 
 
 def test_generic_row_of_keys_head_by_head():
-    """(H, B, N, d): a head is less than 2^31 elements, three are more."""
+    """Layout (H, B, N, d): one head has fewer than 2^31 elements, three have more."""
     images = 2**31 // (N * D)
     q, k = torch.randn(1, 4, D), torch.randn(1, 4, N, D)
     run = launcher("cls_attention")
@@ -197,7 +197,7 @@ def test_generic_row_of_keys_head_by_head():
 
 
 def absorbed(*more):
-    """cls and text of the last image, and then what all images share."""
+    """Return cls and text of the last image, then the arguments that all images share."""
     (gamma, beta, bias), matrices = torch.randn(3, D), torch.randn(2, D, D)
     query = (True, gamma, beta, 1e-6, matrices[0], bias, matrices[1], H, 0.3)
     return (*torch.randn(2, 1, D), 0.7), (*query, *more)

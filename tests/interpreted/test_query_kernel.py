@@ -1,4 +1,4 @@
-"""The query of the CLS token by its kernel: products of split terms, mixed dtypes, odd sizes."""
+"""The query kernel: products of split terms, mixed dtypes, odd sizes."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def arguments(B=3, D=100, H=3, W=16, dtypes=(fp32,) * 4, scale=0.25, has_norm=True):
-    """Those of a query whose CLS token, text, W_q and W_k have these dtypes."""
+    """Return query arguments with these dtypes of CLS token, text, W_q and W_k."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(*shape, dtype):
@@ -24,7 +24,7 @@ def arguments(B=3, D=100, H=3, W=16, dtypes=(fp32,) * 4, scale=0.25, has_norm=Tr
 
 
 def error(query):
-    """Of u and of the CLS token's score, against fp64, as a share of the largest."""
+    """Return the error of u and of the CLS score against fp64, relative to the largest value."""
     u, score, z = launch_query(query, normed=True)
     expected, normed = absorbed_query(torch.float64, query)
     expected_score = torch.einsum("bhd,bd->bh", expected, normed)

@@ -1,6 +1,6 @@
-"""Random cases of every op, forward and backward: the kernels against the PyTorch form in fp64.
+"""Random cases of every op, forward and backward: the kernels against PyTorch in fp64.
 
-The suite runs a sample; `profiles.py` says how to run many. The draws repeat from run to run.
+The default run draws a few cases; see `profiles.py` for many. The draws are the same in every run.
 """
 
 import pytest
@@ -47,12 +47,12 @@ def launches():
 
 
 def part(share, most):
-    """1 .. most."""
+    """Draw an integer from 1 to `most`."""
     return 1 + round(share * (most - 1))
 
 
 def laid_out(layout, B, N, D, dtype):
-    """(B, N, D) of N(0, 1) in that layout."""
+    """Return (B, N, D) of N(0, 1) with the given memory layout."""
     if layout == "LND":
         return torch.randn(N, B, D).to(dtype).transpose(0, 1)
     if layout == "sliced":
@@ -65,7 +65,7 @@ def laid_out(layout, B, N, D, dtype):
 
 
 def scores_of(kind, B, C):
-    """(B, C), so small that the weights of a merged row add up to about one at most."""
+    """Return scores (B, C) whose sum is about one at most."""
     if kind == "row":
         return torch.randn(B, C).softmax(1)
     if kind == "signed":
@@ -76,7 +76,7 @@ def scores_of(kind, B, C):
 
 
 def check_moved(launches, out, tokens, leaf, scores, keep, **options):
-    """`out` is what `reduce` makes of these scores in fp64, and so is the gradient of `leaf`."""
+    """Check `out` and the gradient of `leaf` against `reduce` of these scores in fp64."""
     grad_out = torch.randn(out.shape).to(out.dtype)
     before = launches["elip::reduce_backward"]
     out.backward(grad_out)
@@ -133,7 +133,7 @@ def test_reduce(
 def test_generic_row(launches, B, G, group, N, d, dtype, scale, is_open, packed, seed):
     torch.manual_seed(seed)
     q, k = torch.randn(B, group * G, d).to(dtype), torch.randn(B, G, N, d).to(dtype)
-    if packed:  # as a projection to q, k and v leaves them
+    if packed:  # as after a fused projection
         packs = torch.randn(B, N, (group + 2) * G, d).to(dtype).transpose(1, 2)
         q, k, _ = packs.split((group * G, G, G), 1)
         q = q[:, :, 0]
@@ -141,7 +141,7 @@ def test_generic_row(launches, B, G, group, N, d, dtype, scale, is_open, packed,
     before = launches["elip::cls_attention"]
     got = elip_kernels.cls_attention(q, k, scale=scale, mask=mask)
     exact = elip_kernels.cls_attention(q.double(), k.double(), scale=scale, mask=mask)
-    assert launches["elip::cls_attention"] == before + 2  # the fp64 one is handed on
+    assert launches["elip::cls_attention"] == before + 2  # fp64 falls back to PyTorch
     closed = torch.zeros(B, dtype=torch.bool) if mask is None else ~mask.any(1)
     assert got[closed].isnan().all() and exact[closed].isnan().all()
     if not closed.all():
@@ -163,7 +163,7 @@ def test_generic_row(launches, B, G, group, N, d, dtype, scale, is_open, packed,
 )
 def test_attention_received(B, G, group, M, N, d, dtype, scale, shares, packed, seed, launches):
     torch.manual_seed(seed)
-    if packed:  # as a projection to q, k and v leaves them
+    if packed:  # as after a fused projection
         M, packs = N, torch.randn(B, N, (group + 2) * G, d).to(dtype).transpose(1, 2)
         q, k, _ = packs.split((group * G, G, G), 1)
     else:
@@ -172,7 +172,7 @@ def test_attention_received(B, G, group, M, N, d, dtype, scale, shares, packed, 
     masks = {name: torch.rand(B, n) < share for name, n, share in given if share is not None}
     before = launches["elip::attention_column_mean"]
     column_mean.check(q, k, scale=scale, **masks)
-    assert launches["elip::attention_column_mean"] == before + 2  # the fp64 one is handed on
+    assert launches["elip::attention_column_mean"] == before + 2  # fp64 falls back to PyTorch
 
 
 @given(shape=shapes, H=heads, dtype=dtypes, layout=layouts, seed=seeds)
@@ -248,7 +248,7 @@ def test_score_reduce(
 
 
 def is_clear(metric, penalty, r, p):
-    """No two similarities that decide are so close that rounding could swap them."""
+    """Return whether no deciding similarities are so close that rounding could swap them."""
     unit = torch.nn.functional.normalize(metric.double(), dim=-1)
     best = (unit[:, ::2] @ unit[:, 1::2].mT).topk(min(2, unit.shape[1] // 2), dim=2).values
     score = best[..., 0] if penalty is None else best[..., 0] - penalty[:, ::2]
@@ -292,7 +292,7 @@ def test_bipartite_merge(
 
 
 def is_near(metric, kept):
-    """No two kept tokens are so alike to another that rounding could swap them."""
+    """Return whether no two kept tokens are so similar to a token that rounding could swap them."""
     unit = torch.nn.functional.normalize(metric.double(), dim=-1)
     targets = unit.gather(1, kept[..., None].expand(-1, -1, unit.shape[2]))
     best = (unit @ targets.mT).topk(min(2, kept.shape[1]), dim=2).values

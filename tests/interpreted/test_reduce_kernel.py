@@ -1,4 +1,4 @@
-"""The reduce kernels, run by the interpreter, against the PyTorch form in fp64."""
+"""The kernels of reduce in the interpreter, against PyTorch in fp64."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ INF, NAN = float("inf"), float("nan")
 
 
 def in_fp64(tokens, scores, keep, grad_out, **options):
-    """-> out, info, gradient of the PyTorch form in fp64 (fp64 never goes to a kernel)."""
+    """Return out, info, gradient of the PyTorch implementation in fp64 (no kernel runs in fp64)."""
     tokens = tokens.detach().double().requires_grad_()
     out, info = elip_kernels.reduce(tokens, scores.double(), keep, return_info=True, **options)
     out.backward(grad_out.double())
@@ -20,7 +20,7 @@ def in_fp64(tokens, scores, keep, grad_out, **options):
 
 
 def check(launches, tokens, scores, keep, **options):
-    """Forward and backward of the kernel: copies bit by bit, sums as well as the dtype allows."""
+    """Check forward and backward of the kernels: copies exact, sums within the dtype's rounding."""
     before = dict(launches)
     leaf = tokens.detach().requires_grad_()
     out, info = elip_kernels.reduce(leaf, scores, keep, return_info=True, **options)
@@ -34,7 +34,7 @@ def check(launches, tokens, scores, keep, **options):
     assert torch.allclose(info.weights.double(), exact.weights, atol=1e-6, rtol=0)
     copied = out.shape[1] - options.get("merge", True)
     assert torch.equal(out[:, :copied], expected[:, :copied].to(out.dtype))
-    # The interpreter truncates where the hardware rounds to bf16: one ulp instead of half.
+    # The interpreter truncates to bf16: one ulp instead of half.
     ulp = torch.finfo(out.dtype).eps
     bound = 1e-6 + 2 * ulp * expected.abs()
     assert ((out.double() - expected).abs() <= bound).all()
@@ -149,4 +149,4 @@ def test_fp64_and_long_inputs_take_the_pytorch_form(launches):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("elip_kernels.launch.MAX_STREAMED", 7)
         elip_kernels.reduce(torch.randn(1, 9, 4), torch.rand(1, 8), 3)
-    assert launches["elip::reduce"] == 2  # dispatched, and handed on
+    assert launches["elip::reduce"] == 2  # dispatched, then PyTorch

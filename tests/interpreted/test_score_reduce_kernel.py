@@ -1,4 +1,4 @@
-"""The four kernels of score_reduce, run by the interpreter, against the PyTorch form in fp64."""
+"""The four kernels of score_reduce in the interpreter, against PyTorch in fp64."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_four_kernels_agree_with_fp64(launches, poisoned_memory, shape, merge, d
     assert launches["elip::score_reduce"] == 1
     _, _, exact_row = in_fp64(tokens, cls, keep, arguments, merge=merge)
     assert error(row, exact_row) <= BUDGET[dtype]
-    # Given this row, selection and movement are those of the specification.
+    # Given this row, selection and movement equal the reference.
     expected, exact = elip_kernels.reduce(
         tokens.detach().double(), row.double(), keep, merge=merge, return_info=True
     )
@@ -46,7 +46,7 @@ def test_four_kernels_agree_with_fp64(launches, poisoned_memory, shape, merge, d
     ulp = torch.finfo(dtype).eps
     assert torch.equal(out[:, : keep + 1], expected[:, : keep + 1].to(dtype))
     assert ((out.double() - expected).abs() <= 1e-6 + 2 * ulp * expected.abs()).all()
-    for known in (row, row.t().contiguous().t()):  # also image by image across memory
+    for known in (row, row.t().contiguous().t()):  # also transposed in memory
         again = elip_kernels.score_reduce(tokens, cls, keep, merge=merge, row=known, **arguments)
         assert torch.equal(again, out)
     out.sum().backward()

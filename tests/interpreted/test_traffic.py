@@ -1,4 +1,4 @@
-"""The kernels move each byte once: what the interpreter counts against the analytic model."""
+"""Memory traffic of the kernels: bytes counted in the interpreter against the analytic model."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from tests.interpreted.test_bipartite_kernel import inputs
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 REAL = [(3, 257, 768, 166, bf16), (1, 197, 384, 78, fp32)]
 SMALL = [(2, 38, 40, 1, fp32), (2, 67, 130, 63, bf16), (3, 18, 1, 9, fp16), (1, 4, 33, 1, bf16)]
-MOST = 1.05  # bytes that the programs touch, over the least
+MOST = 1.05  # accessed bytes over the minimum
 H, C = 12, 40  # heads; channels of the metric
 
 
@@ -46,7 +46,7 @@ def reduce_works(*case, tiled=False, masked=False, normalize=True, **options):
 
 
 def absorbed(B, N, D, dtype, **more):
-    """Arguments of the absorbed forms."""
+    """Return arguments of the absorbed ops."""
     tokens, cls = torch.randn(B, N, D).to(dtype).requires_grad_(), torch.randn(B, D).to(dtype)
     return {"tokens": tokens, "cls": cls} | block(D, H, dtype) | more
 
@@ -58,7 +58,7 @@ def run_score_reduce(B, N, D, K, dtype, has_text=False, **options):
     out.sum().backward()
 
 
-VECTORS = {"norm_weight", "norm_bias", "q_bias", "v_bias"}  # which the model leaves out
+VECTORS = {"norm_weight", "norm_bias", "q_bias", "v_bias"}  # not in the model
 
 
 def query_work(B, D, dtype, tiled=False, **options):
@@ -66,7 +66,7 @@ def query_work(B, D, dtype, tiled=False, **options):
 
 
 def selection_works(B, N, D, K, dtype):
-    """One launch; or the row, and then the selection by it."""
+    """Return the work of one launch, or of the row and then its selection."""
     at_once = least_work.select_row(B, N, D, K, H, dtype)
     if N - 1 <= launch.MAX_SELECTED:
         return [at_once]
@@ -128,7 +128,7 @@ def generic_row_works(B, N, D, K, dtype, group=1, tiled=False):
 
 
 def run_received(B, N, D, K, dtype, group=2, masked=False):
-    """K queries, N keys, of which those are read that the mask leaves open: the first K."""
+    """Run K queries on N keys, of which the mask leaves the first K."""
     q, k = torch.randn(B, 3 * group, K, D // 12 + 1), torch.randn(B, 3, N, D // 12 + 1)
     masks = (torch.arange(N) < K).expand(B, -1), torch.rand(B, K) < 0.7
     options = dict(zip(("mask", "query_mask"), masks, strict=True)) if masked else {}
@@ -165,7 +165,7 @@ def bipartite_works(B, N, D, K, dtype, has_size=True, has_penalty=False, tiled=F
 
 
 def merge_works(B, N, D, R, dtype, **options):
-    """Forward and backward, once the slots are known."""
+    """Return the work of forward and backward for known slots."""
     return [
         least_work.merge_order(B, N, R, **options),
         least_work.merge_gather(B, N, D, R, dtype, **options),
@@ -205,7 +205,7 @@ SHARED = {"_query_kernel", "scores_kernel", "_weights_kernel", "_weigh_kernel", 
 
 
 def check(op, case, **options):
-    """Every byte that must move does, no other one, none is stored twice -> launches, works."""
+    """Check that every byte is moved once and no other; return launches and works."""
     run, works = OPS[op]
     with traffic() as launches:
         run(*case, **options)
@@ -219,7 +219,7 @@ def check(op, case, **options):
 
 
 def without_vectors(launched):
-    """Bytes that programs touch, vectors of a block's parameters aside."""
+    """Return the bytes that programs access, without the parameter vectors of a block."""
     vectors = [launched.loads[name].per_program for name in VECTORS & launched.loads.keys()]
     return launched.per_program - sum(vectors)
 
@@ -246,7 +246,7 @@ def test_programs_touch_what_the_tiling_implies(launches, op):
     launched, _ = check(op, case)
     for seen, most in zip(launched, OPS[op][1](*case, tiled=True), strict=True):
         if seen.kernel == "_query_kernel":
-            continue  # every head goes through CLS and text, and twice through its keys' weights
+            continue  # every head reads CLS and text, and its key weights twice
         if seen.kernel == "_merge_bwd_kernel":  # a row's sources may share a tile
             assert seen.per_program <= most.bytes
         elif seen.kernel == "_reduce_bwd_kernel":
@@ -320,7 +320,7 @@ def test_merging_with_a_penalty(launches):
 
 
 def flops(op, *case, **options):
-    """What PyTorch counts for the ops of a call."""
+    """Return the FLOPs that PyTorch counts for the ops of a call."""
     with FlopCounterMode(display=False) as counter:
         OPS[op][0](*case, **options)
     return sum(n for op, n in counter.get_flop_counts()["Global"].items() if "elip" in str(op))
@@ -331,7 +331,7 @@ def test_operations_are_those_of_the_flop_formulas(op):
     case = (2, 21, 36, 8, fp32)
     counted = flops(op, *case)
     assert sum(work.operations for work in OPS[op][1](*case)) == counted
-    assert (counted > 0) == (op != "fuse_text")  # which changes one token of an image
+    assert (counted > 0) == (op != "fuse_text")  # it changes one token per image
 
 
 @pytest.mark.parametrize("op", ["reduce", "score_reduce"])
@@ -359,7 +359,7 @@ def _copy_kernel(x_ptr, out_ptr, N, TOO_MANY: tl.constexpr, BLOCK: tl.constexpr)
 
 @pytest.fixture
 def x_and_out():
-    """Two vectors that nothing borders on."""
+    """Return two vectors with free memory around them."""
     memory = torch.zeros(100)
     return memory[10:29], memory[50:69]
 
@@ -377,7 +377,7 @@ def test_an_off_by_one_mask_is_found(x_and_out):
     where = "_copy_kernel: load of 1 lanes outside every tensor, the first 76 bytes after the .* x"
     with traffic(), pytest.raises(IndexError, match=where):
         _copy_kernel[(1,)](x, out, 19, TOO_MANY=1, BLOCK=32)
-    _copy_kernel[(1,)](x, out, 19, TOO_MANY=1, BLOCK=32)  # unnoticed outside
+    _copy_kernel[(1,)](x, out, 19, TOO_MANY=1, BLOCK=32)  # no error without traffic()
 
 
 def test_gaps_of_a_strided_tensor_are_outside(x_and_out):

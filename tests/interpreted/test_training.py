@@ -1,4 +1,4 @@
-"""A training run whose reductions run on the kernels gives the losses of the PyTorch form."""
+"""Training with the kernels gives the same losses as with the PyTorch implementation."""
 
 import pytest
 import torch

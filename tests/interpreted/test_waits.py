@@ -1,4 +1,4 @@
-"""How often a program waits for memory: counted by the interpreter, and as `latency.py` states."""
+"""Waits of a program for memory: counted in the interpreter against those of `latency.py`."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ CASES = [*SMALL[1::2], pytest.param((1, 150, 330, 60, bf16), marks=pytest.mark.s
 
 
 def check(op, case, **options):
-    """What is stated of each launch is what is counted -> the names of the kernels."""
+    """Check that modelled and counted waits agree; return the names of the kernels."""
     with counted_waits() as launches:
         OPS[op][0](*case, **options)
     for each in launches:
@@ -26,7 +26,7 @@ def check(op, case, **options):
 
 
 def held_by_program(launched):
-    """How many tokens each row of a program of a merge holds."""
+    """Return how many tokens each row of each program of a merge contains."""
     if launched.kernel != "_merge_fwd_kernel":
         return [None]
     given = launched.arguments
@@ -112,12 +112,12 @@ def test_a_load_from_a_loaded_address_is_another_wait(follows, waits):
     ("options", "waits"),
     [
         ({}, 9 + 1),
-        ({"AHEAD": True}, 5 + 1),  # two tiles are under way
+        ({"AHEAD": True}, 5 + 1),  # two tiles are in flight
         ({"MULTIPLY": True}, 5 + 1),
         ({"MULTIPLY": True, "num_stages": 1}, 9 + 1),
         ({"MULTIPLY": True, "num_stages": 4}, 3 + 1),
-        ({"MULTIPLY": True, "BESIDE": True}, 2 + 8 + 1),  # what feeds no product is waited for
-        ({"BESIDE": True, "STAGES": 4}, 3 + 1),  # unless the loop says its stages
+        ({"MULTIPLY": True, "BESIDE": True}, 2 + 8 + 1),  # loads that feed no product wait
+        ({"BESIDE": True, "STAGES": 4}, 3 + 1),  # a loop with its own num_stages
         ({"STAGES": 1}, 9 + 1),
     ],
     ids=str,
@@ -127,4 +127,4 @@ def test_a_loop_waits_in_every_trip_unless_it_is_pipelined(options, waits):
     with counted_waits() as seen:
         _loop_kernel[(1,)](torch.ones(300), torch.zeros(256), 9, BLOCK=16, **options)
     assert seen[0].waits == waits
-    assert "range" not in globals()  # it is Python's again
+    assert "range" not in globals()  # restored

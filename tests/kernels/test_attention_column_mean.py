@@ -1,4 +1,4 @@
-"""The attention that tokens receive, against the whole map."""
+"""attention_column_mean against the whole attention map."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def queries_and_keys(G=H, M=M, N=N, dtype=torch.float64):
 
 
 def in_full(q, k, *, scale=D**-0.5, mask=None, query_mask=None):
-    """Column means of the map (B, H, M, N) that PyTorch's own attention makes."""
+    """Return column means of the map (B, H, M, N) of PyTorch's own attention."""
     (B, _, M, _), N = q.shape, k.shape[2]
     bias = None if mask is None else mask[:, None, None].expand(B, 1, M, N)
     values = torch.eye(N, dtype=q.dtype).expand(B, k.shape[1], N, N)
@@ -30,7 +30,7 @@ def in_full(q, k, *, scale=D**-0.5, mask=None, query_mask=None):
 
 
 def masks(M=M, N=N):
-    """Some open keys and some queries that count, of every image the first."""
+    """Return masks of keys and queries; for every image the first one is True."""
     mask, query_mask = torch.rand(B, N) > 0.4, torch.rand(B, M) > 0.4
     mask[:, 0] = query_mask[:, 0] = True
     return {"mask": mask, "query_mask": query_mask}
@@ -51,7 +51,7 @@ def test_equals_column_means_of_the_map(G, M, N):
 
 
 def padded(q, k, mask, query_mask):
-    """NaN in what does not matter."""
+    """Fill masked entries with NaN."""
     q = q.masked_fill(~query_mask[:, None, :, None], torch.nan)
     return q, k.masked_fill(~mask[:, None, :, None], torch.nan)
 
@@ -106,7 +106,7 @@ def test_empty_inputs(batch, N):
 
 
 class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that an operation returns."""
+    """Record the number of elements of the largest tensor that an operation returns."""
 
     elements = 0
 

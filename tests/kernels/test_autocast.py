@@ -1,4 +1,4 @@
-"""What chooses tokens under autocast leaves no weight in its cache, which has no gradient there."""
+"""Token selection under autocast leaves no weight without gradient in the autocast cache."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.helpers.towers import SCHEDULE, images, plain_vit
 
 @pytest.fixture
 def cached(monkeypatch):
-    """Whether the cache was on, at each row that was read and each block of a dry run."""
+    """Return whether the cache was enabled, for each row and each block of a dry run."""
     seen = []
 
     def watch(name):

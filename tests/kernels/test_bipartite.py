@@ -1,4 +1,4 @@
-"""bipartite_merge as its users call it: ToMe's results, the definition, the op's citizenship."""
+"""bipartite_merge as users call it: results of ToMe, the definition, PyTorch features of the op."""
 
 import pytest
 import torch
@@ -10,18 +10,18 @@ from elip_kernels.info import source_matrix, unmerge
 from elip_kernels.ops.bipartite import bipartite_merge
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Cases 4 and 5 of the golden tensors protect a distillation token, which this op does not.
+# Cases 4 and 5 of the golden tensors protect a distillation token; this op has no such option.
 WITHOUT_DISTILLATION = (0, 1, 2, 3, 6)
 
 
 def inputs(B=2, N=13, D=6, C=8, dtype=torch.float32):
-    """tokens, metric, size; every token stands for 1 to 5."""
+    """Return tokens, metric, size; sizes are 1 to 5."""
     size = torch.randint(1, 6, (B, N)).float()
     return torch.randn(B, N, D).to(dtype), torch.randn(B, N, C).to(dtype), size
 
 
 def definition(tokens, metric, size, r, p, penalty=None):
-    """One image, by Python lists -> merged, size."""
+    """Compute merged and size of one image with Python lists."""
     unit = torch.nn.functional.normalize(metric.double(), dim=-1)
     even, odd = range(0, len(tokens), 2), range(1, len(tokens), 2)
     best = {}
@@ -52,7 +52,7 @@ def test_reproduces_official_tome(golden, k):
         num_prefix_tokens=p,
         return_info=True,
     )
-    # Theirs are in score order without a class token; ours always ascend.
+    # Without a class token, ToMe keeps score order; this op keeps image order.
     order = case["unm_idx"].argsort(1).long()
     order = torch.cat([order, torch.arange(order.shape[1], meta["N_out"]).expand(B, -1)], dim=1)
 
@@ -129,7 +129,7 @@ def test_a_penalty_is_the_definition(N, r, p):
 def test_where_the_penalty_is_three_tokens_merge_only_if_no_others_are_left():
     tokens, metric, _ = inputs(N=21)
     penalty = torch.zeros(2, 21)
-    penalty[:, 4:15:2] = 3.0  # six of the ten that may be sources
+    penalty[:, 4:15:2] = 3.0  # six of the ten possible sources
     for r in range(1, 11):
         _, _, info = bipartite_merge(tokens, metric, r, penalty=penalty, return_info=True)
         is_merged = info.slots[:, ::2] >= 11 - r
@@ -154,8 +154,8 @@ def test_a_metric_without_direction_ranks_last(bad):
     metric[:, 3] = metric[:, 4] = bad
     _, _, info = bipartite_merge(tokens, metric, 3, return_info=True)
     into_3 = info.slots == info.slots[:, 3:4]
-    assert into_3.sum() == 2  # nobody but itself
-    assert (info.slots[:, 4] == 1).all()  # the only even token left beside CLS
+    assert into_3.sum() == 2  # only the token itself
+    assert (info.slots[:, 4] == 1).all()  # the only other even token
     merged, _ = bipartite_merge(tokens, metric, 4)
     assert merged.isfinite().all()
 

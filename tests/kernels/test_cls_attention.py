@@ -1,4 +1,4 @@
-"""The CLS row against the block that it is read from."""
+"""The CLS row against the attention of a whole block."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ B, N, D, H = 2, 37, 48, 4
 
 
 def block(dtype=torch.float64, affine=True, bias=True):
-    """Random arguments of a pre-norm block, as the public functions name them."""
+    """Return random arguments of a pre-norm block, by argument name."""
 
     def random(*shape):
         return torch.randn(*shape, dtype=torch.float64).to(dtype)
@@ -27,7 +27,7 @@ def block(dtype=torch.float64, affine=True, bias=True):
 
 
 def attention(tokens, cls, arguments, k_bias):
-    """The block's whole softmax map (B, H, N, N), and its normalised tokens."""
+    """Return the block's whole softmax map (B, H, N, N), and its normalised tokens."""
     tokens = torch.cat([cls[:, None], tokens[:, 1:]], dim=1)
     norm_weight, norm_bias = arguments["norm_weight"], arguments["norm_bias"]
     x = F.layer_norm(tokens, (D,), norm_weight, norm_bias, arguments["eps"])
@@ -71,7 +71,7 @@ def test_grouped_query_heads_read_one_key_head(G):
 
 
 def test_a_causal_token_reads_the_keys_that_it_sees():
-    """Of a whole causal map, row by row: by a mask, or by these keys alone."""
+    """Compare the rows of a causal map, with a mask and with a slice of the keys."""
     q, k = torch.randn(2, B, H, 9, 12).double()
     scores = (q @ k.mT) * 12**-0.5
     sees = torch.ones(9, 9, dtype=torch.bool).tril()
@@ -124,7 +124,7 @@ CALLS = {
 
 
 def op_arguments(tokens, **changes):
-    """Of an absorbed op: tokens, and what makes the query, 0.7 of it of the CLS token."""
+    """Return tokens and query arguments of an absorbed op, with a fusion of 0.7."""
     dtype, block_ = tokens.dtype, block(torch.promote_types(tokens.dtype, torch.float32))
     cls, text = torch.randn(2, len(tokens), D).to(dtype)
     made = block_ | {"cls": cls, "text": text, "fusion": 0.7, "match": True, "scale": 0.3}

@@ -1,4 +1,4 @@
-"""The CLS token's attention output against the block that it is read from."""
+"""The attention output of the CLS token against that of a whole block."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the launchers launch compiles ahead of time, without a GPU: registers, spills, widths."""
+"""The kernels compile ahead of time, without a GPU: registers, spills, access widths."""
 
 from dataclasses import replace
 from functools import cache
@@ -29,7 +29,7 @@ TRITON_3_6 = triton.__version__.startswith("3.6.")
 
 @cache
 def compiled(call, N, dtype, arch=90, B=BATCHES[0]):
-    """name -> (launch, code) of every kernel that a call launches."""
+    """Return (launch, code) by name of every kernel that a call launches."""
     launches = report.recorded_call(call, B, N, KEEP[N], dtype, arch)
     return {launch.name: (launch, compile_launch(launch, arch)) for launch in launches}
 
@@ -39,7 +39,7 @@ def is_clean(code):
 
 
 def moves_wide(code, tile):
-    """Every byte of the tile is loaded and stored by accesses of at least 128 bits (sm_90)."""
+    """Return whether the tile is loaded and stored by accesses of at least 128 bits (sm_90)."""
     return min(code.wide_bytes()) * 32 * code.num_warps >= tile
 
 
@@ -66,7 +66,7 @@ def test_reduce_backward_fills_the_machine_without_shared_memory(dtype):
 
 
 def loads_wide(code, tile):
-    """As `moves_wide`, of what a loop loads: a tile in each of its stages."""
+    """Return whether a loop loads a tile per stage by accesses of at least 128 bits."""
     return code.wide_bytes()[0] * 32 * code.num_warps >= code.num_stages * tile
 
 
@@ -112,7 +112,7 @@ def test_heads_of_every_width_make_their_query_without_a_spill(
 
 @pytest.mark.parametrize("call", CALLS)
 def test_what_some_batches_align_and_others_do_not_is_not_specialised(call, monkeypatch):
-    """Else another batch would compile again."""
+    """Otherwise another batch size would compile again."""
     monkeypatch.setattr(report, "HEADS", 6)
     odd, even = (report.recorded_call(call, B, 577, 300, "bf16", 90) for B in (7, 8))
     for one, other in zip(odd, even, strict=True):
@@ -175,7 +175,7 @@ def test_every_kernel_compiles_everywhere_without_a_spill(call, arch):
         assert codes
         for name, (_, code) in codes.items():
             if (name, arch) == ("scores_kernel", 100) and TRITON_3_6:
-                assert code.spills <= 6  # that version's code for the fifth tensor core
+                assert code.spills <= 6  # code of that version for Blackwell
             else:
                 assert is_clean(code), (name, code)
 
@@ -220,7 +220,7 @@ def test_other_variants_compile_without_a_spill(arch):
 @pytest.mark.parametrize("arch", tiered(ARCHITECTURES, []))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_grouped_heads_compile_without_a_spill(arch, dtype):
-    """The widest heads, four of queries to one of keys, masked: the most that a program holds."""
+    """The widest heads, four query heads per key head, with a mask: the largest program."""
     width, mask = 64 if dtype == torch.float32 else 128, torch.ones(2, 577, dtype=torch.bool)
     q, k = torch.randn(2, 8, 577, width).to(dtype), torch.randn(2, 2, 577, width).to(dtype)
     with recorded_launches(arch) as launches:
@@ -306,7 +306,7 @@ PIPELINED = {
 
 @pytest.mark.parametrize("call", tiered(CALLS, ["score_reduce"]))
 def test_loops_around_products_and_those_that_say_so_are_pipelined(call):
-    """As `waits.py` counts them."""
+    """`waits.py` counts on it."""
     for name, (_, code) in compiled(call, 257, "bf16").items():
         assert (code.instructions["LDGSTS"] > 0) == (name in PIPELINED), name
 

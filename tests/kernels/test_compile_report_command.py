@@ -1,4 +1,4 @@
-"""The compile report as a command: its tables, its JSON, and what a compiler's failure becomes."""
+"""The compile report as a command: tables, JSON, and failures of the compiler."""
 
 import json
 import os

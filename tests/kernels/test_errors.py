@@ -1,4 +1,4 @@
-"""Bad input: each argument of each public function says its name, what was expected, what came."""
+"""Errors of the public functions: every bad argument is named, with requirement and value."""
 
 import inspect
 import re

@@ -1,4 +1,4 @@
-"""torch.func and forward-mode AD through the ops: as finite differences and backward say."""
+"""torch.func and forward-mode AD through the ops, against finite differences and backward."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""fuse_text: what a dry run begins with."""
+"""fuse_text: the fused CLS token, and the tokens behind it."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Rows added up by index: the way of CUDA, which sorts, gives what the way of a CPU does."""
+"""Sums of rows by index: the method for CUDA, which sorts, gives the same as that for CPUs."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What tests/gpu leans on, where there is no GPU."""
+"""The helpers of tests/gpu, tested without a GPU."""
 
 import pytest
 import torch
@@ -10,10 +10,10 @@ from tests.gpu.ops import OPS, kernels_alone
 
 @pytest.mark.parametrize("name", OPS)
 def test_kernels_alone_notices_the_pytorch_form(name):
-    inputs = OPS[name].inputs(2, 30, torch.float64)  # which no kernel takes
+    inputs = OPS[name].inputs(2, 30, torch.float64)  # no kernel supports fp64
     with launchers_on_cpu():
         OPS[name].run(*inputs)
-        with kernels_alone(), pytest.raises(AssertionError, match="a PyTorch form ran"):
+        with kernels_alone(), pytest.raises(AssertionError, match="the PyTorch implementation ran"):
             OPS[name].run(*inputs)
 
 

@@ -1,6 +1,6 @@
-"""All of tests/gpu on small cases, and what benchmarks/gpu.sh starts, where there is no GPU.
+"""All of tests/gpu with small cases, and the commands of benchmarks/gpu.sh, without a GPU.
 
-tests/gpu runs in a process of its own: the interpreter is chosen when a kernel is made.
+tests/gpu runs in a separate process, because the interpreter is chosen when a kernel is made.
 """
 
 import ast
@@ -22,7 +22,7 @@ LEAST_CASES = 130  # with the golden tensors
 
 
 def defined():
-    """module::test of every test function under tests/gpu."""
+    """Return module::test of every test function under tests/gpu."""
     return {
         f"tests.gpu.{path.stem}::{node.name}"
         for path in FOLDER.glob("test_*.py")
@@ -32,7 +32,7 @@ def defined():
 
 
 def outcomes(report):
-    """(module::test, why it was skipped or None) of every case of a JUnit report."""
+    """Yield (module::test, reason of a skip or None) for every case of a JUnit report."""
     for case in ElementTree.parse(report).iter("testcase"):
         skipped = case.find("skipped")
         name = f"{case.get('classname')}::{case.get('name').partition('[')[0]}"
@@ -61,7 +61,7 @@ def test_every_gpu_test_passes_on_small_cases(request, tmp_path):
 
 @pytest.fixture
 def started(tmp_path):
-    """started(*words) -> what gpu.sh runs of Python on a machine that seems to have a GPU."""
+    """Return a function that runs gpu.sh with a fake GPU and returns its Python commands."""
     stub = tmp_path / "python3"
     stub.write_text(
         '#!/bin/sh\n[ "$1" = -c ] && echo "NVIDIA H100" && exit\nprintf "%s\\n" "$@" >>"$CALLS"\n'

@@ -1,4 +1,4 @@
-"""Names of the package: functions are functions, and submodules are found under their own path."""
+"""Names of the package: functions are not modules, and submodules import under their own path."""
 
 import importlib
 import inspect

@@ -1,4 +1,4 @@
-"""Runs tests/interpreted in its own process: the interpreter is chosen when a kernel is made."""
+"""Run tests/interpreted in a process, because the interpreter is chosen when a kernel is made."""
 
 import os
 import re
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def number_passed(*words):
-    """Of the tests that pytest finds with these words, all of which must pass."""
+    """Run pytest with these words; return the number of tests, all of which must pass."""
     environment = {n: v for n, v in os.environ.items() if not n.startswith("PYTEST_")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *words]
     run = subprocess.run(
@@ -32,7 +32,7 @@ def number_passed(*words):
 
 
 def test_kernels_under_the_interpreter():
-    """Every kernel runs in one of these: those of merging in `test_traffic`, byte by byte."""
+    """These files run every kernel; the merging kernels run in `test_traffic`."""
     assert number_passed(*QUICK) >= 80
 
 

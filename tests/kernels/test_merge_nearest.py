@@ -1,4 +1,4 @@
-"""merge_nearest as its users call it, and merge='nearest' of the strategies that select."""
+"""merge_nearest as users call it, and merge='nearest' of the strategies that select."""
 
 from dataclasses import dataclass
 
@@ -25,14 +25,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def inputs(B=2, N=13, D=6, C=8, K=4, p=1, dtype=torch.float32):
-    """tokens, kept, metric, size; every token stands for 1 to 5."""
+    """Return tokens, kept, metric, size; sizes are 1 to 5."""
     kept = torch.rand(B, N - p).topk(K).indices + p
     size = torch.randint(1, 6, (B, N)).float()
     return torch.randn(B, N, D).to(dtype), kept, torch.randn(B, N, C).to(dtype), size
 
 
 def definition(tokens, kept, metric, size, p, real=None):
-    """One image, by Python lists -> rows, sizes, slots; None is a row of padding."""
+    """Compute rows, sizes and slots of one image with Python lists; None is a row of padding."""
     unit = torch.nn.functional.normalize(metric.double(), dim=-1)
     N, kept = len(tokens), kept.tolist()
     real = set(range(N)) if real is None else set(real.nonzero().flatten().tolist())
@@ -74,7 +74,7 @@ def test_padding_is_neither_kept_nor_merged(bad):
     tokens, _, metric, size = inputs(B=3, N=13, D=6)
     mask = torch.rand(3, 13) < 0.6
     mask[:, 0] = mask[:, 4] = True
-    mask[1, 1:] = torch.arange(12) < 3  # fewer real ones than are kept
+    mask[1, 1:] = torch.arange(12) < 3  # fewer real tokens than kept
     tokens[~mask] = metric[~mask] = bad
     kept = select_tokens(torch.rand(3, 13), 5, mask=mask)
     leaf = tokens.requires_grad_()
@@ -117,8 +117,8 @@ def test_a_metric_without_direction_ranks_last(bad):
     kept[:] = torch.tensor([2, 5, 7])
     metric[:, 2] = metric[:, 4] = bad
     info = merge_nearest(tokens, kept, metric, return_info=True)[2]
-    assert (info.slots[:, 4] == 1).all()  # the first that is kept, though it has none either
-    assert ((info.slots == 1).sum(1) == 2).all()  # nobody else joins it
+    assert (info.slots[:, 4] == 1).all()  # the first kept token, which has no direction either
+    assert ((info.slots == 1).sum(1) == 2).all()  # no other token joins it
     metric[:] = bad
     assert (merge_nearest(tokens, kept, metric)[1] == torch.tensor([1, 6, 1, 1])).all()
 
@@ -134,7 +134,7 @@ def test_the_same_tokens_are_selected_as_by_reduce():
                     *(tokens, rows, keep), merge=False, mask=real, return_info=True, **options
                 )
                 assert torch.equal(select_tokens(rows, keep, mask=real, **options), info.kept) or (
-                    keep == 11 and real is not None  # where reduce leaves padding in its place
+                    keep == 11 and real is not None  # reduce leaves padding in place
                 )
 
 
@@ -289,13 +289,13 @@ def test_every_patch_is_part_of_one_token_and_counts_once(strategy):
         source = info.reduction.source_map(source)
     assert (source.sum(1) == 1).all()
     assert torch.equal(infos[-1].sizes, source.sum(2).float())
-    assert torch.equal(source[:, 0], torch.arange(37).expand(2, -1) == 0)  # CLS is CLS alone
+    assert torch.equal(source[:, 0], torch.arange(37).expand(2, -1) == 0)  # CLS is not merged
     assert infos[-1].sizes.max() > 2
 
 
 @dataclass(frozen=True)
 class UpperHalf(Staged):
-    """Keeps the first patches."""
+    """Keep the first patches."""
 
     name = "upper half"
     schedule: Schedule = SCHEDULE
@@ -308,7 +308,7 @@ class UpperHalf(Staged):
 
 @pytest.mark.parametrize("proportional", [True, False])
 def test_attention_in_proportion_loses_nothing_of_patches_that_are_the_same(proportional):
-    """The lower half of the image is the upper one again, and no position tells them apart."""
+    """The lower half of the image repeats the upper half, without position embeddings."""
     model, x = plain_vit().double().eval(), images().double()
     torch.nn.init.zeros_(model.pos_embed)
     x[:, :, x.shape[2] // 2 :] = x[:, :, : x.shape[2] // 2]

@@ -1,8 +1,8 @@
-"""No op looks at its data, so none waits for the device: on fake tensors, which have none, all run.
+"""No op reads its data on the host, so none synchronises: all run on fake tensors, without data.
 
-A fake tensor raises where the host asks for a value (`item`, `bool`) or for a shape that depends
-on values (`nonzero`, a boolean index). The public functions run whole, with autograd; then each op
-that they called runs in all its forms, the launchers included, whose launches do nothing here.
+A fake tensor raises if the host reads a value (`item`, `bool`) or a shape that depends on values
+(`nonzero`, a boolean index). The public functions run with autograd; then both implementations of
+each op that they called run, with launches that do nothing.
 """
 
 import pytest
@@ -23,7 +23,7 @@ LOOKED = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 class Calls(TorchDispatchMode):
-    """Keeps the name and the arguments of every call of an op of ours."""
+    """Record the name and the arguments of every call of this project's ops."""
 
     def __init__(self):
         super().__init__()
@@ -36,7 +36,7 @@ class Calls(TorchDispatchMode):
 
 
 def run(name, dtype):
-    """Forward, and backward where there is one -> the calls of ops."""
+    """Run forward, and backward if there is one; return the calls of ops."""
     with Calls() as calls:
         CALLS[name](2, 19, 24, 12, 3, dtype)
     assert calls.seen

@@ -1,4 +1,4 @@
-"""What `latency.py` predicts the time of a launch by: its programs, its waits and its bytes."""
+"""The inputs of the predicted time of a launch: its programs, its waits and its bytes."""
 
 import sys
 
@@ -46,12 +46,12 @@ ALONE = {  # programs and waits of one image, N = 257 of a ViT-B in bf16
     "_select_kernel": (1, 1),
     "_nearest_kernel": (9, 7),
 }
-SIXTEEN = {"_query_kernel", "_value_kernel"}  # so many images share a program
+SIXTEEN = {"_query_kernel", "_value_kernel"}  # sixteen images share a program
 
 
 @pytest.mark.slow
 def test_one_image_alone_fills_what_the_work_allows():
-    """Heads for the query, tiles to score, slices to move: no kernel starts 64 programs."""
+    """No kernel starts 64 programs for one image."""
     found = report.sizes(CALLS, batches=(1, 32))
     alone = {name: of[1] for (name, N, dtype), of in found.items() if (N, dtype) == (257, "bf16")}
     assert {name: (size.programs, size.waits) for name, size in alone.items()} == ALONE

@@ -1,4 +1,4 @@
-"""reduce as its users call it: the PyTorch form by dispatch, and the op's citizenship."""
+"""reduce as users call it: the PyTorch implementation, the kernels' limits, PyTorch features."""
 
 import re
 import warnings
@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def definition(tokens, scores, keep):
-    """Eq. 3-4 by Python lists, one image."""
+    """Compute Eq. 3-4 for one image with Python lists."""
     order = sorted(range(len(scores)), key=lambda n: (-scores[n].item(), n))
     kept, dropped = sorted(order[:keep]), order[keep:]
     mass = sum(scores[n].item() for n in dropped)
@@ -116,7 +116,7 @@ def test_weights_are_fp64_wherever_an_input_is():
         assert info.weights.dtype == torch.float64
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so everything is the PyTorch form")
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so no kernel runs")
 def test_an_unsupported_size_warns_once():
     from elip_kernels.testing import launchers_on_cpu
 
@@ -156,7 +156,7 @@ def test_opcheck(merge, masked):
 
 @pytest.mark.parametrize("batch", [0, 1])
 def test_opcheck_of_few_images(batch):
-    """What a slice of one image's order is must not be seen in its strides, nor where it begins."""
+    """Outputs must not be views with strides or offsets of a sliced tensor."""
     scores, real = torch.rand(batch, 11), torch.rand(batch, 13) < 0.8
     for mask in (None, real):
         arguments = (torch.randn(batch, 13, 16), scores, mask, 5, 2, True, True)

@@ -1,4 +1,4 @@
-"""Source maps: which tokens each output token holds, over one step and over several."""
+"""Source maps: which tokens each output token contains, after one step and after several."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def reduced(tokens, keep, **options):
 
 
 def held_after(held, info):
-    """The brute force, one image: sets of first tokens that each token holds, after a step."""
+    """Return the sets of first tokens that each token contains after a step, by brute force."""
     kept, p = info[0], info[1]
     rest = set().union(*(held[n] for n in range(p, len(held)) if n not in kept))
     return [*held[:p], *(held[n] for n in kept), *([rest] if info[2] else [])]

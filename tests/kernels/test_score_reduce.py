@@ -1,4 +1,4 @@
-"""score_reduce: the row and the reduction as one op, and what a stage boundary costs with it."""
+"""score_reduce: row and reduction as one op, and the kernels of a stage boundary."""
 
 from collections import Counter
 
@@ -92,7 +92,7 @@ def test_other_tokens_score_than_those_that_move(dtype):
 
 
 def arguments_of_the_op(dtype=torch.float32):
-    """Few numbers, each of which a gradient of a gradient takes two calls for."""
+    """Return small arguments, because a second-order gradcheck takes two calls per number."""
     tokens = torch.randn(2, 7, 4, dtype=dtype, requires_grad=True)
     cls, text, (gamma, beta, bias) = torch.randn(2, 4), torch.randn(1, 4), torch.randn(3, 4)
     matrices = torch.randn(4, 4), bias, torch.randn(4, 4)
@@ -109,7 +109,7 @@ def test_opcheck_and_gradcheck():
         scored = torch.randn(2, 7, 4, dtype=dtype)
         opcheck(torch.ops.elip.score_reduce.default, (tokens, *query, *others[:-2], scored, None))
     tokens, query, *others = arguments_of_the_op(torch.float64)
-    # The row depends on the tokens, but passes no gradient: hold it by a large margin.
+    # The row depends on the tokens, but passes no gradient: a large margin keeps the selection.
     query = query._replace(k_weight=query.k_weight * 0)
 
     def out(t):
@@ -145,7 +145,7 @@ def test_flops():
 
 
 class CountOps(TorchDispatchMode):
-    """Calls of this project's ops."""
+    """Count the calls of this project's ops."""
 
     def __init__(self):
         super().__init__()
@@ -201,8 +201,7 @@ DRY_RUNS = {"last": 0, "cls": 1, "exact": 1, "bf16": 1, "alternate": 1, 2: 1}
 @pytest.mark.parametrize("make", [plain_vit, open_clip_vit])
 @pytest.mark.parametrize("scorer", DRY_RUNS)
 def test_a_stage_boundary_launches_nothing_else(scorer, make, dtype, monkeypatch):
-    """Besides the blocks of a dry run, which are left out here: PyTorch's ops in a boundary, those
-    inside its ops too, make views and memory alone."""
+    """Without the blocks of a dry run: PyTorch ops only make views and allocate memory."""
     from benchmarks.kernel_analysis.compile import recorded_launches
 
     monkeypatch.setattr(Tower, "dry_block", lambda tower, i, tokens: tokens)
@@ -226,8 +225,7 @@ LAYER_OF_CLS = ["_query_kernel", "_weights_kernel", "_weigh_kernel", "_value_ker
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("make", [plain_vit, open_clip_vit])
 def test_a_layer_of_cls_launches_four_kernels(make, dtype, monkeypatch):
-    """Besides the block's own output projection, norm and MLP, which are left out here, and one
-    residual sum."""
+    """Without the block's own output projection, norm and MLP, and one residual sum."""
     from benchmarks.kernel_analysis.compile import recorded_launches
 
     tower = as_tower(make().to(dtype).eval())
