@@ -1,4 +1,4 @@
-"""RandAugment of ALBEF and BLIP: what each operation does, and how they are drawn."""
+"""RandAugment as in ALBEF and BLIP: each operation, and how operations are drawn."""
 
 import math
 import pickle
@@ -26,7 +26,7 @@ def applied(name, sign=1, *, magnitude=7, pixels=SMOOTH):
 
 
 def sampled(x, y):
-    """The smooth image at the positions (x, y), and where they lie inside of it by a pixel."""
+    """Return the smooth image at positions (x, y), and which are at least a pixel inside it."""
     inside = (x >= 1) & (x <= SIZE - 2) & (y >= 1) & (y <= SIZE - 2)
     return np.stack([100 + 90 * np.sin(x / 5 + y / 9), 3 * x + 4 * y, 200 - 2 * x], -1), inside
 
@@ -92,7 +92,7 @@ def test_contrast_is_stretched_and_equalised_for_each_colour():
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_size_and_mode_stay(name):
+def test_size_and_mode_do_not_change(name):
     image = RandAugment(1, 7).apply(Image.new("RGB", (9, 7), "red"), [(name, -1)])
     assert (image.size, image.mode) == ((9, 7), "RGB")
 

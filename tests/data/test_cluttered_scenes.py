@@ -1,4 +1,4 @@
-"""EmojiScenes with clutter and textures: captions name some of the emoji, and masks say where."""
+"""EmojiScenes with clutter and textures: captions name some of the emoji, and masks locate them."""
 
 import re
 from collections import Counter
@@ -36,7 +36,7 @@ def test_same_seed_and_index_give_the_same_sample_whatever_the_size(source):
         assert source[index].image.tobytes() == longer[index].image.tobytes()
 
 
-def test_texture_leaves_what_is_where_as_it_is():
+def test_texture_changes_no_emoji_place_or_count():
     plain, on_texture = (
         EmojiScenes(40, clutter=2, textures=textures) for textures in (False, True)
     )
@@ -51,7 +51,7 @@ def test_texture_leaves_what_is_where_as_it_is():
 
 
 @pytest.mark.parametrize("clutter", [1, 4, MAX_CLUTTER])
-def test_clutter_adds_so_many_emoji_each_at_a_place_of_its_own(clutter):
+def test_clutter_adds_emoji_at_distinct_places(clutter):
     source = EmojiScenes(COUNT, seed=1, clutter=clutter)
     numbers, places = Counter(), set()
     for index in range(COUNT):
@@ -65,13 +65,13 @@ def test_clutter_adds_so_many_emoji_each_at_a_place_of_its_own(clutter):
     assert places == {*GRID_PLACES, "centre", *(place for place in PLACES if " " in place)}
 
 
-def test_emoji_are_large_enough_to_be_told_apart_at_64_pixels(scenes):
+def test_emoji_have_at_least_14_pixels_at_64_pixels(scenes):
     sides = {round(64 * group.copies[0].size) for scene in scenes for group in scene.groups}
     assert 13 < min(sides) < 16 < max(sides)
     assert {group.copies[0].angle for scene in scenes for group in scene.groups} >= {-20, 0, 20}
 
 
-def test_captions_are_true_and_name_what_the_source_says(source, scenes):
+def test_captions_are_true_and_name_the_named_groups(source, scenes):
     for index, scene in enumerate(scenes):
         captions, named = source.captions(index), source.named(index)
         assert len(set(captions)) == 5 == len(named)
@@ -83,7 +83,7 @@ def test_captions_are_true_and_name_what_the_source_says(source, scenes):
             assert mentioned == [scene.groups[i].name for i in numbers]
 
 
-def test_captions_of_a_scene_name_others_and_none_is_preferred(source, scenes):
+def test_captions_of_a_scene_name_different_groups_uniformly(source, scenes):
     shares, distinct = [], []
     for index, scene in enumerate(scenes):
         named = source.named(index)
@@ -121,7 +121,7 @@ def test_masks_are_the_pixels_that_hide_half_of_the_background_or_more(source, s
             np.testing.assert_array_equal(mask[clear], shown[clear] < 0.5)
 
 
-def test_what_stands_behind_another_is_masked_where_it_shows():
+def test_an_overlapped_emoji_is_masked_where_it_is_visible():
     behind = Group("dog", "left", (Copy(0.4, 0.5, 0.5),))
     before = Group("locomotive", "right", (Copy(0.6, 0.5, 0.5, angle=15),))
     both = visible_masks(Scene("white", (behind, before)), 64)
@@ -132,7 +132,7 @@ def test_what_stands_behind_another_is_masked_where_it_shows():
     np.testing.assert_array_equal(both, [alone[0] & ~alone[1], alone[1]])
 
 
-def test_the_mask_of_a_caption_holds_what_it_names(source):
+def test_the_mask_of_a_caption_covers_the_named_groups(source):
     masks, named = source.masks(5), source.named(5)
     for caption, numbers in enumerate(named):
         expected = np.logical_or.reduce([masks[i] for i in numbers])
@@ -141,7 +141,7 @@ def test_the_mask_of_a_caption_holds_what_it_names(source):
 
 
 def colour_of(*rgb: int) -> str:
-    """The named background of the nearest hue; without a hue, by lightness."""
+    """Return the named background with the nearest hue, or lightness for a colour without hue."""
     if np.ptp(rgb) < 20:
         return "white" if sum(rgb) > 3 * 210 else "gray"
     hues = {name: rgb_to_hsv(*each)[0] for name, each in BACKGROUNDS.items() if np.ptp(each)}
@@ -160,7 +160,7 @@ def test_a_texture_is_in_shades_of_the_colour_that_captions_name(pattern, backgr
     assert {colour_of(*pixel) for pixel in pixels.tolist()} == {background}
 
 
-def test_a_texture_has_no_size(source):
+def test_a_texture_is_the_same_at_any_size(source):
     for pattern in PATTERNS:
         texture = Texture(pattern, repeats=3, angle=0.5, shift=(0.1, 0.4), seed=2)
         small, large = (draw_texture(texture, (165, 165, 165), size) for size in (48, 192))
@@ -177,7 +177,7 @@ def test_renders_at_any_size(image_size):
         assert source.named_mask(index, 0).shape == (image_size, image_size)
 
 
-def test_a_turned_glyph_keeps_its_longer_side():
+def test_a_rotated_glyph_keeps_its_longer_side():
     upright, turned = draw_emoji("rocket", 40), draw_emoji("rocket", 40, 30)
     assert max(upright.size) == max(turned.size) == 40
     assert upright.tobytes() != turned.tobytes()

@@ -1,4 +1,4 @@
-"""Damaged and hostile files of data: what can be read is read, and what is lost is counted."""
+"""Damaged and hostile data files: intact samples are read, and lost ones are counted."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from tests.helpers.damage import SIX_GIGABYTES, header, headers, overwrite, pict
 
 
 def read(path):
-    """Captions that can be read, and reasons of what cannot, of a damaged shard."""
+    """Return the readable captions of a damaged shard, and the reasons for the others."""
     with pytest.warns(UserWarning, match=rf"{path.name} is damaged: "):
         source = ShardSource(path)
     report = check_source(source)
@@ -37,7 +37,7 @@ def test_a_damaged_header_loses_its_member_and_is_counted(tmp_path, number):
     assert f"s.tar:byte {at}" in reasons
 
 
-def test_a_shard_that_is_cut_short_says_so_wherever_it_is_cut(tmp_path):
+def test_a_truncated_shard_is_reported_wherever_it_is_cut(tmp_path):
     content = shard(tmp_path / "whole.tar").read_bytes()
     last = headers(tmp_path / "whole.tar")[-1] + BLOCK  # where the last text begins
     end = last + BLOCK
@@ -57,7 +57,7 @@ NEGATIVE = b"\xff" * 11 + b"\x00"  # -256
     ("size", "kind"),
     [(NEGATIVE, b"0"), (SIX_GIGABYTES, b"0"), (SIX_GIGABYTES, b"x"), (NEGATIVE, b"L")],
 )
-def test_sizes_that_cannot_be_take_neither_time_nor_memory(tmp_path, size, kind):
+def test_impossible_sizes_cost_neither_time_nor_memory(tmp_path, size, kind):
     path = shard(tmp_path / "s.tar")
     content, at = path.read_bytes(), headers(path)[4]
     path.write_bytes(content[:at] + header("k9.png", size, kind) + content[at:])
@@ -79,7 +79,7 @@ def test_a_sparse_member_is_named(tmp_path):
     assert whole == 6 and "a sparse file" in " ".join(reasons.values())
 
 
-def test_a_name_that_is_no_text_is_escaped(tmp_path):
+def test_a_name_that_is_not_utf8_is_escaped(tmp_path):
     path = shard(tmp_path / "s.tar")
     content = path.read_bytes()
     renamed = bytearray(content)
@@ -91,7 +91,7 @@ def test_a_name_that_is_no_text_is_escaped(tmp_path):
     assert next(iter(ShardSource(path))).id == "s.tar:\\xff0"
 
 
-def test_two_samples_of_one_name_are_not_one(tmp_path):
+def test_a_second_image_with_the_same_key_is_reported(tmp_path):
     members = [("a.png", picture()), ("a.txt", b"one"), ("a.jpg", picture(1, "JPEG"))]
     with pytest.warns(UserWarning, match="a already has a jpg or an image"):
         source = ShardSource(shard(tmp_path / "s.tar", members))
@@ -100,7 +100,7 @@ def test_two_samples_of_one_name_are_not_one(tmp_path):
         source[1]
 
 
-def test_texts_and_images_of_any_length_are_not_read(tmp_path):
+def test_too_long_texts_are_not_read(tmp_path):
     members = [("a.png", picture()), ("a.txt", b"a" * (2**20 + 1)), ("b.png", picture())]
     source = ShardSource(shard(tmp_path / "s.tar", [*members, ("b.json", b"[" * 100_000)]))
     assert check_source(source).reasons == {
@@ -117,7 +117,7 @@ def test_archives_appended_to_each_other_are_all_read(tmp_path):
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_members_are_those_of_tarfile(tmp_path, format):
+def test_members_equal_those_of_tarfile(tmp_path, format):
     name = "d" * 60 + "/" + "n" * 90
     path = shard(tmp_path / "s.tar", [(f"{name}.txt", b"a"), ("b.txt", b"bc")], format)
     found = list(read_members(path))
@@ -132,7 +132,7 @@ def chunk(kind, content):
 
 
 def png(width, height, colour=2):
-    """The header of an image of any size, and no pixels."""
+    """Return the header of a PNG image of any size, without pixels."""
     header = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
     start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
     return start + chunk(b"IDAT", zlib.compress(bytes(9))) + chunk(b"IEND", b"")
@@ -151,7 +151,7 @@ def png(width, height, colour=2):
         (b"", "not a readable image"),
     ],
 )
-def test_what_is_no_image_to_be_read_is_a_sample_error(content, reason):
+def test_an_unsupported_image_is_a_sample_error(content, reason):
     with pytest.raises(SampleError, match=reason):
         decode_image(io.BytesIO(content), "id")
 
@@ -170,7 +170,7 @@ def test_a_damaged_image_is_read_or_a_sample_error(format):
             assert error.reason.startswith("not a readable image: ")
 
 
-def test_text_that_is_no_unicode_is_skipped_and_named(tmp_path):
+def test_invalid_unicode_is_skipped_and_reported(tmp_path):
     (tmp_path / "a.png").write_bytes(picture())
     entries = [
         {"image": "a.png", "caption": "good"},
@@ -187,7 +187,7 @@ def test_text_that_is_no_unicode_is_skipped_and_named(tmp_path):
     assert {key.split()[0] for key in reasons} == {f"list.json[{i}]" for i in (1, 2, 3)}
 
 
-def test_a_pipe_in_place_of_an_image_is_not_waited_for(tmp_path):
+def test_a_named_pipe_instead_of_an_image_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     (tmp_path / "list.json").write_text(json.dumps([{"image": "a.png", "caption": "a"}]))
     with pytest.raises(SampleError, match="not a file"):

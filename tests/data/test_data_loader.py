@@ -1,4 +1,4 @@
-"""Loading: batches depend on (seed, epoch, offset) alone, bad samples are replaced and counted."""
+"""Loading: batches depend on (seed, epoch, offset) only; bad samples are replaced and counted."""
 
 import itertools
 import math
@@ -217,7 +217,7 @@ def test_a_share_within_the_limit_goes_on_for_epochs(tokenizer):
     assert (report.seen, len(report.reasons), report.share) == (600, 8, 8 / 200)
 
 
-def test_a_small_source_is_judged_after_one_epoch():
+def test_a_small_source_is_checked_after_one_epoch():
     report = SkipReport(0.1, length=10)
     report.update([("a", "corrupt"), ("b", "missing")], 9)
     with pytest.raises(DataError, match=r"2 of 10 samples \(20\.0%\) .*: a \(corrupt\); b \(mi"):
@@ -231,7 +231,7 @@ def test_an_id_is_counted_once():
     assert report.summary() == "1 of 150 samples (0.7%) could not be read: a (corrupt)."
 
 
-def test_check_source_reads_everything_and_judges_nothing():
+def test_check_source_reads_everything_and_never_raises():
     report = check_source(DamagedSource(12, set(range(6))))
     assert report.summary() == (
         "6 of 12 samples (50.0%) could not be read, among them: "
@@ -261,7 +261,7 @@ def test_evaluation_yields_readable_samples_in_order(num_workers):
     assert (report.seen, len(report.reasons)) == (10, 4)
 
 
-def test_evaluation_stops_where_too_much_is_bad():
+def test_evaluation_stops_at_too_many_unreadable_samples():
     transform = image_transform(SIZE, train=False)
     with pytest.raises(DataError, match=r"At most 5\.0%"):
         list(evaluation_batches(DamagedSource(10, {1}), transform, 3))

@@ -1,4 +1,4 @@
-"""Preparation of a sample: image transforms and tokenizers."""
+"""Preparation of samples: image transforms and tokenizers."""
 
 import pickle
 from pathlib import Path
@@ -138,7 +138,7 @@ def test_bad_tokenizer_training(captions, vocab_size, error, message):
 
 
 def save_variant(tokenizer, folder: Path, *, post_processor: bool = True, **tokens: str) -> Path:
-    """The tokenizer with only `tokens` as its special tokens."""
+    """Save the tokenizer with only `tokens` as its special tokens."""
     from tokenizers import Tokenizer, processors
     from transformers import PreTrainedTokenizerFast
 

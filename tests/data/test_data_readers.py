@@ -1,4 +1,4 @@
-"""Readers: what a spec opens, what a sample holds, and what happens where it cannot be read."""
+"""Readers of JSON lists and tar shards: specifications, samples, and unreadable samples."""
 
 import gzip
 import io
@@ -174,7 +174,7 @@ def test_captions_are_a_text_or_a_list_and_empty_ones_are_dropped(tmp_path):
     assert JsonSource(path).captions(1) == ("two", "three")
 
 
-def test_a_list_may_begin_with_the_mark_of_its_encoding(tmp_path):
+def test_a_list_may_begin_with_a_byte_order_mark(tmp_path):
     path = write_list(tmp_path, [{"image": "a.png", "caption": "é"}])
     path.write_text(path.read_text(), encoding="utf-8-sig")
     assert JsonSource(path).captions(0) == ("é",)
@@ -271,7 +271,7 @@ def test_an_unreadable_member_is_that_samples_error(members, reason, tmp_path):
     assert caught.value.id == "s.tar:k"
 
 
-def test_captions_of_the_key_that_has_some_and_without_the_mark_of_an_encoding(tmp_path):
+def test_the_caption_key_with_a_value_is_used_and_a_byte_order_mark_is_removed(tmp_path):
     members = {"a.png": image_bytes(), "a.json": b'{"captions": null, "caption": "one"}'}
     members |= {"b.png": image_bytes(), "b.txt": "\ufefftwo".encode()}
     source = ShardSource(shard(tmp_path / "s.tar", members.items()))
@@ -289,7 +289,7 @@ def test_a_shard_without_a_sample_is_counted_and_the_others_are_read(members, tm
         source[0]
 
 
-def test_a_shard_that_vanished_is_a_sample_error(tmp_path):
+def test_a_deleted_shard_is_a_sample_error(tmp_path):
     source = ShardSource(write_shard(tmp_path / "s.tar", ["k"]))
     (tmp_path / "s.tar").unlink()
     with pytest.raises(SampleError, match=r"s\.tar:k: cannot read"):

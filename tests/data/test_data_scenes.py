@@ -1,4 +1,4 @@
-"""EmojiScenes: deterministic, true captions, drawn where the scene says, at any size."""
+"""EmojiScenes: deterministic scenes, true captions, and drawings of any size."""
 
 import itertools
 import re
@@ -126,7 +126,7 @@ def is_true_relation(relation: str, first: Group, second: Group) -> bool:
 
 
 def check_caption(caption: str, scene: Scene) -> tuple[int, int, int, int]:
-    """Assert every claim -> how many objects, places, relations and backgrounds it claims."""
+    """Assert all claims of a caption; return how many objects, places, relations, backgrounds."""
     groups = {(group.name, group.count): group for group in scene.groups}
     mentioned = [OBJECTS[text] for text in re.findall(rf"\b{OBJECT}\b", caption)]
     assert set(mentioned) <= set(groups), caption
@@ -189,7 +189,7 @@ def render_alone(name: str) -> Image.Image:
     return canvas
 
 
-def test_every_emoji_has_ink_and_none_looks_like_another():
+def test_every_emoji_is_visible_and_unique():
     glyphs = np.stack(
         [np.asarray(render_alone(name), dtype=np.float32).ravel() / 255 for name in EMOJI]
     )
@@ -218,7 +218,7 @@ def test_renders_at_any_size_with_the_background_and_every_group(image_size):
         assert ink[rows, columns].any()
 
 
-def test_glyph_has_the_asked_size():
+def test_glyph_has_the_requested_size():
     for pixels in (1, 7, 64, 300):
         assert max(draw_emoji("dog", pixels).size) == pixels
 

@@ -1,4 +1,4 @@
-"""Stored images of every mode become RGB, or an error of that sample."""
+"""Decoding of stored images of every mode to RGB."""
 
 import numpy as np
 import pytest
@@ -38,19 +38,19 @@ def test_a_transparent_palette_colour_becomes_white(tmp_path):
 
 
 def grey_steps(kind: str) -> Image.Image:
-    """Black, a dark grey, white."""
+    """Return an image with black, a dark grey and white."""
     return Image.fromarray(np.array([[0, 0x2A2B, 0xFFFF]], dtype=kind))
 
 
 @pytest.mark.parametrize(("suffix", "kind"), [("png", "<u2"), ("tif", "<u2"), ("tif", ">u2")])
-def test_of_sixteen_bits_the_upper_eight_stay(suffix, kind, tmp_path):
+def test_the_upper_eight_of_sixteen_bits_are_kept(suffix, kind, tmp_path):
     grey_steps(kind).save(tmp_path / f"a.{suffix}")
     image = decode_image(tmp_path / f"a.{suffix}", "id")
     assert [image.getpixel((x, 0)) for x in range(3)] == [(0,) * 3, (42,) * 3, (255,) * 3]
 
 
 @pytest.mark.parametrize("kind", ["<i4", "<f4"])
-def test_numbers_whose_range_nothing_says_are_no_image(kind, tmp_path):
+def test_32_bit_images_are_refused(kind, tmp_path):
     grey_steps(kind).save(tmp_path / "a.tif")
     with pytest.raises(SampleError, match="expected 8 or 16 bits a channel, got Pillow's mode"):
         decode_image(tmp_path / "a.tif", "id")

@@ -1,4 +1,4 @@
-"""The sampler of epochs: each is a permutation, ranks share it out, and positions go on."""
+"""EpochSampler: every epoch is a permutation, split over the ranks, and resumes at any position."""
 
 import itertools
 

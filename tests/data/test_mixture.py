@@ -37,7 +37,7 @@ def png(image) -> bytes:
 
 @pytest.fixture
 def list_and_shards(tmp_path):
-    """24 scenes in a JSON list, 16 others in two tar shards."""
+    """Return 24 scenes in a JSON list and 16 others in two tar shards."""
     scenes = EmojiScenes(40, image_size=32)
     entries = []
     for number in range(24):
@@ -193,7 +193,7 @@ def test_a_list_and_shards_train_together_and_resume_exactly(weights, list_and_s
     assert all(torch.equal(saved[key]["exp_avg"], again[key]["exp_avg"]) for key in saved)
 
 
-def test_another_source_of_the_mixture_is_not_resumed(list_and_shards, tmp_path):
+def test_a_run_with_other_sources_or_weights_is_not_resumed(list_and_shards, tmp_path):
     settings = (f"data.train={list_and_shards}", "optim.steps=2")
     with own_process():
         train(tiny_config(tmp_path / "run", *settings))
@@ -205,6 +205,6 @@ def test_another_source_of_the_mixture_is_not_resumed(list_and_shards, tmp_path)
         train(tiny_config(tmp_path / "run", *settings), resume=True)
 
 
-def test_a_source_that_is_missing_is_named(list_and_shards, tmp_path):
+def test_a_missing_source_is_named(list_and_shards, tmp_path):
     with own_process(), pytest.raises(ConfigError, match=r"data\.train: .*none\.json"):
         train(tiny_config(tmp_path / "run", f"data.train={[list_and_shards[0], 'none.json']}"))

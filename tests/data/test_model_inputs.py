@@ -1,4 +1,4 @@
-"""What captions and images become before a model reads them, as its original does it."""
+"""Preprocessing of captions and images, as in the original code of each model."""
 
 import typing
 
@@ -45,7 +45,7 @@ def test_example(caption, albef, blip):
     assert apply_caption_rule(caption, "plain") == caption
 
 
-def test_configs_name_the_rules_and_the_ways_to_resize_that_there_are():
+def test_configs_list_all_caption_rules_and_resize_modes():
     hints = typing.get_type_hints(InputConfig)
     assert typing.get_args(hints["captions"]) == typing.get_args(CaptionRule)
     assert typing.get_args(hints["resize"]) == typing.get_args(ResizeMode)
@@ -60,7 +60,7 @@ def test_configs_name_the_rules_and_the_ways_to_resize_that_there_are():
         ("meter_tiny", "crop", "plain"),
     ],
 )
-def test_each_model_reads_images_and_captions_as_its_original(name, resize, rule, tokenizer):
+def test_each_model_preprocesses_as_its_original(name, resize, rule, tokenizer):
     model = create_model(name, vocab_size=len(tokenizer))
     assert (model.config.resize, model.config.captions) == (resize, rule)
     caption = "A dog, (the big one)"
@@ -99,7 +99,7 @@ class Wide:
 
 
 @pytest.mark.parametrize("resize", ["crop", "squash"])
-def test_evaluation_shows_what_the_config_says(resize, tokenizer):
+def test_evaluation_resizes_as_the_config_says(resize, tokenizer):
     model = create_model("blip_tiny", vocab_size=len(tokenizer), resize=resize)
     seen = []
     model.encoders.visual.patch_embed.register_forward_pre_hook(lambda _, a: seen.append(a[0]))
@@ -108,7 +108,7 @@ def test_evaluation_shows_what_the_config_says(resize, tokenizer):
     assert (images[0] != images[1]).any() == (resize == "squash")
 
 
-def test_a_recipe_overrides_the_model_s_own_way_and_the_saved_model_keeps_it(tmp_path):
+def test_a_recipe_overrides_the_preprocessing_and_the_saved_model_keeps_it(tmp_path):
     with own_process():
         train(tiny_config(tmp_path / "own", "optim.steps=1", recipe="albef_tiny"))
         settings = ("data.captions=plain", "data.resize=crop")

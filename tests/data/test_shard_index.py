@@ -1,4 +1,4 @@
-"""The index of large tar shards is built once, and shared."""
+"""The cached index of large tar shards."""
 
 import os
 import pickle
@@ -13,14 +13,14 @@ from tests.helpers.damage import picture, shard
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """Shards of any size are kept, in a folder of the test."""
+    """Cache shards of any size in a folder of the test."""
     monkeypatch.setenv("ELIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(shard_index, "CACHED_FROM", 1)
     return tmp_path / "cache" / "shards"
 
 
 def counted(monkeypatch):
-    """Shards whose tables are built from here on."""
+    """Return a list to which every shard is added whose table is built."""
     built, table = [], shard_index._shard_table
 
     def counting(path):
@@ -43,7 +43,7 @@ def read(source):
     return [(sample.id, sample.captions, sample.image.tobytes()) for sample in source]
 
 
-def test_what_is_built_is_read_again_by_every_reader(tmp_path, cache, monkeypatch):
+def test_a_built_table_is_reused_by_every_reader(tmp_path, cache, monkeypatch):
     paths, built = three(tmp_path), counted(monkeypatch)
     first = ShardSource(paths)
     assert built == ["0.tar", "1.tar", "2.tar"] and len(list(cache.glob("*.arrow"))) == 3
@@ -57,7 +57,7 @@ def test_what_is_built_is_read_again_by_every_reader(tmp_path, cache, monkeypatc
     assert [each.name for each in cache.iterdir() if each.suffix != ".arrow"] == []
 
 
-def test_a_shard_that_changed_is_read_anew(tmp_path, cache, monkeypatch):
+def test_a_changed_shard_is_indexed_again(tmp_path, cache, monkeypatch):
     path, built = three(tmp_path)[0], counted(monkeypatch)
     assert len(ShardSource(path)) == 1
     shard(path)
@@ -77,13 +77,13 @@ def test_a_damaged_table_is_built_again(tmp_path, cache):
     assert table.stat().st_size > 100
 
 
-def test_small_shards_are_not_kept(tmp_path, monkeypatch):
+def test_small_shards_are_not_cached(tmp_path, monkeypatch):
     monkeypatch.setenv("ELIP_CACHE", str(tmp_path / "cache"))
     assert len(ShardSource(three(tmp_path))) == 6
     assert not list((tmp_path / "cache").rglob("*.arrow"))
 
 
-def test_a_folder_that_cannot_be_written_is_said_and_read_without(tmp_path, monkeypatch):
+def test_an_unwritable_cache_folder_warns_and_is_not_used(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ELIP_CACHE", str(tmp_path / "file"))
     monkeypatch.setattr(shard_index, "CACHED_FROM", 1)
@@ -108,7 +108,7 @@ def test_several_processes_build_each_shard_once(tmp_path, cache):
 
 
 @pytest.mark.slow
-def test_many_bytes_are_shared_among_helpers(tmp_path, cache, monkeypatch):
+def test_large_shards_are_indexed_by_several_processes(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(shard_index, "SHARED_FROM", 1)
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     started, popen = [], subprocess.Popen

@@ -1,4 +1,4 @@
-"""Streams: what is read of a tar that is not on disk, and what is said where it does not come."""
+"""Streams of tar shards that are not on disk, and their errors."""
 
 import os
 import re
@@ -25,7 +25,7 @@ def _at_once(monkeypatch):
 
 
 def read(*urls):
-    """Samples by key, reasons by key of what is lost, and the ends of shards."""
+    """Return the samples by key, the reasons of lost samples by key, and the ends of shards."""
     source, samples, lost, ends = open_stream({"stream": urls, "samples": 9}), {}, {}, []
     for number in range(len(source.shards)):
         for each in source.read(number):
@@ -41,7 +41,7 @@ def read(*urls):
 
 
 def stored(path):
-    """The same of a tar on disk."""
+    """Return the samples and the reasons of lost samples of a tar on disk."""
     samples, lost = {}, {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is damaged
@@ -111,7 +111,7 @@ def claims_a_long_name(path):
         claims_a_long_name,
     ],
 )
-def test_a_stream_is_read_as_the_file_is(tmp_path, make):
+def test_a_stream_gives_the_same_samples_as_the_file(tmp_path, make):
     path = tmp_path / "a.tar"
     make(path)
     with served(tmp_path) as url:
@@ -132,19 +132,19 @@ def test_every_kind_of_url(tmp_path):
     assert (lost, ends) == ({}, [(command, "")])
 
 
-def test_the_hub_is_a_file_system_that_is_known():
+def test_hub_urls_are_supported():
     source = open_stream("hf://datasets/someone/pairs/train-{00..02}.tar,samples=5,shuffle=7")
     assert source.shards[2] == "hf://datasets/someone/pairs/train-02.tar"
     assert (len(source), source.spec.shuffle, source.spec.resample) == (5, 7, False)
 
 
-def test_a_server_is_asked_for_the_rest(tmp_path):
+def test_an_interrupted_download_is_resumed(tmp_path):
     expected, _ = stored(shard(tmp_path / "a.tar"))
     with served(tmp_path, breaks_after=3000) as url:
         assert read(f"{url}/a.tar") == (expected, {}, [("a.tar", "")])
 
 
-def test_where_there_is_no_rest_the_samples_before_it_count(tmp_path):
+def test_samples_before_an_unrecoverable_interruption_are_kept(tmp_path):
     path = shard(tmp_path / "a.tar")
     end = headers(path)[4]
     with served(tmp_path, ranges=False, breaks_after=end) as url:
@@ -166,7 +166,7 @@ def test_where_there_is_no_rest_the_samples_before_it_count(tmp_path):
         ("sleep 60", "no data for 0.4 seconds"),
     ],
 )
-def test_a_command_that_does_not_give_a_tar_is_named(tmp_path, monkeypatch, command, problem):
+def test_a_failed_command_is_reported(tmp_path, monkeypatch, command, problem):
     path = shard(tmp_path / "a.tar")
     monkeypatch.setattr(streams, "_TIMEOUT", 0.4)
     command = "pipe:" + command.format(path)
@@ -177,7 +177,7 @@ def test_a_command_that_does_not_give_a_tar_is_named(tmp_path, monkeypatch, comm
     assert problem.format(size=path.stat().st_size) in what
 
 
-def test_a_reader_that_leaves_ends_the_command(tmp_path):
+def test_closing_the_reader_ends_the_command(tmp_path):
     path, pid = shard(tmp_path / "a.tar"), tmp_path / "pid"
     entries = open_stream(f"pipe:echo $$ > {pid}; cat {path} /dev/zero,samples=6").read(0)
     next(entries)
@@ -186,7 +186,7 @@ def test_a_reader_that_leaves_ends_the_command(tmp_path):
         os.kill(int(pid.read_text()), 0)
 
 
-def test_what_a_web_server_says_is_named(tmp_path):
+def test_http_errors_are_reported(tmp_path):
     (tmp_path / "page.tar").write_text("<html>" + "not here " * 100)
     shard(tmp_path / "none.tar", [("a.mp4", b"no image")])
     with served(tmp_path) as url:
@@ -198,7 +198,7 @@ def test_what_a_web_server_says_is_named(tmp_path):
     assert "Connection refused" in what
 
 
-def test_members_that_do_not_stand_together_are_named(tmp_path):
+def test_members_that_are_not_adjacent_are_reported(tmp_path):
     members = [("a.png", picture()), ("b.png", picture()), ("a.txt", b"a"), ("b.txt", b"b")]
     _, lost, _ = read(f"pipe:cat {shard(tmp_path / 'a.tar', members)}")
     reasons = {key.rpartition(":")[2]: reason for key, reason in lost.items()}
@@ -208,7 +208,7 @@ def test_members_that_do_not_stand_together_are_named(tmp_path):
     }
 
 
-def test_what_is_too_large_is_passed_over_and_not_held(tmp_path, monkeypatch):
+def test_too_large_members_are_skipped_without_buffering(tmp_path, monkeypatch):
     monkeypatch.setattr(streams, "_MAX_BUFFER_BYTES", 2**12)
     monkeypatch.setattr(streams, "_CHUNK", 2**10)
     held, more = [], streams.StreamTar._read_chunk
@@ -240,17 +240,17 @@ def test_bad_specs(spec, message):
 
 
 @pytest.mark.parametrize("option", ["resample=2", "shuffle=few", "samples=true"])
-def test_options_of_another_kind(option):
+def test_options_of_another_type(option):
     with pytest.raises(TypeError, match=f"{option.partition('=')[0]}: expected"):
         open_stream(f"https://host/a.tar,{option}", samples=5)
 
 
-def test_a_source_that_is_counted_is_no_stream():
+def test_open_source_refuses_a_stream():
     with pytest.raises(ValueError, match=r"whose samples can be counted, got 'pipe:cat a.tar'"):
         open_source("pipe:cat a.tar", image_size=8)
 
 
-def test_captions_of_the_first(tmp_path):
+def test_first_captions(tmp_path):
     path = shard(tmp_path / "a.tar")
     source = open_stream({"stream": ["pipe:false", f"pipe:cat {path}"], "samples": 6})
     assert list(source.first_captions(2)) == [("caption of k0",), ("caption of k1",)]

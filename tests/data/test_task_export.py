@@ -1,4 +1,4 @@
-"""`elip data export` and `check`: the built-in worlds as files, read back to equal examples."""
+"""`elip data export` and `check`: built-in data as files, read back to equal examples."""
 
 import json
 
@@ -32,7 +32,7 @@ def test_an_export_reads_back_to_equal_examples(task, tmp_path):
         assert found[index]._replace(id="") == source[index]._replace(id="")
 
 
-def test_a_folder_of_classes_holds_the_same_images_in_the_order_of_names(tmp_path):
+def test_an_exported_folder_of_classes_is_ordered_by_name(tmp_path):
     spec = "emoji_classes:seed=3,size=8"
     folder, _ = export("classification", spec, tmp_path / "out", image_size=32)
     source = open_examples("classification", spec, image_size=32)
@@ -63,7 +63,7 @@ def test_an_export_of_pairs_has_each_image_once(task, tmp_path):
     assert sample.captions == ("one", "two")
 
 
-def test_an_export_goes_to_an_empty_folder(tmp_path, capsys):
+def test_an_export_needs_an_empty_folder(tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").touch()
     with pytest.raises(FileExistsError, match="folder: expected a new or an empty folder"):
@@ -72,7 +72,7 @@ def test_an_export_goes_to_an_empty_folder(tmp_path, capsys):
     assert "expected a new or an empty folder" in capsys.readouterr().err
 
 
-def test_data_export_says_what_data_check_reads(tmp_path, capsys):
+def test_data_export_prints_the_line_that_data_check_reads(tmp_path, capsys):
     assert elip("data", "export", "entailment", "emoji_entailment:size=6", tmp_path / "out") == 0
     (spec,) = capsys.readouterr().out.split()
     assert elip("data", "check", spec, "--task", "entailment") == 0

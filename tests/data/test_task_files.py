@@ -1,4 +1,4 @@
-"""Files of the tasks: what each format holds, and what a broken one says."""
+"""Data files of the tasks: every format, and the errors for malformed files."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 def write(path: Path, content) -> Path:
-    """JSON, of a list of lines one object each."""
+    """Write JSON, or one JSON object per line for a list of lines."""
     lines = isinstance(content, tuple)
     text = "".join(json.dumps(line) + "\n" for line in content) if lines else json.dumps(content)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def test_the_test_set_has_no_answers_and_its_images_are_of_2015(tmp_path):
     assert source[0].images[0].size == (6, 5)
 
 
-def test_vqa_lists_have_ten_answers_or_one_that_weighs_what_the_spec_says(tmp_path):
+def test_vqa_lists_have_ten_answers_or_one_with_the_weight_of_the_spec(tmp_path):
     draw(tmp_path / "coco" / "a.jpg")
     ten = {"image": "a.jpg", "question": "why?", "question_id": 3, "answer": ["x"] * 8 + ["y"] * 2}
     one = {"image": "a.jpg", "question": "who?", "dataset": "vg", "answer": "z"}
@@ -105,7 +105,7 @@ def test_vqa_lists_have_ten_answers_or_one_that_weighs_what_the_spec_says(tmp_pa
     assert line[0].answers == source[1].answers
 
 
-def test_an_answer_list_of_the_data_has_what_is_first_often_enough(tmp_path):
+def test_an_answer_list_from_the_data_has_frequent_first_answers(tmp_path):
     entries = [{"image": "a", "question": "?", "answer": [a, a, "b"]} for a in "x" * 9 + "y" * 8]
     source = opened("vqa", str(write(tmp_path / "vqa.json", entries)))
     assert source.answers == ("x",)
@@ -198,7 +198,7 @@ def test_captions_of_coco(tmp_path):
 
 
 def cifar(folder: Path) -> str:
-    """Parquet in the form of CIFAR-100's on the hub."""
+    """Write parquet files in the form of CIFAR-100 on the hub."""
     image = {"bytes": draw(folder / "a.png").read_bytes(), "path": None}
     broken = {"bytes": b"no image", "path": None}
     names = {"fine_label": ["apple", "bear_cub"], "coarse_label": ["fruit", "mammals"]}
@@ -241,7 +241,7 @@ def test_a_split_without_classes_is_refused(label, tmp_path):
         open_classes(f"datasets:{tmp_path / 'hub'},split=test", image_size=16)
 
 
-def test_an_image_that_a_table_lacks_is_a_sample_error(tmp_path):
+def test_a_missing_image_of_a_table_is_a_sample_error(tmp_path):
     features = Features({"img": ImageFeature(), "label": ClassLabel(names=["a"])})
     (tmp_path / "hub").mkdir()
     table = Dataset.from_dict({"img": [None], "label": [0]}, features=features)
@@ -250,7 +250,7 @@ def test_an_image_that_a_table_lacks_is_a_sample_error(tmp_path):
         open_classes(f"datasets:{tmp_path / 'hub'},split=test", image_size=16)[0]
 
 
-def test_a_folder_of_classes_that_is_not_there_says_what_else_may_be():
+def test_a_missing_folder_of_classes_names_the_alternatives():
     with pytest.raises(FileNotFoundError, match=r"spec: expected emoji_classes:size=600, datasets"):
         open_classes("emoji_class:size=600", image_size=16)
 
@@ -262,7 +262,7 @@ def test_a_list_without_an_example_is_refused(task, tmp_path):
         opened(task, f"{tmp_path / 'empty.json'}")
 
 
-def test_a_column_of_numbers_is_no_class(tmp_path):
+def test_a_column_of_numbers_is_not_a_class_column(tmp_path):
     features = Features({"img": ImageFeature(), "label": Value("int64")})
     (tmp_path / "numbers").mkdir()
     table = Dataset.from_dict({"img": [None], "label": [3]}, features=features)

@@ -1,4 +1,4 @@
-"""Scores of captions against numbers worked out by hand and by other code than the library's."""
+"""Caption scores against worked examples and an independent implementation."""
 
 import math
 import sys
@@ -30,7 +30,7 @@ def ngrams(text, n):
 
 
 def bleu_4(written, captions):
-    """Papineni et al. (2002), from its formulas."""
+    """Return BLEU-4 by the formulas of Papineni et al. (2002)."""
     log_precision, length, closest = 0.0, 0, 0
     for n in range(1, 5):
         right = there = 0
@@ -49,7 +49,7 @@ def bleu_4(written, captions):
 
 
 def cider_d(written, captions):
-    """Vedantam et al. (2015), from its formulas."""
+    """Return CIDEr-D by the formulas of Vedantam et al. (2015)."""
     scores = [0.0] * len(written)
     for n in range(1, 5):
         images = Counter(g for refs in captions for g in set().union(*(ngrams(r, n) for r in refs)))
@@ -72,7 +72,7 @@ def cider_d(written, captions):
     return scores
 
 
-def test_scores_are_those_of_the_formulas():
+def test_scores_equal_the_published_formulas():
     found = caption_scores(WRITTEN, CAPTIONS, tokenizer="plain")
     assert found.each == pytest.approx(cider_d(WRITTEN, CAPTIONS), rel=1e-9)
     mean = sum(found.each) / 4
@@ -107,7 +107,7 @@ def test_captions_of_scenes_are_the_same_by_both_tokenizers(captions):
 
 
 @java
-def test_ptb_is_the_library_s_own():
+def test_ptb_tokens_equal_pycocoevalcap():
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     texts = [["A dog's T-shirt, don't! (red) & \"x\"", "café; 3.5%"], ["U.S. -- half 1/2"], ["x"]]
@@ -118,7 +118,7 @@ def test_ptb_is_the_library_s_own():
     assert ours == [*theirs.values(), ["", "a b c"], [""]]
 
 
-def test_without_java_the_result_says_so(monkeypatch):
+def test_without_java_the_result_names_the_plain_tokenizer(monkeypatch):
     monkeypatch.setattr(caption_metrics, "has_java", lambda: False)
     found = caption_scores(WRITTEN, CAPTIONS)
     assert found.tokenizer == "plain"

@@ -11,7 +11,7 @@ ENDS = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
 
 
 @pytest.mark.parametrize("right", [(4, 8), (10, 20), (180, 200)])
-def test_of_right_and_wrong_it_is_the_binomial_s(right):
+def test_the_interval_of_binary_scores_is_binomial(right):
     """An end is one of the binomial's that its share of draws, by four standard errors, may hit."""
     right, n = right
     interval = bootstrap_interval([True] * right + [False] * (n - right))
@@ -23,7 +23,7 @@ def test_of_right_and_wrong_it_is_the_binomial_s(right):
 
 
 @pytest.mark.parametrize("kind", ["accuracy", "soft", "continuous"])
-def test_it_is_scipy_s(kind):
+def test_the_interval_equals_scipy(kind):
     random, n = np.random.default_rng(1), 300
     scores = {
         "accuracy": random.random(n) < 0.7,
@@ -48,7 +48,7 @@ def test_it_is_scipy_s(kind):
         assert abs(end - theirs) <= 4 * error + step
 
 
-def test_it_is_repeated_by_its_seed_and_narrows_with_more_examples():
+def test_the_interval_is_deterministic_and_narrows_with_more_examples():
     few, many = np.tile([0.0, 1.0], 50), np.tile([0.0, 1.0], 50 * 100)
     assert bootstrap_interval(few) == bootstrap_interval(few[::-1])
     assert bootstrap_interval(few, seed=1) == bootstrap_interval(few, seed=1)
@@ -58,14 +58,14 @@ def test_it_is_repeated_by_its_seed_and_narrows_with_more_examples():
     assert narrow.high - narrow.low < widths[0]
 
 
-def test_it_is_the_same_however_many_are_drawn_at_once(monkeypatch):
+def test_the_interval_does_not_depend_on_the_chunk_size(monkeypatch):
     scores = np.random.default_rng(1).random(40)
     expected = bootstrap_interval(scores)
     monkeypatch.setattr(intervals, "DRAWN_AT_ONCE", 40 * 999)
     assert bootstrap_interval(scores) == pytest.approx(expected)
 
 
-def test_where_nothing_varies_it_is_a_point():
+def test_constant_scores_have_an_interval_of_zero_width():
     assert bootstrap_interval([1.0] * 7) == (1.0, 1.0, 1.0)
     assert bootstrap_interval([0.3]) == (0.3, 0.3, 0.3)
 

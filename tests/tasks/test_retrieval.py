@@ -1,4 +1,4 @@
-"""Retrieval: recall against its definition, ties, chance, and images that see no text."""
+"""Retrieval by features: recall by its definition, ties, chance, and encoding without text."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from elip_models.tasks.retrieval import (
 
 
 def recall_by_definition(similarity, text_to_image, k, way):
-    """Sort the candidates, wrong ones first where equal; is a right one among the first k?"""
+    """Sort the candidates, wrong ones first in a tie; look for a correct one among the first k."""
     rows = similarity.tolist()
     owners = text_to_image.tolist()
     num_images, num_texts = len(rows), len(owners)
@@ -38,7 +38,7 @@ def recall_by_definition(similarity, text_to_image, k, way):
 
 
 def captions_of_images(num_images, seed):
-    """One to four captions an image, in mixed order."""
+    """Return one to four captions per image, in mixed order."""
     owners = [i for i in range(num_images) for _ in range(1 + (i + seed) % 4)]
     random.Random(seed).shuffle(owners)
     return torch.tensor(owners)
@@ -46,7 +46,7 @@ def captions_of_images(num_images, seed):
 
 @pytest.mark.parametrize("levels", [2, 5, None], ids=["many-ties", "ties", "no-ties"])
 @pytest.mark.parametrize("num_images", [1, 7, 40])
-def test_recall_is_the_definition(num_images, levels):
+def test_recall_equals_its_definition(num_images, levels):
     text_to_image = captions_of_images(num_images, seed=num_images)
     similarity = torch.rand(num_images, len(text_to_image), dtype=torch.float64)
     if levels:
@@ -68,7 +68,7 @@ def test_chunks_change_nothing(chunk_size):
     assert recall_of_features(images, texts, text_to_image, chunk_size=chunk_size) == whole
 
 
-def test_model_that_says_the_same_of_everything_scores_zero():
+def test_constant_similarities_score_zero():
     text_to_image = captions_of_images(50, seed=1)
     images = torch.nn.functional.normalize(torch.randn(1, 96), dim=-1).expand(50, -1)
     texts = images[text_to_image]
@@ -194,7 +194,7 @@ def model(tokenizer):
     )
 
 
-def test_evaluation_shows_no_image_its_caption(model, tokenizer, scenes, monkeypatch):
+def test_evaluation_encodes_images_without_captions(model, tokenizer, scenes, monkeypatch):
     seen = []
     encode_image = model.encode_image
     monkeypatch.setattr(
@@ -221,7 +221,7 @@ def test_evaluation_does_not_depend_on_the_batch_and_leaves_mode_and_randomness(
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_reduction_that_draws_leaves_the_randomness_of_training(tokenizer, scenes, model):
+def test_a_random_reduction_does_not_change_the_random_state(tokenizer, scenes, model):
     drawn = create_model("clip_tiny", **vars(model.config) | {"strategy": "random"})
     before = torch.get_rng_state()
     evaluate_retrieval(drawn, tokenizer, scenes)

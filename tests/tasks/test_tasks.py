@@ -1,4 +1,4 @@
-"""Downstream tasks: what a training sample holds, and what a known model scores."""
+"""Downstream tasks: training samples, and scores of models with known outputs."""
 
 import json
 import math
@@ -24,7 +24,7 @@ def grey(value):
 
 
 class Greys:
-    """Images of one grey each, about which something is asked."""
+    """Examples of images with one grey level each."""
 
     answers = ("dark", "bright")
 
@@ -44,7 +44,7 @@ class Greys:
 
 
 class Captioned:
-    """As many images as greys, two captions each."""
+    """Images of six grey levels, with two captions each."""
 
     def __len__(self):
         return 6
@@ -57,7 +57,7 @@ class Captioned:
 
 
 class Tokens:
-    """A tokenizer of the digits in a text."""
+    """Tokenizer of the digits in a text."""
 
     pad_token_id = 0
 
@@ -75,7 +75,7 @@ class Config:
 
 
 class Stub(nn.Module):
-    """What tasks ask of a model, from pixels and digits."""
+    """Model with outputs computed from pixels and digits; its features are constant."""
 
     ranks = True
 
@@ -95,8 +95,6 @@ class Stub(nn.Module):
     def rank_answers(self, images, input_ids, attention_mask, answer_ids, answer_mask, k):
         self.asked = answer_ids.shape, k
         return self.logits(images, input_ids, attention_mask).argmax(1)
-
-    # Retrieval: features say nothing, the pair says all
 
     def matching_tokens(self, images, text_cls=None):
         self.guides.append(text_cls)
@@ -151,7 +149,7 @@ def test_an_image_is_classified_without_a_text():
     assert sample.keys() == {"images", "labels"}
 
 
-def test_answers_are_written_with_weights_or_told_apart_by_scores():
+def test_answers_are_generated_with_weights_or_classified_with_scores():
     source, rng = Greys(), np.random.default_rng(0)
     task = VQA(answers_per_question=3, answer_length=5)
     written = task.sample(preprocessor(source), source[1], 1, rng)
@@ -162,7 +160,7 @@ def test_answers_are_written_with_weights_or_told_apart_by_scores():
 
 
 @pytest.mark.parametrize("config", [{}, {"num_classes": 2}])
-def test_a_model_that_sees_scores_all_and_its_predictions_are_kept(config, tmp_path):
+def test_a_correct_model_scores_1_and_its_predictions_are_stored(config, tmp_path):
     scores = VQA(candidates=9).evaluate(Stub(**config), Tokens(), Greys(), LOADING)
     assert scores.scores["accuracy"] == (1.0, 1.0, 1.0)
     assert scores.baselines == {"chance": {"accuracy": 0.5}, "majority": {"accuracy": 0.5}}
@@ -173,7 +171,7 @@ def test_a_model_that_sees_scores_all_and_its_predictions_are_kept(config, tmp_p
     assert written["predictions"][0] == {"id": "g0", "output": "dark", "score": 1.0}
 
 
-def test_a_model_of_other_answers_than_the_data_is_not_scored_by_theirs():
+def test_a_model_with_another_number_of_answers_than_the_data_is_refused():
     with pytest.raises(DataError, match=r"answers: expected 3, one for each output.*got the 2 of"):
         VQA().evaluate(Stub(num_classes=3), Tokens(), Greys(), LOADING)
     learned = ("dark", "bright", "grey")
@@ -181,14 +179,14 @@ def test_a_model_of_other_answers_than_the_data_is_not_scored_by_theirs():
     assert scores.baselines["chance"] == {"accuracy": 1 / 3}
 
 
-def test_data_of_which_the_model_knows_no_answer_is_refused():
+def test_data_without_any_answer_of_the_model_is_refused():
     with pytest.raises(
         DataError, match=r"among the 2 .* such as 'yes', got none of them, but 'dar"
     ):
         VQA().evaluate(Stub(num_classes=2), Tokens(), Greys(), LOADING, ("yes", "no"))
 
 
-def test_examples_of_one_id_are_all_scored():
+def test_examples_with_the_same_id_are_all_scored():
     class SameId(Greys):
         def text_alone(self, index):
             return super().text_alone(index)._replace(id=str(index % 2))
@@ -198,7 +196,7 @@ def test_examples_of_one_id_are_all_scored():
 
 
 @pytest.mark.parametrize("task", ["entailment", "retrieval"])
-def test_a_model_that_draws_leaves_the_randomness_of_training(task):
+def test_a_random_model_does_not_change_the_random_state(task):
     class Drawing(Stub):
         def logits(self, *inputs, **named):
             return super().logits(*inputs, **named) + torch.rand(1)
@@ -211,7 +209,7 @@ def test_a_model_that_draws_leaves_the_randomness_of_training(task):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_answers_are_compared_in_one_writing():
+def test_answers_are_normalised_before_comparison():
     class Written(Greys):
         answers = ("Two dogs.", "a cat")
 
@@ -227,13 +225,13 @@ def test_answers_are_compared_in_one_writing():
     assert sample["answer_scores"].tolist() == [1.0, 0.0]
 
 
-def test_candidates_are_at_most_the_answers_there_are():
+def test_candidates_are_at_most_the_listed_answers():
     model = Stub()
     VQA(candidates=9, answer_length=6).evaluate(model, Tokens(), Greys(), LOADING)
     assert model.asked == ((2, 6), 2)
 
 
-def test_a_retrieval_sample_says_its_image_and_brings_false_texts_where_the_model_has_them():
+def test_a_retrieval_sample_has_its_image_id_and_the_false_texts_of_the_model():
     source, rng = Captioned(), np.random.default_rng(0)
     sample = Retrieval().sample(preprocessor(source), source[2], 2, rng)
     assert sample["image_ids"] == 2 and "false_ids" not in sample
@@ -258,7 +256,7 @@ class Pairs(Captioned):
         return super().__getitem__(index % 6)._replace(captions=self.captions(index))
 
 
-def test_pairs_of_one_image_are_no_negatives_of_one_another():
+def test_pairs_of_the_same_image_are_not_negatives():
     source, rng = Pairs(), np.random.default_rng(0)
     sample = Retrieval().sample(preprocessor(source, false_texts=40), source[8], 8, rng)
     assert sample["image_ids"] == 2
@@ -288,7 +286,7 @@ def test_images_of_pairs_are_ranked_once_with_all_their_captions():
     assert found.scores["image_to_text_r1"].mean == found.scores["text_to_image_r1"].mean == 1
 
 
-def test_another_caption_of_the_image_guides_where_the_model_asks_for_it():
+def test_another_caption_guides_if_the_model_uses_guide_captions():
     source, rng = Captioned(), np.random.default_rng(0)
     sample = Retrieval().sample(preprocessor(source, reads_guide_captions=True), source[2], 2, rng)
     assert sample["guide_ids"].shape == sample["guide_mask"].shape == (4,)
@@ -302,7 +300,7 @@ def matcher():
     return model, source
 
 
-def test_matching_ranks_anew_what_features_cannot_tell_apart():
+def test_matching_reranks_candidates_with_equal_features():
     model, source = matcher()
     found = Retrieval(candidates=12).evaluate(model, Tokens(), source, LOADING)
     assert found.scores["image_to_text_r1"].mean == found.scores["text_to_image_r1"].mean == 1
@@ -328,7 +326,7 @@ def test_features_are_compared_in_fp32_also_under_autocast():
     assert found.scores["text_to_image_r1"].mean == 1
 
 
-def test_a_model_without_features_reads_every_pair():
+def test_a_model_without_features_scores_every_pair():
     model, source = matcher()
     model.ranks = False
     found = Retrieval(candidates=1).evaluate(model, Tokens(), source, LOADING)
@@ -365,7 +363,7 @@ def test_a_model_without_matching_ranks_by_features():
     assert found.baselines.keys() == {"chance"}
 
 
-def test_no_image_of_the_index_is_encoded_under_a_text_and_queries_guide_their_candidates_alone():
+def test_index_images_are_encoded_without_text_and_queries_guide_only_candidates():
     model, source = matcher()
     Retrieval(candidates=4).evaluate(model, Tokens(), source, LOADING)
     assert model.guides == [None] * math.ceil(len(source) / LOADING.batch_size)

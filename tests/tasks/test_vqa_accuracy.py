@@ -1,4 +1,4 @@
-"""Answers are written alike as the evaluation page of VQA says, and scored by its formula."""
+"""Normalisation of answers as on the evaluation page of VQA, and the accuracy formula."""
 
 import json
 from itertools import combinations
@@ -39,7 +39,7 @@ from elip_models.data.tasks.vqa_answers import normalise_answer
         ("", ""),
     ],
 )
-def test_answers_are_written_alike(answer, written):
+def test_normalised_answers(answer, written):
     assert normalise_answer(answer) == written
     assert normalise_answer(written) == written
 
@@ -52,7 +52,7 @@ def test_accuracy_is_the_mean_over_all_sets_of_nine(agree, accuracy):
     assert sum(sets) / 10 == pytest.approx(accuracy, abs=1e-12)
 
 
-def test_annotations_are_read_in_one_writing(tmp_path):
+def test_annotations_are_normalised(tmp_path):
     said = ["Two dogs."] * 4 + ["2 dogs"] * 3 + ["the"] * 3
     question = {"question_id": 7, "image_id": 1, "question": "what?"}
     annotation = {

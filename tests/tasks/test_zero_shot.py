@@ -1,4 +1,4 @@
-"""Zero-shot classification: classes by name, images without text, scores in the log and as JSON."""
+"""Zero-shot classification: classes by name, encoding without text, logged and stored scores."""
 
 import json
 from collections import Counter
@@ -63,7 +63,7 @@ def test_a_folder_of_images_is_classified_by_the_names_of_its_folders(tmp_path):
     assert model.training
 
 
-def test_of_two_classes_of_one_name_the_first_is_found_first(tmp_path):
+def test_the_first_of_two_classes_with_the_same_name_ranks_first(tmp_path):
     red = COLOURS["red"]
     folder = colour_folder(tmp_path, {"n1": red, "n2": red, "n3": COLOURS["green"]})
     source = open_classes(folder, image_size=8)
@@ -72,7 +72,7 @@ def test_of_two_classes_of_one_name_the_first_is_found_first(tmp_path):
     assert scores.accuracies["zero_shot_top1"] == pytest.approx(2 / 3)
 
 
-def test_who_sees_nothing_finds_nothing(tmp_path):
+def test_a_model_with_constant_features_finds_nothing(tmp_path):
     source = open_classes(colour_folder(tmp_path), image_size=8)
     scores = evaluate_zero_shot(SeesColours(blind=True), None, source)
     assert scores.accuracies["zero_shot_top1"] == 0
@@ -95,7 +95,7 @@ def test_a_class_is_the_mean_of_its_texts():
 
 
 @pytest.mark.parametrize("installed", [True, False])
-def test_imagenet_is_named_as_open_clip_names_it_where_it_is_installed(
+def test_imagenet_classes_have_the_names_of_open_clip_if_it_is_installed(
     tmp_path, monkeypatch, installed
 ):
     ids = {"n01440764": 0, "n01443537": 1, "n15075141": 999}
@@ -111,7 +111,7 @@ def test_imagenet_is_named_as_open_clip_names_it_where_it_is_installed(
         assert [template("owl") for template in source.templates] == ["a photo of an owl."]
 
 
-def test_the_built_in_classes_are_pictures_of_one_emoji_each_as_often():
+def test_the_built_in_classes_are_balanced_images_of_one_emoji():
     source = open_classes("emoji_classes:seed=3,size=120", image_size=32)
     assert isinstance(source, EmojiClasses)
     found = [source.captions(i) for i in range(len(source))]
@@ -144,7 +144,7 @@ def test_images_are_encoded_without_any_text(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_it_is_logged_during_training_and_written_as_json(tmp_path):
+def test_scores_are_logged_during_training_and_written_as_json(tmp_path):
     settings = (
         "data.eval=null",
         "data.zero_shot=emoji_classes:seed=1,size=60",
@@ -186,6 +186,6 @@ def test_it_is_logged_during_training_and_written_as_json(tmp_path):
         ),
     ],
 )
-def test_a_setting_that_does_not_fit_is_named(tmp_path, recipe, overrides, message):
+def test_an_unusable_setting_is_named(tmp_path, recipe, overrides, message):
     with own_process(), pytest.raises(ConfigError, match=message):
         train(tiny_config(tmp_path, *overrides, recipe=recipe))

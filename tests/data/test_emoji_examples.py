@@ -1,4 +1,4 @@
-"""Built-in worlds of the tasks: answers are right, balanced, and not to be had from the text."""
+"""Built-in data of the tasks: answers are correct, balanced, and not predictable from the text."""
 
 import pickle
 import re
@@ -24,7 +24,7 @@ from elip_models.data.tasks import questions
 from elip_models.data.tasks.conditional_scenes import groups_beside, place_names
 from tests.helpers.tiers import tiered
 
-WORLDS = {"vqa": EmojiQuestions, "entailment": EmojiEntailment, "nlvr2": EmojiPairs}
+SOURCES = {"vqa": EmojiQuestions, "entailment": EmojiEntailment, "nlvr2": EmojiPairs}
 OPTIONS = [{}, {"clutter": 1}, {"clutter": 4, "textures": True}, {"clutter": MAX_CLUTTER}]
 CHANCE = {
     "vqa": (1 / 2 + 1 / 3 + 1 / 9 + 1 / 8 + 1 / 2 + 1 / 59) / 6,
@@ -35,7 +35,7 @@ SINGULAR = {name: name for name in EMOJI} | {plural(name): name for name in EMOJ
 PLACE_OF = {at_place(place): place for place in {*place_names(0), *place_names(1)}}
 SIDES = "to the left of|to the right of|above|below"
 NAME = "|".join(sorted(SINGULAR, key=len, reverse=True))
-"""Any emoji, in the singular or the plural."""
+"""Pattern of any emoji, in the singular or the plural."""
 
 
 def named(scene: Scene, name: str) -> list[Group]:
@@ -53,7 +53,7 @@ def the_one(scene: Scene, name: str) -> Group:
 
 
 def answer(text: str, scene: Scene) -> set[str]:
-    """All right answers, of the scene and the words of the question alone."""
+    """Return all correct answers, from the scene and the words of the question only."""
     if found := re.fullmatch(rf"is there an? ({NAME})\?", text):
         return {"yes" if named(scene, found[1]) else "no"}
     if found := re.fullmatch(rf"how many ({NAME}) are there\?", text):
@@ -71,7 +71,7 @@ def answer(text: str, scene: Scene) -> set[str]:
 
 
 def label(text: str, scene: Scene) -> str:
-    """What a picture with a hidden place says of a hypothesis."""
+    """Return the label of a hypothesis for an image with a hidden place."""
     if found := re.fullmatch(rf"the ({NAME}) is ({SIDES}) the ({NAME})", text):
         groups = named(scene, found[1]) + named(scene, found[3])
         if len(groups) < 2:
@@ -93,7 +93,7 @@ def label(text: str, scene: Scene) -> str:
 
 
 def is_true(text: str, left: Scene, right: Scene) -> bool:
-    """Of a statement about two pictures."""
+    """Return whether a statement is true of two images."""
     both = (left, right)
     if found := re.fullmatch(rf"there is an? ({NAME}) in both images", text):
         return all(count(scene, found[1]) for scene in both)
@@ -116,9 +116,9 @@ def holds(task: str, text: str, scenes: tuple[Scene, ...]) -> set[str]:
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("task", WORLDS)
-def test_answers_are_what_the_scene_shows(task, options):
-    source = WORLDS[task](120, seed=4, **options)
+@pytest.mark.parametrize("task", SOURCES)
+def test_answers_are_true_of_the_scene(task, options):
+    source = SOURCES[task](120, seed=4, **options)
     for index in range(len(source)):
         example, scenes = source.text_alone(index), source.scenes(index)
         assert holds(task, example.text, scenes) == example.answers.keys()
@@ -128,9 +128,9 @@ def test_answers_are_what_the_scene_shows(task, options):
             assert (scene.texture is not None) is options.get("textures", False)
 
 
-@pytest.mark.parametrize("task", WORLDS)
+@pytest.mark.parametrize("task", SOURCES)
 def test_an_example_depends_on_seed_and_index_alone(task):
-    spec = f"{WORLDS[task].name}:seed=3,size=12,clutter=2,textures=true"
+    spec = f"{SOURCES[task].name}:seed=3,size=12,clutter=2,textures=true"
     source = open_examples(task, spec, image_size=20)
     longer = open_examples(task, spec.replace("size=12", "size=90"), image_size=20)
     copy = pickle.loads(pickle.dumps(source))
@@ -139,7 +139,7 @@ def test_an_example_depends_on_seed_and_index_alone(task):
         assert source[index]._replace(images=()) == source.text_alone(index)
         assert {image.size for image in source[index].images} == {(20, 20)}
         assert len(source[index].images) == (2 if task == "nlvr2" else 1)
-    other = WORLDS[task](12, seed=4, clutter=2)
+    other = SOURCES[task](12, seed=4, clutter=2)
     assert [other.text_alone(i).text for i in range(12)] != [
         source.text_alone(i).text for i in range(12)
     ]
@@ -149,9 +149,9 @@ def test_an_example_depends_on_seed_and_index_alone(task):
 
 
 @pytest.mark.parametrize("options", tiered([{}, {"clutter": 4}], [{"clutter": 4}]), ids=str)
-@pytest.mark.parametrize("task", WORLDS)
-def test_a_text_alone_does_no_better_than_chance(task, options):
-    train, test = (WORLDS[task](2400, seed=seed, **options) for seed in (0, 1))
+@pytest.mark.parametrize("task", SOURCES)
+def test_the_text_alone_predicts_no_better_than_chance(task, options):
+    train, test = (SOURCES[task](2400, seed=seed, **options) for seed in (0, 1))
     found = question_only_accuracy(train, test)
     if task == "vqa":
         assert abs(found - CHANCE[task]) < 3 * np.sqrt(0.25 / len(test))
@@ -177,7 +177,7 @@ def test_answers_of_each_form_of_question_are_as_likely(options):
 
 @pytest.mark.parametrize(("task", "turns"), [("entailment", 3), ("nlvr2", 2)])
 def test_each_text_comes_with_every_label(task, turns):
-    source = WORLDS[task](60 * turns, seed=5)
+    source = SOURCES[task](60 * turns, seed=5)
     for first in range(0, len(source), turns):
         block = [source.text_alone(first + turn) for turn in range(turns)]
         assert len({example.text for example in block}) == 1
@@ -192,7 +192,7 @@ def test_a_question_comes_twice_in_a_row_with_other_answers():
         assert not first.answers.keys() & second.answers.keys()
 
 
-def test_two_answers_share_and_each_scores_all():
+def test_each_of_two_answers_has_half_the_share_and_the_full_score():
     source = EmojiQuestions(600, seed=1)
     shares = [source.text_alone(index).answers for index in range(600)]
     assert Counter(tuple(each.values()) for each in shares).keys() == {(1.0,), (0.5, 0.5)}
@@ -210,7 +210,7 @@ def test_soft_scores_are_the_mean_of_the_metric_over_nine_of_ten(given, score):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_every_picture_of_entailment_hides_a_place_and_only_that(options):
+def test_every_entailment_image_hides_exactly_one_place(options):
     size = 64
     source = EmojiEntailment(48, seed=6, image_size=size, **options)
     for index in range(48):
@@ -225,7 +225,7 @@ def test_every_picture_of_entailment_hides_a_place_and_only_that(options):
                 assert not (inside and top / size < y < (top + height) / size)
 
 
-def test_what_is_in_part_on_a_side_is_not_asked_for():
+def test_groups_partly_on_a_side_are_excluded():
     dog = Group("dog", "left", (Copy(0.25, 0.5, 0.3),))
     foxes = Group("fox", "right", (Copy(0.75, 0.2, 0.2), Copy(0.75, 0.5, 0.2)))
     scene = Scene("white", (dog, foxes))
@@ -233,7 +233,7 @@ def test_what_is_in_part_on_a_side_is_not_asked_for():
     assert groups_beside(scene, 0, "above") == groups_beside(scene, 0, "below") == []
 
 
-def test_question_only_accuracy_knows_texts_their_beginnings_and_the_majority():
+def test_question_only_accuracy_uses_texts_prefixes_and_the_majority():
     class Texts:
         answers = ("yes", "no", "2")
 
