@@ -25,10 +25,10 @@ POINTS = 8
 
 
 @dataclass(frozen=True)
-class _Shown(PatchDropout):
+class _SelectedPatches(PatchDropout):
     """A strategy that passes only the patches with the highest given scores to block 0."""
 
-    name: ClassVar[str] = "shown"
+    name: ClassVar[str] = "selected_patches"
 
     def reduces(self, text_cls: Tensor | None, training: bool) -> bool:
         return True
@@ -73,7 +73,7 @@ def _score(
 ) -> Tensor:
     """Return the score (B,) of the `count` patches with the highest scores."""
     B, P = row.shape
-    shown = _Shown(keep_ratio=min(1.0, (count + 0.5) / P))  # rounds down to `count`
+    selected = _SelectedPatches(keep_ratio=min(1.0, (count + 0.5) / P))  # rounds down to `count`
     rows = {0: torch.cat([row.new_zeros(B, model.tower.num_prefix_tokens), row], dim=1)}
-    tokens, _ = run_tower(model.tower, images, None, shown, cls_only=True, rows=rows)
+    tokens, _ = run_tower(model.tower, images, None, selected, cls_only=True, rows=rows)
     return (model.project_image(tokens) * text_features).sum(1)

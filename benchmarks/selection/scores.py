@@ -31,12 +31,12 @@ from elip_models.analysis.agreement import agreement_by_image
 from elip_models.analysis.visualize import patch_grid, source_maps
 from elip_models.data import NamedMasks, SampleError, Source, image_transform
 from elip_models.models.base import PretrainedModel, eval_mode
-from elip_models.reduction.user_warnings import deliberately_slow
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategies import ELIP
 from elip_models.reduction.strategy import StageInfo, Strategy
 from elip_models.reduction.strategy_spec import get_strategy
+from elip_models.reduction.user_warnings import deliberately_slow
 from elip_models.tasks.features import encode_texts, isolated_rng
 from elip_models.towers import Tower
 from elip_models.validation import PositiveInt, check
@@ -116,7 +116,9 @@ def selection_scores(
     }
 
 
-def _measure(selector: "_Selector", shown: "list[_Shown]", batch_size: int) -> "list[_Found]":
+def _measure(
+    selector: "_Selector", shown: "list[_CaptionedImage]", batch_size: int
+) -> "list[_BatchMeasures]":
     """Measure each batch; the caption of another image is that of the next image."""
     foreign = [each.own for each in (*shown[1:], shown[0])]
     device, batches = next(selector.model.parameters()).device, range(0, len(shown), batch_size)
@@ -161,14 +163,14 @@ def purity(named: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
         (B,) and (B,).
     """
     P, count = named.shape[1], named.sum(1)
-    held, held_named = source.sum(2), (source & named[:, None]).sum(2)
-    pure = (held_named**2 / held.clamp(min=1)).sum(1) / count
-    expected = 1 + (held - 1) * (count[:, None] - 1) / (P - 1)
-    chance = (expected * (held > 0)).sum(1) / P
+    patches, named_patches = source.sum(2), (source & named[:, None]).sum(2)
+    pure = (named_patches**2 / patches.clamp(min=1)).sum(1) / count
+    expected = 1 + (patches - 1) * (count[:, None] - 1) / (P - 1)
+    chance = (expected * (patches > 0)).sum(1) / P
     return pure, chance.where(count > 0, torch.nan)
 
 
-class _Shown(NamedTuple):
+class _CaptionedImage(NamedTuple):
     """An image (3, S, S), its named patches (P,) bool, the caption that names them, and another."""
 
     image: Tensor
@@ -177,7 +179,7 @@ class _Shown(NamedTuple):
     another: str | None
 
 
-def _read(model: PretrainedModel, source: Source) -> Iterator[_Shown]:
+def _read(model: PretrainedModel, source: Source) -> Iterator[_CaptionedImage]:
     """Yield the readable samples, each with one of its captions in turn and the next one."""
     size, resize = model.config.image_size, model.config.resize
     transform = image_transform(size, train=False, resize=resize)
@@ -196,10 +198,10 @@ def _read(model: PretrainedModel, source: Source) -> Iterator[_Shown]:
             shown = F.adaptive_avg_pool2d(mask_transform(mask)[:1], grid)
             named = shown.flatten() >= MIN_SHOWN
         another = captions[(number + 1) % len(captions)] if len(captions) > 1 else None
-        yield _Shown(transform(image), named, captions[number], another)
+        yield _CaptionedImage(transform(image), named, captions[number], another)
 
 
-class _Found(NamedTuple):
+class _BatchMeasures(NamedTuple):
     """Measures of a batch by name, (B,) each: by stage, and of the whole image."""
 
     stages: dict[Stage, dict[str, Tensor]]
@@ -214,7 +216,7 @@ class _Selector:
     tokenizer: "PreTrainedTokenizerBase"
     strategy: Strategy
 
-    def measure(self, shown: Sequence[_Shown], foreign: Sequence[str]) -> _Found:
+    def measure(self, shown: Sequence[_CaptionedImage], foreign: Sequence[str]) -> _BatchMeasures:
         """Measure a batch; `foreign` has for each image a caption of another image."""
         device = next(self.model.parameters()).device
         images = torch.stack([each.image for each in shown]).to(device)
@@ -231,7 +233,7 @@ class _Selector:
         tokens, _ = run_tower(self.model.tower, images, None, self.model.dense, cls_only=True)
         lost = 1 - F.cosine_similarity(features, self.model.project_image(tokens))
         whole = {"named": named.float().mean(1), "lost": lost}
-        return _Found(stages, whole | self._areas(images, own, infos))
+        return _BatchMeasures(stages, whole | self._areas(images, own, infos))
 
     def _guide(self, captions: Sequence[str]) -> Tensor | None:
         if not self.strategy.is_guided:
@@ -257,7 +259,7 @@ class _Selector:
         self,
         images: Tensor,
         infos: Sequence[StageInfo],
-        shown: Sequence[_Shown],
+        shown: Sequence[_CaptionedImage],
         foreign: Sequence[str],
     ) -> dict[str, list[Tensor]]:
         another = [each.another or each.own for each in shown]
@@ -305,15 +307,15 @@ def _changed(infos: Sequence[StageInfo], others: Sequence[StageInfo], tower: Tow
     if kept is not None and other is not None:
         pairs = zip(kept, other, strict=True)
         return [(a & ~b).sum(1) / a.sum(1) for a, b in pairs]
-    pairs = zip(_together(infos, P), _together(others, P), strict=True)
+    pairs = zip(_same_token(infos, P), _same_token(others, P), strict=True)
     return [(a != b).any(2).float().mean(1) for a, b in pairs]
 
 
-def _together(infos: Sequence[StageInfo], num_patches: int) -> Iterator[Tensor]:
+def _same_token(infos: Sequence[StageInfo], num_patches: int) -> Iterator[Tensor]:
     """Yield for each stage (B, P, P) bool: which patches are part of one token."""
     for source in source_maps(infos, num_patches)[1:]:
-        held = source.float()
-        yield held.transpose(1, 2) @ held > 0
+        membership = source.float()
+        yield membership.transpose(1, 2) @ membership > 0
 
 
 def _summaries(measures: Sequence[dict[str, Tensor]], names: Sequence[str]) -> dict[str, Any]:

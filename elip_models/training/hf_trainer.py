@@ -40,7 +40,7 @@ class ReductionCallback(TrainerCallback):
             **options: As in `reduce_`.
 
         Raises:
-            TypeError, ValueError: `until` is neither. Invalid arguments of `reduce_` raise when
+            TypeError, ValueError: An invalid `until`. Invalid arguments of `reduce_` raise when
                 training begins.
         """
         check("until", until, Count | PositiveShare | None)

@@ -85,7 +85,7 @@ class RunFolder:
         self.create()
         lock = FileLock(self.path / ".lock", timeout=0)
         try:
-            with _write_errors(self.path):
+            with _as_training_error(self.path):
                 lock.acquire()
         except Timeout:
             raise TrainingError(
@@ -111,7 +111,7 @@ class RunFolder:
 
     def create(self) -> None:
         """Create the folder; raise TrainingError if that fails."""
-        with _write_errors(self.path):
+        with _as_training_error(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
 
     def _remove_created(self, created: list[Path]) -> None:
@@ -167,7 +167,7 @@ class RunFolder:
 
 
 @contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
+def _as_training_error(path: Path) -> Iterator[None]:
     """Convert an OSError of writing in the folder `path` to a TrainingError."""
     try:
         yield

@@ -157,7 +157,7 @@ def test_open_clip_is_guided_by_its_own(monkeypatch, pairs):
 
 def test_an_image_model_is_reduced_by_the_image(tmp_path, pairs):
     tiny_vit().save_pretrained(tmp_path)
-    pictured = open_visualized_model(f"hf:{tmp_path}", scorer="last")
+    pictured = open_visualized_model(f"hf:{tmp_path}", strategy="elip", scorer="last")
     assert str(pictured).endswith("1(100%) 1(90%) 3(65%) 1(40%), scorer last, vision only")
     images = normalised(pictured, pairs)
     assert not differ(

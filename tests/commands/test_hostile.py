@@ -98,13 +98,19 @@ COMMANDS = {
     "in a file": (["train", "clip_tiny", "output_dir=file/a", *TINY], "that can be written"),
     "seed": (["train", "clip_tiny", "seed=5000000000", *TINY], "seed: expected an integer in"),
     "workers": (["train", "clip_tiny", "data.num_workers=100000", *TINY], "data.num_workers"),
-    "nobody": (["train", "clip_tiny", "data.train=~nouser/x.tar", *TINY], "expected a user with"),
+    "nobody": (
+        ["train", "clip_tiny", "data.train=~nouser/x.tar", *TINY],
+        "the ~name of a known user",
+    ),
     "scenes": (["train", "clip_tiny", f"data.train=emoji_scenes:size={10**20}"], "size: expected"),
     "deep YAML": (["train", "deep.yaml"], "not valid YAML: nested too deep"),
     "bytes": (["train", "bytes.yaml"], "not valid YAML"),
     "deep value": (["train", "clip_tiny", f"optim.lr={'[' * 5000}"], "expected a list in YAML"),
     "deep JSON": (["data", "check", "deep.json"], "got no valid JSON"),
-    "export": (["data", "export", "vqa", "emoji_questions:size=5", "~nouser/x"], "a user with"),
+    "export": (
+        ["data", "export", "vqa", "emoji_questions:size=5", "~nouser/x"],
+        "the ~name of a known user",
+    ),
     "to a file": (["data", "export", "vqa", "emoji_questions:size=5", "file"], "Not a directory"),
     "to a folder": (
         ["profile", "--model", "clip_tiny", "--flops-only", "--output", "."],

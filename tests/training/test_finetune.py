@@ -265,8 +265,8 @@ def test_what_a_task_would_not_follow_is_refused(family, field, value):
     ("task", "family", "message"),
     [
         ("vqaa", "albef", "TASK: expected one of .*did you mean 'vqa"),
-        ("entailment", "blip", "TASK: task: expected one of those of BLIP, .*got 'entailment'"),
-        ("captioning_tiny", "albef", "task: expected one of those of ALBEF, .*got 'captioning'"),
+        ("entailment", "blip", "TASK: task: expected a task of BLIP, .*got 'entailment'"),
+        ("captioning_tiny", "albef", "task: expected a task of ALBEF, .*got 'captioning'"),
     ],
 )
 def test_a_task_that_there_is_not_is_named(saved, task, family, message):

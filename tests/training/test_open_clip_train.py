@@ -113,7 +113,7 @@ def test_reduce_is_a_strategy_or_a_share_or_both():
         (["--model", "ViT-B-16"], "required: --reduce"),
         (["--reduce", "tomato"], "--reduce: strategy: expected NAME or NAME:key=value"),
         (["--reduce", "keep=much"], "--reduce: keep: expected a number in (0, 1], got 'much'"),
-        (["--reduce", "elip", "--val-data", "a.csv"], "--val-data: expected none where"),
+        (["--reduce", "elip", "--val-data", "a.csv"], "--val-data: expected none with"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_refused_before_a_model_is_made(

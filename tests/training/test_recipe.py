@@ -163,7 +163,7 @@ def test_recipe_of_data_that_we_do_not_have_asks_for_it(name):
 
 
 def test_overrides_in_one_text_are_refused(recipe):
-    with pytest.raises(ConfigError, match="overrides: expected several"):
+    with pytest.raises(ConfigError, match="overrides: expected a list of"):
         load_recipe(recipe, "seed=1")
 
 

@@ -269,10 +269,10 @@ def test_a_run_over_https_says_what_it_could_not_read(tmp_path):
     ("overrides", "message"),
     [
         (("data.num_workers=5",), r"data\.train: .*at least 5 shards.*got 4"),
-        (("optim.batch_size=25",), r"optim\.batch_size: expected at most 24 a process.*got 25"),
+        (("optim.batch_size=25",), r"optim\.batch_size: expected at most 24, .*got 25"),
         (("data.weights=[2]",), r"data\.train: expected data\.weights: null"),
         (("data.eval=pipe:cat a.tar",), r"data\.eval: .*samples can be counted"),
-        (("data.train=['pipe:a', b.json]",), r"data\.train: expected a stream alone.*2 sources"),
+        (("data.train=['pipe:a', b.json]",), r"data\.train: expected one stream alone.*2 sources"),
         (("data.train.samples=0",), r"data\.train: samples: expected .*at least 1"),
     ],
 )
