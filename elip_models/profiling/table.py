@@ -284,6 +284,7 @@ def profile_settings(
         for text in specs:
             get_strategy(text)
             check_keep(text, {}, keep)
+            check_keep(text, {}, flops, name="flops")
     return ProfileSettings(
         models=tuple(dict.fromkeys(models)),
         strategies=specs,

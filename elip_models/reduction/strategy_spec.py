@@ -108,7 +108,9 @@ def get_strategy(strategy: str | Strategy, **options: Any) -> Strategy:
     return STRATEGIES[name](**settings, **given)
 
 
-def check_keep(strategy: str | Strategy, options: Mapping[str, Any], keep: float | None) -> None:
+def check_keep(
+    strategy: str | Strategy, options: Mapping[str, Any], keep: float | None, *, name: str = "keep"
+) -> None:
     """Raise ValueError if `keep` and the strategy's own option both set how many tokens stay.
 
     Args:
@@ -116,22 +118,23 @@ def check_keep(strategy: str | Strategy, options: Mapping[str, Any], keep: float
             its default.
         options: the settings that are given beside it.
         keep: the target of `reduce_`, or None.
+        name: the argument that sets it, for the message.
     """
     if keep is None:
         return
     if isinstance(strategy, Strategy):
-        name, given = strategy.keep_field, {}
+        own, given = strategy.keep_field, {}
         for field in fields(strategy):
             if getattr(strategy, field.name) != field.default:
                 given[field.name] = getattr(strategy, field.name)
     else:
         kind, settings = parse_spec(strategy)
-        name, given = STRATEGIES[kind].keep_field, {**settings, **options}
-    if given.get(name) is not None:
-        value = given[name] if isinstance(given[name], int | float | tuple) else str(given[name])
+        own, given = STRATEGIES[kind].keep_field, {**settings, **options}
+    if given.get(own) is not None:
+        value = given[own] if isinstance(given[own], int | float | tuple) else str(given[own])
         raise ValueError(
-            f"keep: expected no {name} beside it, since both set how many tokens stay, got "
-            f"keep={keep!r} and {name}={value!r}; pass one of the two"
+            f"{name}: expected no {own} beside it, since both set how many tokens stay, got "
+            f"{name}={keep!r} and {own}={value!r}; pass one of the two"
         )
 
 

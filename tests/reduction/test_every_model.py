@@ -241,7 +241,7 @@ UNSUPPORTED = [
     ("its text is 24 wide, its image tower 32", lambda: hf_siglip(projection_size=24)),
 ]
 NEEDS_CLS = {
-    "no CLS token whose row keeps": {"strategy": "evit"},
+    "no CLS token, whose attention selects": {"strategy": "evit"},
     "a text alone can score": {"schedule": SCHEDULE, "without_text": "vision"},
     "fusion below 1": {"schedule": SCHEDULE, "fusion": 1.0},
     "'official' takes a CLS token through": {"schedule": SCHEDULE, "scorer": "official"},
@@ -250,7 +250,7 @@ NEEDS_CLS = {
 }
 REFUSED = [(reason, make, {"schedule": SCHEDULE}) for reason, make in UNSUPPORTED]
 REFUSED += [(reason, siglip_vision, settings) for reason, settings in NEEDS_CLS.items()]
-REFUSED += [("stands at two positions", ROTARY["EVA-02 tiny"], {"strategy": "tome"})]
+REFUSED += [("a merged pair has two positions", ROTARY["EVA-02 tiny"], {"strategy": "tome"})]
 
 
 @pytest.mark.parametrize(("reason", "make", "settings"), REFUSED, ids=[r for r, *_ in REFUSED])

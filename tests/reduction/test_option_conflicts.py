@@ -135,11 +135,16 @@ def test_every_strategy_names_the_field_that_keep_sets():
         assert cls.keep_field in changed <= {cls.keep_field, "without_text"}
 
 
+SHARE = {"keep": None, "flops": 0.7}
+
+
 def test_the_command_line_refuses_both_too():
     settings = {"models": (), "flops": None, "batch_sizes": (1,), "mode": "both", "dtype": "fp32"}
     settings |= {"rounds": None, "keep": 0.7}
     with pytest.raises(ConfigError, match=r"--strategy: keep: expected no r beside it"):
         profile_settings(strategies=("tome:r=8",), schedule=None, **settings)
+    with pytest.raises(ConfigError, match=r"--strategy: flops: expected no r beside it"):
+        profile_settings(strategies=("tome:r=8",), schedule=None, **settings | SHARE)
     with pytest.raises(ConfigError, match="--keep: expected it or --schedule"):
         profile_settings(strategies=(), schedule="clip", **settings)
     with pytest.raises(ValueError, match="keep: expected no r beside it"):
@@ -244,7 +249,7 @@ def replaced_block():
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: plain_vit(reg_tokens=2), "ToMe protects only one prefix token"),
+        (lambda: plain_vit(reg_tokens=2), "the tower has several prefix tokens"),
         (replaced_block, "the forward method of a block was replaced"),
     ],
 )

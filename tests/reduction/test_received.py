@@ -43,7 +43,7 @@ def test_no_text_changes_it_and_a_given_one_is_said_to_be_unread():
     elip_models.reduce_(model, strategy="elip", schedule=SCHEDULE, scorer="received")
     alone = model(x)
     with (
-        pytest.warns(UnguidedWarning, match="^'elip' reads no text by scorer='received'"),
+        pytest.warns(UnguidedWarning, match="^'elip' reads no text with scorer='received'"),
         elip_models.guidance(model, text()),
     ):
         assert torch.equal(model(x), alone)

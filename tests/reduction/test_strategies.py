@@ -303,7 +303,7 @@ def test_the_same_strategy_again_changes_nothing():
         ),
         (
             lambda: elip_models.reduce_(plain_vit(reg_tokens=2), strategy=ToMe(4)),
-            "strategy: expected one for this model, got 'tome': ToMe protects only one prefix token",
+            "strategy: expected one for this model, got 'tome': the tower has several prefix tokens",
         ),
     ],
 )

@@ -46,7 +46,7 @@ def test_a_forward_that_was_wrapped_since_is_named(model):
     block = model.blocks[3]
     block._old_forward, block.forward = block.forward, lambda *args: block._old_forward(*args)
     model(images())
-    with pytest.raises(TypeError, match="wrapped since"):
+    with pytest.raises(TypeError, match="wrapped afterwards"):
         elip_models.unreduce_(model)
     block.forward = vars(block).pop("_old_forward")
     assert not is_reduced(elip_models.unreduce_(model))

@@ -53,7 +53,7 @@ class ToMe(Strategy):
                 "a merged pair has two positions, and a rotary block needs one position per token"
             )
         if tower.num_prefix_tokens > 1:
-            return "ToMe protects only one prefix token, the class token, and the tower has several"
+            return "the tower has several prefix tokens, and ToMe protects only the class token"
         return None
 
     def _merged_per_block(self, size: TowerSize) -> tuple[int, ...]:
