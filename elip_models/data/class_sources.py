@@ -180,7 +180,7 @@ class ClassDataset(_PhotoTemplates):
             table = datasets.load_dataset(str(expand_user(path)), split=split)
         except ConnectionError as error:
             raise FileNotFoundError(
-                f"expected a folder of parquet files, or a dataset of the hub, got {path!r}, "
+                f"spec: expected a folder of parquet files or a dataset of the hub, got {path!r}, "
                 f"and the hub is not reachable: {error}"
             ) from error
         image = _only_column(table, datasets.Image, None)
@@ -191,7 +191,7 @@ class ClassDataset(_PhotoTemplates):
         unknown = sum(number is None or number < 0 for number in numbers)
         if unknown:
             raise ValueError(
-                f"expected a split whose images all have a class, got {split!r}, where {unknown} "
+                f"split: expected one whose images all have a class, got {split!r}: {unknown} "
                 f"of {len(numbers)} have none; use another split, such as validation"
             )
         self._name = f"{Path(path).name}-{split}"
@@ -247,7 +247,9 @@ def _only_column(table: "Dataset", kind: type, name: str | None) -> str:
     chosen = [column for column in found if name in (None, column)]
     if len(chosen) != 1:
         wanted = f"a column of {kind.__name__}" + (f" named {name!r}" if name else "")
-        raise ValueError(f"expected {wanted}, got {found} of {table.column_names}; add label=NAME")
+        raise ValueError(
+            f"label: expected {wanted}, got {found} of {table.column_names}; add label=NAME"
+        )
     return chosen[0]
 
 

@@ -333,7 +333,7 @@ def _prepared_batches(
     report = SkipReport(length=len(source)) if report is None else report
     options = worker_options(num_workers)
     dataset = _EvaluationDataset(source, prepare)
-    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=list, **options)
+    loader = ForkSafeLoader(dataset, batch_size=batch_size, collate_fn=list, **options)
     return _drop_unreadable(loader, report)
 
 

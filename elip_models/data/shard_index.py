@@ -248,8 +248,7 @@ def _rows(shard: Path) -> Iterator[dict[str, Any]]:
     if lost:
         examples = "; ".join(what for _, what in lost[:3]) + ("; .." if len(lost) > 3 else "")
         warnings.warn(
-            f"{shard} is damaged: {examples}; each counts as an unreadable sample",
-            stacklevel=2,
+            f"{shard} is damaged: {examples}; each counts as an unreadable sample", stacklevel=2
         )
     for key, problem in lost:
         yield {"key": key, "offset": 0, "size": 0, "captions": [], "problem": problem}

@@ -29,7 +29,7 @@ from elip_models.data.stream_source import (
 from elip_models.data.tar_samples import TarSample
 from elip_models.validation import Count, PositiveInt, check
 
-_MAX_HELD_BYTES = 2**28
+_MAX_BUFFER_BYTES = 2**28
 
 
 class _Stored(NamedTuple):
@@ -90,8 +90,8 @@ class StreamBatches(IterableDataset):
         if len(source.shards) < self.readers and not source.spec.resample:
             raise ValueError(
                 f"stream: expected at least {self.readers} shards, one for each reader (processes "
-                f"x workers: {world_size} x {self.workers}), got {len(source.shards)}; take fewer "
-                "processes or a lower data.num_workers, or resample: true"
+                f"x workers: {world_size} x {self.workers}), got {len(source.shards)}; use fewer "
+                "processes, a lower data.num_workers, or resample: true"
             )
         self.turns = [0] * self.workers
         self.done = 0
@@ -154,7 +154,7 @@ class _ShuffleBuffer:
 
     def __init__(self, size: int, rng: np.random.Generator) -> None:
         self._size, self._rng = size, rng
-        self._held: list[_Stored] = []
+        self._items: list[_Stored] = []
         self._bytes = 0
         self._turn = 0
         self.lost_in_a_row = 0
@@ -162,7 +162,7 @@ class _ShuffleBuffer:
     @property
     def oldest_turn(self) -> int:
         """The first turn of which a sample is still in the buffer."""
-        return min((each.turn for each in self._held), default=self._turn)
+        return min((each.turn for each in self._items), default=self._turn)
 
     def shuffled(self, stored: Iterator[_Stored]) -> Iterator[_Stored]:
         """Yield the stored samples in random order, and lost ones at once."""
@@ -175,14 +175,14 @@ class _ShuffleBuffer:
                 yield each
                 continue
             self.lost_in_a_row = 0
-            self._held.append(each)
+            self._items.append(each)
             self._bytes += len(each.stored.image)
-            while len(self._held) >= self._size or self._bytes > _MAX_HELD_BYTES:
-                number = self._rng.integers(len(self._held))
-                self._held[number], self._held[-1] = self._held[-1], self._held[number]
-                given = self._held.pop()
-                self._bytes -= len(given.stored.image)
-                yield given
+            while len(self._items) >= self._size or self._bytes > _MAX_BUFFER_BYTES:
+                number = self._rng.integers(len(self._items))
+                self._items[number], self._items[-1] = self._items[-1], self._items[number]
+                item = self._items.pop()
+                self._bytes -= len(item.stored.image)
+                yield item
 
 
 def stream_loader(batches: StreamBatches) -> DataLoader:

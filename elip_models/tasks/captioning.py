@@ -17,14 +17,7 @@ from elip_models.models.base import eval_mode
 from elip_models.models.layers.generation import Decoding
 from elip_models.tasks.caption_metrics import caption_scores
 from elip_models.tasks.features import isolated_rng
-from elip_models.tasks.task import (
-    Loading,
-    Prediction,
-    Preprocessor,
-    Task,
-    TaskScores,
-    read_all,
-)
+from elip_models.tasks.task import Loading, Prediction, Preprocessor, Task, TaskScores, read_all
 from elip_models.validation import PositiveInt, require_packages
 
 if TYPE_CHECKING:

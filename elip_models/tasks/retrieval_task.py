@@ -36,14 +36,7 @@ from elip_models.reduction.user_warnings import UnguidedWarning
 from elip_models.tasks.features import encode_texts, isolated_rng, ranks_of
 from elip_models.tasks.intervals import Interval, bootstrap_interval
 from elip_models.tasks.retrieval import KS, chance_level
-from elip_models.tasks.task import (
-    Loading,
-    Prediction,
-    Preprocessor,
-    Task,
-    TaskScores,
-    read_all,
-)
+from elip_models.tasks.task import Loading, Prediction, Preprocessor, Task, TaskScores, read_all
 from elip_models.validation import PositiveInt
 
 if TYPE_CHECKING:
@@ -88,13 +81,11 @@ class Retrieval(Task):
         number = getattr(preprocessor.model, "false_texts", 0)  # negatives of METER
         if not number:
             return found
-        others = [
-            preprocessor.text(text)
-            for text in _sample_other_captions(preprocessor.source, index, number, rng)
-        ]
+        others = _sample_other_captions(preprocessor.source, index, number, rng)
+        negatives = [preprocessor.text(text) for text in others]
         return found | {
-            "false_ids": torch.stack([text["input_ids"] for text in others]),
-            "false_mask": torch.stack([text["attention_mask"] for text in others]),
+            "false_ids": torch.stack([text["input_ids"] for text in negatives]),
+            "false_mask": torch.stack([text["attention_mask"] for text in negatives]),
         }
 
     def evaluate(

@@ -56,11 +56,9 @@ class VQA(ClassTask):
     def targets(self, preprocessor: Preprocessor, example: Example) -> dict[str, Tensor]:
         """Return the scores of all answers for a classifier, or the answers as tokens."""
         if is_classifier(preprocessor.model):
-            worth = self.answer_scores(example.answers)
-            scores = [
-                worth.get(self.normalise(answer), 0.0) for answer in preprocessor.source.answers
-            ]
-            return {"answer_scores": torch.tensor(scores)}
+            scores, answers = self.answer_scores(example.answers), preprocessor.source.answers
+            targets = [scores.get(self.normalise(answer), 0.0) for answer in answers]
+            return {"answer_scores": torch.tensor(targets)}
         return self._answers(preprocessor, example)
 
     def predictor(

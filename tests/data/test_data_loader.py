@@ -318,11 +318,7 @@ def test_bad_loader_arguments(dataset):
     ("call", "error", "message"),
     [
         (lambda: SkipReport(2), ValueError, r"max_bad_share: expected a number in \[0, 1\], got 2"),
-        (
-            lambda: SkipReport(length=-1),
-            ValueError,
-            "length: .* at least 0 or None, got -1",
-        ),
+        (lambda: SkipReport(length=-1), ValueError, "length: .* at least 0 or None, got -1"),
         (
             lambda: check_source(DamagedSource(1, set()), limit=0),
             ValueError,

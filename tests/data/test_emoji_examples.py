@@ -266,18 +266,10 @@ def test_question_only_accuracy_uses_texts_prefixes_and_the_majority():
 @pytest.mark.parametrize(
     ("task", "spec", "message"),
     [
-        (
-            "vqa",
-            "emoji_pairs:size=4",
-            "expected emoji_questions or .*, got emoji_pairs, .* nlvr2",
-        ),
+        ("vqa", "emoji_pairs:size=4", "expected emoji_questions or .*, got emoji_pairs, .* nlvr2"),
         ("vqa", "emoji_questions", "spec: expected a size, got 'emoji_questions'"),
         ("nlvr2", "emoji_pairs:size=4,colour=red", "expected the options .*, got 'colour'"),
-        (
-            "nlvr2",
-            "emoji_pairs:size=4,clutter=7",
-            "clutter: expected an integer in .*, got 7",
-        ),
+        ("nlvr2", "emoji_pairs:size=4,clutter=7", "clutter: expected an integer in .*, got 7"),
         ("retrieval", "emoji_scenes:size=4", "task: expected one of 'vqa', .*, got 'retrieval'"),
     ],
 )

@@ -11,13 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from elip_models.data import (
-    EmojiScenes,
-    EpochSampler,
-    MixedSource,
-    check_source,
-    open_source,
-)
+from elip_models.data import EmojiScenes, EpochSampler, MixedSource, check_source, open_source
 from elip_models.training.errors import TrainingError
 from elip_models.training.run_folder import RunFolder
 from elip_models.training.trainer import train

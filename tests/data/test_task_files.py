@@ -237,7 +237,7 @@ def test_a_split_without_classes_is_refused(label, tmp_path):
     (tmp_path / "hub").mkdir()
     table = Dataset.from_dict({"img": [image] * 2, "label": [0, label]}, features=features)
     table.to_parquet(tmp_path / "hub" / "test-0.parquet")
-    with pytest.raises(ValueError, match="whose images all have a class, got 'test', where 1 of 2"):
+    with pytest.raises(ValueError, match="whose images all have a class, got 'test': 1 of 2"):
         open_classes(f"datasets:{tmp_path / 'hub'},split=test", image_size=16)
 
 

@@ -105,20 +105,8 @@ def test_chance_is_what_a_random_ranking_reaches(k):
         (torch.rand(3, 3), [0, 1, 2], (1,), TypeError, "text_to_image: .*got list"),
         (torch.rand(3, 3), torch.tensor([0, 1, 1]), (1,), ValueError, "each of the 3 images"),
         (torch.rand(2, 3), torch.tensor([0, 1, 2]), (1,), ValueError, "each of the 2 images"),
-        (
-            torch.rand(2, 2),
-            torch.arange(2),
-            (1, 0),
-            ValueError,
-            "ks: .* at least 1, got 0",
-        ),
-        (
-            torch.rand(2, 2),
-            torch.arange(2),
-            (1.0,),
-            TypeError,
-            "ks: .* at least 1, got 1.0",
-        ),
+        (torch.rand(2, 2), torch.arange(2), (1, 0), ValueError, "ks: .* at least 1, got 0"),
+        (torch.rand(2, 2), torch.arange(2), (1.0,), TypeError, "ks: .* at least 1, got 1.0"),
     ],
 )
 def test_bad_input_is_named(similarity, text_to_image, ks, error, message):

@@ -1,1 +1,1 @@
-"""Data of the downstream tasks: built-in examples, files, and a baseline that reads only the text."""
+"""Data of the downstream tasks: built-in examples, files, and a baseline without images."""

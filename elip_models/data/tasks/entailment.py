@@ -59,9 +59,7 @@ def _placed(rng: np.random.Generator, clutter: int) -> Hypothesis:
     name, place = pick(rng, EMOJI), pick(rng, place_names(clutter))
 
     def sample(rng: np.random.Generator, label: str) -> Scene:
-        scene, number = sample_scene_where(
-            rng, clutter, lambda scene: find_groups(scene, place=place)
-        )
+        scene, number = sample_scene_where(rng, clutter, partial(find_groups, place=place))
         return _with_one(scene, number, name, label, rng)
 
     return Hypothesis(f"there is {with_article(name)} {at_place(place)}", sample)
@@ -72,9 +70,7 @@ def _coloured(rng: np.random.Generator, clutter: int) -> Hypothesis:
     text = f"{with_article(colour)} picture with {with_article(name)} {at_place(place)}"
 
     def sample(rng: np.random.Generator, label: str) -> Scene:
-        scene, number = sample_scene_where(
-            rng, clutter, lambda scene: find_groups(scene, place=place)
-        )
+        scene, number = sample_scene_where(rng, clutter, partial(find_groups, place=place))
         background = colour
         if label == "contradiction" and rng.integers(2):
             background = pick(rng, [other for other in BACKGROUNDS if other != colour])
@@ -111,8 +107,8 @@ def _counted(rng: np.random.Generator, clutter: int) -> Hypothesis:
         if label == "contradiction" and rng.integers(2):
             shown = pick(rng, [other for other in COUNTS if other != count])
             label = "entailment"
-        fits = partial(find_groups, place=place, count=shown)
-        scene, number = sample_scene_where(rng, clutter, fits)
+        choices = partial(find_groups, place=place, count=shown)
+        scene, number = sample_scene_where(rng, clutter, choices)
         return _with_one(scene, number, name, label, rng)
 
     return Hypothesis(f"there {verb} exactly {in_words(count, name)} {at_place(place)}", sample)

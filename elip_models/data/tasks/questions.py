@@ -18,12 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from elip_models.data.scene_captions import (
-    GRID_PLACES,
-    PLACES,
-    plural,
-    with_article,
-)
+from elip_models.data.scene_captions import GRID_PLACES, PLACES, plural, with_article
 from elip_models.data.scene_sampling import BACKGROUNDS, EMOJI, Scene, sample_scene
 from elip_models.data.tasks.conditional_scenes import (
     MOST,
