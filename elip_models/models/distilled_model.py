@@ -87,8 +87,9 @@ class MomentumConfig(CrossModalConfig, ContrastiveConfig):
 
     def elip(self, schedule: Schedule | str) -> ELIP:
         """Return ELIP for the schedule; scorer='momentum' is replaced by 'exact' here."""
-        by_momentum = self.scorer == "momentum"
-        return (replace(self, scorer="exact") if by_momentum else super()).elip(schedule)
+        if self.scorer == "momentum":
+            return replace(self, scorer="exact").elip(schedule)
+        return super().elip(schedule)
 
     @property
     def bert(self) -> BertConfig:

@@ -55,7 +55,7 @@ class RetrievalOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig(MomentumConfig):
-    """Momentum distillation of a fine-tuned model; a base behind the pre-training config.
+    """Momentum distillation of a fine-tuned model; a base after the pre-training config.
 
     Attributes:
         distill: train on the predictions of the momentum encoders too, with the weight alpha.

@@ -3,9 +3,10 @@
     logits   W_2 relu(W_1 h_cls), where h is the text fused with its image
     loss     cross entropy, distilled from the momentum encoders
 
-NLVR2 asks whether a statement about two images is true. The image tower encodes both images, each
-guided by the statement. Each fusion layer becomes two layers, one for each image. The two layers
-share the keys and values of their cross attention, and have their own self-attention and MLP.
+In NLVR2, the model classifies whether a statement about two images is true. The image tower encodes
+both images, each guided by the statement. Each fusion layer becomes two layers, one for each image.
+The two layers share the keys and values of their cross attention, and have their own self-attention
+and MLP.
 
 Source: models/model_ve.py, VE.py and configs/VE.yaml of ALBEF; models/model_nlvr.py, xbert.py,
 NLVR.py and configs/NLVR.yaml. The official code duplicates the layers in Pretrain_nlvr.py, which

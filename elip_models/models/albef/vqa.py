@@ -46,8 +46,8 @@ class VQAEncoders(ALBEFTowers):
     def decode(self, input_ids: Tensor, mask: Tensor, states: QuestionStates) -> Tensor:
         """Return logits (B, La, V) of the next tokens of answers (B, La), see `Decoder`."""
         hidden = self.decoder.embed(input_ids)
-        written = self.decoder.run(hidden, mask, self.decoder_layers, *states, causal=True)
-        return self.language_head(written)
+        answers = self.decoder.run(hidden, mask, self.decoder_layers, *states, causal=True)
+        return self.language_head(answers)
 
 
 class ALBEFVQA(ALBEFTask):
@@ -68,12 +68,12 @@ class ALBEFVQA(ALBEFTask):
         The decoder gets the fusion layers, the embeddings and the language head of pre-training.
         """
         found = super().convert_encoders(weights, config)
-        fuses = {f"text.layers.{i}.": i - config.text_layers for i in config.fusion_layers}
+        decoder_layers = {f"text.layers.{i}.": i - config.text_layers for i in config.fusion_layers}
         for name, weight in weights.items():
-            layer = next((part for part in fuses if name.startswith(part)), None)
+            layer = next((part for part in decoder_layers if name.startswith(part)), None)
             if layer is not None:
                 rest = name.removeprefix(layer)
-                found[f"decoder.layers.{fuses[layer]}.{rest}"] = weight
+                found[f"decoder.layers.{decoder_layers[layer]}.{rest}"] = weight
             elif name.startswith("text.embeddings."):
                 found[name.replace("text.", "decoder.", 1)] = weight
             elif name.startswith("language_head."):

@@ -21,11 +21,7 @@ from elip_models.models.blip.base import (
     BLIPWithEncoder,
     replace_first_token,
 )
-from elip_models.models.layers.bert import (
-    masked_language_head,
-    tied_decoder,
-    untied_decoder,
-)
+from elip_models.models.layers.bert import masked_language_head, tied_decoder, untied_decoder
 from elip_models.models.layers.losses import language_loss, next_rows, next_tokens
 from elip_models.models.momentum_model import MomentumModel, Negatives
 
@@ -89,7 +85,7 @@ class BLIP(BLIPWithEncoder, BLIPCaptioner, MomentumModel):
         """Return the losses of a batch of pairs; in training, update momentum encoders and queue.
 
         Only this method drops text tokens by `config.text_reduction`, in ITC, ITM and LM. 'learned'
-        needs the image before the text. It adds a dense forward of the image tower, without
+        needs the image before the text: it adds a dense forward of the image tower, without
         gradient.
 
         `drawn` replaces random negatives, to repeat the step of another implementation. For the
@@ -100,10 +96,10 @@ class BLIP(BLIPWithEncoder, BLIPCaptioner, MomentumModel):
             drawn = self.draw_negatives(contrast.similar)
         text, image = (input_ids, attention_mask), (contrast.image, contrast.image_mask)
         loss_itm = self.matching_loss(*text, contrast.image, drawn, image_mask=contrast.image_mask)
-        written = self.decode(*text, image, self.text_reduction)
+        decoded = self.decode(*text, image, self.text_reduction)
         loss_lm = language_loss(
-            self.language_head(written.tokens),
-            written.labels(next_tokens(*text)),
+            self.language_head(decoded.tokens),
+            decoded.labels(next_tokens(*text)),
             smoothing=self.config.label_smoothing,
             gather=self.config.gather,
         )

@@ -27,9 +27,9 @@ from elip_models.models.config import ContrastiveConfig, TextReductionConfig, To
 from elip_models.models.layers.clip_text import CLIPTextTower
 from elip_models.models.layers.gradient_caching import encode_in_slices
 from elip_models.models.layers.losses import contrastive_loss, sigmoid_loss
-from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategy import Strategy
+from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
 from elip_models.towers.reducible_model import random_ids
 from elip_models.validation import (
     Bounds,
@@ -58,8 +58,7 @@ class CLIPConfig(ContrastiveConfig, TextReductionConfig):
     For the other fields, see `VisionConfig`, `ContrastiveConfig` and `TextReductionConfig`.
 
     Attributes:
-        activation: of the MLPs of both towers; OpenAI's models use 'quick_gelu', x sigmoid(1.702
-            x).
+        activation: of all MLPs; OpenAI's models use 'quick_gelu', x sigmoid(1.702 x).
         loss: 'itc', the softmax over all pairs, or 'sigmoid', SigLIP's loss with a learned bias.
         temperature: initial temperature of the similarities; None is 0.07, and 0.1 for 'sigmoid'.
         gather: where negatives come from, see `contrastive_loss`.
@@ -170,7 +169,7 @@ class CLIP(PretrainedModel):
                 if not torch.compiler.is_compiling():
                     warn_once(
                         "no image guidance was given, so no text token is dropped "
-                        "(text_reduction='learned'); pass image_features, or reduce=False",
+                        "(text_reduction='learned'); pass image_features, or pass reduce=False",
                         UnguidedWarning,
                     )
             else:

@@ -29,7 +29,7 @@ class Decoding(Config):
 
     Attributes:
         sample: draw each token from the nucleus of `top_p`, instead of beam search.
-        num_beams: of beam search; 1 is greedy.
+        num_beams: of beam search; 1 is greedy. Sampling ignores it.
         max_length: in tokens, with the first token, the prompt and the end token.
         min_length: in tokens, likewise.
         top_p: probability of the nucleus, the most probable tokens.
@@ -107,7 +107,9 @@ def generate(
         **{CACHE: EncoderDecoderCache(DynamicCache(), DynamicCache())},
     )
     ended = (ids[:, P:-1] == end_token_id).cumsum(1) > 0
-    ids[:, P + 1 :].masked_fill_(ended, tower.config.pad_token_id)  # beam search adds it
+    ids[:, P + 1 :].masked_fill_(
+        ended, tower.config.pad_token_id
+    )  # beam search can pad with the end
     return ids
 
 

@@ -3,8 +3,8 @@
     f   = [E(x_1), .., E(x_S)], which stores only the inputs and outputs of each E(x_s)
     L   = loss(f) over the whole batch; backward runs E(x_s) again, one slice at a time
 
-The gradients equal those of the whole batch, with the activation memory of one slice, because a
-contrastive loss needs the features of all pairs but not their activations.
+The gradients equal those of the whole batch, with the activation memory of one slice. A contrastive
+loss needs the features of all pairs, but not their activations.
 Source: Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup, 2021;
 here by activation checkpointing, which repeats the same dropout.
 """

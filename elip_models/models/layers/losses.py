@@ -59,7 +59,7 @@ def hard_negatives(
         similarities: (B, C), divided by the temperature.
         epsilon: added to each weight.
         first: row i is the pair of column first + i.
-        positives: (B, C) bool, columns to exclude too; a row with positives alone ignores it.
+        positives: (B, C) bool, columns to exclude too, unless a row has no other column.
 
     Returns:
         (B,) int64. For a single column, it is the pair itself.

@@ -7,8 +7,8 @@
     text    merge round(merge_text L) tokens into the most similar, by the keys of self-attention
 
 Merging is ToMe's bipartite soft matching, within each modality. A merged token is the mean of its
-tokens, and CLS tokens are not merged. The reduction is in a text layer, between cross attention and
-MLP, so the image layer beside it and all later layers run on the remaining tokens.
+tokens, and CLS tokens are not merged. A text layer reduces between its cross attention and its MLP.
+The image layer beside it and all later layers run on the remaining tokens.
 
 The official code differs in four points. It can drop the image CLS, which METER's heads read. It
 treats padding as words. It merges no image tokens unless it prunes some. Its image layer attends to

@@ -54,9 +54,8 @@ class TextReduction:
     """Strategy and share of dropping text tokens.
 
     The paper says of 'learned' only that the vision encoder's [CLS] features guide it. Our
-    interpretation: the score of a token is the attention of the first layer after the reduction,
-        with
-    the image CLS as the query instead of the anchor (`elip_kernels.cls_attention`).
+    interpretation: the score is an attention row of the first layer after the reduction. Its query
+    is the image CLS instead of the anchor (`elip_kernels.cls_attention`).
 
     Attributes:
         strategy: 'random' drops random tokens, 'post' the last ones, 'learned' those with the least
@@ -82,7 +81,7 @@ class TextReduction:
         Args:
             tokens: (B, L, D), floating point; gradients reach the kept ones.
             mask: (B, L) bool, True = real token. The anchor counts as real.
-            anchor: (B,) int64, or an int for all texts: position of a token that stays.
+            anchor: (B,) int64, or an int for all texts: position of a token that is_kept.
             scores: (B, L), for 'learned' only. Ties keep the lower index; NaN counts as the least.
 
         Raises:
@@ -95,18 +94,18 @@ class TextReduction:
             anchor = torch.full((B,), anchor, device=tokens.device)
         anchor = anchor[:, None]
         mask = mask.scatter(1, anchor, True)
-        stays = self._keep_mask(mask, anchor, scores)
+        is_kept = self._keep_mask(mask, anchor, scores)
         reduced, info = elip_kernels.reduce(
             tokens,
-            stays.float(),
+            is_kept.float(),
             L - int(self.drop * L),
             merge=False,
-            mask=stays,
+            mask=is_kept,
             num_prefix_tokens=0,
             return_info=True,
         )
-        place = (info.kept == anchor).int().argmax(1)
-        return ReducedText(reduced, info.mask, place, info.kept)
+        position = (info.kept == anchor).int().argmax(1)
+        return ReducedText(reduced, info.mask, position, info.kept)
 
     def _keep_mask(self, mask: Tensor, anchor: Tensor, scores: Tensor | None) -> Tensor:
         """Return (B, L) bool, True for the n - int(drop * n) tokens of each text that stay."""

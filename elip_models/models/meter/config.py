@@ -35,8 +35,8 @@ ROBERTA = {  # fields of METERConfig with other values for roberta-base
 class METERConfig(CrossModalConfig, TextReductionConfig):
     """Hyper-parameters of a METER model; the defaults are the official code's.
 
-    For the other fields, see `CrossModalConfig` and `TextReductionConfig`. In `METER.forward`, text
-    reduction drops tokens half way through the text encoder, before fusion.
+    For the other fields, see `CrossModalConfig` and `TextReductionConfig`. Text reduction drops
+    tokens half way through the text encoder, before fusion.
 
     Attributes:
         vision_depth: number of blocks that run, all of CLIP's but the last.

@@ -153,6 +153,9 @@ class METERBackbone(CrossModalModel):
             image_mask: (B, N), True = real token; None if all are real.
             image_types: (B,), rows of the token type embeddings; `IMAGE` by default.
             keeps_text: keep all text tokens.
+
+        Returns:
+            The tokens of both sides after the last layer.
         """
         types = self.token_types.weight
         image_type = types[IMAGE] if image_types is None else types[image_types][:, None]
@@ -292,8 +295,9 @@ class METER(METERMatcher):
     ) -> METEROutput:
         """Return the pre-training losses of a batch of pairs.
 
-        Only this method drops text tokens by `config.text_reduction`. 'learned' needs the image
-        before the text. It adds a dense forward of the image tower to each pass, without gradient.
+        `config.text_reduction` drops text tokens here, but not in `encode_text`. 'learned' needs
+        the image before the text: it adds a dense forward of the image tower to each pass, without
+        gradient.
         `drawn` replaces random masks and images, to repeat the step of another implementation.
         """
         if drawn is None:
