@@ -84,16 +84,15 @@ def warm_start_(
         source: a file or a folder, as of `convert_checkpoint`. A downstream model can also start
             from a checkpoint of its pre-trained family.
         allow_missing: patterns of our names, `*` for any part, that may keep their initial values.
-        allow_unexpected: patterns of names in the checkpoint (ours, if the table of names has them)
-            that are left out, even if the model has them.
+        allow_unexpected: patterns of names in the checkpoint, after renaming, that are left out.
 
     Returns:
         The source of each tensor.
 
     Raises:
         FileNotFoundError: the file is missing, or the folder has no weights.
-        ValueError: the checkpoint does not fit the model, which is unchanged then; all tensors that
-            are missing, unexpected or of another shape are listed. Or a pattern matches nothing.
+        ValueError: the checkpoint does not fit the model, or a pattern matches no tensor. The model
+            is unchanged then.
     """
     read, state = read_checkpoint(Path(source)), model.state_dict()
     missing, left_out = tuple(allow_missing), tuple(allow_unexpected)
@@ -102,11 +101,8 @@ def warm_start_(
     _check_config(model, read.kind.family, read.fields)
     _check_patterns("allow_missing", missing, state)
     _check_patterns("allow_unexpected", left_out, read.weights)
-    kept = {
-        name: weight
-        for name, weight in read.weights.items()
-        if not name.startswith(tuple(INFERENCE)) and not matches_any(name, left_out)
-    }
+    left_out += tuple(f"{part}*" for part in INFERENCE)
+    kept = {n: weight for n, weight in read.weights.items() if not matches_any(n, left_out)}
     weights = fit_shapes(model, kept)
     check_tied_weights(model, weights)
     fills = absent_parts(model, weights, read.kind.fills | INFERENCE)
@@ -120,6 +116,7 @@ def warm_start_(
     model.reset_momentum_()
     first, copied = first_names(model), {p: other for p, other in fills.items() if other}
     known = {first[name] for name in weights}
+    new = [name for name in state if first[name] not in known]
     return WarmStart(
         source=str(source),
         loaded=tuple(name for name in state if name in weights),
@@ -129,7 +126,7 @@ def warm_start_(
             if kept[name].numel() != weight.numel()
         },
         copied=copied,
-        new=tuple(n for n in state if first[n] not in known and not n.startswith(tuple(copied))),
+        new=tuple(name for name in new if not name.startswith(tuple(copied))),
         left_out=(*(name for name in read.weights if name not in kept), *sorted(read.ignored)),
     )
 

@@ -226,7 +226,7 @@ class Mine(ToMe):
 def test_a_custom_strategy_must_be_passed_again(tmp_path):
     saved_timm(tmp_path, Mine())
     with pytest.raises(
-        ConfigError, match=r"strategy: expected one of .* got '.*Mine'; pass one of"
+        ConfigError, match=r"strategy: expected one of .* got '.*Mine'; pass an instance"
     ):
         elip_models.load_reduced(tmp_path)
     model = elip_models.load_reduced(tmp_path, strategy=Mine())
