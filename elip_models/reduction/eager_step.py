@@ -1,17 +1,18 @@
 """Eager calls from a compiled block, in a separate file because it imports torch._dynamo."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-R = TypeVar("R")
+from elip_models.reduction.step import BlockStep
 
 
 @torch.compiler.disable
-def run_eagerly(step: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
-    """Run `step(args, kwargs)` of a block that is compiled by itself outside of its graph.
+def enter_eagerly(enter: Callable[..., BlockStep], args: Any, kwargs: Any) -> BlockStep:
+    """Return `enter(args, kwargs)` without `info`, which a graph cannot read.
 
-    In the graph, a recomputed block would score again, without the guidance.
+    It runs outside of the graph of a block that is compiled by itself: in the graph, a recomputed
+    block would score again, without the guidance.
     """
-    return step(args, kwargs)
+    return enter(args, kwargs)._replace(info=None)

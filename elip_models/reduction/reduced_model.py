@@ -197,7 +197,8 @@ def _store_step(i: int, forward: Forward, step: BlockStep) -> BlockStep:
     """Store the step in its forward pass; return it with slots only if the block needs them."""
     if step.info is not None:
         forward.infos[i], forward.slots[i] = step.info, step.slots
-    return step if forward.returns_grid(i) else step._replace(slots=None)
+    is_complete = step.slots is None or forward.returns_grid(i)
+    return step if is_complete else step._replace(slots=None)
 
 
 def _refuse_repeated(blocks: list[nn.Module]) -> None:
@@ -227,9 +228,9 @@ class ReducedBlock:
         if not args:
             args, kwargs = self._tokens_first(kwargs)
         if torch.compiler.is_compiling() and self.block._compiled_call_impl is not None:
-            from elip_models.reduction.eager_step import run_eagerly
+            from elip_models.reduction.eager_step import enter_eagerly
 
-            step = run_eagerly(self.enter, args, kwargs)
+            step = enter_eagerly(self.enter, args, kwargs)
         else:
             step = self.enter(args, kwargs)
         tokens = step.tokens
@@ -253,15 +254,12 @@ class ReducedBlock:
         return self.reduction.tower.blocks[self.i]
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockStep:
-        """Check the call's arguments, and enter the block.
-
-        The result has no `info`, which a graph cannot return.
-        """
+        """Check the call's arguments, and enter the block."""
         refuse_fx(args[0])
         masks = (*args[1:], *(kwargs.get(name) for name in ("attn_mask", "attention_mask")))
         if any(mask is not None for mask in masks) or kwargs.get("is_causal"):
             raise ValueError("attn_mask: expected none on a reduced model, whose tokens change")
-        return self.reduction.enter_block(self.i, args[0])._replace(info=None)
+        return self.reduction.enter_block(self.i, args[0])
 
 
 def refuse_fx(tensor: Any) -> None:
