@@ -1,4 +1,4 @@
-"""The rooms of the house: imports point one way, files and functions are short."""
+"""The layout of the packages: imports point one way, files and functions are short."""
 
 import ast
 from pathlib import Path
@@ -24,7 +24,7 @@ FLOORS = (
     ("elip_models.commands",),
     ("elip_models", "elip_models.cli"),
 )
-"""From the ground up; a module is on the floor of its longest name here."""
+"""The order of imports, lowest first; a module belongs to the longest matching name."""
 
 
 def _name(path: Path) -> str:
@@ -32,21 +32,17 @@ def _name(path: Path) -> str:
 
 
 def _floor(name: str) -> tuple[int, str]:
-    """The floor of a module, and its room there."""
+    """Return the floor of a module, and its package there."""
     rooms = [(len(room), floor, room) for floor, rooms in enumerate(FLOORS) for room in rooms]
     fits = [each for each in rooms if name == each[2] or name.startswith(f"{each[2]}.")]
     _, floor, room = max(fits)
     return floor, room
 
 
-def _imported(path: Path, *, for_types: bool = True) -> set[str]:
-    """The modules of this project that a file imports, anywhere in it; for types alone too."""
+def _imported(path: Path) -> set[str]:
+    """Return the modules of this project that a file imports, anywhere in it, for types too."""
     names, tree = set(), ast.parse(path.read_text(encoding="utf-8"))
-    blocks = (node for node in ast.walk(tree) if isinstance(node, ast.If))
-    typing = {id(line) for b in blocks if "TYPE_CHECKING" in ast.dump(b.test) for line in b.body}
     for node in ast.walk(tree):
-        if id(node) in typing and not for_types:
-            continue
         if isinstance(node, ast.ImportFrom) and node.module:
             found = [f"{node.module}.{alias.name}" for alias in node.names]
             names |= {each if each in MODULES else node.module for each in found}
@@ -70,10 +66,29 @@ def test_imports_never_point_upward(module):
         assert below < floor or other == room, f"{module} imports {name}"
 
 
+def _circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """Return a circle through each module that imports itself through others, by its first name."""
+    found = {}
+    for start in imports:
+        paths = [[start]]
+        reached = {start}
+        for path in paths:
+            for name in sorted(imports.get(path[-1], ())):
+                if name == start:
+                    found.setdefault(frozenset(path), path)
+                elif name not in reached:
+                    reached.add(name)
+                    paths.append([*path, name])
+    return list(found.values())
+
+
 def test_no_two_modules_import_each_other():
-    imports = {name: _imported(path, for_types=False) for name, path in MODULES.items()}
-    both = {(a, b) for a in imports for b in imports[a] if a < b and a in imports.get(b, ())}
-    assert not both
+    assert not _circles({name: _imported(path) for name, path in MODULES.items()})
+
+
+def test_circles_of_any_length_are_found():
+    imports = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": {"f"}, "f": {"e"}}
+    assert [sorted(circle) for circle in _circles(imports)] == [["a", "b", "c"], ["e", "f"]]
 
 
 def test_the_root_has_the_ground_floor_and_the_commands_alone():
