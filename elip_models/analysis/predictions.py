@@ -9,16 +9,18 @@ from torch import Tensor
 
 from elip_models.analysis.visualize import dimmed, new_figure, patch_grid, surviving_patches
 from elip_models.data import Example, ExampleSource, SampleError, Source
-from elip_models.reduction.user_warnings import deliberately_slow
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategies import Dense
+from elip_models.reduction.user_warnings import deliberately_slow
 from elip_models.tasks.task import TaskScores, evaluation_transform
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from transformers import PreTrainedTokenizerBase
 
     from elip_models.data import Sample
     from elip_models.models.base import PretrainedModel
+    from elip_models.tasks.task import Prediction
 
 COLUMNS = 4
 WIDTH = 3.2  # inches
@@ -49,15 +51,7 @@ def draw_predictions(
     Raises:
         ImportError: matplotlib is not installed.
     """
-    predictions = {each.id: each for each in scores.predictions}
-    shown = []
-    for index in range(0, len(source), max(1, len(source) // count)):
-        try:
-            sample = source[index]
-        except SampleError:
-            continue
-        if sample.id in predictions and len(shown) < count:
-            shown.append((sample, predictions[sample.id]))
+    shown = _predicted_samples(source, scores, count)
     rows = max(1, -(-len(shown) // COLUMNS))
     number = max((len(_parts(sample)[0]) for sample, _ in shown), default=1)  # images in a sample
     figure = new_figure(WIDTH * COLUMNS, (WIDTH / number + 0.8) * rows)
@@ -70,24 +64,37 @@ def draw_predictions(
         gap = torch.ones(*pixels[0].shape[:2], 1)
         beside = [part for each in pixels for part in (gap, each)][1:]
         axis.imshow(torch.cat(beside, dim=2).permute(1, 2, 0).numpy())
-        asked = textwrap.fill(textwrap.shorten(text, 120, placeholder=" .."), 38)
-        axis.set_title(asked, fontsize=8, parse_math=False)
-        is_right = (prediction.score or 0.0) >= 0.5
-        answer = prediction.output if is_right else f"{prediction.output}\n(right: {right})"
-        axis.text(
-            0.5,
-            -0.04,
-            "\n".join(textwrap.fill(line, 42) for line in answer.splitlines()),
-            transform=axis.transAxes,
-            ha="center",
-            va="top",
-            fontsize=8,
-            color=COLOURS[is_right],
-            parse_math=False,
-        )
+        _write_prediction(axis, text, right, prediction)
     figure.suptitle(scores.summary(), fontsize=10)
     figure.savefig(path, dpi=110)
     return path
+
+
+def _predicted_samples(
+    source: Source | ExampleSource, scores: TaskScores, count: int
+) -> "list[tuple[Sample | Example, Prediction]]":
+    """Return at most `count` readable samples, evenly spaced, with their predictions."""
+    predictions = {each.id: each for each in scores.predictions}
+    found = []
+    for index in range(0, len(source), max(1, len(source) // count)):
+        try:
+            sample = source[index]
+        except SampleError:
+            continue
+        if sample.id in predictions:
+            found.append((sample, predictions[sample.id]))
+    return found[:count]
+
+
+def _write_prediction(axis: "Axes", text: str, right: str, prediction: "Prediction") -> None:
+    """Write the text of a sample above its images, and the prediction below."""
+    title = textwrap.fill(textwrap.shorten(text, 120, placeholder=" .."), 38)
+    axis.set_title(title, fontsize=8, parse_math=False)
+    is_right = (prediction.score or 0.0) >= 0.5
+    answer = prediction.output if is_right else f"{prediction.output}\n(right: {right})"
+    answer = "\n".join(textwrap.fill(line, 42) for line in answer.splitlines())
+    style = {"ha": "center", "va": "top", "fontsize": 8, "color": COLOURS[is_right]}
+    axis.text(0.5, -0.04, answer, transform=axis.transAxes, parse_math=False, **style)
 
 
 def _parts(sample: "Sample | Example") -> tuple[tuple, str, str]:

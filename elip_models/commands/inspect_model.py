@@ -68,27 +68,34 @@ def visualize(
         Console().print(escape(str(path)), soft_wrap=True)
 
 
+ProfiledModels = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Model: timm:NAME, open_clip:NAME, elip_clip_vit_b16, ..; repeat for several."
+    ),
+]
+ProfiledStrategies = Annotated[
+    list[str] | None,
+    typer.Option(help="Strategy, such as evit, tome:r=13 or elip:scorer=exact; default: all."),
+]
+ProfileSchedule = Annotated[
+    str | None, typer.Option(help="Schedule of strategies without their own.")
+]
+FlopsTarget = Annotated[
+    float | None, typer.Option(help="Set all strategies to this share of dense training FLOPs.")
+]
+KeepTarget = Annotated[
+    float | None,
+    typer.Option(help="Set all strategies to this mean share of tokens over the layers."),
+]
+
+
 def profile(
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Model: timm:NAME, open_clip:NAME, elip_clip_vit_b16, ..; repeat for several."
-        ),
-    ] = None,
-    strategy: Annotated[
-        list[str] | None,
-        typer.Option(help="Strategy, such as evit, tome:r=13 or elip:scorer=exact; default: all."),
-    ] = None,
-    schedule: Annotated[
-        str | None, typer.Option(help="Schedule of strategies without their own.")
-    ] = None,
-    flops: Annotated[
-        float | None, typer.Option(help="Set all strategies to this share of dense training FLOPs.")
-    ] = None,
-    keep: Annotated[
-        float | None,
-        typer.Option(help="Set all strategies to this mean share of tokens over the layers."),
-    ] = None,
+    model: ProfiledModels = None,
+    strategy: ProfiledStrategies = None,
+    schedule: ProfileSchedule = None,
+    flops: FlopsTarget = None,
+    keep: KeepTarget = None,
     batch_size: Annotated[list[int], typer.Option(min=1)] = [8],  # noqa: B006, typer copies it
     mode: Annotated[str, typer.Option(help="Mode: training, inference or both.")] = "both",
     dtype: Annotated[

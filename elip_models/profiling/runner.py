@@ -25,8 +25,8 @@ from elip_models.profiling.measure import (
     time_side_by_side,
 )
 from elip_models.profiling.workload import Workload
-from elip_models.reduction.user_warnings import deliberately_slow
 from elip_models.reduction.strategy import Layer, Strategy
+from elip_models.reduction.user_warnings import deliberately_slow
 
 Mode = Literal["training", "inference"]
 MODES: tuple[Mode, ...] = get_args(Mode)

@@ -23,13 +23,13 @@ from elip_models.models.registry import elip_strategy
 from elip_models.profiling.measure import measured_on, memory_kind, no_gain
 from elip_models.profiling.runner import DENSE, Mode, measure
 from elip_models.profiling.workload import Workload
-from elip_models.reduction.user_warnings import deliberately_slow
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.momentum_scores import forward_with_scores
 from elip_models.reduction.schedule import PRESETS
 from elip_models.reduction.scorers import SCORERS
 from elip_models.reduction.strategies.elip import ELIP
 from elip_models.reduction.strategy import Strategy
+from elip_models.reduction.user_warnings import deliberately_slow
 from elip_models.validation import require_extra
 
 with require_extra("elip_models.training"):
