@@ -9,7 +9,6 @@ vector per patch runs on a tower with 80% of the FLOPs. The result is less sharp
 
 import timm
 import torch
-from einops import rearrange
 
 import elip_kernels
 from elip_models import ToMe, encode_image
@@ -34,7 +33,7 @@ def dense_grid(model, images, strategy):
     for info in infos:
         source = info.reduction.source_map(source)
     patches = elip_kernels.unmerge(tokens, source)[:, 1:]  # without CLS
-    return rearrange(patches, "b (h w) d -> b d h w", h=GRID), tokens.shape[1]
+    return patches.mT.unflatten(2, (GRID, GRID)), tokens.shape[1]
 
 
 def main(steps=24):

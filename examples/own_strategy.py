@@ -1,9 +1,7 @@
 """Write a strategy: keep the patches whose tokens have the largest norm, merge the others.
 
-    pip install 'elip-kernels[models]'
-    python examples/own_strategy.py
-
-It works with everything that the built-in ones do: checkpointing, torch.compile, keep=, at_flops.
+pip install 'elip-kernels[models]'
+python examples/own_strategy.py
 """
 
 from dataclasses import dataclass, replace
@@ -12,8 +10,7 @@ from typing import ClassVar
 import timm
 import torch
 
-import elip_models
-from elip_models import Layer, Stage, StageInfo, Strategy
+from elip_models import Layer, Stage, StageInfo, Strategy, encode_image, reduce_, reduction_summary
 
 
 @dataclass(frozen=True)
@@ -51,14 +48,12 @@ class Longest(Strategy):
 
 def main():
     """Run the strategy in both ways: `encode_image` and `reduce_`."""
-    torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224").eval()
     images = torch.randn(2, 3, 224, 224)
-    tokens, infos = elip_models.encode_image(model, images, strategy=Longest(), return_info=True)
+    tokens, infos = encode_image(model, images, strategy=Longest(), return_info=True)
     print(f"{tokens.shape[1]} of 197 tokens; kept: {infos[0].reduction.kept[0, :8].tolist()} ..")
-    elip_models.reduce_(model, strategy=Longest(), keep=0.7)
-    print(elip_models.reduction_summary(model))
-    print(f"logits {tuple(model(images).shape)}")
+    reduce_(model, strategy=Longest(), keep=0.7)
+    print(reduction_summary(model), f"\nlogits {tuple(model(images).shape)}")
 
 
 if __name__ == "__main__":

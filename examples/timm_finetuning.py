@@ -3,7 +3,7 @@
     pip install 'elip-kernels[models]'
     python examples/timm_finetuning.py
 
-timm's own train.py, unchanged, finds the model that is registered below with `--model`:
+timm's own train.py finds the registered model:
     python -c "import runpy, timm_finetuning; runpy.run_path('train.py', run_name='__main__')" ..
 """
 
@@ -11,14 +11,12 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
-from timm.data import create_loader
-from timm.models import register_model
-from timm.optim import create_optimizer_v2
+from timm import data, optim
 
 import elip_models
 
 
-@register_model
+@timm.models.register_model
 def reduced_vit_tiny(pretrained=False, **options):
     """Return a tiny ViT that is reduced."""
     model = timm.create_model("vit_tiny_patch16_224", pretrained=pretrained, **options)
@@ -34,8 +32,8 @@ class Squares(torch.utils.data.Dataset):
     def __getitem__(self, i):
         random = np.random.default_rng(i)
         pixels = random.integers(0, 128, (64, 64, 3), dtype=np.uint8)
-        top, left = random.integers(0, 40, 2)
-        pixels[top : top + 24, left : left + 24, i % 3] += 127
+        y, x = random.integers(0, 40, 2)
+        pixels[y : y + 24, x : x + 24, i % 3] += 127
         return self.transform(Image.fromarray(pixels)), i % 3
 
 
@@ -44,9 +42,9 @@ def main(epochs=2):
     torch.manual_seed(0)
     model = timm.create_model("reduced_vit_tiny", img_size=64, patch_size=8, depth=6, num_classes=3)
     print(elip_models.reduction_summary(model))
-    plain = {"no_aug": True, "use_prefetcher": False, "num_workers": 0}
-    loader = create_loader(Squares(), 64, batch_size=32, is_training=True, **plain)
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3)
+    options = {"is_training": True, "no_aug": True, "use_prefetcher": False, "num_workers": 0}
+    loader = data.create_loader(Squares(), 64, batch_size=32, **options)
+    optimizer = optim.create_optimizer_v2(model, opt="adamw", lr=1e-3)
     for epoch in range(epochs):
         right = 0
         for images, labels in loader:

@@ -118,20 +118,11 @@ def run_tower(
     replays: Sequence[StageInfo] | None = None,
     rows: Mapping[int, Tensor] | None = None,
 ) -> tuple[Tensor, list[StageInfo]]:
-    """Run `encode_image` with arguments that are already checked.
+    """Run `encode_image` with checked arguments; return the tokens and a `StageInfo` per step.
 
-    Args:
-        tower: the tower to run.
-        images: (B, 3, H, W).
-        text_cls: (B, D) or None.
-        strategy: fitted to the tower.
-        cls_only: the caller reads token 0 alone. Without gradient, and without hooks on the last
-            block, that block then computes this token only, exactly: the tokens are (B, 1, D).
-        replays: the results of another tower's run on the same images, which are reproduced here.
-        rows: scores that select in place of a scorer, see `Forward`.
-
-    Returns:
-        The tokens, and a `StageInfo` for every step.
+    With `cls_only` the caller reads token 0 alone. Without gradient and without hooks on the last
+    block, that block then computes this token only: the tokens are (B, 1, D). `replays` are results
+    of another tower on the same images, to reproduce. `rows` are scores in place of a scorer.
     """
     if is_reduced_tower(tower):
         raise ValueError(

@@ -23,17 +23,7 @@ Rows = dict[int, Tensor]
 def forward_with_scores(
     tower: Tower, images: Tensor, text_cls: Tensor | None, strategy: ELIP
 ) -> tuple[Tensor, Rows]:
-    """Run the dense tower and compute the rows that select in each stage of `strategy`.
-
-    Args:
-        tower: the dense tower.
-        images: (B, 3, H, W).
-        text_cls: the guidance (B, D), or None.
-        strategy: ELIP with the stages.
-
-    Returns:
-        Tokens (B, N, D) after the final norm, and the rows by first block of a stage.
-    """
+    """Run the dense tower; return its tokens (B, N, D) and the rows by first block of a stage."""
     stages = {stage.first: stage for stage in strategy.stages(tower.size)}
     rows, stage, cls = {}, None, None
     tokens = tower.embed(images)

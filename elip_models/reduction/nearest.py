@@ -25,19 +25,10 @@ def merge_nearest(
     kept: Tensor | None = None,
     metric: Tensor | None = None,
 ) -> tuple[Tensor, StageInfo]:
-    """Keep tokens, and merge each of the others into the most similar one.
+    """Keep tokens by the scores `row` (B, N), and merge each other one into the most similar kept.
 
-    Args:
-        tower: the tower.
-        stage: the stage whose step this is.
-        tokens: (B, N, D).
-        row: (B, N) the scores that select.
-        context: the other inputs of the step.
-        kept: (B, K), see `elip_kernels.merge_nearest`; None: the `stage.keep` largest of `row`.
-        metric: (B, N, C) the features to compare, if the block has already computed its keys.
-
-    Returns:
-        The tokens (B, p+K, D), and the `StageInfo`.
+    It returns tokens (B, p+K, D) and the `StageInfo`. `kept` (B, K) replaces the choice by `row`.
+    `metric` (B, N, C) has the features to compare, if the block has already computed its keys.
     """
     p = tower.num_prefix_tokens
     sizes = None if context.previous is None else context.previous.sizes

@@ -129,19 +129,12 @@ def _read(model: nn.Module) -> tuple[ImageTextModel | None, Tower]:
 
 
 def strategy_by_default(
-    tower: Tower,
-    image_text: ImageTextModel | None = None,
-    *,
-    has_text: bool,
-    use_config: bool,
+    tower: Tower, image_text: ImageTextModel | None = None, *, has_text: bool, use_config: bool
 ) -> Strategy:
     """Return the strategy of a call that names none, for `reduce_`, `encode_image` and commands.
 
-    Args:
-        tower: the tower to reduce.
-        image_text: the whole model around it, if it is one.
-        has_text: a text can guide the reduction.
-        use_config: return the strategy that the model was saved with, if its config stores one.
+    `image_text` is the whole model around the tower, if it is one. With `use_config`, the strategy
+    in the config of a saved model comes first.
     """
     saved = strategy_in_config(image_text or tower) if use_config else None
     is_original = all(_replaced(block, "forward") is None for block in tower.blocks)

@@ -50,17 +50,8 @@ def resolve_strategy(
 ) -> Strategy:
     """Return the strategy that the arguments of `reduce_` describe, fitted to the tower.
 
-    Args:
-        tower: the tower to reduce.
-        strategy: a name, a line of text, an instance, or None.
-        options: settings by name, `schedule` included; None as a value means not given.
-        keep: the mean share of tokens over the layers, in (0, 1], or None.
-        default: returns the strategy if neither a strategy nor a schedule is given.
-
-    Raises:
-        TypeError: the tower cannot be reduced this way, or a value of a wrong type.
-        ValueError: a wrong value, an option without a strategy that has it, or two arguments that
-            set the number of tokens.
+    `options` include `schedule`; None as a value means not given. `default` returns the strategy if
+    neither a strategy nor a schedule is given. It raises the errors of `reduce_`.
     """
     options = {name: value for name, value in options.items() if value is not None}
     if strategy is None and "schedule" in options:
@@ -78,10 +69,8 @@ def resolve_strategy(
 def get_strategy(strategy: str | Strategy, **options: Any) -> Strategy:
     """Return the strategy that a line of text describes, with `options` added to its settings.
 
-    Args:
-        strategy: 'tome', 'tome:r=8', 'elip:scorer=exact,schedule=clip'; or an instance, which is
-            returned unchanged and takes no options.
-        options: settings by name; None leaves the setting of the text, or the strategy's default.
+    An option that is None leaves the setting of the text, or the strategy's default. An instance is
+    returned unchanged and takes no options.
 
     Raises:
         TypeError, ValueError: an unknown name or setting, a wrong value, or a setting given twice.
@@ -113,12 +102,8 @@ def check_keep(
 ) -> None:
     """Raise ValueError if `keep` and the strategy's own option both set how many tokens stay.
 
-    Args:
-        strategy: a line of text, or an instance, whose field counts as given if it differs from
-            its default.
-        options: the settings that are given beside it.
-        keep: the target of `reduce_`, or None.
-        name: the argument that sets it, for the message.
+    `options` are given beside `strategy`. A field of an instance counts as given if it differs from
+    its default. `name` is the name of the target in the message.
     """
     if keep is None:
         return
@@ -157,11 +142,7 @@ def _check_no_options(options: Mapping[str, Any]) -> None:
 
 
 def parse_spec(text: str, table: Mapping[str, type] = STRATEGIES) -> tuple[str, dict[str, Any]]:
-    """Return the name and the settings that a line of text writes.
-
-    Args:
-        text: 'NAME' or 'NAME:key=value,..'.
-        table: dataclasses by name; the settings are their fields.
+    """Return the name of a dataclass in `table`, and the settings, of 'NAME:key=value,..'.
 
     Raises:
         ValueError: an unknown name or setting.

@@ -14,7 +14,7 @@ PRINTED = {
     "hf_trainer": r"tokens by step: \[(33, ){16}65, 65, 65, 65\].*\s(?P<right>\d+)% of the colours",
     "open_clip_zero_shot": r"tokens a layer .*blue: \w+ \(\d+%\), cosine to dense (0\.\d+|1\.0+)$",
     "dense_grid": r"step 23: 41 of 65 tokens, intersection over union 0\.(?P<right>\d+)$",
-    "own_strategy": r"100 of 197 tokens; kept: \[.*longest\(keep=.*logits \(2, 1000\)$",
+    "own_strategy": r"100 of 197 tokens; kept: \[.*longest\(keep_ratio=.*logits \(2, 1000\)$",
 }
 """What the whole output is, and a percentage in it that must be better than chance."""
 

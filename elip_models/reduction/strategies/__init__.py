@@ -59,12 +59,8 @@ def default_strategy(tower: Tower, *, has_text: bool, replaces_block: bool) -> S
     """Return the strategy for a tower if the caller names none; warn once if it is not ToMe.
 
     The default is ToMe, set to `DEFAULT_KEEP` of the tokens or as near as it comes. If ToMe cannot
-    reduce the tower, it is ELIP, or random pruning if neither a CLS token nor a text can score.
-
-    Args:
-        tower: the tower to reduce.
-        has_text: a text can guide the reduction.
-        replaces_block: a strategy may replace the blocks' own forward methods.
+    reduce the tower, or may not replace its blocks' forward methods (`replaces_block`), it is ELIP;
+    or random pruning, if neither a CLS token nor a text can score.
     """
     tome = ToMe()
     reason = tome.refuses(tower)

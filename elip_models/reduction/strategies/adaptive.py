@@ -120,11 +120,7 @@ class AdaptiveELIP(ELIP):
         return tokens, StageInfo(stage, ReductionInfo(chosen + p, weights, mask, p), row)
 
     def _select(self, scores: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Select patches by scores (B, n).
-
-        Returns:
-            The patch in each slot (B, K), whether a slot is filled (B, K), merge weights (B, n).
-        """
+        """Return the patches in slots (B, K), which slots are filled, and merge weights (B, n)."""
         n = scores.shape[1]
         order = largest(scores, n)
         ranked = scores.gather(1, order)

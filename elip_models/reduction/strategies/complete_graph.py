@@ -56,15 +56,7 @@ class CompleteGraph(ToMe):
     def choose(
         self, tower: Tower, stage: Stage, tokens: Tensor, keys: Tensor, text_cls: Tensor | None
     ) -> Pairs:
-        """Return the pairs that leave `stage.keep` patches.
-
-        Args:
-            tower: the tower.
-            stage: the stage of this block.
-            tokens: (B, N, D) that enter the block.
-            keys: (B, H, N, d) of the block.
-            text_cls: (B, D) or None.
-        """
+        """Return the pairs that leave `stage.keep` patches of tokens (B, N, D), with these keys."""
         raise NotImplementedError
 
     def channels(self, size: TowerSize) -> int:
