@@ -257,7 +257,7 @@ def open_classes(spec: str, *, image_size: int) -> ClassSource:
     """Open the images that `spec` names, see the top of this file.
 
     Args:
-        spec: A built-in data set, a folder, or a dataset.
+        spec: Built-in images, a folder, or a dataset of the hub.
         image_size: Size in pixels of built-in images.
 
     Raises:

@@ -1,9 +1,9 @@
 """Several sources as one, with a weight for each.
 
 An epoch has n_i = max(1, round(weight_i * length_i)) samples of source i. They are the next n_i
-samples of an endless sequence of passes over source i, so that all its samples appear equally often
-for any weight. Each pass is a permutation that depends on (seed, source, pass). The number of the
-pass is called the turn of a sample.
+samples of an endless sequence of passes over source i. All samples of a source thus appear equally
+often for any weight. Each pass is a permutation that depends on (seed, source, pass). The number of
+the pass is called the turn of a sample.
 """
 
 from collections.abc import Sequence

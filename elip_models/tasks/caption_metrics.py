@@ -1,9 +1,9 @@
 """Scores of generated captions against references: CIDEr-D, BLEU-4, METEOR and SPICE.
 
-    BLEU-4   min(1, e^(1 - r / c)) (p_1 p_2 p_3 p_4)^(1/4) over all captions; c: their length in
-    words; r: the length of the references that are closest in length
-    CIDEr-D  10 times the mean, over n = 1..4 and the references of an image, of e^(-(l_w - l_r)^2 /
-    72) times the cosine of tf-idf n-grams, those of the generated caption clipped
+    BLEU-4   min(1, e^(1 - r / c)) (p_1 p_2 p_3 p_4)^(1/4) over all captions, with c words in all;
+             r: words of the references with the closest lengths
+    CIDEr-D  10 times the mean, over n = 1..4 and the references of an image, of the cosine of
+             clipped tf-idf n-grams times e^(-(l_w - l_r)^2 / 72)
 
 The scores are those of pycocoevalcap, as in COCO's own evaluation. It uses Stanford's PTB
 tokenizer, which needs Java, as METEOR and SPICE do. Without Java, a plain tokenizer is used, and
