@@ -56,7 +56,7 @@ def held_by_tokens(infos, b, p, merge):
 
 @pytest.mark.parametrize("registers", [0, 3])
 @pytest.mark.parametrize("merge", ["one", "none"])
-def test_survivors_are_the_patches_that_a_token_holds_alone(registers, merge):
+def test_survivors_are_patches_that_are_separate_tokens(registers, merge):
     infos, p = reduce_images(merge, reg_tokens=registers)
     survivors = surviving_patches(infos, NUM_PATCHES)
     assert survivors[0].sum(1).tolist() == [28, 28]
@@ -68,7 +68,7 @@ def test_survivors_are_the_patches_that_a_token_holds_alone(registers, merge):
 
 @pytest.mark.parametrize("registers", [0, 3])
 @pytest.mark.parametrize("merge", ["one", "none"])
-def test_a_patch_shows_the_score_of_the_token_that_holds_it(registers, merge):
+def test_a_patch_shows_the_score_of_its_token(registers, merge):
     infos, p = reduce_images(merge, reg_tokens=registers)
     heats = attention_maps(infos, NUM_PATCHES)
     for b in range(2):
@@ -139,7 +139,7 @@ def test_the_picture_has_a_row_an_image(batch, tmp_path):
 
 
 @pytest.mark.parametrize("merge", ["one", "none"])
-def test_a_merged_patch_shows_the_token_that_holds_it(merge):
+def test_a_merged_patch_shows_its_token(merge):
     infos, p = reduce_images(merge)
     found = tokens_of_patches(infos, NUM_PATCHES)
     for b in range(2):

@@ -109,7 +109,9 @@ def test_our_clip_is_guided_by_its_own_text(tmp_path, tokenizer, pairs):
 
 
 @pytest.mark.parametrize("make", [hf_clip, hf_blip])
-def test_models_of_transformers_are_guided_by_theirs(make, tmp_path, small_tokenizer, pairs):
+def test_models_of_transformers_are_guided_by_their_text_tower(
+    make, tmp_path, small_tokenizer, pairs
+):
     model = make().eval()
     model.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"--model: expected a tokenizer .* --fusion 1"):
@@ -140,7 +142,7 @@ def test_siglip_is_guided_by_texts_of_full_length(tmp_path, small_tokenizer, pai
     assert len(pictured.stage_infos(normalised(pictured, pairs), CAPTIONS)) == 2
 
 
-def test_open_clip_is_guided_by_its_own(monkeypatch, pairs):
+def test_open_clip_is_guided_by_its_text_tower(monkeypatch, pairs):
     def tokenize(texts):
         ids = torch.tensor([[len(text) % 40, 3, 4, 5, 6, 7, 8, 49] for text in texts])
         return ids
@@ -203,7 +205,7 @@ def test_a_strategy_without_scores_is_drawn_by_what_it_merges(strategy, tmp_path
     assert Image.open(output).width > 2 * Image.open(output).height > 400
 
 
-def test_samples_that_cannot_be_read_are_passed_over(files, tmp_path):
+def test_unreadable_samples_are_skipped(files, tmp_path):
     pictured = open_visualized_model("clip_tiny", pretrained=False, fusion=1.0)
     assert str(pictured).startswith("clip_tiny (random weights)\n")
     tower = pictured.tower

@@ -96,7 +96,7 @@ def told(model, source, tokenizer, rows, **options):
 
 
 @pytest.mark.parametrize("merge", ["one", "none"])
-def test_a_scorer_that_returns_the_mask_keeps_all_that_is_named(model, source, tokenizer, merge):
+def test_scores_equal_to_the_mask_keep_all_named_patches(model, source, tokenizer, merge):
     named = named_patches(source)
     assert named.sum(1).min() > 0 and named.sum(1).max() <= KEEP
     (stage,) = told(model, source, tokenizer, named.float(), merge=merge)["stages"]
@@ -105,13 +105,13 @@ def test_a_scorer_that_returns_the_mask_keeps_all_that_is_named(model, source, t
     assert stage["kept_chance"]["mean"] == KEEP / PATCHES
 
 
-def test_a_scorer_that_returns_its_opposite_keeps_nothing(model, source, tokenizer):
+def test_scores_opposite_to_the_mask_keep_no_named_patch(model, source, tokenizer):
     (stage,) = told(model, source, tokenizer, -named_patches(source).float())["stages"]
     assert stage["kept"]["mean"] == 0
     assert 0 < stage["purity"]["mean"] < stage["purity_chance"]["mean"]
 
 
-def test_a_constant_scorer_keeps_the_named_patches_of_the_upper_half(model, source, tokenizer):
+def test_constant_scores_keep_the_named_patches_of_the_upper_half(model, source, tokenizer):
     named = named_patches(source)
     scores = told(model, source, tokenizer, torch.ones(COUNT, PATCHES))
     upper = named[:, :KEEP].sum(1) / named.sum(1)
@@ -123,7 +123,7 @@ def test_a_constant_scorer_keeps_the_named_patches_of_the_upper_half(model, sour
 
 
 @pytest.mark.parametrize(("scorer", "count"), [("random", 60), ("constant", 120)])
-def test_who_knows_nothing_of_the_image_scores_chance(model, tokenizer, scorer, count):
+def test_scores_independent_of_the_image_give_chance(model, tokenizer, scorer, count):
     source = EmojiScenes(count, seed=9, clutter=4, textures=True)
     constant = type("Constant", (Told,), {"rows": torch.ones(count, PATCHES)})()
     strategy = constant if scorer == "constant" else f"random:schedule={HALF}"
@@ -135,7 +135,7 @@ def test_who_knows_nothing_of_the_image_scores_chance(model, tokenizer, scorer, 
         assert stage["changed_by_another_image"] is None and stage["agrees"] is None
 
 
-def test_purity_is_the_named_share_of_what_holds_a_named_patch_and_its_chance_the_mean():
+def test_purity_and_its_chance():
     source = torch.tensor([[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 1, 0]]).bool()
     pure, _ = purity(torch.tensor([[1, 1, 0, 1, 0, 1]]).bool(), source[None])
     assert pure.item() == pytest.approx((2 / 3 + 2 / 3 + 1 + 0) / 4)
@@ -145,7 +145,7 @@ def test_purity_is_the_named_share_of_what_holds_a_named_patch_and_its_chance_th
     assert purity(torch.zeros(1, 6, dtype=torch.bool), source[None])[1].isnan()
 
 
-def test_kept_patches_are_followed_through_the_stages():
+def test_kept_patches_are_traced_through_the_stages():
     """Trace eight patches through two stages.
 
     The second stage keeps the merged token of the first too, and its second slot is padding.
@@ -180,7 +180,7 @@ def test_another_caption_and_another_image_change_what_the_model_keeps(model, so
         assert found["mean"] == pytest.approx(sum(shares) / COUNT) and found["mean"] > 0
 
 
-def test_a_merging_strategy_has_purity_alone(model, source, tokenizer):
+def test_a_merging_strategy_has_only_purity(model, source, tokenizer):
     scores = selection_scores(model, source, tokenizer, "tome:r=8")
     assert [stage["keep"] for stage in scores["stages"]] == [56, 48, 40]
     for stage in scores["stages"]:
@@ -207,7 +207,7 @@ def test_agreement_and_loss_are_those_of_the_model(model, source, tokenizer):
     assert scores["lost"]["mean"] == pytest.approx(lost, abs=1e-5)
 
 
-def test_a_curve_shows_the_patches_that_the_row_puts_first(model, source, monkeypatch):
+def test_a_curve_uses_the_patches_with_the_highest_scores(model, source, monkeypatch):
     """Each score is that of patch dropout's tokens, chosen by hand; areas are means over shares."""
     images, counts = images_of(source)[:3], []
     row = torch.rand(3, PATCHES, generator=torch.Generator().manual_seed(1))
@@ -235,7 +235,7 @@ def test_a_curve_shows_the_patches_that_the_row_puts_first(model, source, monkey
     assert areas.keys() == {"insertion", "deletion", "random", "all_patches"}
 
 
-def test_insertion_and_deletion_show_opposite_ends_of_the_row(model, source, monkeypatch):
+def test_insertion_and_deletion_use_opposite_ends_of_the_scores(model, source, monkeypatch):
     """A score that counts the shown patches of a row's upper half."""
     row = torch.arange(PATCHES).float().expand(3, -1)
 
@@ -248,14 +248,14 @@ def test_insertion_and_deletion_show_opposite_ends_of_the_row(model, source, mon
     assert (areas["random"] < areas["insertion"]).all()
 
 
-def test_a_scorer_that_asks_nobody_is_held_against_what_the_paper_selects(model, source, tokenizer):
+def test_agreement_is_1_only_for_exact(model, source, tokenizer):
     for scorer, agrees in (("received", False), ("exact", True)):
         strategy = ELIP(HALF, scorer=scorer)
         (stage,) = selection_scores(model, source, tokenizer, strategy, limit=4)["stages"]
         assert (stage["agrees"]["mean"] == 1) == agrees
 
 
-def test_equal_scores_are_shown_in_an_order_drawn():
+def test_equal_scores_are_in_random_order():
     """A random keep knows two scores alone: kept or not."""
     row = torch.zeros(200, PATCHES).index_fill(1, torch.arange(KEEP), 1.0)
     places = deletion_insertion._places(row, torch.rand_like(row).argsort(1))
@@ -277,7 +277,7 @@ def test_every_model_is_measured_as_json_with_and_without_selection(name, source
     assert model.training and torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_same_scores_again(model, source, tokenizer):
+def test_scores_are_reproducible(model, source, tokenizer):
     strategy = f"random:schedule={HALF}"
     first, second = (
         selection_scores(model, source, tokenizer, strategy, limit=6) for _ in range(2)
@@ -291,7 +291,7 @@ def test_a_model_that_reduces_nothing_loses_nothing(model, source, tokenizer):
         assert scores["stages"] == [] and scores["lost"]["mean"] == pytest.approx(0, abs=1e-6)
 
 
-def test_without_masks_what_is_named_is_unknown_and_boxes_make_it_known(tmp_path, model, tokenizer):
+def test_named_patches_need_masks_or_boxes(tmp_path, model, tokenizer):
     Image.new("RGB", (128, 64), "white").save(tmp_path / "a.png")
     entry = {"image": "a.png", "caption": ["a dog", "a cat"]}
     boxes = [[[32, 0, 16, 16]], [[64, 0, 32, 64], [0, 0, 30, 30]]]
@@ -310,7 +310,7 @@ def test_without_masks_what_is_named_is_unknown_and_boxes_make_it_known(tmp_path
 
 
 @pytest.mark.parametrize("boxes", [3, [[[1, 2, 3, 4]]], [[1, 2, 3, 4]] * 2, [[[1, 2, "3", 4]], []]])
-def test_bad_boxes(tmp_path, boxes):
+def test_invalid_boxes_raise(tmp_path, boxes):
     path = tmp_path / "list.json"
     path.write_text(json.dumps([{"image": "a.png", "caption": ["a", "b"], "boxes": boxes}]))
     message = r"list\.json\[0\]: boxes: expected a list for each of 2 captions, of \[left, top"
@@ -318,7 +318,7 @@ def test_bad_boxes(tmp_path, boxes):
         JsonSource(path)
 
 
-def test_fewer_than_two_samples_are_refused(model, source, tokenizer):
+def test_fewer_than_two_samples_raise(model, source, tokenizer):
     with pytest.raises(ValueError, match="source: expected two readable samples or more, got 1"):
         selection_scores(model, source, tokenizer, limit=1)
 

@@ -35,7 +35,7 @@ def test_train_prints_loss_scores_chance_and_place(tmp_path, capsys):
     }
 
 
-def test_train_reports_what_the_recipe_asks_for(tmp_path, monkeypatch, capsys):
+def test_train_writes_the_reports_of_the_recipe(tmp_path, monkeypatch, capsys):
     made_with = []
 
     class Reporter:
@@ -84,7 +84,7 @@ def test_data_check(capsys):
     assert "30, 5.00 a sample" in printed
 
 
-def test_data_check_of_a_stream_counts_what_there_is(tmp_path, capsys):
+def test_data_check_of_a_stream_counts_its_samples(tmp_path, capsys):
     command = f"pipe:cat {shard(tmp_path / '0.tar').parent}/{{0..1}}.tar"
     assert elip("data", "check", command) == 1
     printed = " ".join(capsys.readouterr().out.split())
@@ -121,7 +121,7 @@ def test_mistake_is_one_line_and_exit_status_2(arguments, message, capsys):
     assert captured.err.count("\n") == 1
 
 
-def test_run_that_exists_is_refused(run, capsys):
+def test_a_folder_with_a_run_is_an_error(run, capsys):
     assert elip(*tiny_arguments(run)) == 2
     assert "--resume" in capsys.readouterr().err
 
@@ -151,7 +151,7 @@ def test_bug_keeps_its_traceback(monkeypatch):
         ["profile", "--paper"],
     ],
 )
-def test_commands_of_the_checkout_name_it_where_it_is_missing(arguments, monkeypatch, capsys):
+def test_commands_that_need_a_checkout_name_it(arguments, monkeypatch, capsys):
     for name in list(sys.modules):
         if name.partition(".")[0] == "benchmarks":
             monkeypatch.delitem(sys.modules, name)

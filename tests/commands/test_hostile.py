@@ -121,7 +121,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_that_cannot_be_is_one_line(tmp_path, monkeypatch, capsys, name):
+def test_an_invalid_command_is_one_line(tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("a")
     (tmp_path / "deep.json").write_text("[" * 100_000)

@@ -40,7 +40,7 @@ def workload(family, **options):
 
 
 @pytest.mark.parametrize("family", tiered(FAMILIES, []))
-def test_parts_add_up_to_all_that_is_counted(family):
+def test_components_add_up_to_the_total(family):
     measured = workload(family)
     counted = count(measured, STRATEGIES, "training")
     found = {p.strategy: p for p in profile_components("m", measured, STRATEGIES, rounds=None)}
@@ -61,7 +61,7 @@ def test_parts_add_up_to_all_that_is_counted(family):
 
 
 @pytest.mark.exhaustive
-def test_what_guides_dropped_text_is_scoring():
+def test_guidance_of_reduced_text_counts_as_scoring():
     found = [
         profile_components(
             "m", workload("blip", text_reduction=way), {"dense": Dense()}, rounds=None
@@ -88,7 +88,7 @@ def test_parts_are_printed_timed_and_written(tmp_path, capsys):
     assert dense["seconds"][SCORING] == 0 < tome["seconds"][SCORING]
 
 
-def test_models_whose_parts_are_not_known_are_named():
+def test_a_model_of_another_library_raises():
     assert CALLS.keys() == FAMILIES.keys()
     with pytest.raises(
         ValueError, match=r"parts: expected a model of this library.*VisionTransformer"

@@ -21,7 +21,7 @@ def test_a_size_is_read(text, size):
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "16 XB", "1e9"])
-def test_what_is_no_size_is_named(text):
+def test_an_invalid_size_raises(text):
     with pytest.raises(ConfigError, match="--memory: expected a size such as 16GB"):
         bytes_of(text)
 
@@ -46,12 +46,12 @@ def test_the_largest_batch_fits_and_one_more_does_not(name):
     )
 
 
-def test_where_nothing_fits_it_is_nought():
+def test_the_batch_is_0_if_nothing_fits():
     model = create_model("elip_clip_tiny")
     assert [row.batch for row in largest_batches("a", model, {}, 1000)] == [0]
 
 
-def test_what_only_counts_measures_no_memory(capsys):
+def test_flops_only_with_max_batch_raises(capsys):
     assert elip("profile", "--model", "clip_tiny", "--max-batch", "--flops-only") == 2
     assert "--flops-only: expected it without --max-batch" in " ".join(
         capsys.readouterr().err.split()

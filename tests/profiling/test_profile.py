@@ -69,7 +69,7 @@ def test_flops_only_of_two_models_as_json(tmp_path, capsys):
     assert rows["clip_tiny", "inference", "dense"]["backward_flops"] == 0
 
 
-def test_equal_cost_leaves_out_what_cannot_reach_it(tmp_path, capsys):
+def test_strategies_that_cannot_reach_the_flops_are_left_out(tmp_path, capsys):
     output = tmp_path / "table.json"
     strategies = ("--strategy", "elip:scorer=official", "--strategy", "patch_dropout")
     options = ("--flops-only", "--output", output, "--mode", "training", "--flops", 0.23)
@@ -168,7 +168,7 @@ def test_patch_dropout_keeps_all_patches_in_inference():
 
 
 @pytest.mark.parametrize(("ratio", "said"), [(0.969, ""), (0.97, "no gain"), (1.4, "no gain")])
-def test_no_gain_where_the_time_is_not_below_the_bar(ratio, said):
+def test_no_gain_for_a_time_ratio_above_the_threshold(ratio, said):
     assert verdict(ToMe(), ratio) == said
     assert verdict(None, ratio) == verdict(ToMe(), None) == ""
 
@@ -181,7 +181,7 @@ def test_nothing_is_timed_on_the_meta_device():
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_name_is_the_strategy_of_its_paper(name):
+def test_a_name_is_the_strategy_with_default_options(name):
     assert get_strategy(name) == STRATEGIES[name]()
 
 
@@ -210,7 +210,7 @@ def test_settings_of_a_strategy():
         ("elip:schedule=12(50)", "schedule: expected groups"),
     ],
 )
-def test_a_strategy_that_there_is_not(text, message, capsys):
+def test_an_unknown_strategy_raises(text, message, capsys):
     with pytest.raises((TypeError, ValueError)) as error:
         get_strategy(text)
     assert message in str(error.value)
@@ -230,7 +230,7 @@ def test_a_strategy_that_there_is_not(text, message, capsys):
         (("--model", "clip_tiny", "--output", "missing/x.json"), "--output: expected a file"),
     ],
 )
-def test_an_option_that_cannot_be(arguments, message, capsys):
+def test_an_invalid_option_raises(arguments, message, capsys):
     assert elip("profile", *arguments) == 2
     assert message in capsys.readouterr().err
 
@@ -297,7 +297,7 @@ def test_a_step_of_blip_is_the_papers(blip_counts):
 
 
 @pytest.mark.exhaustive
-def test_the_report_on_table_1_is_made_of_the_counts(blip_counts):
+def test_the_report_on_table_1_uses_the_counts(blip_counts):
     without = {name: flops for name, flops in blip_counts.items() if name not in OF_MOMENTUM}
     counts = {"albef": blip_counts, "blip": blip_counts, "meter": without, "meter_b32": without}
     report, data = report_of(counts)
@@ -315,7 +315,7 @@ def test_the_report_on_table_1_is_made_of_the_counts(blip_counts):
     assert json.loads(json.dumps(data))["counted_ratios"]["blip"] == ratios(blip_counts)
 
 
-def test_table_1_says_what_the_paper_says():
+def test_table_1_matches_the_paper():
     """Its TFLOPs: dense, ELIP, EViT, ToMe."""
     said = {name: tuple(each)[1:] for name, each in TABLE1.items()}
     assert said == {

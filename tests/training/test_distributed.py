@@ -24,7 +24,7 @@ def failed(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", tiered(CASES, QUICK))
-def test_two_processes_give_what_one_gives(failed, case):
+def test_two_processes_give_the_results_of_one(failed, case):
     assert not failed[case], failed[case]
 
 

@@ -86,7 +86,7 @@ def test_a_model_is_fine_tuned_scored_and_loaded_again(saved, family, task):
 
 
 @pytest.mark.parametrize(("family", "task"), tiered(PAIRS, []))
-def test_files_in_the_standard_formats_give_what_the_built_in_world_gives(
+def test_files_in_the_standard_formats_give_the_results_of_built_in_data(
     saved, family, task, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
@@ -103,7 +103,7 @@ def test_files_in_the_standard_formats_give_what_the_built_in_world_gives(
 
 
 @pytest.mark.slow
-def test_a_page_shows_examples_and_what_was_said(saved, tmp_path):
+def test_a_page_shows_examples_and_predictions(saved, tmp_path):
     pytest.importorskip("matplotlib")
     config, result = run(saved, "albef", "nlvr2", report=["picture"])
     console = Console(file=(tmp_path / "said.txt").open("w"), width=200)
@@ -130,7 +130,7 @@ def test_the_commands_fine_tune_and_score(saved, capsys):
     assert "expected a model trained by `elip finetune nlvr2`, got METERVQA, one for vqa" in said
 
 
-def test_a_pre_trained_model_is_ranked_anew_by_the_command(saved, capsys):
+def test_the_command_re_ranks_with_a_pre_trained_model(saved, capsys):
     data = DATA["retrieval"].format(1, 6)
     arguments = ("--model", saved("blip"), "--data", data, "--rerank", 3)
     assert elip("eval", "retrieval", *arguments) == 0
@@ -138,7 +138,7 @@ def test_a_pre_trained_model_is_ranked_anew_by_the_command(saved, capsys):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_as_if_it_had_not_been(saved, monkeypatch):
+def test_a_killed_run_continues_exactly(saved, monkeypatch):
     _, whole = run(saved, "albef", "entailment", output_dir="whole")
     step = Trainer._train_step
 
@@ -156,7 +156,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(saved, monkeypatch):
 
 
 @pytest.mark.parametrize("name", tiered(FULL[::-1], []))
-def test_a_recipe_at_full_size_takes_a_step_as_it_is(name):
+def test_a_full_size_recipe_takes_a_step(name):
     task, _, family = name.removeprefix(f"{FINETUNE}/").partition("_")
     given = ["data.train=a", "data.eval=b", "data.tokenizer=c", "model.pretrained=d"]
     config = load_recipe(name, given)
@@ -177,7 +177,7 @@ def test_every_model_of_a_task_has_a_recipe_and_every_task_one_for_tiny_models()
 
 
 @pytest.mark.parametrize(("family", "task"), PAIRS)
-def test_a_task_by_its_name_is_the_recipe_of_the_model(saved, family, task):
+def test_a_task_name_selects_the_recipe_of_the_family(saved, family, task):
     data = {"data.train": "train.json", "data.eval": "eval.json"}
     config = finetune_recipe(task, saved(family), data)
     assert (config.task, config.model.pretrained) == (task, str(saved(family)))
@@ -188,7 +188,7 @@ def test_a_task_by_its_name_is_the_recipe_of_the_model(saved, family, task):
     assert model.resize == (config.data.resize or "crop")
 
 
-def test_a_recipe_at_full_size_runs_on_a_small_model(saved):
+def test_a_full_size_recipe_runs_on_a_small_model(saved):
     data = {f"data.{part}": DATA["vqa"].format(*which) for part, which in PARTS.items()}
     small = {"model.overrides.image_size": 32, "optim.steps": 1, "data.num_workers": 0}
     overrides = TINY | small | data | {"output_dir": "run", "data.context_length": 32}
@@ -197,17 +197,17 @@ def test_a_recipe_at_full_size_runs_on_a_small_model(saved):
 
 
 @pytest.mark.parametrize(("family", "task"), [("albef", "entailment"), ("blip", "retrieval")])
-def test_a_text_is_scored_at_the_length_it_was_trained_at(saved, family, task):
+def test_texts_are_scored_at_the_training_length(saved, family, task):
     _, result = run(saved, family, task, **{"data.context_length": 44})
     assert result.model.config.context_length == 44
 
 
-def test_a_text_longer_than_the_saved_model_reads_is_refused(saved):
+def test_a_text_longer_than_the_saved_positions_raises(saved):
     with pytest.raises(ConfigError, match=r"data\.context_length: expected at most 32.*, got 77"):
         run(saved, "clip", "retrieval", **{"data.context_length": 77})
 
 
-def test_the_tower_is_dense_unless_it_stays_reduced(saved):
+def test_the_tower_is_dense_by_default(saved):
     dense = finetune_recipe("vqa_tiny", saved("albef"), {})
     assert "schedule" not in dense.model.overrides
     reduced = finetune_recipe("vqa_tiny", saved("albef"), {}, reduced=True)
@@ -217,7 +217,7 @@ def test_the_tower_is_dense_unless_it_stays_reduced(saved):
 
 
 @pytest.mark.parametrize("family", ["albef", "blip"])
-def test_what_the_task_has_no_place_for_is_left_with_the_saved_model(saved, family, tmp_path):
+def test_options_that_the_task_model_lacks_are_dropped(saved, family, tmp_path):
     config = json.loads((saved(family) / "config.json").read_text())
     (tmp_path / "model.safetensors").touch()
     said = {"guide": "other", "guide_negatives": 0.5, "guide_dropout": 0.25}
@@ -229,14 +229,14 @@ def test_what_the_task_has_no_place_for_is_left_with_the_saved_model(saved, fami
 
 @pytest.mark.parametrize(("family", "task"), [("blip", "captioning"), ("clip", "classification")])
 @pytest.mark.parametrize("reduced", [False, True])
-def test_without_a_text_the_image_reduces_itself(saved, family, task, reduced):
+def test_without_text_the_reduction_is_vision_only(saved, family, task, reduced):
     said = {} if reduced else {"model.overrides.schedule": "1(100%) 1(50%)"}
     model = meta_model(finetune_recipe(f"{task}_tiny", saved(family), said, reduced=reduced))
     assert model.config.without_text == "vision"
     assert model.reduction.reduces(None, training=False)
 
 
-def test_what_is_of_pre_training_stays_there(saved):
+def test_defaults_of_a_task_replace_defaults_of_pre_training(saved):
     """What a task does otherwise by default, unless the saved model said so."""
     model = meta_model(finetune_recipe("retrieval_tiny", saved("blip"), {})).config
     assert (model.negative_epsilon, model.alpha_warmup_epochs) == (0.0, 1.0)
@@ -256,7 +256,7 @@ UNFOLLOWED = {
 @pytest.mark.parametrize(
     ("family", "field", "value"), [(f, *each) for f, all_ in UNFOLLOWED.items() for each in all_]
 )
-def test_what_a_task_would_not_follow_is_refused(family, field, value):
+def test_options_that_a_task_ignores_raise(family, field, value):
     with pytest.raises(ValueError, match=f"{field}: expected"):
         DOWNSTREAM[family].config_class(schedule="paper", **{field: value})
 
@@ -269,12 +269,12 @@ def test_what_a_task_would_not_follow_is_refused(family, field, value):
         ("captioning_tiny", "albef", "task: expected a task of ALBEF, .*got 'captioning'"),
     ],
 )
-def test_a_task_that_there_is_not_is_named(saved, task, family, message):
+def test_an_unknown_task_raises(saved, task, family, message):
     with pytest.raises(ConfigError, match=message):
         finetune_recipe(task, saved(family), {})
 
 
-def test_a_folder_of_other_content_is_named(tmp_path):
+def test_a_folder_without_a_model_raises(tmp_path):
     with pytest.raises(ConfigError, match=r"--from: folder: expected config.json"):
         finetune_recipe("vqa", tmp_path, {})
 

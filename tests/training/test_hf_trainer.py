@@ -92,7 +92,7 @@ def run(folder, callback, make=classifier, *, resume=None, **options):
         (lambda: ReductionCallback(keep=0.7, until=2), 2),
     ],
 )
-def test_steps_are_reduced_until_the_one_that_is_named(callback, reduced):
+def test_steps_are_reduced_until_the_given_step(callback, reduced):
     callback, model, found = callback(), plain_vit(), []
     for step in range(5):
         state = TrainerState(global_step=step, max_steps=5)
@@ -101,7 +101,7 @@ def test_steps_are_reduced_until_the_one_that_is_named(callback, reduced):
     assert found == [True] * reduced + [False] * (5 - reduced)
 
 
-def test_without_a_strategy_what_the_model_is_reduced_by_stays():
+def test_without_a_strategy_the_present_reduction_stays():
     state = TrainerState(global_step=0, max_steps=5)
     saved = hf_vision("ViTForImageClassification", "ViTConfig", num_labels=5)
     saved.config.elip = settings_of(ToMe(r=2))
@@ -120,13 +120,13 @@ def test_without_a_strategy_what_the_model_is_reduced_by_stays():
         state.global_step = 0
 
 
-def test_the_trainer_trains_by_it(tmp_path):
+def test_the_trainer_trains_with_the_callback(tmp_path):
     _, watch = run(tmp_path, ReductionCallback(HALF, until=0.8))
     assert watch.tokens() == [19] * 4 + [37]
 
 
 @pytest.mark.slow
-def test_a_resumed_run_is_the_one_that_was_not_stopped(tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     def callback():
         return ReductionCallback(ELIP(SCHEDULE, scorer="last"), until=3)
 
@@ -141,7 +141,7 @@ def test_a_resumed_run_is_the_one_that_was_not_stopped(tmp_path):
         assert_equal_gradients(resumed.state_dict(), unstopped.state_dict())
 
 
-def test_an_evaluation_sees_what_the_step_before_saw(tmp_path):
+def test_an_evaluation_uses_the_reduction_of_the_step_before(tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
     _, watch = run(tmp_path, ReductionCallback(ToMe(3), until=3), **options)
     assert watch.tokens(training=False) == [19, 19, 37, 37]  # before, after 2, 4 and the last
@@ -159,7 +159,7 @@ def test_accumulated_batches_are_one_step(tmp_path):
 
 
 @pytest.mark.exhaustive
-def test_what_the_trainer_compiles_changes_where_the_reduction_ends(tmp_path):
+def test_a_compiled_model_changes_where_the_reduction_ends(tmp_path):
     options = {"max_steps": 3}
     eager, _ = run(tmp_path / "eager", ReductionCallback(ToMe(3), until=2), **options)
     dense, _ = run(tmp_path / "dense", ReductionCallback(ToMe(3), until=0), **options)
@@ -178,7 +178,7 @@ def test_until_is_a_step_or_a_share_of_them(until, error):
         ReductionCallback("tome", until=until)
 
 
-def test_a_model_that_cannot_be_reduced_is_refused_before_the_first_step(tmp_path):
+def test_a_model_that_cannot_be_reduced_raises_before_the_first_step(tmp_path):
     swin = transformers.SwinConfig(image_size=32, embed_dim=8, depths=[1], num_heads=[2])
     model = transformers.SwinForImageClassification(swin)
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")

@@ -11,12 +11,12 @@ from tests.kills import CASES, compare
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_killed_run_is_the_one_that_was_not(case, tmp_path):
+def test_a_killed_run_equals_an_uninterrupted_one(case, tmp_path):
     """Of two processes one is killed: torchrun ends the other and starts both again."""
     compare(tmp_path, case, 1, seed=0)
 
 
-def test_restarts_that_could_hang_are_refused(tmp_path, monkeypatch):
+def test_restarts_that_could_hang_raise(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     config, folder = tiny_config(tmp_path), RunFolder(tmp_path)

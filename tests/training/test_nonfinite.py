@@ -29,7 +29,7 @@ def state_of(layer, optimizer):
 
 @pytest.mark.parametrize("norm", [float("nan"), float("inf")])
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_step_that_is_not_finite_leaves_weights_and_state(fused, norm):
+def test_a_nonfinite_step_changes_neither_weights_nor_state(fused, norm):
     layer, optimizer = trained(fused)
     before = state_of(layer, optimizer)
     layer.weight.grad.fill_(norm)
@@ -42,7 +42,7 @@ def test_a_step_that_is_not_finite_leaves_weights_and_state(fused, norm):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_finite_step_is_the_optimisers_own(fused):
+def test_a_finite_step_equals_the_step_of_the_optimiser(fused):
     layer, optimizer = trained(fused)
     other, expected = trained(fused)
     expected.step()
@@ -71,7 +71,7 @@ def with_losses(monkeypatch, spoilt):
     monkeypatch.setattr(Trainer, "_forward", spoiling)
 
 
-def test_a_run_goes_on_and_counts_what_it_skipped(tmp_path, monkeypatch):
+def test_a_run_continues_and_counts_skipped_steps(tmp_path, monkeypatch):
     with_losses(monkeypatch, {2})
     with own_process():
         result = train(tiny_config(tmp_path))
@@ -83,7 +83,7 @@ def test_a_run_goes_on_and_counts_what_it_skipped(tmp_path, monkeypatch):
     assert all(each.isfinite().all() for each in weights if each.is_floating_point())
 
 
-def test_too_many_in_a_row_end_the_run_and_keep_the_last_checkpoint(tmp_path, monkeypatch):
+def test_too_many_nonfinite_steps_end_the_run_and_keep_the_last_checkpoint(tmp_path, monkeypatch):
     with_losses(monkeypatch, {2, 3, 4, 5, 6, 7, 8})
     settings = ("optim.steps=8", "optim.max_nonfinite_steps=3", "checkpoint_every=1")
     with own_process(), pytest.raises(TrainingError, match=r"step 4, the last of 3 in a row.*nan"):
@@ -91,7 +91,7 @@ def test_too_many_in_a_row_end_the_run_and_keep_the_last_checkpoint(tmp_path, mo
     assert RunFolder(tmp_path).checkpoints.latest().name == "step_00000003"
 
 
-def test_a_run_says_where_it_came_from(tmp_path):
+def test_a_run_writes_its_provenance(tmp_path):
     with own_process():
         train(tiny_config(tmp_path))
         train(tiny_config(tmp_path, "optim.steps=5"), resume=True)

@@ -66,7 +66,7 @@ def test_open_clip_trains_and_resumes_what_it_saved(data, tmp_path, reduction):
 
 
 @pytest.mark.exhaustive
-def test_a_reduced_run_is_not_the_dense_one_and_tome_of_nothing_is(data, tmp_path):
+def test_another_r_gives_other_losses(data, tmp_path):
     both = [
         losses(train(data, tmp_path / name, "--epochs", "1", "--reduce", name))
         for name in ("tome:r=0", "tome:r=4")
@@ -91,7 +91,7 @@ def calls():
     return called()
 
 
-def test_a_function_reads_another_global_and_its_module_keeps_its_own():
+def test_a_function_reads_a_replaced_global_and_its_module_does_not_change():
     assert with_globals(calls, called=lambda: "ours")() == "ours"
     assert calls() == "their own"
     with pytest.raises(TypeError, match=r"calls: expected a function that calls missing"):
@@ -116,16 +116,14 @@ def test_reduce_is_a_strategy_or_a_share_or_both():
         (["--reduce", "elip", "--val-data", "a.csv"], "--val-data: expected none with"),
     ],
 )
-def test_arguments_that_cannot_be_used_are_refused_before_a_model_is_made(
-    arguments, message, capsys
-):
+def test_invalid_arguments_raise_before_a_model_is_created(arguments, message, capsys):
     with pytest.raises(SystemExit):
         main(arguments)
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["tome", "evit", "elip:fusion=1.0"])
-def test_without_text_the_validation_pairs_are_open_clips(name, monkeypatch):
+def test_without_text_guidance_validation_pairs_are_allowed(name, monkeypatch):
     from open_clip_train import main as script
 
     got = []

@@ -32,7 +32,7 @@ def test_every_recipe_of_the_paper_is_in_the_table():
 
 
 @pytest.mark.parametrize("name", ORIGINALS)
-def test_every_value_is_the_original_or_a_difference_that_is_told(name):
+def test_every_value_is_the_original_or_a_documented_difference(name):
     values = recipes.ours(name)
     for key, row in ORIGINALS[name].items():
         assert row.keys() <= {"original", "source", "same", "difference"} and row["source"], key

@@ -95,7 +95,7 @@ def test_resuming_is_exact_with_queue_momentum_and_random_state(recipe, tmp_path
 
 
 @pytest.mark.parametrize("name", tiered(RECIPES, ["blip_tiny"]))
-def test_a_step_never_waits_for_the_host(name):
+def test_a_step_does_not_synchronise_with_the_host(name):
     """Draws, queue, momentum and backward run on the meta device, which has no values."""
     with torch.device("meta"):
         model = create_model(f"elip_{name}")
@@ -152,12 +152,12 @@ def test_a_recipe_of_the_paper_builds(family):
         ("albef_tiny", "model.text_init=bert", "model.vision_init, model.text_init: text"),
     ],
 )
-def test_setting_that_does_not_fit_is_named(tmp_path, recipe, override, message):
+def test_a_setting_that_does_not_fit_raises(tmp_path, recipe, override, message):
     with pytest.raises(ConfigError, match=message):
         train(config(tmp_path, recipe, override))
 
 
-def test_diverging_is_told_as_such(tmp_path):
+def test_divergence_raises(tmp_path):
     """Not by the drawing of negatives, which has weights that are no numbers then."""
     settings = ("optim.lr=1e30", "optim.max_grad_norm=null", "optim.steps=4", "log_every=4")
     settings += ("optim.max_nonfinite_steps=2",)
@@ -165,7 +165,7 @@ def test_diverging_is_told_as_such(tmp_path):
         train(config(tmp_path, "albef_tiny", *settings))
 
 
-def test_a_text_tower_is_begun_with(tmp_path):
+def test_text_init_loads_the_text_tower(tmp_path):
     """A folder of transformers, whose weights the first step finds in the model."""
     bert = BertModel(
         BertConfig(

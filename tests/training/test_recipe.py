@@ -120,7 +120,7 @@ def test_mistake_names_key_expected_and_got(recipe, override, message):
 @pytest.mark.parametrize(
     "overrides", [["report=[timing]"], ["report=[picture, retrieval]"], ["data.zero_shot=images"]]
 )
-def test_a_task_is_asked_for_nothing_that_it_would_not_do(recipe, overrides):
+def test_report_options_that_a_task_lacks_raise(recipe, overrides):
     with pytest.raises(ConfigError, match=r"report, data.zero_shot: expected .* the task vqa"):
         load_recipe(recipe, ["task=vqa", "data.eval=a.json", *overrides])
     load_recipe(recipe, ["task=vqa", "data.eval=a.json", "report=[picture]"])
@@ -135,7 +135,7 @@ def test_a_task_is_asked_for_nothing_that_it_would_not_do(recipe, overrides):
         (MINIMAL.replace("lr: 1e-3", "eps: 1"), "optim.lr: expected a number above 0, got nothing"),
     ],
 )
-def test_file_that_is_no_recipe(tmp_path, text, message):
+def test_a_file_that_is_not_a_recipe_raises(tmp_path, text, message):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as error:
@@ -157,12 +157,12 @@ def test_built_in_recipe_loads_and_survives_a_round_trip(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["clip_vit_s16_cc3m", "clip_vit_b16_cc12m"])
-def test_recipe_of_data_that_we_do_not_have_asks_for_it(name):
+def test_a_recipe_without_built_in_data_requires_data_train(name):
     with pytest.raises(ConfigError, match=r"data\.train: .* set data\.train=VALUE"):
         load_recipe(name)
 
 
-def test_overrides_in_one_text_are_refused(recipe):
+def test_overrides_in_one_text_raise(recipe):
     with pytest.raises(ConfigError, match="overrides: expected a list of"):
         load_recipe(recipe, "seed=1")
 

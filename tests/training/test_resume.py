@@ -51,7 +51,7 @@ def kill_at_step(folder, step, *overrides):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_is_never_killed(tmp_path):
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path):
     overrides = (
         "optim.steps=30",
         "optim.grad_accumulation=2",
@@ -99,7 +99,7 @@ def test_resume_of_a_finished_run_changes_nothing_and_reports_again(tmp_path):
 
 
 @pytest.mark.parametrize("when", ["report=[retrieval]", "eval_every=4"])
-def test_an_evaluation_that_fails_at_the_end_costs_no_step(tmp_path, monkeypatch, when):
+def test_an_evaluation_that_fails_at_the_end_loses_no_step(tmp_path, monkeypatch, when):
     expected = train(tiny_config(tmp_path / "whole", when))
     config = tiny_config(tmp_path / "failed", when)
 
@@ -135,7 +135,7 @@ def scaled(config, folder):
 
 
 @pytest.mark.parametrize("step", [2, 5])
-def test_a_gradient_scaler_goes_on_where_it_was(tmp_path, monkeypatch, step):
+def test_a_gradient_scaler_is_resumed_exactly(tmp_path, monkeypatch, step):
     monkeypatch.setattr(trainer, "make_accelerator", scaled)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     overrides = ("optim.steps=8", "checkpoint_every=1", "keep_checkpoints=9")
@@ -160,7 +160,7 @@ def test_a_gradient_scaler_goes_on_where_it_was(tmp_path, monkeypatch, step):
     assert weights[0] == weights[1]
 
 
-def test_folder_with_a_run_is_refused_and_left_alone(tmp_path):
+def test_a_folder_with_a_run_raises_and_does_not_change(tmp_path):
     train(tiny_config(tmp_path))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(TrainingError, match=r"already contains a run.*--resume"):
@@ -176,7 +176,7 @@ def test_resume_with_another_recipe_names_the_keys(tmp_path):
         train(tiny_config(tmp_path, "optim.lr=0.002", "optim.precision=bf16"), resume=True)
 
 
-def test_resume_on_other_data_is_refused(tmp_path):
+def test_resuming_on_other_data_raises(tmp_path):
     scenes, images = EmojiScenes(12, image_size=32), tmp_path / "images"
     images.mkdir()
     entries = []

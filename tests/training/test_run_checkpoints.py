@@ -61,7 +61,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, name, dam
     assert str(newest) in told[0] and "resuming step_00000004 instead" in told[0]
 
 
-def test_nothing_is_begun_anew_where_every_checkpoint_is_damaged(tmp_path):
+def test_a_run_does_not_restart_if_every_checkpoint_is_damaged(tmp_path):
     checkpoints = committed(tmp_path, 4, 8)
     for checkpoint in checkpoints.path.iterdir():
         flip(checkpoint / "model.safetensors")
@@ -69,7 +69,7 @@ def test_nothing_is_begun_anew_where_every_checkpoint_is_damaged(tmp_path):
         checkpoints.latest()
 
 
-def test_a_checkpoint_is_seen_when_it_is_complete(tmp_path):
+def test_a_checkpoint_is_visible_when_it_is_complete(tmp_path):
     checkpoints = committed(tmp_path)
     assert checkpoints.latest() is None
     checkpoints.unfinished(3).mkdir(parents=True)
@@ -81,7 +81,7 @@ def test_a_checkpoint_is_seen_when_it_is_complete(tmp_path):
     assert not list(checkpoints.path.glob(".*"))
 
 
-def test_the_newest_are_kept_and_one_step_is_written_over(tmp_path):
+def test_the_newest_are_kept_and_an_equal_step_is_overwritten(tmp_path):
     checkpoints = committed(tmp_path, 1, 2, 3, 3, keep=2)
     assert sorted(each.name for each in checkpoints.path.iterdir()) == [
         "step_00000002",
@@ -92,7 +92,7 @@ def test_the_newest_are_kept_and_one_step_is_written_over(tmp_path):
         step_of(checkpoints.latest(), num_samples=8)
 
 
-def test_a_run_goes_on_from_the_last_whole_checkpoint(tmp_path):
+def test_a_run_resumes_from_the_last_undamaged_checkpoint(tmp_path):
     whole, damaged = tmp_path / "whole", tmp_path / "damaged"
     with own_process():
         train(tiny_config(whole, "checkpoint_every=1"))
@@ -140,7 +140,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step(tmp_path, number
     assert "Traceback" not in error, error
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path):
+def test_a_stopped_run_continues_exactly(tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     with own_process():
         train(tiny_config(whole))
@@ -168,14 +168,14 @@ def _at_second_step():
     return came
 
 
-def test_the_handlers_of_a_program_are_given_back(tmp_path):
+def test_signal_handlers_are_restored(tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with own_process():
         train(tiny_config(tmp_path))
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
-def test_a_checkpoint_in_time_lets_the_process_live(monkeypatch):
+def test_the_process_is_not_killed_if_the_checkpoint_is_in_time(monkeypatch):
     ended = []
     monkeypatch.setattr("elip_models.training.signal_handling.GRACE_PERIOD", 0.2)
     monkeypatch.setattr("elip_models.training.signal_handling.os._exit", ended.append)
@@ -190,7 +190,7 @@ def test_a_checkpoint_in_time_lets_the_process_live(monkeypatch):
     assert ended == [130]
 
 
-def test_a_folder_is_free_again_when_its_run_has_ended(tmp_path):
+def test_a_folder_is_unlocked_when_its_run_has_ended(tmp_path):
     config = tiny_config(tmp_path)
     with own_process():
         train(config)

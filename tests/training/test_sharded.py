@@ -29,7 +29,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_sharded_runs_are_replicated_ones(failed, case):
+def test_sharded_runs_equal_replicated_ones(failed, case):
     assert not failed[case], failed[case]
 
 
@@ -44,13 +44,13 @@ def test_sharded_runs_are_replicated_ones(failed, case):
         ("meter_tiny", ("compile=eager",), r"optim\.compile: expected false .*got 'eager'"),
     ],
 )
-def test_what_cannot_be_sharded_is_refused(recipe, overrides, message):
+def test_unsupported_sharding_raises(recipe, overrides, message):
     config = load_recipe(recipe, [f"optim.{each}" for each in ("shard=true", *overrides)])
     with pytest.raises(ConfigError, match=message):
         check_sharding(config, 2)
 
 
-def test_one_process_has_nothing_to_share(tmp_path):
+def test_sharding_on_one_process_raises(tmp_path):
     folder = tmp_path / "run"
     config = tiny_config(folder, "optim.shard=true")
     with own_process(), pytest.raises(ConfigError, match=r"optim\.shard: .*torchrun"):

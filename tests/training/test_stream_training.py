@@ -107,13 +107,13 @@ def test_a_pass_has_every_sample_once_and_the_next_in_another_order(folder):
     assert first != second
 
 
-def test_a_sample_that_comes_again_is_drawn_anew(folder):
+def test_a_repeated_sample_is_augmented_differently(folder):
     taken = take(20, batches_of(spec(folder)))
     assert len(set(drawn(taken))) == 40
 
 
 @pytest.mark.parametrize(("world_size", "num_workers"), [(2, 0), (2, 2)])
-def test_readers_share_each_pass_and_none_waits(folder, world_size, num_workers):
+def test_readers_share_each_pass_without_waiting(folder, world_size, num_workers):
     """Of five shards two readers have three and two; each goes on without the other."""
     workers, first_pass = max(1, num_workers), []
     for rank in range(world_size):
@@ -142,7 +142,7 @@ def test_fewer_shards_than_readers(folder, world_size, num_workers, readers):
 
 
 @pytest.mark.parametrize(("num_workers", "done"), [(0, 1), (0, 4), (2, 1), (2, 5)])
-def test_nothing_is_left_out_where_a_run_goes_on(folder, num_workers, done):
+def test_a_resumed_run_skips_no_sample(folder, num_workers, done):
     options = {"num_workers": num_workers, "batch_size": 3}
     before = take(done, batches_of(spec(folder), **options))
     resumed = batches_of(spec(folder), **options)
@@ -157,7 +157,7 @@ def test_nothing_is_left_out_where_a_run_goes_on(folder, num_workers, done):
         assert places[0] <= places[1], "a shard was passed over"
 
 
-def test_what_is_lost_is_named_once_and_the_rest_comes(folder):
+def test_lost_shards_are_reported_once_and_the_others_are_read(folder):
     urls = [f"pipe:cat {folder}/{number}.tar" for number in range(4)] + ["pipe:exit 7"]
     taken = take(20, batches_of({"stream": urls, "samples": 20, "shuffle": 350}))
     assert set(numbers(taken)) <= set(range(16))
@@ -167,7 +167,7 @@ def test_what_is_lost_is_named_once_and_the_rest_comes(folder):
     assert {("pipe:exit 7", "exit status 7"), (urls[0], "")} <= set(shards)
 
 
-def test_a_stream_of_which_nothing_comes_is_an_error_and_no_wait(folder):
+def test_an_empty_stream_raises_without_waiting(folder):
     start = time.monotonic()
     [batch] = take(9, batches_of({"stream": "pipe:exit 7", "samples": 5}))
     assert isinstance(batch, DataError)
@@ -175,7 +175,7 @@ def test_a_stream_of_which_nothing_comes_is_an_error_and_no_wait(folder):
     assert time.monotonic() - start < 10
 
 
-def test_images_of_which_none_can_be_decoded_are_an_error(tmp_path, monkeypatch):
+def test_a_stream_without_decodable_images_raises(tmp_path, monkeypatch):
     monkeypatch.setattr("elip_models.data.stream_batches.MAX_IN_A_ROW", 20)
     path = shard(tmp_path / "a.tar", [("a.png", b"no image"), ("a.txt", b"a")])
     [batch] = take(9, batches_of({"stream": f"pipe:cat {path}", "samples": 5, "shuffle": 2}))
@@ -208,7 +208,7 @@ def stream(url, **options):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_run_goes_on_from_its_shards(tmp_path, num_workers):
+def test_a_run_resumes_at_its_shards(tmp_path, num_workers):
     overrides = (
         stream(scenes(tmp_path)),
         f"data.num_workers={num_workers}",
@@ -232,7 +232,7 @@ def test_a_run_goes_on_from_its_shards(tmp_path, num_workers):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_whose_position_is_damaged_is_not_taken(tmp_path):
+def test_a_checkpoint_with_a_damaged_position_is_not_used(tmp_path):
     config = tiny_config(tmp_path / "run", stream(scenes(tmp_path)), "checkpoint_every=2")
     train(config)
     state = tmp_path / "run" / "checkpoints" / "step_00000004" / "stream_0.json"
@@ -255,7 +255,7 @@ def test_too_many_lost_shards_stop_the_run(tmp_path):
         train(config)
 
 
-def test_a_run_over_https_says_what_it_could_not_read(tmp_path):
+def test_a_run_over_https_reports_unreadable_samples(tmp_path):
     scenes(tmp_path)
     (tmp_path / "1.tar").unlink()
     with served(tmp_path, breaks_after=20_000) as url:
@@ -276,7 +276,7 @@ def test_a_run_over_https_says_what_it_could_not_read(tmp_path):
         (("data.train.samples=0",), r"data\.train: samples: expected .*at least 1"),
     ],
 )
-def test_what_a_stream_is_not_for(tmp_path, overrides, message):
+def test_unsupported_uses_of_a_stream_raise(tmp_path, overrides, message):
     with pytest.raises(ConfigError, match=message):
         train(tiny_config(tmp_path / "run", stream(scenes(tmp_path)), *overrides))
 
@@ -295,20 +295,20 @@ def test_a_stream_on_the_command_line(tmp_path, text):
     assert source.spec.resample == ("resample" in text)
 
 
-def test_a_task_is_not_for_a_stream(tmp_path):
+def test_a_task_on_a_stream_raises(tmp_path):
     needed = ("data.tokenizer=a", "model.pretrained=a", f"output_dir={tmp_path}")
     config = load_recipe("finetune/vqa_tiny", ["data.train=pipe:a,samples=1", *needed])
     with pytest.raises(ValueError, match="expected data on disk for vqa, got a stream"):
         open_training_data(config, 32)
 
 
-def test_guides_are_counted_among_the_first(tmp_path):
+def test_guide_other_trains_on_a_stream(tmp_path):
     url = scenes(tmp_path)
     result = train(tiny_config(tmp_path / "run", stream(url), "model.overrides.guide=other"))
     assert result.step == 4
 
 
-def test_a_worker_does_not_end_when_a_scheduler_ends_the_job():
+def test_a_worker_ignores_the_signal_that_ends_the_job():
     dataset = TrainingSamples(EmojiScenes(8, image_size=8), numbered, seed=0)
     others = _children()
     batches = iter(train_loader(dataset, EpochSampler(8, 2, 0), 2))
@@ -332,7 +332,7 @@ def _children():
 
 
 @pytest.mark.slow
-def test_two_processes_of_unequal_shards_end_and_go_on(tmp_path):
+def test_two_processes_with_unequal_shards_end_and_resume(tmp_path):
     url, run = scenes(tmp_path, count=3, each=9), tmp_path / "run"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*launcher, "--nproc-per-node=2", "-m", "elip_models.cli"]

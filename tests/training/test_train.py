@@ -189,7 +189,7 @@ def test_non_finite_loss_stops_the_run_and_saves_nothing(tmp_path):
     assert RunFolder(tmp_path).checkpoints.latest() is None
 
 
-def test_evaluates_on_the_way_and_at_the_end(tmp_path):
+def test_evaluates_during_and_after_training(tmp_path):
     result = train(tiny_config(tmp_path, "eval_every=3", "report=[retrieval]", "log_every=2"))
     rows = logged(tmp_path, "image_to_text_r1", "text_to_image_r10", "step")
     assert [row["step"] for row in rows] == [3, 4]
@@ -197,7 +197,7 @@ def test_evaluates_on_the_way_and_at_the_end(tmp_path):
     assert [row["step"] for row in logged(tmp_path, "step")] == [2, 3, 4, 4]
 
 
-def test_tensorboard_holds_the_log(tmp_path):
+def test_tensorboard_contains_the_log(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(tiny_config(tmp_path, "trackers=[tensorboard]"))
@@ -253,7 +253,7 @@ def test_an_evaluation_may_take_longer_than_processes_wait_in_training(tmp_path)
         ("trackers=[blackboard]", "trackers: .*blackboard"),
     ],
 )
-def test_setting_that_does_not_fit_is_named(tmp_path, override, message):
+def test_a_setting_that_does_not_fit_raises(tmp_path, override, message):
     with pytest.raises(ConfigError, match=message):
         train(tiny_config(tmp_path, override))
 
@@ -271,7 +271,7 @@ def one_caption_each(folder, *second):
     return f"data.train={folder / 'list.json'}"
 
 
-def test_images_of_one_caption_cannot_all_be_guided_by_another(tmp_path):
+def test_guide_other_raises_if_no_image_has_two_captions(tmp_path):
     config = tiny_config(
         tmp_path / "run", one_caption_each(tmp_path), "model.overrides.guide=other"
     )
@@ -279,7 +279,7 @@ def test_images_of_one_caption_cannot_all_be_guided_by_another(tmp_path):
         train(config)
 
 
-def test_images_that_guide_themselves_for_lack_of_captions_are_counted(tmp_path):
+def test_guide_other_warns_of_images_with_one_caption(tmp_path):
     data = one_caption_each(tmp_path, "a second one")
     config = tiny_config(tmp_path / "run", data, "model.overrides.guide=other")
     with pytest.warns(UserWarning, match="94% of the images have one"), pytest.raises(DataError):

@@ -102,7 +102,7 @@ def test_every_optimiser_trains(name, tmp_path):
     assert losses(tmp_path)[-1] < 0.9 * losses(tmp_path)[0]
 
 
-def test_the_average_is_saved_evaluated_and_leaves_training_alone(tmp_path):
+def test_the_average_is_saved_and_evaluated_and_does_not_change_training(tmp_path):
     settings = ("checkpoint_every=1", "keep_checkpoints=4", "report=[retrieval]")
     result = train(tiny_config(tmp_path / "average", *settings, "optim.ema=0.7"))
     plain = train(tiny_config(tmp_path / "plain", *settings))
@@ -123,7 +123,7 @@ def test_the_average_is_saved_evaluated_and_leaves_training_alone(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiled_step_is_compiled_anew_only_where_patch_dropout_ends(tmp_path):
+def test_a_compiled_step_is_recompiled_only_where_patch_dropout_ends(tmp_path):
     options = (
         "{strategy: patch_dropout, strategy_options: {keep_ratio: 0.5, until: 2}, schedule: null}"
     )
@@ -159,7 +159,7 @@ def saved_run(folder):
     return folder / "model"
 
 
-def test_a_run_begins_with_another_and_does_not_load_it_again(tmp_path):
+def test_a_warm_start_is_not_repeated_on_resuming(tmp_path):
     source = saved_run(tmp_path / "first")
     tokenizer = shutil.copytree(source, tmp_path / "tokenizer")
     begins = (f"model.pretrained={source}", f"data.tokenizer={tokenizer}", "optim.lr=1e-30")
@@ -174,7 +174,7 @@ def test_a_run_begins_with_another_and_does_not_load_it_again(tmp_path):
     assert train(tiny_config(second, *begins, "optim.steps=5"), resume=True).step == 5
 
 
-def test_tokens_of_another_tokenizer_do_not_come_by_accident(tmp_path):
+def test_embeddings_of_another_tokenizer_raise(tmp_path):
     source = saved_run(tmp_path / "first")
     begins = f"model.pretrained={source}"
     with pytest.raises(ConfigError, match=r"data\.tokenizer: expected that of model\.pretrained"):
@@ -184,6 +184,6 @@ def test_tokens_of_another_tokenizer_do_not_come_by_accident(tmp_path):
     assert train(tiny_config(tmp_path / "third", begins, *new)).step == 4
 
 
-def test_a_beginning_is_one(tmp_path):
+def test_pretrained_with_another_initialisation_raises(tmp_path):
     with pytest.raises(ConfigError, match=r"model\.pretrained: expected null with model\.vision_"):
         tiny_config(tmp_path, "model.pretrained=a", "model.vision_init=timm:b")
