@@ -1,4 +1,4 @@
-"""How far scorers choose alike, on the tokens that `exact` lets through."""
+"""Agreement of the scorers, on the tokens that `exact` keeps."""
 
 import pytest
 

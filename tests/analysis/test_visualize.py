@@ -1,4 +1,4 @@
-"""Which patches survive each stage, their scores through merged tokens, and the pictures."""
+"""Surviving patches of each stage, their scores through merged tokens, and the pictures."""
 
 import re
 from types import SimpleNamespace
@@ -33,7 +33,7 @@ NUM_PATCHES = 36
 
 
 def reduce_images(merge="one", **options):
-    """Stages of a tiny tower, and its number of prefix tokens."""
+    """Return the infos of a reduced tiny tower, and its number of prefix tokens."""
     model = plain_vit(**options)
     _, infos = elip_models.encode_image(
         model, images(), text(), schedule=SCHEDULE, scorer="last", merge=merge, return_info=True
@@ -108,7 +108,7 @@ def test_the_grid_has_the_shape_of_the_image(size, num_patches, grid):
 
 
 def rows_of(path):
-    """Rows of a picture: long runs of lines that begin with an image, which is not white."""
+    """Count the rows of a picture: long runs of lines that begin with an image."""
     ink = pil_to_tensor(Image.open(path).convert("L"))[0, :, 10:110] < 250
     lines = "".join(str(int(line)) for line in ink.float().mean(1) > 0.6)
     return len(re.findall("1{150,}", lines))

@@ -1,4 +1,4 @@
-"""`elip visualize` on every kind of model: its own text guides it, or the title says none does."""
+"""`elip visualize` on every kind of model, guided by its own text or by vision only."""
 
 import json
 import sys
@@ -26,7 +26,7 @@ SIX = "2(100%) 2(70%) 2(40%)"
 
 @pytest.fixture(scope="module")
 def small_tokenizer(captions):
-    """As many words as the tiny text towers know."""
+    """Train a tokenizer with the vocabulary size of the tiny text towers."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from tokenizers.processors import TemplateProcessing
 
@@ -44,7 +44,7 @@ def small_tokenizer(captions):
 
 @pytest.fixture
 def files(tmp_path):
-    """Two images, one of them wide."""
+    """Write two images, one of which is wide."""
     paths = [tmp_path / "a.png", tmp_path / "b.png"]
     for path, size in zip(paths, ((64, 64), (90, 50)), strict=True):
         Image.effect_noise(size, 80).convert("RGB").save(path)

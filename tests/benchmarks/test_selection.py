@@ -1,4 +1,4 @@
-"""`elip eval selection`: measures of what a reduction keeps, on scenes whose answer is known."""
+"""`elip eval selection`: measures of what a reduction keeps, on scenes with known answers."""
 
 import json
 import math
@@ -61,7 +61,7 @@ def small(name, tokenizer):
 
 
 def named_patches(source) -> Tensor:
-    """(COUNT, 64): a quarter of the patch or more shows what the caption in turn names."""
+    """Return (COUNT, 64) bool: patches of which a quarter or more shows what the caption names."""
     masks = (source.named_mask(i, i % 5).reshape(8, 8, 8, 8) for i in range(COUNT))
     return torch.stack([torch.tensor(m.mean((1, 3)).ravel() >= 0.25) for m in masks])
 
@@ -208,7 +208,7 @@ def test_agreement_and_loss_are_those_of_the_model(model, source, tokenizer):
 
 
 def test_a_curve_uses_the_patches_with_the_highest_scores(model, source, monkeypatch):
-    """Each score is that of patch dropout's tokens, chosen by hand; areas are means over shares."""
+    """Compare scores with patch dropout of tokens chosen by hand, and areas with their means."""
     images, counts = images_of(source)[:3], []
     row = torch.rand(3, PATCHES, generator=torch.Generator().manual_seed(1))
     texts = torch.nn.functional.normalize(torch.randn(3, 64), dim=1)
@@ -236,7 +236,7 @@ def test_a_curve_uses_the_patches_with_the_highest_scores(model, source, monkeyp
 
 
 def test_insertion_and_deletion_use_opposite_ends_of_the_scores(model, source, monkeypatch):
-    """A score that counts the shown patches of a row's upper half."""
+    """Use a score that counts the patches of the row's upper half."""
     row = torch.arange(PATCHES).float().expand(3, -1)
 
     def score(model, images, texts, order, count):
@@ -256,7 +256,7 @@ def test_agreement_is_1_only_for_exact(model, source, tokenizer):
 
 
 def test_equal_scores_are_in_random_order():
-    """A random keep knows two scores alone: kept or not."""
+    """Use scores with only two values, as of a random selection."""
     row = torch.zeros(200, PATCHES).index_fill(1, torch.arange(KEEP), 1.0)
     places = deletion_insertion._places(row, torch.rand_like(row).argsort(1))
     assert (places.sort(1).values == torch.arange(PATCHES)).all()

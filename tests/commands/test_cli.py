@@ -1,4 +1,4 @@
-"""The command line: a run end to end, and one clean line for what the user can mend."""
+"""The command line: a whole run, and one line for each error of the user."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Wrong model folders and command lines: one line, exit status 2, nothing run or written."""
+"""Invalid model folders and command lines: one line, exit status 2, nothing is run or written."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def config_of(text):
 
 
 def evil_tokenizer(folder):
-    """Its class is a Python file beside it, which leaves a mark when it is run."""
+    """Set the tokenizer's class to a Python file that writes a mark when it is run."""
     path = folder / "tokenizer_config.json"
     own = {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
     path.write_text(json.dumps(json.loads(path.read_text()) | own))

@@ -1,4 +1,4 @@
-"""`elip profile --parts`: shares of a training step by part add up, and lie where they should."""
+"""`elip profile --parts`: the shares of the components add up and match the model."""
 
 import json
 

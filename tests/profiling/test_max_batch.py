@@ -1,4 +1,4 @@
-"""The largest training batch: by a line through two small ones, dense and reduced."""
+"""The largest training batch, by a line through two small ones, dense and reduced."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`elip profile`: counted without memory, timed on tiny models, strategies read from text."""
+"""`elip profile`: FLOPs on the meta device, times of tiny models, strategy specs."""
 
 import io
 import json
@@ -316,7 +316,7 @@ def test_the_report_on_table_1_uses_the_counts(blip_counts):
 
 
 def test_table_1_matches_the_paper():
-    """Its TFLOPs: dense, ELIP, EViT, ToMe."""
+    """Compare the TFLOPs of dense, ELIP, EViT and ToMe."""
     said = {name: tuple(each)[1:] for name, each in TABLE1.items()}
     assert said == {
         "ALBEF": (9.65, 8.50, 3.21, 6.66),

@@ -1,4 +1,4 @@
-"""Two processes: FSDP2 and DDP give what one process gives. The cases run in one pair of them."""
+"""Two processes with FSDP2 and DDP give the results of one process; all cases share one pair."""
 
 import pytest
 from torch import nn
@@ -29,7 +29,7 @@ def test_two_processes_give_the_results_of_one(failed, case):
 
 
 def fsdp1(module):
-    """FSDP1's wrapper, which cannot be built without an accelerator."""
+    """Return a fake of FSDP1's wrapper, which cannot be built without an accelerator."""
     wrapper = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
     nn.Module.__init__(wrapper)
     wrapper._fsdp_wrapped_module = module

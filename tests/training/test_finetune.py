@@ -1,4 +1,4 @@
-"""`elip finetune`: recipes by task and family, what a model begins with, runs from end to end."""
+"""`elip finetune`: recipes by task and family, initial weights, whole runs."""
 
 import json
 from pathlib import Path
@@ -237,7 +237,6 @@ def test_without_text_the_reduction_is_vision_only(saved, family, task, reduced)
 
 
 def test_defaults_of_a_task_replace_defaults_of_pre_training(saved):
-    """What a task does otherwise by default, unless the saved model said so."""
     model = meta_model(finetune_recipe("retrieval_tiny", saved("blip"), {})).config
     assert (model.negative_epsilon, model.alpha_warmup_epochs) == (0.0, 1.0)
     assert (model.momentum, model.queue_size, model.image_size) == (0.98, 64, 32)

@@ -1,4 +1,4 @@
-"""The Trainer of transformers runs each step as the callback says, resumed or not."""
+"""`ReductionCallback` sets the reduction of each step of transformers' Trainer, resumed or not."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ HALF = PatchDropout(0.5)
 
 
 class Watch(TrainerCallback):
-    """Tokens that enter the last block, in each step and in each evaluation."""
+    """A callback that records the tokens of the last block, in training and in evaluation."""
 
     def __init__(self, last):
         self.lengths = []

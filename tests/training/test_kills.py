@@ -1,4 +1,4 @@
-"""Runs that SIGKILL ends go on as if nothing had been; many more by `python -m tests.kills`."""
+"""Runs killed by SIGKILL resume exactly; `python -m tests.kills` has many more cases."""
 
 import pytest
 
@@ -12,7 +12,7 @@ from tests.kills import CASES, compare
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_killed_run_equals_an_uninterrupted_one(case, tmp_path):
-    """Of two processes one is killed: torchrun ends the other and starts both again."""
+    """Kill one of two processes; torchrun ends the other and restarts both."""
     compare(tmp_path, case, 1, seed=0)
 
 

@@ -1,4 +1,4 @@
-"""Steps that are not finite are skipped and counted, and too many in a row end the run."""
+"""Steps that are not finite are skipped and counted; too many in a row end the run."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""The recipes of the paper's models hold what the originals have, or tell the difference."""
+"""Recipes of the paper's models have the original values, or a documented difference."""
 
 import math
 from importlib.util import module_from_spec, spec_from_file_location
@@ -75,7 +75,7 @@ def test_stale_tables_are_seen_and_rewritten(tmp_path):
 
 
 def albef(step):
-    """Ten stairs, each a step late, then a cosine over whole epochs."""
+    """Return a warm-up of ten stairs, each a step late, then a cosine over whole epochs."""
     epoch = step // EPOCH
     if step <= 1000:
         return 1e-5 + 9e-5 * (max(step - 1, 0) // 100) / 10

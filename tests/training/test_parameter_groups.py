@@ -1,4 +1,4 @@
-"""Which parameters decay and which learn faster, by the official rules for the official names."""
+"""Weight decay and learning rate scales of parameters match the official rules."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""ALBEF, BLIP and METER through `elip train`: losses fall, resuming is exact, bad settings stop."""
+"""ALBEF, BLIP and METER through `elip train`: falling losses, exact resuming, errors."""
 
 import math
 import shutil
@@ -78,7 +78,7 @@ def test_real_shards_train_too(recipe, tmp_path, emoji):
 
 @pytest.mark.parametrize("recipe", tiered(RECIPES, ["albef_tiny"]))
 def test_resuming_is_exact_with_queue_momentum_and_random_state(recipe, tmp_path):
-    """Dropout draws, negatives are drawn, tokens are masked, and the queue wraps around."""
+    """Resume with dropout, drawn negatives, masked tokens and a queue that wraps around."""
     dropout = "dropout" if recipe == "meter_tiny" else "text_dropout"
     overrides = ("optim.steps=8", "checkpoint_every=5", f"model.overrides.{dropout}=0.1")
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
@@ -96,7 +96,7 @@ def test_resuming_is_exact_with_queue_momentum_and_random_state(recipe, tmp_path
 
 @pytest.mark.parametrize("name", tiered(RECIPES, ["blip_tiny"]))
 def test_a_step_does_not_synchronise_with_the_host(name):
-    """Draws, queue, momentum and backward run on the meta device, which has no values."""
+    """Run a step on the meta device, which has no values to read."""
     with torch.device("meta"):
         model = create_model(f"elip_{name}")
         images, ids = torch.empty(4, 3, 64, 64), torch.empty(4, 32, dtype=torch.long)
@@ -117,7 +117,7 @@ def test_momentum_targets_are_warmed_up_by_epoch(recipe, tmp_path):
 
 @pytest.mark.parametrize("accumulation", [1, 3, 7])
 def test_step_decay_begins_with_the_epoch(accumulation):
-    """Of 10 batches, which need not be a whole number of steps."""
+    """Take epochs of 10 batches, which need not be a whole number of steps."""
     settings = {"lr": 1.0, "warmup_steps": 0, "total_steps": 1000, "decay": "step"}
     for step in range(100):
         epoch = step * accumulation // 10
@@ -158,7 +158,7 @@ def test_a_setting_that_does_not_fit_raises(tmp_path, recipe, override, message)
 
 
 def test_divergence_raises(tmp_path):
-    """Not by the drawing of negatives, which has weights that are no numbers then."""
+    """Raise TrainingError, not an error of drawing negatives with NaN weights."""
     settings = ("optim.lr=1e30", "optim.max_grad_norm=null", "optim.steps=4", "log_every=4")
     settings += ("optim.max_nonfinite_steps=2",)
     with pytest.raises(TrainingError, match="not finite"):
@@ -166,7 +166,7 @@ def test_divergence_raises(tmp_path):
 
 
 def test_text_init_loads_the_text_tower(tmp_path):
-    """A folder of transformers, whose weights the first step finds in the model."""
+    """Load a folder of transformers and compare the model's weights before its first step."""
     bert = BertModel(
         BertConfig(
             vocab_size=300,

@@ -1,4 +1,4 @@
-"""Recipes: what they hold, how overrides change them, and what each mistake is told."""
+"""Recipes: defaults, overrides and error messages."""
 
 import dataclasses
 

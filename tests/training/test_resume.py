@@ -1,4 +1,4 @@
-"""Resuming: a killed run continues as if it had not been, and what cannot be resumed is refused."""
+"""Resuming: a killed run continues exactly, and a run that cannot be resumed raises."""
 
 import json
 import os
@@ -128,7 +128,7 @@ def test_keeps_the_newest_checkpoints(tmp_path):
 
 
 def scaled(config, folder):
-    """As on a GPU in fp16, but for the precision; its first steps overflow, and are skipped."""
+    """Return an accelerator with fp16's gradient scaler, which skips its first steps."""
     accelerator = make_accelerator(config, folder)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=2)
     return accelerator

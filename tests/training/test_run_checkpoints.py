@@ -1,4 +1,4 @@
-"""Checkpoints are whole or named; a folder has one run; a signal ends it with a checkpoint more."""
+"""Checkpoints are verified; a folder has one run; a signal ends a run after a last checkpoint."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`optim.shard`: FSDP2 trains as DistributedDataParallel does, resumes exactly, or is refused."""
+"""`optim.shard`: FSDP2 trains like DistributedDataParallel and resumes exactly, or raises."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Training on a stream: which reader reads what, what a seed fixes, and where a run goes on."""
+"""Training on a stream: distribution of shards over readers, seeds, resuming."""
 
 import io
 import itertools
@@ -47,7 +47,7 @@ def _own_process(monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Shards of numbered samples, whose images have that number as a colour."""
+    """Write shards of numbered samples, whose images have the number as their colour."""
     folder = tmp_path_factory.mktemp("shards")
     for number in range(SHARDS):
         with tarfile.open(folder / f"{number}.tar", "w") as tar:
@@ -114,7 +114,7 @@ def test_a_repeated_sample_is_augmented_differently(folder):
 
 @pytest.mark.parametrize(("world_size", "num_workers"), [(2, 0), (2, 2)])
 def test_readers_share_each_pass_without_waiting(folder, world_size, num_workers):
-    """Of five shards two readers have three and two; each goes on without the other."""
+    """Distribute five shards over readers, which do not wait for each other."""
     workers, first_pass = max(1, num_workers), []
     for rank in range(world_size):
         batches = batches_of(
@@ -187,7 +187,7 @@ NUMBERS = ("loss", "step", "epoch", "lr", "grad_norm")
 
 
 def scenes(folder, count=4, each=6):
-    """Shards of the built-in scenes."""
+    """Write shards of built-in scenes and return their URL."""
     source = EmojiScenes(count * each, image_size=32)
     for number in range(count):
         with tarfile.open(folder / f"{number}.tar", "w") as tar:

@@ -1,4 +1,4 @@
-"""Training: groups, schedule, steps, precision, and what stops a run."""
+"""Training: parameter groups, learning rates, steps, precision, and errors that stop a run."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Training as people do it today: starting points, optimisers, a moving average, compilation."""
+"""Options of training: initial weights, optimisers, a moving average, compilation."""
 
 import dataclasses
 import io
