@@ -188,7 +188,7 @@ def test_imports_of_the_wheel_work_or_name_their_extra(installed):
 def test_a_users_script_is_typed_against(installed, built, kind):
     environment = installed(kind)
     script = environment / "script.py"
-    shutil.copy(ROOT / "tests" / "typed_user_script.py", script)
+    shutil.copy(ROOT / "tests" / "helpers" / "typed_user_script.py", script)
     of = ["--python-executable", environment / "bin" / "python", "--cache-dir", built / "mypy"]
     run(sys.executable, "-m", "mypy", "--strict", *of, script, cwd=environment, path="")
 
@@ -213,4 +213,4 @@ def test_every_public_function_is_typed():
 
 @pytest.mark.slow
 def test_the_typed_script_runs():
-    run(sys.executable, ROOT / "tests" / "typed_user_script.py")
+    run(sys.executable, ROOT / "tests" / "helpers" / "typed_user_script.py")
