@@ -220,10 +220,7 @@ class ClassDataset(_PhotoTemplates):
 
 
 class ClassExamples:
-    """An `ExampleSource` of images with classes and without text.
-
-    The classes are its `answers`, in the order of the source.
-    """
+    """An `ExampleSource` of images without text, whose `answers` are the classes."""
 
     def __init__(self, source: ClassSource) -> None:
         self.source = source

@@ -23,7 +23,6 @@ _FORMS = (
     "a folder of tars, or a comma separated list of paths of one kind"
 )
 
-
 Spec = str | Mapping[str, Any]
 """One line, or a mapping with the fields of `FileSpec`."""
 

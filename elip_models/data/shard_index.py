@@ -1,6 +1,6 @@
 """Index of tar shards: an Arrow table with one row per sample.
 
-The table of a shard of at least `CACHED_FROM` bytes is stored in the cache folder. All ranks and
+The table of a shard of at least `MIN_CACHED_BYTES` is stored in the cache folder. All ranks and
 workers map it into memory. Its file name depends on the path, size and modification time of the
 shard; the table of a changed shard replaces the old one. When several tables are missing, several
 processes build them, each table once.
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset
 
-CACHED_FROM = 2**24  # bytes of a shard; reading a smaller one is fast enough without a cache
-SHARED_FROM = 2**30  # total bytes of missing shards from which on several processes build them
+MIN_CACHED_BYTES = 2**24  # bytes of a shard; reading a smaller one is fast enough without a cache
+MIN_SHARED_BYTES = 2**30  # total bytes of missing shards from which on several processes build them
 FORMAT = 2  # version of the cached tables
 
 
@@ -87,7 +87,7 @@ def _cache_path(shard: Path) -> Path | None:
     """Return the path of the cached table of a shard, or None if it is not cached."""
     stat = shard.stat()
     root = _cache_folder()
-    if stat.st_size < CACHED_FROM or root is None:
+    if stat.st_size < MIN_CACHED_BYTES or root is None:
         return None
     state = f"{FORMAT}\n{stat.st_size}\n{stat.st_mtime_ns}"
     name = f"{_digest(os.fsencode(shard.resolve()))}-{_digest(state.encode())}.arrow"
@@ -130,7 +130,7 @@ def _build_missing(tables: dict[Path, Path]) -> None:
     from rich.progress import Progress
 
     processes = []
-    if sum(shard.stat().st_size for shard in tables) >= SHARED_FROM:
+    if sum(shard.stat().st_size for shard in tables) >= MIN_SHARED_BYTES:
         command = [sys.executable, "-m", "elip_models.data.shard_index"]
         request = json.dumps([[str(shard), str(path)] for shard, path in tables.items()])
         for _ in range(min(len(tables), os.cpu_count() or 1) - 1):

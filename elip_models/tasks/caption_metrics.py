@@ -24,7 +24,7 @@ import numpy as np
 from elip_models.tasks.intervals import Interval, bootstrap_interval, interval_of
 from elip_models.validation import check, require_extra
 
-InJava = Literal["meteor", "spice"]
+JavaMetric = Literal["meteor", "spice"]
 TokenizerName = Literal["ptb", "plain"]
 Texts = list[list[str]]
 WORD = re.compile(r"n't\b|'(?:s|re|ve|ll|d|m)\b|\w+?(?=n't\b)|\w+(?:[-.]\w+)*")
@@ -51,7 +51,7 @@ def caption_scores(
     written: Sequence[str],
     captions: Sequence[Sequence[str]],
     *,
-    also: Sequence[InJava] = (),
+    also: Sequence[JavaMetric] = (),
     tokenizer: TokenizerName | None = None,
 ) -> CaptionScores:
     """Score one generated caption for each image.
@@ -70,7 +70,7 @@ def caption_scores(
             reference.
     """
     for name in also:
-        check("also", name, InJava)
+        check("also", name, JavaMetric)
     check("tokenizer", tokenizer, TokenizerName | None)
     for name in [*also, tokenizer]:
         if name not in ("plain", None) and not has_java():
@@ -84,7 +84,7 @@ def caption_scores(
         from pycocoevalcap.cider.cider import Cider
     _, each = Cider().compute_score(references, generated)
     scores = {"cider": bootstrap_interval(each), "bleu_4": _bleu(references, generated)}
-    scores |= {name: bootstrap_interval(_in_java(name, references, generated)) for name in also}
+    scores |= {name: bootstrap_interval(_java_scores(name, references, generated)) for name in also}
     return CaptionScores(scores, tuple(map(float, each)), tokenizer)
 
 
@@ -146,8 +146,8 @@ def _bleu(references: dict[int, list[str]], generated: dict[int, list[str]]) -> 
     return interval_of(of_drawn, np.ones(len(parts), dtype=int))
 
 
-def _in_java(
-    name: InJava, references: dict[int, list[str]], generated: dict[int, list[str]]
+def _java_scores(
+    name: JavaMetric, references: dict[int, list[str]], generated: dict[int, list[str]]
 ) -> list[float]:
     """Return one score for each image."""
     if name == "meteor":

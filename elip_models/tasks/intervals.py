@@ -7,7 +7,7 @@ import numpy as np
 
 LEVEL = 0.95
 RESAMPLES = 10_000
-DRAWN_AT_ONCE = 2**22  # numbers in memory
+MAX_DRAWN_NUMBERS = 2**22  # numbers in memory
 
 
 class Interval(NamedTuple):
@@ -53,7 +53,7 @@ def interval_of(
     n = int(counts.sum())
     if n == 0:
         raise ValueError("scores: expected one per example, got none")
-    rng, at_once = np.random.default_rng(seed), max(1, DRAWN_AT_ONCE // len(counts))
+    rng, at_once = np.random.default_rng(seed), max(1, MAX_DRAWN_NUMBERS // len(counts))
     sizes = [min(at_once, RESAMPLES - first) for first in range(0, RESAMPLES, at_once)]
     drawn = [statistic(rng.multinomial(n, counts / n, size=size)) for size in sizes]
     low, high = np.quantile(np.concatenate(drawn), [(1 - level) / 2, (1 + level) / 2])

@@ -15,7 +15,7 @@ from tests.helpers.damage import picture, shard
 def cache(tmp_path, monkeypatch):
     """Cache shards of any size in a folder of the test."""
     monkeypatch.setenv("ELIP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(shard_index, "CACHED_FROM", 1)
+    monkeypatch.setattr(shard_index, "MIN_CACHED_BYTES", 1)
     return tmp_path / "cache" / "shards"
 
 
@@ -86,7 +86,7 @@ def test_small_shards_are_not_cached(tmp_path, monkeypatch):
 def test_an_unwritable_cache_folder_warns_and_is_not_used(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ELIP_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr(shard_index, "CACHED_FROM", 1)
+    monkeypatch.setattr(shard_index, "MIN_CACHED_BYTES", 1)
     with pytest.warns(UserWarning, match="the index of tar shards is not cached"):
         assert len(ShardSource(three(tmp_path))) == 6
 
@@ -96,7 +96,7 @@ def test_several_processes_build_each_shard_once(tmp_path, cache):
     paths = [shard(tmp_path / f"{n}.tar") for n in range(8)]
     code = (
         "import sys; from pathlib import Path; from elip_models.data import shard_index as s\n"
-        "s.CACHED_FROM = 1; table = s._shard_table\n"
+        "s.MIN_CACHED_BYTES = 1; table = s._shard_table\n"
         "def loud(path): print(path.name); return table(path)\n"
         "s._shard_table = loud; s.read_index([Path(each) for each in sys.argv[1:]])"
     )
@@ -109,7 +109,7 @@ def test_several_processes_build_each_shard_once(tmp_path, cache):
 
 @pytest.mark.slow
 def test_large_shards_are_indexed_by_several_processes(tmp_path, cache, monkeypatch):
-    monkeypatch.setattr(shard_index, "SHARED_FROM", 1)
+    monkeypatch.setattr(shard_index, "MIN_SHARED_BYTES", 1)
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     started, popen = [], subprocess.Popen
     monkeypatch.setattr(

@@ -16,7 +16,7 @@ from elip_models.data import (
     open_source,
     soft_scores,
 )
-from elip_models.data.tasks.vqa_files import LISTED_FROM
+from elip_models.data.tasks.vqa_files import MIN_FIRST_ANSWERS
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +110,9 @@ def test_an_answer_list_from_the_data_has_frequent_first_answers(tmp_path):
     source = opened("vqa", str(write(tmp_path / "vqa.json", entries)))
     assert source.answers == ("x",)
     few = write(tmp_path / "few.json", entries[:3])
-    with pytest.raises(ValueError, match=rf"answers: expected a file, .* first of {LISTED_FROM}"):
+    with pytest.raises(
+        ValueError, match=rf"answers: expected a file, .* first of {MIN_FIRST_ANSWERS}"
+    ):
         opened("vqa", str(few))
 
 

@@ -61,7 +61,7 @@ def test_the_interval_is_deterministic_and_narrows_with_more_examples():
 def test_the_interval_does_not_depend_on_the_chunk_size(monkeypatch):
     scores = np.random.default_rng(1).random(40)
     expected = bootstrap_interval(scores)
-    monkeypatch.setattr(intervals, "DRAWN_AT_ONCE", 40 * 999)
+    monkeypatch.setattr(intervals, "MAX_DRAWN_NUMBERS", 40 * 999)
     assert bootstrap_interval(scores) == pytest.approx(expected)
 
 

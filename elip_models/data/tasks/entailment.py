@@ -115,7 +115,7 @@ def _counted(rng: np.random.Generator, clutter: int) -> Hypothesis:
 
 
 FORMS = (_placed, _coloured, _related, _counted)
-IN_CLUTTER = FORMS[:3]
+CLUTTER_FORMS = FORMS[:3]
 """Forms for scenes with clutter, in which every place has one emoji."""
 
 
@@ -128,7 +128,7 @@ class EmojiEntailment(EmojiExamples):
     stream = 12
 
     def _make_example(self, number: int, turn: int, rng: np.random.Generator) -> SceneExample:
-        forms = IN_CLUTTER if self.options.clutter else FORMS
+        forms = CLUTTER_FORMS if self.options.clutter else FORMS
         hypothesis = forms[number % len(forms)](rng, self.options.clutter)
         label = LABELS[turn]
         return SceneExample(

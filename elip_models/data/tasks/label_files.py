@@ -33,12 +33,12 @@ Parsed = tuple[str, str, str, tuple[Path, ...]]
 
 def entailment_examples(spec: FileSpec, files: Sequence[Path]) -> FileExamples:
     """Read hypotheses about images."""
-    return FileExamples(_rows(spec, files, "entailment", _hypothesis, LABELS), LABELS)
+    return FileExamples(_rows(spec, files, "entailment", _parse_hypothesis, LABELS), LABELS)
 
 
 def nlvr2_examples(spec: FileSpec, files: Sequence[Path]) -> FileExamples:
     """Read statements about two images each."""
-    return FileExamples(_rows(spec, files, "nlvr2", _statement, ANSWERS), ANSWERS)
+    return FileExamples(_rows(spec, files, "nlvr2", _parse_statement, ANSWERS), ANSWERS)
 
 
 def _rows(
@@ -60,7 +60,7 @@ def _rows(
             yield StoredExample(name, row_id, text, {label: spec.weight}, images)
 
 
-def _hypothesis(where: str, entry: Any, root: Path, number: str) -> Parsed:
+def _parse_hypothesis(where: str, entry: Any, root: Path, number: str) -> Parsed:
     if isinstance(entry, dict) and "sentence2" in entry:
         key = next((key for key in _IDS if key in entry), _IDS[0])
         fields = {"sentence2": str, "gold_label": str, key: str, "pairID": str}
@@ -71,7 +71,7 @@ def _hypothesis(where: str, entry: Any, root: Path, number: str) -> Parsed:
     return row_id, text, label, (root / image,)
 
 
-def _statement(where: str, entry: Any, root: Path, number: str) -> Parsed:
+def _parse_statement(where: str, entry: Any, root: Path, number: str) -> Parsed:
     text, label = read_fields(where, entry, sentence=str, label=str | bool)
     if "identifier" in entry:
         (row_id,) = read_fields(where, entry, identifier=str)

@@ -30,37 +30,37 @@ from elip_models.data.tasks.conditional_scenes import (
 from elip_models.data.tasks.emoji_examples import EmojiExamples, SceneExample
 
 ANSWERS = ("false", "true")
-Two = tuple[Scene, Scene]
+Pair = tuple[Scene, Scene]
 
 
 class Statement(NamedTuple):
     """A statement; `sample` draws the left and the right scene for which it is true or false."""
 
     text: str
-    sample: Callable[[np.random.Generator, bool], Two]
+    sample: Callable[[np.random.Generator, bool], Pair]
 
 
-def _counts(rng: np.random.Generator, clutter: int, name: str, left: int, right: int) -> Two:
+def _scene_pair(rng: np.random.Generator, clutter: int, name: str, left: int, right: int) -> Pair:
     return scene_with_count(rng, clutter, name, left), scene_with_count(rng, clutter, name, right)
 
 
-def _some(rng: np.random.Generator) -> int:
+def _random_count(rng: np.random.Generator) -> int:
     return int(rng.integers(1, MOST + 1))
 
 
-def _shown_in(rng: np.random.Generator, clutter: int, name: str, images: int) -> Two:
+def _scenes_showing(rng: np.random.Generator, clutter: int, name: str, images: int) -> Pair:
     """Draw two scenes, of which `images` show the emoji: 0, 1 or 2."""
     order = rng.permutation(2).tolist()
-    counts = [_some(rng) for _ in order]
+    counts = [_random_count(rng) for _ in order]
     left, right = (count if i < images else 0 for i, count in zip(order, counts, strict=True))
-    return _counts(rng, clutter, name, left, right)
+    return _scene_pair(rng, clutter, name, left, right)
 
 
 def _both(rng: np.random.Generator, clutter: int) -> Statement:
     name = pick(rng, EMOJI)
 
-    def sample(rng: np.random.Generator, true: bool) -> Two:
-        return _shown_in(rng, clutter, name, 2 if true else 1)
+    def sample(rng: np.random.Generator, true: bool) -> Pair:
+        return _scenes_showing(rng, clutter, name, 2 if true else 1)
 
     return Statement(f"there is {with_article(name)} in both images", sample)
 
@@ -68,8 +68,8 @@ def _both(rng: np.random.Generator, clutter: int) -> Statement:
 def _exactly_one(rng: np.random.Generator, clutter: int) -> Statement:
     name = pick(rng, EMOJI)
 
-    def sample(rng: np.random.Generator, true: bool) -> Two:
-        return _shown_in(rng, clutter, name, 1 if true else pick(rng, (0, 2)))
+    def sample(rng: np.random.Generator, true: bool) -> Pair:
+        return _scenes_showing(rng, clutter, name, 1 if true else pick(rng, (0, 2)))
 
     return Statement(f"exactly one of the images has {with_article(name)}", sample)
 
@@ -77,12 +77,12 @@ def _exactly_one(rng: np.random.Generator, clutter: int) -> Statement:
 def _more(rng: np.random.Generator, clutter: int) -> Statement:
     name = pick(rng, EMOJI)
 
-    def sample(rng: np.random.Generator, true: bool) -> Two:
+    def sample(rng: np.random.Generator, true: bool) -> Pair:
         fewer, more = sorted(rng.choice(MOST + 1, size=2, replace=False).tolist())
         if not true and rng.integers(2):
             fewer = more
         left, right = (more, fewer) if true else (fewer, more)
-        return _counts(rng, clutter, name, left, right)
+        return _scene_pair(rng, clutter, name, left, right)
 
     many = plural(name)
     return Statement(f"there are more {many} in the left image than in the right one", sample)
@@ -91,7 +91,7 @@ def _more(rng: np.random.Generator, clutter: int) -> Statement:
 def _background(rng: np.random.Generator, clutter: int) -> Statement:
     colour = pick(rng, BACKGROUNDS)
 
-    def sample(rng: np.random.Generator, true: bool) -> Two:
+    def sample(rng: np.random.Generator, true: bool) -> Pair:
         other = pick(rng, [name for name in BACKGROUNDS if name != colour])
         colours = rng.permutation([colour, colour if true else other]).tolist()
         left, right = (replace(sample_scene(rng, clutter), background=each) for each in colours)
@@ -104,10 +104,10 @@ def _in_all(rng: np.random.Generator, clutter: int) -> Statement:
     name, totals = pick(rng, EMOJI), range(1, 2 * MOST)
     total = pick(rng, totals)
 
-    def sample(rng: np.random.Generator, true: bool) -> Two:
+    def sample(rng: np.random.Generator, true: bool) -> Pair:
         shown = total if true else pick(rng, [other for other in totals if other != total])
         left = int(rng.integers(max(0, shown - MOST), min(shown, MOST) + 1))
-        return _counts(rng, clutter, name, left, shown - left)
+        return _scene_pair(rng, clutter, name, left, shown - left)
 
     return Statement(f"the two images show {in_words(total, name)} in all", sample)
 
@@ -115,7 +115,7 @@ def _in_all(rng: np.random.Generator, clutter: int) -> Statement:
 def _each(rng: np.random.Generator, clutter: int) -> Statement:
     name, other = sample_two_emoji(rng)
 
-    def sample(rng: np.random.Generator, true: bool) -> Two:
+    def sample(rng: np.random.Generator, true: bool) -> Pair:
         scenes = []
         for shown, absent in ((name, other), (other, name)):
             scene, number = sample_scene_where(rng, clutter, find_groups)

@@ -19,7 +19,7 @@ ARTICLES = ("a", "an", "the")
 PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\->\<@`,?!]")
 NO_DECIMAL = re.compile(r"\.(?!\d)")
 THOUSANDS = re.compile(r"(?<=\d),(?=\d)")
-PARTS = {  # suffix: stems; without words such as "it's", which are other words without apostrophe
+STEMS = {  # by suffix; without stems such as "it" of "it's", since "its" is another word
     "'t": "ain aren can couldn didn doesn don hadn hasn haven isn mightn mustn needn oughtn shan "
     "shouldn wasn weren won wouldn",
     "'ve": "could i might must not should they we what who would you",
@@ -33,7 +33,7 @@ PARTS = {  # suffix: stems; without words such as "it's", which are other words 
     "'clock": "o",
 }
 CONTRACTIONS = {
-    stem + part[1:]: stem + part for part, stems in PARTS.items() for stem in stems.split()
+    stem + part[1:]: stem + part for part, stems in STEMS.items() for stem in stems.split()
 }
 
 

@@ -29,7 +29,7 @@ _EXPECTED = (
     '"answer"}'
 )
 _TEST_IMAGES = {"test-dev2015": "test2015"}
-LISTED_FROM = 9
+MIN_FIRST_ANSWERS = 9
 """Questions whose first answer a text must be, to be in a list made from the data."""
 
 
@@ -43,7 +43,7 @@ def vqa_examples(spec: FileSpec, files: Sequence[Path]) -> FileExamples:
     rows, first_answers = [], Counter()
     for file, data in loaded.items():
         root = file.parent if spec.images is None else expand_user(spec.images)
-        read = _listed(file, data, root, len(rows)) if isinstance(data, list) else None
+        read = _list_questions(file, data, root, len(rows)) if isinstance(data, list) else None
         for row, first in read or _questions(file, data, root, annotations):
             shares = {answer: spec.weight * share for answer, share in row.answers.items()}
             rows.append(row._replace(answers=shares))
@@ -68,7 +68,7 @@ def _annotations(loaded: dict[Path, Any]) -> dict[int, tuple[list[str], str]] | 
             ]
             if not answers:
                 raise ValueError(f"{where}: answers: expected at least one, got none")
-            found[question] = ([_alike(each) for each in answers], _alike(first))
+            found[question] = ([_normalised(each) for each in answers], _normalised(first))
     return found if any_file else None
 
 
@@ -100,7 +100,7 @@ def _questions(
         yield StoredExample(entry_name, str(question_id), question, _shares(given), (path,)), first
 
 
-def _listed(
+def _list_questions(
     file: Path, data: list[Any], root: Path, before: int
 ) -> Iterator[tuple[StoredExample, str | None]]:
     """Yield the questions of a list, each with its most frequent answer."""
@@ -119,7 +119,7 @@ def _listed(
         yield row, max(shares, key=shares.get, default=None)
 
 
-def _alike(answer: str) -> str:
+def _normalised(answer: str) -> str:
     return normalise_answer(answer) or answer
 
 
@@ -129,10 +129,10 @@ def _shares(given: list[str]) -> dict[str, float]:
 
 def _answer_list(spec: FileSpec, first_answers: Counter[str]) -> tuple[str, ...]:
     if spec.answers is None:
-        listed = [answer for answer, count in first_answers.items() if count >= LISTED_FROM]
+        listed = [answer for answer, count in first_answers.items() if count >= MIN_FIRST_ANSWERS]
         if first_answers and not listed:
             raise ValueError(
-                f"answers: expected a file, or an answer that is the first of {LISTED_FROM} "
+                f"answers: expected a file, or an answer that is the first of {MIN_FIRST_ANSWERS} "
                 f"questions, got {len(first_answers)} rarer ones; add answers=answer_list.json"
             )
         return tuple(listed)
