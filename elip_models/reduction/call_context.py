@@ -237,7 +237,8 @@ def _in_backward() -> bool:
 def _is_reentrant_recomputation() -> bool:
     """Return whether the backward of a re-entrant checkpoint runs this code.
 
-    A hook of a backward pass that starts a forward pass of its own is not a recomputation.
+    A backward hook that starts a forward pass is not a recomputation; only a recomputation runs
+    with gradients in torch.utils.checkpoint without an open checkpoint.
     """
     frame, in_checkpoint = inspect.currentframe(), False
     while frame is not None and frame.f_code.co_name != "_engine_run_backward":
@@ -245,7 +246,7 @@ def _is_reentrant_recomputation() -> bool:
             return True
         in_checkpoint |= frame.f_globals.get("__name__") == CHECKPOINT_MODULE
         frame = frame.f_back
-    if in_checkpoint and not _is_reentrant_forward() and not _open_checkpoints():
+    if in_checkpoint and torch.is_grad_enabled() and not _open_checkpoints():
         raise _unknown_checkpoint("CheckpointFunction.backward")
     return False
 

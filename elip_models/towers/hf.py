@@ -7,19 +7,20 @@ them, all tokens return to their patches after the last layer, so that each coun
 also return if the model needs a token for each patch: a pixel decoder, or a language model.
 """
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from einops import rearrange
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 from transformers import (
-    AutoImageProcessor,
     CLIPForImageClassification,
     DeiTForMaskedImageModeling,
     SiglipForImageClassification,
     ViTForMaskedImageModeling,
 )
-from transformers.utils import cached_file
 
 from elip_models.towers.base import Tower
 from elip_models.towers.reducible_model import Stats
@@ -48,7 +49,6 @@ LAYERS = {
 }
 AVERAGED = (CLIPForImageClassification, SiglipForImageClassification)
 PIXEL_DECODERS = (ViTForMaskedImageModeling, DeiTForMaskedImageModeling)
-LOCAL = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -207,19 +207,32 @@ class HFTower(Tower):
 
 
 def image_stats_of(model: nn.Module) -> Stats | None:
-    """Return the statistics in the model's config or its local image processor, or None.
+    """Return the statistics in the model's config or in a local file of its processor, or None.
 
-    Files of a model from the hub are read from the local cache, without network access.
+    A model from the hub has its files in the local cache; the network is not used.
     """
     config = model.config
-    if getattr(config, "image_mean", None) is not None:
-        return tuple(config.image_mean), tuple(config.image_std)
-    for file in PROCESSOR_FILES if config.name_or_path else ():
-        found = cached_file(config.name_or_path, file, **LOCAL)
-        if found is not None:
-            processor = AutoImageProcessor.from_pretrained(Path(found).parent)
-            return tuple(processor.image_mean), tuple(processor.image_std)
-    return None
+    settings = [vars(config)]
+    for file in filter(None, (_local_file(config, name) for name in PROCESSOR_FILES)):
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        settings += [saved, saved.get("image_processor", {})]
+    found = (each for each in settings if each.get("image_mean") and each.get("image_std"))
+    stats = next(found, None)
+    return None if stats is None else (tuple(stats["image_mean"]), tuple(stats["image_std"]))
+
+
+def _local_file(config: Any, name: str) -> Path | None:
+    """Return a file beside the model, in its folder or in the local cache of the hub, or None."""
+    if not config.name_or_path:
+        return None
+    folder, revision = Path(config.name_or_path), getattr(config, "_commit_hash", None)
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    try:
+        path = try_to_load_from_cache(config.name_or_path, name, revision=revision)
+    except HFValidationError:  # a folder that is gone
+        return None
+    return Path(path) if isinstance(path, str) else None
 
 
 def _trunk(model: nn.Module) -> tuple[nn.Module, nn.ModuleList] | None:

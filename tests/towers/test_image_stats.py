@@ -1,0 +1,88 @@
+"""The statistics that normalise images come from the model or a local file; defaults warn."""
+
+import socket
+import warnings
+
+import pytest
+from huggingface_hub import constants
+from transformers import CLIPImageProcessor, CLIPModel, ViTConfig, ViTModel
+
+from elip_models.towers import as_image_text, as_tower, reducible_model
+from elip_models.towers.hf import image_stats_of
+from tests.helpers.models import hf_clip
+
+HALF = (0.5, 0.5, 0.5)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """Record each address that is looked up; warnings were not given before."""
+    addresses = []
+
+    def look_up(host, *args, **kwargs):
+        addresses.append(host)
+        raise OSError(f"{host} was looked up")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    reducible_model._warn_default_stats.cache_clear()
+    yield addresses
+    assert not addresses
+
+
+def vit(name=""):
+    config = ViTConfig(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        image_size=32, patch_size=16, name_or_path=name,
+    )  # fmt: skip
+    return ViTModel(config)
+
+
+def test_a_model_of_the_hub_is_not_looked_up_and_its_default_warns_once():
+    model = hf_clip()
+    model.config.name_or_path = "somebody/a-model-that-is-not-here"
+    image_text = as_image_text(model)
+    expected = r"CLIPModel stores no .* CLIP's are used: mean \(0\.48.*std \(0\.26.*load it"
+    with pytest.warns(UserWarning, match=expected):
+        stats = image_text.image_stats()
+    assert stats == reducible_model.clip_stats()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert image_text.image_stats() == stats
+
+
+def test_an_image_model_without_statistics_warns_with_those_of_imagenet():
+    model = reducible_model.ImageModel(as_tower(vit("somebody/a-model-that-is-not-here")))
+    with pytest.warns(UserWarning, match=r"ImageNet's are used: mean \(0\.485, 0\.456, 0\.406\)"):
+        assert model.image_stats() == reducible_model.IMAGENET
+
+
+def test_the_processor_in_the_folder_of_a_model_counts(tmp_path):
+    hf_clip().save_pretrained(tmp_path)
+    CLIPImageProcessor(image_mean=HALF, image_std=HALF).save_pretrained(tmp_path)
+    model = CLIPModel.from_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert as_image_text(model).image_stats() == (HALF, HALF)
+
+
+def test_the_config_of_a_model_counts():
+    model = vit()
+    assert image_stats_of(model) is None
+    model.config.image_mean, model.config.image_std = HALF, HALF
+    assert image_stats_of(model) == (HALF, HALF)
+
+
+def test_the_local_cache_of_the_hub_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--somebody--a-cached-model"
+    snapshot = repository / "snapshots" / "0a1b"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0a1b")
+    CLIPImageProcessor(image_mean=HALF, image_std=HALF).save_pretrained(snapshot)
+    assert image_stats_of(vit("somebody/a-cached-model")) == (HALF, HALF)
+
+
+def test_a_folder_that_is_gone_counts_as_none():
+    assert image_stats_of(vit("/a/folder/that/is/gone")) is None
