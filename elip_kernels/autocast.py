@@ -13,10 +13,7 @@ R = TypeVar("R")
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager:
-    """Disable autocast on the device of `tensor`; does nothing where autocast is off.
-
-    The check avoids torch's own context manager, which takes microseconds to enter.
-    """
+    """Return a context without autocast on the device of `tensor`; cheap if autocast is off."""
     device = tensor.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return nullcontext()

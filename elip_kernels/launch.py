@@ -40,10 +40,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def reduce_forward(candidates: int, element_size: int) -> LaunchConfig:
-    """Return a tile of all candidates by one cache line of each.
-
-    64 registers with 8 warps at 256 candidates, 126 with 16 warps at 1,024.
-    """
+    """Return a tile of all candidates: 64 registers and 8 warps at 256, 126 and 16 at 1,024."""
     block_n = max(16, next_power_of_2(candidates))
     return LaunchConfig(
         block_n, 128 // element_size, 4 if block_n <= 128 else 8 if block_n <= 256 else 16
@@ -56,10 +53,7 @@ def reduce_backward(element_size: int) -> LaunchConfig:
 
 
 def _precision(wide: bool) -> dict[str, Any]:
-    """Return the precision of products: tf32x3 for fp32 on CUDA, else ieee.
-
-    ROCm does not compile tf32x3, and the interpreter has one precision only.
-    """
+    """Return tf32x3 for fp32 on CUDA; else ieee, which ROCm and the interpreter require."""
     hip, interpreted = torch.version.hip is not None, is_interpreted()
     return {"PRECISION": "tf32x3" if wide and not hip and not interpreted else "ieee"}
 
@@ -102,11 +96,7 @@ def value(channels: int, weight: Tensor) -> dict[str, Any]:
 
 
 def score_tiles(heads: int, tokens: Tensor) -> dict[str, Any]:
-    """Return a tile of 64 patches, one cache line of each per step.
-
-    54 registers in bf16 with 8 warps, 69 in fp32 with three products. With 4 warps and more than
-    16 heads, registers spill on sm_86 and sm_120.
-    """
+    """Return a tile of 64 patches: 54 registers in bf16, 69 in fp32; 4 warps may spill."""
     return _dot(heads, tokens) | {
         "BLOCK_N": 64,
         "BLOCK_K": 128 // tokens.element_size(),
@@ -116,10 +106,7 @@ def score_tiles(heads: int, tokens: Tensor) -> dict[str, Any]:
 
 
 def select(candidates: int, tiles: int) -> tuple[int, int, int]:
-    """Return BLOCK_N, BLOCK_T and warps for the selection of one image.
-
-    40 registers at 256 candidates, 50 at 1,024, 116 at 4,096 (16 candidates per thread).
-    """
+    """Return BLOCK_N, BLOCK_T and warps: 40 registers at 256 candidates, 116 at 4,096."""
     block_n = max(16, next_power_of_2(candidates))
     return block_n, next_power_of_2(tiles), 4 if block_n <= 256 else 8
 
@@ -135,10 +122,7 @@ def heads_a_step(block_n: int, block_t: int, num_warps: int) -> int:
 
 
 def move(candidates: int, element_size: int) -> LaunchConfig:
-    """Return a tile of at most 64 candidates by one cache line: 63 registers with 4 warps.
-
-    A tile of 256 candidates takes 124 registers with 8 warps.
-    """
+    """Return a tile of at most 64 candidates: 63 registers with 4 warps (256 take 124 with 8)."""
     block_n = min(64, max(16, next_power_of_2(candidates)))
     return LaunchConfig(block_n, 128 // element_size, 4)
 
@@ -149,10 +133,7 @@ def copy(element_size: int) -> LaunchConfig:
 
 
 def weight_tiles(heads: int, tokens: Tensor) -> dict[str, Any]:
-    """Return `score_tiles` with the number of warps that spills nowhere for aligned rows.
-
-    80 registers in bf16 with 4 warps, 70 in fp32 with 8.
-    """
+    """Return `score_tiles` without spills: 4 warps (80 registers) in bf16, 8 warps (70) in fp32."""
     narrow = heads <= 16 and tokens.dtype != torch.float32
     return score_tiles(heads, tokens) | {"num_warps": 4 if narrow else 8}
 
@@ -168,11 +149,7 @@ def weigh(tokens: Tensor) -> dict[str, Any]:
 
 
 def column_sums(channels: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Return a tile of 64 queries x 64 keys for two-byte types, 32 x 32 for fp32.
-
-    72 registers with 64 channels, 96 with 128; 213 for the three products of fp32. On ROCm the
-    loop does not prefetch its next tile, because that spills registers.
-    """
+    """Return a tile of 64 x 64 for two-byte types, 32 x 32 for fp32; ROCm spills if it prefetches."""
     wide = dtype == torch.float32
     return _precision(wide) | {
         "WIDEN": is_interpreted(),
@@ -202,20 +179,13 @@ def column_mean(queries: int, keys: int) -> dict[str, int]:
 
 
 def bipartite_match(channels: int, element_size: int) -> tuple[int, int, int, int]:
-    """Return BLOCK_A, BLOCK_B, BLOCK_C and warps: four programs per image at N = 257.
-
-    96 registers with 64 two-byte channels (174 with 64 x 64 tokens); 84 with 16 channels of fp32,
-    which has no tensor cores in full precision.
-    """
+    """Return BLOCK_A, BLOCK_B, BLOCK_C and warps: 96 registers in bf16 (174 with 64 x 64 tiles)."""
     block_c = min(64 if element_size == 2 else 16, next_power_of_2(channels))
     return 32, 32, max(16, block_c), 4
 
 
 def merge_order(tokens: int) -> tuple[int, int, int]:
-    """Return BLOCK_N, BLOCK_M and warps; BLOCK_M is the number of slots, at most 512.
-
-    A thread compares 32 pairs of a slot with a token and with a row: 112 registers.
-    """
+    """Return BLOCK_N, BLOCK_M (the number of slots, at most 512) and warps: 112 registers."""
     block_m = min(512, max(64, next_power_of_2(tokens)))
     return 8192 // block_m, block_m, 8
 

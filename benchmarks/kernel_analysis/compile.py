@@ -64,8 +64,6 @@ class Compiled:
     """Figures of the compiled code of one kernel.
 
     Attributes:
-        num_warps: warps of a program.
-        num_stages: pipeline stages of its loops.
         registers: per thread; on AMD all vector registers, including accumulation registers.
         stack: bytes per thread; on AMD the scratch memory.
         local: bytes of local memory per thread.

@@ -123,11 +123,7 @@ def _value(a: Any) -> int:
 
 
 def _merge(a: Any) -> int:
-    """Return the waits for row starts, for full rounds, and for the remaining rounds.
-
-    A full round waits for the token positions and for the tokens. The remaining rounds wait for the
-    positions once, and for the tokens in each round.
-    """
+    """Return the waits: row starts; positions and tokens of full rounds; those of other rounds."""
     row_sizes = a.row_sizes or [ceil(a.N / a.R)] * min(a.R, a.BLOCK_R)
     full, rest = sum(n // a.BLOCK_R for n in row_sizes), max(n % a.BLOCK_R for n in row_sizes)
     return 1 + 2 * full + (1 + rest if rest else 0)

@@ -56,10 +56,7 @@ def apply_merge(
 
 
 def merge_order(B: int, N: int, R: int, *, has_size: bool = False, tiled: bool = False) -> Work:
-    """Count the order of the tokens by row, and the start and size of each row.
-
-    `tiled`: every tile of tokens reads all slots and sizes.
-    """
+    """Count tokens by row, row starts and sizes. `tiled`: each tile reads all slots and sizes."""
     tiles = ceil(max(N, R) / launch.merge_order(N)[0]) if tiled else 1
     read = {"slots": B * tiles * N * INT32}
     if has_size:
@@ -78,10 +75,7 @@ def merge_gather(
     has_size: bool = False,
     tiled: bool = False,
 ) -> Work:
-    """Count the move of tokens to their R rows.
-
-    `tiled`: every slice of D reads the small tensors, and the start of the row after a tile.
-    """
+    """Count tokens moved to R rows. `tiled`: each slice of D reads the small tensors."""
     rows, block_d, _ = launch.merge_gather(dtype.itemsize)
     slices, behind = (ceil(D / block_d), ceil(R / rows) - 1) if tiled else (1, 0)
     read = {"tokens": B * N * D * dtype.itemsize, "order": B * slices * N * INT32}
@@ -101,11 +95,7 @@ def bipartite_merge_backward(
     has_size: bool = False,
     tiled: bool = False,
 ) -> Work:
-    """Count the copy of each row's gradient to its tokens.
-
-    `tiled`: at most one row per token, because the tokens of a row may be in different tiles; the
-    small tensors are read with every slice of D.
-    """
+    """Count gradients of rows copied to tokens. `tiled`: a row per token, and all per slice."""
     size, rows = dtype.itemsize, N if tiled else N - r
     slices = ceil(D / launch.reduce_backward(size).block_d) if tiled else 1
     read = {"grad_out": B * rows * D * size, "out_size": B * slices * rows * FP32}
@@ -126,10 +116,7 @@ def merge_nearest(
     has_size: bool = False,
     p: int = 1,
 ) -> Work:
-    """Return the work of `nearest_match` and `apply_merge`; `select` comes before it.
-
-    Its backward is `bipartite_merge_backward` with N - p - K tokens merged away.
-    """
+    """Return the work of `nearest_match` and `apply_merge`, without that of `select`."""
     merged = apply_merge(B, N, D, p + K, dtype, has_size=has_size)
     return together(nearest_match(B, N, C, K, dtype), merged)
 

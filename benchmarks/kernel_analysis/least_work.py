@@ -75,10 +75,7 @@ def cls_attention(B: int, H: int, N: int, d: int, dtype: torch.dtype, *, group: 
 def key_scores(
     B: int, H: int, N: int, d: int, dtype: torch.dtype, *, group: int = 1, tiled: bool = False
 ) -> Work:
-    """Count q and k read, and scores, maximum and sum of each tile written.
-
-    `group` query heads read one head of k. `tiled`: each tile reads q.
-    """
+    """Count q, k, scores of tiles, with `group` q heads per k head. `tiled`: each tile reads q."""
     size, tiles = dtype.itemsize, max(1, ceil((N - 1) / launch.KEYS))
     read = {"q": B * H * d * size * (tiles if tiled else 1), "k": B * H // group * N * d * size}
     written = _scores(B, N, H, tiles) | {"cls_score": B * H * FP32}
@@ -206,10 +203,7 @@ def value(
     width: int | None = None,
     tiled: bool = False,
 ) -> Work:
-    """Count sums of tokens and a matrix (`width`, D) read, the output of the heads written.
-
-    `tiled`: each group of sixteen images reads the matrix.
-    """
+    """Count sums of tokens, W_v and the output. `tiled`: each sixteen images read W_v."""
     width, parts = width or D, max(1, ceil((N - 1) / launch.PART))
     block_b = launch.value(width // H, _tokens(1, 1, D, dtype))["BLOCK_B"] if tiled else B
     matrix = ceil(B / block_b) * width * D * dtype.itemsize
@@ -251,10 +245,7 @@ def score_tiles(B: int, N: int, D: int, H: int, dtype: torch.dtype, *, tiled: bo
 
 
 def row(B: int, N: int, D: int, H: int, dtype: torch.dtype, *, tiled: bool = False) -> Work:
-    """Count the row from the scores of the tiles; the CLS scores come from the query.
-
-    `tiled`: each part of a row reads the statistics of the tiles.
-    """
+    """Count the row from the scores of tiles. `tiled`: each part reads the statistics of tiles."""
     read = _row_read(B, N, H, _tiles(B, N, D, H, dtype), tiled)
     return Work(read, {"out": B * N * FP32}, 0)
 
@@ -281,10 +272,7 @@ def _tiles(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> int:
 
 
 def _weights(B: int, N: int, D: int, H: int, dtype: torch.dtype) -> dict[str, int]:
-    """Return the bytes that the tiles store for the weighted sum: weights in whole tiles.
-
-    For two-byte tokens there is a rest of each weight.
-    """
+    """Return the bytes of the weights of tiles, with a rest of each for two-byte tokens."""
     block_n = launch.weight_tiles(H, _tokens(B, N, D, dtype))["BLOCK_N"]
     heads = B * H * ceil((N - 1) / block_n)
     left = {"weights": heads * block_n * dtype.itemsize, "tops": heads * FP32}

@@ -55,10 +55,7 @@ class LaunchTraffic:
 
 
 class Memory:
-    """Replacement of the interpreter's memory that passes every load and store to `visit`.
-
-    `visit(kind, pointers, mask)` returns the pointers to use. Atomics raise an error.
-    """
+    """The interpreter's memory, after `visit(kind, pointers, mask)`, which returns the pointers."""
 
     def __init__(self, memory: Any, visit: Callable[[str, np.ndarray, np.ndarray], np.ndarray]):
         self._memory, self._visit = memory, visit

@@ -81,10 +81,7 @@ class _Program:
         self.body.feeding |= {load for body, load in made_of.loads if body is self.body}
 
     def loop(self, in_flight: int, has_own_stages: bool, *bounds: Any) -> Iterator[int]:
-        """Iterate as `range` in a kernel does, and count the waits of the trips.
-
-        A loop of one trip whose bounds are known at compile time does not count as a loop.
-        """
+        """Iterate as `range` and count waits; a trip known at compile time is no loop."""
         trips = range(*bounds)
         if len(trips) == 1 and not any(isinstance(n, tl.tensor) for n in bounds):
             yield from trips

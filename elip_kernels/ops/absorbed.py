@@ -40,10 +40,7 @@ def query_arguments(
     fusion: float = 1,
     guidance_norm: str = "none",
 ) -> QueryArguments:
-    """Check the arguments of the absorbed ops and return those of the query, without gradient.
-
-    `tokens` must have at least `least` tokens, including CLS.
-    """
+    """Check the arguments of an absorbed op, with N at least `least`; return those of the query."""
     check_tokens(tokens, least)
     B, _, D = tokens.shape
     check_tensor("cls", cls, "(B, D)", 2)
@@ -181,10 +178,7 @@ def row_of_scores(
     scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, pid_b, first, N, H, T,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Return the mean over heads of the softmax rows: patches [BLOCK_N] from `first`, CLS scalar.
-
-    Reads what `scores_kernel` stored for T tiles, BLOCK_H heads per step.
-    """
+    """Return the head mean of softmax rows from T tiles: patches [BLOCK_N] and CLS scalar."""
     offs_n = first + tl.arange(0, BLOCK_N)
     offs_t = tl.arange(0, BLOCK_T)
     mask_n = offs_n < N - 1

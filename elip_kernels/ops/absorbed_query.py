@@ -46,10 +46,7 @@ class QueryArguments(NamedTuple):
 
 
 def with_query_signature(**others: Any) -> Callable[[R], R]:
-    """Replace the signature (tokens, *query, *others) by one named parameter per argument.
-
-    `torch.library.infer_schema` needs the names and types: those of QueryArguments, then `others`.
-    """
+    """Name each argument of (tokens, *query, *others), because `infer_schema` reads the names."""
     hints = {"tokens": Tensor} | QueryArguments.__annotations__ | others
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     named = [inspect.Parameter(name, kind, annotation=hint) for name, hint in hints.items()]
@@ -122,11 +119,7 @@ def load_matrix(rows_ptr, d, mask_w, D, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def add_product(x, w, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """Return acc + x @ w for fp32 x.
-
-    With SPLIT and two-byte w, x is split into three terms of that type. For fp16 this loses
-    values below 6e-8 and limits the range to that of fp16.
-    """
+    """Return acc + x @ w for fp32 x; SPLIT: as three terms of a two-byte w's type."""
     if SPLIT and w.dtype != tl.float32:
         for _ in tl.static_range(3):
             term = x.to(w.dtype)

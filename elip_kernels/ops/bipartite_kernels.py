@@ -130,10 +130,7 @@ def _store_slots(slots_ptr, slot, offs_a, mask_a, first_b, N):
 def _slots_of_kernel(
     merged_ptr, partner_ptr, slots_ptr, N, R, BITS: tl.constexpr, BLOCK_A: tl.constexpr
 ):  # fmt: skip
-    """Store output rows when the R merged tokens of A are known. Grid: (image, BLOCK_A tokens).
-
-    Each token finds its place among the R, which are in order, by bisection.
-    """
+    """Store output rows by bisection among the R merged tokens. Grid: (image, BLOCK_A tokens)."""
     pid_b = tl.program_id(0).to(tl.int64)
     merged_ptr += pid_b * R
     num_a = (N + 1) // 2

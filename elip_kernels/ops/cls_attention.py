@@ -173,11 +173,7 @@ def _keys_kernel(
     stride_qb, stride_qh, stride_kb, stride_kh, stride_kn, stride_mb, scale, N, D,
     GROUP: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Store scores, maxima and sums of GROUP query heads. Grid: (image, key head, tile of keys).
-
-    The outputs have the layout of `scores_kernel`. Tiles begin after the first key, which the
-    first tile scores as well.
-    """
+    """Score keys for GROUP query heads, key 0 apart. Grid: (image, key head, tile of keys)."""
     pid_b = tl.program_id(0).to(tl.int64)
     pid_g = tl.program_id(1).to(tl.int64)
     pid_t = tl.program_id(2)

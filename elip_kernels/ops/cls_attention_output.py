@@ -261,10 +261,7 @@ def _value_kernel(
     SPLIT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Multiply m by the values' rows of a head. Grid: (BLOCK_B images, head of W channels).
-
-    m is the sum of P parts.
-    """
+    """Multiply m, the sum of P parts, by W_v. Grid: (BLOCK_B images, head of W channels)."""
     pid_h = tl.program_id(1)
     offs_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     offs_w = tl.arange(0, BLOCK_W)

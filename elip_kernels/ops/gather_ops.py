@@ -76,10 +76,7 @@ def sum_rows(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def sums_by(rows: Tensor, values: Tensor, count: int) -> Tensor:
-    """Return (count, ...): sums of values (M, ...) by row index (M,), in a fixed order.
-
-    On CUDA this sorts, because `index_add` adds in an order that varies between runs.
-    """
+    """Return (count, ...): values (M, ...) summed by row (M,); CUDA sorts, for a fixed order."""
     sums = values.new_zeros(count, *values.shape[1:])
     if values.is_cuda:
         return sums.index_put_((rows.long(),), values, accumulate=True)

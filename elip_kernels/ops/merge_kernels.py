@@ -24,11 +24,7 @@ def _order_kernel(
     size_ptr, slots_ptr, order_ptr, starts_ptr, out_size_ptr, N, R,
     HAS_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Sort tokens by row and store row starts and sizes. Grid: (image, BLOCK_N tokens and rows).
-
-    The place of a token is the number of tokens before it, counted over all slots, BLOCK_M at a
-    time. Tokens of one row stay in their own order.
-    """
+    """Sort tokens stably by row; store row starts and sizes. Grid: (image, BLOCK_N tokens)."""
     pid_b = tl.program_id(0).to(tl.int64)
     slots_ptr += pid_b * N
     if HAS_SIZE:

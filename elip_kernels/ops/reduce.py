@@ -167,10 +167,7 @@ def reduce_reference(
 
 
 def places(scores: Tensor, real: Tensor | None, keep: int) -> Tensor:
-    """Return (B, N-p): output rows 0 .. K-1 for kept candidates, then places for the others.
-
-    Both are in image order, but kept padding comes last among the kept.
-    """
+    """Return (B, N-p): rows of kept candidates in image order, padding last; then the others."""
     key = order_key(scores, real)
     last = key.topk(keep, dim=1, sorted=False).values.amin(1, keepdim=True)
     above, equal = key > last, key == last

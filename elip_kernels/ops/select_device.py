@@ -65,20 +65,14 @@ def output_slots(key, threshold, K):
 
 @triton.jit
 def part_and_slice(pid, D, BLOCK_D: tl.constexpr):
-    """Return the part of the batch and the slice of D of a program.
-
-    The slices of a part follow one another, so that programs that run together read whole tokens.
-    """
+    """Return the part of the batch and the slice of D; slices of a part are neighbours."""
     slices = tl.cdiv(D, BLOCK_D)
     return pid // slices, pid % slices
 
 
 @triton.jit
 def zero_rows(x, is_read):
-    """Return x [BLOCK_N, BLOCK_D] with zeros in the rows that are not read, even for NaN.
-
-    It works on the bits: a select on the products takes 15 more registers.
-    """
+    """Zero the rows of x that are not read, even NaN; bit operations save 15 registers."""
     integer: tl.constexpr = tl.int16 if x.dtype.primitive_bitwidth == 16 else tl.int32
     bits = tl.where(is_read, -1, 0).to(integer)
     return (x.to(integer, bitcast=True) & bits[:, None]).to(x.dtype, bitcast=True)
@@ -106,11 +100,7 @@ def store_selection(
     kept_ptr, weights_ptr, slots_ptr, is_kept, slot, weight, offs_n, mask_n, pid_b, N, K,
     P: tl.constexpr,
 ):  # fmt: skip
-    """Store kept positions, weights and output rows of the candidates of an image.
-
-    The image has N tokens, P of them prefix tokens. If `weights_ptr` is None, only positions are
-    stored.
-    """
+    """Store positions, weights and rows of candidates; only positions if `weights_ptr` is None."""
     row = pid_b * N + P + offs_n
     tl.store(kept_ptr + pid_b * K + slot, (P + offs_n).to(tl.int64), mask=is_kept)
     if weights_ptr is not None:

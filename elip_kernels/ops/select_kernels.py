@@ -153,10 +153,7 @@ def launch_select(
     normalize: bool = False,
     epsilon: float = 0.0,
 ) -> None:
-    """Write `kept` (B, K) and, if given, `weights` and `slots` (B, p+N).
-
-    `scores` (B, N), and `real` (B, N) bool or None, have a last stride of 1.
-    """
+    """Write `kept` (B, K) from scores (B, N) and, if given, `weights` and `slots` (B, p+N)."""
     B, N = scores.shape
     kernel, candidates = _select_kernel, N
     if N > launch.MAX_SELECTED:

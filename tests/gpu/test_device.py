@@ -35,7 +35,7 @@ def captured(run, inputs):
 
 @every_kind
 @every_op
-def test_kernels_run_and_no_pytorch_form(device, launches, name, B, dtype):
+def test_kernels_run_and_pytorch_does_not(device, launches, name, B, dtype):
     inputs = inputs_of(name, device, B, dtype=dtype)
     with kernels_alone():
         outputs = OPS[name].run(*inputs)

@@ -64,7 +64,7 @@ def test_agrees_with_fp64(launches, poisoned_memory, shape, dtype, names):
     check(*queries_and_keys(*shape, dtype), **{name: given[name] for name in names})
 
 
-def test_what_the_masks_leave_out_may_be_nan(launches):
+def test_masked_entries_may_be_nan(launches):
     (q, k), given = queries_and_keys(2, 4, 2, 70, 130, 16), masks(2, 70, 130)
     got = check(q, k, **given)
     assert not got[~given["mask"]].any()
@@ -80,7 +80,7 @@ def test_an_image_without_a_key_or_a_query_is_nan(launches, name):
     assert torch.equal(got[0], right[0]) and got[1].isnan().all()
 
 
-def test_tiles_of_keys_that_are_closed_come_first_and_last(launches):
+def test_masked_tiles_come_first_and_last(launches):
     q, k = queries_and_keys(1, 2, 2, 20, 200, 16)
     mask = torch.zeros(1, 200, dtype=torch.bool)
     mask[:, 70:75] = True
@@ -91,7 +91,7 @@ def test_tiles_of_keys_that_are_closed_come_first_and_last(launches):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("where", ["a query", "a key", "a query that does not count"])
-def test_what_is_not_finite_goes_where_the_specification_has_it(launches, where, value):
+def test_non_finite_values_follow_the_reference(launches, where, value):
     (q, k), given = queries_and_keys(2, 2, 2, 40, 70, 16), masks(2, 40, 70)
     given["query_mask"][0, 3] = where == "a query"
     (k if where == "a key" else q)[0, 0, 69 if where == "a key" else 3] = value
@@ -138,7 +138,7 @@ def test_empty_inputs(launches, B, N):
 @pytest.mark.parametrize(
     ("dtype", "d"), [(torch.float64, 8), (torch.float32, 65), (torch.half, 129)]
 )
-def test_what_the_kernels_do_not_take_is_the_specification(launches, monkeypatch, dtype, d):
+def test_unsupported_arguments_run_the_reference(launches, monkeypatch, dtype, d):
     q, k = queries_and_keys(1, 2, 1, 5, 9, d, dtype)
     monkeypatch.setattr(OPERATORS["attention_column_mean"], "warned_reasons", set())
     with pytest.warns(elip_kernels.FallbackWarning, match="fp64|at most (64|128) channels"):

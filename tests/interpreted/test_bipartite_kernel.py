@@ -190,7 +190,7 @@ def test_no_output_is_left_unwritten_and_runs_repeat(launches, poisoned_memory):
     assert launches["elip::bipartite_merge_backward"] == 2
 
 
-def test_fp64_and_long_inputs_take_the_pytorch_form(launches, monkeypatch):
+def test_fp64_and_long_inputs_run_pytorch(launches, monkeypatch):
     def refuse(*args):
         raise AssertionError("launched")
 

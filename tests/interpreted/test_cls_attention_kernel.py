@@ -76,7 +76,7 @@ def test_grouped_heads_have_the_bits_of_repeated_ones(launches, poisoned_memory,
 
 
 @pytest.mark.parametrize("closed", ["by the mask", "by its scores"])
-def test_a_tile_of_keys_that_none_attends_to(launches, closed):
+def test_a_tile_of_fully_masked_keys(launches, closed):
     q, k = torch.ones(1, 2, 8), torch.randn(1, 2, 130, 8)
     mask = torch.ones(1, 130, dtype=torch.bool)
     if closed == "by the mask":

@@ -192,7 +192,7 @@ def test_many_tokens_are_summed_in_parts(launches, poisoned_memory, monkeypatch,
 
 
 @pytest.mark.parametrize("lacking", [("norm_weight",), ("norm_bias", "v_bias"), ("v_bias",)])
-def test_what_a_block_lacks(launches, poisoned_memory, lacking):
+def test_missing_parameters(launches, poisoned_memory, lacking):
     tokens, cls = tokens_and_cls(17, 9, 40, torch.float32)
     arguments = block(40, 3, 8, torch.float32) | dict.fromkeys(lacking)
     got = elip_kernels.cls_attention_output(tokens, cls, **arguments)

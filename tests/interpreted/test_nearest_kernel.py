@@ -105,7 +105,7 @@ def test_padding_is_neither_kept_nor_merged(launches, bad):
     assert info.mask.sum(1)[1] < 9 and not out[~info.mask].any()
 
 
-def test_a_row_of_padding_holds_nothing(launches):
+def test_a_row_of_padding_is_empty(launches):
     tokens, kept, metric, size = inputs(2, 19)
     kept[0, 2] = kept[1, 0] = -1
     out, info = check(launches, tokens, kept, metric, size)

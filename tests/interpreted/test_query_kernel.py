@@ -56,7 +56,7 @@ def test_three_terms_of_half_precision_hold_at_every_scale(scale):
     assert error(query) < 1e-6
 
 
-def test_tensors_of_several_dtypes_have_fewer_steps_under_way():
+def test_several_dtypes_have_fewer_pipeline_stages():
     one = launch.query(64, torch.empty(1, dtype=bf16))
     both = launch.query(64, torch.empty(1, dtype=bf16), None, torch.empty(1))
     assert both["STAGES"] < one["STAGES"]

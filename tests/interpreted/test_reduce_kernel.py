@@ -144,7 +144,7 @@ def test_no_output_is_left_unwritten(launches, poisoned_memory):
     assert tokens.grad.isfinite().all()
 
 
-def test_fp64_and_long_inputs_take_the_pytorch_form(launches):
+def test_fp64_and_long_inputs_run_pytorch(launches):
     elip_kernels.reduce(torch.randn(1, 9, 4, dtype=torch.float64), torch.rand(1, 8), 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("elip_kernels.launch.MAX_STREAMED", 7)

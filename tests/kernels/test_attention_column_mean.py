@@ -56,7 +56,7 @@ def padded(q, k, mask, query_mask):
     return q, k.masked_fill(~mask[:, None, :, None], torch.nan)
 
 
-def test_closed_keys_receive_nothing_and_masked_queries_do_not_count():
+def test_masked_keys_and_queries_do_not_count():
     (q, k), options = queries_and_keys(), masks()
     got = check(q, k, **options)
     assert not got[~options["mask"]].any()

@@ -54,7 +54,7 @@ def test_adaptive_leaves_none(cached):
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_the_text_that_guides_leaves_none(name, monkeypatch):
+def test_the_guiding_text_leaves_none(name, monkeypatch):
     model, seen = PAIRS[name](), []
     adapter = type(as_image_text(model))
     original = adapter.text_cls

@@ -70,7 +70,7 @@ def test_grouped_query_heads_read_one_key_head(G):
         torch.testing.assert_close(got, rows[:, :, 0].mean(1), atol=1e-12, rtol=0)
 
 
-def test_a_causal_token_reads_the_keys_that_it_sees():
+def test_a_causal_token_attends_to_earlier_keys():
     """Compare the rows of a causal map, with a mask and with a slice of the keys."""
     q, k = torch.randn(2, B, H, 9, 12).double()
     scores = (q @ k.mT) * 12**-0.5
@@ -131,7 +131,7 @@ def op_arguments(tokens, **changes):
     return tokens, *QueryArguments(**made | changes)
 
 
-def test_opcheck_without_parameters_that_a_block_may_lack():
+def test_opcheck_without_optional_parameters():
     lacking = dict.fromkeys(("text", "norm_weight", "norm_bias", "q_bias"))
     op = torch.ops.elip.cls_attention_from_tokens.default
     opcheck(op, op_arguments(torch.randn(B, N, D), **lacking))

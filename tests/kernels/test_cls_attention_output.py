@@ -105,7 +105,7 @@ def test_one_graph_serves_all_batches():
     assert compiles.frame_count == 2  # the first, and then one of any batch
 
 
-def test_a_head_too_wide_for_its_kernel_takes_the_pytorch_form():
+def test_a_head_too_wide_for_its_kernel_runs_pytorch():
     operator = OPERATORS["cls_attention_output"]
     tokens, *query = op_arguments(torch.randn(B, N, D))
     assert "Triton" in (operator.unsupported(tokens, *query) or "Triton")

@@ -111,7 +111,7 @@ def test_heads_of_every_width_make_their_query_without_a_spill(
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_what_some_batches_align_and_others_do_not_is_not_specialised(call, monkeypatch):
+def test_alignment_that_varies_with_the_batch_is_not_specialised(call, monkeypatch):
     """Otherwise another batch size would compile again."""
     monkeypatch.setattr(report, "HEADS", 6)
     odd, even = (report.recorded_call(call, B, 577, 300, "bf16", 90) for B in (7, 8))
@@ -285,7 +285,7 @@ def test_a_launch_compiles_for_an_architecture_that_is_not_there(arch):
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_every_launch_says_how_its_products_and_sums_round(call):
+def test_every_launch_sets_precision_and_fusion(call):
     for launch in report.recorded_call(call, 2, 257, 166, "bf16", 90):
         assert launch.options["enable_fp_fusion"] is True, launch.name
 
@@ -305,7 +305,7 @@ PIPELINED = {
 
 
 @pytest.mark.parametrize("call", tiered(CALLS, ["score_reduce"]))
-def test_loops_around_products_and_those_that_say_so_are_pipelined(call):
+def test_loops_with_products_or_own_stages_are_pipelined(call):
     """`waits.py` counts on it."""
     for name, (_, code) in compiled(call, 257, "bf16").items():
         assert (code.instructions["LDGSTS"] > 0) == (name in PIPELINED), name

@@ -50,7 +50,7 @@ def crash(job):
 
 
 @pytest.mark.slow
-def test_what_does_not_compile_is_a_row(monkeypatch):
+def test_a_compile_failure_is_a_row(monkeypatch):
     job = report.Job("reduce", 2, 197, 127, "bf16", 90, 0)
     monkeypatch.setattr(report, "compile_launch", refuse)
     refused = report._compile(job)

@@ -37,7 +37,7 @@ def test_a_bad_argument_is_named_with_what_was_expected_and_got(function, good, 
 
 
 @pytest.mark.parametrize("function", TABLE, ids=lambda f: f.__name__)
-def test_the_table_knows_every_argument(function):
+def test_the_table_has_every_argument(function):
     arguments = set(inspect.signature(function).parameters)
     if "options" in arguments:
         arguments |= set(ELIPOptions.__annotations__)

@@ -9,7 +9,7 @@ from tests.gpu.ops import OPS, kernels_alone
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_kernels_alone_notices_the_pytorch_form(name):
+def test_kernels_alone_finds_the_pytorch_implementation(name):
     inputs = OPS[name].inputs(2, 30, torch.float64)  # no kernel supports fp64
     with launchers_on_cpu():
         OPS[name].run(*inputs)

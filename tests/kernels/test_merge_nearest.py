@@ -91,7 +91,7 @@ def test_padding_is_neither_kept_nor_merged(bad):
     assert torch.equal(ones.sum(1), mask.sum(1).float())
 
 
-def test_a_row_of_padding_may_be_asked_for():
+def test_a_row_of_padding_may_be_requested():
     tokens, kept, metric, _ = inputs()
     kept[0, 2] = kept[1, 0] = -1
     merged, sizes, info = merge_nearest(tokens, kept, metric, return_info=True)

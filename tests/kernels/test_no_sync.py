@@ -19,7 +19,7 @@ from elip_kernels._operator import OPERATORS
 from elip_kernels._triton import HAS_TRITON
 from elip_kernels.testing.calls import CALLS
 
-LOOKED = (DataDependentOutputException, DynamicOutputShapeException)
+DATA_READ = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 class Calls(TorchDispatchMode):
@@ -45,7 +45,7 @@ def run(name, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CALLS)
-def test_public_functions_do_not_look(name, dtype):
+def test_public_functions_do_not_read_data(name, dtype):
     with FakeTensorMode():
         fake = run(name, dtype)
     assert [op for op, _ in fake] == [op for op, _ in run(name, dtype)]
@@ -53,7 +53,7 @@ def test_public_functions_do_not_look(name, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", CALLS)
-def test_launchers_and_pytorch_forms_do_not_look(name, dtype, monkeypatch):
+def test_launchers_and_references_do_not_read_data(name, dtype, monkeypatch):
     launched = []
     if HAS_TRITON:
         from triton.runtime import JITFunction
@@ -68,7 +68,7 @@ def test_launchers_and_pytorch_forms_do_not_look(name, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "look",
+    "read",
     [
         lambda x: x.sum().item(),
         lambda x: bool((x > 0).any()),
@@ -79,7 +79,7 @@ def test_launchers_and_pytorch_forms_do_not_look(name, dtype, monkeypatch):
         lambda x: x.repeat_interleave(x.long()),
     ],
 )
-def test_a_look_is_found(look):
-    look(torch.ones(3))
-    with FakeTensorMode(), pytest.raises(LOOKED):
-        look(torch.ones(3))
+def test_a_read_is_found(read):
+    read(torch.ones(3))
+    with FakeTensorMode(), pytest.raises(DATA_READ):
+        read(torch.ones(3))

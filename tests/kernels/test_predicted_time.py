@@ -61,7 +61,7 @@ def test_one_image_alone_fills_what_the_work_allows():
         assert of[32].programs == 32 // most * of[1].programs, name
 
 
-def test_every_kernel_says_how_often_it_waits():
+def test_every_kernel_has_a_wait_model():
     modules = [module for name, module in sys.modules.items() if name.startswith("elip_kernels.")]
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert kernels == WAITS.keys()

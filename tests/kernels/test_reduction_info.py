@@ -55,7 +55,7 @@ def test_keeping_all_is_the_identity():
 
 
 @pytest.mark.parametrize("merge", [True, False])
-def test_score_reduce_says_whether_it_merged(merge):
+def test_score_reduce_reports_whether_it_merged(merge):
     D = 8
     out, info, _ = elip_kernels.score_reduce(
         torch.randn(B, N, D),
@@ -89,7 +89,7 @@ def test_bipartite_maps_chain():
 
 
 @pytest.mark.parametrize("merge", [True, False])
-def test_unmerge_gives_every_token_the_row_that_holds_it(merge):
+def test_unmerge_gives_every_token_its_row(merge):
     tokens = torch.randn(B, N, 4)
     out, first = reduced(tokens, 7, merge=merge)
     out, then = reduced(out, 3, merge=merge)

@@ -73,7 +73,7 @@ def test_a_row_selects_again_and_nothing_is_scored(merge):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_other_tokens_score_than_those_that_move(dtype):
+def test_scored_tokens_may_differ_from_moved_tokens(dtype):
     scored, cls, arguments = torch.randn(B, N, D).to(dtype), torch.randn(B, D), block()
     row = elip_kernels.cls_attention_from_tokens(scored, cls, **arguments)
     ours, theirs = (torch.ones(B, N, 1) * torch.randn(N, D) for _ in range(2))
