@@ -1,22 +1,20 @@
 #!/usr/bin/env bash
-# What only a GPU can show, without a network or an installation, each in less than nine minutes.
-#   benchmarks/gpu.sh tests   tests/gpu; GOLDEN=FOLDER names the golden tensors
-#   benchmarks/gpu.sh sanitize
-#                             some of tests/gpu under compute-sanitizer: memcheck, racecheck, initcheck;
-#                             sanitize TOOL runs one
-#   benchmarks/gpu.sh tune    the numbers of elip_kernels/launch.py, tried against each other
-#   benchmarks/gpu.sh bench   benchmarks/ against the official algorithm, eager forms and a copy;
-#                             bench tower, or another NAME, runs bench_NAME.py alone; then every
-#                             op's time beside the one that the model of latency.py predicts
-# Results go to $OUT, or to benchmarks/results/<device>. Where the tree came without .git,
-# COMMIT=$(git rev-parse HEAD) says what is measured.
+# Run tests and benchmarks on a GPU, without network or installation, each in less than nine minutes.
+#   benchmarks/gpu.sh tests            run tests/gpu; GOLDEN=FOLDER is the folder of golden tensors
+#   benchmarks/gpu.sh sanitize [TOOL]  run some of tests/gpu under compute-sanitizer with memcheck,
+#                                      racecheck and initcheck, or with TOOL only
+#   benchmarks/gpu.sh tune             try other numbers for elip_kernels/launch.py
+#   benchmarks/gpu.sh bench [NAME]     run all benchmarks, or bench_NAME.py only, and compare the
+#                                      times of the ops with the prediction of latency.py
+# Results go to $OUT, or to benchmarks/results/<device>. If the source tree has no .git, set
+# COMMIT=$(git rev-parse HEAD), the commit that is measured.
 set -euo pipefail
 out=${OUT:+$(realpath -m "$OUT")}
 golden=${GOLDEN:+$(realpath -m "$GOLDEN")}
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1
 
-refuse() {
+fail() {
   echo "benchmarks/gpu.sh: $1" >&2
   exit 1
 }
@@ -25,21 +23,21 @@ case "${1:-}" in
   tests) ;;
   sanitize)
     command -v compute-sanitizer >/dev/null ||
-      refuse "expected compute-sanitizer of the CUDA toolkit on the PATH, got none"
+      fail "PATH: expected compute-sanitizer, got none; install the CUDA toolkit"
     ;;
   tune | bench)
     [[ -n ${COMMIT:-} ]] || git rev-parse --quiet --verify HEAD >/dev/null 2>&1 ||
-      refuse "expected the commit that is measured in COMMIT, as there is no .git; got none"
+      fail "COMMIT: expected the measured commit, because there is no .git, got none; set COMMIT=HASH"
     ;;
-  *) refuse "expected tests, sanitize, tune or bench, got '${1:-}'" ;;
+  *) fail "command: expected tests, sanitize, tune or bench, got '${1:-}'" ;;
 esac
 device=$(python3 -c 'import torch; print(torch.cuda.get_device_name())' 2>/dev/null) ||
-  refuse "expected PyTorch and a CUDA or ROCm device, got none; run it on a machine with a GPU"
+  fail "device: expected PyTorch with a CUDA or ROCm device, got none; use a machine with a GPU"
 slug=$(tr '[:upper:] ' '[:lower:]-' <<<"$device" | tr -cd 'a-z0-9-')
 out=${out:-benchmarks/results/$slug}
 mkdir -p "$out"
 
-# An interrupt, so that what is done by then is still reported.
+# SIGINT lets Python report the results so far.
 limited() {
   timeout --signal=INT --kill-after=15 500 python3 "$@" 2>&1 | tee "$log"
 }
@@ -54,7 +52,7 @@ case $1 in
     tools=(memcheck racecheck initcheck)
     [[ -z ${2:-} ]] || tools=("$2")
     rm -f "$log"
-    export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # or a byte behind a tensor is still one of PyTorch's
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # else PyTorch's cache hides accesses beyond a tensor
     for tool in "${tools[@]}"; do
       timeout --signal=INT --kill-after=15 "$((500 / ${#tools[@]}))" \
         compute-sanitizer --tool "$tool" --error-exitcode 1 \
@@ -66,14 +64,14 @@ case $1 in
     limited -m benchmarks.tune --out "$out/tune.json" --seconds 440
     ;;
   bench)
-    files=(benchmarks/bench_tower.py benchmarks/bench_[!t]*.py) # the towers say most
+    files=(benchmarks/bench_tower.py benchmarks/bench_[!t]*.py) # the towers first
     [[ -z ${2:-} ]] || files=("benchmarks/bench_$2.py")
     json=$out/bench${2:+_$2}.json
     rm -f "$json"
     status=0
     limited -m pytest -p no:cacheprovider "${files[@]}" --benchmark-only --benchmark-json="$json" ||
       status=$?
-    python3 -m benchmarks.predicted "$json" 2>&1 | tee -a "$log" || : # it knows few machines
+    python3 -m benchmarks.predicted "$json" 2>&1 | tee -a "$log" || : # fails for machines without a model
     exit "$status"
     ;;
 esac

@@ -168,7 +168,7 @@ def summary(result: dict[str, Any]) -> str:
     wrong = sum("wrong" in entry for entry in result["candidates"])
     notes = f"; {wrong} WRONG" if wrong else ""
     if not entries:
-        return f"{name}: nothing to time{notes}"
+        return f"{name}: no candidate ran{notes}"
     best = min(entries, key=lambda entry: entry["of_table"])
     verdict = "no gain" if no_gain(best["of_table"]) else f"{best['changes']}"
     return (
@@ -218,7 +218,7 @@ def tune(
     """
     end, done, left = time.monotonic() + seconds, [], []
     document = machine() | {"commit": commit(), "rounds": rounds}
-    document |= {"results": done, "left_for_want_of_time": left}
+    document |= {"results": done, "not_run": left}
     with processes() as pool:
         for shape, sweep in product(shapes, sweeps):
             if pool is not None and sweep is sweeps[0]:
@@ -231,7 +231,7 @@ def tune(
                 write_line(summary(done[-1]))
             out.write_text(json.dumps(document, indent=1) + "\n")
     for name in left:
-        write_line(f"left out for want of time: {name}")
+        write_line(f"not run, out of time: {name}")
     return not any("wrong" in entry for result in done for entry in result["candidates"])
 
 

@@ -114,8 +114,8 @@ def unmerge(merged: Tensor, info: BipartiteInfo | ReductionInfo | Tensor) -> Ten
         raise TypeError(message("info", "a source map (B, T, N) bool", info))
     check_shape("merged", merged, (*info.shape[:2], D), "(B, T, D)")
     check_device("merged", merged, "info", info)
-    holds, rows = info.to(torch.uint8).max(1)
-    return take_rows(merged, rows).masked_fill((holds == 0)[..., None], 0.0)
+    is_source, rows = info.to(torch.uint8).max(1)
+    return take_rows(merged, rows).masked_fill((is_source == 0)[..., None], 0.0)
 
 
 def source_matrix(info: BipartiteInfo) -> Tensor:

@@ -149,7 +149,7 @@ def weigh(tokens: Tensor) -> dict[str, Any]:
 
 
 def column_sums(channels: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Return a tile of 64 x 64 for two-byte types, 32 x 32 for fp32; ROCm spills if it prefetches."""
+    """Return a tile of 64 x 64 for two-byte types, 32 x 32 for fp32; no prefetch on ROCm."""
     wide = dtype == torch.float32
     return _precision(wide) | {
         "WIDEN": is_interpreted(),

@@ -46,7 +46,7 @@ def test_every_sweep_runs_and_the_file_is_whole(tmp_path, capsys):
     for result in document["results"]:
         (entry,) = result["candidates"]
         assert entry["candidate_us"] > 0 and entry["of_table"] > 0 and entry["of_copy"] > 0
-    assert document["left_for_want_of_time"] == []
+    assert document["not_run"] == []
     assert {"device", "versions", "commit"} <= document.keys()
     assert len(capsys.readouterr().out.splitlines()) == len(few)
 
@@ -54,9 +54,9 @@ def test_every_sweep_runs_and_the_file_is_whole(tmp_path, capsys):
 def test_without_time_left_a_sweep_is_named(tmp_path, capsys):
     out = tmp_path / "tune.json"
     assert tune.tune(SWEEPS[:1], [SMALL], out, rounds=1, seconds=0)
-    left = json.loads(out.read_text())["left_for_want_of_time"]
+    left = json.loads(out.read_text())["not_run"]
     assert left == ["reduce (reduce_forward) B2-N18-fp32"]
-    assert capsys.readouterr().out == f"left out for want of time: {left[0]}\n"
+    assert capsys.readouterr().out == f"not run, out of time: {left[0]}\n"
 
 
 @pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: f"{sweep.op}-{sweep.table}")
