@@ -172,6 +172,27 @@ def test_the_results_of_the_readme_are_up_to_date():
     assert script("readme_table").main(["--check"]) == 0
 
 
+def test_the_statistics_of_pages_are_those_of_the_results():
+    module = script("readme_table")
+    studies = module.RESULTS / "studies"
+    quality, later = (
+        module.read_results(studies / f"{name}.json") for name in ("quality", "reduced_later")
+    )
+    stated = [
+        ("train_clip.md", quality, "tome", module.TOP1),
+        ("train_clip.md", quality, "tome", module.LOSS),
+        ("train_clip.md", quality, "paper", module.TOP1),
+        ("train_clip.md", quality, "paper", module.LOSS),
+        ("faster.md", later, "tome-0.50", module.TOP1),
+        ("faster.md", later, "tome-0.30", module.LOSS),
+    ]
+    for page, document, arm, metric in stated:
+        unit = " points" if metric == module.TOP1 else ""
+        gap = module.difference(document, arm, "dense", metric)
+        text = module.interval(gap, metric, unit, "95% CI ").strip("*")
+        assert text in (DOCS / page).read_text(), (page, arm, text)
+
+
 def test_stale_results_are_found_and_rewritten(tmp_path):
     module, page = script("readme_table"), tmp_path / "README.md"
     page.write_text(f"before\n{module.BEGIN}\nold\n{module.END}\nafter\n")
