@@ -128,6 +128,14 @@ def test_the_scaling_table_agrees_with_the_counts():
         assert cells.split(" | ") == [*sizes, *(f"{x:.2f}" for x in (*shares, tome.training_flops))]
 
 
+def test_the_summary_on_the_first_page_is_what_is_printed():
+    with torch.device("meta"):
+        model = elip_models.reduce_(timm.create_model("vit_base_patch16_224"))
+    assert (
+        f"```text\n{elip_models.reduction_summary(model)}\n```" in (DOCS / "index.md").read_text()
+    )
+
+
 def test_the_readme_has_at_most_150_lines():
     assert len((ROOT / "README.md").read_text().split("\n")) <= 150
 
