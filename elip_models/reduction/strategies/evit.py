@@ -11,17 +11,10 @@ from torch import Tensor
 import elip_kernels
 from elip_kernels import ReductionInfo
 from elip_kernels.ops.gather_ops import accumulator, largest
+from elip_models.reduction.flops import Layer
 from elip_models.reduction.nearest import merge_nearest, nearest_flops
-from elip_models.reduction.schedule import Stage, check_merge
-from elip_models.reduction.strategy import (
-    Context,
-    Layer,
-    Merge,
-    StageInfo,
-    Strategy,
-    counts_of,
-    least_share,
-)
+from elip_models.reduction.schedule import Merge, Stage, check_merge
+from elip_models.reduction.strategy import Context, StageInfo, Strategy, counts_of, least_share
 from elip_models.towers import Tower, TowerSize
 from elip_models.validation import Count, PositiveShare, check_fields
 

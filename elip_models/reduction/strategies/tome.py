@@ -7,15 +7,9 @@ from typing import ClassVar
 from torch import Tensor
 
 import elip_kernels
-from elip_models.reduction.schedule import Stage
-from elip_models.reduction.strategy import (
-    Context,
-    Layer,
-    Merge,
-    StageInfo,
-    Strategy,
-    counts_of,
-)
+from elip_models.reduction.flops import Layer
+from elip_models.reduction.schedule import Merge, Stage
+from elip_models.reduction.strategy import Context, StageInfo, Strategy, counts_of
 from elip_models.towers import Tower, TowerSize
 from elip_models.validation import Count, Rate, check_fields
 
