@@ -32,8 +32,8 @@ from elip_models.profiling.measure import (
 )
 from elip_models.profiling.runner import DENSE
 from elip_models.profiling.workload import shared_copy
-from elip_models.reduction.user_warnings import SlowScorerWarning
 from elip_models.reduction.encode import run_tower
+from elip_models.reduction.user_warnings import SlowScorerWarning
 
 BOUND = 1e-6  # relative: towers run in fp64, but losses end in fp32
 SHARED, MOMENTUM = "last, shared", "momentum"

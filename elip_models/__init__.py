@@ -4,7 +4,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from elip_kernels import __version__
-from elip_models.reduction.user_warnings import SlowScorerWarning, UnguidedWarning
 from elip_models.reduction.encode import encode_image
 from elip_models.reduction.patch import (
     guidance,
@@ -31,6 +30,7 @@ from elip_models.reduction.strategies import (
     ToMe,
 )
 from elip_models.reduction.strategy import Layer, StageInfo, Strategy
+from elip_models.reduction.user_warnings import SlowScorerWarning, UnguidedWarning
 from elip_models.towers.sdpa import use_sdpa_
 from elip_models.validation import require_extra
 

@@ -131,7 +131,7 @@ class Reduction:
             raise ValueError(
                 f"model: expected one that pools all of its patches, or none, to return the tokens "
                 f"of several blocks under {self.strategy.name!r}, got a "
-                f"{type(self.tower.model).__name__} that pools those which are left; unreduce_ it "
+                f"{type(self.tower.model).__name__} that pools the kept ones alone; unreduce_ it "
                 "first"
             )
 

@@ -169,7 +169,7 @@ class Forward:
         if tokens.shape[1] != expected:
             raise ValueError(
                 f"strategy: expected {self.strategy.name!r} to leave {expected} tokens at block "
-                f"{i}, as its token_counts says, got {tokens.shape[1]} from its step"
+                f"{i}, the count in its token_counts, got {tokens.shape[1]} from its step"
             )
 
     def run_block(

@@ -156,11 +156,6 @@ class EvaTower(PlainTimm):
             return None
         return (joint if bias is None else joint._replace(bias=bias)).thirds()
 
-    def attention_dropout(self, i: int) -> float:
-        """Return the current dropout rate of block i's attention weights."""
-        attn = self._attention(i)
-        return attn.attn_drop.p if attn.training else 0.0
-
     def project(self, i: int, attended: Tensor) -> Tensor:
         """Return what block i adds to the tokens, from its attention's output (B, N, D)."""
         block, attn = self.blocks[i], self._attention(i)

@@ -106,11 +106,6 @@ class HFTower(Tower):
         """Return the mean and standard deviation that normalise images, or None if unknown."""
         return image_stats_of(self.model)
 
-    @property
-    def checkpointing(self) -> bool:
-        """Return whether the model's own forward checkpoints the activations of its blocks."""
-        return False  # the layers do it themselves
-
     def refuses_dropping(self) -> str | None:
         """Return why no patch may be dropped; a model that reads single layers has zeros there."""
         return None if _reads_layers(self.model) else self.needs_grid

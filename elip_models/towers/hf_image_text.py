@@ -110,10 +110,6 @@ class HFClip(HFImageText):
 
     kind = CLIPModel
 
-    def refuses(self) -> str | None:
-        """Return why the model cannot be a tower, in one sentence, or None if it can."""
-        return None
-
     def encode_guidance(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the guidance (B, D) of texts from `tokenise`."""
         features = super().encode_guidance(input_ids, attention_mask)

@@ -95,10 +95,6 @@ class OpenClipTower(Tower):
         positions = interpolated(model.positional_embedding, model.grid_size, grid, 1)
         return model.ln_pre(tokens + positions.to(tokens.dtype))
 
-    def enter(self, tokens: Tensor) -> Tensor:
-        """Run the modules between `entrance` and block 0."""
-        return tokens
-
     def embed(self, images: Tensor) -> Tensor:
         """Return the tokens before block 0 of images (B, 3, H, W)."""
         return self.model._embeds(images)

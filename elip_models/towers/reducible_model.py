@@ -128,7 +128,7 @@ class ImageTextModel(ReducibleModel):
 
     def refuses(self) -> str | None:
         """Return why the text cannot guide the image tower, in one sentence, or None if it can."""
-        raise NotImplementedError
+        return None
 
     def text_cls(self, *args: Any, **kwargs: Any) -> Tensor | None:
         """Return the guidance, computed from the arguments of the model's forward.

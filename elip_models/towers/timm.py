@@ -98,6 +98,11 @@ class PlainTimm(Tower):
         """Return whether the model's own forward checkpoints the activations of its blocks."""
         return self.model.grad_checkpointing
 
+    def attention_dropout(self, i: int) -> float:
+        """Return the current dropout rate of block i's attention weights."""
+        attn = self._attention(i)
+        return attn.attn_drop.p if attn.training else 0.0
+
     def finish(self, tokens: Tensor) -> Tensor:
         """Run the final norm, before pooling."""
         return self.model.norm(tokens)
@@ -175,11 +180,6 @@ class TimmTower(PlainTimm):
     def weights(self, i: int) -> list[Affine] | None:
         """Return block i's query, key and value projections, each (D, D) as in nn.Linear."""
         return qkv_of(self._attention(i).qkv)
-
-    def attention_dropout(self, i: int) -> float:
-        """Return the current dropout rate of block i's attention weights."""
-        attn = self._attention(i)
-        return attn.attn_drop.p if attn.training else 0.0
 
     def project(self, i: int, attended: Tensor) -> Tensor:
         """Return what block i adds to the tokens, from its attention's output (B, N, D)."""

@@ -162,8 +162,8 @@ class TowerParts:
 
     @property
     def checkpointing(self) -> bool:
-        """Return whether the model's own forward checkpoints the activations of its blocks."""
-        raise NotImplementedError
+        """Return whether the model's forward, not its blocks, checkpoints their activations."""
+        return False
 
     def collects(self, what: str, kwargs: dict[str, Any]) -> bool:
         """Return whether this call of `collector` returns all "hidden_states" or "attentions"."""
@@ -191,8 +191,8 @@ class TowerParts:
         raise NotImplementedError
 
     def enter(self, tokens: Tensor) -> Tensor:
-        """Run the modules between `entrance` and block 0."""
-        raise NotImplementedError
+        """Run the modules between `entrance` and block 0; by default there are none."""
+        return tokens
 
     def embed(self, images: Tensor) -> Tensor:
         """Return the tokens before block 0 of images (B, 3, H, W)."""
