@@ -9,6 +9,7 @@ import torch
 
 TESTS = Path(__file__).resolve().parent
 SHARED = TESTS.parents[1] / "shared"
+GOLDEN = TESTS / "golden"
 LONGEST = ("test_interpreter", "test_gpu_on_cpu", "test_distributed")
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
@@ -38,13 +39,18 @@ def pytest_collection_modifyitems(items):
 
 
 class Golden(dict):
-    """Tensors of one golden case, by key, and its `meta`."""
+    """Tensors of one case of `tests/golden` by key, and its description `meta`."""
 
-    def __init__(self, folder):
+    def __init__(self, name):
         from safetensors.torch import load_file
 
-        super().__init__(load_file(folder / "tensors.safetensors"))
-        self.meta = json.loads((folder / "meta.json").read_text())
+        if isinstance(name, Path):  # not yet in this folder
+            super().__init__(load_file(name / "tensors.safetensors"))
+            self.meta = json.loads((name / "meta.json").read_text())
+            return
+        stored = load_file(GOLDEN / f"{name}.safetensors")
+        super().__init__({k: v.float() if v.dtype == torch.half else v for k, v in stored.items()})
+        self.meta = json.loads((GOLDEN / f"{name}.json").read_text())
 
     def under(self, prefix):
         """The tensors below `prefix`, by the rest of their keys."""
@@ -53,11 +59,11 @@ class Golden(dict):
 
 @pytest.fixture(scope="session")
 def golden(request):
-    """name -> Golden; skips where the golden tensors are absent."""
+    """Return a function that loads a case of `tests/golden` by name."""
     root = request.config.getoption("--golden")
     if not root.is_dir():
         pytest.skip(f"golden tensors are absent: {root}")
-    return lambda name: Golden(root / name)
+    return lambda name: Golden(name if (GOLDEN / f"{name}.json").exists() else root / name)
 
 
 @pytest.fixture(scope="session")

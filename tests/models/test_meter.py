@@ -141,8 +141,9 @@ def test_each_pass_keeps_and_fuses_as_the_official_one(golden, task, scorer):
 def test_the_official_tower_is_reproduced(golden, scorer):
     case = golden("elip_meter")
     meta = case.meta["config"]
-    sizes = {"image_size": meta["image"], "patch_size": meta["patch"], "text_width": 64}
-    sizes |= {"vision_width": 64, "vision_heads": meta["heads"], "vision_depth": meta["depth"]}
+    sizes = {"image_size": meta["image"], "patch_size": meta["patch"]}
+    sizes |= {"vision_width": meta["embed_dim"], "text_width": meta["embed_dim"]}
+    sizes |= {"vision_heads": meta["heads"], "vision_depth": meta["depth"]}
     model = METER(METERConfig(**TINY | sizes, schedule="meter", scorer=scorer))
     weights = case.under("sd/")
     load(model.visual, {timm_name(n): w for n, w in weights.items()})

@@ -1,0 +1,1 @@
+"""Scripts that made the golden tensors. Each takes the path of an official checkout."""
