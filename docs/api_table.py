@@ -12,6 +12,7 @@ import inspect
 import re
 import sys
 from pathlib import Path
+from pydoc import locate
 from types import ModuleType
 from typing import Any
 
@@ -47,14 +48,13 @@ def description(name: str, value: Any) -> str:
 
 def link(folder: Path, file: str, package: str, name: str, value: Any) -> str:
     """Return the name, as a link to the page and the entry that document it."""
-    own, public = f"{getattr(value, '__module__', '')}.{name}", f"{package}.{name}"
     for path in sorted(folder.glob("*.md"), key=lambda path: path.name != file):
         entries = re.findall(r"^::: (\S+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-        page = "" if path.name == file else path.name
-        for entry in (own, public):
-            if entry in entries:
+        for entry in entries:
+            if entry.endswith(f".{name}") and locate(entry) is value:
+                page = "" if path.name == file else path.name
                 return f"[`{name}`]({page}#{entry})"
-    return f"[`{name}`](#{public})" if kind_of(value) != "constant" else f"`{name}`"
+    return f"[`{name}`](#{package}.{name})" if kind_of(value) != "constant" else f"`{name}`"
 
 
 def table(package: ModuleType, folder: Path, file: str) -> str:
