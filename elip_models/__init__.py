@@ -38,6 +38,7 @@ __all__ = [
     "ELIP",
     "STRATEGIES",
     "TRIPS",
+    "AdaptConfig",
     "AdaptiveELIP",
     "CrossGET",
     "Dense",
@@ -73,6 +74,7 @@ __all__ = [
 ]
 
 LAZY = {
+    "AdaptConfig": "peft.adaptable_model",
     "adapt_": "peft.adapt",
     "create_model": "registry",
     "list_models": "registry",
@@ -85,6 +87,7 @@ if TYPE_CHECKING:
     from elip_models.models.io.open_model import open_model
     from elip_models.models.io.saved_reduced import load_reduced, save_reduced
     from elip_models.models.peft.adapt import adapt_
+    from elip_models.models.peft.adaptable_model import AdaptConfig
     from elip_models.models.registry import create_model, list_models
 else:
 

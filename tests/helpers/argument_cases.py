@@ -8,6 +8,7 @@ from transformers import BlipVisionConfig, BlipVisionModel
 
 import elip_kernels
 import elip_models
+from elip_models.models import AdaptConfig
 from tests.helpers.towers import SCHEDULE, WIDTH, images, plain_vit, text
 from tests.models.test_saving import CONFIG, pair
 
@@ -337,6 +338,18 @@ TABLE = {
                 *({"scorer": ["last"]}, {"merge": 1}, {"vision_heads": 0}, {"count_cls": 1}),
             ],
         },
+    ),
+    elip_models.list_models: (dict, {}),
+    elip_models.open_model: (
+        lambda: {"spec": "clip_tiny", "pretrained": False},
+        {"spec": [None, 3, "nope", "timm:nope"], "pretrained": [1, None]},
+    ),
+    elip_models.adapt_: (
+        lambda: {
+            "model": elip_models.create_model("clip_tiny"),
+            "config": AdaptConfig(kind="lora"),
+        },
+        {"model": [None, "clip_tiny", plain_vit()], "config": [None, "lora"]},
     ),
     elip_models.save_reduced: (
         good_save,

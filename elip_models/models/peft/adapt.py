@@ -79,9 +79,17 @@ def adapt_(model: Model, config: AdaptConfig) -> Model:
 
     Raises:
         ImportError: peft is missing, which LoRA needs.
+        TypeError: not one of our models, or not an `AdaptConfig`.
         ValueError: the model has adapters or is a linear probe; the targets or patterns match
             nothing; or the model reads the weight of a target directly.
     """
+    if not isinstance(model, AdaptableModel):
+        raise TypeError(
+            f"model: expected one as of `create_model`, got {type(model).__name__}; adapt models "
+            "of other libraries with peft"
+        )
+    if not isinstance(config, AdaptConfig):
+        raise TypeError(f"config: expected an AdaptConfig, got {config!r:.80}")
     if config.kind is None:
         return model
     family = model.family.split("_")[0]
