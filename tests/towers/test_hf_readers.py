@@ -1,4 +1,4 @@
-"""What reads the tokens that an image tower of transformers leaves, and how it finds them."""
+"""Models of transformers that read the tokens of a reduced image tower."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ LANGUAGE = HF_TEXT | {"num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 
 
 
 def language_model(family, vision, **options):
-    """A tiny language model that reads the 36 patches of an image in place of tokens."""
+    """Return a tiny language model that reads 36 patches of an image in place of text tokens."""
     vision = getattr(transformers, f"{vision}VisionConfig")(**HF)
     text = (transformers.LlamaConfig if family == "Llava" else transformers.GemmaConfig)(**LANGUAGE)
     name, options = f"{family}Config", {"image_token_index": IMAGE_TOKEN} | options
@@ -45,8 +45,8 @@ def paligemma():
     return language_model("PaliGemma", "Siglip", projection_dim=32)
 
 
-def said(model, x, **options):
-    """The logits of a language model for two images and three words each."""
+def logits_of(model, x, **options):
+    """Return the logits of a language model for two images and three words each."""
     text = torch.full((2, 39), IMAGE_TOKEN)
     text[:, 36:] = 7
     return model(
@@ -60,7 +60,7 @@ def masked_modeling(family):
 
 
 def read_by_decoder(model, x):
-    """The patches (B, D, 6, 6)."""
+    """Return the patches (B, D, 6, 6)."""
     seen = []
     handle = model.decoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(x)
@@ -94,7 +94,7 @@ def test_cross_attention_reads_merged_tokens_as_they_are():
     ("family", "strategy"),
     [(f, s) for f in ("ViT", "DeiT") for s in MERGING if f + s != "DeiTtome"],
 )
-def test_a_decoder_of_pixels_has_each_patch_at_its_place(family, strategy):
+def test_a_pixel_decoder_has_each_patch_at_its_position(family, strategy):
     model, x, strategy = masked_modeling(family), images(), get_strategy(**MERGING[strategy])
     dense = model(x).reconstruction
     tokens, infos = elip_models.encode_image(model, x, strategy=strategy, return_info=True)
@@ -111,7 +111,7 @@ NEEDING = {"ViT": lambda: masked_modeling("ViT"), "PaliGemma": paligemma}
 
 @pytest.mark.parametrize("settings", DROPPING.values(), ids=DROPPING)
 @pytest.mark.parametrize("make", NEEDING.values(), ids=NEEDING)
-def test_what_needs_every_patch_refuses_what_drops_some(make, settings):
+def test_a_model_that_needs_every_patch_refuses_dropping(make, settings):
     model = make()
     with pytest.raises(TypeError, match=r"each at its position|a token for each patch"):
         reduce_(model, **settings)
@@ -122,24 +122,24 @@ def test_what_needs_every_patch_refuses_what_drops_some(make, settings):
 @pytest.mark.parametrize("settings", [{}, {"schedule": SCHEDULE, "scorer": "received"}])
 def test_a_language_model_that_reads_the_last_tokens_has_all_of_them(settings):
     model, x = paligemma(), images()
-    dense = said(model, x)
-    got = said(reduce_(model, **settings), x)
+    dense = logits_of(model, x)
+    got = logits_of(reduce_(model, **settings), x)
     assert got.shape == dense.shape
     assert not torch.allclose(got, dense)
-    assert torch.equal(said(elip_models.unreduce_(model), x), dense)
+    assert torch.equal(logits_of(elip_models.unreduce_(model), x), dense)
 
 
 @pytest.mark.parametrize("vision", ["CLIP", "Siglip"])
 @pytest.mark.parametrize("settings", [{}, {"strategy": "tome:r=4"}, {"strategy": "patch_dropout"}])
 def test_a_language_model_that_reads_hidden_states_has_whole_grids(vision, settings):
     model, x = llava(vision), images()
-    dense = said(model, x)
+    dense = logits_of(model, x)
     reduce_(model, **settings)
     model.train()
-    assert said(model, x).shape == dense.shape
+    assert logits_of(model, x).shape == dense.shape
     model.eval()
-    assert said(model, x).shape == dense.shape
-    assert torch.equal(said(elip_models.unreduce_(model), x), dense)
+    assert logits_of(model, x).shape == dense.shape
+    assert torch.equal(logits_of(elip_models.unreduce_(model), x), dense)
     with pytest.raises(TypeError, match="a token for each patch"):
         reduce_(model, strategy="resize:size=32")
 

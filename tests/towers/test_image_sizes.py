@@ -1,4 +1,4 @@
-"""Images of other sizes than the model was made for, and models whose size is changed."""
+"""Images of other sizes than the model's, and models with a changed size."""
 
 import copy
 
@@ -40,7 +40,7 @@ def dynamic_vit(**options):
 
 
 def made_for(model, size):
-    """A timm model of the same weights, of one size."""
+    """Return a timm model of one size with the same weights."""
     other = plain_vit().eval()
     other.load_state_dict(model.state_dict())
     other.set_input_size(size)
@@ -163,7 +163,7 @@ def test_a_compiled_model_takes_images_of_two_sizes(strategy, backend):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_compiled_model_of_transformers_takes_images_of_two_sizes(strategy):
-    """One graph a size: ToMe's counts as terms of the image's size would take minutes."""
+    """Compile one graph per size: symbolic token counts of ToMe would take minutes."""
     torch._dynamo.reset()
     model = reduce_(TOWERS["HF CLIP"]().eval(), **STRATEGIES[strategy])
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -181,12 +181,12 @@ def test_a_compiled_model_of_transformers_takes_images_of_two_sizes(strategy):
         (TOWERS["open_clip"], "resize the images"),
     ],
 )
-def test_a_model_of_one_size_says_how_to_take_others(make, advice):
+def test_a_model_of_one_size_raises_with_advice(make, advice):
     with pytest.raises(ValueError, match=f"48, 48.*64, 40.*{advice}"):
         encode_image(make(), pictures(), text(), schedule=SCHEDULE)
 
 
-def test_blocks_that_are_called_with_other_tokens_say_so():
+def test_blocks_that_get_other_token_counts_raise():
     model = reduce_(plain_vit(), schedule=SCHEDULE)
     with pytest.raises(ValueError, match=r"expected 37 tokens before block 1, .*got 20"):
         model.blocks(torch.randn(2, 20, 32))

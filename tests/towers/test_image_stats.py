@@ -40,7 +40,7 @@ def vit(name=""):
 
 def test_a_model_of_the_hub_is_not_looked_up_and_its_default_warns_once():
     model = hf_clip()
-    model.config.name_or_path = "somebody/a-model-that-is-not-here"
+    model.config.name_or_path = "an-owner/a-model-that-is-not-here"
     image_text = as_image_text(model)
     expected = r"CLIPModel stores no .* CLIP's are used: mean \(0\.48.*std \(0\.26.*load it"
     with pytest.warns(UserWarning, match=expected):
@@ -52,7 +52,7 @@ def test_a_model_of_the_hub_is_not_looked_up_and_its_default_warns_once():
 
 
 def test_an_image_model_without_statistics_warns_with_those_of_imagenet():
-    model = reducible_model.ImageModel(as_tower(vit("somebody/a-model-that-is-not-here")))
+    model = reducible_model.ImageModel(as_tower(vit("an-owner/a-model-that-is-not-here")))
     with pytest.warns(UserWarning, match=r"ImageNet's are used: mean \(0\.485, 0\.456, 0\.406\)"):
         assert model.image_stats() == reducible_model.IMAGENET
 
@@ -75,13 +75,13 @@ def test_the_config_of_a_model_counts():
 
 def test_the_local_cache_of_the_hub_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    repository = tmp_path / "models--somebody--a-cached-model"
+    repository = tmp_path / "models--an-owner--a-cached-model"
     snapshot = repository / "snapshots" / "0a1b"
     snapshot.mkdir(parents=True)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0a1b")
     CLIPImageProcessor(image_mean=HALF, image_std=HALF).save_pretrained(snapshot)
-    assert image_stats_of(vit("somebody/a-cached-model")) == (HALF, HALF)
+    assert image_stats_of(vit("an-owner/a-cached-model")) == (HALF, HALF)
 
 
 def test_a_folder_that_is_gone_counts_as_none():

@@ -17,7 +17,7 @@ from tests.helpers.towers import SCHEDULE, WIDTH, images
 
 
 def guidance_of(model, tokens):
-    """What guides the image tower, in the library's own words."""
+    """Return the guidance, computed with the library's own functions."""
     with torch.no_grad():
         if isinstance(model, transformers.CLIPModel):
             text = F.normalize(model.get_text_features(tokens).pooler_output, dim=-1)

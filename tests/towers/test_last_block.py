@@ -1,4 +1,4 @@
-"""A tower whose CLS alone is read: in inference its last block runs for that token, exactly."""
+"""If only CLS is read in inference, the last block runs for that token alone, exactly."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ DENSE = "6(100%)"
 
 
 def both(model, settings, x, t=None):
-    """CLS features (B, D) of all tokens' last block, and of CLS's alone."""
+    """Return CLS features (B, D) from a last block of all tokens, and of CLS alone."""
     tower = as_tower(model)
     tokens, _ = run_tower(tower, x, t, settings)
     alone, infos = run_tower(tower, x, t, settings, cls_only=True)
@@ -26,7 +26,7 @@ def both(model, settings, x, t=None):
 
 @pytest.fixture
 def calls():
-    """Tokens of each attention product, one for every whole block; a hook would change the way."""
+    """Record the tokens of each attention product; a hook would change the path."""
     counted = []
     with pytest.MonkeyPatch.context() as patch:
         original = F.scaled_dot_product_attention
@@ -53,8 +53,8 @@ TOWERS = {
 @torch.no_grad()
 @pytest.mark.parametrize("schedule", [DENSE, SCHEDULE, "3(100%) 3(50%)"])
 @pytest.mark.parametrize("make", TOWERS.values(), ids=TOWERS)
-def test_is_exact(make, schedule):
-    """The last stage of SCHEDULE begins at the last block: it reduces first."""
+def test_the_last_block_of_cls_alone_is_exact(make, schedule):
+    """The last stage of SCHEDULE begins at the last block, which reduces first."""
     model, x = make().eval(), images(3)
     all_tokens, alone, infos = both(model, ELIP(schedule), x, text(3))
     torch.testing.assert_close(alone, all_tokens, atol=1e-5, rtol=1e-5)
@@ -63,8 +63,8 @@ def test_is_exact(make, schedule):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_is_exact_in_other_dtypes(dtype):
-    """No further from fp64 than the whole block is; CLS's own way rounds less."""
+def test_it_is_exact_in_other_dtypes(dtype):
+    """The error against fp64 is at most that of the whole block."""
     model, x = clip_vit().eval().to(dtype), images(4).to(dtype)
     all_tokens, alone, _ = both(model, ELIP(DENSE), x, text(4))
     exact, _, _ = both(model.double(), ELIP(DENSE), x.double(), text(4))
@@ -74,14 +74,14 @@ def test_is_exact_in_other_dtypes(dtype):
 
 
 def all_tokens(model, x, features=None):
-    """Of the image tower of our CLIP, reduced as it says."""
+    """The image tower of our CLIP, reduced by its own strategy."""
     text_cls = None if features is None else model.guidance(features)
     return encode_image(model.visual, x, text_cls, strategy=model.reduction)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("guided", [True, False])
-def test_clip_takes_it_in_inference(calls, guided):
+def test_clip_runs_it_in_inference(calls, guided):
     model, x = tiny("elip_clip_tiny").eval(), torch.randn(2, 3, 32, 32)
     depth = model.tower.depth
     features = F.normalize(torch.randn(2, 12), dim=-1) if guided else None
@@ -96,7 +96,7 @@ def test_clip_takes_it_in_inference(calls, guided):
     assert len(calls) == depth - 1 + depth
 
 
-def test_is_not_taken_with_gradient_or_in_training(calls):
+def test_it_does_not_run_with_gradient_or_in_training(calls):
     model, x = tiny("clip_tiny").eval(), torch.randn(2, 3, 32, 32)
     depth = model.tower.depth
     model.encode_image(x)
@@ -138,7 +138,7 @@ def test_a_hook_on_an_earlier_block_does_not_matter(calls):
 
 
 class Wider(torch.nn.Linear):
-    """A projection that is more than its weight."""
+    """A projection that computes more than its weight."""
 
     def forward(self, x):
         return 2 * super().forward(x)
@@ -146,7 +146,7 @@ class Wider(torch.nn.Linear):
 
 @torch.no_grad()
 def test_a_changed_block_runs_whole(calls):
-    """What is put into the last block after the tower was made counts as it is."""
+    """A module that replaces one of the last block after the tower was made is run."""
     model, x = tiny("clip_tiny").eval(), torch.randn(2, 3, 32, 32)
     block, depth = model.visual.blocks[-1], model.tower.depth
     plain = block.attn.qkv
@@ -188,7 +188,7 @@ def test_autocast():
 
 
 @torch.no_grad()
-def test_a_twelfth_of_the_dense_tower_less():
+def test_it_saves_a_twelfth_of_the_dense_tower():
     narrow = {"vision_width": 192, "vision_heads": 3, "text_depth": 1}
     model = elip_models.create_model("clip_vit_b16", **narrow).eval()
     x, flops = torch.randn(1, 3, 224, 224), []

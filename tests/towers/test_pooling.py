@@ -1,4 +1,4 @@
-"""Towers that pool their patches: each token counts by how many it holds."""
+"""Towers that pool their patches: each token is weighted by its number of patches."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ DROPPING = {
 
 
 def sizes(infos, num_prefix_tokens):
-    """(B, T-p) how many patches each token holds."""
+    """Return the number of patches in each token, (B, T-p)."""
     source = None
     for info in infos:
         source = info.reduction.source_map(source)
@@ -56,7 +56,7 @@ def sizes(infos, num_prefix_tokens):
 
 
 def reduced(model, strategy, x, t):
-    """The output under `reduce_`, and the tokens and infos of `encode_image`, by the same draws."""
+    """Return the output under `reduce_`, and tokens and infos of `encode_image`, with one seed."""
     torch.manual_seed(1)
     tokens, infos = elip_models.encode_image(model, x, t, strategy=strategy, return_info=True)
     elip_models.reduce_(model, strategy=strategy)
@@ -92,7 +92,7 @@ def test_attention_pooling_adds_the_log_of_sizes_to_its_scores(strategy):
 
 
 @pytest.mark.parametrize("strategy", DROPPING.values(), ids=DROPPING)
-def test_what_is_left_after_dropping_is_pooled_as_it_is(strategy):
+def test_tokens_kept_without_merging_are_pooled_equally(strategy):
     model, x, t = MODELS["timm average"]().train(), images(), text()
     got, tokens, _ = reduced(model, strategy, x, t)
     assert tokens.shape[1] < 36
@@ -100,7 +100,7 @@ def test_what_is_left_after_dropping_is_pooled_as_it_is(strategy):
 
 
 def idle(strategy, size):
-    """The strategy where it has nothing to reduce."""
+    """Return the strategy with settings that reduce nothing."""
     return ImageResize(size.image[0]) if strategy is ImageResize else strategy.at_strength(size, 0)
 
 
@@ -139,14 +139,14 @@ def test_a_step_in_the_last_block_alone_is_counted(name, strategy):
 
 
 @pytest.mark.parametrize("name", ["open_clip attention", "open_clip average, norm behind"])
-def test_encode_image_returns_tokens_before_a_norm_that_stands_behind_the_pool(name):
+def test_encode_image_returns_tokens_before_a_norm_that_follows_pooling(name):
     model, x = MODELS[name]().eval(), images()
     tokens = elip_models.encode_image(model, x, schedule="6(100%)")
     torch.testing.assert_close(model._pool(tokens)[0] @ model.proj, model(x))
 
 
 def test_a_text_is_the_query_of_a_rotary_tower_without_cls_by_any_layer():
-    """A projection that only a call can read, and one whose weights are read, score alike."""
+    """A wrapped projection, which is called, and a plain one, which is read, score alike."""
     model, x, t = POOLED_WITHOUT_CLS["rope average, no CLS"]().eval(), images(), text()
     tower = as_tower(model)
     tokens = tower.embed(x)
@@ -171,7 +171,7 @@ def test_a_tower_inside_open_clips_timm_model_is_the_trunk():
 
 
 class Mlp(nn.Sequential):
-    """A head that no text goes back through."""
+    """A head without a linear map back from text features."""
 
     def __init__(self):
         super().__init__(nn.Linear(WIDTH, 8), nn.GELU(), nn.Linear(8, 16))

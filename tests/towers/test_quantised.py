@@ -1,5 +1,7 @@
-"""Quantised linear layers, before or after `reduce_`: what a scorer or a strategy reads of them is
-what a call of them makes."""
+"""Quantised linear layers, before or after `reduce_`.
+
+Scorers and strategies compute what a call of the layers computes.
+"""
 
 import copy
 from itertools import product
@@ -47,7 +49,7 @@ def by(config):
 
 
 def dynamic(model):
-    """PyTorch's own, which puts other modules in the place of nn.Linear."""
+    """PyTorch's own quantisation, which replaces nn.Linear modules."""
     return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
 
 
@@ -87,7 +89,7 @@ NOTHING = {
 
 @torch.no_grad()
 def drawn(model, x):
-    """The output; what a strategy draws is the same in all calls."""
+    """Return the output, with the same random numbers in all calls."""
     torch.manual_seed(1)
     return output(model, x)
 
@@ -123,7 +125,7 @@ def test_a_model_is_quantised_before_or_after_it_is_reduced(strategy, how):
 @pytest.mark.parametrize(("strategy", "how"), tiered(EVERY, quick=QUICK))
 @torch.no_grad()
 def test_of_the_same_choice_quantising_costs_no_more_than_in_the_dense_model(strategy, how):
-    """Twice its error at most, which sums of fewer tokens have; another choice may cost more."""
+    """The error is at most twice as large, because sums have fewer tokens."""
     model, x, strategy = plain_vit().eval(), images(8), STRATEGIES[strategy]
     full, quantised = as_tower(model), as_tower(QUANTISED[how](model))
     tokens, infos = run_tower(full, x, None, strategy)
@@ -134,7 +136,7 @@ def test_of_the_same_choice_quantising_costs_no_more_than_in_the_dense_model(str
 
 @torch.no_grad()
 def as_it_acts(model):
-    """A copy of plain layers with the weights that calls of the quantised ones show."""
+    """Return a copy with plain layers, whose weights come from calls of the quantised ones."""
     model = copy.deepcopy(model)
     for owner in list(model.modules()):
         for name, layer in owner.named_children():
@@ -168,8 +170,7 @@ def test_rows_are_those_of_the_weights_as_they_act(tower, how):
 @pytest.mark.parametrize("how", QUANTISED)
 @torch.no_grad()
 def test_a_quantised_projection_carries_text_back_to_the_image_tower(how):
-    """As near to that of the plain projection as rounding to eight bits leaves it, 1 in 127 or,
-    in fp8, 1 in 16 of the largest; and the whole model takes it for its guidance."""
+    """Its error is that of eight bits: 1 in 127 of the largest value, or 1 in 16 for fp8."""
     model, tokens = hf_clip().eval(), ids()
     layer = nn.Sequential(model.visual_projection)
     features = torch.nn.functional.normalize(torch.randn(4, 16))

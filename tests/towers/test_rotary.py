@@ -43,7 +43,7 @@ def test_parts_add_up_to_the_block(model):
             x = whole
 
 
-def test_untouched_tokens_at_their_places_are_those_of_the_full_grid(model):
+def test_all_tokens_at_their_positions_equal_the_full_grid(model):
     tower, x = as_tower(model), images()
     if not tower.is_rotary:
         pytest.skip("it has no rotation")
@@ -65,7 +65,7 @@ def test_kept_tokens_are_rotated_as_timms_own_patch_dropout_does():
     assert torch.equal(tower.at(kept).block(0, tokens), expected)
 
 
-def test_places_follow_tokens_through_the_stages():
+def test_positions_follow_tokens_through_the_stages():
     model, x = ROTARY["DINOv3"]().eval(), images()
     _, infos = elip_models.encode_image(model, x, text(), schedule=SCHEDULE, return_info=True)
     places = torch.arange(36).expand(2, -1)
@@ -94,7 +94,7 @@ def test_the_rotation_decides_what_is_computed():
 
 @pytest.mark.parametrize("name", ["EVA-02 tiny", "rope mixed"])
 @pytest.mark.parametrize("strategy", ["evit", "random", "patch_dropout", "trips"])
-def test_strategies_tell_the_later_blocks_where_their_tokens_stand(name, strategy):
+def test_strategies_pass_positions_to_later_blocks(name, strategy):
     model, x, t = ROTARY[name]().train(), images(), text()
     options = {"schedule": SCHEDULE} if strategy in ("random", "trips") else {}
     torch.manual_seed(0)
@@ -111,7 +111,7 @@ PLACED = {"elip": EXACT, "evit": {"strategy": "evit"}, "nearest": EXACT | {"merg
 
 
 @pytest.mark.parametrize("how", tiered(PLACED, ["elip"]))
-def test_checkpointing_replays_the_places(model, how):
+def test_checkpointing_replays_the_positions(model, how):
     x, t = images(), text()
     elip_models.reduce_(model.train(), **PLACED[how])
     expected = gradients_of_a_step(model, x, t)
@@ -126,7 +126,7 @@ def test_checkpointing_replays_the_places(model, how):
 
 
 @pytest.mark.exhaustive
-def test_blocks_compiled_one_by_one_replay_the_places_too():
+def test_blocks_compiled_one_by_one_replay_the_positions():
     torch._dynamo.reset()
     model, x, t = eva(depth=4).train(), images(), text()
     elip_models.reduce_(model, schedule="1(100%) 3(50%)", scorer="exact")

@@ -1,4 +1,4 @@
-"""SigLIP: towers without a CLS token, where the text alone asks which patches stay."""
+"""SigLIP: in towers without a CLS token, the text alone scores the patches."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_parts_add_up_to_the_block(model):
 
 
 def row_by_hand(layer, tokens, t):
-    """Head mean of softmax over the tokens of q(norm(t)) . k(norm(x))."""
+    """Return the head mean of the softmax over tokens of q(norm(t)) . k(norm(x))."""
     attn = layer.self_attn
     q = attn.q_proj(layer.layer_norm1(t)).view(2, 2, 1, -1)
     k = attn.k_proj(layer.layer_norm1(tokens)).view(2, -1, 2, WIDTH // 2).transpose(1, 2)
@@ -59,8 +59,7 @@ def test_the_text_is_the_query_of_the_scorers_layer(model, scorer, whole, row):
 
 
 def probed(head, tokens, sizes):
-    """What the head makes of tokens that hold `sizes` (B, N) patches: their log is added to the
-    scores of its probe."""
+    """Return the head's output for tokens of `sizes` (B, N) patches: their log biases the probe."""
     bias = sizes.log().repeat_interleave(head.attention.num_heads, 0)[:, None]
     probe = head.probe.expand(len(tokens), -1, -1)
     attended = head.attention(probe, tokens, tokens, attn_mask=bias)[0]
@@ -75,7 +74,7 @@ STRATEGIES = {
 
 
 @pytest.mark.parametrize("settings", STRATEGIES.values(), ids=STRATEGIES)
-def test_the_probe_counts_each_token_by_the_patches_that_it_holds(model, settings):
+def test_the_probe_weights_each_token_by_its_patches(model, settings):
     x, t = images(), text()
     strategy = get_strategy(**({"strategy": "elip"} | settings))
     tokens, infos = elip_models.encode_image(model, x, t, strategy=strategy, return_info=True)

@@ -1,4 +1,4 @@
-"""Towers by their parts, which add up to the block, and one tower in three libraries."""
+"""The parts of a tower's block compute what the block computes, in three libraries."""
 
 import open_clip
 import pytest
@@ -49,7 +49,7 @@ def test_parts_add_up_to_the_block(model):
 
 
 def renamed(state, names):
-    """The entries of a state dict under another library's names."""
+    """Return a state dict under another library's names."""
     out = {}
     for name, value in state.items():
         for theirs, ours in names.items():
@@ -74,7 +74,7 @@ HF_NAMES = {
 
 
 def same_weights():
-    """One CLIP image tower in three libraries."""
+    """Return one CLIP image tower in three libraries."""
     theirs = open_clip_vit()
     state = {n: w for n, w in theirs.state_dict().items() if n != "proj"}
     in_timm = timm.models.VisionTransformer(

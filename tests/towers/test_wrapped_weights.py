@@ -1,6 +1,6 @@
 """LoRA counts in every scorer and strategy, before and after `reduce_`.
 
-What an adapted model gives is what its merged copy gives: `merge_and_unload`, then `reduce_`.
+An adapted model returns what its merged copy returns: `merge_and_unload`, then `reduce_`.
 """
 
 import copy
@@ -55,7 +55,7 @@ def elip(scorer):
 
 
 def adapted(model, order, how, config):
-    """The model inside peft's, reduced; adapters that matter."""
+    """Return the reduced model inside peft's, with adapters of large weights."""
     if order == "reduce first":
         elip_models.reduce_(model, **how)
     wrapped = get_peft_model(model, config)
@@ -63,7 +63,7 @@ def adapted(model, order, how, config):
 
 
 def merged(model, how, unload="merge_and_unload"):
-    """A reduced copy without adapters."""
+    """Return a reduced copy without adapters."""
     copied = elip_models.unreduce_(copy.deepcopy(model))
     return elip_models.reduce_(getattr(copied, unload)(), **how)
 
@@ -83,7 +83,7 @@ def assert_equal_outputs(got, expected, x=None, t=None):
 
 
 def scored():
-    """One model a library by every scorer, the others by the two that read most."""
+    """Return cases: one model of each library with every scorer, the others with two scorers."""
     for name in MODELS:
         scorers = SCORERS if name in ("timm", "Eva", "open_clip", "HF ViT") else ("cls", "last")
         yield from ((name, scorer) for scorer in scorers)
@@ -96,7 +96,7 @@ EVERY = list(scored())
 @pytest.mark.parametrize(
     ("name", "scorer"), tiered(EVERY, [("timm", "cls"), *((name, "last") for name in MODELS)])
 )
-def test_lora_is_what_is_merged(name, scorer, order):
+def test_lora_counts_as_its_merged_weight(name, scorer, order):
     make, targets = MODELS[name]
     model, how = make(), elip(scorer)
     base = elip_models.reduce_(copy.deepcopy(model), **how)
@@ -126,14 +126,14 @@ OTHERS = {
         [(strategy, "timm", ORDERS[0]) for strategy in OTHERS],
     ),
 )
-def test_so_it_is_in_other_strategies(strategy, name, order):
+def test_lora_counts_in_other_strategies(strategy, name, order):
     (make, targets), how = MODELS[name], OTHERS[strategy]
     model = adapted(make(), order, how, lora(targets))
     assert_equal_outputs(model, merged(model, how))
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_siglip_is_scored_by_what_is_merged(order):
+def test_siglip_scores_by_merged_weights(order):
     how = {"schedule": "2(100%) 2(80%) 2(50%)", "scorer": "exact"}
     model = adapted(siglip_vision(), order, how, lora(["q_proj", "k_proj"]))
     assert_equal_outputs(model, merged(model, how))
@@ -192,7 +192,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scorer", tiered(["cls", "last"], ["last"]))
 def test_other_kinds_count_as_merged(kind, scorer, order):
-    """In fp64: large adapters alone round to more than the bound in fp32."""
+    """Run in fp64, because large adapters round to more than the bound in fp32."""
     how = elip(scorer)
     model = perturbed(adapted(plain_vit(), order, how, KINDS[kind])).double()
     assert_equal_outputs(model, merged(model, how), images().double(), text().double())
@@ -226,7 +226,7 @@ STATES = {
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("name", tiered(["timm", "timm, DoRA", "open_clip"], ["timm"]))
 @pytest.mark.parametrize("how", [elip("last"), TOME], ids=["last", "tome"])
-def test_what_is_active_now_counts(name, state, how):
+def test_the_active_adapter_counts(name, state, how):
     make, targets = MODELS[name.split(",")[0]]
     config = lora(targets, use_dora="DoRA" in name)
     model = perturbed(adapted(make(), "reduce first", how, config))
@@ -247,7 +247,7 @@ CHANGES = {  # of a weight; autograd counts the first alone
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_weight_that_changed_between_forwards_counts(change):
-    """As an average of weights is written, `.data` too, of which no version tells."""
+    """Change a weight, also through `.data`, which no version counter records."""
     model, x = adapted(plain_vit(), "adapt first", elip("last"), lora()).eval(), images()
     first = model(x)
     with torch.no_grad():
@@ -259,7 +259,7 @@ def test_a_weight_that_changed_between_forwards_counts(change):
     assert torch.equal(changed, pickle.loads(pickle.dumps(copy.deepcopy(model)))(x))
 
 
-def test_read_in_inference_mode_it_trains():
+def test_a_model_read_in_inference_mode_trains_after():
     how = elip("last")
     model = adapted(plain_vit(), "adapt first", how, lora()).eval()
     with torch.inference_mode():

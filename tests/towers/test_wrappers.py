@@ -1,4 +1,4 @@
-"""Any other wrapper around what a scorer reads is called, or refused at every forward."""
+"""Any other wrapper around a layer that a scorer reads is called, or raises at every forward."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from tests.towers.test_wrapped_weights import MODELS, assert_equal_outputs, elip
 
 
 class Quantised(nn.Module):
-    """Weights in eighths, which no attribute shows."""
+    """A layer with weights in eighths that no attribute contains."""
 
     def __init__(self, linear):
         super().__init__()
@@ -37,7 +37,7 @@ class Halves(nn.Module):
 
 
 class Eighths(torch.Tensor):
-    """A weight in eighths, as torchao has it: nn.Linear stays, and the product knows the codes."""
+    """A weight in eighths, as in torchao: nn.Linear stays, and a tensor subclass multiplies."""
 
     @staticmethod
     def __new__(cls, codes):
@@ -100,7 +100,7 @@ WRAPPERS = {
 
 
 def as_it_acts(qkv):
-    """A plain layer that does what the wrapped one does, found by calling it."""
+    """Return a plain layer with the effect of the wrapped one, found by calling it."""
     with torch.no_grad():
         bias = qkv(torch.zeros(1, WIDTH).double())[0]
         weight = qkv(torch.eye(WIDTH).double()) - bias
@@ -147,7 +147,7 @@ def test_a_wrapped_attention_is_refused_at_every_forward(make):
         model(images())
 
 
-def test_what_the_library_itself_ignores_is_refused():
+def test_a_wrapper_that_the_library_ignores_is_refused():
     model = get_peft_model(eva(), lora())
     with pytest.raises(TypeError, match="reads the weight of its qkv, and so ignores"):
         elip_models.reduce_(model, **elip("last"))
