@@ -146,9 +146,10 @@ class Schedule:
             ValueError: a ratio that keeps no patch.
         """
         stages, first = [], 0
+        counted = num_patches + 1 if self.count_cls else num_patches
         for layers, ratio in self.groups:
             if ratio < 1.0:
-                keep = int((num_patches + self.count_cls) * ratio)
+                keep = int(counted * ratio)
                 if not 1 <= keep <= num_patches:
                     raise ValueError(
                         f"schedule: expected 1 to {num_patches} kept patches of {num_patches}, got "

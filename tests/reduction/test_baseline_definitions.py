@@ -1,4 +1,4 @@
-"""Patch dropout, random, adaptive and resize: each does on towers what its definition says."""
+"""Patch dropout, random, adaptive and resize on towers, against their definitions."""
 
 import copy
 
@@ -33,7 +33,7 @@ def test_random_keeps_other_patches_each_time_and_averages_the_others():
     torch.testing.assert_close(weights[weights > 0], torch.full((16 * 18,), 1 / 18))
 
 
-def test_adaptive_keeps_the_least_patches_that_hold_the_mass():
+def test_adaptive_keeps_the_fewest_patches_with_the_share_of_attention():
     model, x, t = plain_vit(), images(8), text(8)
     strategy = AdaptiveELIP("3(100%) 3(50%)", keep_mass=0.3)
     _, (info,) = elip_models.encode_image(model, x, t, strategy=strategy, return_info=True)
@@ -56,7 +56,7 @@ def test_adaptive_keeps_the_least_patches_that_hold_the_mass():
 
 
 def test_adaptive_padding_changes_nothing():
-    """An image alone, under a schedule that keeps just what it keeps, gives the same CLS token."""
+    """An image alone, under a schedule with its own number of patches, gives the same CLS token."""
     model, x, t = plain_vit(), images(1), text(1)
     adaptive = AdaptiveELIP("3(100%) 3(50%)", keep_mass=0.3)
     tokens, (info,) = elip_models.encode_image(model, x, t, strategy=adaptive, return_info=True)
@@ -76,7 +76,7 @@ def test_a_stage_that_drops_nothing_leaves_adaptive_dense_until_the_next():
     assert patched(model, strategy, x, t).isfinite().all()
 
 
-def test_with_all_the_mass_adaptive_is_elip():
+def test_with_all_of_the_attention_adaptive_is_elip():
     model, x, t = clip_vit(), images(), text()
     adaptive = elip_models.encode_image(model, x, t, strategy=AdaptiveELIP(SCHEDULE, keep_mass=1.0))
     expected = elip_models.encode_image(model, x, t, strategy=ELIP(SCHEDULE, scorer="last"))
@@ -93,7 +93,7 @@ def test_resize_to_the_same_size_is_the_dense_model(library):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_resize_takes_images_of_half_precision(dtype):
-    """No further from fp32 than twice the dense tower is at that dtype."""
+    """The error to fp32 is at most twice that of the dense tower at that dtype."""
     model, x = plain_vit().eval().to(dtype), images().to(dtype)
     found = [elip_models.encode_image(model, x, strategy=ImageResize(size)) for size in (48, 32)]
     assert all(tokens.dtype == dtype for tokens in found)
@@ -103,7 +103,7 @@ def test_resize_takes_images_of_half_precision(dtype):
     assert 0 < resized <= 2 * dense
 
 
-def test_resize_agrees_with_timms_own_interpolation():
+def test_resize_equals_timms_own_interpolation():
     model, x = plain_vit().eval(), images()
     other = copy.deepcopy(model)
     other.set_input_size(32)

@@ -1,4 +1,4 @@
-"""Activation checkpointing of a reduced model: what was selected is replayed, not scored again."""
+"""Activation checkpointing of a reduced model replays the selection and does not score again."""
 
 from collections import Counter
 from functools import partial
@@ -100,7 +100,7 @@ FIRST_IN = ["first in, first out", "last in, first out"]
     "forward", [checkpointed(True), checkpointed(False), sequential], ids=["re", "non-re", "seq"]
 )
 def test_a_recomputation_finds_its_own_pass(forward, order, mode):
-    """The same images under other texts, and a pass without gradient in between."""
+    """The same images run under other texts, with a pass without gradient in between."""
     model = getattr(clip_vit(), mode)()
     elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact", fusion=0.2)
     x, texts = images(3).requires_grad_(), [text(3) for _ in range(3)]
@@ -120,7 +120,7 @@ def test_a_recomputation_finds_its_own_pass(forward, order, mode):
 
 @pytest.mark.slow
 def test_blocks_compiled_one_by_one_replay_too():
-    """Once compiled: torch itself refuses the recomputation of a block that it first compiles."""
+    """After a first call: torch raises if a block is compiled first during recomputation."""
     torch._dynamo.reset()
     model = clip_vit()
     elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact", fusion=0.2)
@@ -133,7 +133,7 @@ def test_blocks_compiled_one_by_one_replay_too():
     assert_equal_gradients(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_reentrant_pass_that_was_forgotten_is_an_error():
+def test_a_reentrant_pass_that_was_discarded_is_an_error():
     model = clip_vit()
     elip_models.reduce_(model, schedule=SCHEDULE)
     x = images(1).requires_grad_()
@@ -145,7 +145,7 @@ def test_a_reentrant_pass_that_was_forgotten_is_an_error():
 
 
 @pytest.mark.slow
-def test_another_is_never_forgotten():
+def test_a_pass_that_is_not_reentrant_is_never_discarded():
     model, x, t = clip_vit(), images(1), text(1)
     elip_models.reduce_(model, schedule=SCHEDULE)
     expected = gradients_of_a_step(model, x, t)
@@ -180,7 +180,7 @@ def test_two_forwards_in_one_checkpoint_keep_their_own_choices(use_reentrant):
 
 @pytest.mark.parametrize("use_reentrant", [None, True, False])
 def test_a_forward_in_a_backward_hook_is_a_forward(use_reentrant):
-    """Its guidance is its own, whether blocks are recomputed around it or not."""
+    """It uses its own guidance, with and without blocks that are recomputed around it."""
     model, x, t = clip_vit(), images(3), text(3)
     elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact", fusion=0.2)
     with elip_models.guidance(model, t):
@@ -252,7 +252,7 @@ def test_a_recomputed_block_finds_its_own_pass(name, use_reentrant):
 
 
 class Ops(TorchDispatchMode):
-    """How often each of our ops ran."""
+    """Return how often each of our ops ran."""
 
     def __init__(self):
         super().__init__()

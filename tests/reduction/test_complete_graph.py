@@ -1,4 +1,4 @@
-"""PiToMe and CrossGET: the official numbers, the definitions, and what text does."""
+"""PiToMe and CrossGET: the official numbers, the definitions, and the effect of a text."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def tensors(case, *names):
 
 
 def groups(match):
-    """Of each image, the tokens of each row."""
+    """Return the tokens of each row, for each image."""
     return [{tuple(row.nonzero()[:, 0].tolist()) for row in image} for image in match.source_map()]
 
 
@@ -84,7 +84,7 @@ def test_the_margin_of_pitome_falls_evenly_over_the_blocks():
 
 
 def crossget_by_hand(S, importance, r):
-    """One image, by Python lists -> target of each source."""
+    """Return the target of each source for one image, computed with Python lists."""
     n = len(S)
     best = [max(float(S[i, j]) for j in range(n) if j != i) for i in range(n)]
     order = sorted(range(n), key=lambda i: (-best[i], i))
@@ -110,8 +110,8 @@ def test_crossget_is_its_definition(n, r):
     torch.testing.assert_close(pairs.weights[~is_source], (1 + sums)[~is_source])
 
 
-def test_rounding_decides_nothing_between_two_that_are_each_others_best():
-    """The cosines of a pair are one number, which a product of matrices rounds twice."""
+def test_rounding_does_not_decide_between_mutual_nearest_tokens():
+    """A matrix product computes the cosine of a pair twice, with different rounding."""
     S, importance = cosines(torch.randn(20, 49, 8).double()), torch.rand(20, 49).double()
     S = torch.maximum(S, S.mT)
     rounded = S + 1e-12 * torch.randn_like(S)
@@ -121,7 +121,7 @@ def test_rounding_decides_nothing_between_two_that_are_each_others_best():
         assert torch.equal(one, other)
 
 
-def test_pitome_spares_what_is_like_nothing_else():
+def test_pitome_protects_patches_that_are_unlike_all_others():
     crowd = torch.tensor([1.0, 0, 0, 0]) + 0.1 * torch.randn(1, 12, 4)
     alone = torch.eye(4)[None, 1:]
     similarity = cosines(torch.cat([crowd[:, :6], alone, crowd[:, 6:]], dim=1))
@@ -175,7 +175,7 @@ def test_text_guides_crossget_alone():
 
 
 @pytest.mark.parametrize("kind", [PiToMe, CrossGET])
-def test_of_nothing_is_dense_and_of_anything_another_merge_than_tomes(kind):
+def test_r_zero_is_dense_and_any_other_r_merges_unlike_tome(kind):
     model, x, t = plain_vit().eval(), images(), text()
     assert torch.equal(run(kind(0), x, t, model)[0], model.forward_features(x))
     plain = run(ToMe(4), x, t, model)[0]

@@ -36,7 +36,7 @@ HF = [name for name in HF_TOWERS if name.startswith("HF")]
 
 
 def layers(model, x, **options):
-    """Of a timm model: the final tokens, and those behind each block, (B, N0, D)."""
+    """Return the final tokens of a timm model, and those after each block, (B, N0, D)."""
     out, found = model.forward_intermediates(
         x, output_fmt="NLC", return_prefix_tokens=True, **options
     )
@@ -44,7 +44,7 @@ def layers(model, x, **options):
 
 
 def entered(model, x):
-    """What enters each block of a reduced timm model in its plain forward, (B, N, D)."""
+    """Return the input of each block in the plain forward of a reduced timm model, (B, N, D)."""
     found = []
     hooks = [
         block.register_forward_hook(lambda _, __, out: found.append(out)) for block in model.blocks
@@ -56,8 +56,8 @@ def entered(model, x):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_grid_holds_the_tokens_of_the_plain_forward(strategy):
-    """Behind each block: the prefix, what a patch was merged into, zeros where it was dropped."""
+def test_a_grid_has_the_tokens_of_the_plain_forward(strategy):
+    """After each block: the prefix, the token of each merged patch, zeros for dropped patches."""
     model, x = reduce_(plain_vit().eval(), **STRATEGIES[strategy]), images()
     expected = entered(model, x)
     _, grids = layers(model, x)
@@ -73,7 +73,7 @@ def test_a_grid_holds_the_tokens_of_the_plain_forward(strategy):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_places_are_those_that_the_steps_tell(strategy):
+def test_the_positions_are_those_of_the_recorded_stages(strategy):
     model, x = reduce_(plain_vit().eval(), **STRATEGIES[strategy]), images()
     with elip_models.record_stages(model) as infos:
         _, grids = layers(model, x)
@@ -85,7 +85,7 @@ def test_the_places_are_those_that_the_steps_tell(strategy):
 
 
 @pytest.mark.parametrize("name", [*TIMM, *tiered(list(ROTARY), ["EVA-02 tiny"])])
-def test_what_a_head_reads_stays_the_same(name):
+def test_the_input_of_the_head_stays_the_same(name):
     make = TOWERS.get(name) or ROTARY[name]
     model, x = reduce_(make().eval(), schedule=SCHEDULE), images()
     final, grids = layers(model, x, norm=True)
@@ -118,7 +118,7 @@ def test_hidden_states_of_transformers_are_whole_grids(library, strategy):
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-def test_hidden_states_may_be_asked_for_by_the_config_or_by_number():
+def test_hidden_states_are_requested_by_the_config_or_by_number():
     model, x = reduce_(TOWERS["HF CLIP"]().eval(), schedule=SCHEDULE), images()
     states = model(x, output_hidden_states=True).hidden_states
     one = model(x, output_hidden_states=[-2]).hidden_states
@@ -127,7 +127,7 @@ def test_hidden_states_may_be_asked_for_by_the_config_or_by_number():
     assert torch.equal(model(x).hidden_states[-1], states[-1])
 
 
-def test_transformers_hands_on_whole_grids_of_a_whole_model():
+def test_transformers_returns_whole_grids_of_a_whole_model():
     model = reduce_(PAIRS["HF CLIP pair"]().eval(), schedule=SCHEDULE)
     x, tokens = images(), ids()
     plain = model(input_ids=tokens, pixel_values=x)
@@ -230,8 +230,8 @@ def test_a_call_that_fails_leaves_nothing():
     assert torch.equal(hidden(x).image_embeds, expected)
 
 
-def test_such_a_call_is_its_threads_own():
-    """Another thread runs the model plainly in the middle of it."""
+def test_a_call_for_grids_belongs_to_its_thread():
+    """Another thread runs a plain forward in the middle of it."""
     model, x, found = reduce_(plain_vit().eval(), schedule=SCHEDULE), images(), []
     expected = entered(model, x)[-1]
 
@@ -250,7 +250,7 @@ def test_such_a_call_is_its_threads_own():
     assert {grid.shape for grid in grids} == {(2, 37, WIDTH)}
 
 
-def test_guidance_reaches_such_a_call():
+def test_guidance_reaches_a_call_for_grids():
     model, x, t = reduce_(plain_vit().eval(), schedule=SCHEDULE, fusion=0.0), images(), text()
     with elip_models.guidance(model, t):
         final, _ = layers(model, x, norm=True)
@@ -260,7 +260,7 @@ def test_guidance_reaches_such_a_call():
 
 
 @pytest.mark.parametrize("strategy", tiered(list(STRATEGIES), []))
-def test_such_a_call_compiles_whole(strategy):
+def test_a_call_for_grids_compiles_in_one_graph(strategy):
     torch._dynamo.reset()
     settings = dict(STRATEGIES[strategy])
     settings |= {"schedule": "1(100%) 1(50%)"} if "schedule" in settings else {}
@@ -300,7 +300,7 @@ def test_blocks_that_are_compiled_one_by_one_give_grids():
     torch.testing.assert_close(model(x), plain)
 
 
-def test_what_would_be_wrong_is_refused():
+def test_calls_that_would_return_wrong_grids_raise_an_error():
     siglip, x = WITHOUT_CLS["HF SigLIP vision"]().eval(), images()
     reduce_(siglip, schedule=SCHEDULE, merge="none")
     assert siglip(x, output_hidden_states=True).hidden_states  # unguided, it is dense

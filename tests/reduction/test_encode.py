@@ -1,4 +1,4 @@
-"""encode_image on timm towers: scorers, guidance and what they promise."""
+"""encode_image on timm towers: scorers, guidance, gradients and cost."""
 
 import pytest
 import timm
@@ -49,7 +49,7 @@ def test_exact_keeps_what_official_keeps_on_vit_s16():
 
 @pytest.mark.parametrize("scorer", ["official", "exact", "cls", "last", 1, "2-layer stages"])
 def test_scorers_by_their_definition(scorer):
-    """The first stage's row, from the model's own blocks and their whole attention maps."""
+    """The row of the first stage equals that of the model's own blocks and attention maps."""
     scorer = 2 if scorer == "2-layer stages" else scorer
     schedule = "2(100%) 4(50%)"
     model, x, t = clip_vit(), images(), text()
@@ -90,7 +90,9 @@ def test_info_of_every_stage():
 
 
 def test_pruning_only():
-    tokens = elip_models.encode_image(plain_vit(), images(), text(), schedule=SCHEDULE, merge="none")
+    tokens = elip_models.encode_image(
+        plain_vit(), images(), text(), schedule=SCHEDULE, merge="none"
+    )
     assert tokens.shape == (2, 11, WIDTH)
 
 
@@ -160,8 +162,8 @@ def strategies():
 
 
 @pytest.mark.parametrize("strategy", list(strategies()), ids=str)
-def test_another_tower_does_what_each_step_did(strategy):
-    """The same tower, without the text: the same tokens only if every step is replayed."""
+def test_another_tower_replays_each_step(strategy):
+    """Without the text, the same tower gives the same tokens only if it replays every step."""
     tower, x = elip_models.towers.as_tower(clip_vit().eval()), images()
     tokens, infos = run_tower(tower, x, text(), strategy)
     replayed, again = run_tower(tower, x, None, strategy, replays=infos)

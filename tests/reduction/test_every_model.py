@@ -1,4 +1,4 @@
-"""What `reduce_` promises, asked of every model: a tower alone, or a whole image-text model."""
+"""The guarantees of `reduce_` on every model: a tower alone, or a whole image-text model."""
 
 import copy
 import io
@@ -47,7 +47,7 @@ every_model = pytest.mark.parametrize("name", tiered(MODELS, QUICK))
 
 
 def every_model_in(ways, argument):
-    """Each model in each of the ways; quick are the first one, and all for a model a library."""
+    """Return each model with each option; quick are the first option, and one model per library."""
     ways = list(ways)
     cases = [(name, way) for name in MODELS for way in ways]
     quick = [(name, ways[0]) for name in QUICK]
@@ -56,7 +56,7 @@ def every_model_in(ways, argument):
 
 
 class Call:
-    """The output of a model for the same two images and texts each time, and the same draws."""
+    """Return the output of a model for the same images, texts and random draws each time."""
 
     def __init__(self, name):
         self.is_pair = name in WHOLE
@@ -75,7 +75,7 @@ class Call:
 
 
 def contents(model):
-    """What its modules hold: dictionaries by their keys, everything else by identity."""
+    """Return the attributes of all modules: dictionaries by keys, other values by identity."""
     return {
         name: {k: list(v) if isinstance(v, dict) else id(v) for k, v in vars(module).items()}
         for name, module in model.named_modules()
@@ -143,7 +143,7 @@ COPIES = {
 
 
 @every_model_in(COPIES, "how")
-def test_a_copy_is_reduced_apart_and_can_be_undone(name, how):
+def test_a_copy_has_its_own_reduction_and_can_be_undone(name, how):
     model, call = MODELS[name]().eval(), Call(name)
     dense = call.dense(model)
     elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact")
@@ -158,7 +158,7 @@ def test_a_copy_is_reduced_apart_and_can_be_undone(name, how):
 
 
 def switched_on(model):
-    """The library's own checkpointing, which is not re-entrant."""
+    """Enable the library's own checkpointing, which is not reentrant."""
     if hasattr(model, "gradient_checkpointing_enable"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     else:
@@ -195,7 +195,7 @@ COMPILED += ["open_clip pair", "open_clip pair, timm EVA-02", "HF CLIP pair", "H
 
 @pytest.mark.parametrize("name", tiered(COMPILED, []))
 def test_compiles_whole_and_once(name):
-    """A reduction before a block; those in its place and before the tower: test_strategies.py."""
+    """This tests a reduction before a block; test_strategies.py tests the other kinds."""
     torch._dynamo.reset()
     model, call = MODELS[name]().eval(), Call(name)
     elip_models.reduce_(model, schedule="3(100%) 3(50%)", scorer="exact")
@@ -254,7 +254,7 @@ REFUSED += [("a merged pair has two positions", ROTARY["EVA-02 tiny"], {"strateg
 
 
 @pytest.mark.parametrize(("reason", "make", "settings"), REFUSED, ids=[r for r, *_ in REFUSED])
-def test_what_is_not_supported_is_refused_with_the_reason(reason, make, settings):
+def test_an_unsupported_model_raises_the_reason(reason, make, settings):
     model = make()
     before = contents(model)
     with pytest.raises(TypeError, match=reason):

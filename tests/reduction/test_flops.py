@@ -1,4 +1,4 @@
-"""FLOPs worked out from token counts against FLOPs counted op by op, on the meta device.
+"""FLOPs computed from token counts against FLOPs counted op by op, on the meta device.
 
 Both of every strategy in the registry, so that a new one is held to it.
 """
@@ -54,14 +54,14 @@ def counted_dense(name):
 
 
 @pytest.mark.parametrize("model", tiered(MODELS, [VIT]))
-def test_worked_out_and_counted_flops_of_a_dense_tower_agree(model):
+def test_computed_and_counted_flops_of_a_dense_tower_are_equal(model):
     worked_out, counted = dense_flops(workload(model).tower.size), counted_dense(model)
     assert worked_out.forward == pytest.approx(counted.forward, rel=0.01)
     assert worked_out.training == pytest.approx(sum(counted), rel=0.01)
 
 
 @pytest.mark.parametrize(("model", "case"), tiered(COUNTED, QUICK))
-def test_worked_out_and_counted_flops_agree(model, case):
+def test_computed_and_counted_flops_are_equal(model, case):
     reason = CASES[case].refuses(workload(model).tower)
     if reason is not None:
         pytest.skip(f"{case} does not take this tower: {reason}")
@@ -94,7 +94,7 @@ def test_at_flops_sets_the_counted_flops(case, ratio):
 
 @pytest.mark.parametrize("case", ["elip", "elip-exact", "tome"])
 def test_at_flops_of_a_forward_alone(case):
-    """Of which a dry run is a larger part than of a training step."""
+    """The scorer's layers are a larger part of a forward pass than of a training step."""
     tower = workload(VIT).tower
     strategy = CASES[case].at_flops(tower, 0.75, training=False)
     counted, dense = count(workload(VIT), {case: strategy}, TRAINING)[case], counted_dense(VIT)

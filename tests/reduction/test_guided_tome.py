@@ -1,4 +1,4 @@
-"""guided_tome: what the text asks for merges last, by the row that its definition says."""
+"""guided_tome: tokens that the text attends to merge last, by the row of its definition."""
 
 import pytest
 import torch
@@ -14,13 +14,13 @@ from tests.helpers.towers import WIDTH, clip_vit, images, plain_vit, text
 
 
 def run(model, x, t=None, **options):
-    """tokens, and what each step did."""
+    """Return the tokens, and a `StageInfo` per step."""
     strategy = GuidedToMe(**{"r": 4} | options)
     return elip_models.encode_image(model, x, t, strategy=strategy, return_info=True)
 
 
 def entered(tower, x, infos):
-    """The tokens that enter each block of a run."""
+    """Return the tokens that enter each block of a run."""
     found, tokens, sizes = [], tower.embed(x), None
     for i, info in enumerate(infos):
         found.append(tokens)
@@ -34,14 +34,14 @@ def entered(tower, x, infos):
 
 
 def merged_away(info):
-    """(B, N/2) bool of the tokens of set A."""
+    """Return (B, N/2) bool over the tokens of set A."""
     N = info.reduction.slots.shape[1]
     return info.reduction.slots[:, ::2] >= info.reduction.num_rows - N // 2
 
 
 @pytest.mark.parametrize("make", [plain_vit, clip_vit])
 @torch.no_grad()
-def test_the_most_asked_for_are_not_merged_away(make):
+def test_the_most_attended_tokens_are_not_merged_away(make):
     model, x, t = make().eval(), images(4), text(4)
     tower = as_tower(model)
     tokens, infos = run(model, x, t, r=5, protect=0.4, fusion=0.3)
@@ -69,7 +69,7 @@ def test_without_protection_it_is_tome():
     assert not torch.equal(run(model, x, t, protect=0.0, weight=1.0)[0], plain)
 
 
-def test_a_large_weight_merges_the_least_asked_for():
+def test_a_large_weight_merges_the_least_attended_tokens():
     model, x, t = plain_vit().eval(), images(), text()
     _, infos = run(model, x, t, protect=0.0, weight=1e6, r=(4, 0, 0, 0, 0, 0))
     tower = as_tower(model)
@@ -79,7 +79,7 @@ def test_a_large_weight_merges_the_least_asked_for():
     assert torch.equal(merged_away(infos[0]).nonzero()[:, 1].view(2, 4), least)
 
 
-def test_text_decides_and_fusion_says_how_much():
+def test_the_text_decides_to_the_degree_of_fusion():
     model, x = plain_vit().eval(), images()
     one, other = text(), text()
 
@@ -128,6 +128,6 @@ def test_in_fp64_gradients_are_those_of_the_same_merges():
     torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-9, atol=1e-12)
 
 
-def test_a_text_of_another_width_is_refused():
+def test_a_text_of_another_width_raises_an_error():
     with pytest.raises(ValueError, match=f"text_cls: expected .* {WIDTH}"):
         run(plain_vit(), images(), torch.randn(2, WIDTH + 1))

@@ -1,4 +1,4 @@
-"""`config.elip` of transformers follows the model: set by `reduce_`, taken away by `unreduce_`."""
+"""`config.elip` of transformers: `reduce_` sets it and `unreduce_` removes it."""
 
 import copy
 import json
@@ -16,13 +16,13 @@ from tests.helpers.towers import SCHEDULE
 from tests.models.test_saved_reduced import features
 
 
-def test_save_pretrained_alone_carries_it(tmp_path):
+def test_save_pretrained_alone_stores_the_strategy(tmp_path):
     model = elip_models.reduce_(hf_clip().eval(), schedule=SCHEDULE)
     model.save_pretrained(tmp_path)
     assert torch.equal(features(elip_models.load_reduced(tmp_path)), features(model))
 
 
-def test_a_dense_model_carries_none(tmp_path):
+def test_a_dense_model_stores_no_strategy(tmp_path):
     model = elip_models.reduce_(hf_clip(), schedule=SCHEDULE)
     elip_models.unreduce_(model).save_pretrained(tmp_path)
     assert "elip" not in json.loads((tmp_path / "config.json").read_text())
@@ -30,7 +30,7 @@ def test_a_dense_model_carries_none(tmp_path):
     assert not hasattr(loaded.config, "elip")
 
 
-def test_a_loaded_dense_model_forgets_it_by_unreduce(tmp_path):
+def test_unreduce_removes_the_stored_strategy(tmp_path):
     elip_models.reduce_(hf_clip(), schedule=SCHEDULE).save_pretrained(tmp_path)
     model = transformers.AutoModel.from_pretrained(tmp_path)
     assert model.config.elip["strategy"] == "elip"
@@ -38,7 +38,7 @@ def test_a_loaded_dense_model_forgets_it_by_unreduce(tmp_path):
     assert not hasattr(elip_models.unreduce_(model).config, "elip")
 
 
-def test_a_plain_reduce_takes_them_and_arguments_replace_them(tmp_path):
+def test_a_call_without_arguments_uses_the_stored_strategy(tmp_path):
     elip_models.reduce_(hf_clip(), strategy=ToMe(r=2)).save_pretrained(tmp_path)
     model = elip_models.reduce_(transformers.AutoModel.from_pretrained(tmp_path))
     assert reduction_summary(model).strategy == ToMe(r=2)
@@ -57,7 +57,7 @@ def test_settings_that_cannot_be_read_are_an_error_of_a_plain_reduce_alone():
     assert reduction_summary(elip_models.reduce_(model, strategy=ToMe(r=2))).strategy == ToMe(r=2)
 
 
-def test_the_last_settings_are_carried():
+def test_the_last_settings_are_stored():
     model = elip_models.reduce_(hf_clip(), schedule=SCHEDULE)
     elip_models.reduce_(model, strategy=ToMe(r=2))
     assert strategy_of(model.config.elip) == ToMe(r=2)
@@ -79,7 +79,7 @@ def test_a_config_that_two_models_share_is_written_right(tmp_path):
     assert is_reduced(elip_models.load_reduced(tmp_path))
 
 
-def test_another_model_of_the_same_config_hears_nothing(tmp_path):
+def test_another_model_of_the_same_config_is_unchanged(tmp_path):
     config = transformers.ViTConfig(**HF)
     one, other = transformers.ViTModel(config), transformers.ViTModel(config)
     elip_models.reduce_(one, strategy=ToMe(r=4))
@@ -92,7 +92,7 @@ def test_another_model_of_the_same_config_hears_nothing(tmp_path):
     assert "elip" not in json.loads((tmp_path / "config.json").read_text())
 
 
-def test_what_the_user_says_to_the_config_of_a_reduced_model_stays():
+def test_a_users_change_of_a_reduced_models_config_stays():
     model = elip_models.reduce_(hf_vision("ViTForImageClassification", "ViTConfig"))
     assert model.config is model.vit.config
     model.config.output_hidden_states = True

@@ -1,4 +1,4 @@
-"""What a forward leaves behind lives no longer than its graph."""
+"""The state of a forward pass is freed with its graph."""
 
 import weakref
 
@@ -15,7 +15,7 @@ from tests.reduction.test_strategies import strategies
 
 @pytest.fixture
 def forwards(monkeypatch):
-    """Weak references to all forwards that were begun."""
+    """Return weak references to all forwards that were started."""
     begun, original = [], Forward.__init__
 
     def init(self, *args, **kwargs):
@@ -76,7 +76,7 @@ def test_what_reentrant_checkpoints_keep_is_bounded(forwards):
     assert alive(forwards) == MAX_REENTRANT
 
 
-def test_a_forward_that_fails_is_forgotten(forwards):
+def test_a_forward_that_fails_is_discarded(forwards):
     model = clip_vit()
     elip_models.reduce_(model, schedule=SCHEDULE)
     with elip_models.guidance(model, text(5)), pytest.raises(ValueError, match="text_cls"):

@@ -41,7 +41,7 @@ BATCH = torch.export.Dim("batch")
 
 
 def exported(model, args, dynamic=None):
-    """The model's ONNX, of any batch where `dynamic` says so."""
+    """Return the model's ONNX program, for any batch size if `dynamic`."""
     file = io.BytesIO()
     with torch.no_grad():
         torch.onnx.export(model, args, file, dynamo=True, dynamic_shapes=dynamic, verbose=False)
@@ -55,7 +55,7 @@ def opened(program):
 
 
 def run(session, *args):
-    """The outputs for these inputs, in the order of the model's."""
+    """Return the outputs for these inputs, in the order of the model's inputs."""
     names = (each.name for each in session.get_inputs())
     found = session.run(None, {name: arg.numpy() for name, arg in zip(names, args, strict=True)})
     return [torch.from_numpy(each) for each in found]
@@ -98,7 +98,7 @@ def test_a_small_model():
 
 
 @pytest.mark.parametrize("name", tiered(CASES, []))
-def test_a_strategy_gives_in_onnxruntime_what_it_gives_here_for_any_batch(name):
+def test_onnxruntime_returns_what_pytorch_returns_for_any_batch(name):
     model = elip_models.reduce_(plain_vit().eval(), strategy=CASES[name])
     program = exported(model, (images(),), dynamic=({0: BATCH},))
     for batch in (1, 2, 5):
@@ -107,7 +107,7 @@ def test_a_strategy_gives_in_onnxruntime_what_it_gives_here_for_any_batch(name):
 
 @pytest.mark.exhaustive
 def test_random_draws_in_every_run_and_keeps_what_it_drew(monkeypatch):
-    """The graph draws, seeded by onnxruntime; of the same draws both make the same."""
+    """The graph draws random numbers; the same numbers give the same result in both."""
     model = elip_models.reduce_(plain_vit().eval(), strategy=RandomPruning(SCHEDULE))
     x = images()
     program = exported(model, (x,))
@@ -169,7 +169,7 @@ def test_a_whole_clip_is_guided_by_its_text_input(library):
 
 
 class Call(nn.Module):
-    """A public op as a model."""
+    """Return a public op as a model."""
 
     def __init__(self, op, **options):
         super().__init__()
@@ -235,7 +235,7 @@ def test_every_op():
 
 
 class Kept(nn.Module):
-    """Which tokens a call keeps."""
+    """Return the tokens that a call keeps."""
 
     def __init__(self, keep):
         super().__init__()
@@ -255,7 +255,7 @@ def test_ties_go_to_the_lower_index_and_nan_after_all_numbers(keep):
 
 
 @pytest.mark.slow
-def test_alike_tokens_merge_by_the_lower_index():
+def test_equal_tokens_merge_by_the_lower_index():
     def slots(tokens):
         return elip_kernels.bipartite_merge(tokens, tokens, 3, return_info=True)[2].slots
 

@@ -1,4 +1,4 @@
-"""Options that contradict each other, or that no strategy reads, raise an error."""
+"""Options that contradict each other, or that the strategy does not have, raise an error."""
 
 import functools
 import subprocess

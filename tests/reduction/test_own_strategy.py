@@ -1,4 +1,4 @@
-"""A strategy that a user writes outside the package does what the built-in ones do."""
+"""A strategy of a user, outside the package, works everywhere that built-in ones do."""
 
 import copy
 from dataclasses import dataclass, replace
@@ -33,7 +33,7 @@ Longest = load("own_strategy").Longest
 
 @dataclass(frozen=True)
 class Darkest(Staged):
-    """By a schedule, the patches with the smallest mean: a score is all that it defines."""
+    """Keep the patches with the smallest mean, by a schedule; it defines a score alone."""
 
     name: ClassVar[str] = "darkest"
     schedule: Schedule = PAPER
@@ -45,7 +45,7 @@ class Darkest(Staged):
 
 @dataclass(frozen=True)
 class Lucky(Strategy):
-    """In place of blocks, patches drawn at random: what a recomputation must not draw anew."""
+    """Keep random patches in place of a block; a recomputation must not draw again."""
 
     name: ClassVar[str] = "lucky"
     replaces_block: ClassVar[bool] = True
@@ -113,7 +113,7 @@ def test_what_is_recomputed_chooses_the_same(strategy, use_reentrant):
 
 
 @own
-def test_costs_are_set_as_for_the_built_in_ones(strategy):
+def test_keep_and_at_flops_work_as_for_built_in_strategies(strategy):
     model = plain_vit()
     size = as_tower(model).size
     fair = strategy.at_flops(model, 0.75)

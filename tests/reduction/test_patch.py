@@ -1,4 +1,4 @@
-"""reduce_, unreduce_ and guidance on a timm model that somebody else owns."""
+"""reduce_, unreduce_ and guidance on a timm model."""
 
 import copy
 import warnings
@@ -72,13 +72,13 @@ def test_the_dry_run_does_not_reduce_again_and_no_hook_sees_it(model):
     assert calls == [20]  # the reduced tokens, and not the 30 of the dry run
 
 
-def test_encode_image_refuses_a_reduced_model(model):
+def test_encode_image_raises_for_a_reduced_model(model):
     elip_models.reduce_(model, schedule=SCHEDULE)
     with pytest.raises(ValueError, match="unreduce_"):
         elip_models.encode_image(model, images(), schedule=SCHEDULE)
 
 
-def test_what_would_cut_the_blocks_off_is_refused(model):
+def test_a_method_that_would_remove_blocks_raises(model):
     elip_models.reduce_(model, schedule=SCHEDULE)
     with pytest.raises(ValueError, match=r"prune_intermediate_layers.*unreduce_"):
         model.prune_intermediate_layers(2)
@@ -86,7 +86,7 @@ def test_what_would_cut_the_blocks_off_is_refused(model):
     assert model.prune_intermediate_layers(2) == [4, 5]
 
 
-def test_attention_masks_are_refused(model):
+def test_attention_masks_raise(model):
     elip_models.reduce_(model, schedule=SCHEDULE)
     with pytest.raises(ValueError, match="attn_mask"):
         model.blocks[1](torch.randn(2, 37, WIDTH), attn_mask=torch.zeros(37, 37))
@@ -121,7 +121,7 @@ def test_guidance_looks_through_data_parallel_wrappers(model, free_port):
 
 
 def test_bf16_autocast_gives_every_weight_its_gradient(model):
-    """A weight cast in the dry run, without gradient, must not serve the training pass."""
+    """The training pass must not use a weight that the scorer cast without gradient."""
     x, t = images(), text()
     elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact")
     with torch.autocast("cpu", torch.bfloat16), elip_models.guidance(model, t):
@@ -163,7 +163,7 @@ def test_compiles_with_inductor_and_autocast(scorer):
 
 
 @pytest.mark.parametrize("how", [torch.compile, lambda m: (m.compile(), m)[1]])
-def test_a_compiled_model_is_refused(model, how):
+def test_a_compiled_model_raises(model, how):
     compiled = how(model)
     for change in (lambda m: elip_models.reduce_(m, schedule=SCHEDULE), elip_models.unreduce_):
         with pytest.raises(TypeError, match="then compile"):
@@ -171,7 +171,7 @@ def test_a_compiled_model_is_refused(model, how):
 
 
 @pytest.mark.parametrize("strategy", ["tome", "elip", "resize"])
-def test_torch_fx_is_refused_until_the_reduction_is_undone(model, strategy):
+def test_torch_fx_raises_until_the_reduction_is_undone(model, strategy):
     elip_models.reduce_(model.eval(), strategy=strategy, keep=0.6)
     with pytest.raises(TypeError, match=r"before reduce_ for torch\.fx .*or use torch\.export"):
         torch.fx.symbolic_trace(model)
@@ -181,7 +181,7 @@ def test_torch_fx_is_refused_until_the_reduction_is_undone(model, strategy):
 
 
 @pytest.mark.parametrize("make", [plain_vit, open_clip_vit, eva, siglip_vision])
-def test_a_block_that_stands_twice_is_refused_and_nothing_is_changed(make):
+def test_a_block_that_is_used_twice_raises_and_nothing_changes(make):
     model, x = make().eval(), images()
     blocks = as_tower(model).blocks
     blocks[4] = blocks[1]
@@ -211,7 +211,7 @@ def test_guidance_is_scoped_and_nests(model):
     assert torch.equal(model(x), plain)
 
 
-def test_without_text_dense_reduces_nothing_and_says_so_once(model):
+def test_without_text_dense_reduces_nothing_and_warns_once(model):
     user_warnings.warn_once.cache_clear()
     x = images()
     dense = model(x)
@@ -223,7 +223,7 @@ def test_without_text_dense_reduces_nothing_and_says_so_once(model):
         model(x)
 
 
-def test_a_scorer_that_does_not_pay_in_eval_mode_warns_once_with_the_ratio(model):
+def test_a_scorer_that_costs_more_than_it_saves_warns_once(model):
     user_warnings.warn_once.cache_clear()
     elip_models.reduce_(model, schedule="1(100%) 1(90%) 4(80%)", scorer="exact")
     model.train()
@@ -240,8 +240,8 @@ def test_a_scorer_that_does_not_pay_in_eval_mode_warns_once_with_the_ratio(model
         model(images())
 
 
-def test_other_settings_wait_until_nobody_guides_or_records():
-    """Whoever holds the model as it was reduced would else guide, and be told of, nothing."""
+def test_other_settings_raise_inside_guidance_and_record_stages():
+    """Otherwise the open contexts would guide and record nothing."""
     model = elip_models.reduce_(plain_vit().eval(), schedule=SCHEDULE)
     for held in (elip_models.guidance(model, text()), elip_models.record_stages(model)):
         with held:

@@ -1,4 +1,4 @@
-"""Scorer `received`: tokens that all others look at, of towers with a CLS token and without."""
+"""Scorer `received`: the attention that a token receives, with and without a CLS token."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_a_tower_without_cls_is_reduced_by_itself(without_text):
     assert tokens.shape[1] < as_tower(model).num_tokens
 
 
-def test_no_text_changes_it_and_a_given_one_is_said_to_be_unread():
+def test_a_text_changes_nothing_and_a_warning_names_the_scorer():
     model, x = plain_vit().eval(), images()
     elip_models.reduce_(model, strategy="elip", schedule=SCHEDULE, scorer="received")
     alone = model(x)
@@ -62,6 +62,6 @@ def test_a_whole_model_encodes_its_text_once():
     assert len(read) == 3  # and once more to guide
 
 
-def test_a_tower_without_cls_says_what_it_may_do():
+def test_a_tower_without_cls_names_what_is_possible():
     with pytest.raises(TypeError, match=r"a text alone can score .*scorer='received'"):
         elip_models.reduce_(siglip_vision(), strategy="elip", schedule=SCHEDULE, fusion=1.0)

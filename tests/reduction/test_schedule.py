@@ -1,4 +1,4 @@
-"""Schedules: the paper's strings, their counts, and what is refused."""
+"""Schedules: the paper's strings, their counts, and errors."""
 
 import pytest
 
@@ -33,7 +33,7 @@ def test_official_clip_counts_cls():
     assert Schedule.parse(PAPER, count_cls=True).keep_counts(196) == [177, 128, 78]
 
 
-def test_stages_stand_before_layers_2_4_10_with_depths_2_6_2():
+def test_stages_begin_at_layers_2_4_10_with_depths_2_6_2():
     stages = Schedule.parse(PAPER).stages(256)
     assert stages == (Stage(2, 2, 230), Stage(4, 6, 166), Stage(10, 2, 102))
     assert Schedule.parse("12(100%)").stages(256) == ()
@@ -81,7 +81,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("text", BAD)
-def test_bad_strings_say_what_was_expected(text):
+def test_bad_strings_name_what_was_expected(text):
     with pytest.raises(ValueError, match=f"schedule: expected.*{BAD[text]}"):
         Schedule.parse(text)
 

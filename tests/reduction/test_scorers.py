@@ -1,4 +1,4 @@
-"""The scorers between `exact` and `last`: what runs in each, on every tower."""
+"""The scorers that approximate `exact`, on every tower."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ BETWEEN = ("bf16", "alternate", "attention", "mean")
 
 
 def entered(model):
-    """The tower, tokens that enter its stage, and a text as the CLS token that looks at them."""
+    """Return the tower, tokens that enter its stage, and a query from a text."""
     tower = as_tower(model.eval())
     return tower, tower.embed(images()), text()
 
@@ -85,7 +85,7 @@ def test_bf16_in_the_dry_run_casts_no_weight_of_the_training_pass():
         assert model(x).dtype == torch.float32
 
 
-def test_a_stage_of_one_layer_is_scored_alike_by_all():
+def test_all_scorers_agree_on_a_stage_of_one_layer():
     stage = Stage(first=3, layers=1, keep=10)
     tower, *given = entered(clip_vit())
     expected = row("exact", tower, *given, stage)

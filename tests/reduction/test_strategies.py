@@ -1,4 +1,4 @@
-"""The strategies behind one interface: against the official tensors, in a model, at equal FLOPs."""
+"""All strategies: against the official tensors, in a model, and at equal FLOPs."""
 
 import copy
 import pickle
@@ -46,7 +46,7 @@ def evit_case(golden):
 
 
 def run(case, model, strategy, prefix=""):
-    """tokens and logits of the case's image, and gradients of its loss."""
+    """Return tokens and logits of the case's image, and gradients of its loss."""
     head = {n: case[f"sd/head.{n}"].clone().requires_grad_() for n in ("weight", "bias")}
     image = case["image"].clone().requires_grad_()
     tokens, infos = elip_models.encode_image(model, image, strategy=strategy, return_info=True)
@@ -137,7 +137,7 @@ def test_every_strategy_is_tested():
 
 
 def patched(model, strategy, x, t, call=None):
-    """The model's output under `reduce_`; random draws are those of seed 1."""
+    """Return the output of the reduced model, with random draws of seed 1."""
     elip_models.reduce_(model, strategy=strategy)
     torch.manual_seed(1)
     with elip_models.guidance(model, t):
@@ -154,7 +154,7 @@ QUICK = [(library, name) for library, name in TAKEN if library == "timm" or name
 
 
 @pytest.mark.parametrize(("library", "name"), sorted(REFUSED))
-def test_what_a_tower_does_not_support_is_refused(library, name):
+def test_a_tower_raises_for_a_strategy_that_it_does_not_support(library, name):
     with pytest.raises(TypeError, match=f"got '{STRATEGIES[name].name}': "):
         elip_models.reduce_(EVERY_TOWER[library](), strategy=STRATEGIES[name])
 
@@ -185,7 +185,7 @@ def test_a_patched_model_equals_encode_image(library, name):
 
 
 @strategies
-def test_every_block_sees_the_tokens_that_the_counts_say(strategy):
+def test_every_block_runs_on_the_counted_tokens(strategy):
     model, x, t = plain_vit(), images(), text()
     seen = {}
 
@@ -303,7 +303,7 @@ def test_the_same_strategy_again_changes_nothing():
         ),
         (
             lambda: elip_models.reduce_(plain_vit(reg_tokens=2), strategy=ToMe(4)),
-            "strategy: expected one for this model, got 'tome': the tower has several prefix tokens",
+            "strategy: expected one for this model, got 'tome': the tower has several prefix",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Many threads and tasks share one reduced model: each has its own guidance and its own forward."""
+"""Threads and tasks share one reduced model, each with its own guidance and forward."""
 
 import asyncio
 import threading
@@ -20,7 +20,7 @@ strategies = pytest.mark.parametrize("name", tiered(STRATEGIES, QUICK))
 
 
 def in_threads(run, count=THREADS):
-    """What run(i) returns for i from 0 on, each in its own thread, all begun together."""
+    """Return the results of run(i), each in its own thread, all started together."""
     barrier = threading.Barrier(count)
 
     def begin(i):
@@ -32,7 +32,7 @@ def in_threads(run, count=THREADS):
 
 
 def wrong_of(model, run, rounds):
-    """How many outputs of `rounds` calls in each thread are not those of one call at a time."""
+    """Return how many outputs of `rounds` calls per thread differ from sequential calls."""
     expected = [run(model, i) for i in range(THREADS)]
     seed = torch.random.get_rng_state()
 
@@ -56,7 +56,7 @@ TEXTS = [4 * text(2) for _ in range(THREADS)]
 
 
 @pytest.mark.exhaustive
-def test_no_output_of_a_thousand_is_wrong():
+def test_a_thousand_outputs_of_threads_are_right():
     model = clip_vit().eval()
     elip_models.reduce_(model, schedule=SCHEDULE, fusion=0.2)
     outputs = [guided(model, i) for i in range(THREADS)]
@@ -82,7 +82,7 @@ def test_every_strategy_serves_threads(name):
 @pytest.mark.parametrize("name", tiered(STRATEGIES, []))
 def test_threads_without_guidance_are_unguided(name):
     strategy = STRATEGIES[name]
-    """Also while another thread is guided."""
+    """This holds while another thread is guided, too."""
     if strategy.name == "random":
         pytest.skip("its draws differ from call to call")
     model = clip_vit().eval()
@@ -138,7 +138,7 @@ def test_tasks_of_one_thread_have_their_own_guidance():
 @pytest.mark.parametrize("name", tiered(STRATEGIES, []))
 def test_gradients_in_threads_are_those_of_one_at_a_time(name):
     strategy = STRATEGIES[name]
-    """With and without activation checkpointing, whose blocks find their own forward again."""
+    """With and without activation checkpointing, whose blocks must find their own forward."""
     if strategy.name in ("random", "patch_dropout"):
         pytest.skip("its draws differ from call to call")
     model = clip_vit()
@@ -162,7 +162,7 @@ def test_gradients_in_threads_are_those_of_one_at_a_time(name):
     assert wrong_of(model, checkpointed, 3) == 0
 
 
-def test_reentrant_checkpoints_of_several_threads_are_refused():
+def test_reentrant_checkpoints_of_several_threads_raise():
     model = clip_vit()
     elip_models.reduce_(model, schedule=SCHEDULE)
 
@@ -203,7 +203,7 @@ def compiled_model(**options):
 
 
 @pytest.mark.slow
-def test_a_compiled_model_never_answers_with_the_guidance_of_another_thread():
+def test_a_compiled_model_never_uses_the_guidance_of_another_thread():
     model, compiled = compiled_model(fusion=0.2)
     with torch.no_grad():
         unguided = compiled(IMAGES[0])
@@ -247,7 +247,7 @@ def test_a_compiled_model_that_no_text_guides_serves_threads(strategy):
     assert wrong_of(model, run, 8) == 0
 
 
-def test_data_parallel_is_refused():
+def test_data_parallel_raises():
     model = plain_vit()
     elip_models.reduce_(model, schedule=SCHEDULE)
     with pytest.raises(ValueError, match="DistributedDataParallel"):

@@ -34,7 +34,7 @@ BATCH = torch.export.Dim("batch")
 
 
 def assert_runs_any_batch(program, model, inputs, output=lambda out: out):
-    """`inputs(batch)` are the arguments for so many images."""
+    """Export with the arguments `inputs(batch)`."""
     for batch in (1, 2, 5):
         args = inputs(batch)
         found, expected = output(program(*args)), output(model(*args))
@@ -58,7 +58,7 @@ PAIRS = [(lib, name) for lib in ("open_clip", "HF") for name in ("elip", "crossg
 @torch.no_grad()
 @pytest.mark.parametrize(("library", "name"), tiered(PAIRS, []))
 def test_a_whole_model_is_exported_with_its_own_guidance_for_any_batch(library, name):
-    """Of our ops only those of the reduction: none that asks which thread guides."""
+    """The program has only our ops of the reduction, and none that looks up the guidance."""
     model = {"open_clip": open_clip_pair, "HF": hf_clip}[library]().eval()
     elip_models.reduce_(model, strategy=name, keep=0.6)
 
@@ -84,14 +84,14 @@ DECOMPOSED = {
 
 
 def decomposed_program(options):
-    """A reduced model, exported inside `use_pytorch_ops`, and the model."""
+    """Return a reduced model, exported inside `use_pytorch_ops`, and the model."""
     model = elip_models.reduce_(plain_vit().eval(), **options)
     with torch.no_grad(), elip_kernels.use_pytorch_ops():
         return torch.export.export(model, (images(),)), model
 
 
 @pytest.mark.parametrize("name", tiered(DECOMPOSED, []))
-def test_a_decomposed_program_holds_none_of_our_ops(name):
+def test_a_decomposed_program_has_none_of_our_ops(name):
     program, model = decomposed_program(DECOMPOSED[name])
     assert not [n.target for n in program.graph.nodes if str(n.target).startswith("elip.")]
     x = images()
@@ -127,7 +127,7 @@ assert not {"elip_kernels", "elip_models"} & sys.modules.keys()
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="AOTInductor needs a C++ compiler"
 )
 def test_aotinductor_runs_a_decomposed_program_where_our_ops_are_unknown(tmp_path):
-    """Of one strategy: it compiles for a minute, and the programs of all hold aten's ops alone."""
+    """One strategy suffices: it compiles for a minute, and all programs have ATen ops alone."""
     program, model = decomposed_program(DECOMPOSED["elip"])
     x, package, tensors = images(), tmp_path / "model.pt2", tmp_path / "tensors.pt"
     with torch.no_grad():
@@ -139,7 +139,7 @@ def test_aotinductor_runs_a_decomposed_program_where_our_ops_are_unknown(tmp_pat
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, nn.Sequential], ids=["itself", "inside"])
-def test_scripting_is_refused_until_the_reduction_is_undone(wrap):
+def test_scripting_raises_until_the_reduction_is_undone(wrap):
     model = elip_models.reduce_(plain_vit().eval(), schedule=SCHEDULE)
     with pytest.raises(
         ValueError, match=r"torch\.jit\.script .*use torch.export or torch.jit.trace"

@@ -1,4 +1,4 @@
-"""What people type first: a model and at most one number."""
+"""The first calls of a user: a model and at most one number."""
 
 import copy
 import functools
@@ -122,7 +122,7 @@ def test_one_number_in_a_forward():
         ({"strategy": ToMe(8), "scorer": "exact"}, "scorer: expected it inside the instance"),
     ],
 )
-def test_what_cannot_be_typed(options, message):
+def test_wrong_arguments_raise(options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         elip_models.reduce_(vit(), **options)
 
@@ -153,7 +153,7 @@ def test_encode_image_reduces_as_reduce_does():
     assert torch.equal(model.forward_features(x), alone)
 
 
-def test_a_tower_without_cls_is_reduced_by_what_needs_none():
+def test_a_tower_without_cls_token_is_reduced_by_tome():
     model, x = plain_vit(class_token=False, global_pool="avg").eval(), images()
     dense = model(x)
     elip_models.reduce_(model)
@@ -184,14 +184,14 @@ def test_a_summary_is_read_by_a_person():
 
 
 @pytest.mark.parametrize("make", PAIRS.values(), ids=PAIRS)
-def test_a_whole_model_says_so_too(make):
+def test_the_summary_of_a_whole_model_names_its_own_text(make):
     model = make()
     elip_models.reduce_(model, strategy="elip")
     assert "its own text" in elip_models.reduction_summary(model).guided_by
     assert repr(model).count("(reduced)") == 1
 
 
-def test_a_record_holds_the_steps_of_the_forwards_inside():
+def test_a_record_has_the_stages_of_the_forwards_inside():
     model, x = plain_vit(), images()
     with pytest.raises(ValueError, match="expected one that reduce_ has changed"):
         elip_models.record_stages(model).__enter__()
@@ -209,7 +209,7 @@ def test_a_record_holds_the_steps_of_the_forwards_inside():
         elip_models.record_stages(torch.compile(model)).__enter__()
 
 
-def test_a_record_does_not_hold_what_is_recomputed():
+def test_a_record_leaves_out_recomputed_stages():
     model, x = plain_vit().train(), images()
     model.set_grad_checkpointing()
     elip_models.reduce_(model, schedule="3(100%) 3(60%)")
@@ -220,7 +220,7 @@ def test_a_record_does_not_hold_what_is_recomputed():
 
 @pytest.mark.parametrize("make", [hf_clip, open_clip_pair])
 def test_prompts_and_images_of_different_numbers(make):
-    """K prompts, B images: the image alone guides, whatever the prompts."""
+    """With K prompts and B images, the image alone guides."""
     model, x = make().eval(), images(2)
     elip_models.reduce_(model, strategy="elip", keep=0.6, fusion=0.5)
     three = output_of_pair(model, x, ids(3))
@@ -249,9 +249,10 @@ def test_one_vector_guides_all_images():
 
 
 @pytest.mark.parametrize(
-    ("options", "reads"), [({}, False), ({"strategy": "elip:fusion=1"}, False), ({"strategy": "elip"}, True)]
+    ("options", "reads"),
+    [({}, False), ({"strategy": "elip:fusion=1"}, False), ({"strategy": "elip"}, True)],
 )
-def test_a_text_for_what_reads_none_is_said(options, reads):
+def test_a_text_for_a_strategy_that_reads_none_warns(options, reads):
     warn_once.cache_clear()
     model, x, t = plain_vit(), images(), text()
     alone = elip_models.reduce_(model, **options)(x)
@@ -262,5 +263,5 @@ def test_a_text_for_what_reads_none_is_said(options, reads):
     assert torch.equal(alone, guided) != reads
 
 
-def test_a_line_is_a_strategy():
+def test_a_line_of_text_is_a_strategy():
     assert get_strategy("tome:r=8") == ToMe(8)

@@ -1,4 +1,4 @@
-"""What somebody had put on a model before `reduce_`, or has put on it since, and `unreduce_`."""
+"""`unreduce_` after other code replaced methods, before or after `reduce_`."""
 
 import pytest
 
@@ -12,8 +12,8 @@ def model():
     return plain_vit()
 
 
-def test_what_a_user_had_put_there_comes_back(model):
-    """In place of a method that is refused while the model is reduced, and of a block's forward."""
+def test_replaced_methods_of_a_user_come_back(model):
+    """Both a method that raises while the model is reduced, and a block's forward."""
     x, calls = images(), []
 
     def mine(*args, **kwargs):
@@ -41,7 +41,7 @@ def test_what_a_user_had_put_there_comes_back(model):
     assert model.blocks[3].forward is logged
 
 
-def test_a_forward_that_was_wrapped_since_is_named(model):
+def test_a_forward_that_was_wrapped_afterwards_raises(model):
     elip_models.reduce_(model, schedule=SCHEDULE)
     block = model.blocks[3]
     block._old_forward, block.forward = block.forward, lambda *args: block._old_forward(*args)

@@ -1,4 +1,4 @@
-"""What users of timm, transformers, open_clip and PyTorch do, done with a reduced model."""
+"""Workflows of timm, transformers, open_clip and PyTorch with a reduced model."""
 
 import copy
 import io
@@ -41,7 +41,7 @@ def x(batch=2):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """A few words, with the end of text that CLIP's text tower looks for."""
+    """Return a tokenizer of a few words, with the end of text that CLIP's text tower needs."""
     words = [
         "[PAD]",
         "[UNK]",
@@ -330,7 +330,7 @@ def test_lora_before_and_after():
     torch.testing.assert_close(before(pixels), after(pixels))
 
 
-def test_summary_of_every_strategy_is_said():
+def test_the_summary_of_every_strategy_can_be_printed():
     for name in elip_models.STRATEGIES:
         model = elip_models.reduce_(plain_vit(), strategy=name)
         assert elip_models.reduction_summary(model).strategy.name == name
