@@ -45,9 +45,8 @@ def check_tokens(tokens: Any, least: int = 1) -> None:
 def check_device(argument: str, value: Tensor, reference: str, other: Tensor) -> None:
     """Check that `value` is on the device of `other`, an argument named `reference`."""
     if value.device != other.device:
-        raise ValueError(
-            message(argument, f"a tensor on {other.device}, as {reference}", value, "move it there")
-        )
+        remedy = f"use {argument}.to({reference}.device)"
+        raise ValueError(message(argument, f"a tensor on {other.device}", value, remedy))
 
 
 def check_shape(argument: str, value: Tensor, shape: tuple[int, ...], names: str) -> None:
@@ -169,6 +168,6 @@ def candidate_scores(attn: Tensor, B: int, N: int, num_prefix_tokens: int) -> Te
         check_shape("attn", attn, (B, heads, N, N), "(B, H, N, N)")
         if num_prefix_tokens == 0:
             remedy = "pass scores (B, N) instead"
-            raise ValueError(message("attn", "no map where there is no CLS token", attn, remedy))
+            raise ValueError(message("attn", "no map if num_prefix_tokens is 0", attn, remedy))
         attn = attn[:, :, 0]
     return attn[..., num_prefix_tokens:].mean(1, dtype=accumulator(attn))

@@ -84,7 +84,7 @@ def query_flops(cls_shape: tuple[int, ...], q_weight_shape: tuple[int, ...]) -> 
 
 @triton.jit
 def _variance(
-    cls_ptr, text_ptr, row_c, row_t, mask_b, D, cls_scale, text_scale, mean,
+    cls_ptr, text_ptr, row_c, row_t, mask_b, D, f_cls, f_text, mean,
     BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, HAS_TEXT: tl.constexpr,
 ):  # fmt: skip
     """Return the variance of c [BLOCK_B]; the second read of c hits the cache."""
@@ -92,9 +92,7 @@ def _variance(
     for d in tl.range(0, D, BLOCK_R, num_stages=3):
         offs = (d + tl.arange(0, BLOCK_R))[None, :]
         mask = mask_b[:, None] & (offs < D)
-        c = load_fused(
-            cls_ptr, text_ptr, row_c + offs, row_t + offs, mask, cls_scale, text_scale, HAS_TEXT
-        )
+        c = load_fused(cls_ptr, text_ptr, row_c + offs, row_t + offs, mask, f_cls, f_text, HAS_TEXT)
         c = tl.where(mask, c - mean[:, None], 0.0)
         squares += tl.sum(c * c, 1)
     return squares / D
@@ -149,12 +147,12 @@ def _query_kernel(
     channel = pid_h * W + offs_w
     q_rows = q_weight_ptr + channel[:, None] * stride_q
     k_rows = k_weight_ptr + channel[:, None] * stride_k
-    cls_scale, text_scale, mean = fusion_scales(
+    f_cls, f_text, mean = fusion_scales(
         cls_ptr, text_ptr, row_c, row_t, mask_b, D, fusion,
         BLOCK_B, BLOCK_R, HAS_TEXT, MATCH, LEAST_NORM,
     )  # fmt: skip
     variance = _variance(
-        cls_ptr, text_ptr, row_c, row_t, mask_b, D, cls_scale, text_scale, mean,
+        cls_ptr, text_ptr, row_c, row_t, mask_b, D, f_cls, f_text, mean,
         BLOCK_B, BLOCK_R, HAS_TEXT,
     )  # fmt: skip
     rstd = 1.0 / tl.sqrt(variance + eps)
@@ -167,9 +165,7 @@ def _query_kernel(
         offs_d = d + tl.arange(0, BLOCK_D)
         offs = offs_d[None, :]
         mask = mask_b[:, None] & (offs < D)
-        c = load_fused(
-            cls_ptr, text_ptr, row_c + offs, row_t + offs, mask, cls_scale, text_scale, HAS_TEXT
-        )
+        c = load_fused(cls_ptr, text_ptr, row_c + offs, row_t + offs, mask, f_cls, f_text, HAS_TEXT)
         z = tl.where(mask, (c - mean[:, None]) * rstd[:, None], 0.0)
         if normed_ptr is not None:
             tl.store(normed_ptr + row_z + offs, z, mask=mask & mask_z[:, None])

@@ -93,14 +93,12 @@ def fuse_text_reference(tokens: Tensor, text: Tensor, fusion: float, match: bool
 
 
 @triton.jit
-def load_fused(
-    cls_ptr, text_ptr, offs_c, offs_t, mask, cls_scale, text_scale, HAS_TEXT: tl.constexpr
-):
+def load_fused(cls_ptr, text_ptr, offs_c, offs_t, mask, f_cls, f_text, HAS_TEXT: tl.constexpr):
     """Load a slice of c in fp32 [BLOCK_B, features]."""
     cls = tl.load(cls_ptr + offs_c, mask=mask, other=0.0).to(tl.float32)
     if HAS_TEXT:
         text = tl.load(text_ptr + offs_t, mask=mask, other=0.0).to(tl.float32)
-        cls = cls * cls_scale[:, None] + text * text_scale[:, None]
+        cls = cls * f_cls[:, None] + text * f_text[:, None]
     return cls
 
 
@@ -110,8 +108,8 @@ def fusion_scales(
     BLOCK_R: tl.constexpr, HAS_TEXT: tl.constexpr, MATCH: tl.constexpr, LEAST_NORM: tl.constexpr,
 ):  # fmt: skip
     """Return the factors of CLS and of the text in c, and the mean of c, all [BLOCK_B]."""
-    cls_scale = tl.full([BLOCK_B], 1.0, tl.float32)
-    text_scale = tl.zeros([BLOCK_B], tl.float32)
+    f_cls = tl.full([BLOCK_B], 1.0, tl.float32)
+    f_text = tl.zeros([BLOCK_B], tl.float32)
     sum_cls = tl.zeros([BLOCK_B], tl.float32)
     sum_text = tl.zeros([BLOCK_B], tl.float32)
     is_text = tl.zeros([BLOCK_B], tl.int32)
@@ -130,11 +128,11 @@ def fusion_scales(
                 norm_cls += tl.sum(cls * cls, 1)
                 norm_text += tl.sum(text * text, 1)
     if HAS_TEXT:
-        cls_scale = tl.where(is_text == 1, fusion, 1.0)
-        text_scale = tl.where(is_text == 1, 1.0 - fusion, 0.0)
+        f_cls = tl.where(is_text == 1, fusion, 1.0)
+        f_text = tl.where(is_text == 1, 1.0 - fusion, 0.0)
         if MATCH:
-            text_scale *= tl.sqrt(norm_cls) / tl.maximum(tl.sqrt(norm_text), LEAST_NORM)
-    return cls_scale, text_scale, (cls_scale * sum_cls + text_scale * sum_text) / D
+            f_text *= tl.sqrt(norm_cls) / tl.maximum(tl.sqrt(norm_text), LEAST_NORM)
+    return f_cls, f_text, (f_cls * sum_cls + f_text * sum_text) / D
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -152,13 +150,13 @@ def _fuse_kernel(
     if pid_t == 0:
         first = tl.zeros([1, 1], tl.int32)
         mask_b = tl.full([1], 1, tl.int1)
-        cls_scale, text_scale, _ = fusion_scales(
+        f_cls, f_text, _ = fusion_scales(
             tokens_ptr, text_ptr, first, first, mask_b, D, fusion,
             1, BLOCK_R, True, MATCH, LEAST_NORM,
         )  # fmt: skip
         for d in range(0, D, BLOCK_R):
             offs = (d + tl.arange(0, BLOCK_R))[None, :]
-            c = load_fused(tokens_ptr, text_ptr, offs, offs, offs < D, cls_scale, text_scale, True)
+            c = load_fused(tokens_ptr, text_ptr, offs, offs, offs < D, f_cls, f_text, True)
             tl.store(out_ptr + offs, c.to(out_ptr.dtype.element_ty), mask=offs < D)
     offs_n = 1 + pid_t * BLOCK_N + tl.arange(0, BLOCK_N)
     for d in range(0, D, BLOCK_D):

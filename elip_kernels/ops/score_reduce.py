@@ -80,27 +80,13 @@ def score_reduce(
     row: Tensor | None = ..., return_info: bool,
 ) -> Tensor | tuple[Tensor, ReductionInfo, Tensor]: ...  # fmt: skip
 def score_reduce(
-    tokens: Tensor,
-    cls: Tensor,
-    keep: int | float,
-    *,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    q_weight: Tensor,
-    q_bias: Tensor | None,
-    k_weight: Tensor,
-    num_heads: int,
-    scale: float | None = None,
-    text: Tensor | None = None,
-    fusion: float = 1,
-    guidance_norm: Literal["none", "match"] = "none",
-    merge: bool = True,
-    normalize: bool = True,
-    scored: Tensor | None = None,
-    row: Tensor | None = None,
+    tokens: Tensor, cls: Tensor, keep: int | float, *, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, eps: float, q_weight: Tensor, q_bias: Tensor | None,
+    k_weight: Tensor, num_heads: int, scale: float | None = None, text: Tensor | None = None,
+    fusion: float = 1, guidance_norm: Literal["none", "match"] = "none", merge: bool = True,
+    normalize: bool = True, scored: Tensor | None = None, row: Tensor | None = None,
     return_info: bool = False,
-) -> Tensor | tuple[Tensor, ReductionInfo, Tensor]:
+) -> Tensor | tuple[Tensor, ReductionInfo, Tensor]:  # fmt: skip
     """Score the patches by a block's CLS row, keep the best and merge the rest.
 
     The result is that of `cls_attention_from_tokens` followed by `reduce`. Example::

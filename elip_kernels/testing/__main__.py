@@ -56,14 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def check(
     name: str, dtype: torch.dtype, device: torch.device, shape: tuple[int, int, int, int, int]
 ) -> tuple[str, str, str, str, str, str]:
-    """Return a row of the table: op, dtype, the form that ran, error, bound, and the verdict.
-
-    Args:
-        name: key of `elip_kernels.testing.calls.OPS`.
-        dtype: fp32, bf16 or fp16, of the inputs.
-        device: where the op runs; the PyTorch implementation in fp64 runs on the CPU.
-        shape: B, N, D, K, H.
-    """
+    """Check an op of `OPS` on inputs of `shape`, (B, N, D, K, H); return a row of the table."""
     names = name, str(dtype).removeprefix("torch.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -75,9 +68,8 @@ def check(
     outputs = tuple(t.cpu() for t in outputs)
     wide = [t.double() if t.is_floating_point() else t for t in inputs]
     exact, rounded = (_pytorch(name, tensors, outputs, shape) for tensors in (wide, inputs))
-    floor = FLOORS[dtype]
     results = [
-        (_error(got, right), max(2 * _error(same_dtype, right), floor))
+        (_error(got, right), max(2 * _error(same_dtype, right), FLOORS[dtype]))
         for got, right, same_dtype in zip(outputs, exact, rounded, strict=True)
     ]
     error, bound = max(results, key=lambda result: result[0] / result[1])

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from elip_kernels.ops.fuse_text import fuse, fuse_text
+from elip_kernels import fuse_text
+from elip_kernels.ops.fuse_text import fuse
 
 
 def test_the_fused_token_comes_first_without_gradient():
