@@ -1,131 +1,219 @@
-"""Write docs/study.md and its charts from the committed results of `elip study`.
+"""Write docs/study.md, and a page and a chart per study, from committed results of `elip study`.
 
 python docs/study.py             # write them
-python docs/study.py --check     # exit status 1 where something is missing or stale
+python docs/study.py --check     # exit status 1 if a file is missing or stale
 """
 
 import argparse
 import sys
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import yaml
 
 from benchmarks.studies.chart import draw
-from benchmarks.studies.page import INTERVALS, is_loss, page, shown, title
+from benchmarks.studies.page import (
+    HOW_TO_READ,
+    difference_cell,
+    difference_title,
+    is_loss,
+    markdown,
+    study_page,
+)
 from benchmarks.studies.results import Document, Interval, difference, read_results
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER.parent / "benchmarks" / "results" / "studies"
-INTRO = f"""# Study: what a reduction keeps, at equal cost
+QUESTIONS = FOLDER / "answers.yaml"
+UNTESTED = "untested"
+MEASURED = ("reduced.top1", "reduced.contrastive_loss")
+INTRO = """# Study: quality of token reduction at equal cost
 
-Written by `python docs/study.py` from `benchmarks/results/studies`, results of `elip study NAME`
-([how](training.md#studies)). Images are encoded without text wherever features are measured:
-`dense`, with all patches, and `reduced`, by the arm's strategy and the image alone, whatever guided
-it in training. `objective` is the training objective on held-out batches, each image reduced as in
-training.
+This page compares the strategies in training and in inference, to help you choose one. All runs use
+small models and images of emoji on a CPU; nothing was measured at the scale of the ELIP paper.
+To repeat a study, or to run it on your own data ([how](training.md#studies)):
 
-{INTERVALS}
+```bash
+elip study quality --plan                          # arms, FLOPs and time
+elip study quality_emoji data.train='train-*.tar' data.eval=val.json
+```
+"""
+NOTES = "[All findings](../study.md) · [How to read the tables](../study.md#how-to-read-the-tables)"
+WRITTEN = """
+`python docs/study.py` writes this page from `benchmarks/results/studies`.
 """
 
 
-ANSWERS = FOLDER / "answers.yaml"
-MEASURED = ("reduced.top1", "reduced.contrastive_loss")
+class Comparison(NamedTuple):
+    """Paired differences of an arm from a reference in one study, by metric."""
+
+    study: str
+    arm: str
+    reference: str
+    differences: dict[str, Interval | None]
+    is_main: bool
 
 
-def answers(documents: dict[str, Document]) -> str:
-    """Each question of `answers.yaml`, what the differences that bear on it tell, and these."""
-    parts = [
-        "## Answers",
-        "Better and worse are said, and of which measure, where an interval leaves zero out, which "
-        "one in twenty does by chance. Everything is of small models on drawn images.",
+def comparisons(question: dict[str, Any], documents: dict[str, Document]) -> list[Comparison]:
+    """Return the comparisons of a question that have results."""
+    found = []
+    for entry in question["differences"]:
+        study, arm, reference = entry["study"], entry["arm"], entry["against"]
+        document = documents.get(study)
+        if document is None:
+            continue
+        gaps = {
+            metric: difference(document, arm, reference, metric)
+            for metric in question.get("measured", MEASURED)
+        }
+        if any(gaps.values()):
+            found.append(Comparison(study, arm, reference, gaps, "main" in entry))
+    return found
+
+
+def summary(questions: Sequence[dict[str, Any]], documents: dict[str, Document]) -> str:
+    """Return the table of main findings: one line per comparison that is marked as `main`."""
+    header = [
+        "question",
+        "comparison",
+        "result",
+        "paired difference (95% CI), recalls in points",
+        "seeds",
     ]
-    for entry in yaml.safe_load(ANSWERS.read_text(encoding="utf-8")):
-        measured = entry.get("measured", MEASURED)
-        known = [each for each in entry["differences"] if _is_known(each, documents, measured)]
-        pairs = Counter((each["arm"], each["against"]) for each in known)
-        lines = [
-            f"| arm | against | study | {' | '.join(map(title, measured))} |",
-            f"| --- | --- | --- |{' --: |' * len(measured)}",
+    rows = []
+    for question in questions:
+        for each in comparisons(question, documents):
+            if each.is_main:
+                link = f"[{question['short']}](#{_anchor(question['question'])})"
+                verdict = verdict_of(each.differences) or "no significant difference"
+                pair = f"`{each.arm}` vs `{each.reference}`"
+                rows.append([link, pair, verdict, *_effects(each.differences)])
+    return f"## Main findings\n\n{markdown((header, rows), left=4)}\n"
+
+
+def _effects(differences: dict[str, Interval | None]) -> list[str]:
+    """Return the differences of the first two metrics in words, and the number of seeds."""
+    known = [(metric, gap) for metric, gap in differences.items() if gap is not None]
+    cells = [f"{name} {difference_cell(gap, name)}" for name, gap in known[:2]]
+    return [", ".join(cells), str(known[0][1].seeds)]
+
+
+def _anchor(heading: str) -> str:
+    """Return the anchor that Markdown gives a heading."""
+    words = "".join(c for c in heading.lower() if c.isalnum() or c in " -_")
+    return "-".join(words.split())
+
+
+def answer(question: dict[str, Any], documents: dict[str, Document]) -> str:
+    """Return the section of one question: setting, conclusions and all of its comparisons."""
+    found = comparisons(question, documents)
+    metrics = question.get("measured", MEASURED)
+    header = ["arm", "reference", "study", *map(difference_title, metrics)]
+    rows = [
+        [
+            f"`{each.arm}`",
+            f"`{each.reference}`",
+            f"[{each.study}](studies/{each.study}.md)",
+            *(difference_cell(gap, metric) for metric, gap in each.differences.items()),
         ]
-        said: dict[tuple[str, str], list[str]] = {}
-        for each in known:
-            study, arm, against = each["study"], each["arm"], each["against"]
-            gaps = {name: difference(documents[study], arm, against, name) for name in measured}
-            cells = [f"`{arm}`", f"`{against}`", study]
-            cells += [shown(gap, name) for name, gap in gaps.items()]
-            lines.append(f"| {' | '.join(cells)} |")
-            where = f" in {study}" if pairs[arm, against] > 1 else ""
-            said.setdefault((told(gaps), f"`{against}`{where}"), []).append(f"`{arm}`")
-        parts += [f"### {entry['question']}", entry["about"], _sentence(said), "\n".join(lines)]
+        for each in found
+    ]
+    table = markdown((header, rows), left=3)
+    parts = [f"## {question['question']}", question["about"], conclusions(found), table]
     return "\n\n".join(parts) + "\n"
 
 
-def _sentence(said: dict[tuple[str, str], list[str]]) -> str:
-    """Which arms are better or worse than what, and which are told from nothing."""
-    grouped: dict[tuple[str, str], list[str]] = {}
-    for (word, against), arms in said.items():
-        grouped.setdefault((word, _listed(arms)), []).append(against)
-    clear = [
-        f"{arms} {'are' if ' and ' in arms else 'is'} {word} than {_listed(against)}"
-        for (word, arms), against in grouped.items()
-        if word
-    ]
-    alike = [
-        f"{arms} from {_listed(against)}" for (word, arms), against in grouped.items() if not word
-    ]
-    sentences = [f"{'; '.join(clear)}."] * bool(clear)
-    sentences += [f"Not told apart: {'; '.join(alike)}."] * bool(alike)
-    return f"**{' '.join(sentences)}**"
+def conclusions(found: Sequence[Comparison]) -> str:
+    """Return a list of the significant differences, and of those that are not significant."""
+    several = len({each.study for each in found}) > 1
+    arms: dict[tuple[str, str, str], list[str]] = {}
+    for each in found:
+        study = f" in `{each.study}`" if several else ""
+        key = verdict_of(each.differences), f"`{each.reference}`", study
+        arms.setdefault(key, []).append(f"`{each.arm}`")
+    studies: dict[tuple[str, str, str], list[str]] = {}
+    for (verdict, reference, study), names in arms.items():
+        studies.setdefault((verdict, _listed(names), reference), []).append(study)
+    references: dict[tuple[str, str, str], list[str]] = {}
+    for (verdict, names, reference), where in studies.items():
+        place = where[0] + "".join(each.replace(" in", " and", 1) for each in where[1:])
+        references.setdefault((verdict, names, place), []).append(reference)
+    lines, alike, untested = [], [], []
+    for (verdict, names, place), others in references.items():
+        if verdict and verdict != UNTESTED:
+            verb = "are" if " and " in names else "is"
+            lines.append(f"- {names} {verb} {_than(verdict, _listed(others))}{place}.")
+        else:
+            pairs = untested if verdict else alike
+            pairs.append(f"{names} vs {_listed(others)}{place}")
+    if alike:
+        lines.append(f"- No significant difference: {'; '.join(alike)}.")
+    if untested:
+        lines.append(f"- No test with one seed: {'; '.join(untested)}.")
+    return "\n".join(lines)
 
 
-def _listed(arms: Sequence[str]) -> str:
-    return " and ".join(filter(None, (", ".join(arms[:-1]), arms[-1])))
+def _than(verdict: str, reference: str) -> str:
+    """Return a verdict with the reference behind its first adjective."""
+    head, bracket, tail = verdict.partition(" (")
+    return f"{head} than {reference}{bracket}{tail}"
 
 
-def _is_known(
-    asked: dict[str, str], documents: dict[str, Document], measured: Sequence[str]
-) -> bool:
-    """Runs of both arms that begin alike were measured."""
-    document = documents.get(asked["study"])
-    return document is not None and any(
-        difference(document, asked["arm"], asked["against"], name) for name in measured
-    )
+def _listed(names: Iterable[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
-def told(gaps: dict[str, Interval | None]) -> str:
-    """By which measures an interval says that the first of two arms is better, or worse; or ""."""
+def verdict_of(differences: dict[str, Interval | None]) -> str:
+    """Return in which metrics an arm is significantly better or worse than the reference.
+
+    Returns:
+        Such as "significantly better (reduced.top1)"; "" if no difference is significant;
+        `UNTESTED` with one seed.
+    """
+    known = {metric: gap for metric, gap in differences.items() if gap is not None}
+    if all(gap.half is None for gap in known.values()):
+        return UNTESTED
     words: dict[str, list[str]] = {}
-    for name, gap in gaps.items():
-        if gap is not None and gap.verdict in ("above", "below"):
-            word = "better" if (gap.verdict == "below") == is_loss(name) else "worse"
-            tail = name.rpartition(".")[2]
-            is_alone = sum(each.rpartition(".")[2] == tail for each in gaps) == 1
-            words.setdefault(word, []).append(tail if is_alone else name)
-    return " and ".join(f"{word} ({', '.join(by)})" for word, by in sorted(words.items()))
+    for metric, gap in known.items():
+        if gap.is_significant:
+            word = "better" if (gap.mean < 0) == is_loss(metric) else "worse"
+            words.setdefault(word, []).append(metric)
+    parts = [f"{word} ({', '.join(names)})" for word, names in sorted(words.items())]
+    return f"significantly {' and '.join(parts)}" if parts else ""
 
 
 def write(results: Path, docs: Path) -> list[Path]:
-    """The page, and a chart a study, in `docs`."""
+    """Write the page of findings, and a page and a chart per study, to `docs`."""
     documents = {path.stem: read_results(path) for path in sorted(results.glob("*.json"))}
-    sections, written = [INTRO], []
-    if documents:
-        sections.append(answers(documents))
-    for document in documents.values():
-        written.append(draw(document, docs / f"study-{document['study']}.svg"))
-        sections.append(page(document, written[-1].name))
-    if not written:
-        sections.append("No results are committed yet.\n")
+    folder = docs / "studies"
+    folder.mkdir(exist_ok=True)
+    written = []
+    for name, document in documents.items():
+        chart = draw(document, folder / f"{name}.svg")
+        path = folder / f"{name}.md"
+        path.write_text(study_page(document, chart.name, NOTES), encoding="utf-8")
+        written += [chart, path]
+    questions = yaml.safe_load(QUESTIONS.read_text(encoding="utf-8"))
+    pages = [
+        f"- [{document['question']}](studies/{name}.md) (`{name}`)"
+        for name, document in documents.items()
+    ]
+    sections = [INTRO, summary(questions, documents)]
+    sections += [answer(each, documents) for each in questions if comparisons(each, documents)]
+    sections += ["## All arms of each study\n", "\n".join(pages) + "\n", HOW_TO_READ + WRITTEN]
+    if not documents:
+        sections = [INTRO, "No results are committed yet.\n"]
     (docs / "study.md").write_text("\n".join(sections), encoding="utf-8")
     return [*written, docs / "study.md"]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 1 where a file is missing or stale under --check."""
+    """Return the exit status: 1 if a file is missing or stale under --check."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    parser.add_argument("--check", action="store_true", help="only report stale files")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--docs", type=Path, default=FOLDER)
     options = parser.parse_args(arguments)
@@ -133,12 +221,16 @@ def main(arguments: list[str] | None = None) -> int:
         write(options.results, options.docs)
         return 0
     with TemporaryDirectory() as folder:
-        wanted = {path.name: path.read_bytes() for path in write(options.results, Path(folder))}
-    kept = {name: options.docs / name for name in wanted}
-    stale = [n for n, path in kept.items() if not path.is_file() or path.read_bytes() != wanted[n]]
-    for name in stale:
-        sys.stderr.write(f"{options.docs / name}: missing or stale; run python docs/study.py\n")
-    return int(bool(stale))
+        written = write(options.results, Path(folder))
+        wanted = {path.relative_to(folder): path.read_bytes() for path in written}
+    stale = [
+        options.docs / name
+        for name, content in wanted.items()
+        if not (options.docs / name).is_file() or (options.docs / name).read_bytes() != content
+    ]
+    for path in stale:
+        sys.stderr.write(f"{path}: missing or stale; run python docs/study.py\n")
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The chart of a study as SVG, readable on light and on dark pages: quality and its cost."""
+"""Chart of a study as SVG for light and dark pages: differences in quality, and costs."""
 
 from collections.abc import Sequence
 from itertools import cycle
@@ -26,12 +26,12 @@ with require_extra("benchmarks.studies.chart"):
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", GREY)
 MARKERS = "os^vDP*X<>"
 BETTER, WORSE = "#0072b2", "#d55e00"
-CURVE = 3  # so many shares of FLOPs are a curve; fewer are rows
-METRICS = 2  # columns of rows
+CURVE = 3  # families with at least so many FLOPs shares are drawn as a curve, others as rows
+METRICS = 2  # metrics that the rows show
 
 
 class Point(NamedTuple):
-    """An arm: its differences from the reference, by metric, and what it costs."""
+    """An arm with its differences from the reference by metric, and its relative costs."""
 
     arm: str
     gaps: dict[str, Interval | None]
@@ -40,14 +40,17 @@ class Point(NamedTuple):
 
 
 def draw(document: Document, path: Path) -> Path:
-    """Draws the first metrics of `quality`, less those of the first reference seed by seed, and
-    their intervals over seeds: an arm a row, beside its FLOPs and time; of a family of arms at
-    several shares of FLOPs, the first metric in a line against these."""
+    """Draw the differences from the first reference and their confidence intervals.
+
+    Each arm is a row with its FLOPs and time. A family of arms at several FLOPs shares is a curve
+    of the first metric over FLOPs.
+    """
     metrics = document["quality"][:METRICS]
     families = _families(document, metrics)
     curves = {name: points for name, points in families.items() if len(points) >= CURVE}
     rows = [point for name, points in families.items() if name not in curves for point in points]
-    heights = [4.0] * bool(curves) + [0.9 + 0.2 * len(rows)]
+    heights = [4.0] if curves else []
+    heights.append(0.9 + 0.2 * len(rows))
     with matplotlib.rc_context(STYLE):
         figure = plt.figure(figsize=(9, sum(heights)), layout="constrained")
         parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
@@ -61,21 +64,21 @@ def draw(document: Document, path: Path) -> Path:
 
 
 def _families(document: Document, metrics: Sequence[str]) -> dict[str, list[Point]]:
-    """The arms that were measured, less the one that the reference begins with, by family."""
+    """Return the measured arms by family, without the parent of the reference."""
     reference = document["references"][0]
     found: dict[str, list[Point]] = {}
-    for arm, said in document["arms"].items():
+    for arm, settings in document["arms"].items():
         gaps = {metric: difference(document, arm, reference, metric) for metric in metrics}
         if arm == reference:
             gaps = dict.fromkeys(metrics, Interval(0.0, None))
         if any(gaps.values()) and arm != document["arms"][reference]["parent"]:
             costs = relative_cost(document, arm), relative_time(document, arm)
-            found.setdefault(said["family"], []).append(Point(arm, gaps, *costs))
+            found.setdefault(settings["family"], []).append(Point(arm, gaps, *costs))
     return found
 
 
 def _draw_rows(axes: Sequence[Axes], document: Document, points: Sequence[Point]) -> None:
-    """Differences on the left, costs on the right; the dearest above."""
+    """Draw differences on the left and costs on the right, the most expensive arm on top."""
     points = sorted(reversed(points), key=lambda point: round(point.flops or 0, 1))
     axes[0].set_yticks(range(len(points)), [point.arm for point in points])
     for metric, axis in zip(document["quality"], axes[:-1], strict=False):
@@ -98,7 +101,7 @@ def _draw_rows(axes: Sequence[Axes], document: Document, points: Sequence[Point]
 
 
 def _draw_curves(axis: Axes, document: Document, curves: dict[str, list[Point]]) -> None:
-    """A line a family, each a little beside the others."""
+    """Draw one line per family, shifted sideways so that error bars do not overlap."""
     metric = document["quality"][0]
     axis.axhline(0, color=GREY, linewidth=1)
     axis.grid(color=GREY, alpha=0.3)
@@ -120,18 +123,18 @@ def _draw_curves(axis: Axes, document: Document, curves: dict[str, list[Point]])
 
 
 def _scaled(gap: Interval, metric: str) -> tuple[float, float]:
-    """Mean and half, in points where the metric is a share."""
+    """Return mean and half interval, in percentage points if the metric is a share."""
     scale = 1 if is_loss(metric) else 100
     return scale * gap.mean, scale * (gap.half or 0)
 
 
 def _colour(gap: Interval, metric: str) -> str:
-    """Grey where the interval has zero in it."""
-    if gap.verdict not in ("above", "below"):
+    """Return grey if the difference is not significant."""
+    if not gap.is_significant:
         return GREY
-    return BETTER if (gap.verdict == "below") == is_loss(metric) else WORSE
+    return BETTER if (gap.mean < 0) == is_loss(metric) else WORSE
 
 
 def _label(document: Document, metric: str) -> str:
     unit = "" if is_loss(metric) else ", points"
-    return f"{metric}{unit}\nless that of {document['references'][0]}"
+    return f"{metric}{unit}\nminus {document['references'][0]}"

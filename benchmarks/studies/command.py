@@ -1,4 +1,4 @@
-"""What `elip study` shows: runs before they run, the one that runs, and what they found."""
+"""Console output of `elip study`: the plan, the progress and the results."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -7,7 +7,7 @@ from statistics import median
 from typing import NamedTuple
 
 from benchmarks.studies.chart import draw
-from benchmarks.studies.page import INTERVALS, differences, means, page
+from benchmarks.studies.page import HOW_TO_READ, differences, means, study_page
 from benchmarks.studies.plan import Run, Study
 from benchmarks.studies.results import Document, read_results, write_results
 from benchmarks.studies.runner import check_settings, is_finished, result_of, run_study
@@ -25,10 +25,11 @@ with require_extra("benchmarks.studies"):
 
 
 class Cost(NamedTuple):
-    """What a run takes.
+    """Cost of a run.
 
-    strategy: its name. step_flops: of a training step of the tower, against dense.
-    flops: of training the tower; of a run that only measures, 0.
+    strategy: Its name.
+    step_flops: FLOPs of a training step of the tower, relative to dense.
+    flops: FLOPs of training the tower; 0 for a run that only measures.
     """
 
     strategy: str
@@ -37,20 +38,20 @@ class Cost(NamedTuple):
 
 
 class Progress:
-    """What is said of a study while it runs, and the results file that follows it."""
+    """Progress of a study on the console, and its results file, which is updated after each run."""
 
     def __init__(self, study: Study, runs: Sequence[Run], results: Path, console: Console) -> None:
         self.study, self.runs, self.results, self.console = study, runs, results, console
 
     @cached_property
     def costs(self) -> dict[str, Cost]:
-        """What a run of each arm takes."""
+        """Return the cost of a run of each arm."""
         one = {run.arm: run for run in self.runs}
         length_of = {arm: self.study.arms[arm].length for arm in one}
         return {arm: _cost(self.study.config(run), length_of[arm]) for arm, run in one.items()}
 
     def before(self, run: Run) -> None:
-        """A bar of all runs, above the run's own."""
+        """Print how many runs are done, and which run starts."""
         done = sum(is_finished(self.study, each) for each in self.runs)
         line = Table.grid(padding=(0, 2))
         bar = ProgressBar(total=len(self.runs), completed=done, width=24)
@@ -58,13 +59,13 @@ class Progress:
         self.console.print(line)
 
     def after(self, run: Run) -> None:
-        """The results so far."""
+        """Write the results so far."""
         write_results(self.study, self.results)
 
     def run(self) -> None:
-        """Works on the study, then shows what it found."""
+        """Run the study, then print its results."""
         check_settings(self.study, self.runs)
-        quiet = Console(quiet=True)  # where nobody looks, a line a step is no progress bar
+        quiet = Console(quiet=True)
         console = self.console if self.console.is_terminal else quiet
         try:
             run_study(self.study, self.runs, console=console, before=self.before, after=self.after)
@@ -72,7 +73,7 @@ class Progress:
             show_results(write_results(self.study, self.results), self.console)
 
     def plan(self) -> None:
-        """The arms, what a run of each takes, and how many are finished."""
+        """Print the arms, the cost of a run of each, and how many runs are finished."""
         shown = Table(title=f"{self.study.name}: {len(self.runs)} runs")
         for name in ("arm", "strategy", "FLOPs of a step", "FLOPs", "minutes", "finished"):
             shown.add_column(name, overflow="fold")
@@ -86,7 +87,7 @@ class Progress:
         self.console.print(shown, self._left())
 
     def _left(self) -> str:
-        """The time that is left, one run at a time, as far as finished runs tell."""
+        """Return the remaining time of one process, or "" if no finished run allows an estimate."""
         todo = [self._seconds(run) for run in self.runs if not is_finished(self.study, run)]
         known = [seconds for seconds in todo if seconds is not None]
         if len(known) < len(todo):
@@ -94,7 +95,7 @@ class Progress:
         return f"{sum(known) / 3600:.1f} h left"
 
     def _seconds(self, run: Run) -> float | None:
-        """What a run takes by those that are finished: of its arm, or by their FLOPs; or None."""
+        """Estimate the seconds of a run from finished runs of its arm, or from their FLOPs."""
         results = [found for each in self.runs if (found := result_of(self.study, each))]
         own = [found["seconds"] for found in results if found["arm"] == run.arm]
         if own:
@@ -117,7 +118,7 @@ def _cost(config: RunConfig, length: float) -> Cost:
 
 
 def _images(config: RunConfig, image_size: int) -> int:
-    """Images that a run trains on, repeated ones counted."""
+    """Return the number of images that a run trains on, with repetitions."""
     optim = config.optim
     if optim.steps is not None:
         return optim.steps * optim.batch_size * optim.grad_accumulation
@@ -125,25 +126,24 @@ def _images(config: RunConfig, image_size: int) -> int:
 
 
 def show_results(document: Document, console: Console) -> None:
-    """The tables of the page."""
+    """Print the tables of the page."""
     tables = {document["study"]: means(document)}
     for reference in document["references"]:
-        tables[f"less {reference}, seed by seed"] = differences(document, reference)
+        tables[f"paired differences from {reference}"] = differences(document, reference)
     for title, (header, rows) in tables.items():
-        shown = Table(title=title, caption="± 95% over seeds")
+        shown = Table(title=title, caption="95% confidence intervals over seeds")
         for name in header:
             shown.add_column(name, overflow="fold", justify="right" if shown.columns else "left")
         for row in rows:
             cells = (cell.replace("`", "") for cell in row)
-            shown.add_row(*(Text(cell.strip("*"), "bold" * ("*" in cell)) for cell in cells))
+            shown.add_row(*(Text(cell.strip("*"), "bold" if "*" in cell else "") for cell in cells))
         if rows:
             console.print(shown)
 
 
 def write_page(results: Path, path: Path) -> list[Path]:
-    """Writes the Markdown page of one study, and its chart beside it, from its results."""
+    """Write the Markdown page of one study, and its chart beside it, from its results."""
     document = read_results(results)
     chart = draw(document, path.with_suffix(".svg"))
-    text = f"# {document['study']}\n\n{INTERVALS}\n\n{page(document, chart.name)}"
-    path.write_text(text, encoding="utf-8")
+    path.write_text(study_page(document, chart.name, HOW_TO_READ), encoding="utf-8")
     return [path, chart]

@@ -1,6 +1,7 @@
-"""What is measured of a finished run, on held-out samples: a table of functions.
+"""Measures of a finished run on held-out samples.
 
-A measure takes a `Finished` run and gives numbers by name; one more is one more row of `MEASURES`.
+A measure is a function of a `Finished` run that returns numbers by name. Add your own to
+`MEASURES`.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,15 +32,12 @@ from elip_models.training.run_config import RunConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CONTRASTED = 100  # pairs of a batch of the held-out contrastive loss
+CONTRASTED = 100  # pairs per batch of the held-out contrastive loss
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A run whose model is there.
-
-    config: of the run. model: in eval mode. tokenizer: of the model. source: `data.eval`.
-    """
+    """A finished run: its recipe, its model in eval mode, its tokenizer and its `data.eval`."""
 
     config: RunConfig
     model: PretrainedModel
@@ -47,7 +45,7 @@ class Finished:
     source: Source
 
     def batches(self) -> Iterator[EvaluationBatch]:
-        """All samples, in order."""
+        """Return batches of all samples, in order."""
         transform = image_transform(
             self.model.config.image_size, train=False, resize=self.model.config.resize
         )
@@ -62,10 +60,12 @@ class Finished:
 
 
 def retrieval(run: Finished) -> dict[str, float]:
-    """R@1 and R@5 both ways, r1, the mean of both R@1, and of batches of 100 pairs the contrastive
-    loss and top1, the share of images and of texts whose own pair is the most alike; of images
-    encoded "dense.", and "reduced." as the run reduces them, by the image alone. Texts see no
-    image."""
+    """Return retrieval scores of held-out images that are encoded without text.
+
+    Keys: R@1 and R@5 in both directions, "r1" (the mean of both R@1), and for batches of 100 pairs
+    "contrastive_loss" and "top1", the share of images and of texts whose own pair ranks first. The
+    prefix is "dense." with all patches and "reduced." with the run's strategy, guided by the image.
+    """
     model, found = run.model, {}
     texts: Tensor | None = None
     for name, strategy in {"dense": model.dense, "reduced": without_text(model.reduction)}.items():
@@ -85,7 +85,7 @@ def retrieval(run: Finished) -> dict[str, float]:
 def _retrieval_of(
     model: PretrainedModel, images: Tensor, texts: Tensor, owners: Tensor
 ) -> dict[str, float]:
-    """Scores of features (I, E), (T, E) and the image of each text (T,)."""
+    """Return the scores of features (I, E), (T, E) and the image index of each text (T,)."""
     scores = recall_of_features(images, texts, owners, ks=(1, 5))
     scores["r1"] = (scores["image_to_text_r1"] + scores["text_to_image_r1"]) / 2
     firsts = texts[torch.searchsorted(owners, torch.arange(len(images), device=owners.device))]
@@ -102,9 +102,11 @@ def _retrieval_of(
 
 
 def objectives(run: Finished) -> dict[str, float]:
-    """Each loss of the model's training step, "objective.loss" and those it is made of, over whole
-    batches: each image reduced as in training, under its first caption, or its second where another
-    than the contrasted one guides."""
+    """Return the means of "objective.loss" and its parts over whole batches.
+
+    Each image is reduced as in training, guided by its first caption, or by its second one if the
+    model's `guide` is another caption than the contrasted one.
+    """
     losses: list[dict[str, Tensor]] = []
     device = next(run.model.parameters()).device
     for batch in run.batches():
@@ -121,9 +123,10 @@ def objectives(run: Finished) -> dict[str, float]:
 
 
 def selection(run: Finished) -> dict[str, float]:
-    """What the reduction keeps of what captions name, see `selection_scores`: "selection.lost" and
-    the others of the whole, and those of its steps, "selection.1.kept", .., "selection.last.kept";
-    of more than four steps the last alone. Nothing of a run that does not reduce."""
+    """Return `selection_scores`: "selection.lost", .., and per stage "selection.last.kept", ...
+
+    With up to four stages there are also "selection.1.kept", ... A dense run has no scores.
+    """
     if isinstance(run.model.reduction, Dense):
         return {}
     scores = selection_scores(run.model, run.source, run.tokenizer)
@@ -144,7 +147,7 @@ MEASURES: dict[str, Callable[[Finished], dict[str, float]]] = {
 
 @torch.no_grad()
 def measure(run: Finished, names: tuple[str, ...]) -> dict[str, float]:
-    """All metrics of these measures; what they draw at random follows the run's seed alone."""
+    """Return all metrics of these measures; the run's seed makes them reproducible."""
     found = {}
     for name in names:
         with torch.random.fork_rng():
@@ -154,7 +157,7 @@ def measure(run: Finished, names: tuple[str, ...]) -> dict[str, float]:
 
 
 def without_text(strategy: Strategy) -> Strategy:
-    """The strategy where it has no text: guided by the image alone, if text would guide it."""
+    """Return the strategy, guided by the image alone if text would guide it."""
     if hasattr(strategy, "without_text"):
         return replace(strategy, without_text="vision")
     return strategy
@@ -162,7 +165,7 @@ def without_text(strategy: Strategy) -> Strategy:
 
 @contextmanager
 def reduced_by(model: PretrainedModel, strategy: Strategy) -> Iterator[None]:
-    """Inside, the model's images are reduced by `strategy`."""
+    """Set the model's strategy inside the context."""
     own, model.reduction = model.reduction, strategy
     try:
         yield

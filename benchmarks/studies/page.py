@@ -1,5 +1,6 @@
-"""A study in Markdown, from its results alone: the means of its arms, their differences from each
-reference, and a chart. Recalls and shares are in percent, losses as they are.
+"""One study as a Markdown page: means of its arms, paired differences from each reference, a chart.
+
+Recalls and shares are in percent and their differences in percentage points; losses have no unit.
 """
 
 from benchmarks.studies.results import (
@@ -15,28 +16,68 @@ from elip_models.validation import ConfigError
 
 NONE = "–"
 Table = tuple[list[str], list[list[str]]]  # header, and rows
+HOW_TO_READ = f"""## How to read the tables
+
+An **arm** is one setting that a study compares. All arms of one **seed** begin with the same
+weights and see the same batches.
+
+| metric | meaning |
+| --- | --- |
+| `dense.*` | held-out images encoded without text and with all patches |
+| `reduced.*` | held-out images reduced by the arm's strategy, guided by the image alone |
+| `r1` | mean of R@1 from image to text and from text to image |
+| `top1` | share of images and of texts whose own pair ranks first among 100 pairs |
+| `contrastive_loss` | contrastive loss of batches of 100 pairs |
+| `objective.*` | training losses on held-out batches, with each image reduced as in training |
+| `selection.*` | what the reduction keeps of the patches that the caption names |
+
+- **Mean ± half**: mean over seeds and half of its {LEVEL:.0%} confidence interval (Student's t).
+- **Paired difference**: the arm minus the reference, seed by seed, with its {LEVEL:.0%} confidence
+  interval in brackets. Runs are paired only if they begin with the same model.
+- **Significant** (bold): the interval excludes zero. A lower loss is better. Intervals are not
+  corrected for multiple comparisons: one in twenty comparisons of equal arms is significant by
+  chance.
+- **Shortest interval**: three seeds can agree by chance. An interval is therefore at least as long
+  as the one that follows from the pooled standard deviation of all arms that train. Arms that are
+  only measured are pooled by family, or with all other such arms. Outliers (Cochran's test at 1%)
+  are left out of the pool.
+- **FLOPs** are those of training the image tower, scorer included, relative to the first reference.
+  For an arm that begins with another model they are those of one training step. For an arm that
+  does not train they are those of one forward pass.
+- **Time** is training time relative to the first reference. Its steps alternate with steps of the
+  dense model in one process.
+"""
 
 
-def page(document: Document, chart: str) -> str:
-    """The section of one study; `chart` is the link to its picture."""
+def study_page(document: Document, chart: str, notes: str) -> str:
+    """Return the page of one study.
+
+    Args:
+        document: Results of the study.
+        chart: Link to its chart.
+        notes: Markdown below the title: how to read the tables, or a link to that.
+    """
     seeds = sorted({run["seed"] for run in document["runs"]})
     parts = [
-        f"## {document['question']}",
-        f"The paper: {document['paper']}",
-        f"`elip study {document['study']}`: {len(document['runs'])} runs of "
-        f"`{document['recipe']}`, seeds {', '.join(map(str, seeds))}; {_origins(document)}.",
+        f"# {document['question']}",
+        notes,
+        f"What the paper reports: {document['paper']}",
+        f"Runs: {len(document['runs'])}, with the recipe `{document['recipe']}` and seeds "
+        f"{', '.join(map(str, seeds))}. Command: `elip study {document['study']}`. "
+        f"Measured on {_origins(document)}.",
     ]
     if document["overrides"]:
         settings = ", ".join(f"`{key}={value}`" for key, value in document["overrides"].items())
-        parts.append(f"Every arm with {settings}.")
-    parts += [_markdown(means(document)), f"![{document['study']}]({chart})"]
+        parts.append(f"Settings of every arm: {settings}.")
+    parts += [f"![{document['study']}]({chart})", "## Means over seeds", markdown(means(document))]
     for reference in document["references"]:
-        parts += [f"Less `{reference}`, seed by seed:", _markdown(differences(document, reference))]
+        rows = markdown(differences(document, reference))
+        parts += [f"## Paired differences from `{reference}`", rows]
     return "\n\n".join(parts) + "\n"
 
 
 def means(document: Document) -> Table:
-    """Header and rows: an arm's cost, its loss at the end, and each metric of `quality`.
+    """Return header and rows: cost of each arm, its final training loss and each quality metric.
 
     Raises:
         ConfigError: a metric that no run has.
@@ -45,7 +86,7 @@ def means(document: Document) -> Table:
     for metric in document["quality"]:
         if known and metric not in known:
             raise ConfigError(f"quality: expected metrics of {', '.join(known)}, got {metric!r}")
-    header = ["arm", "seeds", "FLOPs", "time", "loss at the end"]
+    header = ["arm", "seeds", "FLOPs", "time", "final training loss"]
     header += map(title, document["quality"])
     rows = []
     for arm in document["arms"]:
@@ -58,9 +99,8 @@ def means(document: Document) -> Table:
 
 
 def differences(document: Document, reference: str) -> Table:
-    """Header and rows: by each metric of `quality`, an arm less the reference, in bold where the
-    interval leaves zero out."""
-    header, rows = ["arm", *map(title, document["quality"])], []
+    """Return header and rows: for each quality metric, the arm minus the reference."""
+    header, rows = ["arm", *map(difference_title, document["quality"])], []
     for arm in document["arms"]:
         gaps = [
             (difference(document, arm, reference, metric), metric)
@@ -68,22 +108,28 @@ def differences(document: Document, reference: str) -> Table:
             if arm != reference
         ]
         if any(gap for gap, _ in gaps):
-            rows.append([f"`{arm}`", *(shown(gap, metric) for gap, metric in gaps)])
+            rows.append([f"`{arm}`", *(difference_cell(gap, metric) for gap, metric in gaps)])
     return header, rows
 
 
 def is_loss(metric: str) -> bool:
-    """A loss is shown as it is, and lower is better; all else is a share."""
+    """Return True for losses, which have no unit and are better if lower."""
     return metric.rpartition(".")[2].startswith("loss") or metric.endswith("loss")
 
 
 def title(metric: str) -> str:
-    """The name of its column."""
+    """Return the column title of a metric."""
     return metric if is_loss(metric) else f"{metric}, %"
 
 
+def difference_title(metric: str) -> str:
+    """Return the column title of differences of a metric."""
+    return metric if is_loss(metric) else f"{metric}, points"
+
+
 def _number(value: float, metric: str) -> str:
-    return f"{value:.3f}" if is_loss(metric) else f"{100 * value:.1f}"
+    digits = f"{value:z.3f}" if is_loss(metric) else f"{100 * value:z.1f}"
+    return digits.replace("-", "−")
 
 
 def _mean(document: Document, arm: str, metric: str) -> str:
@@ -95,46 +141,34 @@ def _mean(document: Document, arm: str, metric: str) -> str:
     return _number(found.mean, metric) + half
 
 
-def shown(gap: Interval | None, metric: str) -> str:
-    """A difference and half its interval, in the unit of the metric; in bold where it is told."""
+def difference_cell(gap: Interval | None, metric: str) -> str:
+    """Return a difference with its interval, in the unit of the metric; in bold if significant."""
     if gap is None:
         return NONE
-    sign = "+" if gap.mean >= 0 else "−"
-    half = "" if gap.half is None else f" ± {_number(gap.half, metric)}"
-    cell = f"{sign}{_number(abs(gap.mean), metric)}{half}"
-    return f"**{cell}**" if gap.verdict in ("above", "below") else cell
+    mean = _number(gap.mean, metric)
+    cell = mean if mean.startswith("−") else f"+{mean}"
+    if gap.half is None:
+        return f"{cell} (1 seed)"
+    low, high = (_number(end, metric) for end in (gap.mean - gap.half, gap.mean + gap.half))
+    cell = f"{cell} ({low} to {high})"
+    return f"**{cell}**" if gap.is_significant else cell
 
 
 def _ratio(value: float | None) -> str:
     return NONE if value is None else f"{value:.2f}"
 
 
-def _markdown(table: Table) -> str:
+def markdown(table: Table, *, left: int = 1) -> str:
+    """Return a Markdown table whose first `left` columns are left-aligned."""
     header, rows = table
-    rule = ["---"] + ["--:"] * (len(header) - 1)
+    rule = ["---"] * left + ["--:"] * (len(header) - left)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *rows])
 
 
 def _origins(document: Document) -> str:
-    """Devices, versions and commits of the runs."""
+    """Return devices, versions and commits of the runs."""
     runs = document["runs"]
     torch = sorted({f"torch {run['measured_on']['torch']}" for run in runs})
     devices = sorted({run["measured_on"]["device"] for run in runs})
     commits = sorted({run["commit"].get("id", "unknown")[:7] for run in runs})
-    return f"{', '.join([*devices, *torch])}, commit {', '.join(commits)}"
-
-
-INTERVALS = f"""How to read the tables:
-
-- **±** is half of the {LEVEL:.0%} interval of the mean over seeds (Student's t), one comparison at
-  a time. A single seed has none.
-- **Differences** are taken seed by seed, as arms of one seed share initialisation and data, between
-  runs that begin with the same model. Bold: the interval leaves zero out. Of a loss, less is
-  better.
-- **No short intervals by luck**: three seeds agree by chance now and then, so the interval of a
-  difference is at least as long as the standard deviation makes it that all arms which train have
-  together; of arms that only measure, those of one family at several shares, or all others. Arms
-  whose variance Cochran's test (1%) tells from the others' are left out of that.
-- **FLOPs** are those of training the image tower, scorer included, against the first reference; of
-  an arm that begins with another model than that, of one step; of an arm that does not train, of a
-  forward. **Time** is that of training, by steps that take turns with the dense model's."""
+    return f"{', '.join([*devices, *torch])}, at commit {', '.join(commits)}"

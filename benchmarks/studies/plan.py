@@ -1,7 +1,7 @@
-"""A study as data: one recipe, arms that change it, and the seeds that all of them share.
+"""Studies as YAML: one recipe, arms that change its settings, and the seeds of all arms.
 
     recipe: clip_tiny
-    overrides: {optim.steps: 500}            # of every arm
+    overrides: {optim.steps: 500}            # for every arm
     seeds: [0, 1, 2]
     quality: [dense.r1]
     references: [dense]
@@ -10,12 +10,13 @@
       tome: {model.overrides.strategy: tome, at_flops: 0.71}
       tome-after: {model.overrides.strategy: tome, at_flops: [0.5, 0.7], from: dense, length: 0}
 
-`from: start` beside them says which arm the others begin with that do not say so themselves, and
-`group: clutter` in which folder the runs lie: studies of one group have arms of equal names and
-settings run once.
+`from: start` beside `arms` is the default parent of all arms: they begin with its trained model.
+`group: clutter` names the folder of the runs. Studies of one group share arms of equal name and
+settings, which are run once.
 
-What is no key of `Arm` in an arm is an override of the recipe. A seed decides initialisation, data
-order and augmentation, so that arms of one seed begin alike and see the same batches.
+Keys of an arm that are no fields of `Arm` are overrides of the recipe. The seed sets
+initialisation, data order and augmentation, so arms of one seed begin with equal weights and see
+the same batches.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -48,19 +49,19 @@ QUIET = {
     "log_every": 1,
     "keep_checkpoints": 1,
 }
-"""Of every run, unless a study says otherwise: it measures at the end, and logs every loss."""
+"""Defaults of every run, which measures at the end and logs every loss."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What is compared: changes of the recipe.
+    """One setting that a study compares.
 
-    overrides: dotted keys of the recipe.
-    at_flops: share of the dense tower's FLOPs that the arm's strategy is set to: of training; of a
-        forward, where the arm does not train.
-    parent: the arm whose trained model of the same seed it begins with; 'from' in YAML.
-    length: of its training, relative to the recipe's steps or epochs; 0 measures without training.
-    family: the arm of the YAML that it is one of, where `at_flops` lists several.
+    overrides: Dotted keys of the recipe and their values.
+    family: Name of the arm in the YAML, which is several arms if `at_flops` is a list.
+    at_flops: Share of the dense tower's FLOPs that the arm's strategy is set to: of a training
+        step, or of a forward pass if the arm does not train.
+    parent: Arm whose trained model of the same seed it begins with; 'from' in YAML.
+    length: Training length relative to the recipe's steps or epochs; 0 measures without training.
     """
 
     overrides: dict[str, Any]
@@ -72,18 +73,19 @@ class Arm:
 
 @dataclass(frozen=True)
 class Study:
-    """A comparison.
+    """A comparison of arms.
 
-    name: of the file.
-    recipe: name or path that `load_recipe` takes.
-    overrides: dotted keys of the recipe, for every arm.
-    seeds: of the runs.
-    quality: metrics of `MEASURES` that are compared; the first is drawn.
-    references: arms that all others are compared with, seed by seed.
-    measures: names of `MEASURES`.
-    group: folder of the runs, in `RUNS`; of several studies, or the study's own.
-    question, paper: what is asked, and what the paper says of it, for the page.
-    arms: by name, in the order in which they run.
+    name: Name of the file.
+    group: Folder of the runs in `RUNS`; several studies can share it.
+    recipe: Name or path for `load_recipe`.
+    seeds: Seeds of the runs.
+    quality: Metrics of `MEASURES` that are compared; the chart shows the first ones.
+    references: Arms that all others are compared with, paired by seed.
+    question: Title of the page.
+    paper: What the paper reports on the question.
+    measures: Names of `MEASURES`.
+    overrides: Dotted keys of the recipe and their values, for every arm.
+    arms: Arms by name, in the order in which they run.
     """
 
     name: str
@@ -99,10 +101,10 @@ class Study:
     arms: dict[str, Arm] = field(default_factory=dict)
 
     def config(self, run: "Run") -> RunConfig:
-        """The recipe of a run.
+        """Return the recipe of a run.
 
         Raises:
-            ConfigError: naming the arm and the key that cannot be.
+            ConfigError: an invalid key of an arm.
         """
         arm, folder = self.arms[run.arm], self.folder(run)
         values = {**QUIET, **self.overrides, **arm.overrides, "seed": run.seed}
@@ -124,20 +126,20 @@ class Study:
 
     @property
     def tokenizer(self) -> Path:
-        """That of all arms which do not change the data, where the recipe has none."""
+        """Return the path of the tokenizer of all arms that do not change the data."""
         return self.root / "tokenizer"
 
     @property
     def root(self) -> Path:
-        """Where all runs are written."""
+        """Return the folder of all runs."""
         return RUNS / self.group
 
     def folder(self, run: "Run") -> Path:
-        """Where a run is written."""
+        """Return the folder of a run."""
         return self.root / run.arm / str(run.seed)
 
     def _model_of(self, parent: "Run") -> dict[str, Any]:
-        """Keys of a run that begins with the model of another."""
+        """Return the recipe keys of a run that begins with the model of another."""
         model = str(self.folder(parent) / "model")
         return {"model.pretrained": model, "data.tokenizer": model}
 
@@ -150,16 +152,16 @@ class Run(NamedTuple):
 
 
 def load_study(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Study:
-    """Reads a study.
+    """Read a study.
 
     Args:
         name_or_path: Name of a file in `benchmarks/studies/recipes`, or path of a YAML file.
-        overrides: Dotted keys of the recipe and their values, for every arm; those of the data also
-            for arms that say them themselves.
+        overrides: Dotted keys of the recipe and their values, for every arm. Data keys also replace
+            those of single arms.
 
     Raises:
-        ConfigError: unknown study, key, arm or measure, wrong type or range; an override of what
-            else arms say themselves, or the runner does.
+        ConfigError: unknown study, key, arm or measure, wrong type or range, or an override of a
+            key that an arm or the runner sets.
     """
     values = _read(str(name_or_path))
     arms = values.pop("arms", None)
@@ -177,19 +179,20 @@ def load_study(name_or_path: str | Path, overrides: Mapping[str, Any] | None = N
 
 
 def study_names() -> list[str]:
-    """Names of the built-in studies, sorted."""
+    """Return the sorted names of the built-in studies."""
     return sorted(entry.name[:-5] for entry in _built_in().iterdir() if entry.suffix == ".yaml")
 
 
 def plan(study: Study, *, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Run]:
-    """The runs, all arms of a seed before any of the next.
+    """Return the runs: all arms of one seed before any arm of the next.
 
     Args:
-        only: Arms, or families of arms; with those that they begin with. None means all.
-        seeds: Of the study's or others; none means the study's.
+        study: The study.
+        only: Arms or families of arms, whose parents are added; empty for all arms.
+        seeds: Any seeds; empty for those of the study.
 
     Raises:
-        ConfigError: an arm that there is not.
+        ConfigError: an unknown arm.
     """
     for name in only:
         if name not in _names(study):
@@ -198,7 +201,7 @@ def plan(study: Study, *, only: Sequence[str] = (), seeds: Sequence[int] = ()) -
                 f"{did_you_mean(name, _names(study))}"
             )
     chosen = {name for name, arm in study.arms.items() if not only or {name, arm.family} & {*only}}
-    for name in reversed(study.arms):  # a parent stands before its children
+    for name in reversed(study.arms):  # parents come before their children
         parent = study.arms[name].parent
         if name in chosen and parent is not None:
             chosen.add(parent)
@@ -207,7 +210,7 @@ def plan(study: Study, *, only: Sequence[str] = (), seeds: Sequence[int] = ()) -
 
 
 def seeds_of(text: str | None) -> tuple[int, ...]:
-    """The seeds that '0,1,2' writes; none of None."""
+    """Parse seeds such as '0,1,2'; return an empty tuple for None."""
     words = text.split(",") if text else []
     if not all(
         word.strip().isdecimal() and mismatch_error(int(word), Seed) is None for word in words
@@ -217,8 +220,7 @@ def seeds_of(text: str | None) -> tuple[int, ...]:
 
 
 def _read(name_or_path: str) -> dict[str, Any]:
-    """The mapping of a YAML file; where it is `like` another, on top of that one's, without the
-    arms that are null."""
+    """Read a YAML file, on top of the study that it is `like`; arms that are null are removed."""
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
         if name_or_path not in study_names():
@@ -244,15 +246,14 @@ def _built_in() -> Path:
 
 
 def _arms(values: dict[str, Any], start: str | None) -> Iterable[tuple[str, Arm]]:
-    """Arms by name, `start` first, and `from` it those that do not say otherwise; one of several
-    shares of FLOPs is as many arms."""
-    for family, said in sorted(values.items(), key=lambda item: item[0] != start):
-        if not isinstance(said, dict):
-            raise ConfigError(f"arms.{family}: expected a mapping of keys, got {said!r}")
-        own = {key: said[key] for key in ("at_flops", "length") if key in said}
-        parent = said.get("from", None if family == start else start)
+    """Yield arms by name, `start` first; an arm with several FLOPs shares becomes several arms."""
+    for family, settings in sorted(values.items(), key=lambda item: item[0] != start):
+        if not isinstance(settings, dict):
+            raise ConfigError(f"arms.{family}: expected a mapping of keys, got {settings!r}")
+        own = {key: settings[key] for key in ("at_flops", "length") if key in settings}
+        parent = settings.get("from", None if family == start else start)
         own |= {"parent": parent, "family": family}
-        own["overrides"] = {k: v for k, v in said.items() if k not in ("from", *own)}
+        own["overrides"] = {k: v for k, v in settings.items() if k not in ("from", *own)}
         shares = own.get("at_flops")
         for share in shares if isinstance(shares, list) else [shares]:
             name = f"{family}-{share:.2f}" if isinstance(shares, list) else family
@@ -263,12 +264,12 @@ def _arms(values: dict[str, Any], start: str | None) -> Iterable[tuple[str, Arm]
 
 
 def _names(study: Study) -> list[str]:
-    """Of arms and of their families."""
+    """Return the names of all arms and families."""
     return list(dict.fromkeys([*study.arms, *(arm.family for arm in study.arms.values())]))
 
 
 def _on_other_data(arm: Arm, overrides: Mapping[str, Any]) -> Arm:
-    """The arm without what it says of its data, where overrides say that of every arm."""
+    """Return the arm without the data keys that `overrides` sets for every arm."""
     own = {
         key: value
         for key, value in arm.overrides.items()
@@ -278,20 +279,20 @@ def _on_other_data(arm: Arm, overrides: Mapping[str, Any]) -> Arm:
 
 
 def _check_overrides(overrides: Mapping[str, Any], arms: Mapping[str, Arm]) -> None:
-    """Raises for a key that would not reach every arm."""
+    """Raise ConfigError for a key that would not reach every arm."""
     for key in overrides:
         if key in ("seed", "name", "output_dir"):
-            raise ConfigError(f"{key}: the runner says it of every run; set --seeds, or 'group'")
+            raise ConfigError(f"{key}: the runner sets it for every run; use --seeds or 'group'")
         own = [name for name, arm in arms.items() if key in arm.overrides]
         if own:
             raise ConfigError(
-                f"{key}: expected a key that no arm says itself, got one of {', '.join(own)}; "
-                "write a YAML that is 'like' this one"
+                f"{key}: expected a key that no arm sets, but {', '.join(own)} set it; "
+                "write a YAML file that is 'like' this study"
             )
 
 
 def _check(study: Study) -> None:
-    """What one key alone cannot tell."""
+    """Check the arms, measures and references against each other."""
     before: list[str] = []
     for name, arm in study.arms.items():
         if arm.parent is not None and arm.parent not in before:
@@ -310,15 +311,14 @@ def _check(study: Study) -> None:
 
 
 def _length_of(config: RunConfig, length: float) -> dict[str, Any]:
-    """Keys of a run that is `length` times as long."""
+    """Return the recipe keys of a run that is `length` times as long."""
     if config.optim.steps is not None:
         return {"optim.steps": max(1, round(config.optim.steps * length))}
     return {"optim.epochs": config.optim.epochs * length}
 
 
 def _at_flops(config: RunConfig, share: float, *, trains: bool) -> dict[str, Any]:
-    """Keys of a run whose strategy takes `share` of the dense tower's FLOPs, of a training step or
-    of a forward."""
+    """Return the recipe keys of a strategy at `share` of the dense tower's FLOPs."""
     model = meta_model(config)
     with as_config_error("at_flops"):
         found = reduction_fields(model.reduction.at_flops(model.tower, share, training=trains))

@@ -1,15 +1,15 @@
-"""The results of a study: one small JSON file, and what it says of each arm.
+"""Results of a study: one small JSON file, and the statistics that are computed from it.
 
     {"study": .., "question": .., "paper": .., "recipe": .., "overrides": {..}, "quality": [..],
      "references": [..], "arms": {..}, "runs": [{"arm": .., "seed": .., "metrics": {..}, ..}, ..]}
 
-Arms of one seed share initialisation and data, so differences are taken seed by seed, between runs
-that begin with the same model: where an arm that others begin with was trained anew, its children
-before and after are not paired. An interval is that of the mean by Student's t: 95% of intervals
-made so hold the mean of all seeds. Of three seeds some agree by luck, so that of a difference is no
-shorter than the one by the standard deviation that all arms which train have together; of those
-that only measure, the arms of one family, at several shares of FLOPs, or all that stand alone. Arms
-that spread far more than the others, such as one that diverges, say nothing of these.
+Arms of one seed share initialisation and data, so differences are paired by seed. Runs are paired
+only if they begin with the same model: after a parent arm is trained again, its old and new
+children are not paired. Intervals are 95% confidence intervals of the mean (Student's t). Three
+seeds can agree by chance, so the interval of a difference is at least as long as the one that
+follows from a pooled standard deviation. Arms that train are pooled. Arms that are only measured
+are pooled by family, or with all other such arms. Outliers, such as an arm that diverges, are left
+out of the pool.
 """
 
 import json
@@ -29,34 +29,40 @@ with require_extra("benchmarks.studies"):
     from scipy.stats import f, t
 
 LEVEL = 0.95
-OUTLIER = 0.01  # of Cochran's test
+OUTLIER = 0.01  # significance level of Cochran's test
 Document = dict[str, Any]
 Beginning = float | None
-Values = dict[int, dict[Beginning, float]]  # by seed, and by the run that an arm goes back to
+Values = dict[int, dict[Beginning, float]]  # by seed, and by the model that the run begins with
 
 
 class Interval(NamedTuple):
-    """A mean over seeds, and half the length of its interval; None with a single seed."""
+    """Mean over seeds, half of its confidence interval (None for one seed), and number of seeds."""
 
     mean: float
     half: float | None
+    seeds: int = 1
 
     @classmethod
     def of(cls, values: Sequence[float], least: float = 0.0) -> "Interval":
-        """Of one value a seed, at least one; half of it is at least `least`."""
+        """Return the interval of one value per seed; `half` is at least `least`."""
         n = len(values)
         if n == 1:
             return cls(values[0], None)
-        return cls(fmean(values), max(least, _quantile(n - 1) * stdev(values) / n**0.5))
+        return cls(fmean(values), max(least, _quantile(n - 1) * stdev(values) / n**0.5), n)
 
     @property
     def verdict(self) -> str:
-        """Of a difference: which side of zero the whole interval lies on."""
+        """Return on which side of zero the whole interval of a difference is."""
         if self.half is None:
             return "one seed"
         if abs(self.mean) <= self.half:
-            return "no difference seen"
+            return "not significant"
         return "above" if self.mean > 0 else "below"
+
+    @property
+    def is_significant(self) -> bool:
+        """Return True if the interval excludes zero."""
+        return self.verdict in ("above", "below")
 
 
 def _quantile(freedom: int) -> float:
@@ -64,7 +70,7 @@ def _quantile(freedom: int) -> float:
 
 
 def collect(study: Study) -> Document:
-    """All finished runs of a study that there are, of whatever seeds."""
+    """Return all finished runs of a study, of any seed."""
     runs = []
     for arm in study.arms:
         folders = (study.root / arm).glob("*/")
@@ -72,27 +78,29 @@ def collect(study: Study) -> Document:
             result = result_of(study, Run(arm, seed))
             if result is not None:
                 runs.append(result)
-    said = asdict(study)
-    return {"study": said.pop("name")} | said | {"runs": runs}
+    settings = asdict(study)
+    return {"study": settings.pop("name")} | settings | {"runs": runs}
 
 
 def write_results(study: Study, path: Path) -> Document:
-    """Writes `collect`, a line a run, and returns it. Runs that the file has, and whose folder is
-    gone, stay there as long as their arm is what it was; beside new ones that begin otherwise."""
+    """Write the document of `collect`, one line per run, and return it.
+
+    Runs of the existing file stay in it, also without their folder, if their arm has not changed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     RUNS.mkdir(parents=True, exist_ok=True)
     with FileLock(RUNS / f"{study.name}.lock"):
         document = json.loads(json.dumps(collect(study)))
         if path.is_file():
-            document["runs"] = _with_those_before(document, read_results(path))
+            document["runs"] = _merge_earlier_runs(document, read_results(path))
         runs = ",\n".join(f"    {json.dumps(run)}" for run in document["runs"])
         text = json.dumps(document | {"runs": "RUNS"}, indent=2)
         write_file(path, (text.replace('"RUNS"', f"[\n{runs}\n  ]") + "\n").encode())
     return document
 
 
-def _with_those_before(document: Document, before: Document) -> list[dict[str, Any]]:
-    """The runs of both, by arm, seed and beginning."""
+def _merge_earlier_runs(document: Document, before: Document) -> list[dict[str, Any]]:
+    """Return the runs of both documents, sorted by arm, seed and beginning."""
 
     def key(run: dict[str, Any]) -> tuple[int, int, float]:
         return arms.index(run["arm"]), run["seed"], run.get("beginning") or 0.0
@@ -107,7 +115,7 @@ def _with_those_before(document: Document, before: Document) -> list[dict[str, A
 
 
 def read_results(path: Path) -> Document:
-    """The file that `write_results` wrote.
+    """Return the document that `write_results` wrote.
 
     Raises:
         ConfigError: no such file.
@@ -118,35 +126,34 @@ def read_results(path: Path) -> Document:
 
 
 def by_seed(document: Document, arm: str, metric: str) -> dict[int, float]:
-    """A metric of an arm, or a number of its result such as "loss", by seed; those that have it."""
+    """Return a metric of an arm, or a number of its result such as "loss", by seed."""
     values = _values(document, metric).get(arm, {})
     return {seed: fmean(found.values()) for seed, found in values.items()}
 
 
 def difference(document: Document, arm: str, reference: str, metric: str) -> Interval | None:
-    """The arm less the reference, seed by seed; None where they share no seed and beginning."""
+    """Return the interval of arm minus reference, paired by seed; None without a pair of runs."""
     values = _values(document, metric)
     gaps = _gaps(values, arm, reference)
     if not gaps:
         return None
-    kind = _kind(document, arm)
-    alike = [name for name in values if name != reference and _kind(document, name) == kind]
-    several = [found for name in alike if len(found := _gaps(values, name, reference)) > 1]
-    return Interval.of(gaps, _pooled(several) / len(gaps) ** 0.5)
+    pool = _pool_of(document, arm)
+    pooled = [name for name in values if name != reference and _pool_of(document, name) == pool]
+    several = [found for name in pooled if len(found := _gaps(values, name, reference)) > 1]
+    return Interval.of(gaps, _pooled_half(several) / len(gaps) ** 0.5)
 
 
-def _kind(document: Document, arm: str) -> str:
-    """Whose standard deviation is taken to be one: arms that train; of those that do not, a family
-    of several, or all that stand alone."""
+def _pool_of(document: Document, arm: str) -> str:
+    """Return the name of the pool: arms that train, a family of measured arms, or the others."""
     arms = document["arms"]
     if arms[arm]["length"]:
         return "trains"
     family = arms[arm]["family"]
-    return family if sum(said["family"] == family for said in arms.values()) > 1 else "measures"
+    return family if sum(each["family"] == family for each in arms.values()) > 1 else "measures"
 
 
 def _values(document: Document, metric: str) -> dict[str, Values]:
-    """A metric of every arm that has it."""
+    """Return a metric of every arm that has it."""
     found: dict[str, Values] = {}
     for run in document["runs"]:
         value = run["metrics"].get(metric, run.get(metric))
@@ -157,7 +164,7 @@ def _values(document: Document, metric: str) -> dict[str, Values]:
 
 
 def _gaps(values: dict[str, Values], arm: str, reference: str) -> list[float]:
-    """The arm less the reference, one number a seed, of runs that begin alike."""
+    """Return arm minus reference, one number per seed, of runs that begin with the same model."""
     ours, theirs = values.get(arm, {}), values.get(reference, {})
     of_seeds = (
         [
@@ -171,37 +178,39 @@ def _gaps(values: dict[str, Values], arm: str, reference: str) -> list[float]:
     return [fmean(gaps) for gaps in of_seeds if gaps]
 
 
-def _pooled(several: Sequence[Sequence[float]]) -> float:
-    """Half of the interval of one value, by the standard deviation that all share."""
+def _pooled_half(several: Sequence[Sequence[float]]) -> float:
+    """Return half of the interval of one value from the pooled standard deviation."""
     if not several:
         return 0.0
-    shared, freedom = _shared(_alike(several))
-    return _quantile(freedom) * shared**0.5
+    pooled, freedom = _pooled_variance(_without_outliers(several))
+    return _quantile(freedom) * pooled**0.5
 
 
-def _alike(several: Sequence[Sequence[float]]) -> list[Sequence[float]]:
-    """Less those whose variance is told from that of all others, the largest first, as ISO 5725-2
-    does before it pools: Cochran's test at 1%."""
-    alike = sorted(several, key=variance)
-    while len(alike) > 2:
-        *others, widest = alike
-        shared, freedom = _shared(others)
-        limit = f.ppf(1 - OUTLIER / len(alike), len(widest) - 1, freedom)
-        if variance(widest) <= limit * shared:
+def _without_outliers(several: Sequence[Sequence[float]]) -> list[Sequence[float]]:
+    """Return the samples without variance outliers (Cochran's test at 1%, as in ISO 5725-2)."""
+    kept = sorted(several, key=variance)
+    while len(kept) > 2:
+        *others, widest = kept
+        pooled, freedom = _pooled_variance(others)
+        limit = f.ppf(1 - OUTLIER / len(kept), len(widest) - 1, freedom)
+        if variance(widest) <= limit * pooled:
             break
-        alike = others
-    return alike
+        kept = others
+    return kept
 
 
-def _shared(several: Sequence[Sequence[float]]) -> tuple[float, int]:
-    """The pooled variance, and its degrees of freedom."""
+def _pooled_variance(several: Sequence[Sequence[float]]) -> tuple[float, int]:
+    """Return the pooled variance and its degrees of freedom."""
     freedom = sum(len(gaps) - 1 for gaps in several)
     return sum((len(gaps) - 1) * variance(gaps) for gaps in several) / freedom, freedom
 
 
 def relative_cost(document: Document, arm: str) -> float | None:
-    """FLOPs of the arm's tower against those of the first reference: of training, the whole run, or
-    one step where it begins with another model than that; of a forward where it does not train."""
+    """Return the FLOPs of the arm's image tower relative to the first reference.
+
+    They are those of the whole training run; of one step if the two begin with different models; of
+    a forward pass if the arm does not train.
+    """
     steps = by_seed(document, arm, "step_flops")
     if not steps:
         return None
@@ -218,8 +227,7 @@ def relative_cost(document: Document, arm: str) -> float | None:
 
 
 def relative_time(document: Document, arm: str) -> float | None:
-    """Training time of the arm against that of the first reference: of a step, each beside the
-    dense model's, times the images of the run."""
+    """Return the training time of the arm relative to the first reference, or None if unknown."""
     reference = document["references"][0]
     ours, theirs = (_dense_images(document, each) for each in (arm, reference))
     known = ours is not None and theirs is not None
@@ -227,12 +235,12 @@ def relative_time(document: Document, arm: str) -> float | None:
 
 
 def _begin_alike(document: Document, arm: str, other: str) -> bool:
-    """Both begin at random, or with the same model."""
+    """Return True if both arms begin from scratch, or with the same model."""
     arms = document["arms"]
     return arms[arm]["parent"] == arms[other]["parent"]
 
 
 def _dense_images(document: Document, arm: str) -> float | None:
-    """On how many images the dense model trains in the time that a run of the arm takes."""
+    """Return how many images the dense model trains on in the time of one run of the arm."""
     times, images = (by_seed(document, arm, key) for key in ("step_time", "images"))
     return median(times.values()) * fmean(images.values()) if times and images else None

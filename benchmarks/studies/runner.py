@@ -1,12 +1,12 @@
-"""Runs of a study: each trained, or only measured, once; a killed one goes on where it stopped.
+"""Runs of a study. Each is trained and measured once; a killed run resumes at its checkpoint.
 
-    runs/studies/GROUP/tokenizer/              of all arms that do not change the data
-    runs/studies/GROUP/ARM/SEED/               a run as `elip train` leaves it, without checkpoints
+    runs/studies/GROUP/tokenizer/              tokenizer of all arms that do not change the data
+    runs/studies/GROUP/ARM/SEED/               a run of `elip train`, without checkpoints
     runs/studies/GROUP/ARM/SEED/result.json    its numbers, written last: the run is finished
-    runs/studies/GROUP/ARM/SEED.lock           held by the process that works on it
+    runs/studies/GROUP/ARM/SEED.lock           locked by the process that works on the run
 
-Several processes may work on one study: each takes runs that no other holds. A measure that is
-added to a study is taken of its finished runs too, whose models are there.
+Several processes can work on one study: each takes runs that no other process has locked. A new
+measure of a study is also computed for its finished runs, from their saved models.
 """
 
 import json
@@ -43,7 +43,7 @@ with require_extra("benchmarks.studies"):
     from filelock import FileLock, Timeout
     from rich.console import Console
 
-LAST_STEPS = 50  # whose losses are averaged
+LAST_STEPS = 50  # steps whose losses are averaged
 RESULT = "result.json"
 Result = dict[str, Any]
 
@@ -56,16 +56,19 @@ def run_study(
     before: Callable[[Run], None],
     after: Callable[[Run], None],
 ) -> None:
-    """Works on all runs that are neither finished nor held by another process, in their order.
+    """Perform, in order, all runs that are not finished and not locked by another process.
 
     Args:
-        console: Where training shows its progress.
-        before, after: Called with each run that this process works on.
+        study: The study.
+        runs: Runs of `plan`.
+        console: Console for the progress of training.
+        before: Called with each run before this process performs it.
+        after: Called with each run after this process performed it.
 
     Raises:
         ConfigError: see `check_settings`.
-        TrainingError: runs that failed, after all others.
-        Stopped: a signal ended the run that was trained.
+        TrainingError: runs failed; it is raised after all other runs.
+        Stopped: a signal ended the run in progress.
     """
     failed: dict[Run, TrainingError] = {}
     while (found := _next(study, [run for run in runs if run not in failed])) is not None:
@@ -80,24 +83,24 @@ def run_study(
                 failed[run] = error
             after(run)
     if failed:
-        said = "; ".join(f"{run.arm}, seed {run.seed}: {error}" for run, error in failed.items())
-        raise TrainingError(f"{len(failed)} runs failed: {said}")
+        errors = "; ".join(f"{run.arm}, seed {run.seed}: {error}" for run, error in failed.items())
+        raise TrainingError(f"{len(failed)} runs failed: {errors}")
 
 
 def result_of(study: Study, run: Run) -> Result | None:
-    """The numbers of a run that is finished, as far as they are measured; None of another."""
+    """Return the numbers of a finished run, or None."""
     path = study.folder(run) / RESULT
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def is_finished(study: Study, run: Run) -> bool:
-    """All that the study measures is known of the run."""
+    """Return True if the run has all measures of the study."""
     result = result_of(study, run)
     return result is not None and set(study.measures) <= set(result["measures"])
 
 
 def perform(study: Study, run: Run, console: Console) -> None:
-    """Trains, where the arm does, then measures, and writes the result."""
+    """Train the run unless its arm only measures, measure it, and write the result."""
     start = time.monotonic()
     config, result = study.config(run), result_of(study, run)
     folder = RunFolder(config.output_dir)
@@ -124,7 +127,7 @@ def perform(study: Study, run: Run, console: Console) -> None:
 
 
 def _next(study: Study, runs: Sequence[Run]) -> tuple[Run, FileLock] | None:
-    """The first run that can be worked on, and its lock, which is held."""
+    """Return the first run that can be performed now, and its acquired lock."""
     for run in runs:
         parent = study.arms[run.arm].parent
         is_ready = parent is None or result_of(study, Run(parent, run.seed)) is not None
@@ -137,14 +140,14 @@ def _next(study: Study, runs: Sequence[Run]) -> tuple[Run, FileLock] | None:
             lock.acquire(timeout=0)
         except Timeout:
             continue
-        if not is_finished(study, run):  # as another process may have seen to just now
+        if not is_finished(study, run):  # another process may have finished it meanwhile
             return run, lock
         lock.release()
     return None
 
 
 def check_settings(study: Study, runs: Sequence[Run]) -> None:
-    """Raises ConfigError for an arm that cannot be, and for a result that other settings gave."""
+    """Raise ConfigError for an invalid arm, or for a result that was made with other settings."""
     for run in runs:
         config, recipe = study.config(run), study.folder(run) / "recipe.yaml"
         result = result_of(study, run)
@@ -158,13 +161,13 @@ def check_settings(study: Study, runs: Sequence[Run]) -> None:
         beginning, then = _beginning(study, run), result.get("beginning")
         if None not in (beginning, then) and beginning != then:
             raise ConfigError(
-                f"{recipe.parent} began with a run of {study.arms[run.arm].parent!r} that was "
-                "since trained anew; remove it"
+                f"{recipe.parent} began with an older run of {study.arms[run.arm].parent!r}, which "
+                "was trained again since; remove it"
             )
 
 
 def _make_tokenizer(study: Study, config: RunConfig) -> None:
-    """Trains the tokenizer that arms share, where it is this run's and nobody has."""
+    """Train the shared tokenizer if this run uses it and it does not exist yet."""
     path = study.tokenizer
     if config.data.tokenizer != str(path):
         return
@@ -180,7 +183,7 @@ def _make_tokenizer(study: Study, config: RunConfig) -> None:
 
 
 def _open(study: Study, run: Run, config: RunConfig) -> Finished:
-    """The model of a run; without training that of its parent, reduced as the arm says."""
+    """Load the model of a run; for an arm that does not train, its parent's with its strategy."""
     arm, folder, fields_of_arm = study.arms[run.arm], RunFolder(config.output_dir), {}
     if arm.length == 0:
         folder = RunFolder(study.folder(Run(arm.parent, run.seed)))
@@ -195,8 +198,10 @@ def _open(study: Study, run: Run, config: RunConfig) -> Finished:
 
 
 def _beginning(study: Study, run: Run) -> float | None:
-    """The loss at the end of the run that a run goes back to, its parent or that one's: the same
-    of all that begin with one model. None where it begins at random, or its parent is not there."""
+    """Return the final loss of the first ancestor, which identifies the model a run begins with.
+
+    None if the run begins from scratch, or if its parent has no result.
+    """
     parent = study.arms[run.arm].parent
     result = result_of(study, Run(parent, run.seed)) if parent is not None else None
     if result is None:
@@ -206,15 +211,14 @@ def _beginning(study: Study, run: Run) -> float | None:
 
 
 def step_time(run: Finished) -> float:
-    """Of a training step, forward and backward, over that of the dense model, by turns."""
+    """Measure the time of a training step, forward and backward, relative to the dense model."""
     workload = Workload(run.model, run.config.optim.batch_size)
     arms = {DENSE: None, "arm": run.model.reduction}
     return round(profile(workload, arms, "training")["arm"].time_ratio, 4)
 
 
 def _cost(config: RunConfig, folder: RunFolder) -> Result:
-    """What a run took: FLOPs of its tower against dense, of a training step, or of a forward where
-    it did not train; and, where it did, images, and its mean loss at the end."""
+    """Return relative FLOPs of a training step (of a forward without training), images and loss."""
     model, optim = meta_model(config), config.optim
     rows = [row for row in folder.rows() if "loss" in row]
     ratio_of = flops.training_ratio if rows else flops.inference_ratio
@@ -228,10 +232,10 @@ def _cost(config: RunConfig, folder: RunFolder) -> Result:
 
 
 def _origin() -> Result:
-    """Where a result is from."""
+    """Return device, versions and commit of a result."""
     return {"measured_on": measured_on(_device()), "commit": commit()}
 
 
 def _device() -> torch.device:
-    """Where runs are trained and measured."""
+    """Return the device on which runs are trained and measured."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

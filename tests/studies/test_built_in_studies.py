@@ -1,4 +1,4 @@
-"""The built-in studies: each is read, has a twin at full size, and all of its arms can be."""
+"""Built-in studies: each is valid, has a version at full size, and all of its arms are valid."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.helpers.tiers import tiered
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path, monkeypatch):
-    """Where no run has been."""
+    """Use a folder without runs."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -21,11 +21,11 @@ DATA = {"data.train": "emoji_scenes:size=900", "data.eval": "emoji_scenes:seed=1
 
 
 @pytest.mark.parametrize("name", study_names())
-def test_a_built_in_study_is_read_and_has_its_twin(name):
+def test_a_built_in_study_is_valid_and_matches_its_full_size_version(name):
     study = load_study(name, DATA)
     assert study.question and study.paper and len(study.seeds) >= 3
     for arm in study.arms.values():
-        assert "steps" not in str(arm.overrides)  # `length` is of any recipe
+        assert "steps" not in str(arm.overrides)  # `length` works with any recipe
     if name.endswith("_full"):
         twin = load_study(name.removesuffix("_full"), DATA)
         ours, theirs = (
@@ -35,23 +35,23 @@ def test_a_built_in_study_is_read_and_has_its_twin(name):
         assert ours == theirs and study.recipe != twin.recipe and study.group != twin.group
 
 
-def test_studies_of_a_group_mean_the_same_by_the_name_of_an_arm():
+def test_arms_of_equal_name_in_a_group_have_equal_settings():
     seen = {}
     for study in (load_study(name, DATA) for name in study_names()):
         for name, arm in study.arms.items():
-            said = study.recipe, study.overrides | arm.overrides, arm.parent, arm.length
-            assert seen.setdefault((study.group, name), said) == said, (study.name, name)
+            found = study.recipe, study.overrides | arm.overrides, arm.parent, arm.length
+            assert seen.setdefault((study.group, name), found) == found, (study.name, name)
 
 
 @pytest.mark.parametrize("name", tiered(CPU, []))
-def test_every_arm_of_a_built_in_study_can_be(name):
+def test_every_arm_of_a_built_in_study_is_valid(name):
     study = load_study(name, DATA)
     runner.check_settings(study, plan(study, seeds=[0]))
 
 
 @pytest.mark.parametrize("name", tiered(FULL[::-1], []))
-def test_the_twins_at_full_size_take_a_step_as_they_are(name):
-    """Of arms that differ in numbers alone, one."""
+def test_full_size_studies_take_a_training_step(name):
+    """Run one of several arms that differ only in numbers."""
     seen, study = set(), load_study(name, DATA)
     for arm in study.arms:
         overrides = study.overrides | study.arms[arm].overrides

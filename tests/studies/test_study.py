@@ -1,4 +1,4 @@
-"""Studies: what is planned, that nothing runs twice, what intervals say, and the page."""
+"""Studies: planning, resuming, errors and result files."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from rich.console import Console
 from benchmarks.studies import runner
 from benchmarks.studies.command import Progress
 from benchmarks.studies.measures import MEASURES
-from benchmarks.studies.page import page
+from benchmarks.studies.page import study_page
 from benchmarks.studies.plan import Run, load_study, plan
 from benchmarks.studies.results import write_results
 from elip_models.reduction import flops
@@ -43,7 +43,7 @@ def run_all(study, **options):
     return begun
 
 
-# What is planned
+# Planning
 
 
 def test_all_arms_of_a_seed_run_before_any_of_the_next(tmp_path):
@@ -53,7 +53,7 @@ def test_all_arms_of_a_seed_run_before_any_of_the_next(tmp_path):
     assert plan(study, seeds=[7]) == [Run(name, 7) for name in names]
 
 
-def test_some_arms_are_planned_with_what_they_begin_with(tmp_path):
+def test_selected_arms_are_planned_with_their_parents(tmp_path):
     study = tiny_study(tmp_path)
     assert plan(study, only=["after-0.61"], seeds=[0]) == [Run("dense", 0), Run("after-0.61", 0)]
     assert [run.arm for run in plan(study, only=["after"], seeds=[0])] == [
@@ -61,7 +61,7 @@ def test_some_arms_are_planned_with_what_they_begin_with(tmp_path):
     ]
 
 
-def test_an_arm_is_an_override_of_the_recipe_and_of_the_study(tmp_path):
+def test_an_arm_overrides_the_recipe_and_the_study(tmp_path):
     arms = {"long": {"length": 2, "optim.lr": 1e-4, "from": "dense"}}
     study = tiny_study(tmp_path, arms=arms)
     dense, tome, long = (study.config(Run(arm, 1)) for arm in ("dense", "tome", "long"))
@@ -72,7 +72,7 @@ def test_an_arm_is_an_override_of_the_recipe_and_of_the_study(tmp_path):
     assert dense.data.tokenizer == tome.data.tokenizer == "runs/studies/tiny/tokenizer"
 
 
-def test_arms_begin_with_the_one_that_the_study_names(tmp_path):
+def test_arms_begin_with_the_parent_that_the_study_names(tmp_path):
     study = tiny_study(tmp_path, **{"from": "tome", "arms": {"fresh": {"from": None}}})
     parents = {name: arm.parent for name, arm in study.arms.items()}
     assert next(iter(parents)) == "tome"
@@ -82,7 +82,7 @@ def test_arms_begin_with_the_one_that_the_study_names(tmp_path):
     }
 
 
-def test_studies_of_a_group_train_an_arm_once(tmp_path, stubbed):
+def test_studies_of_one_group_train_an_arm_once(tmp_path, stubbed):
     quality, later = (tmp_path / name for name in ("quality.yaml", "later.yaml"))
     tiny_study(tmp_path)
     quality.write_text("like: tiny.yaml\ngroup: world\nmeasures: [retrieval]")
@@ -96,7 +96,7 @@ def test_studies_of_a_group_train_an_arm_once(tmp_path, stubbed):
         runner.check_settings(changed, plan(changed))
 
 
-def test_a_study_is_like_another_but_for_what_it_says(tmp_path):
+def test_a_study_like_another_changes_its_own_keys(tmp_path):
     tiny_study(tmp_path)
     path = tmp_path / "twin.yaml"
     path.write_text(
@@ -125,7 +125,7 @@ def test_a_study_is_like_another_but_for_what_it_says(tmp_path):
         ({"arms": {"a": {"from": "after-0.61"}}}, "arms.a.from: expected an arm that trains"),
     ],
 )
-def test_a_mistake_in_a_study_is_named(tmp_path, changes, message):
+def test_an_invalid_study_raises(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         tiny_study(tmp_path, **changes)
 
@@ -139,25 +139,25 @@ def test_a_mistake_in_a_study_is_named(tmp_path, changes, message):
         ({"data.eval": None, "at_flops": 1}, "data.eval: expected held-out samples"),
     ],
 )
-def test_a_mistake_in_an_arm_is_named_before_anything_runs(tmp_path, arm, message):
+def test_an_invalid_arm_raises_before_anything_runs(tmp_path, arm, message):
     study = tiny_study(tmp_path, arms={"a": {"at_flops": 0.8} | arm})
     with pytest.raises(ConfigError, match=message):
         runner.check_settings(study, plan(study))
 
 
-def test_an_arm_or_study_that_there_is_not_is_named(tmp_path):
+def test_an_unknown_arm_or_study_raises(tmp_path):
     with pytest.raises(ConfigError, match=r"--only: .*got 'tme'; did you mean 'tome'"):
         plan(tiny_study(tmp_path), only=["tme"])
     with pytest.raises(ConfigError, match="study 'qualty': expected a path"):
         load_study("qualty")
 
 
-# What runs
+# Running
 
 
 @pytest.fixture
 def stubbed(monkeypatch):
-    """A trainer and measures that do nothing; the names of the runs they saw."""
+    """Replace trainer and measures by stubs; return the names of the runs they received."""
     seen = []
 
     def train(config, **options):
@@ -172,7 +172,7 @@ def stubbed(monkeypatch):
     return seen
 
 
-def test_a_study_that_is_killed_repeats_no_finished_run(tmp_path, stubbed, monkeypatch):
+def test_a_killed_study_repeats_no_finished_run(tmp_path, stubbed, monkeypatch):
     study, train = tiny_study(tmp_path), runner.train
 
     def killed(config, **options):
@@ -190,7 +190,7 @@ def test_a_study_that_is_killed_repeats_no_finished_run(tmp_path, stubbed, monke
     assert run_all(study) == []
 
 
-def test_a_run_that_another_process_holds_is_left_to_it_with_what_follows(tmp_path, stubbed):
+def test_a_run_locked_by_another_process_is_skipped_with_its_children(tmp_path, stubbed):
     study = tiny_study(tmp_path)
     lock = study.folder(Run("dense", 0)).with_suffix(".lock")
     lock.parent.mkdir(parents=True)
@@ -199,7 +199,7 @@ def test_a_run_that_another_process_holds_is_left_to_it_with_what_follows(tmp_pa
     assert [run.arm for run in run_all(study, seeds=[0])] == ["dense", "after-0.61", "after-0.82"]
 
 
-def test_a_signal_ends_the_study_with_its_run(tmp_path, stubbed, monkeypatch):
+def test_a_signal_ends_the_run_and_the_study(tmp_path, stubbed, monkeypatch):
     def stopping(config, **options):
         raise Stopped("ended", signal.SIGTERM)
 
@@ -209,7 +209,7 @@ def test_a_signal_ends_the_study_with_its_run(tmp_path, stubbed, monkeypatch):
     assert not stubbed
 
 
-def test_a_run_that_fails_is_told_after_all_others_ran(tmp_path, stubbed, monkeypatch):
+def test_a_failed_run_raises_after_all_others_ran(tmp_path, stubbed, monkeypatch):
     train = runner.train
 
     def failing(config, **options):
@@ -223,7 +223,7 @@ def test_a_run_that_fails_is_told_after_all_others_ran(tmp_path, stubbed, monkey
     assert len(stubbed) == 4
 
 
-def test_a_result_of_other_settings_is_refused(tmp_path, stubbed):
+def test_a_result_of_other_settings_raises(tmp_path, stubbed):
     run_all(tiny_study(tmp_path), only=["dense"])
     changed = tiny_study(tmp_path, overrides={"optim.steps": 4})
     message = r"tiny/dense/0 was made with other settings: optim.steps: 3 -> 4; remove it"
@@ -231,7 +231,7 @@ def test_a_result_of_other_settings_is_refused(tmp_path, stubbed):
         runner.check_settings(changed, plan(changed))
 
 
-def test_a_run_whose_beginning_was_trained_anew_is_refused(tmp_path, stubbed):
+def test_a_run_whose_parent_was_trained_again_raises(tmp_path, stubbed):
     study = tiny_study(tmp_path)
     of_parent = study.folder(Run("dense", 0)) / runner.RESULT
     for loss in (0.25, 0.5):
@@ -242,27 +242,27 @@ def test_a_run_whose_beginning_was_trained_anew_is_refused(tmp_path, stubbed):
             runner.perform(study, Run("after-0.61", 0), QUIET)
             assert runner.result_of(study, Run("after-0.61", 0))["beginning"] == loss
             runner.check_settings(study, plan(study))
-    message = "tiny/after-0.61/0 began with a run of 'dense' that was since trained anew; remove it"
+    message = "tiny/after-0.61/0 began with an older run of 'dense', which was trained again"
     with pytest.raises(ConfigError, match=message):
         runner.check_settings(study, plan(study))
 
 
-def test_an_override_that_would_not_reach_every_arm_is_refused(tmp_path):
+def test_an_override_that_would_not_reach_every_arm_raises(tmp_path):
     tiny_study(tmp_path)
     for key, message in {
-        "model.overrides.schedule": "expected a key that no arm says itself, got one of dense;",
-        "seed": "the runner says it of every run; set --seeds",
+        "model.overrides.schedule": "expected a key that no arm sets, but dense set it;",
+        "seed": "the runner sets it for every run; use --seeds",
     }.items():
         with pytest.raises(ConfigError, match=f"{key}: {message}"):
             load_study(tmp_path / "tiny.yaml", {key: 1})
 
 
-def test_other_data_is_that_of_every_arm():
+def test_an_override_of_data_reaches_every_arm():
     study = load_study("quality", {"data.train": "others.tar"})
     assert {study.config(Run(arm, 0)).data.train for arm in study.arms} == {"others.tar"}
 
 
-def test_an_arm_that_does_not_train_is_set_by_the_flops_of_a_forward(tmp_path):
+def test_at_flops_of_an_arm_that_does_not_train_is_of_a_forward_pass(tmp_path):
     scored = {"model.overrides.scorer": "exact", "at_flops": 0.9}
     after = scored | {"from": "dense", "length": 0}
     study = tiny_study(tmp_path, arms={"scored": scored, "scored-after": after})
@@ -274,7 +274,7 @@ def test_an_arm_that_does_not_train_is_set_by_the_flops_of_a_forward(tmp_path):
     assert flops.training_ratio(of_forward.reduction, size) < 0.89
 
 
-def test_a_measure_that_is_added_is_taken_without_training(tmp_path, stubbed):
+def test_a_new_measure_is_computed_without_training(tmp_path, stubbed):
     run_all(tiny_study(tmp_path), only=["dense"])
     study = tiny_study(tmp_path, measures=["retrieval", "objectives"])
     assert len(run_all(study, only=["dense"])) == 2 and len(stubbed) == 2
@@ -283,7 +283,7 @@ def test_a_measure_that_is_added_is_taken_without_training(tmp_path, stubbed):
     assert result["metrics"] == {"retrieval": 0.5, "objectives": 0.5}
 
 
-def test_results_outlive_their_folders_while_their_arm_is_what_it_was(tmp_path, stubbed):
+def test_results_outlive_their_folders_if_the_arm_is_unchanged(tmp_path, stubbed):
     path, study = tmp_path / "tiny.json", tiny_study(tmp_path)
     run_all(study, only=["dense", "tome"], seeds=[0])
     written = write_results(study, path)["runs"]
@@ -297,7 +297,7 @@ def test_results_outlive_their_folders_while_their_arm_is_what_it_was(tmp_path, 
     assert [run["arm"] for run in write_results(changed, path)["runs"]] == ["tome"]
 
 
-def test_the_time_that_is_left_follows_from_what_was_finished(tmp_path, stubbed):
+def test_the_remaining_time_follows_from_finished_runs(tmp_path, stubbed):
     study = tiny_study(tmp_path)
     progress = Progress(study, plan(study), tmp_path / "tiny.json", QUIET)
     assert progress._left() == ""
@@ -321,11 +321,11 @@ def test_the_time_that_is_left_follows_from_what_was_finished(tmp_path, stubbed)
     }
 
 
-# All of it
+# End to end
 
 
 @pytest.mark.slow
-def test_a_tiny_study_runs_is_killed_goes_on_and_is_written(tmp_path, monkeypatch):
+def test_a_tiny_study_is_killed_resumes_and_is_written(tmp_path, monkeypatch):
     other = {"model.overrides.guide": "other", "model.overrides.fusion": 0.5}
     study = tiny_study(tmp_path, measures=[*MEASURES], arms={"other": other})
     step, last = Trainer._train_step, study.folder(Run("tome", 1))
@@ -359,7 +359,7 @@ def test_a_tiny_study_runs_is_killed_goes_on_and_is_written(tmp_path, monkeypatc
         assert ("step_time" in run) == trained == (run["beginning"] is None)
         assert ("loss" in run) == ("images" in run) == (not run["arm"].startswith("after"))
     assert [*Path("runs").rglob("checkpoints")] == []
-    assert "+" in page(found, "chart.svg")
+    assert "+" in study_page(found, "chart.svg", "")
 
 
 @pytest.mark.slow
@@ -375,7 +375,7 @@ def test_arms_of_a_seed_share_initialisation_and_batches(tmp_path):
         trainer.prepare()
         weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
         trainer.model.train()
-        trainer._train_step()  # what a strategy draws at random must not move the data
+        trainer._train_step()  # random numbers of a strategy must not change the data
         batch = trainer.batches.next_batch()
         return weights | {name: batch[name] for name in ("images", "input_ids")}
 
