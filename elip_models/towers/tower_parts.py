@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from elip_kernels import BipartiteInfo, ReductionInfo
 from elip_kernels.ops.fuse_text import fuse_text
-from elip_models.towers.wrapped_modules import Affine, is_layer_norm
+from elip_models.towers.wrapped_modules import Affine
 
 IDENTITY = nn.Identity()
 QKV = tuple[Tensor, Tensor, Tensor]
@@ -80,11 +80,6 @@ class Projections(NamedTuple):
     scale: float
     q_norm: nn.Module | None = None
     k_norm: nn.Module | None = None
-
-    @property
-    def can_be_absorbed(self) -> bool:
-        """Return whether the key projection folds into the query, so no token is projected."""
-        return self.q_norm is None and self.k_norm is None and is_layer_norm(self.norm)
 
 
 class Query(NamedTuple):
