@@ -49,7 +49,7 @@ def draw_weights_(model, seed):
     for name, parameter in model.named_parameters():
         values = torch.randn(parameter.shape, generator=generator)
         is_norm = any(part in name.lower() for part in ("norm", "ln_"))
-        if "embed" in name and "proj" not in name or "cls_token" in name:
+        if ("embed" in name and "proj" not in name) or "cls_token" in name:
             values = 0.5 * values
         elif name == "proj":  # open_clip's: large, so that the text matters
             values = 0.4 * values
