@@ -154,5 +154,5 @@ def test_token_counts_that_are_not_what_the_step_leaves_are_an_error():
         def token_counts(self, size):
             return (Layer(size.num_tokens, size.num_tokens),) * size.depth
 
-    with pytest.raises(ValueError, match="expected 'longest' to leave 37 tokens at block 1, as"):
+    with pytest.raises(ValueError, match="expected 'longest' to leave 37 tokens at block 1, the"):
         elip_models.encode_image(plain_vit(), images(), text(), strategy=Wrong())
