@@ -63,8 +63,8 @@ def check(
         inputs = OPS[name].inputs(*shape, dtype)
     try:
         outputs, form = _run(name, [t.to(device) for t in inputs], shape)
-    except Exception as error:  # compilers and drivers raise many types
-        return *names, "-", "-", "-", f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    except Exception as failure:  # compilers and drivers raise many types
+        return *names, "-", "-", "-", f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
     outputs = tuple(t.cpu() for t in outputs)
     wide = [t.double() if t.is_floating_point() else t for t in inputs]
     exact, rounded = (_pytorch(name, tensors, outputs, shape) for tensors in (wide, inputs))
