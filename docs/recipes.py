@@ -1,4 +1,4 @@
-"""Write the tables of recipes in docs/fidelity.md: our value, the original value, its source.
+"""Write the tables of docs/original_recipes.md: our value, the original value, its source.
 
 python docs/recipes.py             # rewrite the block between the two markers
 python docs/recipes.py --check     # exit status 1 if the block is stale
@@ -21,7 +21,7 @@ from elip_models.models.registry import create_model
 from elip_models.training.recipe import load_recipe
 
 FOLDER = Path(__file__).parent
-FIDELITY = FOLDER / "fidelity.md"
+PAGE = FOLDER / "original_recipes.md"
 BEGIN, END = "<!-- recipes:begin -->", "<!-- recipes:end -->"
 
 
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Return the exit status: 1 if the page has no markers, or is stale under --check."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
-    parser.add_argument("--fidelity", type=Path, default=FIDELITY)
+    parser.add_argument("--fidelity", type=Path, default=PAGE)
     options = parser.parse_args(arguments)
     current = options.fidelity.read_text(encoding="utf-8")
     pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)

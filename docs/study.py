@@ -36,7 +36,7 @@ small models and images of emoji on a CPU; nothing was measured at the scale of 
 To repeat a study, or to run it on your own data ([how](training.md#studies)):
 
 ```bash
-elip study quality --plan                          # arms, FLOPs and time
+elip study quality --dry-run                       # arms, FLOPs and time
 elip study quality_emoji data.train='train-*.tar' data.eval=val.json
 ```
 """
