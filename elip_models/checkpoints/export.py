@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from elip_models.checkpoints.load import match_leading_dims
 from elip_models.checkpoints.model_config import OPEN_CLIP_CONFIG
@@ -100,15 +100,10 @@ def to_hf(model: PretrainedModel, architecture: str | None = None) -> nn.Module:
 
 
 def _with_our_weights(theirs: nn.Module, model: PretrainedModel, kind: str) -> nn.Module:
-    """Load our weights into another library's model; returns it in eval mode."""
     state = theirs.state_dict()
     weights = rename_tensors(model.state_dict(), reversed_names(KINDS[kind].names))
-    fitted: dict[str, Tensor] = {
-        name: match_leading_dims(weight, state[name].shape)
-        for name, weight in weights.items()
-        if name in state
-    }
-    theirs.load_state_dict(fitted)
+    known = state.keys() & weights.keys()
+    theirs.load_state_dict({n: match_leading_dims(weights[n], state[n].shape) for n in known})
     return theirs.eval()
 
 

@@ -14,6 +14,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -56,7 +57,6 @@ class Checkpoint(NamedTuple):
     """The content of a checkpoint.
 
     Attributes:
-        kind: its kind, with the table of names.
         weights: tensors under our names; names that the table does not have are unchanged.
         fields: fields of our config that follow from the checkpoint.
         ignored: names of tensors that the kind ignores.
@@ -108,18 +108,14 @@ def convert_checkpoint(
     family = MODELS[read.kind.family]
     fields = read.fields | _token_ids(family, tokenizer, read.fields) | overrides
     model = family(family.config_class.from_dict(fields | default_heads(fields)))
-    _load_(model, read, tuple(allow_missing), tuple(allow_unexpected))
+    weights, missing = fit_weights(model, read.weights), tuple(allow_missing)
+    load_and_fill_(model, weights, read.kind.fills, missing, tuple(allow_unexpected))
     return model.eval()
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file, or of the weight file in a folder.
-
-    The prefixes of DataParallel and torch.compile are removed from their names.
-    """
-    weights = {
-        name.replace("_orig_mod.", ""): weight for name, weight in _read_stored(path).items()
-    }
+    """Return the tensors of a file or folder, without DataParallel's and compile's prefixes."""
+    weights = {name.replace("_orig_mod.", ""): w for name, w in _read_stored(path).items()}
     while weights and all(name.startswith("module.") for name in weights):
         weights = {name.removeprefix("module."): weight for name, weight in weights.items()}
     return weights
@@ -161,7 +157,9 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except LOAD_ERRORS as error:
-        others = _unsafe_globals(path)
+        others = ""
+        with suppress(*LOAD_ERRORS, ValueError):  # a damaged file
+            others = ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(path))
         got = f"{others}, which could run code" if others else "a damaged file or other content"
         remedy = "" if others else "copy or download it again, or "
         raise ValueError(
@@ -172,10 +170,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
 
 def _check_archive(path: Path) -> None:
-    """Raise ValueError for TorchScript, and for compressed content, which torch.save never writes.
-
-    A small compressed file could fill the memory.
-    """
+    """Raise ValueError for TorchScript, and for compressed content, which could fill the memory."""
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
@@ -194,17 +189,7 @@ def _check_archive(path: Path) -> None:
         )
 
 
-def _unsafe_globals(path: Path) -> str:
-    """Return the classes and functions that a pickle uses beside tensors, if it is readable."""
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (*LOAD_ERRORS, ValueError):
-        names = []
-    return ", ".join(names)
-
-
 def _state_dict_in(content: Any, path: Path) -> dict[str, Tensor]:
-    """Return the state dict in {"state_dict": ..} or {"model": ..}, or the content itself."""
     if isinstance(content, dict):
         wrapped = (content.get(name) for name in ("state_dict", "model"))
         content = next((inner for inner in wrapped if isinstance(inner, dict)), content)
@@ -255,7 +240,6 @@ def _token_ids(
     tokenizer: "PreTrainedTokenizerBase | None",
     fields: dict[str, Any],
 ) -> dict[str, int]:
-    """Return the config fields for the ids of a tokenizer's special tokens."""
     if tokenizer is None:
         return {}
     config = family.config_class()
@@ -271,7 +255,6 @@ def _token_ids(
 
 
 def _find_kind(weights: dict[str, Tensor], folder: Path | None) -> str:
-    """Return the kind; the error for unknown names also has the architecture in config.json."""
     try:
         return recognise_kind(weights)
     except ValueError as error:
@@ -292,23 +275,11 @@ def _decoder_is_tied(weights: dict[str, Tensor]) -> bool:
     return True
 
 
-def _load_(
-    model: PretrainedModel,
-    read: Checkpoint,
-    allow_missing: tuple[str, ...],
-    allow_unexpected: tuple[str, ...],
-) -> None:
-    """Load the weights, and fill the missing parts that the kind may lack."""
-    weights = fit_shapes(model, read.weights)
-    check_tied_weights(model, weights)
-    fills = absent_parts(model, weights, read.kind.fills)
-    missing = (*(f"{part}*" for part in fills), *allow_missing)
-    load_weights(model, weights, allow_missing=missing, allow_unexpected=allow_unexpected)
-    fill_absent_parts_(model, fills)
+def fit_weights(model: PretrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add or drop leading dims of size 1, and resample position embeddings to the image size.
 
-
-def fit_shapes(model: PretrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Add or drop leading dims of size 1, and resample position embeddings to the image size."""
+    ValueError is raised if several names of one tensor have different values.
+    """
     state = model.state_dict()
     fitted = {}
     for name, weight in weights.items():
@@ -317,20 +288,28 @@ def fit_shapes(model: PretrainedModel, weights: dict[str, Tensor]) -> dict[str, 
             if name.endswith("visual.pos_embed") and weight.shape[1:2] != state[name].shape[1:2]:
                 weight = resample_pos_embed(weight, model)
         fitted[name] = weight
+    seen: dict[str, str] = {}
+    differing = []
+    for name, first in first_names(model).items():
+        if name in fitted:
+            other = seen.setdefault(first, name)
+            if not torch.equal(fitted[other], fitted[name]):
+                differing.append(f"{name} and {other}")
+    if differing:
+        raise ValueError(
+            "weights: expected the same values in tensors that the model shares, got different "
+            f"values in {', '.join(differing)}"
+        )
     return fitted
 
 
 def resample_pos_embed(pos_embed: Tensor, model: PretrainedModel) -> Tensor:
-    """Interpolate position embeddings (1, 1 + G^2, D), CLS first, to the model's grid, bicubic.
-
-    Antialiasing is used for CLIP only, as in open_clip and the official code of the others.
-    """
+    """Interpolate position embeddings (1, 1 + G^2, D), CLS first, to the model's grid, bicubic."""
     if pos_embed.ndim != 3 or math.isqrt(pos_embed.shape[1] - 1) ** 2 != pos_embed.shape[1] - 1:
         return pos_embed  # not a square grid: loading raises an error for its shape
     side = model.config.image_size // model.config.patch_size
-    return resample_abs_pos_embed(
-        pos_embed, [side, side], num_prefix_tokens=1, antialias=model.family == "clip"
-    )
+    antialias = model.family == "clip"  # only, as in open_clip and the official code
+    return resample_abs_pos_embed(pos_embed, [side, side], num_prefix_tokens=1, antialias=antialias)
 
 
 def match_leading_dims(weight: Tensor, shape: torch.Size) -> Tensor:
@@ -343,41 +322,30 @@ def match_leading_dims(weight: Tensor, shape: torch.Size) -> Tensor:
     return weight
 
 
-def check_tied_weights(model: PretrainedModel, weights: dict[str, Tensor]) -> None:
-    """Raise ValueError if several names of one tensor have different values."""
-    seen: dict[str, str] = {}
-    differing = []
-    for name, first in first_names(model).items():
-        if name in weights:
-            other = seen.setdefault(first, name)
-            if not torch.equal(weights[other], weights[name]):
-                differing.append(f"{name} and {other}")
-    if differing:
-        raise ValueError(
-            "weights: expected the same values in tensors that the model shares, got different "
-            f"values in {', '.join(differing)}"
-        )
-
-
-def absent_parts(
-    model: PretrainedModel, weights: Iterable[str], fills: dict[str, str | None]
+@torch.no_grad()
+def load_and_fill_(
+    model: PretrainedModel,
+    weights: dict[str, Tensor],
+    fills: dict[str, str | None],
+    allow_missing: tuple[str, ...],
+    allow_unexpected: tuple[str, ...] = (),
 ) -> dict[str, str | None]:
-    """Select the parts of `fills` that the model has, and of which `weights` has nothing."""
-    return {
+    """Load weights, and copy the parts of the model of which they have nothing.
+
+    The result is the entries of `fills` for such parts. They are copied in order, except tensors
+    shared with other parts.
+    """
+    state, first = model.state_dict(), first_names(model)
+    absent = {
         part: source
         for part, source in fills.items()
-        if any(name.startswith(part) for name in model.state_dict())
+        if any(name.startswith(part) for name in state)
         and not any(name.startswith(part) for name in weights)
     }
-
-
-@torch.no_grad()
-def fill_absent_parts_(model: PretrainedModel, fills: dict[str, str | None]) -> None:
-    """Copy the missing parts in the order of `fills`, except tensors shared with other parts."""
-    state, first = model.state_dict(), first_names(model)
-    for part, source in fills.items():
-        if source is None:
-            continue
+    missing = (*(f"{part}*" for part in absent), *allow_missing)
+    load_weights(model, weights, allow_missing=missing, allow_unexpected=allow_unexpected)
+    for part, source in absent.items():
         for name in state:
-            if name.startswith(part) and first[name] == name:
+            if source is not None and name.startswith(part) and first[name] == name:
                 state[name].copy_(state[source + name.removeprefix(part)])
+    return absent

@@ -5,7 +5,7 @@ The number of heads does not follow from weights: a head is 64 wide, unless a co
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +20,34 @@ from elip_models.models.registry import FAMILIES
 HEAD_WIDTH = 64
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 HF_IMAGES = "preprocessor_config.json"
+VISION = {
+    "vision_width": ("visual.pos_embed", -1),
+    "patch_size": ("visual.patch_embed.proj.weight", -1),
+}
+BERT = {
+    "text_width": ("text.embeddings.word_embeddings.weight", 1),
+    "text_hidden": ("text.layers.0.intermediate.dense.weight", 0),
+    "vocab_size": ("text.embeddings.word_embeddings.weight", 0),
+    "max_positions": ("text.embeddings.position_embeddings.weight", 0),
+}
+PROJECTION = {"embed_dim": ("image_projection.weight", 0)}
 ENCODERS = {
-    "vision_width": ("encoders.visual.pos_embed", -1),
-    "patch_size": ("encoders.visual.patch_embed.proj.weight", -1),
-    "text_width": ("encoders.text.embeddings.word_embeddings.weight", 1),
-    "text_hidden": ("encoders.text.layers.0.intermediate.dense.weight", 0),
-    "vocab_size": ("encoders.text.embeddings.word_embeddings.weight", 0),
-    "max_positions": ("encoders.text.embeddings.position_embeddings.weight", 0),
-    "embed_dim": ("encoders.image_projection.weight", 0),
+    **{field: (f"encoders.{n}", d) for field, (n, d) in (VISION | BERT | PROJECTION).items()},
     "queue_size": ("queue.image", 1),
 }
 DIMENSIONS: dict[str, dict[str, tuple[str, int]]] = {
     "clip": {
-        "vision_width": ("visual.pos_embed", -1),
-        "patch_size": ("visual.patch_embed.proj.weight", -1),
+        **VISION,
+        **PROJECTION,
         "text_width": ("text.transformer.embeddings.token_embedding.weight", 1),
         "vocab_size": ("text.transformer.embeddings.token_embedding.weight", 0),
         "context_length": ("text.transformer.embeddings.position_embedding.weight", 0),
-        "embed_dim": ("image_projection.weight", 0),
     },
     "albef": ENCODERS,
     "blip": ENCODERS,
     "meter": {
-        "vision_width": ("visual.pos_embed", -1),
-        "patch_size": ("visual.patch_embed.proj.weight", -1),
-        "text_width": ("text.embeddings.word_embeddings.weight", 1),
-        "text_hidden": ("text.layers.0.intermediate.dense.weight", 0),
-        "vocab_size": ("text.embeddings.word_embeddings.weight", 0),
-        "max_positions": ("text.embeddings.position_embeddings.weight", 0),
+        **VISION,
+        **BERT,
         "cross_width": ("text_transform.weight", 0),
         "cross_hidden": ("text_layers.layers.0.intermediate.dense.weight", 0),
     },
@@ -97,8 +97,9 @@ def sizes_from_weights(family: str, weights: dict[str, Tensor]) -> dict[str, Any
         if tensor in shapes and -len(shapes[tensor]) <= dim < len(shapes[tensor])
     }
     for name, start in LAYERS[family].items():
-        count = _count(shapes, start)
-        sizes |= {name: count} if count else {}
+        layer = re.compile(re.escape(start) + r"(\d+)\..*")
+        numbers = [int(match[1]) for key in shapes if (match := layer.fullmatch(key))]
+        sizes |= {name: max(numbers) + 1} if numbers else {}
     for name, (width, tensor) in RATIOS.items():
         hidden = next((shape[0] for key, shape in shapes.items() if key.endswith(tensor)), None)
         if hidden and width in sizes:
@@ -110,7 +111,6 @@ def sizes_from_weights(family: str, weights: dict[str, Tensor]) -> dict[str, Any
 
 
 def _text_fields(family: str, shapes: dict[str, tuple[int, ...]], sizes: dict[str, Any]) -> dict:
-    """Return the fields for fusion layers, the text encoder's kind, and the length of texts."""
     found: dict[str, Any] = {}
     default = FAMILIES[family].config_class()
     if family == "albef":
@@ -155,7 +155,7 @@ def fields_from_config(kind: Kind, folder: Path | None, vocab_size: int) -> dict
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        return _hf_clip_fields(config) if kind.family == "clip" else _hf_blip_fields(config)
+        return _hf_fields(kind.family, config)
     if kind.architecture is None and (folder / OPEN_CLIP_CONFIG).is_file():
         described = read_object(folder / OPEN_CLIP_CONFIG)
         images = described.get("preprocess_cfg", {})
@@ -166,7 +166,6 @@ def fields_from_config(kind: Kind, folder: Path | None, vocab_size: int) -> dict
 
 
 def _check_stats(file: str, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
-    """Raise ValueError if images have another normalisation than ours."""
     for name, got, ours in (("mean", mean, CLIP_MEAN), ("std", std, CLIP_STD)):
         if got is not None and any(abs(a - b) > 1e-3 for a, b in zip(got, ours, strict=True)):
             raise ValueError(
@@ -175,43 +174,30 @@ def _check_stats(file: str, mean: Sequence[float] | None, std: Sequence[float] |
             )
 
 
-def _hf_clip_fields(config: Any) -> dict[str, Any]:
+def _hf_fields(family: str, config: Any) -> dict[str, Any]:
     vision, text = config.vision_config, config.text_config
-    if vision.hidden_act != text.hidden_act:
-        raise ValueError(
-            "source: expected one activation in both towers, got "
-            f"{vision.hidden_act!r} and {text.hidden_act!r}"
-        )
     fields = {
         "vision_heads": vision.num_attention_heads,
         "text_heads": text.num_attention_heads,
         "vision_norm_eps": vision.layer_norm_eps,
         "text_norm_eps": text.layer_norm_eps,
-        "activation": vision.hidden_act,
     }
     ids = {"pad_token_id": text.pad_token_id}
-    if text.eos_token_id != 2:  # in transformers 2 means the highest id of each text
-        ids["eos_token_id"] = text.eos_token_id
-    return fields | _known_ids(ids, text.vocab_size)
-
-
-def _hf_blip_fields(config: Any) -> dict[str, Any]:
-    vision, text = config.vision_config, config.text_config
-    for tower in (vision, text):
-        if tower.hidden_act != "gelu":
-            raise ValueError(f"source: expected activation 'gelu', got {tower.hidden_act!r}")
-    fields = {
-        "vision_heads": vision.num_attention_heads,
-        "text_heads": text.num_attention_heads,
-        "vision_norm_eps": vision.layer_norm_eps,
-        "text_norm_eps": text.layer_norm_eps,
-        "text_dropout": text.hidden_dropout_prob,
-    }
-    ids = {
-        "pad_token_id": text.pad_token_id,
-        "sep_token_id": text.sep_token_id,
-        "decoder_token_id": text.bos_token_id,
-    }
+    if family == "clip":
+        if vision.hidden_act != text.hidden_act:
+            raise ValueError(
+                "source: expected one activation in both towers, got "
+                f"{vision.hidden_act!r} and {text.hidden_act!r}"
+            )
+        fields["activation"] = vision.hidden_act
+        if text.eos_token_id != 2:  # in transformers 2 means the highest id of each text
+            ids["eos_token_id"] = text.eos_token_id
+        return fields | _known_ids(ids, text.vocab_size)
+    for activation in (vision.hidden_act, text.hidden_act):
+        if activation != "gelu":
+            raise ValueError(f"source: expected activation 'gelu', got {activation!r}")
+    fields["text_dropout"] = text.hidden_dropout_prob
+    ids |= {"sep_token_id": text.sep_token_id, "decoder_token_id": text.bos_token_id}
     if text.bos_token_id is not None:  # BLIP's tokenizers add [DEC], then [ENC]
         ids["encoder_token_id"] = text.bos_token_id + 1
     return fields | _known_ids(ids, text.vocab_size)
@@ -244,12 +230,6 @@ def _open_clip_fields(config: dict[str, Any], vocab_size: int) -> dict[str, Any]
 def _known_ids(ids: dict[str, int | None], vocab_size: int) -> dict[str, int]:
     """Drop ids outside the vocabulary: configs keep default ids beyond a small vocabulary."""
     return {name: i for name, i in ids.items() if i is not None and 0 <= i < vocab_size}
-
-
-def _count(names: Iterable[str], start: str) -> int:
-    """Return the number of layers: the highest number after `start`, plus one."""
-    numbers = re.compile(re.escape(start) + r"(\d+)\..*")
-    return max((int(m[1]) + 1 for name in names if (m := numbers.fullmatch(name))), default=0)
 
 
 def _ratio(hidden: int, width: int) -> float:

@@ -105,7 +105,6 @@ QUEUE = {
 
 
 def _with_momentum_copies(names: Names) -> Names:
-    """Add the names of momentum copies: 'text_encoder_m.' beside 'text_encoder.'."""
     copies = {
         left.replace(".", "_m.", 1): right.replace("encoders.", "encoders_m.", 1)
         for left, right in names.items()
@@ -135,6 +134,10 @@ METER = {
 
 INFERENCE: dict[str, str | None] = {"encoders_m.": "encoders.", "queue.": None}
 NO_DECODER: dict[str, str | None] = {"language_head.": None, "decoder.": "encoders.text."}
+NO_LANGUAGE_HEAD: dict[str, str | None] = {
+    "encoders.language_head.": None,
+    "encoders_m.language_head.": "encoders.language_head.",
+}
 NO_PROJECTIONS: dict[str, str | None] = {
     "encoders.image_projection.": None,
     "encoders.text_projection.": None,
@@ -166,45 +169,41 @@ class Kind:
     architecture: str | None = None
 
 
-UNUSED_OF_CLIP = (
-    *("visual.proj", "transformer.*", "token_embedding.*", "positional_embedding"),
-    *("ln_final.*", "text_projection", "logit_scale"),
-)
+UNUSED_OF_METER = [
+    f"vit_model.{name}"
+    for name in (
+        *("visual.proj", "transformer.*", "token_embedding.*", "positional_embedding"),
+        *("ln_final.*", "text_projection", "logit_scale"),
+    )
+]
+VISUAL = "visual_encoder.cls_token"
+HF_VISUAL = "vision_model.embeddings.class_embedding"
 TOKEN_TYPES = "text_encoder.embeddings.token_type_embeddings.weight"
 KINDS = {
     "albef": Kind(
         "albef",
         SHARED | _with_momentum_copies(ALBEF_TEXT) | ITM_HEAD | QUEUE,
-        has=("visual_encoder.cls_token", "text_encoder.bert.*"),
+        has=(VISUAL, "text_encoder.bert.*"),
         fills=INFERENCE,
     ),
     "albef_retrieval": Kind(
         "albef",
         SHARED | _with_momentum_copies(TEXT_ENCODER) | ITM_HEAD | QUEUE,
-        has=("visual_encoder.cls_token", TOKEN_TYPES),
-        fills={
-            "encoders.language_head.": None,
-            "encoders_m.language_head.": "encoders.language_head.",
-        }
-        | INFERENCE,
+        has=(VISUAL, TOKEN_TYPES),
+        fills=NO_LANGUAGE_HEAD | INFERENCE,
         ignored=("*.position_ids", "idx_queue"),
     ),
     "blip": Kind(
         "blip",
         SHARED | _with_momentum_copies(TEXT_ENCODER) | TEXT_DECODER | ITM_HEAD | QUEUE,
-        has=(
-            "visual_encoder.cls_token",
-            "text_encoder.encoder.*",
-            "text_decoder.*",
-            "vision_proj.*",
-        ),
+        has=(VISUAL, "text_encoder.encoder.*", "text_decoder.*", "vision_proj.*"),
         without=(TOKEN_TYPES,),
         fills=INFERENCE,
     ),
     "blip_retrieval": Kind(
         "blip",
         SHARED | _with_momentum_copies(TEXT_ENCODER) | ITM_HEAD | QUEUE,
-        has=("visual_encoder.cls_token", "text_encoder.encoder.*", "vision_proj.*"),
+        has=(VISUAL, "text_encoder.encoder.*", "vision_proj.*"),
         without=(TOKEN_TYPES, "text_decoder.*"),
         fills=NO_DECODER | INFERENCE,
         ignored=("*.position_ids", "idx_queue"),
@@ -212,14 +211,14 @@ KINDS = {
     "blip_caption": Kind(
         "blip",
         VISUAL_ENCODER | TEXT_DECODER,
-        has=("visual_encoder.cls_token", "text_decoder.*"),
+        has=(VISUAL, "text_decoder.*"),
         without=("text_encoder.*",),
         fills=NO_PROJECTIONS | {"encoders.text.": "decoder."} | INFERENCE,
     ),
     "blip_vqa": Kind(
         "blip",
         VISUAL_ENCODER | TEXT_ENCODER | TEXT_DECODER,
-        has=("visual_encoder.cls_token", "text_encoder.encoder.*", "text_decoder.*"),
+        has=(VISUAL, "text_encoder.encoder.*", "text_decoder.*"),
         without=(TOKEN_TYPES, "vision_proj.*", "itm_head.*"),
         fills=NO_PROJECTIONS | INFERENCE,
     ),
@@ -227,11 +226,7 @@ KINDS = {
         "meter",
         METER,
         has=("vit_model.visual.conv1.weight", "text_transformer.*"),
-        ignored=(
-            "*.position_ids",
-            "text_transformer.pooler.*",
-            *(f"vit_model.{name}" for name in UNUSED_OF_CLIP),
-        ),
+        ignored=("*.position_ids", "text_transformer.pooler.*", *UNUSED_OF_METER),
     ),
     "open_clip": Kind(
         "clip",
@@ -254,14 +249,14 @@ KINDS = {
     "hf_blip_retrieval": Kind(
         "blip",
         HF_BLIP_VIT | TEXT_ENCODER | PROJECTIONS | ITM_HEAD,
-        has=("vision_model.embeddings.class_embedding", "text_encoder.encoder.*", "vision_proj.*"),
+        has=(HF_VISUAL, "text_encoder.encoder.*", "vision_proj.*"),
         fills=NO_DECODER | {"temperature": None} | INFERENCE,
         architecture="BlipForImageTextRetrieval",
     ),
     "hf_blip_caption": Kind(
         "blip",
         HF_BLIP_VIT | TEXT_DECODER,
-        has=("vision_model.embeddings.class_embedding", "text_decoder.*"),
+        has=(HF_VISUAL, "text_decoder.*"),
         without=("text_encoder.*",),
         fills=NO_PROJECTIONS | {"encoders.text.": "decoder."} | INFERENCE,
         architecture="BlipForConditionalGeneration",
@@ -269,7 +264,7 @@ KINDS = {
     "hf_blip_vqa": Kind(
         "blip",
         HF_BLIP_VIT | TEXT_ENCODER | TEXT_DECODER,
-        has=("vision_model.embeddings.class_embedding", "text_encoder.encoder.*", "text_decoder.*"),
+        has=(HF_VISUAL, "text_encoder.encoder.*", "text_decoder.*"),
         without=("vision_proj.*", "itm_head.*"),
         fills=NO_PROJECTIONS | INFERENCE,
         architecture="BlipForQuestionAnswering",
@@ -277,7 +272,7 @@ KINDS = {
     "hf_blip": Kind(  # only towers: its features pass a pooler and a norm that our model lacks
         "blip",
         HF_BLIP_VIT | _with_prefix("text_model.", "encoders.text.", BERT),
-        has=("vision_model.embeddings.class_embedding", "text_model.encoder.layer.*"),
+        has=(HF_VISUAL, "text_model.encoder.layer.*"),
         fills=NO_PROJECTIONS | NO_DECODER | INFERENCE,
         architecture="BlipModel",
     ),

@@ -19,26 +19,18 @@ from elip_models.checkpoints.load import resample_pos_embed
 from elip_models.checkpoints.names import BERT
 from elip_models.checkpoints.renaming import rename_tensors
 from elip_models.models.base import PretrainedModel
-from elip_models.models.io.open_model import open_model
+from elip_models.models.io.open_model import missing_files_as_value_error, open_model
 from elip_models.models.io.weights import load_weights
 
 
 class _Towers(NamedTuple):
-    """Prefixes of the names of a family's towers.
-
-    Attributes:
-        visual: image tower.
-        texts: text tower, and parts that get a copy of it; empty if no BERT-like tower fits.
-        head: language head, if the head of a text model fits.
-        spare: number of last blocks of a pretrained image tower that are dropped.
-        dropped: parts of a text tower that the family does not have.
-    """
+    """Prefixes of the names of a family's towers."""
 
     visual: str
-    texts: tuple[str, ...] = ()
-    head: str | None = None
-    spare: int = 0
-    dropped: tuple[str, ...] = ("pooler.",)
+    texts: tuple[str, ...] = ()  # text tower, and its copies; empty if no BERT-like tower fits
+    head: str | None = None  # if the head of a text model fits
+    spare: int = 0  # number of last blocks of a pretrained image tower that are dropped
+    dropped: tuple[str, ...] = ("pooler.",)  # parts of a text tower that the family lacks
 
 
 TOWERS = {
@@ -140,7 +132,7 @@ def _text_weights(model: PretrainedModel, text: str | nn.Module) -> _Part:
 def _with_new_rows(
     model: PretrainedModel, weights: dict[str, Tensor], rows: int
 ) -> dict[str, Tensor]:
-    """Append the model's own last rows to tensors with one row per token, for new tokens."""
+    """Append the model's own last rows to tensors with one row per token."""
     ours = model.config.vocab_size
     if rows > ours:
         raise ValueError(f"text: expected at most vocab_size = {ours} tokens, got {rows}")
@@ -159,19 +151,15 @@ def _open_text(spec: str) -> nn.Module:
     if not spec.startswith("hf:"):
         raise ValueError(f"text: expected 'hf:NAME' or a module, got {spec!r}")
     name = spec.removeprefix("hf:")
-    try:
+    with missing_files_as_value_error("text", spec):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         has_head = any(one.endswith("ForMaskedLM") for one in config.architectures or ())
         kind = AutoModelForMaskedLM if has_head else AutoModel
         return kind.from_pretrained(name, trust_remote_code=False)
-    except OSError as error:
-        raise ValueError(
-            f"text: expected a model with local or downloadable files, got {spec!r}: {error}"
-        ) from error
 
 
+# What two towers must have in common beside the names of their tensors:
 def _vit_settings(vit: VisionTransformer) -> dict[str, Any]:
-    """Return what two image towers must have in common beside the names of their tensors."""
     block = vit.blocks[0]
     return {
         "width": vit.embed_dim,
@@ -186,7 +174,6 @@ def _vit_settings(vit: VisionTransformer) -> dict[str, Any]:
 
 
 def _bert_settings(tower: nn.Module) -> dict[str, Any]:
-    """Return what two text towers must have in common beside the names of their tensors."""
     config = tower.config
     return {
         "kind": "roberta" if isinstance(tower.embeddings, RobertaEmbeddings) else "bert",

@@ -31,7 +31,8 @@ def rename_tensors(weights: dict[str, Tensor], names: Names) -> dict[str, Tensor
     out: dict[str, Tensor] = {}
     stacked: dict[str, dict[str, str]] = {}
     for name, weight in weights.items():
-        match, rule = _first_match(rules, name)
+        found = ((rule.pattern.fullmatch(name), rule) for rule in rules)
+        match, rule = next((pair for pair in found if pair[0] is not None), (None, None))
         if rule is None:
             out[name] = weight
             continue
@@ -57,11 +58,6 @@ def reversed_names(names: Names) -> Names:
     for left, right in names.items():
         table.setdefault(right, left)
     return table
-
-
-def _first_match(rules: list[_Rule], name: str) -> tuple[re.Match[str], _Rule] | tuple[None, None]:
-    found = ((rule.pattern.fullmatch(name), rule) for rule in rules)
-    return next((pair for pair in found if pair[0] is not None), (None, None))
 
 
 def _pattern(template: str) -> re.Pattern[str]:

@@ -19,14 +19,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from elip_models.checkpoints.load import (
-    Checkpoint,
-    absent_parts,
-    check_tied_weights,
-    fill_absent_parts_,
-    fit_shapes,
-    read_checkpoint,
-)
+from elip_models.checkpoints.load import Checkpoint, fit_weights, load_and_fill_, read_checkpoint
 from elip_models.checkpoints.names import INFERENCE
 from elip_models.models.base import PretrainedModel
 from elip_models.models.io.weights import first_names, load_weights, matches_any
@@ -37,15 +30,12 @@ WITHOUT_TENSOR = ("_heads", "_norm_eps", "activation")
 
 @dataclass(frozen=True)
 class WarmStart:
-    """Sources of a model's tensors, by our names.
+    """Sources of a model's tensors, by our names, as listed at the top of this module.
 
     Attributes:
         source: path of the checkpoint.
-        loaded: tensors of the checkpoint.
         interpolated: name -> shape in the checkpoint and in the model.
         copied: prefix of a part -> prefix of the part that it is a copy of.
-        new: tensors that keep their initial values.
-        left_out: tensors of the checkpoint that are not used.
     """
 
     source: str
@@ -103,16 +93,13 @@ def warm_start_(
     _check_patterns("allow_unexpected", left_out, read.weights)
     left_out += tuple(f"{part}*" for part in INFERENCE)
     kept = {n: weight for n, weight in read.weights.items() if not matches_any(n, left_out)}
-    weights = fit_shapes(model, kept)
-    check_tied_weights(model, weights)
-    fills = absent_parts(model, weights, read.kind.fills | INFERENCE)
+    weights = fit_weights(model, kept)
     try:
-        load_weights(model, weights, allow_missing=(*(f"{part}*" for part in fills), *missing))
+        fills = load_and_fill_(model, weights, read.kind.fills | INFERENCE, missing)
     except ValueError as error:
         raise ValueError(
             f"{error}; name in allow_missing what may be new, in allow_unexpected what to leave out"
         ) from error
-    fill_absent_parts_(model, fills)
     model.reset_momentum_()
     first, copied = first_names(model), {p: other for p, other in fills.items() if other}
     known = {first[name] for name in weights}
@@ -138,10 +125,7 @@ def _warm_start_downstream_(
     missing: Sequence[str],
     left_out: Sequence[str],
 ) -> WarmStart:
-    """Load the checkpoint into a pre-trained model, and map its weights by `from_pretraining`.
-
-    Momentum encoders and queue of the checkpoint are kept for `from_pretraining`.
-    """
+    """Load the checkpoint, momentum and queue included, and map it by `from_pretraining`."""
     config = model.pretraining.config_class
     known = {field.name for field in fields(config)}
     shared = {name: value for name, value in vars(model.config).items() if name in known}
@@ -167,7 +151,6 @@ def _warm_start_downstream_(
 
 
 def _check_config(model: PretrainedModel, family: str, theirs: dict[str, Any]) -> None:
-    """Raise ValueError if the checkpoint has another family, heads, activation or epsilon."""
     if family != model.family:
         raise ValueError(f"expected a checkpoint of {model.family!r}, got one of {family!r}")
     for name, ours in vars(model.config).items():

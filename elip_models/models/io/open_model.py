@@ -51,7 +51,7 @@ def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Modu
     check("pretrained", pretrained, bool)
     library, name = split_spec(spec)
     if library is not None:
-        with require_extra("open_model"), _missing_files_as_value_error(spec):
+        with require_extra("open_model"), missing_files_as_value_error("spec", spec):
             return OPENERS[library](name, pretrained, options).eval()
     from elip_models.models.registry import create_model, list_models
 
@@ -126,7 +126,6 @@ OPENERS: dict[str, Callable[[str, bool, dict[str, Any]], nn.Module]] = {
 
 
 def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> nn.Module:
-    """Open a saved model of ours, with `options` as fields of its config."""
     from elip_models.models.io.files import read_config
     from elip_models.models.registry import MODELS, load_model
 
@@ -140,11 +139,11 @@ def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> nn.
 
 
 @contextmanager
-def _missing_files_as_value_error(spec: str) -> Iterator[None]:
+def missing_files_as_value_error(argument: str, spec: str) -> Iterator[None]:
     """Turn the OSError of a library that finds no files of that name into a ValueError."""
     try:
         yield
     except OSError as error:
         raise ValueError(
-            f"spec: expected a model with local or downloadable files, got {spec!r}: {error}"
+            f"{argument}: expected a model with local or downloadable files, got {spec!r}: {error}"
         ) from error
