@@ -250,10 +250,7 @@ def require_extra(user: str) -> Iterator[None]:
 
 
 def from_checkout(module: str, user: str) -> types.ModuleType:
-    """Import `benchmarks.<module>`, which is in a checkout of the project and not in the wheel.
-
-    Without a checkout it raises ConfigError, with the name of the `user` that needs the module.
-    """
+    """Import `benchmarks.<module>`, or raise ConfigError without a checkout of the project."""
     try:
         return import_module(f"benchmarks.{module}")
     except ModuleNotFoundError as error:

@@ -78,14 +78,10 @@ class PretrainedModel(
 
     @classmethod
     def from_pretraining(cls, weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-        """Map the weights of a pre-trained model to the names of this model.
+        """Map the weights of a pre-trained model to the names of this model, with `config`.
 
-        Args:
-            weights: state dict of `pretraining`; not changed.
-            config: configuration of this model.
-
-        Returns:
-            State dict with names of this model. Its other parameters keep their initial values.
+        Its other parameters keep their initial values. `weights` are the state dict of
+        `pretraining`, and do not change.
         """
         return weights
 
@@ -111,10 +107,7 @@ class PretrainedModel(
         raise NotImplementedError
 
     def project_image(self, tokens: Tensor) -> Tensor:
-        """Return normalised features (B, E) of the image tower's output tokens (B, N, D).
-
-        They are compared with texts. A model that does not rank returns its CLS tokens.
-        """
+        """Return normalised features (B, E) of tokens (B, N, D); of CLS tokens if not `ranks`."""
         return F.normalize(tokens[:, 0], dim=-1)
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -128,10 +121,7 @@ class PretrainedModel(
     def set_batch_slices(self, count: int) -> None:
         """Encode a batch in `count` slices and recompute them in backward, to save memory.
 
-        Gradients do not change. This needs a loss of features alone.
-
-        Raises:
-            ValueError: the loss depends on more than features.
+        Gradients do not change. A loss that depends on more than features raises ValueError.
         """
         if count != 1:
             raise ValueError(
@@ -180,20 +170,16 @@ class PretrainedModel(
         guide_ids: Tensor | None = None,
         guide_mask: Tensor | None = None,
     ) -> Tensor:
-        """Select the guidance of the images of a training step by the rules of the config.
+        """Select the guidance (B, D) of the images of a training step by the rules of the config.
+
+        Random choices are made in training mode only. A row of zeros means no text.
 
         Args:
             text_cls: (B, D), guidance from the images' own captions.
             features: (B, E), normalised features of the same captions, for `guide_negatives`.
             scale: inverse temperature, beside `features`.
-            guide_ids: (B, L), other captions of the same images, for guide='other'.
+            guide_ids: (B, L), other captions of the same images, required for guide='other'.
             guide_mask: (B, L), attention mask of `guide_ids`.
-
-        Returns:
-            (B, D). A row of zeros means no text. Random choices are made in training mode only.
-
-        Raises:
-            ValueError: guide_ids are missing with guide='other'.
         """
         config = self.config
         if not self.reduction.is_guided:
@@ -234,10 +220,7 @@ class PretrainedModel(
     ) -> dict[str, int]:
         """Return the config fields that follow from a tokenizer and the length of a text.
 
-        Special tokens that the model needs and the tokenizer lacks are added to the tokenizer.
-
-        Raises:
-            ValueError: the model cannot use the tokenizer.
+        Special tokens that the tokenizer lacks are added. ValueError is raised if it does not fit.
         """
         raise NotImplementedError
 
@@ -249,7 +232,7 @@ class PretrainedModel(
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute layers in the backward pass instead of saving their activations."""
-        raise NotImplementedError
+        self.visual.set_grad_checkpointing(enable)
 
     def save_pretrained(
         self, folder: str | os.PathLike, tokenizer: Any = None, **options: Any
@@ -327,11 +310,7 @@ class PretrainedModel(
 
 
 def with_overrides(model: PretrainedModel, overrides: dict[str, Any]) -> PretrainedModel:
-    """Return a model with the same weights and other values of config fields.
-
-    Raises:
-        ValueError: a field does not exist, or the weights do not fit its new value.
-    """
+    """Return a model with the same weights and other config fields; ValueError if they misfit."""
     if not overrides:
         return model
     other = type(model)(type(model.config).from_dict(vars(model.config) | overrides))

@@ -1,6 +1,6 @@
 """Configuration of models: inputs, image tower, and token reduction of images and texts."""
 
-from collections.abc import Collection
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Annotated, Any, Literal, Self
@@ -136,16 +136,19 @@ class ReductionConfig(VisionConfig):
             self.elip(self.schedule).schedule.for_depth(self.vision_depth)
         reduction = self.reduction  # raises an error for invalid options
         if not reduction.is_guided and not isinstance(reduction, Dense):
-            self._check_unguided(reduction)
+            for name, value, default in self._changed_fields():
+                if name.startswith("guide"):
+                    raise ValueError(
+                        f"{name}: expected {default!r} where no text guides the reduction, "
+                        f"which is {reduction}, got {value!r}"
+                    )
 
-    def _check_unguided(self, reduction: Strategy) -> None:
+    def _changed_fields(self) -> Iterator[tuple[str, Any, Any]]:
+        """Yield the name, value and default of each field that differs from its default."""
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name.startswith("guide") and value != field.default:
-                raise ValueError(
-                    f"{field.name}: expected {field.default!r} where no text guides the reduction, "
-                    f"which is {reduction}, got {value!r}"
-                )
+            if value != field.default:
+                yield field.name, value, field.default
 
     @property
     def reduction(self) -> Strategy:
@@ -162,19 +165,14 @@ class ReductionConfig(VisionConfig):
             return self.elip(schedule) if schedule else Dense()
         ours = {"schedule": schedule, "without_text": self.without_text}
         left = kinds_of(name).keys() - written.keys() - options.keys()
-        self._check_own(name, left)
+        for field, value, _ in self._changed_fields():
+            if field in OF_ELIP & left:  # `name` has this option too, and would not get it
+                raise ValueError(
+                    f"{field}: expected strategy='elip', whose option it is, got {value!r} "
+                    f"with strategy={name!r}; set strategy='{name}:{field}={value}'"
+                )
         taken = {name: value for name, value in ours.items() if name in left}
         return get_strategy(self.strategy, **taken, **options)
-
-    def _check_own(self, strategy: str, left: Collection[str]) -> None:
-        """Raise ValueError for an option of ELIP that `strategy` has too and would not get."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in OF_ELIP & left and value != field.default:
-                raise ValueError(
-                    f"{field.name}: expected strategy='elip', whose option it is, got {value!r} "
-                    f"with strategy={strategy!r}; set strategy='{strategy}:{field.name}={value}'"
-                )
 
     def elip(self, schedule: Schedule | str) -> ELIP:
         """Return ELIP with that schedule and the options of this config."""

@@ -17,7 +17,7 @@ from elip_models.models.base import PretrainedModel
 from elip_models.models.config import ReductionConfig, TokenId
 from elip_models.models.layers.bert import BertTower
 from elip_models.reduction.encode import run_tower
-from elip_models.reduction.strategy import StageInfo
+from elip_models.reduction.strategy import StageInfo, mask_after
 from elip_models.towers.base import scoring_context
 from elip_models.towers.reducible_model import random_ids
 from elip_models.validation import Positive, Size, same_as
@@ -25,6 +25,8 @@ from elip_models.validation import Positive, Size, same_as
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MaskedTokens = tuple[Tensor, Tensor | None]
+"""Image tokens (B, N, D) and their mask (B, N), True = real token, or None if all are real."""
 FUSED = "since the CLS tokens of text and image are fused"
 
 
@@ -32,7 +34,7 @@ FUSED = "since the CLS tokens of text and image are fused"
 class CrossModalConfig(ReductionConfig):
     """Image tower, its reduction, and the sizes of the texts.
 
-    For the other fields, see `VisionConfig` and `ReductionConfig`.
+    For the other fields, and for errors, see `VisionConfig` and `ReductionConfig`.
 
     Attributes:
         text_width: width of the text encoder, whose CLS output guides; equal to `vision_width`.
@@ -44,10 +46,6 @@ class CrossModalConfig(ReductionConfig):
         gather: 'local' contrasts within a rank and averages over its tokens. 'global' does so over
             all ranks: the mean over ranks, and its gradient, equal one process with the whole
             batch.
-
-    Raises:
-        TypeError: a value of another type; the message names the field.
-        ValueError: a value outside of its range.
     """
 
     text_width: Annotated[Size, same_as("vision_width", FUSED)] = 768
@@ -83,11 +81,7 @@ class CrossModalConfig(ReductionConfig):
 
 
 class CrossModalModel(PretrainedModel):
-    """Model that encodes the text first and guides the image tower by its CLS output.
-
-    `reduction` is the strategy of the image tower `tower`, and `dense` the one that keeps all
-    tokens.
-    """
+    """Model that encodes the text first and guides the image tower by its CLS output."""
 
     masks_text: ClassVar[bool] = True
 
@@ -96,34 +90,22 @@ class CrossModalModel(PretrainedModel):
         self.config = config
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
-        """Return images, random texts, and the fixed draw of `fixed_draw`."""
-        text = self.random_text(images)
-        ids, mask = text.values()
-        inputs = {"images": images, **text, "drawn": self.fixed_draw(images, ids)}
-        guides = {"guide_ids": ids.roll(1, 0), "guide_mask": mask}
-        return inputs | (guides if self.config.reads_guide_captions else {})
-
-    def random_text(self, images: Tensor) -> dict[str, Tensor]:
-        """Return random input_ids and attention_mask (B, L), texts of full length."""
+        """Return images, random texts of full length, and `fixed_draw` of a pre-trained model."""
         config = self.config
         ids = random_ids(images, config.context_length, config.vocab_size, config.sep_token_id)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        mask, drawn = torch.ones_like(ids), self.fixed_draw(images, ids)
+        inputs = {"images": images, "input_ids": ids, "attention_mask": mask}
+        guides = {"guide_ids": ids.roll(1, 0), "guide_mask": mask}
+        inputs |= {} if drawn is None else {"drawn": drawn}
+        return inputs | (guides if config.reads_guide_captions else {})
 
-    def fixed_draw(self, images: Tensor, input_ids: Tensor) -> tuple[Tensor, ...]:
-        """Return fixed values for what a step of pre-training draws at random.
+    def fixed_draw(self, images: Tensor, input_ids: Tensor) -> tuple[Tensor, ...] | None:
+        """Return the argument `drawn` of forward, what a step draws at random; None for tasks.
 
         With the same draw, two forms of a model do the same work, so that they can be compared and
-        timed. The negative of each pair is the next pair. Every seventh token is masked. Every
-        second text keeps its image.
-
-        Args:
-            images: (B, 3, H, W), on any device.
-            input_ids: (B, L).
-
-        Returns:
-            The argument `drawn` of the model's forward.
+        timed.
         """
-        raise NotImplementedError
+        return None
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Encode texts alone: input_ids and attention_mask (B, L) -> (B, L, D)."""
@@ -139,18 +121,18 @@ class CrossModalModel(PretrainedModel):
         text_cls: Tensor | None = None,
         rows: Mapping[int, Tensor] | None = None,
     ) -> tuple[Tensor, list[StageInfo]]:
-        """Encode images by the reduced tower.
+        """Encode images by the reduced tower; `text_cls` (B, D) guides, None means no text.
 
-        Args:
-            images: (B, 3, H, W).
-            text_cls: (B, D), the guidance; None for no text.
-            rows: attention rows by block index that replace the scores.
-
-        Returns:
-            The remaining tokens (B, N, D), which are K+2 of the last stage for ELIP, and one info
-            for each reduction; `mask_after(infos)` is the mask of the tokens.
+        `rows` are attention rows by block index that replace the scores. The result is the
+        remaining tokens (B, N, D), which are K+2 of the last stage for ELIP, and one info for each
+        reduction.
         """
         return run_tower(self.tower, images, text_cls, self.reduction, rows=rows)
+
+    def encode_masked(self, images: Tensor, text_cls: Tensor | None = None) -> MaskedTokens:
+        """Encode images by the reduced tower -> tokens (B, N, D) and their mask."""
+        tokens, infos = self.encode_image(images, text_cls)
+        return tokens, mask_after(infos)
 
     def dense_cls(self, images: Tensor) -> Tensor:
         """Return the CLS outputs (B, D) of images (B, 3, H, W), without reduction or gradient."""

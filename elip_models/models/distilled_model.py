@@ -8,6 +8,7 @@ The momentum image tower keeps all patches unless `momentum_reduction` reduces i
 Source: ALBEF (Li et al., 2021), sections 3.2 and 3.3.
 """
 
+import copy
 import math
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 from transformers import BertConfig
 
 from elip_models.models.config import ContrastiveConfig
-from elip_models.models.cross_modal import CrossModalConfig, CrossModalModel
+from elip_models.models.cross_modal import CrossModalConfig, CrossModalModel, MaskedTokens
 from elip_models.models.layers.bert import BertTower
-from elip_models.models.layers.momentum import momentum_copy, update_momentum_
+from elip_models.models.layers.momentum import update_momentum_
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.momentum_scores import forward_with_scores
 from elip_models.reduction.schedule import Schedule
@@ -140,10 +141,6 @@ class Encoders(nn.Module):
         raise NotImplementedError
 
 
-MaskedTokens = tuple[Tensor, Tensor | None]
-"""Image tokens (B, N, D) and their mask (B, N), True = real token, or None if all are real."""
-
-
 class DistilledModel(CrossModalModel):
     """Encoders and their momentum copies, `encoders_m`, which are None without distillation."""
 
@@ -155,7 +152,7 @@ class DistilledModel(CrossModalModel):
     def __init__(self, config: MomentumConfig, encoders: Encoders, *, distill: bool = True) -> None:
         super().__init__(config)
         self.encoders = encoders
-        self.encoders_m = momentum_copy(encoders) if distill else None
+        self.encoders_m = copy.deepcopy(encoders).requires_grad_(False) if distill else None
         self.read_tower()
         self.tower_m = as_tower(self.encoders_m.visual) if distill else None
         self.register_buffer("alpha", torch.tensor(float(config.full_alpha)), persistent=False)
@@ -199,7 +196,6 @@ class DistilledModel(CrossModalModel):
         update_momentum_(self.encoders_m, self.encoders, self.config.momentum)
 
     def _encode_images(self, images: Tensor, text_cls: Tensor) -> tuple[MaskedTokens, MaskedTokens]:
-        """Encode images by the online tower and, without gradient, by the momentum tower."""
         how = self.config.momentum_reduction
         if self.config.scorer == "momentum" and type(self.reduction) is ELIP:
             image_m, rows = forward_with_scores(
@@ -208,9 +204,8 @@ class DistilledModel(CrossModalModel):
             image, infos = self.encode_image(images, text_cls, rows)
             return (image, mask_after(infos)), (image_m, None)
         image, infos = self.encode_image(images, text_cls)
-        strategy, replays = self.dense if how == "none" else self.reduction, None
-        if how == "shared":
-            replays = infos
+        strategy = self.dense if how == "none" else self.reduction
+        replays = infos if how == "shared" else None
         with torch.no_grad():
             image_m, infos_m = run_tower(self.tower_m, images, text_cls, strategy, replays=replays)
         return (image, mask_after(infos)), (image_m, mask_after(infos_m))

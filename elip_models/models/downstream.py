@@ -17,9 +17,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from elip_models.models.distilled_model import MomentumConfig
-from elip_models.models.layers.losses import next_rows
-from elip_models.models.momentum_model import MomentumModel, Negatives
+from elip_models.models.base import eval_mode
+from elip_models.models.distilled_model import DistilledModel, MomentumConfig
+from elip_models.models.layers.generated_answers import QuestionStates, score_candidates
+from elip_models.models.momentum_model import MomentumModel, MomentumOutput, Negatives
 
 Weights = dict[str, Tensor]
 
@@ -35,22 +36,6 @@ class TaskOutput:
 
     loss: Tensor
     logits: Tensor
-
-
-@dataclass
-class RetrievalOutput:
-    """Output of a retrieval model: scalar losses and the features of the batch.
-
-    Attributes:
-        loss: the sum of the two other losses.
-        image_features: (B, E), as `text_features`.
-    """
-
-    loss: Tensor
-    loss_itc: Tensor
-    loss_itm: Tensor
-    image_features: Tensor
-    text_features: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +55,7 @@ class DistillationConfig(MomentumConfig):
 
 
 class MomentumRetrieval(MomentumModel):
-    """Fine-tuning of a momentum model on images with several captions each.
-
-    A model lists this class before its pre-training class among its bases.
-    """
+    """Fine-tuning on images with several captions; a base before the pre-training class."""
 
     task: ClassVar[str] = "retrieval"
     stores_image_ids = True
@@ -88,7 +70,7 @@ class MomentumRetrieval(MomentumModel):
         guide_ids: Tensor | None = None,
         guide_mask: Tensor | None = None,
         drawn: Negatives | None = None,
-    ) -> RetrievalOutput:
+    ) -> MomentumOutput:
         """Return the losses of a batch of pairs; in training, update momentum encoders and queue.
 
         `drawn` replaces random negatives, to repeat the step of another implementation. For the
@@ -103,17 +85,66 @@ class MomentumRetrieval(MomentumModel):
             fused, attention_mask, contrast.image, drawn, image_mask=contrast.image_mask
         )
         loss = contrast.loss + loss_itm
-        return RetrievalOutput(loss, contrast.loss, loss_itm, *contrast.features)
+        return MomentumOutput(loss, contrast.loss, loss_itm, *contrast.features)
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
         """Return the inputs of the base class and `image_ids`, another one for each pair."""
         ids = torch.arange(len(images), device=images.device)
         return super().random_inputs(images) | {"image_ids": ids}
 
-    def fixed_draw(self, images: Tensor, input_ids: Tensor) -> Negatives:
-        """Return the next pair of the batch as the negative of each pair."""
-        others = next_rows(len(images), images.device)
-        return Negatives(others, others)
+
+class AnsweringModel(DistilledModel):
+    """VQA: fuse a question with its image, and rank candidate answers by a decoder.
+
+    Attributes:
+        random_answers: number of answers of each question in `random_inputs`.
+        counts_first_token_twice: ranking adds the score of the first token to that of all tokens.
+        answer_smoothing: label smoothing of the scores.
+    """
+
+    task: ClassVar[str] = "vqa"
+    random_answers: ClassVar[int] = 1
+    counts_first_token_twice: ClassVar[bool] = False
+    answer_smoothing: float = 0.0
+
+    def fuse_question(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the states (B, L, D) of questions (B, L), fused with images (B, 3, H, W)."""
+        raise NotImplementedError
+
+    def predict_answer(self, input_ids: Tensor, mask: Tensor, states: QuestionStates) -> Tensor:
+        """Return logits (B, La, V) of the next tokens of answers (B, La), see `Decoder`."""
+        raise NotImplementedError
+
+    def random_inputs(self, images: Tensor) -> dict[str, Any]:
+        """Return the inputs of the base class, and answers of two tokens behind the first."""
+        inputs, count = super().random_inputs(images), self.random_answers
+        ids = inputs["input_ids"][:, None, -3:].repeat(1, count, 1)
+        answers = {"answer_ids": ids, "answer_mask": torch.ones_like(ids)}
+        weights = torch.full(ids.shape[:2], 1 / count, device=ids.device)
+        return inputs | answers | {"answer_weights": weights}
+
+    @torch.no_grad()
+    def rank_answers(
+        self,
+        images: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        answer_ids: Tensor,
+        answer_mask: Tensor,
+        k: int,
+    ) -> Tensor:
+        """Return the index (B,) of the best candidate of each question, always without dropout.
+
+        The candidates are answer_ids and answer_mask (C, La), La at least 2. Those k with the most
+        probable first tokens are scored completely: B * k answers are decoded at once.
+        """
+        with eval_mode(self):
+            fused = self.fuse_question(images, input_ids, attention_mask)
+            states, answers = QuestionStates(fused, attention_mask), (answer_ids, answer_mask)
+            smoothing = self.answer_smoothing
+            found = score_candidates(self.predict_answer, states, *answers, k, smoothing)
+        twice = self.counts_first_token_twice
+        return found.best(found.first + found.whole if twice else found.whole)
 
 
 def select_parts(weights: Weights, *prefixes: str) -> Weights:
@@ -124,17 +155,10 @@ def select_parts(weights: Weights, *prefixes: str) -> Weights:
 def encoder_weights(
     weights: Weights, convert: Callable[[Weights], Weights], *, distill: bool = True
 ) -> Weights:
-    """Return pre-trained weights for the encoders and their momentum copies.
+    """Return pre-trained weights for the encoders and, with `distill`, their momentum copies.
 
-    Where pre-training stored no momentum weight, the copy gets the weight of the encoder.
-
-    Args:
-        weights: of the pre-trained model, by its names.
-        convert: maps weights of the pre-trained encoders to the names inside the new encoders.
-        distill: whether the new model has momentum copies.
-
-    Returns:
-        Weights by the names of the new model.
+    `convert` maps weights of the pre-trained encoders to the names inside the new ones. A copy
+    without a momentum weight gets the weight of the encoder.
     """
     online = _strip_prefix(weights, "encoders.")
     found = {f"encoders.{name}": weight for name, weight in convert(online).items()}
@@ -147,15 +171,10 @@ def encoder_weights(
 def retrieval_weights(
     weights: Weights, config: MomentumConfig, convert: Callable[[Weights], Weights]
 ) -> Weights:
-    """Return pre-trained weights for a retrieval model.
+    """Return pre-trained weights for a retrieval model; for `convert`, see `encoder_weights`.
 
     The queue is kept if both models have the same queue size. Its features have no image id, so
     they are negatives of all pairs.
-
-    Args:
-        weights: of the pre-trained model, by its names.
-        config: of the retrieval model.
-        convert: see `encoder_weights`.
     """
     prefixes = ["itm_head.", "temperature"]
     if "queue.image" in weights and weights["queue.image"].shape[1] == config.queue_size:
@@ -164,5 +183,4 @@ def retrieval_weights(
 
 
 def _strip_prefix(weights: Weights, prefix: str) -> Weights:
-    """Return the weights whose names start with the prefix, without the prefix."""
     return {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}

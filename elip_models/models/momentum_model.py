@@ -8,6 +8,7 @@ In training, all ranks store the features of all ranks, so that their queues are
 Source: ALBEF (Li et al., 2021), section 3.2; BLIP (Li et al., 2022).
 """
 
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -19,7 +20,6 @@ from elip_models.models.layers.distributed import all_gather, rank_of
 from elip_models.models.layers.losses import hard_negatives, soft_contrastive_loss
 from elip_models.models.layers.momentum import FeatureQueue, similarities
 from elip_models.reduction.encode import run_tower
-from elip_models.reduction.strategy import mask_after
 
 
 class ContrastiveOutput(NamedTuple):
@@ -28,10 +28,8 @@ class ContrastiveOutput(NamedTuple):
     Attributes:
         loss: scalar.
         text: (B, L, D), the encoded texts.
-        image: (B, K+2, D), the remaining image tokens.
-        image_mask: (B, K+2), True = real token; None if all are real.
-        image_m: (B, N, D), the image tokens of the momentum tower.
-        image_mask_m: (B, N), the mask of `image_m`, or None.
+        image: (B, K+2, D), the remaining image tokens; `image_mask` is their mask or None.
+        image_m: (B, N, D), the image tokens of the momentum tower; `image_mask_m` is their mask.
         features: (B, E) of images and of texts.
         similar: image-to-text and text-to-image similarities (B, C) to the C pairs that negatives
             come from, without gradient.
@@ -47,12 +45,21 @@ class ContrastiveOutput(NamedTuple):
     similar: tuple[Tensor, Tensor]
 
 
-class Negatives(NamedTuple):
-    """Hard negatives of a step: indices into the pairs, of all ranks for gather='global'.
+@dataclass
+class MomentumOutput:
+    """Output of a step: the sum of the losses, the losses, and features (B, E) of the batch."""
 
-    Attributes:
-        images: (B,) int64, the negative image of each text.
-        texts: (B,) int64, the negative text of each image.
+    loss: Tensor
+    loss_itc: Tensor
+    loss_itm: Tensor
+    image_features: Tensor
+    text_features: Tensor
+
+
+class Negatives(NamedTuple):
+    """Hard negatives of a step: the image of each text and the text of each image, (B,) int64.
+
+    They are indices into the pairs, of all ranks for gather='global'.
     """
 
     images: Tensor
@@ -69,6 +76,7 @@ class MomentumModel(DistilledModel):
 
     fuses_ids: ClassVar[bool] = False
     stores_image_ids: ClassVar[bool] = False
+    matching_tokens = DistilledModel.encode_masked
 
     def __init__(self, config: MomentumConfig, encoders: Encoders) -> None:
         super().__init__(config, encoders)
@@ -110,12 +118,10 @@ class MomentumModel(DistilledModel):
         """Return normalised features (B, E) of texts (B, L)."""
         return self.encoders.text_features(self.encode_text(input_ids, attention_mask))
 
-    def matching_tokens(
-        self, images: Tensor, text_cls: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Encode images for `matching_logits` -> tokens (B, N, D) and their mask, or None."""
-        tokens, infos = self.encode_image(images, text_cls)
-        return tokens, mask_after(infos)
+    def fixed_draw(self, images: Tensor, input_ids: Tensor) -> tuple[Tensor, ...]:
+        """Return the next pair of the batch as the negative of each pair."""
+        others = torch.arange(len(images), device=images.device).roll(-1)
+        return Negatives(others, others)
 
     def matching_logits(
         self,
@@ -153,19 +159,10 @@ class MomentumModel(DistilledModel):
     ) -> ContrastiveOutput:
         """Compute ITC of a batch; in training, update the momentum encoders and the queue.
 
-        With gradient accumulation, both are updated at each forward pass.
-
-        Args:
-            images: (B, 3, H, W).
-            input_ids: (B, L).
-            mask: (B, L), 1 = real token.
-            guide_ids: (B, L), see `select_guidance`.
-            guide_mask: (B, L), see `select_guidance`.
-            image_ids: (B,) int64, equal where two pairs show the same image, whose texts are all
-                positives; for models that set `stores_image_ids`.
-
-        Raises:
-            TypeError: in training, FSDP has sharded the model.
+        With gradient accumulation, both are updated at each forward pass; a model that FSDP has
+        sharded raises TypeError. For guide_ids and guide_mask, see `select_guidance`. image_ids
+        (B,) int64 are equal where two pairs show the same image, whose texts are all positives; for
+        models that set `stores_image_ids`.
         """
         online, gather = self.encoders, self.config.gather
         text = self.encode_text_reduced(images, input_ids, mask)
@@ -202,17 +199,15 @@ class MomentumModel(DistilledModel):
     def draw_negatives(
         self, similar: tuple[Tensor, Tensor], image_ids: Tensor | None = None
     ) -> Negatives:
-        """Draw a hard negative image for each text, and a hard negative text for each image.
+        """Draw a hard negative image for each text, and text for each image, by `similar` (B, C).
 
-        The similarities are (B, C). Pairs of the same image in image_ids (B,) are no negatives.
+        Pairs of the same image in image_ids (B,) are no negatives.
         """
-        image_to_text, text_to_image = similar
         gather, positives = self.config.gather, None
         if image_ids is not None:
             positives = image_ids[:, None] == all_gather(image_ids, gather)
-        options = self.config.negative_epsilon, rank_of(gather) * len(image_to_text), positives
-        negative_images = hard_negatives(text_to_image, *options)
-        return Negatives(negative_images, hard_negatives(image_to_text, *options))
+        options = self.config.negative_epsilon, rank_of(gather) * len(similar[0]), positives
+        return Negatives(*(hard_negatives(rows, *options) for rows in reversed(similar)))
 
     def matching_loss(
         self,
@@ -244,7 +239,6 @@ class MomentumModel(DistilledModel):
     def _momentum_features(
         self, image: Tensor, input_ids: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return features of images, from their momentum tokens, and of texts, without gradient."""
         momentum = self.encoders_m
         text = momentum.encode_text(input_ids, mask)
         return momentum.image_features(image), momentum.text_features(text)

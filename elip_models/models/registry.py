@@ -128,16 +128,11 @@ def create_model(
     if isinstance(name, str) and name.startswith(HUB):
         return load_model(name.removeprefix(HUB), **overrides)
     family = family_of(name, task)
+    expected = "pretrained: expected False, or a folder written by save_pretrained, got"
     if not isinstance(pretrained, (bool, str, os.PathLike)):
-        raise TypeError(
-            "pretrained: expected False, or a folder written by save_pretrained, "
-            f"got {pretrained!r}"
-        )
+        raise TypeError(f"{expected} {pretrained!r}")
     if pretrained is True:
-        raise ValueError(
-            "pretrained: expected False, or a folder written by save_pretrained, "
-            "got True; no weights are published under these names"
-        )
+        raise ValueError(f"{expected} True; no weights are published under these names")
     config = CONFIGS[name.removeprefix(PREFIX)]
     if name.startswith(PREFIX):
         config = replace(config, schedule=PRESETS[family_of(name).family])
@@ -173,13 +168,8 @@ def downstream_of(family: type[PretrainedModel], task: str) -> type[PretrainedMo
 def inherited_fields(model: type[PretrainedModel], values: dict[str, Any]) -> dict[str, Any]:
     """Select the fields of another config that the config of a downstream model takes over.
 
-    Args:
-        model: class of the downstream model.
-        values: fields of a pre-training config, or of another task's.
-
-    Returns:
-        Sizes of the image tower, and fields that differ from the defaults of pre-training. Fields
-        that the downstream config does not have, or whose type differs, are left out.
+    These are sizes of the image tower, and fields that differ from the defaults of the pre-trained
+    model. Fields that the downstream config lacks, or whose type differs, are left out.
     """
     hints = get_type_hints(model.config_class, include_extras=True)
     defaults = {each.name: each.default for each in fields(model.pretraining.config_class)}

@@ -68,11 +68,7 @@ class ALBEFClassifier(ALBEFTask):
     ) -> TaskOutput:
         """Return the loss of a batch; in training, update the momentum encoders.
 
-        Args:
-            images: (B, 3, H, W), or (B, 2, 3, H, W) for NLVR2.
-            input_ids: (B, L).
-            attention_mask: (B, L), 1 = real token.
-            labels: (B,) int64, the correct classes.
+        NLVR2 has images (B, 2, 3, H, W). labels (B,) int64 are the correct classes.
         """
         fused, fused_m = self.encode_pair_with_momentum(images, input_ids, attention_mask)
         logits, teacher = self.encoders.classify(fused), None
@@ -99,8 +95,7 @@ class ALBEFEntailmentConfig(ALBEFClassifierConfig):
 class ALBEFEntailment(ALBEFClassifier):
     """ALBEF that classifies whether an image entails a hypothesis.
 
-    The classes are entailment, neutral and contradiction. The official weights have them in the
-    opposite order.
+    The classes are entailment, neutral and contradiction, in reverse order of the official weights.
     """
 
     family = "albef_entailment"
@@ -168,7 +163,12 @@ class ALBEFNLVR2(ALBEFClassifier):
         """Copy each pre-trained fusion layer to the two layers that replace it."""
         found = {}
         for name, weight in super().convert_encoders(weights, config).items():
-            found |= dict.fromkeys(_duplicated_names(name, config.text_layers), weight)
+            number, _, rest = name.removeprefix(LAYERS).partition(".")
+            names = [name]
+            if name.startswith(LAYERS) and int(number) >= config.text_layers:
+                first = 2 * int(number) - config.text_layers
+                names = [f"{LAYERS}{i}.{rest}" for i in (first, first + 1)]
+            found |= dict.fromkeys(names, weight)
         return found
 
     def tower_inputs(self, images: Tensor, text_cls: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,14 +179,3 @@ class ALBEFNLVR2(ALBEFClassifier):
         """Return the inputs of the base class with pairs of neighbouring images."""
         pairs = torch.stack([images, images.roll(1, 0)], dim=1)
         return super().random_inputs(images) | {"images": pairs}
-
-
-def _duplicated_names(name: str, text_layers: int) -> list[str]:
-    """Return the names here of a pre-trained weight: two for a fusion layer, otherwise one."""
-    if not name.startswith(LAYERS):
-        return [name]
-    number, _, rest = name.removeprefix(LAYERS).partition(".")
-    if int(number) < text_layers:
-        return [name]
-    first = 2 * int(number) - text_layers
-    return [f"{LAYERS}{i}.{rest}" for i in (first, first + 1)]

@@ -8,7 +8,7 @@ Source: models/model_vqa.py, model_ve.py and model_nlvr.py of ALBEF.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from torch import Tensor
 from elip_models.models.albef.model import ALBEF, ALBEFConfig, ALBEFTowers
 from elip_models.models.distilled_model import DistilledModel
 from elip_models.models.downstream import DistillationConfig, Weights, encoder_weights, select_parts
-from elip_models.reduction.strategy import mask_after
 from elip_models.validation import Size, Zero
 
 
@@ -66,10 +65,6 @@ class ALBEFTask(DistilledModel):
         """Map weights of the pre-trained encoders to the names inside the encoders here."""
         return select_parts(weights, "visual.", "text.")
 
-    def random_inputs(self, images: Tensor) -> dict[str, Any]:
-        """Return images and a random text for each of them."""
-        return {"images": images, **self.random_text(images)}
-
     def tower_inputs(self, images: Tensor, text_cls: Tensor) -> tuple[Tensor, Tensor]:
         """Return the images (B, 3, H, W) for the image tower and the guidance (B, D) of each."""
         return images, text_cls
@@ -77,24 +72,21 @@ class ALBEFTask(DistilledModel):
     def encode_pair(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Fuse texts (B, L) with their images -> (B, L, D), without sampling or distillation."""
         text = self.encode_text(input_ids, mask)
-        image, infos = self.encode_image(*self.tower_inputs(images, text[:, 0]))
-        return self.encoders.fuse(text, mask, image, mask_after(infos))
+        image = self.encode_masked(*self.tower_inputs(images, text[:, 0]))
+        return self.encoders.fuse(text, mask, *image)
 
     def encode_pair_with_momentum(
         self, images: Tensor, input_ids: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Fuse texts with their images, for a loss, by the online and the momentum encoders.
 
-        In training, this updates the momentum encoders first.
-
-        Returns:
-            Two tensors (B, L, D), the second one None without momentum encoders.
+        In training, this updates the momentum encoders first. Without them, the second result is
+        None.
         """
         text, momentum = self.encode_text(input_ids, mask), self.encoders_m
         inputs = self.tower_inputs(images, self.select_guidance(text[:, 0]))
         if momentum is None:
-            image, infos = self.encode_image(*inputs)
-            return self.encoders.fuse(text, mask, image, mask_after(infos)), None
+            return self.encoders.fuse(text, mask, *self.encode_masked(*inputs)), None
         if self.training:
             self._update_momentum()
         image, image_m = self._encode_images(*inputs)

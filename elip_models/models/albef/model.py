@@ -16,14 +16,10 @@ import torch
 from torch import Tensor
 
 from elip_models.models.config import TokenId
+from elip_models.models.distilled_model import Encoders, MomentumConfig
 from elip_models.models.layers.bert import BertTower, masked_language_head
-from elip_models.models.layers.losses import (
-    distilled_language_loss,
-    mask_every_seventh,
-    mask_tokens,
-    next_rows,
-)
-from elip_models.models.momentum_model import Encoders, MomentumConfig, MomentumModel
+from elip_models.models.layers.losses import language_loss, mask_every_seventh, mask_tokens
+from elip_models.models.momentum_model import MomentumModel, MomentumOutput
 from elip_models.validation import PositiveInt, Share, Size, below
 
 
@@ -50,27 +46,14 @@ class ALBEFConfig(MomentumConfig):
 
 
 @dataclass
-class ALBEFOutput:
-    """Output of a step: the scalar losses, and features (B, E) of images and texts."""
+class ALBEFOutput(MomentumOutput):
+    """Output of a step, with the loss of MLM."""
 
-    loss: Tensor
-    loss_itc: Tensor
-    loss_itm: Tensor
     loss_mlm: Tensor
-    image_features: Tensor
-    text_features: Tensor
 
 
 class ALBEFDraw(NamedTuple):
-    """Random choices of `forward`, for a caller that makes them itself.
-
-    Attributes:
-        negative_images: (B,), the negative image of each text.
-        negative_texts: (B,), the negative text of each image. Both are indices into the pairs of
-            all ranks for gather='global'.
-        masked_ids: (B, L), see `mask_tokens`.
-        labels: (B, L), see `mask_tokens`.
-    """
+    """Random choices of `forward`: those of `Negatives`, then the results of `mask_tokens`."""
 
     negative_images: Tensor
     negative_texts: Tensor
@@ -159,22 +142,19 @@ class ALBEF(MomentumModel):
         logits = self.encoders.predict(*text, contrast.image, contrast.image_mask)
         with torch.no_grad():
             teacher = self.encoders_m.predict(*text, contrast.image_m, contrast.image_mask_m)
-        loss_mlm = distilled_language_loss(
+        loss_mlm = language_loss(
             logits, drawn.labels, teacher, self.alpha, gather=self.config.gather
         )
         loss = contrast.loss + loss_itm + loss_mlm
-        return ALBEFOutput(loss, contrast.loss, loss_itm, loss_mlm, *contrast.features)
+        return ALBEFOutput(loss, contrast.loss, loss_itm, *contrast.features, loss_mlm)
 
     def fixed_draw(self, images: Tensor, input_ids: Tensor) -> ALBEFDraw:
         """Return the next pair as each pair's negative, and every seventh token masked."""
-        others = next_rows(len(images), images.device)
-        return ALBEFDraw(others, others, *mask_every_seventh(input_ids, self.config.mask_token_id))
+        masked = mask_every_seventh(input_ids, self.config.mask_token_id)
+        return ALBEFDraw(*super().fixed_draw(images, input_ids), *masked)
 
     def _draw(self, similar: tuple[Tensor, Tensor], input_ids: Tensor) -> ALBEFDraw:
-        """Draw hard negatives by the similarities (B, C), and masked tokens.
-
-        [SEP] can be masked, as in the official code.
-        """
+        """Draw hard negatives and masked tokens; [SEP] can be masked, as in the official code."""
         config = self.config
         masked = mask_tokens(
             input_ids,

@@ -12,6 +12,7 @@ from elip_models.models.downstream import (
     MomentumRetrieval,
     Weights,
     retrieval_weights,
+    select_parts,
 )
 from elip_models.validation import Size
 
@@ -40,8 +41,5 @@ class ALBEFRetrieval(MomentumRetrieval, ALBEF):
     @classmethod
     def from_pretraining(cls, weights: Weights, config: ALBEFRetrievalConfig) -> Weights:
         """Map weights of a pre-trained `ALBEF` to this model, without the language head."""
-
-        def without_language_head(encoders: Weights) -> Weights:
-            return {n: w for n, w in encoders.items() if not n.startswith("language_head.")}
-
-        return retrieval_weights(weights, config, without_language_head)
+        parts = ("visual.", "text.", "image_projection.", "text_projection.")
+        return retrieval_weights(weights, config, lambda encoders: select_parts(encoders, *parts))

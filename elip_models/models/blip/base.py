@@ -21,7 +21,6 @@ from elip_models.models.distilled_model import Encoders, MomentumConfig
 from elip_models.models.layers.bert import BertTower, UntypedEmbeddings
 from elip_models.models.layers.generation import CAPTIONS, Decoding, generate
 from elip_models.models.layers.text_reduction import ReducedText, TextReduction
-from elip_models.reduction.strategy import mask_after
 from elip_models.validation import NonNegative, Share, Size
 
 if TYPE_CHECKING:
@@ -126,11 +125,7 @@ class BLIPWithDecoder(BLIPBase):
     ) -> Tensor:
         """Return logits (B, L, V) of the next token after [DEC] and each prefix of the text.
 
-        Args:
-            input_ids: (B, L).
-            mask: (B, L), 1 = real token.
-            image_tokens: (B, N, D) for cross attention, of an image or of a fused question.
-            image_mask: (B, N), 1 = real token; None if all are real.
+        Cross attention reads image_tokens (B, N, D), of an image or of a fused question.
         """
         image = image_tokens, image_mask
         return self.language_head(self.decode(input_ids, mask, image, None).tokens)
@@ -155,10 +150,7 @@ class BLIPWithDecoder(BLIPBase):
         prompt: Tensor | None = None,
         decoding: Decoding = CAPTIONS,
     ) -> Tensor:
-        """Generate text from image_tokens (B, N, D) and image_mask (B, N), always without dropout.
-
-        For the other arguments and the output, see `BLIPCaptioner.generate`.
-        """
+        """Generate text from image tokens, always without dropout; see `BLIPCaptioner.generate`."""
         config, B = self.config, len(image_tokens)
         ids = torch.full((B, 1), config.decoder_token_id, device=image_tokens.device)
         if prompt is not None:
@@ -212,10 +204,8 @@ class BLIPCaptioner(BLIPWithDecoder):
                 longer than the positions of the text tower.
         """
         with eval_mode(self):
-            tokens, infos = self.encode_image(images, text_cls)
-        return self.generate_from_tokens(
-            tokens, mask_after(infos), prompt=prompt, decoding=decoding
-        )
+            image = self.encode_masked(images, text_cls)
+        return self.generate_from_tokens(*image, prompt=prompt, decoding=decoding)
 
 
 def replace_first_token(input_ids: Tensor, token: int) -> Tensor:

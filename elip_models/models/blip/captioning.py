@@ -22,7 +22,6 @@ from elip_models.models.downstream import TaskOutput, Weights, select_parts
 from elip_models.models.layers.bert import BertTower, UntypedEmbeddings, masked_language_head
 from elip_models.models.layers.generation import Decoding
 from elip_models.models.layers.losses import IGNORED, language_loss, next_tokens
-from elip_models.reduction.strategy import mask_after
 from elip_models.validation import Count, Size, Zero
 
 if TYPE_CHECKING:
@@ -74,19 +73,12 @@ class BLIPCaptioning(BLIPCaptioner, BLIPTask):
     def fit_tokenizer(
         cls, tokenizer: "PreTrainedTokenizerBase", context_length: int
     ) -> dict[str, int]:
-        """Return the config fields, with the number of tokens of the default prompt.
-
-        For another prompt, set `prompt_tokens` as well.
-        """
+        """Return the config fields; set `prompt_tokens` as well for a prompt of your own."""
         sizes = super().fit_tokenizer(tokenizer, context_length)
         return sizes | {"prompt_tokens": len(_tokens(tokenizer, cls.config_class.prompt))}
 
     def prompt_ids(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-        """Return the ids of the prompt, without the first and the last special token.
-
-        Raises:
-            ValueError: their number is not `prompt_tokens`.
-        """
+        """Return the ids of the prompt alone; ValueError if their number is not `prompt_tokens`."""
         config = self.config
         ids = _tokens(tokenizer, config.prompt)
         if len(ids) != config.prompt_tokens:
@@ -101,15 +93,8 @@ class BLIPCaptioning(BLIPCaptioner, BLIPTask):
         self.prompt_ids(tokenizer)
 
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> TaskOutput:
-        """Return the loss of a batch of captions.
-
-        Args:
-            images: (B, 3, H, W).
-            input_ids: (B, L), with the prompt after the first token.
-            attention_mask: (B, L), 1 = real token.
-        """
-        tokens, infos = self.encode_image(images)
-        logits = self.predict(input_ids, attention_mask, tokens, mask_after(infos))
+        """Return the loss of captions (B, L), with the prompt after the first token."""
+        logits = self.predict(input_ids, attention_mask, *self.encode_masked(images))
         labels = next_tokens(input_ids, attention_mask)
         labels[:, : self.config.prompt_tokens] = IGNORED
         loss = language_loss(
@@ -119,5 +104,4 @@ class BLIPCaptioning(BLIPCaptioner, BLIPTask):
 
 
 def _tokens(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
-    """Return the ids of a prompt without special tokens and without its last space."""
     return tokenizer(prompt.rstrip()).input_ids[1:-1]

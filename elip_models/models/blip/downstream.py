@@ -11,10 +11,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from elip_models.models.blip.base import BLIPBase, BLIPConfig, BLIPEncoders, BLIPWithEncoder
-from elip_models.models.distilled_model import DistilledModel, Encoders, MaskedTokens
+from elip_models.models.distilled_model import DistilledModel, Encoders
 from elip_models.models.downstream import Weights, select_parts
 from elip_models.reduction.scorers import ScorerName
-from elip_models.reduction.strategy import mask_after
 from elip_models.towers.base import scoring_context
 from elip_models.validation import Rate, Zero
 
@@ -68,10 +67,6 @@ class BLIPTask(BLIPBase, DistilledModel):
     def __init__(self, config: BLIPTaskConfig, encoders: Encoders) -> None:
         super().__init__(config, encoders, distill=False)
 
-    def random_inputs(self, images: Tensor) -> dict[str, Any]:
-        """Return images and a random text for each of them."""
-        return {"images": images, **self.random_text(images)}
-
 
 class BLIPEncoderTask(BLIPWithEncoder, BLIPTask):
     """BLIP whose encoder fuses the text of a task with its image."""
@@ -86,17 +81,11 @@ class BLIPEncoderTask(BLIPWithEncoder, BLIPTask):
             text_cls = self.text_cls(input_ids, mask)
         return self.select_guidance(text_cls)
 
-    def encode_task_images(self, images: Tensor, guides: Tensor | None) -> MaskedTokens:
-        """Return tokens (B, N, D) of images and their mask, see `mask_after`."""
-        tokens, infos = self.encode_image(images, guides)
-        return tokens, mask_after(infos)
-
 
 def decoder_weights(weights: Weights) -> Weights:
     """Return pre-trained weights for a decoder with its own weights, and for its head.
 
-    Weights that the pre-trained decoder shared with the encoder are stored under the encoder's
-    name. If pre-training had no decoder, all weights are the encoder's.
+    Weights that both shared, or all if pre-training had no decoder, have the encoder's name.
     """
     encoder = select_parts(weights, "encoders.text.")
     shared = {name.replace("encoders.text.", "decoder.", 1): w for name, w in encoder.items()}

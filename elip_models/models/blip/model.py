@@ -10,7 +10,9 @@
 Source: BLIP (Li et al., 2022); ELIP, section 3, and its official BLIP code.
 """
 
+import copy
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -21,21 +23,16 @@ from elip_models.models.blip.base import (
     BLIPWithEncoder,
     replace_first_token,
 )
-from elip_models.models.layers.bert import masked_language_head, tied_decoder, untied_decoder
-from elip_models.models.layers.losses import language_loss, next_rows, next_tokens
-from elip_models.models.momentum_model import MomentumModel, Negatives
+from elip_models.models.layers.bert import masked_language_head, tied_decoder
+from elip_models.models.layers.losses import language_loss, next_tokens
+from elip_models.models.momentum_model import MomentumModel, MomentumOutput, Negatives
 
 
 @dataclass
-class BLIPOutput:
-    """Output of a step: the scalar losses, and features (B, E) of images and texts."""
+class BLIPOutput(MomentumOutput):
+    """Output of a step, with the loss of LM."""
 
-    loss: Tensor
-    loss_itc: Tensor
-    loss_itm: Tensor
     loss_lm: Tensor
-    image_features: Tensor
-    text_features: Tensor
 
 
 class BLIP(BLIPWithEncoder, BLIPCaptioner, MomentumModel):
@@ -50,27 +47,25 @@ class BLIP(BLIPWithEncoder, BLIPCaptioner, MomentumModel):
         super().__init__(config, BLIPEncoders(config))
         self.text_reduction = config.text_token_reduction
         text = self.encoders.text
-        self.decoder = tied_decoder(text) if config.tie_decoder else untied_decoder(text)
+        self.decoder = tied_decoder(text) if config.tie_decoder else copy.deepcopy(text)
         self.language_head = masked_language_head(self.decoder)
 
     def encode_text_reduced(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Encode texts alone -> (B, K, D), without the tokens that `text_reduction` drops."""
         image_cls = self.dense_cls(images) if self.config.image_guides_text else None
-        text, layers = self.encoders.text, self.encoders.layers
-        hidden = text.embed(input_ids)
-        return text.run_reduced(
-            hidden, mask, layers, self.text_reduction, image_cls=image_cls
-        ).tokens
+        return self._run_text(input_ids, mask, image_cls=image_cls)
 
     def fuse_reduced(
         self, text: Tensor, mask: Tensor, image: Tensor, image_mask: Tensor | None
     ) -> Tensor:
         """Fuse texts with images -> (B, K, D), without the tokens that `text_reduction` drops."""
+        ids = replace_first_token(text, self.config.encoder_token_id)
+        return self._run_text(ids, mask, image, image_mask)
+
+    def _run_text(self, ids: Tensor, mask: Tensor, *image: Tensor | None, **options: Any) -> Tensor:
         tower, layers = self.encoders.text, self.encoders.layers
-        hidden = tower.embed(replace_first_token(text, self.config.encoder_token_id))
-        return tower.run_reduced(
-            hidden, mask, layers, self.text_reduction, image, image_mask
-        ).tokens
+        hidden, reduction = tower.embed(ids), self.text_reduction
+        return tower.run_reduced(hidden, mask, layers, reduction, *image, **options).tokens
 
     def forward(
         self,
@@ -85,11 +80,9 @@ class BLIP(BLIPWithEncoder, BLIPCaptioner, MomentumModel):
         """Return the losses of a batch of pairs; in training, update momentum encoders and queue.
 
         Only this method drops text tokens by `config.text_reduction`, in ITC, ITM and LM. 'learned'
-        needs the image before the text: it adds a dense forward of the image tower, without
-        gradient.
-
-        `drawn` replaces random negatives, to repeat the step of another implementation. For the
-        other arguments, see `contrast`.
+        adds a dense forward of the image tower before the text, without gradient. `drawn` replaces
+        random negatives, to repeat the step of another implementation. For the other arguments, see
+        `contrast`.
         """
         contrast = self.contrast(images, input_ids, attention_mask, guide_ids, guide_mask)
         if drawn is None:
@@ -104,9 +97,4 @@ class BLIP(BLIPWithEncoder, BLIPCaptioner, MomentumModel):
             gather=self.config.gather,
         )
         loss = contrast.loss + loss_itm + loss_lm
-        return BLIPOutput(loss, contrast.loss, loss_itm, loss_lm, *contrast.features)
-
-    def fixed_draw(self, images: Tensor, input_ids: Tensor) -> Negatives:
-        """Return the next pair of the batch as the negative of each pair."""
-        others = next_rows(len(images), images.device)
-        return Negatives(others, others)
+        return BLIPOutput(loss, contrast.loss, loss_itm, *contrast.features, loss_lm)

@@ -63,10 +63,7 @@ class TwoImageOutput(nn.Module):
 
 
 class TwoImageAttention(nn.Module):
-    """Cross attention to two images, which replaces the one of a BERT layer.
-
-    The names of its parts are those of the original's weights.
-    """
+    """Cross attention to two images in a BERT layer; its parts have the original's names."""
 
     def __init__(self, config: BertConfig, layer: int, merges: bool) -> None:
         super().__init__()
@@ -82,17 +79,9 @@ class TwoImageAttention(nn.Module):
         image_bias: Tensor | None,
         **named: Any,
     ) -> tuple[Tensor, None]:
-        """Attend to two images, concatenated along the tokens.
+        """Attend to image_tokens (B, 2N, D) of two images -> (B, L, D), and None for the weights.
 
-        Args:
-            hidden: (B, L, D).
-            attention_mask: unused, as in transformers.
-            image_tokens: (B, 2N, D), the first image before the second.
-            image_bias: (B, 1, 1, 2N), True = real token; None if all are real.
-            **named: unused arguments of transformers.
-
-        Returns:
-            (B, L, D), and None for the attention weights.
+        The mask `image_bias` is (B, 1, 1, 2N). As in transformers, other arguments are unused.
         """
         images = image_tokens.chunk(2, dim=1)
         biases = (None, None) if image_bias is None else image_bias.chunk(2, dim=-1)
@@ -149,7 +138,7 @@ class BLIPNLVR2(BLIPEncoderTask):
         """Return logits (B, 2), 0 = false, of images (B, 2, 3, H, W) and texts (B, L)."""
         guides = self.text_guidance(input_ids, attention_mask)
         guides = None if guides is None else guides.repeat_interleave(2, 0)
-        tokens, mask = self.encode_task_images(images.flatten(0, 1), guides)
+        tokens, mask = self.encode_masked(images.flatten(0, 1), guides)
         pairs = tokens.unflatten(0, (-1, 2)).flatten(1, 2)
         mask = None if mask is None else mask.unflatten(0, (-1, 2)).flatten(1, 2)
         return self.classifier(self.fuse(input_ids, attention_mask, pairs, mask)[:, 0])
@@ -157,14 +146,7 @@ class BLIPNLVR2(BLIPEncoderTask):
     def forward(
         self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
     ) -> TaskOutput:
-        """Return the loss of a batch of statements.
-
-        Args:
-            images: (B, 2, 3, H, W).
-            input_ids: (B, L), the statements.
-            attention_mask: (B, L), 1 = real token.
-            labels: (B,) int64, 0 = false, 1 = true.
-        """
+        """Return the loss of statements (B, L) on images (B, 2, 3, H, W); labels (B,), 1 = true."""
         logits = self.logits(images, input_ids, attention_mask)
         loss = F.cross_entropy(at_least_fp32(logits), labels)
         return TaskOutput(loss, logits)

@@ -94,13 +94,10 @@ class CLIPClassification(PretrainedModel):
     def init_zero_shot_head_(self, classes: Tensor, scale: Tensor | float) -> None:
         """Set the head to a zero-shot classifier: the logits are the similarities to the classes.
 
-        Args:
-            classes: (num_classes, E), normalised text features of the classes, see `class_features`
-                in `tasks/zero_shot.py`.
-            scale: inverse temperature of the pre-trained model, `logit_scale.exp()`.
-
-        Raises:
-            ValueError: `classes` has another shape, or the config has projects=False.
+        classes (num_classes, E) are normalised text features, see `class_features` in
+        `tasks/zero_shot.py`. `scale` is the inverse temperature of the pre-trained model,
+        `logit_scale.exp()`. ValueError is raised for another shape, or if the config has
+        projects=False.
         """
         expected = (self.config.num_classes, self.config.embed_dim)
         if not self.config.projects or tuple(classes.shape) != expected:
@@ -148,7 +145,3 @@ class CLIPClassification(PretrainedModel):
     ) -> dict[str, int]:
         """Return no config fields, since the model has no text."""
         return {}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in backward instead of storing their activations."""
-        self.visual.set_grad_checkpointing(enable)

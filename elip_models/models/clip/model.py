@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from transformers import CLIPTextConfig
 
 from elip_models.models.base import PretrainedModel
 from elip_models.models.config import ContrastiveConfig, TextReductionConfig, TokenId
@@ -89,6 +90,24 @@ class CLIPConfig(ContrastiveConfig, TextReductionConfig):
         _init_visual(visual)
         return visual
 
+    @property
+    def text(self) -> CLIPTextConfig:
+        """Config of the text tower."""
+        return CLIPTextConfig(
+            hidden_size=self.text_width,
+            intermediate_size=int(self.text_width * self.text_mlp_ratio),
+            num_hidden_layers=self.text_depth,
+            num_attention_heads=self.text_heads,
+            vocab_size=self.vocab_size,
+            max_position_embeddings=self.context_length,
+            hidden_act=self.activation,
+            layer_norm_eps=self.text_norm_eps,
+            eos_token_id=self.eos_token_id,
+            pad_token_id=self.pad_token_id,
+            bos_token_id=None,
+            attn_implementation="sdpa",
+        )
+
 
 @dataclass
 class CLIPOutput:
@@ -111,19 +130,7 @@ class CLIP(PretrainedModel):
         self.config = config
         self.visual = config.vit()
         self.read_tower()
-        self.text = CLIPTextTower(
-            width=config.text_width,
-            depth=config.text_depth,
-            heads=config.text_heads,
-            hidden=int(config.text_width * config.text_mlp_ratio),
-            activation=config.activation,
-            norm_eps=config.text_norm_eps,
-            vocab_size=config.vocab_size,
-            context_length=config.context_length,
-            eos_token_id=config.eos_token_id,
-            pad_token_id=config.pad_token_id,
-            reduction=config.text_token_reduction,
-        )
+        self.text = CLIPTextTower(config.text, config.text_token_reduction)
         self.image_projection = nn.Linear(config.vision_width, config.embed_dim, bias=False)
         self.text_projection = nn.Linear(config.text_width, config.embed_dim, bias=False)
         for projection in (self.image_projection, self.text_projection):
@@ -153,14 +160,10 @@ class CLIP(PretrainedModel):
         image_features: Tensor | None = None,
         reduce: bool = True,
     ) -> Tensor:
-        """Return normalised features (B, E) of texts.
+        """Return normalised features (B, E) of texts (B, L); reduce=False keeps all text tokens.
 
-        Args:
-            input_ids: (B, L).
-            attention_mask: (B, L), 1 = real token.
-            image_features: (B, E), normalised, the guidance of text_reduction='learned'. Without
-                them, 'learned' drops no token and warns. Other strategies ignore them.
-            reduce: False keeps all text tokens.
+        image_features (B, E), normalised, guide text_reduction='learned'. Without them, 'learned'
+        drops no token and warns. Other strategies ignore them.
         """
         image_cls = None
         if reduce and self.config.image_guides_text:
@@ -181,21 +184,15 @@ class CLIP(PretrainedModel):
     def encode_image(
         self, images: Tensor, text_features: Tensor | None = None, *, reduce: bool = True
     ) -> Tensor:
-        """Return normalised features (B, E) of images.
+        """Return normalised features (B, E) of images (B, 3, H, W); reduce=False runs all tokens.
 
-        Without gradient, in eval mode, the last block computes the CLS token alone.
-
-        Args:
-            images: (B, 3, H, W).
-            text_features: (B, E), normalised, the guidance of the reduction. Without them,
-                `config.without_text` applies.
-            reduce: False runs the dense tower.
+        text_features (B, E), normalised, guide the reduction; without them, `config.without_text`
+        applies. Without gradient, in eval mode, the last block computes the CLS token alone.
         """
         text_cls = self.guidance(text_features) if reduce and text_features is not None else None
         return self._encode_image(images, text_cls, self.reduction if reduce else self.dense)
 
     def _encode_image(self, images: Tensor, text_cls: Tensor | None, strategy: Strategy) -> Tensor:
-        """Return normalised features (B, E) of images, guided by text_cls (B, D)."""
         tokens, _ = run_tower(self.tower, images, text_cls, strategy, cls_only=True)
         return self.project_image(tokens)
 
@@ -227,19 +224,15 @@ class CLIP(PretrainedModel):
 
         text_reduction='learned' adds a dense forward of the image tower, without gradient. For
         ViT-B/16 this costs about ten times the multiply-adds that it saves in the text tower.
-
-        Args:
-            images: (B, 3, H, W).
-            input_ids: (B, L).
-            attention_mask: (B, L), 1 = real token.
-            guide_ids: (B, L), other captions of the images, for guide='other'.
-            guide_mask: (B, L), the mask of `guide_ids`.
+        guide_ids and guide_mask (B, L) are other captions of the images, for guide='other'.
         """
         dense_features = None
         if self.config.image_guides_text:
             dense_features = self._dense_features(images)
         text_features = encode_in_slices(
-            self._encode_texts, self.batch_slices, input_ids, attention_mask, dense_features
+            lambda ids, mask, image: self.encode_text(ids, mask, image_features=image),
+            self.batch_slices,
+            *(input_ids, attention_mask, dense_features),
         )
         text_cls, scale = self.guidance(text_features), self.logit_scale.exp()
         guides = self.select_guidance(text_cls, text_features, scale, guide_ids, guide_mask)
@@ -247,11 +240,6 @@ class CLIP(PretrainedModel):
         image_features = encode_in_slices(encode, self.batch_slices, images, guides)
         features = image_features, text_features
         return CLIPOutput(self._loss(*features), *features)
-
-    def _encode_texts(
-        self, input_ids: Tensor, attention_mask: Tensor | None, image_features: Tensor | None
-    ) -> Tensor:
-        return self.encode_text(input_ids, attention_mask, image_features=image_features)
 
     def set_batch_slices(self, count: int) -> None:
         """Encode a batch in `count` slices, see `layers/gradient_caching.py`."""
@@ -296,7 +284,7 @@ class CLIP(PretrainedModel):
         }
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in backward instead of storing their activations."""
+        """Recompute layers of both towers in backward instead of storing their activations."""
         self.visual.set_grad_checkpointing(enable)
         self.text.set_grad_checkpointing(enable)
 

@@ -44,11 +44,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: str | os.PathLike, *, with_weights: bool = True) -> tuple[str | None, dict]:
-    """Return family and config of a saved model; the family is None for another library's.
-
-    Raises:
-        FileNotFoundError: config.json is missing, or `with_weights` model.safetensors.
-    """
+    """Return family and config of a saved model; the family is None for another library's."""
     path = Path(folder)
     for name in ("config.json", "model.safetensors") if with_weights else ("config.json",):
         if not (path / name).is_file():

@@ -41,12 +41,8 @@ Computed, not measured, for one image of {{ image }} pixels. The FLOPs include t
 def fetch_folder(name: str | os.PathLike, *, token: str | bool | None = None) -> Path:
     """Return the local folder of a saved model, downloaded from the hub if necessary.
 
-    Args:
-        name: a folder, or a repository, 'owner/name' or 'owner/name@revision'.
-        token: access token of a private repository. None: the token that `hf auth login` stored.
-
-    Raises:
-        FileNotFoundError: there is no such folder, and no such repository can be downloaded.
+    `name` is a folder, 'owner/name' or 'owner/name@revision'. Without `token`, the hub uses the one
+    that `hf auth login` stored. FileNotFoundError is raised if neither can be found.
     """
     check("folder", name, str | os.PathLike)
     if Path(name).is_dir():
@@ -66,10 +62,7 @@ def fetch_folder(name: str | os.PathLike, *, token: str | bool | None = None) ->
 
 @contextmanager
 def staging_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder, whose files move into `folder` if no error occurs.
-
-    A model card, README.md, that exists in `folder` is not replaced.
-    """
+    """Yield a folder whose files then move into `folder`; README.md is not replaced there."""
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".") as staging:
         yield Path(staging)

@@ -143,7 +143,6 @@ def load_reduced(
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside torch.compile and DistributedDataParallel; refuse a sharded one."""
     if isinstance(model, torch._dynamo.OptimizedModule):
         return _unwrap(model._orig_mod)
     if isinstance(model, DistributedDataParallel):
@@ -166,7 +165,6 @@ def _check_reduces(model: PretrainedModel) -> None:
 
 
 def _reduction_in(model: nn.Module) -> tuple[Reduction, str]:
-    """Return the reduction of a model, and the name of the reduced module in it."""
     found = reductions_of(model)
     if len(found) != 1:
         remedy = "save each model alone" if found else "save a dense model by its library"
@@ -185,7 +183,6 @@ def _reduction_in(model: nn.Module) -> tuple[Reduction, str]:
 
 
 def _reduced_module(model: nn.Module, name: Any) -> nn.Module:
-    """Return the module with that name, which was reduced when the model was saved."""
     try:
         return without_adapter(model).get_submodule(name) if name else model
     except (AttributeError, TypeError) as error:
@@ -195,7 +192,6 @@ def _reduced_module(model: nn.Module, name: Any) -> nn.Module:
 
 
 def _read_settings(folder: Path) -> tuple[Any, str]:
-    """Return the settings of the reduction in a folder, and their location for errors."""
     if (folder / SETTINGS).is_file():
         return read_object(folder / SETTINGS), str(folder / SETTINGS)
     config = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
@@ -208,7 +204,6 @@ def _read_settings(folder: Path) -> tuple[Any, str]:
 
 
 def _open_dense(folder: Path) -> nn.Module:
-    """Return the dense model of a folder, by the library that wrote it, in eval mode."""
     if (folder / ADAPTER).is_file():
         raise ValueError(
             f"model: expected PeftModel.from_pretrained(base, {str(folder)!r}), since the folder "
@@ -282,10 +277,7 @@ def _write_open_clip(model: nn.Module, folder: Path, config: Config) -> None:
 
 @contextmanager
 def without_open_clip_log() -> Iterator[None]:
-    """Drop what open_clip logs in this thread, such as its warning about missing weights.
-
-    open_clip writes to the root logger; records of other code and other threads are kept.
-    """
+    """Drop what open_clip logs to the root logger in this thread, such as missing weights."""
     thread = threading.get_ident()
 
     def is_kept(record: logging.LogRecord) -> bool:
@@ -299,10 +291,7 @@ def without_open_clip_log() -> Iterator[None]:
 
 
 def _check_config(made: nn.Module, model: nn.Module, config: Config) -> None:
-    """Raise ValueError if the model made from a config has other modules or shapes.
-
-    Norms are not compared, since their class depends on the precision.
-    """
+    """Raise ValueError if the model made from a config has other modules or shapes, norms aside."""
 
     def parts(whole: nn.Module) -> set[tuple[str, Any]]:
         modules = (m for m in whole.named_modules() if not isinstance(m[1], nn.LayerNorm))
@@ -316,15 +305,11 @@ def _check_config(made: nn.Module, model: nn.Module, config: Config) -> None:
         )
 
 
-def _write_hf(model: nn.Module, folder: Path, config: Config) -> None:
-    model.save_pretrained(folder)
-
-
 WRITERS: dict[str, Callable[[nn.Module, Path, Config], None]] = {
     "timm": _write_timm,
     "open_clip": _write_open_clip,
-    "transformers": _write_hf,
-    "peft": _write_hf,
+    "transformers": lambda model, folder, _: model.save_pretrained(folder),
+    "peft": lambda model, folder, _: model.save_pretrained(folder),
 }
 
 

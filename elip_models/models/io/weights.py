@@ -22,15 +22,9 @@ def load_weights(
 ) -> None:
     """Load a state dict that may have a tied tensor under one of its names.
 
-    Args:
-        model: changed in place.
-        weights: state dict with the model's names.
-        allow_missing: patterns of names, `*` for any part, that keep the model's own values.
-        allow_unexpected: patterns of names in `weights` that are ignored.
-
-    Raises:
-        ValueError: lists names that are missing or unexpected, and shapes that differ. The model
-            is unchanged then.
+    allow_missing are patterns of names, `*` for any part, that keep the model's own values;
+    allow_unexpected those of names in `weights` that are ignored. ValueError lists names that are
+    missing or unexpected, and shapes that differ; the model is unchanged then.
     """
     check_weights(model, weights, allow_missing=allow_missing, allow_unexpected=allow_unexpected)
     first, state = first_names(model), model.state_dict()

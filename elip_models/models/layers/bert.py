@@ -47,10 +47,7 @@ class UntypedEmbeddings(nn.Module):
 class BertTower(nn.Module):
     """Embeddings and a list of layers, some with cross attention to image tokens.
 
-    Args:
-        config: of transformers; its attention is set to SDPA.
-        cross_attention: indices of the layers with cross attention.
-        embeddings: class of the embeddings, created from `config`; None for layers alone.
+    `cross_attention` are the indices of these layers. With embeddings=None, there are only layers.
     """
 
     def __init__(
@@ -82,12 +79,7 @@ class BertTower(nn.Module):
             nn.init.zeros_(module.bias)
 
     def embed(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """Embed input_ids (B, L) at position_ids (L,), by default from the first -> (B, L, D).
-
-        Raises:
-            ValueError: a text has more tokens, padding included, than the embeddings have
-                positions.
-        """
+        """Embed input_ids (B, L) at position_ids (L,), by default from the first -> (B, L, D)."""
         table = self.embeddings.position_embeddings
         unused = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa
         if position_ids is None and input_ids.shape[1] > table.num_embeddings - unused:
@@ -108,19 +100,12 @@ class BertTower(nn.Module):
         causal: bool = False,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Run some of the layers on hidden states.
+        """Run some of the layers on hidden states (B, L, D) -> (B, L, D).
 
-        Args:
-            hidden: (B, L, D).
-            mask: (B, T), 1 = real token, of the cached tokens followed by those of `hidden`.
-            layers: indices of the layers, in order.
-            image_tokens: (B, N, D), which layers with cross attention attend to.
-            image_mask: (B, N), 1 = real token; None if all are real.
-            causal: each token attends to itself and earlier tokens only.
-            cache: keys and values of earlier tokens, which this call extends.
-
-        Returns:
-            (B, L, D).
+        `mask` (B, T) is of the cached tokens followed by those of `hidden`. Layers with cross
+        attention attend to image_tokens (B, N, D), masked by image_mask (B, N). With `causal`, each
+        token attends to itself and earlier tokens only. This call extends `cache`, the keys and
+        values of earlier tokens.
         """
         bias = (mask != 0)[:, None, None]
         if causal:
@@ -134,10 +119,7 @@ class BertTower(nn.Module):
     def run_layer_with(
         self, i: int, step: Callable[[nn.Module, Tensor], tuple[Tensor, R]], hidden: Tensor
     ) -> tuple[Tensor, R]:
-        """Run `step(layer, hidden) -> (hidden, extra)` instead of the forward of layer i.
-
-        Activation checkpointing recomputes the step if it recomputes the layer.
-        """
+        """Run `step(layer, hidden) -> (hidden, extra)` instead of layer i, also when recomputed."""
         layer = self.layers[i]
         run = partial(in_place_of, layer, partial(step, layer))
         if layer.gradient_checkpointing and layer.training:
@@ -174,7 +156,6 @@ class BertTower(nn.Module):
         return text._replace(tokens=self.run(text.tokens, text.mask, after, **options))
 
     def _cls_scores(self, cls: Tensor, i: int, hidden: Tensor, real: Tensor) -> Tensor:
-        """Score text tokens (B, L) by the attention of layer i with `cls` (B, D) as the query."""
         layer = self.layers[i]
         with scoring_context(self, hidden), unsharded(layer, hidden, cls) as (hidden, cls):
             attention = layer.attention.self
@@ -207,16 +188,8 @@ def tied_decoder(encoder: BertTower) -> BertTower:
     return decoder
 
 
-def untied_decoder(encoder: BertTower) -> BertTower:
-    """Return a copy of the encoder with its own weights."""
-    return copy.deepcopy(encoder)
-
-
 def masked_language_head(tower: BertTower) -> BertOnlyMLMHead:
-    """Return BERT's prediction head, with weights tied to the word embeddings of the tower.
-
-    For a tower without embeddings, the weights are not tied.
-    """
+    """Return BERT's prediction head, tied to the word embeddings of the tower, if it has any."""
     head = BertOnlyMLMHead(tower.config)
     if tower.embeddings is not None:
         head.predictions.decoder.weight = tower.embeddings.word_embeddings.weight

@@ -15,52 +15,13 @@ from elip_models.towers.wrapped_modules import unsharded
 class CLIPTextTower(nn.Module):
     """CLIP's causal text transformer, pooled at the end-of-text token.
 
-    Args:
-        width: of the tokens.
-        depth: number of layers.
-        heads: number of attention heads.
-        vocab_size: rows of the token embeddings.
-        context_length: rows of the position embeddings.
-        eos_token_id: token whose output is the text's CLS vector.
-        pad_token_id: padding of the tokenizer.
-        hidden: width of the MLPs.
-        activation: of the MLPs, 'gelu' or 'quick_gelu'.
-        norm_eps: of the layer norms.
-        reduction: drops text tokens before layer depth // 2 (ELIP, section 4.4.1); None keeps all.
+    `reduction` drops text tokens before layer depth // 2 (ELIP, section 4.4.1); None keeps all.
     """
 
-    def __init__(
-        self,
-        *,
-        width: int,
-        depth: int,
-        heads: int,
-        vocab_size: int,
-        context_length: int,
-        eos_token_id: int,
-        pad_token_id: int,
-        hidden: int,
-        activation: str,
-        norm_eps: float,
-        reduction: TextReduction | None,
-    ) -> None:
+    def __init__(self, config: CLIPTextConfig, reduction: TextReduction | None) -> None:
         super().__init__()
-        self.eos_token_id = eos_token_id
+        self.eos_token_id = config.eos_token_id
         self.reduction = reduction
-        config = CLIPTextConfig(
-            hidden_size=width,
-            intermediate_size=hidden,
-            num_hidden_layers=depth,
-            num_attention_heads=heads,
-            vocab_size=vocab_size,
-            max_position_embeddings=context_length,
-            hidden_act=activation,
-            layer_norm_eps=norm_eps,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-            bos_token_id=None,
-            attn_implementation="sdpa",
-        )
         self.transformer = CLIPTextModel(config)
 
     def forward(
@@ -73,15 +34,7 @@ class CLIPTextTower(nn.Module):
     ) -> Tensor:
         """Return the output (B, width) at the first EOS, or at the last real token without one.
 
-        Args:
-            input_ids: (B, L).
-            attention_mask: (B, L), 1 = real token.
-            image_cls: (B, width), the image CLS for 'learned', detached here; others ignore it.
-            reduce: False keeps all tokens.
-
-        Raises:
-            TypeError: 'learned' without a floating-point `image_cls`.
-            ValueError: `image_cls` has another shape.
+        image_cls (B, width) is the image CLS for 'learned', detached here; others ignore it.
         """
         position = self._position(input_ids, attention_mask)
         if self.reduction is not None and reduce:
@@ -91,7 +44,6 @@ class CLIPTextTower(nn.Module):
         return hidden[torch.arange(hidden.shape[0], device=hidden.device), position]
 
     def _position(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Return the position (B,) at which each text is pooled."""
         is_eos = input_ids == self.eos_token_id
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         if attention_mask is not None:
@@ -106,13 +58,9 @@ class CLIPTextTower(nn.Module):
         position: Tensor,
         image_cls: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Run the layers and drop tokens half way.
+        """Run the layers and drop tokens half way, outside of activation checkpointing.
 
-        Tokens after EOS count as padding, since EOS does not attend to them. The selection is
-        between two layers, outside of activation checkpointing.
-
-        Returns:
-            (B, K, width) after the final norm, and the pooling position (B,) in it.
+        Tokens after EOS count as padding, since EOS does not attend to them.
         """
         layers = self.transformer.encoder.layers
         half = len(layers) // 2
@@ -137,7 +85,6 @@ class CLIPTextTower(nn.Module):
 
 
 def _run(layers: Iterable[nn.Module], hidden: Tensor, real: Tensor) -> Tensor:
-    """Run layers on hidden (B, L, D) with causal attention to the real tokens (B, L)."""
     L = hidden.shape[1]
     causal = torch.ones(L, L, dtype=torch.bool, device=hidden.device).tril()
     mask = causal & real[:, None, None]
@@ -147,7 +94,6 @@ def _run(layers: Iterable[nn.Module], hidden: Tensor, real: Tensor) -> Tensor:
 
 
 def _image_attention(layer: nn.Module, hidden: Tensor, image_cls: Tensor, real: Tensor) -> Tensor:
-    """Score text tokens (B, L) by the attention of a layer with the image CLS as the query."""
     attention, heads = layer.self_attn, (layer.self_attn.num_heads, layer.self_attn.head_dim)
     with scoring_context(layer, hidden), unsharded(layer, hidden, image_cls) as (hidden, image_cls):
         q = attention.q_proj(layer.layer_norm1(image_cls.to(hidden.dtype))).unflatten(-1, heads)
@@ -156,7 +102,6 @@ def _image_attention(layer: nn.Module, hidden: Tensor, image_cls: Tensor, real: 
 
 
 def _check_image(image_cls: Tensor | None, hidden: Tensor) -> None:
-    """Raise an error unless `image_cls` is one vector of the tower's width for each text."""
     expected = (hidden.shape[0], hidden.shape[2])
     if not isinstance(image_cls, Tensor) or not image_cls.is_floating_point():
         raise TypeError(

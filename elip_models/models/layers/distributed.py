@@ -32,10 +32,7 @@ def all_gather(values: Tensor, gather: Gather) -> Tensor:
 
 
 def labelled_count(labelled: Tensor, gather: Gather) -> Tensor:
-    """Return the divisor of a mean loss: the number of True positions, or its mean over ranks.
-
-    The minimum is 1 / ranks, so that an empty sum gives 0.
-    """
+    """Return the number of True positions, or its mean over ranks, but at least 1 / ranks."""
     count, ranks = labelled.sum().float(), ranks_of(gather)
     if ranks > 1:
         dist.all_reduce(count)

@@ -36,23 +36,14 @@ class Decoder(Protocol):
 
 
 class Answers(NamedTuple):
-    """Up to A answers of each question.
-
-    Attributes:
-        ids: (B, A, La).
-        mask: (B, A, La), 1 = real token.
-        weights: (B, A), 0 for a missing answer.
-    """
+    """Up to A answers of each question: ids and mask (B, A, La), weights (B, A), 0 if missing."""
 
     ids: Tensor
     mask: Tensor
     weights: Tensor
 
     def logits(self, decode: Decoder, states: QuestionStates) -> Tensor:
-        """Return logits (B * A, La, V) of a decoder.
-
-        A missing answer has one real token, because attention needs at least one.
-        """
+        """Return logits (B * A, La, V); a missing answer has one real token, as attention needs."""
         mask = self.mask.flatten(0, 1).clone()
         mask[:, 0] = 1
         return decode(self.ids.flatten(0, 1), mask, states.repeat(self.ids.shape[1]))
@@ -96,15 +87,9 @@ def score_candidates(
     k: int,
     smoothing: float = 0.0,
 ) -> Candidates:
-    """Score the most probable of C candidates as the answer of each question.
+    """Score the k most probable of C candidates as the answer of each question, B * k at once.
 
-    Args:
-        decode: see `Decoder`.
-        states: of the questions.
-        ids: (C, La) of the candidates, La at least 2.
-        mask: (C, La), 1 = real token.
-        k: number of candidates to score completely, an integer from 1; B * k are decoded at once.
-        smoothing: label smoothing, as in training.
+    `ids` and `mask` (C, La) are the candidates, La at least 2; `smoothing` is that of training.
     """
     check("k", k, PositiveInt)
     B = len(states.tokens)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from inspect import signature
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
@@ -25,7 +26,7 @@ CACHE = "cache" if "cache" in signature(BertLayer.forward).parameters else "past
 
 @dataclass(frozen=True)
 class Decoding(Config):
-    """Parameters of text generation; the defaults are BLIP's for captions.
+    """Parameters of text generation, checked; the defaults are BLIP's for captions.
 
     Attributes:
         sample: draw each token from the nucleus of `top_p`, instead of beam search.
@@ -34,10 +35,6 @@ class Decoding(Config):
         min_length: in tokens, likewise.
         top_p: probability of the nucleus, the most probable tokens.
         repetition_penalty: divides the score of a token that occurred before; 1 is none.
-
-    Raises:
-        TypeError: a value of another type; the message names the field.
-        ValueError: a value outside of its range.
     """
 
     sample: bool = False
@@ -69,21 +66,11 @@ def generate(
     end_token_id: int,
     decoding: Decoding,
 ) -> Tensor:
-    """Continue texts in the current mode of the modules; for no dropout, set them to eval mode.
+    """Continue texts (B, P) without padding, in the current mode of the modules -> (B, L) int64.
 
-    Args:
-        tower: all of its layers run.
-        head: returns logits from the last hidden state.
-        input_ids: (B, P), P at least 1, without padding.
-        states: (B, N, D) for cross attention, and their mask (B, N), 1 = real, or None.
-        end_token_id: ends a text; the tower's pad token follows.
-        decoding: see `Decoding`.
-
-    Returns:
-        (B, L) int64, `input_ids` first, L at most max_length.
-
-    Raises:
-        ValueError: max_length leaves no room after `input_ids`, or exceeds the tower's positions.
+    `head` returns logits from the last hidden state of the tower. `states` are (B, N, D) for cross
+    attention, and their mask (B, N) or None. Pad tokens follow `end_token_id`. ValueError is raised
+    if max_length leaves no room after `input_ids`, or exceeds the tower's positions.
     """
     P, positions = input_ids.shape[1], tower.config.max_position_embeddings
     if not P < decoding.max_length <= positions:
@@ -107,10 +94,8 @@ def generate(
         **{CACHE: EncoderDecoderCache(DynamicCache(), DynamicCache())},
     )
     ended = (ids[:, P:-1] == end_token_id).cumsum(1) > 0
-    ids[:, P + 1 :].masked_fill_(
-        ended, tower.config.pad_token_id
-    )  # beam search can pad with the end
-    return ids
+    # Beam search can pad with the end token.
+    return ids.masked_fill_(F.pad(ended, (P + 1, 0)), tower.config.pad_token_id)
 
 
 class _GenerationModel(PreTrainedModel, GenerationMixin):

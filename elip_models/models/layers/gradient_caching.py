@@ -18,15 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 
 def encode_in_slices(encode: Callable[..., Tensor], count: int, *inputs: Tensor | None) -> Tensor:
-    """Encode a batch in slices; without gradient, encode it whole.
+    """Encode a batch in `count` slices, at most one per row; without gradient, encode it whole.
 
-    Args:
-        encode: maps inputs with the rows of a slice, (b, ..) each or None, to (b, E).
-        count: number of slices, at most one per row; 1 encodes the batch whole.
-        *inputs: (B, ..) each, or None.
-
-    Returns:
-        (B, E).
+    `encode` maps inputs with the rows of a slice, (b, ..) each or None, to (b, E).
     """
     if count == 1 or not torch.is_grad_enabled():
         return encode(*inputs)

@@ -17,16 +17,10 @@ from elip_models.models.layers.losses import hard_negatives
 
 @torch.no_grad()
 def replace_with_negatives(guides: Tensor, features: Tensor, scale: Tensor, share: float) -> Tensor:
-    """Replace the guidance of a share of the images by hard negatives of this rank's batch.
+    """Replace the guidance (B, D) of a share of the images by hard negatives of this rank's batch.
 
-    Args:
-        guides: (B, D), the guidance of each image.
-        features: (B, E) of the texts, normalised; more similar texts are drawn more often.
-        scale: scalar, the inverse temperature.
-        share: of the images; a single image keeps its own guidance.
-
-    Returns:
-        (B, D), without gradient.
+    `features` (B, E) are those of the texts; more similar texts are drawn more often. `scale` is
+    the inverse temperature. A single image keeps its own guidance.
     """
     features = features.float()
     with no_autocast(features):
@@ -41,5 +35,4 @@ def drop_guidance(guides: Tensor, share: float) -> Tensor:
 
 
 def _chosen(guides: Tensor, share: float) -> Tensor:
-    """Return (B, 1) bool, True for a random share of the rows."""
     return torch.rand(len(guides), 1, device=guides.device) < share

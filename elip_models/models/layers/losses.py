@@ -27,12 +27,9 @@ def soft_contrastive_loss(
 ) -> Tensor:
     """Return ITC with momentum distillation, the mean of both directions, in fp32.
 
-    Args:
-        similarities: image-to-text and text-to-image (B, C), divided by the temperature.
-        momentum: the same of the momentum encoders, without gradient.
-        alpha: weight of the momentum targets.
-        first: row i is the pair of column first + i.
-        positives: (B, C) bool, all positive columns of a row; None: its pair alone.
+    `similarities` are image-to-text and text-to-image (B, C), divided by the temperature;
+    `momentum` are those of the momentum encoders. Row i is the pair of column first + i, its
+    positive unless `positives` (B, C) bool has all positive columns.
     """
     losses = []
     for online, teacher in zip(similarities, momentum, strict=True):
@@ -53,16 +50,10 @@ def hard_negatives(
     first: int = 0,
     positives: Tensor | None = None,
 ) -> Tensor:
-    """Draw for each row a column of another pair, by the softmax of the row.
+    """Draw for each row of (B, C) a column of another pair, by softmax + epsilon -> (B,) int64.
 
-    Args:
-        similarities: (B, C), divided by the temperature.
-        epsilon: added to each weight.
-        first: row i is the pair of column first + i.
-        positives: (B, C) bool, columns to exclude too, unless a row has no other column.
-
-    Returns:
-        (B,) int64. For a single column, it is the pair itself.
+    Row i is the pair of column first + i. `positives` (B, C) bool are columns to exclude too,
+    unless a row has no other column. For a single column, the result is the pair itself.
     """
     weights = similarities.float().softmax(1) + epsilon
     columns = torch.arange(weights.shape[1], device=weights.device)
@@ -89,16 +80,15 @@ def mask_tokens(
     probability: float,
     continues: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mask tokens for masked language modelling.
+    """Mask tokens for masked language modelling: 80% [MASK], 10% a random token, 10% unchanged.
 
     Args:
         input_ids: (B, L).
-        mask_token_id: replaces 80% of the chosen tokens; 10% get a random token, 10% stay.
+        mask_token_id: id of [MASK].
         special_token_ids: never chosen.
         vocab_size: range of random tokens.
         probability: of choosing a token, or a word.
-        continues: (V,) bool, tokens that continue a word, to choose whole words; None chooses each
-            token independently.
+        continues: (V,) bool, tokens that continue a word, to choose whole words; or None.
 
     Returns:
         Masked ids and labels, (B, L) each; labels are -100 for tokens that are not chosen.
@@ -126,11 +116,6 @@ def mask_every_seventh(input_ids: Tensor, mask_token_id: int) -> tuple[Tensor, T
     return masked, torch.where(chosen, input_ids, IGNORED)
 
 
-def next_rows(count: int, device: torch.device) -> Tensor:
-    """Return for each of `count` rows the index of the next one, 0 for the last -> int64."""
-    return torch.arange(count, device=device).roll(-1)
-
-
 def distilled_cross_entropy(
     logits: Tensor,
     labels: Tensor,
@@ -138,17 +123,9 @@ def distilled_cross_entropy(
     alpha: Tensor | float = 0.0,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """Return (1 - alpha) CE + alpha soft CE against the teacher, for each label.
+    """Return (1 - alpha) CE + alpha soft CE against the teacher (.., V), for each label (..).
 
-    Args:
-        logits: (.., V).
-        labels: (..), -100 = ignored.
-        teacher: logits (.., V) without gradient, or None.
-        alpha: weight of the teacher.
-        smoothing: label smoothing.
-
-    Returns:
-        (..) in fp32, or fp64 for fp64 logits; 0 where ignored.
+    The loss is fp32, or fp64 for fp64 logits (.., V), and 0 for the label -100.
     """
     logits = at_least_fp32(logits)
     hard = F.cross_entropy(
@@ -164,11 +141,12 @@ def distilled_cross_entropy(
     return (1 - alpha) * hard + alpha * soft * (labels != IGNORED)
 
 
-def distilled_language_loss(
+def language_loss(
     logits: Tensor,
     labels: Tensor,
     teacher: Tensor | None = None,
     alpha: Tensor | float = 0.0,
+    smoothing: float = 0.0,
     *,
     gather: Gather,
 ) -> Tensor:
@@ -176,7 +154,7 @@ def distilled_language_loss(
 
     `gather` selects the ranks whose labelled positions are counted, see `labelled_count`.
     """
-    losses = distilled_cross_entropy(logits, labels, teacher, alpha)
+    losses = distilled_cross_entropy(logits, labels, teacher, alpha, smoothing)
     return losses.sum() / labelled_count(labels != IGNORED, gather)
 
 
@@ -184,15 +162,6 @@ def next_tokens(input_ids: Tensor, mask: Tensor) -> Tensor:
     """Return labels (B, L): the next token of each token, -100 without a real next one."""
     labels = input_ids.masked_fill(mask == 0, IGNORED)
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-
-
-def language_loss(logits: Tensor, labels: Tensor, *, smoothing: float, gather: Gather) -> Tensor:
-    """Return LM, the mean cross entropy over the labelled positions in fp32, 0 without any.
-
-    For labels, see `next_tokens`; for gather, see `labelled_count`.
-    """
-    losses = distilled_cross_entropy(logits, labels, smoothing=smoothing)
-    return losses.sum() / labelled_count(labels != IGNORED, gather)
 
 
 def at_least_fp32(values: Tensor) -> Tensor:
@@ -210,14 +179,10 @@ def contrastive_loss(
 ) -> Tensor:
     """Return the symmetric cross entropy over the batch, a scalar in fp32.
 
-    Args:
-        image_features: (B, E), normalised; row i of both features is one pair.
-        text_features: (B, E), normalised.
-        scale: scalar, the inverse temperature.
-        gather: 'local' takes negatives from this rank, 'global' from all ranks: then the mean over
-            ranks, and its gradient, equal one process with the whole batch.
-        image_ids: (B,) int64, equal where two pairs show the same image, whose texts are equally
-            weighted positives; None: each pair alone is positive.
+    Row i of both normalised features (B, E) is one pair; `scale` is the inverse temperature.
+    gather='local' takes negatives from this rank, 'global' from all ranks: then the mean over
+    ranks, and its gradient, equal one process with the whole batch. image_ids (B,) are equal where
+    two pairs show the same image, whose texts are equally weighted positives.
     """
     B = image_features.shape[0]
     images, texts = image_features.float(), text_features.float()
@@ -242,8 +207,7 @@ def sigmoid_loss(
 ) -> Tensor:
     """Return SigLIP's loss, a scalar in fp32: binary over all B^2 pairs, summed, divided by B.
 
-    scale and bias are scalars: factor and offset of the similarities. Only texts are gathered. For
-    the other arguments, see `contrastive_loss`.
+    Only texts are gathered. For the arguments, see `contrastive_loss`; `bias` is a scalar offset.
     """
     B = image_features.shape[0]
     images, texts = image_features.float(), all_gather(text_features.float(), gather)

@@ -6,17 +6,10 @@ queue   = the latest Q features; a batch overwrites the oldest ones (ring buffer
 Source: MoCo (He et al., 2020); ALBEF, section 3.2; BLIP.
 """
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from elip_kernels.autocast import no_autocast
-
-
-def momentum_copy(module: nn.Module) -> nn.Module:
-    """Return a copy of a module, without gradient."""
-    return copy.deepcopy(module).requires_grad_(False)
 
 
 @torch.no_grad()
@@ -30,12 +23,9 @@ NO_IMAGE = -100  # image id of the columns of a queue that were never filled
 
 
 class FeatureQueue(nn.Module):
-    """Queue of the latest normalised features of images and of texts, (E, Q) each.
+    """Queue of the latest normalised features of images and of texts, (width, size) each.
 
-    Args:
-        width: E.
-        size: Q.
-        with_ids: also store the image id of each pair, `ids` (Q,) int64.
+    `with_ids` also stores the image id of each pair, `ids` (size,) int64.
     """
 
     image: Tensor
@@ -56,10 +46,7 @@ class FeatureQueue(nn.Module):
         return torch.cat([image.T, self.image], dim=1), torch.cat([text.T, self.text], dim=1)
 
     def positives(self, own: Tensor, batch: Tensor) -> Tensor:
-        """Return (B, C + Q) bool, which keys show the images `own` (B,).
-
-        `batch` (C,) are the images of the batch, which comes before the queue.
-        """
+        """Return (B, C + Q) bool, which of batch (C,) and queue show the images `own` (B,)."""
         return own[:, None] == torch.cat([batch, self.ids])
 
     def check(self, batch_size: int) -> None:
@@ -89,13 +76,8 @@ def similarities(
 ) -> tuple[Tensor, Tensor]:
     """Return image-to-text and text-to-image similarities (B, C), divided by the temperature.
 
-    They have the dtype of the queue, also under autocast. A bf16 cosine has an error of 0.002,
-    which a temperature of 0.07 increases to 0.03.
-
-    Args:
-        features: (B, E) of images and of texts.
-        keys: (E, C) of images and of texts, see `FeatureQueue.contrastive_keys`.
-        temperature: scalar.
+    For keys (E, C), see `contrastive_keys`. The dtype is that of the queue, also under autocast: a
+    bf16 cosine has an error of 0.002, which a temperature of 0.07 increases to 0.03.
     """
     (image, text), (images, texts) = features, keys
     with no_autocast(image):

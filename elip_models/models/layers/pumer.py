@@ -30,14 +30,7 @@ from elip_models.validation import Count, Rate, check_fields
 
 
 class FusionTokens(NamedTuple):
-    """Tokens of both sides in a co-attention layer.
-
-    Attributes:
-        text: (B, L, C).
-        text_mask: (B, L), True or 1 = real token.
-        image: (B, N, C).
-        image_mask: (B, N), likewise; None if all are real.
-    """
+    """Tokens of both sides in a co-attention layer, with masks: True or 1 = real, None = all."""
 
     text: Tensor
     text_mask: Tensor
@@ -47,17 +40,13 @@ class FusionTokens(NamedTuple):
 
 @dataclass(frozen=True)
 class PuMer:
-    """Amount and place of the reduction; the defaults are the paper's METER for VQA.
+    """Amount and place of the reduction, checked; the defaults are the paper's METER for VQA.
 
     Attributes:
         layers: indices of the co-attention layers that reduce.
         prune: share of the image tokens of such a layer to drop.
         merge: share of the image tokens to merge.
         merge_text: share of the text tokens to merge.
-
-    Raises:
-        TypeError: a value of another type; the message names the field.
-        ValueError: a value outside of its range.
     """
 
     layers: tuple[Count, ...] = (0, 1, 2, 3)
@@ -73,10 +62,7 @@ class PuMer:
     def run(
         self, layer: BertLayer, inputs: FusionTokens, *, keeps_text: bool = False
     ) -> FusionTokens:
-        """Run a text layer, and reduce both sides after its cross attention.
-
-        With keeps_text, no text token merges, so that each has its own output.
-        """
+        """Run a text layer, and reduce both sides before its MLP; keeps_text merges no text."""
         text, text_mask, image, image_mask = inputs
         real = text_mask != 0
         image_real = None if image_mask is None else image_mask != 0
@@ -112,12 +98,10 @@ class PuMer:
 
 
 def _attention_mask(real: Tensor | None) -> Tensor | None:
-    """Return a mask (B, N) in the shape that attention of transformers expects."""
     return None if real is None else real[:, None, None]
 
 
 def _project_heads(attention: BertSelfAttention, name: str, x: Tensor) -> Tensor:
-    """Project x (B, N, C) by a projection of the attention -> (B, H, N, d)."""
     projection: nn.Module = getattr(attention, name)
     return projection(x).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
 
@@ -125,11 +109,7 @@ def _project_heads(attention: BertSelfAttention, name: str, x: Tensor) -> Tensor
 def _merge(
     tokens: Tensor, keys: Tensor, count: int, real: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Merge `count` tokens (B, N, C), never the first, into the most similar ones.
-
-    Returns:
-        The remaining tokens, and their mask.
-    """
+    """Merge `count` tokens (B, N, C), never the first, into the most similar ones."""
     if real is None:
         return bipartite_merge(tokens, keys, count)[0], None
     # Padding gets equal keys, so it merges first; the penalty makes it the last choice as a target.

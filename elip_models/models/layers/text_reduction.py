@@ -26,13 +26,11 @@ TextStrategy = Literal["random", "post", "learned"]
 
 
 class ReducedText(NamedTuple):
-    """Remaining tokens of a batch of texts.
-
-    Without reduction, `mask` is the given mask, and `anchor` and `kept` are None.
+    """Remaining tokens of a batch of texts; without reduction, `anchor` and `kept` are None.
 
     Attributes:
         tokens: (B, K, D); unused slots, at the end, hold other tokens of the text.
-        mask: (B, K) bool, True = kept token, False = unused slot.
+        mask: (B, K) bool, True = kept token, False = unused slot; the given mask without reduction.
         anchor: (B,) int64, position of the anchor.
         kept: (B, K) int64, positions in the input, ascending where `mask` is True.
     """
@@ -61,10 +59,6 @@ class TextReduction:
         strategy: 'random' drops random tokens, 'post' the last ones, 'learned' those with the least
             score.
         drop: share of the real tokens of a text, in [0, 1).
-
-    Raises:
-        TypeError: a value of another type; the message names the argument.
-        ValueError: a value outside of its range.
     """
 
     strategy: TextStrategy
@@ -81,12 +75,8 @@ class TextReduction:
         Args:
             tokens: (B, L, D), floating point; gradients reach the kept ones.
             mask: (B, L) bool, True = real token. The anchor counts as real.
-            anchor: (B,) int64, or an int for all texts: position of a token that is_kept.
+            anchor: (B,) int64, or an int for all texts: position of a token that is kept.
             scores: (B, L), for 'learned' only. Ties keep the lower index; NaN counts as the least.
-
-        Raises:
-            TypeError: an argument of another type; the message names it.
-            ValueError: an argument of another shape; the message names it.
         """
         _check(tokens, mask, anchor, scores, self.strategy)
         B, L, _ = tokens.shape
@@ -118,7 +108,7 @@ class TextReduction:
         return torch.zeros_like(mask).scatter(1, order, first)
 
     def _priority(self, mask: Tensor, scores: Tensor | None) -> Tensor:
-        """Return a finite priority (B, L) of each token; the least are dropped first."""
+        """Return a finite priority (B, L); the least are dropped first."""
         if self.strategy == "random":
             return torch.rand(mask.shape, device=mask.device)
         if self.strategy == "post":
@@ -128,7 +118,6 @@ class TextReduction:
 
 
 def _check(tokens: Any, mask: Any, anchor: Any, scores: Any, strategy: str) -> None:
-    """Check that mask, anchor and scores fit the tokens; `reduce` checks the rest."""
     if not isinstance(tokens, Tensor) or tokens.dim() != 3:
         raise TypeError(f"tokens: expected a tensor (B, L, D), got {_describe(tokens)}")
     B, L, _ = tokens.shape

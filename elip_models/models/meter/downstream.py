@@ -26,7 +26,6 @@ from elip_models.models.meter.model import (
     METERMatcher,
     draw_itm_images,
 )
-from elip_models.towers.reducible_model import random_ids
 from elip_models.validation import PositiveInt, Size
 
 PRETRAINED_HEADS = ("language_head.", "itm_head.")
@@ -89,12 +88,7 @@ class METERRetrievalOutput(RankingOutput):
 
 
 class DrawnImages(NamedTuple):
-    """Random choices of a retrieval step with ITM.
-
-    Attributes:
-        itm_labels: (B,) int64, 1 where a text keeps its image in ITM.
-        false_images: (B, 3, H, W), another image for each text, used where its label is 0.
-    """
+    """Random choices of a retrieval step with ITM, see `METERDraw`."""
 
     itm_labels: Tensor
     false_images: Tensor
@@ -125,10 +119,8 @@ class METERClassifier(METERBackbone):
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
         """Return images, a random text for each of them, and labels of the first class."""
-        config, labels = self.config, torch.zeros(len(images), dtype=torch.long)
-        ids = random_ids(images, config.context_length, config.vocab_size, config.sep_token_id)
-        inputs = {"images": images, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        return inputs | {"labels": labels.to(images.device)}
+        labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
+        return super().random_inputs(images) | {"labels": labels}
 
     def logits(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return logits (B, num_classes) of images (B, 3, H, W) and texts (B, L)."""
@@ -163,8 +155,7 @@ class METERVQA(METERClassifier):
     ) -> TaskOutput:
         """Return the binary cross entropy of a batch, summed over the answers.
 
-        answer_scores (B, num_classes), fp32 in [0, 1], are the degrees to which answers are
-        correct.
+        answer_scores (B, num_classes), fp32 in [0, 1], are degrees of correctness.
         """
         logits = self.logits(images, input_ids, attention_mask)
         loss = F.binary_cross_entropy_with_logits(logits.float(), answer_scores)
@@ -238,16 +229,12 @@ class METERRetrieval(METERMatcher):
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
         """Return images, a text, false texts of other images, and fixed random choices."""
-        config, numbers = self.config, torch.arange(len(images), device=images.device)
-        ids = random_ids(images, config.context_length, config.vocab_size, config.sep_token_id)
-        mask, false = torch.ones_like(ids), range(1, config.false_texts + 1)
-        return {
-            "images": images,
-            "input_ids": ids,
-            "attention_mask": mask,
+        numbers = torch.arange(len(images), device=images.device)
+        inputs, false = super().random_inputs(images), range(1, self.config.false_texts + 1)
+        return inputs | {
             "image_ids": numbers,
-            "false_ids": torch.stack([ids.roll(shift, 0) for shift in false], 1),
-            "false_mask": torch.stack([mask for _ in false], 1),
+            "false_ids": torch.stack([inputs["input_ids"].roll(i, 0) for i in false], 1),
+            "false_mask": torch.stack([inputs["attention_mask"] for _ in false], 1),
             "drawn": DrawnImages(1 - numbers % 2, images.roll(-1, 0)),
         }
 
@@ -279,14 +266,8 @@ class METERRetrieval(METERMatcher):
     ) -> RankingOutput:
         """Return the losses of a batch of pairs; with ITM, a `METERRetrievalOutput`.
 
-        Args:
-            images: (B, 3, H, W).
-            input_ids: (B, L).
-            attention_mask: (B, L), 1 = real token.
-            image_ids: (B,) int64, equal where two pairs show the same image; used by ITM.
-            false_ids: (B, F, L), other texts for each image.
-            false_mask: (B, F, L), 1 = real token.
-            drawn: false images of ITM to use instead of random ones.
+        false_ids and false_mask (B, F, L) are other texts for each image. image_ids (B,) int64 are
+        equal where two pairs show the same image, for ITM. `drawn` replaces random images of ITM.
         """
         ids = torch.cat([input_ids[:, None], false_ids], 1)
         mask = torch.cat([attention_mask[:, None], false_mask], 1)
@@ -303,7 +284,6 @@ class METERRetrieval(METERMatcher):
         return METERRetrievalOutput(loss_rank + loss_itm, loss_rank, ranks, loss_itm, itm_logits)
 
     def _draw(self, images: Tensor, image_ids: Tensor) -> DrawnImages:
-        """Draw images for ITM; a text keeps its image if the other one is the same image."""
         labels, others = draw_itm_images(images)
         labels = labels | (image_ids == image_ids[others]).long()
         return DrawnImages(labels, images[others])

@@ -21,15 +21,10 @@ from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 
 from elip_models.models.cross_modal import CrossModalModel
 from elip_models.models.layers.bert import BertTower, masked_language_head
-from elip_models.models.layers.losses import (
-    distilled_language_loss,
-    mask_every_seventh,
-    mask_tokens,
-)
+from elip_models.models.layers.losses import language_loss, mask_every_seventh, mask_tokens
 from elip_models.models.layers.pumer import FusionTokens
 from elip_models.models.layers.text_reduction import ReducedText
 from elip_models.models.meter.config import METERConfig
-from elip_models.reduction.strategy import mask_after
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,8 +62,7 @@ class METERDraw(NamedTuple):
     """Random choices of `forward`, for a caller that makes them itself.
 
     Attributes:
-        masked_ids: (B, L), see `mask_tokens`.
-        labels: (B, L), see `mask_tokens`.
+        masked_ids: (B, L), see `mask_tokens`, as `labels`.
         itm_labels: (B,) int64, 1 where a text keeps its image in ITM.
         false_images: (B, 3, H, W), another image for each text, used where its label is 0.
     """
@@ -80,11 +74,7 @@ class METERDraw(NamedTuple):
 
 
 def draw_itm_images(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw which images (B, 3, H, W) ITM keeps, and another image for each.
-
-    Returns:
-        Labels (B,) int64, 1 for the half that is kept, and indices (B,) of the other images.
-    """
+    """Draw ITM's labels (B,), 1 for the half of images that is kept, and indices (B,) of others."""
     B, device = len(images), images.device
     pairs = max(1, B // 2)  # a batch of one image has no other image
     labels = (torch.randperm(B, device=device) < pairs).long()
@@ -146,16 +136,8 @@ class METERBackbone(CrossModalModel):
     ) -> FusionTokens:
         """Run the co-attention layers, which drop tokens as `config.cross_reduction` specifies.
 
-        Args:
-            text: (B, L, D).
-            mask: (B, L), 1 = real token.
-            image: (B, N, D).
-            image_mask: (B, N), True = real token; None if all are real.
-            image_types: (B,), rows of the token type embeddings; `IMAGE` by default.
-            keeps_text: keep all text tokens.
-
-        Returns:
-            The tokens of both sides after the last layer.
+        image_types (B,) are rows of the token type embeddings, `IMAGE` by default; keeps_text keeps
+        all text tokens.
         """
         types = self.token_types.weight
         image_type = types[IMAGE] if image_types is None else types[image_types][:, None]
@@ -173,7 +155,6 @@ class METERBackbone(CrossModalModel):
         return inputs
 
     def _text_layer(self, i: int, inputs: FusionTokens, keeps_text: bool) -> FusionTokens:
-        """Run co-attention layer i of the text; the result has its text and the remaining image."""
         if self.pumer is None or i not in self.pumer.layers:
             text, mask, image, image_mask = inputs
             text = self.text_layers.run(text, mask, range(i, i + 1), image, image_mask)
@@ -205,15 +186,10 @@ class METERBackbone(CrossModalModel):
         *,
         keeps_text: bool = False,
     ) -> tuple[ReducedText, Tensor]:
-        """Encode and fuse a batch; image_types (B,) and keeps_text are those of `fuse`.
-
-        Returns:
-            Fused text (B, K, C) with its mask, and fused image (B, N, C).
-        """
+        """Encode and fuse a batch -> text (B, K, C) with its mask, image (B, N, C); see `fuse`."""
         text = self.encode_text_reduced(images, input_ids, mask)
-        image, infos = self.encode_image(images, self.select_guidance(text.tokens[:, 0]))
-        given = (text.tokens, text.mask, image, mask_after(infos), image_types)
-        outputs = self.fuse(*given, keeps_text=keeps_text)
+        image = self.encode_masked(images, self.select_guidance(text.tokens[:, 0]))
+        outputs = self.fuse(text.tokens, text.mask, *image, image_types, keeps_text=keeps_text)
         if outputs.text.shape[1] == text.mask.shape[1]:
             return text._replace(tokens=outputs.text), outputs.image
         return ReducedText(outputs.text, outputs.text_mask), outputs.image
@@ -221,6 +197,8 @@ class METERBackbone(CrossModalModel):
 
 class METERMatcher(METERBackbone):
     """Backbone with the head of ITM."""
+
+    matching_tokens = METERBackbone.encode_masked
 
     def _add_heads(self, config: METERConfig) -> None:
         self.itm_head = nn.Linear(2 * config.cross_width, 2)
@@ -232,13 +210,6 @@ class METERMatcher(METERBackbone):
     def rank(self, pooled: Tensor) -> Tensor:
         """Return the logit (B,) of a pair, from pooled text and image (B, 2C)."""
         return self.itm_head(pooled)[:, 1]
-
-    def matching_tokens(
-        self, images: Tensor, text_cls: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Encode images for `matching_logits` -> tokens (B, N, D) and their mask, or None."""
-        tokens, infos = self.encode_image(images, text_cls)
-        return tokens, mask_after(infos)
 
     def matching_logits(
         self, tokens: Tensor, image_mask: Tensor | None, input_ids: Tensor, attention_mask: Tensor
@@ -267,8 +238,7 @@ class METER(METERMatcher):
     def read_vocabulary_(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Store which tokens continue a word ('##..' in BERT), for masking whole words.
 
-        Raises:
-            ValueError: the tokenizer does not mark such tokens, or its ids exceed `vocab_size`.
+        ValueError is raised if the tokenizer does not mark them, or its ids exceed `vocab_size`.
         """
         if not self.config.mask_whole_words:
             return
@@ -295,16 +265,15 @@ class METER(METERMatcher):
     ) -> METEROutput:
         """Return the pre-training losses of a batch of pairs.
 
-        `config.text_reduction` drops text tokens here, but not in `encode_text`. 'learned' needs
-        the image before the text: it adds a dense forward of the image tower to each pass, without
-        gradient.
-        `drawn` replaces random masks and images, to repeat the step of another implementation.
+        `config.text_reduction` drops text tokens here, but not in `encode_text`. 'learned' adds a
+        dense forward of the image tower to each pass, without gradient, before the text. `drawn`
+        replaces random masks and images, to repeat the step of another implementation.
         """
         if drawn is None:
             drawn = self._draw(images, input_ids)
         text, _ = self.encode_and_fuse(images, drawn.masked_ids, attention_mask, keeps_text=True)
         mlm_logits, labels = self.language_head(text.tokens), text.labels(drawn.labels)
-        loss_mlm = distilled_language_loss(mlm_logits, labels, gather=self.config.gather)
+        loss_mlm = language_loss(mlm_logits, labels, gather=self.config.gather)
         is_pair = (drawn.itm_labels == 1)[:, None, None, None]
         itm_images = torch.where(is_pair, images, drawn.false_images)
         text, image = self.encode_and_fuse(itm_images, input_ids, attention_mask)
@@ -319,7 +288,6 @@ class METER(METERMatcher):
         return METERDraw(*masked, keeps_image, images.roll(-1, 0))
 
     def _draw(self, images: Tensor, input_ids: Tensor) -> METERDraw:
-        """Draw masked tokens; half of the texts keep their image, the others get another one."""
         config = self.config
         if config.mask_whole_words and self.continues is None:
             raise ValueError(

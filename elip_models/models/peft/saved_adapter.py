@@ -72,7 +72,7 @@ def remove_adapter(folder: str | Path) -> None:
 
 
 def _saved(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that `save_adapter` writes, under the names that peft uses."""
+    """Return the parameters to write, under the names that peft uses."""
     return {
         PREFIX + name.replace(".default.", "."): parameter
         for name, parameter in model.named_parameters()
