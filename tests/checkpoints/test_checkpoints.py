@@ -201,12 +201,12 @@ def test_position_embeddings_follow_the_image_size(golden, tmp_path):
     case = golden("albef_pretrain")
     options = without_tensor(test_albef.loaded(case).config, "albef")
     path = saved(official(case, "albef"), tmp_path)
-    larger = convert_checkpoint(path, image_size=128, **options)
+    larger = convert_checkpoint(path, image_size=64, **options)
     for encoders in (larger.encoders, larger.encoders_m):
-        assert encoders.visual.pos_embed.shape == (1, 65, 32)
+        assert encoders.visual.pos_embed.shape == (1, 65, 16)
     given = case["sd/visual_encoder.pos_embed"]
     assert torch.equal(larger.encoders.visual.pos_embed[:, :1], given[:, :1])
-    same = convert_checkpoint(path, image_size=96, **options)
+    same = convert_checkpoint(path, image_size=48, **options)
     assert torch.equal(same.encoders.visual.pos_embed, given)
     assert resample_pos_embed(given, same) is given
     flat = resample_pos_embed(torch.ones(1, 37, 4), larger)
@@ -245,8 +245,8 @@ def test_missing_and_unexpected_tensors_are_listed_unless_allowed(albef):
 
 def test_wrong_shapes_are_listed(albef):
     weights, convert = albef
-    weights["itm_head.weight"] = torch.zeros(3, 32)
-    with pytest.raises(ValueError, match=r"itm_head\.weight \(2, 32\), got \(3, 32\)"):
+    weights["itm_head.weight"] = torch.zeros(3, 16)
+    with pytest.raises(ValueError, match=r"itm_head\.weight \(2, 16\), got \(3, 16\)"):
         convert()
 
 
@@ -350,7 +350,7 @@ def test_a_file_of_something_else_is_named(tmp_path, content):
 def test_position_embeddings_are_interpolated_as_the_official_code_does(tmp_path):
     model = create_model("albef_tiny")
     torch.nn.init.normal_(model.visual.pos_embed)
-    larger = convert_checkpoint(model.save_pretrained(tmp_path), image_size=96)
+    larger = convert_checkpoint(model.save_pretrained(tmp_path), image_size=48)
     first, grid = model.visual.pos_embed.split([1, 64], dim=1)
     grid = grid.mT.unflatten(2, (8, 8))
     grid = torch.nn.functional.interpolate(grid, (12, 12), mode="bicubic", align_corners=False)

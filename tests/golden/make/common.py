@@ -148,7 +148,7 @@ def save(name, tensors, *, source, root, files, **meta):
     stored = {}
     for key, tensor in tensors.items():
         tensor = tensor.detach().contiguous().clone()
-        if tensor.dtype == torch.int64:
+        if tensor.dtype == torch.int64 and not key.startswith("sd/"):
             tensor = tensor.int()
         elif tensor.dtype == torch.float32 and torch.equal(tensor.half().float(), tensor):
             tensor = tensor.half()
