@@ -304,7 +304,10 @@ def test_calls_that_would_return_wrong_grids_raise_an_error():
     siglip, x = WITHOUT_CLS["HF SigLIP vision"]().eval(), images()
     reduce_(siglip, schedule=SCHEDULE, merge="none")
     assert siglip(x, output_hidden_states=True).hidden_states  # unguided, it is dense
-    with elip_models.guidance(siglip, text()), pytest.raises(ValueError, match="that pools the kept ones"):
+    with (
+        elip_models.guidance(siglip, text()),
+        pytest.raises(ValueError, match="that pools the kept ones"),
+    ):
         siglip(x, output_hidden_states=True)
     pooled = reduce_(plain_vit(global_pool="avg").eval(), schedule=SCHEDULE, merge="none")
     with pytest.raises(ValueError, match="that pools the kept ones"):

@@ -22,7 +22,7 @@ from elip_models import (
 )
 from elip_models.analysis.visualize_inputs import open_visualized_model
 from elip_models.models import create_model
-from elip_models.profiling.table import profile_settings
+from elip_models.profiling.table import ProfileSettings
 from elip_models.reduction.serialization import settings_of, strategy_of
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.user_warnings import warn_once
@@ -142,11 +142,11 @@ def test_the_command_line_refuses_both_too():
     settings = {"models": (), "flops": None, "batch_sizes": (1,), "mode": "both", "dtype": "fp32"}
     settings |= {"rounds": None, "keep": 0.7}
     with pytest.raises(ConfigError, match=r"--strategy: keep: expected no r beside it"):
-        profile_settings(strategies=("tome:r=8",), schedule=None, **settings)
+        ProfileSettings(strategies=("tome:r=8",), schedule=None, **settings)
     with pytest.raises(ConfigError, match=r"--strategy: flops: expected no r beside it"):
-        profile_settings(strategies=("tome:r=8",), schedule=None, **settings | SHARE)
+        ProfileSettings(strategies=("tome:r=8",), schedule=None, **settings | SHARE)
     with pytest.raises(ConfigError, match="--keep: expected it or --schedule"):
-        profile_settings(strategies=(), schedule="clip", **settings)
+        ProfileSettings(strategies=(), schedule="clip", **settings)
     with pytest.raises(ValueError, match="keep: expected no r beside it"):
         parse_reduce(["tome:r=8", "keep=0.7"])
     for options in ({"strategy": "tome:r=8"}, {"schedule": "clip"}):
