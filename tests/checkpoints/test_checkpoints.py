@@ -350,7 +350,7 @@ def test_a_file_of_something_else_is_named(tmp_path, content):
 def test_position_embeddings_are_interpolated_as_the_official_code_does(tmp_path):
     model = create_model("albef_tiny")
     torch.nn.init.normal_(model.visual.pos_embed)
-    larger = convert_checkpoint(model.save_pretrained(tmp_path), image_size=48)
+    larger = convert_checkpoint(model.save_pretrained(tmp_path), image_size=96)
     first, grid = model.visual.pos_embed.split([1, 64], dim=1)
     grid = grid.mT.unflatten(2, (8, 8))
     grid = torch.nn.functional.interpolate(grid, (12, 12), mode="bicubic", align_corners=False)
